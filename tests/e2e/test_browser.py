@@ -71,14 +71,7 @@ def backend() -> Iterator[Program]:
     program = Program(
         "answering at ",
         "gradio_demo/seed_llama_flask.py",
-        "--system",
-        "nano",
-        "--port",
-        str(free_port()),
-        "--llm_device",
-        "cpu",
-        "--tokenizer_device",
-        "cpu",
+        *f"--system nano --port {free_port()} --llm_device cpu --tokenizer_device cpu".split(),
     )
     yield program
     program.stop()

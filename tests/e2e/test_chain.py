@@ -2,12 +2,12 @@
 ask."""
 
 import json
-import subprocess
 from pathlib import Path
 
 import pytest
 import warm_python
 from llm_runs import environment
+from real_processes import run_process
 from repository import NANO, ROOT
 
 from seed_multimodal import SeedLlama
@@ -18,11 +18,9 @@ TOKENIZER = ("--tokenizer", "configs/tokenizer/nano.yaml")
 
 def run(program: str, *arguments: object) -> str:
     """A command in MultiModalLLM, as the documentation gives it."""
-    done = subprocess.run(
+    done = run_process(
         [warm_python.PYTHON, program, *map(str, arguments)],
         cwd=APPLICATION,
-        capture_output=True,
-        text=True,
         timeout=170,
         env=environment(),
     )
@@ -37,12 +35,7 @@ def tokenise(tool: str, description: str, folder: Path, *more: str) -> None:
     run(
         f"src/tools/extract_image_ids_to_torchdata_parallel{tool}.py",
         *TOKENIZER,
-        "--data",
-        settings,
-        "--save_dir",
-        folder,
-        "--num_workers",
-        "0",
+        *f"--data {settings} --save_dir {folder} --num_workers 0".split(),
         *more,
     )
 
@@ -79,14 +72,10 @@ def merge(adapter: Path, out: Path, model: object, tokenizer: object) -> None:
     """The merging tool with the original's flags."""
     output = run(
         "src/tools/merge_lora_weights.py",
-        "--model_cfg",
-        model,
-        "--tokenizer_cfg",
-        tokenizer,
-        "--lora_model",
-        adapter,
-        "--save_path",
-        out,
+        *(
+            f"--model_cfg {model} --tokenizer_cfg {tokenizer} --lora_model {adapter} "
+            f"--save_path {out}"
+        ).split(),
     )
     assert "with LoRA merged in" in output
 

@@ -6,10 +6,10 @@ from __future__ import annotations
 import os
 import re
 import shlex
-import subprocess
 import sys
 
 import pytest
+from real_processes import run_process
 from repository import ROOT
 
 from seed_multimodal.cli.main import build_parser
@@ -25,11 +25,9 @@ def test_build_strict_makes_every_page_without_other_hosts(tmp_path):
     """`--strict` fails on broken links and anchors. No page or style sheet loads anything from
     another host."""
     site = tmp_path / "site"
-    done = subprocess.run(
+    done = run_process(
         f"{sys.executable} -m mkdocs build --strict --site-dir {site}".split(),
         cwd=ROOT,
-        capture_output=True,
-        text=True,
         env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
     )
     assert done.returncode == 0, done.stderr

@@ -9,6 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
+from real_processes import run_process
 from repository import ROOT
 
 PROJECT = """build-system = {requires = [], build-backend = "backend", backend-path = ["."]}
@@ -105,11 +106,9 @@ def installed(tmp_path_factory):
 @pytest.mark.slow
 def test_the_wheel_brings_the_command_and_says_where_nano_is(installed, tmp_path):
     def seed(*argv, cwd=tmp_path):
-        return subprocess.run(
+        return run_process(
             [installed / "seed", *argv],
             cwd=cwd,
-            capture_output=True,
-            text=True,
             env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
         )
 
@@ -122,11 +121,9 @@ def test_the_wheel_brings_the_command_and_says_where_nano_is(installed, tmp_path
         "import seed_multimodal, seed_nano.world.words as words; "
         "print(seed_multimodal.__file__, words.__file__)"
     )
-    done = subprocess.run(
+    done = run_process(
         [installed / "python", "-c", code],
         cwd=tmp_path,
-        capture_output=True,
-        text=True,
         env={"PATH": "/usr/bin:/bin"},
     )
     assert done.stdout.count(str(installed.parent)) == 2, done.stderr

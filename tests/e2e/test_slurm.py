@@ -5,12 +5,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 
 import pytest
 import warm_python
 from llm_runs import environment
-from real_processes import free_port
+from real_processes import free_port, run_process
 from repository import ROOT
 
 # What the scripts take from Slurm: `srun` starts a command once per node; the nodes are this
@@ -33,11 +32,9 @@ def sbatch(tmp_path):
     port = free_port()
 
     def run(script: str, *arguments: object, **more: str) -> str:
-        done = subprocess.run(
+        done = run_process(
             ["sh", f"scripts/slurm/{script}.sbatch", *map(str, arguments)],
             cwd=ROOT,
-            capture_output=True,
-            text=True,
             timeout=170,
             env=environment(
                 PATH=f"{tools}:{os.environ['PATH']}",

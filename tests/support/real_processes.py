@@ -8,8 +8,9 @@ import signal
 import socket
 import subprocess
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -24,6 +25,13 @@ def nothing_stays_behind() -> Iterator[list[subprocess.Popen[str]]]:
     yield STARTED
     for process in STARTED:
         kill(process, group=True)
+
+
+def run_process(
+    command: Sequence[str], timeout: float | None = None, **options: Any
+) -> subprocess.CompletedProcess[str]:
+    """Run a command to its end, with its outputs as text."""
+    return subprocess.run(command, capture_output=True, text=True, timeout=timeout, **options)
 
 
 def kill(process: subprocess.Popen[str], group: bool = False) -> None:

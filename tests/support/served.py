@@ -18,6 +18,7 @@ import requests
 import warm_python
 from PIL import Image
 from repository import ROOT
+from waiting import wait_until
 
 from seed_multimodal.images.io import image_to_base64
 from seed_multimodal.serving.app import create_app, listen, serve
@@ -53,7 +54,7 @@ class Running:
         threading.Thread(
             target=serve, args=(app, listen("127.0.0.1", 0), logged.append), daemon=True
         ).start()
-        self.wait_until(lambda: logged)
+        wait_until(lambda: logged)
         self.address = logged[-1].split("answering at ")[1].split()[0]
         self.port = int(self.address.split(":")[2].split("/")[0])
         self.root = self.address.removesuffix("/generate")
@@ -79,12 +80,6 @@ class Running:
                 b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
             )
             time.sleep(0.1)
-
-    def wait_until(self, condition: Any) -> None:
-        deadline = time.monotonic() + 20
-        while not condition():
-            assert time.monotonic() < deadline
-            time.sleep(0.01)
 
 
 @contextlib.contextmanager

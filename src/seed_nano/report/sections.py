@@ -121,7 +121,7 @@ def tokens(run: Run) -> Section:
     *fullest*: the most things; *empty share*: tokens of backgrounds without things over those of
     the fullest scenes. *cosine*: loss of the decoded features, 1 − cosine to the vision encoder's,
     mean over patches; *blind*: the same of the mean image."""
-    # 1. Tokens of the scenes and of empty backgrounds; a sampling token selector has several tries.
+    # 1. Tokens of the scenes and of empty backgrounds, with several samples of the token selector.
     counts = _token_counts(run.encoded)
     things = np.array([sum(scene.counts) for scene in run.samples.scenes])
     empty = [Image.fromarray(image) for image in empty_images(run.side)]

@@ -15,6 +15,7 @@ import pytest
 import torch
 import warm_python
 from PIL import Image
+from real_processes import run_process
 from repository import ROOT
 
 from seed_multimodal.cli.main import main
@@ -154,7 +155,7 @@ def test_describe_and_ask_in_batches(seed, bad):
 def test_draw_names_files_after_texts_and_depends_on_the_seed(seed, tmp_path):
     out = str(tmp_path / "deep" / "er")
     code, lines, _ = seed(
-        "draw", "a/b: ../c", "a/b: ../c", "--seed", "1", "--steps", "2", "--out", out, "--json"
+        "draw", "a/b: ../c", "a/b: ../c", *f"--seed 1 --steps 2 --out {out} --json".split()
     )
     first, second = (record["image"] for record in records(lines))
     assert code == 0 and [Path(first).name, Path(second).name] == [
@@ -162,13 +163,13 @@ def test_draw_names_files_after_texts_and_depends_on_the_seed(seed, tmp_path):
         "a_b__.._c_2.png",
     ]
     assert pixels(first) == pixels(second)
-    seed("draw", "a/b: ../c", "--seed", "2", "--steps", "2", "--out", str(tmp_path / "other.png"))
+    seed("draw", "a/b: ../c", *f"--seed 2 --steps 2 --out {tmp_path / 'other.png'}".split())
     assert pixels(first) != pixels(tmp_path / "other.png")
 
 
 def test_draw_from_the_first_codes(seed, tmp_path):
     code, lines, _ = seed(
-        "draw", "a red apple", "--steps", "2", "--json", "--codes", "8,32", "--out", str(tmp_path)
+        "draw", "a red apple", *f"--steps 2 --json --codes 8,32 --out {tmp_path}".split()
     )
     record = records(lines)[0]
     seed("draw", "a red apple", "--steps", "2", "--out", str(tmp_path))
@@ -257,11 +258,9 @@ def test_tokenize_with_damaged_weights(seed, tiny, tmp_path):
 
 @pytest.mark.process
 def test_help_does_not_import_torch():
-    run = subprocess.run(
+    run = run_process(
         [sys.executable, "-X", "importtime", "-m", "seed_multimodal", "--help"],
         cwd=ROOT / "src",
-        capture_output=True,
-        text=True,
         timeout=60,
     )
     assert run.returncode == 0 and "reconstruct" in run.stdout
@@ -302,11 +301,9 @@ def test_convert_of_unsafe_and_damaged_files(capsys, tmp_path):
 
 
 def script(name: str, *arguments: str, cwd: Path = ROOT) -> subprocess.CompletedProcess:
-    return subprocess.run(
+    return run_process(
         [warm_python.PYTHON, str(ROOT / "scripts" / name), "--device", "cpu", *arguments],
         cwd=cwd,
-        capture_output=True,
-        text=True,
         timeout=170,
     )
 
@@ -336,12 +333,7 @@ def test_scripts_without_weights(name, folder):
 def test_tokenizer_script(tiny, tmp_path):
     run = script(
         "seed_tokenizer_inference.py",
-        "--model",
-        tiny,
-        "--image",
-        FOX,
-        "--prompt",
-        "What?",
+        *f"--model {tiny} --image {FOX} --prompt What?".split(),
         cwd=tmp_path,
     )
     assert run.returncode == 0, run.stderr
@@ -362,12 +354,7 @@ def test_llama_scripts(tiny, tmp_path):
     }
     run = script(
         "seed_llama_inference_14B.py",
-        "--model",
-        tiny,
-        "--image",
-        CAT,
-        "--prompt",
-        "What?",
+        *f"--model {tiny} --image {CAT} --prompt What?".split(),
         cwd=tmp_path,
     )
     assert run.returncode == 0, run.stderr

@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import json
-import subprocess
 
 import pytest
 from llm_runs import APPLICATION, environment
+from real_processes import run_process
 from warm_python import PYTHON
 
 from seed_multimodal.cli.init import TEMPLATES
@@ -24,8 +24,10 @@ def test_init_prints_a_command_that_trains(kind, tmp_path, capsys):
         " trainer.device=cpu"
     )
     for python, *command in map(str.split, printed):
-        run = subprocess.run(
-            [PYTHON, *command], cwd=APPLICATION, env=environment(), capture_output=True, text=True
+        run = run_process(
+            [PYTHON, *command],
+            cwd=APPLICATION,
+            env=environment(),
         )
         assert python == "python" and run.returncode == 0, run.stderr
     assert list((tmp_path / "mine" / "run").rglob("*.safetensors"))

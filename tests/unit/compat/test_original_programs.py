@@ -6,7 +6,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import pytest
 import warm_python
 from omegaconf import OmegaConf
 from PIL import Image
+from real_processes import run_process
 from repository import ROOT
 
 NANO = ROOT / "pretrained" / "nano"
@@ -35,15 +35,13 @@ def change(file: Path, **values: object) -> None:
 
 def run(program: str, checkout: Path) -> list[str]:
     """The lines that a program prints."""
-    done = subprocess.run(
+    done = run_process(
         [
             warm_python.PYTHON,
             str(ROOT / "tests" / "support" / "original_programs" / program),
             "cpu",
         ],
         cwd=checkout,
-        capture_output=True,
-        text=True,
         timeout=170,
     )
     assert done.returncode == 0, done.stderr

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 import tomllib
 
 import pytest
+from real_processes import run_process
 from repository import ROOT
 
 pytest.importorskip("lmms_eval", exc_type=ImportError)
@@ -56,14 +56,12 @@ def test_lmms_eval_scores_a_system(model, tmp_path):
     )
     (tmp_path / "pictures.yaml").write_text(TASK.format(samples=samples))
     (tmp_path / "pictures.py").write_text(IMAGES)
-    run = subprocess.run(
+    run = run_process(
         (
             f"{sys.executable} -m lmms_eval --model seed --model_args pretrained={model} "
             f"--tasks pictures --include_path {tmp_path} --batch_size 3 "
             f"--output_path {tmp_path / 'out'} --log_samples"
         ).split(),
-        capture_output=True,
-        text=True,
         env={**os.environ, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"},
     )
     assert run.returncode == 0, run.stderr[-3000:]

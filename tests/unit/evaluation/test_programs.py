@@ -130,10 +130,7 @@ def vqa(data: Path, tiny: Path, *more: str, out: str = "out") -> int:
         flags(
             data,
             tiny,
-            "--questions",
-            str(data / "q.json"),
-            "--annotations",
-            str(data / "a.json"),
+            *f"--questions {data / 'q.json'} --annotations {data / 'a.json'}".split(),
             "--batch-size",
             "2",
             *more,
@@ -297,12 +294,7 @@ def test_eval_caption_scores_captions(data, tiny_folder, prompts, monkeypatch):
             flags(
                 data,
                 tiny_folder,
-                "--captions",
-                str(data / "c.json"),
-                "--prompts",
-                prompts,
-                "--num-beams",
-                "2",
+                *f"--captions {data / 'c.json'} --prompts {prompts} --num-beams 2".split(),
             ),
         )
         == 0
@@ -319,7 +311,7 @@ def test_eval_caption_scores_captions(data, tiny_folder, prompts, monkeypatch):
 def test_eval_caption_to_images(data, tiny_folder, capsys):
     (data / "t.txt").write_text("a blue fish / or two\na red apple\n" + "long " * 60)
     arguments = flags(
-        data, tiny_folder, "--captions", str(data / "t.txt"), "--steps", "1", "--batch-size", "2"
+        data, tiny_folder, *f"--captions {data / 't.txt'} --steps 1 --batch-size 2".split()
     )
     assert eval_program("eval_caption_to_images.py", "", arguments) == 0
     names = [result["image"] for result in read(data / "out" / "results.json")]
@@ -348,18 +340,10 @@ def test_text2image_selects_by_clip(data, request, clip_folder, capsys, model):
                 *flags(
                     data,
                     folder,
-                    "--captions",
-                    str(data / "t.json"),
-                    "--limit",
-                    "3",
-                    "--best-of",
-                    "2",
-                    "--clip",
-                    str(clip_folder),
-                    "--steps",
-                    "1",
-                    "--inception",
-                    str(data / "none.pth"),
+                    *(
+                        f"--captions {data / 't.json'} --limit 3 --best-of 2 "
+                        f"--clip {clip_folder} --steps 1 --inception {data / 'none.pth'}"
+                    ).split(),
                 ),
             ]
         )

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
 import warm_python
 from PIL import Image
+from real_processes import run_process
 from repository import ROOT
 
 FOLDER = ROOT / "SEED_Tokenizer"
@@ -32,12 +32,10 @@ def test_retrieval_script_runs(tiny_folder: Path, tmp_path):
     (tmp_path / "list.json").write_text(
         json.dumps([{"image": name, "caption": name} for name in images])
     )
-    done = subprocess.run(
+    done = run_process(
         (
             f"sh {FOLDER / 'eval_scripts' / 'retrieval_flickr.sh'} --device cpu --decoder none"
         ).split(),
-        capture_output=True,
-        text=True,
         timeout=170,
         cwd=tmp_path,
         env=_environment(
@@ -59,10 +57,8 @@ def test_reconstruction_demo(tiny_folder: Path, tmp_path):
         f"{warm_python.PYTHON} {FOLDER / 'eval' / 'seed_inference.py'} --device cpu --model".split()
     )
     flags = f"{tiny_folder} --image {ROOT / 'images' / 'fox.png'} --steps 2 --json".split()
-    done = subprocess.run(
+    done = run_process(
         [*command, *flags],
-        capture_output=True,
-        text=True,
         timeout=170,
         cwd=tmp_path,
         env=_environment(),

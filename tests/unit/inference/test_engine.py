@@ -6,13 +6,13 @@ from __future__ import annotations
 
 import random
 import threading
-import time
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 from reference_generation import embeddings, generate
+from waiting import wait_until
 
 from seed_multimodal.errors import GenerationError
 from seed_multimodal.inference.backends.torch import TorchBackend
@@ -42,13 +42,12 @@ def engine_of(system: Any, max_rows: int = 16, **options: Any) -> Engine:
 
 
 def wait_until_idle(engine: Engine) -> None:
-    """Until the engine's thread has freed all rows, 10 s at most."""
-    for _ in range(1000):
-        state = (engine.n_running, engine.n_waiting, engine.n_active, engine.n_reserved)
-        if state == (0, 0, 0, 0):
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"running, waiting, active, reserved: {state}")
+    """Until the engine's thread has freed all rows."""
+
+    def state() -> tuple[int, ...]:
+        return (engine.n_running, engine.n_waiting, engine.n_active, engine.n_reserved)
+
+    wait_until(lambda: state() == (0, 0, 0, 0))
 
 
 def prompts(system: Any) -> list[Prompt]:

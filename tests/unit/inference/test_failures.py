@@ -5,13 +5,13 @@ more than it holds.
 from __future__ import annotations
 
 import threading
-import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from waiting import wait_until
 
 from seed_multimodal.errors import GenerationError
 from seed_multimodal.inference.backends.base import NextTokens
@@ -59,12 +59,8 @@ def tokens_within(request: Request, seconds: float = 8) -> list[int]:
 
 
 def wait_until_idle(engine: Engine) -> None:
-    """Until all rows are free, 10 s at most."""
-    for _ in range(1000):
-        if engine.n_active == 0:
-            return
-        time.sleep(0.01)
-    raise AssertionError(f"{engine.n_active} rows are active")
+    """Until all rows are free."""
+    wait_until(lambda: engine.n_active == 0)
 
 
 def test_guided_prompts_that_do_not_fit_a_pass_together(tiny):

@@ -5,7 +5,6 @@ its answer.
 from __future__ import annotations
 
 import gc
-import subprocess
 import sys
 import threading
 import time
@@ -17,6 +16,8 @@ from typing import Any
 
 import pytest
 import torch
+from real_processes import run_process
+from waiting import wait_until
 
 from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.inference.backends.base import NextTokens, PromptChunk
@@ -74,14 +75,6 @@ def faulty_engine(system: Any, max_rows: int = 4) -> tuple[Engine, FaultyBackend
 
 def prompt(variant: int, length: int = 6) -> Prompt:
     return Prompt([1, *(3 + (variant * 7 + index) % 290 for index in range(length))])
-
-
-def wait_until(condition: Any) -> None:
-    """Until a condition holds, 20 s at most."""
-    end = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < end, "the condition never held"
-        time.sleep(0.005)
 
 
 def is_idle(engine: Engine) -> bool:
@@ -283,7 +276,7 @@ raise SystemExit(3)
 def test_a_program_ends_after_the_answer_that_a_thread_waits_for(tiny_folder):
     """Also if its main thread has raised before."""
     code = WAITING_THREAD.format(path=[path for path in sys.path if path], folder=str(tiny_folder))
-    run = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
+    run = run_process([sys.executable, "-c", code], timeout=120)
     assert (run.returncode, run.stdout.strip()) == (3, "200"), run.stderr
 
 
@@ -301,7 +294,5 @@ def test_a_program_ends_while_the_engine_computes(tiny_folder):
         path=[path for path in sys.path if path], folder=str(tiny_folder)
     )
     for _ in range(3):
-        run = subprocess.run(
-            [sys.executable, "-c", code], capture_output=True, text=True, timeout=120
-        )
+        run = run_process([sys.executable, "-c", code], timeout=120)
         assert run.returncode == 3, run.stderr

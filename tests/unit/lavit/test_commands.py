@@ -79,14 +79,7 @@ def test_draw_and_edit_with_sizes_and_ratios(seed, image):
     _, lines = seed(
         "draw",
         "a red apple",
-        "--steps",
-        "1",
-        "--height",
-        "32",
-        "--width",
-        "40",
-        "--guidance-scale",
-        "2",
+        *"--steps 1 --height 32 --width 40 --guidance-scale 2".split(),
     )
     assert Image.open(lines[0]["image"]).size == (40, 32)
     _, lines = seed("edit", image, "in the snow", "--steps", "1", "--ratio", "2:3")

@@ -3,21 +3,13 @@
 from __future__ import annotations
 
 from pathlib import Path
-from types import ModuleType
 
+import llm_runs as runs
 import pytest
 
 
-@pytest.fixture(scope="session")
-def runs() -> ModuleType:
-    """The module `llm_runs`, imported lazily because it is slow."""
-    import llm_runs
-
-    return llm_runs
-
-
 @pytest.fixture
-def train(runs: ModuleType, tmp_path, monkeypatch):
+def train(tmp_path, monkeypatch):
     """`train(NAME, *overrides, **groups)` trains in this process in tmp_path/NAME.
 
     Returns the output folder.

@@ -8,18 +8,19 @@ from __future__ import annotations
 import json
 import os
 import signal
-import subprocess
 import sys
 
+import llm_runs as runs
 import pytest
 import torch
+from real_processes import run_process
 
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError, SeedError
 from seed_multimodal.training.checkpoint import checkpoints
 from seed_multimodal.training.distributed import TrainingError, translate_errors
 
 
-def test_train_until_the_loss_is_not_finite(runs, train, tmp_path):
+def test_train_until_the_loss_is_not_finite(train, tmp_path):
     with pytest.raises(
         TrainingError,
         match=r"became (nan|inf) at step \d+; the last checkpoint \(.*-\d+\) is intact",
@@ -29,7 +30,7 @@ def test_train_until_the_loss_is_not_finite(runs, train, tmp_path):
     assert step == max(runs.losses(tmp_path / "out"))
 
 
-def test_train_on_exhausted_data_with_bad_records(runs, tmp_path, capsys):
+def test_train_on_exhausted_data_with_bad_records(tmp_path, capsys):
     import yaml
 
     from seed_multimodal.training.cli import run
@@ -79,7 +80,7 @@ def test_train_on_exhausted_data_with_bad_records(runs, tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("packing", [True, False])
-def test_train_on_data_that_end_inside_a_step(packing, runs, train, tmp_path):
+def test_train_on_data_that_end_inside_a_step(packing, train, tmp_path):
     """The micro-batches that are left make a step of their size; the last log line is written."""
     data = runs.write_data(tmp_path / "data", runs.CODES, runs.PER_IMAGE, records=14)
     data["packing"] = packing
@@ -105,7 +106,7 @@ def test_train_on_data_that_end_inside_a_step(packing, runs, train, tmp_path):
 
 
 @pytest.mark.slow
-def test_train_again_after_the_end_logs_no_second_evaluation(runs, train, tmp_path):
+def test_train_again_after_the_end_logs_no_second_evaluation(train, tmp_path):
     """The last evaluation comes after the checkpoint of its step."""
     files = runs.write_files(tmp_path)
     for _ in range(2):
@@ -123,7 +124,7 @@ def test_train_again_after_the_end_logs_no_second_evaluation(runs, train, tmp_pa
 
 
 @pytest.mark.slow
-def test_train_stopped_in_an_evaluation_leaves_the_evaluation(runs, train, tmp_path):
+def test_train_stopped_in_an_evaluation_leaves_the_evaluation(train, tmp_path):
     """SIGTERM in the second of ten evaluation batches."""
     from seed_multimodal.training.cli import compose
     from seed_multimodal.training.llm.task import LlmTask
@@ -167,7 +168,7 @@ def test_train_in_the_output_folder_of_a_running_run(train, tmp_path):
     train("out", "trainer.max_steps=1")
 
 
-def test_train_on_data_without_a_usable_record(runs, train, tmp_path):
+def test_train_on_data_without_a_usable_record(train, tmp_path):
     data = runs.write_data(tmp_path / "data", runs.CODES, runs.PER_IMAGE, records=2)
     for source in data["sources"]:
         source["cycles"] = 1
@@ -178,14 +179,15 @@ def test_train_on_data_without_a_usable_record(runs, train, tmp_path):
 
 @pytest.mark.process
 @pytest.mark.parametrize(("name", "value"), [("NPROC", "0"), ("HOST_NUM", "x")])
-def test_script_with_a_wrong_number_of_processes(name, value, runs):
+def test_script_with_a_wrong_number_of_processes(
+    name,
+    value,
+):
     env = runs.environment(**{"NPROC": "1", name: value, "VIRTUAL_ENV": sys.prefix})
-    done = subprocess.run(
+    done = run_process(
         ["sh", "scripts/train_a100_lora_multi_node_sft.sh"],
         cwd=runs.APPLICATION,
         env=env,
-        text=True,
-        capture_output=True,
         timeout=60,
     )
     wanted = "NPROC (NPROC_PER_NODE, HOST_GPU_NUM)" if name == "NPROC" else "NNODES (HOST_NUM)"
@@ -196,7 +198,7 @@ def test_script_with_a_wrong_number_of_processes(name, value, runs):
 
 
 @pytest.mark.slow
-def test_train_is_the_same_with_and_without_evaluation(runs, train, tmp_path):
+def test_train_is_the_same_with_and_without_evaluation(train, tmp_path):
     files = runs.write_files(tmp_path)
     lora = {"model": {"lora": runs.LORA}}
     without = train("without", "trainer.max_steps=3", **lora)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import json
 
+import llm_runs as runs
 import pytest
 
 from seed_multimodal.config import load_yaml
@@ -39,7 +40,7 @@ def questions(tmp_path) -> dict:
     }
 
 
-def test_template_of_a_model(runs, tmp_path):
+def test_template_of_a_model(tmp_path):
     original = load_yaml(runs.APPLICATION / "configs" / "model" / "llama2_13b_lora.yaml")
     assert template_of(read_model_settings(original)) == "llama2"
     assert template_of(LlmModelSettings(path=str(tmp_path))) == "vicuna"  # no config.json
@@ -50,7 +51,9 @@ def test_template_of_a_model(runs, tmp_path):
     assert template_of(LlmModelSettings(sizes={"hidden_size": 5120}, template="vicuna")) == "vicuna"
 
 
-def test_read_gives_the_sources_the_template_of_the_model(questions, runs):
+def test_read_gives_the_sources_the_template_of_the_model(
+    questions,
+):
     sizes = {**runs.SIZES, "hidden_size": 5120}
     config = {
         "output_dir": "x",

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 
+import llm_runs as runs
 import pytest
 import torch
 from safetensors.torch import load_file
@@ -14,7 +15,7 @@ from seed_multimodal.training.checkpoint import checkpoints
 
 
 @pytest.mark.slow
-def test_resume_after_a_torn_checkpoint(runs, train, tmp_path, capsys):
+def test_resume_after_a_torn_checkpoint(train, tmp_path, capsys):
     options = "trainer.save_steps=1", "trainer.max_steps=4", "trainer.save_total_limit=3"
     out = train("out", *options)
     assert [step for step, _ in checkpoints(out)] == [4, 3, 2]
@@ -45,7 +46,7 @@ def test_resume_after_a_torn_checkpoint(runs, train, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_resume_from_a_named_checkpoint_or_with_another_model_or_data(runs, train, tmp_path):
+def test_resume_from_a_named_checkpoint_or_with_another_model_or_data(train, tmp_path):
     out = train("out", "trainer.max_steps=3", "trainer.save_steps=1")
     with pytest.raises(CheckpointError, match="contains checkpoints of an earlier run"):
         train("out", "--resume", "never")
@@ -71,7 +72,7 @@ def test_resume_from_a_named_checkpoint_or_with_another_model_or_data(runs, trai
 
 
 @pytest.mark.slow
-def test_resume_with_changed_settings(runs, train, tmp_path, capsys):
+def test_resume_with_changed_settings(train, tmp_path, capsys):
     """The saved optimizer does not restore its weight decay.
 
     A setting that changes no result is not logged.

@@ -7,6 +7,7 @@ import re
 import shlex
 from pathlib import Path
 
+import llm_runs as runs
 import pytest
 import yaml
 from repository import ROOT
@@ -38,7 +39,7 @@ def trainer_settings(trainer: dict) -> LlmTrainerSettings:
 
 
 @pytest.fixture
-def files(runs, tmp_path) -> dict[str, Path]:
+def files(tmp_path) -> dict[str, Path]:
     return runs.write_files(tmp_path)
 
 
@@ -114,7 +115,7 @@ OF_BOTH = {
 
 @pytest.mark.parametrize("name", PUBLISHED)
 @pytest.mark.parametrize("way", ["script", "groups"])
-def test_compose_the_published_recipes(name, way, runs, monkeypatch):
+def test_compose_the_published_recipes(name, way, monkeypatch):
     monkeypatch.chdir(runs.APPLICATION)
     arguments = [
         f"optim={name}",
@@ -295,12 +296,12 @@ def test_main_prints_the_configuration(files, capsys):
         ),
     ],
 )
-def test_read_with_a_wrong_setting(more, words, files, runs, tmp_path):
+def test_read_with_a_wrong_setting(more, words, files, tmp_path):
     with pytest.raises(ConfigError, match=words):
         LlmTask.read(compose(runs.overrides(files, tmp_path / "out", *more), CONFIGS))
 
 
-def test_read_settings_with_a_target_that_is_not_allowed(files, runs, tmp_path):
+def test_read_settings_with_a_target_that_is_not_allowed(files, tmp_path):
     from seed_multimodal.data.stream.config import read_data_settings
 
     for group, read in (("model", read_model_settings), ("data", read_data_settings)):
@@ -379,7 +380,7 @@ def test_fill_config_that_contradicts_the_trainer():
     ],
 )
 def test_build_llm_loads_the_base_in_the_precision_of_the_run_or_the_file(
-    runs, tmp_path, precision, torch_dtype, used
+    tmp_path, precision, torch_dtype, used
 ):
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM

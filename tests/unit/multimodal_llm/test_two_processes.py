@@ -10,6 +10,7 @@ import subprocess
 import time
 from pathlib import Path
 
+import llm_runs as runs
 import pytest
 import warm_python
 from real_processes import STARTED, free_port, nothing_stays_behind, processes_with  # noqa: F401
@@ -18,7 +19,7 @@ pytestmark = pytest.mark.timeout(600)
 SCRIPT = "scripts/train_a100_lora_multi_node_pretrain.sh"
 
 
-def start(runs, arguments: list[str], **variables: str) -> subprocess.Popen:
+def start(arguments: list[str], **variables: str) -> subprocess.Popen:
     """The script, its environment with these variables."""
     process = subprocess.Popen(
         ["sh", SCRIPT, *arguments],
@@ -33,24 +34,23 @@ def start(runs, arguments: list[str], **variables: str) -> subprocess.Popen:
     return process
 
 
-def chosen(runs, tmp_path: Path, output: Path, *more: str) -> list[str]:
+def chosen(tmp_path: Path, output: Path, *more: str) -> list[str]:
     """Groups that replace the script's own, and so all its flags on them."""
-    files = runs.write_files(tmp_path, **lora(runs))
+    files = runs.write_files(tmp_path, **lora())
     return runs.overrides(files, output, "deepspeed=none", "trainer.save_steps=2", *more)
 
 
-def lora(runs) -> dict:
+def lora() -> dict:
     return {"model": {"lora": {**runs.LORA, "lora_dropout": 0.0}}}
 
 
 @pytest.mark.process
-def test_script_on_two_nodes_and_resuming_in_one_process(runs, tmp_path, train):
+def test_script_on_two_nodes_and_resuming_in_one_process(tmp_path, train):
     out = tmp_path / "out"
     port = str(free_port())
-    arguments = chosen(runs, tmp_path, out, "trainer.max_steps=3")
+    arguments = chosen(tmp_path, out, "trainer.max_steps=3")
     processes = [
         start(
-            runs,
             arguments,
             INDEX=str(number),
             HOST_NUM="2",
@@ -69,13 +69,13 @@ def test_script_on_two_nodes_and_resuming_in_one_process(runs, tmp_path, train):
         and printed[1][0].strip() == ""
     )
 
-    train("out", "trainer.gradient_accumulation_steps=2", "trainer.max_steps=4", **lora(runs))
+    train("out", "trainer.gradient_accumulation_steps=2", "trainer.max_steps=4", **lora())
     assert list(runs.losses(out)) == [1, 2, 3, 4]
     assert {step: runs.losses(out)[step] for step in before} == before
 
 
 @pytest.mark.process
-def test_train_processes_with_unequal_numbers_of_evaluation_batches(runs, tmp_path):
+def test_train_processes_with_unequal_numbers_of_evaluation_batches(tmp_path):
     """Exhausted data do not end at the same micro-batch in all processes.
 
     Every forward pass is a collective.
@@ -116,7 +116,7 @@ def test_train_processes_with_unequal_numbers_of_evaluation_batches(runs, tmp_pa
 
 
 @pytest.mark.process
-def test_train_writes_no_samples_when_the_first_process_has_no_data_left(runs, tmp_path):
+def test_train_writes_no_samples_when_the_first_process_has_no_data_left(tmp_path):
     """Without evaluation data, the samples continue sequences of a step."""
     import yaml
 
@@ -136,12 +136,12 @@ def test_train_writes_no_samples_when_the_first_process_has_no_data_left(runs, t
 
 
 @pytest.mark.process
-def test_script_with_a_killed_process_ends_without_traceback(runs, tmp_path):
+def test_script_with_a_killed_process_ends_without_traceback(tmp_path):
     out = tmp_path / "out"
     arguments = chosen(
-        runs, tmp_path, out, "trainer.max_steps=100000", "trainer.dataloader_num_workers=0"
+        tmp_path, out, "trainer.max_steps=100000", "trainer.dataloader_num_workers=0"
     )
-    process = start(runs, arguments, NPROC="2", MASTER_PORT=str(free_port()))
+    process = start(arguments, NPROC="2", MASTER_PORT=str(free_port()))
     deadline = time.monotonic() + 300
     while time.monotonic() < deadline and process.poll() is None and len(runs.losses(out)) < 3:
         time.sleep(0.05)

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pretend_cuda
 import pytest
+from real_processes import run_process
 
 SUPPORT = Path(pretend_cuda.__file__).parent
 WHY = pretend_cuda.why_unavailable()
@@ -31,7 +31,7 @@ def run(folder: Path, script: str, *arguments: str) -> None:
         "HF_HUB_OFFLINE": "1",
         pretend_cuda.FOLDER: str(folder),
     }
-    finished = subprocess.run(command, capture_output=True, text=True, timeout=580, env=environment)
+    finished = run_process(command, timeout=580, env=environment)
     lines = finished.stdout.splitlines()
     failures = [line for line in lines if not line.endswith(("ok", "s of a core"))]
     assert finished.returncode == 0 and lines, "\n".join(failures) or finished.stderr[-3000:]

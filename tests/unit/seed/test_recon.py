@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import subprocess
 from pathlib import Path
 
 import numpy as np
 import pytest
 import warm_python
 from PIL import Image
+from real_processes import run_process
 from repository import ROOT
 
 from seed_multimodal.compat.cli_seed import recon_script
@@ -109,11 +109,9 @@ def test_recon_with_a_torn_image(folder, tmp_path, capsys):
 
 @pytest.mark.process
 def test_recon_without_weights(tmp_path):
-    done = subprocess.run(
+    done = run_process(
         [warm_python.PYTHON, str(ROOT / "demo_recon.py"), "--model", "nothing-here"],
         cwd=tmp_path,
-        capture_output=True,
-        text=True,
         timeout=120,
     )
     assert done.returncode == 2 and done.stdout == "" and done.stderr.count("\n") == 1

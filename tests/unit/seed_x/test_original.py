@@ -9,7 +9,6 @@ from __future__ import annotations
 import json
 import runpy
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -21,6 +20,7 @@ import torch
 import warm_python
 from PIL import Image
 from random_images import noise
+from real_processes import run_process
 from repository import ROOT
 
 from seed_multimodal.compat.cli_seed_x import SCRIPTS, seed_x_script
@@ -100,11 +100,9 @@ def test_program_in_a_process(original: Path, tmp_path):
     for folder in ("pretrained", "demo_images", "configs"):
         (tmp_path / folder).symlink_to(original / folder)
     name = "eval_img2edit_seed_x_edit"
-    done = subprocess.run(
+    done = run_process(
         [warm_python.PYTHON, str(ROOT / "src" / "inference" / f"{name}.py"), "--device", "cpu"],
         cwd=tmp_path,
-        capture_output=True,
-        text=True,
         timeout=170,
     )
     assert done.returncode == 0, done.stderr

@@ -5,7 +5,6 @@ from __future__ import annotations
 import asyncio
 import os
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -15,6 +14,7 @@ import pytest
 import requests
 from PIL import Image
 from random_images import noise
+from real_processes import run_process
 from repository import ROOT
 from served import ask, body, read, serving
 from werkzeug.exceptions import ServiceUnavailable
@@ -165,10 +165,8 @@ def test_start_script_starts_any_system(named, argument, tmp_path):
     (tmp_path / "bin").mkdir()
     (tmp_path / "bin" / "python").write_text("#!/bin/sh\necho $*\n")
     (tmp_path / "bin" / "python").chmod(0o755)
-    done = subprocess.run(
+    done = run_process(
         ["bash", str(ROOT / "scripts" / "start_backend.sh"), named, "--port", "1"],
-        text=True,
-        capture_output=True,
         env={**os.environ, "VIRTUAL_ENV": str(tmp_path)},
     )
     assert done.returncode == 0 and argument in done.stdout, done.stderr
@@ -176,15 +174,13 @@ def test_start_script_starts_any_system(named, argument, tmp_path):
 
 @pytest.mark.process
 def test_page_needs_no_torch():
-    loaded = subprocess.run(
+    loaded = run_process(
         [
             sys.executable,
             "-c",
             "import sys, seed_multimodal.serving.page\n"
             "print([name for name in ('torch', 'diffusers') if name in sys.modules])",
         ],
-        capture_output=True,
-        text=True,
         cwd=ROOT,
         check=True,
         env=None,

@@ -7,12 +7,13 @@ from __future__ import annotations
 import json
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
 import pytest
+from waiting import wait_until
 
 from seed_multimodal.models.seed.pipeline import SeedLlama
 from seed_multimodal.serving.app import create_app
@@ -27,13 +28,6 @@ def figures(app: Any) -> dict[str, float]:
     lines = app.test_client().get("/metrics").get_data(as_text=True).splitlines()
     pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
     return {name: float(value) for name, _, value in pairs}
-
-
-def wait_until(condition: Callable[[], bool]) -> None:
-    deadline = time.monotonic() + 20
-    while not condition():
-        assert time.monotonic() < deadline
-        time.sleep(0.01)
 
 
 @pytest.mark.parametrize("stream", [False, True])

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +11,7 @@ import pytest
 import requests
 from PIL import Image
 from random_images import noise
+from real_processes import run_process
 from served import Running, read
 
 from seed_multimodal.images.io import image_to_base64, image_to_bytes
@@ -184,11 +184,9 @@ def test_images_are_drawn_and_edited(openai, tiny, stripes):
 def test_tokens_become_codes_and_images_by_curl(running: Running, tiny, stripes):
     def curl(body: dict[str, Any]) -> list[dict[str, Any]]:
         headers = ("-H", f"Authorization: Bearer {TOKEN}", "-H", "Content-Type: application/json")
-        done = subprocess.run(
+        done = run_process(
             ["curl", "-sS", f"{running.root}/v1/images/tokens", *headers, "-d", "@-"],
             input=json.dumps(body),
-            text=True,
-            capture_output=True,
             check=True,
         )
         return json.loads(done.stdout)["data"]

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from real_processes import run_process
 from repository import ROOT
 
 INSTRUCTIONS = re.sub(r"\\\n\s*", "", (ROOT / "Dockerfile").read_text()).splitlines()
@@ -31,9 +32,7 @@ def copied(folder: Path) -> None:
     for line in arguments("COPY"):
         *sources, target = line.split()
         for source in sources:
-            tracked = subprocess.run(
-                ["git", "ls-files", source], cwd=ROOT, text=True, capture_output=True, check=True
-            )
+            tracked = run_process(["git", "ls-files", source], cwd=ROOT, check=True)
             assert tracked.stdout, f"{source} is not in the repository"
             for name in tracked.stdout.splitlines():
                 within = source if (ROOT / source).is_dir() else Path(name).parent

@@ -19,8 +19,10 @@ from typing import Any
 import pytest
 import requests
 import warm_python
+from real_processes import run_process
 from repository import ROOT
 from served import ON_CPU, PROGRAM, Running
+from waiting import wait_until
 
 from seed_multimodal.compat.configured import system_from_configs
 from seed_multimodal.entry import run_program
@@ -56,19 +58,19 @@ def test_serve_drops_clients_that_left(tiny, gate: Gate):
     running = Running(tiny, max_running=1, max_waiting=3)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(running.ask)
-        running.wait_until(lambda: gate.passes == 1)
+        wait_until(lambda: gate.passes == 1)
         for _ in range(3):
             running.send_and_leave()
-        running.wait_until(lambda: running.health()["waiting"] == 0)  # they left while they waited
+        wait_until(lambda: running.health()["waiting"] == 0)  # they left while they waited
         gate.open.set()
         assert first.result().status_code == 200
     gate.open.clear()
     gate.passes = 0
     running.send_and_leave()
-    running.wait_until(lambda: gate.passes == 1)
+    wait_until(lambda: gate.passes == 1)
     time.sleep(0.2)
     gate.open.set()
-    running.wait_until(lambda: running.health()["running"] == 0)
+    wait_until(lambda: running.health()["running"] == 0)
     assert gate.passes < 100  # 400 tokens were asked for
     assert running.ask().status_code == 200 and running.health()["answered"] == 2
 
@@ -77,7 +79,7 @@ def test_serve_refuses_too_many_requests(tiny, gate: Gate):
     running = Running(tiny, max_running=1, max_waiting=3)
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(running.ask) for _ in range(4)]
-        running.wait_until(lambda: running.health()["waiting"] == 3)
+        wait_until(lambda: running.health()["waiting"] == 3)
         refused = running.ask()
         assert refused.status_code == 429 and int(refused.headers["Retry-After"]) >= 1
         assert "3 requests wait already" in refused.json()["error"]
@@ -124,10 +126,8 @@ def test_listen_refuses_where_nothing_can_listen(tiny):
     ):
         with pytest.raises(ConfigError, match=f"{host}:{bad_port}"):
             listen(host, bad_port, "token")
-    started = subprocess.run(
+    started = run_process(
         f"{warm_python.PYTHON} {PROGRAM} --system /no/such/model --port {port}".split(),
-        capture_output=True,
-        text=True,
         timeout=120,
     )
     assert (
@@ -175,13 +175,11 @@ def test_program_ends_by_sigterm_while_it_works(tiny_folder):
 
 @pytest.mark.slow
 def test_server_withstands_hostile_traffic(tiny_folder):
-    done = subprocess.run(
+    done = run_process(
         (
             f"{warm_python.PYTHON} {ROOT / 'benchmarks' / 'hostile.py'} "
             f"--model {tiny_folder} --megapixels 1 --examples 15"
         ).split(),
-        capture_output=True,
-        text=True,
         timeout=280,
     )
     results = json.loads(done.stdout)["results"]
@@ -264,10 +262,8 @@ def test_program_names_a_missing_part_of_three_files(tmp_path):
         system_from_configs(**files)
     (tmp_path / "words" / "diffusion_model").mkdir(parents=True)
     flags = [f"--{name}={file}" for name, file in files.items()]
-    started = subprocess.run(
+    started = run_process(
         [warm_python.PYTHON, PROGRAM, "--port", "0", *flags],
-        capture_output=True,
-        text=True,
         env={**os.environ, "HF_HUB_OFFLINE": "0"},
         timeout=120,
     )

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+from real_processes import run_process
 from repository import ROOT
 
 SCRIPTS = sorted(
@@ -63,12 +64,10 @@ def launch(tmp_path) -> Callable[..., dict[str, str]]:
         relative_path = script.relative_to(
             script.parents[1]
         )  # README runs them in the application's folder
-        done = subprocess.run(
+        done = run_process(
             [SHELL, str(relative_path), *FIRST.get(script.name, "").split(), "--last"],
             cwd=script.parents[1],
             env=environment,
-            capture_output=True,
-            text=True,
             timeout=60,
             preexec_fn=lambda: os.sched_setaffinity(0, cores) if cores else None,
         )
@@ -132,7 +131,7 @@ def test_srun_gets_the_cores_of_the_job(tmp_path):
     write_program(tmp_path / "srun", '#!/bin/sh\necho "cores ${SRUN_CPUS_PER_TASK:-unset}"\n')
     write_program(tmp_path / "scontrol", "#!/bin/sh\necho first\n")
     for variables, cores in (({"SLURM_CPUS_PER_TASK": "64"}, "64"), ({}, "unset")):
-        done = subprocess.run(
+        done = run_process(
             [SHELL, "-euc", f". {ROOT}/scripts/slurm/cluster.sh; on_every_node true"],
             cwd=tmp_path,
             timeout=60,
@@ -143,8 +142,6 @@ def test_srun_gets_the_cores_of_the_job(tmp_path):
                 "SLURM_JOB_NODELIST": "a,b",
                 **variables,
             },
-            capture_output=True,
-            text=True,
         )
         assert done.stdout == f"cores {cores}\n", done.stderr
 

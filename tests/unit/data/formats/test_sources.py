@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import numpy as np
 import pyarrow as pa
 import pytest
 from pyarrow import parquet
+from real_processes import run_process
 from repository import ROOT
 
 from seed_multimodal.data.formats.record import BadRecord, find_image
@@ -299,10 +299,8 @@ def test_open_records_of_a_registered_format(tmp_path):
     (info / "entry_points.txt").write_text(
         "[seed_multimodal.formats]\nsquares = squares:open_squares\n"
     )
-    done = subprocess.run(
+    done = run_process(
         [sys.executable, "-c", PROGRAM],
-        capture_output=True,
-        text=True,
         timeout=120,
         env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{tmp_path}"},
     )

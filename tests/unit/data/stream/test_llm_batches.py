@@ -11,7 +11,6 @@ import json
 import os
 import random
 import signal
-import subprocess
 import sys
 from collections import Counter
 from collections.abc import Callable
@@ -20,6 +19,7 @@ from typing import Any
 import pytest
 import torch
 from data_files import lines
+from real_processes import run_process
 from repository import ROOT
 from warm_python import PYTHON
 
@@ -308,7 +308,7 @@ def test_restore_after_sigkill(mixed, tokenizer, tmp_path, still_running):
     root = ROOT
     config = mixed(rows=2)
     state = tmp_path / "state.json"
-    killed = subprocess.run(
+    killed = run_process(
         [
             PYTHON,
             "-W",
@@ -319,8 +319,6 @@ def test_restore_after_sigkill(mixed, tokenizer, tmp_path, still_running):
             json.dumps(config),
             str(state),
         ],
-        capture_output=True,
-        text=True,
         timeout=150,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )

@@ -15,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 from data_files import jpeg, write_tar
+from real_processes import run_process
 from warm_python import PYTHON
 
 from seed_multimodal.data.formats.pairs import Pairs
@@ -169,10 +170,8 @@ def test_load_without_room_in_shared_memory():
     ):
         pytest.skip("this system allows no user mounts")
     program = [sys.executable, "-c", FULL_MEMORY]
-    done = subprocess.run(
+    done = run_process(
         [unshare, "-Urm", "sh", "-c", f'{mount} && exec "$@"', "sh", *program],
-        capture_output=True,
-        text=True,
         timeout=150,
     )
     assert done.returncode == 2 and "/dev/shm: docker run --shm-size" in done.stderr, done.stderr
@@ -205,10 +204,8 @@ def test_workers_end_with_their_program(shards: Path, still_running, end, code):
     """A process with workers is killed or fails: its batches equal those of this process, its
     workers end.
     """
-    done = subprocess.run(
+    done = run_process(
         [PYTHON, "-W", "ignore", "-c", SCRIPT, str(shards), end],
-        capture_output=True,
-        text=True,
         timeout=150,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )

@@ -8,12 +8,12 @@ change that is meant to change the losses:
 
 import json
 import os
-import subprocess
 from pathlib import Path
 
 import pytest
 import torch
 import warm_python
+from real_processes import run_process
 from repository import ROOT
 from safetensors import safe_open
 
@@ -64,13 +64,11 @@ def trained(folder: Path, name: str) -> dict[str, list[float]]:
         for key, value in os.environ.items()
         if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")
     }
-    done = subprocess.run(
+    done = run_process(
         (
             f"{warm_python.PYTHON} {ROOT / 'MultiModalLLM/src/train/train.py'} "
             f"--config-path {folder} --config-name {name} trainer.sample_steps=0"
         ).split(),
-        capture_output=True,
-        text=True,
         timeout=170,
         env={
             **plain,

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 import warm_python
 from PIL import Image
+from real_processes import run_process
 from repository import NANO, ROOT
 from safetensors import safe_open
 
@@ -206,7 +207,7 @@ def test_nano_lavit_is_killed_resumed_and_answers(tmp_path, capfd):
 def test_pipeline_stops_other_stages_if_one_fails(tmp_path):
     """clip cannot save, vae would train for hours."""
     (tmp_path / "clip.checkpoints").write_text("not a folder")
-    run = subprocess.run(
+    run = run_process(
         [
             warm_python.PYTHON,
             "-m",
@@ -218,8 +219,6 @@ def test_pipeline_stops_other_stages_if_one_fails(tmp_path):
         env=ENVIRONMENT,
         cwd=ROOT,
         timeout=300,
-        capture_output=True,
-        text=True,
     )
     assert (
         run.returncode == 2
