@@ -138,9 +138,9 @@ def tokens(run: Run) -> Section:
 
     # 3. Means by number of things. Empty scenes have 0; their intervals resample backgrounds.
     near, blind = run.system.losses(run.encoded)
-    by_number = {"0": _mean_and_spread(without, list(BACKGROUNDS) * repeats)}
-    for number in sorted(set(things.tolist())):
-        by_number[str(number)] = _mean_and_spread(counts[things == number])
+    spreads = {"0": _mean_and_spread(without, list(BACKGROUNDS) * repeats)}
+    for n_things in sorted(set(things.tolist())):
+        spreads[str(n_things)] = _mean_and_spread(counts[things == n_things])
     return {
         "n": len(counts),
         "patches": run.system.patches,
@@ -148,7 +148,7 @@ def tokens(run: Run) -> Section:
         "blind": bootstrap(blind),
         "mean": bootstrap(counts),
         "fullest": int(things.max()),
-        "things": by_number,
+        "things": spreads,
         "empty_share": scoring.ratio(
             without.reshape(repeats, -1).mean(0), counts[things == things.max()]
         ),
@@ -336,12 +336,12 @@ def detection(run: Run) -> Section:
     # 1. Ask for one thing of each scene.
     images = run.real[: len(run.scenes)]
     phrases = []
-    wanted = []
+    true_boxes = []
     for row, scene in enumerate(run.scenes):
         scene_boxes = boxes(scene)
         name = random.Random(f"{SEED} detect {row}").choice(scene.things)
         phrases.append(detect_phrase(name, scene_boxes))
-        wanted.append([box for thing, box in scene_boxes if thing == name])
+        true_boxes.append([box for thing, box in scene_boxes if thing == name])
     detected = run.system.detect(images, phrases)
 
     # 2. Answers, and a sheet row of the first ones.
@@ -355,8 +355,8 @@ def detection(run: Run) -> Section:
 
     # 3. Match detected and true boxes by overlap, in shares of the side.
     shares = [[[value / run.side for value in box] for box in found] for found in detected]
-    hits = list(map(scoring.count_matches, shares, wanted))
-    rates = scoring.box_rates(hits, list(map(len, shares)), list(map(len, wanted)))
+    hits = list(map(scoring.count_matches, shares, true_boxes))
+    rates = scoring.box_rates(hits, list(map(len, shares)), list(map(len, true_boxes)))
     return {"n": len(images), **rates}
 
 

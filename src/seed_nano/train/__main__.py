@@ -54,20 +54,14 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument(
         "--jobs", type=bounded_int(1), default=1, help="stages that run in parallel (1)"
     )
-    parser.add_argument(
-        "--child", action="store_true", help=argparse.SUPPRESS
-    )  # a single stage of another run
+    # A single stage of another run.
+    parser.add_argument("--child", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--no-report", action="store_true", help="skip the report")
     argv = sys.argv[1:] if arguments is None else arguments
-    overrides = [
-        word for word in argv if "=" in word and not word.startswith("-")
-    ]  # argparse wants them in one place
-    return run_program(
-        parser,
-        partial(_run, overrides),
-        [word for word in argv if word not in overrides],
-        "nano training",
-    )
+    # Settings may stand anywhere; argparse wants them in one place.
+    overrides = [word for word in argv if "=" in word and not word.startswith("-")]
+    flags = [word for word in argv if word not in overrides]
+    return run_program(parser, partial(_run, overrides), flags, "nano training")
 
 
 def _run(overrides: Sequence[str], options: argparse.Namespace) -> int:
@@ -80,37 +74,26 @@ def _run(overrides: Sequence[str], options: argparse.Namespace) -> int:
     # 1. The stages to run.
     wanted = [stage.strip() for stage in options.only.split(",") if stage.strip()]
     check_keys(wanted, [stage.name for stage in stages], "--only")
-    wanted = wanted or [
-        stage.name for stage in stages if stage.name != "report" or not options.no_report
-    ]
+    if not wanted:
+        wanted = [stage.name for stage in stages]
+        if options.no_report:
+            wanted.remove("report")
     # 2. Write the settings, which child processes read.
     with writing(work):
         out.mkdir(parents=True, exist_ok=True)
         work.mkdir(parents=True, exist_ok=True)
         replace_text(work / "config.yaml", OmegaConf.to_yaml(OmegaConf.create(asdict(config))))
-    child = [
-        "-m",
-        "seed_nano.train",
-        options.system,
-        "--preset",
-        str(work / "config.yaml"),
-        "--work",
-        str(work),
-        "--out",
-        str(out),
-        "--child",
-        "--only",
-    ]
+    child = ["-m", "seed_nano.train", options.system, "--preset", str(work / "config.yaml")]
+    child += ["--work", str(work), "--out", str(out), "--child", "--only"]
+    # 3. Run the stages.
     space = kind(config, work, out)
     started = time.monotonic()
-    # 3. Run the stages.
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or torch.get_num_threads())
     Pipeline(space, stages, wanted, options.jobs, child).run()
     if not options.child:
-        print(
-            f"Done in {(time.monotonic() - started) / 60:.1f} min: {out}"
-            + (f"; try: seed chat --model {out}" if "assemble" in wanted else "")
-        )
+        minutes = (time.monotonic() - started) / 60
+        hint = f"; try: seed chat --model {out}" if "assemble" in wanted else ""
+        print(f"Done in {minutes:.1f} min: {out}{hint}")
     return DONE
 
 

@@ -69,9 +69,8 @@ def install_llm(space: Workspace) -> dict[str, Any]:
     """Stage `llm` of nano and nano-lavit: the trained model into the system; returns nano's
     held-out losses."""
     lavit = space.system == "nano_lavit"
-    stage, target = (
-        ("language", space.out / "llm") if lavit else ("llm_sft", space.out / "seed_llama")
-    )
+    stage = "language" if lavit else "llm_sft"
+    target = space.out / ("llm" if lavit else "seed_llama")
     trained = trained_folder(space, stage)
     target.mkdir(parents=True, exist_ok=True)
     for name in ("config.json", "generation_config.json", "model.safetensors"):
@@ -80,11 +79,11 @@ def install_llm(space: Workspace) -> dict[str, Any]:
         shutil.copy(trained / VISUAL_WEIGHTS, space.out / "tokenizer")
     # Held-out losses of the training's record.
     losses = read_json_object(space.record(stage)).get("evaluation", {})
-    return {
-        key: round(losses[f"eval_{key}"], 4)
-        for key in ("text_loss", "image_loss")
-        if f"eval_{key}" in losses
-    }
+    held_out = {}
+    for key in ("text_loss", "image_loss"):
+        if f"eval_{key}" in losses:
+            held_out[key] = round(losses[f"eval_{key}"], 4)
+    return held_out
 
 
 def install_agent(space: Workspace) -> None:
@@ -98,14 +97,11 @@ def install_agent(space: Workspace) -> None:
     llm = LlamaForCausalLM(LlamaConfig(**about["llm"]))
     agent = build_agent(llm, read_agent({**parts, "losses": about["losses"], "path": str(folder)}))
     llm.save_pretrained(space.out / "llm")
-    save_state_dict(
-        {name: value for name, value in agent.state_dict().items() if not name.startswith("llm.")},
-        space.out / "agent" / "model.safetensors",
-    )
-    replace_text(
-        space.out / "agent" / "config.json",
-        json.dumps({**parts, "settings": about["losses"]}, indent=1),
-    )
+    state = agent.state_dict()
+    state = {name: value for name, value in state.items() if not name.startswith("llm.")}
+    save_state_dict(state, space.out / "agent" / "model.safetensors")
+    settings = json.dumps({**parts, "settings": about["losses"]}, indent=1)
+    replace_text(space.out / "agent" / "config.json", settings)
 
 
 def assemble_nano(space: Workspace) -> dict[str, Any]:
@@ -167,12 +163,10 @@ def _finished(out: Path) -> dict[str, Any]:
     for file in files:
         with safe_open(file, framework="pt") as handle:
             metadata = dict(handle.metadata() or {})
-        save_state_dict(
-            {
-                name: value.half() if value.dtype == torch.float32 else value
-                for name, value in load_state_dict(file).items()
-            },
-            file,
-            metadata,
-        )
-    return {"weights_mb": round(sum(file.stat().st_size for file in files) / 1e6, 2)}
+        state = load_state_dict(file)
+        for name, value in state.items():
+            if value.dtype == torch.float32:
+                state[name] = value.half()
+        save_state_dict(state, file, metadata)
+    n_bytes = sum(file.stat().st_size for file in files)
+    return {"weights_mb": round(n_bytes / 1e6, 2)}

@@ -400,12 +400,11 @@ def edit_anchors(edits: Sequence[tuple[Scene, Scene]]) -> Tensor:
         if before.style != after.style:
             continue
         # Slots of the source by thing and anchor, without jitter.
-        unchanged = {
-            (slot.thing, x, y, side)
-            for slot, (_, x, y, side) in zip(
-                before.slots(), anchors(before.layout, before.counts), strict=True
-            )
-        }
+        unchanged = set()
+        before_anchors = anchors(before.layout, before.counts)
+        for slot, (_, x, y, side) in zip(before.slots(), before_anchors, strict=True):
+            unchanged.add((slot.thing, x, y, side))
+        # Things at the same anchor in the target keep it.
         for index, (kind, x, y, side) in enumerate(anchors(after.layout, after.counts)):
             if (after.things[kind], x, y, side) in unchanged:
                 spots[row, index] = torch.tensor([kind, x, y, side])

@@ -81,13 +81,11 @@ def new_tokenizer(space: LavitWorkspace) -> DynamicTokenizer:
     torch.manual_seed(space.config.seed + 1)
     tokenizer = DynamicTokenizer(tokenizer_sizes(space))
     weights = load_state_dict(space.nano / "model.safetensors")
-    tokenizer.encoder.load_state_dict(
-        {
-            name.removeprefix(PREFIX): value.float()
-            for name, value in weights.items()
-            if name.startswith(PREFIX)
-        }
-    )
+    encoder = {}
+    for name, value in weights.items():
+        if name.startswith(PREFIX):
+            encoder[name.removeprefix(PREFIX)] = value.float()
+    tokenizer.encoder.load_state_dict(encoder)
     return tokenizer.to(space.device)
 
 

@@ -113,11 +113,8 @@ class NanoTask(StageTask):
         self.space: Workspace = space
         self.parallel = False  # the losses call parts of the module past its `forward`
         section = f"train_{self.name}"
-        self.config = {
-            key: value
-            for key, value in asdict(space.config).items()
-            if key in ("seed", "image_size", section)
-        }
+        settings = asdict(space.config)
+        self.config = {key: settings[key] for key in ("seed", "image_size", section)}
         self.quiet_keys = [f"{section}.{key}" for key in QUIET]
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import json
 from collections.abc import Iterable
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -28,9 +29,10 @@ def train_text_tokenizer(
     and return the tokenizer of class `kind`: `vocab_size` text pieces (those of bytes and control
     words included), `n_codes` image words on top, and, with `n_locations` places on a side of the
     grid of boxes, SEED-X's words."""
+    lines = chain.from_iterable(text.split("\n") for text in texts)
     model = io.BytesIO()
     spm.SentencePieceTrainer.Train(
-        sentence_iterator=(line for text in texts for line in text.split("\n") if line.strip()),
+        sentence_iterator=filter(str.strip, lines),
         model_writer=model,
         model_type="bpe",
         vocab_size=vocab_size,
@@ -88,16 +90,9 @@ def write_files(
             brackets + 4,
             brackets + 4 + n_locations,
         )
-    special = {
-        key: {
-            "content": text,
-            "lstrip": False,
-            "normalized": True,
-            "rstrip": False,
-            "single_word": False,
-        }
-        for key, text in SPECIAL_TOKENS.items()
-    }
+    # Settings of transformers' tokenizer, and ours.
+    flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
+    special = {key: {"content": text, **flags} for key, text in SPECIAL_TOKENS.items()}
     config = {
         "tokenizer_class": "LlamaTokenizer",
         "add_bos_token": True,

@@ -97,15 +97,11 @@ def load_settings(system: str, file: str | Path, overrides: Sequence[str] = ()) 
 
 def _with_full_names(values: Any) -> Any:
     """The settings with `NAMES` in the sections `train_*` replaced by those of `StageSettings`."""
-    return {
-        key: {
-            STAGE_SETTING_NAMES.get(name, name): setting_value
-            for name, setting_value in value.items()
-        }
-        if str(key).startswith("train_") and isinstance(value, Mapping)
-        else value
-        for key, value in values.items()
-    }
+    settings = dict(values)
+    for key, section in values.items():
+        if str(key).startswith("train_") and isinstance(section, Mapping):
+            settings[key] = {STAGE_SETTING_NAMES.get(name, name): section[name] for name in section}
+    return settings
 
 
 def has_bf16(device: torch.device) -> bool:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import random
 from dataclasses import dataclass, field
+from itertools import chain
 
 from seed_multimodal.language.prompts import (
     DESCRIBE_PROMPT,
@@ -97,7 +98,7 @@ class ConversationBuilder:
     def story(self) -> None:
         """A story of three images."""
         pages = story(self.rng, self.allowed, 3)
-        self.say([story_request(pages, self.rng)], [part for page in pages for part in page])
+        self.say([story_request(pages, self.rng)], list(chain.from_iterable(pages)))
 
 
 def small_talk(rng: random.Random, with_image: bool) -> tuple[str, str]:

@@ -324,14 +324,14 @@ class _RecordMaker:
                 # One thing, counted up to four.
                 name = rng.choice(NAMES)
                 texts.append((f"One {name}.", name, 1))
-                for number, word in NUMBERS.items():
-                    texts.append((f"{word.capitalize()} {plural(name)}.", name, number))
+                for n_things, word in NUMBERS.items():
+                    texts.append((f"{word.capitalize()} {plural(name)}.", name, n_things))
 
             # Scenes of one style, which all must be allowed.
             pages = []
-            for text, name, number in texts:
-                layout = "many" if number > 1 else "large"
-                scene = Scene(style, background, layout, (name,), (number,), jitter)
+            for text, name, n_things in texts:
+                layout = "many" if n_things > 1 else "large"
+                scene = Scene(style, background, layout, (name,), (n_things,), jitter)
                 pages.append((text, scene))
             if all(self.allowed(scene) for _, scene in pages):
                 return pages
@@ -434,8 +434,8 @@ def _detection_turn(view: View, name: str) -> tuple[str, str]:
 
 def detect_phrase(name: str, boxes: Sequence[tuple[str, Any]]) -> str:
     """`the tiger`, `the tigers`."""
-    number = sum(thing == name for thing, _ in boxes)
-    return f"the {plural(name) if number > 1 else name}"
+    n_things = sum(thing == name for thing, _ in boxes)
+    return f"the {plural(name) if n_things > 1 else name}"
 
 
 def box_text(name: str, boxes: Sequence[tuple[str, Sequence[float]]]) -> str:

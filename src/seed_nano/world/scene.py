@@ -147,9 +147,8 @@ class WideScene:
         for quarter, name in enumerate(self.things):
             rng = random.Random(f"{self.jitter} {quarter}")
             side = SIDE / 2 * (1 + rng.uniform(-0.07, 0.07))
-            x, y = (
-                LOW + cell / 2 + rng.uniform(-0.03, 0.03) for cell in (quarter % 2, quarter // 2)
-            )
+            x = LOW + quarter % 2 / 2 + rng.uniform(-0.03, 0.03)
+            y = LOW + quarter // 2 / 2 + rng.uniform(-0.03, 0.03)
             if name:
                 slots.append(Slot(name, x, y, side))
         return slots
@@ -164,11 +163,9 @@ def find_drawings(path: str | Path | None = None) -> Path:
     """
     setting = path or os.environ.get("SEED_NANO_DATA")
     project = Path(__file__).resolve().parents[3]
-    candidates = (
-        [Path(setting).expanduser()]
-        if setting
-        else [project / "data" / "nano", Path.cwd() / "data" / "nano"]
-    )
+    candidates = [project / "data" / "nano", Path.cwd() / "data" / "nano"]
+    if setting:
+        candidates = [Path(setting).expanduser()]
     for folder in candidates:
         if (folder / "manifest.json").is_file():
             return folder

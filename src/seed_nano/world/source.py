@@ -109,18 +109,13 @@ def _fields(record: Mapping[str, Any], content: str) -> dict[str, Any]:
         return {"images": record["image_ids"], "texts": record["texts"]}
     # Messages, and the last image's turn under the keys of a user's own data.
     request, answer = (message["content"] for message in from_last_image(record)[:2])
-    fields = {
-        "messages": [
-            {
-                "role": message["role"],
-                "content": [
-                    {"image": part} if isinstance(part, View) else part
-                    for part in message["content"]
-                ],
-            }
-            for message in record["messages"]
+    messages = []
+    for message in record["messages"]:
+        content_parts = [
+            {"image": part} if isinstance(part, View) else part for part in message["content"]
         ]
-    }
+        messages.append({"role": message["role"], "content": content_parts})
+    fields: dict[str, Any] = {"messages": messages}
     if content in ("qa", "describe", "asides"):
         fields |= {"image": request[0], "question": request[1], "answer": answer[0]}
     elif content == "edits":

@@ -57,11 +57,14 @@ def scene_anchors(scenes: Sequence[Scene]) -> Tensor:
     Scenes with fewer than K drawings are padded with rows that begin with -1.
     """
     max_slots = max(map(len, arrangement_anchors()))
-    rows = [
-        [[scene.things.index(slot.thing), slot.x, slot.y, slot.side] for slot in scene.slots()]
-        for scene in scenes
-    ]
-    return torch.tensor([[*row, *[[-1, 0.5, 0.5, 1.0]] * (max_slots - len(row))] for row in rows])
+    padding = [-1, 0.5, 0.5, 1.0]
+    rows = []
+    for scene in scenes:
+        row = [
+            [scene.things.index(slot.thing), slot.x, slot.y, slot.side] for slot in scene.slots()
+        ]
+        rows.append(row + [padding] * (max_slots - len(row)))
+    return torch.tensor(rows)
 
 
 def label_ids(scene: Scene, classes: dict[str, tuple[str, ...]] = CLASSES) -> dict[str, int]:

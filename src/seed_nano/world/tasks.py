@@ -45,17 +45,17 @@ def verdict(scene: Scene | WideScene, *names: str, all_things: bool = False) -> 
 
 
 def _placed(scene: Scene | WideScene) -> list[tuple[str, str]]:
+    """Each thing of a scene, and itself with its place in words."""
+    descriptions = []
     if isinstance(scene, WideScene):
-        return [
-            (name, f"at the {quarter} {noun_phrase(1, name)}")
-            for name, quarter in zip(scene.things, QUARTERS, strict=True)
-            if name
-        ]
+        for name, quarter in zip(scene.things, QUARTERS, strict=True):
+            if name:
+                descriptions.append((name, f"at the {quarter} {noun_phrase(1, name)}"))
+        return descriptions
     spots = SPOTS.get(scene.layout, ("",) * len(scene.things))
-    return [
-        (name, f"{spot} {noun_phrase(count, name)}".strip())
-        for name, count, spot in zip(scene.things, scene.counts, spots, strict=True)
-    ]
+    for name, count, spot in zip(scene.things, scene.counts, spots, strict=True):
+        descriptions.append((name, f"{spot} {noun_phrase(count, name)}".strip()))
+    return descriptions
 
 
 def after(verdict: str, answer: str) -> str:
@@ -89,9 +89,10 @@ def ask(scene: Scene, kind: str, rng: random.Random, varied: bool = False) -> Qu
     # The first wording is the one of the report; records vary it.
     def worded(name: str, thing: str = "") -> str:
         wordings: list[str] = VOCABULARY["questions"][name]
-        return (rng.choice(wordings) if varied and rng.random() < 0.6 else wordings[0]).format(
-            thing
-        )
+        wording = wordings[0]
+        if varied and rng.random() < 0.6:
+            wording = rng.choice(wordings)
+        return wording.format(thing)
 
     if kind == "style":
         return Question(kind, worded(kind), scene.style)

@@ -55,9 +55,8 @@ RELATIONS: dict[str, list[str]] = VOCABULARY["relations"]
 def background_words(background: str, rng: random.Random) -> str:
     """`change the background to blue`, `put it in a meadow`."""
     if background in COLOURS:
-        return rng.choice(
-            (f"change the background to {background}", f"make the background {background}")
-        )
+        change = f"change the background to {background}"
+        return rng.choice((change, f"make the background {background}"))
     return f"put it {BACKGROUND_PHRASES[background][0]}"
 
 
@@ -67,9 +66,10 @@ def write_known_words(file: Path) -> None:
     for table in (BACKGROUND_PHRASES, POSITION_PHRASES, RELATIONS):
         for phrases in table.values():
             vocabulary.update(" ".join(phrases).split())
+    forms = {*NAMES, *map(plural, NAMES)}
     content = {
         "about": f"{len(NAMES)} things, up to four of each",
-        "names": sorted({form for name in NAMES for form in (name, plural(name))}),
+        "names": sorted(forms),
         "words": sorted(vocabulary),
     }
     replace_text(file, json.dumps(content, ensure_ascii=False))

@@ -103,12 +103,13 @@ class View:
         left, top, right, bottom = (round(share * self.size) for share in self.frame)
         # 1. A canvas of the margin's grey.
         canvas = np.full((bottom - top, right - left, 3), self.margin, np.uint8)
-        x, y = max(left, 0), max(top, 0)
         # 2. The part of the scene inside the frame, copied to its position on the canvas.
-        inside = render(self.scene, self.size, self.folder)[
-            y : min(bottom, self.size), x : min(right, self.size)
-        ]
-        canvas[y - top : y - top + inside.shape[0], x - left : x - left + inside.shape[1]] = inside
+        rows = slice(max(top, 0), min(bottom, self.size))
+        columns = slice(max(left, 0), min(right, self.size))
+        image = render(self.scene, self.size, self.folder)
+        canvas[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left] = (
+            image[rows, columns]
+        )
         return canvas
 
     def boxes(self) -> list[tuple[str, Box]]:
@@ -118,18 +119,16 @@ class View:
         def inside(value: float, start: float, end: float) -> float:
             return min(max((value - start) / (end - start), 0.0), 1.0)
 
-        return [
-            (
-                name,
-                (
-                    inside(box[0], left, right),
-                    inside(box[1], top, bottom),
-                    inside(box[2], left, right),
-                    inside(box[3], top, bottom),
-                ),
+        result = []
+        for name, (box_left, box_top, box_right, box_bottom) in boxes(self.scene):
+            box = (
+                inside(box_left, left, right),
+                inside(box_top, top, bottom),
+                inside(box_right, left, right),
+                inside(box_bottom, top, bottom),
             )
-            for name, box in boxes(self.scene)
-        ]
+            result.append((name, box))
+        return result
 
 
 def any_view(scene: Scene | WideScene, rng: random.Random, framed: bool = True) -> View:

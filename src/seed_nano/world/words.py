@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import astuple, dataclass
 
 from seed_nano.world.scene import HORIZONTAL_CENTRES, Scene
@@ -97,10 +97,18 @@ def describe(scene: Scene, rng: random.Random | None = None, background_first: b
     return f"{phrase}, {caption}" if background_first and leave_out(0.2) else f"{caption} {phrase}"
 
 
-_PHRASES = {phrase: name for name, phrases in BACKGROUND_PHRASES.items() for phrase in phrases}
-_SPOTS = {phrase: name for name, phrases in POSITION_PHRASES.items() for phrase in phrases}
-_RELATION_WORDS = {phrase: name for name, phrases in RELATIONS.items() for phrase in phrases}
-_NAMED = {form: name for name in THINGS for form in (name, plural(name))}
+def _names_by_phrase(phrases_of: Mapping[str, Sequence[str]]) -> dict[str, str]:
+    """Phrase → what it names."""
+    names: dict[str, str] = {}
+    for name, phrases in phrases_of.items():
+        names |= dict.fromkeys(phrases, name)
+    return names
+
+
+_PHRASES = _names_by_phrase(BACKGROUND_PHRASES)
+_SPOTS = _names_by_phrase(POSITION_PHRASES)
+_RELATION_WORDS = _names_by_phrase(RELATIONS)
+_NAMED = _names_by_phrase({name: (name, plural(name)) for name in THINGS})
 _COUNTED = {"a": 1, "an": 1, **{word: count for count, word in NUMBERS.items()}}
 
 
