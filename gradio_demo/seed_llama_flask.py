@@ -223,7 +223,7 @@ def load_named(args: argparse.Namespace) -> MultimodalSystem:
 
 def load_parts(args: argparse.Namespace) -> MultimodalSystem:
     """SEED-LLaMA from the original's YAML files."""
-    from seed_multimodal.compat.configured import system_from_configs
+    from seed_multimodal.compat.seed_llama_yaml import system_from_configs
 
     return system_from_configs(
         model=args.model,

@@ -1,5 +1,7 @@
 """The original's import path; see `seed_multimodal.compat`."""
 
-from seed_multimodal.compat.configured import language_model as get_pretrained_llama_causal_model
+from seed_multimodal.compat.seed_llama_yaml import (
+    language_model as get_pretrained_llama_causal_model,
+)
 
 __all__ = ["get_pretrained_llama_causal_model"]

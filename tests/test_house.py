@@ -612,8 +612,15 @@ PACKAGES = (
     "compat",
 )
 ABOVE = ("__main__", "")  # "" is the package itself, which names its public objects
-# Modules of a family that belong to a later package: decoders of records, trainings, evaluation.
-LATER = {"data": "data", "train": "training", "evaluate": "evaluation"}
+# Modules of a family that belong to a later package: decoders of records, trainings and what is
+# made of their checkpoints, evaluation.
+LATER = {
+    "data": "data",
+    "losses": "training",
+    "train": "training",
+    "export": "training",
+    "evaluate": "evaluation",
+}
 
 
 def import_graph(package: Path) -> dict[str, set[str]]:
@@ -697,7 +704,7 @@ def test_a_circle_is_found():
 def rank(module: str) -> int:
     """Position of a module in the import order."""
     name = module.removeprefix("seed_multimodal").strip(".")
-    family_module = re.fullmatch(r"models\.\w+\.(data|train|evaluate)(_\w+)?", name)
+    family_module = re.fullmatch(rf"models\.\w+\.({'|'.join(LATER)})(_\w+)?", name)
     if family_module:
         return PACKAGES.index(LATER[family_module[1]])
     if name == "models.registry":

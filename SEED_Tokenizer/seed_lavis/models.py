@@ -48,10 +48,11 @@ from seed_multimodal.models.seed.losses import (
     Stage1Model,
     Stage2Model,
     Stage2Weights,
+    label_divergence,
 )
 from seed_multimodal.nn.eva import EvaVit
 from seed_multimodal.settings import read_settings
-from seed_multimodal.training.frozen_models import label_divergence, load_label_heads
+from seed_multimodal.training.frozen_models import load_label_heads
 from seed_multimodal.weights import fingerprint, load_state_dict
 
 if TYPE_CHECKING:

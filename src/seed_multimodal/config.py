@@ -25,9 +25,9 @@ from seed_multimodal.settings import check_keys, nearest
 # The original's names → ours (`module:attribute`). Their YAML files work unchanged.
 ALIASES = {
     "models.model_tools.get_pretrained_llama_causal_model": (
-        "seed_multimodal.compat.configured:language_model"
+        "seed_multimodal.compat.seed_llama_yaml:language_model"
     ),
-    "transformers.LlamaForCausalLM.from_pretrained": "seed_multimodal.compat.configured:language_model",
+    "transformers.LlamaForCausalLM.from_pretrained": "seed_multimodal.compat.seed_llama_yaml:language_model",
     "models.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained": (
         "seed_multimodal.compat.seed_llama:SeedLlamaTokenizer.from_pretrained"
     ),

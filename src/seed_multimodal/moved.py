@@ -12,10 +12,10 @@ from types import ModuleType
 PACKAGE = "seed_multimodal."
 # Earlier → current name, without the package; the longest that matches counts.
 MOVED = {
-    "cli.lavit": "compat.cli_lavit",
-    "cli.seed": "compat.cli_seed",
-    "cli.seed_x": "compat.cli_seed_x",
-    "configured": "compat.configured",
+    "cli.lavit": "compat.lavit_programs",
+    "cli.seed": "compat.seed_llama_programs",
+    "cli.seed_x": "compat.seed_x_programs",
+    "configured": "compat.seed_llama_yaml",
     "data.decoders.lavit": "models.lavit.data",
     "data.decoders.seed_x": "models.seed_x.data",
     "data.pretokenize.lavit_codes": "data.pretokenize.encode",

@@ -164,7 +164,7 @@ def test_dtype_of_each_image_encoder_on_a_gpu(gpu: None, tiny_folder: Path, monk
 
 def test_dtype_and_quantization_override_yaml_files(tiny_folder: Path, tmp_path):
     pytest.importorskip("bitsandbytes")
-    from seed_multimodal.compat.configured import system_from_configs
+    from seed_multimodal.compat.seed_llama_yaml import system_from_configs
 
     (tmp_path / "words.yaml").write_text(
         "_target_: models.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained\n"
@@ -195,8 +195,8 @@ def test_dtype_and_quantization_override_yaml_files(tiny_folder: Path, tmp_path)
 def test_programs_with_a_model_have_the_same_flags(capsys, monkeypatch):
     from seed_multimodal.cli import evaluate
     from seed_multimodal.cli.main import main
-    from seed_multimodal.compat import cli_seed as seed
-    from seed_multimodal.compat.cli_seed_x import SCRIPTS, seed_x_script
+    from seed_multimodal.compat import seed_llama_programs as seed
+    from seed_multimodal.compat.seed_x_programs import SCRIPTS, seed_x_script
     from seed_nano import quickstart
     from seed_nano.report import __main__ as report
 

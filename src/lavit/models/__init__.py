@@ -7,6 +7,14 @@ from pathlib import Path
 # Runs from a checkout that is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
+from seed_multimodal.compat.lavit import (  # noqa: E402
+    LaVITDetokenizer,
+    LaVITforGeneration,
+    LaVITforUnderstanding,
+    LaVITImageProcessor,
+    LaVITQuestionProcessor,
+    build_model,
+)
 
 __all__ = [
     "LaVITDetokenizer",

@@ -1,10 +1,21 @@
-"""What exists only for the originals' Python objects: names, arguments and results of their classes
-around ours.
+"""What exists only for the originals: their Python objects, files and command lines.
 
-* `seed_1`: `SEEDVisualTokenizer`
+Objects with the names, arguments and results of the originals' classes, around ours:
+
+* `seed_llama`: `SeedLlamaTokenizer`, `ImageTokenizer`; `seed_1`: `SEEDVisualTokenizer`
 * `seed_x`: vision encoder, resamplers, language model and agent
 * `detokenizer`: `SDXLAdapter` of both stages, `ResamplerXLV2`
+* `lavit`: LaVIT's classes
 * `lora`: `get_peft_model_with_resize_embedding` of either repository
+
+Files:
+
+* `seed_llama_yaml`, `seed_x_yaml`: systems from their YAML files
+
+Command lines:
+
+* `seed_llama_programs`, `seed_x_programs`, `lavit_programs`: inference and evaluation
+* `training_flags`: flags of the trainings
 
 The folders `models/`, `src/models`, `src/processer`, `src/data` and those of the same names in
 `MultiModalLLM/src` give these objects the originals' import paths, for programs that start with

@@ -28,6 +28,7 @@ from seed_multimodal.inference.prompt import GenerationSettings, HiddenStates, P
 from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.llama_tokenizer import LlamaTokenizer
 from seed_multimodal.models.seed_x import modeling, vision
+from seed_multimodal.models.seed_x.losses import TrainedAgent
 from seed_multimodal.models.seed_x.processing import answer_text, seed_x_vocabulary
 from seed_multimodal.models.seed_x.views import AnyResolution, patch_positions
 
@@ -137,7 +138,7 @@ class AgentAnswer(TypedDict):
     img_gen_feat: Tensor | None  # [n, 64, K]
 
 
-class ContinuousLVLM(modeling.ContinuousLVLM):
+class ContinuousLVLM(TrainedAgent):
     """`src.models.mllm.seed_x.ContinuousLVLM`, the agent."""
 
     def __init__(

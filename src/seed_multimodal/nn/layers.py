@@ -199,3 +199,11 @@ def _same_attention() -> tuple[AbstractContextManager[None], AbstractContextMana
     # The backward pass usually runs outside of a caller's own choice of kernels.
     allowed = [backend for backend, is_allowed in switches if is_allowed()]
     return nullcontext(), sdpa_kernel(allowed)
+
+
+def cosine(a: Tensor, b: Tensor) -> Tensor:
+    """Cosine along the last axis without an epsilon, as in the original: `[..., D]` → `[...]`."""
+    a = a.float()
+    b = b.float()
+    products = (a * b).sum(-1)
+    return products / (a.norm(dim=-1) * b.norm(dim=-1))

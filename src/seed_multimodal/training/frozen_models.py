@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.device import copy_to
@@ -55,21 +54,3 @@ def load_label_heads(file: str | Path, labels: Sequence[str] | None = None) -> L
     heads = LabelHeads(width, {label: shapes[label][0] for label in labels or shapes})
     assign_strictly(heads, state, file)
     return heads.requires_grad_(False).eval()
-
-
-def label_divergence(heads: LabelHeads, embedding: Tensor, teacher: Tensor) -> Tensor:
-    """KL divergence `[B]` of the embedding's labels from the teacher's, fp32, averaged over the
-    labels.
-
-    No gradient flows into `teacher`.
-    """
-    with torch.autocast(embedding.device.type, enabled=False):
-        with torch.no_grad():
-            targets = heads(teacher.float())
-        predictions = heads(embedding.float())
-        divergences = []
-        for label, logits in predictions.items():
-            target = targets[label].softmax(1)  # [B, classes]
-            divergence = F.kl_div(logits.log_softmax(1), target, reduction="none")
-            divergences.append(divergence.sum(1))
-        return torch.stack(divergences).mean(0)

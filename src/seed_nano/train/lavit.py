@@ -23,10 +23,10 @@ from seed_multimodal.models.lavit.decoder import CodeDecoder, LavitDecoderConfig
 from seed_multimodal.models.lavit.losses import FLIP_EVERY, LavitLossWeights, LavitStage1
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
 from seed_multimodal.models.lavit.train_tokenizer import LavitTokenizerTask
+from seed_multimodal.models.seed.losses import label_divergence
 from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 from seed_multimodal.training.codebook import CodebookHealth
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.frozen_models import label_divergence
 from seed_multimodal.training.schedules import batch_indices
 from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
 from seed_nano.train.task import NanoTask, map_scenes

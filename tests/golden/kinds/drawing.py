@@ -207,7 +207,7 @@ def check_seed1_case(
 def check_images(
     model: StableDiffusionDetokenizer, case: str, images: torch.Tensor, want: Tensors
 ) -> None:
-    from seed_multimodal.compat.cli_seed import make_grid
+    from seed_multimodal.compat.seed_llama_programs import make_grid
 
     assert_close(images, want[f"{case}.images"], 2e-4, 0, f"{case}.images")
     decoded = model.to_images(want[f"{case}.latents"])

@@ -32,6 +32,7 @@ from seed_multimodal.language.prompts import ORIGINAL_TASKS
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.models.seed.pipeline import SeedImageCodec, SeedLlama
 from seed_multimodal.models.seed.spec import SeedLlamaConfig
+from seed_multimodal.pipelines.images import CodecPlacement
 from seed_multimodal.serving.app import create_app
 
 TEMPLATES = {"cases_8b.json": "vicuna", "cases_14b.json": "llama2"}
@@ -42,6 +43,7 @@ class RecordedImages(SeedImageCodec):
 
     def __init__(self, vocabulary: Any) -> None:
         encoder: Any = nn.Module()
+        encoder.visual_encoder = SimpleNamespace(image_size=224)
         encoder.config = SimpleNamespace(
             num_query=vocabulary.tokens_per_image,
             codebook_size=vocabulary.n_codes,
@@ -50,8 +52,7 @@ class RecordedImages(SeedImageCodec):
         super().__init__(
             encoder,
             get_transform("clip", keep_ratio=False, image_size=224),
-            device=torch.device("cpu"),
-            load_decoder=lambda: None,
+            CodecPlacement(torch.device("cpu"), load_decoder=lambda: None),
         )  # type: ignore[arg-type]
         self.vocabulary = vocabulary
         self.shapes = list[list[int]]()

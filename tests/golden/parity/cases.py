@@ -59,6 +59,8 @@ def png(index: int) -> bytes:
 class Captions:
     """The captions of 4,359 images that are no longer shipped, each with the same image."""
 
+    layout = None  # not in shards
+
     def __init__(self) -> None:
         lines = gzip.decompress((HERE / "captions.jsonl.gz").read_bytes()).decode().splitlines()
         self.rows = [json.loads(line) for line in lines]
@@ -307,7 +309,7 @@ def row_digests(case: str, folder: Path) -> dict[str, list[str]]:
 
 
 def language_model(folder: Path, *more: str, processes: int = 1, **changes: Any) -> list[float]:
-    from seed_multimodal.training.cli import run
+    from seed_multimodal.training.cli import parse, run
 
     folder.mkdir(parents=True, exist_ok=True)
     files = llm_runs.write_files(
@@ -317,7 +319,7 @@ def language_model(folder: Path, *more: str, processes: int = 1, **changes: Any)
     if processes > 1:
         llm_runs.run(arguments, before=llm_runs.torchrun())
     else:
-        run("train", llm_runs.APPLICATION / "configs", arguments)
+        run("train", llm_runs.APPLICATION / "configs", parse(arguments))
     return list(llm_runs.losses(folder / "out").values())
 
 

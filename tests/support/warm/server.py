@@ -50,7 +50,7 @@ SLOW = (
     "matplotlib.figure",
     "matplotlib.backends.backend_agg",
     "deepspeed",
-    "seed_multimodal.training.cli",
+    "seed_multimodal.compat.training_flags",
     "seed_multimodal.training.llm.task",
     "seed_multimodal.models.seed_x.train_agent",
     "seed_multimodal.models.seed_x.train_detokenizer",

@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 from repository import NANO, ROOT
 
-from seed_multimodal.compat.cli_seed import llama_script, tokenizer_script
+from seed_multimodal.compat.seed_llama_programs import llama_script, tokenizer_script
 
 pytestmark = pytest.mark.slow
 TOKENIZER = "configs/tokenizer/seed_llama_tokenizer_hf.yaml"

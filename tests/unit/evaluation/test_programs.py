@@ -20,7 +20,7 @@ from repository import ROOT
 
 from seed_multimodal.cli.evaluate import eval_program
 from seed_multimodal.cli.main import main
-from seed_multimodal.compat.cli_lavit import evaluate_script
+from seed_multimodal.compat.lavit_programs import evaluate_script
 from seed_multimodal.evaluation.annotations import Sample
 from seed_multimodal.evaluation.answers import Run
 from seed_multimodal.evaluation.tasks import TASKS, find_truth

@@ -14,7 +14,7 @@ from random_images import noise
 from repository import ROOT
 
 from seed_multimodal.cli.main import main
-from seed_multimodal.compat import cli_lavit as programs
+from seed_multimodal.compat import lavit_programs as programs
 
 HOME = ROOT / "src" / "lavit"
 PROGRAMS = (

@@ -14,7 +14,7 @@ def train(tmp_path, monkeypatch):
 
     Returns the output folder.
     """
-    from seed_multimodal.training.cli import run
+    from seed_multimodal.training.cli import parse, run
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
@@ -23,7 +23,11 @@ def train(tmp_path, monkeypatch):
         folder = tmp_path / "files"
         folder.mkdir(exist_ok=True)
         files = runs.write_files(folder, **changes)
-        run("train", runs.APPLICATION / "configs", runs.overrides(files, tmp_path / name, *more))
+        run(
+            "train",
+            runs.APPLICATION / "configs",
+            parse(runs.overrides(files, tmp_path / name, *more)),
+        )
         return tmp_path / name
 
     return go

@@ -33,7 +33,7 @@ def test_train_until_the_loss_is_not_finite(train, tmp_path):
 def test_train_on_exhausted_data_with_bad_records(tmp_path, capsys):
     import yaml
 
-    from seed_multimodal.training.cli import run
+    from seed_multimodal.training.cli import parse, run
 
     files = runs.write_files(tmp_path)
     data = yaml.safe_load(files["data"].read_text())
@@ -48,14 +48,16 @@ def test_train_on_exhausted_data_with_bad_records(tmp_path, capsys):
     run(
         "train",
         runs.APPLICATION / "configs",
-        runs.overrides(
-            files,
-            out,
-            "trainer.max_steps=500",
-            "trainer.logging_steps=50",
-            "trainer.eval_steps=10",
-            f"eval_data={files['data']}",
-            "trainer.eval_batches=2",
+        parse(
+            runs.overrides(
+                files,
+                out,
+                "trainer.max_steps=500",
+                "trainer.logging_steps=50",
+                "trainer.eval_steps=10",
+                f"eval_data={files['data']}",
+                "trainer.eval_batches=2",
+            )
         ),
     )
     summary = json.loads((out / "summary.json").read_text())
@@ -126,7 +128,7 @@ def test_train_again_after_the_end_logs_no_second_evaluation(train, tmp_path):
 @pytest.mark.slow
 def test_train_stopped_in_an_evaluation_leaves_the_evaluation(train, tmp_path):
     """SIGTERM in the second of ten evaluation batches."""
-    from seed_multimodal.training.cli import compose
+    from seed_multimodal.training.cli import compose, parse
     from seed_multimodal.training.llm.task import LlmTask
 
     files = runs.write_files(tmp_path)
@@ -149,7 +151,7 @@ def test_train_stopped_in_an_evaluation_leaves_the_evaluation(train, tmp_path):
         f"eval_data={files['data']}",
         "trainer.eval_batches=10",
     )
-    config = compose(options, runs.APPLICATION / "configs")
+    config = compose(parse(options), runs.APPLICATION / "configs")
     with pytest.raises(SystemExit):
         Signalled.train(config)
     assert len(read) == 2 and [step for step, _ in checkpoints(tmp_path / "out")] == [2]

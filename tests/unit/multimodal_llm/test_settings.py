@@ -12,9 +12,10 @@ import pytest
 import yaml
 from repository import ROOT
 
+from seed_multimodal.compat.training_flags import translate
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import read_settings
-from seed_multimodal.training.cli import compose, main, translate
+from seed_multimodal.training.cli import compose, main, parse
 from seed_multimodal.training.config import OptimSettings
 from seed_multimodal.training.engine import resolve_deepspeed_config
 from seed_multimodal.training.llm.config import LlmTrainerSettings, read_model_settings
@@ -49,7 +50,7 @@ def published(files) -> list[str]:
 
 
 def test_compose_the_published_command_line(published):
-    run = LlmTask.read(compose(published, CONFIGS))
+    run = LlmTask.read(compose(translate(published), CONFIGS))
     assert (
         run.trainer.max_steps,
         run.trainer.save_steps,
@@ -127,7 +128,7 @@ def test_compose_the_published_recipes(name, way, monkeypatch):
         text = Path(f"scripts/train_a100_lora_multi_node_{name}.sh").read_text().replace("\\\n", "")
         words = shlex.split(text, comments=True)
         arguments = words[words.index("launch") + 2 : -1]  # between the port and "$@"
-    run = LlmTask.read(compose(arguments, CONFIGS))
+    run = LlmTask.read(compose(translate(arguments), CONFIGS))
     settings = {**vars(run.optim), **vars(run.trainer)}
     assert {key: settings[key] for key in (*PUBLISHED[name], *OF_BOTH)} == {
         **PUBLISHED[name],
@@ -152,22 +153,26 @@ def test_compose_the_published_recipes(name, way, monkeypatch):
 
 def test_compose_later_arguments_win(published):
     config = compose(
-        [
-            *published,
-            "--max_steps",
-            "7",
-            "optim.learning_rate=0.5",
-            "model.sizes.hidden_size=16",
-            "deepspeed=none",
-        ],
+        translate(
+            [
+                *published,
+                "--max_steps",
+                "7",
+                "optim.learning_rate=0.5",
+                "model.sizes.hidden_size=16",
+                "deepspeed=none",
+            ]
+        ),
         CONFIGS,
     )
     assert (config["trainer"]["max_steps"], config["optim"]["learning_rate"]) == (7, 0.5)
     assert config["model"]["sizes"]["hidden_size"] == 16 and config.get("deepspeed") is None
     # A group chosen after the flags replaces all of them; one before does not.
-    trainer = compose([*published, "trainer=nano"], CONFIGS)["trainer"]
+    trainer = compose(translate([*published, "trainer=nano"]), CONFIGS)["trainer"]
     assert trainer == yaml.safe_load((CONFIGS / "trainer" / "nano.yaml").read_text())
-    assert compose(["trainer=nano", *published], CONFIGS)["trainer"]["max_steps"] == 30000
+    assert (
+        compose(translate(["trainer=nano", *published]), CONFIGS)["trainer"]["max_steps"] == 30000
+    )
 
 
 @pytest.mark.parametrize(
@@ -218,9 +223,17 @@ def test_translate_flags_of_the_original(arguments, overrides):
     ] == overrides
 
 
+def test_parse_without_the_flags_of_the_original():
+    command = parse(["model=nano", "--config-name", "mine", "--cfg", "trainer.max_steps=3"])
+    assert command.overrides == ["model=nano", "trainer.max_steps=3"]
+    assert command.options == {"config_name": "mine", "cfg": "True"} and not command.original
+    with pytest.raises(ConfigError, match="--max_steps: unknown option"):
+        parse(["--max_steps", "3"])
+
+
 def test_compose_values_with_an_equals_sign():
     for words in (["--output_dir", "log/lr=1e-4"], ["output_dir='log/lr=1e-4'"]):
-        assert compose(words, CONFIGS)["output_dir"] == "log/lr=1e-4"
+        assert compose(translate(words), CONFIGS)["output_dir"] == "log/lr=1e-4"
 
 
 @pytest.mark.parametrize(
@@ -239,7 +252,9 @@ def test_compose_values_with_an_equals_sign():
 )
 def test_compose_with_a_wrong_argument(arguments, words, files):
     with pytest.raises(ConfigError, match=words) as caught:
-        compose([*(f"{group}={file}" for group, file in files.items()), *arguments], CONFIGS)
+        compose(
+            translate([*(f"{group}={file}" for group, file in files.items()), *arguments]), CONFIGS
+        )
     assert "\n" not in str(caught.value)
 
 
@@ -275,7 +290,7 @@ def test_main_prints_the_configuration(files, capsys):
     shown = yaml.safe_load(capsys.readouterr().out)
     assert shown["output_dir"] == "???" and shown["trainer"]["max_steps"] == 7
     with pytest.raises(ConfigError, match="output_dir is required"):
-        compose(chosen, CONFIGS)
+        compose(translate(chosen), CONFIGS)
 
 
 @pytest.mark.parametrize(
@@ -298,7 +313,7 @@ def test_main_prints_the_configuration(files, capsys):
 )
 def test_read_with_a_wrong_setting(more, words, files, tmp_path):
     with pytest.raises(ConfigError, match=words):
-        LlmTask.read(compose(runs.overrides(files, tmp_path / "out", *more), CONFIGS))
+        LlmTask.read(compose(translate(runs.overrides(files, tmp_path / "out", *more)), CONFIGS))
 
 
 def test_read_settings_with_a_target_that_is_not_allowed(files, tmp_path):
@@ -306,7 +321,7 @@ def test_read_settings_with_a_target_that_is_not_allowed(files, tmp_path):
 
     for group, read in (("model", read_model_settings), ("data", read_data_settings)):
         files[group].write_text("_target_: os.system\ncommand: touch /tmp/made\n")
-        config = compose(runs.overrides(files, tmp_path / "out"), CONFIGS)
+        config = compose(translate(runs.overrides(files, tmp_path / "out")), CONFIGS)
         with pytest.raises(ConfigError, match="os.system"):
             read(config[group])
         assert not Path("/tmp/made").exists()
@@ -404,7 +419,8 @@ def test_build_llm_loads_the_base_in_the_precision_of_the_run_or_the_file(
     files = runs.write_files(tmp_path)
     files["model"].write_text(yaml.safe_dump(model))
     config = compose(
-        runs.overrides(files, tmp_path / "out", f"trainer.precision={precision}"), CONFIGS
+        translate(runs.overrides(files, tmp_path / "out", f"trainer.precision={precision}")),
+        CONFIGS,
     )
     task = LlmTask(
         LlmTask.read(config), ProcessGroup(), torch.device("cuda")

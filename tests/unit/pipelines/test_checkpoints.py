@@ -12,7 +12,7 @@ from repository import ROOT
 from tensors import equal
 
 from seed_multimodal.cli.main import main
-from seed_multimodal.compat.configured import system_from_configs
+from seed_multimodal.compat.seed_llama_yaml import system_from_configs
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.lora import load_llm_or_adapter, merge_adapter
 from seed_multimodal.language.messages import user_message

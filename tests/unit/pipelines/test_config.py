@@ -11,7 +11,7 @@ from repository import ROOT
 
 from seed_multimodal import hub
 from seed_multimodal.cli.main import main
-from seed_multimodal.compat.configured import language_model
+from seed_multimodal.compat.seed_llama_yaml import language_model
 from seed_multimodal.config import instantiate
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.models.seed.pipeline import SeedLlama

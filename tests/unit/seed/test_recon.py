@@ -11,7 +11,7 @@ from PIL import Image
 from real_processes import run_process
 from repository import ROOT
 
-from seed_multimodal.compat.cli_seed import recon_script
+from seed_multimodal.compat.seed_llama_programs import recon_script
 
 
 def run(folder: Path, out: Path, *flags: object) -> int:

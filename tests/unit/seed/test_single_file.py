@@ -20,7 +20,7 @@ import yaml
 from PIL import Image
 from safetensors.torch import load_file
 
-from seed_multimodal.compat.cli_seed import recon_script
+from seed_multimodal.compat.seed_llama_programs import recon_script
 from seed_multimodal.diffusion.base import empty_prompt
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.models.seed.diffusion import StableDiffusionDetokenizer

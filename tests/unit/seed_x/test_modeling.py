@@ -16,7 +16,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.language.llama import force_special_ids
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.models.seed_x.modeling import ContinuousLVLM, load_agent
+from seed_multimodal.models.seed_x.losses import TrainedAgent
+from seed_multimodal.models.seed_x.modeling import load_agent
 from seed_multimodal.models.seed_x.vision import Resampler, ResamplerConfig
 
 WIDTH = 32
@@ -29,7 +30,7 @@ def tokenizer(tmp_path_factory) -> MultimodalTokenizer:
     return tiny_seed_x.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
-def agent_of(tokens: int, seed: int = 0, lora: bool = False, width: int = WIDTH) -> ContinuousLVLM:
+def agent_of(tokens: int, seed: int = 0, lora: bool = False, width: int = WIDTH) -> TrainedAgent:
     torch.manual_seed(seed)
     llm: Any = LlamaForCausalLM(
         LlamaConfig(
@@ -45,7 +46,7 @@ def agent_of(tokens: int, seed: int = 0, lora: bool = False, width: int = WIDTH)
     inputs, outputs = (
         ResamplerConfig(2, *sizes) for sizes in ((width, 4, FEATURES), (FEATURES, 4, width))
     )
-    agent = ContinuousLVLM(llm, Resampler(inputs), Resampler(outputs))
+    agent = TrainedAgent(llm, Resampler(inputs), Resampler(outputs))
     for parameter in agent.parameters():
         if parameter.ndim > 1 and parameter.requires_grad:
             torch.nn.init.normal_(parameter, std=0.4)
@@ -63,7 +64,7 @@ def agent_of(tokens: int, seed: int = 0, lora: bool = False, width: int = WIDTH)
 
 
 @pytest.fixture(scope="module")
-def agent(tokenizer: MultimodalTokenizer) -> ContinuousLVLM:
+def agent(tokenizer: MultimodalTokenizer) -> TrainedAgent:
     return agent_of(len(tokenizer))
 
 
@@ -98,7 +99,7 @@ def batch_of(tokenizer: MultimodalTokenizer, read: int, n_targets: int) -> dict[
     [(1, 1, True), (2, 0, True), (0, 2, True), (0, 0, True), (0, 0, False)],
 )
 def test_gradients_reach_every_parameter_in_every_batch(
-    agent: ContinuousLVLM, tokenizer: MultimodalTokenizer, read, n_targets, views
+    agent: TrainedAgent, tokenizer: MultimodalTokenizer, read, n_targets, views
 ):
     batch = batch_of(tokenizer, read, n_targets)
     if not views:
@@ -131,7 +132,7 @@ def test_gradients_reach_every_parameter_in_every_batch(
 # ---- weights
 
 
-def tensors_of(agent: ContinuousLVLM, llm: bool = True) -> dict[str, Tensor]:
+def tensors_of(agent: TrainedAgent, llm: bool = True) -> dict[str, Tensor]:
     return {
         name: value.clone()
         for name, value in agent.state_dict().items()
@@ -139,7 +140,7 @@ def tensors_of(agent: ContinuousLVLM, llm: bool = True) -> dict[str, Tensor]:
     }
 
 
-def holds(agent: ContinuousLVLM, tensors: Mapping[str, Tensor]) -> bool:
+def holds(agent: TrainedAgent, tensors: Mapping[str, Tensor]) -> bool:
     state = agent.state_dict()
     return all(torch.equal(state[name], value) for name, value in tensors.items())
 

@@ -23,7 +23,7 @@ from random_images import noise
 from real_processes import run_process
 from repository import ROOT
 
-from seed_multimodal.compat.cli_seed_x import SCRIPTS, seed_x_script
+from seed_multimodal.compat.seed_x_programs import SCRIPTS, seed_x_script
 from seed_multimodal.compat.seed_x_yaml import config_of_files
 from seed_multimodal.config import load_yaml
 from seed_multimodal.errors import ConfigError

@@ -24,7 +24,7 @@ from repository import ROOT
 from served import ON_CPU, PROGRAM, Running
 from waiting import wait_until
 
-from seed_multimodal.compat.configured import system_from_configs
+from seed_multimodal.compat.seed_llama_yaml import system_from_configs
 from seed_multimodal.entry import run_program
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.serving.app import create_app, listen

@@ -1,4 +1,4 @@
-"""Training of LaVIT's tokenizer and of its pixel decoders.
+"""Training of LaVIT: losses of its tokenizer, its language model and its pixel decoders.
 
 Stage 1: token selector, token merger and codebook are trained to reconstruct the features of a
 frozen encoder.
@@ -10,6 +10,9 @@ The share is computed over the batch of all processes, so an image with more con
 The token selector's gradient is estimated by flipping the decision of one patch per image: the
 change in reconstruction loss is the gradient of that patch's probability. (A straight-through
 gradient is many times the real change for a dropped patch.)
+
+Stage 2: the language model's loss (`training.llm.loss`) with the embeddings of the trained token
+merger at the tokens of input images.
 
 Pixel decoders: a U-Net initialized from Stable Diffusion is conditioned on a frozen code decoder's
 features of an image's codes, and trained with the noise-prediction loss. Our choices, unspecified
@@ -38,9 +41,10 @@ from seed_multimodal.diffusion.training import NoisyLatents, TrainedLayers, trai
 from seed_multimodal.models.lavit.decoder import CodeDecoder, Head
 from seed_multimodal.models.lavit.diffusion import is_sdxl, unconditional
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer, Generators, Selection
-from seed_multimodal.models.seed.losses import cosine
+from seed_multimodal.nn.layers import cosine
 from seed_multimodal.nn.quantizer import VectorQuantizer
 from seed_multimodal.settings import setting
+from seed_multimodal.training.llm.loss import LossModule, LossParts, LossWeights, find_llama
 
 if TYPE_CHECKING:
     from diffusers import DDPMScheduler
@@ -321,6 +325,53 @@ def mean_of_all(value: Tensor) -> Tensor:
     total = value.clone()
     dist.all_reduce(total)
     return total / dist.get_world_size()
+
+
+# ---- the language model
+
+
+class UnifiedLoss(LossModule):
+    """`LossModule` with image features. Parameter names: `llm.*`, `causal_encoder.*`, `vit_proj.*`.
+
+    The token merger runs in every step, on dummy input if the batch has no input image, so that all
+    processes compute gradients of the same parameters and ZeRO-3 gathers them in the same order.
+    """
+
+    def __init__(
+        self, llm: nn.Module, merger: nn.Module, projector: nn.Linear, weights: LossWeights
+    ) -> None:
+        super().__init__(llm, weights)
+        self.causal_encoder = merger
+        self.vit_proj = projector
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        labels: Tensor,
+        position_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        features: Tensor | None = None,
+        keep: Tensor | None = None,
+        patch_indices: Tensor | None = None,
+        token_indices: Tensor | None = None,
+    ) -> LossParts:
+        """As `LossModule`, with the fields of `rows.ReadyBatch`."""
+        embeds = find_llama(self.llm).get_input_embeddings()(input_ids)  # [B, L, W]
+        if features is None or keep is None or patch_indices is None or token_indices is None:
+            dummy = self.vit_proj.weight.new_zeros(1, 1, self.vit_proj.in_features)
+            output = self.merge(dummy, dummy.new_ones(1, 1))
+            embeds = embeds + 0.0 * output.sum().to(embeds)
+        else:
+            merged = self.merge(features, keep).flatten(0, 1)  # [n · N, W]
+            selected = merged.index_select(0, patch_indices).to(embeds)  # [T, W]
+            flat_embeds = embeds.flatten(0, 1)  # [B · L, W]
+            embeds = flat_embeds.index_copy(0, token_indices, selected).view_as(embeds)
+        return super().forward(input_ids, labels, position_ids, attention_mask, embeds)
+
+    def merge(self, features: Tensor, keep: Tensor) -> Tensor:
+        """Features `[n, N, D]`, selection mask `[n, N]` → language model's input `[n, N, W]`."""
+        features = features.to(self.vit_proj.weight.dtype)
+        return self.vit_proj(self.causal_encoder(features, keep))
 
 
 # ---- pixel decoders

@@ -27,6 +27,7 @@ from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import VISUAL_WEIGHTS, first_file
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.models.lavit.checkpoints import VISUAL_WEIGHT_FILES, load_dynamic_tokenizer
+from seed_multimodal.models.lavit.losses import UnifiedLoss
 from seed_multimodal.models.lavit.modeling import MODES, TokenMerger, kept_rows
 from seed_multimodal.models.lavit.processing import LavitTokenizer
 from seed_multimodal.models.lavit.train_rows import ReadyBatch, fill_rows
@@ -36,7 +37,7 @@ from seed_multimodal.settings import setting
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.llm.config import project_path
-from seed_multimodal.training.llm.loss import LossModule, LossParts, LossWeights, find_llama
+from seed_multimodal.training.llm.loss import LossParts, find_llama
 from seed_multimodal.training.llm.task import LlmRunSettings, LlmTask
 from seed_multimodal.weights import assign_strictly, fingerprint, load_state_dict, save_state_dict
 
@@ -61,50 +62,6 @@ class VisualModel:
     selection: str = setting("draw", choices=MODES)
     at_once: int = setting(16, minimum=1)
     seed: int = setting(0, minimum=0)
-
-
-class UnifiedLoss(LossModule):
-    """`LossModule` with image features. Parameter names: `llm.*`, `causal_encoder.*`, `vit_proj.*`.
-
-    The token merger runs in every step, on dummy input if the batch has no input image, so that all
-    processes compute gradients of the same parameters and ZeRO-3 gathers them in the same order.
-    """
-
-    def __init__(
-        self, llm: nn.Module, merger: nn.Module, projector: nn.Linear, weights: LossWeights
-    ) -> None:
-        super().__init__(llm, weights)
-        self.causal_encoder = merger
-        self.vit_proj = projector
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        labels: Tensor,
-        position_ids: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        features: Tensor | None = None,
-        keep: Tensor | None = None,
-        patch_indices: Tensor | None = None,
-        token_indices: Tensor | None = None,
-    ) -> LossParts:
-        """As `LossModule`, with the fields of `rows.ReadyBatch`."""
-        embeds = find_llama(self.llm).get_input_embeddings()(input_ids)  # [B, L, W]
-        if features is None or keep is None or patch_indices is None or token_indices is None:
-            dummy = self.vit_proj.weight.new_zeros(1, 1, self.vit_proj.in_features)
-            output = self.merge(dummy, dummy.new_ones(1, 1))
-            embeds = embeds + 0.0 * output.sum().to(embeds)
-        else:
-            merged = self.merge(features, keep).flatten(0, 1)  # [n · N, W]
-            selected = merged.index_select(0, patch_indices).to(embeds)  # [T, W]
-            flat_embeds = embeds.flatten(0, 1)  # [B · L, W]
-            embeds = flat_embeds.index_copy(0, token_indices, selected).view_as(embeds)
-        return super().forward(input_ids, labels, position_ids, attention_mask, embeds)
-
-    def merge(self, features: Tensor, keep: Tensor) -> Tensor:
-        """Features `[n, N, D]`, selection mask `[n, N]` → language model's input `[n, N, W]`."""
-        features = features.to(self.vit_proj.weight.dtype)
-        return self.vit_proj(self.causal_encoder(features, keep))
 
 
 @dataclass(kw_only=True)

@@ -20,6 +20,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seed_multimodal.diffusion.layout import LabelHeads
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.models.seed.checkpoints import ENCODER_PARTS, VISION
 from seed_multimodal.models.seed.configuration import Seed1Config, Seed2Config
@@ -32,7 +33,7 @@ from seed_multimodal.models.seed.modeling import (
 )
 from seed_multimodal.models.seed.qformer import QFormer
 from seed_multimodal.nn.eva import EvaVit
-from seed_multimodal.nn.layers import LayerNorm
+from seed_multimodal.nn.layers import LayerNorm, cosine
 from seed_multimodal.nn.vision_encoder import VisionEncoder
 from seed_multimodal.settings import setting
 from seed_multimodal.weights import LoadReport, assign_strictly
@@ -508,12 +509,22 @@ class Stage2Base(SeedTokenizer):
         return assign_strictly(self, encoder, source, allow_missing=optional)
 
 
-def cosine(a: Tensor, b: Tensor) -> Tensor:
-    """Cosine along the last axis without an epsilon, as in the original: `[..., D]` → `[...]`."""
-    a = a.float()
-    b = b.float()
-    products = (a * b).sum(-1)
-    return products / (a.norm(dim=-1) * b.norm(dim=-1))
+def label_divergence(heads: LabelHeads, embedding: Tensor, teacher: Tensor) -> Tensor:
+    """KL divergence `[B]` of the embedding's labels from the teacher's, fp32, averaged over the
+    labels.
+
+    No gradient flows into `teacher`.
+    """
+    with torch.autocast(embedding.device.type, enabled=False):
+        with torch.no_grad():
+            targets = heads(teacher.float())
+        predictions = heads(embedding.float())
+        divergences = []
+        for label, logits in predictions.items():
+            target = targets[label].softmax(1)  # [B, classes]
+            divergence = F.kl_div(logits.log_softmax(1), target, reduction="none")
+            divergences.append(divergence.sum(1))
+        return torch.stack(divergences).mean(0)
 
 
 # ---- stage 2 of SEED-2

@@ -5,11 +5,8 @@
     output   states ─► tokens
              states at 64 image tokens ─► output resampler ─► features [64, 4096]
 
-Training: cross-entropy of tokens, and the distance of output features to those of the image,
-averaged over 4 neighbours. The states are those AT the image tokens, after the final norm, not
-those that predict them. Both resamplers run in every step, with weight zero if the batch has no
-image for them, so that all processes compute gradients of the same parameters and ZeRO-3 gathers
-them in the same order.
+The states are those AT the image tokens, after the final norm, not those that predict them.
+Training is in `losses`.
 
 Source: SEED-X (arXiv 2404.14396) and its code (`seed_x.py`); parameter names are the original ones.
 """
@@ -24,19 +21,15 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from seed_multimodal.errors import DataError
 from seed_multimodal.language.llama import ROTARY
-from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.models.seed_x.vision import Resampler, position_features
 from seed_multimodal.settings import setting
 from seed_multimodal.weights import LoadReport, assign_strictly, load_checkpoint
 
 if TYPE_CHECKING:
     from seed_multimodal.language.llm import LanguageModel
-
-POOLED = 4  # neighbours that are averaged to one target
 
 
 @dataclass(frozen=True)
@@ -46,7 +39,7 @@ class AgentSettings:
     lm_loss_scale: float = setting(1.0, minimum=0)  # weight of the tokens' loss
     rec_loss_scale: float = setting(6.0, minimum=0)  # weight of the features' loss
     add_patch_pos: bool = True  # whether views have positions
-    vit_down: bool = True  # whether targets are averaged over `POOLED` neighbours
+    vit_down: bool = True  # whether targets are averaged over 4 neighbours
     mse: bool = True  # squared distance; False: 1 - cosine
 
 
@@ -73,81 +66,6 @@ class ContinuousLVLM(nn.Module):
         if self.settings.add_patch_pos:
             width = llm.config.hidden_size
             self.patch_pos_embed = nn.Parameter(width**-0.5 * torch.randn(4, width))
-
-    # ---- training
-
-    def forward(
-        self,
-        input_ids: Tensor,
-        attention_mask: Tensor | None,
-        labels: Tensor,
-        image_embeds: Tensor | None,
-        embeds_gen_mask: Tensor | None,
-        embeds_cmp_mask: Tensor | None,
-        ids_gen_mask: Tensor,
-        ids_cmp_mask: Tensor,
-        patch_positions: Tensor | None = None,
-        position_ids: Tensor | None = None,
-    ) -> dict[str, Tensor]:
-        """A batch → `total_loss`, `lm_loss`, `rec_loss`; padding is on the right.
-
-        labels: [B, L], -100 is not learned.
-        image_embeds: [N, tokens, K], features of the batch's views, in the order of their tokens.
-        embeds_cmp_mask, embeds_gen_mask: bool [N], the views that are input and target; those of
-            neither are not used.
-        ids_cmp_mask, ids_gen_mask: bool [B, L], the image tokens of input and target views.
-        patch_positions: [N, 2], centres of the views.
-        position_ids: [B, L], of packed sequences.
-        """
-        # 1. Embeddings of tokens and input views; without views the resampler runs on zeros.
-        input_features = _rows_of(image_embeds, embeds_cmp_mask)
-        target_features = _rows_of(image_embeds, embeds_gen_mask)
-        positions = _rows_of(patch_positions, embeds_cmp_mask)
-        embeds = self.embed(input_ids, ids_cmp_mask, input_features, positions)
-        if input_features is None:
-            config = self.input_resampler.config
-            blank = embeds.new_zeros(1, 1, config.kv_dim or config.embed_dim)
-            resampled = self._embed_views(blank, embeds.new_zeros(1, 2))
-            embeds = embeds + 0.0 * resampled.sum().to(embeds)
-
-        # 2. States of the language model [B, L, D].
-        states: Tensor = self.llm.get_decoder()(
-            inputs_embeds=embeds,
-            attention_mask=attention_mask,
-            position_ids=position_ids,
-            use_cache=False,
-        ).last_hidden_state
-
-        # 3. Losses; without target views the resampler runs on any state.
-        lm_loss = self.language_loss(states, labels)
-        if target_features is None:
-            rec_loss = 0.0 * self.output_features(states[:1, :1]).float().sum()
-        else:
-            rec_loss = self.regression_loss(states[ids_gen_mask], target_features)
-        total = self.settings.lm_loss_scale * lm_loss + self.settings.rec_loss_scale * rec_loss
-        return {"total_loss": total, "lm_loss": lm_loss, "rec_loss": rec_loss}
-
-    def language_loss(self, states: Tensor, labels: Tensor) -> Tensor:
-        """States and labels [B, L] → cross-entropy of each next token; 0 if none is learned."""
-        targets = labels[:, 1:]
-        # Logits only where something is learned: in a row of SEED-X a tenth or less.
-        is_learned = targets != IGNORE_INDEX
-        logits = self.llm.get_output_embeddings()(states[:, :-1][is_learned]).float()
-        total = functional.cross_entropy(logits, targets[is_learned], reduction="sum")
-        return total / is_learned.sum().clamp(min=1)
-
-    def regression_loss(self, states: Tensor, features: Tensor) -> Tensor:
-        """States at image tokens [n · 64, D] and features of the images [n, N, K] → distance."""
-        target = features.detach().to(states.device)
-        if self.settings.vit_down:
-            target = functional.avg_pool1d(target.transpose(1, 2), POOLED, POOLED).transpose(1, 2)
-        target = target.float()
-        output = self.output_features(states.unflatten(0, (len(features), -1))).float()
-        if self.settings.mse:
-            return functional.mse_loss(output, target)
-        return (1 - functional.cosine_similarity(output, target, dim=-1)).mean()
-
-    # ---- inference
 
     def embed(
         self,
@@ -202,13 +120,6 @@ class ContinuousLVLM(nn.Module):
         assert positions is not None
         position_embeddings = position_features(positions, self.patch_pos_embed)[:, None]
         return embeddings + position_embeddings.to(embeddings)
-
-
-def _rows_of(values: Tensor | None, mask: Tensor | None) -> Tensor | None:
-    """The rows where the mask is true; None: there are none."""
-    if values is None or mask is None or not bool(mask.any()):
-        return None
-    return values[mask.to(values.device)]
 
 
 # ---- weights

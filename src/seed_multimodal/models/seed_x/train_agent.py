@@ -1,6 +1,6 @@
 """SEED-X's instruction tuning as a trainer task: the language model's task with image features.
 
-The frozen vision encoder runs on the device; `ContinuousLVLM` computes both losses. Trained are the
+The frozen vision encoder runs on the device; `TrainedAgent` computes both losses. Trained are the
 language model (LoRA, embeddings and norms, or all weights), both resamplers and the position
 vectors of views; they are a checkpoint's `model.safetensors`, with the original names, for
 `load_agent`. In log lines `text_loss` is the token loss, `image_loss` the feature regression loss
@@ -27,7 +27,8 @@ from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import AGENT_CONFIG
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.models.seed_x.data import SeedXOptions
-from seed_multimodal.models.seed_x.modeling import AgentSettings, ContinuousLVLM, load_agent
+from seed_multimodal.models.seed_x.losses import TrainedAgent, loss_parts
+from seed_multimodal.models.seed_x.modeling import AgentSettings, load_agent
 from seed_multimodal.models.seed_x.processing import seed_x_vocabulary
 from seed_multimodal.models.seed_x.vision import (
     INPUT_RESAMPLER,
@@ -188,7 +189,7 @@ class TuningTask(LlmTask):
     """One run in one process."""
 
     run: TuningRunSettings
-    module: ContinuousLVLM
+    module: TrainedAgent
     start_hint = "agent.path"
     run_type = TuningRunSettings
     settings_readers = {
@@ -268,34 +269,17 @@ class TuningTask(LlmTask):
         return has_batches
 
     def loss_parts(self, model: nn.Module, batch: LlmBatch) -> LossParts:
-        losses = model(**self.inputs(batch))
-        text_loss = losses["lm_loss"]
-        image_loss = losses["rec_loss"]
-        n_tokens = text_loss.new_tensor(float(batch.learned), dtype=torch.float32)
-        n_images = text_loss.new_tensor(float(_n_targets(batch)), dtype=torch.float32)
-
-        # Means of the micro-batch, or sums of tokens and images; an image counts as many tokens as
-        # the step has for each image.
-        text_weight: Tensor | float = 1.0
-        image_weight: Tensor | float = 1.0
-        count = torch.ones_like(n_tokens)
-        if self.equal_token_weights:
-            text_weight = count = n_tokens
-            image_weight = n_images * self.tokens_per_image
-        scales = self.run.agent.losses
-        weighted_text = scales.lm_loss_scale * text_weight * text_loss
-        weighted_image = scales.rec_loss_scale * image_weight * image_loss
-        return LossParts(
-            sum=weighted_text + weighted_image,
-            count=count,
-            text_sum=text_loss.detach() * n_tokens,
-            text_count=n_tokens,
-            image_sum=image_loss.detach() * n_images,
-            image_count=n_images,
+        tokens_per_image = self.tokens_per_image if self.equal_token_weights else None
+        return loss_parts(
+            model(**self.inputs(batch)),
+            self.run.agent.losses,
+            n_tokens=batch.learned,
+            n_images=_n_targets(batch),
+            tokens_per_image=tokens_per_image,
         )
 
     def inputs(self, batch: LlmBatch) -> dict[str, Tensor | None]:
-        """Arguments of `ContinuousLVLM.forward` for a batch, on the device.
+        """Arguments of `TrainedAgent.forward` for a batch, on the device.
 
         Padding is on the right, so causal attention masks it; packed rows are separated by position
         ids.
@@ -406,7 +390,7 @@ class TuningTask(LlmTask):
         }
 
 
-def build_agent(llm: nn.Module, settings: AgentModel) -> ContinuousLVLM:
+def build_agent(llm: nn.Module, settings: AgentModel) -> TrainedAgent:
     """New resamplers around a language model, or those of `settings.path`.
 
     Raises:
@@ -414,7 +398,7 @@ def build_agent(llm: nn.Module, settings: AgentModel) -> ContinuousLVLM:
     """
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(settings.seed)
-        agent = ContinuousLVLM(
+        agent = TrainedAgent(
             llm,
             Resampler(settings.input_resampler),
             Resampler(settings.output_resampler),

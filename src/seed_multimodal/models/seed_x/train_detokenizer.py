@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.device import DTYPES
 from seed_multimodal.diffusion.layout import pooled_tokens
-from seed_multimodal.diffusion.training import NoisyLatents, TrainedLayers
+from seed_multimodal.diffusion.training import TrainedLayers
 from seed_multimodal.disk import replace_text
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import SDXL_DOWNLOAD
@@ -26,6 +26,7 @@ from seed_multimodal.hub import find_folder as find_parts
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.models.seed_x.adapter import RESAMPLER_CONFIG, ResamplerXLConfig, SDXLAdapter
 from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer
+from seed_multimodal.models.seed_x.losses import ConditionDropout, adapter_losses
 from seed_multimodal.models.seed_x.vision import QwenVit, QwenVitConfig
 from seed_multimodal.nn.layers import checkpointed
 from seed_multimodal.settings import setting
@@ -41,26 +42,6 @@ from seed_multimodal.training.pixel_decoder.task import (
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
-
-
-@dataclass(frozen=True)
-class ConditionDropout:
-    """Shares of samples without embeddings, without condition image, and without both.
-
-    Our choice, as in InstructPix2Pix.
-    """
-
-    embeds: float = setting(0.05, minimum=0, maximum=1)
-    image: float = setting(0.05, minimum=0, maximum=1)
-    both: float = setting(0.05, minimum=0, maximum=1)
-
-    def draw(self, count: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Samples without embeddings, and without condition image: bool `[count]`, on the CPU."""
-        uniform = torch.rand(count, generator=generator)
-        both = uniform < self.both
-        embeds = both | (uniform - self.both < self.embeds)
-        image = both | (~embeds & (uniform - self.both - self.embeds < self.image))
-        return embeds, image
 
 
 @dataclass(kw_only=True)
@@ -198,42 +179,6 @@ def pooled_features(encoder: QwenVit, pixels: Tensor, tokens: int) -> Tensor:
     if tokens and n_features % tokens:
         raise ConfigError(f"The encoder's {n_features} embeddings cannot be pooled to {tokens}.")
     return pooled_tokens(features, tokens or n_features)
-
-
-def adapter_losses(
-    adapter: nn.Module,
-    schedule: SchedulerMixin,
-    latents: Tensor,
-    image_embeds: Tensor,
-    time_ids: Tensor,
-    *,
-    dropout: ConditionDropout,
-    empty_features: Tensor,
-    condition_latents: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> dict[str, Tensor]:
-    """Losses (`NoisyLatents.losses`) of an `SDXLAdapter` at random time steps.
-
-    Args:
-        latents: `[B, C, h, w]`, times the VAE's scaling factor.
-        image_embeds: `[B, N, W]`.
-        time_ids: `[B, 6]`, see `size_ids`.
-        empty_features: `[1, N, W]`, of an empty image.
-        condition_latents: `[B, C, h, w]`, unscaled, for the second stage.
-        generator: on the CPU.
-    """
-    # 1. Conditions, dropped for some samples.
-    without_embeds, without_image = dropout.draw(len(latents), generator)
-    without_embeds = without_embeds.to(latents.device)[:, None, None]
-    without_image = without_image.to(latents.device)[:, None, None, None]
-    embeds = torch.where(without_embeds, empty_features.to(image_embeds), image_embeds)
-    if condition_latents is not None:
-        condition_latents = condition_latents * ~without_image
-
-    # 2. The prediction of the noise.
-    noisy = NoisyLatents.sample(schedule, latents, generator)
-    prediction = adapter(noisy.latents, noisy.steps, embeds, time_ids, condition_latents)
-    return noisy.losses(prediction)
 
 
 def build_adapter(settings: DetokenizerModel) -> SDXLAdapter:

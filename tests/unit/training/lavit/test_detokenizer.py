@@ -23,7 +23,7 @@ from seed_multimodal.models.lavit.decoder import CodeDecoder
 from seed_multimodal.models.lavit.diffusion import LavitDetokenizer
 from seed_multimodal.models.lavit.losses import HEADS, LavitPixelLoss, TrainedPixels
 from seed_multimodal.models.lavit.train_pixels import LavitPixelTask, image_codes
-from seed_multimodal.training.cli import compose
+from seed_multimodal.training.cli import compose, parse
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
 SHORT = {"max_steps": 2, "save_steps": 0}
@@ -240,7 +240,7 @@ def test_train_interrupted_while_saving_leaves_the_previous_result(
 @pytest.mark.parametrize("kind", ["highres", "lowres"])
 def test_configurations_are_read(kind):
     groups = [f"{group}={kind}" for group in ("model", "data", "trainer")]
-    run = LavitPixelTask.read(compose([*groups, "output_dir=x"], CONFIGS))
+    run = LavitPixelTask.read(compose(parse([*groups, "output_dir=x"]), CONFIGS))
     assert (
         run.trainer.max_steps == 20000
         and run.data.encoder_size == 224

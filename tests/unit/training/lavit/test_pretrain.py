@@ -30,7 +30,7 @@ from seed_multimodal.models.lavit.checkpoints import (
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer
 from seed_multimodal.models.lavit.pipeline import Lavit
 from seed_multimodal.models.lavit.train_llm import PretrainTask
-from seed_multimodal.training.cli import compose
+from seed_multimodal.training.cli import compose, parse
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
@@ -405,7 +405,7 @@ def test_task_with_images_of_another_size(config_of, tmp_path):
 def test_configuration_is_the_published_recipe():
     arguments = ["output_dir=x", "deepspeed=configs/deepspeed/stage2_bf16.json"]
     settings = PretrainTask.read(
-        compose(arguments, ROOT / "MultiModalLLM" / "configs", "train_lavit")
+        compose(parse(arguments), ROOT / "MultiModalLLM" / "configs", "train_lavit")
     )
     assert settings.visual_encoder.selection == "draw" and settings.deepspeed is not None
     assert settings.optim.learning_rate == 1e-5 and set(settings.optim.part_rates.values()) == {

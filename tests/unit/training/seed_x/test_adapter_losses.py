@@ -11,7 +11,7 @@ from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from torch import Tensor, nn
 
 from seed_multimodal.diffusion.training import NoisyLatents, size_ids
-from seed_multimodal.models.seed_x.train_detokenizer import ConditionDropout, adapter_losses
+from seed_multimodal.models.seed_x.losses import ConditionDropout, adapter_losses
 
 NEVER = ConditionDropout(0.0, 0.0, 0.0)
 

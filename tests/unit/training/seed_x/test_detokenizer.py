@@ -24,7 +24,7 @@ from seed_multimodal.models.seed_x.train_detokenizer import (
     pooled_features,
 )
 from seed_multimodal.models.seed_x.vision import QwenVit
-from seed_multimodal.training.cli import compose
+from seed_multimodal.training.cli import compose, parse
 from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.pixel_decoder.task import (
     ImageEncoders,
@@ -249,7 +249,7 @@ def test_train_draws_held_out_images_at_each_checkpoint(parts: Path, tmp_path, s
 @pytest.mark.parametrize("stage", [1, 2])
 def test_configurations_have_the_papers_values(stage):
     groups = [f"{group}=stage{stage}" for group in ("model", "data", "trainer")]
-    run = DetokenizerTask.read(compose([*groups, "output_dir=x"], CONFIGS))
+    run = DetokenizerTask.read(compose(parse([*groups, "output_dir=x"]), CONFIGS))
     assert run.model.stage == stage and run.trainer.max_steps == {1: 42000, 2: 30000}[stage]
     assert run.model.trained == {1: "key_value", 2: "all"}[stage] and run.model.tokens == 64
     assert run.optim.learning_rate == 1e-4 and run.optim.lr_scheduler_type == "cosine"

@@ -12,6 +12,7 @@ import torch
 import yaml
 
 from seed_multimodal.cli.tools import merge_script
+from seed_multimodal.models.seed_x.losses import TrainedAgent
 from seed_multimodal.models.seed_x.pipeline import SeedX
 from seed_multimodal.models.seed_x.train_agent import TuningTask
 from seed_multimodal.training.distributed import ProcessGroup
@@ -78,7 +79,14 @@ def check_system(task: TuningTask, parts_dir: Path, merged: Path) -> None:
         inputs = task.inputs(batch)
         with torch.no_grad():
             expected = task.module(**inputs)
-            losses = system.agent(**inputs)
+            trained = TrainedAgent(
+                system.llm,
+                system.agent.input_resampler,
+                system.agent.output_resampler,
+                system.agent.settings,
+            )
+            trained.patch_pos_embed = system.agent.patch_pos_embed
+            losses = trained(**inputs)
         for name, value in expected.items():
             assert float(losses[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), name
     assert isinstance(

@@ -8,10 +8,11 @@ from dataclasses import replace
 import pytest
 from repository import ROOT
 
+from seed_multimodal.compat.training_flags import translate
 from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.models.seed_x.train_agent import AgentModel, TuningTask
-from seed_multimodal.training.cli import compose, translate
+from seed_multimodal.training.cli import compose
 from seed_multimodal.training.run import RunSettings
 from seed_multimodal.training.schedules import optim_learning_rate
 
@@ -21,7 +22,7 @@ NAME = "train_seed_x_sft"
 
 
 def read(*arguments: str, name: str = NAME) -> RunSettings:
-    return TuningTask.read(compose(list(arguments), CONFIGS, name))
+    return TuningTask.read(compose(translate(list(arguments)), CONFIGS, name))
 
 
 def test_tuning_configuration_is_the_published_recipe():
@@ -49,7 +50,9 @@ def test_tuning_configuration_is_the_published_recipe():
         ("unsplash", "seed_x.caption", 0.2, 260, 8, 12),
     ]
     assert run.data.sources[0].image_dir == "data/shareGPT4V/data"
-    edits = read_data_settings(compose(["output_dir=x", "data=sft_edit"], CONFIGS, NAME)["data"])
+    edits = read_data_settings(
+        compose(translate(["output_dir=x", "data=sft_edit"]), CONFIGS, NAME)["data"]
+    )
     assert [(source.decoder, source.max_length, source.batch_size) for source in edits.sources] == [
         ("seed_x.edit", 320, 6)
     ] * 2
@@ -141,4 +144,4 @@ def test_flags_default_to_the_originals_values():
 )
 def test_compose_rejects_unsupported_flags(flags, sentence):
     with pytest.raises(ConfigError, match=sentence):
-        compose(flags, CONFIGS, NAME)
+        compose(translate(flags), CONFIGS, NAME)

@@ -154,7 +154,7 @@ def _load_images(args: Namespace) -> ImageCodec:
     # The original's; missing weights are reported before any are read.
     _check_weights(files["tokenizer"])
     with common.loading(args):
-        from seed_multimodal.compat.configured import load_tokenizer
+        from seed_multimodal.compat.seed_llama_yaml import load_tokenizer
 
         tokenizer = load_tokenizer(
             files["tokenizer"], files["image_transform"], device=args.device, dtype=args.dtype
@@ -173,7 +173,7 @@ def _load_system(args: Namespace) -> MultimodalSystem:
     # The original's, from its YAML files.
     _check_weights(files["tokenizer"], files["llm"])
     with common.loading(args):
-        from seed_multimodal.compat.configured import system_from_configs
+        from seed_multimodal.compat.seed_llama_yaml import system_from_configs
         from seed_multimodal.device import limit_threads
 
         system = system_from_configs(
