@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 class LanguageModelConfig(Protocol):
     """Sizes of a language model."""
 
+    model_type: str
     vocab_size: int
     hidden_size: int
     num_hidden_layers: int
@@ -62,6 +63,9 @@ class LanguageModel(Protocol):
         """Change the rows of both embeddings."""
 
     # ---- computation
+
+    def __call__(self, input_ids: Tensor, *, use_cache: bool) -> Any:
+        """Ids `[B, L]` → an output with `logits` `[B, L, V]`."""
 
     def generate(
         self,

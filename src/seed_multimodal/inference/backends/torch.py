@@ -12,16 +12,24 @@ from torch.nn.utils.rnn import pad_sequence
 
 from seed_multimodal.device import on_device
 from seed_multimodal.entry import MAX_RUNNING
+from seed_multimodal.errors import ConfigError, first_line
+from seed_multimodal.inference.backends.attention import AttentionMasks
 from seed_multimodal.inference.backends.base import NextTokens, PromptChunk
 from seed_multimodal.inference.kv_cache import KVCache, default_budget, plan_cache
 from seed_multimodal.inference.prompt import ImageFeatures, Prompt
 
 if TYPE_CHECKING:
-    from seed_multimodal.language.llm import LanguageModel
+    from seed_multimodal.language.llm import LanguageModel, LanguageModelConfig
 
 SPAN_STEP = 16  # attention reads a multiple of so many positions
 # Compiled, it reads this number or twice, four times … as many, so that few graphs are made.
 COMPILED_SPAN = 128
+# Fields of the configuration that the engine reads.
+SIZES = ("max_position_embeddings", "vocab_size", "num_hidden_layers", "num_attention_heads")
+# Architectures of which all scores are known to equal transformers'; others are checked at load.
+CHECKED_ARCHITECTURES = ("llama",)
+PROBE_IDS = (3, 5, 4, 6, 3, 7)
+MAX_DIFFERENCE = 0.05  # of the check's scores, in their standard deviations
 
 
 def joined(features: Sequence[Tensor]) -> Tensor:
@@ -54,12 +62,14 @@ class TorchBackend:
     ) -> None:
         self.llm = llm
         self.compiled = compiled
-        self.context = int(llm.config.max_position_embeddings)
+        self._masks = AttentionMasks(llm.config)
+        self.context = _context(llm.config)
         self.vocab_size = int(llm.config.vocab_size)
         self.device = device or llm.device
         self._offload_device = device
         self.keeps_cache = device is None
         self._embed_features = embed_features
+        self._softcap: float | None = getattr(llm.config, "final_logit_softcapping", None)
 
         # The cache: `cache_bytes` hold rows of all layers' keys and values.
         if cache_bytes is None:
@@ -78,11 +88,39 @@ class TorchBackend:
         self._decode_pass = self._forward
         if compiled:
             self._decode_pass = torch.compile(self._forward, mode="reduce-overhead")
+        if llm.config.model_type not in CHECKED_ARCHITECTURES:
+            self._check_scores()
 
     def _allocate_cache(self) -> None:
         self.cache.allocate(
             self._n_layers, self._n_kv_heads, self._head_dim, self.llm.dtype, self.device
         )
+
+    def _check_scores(self) -> None:
+        """Raise ConfigError unless a prompt, read in two pieces, gets transformers' scores."""
+        label = f"a language model of the type {self.llm.config.model_type}"
+        try:
+            scores, expected = self._probe()
+        except torch.cuda.OutOfMemoryError:
+            raise
+        except Exception as error:  # noqa: BLE001 whatever a foreign decoder's arguments cause
+            raise ConfigError(
+                f"The torch engine cannot run {label} ({first_line(error)})."
+            ) from error
+        if not (scores - expected).abs().max() <= MAX_DIFFERENCE * expected.std():
+            raise ConfigError(f"The torch engine computes wrong scores for {label}.")
+
+    def _probe(self) -> tuple[Tensor, Tensor]:
+        """Scores `[V]` after a short prompt, ours and transformers'."""
+        prompt = Prompt([id % self.vocab_size for id in PROBE_IDS])
+        length = len(prompt) - 1  # of the first piece
+        with self.ready():
+            embeddings = self.prepare(prompt)[None]  # [1, n, D]
+            self._run(0, embeddings[:, :length], [0], [length], self._forward)
+            scores = self._run(0, embeddings[:, length:], [length], [1], self._forward).scores
+            ids = torch.tensor([prompt.ids], device=embeddings.device)
+            expected = self.llm(ids, use_cache=False).logits
+        return scores[0], expected[0, -1].float()
 
     @contextmanager
     def ready(self) -> Iterator[None]:
@@ -206,10 +244,9 @@ class TorchBackend:
         """
         # Set here, where it is traced: outside, torch.compile would make a graph for each value.
         self.cache.begin(positions, len(span_positions))
-        visible = span_positions <= positions[:, :, None]  # [B, n, span]
         output = self.llm.get_decoder()(
             None,
-            visible[:, None],
+            self._masks(positions, span_positions, embeddings.dtype),
             positions,
             self.cache,  # by position: its name changed in transformers 5.24
             inputs_embeds=embeddings,
@@ -217,4 +254,23 @@ class TorchBackend:
         )
         rows = torch.arange(len(last), device=last.device)
         state = output.last_hidden_state[rows, last]
-        return self.llm.get_output_embeddings()(state).float(), state
+        scores = self.llm.get_output_embeddings()(state).float()
+        if self._softcap is not None:
+            scores = torch.tanh(scores / self._softcap) * self._softcap
+        return scores, state
+
+
+def _context(config: LanguageModelConfig) -> int:
+    """Positions of the model. Raises ConfigError: not a transformer with attention."""
+    missing = [name for name in SIZES if not hasattr(config, name)]
+    if missing:
+        raise ConfigError(
+            f"The torch engine cannot run a language model of the type {config.model_type}: its "
+            f"config.json has no {missing[0]}."
+        )
+    context = int(config.max_position_embeddings)
+    # Beyond its first context such a model rotates all positions differently.
+    rope: dict[str, object] = getattr(config, "rope_parameters", None) or {}
+    if rope.get("rope_type") == "longrope":
+        context = min(context, int(getattr(config, "original_max_position_embeddings", context)))
+    return context

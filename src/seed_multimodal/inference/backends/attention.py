@@ -1,0 +1,64 @@
+"""The attention masks of a decoder's layers: all positions so far, or a sliding window of them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from seed_multimodal.errors import ConfigError
+
+if TYPE_CHECKING:
+    from seed_multimodal.language.llm import LanguageModelConfig
+
+FULL = "full_attention"
+SLIDING = "sliding_attention"
+# Of a model whose attention adds the mask to the scores; the others take a boolean one.
+ADDITIVE = "eager"
+
+
+class AttentionMasks:
+    """Builds what `config`'s decoder takes as `attention_mask`.
+
+    Raises ConfigError: layers of another kind.
+    """
+
+    def __init__(self, config: LanguageModelConfig) -> None:
+        layer_types = set(getattr(config, "layer_types", None) or ())
+        unknown = layer_types - {FULL, SLIDING}
+        if unknown:
+            raise ConfigError(
+                f"The language model has layers of {min(unknown)}, which the torch engine cannot "
+                "compute: it knows full and sliding attention."
+            )
+        # A decoder with layer types takes a mask for each; others have one window for all layers.
+        self._by_layer_type = SLIDING in layer_types
+        self._window: int | None = None
+        if self._by_layer_type or not layer_types:
+            self._window = getattr(config, "sliding_window", None)
+        self._additive = getattr(config, "_attn_implementation", None) == ADDITIVE
+
+    def __call__(
+        self, positions: Tensor, span_positions: Tensor, dtype: torch.dtype
+    ) -> Tensor | dict[str, Tensor]:
+        """Masks `[B, 1, n, span]` of tokens at `positions` `[B, n]`.
+
+        span_positions: those of the keys `[span]`.
+        dtype: of the model.
+        """
+        queries = positions[:, None, :, None]  # [B, 1, n, 1]
+        full = span_positions <= queries
+        sliding = full
+        if self._window is not None:
+            sliding = full & (span_positions > queries - self._window)
+        if not self._by_layer_type:
+            return self._form(sliding, dtype)
+        return {FULL: self._form(full, dtype), SLIDING: self._form(sliding, dtype)}
+
+    def _form(self, visible: Tensor, dtype: torch.dtype) -> Tensor:
+        """The mask as the attention implementation takes it."""
+        if not self._additive:
+            return visible
+        hidden = torch.finfo(dtype).min
+        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, hidden)
