@@ -1,6 +1,6 @@
 """YAML configurations: objects built from `_target_`, restricted to this package.
 
-A `_target_` is a name of `ALIASES` (the original repositories' dotted names), or a public function
+A `_target_` is a name of `compat.targets.ALIASES` (the original repositories' dotted names), or a public function
 or class of this package; it is called with the node's other keys. `${oc.env:PROJECT_ROOT}` is the
 folder with `.project-root`.
 """
@@ -22,61 +22,19 @@ from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.moved import current_name
 from seed_multimodal.settings import check_keys, nearest
 
-# The original's names → ours (`module:attribute`). Their YAML files work unchanged.
-ALIASES = {
-    "models.model_tools.get_pretrained_llama_causal_model": (
-        "seed_multimodal.compat.seed_llama_yaml:language_model"
-    ),
-    "transformers.LlamaForCausalLM.from_pretrained": "seed_multimodal.compat.seed_llama_yaml:language_model",
-    "models.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained": (
-        "seed_multimodal.compat.seed_llama:SeedLlamaTokenizer.from_pretrained"
-    ),
-    "src.tokenizer.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained": (
-        "seed_multimodal.compat.seed_llama:SeedLlamaTokenizer.from_pretrained"
-    ),
-    "models.transforms.get_transform": "seed_multimodal.images.transforms:get_transform",
-    "src.processer.transforms.get_transform": "seed_multimodal.images.transforms:get_transform",
-    "src.model.llama_xformer.LlamaForCausalLM.from_pretrained": (
-        "seed_multimodal.compat.seed_x:LlamaForCausalLM.from_pretrained"
-    ),
-    "src.model.peft_model.get_peft_model_with_resize_embedding": (
-        "seed_multimodal.compat.lora:seed_llama_lora"
-    ),
-    # SEED-X's (its programs read the same files as descriptions: `seed_x.original.TARGETS`)
-    "transformers.LlamaTokenizer.from_pretrained": (
-        "seed_multimodal.language.llama_tokenizer:LlamaTokenizer.from_pretrained"
-    ),
-    "src.models.tokenizer.qwen_visual.VisionTransformerWithAttnPool.from_pretrained": (
-        "seed_multimodal.compat.seed_x:VisionTransformerWithAttnPool.from_pretrained"
-    ),
-    "src.models.tokenizer.qwen_visual.Resampler": "seed_multimodal.compat.seed_x:Resampler",
-    "src.models.tokenizer.discrete_models.DiscreteModleIdentity": (
-        "seed_multimodal.compat.seed_x:DiscreteModleIdentity"
-    ),
-    "src.models.mllm.modeling_llama_xformer.LlamaForCausalLM.from_pretrained": (
-        "seed_multimodal.compat.seed_x:LlamaForCausalLM.from_pretrained"
-    ),
-    "src.models.mllm.peft_models.get_peft_model_with_resize_embedding": (
-        "seed_multimodal.compat.lora:seed_x_lora"
-    ),
-    "peft.LoraConfig": "seed_multimodal.compat.lora:lora_config",
-    "src.models.mllm.seed_x.ContinuousLVLM": "seed_multimodal.compat.seed_x:ContinuousLVLM",
-    "src.models.mllm.seed_x.ContinuousLVLM.from_pretrained": (
-        "seed_multimodal.compat.seed_x:ContinuousLVLM.from_pretrained"
-    ),
-    "src.models.detokenizer.resampler.ResamplerXLV2": (
-        "seed_multimodal.compat.detokenizer:ResamplerXLV2"
-    ),
-    "src.models.detokenizer.adapter_modules.SDXLAdapter.from_pretrained": (
-        "seed_multimodal.compat.detokenizer:SDXLAdapter.from_pretrained"
-    ),
-    "src.models.detokenizer.adapter_modules.SDXLAdapterWithLatentImage.from_pretrained": (
-        "seed_multimodal.compat.detokenizer:SDXLAdapterWithLatentImage.from_pretrained"
-    ),
-}
 PREFIX = "seed_multimodal."
+ALIASES = "targets:ALIASES"  # the originals' names → ours, of `compat`
 # Keys of a node that are no arguments of its target; the last two are Hydra's.
 _RESERVED = ("_target_", "_recursive_", "_convert_")
+
+
+def from_compat(name: str) -> Any:
+    """An object of `compat`, "module:object".
+
+    `compat` is above all other packages. They translate files of the originals by this function
+    alone, when they meet one.
+    """
+    return pkgutil.resolve_name(f"{PREFIX}compat.{name}")
 
 
 def project_root(start: str | Path | None = None) -> Path:
@@ -137,7 +95,7 @@ def instantiate(config: Mapping[str, object] | str | Path, **overrides: object) 
 
     Raises ConfigError: no `_target_`, one not allowed, unknown or missing keys.
     """
-    return instantiate_by(ALIASES, config, **overrides)
+    return instantiate_by(from_compat(ALIASES), config, **overrides)
 
 
 def instantiate_by(
@@ -155,14 +113,17 @@ def instantiate_by(
 
 
 def find_target(
-    name: str, label: str = "configuration", aliases: Mapping[str, str] = ALIASES
+    name: str, label: str = "configuration", aliases: Mapping[str, str] | None = None
 ) -> Callable[..., Any]:
     """The callable behind a `_target_`.
 
     label: prefix of error messages.
+    aliases: the originals' names → ours; None: `compat.targets.ALIASES`.
 
     Raises ConfigError: neither an alias nor a public object of this package.
     """
+    if aliases is None:
+        aliases = from_compat(ALIASES)
     full_name = current_name(aliases.get(name, name).replace(":", "."))
     if not full_name.startswith(PREFIX):
         raise ConfigError(

@@ -18,6 +18,8 @@ MOVED = {
     "configured": "compat.seed_llama_yaml",
     "data.decoders.lavit": "models.lavit.data",
     "data.decoders.seed_x": "models.seed_x.data",
+    "data.formats.released_pickles": "compat.pickled_shards",
+    "data.original_pipes": "compat.data_files",
     "data.pretokenize.lavit_codes": "data.pretokenize.encode",
     "lavit": "models.lavit",
     "lavit.original": "compat.lavit",

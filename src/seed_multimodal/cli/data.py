@@ -58,9 +58,9 @@ def check(args: Namespace) -> int:
 
 def convert(args: Namespace) -> int:
     """Convert pickled shards to json; prints a summary. Exit code 1 if anything was refused."""
-    from seed_multimodal.data.formats.released_pickles import convert_shards
+    from seed_multimodal.config import from_compat
 
-    report = convert_shards(args.tars, args.out, args.workers)
+    report = from_compat("pickled_shards:convert_shards")(args.tars, args.out, args.workers)
     # What is missing in the result, before the summary.
     for sentence in report.refused:
         log_line(f"seed: {sentence}")

@@ -1,4 +1,4 @@
-"""Builders for the original YAML files (see `config.ALIASES`): the language model, and the demo's
+"""Builders for the original YAML files (see `targets.ALIASES`): the language model, and the demo's
 system."""
 
 from __future__ import annotations

@@ -4,7 +4,7 @@
     SeedX.from_pretrained(config_of_files(files, tuned=True))
 
 `TARGETS` maps each name to a function of this module that loads nothing and returns path and sizes
-of the weights; `config.ALIASES` maps it to the object itself. Sizes stored with the weights
+of the weights; `targets.ALIASES` maps it to the object itself. Sizes stored with the weights
 (`config.json`, `resampler.json`) override the YAML's.
 """
 

@@ -5,5 +5,4 @@ pretokenize        images of records → codes, in webdataset tars
 decoders           record → training sequence
 stream             sample order, mixture of sources, packed rows, loader
 check              `seed data check`: decodes records as training does
-original_pipes     advice for the originals' input pipes
 """

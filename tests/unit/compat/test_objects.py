@@ -25,7 +25,8 @@ from seed_multimodal.compat.seed_x import (
     process_anyres_image,
 )
 from seed_multimodal.compat.seed_x_yaml import TARGETS
-from seed_multimodal.config import ALIASES, find_target, instantiate
+from seed_multimodal.compat.targets import ALIASES
+from seed_multimodal.config import find_target, instantiate
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.transforms import get_transform
 from seed_multimodal.language.llama_tokenizer import LlamaTokenizer

@@ -10,7 +10,6 @@ tar, jsonl, parquet, images    a reader for each format; `shards` writes tars
 conversations      fields of a conversation → `messages`
 images             fields of an image and its caption → content, path, texts
 index, storage, open_files, layout    stored indexes, remote files, open files, order of reads
-released_pickles   the restricted reader of the original's pickled shards
 """
 
 from seed_multimodal.data.formats.pairs import Pair, PairKeys, Pairs, open_pairs

@@ -11,7 +11,7 @@ from pathlib import Path
 
 from omegaconf import OmegaConf
 
-from seed_multimodal.config import load_yaml
+from seed_multimodal.config import from_compat, load_yaml
 from seed_multimodal.data.formats.record import (
     FieldValue,
     JsonObject,
@@ -20,29 +20,8 @@ from seed_multimodal.data.formats.record import (
     as_list,
 )
 from seed_multimodal.data.formats.sources import find_files, open_file, registered_formats
-from seed_multimodal.data.original_pipes import ENCODED, advice
 from seed_multimodal.errors import ConfigError, DataError
-from seed_multimodal.settings import nearest, read_settings, setting
-
-# The input pipes of the two original extraction tools, with their defaults.
-PIPES: dict[str, JsonObject] = {
-    "src.data.torchdata_preprocess.build_caption_datapipes_with_pixels": {
-        "format": "tar",
-        "similarity_thr": 0.2,
-        "min_resolution": 180,
-        "min_aspect_ratio": 0.666,
-    },
-    "src.data.torchdata_eval.build_question_answer_datapipes": {"format": "json"},
-}
-_UNUSED_KEYS = (  # `data_dir` becomes `files`
-    "_target_",
-    "data_dir",
-    "max_length",
-    "mask",
-    "recursive",
-    "_recursive_",
-    "_convert_",
-)
+from seed_multimodal.settings import read_settings, setting
 
 
 @dataclass
@@ -84,25 +63,10 @@ def read_input_settings(
         plain = load_yaml(config)
     values: FieldValue = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
     if "_target_" in values:
-        values = _read_original(values, label)
+        values = from_compat("data_files:input_keys")(values, label)
     if fields is not None:
         values["fields"] = fields
     return read_settings(InputSettings, values, label)
-
-
-def _read_original(config: JsonObject, label: str) -> JsonObject:
-    """An input of the original's, converted to our keys."""
-    target = str(config["_target_"])
-    if target not in PIPES and not ENCODED.match(target):
-        raise ConfigError(
-            f"{label}: _target_ {target!r} is not one of the original input pipes"
-            f"{advice(target) or nearest(target, PIPES)}."
-        )
-    converted = dict(PIPES.get(target, {}))
-    for key, value in config.items():
-        if key not in _UNUSED_KEYS:
-            converted[key] = value
-    return {**converted, "files": config.get("data_dir")}
 
 
 def parse_fields(text: str | None) -> str | dict[str, str] | None:

@@ -12,13 +12,13 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from seed_multimodal.config import from_compat
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.data.stream.views import INPUT_IMAGE, TARGET_IMAGE
 from seed_multimodal.device import DTYPES, copy_to
@@ -43,7 +43,7 @@ from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.training.config import ConfigNode, JsonObject
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_models import FrozenFeatures
-from seed_multimodal.training.llm.config import check_target, project_path
+from seed_multimodal.training.llm.config import project_path
 from seed_multimodal.training.llm.lora import (
     RECORDED_FIELDS,
     adapter_settings,
@@ -57,15 +57,7 @@ from seed_multimodal.training.task import WEIGHTS
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
 LORA_FIELDS = (*RECORDED_FIELDS, "modules_to_save")
-AGENT_TARGETS = (
-    "src.models.mllm.seed_x.ContinuousLVLM.from_pretrained",
-    "src.models.mllm.seed_x.ContinuousLVLM",
-)
-ENCODER_TARGETS = (
-    "src.models.tokenizer.qwen_visual.VisionTransformerWithAttnPool.from_pretrained",
-)
 _RESAMPLERS = ("input_resampler", "output_resampler")
-_ORIGINAL_PATH = "pretrained_model_path"  # key of the original's files
 
 
 @dataclass
@@ -108,9 +100,7 @@ def read_agent(config: ConfigNode, label: str = "agent") -> AgentModel:
     """Settings from a mapping: ours, or the original's with its `_target_`. Raises ConfigError."""
     values = {str(key): value for key, value in config.items()}
     if "_target_" in values:
-        check_target(values, AGENT_TARGETS, label)
-        del values["_target_"]
-        values = _from_original_agent(values)
+        values = from_compat("training_files:agent_keys")(values, label)
     agent = read_settings(AgentModel, values, label)
 
     # Sizes that are stored with the weights.
@@ -123,53 +113,15 @@ def read_agent(config: ConfigNode, label: str = "agent") -> AgentModel:
     return agent
 
 
-def _from_original_agent(values: ConfigNode) -> dict[str, Any]:
-    """The original's settings under our names.
-
-    It has the losses' settings next to the resamplers', and keys for Hydra in these.
-    """
-    settings = dict(values)
-
-    # Our `losses`, from an override, win.
-    losses = {
-        field.name: settings.pop(field.name)
-        for field in fields(AgentSettings)
-        if field.name in settings
-    }
-    settings["losses"] = losses | (settings.get("losses") or {})
-
-    path = settings.pop(_ORIGINAL_PATH, None)
-    if path:
-        settings["path"] = path
-    for name in _RESAMPLERS:
-        # Hydra's keys begin with an underscore.
-        if isinstance(settings.get(name), Mapping):
-            keys = [key for key in settings[name] if not key.startswith("_")]
-            settings[name] = {key: settings[name][key] for key in keys}
-    return settings
-
-
 def read_encoder(config: ConfigNode, label: str = "visual_encoder") -> EncoderModel:
-    """Settings from a mapping: ours, or the original's with its `_target_`. Raises ConfigError.
-
-    Of the original's, unused keys are ignored (its file has one with a stray quotation mark).
-    """
+    """Settings from a mapping: ours, or the original's with its `_target_`. Raises ConfigError."""
     values = {str(key): value for key, value in config.items()}
     if "_target_" in values:
-        check_target(values, ENCODER_TARGETS, label)
-        # It has the sizes next to the path.
-        size_names = {field.name for field in fields(QwenVitConfig)} & values.keys()
-        settings: dict[str, Any] = {
-            "path": values.get(_ORIGINAL_PATH),
-            "sizes": {name: values[name] for name in size_names},
-        }
-        if "at_once" in values:
-            settings["at_once"] = values["at_once"]
-        values = settings
+        values = from_compat("training_files:encoder_keys")(values, label)
     if not values.get("path"):
         raise ConfigError(
-            f"{label}: path (in the original's files {_ORIGINAL_PATH}) is required: the vision "
-            f"encoder's weights."
+            f"{label}: path (in the original's files pretrained_model_path) is required: the "
+            "vision encoder's weights."
         )
     return read_settings(EncoderModel, values, label)
 

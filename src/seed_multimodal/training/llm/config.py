@@ -1,23 +1,21 @@
 """Settings of a language model's run: model, trainer and prompt template.
 
-A model's YAML is ours or an original one, which nests a base and a PEFT configuration under
-`_target_` names.
+A model's YAML is ours or an original one (`compat.training_files`).
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.config import project_root
+from seed_multimodal.config import from_compat, project_root
 from seed_multimodal.device import DTYPES
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.llama import BITSANDBYTES
 from seed_multimodal.language.prompts import TUNED_TEMPLATES, template_for
-from seed_multimodal.settings import check_keys, check_settings, nearest, read_settings, setting
+from seed_multimodal.settings import check_settings, read_settings, setting
 from seed_multimodal.training.config import ConfigNode, RunTrainerSettings
 
 ATTENTIONS = {
@@ -27,42 +25,6 @@ ATTENTIONS = {
     "flex": "flex_attention",
     "flash": "flash_attention_2",
 }
-SEED_X_PEFT = "src.models.mllm.peft_models.get_peft_model_with_resize_embedding"
-# The original's targets: PEFT model, base model, PEFT configuration.
-PEFT_TARGETS = ("src.model.peft_model.get_peft_model_with_resize_embedding", SEED_X_PEFT)
-# Original builders of models that no published file names: our settings, over those of their base.
-OTHER_MODELS: dict[str, dict[str, Any]] = {
-    "src.model.peft_model.get_frozen_embedding_model": {"freeze_embeddings": True},
-    "src.model.peft_model.get_peft_model_with_trainable_embedding": {"train_embeddings": True},
-    "src.models.mllm.peft_models.get_full_model_with_resize_embedding": {},
-}
-# … and what to use in place of those that train a part of the embeddings alone.
-NO_COUNTERPART = dict.fromkeys(
-    (
-        "src.model.peft_model.get_learnable_image_embedding_model",
-        "src.models.mllm.peft_models.get_model_with_resize_embedding",
-    ),
-    "embeddings are not trained alone; use get_peft_model_with_resize_embedding with "
-    "modules_to_save: [embed_tokens, lm_head] and a small r",
-)
-BASE_TARGETS = (
-    "src.model.llama_xformer.LlamaForCausalLM.from_pretrained",
-    "transformers.LlamaForCausalLM.from_pretrained",
-    "transformers.AutoModelForCausalLM.from_pretrained",
-    "models.model_tools.get_pretrained_llama_causal_model",
-    "src.model.model_tools.get_pretrained_llama_causal_model",
-    "src.models.mllm.modeling_llama_xformer.LlamaForCausalLM.from_pretrained",
-)
-LORA_TARGETS = ("peft.LoraConfig",)
-_META = ("_target_", "_convert_", "_recursive_", "_partial_")
-_PEFT_KEYS = ("model", "peft_config", "model_id", "tokenizer", "torch_dtype", "vocab_size")
-_BASE_KEYS = (
-    "pretrained_model_name_or_path",
-    "torch_dtype",
-    "low_cpu_mem_usage",
-    "load_in_8bit",
-    "load_in_4bit",
-)
 
 
 @dataclass
@@ -139,7 +101,7 @@ def read_model_settings(config: ConfigNode, label: str = "model") -> LlmModelSet
         group = ours if key in LlmModelSettings.__dataclass_fields__ else original
         group[str(key)] = value
     if "_target_" in original:
-        original = _translate_original(original, label)
+        original = from_compat("training_files:model_keys")(original, label)
     settings = read_settings(LlmModelSettings, {**original, **ours}, label)
     return check_model_settings(settings, label)
 
@@ -199,66 +161,3 @@ def template_of(model: LlmModelSettings) -> str:
     if model.path is not None and config.is_file():
         sizes = read_json_object(config, ConfigError)
     return template_for(sizes.get("hidden_size"))
-
-
-# -------------------------------------------------------------------- the original's configurations
-
-
-def _translate_original(node: ConfigNode, label: str) -> dict[str, Any]:
-    """Our settings for an original file: a base, or PEFT around one."""
-    target = str(node["_target_"])
-    if target in NO_COUNTERPART:
-        raise ConfigError(
-            f"{label}: _target_ {target!r} has no counterpart: {NO_COUNTERPART[target]}."
-        )
-    if target not in (*PEFT_TARGETS, *OTHER_MODELS):
-        return _translate_base(node, label)
-
-    # The base, with what the original's builder sets.
-    check_keys(node, (*_META, *_PEFT_KEYS), label)
-    base = _translate_base(node.get("model") or {}, f"{label}.model")
-    peft = node.get("peft_config")
-    if target in OTHER_MODELS and not peft:
-        return {**base, **OTHER_MODELS[target]}
-    settings = {"dtype": node.get("torch_dtype"), **base, **OTHER_MODELS.get(target, {})}
-    if target == SEED_X_PEFT:
-        settings["train_embeddings"] = True
-        settings["embedding_init"] = "mean"
-
-    # A PEFT model is trained (`peft_config`), or loaded (`model_id`, ???: not set).
-    if peft:
-        check_target(peft, LORA_TARGETS, f"{label}.peft_config")
-        settings["lora"] = {str(key): value for key, value in peft.items() if key not in _META}
-    elif "model_id" not in node:
-        raise ConfigError(f"{label}: needs peft_config (to train) or model_id (a trained adapter).")
-    adapter = node.get("model_id")
-    settings["adapter"] = None if adapter in (None, "", "???") else str(adapter)
-    return settings
-
-
-def _translate_base(node: ConfigNode, label: str) -> dict[str, Any]:
-    """Our settings for the original's base model."""
-    check_target(node, (*BASE_TARGETS, *PEFT_TARGETS), label)
-    check_keys(node, (*_META, *_BASE_KEYS), label)
-    path = node.get("pretrained_model_name_or_path")
-    if path in (None, "", "???"):  # ???: not set
-        raise ConfigError(
-            f"{label}: pretrained_model_name_or_path is required: the folder of a LLaMA."
-        )
-    settings = {"path": str(path)}
-    if node.get("torch_dtype"):
-        settings["dtype"] = node["torch_dtype"]
-    for bits in ("4bit", "8bit"):  # 8bit wins
-        if node.get(f"load_in_{bits}"):
-            settings["quantization"] = bits
-    return settings
-
-
-def check_target(node: ConfigNode, allowed: Sequence[str], label: str) -> None:
-    """Raise ConfigError for a `_target_` that is not allowed; targets are never imported."""
-    target = node.get("_target_")
-    if target not in allowed:
-        raise ConfigError(
-            f"{label}: _target_ {target!r} is not allowed{nearest(str(target), allowed)}; known "
-            f"are {', '.join(allowed)}."
-        )

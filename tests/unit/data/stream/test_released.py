@@ -10,10 +10,11 @@ import pytest
 import yaml
 from repository import ROOT
 
+from seed_multimodal.compat.data_files import BUILDERS
 from seed_multimodal.config import load_yaml
 from seed_multimodal.data.decoders import find_decoders
 from seed_multimodal.data.pretokenize.inputs import read_input_settings
-from seed_multimodal.data.stream.config import BUILDERS, LlmDataSettings, read_data_settings
+from seed_multimodal.data.stream.config import LlmDataSettings, read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.errors import ConfigError
 

@@ -17,9 +17,9 @@ import numpy as np
 import pytest
 from repository import ROOT
 
-from seed_multimodal.data.formats import released_pickles
+from seed_multimodal.compat import pickled_shards
+from seed_multimodal.compat.pickled_shards import STAND_INS, convert_shards, read_pickle
 from seed_multimodal.data.formats.record import BadRecord
-from seed_multimodal.data.formats.released_pickles import STAND_INS, convert_shards, read_pickle
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.errors import DataError
@@ -178,7 +178,7 @@ def test_read_pickle_broken(code):
 
 
 def test_read_pickle_bombs(monkeypatch):
-    monkeypatch.setattr(released_pickles, "MAX_NODES", 200_000)
+    monkeypatch.setattr(pickled_shards, "MAX_NODES", 200_000)
     bomb: list = ["x"] * 10
     for _ in range(12):
         bomb = [bomb] * 10
@@ -257,7 +257,7 @@ def test_convert_shards_after_a_kill(tmp_path):
         item for part in range(4) for item in old_shard(old / f"{part}.tar", 1000 * part, 400)
     ]
     (tmp_path / "run.py").write_text(
-        "import sys; from seed_multimodal.data.formats.released_pickles import convert_shards\n"
+        "import sys; from seed_multimodal.compat.pickled_shards import convert_shards\n"
         "if __name__ == '__main__': convert_shards([sys.argv[1]], sys.argv[2], workers=2)"
     )
     process = subprocess.Popen(

@@ -1,0 +1,236 @@
+"""The originals' data files, with the keys of ours.
+
+    _target_: src.data.torchdata_train.build_multi_datapipes    the data of a training
+    _target_: src.data.torchdata_preprocess.build_…             the input of pre-tokenization
+
+They are read without importing anything. Those of a training have the batch layout of
+`ORIGINAL_DEFAULTS`; keys unused by the original code are dropped, and our keys may be added.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields
+
+from seed_multimodal.data.decoders import find_decoders, opens_images
+from seed_multimodal.data.formats.record import JsonObject, RecordFields
+from seed_multimodal.data.stream.config import LlmDataSettings, as_mapping
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.settings import check_keys, nearest
+
+# ---- the data of a training
+
+_TRAIN = "src.data.torchdata_train.build_"
+_SFT = "src.data.torchdata_sft.build_"
+_SEED_X = "src.data.sft_clm.build_"
+BUILDERS: dict[str, tuple[str, str]] = {  # original builder -> our decoder and file suffixes
+    _TRAIN + "caption_datapipes_for_llm": ("pretrain.caption", "tar"),
+    _TRAIN + "mmc4_datapipes_for_llm": ("pretrain.interleaved", "tar"),
+    _TRAIN + "video_caption_datapipes_for_llm": ("pretrain.video", "tar"),
+    _TRAIN + "text_pretrain_datapipes_for_llm": ("pretrain.text", "jsonl"),
+    _TRAIN + "edit_datapipes_for_llm": ("pretrain.edit", "tar"),
+    _TRAIN + "visual_question_datapipes_for_llm": ("pretrain.visual_question", "tar"),
+    _TRAIN + "text_conversation_datapipes_for_llm": ("pretrain.text_conversation", "jsonl"),
+    _SFT + "qa_datapipes_for_llm": ("sft.qa", "tar"),
+    _SFT + "edit_datapipes_for_llm": ("sft.edit", "tar"),
+    _SFT + "edit_multi_datapipes_for_llm": ("sft.multi_edit", "tar"),
+    _SFT + "story_datapipes_for_llm": ("sft.story", "tar"),
+    _SFT + "difference_datapipes_for_llm": ("sft.difference", "tar"),
+    _SFT + "conversation_datapipes_for_llm": ("sft.conversation", "tar"),
+    _SFT + "video_datapipes_for_llm": ("sft.video", "tar"),
+    _SFT + "video_conversation_datapipes_for_llm": ("sft.video_conversation", "tar"),
+    _SFT + "visual_question_datapipes_for_llm": ("sft.visual_question", "tar"),
+    _SFT + "interleaved_datapipes_for_llm": ("sft.interleaved", "tar"),
+    _SFT + "text_conversation_datapipes_for_llm": ("sft.text_conversation", "jsonl"),
+    _SEED_X + "llava_jsonl_datapipes": ("seed_x.conversation", "jsonl"),
+    _SEED_X + "single_turn_edit_datapipes": ("seed_x.edit", "jsonl"),
+    "src.data.image_text_pairs_clm.build_caption_datapipes_with_pixels": ("seed_x.caption", "tar"),
+    "src.data.mmc4.build_mmc4_datapipes_for_llm": ("pretrain.interleaved", "tar"),
+    "src.data.mmc4.build_obelisc_datapipes_for_llm": ("pretrain.interleaved", "tar"),
+}
+# What the original's files leave to its code, by the module of their builders. Six packed rows hold
+# about the useful tokens of an original micro-batch of SEED-LLaMA; SEED-X has padded micro-batches.
+_PACKED: JsonObject = {"packing": True, "length": 2048, "rows": 6, "too_long": "split"}
+ORIGINAL_DEFAULTS: dict[str, JsonObject] = {
+    "src.data.torchdata_train": _PACKED,
+    "src.data.torchdata_sft": _PACKED,
+    "src.data.mmc4": _PACKED,
+    "src.data.sft_clm": {"packing": False},
+    "src.data.image_text_pairs_clm": {"packing": False},
+}
+MIXERS = (_TRAIN + "multi_datapipes", _SFT + "multi_datapipes", _SEED_X + "multi_datapipes")
+_HYDRA_KEYS = ("_target_", "_recursive_", "_convert_")
+_SOURCE_KEYS = ("data_dir", "max_length", "batch_size", "cycle_count", "recursive", *_HYDRA_KEYS)
+_UNUSED_KEYS = (  # by the original code
+    "caption_prompt",
+    "reverse_ratio",
+    "assure_text",
+    "min_resolution",
+    "min_aspect_ratio",
+    "tokenizer",
+    "image_processor",
+    "image_transform",
+)
+_ORIGINAL_KEYS = {  # ours -> the original's
+    "name": "dataset_name",
+    "image_dir": "image_dir",
+    "cycles": "cycle_count",
+    "max_length": "max_length",
+    "batch_size": "batch_size",
+}
+
+
+def mixture_keys(config: RecordFields, label: str) -> JsonObject:
+    """Our keys for an original data file, a mixture or a single source. Raises ConfigError."""
+    # 1. The batch layout: the original's defaults, and keys of ours.
+    our_keys = [entry.name for entry in fields(LlmDataSettings) if entry.name != "sources"]
+    target = str(config.get("_target_", MIXERS[0]))
+    defaults = ORIGINAL_DEFAULTS.get(target.rpartition(".")[0], {})
+    layout = {**defaults, **{key: config[key] for key in our_keys if key in config}}
+
+    # 2. A single source.
+    if target in BUILDERS:
+        pipe = {key: value for key, value in config.items() if key not in our_keys}
+        return {"sources": [_source_keys(pipe, 1.0, label)], **layout}
+
+    # 3. A mixture.
+    if target not in MIXERS:
+        raise _unknown_target(target, label)
+    mixer_keys = ["datapipes", "sample_weights", "tokenizer", "image_transform"]
+    check_keys(config, [*mixer_keys, *_HYDRA_KEYS, *our_keys], label)
+    pipes = config.get("datapipes") or []
+    weights = config.get("sample_weights") or [1.0] * len(pipes)
+    if len(weights) != len(pipes):
+        raise ConfigError(
+            f"{label}: sample_weights must have one number for each of the {len(pipes)} datapipes."
+        )
+    sources = []
+    for index, (pipe, weight) in enumerate(zip(pipes, weights, strict=True)):
+        pipe_label = f"{label}: datapipes[{index}]"
+        sources.append(_source_keys(as_mapping(pipe, label), weight, pipe_label))
+    return {"sources": sources, **layout}
+
+
+def _source_keys(pipe: RecordFields, weight: float, label: str) -> JsonObject:
+    """Our keys (`SourceSettings`) for a source of an original data file."""
+    # 1. The decoder, its options, and the keys that may stand in the file.
+    target = pipe.get("_target_")
+    if target not in BUILDERS:
+        raise _unknown_target(target, label)
+    name, format = BUILDERS[target]
+    options = find_decoders()[name].option_names()
+    unused = [key for key in _UNUSED_KEYS if key not in options]
+    feature_keys = ["image_dir", "dataset_name"] if opens_images(name) else []
+    check_keys(pipe, [*_SOURCE_KEYS, *options, *unused, *feature_keys], label)
+
+    # 2. The files: the original searches folders for one suffix.
+    folders = pipe.get("data_dir")
+    if not folders:
+        raise ConfigError(f"{label}: needs a value for 'data_dir'.")
+    if not pipe.get("recursive", True):
+        if isinstance(folders, str):
+            folders = [folders]
+        folders = [f"{str(folder).rstrip('/')}/*.{format}" for folder in folders]
+
+    source: JsonObject = {
+        "files": folders,
+        "decoder": name,
+        "format": format,
+        "weight": weight,
+        "options": {key: pipe[key] for key in options if pipe.get(key) is not None},
+    }
+    for key, original_key in _ORIGINAL_KEYS.items():
+        if pipe.get(original_key) is not None:
+            source[key] = pipe[original_key]
+    return source
+
+
+def _unknown_target(target: object, label: str) -> ConfigError:
+    hint = _advice(str(target)) or nearest(str(target), [*BUILDERS, *MIXERS])
+    return ConfigError(
+        f"{label}: _target_ {target!r} is not one of the original data builders{hint}."
+    )
+
+
+# ---- the input of pre-tokenization
+
+# The input pipes of the two original extraction tools, with their defaults.
+PIPES: dict[str, JsonObject] = {
+    "src.data.torchdata_preprocess.build_caption_datapipes_with_pixels": {
+        "format": "tar",
+        "similarity_thr": 0.2,
+        "min_resolution": 180,
+        "min_aspect_ratio": 0.666,
+    },
+    "src.data.torchdata_eval.build_question_answer_datapipes": {"format": "json"},
+}
+_UNUSED_INPUT_KEYS = (  # `data_dir` becomes `files`
+    "_target_",
+    "data_dir",
+    "max_length",
+    "mask",
+    "recursive",
+    "_recursive_",
+    "_convert_",
+)
+# Other input pipes: the tool decides which fields are read, the suffix the file's format.
+ENCODED = re.compile(
+    r"src\.data\.torchdata_(eval|preprocess|train)\.build_"
+    r"(caption|coco_caption|edit|video|mmc4|llava|question_answer)_datapipes"
+    r"(_with_pixels|_with_pixel_values)?$"
+)
+
+
+def input_keys(config: JsonObject, label: str) -> JsonObject:
+    """Our keys for an original input. Raises ConfigError: an unknown pipe."""
+    target = str(config["_target_"])
+    if target not in PIPES and not ENCODED.match(target):
+        raise ConfigError(
+            f"{label}: _target_ {target!r} is not one of the original input pipes"
+            f"{_advice(target) or nearest(target, PIPES)}."
+        )
+    converted = dict(PIPES.get(target, {}))
+    for key, value in config.items():
+        if key not in _UNUSED_INPUT_KEYS:
+            converted[key] = value
+    return {**converted, "files": config.get("data_dir")}
+
+
+# ---- pipes without counterpart
+
+# Part of a name -> what to use; the first entry that matches counts.
+_ADVICE = {
+    "retrieval_augmented": "write each sample with its contexts as a document, decoder "
+    "pretrain.interleaved",
+    "m3it": "write its records as JSON lists of image, question and answer, for "
+    "extract_image_ids_to_torchdata_parallel_qa.py --fields plain",
+    "video_gen": "videos are read (sft.video, pretrain.video), not generated; a first frame is "
+    "drawn by sft.qa",
+    "caption_eval": "captions are scored by `seed eval caption`, not during training; held-out "
+    "data is eval_data",
+    "webdata": "name the same tars under the builders of torchdata_train",
+    "with_pixels": "pixels are encoded before training: name this file in --data of an "
+    "extract_image_ids_… tool",
+    "llava": "encode the conversations by extract_image_ids_to_torchdata_parallel_chat.py, "
+    "decoder chat",
+    "coco_caption": "encode the captions by extract_image_ids_to_torchdata_parallel.py, decoder "
+    "pretrain.caption",
+    "edit_datapipes": "encode the edits by extract_image_ids_to_torchdata_parallel_edit.py, "
+    "decoder sft.edit",
+    "video_datapipes": "encode the videos by extract_image_ids_to_torchdata_parallel_video.py, "
+    "decoder sft.video",
+    "mmc4": "encode the documents by extract_image_ids_to_torchdata_parallel_interleaved.py, "
+    "decoder pretrain.interleaved",
+    "question_answer": "encode the questions by extract_image_ids_to_torchdata_parallel_qa.py, "
+    "decoder sft.qa",
+}
+
+
+def _advice(target: str) -> str:
+    """What to use in place of an original pipe, as the end of a message ("; here: …"), or ""."""
+    if not target.startswith("src.data."):
+        return ""
+    for part, text in _ADVICE.items():
+        if part in target:
+            return f"; here: {text}"
+    return ""
