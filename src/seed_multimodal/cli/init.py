@@ -1,14 +1,21 @@
 """`seed init`: initial weights and settings of a small model, to train on your own data.
 
 Frozen parts (vision encoder, VAE, tokenizers) are copied from the shipped small system; trained
-parts are random, with the sizes in `starts.yaml`.
+parts are random. A family's `starts` (YAML) has an entry for each kind of training:
+
+    system: the shipped small system
+    copied: its parts that are copied, and their names in the folder
+    made: part → function (the shipped system's part, the folder's), "module:function"
+    groups: the groups of the training's configuration, a file each ({out}: the folder)
+    before: what is run first, in the folder MultiModalLLM
+    program, options: of the training; "-m seed_multimodal.training.cli NAME" for one without file
 """
 
 from __future__ import annotations
 
+import pkgutil
 import shutil
 from argparse import Namespace
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 import yaml
@@ -18,21 +25,26 @@ from seed_multimodal.disk import JsonObject, atomic_folder, output_folder
 from seed_multimodal.entry import DONE
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import locate_system
+from seed_multimodal.models.registry import families
 
 if TYPE_CHECKING:
     from seed_multimodal.cli.common import Commands
 
-# What can be trained: the shipped system, parts to copy, files to write, the training program.
-TEMPLATES: dict[str, JsonObject] = yaml.safe_load(
-    Path(__file__).with_name("starts.yaml").read_text()
-)
+
+def templates() -> dict[str, JsonObject]:
+    """What can be trained, of all families."""
+    kinds: dict[str, JsonObject] = {}
+    for spec in families():
+        if spec.starts is not None:
+            kinds |= yaml.safe_load(spec.starts.read_text(encoding="utf-8"))
+    return kinds
 
 
 def add_command(commands: Commands) -> None:
     """The command with its flags."""
     command = commands.add_parser("init", help=init.__doc__, description=init.__doc__)
     command.add_argument("out", metavar="OUT", help="folder to make")
-    command.add_argument("--like", required=True, choices=TEMPLATES, help="what will be trained")
+    command.add_argument("--like", required=True, choices=templates(), help="what will be trained")
     command.add_argument(
         "--size", choices=("tiny",), default="tiny", help="of what begins at random"
     )
@@ -43,7 +55,7 @@ def add_command(commands: Commands) -> None:
 def init(args: Namespace) -> int:
     """A small model with random weights and the settings to train it on your own data."""
     # The shipped system has the frozen parts.
-    template = TEMPLATES[args.like]
+    template = templates()[args.like]
     shipped = locate_system(template["system"])
     if shipped is None:
         raise ConfigError(
@@ -55,10 +67,8 @@ def init(args: Namespace) -> int:
         # 1. Frozen parts, and trained ones that begin at random.
         for source, target in template["copied"].items():
             shutil.copytree(shipped / source, folder / target)
-        if "encoder" in template:
-            _copy_tokenizer(shipped / template["encoder"], folder / template["encoder"])
-        if "unet" in template:
-            _new_diffusion(shipped / template["unet"], folder / template["unet"])
+        for name, function in template.get("made", {}).items():
+            pkgutil.resolve_name(function)(shipped / name, folder / name)
         # 2. The groups of the training's configuration.
         for name, group in template["groups"].items():
             text = yaml.safe_dump(group, sort_keys=False).replace("{out}", str(out))
@@ -67,9 +77,8 @@ def init(args: Namespace) -> int:
     # 3. The command that trains it, run in MultiModalLLM.
     environment = template.get("before", "").replace("{out}", str(out))
     files = " ".join(f"{name}={out}/{name}.yaml" for name in template["groups"])
-    program = f"src/train/{template['program']}.py"
     options = f"{template['options']} output_dir={out}/run"
-    command = f"{environment} python {program} {files} {options}".strip()
+    command = f"{environment} python {template['program']} {files} {options}".strip()
     emit(
         args,
         {"folder": str(out), "command": command},
@@ -77,33 +86,3 @@ def init(args: Namespace) -> int:
         f"{command}",
     )
     return DONE
-
-
-def _copy_tokenizer(source: Path, target: Path) -> None:
-    """LaVIT's tokenizer as stage 1 leaves it."""
-    from seed_multimodal.models.lavit.checkpoints import (
-        load_dynamic_tokenizer,
-        save_dynamic_tokenizer,
-    )
-
-    save_dynamic_tokenizer(load_dynamic_tokenizer(source), target)
-
-
-def _new_diffusion(source: Path, target: Path) -> None:
-    """A diffusers folder: a new U-Net, the shipped autoencoder, SDXL's noise schedule."""
-    from diffusers import DDIMScheduler, UNet2DConditionModel
-
-    from seed_multimodal.diffusion.base import vae_folder
-
-    # The shipped U-Net's sizes with new weights.
-    sizes = UNet2DConditionModel.load_config(source / "unet")
-    UNet2DConditionModel.from_config(sizes).save_pretrained(target / "unet")
-    shutil.copytree(vae_folder(source), target / "vae")
-    DDIMScheduler(
-        beta_start=0.00085,
-        beta_end=0.012,
-        beta_schedule="scaled_linear",
-        clip_sample=False,
-        set_alpha_to_one=False,
-        steps_offset=1,
-    ).save_pretrained(target / "scheduler")

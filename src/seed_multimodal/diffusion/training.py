@@ -1,13 +1,17 @@
-"""Shared training code of U-Nets: noise and targets, size conditions, trained parameters."""
+"""Shared training code of U-Nets: noise and targets, size conditions, trained parameters, start."""
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from seed_multimodal.diffusion.base import vae_folder
 
 TrainedLayers = Literal["key_value", "all"]  # of a U-Net
 
@@ -60,3 +64,21 @@ def train_unet(unet: nn.Module, which: TrainedLayers) -> None:
     """Enable gradients of a whole U-Net ("all"), or of its attention keys and values."""
     for name, parameter in unet.named_parameters():
         parameter.requires_grad_(which == "all" or name.split(".")[-2] in ("to_k", "to_v"))
+
+
+def new_diffusion(source: Path, target: Path) -> None:
+    """Write a diffusers folder: a new U-Net with the sizes of the source's, the source's
+    autoencoder, and SDXL's noise schedule."""
+    from diffusers import DDIMScheduler, UNet2DConditionModel
+
+    sizes = UNet2DConditionModel.load_config(source / "unet")
+    UNet2DConditionModel.from_config(sizes).save_pretrained(target / "unet")
+    shutil.copytree(vae_folder(source), target / "vae")
+    DDIMScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        clip_sample=False,
+        set_alpha_to_one=False,
+        steps_offset=1,
+    ).save_pretrained(target / "scheduler")

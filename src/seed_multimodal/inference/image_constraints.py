@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.inference.request import TokenSequence
-from seed_multimodal.language.vocabulary import ImageVocabulary, SeedXVocabulary
+from seed_multimodal.language.vocabulary import ImageVocabulary
 
 
 class ImageConstraints:
@@ -60,8 +60,8 @@ class ImageConstraints:
             # These tokens are certain, but not trained: they must not cost a beam anything.
             scores = scores.masked_fill(in_image[:, None], 0.0)
         forbidden[:, vocabulary.code_start : vocabulary.code_start + n_codes] = ~allowed_codes
-        if isinstance(vocabulary, SeedXVocabulary) and not self.original:
-            forbidden[:, vocabulary.patches : vocabulary.patches + 2] = True
+        if not self.original:
+            forbidden[:, vocabulary.input_only_ids] = True
 
         # 2. An image starts only where it fits into the remaining tokens, and ends only when it is
         #    complete.

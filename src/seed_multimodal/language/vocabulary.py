@@ -95,6 +95,11 @@ class ImageVocabulary:
         codes = {code_token(code): self.code_start + code for code in range(self.n_codes)}
         return {**codes, BOI: self.boi_id, EOI: self.eoi_id}
 
+    @property
+    def input_only_ids(self) -> slice:
+        """Ids that prompts have and answers do not."""
+        return slice(0, 0)
+
     def is_code_id(self, id: int) -> bool:
         """Whether `id` is an image code."""
         return self.code_start <= id < self.code_start + self.n_codes
@@ -150,6 +155,11 @@ class SeedXVocabulary(ImageVocabulary):
     locations: int = 32104
     boxes: int = 32328
     fixed_image_order: ClassVar[bool] = True
+
+    @property
+    def input_only_ids(self) -> slice:
+        """`<patch>` and `</patch>`."""
+        return slice(self.patches, self.patches + 2)
 
     @classmethod
     def from_added_tokens(

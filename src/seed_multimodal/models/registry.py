@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
+from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from seed_multimodal.errors import ConfigError
@@ -81,6 +82,7 @@ class FamilySpec:
         evaluation: default options of the tasks of `seed eval`, by kind.
         evaluators: their `Evaluation`s that differ from the library's, by kind.
         trainings: by the name of their program.
+        starts: YAML file of what `seed init` makes (see there).
         cards: by the name of a model.
     """
 
@@ -92,6 +94,7 @@ class FamilySpec:
     evaluation: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     evaluators: Mapping[str, str] = field(default_factory=dict)
     trainings: Mapping[str, Training] = field(default_factory=dict)
+    starts: Path | None = None
     cards: Mapping[str, ModelCard] = field(default_factory=dict)
 
     @property

@@ -7,5 +7,5 @@ optimizers   AdamW, Muon, moving average                     schedules   learnin
 metrics      log lines of a run                              plots       curves from logs
 distributed  processes, SIGTERM, errors                      torchrun    launcher
 codebook     stages of models with a codebook                frozen_models  teachers
-llm, seed_x, lavit, pixel_decoder                            trainings of the families
+cli          all Hydra trainings      llm, pixel_decoder  tasks of several families
 """

@@ -1,6 +1,7 @@
 """The Hydra trainings of all families: a configuration composed from groups and overrides.
 
     python src/train/train.py model=nano_lora tokenizer=nano data=my_data.yaml output_dir=log/run
+    python -m seed_multimodal.training.cli NAME …    # of a family in another package
 
 A group (model, data, …) is set to the name of one of its configurations or the path of a file.
 Overrides apply in command-line order; the last one wins, and a group's file replaces earlier
@@ -26,7 +27,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from seed_multimodal.config import read_yaml, resolve
 from seed_multimodal.disk import read_json_object
-from seed_multimodal.entry import run_guarded
+from seed_multimodal.entry import run_and_exit, run_guarded
 from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.models.registry import find_training
 from seed_multimodal.settings import describe_settings, nearest
@@ -347,3 +348,7 @@ def _load(configs: Path, group: str, choice: str) -> dict[str, Any]:
     if "hf_ds_config" in node:
         return _load(configs, group, str(node["hf_ds_config"]))
     return node
+
+
+if __name__ == "__main__":
+    run_and_exit(lambda: main(sys.argv[1], "configs", sys.argv[2:]))

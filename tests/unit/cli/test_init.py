@@ -9,13 +9,13 @@ from llm_runs import APPLICATION, environment
 from real_processes import run_process
 from warm_python import PYTHON
 
-from seed_multimodal.cli.init import TEMPLATES
+from seed_multimodal.cli.init import templates
 from seed_multimodal.cli.main import main
 
 
 @pytest.mark.process
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", TEMPLATES)
+@pytest.mark.parametrize("kind", templates())
 def test_init_prints_a_command_that_trains(kind, tmp_path, capsys):
     assert main(f"init --like {kind} {tmp_path / 'mine'} --json".split()) == 0
     printed = json.loads(capsys.readouterr().out)["command"].split(" && ")

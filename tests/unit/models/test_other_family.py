@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
+import sys
 import tomllib
 from collections.abc import Iterator
 from pathlib import Path
@@ -15,6 +17,7 @@ import tiny_system
 import yaml
 from PIL import Image
 from random_images import noise
+from real_processes import run_process
 from served import Running, read
 
 from seed_multimodal.cli.main import main
@@ -27,7 +30,7 @@ PACKAGE = Path(tiny_system.__file__).with_name("mosaic_package")
 
 
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
+def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
     """The package on the path, with the metadata that an installation writes."""
     site = tmp_path_factory.mktemp("site")
     shutil.copytree(PACKAGE / "mosaic", site / "mosaic")
@@ -44,12 +47,12 @@ def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(site)
         families.cache_clear()
-        yield
+        yield site
     families.cache_clear()
 
 
 @pytest.fixture(scope="module")
-def folder(installed: None, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def folder(installed: Path, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A system that `seed assemble` made of a tiny language model and its words."""
     out = tmp_path_factory.mktemp("mosaic") / "my_mosaic"
     settings = out.with_suffix(".json")
@@ -68,7 +71,7 @@ def system(folder: Path) -> MultimodalSystem:
     return MultimodalSystem.from_pretrained(folder, device="cpu", log=None)
 
 
-def test_families_of_other_packages_come_last(installed: None) -> None:
+def test_families_of_other_packages_come_last(installed: Path) -> None:
     assert [spec.name for spec in families()] == ["seed_llama", "seed_x", "lavit", "mosaic"]
 
 
@@ -139,3 +142,25 @@ def test_train_evaluate_and_load_a_checkpoint(folder: Path, tmp_path: Path) -> N
     command += ["--captions", str(tmp_path / "captions.json"), "--device", "cpu"]
     assert main([*command, "--out", str(tmp_path / "scores")]) == 0
     assert json.loads((tmp_path / "scores" / "summary.json").read_text())["answered"] == 2
+
+
+@pytest.mark.process
+def test_init_prints_a_command_that_trains(
+    installed: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    # 1. A model with random weights, and data.
+    out = tmp_path / "mine"
+    assert main(["init", "--like", "mosaic", str(out), "--json"]) == 0
+    command = json.loads(capsys.readouterr().out)["command"].split()
+    data = llm_runs.write_data(tmp_path / "data", n_codes=16, per_image=32)
+    (out / "data.yaml").write_text(yaml.safe_dump(data))
+
+    # 2. Its training, a program of the library's.
+    options = ["trainer.max_steps=2", "trainer.device=cpu", "trainer.report_to=[]"]
+    environment = llm_runs.environment()
+    environment["PYTHONPATH"] = f"{installed}{os.pathsep}{environment.get('PYTHONPATH', '')}"
+    run = run_process(
+        [sys.executable, *command[1:], *options], cwd=llm_runs.APPLICATION, env=environment
+    )
+    assert run.returncode == 0, run.stderr
+    assert 2 in llm_runs.losses(out / "run")

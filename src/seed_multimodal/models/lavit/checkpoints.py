@@ -206,3 +206,8 @@ def visual_weight_state(model: DynamicTokenizer) -> State:
     """Tensors of `visual_weight`: the token merger and the projector."""
     state = model.state_dict()
     return {name: state[name] for name in state if name.startswith(VISUAL_WEIGHT_PREFIXES)}
+
+
+def copy_stage1_tokenizer(source: Path, target: Path) -> None:
+    """Write our folder of a tokenizer as stage 1 leaves it, without the trained token merger."""
+    save_dynamic_tokenizer(load_dynamic_tokenizer(source), target)

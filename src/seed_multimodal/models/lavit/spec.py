@@ -203,6 +203,7 @@ SPEC = FamilySpec(
         }
     },
     evaluators={"vqa": "seed_multimodal.models.lavit.evaluate:LavitQuestions"},
+    starts=Path(__file__).with_name("starts.yaml"),
     cards={
         "lavit": _CARD,
         "nano-lavit": replace(

@@ -192,6 +192,7 @@ SPEC = FamilySpec(
         },
     },
     evaluators={"text2image": "seed_multimodal.models.seed.evaluate:SeedDrawings"},
+    starts=Path(__file__).with_name("starts.yaml"),
     cards={
         "nano": ModelCard(
             "SEED nano",

@@ -146,6 +146,7 @@ SPEC = FamilySpec(
             "seed_multimodal.models.seed_x.train_detokenizer:DetokenizerTask",
         ),
     },
+    starts=Path(__file__).with_name("starts.yaml"),
     cards={
         "seed-x": _BASE_CARD,
         "seed-x-i": _TUNED_CARD,

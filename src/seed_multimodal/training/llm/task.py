@@ -27,7 +27,7 @@ from seed_multimodal.device import DTYPES, peak_tflops
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
-from seed_multimodal.pipelines.config import record_base
+from seed_multimodal.pipelines.config import DEFAULT_FAMILY, record_base
 from seed_multimodal.training.config import ConfigNode, JsonObject
 from seed_multimodal.training.distributed import ProcessGroup, translate_errors
 from seed_multimodal.training.llm.config import (
@@ -91,7 +91,7 @@ class LlmTask(RunTask):
     loss_reduction = "sum"
     meter: TokenMeter
     start_hint = "model.adapter, or model.path"
-    family = "seed_llama"  # of systems with its checkpoints
+    family = DEFAULT_FAMILY  # of systems with its checkpoints
     tokenizer_kind: type[MultimodalTokenizer] = MultimodalTokenizer
     run_type: ClassVar[type[RunSettings]] = LlmRunSettings
     settings_readers: ClassVar[Mapping[str, Callable[[ConfigNode, str], object]]] = {

@@ -1,6 +1,6 @@
 """A pixel decoder's trainer task: settings, and a U-Net that learns to reconstruct images.
 
-Subclasses (`training/seed_x/detokenizer.py`, `training/lavit/detokenizer.py`) define the frozen
+Subclasses (`models.seed_x.train_detokenizer`, `models.lavit.train_pixels`) define the frozen
 conditioning model, the trained modules, the loss of a batch and sampling.
 """
 

@@ -27,5 +27,6 @@ SPEC = FamilySpec(
     images="mosaic.pipeline:load_images",
     trainings={"train_mosaic": Training("train", "mosaic.train:MosaicTask")},
     evaluation={"caption": {"max_new_tokens": 4}},
+    starts=Path(__file__).with_name("starts.yaml"),
     cards={"my_mosaic": ModelCard("Mosaic", tabs=("draw",))},
 )
