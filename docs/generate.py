@@ -38,7 +38,7 @@ OPTIONS = {
             "data.sources": "data.stream.config:SourceSettings",
             "data (pixel decoders)": "training.pixel_decoder.task:ImageData",
             "data.sources (pixel decoders)": "training.pixel_decoder.task:ImageSource",
-            "agent (SEED-X)": "seed_x.modeling:AgentSettings",
+            "agent (SEED-X)": "models.seed_x.modeling:AgentSettings",
         },
     ),
     "tokenizer-training": (
@@ -58,27 +58,27 @@ OPTIONS = {
         "keys of `generation` in `system.json`. The defaults of a system win over those below.",
         {
             "Text and tokens": "inference.prompt:GenerationSettings",
-            "Drawing: SEED-2 (unCLIP)": "seed.diffusion:UnclipSettings",
-            "Drawing: SEED-1 (Stable Diffusion)": "seed.diffusion:StableDiffusionSettings",
-            "Drawing: SEED-X (SDXL)": "seed_x.diffusion:SdxlSettings",
-            "Drawing: LaVIT": "lavit.diffusion:LavitSettings",
+            "Drawing: SEED-2 (unCLIP)": "models.seed.diffusion:UnclipSettings",
+            "Drawing: SEED-1 (Stable Diffusion)": "models.seed.diffusion:StableDiffusionSettings",
+            "Drawing: SEED-X (SDXL)": "models.seed_x.diffusion:SdxlSettings",
+            "Drawing: LaVIT": "models.lavit.diffusion:LavitSettings",
         },
     ),
 }
 # Public classes, and their members that users call (none: all).
 PYTHON = {
-    "system.base.MultimodalSystem": (
+    "pipelines.base.MultimodalSystem": (
         "from_pretrained describe ask detect draw edit reconstruct tokenize chat save_pretrained"
     ),
     "language.answer.Answer": "",
-    "seed.pipeline.SeedLlama": "from_pretrained",
-    "seed_x.pipeline.SeedX": "detect reconstruct",
-    "lavit.pipeline.Lavit": "compose",
-    "seed.original.SeedLlamaTokenizer": "",
-    "seed.original.Seed1": "",
-    "seed.modeling.Seed2Tokenizer": "",
-    "seed.diffusion.UnclipDetokenizer": "",
-    "seed.diffusion.StableDiffusionDetokenizer": "",
+    "models.seed.pipeline.SeedLlama": "from_pretrained",
+    "models.seed_x.pipeline.SeedX": "detect reconstruct",
+    "models.lavit.pipeline.Lavit": "compose",
+    "compat.seed_llama.SeedLlamaTokenizer": "",
+    "compat.seed_llama.Seed1": "",
+    "models.seed.modeling.Seed2Tokenizer": "",
+    "models.seed.diffusion.UnclipDetokenizer": "",
+    "models.seed.diffusion.StableDiffusionDetokenizer": "",
 }
 PROGRAMS = (
     "scripts",

@@ -88,7 +88,7 @@ ORIGINAL_PARTS = {
     ),
     "vicuna": OriginalPart("pretrained/vicuna-7b-v1.1", "lmsys/vicuna-7b-v1.1"),
     "llama2": OriginalPart("pretrained/llama-2-13b-chat", "meta-llama/Llama-2-13b-chat-hf"),
-    "seed-x": OriginalPart("pretrained", SEED_X),  # several folders: see `system.config`
+    "seed-x": OriginalPart("pretrained", SEED_X),  # several folders: see `pipelines.config`
     "lavit": OriginalPart("pretrained/LaVIT-7B-v2", LAVIT),
     "qwen-vl": OriginalPart(
         "pretrained/Qwen-VL-Chat",

@@ -272,7 +272,7 @@ class Seed1:
     ) -> Self:
         """Load the tokenizer now, and Stable Diffusion 1 when the first image is drawn.
 
-        folder: see `seed.checkpoints`.
+        folder: see `models.seed.checkpoints`.
         diffusion: a diffusers folder, or the original's `sd-v1-4.ckpt`; None: in or next to
             `folder`, else in `pretrained/`.
         vision: file of the vision encoder.

@@ -8,7 +8,7 @@
 
 [ and ] are image start and end. Learned are captions and answers with `</s>`, codes of targets
 with ]. Input images are features, target images codes. Their number is known only after the
-token selector ran on the device, so placeholders are planned here (`training.lavit.rows` replaces
+token selector ran on the device, so placeholders are planned here (`train_rows` replaces
 them). As at inference there is no <s>. Plain text: `pretrain.text`. Source: §3 and §5.3 of the
 paper.
 """

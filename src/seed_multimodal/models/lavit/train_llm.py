@@ -49,7 +49,7 @@ class VisualModel:
     """The frozen tokenizer of stage 1, and where token merger and projector start from.
 
     Attributes:
-        path: the tokenizer's folder, an original model's or ours (`lavit.checkpoints`).
+        path: the tokenizer's folder, an original model's or ours (`models.lavit.checkpoints`).
         start: a `visual_weight` file, or a folder with one; None: stage 1's token merger, and a new
             projector (`seed`).
         selection: `draw` (original: each patch by its probability; here determined by seed and

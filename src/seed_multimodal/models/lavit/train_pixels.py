@@ -100,7 +100,7 @@ def image_codes(
 ) -> Tensor:
     """Pixels of the tokenizer's size → codes int32 `[B, N]` in raster order, padded with -1.
 
-    selection: of patches, see `lavit.modeling.choose`; determined by the image and `seed`, so that
+    selection: of patches, see `modeling.choose`; determined by the image and `seed`, so that
         an image always has the same codes.
     """
     # 1. A generator for each image, seeded by its pixels.

@@ -93,7 +93,7 @@ class SeedTokenizer(PretrainedNetwork[TokenizerConfig]):
     ) -> Self:
         """Load our folder, original files, one file or a hub id, in eval mode and frozen.
 
-        folder: see `seed.checkpoints`.
+        folder: see `models.seed.checkpoints`.
         vision: file of the vision encoder, if it is not in or next to `folder`.
         config: sizes; None: our `config.json` next to the weights, else the original ones.
         log: receives one line about what was loaded and ignored.
