@@ -106,6 +106,7 @@ def test_dtype_of_each_image_encoder_on_a_gpu(gpu: None, tiny_folder: Path, monk
     """Recorded where the models would be loaded."""
     from seed_multimodal.compat import seed_llama as original
     from seed_multimodal.models.seed import pipeline
+    from seed_multimodal.pipelines import code_system
     from seed_multimodal.pipelines.images import open_images
 
     dtypes: list[tuple[str, torch.dtype]] = []
@@ -130,7 +131,7 @@ def test_dtype_of_each_image_encoder_on_a_gpu(gpu: None, tiny_folder: Path, monk
 
     load_images: Callable[..., object] = pipeline.load_images
     monkeypatch.setattr(pipeline, "load_images", images_first)
-    monkeypatch.setattr(pipeline, "load_llm_or_adapter", stop_language_model)
+    monkeypatch.setattr(code_system, "load_llm_or_adapter", stop_language_model)
     tokenizer_folder = tiny_folder / "seed_tokenizer"
     for load in (
         lambda: pipeline.SeedLlama.from_pretrained(tiny_folder, log=None),

@@ -1,2 +1,1 @@
-"""The commands of `seed` and of the scripts with the original names; parsing and printing, no model
-code."""
+"""The commands of `seed`; parsing and printing, no model code."""

@@ -7,9 +7,12 @@
     processing   `LavitTokenizer`, prompts, ends of answers
     pipeline     `Lavit`: the system
     checkpoints  folders of the tokenizer, the original's and ours
-    training     `LavitStage1`, `TrainedPixels`: losses
+    losses       `LavitStage1`, `UnifiedLoss`, `TrainedPixels`
+    data         captions, questions and compositions as training sequences
+    train_*      trainer tasks: tokenizer, language model, pixel decoders
+    evaluate     questions and answers as published
     export       a stage-1 checkpoint → folders for the system
-    original     the original's `build_model` and its classes
+    spec         the family's `FamilySpec`; `LavitConfig`
 
 Nothing is imported here: `ratios` is used without torch.
 """

@@ -8,7 +8,8 @@ single_file     Stable Diffusion 1 in the original's single file
 diffusion       de-tokenizers: `StableDiffusionDetokenizer` (SEED-1), `UnclipDetokenizer` (SEED-2)
 pipeline        `SeedLlama` and its `SeedImageCodec`
 captions        caption tokenizers of stage 1
-training        networks and losses of both stages
+losses          networks and losses of both stages
 export          stage checkpoints → a tokenizer folder
-original        `SeedLlamaTokenizer` and `Seed1`, the original repositories' interfaces
+evaluate        questions and scores as in the original scripts
+spec            the family's `FamilySpec`; `SeedLlamaConfig`
 """

@@ -7,5 +7,8 @@ processing   `SeedXPrompts`: prompts with images and boxes; boxes of answers
 pipeline     `SeedX` and its `SeedXImageCodec`
 adapter      `SDXLAdapter`: SDXL's U-Net, and the resampler of its prompt
 diffusion    `SdxlDetokenizer`: features → images
-original     systems from the original YAML files
+data         conversations, image generation and edits as training sequences
+losses       `TrainedAgent`, losses of the de-tokenizer
+train_*      trainer tasks: the agent, the de-tokenizer
+spec         the family's `FamilySpec`; `SeedXConfig`
 """
