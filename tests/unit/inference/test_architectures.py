@@ -1,4 +1,4 @@
-"""`TorchBackend` with other decoder-only models: the ids of transformers' `generate`, or an error."""
+"""`TorchBackend` with other decoder-only models: ids as transformers' `generate`, or an error."""
 
 from __future__ import annotations
 

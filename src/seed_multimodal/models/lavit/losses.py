@@ -11,8 +11,8 @@ The token selector's gradient is estimated by flipping the decision of one patch
 change in reconstruction loss is the gradient of that patch's probability. (A straight-through
 gradient is many times the real change for a dropped patch.)
 
-Stage 2: the language model's loss (`training.llm.loss`) with the embeddings of the trained token
-merger at the tokens of input images.
+Stage 2: the language model's loss (`training.llm.loss`) with the embeddings of the trained
+token merger at the tokens of input images.
 
 Pixel decoders: a U-Net initialized from Stable Diffusion is conditioned on a frozen code decoder's
 features of an image's codes, and trained with the noise-prediction loss. Our choices, unspecified
