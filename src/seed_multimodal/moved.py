@@ -10,7 +10,8 @@ from importlib.machinery import ModuleSpec
 from types import ModuleType
 
 PACKAGE = "seed_multimodal."
-# Earlier → current name, without the package; the longest that matches counts.
+# Earlier → current name of modules and of objects in YAML, without the package; the longest that
+# matches counts.
 MOVED = {
     "cli.lavit": "compat.lavit_programs",
     "cli.seed": "compat.seed_llama_programs",
@@ -20,7 +21,8 @@ MOVED = {
     "data.decoders.seed_x": "models.seed_x.data",
     "data.formats.released_pickles": "compat.pickled_shards",
     "data.original_pipes": "compat.data_files",
-    "data.pretokenize.lavit_codes": "data.pretokenize.encode",
+    "data.pretokenize.encode.lavit_codes": "models.lavit.codes.lavit_codes",
+    "data.pretokenize.lavit_codes": "models.lavit.codes",
     "lavit": "models.lavit",
     "lavit.original": "compat.lavit",
     "lavit.training": "models.lavit.losses",

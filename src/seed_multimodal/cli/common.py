@@ -28,7 +28,7 @@ from seed_multimodal.errors import (
     ImageError,
     RequestError,
 )
-from seed_multimodal.models.lavit.ratios import RATIOS
+from seed_multimodal.models.registry import model_cards
 from seed_multimodal.progress import quiet_libraries
 
 if TYPE_CHECKING:
@@ -152,10 +152,18 @@ def add_json(parser: ArgumentParser) -> None:
     entry.add_debug(parser)
 
 
+def _ratios() -> list[str]:
+    """The aspect ratios of drawings, of all families."""
+    ratios: list[str] = []
+    for card in model_cards().values():
+        ratios += card.ratios
+    return list(dict.fromkeys(ratios))
+
+
 def add_size(parser: ArgumentParser) -> None:
     """Flags of the size of a drawing."""
     parser.add_argument(
-        "--ratio", choices=RATIOS, help="LaVIT: width to height of the drawing (default: 1:1)"
+        "--ratio", choices=_ratios(), help="LaVIT: width to height of the drawing (default: 1:1)"
     )
     parser.add_argument("--height", type=bounded_int(8), help="of the drawing, in pixels")
     parser.add_argument("--width", type=bounded_int(8))
@@ -166,7 +174,7 @@ def add_condition_flags(parser: ArgumentParser) -> None:
     parser.add_argument("--image-guidance-scale", type=float, help="SEED-X: towards that image")
     parser.add_argument(
         "--ratio",
-        choices=(*RATIO_MODES, *RATIOS),
+        choices=(*RATIO_MODES, *_ratios()),
         help="SEED-X: restore (default) or keep that of "
         "the source or condition image, or square as the original; LaVIT: width to height",
     )

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.language.prompts import DEFAULT_TASKS, TaskPrompts
 from seed_multimodal.settings import nearest
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class ModelCard:
         examples: texts with the name of a demo image each, "" for none.
         keeps_aspect: images are sent with their aspect ratio; otherwise as squares.
         single_turn_template: each message is sent alone, between these two texts.
+        tasks: its prompts, for finding things in images.
         ratios: aspect ratios of its drawings. Such a model uses its own settings, not the sliders'.
     """
 
@@ -65,6 +67,7 @@ class ModelCard:
     keeps_aspect: bool = False
     single_turn_template: tuple[str, str] | None = None
     max_rounds: int = 3
+    tasks: TaskPrompts = DEFAULT_TASKS
     ratios: tuple[str, ...] = ()
 
 

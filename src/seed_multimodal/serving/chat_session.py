@@ -26,7 +26,6 @@ from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import RequestError, SeedError
 from seed_multimodal.images import io
 from seed_multimodal.images.sheet import draw_boxes
-from seed_multimodal.language.prompts import SEED_X_TASKS
 from seed_multimodal.language.vocabulary import BOX_WORDS, PLACEHOLDER
 from seed_multimodal.serving.client import ModelClient
 
@@ -381,7 +380,7 @@ class ChatSession:
         """The image with boxes around what a phrase names."""
         with warn_about_errors():
             # The tuned request, greedy and in one round.
-            question = SEED_X_TASKS.detect_request(not_empty(phrase))
+            question = self.model.card.tasks.detect_request(not_empty(phrase))
             messages = [user_message(question, [await self.stored_upload(upload)])]
             body = self.request(
                 messages,

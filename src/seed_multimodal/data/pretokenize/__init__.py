@@ -4,6 +4,6 @@
 `inputs`        settings of the input, and its shards
 `dataset`       records → resized images, in worker processes
 `record_types`  what is read of a record, and the output record
-`encode`        images → codes; LaVIT's codes
+`encode`        images → codes
 `frames`        frames of videos, augmented views
 """

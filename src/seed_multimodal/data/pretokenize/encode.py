@@ -1,11 +1,4 @@
-"""Image encoder from a tokenizer's YAML, on one device; and image transforms of YAML files.
-
-LaVIT's dynamic tokenizer has a variable number of codes per image:
-
-    # tokenizer.yaml
-    _target_: seed_multimodal.data.pretokenize.encode.lavit_codes
-    pretrained_model_name_or_path: pretrained/LaVIT-7B-v2
-"""
+"""Image encoder from a tokenizer's YAML, on one device; and image transforms of YAML files."""
 
 from __future__ import annotations
 
@@ -14,8 +7,7 @@ import os
 import zlib
 from collections.abc import Mapping
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Any, Self
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,12 +16,8 @@ from seed_multimodal.config import find_target, instantiate, load_yaml
 from seed_multimodal.device import DTYPES, choose_device, copy_to
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.hub import locate
 from seed_multimodal.images.transforms import CLIP_MEAN, ImageTransform, normalise
-from seed_multimodal.models.lavit.checkpoints import load_dynamic_tokenizer
-from seed_multimodal.models.lavit.modeling import MODES, DynamicTokenizer
 from seed_multimodal.models.seed.modeling import fast_encode
-from seed_multimodal.nn.layers import cast_layers
 
 PROCESSORS = (
     "transformers.BlipImageProcessor.from_pretrained",
@@ -73,7 +61,7 @@ class Encoder:
         self._encode = fast_encode(model, precision, compile=compile)
 
     def __call__(self, pixels: Tensor) -> list[list[int]]:
-        """Codes of images uint8 [B, 3, S, S]; variable length for LaVIT."""
+        """Codes of images uint8 [B, 3, S, S]; of variable length where a row is padded with -1."""
         codes = self._encode(normalise(copy_to(self.device, pixels))).tolist()
         return [[code for code in row if code >= 0] for row in codes]
 
@@ -137,51 +125,3 @@ def image_processor(folder: str) -> ImageTransform:
     size = size if isinstance(size, dict) else {"shortest_edge": size}
     side: Any = size.get("shortest_edge", size.get("height"))
     return ImageTransform(side, "shortest_edge" in size, RESAMPLE[settings.get("resample", 3)])
-
-
-# ---- LaVIT's dynamic tokenizer, with a variable number of codes per image
-
-
-class DynamicCodes(nn.Module):
-    """`encode`: normalized pixels `[B, 3, S, S]` → codes `[B, N]`, padded with -1.
-
-    Token selection depends only on pixels and seed, so shards are reproducible.
-    """
-
-    def __init__(self, tokenizer: DynamicTokenizer, selection: str, seed: int) -> None:
-        super().__init__()
-        self.tokenizer = tokenizer
-        self.selection = selection
-        self.seed = seed
-        self.device = tokenizer.device
-        # Part of the encoder's fingerprint, since it changes the codes.
-        self.register_buffer("drawn_by", torch.tensor([MODES.index(selection), seed]))
-
-    def to(self, dtype: torch.dtype) -> Self:  # type: ignore[override]
-        """Convert the layers to a dtype; other parameters stay fp32."""
-        cast_layers(self.tokenizer, dtype)
-        return self
-
-    @torch.no_grad()
-    def encode(self, pixels: Tensor) -> Tensor:
-        """See the class."""
-        generators = []
-        for image in pixels.cpu().contiguous():
-            image_seed = zlib.crc32(image.numpy().tobytes(), self.seed)
-            generators.append(torch.Generator().manual_seed(image_seed))
-        codes = self.tokenizer.encode(pixels, mode=self.selection, generator=generators)
-        return nn.utils.rnn.pad_sequence(codes, batch_first=True, padding_value=-1)
-
-
-def lavit_codes(
-    pretrained_model_name_or_path: str, selection: str = "draw", seed: int = 0, device: str = "cpu"
-) -> Any:
-    """`model` and `transform` for `encode.Encoder`.
-
-    Raises CheckpointError, as `load_dynamic_tokenizer`.
-    """
-    folder = locate(pretrained_model_name_or_path) or pretrained_model_name_or_path
-    tokenizer = load_dynamic_tokenizer(folder, device=device)
-    return SimpleNamespace(
-        model=DynamicCodes(tokenizer, selection, seed), transform=tokenizer.transform, fp16=False
-    )

@@ -8,6 +8,7 @@
     pipeline     `Lavit`: the system
     checkpoints  folders of the tokenizer, the original's and ours
     losses       `LavitStage1`, `UnifiedLoss`, `TrainedPixels`
+    codes        codes for pre-tokenization
     data         captions, questions and compositions as training sequences
     train_*      trainer tasks: tokenizer, language model, pixel decoders
     evaluate     questions and answers as published

@@ -117,6 +117,7 @@ _BASE_CARD = ModelCard(
     examples=(_DESCRIBE, ("What is this?", "cat.jpg")),
     keeps_aspect=True,
     single_turn_template=("Question: ", "\nAnswer:"),
+    tasks=SEED_X_TASKS,
 )
 _TUNED_CARD = replace(
     _BASE_CARD,
