@@ -205,9 +205,9 @@ def export(args: Namespace) -> int:
 def export_llm(args: Namespace) -> int:
     """Write the file; print its size, and the command that answers by it."""
     from seed_multimodal.inference.gguf import export_gguf
-    from seed_multimodal.models.seed.spec import SeedLlamaConfig
+    from seed_multimodal.pipelines.config import CodeSystemConfig
 
-    config = SeedLlamaConfig.find(args.model).require("llm", "tokenizer")
+    config = CodeSystemConfig.find(args.model).require("llm", "tokenizer")
     # By default next to the weights.
     llm = config.path("llm")
     out = Path(args.out or llm / f"{llm.name}-{args.quant}.gguf")

@@ -1,6 +1,6 @@
 """Registry of model families: the library asks a family's `FamilySpec` instead of its name.
 
-    find_family("seed_x").load_images()  # the function that loads its images' codec
+    find_family("seed_x").images_loader()  # the function that loads its images' codec
     [spec.name for spec in families()]   # seed_llama, seed_x, lavit, then other packages'
 
 A family is one folder with a `SPEC` in its `spec.py`. Those of this library are in `BUILT_IN`;
@@ -13,21 +13,24 @@ other packages register theirs by an entry point of the group `seed_multimodal.f
 from __future__ import annotations
 
 import pkgutil
-from collections.abc import Mapping
+import warnings
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from importlib.metadata import entry_points
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import ConfigError, SeedWarning
 from seed_multimodal.language.prompts import DEFAULT_TASKS, TaskPrompts
 from seed_multimodal.settings import nearest
 
 if TYPE_CHECKING:
     from seed_multimodal.pipelines.base import MultimodalSystem
     from seed_multimodal.pipelines.config import SystemConfig
+    from seed_multimodal.pipelines.images import ImageCodec, Placement
 
+T = TypeVar("T")
 BUILT_IN = (
     "seed_multimodal.models.seed.spec:SPEC",
     "seed_multimodal.models.seed_x.spec:SPEC",
@@ -73,7 +76,9 @@ class ModelCard:
 
 @dataclass(frozen=True, kw_only=True)
 class FamilySpec:
-    """A model family. Objects that need torch are named "module:object" and imported on first use.
+    """A model family; its module must be importable without torch.
+
+    Objects that need torch are named "module:object" and imported on first use.
 
     Attributes:
         title: in messages.
@@ -86,7 +91,8 @@ class FamilySpec:
         evaluators: their `Evaluation`s that differ from the library's, by kind.
         trainings: by the name of their program.
         starts: YAML file of what `seed init` makes (see there).
-        cards: by the name of a model.
+        card: the chat page of its models.
+        cards: of single models that differ, by the name of their folder.
     """
 
     title: str
@@ -98,6 +104,7 @@ class FamilySpec:
     evaluators: Mapping[str, str] = field(default_factory=dict)
     trainings: Mapping[str, Training] = field(default_factory=dict)
     starts: Path | None = None
+    card: ModelCard | None = None
     cards: Mapping[str, ModelCard] = field(default_factory=dict)
 
     @property
@@ -109,36 +116,51 @@ class FamilySpec:
         system_class: type[MultimodalSystem] = pkgutil.resolve_name(self.system)
         return system_class
 
-    def load_images(self) -> Any:
+    def images_loader(self) -> Callable[[Any, Placement], ImageCodec]:
         """The function that loads its `ImageCodec`."""
-        return pkgutil.resolve_name(self.images)
+        loader: Callable[[Any, Placement], ImageCodec] = pkgutil.resolve_name(self.images)
+        return loader
 
 
 @cache
 def families() -> tuple[FamilySpec, ...]:
     """All families, those of this library first.
 
-    Raises ConfigError: an entry point of another package that cannot be imported.
+    A family of another package that cannot be imported is left out, with a warning.
+
+    Raises ConfigError: two families have a name in common (their own, a training's, a card's).
     """
     specs: list[FamilySpec] = [pkgutil.resolve_name(name) for name in BUILT_IN]
     for entry in entry_points(group="seed_multimodal.families"):
         try:
             specs.append(entry.load())
         except (ImportError, AttributeError) as error:
-            raise ConfigError(
-                f"{entry.value}: the family {entry.name} cannot be imported ({error})."
-            ) from error
+            message = f"the family {entry.name} ({entry.value}) cannot be imported: {error}"
+            warnings.warn(message, SeedWarning, stacklevel=2)
+    _check_names(specs)
     return tuple(specs)
+
+
+def _check_names(specs: Sequence[FamilySpec]) -> None:
+    """Raise ConfigError for a name that two families give to the same kind of thing."""
+    owners: dict[tuple[str, str], str] = {}
+    for spec in specs:
+        names = {
+            "family": [spec.name],
+            "training": spec.trainings,
+            "decoder": spec.decoders,
+            "card": spec.cards,
+        }
+        for kind, kind_names in names.items():
+            for name in kind_names:
+                owner = owners.setdefault((kind, name), spec.title)
+                if owner != spec.title:
+                    raise ConfigError(f"{owner} and {spec.title} both have the {kind} {name!r}.")
 
 
 def find_family(name: str) -> FamilySpec:
     """The family of a system's kind. Raises ConfigError: unknown (with the nearest)."""
-    by_name = {spec.name: spec for spec in families()}
-    if name not in by_name:
-        raise ConfigError(
-            f"{name!r} is no model family{nearest(name, by_name)}; there are {', '.join(by_name)}."
-        )
-    return by_name[name]
+    return _find({spec.name: spec for spec in families()}, name, "model family")
 
 
 def find_training(program: str) -> Training:
@@ -146,12 +168,16 @@ def find_training(program: str) -> Training:
     trainings: dict[str, Training] = {}
     for spec in families():
         trainings |= spec.trainings
-    if program not in trainings:
+    return _find(trainings, program, "training")
+
+
+def _find(table: Mapping[str, T], name: str, kind: str) -> T:
+    """An entry of a table. Raises ConfigError: none of this name (with the nearest)."""
+    if name not in table:
         raise ConfigError(
-            f"{program!r} is no training{nearest(program, trainings)}; "
-            f"there are {', '.join(trainings)}."
+            f"{name!r} is no {kind}{nearest(name, table)}; there are {', '.join(table)}."
         )
-    return trainings[program]
+    return table[name]
 
 
 def model_cards() -> dict[str, ModelCard]:

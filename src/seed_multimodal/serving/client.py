@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import RequestError
-from seed_multimodal.models.registry import ModelCard, model_cards
+from seed_multimodal.models.registry import ModelCard, find_family, model_cards
 
 SECONDS = 600  # of an answer, as the server's limit
 SECONDS_TO_CONNECT = 5
@@ -30,10 +30,14 @@ class ModelClient:
     async def load_card(self) -> None:
         """Set the card of the model that the backend serves."""
         models = await anext(self.stream("/v1/models"))
-        name = str(models["data"][0]["id"])
+        model = models["data"][0]
+        name = str(model["id"])
         # A folder of SEED-LLaMA may be named by its size only.
         cards = model_cards()
-        self.card = cards.get(name) or cards.get(f"seed-llama-{name}") or self.card
+        card = cards.get(name) or cards.get(f"seed-llama-{name}")
+        if card is None and "family" in model:
+            card = find_family(model["family"]).card
+        self.card = card or self.card
 
     async def stream(
         self,

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import llm_runs
@@ -18,36 +18,57 @@ import yaml
 from PIL import Image
 from random_images import noise
 from real_processes import run_process
-from served import Running, read
+from repository import ROOT
+from served import Running, read, serving
 
 from seed_multimodal.cli.main import main
-from seed_multimodal.models.registry import families
+from seed_multimodal.errors import ConfigError, SeedWarning
+from seed_multimodal.models.registry import families, find_family
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.training.cli import main as train
 
+GROUP = "seed_multimodal.families"
 PACKAGE = Path(tiny_system.__file__).with_name("mosaic_package")
 
 
+def install(site: Path, name: str, entries: Mapping[str, Mapping[str, str]]) -> None:
+    """Write the metadata of a package, as an installation does: group → name → object."""
+    info = site / f"{name}-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
+    lines: list[str] = []
+    for group, objects in entries.items():
+        lines += [f"[{group}]", *(f"{key} = {value}" for key, value in objects.items())]
+    (info / "entry_points.txt").write_text("\n".join(lines))
+
+
 @pytest.fixture(scope="module")
-def installed(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
-    """The package on the path, with the metadata that an installation writes."""
+def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the installed package."""
     site = tmp_path_factory.mktemp("site")
     shutil.copytree(PACKAGE / "mosaic", site / "mosaic")
     project = tomllib.loads((PACKAGE / "pyproject.toml").read_text())["project"]
-    info = site / f"{project['name']}-{project['version']}.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(
-        f"Metadata-Version: 2.1\nName: {project['name']}\nVersion: {project['version']}\n"
-    )
-    lines: list[str] = []
-    for group, entries in project["entry-points"].items():
-        lines += [f"[{group}]", *(f"{name} = {value}" for name, value in entries.items())]
-    (info / "entry_points.txt").write_text("\n".join(lines))
+    install(site, project["name"], project["entry-points"])
+    return site
+
+
+@pytest.fixture(scope="module")
+def installed(site: Path) -> Iterator[Path]:
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(site)
+        patch.setenv("PYTHONPATH", f"{ROOT / 'src'}:{site}")  # of programs
         families.cache_clear()
         yield site
+    families.cache_clear()
+
+
+@pytest.fixture
+def other_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for the metadata of another package."""
+    monkeypatch.syspath_prepend(tmp_path)
+    families.cache_clear()
+    yield tmp_path
     families.cache_clear()
 
 
@@ -164,3 +185,28 @@ def test_init_prints_a_command_that_trains(
     )
     assert run.returncode == 0, run.stderr
     assert 2 in llm_runs.losses(out / "run")
+
+
+@pytest.mark.process
+def test_server_program(folder: Path) -> None:
+    """It starts without a de-tokenizer, and tells the page which family it serves."""
+    with serving(folder) as (address, _):
+        models = requests.get(address.replace("/generate", "/v1/models"), timeout=20).json()
+    assert models["data"][0]["family"] == "mosaic"
+    assert find_family("mosaic").card.title == "Mosaic"
+
+
+def test_families_without_one_that_cannot_be_imported(other_site: Path) -> None:
+    install(other_site, "broken", {GROUP: {"broken": "no_such_module:SPEC"}})
+    with pytest.warns(SeedWarning, match="the family broken .* cannot be imported"):
+        assert families()[-1].name != "broken"
+
+
+def test_families_with_a_name_twice(other_site: Path) -> None:
+    install(other_site, "copy", {GROUP: {"copy": "copied:SPEC"}})
+    (other_site / "copied.py").write_text(
+        "from dataclasses import replace\nfrom seed_multimodal.models.seed import spec\n"
+        "SPEC = replace(spec.SPEC, title='Copy')\n"
+    )
+    with pytest.raises(ConfigError, match="SEED-LLaMA and Copy both have the family 'seed_llama'"):
+        families()

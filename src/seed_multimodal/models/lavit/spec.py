@@ -204,6 +204,7 @@ SPEC = FamilySpec(
     },
     evaluators={"vqa": "seed_multimodal.models.lavit.evaluate:LavitQuestions"},
     starts=Path(__file__).with_name("starts.yaml"),
+    card=_CARD,
     cards={
         "lavit": _CARD,
         "nano-lavit": replace(

@@ -14,9 +14,9 @@ from seed_multimodal.language import prompts
 from seed_multimodal.language.prompts import ORIGINAL_TASKS, template_for
 from seed_multimodal.models.registry import FamilySpec, ModelCard, Training
 from seed_multimodal.pipelines.config import (
+    CodeSystemConfig,
     OldCheckpoint,
     Original,
-    SystemConfig,
     existing_path,
     part,
 )
@@ -43,7 +43,7 @@ _SETTINGS = {"generation": ORIGINAL_GENERATION, "tasks": ORIGINAL_TASKS}
 
 
 @dataclass(kw_only=True)
-class SeedLlamaConfig(SystemConfig):
+class SeedLlamaConfig(CodeSystemConfig):
     """Parts and settings of a SEED-LLaMA, or of an image tokenizer alone."""
 
     system = "seed_llama"
@@ -76,7 +76,6 @@ class SeedLlamaConfig(SystemConfig):
         draws=True,
     )
     vision: Path | None = part("vision encoder")
-    template: str = "vicuna"  # of prompts: vicuna or llama2
     image_size: int | None = setting(224, minimum=1)  # pixels a side that the tokenizer reads
     # keywords of `get_transform`
     transform: JsonObject = field(default_factory=lambda: dict(BILINEAR))
@@ -193,6 +192,7 @@ SPEC = FamilySpec(
     },
     evaluators={"text2image": "seed_multimodal.models.seed.evaluate:SeedDrawings"},
     starts=Path(__file__).with_name("starts.yaml"),
+    card=ModelCard("SEED-LLaMA", examples=_EXAMPLES),
     cards={
         "nano": ModelCard(
             "SEED nano",

@@ -148,6 +148,7 @@ SPEC = FamilySpec(
         ),
     },
     starts=Path(__file__).with_name("starts.yaml"),
+    card=_TUNED_CARD,
     cards={
         "seed-x": _BASE_CARD,
         "seed-x-i": _TUNED_CARD,

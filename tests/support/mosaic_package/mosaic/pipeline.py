@@ -84,10 +84,6 @@ class Mosaic(CodeSystem):
     config: MosaicConfig
 
     @classmethod
-    def check_decoder(cls, config: MosaicConfig) -> None:
-        """There is no de-tokenizer."""
-
-    @classmethod
     def load(cls, config: MosaicConfig, placement: Placement, log: Log = None) -> Self:
         tokenizer = MultimodalTokenizer.from_pretrained(config.path("tokenizer"))
         images = load_images(config, placement)

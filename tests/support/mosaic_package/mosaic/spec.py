@@ -6,11 +6,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from seed_multimodal.models.registry import FamilySpec, ModelCard, Training
-from seed_multimodal.pipelines.config import SystemConfig, part
+from seed_multimodal.pipelines.config import CodeSystemConfig, part
 
 
 @dataclass(kw_only=True)
-class MosaicConfig(SystemConfig):
+class MosaicConfig(CodeSystemConfig):
     """Parts and settings of a mosaic system."""
 
     system = "mosaic"
@@ -28,5 +28,5 @@ SPEC = FamilySpec(
     trainings={"train_mosaic": Training("train", "mosaic.train:MosaicTask")},
     evaluation={"caption": {"max_new_tokens": 4}},
     starts=Path(__file__).with_name("starts.yaml"),
-    cards={"my_mosaic": ModelCard("Mosaic", tabs=("draw",))},
+    card=ModelCard("Mosaic", tabs=("draw",)),
 )
