@@ -14,7 +14,8 @@ def train(tmp_path, monkeypatch):
 
     Returns the output folder.
     """
-    from seed_multimodal.training.cli import parse, run
+    from seed_multimodal.compat.training_flags import translate
+    from seed_multimodal.training.cli import run
 
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
@@ -26,7 +27,7 @@ def train(tmp_path, monkeypatch):
         run(
             "train",
             runs.APPLICATION / "configs",
-            parse(runs.overrides(files, tmp_path / name, *more)),
+            translate(runs.overrides(files, tmp_path / name, *more)),
         )
         return tmp_path / name
 
