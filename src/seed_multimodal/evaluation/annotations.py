@@ -125,15 +125,13 @@ def read_captions(
     elif each_text:
         needed = ("references",)
     samples = _samples(items, needed)
-    if each_text:
-        return _with_unique_keys(samples)
+    samples = _with_unique_keys(samples) if each_text else _grouped(samples)
 
-    # 3. One for each image, named by its file.
+    # 3. Images have the names of their files.
     files = {image.get("id"): image["file_name"] for image in images if "file_name" in image}
-    samples = _grouped(samples)
     for sample in samples:
         sample.image = files.get(sample.image, sample.image)
-    if truth is None:
+    if truth is None or each_text:
         return samples
     return _annotated(samples, read_captions(truth, split), path, truth)
 

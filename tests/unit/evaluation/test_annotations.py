@@ -260,3 +260,9 @@ def test_find_image_file_by_coco_names(tmp_path):
         match=r"^q.json: item 3: its image was not found: .*COCO_val2014_000000000009.jpg",
     ):
         find_image_file(9, tmp_path, tmp_path / "q.json", "q.json: item 3")
+
+
+def test_read_captions_of_texts_names_their_images(tmp_path):
+    samples = read_captions(write(tmp_path / "c.json", COCO), each_text=True)
+    names = [sample.image for sample in samples]
+    assert names == ["COCO_val2014_000000000007.jpg", "b.jpg", "COCO_val2014_000000000007.jpg"]
