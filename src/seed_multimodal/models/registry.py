@@ -17,12 +17,12 @@ import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
-from importlib.metadata import entry_points
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from seed_multimodal.errors import ConfigError, SeedWarning
 from seed_multimodal.language.prompts import DEFAULT_TASKS, TaskPrompts
+from seed_multimodal.plugins import registered
 from seed_multimodal.settings import nearest
 
 if TYPE_CHECKING:
@@ -131,7 +131,7 @@ def families() -> tuple[FamilySpec, ...]:
     Raises ConfigError: two families have a name in common (their own, a training's, a card's).
     """
     specs: list[FamilySpec] = [pkgutil.resolve_name(name) for name in BUILT_IN]
-    for entry in entry_points(group="seed_multimodal.families"):
+    for entry in registered("families").values():
         try:
             specs.append(entry.load())
         except (ImportError, AttributeError) as error:

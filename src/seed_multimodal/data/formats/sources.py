@@ -20,7 +20,7 @@ from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from functools import cache, cached_property
-from importlib.metadata import EntryPoint, entry_points
+from importlib.metadata import EntryPoint
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import TypeVar
@@ -46,6 +46,7 @@ from seed_multimodal.data.formats.storage import filesystem, is_remote, read_err
 from seed_multimodal.data.formats.tar import JsonTar
 from seed_multimodal.entry import end_with_parent, log_line
 from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.plugins import import_entry, registered
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import check_keys, nearest
 
@@ -79,7 +80,7 @@ _WILDCARD = re.compile(r"[*?\[]")
 @cache
 def registered_formats() -> dict[str, EntryPoint]:
     """Formats of other packages."""
-    return {entry.name: entry for entry in entry_points(group="seed_multimodal.formats")}
+    return registered("formats")
 
 
 def open_file(
@@ -102,7 +103,7 @@ def open_file(
     option_names: list[str] = []  # ours have none
     if opener is None:
         # The options of a registered format are its opener's parameters after the path.
-        opener = registered_formats()[format].load()
+        opener = import_entry(registered_formats()[format])
         _, *option_names = inspect.signature(opener).parameters
     check_keys(options, option_names, f"options of format {format}")
     if format == "tar":
