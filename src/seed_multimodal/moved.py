@@ -23,6 +23,7 @@ MOVED = {
     "data.original_pipes": "compat.data_files",
     "data.pretokenize.encode.lavit_codes": "models.lavit.codes.lavit_codes",
     "data.pretokenize.lavit_codes": "models.lavit.codes",
+    "diffusion.layout": "diffusion.conditioner",
     "lavit": "models.lavit",
     "lavit.original": "compat.lavit",
     "lavit.training": "models.lavit.losses",

@@ -104,6 +104,23 @@ def installed(tmp_path_factory):
 
 @pytest.mark.process
 @pytest.mark.slow
+@pytest.mark.parametrize("name", ["nano/seed_tokenizer/diffusion_model", "nano-lavit/pixels"])
+def test_the_wheel_loads_the_layout_decoders_of_nano(installed, tmp_path, name):
+    code = (
+        "import sys, pathlib; from seed_multimodal.diffusion.conditioner import load_conditioner; "
+        "print(sys.modules[type(load_conditioner(pathlib.Path(sys.argv[1]))).__module__].__file__)"
+    )
+    done = run_process(
+        [installed / "python", "-c", code, ROOT / "pretrained" / name],
+        cwd=tmp_path,
+        env={"PATH": "/usr/bin:/bin", "OMP_NUM_THREADS": "1"},
+    )
+    assert done.stdout.startswith(str(installed.parent)), done.stderr
+    assert done.stdout.endswith("seed_nano/layout.py\n")
+
+
+@pytest.mark.process
+@pytest.mark.slow
 def test_the_wheel_brings_the_command_and_says_where_nano_is(installed, tmp_path):
     def seed(*argv, cwd=tmp_path):
         return run_process(

@@ -90,7 +90,7 @@ def write_detokenizer(folder: Path) -> None:
     )
     from tiny_sdxl import vae
 
-    from seed_multimodal.diffusion.layout import LayoutConfig, LayoutDecoder
+    from seed_nano.layout import LayoutConfig, LayoutDecoder
 
     unet = UNet2DConditionModel(
         sample_size=GRID,

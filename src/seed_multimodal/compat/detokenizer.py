@@ -15,7 +15,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.layout import LAYOUT, LayoutDecoder
+from seed_multimodal.diffusion.conditioner import Conditioner, load_conditioner
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import SDXL_ADAPTER_DOWNLOAD, find_file, locate
 from seed_multimodal.models.seed_x import adapter
@@ -66,7 +66,7 @@ class SDXLAdapter(adapter.SDXLAdapter):
     """`src.models.detokenizer.adapter_modules.SDXLAdapter`, the first stage."""
 
     default_seed: ClassVar[int | None] = None
-    layout: LayoutDecoder | None = None
+    conditioner: Conditioner | None = None
 
     @classmethod
     def from_pretrained(  # type: ignore[override]
@@ -98,9 +98,8 @@ class SDXLAdapter(adapter.SDXLAdapter):
         if first_layer is not None and first_layer.shape[1] > model.latent_channels:
             model.add_condition_channels()
         model.load_report = assign_strictly(model, state, file, foreign=True)
-        if (file.parent / LAYOUT).is_dir():
-            # Kept out of the module's parts, because it is no part of the checkpoint.
-            model.__dict__["layout"] = LayoutDecoder.from_pretrained(file.parent / LAYOUT)
+        # Kept out of the module's parts, because it is no part of the checkpoint.
+        model.__dict__["conditioner"] = load_conditioner(file.parent)
         return model
 
     def init_pipe(
@@ -116,7 +115,9 @@ class SDXLAdapter(adapter.SDXLAdapter):
         """Set what `generate` needs. The autoencoder computes in float32, because SDXL's overflows
         in float16."""
         self.to(device, dtype)
-        detokenizer = SdxlDetokenizer(self, vae.float(), scheduler, layout=self.layout).to(device)
+        detokenizer = SdxlDetokenizer(
+            self, vae.float(), scheduler, conditioner=self.conditioner
+        ).to(device)
         # Kept out of the module's own parts, so that they are not part of its state dict.
         self.__dict__["pipe"] = detokenizer
         self.__dict__["visual_encoder"] = visual_encoder

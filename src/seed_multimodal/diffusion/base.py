@@ -31,7 +31,12 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.layout import LAYOUT, Generators, LayoutDecoder, seeded_noise
+from seed_multimodal.diffusion.conditioner import (
+    Conditioner,
+    Generators,
+    load_conditioner,
+    seeded_noise,
+)
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import (
     CheckpointError,
@@ -112,7 +117,7 @@ class Detokenizer(Generic[Settings]):
     # Parts with weights, in order of use.
     part_names: ClassVar[tuple[str, ...]] = (
         "text_encoder",
-        "layout",
+        "conditioner",
         "unet",
         "vae",
         "safety_checker",
@@ -133,14 +138,14 @@ class Detokenizer(Generic[Settings]):
         defaults: Settings | None = None,
         text_encoder: PreTrainedModel | None = None,
         tokenizer: PreTrainedTokenizerBase | None = None,
-        layout: LayoutDecoder | None = None,
+        conditioner: Conditioner | None = None,
         safety_checker: PreTrainedModel | None = None,
         feature_extractor: BaseImageProcessor | None = None,
     ) -> None:
         self.unet = unet
         self.vae = vae
         self.scheduler = scheduler
-        self.layout = layout
+        self.conditioner = conditioner
         self.text_encoder = text_encoder
         self.tokenizer = tokenizer
         self.safety_checker = safety_checker
@@ -276,15 +281,15 @@ class Detokenizer(Generic[Settings]):
         condition: Tensor | None = None,
         dtype: torch.dtype | None = None,
     ) -> Tensor:
-        """Initial latents `[B, C, h, w]`: noise, mixed with the layout's latents if there is one.
+        """Initial latents `[B, C, h, w]`: noise, or those of the conditioner if there is one.
 
         size: height and width in pixels.
-        embeds: input of the layout; None: noise only.
+        embeds: input of the conditioner; None: noise only.
         """
         height = size[0] // self.factor
         width = size[1] // self.factor
-        if self.layout is not None and embeds is not None:
-            return self.layout.warm_latents(
+        if self.conditioner is not None and embeds is not None:
+            return self.conditioner.warm_latents(
                 embeds.to(self.device), generators, self.scheduler, condition, (height, width)
             )
         shape = (self.vae.config.latent_channels, height, width)
@@ -372,7 +377,8 @@ class Detokenizer(Generic[Settings]):
     def load_parts(cls, folder: Path, dtype: torch.dtype, *names: str) -> dict[str, Any]:
         """Arguments of the constructor from a diffusion folder.
 
-        These are the named parts, default settings and the layout, as far as the folder has them.
+        These are the named parts, default settings and the conditioner, as far as the folder has
+        them.
         """
         # 1. Named parts; those of `OPTIONAL` may be missing.
         parts: dict[str, Any] = {}
@@ -386,8 +392,7 @@ class Detokenizer(Generic[Settings]):
         if file.is_file():
             values = read_json_object(file, ConfigError)
             parts["defaults"] = read_settings(cls.settings_class, values, str(file))
-        if (folder / LAYOUT).is_dir():
-            parts["layout"] = LayoutDecoder.from_pretrained(folder / LAYOUT)
+        parts["conditioner"] = load_conditioner(folder)
         return parts
 
     @classmethod

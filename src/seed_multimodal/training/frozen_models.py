@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.device import copy_to
-from seed_multimodal.diffusion.layout import LabelHeads
+from seed_multimodal.nn.label_heads import LabelHeads
 from seed_multimodal.weights import assign_strictly, fingerprint, load_state_dict
 
 

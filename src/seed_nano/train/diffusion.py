@@ -20,11 +20,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.layout import LAYOUT, LayoutConfig, LayoutDecoder
 from seed_multimodal.diffusion.training import NoisyLatents
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.schedules import batch_indices
 from seed_multimodal.weights import load_state_dict
+from seed_nano.layout import LAYOUT, LayoutConfig, LayoutDecoder
 from seed_nano.train.lavit import load_reader, rebuilt_features
 from seed_nano.train.task import NanoTask
 from seed_nano.train.tokenizer import encode_scenes, load_tokenizer

@@ -16,7 +16,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.layout import LabelHeads
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.models.lavit.checkpoints import load_dynamic_tokenizer, save_dynamic_tokenizer
 from seed_multimodal.models.lavit.decoder import CodeDecoder, LavitDecoderConfig
@@ -25,6 +24,7 @@ from seed_multimodal.models.lavit.modeling import DynamicTokenizer, LavitTokeniz
 from seed_multimodal.models.lavit.train_tokenizer import LavitTokenizerTask
 from seed_multimodal.models.seed.losses import label_divergence
 from seed_multimodal.models.seed.modeling import Seed2Tokenizer
+from seed_multimodal.nn.label_heads import LabelHeads
 from seed_multimodal.training.codebook import CodebookHealth
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.schedules import batch_indices

@@ -96,7 +96,7 @@ def test_unclip_equals_the_diffusers_pipeline(unclip: Path):
     stock.image_encoder = stock.unet  # only its dtype is used
     model = UnclipDetokenizer.from_pretrained(unclip)
     embeds = torch.randn(1, E)
-    model.layout = None
+    model.conditioner = None
     zeros = torch.zeros(1, 1, tiny_system.CROSS)
     for options in (
         {"guidance_scale": 1.0},
@@ -137,11 +137,11 @@ def test_unclip_with_layout(unclip: Path):
     model(embeds, seeds=[1, 2], num_inference_steps=2)
     hook.remove()
     latents, tokens = calls[0]
-    assert model.layout is not None
+    assert model.conditioner is not None
     with torch.no_grad():
-        start = model.layout.warm_latents(
+        start = model.conditioner.warm_latents(
             embeds, [torch.Generator().manual_seed(s) for s in (1, 2)], model.scheduler
         )
-        torch.testing.assert_close(tokens[2:], model.layout(embeds)[1])
+        torch.testing.assert_close(tokens[2:], model.conditioner.tokens(embeds))
     assert not tokens[:2].any(), "the unconditional half is zero"
     torch.testing.assert_close(latents[:2], start)

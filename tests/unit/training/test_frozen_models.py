@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch.distributions import Categorical, kl_divergence
 
-from seed_multimodal.diffusion.layout import LabelHeads
 from seed_multimodal.models.seed.losses import label_divergence
+from seed_multimodal.nn.label_heads import LabelHeads
 from seed_multimodal.training.frozen_models import load_label_heads
 from seed_multimodal.weights import save_state_dict
 

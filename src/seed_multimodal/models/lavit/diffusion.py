@@ -29,7 +29,7 @@ from seed_multimodal.diffusion.base import (
     empty_prompt,
     guidance,
 )
-from seed_multimodal.diffusion.layout import Generators, LayoutDecoder
+from seed_multimodal.diffusion.conditioner import Conditioner, Generators
 from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.errors import CheckpointError, SeedWarning
 from seed_multimodal.hub import LAVIT_DOWNLOAD, find_file, find_folder
@@ -84,7 +84,7 @@ class LavitDetokenizer(Detokenizer[LavitSettings]):
         decoder: CodeDecoder | None = None,
         null_embeds: Tensor | None = None,
         defaults: LavitSettings | None = None,
-        layout: LayoutDecoder | None = None,
+        conditioner: Conditioner | None = None,
         safety_checker: PreTrainedModel | None = None,
         feature_extractor: BaseImageProcessor | None = None,
     ) -> None:
@@ -93,7 +93,7 @@ class LavitDetokenizer(Detokenizer[LavitSettings]):
             vae,
             scheduler,
             defaults=defaults,
-            layout=layout,
+            conditioner=conditioner,
             safety_checker=safety_checker,
             feature_extractor=feature_extractor,
         )

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from seed_multimodal.data.stream.pairs_dataset import sample_seed
 from seed_multimodal.device import DTYPES
 from seed_multimodal.diffusion.base import vae_folder
+from seed_multimodal.diffusion.conditioner import CONDITIONER_FOLDERS
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.models.lavit.checkpoints import load_dynamic_tokenizer
 from seed_multimodal.models.lavit.diffusion import (
@@ -47,7 +48,8 @@ if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
 DECODER = "decoder"  # subfolder of the result
-COPIED = ("scheduler", "layout", "seed_decode.json")  # from the initial folder, with the VAE
+# From the initial folder, with the VAE.
+COPIED = ("scheduler", *CONDITIONER_FOLDERS, "seed_decode.json")
 Mode = Literal["draw", "threshold"]
 
 

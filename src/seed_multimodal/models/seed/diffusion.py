@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.diffusion import base
 from seed_multimodal.diffusion.base import Detokenizer, Settings, UnetConditions, guidance
-from seed_multimodal.diffusion.layout import Generators, LayoutDecoder, seeded_noise
+from seed_multimodal.diffusion.conditioner import Conditioner, Generators, seeded_noise
 from seed_multimodal.hub import UNCLIP_DOWNLOAD, find_folder
 from seed_multimodal.models.seed.single_file import SUFFIXES, load_single_file
 from seed_multimodal.settings import setting
@@ -43,7 +43,7 @@ class OptionalParts(TypedDict, Generic[Settings], total=False):
     defaults: Settings | None
     text_encoder: PreTrainedModel | None
     tokenizer: PreTrainedTokenizerBase | None
-    layout: LayoutDecoder | None
+    conditioner: Conditioner | None
     safety_checker: PreTrainedModel | None
     feature_extractor: BaseImageProcessor | None
 
@@ -205,20 +205,20 @@ class UnclipDetokenizer(SeedDetokenizer[UnclipSettings]):
         embeds = embeds.to(self.device)
         size = self.image_size(settings)
 
-        # 1. Each generator draws for the layout before it draws for the embeddings, and the initial
-        #    noise after them, as the stock pipeline.
-        if start is None and self.layout is not None:
+        # 1. Each generator draws for the conditioner before it draws for the embeddings, and the
+        #    initial noise after them, as the stock pipeline.
+        if start is None and self.conditioner is not None:
             start = self.initial_latents(generators, size, embeds)
         labels = self.class_labels(embeds, settings.noise_level, generators)
         prompt = self.prompt(embeds)
 
-        # 2. The unconditional run; only a layout's tokens are conditions.
+        # 2. The unconditional run; only a conditioner's tokens are conditions.
         if settings.guidance_scale > 1:
             if negatives is None:
                 negative_labels = torch.zeros_like(labels)
             else:
                 negative_labels = self.class_labels(negatives, 0, generators)
-            negative_prompt = prompt if self.layout is None else torch.zeros_like(prompt)
+            negative_prompt = prompt if self.conditioner is None else torch.zeros_like(prompt)
             labels = torch.cat([negative_labels, labels])  # [2 B, 2 E]
             prompt = torch.cat([negative_prompt, prompt])  # [2 B, n, D]
 
@@ -254,11 +254,10 @@ class UnclipDetokenizer(SeedDetokenizer[UnclipSettings]):
     def prompt(self, embeds: Tensor) -> Tensor:
         """Input of the cross-attention `[B, n, D]`.
 
-        The layout's tokens; without a layout the empty prompt, without a text encoder zeros.
+        The conditioner's tokens; without one the empty prompt, without a text encoder zeros.
         """
-        if self.layout is not None:
-            _, tokens = self.layout(self.layout.flat(embeds))
-            return tokens
+        if self.conditioner is not None:
+            return self.conditioner.tokens(embeds)
         if self.text_encoder is not None:
             empty = base.empty_prompt(self.text_encoder, self.tokenizer, self.device)
             return empty.expand(len(embeds), *empty.shape[1:])

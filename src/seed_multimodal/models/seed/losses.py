@@ -20,7 +20,6 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.layout import LabelHeads
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.models.seed.checkpoints import ENCODER_PARTS, VISION
 from seed_multimodal.models.seed.configuration import Seed1Config, Seed2Config
@@ -33,6 +32,7 @@ from seed_multimodal.models.seed.modeling import (
 )
 from seed_multimodal.models.seed.qformer import QFormer
 from seed_multimodal.nn.eva import EvaVit
+from seed_multimodal.nn.label_heads import LabelHeads
 from seed_multimodal.nn.layers import LayerNorm, cosine
 from seed_multimodal.nn.vision_encoder import VisionEncoder
 from seed_multimodal.settings import setting

@@ -34,7 +34,12 @@ from seed_multimodal.diffusion.base import (
     UnetConditions,
     guidance,
 )
-from seed_multimodal.diffusion.layout import LAYOUT, Generators, LayoutDecoder, pooled_tokens
+from seed_multimodal.diffusion.conditioner import (
+    Conditioner,
+    Generators,
+    load_conditioner,
+    pooled_tokens,
+)
 from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.hub import SDXL_DOWNLOAD, find_folder
 from seed_multimodal.images.transforms import resize_passes, to_bytes
@@ -67,7 +72,7 @@ class SdxlDetokenizer(Detokenizer[SdxlSettings]):
     label = "SDXL"
     download_hint = SDXL_DOWNLOAD
     settings_class = SdxlSettings
-    part_names = ("layout", "resampler", "unet", "vae")
+    part_names = ("conditioner", "resampler", "unet", "vae")
     folders = ("scheduler", "vae")  # of SDXL
 
     def __init__(
@@ -78,9 +83,9 @@ class SdxlDetokenizer(Detokenizer[SdxlSettings]):
         *,
         null_embeds: Tensor | None = None,
         defaults: SdxlSettings | None = None,
-        layout: LayoutDecoder | None = None,
+        conditioner: Conditioner | None = None,
     ) -> None:
-        super().__init__(adapter.unet, vae, scheduler, defaults=defaults, layout=layout)
+        super().__init__(adapter.unet, vae, scheduler, defaults=defaults, conditioner=conditioner)
         self.adapter = adapter
         self.resampler = adapter.resampler
         self.null_embeds = null_embeds
@@ -113,9 +118,7 @@ class SdxlDetokenizer(Detokenizer[SdxlSettings]):
             network = SDXLAdapter.from_pretrained(
                 adapter, sdxl, device=device, dtype=dtype, sizes=sizes
             )
-        layout_folder = Path(adapter) / LAYOUT
-        if layout_folder.is_dir():
-            parts["layout"] = LayoutDecoder.from_pretrained(layout_folder)
+        parts["conditioner"] = load_conditioner(Path(adapter)) or parts["conditioner"]
         return cls(network, **parts).to(device)
 
     @torch.no_grad()

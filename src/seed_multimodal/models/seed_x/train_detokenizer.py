@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.device import DTYPES
-from seed_multimodal.diffusion.layout import pooled_tokens
+from seed_multimodal.diffusion.conditioner import pooled_tokens
 from seed_multimodal.diffusion.training import TrainedLayers
 from seed_multimodal.disk import replace_text
 from seed_multimodal.errors import ConfigError

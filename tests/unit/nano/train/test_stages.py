@@ -9,8 +9,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from seed_multimodal.diffusion.layout import LayoutConfig, LayoutDecoder
 from seed_multimodal.language.vocabulary import ImageVocabulary
+from seed_nano.layout import LayoutConfig, LayoutDecoder
 from seed_nano.train.task import SceneStream, scene_pixels, to_signed
 from seed_nano.train.tokenizer import init_from_codebook
 from seed_nano.train.vae import VaeTask, normalise_latents, reconstruction_loss

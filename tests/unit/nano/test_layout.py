@@ -1,17 +1,11 @@
-"""Pooled tokens and the layout decoder."""
+"""The layout decoder."""
 
 from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
 
-from seed_multimodal.diffusion.layout import LayoutConfig, LayoutDecoder, pooled_tokens
-
-
-def test_pooled_tokens_are_means_of_neighbours():
-    features = torch.arange(16.0).view(1, 16, 1)
-    assert pooled_tokens(features, 4).flatten().tolist() == [1.5, 5.5, 9.5, 13.5]
-    assert pooled_tokens(features, 16) is features and pooled_tokens(features, 5) is features
+from seed_nano.layout import LayoutConfig, LayoutDecoder
 
 
 @torch.no_grad()

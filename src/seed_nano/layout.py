@@ -1,6 +1,6 @@
-"""Layout decoders of the shipped models' small U-Nets: predict expected latents from an embedding,
-from which sampling starts (their noise schedules end at a signal share above zero), and
-cross-attention tokens of positions.
+"""Layout decoders of nano's small U-Nets: predict expected latents from an embedding, from which
+sampling starts (their noise schedules end at a signal share above zero), and cross-attention tokens
+of positions. The library loads them as conditioners (`seed_multimodal.diffusion.conditioner`).
 """
 
 from __future__ import annotations
@@ -13,56 +13,18 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seed_multimodal.diffusion.conditioner import Generators, pooled_tokens, seeded_noise
+from seed_multimodal.nn.label_heads import LabelHeads
 from seed_multimodal.nn.pretrained import PretrainedNetwork
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
-Generators = Sequence[torch.Generator]  # one for each image
-
-LAYOUT = "layout"  # folder of a layout decoder, next to the U-Net's or an adapter's weights
+LAYOUT = "layout"  # its folder, next to the U-Net's or an adapter's weights
 UNSURE = 0.25  # share of the training samples whose logits of things are scaled down
 # Side of a thing's feature map over the side of its anchor: outlines and shadows stand out a
 # little.
 REACH = 1.2
-
-
-def seeded_noise(
-    generators: Generators, shape: Sequence[int], dtype: torch.dtype | None = None
-) -> Tensor:
-    """Noise `[B, *shape]` on the CPU, each image's by its own generator."""
-    rows = [torch.randn(*shape, generator=generator, dtype=dtype) for generator in generators]
-    return torch.stack(rows)
-
-
-def pooled_tokens(features: Tensor, count: int) -> Tensor:
-    """`[B, N, W]` → `[B, count, W]`: means of neighbours in raster order.
-
-    Unchanged if N is no multiple of `count`.
-    """
-    n_tokens = features.shape[1]
-    if n_tokens % count or n_tokens < 2 * count:
-        return features
-    return F.avg_pool1d(features.mT, n_tokens // count).mT
-
-
-class LabelHeads(nn.Module):
-    """Linear classifiers of an embedding, one for each label.
-
-    `classes`: label → number of classes.
-    """
-
-    def __init__(self, width: int, classes: Mapping[str, int]) -> None:
-        super().__init__()
-        self.width = width
-        self.classes = dict(classes)
-        self.layers = nn.ModuleDict(
-            {name: nn.Linear(width, count) for name, count in classes.items()}
-        )
-
-    def forward(self, embedding: Tensor) -> dict[str, Tensor]:
-        """Logits `[B, classes]` of every label from embeddings `[B, E]`."""
-        return {name: layer(embedding).float() for name, layer in self.layers.items()}
 
 
 @dataclass(frozen=True)
@@ -265,6 +227,10 @@ class LayoutDecoder(PretrainedNetwork[LayoutConfig]):
         placed = F.grid_sample(maps, points, align_corners=False).unflatten(0, (-1, 2))
         exists = distance.isfinite().unflatten(2, (g, g))  # [B, 2, g, g]
         return placed * exists[:, :, None]
+
+    def tokens(self, embeds: Tensor) -> Tensor:
+        """Tokens `[B, (g/p)², D]` of embeddings `[B, E]` or `[B, N, W]`."""
+        return self(self.flat(embeds))[1]
 
     def flat(self, embeds: Tensor) -> Tensor:
         """Embeddings `[B, E]` in its precision.

@@ -1,0 +1,110 @@
+"""Conditioners: registered by packages, found in a U-Net's folder."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+import tiny_system
+import torch
+from torch import Tensor
+
+from seed_multimodal.diffusion.conditioner import load_conditioner, pooled_tokens
+from seed_multimodal.errors import CheckpointError
+from seed_multimodal.models.seed.diffusion import UnclipDetokenizer
+from seed_multimodal.plugins import registered
+
+MODULE = """
+from dataclasses import dataclass
+
+import torch
+from seed_multimodal.nn.pretrained import PretrainedNetwork
+
+
+@dataclass(frozen=True)
+class FlatConfig:
+    width: int
+    value: float = 0.5
+
+
+class Flat(PretrainedNetwork[FlatConfig]):
+    '''Starts sampling from one value, and repeats another.'''
+
+    config_class = FlatConfig
+    model_type = "flat"
+
+    def __init__(self, config):
+        super().__init__()
+        self.config = config
+        self.token = torch.nn.Parameter(torch.ones(config.width))
+
+    def warm_latents(self, embeds, generators, scheduler, condition=None, size=None):
+        return torch.full((len(embeds), 4, *size), self.config.value)
+
+    def tokens(self, embeds):
+        return self.token.expand(len(embeds), 3, -1)
+"""
+
+
+@pytest.fixture(scope="module")
+def unclip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("unclip")
+    tiny_system.write_detokenizer(folder)
+    return folder
+
+
+def test_pooled_tokens_are_means_of_neighbours() -> None:
+    features = torch.arange(16.0).view(1, 16, 1)
+    assert pooled_tokens(features, 4).flatten().tolist() == [1.5, 5.5, 9.5, 13.5]
+    assert pooled_tokens(features, 16) is features and pooled_tokens(features, 5) is features
+
+
+def test_a_conditioner_of_another_package_starts_and_conditions(
+    unclip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # 1. An installed package, and a folder that it wrote in place of the layout decoder's.
+    (tmp_path / "flat_package.py").write_text(MODULE)
+    info = tmp_path / "flat-1.0.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: flat\nVersion: 1.0\n")
+    (info / "entry_points.txt").write_text(
+        "[seed_multimodal.conditioners]\nflat = flat_package:Flat\n"
+    )
+    monkeypatch.syspath_prepend(tmp_path)
+    import flat_package  # type: ignore[import-not-found]
+
+    folder = tmp_path / "unclip"
+    shutil.copytree(unclip, folder, ignore=shutil.ignore_patterns("layout"))
+    config = flat_package.FlatConfig(tiny_system.CROSS, value=0.25)
+    flat_package.Flat(config).save_pretrained(folder / "conditioner")
+
+    # 2. Its latents and tokens reach the U-Net.
+    model = UnclipDetokenizer.from_pretrained(folder)
+    inputs: list[tuple[Tensor, Tensor]] = []
+    model.unet.register_forward_pre_hook(
+        lambda module, args, named: inputs.append((args[0], named["encoder_hidden_states"])),
+        with_kwargs=True,
+    )
+    model(torch.randn(1, tiny_system.EMBEDDING), seeds=[1], guidance_scale=1.0)
+    latents, tokens = inputs[0]
+    assert bool((latents == 0.25).all())
+    assert torch.equal(tokens, torch.ones(1, 3, tiny_system.CROSS))
+
+
+def test_load_conditioner_of_an_unknown_type(unclip: Path, tmp_path: Path) -> None:
+    shutil.copytree(unclip / "layout", tmp_path / "conditioner")
+    file = tmp_path / "conditioner" / "config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "model_type": "layuot"}))
+    with pytest.raises(CheckpointError, match=r"config\.json: .*'layuot' \(did you mean 'layout'"):
+        load_conditioner(tmp_path)
+    assert load_conditioner(unclip / "unet") is None
+
+
+def test_a_checkout_registers_without_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "path", [])  # so that no package's metadata is found
+    assert list(registered("conditioners")) == ["layout"]
+    assert list(registered("formats")) == ["nano"]
+    assert registered("families") == {}
