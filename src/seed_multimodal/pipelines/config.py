@@ -126,6 +126,8 @@ class SystemConfig:
     answer_after: str = ""  # as `tasks.answer_after`
     # after how many codes a stream shows an image
     previews: tuple[int, ...] = setting((), minimum=1)
+    # denoising steps of the image that a stream shows; None: as of a drawing
+    preview_inference_steps: int | None = setting(None, minimum=1)
     notice: str = ""  # what people should know of the weights; logged when they are loaded
     known_words: Path | None = None  # JSON file of the words that it learned
 

@@ -295,6 +295,23 @@ def test_chat_whose_stream_is_closed(system):
     ]
 
 
+@pytest.mark.parametrize("steps", [None, 1])
+def test_chat_previews_have_their_own_denoising_steps(tiny, monkeypatch, steps):
+    """The previews of tiny's 8 and 16 codes, then the whole image; its folder draws in 2 steps."""
+    monkeypatch.setattr(tiny.config, "preview_inference_steps", steps)
+    passes: list[int] = []
+    hook = tiny.images.decoder.unet.register_forward_pre_hook(
+        lambda module, inputs: passes.append(1)
+    )
+    counts: list[int] = []
+    for event in tiny.chat(user(noise(1), "What?"), stream=True, force_image=True):
+        if "image" in event:
+            counts.append(len(passes))
+            passes.clear()
+    hook.remove()
+    assert counts[:3] == [steps or 2, steps or 2, 2]
+
+
 def test_chat_with_should_stop(system):
     calls: list[int] = []
     answer = system.chat(
