@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+import tempfile
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -252,3 +253,21 @@ def fetch(hub_id: str, files: Sequence[str], advice: str = "") -> Path:
             f"{hub_id}: neither a local folder nor reachable on the hub ({reason}); {advice}."
         ) from error
     return folder
+
+
+class HubUpload:
+    """Adds `push_to_hub` to a class with `save_pretrained`."""
+
+    save_pretrained: Callable[..., Path]
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
+        """Upload the output of `save_pretrained` to a hub repository, created if missing; returns
+        its URL."""
+        from huggingface_hub import HfApi
+
+        with tempfile.TemporaryDirectory() as temporary:
+            address = HfApi().create_repo(repo_id, private=private, exist_ok=True)
+            HfApi().upload_folder(
+                repo_id=repo_id, folder_path=self.save_pretrained(Path(temporary) / "model")
+            )
+        return str(address)

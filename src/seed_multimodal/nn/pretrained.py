@@ -19,6 +19,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.hub import HubUpload
 from seed_multimodal.nn.layers import Network
 from seed_multimodal.settings import DataclassInstance, read_settings
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict, save_state_dict
@@ -30,7 +31,7 @@ ENCODER_LINK = "tower.json"
 Config = TypeVar("Config", bound=DataclassInstance)
 
 
-class PretrainedNetwork(nn.Module, Generic[Config]):
+class PretrainedNetwork(nn.Module, HubUpload, Generic[Config]):
     """Base of networks that are built as `cls(config)`, an instance of the dataclass
     `config_class`.
     """

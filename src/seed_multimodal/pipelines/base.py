@@ -20,6 +20,7 @@ from torch import Tensor
 from seed_multimodal.device import FP16_WITH_8BIT, choose_device, choose_for_images
 from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import ConfigError, GenerationError
+from seed_multimodal.hub import HubUpload
 from seed_multimodal.images.io import ImageSource
 from seed_multimodal.inference.backends.torch import joined
 from seed_multimodal.inference.base_engine import BaseEngine
@@ -102,7 +103,7 @@ class _StreamedImages:
         return self.system.decode_images(inputs, [self.prompt], [self.seed], 1, self.drawing)[0]
 
 
-class MultimodalSystem(ConversationGenerator):
+class MultimodalSystem(ConversationGenerator, HubUpload):
     """A loaded system, see `from_pretrained`.
 
     Methods accept `GenerationSettings` and settings of the de-tokenizer (`num_inference_steps`, …)

@@ -312,6 +312,13 @@ def test_chat_previews_have_their_own_denoising_steps(tiny, monkeypatch, steps):
     assert counts[:3] == [steps or 2, steps or 2, 2]
 
 
+def test_push_to_hub_stays_offline(tiny):
+    with pytest.raises(OSError, match="offline"):
+        tiny.push_to_hub("owner/name")
+    with pytest.raises(OSError, match="offline"):
+        tiny.images.model.push_to_hub("owner/name")
+
+
 def test_chat_with_should_stop(system):
     calls: list[int] = []
     answer = system.chat(
