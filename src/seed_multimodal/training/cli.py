@@ -351,4 +351,5 @@ def _load(configs: Path, group: str, choice: str) -> dict[str, Any]:
 
 
 if __name__ == "__main__":
-    run_and_exit(lambda: main(sys.argv[1], "configs", sys.argv[2:]))
+    name = "".join(sys.argv[1:2])  # without one, the error lists them all
+    run_and_exit(lambda: main(name, "configs", sys.argv[2:]))
