@@ -21,17 +21,20 @@ from seed_lavis.compat import BaseModel
 from seed_lavis.options import APPLICATION, CodebookOptions, ModelOptions, locate
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.models.seed.checkpoints import (
     VISION,
     VISION_URL,
     load_blip2,
-    load_clip_vision,
     load_vision,
 )
 from seed_multimodal.models.seed.configuration import QFormerConfig
-from seed_multimodal.models.seed.losses import Stage2TrainingOptions
-from seed_multimodal.nn.eva import EvaConfig, EvaVit, eva_from_clip
+from seed_multimodal.models.seed.losses import Stage2TrainingOptions, clip_preprocessing
 from seed_multimodal.nn.layers import cast_layers, checkpoint_layers
+from seed_multimodal.nn.vision.base import VisionConfig, VisionEncoder
+from seed_multimodal.nn.vision.clip import eva_from_clip, load_clip_vision
+from seed_multimodal.nn.vision.eva import EvaVit
+from seed_multimodal.nn.vision.registry import read_vision_config
 from seed_multimodal.settings import read_settings
 from seed_multimodal.training.checkpoint import frozen_names
 from seed_multimodal.weights import assign_strictly, load_state_dict
@@ -163,10 +166,14 @@ def stage2_training(options: CodebookOptions) -> Stage2TrainingOptions:
     }
 
 
-def vit_sizes(options: ModelOptions) -> EvaConfig:
-    """The vision encoder's sizes; `vit` of the YAML overrides some of them."""
-    values = {"image_size": options.image_size, **options.vit}
-    return read_settings(EvaConfig, values, "model.vit")
+def vit_sizes(options: ModelOptions) -> VisionConfig:
+    """The vision encoder's configuration: `vit` of the YAML, of EVA only what differs."""
+    values = dict(options.vit)
+    if values.get("type", "eva") == "eva":
+        values = {"image_size": options.image_size, **values}
+    if "path" in values:
+        values["path"] = locate(values["path"])
+    return read_vision_config(values, "model.vit")
 
 
 def qformer_sizes(options: ModelOptions) -> QFormerConfig:
@@ -205,8 +212,11 @@ def load_initial(model: Any) -> None:
         load_blip2(model, locate(options.pretrained), log)
 
     # 2. The vision encoder.
-    if options.vit_weights and not has_vision:
-        model.vision_file = locate(options.vit_weights)
+    vit_weights = options.vit_weights
+    if options.load_pretrained and vit_weights is None:
+        vit_weights = model.visual_encoder.config.default_weights
+    if vit_weights and not has_vision:
+        model.vision_file = locate(vit_weights)
         load_vision(model.visual_encoder, model.vision_file, log)
     elif options.freeze_vit and options.load_pretrained and not has_vision:
         raise ConfigError(
@@ -228,12 +238,14 @@ def load_initial(model: Any) -> None:
     model.shares_encoder = options.freeze_vit and is_encoder_of(model.visual_encoder, clip)
 
 
-def is_encoder_of(vision: EvaVit, clip: CLIPVisionModelWithProjection | None) -> bool:
-    """Whether a vision encoder has the sizes and weights of a CLIP's."""
-    config = vision.config
-    if clip is None or not config.pre_norm or config.depth != clip.config.num_hidden_layers:
+def is_encoder_of(vision: VisionEncoder, clip: CLIPVisionModelWithProjection | None) -> bool:
+    """Whether a vision encoder is EVA's network with the sizes and weights of a CLIP's."""
+    if clip is None or not isinstance(vision, EvaVit):
         return False
-    clip_weights = eva_from_clip(clip.state_dict(), config)
+    config = vision.config
+    if not config.pre_norm or config.depth != clip.config.num_hidden_layers:
+        return False
+    clip_weights = eva_from_clip(clip.state_dict(), config.depth)
     for name, value in vision.state_dict().items():
         clip_value = clip_weights[name]
         if value.shape != clip_value.shape or not torch.equal(value, clip_value.to(value)):
@@ -267,15 +279,20 @@ def frozen_dtype(precision: str) -> torch.dtype:
 
 
 def target_embeddings(
-    clip: CLIPVisionModelWithProjection, images: Tensor, vit: Tensor | None = None
+    clip: CLIPVisionModelWithProjection,
+    images: Tensor,
+    preprocessing: ImageTransform,
+    vit: Tensor | None = None,
 ) -> Tensor:
     """Pixels → image embeddings `[B, E]` of the frozen CLIP, in its precision, without gradient.
 
+    preprocessing: that of the images.
     vit: output `[B, N, W]` of CLIP's vision encoder, which then does not run again.
     """
     dtype = next(clip.parameters()).dtype
     with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
         if vit is None:
-            return clip(images.to(dtype)).image_embeds.float()
+            pixels = preprocessing.convert(images, clip_preprocessing(clip))
+            return clip(pixels.to(dtype)).image_embeds.float()
         pooled = clip.vision_model.post_layernorm(vit[:, 0].to(dtype))
         return clip.visual_projection(pooled).float()

@@ -23,7 +23,7 @@ from seed_multimodal.data.stream.pairs_dataset import JoinedPairs, PairDataset
 from seed_multimodal.data.stream.sampler import MixedOrder
 from seed_multimodal.device import copy_to
 from seed_multimodal.errors import ConfigError, DataError
-from seed_multimodal.images.transforms import normalise, seed_image_processor
+from seed_multimodal.images.transforms import ImageTransform, seed_image_processor
 from seed_multimodal.settings import check_keys
 
 PAIR_KEYS = ("image_key", "caption_key", "captioned", "cache")  # of `open_pairs`
@@ -212,11 +212,16 @@ def mixed_order(
     return MixedOrder(sizes, weights, seed, layouts=[part.layout for part in parts])
 
 
-def to_device(batch: Mapping[str, Any], device: torch.device) -> dict[str, Any]:
-    """The batch with its tensors on `device`; images, uint8 from the workers, are normalised."""
+def to_device(
+    batch: Mapping[str, Any], device: torch.device, preprocessing: ImageTransform
+) -> dict[str, Any]:
+    """The batch with its tensors on `device`; images, uint8 from the workers, are normalised.
+
+    preprocessing: of the model's vision encoder.
+    """
     moved: dict[str, Any] = {}
     for key, value in batch.items():
         moved[key] = copy_to(device, value) if isinstance(value, torch.Tensor) else value
     if moved["image"].dtype == torch.uint8:
-        moved["image"] = normalise(moved["image"])
+        moved["image"] = preprocessing.normalise(moved["image"])
     return moved

@@ -50,7 +50,7 @@ from seed_multimodal.models.seed.losses import (
     Stage2Weights,
     label_divergence,
 )
-from seed_multimodal.nn.eva import EvaVit
+from seed_multimodal.nn.vision.eva import EvaVit
 from seed_multimodal.settings import read_settings
 from seed_multimodal.training.frozen_models import load_label_heads
 from seed_multimodal.weights import fingerprint, load_state_dict
@@ -131,7 +131,12 @@ class Blip2Casual(SeedModel, Stage1Model):
         vit = self.vit_features(images)
         target = samples.get("target") if self.embedding_head is not None else None
         if target is None and self.clip is not None:
-            target = target_embeddings(self.clip, images, vit if self.shares_encoder else None)
+            target = target_embeddings(
+                self.clip,
+                images,
+                self.visual_encoder.preprocessing,
+                vit if self.shares_encoder else None,
+            )
         out = Stage1Model.forward(
             self,
             None,
@@ -204,7 +209,10 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
         target = samples.get("target")
         if target is None and self.clip_model is not None:
             target = target_embeddings(
-                self.clip_model, images, vit if self.shares_encoder else None
+                self.clip_model,
+                images,
+                self.visual_encoder.preprocessing,
+                vit if self.shares_encoder else None,
             )
 
         # 2. Losses; `matched` is for the contact sheets of held-out images.

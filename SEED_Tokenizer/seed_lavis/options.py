@@ -47,7 +47,7 @@ class ModelOptions:
     max_txt_len: int = setting(32, minimum=2)  # tokens of a caption
     # ours
     vit_weights: str | None = None  # a file, or a CLIP folder
-    vit: dict[str, Any] = setting(factory=dict)  # overrides sizes of `EvaConfig`
+    vit: dict[str, Any] = setting(factory=dict)  # sizes of EVA, or `type: hub`
     qformer: dict[str, Any] = setting(factory=dict)  # overrides sizes of `QFormerConfig`
     clip_precision: str = setting("fp16", choices=PRECISIONS)  # of the model of target embeddings
     compile: bool = False  # torch.compile

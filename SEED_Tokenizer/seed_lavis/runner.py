@@ -25,6 +25,7 @@ from seed_lavis.task import TokenizerTask, mean_losses
 from seed_multimodal.data.stream.loader import StepBatches
 from seed_multimodal.disk import writing
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.settings import read_settings
 from seed_multimodal.training.checkpoint import checkpoints, frozen_names
 from seed_multimodal.training.config import SCHEDULES, StageSettings
@@ -69,6 +70,12 @@ class RunnerSeed(RunnerBase):
     def device(self) -> torch.device:
         """This process's device."""
         return torch.device(self.options.device)
+
+    @property
+    def preprocessing(self) -> ImageTransform:
+        """Of the model's vision encoder."""
+        transform: ImageTransform = self._model.visual_encoder.preprocessing
+        return transform
 
     @property
     def model(self) -> nn.Module:

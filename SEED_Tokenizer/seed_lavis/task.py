@@ -112,7 +112,7 @@ class TokenizerTask(CodebookTask):
 
     def batch(self, micro_step: int) -> dict[str, Any]:
         """One batch on the device."""
-        return to_device(self.batches.at(micro_step), self.runner.device)
+        return to_device(self.batches.at(micro_step), self.runner.device, self.runner.preprocessing)
 
     def before_training(self, run: Any) -> None:
         """All checks have passed: write the run's settings."""
@@ -155,7 +155,7 @@ class TokenizerTask(CodebookTask):
             means = mean_losses(self.runner, split)
             if self.runner.rank == 0:
                 sheet = self.runner.folder / "samples" / f"{split}-{epoch}.png"
-                save_neighbours(sheet, *self.runner.samples)
+                save_neighbours(sheet, *self.runner.samples, self.runner.preprocessing)
             self._log_epoch("valid", epoch, {"split": split, **means})
             for name, value in means.items():
                 if isinstance(value, float):  # a loss, not a count
@@ -258,7 +258,7 @@ def mean_losses(runner: RunnerBase, split: str) -> dict[str, float]:
         ) as batches,
     ):
         for step in range(n_batches):
-            samples = to_device(batches.at(step), runner.device)
+            samples = to_device(batches.at(step), runner.device, runner.preprocessing)
             with torch.autocast(runner.device.type, dtype, enabled=runner.precision != "fp32"):
                 losses = model(samples)
             for name in sorted(losses):  # the order in which processes add them up

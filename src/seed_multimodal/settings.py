@@ -129,7 +129,7 @@ def check_value(hint: TypeHint, value: object, label: str, **limits: Unpack[Limi
     from pydantic import ValidationError
 
     try:
-        converted = _adapter(hint).validate_python(value)
+        converted = adapter(hint).validate_python(value)
     except ValidationError as error:
         raise ConfigError(_error_sentence(hint, error.errors()[0], label)) from None
     # pydantic accepts true and false as numbers.
@@ -143,7 +143,7 @@ def check_value(hint: TypeHint, value: object, label: str, **limits: Unpack[Limi
 
 
 @functools.cache
-def _adapter(hint: TypeHint) -> TypeAdapter[object]:
+def adapter(hint: TypeHint) -> TypeAdapter[object]:
     """pydantic's adapter of a type; dataclasses in it forbid unknown keys."""
     from pydantic import ConfigDict, TypeAdapter
 

@@ -11,7 +11,7 @@ from PIL import Image
 from repository import NANO, ROOT
 
 from seed_multimodal import SeedLlama, open_image
-from seed_multimodal.models.seed.checkpoints import load_clip_vision
+from seed_multimodal.nn.vision.clip import load_clip_vision
 from seed_nano.report.judge import Judge
 from seed_nano.report.scoring import image_labels, label_matches, true_labels
 from seed_nano.world.scene import render

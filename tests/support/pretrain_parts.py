@@ -16,7 +16,7 @@ from seed_multimodal.language.llama import force_special_ids
 from seed_multimodal.models.lavit.checkpoints import save_dynamic_tokenizer
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
 from seed_multimodal.models.lavit.processing import LavitTokenizer
-from seed_multimodal.nn.eva import EvaConfig
+from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_nano.train.words import train_text_tokenizer
 
 SIDE = 16

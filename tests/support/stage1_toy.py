@@ -22,7 +22,7 @@ from seed_multimodal.models.lavit.decoder import CodeDecoder, LavitDecoderConfig
 from seed_multimodal.models.lavit.losses import LavitStage1, LavitStage1Output
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
 from seed_multimodal.models.lavit.train_tokenizer import LavitTokenizerTask
-from seed_multimodal.nn.eva import EvaConfig
+from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_multimodal.training.codebook import CodebookHealth
 from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.trainer import train_stage

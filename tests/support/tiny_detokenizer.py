@@ -14,7 +14,7 @@ from llm_runs import merged, write_json_lines
 from PIL import Image
 from repository import ROOT
 
-from seed_multimodal.models.seed_x.vision import QwenVit, QwenVitConfig
+from seed_multimodal.nn.vision.qwen import QwenVit, QwenVitConfig
 
 APPLICATION = ROOT / "MultiModalLLM"
 CONFIGS = APPLICATION / "configs" / "seed_x_detokenizer"

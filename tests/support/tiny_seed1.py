@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from seed_multimodal.models.seed.configuration import QFormerConfig, Seed1Config
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer
 from seed_multimodal.models.seed.qformer import QFormer
-from seed_multimodal.nn.eva import EvaConfig, EvaVit
+from seed_multimodal.nn.vision.eva import EvaConfig, EvaVit
 
 TEXT_TOKENS = 7
 TEXT_WIDTH = 16

@@ -16,7 +16,7 @@ from tiny_sdxl import WIDTH as FEATURES
 
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.models.seed_x.modeling import AgentSettings, ContinuousLVLM
-from seed_multimodal.models.seed_x.vision import QwenVit, QwenVitConfig, Resampler, ResamplerConfig
+from seed_multimodal.nn.vision.qwen import QwenVit, QwenVitConfig, Resampler, ResamplerConfig
 from seed_multimodal.weights import load_state_dict, save_state_dict
 from seed_nano.train.words import train_text_tokenizer
 
@@ -135,7 +135,7 @@ def write_configs(root: Path) -> Path:
 
 def write_qwen_vl(folder: Path, *, shards: int = 3, torch_files: bool = True) -> QwenVit:
     """A Qwen-VL-Chat whose vision encoder is in the last shards; returns the vision encoder."""
-    from seed_multimodal.models.seed_x.vision import IN_QWEN_VL
+    from seed_multimodal.nn.vision.qwen import IN_QWEN_VL
 
     torch.manual_seed(7)
     model = _spread(QwenVit(TOWER))

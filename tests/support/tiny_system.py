@@ -57,7 +57,7 @@ def build(folder: str | Path, *, seed: int = 0) -> Path:
 def _write_image_tokenizer(folder: Path) -> None:
     from seed_multimodal.models.seed.configuration import QFormerConfig, Seed2Config
     from seed_multimodal.models.seed.modeling import Seed2Tokenizer
-    from seed_multimodal.nn.eva import EvaConfig
+    from seed_multimodal.nn.vision.eva import EvaConfig
 
     config = Seed2Config(
         vit=EvaConfig(

@@ -13,7 +13,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from seed_multimodal.language.llama import force_special_ids
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.models.seed_x.vision import QwenVit, QwenVitConfig
+from seed_multimodal.nn.vision.qwen import QwenVit, QwenVitConfig
 from seed_nano.train.words import train_text_tokenizer
 
 SIDE = 28

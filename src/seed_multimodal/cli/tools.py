@@ -378,7 +378,7 @@ def reload_script(argv: Sequence[str] | None = None) -> int:
 
 
 def _reload(args: Namespace) -> int:
-    from seed_multimodal.models.seed_x.vision import IN_QWEN_VL
+    from seed_multimodal.nn.vision.qwen import IN_QWEN_VL
     from seed_multimodal.weights import INDEX_FILES, load_state_dict, save_torch
 
     # 1. The shards of Qwen-VL-Chat.

@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.errors import SeedWarning
 from seed_multimodal.images.io import ImageSource
-from seed_multimodal.images.transforms import denormalise, normalise, seed_image_processor
+from seed_multimodal.images.transforms import denormalise, seed_image_processor
 from seed_multimodal.inference.generator import Task
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.language.messages import input_images, user_message
@@ -471,9 +471,10 @@ class LaVITDetokenizer(_Model):
     ) -> list[Image.Image]:
         """Images in 0…1 `[B, 3, h, w]` of any size, drawn again."""
         # 1. The images squashed to the vision encoder's size, as codes.
-        size = self.images.code_tokenizer.config.vit.image_size
+        preprocessing = self.images.code_tokenizer.transform
+        size = preprocessing.image_size
         resized = F.interpolate(x.float(), (size, size), mode="bicubic", antialias=False)
-        pixels = normalise(resized.cpu() * 255)
+        pixels = preprocessing.normalise(resized.cpu() * 255)
         codes = self.images.code_tokenizer.encode(pixels.to(self.images.device))
 
         # 2. Images of the codes.

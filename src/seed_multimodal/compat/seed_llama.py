@@ -29,7 +29,6 @@ from seed_multimodal.diffusion.base import Detokenizer
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import ORIGINAL_PARTS, local_folder, locate, missing_weights_message
 from seed_multimodal.images.io import ImageSource
-from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.language.llama_tokenizer import LlamaTokenizer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.models.seed.checkpoints import SEED1
@@ -55,7 +54,7 @@ class ImageTokenizer:
 
     def __init__(self, images: SeedImageCodec) -> None:
         self.images = images
-        self.processor = seed_image_processor(images.model.visual_encoder.image_size)
+        self.processor = images.model.visual_encoder.preprocessing
 
     @property
     def model(self) -> torch.nn.Module:
@@ -252,7 +251,7 @@ class Seed1:
         self.tokenizer = tokenizer
         self.images = SeedImageCodec(
             tokenizer,
-            seed_image_processor(tokenizer.visual_encoder.image_size),  # type: ignore[arg-type]
+            tokenizer.visual_encoder.preprocessing,
             CodecPlacement(device or tokenizer.device, load_decoder),
         )
 

@@ -90,13 +90,14 @@ def load_tokenizer(
     if image_transform is not None:
         codec = loaded.images
         transform = instantiate(image_transform)
-        expected_size = codec.model.config.vit.image_size
+        preprocessing = codec.model.visual_encoder.preprocessing
+        expected_size = preprocessing.image_size
         if transform.image_size != expected_size:
             raise ConfigError(
                 f"{image_transform}: image_size is {transform.image_size}, but the tokenizer reads "
                 f"images of {expected_size} pixels a side."
             )
-        codec.transform = transform
+        codec.transform = preprocessing.with_resizing_of(transform)
     return loaded
 
 

@@ -27,10 +27,11 @@ from seed_multimodal.inference.engine import Engine
 from seed_multimodal.inference.prompt import GenerationSettings, HiddenStates, Prompt
 from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.llama_tokenizer import LlamaTokenizer
-from seed_multimodal.models.seed_x import modeling, vision
+from seed_multimodal.models.seed_x import modeling
 from seed_multimodal.models.seed_x.losses import TrainedAgent
 from seed_multimodal.models.seed_x.processing import answer_text, seed_x_vocabulary
 from seed_multimodal.models.seed_x.views import AnyResolution, patch_positions
+from seed_multimodal.nn.vision import qwen as vision
 
 TOKENIZER_FILE = "configs/tokenizer/clm_llama_tokenizer_224loc_anyres.yaml"
 

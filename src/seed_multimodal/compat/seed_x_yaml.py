@@ -22,7 +22,7 @@ from seed_multimodal.models.seed_x.adapter import RESAMPLER_CONFIG, ResamplerXLC
 from seed_multimodal.models.seed_x.modeling import AgentSettings
 from seed_multimodal.models.seed_x.pipeline import AgentConfig
 from seed_multimodal.models.seed_x.spec import SeedXConfig
-from seed_multimodal.models.seed_x.vision import QwenVitConfig, ResamplerConfig
+from seed_multimodal.nn.vision.qwen import QwenVitConfig, ResamplerConfig
 from seed_multimodal.settings import read_settings
 
 # Kind of file → part of `SeedXConfig`.
@@ -48,7 +48,7 @@ TARGETS = {
     "transformers.LlamaTokenizer.from_pretrained": f"{_MODULE}:tokenizer",
     f"{_LANGUAGE}.llama_tokenizer.LlamaTokenizer.from_pretrained": f"{_MODULE}:tokenizer",
     f"{_VISUAL}.VisionTransformerWithAttnPool.from_pretrained": f"{_MODULE}:vision_encoder",
-    f"{_VISUAL}.Resampler": "seed_multimodal.models.seed_x.vision:ResamplerConfig",
+    f"{_VISUAL}.Resampler": "seed_multimodal.nn.vision.qwen:ResamplerConfig",
     f"{_DISCRETE}.DiscreteModleIdentity": f"{_MODULE}:no_discrete_model",
     f"{_MLLM}.modeling_llama_xformer.LlamaForCausalLM.from_pretrained": f"{_MODULE}:language_model",
     f"{_PEFT}.get_peft_model_with_resize_embedding": f"{_MODULE}:language_model_with_lora",

@@ -24,7 +24,7 @@ from seed_multimodal.evaluation.openai_clip import load_openai_clip
 from seed_multimodal.evaluation.retrieval import ClipEncoder, clip_texts
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import ImageTransform, plain_rgb, resize_passes, to_bytes
-from seed_multimodal.models.seed.checkpoints import load_clip_vision
+from seed_multimodal.nn.vision.clip import load_clip_vision
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.weights import load_state_dict
 

@@ -20,17 +20,18 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from PIL import Image
-from torch import Tensor, nn
+from torch import Tensor
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.evaluation.metrics import bootstrap
 from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.models.seed.captions import caption_text, load_caption_tokenizer
-from seed_multimodal.models.seed.checkpoints import VISION, fill_vision, load_clip_text
+from seed_multimodal.models.seed.checkpoints import VISION
 from seed_multimodal.models.seed.losses import Stage1Model
 from seed_multimodal.models.seed.modeling import Seed2Tokenizer
-from seed_multimodal.nn.eva import EvaVit
+from seed_multimodal.nn.pretrained import fill_buffers
+from seed_multimodal.nn.vision.clip import load_clip_text
 from seed_multimodal.weights import assign_strictly, load_state_dict
 
 if TYPE_CHECKING:
@@ -220,7 +221,8 @@ def load_stage1(file: str | Path, tokenizer: Seed2Tokenizer) -> Stage1Model:
     Raises:
         CheckpointError: not a stage-1 checkpoint, or of other sizes than the tokenizer.
     """
-    # 1. A model of the file's sizes, without memory for its initial weights.
+    # 1. A model of the file's sizes, without memory for its initial weights; without a vision
+    #    encoder of its own it gets the tokenizer's.
     state = load_state_dict(file)
     for name in (WORDS_TABLE, "text_proj.weight", "vision_proj.weight"):
         if name not in state:
@@ -232,30 +234,19 @@ def load_stage1(file: str | Path, tokenizer: Seed2Tokenizer) -> Stage1Model:
             lm_head=False,
             embed_dim=len(state["vision_proj.weight"]),
         )
-    model.visual_encoder = nn.Identity()
-    model.to_empty(device="cpu")
-    positions = model.Qformer.bert.embeddings.position_ids
-    positions.copy_(torch.arange(positions.shape[1])[None])
+    has_vision = any(name.startswith(VISION) for name in state)
+    if not has_vision:
+        model.visual_encoder = tokenizer.visual_encoder
 
-    # 2. Its weights, but for those of the vision encoder.
-    vision: dict[str, Tensor] = {}
-    others: dict[str, Tensor] = {}
-    for name, weight in state.items():
-        if name.startswith(VISION):
-            vision[name.removeprefix(VISION)] = weight
-        else:
-            others[name] = weight
+    # 2. Its weights.
+    vit = tokenizer.config.vit
     assign_strictly(
         model,
-        others,
+        vit.fit_weights(state, VISION),
         file,
-        allow_missing=["*position_ids"],
-        allow_unexpected=STAGE1_IGNORED,
+        allow_missing=["*position_ids"] if has_vision else ["*position_ids", f"{VISION}*"],
+        allow_unexpected=[*STAGE1_IGNORED, *(VISION + name for name in vit.unused)],
         foreign=True,
     )
-
-    # 3. The vision encoder: the file's, or the tokenizer's.
-    model.visual_encoder = EvaVit(tokenizer.config.vit) if vision else tokenizer.visual_encoder
-    if vision:
-        fill_vision(model.visual_encoder, vision, file)
+    fill_buffers(model, "cpu")
     return model.to(tokenizer.device, tokenizer.dtype).requires_grad_(False).eval()

@@ -37,12 +37,12 @@ from seed_multimodal.evaluation.retrieval import (
 from seed_multimodal.hub import locate
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
-from seed_multimodal.images.transforms import denormalise, get_transform
-from seed_multimodal.models.seed.checkpoints import CLIP_FOLDER, load_clip_vision
+from seed_multimodal.images.transforms import ImageTransform, get_transform
 from seed_multimodal.models.seed.losses import Stage1Model
 from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 from seed_multimodal.models.seed.pipeline import SeedImageCodec, load_images
 from seed_multimodal.models.seed.spec import SeedLlamaConfig
+from seed_multimodal.nn.vision.clip import CLIP_FOLDER, load_clip_vision
 from seed_multimodal.pipelines.images import Placement
 
 Log = Callable[[str], None]
@@ -352,7 +352,7 @@ def _features(images: Sequence[Image.Image], opened: OpenedTokenizer) -> dict[st
         stage1_vision = vision
         if stage1.visual_encoder is not tokenizer.visual_encoder:
             stage1_vision = stage1.visual_encoder(pixels)
-        queries = {"causal": stage1.query_features(stage1_vision)}
+        queries = {"causal": stage1.query_features_from(stage1_vision)}
         if tokenizer.config.recon_s:
             queries["rebuilt"] = tokenizer.rebuild_queries(up)
         for name, query_features in queries.items():
@@ -427,10 +427,15 @@ def _nearness(embeddings: Tensor, images: Tensor) -> dict[str, int | Estimate]:
     }
 
 
-def save_neighbours(file: Path, images: Tensor, matched: tuple[Tensor, Tensor] | None) -> None:
+def save_neighbours(
+    file: Path,
+    images: Tensor,
+    matched: tuple[Tensor, Tensor] | None,
+    preprocessing: ImageTransform,
+) -> None:
     """A sheet of held-out images above the images nearest to their decoded embeddings.
 
-    images: normalized pixels `[B, 3, S, S]`.
+    images: pixels `[B, 3, S, S]`, normalised by `preprocessing`.
     matched: embeddings of codes and of images, `[B, E]` each; None: no sheet.
     """
     if matched is None:
@@ -441,8 +446,8 @@ def save_neighbours(file: Path, images: Tensor, matched: tuple[Tensor, Tensor] |
     nearest = (decoded @ targets.T).argmax(1).tolist()[:COLUMNS]
 
     # 2. The sheet.
-    cells = [Cell(denormalise(image)) for image in images[: len(nearest)]]
-    nearest_cells = [Cell(denormalise(images[index])) for index in nearest]
+    cells = [Cell(preprocessing.to_image(image)) for image in images[: len(nearest)]]
+    nearest_cells = [Cell(preprocessing.to_image(images[index])) for index in nearest]
     file.parent.mkdir(parents=True, exist_ok=True)
     rows = [Row("image", cells), Row("nearest to its codes", nearest_cells)]
     contact_sheet(rows, file.stem, CELL, COLUMNS).save(file)

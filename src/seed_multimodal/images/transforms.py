@@ -1,5 +1,5 @@
-"""Image transforms of vision encoders: float32 [3, S, S], normalized with CLIP's mean and
-deviation.
+"""Image transforms of vision encoders: float32 [3, S, S], normalised with the encoder's mean and
+deviation, by default CLIP's.
 
 The original code has two ways of resizing with different codes for the same file, so both are
 available:
@@ -16,15 +16,20 @@ for tall images, which changes single pixels by a few grey levels. `resize_passe
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 
+from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import ImageSource, open_image, to_rgb
 from seed_multimodal.settings import check_settings, setting
@@ -38,6 +43,9 @@ INTERPOLATIONS = {
     "bicubic": Image.Resampling.BICUBIC,
     "lanczos": Image.Resampling.LANCZOS,
 }
+PROCESSOR = "preprocessor_config.json"
+RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
+Channels = tuple[float, float, float]  # a value of each channel
 # Above this ratio to the output size (a 1 x 30,000 strip) only the centre crop is resized.
 _MAX_OVERSIZE = 16
 
@@ -54,29 +62,33 @@ def to_bytes(image: Image.Image) -> Tensor:
     return torch.from_numpy(np.array(image, dtype=np.uint8)).permute(2, 0, 1)
 
 
-def normalise(pixels: Tensor) -> Tensor:
-    """uint8 [..., 3, H, W] → float32 on the same device, (value / 255 - CLIP_MEAN) / CLIP_STD."""
-    mean, std = _mean_and_deviation(pixels.device)
-    return pixels.float().div_(255).sub_(mean).div_(std)
+def normalise(pixels: Tensor, mean: Channels = CLIP_MEAN, std: Channels = CLIP_STD) -> Tensor:
+    """uint8 [..., 3, H, W] → float32 on the same device, (value / 255 - mean) / std."""
+    return (
+        pixels.float()
+        .div_(255)
+        .sub_(_channels(mean, pixels.device))
+        .div_(_channels(std, pixels.device))
+    )
 
 
 @functools.cache
-def _mean_and_deviation(device: torch.device) -> tuple[Tensor, Tensor]:
-    """[3, 1, 1] each; cached, because a copy to a GPU synchronizes."""
-    # Ordinary tensors, so that later calls with gradients can use them.
+def _channels(values: Channels, device: torch.device) -> Tensor:
+    """[3, 1, 1]; cached, because a copy to a GPU synchronizes."""
+    # An ordinary tensor, so that later calls with gradients can use it.
     with torch.inference_mode(False):
-        mean = torch.tensor(CLIP_MEAN).view(3, 1, 1).to(device)
-        std = torch.tensor(CLIP_STD).view(3, 1, 1).to(device)
-    return mean, std
+        return torch.tensor(values).view(3, 1, 1).to(device)
 
 
-def denormalise(pixels: Tensor) -> Image.Image:
+def denormalise(
+    pixels: Tensor, mean: Channels = CLIP_MEAN, std: Channels = CLIP_STD
+) -> Image.Image:
     """float [3, H, W] as of `normalise` → RGB image.
 
     Values outside the 8-bit range are clipped.
     """
-    mean, std = _mean_and_deviation(torch.device("cpu"))
-    values = pixels.detach().float().cpu() * std + mean
+    cpu = torch.device("cpu")
+    values = pixels.detach().float().cpu() * _channels(std, cpu) + _channels(mean, cpu)
     levels = values.mul(255).round().clamp(0, 255).byte()  # [3, H, W]
     return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
 
@@ -94,17 +106,56 @@ def resize_passes(
 
 @dataclass(frozen=True)
 class ImageTransform:
-    """An image → float32 [3, S, S]; `batch` does several → [B, 3, S, S]."""
+    """An image → float32 [3, S, S]; `batch` does several → [B, 3, S, S].
+
+    keep_ratio: scale the shorter side and cut the centre out; False: squash.
+    shorter_side: to which it is scaled; None: `image_size`.
+    mean, std: of each channel, of values from 0 to 1.
+    """
 
     image_size: int = setting(224, minimum=1)
     keep_ratio: bool = False
     interpolation: str = setting("bilinear", choices=tuple(INTERPOLATIONS))
+    shorter_side: int | None = setting(None, minimum=1)
+    mean: Channels = CLIP_MEAN
+    std: Channels = setting(CLIP_STD, above=0)
 
     def __post_init__(self) -> None:
         check_settings(self, "image transform")
 
     def __call__(self, image: Image.Image) -> Tensor:
-        return normalise(to_bytes(self.resize(image)))
+        return self.normalise(to_bytes(self.resize(image)))
+
+    def normalise(self, pixels: Tensor) -> Tensor:
+        """uint8 [..., 3, H, W] → float32 on the same device."""
+        return normalise(pixels, self.mean, self.std)
+
+    def to_image(self, pixels: Tensor) -> Image.Image:
+        """Normalised pixels [3, H, W] → RGB image."""
+        return denormalise(pixels, self.mean, self.std)
+
+    def describe(self) -> dict[str, object]:
+        """Plain values; the last three only where they are not the defaults."""
+        values = dataclasses.asdict(self)
+        for field in dataclasses.fields(self)[3:]:
+            if values[field.name] == field.default:
+                del values[field.name]
+        return values
+
+    def with_resizing_of(self, other: ImageTransform) -> ImageTransform:
+        """Another transform's resizing with this one's mean and deviation."""
+        return dataclasses.replace(other, mean=self.mean, std=self.std)
+
+    def convert(self, pixels: Tensor, target: ImageTransform) -> Tensor:
+        """Normalised pixels [B, 3, S, S] → those of another encoder, also of another size."""
+        if (self.mean, self.std) != (target.mean, target.std):
+            device = pixels.device
+            values = pixels * _channels(self.std, device) + _channels(self.mean, device)
+            pixels = (values - _channels(target.mean, device)) / _channels(target.std, device)
+        if self.image_size != target.image_size:
+            size = (target.image_size, target.image_size)
+            pixels = F.interpolate(pixels, size, mode="bicubic", antialias=True)
+        return pixels
 
     def read(
         self,
@@ -133,9 +184,10 @@ class ImageTransform:
 
         # The shorter side gets `size` pixels; the crop is the centre of the result.
         width, height = image.size
-        longer_side = int(size * max(width, height) / min(width, height))
-        new_width = size
-        new_height = size
+        shorter_side = max(self.shorter_side or size, size)
+        longer_side = int(shorter_side * max(width, height) / min(width, height))
+        new_width = shorter_side
+        new_height = shorter_side
         if width <= height:
             new_height = longer_side
         else:
@@ -169,6 +221,31 @@ def get_transform(
     )
 
 
-def seed_image_processor(image_size: int = 224) -> ImageTransform:
-    """The tokenizer's own preprocessing of a file: squash, bicubic."""
-    return ImageTransform(image_size=image_size, keep_ratio=False, interpolation="bicubic")
+def read_preprocessing(folder: str | Path, advice: str = "") -> ImageTransform:
+    """The transform of a `preprocessor_config.json`: squash (BLIP, SigLIP), or scale the shorter
+    side and cut the centre out (CLIP, DINOv2). Raises ConfigError: missing or not JSON.
+    """
+    values = read_json_object(Path(folder) / PROCESSOR, ConfigError, advice)
+    size = values.get("size", 224)
+    if not isinstance(size, dict):
+        size = {"shortest_edge": size}
+    shorter_side: Any = size.get("shortest_edge", size.get("height"))
+    image_size = shorter_side
+    if "shortest_edge" in size and values.get("do_center_crop", True):
+        crop = values.get("crop_size", shorter_side)
+        image_size = crop["height"] if isinstance(crop, dict) else crop
+    return ImageTransform(
+        image_size=image_size,
+        keep_ratio="shortest_edge" in size,
+        interpolation=RESAMPLE[values.get("resample", 3)],
+        shorter_side=None if image_size == shorter_side else shorter_side,
+        mean=tuple(values.get("image_mean", CLIP_MEAN)),
+        std=tuple(values.get("image_std", CLIP_STD)),
+    )
+
+
+def seed_image_processor(
+    image_size: int = 224, keep_ratio: bool = False, interpolation: str = "bicubic"
+) -> ImageTransform:
+    """The tokenizer's own preprocessing of a file: by default squash, bicubic."""
+    return ImageTransform(image_size=image_size, keep_ratio=keep_ratio, interpolation=interpolation)

@@ -108,9 +108,18 @@ class PretrainedNetwork(nn.Module, HubUpload, Generic[Config]):
 
 
 def fill_buffers(network: Network, device: str | torch.device) -> Network:
-    """Give buffers that are still on the meta device their start values: position ids count, all
-    others are zero.
+    """Give buffers that are still on the meta device their start values: those of a module's
+    `start_buffers`; else position ids count and all others are zero.
     """
+    # 1. Values that a module knows, by dotted names.
+    for module in network.modules():
+        for dotted_name, start in getattr(module, "start_buffers", {}).items():
+            path, _, name = dotted_name.rpartition(".")
+            owner = module.get_submodule(path)
+            if owner._buffers[name].is_meta:
+                owner._buffers[name] = start.to(device)
+
+    # 2. All others.
     for module in network.modules():
         for name, buffer in module._buffers.items():
             if buffer is None or not buffer.is_meta:

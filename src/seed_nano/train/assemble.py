@@ -18,8 +18,8 @@ from seed_multimodal.models.lavit.spec import LavitConfig
 from seed_multimodal.models.seed.checkpoints import VISION
 from seed_multimodal.models.seed_x.spec import SeedXConfig
 from seed_multimodal.models.seed_x.train_agent import build_agent, read_agent
-from seed_multimodal.nn.eva import clip_from_eva
 from seed_multimodal.nn.pretrained import write_encoder_link
+from seed_multimodal.nn.vision.clip import clip_from_eva
 from seed_multimodal.pipelines.assemble import join
 from seed_multimodal.weights import load_state_dict, save_state_dict
 from seed_nano.train.diffusion import write_successor_unet

@@ -19,7 +19,7 @@ from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.models.seed.configuration import QFormerConfig, Seed2Config
 from seed_multimodal.models.seed.export import export_tokenizer
 from seed_multimodal.models.seed.modeling import Seed2Tokenizer
-from seed_multimodal.nn.eva import EvaConfig
+from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_multimodal.training.llm.config import LlmModelSettings
 from seed_multimodal.training.llm.model import build_llm, save_trained
 from seed_multimodal.weights import load_state_dict

@@ -19,9 +19,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.images.transforms import normalise
-from seed_multimodal.models.seed.checkpoints import load_clip_vision
-from seed_multimodal.models.seed_x.vision import QwenVit, QwenVitConfig
 from seed_multimodal.nn.label_heads import LabelHeads
+from seed_multimodal.nn.vision.clip import load_clip_vision
+from seed_multimodal.nn.vision.qwen import QwenVit, QwenVitConfig
 from seed_multimodal.training import frozen_models
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.weights import save_state_dict

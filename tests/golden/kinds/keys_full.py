@@ -26,7 +26,7 @@ from seed_multimodal.models.seed.losses import Stage1Model, Stage2Model
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer
 from seed_multimodal.models.seed_x.adapter import ResamplerXLV2, SDXLAdapter
 from seed_multimodal.models.seed_x.modeling import ContinuousLVLM
-from seed_multimodal.models.seed_x.vision import (
+from seed_multimodal.nn.vision.qwen import (
     INPUT_RESAMPLER,
     OUTPUT_RESAMPLER,
     QwenVit,

@@ -50,7 +50,7 @@ from seed_multimodal.models.lavit.processing import (
     QuestionProcessor,
     read_prompt,
 )
-from seed_multimodal.nn.eva import EvaConfig
+from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_multimodal.weights import assign_strictly
 
 START = 32000

@@ -16,7 +16,7 @@ from runner import assert_all_close, assert_close, read_case
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.models.seed.configuration import QFormerConfig, Seed1Config, Seed2Config
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer
-from seed_multimodal.nn.eva import EvaConfig
+from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_multimodal.weights import assign_strictly
 
 Tensors = dict[str, torch.Tensor]

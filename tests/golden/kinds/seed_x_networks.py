@@ -24,14 +24,14 @@ from torch import Tensor, nn
 
 from seed_multimodal.models.seed_x.adapter import ResamplerXLConfig, ResamplerXLV2, SDXLAdapter
 from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer
-from seed_multimodal.models.seed_x.vision import (
+from seed_multimodal.nn.layers import AttentionPool, resize_square
+from seed_multimodal.nn.vision.qwen import (
     QwenVit,
     QwenVitConfig,
     Resampler,
     ResamplerConfig,
     sine_table,
 )
-from seed_multimodal.nn.layers import AttentionPool, resize_square
 from seed_multimodal.weights import assign_strictly
 
 Tensors = dict[str, Tensor]

@@ -86,7 +86,7 @@ def test_run_pass_equals_the_models_features(stages, listed):
     features = encoded.features
     assert features["codes"].tolist() == tokenizer.encode(pixels).tolist()
     causal = F.normalize(
-        stage1.vision_proj(stage1.query_features(stage1.visual_encoder(pixels))[:, -1]), dim=-1
+        stage1.vision_proj(stage1.query_features_from(stage1.visual_encoder(pixels))[:, -1]), dim=-1
     )
     np.testing.assert_allclose(features["causal"], causal.detach().numpy(), atol=1e-5)
     up = tokenizer.decode_task_layer(tokenizer.quantize.lookup(torch.from_numpy(features["codes"])))

@@ -14,8 +14,9 @@ import torch
 from tensors import equal
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from seed_multimodal.nn.eva import EvaConfig, EvaVit, clip_from_eva, eva_from_clip
 from seed_multimodal.nn.layers import checkpoint_layers, resize_square
+from seed_multimodal.nn.vision.clip import clip_from_eva, eva_from_clip
+from seed_multimodal.nn.vision.eva import EvaConfig, EvaVit
 
 SMALL = EvaConfig(image_size=16, patch_size=4, width=24, depth=3, heads=3, mlp_width=40)
 
@@ -53,7 +54,7 @@ def test_eva_from_clip_gives_clips_output():
             value.add_(torch.randn_like(value) * 0.2)
     vit = EvaVit(dataclasses.replace(SMALL, pre_norm=True))
     images = torch.randn(5, 3, 16, 16)
-    vit.load_state_dict(eva_from_clip(clip.state_dict(), vit.config))
+    vit.load_state_dict(eva_from_clip(clip.state_dict(), vit.config.depth))
     back = clip_from_eva({f"v.{name}": value for name, value in vit.state_dict().items()}, "v.")
     original = clip.state_dict()
     assert len(back) > 40 and equal(back, original)
@@ -61,7 +62,7 @@ def test_eva_from_clip_gives_clips_output():
         expected = clip.vision_model(images).last_hidden_state
         torch.testing.assert_close(vit(images), expected, rtol=1e-4, atol=1e-4)
         without = EvaVit(SMALL)
-        without.load_state_dict(eva_from_clip(clip.state_dict(), without.config))
+        without.load_state_dict(eva_from_clip(clip.state_dict(), 3, pre_norm=False))
         assert (without(images) - expected).abs().max() > 0.1
 
 

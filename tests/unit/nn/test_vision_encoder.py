@@ -3,9 +3,9 @@
 import pytest
 import torch
 
-from seed_multimodal.models.seed_x.vision import QwenVit, QwenVitConfig
-from seed_multimodal.nn.eva import EvaConfig, EvaVit
-from seed_multimodal.nn.vision_encoder import VisionEncoder
+from seed_multimodal.nn.vision.base import VisionEncoder
+from seed_multimodal.nn.vision.eva import EvaConfig, EvaVit
+from seed_multimodal.nn.vision.qwen import QwenVit, QwenVitConfig
 
 EVA = EvaConfig(image_size=28, patch_size=14, width=32, depth=1, heads=2, mlp_width=64)
 QWEN = QwenVitConfig(

@@ -16,14 +16,13 @@ from torch import Tensor
 from seed_multimodal.errors import CheckpointError, SeedWarning
 from seed_multimodal.models.seed.checkpoints import (
     load_blip2,
-    load_clip_text,
-    load_clip_vision,
     load_vision,
 )
 from seed_multimodal.models.seed.configuration import QFormerConfig, Seed2Config
 from seed_multimodal.models.seed.losses import Stage1Model
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
-from seed_multimodal.nn.eva import EvaConfig, EvaVit
+from seed_multimodal.nn.vision.clip import load_clip_text, load_clip_vision
+from seed_multimodal.nn.vision.eva import EvaConfig, EvaVit
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
 

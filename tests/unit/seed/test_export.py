@@ -22,7 +22,7 @@ from seed_multimodal.models.seed.configuration import Seed2Config, TokenizerConf
 from seed_multimodal.models.seed.export import Export, export_tokenizer
 from seed_multimodal.models.seed.losses import Seed1Stage2Model, Stage1Model, Stage2Model
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer
-from seed_multimodal.nn.eva import EvaVit
+from seed_multimodal.nn.vision.eva import EvaVit
 from seed_multimodal.weights import load_state_dict
 from seed_nano.train.words import write_files
 

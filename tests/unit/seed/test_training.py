@@ -31,7 +31,7 @@ from seed_multimodal.models.seed.losses import (
     project_and_normalize,
     similarities,
 )
-from seed_multimodal.nn.eva import EvaConfig
+from seed_multimodal.nn.vision.eva import EvaConfig
 
 WORDS = 30
 TINY = Seed2Config(
@@ -367,7 +367,7 @@ def test_load_stage1_fills_the_encoder(kind: str, tiny: Seed2Config, images: Ten
         "query_tokens",
     }
     with torch.no_grad():
-        expected = first.query_features(first.vit_features(images))
+        expected = first.query_features_from(first.vit_features(images))
     torch.testing.assert_close(second.eval().query_features(images), expected)
     trained = {n: v for n, v in first.state_dict().items() if not n.startswith("visual_encoder.")}
     assert any(name.startswith("visual_encoder.") for name in second.load_stage1(trained).missing)

@@ -13,7 +13,7 @@ from repository import ROOT
 
 def write_eva(file: Path) -> Path:
     """An EVA vision encoder's file, at the size of `lavis_runs.TINY`."""
-    from seed_multimodal.nn.eva import EvaConfig, EvaVit
+    from seed_multimodal.nn.vision.eva import EvaConfig, EvaVit
 
     torch.manual_seed(1)
     torch.save(

@@ -18,7 +18,7 @@ from seed_multimodal.language.llama import force_special_ids
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.models.seed_x.losses import TrainedAgent
 from seed_multimodal.models.seed_x.modeling import load_agent
-from seed_multimodal.models.seed_x.vision import Resampler, ResamplerConfig
+from seed_multimodal.nn.vision.qwen import Resampler, ResamplerConfig
 
 WIDTH = 32
 FEATURES = 16

@@ -8,7 +8,7 @@ import torch
 from tensors import equal
 
 from seed_multimodal.cli.tools import reload_script
-from seed_multimodal.models.seed_x.vision import QwenVit
+from seed_multimodal.nn.vision.qwen import QwenVit
 from seed_multimodal.weights import load_state_dict
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from seed_multimodal.errors import CheckpointError, SeedWarning
-from seed_multimodal.models.seed_x.vision import IN_QWEN_VL, QwenVit, QwenVitConfig
+from seed_multimodal.nn.vision.qwen import IN_QWEN_VL, QwenVit, QwenVitConfig
 
 SMALL = QwenVitConfig(
     image_size=28,

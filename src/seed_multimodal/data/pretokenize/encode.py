@@ -14,16 +14,14 @@ from torch import Tensor, nn
 
 from seed_multimodal.config import find_target, instantiate, load_yaml
 from seed_multimodal.device import DTYPES, choose_device, copy_to
-from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.images.transforms import CLIP_MEAN, ImageTransform, normalise
+from seed_multimodal.images.transforms import PROCESSOR, ImageTransform, read_preprocessing
 from seed_multimodal.models.seed.modeling import fast_encode
 
 PROCESSORS = (
     "transformers.BlipImageProcessor.from_pretrained",
     "transformers.CLIPImageProcessor.from_pretrained",
 )
-RESAMPLE = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}  # Pillow's numbers
 
 
 class Encoder:
@@ -62,7 +60,7 @@ class Encoder:
 
     def __call__(self, pixels: Tensor) -> list[list[int]]:
         """Codes of images uint8 [B, 3, S, S]; of variable length where a row is padded with -1."""
-        codes = self._encode(normalise(copy_to(self.device, pixels))).tolist()
+        codes = self._encode(self.transform.normalise(copy_to(self.device, pixels))).tolist()
         return [[code for code in row if code >= 0] for row in codes]
 
 
@@ -92,14 +90,23 @@ def _instantiate(config: str | Mapping[str, Any], device: str) -> Any:
 
 def read_transform(path: str | Path | None, default: ImageTransform) -> ImageTransform:
     """The image transform of a YAML (`--image_transform`, `--image_processor`), by default the
-    tokenizer's. Raises ConfigError: another image size than the tokenizer's.
+    tokenizer's, with the tokenizer's mean and deviation.
+
+    Raises ConfigError: another image size than the tokenizer's; a processor with another mean.
     """
     if path is None:
         return default
     config = load_yaml(path)
     transform: ImageTransform
     if config.get("_target_") in PROCESSORS:
-        transform = image_processor(config["pretrained_model_name_or_path"])
+        folder = config["pretrained_model_name_or_path"]
+        transform = read_preprocessing(folder, "use --image_transform instead")
+        if (transform.mean, transform.std) != (default.mean, default.std):
+            raise ConfigError(
+                f"{Path(folder) / PROCESSOR}: normalizes with {list(transform.mean)} and "
+                f"{list(transform.std)}; the tokenizer's vision encoder expects "
+                f"{list(default.mean)} and {list(default.std)}."
+            )
     else:
         transform = instantiate(config)
     size = transform.image_size
@@ -108,20 +115,4 @@ def read_transform(path: str | Path | None, default: ImageTransform) -> ImageTra
             f"{path}: outputs images of {size} x {size} pixels, but the tokenizer "
             f"expects {default.image_size} x {default.image_size}."
         )
-    return transform
-
-
-def image_processor(folder: str) -> ImageTransform:
-    """The transform of a `preprocessor_config.json`: squash (BLIP), or resize and centre crop
-    (CLIP). Raises ConfigError: missing, not JSON, or another mean.
-    """
-    file = Path(folder) / "preprocessor_config.json"
-    settings = read_json_object(file, ConfigError, "use --image_transform instead")
-    if settings.get("image_mean", CLIP_MEAN)[0] != CLIP_MEAN[0]:
-        raise ConfigError(
-            f"{file}: normalizes with {settings['image_mean']}; the tokenizers expect CLIP's mean."
-        )
-    size = settings.get("size", 224)
-    size = size if isinstance(size, dict) else {"shortest_edge": size}
-    side: Any = size.get("shortest_edge", size.get("height"))
-    return ImageTransform(side, "shortest_edge" in size, RESAMPLE[settings.get("resample", 3)])
+    return default.with_resizing_of(transform)

@@ -102,7 +102,7 @@ def run(settings: RunSettings) -> int:
             "image_root": None,
         },
         "bytes": _list_sizes(shards),
-        "transform": asdict(transform),
+        "transform": transform.describe(),
         "tokenizer": encoder.fingerprint,
     }
     _check_unchanged(save_dir, used)

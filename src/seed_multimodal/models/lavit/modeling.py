@@ -30,10 +30,10 @@ from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.transforms import ImageTransform, seed_image_processor
-from seed_multimodal.nn.eva import EvaConfig, EvaVit
 from seed_multimodal.nn.layers import LayerNorm, Mlp, checkpoint_layers, heads_first, heads_last
 from seed_multimodal.nn.pretrained import PretrainedNetwork
 from seed_multimodal.nn.quantizer import VectorQuantizer
+from seed_multimodal.nn.vision.eva import EvaConfig, EvaVit
 from seed_multimodal.settings import setting
 
 MODES = ("draw", "threshold")  # of the token selection, see `choose`

@@ -25,7 +25,6 @@ from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import VISUAL_WEIGHTS, first_file
-from seed_multimodal.images.transforms import normalise
 from seed_multimodal.models.lavit.checkpoints import VISUAL_WEIGHT_FILES, load_dynamic_tokenizer
 from seed_multimodal.models.lavit.losses import UnifiedLoss
 from seed_multimodal.models.lavit.modeling import MODES, TokenMerger, kept_rows
@@ -133,7 +132,7 @@ class PretrainTask(LlmTask):
         visual.to(self.device)
 
         def features(pixels: Tensor) -> Tensor:
-            return visual.patch_features(normalise(pixels))
+            return visual.patch_features(visual.transform.normalise(pixels))
 
         self.features = FrozenFeatures(visual.encoder, self.device, features, settings.at_once)
         merger = merger.to(self.device)

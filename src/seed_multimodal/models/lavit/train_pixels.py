@@ -21,7 +21,6 @@ from seed_multimodal.data.stream.pairs_dataset import sample_seed
 from seed_multimodal.device import DTYPES
 from seed_multimodal.diffusion.base import vae_folder
 from seed_multimodal.diffusion.conditioner import CONDITIONER_FOLDERS
-from seed_multimodal.images.transforms import normalise
 from seed_multimodal.models.lavit.checkpoints import load_dynamic_tokenizer
 from seed_multimodal.models.lavit.diffusion import (
     EMPTY_TEXT,
@@ -114,7 +113,8 @@ def image_codes(
             generators.append(torch.Generator().manual_seed(image_seed))
 
     # 2. The codes, as many as the image has selected patches.
-    all_codes = tokenizer.encode(normalise(pixels), mode=selection, generator=generators)
+    normalised = tokenizer.transform.normalise(pixels)
+    all_codes = tokenizer.encode(normalised, mode=selection, generator=generators)
     shape = (len(all_codes), tokenizer.config.patches)
     padded = torch.full(shape, -1, dtype=torch.int32, device=pixels.device)
     for row, codes in zip(padded, all_codes, strict=True):

@@ -14,49 +14,34 @@ memory-mapped: weights on the CPU in the file's precision stay views of the file
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from seed_multimodal.disk import read_json_object
-from seed_multimodal.errors import CheckpointError, first_line
-from seed_multimodal.hub import fetch, find_file, find_folder, first_file, is_hub_name
+from seed_multimodal.errors import CheckpointError
+from seed_multimodal.hub import fetch, find_file, first_file, is_hub_name
 from seed_multimodal.models.seed.configuration import Seed1Config, Seed2Config, TokenizerConfig
-from seed_multimodal.nn.eva import EvaConfig, EvaVit, clip_from_eva, eva_from_clip
-from seed_multimodal.nn.layers import resize_square
-from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS, read_encoder_link
-from seed_multimodal.progress import quiet_loading
+from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS
+from seed_multimodal.nn.vision.base import State, VisionConfig, VisionEncoder
+from seed_multimodal.nn.vision.clip import Log
+from seed_multimodal.nn.vision.eva import FILES, PREFIX, URL, EvaConfig
 from seed_multimodal.settings import read_settings
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict
 
-if TYPE_CHECKING:
-    from transformers import PreTrainedModel
-
-State = dict[str, Tensor]
-Log = Callable[[str], None] | None
-
-VISION = "visual_encoder."
+VISION = PREFIX
 ENCODER_PARTS = ("visual_encoder", "ln_vision", "Qformer", "query_tokens")
-VISION_FILES = ("eva_vit_g.safetensors", "eva_vit_g.pth")
-VISION_URL = (
-    "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
-)
+VISION_FILES = FILES
+VISION_URL = URL
 BLIP2_FILES = ("blip2_pretrained.safetensors", "blip2_pretrained.pth")
 BLIP2_ADVICE = (
     "download https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
     f"{BLIP2_FILES[-1]} and give its path, for example pretrained/{BLIP2_FILES[-1]}"
 )
-CLIP_FOLDER = "CLIP-ViT-H-14-laion2B-s32B-b79K"
-CLIP_ADVICE = (
-    f"download laion/{CLIP_FOLDER} from the Hugging Face hub and put it at pretrained/{CLIP_FOLDER}"
-)
 
 QUERY_LAYERS = "Qformer.bert.encoder.layer"
-UNUSED_IN_VISION = ("norm.*", "fc_norm.*", "head.*", "mask_token", "rel_pos_bias.*", "lm_head.*")
 # Tensors that a tokenizer's files may hold and that are ignored.
 OPTIONAL_TENSORS = (
     # Stage 1: projections, heads and target encoders.
@@ -90,8 +75,6 @@ OPTIONAL_TENSORS = (
     # Stage 2's reconstruction of the Q-Former's output.
     "pos_embed",
     "blocks.*",
-    # The end of the vision encoder.
-    *(VISION + name for name in UNUSED_IN_VISION),
 )
 
 
@@ -239,161 +222,34 @@ def _vision_file(folder: Path, vision: str | Path | None) -> Path:
     return file
 
 
-def read_vision(source: str | Path, config: EvaConfig | None = None) -> State:
-    """A vision encoder's tensors by EVA's names.
+def read_vision(source: str | Path, config: VisionConfig | None = None) -> State:
+    """A vision encoder's tensors by its own names; sources and errors as of its `read_weights`.
 
-    source: `eva_vit_g.pth` (a file, its folder or a hub id), a checkpoint that holds the tensors as
-        `visual_encoder.*`, or (ours) a transformers CLIP folder.
-    config: sizes for a CLIP folder, whose first `depth` layers are used; None: all layers.
+    config: None: the original EVA's.
+    """
+    return (config or EvaConfig()).read_weights(str(source))
+
+
+def load_vision(encoder: VisionEncoder, source: str | Path, log: Log = print) -> LoadReport:
+    """Fill a vision encoder from any source of its `read_weights`.
 
     Raises:
-        CheckpointError: missing (with download instructions), damaged, or of another model.
+        CheckpointError: a tensor is missing or has another size.
     """
-    # 1. A CLIP folder.
-    config_file = Path(source) / CONFIG
-    if config_file.is_file():
-        model_type = str(read_json_object(config_file).get("model_type"))
-        if model_type.startswith("clip"):
-            clip = load_clip_vision(source, log=None)
-            if config is None:
-                config = EvaConfig(depth=clip.config.num_hidden_layers, pre_norm=True)
-            return eva_from_clip(clip.state_dict(), config)
-
-    # 2. A file of EVA, or a checkpoint around it.
-    file = find_file(source, VISION_FILES, f"download {VISION_URL} and give its path")
-    state = load_state_dict(file, mapped=True)
-    vision = {
-        name.removeprefix(VISION): value for name, value in state.items() if name.startswith(VISION)
-    }
-    if not vision:
-        vision = state
-    if "patch_embed.proj.weight" not in vision:
-        raise CheckpointError(
-            f"{file}: not an EVA vision encoder: it holds no 'patch_embed.proj.weight' "
-            f"(its first tensor is {next(iter(state))!r})."
-        )
-    return vision
-
-
-def load_vision(vit: EvaVit, source: str | Path, log: Log = print) -> LoadReport:
-    """Fill a vision encoder from any source of `read_vision`.
-
-    Position embeddings are resized and unused blocks left out.
-    """
-    report = fill_vision(vit, read_vision(source, vit.config), source)
+    config = encoder.config
+    report = assign_strictly(
+        encoder,
+        config.fit_weights(config.read_weights(str(source))),
+        source,
+        foreign=True,
+        allow_unexpected=config.unused,
+    )
     if log is not None:
         log(report.describe())
     return report
 
 
-def fill_vision(vit: EvaVit, state: Mapping[str, Tensor], source: str | Path) -> LoadReport:
-    """Load EVA's tensors into a vision encoder.
-
-    Raises:
-        CheckpointError: a tensor is missing or has another size.
-    """
-    return assign_strictly(
-        vit,
-        fit_positions(state, vit.config),
-        source,
-        foreign=True,
-        allow_unexpected=[*UNUSED_IN_VISION, f"blocks.{vit.config.depth}.*"],
-    )
-
-
-def fit_positions(state: Mapping[str, Tensor], config: EvaConfig, prefix: str = "") -> State:
-    """The tensors with the position embeddings resized to the image size of `config`."""
-    name = f"{prefix}pos_embed"
-    embeddings = state.get(name)  # [1, 1 + patches, W], the class token first
-    if embeddings is None or embeddings.ndim != 3 or embeddings.shape[1] == config.tokens:
-        return dict(state)
-    patches = resize_square(embeddings[0, 1:], config.grid)
-    return {**state, name: torch.cat([embeddings[:, :1], patches[None]], dim=1)}
-
-
-# ---- the CLIP model of the target, BLIP-2
-
-
-def load_clip_vision(
-    source: str | Path,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    log: Log = print,
-) -> PreTrainedModel:
-    """A CLIP's frozen vision encoder in eval mode; its `.image_embeds` are stage 2's target.
-
-    source: a transformers folder or hub id, of a complete CLIP or its vision half.
-
-    Raises:
-        CheckpointError: missing (with instructions), damaged, or weights of another size than in
-            config.json.
-    """
-    from transformers import CLIPVisionModelWithProjection
-
-    return _load_clip(CLIPVisionModelWithProjection, source, device, dtype, log)
-
-
-def load_clip_text(
-    source: str | Path,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    log: Log = print,
-) -> PreTrainedModel:
-    """The frozen text encoder of a CLIP folder or hub id; see `load_clip_vision`."""
-    from transformers import CLIPTextModelWithProjection
-
-    return _load_clip(CLIPTextModelWithProjection, source, device, dtype, log)
-
-
-def _load_clip(
-    model_class: type[PreTrainedModel],
-    source: str | Path,
-    device: str | torch.device,
-    dtype: torch.dtype,
-    log: Log,
-) -> PreTrainedModel:
-    folder = find_folder(source, (CONFIG, "*.safetensors", "*.bin", "*.index.json"), CLIP_ADVICE)
-    values = read_json_object(folder / CONFIG, advice=CLIP_ADVICE)
-
-    # 1. The tensors, if the folder has a link to another model's file for the vision encoder.
-    state: State | None = None
-    link = read_encoder_link(folder)
-    if link is not None:
-        encoder_file, prefix = link
-        state = clip_from_eva(load_state_dict(encoder_file), prefix)
-        state |= load_state_dict(folder / WEIGHTS)
-
-    # 2. transformers' model, with these tensors or from the folder.
-    try:
-        config = model_class.config_class.from_pretrained(folder)
-        # A complete CLIP states its width outside of vision_config, where a default would be read.
-        config.projection_dim = values.get("projection_dim", config.projection_dim)
-        with quiet_loading("transformers"):
-            model, info = model_class.from_pretrained(
-                folder if state is None else None,
-                config=config,
-                state_dict=state,
-                dtype=dtype,
-                local_files_only=True,
-                output_loading_info=True,
-            )
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{folder}: not a complete CLIP ({first_line(error)}); {CLIP_ADVICE}."
-        ) from error
-
-    # 3. transformers fills missing tensors with random values, which is an error here.
-    missing = sorted(name for name in info["missing_keys"] if not name.endswith("position_ids"))
-    if missing:
-        raise CheckpointError(
-            f"{folder}: {len(missing)} tensors are missing, first {missing[0]!r}; {CLIP_ADVICE}."
-        )
-    if log is not None:
-        log(f"{folder}: {model_class.__name__} loaded.")
-    frozen: PreTrainedModel = model.to(device).requires_grad_(False).eval()
-    return frozen
+# ---- BLIP-2
 
 
 def load_blip2(model: nn.Module, source: str | Path, log: Log = print) -> LoadReport:

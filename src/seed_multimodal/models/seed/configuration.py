@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from typing import ClassVar, Self
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.nn.eva import EvaConfig
+from seed_multimodal.nn.vision.eva import EvaConfig
+from seed_multimodal.nn.vision.registry import AnyVisionConfig
 from seed_multimodal.settings import setting
 
 
@@ -46,7 +47,7 @@ class TokenizerConfig:
 
     model_type: ClassVar[str]
 
-    vit: EvaConfig = field(default_factory=EvaConfig)
+    vit: AnyVisionConfig = field(default_factory=EvaConfig)
     qformer: QFormerConfig = field(default_factory=QFormerConfig)
     num_query: int = setting(32, minimum=1)  # codes of an image
     codebook_size: int = setting(8192, minimum=1)

@@ -22,7 +22,6 @@ from torch import Tensor
 from seed_multimodal.disk import atomic_folder, output_folder
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.io import open_image
-from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.models.seed.checkpoints import (
     ENCODER_PARTS,
@@ -34,6 +33,7 @@ from seed_multimodal.models.seed.checkpoints import (
 )
 from seed_multimodal.models.seed.configuration import TokenizerConfig
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
+from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_multimodal.weights import load_state_dict, save_torch
 
 AUTO = "auto"
@@ -105,6 +105,8 @@ def export_tokenizer(
     # 2. Each tensor's file.
     origin = _latest(files, stage2_file)
     if not any(tensor_name.startswith(VISION) for tensor_name in origin):
+        if vision is None and sizes is not None:
+            vision = sizes.vit.default_weights
         if vision is None:
             raise CheckpointError(
                 f"{stage2}: no stage holds the frozen vision encoder; download it from "
@@ -122,7 +124,7 @@ def export_tokenizer(
         _check_vocabulary(vocabulary, sizes, stage2)
     model = tokenizer_class.from_original(sizes, state, " and ".join(files))
     test_image = Image.linear_gradient("L").convert("RGB") if image is None else open_image(image)
-    pixels = seed_image_processor(sizes.vit.image_size)(test_image)[None]
+    pixels = model.visual_encoder.preprocessing(test_image)[None]
     codes = model.encode(pixels)
 
     # 4. The folder, which is only kept if its tokenizer computes the same codes.
@@ -223,7 +225,9 @@ def _latest(files: Mapping[str, Mapping[str, Tensor]], stage2: str) -> dict[str,
 
 
 def _write_original(model: SeedTokenizer, folder: Path) -> None:
-    """Write the files of a tokenizer's original layout."""
+    """Write the files of a tokenizer's original layout, which is EVA's."""
+    if not isinstance(model.config.vit, EvaConfig):
+        raise ConfigError("The original layout has no place for another vision encoder than EVA.")
     layout = model.layout
     encoder_file = layout.files[0]
     decoder_file = layout.files[-1]

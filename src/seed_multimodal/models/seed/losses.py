@@ -21,20 +21,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.images.transforms import ImageTransform, seed_image_processor
 from seed_multimodal.models.seed.checkpoints import ENCODER_PARTS, VISION
 from seed_multimodal.models.seed.configuration import Seed1Config, Seed2Config
 from seed_multimodal.models.seed.modeling import (
     Seed1Tokenizer,
     Seed2Tokenizer,
+    SeedEncoder,
     SeedTokenizer,
     decode_blocks,
     keep_first_rows,
 )
-from seed_multimodal.models.seed.qformer import QFormer
-from seed_multimodal.nn.eva import EvaVit
 from seed_multimodal.nn.label_heads import LabelHeads
-from seed_multimodal.nn.layers import LayerNorm, cosine
-from seed_multimodal.nn.vision_encoder import VisionEncoder
+from seed_multimodal.nn.layers import cosine
 from seed_multimodal.settings import setting
 from seed_multimodal.weights import LoadReport, assign_strictly
 
@@ -60,7 +59,7 @@ class Stage1Output:
     text_feats: Tensor  # [B, E], normalised
 
 
-class Stage1Model(nn.Module):
+class Stage1Model(SeedEncoder):
     """Stage 1: a contrastive loss trains the Q-Former to encode an image into ordered queries.
 
     Only the last query, which attends to all others, is compared with the caption's first token.
@@ -92,7 +91,6 @@ class Stage1Model(nn.Module):
         embedding_weight: float = 1.0,
     ) -> None:
         super().__init__()
-        self.config = config
         self.label_smoothing = label_smoothing
         self.freeze_vit = freeze_vit
         self.gather_gradient = gather_gradient
@@ -100,12 +98,9 @@ class Stage1Model(nn.Module):
 
         # 1. Networks, in the order of the original state dict.
         width = config.qformer.width
-        self.query_tokens = nn.Parameter(torch.zeros(1, config.num_query, width).normal_(std=0.02))
+        self.add_query_tokens(config)
         self.temp = nn.Parameter(torch.tensor(float(temperature)))
-        self.visual_encoder: VisionEncoder = EvaVit(config.vit)
-        vision_width = self.visual_encoder.width
-        self.ln_vision = LayerNorm(vision_width)
-        self.Qformer = QFormer(config.qformer, vision_width, vocab_size, lm_head)
+        self.add_encoder(vocab_size, lm_head)
         self.Qformer.copy_text_to_query()
         self.text_proj = nn.Linear(width, embed_dim)
         self.vision_proj = nn.Linear(width, embed_dim)
@@ -132,11 +127,6 @@ class Stage1Model(nn.Module):
         """Pixels `[B, 3, S, S]` → output of the vision encoder `[B, N, W]`."""
         with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vit):
             return self.visual_encoder(images)
-
-    def query_features(self, vit_BNW: Tensor) -> Tensor:
-        """Output of the vision encoder `[B, N, W]` → Q-Former output `[B, 32, D]`."""
-        queries_BQD = self.query_tokens.expand(len(vit_BNW), -1, -1)
-        return self.Qformer(queries_BQD, self.ln_vision(vit_BNW))
 
     def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Word pieces `[B, T]` that begin with `[CLS]` → normalised features `[B, embed_dim]`."""
@@ -165,7 +155,7 @@ class Stage1Model(nn.Module):
         # 1. Features; an image's are those of its last query.
         if vit_features is None:
             vit_features = self.vit_features(images)
-        query_output = self.query_features(vit_features)
+        query_output = self.query_features_from(vit_features)
         query_feats = project_and_normalize(self.vision_proj, query_output)
         image_feats = query_feats[:, -1]
         text_feats = self.text_features(input_ids, attention_mask)
@@ -607,7 +597,16 @@ class Stage2Model(Stage2Base, Seed2Tokenizer):
             raise ConfigError(
                 "Stage 2 needs a target image embedding: give clip_model or samples with a target."
             )
-        return self.clip_model(images).image_embeds
+        pixels = self.visual_encoder.preprocessing.convert(
+            images, clip_preprocessing(self.clip_model)
+        )
+        return self.clip_model(pixels).image_embeds
+
+
+def clip_preprocessing(clip: nn.Module) -> ImageTransform:
+    """Of a target CLIP, for `ImageTransform.convert`; of a stand-in without sizes the default."""
+    sizes = getattr(clip, "config", None)
+    return seed_image_processor(getattr(sizes, "image_size", 224))
 
 
 # ---- stage 2 of SEED-1

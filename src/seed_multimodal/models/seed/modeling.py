@@ -27,44 +27,67 @@ from seed_multimodal.models.seed.checkpoints import (
     SEED2,
     VISION,
     Layout,
-    fit_positions,
     read_tokenizer,
 )
 from seed_multimodal.models.seed.configuration import Seed1Config, Seed2Config, TokenizerConfig
 from seed_multimodal.models.seed.qformer import QFormer
-from seed_multimodal.nn.eva import EvaVit
 from seed_multimodal.nn.layers import Block, LayerNorm, cast_layers
 from seed_multimodal.nn.pretrained import PretrainedNetwork
 from seed_multimodal.nn.quantizer import VectorQuantizer
-from seed_multimodal.nn.vision_encoder import VisionEncoder
+from seed_multimodal.nn.vision.base import VisionEncoder
+from seed_multimodal.nn.vision.registry import build_vision_encoder
 
 DOWN_WIDTHS = (256, 128, 32)
 # Names of SEED-1's decoder in the published training code.
 TEXT_NAMES = ("Reverse_Qformer_text.", "reverse_tokens_text")
 
 
-class SeedTokenizer(PretrainedNetwork[TokenizerConfig]):
-    """Encoder and codebook. Subclasses call `add_encoder`, then add their decoder."""
+class SeedEncoder(nn.Module):
+    """Vision encoder and Q-Former, of the tokenizers and of their first training stage.
 
-    layout: ClassVar[Layout]
+    Subclasses call `add_encoder` where the original state dict has these parts.
+    """
+
+    config: TokenizerConfig
     query_tokens: nn.Parameter
     visual_encoder: VisionEncoder  # its features are read with the class token
 
-    def __init__(self, config: TokenizerConfig) -> None:
-        super().__init__()
+    def add_query_tokens(self, config: TokenizerConfig) -> None:
+        """The queries of the Q-Former."""
         self.config = config
         self.query_tokens = nn.Parameter(
             torch.zeros(1, config.num_query, config.qformer.width).normal_(std=0.02)
         )
 
-    def add_encoder(self, ema_decay: float | None) -> None:
-        """Vision encoder, Q-Former, codebook and the layers around it, in the original order."""
+    def add_encoder(self, vocab_size: int | None = None, lm_head: bool = False) -> None:
+        """Vision encoder and Q-Former; `vocab_size`, `lm_head`: with a text path."""
+        self.visual_encoder = build_vision_encoder(self.config.vit)
+        width = self.visual_encoder.width
+        self.ln_vision = LayerNorm(width)
+        self.Qformer = QFormer(self.config.qformer, width, vocab_size, lm_head)
+
+    def query_features_from(self, vision_BNW: Tensor) -> Tensor:
+        """Output of the vision encoder `[B, N, W]` → Q-Former output `[B, 32, D]`."""
+        queries_BQD = self.query_tokens.expand(len(vision_BNW), -1, -1)
+        return self.Qformer(queries_BQD, self.ln_vision(vision_BNW))
+
+
+class SeedTokenizer(SeedEncoder, PretrainedNetwork[TokenizerConfig]):
+    """Encoder and codebook. Subclasses call `add_codebook`, then add their decoder."""
+
+    layout: ClassVar[Layout]
+    config: TokenizerConfig
+
+    def __init__(self, config: TokenizerConfig) -> None:
+        super().__init__()
+        self.add_query_tokens(config)
+
+    def add_codebook(self, ema_decay: float | None) -> None:
+        """Encoder, codebook and the layers around it, in the original order."""
         config = self.config
         width = config.qformer.width
         code_dim = config.codebook_dim
-        self.visual_encoder = EvaVit(config.vit)
-        self.ln_vision = LayerNorm(self.visual_encoder.width)
-        self.Qformer = QFormer(config.qformer, self.visual_encoder.width)
+        self.add_encoder()
         self.quantize = VectorQuantizer(
             config.codebook_size,
             code_dim,
@@ -122,11 +145,11 @@ class SeedTokenizer(PretrainedNetwork[TokenizerConfig]):
         """A tokenizer from tensors by their original names; raises as `from_pretrained`."""
         return cls.from_state_dict(
             config,
-            fit_positions(state, config.vit, VISION),
+            config.vit.fit_weights(state, VISION),
             source,
             foreign=True,
             allow_missing=["*position_ids"],
-            allow_unexpected=[*OPTIONAL_TENSORS, f"{VISION}blocks.{config.vit.depth}.*"],
+            allow_unexpected=[*OPTIONAL_TENSORS, *(VISION + name for name in config.vit.unused)],
             device=device,
             dtype=dtype,
         )
@@ -148,11 +171,6 @@ class SeedTokenizer(PretrainedNetwork[TokenizerConfig]):
 
     # ---- image → codes
 
-    def query_features_from(self, vision_BNW: Tensor) -> Tensor:
-        """Output of the vision encoder `[B, N, W]` → Q-Former output `[B, 32, D]`."""
-        queries_BQD = self.query_tokens.expand(len(vision_BNW), -1, -1)
-        return self.Qformer(queries_BQD, self.ln_vision(vision_BNW))
-
     def query_features(self, images: Tensor) -> Tensor:
         """Normalised pixels `[B, 3, S, S]` → Q-Former output `[B, 32, D]`."""
         return self.query_features_from(self.visual_encoder(images))
@@ -163,9 +181,10 @@ class SeedTokenizer(PretrainedNetwork[TokenizerConfig]):
 
     @torch.no_grad()
     def encode(self, images: Tensor, *, batch_size: int | None = None) -> Tensor:
-        """CLIP-normalised pixels `[B, 3, S, S]` or `[3, S, S]` → codes `[B, 32]` int64.
+        """Pixels as of the encoder's preprocessing `[B, 3, S, S]` → codes `[B, 32]` int64.
 
-        The codes are on the model's device. Raises `ImageError` for another image size.
+        The codes are on the model's device. Raises `ImageError` for another image size. One image
+        may be `[3, S, S]`.
 
         batch_size: images per forward pass; None: all.
         """
@@ -254,7 +273,7 @@ class Seed2Tokenizer(SeedTokenizer):
             self.reverse_tokens = nn.Parameter(torch.zeros(1, 1, width).normal_(std=0.02))
 
         # 2. Encoder and codebook, then the decoder's blocks.
-        self.add_encoder(ema_decay)
+        self.add_codebook(ema_decay)
         if config.recon_s:
             self.blocks = decode_blocks(config)
         self.blocks_image = decode_blocks(config)
@@ -301,7 +320,7 @@ class Seed1Tokenizer(SeedTokenizer):
         self.reverse_tokens = nn.Parameter(
             torch.zeros(1, config.text_tokens, width).normal_(std=0.02)
         )
-        self.add_encoder(ema_decay)
+        self.add_codebook(ema_decay)
         self.blocks_text = decode_blocks(config)
         self.Reverse_Qformer = QFormer(config.reverse_qformer, width)
         self.distill_text_proj = nn.Linear(width, config.text_features_dim)

@@ -18,7 +18,11 @@ from torch import Tensor, nn
 
 from seed_multimodal.errors import CodesError, ConfigError
 from seed_multimodal.images.io import MIN_OVERSAMPLING, ImageSource
-from seed_multimodal.images.transforms import get_transform
+from seed_multimodal.images.transforms import (
+    ImageTransform,
+    get_transform,
+    seed_image_processor,
+)
 from seed_multimodal.inference.batching import ResultCache
 from seed_multimodal.inference.opening import (
     COMPLETION_SERVER,
@@ -29,7 +33,12 @@ from seed_multimodal.models.seed.checkpoints import saved_config
 from seed_multimodal.models.seed.configuration import Seed1Config
 from seed_multimodal.models.seed.diffusion import UnclipDetokenizer, UnclipSettings
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
-from seed_multimodal.models.seed.spec import DETOKENIZER_FOLDER, SeedLlamaConfig
+from seed_multimodal.models.seed.spec import (
+    BICUBIC,
+    BILINEAR,
+    DETOKENIZER_FOLDER,
+    SeedLlamaConfig,
+)
 from seed_multimodal.pipelines.code_system import CodeCodec, CodeSystem
 from seed_multimodal.pipelines.images import CodecPlacement, Log, Placement
 from seed_multimodal.settings import check_value
@@ -242,6 +251,20 @@ def check_unclip(folder: Path | None) -> None:
         UnclipDetokenizer.check_parts(folder, *UnclipDetokenizer.folders)
 
 
+def image_transform(model: SeedTokenizer, config: SeedLlamaConfig) -> ImageTransform:
+    """The transform of `system.json`, with the vision encoder's mean and deviation.
+
+    Its defaults are the original encoder's; another encoder then uses its own transform.
+    """
+    preprocessing = model.visual_encoder.preprocessing
+    size = preprocessing.image_size
+    is_original = preprocessing == seed_image_processor(size)
+    if not is_original and config.transform in (BILINEAR, BICUBIC):
+        return preprocessing
+    transform = get_transform(**{"image_size": size, **config.transform})
+    return preprocessing.with_resizing_of(transform)
+
+
 def load_images(config: SeedLlamaConfig, placement: Placement) -> SeedImageCodec:
     """The image tokenizer of a system, or of a folder that has no language model.
 
@@ -278,7 +301,7 @@ def load_images(config: SeedLlamaConfig, placement: Placement) -> SeedImageCodec
         )
 
     # 3. The codec.
-    transform = get_transform(**{"image_size": size, **config.transform})
+    transform = image_transform(model, config)
     codec = SeedImageCodec(model, transform, placement.of_codec(load_decoder))
     codec.decoder_folder = decoder_folder
     codec.name = str(folder)

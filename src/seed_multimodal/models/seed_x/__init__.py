@@ -1,7 +1,6 @@
 """SEED-X: a language model that reads and outputs continuous image features, drawn by SDXL.
 
 views        grids of views of images of any resolution
-vision       `QwenVit`, the vision encoder, and `Resampler`
 modeling     `ContinuousLVLM` ("agent"): LLaMA with an input and an output resampler
 processing   `SeedXPrompts`: prompts with images and boxes; boxes of answers
 pipeline     `SeedX` and its `SeedXImageCodec`

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.errors import DataError
 from seed_multimodal.language.llama import ROTARY
-from seed_multimodal.models.seed_x.vision import Resampler, position_features
+from seed_multimodal.nn.vision.qwen import Resampler, position_features
 from seed_multimodal.settings import setting
 from seed_multimodal.weights import LoadReport, assign_strictly, load_checkpoint
 

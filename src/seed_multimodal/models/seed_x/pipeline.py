@@ -21,7 +21,6 @@ from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, RequestError
 from seed_multimodal.images.io import ImageSource
 from seed_multimodal.images.sheet import draw_boxes
-from seed_multimodal.images.transforms import normalise
 from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.batching import ResultCache
 from seed_multimodal.inference.generator import Task
@@ -66,7 +65,7 @@ from seed_multimodal.models.seed_x.views import (
     read_grids,
     with_ratio,
 )
-from seed_multimodal.models.seed_x.vision import (
+from seed_multimodal.nn.vision.qwen import (
     INPUT_RESAMPLER,
     OUTPUT_RESAMPLER,
     QwenVit,
@@ -160,7 +159,7 @@ class SeedXImageCodec(ImageCodec):
 
     def _encode_new(self, rows: list[Tensor]) -> list[Tensor]:
         dtype = next(self.model.parameters()).dtype
-        pixels = normalise(torch.cat(rows))
+        pixels = self.model.preprocessing.normalise(torch.cat(rows))
         batches: list[Tensor] = []
         with self.encoding():
             for batch in pixels.split(ENCODER_BATCH_SIZE):

@@ -25,12 +25,11 @@ from seed_multimodal.device import DTYPES, copy_to
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import AGENT_CONFIG
-from seed_multimodal.images.transforms import normalise
 from seed_multimodal.models.seed_x.data import SeedXOptions
 from seed_multimodal.models.seed_x.losses import TrainedAgent, loss_parts
 from seed_multimodal.models.seed_x.modeling import AgentSettings, load_agent
 from seed_multimodal.models.seed_x.processing import seed_x_vocabulary
-from seed_multimodal.models.seed_x.vision import (
+from seed_multimodal.nn.vision.qwen import (
     INPUT_RESAMPLER,
     OUTPUT_RESAMPLER,
     QwenVit,
@@ -187,7 +186,7 @@ class TuningTask(LlmTask):
         )
 
         def features(pixels: Tensor) -> Tensor:
-            return encoder(normalise(pixels).to(dtype)).to(dtype)
+            return encoder(encoder.preprocessing.normalise(pixels).to(dtype)).to(dtype)
 
         self.encoder = FrozenFeatures(encoder, self.device, features, settings.at_once)
         self.check_views(encoder.config.image_size, SeedXOptions.base_resolution)

@@ -23,12 +23,11 @@ from seed_multimodal.disk import replace_text
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import SDXL_DOWNLOAD
 from seed_multimodal.hub import find_folder as find_parts
-from seed_multimodal.images.transforms import normalise
 from seed_multimodal.models.seed_x.adapter import RESAMPLER_CONFIG, ResamplerXLConfig, SDXLAdapter
 from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer
 from seed_multimodal.models.seed_x.losses import ConditionDropout, adapter_losses
-from seed_multimodal.models.seed_x.vision import QwenVit, QwenVitConfig
 from seed_multimodal.nn.layers import checkpointed
+from seed_multimodal.nn.vision.qwen import QwenVit, QwenVitConfig
 from seed_multimodal.settings import setting
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_models import FrozenFeatures
@@ -122,7 +121,8 @@ class DetokenizerTask(PixelTask[SDXLAdapter]):
             self.null_embeds = pooled_features(encoder, zeros, model.tokens).float()
 
         def embeddings(pixels: Tensor) -> Tensor:
-            return pooled_features(encoder, normalise(pixels), model.tokens)
+            normalised = encoder.preprocessing.normalise(pixels)
+            return pooled_features(encoder, normalised, model.tokens)
 
         return FrozenFeatures(encoder, self.device, embeddings)
 

@@ -23,7 +23,7 @@ from seed_multimodal.models.seed_x.train_detokenizer import (
     build_adapter,
     pooled_features,
 )
-from seed_multimodal.models.seed_x.vision import QwenVit
+from seed_multimodal.nn.vision.qwen import QwenVit
 from seed_multimodal.training.cli import compose, parse
 from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.pixel_decoder.task import (

@@ -12,14 +12,23 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.errors import ConfigError
-from seed_multimodal.nn.layers import Block, LayerNorm, checkpoint_layers
-from seed_multimodal.nn.vision_encoder import VisionEncoder
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.hub import find_file
+from seed_multimodal.images.transforms import ImageTransform, seed_image_processor
+from seed_multimodal.nn.layers import Block, LayerNorm, checkpoint_layers, resize_square
+from seed_multimodal.nn.vision.base import State, VisionConfig, VisionEncoder
+from seed_multimodal.nn.vision.clip import eva_from_clip, is_clip, load_clip_vision
 from seed_multimodal.settings import setting
+from seed_multimodal.weights import load_state_dict
+
+FILES = ("eva_vit_g.safetensors", "eva_vit_g.pth")
+URL = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
+PREFIX = "visual_encoder."  # before its names in checkpoints of models around it
+UNUSED = ("norm.*", "fc_norm.*", "head.*", "mask_token", "rel_pos_bias.*", "lm_head.*")
 
 
 @dataclass(frozen=True)
-class EvaConfig:
+class EvaConfig(VisionConfig):
     """Sizes, by default the original ones."""
 
     image_size: int = setting(224, minimum=1)
@@ -48,9 +57,58 @@ class EvaConfig:
         """Tokens per image: the class token and the patches."""
         return self.grid**2 + 1
 
+    @property
+    def preprocessing(self) -> ImageTransform:
+        """Squashed bicubically, with CLIP's mean."""
+        return seed_image_processor(self.image_size)
+
+    @property
+    def unused(self) -> tuple[str, ...]:  # type: ignore[override]
+        """The end of the original encoder, which is not computed."""
+        return (*UNUSED, f"blocks.{self.depth}.*")
+
+    def build(self) -> EvaVit:
+        return EvaVit(self)
+
+    def read_weights(self, source: str) -> State:
+        """Its tensors: of `eva_vit_g.pth` (a file, its folder or a hub id), of a checkpoint that
+        holds them as `visual_encoder.*`, or (ours) of a transformers CLIP folder's first layers.
+        """
+        # 1. A CLIP folder.
+        if is_clip(source):
+            clip = load_clip_vision(source, log=None)
+            return eva_from_clip(clip.state_dict(), self.depth, self.pre_norm)
+
+        # 2. A file of EVA, or a checkpoint around it.
+        file = find_file(source, FILES, f"download {URL} and give its path")
+        state = load_state_dict(file, mapped=True)
+        vision: State = {}
+        for name, value in state.items():
+            if name.startswith(PREFIX):
+                vision[name.removeprefix(PREFIX)] = value
+        if not vision:
+            vision = state
+        if "patch_embed.proj.weight" not in vision:
+            raise CheckpointError(
+                f"{file}: not an EVA vision encoder: it holds no 'patch_embed.proj.weight' "
+                f"(its first tensor is {next(iter(state))!r})."
+            )
+        return vision
+
+    def fit_weights(self, state: Mapping[str, Tensor], prefix: str = "") -> State:
+        """The tensors with the position embeddings resized to the image size."""
+        name = f"{prefix}pos_embed"
+        embeddings = state.get(name)  # [1, 1 + patches, W], the class token first
+        if embeddings is None or embeddings.ndim != 3 or embeddings.shape[1] == self.tokens:
+            return dict(state)
+        patches = resize_square(embeddings[0, 1:], self.grid)
+        return {**state, name: torch.cat([embeddings[:, :1], patches[None]], dim=1)}
+
 
 class EvaVit(VisionEncoder):
     """The vision encoder; `forward` returns every token, class token first."""
+
+    config: EvaConfig
 
     def __init__(self, config: EvaConfig) -> None:
         super().__init__()
@@ -88,10 +146,6 @@ class EvaVit(VisionEncoder):
                     nn.init.zeros_(layer.bias)
 
     @property
-    def image_size(self) -> int:
-        return self.config.image_size
-
-    @property
     def width(self) -> int:
         return self.config.width
 
@@ -118,74 +172,3 @@ class EvaVit(VisionEncoder):
         for block in self.blocks:
             x_BNW = block(x_BNW)
         return x_BNW
-
-
-# ---- weights of transformers' CLIP vision encoder, which computes the same with `pre_norm`, up to
-#      its last norm
-
-CLIP_PREFIX = "vision_model."
-_CLIP_NAMES = (  # CLIP's -> ours
-    ("embeddings.class_embedding", "cls_token"),
-    ("embeddings.position_embedding.weight", "pos_embed"),
-    ("embeddings.patch_embedding", "patch_embed.proj"),
-    ("encoder.layers.", "blocks."),
-    ("pre_layrnorm", "norm_pre"),
-    ("layer_norm1", "norm1"),
-    ("layer_norm2", "norm2"),
-    ("self_attn.out_proj", "attn.proj"),
-    ("self_attn.q_proj.bias", "attn.q_bias"),
-    ("self_attn.v_proj.bias", "attn.v_bias"),
-)
-
-
-def eva_from_clip(clip: Mapping[str, Tensor], config: EvaConfig) -> dict[str, Tensor]:
-    """EVA's tensors from a CLIP vision encoder; its key bias cancels in the softmax."""
-    # 1. Fuse the projections of queries, keys and values.
-    clip = {name.removeprefix(CLIP_PREFIX): value for name, value in clip.items()}
-    for i in range(config.depth):
-        layer = f"encoder.layers.{i}"
-        weights = [clip[f"{layer}.self_attn.{part}_proj.weight"] for part in "qkv"]
-        clip[f"{layer}.attn.qkv.weight"] = torch.cat(weights)
-
-    # 2. Rename, and give class token, positions and the missing bias EVA's shapes.
-    state = {}
-    for name, value in clip.items():
-        for clip_name, eva_name in _CLIP_NAMES:
-            name = name.replace(clip_name, eva_name)
-        state[name] = value
-    state["cls_token"] = state["cls_token"].view(1, 1, -1)
-    state["pos_embed"] = state["pos_embed"][None]
-    state["patch_embed.proj.bias"] = torch.zeros(len(state["patch_embed.proj.weight"]))
-
-    # 3. Leave out what EVA does not have: key biases and the last norm.
-    with torch.device("meta"):
-        names = EvaVit(config).state_dict()
-    return {name: state[name] for name in names}
-
-
-def clip_from_eva(eva: Mapping[str, Tensor], prefix: str = "") -> dict[str, Tensor]:
-    """Inverse of `eva_from_clip`: the CLIP tensors that EVA has.
-
-    `prefix` stands before EVA's names.
-    """
-    state: dict[str, Tensor] = {}
-    for name, value in eva.items():
-        # CLIP has no bias of the patches.
-        if not name.startswith(prefix) or name.endswith("patch_embed.proj.bias"):
-            continue
-        name = name.removeprefix(prefix)
-        for clip_name, eva_name in _CLIP_NAMES:
-            name = name.replace(eva_name, clip_name)
-
-        # Divide the fused projections; class token and positions lose EVA's batch dimension.
-        if name.endswith("attn.qkv.weight"):
-            layer = name.removesuffix("attn.qkv.weight")
-            for part, rows in zip("qkv", value.chunk(3), strict=True):
-                state[f"{CLIP_PREFIX}{layer}self_attn.{part}_proj.weight"] = rows
-            continue
-        if name == "embeddings.class_embedding":
-            value = value.flatten()
-        elif "position_emb" in name:
-            value = value[0]
-        state[CLIP_PREFIX + name] = value
-    return state

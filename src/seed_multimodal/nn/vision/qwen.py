@@ -28,9 +28,10 @@ from torch import Tensor, nn
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.hub import find_file
+from seed_multimodal.images.transforms import ImageTransform, seed_image_processor
 from seed_multimodal.nn.layers import LayerNorm, heads_last, resize_square
 from seed_multimodal.nn.pretrained import CONFIG, PretrainedNetwork
-from seed_multimodal.nn.vision_encoder import VisionEncoder
+from seed_multimodal.nn.vision.base import State, VisionConfig, VisionEncoder
 from seed_multimodal.settings import setting
 from seed_multimodal.weights import load_state_dict
 
@@ -118,7 +119,7 @@ def position_features(centres_B2: Tensor, table_4D: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class QwenVitConfig:
+class QwenVitConfig(VisionConfig):
     """Sizes of the vision encoder; the defaults are the original ones.
 
     position_grid: side of the stored position table.
@@ -137,6 +138,34 @@ class QwenVitConfig:
     position_grid: int = setting(16, minimum=1)
     pool_heads: int | None = setting(None, minimum=1)
     patch_pos: bool = False
+
+    @property
+    def preprocessing(self) -> ImageTransform:
+        """Squashed bicubically, with CLIP's mean."""
+        return seed_image_processor(self.image_size)
+
+    def build(self) -> QwenVit:
+        return QwenVit(self)
+
+    def read_weights(self, source: str) -> State:
+        return read_qwen_vit(find_file(source, FILES, ADVICE))
+
+
+@dataclass(frozen=True)
+class QwenEncoderConfig(QwenVitConfig):
+    """The same in the configuration of another model, with its type."""
+
+    type: str = setting("qwen_vit", choices=("qwen_vit",))
+
+
+def read_qwen_vit(file: Path) -> State:
+    """The tensors of the encoder; in Qwen-VL's own checkpoints they are a part of the model's."""
+    state = load_state_dict(file, mapped=True)
+    part: State = {}
+    for name, value in state.items():
+        if name.startswith(IN_QWEN_VL):
+            part[name.removeprefix(IN_QWEN_VL)] = value
+    return part or state
 
 
 class QwenAttention(nn.Module):
@@ -216,10 +245,6 @@ class QwenVit(PretrainedNetwork[QwenVitConfig], VisionEncoder):
         self.ln_post = LayerNorm(output_dim, eps=1e-6)
 
     @property
-    def image_size(self) -> int:
-        return self.config.image_size
-
-    @property
     def width(self) -> int:
         return self.config.output_dim
 
@@ -269,15 +294,9 @@ class QwenVit(PretrainedNetwork[QwenVitConfig], VisionEncoder):
         Raises:
             CheckpointError: no file, a damaged or unsafe one, missing tensors or another size.
         """
-        # 1. Weights; in Qwen-VL's own checkpoints they are a part of the language model's.
+        # 1. Weights.
         file = find_file(Path(folder).expanduser(), FILES, ADVICE)
-        state = load_state_dict(file, mapped=True)
-        part: dict[str, Tensor] = {}
-        for name, value in state.items():
-            if name.startswith(IN_QWEN_VL):
-                part[name.removeprefix(IN_QWEN_VL)] = value
-        if part:
-            state = part
+        state = read_qwen_vit(file)
 
         # 2. Sizes.
         config_file = file.with_name(CONFIG)

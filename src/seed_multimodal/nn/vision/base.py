@@ -1,0 +1,82 @@
+"""What a model of images needs of its vision encoder.
+
+Models hold a `VisionEncoder`, whichever network it is, and ask it, not its configuration, for sizes
+and for the preprocessing of its images. Its parameters, device and precision are those of any
+`nn.Module`.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+
+from torch import Tensor, nn
+
+from seed_multimodal.images.transforms import ImageTransform
+
+State = dict[str, Tensor]
+
+
+class VisionConfig:
+    """Base of the dataclasses that describe a vision encoder; see `registry`."""
+
+    unused: tuple[str, ...] = ()  # shell patterns of tensors in weight files that it does not read
+    default_weights: str | None = None  # where `read_weights` finds them without another source
+
+    @property
+    def preprocessing(self) -> ImageTransform:
+        """How images become the encoder's pixels."""
+        raise NotImplementedError
+
+    def build(self) -> VisionEncoder:
+        """An encoder with random weights."""
+        raise NotImplementedError
+
+    def read_weights(self, source: str) -> State:
+        """Its tensors from a file, folder or hub id. Raises CheckpointError."""
+        raise NotImplementedError
+
+    def fit_weights(self, state: Mapping[str, Tensor], prefix: str = "") -> State:
+        """Tensors of a checkpoint with the shapes of this configuration.
+
+        prefix: before the encoder's names.
+        """
+        return dict(state)
+
+
+class VisionEncoder(nn.Module, ABC):
+    """Normalised pixels → features of an image's tokens.
+
+    A base class and not a `Protocol`, which mypy would accept any `nn.Module` for.
+    """
+
+    config: VisionConfig
+
+    @property
+    def preprocessing(self) -> ImageTransform:
+        """How images become its pixels: size, resizing, mean and deviation."""
+        return self.config.preprocessing
+
+    @property
+    def image_size(self) -> int:
+        """Pixels a side S of the images that it was trained on."""
+        return self.preprocessing.image_size
+
+    @property
+    @abstractmethod
+    def width(self) -> int:
+        """Width W of the features."""
+
+    @property
+    @abstractmethod
+    def n_tokens(self) -> int:
+        """Tokens N of an image of `image_size`, the class token included."""
+
+    @property
+    @abstractmethod
+    def n_class_tokens(self) -> int:
+        """Tokens before those of the patches: 0, a class token, or also registers."""
+
+    @abstractmethod
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised pixels `[B, 3, S, S]` → features `[B, N, W]`."""

@@ -1,0 +1,207 @@
+"""transformers' CLIP: its frozen halves from a folder, and its tensors by EVA's names.
+
+EVA's network with `pre_norm` computes the same as CLIP's vision encoder, up to its last norm.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from seed_multimodal.disk import read_json_object
+from seed_multimodal.errors import CheckpointError, first_line
+from seed_multimodal.hub import find_folder
+from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS, read_encoder_link
+from seed_multimodal.progress import quiet_loading
+from seed_multimodal.weights import load_state_dict
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+State = dict[str, Tensor]
+Log = Callable[[str], None] | None
+
+CLIP_FOLDER = "CLIP-ViT-H-14-laion2B-s32B-b79K"
+CLIP_ADVICE = (
+    f"download laion/{CLIP_FOLDER} from the Hugging Face hub and put it at pretrained/{CLIP_FOLDER}"
+)
+
+
+# ---- names
+
+CLIP_PREFIX = "vision_model."
+_CLIP_NAMES = (  # CLIP's -> ours
+    ("embeddings.class_embedding", "cls_token"),
+    ("embeddings.position_embedding.weight", "pos_embed"),
+    ("embeddings.patch_embedding", "patch_embed.proj"),
+    ("encoder.layers.", "blocks."),
+    ("pre_layrnorm", "norm_pre"),
+    ("layer_norm1", "norm1"),
+    ("layer_norm2", "norm2"),
+    ("self_attn.out_proj", "attn.proj"),
+    ("self_attn.q_proj.bias", "attn.q_bias"),
+    ("self_attn.v_proj.bias", "attn.v_bias"),
+)
+
+
+# CLIP's tensors that EVA does not have as such; the key bias cancels in the softmax.
+_NOT_IN_EVA = re.compile(
+    r"embeddings\.position_ids|post_layernorm\..*|visual_projection\..*|.*attn\.k_proj\.bias"
+    r"|.*attn\.[qkv]_proj\.weight"
+)
+
+
+def eva_from_clip(clip: Mapping[str, Tensor], depth: int, pre_norm: bool = True) -> State:
+    """EVA's tensors, with `depth` blocks, from a CLIP vision encoder."""
+    # 1. Fuse the projections of queries, keys and values.
+    clip = {name.removeprefix(CLIP_PREFIX): value for name, value in clip.items()}
+    for i in range(depth):
+        layer = f"encoder.layers.{i}"
+        if f"{layer}.self_attn.q_proj.weight" not in clip:
+            break
+        weights = [clip[f"{layer}.self_attn.{part}_proj.weight"] for part in "qkv"]
+        clip[f"{layer}.attn.qkv.weight"] = torch.cat(weights)
+
+    # 2. Rename, without what EVA does not have and the layers behind its last block.
+    state = {}
+    for name, value in clip.items():
+        layer = re.match(r"encoder\.layers\.(\d+)\.", name)
+        if _NOT_IN_EVA.fullmatch(name) or (layer and int(layer[1]) >= depth):
+            continue
+        if name.startswith("pre_layrnorm") and not pre_norm:
+            continue
+        for clip_name, eva_name in _CLIP_NAMES:
+            name = name.replace(clip_name, eva_name)
+        state[name] = value
+
+    # 3. Give class token, positions and the missing bias EVA's shapes.
+    state["cls_token"] = state["cls_token"].view(1, 1, -1)
+    state["pos_embed"] = state["pos_embed"][None]
+    state["patch_embed.proj.bias"] = torch.zeros(len(state["patch_embed.proj.weight"]))
+    return state
+
+
+def clip_from_eva(eva: Mapping[str, Tensor], prefix: str = "") -> State:
+    """Inverse of `eva_from_clip`: the CLIP tensors that EVA has.
+
+    `prefix` stands before EVA's names.
+    """
+    state: State = {}
+    for name, value in eva.items():
+        # CLIP has no bias of the patches.
+        if not name.startswith(prefix) or name.endswith("patch_embed.proj.bias"):
+            continue
+        name = name.removeprefix(prefix)
+        for clip_name, eva_name in _CLIP_NAMES:
+            name = name.replace(eva_name, clip_name)
+
+        # Divide the fused projections; class token and positions lose EVA's batch dimension.
+        if name.endswith("attn.qkv.weight"):
+            layer = name.removesuffix("attn.qkv.weight")
+            for part, rows in zip("qkv", value.chunk(3), strict=True):
+                state[f"{CLIP_PREFIX}{layer}self_attn.{part}_proj.weight"] = rows
+            continue
+        if name == "embeddings.class_embedding":
+            value = value.flatten()
+        elif "position_emb" in name:
+            value = value[0]
+        state[CLIP_PREFIX + name] = value
+    return state
+
+
+# ---- a CLIP folder
+
+
+def is_clip(source: str | Path) -> bool:
+    """Whether a folder's `config.json` is a CLIP's."""
+    file = Path(source) / CONFIG
+    if not file.is_file():
+        return False
+    return str(read_json_object(file).get("model_type")).startswith("clip")
+
+
+def load_clip_vision(
+    source: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    log: Log = print,
+) -> PreTrainedModel:
+    """A CLIP's frozen vision encoder in eval mode; its `.image_embeds` are stage 2's target.
+
+    source: a transformers folder or hub id, of a complete CLIP or its vision half.
+
+    Raises:
+        CheckpointError: missing (with instructions), damaged, or weights of another size than in
+            config.json.
+    """
+    from transformers import CLIPVisionModelWithProjection
+
+    return _load_clip(CLIPVisionModelWithProjection, source, device, dtype, log)
+
+
+def load_clip_text(
+    source: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype = torch.float32,
+    log: Log = print,
+) -> PreTrainedModel:
+    """The frozen text encoder of a CLIP folder or hub id; see `load_clip_vision`."""
+    from transformers import CLIPTextModelWithProjection
+
+    return _load_clip(CLIPTextModelWithProjection, source, device, dtype, log)
+
+
+def _load_clip(
+    model_class: type[PreTrainedModel],
+    source: str | Path,
+    device: str | torch.device,
+    dtype: torch.dtype,
+    log: Log,
+) -> PreTrainedModel:
+    folder = find_folder(source, (CONFIG, "*.safetensors", "*.bin", "*.index.json"), CLIP_ADVICE)
+    values = read_json_object(folder / CONFIG, advice=CLIP_ADVICE)
+
+    # 1. The tensors, if the folder has a link to another model's file for the vision encoder.
+    state: State | None = None
+    link = read_encoder_link(folder)
+    if link is not None:
+        encoder_file, prefix = link
+        state = clip_from_eva(load_state_dict(encoder_file), prefix)
+        state |= load_state_dict(folder / WEIGHTS)
+
+    # 2. transformers' model, with these tensors or from the folder.
+    try:
+        config = model_class.config_class.from_pretrained(folder)
+        # A complete CLIP states its width outside of vision_config, where a default would be read.
+        config.projection_dim = values.get("projection_dim", config.projection_dim)
+        with quiet_loading("transformers"):
+            model, info = model_class.from_pretrained(
+                folder if state is None else None,
+                config=config,
+                state_dict=state,
+                dtype=dtype,
+                local_files_only=True,
+                output_loading_info=True,
+            )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise CheckpointError(
+            f"{folder}: not a complete CLIP ({first_line(error)}); {CLIP_ADVICE}."
+        ) from error
+
+    # 3. transformers fills missing tensors with random values, which is an error here.
+    missing = sorted(name for name in info["missing_keys"] if not name.endswith("position_ids"))
+    if missing:
+        raise CheckpointError(
+            f"{folder}: {len(missing)} tensors are missing, first {missing[0]!r}; {CLIP_ADVICE}."
+        )
+    if log is not None:
+        log(f"{folder}: {model_class.__name__} loaded.")
+    frozen: PreTrainedModel = model.to(device).requires_grad_(False).eval()
+    return frozen

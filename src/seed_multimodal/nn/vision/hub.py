@@ -1,0 +1,219 @@
+"""Any vision model of transformers as a `VisionEncoder`: SigLIP, SigLIP2, DINOv2, DINOv3, CLIP, …
+
+    HubVisionConfig(path="pretrained/siglip2-so400m-patch14-384")
+
+Sizes and preprocessing are read from the folder (or hub id) once and then belong to the
+configuration, so that a model that is saved with this encoder does not need the folder any more.
+The features are the model's `last_hidden_state`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from seed_multimodal.errors import CheckpointError, ConfigError, ImageError, first_line
+from seed_multimodal.hub import find_folder
+from seed_multimodal.images.transforms import PROCESSOR, ImageTransform, read_preprocessing
+from seed_multimodal.nn.pretrained import CONFIG
+from seed_multimodal.nn.vision.base import State, VisionConfig, VisionEncoder
+from seed_multimodal.progress import quiet_loading
+from seed_multimodal.settings import setting
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig, PreTrainedModel
+
+ADVICE = "give the folder or hub id of a transformers vision model"
+NETWORK = "network."
+PATCHED = "siglip2_vision_model"  # reads patches instead of pixels (SigLIP2 NaFlex)
+# Of a transformers configuration, what says nothing about the network.
+NOT_SIZES = ("transformers_version", "dtype", "torch_dtype", "architectures", "_name_or_path")
+
+
+@dataclass(frozen=True)
+class HubVisionConfig(VisionConfig):
+    """A vision model of transformers.
+
+    path: its folder or hub id; only needed until `network` and `preprocessing` are known.
+    network: its transformers configuration; empty: that of `path`.
+    preprocessing: None: that of `path`.
+    """
+
+    type: str = setting("hub", choices=("hub",))
+    path: str | None = None
+    network: dict[str, Any] = setting(factory=dict)
+    preprocessing: ImageTransform = setting(None)
+
+    def __post_init__(self) -> None:
+        if self.network and self.preprocessing:
+            return
+        if self.path is None:
+            raise ConfigError(
+                "A vision encoder of type hub needs `path`, or `network` and `preprocessing`."
+            )
+        folder = find_folder(self.path, (CONFIG, PROCESSOR), ADVICE)
+        network = self.network or read_network(folder)
+        preprocessing = self.preprocessing
+        if preprocessing is None:
+            preprocessing = read_preprocessing(folder, "give the encoder's `preprocessing`")
+            # A file of SigLIP2 NaFlex has no image size.
+            if network["model_type"] == PATCHED:
+                side = network["patch_size"] * math.isqrt(network["num_patches"])
+                preprocessing = dataclasses.replace(preprocessing, image_size=side)
+        object.__setattr__(self, "network", network)
+        object.__setattr__(self, "preprocessing", preprocessing)
+
+    @property
+    def default_weights(self) -> str | None:  # type: ignore[override]
+        return self.path
+
+    def transformers_config(self) -> PreTrainedConfig:
+        """Of the network. Raises ConfigError: not one of this version of transformers."""
+        from transformers import AutoConfig
+
+        try:
+            return AutoConfig.for_model(**self.network)
+        except (TypeError, ValueError) as error:
+            raise ConfigError(f"The vision encoder's network: {first_line(error)}.") from error
+
+    def build(self) -> HubVision:
+        return HubVision(self)
+
+    def read_weights(self, source: str) -> State:
+        """The tensors of a vision model, also of one half of a CLIP or SigLIP."""
+        from transformers import AutoModel
+
+        folder = find_folder(source, (CONFIG, "*.safetensors", "*.bin", "*.index.json"), ADVICE)
+        try:
+            with quiet_loading("transformers"):
+                network, info = AutoModel.from_pretrained(
+                    folder,
+                    config=self.transformers_config(),
+                    dtype="auto",
+                    local_files_only=True,
+                    output_loading_info=True,
+                )
+        except (OSError, ValueError, RuntimeError) as error:
+            raise CheckpointError(
+                f"{folder}: no complete vision model ({first_line(error)})."
+            ) from error
+        # transformers fills missing tensors with random values, which is an error here.
+        missing = sorted(info["missing_keys"])
+        if missing:
+            raise CheckpointError(
+                f"{folder}: {len(missing)} tensors are missing, first {missing[0]!r}."
+            )
+        return {NETWORK + name: value for name, value in network.state_dict().items()}
+
+
+def read_network(folder: Path) -> dict[str, Any]:
+    """The configuration of a folder's vision model. Raises ConfigError: not transformers'."""
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+    except (OSError, ValueError, KeyError) as error:
+        raise ConfigError(f"{folder}: no transformers model ({first_line(error)}).") from error
+    config = getattr(config, "vision_config", config)
+    # The pooling head of SigLIP is not used.
+    if hasattr(config, "vision_use_head"):
+        config.vision_use_head = False
+    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    return {key: value for key, value in values.items() if key not in NOT_SIZES}
+
+
+class HubVision(VisionEncoder):
+    """The encoder; its features are the model's `last_hidden_state`."""
+
+    config: HubVisionConfig
+
+    def __init__(self, config: HubVisionConfig) -> None:
+        super().__init__()
+        from transformers import AutoModel
+
+        self.config = config
+        sizes = config.transformers_config()
+        self.network: PreTrainedModel = AutoModel.from_config(sizes)
+        self.patch_size = int(getattr(sizes, "patch_size", 0) or self.image_size)
+        self._init_sizes(sizes)
+        self._init_buffers(sizes)
+
+    def _init_sizes(self, sizes: PreTrainedConfig) -> None:
+        """Number and width of the tokens, as a pass without values gives them."""
+        from transformers import AutoModel
+
+        self._n_tokens = (self.image_size // self.patch_size) ** 2
+        self._width = int(getattr(sizes, "hidden_size", 0))
+        if self.network.config.model_type == PATCHED:
+            return
+        with torch.device("meta"), torch.no_grad():
+            network = AutoModel.from_config(sizes)
+            pixels = torch.zeros(1, 3, self.image_size, self.image_size)
+            features = network(pixel_values=pixels).last_hidden_state
+        if features.ndim != 3:
+            raise ConfigError(
+                f"{self.network.config.model_type}: its features {tuple(features.shape)} are no "
+                "row of tokens for each image."
+            )
+        self._n_tokens = features.shape[1]
+        self._width = features.shape[2]
+
+    def _init_buffers(self, sizes: PreTrainedConfig) -> None:
+        """Values of the buffers that no checkpoint holds, which `fill_buffers` needs."""
+        from transformers import AutoModel
+        from transformers.initialization import no_init_weights
+
+        self.start_buffers: dict[str, Tensor] = {}
+        if not any(buffer.is_meta for buffer in self.network.buffers()):
+            return
+        with torch.device("cpu"), no_init_weights():
+            network = AutoModel.from_config(sizes)
+        saved = network.state_dict()
+        for name, buffer in network.named_buffers():
+            if name not in saved:
+                self.start_buffers[NETWORK + name] = buffer
+
+    @property
+    def width(self) -> int:
+        return self._width
+
+    @property
+    def n_tokens(self) -> int:
+        return self._n_tokens
+
+    @property
+    def n_class_tokens(self) -> int:
+        return self.n_tokens - (self.image_size // self.patch_size) ** 2
+
+    def forward(self, images: Tensor) -> Tensor:
+        """Normalised pixels `[B, 3, S, S]` → features `[B, N, W]`.
+
+        Raises:
+            ImageError: another size, which some of the models would accept.
+        """
+        if images.shape[-2:] != (self.image_size, self.image_size):
+            raise ImageError(
+                f"The vision encoder reads images of {self.image_size} x {self.image_size} pixels, "
+                f"not {images.shape[-1]} x {images.shape[-2]}."
+            )
+        if self.network.config.model_type != PATCHED:
+            return self.network(pixel_values=images).last_hidden_state
+
+        # Patches in raster order, the values of each as (row, column, channel).
+        side = self.image_size // self.patch_size
+        patches = images.unfold(2, self.patch_size, self.patch_size)
+        patches = patches.unfold(3, self.patch_size, self.patch_size)  # [B, 3, g, g, P, P]
+        patches = patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)  # [B, g², 3 P²]
+        mask = torch.ones(patches.shape[:2], dtype=torch.long, device=images.device)
+        shapes = torch.tensor([[side, side]], device=images.device).expand(len(images), -1)
+        output = self.network(
+            pixel_values=patches, pixel_attention_mask=mask, spatial_shapes=shapes
+        )
+        return output.last_hidden_state

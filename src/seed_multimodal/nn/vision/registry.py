@@ -1,0 +1,105 @@
+"""Registry of vision encoders: models ask their configuration's `type` for the class.
+
+    encoder = build_vision_encoder({"type": "hub", "path": "pretrained/dinov2-base"})
+    encoder = load_vision_encoder("pretrained/dinov2-base")  # with its weights
+
+Without `type` a configuration is EVA's. Another kind is a file with a `VisionConfig` that builds
+its `VisionEncoder`, and a row in `VISION_CONFIGS`.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import torch
+
+from seed_multimodal.disk import read_json_object
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.nn.pretrained import CONFIG
+from seed_multimodal.nn.vision.base import VisionConfig, VisionEncoder
+from seed_multimodal.nn.vision.eva import EvaConfig
+from seed_multimodal.nn.vision.hub import HubVisionConfig
+from seed_multimodal.nn.vision.qwen import QwenEncoderConfig, QwenVit
+from seed_multimodal.settings import adapter, check_settings, check_value, nearest
+from seed_multimodal.weights import assign_strictly
+
+if TYPE_CHECKING:
+    from pydantic_core import CoreSchema
+
+VISION_CONFIGS: dict[str, type[VisionConfig]] = {
+    "eva": EvaConfig,
+    "hub": HubVisionConfig,
+    "qwen_vit": QwenEncoderConfig,
+}
+
+
+def read_vision_config(values: Mapping[str, Any], label: str) -> VisionConfig:
+    """The configuration of any vision encoder from plain values.
+
+    Raises ConfigError: an unknown type (with the nearest), or as `read_settings`.
+    """
+    config: VisionConfig = check_value(AnyVisionConfig, values, label)
+    return config
+
+
+def _parse(values: Any) -> VisionConfig:
+    """As `read_vision_config`, inside of pydantic."""
+    if isinstance(values, VisionConfig):
+        return values
+    values = dict(values)
+    name = str(values.get("type", "eva"))
+    if name not in VISION_CONFIGS:
+        raise ConfigError(
+            f"{name!r} is no vision encoder{nearest(name, VISION_CONFIGS)}; there are "
+            f"{', '.join(VISION_CONFIGS)}."
+        )
+    if name == "eva":  # whose configurations have no type
+        values.pop("type", None)
+    config_class: Any = VISION_CONFIGS[name]
+    config: VisionConfig = adapter(config_class).validate_python(values)
+    check_settings(config, "vision encoder")  # type: ignore[arg-type]
+    return config
+
+
+class _ByType:
+    """Makes pydantic read a `VisionConfig` by its `type`."""
+
+    def __get_pydantic_core_schema__(self, source: Any, handler: object) -> CoreSchema:
+        from pydantic_core import core_schema
+
+        return core_schema.no_info_plain_validator_function(_parse)
+
+
+AnyVisionConfig = Annotated[VisionConfig, _ByType()]  # a field of a model's configuration
+
+
+def build_vision_encoder(config: VisionConfig | Mapping[str, Any]) -> VisionEncoder:
+    """An encoder with random weights. Raises ConfigError."""
+    if not isinstance(config, VisionConfig):
+        config = read_vision_config(config, "vision encoder")
+    return config.build()
+
+
+def load_vision_encoder(
+    folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
+) -> VisionEncoder:
+    """An encoder with its weights, frozen and in eval mode, by the `model_type` in config.json.
+
+    folder: of SEED-X's encoder or of a transformers vision model, or EVA's file or its folder.
+
+    Raises:
+        CheckpointError: missing or damaged weights.
+        ConfigError: not a vision model.
+    """
+    file = Path(folder) / CONFIG
+    if file.is_file() and read_json_object(file).get("model_type") == QwenVit.model_type:
+        return QwenVit.from_pretrained(folder, device=device, dtype=dtype)
+    config: VisionConfig = EvaConfig()
+    if file.is_file():
+        config = HubVisionConfig(path=str(folder))
+    encoder = config.build()
+    state = config.fit_weights(config.read_weights(str(folder)))
+    assign_strictly(encoder, state, folder, foreign=True, allow_unexpected=config.unused)
+    return encoder.to(device, dtype).requires_grad_(False).eval()
