@@ -205,16 +205,14 @@ def load_initial(model: Any) -> None:
                 "(sh train_scripts/causal_qformer.sh), or give model.pretrained=FILE."
             )
         state = load_state_dict(file)
-        has_vision = any(name.startswith(f"{VISION}blocks") for name in state)
+        has_vision = any(name.startswith(VISION) for name in state)
         report = model.load_stage1(state, file)
         log(f"{file}: {len(report.loaded)} tensors loaded into the encoder.")
     elif model.stage == "stage1" and options.pretrained:
         load_blip2(model, locate(options.pretrained), log)
 
     # 2. The vision encoder.
-    vit_weights = options.vit_weights
-    if options.load_pretrained and vit_weights is None:
-        vit_weights = model.visual_encoder.config.default_weights
+    vit_weights = options.vit_weights or model.visual_encoder.config.default_weights
     if vit_weights and not has_vision:
         model.vision_file = locate(vit_weights)
         load_vision(model.visual_encoder, model.vision_file, log)

@@ -12,7 +12,7 @@ from typing import Any
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.models.seed_x.modeling import AgentSettings
-from seed_multimodal.models.seed_x.vision import QwenVitConfig
+from seed_multimodal.nn.vision.qwen import QwenVitConfig
 from seed_multimodal.settings import check_keys, nearest
 from seed_multimodal.training.config import ConfigNode
 

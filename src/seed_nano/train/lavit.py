@@ -25,6 +25,7 @@ from seed_multimodal.models.lavit.train_tokenizer import LavitTokenizerTask
 from seed_multimodal.models.seed.losses import label_divergence
 from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 from seed_multimodal.nn.label_heads import LabelHeads
+from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_multimodal.training.codebook import CodebookHealth
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.schedules import batch_indices
@@ -46,6 +47,7 @@ def tokenizer_sizes(space: LavitWorkspace) -> LavitTokenizerConfig:
     """Of the dynamic tokenizer."""
     sizes = space.config.tokenizer
     vit = Seed2Tokenizer.read_config(space.nano / "config.json").vit
+    assert isinstance(vit, EvaConfig)
     return LavitTokenizerConfig(
         vit,
         vit_head=0,

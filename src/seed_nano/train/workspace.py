@@ -24,6 +24,7 @@ from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.models.lavit.processing import LavitTokenizer
 from seed_multimodal.models.seed.modeling import Seed2Tokenizer
+from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.training.config import StageSettings
 from seed_multimodal.weights import save_state_dict
@@ -290,7 +291,9 @@ class LavitWorkspace(SuccessorWorkspace):
             records = open_nano(None, content=content, number=LAVIT_TEXTS)
             for row in range(LAVIT_TEXTS):
                 texts += [str(records.locate(row).fields[name]) for name in fields]
-        patches = Seed2Tokenizer.read_config(self.nano / "config.json").vit.grid ** 2
+        vit = Seed2Tokenizer.read_config(self.nano / "config.json").vit
+        assert isinstance(vit, EvaConfig)
+        patches = vit.grid**2
         train_text_tokenizer(
             LavitTokenizer,
             texts,

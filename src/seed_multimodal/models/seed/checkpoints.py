@@ -25,9 +25,9 @@ from seed_multimodal.errors import CheckpointError
 from seed_multimodal.hub import fetch, find_file, first_file, is_hub_name
 from seed_multimodal.models.seed.configuration import Seed1Config, Seed2Config, TokenizerConfig
 from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS
-from seed_multimodal.nn.vision.base import State, VisionConfig, VisionEncoder
+from seed_multimodal.nn.vision.base import State, VisionEncoder
 from seed_multimodal.nn.vision.clip import Log
-from seed_multimodal.nn.vision.eva import FILES, PREFIX, URL, EvaConfig
+from seed_multimodal.nn.vision.eva import FILES, PREFIX, URL
 from seed_multimodal.settings import read_settings
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict
 
@@ -143,18 +143,19 @@ def read_tokenizer(
             f"(its first tensor is {next(iter(state))!r})."
         )
 
-    # 2. The vision encoder, in a file of its own unless the tokenizer's file holds it.
-    has_vision = any(name.startswith(VISION) for name in state)
-    if vision is not None or not has_vision:
-        vision_file = _vision_file(files[-1].parent, vision)
-        files = [*files, vision_file]
-        state |= {VISION + name: value for name, value in read_vision(vision_file).items()}
-
-    # 3. Sizes.
+    # 2. Sizes.
     if config is None:
         config = saved_config(layout.config_class, files[0].parent)
     if config is None:
         config = layout.config_class.of_original(state)
+
+    # 3. The vision encoder, in a file of its own unless the tokenizer's file holds it.
+    has_vision = any(name.startswith(VISION) for name in state)
+    if vision is not None or not has_vision:
+        vision_file = _vision_file(files[-1].parent, vision)
+        files = [*files, vision_file]
+        vision_state = config.vit.read_weights(str(vision_file))
+        state |= {VISION + name: value for name, value in vision_state.items()}
     return config, state, " and ".join(map(str, files))
 
 
@@ -220,14 +221,6 @@ def _vision_file(folder: Path, vision: str | Path | None) -> Path:
             f"from {VISION_URL}."
         )
     return file
-
-
-def read_vision(source: str | Path, config: VisionConfig | None = None) -> State:
-    """A vision encoder's tensors by its own names; sources and errors as of its `read_weights`.
-
-    config: None: the original EVA's.
-    """
-    return (config or EvaConfig()).read_weights(str(source))
 
 
 def load_vision(encoder: VisionEncoder, source: str | Path, log: Log = print) -> LoadReport:

@@ -28,7 +28,6 @@ from seed_multimodal.models.seed.checkpoints import (
     VISION,
     VISION_FILES,
     VISION_URL,
-    read_vision,
     saved_config,
 )
 from seed_multimodal.models.seed.configuration import TokenizerConfig
@@ -105,14 +104,14 @@ def export_tokenizer(
     # 2. Each tensor's file.
     origin = _latest(files, stage2_file)
     if not any(tensor_name.startswith(VISION) for tensor_name in origin):
-        if vision is None and sizes is not None:
-            vision = sizes.vit.default_weights
+        vit = EvaConfig() if sizes is None else sizes.vit
+        vision = vision or vit.default_weights
         if vision is None:
             raise CheckpointError(
                 f"{stage2}: no stage holds the frozen vision encoder; download it from "
                 f"{VISION_URL} and give it as the vision file."
             )
-        vision_tensors = read_vision(vision, None if sizes is None else sizes.vit)
+        vision_tensors = vit.read_weights(str(vision))
         files[str(vision)] = {VISION + key: value for key, value in vision_tensors.items()}
         origin |= dict.fromkeys(files[str(vision)], str(vision))
 

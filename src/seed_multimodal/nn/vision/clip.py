@@ -70,8 +70,8 @@ def eva_from_clip(clip: Mapping[str, Tensor], depth: int, pre_norm: bool = True)
     # 2. Rename, without what EVA does not have and the layers behind its last block.
     state = {}
     for name, value in clip.items():
-        layer = re.match(r"encoder\.layers\.(\d+)\.", name)
-        if _NOT_IN_EVA.fullmatch(name) or (layer and int(layer[1]) >= depth):
+        match = re.match(r"encoder\.layers\.(\d+)\.", name)
+        if _NOT_IN_EVA.fullmatch(name) or (match and int(match[1]) >= depth):
             continue
         if name.startswith("pre_layrnorm") and not pre_norm:
             continue

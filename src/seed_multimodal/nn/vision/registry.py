@@ -11,9 +11,10 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import Annotated, Any
 
 import torch
+from pydantic import PlainValidator
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import ConfigError
@@ -24,9 +25,6 @@ from seed_multimodal.nn.vision.hub import HubVisionConfig
 from seed_multimodal.nn.vision.qwen import QwenEncoderConfig, QwenVit
 from seed_multimodal.settings import adapter, check_settings, check_value, nearest
 from seed_multimodal.weights import assign_strictly
-
-if TYPE_CHECKING:
-    from pydantic_core import CoreSchema
 
 VISION_CONFIGS: dict[str, type[VisionConfig]] = {
     "eva": EvaConfig,
@@ -58,21 +56,13 @@ def _parse(values: Any) -> VisionConfig:
     if name == "eva":  # whose configurations have no type
         values.pop("type", None)
     config_class: Any = VISION_CONFIGS[name]
-    config: VisionConfig = adapter(config_class).validate_python(values)
-    check_settings(config, "vision encoder")  # type: ignore[arg-type]
-    return config
+    config: Any = adapter(config_class).validate_python(values)
+    check_settings(config, "vision encoder")
+    result: VisionConfig = config
+    return result
 
 
-class _ByType:
-    """Makes pydantic read a `VisionConfig` by its `type`."""
-
-    def __get_pydantic_core_schema__(self, source: Any, handler: object) -> CoreSchema:
-        from pydantic_core import core_schema
-
-        return core_schema.no_info_plain_validator_function(_parse)
-
-
-AnyVisionConfig = Annotated[VisionConfig, _ByType()]  # a field of a model's configuration
+AnyVisionConfig = Annotated[VisionConfig, PlainValidator(_parse)]  # a field of a model's sizes
 
 
 def build_vision_encoder(config: VisionConfig | Mapping[str, Any]) -> VisionEncoder:
