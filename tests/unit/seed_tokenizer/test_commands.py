@@ -9,7 +9,6 @@ import pytest
 import torch
 from lavis_runs import write_clip, write_text_encoder
 from repository import ROOT
-from tiny_vision import write_vision
 
 
 def write_eva(file: Path) -> Path:
@@ -33,10 +32,9 @@ def printed(text: str) -> list[str]:
 
 @pytest.mark.process
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["eva", "eva trained", "clip", "dinov2", "seed1", "lavit eva"])
+@pytest.mark.parametrize("case", ["eva", "eva trained", "clip", "seed1", "lavit eva"])
 def test_export_by_the_printed_commands(case, yaml, run, tmp_path, capsys, monkeypatch):
-    """The vision encoder is EVA's file, a CLIP folder or transformers' DINOv2, frozen or trained
-    further."""
+    """The vision encoder is EVA's file or a CLIP folder, frozen or trained further."""
     from seed_multimodal.cli.main import main
 
     monkeypatch.chdir(tmp_path)
@@ -46,10 +44,6 @@ def test_export_by_the_printed_commands(case, yaml, run, tmp_path, capsys, monke
         f"pre_norm: {'clip' in case}}}"
     )
     options = [f"model.vit_weights={vision}", sizes]
-    if case == "dinov2":
-        folder = tmp_path / "dinov2"
-        write_vision("dinov2", folder, side=64)
-        options = [f"model.vit={{type: hub, path: {folder}}}", "model.vit_weights=null"]
     if "lavit" in case:
         heads = (
             "model.merger={merger_depth: 1, merger_heads: 2, merger_mlp_width: 64, llm_width: 8}"

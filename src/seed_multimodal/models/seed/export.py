@@ -76,7 +76,7 @@ def export_tokenizer(
     The codes of a test image are compared before and after writing.
 
     stage1: may be None if stage 2 trained the encoder.
-    vision: file or CLIP folder of the vision encoder, if no stage holds it.
+    vision: file or folder of the vision encoder, if no stage holds it and its sizes name none.
     config: sizes, or a config.json; None: ours next to a checkpoint, else the original ones.
     kind: `seed2`, `seed1` or `auto`.
     write_original: also write the files of the original layout.
@@ -105,20 +105,19 @@ def export_tokenizer(
     origin = _latest(files, stage2_file)
     if not any(tensor_name.startswith(VISION) for tensor_name in origin):
         vit = EvaConfig() if sizes is None else sizes.vit
-        vision = vision or vit.default_weights
-        if vision is None:
+        vision_file = str(vision or vit.default_weights or "")
+        if not vision_file:
             raise CheckpointError(
                 f"{stage2}: no stage holds the frozen vision encoder; download it from "
                 f"{VISION_URL} and give it as the vision file."
             )
-        vision_tensors = vit.read_weights(str(vision))
-        files[str(vision)] = {VISION + key: value for key, value in vision_tensors.items()}
-        origin |= dict.fromkeys(files[str(vision)], str(vision))
+        vision_tensors = vit.read_weights(vision_file)
+        files[vision_file] = {VISION + key: value for key, value in vision_tensors.items()}
+        origin |= dict.fromkeys(files[vision_file], vision_file)
 
     # 3. The tokenizer, and the codes of the test image.
     state = {tensor_name: files[file][tensor_name] for tensor_name, file in origin.items()}
-    if sizes is None:
-        sizes = tokenizer_class.config_class.of_original(state)
+    sizes = sizes or tokenizer_class.config_class.of_original(state)
     if vocabulary is not None:
         _check_vocabulary(vocabulary, sizes, stage2)
     model = tokenizer_class.from_original(sizes, state, " and ".join(files))

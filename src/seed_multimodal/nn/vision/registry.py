@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, cast
 
 import torch
 from pydantic import PlainValidator
@@ -23,7 +23,7 @@ from seed_multimodal.nn.vision.base import VisionConfig, VisionEncoder
 from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_multimodal.nn.vision.hub import HubVisionConfig
 from seed_multimodal.nn.vision.qwen import QwenEncoderConfig, QwenVit
-from seed_multimodal.settings import adapter, check_settings, check_value, nearest
+from seed_multimodal.settings import adapter, nearest, read_settings
 from seed_multimodal.weights import assign_strictly
 
 VISION_CONFIGS: dict[str, type[VisionConfig]] = {
@@ -38,14 +38,13 @@ def read_vision_config(values: Mapping[str, Any], label: str) -> VisionConfig:
 
     Raises ConfigError: an unknown type (with the nearest), or as `read_settings`.
     """
-    config: VisionConfig = check_value(AnyVisionConfig, values, label)
+    config_class, values = _by_type(values)
+    config: VisionConfig = read_settings(config_class, values, label)
     return config
 
 
-def _parse(values: Any) -> VisionConfig:
-    """As `read_vision_config`, inside of pydantic."""
-    if isinstance(values, VisionConfig):
-        return values
+def _by_type(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:
+    """The class of a configuration, and its values; EVA's have no type."""
     values = dict(values)
     name = str(values.get("type", "eva"))
     if name not in VISION_CONFIGS:
@@ -53,13 +52,17 @@ def _parse(values: Any) -> VisionConfig:
             f"{name!r} is no vision encoder{nearest(name, VISION_CONFIGS)}; there are "
             f"{', '.join(VISION_CONFIGS)}."
         )
-    if name == "eva":  # whose configurations have no type
+    if name == "eva":
         values.pop("type", None)
-    config_class: Any = VISION_CONFIGS[name]
-    config: Any = adapter(config_class).validate_python(values)
-    check_settings(config, "vision encoder")
-    result: VisionConfig = config
-    return result
+    return VISION_CONFIGS[name], values
+
+
+def _parse(values: Any) -> VisionConfig:
+    """As `read_vision_config`, inside of pydantic, which adds the label to its errors."""
+    if isinstance(values, VisionConfig):
+        return values
+    config_class, values = _by_type(values)
+    return cast(VisionConfig, adapter(config_class).validate_python(values))
 
 
 AnyVisionConfig = Annotated[VisionConfig, PlainValidator(_parse)]  # a field of a model's sizes
