@@ -91,8 +91,7 @@ def export_tokenizer(
         ConfigError: `out` exists and is not empty, holds an input, or cannot be written.
     """
     output = Path(out)
-    inputs = [stage1, stage2, vision]
-    target = output_folder(out, force=force, label="the tokenizer", inputs=inputs)
+    target = output_folder(out, force=force, label="the tokenizer", inputs=[stage1, stage2, vision])
 
     # 1. Checkpoints and sizes.
     stage2_file = str(stage2)
