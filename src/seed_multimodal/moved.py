@@ -24,6 +24,7 @@ MOVED = {
     "data.pretokenize.encode.lavit_codes": "models.lavit.codes.lavit_codes",
     "data.pretokenize.lavit_codes": "models.lavit.codes",
     "diffusion.layout": "diffusion.conditioner",
+    "language.llama": "language.llm",
     "lavit": "models.lavit",
     "lavit.original": "compat.lavit",
     "lavit.training": "models.lavit.losses",

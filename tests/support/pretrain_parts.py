@@ -12,7 +12,7 @@ from llm_runs import TRAINER, losses, merged, write_json_lines, write_tar  # noq
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from seed_multimodal.language.llama import force_special_ids
+from seed_multimodal.language.llm import force_special_ids
 from seed_multimodal.models.lavit.checkpoints import save_dynamic_tokenizer
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
 from seed_multimodal.models.lavit.processing import LavitTokenizer

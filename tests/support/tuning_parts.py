@@ -11,7 +11,7 @@ from llm_runs import TRAINER, losses, merged, write_json_lines, write_tar  # noq
 from PIL import Image
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from seed_multimodal.language.llama import force_special_ids
+from seed_multimodal.language.llm import force_special_ids
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.nn.vision.qwen import QwenVit, QwenVitConfig
 from seed_nano.train.words import train_text_tokenizer

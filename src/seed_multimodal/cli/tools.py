@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 
     from seed_multimodal.cli.common import Commands
     from seed_multimodal.language.lora import TrainedWeights
-    from seed_multimodal.language.tokenizer import MultimodalTokenizer
-    from seed_multimodal.models.lavit.processing import LavitTokenizer
+    from seed_multimodal.language.text_tokenizer import TextTokenizer
 
 
 def add_commands(commands: Commands) -> None:
@@ -319,9 +318,10 @@ def _read_part(file: str | Path, part: str) -> JsonObject:
     return values.get(part) or {} if is_run else values
 
 
-def _load_tokenizer(file: str) -> MultimodalTokenizer | LavitTokenizer:
+def _load_tokenizer(file: str) -> TextTokenizer:
     """The tokenizer that a YAML file names."""
-    from seed_multimodal.language.tokenizer import ADDED, MultimodalTokenizer
+    from seed_multimodal.language.hub_tokenizer import IMAGE_TOKENS, load_text_tokenizer
+    from seed_multimodal.language.tokenizer import ADDED
     from seed_multimodal.models.lavit.processing import LavitTokenizer
 
     name = _read_part(file, "tokenizer").get("pretrained_model_name_or_path")
@@ -331,8 +331,8 @@ def _load_tokenizer(file: str) -> MultimodalTokenizer | LavitTokenizer:
         )
     folder = Path(locate(str(name)) or str(name))
     # LaVIT's codes have no spelling, so its tokenizer adds none.
-    if (folder / ADDED).is_file():
-        return MultimodalTokenizer.from_pretrained(folder)
+    if (folder / ADDED).is_file() or (folder / IMAGE_TOKENS).is_file():
+        return load_text_tokenizer(folder)
     return LavitTokenizer.from_pretrained(folder)
 
 

@@ -25,8 +25,8 @@ from seed_multimodal.hub import local_folder, locate
 from seed_multimodal.inference.backends.torch import TorchBackend
 from seed_multimodal.inference.engine import Engine
 from seed_multimodal.inference.prompt import GenerationSettings, HiddenStates, Prompt
-from seed_multimodal.language.llama import load_llm
 from seed_multimodal.language.llama_tokenizer import LlamaTokenizer
+from seed_multimodal.language.llm import load_llm
 from seed_multimodal.models.seed_x import modeling
 from seed_multimodal.models.seed_x.losses import TrainedAgent
 from seed_multimodal.models.seed_x.processing import answer_text, seed_x_vocabulary

@@ -7,7 +7,7 @@ into real tokens, which end a text or open an image.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -23,7 +23,8 @@ from seed_multimodal.data.stream.mixture import BROKEN, Mixture, OpenedSource, S
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import locate
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
+from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.progress import Progress
 
 LISTED_RECORDS = 3  # for each kind of problem
@@ -132,12 +133,12 @@ def check_sources(
 ) -> list[SourceReport]:
     """Decode `records` records of each source as training does. Raises as `Mixture`."""
     # 1. The tokenizer that the decoders need.
-    tokenizer_class = MultimodalTokenizer
+    load_tokenizer: Callable[[str], TextTokenizer] = load_text_tokenizer
     for source_settings in settings.sources:
         decoder = find_decoders().get(source_settings.decoder)
-        if decoder is not None and decoder.Tokenizer is not MultimodalTokenizer:
-            tokenizer_class = decoder.Tokenizer
-    tokenizer = tokenizer_class.from_pretrained(tokenizer_dir)
+        if decoder is not None and decoder.Tokenizer is not None:
+            load_tokenizer = decoder.Tokenizer.from_pretrained
+    tokenizer = load_tokenizer(tokenizer_dir)
 
     # 2. A few records of many files: by range requests rather than from copies of whole files.
     mixture = Mixture(replace(settings, cache=settings.cache or False), tokenizer)
@@ -156,7 +157,7 @@ def check_sources(
 
 
 def _check_record(
-    source: OpenedSource, index: int, tokenizer: MultimodalTokenizer, report: SourceReport
+    source: OpenedSource, index: int, tokenizer: TextTokenizer, report: SourceReport
 ) -> None:
     """Decode a record, and add it to the report."""
     decoded = source.decode(index, SeededRandom(source.mixture_seed, source.index, index))

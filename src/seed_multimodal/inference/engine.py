@@ -392,7 +392,7 @@ class Engine(BaseEngine):
 
     def _select(self, sequences: Sequence[TokenSequence], computed: NextTokens) -> None:
         """Choose and deliver the next tokens; row n of `computed` belongs to sequence n."""
-        scores = computed.scores
+        scores = computed.scores[:, : self.vocabulary.size]  # without rows of padding
         row_of = {id(sequence): row for row, sequence in enumerate(sequences)}
         conditional = [
             row for row, sequence in enumerate(sequences) if not sequence.is_unconditional

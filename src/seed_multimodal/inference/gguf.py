@@ -14,7 +14,7 @@ from torch import Tensor
 from seed_multimodal.disk import atomic_path, writing
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.language.llama import BOS, EOS, ROTARY, llama_config
+from seed_multimodal.language.llm import BOS, EOS, ROTARY, llama_config
 from seed_multimodal.language.tokenizer import TokenizerFiles, read_files
 from seed_multimodal.progress import Progress
 from seed_multimodal.weights import load_checkpoint, refuse_tensors

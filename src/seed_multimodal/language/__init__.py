@@ -5,6 +5,6 @@ tokenizer        text and images → ids; llama_tokenizer: the same by transform
 prompts          templates, and the request sentences of the tasks
 messages         conversations and answers as callers see them
 answer           ids → texts and images, also while they are generated
-llama, lora      loading of the language model, and merging of adapters
+llm, lora        loading of the language model, and merging of adapters
 known_words      the words of a system's training data
 """

@@ -1,10 +1,16 @@
-"""`LanguageModel`: what we use of a causal language model of transformers.
+"""`LanguageModel`: what we use of a causal language model of transformers, and its loading.
 
-`LlamaForCausalLM` fulfils it, and so does any other model of `AutoModelForCausalLM`.
+Any model of `AutoModelForCausalLM` fulfils it. Its special ids are those of the tokenizer.
+
+The original 8B files have the ids of the first LLaMA conversion (bos 0, eos 1, pad -1, no cache),
+with which generation never stops and padding uses the row of `</img>`; a LLaMA without a hub
+tokenizer in its folder gets bos 1, eos 2, pad 0 before it is loaded.
 """
 
 from __future__ import annotations
 
+import importlib.util
+import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -12,8 +18,28 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from seed_multimodal.disk import read_json_object
+from seed_multimodal.errors import CheckpointError, ConfigError, first_line, install_hint
+from seed_multimodal.hub import ORIGINAL_PARTS, SHIPPED_LLMS, find_file
+from seed_multimodal.language.text_tokenizer import HUB_TOKENIZER, SpecialIds, TextTokenizer
+from seed_multimodal.language.vocabulary import ImageVocabulary
+from seed_multimodal.progress import quiet_loading
+from seed_multimodal.weights import refuse_tensors, warn_tensors
+
 if TYPE_CHECKING:
-    from transformers import GenerationConfig
+    from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedConfig, TorchAoConfig
+
+# Of LLaMA 1 and 2.
+BOS = 1
+EOS = 2
+PAD = 0
+LLAMA = "llama"
+LLAMA_IDS: SpecialIds = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+# Rows behind the vocabulary with which embedding tables are padded to round sizes.
+MAX_PADDING = 1024
+BITSANDBYTES = ("8bit", "4bit")
+TORCHAO = ("int8", "int4")
+ROTARY = "*rotary_emb.inv_freq*"  # frequencies in old files; recomputed
 
 
 class LanguageModelConfig(Protocol):
@@ -108,3 +134,212 @@ class LanguageModel(Protocol):
     def save_pretrained(
         self, save_directory: str | Path, *, max_shard_size: str | int = "50GB"
     ) -> None: ...
+
+
+def output_scores(llm: LanguageModel, states: Tensor) -> Tensor:
+    """Scores `[…, V]` float32 of the next tokens, from the decoder's states `[…, D]`."""
+    scores: Tensor = llm.get_output_embeddings()(states).float()
+    softcap: float | None = getattr(llm.config, "final_logit_softcapping", None)
+    if softcap is not None:
+        scores = torch.tanh(scores / softcap) * softcap
+    return scores
+
+
+# ------------------------------------------------------------------------------------------ loading
+
+
+def load_llm(
+    folder_or_id: str | Path,
+    *,
+    device: str | torch.device = "cpu",
+    dtype: torch.dtype | str = torch.float32,
+    quantization: str | None = None,
+    vocabulary: ImageVocabulary | None = None,
+    tokenizer: TextTokenizer | None = None,
+) -> LanguageModel:
+    """Read a causal language model's folder or hub id for inference, straight to `device`.
+
+    dtype: "auto" is that of the files, which then stay memory-mapped on a CPU.
+    quantization: "8bit" or "4bit" through bitsandbytes, "int8" or "int4" through torchao; `dtype`
+    is then that of the other weights.
+    vocabulary: the model must have a row for each of its tokens.
+    tokenizer: determines the special ids; None: see `llm_config`.
+
+    Raises `CheckpointError` for missing, damaged, unsafe or foreign files, `ConfigError` for an
+    impossible quantisation.
+    """
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    # 1. Load; transformers wants a GPU by its number.
+    device = torch.device(device)
+    device_map: dict[str, str | int] = {"": str(device)}
+    if device.type == "cuda":
+        device_map = {"": device.index or 0}
+    quantization_config = _quantization_config(quantization, device, dtype)
+    quantized = {"quantization_config": quantization_config} if quantization_config else {}
+    ids = None if tokenizer is None else tokenizer.special_ids
+    config = llm_config(folder_or_id, vocabulary, ids)
+    # All other generation defaults of the folder are dropped.
+    generation_config = GenerationConfig(use_cache=True)
+    for name in LLAMA_IDS:
+        setattr(generation_config, name, getattr(config, name, None))
+    model: Any
+    try:
+        with quiet_loading("transformers"):
+            model, report = AutoModelForCausalLM.from_pretrained(
+                str(folder_or_id),
+                config=config,
+                dtype=dtype,
+                generation_config=generation_config,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                device_map=device_map,
+                **quantized,
+            )
+    except torch.cuda.OutOfMemoryError:
+        raise
+    except Exception as error:  # noqa: BLE001  (damaged files raise many error types)
+        reason = first_line(error)
+        if isinstance(error, pickle.UnpicklingError):
+            reason = "they have unsafe pickle content; re-save them as safetensors"
+        raise CheckpointError(f"{folder_or_id}: the weights cannot be read ({reason}).") from error
+
+    # 2. What they held.
+    _check_loading(report, folder_or_id)
+    loaded: LanguageModel = model.eval()
+    return loaded
+
+
+def _check_loading(report: dict[str, Any], folder_or_id: str | Path) -> None:
+    """Raise CheckpointError unless the file has all tensors of the model, in their size.
+
+    report: transformers' `loading_info`. Unknown tensors outside of the layers are ignored.
+    """
+    resized = [
+        f"{name} (file {tuple(stored)}, model {tuple(expected)})"
+        for name, stored, expected in report["mismatched_keys"]
+    ]
+    refuse_tensors(sorted(resized), (), folder_or_id, "of another size")
+    refuse_tensors(sorted(report["missing_keys"]), (), folder_or_id, "missing from the file")
+    unknown = sorted(report["unexpected_keys"])
+    in_layers = [name for name in unknown if name.startswith("model.layers.")]
+    outside = [name for name in unknown if name not in in_layers]
+    refuse_tensors(in_layers, (ROTARY,), folder_or_id, "unknown to the model of config.json")
+    warn_tensors(outside, (ROTARY,), folder_or_id)
+
+
+def force_special_ids(model: LanguageModel, tokenizer: TextTokenizer | None = None) -> None:
+    """Set the tokenizer's special ids and the KV cache, and drop all other generation defaults.
+
+    tokenizer: None: LLaMA's.
+    """
+    from transformers import GenerationConfig
+
+    ids = LLAMA_IDS if tokenizer is None else tokenizer.special_ids
+    model.generation_config = GenerationConfig(**ids, use_cache=True)
+    for name, value in {**ids, "use_cache": True}.items():
+        setattr(model.config, name, value)
+
+
+def llm_config(
+    source: str | Path, vocabulary: ImageVocabulary | None, ids: SpecialIds | None = None
+) -> PreTrainedConfig:
+    """The configuration of a folder or hub id, with special ids; raises as `load_llm`.
+
+    ids: None: LLaMA's for a LLaMA without hub tokenizer, else the folder's.
+    """
+    from transformers import CONFIG_MAPPING
+
+    # 1. The file; an original's folder is recognised by its name.
+    advice = "give the folder of a language model (config.json and *.safetensors)"
+    for part in ORIGINAL_PARTS.values():
+        if Path(part.folder).name == Path(source).name:
+            advice = (
+                f"download huggingface.co/{part.hub} into {source}, or use a shipped one: "
+                f"{SHIPPED_LLMS}"
+            )
+            break
+    file = find_file(source, ("config.json",), advice)
+    values = read_json_object(file)
+    model_type = values.get("model_type")
+    if model_type not in CONFIG_MAPPING:
+        raise CheckpointError(
+            f"{source}: model_type {model_type!r} is no model of this transformers version."
+        )
+
+    # 2. The configuration.
+    if ids is None and model_type == LLAMA and not (file.parent / HUB_TOKENIZER).is_file():
+        ids = LLAMA_IDS
+    try:
+        config: PreTrainedConfig = CONFIG_MAPPING[model_type].from_dict(
+            {**values, **(ids or {}), "use_cache": True}
+        )
+    except (TypeError, ValueError) as error:
+        raise CheckpointError(f"{source}: config.json is damaged ({first_line(error)}).") from error
+    if vocabulary is not None:
+        check_vocab_size(getattr(config, "vocab_size", 0), vocabulary, str(source))
+    return config
+
+
+def llama_config(source: str | Path, vocabulary: ImageVocabulary | None) -> PreTrainedConfig:
+    """As `llm_config`, of LLaMAs only."""
+    config = llm_config(source, vocabulary)
+    if config.model_type != LLAMA:
+        raise CheckpointError(
+            f"{source}: model_type is {config.model_type!r}, not 'llama': llama.cpp files are "
+            "written and read of LLaMAs only."
+        )
+    return config
+
+
+def check_vocab_size(n_rows: int, vocabulary: ImageVocabulary, label: str) -> None:
+    """Raise CheckpointError unless a model has a row for each token, and little padding."""
+    if not 0 <= n_rows - vocabulary.size <= MAX_PADDING:
+        raise CheckpointError(
+            f"{label}: the language model has {n_rows} words, but the tokenizer has "
+            f"{vocabulary.size}; they do not belong together."
+        )
+
+
+def _quantization_config(
+    name: str | None, device: torch.device, dtype: torch.dtype | str
+) -> BitsAndBytesConfig | TorchAoConfig | None:
+    """The quantization for `from_pretrained`. Raises `ConfigError`: not possible there."""
+    from transformers import BitsAndBytesConfig, TorchAoConfig
+
+    # 1. Whether the name, the device and the environment allow it.
+    if name is None:
+        return None
+    if name not in (*BITSANDBYTES, *TORCHAO):
+        raise ConfigError(
+            f"Unknown quantisation {name!r}: use {', '.join((*BITSANDBYTES, *TORCHAO))}, or none."
+        )
+    package = "bitsandbytes" if name in BITSANDBYTES else "torchao"
+    if device.type not in ("cuda", "cpu"):
+        raise ConfigError(f"{name} weights need a CUDA device or a CPU, not {device}.")
+    if importlib.util.find_spec(package) is None:
+        raise ConfigError(f"{name} weights need the package {package}: {install_hint(package)}.")
+
+    # 2. bitsandbytes.
+    if name == "8bit":
+        return BitsAndBytesConfig(load_in_8bit=True)
+    if name == "4bit":
+        return BitsAndBytesConfig(
+            load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
+        )
+
+    # 3. torchao; 4 bits are groups of 64 weights, kept as int8 on a CPU.
+    from torchao import quantization as torchao
+
+    if name == "int8":
+        return TorchAoConfig(torchao.Int8WeightOnlyConfig())
+    if device.type == "cpu":
+        return TorchAoConfig(torchao.IntxWeightOnlyConfig(torch.int4, torchao.PerGroup(64)))
+    if dtype != torch.bfloat16:
+        raise ConfigError(
+            f"int4 weights on {device} need bfloat16 next to them, not {dtype}: give --dtype "
+            "bfloat16."
+        )
+    return TorchAoConfig(
+        torchao.Int4WeightOnlyConfig(group_size=64, int4_packing_format="tile_packed_to_4d")
+    )

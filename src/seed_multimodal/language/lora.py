@@ -27,7 +27,7 @@ from seed_multimodal.hub import (
     first_file,
     local_folder,
 )
-from seed_multimodal.language.llama import force_special_ids, load_llm
+from seed_multimodal.language.llm import check_vocab_size, force_special_ids, load_llm
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.weights import load_checkpoint, save_state_dict
@@ -219,7 +219,9 @@ def merge_adapter(
 
     # 2. Merge.
     merge_into(llama, weights)
-    force_special_ids(llama.to(DTYPES[dtype]))
+    llama.to(DTYPES[dtype])
+    if tokenizer is not None:
+        force_special_ids(llama, tokenizer)
 
     # 3. Write.
     with atomic_folder(target, out) as folder:
@@ -248,6 +250,7 @@ def load_llm_or_adapter(
     dtype: torch.dtype = torch.float32,
     quantization: str | None = None,
     vocabulary: ImageVocabulary | None = None,
+    tokenizer: TextTokenizer | None = None,
 ) -> LanguageModel:
     """As `load_llm`, also of an adapter's folder.
 
@@ -261,6 +264,7 @@ def load_llm_or_adapter(
             dtype=dtype,
             quantization=quantization,
             vocabulary=vocabulary,
+            tokenizer=tokenizer,
         )
 
     # 1. The base.
@@ -277,16 +281,12 @@ def load_llm_or_adapter(
             f"this disk; correct it, or {merge}, with --base_model."
         )
     trained = read_trained(folder)
-    llama = load_base(base, trained, device=device, dtype=dtype)
+    llama = load_base(base, trained, tokenizer, device=device, dtype=dtype)
 
     # 2. The adapter.
     merge_into(llama, trained)
-    force_special_ids(llama)
-    if vocabulary is not None and llama.config.vocab_size != vocabulary.size:
-        raise CheckpointError(
-            f"{folder}: the model has {llama.config.vocab_size} words, but the tokenizer has "
-            f"{vocabulary.size}; they do not belong together."
-        )
+    if vocabulary is not None:
+        check_vocab_size(llama.config.vocab_size, vocabulary, str(folder))
     return llama.requires_grad_(False).eval()
 
 
@@ -299,13 +299,15 @@ def load_base(
     dtype: torch.dtype = torch.float32,
 ) -> LanguageModel:
     """The base, resized to the trained embeddings."""
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from transformers import AutoConfig, AutoModelForCausalLM
 
     # 1. The base, or of a fully trained model the sizes in its `agent.json`.
     if base is not None:
-        llama = load_llm(base, device=device, dtype=dtype)
+        llama = load_llm(base, device=device, dtype=dtype, tokenizer=tokenizer)
     elif trained.agent_config.get("llm"):
-        llama = LlamaForCausalLM(LlamaConfig(**trained.agent_config["llm"])).eval()
+        sizes = {"model_type": "llama", **trained.agent_config["llm"]}
+        llama = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes)).eval()
+        force_special_ids(llama, tokenizer)
         missing = [name for name, _ in llama.named_parameters() if name not in trained.full]
         if missing:
             raise CheckpointError(f"{trained.source}: {missing[0]!r} is missing from it.")
@@ -317,11 +319,8 @@ def load_base(
     # 2. The size of its vocabulary.
     default = llama.get_input_embeddings().weight
     vocab_size = min(len(trained.full.get(name, default)) for name in (EMBEDDING, HEAD))
-    if tokenizer is not None and vocab_size != tokenizer.vocabulary.size:
-        raise CheckpointError(
-            f"{trained.source}: has {vocab_size} words, but the tokenizer has "
-            f"{tokenizer.vocabulary.size}; they do not belong together."
-        )
+    if tokenizer is not None:
+        check_vocab_size(vocab_size, tokenizer.vocabulary, str(trained.source))
     if vocab_size != llama.config.vocab_size:
         llama.resize_token_embeddings(vocab_size, mean_resizing=False)
     return llama

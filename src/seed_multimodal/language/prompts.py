@@ -3,6 +3,7 @@
     vicuna (8B, nano)   USER: {user}\\nASSISTANT:{answer}\\nUSER: {user}\\nASSISTANT:…
     llama2 (14B)        [INST] {user} [/INST]\\n{answer}\\n[INST] {user} [/INST]\\n…
     plain (pretrained)  {concatenated content}
+    chat                the chat template of a hub tokenizer
 
 The prompt starts with `<s>` (`add_bos=True`); there is no end token between turns. An answer is a
 separate segment, as in the instruction-tuning data: "ASSISTANT:" followed by a segment starting
@@ -14,11 +15,14 @@ and inference share this function.
 
 from __future__ import annotations
 
+import os
+import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.language.text_tokenizer import Part
+from seed_multimodal.language.text_tokenizer import Part, TextTokenizer
+from seed_multimodal.language.vocabulary import Ids
 
 # "user" or "assistant", and texts and images (as codes) in order
 Turn = tuple[str, str | Sequence[Part]]
@@ -34,6 +38,9 @@ class PromptTemplate:
     separator: str
     system_prefix: str = ""
     system_suffix: str = ""
+
+    # Before the first user's turn without a system message.
+    default_opening: str = ""
 
     @property
     def turn_marker(self) -> str:
@@ -51,12 +58,18 @@ class PromptTemplate:
     def render(self, turns: Sequence[Turn], system: str = "") -> list[Part]:
         """Segments of a dialogue; after a user turn it ends where the answer starts."""
         segments: list[Part] = []
-        opening = f"{self.system_prefix}{system}{self.system_suffix}" if system else ""
+        opening = self.opening(system)
         for role, content in turns:
             segments += self.render_turn(role, content, opening)
             if role == "user":
                 opening = self.separator
         return segments
+
+    def opening(self, system: str = "") -> str:
+        """What precedes the first user's turn."""
+        if not system:
+            return self.default_opening
+        return f"{self.system_prefix}{system}{self.system_suffix}"
 
     def render_turn(self, role: str, content: str | Sequence[Part], opening: str) -> list[Part]:
         """Segments of one turn; `opening`: prefix of a user's."""
@@ -77,6 +90,103 @@ def merge_text(parts: Sequence[Part]) -> list[Part]:
     return merged
 
 
+@dataclass(frozen=True)
+class ChatTemplate(PromptTemplate):
+    """The chat template of a tokenizer, whose texts name special tokens.
+
+    An answer ends with a token, which the next turn begins with.
+    """
+
+    tokenizer: TextTokenizer = field(kw_only=True)
+
+    @classmethod
+    def of(cls, tokenizer: TextTokenizer) -> ChatTemplate:
+        """The texts around the contents of probes. Raises ConfigError: none, or irregular."""
+        # 1. A conversation with and without a system message, at its second question.
+        turns = [
+            {"role": "user", "content": _PROBES[0]},
+            {"role": "assistant", "content": _PROBES[1]},
+            {"role": "user", "content": _PROBES[2]},
+        ]
+        plain = tokenizer.render_chat(turns)
+        instructed = tokenizer.render_chat([{"role": "system", "content": _SYSTEM}, *turns])
+        pieces = _PROBE.split(plain)
+        system_pieces = _PROBE.split(instructed)
+        if len(pieces) != 4 or len(system_pieces) != 5:
+            raise ConfigError("The chat template drops, repeats or reorders messages.")
+
+        # 2. What opens both questions is a user's prefix, but for the token that ends an answer.
+        start, user_suffix, between, _ = pieces
+        system_prefix, system_suffix, *_ = system_pieces
+        texts, names = tokenizer.split(between)
+        after_end = between[len(texts[0]) + len(names[0]) :] if names else between
+        reverse = (start[::-1], after_end[::-1], system_suffix[::-1])
+        user_prefix = os.path.commonprefix(reverse)[::-1]
+        # It begins at a special token, where there is one.
+        texts, names = tokenizer.split(user_prefix)
+        if names:
+            user_prefix = user_prefix[len(texts[0]) :]
+        cut = -len(user_prefix) or None
+        template = cls(
+            "chat",
+            user_prefix,
+            user_suffix,
+            between[:cut],
+            _without_start(system_prefix, tokenizer),
+            system_suffix[:cut],
+            _without_start(start[:cut], tokenizer),
+            tokenizer=tokenizer,
+        )
+        if pieces[3] != user_suffix:
+            raise ConfigError("The chat template ends the first and the last question differently.")
+        return template
+
+    @property
+    def stop_sequences(self) -> tuple[str, ...]:
+        """None where the answer ends with one of the tokenizer's end tokens."""
+        _, names = self.tokenizer.split(self.separator)
+        ends = self.tokenizer.eos_token_ids
+        if any(self.tokenizer.encode(name)[0] in ends for name in names[:1]):
+            return ()
+        return super().stop_sequences
+
+    def render_turn(self, role: str, content: str | Sequence[Part], opening: str) -> list[Part]:
+        parts: list[Part] = [content] if isinstance(content, str) else list(content)
+        if role == "user":
+            before = self._control_parts(opening + self.user_prefix)
+            parts = [*before, *parts, *self._control_parts(self.user_suffix)]
+        return merge_text(parts)
+
+    def opening(self, system: str = "") -> str:
+        """As of all templates; names of special tokens in `system` are broken up."""
+        _, names = self.tokenizer.split(system)
+        for name in names:
+            system = system.replace(name, f"{name[0]} {name[1:]}")
+        return super().opening(system)
+
+    def _control_parts(self, text: str) -> list[Part]:
+        """A text with its special tokens as `Ids`."""
+        texts, names = self.tokenizer.split(text)
+        parts: list[Part] = []
+        for segment, name in zip(texts, names, strict=False):
+            parts += [segment, Ids(self.tokenizer.encode(name))]
+        return [*parts, texts[-1]]
+
+
+# Contents that no template changes, and that stand nowhere in it.
+_SYSTEM = "\u241fsystem\u241f"
+_PROBES = ("\u241ffirst\u241f", "\u241fanswer\u241f", "\u241fsecond\u241f")
+_PROBE = re.compile("\u241f[a-z]+\u241f")
+
+
+def _without_start(text: str, tokenizer: TextTokenizer) -> str:
+    """A beginning without the token that `add_bos` puts before it."""
+    texts, names = tokenizer.split(text)
+    if names and not texts[0] and tuple(tokenizer.encode(names[0])) == tuple(tokenizer.start_ids):
+        return text[len(names[0]) :]
+    return text
+
+
 TEMPLATES = {
     template.name: template
     for template in (
@@ -85,7 +195,8 @@ TEMPLATES = {
         PromptTemplate("plain", "", "", ""),
     )
 }
-TUNED_TEMPLATES = ("vicuna", "llama2")  # of instruction-tuned models
+CHAT = "chat"  # the chat template of the tokenizer
+TUNED_TEMPLATES = ("vicuna", "llama2", CHAT)  # of instruction-tuned models
 
 
 def template_for(hidden_size: int | None) -> str:
@@ -93,10 +204,13 @@ def template_for(hidden_size: int | None) -> str:
     return "llama2" if hidden_size == 5120 else "vicuna"
 
 
-def get_template(name: str) -> PromptTemplate:
-    """A template; raises `ConfigError` for an unknown name."""
+def get_template(name: str, tokenizer: TextTokenizer | None = None) -> PromptTemplate:
+    """A template by its name, or "chat": the tokenizer's. Raises ConfigError: there is none."""
+    if name == CHAT and tokenizer is not None:
+        return ChatTemplate.of(tokenizer)
     if name not in TEMPLATES:
-        raise ConfigError(f"Unknown prompt template {name!r}: use {', '.join(TEMPLATES)}.")
+        names = ", ".join((*TEMPLATES, CHAT))
+        raise ConfigError(f"Unknown prompt template {name!r}: use {names}.")
     return TEMPLATES[name]
 
 

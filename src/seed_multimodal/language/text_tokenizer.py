@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, TypedDict
 
 if TYPE_CHECKING:
     from seed_multimodal.language.vocabulary import ImageVocabulary
 
 Part = str | Sequence[int]  # a text, or the codes of an image
+HUB_TOKENIZER = "tokenizer.json"  # file of a tokenizer of transformers' fast kind
+
+
+class SpecialIds(TypedDict):
+    """Special ids in a language model's configuration."""
+
+    bos_token_id: int | None
+    eos_token_id: int | list[int]
+    pad_token_id: int | None
 
 
 class TextTokenizer(Protocol):
@@ -40,6 +49,22 @@ class TextTokenizer(Protocol):
     @property
     def start_ids(self) -> Sequence[int]:
         """What a sequence begins with: `bos_token_id`, or nothing."""
+
+    @property
+    def special_ids(self) -> SpecialIds:
+        """The ids for the configuration of the language model."""
+
+    @property
+    def strips_at_images(self) -> bool:
+        """Whether white space next to images is dropped, at inference and in training data."""
+
+    @property
+    def has_chat_template(self) -> bool:
+        """Whether `render_chat` works."""
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Messages (role and content) in the tokenizer's chat template, up to where an answer
+        begins; names of special tokens are in it."""
 
     # ---- text ⇄ ids
 

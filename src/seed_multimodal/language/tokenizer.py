@@ -19,7 +19,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -27,9 +27,9 @@ from typing import Any, Self
 import sentencepiece as spm
 
 from seed_multimodal.disk import read_json_object
-from seed_multimodal.errors import CheckpointError, CodesError, RequestError
+from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, RequestError
 from seed_multimodal.hub import SHIPPED_TOKENIZERS
-from seed_multimodal.language.text_tokenizer import Part
+from seed_multimodal.language.text_tokenizer import Part, SpecialIds
 from seed_multimodal.language.vocabulary import PATCH, Ids, ImageVocabulary, SeedXVocabulary
 
 # Files of a tokenizer folder.
@@ -70,6 +70,9 @@ class MultimodalTokenizer:
     pad_token_id = 0  # the original tokenizer pads with <unk>
     eos_token_ids = (eos_token_id,)
     start_ids = (bos_token_id,)
+    special_ids: SpecialIds = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
+    strips_at_images = True
+    has_chat_template = False
     names_image_tokens = True  # whether image tokens have names
 
     def __init__(self, files: TokenizerFiles) -> None:
@@ -102,6 +105,10 @@ class MultimodalTokenizer:
 
     def __len__(self) -> int:
         return self.vocabulary.size
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Raises ConfigError: there is no chat template."""
+        raise ConfigError("template chat: this tokenizer has no chat template.")
 
     def token_id(self, token: str) -> int:
         """Id of a token (`▁hell`, `<img_00005>`); `unk_token_id` if unknown."""

@@ -48,7 +48,7 @@ from seed_multimodal.language.messages import (
     user_message,
 )
 from seed_multimodal.language.prompts import PromptTemplate
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.models.registry import find_family
 from seed_multimodal.pipelines.answers import BATCH, ConversationGenerator
 from seed_multimodal.pipelines.config import SystemConfig
@@ -118,7 +118,7 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
     def __init__(
         self,
         config: SystemConfig,
-        tokenizer: MultimodalTokenizer,
+        tokenizer: TextTokenizer,
         llm: LanguageModel | None,
         images: ImageCodec,
         log: Log = None,

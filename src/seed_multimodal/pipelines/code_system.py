@@ -11,18 +11,17 @@ from typing import TYPE_CHECKING
 
 from torch import Tensor
 
-from seed_multimodal.errors import CheckpointError
 from seed_multimodal.images.io import ImageSource
 from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.generator import Task
 from seed_multimodal.inference.opening import TORCH, EngineOptions, outside_engine
 from seed_multimodal.inference.prompt import Prompt
 from seed_multimodal.language.answer import ImagePart
+from seed_multimodal.language.llm import check_vocab_size
 from seed_multimodal.language.lora import load_llm_or_adapter
 from seed_multimodal.language.messages import Codes, Message, is_image
 from seed_multimodal.language.prompts import PromptTemplate, Turn, get_template, merge_text
-from seed_multimodal.language.text_tokenizer import Part
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.text_tokenizer import Part, TextTokenizer
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.config import CodeSystemConfig
 from seed_multimodal.pipelines.images import ImageCodec, Log, Placement
@@ -52,23 +51,20 @@ class CodeSystem(MultimodalSystem):
     def __init__(
         self,
         config: CodeSystemConfig,
-        tokenizer: MultimodalTokenizer,
+        tokenizer: TextTokenizer,
         llm: LanguageModel | None,
         images: CodeCodec,
         log: Log = None,
         engine: BaseEngine | EngineOptions = EngineOptions(),  # noqa: B008 (frozen)
     ) -> None:
-        self.template = get_template(config.template)
+        self.template = get_template(config.template, tokenizer)
         super().__init__(config, tokenizer, llm, images, log, engine)
-        if llm is not None and llm.config.vocab_size != tokenizer.vocabulary.size:
-            raise CheckpointError(
-                f"{config.name}: the language model has {llm.config.vocab_size} words, but the "
-                f"tokenizer has {tokenizer.vocabulary.size}; they do not belong together."
-            )
+        if llm is not None:
+            check_vocab_size(llm.config.vocab_size, tokenizer.vocabulary, config.name)
 
     @staticmethod
     def load_language_model(
-        config: CodeSystemConfig, tokenizer: MultimodalTokenizer, placement: Placement
+        config: CodeSystemConfig, tokenizer: TextTokenizer, placement: Placement
     ) -> tuple[LanguageModel | None, BaseEngine | EngineOptions]:
         """The language model, with the options of its engine; or the engine that has it."""
         options = placement.engine
@@ -80,6 +76,7 @@ class CodeSystem(MultimodalSystem):
             dtype=placement.llm.dtype,
             quantization=placement.quantization,
             vocabulary=tokenizer.vocabulary,
+            tokenizer=tokenizer,
         )
         return llm, options
 

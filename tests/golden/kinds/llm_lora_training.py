@@ -58,6 +58,8 @@ def build(case: dict[str, Any], base: Path, weights: Tensors) -> Any:
     weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
+    from seed_multimodal.language.llm import LLAMA_IDS
+
     LlamaForCausalLM(LlamaConfig(**case["llm"], tie_word_embeddings=False)).save_pretrained(base)
     first = case["llm"]["vocab_size"]
     image_vocabulary = ImageVocabulary(
@@ -65,7 +67,7 @@ def build(case: dict[str, Any], base: Path, weights: Tensors) -> Any:
     )
     model = build_llm(
         LlmModelSettings(path=str(base), dtype="fp32", attention="sdpa", lora=case["lora"]),
-        SimpleNamespace(vocabulary=image_vocabulary),
+        SimpleNamespace(vocabulary=image_vocabulary, special_ids=LLAMA_IDS),
         "cpu",
     )
     # Newer peft calls q_proj.weight q_proj.base_layer.weight.
@@ -201,7 +203,7 @@ def check_merge(
     model: Any, base: Path, folder: Path, inputs: Tensors, want: Tensors, meta: dict[str, Any]
 ) -> None:
     """The merge of the base and the adapter's file."""
-    from seed_multimodal.language.llama import load_llm
+    from seed_multimodal.language.llm import load_llm
     from seed_multimodal.language.lora import merge_adapter
 
     adapter = save_adapter(model, folder / "adapter")

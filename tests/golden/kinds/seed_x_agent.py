@@ -35,8 +35,8 @@ from seed_multimodal.inference.engine import Engine
 from seed_multimodal.inference.image_constraints import ImageConstraints, ImageLogitsProcessor
 from seed_multimodal.inference.prompt import GenerationSettings, HiddenStates, Prompt
 from seed_multimodal.language.answer import AnswerReader, ImagePart
-from seed_multimodal.language.llama import ROTARY, force_special_ids
 from seed_multimodal.language.llama_tokenizer import LlamaTokenizer
+from seed_multimodal.language.llm import ROTARY, force_special_ids
 from seed_multimodal.language.prompts import SEED_X_TASKS
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.models.seed_x.processing import (

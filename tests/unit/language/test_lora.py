@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig, LlamaForCausalLM
 
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.language.llama import load_llm
+from seed_multimodal.language.llm import load_llm
 from seed_multimodal.language.lora import merge_adapter, merge_into, read_trained
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 

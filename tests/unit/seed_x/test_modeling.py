@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.language.llama import force_special_ids
+from seed_multimodal.language.llm import force_special_ids
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.models.seed_x.losses import TrainedAgent
 from seed_multimodal.models.seed_x.modeling import load_agent

@@ -356,7 +356,7 @@ def _tuned(project: Path) -> tuple[Any, Path]:
     """
     from peft import LoraConfig, get_peft_model
 
-    from seed_multimodal.language.llama import load_llm
+    from seed_multimodal.language.llm import load_llm
 
     node = load_yaml(project / "configs" / "clm_models" / "llm_seed_x_lora.yaml")
     fields = {

@@ -24,7 +24,7 @@ from seed_multimodal.data.decoders.base import Decoder, OptionValues, SeededRand
 from seed_multimodal.data.decoders.chat import Chat
 from seed_multimodal.data.decoders.features import FeatureDecoder
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.models.registry import families
 from seed_multimodal.settings import nearest
 
@@ -81,7 +81,7 @@ def opens_images(name: str) -> bool:
 
 
 def get_decoder(
-    name: str, tokenizer: MultimodalTokenizer, options: OptionValues | None = None
+    name: str, tokenizer: TextTokenizer, options: OptionValues | None = None
 ) -> Decoder:
     """The decoder with this name. Raises ConfigError: unknown name or option."""
     decoders = find_decoders()

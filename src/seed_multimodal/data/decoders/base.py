@@ -17,6 +17,7 @@ from typing import Any, ClassVar, TypeVar
 
 from seed_multimodal.data.formats.record import BadRecord, JsonObject, RecordFields, shorten
 from seed_multimodal.language.prompts import merge_text
+from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.settings import read_settings
@@ -92,10 +93,10 @@ class Decoder:
     name: ClassVar[str]
     learns_all: ClassVar[bool] = False  # every token is learned
     Options: ClassVar[type[DecoderOptions]] = DecoderOptions
-    Tokenizer: ClassVar[type[MultimodalTokenizer]] = MultimodalTokenizer
+    Tokenizer: ClassVar[type[MultimodalTokenizer] | None] = None  # None: any
     options: DecoderOptions  # an instance of `Options`
 
-    def __init__(self, tokenizer: MultimodalTokenizer, options: OptionValues) -> None:
+    def __init__(self, tokenizer: TextTokenizer, options: OptionValues) -> None:
         """Raises ConfigError: unknown option or wrong value."""
         self.options = read_settings(self.Options, options, f"decoder {self.name}")
         self.tokenizer = tokenizer
@@ -143,10 +144,9 @@ class Decoder:
 
     def _join(self, segmented: SegmentList) -> tuple[list[int], list[int]]:
         """Ids and labels of the segments between `<s>` and `</s>`."""
-        bos = self.tokenizer.bos_token_id
         eos = self.tokenizer.eos_token_id
-        ids = [bos]
-        labels = [bos if self.learns_all else IGNORE_INDEX]
+        ids = list(self.tokenizer.start_ids)
+        labels = list(ids) if self.learns_all else [IGNORE_INDEX] * len(ids)
         for segment in segmented.segments:
             segment_ids = self.encode(segment.parts)
             ids += segment_ids
@@ -173,6 +173,9 @@ class Decoder:
         for index, part in enumerate(merged):
             if not isinstance(part, str):
                 yield part, self.image_ids(part)
+                continue
+            if not self.tokenizer.strips_at_images:
+                yield part, self.tokenizer.encode(part)
                 continue
             # Neighbours of a merged text are images.
             text = part.lstrip() if index else part

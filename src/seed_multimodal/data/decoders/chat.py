@@ -11,6 +11,7 @@ end of a prompt before a learned answer, as at inference.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 
 from seed_multimodal.data.decoders.base import (
     Decoder,
@@ -23,8 +24,8 @@ from seed_multimodal.data.decoders.base import (
 )
 from seed_multimodal.data.formats.conversations import ContentPart
 from seed_multimodal.data.formats.record import BadRecord, RecordFields, shorten
-from seed_multimodal.language.prompts import TEMPLATES, get_template
-from seed_multimodal.language.vocabulary import IGNORE_INDEX
+from seed_multimodal.language.prompts import CHAT, TEMPLATES, PromptTemplate, get_template
+from seed_multimodal.language.vocabulary import IGNORE_INDEX, Ids
 from seed_multimodal.settings import setting
 
 
@@ -38,9 +39,13 @@ class Chat(Decoder):
 
     @dataclass(frozen=True)
     class Options(DecoderOptions):
-        template: str = setting("vicuna", choices=tuple(TEMPLATES))
+        template: str = setting("vicuna", choices=(*TEMPLATES, CHAT))
 
     options: Options
+
+    @cached_property
+    def template(self) -> PromptTemplate:
+        return get_template(self.options.template, self.tokenizer)
 
     def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
         # 1. The turns, with one view of each image.
@@ -53,7 +58,7 @@ class Chat(Decoder):
             turns.append((message["role"], parts))
 
         # 2. Parts of a shorter dialogue are a prefix of a longer one's: each turn adds the rest.
-        template = get_template(self.options.template)
+        template = self.template
         system = fields.get("system") or ""
         segments: list[Segment] = []
         for turn_index in range(len(turns)):
@@ -65,11 +70,10 @@ class Chat(Decoder):
 
     def _join(self, segmented: SegmentList) -> tuple[list[int], list[int]]:
         segments = segmented.segments
-        bos = self.tokenizer.bos_token_id
         eos = self.tokenizer.eos_token_id
-        has_separator = bool(get_template(self.options.template).turn_marker)
-        ids = [bos]
-        labels = [IGNORE_INDEX]
+        has_separator = bool(self.template.turn_marker)
+        ids = list(self.tokenizer.start_ids)
+        labels = [IGNORE_INDEX] * len(ids)
         for index, segment in enumerate(segments):
             previous = segments[index - 1] if index else None
             following = segments[index + 1] if index + 1 < len(segments) else None
@@ -87,8 +91,12 @@ class Chat(Decoder):
     ) -> list[int]:
         """Ids of a segment, a text without white space next to images."""
         (part,) = segment.parts  # see `_segment`
+        if isinstance(part, Ids):
+            return list(part)
         if not isinstance(part, str):
             return self.encode([part])
+        if not self.tokenizer.strips_at_images:
+            return self.tokenizer.encode_parts([part])
         if previous is not None and not isinstance(previous.parts[0], str):
             part = part.lstrip()
         # As at inference, white space at the end of a prompt stays.

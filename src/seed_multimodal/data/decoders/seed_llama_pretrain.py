@@ -27,7 +27,7 @@ from seed_multimodal.data.decoders.base import (
 from seed_multimodal.data.decoders.phrases import EDIT_PREFIX
 from seed_multimodal.data.formats.record import BadRecord, RecordFields, as_list
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.settings import setting
 
@@ -55,7 +55,7 @@ class Caption(Decoder):
 
     options: Options
 
-    def __init__(self, tokenizer: MultimodalTokenizer, options: OptionValues) -> None:
+    def __init__(self, tokenizer: TextTokenizer, options: OptionValues) -> None:
         """Raises ConfigError: as `Decoder`, or a template without a single `{}`."""
         super().__init__(tokenizer, options)
         self.templates = as_list(self.options.caption_prompt or "{}")

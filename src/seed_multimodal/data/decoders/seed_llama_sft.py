@@ -62,9 +62,9 @@ class TunedDecoder(Decoder):
 
         opening: what precedes the first question.
         """
-        template = get_template(self.options.template)
+        template = get_template(self.options.template, self.tokenizer)
         segments: list[Segment] = []
-        prefix = [template.user_prefix, *opening]
+        prefix = [template.default_opening + template.user_prefix, *opening]
         for question, answer in turns:
             prompt = [*prefix, *question, template.user_suffix]
             segments += [Segment(prompt, learned=False), Segment(answer)]
@@ -351,12 +351,11 @@ class TextConversation(Decoder):
             before = "USER: "
             after = f"{separator}ASSISTANT:"
         if isinstance(options, TunedTurnOptions) and options.template != "vicuna":
-            template = get_template(options.template)
+            template = get_template(options.template, self.tokenizer)
             before = template.user_prefix
             after = template.user_suffix
             separator = template.separator
-            if system:
-                system = f"{template.system_prefix}{system}{template.system_suffix}"
+            system = template.opening(system)
 
         # 2. The turns.
         segments: list[Segment] = []

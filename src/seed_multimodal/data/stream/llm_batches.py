@@ -47,7 +47,7 @@ from seed_multimodal.data.stream.mixture import (
 from seed_multimodal.data.stream.packing import best_fit, make_row
 from seed_multimodal.data.stream.views import BatchViews, join_views, on_device
 from seed_multimodal.errors import ConfigError, DataError
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.settings import changed_settings
 
@@ -311,7 +311,7 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
     def __init__(
         self,
         settings: LlmDataSettings,
-        tokenizer: MultimodalTokenizer,
+        tokenizer: TextTokenizer,
         *,
         rank: int = 0,
         world: int = 1,

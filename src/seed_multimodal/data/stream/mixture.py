@@ -25,7 +25,7 @@ from seed_multimodal.data.stream.packing import split_long
 from seed_multimodal.data.stream.sampler import EpochOrder, even_block
 from seed_multimodal.data.stream.views import ImageReader, SequenceViews
 from seed_multimodal.errors import DataError, pluralize
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 
 USABLE_WITHIN = 100  # records tried before a source is rejected
@@ -90,9 +90,7 @@ class DecodedRecord(NamedTuple):
 class OpenedSource:
     """One source of a mixture: files, decoder and sample order."""
 
-    def __init__(
-        self, settings: LlmDataSettings, index: int, tokenizer: MultimodalTokenizer
-    ) -> None:
+    def __init__(self, settings: LlmDataSettings, index: int, tokenizer: TextTokenizer) -> None:
         """Raises ConfigError: unknown decoder or option; DataError: missing files."""
         source = settings.sources[index]
         self.index = index
@@ -220,7 +218,7 @@ class OpenedSource:
 class Mixture:
     """The opened sources of an LLM's data, and the selection of one for each chunk."""
 
-    def __init__(self, settings: LlmDataSettings, tokenizer: MultimodalTokenizer) -> None:
+    def __init__(self, settings: LlmDataSettings, tokenizer: TextTokenizer) -> None:
         """Raises ConfigError: unknown decoder or option; DataError: missing or unreadable files."""
         self.settings = settings
         self.weights = settings.sampling_weights()

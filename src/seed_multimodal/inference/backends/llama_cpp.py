@@ -17,7 +17,7 @@ from seed_multimodal.errors import CheckpointError, ConfigError, GenerationError
 from seed_multimodal.inference.backends.base import NextTokens, PromptChunk
 from seed_multimodal.inference.kv_cache import CPU_BYTES, plan_cache
 from seed_multimodal.inference.prompt import Prompt
-from seed_multimodal.language.llama import llama_config
+from seed_multimodal.language.llm import llama_config
 from seed_multimodal.language.vocabulary import ImageVocabulary
 
 BYTES_PER_VALUE = 2  # keys and values are float16

@@ -17,6 +17,7 @@ from seed_multimodal.inference.backends.attention import AttentionMasks
 from seed_multimodal.inference.backends.base import NextTokens, PromptChunk
 from seed_multimodal.inference.kv_cache import KVCache, default_budget, plan_cache
 from seed_multimodal.inference.prompt import ImageFeatures, Prompt
+from seed_multimodal.language.llm import output_scores
 
 if TYPE_CHECKING:
     from seed_multimodal.language.llm import LanguageModel, LanguageModelConfig
@@ -69,7 +70,6 @@ class TorchBackend:
         self._offload_device = device
         self.keeps_cache = device is None
         self._embed_features = embed_features
-        self._softcap: float | None = getattr(llm.config, "final_logit_softcapping", None)
 
         # The cache: `cache_bytes` hold rows of all layers' keys and values.
         if cache_bytes is None:
@@ -254,10 +254,7 @@ class TorchBackend:
         )
         rows = torch.arange(len(last), device=last.device)
         state = output.last_hidden_state[rows, last]
-        scores = self.llm.get_output_embeddings()(state).float()
-        if self._softcap is not None:
-            scores = torch.tanh(scores / self._softcap) * self._softcap
-        return scores, state
+        return output_scores(self.llm, state), state
 
 
 def _context(config: LanguageModelConfig) -> int:

@@ -27,8 +27,8 @@ from seed_multimodal.inference.batching import ResultCache
 from seed_multimodal.inference.opening import (
     COMPLETION_SERVER,
 )
+from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
 from seed_multimodal.language.messages import Codes, is_codes
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.models.seed.checkpoints import saved_config
 from seed_multimodal.models.seed.configuration import Seed1Config
 from seed_multimodal.models.seed.diffusion import UnclipDetokenizer, UnclipSettings
@@ -228,7 +228,7 @@ class SeedLlama(CodeSystem):
         if placement.engine.name != COMPLETION_SERVER:
             required.append("llm")
         config.require(*required)
-        tokenizer = MultimodalTokenizer.from_pretrained(config.path("tokenizer"))
+        tokenizer = load_text_tokenizer(config.path("tokenizer"))
         images = load_images(config, placement)
         llm, engine = cls.load_language_model(config, tokenizer, placement)
 

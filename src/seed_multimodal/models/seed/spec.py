@@ -11,7 +11,8 @@ from typing import Any, Self
 from seed_multimodal.disk import JsonObject, read_json_object
 from seed_multimodal.hub import ADAPTER_CONFIG, ORIGINAL_PARTS
 from seed_multimodal.language import prompts
-from seed_multimodal.language.prompts import ORIGINAL_TASKS, template_for
+from seed_multimodal.language.hub_tokenizer import has_chat_template
+from seed_multimodal.language.prompts import CHAT, ORIGINAL_TASKS, template_for
 from seed_multimodal.models.registry import FamilySpec, ModelCard, Training
 from seed_multimodal.pipelines.config import (
     CodeSystemConfig,
@@ -121,7 +122,8 @@ class SeedLlamaConfig(CodeSystemConfig):
         config = cls.of_original("8b")
         sizes = paths.get("llm", checkpoint) / "config.json"
         if sizes.is_file():
-            config.template = template_for(read_json_object(sizes).get("hidden_size"))
+            tokenizer = paths.get("tokenizer", config.tokenizer)
+            config.template = _template(tokenizer, read_json_object(sizes))
         return config
 
     @classmethod
@@ -130,7 +132,7 @@ class SeedLlamaConfig(CodeSystemConfig):
         llm_sizes = _read_sizes(paths.get("llm"))
         tokenizer_sizes = _read_sizes(paths.get("tokenizer"))
         return {
-            "template": template_for(llm_sizes.get("hidden_size")),
+            "template": _template(paths.get("tokenizer"), llm_sizes),
             "transform": dict(BICUBIC),
             "image_size": tokenizer_sizes.get("vit", {}).get("image_size", 224),
         }
@@ -161,6 +163,13 @@ def _is_image_tokenizer(path: Path, model_type: str | None) -> bool:
     if path.suffix in (".pt", ".pth", ".bin", ".safetensors"):
         return True
     return any(any(path.glob(f"{name}.*")) for name in ("seed_quantizer", "causal_qformer"))
+
+
+def _template(tokenizer: Path | None, llm_sizes: JsonObject) -> str:
+    """The chat template of a hub tokenizer, else by the width of the language model."""
+    if tokenizer is not None and has_chat_template(tokenizer):
+        return CHAT
+    return template_for(llm_sizes.get("hidden_size"))
 
 
 def _read_sizes(folder: Path | None) -> JsonObject:

@@ -129,7 +129,7 @@ class SeedXDecoder(FeatureDecoder):
 
     def _fill(self, sequence: ImageSequence, segmented: SegmentList) -> None:
         eos = self.tokenizer.eos_token_id
-        self.add(sequence, [self.tokenizer.bos_token_id], [IGNORE_INDEX])
+        self.add(sequence, self.tokenizer.start_ids, [IGNORE_INDEX])
         for segment in segmented.segments:
             for part, ids in self.encode_each(segment.parts):
                 if isinstance(part, str):

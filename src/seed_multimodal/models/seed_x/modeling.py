@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.errors import DataError
-from seed_multimodal.language.llama import ROTARY
+from seed_multimodal.language.llm import ROTARY
 from seed_multimodal.nn.vision.qwen import Resampler, position_features
 from seed_multimodal.settings import setting
 from seed_multimodal.weights import LoadReport, assign_strictly, load_checkpoint

@@ -27,7 +27,7 @@ from seed_multimodal.inference.generator import Task
 from seed_multimodal.inference.opening import EngineOptions
 from seed_multimodal.inference.prompt import HiddenStates, Prompt, PromptImage
 from seed_multimodal.language.answer import Answer, ImagePart
-from seed_multimodal.language.llama import load_llm
+from seed_multimodal.language.llm import load_llm
 from seed_multimodal.language.lora import load_base, merge_into, read_trained
 from seed_multimodal.language.messages import (
     Images,

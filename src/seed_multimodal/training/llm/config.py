@@ -13,8 +13,9 @@ from seed_multimodal.config import from_compat, project_root
 from seed_multimodal.device import DTYPES
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.language.llama import BITSANDBYTES
-from seed_multimodal.language.prompts import TUNED_TEMPLATES, template_for
+from seed_multimodal.language.hub_tokenizer import has_chat_template
+from seed_multimodal.language.llm import BITSANDBYTES
+from seed_multimodal.language.prompts import CHAT, TUNED_TEMPLATES, template_for
 from seed_multimodal.settings import check_settings, read_settings, setting
 from seed_multimodal.training.config import ConfigNode, RunTrainerSettings
 
@@ -152,10 +153,13 @@ def project_path(path: str | Path) -> Path:
     return next((candidate for candidate in candidates if candidate.exists()), path)
 
 
-def template_of(model: LlmModelSettings) -> str:
-    """The prompt template of a model: configured, or by its width, as at inference."""
+def template_of(model: LlmModelSettings, tokenizer: Path | None = None) -> str:
+    """The prompt template of a model: configured, else as at inference that of a hub tokenizer, or
+    by the model's width."""
     if model.template:
         return model.template
+    if tokenizer is not None and has_chat_template(tokenizer):
+        return CHAT
     sizes = model.sizes or {}
     config = project_path(str(model.path)) / "config.json"
     if model.path is not None and config.is_file():

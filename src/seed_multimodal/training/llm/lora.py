@@ -49,12 +49,16 @@ ADAPTER_HEAD = "base_model.model.lm_head.weight"
 TARGET_MODULES = ("q_proj", "v_proj", "k_proj", "o_proj", "gate_proj", "down_proj", "up_proj")
 # Order matters: PEFT assigns a name to the first entry it contains, and `norm` is part of two
 # others.
+EMBEDDINGS = ("embed_tokens", "lm_head")
+ALL_LINEAR = "all-linear"  # PEFT's name of all linear layers but the head
 MODULES_TO_SAVE = ("embed_tokens", "lm_head", "input_layernorm", "post_attention_layernorm", "norm")
 
 
 def add_lora(llama: LlamaForCausalLM, fields: Mapping[str, Any], seed: int = 0) -> PeftModel:
-    """Wrap a LLaMA in a `PeftModel`, in place. Missing `fields` of `peft.LoraConfig` have the
-    original's values.
+    """Wrap a language model in a `PeftModel`, in place.
+
+    Missing `fields` of `peft.LoraConfig` have the original's values; models other than LLaMA get
+    matrices at all linear layers, and trained copies of the embeddings.
 
     Raises ConfigError: unknown or invalid fields.
     """
@@ -70,6 +74,9 @@ def add_lora(llama: LlamaForCausalLM, fields: Mapping[str, Any], seed: int = 0) 
         "target_modules": list(TARGET_MODULES),
         "modules_to_save": list(MODULES_TO_SAVE),
     }
+    if llama.config.model_type != "llama":  # other models have other layers
+        values["target_modules"] = ALL_LINEAR
+        values["modules_to_save"] = list(EMBEDDINGS)
     for key, value in fields.items():
         values[key] = list(value) if isinstance(value, list | tuple) else value
 

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from seed_multimodal.language.llm import output_scores
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 
 if TYPE_CHECKING:
@@ -137,14 +138,19 @@ def learned_targets(labels: Tensor, position_ids: Tensor | None) -> Tensor:
 
 
 def find_llama(model: nn.Module) -> LlamaForCausalLM:
-    """The `LlamaForCausalLM` inside wrappers of PEFT, torch.compile or an engine (LoRA layers stay
-    in it)."""
+    """The causal language model inside wrappers of PEFT, torch.compile or an engine (LoRA layers
+    stay in it).
+
+    Raises TypeError: none with transformers' usual names, `model.layers` and `lm_head`.
+    """
     for module in model.modules():
         # Looked up in `_modules`, because PEFT's wrappers forward attribute access to the wrapped
         # module.
         if "lm_head" in module._modules and hasattr(module._modules.get("model"), "layers"):
             return module
-    raise TypeError(f"{type(model).__name__} contains no LLaMA.")
+    raise TypeError(
+        f"{type(model).__name__} contains no language model with model.layers and lm_head."
+    )
 
 
 def use_attention(llama: LlamaForCausalLM, packed: bool) -> None:
@@ -210,7 +216,7 @@ def _learned_states(
         position_ids = position_ids.expand(shape).reshape(1, -1)
         if embeds is not None:
             embeds = embeds.reshape(1, -1, embeds.shape[-1])
-    output = llama.model(
+    output = llama.get_decoder()(
         input_ids=input_ids if embeds is None else None,
         inputs_embeds=embeds,
         position_ids=position_ids,
@@ -249,13 +255,12 @@ def _token_losses(
     llama: LlamaForCausalLM, hidden: Tensor, targets: Tensor, max_logits: int
 ) -> Tensor:
     """Cross-entropy of each learned token `[T]`, fp32."""
-    head = llama.lm_head
     chunk_size = max(64, max_logits // int(llama.config.vocab_size))
     if len(targets) <= chunk_size:
-        return _head_losses(head, hidden, targets)
+        return _head_losses(llama, hidden, targets)
     # Only one chunk's logits exist at a time: the backward pass computes them again.
     losses = [
-        checkpoint(_head_losses, head, states, chunk_targets, use_reentrant=False)
+        checkpoint(_head_losses, llama, states, chunk_targets, use_reentrant=False)
         for states, chunk_targets in zip(
             hidden.split(chunk_size), targets.split(chunk_size), strict=True
         )
@@ -263,5 +268,5 @@ def _token_losses(
     return torch.cat(losses)
 
 
-def _head_losses(head: nn.Module, hidden: Tensor, targets: Tensor) -> Tensor:
-    return F.cross_entropy(head(hidden).float(), targets, reduction="none")
+def _head_losses(llama: LlamaForCausalLM, hidden: Tensor, targets: Tensor) -> Tensor:
+    return F.cross_entropy(output_scores(llama, hidden), targets, reduction="none")

@@ -163,9 +163,12 @@ def token_flops(model: nn.Module, length: float) -> TokenFlops:
             flop = TRAINED_FLOP if parameter.requires_grad else FROZEN_FLOP
             body += flop * _matrix_size(parameter)
 
-    is_head_trained = any(parameter.requires_grad for parameter in llama.lm_head.parameters())
+    is_head_trained = any(
+        parameter.requires_grad for parameter in llama.get_output_embeddings().parameters()
+    )
     head_flop = TRAINED_FLOP if is_head_trained else FROZEN_FLOP
-    width = config.num_attention_heads * llama.model.layers[0].self_attn.head_dim
+    n_heads = config.num_attention_heads
+    width = n_heads * (getattr(config, "head_dim", None) or config.hidden_size // n_heads)
     return TokenFlops(
         body=body,
         head=head_flop * config.vocab_size * config.hidden_size,

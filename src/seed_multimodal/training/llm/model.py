@@ -19,8 +19,14 @@ from torch import Tensor, nn
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.hub import portable_path
-from seed_multimodal.language.llama import BOS, EOS, PAD, force_special_ids, load_llm
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.llm import (
+    LLAMA,
+    MAX_PADDING,
+    force_special_ids,
+    load_llm,
+    output_scores,
+)
+from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.settings import check_keys
 from seed_multimodal.training.llm.config import (
     ATTENTIONS,
@@ -46,7 +52,7 @@ if TYPE_CHECKING:
 
 def build_llm(
     settings: LlmModelSettings,
-    tokenizer: MultimodalTokenizer,
+    tokenizer: TextTokenizer,
     device: str | torch.device,
     precision: str | None = None,
     *,
@@ -69,11 +75,12 @@ def build_llm(
     # 1. The base, with a row for each token.
     llama = _load_base(settings, tokenizer, load_device, sharded)
     has_new_rows = int(llama.config.vocab_size) < tokenizer.vocabulary.size
-    force_special_ids(llama)
+    force_special_ids(llama, tokenizer)
+    _check_head(llama)
     fit_vocabulary(llama, tokenizer, settings.seed, settings.embedding_init)
     is_half = (precision or settings.dtype) != "fp32"
     _set_attention(llama, settings.attention, device, is_half)
-    llama.model.register_forward_pre_hook(add_packed_lengths, with_kwargs=True)
+    llama.get_decoder().register_forward_pre_hook(add_packed_lengths, with_kwargs=True)
 
     # 2. The trained weights: all, or LoRA and whole modules.
     model: nn.Module = llama
@@ -99,7 +106,7 @@ def build_llm(
     if settings.quantization is None:  # bitsandbytes has placed a quantized base
         model.to(load_device)
     if settings.compile:
-        for layer in llama.model.layers:
+        for layer in llama.get_decoder().layers:
             layer.compile()
     return model.train()
 
@@ -118,13 +125,13 @@ def _with_adapter(settings: LlmModelSettings) -> LlmModelSettings:
 
 
 def _load_base(
-    settings: LlmModelSettings, tokenizer: MultimodalTokenizer, device: torch.device, sharded: bool
+    settings: LlmModelSettings, tokenizer: TextTokenizer, device: torch.device, sharded: bool
 ) -> LlamaForCausalLM:
-    """The LLaMA without adapters; in fp32 if fully trained, as in its files if `sharded`."""
+    """The model without adapters; in fp32 if fully trained, as in its files if `sharded`."""
     dtype_name = "fp32" if settings.lora is None else settings.dtype or "bf16"
     dtype = DTYPES[dtype_name]
     if settings.sizes is not None:
-        llama = _random_llama(settings.sizes, tokenizer.vocabulary.size, settings.seed)
+        llama = _random_llm(settings.sizes, tokenizer, settings.seed)
         return llama.to(dtype)
     folder = project_path(str(settings.path))
     llama = load_llm(
@@ -132,31 +139,51 @@ def _load_base(
         device=device,
         dtype="auto" if sharded else dtype,
         quantization=settings.quantization,
+        tokenizer=tokenizer,
     )
     llama.name_or_path = portable_path(folder)  # PEFT writes it into adapter_config.json
     return llama
 
 
-def _random_llama(sizes: Mapping[str, Any], vocab_size: int, seed: int) -> LlamaForCausalLM:
-    """A LLaMA with random weights. Raises ConfigError: invalid fields of `LlamaConfig`."""
-    from huggingface_hub.errors import StrictDataclassError
-    from transformers import LlamaConfig, LlamaForCausalLM
+def _random_llm(sizes: Mapping[str, Any], tokenizer: TextTokenizer, seed: int) -> LlamaForCausalLM:
+    """A model with random weights, by default a LLaMA.
 
-    check_keys(sizes, list(inspect.signature(LlamaConfig.__init__).parameters)[1:], "sizes")
+    sizes: fields of its configuration; `model_type` chooses another architecture.
+    Raises ConfigError: invalid fields.
+    """
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import CONFIG_MAPPING, AutoModelForCausalLM
+
+    model_type = sizes.get("model_type", LLAMA)
+    if model_type not in CONFIG_MAPPING:
+        raise ConfigError(f"sizes: model_type {model_type!r} is no model of transformers.")
+    config_class = CONFIG_MAPPING[model_type]
+    names = list(inspect.signature(config_class.__init__).parameters)[1:]
+    check_keys(sizes, [*names, "model_type"], "sizes")
     # The tokenizer determines the vocabulary.
-    fields = {
-        **sizes,
-        "bos_token_id": BOS,
-        "eos_token_id": EOS,
-        "pad_token_id": PAD,
-        "vocab_size": vocab_size,
-    }
+    fields = {**sizes, **tokenizer.special_ids, "vocab_size": tokenizer.vocabulary.size}
+    fields.pop("model_type", None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return LlamaForCausalLM(LlamaConfig(**fields))
+            return AutoModelForCausalLM.from_config(config_class(**fields))
         except (TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:
             raise ConfigError(f"sizes: {' '.join(str(error).split())}") from error
+
+
+@torch.no_grad()
+def _check_head(llama: LlamaForCausalLM) -> None:
+    """Raise ConfigError if a model's scores are not those that the loss computes."""
+    if llama.config.model_type == LLAMA:
+        return
+    ids = torch.arange(2, 6, device=llama.get_input_embeddings().weight.device)[None]
+    states = llama.get_decoder()(input_ids=ids, use_cache=False).last_hidden_state
+    expected = llama(input_ids=ids, use_cache=False).logits.float()
+    if not torch.allclose(output_scores(llama, states), expected, rtol=0.05, atol=0.05):
+        raise ConfigError(
+            f"model: the head of a {llama.config.model_type} does more than a matrix product; such "
+            "models cannot be trained."
+        )
 
 
 def _set_attention(llama: LlamaForCausalLM, name: str, device: torch.device, is_half: bool) -> None:
@@ -228,7 +255,7 @@ def attention_kind(name: str, device: torch.device, packed: bool = True, half: b
 
 def fit_vocabulary(
     llama: LlamaForCausalLM,
-    tokenizer: MultimodalTokenizer,
+    tokenizer: TextTokenizer,
     seed: int = 0,
     embedding_init: str = "normal",
 ) -> None:
@@ -239,7 +266,7 @@ def fit_vocabulary(
     """
     vocabulary = tokenizer.vocabulary
     rows = int(llama.config.vocab_size)
-    if rows == vocabulary.size:
+    if 0 <= rows - vocabulary.size <= MAX_PADDING:
         return
     if not vocabulary.n_text <= rows < vocabulary.size:
         raise ConfigError(

@@ -13,7 +13,7 @@ from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.disk import replace_text
 from seed_multimodal.inference.image_constraints import ImageConstraints, ImageLogitsProcessor
 from seed_multimodal.language.answer import Answer, AnswerReader
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.training.llm.loss import use_attention
 
 if TYPE_CHECKING:
@@ -26,7 +26,7 @@ MAX_NEW_TOKENS = 48
 def write_samples(
     file: Path,
     llama: LlamaForCausalLM,
-    tokenizer: MultimodalTokenizer,
+    tokenizer: TextTokenizer,
     batch: LlmBatch,
     embeds: Tensor,
 ) -> str:
@@ -49,13 +49,11 @@ def write_samples(
     return text
 
 
-def _display(tokenizer: MultimodalTokenizer, ids: list[int]) -> str:
+def _display(tokenizer: TextTokenizer, ids: list[int]) -> str:
     return str(Answer(AnswerReader(tokenizer).read_all(ids).parts))
 
 
-def greedy_answer(
-    llama: LlamaForCausalLM, tokenizer: MultimodalTokenizer, embeds: Tensor
-) -> list[int]:
+def greedy_answer(llama: LlamaForCausalLM, tokenizer: TextTokenizer, embeds: Tensor) -> list[int]:
     """Greedy continuation of input embeddings `[n, D]`, with well-formed images.
 
     By transformers, since the model that is trained changes between two samples.
@@ -76,7 +74,7 @@ def greedy_answer(
     return answer
 
 
-def prompt_spans(batch: LlmBatch, tokenizer: MultimodalTokenizer) -> list[tuple[int, int, int]]:
+def prompt_spans(batch: LlmBatch, tokenizer: TextTokenizer) -> list[tuple[int, int, int]]:
     """Positions in the flattened batch of each sequence with targets: start, first target, end.
 
     A target image at the beginning belongs to the prompt.
@@ -111,7 +109,7 @@ def record_embeds(llama: LlamaForCausalLM) -> Iterator[list[Tensor]]:
     def record(decoder: nn.Module, inputs: Any, arguments: dict[str, Any]) -> None:
         inputs_embeds = arguments.get("inputs_embeds")
         if inputs_embeds is None:
-            inputs_embeds = decoder.embed_tokens(arguments["input_ids"])
+            inputs_embeds = llama.get_input_embeddings()(arguments["input_ids"])
         embeds.append(inputs_embeds)
 
     with llama.model.register_forward_pre_hook(record, with_kwargs=True):

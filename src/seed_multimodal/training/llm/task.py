@@ -25,6 +25,7 @@ from seed_multimodal.data.stream.config import (
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
 from seed_multimodal.device import DTYPES, peak_tflops
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.pipelines.config import DEFAULT_FAMILY, record_base
@@ -77,7 +78,7 @@ class LlmRunSettings(RunSettings):
 
     def __post_init__(self) -> None:
         self.model = adapt_to_run(self.model, self.trainer, self.deepspeed is not None)
-        template = template_of(self.model)
+        template = template_of(self.model, self.tokenizer.folder)
         self.data = with_template(self.data, template)
         if self.eval_data is not None:
             self.eval_data = with_template(self.eval_data, template)
@@ -92,7 +93,7 @@ class LlmTask(RunTask):
     meter: TokenMeter
     start_hint = "model.adapter, or model.path"
     family = DEFAULT_FAMILY  # of systems with its checkpoints
-    tokenizer_kind: type[MultimodalTokenizer] = MultimodalTokenizer
+    tokenizer_kind: type[MultimodalTokenizer] | None = None  # None: by the folder's files
     run_type: ClassVar[type[RunSettings]] = LlmRunSettings
     settings_readers: ClassVar[Mapping[str, Callable[[ConfigNode, str], object]]] = {
         "model": read_model_settings,
@@ -106,7 +107,10 @@ class LlmTask(RunTask):
         super().__init__(run, group, device)
         if self.settings.precision == "fp16" and device.type == "cpu":
             raise ConfigError("trainer: fp16 needs a GPU; use bf16 or fp32 on a CPU.")
-        self.tokenizer = self.tokenizer_kind.from_pretrained(run.tokenizer.folder)
+        load_tokenizer = load_text_tokenizer
+        if self.tokenizer_kind is not None:
+            load_tokenizer = self.tokenizer_kind.from_pretrained
+        self.tokenizer = load_tokenizer(run.tokenizer.folder)
 
         # 1. The loss.
         default_average = "tokens" if run.data.packing else "batch"

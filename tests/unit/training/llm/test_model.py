@@ -21,6 +21,7 @@ from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from seed_multimodal.config import load_yaml
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.language.llm import LLAMA_IDS
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.training.llm.config import LlmModelSettings, read_model_settings
 from seed_multimodal.training.llm.lora import (
@@ -49,7 +50,7 @@ SIZES = {
 }
 TEXT = 60
 CODES = 8
-TOKENIZER = SimpleNamespace(vocabulary=ImageVocabulary(TEXT, CODES, 4))
+TOKENIZER = SimpleNamespace(vocabulary=ImageVocabulary(TEXT, CODES, 4), special_ids=LLAMA_IDS)
 VOCAB_SIZE = TOKENIZER.vocabulary.size
 
 
@@ -416,7 +417,7 @@ def test_lora_on_a_quantised_base(bases: dict[str, Path], tmp_path, quantization
 
 
 def test_build_llm_with_another_vocabulary_fails(bases: dict[str, Path]):
-    other = SimpleNamespace(vocabulary=ImageVocabulary(80, CODES, 4))
+    other = SimpleNamespace(vocabulary=ImageVocabulary(80, CODES, 4), special_ids=LLAMA_IDS)
     with pytest.raises(
         ConfigError, match="The model has 70 tokens, but the tokenizer has 80 text tokens"
     ):

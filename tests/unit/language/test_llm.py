@@ -14,9 +14,10 @@ import pytest
 import torch
 from repository import ROOT
 from safetensors.torch import load_file, save_file
+from tiny_llms import random_llm
 
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedWarning
-from seed_multimodal.language.llama import load_llm
+from seed_multimodal.language.llm import llama_config, load_llm
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary
 
@@ -66,6 +67,28 @@ def test_load_llm_sets_special_ids_and_keeps_weights(
     assert load_llm(llm_folder, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
+@pytest.mark.parametrize("architecture", ["qwen3", "smollm3", "mistral", "phi3", "gemma2"])
+def test_load_llm_of_other_architectures(architecture, tmp_path):
+    """Their special ids are those of the folder."""
+    saved = random_llm(architecture, 380, eos_token_id=[5, 6], bos_token_id=None)
+    saved.save_pretrained(tmp_path)
+    # Up to 1,024 rows behind the vocabulary are padding.
+    model = load_llm(tmp_path, vocabulary=ImageVocabulary(330, 24, 5))
+    assert type(model) is type(saved)
+    assert model.config.bos_token_id is None
+    assert model.generation_config.eos_token_id == [5, 6]
+    for name, value in saved.state_dict().items():
+        assert torch.equal(model.state_dict()[name], value)
+    with pytest.raises(CheckpointError, match="380 words, but the tokenizer has 426"):
+        load_llm(tmp_path, vocabulary=ImageVocabulary(400, 24, 5))
+
+
+def test_llama_config_of_another_architecture(tmp_path):
+    random_llm("qwen3", 380).save_pretrained(tmp_path)
+    with pytest.raises(CheckpointError, match="model_type is 'qwen3', not 'llama': llama.cpp"):
+        llama_config(tmp_path, None)
+
+
 def test_load_llm_of_bin_shards(changed: Callable[..., Path]):
     folder = changed()
     state = load_file(folder / "model.safetensors")
@@ -106,7 +129,7 @@ def test_load_llm_of_a_missing_model(tmp_path):
         with pytest.raises(CheckpointError, match=rf"huggingface\.co/AILab-CVC/{name} into "):
             load_llm(folder)
     with pytest.raises(
-        CheckpointError, match=r"contains no config\.json; give the folder of a LLaMA"
+        CheckpointError, match=r"contains no config\.json; give the folder of a language model"
     ):
         load_llm(tmp_path)
     with pytest.raises(CheckpointError, match="AILab-CVC/no-such-model") as caught:
@@ -117,7 +140,8 @@ def test_load_llm_of_a_missing_model(tmp_path):
 @pytest.mark.parametrize(
     ("config", "message"),
     [
-        ({"model_type": "gpt2"}, "model_type is 'gpt2'"),
+        ({"model_type": "gpt2"}, "missing from the file: 'transformer"),
+        ({"model_type": "no-such-model"}, "model_type 'no-such-model' is no model"),
         ({"vocab_size": 40194}, "40194 words, but the tokenizer has 356"),
         (
             {"intermediate_size": 48},

@@ -1,0 +1,291 @@
+"""`HubTokenizer`: a fast tokenizer of transformers, with image tokens behind its own tokens.
+
+    tokenizer = HubTokenizer.create("Qwen/Qwen3-0.6B", n_codes=8192, tokens_per_image=32)
+    tokenizer.save_pretrained(folder)
+
+Its folder has the hub's files (`tokenizer.json`, …) and `image_tokens.json` (the number of codes,
+the tokens of an image, and the tokens that end an answer). White space next to images stays.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Self
+
+from seed_multimodal.disk import read_json_object
+from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, first_line
+from seed_multimodal.hub import local_folder
+from seed_multimodal.language.text_tokenizer import HUB_TOKENIZER, Part, SpecialIds, TextTokenizer
+from seed_multimodal.language.tokenizer import MODEL, MultimodalTokenizer, plain_text
+from seed_multimodal.language.vocabulary import Ids, ImageVocabulary
+
+IMAGE_TOKENS = "image_tokens.json"
+CONFIG = "tokenizer_config.json"
+CHAT_TEMPLATE = "chat_template.jinja"
+GENERATION = "generation_config.json"
+# Files of a hub tokenizer that belong to it.
+FILES = (HUB_TOKENIZER, CONFIG, CHAT_TEMPLATE, "special_tokens_map.json", GENERATION)
+_IMAGE_TOKEN = re.compile(r"<img_[0-9]{5,}>|<img>|</img>")
+
+
+class HubTokenizer:
+    """Text and images → ids, as `TextTokenizer`.
+
+    end_ids: tokens that end an answer, the one of training data first.
+    """
+
+    strips_at_images = False
+
+    def __init__(
+        self, folder: Path, n_codes: int, tokens_per_image: int, end_ids: Sequence[int] = ()
+    ) -> None:
+        """Raises CheckpointError: the files cannot be read, or name no end of an answer."""
+        from tokenizers import Tokenizer
+        from transformers import PreTrainedTokenizerFast
+
+        # 1. Two tokenizers: of prompts, whose names of special tokens are these tokens, and of
+        #    texts, in which they are text.
+        self._folder = folder
+        try:
+            self._hub = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
+            self._plain = Tokenizer.from_str(self._hub.backend_tokenizer.to_str())
+        except Exception as error:  # noqa: BLE001 (damaged files raise many error types)
+            raise CheckpointError(
+                f"{folder}: the tokenizer cannot be read ({first_line(error)})."
+            ) from error
+        self._plain.encode_special_tokens = True
+        n_text = max(self._hub.get_vocab().values()) + 1
+        self.vocabulary = ImageVocabulary(n_text, n_codes, tokens_per_image)
+        self._image_ids = self.vocabulary.added_tokens
+        self._image_names = {id: name for name, id in self._image_ids.items()}
+
+        # 2. Special tokens.
+        added = self._hub.added_tokens_decoder.values()
+        special = [token.content for token in added if token.special]
+        names = sorted(special, key=len, reverse=True)
+        self._special_names = re.compile("|".join([_IMAGE_TOKEN.pattern, *map(re.escape, names)]))
+        self.eos_token_ids = tuple(end_ids)
+        if not self.eos_token_ids:
+            self.eos_token_ids = self._find_end_ids()
+        self.eos_token_id = self.eos_token_ids[0]
+        self.bos_token_id: int | None = self._hub.bos_token_id
+        # Only tokens that the tokenizer itself puts before a text.
+        first_ids = self._hub.backend_tokenizer.encode("").ids[:1]
+        self.start_ids = tuple(id for id in first_ids if id == self.bos_token_id)
+        pad = self._hub.pad_token_id
+        self.pad_token_id: int = self.eos_token_id if pad is None else pad
+
+    def _find_end_ids(self) -> tuple[int, ...]:
+        """The end of a turn in the chat template, the tokenizer's, and those of its model."""
+        ids: list[int] = []
+        if self.has_chat_template:
+            user = {"role": "user", "content": "a"}
+            turns = [user, {"role": "assistant", "content": "\u241f"}, user]
+            *_, after = self.render_chat(turns).split("\u241f")
+            texts, names = self.split(after)
+            if names and not texts[0].strip():
+                ids.append(self._token_id(names[0]))
+        if self._hub.eos_token_id is not None:
+            ids.append(self._hub.eos_token_id)
+        if (self._folder / GENERATION).is_file():
+            recorded = read_json_object(self._folder / GENERATION).get("eos_token_id") or []
+            ids += recorded if isinstance(recorded, list) else [recorded]
+        if not ids:
+            raise CheckpointError(
+                f"{self._folder / CONFIG}: has no eos_token, so that no answer would end."
+            )
+        return tuple(dict.fromkeys(ids))
+
+    # ---- files
+
+    @classmethod
+    def create(cls, source: str | Path, n_codes: int, tokens_per_image: int) -> Self:
+        """The tokenizer of a hub model's folder, or hub id, with new image tokens."""
+        folder = local_folder(source)
+        if folder is None or not (folder / HUB_TOKENIZER).is_file():
+            raise CheckpointError(f"{source}: has no {HUB_TOKENIZER}, the file of a hub tokenizer.")
+        return cls(folder, n_codes, tokens_per_image)
+
+    @classmethod
+    def from_pretrained(cls, folder: str | Path) -> Self:
+        """Load a folder. Raises CheckpointError: a missing or damaged file."""
+        file = Path(folder) / IMAGE_TOKENS
+        if not file.is_file():
+            raise CheckpointError(
+                f"{folder}: has {HUB_TOKENIZER}, but no {IMAGE_TOKENS} (n_codes, "
+                "tokens_per_image): HubTokenizer.create adds the image tokens."
+            )
+        values = read_json_object(file)
+        try:
+            sizes = (int(values["n_codes"]), int(values["tokens_per_image"]))
+            end_ids = [int(id) for id in values.get("eos_token_ids", [])]
+        except (KeyError, TypeError, ValueError) as error:
+            raise CheckpointError(f"{file}: is damaged ({error!r}).") from error
+        return cls(Path(folder), *sizes, end_ids)
+
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the hub's files and `image_tokens.json`."""
+        target = Path(folder)
+        target.mkdir(parents=True, exist_ok=True)
+        for name in FILES:
+            source = self._folder / name
+            if source.is_file() and source.resolve() != (target / name).resolve():
+                shutil.copyfile(source, target / name)
+        values = {
+            "n_codes": self.vocabulary.n_codes,
+            "tokens_per_image": self.vocabulary.tokens_per_image,
+            "eos_token_ids": list(self.eos_token_ids),
+        }
+        (target / IMAGE_TOKENS).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
+        return target
+
+    # ---- special tokens
+
+    def __len__(self) -> int:
+        return self.vocabulary.size
+
+    @property
+    def special_ids(self) -> SpecialIds:
+        ids = list(self.eos_token_ids)
+        return {
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": ids if len(ids) > 1 else ids[0],
+            "pad_token_id": self.pad_token_id,
+        }
+
+    def _token_id(self, name: str) -> int:
+        """Id of a special or image token."""
+        if name in self._image_ids:
+            return self._image_ids[name]
+        id: int = self._hub.convert_tokens_to_ids(name)
+        return id
+
+    @cached_property
+    def has_chat_template(self) -> bool:
+        """Whether the folder has a chat template."""
+        return bool(self._hub.chat_template)
+
+    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+        """Messages (role and content) in the chat template, up to where an answer begins."""
+        if not self.has_chat_template:
+            raise ConfigError(f"{self._folder}: this tokenizer has no chat template.")
+        try:
+            text: str = self._hub.apply_chat_template(
+                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+            )
+        except Exception as error:  # noqa: BLE001 (jinja's errors, or raised by the template)
+            raise ConfigError(
+                f"{self._folder}: the chat template fails ({first_line(error)})."
+            ) from error
+        return text
+
+    # ---- text ⇄ ids
+
+    def encode(self, text: str, add_bos: bool = False) -> list[int]:
+        """A text → ids; names of special and image tokens in it become these tokens."""
+        texts, names = self.split(plain_text(text))
+        ids = list(self.start_ids) if add_bos else []
+        for segment, name in zip(texts, names, strict=False):
+            ids += [*self._encode_text(segment), self._token_id(name)]
+        return ids + self._encode_text(texts[-1])
+
+    def _encode_text(self, text: str) -> list[int]:
+        ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
+        return ids
+
+    def split(self, text: str) -> tuple[list[str], list[str]]:
+        """The segments around the names of special tokens in a text (one more), and these names."""
+        texts: list[str] = []
+        names: list[str] = []
+        start = 0
+        for match in self._special_names.finditer(text):
+            if _IMAGE_TOKEN.fullmatch(match[0]) and match[0] not in self._image_ids:
+                continue
+            texts.append(text[start : match.start()])
+            names.append(match[0])
+            start = match.end()
+        return [*texts, text[start:]], names
+
+    def encode_parts(
+        self, parts: Sequence[Part], strip: bool = True, add_bos: bool = False
+    ) -> list[int]:
+        """Texts, codes of images and `Ids` → ids; names of special tokens are plain text.
+
+        strip: has no effect.
+        """
+        ids = list(self.start_ids) if add_bos else []
+        for part in parts:
+            if isinstance(part, str):
+                ids += self._encode_text(plain_text(part))
+            elif isinstance(part, Ids):
+                ids += part
+            else:
+                ids += self.vocabulary.image_ids(part)
+        return ids
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
+        """Ids → text, with names of image tokens. Raises CodesError: an id outside."""
+        text = ""
+        segment: list[int] = []
+        for id in self._checked_ids(ids):
+            if id < self.vocabulary.n_text:
+                segment.append(id)
+                continue
+            text += self._decode_segment(segment, skip_special_tokens) + self._image_names[id]
+            segment = []
+        return text + self._decode_segment(segment, skip_special_tokens)
+
+    def _decode_segment(self, ids: list[int], skip_special_tokens: bool) -> str:
+        text: str = self._hub.decode(
+            ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
+        )
+        return text
+
+    def tokens(self, ids: Iterable[int]) -> list[str]:
+        """Ids → the name of each token. Raises CodesError: an id outside."""
+        names: list[str] = []
+        for id in self._checked_ids(ids):
+            names.append(self._image_names.get(id) or str(self._hub.convert_ids_to_tokens(id)))
+        return names
+
+    def _checked_ids(self, ids: Iterable[int]) -> list[int]:
+        """Ids as a list of ints. Raises CodesError: an id outside the vocabulary."""
+        checked = [int(id) for id in ids]
+        for id in checked:
+            if not 0 <= id < self.vocabulary.size:
+                raise CodesError(
+                    f"Token id {id} is outside the vocabulary of {self.vocabulary.size} tokens."
+                )
+        return checked
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For workers of data: the arguments, from which the tokenizer is built again."""
+        sizes = self.vocabulary
+        return {
+            "arguments": (self._folder, sizes.n_codes, sizes.tokens_per_image, self.eos_token_ids)
+        }
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__(*state["arguments"])  # type: ignore[misc]
+
+
+def load_text_tokenizer(folder: str | Path) -> TextTokenizer:
+    """The tokenizer of a folder: a hub tokenizer, or the original's SentencePiece model."""
+    path = Path(folder)
+    is_hub = (path / HUB_TOKENIZER).is_file() and not (path / MODEL).is_file()
+    if is_hub or (path / IMAGE_TOKENS).is_file():
+        return HubTokenizer.from_pretrained(path)
+    return MultimodalTokenizer.from_pretrained(path)
+
+
+def has_chat_template(folder: Path) -> bool:
+    """Whether a hub tokenizer's folder has a chat template."""
+    if (folder / CHAT_TEMPLATE).is_file():
+        return (folder / HUB_TOKENIZER).is_file()
+    config = folder / CONFIG
+    return config.is_file() and bool(read_json_object(config).get("chat_template"))
