@@ -202,7 +202,7 @@ def test_the_extra_demo_brings_what_the_backends_import():
         if source not in reached:
             reached.add(source)
             waiting += [paths[name] for name in imported(source) if name in paths]
-    assert {PACKAGE / "serving" / "app.py", PACKAGE / "language" / "llama.py"} <= reached
+    assert {PACKAGE / "serving" / "app.py", PACKAGE / "language" / "llm.py"} <= reached
     installed = {
         name_of(r)
         for r in [*project()["dependencies"], *project()["optional-dependencies"]["demo"]]

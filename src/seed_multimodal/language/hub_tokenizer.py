@@ -9,6 +9,7 @@ the tokens of an image, and the tokens that end an answer). White space next to 
 
 from __future__ import annotations
 
+import copy
 import json
 import re
 import shutil
@@ -45,7 +46,6 @@ class HubTokenizer:
         self, folder: Path, n_codes: int, tokens_per_image: int, end_ids: Sequence[int] = ()
     ) -> None:
         """Raises CheckpointError: the files cannot be read, or name no end of an answer."""
-        from tokenizers import Tokenizer
         from transformers import PreTrainedTokenizerFast
 
         # 1. Two tokenizers: of prompts, whose names of special tokens are these tokens, and of
@@ -53,7 +53,7 @@ class HubTokenizer:
         self._folder = folder
         try:
             self._hub = PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True)
-            self._plain = Tokenizer.from_str(self._hub.backend_tokenizer.to_str())
+            self._plain = copy.deepcopy(self._hub.backend_tokenizer)
         except Exception as error:  # noqa: BLE001 (damaged files raise many error types)
             raise CheckpointError(
                 f"{folder}: the tokenizer cannot be read ({first_line(error)})."
