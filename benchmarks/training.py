@@ -27,6 +27,7 @@ from shared import LLAMA_7B, Timed, benchmark_parser, compare, rounded, start, s
 from torch import Tensor, nn
 
 from seed_multimodal.device import Runtime, choose_device, peak_tflops
+from seed_multimodal.language.llm import LLAMA_IDS
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.models.seed.configuration import Seed2Config
 from seed_multimodal.models.seed.losses import Stage2Model
@@ -136,10 +137,9 @@ def llm_step(options: argparse.Namespace, runtime: Runtime, variant: str, rows: 
         gradient_checkpointing=variant != "kept",
         compile=variant not in ("plain", "packed"),
     )
+    tokenizer = SimpleNamespace(vocabulary=image_vocabulary, special_ids=LLAMA_IDS)
     with torch.device(runtime.device):  # drawing seven billion weights on a CPU takes minutes
-        model: Any = build_llm(
-            settings, SimpleNamespace(vocabulary=image_vocabulary), runtime.device
-        )
+        model: Any = build_llm(settings, tokenizer, runtime.device)
 
     def loss() -> Tensor:
         if not packing:

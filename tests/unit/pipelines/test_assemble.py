@@ -157,7 +157,7 @@ def test_assemble_with_wrong_settings_and_missing_parts(
     wrong = tmp_path / "settings.json"
     wrong.write_text('{"templat": "vicuna"}')
     assert assemble("seed-llama", out, **parts, settings=wrong) == 2
-    assert "system.json: unknown key 'templat'" in capsys.readouterr().err and not out.exists()
+    assert "--settings: unknown key 'templat'" in capsys.readouterr().err and not out.exists()
     assert assemble("seed-llama", out, **parts) == 0
     capsys.readouterr()
     assert main(["tokenize", str(FOX), "--model", str(out)]) == 0  # no language model is needed
