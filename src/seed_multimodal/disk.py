@@ -17,7 +17,7 @@ from typing import Any, BinaryIO
 
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedError, first_line
 
-JsonObject = dict[str, Any]  # an object of a JSON file
+JsonObject = dict[str, Any]  # an object of a JSON file, a state, or a record
 
 # Errors of a file system without locks, and of a full one.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)

@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from seed_multimodal.disk import read_json_object
-from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, first_line
+from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.hub import local_folder
 from seed_multimodal.language.text_tokenizer import HUB_TOKENIZER, Part, SpecialIds, TextTokenizer
 from seed_multimodal.language.tokenizer import MODEL, MultimodalTokenizer, plain_text
@@ -232,7 +232,7 @@ class HubTokenizer:
         """Ids → text, with names of image tokens. Raises CodesError: an id outside."""
         text = ""
         segment: list[int] = []
-        for id in self._checked_ids(ids):
+        for id in self.vocabulary.checked_ids(ids):
             if id < self.vocabulary.n_text:
                 segment.append(id)
                 continue
@@ -249,19 +249,9 @@ class HubTokenizer:
     def tokens(self, ids: Iterable[int]) -> list[str]:
         """Ids → the name of each token. Raises CodesError: an id outside."""
         names: list[str] = []
-        for id in self._checked_ids(ids):
+        for id in self.vocabulary.checked_ids(ids):
             names.append(self._image_names.get(id) or str(self._hub.convert_ids_to_tokens(id)))
         return names
-
-    def _checked_ids(self, ids: Iterable[int]) -> list[int]:
-        """Ids as a list of ints. Raises CodesError: an id outside the vocabulary."""
-        checked = [int(id) for id in ids]
-        for id in checked:
-            if not 0 <= id < self.vocabulary.size:
-                raise CodesError(
-                    f"Token id {id} is outside the vocabulary of {self.vocabulary.size} tokens."
-                )
-        return checked
 
     def __getstate__(self) -> dict[str, Any]:
         """For workers of data: the arguments, from which the tokenizer is built again."""

@@ -27,7 +27,7 @@ from typing import Any, Self
 import sentencepiece as spm
 
 from seed_multimodal.disk import read_json_object
-from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, RequestError
+from seed_multimodal.errors import CheckpointError, ConfigError, RequestError
 from seed_multimodal.hub import SHIPPED_TOKENIZERS
 from seed_multimodal.language.text_tokenizer import Part, SpecialIds
 from seed_multimodal.language.vocabulary import PATCH, Ids, ImageVocabulary, SeedXVocabulary
@@ -171,10 +171,10 @@ class MultimodalTokenizer:
         return ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """Ids → text, with names of image tokens; raises as `checked_ids`."""
+        """Ids → text, with names of image tokens. Raises CodesError: an id outside."""
         texts: list[str] = []
         segment: list[int] = []
-        for id in self.checked_ids(ids):
+        for id in self.vocabulary.checked_ids(ids):
             if skip_special_tokens and id in self._special_ids:
                 continue
             if id not in self._added_names:
@@ -204,19 +204,9 @@ class MultimodalTokenizer:
         return text + last_text
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
-        """Ids → tokens (`▁hell`, `<0x0A>`, `<img_00005>`); raises as `checked_ids`."""
+        """Ids → tokens (`▁hell`, `<0x0A>`, `<img_00005>`). Raises CodesError: an id outside."""
         names = self._added_names
-        return [names.get(id) or self._sp.IdToPiece(id) for id in self.checked_ids(ids)]
-
-    def checked_ids(self, ids: Iterable[int]) -> list[int]:
-        """Ids as a list of ints. Raises CodesError: an id outside the vocabulary."""
-        checked = [int(id) for id in ids]
-        for id in checked:
-            if not 0 <= id < self.vocabulary.size:
-                raise CodesError(
-                    f"Token id {id} is outside the vocabulary of {self.vocabulary.size} tokens."
-                )
-        return checked
+        return [names.get(id) or self._sp.IdToPiece(id) for id in self.vocabulary.checked_ids(ids)]
 
 
 def plain_text(text: str) -> str:

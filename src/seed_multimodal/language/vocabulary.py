@@ -100,6 +100,14 @@ class ImageVocabulary:
         """Ids that prompts have and answers do not."""
         return slice(0, 0)
 
+    def checked_ids(self, ids: Iterable[int]) -> list[int]:
+        """Ids as a list of ints. Raises CodesError: an id outside the vocabulary."""
+        checked = [int(id) for id in ids]
+        for id in checked:
+            if not 0 <= id < self.size:
+                raise CodesError(f"Token id {id} is outside the vocabulary of {self.size} tokens.")
+        return checked
+
     def is_code_id(self, id: int) -> bool:
         """Whether `id` is an image code."""
         return self.code_start <= id < self.code_start + self.n_codes

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 from seed_multimodal.errors import ConfigError, SeedWarning
 from seed_multimodal.language.prompts import DEFAULT_TASKS, TaskPrompts
-from seed_multimodal.plugins import registered
+from seed_multimodal.plugins import import_entry, registered
 from seed_multimodal.settings import nearest
 
 if TYPE_CHECKING:
@@ -133,10 +133,9 @@ def families() -> tuple[FamilySpec, ...]:
     specs: list[FamilySpec] = [pkgutil.resolve_name(name) for name in BUILT_IN]
     for entry in registered("families").values():
         try:
-            specs.append(entry.load())
-        except (ImportError, AttributeError) as error:
-            message = f"the family {entry.name} ({entry.value}) cannot be imported: {error}"
-            warnings.warn(message, SeedWarning, stacklevel=2)
+            specs.append(import_entry(entry))
+        except ConfigError as error:
+            warnings.warn(str(error), SeedWarning, stacklevel=2)
     _check_names(specs)
     return tuple(specs)
 

@@ -28,10 +28,17 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from seed_multimodal.disk import disk_reason, flush, read_json_object, replace_folder, writing
+from seed_multimodal.disk import (
+    JsonObject,
+    disk_reason,
+    flush,
+    read_json_object,
+    replace_folder,
+    writing,
+)
 from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.settings import changed_settings
-from seed_multimodal.training.config import ConfigNode, JsonObject, TrainerSettings
+from seed_multimodal.training.config import ConfigNode, TrainerSettings
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError
 from seed_multimodal.training.engine import OPTIMIZER_FILE, Engine, ZeroEngine
 from seed_multimodal.training.optimizers import Ema

@@ -17,10 +17,11 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
+from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.nn.quantizer import add_counts
 from seed_multimodal.settings import setting
-from seed_multimodal.training.config import JsonObject, StageSettings
+from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.metrics import Metrics
 from seed_multimodal.training.task import StageTask
 

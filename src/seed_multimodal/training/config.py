@@ -14,7 +14,6 @@ PRECISIONS = ("bf16", "fp16", "fp32")
 SCHEDULES = tuple(DECAYS)
 DEFAULT_TIMEOUT_MINUTES = 30.0  # default of `timeout_minutes`
 ConfigNode = Mapping[str, Any]  # a mapping of a resolved configuration (YAML, JSON)
-JsonObject = dict[str, Any]  # a state in a checkpoint, or a run's record
 
 
 @dataclass(kw_only=True)

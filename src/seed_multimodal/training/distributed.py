@@ -17,8 +17,9 @@ import torch
 import torch.distributed as dist
 
 from seed_multimodal.device import choose_device, is_out_of_memory
+from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError, SeedError, first_line
-from seed_multimodal.training.config import DEFAULT_TIMEOUT_MINUTES, JsonObject
+from seed_multimodal.training.config import DEFAULT_TIMEOUT_MINUTES
 
 STOPPED = 143  # exit code after SIGTERM: the step was finished and saved
 # Texts of torch's errors after another process has ended; they have no class of their own.

@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from seed_multimodal.device import DTYPES
+from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
-from seed_multimodal.training.config import ConfigNode, JsonObject, TrainerSettings
+from seed_multimodal.training.config import ConfigNode, TrainerSettings
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.optimizers import MuonWithAdamW
 from seed_multimodal.training.task import Task

@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from seed_multimodal.disk import replace_text, writing
+from seed_multimodal.disk import JsonObject, replace_text, writing
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.training.config import JsonObject, TrainerSettings
+from seed_multimodal.training.config import TrainerSettings
 from seed_multimodal.training.distributed import ProcessGroup
 
 if TYPE_CHECKING:

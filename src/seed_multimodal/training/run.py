@@ -12,13 +12,12 @@ from typing import Any, ClassVar, get_type_hints
 import torch
 from omegaconf import OmegaConf
 
-from seed_multimodal.disk import replace_text, writing
+from seed_multimodal.disk import JsonObject, replace_text, writing
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.progress import quiet_libraries
 from seed_multimodal.settings import check_keys, check_value, read_settings
 from seed_multimodal.training.config import (
     ConfigNode,
-    JsonObject,
     OptimSettings,
     RunTrainerSettings,
 )

@@ -13,9 +13,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.settings import check_settings
-from seed_multimodal.training.config import ConfigNode, JsonObject, StageSettings
+from seed_multimodal.training.config import ConfigNode, StageSettings
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.metrics import Meter, Metrics
 from seed_multimodal.training.optimizers import parameter_groups

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from seed_multimodal.disk import folder_lock, read_json_object, replace_text, writing
+from seed_multimodal.disk import JsonObject, folder_lock, read_json_object, replace_text, writing
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.settings import check_settings
 from seed_multimodal.training.checkpoint import (
@@ -27,7 +27,7 @@ from seed_multimodal.training.checkpoint import (
     settings_remark,
     warm_start,
 )
-from seed_multimodal.training.config import JsonObject, TrainerSettings
+from seed_multimodal.training.config import TrainerSettings
 from seed_multimodal.training.distributed import (
     STOPPED,
     ProcessGroup,

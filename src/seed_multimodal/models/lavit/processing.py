@@ -106,7 +106,7 @@ class LavitTokenizer(MultimodalTokenizer):
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
         """Ids → text."""
         n_pieces = self._sp.GetPieceSize()
-        text_ids = [id for id in self.checked_ids(ids) if id < n_pieces]
+        text_ids = [id for id in self.vocabulary.checked_ids(ids) if id < n_pieces]
         return super().decode(text_ids, skip_special_tokens)
 
     def text_ids(self, text: str) -> list[int]:

@@ -22,7 +22,7 @@ from seed_multimodal.config import from_compat
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.data.stream.views import INPUT_IMAGE, TARGET_IMAGE
 from seed_multimodal.device import DTYPES, copy_to
-from seed_multimodal.disk import read_json_object, replace_text
+from seed_multimodal.disk import JsonObject, read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import AGENT_CONFIG
 from seed_multimodal.models.seed_x.data import SeedXOptions
@@ -39,7 +39,7 @@ from seed_multimodal.nn.vision.qwen import (
 )
 from seed_multimodal.pipelines.config import record_base
 from seed_multimodal.settings import read_settings, setting
-from seed_multimodal.training.config import ConfigNode, JsonObject
+from seed_multimodal.training.config import ConfigNode
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.llm.config import project_path

@@ -13,7 +13,7 @@ from typing import NamedTuple
 from torch import Tensor, nn
 
 from seed_multimodal.data.stream.mixture import merge_counts
-from seed_multimodal.training.config import JsonObject
+from seed_multimodal.disk import JsonObject
 from seed_multimodal.training.llm.loss import find_llama
 from seed_multimodal.training.metrics import Meter, Metrics, sum_of
 

@@ -24,12 +24,13 @@ from seed_multimodal.data.stream.config import (
 )
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
 from seed_multimodal.device import DTYPES, peak_tflops
+from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.pipelines.config import DEFAULT_FAMILY, record_base
-from seed_multimodal.training.config import ConfigNode, JsonObject
+from seed_multimodal.training.config import ConfigNode
 from seed_multimodal.training.distributed import ProcessGroup, translate_errors
 from seed_multimodal.training.llm.config import (
     LlmModelSettings,

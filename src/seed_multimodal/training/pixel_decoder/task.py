@@ -34,12 +34,12 @@ from seed_multimodal.data.stream.sampler import MixedOrder
 from seed_multimodal.device import copy_to
 from seed_multimodal.diffusion.base import Detokenizer
 from seed_multimodal.diffusion.training import TrainedLayers
-from seed_multimodal.disk import atomic_folder
+from seed_multimodal.disk import JsonObject, atomic_folder
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import find_folder
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 from seed_multimodal.settings import setting
-from seed_multimodal.training.config import JsonObject, RunTrainerSettings
+from seed_multimodal.training.config import RunTrainerSettings
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError
 from seed_multimodal.training.engine import gather_full_weights
 from seed_multimodal.training.frozen_models import FrozenFeatures
