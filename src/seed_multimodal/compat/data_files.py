@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 from dataclasses import fields
 
-from seed_multimodal.data.decoders import find_decoders, opens_images
+from seed_multimodal.data.decoders import find_decoder, opens_images
 from seed_multimodal.data.formats.record import JsonObject, RecordFields
 from seed_multimodal.data.stream.config import LlmDataSettings, as_mapping
 from seed_multimodal.errors import ConfigError
@@ -118,7 +118,9 @@ def _source_keys(pipe: RecordFields, weight: float, label: str) -> JsonObject:
     if target not in BUILDERS:
         raise _unknown_target(target, label)
     name, format = BUILDERS[target]
-    options = find_decoders()[name].option_names()
+    decoder = find_decoder(name)
+    assert decoder is not None  # `BUILDERS` names ours
+    options = decoder.option_names()
     unused = [key for key in _UNUSED_KEYS if key not in options]
     feature_keys = ["image_dir", "dataset_name"] if opens_images(name) else []
     check_keys(pipe, [*_SOURCE_KEYS, *options, *unused, *feature_keys], label)

@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from seed_multimodal.config import load_yaml
-from seed_multimodal.data.decoders import find_decoders
+from seed_multimodal.data.decoders import find_decoder
 from seed_multimodal.data.decoders.base import SeededRandom
 from seed_multimodal.data.formats.layout import GROUP_CACHE_BYTES
 from seed_multimodal.data.formats.record import JsonObject
@@ -135,7 +135,7 @@ def check_sources(
     # 1. The tokenizer that the decoders need.
     load_tokenizer: Callable[[str], TextTokenizer] = load_text_tokenizer
     for source_settings in settings.sources:
-        decoder = find_decoders().get(source_settings.decoder)
+        decoder = find_decoder(source_settings.decoder)
         if decoder is not None and decoder.Tokenizer is not None:
             load_tokenizer = decoder.Tokenizer.from_pretrained
     tokenizer = load_tokenizer(tokenizer_dir)

@@ -33,7 +33,8 @@ __all__ = [
     "Decoder",
     "SeededRandom",
     "TrainingSequence",
-    "find_decoders",
+    "decoder_names",
+    "find_decoder",
     "get_decoder",
     "opens_images",
 ]
@@ -65,18 +66,28 @@ DECODERS: dict[str, type[Decoder]] = {
 }
 
 
-def find_decoders() -> dict[str, type[Decoder]]:
-    """All decoders by name: those above, then those of model families."""
-    decoders = dict(DECODERS)
+def decoder_names() -> list[str]:
+    """Names of all decoders: those above, then those of model families."""
+    names = list(DECODERS)
     for spec in families():
-        for name, path in spec.decoders.items():
-            decoders[name] = pkgutil.resolve_name(path)
-    return decoders
+        names += spec.decoders
+    return names
+
+
+def find_decoder(name: str) -> type[Decoder] | None:
+    """The decoder with this name; of a family's, no other is imported."""
+    if name in DECODERS:
+        return DECODERS[name]
+    for spec in families():
+        if name in spec.decoders:
+            decoder: type[Decoder] = pkgutil.resolve_name(spec.decoders[name])
+            return decoder
+    return None
 
 
 def opens_images(name: str) -> bool:
     """Whether the images of a decoder's records are opened, and encoded during training."""
-    decoder = find_decoders().get(name)
+    decoder = find_decoder(name)
     return decoder is not None and issubclass(decoder, FeatureDecoder)
 
 
@@ -84,10 +95,10 @@ def get_decoder(
     name: str, tokenizer: TextTokenizer, options: OptionValues | None = None
 ) -> Decoder:
     """The decoder with this name. Raises ConfigError: unknown name or option."""
-    decoders = find_decoders()
-    if name not in decoders:
-        names = sorted(decoders)
+    decoder = find_decoder(name)
+    if decoder is None:
+        names = sorted(decoder_names())
         raise ConfigError(
             f"unknown decoder {name!r}{nearest(name, names)}; use {', '.join(names)}."
         )
-    return decoders[name](tokenizer, options or {})
+    return decoder(tokenizer, options or {})

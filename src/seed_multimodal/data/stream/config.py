@@ -23,7 +23,7 @@ from pathlib import Path
 from omegaconf import DictConfig, OmegaConf
 
 from seed_multimodal.config import from_compat
-from seed_multimodal.data.decoders import find_decoders
+from seed_multimodal.data.decoders import find_decoder
 from seed_multimodal.data.formats.record import FieldValue, JsonObject, RecordFields
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.prompts import TUNED_TEMPLATES
@@ -124,7 +124,7 @@ def with_template(settings: LlmDataSettings, template: str | None) -> LlmDataSet
         return settings
     sources = []
     for source in settings.sources:
-        decoder = find_decoders().get(source.decoder)
+        decoder = find_decoder(source.decoder)
         if decoder is not None and "template" in decoder.option_names():
             source = replace(source, options={"template": template, **source.options})
         sources.append(source)

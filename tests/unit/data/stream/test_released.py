@@ -12,7 +12,7 @@ from repository import ROOT
 
 from seed_multimodal.compat.data_files import BUILDERS
 from seed_multimodal.config import load_yaml
-from seed_multimodal.data.decoders import find_decoders
+from seed_multimodal.data.decoders import decoder_names
 from seed_multimodal.data.pretokenize.inputs import read_input_settings
 from seed_multimodal.data.stream.config import LlmDataSettings, read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
@@ -102,7 +102,7 @@ def test_read_data_settings_of_the_instruction_mixture():
 
 
 def test_read_data_settings_of_every_builder():
-    assert {decoder for decoder, _ in BUILDERS.values()} <= find_decoders().keys()
+    assert {decoder for decoder, _ in BUILDERS.values()} <= {*decoder_names()}
     for target in BUILDERS:
         config = {
             "_target_": target,
