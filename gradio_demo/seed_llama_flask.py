@@ -262,7 +262,7 @@ def run(args: argparse.Namespace) -> int:
 
     # 3. A missing de-tokenizer is reported now, not at the first drawing.
     try:
-        system.images.load_decoder()
+        system.images.prepare_drawing()
     except CheckpointError as error:
         if system.images.can_draw and system.config.can_draw:  # damaged rather than left out
             raise

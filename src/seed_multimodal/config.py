@@ -1,8 +1,8 @@
 """YAML configurations: objects built from `_target_`, restricted to this package.
 
-A `_target_` is a name of `compat.targets.ALIASES` (the original repositories' dotted names), or a public function
-or class of this package; it is called with the node's other keys. `${oc.env:PROJECT_ROOT}` is the
-folder with `.project-root`.
+A `_target_` is a name of `compat.targets.ALIASES` (the original repositories' dotted names), or a
+public function or class of this package; it is called with the node's other keys.
+`${oc.env:PROJECT_ROOT}` is the folder with `.project-root`.
 """
 
 from __future__ import annotations

@@ -95,6 +95,8 @@ def _write_system(
             if card.is_file():
                 readme = card.read_text(encoding="utf-8")
             replace_text(folder / "README.md", readme)
+
+        # 2. The parts; a wrong setting is reported before the folder gets its name.
         join(config_class, folder, parts, settings, self_contained=card is not None)
         SystemConfig.read(folder)
     return target

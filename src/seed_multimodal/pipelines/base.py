@@ -135,7 +135,7 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
         self.llm = llm  # None: the engine has it, outside of torch
         self.tasks = config.tasks
         self.drawing_settings = images.drawing_settings
-        self.answer_after = config.answer_after
+        self.answer_after = config.tasks.answer_after
         for task in ("describe", "draw", "chat"):
             self.settings(task)  # reports wrong defaults in system.json early
 
@@ -187,7 +187,7 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
             )
         if engine != TORCH and not system_class.prompts_are_ids:
             raise ConfigError(
-                f"{config.name}: --engine {engine} is for SEED-LLaMA only, whose prompts are ids."
+                f"{config.name}: --engine {engine} needs prompts of ids, as SEED-LLaMA's."
             )
 
         # 1. Missing files are reported before the first weights are loaded.
@@ -245,7 +245,9 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
 
         Raises ConfigError: the family has none.
         """
-        raise ConfigError(f"{self.config.name}: plain prompts are supported only by SEED-LLaMA.")
+        raise ConfigError(
+            f"{self.config.name}: plain prompts are of systems of codes, as SEED-LLaMA."
+        )
 
     def find_boxes(self, answer: Answer) -> tuple[list[Edges], list[str]]:
         """Boxes of an answer, as shares of the image's sides, and notes about malformed ones."""

@@ -123,7 +123,6 @@ class SystemConfig:
     tuned: bool = True  # instruction-tuned; otherwise it continues texts
     generation: JsonObject = field(default_factory=dict)  # defaults of generation
     tasks: TaskPrompts = DEFAULT_TASKS
-    answer_after: str = ""  # as `tasks.answer_after`
     # after how many codes a stream shows an image
     previews: tuple[int, ...] = setting((), minimum=1)
     # denoising steps of the image that a stream shows; None: as of a drawing
@@ -215,7 +214,6 @@ class SystemConfig:
 
         # 3. What follows from them.
         config.name = str(folder)
-        config.answer_after = config.answer_after or config.tasks.answer_after
         for key, value in vars(config).items():
             if isinstance(value, Path):
                 setattr(config, key, folder / value)

@@ -125,6 +125,8 @@ class ImageCodec:
     encode(images): codes or features of images, by `encode_batch` on rows of several threads.
     draw(image_inputs, *, seeds, batch_size, **settings): images from them, by `draw_batch`.
 
+    A codec that draws without a de-tokenizer also defines `can_draw` and `check_drawing`.
+
     min_side: larger images are opened with at least so many pixels a side.
     """
 
@@ -169,8 +171,11 @@ class ImageCodec:
                     self._decoder.unet.compile_repeated_blocks()
             return self._decoder
 
-    def load_decoder(self) -> None:
-        """Load the de-tokenizer now. Raises CheckpointError: none, unless it draws without one."""
+    def prepare_drawing(self) -> None:
+        """Load the de-tokenizer now, unless images are drawn without one.
+
+        Raises CheckpointError: none.
+        """
         if self._load_decoder is not None or not self.can_draw:
             _ = self.decoder
 

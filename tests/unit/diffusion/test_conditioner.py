@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 import tiny_system
 import torch
+from installed_package import install
 from torch import Tensor
 
 from seed_multimodal.diffusion.conditioner import load_conditioner, pooled_tokens
@@ -67,12 +68,7 @@ def test_a_conditioner_of_another_package_starts_and_conditions(
 ) -> None:
     # 1. An installed package, and a folder that it wrote in place of the layout decoder's.
     (tmp_path / "flat_package.py").write_text(MODULE)
-    info = tmp_path / "flat-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: flat\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[seed_multimodal.conditioners]\nflat = flat_package:Flat\n"
-    )
+    install(tmp_path, "flat", {"seed_multimodal.conditioners": {"flat": "flat_package:Flat"}})
     monkeypatch.syspath_prepend(tmp_path)
     import flat_package  # type: ignore[import-not-found]
 

@@ -7,7 +7,7 @@ import os
 import shutil
 import sys
 import tomllib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import llm_runs
@@ -15,6 +15,7 @@ import pytest
 import requests
 import tiny_system
 import yaml
+from installed_package import install
 from PIL import Image
 from random_images import noise
 from real_processes import run_process
@@ -30,17 +31,6 @@ from seed_multimodal.training.cli import main as train
 
 GROUP = "seed_multimodal.families"
 PACKAGE = Path(tiny_system.__file__).with_name("mosaic_package")
-
-
-def install(site: Path, name: str, entries: Mapping[str, Mapping[str, str]]) -> None:
-    """Write the metadata of a package, as an installation does: group → name → object."""
-    info = site / f"{name}-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    lines: list[str] = []
-    for group, objects in entries.items():
-        lines += [f"[{group}]", *(f"{key} = {value}" for key, value in objects.items())]
-    (info / "entry_points.txt").write_text("\n".join(lines))
 
 
 @pytest.fixture(scope="module")

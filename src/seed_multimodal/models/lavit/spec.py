@@ -96,6 +96,12 @@ class LavitConfig(SystemConfig):
     selection: Literal["draw", "threshold"] = "draw"
     generation: dict[str, JsonObject] = field(default_factory=dict)  # by task
     tasks: TaskPrompts = TASKS
+    answer_after: str = ""  # an earlier key of `tasks.answer_after`
+
+    def check(self, label: str) -> None:
+        if self.answer_after:
+            self.tasks = replace(self.tasks, answer_after=self.answer_after)
+            self.answer_after = ""
 
     def override(self, **values: Any) -> None:
         # The original's pixel decoder depends on `head`.

@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
+from installed_package import install
 from pyarrow import parquet
 from real_processes import run_process
 from repository import ROOT
@@ -293,12 +294,7 @@ open_pairs({"format": "squares", "numbr": 3})
 @pytest.mark.process
 def test_open_records_of_a_registered_format(tmp_path):
     (tmp_path / "squares.py").write_text(MODULE)
-    info = tmp_path / "squares-1.0.dist-info"
-    info.mkdir()
-    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: squares\nVersion: 1.0\n")
-    (info / "entry_points.txt").write_text(
-        "[seed_multimodal.formats]\nsquares = squares:open_squares\n"
-    )
+    install(tmp_path, "squares", {"seed_multimodal.formats": {"squares": "squares:open_squares"}})
     done = run_process(
         [sys.executable, "-c", PROGRAM],
         timeout=120,
