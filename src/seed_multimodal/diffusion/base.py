@@ -37,6 +37,7 @@ from seed_multimodal.diffusion.conditioner import (
     load_conditioner,
     seeded_noise,
 )
+from seed_multimodal.diffusion.objectives import flow_shift, is_flow
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import (
     CheckpointError,
@@ -248,25 +249,23 @@ class Detokenizer(Generic[Settings]):
         guide: combines the predictions of the R runs.
         concatenated: further input channels, R · B rows.
         """
-        # 1. The scheduler. "leading" time steps would begin too late for few steps.
+        # 1. The scheduler.
         scheduler = self.scheduler
         if settings.preset == "fast":
-            from diffusers import DPMSolverMultistepScheduler
-
-            scheduler = DPMSolverMultistepScheduler.from_config(
-                scheduler.config, timestep_spacing="trailing"
-            )
+            scheduler = fast_scheduler(scheduler)
         scheduler.set_timesteps(settings.num_inference_steps, device=self.device)
         options = {}
         if "generator" in inspect.signature(scheduler.step).parameters:
             options["generator"] = list(generators)
 
-        # 2. The loop.
+        # 2. The loop. Flow schedulers scale neither the initial noise nor the input.
         runs = len(conditions["encoder_hidden_states"]) // len(start)
-        latents = start.to(self.device, torch.float32) * scheduler.init_noise_sigma
+        latents = start.to(self.device, torch.float32) * getattr(scheduler, "init_noise_sigma", 1.0)
         for step in scheduler.timesteps:
             inputs = latents.repeat(runs, 1, 1, 1)  # [R·B, C, h, w]
-            noisy = scheduler.scale_model_input(inputs, step)
+            noisy = inputs
+            if hasattr(scheduler, "scale_model_input"):
+                noisy = scheduler.scale_model_input(inputs, step)
             if concatenated is not None:
                 noisy = torch.cat([noisy, concatenated.to(noisy)], dim=1)
             prediction = self.unet(noisy.to(self.unet.dtype), step, **conditions).sample.float()
@@ -449,6 +448,21 @@ class Detokenizer(Generic[Settings]):
         if name == "unet":
             part.register_to_config(_name_or_path="")  # do not save local paths
         return part.eval()
+
+
+def fast_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
+    """DPM-Solver++ 2M with the noise schedule of another scheduler."""
+    from diffusers import DPMSolverMultistepScheduler
+
+    # "leading" time steps would begin too late for few steps.
+    changes: dict[str, object] = {"timestep_spacing": "trailing"}
+    if is_flow(scheduler):
+        changes |= {
+            "prediction_type": "flow_prediction",
+            "use_flow_sigmas": True,
+            "flow_shift": flow_shift(scheduler),
+        }
+    return DPMSolverMultistepScheduler.from_config(scheduler.config, **changes)
 
 
 def guidance(scale: float) -> Callable[[Tensor], Tensor]:

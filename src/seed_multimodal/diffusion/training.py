@@ -1,48 +1,17 @@
-"""Shared training code of U-Nets: noise and targets, size conditions, trained parameters, start."""
+"""Shared training code of U-Nets: size conditions, trained parameters, start."""
 
 from __future__ import annotations
 
 import shutil
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.diffusion.base import vae_folder
 
 TrainedLayers = Literal["key_value", "all"]  # of a U-Net
-
-
-@dataclass(frozen=True)
-class NoisyLatents:
-    """Noised latents of training."""
-
-    latents: Tensor  # [B, C, h, w]
-    steps: Tensor  # time steps [B]
-    target: Tensor  # what the U-Net should predict, noise or velocity: [B, C, h, w]
-
-    @classmethod
-    def sample(
-        cls, schedule: Any, latents: Tensor, generator: torch.Generator | None = None
-    ) -> NoisyLatents:
-        """Noise and time steps by `generator`, on the CPU."""
-        config = schedule.config
-        noise = torch.randn(latents.shape, generator=generator).to(latents.device, latents.dtype)
-        steps = torch.randint(config.num_train_timesteps, (len(latents),), generator=generator)
-        steps = steps.to(latents.device)
-        if config.prediction_type == "epsilon":
-            target = noise
-        else:
-            target = schedule.get_velocity(latents, noise, steps)
-        return cls(schedule.add_noise(latents, noise, steps), steps, target)
-
-    def losses(self, prediction: Tensor) -> dict[str, Tensor]:
-        """`total_loss`, the mean squared error in float32; `mse`, the same without gradient."""
-        loss = F.mse_loss(prediction.float(), self.target.float())
-        return {"total_loss": loss, "mse": loss.detach()}
 
 
 def size_ids(

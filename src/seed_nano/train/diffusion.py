@@ -20,7 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.training import NoisyLatents
+from seed_multimodal.diffusion.objectives import NoisyLatents, build_objective
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.schedules import batch_indices
 from seed_multimodal.weights import load_state_dict
@@ -141,6 +141,7 @@ class UnetTask(NanoTask):
         self.layout = layout
         module = nn.ModuleDict({"unet": unet, "layout": layout}).to(space.device)
         self.scheduler = new_scheduler(FINAL_SIGNAL)
+        self.objective = build_objective(self.scheduler)
         self.noising = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
         embeddings = self.embeddings.float()
         self.normaliser = StableUnCLIPImageNormalizer(embedding_dim=embeddings.shape[1])
@@ -225,7 +226,7 @@ class UnetTask(NanoTask):
         )
         labels = self.class_labels(embedding, level)
         keep = (torch.rand(count, device=device) >= 0.1).float()
-        noised = NoisyLatents.sample(self.scheduler, x0)
+        noised = NoisyLatents.sample(self.objective, x0)
         output = self.unet(
             noised.latents,
             noised.steps,

@@ -29,7 +29,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 import torch.distributed as dist
@@ -37,7 +37,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.diffusion.base import UnetConditions
-from seed_multimodal.diffusion.training import NoisyLatents, TrainedLayers, train_unet
+from seed_multimodal.diffusion.objectives import NoisyLatents, Objective
+from seed_multimodal.diffusion.training import TrainedLayers, train_unet
 from seed_multimodal.models.lavit.decoder import CodeDecoder, Head
 from seed_multimodal.models.lavit.diffusion import is_sdxl, unconditional
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer, Generators, Selection
@@ -45,9 +46,6 @@ from seed_multimodal.nn.layers import cosine
 from seed_multimodal.nn.quantizer import VectorQuantizer
 from seed_multimodal.settings import setting
 from seed_multimodal.training.llm.loss import LossModule, LossParts, LossWeights, find_llama
-
-if TYPE_CHECKING:
-    from diffusers import DDPMScheduler
 
 FLIP_EVERY = 2  # a decision of every n-th image is flipped, which costs a forward pass
 HEADS = ("unet_proj", "unet_attnpool")  # beginnings of the names of the code decoder's heads
@@ -437,7 +435,7 @@ class LavitPixelLoss:
     def __call__(
         self,
         model: nn.Module,
-        schedule: DDPMScheduler,
+        objective: Objective,
         latents: Tensor,
         rows: Sequence[Tensor],
         time_ids: Tensor,
@@ -450,7 +448,7 @@ class LavitPixelLoss:
         generator: on the CPU.
         """
         without = torch.rand(len(latents), generator=generator) < self.dropout
-        noisy = NoisyLatents.sample(schedule, latents, generator)
+        noisy = NoisyLatents.sample(objective, latents, generator)
         without = without.to(latents.device)
         return noisy.losses(model(noisy.latents, noisy.steps, rows, time_ids, without))
 

@@ -197,7 +197,7 @@ class LavitPixelTask(PixelTask[TrainedPixels]):
         generator: torch.Generator,
     ) -> Mapping[str, Tensor]:
         rows = self.embeds(encoded.conditions)
-        return self.loss(model, self.schedule, latents, rows, time_ids, generator=generator)
+        return self.loss(model, self.objective, latents, rows, time_ids, generator=generator)
 
     def embeds(self, conditions: Tensor) -> list[Tensor]:
         """Codes `[B, N]` of `image_codes` → rows of the codebook of each image `[n, C]`."""

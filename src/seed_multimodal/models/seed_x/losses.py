@@ -10,20 +10,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.training import NoisyLatents
+from seed_multimodal.diffusion.objectives import NoisyLatents, Objective
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.models.seed_x.modeling import AgentSettings, ContinuousLVLM
 from seed_multimodal.settings import setting
 from seed_multimodal.training.llm.loss import LossParts
-
-if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
 
 POOLED = 4  # neighbours that are averaged to one target
 
@@ -179,7 +175,7 @@ class ConditionDropout:
 
 def adapter_losses(
     adapter: nn.Module,
-    schedule: SchedulerMixin,
+    objective: Objective,
     latents: Tensor,
     image_embeds: Tensor,
     time_ids: Tensor,
@@ -208,6 +204,6 @@ def adapter_losses(
         condition_latents = condition_latents * ~without_image
 
     # 2. The prediction of the noise.
-    noisy = NoisyLatents.sample(schedule, latents, generator)
+    noisy = NoisyLatents.sample(objective, latents, generator)
     prediction = adapter(noisy.latents, noisy.steps, embeds, time_ids, condition_latents)
     return noisy.losses(prediction)

@@ -145,7 +145,7 @@ class DetokenizerTask(PixelTask[SDXLAdapter]):
     ) -> Mapping[str, Tensor]:
         return adapter_losses(
             model,
-            self.schedule,
+            self.objective,
             latents,
             encoded.conditions.float(),
             time_ids,

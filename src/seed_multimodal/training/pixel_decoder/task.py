@@ -13,7 +13,6 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 import numpy as np
 import torch
-from diffusers import DDPMScheduler
 from PIL import Image
 from torch import Tensor, nn
 
@@ -33,6 +32,7 @@ from seed_multimodal.data.stream.pairs_dataset import (
 from seed_multimodal.data.stream.sampler import MixedOrder
 from seed_multimodal.device import copy_to
 from seed_multimodal.diffusion.base import Detokenizer
+from seed_multimodal.diffusion.objectives import build_objective
 from seed_multimodal.diffusion.training import TrainedLayers
 from seed_multimodal.disk import JsonObject, atomic_folder
 from seed_multimodal.errors import ConfigError
@@ -239,7 +239,7 @@ class PixelTask(RunTask, Generic[Module]):
         super().prepare()
         data = self.run.data
         scheduler = self.detokenizer_class.load_part(self.folder, "scheduler")
-        self.schedule = DDPMScheduler.from_config(scheduler.config)
+        self.objective = build_objective(scheduler)
 
         # 1. Batches of the sources, mixed by their weights.
         datasets = [self._target_pairs(source) for source in self.sources]

@@ -16,6 +16,7 @@ from tiny_lavit import tiny_tokenizer
 from tiny_lavit_training import CONFIGS, code_decoder, config, write_parts
 from torch import Tensor, nn
 
+from seed_multimodal.diffusion.objectives import build_objective
 from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.models.lavit.checkpoints import save_dynamic_tokenizer
@@ -111,7 +112,7 @@ def test_pixel_loss_drops_a_share_of_the_conditions():
     model = Recorder()
     values = LavitPixelLoss(dropout=0.2)(
         model,
-        DDPMScheduler(),
+        build_objective(DDPMScheduler()),
         torch.zeros(4000, 1, 1, 1),
         [],
         torch.zeros(4000, 6),

@@ -10,7 +10,8 @@ import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.training import NoisyLatents, size_ids
+from seed_multimodal.diffusion.objectives import NoisyLatents, build_objective
+from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.models.seed_x.losses import ConditionDropout, adapter_losses
 
 NEVER = ConditionDropout(0.0, 0.0, 0.0)
@@ -60,7 +61,11 @@ def test_adapter_losses_noise_latents_by_the_ddpm_schedule(schedule):
     batch = _batch(64)
     adapter = Recorder()
     losses = adapter_losses(
-        adapter, schedule, **batch, dropout=NEVER, generator=torch.Generator().manual_seed(0)
+        adapter,
+        build_objective(schedule),
+        **batch,
+        dropout=NEVER,
+        generator=torch.Generator().manual_seed(0),
     )
     signal = schedule.alphas_cumprod[adapter.steps][:, None, None, None]
     noise = (adapter.noisy - signal.sqrt() * batch["latents"]) / (1 - signal).sqrt()
@@ -86,7 +91,11 @@ def test_condition_dropout(schedule):
     batch = _batch(200)
     adapter = Recorder()
     adapter_losses(
-        adapter, schedule, **batch, dropout=dropout, generator=torch.Generator().manual_seed(0)
+        adapter,
+        build_objective(schedule),
+        **batch,
+        dropout=dropout,
+        generator=torch.Generator().manual_seed(0),
     )
     no_embeds, no_condition = dropout.draw(200, torch.Generator().manual_seed(0))
     assert bool((adapter.embeds[no_embeds] == 0.5).all()), "embeddings of an empty image, not zeros"
@@ -101,7 +110,7 @@ def test_condition_dropout(schedule):
 def test_noised_target_of_v_prediction(schedule):
     velocity = DDPMScheduler.from_config(schedule.config, prediction_type="v_prediction")
     latents = torch.randn(3, 4, 8, 8)
-    noised = NoisyLatents.sample(velocity, latents)
+    noised = NoisyLatents.sample(build_objective(velocity), latents)
     signal = schedule.alphas_cumprod[noised.steps][:, None, None, None]
     torch.testing.assert_close(
         signal.sqrt() * noised.latents - (1 - signal).sqrt() * noised.target, latents
