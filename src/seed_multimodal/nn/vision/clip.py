@@ -18,7 +18,7 @@ from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.hub import find_folder
 from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS, read_encoder_link
 from seed_multimodal.progress import quiet_loading
-from seed_multimodal.weights import load_state_dict
+from seed_multimodal.weights import load_state_dict, refuse_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -196,11 +196,8 @@ def _load_clip(
         ) from error
 
     # 3. transformers fills missing tensors with random values, which is an error here.
-    missing = sorted(name for name in info["missing_keys"] if not name.endswith("position_ids"))
-    if missing:
-        raise CheckpointError(
-            f"{folder}: {len(missing)} tensors are missing, first {missing[0]!r}; {CLIP_ADVICE}."
-        )
+    missing = sorted(info["missing_keys"])
+    refuse_tensors(missing, ("*position_ids",), folder, f"missing ({CLIP_ADVICE})")
     if log is not None:
         log(f"{folder}: {model_class.__name__} loaded.")
     frozen: PreTrainedModel = model.to(device).requires_grad_(False).eval()
