@@ -37,8 +37,8 @@ from seed_multimodal.evaluation.retrieval import (
 from seed_multimodal.hub import locate
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
-from seed_multimodal.images.transforms import ImageTransform, get_transform
-from seed_multimodal.models.seed.losses import Stage1Model
+from seed_multimodal.images.transforms import ImageTransform
+from seed_multimodal.models.seed.losses import Stage1Model, clip_preprocessing
 from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 from seed_multimodal.models.seed.pipeline import SeedImageCodec, load_images
 from seed_multimodal.models.seed.spec import SeedLlamaConfig
@@ -127,8 +127,10 @@ def open_tokenizer(
     if clip_folder is not None:
         vision = load_clip_vision(clip_folder, device=runtime.device, dtype=runtime.dtype, log=None)
         _check_width(clip_folder, "image", vision.config.projection_dim, width)
-        transform = {**parts.transform, "image_size": vision.config.image_size}
-        opened.clip = ClipEncoder(vision, get_transform(**transform))
+        # It sees what the tokenizer sees, as in the training of stage 2.
+        preprocessing = clip_preprocessing(vision)
+        view = codec.transform.scaled_to(preprocessing.image_size)
+        opened.clip = ClipEncoder(vision, preprocessing.with_resizing_of(view))
         opened.clip_source = str(clip_folder)
 
     # 3. Text encoders.

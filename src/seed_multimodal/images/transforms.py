@@ -146,6 +146,13 @@ class ImageTransform:
         """Another transform's resizing with this one's mean and deviation."""
         return dataclasses.replace(other, mean=self.mean, std=self.std)
 
+    def scaled_to(self, image_size: int) -> ImageTransform:
+        """The same view of an image in S = `image_size` pixels a side."""
+        shorter_side = self.shorter_side
+        if shorter_side is not None:
+            shorter_side = round(shorter_side * image_size / self.image_size)
+        return dataclasses.replace(self, image_size=image_size, shorter_side=shorter_side)
+
     def convert(self, pixels: Tensor, target: ImageTransform) -> Tensor:
         """Normalised pixels [B, 3, S, S] → those of another encoder, also of another size."""
         if (self.mean, self.std) != (target.mean, target.std):

@@ -6,24 +6,32 @@ import argparse
 import io
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pyarrow
 import pytest
+import tiny_seed1
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from pyarrow import parquet
 from repository import NANO
+from tiny_vision import write_vision
 
 from seed_multimodal.cli.evaluate import data_spec
 from seed_multimodal.cli.main import main
 from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.device import Runtime
 from seed_multimodal.errors import DataError
-from seed_multimodal.evaluation.tokenizer import open_tokenizer, run_pass
-from seed_multimodal.images.transforms import seed_image_processor
+from seed_multimodal.evaluation.tokenizer import _retrieval, open_tokenizer, run_pass
+from seed_multimodal.images.transforms import ImageTransform, seed_image_processor
+from seed_multimodal.models.seed.checkpoints import load_vision
+from seed_multimodal.models.seed.configuration import Seed2Config
+from seed_multimodal.models.seed.losses import Stage1Model
+from seed_multimodal.models.seed.modeling import Seed2Tokenizer
+from seed_multimodal.nn.vision.hub import HubVisionConfig
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 COLOURS = {
@@ -94,6 +102,52 @@ def test_run_pass_equals_the_models_features(stages, listed):
     np.testing.assert_allclose(features["rebuilt"], rebuilt.detach().numpy(), atol=1e-5)
     decoded = F.normalize(tokenizer.decode(torch.from_numpy(features["codes"])), dim=-1)
     np.testing.assert_allclose(features["decoded"], decoded.numpy(), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["siglip2", "dinov2", "dinov3"])
+@pytest.mark.parametrize("has_vision", [False, True])
+def test_run_pass_with_a_vision_encoder_of_transformers(
+    kind, has_vision, listed, clip_folder, tmp_path
+):
+    """Stage 1 has the tokenizer's encoder or its own; the target CLIP sees the encoder's view."""
+    write_vision(kind, tmp_path / "vision")
+    vit = HubVisionConfig(path=str(tmp_path / "vision"))
+    config = Seed2Config(**{**tiny_seed1.SIZES, "vit": vit}, image_features_dim=8)
+    tokenizer = tiny_seed1.loud(Seed2Tokenizer(config)).eval()
+    load_vision(tokenizer.visual_encoder, tmp_path / "vision", None)
+    tokenizer.save_pretrained(tmp_path / "tokenizer")
+    vocabulary = "a red green blue grey square of".split()
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *vocabulary]
+    (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n")
+    stage1 = tiny_seed1.loud(Stage1Model(config, vocab_size=len(pieces) + 1, embed_dim=8)).eval()
+    load_vision(stage1.visual_encoder, tmp_path / "vision", None)
+    state = stage1.state_dict()
+    if not has_vision:
+        state = {name: state[name] for name in state if not name.startswith("visual_encoder.")}
+    torch.save({"model": state}, tmp_path / "stage1.pth")
+    shutil.rmtree(tmp_path / "vision")
+
+    opened = open_tokenizer(
+        tmp_path / "tokenizer",
+        CPU,
+        decoder="none",
+        clip=clip_folder,
+        stage1=tmp_path / "stage1.pth",
+        text_tokenizer=tmp_path,
+    )
+    encoded = run_pass(source_of(listed), [0, 1, 3], opened)
+    images = [Image.open(listed.parent / f"{c}.png").convert("RGB") for c in ("red", "green")]
+    pixels = vit.preprocessing.batch(images)
+    with torch.no_grad():
+        assert encoded.features["codes"][:2].tolist() == tokenizer.encode(pixels).tolist()
+        queries = stage1.query_features_from(stage1.visual_encoder(pixels))
+        causal = F.normalize(stage1.vision_proj(queries[:, -1]), dim=-1)
+        np.testing.assert_allclose(encoded.features["causal"][:2], causal.numpy(), atol=1e-4)
+        target = opened.clip.model(vit.preprocessing.convert(pixels, ImageTransform(16)))
+        target = F.normalize(target.image_embeds, dim=-1)
+    np.testing.assert_allclose(encoded.features["target"][:2], target.numpy(), atol=1e-4)
+    retrieval = _retrieval(encoded, opened)
+    assert set(retrieval) == {"causal_embeddings", "codes_by_blocks"}
 
 
 def test_run_pass_fails_after_many_bad_images_in_a_row(stages, tmp_path):

@@ -22,6 +22,7 @@ from seed_multimodal.models.seed.checkpoints import load_vision
 from seed_multimodal.models.seed.configuration import Seed2Config
 from seed_multimodal.models.seed.export import export_tokenizer
 from seed_multimodal.models.seed.losses import Stage1Model, Stage2Model
+from seed_multimodal.models.seed.spec import SeedLlamaConfig
 from seed_multimodal.nn.vision.hub import HubVisionConfig
 from seed_multimodal.pipelines.images import open_images
 from seed_multimodal.training.checkpoint import frozen_names
@@ -98,6 +99,9 @@ def test_tokenizer_of_another_vision_encoder(kind, tmp_path):
         tmp_path / "stage2.pth", out, stage1=tmp_path / "stage1.pth", config=config, image=image
     )
     shutil.rmtree(tmp_path / "vision")
+
+    settings = SeedLlamaConfig.settings_of_weights({"tokenizer": out})
+    assert settings["image_size"] == preprocessing.image_size
 
     # 3. Serving and pre-tokenising see the same pixels and give the same codes.
     codec = open_images(out, device="cpu", dtype="float32")

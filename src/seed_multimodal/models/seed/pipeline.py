@@ -6,7 +6,7 @@ answer ids ─► texts and codes ─► Seed2Tokenizer ─► embeddings ─►
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
@@ -50,10 +50,7 @@ CACHED_IMAGES = 1024  # images in the cache of codes, about 0.5 KB each
 
 
 class SeedImageCodec(CodeCodec):
-    """Images ⇄ 32 codes each.
-
-    transform: PIL image → float32 [3, S, S].
-    """
+    """Images ⇄ 32 codes each."""
 
     model: SeedTokenizer
 
@@ -65,7 +62,7 @@ class SeedImageCodec(CodeCodec):
     def __init__(
         self,
         model: SeedTokenizer,
-        transform: Callable[[Image.Image], Tensor],
+        transform: ImageTransform,
         placement: CodecPlacement,
     ) -> None:
         min_side = MIN_OVERSAMPLING * model.visual_encoder.image_size

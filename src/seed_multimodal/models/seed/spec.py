@@ -130,11 +130,11 @@ class SeedLlamaConfig(CodeSystemConfig):
     def settings_of_weights(cls, paths: Mapping[str, Path]) -> JsonObject:
         """The template of a 14B differs; preprocessing is that of the tokenizer's training."""
         llm_sizes = _read_sizes(paths.get("llm"))
-        tokenizer_sizes = _read_sizes(paths.get("tokenizer"))
+        vit = _read_sizes(paths.get("tokenizer")).get("vit", {})
         return {
             "template": _template(paths.get("tokenizer"), llm_sizes),
             "transform": dict(BICUBIC),
-            "image_size": tokenizer_sizes.get("vit", {}).get("image_size", 224),
+            "image_size": vit.get("preprocessing", vit).get("image_size", 224),
         }
 
     @classmethod
