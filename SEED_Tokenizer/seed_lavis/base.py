@@ -166,11 +166,14 @@ def stage2_training(options: CodebookOptions) -> Stage2TrainingOptions:
     }
 
 
-def vit_sizes(options: ModelOptions) -> VisionConfig:
-    """The vision encoder's configuration: `vit` of the YAML, of EVA only what differs."""
+def vit_sizes(options: ModelOptions, **eva_sizes: int) -> VisionConfig:
+    """The vision encoder's configuration: `vit` of the YAML, of EVA only what differs.
+
+    eva_sizes: defaults of EVA.
+    """
     values = dict(options.vit)
     if values.get("type", "eva") == "eva":
-        values = {"image_size": options.image_size, **values}
+        values = {"image_size": options.image_size, **eva_sizes, **values}
     if "path" in values:
         values["path"] = locate(values["path"])
     return read_vision_config(values, "model.vit")

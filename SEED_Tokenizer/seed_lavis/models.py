@@ -50,7 +50,7 @@ from seed_multimodal.models.seed.losses import (
     Stage2Weights,
     label_divergence,
 )
-from seed_multimodal.nn.vision.eva import EvaVit
+from seed_multimodal.nn.vision.base import VisionEncoder
 from seed_multimodal.settings import read_settings
 from seed_multimodal.training.frozen_models import load_label_heads
 from seed_multimodal.weights import fingerprint, load_state_dict
@@ -333,17 +333,27 @@ class LavitTokenizer(SeedModel, LavitStage1):
     skips_parameters = True  # moving-average codebook, frozen token selector
 
     def __init__(self, options: LavitOptions) -> None:
-        sizes = lavit_sizes(options)
+        tokenizer = DynamicTokenizer(lavit_sizes(options))
+        decoder_sizes = read_settings(
+            LavitDecoderConfig,
+            {
+                "tokens": tokenizer.n_patches,
+                "code_dim": options.codebook_embed_dim,
+                "feature_dim": tokenizer.encoder.width,
+                **options.decoder,
+            },
+            "model.decoder",
+        )
         LavitStage1.__init__(
             self,
-            DynamicTokenizer(sizes.tokenizer),
-            CodeDecoder(sizes.decoder),
+            tokenizer,
+            CodeDecoder(decoder_sizes),
             weights=read_settings(LavitLossWeights, options.loss_weights, "model.loss_weights"),
             ema_decay=options.ema_decay,
             freeze_selector=options.freeze_selector,
         )
         self.options = options
-        self.config = sizes
+        self.config = Stage1Sizes(tokenizer.config, decoder_sizes)
         self.init_keep_share()
         # Updated without gradient; counts as trained, so that it is saved.
         self.quantize.embedding.weight.requires_grad_(True)
@@ -360,7 +370,7 @@ class LavitTokenizer(SeedModel, LavitStage1):
         return model
 
     @property
-    def visual_encoder(self) -> EvaVit:
+    def visual_encoder(self) -> VisionEncoder:
         """The frozen vision encoder, by the name that it has in the other models."""
         return self.tokenizer.encoder
 
@@ -371,7 +381,7 @@ class LavitTokenizer(SeedModel, LavitStage1):
     def patch_features(self, batch: Tensor) -> Tensor:
         """As the library's, with the vision encoder in `vit_precision`."""
         with torch.no_grad():
-            return self.encode_vision(batch)[:, 1:].float()
+            return self.encode_vision(batch)[:, self.visual_encoder.n_class_tokens :].float()
 
     def codebook_points(self, batch: Mapping[str, Any]) -> Tensor:  # type: ignore[override]
         """As the library's, of a batch of samples."""
@@ -383,11 +393,9 @@ class LavitTokenizer(SeedModel, LavitStage1):
         return self.with_log(out.loss, **out.scalars())
 
 
-def lavit_sizes(options: LavitOptions) -> Stage1Sizes:
-    """Sizes of tokenizer and decoder."""
-    # The original vision encoder has 40 blocks; SEED's models omit the last.
-    vit = vit_sizes(replace(options, vit={"depth": 40, **options.vit}))
-    tokenizer = read_settings(
+def lavit_sizes(options: LavitOptions) -> LavitTokenizerConfig:
+    """Sizes of the tokenizer."""
+    sizes = read_settings(
         LavitTokenizerConfig,
         {
             "codebook_size": options.n_embed,
@@ -397,15 +405,5 @@ def lavit_sizes(options: LavitOptions) -> Stage1Sizes:
         },
         "model.merger",
     )
-    tokenizer = replace(tokenizer, vit=vit)
-    decoder = read_settings(
-        LavitDecoderConfig,
-        {
-            "tokens": tokenizer.patches,
-            "code_dim": options.codebook_embed_dim,
-            "feature_dim": vit.width,
-            **options.decoder,
-        },
-        "model.decoder",
-    )
-    return Stage1Sizes(tokenizer, decoder)
+    # The original's EVA has 40 blocks; SEED's models omit the last.
+    return replace(sizes, vit=vit_sizes(options, depth=40))

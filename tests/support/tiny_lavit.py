@@ -73,7 +73,7 @@ def build(folder: str | Path, seed: int = 0) -> Path:
     second = tokenizer(seed, merger=seed + 1)
     save_dynamic_tokenizer(first, root / "tokenizer", second)
     torch.manual_seed(seed)
-    _spread(CodeDecoder(DECODER)).eval().save_pretrained(root / "decoder")
+    spread(CodeDecoder(DECODER)).eval().save_pretrained(root / "decoder")
     pixels(root / "pixels")
     drawn = {
         "max_new_tokens": text_tokenizer.vocabulary.tokens_per_image,
@@ -94,7 +94,7 @@ def build(folder: str | Path, seed: int = 0) -> Path:
     return root
 
 
-def _spread(model: Any) -> Any:
+def spread(model: Any) -> Any:
     """Weights large enough to tell images apart."""
     for parameter in model.parameters():
         if parameter.ndim > 1:
@@ -105,17 +105,17 @@ def _spread(model: Any) -> Any:
 def tokenizer(seed: int = 0, merger: int | None = None) -> DynamicTokenizer:
     """A tokenizer; `merger`: seed of a different token merger and projector."""
     torch.manual_seed(seed)
-    model = _spread(DynamicTokenizer(TOKENIZER))
+    model = spread(DynamicTokenizer(TOKENIZER))
     if merger is not None:
         torch.manual_seed(100 + merger)
-        _spread(model.causal_encoder)
-        _spread(model.vit_proj)
+        spread(model.causal_encoder)
+        spread(model.vit_proj)
     return model.requires_grad_(False).eval()
 
 
-def write_language(folder: Path, seed: int) -> LavitTokenizer:
+def write_language(folder: Path, seed: int, patches: int = PATCHES) -> LavitTokenizer:
     """A language model with its tokenizer in the same folder."""
-    tokenizer = train_text_tokenizer(LavitTokenizer, SENTENCES, folder, 330, CODES, PATCHES)
+    tokenizer = train_text_tokenizer(LavitTokenizer, SENTENCES, folder, 330, CODES, patches)
     torch.manual_seed(seed)
     llama(tokenizer.vocabulary.size, mlp_width=48, context=256).save_pretrained(folder)
     return tokenizer

@@ -11,7 +11,7 @@ import tiny_detokenizer
 import tiny_sdxl
 import torch
 from llm_runs import merged
-from tiny_lavit import TINY, tiny_tokenizer
+from tiny_lavit import PATCHES, TINY, tiny_tokenizer
 from torch import Tensor
 
 from seed_multimodal.models.lavit.checkpoints import save_dynamic_tokenizer
@@ -24,7 +24,7 @@ WIDTH = tiny_sdxl.CROSS
 POOLED = tiny_sdxl.SIZES.output2_dim
 NOTHING = 5  # embeddings of the empty text
 DECODER = LavitDecoderConfig(
-    tokens=TINY.patches,
+    tokens=PATCHES,
     code_dim=TINY.codebook_dim,
     width=16,
     depth=1,

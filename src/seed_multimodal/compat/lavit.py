@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.errors import SeedWarning
 from seed_multimodal.images.io import ImageSource
-from seed_multimodal.images.transforms import denormalise, seed_image_processor
+from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.inference.generator import Task
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.language.messages import input_images, user_message
@@ -267,7 +267,8 @@ class LaVITforUnderstanding(_Model):
     ) -> list[str]:
         # 1. A conversation for each image: the image, and a text if there is one.
         if isinstance(image, Tensor):
-            images = [denormalise(pixels) for pixels in image]
+            preprocessing = self.images.code_tokenizer.transform
+            images = [preprocessing.to_image(pixels) for pixels in image]
         else:
             images = input_images(image)
         texts = _as_list(texts)

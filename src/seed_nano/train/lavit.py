@@ -23,9 +23,7 @@ from seed_multimodal.models.lavit.losses import FLIP_EVERY, LavitLossWeights, La
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
 from seed_multimodal.models.lavit.train_tokenizer import LavitTokenizerTask
 from seed_multimodal.models.seed.losses import label_divergence
-from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 from seed_multimodal.nn.label_heads import LabelHeads
-from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_multimodal.training.codebook import CodebookHealth
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.schedules import batch_indices
@@ -46,10 +44,8 @@ WITHOUT_CODES = 0.15  # share of the steps
 def tokenizer_sizes(space: LavitWorkspace) -> LavitTokenizerConfig:
     """Of the dynamic tokenizer."""
     sizes = space.config.tokenizer
-    vit = Seed2Tokenizer.read_config(space.nano / "config.json").vit
-    assert isinstance(vit, EvaConfig)
     return LavitTokenizerConfig(
-        vit,
+        space.encoder_sizes,
         vit_head=0,
         merger_depth=sizes.merger_depth,
         merger_heads=sizes.heads,
@@ -64,15 +60,15 @@ def decoder_sizes(space: LavitWorkspace) -> LavitDecoderConfig:
     """Of the decoder of codes."""
     sizes = space.config.tokenizer
     unet = space.config.unet
-    image = tokenizer_sizes(space)
+    vit = space.encoder_sizes
     return LavitDecoderConfig(
-        tokens=image.patches,
+        tokens=vit.grid**2,
         code_dim=sizes.code_dim,
-        width=image.vit.width,
+        width=vit.width,
         depth=sizes.decoder_depth,
         heads=sizes.heads,
         mlp_width=sizes.decoder_mlp,
-        feature_dim=image.vit.width,
+        feature_dim=vit.width,
         prompt_dim=unet.prompt,
         pooled_dim=unet.pooled,
     )
@@ -109,10 +105,10 @@ class Reader(nn.Module):
 
     def __init__(self, space: LavitWorkspace) -> None:
         super().__init__()
-        sizes = tokenizer_sizes(space)
+        vit = space.encoder_sizes
         reading = space.config.tokenizer.reading
-        self.reading = nn.Linear(sizes.vit.width, reading)
-        self.heads = LabelHeads(sizes.patches * reading, LABELS)
+        self.reading = nn.Linear(vit.width, reading)
+        self.heads = LabelHeads(vit.grid**2 * reading, LABELS)
 
     def forward(self, features_BND: Tensor) -> Tensor:
         return self.reading(features_BND.float()).flatten(1)

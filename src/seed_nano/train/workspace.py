@@ -284,6 +284,13 @@ class LavitWorkspace(SuccessorWorkspace):
     tokenizer_name = "words"
     decoder_name = "pixels"
 
+    @property
+    def encoder_sizes(self) -> EvaConfig:
+        """Of the vision encoder, which is nano's."""
+        vit = Seed2Tokenizer.read_config(self.nano / "config.json").vit
+        assert isinstance(vit, EvaConfig)
+        return vit
+
     def train_text_tokenizer(self) -> None:
         """Train the text tokenizer on the sentences, questions, answers and edits."""
         texts = list(sentences())
@@ -291,9 +298,7 @@ class LavitWorkspace(SuccessorWorkspace):
             records = open_nano(None, content=content, number=LAVIT_TEXTS)
             for row in range(LAVIT_TEXTS):
                 texts += [str(records.locate(row).fields[name]) for name in fields]
-        vit = Seed2Tokenizer.read_config(self.nano / "config.json").vit
-        assert isinstance(vit, EvaConfig)
-        patches = vit.grid**2
+        patches = self.encoder_sizes.grid**2
         train_text_tokenizer(
             LavitTokenizer,
             texts,

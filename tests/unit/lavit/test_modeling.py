@@ -68,7 +68,7 @@ def changed(features: Tensor, patch: int) -> Tensor:
 
 @torch.no_grad()
 def test_token_merger_attends_causally_and_to_dropped_patches():
-    merger = TokenMerger(TINY).eval()
+    merger = TokenMerger(TINY, TINY.vit.width).eval()
     features = torch.randn(2, PATCHES, WIDTH)
     keep = torch.ones(2, PATCHES)
     keep[:, [3, 7]] = 0

@@ -71,6 +71,19 @@ def test_preprocessing_makes_the_pixels_of_transformers(kind, tmp_path):
     torch.testing.assert_close(pixels, torch.as_tensor(expected), atol=0.06, rtol=0)
 
 
+def test_patches_of_a_network_that_merges_them(tmp_path):
+    from transformers import SwinConfig
+
+    config = SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 2])
+    values = {**config.to_dict(), "window_size": 4}
+    encoder = build_vision_encoder(
+        {"type": "hub", "network": values, "preprocessing": {"image_size": 32}}
+    )
+    pixels = torch.randn(1, 3, 32, 32)
+    assert (encoder.n_class_tokens, encoder.n_patches) == (0, 16)
+    assert encoder.patch_features(pixels).shape == (1, 16, encoder.width)
+
+
 def test_hub_config_is_self_contained(tmp_path):
     write_vision("dinov3", tmp_path / "dino")
     config = HubVisionConfig(path=str(tmp_path / "dino"))
@@ -150,7 +163,7 @@ def test_load_vision_encoder_of_wrong_folders(tmp_path):
     state = model.state_dict()
     del state["embeddings.patch_embedding.bias"]
     model.save_pretrained(tmp_path / "siglip", state_dict=state)
-    with pytest.raises(CheckpointError, match="1 tensors are missing, first '.*patch_embedding"):
+    with pytest.raises(CheckpointError, match="1 tensors are missing from the file: '.*patch_e"):
         load_vision_encoder(tmp_path / "siglip")
 
     (tmp_path / "siglip" / "preprocessor_config.json").unlink()

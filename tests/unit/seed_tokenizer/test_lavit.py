@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
 from lavis_runs import log_of, torchrun
+from omegaconf import OmegaConf
 from repository import ROOT
+from tiny_vision import write_vision
 
 VISION = ROOT / "pretrained" / "nano" / "seed_tokenizer" / "diffusion_model" / "image_encoder"
 
@@ -45,6 +48,35 @@ def test_train_and_export_of_lavit(yaml, run, images, tmp_path, capsys):
     assert torch.equal(torch.cat(codes), expected.codes_T)
     rebuilt = decoder.features([tokenizer.embed_codes(row) for row in codes])
     assert rebuilt.shape == tokenizer.patch_features(pixels).shape
+
+
+def test_train_and_export_with_a_vision_encoder_of_transformers(yaml, run, images, tmp_path):
+    """Sizes and weights are those of its folder, for the export, too."""
+    from seed_multimodal.cli.main import main
+    from seed_multimodal.models.lavit.checkpoints import load_dynamic_tokenizer
+
+    write_vision("dinov3", tmp_path / "vision", side=32)
+    arguments = yaml("lavit", "run.max_epoch=2")
+    file = Path(arguments[1])
+    config = OmegaConf.load(file)
+    config.model.vit = {"type": "hub", "path": str(tmp_path / "vision")}
+    config.model.vit_weights = None
+    config.model.merger.merger_heads = 2
+    for processor in config.datasets.pictures.vis_processor.values():
+        processor.image_size = 32
+    OmegaConf.save(config, file)
+    model = run(arguments).model.eval()
+    assert model.tokenizer.n_patches == 16 and model.decoder.config.feature_dim == 16
+
+    checkpoint = tmp_path / "lavit" / "checkpoint_1.pth"
+    out = tmp_path / "tokenizer"
+    assert main(f"export-tokenizer --lavit {checkpoint} --out {out}".split()) == 0
+    tokenizer = load_dynamic_tokenizer(out / "tokenizer")
+    read = [tokenizer.transform.read(path) for path in sorted(images.glob("*.png"))[:3]]
+    pixels = tokenizer.transform.normalise(torch.stack(read))
+    codes = tokenizer.encode(pixels, mode="threshold")
+    expected = model.tokenizer.encode(pixels, mode="threshold")
+    assert all(torch.equal(row, other) for row, other in zip(codes, expected, strict=True))
 
 
 def test_build_with_a_rate_of_the_token_selector(yaml):

@@ -17,6 +17,7 @@ from seed_multimodal.data.decoders.base import (
 )
 from seed_multimodal.data.formats.conversations import NO_IMAGE
 from seed_multimodal.data.formats.record import JsonObject, RecordFields
+from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.models.seed_x.views import Grid, patch_positions
 from seed_multimodal.settings import setting
@@ -57,13 +58,14 @@ class ImageSequence(TrainingSequence):
 @dataclass(frozen=True)
 class FeatureDecoderOptions(DecoderOptions):
     base_resolution: int = setting(224, minimum=1)  # side of a view in pixels
+    # Of complete images; None: squashed to `base_resolution`. A training gives its encoder's.
+    preprocessing: ImageTransform | None = None
 
 
 class FeatureDecoder(Decoder):
     """Base of decoders whose images are opened with the record, and encoded by the model."""
 
     Options: ClassVar[type[DecoderOptions]] = FeatureDecoderOptions
-    interpolation: ClassVar[str] = "bilinear"  # of the whole image
     image_fields: ClassVar[tuple[str, ...]] = ("image", "source_image", "target_image")
     options: FeatureDecoderOptions
 

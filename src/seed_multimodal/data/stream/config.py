@@ -119,14 +119,17 @@ def read_data_settings(config: RecordFields | DictConfig, label: str = "data") -
 
 
 def with_template(settings: LlmDataSettings, template: str | None) -> LlmDataSettings:
-    """The settings, with `template` in the sources that accept it and do not set it."""
-    if template is None:
-        return settings
+    """As `with_option`; None: the settings as they are."""
+    return settings if template is None else with_option(settings, "template", template)
+
+
+def with_option(settings: LlmDataSettings, name: str, value: FieldValue) -> LlmDataSettings:
+    """The settings, with an option in the sources whose decoder has it and that do not set it."""
     sources = []
     for source in settings.sources:
         decoder = find_decoder(source.decoder)
-        if decoder is not None and "template" in decoder.option_names():
-            source = replace(source, options={"template": template, **source.options})
+        if decoder is not None and name in decoder.option_names():
+            source = replace(source, options={name: value, **source.options})
         sources.append(source)
     return replace(settings, sources=sources)
 

@@ -82,7 +82,7 @@ class ImageReader:
         self.folder = folder
         side = decoder.options.base_resolution
         grids = tuple(getattr(decoder.options, "resolution_grids", ("1x1",)))
-        self._resize = ImageTransform(side, interpolation=decoder.interpolation)
+        self._resize = decoder.options.preprocessing or ImageTransform(side)
         self._tiles = AnyResolution(side, grids)
 
     def fields(self, record: Record) -> JsonObject:

@@ -155,8 +155,8 @@ def with_merger(
     with torch.device("meta"):
         parts = nn.ModuleDict(
             {
-                "causal_encoder": TokenMerger(model.config),
-                "vit_proj": nn.Linear(model.config.vit.width, llm_width),
+                "causal_encoder": TokenMerger(model.config, model.encoder.width),
+                "vit_proj": nn.Linear(model.encoder.width, llm_width),
             }
         )
     cast_layers(parts, model.encode_task_layer[0].weight.dtype)

@@ -46,7 +46,6 @@ class LavitDecoder(FeatureDecoder):
     """Base of these decoders."""
 
     Tokenizer = LavitTokenizer
-    interpolation = "bicubic"
 
     def __init__(self, tokenizer: MultimodalTokenizer, options: OptionValues) -> None:
         super().__init__(tokenizer, options)

@@ -19,6 +19,7 @@ from seed_multimodal.settings import read_settings
 from seed_multimodal.weights import assign_strictly, fingerprint, load_state_dict, same_fingerprint
 
 MODEL_TYPE = "lavit_stage1"
+VISION = "tokenizer.encoder."  # beginning of the vision encoder's names
 
 
 @dataclass(frozen=True)
@@ -56,7 +57,7 @@ def export_stage1(
 ) -> tuple[Path, Path]:
     """Write `out/tokenizer` (without projector) and `out/decoder` (with random U-Net heads).
 
-    vision: the vision encoder of the run, unless the checkpoint holds it.
+    vision: the vision encoder of the run, unless the checkpoint holds it or its sizes name it.
     config: a file with the sizes; None: the `config.json` next to the checkpoint.
 
     Raises:
@@ -73,6 +74,8 @@ def export_stage1(
 
     # 2. Their weights. Checkpoints leave the frozen vision encoder out.
     encoder = model.tokenizer.encoder
+    if vision is None and not any(name.startswith(VISION) for name in state):
+        vision = encoder.config.default_weights
     if vision is not None:
         load_vision(encoder, vision, None)
         if sizes.tower and not same_fingerprint(sizes.tower, fingerprint(encoder)):
@@ -81,7 +84,7 @@ def export_stage1(
                 "the run's model.vit_weights."
             )
         for name, value in encoder.state_dict().items():
-            state[f"tokenizer.encoder.{name}"] = value
+            state[VISION + name] = value
     assign_strictly(model, state, file, allow_missing=("tokenizer.vit_proj.*", "decoder.unet_*"))
 
     # 3. One folder with both, complete or not at all.

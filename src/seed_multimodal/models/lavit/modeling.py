@@ -1,13 +1,14 @@
 """LaVIT's dynamic tokenizer: images → a variable number of tokens.
 
-    pixels ─ EVA ViT ─► features ─ token selector ─► kept patches ─ token merger ─► rows
+    pixels ─ vision encoder ─► features ─ token selector ─► kept patches ─ token merger ─► rows
     rows ─ projector ─► LLM input
     rows ─ quantizer ─► codes
 
     tokenizer = load_dynamic_tokenizer(folder)             # checkpoints.py
     codes = tokenizer.encode(pixels, mode="threshold")     # [LongTensor[n]], 0 … codebook_size − 1
 
-The vision encoder is used without its final norm and class token. The language model has continuous
+The vision encoder (the original: EVA, without its final norm) is any of `nn.vision.registry`; its
+class tokens are not read. The language model has continuous
 rows as input and codes as output; the original model has a token merger for each. With
 half-precision layers everything runs under autocast; residual streams stay fp32, as in the
 original, and codes are compared in fp32 (bf16 changes some codes).
@@ -29,11 +30,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.images.transforms import ImageTransform, seed_image_processor
+from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.nn.layers import LayerNorm, Mlp, checkpoint_layers, heads_first, heads_last
 from seed_multimodal.nn.pretrained import PretrainedNetwork
 from seed_multimodal.nn.quantizer import VectorQuantizer
-from seed_multimodal.nn.vision.eva import EvaConfig, EvaVit
+from seed_multimodal.nn.vision.eva import EvaConfig
+from seed_multimodal.nn.vision.registry import AnyVisionConfig, build_vision_encoder
 from seed_multimodal.settings import setting
 
 MODES = ("draw", "threshold")  # of the token selection, see `choose`
@@ -55,12 +57,12 @@ class LavitTokenizerConfig:
     """Sizes of the dynamic tokenizer; the defaults are the original ones.
 
     Attributes:
-        vit_head: width of the vision encoder's unused classification head, which is stored with a
-            final norm; 0: no head.
+        vit_head: width of the classification head that the original's EVA stores with a final norm,
+            both unused; 0: no head, as in other vision encoders.
         llm_width: of the projector's output; 0: no projector.
     """
 
-    vit: EvaConfig = field(default_factory=lambda: EvaConfig(depth=40))
+    vit: AnyVisionConfig = field(default_factory=lambda: EvaConfig(depth=40))
     vit_head: int = setting(1024, minimum=0)
     merger_depth: int = setting(12, minimum=1)
     merger_heads: int = setting(16, minimum=1)
@@ -69,11 +71,6 @@ class LavitTokenizerConfig:
     codebook_dim: int = setting(32, minimum=1)
     llm_width: int = setting(4096, minimum=0)
     grad_checkpoint: bool = False
-
-    @property
-    def patches(self) -> int:
-        """Patches of an image, the most tokens that it can have."""
-        return self.vit.grid**2
 
 
 # ---- token selector
@@ -266,9 +263,9 @@ class TokenMerger(nn.Module):
     Rows of all patches are computed; only those of kept patches are used.
     """
 
-    def __init__(self, config: LavitTokenizerConfig) -> None:
+    def __init__(self, config: LavitTokenizerConfig, width: int) -> None:
+        """width: of the vision encoder."""
         super().__init__()
-        width = config.vit.width
         self.blocks = nn.ModuleList(
             MergerBlock(width, config.merger_heads, config.merger_mlp_width)
             for _ in range(config.merger_depth)
@@ -293,16 +290,6 @@ class TokenMerger(nn.Module):
 # ---- tokenizer
 
 
-class LavitVit(EvaVit):
-    """EVA ViT whose norm and head are stored, but not used."""
-
-    def __init__(self, config: EvaConfig, head_width: int) -> None:
-        super().__init__(config)
-        if head_width:
-            self.norm = LayerNorm(config.width, eps=1e-6)
-            self.head = nn.Linear(config.width, head_width)
-
-
 class DynamicTokenizer(PretrainedNetwork[LavitTokenizerConfig]):
     """Pixels → a list with one entry per image, of as many rows or codes as the image needs.
 
@@ -317,11 +304,14 @@ class DynamicTokenizer(PretrainedNetwork[LavitTokenizerConfig]):
     def __init__(self, config: LavitTokenizerConfig) -> None:
         super().__init__()
         self.config = config
-        width = config.vit.width
         # Names are those of the original's state dict.
-        self.encoder = LavitVit(config.vit, config.vit_head)
+        self.encoder = build_vision_encoder(config.vit)
+        width = self.encoder.width
+        if config.vit_head:
+            self.encoder.add_module("norm", LayerNorm(width, eps=1e-6))
+            self.encoder.add_module("head", nn.Linear(width, config.vit_head))
         self.token_predictor = TokenSelector(width)
-        self.causal_encoder = TokenMerger(config)
+        self.causal_encoder = TokenMerger(config, width)
         self.quantize = VectorQuantizer(config.codebook_size, config.codebook_dim, unit_rows=True)
         self.encode_task_layer = nn.Sequential(
             nn.Linear(width, width), nn.Tanh(), nn.Linear(width, config.codebook_dim)
@@ -332,11 +322,13 @@ class DynamicTokenizer(PretrainedNetwork[LavitTokenizerConfig]):
 
     @property
     def transform(self) -> ImageTransform:
-        """An image of any size → pixels of the vision encoder's size.
+        """An image of any size → pixels of the vision encoder: its preprocessing."""
+        return self.encoder.preprocessing
 
-        Not cropped; bicubic, CLIP's normalisation.
-        """
-        return seed_image_processor(self.config.vit.image_size)
+    @property
+    def n_patches(self) -> int:
+        """Patches N of an image, the most tokens that it can have."""
+        return self.encoder.n_patches
 
     @property
     def device(self) -> torch.device:
@@ -344,9 +336,9 @@ class DynamicTokenizer(PretrainedNetwork[LavitTokenizerConfig]):
         return self.encode_task_layer[0].weight.device
 
     def patch_features(self, pixels_B3HW: Tensor) -> Tensor:
-        """Normalised pixels `[B, 3, S, S]` → the last block's patches `[B, N, D]`, fp32."""
+        """Normalised pixels `[B, 3, S, S]` → features of the patches `[B, N, D]`, fp32."""
         with self.precision():
-            return self.encoder(pixels_B3HW)[:, 1:].float()  # without the class token
+            return self.encoder.patch_features(pixels_B3HW).float()
 
     def select(self, features_BND: Tensor, **selection: Unpack[SelectionOptions]) -> Selection:
         """Features → the decision about each patch; differentiable (straight through)."""

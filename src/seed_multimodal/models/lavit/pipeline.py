@@ -8,6 +8,7 @@ It is not trained for conversations: `chat` answers single messages.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
@@ -100,7 +101,7 @@ class LavitImageCodec(ImageCodec):
         models = {"code_tokenizer": code_tokenizer}
         if understanding_tokenizer is not None:
             models["understanding_tokenizer"] = understanding_tokenizer
-        min_side = MIN_OVERSAMPLING * code_tokenizer.config.vit.image_size
+        min_side = MIN_OVERSAMPLING * code_tokenizer.encoder.image_size
         super().__init__(nn.ModuleDict(models), placement, min_side)
         self.code_tokenizer = code_tokenizer
         self.understanding_tokenizer = understanding_tokenizer
@@ -135,7 +136,7 @@ class LavitImageCodec(ImageCodec):
         def masks(pixels: Tensor, mode: str, generator: Generators) -> list[Tensor]:
             features_BND = tokenizer.patch_features(pixels)
             keep_BN = tokenizer.select(features_BND, mode=mode, generator=generator).keep_BN
-            return list(keep_BN.bool().unflatten(1, (tokenizer.config.vit.grid, -1)).cpu())
+            return list(keep_BN.bool().unflatten(1, (math.isqrt(tokenizer.n_patches), -1)).cpu())
 
         return self._rows(masks, images, seed)
 
@@ -171,14 +172,12 @@ class LavitImageCodec(ImageCodec):
         Raises:
             CodesError: no whole image, or a code outside the codebook.
         """
-        config = self.code_tokenizer.config
+        n_patches = self.code_tokenizer.n_patches
         row = torch.as_tensor(codes)
-        if row.ndim != 1 or row.is_floating_point() or not 0 < len(row) <= config.patches:
-            raise CodesError(
-                f"An image is a row of 1 to {config.patches} codes, got {list(row.shape)}."
-            )
-        if not 0 <= int(row.min()) <= int(row.max()) < config.codebook_size:
-            raise CodesError(f"An image holds a code outside 0 to {config.codebook_size - 1}.")
+        if row.ndim != 1 or row.is_floating_point() or not 0 < len(row) <= n_patches:
+            raise CodesError(f"An image is a row of 1 to {n_patches} codes, got {list(row.shape)}.")
+        if not 0 <= int(row.min()) <= int(row.max()) < self.section:
+            raise CodesError(f"An image holds a code outside 0 to {self.section - 1}.")
         return row.long()
 
     def draw(
@@ -436,12 +435,11 @@ def check_sizes(
     llm_config: LanguageModelConfig,
 ) -> None:
     """Raise CheckpointError if image tokenizer and language model have different sizes."""
-    sizes = images.code_tokenizer.config
     # Embeddings of the language model behind those of the vocabulary are padding.
     n_words = min(vocabulary.size, llm_config.vocab_size)
     pairs = {
-        "codes": (sizes.codebook_size, vocabulary.n_codes),
-        "patches": (sizes.patches, vocabulary.tokens_per_image),
+        "codes": (images.section, vocabulary.n_codes),
+        "patches": (images.code_tokenizer.n_patches, vocabulary.tokens_per_image),
         "words": (vocabulary.size, n_words),
     }
     understanding = images.understanding_tokenizer

@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.data.decoders.features import FeatureDecoderOptions
+from seed_multimodal.data.stream.config import with_option
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError
@@ -85,22 +86,26 @@ class PretrainTask(LlmTask):
         Raises:
             ConfigError: mismatched tokenizers. Others as `RunTask.train`.
         """
+        # Data workers resize images as the vision encoder's preprocessing says.
         self.visual = load_dynamic_tokenizer(project_path(run.visual_encoder.path))
+        preprocessing = self.visual.transform.describe()
+        run.data = with_option(run.data, "preprocessing", preprocessing)
+        if run.eval_data is not None:
+            run.eval_data = with_option(run.eval_data, "preprocessing", preprocessing)
         super().__init__(run, group, device)
 
         # Codes become tokens, so both must have the same number.
-        sizes = self.visual.config
         vocabulary = self.tokenizer.vocabulary
         for name, size, expected in (
-            ("codes", sizes.codebook_size, vocabulary.n_codes),
-            ("patches an image", sizes.patches, vocabulary.tokens_per_image),
+            ("codes", self.visual.config.codebook_size, vocabulary.n_codes),
+            ("patches an image", self.visual.n_patches, vocabulary.tokens_per_image),
         ):
             if size != expected:
                 raise ConfigError(
                     f"visual_encoder: the visual tokenizer has {size} {name}, but tokenizer "
                     f"{run.tokenizer.folder} expects {expected}."
                 )
-        self.check_views(sizes.vit.image_size, FeatureDecoderOptions.base_resolution)
+        self.check_views(self.visual.encoder.image_size, FeatureDecoderOptions.base_resolution)
 
     # ---- training
 
@@ -115,9 +120,10 @@ class PretrainTask(LlmTask):
         # 1. What is trained, from stage 1 or an earlier stage 2.
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(settings.seed)
-            merger = TokenMerger(visual.config)
+            width = visual.encoder.width
+            merger = TokenMerger(visual.config, width)
             llm_width = int(find_llama(self.llm).config.hidden_size)
-            projector = nn.Linear(visual.config.vit.width, llm_width)
+            projector = nn.Linear(width, llm_width)
         if settings.start is None:
             merger.load_state_dict(visual.causal_encoder.state_dict())
         else:

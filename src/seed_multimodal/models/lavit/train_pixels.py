@@ -10,14 +10,14 @@ from __future__ import annotations
 import shutil
 import zlib
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.data.stream.pairs_dataset import sample_seed
+from seed_multimodal.data.stream.pairs_dataset import TargetView, sample_seed
 from seed_multimodal.device import DTYPES
 from seed_multimodal.diffusion.base import vae_folder
 from seed_multimodal.diffusion.conditioner import CONDITIONER_FOLDERS
@@ -93,7 +93,6 @@ class LavitImages(ImageData):
     """The images of a run; see `ImageData`."""
 
     encoder_size: int = setting(224, minimum=1)
-    encoder_interpolation: ClassVar[str] = "bicubic"
 
 
 def image_codes(
@@ -115,7 +114,7 @@ def image_codes(
     # 2. The codes, as many as the image has selected patches.
     normalised = tokenizer.transform.normalise(pixels)
     all_codes = tokenizer.encode(normalised, mode=selection, generator=generators)
-    shape = (len(all_codes), tokenizer.config.patches)
+    shape = (len(all_codes), tokenizer.n_patches)
     padded = torch.full(shape, -1, dtype=torch.int32, device=pixels.device)
     for row, codes in zip(padded, all_codes, strict=True):
         row[: len(codes)] = codes
@@ -146,13 +145,23 @@ class LavitPixelTask(PixelTask[TrainedPixels]):
         super().__init__(run, group, device)
         self.loss = LavitPixelLoss(self.model.dropout)
 
+    def prepare(self) -> None:
+        self.tokenizer = load_dynamic_tokenizer(
+            self.model.tokenizer, device=self.device, dtype=DTYPES[self.settings.precision]
+        )
+        super().prepare()
+
+    @property
+    def view(self) -> TargetView:
+        """Resized as by the vision encoder's preprocessing."""
+        interpolation = self.tokenizer.transform.interpolation
+        return replace(super().view, encoder_interpolation=interpolation)
+
     def conditions(self) -> FrozenFeatures:
         """The images' codes."""
         model = self.model
-        tokenizer = load_dynamic_tokenizer(
-            model.tokenizer, device=self.device, dtype=DTYPES[self.settings.precision]
-        )
-        self.check_side(tokenizer.config.vit.image_size)
+        tokenizer = self.tokenizer
+        self.check_side(tokenizer.encoder.image_size)
         self.codebook = tokenizer.quantize  # of `embeds`
 
         def codes(pixels: Tensor) -> Tensor:

@@ -77,6 +77,15 @@ class VisionEncoder(nn.Module, ABC):
     def n_class_tokens(self) -> int:
         """Tokens before those of the patches: 0, a class token, or also registers."""
 
+    @property
+    def n_patches(self) -> int:
+        """Tokens of patches, the last ones, in raster order: a square."""
+        return self.n_tokens - self.n_class_tokens
+
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
         """Normalised pixels `[B, 3, S, S]` → features `[B, N, W]`."""
+
+    def patch_features(self, images: Tensor) -> Tensor:
+        """As `forward`, without the class tokens: `[B, n_patches, W]`."""
+        return self(images)[:, self.n_class_tokens :]

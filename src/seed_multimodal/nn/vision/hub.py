@@ -26,6 +26,7 @@ from seed_multimodal.nn.pretrained import CONFIG
 from seed_multimodal.nn.vision.base import State, VisionConfig, VisionEncoder
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.settings import setting
+from seed_multimodal.weights import refuse_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -105,11 +106,7 @@ class HubVisionConfig(VisionConfig):
                 f"{folder}: no complete vision model ({first_line(error)})."
             ) from error
         # transformers fills missing tensors with random values, which is an error here.
-        missing = sorted(info["missing_keys"])
-        if missing:
-            raise CheckpointError(
-                f"{folder}: {len(missing)} tensors are missing, first {missing[0]!r}."
-            )
+        refuse_tensors(sorted(info["missing_keys"]), (), folder, "missing from the file")
         return {NETWORK + name: value for name, value in network.state_dict().items()}
 
 
@@ -190,7 +187,8 @@ class HubVision(VisionEncoder):
 
     @property
     def n_class_tokens(self) -> int:
-        return self.n_tokens - (self.image_size // self.patch_size) ** 2
+        # A network that merges patches (Swin) has fewer tokens than patches.
+        return max(0, self.n_tokens - (self.image_size // self.patch_size) ** 2)
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised pixels `[B, 3, S, S]` → features `[B, N, W]`.

@@ -109,7 +109,6 @@ class ImageData:
     seed: int = setting(0, minimum=0)
     max_bad_in_a_row: int = setting(20, minimum=1)
     held_out: ImageSource | None = None
-    encoder_interpolation: ClassVar[str] = "bilinear"
 
     @property
     def view(self) -> TargetView:
@@ -119,7 +118,6 @@ class ImageData:
             self.encoder_size,
             self.keep_ratio,
             self.sizes,
-            self.encoder_interpolation,
         )
 
 
@@ -200,6 +198,11 @@ class PixelTask(RunTask, Generic[Module]):
         self.sample_batches: list[tuple[TargetBatch, EncodedImages]] = []
 
     # ---- defined by subclasses
+
+    @property
+    def view(self) -> TargetView:
+        """How images are cut and resized."""
+        return self.run.data.view
 
     def conditions(self) -> FrozenFeatures:
         """The frozen model that computes conditions of the encoder's images."""
@@ -290,7 +293,7 @@ class PixelTask(RunTask, Generic[Module]):
         data = self.run.data
         return TargetPairs(
             source,
-            data.view,
+            self.view,
             reads_condition=self.reads_condition,
             seed=data.seed,
             max_bad_in_a_row=data.max_bad_in_a_row,

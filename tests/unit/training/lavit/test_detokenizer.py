@@ -12,8 +12,9 @@ import torch
 from diffusers import DDPMScheduler
 from tensors import equal
 from tiny_detokenizer import losses
-from tiny_lavit import tiny_tokenizer
+from tiny_lavit import TINY, spread, tiny_tokenizer
 from tiny_lavit_training import CONFIGS, code_decoder, config, write_parts
+from tiny_vision import write_vision
 from torch import Tensor, nn
 
 from seed_multimodal.diffusion.objectives import build_objective
@@ -23,8 +24,12 @@ from seed_multimodal.models.lavit.checkpoints import save_dynamic_tokenizer
 from seed_multimodal.models.lavit.decoder import CodeDecoder
 from seed_multimodal.models.lavit.diffusion import LavitDetokenizer
 from seed_multimodal.models.lavit.losses import HEADS, LavitPixelLoss, TrainedPixels
+from seed_multimodal.models.lavit.modeling import DynamicTokenizer
 from seed_multimodal.models.lavit.train_pixels import LavitPixelTask, image_codes
+from seed_multimodal.models.seed.checkpoints import load_vision
+from seed_multimodal.nn.vision.hub import HubVisionConfig
 from seed_multimodal.training.cli import compose, parse
+from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.weights import load_state_dict, save_state_dict
 
 SHORT = {"max_steps": 2, "save_steps": 0}
@@ -247,7 +252,31 @@ def test_configurations_are_read(kind):
         and run.data.encoder_size == 224
         and run.model.trained == "all"
     )
-    assert (
-        len(run.data.sizes) == (6 if kind == "highres" else 0)
-        and run.data.view.encoder_interpolation == "bicubic"
+    assert len(run.data.sizes) == (6 if kind == "highres" else 0)
+
+
+def test_codes_are_of_the_vision_encoders_preprocessing(parts: Path, tmp_path):
+    write_vision("siglip2", tmp_path / "vision")
+    vit = HubVisionConfig(path=str(tmp_path / "vision"))
+    torch.manual_seed(0)
+    tokenizer = spread(DynamicTokenizer(dataclasses.replace(TINY, vit=vit, vit_head=0))).eval()
+    load_vision(tokenizer.encoder, tmp_path / "vision", None)
+    save_dynamic_tokenizer(tokenizer, tmp_path / "tokenizer")
+    model = {"tokenizer": str(tmp_path / "tokenizer"), "selection": "threshold"}
+    run = LavitPixelTask.read(config(parts, tmp_path / "run", model=model))
+    task = LavitPixelTask(run, ProcessGroup(), torch.device("cpu"))
+    task.prepare()
+    assert task.view.encoder_interpolation == "bilinear"
+    pixels = task.batches.at(0)[0]["encoder_image"]
+    codes = task.encoders.conditions(pixels)
+    assert codes.shape == (len(pixels), tokenizer.n_patches)
+    expected = tokenizer.encode(vit.preprocessing.normalise(pixels), mode="threshold")
+    for row, expected_row in zip(codes, expected, strict=True):
+        assert row[row >= 0].tolist() == expected_row.tolist()
+
+    # EVA's are bicubic.
+    task = LavitPixelTask(
+        LavitPixelTask.read(config(parts, tmp_path / "run")), ProcessGroup(), torch.device("cpu")
     )
+    task.prepare()
+    assert task.view.encoder_interpolation == "bicubic"

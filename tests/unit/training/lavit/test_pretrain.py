@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import io
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,7 @@ import torch
 from llm_runs import LORA
 from PIL import Image
 from repository import ROOT
+from tiny_vision import write_vision
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
@@ -30,6 +33,8 @@ from seed_multimodal.models.lavit.checkpoints import (
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer
 from seed_multimodal.models.lavit.pipeline import Lavit
 from seed_multimodal.models.lavit.train_llm import PretrainTask
+from seed_multimodal.models.seed.checkpoints import load_vision
+from seed_multimodal.nn.vision.hub import HubVisionConfig
 from seed_multimodal.training.cli import compose, parse
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.weights import load_state_dict, save_state_dict
@@ -133,6 +138,42 @@ def reference(
             learned += int((labels[1:] != -100).sum())
     assert not rest
     return total, image_total, learned
+
+
+def test_images_are_prepared_as_the_vision_encoder_of_the_tokenizer_says(
+    config_of, parts_dir: Path, tmp_path
+):
+    """Cropped and with its mean, as in a system; EVA's are squashed."""
+    write_vision("dinov2", tmp_path / "vision", side=32)
+    vit = HubVisionConfig(path=str(tmp_path / "vision"))
+    torch.manual_seed(0)
+    model = DynamicTokenizer(replace(parts.SIZES, vit=vit))
+    assert model.n_patches == parts.PATCHES
+    load_vision(model.encoder, tmp_path / "vision", None)
+    save_dynamic_tokenizer(model, tmp_path / "visual")
+    captions, _, texts = parts.data_of(parts_dir)["sources"]
+    captions["options"]["base_resolution"] = 32
+    config = config_of(
+        tmp_path / "out",
+        data={"sources": [captions, texts]},
+        visual_encoder={"path": str(tmp_path / "visual")},
+        trainer={"max_steps": 2},
+    )
+
+    # 1. Pixels of the data workers, and their features.
+    task = task_of(config)
+    task.prepare()
+    batch = next(batch for batch in task.data if batch.views is not None)
+    files = [parts.image_of(colour, index) for index, colour in enumerate(parts.COLOURS.values())]
+    images = [Image.open(io.BytesIO(file)).convert("RGB") for file in files]
+    expected = [vit.preprocessing.read(image) for image in images]
+    for pixels in batch.views.pixels:
+        assert any(torch.equal(pixels, image) for image in expected)
+    features = model.eval().patch_features(vit.preprocessing.normalise(batch.views.pixels))
+    torch.testing.assert_close(task.features(batch.views.pixels), features.detach())
+
+    # 2. Training.
+    assert PretrainTask.train(config)["steps"] == 2
 
 
 def test_resume_with_another_visual_tokenizer_fails(config_of, parts_dir: Path, tmp_path):
