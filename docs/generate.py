@@ -36,6 +36,7 @@ OPTIONS = {
             "model (language models)": "training.llm.config:LlmModelSettings",
             "data (language models)": "data.stream.config:LlmDataSettings",
             "data.sources": "data.stream.config:SourceSettings",
+            "model (SEED's decoders)": "models.seed.train_detokenizer:SeedDecoderModel",
             "data (pixel decoders)": "training.pixel_decoder.task:ImageData",
             "data.sources (pixel decoders)": "training.pixel_decoder.task:ImageSource",
             "agent (SEED-X)": "models.seed_x.modeling:AgentSettings",

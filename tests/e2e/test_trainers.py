@@ -6,7 +6,7 @@ ZeRO.
 | SEED_Tokenizer: stage1, stage2, LaVIT's | each | stage1 | | | stage1 | stage1 |
 | MultiModalLLM: llm, seed_x_sft, lavit | each | each | llm (tests/golden/parity) | each | llm | llm
 |
-| pixel decoders of SEED-X and LaVIT | each | each | SEED-X's | | SEED-X's | SEED-X's |
+| decoders of SEED, SEED-X and LaVIT | each | each | SEED-X's | | SEED-X's | SEED-X's |
 
 DeepSpeed compiles its shared-memory operator at the first start (under a minute; needs g++ and
 ninja).

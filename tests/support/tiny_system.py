@@ -22,6 +22,7 @@ N_CODES = 16
 EMBEDDING = 16
 GRID = 8
 CROSS = 16
+WIDTH = 24  # of the Q-Former
 
 
 def build(folder: str | Path, *, seed: int = 0) -> Path:
@@ -34,7 +35,7 @@ def build(folder: str | Path, *, seed: int = 0) -> Path:
     tokenizer = train_text_tokenizer(
         MultimodalTokenizer, SENTENCES * 4, root / "seed_tokenizer", vocab_size=340, n_codes=N_CODES
     )
-    _write_image_tokenizer(root / "seed_tokenizer")
+    write_image_tokenizer(root / "seed_tokenizer")
     llama(len(tokenizer)).save_pretrained(root / "seed_llama")
     write_detokenizer(root / "seed_tokenizer" / "diffusion_model")
     (root / "system.json").write_text(
@@ -54,7 +55,7 @@ def build(folder: str | Path, *, seed: int = 0) -> Path:
     return root
 
 
-def _write_image_tokenizer(folder: Path) -> None:
+def write_image_tokenizer(folder: Path) -> None:
     from seed_multimodal.models.seed.configuration import QFormerConfig, Seed2Config
     from seed_multimodal.models.seed.modeling import Seed2Tokenizer
     from seed_multimodal.nn.vision.eva import EvaConfig
@@ -63,7 +64,7 @@ def _write_image_tokenizer(folder: Path) -> None:
         vit=EvaConfig(
             image_size=IMAGE_SIZE, patch_size=8, width=24, depth=1, heads=2, mlp_width=48
         ),
-        qformer=QFormerConfig(width=24, depth=2, heads=2, mlp_width=48),
+        qformer=QFormerConfig(width=WIDTH, depth=2, heads=2, mlp_width=48),
         codebook_size=N_CODES,
         codebook_dim=8,
         decode_depth=1,

@@ -235,6 +235,22 @@ def _lavit_pixels(
     ]
 
 
+def _seed_decoder(
+    parts_dir: Path, output: Path, steps: int, save: int, more: Sequence[str]
+) -> list[str]:
+    return [
+        "model=tiny",
+        "data=tiny",
+        "trainer=tiny",
+        "optim=tiny",
+        f"model.diffusion={parts_dir / 'kl'}",
+        f"model.tokenizer={parts_dir / 'tokenizer'}",
+        "model.scheduler={_class_name: FlowMatchEulerDiscreteScheduler}",
+        *FEW_SAMPLES,
+        *_every(output, steps, save, more),
+    ]
+
+
 def _lavis(stage: str) -> Callable[[Path, Path, int, int, Sequence[str]], list[str]]:
     def arguments(
         parts_dir: Path, output: Path, steps: int, save: int, more: Sequence[str]
@@ -337,5 +353,14 @@ TRAINERS = [
         _lavit_pixels,
         ACCUMULATE,
         "pixels/*/*.safetensors",
+    ),
+    Trainer(
+        "seed_decoder",
+        LLM,
+        "src/train/train_seed_decoder.py",
+        _written_by("tiny_decoder"),
+        _seed_decoder,
+        ACCUMULATE,
+        "decoder/*/*.safetensors",
     ),
 ]

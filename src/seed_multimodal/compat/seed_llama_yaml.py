@@ -127,7 +127,7 @@ def system_from_configs(
     """
     from seed_multimodal.inference.opening import EngineOptions
     from seed_multimodal.language.prompts import ORIGINAL_TASKS, template_for
-    from seed_multimodal.models.seed.pipeline import SeedLlama, check_unclip
+    from seed_multimodal.models.seed.pipeline import SeedLlama, check_detokenizer
     from seed_multimodal.models.seed.spec import ORIGINAL_GENERATION, SeedLlamaConfig
 
     # 1. The image tokenizer; a missing diffusion model is reported before the language model is
@@ -136,7 +136,7 @@ def system_from_configs(
         tokenizer, image_transform, device=tokenizer_device, dtype=dtype
     )
     codec = seed_tokenizer.images
-    check_unclip(codec.decoder_folder)
+    check_detokenizer(codec.decoder_folder)
     offloaded = {"encoder": offload_encoder, "decoder": offload_decoder}
     codec.offload([part for part, chosen in offloaded.items() if chosen])
 

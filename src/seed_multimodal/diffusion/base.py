@@ -1,4 +1,4 @@
-"""Base of the de-tokenizers: image embeddings → images by diffusers' U-Nets, VAEs and schedulers.
+"""Base of the de-tokenizers: image embeddings → images by denoiser, VAE and scheduler of diffusers.
 
     images = detokenizer(embeds, seeds=[1, 2, 3], num_inference_steps=20)
 
@@ -20,9 +20,7 @@ from typing import (
     ClassVar,
     Generic,
     Literal,
-    Required,
     Self,
-    TypedDict,
     TypeVar,
 )
 
@@ -36,6 +34,17 @@ from seed_multimodal.diffusion.conditioner import (
     Generators,
     load_conditioner,
     seeded_noise,
+)
+from seed_multimodal.diffusion.networks import (
+    AUTOENCODERS,
+    DENOISERS,
+    DenoiserConditions,
+    denoiser_folder,
+    latent_scale,
+    predict,
+    size_unit,
+    spatial_factor,
+    stored_class,
 )
 from seed_multimodal.diffusion.objectives import flow_shift, is_flow
 from seed_multimodal.disk import read_json_object
@@ -65,9 +74,7 @@ REQUIRED_FILES = {  # of parts without weights: one of them must exist
     "feature_extractor": ("preprocessor_config.json",),
 }
 FAST_STEPS = 12  # of DPM-Solver++ 2M: as accurate as 20 of PNDM
-CLASSES = {  # of a diffusers folder's sub-folders
-    "unet": ("diffusers", "UNet2DConditionModel"),
-    "vae": ("diffusers", "AutoencoderKL"),
+CLASSES = {  # of a diffusers folder's sub-folders, besides its networks
     "text_encoder": ("transformers", "CLIPTextModel"),
     "tokenizer": ("transformers", "CLIPTokenizer"),
     "image_normalizer": ("diffusers.pipelines.stable_diffusion", "StableUnCLIPImageNormalizer"),
@@ -76,6 +83,11 @@ CLASSES = {  # of a diffusers folder's sub-folders
         "StableDiffusionSafetyChecker",
     ),
     "feature_extractor": ("transformers", "CLIPImageProcessor"),
+}
+NETWORKS = {  # classes by the part's `config.json`
+    "unet": ("UNet2DConditionModel",),
+    "denoiser": tuple(DENOISERS),  # in `unet` or `transformer`
+    "vae": AUTOENCODERS,
 }
 OPTIONAL = {  # part → the sub-folder that must exist, or the part is left out
     "text_encoder": "text_encoder",
@@ -98,15 +110,6 @@ class DrawingSettings:
 
 
 Settings = TypeVar("Settings", bound=DrawingSettings)
-
-
-class UnetConditions(TypedDict, total=False):
-    """Keywords of the U-Net, with R · B rows for R runs of each image."""
-
-    encoder_hidden_states: Required[Tensor]  # prompt embeddings [R·B, N, D]
-    encoder_attention_mask: Tensor  # [R·B, N]
-    class_labels: Tensor  # of unCLIP [R·B, 2 E]
-    added_cond_kwargs: dict[str, Tensor]  # of SDXL: pooled embeddings and sizes
 
 
 class Detokenizer(Generic[Settings]):
@@ -132,7 +135,7 @@ class Detokenizer(Generic[Settings]):
 
     def __init__(
         self,
-        unet: nn.Module,
+        denoiser: nn.Module,
         vae: nn.Module,
         scheduler: SchedulerMixin,
         *,
@@ -143,7 +146,7 @@ class Detokenizer(Generic[Settings]):
         safety_checker: PreTrainedModel | None = None,
         feature_extractor: BaseImageProcessor | None = None,
     ) -> None:
-        self.unet = unet
+        self.denoiser = denoiser
         self.vae = vae
         self.scheduler = scheduler
         self.conditioner = conditioner
@@ -152,9 +155,15 @@ class Detokenizer(Generic[Settings]):
         self.safety_checker = safety_checker
         self.feature_extractor = feature_extractor
         self.defaults = defaults or self.settings_class()
-        self.device = torch.device(unet.device)
-        self.factor = 2 ** (len(vae.config.block_out_channels) - 1)  # pixels of a latent's side
+        self.device = torch.device(denoiser.device)
+        self.factor = spatial_factor(vae)  # pixels of a latent's side
+        self.size_unit = size_unit(denoiser, vae)
         self._hooks: list[OffloadHook] = []
+
+    @property
+    def unet(self) -> nn.Module:
+        """The denoiser, where it is a U-Net."""
+        return self.denoiser
 
     def check_settings(self, **overrides: object) -> Settings:
         """The defaults, overridden by settings that are not None. Raises ConfigError."""
@@ -169,10 +178,10 @@ class Detokenizer(Generic[Settings]):
 
     def image_size(self, settings: Settings) -> tuple[int, int]:
         """Height and width of an image."""
-        side = int(self.unet.config.sample_size) * self.factor
+        side = int(self.denoiser.config.sample_size) * self.factor
         height = settings.height or side
         width = settings.width or side
-        unit = max(8, self.factor)
+        unit = self.size_unit
         if height % unit or width % unit:
             raise ConfigError(
                 f"Height and width must be multiples of {unit} pixels, not {height} and {width}."
@@ -238,7 +247,7 @@ class Detokenizer(Generic[Settings]):
     def sample(
         self,
         start: Tensor,
-        conditions: UnetConditions,
+        conditions: DenoiserConditions,
         guide: Callable[[Tensor], Tensor],
         settings: Settings,
         generators: Generators,
@@ -268,7 +277,8 @@ class Detokenizer(Generic[Settings]):
                 noisy = scheduler.scale_model_input(inputs, step)
             if concatenated is not None:
                 noisy = torch.cat([noisy, concatenated.to(noisy)], dim=1)
-            prediction = self.unet(noisy.to(self.unet.dtype), step, **conditions).sample.float()
+            prediction = predict(self.denoiser, noisy.to(self.denoiser.dtype), step, conditions)
+            prediction = prediction.float()
             latents = scheduler.step(guide(prediction), step, latents, **options).prev_sample
         return latents
 
@@ -292,7 +302,7 @@ class Detokenizer(Generic[Settings]):
                 embeds.to(self.device), generators, self.scheduler, condition, (height, width)
             )
         shape = (self.vae.config.latent_channels, height, width)
-        return seeded_noise(generators, shape, dtype or self.unet.dtype)
+        return seeded_noise(generators, shape, dtype or self.denoiser.dtype)
 
     def to_images(self, latents: Tensor) -> list[Image.Image]:
         """Latents as PIL images, black where the safety checker flags them.
@@ -333,11 +343,12 @@ class Detokenizer(Generic[Settings]):
         The autoencoder computes in its own precision, whatever the caller's autocast.
         """
         vae = self.vae
+        shift, scale = latent_scale(vae)
         decoded = []
         with torch.autocast(self.device.type, enabled=False):
             for batch in latents.split(self.decode_batch_size):
-                scaled = batch.to(self.device) / vae.config.scaling_factor
-                decoded.append(vae.decode(scaled.to(vae.dtype)).sample)
+                unscaled = batch.to(self.device) / scale + shift
+                decoded.append(vae.decode(unscaled.to(vae.dtype)).sample)
         pixels = torch.cat(decoded)  # in -1…1
         return (pixels * 0.5 + 0.5).clamp(0, 1)
 
@@ -411,7 +422,10 @@ class Detokenizer(Generic[Settings]):
 
     @classmethod
     def load_part(cls, folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Any:
-        """A scheduler or a part of `CLASSES`, networks in eval mode. Raises `CheckpointError`."""
+        """A scheduler, or a part of `NETWORKS` or `CLASSES`, networks in eval mode.
+
+        Raises `CheckpointError`.
+        """
         import diffusers
 
         # 1. A scheduler has no weights.
@@ -426,7 +440,10 @@ class Detokenizer(Generic[Settings]):
             raise CheckpointError(f"{part_folder}: no such folder; {cls.download_hint}.")
 
         # 3. Load it.
-        module_name, class_name = CLASSES[name]
+        if name in NETWORKS:
+            module_name, class_name = "diffusers", stored_class(part_folder, NETWORKS[name])
+        else:
+            module_name, class_name = CLASSES[name]
         part_class = getattr(importlib.import_module(module_name), class_name)
         is_network = issubclass(part_class, nn.Module)
         options = {"torch_dtype": dtype, "output_loading_info": True} if is_network else {}
@@ -445,7 +462,7 @@ class Detokenizer(Generic[Settings]):
         # 4. Missing tensors are errors; the libraries only warn.
         part, info = loaded
         refuse_tensors(sorted(info["missing_keys"]), (), part_folder, "missing from the file")
-        if name == "unet":
+        if name in ("unet", "denoiser"):
             part.register_to_config(_name_or_path="")  # do not save local paths
         return part.eval()
 
@@ -515,7 +532,9 @@ def empty_prompt(
 
 
 def _part_folder(folder: Path, name: str) -> Path:
-    return vae_folder(folder) if name == "vae" else folder / name
+    if name == "vae":
+        return vae_folder(folder)
+    return denoiser_folder(folder) if name == "denoiser" else folder / name
 
 
 def _missing_path(folder: Path, name: str) -> Path | None:
@@ -528,7 +547,7 @@ def _missing_path(folder: Path, name: str) -> Path | None:
     if name in REQUIRED_FILES:
         files = [folder / file for file in REQUIRED_FILES[name]]
         return None if any(file.is_file() for file in files) else files[0]
-    if name in ("text_encoder", "safety_checker"):  # of transformers
+    if name in ("text_encoder", "safety_checker", "code_adapter"):  # not of diffusers
         return missing_weights(folder)
     return missing_weights(folder, "diffusion_pytorch_model.safetensors")
 

@@ -30,9 +30,10 @@ def size_ids(
 
 
 def train_unet(unet: nn.Module, which: TrainedLayers) -> None:
-    """Enable gradients of a whole U-Net ("all"), or of its attention keys and values."""
+    """Enable gradients of a whole denoiser ("all"), or of its attention keys and values."""
     for name, parameter in unet.named_parameters():
-        parameter.requires_grad_(which == "all" or name.split(".")[-2] in ("to_k", "to_v"))
+        layer = name.rpartition(".")[0].rpartition(".")[2]
+        parameter.requires_grad_(which == "all" or layer in ("to_k", "to_v"))
 
 
 def new_diffusion(source: Path, target: Path) -> None:

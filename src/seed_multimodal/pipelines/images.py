@@ -109,7 +109,7 @@ def open_images(
 class Detokenizer(Protocol):
     """What `ImageCodec` needs of a family's de-tokenizer."""
 
-    unet: nn.Module
+    denoiser: nn.Module
 
     def check_settings(self, **settings: object) -> object:
         """Raise ConfigError: an unknown or wrong setting."""
@@ -167,8 +167,8 @@ class ImageCodec:
                 self._decoder = self._new_decoder()
                 self.offload(self._offload)
                 if self.compiled:
-                    self._decoder.unet.fuse_qkv_projections()
-                    self._decoder.unet.compile_repeated_blocks()
+                    self._decoder.denoiser.fuse_qkv_projections()
+                    self._decoder.denoiser.compile_repeated_blocks()
             return self._decoder
 
     def prepare_drawing(self) -> None:

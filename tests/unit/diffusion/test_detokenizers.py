@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import pytest
+import tiny_decoder
 import tiny_lavit_training
 import tiny_sdxl
 import tiny_seed1
@@ -24,10 +25,14 @@ from torch import Tensor
 from seed_multimodal.errors import CheckpointError, ConfigError, GenerationError
 from seed_multimodal.models.lavit.decoder import CodeDecoder, LavitDecoderConfig
 from seed_multimodal.models.lavit.diffusion import LavitDetokenizer
-from seed_multimodal.models.seed.diffusion import StableDiffusionDetokenizer, UnclipDetokenizer
+from seed_multimodal.models.seed.diffusion import (
+    CodesDetokenizer,
+    StableDiffusionDetokenizer,
+    UnclipDetokenizer,
+)
 from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer
 
-FAMILIES = ("sd", "unclip", "unclip_layout", "sdxl", "sdxl_edit", "lavit", "lavit_sd")
+FAMILIES = ("sd", "unclip", "unclip_layout", "codes", "sdxl", "sdxl_edit", "lavit", "lavit_sd")
 SEEDS = [1, 2, 3]
 
 
@@ -59,6 +64,7 @@ def models_dir(tmp_path_factory) -> Path:
     shutil.copytree(
         models_dir / "unclip_layout", models_dir / "unclip", ignore=shutil.ignore_patterns("layout")
     )
+    tiny_decoder.write_decoder(models_dir / "codes")
     tiny_sdxl.sdxl_folder(models_dir / "sdxl_base")
     for stage, name in ((1, "sdxl"), (2, "sdxl_edit")):
         tiny_sdxl.adapter(stage).save_pretrained(models_dir / name)
@@ -78,6 +84,11 @@ def open_case(models_dir: Path, family: str, dtype: torch.dtype = torch.float32)
         return Case(
             UnclipDetokenizer.from_pretrained(models_dir / family, dtype=dtype),
             3 * torch.randn(3, tiny_system.EMBEDDING, generator=rng),
+        )
+    if family == "codes":
+        return Case(
+            CodesDetokenizer.from_pretrained(models_dir / "codes", dtype=dtype),
+            3 * torch.randn(3, 32, tiny_system.WIDTH, generator=rng),
         )
     if family.startswith("sdxl"):
         model = SdxlDetokenizer.from_pretrained(
@@ -147,8 +158,10 @@ def test_images_depend_on_condition_and_seed_only(case: Case):
 
 def test_guidance_of_one_runs_the_unet_once_per_step(case: Case):
     rows: list[int] = []
-    case.model.scheduler = DDIMScheduler.from_config(case.model.scheduler.config)
-    hook = case.model.unet.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
+    if "prediction_type" in case.model.scheduler.config:
+        case.model.scheduler = DDIMScheduler.from_config(case.model.scheduler.config)
+    denoiser = case.model.denoiser
+    hook = denoiser.register_forward_pre_hook(lambda module, args: rows.append(len(args[0])))
     for guidance in (1.0, 3.0):
         case.draw([0, 1], [1, 2], guidance_scale=guidance, num_inference_steps=2)
     hook.remove()
@@ -167,12 +180,13 @@ def test_enable_cpu_offload_draws_the_same(case: Case):
     assert np.array_equal(case.draw([0, 1], [1, 2]), plain)
 
 
-@pytest.mark.parametrize("family", ["unclip_layout", "sdxl_edit", "lavit"])
+@pytest.mark.parametrize("family", ["unclip_layout", "codes", "sdxl_edit", "lavit"])
 def test_draw_in_half_precision(models_dir: Path, family):
     half = open_case(models_dir, family, torch.bfloat16)
     full = open_case(models_dir, family)
-    assert half.model.unet.dtype == torch.bfloat16
-    assert half.model.vae.dtype == (torch.bfloat16 if family == "unclip_layout" else torch.float32)
+    assert half.model.denoiser.dtype == torch.bfloat16
+    of_seed = family in ("unclip_layout", "codes")
+    assert half.model.vae.dtype == (torch.bfloat16 if of_seed else torch.float32)
     with torch.autocast("cpu", torch.bfloat16):
         outputs = half.draw([0, 1, 2], SEEDS, guidance_scale=1.0)
     assert np.abs(outputs - full.draw([0, 1, 2], SEEDS, guidance_scale=1.0)).mean() < 10
@@ -200,7 +214,7 @@ def test_check_settings_and_preset_fast(case: Case):
 
 
 def test_draw_at_another_size(models_dir: Path):
-    for family in ("sd", "unclip", "sdxl", "lavit"):
+    for family in ("sd", "unclip", "codes", "sdxl", "lavit"):
         case = open_case(models_dir, family)
         assert case.draw([0], [1], height=24, width=16).shape == (1, 24, 16, 3)
         with pytest.raises(ConfigError, match="multiples of 8 pixels, not 16 and 20"):
@@ -228,7 +242,7 @@ def test_draw_of_embeddings_of_another_width(models_dir: Path):
 
 
 def test_draw_with_nan_weights_fails(case: Case):
-    torch.nn.init.constant_(case.model.unet.conv_in.weight, torch.nan)
+    torch.nn.init.constant_(next(case.model.denoiser.parameters()), torch.nan)
     with pytest.raises(GenerationError, match="computed NaN or infinity"):
         case.draw([0], [1])
 

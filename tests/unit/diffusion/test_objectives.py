@@ -16,6 +16,7 @@ from diffusers import (
 from torch import Tensor, nn
 
 from seed_multimodal.diffusion.base import Detokenizer, DrawingSettings, guidance
+from seed_multimodal.diffusion.networks import DENOISERS, DenoiserKind
 from seed_multimodal.diffusion.objectives import NoisyLatents, build_objective, objective_name
 from seed_multimodal.errors import ConfigError
 
@@ -37,26 +38,29 @@ class PerfectDenoiser(nn.Module):
 
     dtype = torch.float32
     device = torch.device("cpu")
+    config = {}
 
     def __init__(self, scheduler: Any) -> None:
         super().__init__()
         self.objective = build_objective(scheduler)
 
-    def forward(self, noisy: Tensor, step: Tensor, **conditions: Tensor) -> Any:
+    def forward(self, noisy: Tensor, step: Tensor) -> Tensor:
         steps = step.expand(len(noisy))
         clean = torch.full_like(noisy, PIXEL)
         # Noisy latents are linear in the noise.
         without_noise = self.objective.add_noise(clean, torch.zeros_like(clean), steps)
         per_noise = self.objective.add_noise(torch.zeros_like(clean), torch.ones_like(clean), steps)
         noise = (noisy - without_noise) / per_noise
-        return SimpleNamespace(sample=self.objective.target(clean, noise, steps))
+        return self.objective.target(clean, noise, steps)
 
 
 @pytest.mark.parametrize("preset", ["original", "fast"])
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_sampling_of_a_perfect_denoiser(name, preset):
+def test_sampling_of_a_perfect_denoiser(name, preset, monkeypatch):
+    kind = DenoiserKind("unet", "", lambda denoiser, latents, step, _: denoiser(latents, step))
+    monkeypatch.setitem(DENOISERS, "PerfectDenoiser", kind)
     scheduler = SCHEDULERS[name]
-    vae = SimpleNamespace(config=SimpleNamespace(block_out_channels=[1]))
+    vae = SimpleNamespace(config={"block_out_channels": [1]})
     detokenizer = Detokenizer(
         PerfectDenoiser(scheduler), vae, scheduler, defaults=DrawingSettings(preset=preset)
     )

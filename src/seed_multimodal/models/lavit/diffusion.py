@@ -25,11 +25,11 @@ from torch import Tensor, nn
 from seed_multimodal.diffusion.base import (
     Detokenizer,
     DrawingSettings,
-    UnetConditions,
     empty_prompt,
     guidance,
 )
 from seed_multimodal.diffusion.conditioner import Conditioner, Generators
+from seed_multimodal.diffusion.networks import DenoiserConditions
 from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.errors import CheckpointError, SeedWarning
 from seed_multimodal.hub import LAVIT_DOWNLOAD, find_file, find_folder
@@ -148,8 +148,7 @@ class LavitDetokenizer(Detokenizer[LavitSettings]):
     def ratio_size(self, ratio: str) -> tuple[int, int]:
         """Height and width of one of `RATIOS` in this U-Net's size."""
         side = int(self.unet.config.sample_size) * self.factor
-        unit = max(8, self.factor)
-        return ratio_size(ratio, side, unit)
+        return ratio_size(ratio, side, self.size_unit)
 
     def image_size(self, settings: LavitSettings) -> tuple[int, int]:
         if settings.ratio is None or settings.height is not None or settings.width is not None:
@@ -188,7 +187,7 @@ class LavitDetokenizer(Detokenizer[LavitSettings]):
         if is_guided:
             null_prompt, mask = unconditional(prompt, self.null_embeds)
             prompt = torch.cat([null_prompt, prompt])  # [2 B, N, W]
-        conditions: UnetConditions = {"encoder_hidden_states": prompt}
+        conditions: DenoiserConditions = {"encoder_hidden_states": prompt}
         if mask is not None:
             conditions["encoder_attention_mask"] = torch.cat([mask, torch.ones_like(mask)])
 

@@ -36,7 +36,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.base import UnetConditions
+from seed_multimodal.diffusion.networks import DenoiserConditions
 from seed_multimodal.diffusion.objectives import NoisyLatents, Objective
 from seed_multimodal.diffusion.training import TrainedLayers, train_unet
 from seed_multimodal.models.lavit.decoder import CodeDecoder, Head
@@ -411,7 +411,7 @@ class TrainedPixels(nn.Module):
         decoded = self.decoder.conditions(features)
         null_prompt, mask = unconditional(decoded.prompt_embeds, self.null_embeds)
         prompt = torch.where(without[:, None, None], null_prompt, decoded.prompt_embeds)
-        conditions: UnetConditions = {"encoder_hidden_states": prompt.to(dtype)}
+        conditions: DenoiserConditions = {"encoder_hidden_states": prompt.to(dtype)}
         if mask is not None:
             conditions["encoder_attention_mask"] = mask | ~without[:, None]
         if decoded.pooled is not None:  # SDXL

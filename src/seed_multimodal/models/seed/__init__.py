@@ -5,11 +5,13 @@ modeling        `Seed1Tokenizer`, `Seed2Tokenizer`: images → codes → embeddi
 qformer         the causal Q-Former
 checkpoints     loading of our and of the original files
 single_file     Stable Diffusion 1 in the original's single file
-diffusion       de-tokenizers: `StableDiffusionDetokenizer` (SEED-1), `UnclipDetokenizer` (SEED-2)
+diffusion       de-tokenizers: Stable Diffusion (SEED-1), unCLIP (SEED-2), `CodesDetokenizer`
+code_adapter    decoded codes → tokens of a denoiser
 pipeline        `SeedLlama` and its `SeedImageCodec`
 captions        caption tokenizers of stage 1
 losses          networks and losses of both stages
 export          stage checkpoints → a tokenizer folder
+train_detokenizer   a decoder from images alone, as a trainer task
 evaluate        questions and scores as in the original scripts
 spec            the family's `FamilySpec`; `SeedLlamaConfig`
 """

@@ -1,4 +1,4 @@
-"""De-tokenizers of SEED-1 (Stable Diffusion 1.4) and SEED-2 (stable-unCLIP).
+"""De-tokenizers of SEED-1 (Stable Diffusion 1.4), of SEED-2 (stable-unCLIP), and of both (codes).
 
     detokenizer = UnclipDetokenizer.from_pretrained("pretrained/stable-diffusion-2-1-unclip")
     images = detokenizer(tokenizer.decode(codes), seeds=[0])
@@ -7,21 +7,27 @@ SEED-1's embeddings replace a text prompt's; SEED-2's is a CLIP image embedding.
 unCLIP still adds a little noise to it, so it depends on the seed, too. The original programs
 generate one image at a time from one noise tensor; here every image has its own noise. There is no
 watermark.
+
+`CodesDetokenizer` reads the decoded codes by cross-attention, with any denoiser of
+`diffusion.networks`; `detokenizer_class` tells which class a folder is for.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Generic, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, Generic, Self, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from seed_multimodal.diffusion import base
-from seed_multimodal.diffusion.base import Detokenizer, Settings, UnetConditions, guidance
+from seed_multimodal.diffusion.base import Detokenizer, Settings, guidance
 from seed_multimodal.diffusion.conditioner import Conditioner, Generators, seeded_noise
+from seed_multimodal.diffusion.networks import DenoiserConditions
+from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.hub import UNCLIP_DOWNLOAD, find_folder
+from seed_multimodal.models.seed.code_adapter import CODE_ADAPTER, CodeAdapter
 from seed_multimodal.models.seed.single_file import SUFFIXES, load_single_file
 from seed_multimodal.settings import setting
 
@@ -51,6 +57,7 @@ class OptionalParts(TypedDict, Generic[Settings], total=False):
 class SeedDetokenizer(Detokenizer[Settings]):
     """Common loading code."""
 
+    reads_codes = False  # whether it reads an embedding of each code
     float32 = ("safety_checker",)
     decode_batch_size = 8
     folders: tuple[str, ...] = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
@@ -154,7 +161,7 @@ class StableDiffusionDetokenizer(SeedDetokenizer[StableDiffusionSettings]):
         # 2. Denoising.
         if start is None:
             start = self.initial_latents(generators, self.image_size(settings), embeds)
-        conditions: UnetConditions = {"encoder_hidden_states": prompt}
+        conditions: DenoiserConditions = {"encoder_hidden_states": prompt}
         guide = guidance(settings.guidance_scale)
         return self.sample(start, conditions, guide, settings, generators)
 
@@ -225,7 +232,7 @@ class UnclipDetokenizer(SeedDetokenizer[UnclipSettings]):
         # 3. Denoising.
         if start is None:
             start = self.initial_latents(generators, size, None)
-        conditions: UnetConditions = {
+        conditions: DenoiserConditions = {
             "encoder_hidden_states": prompt.to(self.unet.dtype),
             "class_labels": labels,
         }
@@ -262,3 +269,98 @@ class UnclipDetokenizer(SeedDetokenizer[UnclipSettings]):
             empty = base.empty_prompt(self.text_encoder, self.tokenizer, self.device)
             return empty.expand(len(embeds), *empty.shape[1:])
         return torch.zeros(len(embeds), 1, self.unet.config.cross_attention_dim, device=self.device)
+
+
+@dataclass(frozen=True)
+class CodesSettings(base.DrawingSettings):
+    """Our choice."""
+
+    guidance_scale: float = 3.0
+
+
+class CodesDetokenizer(SeedDetokenizer[CodesSettings]):
+    """Embeddings of 32 codes `[B, 32, W]`, or one of the image `[B, W]`, → images.
+
+    reads_codes: which of them, by the folder's `CodeAdapter`.
+    """
+
+    label = "codes decoder"
+    download_hint = "train one (docs/how-to/train-a-tokenizer.md)"
+    settings_class = CodesSettings
+    part_names = (CODE_ADAPTER, "denoiser", "vae", "safety_checker")
+    folders = ("denoiser", "vae", "scheduler", CODE_ADAPTER)
+
+    def __init__(
+        self,
+        denoiser: nn.Module,
+        vae: nn.Module,
+        scheduler: SchedulerMixin,
+        code_adapter: CodeAdapter,
+        **options: Unpack[OptionalParts[CodesSettings]],
+    ) -> None:
+        super().__init__(denoiser, vae, scheduler, **options)
+        self.code_adapter = code_adapter
+        self.reads_codes = code_adapter.config.reads == "codes"
+        self.embedding_dim = code_adapter.config.width
+
+    @classmethod
+    def load_part(cls, folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Any:
+        if name == CODE_ADAPTER:
+            return CodeAdapter.from_pretrained(folder / name, dtype=dtype)
+        return super().load_part(folder, name, dtype)
+
+    def denoise(
+        self,
+        settings: CodesSettings,
+        generators: Generators,
+        embeds: Tensor,
+        negatives: Tensor | None = None,
+        start: Tensor | None = None,
+    ) -> Tensor:
+        """Latents `[B, C, h, w]`.
+
+        embeds: `[B, 32, W]` or `[B, W]`.
+        negatives: unconditional ones; None: the learned unconditional tokens.
+        start: initial latents; None: noise of the generators.
+        """
+        # 1. Tokens of the cross-attention; the unconditional run is first.
+        tokens = self.code_adapter(embeds.to(self.device))
+        if settings.guidance_scale > 1:
+            negative_tokens = self.code_adapter.null_tokens.expand_as(tokens)
+            if negatives is not None:
+                negative_tokens = self.code_adapter(negatives.to(self.device))
+            tokens = torch.cat([negative_tokens, tokens])  # [2 B, N, D]
+
+        # 2. Denoising.
+        size = self.image_size(settings)
+        if start is None:
+            start = self.initial_latents(generators, size, None)
+        time_ids = size_ids(size, count=len(tokens)).to(self.device)
+        conditions = conditions_of_tokens(self.denoiser, tokens, time_ids)
+        guide = guidance(settings.guidance_scale)
+        return self.sample(start, conditions, guide, settings, generators)
+
+
+def conditions_of_tokens(
+    denoiser: nn.Module, tokens: Tensor, time_ids: Tensor
+) -> DenoiserConditions:
+    """Conditions of tokens `[B, N, D]`; SDXL's U-Net also gets sizes, and zeros as pooled text.
+
+    time_ids: `[B, 6]`, see `size_ids`.
+    """
+    conditions: DenoiserConditions = {"encoder_hidden_states": tokens.to(denoiser.dtype)}
+    config = denoiser.config
+    if config.get("addition_embed_type") == "text_time":
+        n_size_inputs = 6 * config.addition_time_embed_dim
+        pooled_dim = config.projection_class_embeddings_input_dim - n_size_inputs
+        conditions["added_cond_kwargs"] = {
+            "text_embeds": tokens.new_zeros(len(tokens), pooled_dim, dtype=denoiser.dtype),
+            "time_ids": time_ids,
+        }
+    return conditions
+
+
+def detokenizer_class(folder: str | Path) -> type[UnclipDetokenizer | CodesDetokenizer]:
+    """The class for a diffusion folder of SEED-2: by its `code_adapter/`, else unCLIP."""
+    has_adapter = (Path(folder) / CODE_ADAPTER).is_dir()
+    return CodesDetokenizer if has_adapter else UnclipDetokenizer

@@ -215,6 +215,30 @@ class SeedTokenizer(SeedEncoder, PretrainedNetwork[TokenizerConfig]):
             this and need not give a similar image.
         batch_size: images per forward pass; None: all.
         """
+        return self._decode_by(self.decode_embeddings, codes, lengths, batch_size)
+
+    @torch.no_grad()
+    def decode_tokens(
+        self, codes: Tensor, lengths: Tensor | None = None, *, batch_size: int | None = None
+    ) -> Tensor:
+        """Codes `[B, 32]` → an embedding of each, before they are pooled, `[B, 32, D]`.
+
+        Arguments as of `decode`.
+        """
+
+        def decode_rows(quant_BQd: Tensor) -> Tensor:
+            return self.decoder_tokens(self.decode_task_layer(quant_BQd))
+
+        return self._decode_by(decode_rows, codes, lengths, batch_size)
+
+    def _decode_by(
+        self,
+        decode_rows: Callable[[Tensor], Tensor],
+        codes: Tensor,
+        lengths: Tensor | None,
+        batch_size: int | None,
+    ) -> Tensor:
+        """The output of `decode_rows` for the codebook rows of codes, in batches."""
         size = batch_size or max(1, len(codes))
         embeddings: list[Tensor] = []
         with evaluating(self):
@@ -225,7 +249,7 @@ class SeedTokenizer(SeedEncoder, PretrainedNetwork[TokenizerConfig]):
                 if lengths is not None:
                     batch_lengths = lengths[batch].to(self.device)
                     quant_BQd = keep_first_rows(quant_BQd, batch_lengths)
-                embeddings.append(self.decode_embeddings(quant_BQd))
+                embeddings.append(decode_rows(quant_BQd))
         return torch.cat(embeddings)
 
     def decode_embeddings(self, quant_BQd: Tensor) -> Tensor:

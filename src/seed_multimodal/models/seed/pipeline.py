@@ -31,7 +31,7 @@ from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
 from seed_multimodal.language.messages import Codes, is_codes
 from seed_multimodal.models.seed.checkpoints import saved_config
 from seed_multimodal.models.seed.configuration import Seed1Config
-from seed_multimodal.models.seed.diffusion import UnclipDetokenizer, UnclipSettings
+from seed_multimodal.models.seed.diffusion import UnclipSettings, detokenizer_class
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
 from seed_multimodal.models.seed.spec import (
     BICUBIC,
@@ -141,7 +141,7 @@ class SeedImageCodec(CodeCodec):
 
         codes: use only so many of the codes, one number for all images or one each; None: all.
         negative_codes: negative condition for guidance, one for all images or one each.
-        settings: of `UnclipDetokenizer`.
+        settings: of the de-tokenizer (see `detokenizer_class`).
 
         Raises:
             CodesError: codes outside the codebook.
@@ -183,15 +183,16 @@ class SeedImageCodec(CodeCodec):
 
         key: settings of the de-tokenizer.
         """
-        # 1. Embeddings; all rows have negative codes, or none.
+        # 1. What the de-tokenizer reads; all rows have negative codes, or none.
         settings = dict(key)
         has_negatives = settings.pop("has_negatives")
         codes, lengths, negatives, seeds = zip(*rows, strict=True)
         negative_embeds = None
+        decode = self.model.decode_tokens if self.decoder.reads_codes else self.model.decode
         with self.encoding():
-            embeds = self.model.decode(torch.stack(codes).to(self.device), torch.stack(lengths))
+            embeds = decode(torch.stack(codes).to(self.device), torch.stack(lengths))
             if has_negatives:
-                negative_embeds = self.model.decode(torch.stack(negatives).to(self.device))
+                negative_embeds = decode(torch.stack(negatives).to(self.device))
 
         # 2. Images.
         images: list[Image.Image] = self.decoder(
@@ -205,7 +206,8 @@ class SeedLlama(CodeSystem):
 
     Settings of drawing:
 
-    num_inference_steps, guidance_scale, noise_level, height, width: of `UnclipSettings`.
+    num_inference_steps, guidance_scale, height, width: of `DrawingSettings`.
+    noise_level: of `UnclipSettings`.
     preset: "fast" or "original".
     codes: draw from the first so many codes.
     negative_codes: negative condition for guidance.
@@ -216,7 +218,7 @@ class SeedLlama(CodeSystem):
 
     @classmethod
     def check_decoder(cls, config: SeedLlamaConfig) -> None:
-        check_unclip(config.detokenizer)
+        check_detokenizer(config.detokenizer)
 
     @classmethod
     def load(cls, config: SeedLlamaConfig, placement: Placement, log: Log = None) -> Self:
@@ -242,10 +244,11 @@ class SeedLlama(CodeSystem):
         return cls(config, tokenizer, llm, images, log, engine=engine)
 
 
-def check_unclip(folder: Path | None) -> None:
-    """Raise CheckpointError if a stable-unCLIP folder exists, but lacks a file."""
+def check_detokenizer(folder: Path | None) -> None:
+    """Raise CheckpointError if a diffusion folder exists, but lacks a file."""
     if folder is not None and folder.is_dir():
-        UnclipDetokenizer.check_parts(folder, *UnclipDetokenizer.folders)
+        decoder_class = detokenizer_class(folder)
+        decoder_class.check_parts(folder, *decoder_class.folders)
 
 
 def image_transform(model: SeedTokenizer, config: SeedLlamaConfig) -> ImageTransform:
@@ -294,7 +297,9 @@ def load_images(config: SeedLlamaConfig, placement: Placement) -> SeedImageCodec
     if placement.load_decoder and not is_seed1 and config.detokenizer is not None:
         decoder_folder = config.detokenizer
         load_decoder = partial(
-            UnclipDetokenizer.from_pretrained, decoder_folder, dtype=placement.drawing.dtype
+            detokenizer_class(decoder_folder).from_pretrained,
+            decoder_folder,
+            dtype=placement.drawing.dtype,
         )
 
     # 3. The codec.

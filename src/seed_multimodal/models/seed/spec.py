@@ -187,7 +187,12 @@ SPEC = FamilySpec(
     config=SeedLlamaConfig,
     system="seed_multimodal.models.seed.pipeline:SeedLlama",
     images="seed_multimodal.models.seed.pipeline:load_images",
-    trainings={"train": Training("train", "seed_multimodal.training.llm.task:LlmTask")},
+    trainings={
+        "train": Training("train", "seed_multimodal.training.llm.task:LlmTask"),
+        "train_seed_decoder": Training(
+            "seed_decoder/train", "seed_multimodal.models.seed.train_detokenizer:SeedDecoderTask"
+        ),
+    },
     # Of the original scripts ("vqa" is ours: the script has one question, see `PROBE`).
     evaluation={
         "vqa": {"do_sample": False, "num_beams": 1, "max_new_tokens": 16},

@@ -31,7 +31,6 @@ from torch import Tensor, nn
 from seed_multimodal.diffusion.base import (
     Detokenizer,
     DrawingSettings,
-    UnetConditions,
     guidance,
 )
 from seed_multimodal.diffusion.conditioner import (
@@ -40,6 +39,7 @@ from seed_multimodal.diffusion.conditioner import (
     load_conditioner,
     pooled_tokens,
 )
+from seed_multimodal.diffusion.networks import DenoiserConditions
 from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.hub import SDXL_DOWNLOAD, find_folder
 from seed_multimodal.images.transforms import resize_passes, to_bytes
@@ -174,7 +174,7 @@ class SdxlDetokenizer(Detokenizer[SdxlSettings]):
         # 2. The U-Net's conditions, with a row for each run of each image.
         prompt, pooled = self.prompts(embeds, negatives if is_guided else None)
         time_ids = size_ids(size, count=len(prompt)).to(self.device)
-        conditions: UnetConditions = {
+        conditions: DenoiserConditions = {
             "encoder_hidden_states": prompt,
             "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids},
         }

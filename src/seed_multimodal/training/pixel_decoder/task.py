@@ -1,6 +1,7 @@
 """A pixel decoder's trainer task: settings, and a U-Net that learns to reconstruct images.
 
-Subclasses (`models.seed_x.train_detokenizer`, `models.lavit.train_pixels`) define the frozen
+Subclasses (`models.seed.train_detokenizer`, `models.seed_x.train_detokenizer`,
+`models.lavit.train_pixels`) define the frozen
 conditioning model, the trained modules, the loss of a batch and sampling.
 """
 
@@ -32,7 +33,8 @@ from seed_multimodal.data.stream.pairs_dataset import (
 from seed_multimodal.data.stream.sampler import MixedOrder
 from seed_multimodal.device import copy_to
 from seed_multimodal.diffusion.base import Detokenizer
-from seed_multimodal.diffusion.objectives import build_objective
+from seed_multimodal.diffusion.networks import encode_moments, latent_scale
+from seed_multimodal.diffusion.objectives import FlowTimes, build_objective
 from seed_multimodal.diffusion.training import TrainedLayers
 from seed_multimodal.disk import JsonObject, atomic_folder
 from seed_multimodal.errors import ConfigError
@@ -50,12 +52,18 @@ from seed_multimodal.training.run import RunSettings, RunTask
 from seed_multimodal.training.task import attention_kernel
 
 if TYPE_CHECKING:
-    from diffusers import AutoencoderKL, SchedulerMixin
+    from diffusers import SchedulerMixin
 
     from seed_multimodal.training.trainer import Trainer
 
 Module = TypeVar("Module", bound=nn.Module)  # that is trained
-NEEDED = ("unet/*", "vae/*", "vae.json", "scheduler/*")  # files of a diffusers repository
+NEEDED = (
+    "unet/*",
+    "transformer/*",
+    "vae/*",
+    "vae.json",
+    "scheduler/*",
+)  # files of a diffusers repository
 SMALL = 256  # pixels a side: the VAE encodes larger images one at a time, smaller ones in batches
 SAMPLES = 4  # images during training
 SAMPLE_STEPS = 20  # denoising steps of each
@@ -127,14 +135,16 @@ class PixelModel:
 
     Attributes:
         start: an earlier result to start from, or "".
-        trained: parameters of the U-Net.
+        trained: parameters of the denoiser.
         seed: of new weights.
+        flow_times: distribution of times, where the scheduler samples a flow.
     """
 
     start: str = ""
     trained: TrainedLayers = "all"
     gradient_checkpointing: bool = False
     seed: int = setting(0, minimum=0)
+    flow_times: FlowTimes = "logit_normal"
 
     def __post_init__(self) -> None:
         self.start = str(project_path(self.start)) if self.start else ""
@@ -235,14 +245,18 @@ class PixelTask(RunTask, Generic[Module]):
         """Write the complete result."""
         raise NotImplementedError
 
+    def load_scheduler(self) -> SchedulerMixin:
+        """The scheduler that samples, which determines the objective."""
+        scheduler: SchedulerMixin = self.detokenizer_class.load_part(self.folder, "scheduler")
+        return scheduler
+
     # ---- training
 
     def prepare(self) -> None:
         """Build data, models and optimizer."""
         super().prepare()
         data = self.run.data
-        scheduler = self.detokenizer_class.load_part(self.folder, "scheduler")
-        self.objective = build_objective(scheduler)
+        self.objective = build_objective(self.load_scheduler(), self.model.flow_times)
 
         # 1. Batches of the sources, mixed by their weights.
         datasets = [self._target_pairs(source) for source in self.sources]
@@ -271,15 +285,19 @@ class PixelTask(RunTask, Generic[Module]):
 
         # 2. Frozen models.
         vae = self.detokenizer_class.load_part(self.folder, "vae")
-        self.scaling = float(vae.config.scaling_factor)
-        sizes = data.sizes or [(data.resolution, data.resolution)]
-        max_pixels = max(height * width for height, width in sizes)
+        self.shift, self.scale = latent_scale(vae)
+        max_pixels = max(height * width for height, width in self.image_sizes())
         moments = latent_moments(vae, self.device, max(1, SMALL**2 // max_pixels))
         self.encoders = ImageEncoders(self.conditions(), moments)
 
         # 3. What is trained.
         self.module = self.build().to(self.device)
         self.optimizer = build_optimizer(self.module, self.run.optim)
+
+    def image_sizes(self) -> Sequence[Size]:
+        """Height and width of the targets."""
+        data = self.run.data
+        return data.sizes or [(data.resolution, data.resolution)]
 
     def check_side(self, side: int) -> None:
         """Raise ConfigError if views have another size than the encoder's input."""
@@ -324,7 +342,7 @@ class PixelTask(RunTask, Generic[Module]):
         with attention_kernel(self.device):
             for batch in batches:
                 encoded = self.encoders(batch)
-                latents = sample_latents(encoded.moments, self.scaling, generator)
+                latents = sample_latents(encoded.moments, self.scale, generator, self.shift)
                 time_ids = copy_to(self.device, batch["time_ids"])
                 losses = self.losses(model, latents, encoded, time_ids, generator)
                 share = len(batch["key"]) / n_images
@@ -344,15 +362,15 @@ class PixelTask(RunTask, Generic[Module]):
         drawings: list[Image.Image] = []
         originals: list[Image.Image] = []
         self.module.eval()
-        scheduler = self.detokenizer_class.load_part(self.folder, "scheduler")
-        detokenizer = self.detokenizer(scheduler)
+        detokenizer = self.detokenizer(self.load_scheduler())
+        unit = detokenizer.size_unit
         for batch, encoded in self.sample_batches:
             height, width = batch["image"].shape[2:]
             drawings += detokenizer(
                 self.embeds(encoded.conditions),
                 condition_images=_condition_images(batch),
-                height=max(8, height // 8 * 8),
-                width=max(8, width // 8 * 8),
+                height=max(unit, height // unit * unit),
+                width=max(unit, width // unit * unit),
                 seeds=range(len(batch["key"])),
                 batch_size=1,
                 num_inference_steps=SAMPLE_STEPS,
@@ -443,16 +461,14 @@ class PixelTask(RunTask, Generic[Module]):
 # ---- frozen models
 
 
-def latent_moments(
-    vae: AutoencoderKL, device: torch.device, batch_size: int = 16
-) -> FrozenFeatures:
+def latent_moments(vae: nn.Module, device: torch.device, batch_size: int = 16) -> FrozenFeatures:
     """Images → mean and log variance of their unscaled latents `[N, 2 C, h, w]`.
 
     Always float32, because SDXL's VAE overflows in float16.
     """
 
     def moments(pixels: Tensor) -> Tensor:
-        return vae.encode(pixels.float() / 127.5 - 1.0).latent_dist.parameters
+        return encode_moments(vae, pixels.float() / 127.5 - 1.0)
 
     return FrozenFeatures(vae, device, moments, batch_size)
 
@@ -499,9 +515,12 @@ class ImageEncoders:
 
 
 def sample_latents(
-    moments: Tensor, scaling: float, generator: torch.Generator | None = None
+    moments: Tensor,
+    scaling: float,
+    generator: torch.Generator | None = None,
+    shift: float = 0.0,
 ) -> Tensor:
-    """Latents `[B, C, h, w]` sampled from `moments`, times the VAE's scaling factor.
+    """Latents `[B, C, h, w]` sampled from `moments`, shifted and scaled as by `latent_scale`.
 
     generator: on the CPU.
     """
@@ -509,7 +528,7 @@ def sample_latents(
     mean, log_variance = moments.float().chunk(2, dim=1)
     deviation = (0.5 * log_variance.clamp(-30, 20)).exp()
     noise = torch.randn(mean.shape, generator=generator).to(mean.device)
-    return (mean + deviation * noise) * scaling
+    return (mean + deviation * noise - shift) * scaling
 
 
 # ---- images of samples

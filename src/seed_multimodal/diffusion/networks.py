@@ -1,0 +1,161 @@
+"""Networks of diffusers folders: denoisers (U-Nets, transformers) and autoencoders, by the
+`_class_name` of their `config.json`.
+
+A denoiser of another class is a row of `DENOISERS`: where its folder is, and how it is called.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import NamedTuple, Required, TypedDict
+
+import torch
+from torch import Tensor, nn
+
+from seed_multimodal.disk import JsonObject, read_json_object
+from seed_multimodal.errors import CheckpointError
+from seed_multimodal.settings import nearest
+
+# ---- denoisers
+
+
+class DenoiserConditions(TypedDict, total=False):
+    """What a denoiser reads besides latents and time step, with R · B rows for R runs of each
+    image."""
+
+    encoder_hidden_states: Required[Tensor]  # prompt embeddings [R·B, N, D]
+    encoder_attention_mask: Tensor  # [R·B, N]
+    class_labels: Tensor  # of unCLIP's U-Net [R·B, 2 E]
+    added_cond_kwargs: dict[str, Tensor]  # of SDXL's U-Net: pooled embeddings and sizes
+
+
+def predict_unet(
+    unet: nn.Module, latents: Tensor, step: Tensor, conditions: DenoiserConditions
+) -> Tensor:
+    """A U-Net's prediction `[B, C, h, w]`; class labels that the conditions lack are zeros."""
+    if unet.config.class_embed_type == "projection" and "class_labels" not in conditions:
+        width = unet.config.projection_class_embeddings_input_dim
+        conditions = {**conditions, "class_labels": latents.new_zeros(len(latents), width)}
+    prediction: Tensor = unet(latents, step, **conditions).sample
+    return prediction
+
+
+def predict_sana(
+    transformer: nn.Module, latents: Tensor, step: Tensor, conditions: DenoiserConditions
+) -> Tensor:
+    """SANA's prediction `[B, C, h, w]`, without its variance if it has learned one."""
+    steps = step.expand(len(latents)) * transformer.config.timestep_scale
+    prediction: Tensor = transformer(latents, timestep=steps, **conditions).sample
+    return prediction[:, : latents.shape[1]]
+
+
+def predict_sd3(
+    transformer: nn.Module, latents: Tensor, step: Tensor, conditions: DenoiserConditions
+) -> Tensor:
+    """Stable Diffusion 3's prediction `[B, C, h, w]`; its pooled text embedding is zeros."""
+    pooled = latents.new_zeros(len(latents), transformer.config.pooled_projection_dim)
+    prediction: Tensor = transformer(
+        latents,
+        timestep=step.expand(len(latents)),
+        encoder_hidden_states=conditions["encoder_hidden_states"],
+        pooled_projections=pooled,
+    ).sample
+    return prediction
+
+
+class DenoiserKind(NamedTuple):
+    """How a class of diffusers is stored and called."""
+
+    folder: str
+    context_dim: str  # the size of its config that is the width of `encoder_hidden_states`
+    predict: Callable[[nn.Module, Tensor, Tensor, DenoiserConditions], Tensor]
+
+
+DENOISERS = {
+    "UNet2DConditionModel": DenoiserKind("unet", "cross_attention_dim", predict_unet),
+    "SanaTransformer2DModel": DenoiserKind("transformer", "caption_channels", predict_sana),
+    "SD3Transformer2DModel": DenoiserKind("transformer", "joint_attention_dim", predict_sd3),
+}
+
+
+def denoiser_kind(denoiser: nn.Module) -> DenoiserKind:
+    """The row of a loaded network."""
+    return DENOISERS[type(denoiser).__name__]
+
+
+def predict(
+    denoiser: nn.Module, latents: Tensor, step: Tensor, conditions: DenoiserConditions
+) -> Tensor:
+    """A denoiser's prediction `[B, C, h, w]` for noisy latents.
+
+    step: the scheduler's time step, one for all or one each.
+    """
+    return denoiser_kind(denoiser).predict(denoiser, latents, step, conditions)
+
+
+def context_dim(denoiser: nn.Module) -> int:
+    """Width of the prompt embeddings that a denoiser reads."""
+    return int(denoiser.config[denoiser_kind(denoiser).context_dim])
+
+
+def denoiser_folder(folder: Path) -> Path:
+    """The sub-folder of a diffusion folder's denoiser."""
+    transformer = folder / "transformer"
+    return transformer if transformer.is_dir() else folder / "unet"
+
+
+# ---- autoencoders
+
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC")
+NO_VARIANCE = -30.0  # log variance of latents that are not a distribution: the least of diffusers'
+
+
+def spatial_factor(vae: nn.Module) -> int:
+    """Pixels of a latent's side."""
+    config = vae.config
+    blocks = config.get("block_out_channels") or config.get("encoder_block_out_channels")
+    return int(2 ** (len(blocks) - 1))
+
+
+def encode_moments(vae: nn.Module, pixels: Tensor) -> Tensor:
+    """Pixels in -1…1 → mean and log variance of their unscaled latents `[N, 2 C, h, w]`."""
+    encoded = vae.encode(pixels)
+    if hasattr(encoded, "latent_dist"):
+        moments: Tensor = encoded.latent_dist.parameters
+        return moments
+    latents: Tensor = encoded.latent
+    return torch.cat([latents, torch.full_like(latents, NO_VARIANCE)], dim=1)
+
+
+def latent_scale(vae: nn.Module) -> tuple[float, float]:
+    """Shift and scaling factor: a denoiser's latents are `(latents − shift) · scale`."""
+    return float(vae.config.get("shift_factor") or 0.0), float(vae.config.scaling_factor)
+
+
+# ---- both
+
+
+def size_unit(denoiser: nn.Module, vae: nn.Module) -> int:
+    """Pixels of which an image's height and width are multiples."""
+    # A transformer reads patches of latents.
+    patch = int(denoiser.config.get("patch_size") or 1)
+    return max(8, spatial_factor(vae) * patch)
+
+
+def stored_class(folder: Path, allowed: tuple[str, ...]) -> str:
+    """The class of diffusers in a part's `config.json`, the first that is allowed without one.
+
+    Raises CheckpointError: another class.
+    """
+    file = folder / "config.json"
+    values: JsonObject = {}
+    if file.is_file():
+        values = read_json_object(file, CheckpointError)
+    name = str(values.get("_class_name", allowed[0]))
+    if name not in allowed:
+        raise CheckpointError(
+            f"{file}: _class_name is {name!r}{nearest(name, allowed)}; {', '.join(allowed)} can be "
+            "loaded."
+        )
+    return name

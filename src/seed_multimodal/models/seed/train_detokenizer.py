@@ -1,0 +1,311 @@
+"""A decoder for SEED's codes as a trainer task: a denoiser learns to draw images from their codes.
+
+The frozen tokenizer encodes an image and decodes its codes to the denoiser's conditions, so images
+alone suffice. The result is OUTPUT_DIR/decoder, for `CodesDetokenizer.from_pretrained`.
+"""
+
+from __future__ import annotations
+
+import inspect
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor, nn
+
+from seed_multimodal.device import DTYPES
+from seed_multimodal.diffusion.base import vae_folder
+from seed_multimodal.diffusion.networks import (
+    DENOISERS,
+    context_dim,
+    denoiser_kind,
+    predict,
+    size_unit,
+    spatial_factor,
+)
+from seed_multimodal.diffusion.objectives import NoisyLatents
+from seed_multimodal.diffusion.training import train_unet
+from seed_multimodal.disk import JsonObject
+from seed_multimodal.errors import ConfigError, first_line
+from seed_multimodal.models.seed.code_adapter import (
+    CODE_ADAPTER,
+    CodeAdapter,
+    CodeAdapterConfig,
+    Reads,
+)
+from seed_multimodal.models.seed.diffusion import (
+    SAFETY_PARTS,
+    CodesDetokenizer,
+    conditions_of_tokens,
+)
+from seed_multimodal.models.seed.modeling import Seed2Tokenizer
+from seed_multimodal.nn.layers import checkpointed
+from seed_multimodal.settings import check_keys, nearest, setting
+from seed_multimodal.training.frozen_models import FrozenFeatures
+from seed_multimodal.training.llm.config import project_path
+from seed_multimodal.training.pixel_decoder.task import (
+    EncodedImages,
+    ImageData,
+    PixelModel,
+    PixelRunSettings,
+    PixelTask,
+)
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+SCHEDULERS = (
+    "DDIMScheduler",
+    "DDPMScheduler",
+    "DPMSolverMultistepScheduler",
+    "EulerDiscreteScheduler",
+    "FlowMatchEulerDiscreteScheduler",
+    "PNDMScheduler",
+)
+
+
+@dataclass(kw_only=True)
+class SeedDecoderModel(PixelModel):
+    """Trained and frozen models.
+
+    Attributes:
+        diffusion: a diffusers folder: autoencoder; denoiser and scheduler unless they are set here.
+        tokenizer: of SEED-2, as `Seed2Tokenizer.from_pretrained`; `vision`: see there.
+        reads: what the denoiser reads: an embedding of each code, or the one pooled embedding.
+        denoiser: sizes of a new denoiser, with `_class_name`, as in a `config.json` of diffusers;
+            {}: the folder's.
+        scheduler: settings of a new scheduler, likewise; it determines the objective.
+        start: an earlier result (denoiser and adapter) to start from.
+        trained: parameters of the denoiser; the adapter is always trained.
+        dropout: share of images without conditions, for guidance.
+    """
+
+    diffusion: Path
+    tokenizer: Path
+    vision: str = ""
+    reads: Reads = "codes"
+    denoiser: JsonObject = setting(factory=dict)
+    scheduler: JsonObject = setting(factory=dict)
+    dropout: float = setting(0.1, minimum=0, maximum=1)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.diffusion = project_path(self.diffusion)
+        self.tokenizer = project_path(self.tokenizer)
+
+    @property
+    def diffusion_folder(self) -> Path:
+        return self.diffusion
+
+
+@dataclass
+class SeedImages(ImageData):
+    """The images of a run; see `ImageData`."""
+
+    encoder_size: int = setting(224, minimum=1)
+    encoder_interpolation: ClassVar[str] = "bicubic"
+
+
+@dataclass(kw_only=True)
+class SeedDecoderRunSettings(PixelRunSettings):
+    """Settings of a run."""
+
+    model: SeedDecoderModel
+    data: SeedImages
+
+
+class CodesDecoder(nn.Module):
+    """The trained networks: denoiser and adapter."""
+
+    def __init__(self, denoiser: nn.Module, code_adapter: CodeAdapter) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+        self.code_adapter = code_adapter
+
+    def forward(
+        self,
+        noisy_latents: Tensor,
+        steps: Tensor,
+        embeds: Tensor,
+        time_ids: Tensor,
+        without: Tensor,
+    ) -> Tensor:
+        """The denoiser's prediction `[B, C, h, w]`.
+
+        embeds: what the adapter reads. time_ids: `[B, 6]`, see `size_ids`. without: bool `[B]`,
+        images whose conditions are the unconditional ones.
+        """
+        tokens = self.code_adapter(embeds, without)
+        conditions = conditions_of_tokens(self.denoiser, tokens, time_ids)
+        return predict(self.denoiser, noisy_latents.to(self.denoiser.dtype), steps, conditions)
+
+
+class SeedDecoderTask(PixelTask[CodesDecoder]):
+    """One run in one process."""
+
+    run_type = SeedDecoderRunSettings
+    model: SeedDecoderModel
+    result = "decoder"
+    detokenizer_class = CodesDetokenizer
+    frozen_name = "tokenizer"
+    fixed_settings = ("trained", "reads", "denoiser", "scheduler", "flow_times", "start")
+
+    def load_scheduler(self) -> SchedulerMixin:
+        if not self.model.scheduler:
+            return super().load_scheduler()
+        return new_part("model.scheduler", self.model.scheduler, SCHEDULERS)
+
+    def conditions(self) -> FrozenFeatures:
+        """What the tokenizer decodes from the images' own codes."""
+        model = self.model
+        tokenizer = Seed2Tokenizer.from_pretrained(
+            model.tokenizer,
+            vision=model.vision or None,
+            device=self.device,
+            dtype=DTYPES[self.settings.precision],
+        )
+        self.check_side(tokenizer.visual_encoder.image_size)
+        config = tokenizer.config
+        self.n_codes = config.num_query
+        if model.reads == "codes":
+            decode = tokenizer.decode_tokens
+            self.embedding_dim = config.qformer.width
+        else:
+            decode = tokenizer.decode
+            self.embedding_dim = config.image_features_dim
+
+        def embeddings(pixels: Tensor) -> Tensor:
+            normalised = tokenizer.visual_encoder.preprocessing.normalise(pixels)
+            return decode(tokenizer.encode(normalised))
+
+        return FrozenFeatures(tokenizer, self.device, embeddings)
+
+    def build(self) -> CodesDecoder:
+        model = self.model
+
+        # 1. The denoiser: of an earlier result, new, or the folder's.
+        if model.denoiser and not model.start:
+            denoiser = self.new_denoiser()
+        else:
+            source = Path(model.start) if model.start else self.folder
+            denoiser = CodesDetokenizer.load_part(source, "denoiser")
+        self.width = context_dim(denoiser)
+
+        # 2. The adapter between the tokenizer's width and the denoiser's.
+        config = CodeAdapterConfig(
+            reads=model.reads,
+            width=self.embedding_dim,
+            tokens=self.n_codes,
+            context_dim=self.width,
+        )
+        if model.start:
+            adapter = CodesDetokenizer.load_part(Path(model.start), CODE_ADAPTER)
+            if adapter.config != config:
+                raise ConfigError(
+                    f"model.start: its adapter has {adapter.config}, but this run needs {config}."
+                )
+        else:
+            with torch.random.fork_rng(devices=[]):
+                torch.manual_seed(model.seed)
+                adapter = CodeAdapter(config)
+
+        # 3. What is trained.
+        module = CodesDecoder(denoiser, adapter.requires_grad_(True)).train()
+        train_unet(denoiser, model.trained)
+        if model.gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing(checkpointed)
+        self.check_sizes(denoiser)
+        return module
+
+    def new_denoiser(self) -> nn.Module:
+        """A denoiser of the sizes of `model.denoiser`, those of latents and tokens by default."""
+        vae = self.encoders.moments.model
+        channels = vae.config.latent_channels
+        sizes = {
+            "sample_size": max(map(max, self.image_sizes())) // spatial_factor(vae),
+            "in_channels": channels,
+            "out_channels": channels,
+        }
+        kind = DENOISERS.get(str(self.model.denoiser.get("_class_name")))
+        if kind is not None:
+            sizes[kind.context_dim] = self.embedding_dim
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(self.model.seed)
+            denoiser: nn.Module = new_part(
+                "model.denoiser", {**sizes, **self.model.denoiser}, tuple(DENOISERS)
+            )
+        return denoiser
+
+    def check_sizes(self, denoiser: nn.Module) -> None:
+        """Raise ConfigError for an image size that the denoiser cannot have."""
+        unit = size_unit(denoiser, self.encoders.moments.model)
+        for size in self.image_sizes():
+            if size[0] % unit or size[1] % unit:
+                raise ConfigError(
+                    f"data: sizes and resolution must be multiples of {unit} pixels, not {size}."
+                )
+
+    def losses(
+        self,
+        model: nn.Module,
+        latents: Tensor,
+        encoded: EncodedImages,
+        time_ids: Tensor,
+        generator: torch.Generator,
+    ) -> Mapping[str, Tensor]:
+        without = torch.rand(len(latents), generator=generator) < self.model.dropout
+        noisy = NoisyLatents.sample(self.objective, latents, generator)
+        without = without.to(latents.device)
+        embeds = self.embeds(encoded.conditions)
+        return noisy.losses(model(noisy.latents, noisy.steps, embeds, time_ids, without))
+
+    def embeds(self, conditions: Tensor) -> Tensor:
+        return conditions.float()
+
+    def detokenizer(self, scheduler: SchedulerMixin) -> CodesDetokenizer:
+        module = self.module
+        vae = self.encoders.moments.model
+        return CodesDetokenizer(module.denoiser, vae, scheduler, module.code_adapter)
+
+    def save_result(self, module: CodesDecoder, folder: Path) -> None:
+        """For `CodesDetokenizer.from_pretrained`."""
+        # 1. What was trained, and its scheduler.
+        denoiser = module.denoiser
+        denoiser.save_pretrained(folder / denoiser_kind(denoiser).folder)
+        module.code_adapter.save_pretrained(folder / CODE_ADAPTER)
+        self.load_scheduler().save_pretrained(folder / "scheduler")
+
+        # 2. The frozen rest.
+        shutil.copytree(vae_folder(self.folder), folder / "vae", dirs_exist_ok=True)
+        for name in SAFETY_PARTS:
+            if (self.folder / name).is_dir():
+                shutil.copytree(self.folder / name, folder / name, dirs_exist_ok=True)
+
+
+def new_part(label: str, values: Mapping[str, Any], allowed: Sequence[str]) -> Any:
+    """A network or scheduler of diffusers from its `_class_name` and settings.
+
+    label: in messages.
+
+    Raises ConfigError: a class that is not allowed, an unknown setting, a wrong value.
+    """
+    import diffusers
+
+    name = str(values.get("_class_name"))
+    if name not in allowed:
+        raise ConfigError(
+            f"{label}: _class_name is {name!r}{nearest(name, allowed)}; choose one of "
+            f"{', '.join(allowed)}."
+        )
+    part_class = getattr(diffusers, name)
+    # Names with "_" are those that diffusers adds to a saved config.
+    settings = {key: value for key, value in values.items() if not key.startswith("_")}
+    check_keys(settings, inspect.signature(part_class.__init__).parameters, label)
+    try:
+        return part_class(**settings)
+    except (TypeError, ValueError) as error:
+        reason = first_line(error)
+        raise ConfigError(f"{label}: {name} cannot have these sizes ({reason}).") from error
