@@ -28,15 +28,13 @@ class DenoiserConditions(TypedDict, total=False):
     encoder_attention_mask: Tensor  # [R·B, N]
     class_labels: Tensor  # of unCLIP's U-Net [R·B, 2 E]
     added_cond_kwargs: dict[str, Tensor]  # of SDXL's U-Net: pooled embeddings and sizes
+    pooled_projections: Tensor  # of Stable Diffusion 3's transformer [R·B, P]
 
 
 def predict_unet(
     unet: nn.Module, latents: Tensor, step: Tensor, conditions: DenoiserConditions
 ) -> Tensor:
-    """A U-Net's prediction `[B, C, h, w]`; class labels that the conditions lack are zeros."""
-    if unet.config.class_embed_type == "projection" and "class_labels" not in conditions:
-        width = unet.config.projection_class_embeddings_input_dim
-        conditions = {**conditions, "class_labels": latents.new_zeros(len(latents), width)}
+    """A U-Net's prediction `[B, C, h, w]`."""
     prediction: Tensor = unet(latents, step, **conditions).sample
     return prediction
 
@@ -53,14 +51,9 @@ def predict_sana(
 def predict_sd3(
     transformer: nn.Module, latents: Tensor, step: Tensor, conditions: DenoiserConditions
 ) -> Tensor:
-    """Stable Diffusion 3's prediction `[B, C, h, w]`; its pooled text embedding is zeros."""
-    pooled = latents.new_zeros(len(latents), transformer.config.pooled_projection_dim)
-    prediction: Tensor = transformer(
-        latents,
-        timestep=step.expand(len(latents)),
-        encoder_hidden_states=conditions["encoder_hidden_states"],
-        pooled_projections=pooled,
-    ).sample
+    """Stable Diffusion 3's prediction `[B, C, h, w]`."""
+    steps = step.expand(len(latents))
+    prediction: Tensor = transformer(latents, timestep=steps, **conditions).sample
     return prediction
 
 
@@ -97,6 +90,39 @@ def predict(
 def context_dim(denoiser: nn.Module) -> int:
     """Width of the prompt embeddings that a denoiser reads."""
     return int(denoiser.config[denoiser_kind(denoiser).context_dim])
+
+
+def pooled_dim(denoiser: nn.Module) -> int:
+    """Width of the one vector that a denoiser reads besides prompt embeddings; 0: none."""
+    config = denoiser.config
+    if config.get("addition_embed_type") == "text_time":  # SDXL
+        n_size_inputs = 6 * config.addition_time_embed_dim
+        return int(config.projection_class_embeddings_input_dim - n_size_inputs)
+    if config.get("class_embed_type") == "projection":  # unCLIP
+        return int(config.projection_class_embeddings_input_dim)
+    return int(config.get("pooled_projection_dim") or 0)
+
+
+def conditions_of(
+    denoiser: nn.Module, tokens: Tensor, pooled: Tensor | None, time_ids: Tensor
+) -> DenoiserConditions:
+    """The conditions by the names that a denoiser has for them.
+
+    tokens: prompt embeddings `[B, N, D]`. pooled: `[B, pooled_dim]`, None if that is 0. time_ids:
+    sizes for SDXL `[B, 6]`, see `size_ids`.
+    """
+    conditions: DenoiserConditions = {"encoder_hidden_states": tokens.to(denoiser.dtype)}
+    if pooled is None:
+        return conditions
+    pooled = pooled.to(denoiser.dtype)
+    config = denoiser.config
+    if config.get("addition_embed_type") == "text_time":
+        conditions["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": time_ids}
+    elif config.get("class_embed_type") == "projection":
+        conditions["class_labels"] = pooled
+    else:
+        conditions["pooled_projections"] = pooled
+    return conditions
 
 
 def denoiser_folder(folder: Path) -> Path:

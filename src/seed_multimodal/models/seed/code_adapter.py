@@ -1,4 +1,4 @@
-"""`CodeAdapter`: what a SEED tokenizer decodes from codes → tokens of a denoiser's cross-attention.
+"""`CodeAdapter`: what a SEED tokenizer decodes from codes → what a denoiser reads.
 
 Its folder `code_adapter/` in a diffusion folder says what the denoiser reads: the decoder's output
 for each code, or the one image embedding that is pooled from them.
@@ -10,8 +10,11 @@ from dataclasses import dataclass
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.nn.layers import Block
 from seed_multimodal.nn.pretrained import PretrainedNetwork
 from seed_multimodal.settings import setting
 
@@ -21,16 +24,35 @@ Reads = Literal["codes", "embedding"]
 
 @dataclass(frozen=True, kw_only=True)
 class CodeAdapterConfig:
-    """reads: output of `SeedTokenizer.decode_tokens` ("codes") or of `decode` ("embedding")."""
+    """Sizes of an adapter.
+
+    reads: output of `SeedTokenizer.decode_tokens` ("codes") or of `decode` ("embedding").
+    width: of what it reads.
+    tokens: that the denoiser reads, with "codes" one for each code; `context_dim`: their width.
+    pooled_dim: of the one vector that the denoiser also reads; 0: none.
+    depth, heads: transformer blocks of the tokens.
+    """
 
     reads: Reads = "codes"
-    width: int = setting(minimum=1)  # of what it reads
-    tokens: int = setting(minimum=1)  # that the denoiser reads, with "codes" one for each code
-    context_dim: int = setting(minimum=1)  # their width
+    width: int = setting(minimum=1)
+    tokens: int = setting(minimum=1)
+    context_dim: int = setting(minimum=1)
+    pooled_dim: int = setting(0, minimum=0)
+    depth: int = setting(2, minimum=0)
+    heads: int = setting(1, minimum=1)
+
+    def __post_init__(self) -> None:
+        if self.context_dim % self.heads:
+            raise ConfigError(f"{self.context_dim} does not divide into {self.heads} heads.")
 
 
 class CodeAdapter(PretrainedNetwork[CodeAdapterConfig]):
-    """Normalises and projects; has learned unconditional tokens, zeros at first."""
+    """Tokens of the cross-attention, and one vector pooled from them.
+
+    The tokenizer's decoder learned to be read as a whole, so blocks mix the codes before a denoiser
+    attends to them one by one. The unconditional tokens are learned; they and the pooled vector are
+    zeros at first.
+    """
 
     config_class = CodeAdapterConfig
     model_type = "seed_code_adapter"
@@ -38,13 +60,21 @@ class CodeAdapter(PretrainedNetwork[CodeAdapterConfig]):
     def __init__(self, config: CodeAdapterConfig) -> None:
         super().__init__()
         self.config = config
-        shape = (1, config.tokens, config.context_dim)
-        # One embedding is projected to all tokens, as IP-Adapter does (Ye et al. 2023).
+        width = config.context_dim
+        # 1. One embedding is projected to all tokens, as IP-Adapter does (Ye et al. 2023).
         tokens_per_row = 1 if config.reads == "codes" else config.tokens
         self.norm = nn.LayerNorm(config.width)
-        self.project = nn.Linear(config.width, tokens_per_row * config.context_dim)
-        self.positions = nn.Parameter(torch.zeros(shape).normal_(std=0.02))
-        self.null_tokens = nn.Parameter(torch.zeros(shape))
+        self.project = nn.Linear(config.width, tokens_per_row * width)
+        self.positions = nn.Parameter(torch.zeros(1, config.tokens, width).normal_(std=0.02))
+        self.blocks = nn.Sequential(*(Block(width, config.heads) for _ in range(config.depth)))
+        self.null_tokens = nn.Parameter(torch.zeros(1, config.tokens, width))
+
+        # 2. The pooled vector.
+        self.pooler = None
+        if config.pooled_dim:
+            self.pooler = nn.Linear(width, config.pooled_dim)
+            nn.init.zeros_(self.pooler.weight)
+            nn.init.zeros_(self.pooler.bias)
 
     def forward(self, embeds: Tensor, without: Tensor | None = None) -> Tensor:
         """`[B, N, W]` or, of the embedding, `[B, W]` → tokens `[B, N, D]`.
@@ -53,6 +83,13 @@ class CodeAdapter(PretrainedNetwork[CodeAdapterConfig]):
         """
         rows = self.project(self.norm(embeds.to(self.positions.dtype)))
         tokens = rows.reshape(len(embeds), *self.positions.shape[1:]) + self.positions
+        tokens = self.blocks(tokens)
         if without is None:
             return tokens
         return torch.where(without[:, None, None], self.null_tokens, tokens)
+
+    def pool(self, tokens: Tensor) -> Tensor | None:
+        """Tokens `[B, N, D]` → one vector each, `[B, pooled_dim]`; None: the denoiser has none."""
+        if self.pooler is None:
+            return None
+        return self.pooler(F.silu(tokens).mean(dim=1))

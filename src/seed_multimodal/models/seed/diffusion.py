@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from seed_multimodal.diffusion import base
 from seed_multimodal.diffusion.base import Detokenizer, Settings, guidance
 from seed_multimodal.diffusion.conditioner import Conditioner, Generators, seeded_noise
-from seed_multimodal.diffusion.networks import DenoiserConditions
+from seed_multimodal.diffusion.networks import DenoiserConditions, conditions_of
 from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.hub import UNCLIP_DOWNLOAD, find_folder
 from seed_multimodal.models.seed.code_adapter import CODE_ADAPTER, CodeAdapter
@@ -336,28 +336,10 @@ class CodesDetokenizer(SeedDetokenizer[CodesSettings]):
         if start is None:
             start = self.initial_latents(generators, size, None)
         time_ids = size_ids(size, count=len(tokens)).to(self.device)
-        conditions = conditions_of_tokens(self.denoiser, tokens, time_ids)
+        pooled = self.code_adapter.pool(tokens)
+        conditions = conditions_of(self.denoiser, tokens, pooled, time_ids)
         guide = guidance(settings.guidance_scale)
         return self.sample(start, conditions, guide, settings, generators)
-
-
-def conditions_of_tokens(
-    denoiser: nn.Module, tokens: Tensor, time_ids: Tensor
-) -> DenoiserConditions:
-    """Conditions of tokens `[B, N, D]`; SDXL's U-Net also gets sizes, and zeros as pooled text.
-
-    time_ids: `[B, 6]`, see `size_ids`.
-    """
-    conditions: DenoiserConditions = {"encoder_hidden_states": tokens.to(denoiser.dtype)}
-    config = denoiser.config
-    if config.get("addition_embed_type") == "text_time":
-        n_size_inputs = 6 * config.addition_time_embed_dim
-        pooled_dim = config.projection_class_embeddings_input_dim - n_size_inputs
-        conditions["added_cond_kwargs"] = {
-            "text_embeds": tokens.new_zeros(len(tokens), pooled_dim, dtype=denoiser.dtype),
-            "time_ids": time_ids,
-        }
-    return conditions
 
 
 def detokenizer_class(folder: str | Path) -> type[UnclipDetokenizer | CodesDetokenizer]:

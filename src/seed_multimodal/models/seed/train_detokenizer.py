@@ -20,8 +20,10 @@ from seed_multimodal.device import DTYPES
 from seed_multimodal.diffusion.base import vae_folder
 from seed_multimodal.diffusion.networks import (
     DENOISERS,
+    conditions_of,
     context_dim,
     denoiser_kind,
+    pooled_dim,
     predict,
     size_unit,
     spatial_factor,
@@ -39,7 +41,6 @@ from seed_multimodal.models.seed.code_adapter import (
 from seed_multimodal.models.seed.diffusion import (
     SAFETY_PARTS,
     CodesDetokenizer,
-    conditions_of_tokens,
 )
 from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 from seed_multimodal.nn.layers import checkpointed
@@ -78,6 +79,7 @@ class SeedDecoderModel(PixelModel):
         denoiser: sizes of a new denoiser, with `_class_name`, as in a `config.json` of diffusers;
             {}: the folder's.
         scheduler: settings of a new scheduler, likewise; it determines the objective.
+        adapter_depth: transformer blocks between the tokenizer and the denoiser.
         start: an earlier result (denoiser and adapter) to start from.
         trained: parameters of the denoiser; the adapter is always trained.
         dropout: share of images without conditions, for guidance.
@@ -89,6 +91,7 @@ class SeedDecoderModel(PixelModel):
     reads: Reads = "codes"
     denoiser: JsonObject = setting(factory=dict)
     scheduler: JsonObject = setting(factory=dict)
+    adapter_depth: int = setting(2, minimum=0)
     dropout: float = setting(0.1, minimum=0, maximum=1)
 
     def __post_init__(self) -> None:
@@ -139,7 +142,8 @@ class CodesDecoder(nn.Module):
         images whose conditions are the unconditional ones.
         """
         tokens = self.code_adapter(embeds, without)
-        conditions = conditions_of_tokens(self.denoiser, tokens, time_ids)
+        pooled = self.code_adapter.pool(tokens)
+        conditions = conditions_of(self.denoiser, tokens, pooled, time_ids)
         return predict(self.denoiser, noisy_latents.to(self.denoiser.dtype), steps, conditions)
 
 
@@ -151,7 +155,15 @@ class SeedDecoderTask(PixelTask[CodesDecoder]):
     result = "decoder"
     detokenizer_class = CodesDetokenizer
     frozen_name = "tokenizer"
-    fixed_settings = ("trained", "reads", "denoiser", "scheduler", "flow_times", "start")
+    fixed_settings = (
+        "trained",
+        "reads",
+        "adapter_depth",
+        "denoiser",
+        "scheduler",
+        "flow_times",
+        "start",
+    )
 
     def load_scheduler(self) -> SchedulerMixin:
         if not self.model.scheduler:
@@ -200,6 +212,9 @@ class SeedDecoderTask(PixelTask[CodesDecoder]):
             width=self.embedding_dim,
             tokens=self.n_codes,
             context_dim=self.width,
+            pooled_dim=pooled_dim(denoiser),
+            depth=model.adapter_depth,
+            heads=heads_of(self.width),
         )
         if model.start:
             adapter = CodesDetokenizer.load_part(Path(model.start), CODE_ADAPTER)
@@ -283,6 +298,14 @@ class SeedDecoderTask(PixelTask[CodesDecoder]):
         for name in SAFETY_PARTS:
             if (self.folder / name).is_dir():
                 shutil.copytree(self.folder / name, folder / name, dirs_exist_ok=True)
+
+
+def heads_of(width: int) -> int:
+    """Heads of about 64 channels that divide a width."""
+    heads = max(1, width // 64)
+    while width % heads:
+        heads -= 1
+    return heads
 
 
 def new_part(label: str, values: Mapping[str, Any], allowed: Sequence[str]) -> Any:
