@@ -125,6 +125,17 @@ def conditions_of(
     return conditions
 
 
+def compile_blocks(denoiser: nn.Module) -> None:
+    """Fuse the attentions' projections, and compile each block that repeats."""
+    denoiser.fuse_qkv_projections()
+    if denoiser._repeated_blocks:
+        denoiser.compile_repeated_blocks()
+        return
+    # Transformers of which diffusers does not name the blocks.
+    for block in denoiser.transformer_blocks:
+        block.compile()
+
+
 def denoiser_folder(folder: Path) -> Path:
     """The sub-folder of a diffusion folder's denoiser."""
     transformer = folder / "transformer"

@@ -14,6 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from seed_multimodal.device import FP16_AS_ORIGINAL, Runtime, choose_device, on_device
+from seed_multimodal.diffusion.networks import compile_blocks
 from seed_multimodal.errors import CheckpointError, CodesError
 from seed_multimodal.images.io import ImageSource, open_image
 from seed_multimodal.inference.batching import DynamicBatcher
@@ -167,8 +168,7 @@ class ImageCodec:
                 self._decoder = self._new_decoder()
                 self.offload(self._offload)
                 if self.compiled:
-                    self._decoder.denoiser.fuse_qkv_projections()
-                    self._decoder.denoiser.compile_repeated_blocks()
+                    compile_blocks(self._decoder.denoiser)
             return self._decoder
 
     def prepare_drawing(self) -> None:

@@ -73,7 +73,8 @@ class SeedLlamaConfig(CodeSystemConfig):
     detokenizer: Path | None = part(
         "diffusion model",
         f"seed_tokenizer/{DETOKENIZER_FOLDER}",
-        flag="stable-unCLIP folder; default: the tokenizer's diffusion_model",
+        flag="diffusion folder: stable-unCLIP's or a trained decoder; default: the tokenizer's "
+        "diffusion_model",
         draws=True,
     )
     vision: Path | None = part("vision encoder")

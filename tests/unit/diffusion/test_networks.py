@@ -1,0 +1,111 @@
+"""Denoisers and autoencoders of diffusers folders, by the class in `config.json`."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import diffusers
+import pytest
+import tiny_decoder
+import torch
+
+from seed_multimodal.diffusion.networks import (
+    DENOISERS,
+    compile_blocks,
+    conditions_of,
+    context_dim,
+    denoiser_kind,
+    encode_moments,
+    pooled_dim,
+    predict,
+    size_unit,
+)
+from seed_multimodal.errors import CheckpointError
+from seed_multimodal.models.seed.diffusion import CodesDetokenizer
+from seed_multimodal.training.pixel_decoder.task import sample_latents
+
+N_TOKENS = 5
+
+
+@pytest.fixture(params=DENOISERS)
+def denoiser(request) -> torch.nn.Module:
+    name = request.param
+    torch.manual_seed(0)
+    sizes = {**tiny_decoder.DENOISERS[name], DENOISERS[name].context_dim: 12, "sample_size": 8}
+    return getattr(diffusers, name)(**sizes, in_channels=4, out_channels=4).eval()
+
+
+@torch.no_grad()
+def test_predict_reads_latents_steps_and_conditions(denoiser):
+    """One step for all rows or one each; every argument changes the prediction."""
+    for parameter in denoiser.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.3)
+    tokens = torch.randn(2, N_TOKENS, context_dim(denoiser))
+    pooled = torch.randn(2, pooled_dim(denoiser)) if pooled_dim(denoiser) else None
+    conditions = conditions_of(denoiser, tokens, pooled, torch.zeros(2, 6))
+    swapped = conditions_of(denoiser, tokens.flip(0), pooled, torch.zeros(2, 6))
+    latents = torch.randn(2, 4, 8, 8)
+    step = torch.tensor(300.5)
+    prediction = predict(denoiser, latents, step, conditions)
+    assert prediction.shape == latents.shape
+    each = predict(denoiser, latents, step.expand(2), conditions)
+    torch.testing.assert_close(each, prediction)
+    others = [
+        predict(denoiser, latents, torch.tensor(800.0), conditions),
+        predict(denoiser, latents + 1, step, conditions),
+        predict(denoiser, latents, step, swapped),
+    ]
+    assert all((other - prediction).abs().max() > 1e-3 for other in others)
+
+
+def test_save_and_load_by_the_class_of_the_config(denoiser, tmp_path):
+    folder = tmp_path / denoiser_kind(denoiser).folder
+    denoiser.save_pretrained(folder)
+    loaded = CodesDetokenizer.load_part(tmp_path, "denoiser")
+    assert type(loaded) is type(denoiser)
+    for name, value in denoiser.state_dict().items():
+        assert torch.equal(loaded.state_dict()[name], value)
+    config = json.loads((folder / "config.json").read_text())
+    (folder / "config.json").write_text(json.dumps({**config, "_class_name": "Transformer2DModel"}))
+    with pytest.raises(CheckpointError, match="_class_name is 'Transformer2DModel'"):
+        CodesDetokenizer.load_part(tmp_path, "denoiser")
+
+
+def test_compile_blocks(denoiser):
+    compile_blocks(denoiser)
+    assert any(module._compiled_call_impl is not None for module in denoiser.modules())
+
+
+@pytest.mark.parametrize(("name", "channels"), [("kl", 4), ("kl16", 16), ("dc", 32)])
+@torch.no_grad()
+def test_latents_of_autoencoders(name, channels, tmp_path: Path):
+    """Scaled and shifted as in diffusers' pipelines, and back."""
+    vae = tiny_decoder.vae(name).eval()
+    pixels = torch.rand(1, 3, 16, 16) * 2 - 1
+    moments = encode_moments(vae, pixels)
+    assert moments.shape == (1, 2 * channels, 8, 8)
+    shift = vae.config.get("shift_factor") or 0.0
+    latents = sample_latents(
+        moments, vae.config.scaling_factor, torch.Generator().manual_seed(0), shift
+    )
+    mean = moments[:, :channels]
+    if name == "dc":
+        torch.testing.assert_close(latents, mean * vae.config.scaling_factor, atol=1e-5, rtol=1e-5)
+    decoder = tiny_decoder.write_decoder(tmp_path / "decoder")
+    detokenizer = CodesDetokenizer.from_pretrained(decoder)
+    detokenizer.vae = vae
+    decoded = detokenizer.decode((mean - shift) * vae.config.scaling_factor)
+    expected = (vae.decode(mean).sample / 2 + 0.5).clamp(0, 1)
+    torch.testing.assert_close(decoded, expected, atol=1e-4, rtol=1e-4)
+
+
+def test_size_unit_is_that_of_latents_and_patches():
+    vae = tiny_decoder.vae("kl")
+    sd3 = diffusers.SD3Transformer2DModel(**tiny_decoder.DENOISERS["SD3Transformer2DModel"])
+    assert size_unit(sd3, vae) == 8
+    sana = diffusers.SanaTransformer2DModel(
+        **tiny_decoder.DENOISERS["SanaTransformer2DModel"], patch_size=8
+    )
+    assert size_unit(sana, vae) == 16
