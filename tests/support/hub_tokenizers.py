@@ -6,52 +6,62 @@ import json
 from collections.abc import Iterable
 from pathlib import Path
 
+from chat_templates import TemplateCase
+
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# With a token before the text, a default system message, and headers, as Llama 3.
-HEADERS = (
-    "{{ bos_token }}{% if messages[0].role != 'system' %}<|im_start|>system\n\nBe short.<|im_end|>"
-    "{% endif %}{% for message in messages %}<|im_start|>{{ message.role }}\n\n"
-    "{{ message.content | trim }}<|im_end|>{% endfor %}"
-    "{% if add_generation_prompt %}<|im_start|>assistant\n\n{% endif %}"
-)
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+DEFAULT = TemplateCase(CHATML, SPECIAL, eos="<|im_end|>")
 
 
 def write_hub_tokenizer(
     folder: Path,
     texts: Iterable[str],
+    case: TemplateCase = DEFAULT,
     *,
-    chat_template: str | None = CHATML,
     vocab_size: int = 300,
-    bos: bool = False,
-    eos: str = "<|im_end|>",
 ) -> Path:
-    """Train the tokenizer and write its files; `bos`: texts begin with `<|endoftext|>`."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers, processors, trainers
+    """Train the tokenizer and write its files; padding is its first special token."""
+    from tokenizers import (
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
 
+    # 1. The tokenizer.
     tokenizer = Tokenizer(models.BPE())
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.decoder = decoders.ByteLevel()
     trainer = trainers.BpeTrainer(
         vocab_size=vocab_size,
-        special_tokens=list(SPECIAL),
+        special_tokens=list(case.special),
         initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
         show_progress=False,
     )
     tokenizer.train_from_iterator(texts, trainer)
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
-    config["pad_token"] = "<|endoftext|>"
-    if bos:
-        config["bos_token"] = "<|endoftext|>"
+    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in case.added])
+
+    # 2. Its files.
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "eos_token": case.eos,
+        "pad_token": case.special[0],
+    }
+    if case.bos is not None:
+        config["bos_token"] = case.bos
         tokenizer.post_processor = processors.TemplateProcessing(
-            single="<|endoftext|> $A", special_tokens=[("<|endoftext|>", 0)]
+            single=f"{case.bos} $A",
+            special_tokens=[(case.bos, tokenizer.token_to_id(case.bos))],
         )
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    if chat_template is not None:
-        (folder / "chat_template.jinja").write_text(chat_template)
+    if case.text:
+        (folder / "chat_template.jinja").write_text(case.text)
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     return folder

@@ -31,6 +31,8 @@ CHAT_TEMPLATE = "chat_template.jinja"
 GENERATION = "generation_config.json"
 # Files of a hub tokenizer that belong to it.
 FILES = (HUB_TOKENIZER, CONFIG, CHAT_TEMPLATE, "special_tokens_map.json", GENERATION)
+# Arguments of chat templates (Qwen 3, SmolLM 3, Granite): no thoughts before an answer.
+WITHOUT_THOUGHTS = {"enable_thinking": False, "thinking": False}
 _IMAGE_TOKEN = re.compile(r"<img_[0-9]{5,}>|<img>|</img>")
 
 
@@ -170,13 +172,17 @@ class HubTokenizer:
         """Whether the folder has a chat template."""
         return bool(self._hub.chat_template)
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Messages (role and content) in the chat template, up to where an answer begins."""
+    def render_chat(self, messages: Sequence[Mapping[str, object]]) -> str:
+        """Messages (role and content) in the chat template, without thoughts; after a user's
+        message up to where the answer begins."""
         if not self.has_chat_template:
             raise ConfigError(f"{self._folder}: this tokenizer has no chat template.")
         try:
             text: str = self._hub.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
+                [dict(message) for message in messages],
+                tokenize=False,
+                add_generation_prompt=messages[-1]["role"] == "user",
+                **WITHOUT_THOUGHTS,
             )
         except Exception as error:  # noqa: BLE001 (jinja's errors, or raised by the template)
             raise ConfigError(

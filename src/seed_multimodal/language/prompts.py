@@ -17,13 +17,14 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import ConfigError, RequestError
 from seed_multimodal.language.text_tokenizer import Part, TextTokenizer
 from seed_multimodal.language.vocabulary import Ids
 
+CHAT = "chat"  # the chat template of the tokenizer
 # "user" or "assistant", and texts and images (as codes) in order
 Turn = tuple[str, str | Sequence[Part]]
 
@@ -38,9 +39,6 @@ class PromptTemplate:
     separator: str
     system_prefix: str = ""
     system_suffix: str = ""
-
-    # Before the first user's turn without a system message.
-    default_opening: str = ""
 
     @property
     def turn_marker(self) -> str:
@@ -57,19 +55,21 @@ class PromptTemplate:
 
     def render(self, turns: Sequence[Turn], system: str = "") -> list[Part]:
         """Segments of a dialogue; after a user turn it ends where the answer starts."""
-        segments: list[Part] = []
+        return [part for _, parts in self.render_turns(turns, system) for part in parts]
+
+    def render_turns(self, turns: Sequence[Turn], system: str = "") -> list[tuple[str, list[Part]]]:
+        """Role and segments of each turn: what precedes an answer is the user's."""
+        rendered: list[tuple[str, list[Part]]] = []
         opening = self.opening(system)
         for role, content in turns:
-            segments += self.render_turn(role, content, opening)
+            rendered.append((role, self.render_turn(role, content, opening)))
             if role == "user":
                 opening = self.separator
-        return segments
+        return rendered
 
-    def opening(self, system: str = "") -> str:
+    def opening(self, system: str) -> str:
         """What precedes the first user's turn."""
-        if not system:
-            return self.default_opening
-        return f"{self.system_prefix}{system}{self.system_suffix}"
+        return f"{self.system_prefix}{system}{self.system_suffix}" if system else ""
 
     def render_turn(self, role: str, content: str | Sequence[Part], opening: str) -> list[Part]:
         """Segments of one turn; `opening`: prefix of a user's."""
@@ -92,54 +92,63 @@ def merge_text(parts: Sequence[Part]) -> list[Part]:
 
 @dataclass(frozen=True)
 class ChatTemplate(PromptTemplate):
-    """The chat template of a tokenizer, whose texts name special tokens.
+    """The chat template of a tokenizer: it writes placeholders, which the contents then replace.
 
-    An answer ends with a token, which the next turn begins with.
+    So it decides where system messages, images and empty blocks of thoughts stand, and names of
+    special tokens in contents stay text. An answer ends with a token, which the next turn begins
+    with. The fields of the base class are those of a conversation of texts.
+
+    answer_start: what it writes after the last question.
+    takes_texts: whether a content may be a text; image: what it writes for an image's part of a
+    content, empty if contents cannot be lists of parts: images then stand between the texts.
     """
 
     tokenizer: TextTokenizer = field(kw_only=True)
+    answer_start: str = field(kw_only=True)
+    takes_texts: bool = field(kw_only=True)
+    image: str = field(kw_only=True)
 
     @classmethod
     def of(cls, tokenizer: TextTokenizer) -> ChatTemplate:
-        """The texts around the contents of probes. Raises ConfigError: none, or irregular."""
-        # 1. A conversation with and without a system message, at its second question.
-        turns = [
-            {"role": "user", "content": _PROBES[0]},
-            {"role": "assistant", "content": _PROBES[1]},
-            {"role": "user", "content": _PROBES[2]},
-        ]
-        plain = tokenizer.render_chat(turns)
-        instructed = tokenizer.render_chat([{"role": "system", "content": _SYSTEM}, *turns])
-        pieces = _PROBE.split(plain)
-        system_pieces = _PROBE.split(instructed)
-        if len(pieces) != 4 or len(system_pieces) != 5:
-            raise ConfigError("The chat template drops, repeats or reorders messages.")
+        """Probe a tokenizer's template. Raises ConfigError: none, or it does not keep contents."""
+        # 1. The form of contents.
+        texts = [_text_part(0), _text_part(1)]
+        with_image = [_text_part(0), {"type": "image"}, _text_part(1)]
+        image = ""
+        takes_texts = _PLACEHOLDER.search(_try_render(tokenizer, _placeholder(0))) is not None
+        plain = _try_render(tokenizer, texts)
+        if _indices(plain) == [0, 1]:
+            image = _inserted(plain, _try_render(tokenizer, with_image))
 
-        # 2. What opens both questions is a user's prefix, but for the token that ends an answer.
-        start, user_suffix, between, _ = pieces
-        system_prefix, system_suffix, *_ = system_pieces
-        texts, names = tokenizer.split(between)
-        after_end = between[len(texts[0]) + len(names[0]) :] if names else between
-        reverse = (start[::-1], after_end[::-1], system_suffix[::-1])
-        user_prefix = os.path.commonprefix(reverse)[::-1]
-        # It begins at a special token, where there is one.
-        texts, names = tokenizer.split(user_prefix)
+        # 2. What stands around the contents of a conversation.
+        contents = [_placeholder(index) for index in range(3)]
+        messages = [
+            {"role": role, "content": content if takes_texts else [_text_part(index)]}
+            for index, (role, content) in enumerate(zip(_ROLES, contents, strict=True))
+        ]
+        text = tokenizer.render_chat(messages)
+        if _indices(text) != [0, 1, 2]:
+            raise ConfigError("The chat template drops, repeats or reorders messages.")
+        start, user_suffix, between, answer_start = _PLACEHOLDER.sub("\0", text).split("\0")
+
+        # 3. What opens both questions is a user's prefix, but for the token that ends an answer;
+        #    it begins at a special token, where there is one.
+        ends, names = tokenizer.split(between)
+        after_end = between[len(ends[0]) + len(names[0]) :] if names else between
+        user_prefix = os.path.commonprefix((start[::-1], after_end[::-1]))[::-1]
+        ends, names = tokenizer.split(user_prefix)
         if names:
-            user_prefix = user_prefix[len(texts[0]) :]
-        cut = -len(user_prefix) or None
-        template = cls(
-            "chat",
+            user_prefix = user_prefix[len(ends[0]) :]
+        return cls(
+            CHAT,
             user_prefix,
             user_suffix,
-            between[:cut],
-            _without_start(system_prefix, tokenizer),
-            system_suffix[:cut],
-            _without_start(start[:cut], tokenizer),
+            between.removesuffix(user_prefix),
             tokenizer=tokenizer,
+            answer_start=answer_start,
+            takes_texts=takes_texts,
+            image=image,
         )
-        if pieces[3] != user_suffix:
-            raise ConfigError("The chat template ends the first and the last question differently.")
-        return template
 
     @property
     def stop_sequences(self) -> tuple[str, ...]:
@@ -150,19 +159,44 @@ class ChatTemplate(PromptTemplate):
             return ()
         return super().stop_sequences
 
-    def render_turn(self, role: str, content: str | Sequence[Part], opening: str) -> list[Part]:
-        parts: list[Part] = [content] if isinstance(content, str) else list(content)
-        if role == "user":
-            before = self._control_parts(opening + self.user_prefix)
-            parts = [*before, *parts, *self._control_parts(self.user_suffix)]
-        return merge_text(parts)
+    def render_turns(self, turns: Sequence[Turn], system: str = "") -> list[tuple[str, list[Part]]]:
+        """Raises RequestError: the template refuses the conversation."""
+        # 1. The template's text; a placeholder stands for a whole content or for a text in it.
+        contents = _Contents()
+        messages: list[dict[str, object]] = []
+        system_turn: list[Turn] = [("system", system)] if system else []
+        for role, content in [*system_turn, *turns]:
+            parts = merge_text([content] if isinstance(content, str) else content)
+            has_image = not all(isinstance(part, str) for part in parts)
+            as_list = not self.takes_texts or (has_image and bool(self.image))
+            message_content = contents.add(role, parts, as_list=as_list)
+            messages.append({"role": role, "content": message_content})
+        try:
+            text = _without_start(self.tokenizer.render_chat(messages), self.tokenizer)
+        except ConfigError as error:
+            raise RequestError(str(error)) from error
+        pieces = contents.replace(text, self.image)
 
-    def opening(self, system: str = "") -> str:
-        """As of all templates; names of special tokens in `system` are broken up."""
-        _, names = self.tokenizer.split(system)
-        for name in names:
-            system = system.replace(name, f"{name[0]} {name[1:]}")
-        return super().opening(system)
+        # 2. What precedes an answer is the user's turn. A blank that the template writes only
+        #    before given answers is generated with the answer.
+        rendered: list[tuple[str, list[Part]]] = []
+        prompt: list[Part] = []
+        for before, role, parts in pieces:
+            if role != "assistant":
+                prompt += [*self._control_parts(before), *parts]
+            elif rendered and not prompt:  # further parts of the same answer
+                rendered[-1][1].extend([*self._control_parts(before), *parts])
+            else:
+                blank = ""
+                if before.startswith(self.answer_start):
+                    blank = before[len(self.answer_start) :]
+                    before = self.answer_start
+                rendered.append(("user", [*prompt, *self._control_parts(before)]))
+                rendered.append(("assistant", [*self._control_parts(blank), *parts]))
+                prompt = []
+        if turns[-1][0] == "user":
+            rendered.append(("user", [*prompt, *self._control_parts(contents.end)]))
+        return [(role, merge_text(parts)) for role, parts in rendered]
 
     def _control_parts(self, text: str) -> list[Part]:
         """A text with its special tokens as `Ids`."""
@@ -173,10 +207,106 @@ class ChatTemplate(PromptTemplate):
         return [*parts, texts[-1]]
 
 
-# Contents that no template changes, and that stand nowhere in it.
-_SYSTEM = "\u241fsystem\u241f"
-_PROBES = ("\u241ffirst\u241f", "\u241fanswer\u241f", "\u241fsecond\u241f")
-_PROBE = re.compile("\u241f[a-z]+\u241f")
+_ROLES = ("user", "assistant", "user")
+# White space around a placeholder is lost where a template strips contents; that inside it is
+# escaped where a template takes texts only and writes a list as Python's or JSON's text.
+_SPACE = "\x0b"
+_PLACEHOLDER = re.compile("(\x0b?)\u241f([0-9]+)\x0b\u241f(\x0b?)")
+
+
+def _placeholder(index: int) -> str:
+    return f"{_SPACE}\u241f{index}{_SPACE}\u241f{_SPACE}"
+
+
+def _text_part(index: int) -> dict[str, str]:
+    return {"type": "text", "text": _placeholder(index)}
+
+
+def _indices(text: str) -> list[int]:
+    """The placeholders in a text, in order."""
+    return [int(match[2]) for match in _PLACEHOLDER.finditer(text)]
+
+
+def _try_render(tokenizer: TextTokenizer, content: object) -> str:
+    """One user's message in the chat template, empty where it refuses this form of content."""
+    try:
+        return tokenizer.render_chat([{"role": "user", "content": content}])
+    except ConfigError:
+        return ""
+
+
+def _inserted(text: str, longer: str) -> str:
+    """What `longer` has in addition to a text, or nothing: it was not made by one insertion."""
+    start = len(os.path.commonprefix((text, longer)))
+    length = len(longer) - len(text)
+    inserted = longer[start : start + max(length, 0)]
+    return inserted if longer[start + length :] == text[start:] else ""
+
+
+class _Contents:
+    """The contents of a conversation's messages, for which placeholders stand in its text."""
+
+    def __init__(self) -> None:
+        self._texts: list[tuple[str, list[Part]]] = []  # role, and what a placeholder stands for
+        self._images: list[tuple[str, Part]] = []
+        self.end = ""  # the text behind the last content
+
+    def add(self, role: str, parts: list[Part], *, as_list: bool) -> str | list[Mapping[str, str]]:
+        """The content of a message, with placeholders."""
+        if not as_list:
+            self._texts.append((role, parts))
+            return _placeholder(len(self._texts) - 1)
+        content: list[Mapping[str, str]] = []
+        for part in parts:
+            if isinstance(part, str):
+                content.append(_text_part(len(self._texts)))
+                self._texts.append((role, [part]))
+            else:
+                content.append({"type": "image"})
+                self._images.append((role, part))
+        return content
+
+    def replace(self, text: str, image: str) -> list[tuple[str, str, list[Part]]]:
+        """The text before each content, the role, and the content, in the order of the text.
+
+        image: what stands for an image. Raises RequestError: contents are lost, or reordered.
+        """
+        images = iter(self._images)
+        pattern = _PLACEHOLDER.pattern
+        if self._images:
+            pattern += "|" + re.escape(image)
+        pieces: list[tuple[str, str, list[Part]]] = []
+        indices: list[int] = []
+        position = 0
+        for match in re.finditer(pattern, text):
+            if match[2] is None:
+                role, codes = next(images, ("", []))
+                parts: list[Part] = [codes]
+            else:
+                indices.append(int(match[2]))
+                role, parts = self._texts[indices[-1]]
+                parts = _stripped(parts, left=not match[1], right=not match[3])
+            pieces.append((text[position : match.start()], role, parts))
+            position = match.end()
+        self.end = text[position:]
+
+        # A system message may stand anywhere.
+        turns = [index for index in indices if self._texts[index][0] != "system"]
+        is_complete = sorted(indices) == list(range(len(self._texts)))
+        n_images = len(pieces) - len(indices)
+        if not is_complete or turns != sorted(turns) or n_images != len(self._images):
+            raise RequestError("The chat template drops, repeats or reorders parts of messages.")
+        return pieces
+
+
+def _stripped(parts: Sequence[Part], *, left: bool, right: bool) -> list[Part]:
+    """A content without the white space at its ends."""
+    stripped = list(parts)
+    if left and stripped and isinstance(stripped[0], str):
+        stripped[0] = stripped[0].lstrip()
+    if right and stripped and isinstance(stripped[-1], str):
+        stripped[-1] = stripped[-1].rstrip()
+    return stripped
 
 
 def _without_start(text: str, tokenizer: TextTokenizer) -> str:
@@ -195,7 +325,6 @@ TEMPLATES = {
         PromptTemplate("plain", "", "", ""),
     )
 }
-CHAT = "chat"  # the chat template of the tokenizer
 TUNED_TEMPLATES = ("vicuna", "llama2", CHAT)  # of instruction-tuned models
 
 

@@ -62,9 +62,9 @@ class TextTokenizer(Protocol):
     def has_chat_template(self) -> bool:
         """Whether `render_chat` works."""
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
-        """Messages (role and content) in the tokenizer's chat template, up to where an answer
-        begins; names of special tokens are in it."""
+    def render_chat(self, messages: Sequence[Mapping[str, object]]) -> str:
+        """Messages (role and content) in the tokenizer's chat template, after a user's up to where
+        the answer begins; names of special tokens are in it."""
 
     # ---- text ⇄ ids
 

@@ -106,7 +106,7 @@ class MultimodalTokenizer:
     def __len__(self) -> int:
         return self.vocabulary.size
 
-    def render_chat(self, messages: Sequence[Mapping[str, str]]) -> str:
+    def render_chat(self, messages: Sequence[Mapping[str, object]]) -> str:
         """Raises ConfigError: there is no chat template."""
         raise ConfigError("template chat: this tokenizer has no chat template.")
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import copy
 import json
+import re
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hub_tokenizers import CHATML, HEADERS, write_hub_tokenizer
+from chat_templates import IMAGE_TEMPLATES, TEXT_TEMPLATES, TemplateCase
+from hub_tokenizers import DEFAULT, write_hub_tokenizer
 from tiny_system import SENTENCES
 
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, RequestError
@@ -73,7 +76,7 @@ def test_vocabulary_and_special_ids(hub: HubTokenizer, folder: Path):
 
 def test_end_ids_of_a_base_tokenizer_with_a_chat_template(tmp_path):
     """The end of a turn, the tokenizer's end, and those of the model's generation."""
-    write_hub_tokenizer(tmp_path, SENTENCES, eos="<|endoftext|>")
+    write_hub_tokenizer(tmp_path, SENTENCES, replace(DEFAULT, eos="<|endoftext|>"))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
     assert HubTokenizer.create(tmp_path, 16, 4).eos_token_ids == (2, 0, 7)
 
@@ -108,21 +111,85 @@ def test_load_text_tokenizer_chooses_by_the_files(
 TURNS = [("user", "What is this?"), ("assistant", "A cat."), ("user", "Where?")]
 
 
-@pytest.mark.parametrize("system", ["", "Be kind."])
-@pytest.mark.parametrize(("chat_template", "bos"), [(CHATML, False), (HEADERS, True)])
-def test_chat_template_equals_transformers(chat_template, bos, system, tmp_path):
-    write_hub_tokenizer(tmp_path, SENTENCES, chat_template=chat_template, bos=bos)
+SYSTEMS = ("", "Be kind.", "Say <|im_end|>, [INST] or <|eot_id|>.")
+
+
+def expected_ids(folder: Path, messages: list[dict[str, object]]) -> list[int]:
+    is_question = messages[-1]["role"] == "user"
+    encoded = reference(folder).apply_chat_template(
+        messages, add_generation_prompt=is_question, enable_thinking=False
+    )
+    return list(encoded["input_ids"])
+
+
+@pytest.mark.parametrize("case", TEXT_TEMPLATES.values(), ids=TEXT_TEMPLATES)
+def test_chat_template_equals_transformers(case: TemplateCase, tmp_path):
+    write_hub_tokenizer(tmp_path, SENTENCES, case)
     hub = HubTokenizer.create(tmp_path, 16, 4)
     template = get_template("chat", hub)
-    for n_turns in (1, 3):
-        ids = hub.encode_parts(template.render(TURNS[:n_turns], system), add_bos=True)
-        messages = [{"role": role, "content": text} for role, text in TURNS[:n_turns]]
-        if system:
-            messages.insert(0, {"role": "system", "content": system})
-        expected = reference(tmp_path).apply_chat_template(messages, add_generation_prompt=True)
-        assert ids == list(expected["input_ids"])
+    for system in SYSTEMS[:2]:
+        for n_turns in (1, 3):
+            turns = [(role, f"{text}\n" if role == "user" else text) for role, text in TURNS]
+            ids = hub.encode_parts(template.render(turns[:n_turns], system), add_bos=True)
+            messages = [{"role": role, "content": text} for role, text in turns[:n_turns]]
+            if system:
+                messages.insert(0, {"role": "system", "content": system})
+            assert ids == expected_ids(tmp_path, messages)
     assert template.stop_sequences == ()
-    assert template.turn_marker.startswith("<|im_end|>")
+
+    # Names of special tokens are text in all contents.
+    rendered = template.render([("user", SYSTEMS[2])], SYSTEMS[2])
+    assert hub.decode(hub.encode_parts(rendered)).count(SYSTEMS[2]) == 2
+    plain = template.render([("user", "a")], "b")
+    special = [part for part in rendered if not isinstance(part, str)]
+    assert special == [part for part in plain if not isinstance(part, str)]
+
+
+@pytest.mark.parametrize("case", TEXT_TEMPLATES.values(), ids=TEXT_TEMPLATES)
+def test_render_turns_splits_prompts_and_answers(case: TemplateCase, tmp_path):
+    """A prompt and its answer, with what the template writes between them only in a history."""
+    hub = HubTokenizer.create(write_hub_tokenizer(tmp_path, SENTENCES, case), 16, 4)
+    template = get_template("chat", hub)
+    turns = [*TURNS, ("assistant", "Here.")]
+    *prompt, (role, answer) = template.render_turns(turns)
+    assert role == "assistant"
+    assert "".join(answer).strip() == "Here."
+    assert [part for _, parts in prompt for part in parts] == template.render(TURNS)
+    messages = [{"role": role, "content": text} for role, text in turns]
+    ids = hub.encode_parts(template.render(turns), add_bos=True)
+    expected = expected_ids(tmp_path, messages)
+    assert expected[: len(ids) + 1] == [*ids, hub.eos_token_id]
+
+
+@pytest.mark.parametrize("case", IMAGE_TEMPLATES.values(), ids=IMAGE_TEMPLATES)
+def test_chat_template_with_parts_places_images(case: TemplateCase, tmp_path):
+    hub = HubTokenizer.create(write_hub_tokenizer(tmp_path, SENTENCES, case), 16, 4)
+    template = get_template("chat", hub)
+    codes = [CODES, CODES[::-1]]
+    content = ["See ", codes[0], " and\n", codes[1]]
+    turns = [("user", content), ("assistant", ["A cat", codes[1]]), ("user", "Where?")]
+    messages = [{"role": "system", "content": [{"type": "text", "text": "Be kind."}]}]
+    for role, parts in turns:
+        parts = [parts] if isinstance(parts, str) else parts
+        as_parts = [
+            {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+            for part in parts
+        ]
+        messages.append({"role": role, "content": as_parts})
+    ids = hub.encode_parts(template.render(turns, "Be kind."))
+
+    # Replacing the codes by the template's placeholder gives transformers' text.
+    names = [hub.decode(hub.vocabulary.image_ids(row)) for row in codes]
+    text = hub.decode(ids)
+    assert re.findall("<img>.*?</img>", text) == [names[0], names[1], names[1]]
+    text = re.sub("<img>.*?</img>", template.image, text)
+    expected = expected_ids(tmp_path, messages)
+    assert text == reference(tmp_path).decode(expected)
+
+
+def test_chat_template_of_texts_keeps_images_between_them(hub: HubTokenizer):
+    (text, image, *_) = get_template("chat", hub).render([("user", ["See", CODES, "it"])])[1:]
+    assert (text, image) == ("user\nSee", CODES)
 
 
 def test_chat_template_keeps_images_and_typed_control_tokens(hub: HubTokenizer):
@@ -138,13 +205,13 @@ def test_chat_template_keeps_images_and_typed_control_tokens(hub: HubTokenizer):
 @pytest.mark.parametrize(
     ("chat_template", "message"),
     [
-        (None, "has no chat template"),
+        ("", "has no chat template"),
         ("{{ messages[0].content }}", "drops, repeats or reorders"),
         ("{{ raise_exception('no') }}", "the chat template fails"),
     ],
 )
 def test_get_template_of_no_or_unusable_chat_templates(chat_template, message, tmp_path):
-    write_hub_tokenizer(tmp_path, SENTENCES, chat_template=chat_template)
+    write_hub_tokenizer(tmp_path, SENTENCES, replace(DEFAULT, text=chat_template))
     with pytest.raises(ConfigError, match=message):
         get_template("chat", HubTokenizer.create(tmp_path, 16, 4))
 

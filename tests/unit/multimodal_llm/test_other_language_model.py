@@ -18,6 +18,7 @@ from tiny_system import SENTENCES
 
 from seed_multimodal.data.decoders.base import SeededRandom
 from seed_multimodal.data.decoders.chat import Chat
+from seed_multimodal.data.decoders.seed_llama_sft import TextConversationTuned
 from seed_multimodal.language.hub_tokenizer import HubTokenizer
 from seed_multimodal.language.lora import merge_adapter
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
@@ -108,6 +109,18 @@ def test_training_data_equal_prompts(system: SeedLlama):
     learned = [label for label in sequence.labels if label != IGNORE_INDEX]
     first = [*tokenizer.encode_parts(contents[1]), tokenizer.eos_token_id]
     assert learned == [*first, *answer]
+
+
+def test_tuning_decoders_write_the_chat_template(system: SeedLlama):
+    texts = ["What is it?", "A cat.", "Where?", "Here."]
+    options = {"template": "chat", "system_message": "Be short."}
+    sequence = TextConversationTuned(system.tokenizer, options).decode(
+        {"data": texts}, SeededRandom(0)
+    )
+    turns = list(zip(("user", "assistant", "user"), texts, strict=False))
+    prompt = system.prompt_ids(turns, "Be short.")
+    answer = [*system.tokenizer.encode("Here."), system.tokenizer.eos_token_id]
+    assert list(sequence.ids) == [*prompt, *answer]
 
 
 def test_save_pretrained(system: SeedLlama, tmp_path):

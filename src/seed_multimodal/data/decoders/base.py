@@ -19,7 +19,7 @@ from seed_multimodal.data.formats.record import BadRecord, JsonObject, RecordFie
 from seed_multimodal.language.prompts import merge_text
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.language.vocabulary import IGNORE_INDEX
+from seed_multimodal.language.vocabulary import IGNORE_INDEX, Ids
 from seed_multimodal.settings import read_settings
 
 BLANK_CAPTION = " \t\r\n;,[]{}'\".?:"  # a caption of only these characters is blank
@@ -183,7 +183,9 @@ class Decoder:
             yield part, self.tokenizer.encode(text if is_last else text.rstrip())
 
     def image_ids(self, image: SegmentPart) -> list[int]:
-        """Tokens of an image, with image start and end."""
+        """Tokens of an image, with image start and end; `Ids` are tokens already."""
+        if isinstance(image, Ids):
+            return list(image)
         return [self.vocabulary.boi_id, *self.vocabulary.code_to_id(image), self.vocabulary.eoi_id]
 
     def as_text(self, segments: Sequence[Segment]) -> str:

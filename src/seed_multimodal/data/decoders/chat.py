@@ -57,15 +57,11 @@ class Chat(Decoder):
                 parts.append(self._text_or_codes(part, name, rng))
             turns.append((message["role"], parts))
 
-        # 2. Parts of a shorter dialogue are a prefix of a longer one's: each turn adds the rest.
-        template = self.template
-        system = fields.get("system") or ""
+        # 2. The parts of each turn.
         segments: list[Segment] = []
-        for turn_index in range(len(turns)):
-            is_answer = turn_index % 2 == 1
-            rendered = template.render(turns[: turn_index + 1], system)
-            for part in rendered[len(segments) :]:
-                segments.append(Segment([part], learned=is_answer))
+        for role, parts in self.template.render_turns(turns, fields.get("system") or ""):
+            for part in parts:
+                segments.append(Segment([part], learned=role == "assistant"))
         return SegmentList(segments)
 
     def _join(self, segmented: SegmentList) -> tuple[list[int], list[int]]:

@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 from seed_multimodal.data.decoders import phrases
@@ -26,7 +27,7 @@ from seed_multimodal.data.decoders.base import (
     system_segment,
 )
 from seed_multimodal.data.formats.record import BadRecord, RecordFields
-from seed_multimodal.language.prompts import TUNED_TEMPLATES, get_template
+from seed_multimodal.language.prompts import CHAT, TUNED_TEMPLATES, PromptTemplate, get_template
 from seed_multimodal.settings import setting
 
 Turn = tuple[Sequence[SegmentPart], Sequence[SegmentPart]]  # question and answer
@@ -51,7 +52,28 @@ class ReversibleOptions(TemplateOptions):
     reverse_ratio: float = setting(0.0, minimum=-1, maximum=1)
 
 
-class TunedDecoder(Decoder):
+class TemplateDecoder(Decoder):
+    """Base of decoders with a `template`."""
+
+    @cached_property
+    def template(self) -> PromptTemplate:
+        assert isinstance(self.options, TemplateOptions)
+        return get_template(self.options.template, self.tokenizer)
+
+    def template_segments(
+        self, contents: Sequence[Sequence[SegmentPart]], system: str = ""
+    ) -> list[Segment]:
+        """Questions and answers in turn, in the prompt template."""
+        turns: list[tuple[str, Sequence[SegmentPart]]] = []
+        for index, parts in enumerate(contents):
+            turns.append(("assistant" if index % 2 else "user", parts))
+        segments: list[Segment] = []
+        for role, parts in self.template.render_turns(turns, system):
+            segments.append(Segment(parts, learned=role == "assistant"))
+        return segments
+
+
+class TunedDecoder(TemplateDecoder):
     """Base of the decoders of this module."""
 
     Options = TemplateOptions
@@ -62,14 +84,10 @@ class TunedDecoder(Decoder):
 
         opening: what precedes the first question.
         """
-        template = get_template(self.options.template, self.tokenizer)
-        segments: list[Segment] = []
-        prefix = [template.default_opening + template.user_prefix, *opening]
+        contents: list[Sequence[SegmentPart]] = []
         for question, answer in turns:
-            prompt = [*prefix, *question, template.user_suffix]
-            segments += [Segment(prompt, learned=False), Segment(answer)]
-            prefix = [template.separator + template.user_prefix]
-        return SegmentList(segments)
+            contents += [question if contents else [*opening, *question], answer]
+        return SegmentList(self.template_segments(contents) if contents else [])
 
     def single_turn(
         self, question: Sequence[SegmentPart], answer: Sequence[SegmentPart]
@@ -322,7 +340,7 @@ class TunedTurnOptions(TurnOptions, TemplateOptions):
     """Turn options with a `template`."""
 
 
-class TextConversation(Decoder):
+class TextConversation(TemplateDecoder):
     """A conversation without images: `data`, alternating questions and answers."""
 
     name = "pretrain.text_conversation"
@@ -350,15 +368,19 @@ class TextConversation(Decoder):
         if self.tuned:
             before = "USER: "
             after = f"{separator}ASSISTANT:"
+        if isinstance(options, TunedTurnOptions) and options.template == CHAT:
+            contents = [first, *([text] for text in turns[1:])]
+            segments = self.template_segments(contents, system)
+            return SegmentList(segments, {"text": self.as_text(segments)})
         if isinstance(options, TunedTurnOptions) and options.template != "vicuna":
-            template = get_template(options.template, self.tokenizer)
+            template = self.template
             before = template.user_prefix
             after = template.user_suffix
             separator = template.separator
             system = template.opening(system)
 
         # 2. The turns.
-        segments: list[Segment] = []
+        segments = []
         if system:
             segments.append(system_segment(system, separator))
         for index, text in enumerate(turns):
