@@ -17,6 +17,7 @@ class TemplateCase:
     special: tuple[str, ...]
     eos: str
     bos: str | None = None
+    pad: str | None = None
     added: tuple[str, ...] = ()
 
 
@@ -69,6 +70,7 @@ QWEN3 = TemplateCase(
 {%- endif %}""",
     ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
     eos="<|im_end|>",
+    pad="<|endoftext|>",
     added=("<think>", "</think>"),
 )
 # A header with the mode; without thoughts each answer begins with an empty block.
@@ -100,6 +102,7 @@ SMOLLM3 = TemplateCase(
 {%- endif -%}""",
     ("<|endoftext|>", "<|im_start|>", "<|im_end|>"),
     eos="<|im_end|>",
+    pad="<|im_end|>",
     added=("<think>", "</think>"),
 )
 # The system message stands in the last question; a blank only before given answers.
@@ -134,6 +137,7 @@ PHI = TemplateCase(
 {%- else %}{{ eos_token }}{% endif %}""",
     ("<|endoftext|>", "<|system|>", "<|user|>", "<|assistant|>", "<|end|>"),
     eos="<|endoftext|>",
+    pad="<|endoftext|>",
 )
 # Contents are texts or lists of parts; an image's placeholder stands in its order.
 VISION = TemplateCase(

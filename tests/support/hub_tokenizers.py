@@ -13,7 +13,7 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 SPECIAL = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-DEFAULT = TemplateCase(CHATML, SPECIAL, eos="<|im_end|>")
+DEFAULT = TemplateCase(CHATML, SPECIAL, eos="<|im_end|>", pad="<|endoftext|>")
 
 
 def write_hub_tokenizer(
@@ -23,7 +23,7 @@ def write_hub_tokenizer(
     *,
     vocab_size: int = 300,
 ) -> Path:
-    """Train the tokenizer and write its files; padding is its first special token."""
+    """Train the tokenizer and write its files."""
     from tokenizers import (
         AddedToken,
         Tokenizer,
@@ -48,11 +48,9 @@ def write_hub_tokenizer(
     tokenizer.add_tokens([AddedToken(name, normalized=False) for name in case.added])
 
     # 2. Its files.
-    config = {
-        "tokenizer_class": "PreTrainedTokenizerFast",
-        "eos_token": case.eos,
-        "pad_token": case.special[0],
-    }
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": case.eos}
+    if case.pad is not None:
+        config["pad_token"] = case.pad
     if case.bos is not None:
         config["bos_token"] = case.bos
         tokenizer.post_processor = processors.TemplateProcessing(

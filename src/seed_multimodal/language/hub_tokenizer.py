@@ -154,10 +154,12 @@ class HubTokenizer:
     @property
     def special_ids(self) -> SpecialIds:
         ids = list(self.eos_token_ids)
+        # A model's row of padding is not trained, so it is none of the tokens that end an answer.
+        pad = None if self.pad_token_id in ids else self.pad_token_id
         return {
             "bos_token_id": self.bos_token_id,
             "eos_token_id": ids if len(ids) > 1 else ids[0],
-            "pad_token_id": self.pad_token_id,
+            "pad_token_id": pad,
         }
 
     def _token_id(self, name: str) -> int:

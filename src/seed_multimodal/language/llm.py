@@ -35,8 +35,9 @@ EOS = 2
 PAD = 0
 LLAMA = "llama"
 LLAMA_IDS: SpecialIds = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
-# Rows behind the vocabulary with which embedding tables are padded to round sizes.
-MAX_PADDING = 1024
+# Rows behind the vocabulary with which embedding tables are padded to round sizes: up to 2,385 in
+# DeepSeek's. Tokenizers of other codebooks differ by more (8,192 codes from 1,024: 7,168 rows).
+MAX_PADDING = 4096
 BITSANDBYTES = ("8bit", "4bit")
 TORCHAO = ("int8", "int4")
 ROTARY = "*rotary_emb.inv_freq*"  # frequencies in old files; recomputed
@@ -136,6 +137,12 @@ class LanguageModel(Protocol):
     ) -> None: ...
 
 
+def head_dim(config: LanguageModelConfig | PreTrainedConfig) -> int:
+    """The width of an attention head."""
+    width: int | None = getattr(config, "head_dim", None)
+    return width or config.hidden_size // config.num_attention_heads
+
+
 def output_scores(llm: LanguageModel, states: Tensor) -> Tensor:
     """Scores `[…, V]` float32 of the next tokens, from the decoder's states `[…, D]`."""
     scores: Tensor = llm.get_output_embeddings()(states).float()
@@ -154,7 +161,6 @@ def load_llm(
     device: str | torch.device = "cpu",
     dtype: torch.dtype | str = torch.float32,
     quantization: str | None = None,
-    vocabulary: ImageVocabulary | None = None,
     tokenizer: TextTokenizer | None = None,
 ) -> LanguageModel:
     """Read a causal language model's folder or hub id for inference, straight to `device`.
@@ -162,8 +168,8 @@ def load_llm(
     dtype: "auto" is that of the files, which then stay memory-mapped on a CPU.
     quantization: "8bit" or "4bit" through bitsandbytes, "int8" or "int4" through torchao; `dtype`
     is then that of the other weights.
-    vocabulary: the model must have a row for each of its tokens.
-    tokenizer: determines the special ids; None: see `llm_config`.
+    tokenizer: determines the special ids; None: see `llm_config`. Whether the model has a row for
+    each of its tokens is checked by callers (`check_vocab_size`), since a base gets them later.
 
     Raises `CheckpointError` for missing, damaged, unsafe or foreign files, `ConfigError` for an
     impossible quantisation.
@@ -178,7 +184,7 @@ def load_llm(
     quantization_config = _quantization_config(quantization, device, dtype)
     quantized = {"quantization_config": quantization_config} if quantization_config else {}
     ids = None if tokenizer is None else tokenizer.special_ids
-    config = llm_config(folder_or_id, vocabulary, ids)
+    config = llm_config(folder_or_id, ids)
     # All other generation defaults of the folder are dropped.
     generation_config = GenerationConfig(use_cache=True)
     for name in LLAMA_IDS:
@@ -241,9 +247,7 @@ def force_special_ids(model: LanguageModel, tokenizer: TextTokenizer | None = No
         setattr(model.config, name, value)
 
 
-def llm_config(
-    source: str | Path, vocabulary: ImageVocabulary | None, ids: SpecialIds | None = None
-) -> PreTrainedConfig:
+def llm_config(source: str | Path, ids: SpecialIds | None = None) -> PreTrainedConfig:
     """The configuration of a folder or hub id, with special ids; raises as `load_llm`.
 
     ids: None: LLaMA's for a LLaMA without hub tokenizer, else the folder's.
@@ -276,19 +280,6 @@ def llm_config(
         )
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{source}: config.json is damaged ({first_line(error)}).") from error
-    if vocabulary is not None:
-        check_vocab_size(getattr(config, "vocab_size", 0), vocabulary, str(source))
-    return config
-
-
-def llama_config(source: str | Path, vocabulary: ImageVocabulary | None) -> PreTrainedConfig:
-    """As `llm_config`, of LLaMAs only."""
-    config = llm_config(source, vocabulary)
-    if config.model_type != LLAMA:
-        raise CheckpointError(
-            f"{source}: model_type is {config.model_type!r}, not 'llama': llama.cpp files are "
-            "written and read of LLaMAs only."
-        )
     return config
 
 

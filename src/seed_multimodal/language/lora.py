@@ -29,7 +29,6 @@ from seed_multimodal.hub import (
 )
 from seed_multimodal.language.llm import check_vocab_size, force_special_ids, load_llm
 from seed_multimodal.language.text_tokenizer import TextTokenizer
-from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.weights import load_checkpoint, save_state_dict
 
 if TYPE_CHECKING:
@@ -249,7 +248,6 @@ def load_llm_or_adapter(
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
     quantization: str | None = None,
-    vocabulary: ImageVocabulary | None = None,
     tokenizer: TextTokenizer | None = None,
 ) -> LanguageModel:
     """As `load_llm`, also of an adapter's folder.
@@ -263,7 +261,6 @@ def load_llm_or_adapter(
             device=device,
             dtype=dtype,
             quantization=quantization,
-            vocabulary=vocabulary,
             tokenizer=tokenizer,
         )
 
@@ -285,8 +282,6 @@ def load_llm_or_adapter(
 
     # 2. The adapter.
     merge_into(llama, trained)
-    if vocabulary is not None:
-        check_vocab_size(llama.config.vocab_size, vocabulary, str(folder))
     return llama.requires_grad_(False).eval()
 
 

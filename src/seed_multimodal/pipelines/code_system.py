@@ -75,7 +75,6 @@ class CodeSystem(MultimodalSystem):
             device=placement.llm_load_device,
             dtype=placement.llm.dtype,
             quantization=placement.quantization,
-            vocabulary=tokenizer.vocabulary,
             tokenizer=tokenizer,
         )
         return llm, options

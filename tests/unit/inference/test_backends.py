@@ -13,13 +13,20 @@ from typing import Any
 
 import pytest
 import torch
+from chat_templates import TEXT_TEMPLATES
 from completion_server import CODES, CompletionServer
+from hub_tokenizers import write_hub_tokenizer
 from repository import NANO, ROOT
+from tiny_llms import random_llm
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.errors import CheckpointError, ConfigError, RequestError
+from seed_multimodal.inference.backends.base import PromptChunk
+from seed_multimodal.inference.backends.torch import TorchBackend
 from seed_multimodal.inference.engine import Engine
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
+from seed_multimodal.language.hub_tokenizer import HubTokenizer
+from seed_multimodal.language.llm import load_llm
 from seed_multimodal.language.messages import user_message
 from seed_multimodal.pipelines.base import MultimodalSystem
 
@@ -328,6 +335,89 @@ def test_beams_and_guidance_with_a_completion_server_fail(remote):
         remote.describe(IMAGES[0], num_beams=2)
     with pytest.raises(ConfigError, match="Guidance needs --engine torch"):
         remote.describe(IMAGES[0], guidance=2.0)
+
+
+# Architecture of tiny_llms, its chat template, fields of its configuration.
+GGUF_MODELS = {
+    "llama": ("llama", "llama3", {}),
+    "llama 3.1": (
+        "llama",
+        "llama3",
+        {
+            "rope_parameters": {
+                "rope_type": "llama3",
+                "rope_theta": 500.0,
+                "factor": 8.0,
+                "low_freq_factor": 1.0,
+                "high_freq_factor": 4.0,
+                "original_max_position_embeddings": 64,
+            }
+        },
+    ),
+    "qwen3": ("qwen3", "qwen3", {"tie_word_embeddings": True}),
+    "smollm3": ("smollm3", "smollm3", {"no_rope_layers": [1, 1]}),
+    "mistral": ("mistral", "mistral", {}),
+    "phi3": ("phi3", "phi3", {}),
+}
+
+
+def write_model(folder: Path, model: str) -> HubTokenizer:
+    """A model whose weights are exact in 16 bits, with rows of padding, and its tokenizer."""
+    architecture, template, fields = GGUF_MODELS[model]
+    write_hub_tokenizer(folder, TEXTS, TEXT_TEMPLATES[template])
+    tokenizer = HubTokenizer.create(folder, 16, 4)
+    tokenizer.save_pretrained(folder)
+    ids: dict[str, Any] = dict(tokenizer.special_ids)
+    n_rows = len(tokenizer) + 10
+    llm = random_llm(architecture, n_rows, initializer_range=0.3, **fields, **ids)
+    llm.half().save_pretrained(folder)
+    return tokenizer
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("model", GGUF_MODELS)
+def test_llama_cpp_with_other_models_equals_torch(gguf: dict[str, Path], model: str, tmp_path):
+    from seed_multimodal.inference.backends.llama_cpp import LlamaCppBackend
+    from seed_multimodal.inference.gguf import export_gguf
+
+    tokenizer = write_model(tmp_path, model)
+    file = export_gguf(tmp_path, tmp_path, tmp_path / "f16.gguf", "f16")
+    backends = (
+        LlamaCppBackend(tmp_path, tokenizer.vocabulary, file, max_rows=3),
+        TorchBackend(load_llm(tmp_path, tokenizer=tokenizer), max_rows=3),
+    )
+
+    # 1. The scores after a long prompt; llama.cpp keeps keys and values in 16 bits.
+    ids = tokenizer.encode_parts([" ".join(TEXTS) * 3, [1, 2, 3, 4]], add_bos=True)
+    scores: list[torch.Tensor] = []
+    for backend in backends:
+        chunk = PromptChunk(backend.prepare(Prompt(ids)), 0, len(ids))
+        scores.append(backend.prefill(0, [chunk]).scores[0].float())
+    torch.testing.assert_close(*scores, atol=0.05, rtol=0.01)
+
+    # 2. Answers.
+    prompts = [Prompt(tokenizer.encode_parts([text], add_bos=True)) for text in TEXTS]
+    settings = replace(GREEDY, max_new_tokens=8)
+    answers = [Engine(backend, tokenizer).generate(prompts, settings) for backend in backends]
+    assert answers[0] == answers[1]
+    assert len(set(map(tuple, answers[0]))) == len(TEXTS)
+
+
+@pytest.mark.parametrize(
+    ("architecture", "fields", "message"),
+    [
+        ("gemma2", {}, "model_type is 'gemma2'; llama.cpp files are written and read of llama,"),
+        ("mistral sliding", {}, "sliding windows cannot be exported"),
+        ("llama", {"attention_bias": True}, "only models without biases"),
+        ("smollm3", {}, r"every fourth layer, but no_rope_layers is \[1, 0\]"),
+    ],
+)
+def test_export_gguf_of_what_llama_cpp_computes_otherwise(architecture, fields, message, tmp_path):
+    from seed_multimodal.inference.gguf import export_gguf
+
+    random_llm(architecture, 356, **fields).save_pretrained(tmp_path)
+    with pytest.raises(ConfigError, match=message):
+        export_gguf(tmp_path, WORDS, tmp_path / "f16.gguf", "f16")
 
 
 def test_interleaved_rows_of_rotary_weights():

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from tiny_llms import random_llm
 
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedWarning
-from seed_multimodal.language.llm import llama_config, load_llm
+from seed_multimodal.language.llm import check_vocab_size, load_llm
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary
 
@@ -49,7 +49,7 @@ def test_load_llm_sets_special_ids_and_keeps_weights(
     assert (
         json.loads((llm_folder / "config.json").read_text())["eos_token_id"] == 1
     )  # the legacy conversion
-    model = load_llm(llm_folder, vocabulary=tokenizer.vocabulary)
+    model = load_llm(llm_folder, tokenizer=tokenizer)
     for config in (model.config, model.generation_config):
         assert (
             config.bos_token_id,
@@ -72,21 +72,22 @@ def test_load_llm_of_other_architectures(architecture, tmp_path):
     """Their special ids are those of the folder."""
     saved = random_llm(architecture, 380, eos_token_id=[5, 6], bos_token_id=None)
     saved.save_pretrained(tmp_path)
-    # Up to 1,024 rows behind the vocabulary are padding.
-    model = load_llm(tmp_path, vocabulary=ImageVocabulary(330, 24, 5))
+    model = load_llm(tmp_path)
     assert type(model) is type(saved)
     assert model.config.bos_token_id is None
     assert model.generation_config.eos_token_id == [5, 6]
     for name, value in saved.state_dict().items():
         assert torch.equal(model.state_dict()[name], value)
-    with pytest.raises(CheckpointError, match="380 words, but the tokenizer has 426"):
-        load_llm(tmp_path, vocabulary=ImageVocabulary(400, 24, 5))
 
 
-def test_llama_config_of_another_architecture(tmp_path):
-    random_llm("qwen3", 380).save_pretrained(tmp_path)
-    with pytest.raises(CheckpointError, match="model_type is 'qwen3', not 'llama': llama.cpp"):
-        llama_config(tmp_path, None)
+def test_check_vocab_size():
+    """Rows behind the vocabulary are padding, but not as many as the codes of another tokenizer."""
+    vocabulary = ImageVocabulary(330, 24, 5)
+    check_vocab_size(356, vocabulary, "model")
+    check_vocab_size(356 + 2400, vocabulary, "model")
+    for n_rows in (355, 330 + 8194):
+        with pytest.raises(CheckpointError, match=f"model: .* {n_rows} words, .* has 356"):
+            check_vocab_size(n_rows, vocabulary, "model")
 
 
 def test_load_llm_of_bin_shards(changed: Callable[..., Path]):
@@ -142,7 +143,7 @@ def test_load_llm_of_a_missing_model(tmp_path):
     [
         ({"model_type": "gpt2"}, "missing from the file: 'transformer"),
         ({"model_type": "no-such-model"}, "model_type 'no-such-model' is no model"),
-        ({"vocab_size": 40194}, "40194 words, but the tokenizer has 356"),
+        ({"vocab_size": 40194}, r"2 tensors are of another size: .*\(40194, 32\)"),
         (
             {"intermediate_size": 48},
             r"6 tensors are of another size: .*down_proj.* model \(32, 48\)",
@@ -151,7 +152,7 @@ def test_load_llm_of_a_missing_model(tmp_path):
 )
 def test_load_llm_of_another_configuration(changed: Callable[..., Path], config, message):
     with pytest.raises(CheckpointError, match=message):
-        load_llm(changed(config), vocabulary=ImageVocabulary(330, 24, 5))
+        load_llm(changed(config))
 
 
 def test_load_llm_of_missing_and_unknown_tensors(changed: Callable[..., Path]):

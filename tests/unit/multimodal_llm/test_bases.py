@@ -103,7 +103,7 @@ def train(model: Any, pairs: list[tuple[torch.Tensor, torch.Tensor]], packed: bo
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()
-        losses.append(float(loss))
+        losses.append(float(loss.detach()))
     return losses
 
 
@@ -151,3 +151,27 @@ def test_base_trained_merged_and_answering(architecture: str, tmp_path):
             merged, tokenizer, prompts, generation, [3, 2, 1], tokenizer.eos_token_ids
         )
         assert engine.generate(prompts, generation, seeds=[3, 2, 1]) == expected_ids
+
+
+@pytest.mark.parametrize("template", TEXT_TEMPLATES)
+def test_rows_of_new_tokens(template: str, tmp_path):
+    """New are also those that padded the base; the token that ends an answer has a gradient."""
+    write_hub_tokenizer(tmp_path, SENTENCES, TEXT_TEMPLATES[template])
+    tokenizer = HubTokenizer.create(tmp_path, N_CODES, PER_IMAGE)
+    n_text = tokenizer.vocabulary.n_text
+    base = random_llm("qwen3", n_text + PADDING, **tokenizer.special_ids)
+    base.save_pretrained(tmp_path)
+    settings = LlmModelSettings(path=str(tmp_path), dtype="fp32", embedding_init="mean")
+    model = build_llm(settings, tokenizer, "cpu")
+    table = model.get_input_embeddings().weight
+    old = base.get_input_embeddings().weight[:n_text]
+    assert torch.equal(table[:n_text], old)
+    torch.testing.assert_close(table[n_text:], old.mean(0).expand(len(tokenizer) - n_text, -1))
+    train_ids, labels = sequences(tokenizer)[0]
+    packed_loss(
+        model,
+        SimpleNamespace(
+            input_ids=train_ids[None], labels=labels[None], position_ids=None, attention_mask=None
+        ),
+    ).sum.backward()
+    assert table.grad[tokenizer.eos_token_id].any()

@@ -10,6 +10,8 @@ from torch import Tensor
 from seed_multimodal.errors import ConfigError
 
 if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
+
     from seed_multimodal.language.llm import LanguageModelConfig
 
 FULL = "full_attention"
@@ -21,10 +23,12 @@ ADDITIVE = "eager"
 class AttentionMasks:
     """Builds what `config`'s decoder takes as `attention_mask`.
 
+    window: how far back layers with sliding attention see; None: there are none.
+
     Raises ConfigError: layers of another kind.
     """
 
-    def __init__(self, config: LanguageModelConfig) -> None:
+    def __init__(self, config: LanguageModelConfig | PreTrainedConfig) -> None:
         layer_types = set(getattr(config, "layer_types", None) or ())
         unknown = layer_types - {FULL, SLIDING}
         if unknown:
@@ -34,9 +38,9 @@ class AttentionMasks:
             )
         # A decoder with layer types takes a mask for each; others have one window for all layers.
         self._by_layer_type = SLIDING in layer_types
-        self._window: int | None = None
+        self.window: int | None = None
         if self._by_layer_type or not layer_types:
-            self._window = getattr(config, "sliding_window", None)
+            self.window = getattr(config, "sliding_window", None)
         self._additive = getattr(config, "_attn_implementation", None) == ADDITIVE
 
     def __call__(
@@ -50,8 +54,8 @@ class AttentionMasks:
         queries = positions[:, None, :, None]  # [B, 1, n, 1]
         full = span_positions <= queries
         sliding = full
-        if self._window is not None:
-            sliding = full & (span_positions > queries - self._window)
+        if self.window is not None:
+            sliding = full & (span_positions > queries - self.window)
         if not self._by_layer_type:
             return self._form(sliding, dtype)
         return {FULL: self._form(full, dtype), SLIDING: self._form(sliding, dtype)}

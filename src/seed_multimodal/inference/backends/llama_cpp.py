@@ -15,9 +15,10 @@ import torch
 from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import CheckpointError, ConfigError, GenerationError
 from seed_multimodal.inference.backends.base import NextTokens, PromptChunk
+from seed_multimodal.inference.gguf import llama_cpp_config
 from seed_multimodal.inference.kv_cache import CPU_BYTES, plan_cache
 from seed_multimodal.inference.prompt import Prompt
-from seed_multimodal.language.llm import llama_config
+from seed_multimodal.language.llm import check_vocab_size, head_dim
 from seed_multimodal.language.vocabulary import ImageVocabulary
 
 BYTES_PER_VALUE = 2  # keys and values are float16
@@ -56,7 +57,8 @@ class LlamaCppBackend:
         import llama_cpp
 
         logging.getLogger("llama-cpp-python").setLevel(logging.CRITICAL)
-        config = llama_config(folder, vocabulary)
+        config = llama_cpp_config(folder)
+        check_vocab_size(config.vocab_size, vocabulary, str(folder))
         file = find_gguf(folder, gguf)
         self.context = int(config.max_position_embeddings)
         self.vocab_size = int(config.vocab_size)
@@ -79,7 +81,7 @@ class LlamaCppBackend:
             )
 
         # 2. A cache of a fixed size.
-        per_layer = 2 * BYTES_PER_VALUE * config.num_key_value_heads * config.head_dim
+        per_layer = 2 * BYTES_PER_VALUE * config.num_key_value_heads * head_dim(config)
         budget = CPU_BYTES if cache_bytes is None else cache_bytes
         self.cache_size = plan_cache(
             per_layer * config.num_hidden_layers, self.context, budget, max_rows

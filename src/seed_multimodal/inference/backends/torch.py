@@ -17,7 +17,7 @@ from seed_multimodal.inference.backends.attention import AttentionMasks
 from seed_multimodal.inference.backends.base import NextTokens, PromptChunk
 from seed_multimodal.inference.kv_cache import KVCache, default_budget, plan_cache
 from seed_multimodal.inference.prompt import ImageFeatures, Prompt
-from seed_multimodal.language.llm import output_scores
+from seed_multimodal.language.llm import head_dim, output_scores
 
 if TYPE_CHECKING:
     from seed_multimodal.language.llm import LanguageModel, LanguageModelConfig
@@ -78,7 +78,7 @@ class TorchBackend:
         self._n_layers = int(config.num_hidden_layers)
         n_heads = int(config.num_attention_heads)
         self._n_kv_heads = int(getattr(config, "num_key_value_heads", None) or n_heads)
-        self._head_dim = int(getattr(config, "head_dim", None) or config.hidden_size // n_heads)
+        self._head_dim = head_dim(config)
         values_per_layer = 2 * self._n_kv_heads * self._head_dim
         bytes_per_token = self._n_layers * values_per_layer * llm.dtype.itemsize
         self.cache_size = plan_cache(bytes_per_token, self.context, cache_bytes, max_rows)

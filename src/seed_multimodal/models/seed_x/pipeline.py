@@ -27,7 +27,7 @@ from seed_multimodal.inference.generator import Task
 from seed_multimodal.inference.opening import EngineOptions
 from seed_multimodal.inference.prompt import HiddenStates, Prompt, PromptImage
 from seed_multimodal.language.answer import Answer, ImagePart
-from seed_multimodal.language.llm import load_llm
+from seed_multimodal.language.llm import check_vocab_size, load_llm
 from seed_multimodal.language.lora import load_base, merge_into, read_trained
 from seed_multimodal.language.messages import (
     Images,
@@ -597,8 +597,8 @@ def load_agent_model(
             device=device,
             dtype=dtype,
             quantization=placement.quantization,
-            vocabulary=vocabulary,
         )
+        check_vocab_size(llm.config.vocab_size, vocabulary, str(llm_folder))
     else:
         trained = read_trained(weights, lora)
         llm = load_base(llm_folder, trained, tokenizer, device=device, dtype=dtype)

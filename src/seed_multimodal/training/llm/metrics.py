@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.data.stream.mixture import merge_counts
 from seed_multimodal.disk import JsonObject
+from seed_multimodal.language.llm import head_dim
 from seed_multimodal.training.llm.loss import find_llama
 from seed_multimodal.training.metrics import Meter, Metrics, sum_of
 
@@ -168,7 +169,7 @@ def token_flops(model: nn.Module, length: float) -> TokenFlops:
     )
     head_flop = TRAINED_FLOP if is_head_trained else FROZEN_FLOP
     n_heads = config.num_attention_heads
-    width = n_heads * (getattr(config, "head_dim", None) or config.hidden_size // n_heads)
+    width = n_heads * head_dim(config)
     return TokenFlops(
         body=body,
         head=head_flop * config.vocab_size * config.hidden_size,

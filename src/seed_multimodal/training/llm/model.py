@@ -273,16 +273,24 @@ def fit_vocabulary(
             f"The model has {rows} tokens, but the tokenizer has {vocabulary.n_text} text tokens "
             f"and {vocabulary.size} tokens in all."
         )
-    add_embedding_rows(llama, vocabulary.size, seed, embedding_init)
+    # Rows that pad a table of texts become those of the first image tokens.
+    add_embedding_rows(llama, vocabulary.size, seed, embedding_init, vocabulary.n_text)
 
 
 @torch.no_grad()
 def add_embedding_rows(
-    llama: LlamaForCausalLM, size: int, seed: int = 0, embedding_init: str = "normal"
+    llama: LlamaForCausalLM,
+    size: int,
+    seed: int = 0,
+    embedding_init: str = "normal",
+    n_text: int | None = None,
 ) -> None:
     """Enlarge embeddings and head to `size` rows; the new ones as
-    `LlmModelSettings.embedding_init`."""
-    rows = len(llama.get_input_embeddings().weight)
+    `LlmModelSettings.embedding_init`.
+
+    n_text: rows that stay; None: all.
+    """
+    rows = len(llama.get_input_embeddings().weight) if n_text is None else n_text
     llama.resize_token_embeddings(size, mean_resizing=False)
     embeddings = llama.get_input_embeddings().weight  # [size, width]
     head = llama.get_output_embeddings().weight
