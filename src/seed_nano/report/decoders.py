@@ -1,6 +1,7 @@
 """Compare decoders of nano's codes: reconstruction of held-out scenes.
 
-One JSON line for each decoder and setting: the judge's labels, PSNR, SSIM, images a second.
+One JSON line for each decoder and setting: the judge's labels, R@1 among the originals, PSNR, SSIM,
+images a second.
 
     python -m seed_nano.report.decoders log/a/decoder log/b/decoder --steps 4 20 --guidance 1 3
 """
@@ -19,7 +20,7 @@ from seed_multimodal.models.seed.spec import SeedLlamaConfig
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.pipelines.images import open_images
 from seed_nano.report.judge import Judge
-from seed_nano.report.scoring import image_labels, score, similarity, true_labels
+from seed_nano.report.scoring import image_labels, retrieval, score, similarity, true_labels
 from seed_nano.world.scene import render
 from seed_nano.world.splits import scenes
 
@@ -69,6 +70,7 @@ def main() -> None:
                     "images_per_cpu_second": round(len(drawings) / seconds, 1),
                     **{name: round(estimate.value, 3) for name, estimate in labels.items()},
                 }
+                line["r1"] = round(float(retrieval(judge, drawings, originals).mean()), 3)
                 for name, estimate in similarity(drawings, targets).items():
                     line[name] = round(estimate.value, 3)
                 print(json.dumps(line), flush=True)
