@@ -8,6 +8,7 @@ ZeRO.
 |
 | decoders of SEED, SEED-X and LaVIT | each | each | SEED-X's | | SEED-X's | SEED-X's |
 
+Under ZeRO-3 the language model is a Qwen 3, too.
 DeepSpeed compiles its shared-memory operator at the first start (under a minute; needs g++ and
 ninja).
 """
@@ -24,7 +25,7 @@ import pytest
 import torch
 from real_processes import kill_when, wait_until
 from tensors import equal
-from trainers import LAVIS, LLM, TRAINERS, TWO, Trainer
+from trainers import HUB_LLMS, LAVIS, LLM, TRAINERS, TWO, Trainer
 
 pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(600)]
 ONE_OF_EACH = [entry for entry in TRAINERS if entry.name in ("stage1", "llm", "seed_x_detokenizer")]
@@ -96,7 +97,7 @@ def test_trainer_in_two_processes_is_one_with_the_double_batch(
 )
 @pytest.mark.parametrize(
     ("trainer", "stage"),
-    [(entry, stage) for entry in TRAINERS for stage in entry.zero],
+    [(entry, stage) for entry in (*TRAINERS, *HUB_LLMS) for stage in entry.zero],
     ids=lambda value: getattr(value, "name", f"stage{value}"),
 )
 def test_trainer_under_zero_equals_the_plain_one_and_resumes(

@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -149,6 +149,27 @@ def _llm(parts_dir: Path, output: Path, steps: int, save: int, more: Sequence[st
 
 def _llm_parts(parts_dir: Path) -> None:
     llm_runs.write_files(parts_dir, model={"lora": {**llm_runs.LORA, "lora_dropout": 0.0}})
+
+
+def _hub_llm_parts(parts_dir: Path, lora: dict[str, Any] | None) -> None:
+    """A Qwen 3 with tied, padded tables, which get rows for image tokens, and its tokenizer."""
+    from hub_tokenizers import write_hub_tokenizer
+    from tiny_llms import random_llm
+
+    from seed_multimodal.language.hub_tokenizer import HubTokenizer
+
+    base = parts_dir / "qwen3"
+    write_hub_tokenizer(base, llm_runs.WORDS)
+    tokenizer = HubTokenizer.create(base, llm_runs.CODES, llm_runs.PER_IMAGE)
+    tokenizer.save_pretrained(parts_dir / "tokenizer")
+    fields: dict[str, Any] = {"tie_word_embeddings": True, "initializer_range": 0.1}
+    fields |= tokenizer.special_ids
+    random_llm("qwen3", tokenizer.vocabulary.n_text + 14, **fields).save_pretrained(base)
+    llm_runs.write_files(
+        parts_dir,
+        model={"sizes": None, "path": str(base), "lora": lora},
+        tokenizer={"pretrained_model_name_or_path": str(parts_dir / "tokenizer")},
+    )
 
 
 def _written_by(module: str) -> Callable[[Path], Any]:
@@ -362,5 +383,20 @@ TRAINERS = [
         _seed_decoder,
         ACCUMULATE,
         "decoder/*/*.safetensors",
+    ),
+]
+# The language model's trainer with a hub model, with LoRA and with all weights.
+_LLM_TRAINER = next(entry for entry in TRAINERS if entry.name == "llm")
+HUB_LLMS = [
+    replace(
+        _LLM_TRAINER,
+        name="qwen3_lora",
+        parts=lambda parts_dir: _hub_llm_parts(parts_dir, {"r": 4, "lora_dropout": 0.0}),
+    ),
+    replace(
+        _LLM_TRAINER,
+        name="qwen3",
+        parts=lambda parts_dir: _hub_llm_parts(parts_dir, None),
+        weights="checkpoint-*/model.safetensors",
     ),
 ]
