@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from hub_tokenizers import write_hub_tokenizer
 from repository import ROOT
 from tiny_llama import WIDTH, llama
+from tiny_llms import random_llm
 from tiny_sdxl import SIZES, adapter, sdxl_folder
 from tiny_sdxl import WIDTH as FEATURES
 
+from seed_multimodal.language.hub_tokenizer import HubTokenizer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.models.seed_x.modeling import AgentSettings, ContinuousLVLM
 from seed_multimodal.nn.vision.qwen import QwenVit, QwenVitConfig, Resampler, ResamplerConfig
@@ -46,12 +49,24 @@ WRITES = ResamplerConfig(grid_size=2, embed_dim=FEATURES, num_heads=2, kv_dim=WI
 
 
 def build(
-    folder: str | Path, *, stage: int = 1, tuned: bool = True, seed: int = 0, context: int = 512
+    folder: str | Path,
+    *,
+    stage: int = 1,
+    tuned: bool = True,
+    seed: int = 0,
+    context: int = 512,
+    hub: bool = False,
 ) -> Path:
-    """Write a system folder with a de-tokenizer of that stage, and return it."""
+    """Write a system folder with a de-tokenizer of that stage, and return it.
+
+    hub: with a Qwen 3 and a hub tokenizer.
+    """
     root = Path(folder)
-    tokenizer = write_tokenizer(root / "tokenizer")
-    write_llm(root / "llm", len(tokenizer), seed, context)
+    if hub:
+        write_hub_parts(root, seed)
+    else:
+        tokenizer = write_tokenizer(root / "tokenizer")
+        write_llm(root / "llm", len(tokenizer), seed, context)
     write_agent(root / "agent", seed)
     write_tower(root / "vision", seed)
     sdxl_folder(root / "sdxl", complete=False)
@@ -186,6 +201,16 @@ def write_tokenizer(folder: Path) -> MultimodalTokenizer:
         tokens_per_image=WORDS,
         n_locations=GRID,
     )
+
+
+def write_hub_parts(root: Path, seed: int) -> None:
+    """A hub tokenizer with SEED-X's tokens, and a language model with its rows."""
+    hub = write_hub_tokenizer(root / "hub", SENTENCES)
+    tokenizer = HubTokenizer.create(hub, 6, WORDS, n_locations=GRID)
+    tokenizer.save_pretrained(root / "tokenizer")
+    ids: dict[str, Any] = dict(tokenizer.special_ids)
+    llm = random_llm("qwen3", len(tokenizer), seed, hidden_size=WIDTH, **ids)
+    llm.save_pretrained(root / "llm")
 
 
 def write_llm(

@@ -4,7 +4,8 @@
     tokenizer.save_pretrained(folder)
 
 Its folder has the hub's files (`tokenizer.json`, …) and `image_tokens.json` (the number of codes,
-the tokens of an image, and the tokens that end an answer). White space next to images stays.
+the tokens of an image, SEED-X's number of locations, and the tokens that end an answer). White
+space next to images stays.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.hub import local_folder
 from seed_multimodal.language.text_tokenizer import HUB_TOKENIZER, Part, SpecialIds, TextTokenizer
 from seed_multimodal.language.tokenizer import MODEL, MultimodalTokenizer, plain_text
-from seed_multimodal.language.vocabulary import Ids, ImageVocabulary
+from seed_multimodal.language.vocabulary import Ids, ImageVocabulary, SeedXVocabulary
 
 IMAGE_TOKENS = "image_tokens.json"
 CONFIG = "tokenizer_config.json"
@@ -33,19 +34,25 @@ GENERATION = "generation_config.json"
 FILES = (HUB_TOKENIZER, CONFIG, CHAT_TEMPLATE, "special_tokens_map.json", GENERATION)
 # Arguments of chat templates (Qwen 3, SmolLM 3, Granite): no thoughts before an answer.
 WITHOUT_THOUGHTS = {"enable_thinking": False, "thinking": False}
-_IMAGE_TOKEN = re.compile(r"<img_[0-9]{5,}>|<img>|</img>")
+_IMAGE_TOKEN = re.compile(r"<img_[0-9]{5,}>|</?img>|</?patch>|<loc-[0-9]+>|<box_start>|<box_end>")
 
 
 class HubTokenizer:
     """Text and images → ids, as `TextTokenizer`.
 
     end_ids: tokens that end an answer, the one of training data first.
+    n_locations: of boxes; 0: without SEED-X's tokens.
     """
 
     strips_at_images = False
 
     def __init__(
-        self, folder: Path, n_codes: int, tokens_per_image: int, end_ids: Sequence[int] = ()
+        self,
+        folder: Path,
+        n_codes: int,
+        tokens_per_image: int,
+        end_ids: Sequence[int] = (),
+        n_locations: int = 0,
     ) -> None:
         """Raises CheckpointError: the files cannot be read, or name no end of an answer."""
         from transformers import PreTrainedTokenizerFast
@@ -62,7 +69,11 @@ class HubTokenizer:
             ) from error
         self._plain.encode_special_tokens = True
         n_text = max(self._hub.get_vocab().values()) + 1
-        self.vocabulary = ImageVocabulary(n_text, n_codes, tokens_per_image)
+        self._sizes = (n_codes, tokens_per_image)
+        self._n_locations = n_locations
+        self.vocabulary = ImageVocabulary(n_text, *self._sizes)
+        if n_locations:
+            self.vocabulary = SeedXVocabulary.behind(n_text, *self._sizes, n_locations)
         self._image_ids = self.vocabulary.added_tokens
         self._image_names = {id: name for name, id in self._image_ids.items()}
 
@@ -106,12 +117,17 @@ class HubTokenizer:
     # ---- files
 
     @classmethod
-    def create(cls, source: str | Path, n_codes: int, tokens_per_image: int) -> Self:
-        """The tokenizer of a hub model's folder, or hub id, with new image tokens."""
+    def create(
+        cls, source: str | Path, n_codes: int, tokens_per_image: int, n_locations: int = 0
+    ) -> Self:
+        """The tokenizer of a hub model's folder, or hub id, with new image tokens.
+
+        n_locations: for SEED-X, whose tokens include those of boxes and of parts of images.
+        """
         folder = local_folder(source)
         if folder is None or not (folder / HUB_TOKENIZER).is_file():
             raise CheckpointError(f"{source}: has no {HUB_TOKENIZER}, the file of a hub tokenizer.")
-        return cls(folder, n_codes, tokens_per_image)
+        return cls(folder, n_codes, tokens_per_image, n_locations=n_locations)
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
@@ -126,9 +142,10 @@ class HubTokenizer:
         try:
             sizes = (int(values["n_codes"]), int(values["tokens_per_image"]))
             end_ids = [int(id) for id in values.get("eos_token_ids", [])]
+            n_locations = int(values.get("n_locations", 0))
         except (KeyError, TypeError, ValueError) as error:
             raise CheckpointError(f"{file}: is damaged ({error!r}).") from error
-        return cls(Path(folder), *sizes, end_ids)
+        return cls(Path(folder), *sizes, end_ids, n_locations)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write the hub's files and `image_tokens.json`."""
@@ -142,6 +159,7 @@ class HubTokenizer:
             "n_codes": self.vocabulary.n_codes,
             "tokens_per_image": self.vocabulary.tokens_per_image,
             "eos_token_ids": list(self.eos_token_ids),
+            "n_locations": self._n_locations,
         }
         (target / IMAGE_TOKENS).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         return target
@@ -263,10 +281,8 @@ class HubTokenizer:
 
     def __getstate__(self) -> dict[str, Any]:
         """For workers of data: the arguments, from which the tokenizer is built again."""
-        sizes = self.vocabulary
-        return {
-            "arguments": (self._folder, sizes.n_codes, sizes.tokens_per_image, self.eos_token_ids)
-        }
+        arguments = (self._folder, *self._sizes, self.eos_token_ids, self._n_locations)
+        return {"arguments": arguments}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         self.__init__(*state["arguments"])  # type: ignore[misc]

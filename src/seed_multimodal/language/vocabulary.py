@@ -170,6 +170,26 @@ class SeedXVocabulary(ImageVocabulary):
         return slice(self.patches, self.patches + 2)
 
     @classmethod
+    def behind(
+        cls, n_text: int, n_codes: int, tokens_per_image: int, n_locations: int
+    ) -> SeedXVocabulary:
+        """The vocabulary of tokens in the original's order behind any number of text tokens."""
+        brackets = n_text + n_codes
+        patches = brackets + 2
+        locations = patches + 2
+        return cls(
+            n_text,
+            n_codes,
+            tokens_per_image,
+            n_locations,
+            codes=n_text,
+            brackets=brackets,
+            patches=patches,
+            locations=locations,
+            boxes=locations + n_locations,
+        )
+
+    @classmethod
     def from_added_tokens(
         cls, added: Mapping[str, int], n_text: int, tokens_per_image: int
     ) -> SeedXVocabulary:

@@ -77,19 +77,8 @@ def write_files(
     processor.LoadFromSerializedProto(model)
     n_text = processor.GetPieceSize()
     vocabulary = ImageVocabulary(n_text, n_codes, tokens_per_image)
-    brackets = n_text + n_codes
-    if n_locations:  # in the original order
-        vocabulary = SeedXVocabulary(
-            n_text,
-            n_codes,
-            tokens_per_image,
-            n_locations,
-            n_text,
-            brackets,
-            brackets + 2,
-            brackets + 4,
-            brackets + 4 + n_locations,
-        )
+    if n_locations:
+        vocabulary = SeedXVocabulary.behind(n_text, n_codes, tokens_per_image, n_locations)
     # Settings of transformers' tokenizer, and ours.
     flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
     special = {key: {"content": text, **flags} for key, text in SPECIAL_TOKENS.items()}

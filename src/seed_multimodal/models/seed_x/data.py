@@ -43,7 +43,7 @@ from seed_multimodal.data.decoders.features import (
 from seed_multimodal.data.formats.conversations import NO_IMAGE, ContentPart
 from seed_multimodal.data.formats.pairs import shape_problem, similarity_problem
 from seed_multimodal.data.formats.record import JsonObject, RecordFields
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX, PLACEHOLDER, SeedXVocabulary
 from seed_multimodal.models.seed_x.processing import seed_x_vocabulary
 from seed_multimodal.models.seed_x.views import (
@@ -85,7 +85,7 @@ class SeedXDecoder(FeatureDecoder):
     Options = SeedXOptions
     options: SeedXOptions
 
-    def __init__(self, tokenizer: MultimodalTokenizer, options: OptionValues) -> None:
+    def __init__(self, tokenizer: TextTokenizer, options: OptionValues) -> None:
         super().__init__(tokenizer, options)
         self.vocabulary: SeedXVocabulary = seed_x_vocabulary(tokenizer)
         self.grids = read_grids(self.options.resolution_grids)
@@ -129,7 +129,8 @@ class SeedXDecoder(FeatureDecoder):
 
     def _fill(self, sequence: ImageSequence, segmented: SegmentList) -> None:
         eos = self.tokenizer.eos_token_id
-        self.add(sequence, self.tokenizer.start_ids, [IGNORE_INDEX])
+        start = self.tokenizer.start_ids
+        self.add(sequence, start, [IGNORE_INDEX] * len(start))
         for segment in segmented.segments:
             for part, ids in self.encode_each(segment.parts):
                 if isinstance(part, str):

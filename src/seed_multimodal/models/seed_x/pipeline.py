@@ -27,6 +27,7 @@ from seed_multimodal.inference.generator import Task
 from seed_multimodal.inference.opening import EngineOptions
 from seed_multimodal.inference.prompt import HiddenStates, Prompt, PromptImage
 from seed_multimodal.language.answer import Answer, ImagePart
+from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
 from seed_multimodal.language.llm import check_vocab_size, load_llm
 from seed_multimodal.language.lora import load_base, merge_into, read_trained
 from seed_multimodal.language.messages import (
@@ -38,7 +39,7 @@ from seed_multimodal.language.messages import (
     is_image,
 )
 from seed_multimodal.language.prompts import PromptTemplate, without_verdict
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer, SdxlSettings
 from seed_multimodal.models.seed_x.modeling import AgentSettings, ContinuousLVLM, load_agent
@@ -278,7 +279,7 @@ class SeedX(MultimodalSystem):
     def __init__(
         self,
         config: SeedXConfig,
-        tokenizer: MultimodalTokenizer,
+        tokenizer: TextTokenizer,
         agent: ContinuousLVLM,
         images: SeedXImageCodec,
         log: Log = None,
@@ -297,7 +298,7 @@ class SeedX(MultimodalSystem):
     @classmethod
     def load(cls, config: SeedXConfig, placement: Placement, log: Log = None) -> Self:
         config.require("llm", "agent", "tokenizer", "vision")
-        tokenizer = MultimodalTokenizer.from_pretrained(config.path("tokenizer"))
+        tokenizer = load_text_tokenizer(config.path("tokenizer"))
         images = load_images(config, placement)  # before the language model, which takes longest
         agent = load_agent_model(config, tokenizer, placement)
         resampler = agent.input_resampler.config
@@ -570,7 +571,7 @@ def read_agent_config(config: SeedXConfig) -> tuple[AgentConfig, Mapping[str, An
 
 
 def load_agent_model(
-    config: SeedXConfig, tokenizer: MultimodalTokenizer, placement: Placement
+    config: SeedXConfig, tokenizer: TextTokenizer, placement: Placement
 ) -> ContinuousLVLM:
     """The language model with its two resamplers, in eval mode and frozen.
 
@@ -597,6 +598,7 @@ def load_agent_model(
             device=device,
             dtype=dtype,
             quantization=placement.quantization,
+            tokenizer=tokenizer,
         )
         check_vocab_size(llm.config.vocab_size, vocabulary, str(llm_folder))
     else:
