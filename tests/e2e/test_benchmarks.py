@@ -71,3 +71,14 @@ def test_benchmark_prints_a_line_per_variant(program, monkeypatch, capsys):
             assert results["loss"] < results["first_loss"], (
                 "the same batch again and again is learned"
             )
+
+
+def test_memory_of_published_sizes(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["memory.py", "--models", "0.6B", "8B"])
+    runpy.run_path(str(BENCHMARKS / "memory.py"), run_name="__main__")
+    small, large = (json.loads(line) for line in capsys.readouterr().out.splitlines())
+    # As published, with rows for 159,863 instead of 151,936 tokens; the small one's tables are one.
+    assert small["parameters"] == 596_049_920 + (159_863 - 151_936) * 1024
+    assert large["parameters"] == 8_190_735_360 + (159_863 - 151_936) * 2 * 4096
+    assert large["bf16"] > large["int8"] > large["4bit"] > large["lora"]
+    assert large["kv_row"] == round(2 * 36 * 8 * 128 * 4096 * 2 / 1e9, 2)
