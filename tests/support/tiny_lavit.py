@@ -9,15 +9,17 @@ from typing import Any
 
 import numpy as np
 import torch
+from hub_tokenizers import write_hub_tokenizer
 from PIL import Image
 from tiny_llama import WIDTH, llama
+from tiny_llms import random_llm
 from tiny_sdxl import SIZES as SDXL
 from tiny_sdxl import sdxl_folder, unet
 
 from seed_multimodal.models.lavit.checkpoints import save_dynamic_tokenizer
 from seed_multimodal.models.lavit.decoder import CodeDecoder, LavitDecoderConfig
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
-from seed_multimodal.models.lavit.processing import LavitTokenizer
+from seed_multimodal.models.lavit.processing import HubLavitTokenizer, LavitTokenizer
 from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_nano.train.words import train_text_tokenizer
 
@@ -65,10 +67,11 @@ TINY = LavitTokenizerConfig(
 )
 
 
-def build(folder: str | Path, seed: int = 0) -> Path:
-    """Write a system folder and return it."""
+def build(folder: str | Path, seed: int = 0, hub: bool = False) -> Path:
+    """Write a system folder and return it; `hub`: with a Qwen 3 and a hub tokenizer."""
     root = Path(folder)
-    text_tokenizer = write_language(root / "llm", seed)
+    write = write_hub_language if hub else write_language
+    text_tokenizer = write(root / "llm", seed)
     first = tokenizer(seed)
     second = tokenizer(seed, merger=seed + 1)
     save_dynamic_tokenizer(first, root / "tokenizer", second)
@@ -111,6 +114,17 @@ def tokenizer(seed: int = 0, merger: int | None = None) -> DynamicTokenizer:
         spread(model.causal_encoder)
         spread(model.vit_proj)
     return model.requires_grad_(False).eval()
+
+
+def write_hub_language(folder: Path, seed: int) -> HubLavitTokenizer:
+    """As `write_language`."""
+    hub = write_hub_tokenizer(folder, SENTENCES)
+    HubLavitTokenizer.create(hub, CODES, PATCHES).save_pretrained(folder)
+    tokenizer = HubLavitTokenizer.from_pretrained(folder)
+    ids: dict[str, Any] = dict(tokenizer.special_ids)
+    llm = random_llm("qwen3", len(tokenizer), seed, hidden_size=WIDTH, **ids)
+    llm.save_pretrained(folder)
+    return tokenizer
 
 
 def write_language(folder: Path, seed: int, patches: int = PATCHES) -> LavitTokenizer:

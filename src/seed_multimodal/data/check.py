@@ -7,7 +7,7 @@ into real tokens, which end a text or open an image.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -15,7 +15,7 @@ import numpy as np
 
 from seed_multimodal.config import load_yaml
 from seed_multimodal.data.decoders import find_decoder
-from seed_multimodal.data.decoders.base import SeededRandom
+from seed_multimodal.data.decoders.base import Decoder, SeededRandom
 from seed_multimodal.data.formats.layout import GROUP_CACHE_BYTES
 from seed_multimodal.data.formats.record import JsonObject
 from seed_multimodal.data.stream.config import LlmDataSettings, read_data_settings
@@ -23,7 +23,6 @@ from seed_multimodal.data.stream.mixture import BROKEN, Mixture, OpenedSource, S
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import locate
-from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.progress import Progress
 
@@ -133,11 +132,11 @@ def check_sources(
 ) -> list[SourceReport]:
     """Decode `records` records of each source as training does. Raises as `Mixture`."""
     # 1. The tokenizer that the decoders need.
-    load_tokenizer: Callable[[str], TextTokenizer] = load_text_tokenizer
+    load_tokenizer = Decoder.load_tokenizer
     for source_settings in settings.sources:
         decoder = find_decoder(source_settings.decoder)
-        if decoder is not None and decoder.Tokenizer is not None:
-            load_tokenizer = decoder.Tokenizer.from_pretrained
+        if decoder is not None and decoder.load_tokenizer is not Decoder.load_tokenizer:
+            load_tokenizer = decoder.load_tokenizer
     tokenizer = load_tokenizer(tokenizer_dir)
 
     # 2. A few records of many files: by range requests rather than from copies of whole files.

@@ -71,9 +71,7 @@ class HubTokenizer:
         n_text = max(self._hub.get_vocab().values()) + 1
         self._sizes = (n_codes, tokens_per_image)
         self._n_locations = n_locations
-        self.vocabulary = ImageVocabulary(n_text, *self._sizes)
-        if n_locations:
-            self.vocabulary = SeedXVocabulary.behind(n_text, *self._sizes, n_locations)
+        self.vocabulary = self._image_vocabulary(n_text)
         self._image_ids = self.vocabulary.added_tokens
         self._image_names = {id: name for name, id in self._image_ids.items()}
 
@@ -92,6 +90,12 @@ class HubTokenizer:
         self.start_ids = tuple(id for id in first_ids if id == self.bos_token_id)
         pad = self._hub.pad_token_id
         self.pad_token_id: int = self.eos_token_id if pad is None else pad
+
+    def _image_vocabulary(self, n_text: int) -> ImageVocabulary:
+        """Image tokens behind the text tokens; families with other ones override it."""
+        if self._n_locations:
+            return SeedXVocabulary.behind(n_text, *self._sizes, self._n_locations)
+        return ImageVocabulary(n_text, *self._sizes)
 
     def _find_end_ids(self) -> tuple[int, ...]:
         """The end of a turn in the chat template, the tokenizer's, and those of its model."""

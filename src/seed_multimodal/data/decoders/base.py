@@ -13,12 +13,13 @@ import json
 import random
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from seed_multimodal.data.formats.record import BadRecord, JsonObject, RecordFields, shorten
+from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
 from seed_multimodal.language.prompts import merge_text
 from seed_multimodal.language.text_tokenizer import TextTokenizer
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX, Ids
 from seed_multimodal.settings import read_settings
 
@@ -93,7 +94,6 @@ class Decoder:
     name: ClassVar[str]
     learns_all: ClassVar[bool] = False  # every token is learned
     Options: ClassVar[type[DecoderOptions]] = DecoderOptions
-    Tokenizer: ClassVar[type[MultimodalTokenizer] | None] = None  # None: any
     options: DecoderOptions  # an instance of `Options`
 
     def __init__(self, tokenizer: TextTokenizer, options: OptionValues) -> None:
@@ -103,6 +103,11 @@ class Decoder:
         self.vocabulary = tokenizer.vocabulary
         # Allowed numbers of codes of an image.
         self.code_counts = [self.vocabulary.tokens_per_image]
+
+    @staticmethod
+    def load_tokenizer(folder: str | Path) -> TextTokenizer:
+        """The tokenizer of a folder, by its files."""
+        return load_text_tokenizer(folder)
 
     @classmethod
     def option_names(cls) -> list[str]:

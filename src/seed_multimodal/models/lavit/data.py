@@ -16,6 +16,7 @@ paper.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 
 from PIL import Image
 
@@ -35,8 +36,8 @@ from seed_multimodal.data.decoders.features import (
     OpenedImage,
 )
 from seed_multimodal.data.formats.record import RecordFields
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.models.lavit.processing import QUESTION, LavitTokenizer
+from seed_multimodal.language.text_tokenizer import TextTokenizer
+from seed_multimodal.models.lavit.processing import QUESTION, load_lavit_tokenizer
 from seed_multimodal.settings import setting
 
 MAX_SEED = 2**62
@@ -45,9 +46,7 @@ MAX_SEED = 2**62
 class LavitDecoder(FeatureDecoder):
     """Base of these decoders."""
 
-    Tokenizer = LavitTokenizer
-
-    def __init__(self, tokenizer: MultimodalTokenizer, options: OptionValues) -> None:
+    def __init__(self, tokenizer: TextTokenizer, options: OptionValues) -> None:
         super().__init__(tokenizer, options)
         self.start = self.vocabulary.boi_id
         self.end = self.vocabulary.eoi_id
@@ -55,6 +54,10 @@ class LavitDecoder(FeatureDecoder):
         self.code_counts = list(range(1, n_patches + 1))
         # Placeholders of an image: 3/8 of its patches (the token selector aims at a third).
         self.n_placeholders = -(-n_patches * 3 // 8)
+
+    @staticmethod
+    def load_tokenizer(folder: str | Path) -> TextTokenizer:
+        return load_lavit_tokenizer(folder)
 
     def text(self, fields: RecordFields, name: str, rng: SeededRandom) -> str:
         """A text of the record; of a list one is chosen."""

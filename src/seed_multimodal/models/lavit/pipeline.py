@@ -43,9 +43,11 @@ from seed_multimodal.models.lavit.modeling import DynamicTokenizer, Generators
 from seed_multimodal.models.lavit.processing import (
     ANSWER_ENDS,
     CAPTION_ENDS,
+    HubLavitTokenizer,
     LavitTokenizer,
     LavitVocabulary,
     Lemmatizer,
+    load_lavit_tokenizer,
     read_prompt,
 )
 from seed_multimodal.models.lavit.spec import LavitConfig
@@ -220,7 +222,7 @@ class Lavit(MultimodalSystem):
 
     config: LavitConfig
     images: LavitImageCodec
-    tokenizer: LavitTokenizer
+    tokenizer: LavitTokenizer | HubLavitTokenizer
     defaults = {
         "describe": {**UNDERSTANDING, "num_beams": 2, "max_new_tokens": 36, "min_new_tokens": 8},
         "ask": {
@@ -238,7 +240,7 @@ class Lavit(MultimodalSystem):
     def __init__(
         self,
         config: LavitConfig,
-        tokenizer: LavitTokenizer,
+        tokenizer: LavitTokenizer | HubLavitTokenizer,
         llm: LanguageModel,
         images: LavitImageCodec,
         log: Log = None,
@@ -256,13 +258,14 @@ class Lavit(MultimodalSystem):
     @classmethod
     def load(cls, config: LavitConfig, placement: Placement, log: Log = None) -> Self:
         config.require("llm", "tokenizer")
-        tokenizer = LavitTokenizer.from_pretrained(config.words or config.path("llm"))
+        tokenizer = load_lavit_tokenizer(config.words or config.path("llm"))
         images = load_images(config, placement)  # before the language model, which takes longest
         llm = load_llm_or_adapter(
             config.path("llm"),
             device=placement.llm_load_device,
             dtype=placement.llm.dtype,
             quantization=placement.quantization,
+            tokenizer=tokenizer,
         )
         check_sizes(config, images, tokenizer.vocabulary, llm.config)
         return cls(config, tokenizer, llm, images, log, engine=placement.engine)

@@ -26,6 +26,7 @@ from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, SeedWarning, install_hint
 from seed_multimodal.inference.prompt import Prompt, PromptImage
+from seed_multimodal.language.hub_tokenizer import IMAGE_TOKENS, HubTokenizer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer, read_files
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.models.seed.captions import question_text
@@ -112,6 +113,38 @@ class LavitTokenizer(MultimodalTokenizer):
     def text_ids(self, text: str) -> list[int]:
         """A user's text → ids; names of control words in it are ordinary letters."""
         return self.encode_parts([text])
+
+
+class HubLavitVocabulary(LavitVocabulary):
+    """LaVIT's ids behind those of a hub tokenizer, whose special tokens may have any ids."""
+
+    ignored_below_id: ClassVar[int] = 0
+
+
+class HubLavitTokenizer(HubTokenizer):
+    """A hub tokenizer with LaVIT's image tokens, which `decode` skips."""
+
+    vocabulary: LavitVocabulary
+
+    def _image_vocabulary(self, n_text: int) -> LavitVocabulary:
+        return HubLavitVocabulary(n_text, *self._sizes)
+
+    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
+        """Ids → text."""
+        checked = self.vocabulary.checked_ids(ids)
+        text_ids = [id for id in checked if id < self.vocabulary.n_text]
+        return super().decode(text_ids, skip_special_tokens)
+
+    def text_ids(self, text: str) -> list[int]:
+        """As `LavitTokenizer.text_ids`."""
+        return self.encode_parts([text])
+
+
+def load_lavit_tokenizer(folder: str | Path) -> LavitTokenizer | HubLavitTokenizer:
+    """The tokenizer of a folder: with image tokens behind a hub tokenizer, or the original's."""
+    if (Path(folder) / IMAGE_TOKENS).is_file():
+        return HubLavitTokenizer.from_pretrained(folder)
+    return LavitTokenizer.from_pretrained(folder)
 
 
 # ---- prompts and answers

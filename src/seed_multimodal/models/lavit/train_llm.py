@@ -26,10 +26,11 @@ from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import VISUAL_WEIGHTS, first_file
+from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.models.lavit.checkpoints import VISUAL_WEIGHT_FILES, load_dynamic_tokenizer
 from seed_multimodal.models.lavit.losses import UnifiedLoss
 from seed_multimodal.models.lavit.modeling import MODES, TokenMerger, kept_rows
-from seed_multimodal.models.lavit.processing import LavitTokenizer
+from seed_multimodal.models.lavit.processing import load_lavit_tokenizer
 from seed_multimodal.models.lavit.train_rows import ReadyBatch, fill_rows
 from seed_multimodal.nn.layers import cast_layers, checkpoint_layers
 from seed_multimodal.pipelines.config import record_base
@@ -77,7 +78,6 @@ class PretrainTask(LlmTask):
     run: PretrainRunSettings
     module: UnifiedLoss
     start_hint = "model.path and visual_encoder.start"
-    tokenizer_kind = LavitTokenizer
     run_type = PretrainRunSettings
 
     def __init__(self, run: PretrainRunSettings, group: ProcessGroup, device: torch.device) -> None:
@@ -106,6 +106,10 @@ class PretrainTask(LlmTask):
                     f"{run.tokenizer.folder} expects {expected}."
                 )
         self.check_views(self.visual.encoder.image_size, FeatureDecoderOptions.base_resolution)
+
+    @staticmethod
+    def load_tokenizer(folder: str | Path) -> TextTokenizer:
+        return load_lavit_tokenizer(folder)
 
     # ---- training
 

@@ -27,7 +27,7 @@ from seed_multimodal.device import DTYPES, peak_tflops
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.pipelines.config import DEFAULT_FAMILY, record_base
 from seed_multimodal.training.config import ConfigNode
@@ -94,7 +94,6 @@ class LlmTask(RunTask):
     meter: TokenMeter
     start_hint = "model.adapter, or model.path"
     family = DEFAULT_FAMILY  # of systems with its checkpoints
-    tokenizer_kind: type[MultimodalTokenizer] | None = None  # None: by the folder's files
     run_type: ClassVar[type[RunSettings]] = LlmRunSettings
     settings_readers: ClassVar[Mapping[str, Callable[[ConfigNode, str], object]]] = {
         "model": read_model_settings,
@@ -108,10 +107,7 @@ class LlmTask(RunTask):
         super().__init__(run, group, device)
         if self.settings.precision == "fp16" and device.type == "cpu":
             raise ConfigError("trainer: fp16 needs a GPU; use bf16 or fp32 on a CPU.")
-        load_tokenizer = load_text_tokenizer
-        if self.tokenizer_kind is not None:
-            load_tokenizer = self.tokenizer_kind.from_pretrained
-        self.tokenizer = load_tokenizer(run.tokenizer.folder)
+        self.tokenizer = self.load_tokenizer(run.tokenizer.folder)
 
         # 1. The loss.
         default_average = "tokens" if run.data.packing else "batch"
@@ -142,6 +138,11 @@ class LlmTask(RunTask):
         self.batches_per_process = 1.0
         self.loss_factor = 1.0
         self.sample_batch: LlmBatch | None = None  # the same in all samples of this process
+
+    @staticmethod
+    def load_tokenizer(folder: str | Path) -> TextTokenizer:
+        """The tokenizer of a folder, by its files."""
+        return load_text_tokenizer(folder)
 
     def prepare(self) -> None:
         """Build the model and its optimizer."""
