@@ -161,6 +161,14 @@ IMAGES_FIRST = TemplateCase(
     ("<pad>", "</s>", "<image>"),
     eos="</s>",
 )
+# Contents are lists of texts.
+TEXT_LISTS = TemplateCase(
+    """{% for message in messages %}{{ message['role'] | upper }}: {% for part in message['content']
+%}{{ part['text'] }}{% endfor %}</s>{% endfor %}{% if add_generation_prompt %}ASSISTANT:{% endif %}
+""",
+    ("<pad>", "</s>"),
+    eos="</s>",
+)
 TEXT_TEMPLATES = {
     "llama3": LLAMA3,
     "qwen3": QWEN3,

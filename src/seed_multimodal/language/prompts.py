@@ -121,15 +121,15 @@ class ChatTemplate(PromptTemplate):
             image = _inserted(plain, _try_render(tokenizer, with_image))
 
         # 2. What stands around the contents of a conversation.
-        contents = [_placeholder(index) for index in range(3)]
         messages = [
-            {"role": role, "content": content if takes_texts else [_text_part(index)]}
-            for index, (role, content) in enumerate(zip(_ROLES, contents, strict=True))
+            _text_message(role, index, takes_texts)
+            for index, role in enumerate(("user", "assistant", "user"))
         ]
         text = tokenizer.render_chat(messages)
         if _indices(text) != [0, 1, 2]:
             raise ConfigError("The chat template drops, repeats or reorders messages.")
-        start, user_suffix, between, answer_start = _PLACEHOLDER.sub("\0", text).split("\0")
+        # The pattern has three groups, which `split` returns, too.
+        start, user_suffix, between, answer_start = _PLACEHOLDER.split(text)[::4]
 
         # 3. What opens both questions is a user's prefix, but for the token that ends an answer;
         #    it begins at a special token, where there is one.
@@ -168,9 +168,12 @@ class ChatTemplate(PromptTemplate):
         for role, content in [*system_turn, *turns]:
             parts = merge_text([content] if isinstance(content, str) else content)
             has_image = not all(isinstance(part, str) for part in parts)
-            as_list = not self.takes_texts or (has_image and bool(self.image))
-            message_content = contents.add(role, parts, as_list=as_list)
-            messages.append({"role": role, "content": message_content})
+            if has_image and self.image:
+                messages.append({"role": role, "content": contents.add_parts(role, parts)})
+            else:
+                messages.append(
+                    _text_message(role, contents.add_whole(role, parts), self.takes_texts)
+                )
         try:
             text = _without_start(self.tokenizer.render_chat(messages), self.tokenizer)
         except ConfigError as error:
@@ -207,7 +210,6 @@ class ChatTemplate(PromptTemplate):
         return [*parts, texts[-1]]
 
 
-_ROLES = ("user", "assistant", "user")
 # White space around a placeholder is lost where a template strips contents; that inside it is
 # escaped where a template takes texts only and writes a list as Python's or JSON's text.
 _SPACE = "\x0b"
@@ -220,6 +222,12 @@ def _placeholder(index: int) -> str:
 
 def _text_part(index: int) -> dict[str, str]:
     return {"type": "text", "text": _placeholder(index)}
+
+
+def _text_message(role: str, index: int, takes_texts: bool) -> dict[str, object]:
+    """A message that is one placeholder."""
+    content = _placeholder(index) if takes_texts else [_text_part(index)]
+    return {"role": role, "content": content}
 
 
 def _indices(text: str) -> list[int]:
@@ -251,11 +259,13 @@ class _Contents:
         self._images: list[tuple[str, Part]] = []
         self.end = ""  # the text behind the last content
 
-    def add(self, role: str, parts: list[Part], *, as_list: bool) -> str | list[Mapping[str, str]]:
-        """The content of a message, with placeholders."""
-        if not as_list:
-            self._texts.append((role, parts))
-            return _placeholder(len(self._texts) - 1)
+    def add_whole(self, role: str, parts: list[Part]) -> int:
+        """The number of a placeholder for all of a message."""
+        self._texts.append((role, parts))
+        return len(self._texts) - 1
+
+    def add_parts(self, role: str, parts: list[Part]) -> list[Mapping[str, str]]:
+        """A message as a list of images, and of placeholders for its texts."""
         content: list[Mapping[str, str]] = []
         for part in parts:
             if isinstance(part, str):

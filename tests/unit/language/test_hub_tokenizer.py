@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from chat_templates import IMAGE_TEMPLATES, TEXT_TEMPLATES, TemplateCase
+from chat_templates import IMAGE_TEMPLATES, TEXT_LISTS, TEXT_TEMPLATES, TemplateCase
 from hub_tokenizers import DEFAULT, write_hub_tokenizer
 from tiny_system import SENTENCES
 
@@ -187,9 +187,13 @@ def test_chat_template_with_parts_places_images(case: TemplateCase, tmp_path):
     assert text == reference(tmp_path).decode(expected)
 
 
-def test_chat_template_of_texts_keeps_images_between_them(hub: HubTokenizer):
-    (text, image, *_) = get_template("chat", hub).render([("user", ["See", CODES, "it"])])[1:]
-    assert (text, image) == ("user\nSee", CODES)
+@pytest.mark.parametrize("case", [*TEXT_TEMPLATES.values(), TEXT_LISTS])
+def test_chat_template_of_texts_keeps_images_between_them(case: TemplateCase, tmp_path):
+    hub = HubTokenizer.create(write_hub_tokenizer(tmp_path, SENTENCES, case), 16, 4)
+    parts = get_template("chat", hub).render([("user", ["See", CODES, "it"])])
+    index = parts.index(CODES)
+    assert parts[index - 1].endswith("See")
+    assert parts[index + 1].startswith("it")
 
 
 def test_chat_template_keeps_images_and_typed_control_tokens(hub: HubTokenizer):
