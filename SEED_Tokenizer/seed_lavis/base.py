@@ -18,7 +18,7 @@ from torch import Tensor
 
 from seed_lavis import log
 from seed_lavis.compat import BaseModel
-from seed_lavis.options import APPLICATION, CodebookOptions, ModelOptions, locate
+from seed_lavis.options import APPLICATION, CodebookOptions, ModelOptions, locate, vit_sizes
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.transforms import ImageTransform
@@ -31,10 +31,9 @@ from seed_multimodal.models.seed.checkpoints import (
 from seed_multimodal.models.seed.configuration import QFormerConfig
 from seed_multimodal.models.seed.losses import Stage2TrainingOptions, clip_preprocessing
 from seed_multimodal.nn.layers import cast_layers, checkpoint_layers
-from seed_multimodal.nn.vision.base import VisionConfig, VisionEncoder
+from seed_multimodal.nn.vision.base import VisionEncoder
 from seed_multimodal.nn.vision.clip import eva_from_clip, load_clip_vision
 from seed_multimodal.nn.vision.eva import EvaVit
-from seed_multimodal.nn.vision.registry import read_vision_config
 from seed_multimodal.settings import read_settings
 from seed_multimodal.training.checkpoint import frozen_names
 from seed_multimodal.weights import assign_strictly, load_state_dict
@@ -164,19 +163,6 @@ def stage2_training(options: CodebookOptions) -> Stage2TrainingOptions:
         "corrupt": options.corrupt,
         "nested": options.nested,
     }
-
-
-def vit_sizes(options: ModelOptions, **eva_sizes: int) -> VisionConfig:
-    """The vision encoder's configuration: `vit` of the YAML, of EVA only what differs.
-
-    eva_sizes: defaults of EVA.
-    """
-    values = dict(options.vit)
-    if values.get("type", "eva") == "eva":
-        values = {"image_size": options.image_size, **eva_sizes, **values}
-    if "path" in values:
-        values["path"] = locate(values["path"])
-    return read_vision_config(values, "model.vit")
 
 
 def qformer_sizes(options: ModelOptions) -> QFormerConfig:

@@ -22,7 +22,6 @@ from seed_lavis.base import (
     stage2_sizes,
     stage2_training,
     target_embeddings,
-    vit_sizes,
 )
 from seed_lavis.compat import registry
 from seed_lavis.options import (
@@ -32,6 +31,7 @@ from seed_lavis.options import (
     Stage1Options,
     Stage2Options,
     locate,
+    vit_sizes,
 )
 from seed_lavis.processors import caption_tokenizer
 from seed_multimodal.device import copy_to

@@ -7,16 +7,22 @@ nothing by default.
 from __future__ import annotations
 
 import argparse
+import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from seed_lavis import log
 from seed_multimodal.config import load_yaml
 from seed_multimodal.device import choose_device
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.images.transforms import ImageTransform
+from seed_multimodal.nn.vision.base import VisionConfig
+from seed_multimodal.nn.vision.eva import EvaConfig
+from seed_multimodal.nn.vision.registry import read_vision_config
 from seed_multimodal.settings import check_keys, nearest, read_settings, setting
 from seed_multimodal.training.codebook import CodebookHealth
 from seed_multimodal.training.config import DEFAULT_TIMEOUT_MINUTES
@@ -213,13 +219,15 @@ def load_config(cfg_path: str, options: Sequence[str]) -> Any:
                 f"--options takes KEY=VALUE with a key of model, datasets or run, for example "
                 f"run.max_epoch=1, not {option!r}."
             )
-    user = OmegaConf.merge(load_yaml(file), OmegaConf.from_dotlist(list(options)))
-    _check_names(file, user)
+    project = load_yaml(file)
+    overrides = OmegaConf.from_dotlist(list(options))
+    _check_names(file, OmegaConf.merge(project, overrides))
 
     # 2. LAVIS's configuration, with its defaults for models and data sets.
     config = Config(argparse.Namespace(cfg_path=str(file), options=list(options)))
+    _replace_vision_encoder(config.model_cfg, project, overrides)
     options_type = registry.get_model_class(config.model_cfg.arch).options_type
-    read_settings(options_type, config.model_cfg, f"{file}: model")
+    model = read_settings(options_type, config.model_cfg, f"{file}: model")
     run = read_settings(RunOptions, config.run_cfg, f"{file}: run")
     if run.iters_per_epoch % run.accum_grad_iters:
         raise ConfigError(
@@ -230,11 +238,64 @@ def load_config(cfg_path: str, options: Sequence[str]) -> Any:
         run.train_dataset_ratios, list(config.datasets_cfg), f"{file}: run.train_dataset_ratios"
     )
 
-    # 3. Our defaults of the run, so that LAVIS's own code gets them, too.
+    # 3. Images as the vision encoder reads them; EVA's are prepared by the YAML, as the original.
+    vit = vit_sizes(model)
+    if not isinstance(vit, EvaConfig):
+        _prepare_images(config.datasets_cfg, vit.preprocessing)
+
+    # 4. Our defaults of the run, so that LAVIS's own code gets them, too.
     run.output_dir = str(Path(run.output_dir).absolute())
     run.device = str(choose_device(run.device, log=None).device)
     config.run_cfg.update(vars(run))
     return config
+
+
+def vit_sizes(options: ModelOptions, **eva_sizes: int) -> VisionConfig:
+    """The vision encoder's configuration: `vit` of the YAML, of EVA only what differs.
+
+    eva_sizes: defaults of EVA.
+    """
+    values = dict(options.vit)
+    if values.get("type", "eva") == "eva":
+        values = {"image_size": options.image_size, **eva_sizes, **values}
+    if "path" in values:
+        values["path"] = locate(values["path"])
+    return read_vision_config(values, "model.vit")
+
+
+def _replace_vision_encoder(model: DictConfig, project: Any, overrides: Any) -> None:
+    """Of `--options`, a `vit` with a `type` replaces the YAML's; LAVIS merges their keys.
+
+    model: the merged section, which is changed. project: the YAML.
+    """
+    override = overrides.get("model") or {}
+    vit = override.get("vit") or {}
+    if "type" not in vit:
+        return
+    model.vit = vit
+    # The YAML's weights are those of its own encoder.
+    project_vit = project.model.get("vit") or {}
+    if vit.type != project_vit.get("type", "eva") and "vit_weights" not in override:
+        model.vit_weights = None
+
+
+def _prepare_images(datasets: DictConfig, preprocessing: ImageTransform) -> None:
+    """Set size and resizing of all image processors; their augmentation stays the YAML's."""
+    from seed_lavis.compat import registry
+
+    values = asdict(preprocessing)
+    for dataset in datasets.values():
+        processors = dataset.get("vis_processor") or {}
+        if "train" in processors and not processors.get("eval"):
+            processors.eval = {"name": "blip_image_eval"}
+        for processor in processors.values():
+            make = registry.get_processor_class(processor.name).make
+            keys = values.keys() & inspect.signature(make).parameters
+            processor.update({key: values[key] for key in keys})
+    log(
+        f"Images are prepared for the vision encoder: {preprocessing.image_size} pixels a side, "
+        f"{preprocessing.interpolation}."
+    )
 
 
 def _check_names(file: Path, user: Any) -> None:

@@ -7,6 +7,7 @@ from the trainer's own checkpoints instead.
 
 from __future__ import annotations
 
+import json
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
@@ -150,23 +151,23 @@ class RunnerSeed(RunnerBase):
         if model.stage == "stage1":
             stage2 = Path(self.config.args.cfg_path).absolute().with_name("pretrain_codebook.yaml")
             config = str(stage2) if stage2.is_file() else "YOUR_STAGE_2.yaml"
-            return [
-                "sh",
-                str(APPLICATION / "train_scripts/codebook.sh"),
-                "--cfg-path",
-                config,
-                "--options",
-                f"model.pretrained={checkpoint}",
-            ]
+            command = ["sh", str(APPLICATION / "train_scripts/codebook.sh")]
+            command += ["--cfg-path", config, "--options", f"model.pretrained={checkpoint}"]
+            vit = dict(model.options.vit)
+            if vit.get("type", "eva") != "eva":
+                if "path" in vit:
+                    vit["path"] = _absolute(vit["path"])
+                command.append(f"model.vit={json.dumps(vit)}")
+            return command
         # The last stage: its checkpoint, with what an export takes from other files.
         command = ["seed", "export-tokenizer"]
         if model.stage == "lavit-stage1":
             command += ["--lavit", checkpoint]
         else:
-            stage1 = Path(locate(str(model.options.pretrained))).absolute()
-            command += ["--stage1", str(stage1), "--stage2", checkpoint]
+            stage1 = _absolute(str(model.options.pretrained))
+            command += ["--stage1", stage1, "--stage2", checkpoint]
         if model.vision_file:
-            command += ["--vision", str(Path(model.vision_file).absolute())]
+            command += ["--vision", _absolute(model.vision_file)]
         return [*command, "--out", str(self.folder / "tokenizer")]
 
     def evaluate(
@@ -227,6 +228,12 @@ class RunnerSeed(RunnerBase):
             )
         log(f"{file}: weights and optimizer loaded; continuing after {n_epochs} epochs.")
         return n_epochs
+
+
+def _absolute(source: str) -> str:
+    """The absolute path of a file or folder of the YAML; a hub id stays as it is."""
+    path = Path(locate(source))
+    return str(path.absolute()) if path.exists() else source
 
 
 def _epoch_of(file: Path) -> int:

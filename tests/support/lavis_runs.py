@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import random
+import shlex
 import subprocess
 from collections.abc import Callable
 from pathlib import Path
@@ -181,6 +182,11 @@ def log_of(folder: Path, stage: str) -> dict[int, dict[str, float]]:
     for line in llm_runs.log_lines(folder, f"{stage}.log.jsonl"):
         values.setdefault(int(line["step"]), {}).update(line)
     return values
+
+
+def printed(text: str) -> list[str]:
+    """The next command that a run printed."""
+    return shlex.split(next(line for line in text.splitlines() if line.startswith("Next: ")))[1:]
 
 
 def torchrun(

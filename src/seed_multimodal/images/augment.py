@@ -18,7 +18,13 @@ from torch import Tensor
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import ImageSource, StoredImage, reduction_factor
-from seed_multimodal.images.transforms import normalise, plain_rgb, resize_passes, to_bytes
+from seed_multimodal.images.transforms import (
+    INTERPOLATIONS,
+    normalise,
+    plain_rgb,
+    resize_passes,
+    to_bytes,
+)
 from seed_multimodal.settings import check_settings, setting
 
 RATIO = (3 / 4, 4 / 3)  # width / height of the crop
@@ -34,6 +40,7 @@ class TrainTransform:
     scaled_decoding: `read` decodes a JPEG at 1/2, 1/4 or 1/8 of its size where the crop then still
         has the view's size (the same crop in half of the time); False: decoded in full and resized
         by Pillow, as in the original.
+    interpolation: the original's is bicubic.
     """
 
     image_size: int = setting(224, minimum=1)
@@ -41,6 +48,7 @@ class TrainTransform:
     max_scale: float = setting(1.0, above=0, maximum=1)
     flip: float = setting(0.5, minimum=0, maximum=1)
     scaled_decoding: bool = True
+    interpolation: str = setting("bicubic", choices=tuple(INTERPOLATIONS))
 
     def __post_init__(self) -> None:
         check_settings(self, "training transform")
@@ -65,7 +73,8 @@ class TrainTransform:
         Raises as `open_image`.
         """
         stored = StoredImage(source, name)
-        if not (self.scaled_decoding and stored.is_jpeg):
+        in_torch = self.scaled_decoding and self.interpolation in ("bilinear", "bicubic")
+        if not (in_torch and stored.is_jpeg):
             image = stored.decode()
             box = self.crop_box(image.size, generator)
             return self._view(image, box, generator)
@@ -84,12 +93,12 @@ class TrainTransform:
         # 3. torch's resampling is Pillow's with rounder weights (single grey levels differ), in a
         #    third of the time.
         size = (self.image_size, self.image_size)
-        view = F.interpolate(pixels[None], size, mode="bicubic", antialias=True)[0]
+        view = F.interpolate(pixels[None], size, mode=self.interpolation, antialias=True)[0]
         return self._mirrored(view, generator)
 
     def _view(self, image: Image.Image, box: Box, generator: torch.Generator | None) -> Tensor:
         size = (self.image_size, self.image_size)
-        resized = resize_passes(image.crop(box), size, Image.Resampling.BICUBIC)
+        resized = resize_passes(image.crop(box), size, INTERPOLATIONS[self.interpolation])
         return self._mirrored(to_bytes(resized), generator)
 
     def _mirrored(self, view: Tensor, generator: torch.Generator | None) -> Tensor:

@@ -16,7 +16,13 @@ from torchvision import transforms
 from seed_multimodal.errors import ConfigError, ImageError
 from seed_multimodal.images.augment import TrainTransform
 from seed_multimodal.images.io import open_image
-from seed_multimodal.images.transforms import CLIP_MEAN, CLIP_STD, normalise, to_bytes
+from seed_multimodal.images.transforms import (
+    CLIP_MEAN,
+    CLIP_STD,
+    INTERPOLATIONS,
+    normalise,
+    to_bytes,
+)
 
 
 def smooth(width: int, height: int) -> Image.Image:
@@ -24,21 +30,23 @@ def smooth(width: int, height: int) -> Image.Image:
     return Image.fromarray(pixels).resize((width, height), Image.Resampling.BICUBIC)
 
 
-@pytest.mark.parametrize("scale", [(0.5, 1.0), (0.2, 0.6)])
-def test_train_transform_equals_torchvision(scale):
+@pytest.mark.parametrize(
+    "scale, interpolation", [((0.5, 1.0), "bicubic"), ((0.2, 0.6), "bilinear")]
+)
+def test_train_transform_equals_torchvision(scale, interpolation):
     """Equal to torchvision's classes with the original settings, for each seed."""
     image = smooth(90, 70)
     reference = transforms.Compose(
         [
             transforms.RandomResizedCrop(
-                32, scale=scale, interpolation=transforms.InterpolationMode.BICUBIC
+                32, scale=scale, interpolation=transforms.InterpolationMode(interpolation)
             ),
             transforms.RandomHorizontalFlip(),
             transforms.ToTensor(),
             transforms.Normalize(CLIP_MEAN, CLIP_STD),
         ]
     )
-    transform = TrainTransform(32, *scale)
+    transform = TrainTransform(32, *scale, interpolation=interpolation)
     for seed in range(12):
         torch.manual_seed(seed)
         expected = reference(image)
@@ -79,22 +87,22 @@ def test_read_decoded_in_full_equals_the_original(stored):
 
 
 @pytest.mark.parametrize(
-    "size, turned, options",
+    "size, turned, options, interpolation",
     [
-        ((640, 480), 1, {}),
-        ((480, 640), 1, {"progressive": True}),
-        ((1001, 777), 1, {"subsampling": 0}),
-        ((1403, 605), 6, {}),
-        ((641, 479), 8, {}),
+        ((640, 480), 1, {}, "bicubic"),
+        ((480, 640), 1, {"progressive": True}, "bicubic"),
+        ((1001, 777), 1, {"subsampling": 0}, "bilinear"),
+        ((1403, 605), 6, {}, "bicubic"),
+        ((641, 479), 8, {}, "bicubic"),
     ],
 )
-def test_read_scaled_gives_the_same_view(size, turned, options):
+def test_read_scaled_gives_the_same_view(size, turned, options, interpolation):
     """The crop's edges are rounded to pixels of the scaled image.
 
     Within 38 dB of the view of the full image.
     """
     stored = photo(*size, turned, **options)
-    transform = TrainTransform(64)
+    transform = TrainTransform(64, interpolation=interpolation)
     image = open_image(stored)
     for seed in range(4):
         mine = torch.Generator().manual_seed(seed)
@@ -105,7 +113,7 @@ def test_read_scaled_gives_the_same_view(size, turned, options):
         left, top, right, bottom = (by * round(edge / by) for edge in box)
         wanted = image.resize(
             (64, 64),
-            Image.Resampling.BICUBIC,
+            INTERPOLATIONS[interpolation],
             box=(left, top, min(right, image.width), min(bottom, image.height)),
         )
         if torch.rand(1, generator=theirs).item() < 0.5:

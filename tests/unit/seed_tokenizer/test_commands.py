@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import shlex
 from pathlib import Path
 
 import pytest
 import torch
-from lavis_runs import write_clip, write_text_encoder
+from lavis_runs import printed, write_clip, write_text_encoder
 from repository import ROOT
 
 
@@ -23,11 +22,6 @@ def write_eva(file: Path) -> Path:
         file,
     )
     return file
-
-
-def printed(text: str) -> list[str]:
-    """The next command that a run printed."""
-    return shlex.split(next(line for line in text.splitlines() if line.startswith("Next: ")))[1:]
 
 
 @pytest.mark.process

@@ -3,12 +3,10 @@
 from __future__ import annotations
 
 import math
-from pathlib import Path
 
 import pytest
 import torch
 from lavis_runs import log_of, torchrun
-from omegaconf import OmegaConf
 from repository import ROOT
 from tiny_vision import write_vision
 
@@ -50,23 +48,17 @@ def test_train_and_export_of_lavit(yaml, run, images, tmp_path, capsys):
     assert rebuilt.shape == tokenizer.patch_features(pixels).shape
 
 
-def test_train_and_export_with_a_vision_encoder_of_transformers(yaml, run, images, tmp_path):
-    """Sizes and weights are those of its folder, for the export, too."""
+@pytest.mark.parametrize("kind", ["siglip2", "dinov3", "clip"])
+def test_train_and_export_with_a_vision_encoder_of_transformers(kind, yaml, run, images, tmp_path):
+    """Sizes, weights and preprocessing are those of its folder, for the export, too."""
     from seed_multimodal.cli.main import main
     from seed_multimodal.models.lavit.checkpoints import load_dynamic_tokenizer
 
-    write_vision("dinov3", tmp_path / "vision", side=32)
-    arguments = yaml("lavit", "run.max_epoch=2")
-    file = Path(arguments[1])
-    config = OmegaConf.load(file)
-    config.model.vit = {"type": "hub", "path": str(tmp_path / "vision")}
-    config.model.vit_weights = None
-    config.model.merger.merger_heads = 2
-    for processor in config.datasets.pictures.vis_processor.values():
-        processor.image_size = 32
-    OmegaConf.save(config, file)
-    model = run(arguments).model.eval()
-    assert model.tokenizer.n_patches == 16 and model.decoder.config.feature_dim == 16
+    write_vision(kind, tmp_path / "vision")
+    vit = f"model.vit={{type: hub, path: {tmp_path}/vision}}"
+    merger = "model.merger={merger_depth: 1, merger_heads: 2, merger_mlp_width: 64, llm_width: 8}"
+    model = run(yaml("lavit", vit, merger, "run.max_epoch=2")).model.eval()
+    assert model.tokenizer.n_patches == 4 and model.decoder.config.feature_dim == 16
 
     checkpoint = tmp_path / "lavit" / "checkpoint_1.pth"
     out = tmp_path / "tokenizer"
