@@ -24,11 +24,12 @@ from shared import Timed, benchmark_parser, compare, fill_random, input_images, 
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
+from seed_multimodal.data.pretokenize.encode import fast_encode
 from seed_multimodal.device import FP16_AS_ORIGINAL, choose_device
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.inference.batching import DynamicBatcher
 from seed_multimodal.models.seed.configuration import Seed2Config
-from seed_multimodal.models.seed.modeling import Seed2Tokenizer, fast_encode
+from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 from seed_multimodal.pipelines.config import SystemConfig
 
 # images whose codes are compared with float32's; threads that encode one image each

@@ -331,7 +331,7 @@ def run_task(
 
 # ---- seed eval tokenizer
 
-# Flags that are keyword arguments of `open_tokenizer`, and of `evaluate_tokenizer`.
+# Flags that are keyword arguments of `TokenizerOptions`, and of `evaluate_tokenizer`.
 TOKENIZER_PARTS = ("decoder", "clip", "stage1", "clip_text", "text_tokenizer")
 AMOUNTS = ("limit", "rebuild", "batch", "seed")
 
@@ -342,14 +342,18 @@ def measure_tokenizer(args: Namespace) -> int:
         from seed_multimodal.data.formats.pairs import open_pairs
         from seed_multimodal.device import FP16_AS_ORIGINAL, choose_device
         from seed_multimodal.evaluation.machine import circumstances
-        from seed_multimodal.evaluation.tokenizer import evaluate_tokenizer, open_tokenizer
+        from seed_multimodal.evaluation.tokenizer import (
+            TokenizerOptions,
+            evaluate_tokenizer,
+            open_tokenizer,
+        )
 
         # 1. The data and the model.
         spec = data_spec(args)
         source = open_pairs(spec)
         runtime = choose_device(args.device, args.dtype, log=log_line, fp16=FP16_AS_ORIGINAL)
         parts = {name: getattr(args, name) for name in TOKENIZER_PARTS}
-        tokenizer = open_tokenizer(args.model, runtime, **parts)
+        tokenizer = open_tokenizer(args.model, runtime, TokenizerOptions(**parts))
 
         # 2. What the report records about the run.
         amounts = {name: getattr(args, name) for name in AMOUNTS}

@@ -267,7 +267,7 @@ class LaVITforUnderstanding(_Model):
     ) -> list[str]:
         # 1. A conversation for each image: the image, and a text if there is one.
         if isinstance(image, Tensor):
-            preprocessing = self.images.code_tokenizer.transform
+            preprocessing = self.images.transform
             images = [preprocessing.to_image(pixels) for pixels in image]
         else:
             images = input_images(image)
@@ -435,12 +435,12 @@ class LaVITforGeneration(_Model):
     def _codes(self, ids: Tensor) -> list[Tensor]:
         """The codes of an image in each row of ids `[R, L]`."""
         vocabulary = self.system.tokenizer.vocabulary
-        rows = []
+        rows: list[Tensor] = []
         for row in ids.tolist():
             # A row also has padding, and the image's end.
             codes = [id - vocabulary.code_start for id in row if vocabulary.is_code_id(id)]
             codes = codes[: vocabulary.tokens_per_image]
-            rows.append(self.images.check_codes(torch.tensor(codes)))
+            rows += self.images.check_codes([torch.tensor(codes)])
         return rows
 
 
@@ -472,7 +472,7 @@ class LaVITDetokenizer(_Model):
     ) -> list[Image.Image]:
         """Images in 0…1 `[B, 3, h, w]` of any size, drawn again."""
         # 1. The images squashed to the vision encoder's size, as codes.
-        preprocessing = self.images.code_tokenizer.transform
+        preprocessing = self.images.transform
         size = preprocessing.image_size
         resized = F.interpolate(x.float(), (size, size), mode="bicubic", antialias=False)
         pixels = preprocessing.normalise(resized.cpu() * 255)

@@ -86,6 +86,8 @@ def entropy_nats(counts: Sequence[int] | NDArray[np.integer]) -> float:
 def codebook_statistics(codes: ArrayLike, codebook: int) -> JsonObject:
     """Use of a codebook with `codebook` entries by `codes` [N, T], as rounded numbers for a report.
 
+    Rows of sequences with fewer codes are padded with -1.
+
     Returns:
         sequences: N. codebook: its entries.
         used: entries that occur at least once. usage: their share.
@@ -98,8 +100,12 @@ def codebook_statistics(codes: ArrayLike, codebook: int) -> JsonObject:
     """
     # 1. Use of the entries, in all positions and in each.
     table = np.asarray(codes)
-    counts = np.bincount(table.ravel(), minlength=codebook)
-    by_position = [math.exp(entropy_nats(np.bincount(column))) for column in table.T]
+    counts = np.bincount(table[table >= 0], minlength=codebook)
+    by_position: list[float] = []
+    for column in table.T:
+        column_codes = column[column >= 0]
+        if len(column_codes):
+            by_position.append(math.exp(entropy_nats(np.bincount(column_codes))))
 
     # 2. Information in the first codes.
     bits: dict[str, float] = {}

@@ -26,13 +26,7 @@ from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.evaluation.metrics import bootstrap
 from seed_multimodal.images.transforms import ImageTransform
-from seed_multimodal.models.seed.captions import caption_text, load_caption_tokenizer
-from seed_multimodal.models.seed.checkpoints import VISION
-from seed_multimodal.models.seed.losses import Stage1Model
-from seed_multimodal.models.seed.modeling import Seed2Tokenizer
-from seed_multimodal.nn.pretrained import fill_buffers
 from seed_multimodal.nn.vision.clip import load_clip_text
-from seed_multimodal.weights import assign_strictly, load_state_dict
 
 if TYPE_CHECKING:
     from transformers import (
@@ -44,9 +38,6 @@ if TYPE_CHECKING:
 LEVELS = (1, 5, 10)
 BLOCK = 1 << 26  # scores at a time: 256 MB
 TEXT_BATCH = 256
-MAX_PIECES = 35  # maximum text length, as in LAVIS
-STAGE1_IGNORED = ("Qformer.cls.*", "itm_head.*", "embedding_head.*")
-WORDS_TABLE = "Qformer.bert.embeddings.word_embeddings.weight"
 Ints = NDArray[np.int64]
 TextEncoder = Callable[[Sequence[str]], Tensor]  # texts → unit features [T, E]
 
@@ -155,33 +146,6 @@ class ClipEncoder:
         return embeddings
 
 
-def stage1_texts(model: Stage1Model, tokenizer: str | Path) -> TextEncoder:
-    """Stage 1's text path (`blip_caption`, word pieces, first token, projection).
-
-    Args:
-        tokenizer: folder or hub id of stage 1's BERT or multimodal tokenizer.
-
-    Raises:
-        CheckpointError: no tokenizer, or one of another size.
-    """
-    pieces = load_caption_tokenizer(tokenizer, MAX_PIECES, full=False)
-    size = model.Qformer.bert.embeddings.word_embeddings.num_embeddings
-    if size not in (pieces.size, pieces.size - 1):  # the row of [DEC] may be missing
-        raise CheckpointError(
-            f"{tokenizer}: has {pieces.size - 1} word pieces; the stage-1 checkpoint's word table "
-            f"has {size} rows (one more than the pieces is right); name stage 1's by "
-            "--text-tokenizer."
-        )
-
-    @torch.no_grad()
-    def embed(texts: Sequence[str]) -> Tensor:
-        ids, mask = pieces([caption_text(text) for text in texts])
-        device = model.query_tokens.device
-        return model.text_features(ids.to(device), mask.to(device))
-
-    return embed
-
-
 def clip_texts(source: str | Path, device: torch.device) -> TextEncoder:
     """The text encoder of a CLIP folder.
 
@@ -211,42 +175,3 @@ def text_embedder(
         return F.normalize(encoder(**inputs.to(device)).text_embeds.float(), dim=-1)
 
     return embed
-
-
-def load_stage1(file: str | Path, tokenizer: Seed2Tokenizer) -> Stage1Model:
-    """A stage-1 checkpoint in eval mode on the tokenizer's device.
-
-    It gets the tokenizer's vision encoder if the file has none.
-
-    Raises:
-        CheckpointError: not a stage-1 checkpoint, or of other sizes than the tokenizer.
-    """
-    # 1. A model of the file's sizes, without memory for its initial weights; without a vision
-    #    encoder of its own it gets the tokenizer's.
-    state = load_state_dict(file)
-    for name in (WORDS_TABLE, "text_proj.weight", "vision_proj.weight"):
-        if name not in state:
-            raise CheckpointError(f"{file}: not a stage-1 checkpoint: it holds no {name!r}.")
-    with torch.device("meta"):
-        model = Stage1Model(
-            tokenizer.config,
-            vocab_size=len(state[WORDS_TABLE]),
-            lm_head=False,
-            embed_dim=len(state["vision_proj.weight"]),
-        )
-    has_vision = any(name.startswith(VISION) for name in state)
-    if not has_vision:
-        model.visual_encoder = tokenizer.visual_encoder
-
-    # 2. Its weights.
-    vit = tokenizer.config.vit
-    assign_strictly(
-        model,
-        vit.fit_weights(state, VISION),
-        file,
-        allow_missing=["*position_ids"] if has_vision else ["*position_ids", f"{VISION}*"],
-        allow_unexpected=[*STAGE1_IGNORED, *(VISION + name for name in vit.unused)],
-        foreign=True,
-    )
-    fill_buffers(model, "cpu")
-    return model.to(tokenizer.device, tokenizer.dtype).requires_grad_(False).eval()

@@ -1,16 +1,18 @@
-"""Evaluation of a SEED-2 tokenizer: retrieval, reconstruction, codebook use, contact sheet.
+"""Evaluation of an image tokenizer: reconstruction, codebook use, retrieval, contact sheet.
 
-`seed eval tokenizer`. Retrieval (`ROUTES`) is measured with features before quantization and from
-codes; the difference is due to the codebook. Writes report.json, reconstructions.jpg, and a line
-per retrieval to evaluate.txt (LAVIS's names).
+`seed eval tokenizer`, of any family whose images are codes. A family's evaluation may have further
+features and routes of retrieval (`SEED-2`: `models.seed.evaluate_tokenizer`). Writes report.json,
+reconstructions.jpg, and a line per retrieval to evaluate.txt (LAVIS's names).
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+import pkgutil
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -23,37 +25,33 @@ from seed_multimodal.data.formats.pairs import Pairs
 from seed_multimodal.data.formats.record import RECORD_FAULTS
 from seed_multimodal.device import Runtime
 from seed_multimodal.disk import JsonObject, atomic_open, replace_text, writable_folder, writing
-from seed_multimodal.errors import CheckpointError, ConfigError, DataError
+from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.evaluation.metrics import Estimate, bootstrap, codebook_statistics, plain
 from seed_multimodal.evaluation.retrieval import (
     ClipEncoder,
     TextEncoder,
     clip_texts,
-    load_stage1,
     ranks,
     retrieval,
-    stage1_texts,
 )
-from seed_multimodal.hub import locate
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
-from seed_multimodal.images.transforms import ImageTransform
-from seed_multimodal.models.seed.losses import Stage1Model, clip_preprocessing
-from seed_multimodal.models.seed.modeling import Seed2Tokenizer
-from seed_multimodal.models.seed.pipeline import SeedImageCodec, load_images
-from seed_multimodal.models.seed.spec import SeedLlamaConfig
-from seed_multimodal.nn.vision.clip import CLIP_FOLDER, load_clip_vision
+from seed_multimodal.images.transforms import ImageTransform, seed_image_processor
+from seed_multimodal.models.registry import find_family
+from seed_multimodal.nn.vision.clip import load_clip_vision
+from seed_multimodal.pipelines.code_system import CodeCodec
+from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.pipelines.images import Placement
 
 Log = Callable[[str], None]
 Source = str | Path | None  # a folder, a file or a hub name
 MAX_BAD_IN_A_ROW = 20
-BERT = Path("pretrained/bert-base-uncased")
 # The contact sheet: images, columns, and the side of a cell in pixels.
 SHEET_IMAGES = 24
 COLUMNS = 8
 CELL = 96
 DRAW_BATCH = 32
+NONE = "none"  # of a model that is left out
 
 
 @dataclass(frozen=True)
@@ -65,107 +63,112 @@ class Route:
     description: str
 
 
-ROUTES = {
-    "causal_embeddings": Route("causal", "stage1", "last query of the Q-Former, before the codes"),
-    "codes_by_blocks": Route("rebuilt", "stage1", "codes, queries rebuilt by stage 2's blocks"),
-    "codes_by_embedding": Route("decoded", "clip", "codes, decoded image embedding"),
-    "images_by_clip": Route(
-        "target", "clip", "the images under CLIP, what the decoded embedding aims at"
-    ),
-}
+@dataclass(frozen=True)
+class TokenizerOptions:
+    """Models for the evaluation of a tokenizer; each a folder, a file or a hub name.
+
+    decoder: the de-tokenizer; None: the system's; "none": no drawings.
+    clip: CLIP folder of the target embedding; None: the family's, if any; "none": no target.
+    clip_text: CLIP folder with a text encoder.
+    stage1: SEED's stage-1 checkpoint with the text path.
+    text_tokenizer: word pieces of stage 1.
+    """
+
+    decoder: Source = None
+    clip: Source = None
+    clip_text: Source = None
+    stage1: Source = None
+    text_tokenizer: Source = None
 
 
-@dataclass
 class OpenedTokenizer:
-    """A loaded tokenizer with the models for its evaluation."""
+    """A loaded tokenizer with the models for its evaluation.
 
-    codec: SeedImageCodec
-    clip: ClipEncoder | None = None  # gives the target embedding
-    clip_source: str = ""
-    stage1: Stage1Model | None = None
-    texts: dict[str, TextEncoder] = field(default_factory=dict)  # "stage1", "clip"
+    clip: gives the target embedding; None: no target.
+    texts: text encoders by name.
+    """
+
+    has_stage1: ClassVar[bool] = False  # whether texts can be encoded by a stage of its training
+    routes: ClassVar[Mapping[str, Route]] = {
+        "images_by_clip": Route("target", "clip", "the images under CLIP")
+    }
+
+    def __init__(
+        self, config: SystemConfig, codec: CodeCodec, runtime: Runtime, options: TokenizerOptions
+    ) -> None:
+        if not self.has_stage1 and (options.stage1 or options.text_tokenizer) is not None:
+            raise ConfigError(
+                f"{config.name}: --stage1 and --text-tokenizer are for SEED-2's tokenizers; "
+                "--clip and --clip-text find images of any tokenizer by text."
+            )
+        self.codec = codec
+        self.network = codec.network
+
+        # CLIP's embeddings of images and texts.
+        self.clip: ClipEncoder | None = None
+        self.clip_source = ""
+        folder = self.default_clip() if options.clip is None else options.clip
+        if folder is not None and str(folder) != NONE:
+            vision = load_clip_vision(folder, device=runtime.device, dtype=runtime.dtype, log=None)
+            # It sees what the tokenizer sees.
+            processor = seed_image_processor(vision.config.image_size)
+            view = codec.transform.scaled_to(processor.image_size)
+            self.clip = ClipEncoder(vision, processor.with_resizing_of(view))
+            self.clip_source = str(folder)
+        self.texts: dict[str, TextEncoder] = {}
+        if options.clip_text is not None:
+            self.texts["clip"] = clip_texts(options.clip_text, runtime.device)
+
+    def default_clip(self) -> Path | None:
+        """The CLIP folder whose embeddings the tokenizer was trained with."""
+        return None
+
+    @torch.no_grad()
+    def features(self, images: Sequence[Image.Image]) -> dict[str, Tensor]:
+        """The features of `Pass` for a batch of images."""
+        pixels = self.codec.transform.batch(images).to(self.codec.device)  # [B, 3, S, S]
+        codes = self.network.encode(pixels)  # [B, n]
+        padding = self.codec.codes_per_image - codes.shape[1]
+        features = {"codes": F.pad(codes, (0, padding), value=-1)}
+        if self.clip is not None:
+            features["target"] = F.normalize(self.clip.embed(images), dim=-1)
+        return features
 
 
 def open_tokenizer(
-    model: str | Path,
-    runtime: Runtime,
-    *,
-    decoder: Source = None,
-    clip: Source = None,
-    stage1: Source = None,
-    clip_text: Source = None,
-    text_tokenizer: Source = None,
+    model: str | Path, runtime: Runtime, options: TokenizerOptions | None = None
 ) -> OpenedTokenizer:
     """Load a system's or a separate tokenizer, with the models for its evaluation.
 
-    Args:
-        model: see `SeedLlamaConfig.find`.
-        decoder: the de-tokenizer; default: the system's; "none": no drawings.
-        clip: CLIP folder of the target embedding; default: the decoder's `image_encoder`, else the
-            original one; "none": no target.
-        stage1: stage-1 checkpoint with the text path.
-        clip_text: CLIP folder with a text encoder.
-        text_tokenizer: word pieces of stage 1; default: those in the tokenizer's folder, else
-            bert-base-uncased.
+    model: see `SystemConfig.find`.
 
     Raises:
         CheckpointError: no such tokenizer, or a missing or mismatched part.
+        ConfigError: its images are features, or an option that it does not have.
     """
     # 1. The tokenizer, with its de-tokenizer.
-    parts = SeedLlamaConfig.find(model)
-    folder = parts.path("tokenizer")
-    decoder_folder = _chosen(decoder, parts.detokenizer)
-    parts_with_decoder = replace(parts, detokenizer=decoder_folder)
-    codec = load_images(parts_with_decoder, Placement(runtime, runtime, runtime))
-    if not isinstance(codec.model, Seed2Tokenizer):
-        raise CheckpointError(f"{model}: is a SEED-1 tokenizer; this measures SEED-2's.")
-    opened = OpenedTokenizer(codec)
-    width = codec.model.config.image_features_dim
+    options = options or TokenizerOptions()
+    config = SystemConfig.find(model)
+    has_decoder = str(options.decoder) != NONE
+    if options.decoder is not None and has_decoder:
+        decoder_parts = config.decoder_parts()
+        if len(decoder_parts) != 1:
+            count = len(decoder_parts) or "no"
+            raise ConfigError(
+                f"{model}: --decoder replaces one part, but its drawings need {count}."
+            )
+        config.override(**{decoder_parts[0]: options.decoder})
+    spec = find_family(config.system)
+    placement = Placement(runtime, runtime, runtime, load_decoder=has_decoder)
+    codec = spec.images_loader()(config, placement)
+    if not isinstance(codec, CodeCodec):
+        raise ConfigError(f"{model}: its images are features, they have no codes.")
 
-    # 2. CLIP, whose embeddings the decoded ones aim at.
-    clip_folder = _chosen(clip, _default_clip(decoder_folder))
-    if clip_folder is not None:
-        vision = load_clip_vision(clip_folder, device=runtime.device, dtype=runtime.dtype, log=None)
-        _check_width(clip_folder, "image", vision.config.projection_dim, width)
-        # It sees what the tokenizer sees, as in the training of stage 2.
-        preprocessing = clip_preprocessing(vision)
-        view = codec.transform.scaled_to(preprocessing.image_size)
-        opened.clip = ClipEncoder(vision, preprocessing.with_resizing_of(view))
-        opened.clip_source = str(clip_folder)
-
-    # 3. Text encoders.
-    if stage1 is not None:
-        default_pieces: str | Path = BERT if BERT.is_dir() else BERT.name
-        if (folder / "tokenizer.model").is_file():
-            default_pieces = folder
-        opened.stage1 = load_stage1(stage1, codec.model)
-        opened.texts["stage1"] = stage1_texts(opened.stage1, text_tokenizer or default_pieces)
-    if clip_text is not None:
-        opened.texts["clip"] = clip_texts(clip_text, runtime.device)
-        _check_width(clip_text, "text", opened.texts["clip"](["a"]).shape[1], width)
-    return opened
-
-
-def _chosen(choice: Source, default: Path | None) -> Path | None:
-    """A part that the caller chose, "none" for no such part, or the default."""
-    if choice is None:
-        return default
-    return None if str(choice) == "none" else Path(choice)
-
-
-def _default_clip(decoder_folder: Path | None) -> Path | None:
-    """The CLIP encoder in a de-tokenizer's folder, else the original one."""
-    if decoder_folder is not None and (decoder_folder / "image_encoder/config.json").is_file():
-        return decoder_folder / "image_encoder"
-    return locate(f"pretrained/{CLIP_FOLDER}")
-
-
-def _check_width(source: str | Path, what: str, has: int, needs: int) -> None:
-    if has != needs:
-        raise CheckpointError(
-            f"{source}: gives {what} embeddings of width {has}, this tokenizer decodes to width "
-            f"{needs}: they do not belong together."
-        )
+    # 2. What its family compares it with.
+    opened_class: type[OpenedTokenizer] = OpenedTokenizer
+    if "tokenizer" in spec.evaluators:
+        opened_class = pkgutil.resolve_name(spec.evaluators["tokenizer"])
+    return opened_class(config, codec, runtime, options)
 
 
 def evaluate_tokenizer(
@@ -197,12 +200,11 @@ def evaluate_tokenizer(
     encoded = run_pass(source, rows, opened, batch=batch, log=log)
     rebuilt: list[Image.Image] = []
     if rebuild and opened.codec.can_draw:
-        codes = torch.from_numpy(encoded.features["codes"][:rebuild])
+        codes = [row[row >= 0] for row in torch.from_numpy(encoded.features["codes"][:rebuild])]
         seeds = [seed] * len(codes)
         rebuilt = opened.codec.draw(codes, seeds=seeds, batch_size=min(batch, DRAW_BATCH))
 
     # 2. The report.
-    codebook_size = opened.codec.model.config.codebook_size
     report: JsonObject = plain(
         {
             **conditions,
@@ -211,7 +213,7 @@ def evaluate_tokenizer(
             "left_out": encoded.bad,
             "retrieval": _retrieval(encoded, opened),
             "reconstruction": _reconstruction(encoded, rebuilt, opened),
-            "codes": codebook_statistics(encoded.features["codes"], codebook_size),
+            "codes": codebook_statistics(encoded.features["codes"], opened.codec.codebook_size),
         }
     )
 
@@ -239,11 +241,11 @@ class Pass:
     """Values computed once for each image; row i of each array is image i.
 
     features:
-        codes [N, 32]
-        decoded [N, E], target [N, E]: unit embeddings, from the codes and of CLIP
-        causal [N, P], rebuilt [N, P]: unit features of the last query under stage 1, before the
-            codes and from them
+        codes [N, n]: rows of images with fewer codes are padded with -1
+        target [N, E]: unit embeddings of CLIP
+        decoded [N, E]: unit embeddings from the codes, of tokenizers that decode to CLIP's
         mse [N]: of decoded and target before they are normalized
+        and those of the family's routes
     """
 
     rows: list[int] = field(default_factory=list)  # indices in the source
@@ -268,7 +270,7 @@ def run_pass(
     encoded = Pass()
     n_done = 0
     for images in read_images(source, rows, batch, encoded, log):
-        for name, features in _features(images, opened).items():
+        for name, features in opened.features(images).items():
             values = features.cpu().numpy()
             if not np.isfinite(values).all():
                 raise DataError(
@@ -326,43 +328,6 @@ def _read(source: Pairs, row: int) -> tuple[list[str], Image.Image]:
     return list(pair.captions), open_image(pair.image, name=name)
 
 
-@torch.no_grad()
-def _features(images: Sequence[Image.Image], opened: OpenedTokenizer) -> dict[str, Tensor]:
-    """The features of `Pass` for a batch of images."""
-    tokenizer = opened.codec.model
-    assert isinstance(tokenizer, Seed2Tokenizer)  # checked when it was opened
-    pixels = torch.stack([opened.codec.transform(image) for image in images])
-    pixels = pixels.to(tokenizer.device, tokenizer.dtype)  # [B, 3, S, S]
-
-    # 1. Codes, and the embedding that is decoded from them.
-    vision = tokenizer.visual_encoder(pixels)
-    down = tokenizer.encode_task_layer(tokenizer.query_features_from(vision))
-    codes = tokenizer.quantize.nearest(down)  # [B, 32]
-    up = tokenizer.decode_task_layer(tokenizer.quantize.lookup(codes))
-    decoded = tokenizer.project(tokenizer.decoder_tokens(up)).float()  # [B, E]
-    features = {"codes": codes, "decoded": F.normalize(decoded, dim=-1)}
-
-    # 2. The embedding that it aims at.
-    if opened.clip is not None:
-        target = opened.clip.embed(images)
-        features["target"] = F.normalize(target, dim=-1)
-        features["mse"] = (decoded - target).square().mean(1)
-
-    # 3. Queries under stage 1: only the last one attends to all others.
-    stage1 = opened.stage1
-    if stage1 is not None:
-        stage1_vision = vision
-        if stage1.visual_encoder is not tokenizer.visual_encoder:
-            stage1_vision = stage1.visual_encoder(pixels)
-        queries = {"causal": stage1.query_features_from(stage1_vision)}
-        if tokenizer.config.recon_s:
-            queries["rebuilt"] = tokenizer.rebuild_queries(up)
-        for name, query_features in queries.items():
-            last_query = stage1.vision_proj(query_features[:, -1])
-            features[name] = F.normalize(last_query, dim=-1).float()
-    return features
-
-
 # ---- sections of the report
 
 
@@ -371,7 +336,7 @@ def _retrieval(encoded: Pass, opened: OpenedTokenizer) -> dict[str, JsonObject]:
     section: dict[str, JsonObject] = {}
     if not any(encoded.captions):
         return section
-    for name, route in ROUTES.items():
+    for name, route in opened.routes.items():
         if route.features in encoded.features and route.text_encoder in opened.texts:
             images = torch.from_numpy(encoded.features[route.features]).to(opened.codec.device)
             recalls = retrieval(images, opened.texts[route.text_encoder], encoded.captions)
@@ -387,12 +352,13 @@ def _reconstruction(
     if opened.clip is None:
         return section
 
-    # 1. Embeddings.
+    # 1. Embeddings decoded from the codes.
     device = opened.codec.device
     target = torch.from_numpy(encoded.features["target"]).to(device)
-    decoded = torch.from_numpy(encoded.features["decoded"]).to(device)
-    section["embedding"] = _nearness(decoded, target)
-    section["embedding"]["mse"] = bootstrap(encoded.features["mse"])
+    if "decoded" in encoded.features:
+        decoded = torch.from_numpy(encoded.features["decoded"]).to(device)
+        section["embedding"] = _nearness(decoded, target)
+        section["embedding"]["mse"] = bootstrap(encoded.features["mse"])
 
     # 2. Images drawn from the codes.
     if rebuilt:
@@ -468,5 +434,5 @@ def _sheet(source: Pairs, encoded: Pass, rebuilt: Sequence[Image.Image]) -> Imag
     rows: list[Row] = []
     for start in range(0, len(originals), COLUMNS):
         rows.append(Row("image", originals[start : start + COLUMNS]))
-        rows.append(Row("from 32 codes", reconstructions[start : start + COLUMNS]))
+        rows.append(Row("from its codes", reconstructions[start : start + COLUMNS]))
     return contact_sheet(rows, f"{len(encoded.rows)} images", CELL, COLUMNS, 4)

@@ -88,7 +88,8 @@ class FamilySpec:
         images: its function (config, placement) → `ImageCodec`.
         decoders: of training records, by name.
         evaluation: default options of the tasks of `seed eval`, by kind.
-        evaluators: their `Evaluation`s that differ from the library's, by kind.
+        evaluators: evaluations that differ from the library's, by kind: classes of
+            `evaluation.tasks.Evaluation`, and for "tokenizer" of `evaluation.tokenizer`.
         trainings: by the name of their program.
         starts: YAML file of what `seed init` makes (see there).
         card: the chat page of its models.

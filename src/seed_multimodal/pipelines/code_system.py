@@ -5,13 +5,17 @@ images ─► codes ─► prompt ids ─► language model ─► answer ids �
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from torch import Tensor
+import torch
+from PIL import Image
+from torch import Tensor, nn
 
-from seed_multimodal.images.io import ImageSource
+from seed_multimodal.errors import CodesError
+from seed_multimodal.images.io import MIN_OVERSAMPLING, ImageSource
+from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.generator import Task
 from seed_multimodal.inference.opening import TORCH, EngineOptions, outside_engine
@@ -24,18 +28,102 @@ from seed_multimodal.language.prompts import PromptTemplate, Turn, get_template,
 from seed_multimodal.language.text_tokenizer import Part, TextTokenizer
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.config import CodeSystemConfig
-from seed_multimodal.pipelines.images import ImageCodec, Log, Placement
+from seed_multimodal.pipelines.images import CodecPlacement, ImageCodec, Log, Placement
 
 if TYPE_CHECKING:
     from seed_multimodal.language.llm import LanguageModel
 
 
 class CodeCodec(ImageCodec):
-    """An `ImageCodec` whose `encode` returns the codes `[n]` int64 of each image."""
+    """An `ImageCodec` whose `encode` returns the codes `[n]` int64 of each image.
 
-    def check_codes(self, codes: Sequence[Codes]) -> Sequence[Tensor]:
-        """Codes of images → `[n]` int64 each. Raises CodesError: not the codes of one image."""
-        raise NotImplementedError
+    A family defines `draw_batch`, and the network `model` with this method:
+
+    model.encode(pixels): normalised pixels `[B, 3, S, S]` → codes `[B, n]` int64, the rows of
+        images with fewer codes padded with -1.
+
+    transform: an image → its pixels `[3, S, S]`.
+    codebook_size: codes are below it.
+    codes_per_image, min_codes: the largest and the least number of codes of an image; by default
+        equal.
+    """
+
+    has_codes = True
+    fp16: bool = False  # whether codes of data sets are computed in float16 on CUDA
+
+    def __init__(
+        self,
+        model: nn.Module,
+        placement: CodecPlacement,
+        *,
+        transform: ImageTransform,
+        codebook_size: int,
+        codes_per_image: int,
+        min_codes: int | None = None,
+    ) -> None:
+        super().__init__(model, placement, min_side=MIN_OVERSAMPLING * transform.image_size)
+        self.transform = transform
+        self.codebook_size = codebook_size
+        self.codes_per_image = codes_per_image
+        self.min_codes = codes_per_image if min_codes is None else min_codes
+
+    @property
+    def network(self) -> nn.Module:
+        """The module with `encode`, for the images of whole data sets; it moves with `model`."""
+        return self.model
+
+    def encode(self, images: Sequence[ImageSource]) -> Sequence[Tensor]:
+        """Images → their codes, on the CPU."""
+        pixels = [self.transform(self.open(image)) for image in images]
+        codes: list[Tensor] = self._encode_batcher(None, pixels)
+        return codes
+
+    @torch.inference_mode()
+    def encode_batch(self, key: object, rows: Sequence[Tensor]) -> Sequence[object]:
+        """Pixels `[3, S, S]` of each image → its codes."""
+        with self.encoding():
+            codes = self.network.encode(torch.stack([*rows]).to(self.device)).cpu()
+        return [row[row >= 0] for row in codes]
+
+    def check_codes(
+        self, codes: Iterable[Codes], min_lengths: Sequence[int] | None = None
+    ) -> Sequence[Tensor]:
+        """Codes of images → `[n]` int64 each.
+
+        min_lengths: the least number of codes of each image; None: `min_codes`.
+
+        Raises:
+            CodesError: too few or too many codes, or one outside the codebook.
+        """
+        most = self.codes_per_image
+        rows: list[Tensor] = []
+        for index, image_codes in enumerate(codes):
+            row = torch.as_tensor(image_codes)
+            # 1. A row of integers, of a sufficient length.
+            is_row = row.ndim == 1 and not row.is_floating_point()
+            least = self.min_codes if min_lengths is None else min_lengths[index]
+            if not is_row or not least <= len(row) <= most:
+                allowed = str(most) if least == most else f"{least} to {most}"
+                raise CodesError(
+                    f"Image {index} must be a row of {allowed} codes, got {list(row.shape)}."
+                )
+            # 2. All in the codebook.
+            if not 0 <= int(row.min()) <= int(row.max()) < self.codebook_size:
+                last = self.codebook_size - 1
+                raise CodesError(f"Image {index} holds a code outside 0 to {last}.")
+            rows.append(row.long())
+        return rows
+
+    def draw(
+        self,
+        image_codes: Sequence[Codes],
+        *,
+        seeds: Sequence[int],
+        batch_size: int = 4,
+        **settings: Any,
+    ) -> list[Image.Image]:
+        """Codes → images. settings: of the de-tokenizer."""
+        return self.draw_batched(settings, batch_size, self.check_codes(image_codes), seeds)
 
 
 class CodeSystem(MultimodalSystem):

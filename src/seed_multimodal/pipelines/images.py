@@ -131,7 +131,7 @@ class ImageCodec:
     min_side: larger images are opened with at least so many pixels a side.
     """
 
-    has_codes: ClassVar[bool] = True  # otherwise images are features
+    has_codes: ClassVar[bool] = False  # otherwise images are features
     progressive: ClassVar[bool] = False  # whether the first codes of an image can be decoded
     encodes_by_seed: ClassVar[bool] = False  # whether `encode` takes `seed`
     drawing_settings: ClassVar[tuple[str, ...]] = ()  # keywords of `draw`

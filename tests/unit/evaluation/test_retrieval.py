@@ -10,14 +10,9 @@ from repository import NANO
 
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.evaluation import retrieval as module
-from seed_multimodal.evaluation.retrieval import (
-    clip_texts,
-    load_stage1,
-    ranks,
-    retrieval,
-    stage1_texts,
-)
+from seed_multimodal.evaluation.retrieval import clip_texts, ranks, retrieval
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.models.seed.evaluate_tokenizer import load_stage1, stage1_texts
 from seed_multimodal.models.seed.losses import Stage1Model
 from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 

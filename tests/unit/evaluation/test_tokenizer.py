@@ -25,7 +25,12 @@ from seed_multimodal.cli.main import main
 from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.device import Runtime
 from seed_multimodal.errors import DataError
-from seed_multimodal.evaluation.tokenizer import _retrieval, open_tokenizer, run_pass
+from seed_multimodal.evaluation.tokenizer import (
+    TokenizerOptions,
+    _retrieval,
+    open_tokenizer,
+    run_pass,
+)
 from seed_multimodal.images.transforms import ImageTransform, seed_image_processor
 from seed_multimodal.models.seed.checkpoints import load_vision
 from seed_multimodal.models.seed.configuration import Seed2Config
@@ -70,14 +75,10 @@ def source_of(file: Path):
 
 
 def test_run_pass_equals_the_models_features(stages, listed):
-    opened = open_tokenizer(
-        stages.tokenizer,
-        CPU,
-        decoder="none",
-        clip="none",
-        stage1=stages.stage1,
-        text_tokenizer=stages.vocabulary,
+    options = TokenizerOptions(
+        "none", "none", stage1=stages.stage1, text_tokenizer=stages.vocabulary
     )
+    opened = open_tokenizer(stages.tokenizer, CPU, options)
     encoded = run_pass(source_of(listed), [4, 0, 1], opened, batch=2)
     assert encoded.rows == [4, 0, 1] and encoded.captions[0] == [
         "A grey square.",
@@ -127,14 +128,10 @@ def test_run_pass_with_a_vision_encoder_of_transformers(
     torch.save({"model": state}, tmp_path / "stage1.pth")
     shutil.rmtree(tmp_path / "vision")
 
-    opened = open_tokenizer(
-        tmp_path / "tokenizer",
-        CPU,
-        decoder="none",
-        clip=clip_folder,
-        stage1=tmp_path / "stage1.pth",
-        text_tokenizer=tmp_path,
+    options = TokenizerOptions(
+        "none", clip_folder, stage1=tmp_path / "stage1.pth", text_tokenizer=tmp_path
     )
+    opened = open_tokenizer(tmp_path / "tokenizer", CPU, options)
     encoded = run_pass(source_of(listed), [0, 1, 3], opened)
     images = [Image.open(listed.parent / f"{c}.png").convert("RGB") for c in ("red", "green")]
     pixels = vit.preprocessing.batch(images)
@@ -154,7 +151,7 @@ def test_run_pass_fails_after_many_bad_images_in_a_row(stages, tmp_path):
     (tmp_path / "list.json").write_text(
         json.dumps([{"image": f"{i}.png", "caption": "a"} for i in range(30)])
     )
-    opened = open_tokenizer(stages.tokenizer, CPU, decoder="none", clip="none")
+    opened = open_tokenizer(stages.tokenizer, CPU, TokenizerOptions("none", "none"))
     with pytest.raises(DataError, match="20 samples in a row cannot be used"):
         run_pass(source_of(tmp_path / "list.json"), range(30), opened)
     with pytest.raises(DataError, match="none of the 3 samples could be used"):
@@ -162,7 +159,7 @@ def test_run_pass_fails_after_many_bad_images_in_a_row(stages, tmp_path):
 
 
 def test_run_pass_names_images_with_nan_features(stages, listed):
-    opened = open_tokenizer(stages.tokenizer, CPU, decoder="none", clip="none")
+    opened = open_tokenizer(stages.tokenizer, CPU, TokenizerOptions("none", "none"))
     opened.codec.model.distill_image_proj.bias.data[3] = torch.nan
     with pytest.raises(
         DataError,

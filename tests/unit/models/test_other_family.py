@@ -23,6 +23,9 @@ from repository import ROOT
 from served import Running, read, serving
 
 from seed_multimodal.cli.main import main
+from seed_multimodal.data.formats.sources import open_records
+from seed_multimodal.data.pretokenize.run import RunSettings
+from seed_multimodal.data.pretokenize.run import run as make_codes
 from seed_multimodal.errors import ConfigError, SeedWarning
 from seed_multimodal.models.registry import families, find_family
 from seed_multimodal.pipelines.base import MultimodalSystem
@@ -153,6 +156,45 @@ def test_train_evaluate_and_load_a_checkpoint(folder: Path, tmp_path: Path) -> N
     command += ["--captions", str(tmp_path / "captions.json"), "--device", "cpu"]
     assert main([*command, "--out", str(tmp_path / "scores")]) == 0
     assert json.loads((tmp_path / "scores" / "summary.json").read_text())["answered"] == 2
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three images with captions."""
+    folder = tmp_path_factory.mktemp("captioned")
+    for index, colour in enumerate(("red", "lime", "blue")):
+        Image.new("RGB", (40, 20), colour).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"a {colour} image")
+    return folder
+
+
+def test_codes_of_a_data_set(folder: Path, captioned: Path, tmp_path: Path) -> None:
+    settings = RunSettings(
+        "caption",
+        {"files": str(captioned)},
+        str(tmp_path / "codes"),
+        tokenizer=str(folder),
+        device="cpu",
+        workers=0,
+    )
+    assert make_codes(settings) == 0
+    records = open_records(tmp_path / "codes")
+    assert [records.read(index).fields["image_ids"] for index in range(3)] == [
+        [8] * 32,
+        [4] * 32,
+        [3] * 32,
+    ]
+
+
+def test_eval_tokenizer(folder: Path, captioned: Path, tmp_path: Path) -> None:
+    command = ["eval", "tokenizer", "--model", str(folder), "--data", str(captioned)]
+    command += ["--device", "cpu", "--out", str(tmp_path / "out")]
+    assert main([*command, "--stage1", "stage1.pth"]) == 2  # it has no such stage
+    assert main(command) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["n"], report["reconstruction"]["rebuilt"]) == (3, 3)
+    assert (report["codes"]["codebook"], report["codes"]["used"]) == (16, 3)
+    assert Image.open(tmp_path / "out" / "reconstructions.jpg").width > 300
 
 
 @pytest.mark.process

@@ -11,14 +11,10 @@ import pytest
 import tiny_seed1
 import torch
 
+from seed_multimodal.data.pretokenize.encode import fast_encode
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.models.seed.configuration import Seed2Config
-from seed_multimodal.models.seed.modeling import (
-    Seed1Tokenizer,
-    Seed2Tokenizer,
-    SeedTokenizer,
-    fast_encode,
-)
+from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
 
 
 @pytest.fixture(params=["seed2", "seed2-reverse", "seed1"])

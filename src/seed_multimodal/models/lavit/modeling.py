@@ -20,10 +20,11 @@ width.
 
 from __future__ import annotations
 
+import zlib
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import NamedTuple, TypedDict, Unpack
+from typing import NamedTuple, Self, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -31,7 +32,14 @@ from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.transforms import ImageTransform
-from seed_multimodal.nn.layers import LayerNorm, Mlp, checkpoint_layers, heads_first, heads_last
+from seed_multimodal.nn.layers import (
+    LayerNorm,
+    Mlp,
+    cast_layers,
+    checkpoint_layers,
+    heads_first,
+    heads_last,
+)
 from seed_multimodal.nn.pretrained import PretrainedNetwork
 from seed_multimodal.nn.quantizer import VectorQuantizer
 from seed_multimodal.nn.vision.eva import EvaConfig
@@ -404,3 +412,34 @@ def kept_rows(merged_BND: Tensor, keep_BN: Tensor) -> tuple[Tensor, Tensor]:
     """`[B, N, D]` → rows of kept patches in raster order `[T, D]`, and their counts `[B]` int64."""
     mask_BN = keep_BN > 0.5
     return merged_BND[mask_BN], mask_BN.sum(1)
+
+
+class DynamicCodes(nn.Module):
+    """`encode`: normalized pixels `[B, 3, S, S]` → codes `[B, N]`, padded with -1.
+
+    Token selection depends only on pixels and seed, so codes of data sets are reproducible.
+    """
+
+    def __init__(self, tokenizer: DynamicTokenizer, selection: str, seed: int) -> None:
+        super().__init__()
+        self.tokenizer = tokenizer
+        self.selection = selection
+        self.seed = seed
+        self.device = tokenizer.device
+        # Part of the encoder's fingerprint, since it changes the codes.
+        self.register_buffer("drawn_by", torch.tensor([MODES.index(selection), seed]))
+
+    def to(self, dtype: torch.dtype) -> Self:  # type: ignore[override]
+        """Convert the layers to a dtype; other parameters stay fp32."""
+        cast_layers(self.tokenizer, dtype)
+        return self
+
+    @torch.no_grad()
+    def encode(self, pixels: Tensor) -> Tensor:
+        """See the class."""
+        generators = []
+        for image in pixels.cpu().contiguous():
+            image_seed = zlib.crc32(image.numpy().tobytes(), self.seed)
+            generators.append(torch.Generator().manual_seed(image_seed))
+        codes = self.tokenizer.encode(pixels, mode=self.selection, generator=generators)
+        return nn.utils.rnn.pad_sequence(codes, batch_first=True, padding_value=-1)

@@ -18,9 +18,9 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from seed_multimodal.errors import CheckpointError, CodesError, RequestError
+from seed_multimodal.errors import CheckpointError, RequestError
 from seed_multimodal.hub import first_file
-from seed_multimodal.images.io import MIN_OVERSAMPLING, ImageSource
+from seed_multimodal.images.io import ImageSource
 from seed_multimodal.inference.backends.torch import joined
 from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.generator import Task
@@ -39,7 +39,7 @@ from seed_multimodal.language.messages import (
 from seed_multimodal.models.lavit.checkpoints import VISUAL_WEIGHT_FILES, load_tokenizer_pair
 from seed_multimodal.models.lavit.decoder import CodeDecoder
 from seed_multimodal.models.lavit.diffusion import LavitDetokenizer, LavitSettings
-from seed_multimodal.models.lavit.modeling import DynamicTokenizer, Generators
+from seed_multimodal.models.lavit.modeling import DynamicCodes, DynamicTokenizer, Generators
 from seed_multimodal.models.lavit.processing import (
     ANSWER_ENDS,
     CAPTION_ENDS,
@@ -52,9 +52,9 @@ from seed_multimodal.models.lavit.processing import (
 )
 from seed_multimodal.models.lavit.spec import LavitConfig
 from seed_multimodal.pipelines.base import MultimodalSystem
+from seed_multimodal.pipelines.code_system import CodeCodec
 from seed_multimodal.pipelines.images import (
     CodecPlacement,
-    ImageCodec,
     Log,
     Placement,
     Seed,
@@ -69,7 +69,6 @@ MAX_BATCH = 16  # images in one pass of the vision encoder
 UNDERSTANDING = {"do_sample": False, "top_p": 1.0, "seed": 0}
 DRAWING = {"do_sample": True, "top_p": 1.0, "seed": 0, "max_new_tokens": 200, "min_new_tokens": 20}
 
-Codes = Tensor | Sequence[int]  # of an image
 Encode = Callable[..., list[Tensor]]  # pixels, `mode` and `generator` → a tensor of each image
 
 
@@ -80,7 +79,7 @@ class NegativePrompt(str):
 # ---- images
 
 
-class LavitImageCodec(ImageCodec):
+class LavitImageCodec(CodeCodec):
     """Images ⇄ codes, 1 to 256 each; and images → rows for the language model.
 
     `seed` determines which patches are kept; None: torch's global generator does.
@@ -88,6 +87,7 @@ class LavitImageCodec(ImageCodec):
     code_tokenizer: computes codes.
     understanding_tokenizer: computes the language model's input; None: no image input.
     selection: "draw" patches by the seed, or those above the "threshold".
+    selection_seed: seed of `network`.
     """
 
     encodes_by_seed = True
@@ -99,20 +99,27 @@ class LavitImageCodec(ImageCodec):
         understanding_tokenizer: DynamicTokenizer | None,
         placement: CodecPlacement,
         selection: Literal["draw", "threshold"] = "draw",
+        selection_seed: int = 0,
     ) -> None:
         models = {"code_tokenizer": code_tokenizer}
         if understanding_tokenizer is not None:
             models["understanding_tokenizer"] = understanding_tokenizer
-        min_side = MIN_OVERSAMPLING * code_tokenizer.encoder.image_size
-        super().__init__(nn.ModuleDict(models), placement, min_side)
+        super().__init__(
+            nn.ModuleDict(models),
+            placement,
+            transform=code_tokenizer.transform,
+            codebook_size=code_tokenizer.config.codebook_size,
+            codes_per_image=code_tokenizer.n_patches,
+            min_codes=1,
+        )
         self.code_tokenizer = code_tokenizer
         self.understanding_tokenizer = understanding_tokenizer
         self.selection = selection
+        self.selection_seed = selection_seed
 
     @property
-    def section(self) -> int:
-        """The codebook has a single section."""
-        return int(self.code_tokenizer.config.codebook_size)
+    def network(self) -> DynamicCodes:
+        return DynamicCodes(self.code_tokenizer, self.selection, self.selection_seed)
 
     def encode(self, images: Sequence[ImageSource], *, seed: Seed = 0) -> list[Tensor]:
         """Codes `[n]` int64 of each image, on the CPU."""
@@ -147,7 +154,7 @@ class LavitImageCodec(ImageCodec):
         seeds: list[int | None] = [None] * len(images)
         if seed is not None:
             seeds = [*seed_per_image(seed, len(images))]
-        pixels = [self.code_tokenizer.transform(self.open(image)) for image in images]
+        pixels = [self.transform(self.open(image)) for image in images]
         # Images with and without seeds do not share a batch.
         return self._encode_batcher((encode, seed is None), [*zip(pixels, seeds, strict=True)])
 
@@ -167,32 +174,6 @@ class LavitImageCodec(ImageCodec):
                 batch = torch.stack(pixels).to(self.device)
                 results += encode(batch, mode=self.selection, generator=generators)
         return results
-
-    def check_codes(self, codes: Codes) -> Tensor:
-        """Codes of one image → `[n]` int64.
-
-        Raises:
-            CodesError: no whole image, or a code outside the codebook.
-        """
-        n_patches = self.code_tokenizer.n_patches
-        row = torch.as_tensor(codes)
-        if row.ndim != 1 or row.is_floating_point() or not 0 < len(row) <= n_patches:
-            raise CodesError(f"An image is a row of 1 to {n_patches} codes, got {list(row.shape)}.")
-        if not 0 <= int(row.min()) <= int(row.max()) < self.section:
-            raise CodesError(f"An image holds a code outside 0 to {self.section - 1}.")
-        return row.long()
-
-    def draw(
-        self,
-        values: Sequence[Codes],
-        *,
-        seeds: Sequence[int],
-        batch_size: int = 4,
-        **settings: object,
-    ) -> list[Image.Image]:
-        """Codes → images; settings: of `LavitDetokenizer` (`ratio`, or `height` and `width`, …)."""
-        rows = [self.check_codes(codes) for codes in values]
-        return self.draw_batched(settings, batch_size, rows, seeds)
 
     @torch.inference_mode()
     def draw_batch(
@@ -407,7 +388,7 @@ class Lavit(MultimodalSystem):
                 row = item.codes
             else:
                 row = item
-            ids += vocabulary.code_to_id(self.images.check_codes(row).tolist())
+            ids += vocabulary.code_to_id(self.images.check_codes([row])[0].tolist())
         return Prompt(ids, negative=negative)
 
     # ---- tasks
@@ -441,8 +422,8 @@ def check_sizes(
     # Embeddings of the language model behind those of the vocabulary are padding.
     n_words = min(vocabulary.size, llm_config.vocab_size)
     pairs = {
-        "codes": (images.section, vocabulary.n_codes),
-        "patches": (images.code_tokenizer.n_patches, vocabulary.tokens_per_image),
+        "codes": (images.codebook_size, vocabulary.n_codes),
+        "patches": (images.codes_per_image, vocabulary.tokens_per_image),
         "words": (vocabulary.size, n_words),
     }
     understanding = images.understanding_tokenizer

@@ -31,7 +31,7 @@ from seed_multimodal.models.seed.checkpoints import (
 )
 from seed_multimodal.models.seed.configuration import Seed1Config, Seed2Config, TokenizerConfig
 from seed_multimodal.models.seed.qformer import QFormer
-from seed_multimodal.nn.layers import Block, LayerNorm, cast_layers
+from seed_multimodal.nn.layers import Block, LayerNorm
 from seed_multimodal.nn.pretrained import PretrainedNetwork
 from seed_multimodal.nn.quantizer import VectorQuantizer
 from seed_multimodal.nn.vision.base import VisionEncoder
@@ -406,38 +406,3 @@ def evaluating(module: nn.Module) -> Iterator[None]:
     finally:
         for submodule in training:
             submodule.training = True
-
-
-def fast_encode(
-    tokenizer: nn.Module,
-    dtype: torch.dtype = torch.float32,
-    *,
-    compile: bool = False,
-    mode: str | None = None,
-) -> Callable[[Tensor], Tensor]:
-    """A faster `tokenizer.encode`; the tokenizer is changed in place.
-
-    dtype: fp16 converts the whole model, as in the original; bf16 has too few bits for the sums of
-        39 blocks, so only matrix products are computed in it, under autocast.
-    compile: compile each block; a new batch size is compiled at its first call.
-    mode: of `torch.compile`.
-    """
-    # 1. Precision.
-    use_autocast = dtype == torch.bfloat16
-    if use_autocast:
-        cast_layers(tokenizer, dtype)
-    else:
-        tokenizer.to(dtype)
-
-    # 2. One compiled block serves all of a list, which have the same shapes.
-    if compile:
-        for module in tokenizer.modules():
-            if isinstance(module, nn.ModuleList):
-                for layer in module:
-                    layer.compile(mode=mode)
-
-    def encode(images: Tensor) -> Tensor:
-        with torch.autocast(tokenizer.device.type, torch.bfloat16, enabled=use_autocast):
-            return tokenizer.encode(images)
-
-    return encode

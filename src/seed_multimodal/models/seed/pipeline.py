@@ -10,23 +10,21 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from seed_multimodal.errors import CodesError, ConfigError
-from seed_multimodal.images.io import MIN_OVERSAMPLING, ImageSource
+from seed_multimodal.images.io import ImageSource
 from seed_multimodal.images.transforms import (
     ImageTransform,
     get_transform,
     seed_image_processor,
 )
 from seed_multimodal.inference.batching import ResultCache
-from seed_multimodal.inference.opening import (
-    COMPLETION_SERVER,
-)
+from seed_multimodal.inference.opening import COMPLETION_SERVER
 from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
 from seed_multimodal.language.messages import Codes, is_codes
 from seed_multimodal.models.seed.checkpoints import saved_config
@@ -43,9 +41,6 @@ from seed_multimodal.pipelines.code_system import CodeCodec, CodeSystem
 from seed_multimodal.pipelines.images import CodecPlacement, Log, Placement
 from seed_multimodal.settings import check_value
 
-if TYPE_CHECKING:
-    pass
-
 CACHED_IMAGES = 1024  # images in the cache of codes, about 0.5 KB each
 
 
@@ -55,6 +50,7 @@ class SeedImageCodec(CodeCodec):
     model: SeedTokenizer
 
     progressive = True
+    fp16 = True  # as the original
     decoder_folder: Path | None = None
     codec_settings = ("codes", "negative_codes")
     drawing_settings = (*(entry.name for entry in fields(UnclipSettings)), *codec_settings)
@@ -65,15 +61,19 @@ class SeedImageCodec(CodeCodec):
         transform: ImageTransform,
         placement: CodecPlacement,
     ) -> None:
-        min_side = MIN_OVERSAMPLING * model.visual_encoder.image_size
-        super().__init__(model, placement, min_side)
-        self.transform = transform
+        super().__init__(
+            model,
+            placement,
+            transform=transform,
+            codebook_size=model.config.codebook_size,
+            codes_per_image=model.config.num_query,
+        )
         self._cache: ResultCache[list[int]] = ResultCache(CACHED_IMAGES)
 
     @property
     def section(self) -> int:
         """Codes of one section of the codebook."""
-        return self.model.config.codebook_size // self.model.config.codebook_sections
+        return self.codebook_size // self.model.config.codebook_sections
 
     def pixels(self, images: Sequence[ImageSource]) -> Tensor:
         """Normalised pixels [B, 3, S, S]."""
@@ -82,7 +82,7 @@ class SeedImageCodec(CodeCodec):
     def encode(self, images: Sequence[ImageSource]) -> Tensor:
         """Images → codes [B, 32] int64 on the CPU, with a cache by content."""
         if not len(images):
-            return torch.empty(0, self.model.config.num_query, dtype=torch.long)
+            return torch.empty(0, self.codes_per_image, dtype=torch.long)
         return self.encode_pixels(self.pixels(images))
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
@@ -101,31 +101,10 @@ class SeedImageCodec(CodeCodec):
     def check_codes(
         self, codes: Iterable[Codes], min_lengths: Sequence[int] | None = None
     ) -> Tensor:
-        """Codes of images → [B, 32] int64, shorter rows padded with zeros.
-
-        min_lengths: the least number of codes of each image; None: all.
-
-        Raises:
-            CodesError: too few or too many codes, or one outside the codebook.
-        """
-        n_codes = self.model.config.num_query
-        codebook_size = self.model.config.codebook_size
-        rows: list[Tensor] = []
-        for index, image_codes in enumerate(codes):
-            row = torch.as_tensor(image_codes)
-            # 1. A row of integers, of a sufficient length.
-            is_row = row.ndim == 1 and not row.is_floating_point()
-            min_length = n_codes if min_lengths is None else min_lengths[index]
-            if not is_row or not min_length <= len(row) <= n_codes:
-                allowed = str(n_codes) if min_length == n_codes else f"{min_length} to {n_codes}"
-                raise CodesError(
-                    f"Image {index} must be a row of {allowed} codes, got {list(row.shape)}."
-                )
-            # 2. All in the codebook.
-            if not 0 <= int(row.min()) <= int(row.max()) < codebook_size:
-                raise CodesError(f"Image {index} holds a code outside 0 to {codebook_size - 1}.")
-            rows.append(nn.functional.pad(row.long(), (0, n_codes - len(row))))
-        return torch.stack(rows)
+        """Codes of images → [B, 32] int64, shorter rows padded with zeros."""
+        rows = super().check_codes(codes, min_lengths)
+        padded = [nn.functional.pad(row, (0, self.codes_per_image - len(row))) for row in rows]
+        return torch.stack(padded)
 
     def draw(
         self,
@@ -151,7 +130,7 @@ class SeedImageCodec(CodeCodec):
             return []
 
         # 1. The number of codes of each image.
-        n_codes = self.model.config.num_query
+        n_codes = self.codes_per_image
         if codes is None:
             codes = n_codes
         if isinstance(codes, int):

@@ -205,7 +205,10 @@ SPEC = FamilySpec(
             "guidance_scale": 5.0,
         },
     },
-    evaluators={"text2image": "seed_multimodal.models.seed.evaluate:SeedDrawings"},
+    evaluators={
+        "text2image": "seed_multimodal.models.seed.evaluate:SeedDrawings",
+        "tokenizer": "seed_multimodal.models.seed.evaluate_tokenizer:OpenedSeed2",
+    },
     starts=Path(__file__).with_name("starts.yaml"),
     card=ModelCard("SEED-LLaMA", examples=_EXAMPLES),
     cards={

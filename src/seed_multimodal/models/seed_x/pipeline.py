@@ -124,7 +124,6 @@ class SeedXImageCodec(ImageCodec):
     edit_grids: those of images to edit.
     """
 
-    has_codes = False
     codec_settings = ("ratio", "conditions")
     drawing_settings = (*(entry.name for entry in fields(SdxlSettings)), "ratio")
 
