@@ -97,6 +97,7 @@ NOT_IMPORTED = {
     "bitsandbytes": "transformers and peft load 8-bit and 4-bit weights with it",
     "pytest-timeout": "a plug-in of pytest: ends a test that hangs",
     "pytest-xdist": "a plug-in of pytest: both cores",
+    "scipy": "transformers' Mask2Former imports it (the extra eval)",
     "spacy": "imported by its name, where it is (the extra lavit)",
     "torch-fidelity": "torchmetrics computes FID with its network",
     "ruff": "a command: style",

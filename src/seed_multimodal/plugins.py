@@ -3,9 +3,9 @@
     [project.entry-points."seed_multimodal.families"]
     mine = "my_package.spec:SPEC"
 
-Groups: `families` (`models.registry`), `formats` (`data.formats.sources`) and `conditioners`
-(`diffusion.conditioner`). A checkout of this repository needs no installation: the table in its own
-`pyproject.toml` counts as well.
+Groups: `families` (`models.registry`), `formats` (`data.formats.sources`), `conditioners`
+(`diffusion.conditioner`) and `detectors` (`evaluation.detection`). A checkout of this repository
+needs no installation: the table in its own `pyproject.toml` counts as well.
 """
 
 from __future__ import annotations

@@ -53,6 +53,9 @@ CAPTIONS = (
     "The word HELLO written in the sand of a beach",
 )
 
+# Benchmarks whose drawings another model judges.
+JUDGED = ("geneval",)
+
 
 def eval_program(program: str, description: str, argv: Sequence[str] | None = None) -> int:
     """A program of `MultiModalLLM/eval/` by its name; returns the exit code."""
@@ -80,10 +83,12 @@ def add_commands(kinds: Commands) -> None:
         ("vqa", _add_vqa, _ask, "questions about images: accuracy"),
         ("caption", _add_caption, _describe, "captions of images: CIDEr and others"),
         ("text2image", _add_text2image, _draw, "the best of several drawings by CLIP: FID"),
+        ("geneval", _add_geneval, _judge, "objects of prompts in drawings, by a detector"),
     )
+    drawing = ("text2image", *JUDGED)
     for name, add_flags, work, text in tasks:
         parser = kinds.add_parser(name, help=text, description=text)
-        _add_run(parser, out=f"outputs/eval_{name}", model="nano", drawing=name == "text2image")
+        _add_run(parser, out=f"outputs/eval_{name}", model="nano", drawing=name in drawing)
         add_debug(parser)
         add_flags(parser)
         parser.set_defaults(work=work)
@@ -172,6 +177,37 @@ def _add_text2image(parser: ArgumentParser) -> None:
     parser.add_argument("--inception", type=Path, metavar="FILE", help="weights of FID's network")
 
 
+def _add_judged(parser: ArgumentParser, name: str) -> None:
+    """Flags of the benchmarks whose drawings are judged."""
+    parser.add_argument(
+        "--data",
+        required=True,
+        metavar="PATH",
+        help="the benchmark's file of prompts or its folder",
+    )
+    parser.add_argument(
+        "--image-folder", type=Path, metavar="DIR", help="judge these drawings; no model is loaded"
+    )
+    parser.add_argument(
+        "--num-images", type=bounded_int(1), metavar="N", help="drawings of a prompt (default: 4)"
+    )
+    parser.set_defaults(task=name)
+
+
+def _add_geneval(parser: ArgumentParser) -> None:
+    _add_judged(parser, "geneval")
+    parser.add_argument(
+        "--judge",
+        required=True,
+        metavar="DETECTOR",
+        help="folder of a detector of transformers (OWLv2, Mask2Former, DETR …), or nano",
+    )
+    parser.add_argument("--clip", metavar="DIR", help="CLIP that names the colours of objects")
+    parser.add_argument("--threshold", type=float, help="score of detections that count")
+    parser.add_argument("--counting-threshold", type=float, help="of prompts that count objects")
+    parser.add_argument("--max-overlap", type=float, help="of detections of a class (1: any)")
+
+
 def _add_captions(parser: ArgumentParser, required: bool = True) -> None:
     parser.add_argument(
         "--captions",
@@ -216,6 +252,40 @@ def _draw(args: Namespace) -> int:
         inception=args.inception,
         options=chosen_settings(args),
     )
+    return run_task(args, run)
+
+
+def _judge(args: Namespace) -> int:
+    """Drawings of a system or a folder, judged by another model."""
+    from seed_multimodal.evaluation.answers import Judging
+    from seed_multimodal.evaluation.tasks import find_task
+
+    # 1. The file of prompts.
+    task = find_task(args.task, args.task)
+    file = Path(args.data)
+    if file.is_dir():
+        file = file / task.file
+
+    # 2. The run; the judge is on the process's device, too.
+    _use_local_gpu(args)
+    limits = ("threshold", "counting_threshold", "max_overlap")
+    judging = Judging(
+        args.judge,
+        args.image_folder,
+        device=args.device,
+        **{name: getattr(args, name, None) for name in limits},
+    )
+    clip = getattr(args, "clip", None)
+    run = replace(
+        new_run(args, str(file), args.task, args.task),
+        best_of=args.num_images or task.best_of,
+        clip=None if clip is None else Path(clip),
+        seed=args.seed,
+        options=chosen_settings(args),
+        judging=judging,
+    )
+    if args.image_folder is not None:
+        return run_task(args, run, load=lambda: None)
     return run_task(args, run)
 
 
@@ -265,13 +335,18 @@ def _text_options(args: Namespace) -> Options:
     return options
 
 
-def _load(args: Namespace) -> MultimodalSystem:
-    """The system, on this process's GPU."""
+def _use_local_gpu(args: Namespace) -> None:
+    """Set `args.device` to this process's GPU, if there are several."""
     if "LOCAL_RANK" in os.environ and args.device in ("auto", "cuda"):
         import torch
 
         if torch.cuda.is_available():
             args.device = f"cuda:{os.environ['LOCAL_RANK']}"
+
+
+def _load(args: Namespace) -> MultimodalSystem:
+    """The system, on this process's GPU."""
+    _use_local_gpu(args)
     system = load_system(args, load_decoder=hasattr(args, "num_inference_steps"))
     if getattr(args, "keep_ratio", False):
         codec: Any = system.images  # SEED's
@@ -301,7 +376,7 @@ def run_task(
     run: Run,
     *,
     samples: Sequence[Sample] | None = None,
-    load: Callable[[], MultimodalSystem] | None = None,
+    load: Callable[[], MultimodalSystem | None] | None = None,
 ) -> int:
     """Evaluate a system and print the summary; returns the exit code.
 

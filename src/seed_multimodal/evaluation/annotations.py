@@ -73,7 +73,7 @@ def read_questions(path: str | Path, annotations: str | Path | None = None) -> l
             annotation.
     """
     # 1. The questions, each once.
-    items = _items(_load(path), path, "questions")
+    items = read_items(path, "questions")
     samples = _samples(items, ("question", "image"), is_question=True)
     keys = {sample.key for sample in samples}
     if len(keys) < len(samples):
@@ -82,7 +82,7 @@ def read_questions(path: str | Path, annotations: str | Path | None = None) -> l
         return samples
 
     # 2. Their answers.
-    items = _items(_load(annotations), annotations, "annotations")
+    items = read_items(annotations, "annotations")
     answers = _samples(items, ("references",), is_question=True)
     return _annotated(samples, answers, path, annotations)
 
@@ -268,6 +268,14 @@ def _grouped(samples: Iterable[Sample]) -> list[Sample]:
         if group is not sample:
             group.references.extend(sample.references)
     return list(by_key.values())
+
+
+def read_items(path: str | Path, key: str) -> list[tuple[str, Json]]:
+    """The items of a JSON file (a list, or the list under `key`) or of lines, with their location.
+
+    Raises DataError: no such file, no JSON, no list.
+    """
+    return _items(_load(path), path, key)
 
 
 def _load(path: str | Path) -> Json:

@@ -51,6 +51,7 @@ class Line(TypedDict, total=False):
     caption: str  # "caption": the answer; "text2image": the text
     image: str  # "text2image": the file's name
     clip: float  # "text2image": cosine of image and text
+    detections: list[list[JsonObject]]  # "geneval": of each image, see `detection.Detection`
 
 
 # Samples and their images → a line for each.
@@ -68,7 +69,7 @@ class Scores:
     """
 
     results: list[JsonObject]
-    values: dict[str, float | dict[str, float]]
+    values: JsonObject
     notes: list[str] = field(default_factory=list)
 
 
@@ -77,17 +78,45 @@ class Task:
     """A benchmark.
 
     Attributes:
-        kind: "vqa", "caption" or "text2image".
+        kind: of `tasks.EVALUATIONS`.
         truth: LaVIT's ground-truth file, see `tasks.find_truth`.
         exact: an answer is right if it equals the single reference, instead of agreement with ten
             annotators.
         first: preliminary question; a "no" makes the answer "unanswerable".
+        file: name of the published file of samples, in the benchmark's folder.
+        best_of: default number of drawings of a prompt, if they are judged.
     """
 
     kind: str
     truth: str = ""
     exact: bool = False
     first: str = ""
+    file: str = ""
+    best_of: int = 0
+
+    @property
+    def is_judged(self) -> bool:
+        """Whether another model judges drawings."""
+        return self.best_of > 0
+
+
+@dataclass(frozen=True)
+class Judging:
+    """How drawings are judged.
+
+    Attributes:
+        judge: the detector (see `detection.load_detector`), or what answers questions.
+        image_folder: of drawings; None: the system draws them.
+        threshold, counting_threshold, max_overlap: see `detection.Limits`; None: the detector's.
+        device: of the judge.
+    """
+
+    judge: str
+    image_folder: Path | None = None
+    threshold: float | None = None
+    counting_threshold: float | None = None
+    max_overlap: float | None = None
+    device: str = "auto"
 
 
 @dataclass(frozen=True)
@@ -106,10 +135,11 @@ class Run:
         prompts: "chat" or "plain", see `MultimodalSystem.use_plain_prompts`.
         options: of the batch methods, override the system's.
         seed: of the first image; image n has seed + n.
-        best_of: candidates per caption, ranked by `clip`.
+        best_of: drawings per caption: ranked by `clip`, or judged.
         inception, resolution: see `drawing.fid`.
         original: .jpg files as by the original script, with negative conditioning on SEED-LLaMA's
             captionless image.
+        judging: of drawings.
     """
 
     task: Task
@@ -129,6 +159,7 @@ class Run:
     inception: Path | None = None
     resolution: int = 512
     original: bool = False
+    judging: Judging | None = None
 
     def cut(self, text: str) -> str:
         """The answer; with plain prompts its first line.

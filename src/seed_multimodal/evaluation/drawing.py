@@ -159,27 +159,44 @@ def save_drawing(
     return path.name
 
 
-class Drawings:
-    """The task "text2image" with a system; seeds and file names count the `samples`."""
+class CaptionDrawer:
+    """`run.best_of` drawings of each caption; seeds count the `samples`.
+
+    options: of `draw`.
+    """
 
     def __init__(self, system: MultimodalSystem, run: Run, samples: Sequence[Sample]) -> None:
         self.system = system
         self.run = run
-        self.options: dict[str, Any] = {**run.options, "batch_size": run.batch}  # of `draw`
         self.indices = {sample.key: index for index, sample in enumerate(samples)}
-        self.clip = None if run.clip is None else ClipScores(run.clip, system.images.device)
+        self.options: dict[str, Any] = {**run.options, "batch_size": run.batch}
         if run.prompts == "plain":
             self.options["verbatim"] = True
 
-    def answer(self, samples: Sequence[Sample], images: Images) -> list[Line]:
-        """Generate, select and save the images of a batch."""
-        # 1. `best_of` images of each caption.
+    def draw(self, samples: Sequence[Sample]) -> list[list[Image.Image]]:
+        """The drawings of each sample's caption."""
         best_of = self.run.best_of
         captions = [sample.caption for sample in samples]
         seeds = [self.run.seed + best_of * self.indices[sample.key] for sample in samples]
         drawn_images = self.system.draw(captions, seeds, num_images=best_of, **self.options)
         starts = range(0, len(drawn_images), best_of)
-        candidates = [drawn_images[start : start + best_of] for start in starts]
+        return [drawn_images[start : start + best_of] for start in starts]
+
+
+class Drawings:
+    """The task "text2image" with a system; file names count the `samples`."""
+
+    def __init__(self, system: MultimodalSystem, run: Run, samples: Sequence[Sample]) -> None:
+        self.system = system
+        self.run = run
+        self.drawer = CaptionDrawer(system, run, samples)
+        self.clip = None if run.clip is None else ClipScores(run.clip, system.images.device)
+
+    def answer(self, samples: Sequence[Sample], images: Images) -> list[Line]:
+        """Generate, select and save the images of a batch."""
+        # 1. `best_of` images of each caption.
+        captions = [sample.caption for sample in samples]
+        candidates = self.drawer.draw(samples)
 
         # 2. The best of each by CLIP; without it there is one.
         cosines = [[0.0]] * len(samples)
@@ -190,7 +207,7 @@ class Drawings:
             name = save_drawing(
                 of_caption[row.index(max(row))],
                 self.run.out,
-                self.indices[sample.key],
+                self.drawer.indices[sample.key],
                 sample.caption,
                 jpeg=self.run.original,
             )

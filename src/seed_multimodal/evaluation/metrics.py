@@ -76,6 +76,16 @@ def bootstrap(values: ArrayLike, groups: Iterable[Hashable] | None = None) -> Es
     return Estimate(mean, float(low), float(high), int(data.size))
 
 
+def mean_of_means(estimates: Sequence[Estimate]) -> Estimate:
+    """The mean of independent means; the ends of its interval add up as variances do."""
+    n_groups = len(estimates)
+    value = sum(estimate.value for estimate in estimates) / n_groups
+    below = math.hypot(*(estimate.value - estimate.low for estimate in estimates)) / n_groups
+    above = math.hypot(*(estimate.high - estimate.value for estimate in estimates)) / n_groups
+    n_values = sum(estimate.n for estimate in estimates)
+    return Estimate(value, value - below, value + above, n_values)
+
+
 def entropy_nats(counts: Sequence[int] | NDArray[np.integer]) -> float:
     """Entropy in nats of the distribution proportional to `counts`."""
     weights = np.asarray(counts, dtype=np.float64)

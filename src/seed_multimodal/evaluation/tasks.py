@@ -14,7 +14,7 @@ import pkgutil
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError
@@ -32,6 +32,8 @@ from seed_multimodal.evaluation.answers import (
 )
 from seed_multimodal.evaluation.captions import Captions
 from seed_multimodal.evaluation.drawing import Drawings
+from seed_multimodal.evaluation.geneval import read_object_prompts
+from seed_multimodal.evaluation.judged import GenEval
 from seed_multimodal.evaluation.vqa import Questions
 from seed_multimodal.models.registry import find_family
 from seed_multimodal.pipelines.base import MultimodalSystem
@@ -52,6 +54,7 @@ TASKS: dict[str, dict[str, Task]] = {
         "flickr": Task("caption", "data/flickr30k/flickr30k_test_gt.json"),
     },
     "text2image": {"coco": Task("text2image")},
+    "geneval": {"geneval": Task("geneval", file="evaluation_metadata.jsonl", best_of=4)},
 }
 
 
@@ -65,10 +68,12 @@ class Evaluation(Protocol):
         """Results in the benchmark's format, and scores, of samples with their lines."""
 
 
-EVALUATIONS: dict[str, Callable[[MultimodalSystem, Run, Sequence[Sample]], Evaluation]] = {
+# The system is None if drawings of a folder are judged.
+EVALUATIONS: dict[str, Callable[[Any, Run, Sequence[Any]], Evaluation]] = {
     "vqa": Questions,
     "caption": Captions,
     "text2image": Drawings,
+    "geneval": GenEval,
 }
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
@@ -111,12 +116,16 @@ def read_samples(run: Run) -> list[Sample]:
     """The samples of a run. Raises DataError: see the readers."""
     if run.task.kind == "vqa":
         return read_questions(run.annotations, run.truth)[: run.limit]
+    if run.task.kind == "geneval":
+        return list(read_object_prompts(run.annotations)[: run.limit])
     each_text = run.task.kind == "text2image"
     return read_captions(run.annotations, run.split, run.truth, each_text=each_text)[: run.limit]
 
 
-def evaluate(system: MultimodalSystem, run: Run, samples: Sequence[Sample]) -> JsonObject | None:
-    """Evaluate a system, also under torchrun; the same call resumes.
+def evaluate(
+    system: MultimodalSystem | None, run: Run, samples: Sequence[Sample]
+) -> JsonObject | None:
+    """Evaluate a system (None: drawings of a folder), also under torchrun; the same call resumes.
 
     Returns the summary to the process that finishes last, else None.
 
@@ -124,16 +133,18 @@ def evaluate(system: MultimodalSystem, run: Run, samples: Sequence[Sample]) -> J
         DataError, CheckpointError, ConfigError: missing or wrong files, weights or settings.
     """
     # 1. Prompts and settings; the caller's options override the family's.
-    if run.prompts == "plain":
-        system.use_plain_prompts()
     kind = run.task.kind
-    family = find_family(system.config.system)
-    run = replace(run, options={**family.evaluation.get(kind, {}), **run.options})
+    evaluator = EVALUATIONS[kind]
+    if system is not None:
+        if run.prompts == "plain":
+            system.use_plain_prompts()
+        family = find_family(system.config.system)
+        settings_of = "text2image" if run.task.is_judged else kind
+        run = replace(run, options={**family.evaluation.get(settings_of, {}), **run.options})
+        if kind in family.evaluators:
+            evaluator = pkgutil.resolve_name(family.evaluators[kind])
 
     # 2. Answers, of all processes together.
-    evaluator = EVALUATIONS[kind]
-    if kind in family.evaluators:
-        evaluator = pkgutil.resolve_name(family.evaluators[kind])
     evaluation = evaluator(system, run, samples)
     lines = answer_samples(samples, evaluation.answer, run, _run_identity(system, run))
     if lines is None:
@@ -162,19 +173,34 @@ def _weight_files(system: MultimodalSystem) -> set[Path]:
     return files
 
 
-def _run_identity(system: MultimodalSystem, run: Run) -> JsonObject:
+def _run_identity(system: MultimodalSystem | None, run: Run) -> JsonObject:
     """What determines the answers: settings, annotations, weights (size and time of each file)."""
-    files = _weight_files(system)
+    # 1. The samples, and how they are answered and judged.
     annotations = run.annotations.read_bytes() if run.annotations.is_file() else b""
-    return {
-        "task": asdict(run.task),
+    identity: JsonObject = {
+        "task": {
+            "kind": run.task.kind,
+            "truth": run.task.truth,
+            "exact": run.task.exact,
+            "first": run.task.first,
+        },
         "prompts": run.prompts,
         "options": run.options,
         "seed": run.seed,
         "best_of": run.best_of,
         "clip": str(run.clip),
-        "model": system.config.name,
         "annotations": hashlib.sha256(annotations).hexdigest(),
+    }
+    if run.judging is not None:
+        judging = asdict(replace(run.judging, device=""))
+        identity["judging"] = {name: value and str(value) for name, value in judging.items()}
+    if system is None:
+        return identity
+
+    # 2. The system.
+    files = _weight_files(system)
+    return identity | {
+        "model": system.config.name,
         "dtype": system.dtype_name,
         "quantization": str(getattr(system.llm, "quantization_method", None)),
         "transform": repr(getattr(system.images, "transform", None)),

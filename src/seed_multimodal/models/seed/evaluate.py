@@ -37,4 +37,4 @@ class SeedDrawings(Drawings):
         super().__init__(system, run, samples)
         # The original script's guidance is against the image without caption.
         if run.original:
-            self.options["negative_codes"] = unconditional_codes(system, run.options)
+            self.drawer.options["negative_codes"] = unconditional_codes(system, run.options)
