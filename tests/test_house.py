@@ -483,16 +483,10 @@ def test_files_and_functions_stay_small():
 
 # Size in tokens (see `style_measures`): today's bound, which only falls, and the aim.
 TOKENS = {
-    "src/seed_multimodal": (277_200, 245_000),
-    "src/seed_nano": (50_900, 48_000),
-    "tests": (323_200, 285_000),
+    "src/seed_multimodal": (283_500, 245_000),
+    "src/seed_nano": (52_500, 48_000),
+    "tests": (325_500, 285_000),
     "SEED_Tokenizer": (13_300, 12_000),
-=======
-    "src/seed_multimodal": (282_900, 245_000),
-    "src/seed_nano": (52_600, 48_000),
-    "tests": (324_800, 285_000),
-    "SEED_Tokenizer": (12_400, 12_000),
->>>>>>> fc856286 (Document seed eval geneval; raise the bounds by its rules, detectors and nano's prompts)
     "benchmarks": (11_800, 10_000),
 }
 # Density of the library: today's bound, which only comes closer to the aim, and the aim. Clarity
