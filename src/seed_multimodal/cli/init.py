@@ -1,5 +1,6 @@
-"""`seed init`: initial weights and settings of a small model, to train on your own data.
+"""`seed init`: a small model to train on your own data, or the recipe of a SEED on other parts.
 
+`--llm` or `--encoder`: `cli.recipe`. `--like KIND`: initial weights and settings of a small model.
 Frozen parts (vision encoder, VAE, tokenizers) are copied from the shipped small system; trained
 parts are random. A family's `starts` (YAML) has an entry for each kind of training:
 
@@ -22,7 +23,7 @@ import yaml
 
 from seed_multimodal.cli.common import add_json, emit
 from seed_multimodal.disk import JsonObject, atomic_folder, output_folder
-from seed_multimodal.entry import DONE
+from seed_multimodal.entry import DONE, bounded_int
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import locate_system
 from seed_multimodal.models.registry import families
@@ -44,16 +45,47 @@ def add_command(commands: Commands) -> None:
     """The command with its flags."""
     command = commands.add_parser("init", help=init.__doc__, description=init.__doc__)
     command.add_argument("out", metavar="OUT", help="folder to make")
-    command.add_argument("--like", required=True, choices=templates(), help="what will be trained")
+    command.add_argument("--like", choices=templates(), help="a small model of this kind")
     command.add_argument(
-        "--size", choices=("tiny",), default="tiny", help="of what begins at random"
+        "--size",
+        choices=("full", "tiny"),
+        help="tiny: with small random parts; default: tiny with --like",
     )
+    # A SEED on other parts.
+    command.add_argument("--llm", metavar="FOLDER|ID", help="language model of transformers")
+    command.add_argument("--encoder", metavar="FOLDER|ID", help="vision encoder of transformers")
+    command.add_argument(
+        "--decoder", choices=("flow", "unclip"), default="flow", help="default: %(default)s"
+    )
+    command.add_argument(
+        "--codes", type=bounded_int(1), default=32, help="of an image (default: %(default)s)"
+    )
+    command.add_argument(
+        "--codebook", type=bounded_int(2), default=8192, help="codes in all (default: %(default)s)"
+    )
+    adapter = command.add_mutually_exclusive_group()
+    for name, text in (("lora", "default"), ("qlora", "on a base in 4 bits")):
+        adapter.add_argument(
+            f"--{name}", dest="adapter", action="store_const", const=name, help=text
+        )
     add_json(command)
-    command.set_defaults(work=init)
+    command.set_defaults(work=init, adapter="lora")
 
 
 def init(args: Namespace) -> int:
-    """A small model with random weights and the settings to train it on your own data."""
+    """A small model to train on your own data, or the recipe of a SEED on other parts."""
+    if args.like is not None:
+        return init_like(args)
+    from seed_multimodal.cli.recipe import describe, write_recipe
+
+    out, steps = write_recipe(args)
+    record = {"folder": str(out), "steps": [step._asdict() for step in steps]}
+    emit(args, record, describe(out, steps))
+    return DONE
+
+
+def init_like(args: Namespace) -> int:
+    """A small model with random weights and the settings to train it."""
     # The shipped system has the frozen parts.
     template = templates()[args.like]
     shipped = locate_system(template["system"])

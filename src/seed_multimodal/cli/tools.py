@@ -155,7 +155,7 @@ def plot(args: Namespace) -> int:
 
 def export(args: Namespace) -> int:
     """Join, write, read back, compare; print which part came from where."""
-    from seed_multimodal.language.tokenizer import read_files
+    from seed_multimodal.language.hub_tokenizer import read_tokenizer_files
     from seed_multimodal.models.lavit.export import export_stage1
     from seed_multimodal.models.seed.export import export_tokenizer
 
@@ -170,7 +170,10 @@ def export(args: Namespace) -> int:
 
     # SEED's tokenizer, compared with the training modules on an image.
     # With the language tokenizer's files the folder is complete for a language model.
-    text_files = read_files(Path(args.text_tokenizer)) if args.text_tokenizer else None
+    files = None
+    vocabulary = None
+    if args.text_tokenizer:
+        files, vocabulary = read_tokenizer_files(Path(args.text_tokenizer))
     image = args.image
     if image is None and cat_image().is_file():
         image = cat_image()
@@ -183,8 +186,8 @@ def export(args: Namespace) -> int:
         kind=args.kind,
         write_original=args.released,
         image=image,
-        extra_files=text_files.raw if text_files else None,
-        vocabulary=text_files.vocabulary if text_files else None,
+        extra_files=files,
+        vocabulary=vocabulary,
         force=args.force,
     )
     emit(

@@ -1,0 +1,201 @@
+"""`seed init --llm … --encoder …`: configurations and commands that make a SEED of other parts.
+
+The recipe is `models/seed/recipe.yaml`; here its values are read from the parts. `--size tiny`
+first writes small random parts of the same classes.
+"""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+import yaml
+from omegaconf import OmegaConf
+
+from seed_multimodal.cli.tiny_parts import write_tiny_encoder, write_tiny_llm
+from seed_multimodal.config import read_yaml
+from seed_multimodal.data.formats.sources import open_file
+from seed_multimodal.data.pretokenize.inputs import read_input_settings
+from seed_multimodal.disk import JsonObject, atomic_folder, output_folder
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.hub import find_folder, locate
+from seed_multimodal.language.hub_tokenizer import HubTokenizer
+from seed_multimodal.language.llm import llm_config
+from seed_multimodal.language.text_tokenizer import HUB_TOKENIZER
+from seed_multimodal.models import seed
+from seed_multimodal.nn.vision.hub import HubVisionConfig
+
+RECIPE = Path(seed.__file__).with_name("recipe.yaml")
+LLM_FILES = ("*.json", "*.jinja", "*.txt", "*.model")  # what the recipe reads of a hub id
+LLM_ADVICE = "give the folder or hub id of a language model, or --size tiny"
+FULL = "full"  # size by default
+N_TEXTS = 400  # captions for a tokenizer of the small recipe
+MAX_LENGTH = 2048  # tokens of a packed row, as the published training
+FILES = (
+    "stage1",
+    "stage2",
+    "captions",
+    "chats",
+    "tokenizer",
+    "llm",
+    "pretrain_data",
+    "sft_data",
+    "decoder",
+    "decoder_data",
+)
+
+
+class Step(NamedTuple):
+    """One command of the recipe.
+
+    result: file or folder of the recipe's that it makes; empty: it only runs when it is named.
+    command: in the words of run.sh.
+    """
+
+    name: str
+    result: str
+    command: str
+
+
+def write_recipe(args: Namespace) -> tuple[Path, list[Step]]:
+    """Write the folder `args.out`; returns it and the steps of its `run.sh`."""
+    repository = locate("MultiModalLLM/configs")
+    if repository is None:
+        raise ConfigError("The recipe runs the repository's trainings; run it from a checkout.")
+    if args.size != "tiny" and not (args.llm and args.encoder):
+        raise ConfigError(
+            "Give --llm and --encoder (folders or hub ids of transformers models); or --size tiny "
+            "for small random parts, or --like KIND."
+        )
+    out = output_folder(args.out, force=False, label="the recipe").resolve()
+    with atomic_folder(out, args.out, ConfigError) as folder:
+        # 1. The parts, and what their configurations say.
+        llm = str(args.llm)
+        encoder = str(args.encoder)
+        paths = {"llm": absolute_path(llm), "encoder": absolute_path(encoder)}
+        if args.size == "tiny":
+            write_tiny_llm(args.llm or "qwen3", tiny_texts(), folder / "parts/llm")
+            write_tiny_encoder(args.encoder or "siglip2", folder / "parts/encoder")
+            llm = str(folder / "parts/llm")
+            encoder = str(folder / "parts/encoder")
+            paths = {"llm": str(out / "parts/llm"), "encoder": str(out / "parts/encoder")}
+        tokenizer, sizes = read_parts(llm, encoder, args.codes, args.codebook)
+        tokenizer.save_pretrained(folder / "llm_tokenizer")
+        values: JsonObject = {
+            **paths,
+            **sizes,
+            "out": str(out),
+            "repository": str(repository.resolve().parents[1]),
+            "codes": args.codes,
+            "codebook": args.codebook,
+            "decoder": args.decoder,
+            "adapter": args.adapter,
+        }
+
+        # 2. The files.
+        recipe = compose(values, args.size or FULL)
+        for name, content in recipe["files"].items():
+            text = yaml.safe_dump(content, sort_keys=False, width=100)
+            (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
+        steps = [Step(*map(str, step)) for step in recipe["steps"]]
+        (folder / "run.sh").write_text(recipe["script"] + script_lines(steps), encoding="utf-8")
+        (folder / "run.sh").chmod(0o755)
+        (folder / "README.md").write_text(recipe["readme"], encoding="utf-8")
+    return out, steps
+
+
+def read_parts(
+    llm: str, encoder: str, n_codes: int, codebook_size: int
+) -> tuple[HubTokenizer, JsonObject]:
+    """The language model's tokenizer with image tokens, and values of the recipe.
+
+    llm, encoder: folders or hub ids.
+
+    Raises:
+        CheckpointError: a part is missing, or no model of its kind.
+    """
+    # 1. The language model.
+    llm_folder = find_folder(llm, LLM_FILES, LLM_ADVICE)
+    config = llm_config(llm_folder)
+    if not (llm_folder / HUB_TOKENIZER).is_file():
+        raise CheckpointError(f"{llm}: has no {HUB_TOKENIZER}, the file of a hub tokenizer.")
+    tokenizer = HubTokenizer.create(llm_folder, codebook_size, n_codes)
+    length = min(MAX_LENGTH, int(config.max_position_embeddings))
+
+    # 2. The vision encoder, without weights.
+    with torch.device("meta"):
+        vision_config = HubVisionConfig(path=encoder)
+        vision = vision_config.build()
+    return tokenizer, {
+        "llm_sizes": (
+            f"{config.model_type}: {config.hidden_size} wide, {config.num_hidden_layers} layers, "
+            f"{config.vocab_size:,} tokens and {len(tokenizer) - tokenizer.vocabulary.n_text:,} "
+            "of images"
+        ),
+        "length": length,
+        "encoder_sizes": (
+            f"{vision_config.network['model_type']}: {vision.n_patches} patches of images of "
+            f"{vision.image_size} pixels, {vision.width} wide"
+        ),
+        "image_size": vision.image_size,
+    }
+
+
+def tiny_texts() -> list[str]:
+    """Captions of the small recipe's data, on which its tokenizer is trained."""
+    settings = read_input_settings(read_yaml(RECIPE)["tiny"]["captions"])
+    captions = open_file(None, settings.format, options=settings.format_options)
+    n_texts = min(N_TEXTS, sum(captions.sizes))
+    return [str(captions.locate(index).fields["text"]) for index in range(n_texts)]
+
+
+def absolute_path(part: str) -> str:
+    """A folder's absolute path; hub ids stay."""
+    path = Path(part).expanduser()
+    return str(path.resolve()) if path.exists() else part
+
+
+def compose(values: JsonObject, size: str) -> JsonObject:
+    """The recipe's `files`, `steps`, `script` and `readme` with all values.
+
+    size: full or tiny.
+    """
+    recipe = read_yaml(RECIPE)
+    names = ("shared", size, values["adapter"], f"{size} {values['decoder']}")
+    sections = [recipe[name] for name in names]
+
+    # 1. Each file: its base, and the sections' changes.
+    files: JsonObject = {}
+    for name in FILES:
+        layers = [section[name] for section in sections if name in section]
+        bases = [layer.pop("base") for layer in layers if "base" in layer]
+        published = [read_yaml(Path(values["repository"]) / base) for base in bases]
+        files[name] = OmegaConf.merge(*published, *layers)
+
+    # 2. The values in all of them.
+    section_values = [section.get("values", {}) for section in sections]
+    texts = OmegaConf.masked_copy(recipe, ["steps", "script", "readme"])
+    whole = OmegaConf.merge(*section_values, values, texts, {"files": files})
+    plain: Any = OmegaConf.to_container(whole, resolve=True)
+    return dict(plain)
+
+
+def script_lines(steps: list[Step]) -> str:
+    """The steps as lines of run.sh."""
+    lines: list[str] = []
+    for step in steps:
+        # Paths may have spaces.
+        words = [f'"{word}"' if "$" in word else word for word in step.command.split()]
+        lines.append(f'step {step.name} "{step.result}" {" ".join(words)}\n')
+    return "".join(lines)
+
+
+def describe(out: Path, steps: list[Step]) -> str:
+    """The commands in their order."""
+    lines = [f"{out}: README.md says what to put where. `bash run.sh` runs these steps there:"]
+    for step in steps:
+        when = "" if step.result else " (only if it is named)"
+        lines.append(f"bash run.sh {step.name}{when}  # {step.command}")
+    return "\n".join(lines)

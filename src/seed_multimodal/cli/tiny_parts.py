@@ -1,0 +1,203 @@
+"""Small random parts of the classes that a recipe names: a language model with its tokenizer, and a
+vision encoder. For runs of the whole recipe in minutes, and for tests.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from seed_multimodal.disk import JsonObject
+from seed_multimodal.hub import find_folder
+from seed_multimodal.images.transforms import CLIP_MEAN, CLIP_STD, PROCESSOR
+from seed_multimodal.language.hub_tokenizer import CHAT_TEMPLATE, CONFIG, FILES, HubTokenizer
+from seed_multimodal.language.llm import llm_config
+from seed_multimodal.language.text_tokenizer import HUB_TOKENIZER
+from seed_multimodal.nn.vision.hub import HubVisionConfig
+from seed_multimodal.progress import quiet_loading
+
+CHATML = (
+    "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"
+    "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+CHATML_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
+LLM_SIZES = {
+    "hidden_size": 128,
+    "intermediate_size": 256,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "max_position_embeddings": 512,
+}
+VISION_SIZES = {
+    "hidden_size": 96,
+    "intermediate_size": 192,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "image_size": 64,
+    "patch_size": 16,
+    "num_patches": 16,
+}
+# Of a configuration, what depends on its sizes.
+DERIVED = (
+    "layer_types",
+    "no_rope_layers",
+    "rope_parameters",
+    "rope_scaling",
+    "out_features",
+    "out_indices",
+    "stage_names",
+)
+ROWS = 64  # embedding tables are padded to a multiple of it, as published models' are
+
+
+def write_tiny_llm(source: str, texts: Iterable[str], folder: Path) -> None:
+    """A random language model of `source`'s class.
+
+    source: a `model_type` (qwen3), whose tokenizer is trained on the texts; or the folder or hub id
+        of a model, whose tokenizer is copied.
+
+    Raises:
+        CheckpointError, ConfigError: no such class, or no such part.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+    # 1. The configuration and the tokenizer.
+    if source in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
+        config = AutoConfig.for_model(source)
+        write_bpe_tokenizer(
+            folder,
+            texts,
+            CHATML,
+            CHATML_TOKENS,
+            eos="<|im_end|>",
+            pad="<|endoftext|>",
+            vocab_size=512,
+        )
+    else:
+        advice = "name a class (qwen3), or a folder or hub id of this class"
+        parts = find_folder(source, ("config.json", *FILES), advice)
+        config = llm_config(parts)
+        folder.mkdir(parents=True)
+        for name in FILES:
+            if (parts / name).is_file():
+                shutil.copyfile(parts / name, folder / name)
+
+    # 2. The model, with the tokenizer's ids and rows of padding.
+    tokenizer = HubTokenizer.create(folder, n_codes=1, tokens_per_image=1)
+    values = shrink(config.to_dict(), LLM_SIZES)
+    values |= tokenizer.special_ids
+    values["vocab_size"] = -(-tokenizer.vocabulary.n_text // ROWS) * ROWS
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
+    with quiet_loading("transformers"):
+        model.save_pretrained(folder)
+
+
+def write_tiny_encoder(source: str, folder: Path) -> None:
+    """A random vision encoder of `source`'s class for images of 64 pixels.
+
+    source: a class (siglip2, clip, dinov2, dinov3), or the folder or hub id of a model, whose mean
+        and deviation the images keep.
+
+    Raises:
+        CheckpointError, ConfigError: no such class, or no such part.
+    """
+    from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
+
+    # 1. The configuration.
+    candidates = (f"{source}_vision_model", f"{source}_vit", source)
+    model_type = next((name for name in candidates if name in CONFIG_MAPPING), None)
+    mean = CLIP_MEAN
+    std = CLIP_STD
+    if model_type is not None:
+        network = CONFIG_MAPPING[model_type]().to_dict()
+    else:
+        part = HubVisionConfig(path=source)
+        network = part.network
+        mean = part.preprocessing.mean
+        std = part.preprocessing.std
+
+    # 2. The network, and its preprocessing.
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModel.from_config(AutoConfig.for_model(**shrink(network, VISION_SIZES)))
+    with quiet_loading("transformers"):
+        model.save_pretrained(folder)
+    side = VISION_SIZES["image_size"]
+    size = {"height": side, "width": side}
+    preprocessing = {"image_mean": mean, "image_std": std, "size": size, "resample": 2}
+    (folder / PROCESSOR).write_text(json.dumps(preprocessing), encoding="utf-8")
+
+
+def shrink(config: JsonObject, sizes: Mapping[str, int]) -> JsonObject:
+    """A configuration with other sizes, as far as it has them."""
+    values = {key: value for key, value in config.items() if key not in DERIVED}
+    for key, size in sizes.items():
+        if key in values:
+            values[key] = size
+    return values
+
+
+def write_bpe_tokenizer(
+    folder: Path,
+    texts: Iterable[str],
+    chat_template: str,
+    special: Sequence[str],
+    *,
+    eos: str,
+    pad: str | None = None,
+    bos: str | None = None,
+    added: Sequence[str] = (),
+    vocab_size: int,
+) -> None:
+    """Train a byte-level BPE tokenizer and write the files of a hub tokenizer.
+
+    special: its special tokens, which have the first ids.
+    added: tokens behind the others that are not special.
+    """
+    from tokenizers import (
+        AddedToken,
+        Tokenizer,
+        decoders,
+        models,
+        pre_tokenizers,
+        processors,
+        trainers,
+    )
+
+    # 1. The tokenizer.
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=vocab_size,
+        special_tokens=list(special),
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    tokenizer.train_from_iterator(texts, trainer)
+    tokenizer.add_tokens([AddedToken(name, normalized=False) for name in added])
+
+    # 2. Its files.
+    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
+    if pad is not None:
+        config["pad_token"] = pad
+    if bos is not None:
+        config["bos_token"] = bos
+        tokenizer.post_processor = processors.TemplateProcessing(
+            single=f"{bos} $A",
+            special_tokens=[(bos, tokenizer.token_to_id(bos))],
+        )
+    folder.mkdir(parents=True, exist_ok=True)
+    tokenizer.save(str(folder / HUB_TOKENIZER))
+    if chat_template:
+        (folder / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
+    (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")

@@ -1,0 +1,146 @@
+"""`seed init --llm … --encoder …`: the files that it writes are those of the trainings."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import json
+import pkgutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from lavis_runs import environment
+from repository import ROOT
+
+from seed_multimodal.cli.init import init
+from seed_multimodal.cli.main import build_parser, main
+from seed_multimodal.cli.tiny_parts import write_tiny_encoder, write_tiny_llm
+from seed_multimodal.data.pretokenize.inputs import read_input_settings
+from seed_multimodal.images.transforms import CLIP_MEAN
+from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
+from seed_multimodal.language.llm import llm_config
+from seed_multimodal.models.registry import find_training
+from seed_multimodal.nn.vision.registry import load_vision_encoder
+from seed_multimodal.training.cli import compose, parse
+
+CAPTIONS = ["a red apple on the table", "a blue bird in the tree"]
+
+
+@pytest.fixture(scope="module")
+def parts(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("parts")
+    write_tiny_llm("mistral", CAPTIONS, folder / "llm")
+    write_tiny_encoder("dinov2", folder / "encoder")
+    return folder
+
+
+def write(out: Path, *flags: object) -> Path:
+    args = build_parser().parse_args(["init", *map(str, flags), str(out)])
+    assert init(args) == 0
+    return out
+
+
+def lavis_config(file: Path):
+    """A stage's configuration, read by the application."""
+    try:
+        importlib.metadata.version("salesforce-lavis")
+    except importlib.metadata.PackageNotFoundError:
+        pytest.skip("salesforce-lavis is not installed: bash install.sh --lavis")
+    if str(ROOT / "SEED_Tokenizer") not in sys.path:
+        sys.path.append(str(ROOT / "SEED_Tokenizer"))
+    from seed_lavis import register
+    from seed_lavis.options import load_config
+
+    register()
+    return load_config(str(file), [])
+
+
+@pytest.mark.parametrize("decoder, reads", [("flow", "codes"), ("unclip", "embedding")])
+def test_recipe_of_full_size(parts, decoder, reads, tmp_path, capsys):
+    flags = ["--llm", parts / "llm", "--encoder", parts / "encoder", "--qlora", "--json"]
+    sizes = ["--decoder", decoder, "--codes", 16, "--codebook", 64]
+    out = write(tmp_path / "mine", *flags, *sizes)
+    steps = {step["name"]: step for step in json.loads(capsys.readouterr().out)["steps"]}
+
+    # 1. Both stages, with the published settings and the encoder's images.
+    for stage in (1, 2):
+        config = lavis_config(out / f"stage{stage}.yaml")
+        assert config.run_cfg.iters_per_epoch == 5000
+        assert config.model_cfg.num_query_token == config.model_cfg.qformer.causal_queries == 16
+        assert config.model_cfg.vit == {"type": "hub", "path": str(parts / "encoder")}
+        dataset = config.datasets_cfg.conceptual_caption_3m
+        assert dataset.vis_processor.train.image_size == 64
+    assert config.model_cfg.n_embed == 64
+
+    # 2. The language model and the decoder, as their programs read them.
+    for step, program, config_name in (
+        ("pretrain", "train", "train"),
+        ("sft", "train", "train"),
+        ("decoder", "train_seed_decoder", "seed_decoder/train"),
+    ):
+        command = steps[step]["command"].replace("$OUT", str(out)).split()
+        overrides = command[3:]
+        configs = ROOT / "MultiModalLLM" / "configs" / config_name
+        config = compose(parse(overrides), configs.parent, configs.name)
+        run = pkgutil.resolve_name(find_training(program).task).read(config)
+        if step == "decoder":
+            assert run.model.reads == reads
+            assert run.data.encoder_size == 64
+        else:
+            assert run.model.lora["r"] == 16
+            assert run.model.quantization == "4bit"
+            assert run.data.length == 512  # of the base's positions
+
+    # 3. What is encoded, and the script.
+    assert read_input_settings(out / "chats.yaml").image_root == f"{out}/data/images"
+    assert load_text_tokenizer(out / "llm_tokenizer").vocabulary.n_codes == 64
+
+
+@pytest.mark.parametrize(
+    "flags, sentence",
+    [
+        (["--llm", "nowhere/at/all"], "nowhere/at/all: no such folder; give the folder or hub id"),
+        (["--llm", "Qwen/Qwen3-0.6B"], "downloads are off: set HF_HUB_OFFLINE=0"),
+        (["--encoder", "pretrained/siglip2"], "pretrained/siglip2: no such folder"),
+        (["--size", "tiny", "--llm", "qwen33"], "qwen33: no such folder; name a class"),
+    ],
+)
+def test_missing_parts_are_refused(parts, flags, sentence, tmp_path, capsys):
+    complete = ["--llm", str(parts / "llm"), "--encoder", str(parts / "encoder"), *flags]
+    assert main(["init", *complete, str(tmp_path / "mine")]) == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "mine").exists()
+
+
+def test_neither_kind_nor_parts_is_refused(tmp_path, capsys):
+    assert main(["init", str(tmp_path / "mine")]) == 2
+    assert "Give --llm and --encoder" in capsys.readouterr().err
+
+
+def test_tiny_parts_of_the_classes_of_folders(parts, tmp_path):
+    """A model of the same class, the tokenizer's files, and the images' mean."""
+    flags = ["--size", "tiny", "--llm", parts / "llm", "--encoder", parts / "encoder"]
+    out = write(tmp_path / "mine", *flags)
+    tokenizer = (out / "parts/llm/tokenizer.json").read_bytes()
+    assert tokenizer == (parts / "llm/tokenizer.json").read_bytes()
+    assert llm_config(out / "parts/llm").model_type == "mistral"
+    encoder = load_vision_encoder(out / "parts/encoder")
+    assert encoder.config.network["model_type"] == "dinov2"
+    assert encoder.preprocessing.mean == CLIP_MEAN
+
+
+@pytest.mark.process
+def test_run_script_skips_finished_steps_and_runs_named_ones(parts, tmp_path):
+    out = write(tmp_path / "my recipe", "--size", "tiny")
+    for name in ("stage1/checkpoint_1.pth", "stage2/checkpoint_1.pth", "tokenizer/x"):
+        (out / name).parent.mkdir(exist_ok=True)
+        (out / name).touch()
+    script = ["bash", str(out / "run.sh"), "stage1", "tokenizer"]
+    done = subprocess.run(script, capture_output=True, text=True, check=True)
+    assert done.stderr.count("finished (") == 2
+    # A step that fails ends the script.
+    script = ["bash", str(out / "run.sh"), "merge", "system"]
+    done = subprocess.run(script, capture_output=True, text=True, env=environment())
+    assert done.returncode == 2
+    assert "system" not in done.stderr.replace("my recipe", "").split("==")[-1]
