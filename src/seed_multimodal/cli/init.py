@@ -33,11 +33,20 @@ if TYPE_CHECKING:
 
 
 def templates() -> dict[str, JsonObject]:
-    """What can be trained, of all families."""
+    """What can be trained, of all families.
+
+    Raises ConfigError: two families have a name in common.
+    """
     kinds: dict[str, JsonObject] = {}
+    owners: dict[str, str] = {}
     for spec in families():
-        if spec.starts is not None:
-            kinds |= yaml.safe_load(spec.starts.read_text(encoding="utf-8"))
+        if spec.starts is None:
+            continue
+        for kind, template in yaml.safe_load(spec.starts.read_text(encoding="utf-8")).items():
+            owner = owners.setdefault(kind, spec.title)
+            if owner != spec.title:
+                raise ConfigError(f"{owner} and {spec.title} both have the start {kind!r}.")
+            kinds[kind] = template
     return kinds
 
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from seed_multimodal.errors import RequestError
 from seed_multimodal.images.io import ImageSource, image_from_base64, is_open_file
 from seed_multimodal.language.answer import Answer, BrokenImagePart, ImagePart
+from seed_multimodal.language.vocabulary import BLANK
 
 ROLES = ("system", "user", "assistant")
 IMAGE_PART_TYPES = ("image", "image_url")
@@ -177,8 +178,8 @@ def _message(message: object, index: int) -> Message:
 
 
 def _is_blank(item: ContentPart) -> bool:
-    """Whether `item` is a text of white space and full stops, which are no request."""
-    return isinstance(item, str) and not item.strip(". \t\r\n")
+    """Whether `item` is a text of white space and punctuation, which are no request."""
+    return isinstance(item, str) and not item.strip(BLANK)
 
 
 def _item(item: object, index: int) -> ContentPart:

@@ -48,7 +48,6 @@ class CodeCodec(ImageCodec):
         equal.
     """
 
-    has_codes = True
     fp16: bool = False  # whether codes of data sets are computed in float16 on CUDA
 
     def __init__(

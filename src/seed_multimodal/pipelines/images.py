@@ -131,7 +131,6 @@ class ImageCodec:
     min_side: larger images are opened with at least so many pixels a side.
     """
 
-    has_codes: ClassVar[bool] = False  # otherwise images are features
     progressive: ClassVar[bool] = False  # whether the first codes of an image can be decoded
     encodes_by_seed: ClassVar[bool] = False  # whether `encode` takes `seed`
     drawing_settings: ClassVar[tuple[str, ...]] = ()  # keywords of `draw`
@@ -139,6 +138,7 @@ class ImageCodec:
     name = "This system"  # for the message about a missing de-tokenizer
     advice = ""  # the end of that message
     compiled = False
+    codes_per_image: int = 0  # at most; 0: images are features
     encode: Callable[..., Sequence[Tensor]]
     draw: Callable[..., list[Image.Image]]
     encode_batch: Callable[..., Sequence[object]]
@@ -155,6 +155,10 @@ class ImageCodec:
         self._encode_batcher = DynamicBatcher(self.encode_batch, max_rows=32, wait=0.005)
         self._draw_batcher = DynamicBatcher(self.draw_batch)
         self.offload(placement.offload)
+
+    @property
+    def has_codes(self) -> bool:
+        return self.codes_per_image > 0
 
     @property
     def can_draw(self) -> bool:

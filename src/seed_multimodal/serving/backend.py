@@ -177,6 +177,7 @@ class Backend:
             "created": self.created,
             "owned_by": "seed-multimodal",
             "family": self.system.config.system,
+            "codes_per_image": self.system.images.codes_per_image,
         }
 
     @contextlib.contextmanager

@@ -26,7 +26,7 @@ from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import RequestError, SeedError
 from seed_multimodal.images import io
 from seed_multimodal.images.sheet import draw_boxes
-from seed_multimodal.language.vocabulary import BOX_WORDS, PLACEHOLDER
+from seed_multimodal.language.vocabulary import BLANK, BOX_WORDS, PLACEHOLDER
 from seed_multimodal.serving.client import ModelClient
 
 IMAGES = Path(__file__).resolve().parents[3] / "images"  # of the examples
@@ -282,6 +282,7 @@ class ChatSession:
             value=next(iter(card.ratios), None),
             visible=bool(card.ratios),
         )
+        n_codes = self.model.codes_per_image
         return (
             self,
             f"# {card.title}",
@@ -292,6 +293,8 @@ class ChatSession:
             False,
             ratios,
             ratios,
+            gr.update(maximum=n_codes, value=n_codes),
+            gr.update(maximum=n_codes, value=n_codes // 2),
             *(gr.update(visible=tab in card.tabs) for tab in TABS),
         )
 
@@ -404,7 +407,7 @@ class ChatSession:
 
 def not_empty(text: str) -> str:
     """The text of a tab. Raises RequestError: empty."""
-    if not text.strip():
+    if not text.strip(BLANK):
         raise RequestError("Write a text first.")
     return text
 
@@ -417,7 +420,7 @@ def user_message(text: str, images: Sequence[Message]) -> Message:
     """The user's input. Raises RequestError: empty, or contains the image placeholder."""
     if PLACEHOLDER in text:
         raise RequestError(f"Please do not type {PLACEHOLDER}: it stands for images.")
-    if not images and not text.strip(" ?.;!/"):
+    if not images and not text.strip(BLANK):
         raise RequestError("Write a message or choose an image first.")
     return {"role": "user", "content": [*images, text_part(text)]}
 

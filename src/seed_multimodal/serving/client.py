@@ -22,10 +22,12 @@ class ModelClient:
     Attributes:
         address: of its `/generate`.
         card: of its model; a guess until `load_card`.
+        codes_per_image: of its model; 0: images have no codes.
     """
 
     address: str
     card: ModelCard
+    codes_per_image: int = 0
 
     async def load_card(self) -> None:
         """Set the card of the model that the backend serves."""
@@ -38,6 +40,7 @@ class ModelClient:
         if card is None and "family" in model:
             card = find_family(model["family"]).card
         self.card = card or self.card
+        self.codes_per_image = model.get("codes_per_image", 0)
 
     async def stream(
         self,

@@ -20,7 +20,6 @@ from seed_multimodal.models.registry import ModelCard
 from seed_multimodal.serving.chat_session import DRAWN_AT_ONCE, IMAGES, UPLOADS, ChatSession
 from seed_multimodal.serving.client import ModelClient
 
-CODES = 32  # of an image of SEED-LLaMA
 MAX_SEED = 2**31 - 1
 CSS = """
 .gradio-container {padding-top: 4px !important}
@@ -77,7 +76,7 @@ def build(models: Sequence[ModelClient]) -> gr.Blocks:
             with gr.Tab("Edit", visible=False) as edit, gr.Row():
                 edit_tab(session)
             with gr.Tab("Codes", visible=False) as codes:
-                codes_tab(session)
+                code_sliders = codes_tab(session)
             with gr.Tab("Find", visible=False) as find, gr.Row():
                 find_tab(session)
 
@@ -98,6 +97,7 @@ def build(models: Sequence[ModelClient]) -> gr.Blocks:
                 settings.force_image,
                 settings.ratio,
                 draw_ratio,
+                *code_sliders,
                 draw,
                 edit,
                 codes,
@@ -244,8 +244,11 @@ def edit_tab(session: gr.State) -> None:
     results("edit", "Edit", ChatSession.on_change, [session, image, text, seed])
 
 
-def codes_tab(session: gr.State) -> None:
-    """The codes of two images; images of parts of them, and of codes exchanged between the two."""
+def codes_tab(session: gr.State) -> tuple[gr.Slider, gr.Slider]:
+    """The codes of two images; images of parts of them, and of codes exchanged between the two.
+
+    Returns the two choices of a number of codes, whose range is the model's.
+    """
     rows = []
     # Two images with their codes.
     with gr.Row():
@@ -261,8 +264,6 @@ def codes_tab(session: gr.State) -> None:
         with gr.Column():
             count = gr.Slider(
                 1,
-                CODES,
-                CODES,
                 step=1,
                 label="Codes to draw from",
                 elem_id="count",
@@ -270,14 +271,13 @@ def codes_tab(session: gr.State) -> None:
             )
             exchanged = gr.Slider(
                 0,
-                CODES,
-                CODES // 2,
                 step=1,
                 label="Codes to exchange",
                 info="The first so many of two images change places.",
             )
         inputs = [session, *rows, count, exchanged]
         results("swap", "Draw", ChatSession.on_swap, inputs, count.release)
+    return count, exchanged
 
 
 def find_tab(session: gr.State) -> None:

@@ -25,7 +25,7 @@ from seed_multimodal import __version__
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import RequestError
-from seed_multimodal.language.vocabulary import PLACEHOLDER
+from seed_multimodal.language.vocabulary import BLANK, PLACEHOLDER
 
 VALIDATION: Literal["validation"] = "validation"  # the schemas of requests, not of their dumps
 
@@ -223,7 +223,7 @@ class ChatRequest(Fields):
     @model_validator(mode="after")
     def _count(self) -> ChatRequest:
         # 1. An empty message without an image is nothing to answer.
-        if all(isinstance(part, str) and not part.strip() for part in self.messages[-1].parts):
+        if all(isinstance(part, str) and not part.strip(BLANK) for part in self.messages[-1].parts):
             raise ValueError("The last message is empty")
 
         # 2. Images and characters of the conversation.

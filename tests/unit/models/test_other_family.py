@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import shutil
@@ -22,6 +23,7 @@ from real_processes import run_process
 from repository import ROOT
 from served import Running, read, serving
 
+from seed_multimodal.cli.init import templates
 from seed_multimodal.cli.main import main
 from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.pretokenize.run import RunSettings
@@ -30,6 +32,8 @@ from seed_multimodal.errors import ConfigError, SeedWarning
 from seed_multimodal.models.registry import families, find_family
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.config import SystemConfig
+from seed_multimodal.serving.chat_session import ChatSession
+from seed_multimodal.serving.client import ModelClient
 from seed_multimodal.training.cli import main as train
 
 GROUP = "seed_multimodal.families"
@@ -219,6 +223,14 @@ def test_init_prints_a_command_that_trains(
     assert 2 in llm_runs.losses(out / "run")
 
 
+def test_page_of_the_system(system: MultimodalSystem) -> None:
+    """The page shows the family's card, and sliders of as many codes as an image has."""
+    client = ModelClient(f"{Running(system).root}/generate", find_family("seed_llama").card)
+    updates = asyncio.run(ChatSession([client], client).on_model(0))
+    assert updates[1] == "# Mosaic"
+    assert [update["maximum"] for update in updates[9:11]] == [32, 32]
+
+
 @pytest.mark.process
 def test_server_program(folder: Path) -> None:
     """It starts without a de-tokenizer, and tells the page which family it serves."""
@@ -232,6 +244,21 @@ def test_families_without_one_that_cannot_be_imported(other_site: Path) -> None:
     install(other_site, "broken", {GROUP: {"broken": "no_such_module:SPEC"}})
     with pytest.warns(SeedWarning, match="broken of seed_multimodal.families cannot be imported"):
         assert families()[-1].name != "broken"
+
+
+def test_starts_with_a_name_twice(other_site: Path) -> None:
+    install(other_site, "copy", {GROUP: {"copy": "other_starts:SPEC"}})
+    (other_site / "starts.yaml").write_text("seed-x: {}\n")
+    (other_site / "other_starts.py").write_text(
+        "from pathlib import Path\n"
+        "from seed_multimodal.models.registry import FamilySpec\n"
+        "from seed_multimodal.pipelines.config import SystemConfig\n"
+        "class Config(SystemConfig):\n    system = 'copy'\n"
+        "STARTS = Path(__file__).with_name('starts.yaml')\n"
+        "SPEC = FamilySpec(title='Copy', config=Config, system='', images='', starts=STARTS)\n"
+    )
+    with pytest.raises(ConfigError, match="SEED-X and Copy both have the start 'seed-x'"):
+        templates()
 
 
 def test_families_with_a_name_twice(other_site: Path) -> None:

@@ -209,7 +209,7 @@ def test_tokens_become_codes_and_images_by_curl(running: Running, tiny, stripes)
         ("chat/completions", {}, "messages: Field required."),
         (
             "chat/completions",
-            {"messages": [{"role": "user", "content": " "}]},
+            {"messages": [{"role": "user", "content": " ."}]},
             "The last message is empty.",
         ),
         (

@@ -267,7 +267,8 @@ def test_build_opens_no_connection(name, monkeypatch):
     monkeypatch.setattr(socket.socket, "connect", refuse)
     demo = build(models := [ModelClient("", kind := model_cards()[name])])
     updates = asyncio.run(ChatSession(models, models[0]).on_model(0))
-    temperature, rounds, force, _, shape, *tabs = updates[4:]
+    temperature, rounds, force, _, shape, *sliders_and_tabs = updates[4:]
+    tabs = sliders_and_tabs[2:]
     names = ("draw", "edit", "codes", "find")
     assert [name for name, update in zip(names, tabs, strict=True) if update["visible"]] == [
         *kind.tabs

@@ -178,7 +178,8 @@ class SeedXImageCodec(ImageCodec):
         features = torch.cat(self._encode_batcher(None, squares))
         if embeddings is None:
             return features
-        if features.shape[1] % (embeddings or 1):
+        check_value(int, embeddings, "embeddings", minimum=1)
+        if features.shape[1] % embeddings:
             raise ConfigError(
                 f"embeddings must divide the vision encoder's {features.shape[1]}, not "
                 f"{embeddings}."
