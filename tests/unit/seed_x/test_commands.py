@@ -12,6 +12,7 @@ from PIL import Image
 
 from seed_multimodal.cli.common import RATIO_MODES
 from seed_multimodal.cli.main import main
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.models.seed_x.views import Ratio
 
 pytestmark = pytest.mark.slow
@@ -94,3 +95,12 @@ def test_ask_a_merged_agent(seed, image, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     code, answers, _ = seed("ask", image, "What is it?", "--max-new-tokens", "8", model="merged")
     assert code == 0 and isinstance(answers[0]["answer"], str)
+
+
+def test_encode_of_a_number_of_embeddings(tiny_x, image):
+    file = Path(image)
+    n = tiny_x.images.encode([file]).shape[1]
+    assert tiny_x.images.encode([file], n // 2).shape[1] == n // 2
+    for wrong in (0, n + 1):
+        with pytest.raises(ConfigError, match="embeddings"):
+            tiny_x.images.encode([file], wrong)
