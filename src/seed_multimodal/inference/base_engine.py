@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.errors import GenerationError
+from seed_multimodal.inference.likelihood import ForcedTokens, Likelihood
 from seed_multimodal.inference.prompt import GenerationSettings, HiddenStates, Prompt
 from seed_multimodal.inference.request import Request
 from seed_multimodal.language.text_tokenizer import TextTokenizer
@@ -109,6 +110,17 @@ class BaseEngine(ABC):
                 request.cancel()
         return answers
 
+    def likelihoods(
+        self, prompts: Sequence[Prompt], continuations: Sequence[Sequence[Sequence[int]]]
+    ) -> list[list[Likelihood]]:
+        """The likelihood of each continuation (one token or more) of each prompt.
+
+        Raises as `generate`; GenerationError: the engine runs in another program.
+        """
+        raise GenerationError(
+            "Likelihoods are computed by the engines torch and llama.cpp, not by a server."
+        )
+
     def _new_request(
         self,
         prompt: Prompt,
@@ -117,6 +129,7 @@ class BaseEngine(ABC):
         end_ids: Sequence[int] | None,
         states: dict[int, Tensor] | None,
         should_stop: Callable[[], bool] | None,
+        forced_tokens: ForcedTokens | None = None,
     ) -> Request:
         """A request that fits the context and the cache; raises as `submit`."""
         request = Request(
@@ -128,6 +141,7 @@ class BaseEngine(ABC):
             seed=settings.seed if seed is None else seed,
             states=states if self.vocabulary.fixed_image_order else None,
             should_stop=should_stop,
+            forced_tokens=forced_tokens,
         )
         if request.max_rows > self.n_rows:
             raise GenerationError(

@@ -27,12 +27,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from seed_multimodal.errors import GenerationError
 from seed_multimodal.inference.backends.base import Backend, NextTokens, PromptChunk
 from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.beam_search import BeamSearch, Continuation
 from seed_multimodal.inference.image_constraints import ImageConstraints
 from seed_multimodal.inference.kv_cache import Slot
-from seed_multimodal.inference.prompt import NO_KEYS, Stopped
+from seed_multimodal.inference.likelihood import ForcedTokens, Likelihood
+from seed_multimodal.inference.prompt import NO_KEYS, GenerationSettings, Prompt, Stopped
 from seed_multimodal.inference.request import Request, TokenSequence
 from seed_multimodal.inference.sampling import (
     LogitsProcessor,
@@ -111,6 +113,35 @@ class Engine(BaseEngine):
                 self._threads.append(thread)
                 thread.start()
         self._inbox.put((self, requests))
+
+    def likelihoods(
+        self, prompts: Sequence[Prompt], continuations: Sequence[Sequence[Sequence[int]]]
+    ) -> list[list[Likelihood]]:
+        likelihoods: list[list[Likelihood]] = [[] for _ in prompts]
+        # The first continuations read the prompts; the others copy what the cache then holds.
+        for waves in (slice(0, 1), slice(1, None)):
+            requests: list[Request] = []
+            for prompt, prompt_likelihoods, rows in zip(
+                prompts, likelihoods, continuations, strict=True
+            ):
+                for ids in rows[waves]:
+                    forced = ForcedTokens(ids)
+                    settings = GenerationSettings(
+                        max_new_tokens=len(ids), do_sample=False, constrain=False
+                    )
+                    requests.append(
+                        self._new_request(prompt, settings, None, (), None, None, forced)
+                    )
+                    prompt_likelihoods.append(forced.likelihood)
+            self._enqueue(requests)
+            try:
+                for request in requests:
+                    if len(list(request)) < request.settings.max_new_tokens:
+                        raise GenerationError("A continuation does not fit the KV cache.")
+            finally:
+                for request in requests:
+                    request.cancel()
+        return likelihoods
 
     # ---- everything below is called by the engine's thread
 
@@ -266,6 +297,8 @@ class Engine(BaseEngine):
 
     def _processors(self, request: Request) -> list[LogitsProcessor]:
         """The logits processors of a request, the sampler last."""
+        if request.forced_tokens is not None:
+            return [request.forced_tokens]
         settings = request.settings
         device = self.backend.device
         processors = build_processors(settings, request.end_ids, device)

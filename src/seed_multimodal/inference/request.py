@@ -10,6 +10,7 @@ import numpy as np
 from torch import Tensor
 
 from seed_multimodal.inference.beam_search import BeamSearch
+from seed_multimodal.inference.likelihood import ForcedTokens
 from seed_multimodal.inference.prompt import (
     GenerationSettings,
     Prompt,
@@ -90,6 +91,7 @@ class Request:
     initial_ids: ids of the answer that the prompt holds (`Prompt.answered`, a forced `<img>`).
     budget: new tokens at most.
     finish_reason: "stop" (an end token or a stop), "length" (the budget) or None (neither yet).
+    forced_tokens: all that may be generated; None: anything.
     answers: with beams the best ones, when all are finished; the iteration gives the first.
     n_reserved: rows for beams that have not branched yet.
     """
@@ -105,6 +107,7 @@ class Request:
         seed: int | None,
         states: dict[int, Tensor] | None,
         should_stop: Callable[[], bool] | None,
+        forced_tokens: ForcedTokens | None = None,
     ) -> None:
         forced = [vocabulary.boi_id] if settings.force_image else []
         self.settings = settings
@@ -113,6 +116,7 @@ class Request:
         self.budget = budget
         self.should_stop = should_stop
         self.states = states
+        self.forced_tokens = forced_tokens
         self.seed: int | None = None
         if settings.samples:
             self.seed = random_seed() if seed is None else seed

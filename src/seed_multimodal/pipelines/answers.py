@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 from seed_multimodal.inference.generator import GeneratedAnswer, Generator, Task
+from seed_multimodal.inference.likelihood import Likelihood
 from seed_multimodal.inference.prompt import GenerationSettings, HiddenStates, Prompt
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.known_words import read_known_words
@@ -127,6 +128,42 @@ class ConversationGenerator(Generator):
                     answers.append(GeneratedAnswer(answer, image_inputs, prompt))
                 bar.update(len(prompts))
         return answers
+
+    def answer_likelihoods(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        answers: Sequence[Sequence[str]],
+        task: Task,
+        *,
+        batch_size: int = BATCH,
+    ) -> list[list[Likelihood]]:
+        """How likely each of the given answers to each conversation is.
+
+        A system that generates a verdict first (`TaskPrompts.answer_after`) answers after its own.
+        """
+        settings = self.settings(task, do_sample=False, num_beams=1)
+        likelihoods: list[list[Likelihood]] = []
+        for start in range(0, len(conversations), batch_size):
+            turns = conversations[start : start + batch_size]
+            prompts = self.build_prompts(turns, task, "", [settings.seed] * len(turns))
+            if self.answer_after:
+                verdicts = self.generate(prompts, settings, task)
+                for row, (prompt, ids) in enumerate(zip(prompts, verdicts, strict=True)):
+                    extended = [*prompt.ids, *self._verdict_ids(ids)]
+                    prompts[row] = Prompt(extended, prompt.images)
+            continuations: list[list[list[int]]] = []
+            for texts in answers[start : start + batch_size]:
+                continuations.append([self.tokenizer.encode(text) for text in texts])
+            likelihoods += self.engine.likelihoods(prompts, continuations)
+        return likelihoods
+
+    def _verdict_ids(self, answer_ids: Sequence[int]) -> Sequence[int]:
+        """The tokens of an answer up to the end of its verdict; none without one."""
+        end = self.answer_after.rstrip()
+        for length in range(1, len(answer_ids) + 1):
+            if end in self.tokenizer.decode(answer_ids[:length]):
+                return answer_ids[:length]
+        return ()
 
     def generate_image_answers(
         self,

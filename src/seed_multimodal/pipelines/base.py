@@ -25,6 +25,7 @@ from seed_multimodal.images.io import ImageSource
 from seed_multimodal.inference.backends.torch import joined
 from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.generator import Task
+from seed_multimodal.inference.likelihood import Likelihood
 from seed_multimodal.inference.opening import (
     COMPLETION_SERVER,
     TORCH,
@@ -332,6 +333,20 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
         """
         as_request = self.tasks.question if short else str
         return self._answer_texts(images, question, "ask", batch_size, options, as_request)
+
+    def likelihoods(
+        self,
+        images: Images,
+        question: str | Sequence[str],
+        answers: Sequence[Sequence[str]],
+        *,
+        short: bool = True,
+        batch_size: int = BATCH,
+    ) -> list[list[Likelihood]]:
+        """How likely each of the `answers` to the question about each image is; see `ask`."""
+        as_request = self.tasks.question if short else str
+        conversations, _ = image_conversations(images, question, as_request)
+        return self.answer_likelihoods(conversations, answers, "ask", batch_size=batch_size)
 
     def detect(
         self,
