@@ -54,7 +54,8 @@ CAPTIONS = (
 )
 
 # Benchmarks whose drawings another model judges.
-JUDGED = ("geneval",)
+JUDGED = ("geneval", "geneval2", "dpg")
+QUESTION_JUDGE = "folder of an image-text model of transformers, or a system (nano, seed-x-i …)"
 
 
 def eval_program(program: str, description: str, argv: Sequence[str] | None = None) -> int:
@@ -84,6 +85,8 @@ def add_commands(kinds: Commands) -> None:
         ("caption", _add_caption, _describe, "captions of images: CIDEr and others"),
         ("text2image", _add_text2image, _draw, "the best of several drawings by CLIP: FID"),
         ("geneval", _add_geneval, _judge, "objects of prompts in drawings, by a detector"),
+        ("geneval2", _add_geneval2, _judge, "questions about drawings: Soft-TIFA"),
+        ("dpg", _add_dpg, _judge, "questions about drawings of long prompts: DPG-Bench"),
     )
     drawing = ("text2image", *JUDGED)
     for name, add_flags, work, text in tasks:
@@ -177,8 +180,17 @@ def _add_text2image(parser: ArgumentParser) -> None:
     parser.add_argument("--inception", type=Path, metavar="FILE", help="weights of FID's network")
 
 
-def _add_judged(parser: ArgumentParser, name: str) -> None:
-    """Flags of the benchmarks whose drawings are judged."""
+def _add_geneval2(parser: ArgumentParser) -> None:
+    _add_judged(parser, "geneval2", QUESTION_JUDGE)
+
+
+def _add_dpg(parser: ArgumentParser) -> None:
+    _add_judged(parser, "dpg", QUESTION_JUDGE)
+
+
+def _add_judged(parser: ArgumentParser, name: str, judge: str) -> None:
+    """Flags of the benchmarks whose drawings are judged; `judge`: help of the flag."""
+    parser.add_argument("--judge", required=True, metavar="MODEL", help=judge)
     parser.add_argument(
         "--data",
         required=True,
@@ -189,18 +201,19 @@ def _add_judged(parser: ArgumentParser, name: str) -> None:
         "--image-folder", type=Path, metavar="DIR", help="judge these drawings; no model is loaded"
     )
     parser.add_argument(
-        "--num-images", type=bounded_int(1), metavar="N", help="drawings of a prompt (default: 4)"
+        "--num-images",
+        type=bounded_int(1),
+        metavar="N",
+        help="drawings of a prompt (default: the paper's)",
     )
     parser.set_defaults(task=name)
 
 
 def _add_geneval(parser: ArgumentParser) -> None:
-    _add_judged(parser, "geneval")
-    parser.add_argument(
-        "--judge",
-        required=True,
-        metavar="DETECTOR",
-        help="folder of a detector of transformers (OWLv2, Mask2Former, DETR …), or nano",
+    _add_judged(
+        parser,
+        "geneval",
+        "folder of a detector of transformers (OWLv2, Mask2Former, DETR …), or nano",
     )
     parser.add_argument("--clip", metavar="DIR", help="CLIP that names the colours of objects")
     parser.add_argument("--threshold", type=float, help="score of detections that count")

@@ -52,6 +52,7 @@ class Line(TypedDict, total=False):
     image: str  # "text2image": the file's name
     clip: float  # "text2image": cosine of image and text
     detections: list[list[JsonObject]]  # "geneval": of each image, see `detection.Detection`
+    probabilities: list[list[float]]  # "geneval2", "dpg": of each image, of each right answer
 
 
 # Samples and their images → a line for each.

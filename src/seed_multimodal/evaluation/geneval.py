@@ -11,15 +11,28 @@ and each must stand in the relation to each target.
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
+
+from PIL import Image
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import DataError
-from seed_multimodal.evaluation.annotations import Json, Sample, read_items
-from seed_multimodal.evaluation.detection import Detection
+from seed_multimodal.evaluation.annotations import Json, read_items
+from seed_multimodal.evaluation.answers import Judging, Line, Run, Scores
+from seed_multimodal.evaluation.detection import (
+    ColourClassifier,
+    Detection,
+    Limits,
+    load_detector,
+)
+from seed_multimodal.evaluation.drawing import find_clip
+from seed_multimodal.evaluation.judged import JudgedDrawings, JudgedPrompt, score_values
+from seed_multimodal.evaluation.metrics import bootstrap
+from seed_multimodal.pipelines.base import MultimodalSystem
 
 COUNTING = "counting"  # the tag whose detections need the higher confidence
 MAX_OBJECTS = 16  # of a class
@@ -39,12 +52,11 @@ class Requirement:
 
 
 @dataclass
-class ObjectPrompt(Sample):
-    """A line of the benchmark; its only reference is the prompt."""
+class ObjectPrompt(JudgedPrompt):
+    """A line of the benchmark."""
 
     include: list[Requirement] = field(default_factory=list)
     exclude: list[Requirement] = field(default_factory=list)
-    metadata: JsonObject = field(default_factory=dict)
 
     @property
     def tag(self) -> str:
@@ -230,3 +242,97 @@ def _overlap(one: Detection, other: Detection) -> float:
 def _area(box: tuple[float, float, float, float]) -> float:
     left, top, right, bottom = box
     return max(right - left + 1, 0) * max(bottom - top + 1, 0)
+
+
+# ---- evaluation
+
+
+class GenEval(JudgedDrawings):
+    """The task "geneval": a detector finds the objects of prompts."""
+
+    def __init__(
+        self, system: MultimodalSystem | None, run: Run, samples: Sequence[ObjectPrompt]
+    ) -> None:
+        super().__init__(system, run, samples)
+        self.detector = load_detector(self.judging.judge, self.device)
+        self.limits = _limits(self.judging, self.detector.limits)
+        self.colours: ColourClassifier | None = None
+        has_colours = any(item.colour for sample in samples for item in sample.include)
+        if has_colours and not self.detector.knows_colours:
+            clip = find_clip(run.clip, "use a detector that knows colours")
+            self.colours = ColourClassifier(clip, self.device)
+
+    def judge(self, sample: JudgedPrompt, images: Sequence[Image.Image]) -> Line:
+        """The detections that count, of each image."""
+        assert isinstance(sample, ObjectPrompt)
+        threshold = self.limits.threshold
+        if sample.tag == COUNTING:
+            threshold = self.limits.counting_threshold
+        coloured = {item.label for item in sample.include if item.colour}
+        found = self.detector.detect(images, [sample.labels] * len(images))
+        line: Line = {"caption": sample.caption, "detections": []}
+        for image, detections in zip(images, found, strict=True):
+            kept = kept_detections(detections, threshold, self.limits.max_overlap)
+            if self.colours is not None:
+                for position, item in enumerate(kept):
+                    if item.label in coloured:
+                        kept[position] = self.colours.with_colour(image, item)
+            line["detections"].append([item.to_json() for item in kept])
+        return line
+
+    def score(self, samples: Sequence[ObjectPrompt], lines: Sequence[Line]) -> Scores:
+        """GenEval's results for each image; the mean over kinds of prompts, and each of them."""
+        # 1. The verdict of each image; a prompt without images counts as a wrong one.
+        results: list[JsonObject] = []
+        hits: dict[str, list[bool]] = {}  # of each kind
+        prompts: dict[str, list[int]] = {}
+        captions: list[list[str]] = []
+        n_solved = 0
+        for index, (sample, line) in enumerate(zip(samples, lines, strict=True)):
+            faults = _line_faults(sample, line)
+            hits.setdefault(sample.tag, []).extend(not fault for fault in faults)
+            prompts.setdefault(sample.tag, []).extend(index for _ in faults)
+            n_solved += "" in faults
+            captions.append([fault or "correct" for fault in faults] if "bad" not in line else [])
+            for number, fault in enumerate(faults):
+                results.append(
+                    {
+                        "filename": f"{self.indices[sample.key]:05d}/samples/{number:04d}.png",
+                        "tag": sample.tag,
+                        "prompt": sample.caption,
+                        "correct": not fault,
+                        "reason": fault,
+                        "metadata": json.dumps(sample.metadata),
+                    }
+                )
+        if not results:
+            return Scores(results, {})
+
+        # 2. The scores; images of a prompt are resampled together.
+        kinds = {tag: bootstrap(hits[tag], prompts[tag]) for tag in hits}
+        values = score_values(kinds)
+        values["images"] = len(results)
+        values["prompts_correct"] = round(n_solved / len(samples), 4)
+        self.write_sheet(samples, captions, [sample.answer_type for sample in samples])
+        return Scores(results, values)
+
+
+def _line_faults(sample: ObjectPrompt, line: Line) -> list[str]:
+    """The fault of each image of a line, empty where it is correct."""
+    if "bad" in line:
+        return [line["bad"]]
+    faults: list[str] = []
+    for rows in line["detections"]:
+        detections = [Detection.from_json(row) for row in rows]
+        faults.append("\n".join(rule_faults(sample, detections)))
+    return faults
+
+
+def _limits(judging: Judging, defaults: Limits) -> Limits:
+    """The limits of a detector; those of the run override its own."""
+    chosen = {
+        "threshold": judging.threshold,
+        "counting_threshold": judging.counting_threshold,
+        "max_overlap": judging.max_overlap,
+    }
+    return replace(defaults, **{name: value for name, value in chosen.items() if value is not None})

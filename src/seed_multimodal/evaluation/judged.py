@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol
 
@@ -20,21 +20,9 @@ from seed_multimodal.device import choose_device
 from seed_multimodal.disk import JsonObject, atomic_open, replace_text, writing
 from seed_multimodal.errors import ConfigError, DataError, ImageError
 from seed_multimodal.evaluation.annotations import Sample
-from seed_multimodal.evaluation.answers import Images, Judging, Line, Run, Scores
-from seed_multimodal.evaluation.detection import (
-    ColourClassifier,
-    Detection,
-    Limits,
-    load_detector,
-)
-from seed_multimodal.evaluation.drawing import CaptionDrawer, find_clip
-from seed_multimodal.evaluation.geneval import (
-    COUNTING,
-    ObjectPrompt,
-    kept_detections,
-    rule_faults,
-)
-from seed_multimodal.evaluation.metrics import Estimate, bootstrap, mean_of_means, plain
+from seed_multimodal.evaluation.answers import Images, Judging, Line, Run
+from seed_multimodal.evaluation.drawing import CaptionDrawer
+from seed_multimodal.evaluation.metrics import Estimate, mean_of_means, plain
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 from seed_multimodal.pipelines.base import MultimodalSystem
@@ -44,14 +32,23 @@ IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SHEET_COLUMNS = 8
 
 
+@dataclass
+class JudgedPrompt(Sample):
+    """A prompt of such a benchmark: its only reference; `metadata`: its item in the file."""
+
+    metadata: JsonObject = field(default_factory=dict)
+
+
 class ImageLayout(Protocol):
     """Where the images of a prompt lie below `folder`."""
 
-    def save(self, folder: Path, index: int, sample: Sample, images: Sequence[Image.Image]) -> None:
+    def save(
+        self, folder: Path, index: int, sample: JudgedPrompt, images: Sequence[Image.Image]
+    ) -> None:
         """Write images. Raises DataError: the disk refuses."""
         ...
 
-    def read(self, folder: Path, index: int, sample: Sample, count: int) -> list[Image.Image]:
+    def read(self, folder: Path, index: int, sample: JudgedPrompt, count: int) -> list[Image.Image]:
         """Open up to `count` images. Raises ImageError: none."""
         ...
 
@@ -59,18 +56,17 @@ class ImageLayout(Protocol):
 class SampleFolders:
     """GenEval's layout."""
 
-    def save(self, folder: Path, index: int, sample: Sample, images: Sequence[Image.Image]) -> None:
+    def save(
+        self, folder: Path, index: int, sample: JudgedPrompt, images: Sequence[Image.Image]
+    ) -> None:
         target = folder / f"{index:05d}"
-        metadata = {"prompt": sample.caption}
-        if isinstance(sample, ObjectPrompt):
-            metadata = sample.metadata
         with writing(target, DataError):
             (target / "samples").mkdir(parents=True, exist_ok=True)
-            replace_text(target / "metadata.jsonl", json.dumps(metadata) + "\n")
+            replace_text(target / "metadata.jsonl", json.dumps(sample.metadata) + "\n")
         for number, image in enumerate(images):
             _save_png(image, target / "samples" / f"{number:04d}.png")
 
-    def read(self, folder: Path, index: int, sample: Sample, count: int) -> list[Image.Image]:
+    def read(self, folder: Path, index: int, sample: JudgedPrompt, count: int) -> list[Image.Image]:
         samples = folder / f"{index:05d}" / "samples"
         files = sorted(file for file in samples.glob("*") if file.suffix in IMAGE_SUFFIXES)
         if not files:
@@ -81,7 +77,9 @@ class SampleFolders:
 class GridFiles:
     """DPG-Bench's layout: a file named after the item; several images are tiles of a grid."""
 
-    def save(self, folder: Path, index: int, sample: Sample, images: Sequence[Image.Image]) -> None:
+    def save(
+        self, folder: Path, index: int, sample: JudgedPrompt, images: Sequence[Image.Image]
+    ) -> None:
         image = images[0]
         if len(images) > 1:
             width, height = image.size
@@ -92,7 +90,7 @@ class GridFiles:
             folder.mkdir(parents=True, exist_ok=True)
         _save_png(image, folder / f"{sample.key}.png")
 
-    def read(self, folder: Path, index: int, sample: Sample, count: int) -> list[Image.Image]:
+    def read(self, folder: Path, index: int, sample: JudgedPrompt, count: int) -> list[Image.Image]:
         names = [folder / f"{sample.key}{suffix}" for suffix in IMAGE_SUFFIXES]
         file = next((name for name in names if name.is_file()), None)
         if file is None:
@@ -122,7 +120,7 @@ class JudgedDrawings:
     layout: ClassVar[ImageLayout] = SampleFolders()
 
     def __init__(
-        self, system: MultimodalSystem | None, run: Run, samples: Sequence[Sample]
+        self, system: MultimodalSystem | None, run: Run, samples: Sequence[JudgedPrompt]
     ) -> None:
         assert run.judging is not None
         self.run = run
@@ -134,7 +132,7 @@ class JudgedDrawings:
             raise ConfigError(f"A grid holds {MAX_GRID} images at most, not {run.best_of}.")
         self.device: torch.device = choose_device(self.judging.device, log=None).device
 
-    def answer(self, samples: Sequence[Sample], images: Images) -> list[Line]:
+    def answer(self, samples: Sequence[JudgedPrompt], images: Images) -> list[Line]:
         """Draw or open the images of a batch, and judge them."""
         # 1. The images of each prompt.
         drawings: list[list[Image.Image]] = []
@@ -153,13 +151,13 @@ class JudgedDrawings:
             for sample, of_prompt in zip(samples, drawings, strict=True)
         ]
 
-    def judge(self, sample: Sample, images: Sequence[Image.Image]) -> Line:
+    def judge(self, sample: JudgedPrompt, images: Sequence[Image.Image]) -> Line:
         """The line of a prompt."""
         raise NotImplementedError
 
     def write_sheet(
         self,
-        samples: Sequence[Sample],
+        samples: Sequence[JudgedPrompt],
         captions: Sequence[Sequence[str]],
         groups: Sequence[str],
     ) -> None:
@@ -176,100 +174,8 @@ class JudgedDrawings:
         _save_png(sheet, self.run.out / "sheet.png")
 
 
-class GenEval(JudgedDrawings):
-    """The task "geneval": a detector finds the objects of prompts, see `evaluation.geneval`."""
-
-    def __init__(
-        self, system: MultimodalSystem | None, run: Run, samples: Sequence[ObjectPrompt]
-    ) -> None:
-        super().__init__(system, run, samples)
-        self.detector = load_detector(self.judging.judge, self.device)
-        self.limits = _limits(self.judging, self.detector.limits)
-        self.colours: ColourClassifier | None = None
-        has_colours = any(item.colour for sample in samples for item in sample.include)
-        if has_colours and not self.detector.knows_colours:
-            clip = find_clip(run.clip, "use a detector that knows colours")
-            self.colours = ColourClassifier(clip, self.device)
-
-    def judge(self, sample: Sample, images: Sequence[Image.Image]) -> Line:
-        """The detections that count, of each image."""
-        assert isinstance(sample, ObjectPrompt)
-        threshold = self.limits.threshold
-        if sample.tag == COUNTING:
-            threshold = self.limits.counting_threshold
-        coloured = {item.label for item in sample.include if item.colour}
-        found = self.detector.detect(images, [sample.labels] * len(images))
-        line: Line = {"caption": sample.caption, "detections": []}
-        for image, detections in zip(images, found, strict=True):
-            kept = kept_detections(detections, threshold, self.limits.max_overlap)
-            if self.colours is not None:
-                for position, item in enumerate(kept):
-                    if item.label in coloured:
-                        kept[position] = self.colours.with_colour(image, item)
-            line["detections"].append([item.to_json() for item in kept])
-        return line
-
-    def score(self, samples: Sequence[Sample], lines: Sequence[Line]) -> Scores:
-        """GenEval's results for each image; the mean over kinds of prompts, and each of them."""
-        # 1. The verdict of each image; a prompt without images counts as a wrong one.
-        results: list[JsonObject] = []
-        hits: dict[str, list[bool]] = {}  # of each kind
-        prompts: dict[str, list[int]] = {}
-        captions: list[list[str]] = []
-        n_solved = 0
-        for index, (sample, line) in enumerate(zip(samples, lines, strict=True)):
-            assert isinstance(sample, ObjectPrompt)
-            faults = _line_faults(sample, line)
-            hits.setdefault(sample.tag, []).extend(not fault for fault in faults)
-            prompts.setdefault(sample.tag, []).extend(index for _ in faults)
-            n_solved += "" in faults
-            captions.append([fault or "correct" for fault in faults] if "bad" not in line else [])
-            for number, fault in enumerate(faults):
-                results.append(
-                    {
-                        "filename": f"{self.indices[sample.key]:05d}/samples/{number:04d}.png",
-                        "tag": sample.tag,
-                        "prompt": sample.caption,
-                        "correct": not fault,
-                        "reason": fault,
-                        "metadata": json.dumps(sample.metadata),
-                    }
-                )
-        if not results:
-            return Scores(results, {})
-
-        # 2. The scores; images of a prompt are resampled together.
-        kinds = {tag: bootstrap(hits[tag], prompts[tag]) for tag in hits}
-        values = score_values(kinds)
-        values["images"] = len(results)
-        values["prompts_correct"] = round(n_solved / len(samples), 4)
-        self.write_sheet(samples, captions, [sample.answer_type for sample in samples])
-        return Scores(results, values)
-
-
-def _line_faults(sample: ObjectPrompt, line: Line) -> list[str]:
-    """The fault of each image of a line, empty where it is correct."""
-    if "bad" in line:
-        return [line["bad"]]
-    faults: list[str] = []
-    for rows in line["detections"]:
-        detections = [Detection.from_json(row) for row in rows]
-        faults.append("\n".join(rule_faults(sample, detections)))
-    return faults
-
-
 def score_values(kinds: Mapping[str, Estimate]) -> JsonObject:
     """The mean over kinds of prompts, and each of them, with intervals."""
     values: JsonObject = {"score": plain(mean_of_means(list(kinds.values())))}
     values["kinds"] = {name: plain(estimate) for name, estimate in kinds.items()}
     return values
-
-
-def _limits(judging: Judging, defaults: Limits) -> Limits:
-    """The limits of a detector; those of the run override its own."""
-    chosen = {
-        "threshold": judging.threshold,
-        "counting_threshold": judging.counting_threshold,
-        "max_overlap": judging.max_overlap,
-    }
-    return replace(defaults, **{name: value for name, value in chosen.items() if value is not None})

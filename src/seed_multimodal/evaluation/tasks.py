@@ -32,8 +32,8 @@ from seed_multimodal.evaluation.answers import (
 )
 from seed_multimodal.evaluation.captions import Captions
 from seed_multimodal.evaluation.drawing import Drawings
-from seed_multimodal.evaluation.geneval import read_object_prompts
-from seed_multimodal.evaluation.judged import GenEval
+from seed_multimodal.evaluation.geneval import GenEval, read_object_prompts
+from seed_multimodal.evaluation.tifa import DpgBench, GenEval2, read_dpg, read_geneval2
 from seed_multimodal.evaluation.vqa import Questions
 from seed_multimodal.models.registry import find_family
 from seed_multimodal.pipelines.base import MultimodalSystem
@@ -54,17 +54,23 @@ TASKS: dict[str, dict[str, Task]] = {
         "flickr": Task("caption", "data/flickr30k/flickr30k_test_gt.json"),
     },
     "text2image": {"coco": Task("text2image")},
+    # Numbers of drawings of a prompt as in the papers.
     "geneval": {"geneval": Task("geneval", file="evaluation_metadata.jsonl", best_of=4)},
+    "geneval2": {"geneval2": Task("geneval2", file="geneval2_data.jsonl", best_of=1)},
+    "dpg": {"dpg": Task("dpg", file="dpg_bench.csv", best_of=4)},
 }
 
 
 class Evaluation(Protocol):
-    """One kind of task with a system; made from the system, the run and its samples."""
+    """One kind of task with a system; made from the system, the run and its samples.
 
-    def answer(self, samples: Sequence[Sample], images: Images) -> list[Line]:
+    Samples are of the class that `read_samples` returns for the task.
+    """
+
+    def answer(self, samples: Sequence[Any], images: Images) -> list[Line]:
         """The lines of a batch."""
 
-    def score(self, samples: Sequence[Sample], lines: Sequence[Line]) -> Scores:
+    def score(self, samples: Sequence[Any], lines: Sequence[Line]) -> Scores:
         """Results in the benchmark's format, and scores, of samples with their lines."""
 
 
@@ -74,6 +80,14 @@ EVALUATIONS: dict[str, Callable[[Any, Run, Sequence[Any]], Evaluation]] = {
     "caption": Captions,
     "text2image": Drawings,
     "geneval": GenEval,
+    "geneval2": GenEval2,
+    "dpg": DpgBench,
+}
+# Readers of the benchmarks whose drawings are judged.
+JUDGED_PROMPTS: dict[str, Callable[[Path], Sequence[Sample]]] = {
+    "geneval": read_object_prompts,
+    "geneval2": read_geneval2,
+    "dpg": read_dpg,
 }
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
@@ -116,8 +130,8 @@ def read_samples(run: Run) -> list[Sample]:
     """The samples of a run. Raises DataError: see the readers."""
     if run.task.kind == "vqa":
         return read_questions(run.annotations, run.truth)[: run.limit]
-    if run.task.kind == "geneval":
-        return list(read_object_prompts(run.annotations)[: run.limit])
+    if run.task.kind in JUDGED_PROMPTS:
+        return list(JUDGED_PROMPTS[run.task.kind](run.annotations)[: run.limit])
     each_text = run.task.kind == "text2image"
     return read_captions(run.annotations, run.split, run.truth, each_text=each_text)[: run.limit]
 

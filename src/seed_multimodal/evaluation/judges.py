@@ -1,0 +1,153 @@
+"""Models that answer questions about drawings, with probabilities.
+
+    judge = load_judge("Qwen3-VL-8B-Instruct", device)
+    judge.probabilities(images, ["Is there a cat?"], [[["yes"], ["no"]]])    # [[0.9, 0.1]]
+
+A folder of transformers with an image-text model, or a system of this library (`nano`, `8b`,
+`seed-x-i` or a folder).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+from seed_multimodal.disk import read_json_object
+from seed_multimodal.errors import CheckpointError, first_line
+from seed_multimodal.evaluation.vqa import DIGITS
+from seed_multimodal.pipelines.base import MultimodalSystem
+
+ONE_WORD = " Answer in one word."  # behind questions to image-text models, as in GenEval 2
+
+
+class QuestionJudge(Protocol):
+    """Answers questions."""
+
+    def probabilities(
+        self,
+        images: Sequence[Image.Image],
+        questions: Sequence[str],
+        answers: Sequence[Sequence[Sequence[str]]],
+    ) -> list[list[float]]:
+        """The probability of each answer to each question, about an image each.
+
+        answers: of each question several, each as the ways to write it, which are added up.
+        """
+        ...
+
+
+def answer_forms(answer: str) -> list[str]:
+    """Ways to write a short answer: lower case, capitalised, as digits."""
+    lower = answer.lower()
+    forms = [lower, lower.capitalize()]
+    if lower in DIGITS:
+        forms.append(DIGITS[lower])
+    return forms
+
+
+def load_judge(name: str, device: str) -> QuestionJudge:
+    """The judge of a name or folder. Raises CheckpointError, ConfigError: no such model."""
+    folder = Path(name)
+    is_system = (folder / "system.json").is_file()
+    if not is_system and (folder / "config.json").is_file():
+        from transformers import AutoModelForImageTextToText
+        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+
+        model_type = read_json_object(folder / "config.json").get("model_type")
+        if model_type in CONFIG_MAPPING:
+            config_class = CONFIG_MAPPING[model_type]
+            if config_class in AutoModelForImageTextToText._model_mapping:
+                return HubJudge(folder, torch.device(device))
+    return SystemJudge(name, device)
+
+
+class SystemJudge:
+    """A system of this library, which is asked for one word or phrase."""
+
+    def __init__(self, name: str, device: str) -> None:
+        self.system = MultimodalSystem.from_pretrained(
+            name, device=device, load_decoder=False, log=None
+        )
+
+    def probabilities(
+        self,
+        images: Sequence[Image.Image],
+        questions: Sequence[str],
+        answers: Sequence[Sequence[Sequence[str]]],
+    ) -> list[list[float]]:
+        """By the likelihood of each form as the beginning of the answer."""
+        forms = [[form for answer in row for form in answer] for row in answers]
+        likelihoods = self.system.likelihoods(images, questions, forms)
+        probabilities: list[list[float]] = []
+        for row, row_likelihoods in zip(answers, likelihoods, strict=True):
+            remaining = iter(row_likelihoods)
+            probabilities.append(
+                [sum(math.exp(next(remaining).total) for _ in answer) for answer in row]
+            )
+        return probabilities
+
+
+class HubJudge:
+    """An image-text model of transformers, by the probability of the answers' first tokens."""
+
+    def __init__(self, folder: Path, device: torch.device) -> None:
+        from transformers import AutoModelForImageTextToText, AutoProcessor
+
+        try:
+            self.processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
+            model: Any = AutoModelForImageTextToText.from_pretrained(
+                folder, local_files_only=True, use_safetensors=True, dtype="auto"
+            )
+        except (OSError, ValueError) as error:
+            raise CheckpointError(
+                f"{folder}: no image-text model ({first_line(error)})."
+            ) from error
+        self.model = model.to(device).eval()
+        self.device = device
+
+    @torch.inference_mode()
+    def probabilities(
+        self,
+        images: Sequence[Image.Image],
+        questions: Sequence[str],
+        answers: Sequence[Sequence[Sequence[str]]],
+    ) -> list[list[float]]:
+        """Question by question, as in GenEval 2's program."""
+        probabilities: list[list[float]] = []
+        for image, question, row in zip(images, questions, answers, strict=True):
+            inputs = self._inputs(image.convert("RGB"), question).to(self.device, self.model.dtype)
+            scores: Tensor = self.model(**inputs).logits[0, -1].float().softmax(dim=-1)  # [V]
+            probabilities.append(
+                [float(scores[self._first_tokens(answer)].sum()) for answer in row]
+            )
+        return probabilities
+
+    def _inputs(self, image: Image.Image, question: str) -> Any:
+        """The question in the chat template; models without one are asked in BLIP-2's form."""
+        if not self.processor.chat_template:
+            text = f"Question: {question} Answer:"
+            return self.processor(images=image, text=text, return_tensors="pt")
+        content = [{"type": "image", "image": image}, {"type": "text", "text": question + ONE_WORD}]
+        return self.processor.apply_chat_template(
+            [{"role": "user", "content": content}],
+            tokenize=True,
+            add_generation_prompt=True,
+            return_dict=True,
+            return_tensors="pt",
+        )
+
+    def _first_tokens(self, forms: Sequence[str]) -> list[int]:
+        """The tokens with which an answer may begin, with or without a blank before it."""
+        tokenizer = self.processor.tokenizer
+        tokens: set[int] = set()
+        for form in forms:
+            for text in (form, f" {form}"):
+                ids = tokenizer.encode(text, add_special_tokens=False)
+                tokens.add(ids[0])
+        return sorted(tokens)
