@@ -607,6 +607,7 @@ PACKAGES = (
     "models.registry",
     "pipelines",
     "models",
+    "transformers",
     "data",
     "training",
     "evaluation",

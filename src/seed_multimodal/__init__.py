@@ -29,6 +29,7 @@ if TYPE_CHECKING:  # for type checkers and editors
     from seed_multimodal.pipelines.base import MultimodalSystem as MultimodalSystem
 
 from seed_multimodal import moved
+from seed_multimodal.transformers import registration
 
 __version__ = "0.1.0"
 
@@ -48,6 +49,7 @@ for _library in ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers.qu
     logging.getLogger(_library).setLevel(logging.ERROR)
 
 moved.install()
+registration.install()
 
 _LAZY = {
     "MultimodalSystem": "seed_multimodal.pipelines.base",

@@ -13,7 +13,7 @@ from typing import Any, ClassVar, Literal
 
 from PIL import Image
 
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.prompt import GenerationSettings, HiddenStates, Prompt, Stopped
 from seed_multimodal.language.answer import Answer, AnswerReader, Event
@@ -34,6 +34,14 @@ class GeneratedAnswer:
     answer: Answer
     image_inputs: Sequence[Any]
     prompt: Prompt
+
+    def single_image(self) -> Any:
+        """The input of the only image. Raises GenerationError: none, or several."""
+        if len(self.image_inputs) != 1:
+            problems = self.answer.problems
+            reason = f": {problems[0]}" if problems else "."
+            raise GenerationError(f"The model's answer has no complete image{reason}")
+        return self.image_inputs[0]
 
 
 class Generator:
@@ -66,6 +74,10 @@ class Generator:
         return ""
 
     # ---- settings
+
+    def engine_settings(self, settings: GenerationSettings) -> GenerationSettings:
+        """The settings with which an engine generates answers that `read_answer` then cuts."""
+        return settings
 
     def settings(self, task: str = "chat", **options: Any) -> GenerationSettings:
         """The defaults of a task, overridden by `options`.
@@ -131,7 +143,7 @@ class Generator:
         """The ids of each answer; arguments as of `BaseEngine.generate`."""
         return self.engine.generate(
             prompts,
-            settings,
+            self.engine_settings(settings),
             end_ids=self.ends(task),
             seeds=seeds,
             states=states,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,7 @@ from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.engine import Engine
 from seed_multimodal.inference.kv_cache import GIB
 from seed_multimodal.inference.prompt import ImageFeatures
+from seed_multimodal.inference.request import Request
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
@@ -26,17 +28,32 @@ if TYPE_CHECKING:
 TORCH = "torch"
 LLAMA_CPP = "llama.cpp"
 COMPLETION_SERVER = "openai"
+NO_ENGINE = "none"  # of a system that only encodes and draws images, and builds prompts
+WITHOUT_WEIGHTS = (COMPLETION_SERVER, NO_ENGINE)  # engines that read no language model
 COMPILED_OFFLOAD = (
     "--compile does not work with an off-loaded language model, whose weights "
     "change their address with every move: leave one of the two out."
 )
 
 
+class NoEngine(BaseEngine):
+    """Of a system that was loaded without its language model."""
+
+    n_running = 0
+    n_waiting = 0
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        super().__init__(tokenizer, sys.maxsize, sys.maxsize, sys.maxsize)  # nothing is too long
+
+    def _enqueue(self, requests: Sequence[Request]) -> None:
+        raise ConfigError("This system was loaded without its language model.")
+
+
 @dataclass(frozen=True)
 class EngineOptions:
     """Which engine, and its limits.
 
-    name: "torch", "llama.cpp" or "openai".
+    name: "torch", "llama.cpp", "openai" or "none".
     url: of the completion server.
     gguf: llama.cpp's file; None: the only one in the folder.
     max_running: sequences at once: rows of the KV cache.
@@ -90,7 +107,9 @@ def torch_engine(
 def outside_engine(
     options: EngineOptions, tokenizer: TextTokenizer, llm_folder: str | Path | None
 ) -> BaseEngine:
-    """llama.cpp, with the sizes of `llm_folder`, or a completion server."""
+    """llama.cpp, with the sizes of `llm_folder`, a completion server, or none."""
+    if options.name == NO_ENGINE:
+        return NoEngine(tokenizer)
     if options.name == COMPLETION_SERVER:
         from seed_multimodal.inference.backends.completion_server import CompletionServerEngine
 

@@ -6,7 +6,7 @@ import hashlib
 import secrets
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -112,6 +112,10 @@ class Prompt:
 
     def __len__(self) -> int:
         return len(self.ids)
+
+    def answered_with(self, ids: Sequence[int]) -> Prompt:
+        """The prompt with `ids` at its end, which are part of the answer."""
+        return replace(self, ids=[*self.ids, *ids], answered=[*self.answered, *ids])
 
     @classmethod
     def of_embeddings(cls, embeddings: Tensor) -> Prompt:

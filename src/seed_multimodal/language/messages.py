@@ -195,14 +195,18 @@ def _item(item: object, index: int) -> ContentPart:
 
 
 def _chat_part(part: Mapping[str, object], index: int) -> object:
-    """The text or image of a part in the format of transformers or OpenAI, else the part."""
+    """The text, image or codes of a part in the format of transformers or OpenAI, else the part."""
+    if "codes" in part:  # of an image of an earlier answer
+        return part["codes"]
     if part.get("type") == "text":
         text = part.get("text")
         return text if isinstance(text, str) else part
 
-    # {"image": …}, {"url": …} or {"image_url": {"url": …}}
+    # {"image": …}, {"url": …}, {"path": …} or {"image_url": {"url": …}}
     image: object = part
-    keys = ("image", "image_url", "url") if part.get("type") in IMAGE_PART_TYPES else ("url",)
+    keys = (
+        ("image", "image_url", "url", "path") if part.get("type") in IMAGE_PART_TYPES else ("url",)
+    )
     for key in keys:
         if isinstance(image, Mapping):
             image = image.get(key, image)

@@ -113,6 +113,11 @@ class FamilySpec:
         """`system` in system.json."""
         return self.config.system
 
+    @property
+    def system_name(self) -> str:
+        """The name of the system's class, as `SeedLlama`."""
+        return self.system.rpartition(":")[2]
+
     def system_class(self) -> type[MultimodalSystem]:
         system_class: type[MultimodalSystem] = pkgutil.resolve_name(self.system)
         return system_class

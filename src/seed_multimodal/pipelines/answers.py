@@ -18,6 +18,8 @@ from seed_multimodal.progress import Progress
 from seed_multimodal.settings import check_value
 
 BATCH = 16
+# A request: messages of which a family builds a prompt, or a prompt that was built before.
+ConversationOrPrompt = Sequence[Message] | Prompt
 BAR_FROM = 32  # number of requests from which a progress bar is shown
 
 
@@ -42,6 +44,21 @@ class ConversationGenerator(Generator):
         opening: text with which the answers begin. seeds: of stochastic encoders (LaVIT's).
         """
         raise NotImplementedError
+
+    def prompts_of(
+        self,
+        requests: Sequence[ConversationOrPrompt],
+        task: Task,
+        opening: str = "",
+        seeds: Sequence[int | None] | None = None,
+    ) -> list[Prompt]:
+        """The prompts of requests, all conversations or all prompts (see `build_prompts`)."""
+        prompts = [request for request in requests if isinstance(request, Prompt)]
+        if not prompts:
+            conversations = [request for request in requests if not isinstance(request, Prompt)]
+            return self.build_prompts(conversations, task, opening, seeds)
+        answered = self.tokenizer.encode_parts([opening]) if opening else []
+        return [prompt.answered_with(answered) for prompt in prompts]
 
     def image_inputs(
         self, parts: Sequence[ImagePart], states: HiddenStates, row: int
@@ -88,7 +105,7 @@ class ConversationGenerator(Generator):
 
     def generate_answers(
         self,
-        conversations: Sequence[Sequence[Message]],
+        conversations: Sequence[ConversationOrPrompt],
         task: Task,
         settings: GenerationSettings,
         opening: str = "",
@@ -109,7 +126,7 @@ class ConversationGenerator(Generator):
                 batch_seeds = None if seeds is None else seeds[batch]
                 turns = conversations[batch]
                 encoder_seeds: Sequence[int | None] = batch_seeds or [settings.seed] * len(turns)
-                prompts = self.build_prompts(turns, task, opening, encoder_seeds)
+                prompts = self.prompts_of(turns, task, opening, encoder_seeds)
                 states = HiddenStates()
                 answer_ids = self.generate(
                     prompts,
@@ -167,7 +184,7 @@ class ConversationGenerator(Generator):
 
     def generate_image_answers(
         self,
-        conversations: Sequence[Sequence[Message]],
+        conversations: Sequence[ConversationOrPrompt],
         task: Task,
         *,
         seeds: Sequence[int],
@@ -223,7 +240,7 @@ class ConversationGenerator(Generator):
 
     def _generate_several(
         self,
-        conversations: Sequence[Sequence[Message]],
+        conversations: Sequence[ConversationOrPrompt],
         task: Task,
         num_images: int,
         seeds: Sequence[int],

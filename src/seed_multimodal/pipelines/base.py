@@ -19,7 +19,7 @@ from torch import Tensor
 
 from seed_multimodal.device import FP16_WITH_8BIT, choose_device, choose_for_images
 from seed_multimodal.entry import MAX_RUNNING
-from seed_multimodal.errors import ConfigError, GenerationError
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import HubUpload
 from seed_multimodal.images.io import ImageSource
 from seed_multimodal.inference.backends.torch import joined
@@ -27,8 +27,8 @@ from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.generator import Task
 from seed_multimodal.inference.likelihood import Likelihood
 from seed_multimodal.inference.opening import (
-    COMPLETION_SERVER,
     TORCH,
+    WITHOUT_WEIGHTS,
     EngineOptions,
     torch_engine,
 )
@@ -113,6 +113,8 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
 
     # Whether prompts are ids without features of images, so that other engines can run them.
     prompts_are_ids: ClassVar[bool] = False
+    # Whether texts without images can only be drawn (LaVIT).
+    answers_only_about_images: ClassVar[bool] = False
     # Of conversations; None: the system answers single messages.
     template: PromptTemplate | None = None
 
@@ -192,7 +194,7 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
             )
 
         # 1. Missing files are reported before the first weights are loaded.
-        required = ["tokenizer"] if engine == COMPLETION_SERVER else ["tokenizer", "llm"]
+        required = ["tokenizer"] if engine in WITHOUT_WEIGHTS else ["tokenizer", "llm"]
         config.require(*required)
         if engine == TORCH:
             config.check_language_model()
@@ -546,15 +548,10 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
             batch_size=batch_size,
             should_stop=drawing.get("should_stop"),
         )
-        for generated in answers:
-            if len(generated.image_inputs) != 1:
-                problems = generated.answer.problems
-                reason = f": {problems[0]}" if problems else "."
-                raise GenerationError(f"The model's answer has no complete image{reason}")
 
         # 3. Their images.
         images = self.decode_images(
-            [generated.image_inputs[0] for generated in answers],
+            [generated.single_image() for generated in answers],
             [generated.prompt for generated in answers],
             seeds,
             min(batch_size, DRAWING_BATCH),

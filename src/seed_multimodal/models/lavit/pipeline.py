@@ -203,6 +203,7 @@ class Lavit(MultimodalSystem):
 
     config: LavitConfig
     images: LavitImageCodec
+    answers_only_about_images = True
     tokenizer: LavitTokenizer | HubLavitTokenizer
     defaults = {
         "describe": {**UNDERSTANDING, "num_beams": 2, "max_new_tokens": 36, "min_new_tokens": 8},
@@ -274,17 +275,9 @@ class Lavit(MultimodalSystem):
     def stop_after(self, task: str) -> str:
         return self.answer_after if task == "ask" else ""
 
-    def generate(
-        self,
-        prompts: Sequence[Prompt],
-        settings: GenerationSettings,
-        task: Task = "chat",
-        **options: Any,
-    ) -> list[list[int]]:
+    def engine_settings(self, settings: GenerationSettings) -> GenerationSettings:
         # The original's beams continue behind stop sequences; its answers are cut there.
-        if settings.num_beams > 1:
-            settings = replace(settings, stop=())
-        return super().generate(prompts, settings, task, **options)
+        return replace(settings, stop=()) if settings.num_beams > 1 else settings
 
     def display_text(self, answer: Answer, task: Task) -> str:
         if task != "ask":

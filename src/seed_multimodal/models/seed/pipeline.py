@@ -24,7 +24,7 @@ from seed_multimodal.images.transforms import (
     seed_image_processor,
 )
 from seed_multimodal.inference.batching import ResultCache
-from seed_multimodal.inference.opening import COMPLETION_SERVER
+from seed_multimodal.inference.opening import WITHOUT_WEIGHTS
 from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
 from seed_multimodal.language.messages import Codes, is_codes
 from seed_multimodal.models.seed.checkpoints import saved_config
@@ -203,7 +203,7 @@ class SeedLlama(CodeSystem):
     def load(cls, config: SeedLlamaConfig, placement: Placement, log: Log = None) -> Self:
         # 1. Tokenizers, before the language model, which takes longest.
         required = ["tokenizer"]
-        if placement.engine.name != COMPLETION_SERVER:
+        if placement.engine.name not in WITHOUT_WEIGHTS:
             required.append("llm")
         config.require(*required)
         tokenizer = load_text_tokenizer(config.path("tokenizer"))

@@ -21,6 +21,7 @@ from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, RequestError
 from seed_multimodal.images.io import ImageSource
 from seed_multimodal.images.sheet import draw_boxes
+from seed_multimodal.inference.backends.torch import joined
 from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.batching import ResultCache
 from seed_multimodal.inference.generator import Task
@@ -392,7 +393,9 @@ class SeedX(MultimodalSystem):
         source = sources[-1] if sources else None
         return Prompt([*ids, *answered], prompt_images, answered=answered, source=source)
 
-    def embed_features(self, features: Sequence[EncodedImage]) -> Tensor:
+    def embed_features(self, features: Sequence[EncodedImage | Tensor]) -> Tensor:
+        if isinstance(features[0], Tensor):  # embedded before
+            return joined(features)
         return self.agent.read_images(
             [image.features for image in features], [image.positions for image in features]
         )

@@ -1,0 +1,437 @@
+"""Models: the language model of a `MultimodalSystem`, generating texts, images or both.
+
+text and interleaved   transformers' `generate`, with images kept well-formed by a logits processor
+image                  `MultimodalSystem.generate_image_answers`: what its `draw` and `edit` do
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Mapping, Sequence
+from functools import cache
+from pathlib import Path
+from types import ModuleType
+from typing import Any, Self
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from transformers import (
+    GenerationConfig,
+    GenerationMixin,
+    LogitsProcessorList,
+    PreTrainedModel,
+    StoppingCriteria,
+    StoppingCriteriaList,
+)
+
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.inference.generator import Task
+from seed_multimodal.inference.image_constraints import ImageConstraints, ImageLogitsProcessor
+from seed_multimodal.inference.opening import EngineOptions, torch_engine
+from seed_multimodal.inference.prompt import GenerationSettings, Prompt, PromptImage
+from seed_multimodal.inference.stopping import BeamStops
+from seed_multimodal.language.vocabulary import ImageVocabulary
+from seed_multimodal.models.registry import find_family
+from seed_multimodal.pipelines.base import DRAWING_BATCH, MultimodalSystem
+from seed_multimodal.transformers import configuration
+from seed_multimodal.transformers.configuration import SeedMultimodalConfig
+from seed_multimodal.transformers.systems import remember
+
+# Arguments of `from_pretrained` for downloads and remote code, which local folders do not need.
+HUB_ARGUMENTS = (
+    "_from_auto",
+    "_from_pipeline",
+    "adapter_kwargs",
+    "cache_dir",
+    "code_revision",
+    "force_download",
+    "local_files_only",
+    "low_cpu_mem_usage",
+    "revision",
+    "token",
+    "trust_remote_code",
+    "use_safetensors",
+)
+# Settings of `GenerationSettings` with the same name in `GenerationConfig`.
+SHARED_SETTINGS = ("max_new_tokens", "num_beams", "repetition_penalty")
+SAMPLING_SETTINGS = ("temperature", "top_p", "top_k")
+BEAM_SETTINGS = ("length_penalty", "early_stopping")
+
+
+class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
+    """A system's language model, with its image tokenizer and de-tokenizer.
+
+    system: the `MultimodalSystem`, whose other methods may be used, too.
+    drawing: settings of `decode_image_tokens` that its caller (the pipeline) does not give.
+    """
+
+    config: SeedMultimodalConfig
+    base_model_prefix = "language_model"
+    input_modalities = ("image", "text")
+    output_modalities = ("image", "text")
+    _supports_sdpa = True
+    _supports_flash_attn = True
+
+    def __init__(self, config: SeedMultimodalConfig, system: MultimodalSystem) -> None:
+        super().__init__(config)
+        assert system.llm is not None
+        self.language_model: Any = system.llm
+        config.text_config = system.llm.config
+        self.system = system
+        self.drawing: dict[str, Any] = {}
+        self._answered: Sequence[Prompt] = ()  # by the images that `generate` returned last
+        self.generation_config = self._generation_config("chat")
+        self.image_tokenizer = system.images.model
+        # Further networks of a family, as SEED-X's resamplers.
+        for name, part in vars(system).items():
+            if isinstance(part, nn.Module) and part is not system.llm:
+                self.add_module(name, part)
+
+    @classmethod
+    def from_pretrained(
+        cls,
+        pretrained_model_name_or_path: str | Path,
+        *,
+        config: SeedMultimodalConfig | None = None,
+        dtype: str | torch.dtype | None = "auto",
+        torch_dtype: str | torch.dtype | None = None,
+        device_map: Any = None,
+        attn_implementation: str | None = None,
+        **options: Any,
+    ) -> Self:
+        """Load a system's folder.
+
+        device_map: a device; None or "auto": chosen as by `MultimodalSystem.from_pretrained`, which
+        takes the other `options` (`quantization`, `offload`, parts, …).
+        """
+        folder = str(pretrained_model_name_or_path)
+        if config is None:
+            config = cls.config_class.from_pretrained(folder)
+        for name in HUB_ARGUMENTS:
+            options.pop(name, None)
+        if isinstance(device_map, Mapping):
+            if len(device_map) != 1:
+                raise ConfigError("device_map: a system's language model is on one device.")
+            device_map = next(iter(device_map.values()))
+        device = "auto" if device_map in (None, "auto") else str(device_map)
+        options.setdefault("log", None)
+        system = MultimodalSystem.from_pretrained(
+            folder, device=device, dtype=torch_dtype or dtype or "auto", **options
+        )
+        remember(folder, system)
+        model = cls(config, system)
+        if attn_implementation is not None:
+            model.language_model.set_attn_implementation(attn_implementation)
+        return model
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: object) -> None:
+        """Write the system's folder, with the weights that the language model has now.
+
+        Raises ConfigError: the folder is not empty.
+        """
+        folder = self.system.save_pretrained(save_directory)
+        self.language_model.save_pretrained(folder / self.config.language_model)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Self:
+        """Also move what the system keeps on a device: its engine's cache, its de-tokenizer."""
+        moved: Self = super()._apply(fn, recurse)
+        if self.system.engine.device != self.device:
+            self.system.images.to(self.device)
+            self.system.engine = torch_engine(
+                self.language_model,
+                self.system.tokenizer,
+                EngineOptions(max_running=self.system.engine.n_rows),
+                self.system.embed_features,
+            )
+        return moved
+
+    def get_input_embeddings(self) -> nn.Module:
+        embeddings: nn.Module = self.language_model.get_input_embeddings()
+        return embeddings
+
+    def get_output_embeddings(self) -> nn.Module:
+        head: nn.Module = self.language_model.get_output_embeddings()
+        return head
+
+    def forward(
+        self,
+        input_ids: Tensor | None = None,
+        *,
+        inputs_embeds: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """The language model's output (`loss` with `labels`).
+
+        image_embeds: of the positions that are true in `image_mask`, of all rows.
+        """
+        if inputs_embeds is None:
+            inputs_embeds = self._embed(input_ids, image_embeds, image_mask)
+        return self.language_model(inputs_embeds=inputs_embeds, **kwargs)
+
+    def _embed(
+        self, input_ids: Tensor | None, image_embeds: Tensor | None, image_mask: Tensor | None
+    ) -> Tensor:
+        """Embeddings `[B, L, D]` of prompts."""
+        assert input_ids is not None
+        embed = self.get_input_embeddings()
+        embeds: Tensor = embed(input_ids.to(embed.weight.device))
+        if image_embeds is None or image_mask is None:
+            return embeds
+        return embeds.masked_scatter(
+            image_mask.to(embeds.device)[..., None], image_embeds.to(embeds)
+        )
+
+    # ---- generation
+
+    @torch.no_grad()
+    def generate(  # type: ignore[override]
+        self,
+        inputs: Tensor | None = None,
+        *,
+        input_ids: Tensor | None = None,
+        attention_mask: Tensor | None = None,
+        image_embeds: Tensor | None = None,
+        image_mask: Tensor | None = None,
+        sources: Sequence[Any] | None = None,
+        task: Task | Sequence[Task] | None = None,
+        generation_mode: str = "text",
+        **options: Any,
+    ) -> Any:
+        """Answers to prompts of the processor, without the prompts.
+
+        image_embeds, image_mask, sources, task: what the processor returns beside the ids.
+
+        generation_mode: "text": ids `[B, n]` of texts, and of images between `<img>` and `</img>`
+        where the model writes some; `options` are those of transformers' `generate`.
+        "image": the ids of one image for each prompt (SEED-X: features `[B, 1, N, W]`), for
+        `decode_image_tokens`; `options` are `GenerationSettings`.
+        """
+        input_ids = inputs if input_ids is None else input_ids
+        assert input_ids is not None
+        if attention_mask is None:
+            attention_mask = torch.ones_like(input_ids)
+        tasks = _of_rows(task, len(input_ids))
+        if generation_mode == "image":
+            prompts = _prompts(input_ids, attention_mask, image_embeds, image_mask)
+            for prompt, source in zip(prompts, _of_rows(sources, len(prompts)), strict=True):
+                prompt.source = source
+            return self._generate_images(prompts, tasks, options)
+        if len(set(tasks)) > 1:
+            raise ConfigError(f"The prompts of a batch have different tasks: {set(tasks)}.")
+        embeds = self._embed(input_ids, image_embeds, image_mask)
+        return self._generate_texts(embeds, attention_mask, tasks[0] or "chat", options)
+
+    def _generate_texts(
+        self, embeds: Tensor, attention_mask: Tensor, task: Task, options: dict[str, Any]
+    ) -> Any:
+        """Answers by transformers' `generate`, cut at their ends."""
+        if task in ("draw", "edit"):
+            raise ConfigError(f"{self.name_or_path} can only draw this: it has no image.")
+
+        # 1. Settings: the caller's, over those of the model or the task.
+        base = options.pop("generation_config", None)
+        if base is None:
+            base = self.generation_config if task == "chat" else self._generation_config(task)
+        generation_config = copy.deepcopy(base)
+        options = generation_config.update(**options)
+        stops = options.pop("stop_strings", None) or generation_config.stop_strings or ()
+        generation_config.stop_strings = None
+        options.pop("tokenizer", None)
+        settings = self.system.settings(task, stop=[stops] if isinstance(stops, str) else stops)
+
+        # 2. Images stay well-formed, and an answer ends before the next turn.
+        tokenizer = self.system.tokenizer
+        constraints = ImageLogitsProcessor(
+            ImageConstraints(tokenizer.vocabulary), budget=generation_config.max_new_tokens
+        )
+        processors = LogitsProcessorList([constraints, *options.pop("logits_processor", ())])
+        criteria = StoppingCriteriaList(options.pop("stopping_criteria", ()))
+        if settings.stop:
+            stop_settings = self.system.engine_settings(settings)
+            criteria.append(StopTexts(BeamStops(tokenizer, stop_settings, ())))
+
+        # 3. The ids, without what follows a stop.
+        generated = self.language_model.generate(
+            inputs_embeds=embeds,
+            attention_mask=attention_mask.to(embeds.device),
+            generation_config=generation_config,
+            logits_processor=processors,
+            stopping_criteria=criteria,
+            **options,
+        )
+        if not isinstance(generated, Tensor):
+            return generated
+        rows = [self.system.reader(settings).read_all(ids).ids for ids in generated.tolist()]
+        return _padded(rows, tokenizer.eos_token_id).to(generated.device)
+
+    def _generate_images(
+        self, prompts: Sequence[Prompt], tasks: Sequence[Task | None], options: dict[str, Any]
+    ) -> Tensor:
+        """The ids or features of one image for each prompt."""
+        # 1. What the prompts ask for.
+        vocabulary = self.system.tokenizer.vocabulary
+        rows_by_task: dict[Task, list[int]] = {}
+        for row, (prompt, task) in enumerate(zip(prompts, tasks, strict=True)):
+            if task is None:
+                task = "edit" if _has_image(prompt, vocabulary) else "draw"
+            if task not in ("draw", "edit"):
+                raise ConfigError(
+                    f"{self.name_or_path}: the prompt was built to be answered with text; pass "
+                    "processor_kwargs={'generation_mode': 'image'}, too."
+                )
+            rows_by_task.setdefault(task, []).append(row)
+
+        # 2. The answers; `seed` is that of `draw`.
+        seed = options.pop("seed", 0)
+        images: dict[int, Any] = {}
+        for task, rows in rows_by_task.items():
+            answers = self.system.generate_image_answers(
+                [prompts[row] for row in rows], task, seeds=[seed] * len(rows), **options
+            )
+            images |= {
+                row: answer.single_image() for row, answer in zip(rows, answers, strict=True)
+            }
+
+        # 3. As one tensor.
+        self._answered = prompts
+        inputs = [images[row] for row in range(len(prompts))]
+        if not self.system.images.has_codes:
+            return torch.stack(inputs)[:, None]
+        return _padded([vocabulary.image_ids(codes) for codes in inputs], vocabulary.eoi_id)
+
+    @torch.no_grad()
+    def decode_image_tokens(
+        self, image_tokens: Tensor, *, seed: int | None = None, **drawing: object
+    ) -> Tensor | list[Tensor]:
+        """Draw images from what `generate` returns: the first one of each row.
+
+        SEED-X draws edits from their source images, too: those of the last call of `generate`.
+        drawing: settings of the de-tokenizer, over those of `self.drawing`.
+        Returns uint8 pixels `[B, H, W, 3]`, or of each image where their sizes differ.
+        """
+        settings = {**self.drawing, **drawing}
+        default_seed = settings.pop("seed", 0)
+        inputs: list[Any]
+        if image_tokens.is_floating_point():
+            inputs = list(image_tokens.flatten(0, 1).cpu())
+        else:
+            vocabulary = self.system.tokenizer.vocabulary
+            inputs = [_first_codes(ids, vocabulary) for ids in image_tokens.tolist()]
+        prompts = self._answered
+        if len(prompts) != len(inputs):
+            prompts = [Prompt()] * len(inputs)
+        images = self.system.decode_images(
+            inputs,
+            prompts,
+            [default_seed if seed is None else seed] * len(inputs),
+            DRAWING_BATCH,
+            settings,
+        )
+        pixels = [torch.from_numpy(np.array(image)) for image in images]
+        if len({rows.shape for rows in pixels}) == 1:
+            return torch.stack(pixels)
+        return pixels
+
+    def _generation_config(self, task: Task) -> GenerationConfig:
+        """A task's settings of `system.json` in transformers' form."""
+        settings: GenerationSettings = self.system.settings(task)
+        names = [*SHARED_SETTINGS]
+        if settings.samples:
+            names += SAMPLING_SETTINGS
+        if settings.num_beams > 1:
+            names += BEAM_SETTINGS
+        if settings.min_new_tokens:
+            names.append("min_new_tokens")
+        values = {name: getattr(settings, name) for name in names}
+        tokenizer = self.system.tokenizer
+        return GenerationConfig(
+            do_sample=settings.samples,
+            bos_token_id=tokenizer.bos_token_id,
+            eos_token_id=list(self.system.ends(task) or tokenizer.eos_token_ids),
+            pad_token_id=tokenizer.pad_token_id,
+            use_cache=True,
+            **values,
+        )
+
+
+class StopTexts(StoppingCriteria):
+    """Ends rows of generated ids at a stop text."""
+
+    def __init__(self, stops: BeamStops) -> None:
+        self.stops = stops
+
+    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: object) -> Tensor:
+        is_done = [self.stops.ends(ids) for ids in input_ids.tolist()]
+        return torch.tensor(is_done, device=input_ids.device)
+
+
+def _prompts(
+    input_ids: Tensor,
+    attention_mask: Tensor,
+    image_embeds: Tensor | None,
+    image_mask: Tensor | None,
+) -> list[Prompt]:
+    """Prompts of padded rows."""
+    prompts: list[Prompt] = []
+    n_embedded = 0
+    for row, mask in enumerate(attention_mask.bool()):
+        prompt = Prompt(input_ids[row][mask].tolist())
+        if image_embeds is not None and image_mask is not None:
+            positions = image_mask[row][mask].nonzero().flatten().tolist()
+            if positions:
+                features = image_embeds[n_embedded : n_embedded + len(positions)]
+                prompt.images = [PromptImage(features, positions)]
+                n_embedded += len(positions)
+        prompts.append(prompt)
+    return prompts
+
+
+def _of_rows(value: Any, n_rows: int) -> list[Any]:
+    """A value of all rows, or a list of those of each; a batch of the pipeline's nests them."""
+    if not isinstance(value, list):
+        return [value] * n_rows
+    if isinstance(value[0], list):
+        return [row_value for row_values in value for row_value in row_values]
+    return value
+
+
+def _has_image(prompt: Prompt, vocabulary: ImageVocabulary) -> bool:
+    return bool(prompt.images) or any(map(vocabulary.is_image_token, prompt.ids))
+
+
+def _first_codes(ids: Sequence[int], vocabulary: ImageVocabulary) -> list[int]:
+    """The codes of the first image of an answer; none raises the codec's CodesError."""
+    if vocabulary.eoi_id in ids:
+        ids = ids[: ids.index(vocabulary.eoi_id)]
+    return vocabulary.id_to_code(id for id in ids if vocabulary.is_code_id(id))
+
+
+def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
+    """Rows of ids as one tensor, padded at the right."""
+    tensors = [torch.tensor(list(row), dtype=torch.long) for row in rows]
+    return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
+
+
+@cache
+def class_of(family: str) -> type[SeedMultimodalForConditionalGeneration]:
+    """The model of a family, as `SeedLlamaForConditionalGeneration`."""
+    spec = find_family(family)
+    return type(
+        f"{spec.system_name}ForConditionalGeneration",
+        (SeedMultimodalForConditionalGeneration,),
+        {
+            "__module__": __package__,
+            "__doc__": f"Of {spec.title}.",
+            "config_class": configuration.class_of(family),
+        },
+    )
+
+
+def register(family: str, auto: ModuleType) -> None:
+    """Register a family in transformers' module of `AutoModelForMultimodalLM`."""
+    auto.AutoModelForMultimodalLM.register(
+        configuration.class_of(family), class_of(family), exist_ok=True
+    )

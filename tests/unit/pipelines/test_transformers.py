@@ -1,0 +1,232 @@
+"""transformers' Auto classes and its pipeline "any-to-any": ids and pixels equal the system's."""
+
+from __future__ import annotations
+
+import sys
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from repository import ROOT
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    PROCESSOR_MAPPING,
+    AutoProcessor,
+    pipeline,
+)
+
+from seed_multimodal import transformers
+from seed_multimodal.errors import ConfigError, RequestError
+from seed_multimodal.language.answer import ImagePart
+from seed_multimodal.language.prompts import QA_SUFFIX
+from seed_multimodal.transformers import registration
+
+MODELS = ("nano", "nano-x", "nano-lavit")
+BOTH = ROOT / "images/fox_and_snowman.png"
+FOX = ROOT / "images/fox.png"
+FAST = {"num_inference_steps": 2}
+SCENE = "a fluent elephant left of a penguin in a meadow"
+
+
+@pytest.fixture(scope="module")
+def pipes():
+    """The pipeline of each model, made when it is first asked for."""
+    made = {}
+
+    def pipe(name: str):
+        if name not in made:
+            made[name] = pipeline("any-to-any", model=str(ROOT / "pretrained" / name))
+            made[name].model.drawing = FAST
+        return made[name]
+
+    return pipe
+
+
+def user(*content: object) -> list[dict]:
+    """A conversation of one message in transformers' form; a path is an image."""
+    parts = []
+    for part in content:
+        if isinstance(part, str):
+            parts.append({"type": "text", "text": part})
+        else:
+            parts.append({"type": "image", "image": str(part)})
+    return [{"role": "user", "content": parts}]
+
+
+def answers(pipe, conversations, **options) -> list[str]:
+    rows = pipe(text=conversations, return_full_text=False, **options)
+    return [row[0]["generated_text"] for row in rows]
+
+
+def assert_equal_images(image: Image.Image, expected: Image.Image) -> None:
+    assert np.array_equal(np.asarray(image), np.asarray(expected))
+
+
+def inputs_of(pipe, messages, **options):
+    return pipe.processor.apply_chat_template(
+        messages, tokenize=True, return_dict=True, add_generation_prompt=True, **options
+    )
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_texts_equal_those_of_the_system_alone_and_in_a_batch(name, pipes):
+    pipe = pipes(name)
+    system = pipe.model.system
+    conversations = [user(BOTH, f"What is on the {side}?") for side in ("left", "right")]
+    expected = [system.chat(messages) for messages in conversations]
+    texts = [answer.text for answer in expected]
+    assert [text.lower().strip(".") for text in texts] == ["a fox", "a snowman"]
+    assert answers(pipe, conversations) == texts
+    assert answers(pipe, conversations, batch_size=2) == texts
+    ids = pipe.model.generate(**inputs_of(pipe, conversations))
+    for row, answer in zip(ids.tolist(), expected, strict=True):
+        assert row[: len(answer.ids)] == list(answer.ids)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_drawings_equal_those_of_the_system(name, pipes):
+    pipe = pipes(name)
+    system = pipe.model.system
+    request = system.tasks.draw_request(SCENE)
+    [row] = pipe(text=user(request), generation_mode="image")
+    assert_equal_images(row["generated_image"], system.draw(SCENE, **FAST))
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_edits_equal_those_of_the_system(name, pipes):
+    pipe = pipes(name)
+    instruction = "Put it at night."
+    [row] = pipe(
+        text=user(FOX, instruction),
+        generation_mode="image",
+        processor_kwargs={"generation_mode": "image"},
+    )
+    assert_equal_images(row["generated_image"], pipe.model.system.edit(FOX, instruction, **FAST))
+
+
+def test_a_batch_of_images_holds_drawings_and_edits(pipes):
+    pipe = pipes("nano")
+    system = pipe.model.system
+    requests = [user(system.tasks.draw_request(SCENE)), user(FOX, "Put it at night.")]
+    ids = pipe.model.generate(**inputs_of(pipe, requests), generation_mode="image")
+    single = [
+        pipe.model.generate(**inputs_of(pipe, request), generation_mode="image")
+        for request in requests
+    ]
+    assert torch.equal(ids, torch.cat(single)) and ids.shape == (2, 34)
+    pixels = pipe.model.decode_image_tokens(ids[:1], seed=5)
+    [image] = pipe.processor.post_process_multimodal_output(pixels, generation_mode="image")
+    assert_equal_images(image, system.draw(SCENE, seed=5, num_inference_steps=2))
+
+
+def test_interleaved_answers_in_several_turns_equal_the_systems(pipes):
+    pipe = pipes("nano")
+    turns = ["What is on the left?", "Put it at night.", "What is the background?"]
+    messages = user(BOTH, turns[0])
+    expected_messages = user(BOTH, turns[0])
+    for turn in [*turns[1:], None]:
+        answer = pipe.model.system.chat(expected_messages, **FAST)
+        ids = pipe.model.generate(**inputs_of(pipe, messages))
+        [content] = pipe.processor.post_process_interleaved_output(ids, **FAST)
+
+        # The same texts, codes and pixels in the same order.
+        assert ids[0].tolist() == list(answer.ids)
+        assert [part for part in content if part["type"] == "image"] == [
+            {"type": "image", "image": part.image, "codes": part.codes}
+            for part in answer.parts
+            if isinstance(part, ImagePart)
+        ]
+        assert " ".join(part.get("text", "") for part in content).strip() == answer.text
+        if turn is not None:
+            messages += [{"role": "assistant", "content": content}, *user(turn)]
+            expected_messages += [{"role": "assistant", "content": answer}, *user(turn)]
+    assert answer.text == "The night."
+    assert [part["type"] for part in messages[3]["content"]] == ["text", "image"]
+
+
+def test_the_pipeline_chats_in_several_turns(pipes):
+    pipe = pipes("nano")
+    [row] = pipe(text=user(BOTH, "What is on the left?"))
+    messages = row["generated_text"]
+    assert messages[-1]["role"] == "assistant"
+    [row] = pipe(text=[*messages, *user("Put it at night.")], generation_mode="image")
+    night = {"role": "assistant", "content": [{"type": "image", "image": row["generated_image"]}]}
+    [row] = pipe(
+        text=[*messages, *user("Put it at night."), night, *user("What is the background?")]
+    )
+    assert row["generated_text"][-1]["content"] == "The night."
+
+
+def test_a_begun_answer_is_continued(pipes):
+    pipe = pipes("nano")
+    question = user(BOTH, f"What is on the left?{QA_SUFFIX}")
+    [row] = pipe(text=[*question, {"role": "assistant", "content": "a "}])
+    assert row["generated_text"][-1]["content"] == "a fox"
+
+
+def test_texts_without_template_are_continued(pipes):
+    pipe = pipes("nano")
+    prompt = f"USER: <image>What is on the left?{QA_SUFFIX}\nASSISTANT:"
+    [row] = pipe(text=prompt, images=str(BOTH), return_full_text=False)
+    assert row["generated_text"] == "a fox"
+    with pytest.raises(RequestError, match="2 <image> placeholders for 1 images"):
+        pipe.processor(text="<image><image>", images=str(BOTH))
+
+
+def test_generate_takes_options_of_transformers(pipes):
+    pipe = pipes("nano")
+    inputs = inputs_of(pipe, user(FOX, "Please describe it."))
+    settings = {"num_beams": 2, "max_new_tokens": 40}
+    ids = pipe.model.generate(**inputs, **settings)
+    assert ids[0].tolist() == list(
+        pipe.model.system.chat(user(FOX, "Please describe it."), **settings).ids
+    )
+    several = pipe.model.generate(**inputs, do_sample=True, num_return_sequences=3)
+    assert len(several) == 3
+    logits = pipe.model(**{key: inputs[key] for key in ("input_ids", "attention_mask")}).logits
+    assert logits.shape[1:] == (
+        inputs["input_ids"].shape[1],
+        pipe.model.config.text_config.vocab_size,
+    )
+
+
+def test_what_a_family_cannot_answer_is_an_error(pipes):
+    lavit = pipes("nano-lavit")
+    with pytest.raises(ConfigError, match="can only draw this"):
+        lavit(text=user("a noto fox in a meadow"))
+    with pytest.raises(ConfigError, match="processor_kwargs"):
+        lavit(text=user(FOX, "at night"), generation_mode="image")
+    with pytest.raises(ConfigError, match="draws images from hidden states"):
+        pipes("nano-x").processor.post_process_interleaved_output([[1]])
+
+
+def test_a_processor_alone_reads_no_language_model(tmp_path, pipes):
+    for part in (ROOT / "pretrained/nano").iterdir():
+        (tmp_path / part.name).symlink_to(part)
+    processor = AutoProcessor.from_pretrained(tmp_path)
+    messages = user(FOX, "What is it?")
+    inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True)
+    assert torch.equal(inputs["input_ids"], inputs_of(pipes("nano"), messages)["input_ids"])
+    assert processor.system.llm is None
+    with pytest.raises(ConfigError, match="without its language model"):
+        processor.system.describe(FOX)
+
+
+def test_registration_when_transformers_was_imported_before(monkeypatch):
+    monkeypatch.setattr(sys, "meta_path", sys.meta_path[:])
+    mappings = (CONFIG_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING, PROCESSOR_MAPPING)
+    registered = [mapping._extra_content.copy() for mapping in mappings]
+    for mapping in mappings:
+        mapping._extra_content.clear()
+    registration.install()
+    assert [mapping._extra_content for mapping in mappings] == registered
+    assert registered[0].keys() >= {"seed_llama", "seed_x", "lavit"}
+
+
+def test_classes_have_names_of_their_families():
+    assert transformers.SeedLlamaProcessor is transformers.processing.class_of("seed_llama")
+    assert transformers.LavitConfig.model_type == "lavit"
+    with pytest.raises(AttributeError, match="SeedZ"):
+        _ = transformers.SeedZConfig
