@@ -202,7 +202,7 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> Any:
         """Answers to prompts of the processor, without the prompts.
 
-        image_embeds, image_mask, sources, task: what the processor returns beside the ids.
+        image_embeds, image_mask, sources, task: what the processor returns with the ids.
 
         generation_mode: "text": ids `[B, n]` of texts, and of images between `<img>` and `</img>`
         where the model writes some; `options` are those of transformers' `generate`.
