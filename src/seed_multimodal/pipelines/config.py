@@ -17,82 +17,32 @@ A family has a subclass: its parts are fields made by `part`, its settings the o
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import Any, ClassVar, NamedTuple, Self
+from typing import Any, ClassVar, Self
 
 from seed_multimodal import hub
-from seed_multimodal.disk import JsonObject, read_json_object, replace_text
+from seed_multimodal.disk import JsonObject, read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import ADAPTER_CONFIG
 from seed_multimodal.language.prompts import DEFAULT_TASKS, TaskPrompts
 from seed_multimodal.models.registry import families, find_family
-from seed_multimodal.settings import check_keys, check_value, nearest, read_settings, setting
+from seed_multimodal.pipelines.base_record import family_name, is_checkpoint, read_base
+from seed_multimodal.pipelines.parts import (
+    OldCheckpoint,
+    Original,
+    Part,
+    existing_path,
+    not_saved,
+    origin,
+    part,
+)
+from seed_multimodal.settings import check_keys, nearest, read_settings, setting
 
-BASE = "base.json"  # of a checkpoint: see `record_base`
 DEFAULT_FAMILY = "seed_llama"  # of a system.json without `system`
-
-
-@dataclass(frozen=True)
-class Part:
-    """A part of a system, a folder or file.
-
-    label: in messages.
-    folder: default path in a system's folder; None: none.
-    flag: help of its flag in `seed assemble`; "": no flag.
-    required: whether that flag is.
-    draws: drawing needs it.
-    optional: the system is complete without it.
-    """
-
-    label: str
-    folder: str | None = None
-    flag: str = ""
-    required: bool = False
-    draws: bool = False
-    optional: bool = False
-
-
-def part(label: str, folder: str | None = None, **options: Any) -> Any:
-    """A dataclass field for the path of a part; `options` of `Part`."""
-    return field(default=None, metadata={"part": Part(label, folder, **options)})
-
-
-def not_saved(default: Any = None, *, factory: Any = None) -> Any:
-    """A dataclass field that is no key of `system.json`."""
-    metadata = {"saved": False}
-    if factory is not None:
-        return field(default_factory=factory, metadata=metadata)
-    return field(default=default, metadata=metadata)
-
-
-class Original(NamedTuple):
-    """An original model, as a `system.json` in the repository's root would describe it.
-
-    parts: path by part.
-    settings: those that differ from the defaults.
-    aliases: further names of this model, such as its hub name.
-    """
-
-    parts: Mapping[str, str]
-    settings: Mapping[str, Any] = {}
-    aliases: tuple[str, ...] = ()
-
-
-class OldCheckpoint(NamedTuple):
-    """How a checkpoint without `base.json` is recognised.
-
-    marker: file that only this family's checkpoints have.
-    file, key: where it names the language model that it was trained on.
-    """
-
-    marker: str
-    file: str
-    key: str
 
 
 @dataclass(kw_only=True)
@@ -116,6 +66,8 @@ class SystemConfig:
     original: str = not_saved("")
     # The copy of an original's repository with these parts; None: `pretrained/`.
     copy: Path | None = not_saved()
+    # What a folder was taken for that does not say so itself, for messages.
+    read_as: str = not_saved("")
     image_size: int | None = not_saved()  # pixels a side that the tokenizer reads, if fixed
     sizes: Mapping[str, Any] = not_saved(factory=dict)  # of parts without `config.json`
     llm: Path | None = part("language model", "llm")
@@ -198,22 +150,28 @@ class SystemConfig:
         file = folder / "system.json"
         content = read_json_object(file, ConfigError)
         values = {key: value for key, value in content.items() if not key.startswith("_")}
-        kind = _family_name(values.pop("system", DEFAULT_FAMILY), f"{file}: system")
+        label = str(file)
+        read_as = ""
+        if "system" not in values:
+            read_as = f"has no key system, so it is read as {DEFAULT_FAMILY}; "
+            label = f"{file} (without the key system, read as {DEFAULT_FAMILY})"
+        kind = family_name(values.pop("system", DEFAULT_FAMILY), f"{file}: system")
         config_class = find_family(kind).config
         if not issubclass(config_class, cls):
             raise ConfigError(f"{file}: is a {kind} system, not {cls.system}.")
-        check_keys(values, ("system", *config_class.settings(), *config_class.parts()), str(file))
+        check_keys(values, ("system", *config_class.settings(), *config_class.parts()), label)
 
         # 2. Its values, with defaults.
         if isinstance(values.get("tasks"), dict):
             default_tasks = dataclasses.asdict(config_class().tasks)
             values["tasks"] = {**default_tasks, **values["tasks"]}
         paths = {key: part.folder for key, part in config_class.parts().items() if part.folder}
-        config = read_settings(config_class, {**paths, **values}, str(file))
-        config.check(str(file))
+        config = read_settings(config_class, {**paths, **values}, label)
+        config.check(label)
 
         # 3. What follows from them.
         config.name = str(folder)
+        config.read_as = read_as
         for key, value in vars(config).items():
             if isinstance(value, Path):
                 setattr(config, key, folder / value)
@@ -296,7 +254,7 @@ class SystemConfig:
 
     def has(self, *parts: str) -> bool:
         """Whether these parts exist."""
-        return all(self._missing(key) is None for key in parts)
+        return all(self._is_complete(key) for key in parts)
 
     def require(self, *parts: str) -> Self:
         """This config, with these parts available (an original's from the hub, if allowed).
@@ -308,14 +266,10 @@ class SystemConfig:
         if self.has(*parts):
             return self
         if self.original:
-            raise CheckpointError(self._missing_original_message())
-        reasons: list[str] = []
-        for key in parts:
-            path = self._missing(key)
-            if path is not None:
-                advice = f": put it at {path}" if path else " (seed assemble joins parts)"
-                reasons.append(f"its {self.parts()[key].label} is not there{advice}")
-        raise CheckpointError(f"{self.name}: {'; '.join(reasons)}.")
+            message = self._missing_original_message()
+        else:
+            message = self._missing_parts_message(parts)
+        raise CheckpointError(f"{self.name}: {self.read_as}{message}")
 
     def path(self, key: str) -> Path:
         """The path of a part that is there. Raises as `require`."""
@@ -344,7 +298,7 @@ class SystemConfig:
             return
 
         # The files of this part: its repository may hold more.
-        source, path_in_repository = _origin(default)
+        source, path_in_repository = origin(default)
         files = source.files
         if key in self.original_files:
             files = self.original_files[key]
@@ -354,26 +308,44 @@ class SystemConfig:
         if repository is not None:
             setattr(self, key, existing_path(repository / path_in_repository) or default)
 
-    def _missing(self, key: str) -> str | None:
-        """The first missing path of a part ("": no path); None: complete."""
+    def _is_complete(self, key: str) -> bool:
+        """Whether a part exists, or has no path and may be missing."""
+        if getattr(self, key) is None:
+            return self.parts()[key].optional
+        return not self._missing_paths(key)
+
+    def _missing_paths(self, key: str) -> list[Path]:
+        """The paths of a part that do not exist; none where it has no path."""
         path: Path | None = getattr(self, key)
         if path is None:
-            return None if self.parts()[key].optional else ""
+            return []
         paths = [path]
         if self.original and key in self.original_files:
             paths = [path / file for file in self.original_files[key]]
-        missing = [str(path) for path in paths if not existing_path(path)]
-        return missing[0] if missing else None
+        return [path for path in paths if not existing_path(path)]
+
+    def _missing_parts_message(self, keys: Sequence[str]) -> str:
+        """Where to put the missing ones of some parts."""
+        reasons: list[str] = []
+        for key in keys:
+            if self._is_complete(key):
+                continue
+            advice = " (seed assemble joins parts)"
+            for path in self._missing_paths(key):
+                advice = f": put it at {path}"
+            reasons.append(f"its {self.parts()[key].label} is not there{advice}")
+        return f"{'; '.join(reasons)}."
 
     def _missing_original_message(self) -> str:
         """How to get the missing parts of an original model."""
         missing: list[tuple[hub.OriginalPart, str]] = []
         for key, default in self.original_paths().items():
-            path = self._missing(key)
-            if path and not self.parts()[key].optional:
-                missing.append((_origin(default)[0], path))
+            if self.parts()[key].optional:
+                continue
+            for path in self._missing_paths(key)[:1]:
+                missing.append((origin(default)[0], str(path)))
         return (
-            f"{self.name}: {hub.missing_weights_message(missing)}, or take --model {self.shipped} "
+            f"{hub.missing_weights_message(missing)}, or take --model {self.shipped} "
             f"({self.model_flags}: --system {self.shipped}), which runs now."
         )
 
@@ -418,7 +390,7 @@ def _of_folder(name: str | Path) -> SystemConfig:
         )
     if (folder / "system.json").is_file():
         return SystemConfig.read(folder)
-    config = _of_checkpoint(folder) if _is_checkpoint(folder) else _recognise(folder)
+    config = _of_checkpoint(folder) if is_checkpoint(folder) else _recognise(folder)
     config.name = str(folder)
     return config
 
@@ -452,28 +424,7 @@ def _no_system(folder: Path) -> str:
     )
 
 
-def _family_name(value: Any, label: str) -> str:
-    """The name of a family. Raises ConfigError: another value, prefixed with `label`."""
-    name: str = check_value(str, value, label, choices=[spec.name for spec in families()])
-    return name
-
-
 # ---- checkpoints
-
-
-def _old_checkpoints() -> dict[str, OldCheckpoint]:
-    """How checkpoints without `base.json` are recognised, by family; the most specific first."""
-    kinds: dict[str, OldCheckpoint] = {}
-    for spec in reversed(families()):
-        if spec.config.old_checkpoint is not None:
-            kinds[spec.name] = spec.config.old_checkpoint
-    return kinds
-
-
-def _is_checkpoint(folder: Path) -> bool:
-    """Whether a folder is a checkpoint of a language model's training."""
-    files = {BASE, *(old.file for old in _old_checkpoints().values())}
-    return any((folder / file).is_file() for file in files)
 
 
 def _of_checkpoint(folder: Path) -> SystemConfig:
@@ -508,62 +459,3 @@ def _system_of_parts(
             if isinstance(config, config_class):
                 return config
     return None
-
-
-def record_base(folder: Path, system: str, **parts: str | Path | None) -> None:
-    """Write a checkpoint's `base.json`: the system's kind, and the parts that it was trained with.
-
-    Paths below the repository are relative to its root.
-    """
-    paths = {key: hub.portable_path(path) for key, path in parts.items() if path is not None}
-    replace_text(folder / BASE, json.dumps({"system": system, **paths}, indent=1) + "\n")
-
-
-def read_base(folder: Path) -> dict[str, str]:
-    """A checkpoint's `base.json`, or the same from older files and PEFT's.
-
-    Raises ConfigError: a wrong file.
-    """
-    file = folder / BASE
-    if file.is_file():
-        record = read_json_object(file, ConfigError)
-        kind = _family_name(record.get("system"), f"{file}: system")
-        check_keys(record, ("system", *find_family(kind).config.parts()), str(file))
-        paths: dict[str, str] = check_value(dict[str, str], record, str(file))
-        return paths
-
-    # Older checkpoints name their language model only.
-    old_checkpoints = _old_checkpoints()
-    kind = next(kind for kind, old in old_checkpoints.items() if (folder / old.marker).is_file())
-    _, file_name, key = old_checkpoints[kind]
-    base = read_json_object(folder / file_name).get(key)
-    if not isinstance(base, str) or not base:
-        raise ConfigError(
-            f"{folder / file_name}: {key} is {base!r}: name there the base model that the "
-            "checkpoint was trained on, or merge it with --base_model "
-            "(MultiModalLLM/src/tools/merge_lora_weights.py)."
-        )
-    return {"system": kind, "llm": base}
-
-
-# ---- files
-
-
-def has_folder(folder: Path, *names: str) -> bool:
-    """Whether one of these is a folder in `folder`."""
-    return any((folder / name).is_dir() for name in names)
-
-
-def existing_path(path: Path) -> Path | None:
-    """A path as is or below the repository root; `.safetensors` may replace `.bin`."""
-    existing = hub.locate(path)
-    if existing is None and path.suffix == ".bin":
-        existing = hub.locate(path.with_suffix(".safetensors"))
-    return existing
-
-
-def _origin(path: Path) -> tuple[hub.OriginalPart, str]:
-    """The hub repository of an original's part, and the part's path in it."""
-    parts = [part for part in hub.ORIGINAL_PARTS.values() if path.is_relative_to(part.folder)]
-    source = max(parts, key=lambda part: len(part.folder))
-    return source, path.relative_to(source.folder).as_posix()

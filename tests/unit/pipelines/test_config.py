@@ -180,6 +180,7 @@ def test_local_folder_of_names_on_the_hub(no_weights: Path, tiny_folder: Path):
         ('{"tokeniser": "x"}', r"unknown key 'tokeniser' \(did you mean 'tokenizer'"),
         ('{"system": "seed_y"}', "system must be one of"),
         ('{"system": "lavit", "grids": ["1x1"]}', "'grids'"),
+        ('{"grids": ["1x1"]}', "without the key system, read as seed_llama.*'grids'"),
         ('{"system": "lavit", "generation": {"draw": 3}}', "generation: draw: input should"),
         ('{"image_size": 0}', "at least 1"),
     ],
@@ -188,6 +189,18 @@ def test_find_of_a_wrong_system_json(tmp_path, text, message):
     (tmp_path / "system.json").write_text(text)
     with pytest.raises(ConfigError, match=message):
         SystemConfig.find(tmp_path)
+
+
+def test_require_of_a_folder_that_does_not_name_its_system(tiny_folder: Path, no_weights: Path):
+    (no_weights / "system.json").write_text("{}")
+    with pytest.raises(
+        CheckpointError, match="no key system, so it is read as seed_llama; its lan"
+    ):
+        SystemConfig.find(no_weights).require("llm")
+    alone = shutil.copytree(tiny_folder / "seed_llama", no_weights / "plain")
+    command = f"seed assemble seed-llama --llm {alone} --tokenizer"
+    with pytest.raises(CheckpointError, match=f"is a language model alone. A system.*{command}"):
+        SystemConfig.find(alone).require("llm", "tokenizer")
 
 
 def test_commands_without_a_language_model(
@@ -212,7 +225,7 @@ def test_commands_without_a_language_model(
         capsys.readouterr()
         assert main(["describe", FOX, "--model", str(folder)]) == 2
         assert (
-            f"{folder}: its language model is not there: put it at {folder / parts[0]}"
+            f"its language model is not there: put it at {folder / parts[0]}"
             in capsys.readouterr().err
         )
 

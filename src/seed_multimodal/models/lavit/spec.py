@@ -14,13 +14,8 @@ from seed_multimodal.hub import ADAPTER_CONFIG, LAVIT, ORIGINAL_PARTS, VISUAL_WE
 from seed_multimodal.language.prompts import TaskPrompts
 from seed_multimodal.models.lavit.ratios import RATIOS
 from seed_multimodal.models.registry import FamilySpec, ModelCard, Training
-from seed_multimodal.pipelines.config import (
-    OldCheckpoint,
-    Original,
-    SystemConfig,
-    has_folder,
-    part,
-)
+from seed_multimodal.pipelines.config import SystemConfig
+from seed_multimodal.pipelines.parts import OldCheckpoint, Original, has_folder, part
 
 _ORIGINAL = ORIGINAL_PARTS["lavit"].folder
 # It continues images and texts; only questions have a template.

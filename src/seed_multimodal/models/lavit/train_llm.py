@@ -33,7 +33,7 @@ from seed_multimodal.models.lavit.modeling import MODES, TokenMerger, kept_rows
 from seed_multimodal.models.lavit.processing import load_lavit_tokenizer
 from seed_multimodal.models.lavit.train_rows import ReadyBatch, fill_rows
 from seed_multimodal.nn.layers import cast_layers, checkpoint_layers
-from seed_multimodal.pipelines.config import record_base
+from seed_multimodal.pipelines.base_record import record_base
 from seed_multimodal.settings import setting
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_models import FrozenFeatures

@@ -14,13 +14,8 @@ from seed_multimodal.language import prompts
 from seed_multimodal.language.hub_tokenizer import has_chat_template
 from seed_multimodal.language.prompts import CHAT, ORIGINAL_TASKS, template_for
 from seed_multimodal.models.registry import FamilySpec, ModelCard, Training
-from seed_multimodal.pipelines.config import (
-    CodeSystemConfig,
-    OldCheckpoint,
-    Original,
-    existing_path,
-    part,
-)
+from seed_multimodal.pipelines.config import CodeSystemConfig
+from seed_multimodal.pipelines.parts import OldCheckpoint, Original, existing_path, part
 from seed_multimodal.settings import check_keys, setting
 
 DETOKENIZER_FOLDER = "diffusion_model"  # of a tokenizer's folder
@@ -115,6 +110,11 @@ class SeedLlamaConfig(CodeSystemConfig):
             return None
         config = cls.of_original("8b")
         config.llm = folder
+        config.read_as = (
+            f"is a language model alone. A system of it: seed assemble seed-llama --llm {folder} "
+            f"--tokenizer TOKENIZER --out SYSTEM; to train one: seed init --llm {folder} OUT. "
+            "With the original image tokenizer: "
+        )
         config.template = template_for(sizes.get("hidden_size"))
         return config
 

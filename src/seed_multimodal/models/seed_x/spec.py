@@ -11,14 +11,8 @@ from seed_multimodal.disk import JsonObject
 from seed_multimodal.hub import AGENT_CONFIG, ORIGINAL_PARTS, SEED_X
 from seed_multimodal.language.prompts import SEED_X_TASKS, TaskPrompts
 from seed_multimodal.models.registry import FamilySpec, ModelCard, Training
-from seed_multimodal.pipelines.config import (
-    OldCheckpoint,
-    Original,
-    SystemConfig,
-    has_folder,
-    not_saved,
-    part,
-)
+from seed_multimodal.pipelines.config import SystemConfig
+from seed_multimodal.pipelines.parts import OldCheckpoint, Original, has_folder, not_saved, part
 
 _PARTS = {
     "tokenizer": "pretrained/cvlm_llama2_tokenizer_100img_and_224loc_addpatch",

@@ -37,7 +37,7 @@ from seed_multimodal.nn.vision.qwen import (
     Resampler,
     ResamplerConfig,
 )
-from seed_multimodal.pipelines.config import record_base
+from seed_multimodal.pipelines.base_record import record_base
 from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.training.config import ConfigNode
 from seed_multimodal.training.distributed import ProcessGroup

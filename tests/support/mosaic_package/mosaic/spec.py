@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from seed_multimodal.models.registry import FamilySpec, ModelCard, Training
-from seed_multimodal.pipelines.config import CodeSystemConfig, part
+from seed_multimodal.pipelines.config import CodeSystemConfig
+from seed_multimodal.pipelines.parts import part
 
 
 @dataclass(kw_only=True)

@@ -1,0 +1,76 @@
+"""`base.json` of a language model's checkpoint: the system and the parts that it was trained with.
+
+Checkpoints of earlier versions and PEFT's are recognised by a family's `OldCheckpoint`.
+"""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+from seed_multimodal import hub
+from seed_multimodal.disk import read_json_object, replace_text
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.models.registry import families, find_family
+from seed_multimodal.pipelines.parts import OldCheckpoint
+from seed_multimodal.settings import check_keys, check_value
+
+BASE = "base.json"
+
+
+def record_base(folder: Path, system: str, **parts: str | Path | None) -> None:
+    """Write a checkpoint's `base.json`: the system's kind, and the parts that it was trained with.
+
+    Paths below the repository are relative to its root.
+    """
+    paths = {key: hub.portable_path(path) for key, path in parts.items() if path is not None}
+    replace_text(folder / BASE, json.dumps({"system": system, **paths}, indent=1) + "\n")
+
+
+def read_base(folder: Path) -> dict[str, str]:
+    """A checkpoint's `base.json`, or the same from older files and PEFT's.
+
+    Raises ConfigError: a wrong file.
+    """
+    file = folder / BASE
+    if file.is_file():
+        record = read_json_object(file, ConfigError)
+        kind = family_name(record.get("system"), f"{file}: system")
+        check_keys(record, ("system", *find_family(kind).config.parts()), str(file))
+        paths: dict[str, str] = check_value(dict[str, str], record, str(file))
+        return paths
+
+    # Older checkpoints name their language model only.
+    old_checkpoints = _old_checkpoints()
+    kind = next(kind for kind, old in old_checkpoints.items() if (folder / old.marker).is_file())
+    _, file_name, key = old_checkpoints[kind]
+    base = read_json_object(folder / file_name).get(key)
+    if not isinstance(base, str) or not base:
+        raise ConfigError(
+            f"{folder / file_name}: {key} is {base!r}: name there the base model that the "
+            "checkpoint was trained on, or merge it with --base_model "
+            "(MultiModalLLM/src/tools/merge_lora_weights.py)."
+        )
+    return {"system": kind, "llm": base}
+
+
+def _old_checkpoints() -> dict[str, OldCheckpoint]:
+    """How checkpoints without `base.json` are recognised, by family; the most specific first."""
+    kinds: dict[str, OldCheckpoint] = {}
+    for spec in reversed(families()):
+        if spec.config.old_checkpoint is not None:
+            kinds[spec.name] = spec.config.old_checkpoint
+    return kinds
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether a folder is a checkpoint of a language model's training."""
+    files = {BASE, *(old.file for old in _old_checkpoints().values())}
+    return any((folder / file).is_file() for file in files)
+
+
+def family_name(value: Any, label: str) -> str:
+    """The name of a family. Raises ConfigError: another value, prefixed with `label`."""
+    name: str = check_value(str, value, label, choices=[spec.name for spec in families()])
+    return name
