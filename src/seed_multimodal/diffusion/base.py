@@ -112,8 +112,32 @@ class DrawingSettings:
 Settings = TypeVar("Settings", bound=DrawingSettings)
 
 
+@dataclass
+class Denoising:
+    """What the denoising loop reads for B images, with R runs of the denoiser a step."""
+
+    start: Tensor  # noise [B, C, h, w]
+    conditions: DenoiserConditions  # R · B rows
+    guide: Callable[[Tensor], Tensor]  # combines the predictions of the R runs
+    concatenated: Tensor | None = None  # further input channels, R · B rows
+
+    def predict(self, denoiser: nn.Module, noisy: Tensor, step: Tensor) -> Tensor:
+        """The guided prediction `[B, C, h, w]` in float32.
+
+        step: the scheduler's time step, one for all or one each.
+        """
+        runs = len(self.conditions["encoder_hidden_states"]) // len(noisy)
+        inputs = noisy.repeat(runs, 1, 1, 1)
+        if step.ndim:
+            step = step.repeat(runs)
+        if self.concatenated is not None:
+            inputs = torch.cat([inputs, self.concatenated.to(inputs)], dim=1)
+        prediction = predict(denoiser, inputs.to(denoiser.dtype), step, self.conditions)
+        return self.guide(prediction.float())
+
+
 class Detokenizer(Generic[Settings]):
-    """Base class; subclasses define `denoise`."""
+    """Base class; subclasses define `prepare`."""
 
     label: ClassVar[str]  # in error messages
     download_hint: ClassVar[str]  # in error messages: where to get the weights
@@ -128,8 +152,8 @@ class Detokenizer(Generic[Settings]):
     )
     float32: ClassVar[tuple[str, ...]] = ("vae", "safety_checker")  # those that stay in float32
     decode_batch_size: ClassVar[int] = 1  # of the VAE decoder
-    # (settings, generators, **`condition_rows`) → latents [B, C, h, w]
-    denoise: Callable[..., Tensor]
+    # (settings, generators, **`condition_rows`) → `Denoising`
+    prepare: Callable[..., Denoising]
     reads_condition = False
     embedding_dim: int
 
@@ -244,42 +268,30 @@ class Detokenizer(Generic[Settings]):
             rows["negatives"] = negatives.expand(len(embeds), *negatives.shape[1:])
         return rows
 
-    def sample(
-        self,
-        start: Tensor,
-        conditions: DenoiserConditions,
-        guide: Callable[[Tensor], Tensor],
-        settings: Settings,
-        generators: Generators,
-        concatenated: Tensor | None = None,
+    def denoise(
+        self, settings: Settings, generators: Generators, *conditions: object, **options: object
     ) -> Tensor:
-        """The denoising loop: noise `[B, C, h, w]` → latents, in float32.
+        """Latents `[B, C, h, w]` in float32, by the denoising loop; arguments as of `prepare`."""
+        denoising = self.prepare(settings, generators, *conditions, **options)
 
-        guide: combines the predictions of the R runs.
-        concatenated: further input channels, R · B rows.
-        """
         # 1. The scheduler.
         scheduler = self.scheduler
         if settings.preset == "fast":
             scheduler = fast_scheduler(scheduler)
         scheduler.set_timesteps(settings.num_inference_steps, device=self.device)
-        options = {}
+        step_options = {}
         if "generator" in inspect.signature(scheduler.step).parameters:
-            options["generator"] = list(generators)
+            step_options["generator"] = list(generators)
 
         # 2. The loop. Flow schedulers scale neither the initial noise nor the input.
-        runs = len(conditions["encoder_hidden_states"]) // len(start)
-        latents = start.to(self.device, torch.float32) * getattr(scheduler, "init_noise_sigma", 1.0)
+        start = denoising.start.to(self.device, torch.float32)
+        latents = start * getattr(scheduler, "init_noise_sigma", 1.0)
         for step in scheduler.timesteps:
-            inputs = latents.repeat(runs, 1, 1, 1)  # [R·B, C, h, w]
-            noisy = inputs
+            noisy = latents
             if hasattr(scheduler, "scale_model_input"):
-                noisy = scheduler.scale_model_input(inputs, step)
-            if concatenated is not None:
-                noisy = torch.cat([noisy, concatenated.to(noisy)], dim=1)
-            prediction = predict(self.denoiser, noisy.to(self.denoiser.dtype), step, conditions)
-            prediction = prediction.float()
-            latents = scheduler.step(guide(prediction), step, latents, **options).prev_sample
+                noisy = scheduler.scale_model_input(latents, step)
+            prediction = denoising.predict(self.denoiser, noisy, step)
+            latents = scheduler.step(prediction, step, latents, **step_options).prev_sample
         return latents
 
     def initial_latents(
@@ -467,12 +479,12 @@ class Detokenizer(Generic[Settings]):
         return part.eval()
 
 
-def fast_scheduler(scheduler: SchedulerMixin) -> SchedulerMixin:
-    """DPM-Solver++ 2M with the noise schedule of another scheduler."""
+def fast_scheduler(scheduler: SchedulerMixin, **settings: object) -> SchedulerMixin:
+    """DPM-Solver++ 2M with the noise schedule of another scheduler, and further settings."""
     from diffusers import DPMSolverMultistepScheduler
 
     # "leading" time steps would begin too late for few steps.
-    changes: dict[str, object] = {"timestep_spacing": "trailing"}
+    changes: dict[str, object] = {"timestep_spacing": "trailing", **settings}
     if is_flow(scheduler):
         changes |= {
             "prediction_type": "flow_prediction",

@@ -125,6 +125,21 @@ def conditions_of(
     return conditions
 
 
+def conditions_to(conditions: DenoiserConditions, dtype: torch.dtype) -> DenoiserConditions:
+    """Conditions in the precision of a denoiser; SDXL's sizes and masks stay as they are."""
+    converted = conditions.copy()
+    converted["encoder_hidden_states"] = conditions["encoder_hidden_states"].to(dtype)
+    if "class_labels" in conditions:
+        converted["class_labels"] = conditions["class_labels"].to(dtype)
+    if "pooled_projections" in conditions:
+        converted["pooled_projections"] = conditions["pooled_projections"].to(dtype)
+    if "added_cond_kwargs" in conditions:
+        added = conditions["added_cond_kwargs"]
+        text_embeds = added["text_embeds"].to(dtype)
+        converted["added_cond_kwargs"] = {**added, "text_embeds": text_embeds}
+    return converted
+
+
 def compile_blocks(denoiser: nn.Module) -> None:
     """Fuse the attentions' projections, and compile each block that repeats."""
     denoiser.fuse_qkv_projections()

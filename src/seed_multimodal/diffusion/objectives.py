@@ -43,6 +43,9 @@ class Objective(Protocol):
     def target(self, latents: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
         """What the denoiser should predict from them."""
 
+    def clean(self, noisy: Tensor, prediction: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
+        """The latents x that a prediction means, where `noisy` is `signal · x + noise · e`."""
+
 
 class EpsilonObjective:
     """Predicts the noise of a variance-preserving schedule."""
@@ -64,6 +67,9 @@ class EpsilonObjective:
     def target(self, latents: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
         return noise
 
+    def clean(self, noisy: Tensor, prediction: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
+        return (noisy - noise * prediction) / signal
+
 
 class VelocityObjective(EpsilonObjective):
     """Predicts the velocity of the same schedule."""
@@ -71,6 +77,9 @@ class VelocityObjective(EpsilonObjective):
     def target(self, latents: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
         velocity: Tensor = self.schedule.get_velocity(latents, noise, steps)
         return velocity
+
+    def clean(self, noisy: Tensor, prediction: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
+        return signal * noisy - noise * prediction
 
 
 class FlowObjective:
@@ -103,6 +112,9 @@ class FlowObjective:
 
     def target(self, latents: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
         return noise - latents
+
+    def clean(self, noisy: Tensor, prediction: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
+        return noisy - noise * prediction
 
 
 # name → class of (scheduler)

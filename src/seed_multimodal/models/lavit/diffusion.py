@@ -23,6 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.diffusion.base import (
+    Denoising,
     Detokenizer,
     DrawingSettings,
     empty_prompt,
@@ -160,14 +161,14 @@ class LavitDetokenizer(Detokenizer[LavitSettings]):
     ) -> dict[str, Sequence[object]]:
         return {"rows": embeds}
 
-    def denoise(
+    def prepare(
         self,
         settings: LavitSettings,
         generators: Generators,
         rows: Sequence[Tensor] | Conditions,
         start: Tensor | None = None,
-    ) -> Tensor:
-        """Latents `[B, C, h, w]`.
+    ) -> Denoising:
+        """What the denoising loop reads.
 
         rows: codebook rows of each image, or what the decoder computes from them.
         start: noise; None: of the generators.
@@ -208,7 +209,7 @@ class LavitDetokenizer(Detokenizer[LavitSettings]):
                 "time_ids": time_ids.to(self.device),
             }
         guide = guidance(settings.guidance_scale)
-        return self.sample(start, conditions, guide, settings, generators)
+        return Denoising(start, conditions, guide)
 
 
 def is_sdxl(unet: nn.Module) -> bool:

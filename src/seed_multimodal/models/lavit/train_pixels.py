@@ -22,6 +22,7 @@ from seed_multimodal.device import DTYPES
 from seed_multimodal.diffusion.base import vae_folder
 from seed_multimodal.diffusion.conditioner import CONDITIONER_FOLDERS
 from seed_multimodal.models.lavit.checkpoints import load_dynamic_tokenizer
+from seed_multimodal.models.lavit.decoder import CodeDecoder
 from seed_multimodal.models.lavit.diffusion import (
     EMPTY_TEXT,
     LavitDetokenizer,
@@ -85,7 +86,7 @@ class LavitPixelModel(PixelModel):
 
     @property
     def diffusion_folder(self) -> Path:
-        return self.diffusion
+        return Path(self.teacher) if self.teacher else self.diffusion
 
 
 @dataclass
@@ -212,6 +213,14 @@ class LavitPixelTask(PixelTask[TrainedPixels]):
         """Codes `[B, N]` of `image_codes` → rows of the codebook of each image `[n, C]`."""
         # -1 is padding.
         return [self.codebook.lookup(codes[codes >= 0].long()).float() for codes in conditions]
+
+    def load_teacher(self, folder: Path) -> LavitDetokenizer:
+        """A result of this training, or the original's with the decoder of the settings."""
+        decoder_folder = folder / DECODER
+        if not decoder_folder.is_dir():
+            decoder_folder = self.model.decoder
+        decoder = CodeDecoder.from_pretrained(decoder_folder)
+        return LavitDetokenizer.from_pretrained(folder, decoder)
 
     def detokenizer(self, scheduler: SchedulerMixin) -> LavitDetokenizer:
         module = self.module

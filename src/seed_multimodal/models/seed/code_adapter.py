@@ -7,16 +7,18 @@ for each code, or the one image embedding that is pooled from them.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.nn.layers import Block
 from seed_multimodal.nn.pretrained import PretrainedNetwork
-from seed_multimodal.settings import setting
+from seed_multimodal.settings import check_value, setting
 
 CODE_ADAPTER = "code_adapter"  # sub-folder of a diffusion folder
 Reads = Literal["codes", "embedding"]
@@ -93,3 +95,12 @@ class CodeAdapter(PretrainedNetwork[CodeAdapterConfig]):
         if self.pooler is None:
             return None
         return self.pooler(F.silu(tokens).mean(dim=1))
+
+
+def stored_reads(folder: Path) -> Reads:
+    """What the denoiser of a diffusion folder reads; without an adapter it is unCLIP's."""
+    file = folder / CODE_ADAPTER / "config.json"
+    if not file.is_file():
+        return "embedding"
+    reads: Reads = check_value(Reads, read_json_object(file).get("reads", "codes"), str(file))
+    return reads

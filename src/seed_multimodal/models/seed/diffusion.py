@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.diffusion import base
-from seed_multimodal.diffusion.base import Detokenizer, Settings, guidance
+from seed_multimodal.diffusion.base import Denoising, Detokenizer, Settings, guidance
 from seed_multimodal.diffusion.conditioner import Conditioner, Generators, seeded_noise
 from seed_multimodal.diffusion.networks import DenoiserConditions, conditions_of
 from seed_multimodal.diffusion.training import size_ids
@@ -132,15 +132,15 @@ class StableDiffusionDetokenizer(SeedDetokenizer[StableDiffusionSettings]):
             )
         return cls(**load_single_file(file, dtype, config)).to(device)
 
-    def denoise(
+    def prepare(
         self,
         settings: StableDiffusionSettings,
         generators: Generators,
         embeds: Tensor,
         negatives: Tensor | None = None,
         start: Tensor | None = None,
-    ) -> Tensor:
-        """Latents `[B, C, h, w]`.
+    ) -> Denoising:
+        """What the denoising loop reads.
 
         embeds: `[B, n, W]`.
         negatives: unconditional embeddings; None: those of the empty prompt.
@@ -158,12 +158,12 @@ class StableDiffusionDetokenizer(SeedDetokenizer[StableDiffusionSettings]):
             negatives = negatives.to(prompt).expand_as(prompt)
             prompt = torch.cat([negatives, prompt])  # [2 B, n, W]
 
-        # 2. Denoising.
+        # 2. Start and conditions.
         if start is None:
             start = self.initial_latents(generators, self.image_size(settings), embeds)
         conditions: DenoiserConditions = {"encoder_hidden_states": prompt}
         guide = guidance(settings.guidance_scale)
-        return self.sample(start, conditions, guide, settings, generators)
+        return Denoising(start, conditions, guide)
 
 
 @dataclass(frozen=True)
@@ -195,15 +195,15 @@ class UnclipDetokenizer(SeedDetokenizer[UnclipSettings]):
         self.image_noising_scheduler = image_noising_scheduler
         self.embedding_dim = int(image_normalizer.mean.shape[1])
 
-    def denoise(
+    def prepare(
         self,
         settings: UnclipSettings,
         generators: Generators,
         embeds: Tensor,
         negatives: Tensor | None = None,
         start: Tensor | None = None,
-    ) -> Tensor:
-        """Latents `[B, C, h, w]`.
+    ) -> Denoising:
+        """What the denoising loop reads.
 
         embeds: `[B, E]`.
         negatives: unconditional embeddings; None: labels of zeros.
@@ -229,7 +229,7 @@ class UnclipDetokenizer(SeedDetokenizer[UnclipSettings]):
             labels = torch.cat([negative_labels, labels])  # [2 B, 2 E]
             prompt = torch.cat([negative_prompt, prompt])  # [2 B, n, D]
 
-        # 3. Denoising.
+        # 3. Start and conditions.
         if start is None:
             start = self.initial_latents(generators, size, None)
         conditions: DenoiserConditions = {
@@ -237,7 +237,7 @@ class UnclipDetokenizer(SeedDetokenizer[UnclipSettings]):
             "class_labels": labels,
         }
         guide = guidance(settings.guidance_scale)
-        return self.sample(start, conditions, guide, settings, generators)
+        return Denoising(start, conditions, guide)
 
     def class_labels(self, embeds: Tensor, level: int, generators: Generators) -> Tensor:
         """The U-Net's class labels `[B, 2 E]`: noisy embeddings and the sinusoid of the level."""
@@ -309,15 +309,15 @@ class CodesDetokenizer(SeedDetokenizer[CodesSettings]):
             return CodeAdapter.from_pretrained(folder / name, dtype=dtype)
         return super().load_part(folder, name, dtype)
 
-    def denoise(
+    def prepare(
         self,
         settings: CodesSettings,
         generators: Generators,
         embeds: Tensor,
         negatives: Tensor | None = None,
         start: Tensor | None = None,
-    ) -> Tensor:
-        """Latents `[B, C, h, w]`.
+    ) -> Denoising:
+        """What the denoising loop reads.
 
         embeds: `[B, 32, W]` or `[B, W]`.
         negatives: unconditional ones; None: the learned unconditional tokens.
@@ -331,7 +331,7 @@ class CodesDetokenizer(SeedDetokenizer[CodesSettings]):
                 negative_tokens = self.code_adapter(negatives.to(self.device))
             tokens = torch.cat([negative_tokens, tokens])  # [2 B, N, D]
 
-        # 2. Denoising.
+        # 2. Start and conditions.
         size = self.image_size(settings)
         if start is None:
             start = self.initial_latents(generators, size, None)
@@ -339,7 +339,7 @@ class CodesDetokenizer(SeedDetokenizer[CodesSettings]):
         pooled = self.code_adapter.pool(tokens)
         conditions = conditions_of(self.denoiser, tokens, pooled, time_ids)
         guide = guidance(settings.guidance_scale)
-        return self.sample(start, conditions, guide, settings, generators)
+        return Denoising(start, conditions, guide)
 
 
 def detokenizer_class(folder: str | Path) -> type[UnclipDetokenizer | CodesDetokenizer]:

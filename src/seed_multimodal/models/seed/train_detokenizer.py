@@ -37,10 +37,13 @@ from seed_multimodal.models.seed.code_adapter import (
     CodeAdapter,
     CodeAdapterConfig,
     Reads,
+    stored_reads,
 )
 from seed_multimodal.models.seed.diffusion import (
     SAFETY_PARTS,
     CodesDetokenizer,
+    UnclipDetokenizer,
+    detokenizer_class,
 )
 from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 from seed_multimodal.nn.layers import checkpointed
@@ -73,7 +76,8 @@ class SeedDecoderModel(PixelModel):
     """Trained and frozen models.
 
     Attributes:
-        diffusion: a diffusers folder: autoencoder; denoiser and scheduler unless they are set here.
+        diffusion: a diffusers folder: autoencoder; denoiser and scheduler unless they are set here
+            (with `teacher` not read).
         tokenizer: of SEED-2, as `Seed2Tokenizer.from_pretrained`; `vision`: see there.
         reads: what the denoiser reads: an embedding of each code, or the one pooled embedding.
         denoiser: sizes of a new denoiser, with `_class_name`, as in a `config.json` of diffusers;
@@ -98,10 +102,12 @@ class SeedDecoderModel(PixelModel):
         super().__post_init__()
         self.diffusion = project_path(self.diffusion)
         self.tokenizer = project_path(self.tokenizer)
+        if self.teacher:
+            self.reads = stored_reads(Path(self.teacher))
 
     @property
     def diffusion_folder(self) -> Path:
-        return self.diffusion
+        return Path(self.teacher) if self.teacher else self.diffusion
 
 
 @dataclass
@@ -279,6 +285,10 @@ class SeedDecoderTask(PixelTask[CodesDecoder]):
 
     def embeds(self, conditions: Tensor) -> Tensor:
         return conditions.float()
+
+    def load_teacher(self, folder: Path) -> UnclipDetokenizer | CodesDetokenizer:
+        """A result of this training, or SEED-2's stable-unCLIP."""
+        return detokenizer_class(folder).from_pretrained(folder, safety_checker=False)
 
     def detokenizer(self, scheduler: SchedulerMixin) -> CodesDetokenizer:
         module = self.module

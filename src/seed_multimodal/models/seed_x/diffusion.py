@@ -22,13 +22,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
 from seed_multimodal.diffusion.base import (
+    Denoising,
     Detokenizer,
     DrawingSettings,
     guidance,
@@ -36,7 +37,6 @@ from seed_multimodal.diffusion.base import (
 from seed_multimodal.diffusion.conditioner import (
     Conditioner,
     Generators,
-    load_conditioner,
     pooled_tokens,
 )
 from seed_multimodal.diffusion.networks import DenoiserConditions
@@ -118,8 +118,16 @@ class SdxlDetokenizer(Detokenizer[SdxlSettings]):
             network = SDXLAdapter.from_pretrained(
                 adapter, sdxl, device=device, dtype=dtype, sizes=sizes
             )
-        parts["conditioner"] = load_conditioner(Path(adapter)) or parts["conditioner"]
+        parts |= cls.adapter_parts(Path(adapter))
         return cls(network, **parts).to(device)
+
+    @classmethod
+    def adapter_parts(cls, folder: Path) -> dict[str, Any]:
+        """Conditioner of an adapter's folder, scheduler and settings of a student's."""
+        parts = cls.load_parts(folder, torch.float32)
+        if (folder / "scheduler").is_dir():
+            parts["scheduler"] = cls.load_part(folder, "scheduler")
+        return {name: part for name, part in parts.items() if part is not None}
 
     @torch.no_grad()
     def set_null_embeds(self, encoder: nn.Module, image_size: int) -> None:
@@ -144,7 +152,7 @@ class SdxlDetokenizer(Detokenizer[SdxlSettings]):
             return False
         return not self.reads_condition or settings.image_guidance_scale >= 1
 
-    def denoise(
+    def prepare(
         self,
         settings: SdxlSettings,
         generators: Generators,
@@ -152,8 +160,8 @@ class SdxlDetokenizer(Detokenizer[SdxlSettings]):
         negatives: Tensor | None = None,
         images: Sequence[Image.Image | None] | None = None,
         start: Tensor | None = None,
-    ) -> Tensor:
-        """Latents `[B, C, h, w]`.
+    ) -> Denoising:
+        """What the denoising loop reads.
 
         negatives: unconditional embeddings `[B, N, W]`, used if there is guidance.
         images: condition images of the second stage, None for zeros.
@@ -184,7 +192,7 @@ class SdxlDetokenizer(Detokenizer[SdxlSettings]):
         if is_guided and condition is not None:
             condition = torch.cat([condition, condition, torch.zeros_like(condition)])
             guide = partial(_three_way_guidance, settings)
-        return self.sample(start, conditions, guide, settings, generators, condition)
+        return Denoising(start, conditions, guide, condition)
 
     def prompts(self, embeds: Tensor, negatives: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """Prompt and pooled embeddings of all runs.

@@ -8,6 +8,7 @@ zeros.
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.device import DTYPES
-from seed_multimodal.diffusion.conditioner import pooled_tokens
+from seed_multimodal.diffusion.conditioner import CONDITIONER_FOLDERS, pooled_tokens
 from seed_multimodal.diffusion.training import TrainedLayers
 from seed_multimodal.disk import replace_text
 from seed_multimodal.errors import ConfigError
@@ -131,6 +132,20 @@ class DetokenizerTask(PixelTask[SDXLAdapter]):
         self.width = adapter.resampler.config.embedding_dim
         return adapter
 
+    def negatives(self) -> Tensor:
+        return self.null_embeds
+
+    def load_teacher(self, folder: Path) -> SdxlDetokenizer:
+        return SdxlDetokenizer.from_pretrained(self.folder, folder)
+
+    def save_student(self, denoiser: nn.Module, teacher: Path, folder: Path) -> None:
+        """The adapter."""
+        resampler = SdxlDetokenizer.from_pretrained(self.folder, teacher).resampler
+        SDXLAdapter(denoiser, resampler).save_pretrained(folder)
+        for name in CONDITIONER_FOLDERS:
+            if (teacher / name).is_dir():
+                shutil.copytree(teacher / name, folder / name)
+
     def detokenizer(self, scheduler: SchedulerMixin) -> SdxlDetokenizer:
         vae = self.encoders.moments.model
         return SdxlDetokenizer(self.module, vae, scheduler, null_embeds=self.null_embeds)
@@ -162,6 +177,8 @@ class DetokenizerTask(PixelTask[SDXLAdapter]):
     def save_files(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """With the resampler's sizes: a checkpoint with frozen weights is also an adapter."""
         super().save_files(folder, weights)
+        if not isinstance(self.module, SDXLAdapter):
+            return  # a student's denoiser
         config = json.dumps(asdict(self.module.resampler.config), indent=1)
         replace_text(folder / RESAMPLER_CONFIG, config + "\n")
 

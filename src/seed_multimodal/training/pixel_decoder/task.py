@@ -66,7 +66,6 @@ NEEDED = (
 )  # files of a diffusers repository
 SMALL = 256  # pixels a side: the VAE encodes larger images one at a time, smaller ones in batches
 SAMPLES = 4  # images during training
-SAMPLE_STEPS = 20  # denoising steps of each
 
 
 @dataclass
@@ -138,9 +137,17 @@ class PixelModel:
         trained: parameters of the denoiser.
         seed: of new weights.
         flow_times: distribution of times, where the scheduler samples a flow.
+        teacher: a decoder to distil, see `pixel_decoder.distill`; the student starts as it.
+        teacher_steps: its number of steps.
+        teacher_guidance: its guidance scale; None: that of its folder.
+        student_steps: number of steps without guidance; a divisor of `teacher_steps`.
     """
 
     start: str = ""
+    teacher: str = ""
+    teacher_steps: int = setting(20, minimum=1)
+    teacher_guidance: float | None = None
+    student_steps: int = setting(4, minimum=1)
     trained: TrainedLayers = "all"
     gradient_checkpointing: bool = False
     seed: int = setting(0, minimum=0)
@@ -148,6 +155,12 @@ class PixelModel:
 
     def __post_init__(self) -> None:
         self.start = str(project_path(self.start)) if self.start else ""
+        self.teacher = str(project_path(self.teacher)) if self.teacher else ""
+        if self.teacher_steps % self.student_steps:
+            raise ConfigError(
+                f"model: teacher_steps must be a multiple of student_steps, not "
+                f"{self.teacher_steps} and {self.student_steps}."
+            )
 
     @property
     def diffusion_folder(self) -> Path:
@@ -187,6 +200,17 @@ class PixelTask(RunTask, Generic[Module]):
     detokenizer_class: ClassVar[type[Detokenizer]]  # of the result
     frozen_name: ClassVar[str]  # of the conditioning model, for messages and checkpoints
     fixed_settings: ClassVar[tuple[str, ...]]  # of the model, which must not change on resume
+    sample_steps = 20  # denoising steps of images during training
+
+    @classmethod
+    def class_of(cls, run: RunSettings) -> type[PixelTask[Any]]:
+        """With a teacher the task that distils it."""
+        assert isinstance(run, PixelRunSettings)
+        if not run.model.teacher:
+            return cls
+        from seed_multimodal.training.pixel_decoder.distill import distillation
+
+        return distillation(cls)
 
     def __init__(self, run: PixelRunSettings, group: ProcessGroup, device: torch.device) -> None:
         """Open the sources. Raises as `RunTask.train`."""
@@ -233,9 +257,35 @@ class PixelTask(RunTask, Generic[Module]):
         """`total_loss` and `mse` of samples of one size."""
         raise NotImplementedError
 
+    def batch_losses(
+        self,
+        model: nn.Module,
+        batch: TargetBatch,
+        latents: Tensor,
+        encoded: EncodedImages,
+        generator: torch.Generator,
+    ) -> Mapping[str, Tensor]:
+        """`losses` of a batch."""
+        time_ids = copy_to(self.device, batch["time_ids"])
+        return self.losses(model, latents, encoded, time_ids, generator)
+
     def embeds(self, conditions: Tensor) -> Tensor | Sequence[Tensor]:
         """Conditions as the detokenizer's input."""
         return conditions.float()
+
+    def negatives(self) -> Tensor | None:
+        """Unconditional embeddings of guidance; None: the detokenizer's."""
+        return None
+
+    def load_teacher(self, folder: Path) -> Detokenizer:
+        """A trained decoder, to be distilled."""
+        raise NotImplementedError
+
+    def save_student(self, denoiser: nn.Module, teacher: Path, folder: Path) -> None:
+        """Write a decoder as `teacher`, with another denoiser, without scheduler and settings."""
+        from seed_multimodal.training.pixel_decoder.distill import save_student_folder
+
+        save_student_folder(denoiser, teacher, folder)
 
     def detokenizer(self, scheduler: SchedulerMixin) -> Detokenizer:
         """Of the trained modules."""
@@ -343,8 +393,7 @@ class PixelTask(RunTask, Generic[Module]):
             for batch in batches:
                 encoded = self.encoders(batch)
                 latents = sample_latents(encoded.moments, self.scale, generator, self.shift)
-                time_ids = copy_to(self.device, batch["time_ids"])
-                losses = self.losses(model, latents, encoded, time_ids, generator)
+                losses = self.batch_losses(model, batch, latents, encoded, generator)
                 share = len(batch["key"]) / n_images
                 loss = loss + share * losses["total_loss"]
                 mse = mse + share * losses["mse"]
@@ -368,12 +417,12 @@ class PixelTask(RunTask, Generic[Module]):
             height, width = batch["image"].shape[2:]
             drawings += detokenizer(
                 self.embeds(encoded.conditions),
-                condition_images=_condition_images(batch),
+                condition_images=condition_images(batch),
                 height=max(unit, height // unit * unit),
                 width=max(unit, width // unit * unit),
                 seeds=range(len(batch["key"])),
                 batch_size=1,
-                num_inference_steps=SAMPLE_STEPS,
+                num_inference_steps=self.sample_steps,
             )
             originals += map(_image, batch["image"])
         self.module.train()
@@ -538,7 +587,7 @@ def _image(pixels: Tensor) -> Image.Image:
     return Image.fromarray(pixels.permute(1, 2, 0).numpy())
 
 
-def _condition_images(batch: TargetBatch) -> list[Image.Image | None] | None:
+def condition_images(batch: TargetBatch) -> list[Image.Image | None] | None:
     """The images before edits; None: the batch has none."""
     if "condition" not in batch:
         return None

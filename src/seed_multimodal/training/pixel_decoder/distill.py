@@ -1,0 +1,269 @@
+"""Distillation of a pixel decoder into few steps without guidance.
+
+Progressive distillation (Salimans & Ho 2022, arXiv 2202.00512) of a guided teacher (Meng et al.
+2023, arXiv 2210.03142), at once instead of by halving: one step of the student learns to reach the
+latents that the teacher reaches in several steps, each with all its runs of the denoiser. Both step
+as DDIM, or as Euler's method for a flow.
+
+The student is the teacher's folder with another denoiser, a scheduler for few steps, and a
+`seed_decode.json` with the number of steps and without guidance.
+"""
+
+from __future__ import annotations
+
+import copy
+import json
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import cached_property
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Self, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from seed_multimodal.diffusion.base import (
+    DEFAULTS,
+    VAE_LINK,
+    Denoising,
+    Detokenizer,
+    DrawingSettings,
+    fast_scheduler,
+    vae_folder,
+)
+from seed_multimodal.diffusion.networks import conditions_to, context_dim, denoiser_kind
+from seed_multimodal.diffusion.objectives import Objective, is_flow
+from seed_multimodal.diffusion.training import train_unet
+from seed_multimodal.disk import read_json_object, replace_text
+from seed_multimodal.nn.layers import checkpointed
+from seed_multimodal.training.pixel_decoder.task import (
+    EncodedImages,
+    PixelTask,
+    condition_images,
+)
+from seed_multimodal.weights import fingerprint
+
+if TYPE_CHECKING:
+    from diffusers import SchedulerMixin
+
+    from seed_multimodal.data.stream.pairs_dataset import TargetBatch
+
+NO_GUIDANCE = {"guidance_scale": 1.0, "image_guidance_scale": 1.0}
+WHOLE_MODELS = (".ckpt", ".safetensors")  # files next to the parts, which are not copied
+
+
+class Student(nn.Module):
+    """The trained denoiser."""
+
+    def __init__(self, denoiser: nn.Module) -> None:
+        super().__init__()
+        self.denoiser = denoiser
+
+    def forward(self, noisy: Tensor, steps: Tensor, denoising: Denoising) -> Tensor:
+        """The prediction `[B, C, h, w]` for noisy latents at time steps `[B]`."""
+        # Under DeepSpeed the weights are in half precision.
+        conditions = conditions_to(denoising.conditions, self.denoiser.dtype)
+        run = replace(denoising, conditions=conditions)
+        return run.predict(self.denoiser, noisy, steps)
+
+
+@dataclass
+class NoiseLevels:
+    """Noise levels of a scheduler's M steps: noisy latents are `signal · x + noise · e`."""
+
+    steps: Tensor  # time steps [M]
+    signal: Tensor  # [M + 1, 1, 1, 1]; the last is 1
+    noise: Tensor  # [M + 1, 1, 1, 1]; the last is 0
+
+    @classmethod
+    def of(cls, scheduler: SchedulerMixin, count: int, device: torch.device) -> Self:
+        """Those of a `fast_scheduler`."""
+        scheduler.set_timesteps(count)
+        sigmas = scheduler.sigmas.to(device)[:, None, None, None]
+        if is_flow(scheduler):
+            signal = 1 - sigmas
+            noise = sigmas
+        else:
+            # The scheduler's sigmas are ratios of noise and signal.
+            signal = (1 + sigmas**2).rsqrt()
+            noise = sigmas * signal
+        return cls(scheduler.timesteps.to(device), signal, noise)
+
+    def noisy(self, latents: Tensor, noise: Tensor, levels: Tensor) -> Tensor:
+        """Latents with noise at levels `[B]`."""
+        return self.signal[levels] * latents + self.noise[levels] * noise
+
+    def move(
+        self, objective: Objective, noisy: Tensor, prediction: Tensor, start: Tensor, end: Tensor
+    ) -> Tensor:
+        """Noisy latents at levels `start` `[B]` → at levels `end`, by the denoiser's prediction."""
+        clean = objective.clean(noisy, prediction, self.signal[start], self.noise[start])
+        noise = (noisy - self.signal[start] * clean) / self.noise[start]
+        return self.signal[end] * clean + self.noise[end] * noise
+
+
+class DistillationTask(PixelTask[Student]):
+    """Distillation by the conditions of a family's task; see `distillation`."""
+
+    fixed_settings = ("trained", "teacher", "teacher_steps", "teacher_guidance", "student_steps")
+
+    @cached_property
+    def teacher(self) -> Detokenizer[Any]:
+        """The decoder that is distilled."""
+        teacher = self.load_teacher(Path(self.model.teacher)).to(self.device)
+        for part in teacher.parts.values():
+            part.requires_grad_(False).eval()
+        return teacher
+
+    def load_scheduler(self) -> SchedulerMixin:
+        """The student's scheduler, which steps as DDIM or Euler's method."""
+        return fast_scheduler(self.teacher.scheduler, solver_order=1, use_karras_sigmas=False)
+
+    def build(self) -> Student:
+        """The student, which starts as the teacher."""
+        model = self.model
+        teacher = self.teacher
+        denoiser = copy.deepcopy(teacher.denoiser)
+        train_unet(denoiser, model.trained)
+        if model.gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing(checkpointed)
+        self.width = context_dim(denoiser)
+        self.sample_steps = model.student_steps
+
+        # Levels at which the teacher makes a step; the student at every n-th of them.
+        self.levels = NoiseLevels.of(self.load_scheduler(), model.teacher_steps, self.device)
+        return Student(denoiser).train()
+
+    def frozen_models(self) -> dict[str, list[float]]:
+        return {**super().frozen_models(), "teacher": fingerprint(self.teacher.denoiser)}
+
+    def batch_losses(
+        self,
+        model: nn.Module,
+        batch: TargetBatch,
+        latents: Tensor,
+        encoded: EncodedImages,
+        generator: torch.Generator,
+    ) -> Mapping[str, Tensor]:
+        """How far the student's step ends from the teacher's steps."""
+        levels = self.levels
+        n_images = len(latents)
+
+        # 1. Conditions of both, by the same random numbers.
+        seeds = torch.randint(2**62, (n_images,), generator=generator).tolist()
+        guided = self.drawing_settings(latents, guidance_scale=self.model.teacher_guidance)
+        unguided = self.drawing_settings(latents, **self.unguided)
+        teacher_run = self.denoising(guided, batch, encoded, seeds)
+        student_run = self.denoising(unguided, batch, encoded, seeds)
+
+        # 2. Each image's latents at the start of one of the student's steps.
+        n_steps = self.model.student_steps
+        teacher_per_student = self.model.teacher_steps // n_steps
+        step = torch.randint(n_steps, (n_images,), generator=generator).to(latents.device)
+        start = step * teacher_per_student
+        noise = torch.randn(latents.shape, generator=generator).to(latents)
+        noisy = levels.noisy(latents, noise, start)
+        # Drawing starts from noise, or from a conditioner's latents.
+        is_first = (step == 0)[:, None, None, None]
+        noisy = torch.where(is_first, student_run.start.to(noisy), noisy)
+
+        # 3. The teacher's steps.
+        target = noisy
+        with torch.no_grad():
+            for level in range(teacher_per_student):
+                current = start + level
+                prediction = teacher_run.predict(
+                    self.teacher.denoiser, target, levels.steps[current]
+                )
+                target = levels.move(self.objective, target, prediction, current, current + 1)
+
+        # 4. The student's step.
+        prediction = model(noisy, levels.steps[start], student_run)
+        end = start + teacher_per_student
+        reached = levels.move(self.objective, noisy, prediction.float(), start, end)
+        loss = F.mse_loss(reached, target)
+        return {"total_loss": loss, "mse": loss.detach()}
+
+    @property
+    def unguided(self) -> dict[str, float]:
+        """Settings of drawing without guidance, those that this family has."""
+        defaults = vars(self.teacher.defaults)
+        return {name: value for name, value in NO_GUIDANCE.items() if name in defaults}
+
+    def drawing_settings(self, latents: Tensor, **settings: float | None) -> DrawingSettings:
+        """Settings of the teacher for the size of latents."""
+        height, width = latents.shape[2:]
+        factor = self.teacher.factor
+        return self.teacher.check_settings(height=height * factor, width=width * factor, **settings)
+
+    @torch.no_grad()
+    def denoising(
+        self,
+        settings: DrawingSettings,
+        batch: TargetBatch,
+        encoded: EncodedImages,
+        seeds: Sequence[int],
+    ) -> Denoising:
+        """Conditions of a batch as in drawing."""
+        teacher = self.teacher
+        embeds = self.embeds(encoded.conditions)
+        rows = teacher.condition_rows(embeds, self.negatives(), settings)
+        if teacher.reads_condition:
+            rows["images"] = condition_images(batch) or [None] * len(embeds)
+        generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+        return teacher.prepare(settings, generators, **rows)
+
+    # ---- the result
+
+    def detokenizer(self, scheduler: SchedulerMixin) -> Detokenizer[Any]:
+        """The teacher with the student's denoiser and settings."""
+        student = copy.copy(self.teacher)
+        student.denoiser = self.module.denoiser
+        student.scheduler = scheduler
+        student.defaults = replace(
+            self.teacher.defaults,
+            num_inference_steps=self.model.student_steps,
+            preset="original",
+            **self.unguided,
+        )
+        return student
+
+    def save_result(self, module: Student, folder: Path) -> None:
+        """A folder as the teacher's."""
+        # 1. The networks.
+        teacher_folder = Path(self.model.teacher)
+        self.save_student(module.denoiser, teacher_folder, folder)
+
+        # 2. Scheduler and settings.
+        self.load_scheduler().save_pretrained(folder / "scheduler")
+        file = teacher_folder / DEFAULTS
+        settings = read_json_object(file) if file.is_file() else {}
+        settings |= {"num_inference_steps": self.model.student_steps, **self.unguided}
+        settings.pop("preset", None)
+        replace_text(folder / DEFAULTS, json.dumps(settings) + "\n")
+
+
+def distillation(task: type[PixelTask[Any]]) -> type[PixelTask[Any]]:
+    """The task of a family with a teacher."""
+    name = f"Distillation{task.__name__}"
+    return cast("type[PixelTask[Any]]", type(name, (DistillationTask, task), {}))
+
+
+def save_student_folder(denoiser: nn.Module, teacher: Path, folder: Path) -> None:
+    """Write a diffusers folder with another denoiser."""
+    # 1. All other parts, with the autoencoder's weights.
+    denoiser_folder = denoiser_kind(denoiser).folder
+    replaced = (denoiser_folder, "vae", VAE_LINK, "scheduler", DEFAULTS)
+    for path in teacher.iterdir():
+        if path.name in replaced or path.suffix in WHOLE_MODELS:
+            continue
+        if path.is_dir():
+            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+        else:
+            shutil.copy2(path, folder / path.name)
+    shutil.copytree(vae_folder(teacher), folder / "vae", dirs_exist_ok=True)
+
+    # 2. The denoiser.
+    denoiser.save_pretrained(folder / denoiser_folder)
