@@ -113,7 +113,12 @@ def retrieval(
 
 
 def similarity(images: Sequence[Image.Image], scenes: Sequence[Scene]) -> Section:
-    """PSNR in dB of all pixels and of those of things (weighted by `thing_mask`), and SSIM.
+    """Means of `similarities`."""
+    return {name: bootstrap(column) for name, column in similarities(images, scenes).items()}
+
+
+def similarities(images: Sequence[Image.Image], scenes: Sequence[Scene]) -> dict[str, FloatArray]:
+    """PSNR in dB of all pixels and of those of things (weighted by `thing_mask`), and SSIM, `[N]`.
 
     SSIM has windows of 7×7 pixels; only whole windows count.
     """
@@ -139,10 +144,7 @@ def similarity(images: Sequence[Image.Image], scenes: Sequence[Scene]) -> Sectio
             )
         )
     columns = np.array(rows).reshape(-1, 3).T
-    return {
-        name: bootstrap(column)
-        for name, column in zip(("psnr", "psnr_things", "ssim"), columns, strict=True)
-    }
+    return dict(zip(("psnr", "psnr_things", "ssim"), columns, strict=True))
 
 
 def unchanged_psnr(
