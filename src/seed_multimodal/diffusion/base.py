@@ -271,9 +271,12 @@ class Detokenizer(Generic[Settings]):
     def denoise(
         self, settings: Settings, generators: Generators, *conditions: object, **options: object
     ) -> Tensor:
-        """Latents `[B, C, h, w]` in float32, by the denoising loop; arguments as of `prepare`."""
+        """Latents `[B, C, h, w]` in float32; arguments as of `prepare`."""
         denoising = self.prepare(settings, generators, *conditions, **options)
+        return self.sample(denoising, settings, generators)
 
+    def sample(self, denoising: Denoising, settings: Settings, generators: Generators) -> Tensor:
+        """The denoising loop: latents `[B, C, h, w]` in float32."""
         # 1. The scheduler.
         scheduler = self.scheduler
         if settings.preset == "fast":

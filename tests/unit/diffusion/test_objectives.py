@@ -15,7 +15,7 @@ from diffusers import (
 )
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.base import Detokenizer, DrawingSettings, guidance
+from seed_multimodal.diffusion.base import Denoising, Detokenizer, DrawingSettings, guidance
 from seed_multimodal.diffusion.networks import DENOISERS, DenoiserKind
 from seed_multimodal.diffusion.objectives import NoisyLatents, build_objective, objective_name
 from seed_multimodal.errors import ConfigError
@@ -66,9 +66,8 @@ def test_sampling_of_a_perfect_denoiser(name, preset, monkeypatch):
     )
     start = torch.randn(2, 1, 1, 1, generator=torch.Generator().manual_seed(0))
     conditions = {"encoder_hidden_states": torch.zeros(2, 1, 1)}
-    drawn = detokenizer.sample(
-        start, conditions, guidance(1.0), detokenizer.defaults, [torch.Generator()] * 2
-    )
+    denoising = Denoising(start, conditions, guidance(1.0))
+    drawn = detokenizer.sample(denoising, detokenizer.defaults, [torch.Generator()] * 2)
     torch.testing.assert_close(drawn, torch.full_like(drawn, PIXEL), rtol=0, atol=2e-3)
 
 

@@ -36,12 +36,12 @@ from seed_multimodal.settings import setting
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.llm.config import project_path
+from seed_multimodal.training.pixel_decoder.distill import DistillableTask
 from seed_multimodal.training.pixel_decoder.task import (
     EncodedImages,
     ImageData,
     PixelModel,
     PixelRunSettings,
-    PixelTask,
 )
 
 if TYPE_CHECKING:
@@ -130,7 +130,7 @@ class LavitPixelRunSettings(PixelRunSettings):
     data: LavitImages
 
 
-class LavitPixelTask(PixelTask[TrainedPixels]):
+class LavitPixelTask(DistillableTask[TrainedPixels]):
     """One run in one process."""
 
     run_type = LavitPixelRunSettings

@@ -50,12 +50,12 @@ from seed_multimodal.nn.layers import checkpointed
 from seed_multimodal.settings import check_keys, nearest, setting
 from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.llm.config import project_path
+from seed_multimodal.training.pixel_decoder.distill import DistillableTask
 from seed_multimodal.training.pixel_decoder.task import (
     EncodedImages,
     ImageData,
     PixelModel,
     PixelRunSettings,
-    PixelTask,
 )
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ class CodesDecoder(nn.Module):
         return predict(self.denoiser, noisy_latents.to(self.denoiser.dtype), steps, conditions)
 
 
-class SeedDecoderTask(PixelTask[CodesDecoder]):
+class SeedDecoderTask(DistillableTask[CodesDecoder]):
     """One run in one process."""
 
     run_type = SeedDecoderRunSettings

@@ -33,11 +33,11 @@ from seed_multimodal.settings import setting
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.llm.config import project_path
+from seed_multimodal.training.pixel_decoder.distill import DistillableTask
 from seed_multimodal.training.pixel_decoder.task import (
     EncodedImages,
     PixelModel,
     PixelRunSettings,
-    PixelTask,
 )
 
 if TYPE_CHECKING:
@@ -87,7 +87,7 @@ class DetokenizerRunSettings(PixelRunSettings):
     model: DetokenizerModel
 
 
-class DetokenizerTask(PixelTask[SDXLAdapter]):
+class DetokenizerTask(DistillableTask[SDXLAdapter]):
     """One run in one process."""
 
     run_type = DetokenizerRunSettings

@@ -18,7 +18,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 import torch.nn.functional as F
@@ -40,9 +40,12 @@ from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.nn.layers import checkpointed
 from seed_multimodal.training.pixel_decoder.task import (
     EncodedImages,
+    Module,
+    PixelRunSettings,
     PixelTask,
     condition_images,
 )
+from seed_multimodal.training.run import RunSettings, RunTask
 from seed_multimodal.weights import fingerprint
 
 if TYPE_CHECKING:
@@ -104,8 +107,32 @@ class NoiseLevels:
         return self.signal[end] * clean + self.noise[end] * noise
 
 
-class DistillationTask(PixelTask[Student]):
-    """Distillation by the conditions of a family's task; see `distillation`."""
+class DistillableTask(PixelTask[Module]):
+    """Base of the families' tasks: with `model.teacher` they distil."""
+
+    @classmethod
+    def class_of(cls, run: RunSettings) -> type[RunTask]:
+        assert isinstance(run, PixelRunSettings)
+        if not run.model.teacher:
+            return cls
+        # Methods of distillation come before those of the family.
+        return type(f"Distillation{cls.__name__}", (DistillationTask, cls), {})
+
+    def load_teacher(self, folder: Path) -> Detokenizer[Any]:
+        """A trained decoder."""
+        raise NotImplementedError
+
+    def negatives(self) -> Tensor | None:
+        """Unconditional embeddings of guidance; None: the detokenizer's."""
+        return None
+
+    def save_student(self, denoiser: nn.Module, teacher: Path, folder: Path) -> None:
+        """Write a decoder as `teacher`, with another denoiser, without scheduler and settings."""
+        save_student_folder(denoiser, teacher, folder)
+
+
+class DistillationTask(DistillableTask[Student]):
+    """Distillation by the conditions of a family's task."""
 
     fixed_settings = ("trained", "teacher", "teacher_steps", "teacher_guidance", "student_steps")
 
@@ -243,12 +270,6 @@ class DistillationTask(PixelTask[Student]):
         settings |= {"num_inference_steps": self.model.student_steps, **self.unguided}
         settings.pop("preset", None)
         replace_text(folder / DEFAULTS, json.dumps(settings) + "\n")
-
-
-def distillation(task: type[PixelTask[Any]]) -> type[PixelTask[Any]]:
-    """The task of a family with a teacher."""
-    name = f"Distillation{task.__name__}"
-    return cast("type[PixelTask[Any]]", type(name, (DistillationTask, task), {}))
 
 
 def save_student_folder(denoiser: nn.Module, teacher: Path, folder: Path) -> None:

@@ -202,16 +202,6 @@ class PixelTask(RunTask, Generic[Module]):
     fixed_settings: ClassVar[tuple[str, ...]]  # of the model, which must not change on resume
     sample_steps = 20  # denoising steps of images during training
 
-    @classmethod
-    def class_of(cls, run: RunSettings) -> type[PixelTask[Any]]:
-        """With a teacher the task that distils it."""
-        assert isinstance(run, PixelRunSettings)
-        if not run.model.teacher:
-            return cls
-        from seed_multimodal.training.pixel_decoder.distill import distillation
-
-        return distillation(cls)
-
     def __init__(self, run: PixelRunSettings, group: ProcessGroup, device: torch.device) -> None:
         """Open the sources. Raises as `RunTask.train`."""
         super().__init__(run, group, device)
@@ -272,20 +262,6 @@ class PixelTask(RunTask, Generic[Module]):
     def embeds(self, conditions: Tensor) -> Tensor | Sequence[Tensor]:
         """Conditions as the detokenizer's input."""
         return conditions.float()
-
-    def negatives(self) -> Tensor | None:
-        """Unconditional embeddings of guidance; None: the detokenizer's."""
-        return None
-
-    def load_teacher(self, folder: Path) -> Detokenizer:
-        """A trained decoder, to be distilled."""
-        raise NotImplementedError
-
-    def save_student(self, denoiser: nn.Module, teacher: Path, folder: Path) -> None:
-        """Write a decoder as `teacher`, with another denoiser, without scheduler and settings."""
-        from seed_multimodal.training.pixel_decoder.distill import save_student_folder
-
-        save_student_folder(denoiser, teacher, folder)
 
     def detokenizer(self, scheduler: SchedulerMixin) -> Detokenizer:
         """Of the trained modules."""
