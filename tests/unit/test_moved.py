@@ -46,6 +46,7 @@ def test_names_in_a_spec_exist(spec) -> None:
         spec.images,
         *spec.decoders.values(),
         *spec.evaluators.values(),
+        *(exported.function for exported in spec.exports.values()),
         *tasks,
     ):
         assert callable(pkgutil.resolve_name(name))

@@ -3,6 +3,7 @@
 
 from __future__ import annotations
 
+import pkgutil
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, fields
@@ -16,7 +17,7 @@ from seed_multimodal.disk import JsonObject, read_json_object, writing
 from seed_multimodal.entry import DONE, log_line, run_program
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import first_file, locate
-from seed_multimodal.models.registry import families, find_family
+from seed_multimodal.models.registry import families, find_family, tokenizer_exports
 from seed_multimodal.progress import quiet_libraries
 
 if TYPE_CHECKING:
@@ -84,12 +85,8 @@ def add_commands(commands: Commands) -> None:
 def _add_export(parser: ArgumentParser) -> None:
     # Checkpoints.
     stages = parser.add_mutually_exclusive_group(required=True)
-    stages.add_argument("--stage2", metavar="CKPT", help="checkpoint of stage 2")
-    stages.add_argument(
-        "--lavit",
-        metavar="CKPT",
-        help="of LaVIT's stage 1, with --vision, --config, --out, --force",
-    )
+    for flag, exported in tokenizer_exports().items():
+        stages.add_argument(f"--{flag}", metavar="CKPT", help=exported.help)
     parser.add_argument(
         "--stage1", metavar="CKPT", help="not needed if stage 2 trained the Q-Former too"
     )
@@ -155,52 +152,13 @@ def plot(args: Namespace) -> int:
 
 def export(args: Namespace) -> int:
     """Join, write, read back, compare; print which part came from where."""
-    from seed_multimodal.language.hub_tokenizer import read_tokenizer_files
-    from seed_multimodal.models.lavit.export import export_stage1
-    from seed_multimodal.models.seed.export import export_tokenizer
-
-    # LaVIT's tokenizer and decoder.
-    if args.lavit:
-        tokenizer, decoder = export_stage1(
-            args.lavit, args.out, vision=args.vision, config=args.config, force=args.force
-        )
-        record = {"tokenizer": str(tokenizer), "decoder": str(decoder)}
-        emit(args, record, f"{tokenizer}\n{decoder}")
-        return DONE
-
-    # SEED's tokenizer, compared with the training modules on an image.
-    # With the language tokenizer's files the folder is complete for a language model.
-    files = None
-    vocabulary = None
-    if args.text_tokenizer:
-        files, vocabulary = read_tokenizer_files(Path(args.text_tokenizer))
-    image = args.image
-    if image is None and cat_image().is_file():
-        image = cat_image()
-    report = export_tokenizer(
-        args.stage2,
-        args.out,
-        stage1=args.stage1,
-        vision=args.vision,
-        config=args.config,
-        kind=args.kind,
-        write_original=args.released,
-        image=image,
-        extra_files=files,
-        vocabulary=vocabulary,
-        force=args.force,
-    )
-    emit(
-        args,
-        {
-            "folder": str(report.folder),
-            "kind": report.kind,
-            "parts": report.parts,
-            "image": str(image or "generated"),
-            "codes": report.codes,
-        },
-        "\n".join(report.lines()),
-    )
+    if args.image is None and cat_image().is_file():
+        args.image = cat_image()
+    for flag, exported in tokenizer_exports().items():
+        checkpoint = getattr(args, flag)
+        if checkpoint is not None:
+            record, text = pkgutil.resolve_name(exported.function)(checkpoint, args)
+            emit(args, record, text)
     return DONE
 
 

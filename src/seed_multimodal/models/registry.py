@@ -49,6 +49,18 @@ class Training(NamedTuple):
     task: str
 
 
+class TokenizerExport(NamedTuple):
+    """A checkpoint of a tokenizer's training → the folder of a tokenizer.
+
+    function: (checkpoint, flags of `seed export-tokenizer`) → record and text of what was written,
+        as "module:function".
+    help: of the flag that takes the checkpoint.
+    """
+
+    function: str
+    help: str
+
+
 @dataclass(frozen=True)
 class ModelCard:
     """How the chat page shows a model.
@@ -91,6 +103,7 @@ class FamilySpec:
         evaluators: evaluations that differ from the library's, by kind: classes of
             `evaluation.tasks.Evaluation`, and for "tokenizer" of `evaluation.tokenizer`.
         trainings: by the name of their program.
+        exports: what `seed export-tokenizer` reads, by its flag.
         starts: YAML file of what `seed init` makes (see there).
         card: the chat page of its models.
         cards: of single models that differ, by the name of their folder.
@@ -104,6 +117,7 @@ class FamilySpec:
     evaluation: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
     evaluators: Mapping[str, str] = field(default_factory=dict)
     trainings: Mapping[str, Training] = field(default_factory=dict)
+    exports: Mapping[str, TokenizerExport] = field(default_factory=dict)
     starts: Path | None = None
     card: ModelCard | None = None
     cards: Mapping[str, ModelCard] = field(default_factory=dict)
@@ -134,7 +148,8 @@ def families() -> tuple[FamilySpec, ...]:
 
     A family of another package that cannot be imported is left out, with a warning.
 
-    Raises ConfigError: two families have a name in common (their own, a training's, a card's).
+    Raises ConfigError: two families have a name in common (their own, a training's, a decoder's, an
+            export's, a card's).
     """
     specs: list[FamilySpec] = [pkgutil.resolve_name(name) for name in BUILT_IN]
     for entry in registered("families").values():
@@ -154,6 +169,7 @@ def _check_names(specs: Sequence[FamilySpec]) -> None:
             "family": [spec.name],
             "training": spec.trainings,
             "decoder": spec.decoders,
+            "export": spec.exports,
             "card": spec.cards,
         }
         for kind, kind_names in names.items():
@@ -183,6 +199,14 @@ def _find(table: Mapping[str, T], name: str, kind: str) -> T:
             f"{name!r} is no {kind}{nearest(name, table)}; there are {', '.join(table)}."
         )
     return table[name]
+
+
+def tokenizer_exports() -> dict[str, TokenizerExport]:
+    """What `seed export-tokenizer` reads of all families, by flag."""
+    exports: dict[str, TokenizerExport] = {}
+    for spec in families():
+        exports |= spec.exports
+    return exports
 
 
 def model_cards() -> dict[str, ModelCard]:

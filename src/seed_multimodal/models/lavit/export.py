@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+from argparse import Namespace
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from seed_multimodal.disk import atomic_folder, output_folder, read_json_object
+from seed_multimodal.disk import JsonObject, atomic_folder, output_folder, read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.models.lavit.checkpoints import save_dynamic_tokenizer
 from seed_multimodal.models.lavit.decoder import CodeDecoder, LavitDecoderConfig
@@ -93,3 +94,12 @@ def export_stage1(
         save_dynamic_tokenizer(tokenizer, folder / "tokenizer")
         decoder.save_pretrained(folder / "decoder")
     return target / "tokenizer", target / "decoder"
+
+
+def export_command(checkpoint: str, args: Namespace) -> tuple[JsonObject, str]:
+    """`seed export-tokenizer --lavit`."""
+    tokenizer, decoder = export_stage1(
+        checkpoint, args.out, vision=args.vision, config=args.config, force=args.force
+    )
+    record = {"tokenizer": str(tokenizer), "decoder": str(decoder)}
+    return record, f"{tokenizer}\n{decoder}"

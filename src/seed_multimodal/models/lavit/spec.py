@@ -13,7 +13,7 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import ADAPTER_CONFIG, LAVIT, ORIGINAL_PARTS, VISUAL_WEIGHTS
 from seed_multimodal.language.prompts import TaskPrompts
 from seed_multimodal.models.lavit.ratios import RATIOS
-from seed_multimodal.models.registry import FamilySpec, ModelCard, Training
+from seed_multimodal.models.registry import FamilySpec, ModelCard, TokenizerExport, Training
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.pipelines.parts import OldCheckpoint, Original, has_folder, part
 
@@ -204,6 +204,12 @@ SPEC = FamilySpec(
         }
     },
     evaluators={"vqa": "seed_multimodal.models.lavit.evaluate:LavitQuestions"},
+    exports={
+        "lavit": TokenizerExport(
+            "seed_multimodal.models.lavit.export:export_command",
+            "of LaVIT's stage 1, with --vision, --config, --out, --force",
+        )
+    },
     starts=Path(__file__).with_name("starts.yaml"),
     card=_CARD,
     cards={

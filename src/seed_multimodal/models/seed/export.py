@@ -11,6 +11,7 @@ and are exported as SEED-2 unless `seed1` is set.
 
 from __future__ import annotations
 
+from argparse import Namespace
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,9 +20,10 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from seed_multimodal.disk import atomic_folder, output_folder
+from seed_multimodal.disk import JsonObject, atomic_folder, output_folder
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.io import open_image
+from seed_multimodal.language.hub_tokenizer import read_tokenizer_files
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.models.seed.checkpoints import (
     ENCODER_PARTS,
@@ -245,3 +247,33 @@ def _write_original(model: SeedTokenizer, folder: Path) -> None:
     for file_name, tensors in files.items():
         is_wrapped = layout.wrapped and file_name != vision_file
         save_torch({"model": tensors} if is_wrapped else tensors, folder / file_name)
+
+
+def export_command(checkpoint: str, args: Namespace) -> tuple[JsonObject, str]:
+    """`seed export-tokenizer --stage2`: compared with the training modules on an image."""
+    # With the language tokenizer's files the folder is complete for a language model.
+    files = None
+    vocabulary = None
+    if args.text_tokenizer:
+        files, vocabulary = read_tokenizer_files(Path(args.text_tokenizer))
+    report = export_tokenizer(
+        checkpoint,
+        args.out,
+        stage1=args.stage1,
+        vision=args.vision,
+        config=args.config,
+        kind=args.kind,
+        write_original=args.released,
+        image=args.image,
+        extra_files=files,
+        vocabulary=vocabulary,
+        force=args.force,
+    )
+    record = {
+        "folder": str(report.folder),
+        "kind": report.kind,
+        "parts": report.parts,
+        "image": str(args.image or "generated"),
+        "codes": report.codes,
+    }
+    return record, "\n".join(report.lines())

@@ -13,7 +13,7 @@ from seed_multimodal.hub import ADAPTER_CONFIG, ORIGINAL_PARTS
 from seed_multimodal.language import prompts
 from seed_multimodal.language.hub_tokenizer import has_chat_template
 from seed_multimodal.language.prompts import CHAT, ORIGINAL_TASKS, template_for
-from seed_multimodal.models.registry import FamilySpec, ModelCard, Training
+from seed_multimodal.models.registry import FamilySpec, ModelCard, TokenizerExport, Training
 from seed_multimodal.pipelines.config import CodeSystemConfig
 from seed_multimodal.pipelines.parts import OldCheckpoint, Original, existing_path, part
 from seed_multimodal.settings import check_keys, setting
@@ -208,6 +208,11 @@ SPEC = FamilySpec(
     evaluators={
         "text2image": "seed_multimodal.models.seed.evaluate:SeedDrawings",
         "tokenizer": "seed_multimodal.models.seed.evaluate_tokenizer:OpenedSeed2",
+    },
+    exports={
+        "stage2": TokenizerExport(
+            "seed_multimodal.models.seed.export:export_command", "checkpoint of stage 2"
+        )
     },
     starts=Path(__file__).with_name("starts.yaml"),
     card=ModelCard("SEED-LLaMA", examples=_EXAMPLES),
