@@ -6,6 +6,7 @@ import ast
 import functools
 import io
 import os
+import pkgutil
 import re
 import shutil
 import stat
@@ -746,6 +747,56 @@ def test_imports_point_one_way():
     assert not wrong
 
 
+# ---- families
+
+# Files that name a family or import its modules, and why a further family does not edit them.
+FAMILY_FILES = {
+    "__init__.py": "the public names of the library's own families",
+    "errors.py": "the extra of pip for the original's evaluation",
+    "hub.py": "the originals' repositories",
+    "models/registry.py": "the list of the library's own families",
+    "moved.py": "earlier names of modules",
+    "pipelines/config.py": "the family of a system.json without the key system",
+}
+# Objects whose attributes are looked up; none belongs to a family.
+LOOKED_UP = {
+    "args": "flags that a program may not have",
+    "config": "configurations of transformers' models",
+    "encoded": "outputs of diffusers' autoencoders",
+    "model": "peft's models; a codebook that is trained (`training.codebook`)",
+    "module._modules.get('model')": "transformers' language models",
+    "os": "the operating system",
+    "scheduler": "diffusers' schedulers",
+    "self": "what a later step of the training makes",
+    "self.image_transform": "transforms of LAVIS",
+    "table": "peft's embeddings",
+    "value": "open files",
+}
+
+
+def test_families_are_named_in_their_folders_only():
+    """What the library needs to know of a family it asks its `FamilySpec`."""
+    naming, looked_up = set(), set()
+    for source in SOURCES:
+        file = source.relative_to(PACKAGE).as_posix()
+        if re.match(r"compat/|models/\w+/", file):
+            continue
+        for node in runtime_nodes(source):
+            texts = names_of(node)
+            if isinstance(node, ast.Constant) and isinstance(node.value, str):
+                texts = {node.value}
+            elif isinstance(node, ast.Call) and ast.unparse(node.func) == "hasattr":
+                looked_up.add(ast.unparse(node.args[0]))
+            if any(
+                re.match(r"(seed_multimodal\.models\.)?(seed_llama|seed_x|lavit)$", text)
+                or re.match(r"seed_multimodal\.models\.(seed|seed_x|lavit)\b", text)
+                for text in texts
+            ):
+                naming.add(file)
+    assert naming == set(FAMILY_FILES)
+    assert looked_up <= set(LOOKED_UP)
+
+
 # ---- types
 
 
@@ -821,6 +872,25 @@ def test_paths_of_the_documentation_exist():
             if not any(any(parent.glob(f"{path.rstrip('.')}*")) for parent in parents):
                 missing.append(f"{page.name}: {path}")
     assert not missing
+
+
+def test_the_table_of_changes_names_what_exists():
+    """Modules, objects and the words "… there" of the page's table "To add … you change …"."""
+    text = (ROOT / "docs" / "explanation" / "architecture.md").read_text(encoding="utf-8")
+    rows = [
+        line.strip("| ").split(" | ")
+        for line in text.split("## To add")[1].split("\n\n")[1].splitlines()[2:]
+    ]
+    assert len(rows) >= 15
+    for _, change, example in rows:
+        names = re.findall(r"`((?:seed_nano\.)?[a-z_]+(?:\.\w+)+)`", f"{change} {example}")
+        names = [name for name in names if not name.startswith("seed_multimodal.")]
+        for name in names:
+            qualified = name if name.startswith("seed_nano") else f"seed_multimodal.{name}"
+            assert pkgutil.resolve_name(qualified) is not None
+        for word in re.findall(r"`(\w+)` there", example):
+            module = PACKAGE / f"{'/'.join(n for n in names[0].split('.') if n.islower())}.py"
+            assert word in module.read_text(encoding="utf-8")
 
 
 # ---- words

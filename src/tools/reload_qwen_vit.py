@@ -11,7 +11,7 @@ from pathlib import Path
 # Runs from a checkout that is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from seed_multimodal.cli.tools import reload_script  # noqa: E402
+from seed_multimodal.compat.weight_programs import reload_script  # noqa: E402
 
 if __name__ == "__main__":
     sys.exit(reload_script())

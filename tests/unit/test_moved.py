@@ -21,6 +21,26 @@ def test_import_of_an_earlier_name(name: str) -> None:
         assert importlib.import_module(PACKAGE + name) is current
 
 
+# Names that earlier READMEs, pages and YAML files had.
+@pytest.mark.parametrize(
+    "name",
+    [
+        "language.tasks:TaskPrompts",
+        "seed.original:Seed1.from_pretrained",
+        "seed_x.pipeline:SeedX",
+        "serving.flask_app:create_app",
+        "system.base:MultimodalSystem",
+        "system.config:SystemConfig",
+        "systems.lavit:Lavit",
+        "systems.seed1:Seed1.from_pretrained",
+        "systems.seed_x:SeedX",
+    ],
+)
+def test_documented_earlier_name(name: str) -> None:
+    assert callable(pkgutil.resolve_name(PACKAGE + name))
+    assert callable(find_target(PACKAGE + name.replace(":", ".")))
+
+
 def test_import_below_an_earlier_package() -> None:
     from seed_multimodal.models.seed.pipeline import SeedLlama
     from seed_multimodal.seed.pipeline import SeedLlama as Earlier  # type: ignore[import-not-found]

@@ -42,7 +42,7 @@ Options = dict[str, Any]  # keyword arguments of a system's methods
 Result = TypeVar("Result")
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
-RATIO_MODES = ("restore", "keep", "square")  # `models.seed_x.views.Ratio`
+RATIO_MODES = ("restore", "keep", "square")  # `images.views.Ratio`
 # Errors of one item; others end the command.
 ITEM_ERRORS = (ImageError, CodesError, GenerationError, RequestError)
 # Flags that are keyword arguments of `MultimodalSystem.from_pretrained`; the first also of

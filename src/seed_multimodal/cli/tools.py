@@ -1,31 +1,20 @@
-"""`seed convert | export-tokenizer | export-gguf | assemble | plot`, `merge_lora_weights.py`,
-`reload_qwen_vit.py`."""
+"""`seed convert | export-tokenizer | export-gguf | assemble | plot`."""
 
 from __future__ import annotations
 
 import pkgutil
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING
 
-from seed_multimodal.cli.common import add_json, cat_image, emit, program_parser
-from seed_multimodal.config import load_yaml
-from seed_multimodal.disk import JsonObject, read_json_object, writing
-from seed_multimodal.entry import DONE, log_line, run_program
-from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import first_file, locate
+from seed_multimodal.cli.common import add_json, cat_image, emit
+from seed_multimodal.disk import read_json_object, writing
+from seed_multimodal.entry import DONE
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.models.registry import families, find_family, tokenizer_exports
-from seed_multimodal.progress import quiet_libraries
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from seed_multimodal.cli.common import Commands
-    from seed_multimodal.language.lora import TrainedWeights
-    from seed_multimodal.language.text_tokenizer import TextTokenizer
 
 
 def add_commands(commands: Commands) -> None:
@@ -194,180 +183,4 @@ def assemble(args: Namespace) -> int:
     settings = read_json_object(Path(args.settings), ConfigError) if args.settings else {}
     folder = assemble_system(args.kind, args.out, parts, settings, force=args.force)
     emit(args, {"folder": str(folder)}, f"{folder}: open it with --model {folder}")
-    return DONE
-
-
-# ---- the originals' programs
-
-
-def merge_script(program: str, description: str, arguments: Sequence[str] | None = None) -> int:
-    """`merge_lora_weights.py`: base and adapter → a LLaMA folder; of a tuned SEED-X folders `llm`
-    and `agent`."""
-    # What is merged.
-    parser = program_parser(program, description)
-    parser.add_argument(
-        "--model_cfg", required=True, help="YAML of the model (base and peft_config), or a run's"
-    )
-    parser.add_argument(
-        "--tokenizer_cfg", help="YAML of the tokenizer, or a run's; its files are saved, too"
-    )
-    parser.add_argument("--base_model", help="folder of the base model, instead of the YAML's")
-    parser.add_argument(
-        "--lora_model",
-        required=True,
-        help="adapter, whole trained model, or zero_to_fp32.py output",
-    )
-    parser.add_argument(
-        "--agent_cfg", help="YAML of SEED-X's agent (default: agent.json, else the original sizes)"
-    )
-    # The result.
-    parser.add_argument("--save_path", required=True, help="new folder for the merged model")
-    parser.add_argument(
-        "--dtype", default="fp32", choices=("fp32", "bf16", "fp16"), help="default: fp32"
-    )
-    parser.add_argument(
-        "--max_shard_size", default="5GB", help="largest weights file (default: 5GB)"
-    )
-    parser.add_argument("--force", action="store_true", help="replace a folder that is not empty")
-    return run_program(parser, _merge, arguments)
-
-
-def _merge(args: Namespace) -> int:
-    from seed_multimodal.language.lora import merge_adapter
-
-    quiet_libraries(args.debug)
-    node = _read_part(args.model_cfg, "model")
-
-    # 1. The base model: by flag, or in one of the places of the original's and our YAML files.
-    inner_node = node.get("model")
-    if not isinstance(inner_node, Mapping):
-        inner_node = {}
-    candidates = (
-        args.base_model,
-        inner_node.get("pretrained_model_name_or_path"),
-        node.get("path"),
-        node.get("pretrained_model_name_or_path"),
-    )
-    base: str | Path | None = None
-    for candidate in candidates:
-        if candidate not in (None, "", "???"):
-            base = locate(str(candidate)) or str(candidate)
-            break
-
-    # 2. The merged folder.
-    summary = merge_adapter(
-        base,
-        locate(args.lora_model) or args.lora_model,
-        args.save_path,
-        tokenizer=_load_tokenizer(args.tokenizer_cfg) if args.tokenizer_cfg else None,
-        lora=node.get("peft_config") or node.get("lora"),
-        dtype=args.dtype,
-        max_shard_size=args.max_shard_size,
-        force=args.force,
-        agent=partial(_agent_config, args.agent_cfg),
-    )
-    log_line(summary)
-    return DONE
-
-
-def _read_part(file: str | Path, part: str) -> JsonObject:
-    """A part's YAML, or that part of a run's configuration."""
-    from omegaconf import OmegaConf
-
-    values = cast("JsonObject", OmegaConf.to_container(load_yaml(file), resolve=True))
-    is_run = {"trainer", "data"} <= set(values)
-    return values.get(part) or {} if is_run else values
-
-
-def _load_tokenizer(file: str) -> TextTokenizer:
-    """The tokenizer that a YAML file names."""
-    from seed_multimodal.language.hub_tokenizer import IMAGE_TOKENS, load_text_tokenizer
-    from seed_multimodal.language.tokenizer import ADDED
-    from seed_multimodal.models.lavit.processing import LavitTokenizer
-
-    name = _read_part(file, "tokenizer").get("pretrained_model_name_or_path")
-    if name in (None, "", "???"):
-        raise ConfigError(
-            f"{file}: pretrained_model_name_or_path is needed: the tokenizer's folder."
-        )
-    folder = Path(locate(str(name)) or str(name))
-    # LaVIT's codes have no spelling, so its tokenizer adds none.
-    if (folder / ADDED).is_file() or (folder / IMAGE_TOKENS).is_file():
-        return load_text_tokenizer(folder)
-    return LavitTokenizer.from_pretrained(folder)
-
-
-def _agent_config(file: str | None, trained: TrainedWeights) -> JsonObject:
-    """`agent/config.json` of a SEED-X agent: its sizes."""
-    from seed_multimodal.models.seed_x.modeling import AgentSettings
-    from seed_multimodal.models.seed_x.pipeline import AgentConfig
-    from seed_multimodal.settings import read_settings
-
-    values = _read_part(file, "agent") if file else trained.agent_config
-
-    # The original has the settings at the top, a run's configuration below `losses`.
-    settings: JsonObject = {}
-    for field in fields(AgentSettings):
-        if field.name in values:
-            settings[field.name] = values[field.name]
-    settings |= values.get("losses") or {}
-
-    # Sizes of the resamplers, without keys such as `_target_`.
-    sizes: JsonObject = {"settings": settings}
-    for name in ("input_resampler", "output_resampler"):
-        if name in values:
-            resampler = values[name].items()
-            sizes[name] = {key: value for key, value in resampler if not key.startswith("_")}
-    return asdict(read_settings(AgentConfig, sizes, file or str(trained.source)))
-
-
-def reload_script(argv: Sequence[str] | None = None) -> int:
-    """`reload_qwen_vit.py`: Qwen-VL-Chat's shards → the file of the vision encoder that SEED-X's
-    YAML files name."""
-    parser = ArgumentParser(
-        prog="reload_qwen_vit.py",
-        description="The vision encoder of Qwen-VL-Chat as a file of its own.",
-    )
-    parser.add_argument(
-        "--source", default="pretrained/Qwen-VL-Chat", help="folder (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--out", default="pretrained/QwenViT/qwen_vit_G.pt", help="default: %(default)s"
-    )
-    parser.add_argument("--force", action="store_true", help="write over an existing file")
-    return run_program(parser, _reload, argv)
-
-
-def _reload(args: Namespace) -> int:
-    from seed_multimodal.nn.vision.qwen import IN_QWEN_VL
-    from seed_multimodal.weights import INDEX_FILES, load_state_dict, save_torch
-
-    # 1. The shards of Qwen-VL-Chat.
-    target = Path(args.out)
-    source = locate(args.source) or Path(args.source)
-    if target.exists() and not args.force:
-        raise ConfigError(f"{target}: exists already (--force writes over it).")
-    index = first_file(source, INDEX_FILES)
-    if index is None:
-        raise CheckpointError(
-            f"{source}: there is no {' or '.join(INDEX_FILES)}; download Qwen/Qwen-VL-Chat to "
-            "pretrained/Qwen-VL-Chat, or name its folder with --source."
-        )
-
-    # 2. The names of the vision encoder's tensors in each shard that holds some.
-    names_of: dict[str, list[str]] = {}
-    for name, file in read_json_object(index)["weight_map"].items():
-        if IN_QWEN_VL in name:
-            names_of.setdefault(file, []).append(name)
-
-    # 3. The tensors; shards are memory-mapped, so that the language model's are not read.
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(names_of):
-        shard = load_state_dict(source / file, mapped=True)
-        for name in names_of[file]:
-            tensors[name.removeprefix(IN_QWEN_VL)] = shard[name]
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        save_torch(tensors, target)
-    log_line(f"{target}: {len(tensors)} tensors")
     return DONE

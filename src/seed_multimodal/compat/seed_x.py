@@ -22,6 +22,7 @@ from seed_multimodal.compat import seed_x_yaml as original
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import local_folder, locate
+from seed_multimodal.images.views import AnyResolution, patch_positions
 from seed_multimodal.inference.backends.torch import TorchBackend
 from seed_multimodal.inference.engine import Engine
 from seed_multimodal.inference.prompt import GenerationSettings, HiddenStates, Prompt
@@ -30,7 +31,6 @@ from seed_multimodal.language.llm import load_llm
 from seed_multimodal.models.seed_x import modeling
 from seed_multimodal.models.seed_x.losses import TrainedAgent
 from seed_multimodal.models.seed_x.processing import answer_text, seed_x_vocabulary
-from seed_multimodal.models.seed_x.views import AnyResolution, patch_positions
 from seed_multimodal.nn.vision import qwen as vision
 
 TOKENIZER_FILE = "configs/tokenizer/clm_llama_tokenizer_224loc_anyres.yaml"

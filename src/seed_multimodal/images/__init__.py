@@ -1,5 +1,6 @@
 """Images: reading with limits (`io`), transforms of vision encoders (`transforms`), the random
-transform of training (`augment`), contact sheets (`sheet`). Imports no other subpackage.
+transform of training (`augment`), views of any resolution (`views`), contact sheets (`sheet`).
+Imports no other subpackage.
 
 What needs torch is imported from its module.
 """

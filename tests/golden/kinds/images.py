@@ -35,8 +35,7 @@ from seed_multimodal.images.transforms import (
     seed_image_processor,
     to_bytes,
 )
-from seed_multimodal.models.seed.captions import caption_text, question_text
-from seed_multimodal.models.seed_x.views import (
+from seed_multimodal.images.views import (
     AnyResolution,
     best_resolution_grid,
     choose_grid,
@@ -44,6 +43,7 @@ from seed_multimodal.models.seed_x.views import (
     patch_positions,
     read_grids,
 )
+from seed_multimodal.models.seed.captions import caption_text, question_text
 
 PIXEL_TOLERANCE = 2e-2
 LEVELS = 2  # of 8-bit pixels: the same tolerance

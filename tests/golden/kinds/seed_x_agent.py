@@ -30,6 +30,7 @@ from runner import (
 )
 
 from seed_multimodal.compat.seed_x import ContinuousLVLM, Resampler
+from seed_multimodal.images.views import AnyResolution, patch_positions
 from seed_multimodal.inference.backends.torch import TorchBackend
 from seed_multimodal.inference.engine import Engine
 from seed_multimodal.inference.image_constraints import ImageConstraints, ImageLogitsProcessor
@@ -47,7 +48,6 @@ from seed_multimodal.models.seed_x.processing import (
     read_boxes,
     without_tags,
 )
-from seed_multimodal.models.seed_x.views import AnyResolution, patch_positions
 from seed_multimodal.weights import assign_strictly
 
 Tensors = dict[str, torch.Tensor]

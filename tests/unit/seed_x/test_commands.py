@@ -13,7 +13,7 @@ from PIL import Image
 from seed_multimodal.cli.common import RATIO_MODES
 from seed_multimodal.cli.main import main
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.models.seed_x.views import Ratio
+from seed_multimodal.images.views import Ratio
 
 pytestmark = pytest.mark.slow
 

@@ -7,7 +7,7 @@ import tiny_seed_x
 import torch
 from tensors import equal
 
-from seed_multimodal.cli.tools import reload_script
+from seed_multimodal.compat.weight_programs import reload_script
 from seed_multimodal.nn.vision.qwen import QwenVit
 from seed_multimodal.weights import load_state_dict
 

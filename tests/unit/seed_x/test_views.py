@@ -9,7 +9,7 @@ import torch
 from PIL import Image
 
 from seed_multimodal.errors import ConfigError, ImageError
-from seed_multimodal.models.seed_x.views import (
+from seed_multimodal.images.views import (
     ORIGINAL_GRIDS,
     AnyResolution,
     drawing_size,

@@ -18,8 +18,8 @@ from seed_multimodal.data.decoders.base import (
 from seed_multimodal.data.formats.conversations import NO_IMAGE
 from seed_multimodal.data.formats.record import JsonObject, RecordFields
 from seed_multimodal.images.transforms import ImageTransform
+from seed_multimodal.images.views import Grid, patch_positions
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
-from seed_multimodal.models.seed_x.views import Grid, patch_positions
 from seed_multimodal.settings import setting
 
 OpenImage = Callable[[Any, str], Image.Image]  # value and name of a field → opened image

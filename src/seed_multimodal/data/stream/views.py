@@ -21,7 +21,7 @@ from seed_multimodal.data.formats.record import FieldValue, FileReader, JsonObje
 from seed_multimodal.device import copy_to
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import ImageTransform
-from seed_multimodal.models.seed_x.views import AnyResolution
+from seed_multimodal.images.views import AnyResolution
 
 if TYPE_CHECKING:
     from seed_multimodal.data.stream.mixture import Piece

@@ -43,14 +43,14 @@ from seed_multimodal.data.decoders.features import (
 from seed_multimodal.data.formats.conversations import NO_IMAGE, ContentPart
 from seed_multimodal.data.formats.pairs import shape_problem, similarity_problem
 from seed_multimodal.data.formats.record import JsonObject, RecordFields
-from seed_multimodal.language.text_tokenizer import TextTokenizer
-from seed_multimodal.language.vocabulary import IGNORE_INDEX, PLACEHOLDER, SeedXVocabulary
-from seed_multimodal.models.seed_x.processing import seed_x_vocabulary
-from seed_multimodal.models.seed_x.views import (
+from seed_multimodal.images.views import (
     ORIGINAL_GRIDS,
     choose_grid,
     read_grids,
 )
+from seed_multimodal.language.text_tokenizer import TextTokenizer
+from seed_multimodal.language.vocabulary import IGNORE_INDEX, PLACEHOLDER, SeedXVocabulary
+from seed_multimodal.models.seed_x.processing import seed_x_vocabulary
 from seed_multimodal.settings import setting
 
 INSTRUCTION = "{instruction}"

@@ -21,6 +21,15 @@ from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, RequestError
 from seed_multimodal.images.io import ImageSource
 from seed_multimodal.images.sheet import draw_boxes
+from seed_multimodal.images.views import (
+    UNIT,
+    AnyResolution,
+    Ratio,
+    drawing_size,
+    patch_positions,
+    read_grids,
+    with_ratio,
+)
 from seed_multimodal.inference.backends.torch import joined
 from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.batching import ResultCache
@@ -58,15 +67,6 @@ from seed_multimodal.models.seed_x.processing import (
     without_tags,
 )
 from seed_multimodal.models.seed_x.spec import SeedXConfig
-from seed_multimodal.models.seed_x.views import (
-    UNIT,
-    AnyResolution,
-    Ratio,
-    drawing_size,
-    patch_positions,
-    read_grids,
-    with_ratio,
-)
 from seed_multimodal.nn.vision.qwen import (
     INPUT_RESAMPLER,
     OUTPUT_RESAMPLER,

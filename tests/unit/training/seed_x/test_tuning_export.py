@@ -11,7 +11,7 @@ import pytest
 import torch
 import yaml
 
-from seed_multimodal.cli.tools import merge_script
+from seed_multimodal.compat.weight_programs import merge_script
 from seed_multimodal.models.seed_x.losses import TrainedAgent
 from seed_multimodal.models.seed_x.pipeline import SeedX
 from seed_multimodal.models.seed_x.train_agent import TuningTask
