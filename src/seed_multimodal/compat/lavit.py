@@ -268,7 +268,7 @@ class LaVITforUnderstanding(_Model):
         # 1. A conversation for each image: the image, and a text if there is one.
         if isinstance(image, Tensor):
             preprocessing = self.images.transform
-            images = [preprocessing.to_image(pixels) for pixels in image]
+            images = [preprocessing.uncropped(preprocessing.to_image(pixels)) for pixels in image]
         else:
             images = input_images(image)
         texts = _as_list(texts)

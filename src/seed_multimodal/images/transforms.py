@@ -134,6 +134,16 @@ class ImageTransform:
         """Normalised pixels [3, H, W] → RGB image."""
         return denormalise(pixels, self.mean, self.std)
 
+    def uncropped(self, image: Image.Image) -> Image.Image:
+        """An image of S x S pixels with a border, so that `resize` gives exactly this image."""
+        shorter_side = max(self.shorter_side or self.image_size, self.image_size)
+        if not self.keep_ratio:
+            return image
+        bordered = Image.new("RGB", (shorter_side, shorter_side))
+        border = _crop_offset(shorter_side, self.image_size)
+        bordered.paste(image, (border, border))
+        return bordered
+
     def describe(self) -> dict[str, object]:
         """Plain values; the last three only where they are not the defaults."""
         values = dataclasses.asdict(self)
@@ -199,8 +209,8 @@ class ImageTransform:
             new_height = longer_side
         else:
             new_width = longer_side
-        left = int(round((new_width - size) / 2.0))
-        top = int(round((new_height - size) / 2.0))
+        left = _crop_offset(new_width, size)
+        top = _crop_offset(new_height, size)
         right = left + size
         bottom = top + size
 
@@ -212,6 +222,11 @@ class ImageTransform:
             return image.resize((size, size), filter_, box=box)
         resized = resize_passes(image, (new_width, new_height), filter_)
         return resized.crop((left, top, right, bottom))
+
+
+def _crop_offset(length: int, size: int) -> int:
+    """Pixels before a centre crop of `size` pixels, rounded as torchvision does."""
+    return int(round((length - size) / 2.0))
 
 
 def get_transform(

@@ -140,9 +140,10 @@ def test_stage1_and_system_of_another_vision_encoder(kind, tmp_path):
     assert text_tokenizer.vocabulary.tokens_per_image == PATCHES
 
 
-def test_pixels_of_the_original_class_are_those_of_the_encoder(tmp_path):
-    """`generate` turns pixels back to images with the encoder's mean, not CLIP's."""
-    write_vision("siglip2", tmp_path / "vision")
+@pytest.mark.parametrize("kind", ["siglip2", "dinov2"])
+def test_pixels_of_the_original_class_are_those_of_the_encoder(kind, tmp_path):
+    """`generate` turns pixels back to images with the encoder's mean, and does not crop again."""
+    write_vision(kind, tmp_path / "vision")
     tokenizer = tiny_lavit.spread(DynamicTokenizer(sizes_of(tmp_path / "vision"))).eval()
     load_vision(tokenizer.encoder, tmp_path / "vision", None)
     save_dynamic_tokenizer(tokenizer, tmp_path / "tokenizer")
