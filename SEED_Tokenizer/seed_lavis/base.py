@@ -96,6 +96,13 @@ class SeedModel(BaseModel):
         with torch.autocast(images.device.type, dtype):
             return self.visual_encoder(images).float()
 
+    def encode_pooled(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """As `encode_vision`, and the encoder's own feature of each image `[B, P]`."""
+        dtype = self.vision_dtype(images.device)
+        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
+            features, pooled = self.visual_encoder.features_and_pooled(images)
+        return features.float(), pooled.float()
+
     def with_log(self, loss: Tensor, **losses: Tensor | None) -> dict[str, Tensor]:
         """LAVIS's output mapping; stores the losses for the log."""
         self.latest = {name: value.detach() for name, value in losses.items() if value is not None}

@@ -167,9 +167,12 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
 
     def __init__(self, options: Stage2Options) -> None:
         # 1. Frozen targets.
+        sizes = stage2_sizes(options)
         width = options.image_features_dim
         clip = None
-        if options.clip_model:
+        if options.alignment_target == "encoder":
+            width = sizes["vit"].with_pooled_feature().pooled_width
+        elif options.clip_model:
             clip = clip_target(options.clip_model, options.clip_precision, width)
         readout = None
         if options.readout_weight:
@@ -181,8 +184,9 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
 
         # 2. The model.
         config = Seed2Config(
-            **stage2_sizes(options),
+            **sizes,
             image_features_dim=width,
+            alignment_target=options.alignment_target,
             use_qformer_image=options.use_qformer_image,
             recon_s=options.recon_s,
         )
@@ -202,11 +206,14 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
 
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
         """Weighted losses of a batch, and the unweighted codebook loss."""
-        # 1. The vision encoder, which may also be the target CLIP's.
+        # 1. The vision encoder, which may also give the target, or be the target CLIP's.
         images = samples["image"]
-        with torch.no_grad():
-            vit = self.encode_vision(images)
         target = samples.get("target")
+        with torch.no_grad():
+            if target is None and self.config.alignment_target == "encoder":
+                vit, target = self.encode_pooled(images)
+            else:
+                vit = self.encode_vision(images)
         if target is None and self.clip_model is not None:
             target = target_embeddings(
                 self.clip_model,

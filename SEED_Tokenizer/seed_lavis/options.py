@@ -20,6 +20,7 @@ from seed_multimodal.config import load_yaml
 from seed_multimodal.device import choose_device
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.transforms import ImageTransform
+from seed_multimodal.models.seed.configuration import AlignmentTarget
 from seed_multimodal.nn.vision.base import VisionConfig
 from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_multimodal.nn.vision.registry import read_vision_config
@@ -111,9 +112,11 @@ class Stage2Options(CodebookOptions):
     """`blip2_codebook_all_image`: both decode heads by `use_qformer_image`."""
 
     use_qformer_image: bool = False  # False: as the original weights; True: as the published code
-    image_features_dim: int = setting(1024, minimum=1)
+    image_features_dim: int = setting(1024, minimum=1)  # of the vision encoder: its own width
     clip_model: str | None = "pretrained/CLIP-ViT-H-14-laion2B-s32B-b79K"  # of the target embedding
     # ours
+    # Of the image embedding: `clip_model`'s, or the vision encoder's own pooled feature.
+    alignment_target: AlignmentTarget = "clip"
     recon_s: bool = True  # reconstruct the Q-Former output, too
     scaled_start: bool = False  # random weights that keep the size of what passes (small models)
     readout_weight: str | None = None  # file of a linear read-out [M, E], compared by squared error

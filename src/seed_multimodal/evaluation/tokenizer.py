@@ -12,7 +12,7 @@ import pkgutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import ClassVar
+from typing import ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -81,10 +81,17 @@ class TokenizerOptions:
     text_tokenizer: Source = None
 
 
+class TargetEncoder(Protocol):
+    """Computes the image embeddings that tokenizers are compared by."""
+
+    def embed(self, images: Sequence[Image.Image]) -> Tensor:
+        """Embeddings of images of any sizes, float32 [N, E]."""
+
+
 class OpenedTokenizer:
     """A loaded tokenizer with the models for its evaluation.
 
-    clip: gives the target embedding; None: no target.
+    target: gives the target embedding; None: no target.
     texts: text encoders by name.
     """
 
@@ -105,16 +112,16 @@ class OpenedTokenizer:
         self.network = codec.network
 
         # CLIP's embeddings of images and texts.
-        self.clip: ClipEncoder | None = None
-        self.clip_source = ""
+        self.target: TargetEncoder | None = None
+        self.target_source = ""
         folder = self.default_clip() if options.clip is None else options.clip
         if folder is not None and str(folder) != NONE:
             vision = load_clip_vision(folder, device=runtime.device, dtype=runtime.dtype, log=None)
             # It sees what the tokenizer sees.
             processor = seed_image_processor(vision.config.image_size)
             view = codec.transform.scaled_to(processor.image_size)
-            self.clip = ClipEncoder(vision, processor.with_resizing_of(view))
-            self.clip_source = str(folder)
+            self.target = ClipEncoder(vision, processor.with_resizing_of(view))
+            self.target_source = str(folder)
         self.texts: dict[str, TextEncoder] = {}
         if options.clip_text is not None:
             self.texts["clip"] = clip_texts(options.clip_text, runtime.device)
@@ -130,8 +137,8 @@ class OpenedTokenizer:
         codes = self.network.encode(pixels)  # [B, n]
         padding = self.codec.codes_per_image - codes.shape[1]
         features = {"codes": F.pad(codes, (0, padding), value=-1)}
-        if self.clip is not None:
-            features["target"] = F.normalize(self.clip.embed(images), dim=-1)
+        if self.target is not None:
+            features["target"] = F.normalize(self.target.embed(images), dim=-1)
         return features
 
 
@@ -347,9 +354,9 @@ def _retrieval(encoded: Pass, opened: OpenedTokenizer) -> dict[str, JsonObject]:
 def _reconstruction(
     encoded: Pass, rebuilt: Sequence[Image.Image], opened: OpenedTokenizer
 ) -> JsonObject:
-    """Similarity of decoded embeddings and of images, under CLIP."""
-    section: JsonObject = {"clip": opened.clip_source, "rebuilt": len(rebuilt)}
-    if opened.clip is None:
+    """Similarity of decoded embeddings and of images, under the encoder of the target."""
+    section: JsonObject = {"clip": opened.target_source, "rebuilt": len(rebuilt)}
+    if opened.target is None:
         return section
 
     # 1. Embeddings decoded from the codes.
@@ -364,7 +371,7 @@ def _reconstruction(
     if rebuilt:
         embeddings = []
         for start in range(0, len(rebuilt), DRAW_BATCH):
-            embeddings.append(opened.clip.embed(rebuilt[start : start + DRAW_BATCH]))
+            embeddings.append(opened.target.embed(rebuilt[start : start + DRAW_BATCH]))
         section["image_clip"] = _nearness(F.normalize(torch.cat(embeddings), dim=-1), target)
     return section
 

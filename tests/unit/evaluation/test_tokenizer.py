@@ -140,7 +140,7 @@ def test_run_pass_with_a_vision_encoder_of_transformers(
         queries = stage1.query_features_from(stage1.visual_encoder(pixels))
         causal = F.normalize(stage1.vision_proj(queries[:, -1]), dim=-1)
         np.testing.assert_allclose(encoded.features["causal"][:2], causal.numpy(), atol=1e-4)
-        target = opened.clip.model(vit.preprocessing.convert(pixels, ImageTransform(16)))
+        target = opened.target.model(vit.preprocessing.convert(pixels, ImageTransform(16)))
         target = F.normalize(target.image_embeds, dim=-1)
     np.testing.assert_allclose(encoded.features["target"][:2], target.numpy(), atol=1e-4)
     retrieval = _retrieval(encoded, opened)

@@ -107,6 +107,8 @@ def test_tokenizer_of_another_vision_encoder(kind, tmp_path):
     codec = open_images(out, device="cpu", dtype="float32")
     assert torch.equal(codec.pixels([image]), pixels)
     assert torch.equal(codec.encode([image]), expected)
+    half = open_images(out, device="cpu", dtype="bfloat16").encode([image])
+    assert (half == expected).float().mean() > 0.6
     encoder = Encoder(str(out), "cpu", "auto", compile=False)
     read = encoder.transform.read(image)
     assert torch.equal(encoder.transform.normalise(read)[None], pixels)

@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 from pathlib import Path
 
 import pytest
+import tiny_decoder
 import torch
 import warm_python
 from lavis_runs import APPLICATION, log_of, printed
 from omegaconf import OmegaConf
+from PIL import Image
 from repository import ROOT
 from tiny_vision import KINDS, write_vision
 
+TARGET = "model.alignment_target=encoder"
 SHORT = ("run.max_epoch=1", "run.iters_per_epoch=2")
 CAT = ROOT / "images" / "cat.jpg"
 
@@ -65,21 +70,75 @@ def test_load_config_prepares_images_for_the_encoder(tmp_path):
         assert config.model_cfg.vit_weights is None
 
 
-@pytest.mark.parametrize("kind", ["dinov2", "dinov3", "clip"])
-def test_train_both_stages(kind, yaml, run, tmp_path):
-    """Of encoders with a class token or registers; in bf16 the second."""
+@pytest.mark.parametrize("kind", ["siglip2", "dinov2", "dinov3", "clip"])
+def test_train_towards_the_encoders_own_feature(kind, yaml, run, tmp_path):
+    """Both stages of encoders with a pooling head, a class token or registers; bf16 the second."""
     network = write_vision(kind, tmp_path / "vision")
     vit = vit_option(tmp_path / "vision")
     run(yaml("stage1", vit, "model.freeze_vit=True", *SHORT))
     start = f"model.pretrained={tmp_path}/stage1/checkpoint_0.pth"
-    model = run(yaml("stage2", start, vit, "model.vit_precision=bf16", *SHORT)).model
+    options = [vit, TARGET, "model.vit_precision=bf16", *SHORT]
+    model = run(yaml("stage2", start, *options)).model
+    assert model.clip_model is None and model.config.image_features_dim == 16
+    assert len(log_of(tmp_path / "stage2", "stage2")) == 2
+
     encoder = model.visual_encoder
     assert encoder.n_class_tokens == KINDS[kind][-1]
     assert any(weight.dtype == torch.bfloat16 for weight in encoder.parameters())
     pixels = torch.randn(2, 3, 16, 16)
-    with torch.no_grad():
-        expected = network(pixel_values=pixels).last_hidden_state
-        features = model.encode_vision(pixels)
-    assert features.dtype == torch.float32
-    torch.testing.assert_close(features, expected, rtol=0.1, atol=0.1)
-    assert len(log_of(tmp_path / "stage2", "stage2")) == 2
+    features, pooled = model.encode_pooled(pixels)
+    assert features.dtype == pooled.dtype == torch.float32
+    if kind != "siglip2":  # which reads patches
+        with torch.no_grad():
+            expected = network(pixel_values=pixels)
+        torch.testing.assert_close(features, expected.last_hidden_state, rtol=0.1, atol=0.1)
+        torch.testing.assert_close(pooled, expected.pooler_output, rtol=0.1, atol=0.1)
+
+
+def test_decoder_of_the_encoders_own_feature(yaml, run, images, tmp_path, capsys):
+    """Stage 2 with the encoder's target, export, evaluation, a decoder's training, an image."""
+    from seed_multimodal.cli.main import main
+    from seed_multimodal.models.seed.modeling import Seed2Tokenizer
+    from seed_multimodal.models.seed.train_detokenizer import SeedDecoderTask
+
+    # 1. The tokenizer; without its folder the encoder still gives the target.
+    write_vision("siglip", tmp_path / "vision")
+    random = ["model.load_pretrained=False", "model.freeze_qformer=False"]
+    run(yaml("stage2", vit_option(tmp_path / "vision"), TARGET, *random, *SHORT))
+    checkpoint = tmp_path / "stage2" / "checkpoint_0.pth"
+    folder = tmp_path / "tokenizer"
+    assert main(["export-tokenizer", "--stage2", str(checkpoint), "--out", str(folder)]) == 0
+    shutil.rmtree(tmp_path / "vision")
+    sizes = Seed2Tokenizer.from_pretrained(folder).config
+    assert (sizes.alignment_target, sizes.image_features_dim) == ("encoder", 16)
+
+    # 2. A decoder of its embeddings; stable unCLIP's are those of CLIP.
+    parts = tiny_decoder.write_parts(tmp_path / "parts")
+    model = {"tokenizer": str(folder), "reads": "embedding"}
+    settings = tiny_decoder.config(
+        parts,
+        tmp_path / "run",
+        denoiser="SanaTransformer2DModel",
+        model=model,
+        data={"encoder_size": 16},
+        trainer={"max_steps": 2, "save_steps": 0},
+    )
+    SeedDecoderTask.train(settings)
+    (folder / "diffusion_model" / "unet").mkdir(parents=True)
+    rebuild = ["reconstruct", str(CAT), "--model", str(folder), "--out", str(tmp_path / "cat.png")]
+    assert main(rebuild) == 2
+    assert "train a decoder of its embeddings" in capsys.readouterr().err
+    shutil.rmtree(folder / "diffusion_model")
+    shutil.copytree(tmp_path / "run" / "decoder", folder / "diffusion_model")
+    assert main([*rebuild, "--steps", "2"]) == 0
+    assert Image.open(tmp_path / "cat.png").size == (16, 16)
+
+    # 3. Evaluation: cosines to the encoder's own feature.
+    evaluation = ["eval", "tokenizer", "--model", str(folder), "--out", str(tmp_path / "eval")]
+    evaluation += ["--data", str(images / "pairs.json"), "--limit", "4", "--rebuild", "2"]
+    assert main([*evaluation, "--clip", str(tmp_path)]) == 2
+    assert "leave out --clip" in capsys.readouterr().err
+    assert main(evaluation) == 0
+    report = json.loads((tmp_path / "eval" / "report.json").read_text())["reconstruction"]
+    assert report["clip"] == "the tokenizer's vision encoder"
+    assert report["embedding"]["n"] == 4 and report["image_clip"]["n"] == 2

@@ -5,12 +5,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Container
 from dataclasses import dataclass, field
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_multimodal.nn.vision.registry import AnyVisionConfig
 from seed_multimodal.settings import setting
+
+AlignmentTarget = Literal["clip", "encoder"]
 
 
 @dataclass(frozen=True)
@@ -79,6 +81,8 @@ class TokenizerConfig:
 class Seed2Config(TokenizerConfig):
     """SEED-2: codes become one image embedding of width `image_features_dim`.
 
+    alignment_target: whose embedding of the image it is: a CLIP's, the condition of stable unCLIP,
+        or the vision encoder's own pooled feature (ours), of width `vit.pooled_width`.
     use_qformer_image: the decode head is a Reverse Q-Former of `reverse_depth` layers; False:
         `image_down`.
     recon_s: keep `pos_embed` and `blocks`, which only stage 2's reconstruction loss uses.
@@ -88,8 +92,14 @@ class Seed2Config(TokenizerConfig):
 
     reverse_depth: int = setting(12, minimum=0)
     image_features_dim: int = setting(1024, minimum=1)
+    alignment_target: AlignmentTarget = "clip"
     use_qformer_image: bool = False
     recon_s: bool = True
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.alignment_target == "encoder":
+            object.__setattr__(self, "vit", self.vit.with_pooled_feature())
 
     @property
     def reverse_qformer(self) -> QFormerConfig:

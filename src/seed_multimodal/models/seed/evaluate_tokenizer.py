@@ -7,6 +7,7 @@ codebook.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -16,8 +17,8 @@ from torch import Tensor
 
 from seed_multimodal.device import Runtime
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.evaluation.retrieval import TextEncoder
-from seed_multimodal.evaluation.tokenizer import OpenedTokenizer, Route, TokenizerOptions
+from seed_multimodal.evaluation.retrieval import ClipEncoder, TextEncoder
+from seed_multimodal.evaluation.tokenizer import NONE, OpenedTokenizer, Route, TokenizerOptions
 from seed_multimodal.hub import locate
 from seed_multimodal.models.seed.captions import caption_text, load_caption_tokenizer
 from seed_multimodal.models.seed.checkpoints import VISION
@@ -35,8 +36,22 @@ STAGE1_IGNORED = ("Qformer.cls.*", "itm_head.*", "embedding_head.*")
 WORDS_TABLE = "Qformer.bert.embeddings.word_embeddings.weight"
 
 
+@dataclass
+class PooledEncoder:
+    """A tokenizer's own vision encoder, whose feature of an image it decodes to."""
+
+    codec: SeedImageCodec
+
+    @torch.no_grad()
+    def embed(self, images: Sequence[Image.Image]) -> Tensor:
+        """Pooled features of images of any sizes, float32 [N, E]."""
+        tokenizer = self.codec.model
+        pixels = self.codec.transform.batch(images).to(tokenizer.device, tokenizer.dtype)
+        return tokenizer.visual_encoder.features_and_pooled(pixels)[1].float()
+
+
 class OpenedSeed2(OpenedTokenizer):
-    """SEED-2's tokenizer, with the text path of its first stage and the CLIP that it aims at.
+    """SEED-2's tokenizer, with the text path of its first stage and what it aims at.
 
     Further features:
 
@@ -68,13 +83,24 @@ class OpenedSeed2(OpenedTokenizer):
     ) -> None:
         if not isinstance(codec.model, Seed2Tokenizer):
             raise CheckpointError(f"{config.name}: is a SEED-1 tokenizer; this measures SEED-2's.")
+        sizes = codec.model.config
+        aims_at_encoder = sizes.alignment_target == "encoder"
+        has_clip = options.clip not in (None, NONE) or options.clip_text is not None
+        if aims_at_encoder and has_clip:
+            raise CheckpointError(
+                f"{config.name}: decodes to its vision encoder's embeddings, not to a CLIP's: leave "
+                "out --clip and --clip-text."
+            )
         super().__init__(config, codec, runtime, options)
 
-        # 1. CLIP's embeddings have the width of the decoded ones.
-        width = self.network.config.image_features_dim
-        if self.clip is not None:
-            clip_width = self.clip.model.config.projection_dim
-            _check_width(self.clip_source, "image", clip_width, width)
+        # 1. The target's embeddings have the width of the decoded ones.
+        width = sizes.image_features_dim
+        if aims_at_encoder:
+            self.target = PooledEncoder(codec)
+            self.target_source = "the tokenizer's vision encoder"
+        elif isinstance(self.target, ClipEncoder):
+            clip_width = self.target.model.config.projection_dim
+            _check_width(self.target_source, "image", clip_width, width)
         if options.clip_text is not None:
             text_width = self.texts["clip"](["a"]).shape[1]
             _check_width(options.clip_text, "text", text_width, width)
@@ -91,6 +117,8 @@ class OpenedSeed2(OpenedTokenizer):
 
     def default_clip(self) -> Path | None:
         """The CLIP encoder in the de-tokenizer's folder, else the original one."""
+        if self.network.config.alignment_target == "encoder":
+            return None
         decoder_folder = self.codec.decoder_folder
         if decoder_folder is not None and (decoder_folder / "image_encoder/config.json").is_file():
             return decoder_folder / "image_encoder"
@@ -111,8 +139,8 @@ class OpenedSeed2(OpenedTokenizer):
         features = {"codes": codes, "decoded": F.normalize(decoded, dim=-1)}
 
         # 2. The embedding that it aims at.
-        if self.clip is not None:
-            target = self.clip.embed(images)
+        if self.target is not None:
+            target = self.target.embed(images)
             features["target"] = F.normalize(target, dim=-1)
             features["mse"] = (decoded - target).square().mean(1)
 

@@ -531,7 +531,7 @@ class Stage2Weights:
 
 
 class Stage2Model(Stage2Base, Seed2Tokenizer):
-    """Codes are trained towards a frozen CLIP's image embedding.
+    """Codes are trained towards a frozen CLIP's image embedding, or the vision encoder's own.
 
     config: the published training code used `use_qformer_image=True, reverse_depth=4`.
     clip_model: frozen model whose `.image_embeds` are the target when `forward` gets none.
@@ -592,7 +592,9 @@ class Stage2Model(Stage2Base, Seed2Tokenizer):
 
     @torch.no_grad()
     def target_of(self, images: Tensor | None, input_ids: Tensor | None = None) -> Tensor:
-        """Image embeddings `[B, E]` of normalised pixels."""
+        """Image embeddings `[B, E]` of normalised pixels, by `config.alignment_target`."""
+        if images is not None and self.config.alignment_target == "encoder":
+            return self.visual_encoder.features_and_pooled(images)[1]
         if self.clip_model is None or images is None:
             raise ConfigError(
                 "Stage 2 needs a target image embedding: give clip_model or samples with a target."

@@ -28,8 +28,12 @@ from seed_multimodal.inference.opening import WITHOUT_WEIGHTS
 from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
 from seed_multimodal.language.messages import Codes, is_codes
 from seed_multimodal.models.seed.checkpoints import saved_config
-from seed_multimodal.models.seed.configuration import Seed1Config
-from seed_multimodal.models.seed.diffusion import UnclipSettings, detokenizer_class
+from seed_multimodal.models.seed.configuration import Seed1Config, Seed2Config
+from seed_multimodal.models.seed.diffusion import (
+    UnclipDetokenizer,
+    UnclipSettings,
+    detokenizer_class,
+)
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
 from seed_multimodal.models.seed.spec import (
     BICUBIC,
@@ -272,9 +276,14 @@ def load_images(config: SeedLlamaConfig, placement: Placement) -> SeedImageCodec
 
     # 2. The de-tokenizer, loaded on first use; SEED-1's images are drawn by `original.Seed1`.
     load_decoder = None
-    decoder_folder = None
-    if placement.load_decoder and not is_seed1 and config.detokenizer is not None:
-        decoder_folder = config.detokenizer
+    decoder_folder = config.detokenizer if placement.load_decoder and not is_seed1 else None
+    advice = "put a stable-unCLIP folder that draws its embeddings"
+    sizes = model.config
+    if isinstance(sizes, Seed2Config) and sizes.alignment_target == "encoder":
+        advice = "train a decoder of its embeddings (docs/how-to/train-a-tokenizer.md), put it"
+        if decoder_folder is not None and detokenizer_class(decoder_folder) is UnclipDetokenizer:
+            decoder_folder = None  # unCLIP reads a CLIP's embeddings
+    if decoder_folder is not None:
         load_decoder = partial(
             detokenizer_class(decoder_folder).from_pretrained,
             decoder_folder,
@@ -286,7 +295,5 @@ def load_images(config: SeedLlamaConfig, placement: Placement) -> SeedImageCodec
     codec = SeedImageCodec(model, transform, placement.of_codec(load_decoder))
     codec.decoder_folder = decoder_folder
     codec.name = str(folder)
-    codec.advice = (
-        f": put a stable-unCLIP folder that draws its embeddings at {folder}/{DETOKENIZER_FOLDER}"
-    )
+    codec.advice = f": {advice} at {folder}/{DETOKENIZER_FOLDER}"
     return codec

@@ -9,13 +9,14 @@ from __future__ import annotations
 import inspect
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
+from seed_multimodal.data.stream.pairs_dataset import TargetView
 from seed_multimodal.device import DTYPES
 from seed_multimodal.diffusion.base import vae_folder
 from seed_multimodal.diffusion.networks import (
@@ -115,7 +116,6 @@ class SeedImages(ImageData):
     """The images of a run; see `ImageData`."""
 
     encoder_size: int = setting(224, minimum=1)
-    encoder_interpolation: ClassVar[str] = "bicubic"
 
 
 @dataclass(kw_only=True)
@@ -176,15 +176,25 @@ class SeedDecoderTask(DistillableTask[CodesDecoder]):
             return super().load_scheduler()
         return new_part("model.scheduler", self.model.scheduler, SCHEDULERS)
 
-    def conditions(self) -> FrozenFeatures:
-        """What the tokenizer decodes from the images' own codes."""
-        model = self.model
-        tokenizer = Seed2Tokenizer.from_pretrained(
-            model.tokenizer,
-            vision=model.vision or None,
+    def prepare(self) -> None:
+        self.tokenizer = Seed2Tokenizer.from_pretrained(
+            self.model.tokenizer,
+            vision=self.model.vision or None,
             device=self.device,
             dtype=DTYPES[self.settings.precision],
         )
+        super().prepare()
+
+    @property
+    def view(self) -> TargetView:
+        """Resized as by the vision encoder's preprocessing."""
+        interpolation = self.tokenizer.visual_encoder.preprocessing.interpolation
+        return replace(super().view, encoder_interpolation=interpolation)
+
+    def conditions(self) -> FrozenFeatures:
+        """What the tokenizer decodes from the images' own codes."""
+        model = self.model
+        tokenizer = self.tokenizer
         self.check_side(tokenizer.visual_encoder.image_size)
         config = tokenizer.config
         self.n_codes = config.num_query

@@ -9,9 +9,11 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
+from typing import Self
 
 from torch import Tensor, nn
 
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.transforms import ImageTransform
 
 State = dict[str, Tensor]
@@ -26,6 +28,18 @@ class VisionConfig:
     @property
     def preprocessing(self) -> ImageTransform:
         """How images become the encoder's pixels."""
+        raise NotImplementedError
+
+    def with_pooled_feature(self) -> Self:
+        """An encoder that can compute `features_and_pooled`.
+
+        Raises ConfigError: it has no feature of the image.
+        """
+        raise ConfigError(f"{type(self).__name__}: the vision encoder has no pooled feature.")
+
+    @property
+    def pooled_width(self) -> int:
+        """Width P of the pooled feature, of a `with_pooled_feature`."""
         raise NotImplementedError
 
     def build(self) -> VisionEncoder:
@@ -85,6 +99,13 @@ class VisionEncoder(nn.Module, ABC):
     @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
         """Normalised pixels `[B, 3, S, S]` → features `[B, N, W]`."""
+
+    def features_and_pooled(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        """As `forward`, and the encoder's own feature of each image `[B, P]`, by one pass.
+
+        Of an encoder that was built by a configuration `with_pooled_feature`.
+        """
+        raise NotImplementedError
 
     def patch_features(self, images: Tensor) -> Tensor:
         """As `forward`, without the class tokens: `[B, n_patches, W]`."""

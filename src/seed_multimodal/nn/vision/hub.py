@@ -14,7 +14,7 @@ import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Self
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from seed_multimodal.weights import refuse_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
+    from transformers.utils import ModelOutput
 
 ADVICE = "give the folder or hub id of a transformers vision model"
 NETWORK = "network."
@@ -84,6 +85,31 @@ class HubVisionConfig(VisionConfig):
         except (TypeError, ValueError) as error:
             raise ConfigError(f"The vision encoder's network: {first_line(error)}.") from error
 
+    def with_pooled_feature(self) -> Self:
+        """With the pooling head, where the network has one; the feature is its `pooler_output`."""
+        network = self.network
+        if "vision_use_head" in network:
+            network = {**network, "vision_use_head": True}
+        return dataclasses.replace(self, network=network)
+
+    @property
+    def pooled_width(self) -> int:
+        if self.network["model_type"] == PATCHED:
+            return int(self.network["hidden_size"])
+        pooled = self.meta_output().pooler_output
+        if pooled is None:
+            raise ConfigError(f"{self.network['model_type']} has no pooled feature of an image.")
+        return int(pooled.shape[-1])
+
+    def meta_output(self) -> ModelOutput:
+        """The network's output for one image, without values."""
+        from transformers import AutoModel
+
+        side = self.preprocessing.image_size
+        with torch.device("meta"), torch.no_grad():
+            network = AutoModel.from_config(self.transformers_config())
+            return network(pixel_values=torch.zeros(1, 3, side, side))
+
     def build(self) -> HubVision:
         return HubVision(self)
 
@@ -119,7 +145,7 @@ def read_network(folder: Path) -> dict[str, Any]:
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{folder}: no transformers model ({first_line(error)}).") from error
     config = getattr(config, "vision_config", config)
-    # The pooling head of SigLIP is not used.
+    # The pooling head of SigLIP is only used by `with_pooled_feature`.
     if hasattr(config, "vision_use_head"):
         config.vision_use_head = False
     values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
@@ -144,16 +170,11 @@ class HubVision(VisionEncoder):
 
     def _init_sizes(self, sizes: PreTrainedConfig) -> None:
         """Number and width of the tokens, as a pass without values gives them."""
-        from transformers import AutoModel
-
         self._n_tokens = (self.image_size // self.patch_size) ** 2
         self._width = int(getattr(sizes, "hidden_size", 0))
         if self.network.config.model_type == PATCHED:
             return
-        with torch.device("meta"), torch.no_grad():
-            network = AutoModel.from_config(sizes)
-            pixels = torch.zeros(1, 3, self.image_size, self.image_size)
-            features = network(pixel_values=pixels).last_hidden_state
+        features = self.config.meta_output().last_hidden_state
         if features.ndim != 3:
             raise ConfigError(
                 f"{self.network.config.model_type}: its features {tuple(features.shape)} are no "
@@ -196,13 +217,21 @@ class HubVision(VisionEncoder):
         Raises:
             ImageError: another size, which some of the models would accept.
         """
+        return self.output(images).last_hidden_state
+
+    def features_and_pooled(self, images: Tensor) -> tuple[Tensor, Tensor]:
+        output = self.output(images)
+        return output.last_hidden_state, output.pooler_output
+
+    def output(self, images: Tensor) -> ModelOutput:
+        """The network's output; arguments and errors as of `forward`."""
         if images.shape[-2:] != (self.image_size, self.image_size):
             raise ImageError(
                 f"The vision encoder reads images of {self.image_size} x {self.image_size} pixels, "
                 f"not {images.shape[-1]} x {images.shape[-2]}."
             )
         if self.network.config.model_type != PATCHED:
-            return self.network(pixel_values=images).last_hidden_state
+            return self.network(pixel_values=images)
 
         # Patches in raster order, the values of each as (row, column, channel).
         side = self.image_size // self.patch_size
@@ -211,7 +240,4 @@ class HubVision(VisionEncoder):
         patches = patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)  # [B, g², 3 P²]
         mask = torch.ones(patches.shape[:2], dtype=torch.long, device=images.device)
         shapes = torch.tensor([[side, side]], device=images.device).expand(len(images), -1)
-        output = self.network(
-            pixel_values=patches, pixel_attention_mask=mask, spatial_shapes=shapes
-        )
-        return output.last_hidden_state
+        return self.network(pixel_values=patches, pixel_attention_mask=mask, spatial_shapes=shapes)
