@@ -88,7 +88,7 @@ class OpenedSeed2(OpenedTokenizer):
         has_clip = options.clip not in (None, NONE) or options.clip_text is not None
         if aims_at_encoder and has_clip:
             raise CheckpointError(
-                f"{config.name}: decodes to its vision encoder's embeddings, not to a CLIP's: leave "
+                f"{config.name}: decodes to embeddings of its vision encoder, not of a CLIP: leave "
                 "out --clip and --clip-text."
             )
         super().__init__(config, codec, runtime, options)

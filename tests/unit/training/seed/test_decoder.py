@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 import tiny_decoder
 import torch
+from PIL import Image
 from tensors import equal
 from tiny_decoder import FLOW, config, write_parts
 from tiny_detokenizer import losses
@@ -19,6 +21,7 @@ from seed_multimodal.models.seed.diffusion import CodesDetokenizer
 from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 from seed_multimodal.models.seed.train_detokenizer import SeedDecoderTask
 from seed_multimodal.training.cli import compose, parse
+from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.weights import load_state_dict
 
 SHORT = {"max_steps": 2, "save_steps": 0}
@@ -88,6 +91,16 @@ def test_train_continues_the_folders_denoiser(parts: Path, tmp_path, reads):
     second["model"]["reads"] = other
     with pytest.raises(ConfigError, match="its adapter has .*, but this run needs"):
         train({**second, "output_dir": str(tmp_path / "third")})
+
+
+def test_images_are_resized_as_by_the_tokenizer(parts: Path, tmp_path):
+    run = SeedDecoderTask.read(config(parts, tmp_path / "run"))
+    with contextlib.closing(SeedDecoderTask(run, ProcessGroup(), torch.device("cpu"))) as task:
+        task.prepare()
+        preprocessing = task.tokenizer.visual_encoder.preprocessing
+        image = Image.effect_noise((40, 40), 90).convert("RGB")
+        pixels = task.view.encoder_image(image, (16, 16))
+    assert torch.equal(pixels, preprocessing.read(image))
 
 
 def test_train_resumes_exactly_and_draws_samples(parts: Path, tmp_path):
