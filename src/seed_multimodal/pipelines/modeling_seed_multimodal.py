@@ -31,7 +31,7 @@ from transformers import (
 INSTALL = "this needs the package of the model: pip install seed-multimodal"
 
 
-def __getattr__(name: str) -> type:
+def __getattr__(name: str) -> Any:
     """The package's class of this name, or without the package one of those below."""
     if name.startswith("__"):
         raise AttributeError(name)
@@ -45,9 +45,9 @@ def __getattr__(name: str) -> type:
     raise AttributeError(name)
 
 
-def _named(base: type, name: str, system: str) -> type:
+def _named(base: type, name: str, system: str) -> Any:
     """One of the classes below under its family's name, which transformers compares."""
-    attributes = {"__module__": __name__}
+    attributes: dict[str, Any] = {"__module__": __name__}
     if base is CodesConfig:
         attributes["model_type"] = re.sub("(?<=[a-z])(?=[A-Z])", "_", system).lower()
     elif base is CodesForConditionalGeneration:
@@ -90,13 +90,13 @@ class CodesVocabulary:
             self.start_ids = [self.pieces.bos_id()]
         self.eoi_id = self.boi_id + 1
 
-    def encode(self, text: str) -> list[int]:
+    def encode(self, text: str) -> Any:
         """A text without image tokens → ids."""
         if self.is_hub:
             return self.hub.encode(text, add_special_tokens=False)
         return self.pieces.EncodeAsIds(text)
 
-    def decode(self, ids: list[int]) -> str:
+    def decode(self, ids: list[int]) -> Any:
         """Ids without image tokens → text."""
         if self.is_hub:
             return self.hub.decode(ids, skip_special_tokens=True)
@@ -155,7 +155,7 @@ class CodesForConditionalGeneration(PreTrainedModel, GenerationMixin):
         **kwargs: object,
     ) -> Self:
         config = config or cls.config_class.from_pretrained(name)
-        if config.language_model is None:
+        if config.language_model is None or config.tokenizer is None:
             raise ImportError(f"{name}: {INSTALL}.")
         folder = Path(name)
         model = AutoModelForCausalLM.from_pretrained(
