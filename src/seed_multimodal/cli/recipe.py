@@ -19,17 +19,17 @@ from seed_multimodal.config import read_yaml
 from seed_multimodal.data.formats.sources import open_file
 from seed_multimodal.data.pretokenize.inputs import read_input_settings
 from seed_multimodal.disk import JsonObject, atomic_folder, output_folder
-from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import find_folder, locate
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.hub import WEIGHT_PATTERNS, find_folder, locate
 from seed_multimodal.language.hub_tokenizer import HubTokenizer
 from seed_multimodal.language.llm import llm_config
-from seed_multimodal.language.text_tokenizer import HUB_TOKENIZER
 from seed_multimodal.models import seed
 from seed_multimodal.nn.vision.hub import HubVisionConfig
 
 RECIPE = Path(seed.__file__).with_name("recipe.yaml")
-LLM_FILES = ("*.json", "*.jinja", "*.txt", "*.model")  # what the recipe reads of a hub id
+PART_FILES = (*WEIGHT_PATTERNS, "*.jinja")  # of a hub id
 LLM_ADVICE = "give the folder or hub id of a language model, or --size tiny"
+ENCODER_ADVICE = "give the folder or hub id of a vision encoder, or --size tiny"
 FULL = "full"  # size by default
 N_TEXTS = 400  # captions for a tokenizer of the small recipe
 MAX_LENGTH = 2048  # tokens of a packed row, as the published training
@@ -72,15 +72,16 @@ def write_recipe(args: Namespace) -> tuple[Path, list[Step]]:
     out = output_folder(args.out, force=False, label="the recipe").resolve()
     with atomic_folder(out, args.out, ConfigError) as folder:
         # 1. The parts, and what their configurations say.
-        llm = str(args.llm)
-        encoder = str(args.encoder)
-        paths = {"llm": absolute_path(llm), "encoder": absolute_path(encoder)}
         if args.size == "tiny":
-            write_tiny_llm(args.llm or "qwen3", tiny_texts(), folder / "parts/llm")
-            write_tiny_encoder(args.encoder or "siglip2", folder / "parts/encoder")
-            llm = str(folder / "parts/llm")
-            encoder = str(folder / "parts/encoder")
+            llm = folder / "parts/llm"
+            encoder = folder / "parts/encoder"
+            write_tiny_llm(args.llm or "qwen3", tiny_texts(), llm)
+            write_tiny_encoder(args.encoder or "siglip2", encoder)
             paths = {"llm": str(out / "parts/llm"), "encoder": str(out / "parts/encoder")}
+        else:
+            llm = find_part(args.llm, LLM_ADVICE)
+            encoder = find_part(args.encoder, ENCODER_ADVICE)
+            paths = {"llm": str(llm), "encoder": str(encoder)}
         tokenizer, sizes = read_parts(llm, encoder, args.codes, args.codebook)
         tokenizer.save_pretrained(folder / "llm_tokenizer")
         values: JsonObject = {
@@ -106,27 +107,26 @@ def write_recipe(args: Namespace) -> tuple[Path, list[Step]]:
     return out, steps
 
 
+def find_part(name: str, advice: str) -> Path:
+    """A part's folder, or the snapshot of a hub id. Raises CheckpointError: neither exists."""
+    return find_folder(locate(name) or name, PART_FILES, advice).resolve()
+
+
 def read_parts(
-    llm: str, encoder: str, n_codes: int, codebook_size: int
+    llm: Path, encoder: Path, n_codes: int, codebook_size: int
 ) -> tuple[HubTokenizer, JsonObject]:
     """The language model's tokenizer with image tokens, and values of the recipe.
 
-    llm, encoder: folders or hub ids.
-
-    Raises:
-        CheckpointError: a part is missing, or no model of its kind.
+    Raises CheckpointError, ConfigError: no model of its kind.
     """
     # 1. The language model.
-    llm_folder = find_folder(llm, LLM_FILES, LLM_ADVICE)
-    config = llm_config(llm_folder)
-    if not (llm_folder / HUB_TOKENIZER).is_file():
-        raise CheckpointError(f"{llm}: has no {HUB_TOKENIZER}, the file of a hub tokenizer.")
-    tokenizer = HubTokenizer.create(llm_folder, codebook_size, n_codes)
+    config = llm_config(llm)
+    tokenizer = HubTokenizer.create(llm, codebook_size, n_codes)
     length = min(MAX_LENGTH, int(config.max_position_embeddings))
 
     # 2. The vision encoder, without weights.
     with torch.device("meta"):
-        vision_config = HubVisionConfig(path=encoder)
+        vision_config = HubVisionConfig(path=str(encoder))
         vision = vision_config.build()
     return tokenizer, {
         "llm_sizes": (
@@ -149,12 +149,6 @@ def tiny_texts() -> list[str]:
     captions = open_file(None, settings.format, options=settings.format_options)
     n_texts = min(N_TEXTS, sum(captions.sizes))
     return [str(captions.locate(index).fields["text"]) for index in range(n_texts)]
-
-
-def absolute_path(part: str) -> str:
-    """A folder's absolute path; hub ids stay."""
-    path = Path(part).expanduser()
-    return str(path.resolve()) if path.exists() else part
 
 
 def compose(values: JsonObject, size: str) -> JsonObject:
