@@ -10,8 +10,8 @@ of the weights; `targets.ALIASES` maps it to the object itself. Sizes stored wit
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +62,8 @@ TARGETS = {
 }
 # A key of the original vision encoder's file, which has a quotation mark too many.
 STRAY_KEY = "image_start_id"
+PATH = "pretrained_model_path"  # key of a part's weights
+RESAMPLERS = ("input_resampler", "output_resampler")
 Sizes = QwenVitConfig | AgentConfig | ResamplerXLConfig
 
 
@@ -112,8 +114,7 @@ def full_language_model(
 
 def vision_encoder(pretrained_model_path: str, **sizes: object) -> Described:
     """`VisionTransformerWithAttnPool.from_pretrained`."""
-    values = {key: value for key, value in sizes.items() if not key.startswith(STRAY_KEY)}
-    config = read_settings(QwenVitConfig, values, "vision encoder")
+    config = read_settings(QwenVitConfig, without_stray_key(sizes), "vision encoder")
     return _sized("vision", pretrained_model_path, config)
 
 
@@ -146,6 +147,36 @@ def adapter(
 def no_discrete_model() -> Described:
     """`DiscreteModleIdentity`: features are drawn as they are."""
     return Described("discrete_model")
+
+
+def targets_of(function: Callable[..., Described]) -> tuple[str, ...]:
+    """The originals' names of the parts that a function of this module describes."""
+    target = f"{_MODULE}:{function.__name__}"
+    return tuple(name for name, described_by in TARGETS.items() if described_by == target)
+
+
+def without_stray_key(values: Mapping[str, object]) -> dict[str, Any]:
+    """The keys of a vision encoder's file."""
+    return {key: value for key, value in values.items() if not key.startswith(STRAY_KEY)}
+
+
+def split_agent(values: Mapping[str, Any]) -> tuple[dict[str, Any], dict[str, Any]]:
+    """The losses' settings of an agent's file, and its other keys.
+
+    The originals' files have those settings at the top; ours, which win, have them below `losses`.
+    Hydra's keys in the resamplers, which begin with an underscore, are left out.
+    """
+    others = dict(values)
+    losses: dict[str, Any] = {}
+    for field in fields(AgentSettings):
+        if field.name in others:
+            losses[field.name] = others.pop(field.name)
+    losses |= others.pop("losses", None) or {}
+    for name in RESAMPLERS:
+        if isinstance(others.get(name), Mapping):
+            resampler = others[name].items()
+            others[name] = {key: value for key, value in resampler if not key.startswith("_")}
+    return losses, others
 
 
 def config_of_files(

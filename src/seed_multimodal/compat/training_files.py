@@ -6,13 +6,18 @@ names and never imported.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import fields
+from collections.abc import Sequence
 from typing import Any
 
+from seed_multimodal.compat.seed_x_yaml import (
+    PATH,
+    agent,
+    split_agent,
+    targets_of,
+    vision_encoder,
+    without_stray_key,
+)
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.models.seed_x.modeling import AgentSettings
-from seed_multimodal.nn.vision.qwen import QwenVitConfig
 from seed_multimodal.settings import check_keys, nearest
 from seed_multimodal.training.config import ConfigNode
 
@@ -52,14 +57,8 @@ _BASE_KEYS = (
     "load_in_8bit",
     "load_in_4bit",
 )
-AGENT_TARGETS = (
-    "src.models.mllm.seed_x.ContinuousLVLM.from_pretrained",
-    "src.models.mllm.seed_x.ContinuousLVLM",
-)
-ENCODER_TARGETS = (
-    "src.models.tokenizer.qwen_visual.VisionTransformerWithAttnPool.from_pretrained",
-)
-_ORIGINAL_PATH = "pretrained_model_path"  # key of the original's files
+AGENT_TARGETS = (*targets_of(agent), "src.models.mllm.seed_x.ContinuousLVLM")
+ENCODER_TARGETS = targets_of(vision_encoder)
 
 
 def model_keys(node: ConfigNode, label: str) -> dict[str, Any]:
@@ -113,47 +112,27 @@ def _base_keys(node: ConfigNode, label: str) -> dict[str, Any]:
 
 
 def agent_keys(values: ConfigNode, label: str) -> dict[str, Any]:
-    """Our settings for the original's agent. Raises ConfigError.
-
-    It has the losses' settings next to the resamplers', and keys for Hydra in these.
-    """
+    """Our settings for the original's agent. Raises ConfigError."""
     _check_target(values, AGENT_TARGETS, label)
-    settings = dict(values)
+    losses, settings = split_agent(values)
     del settings["_target_"]
-
-    # Our `losses`, from an override, win.
-    losses = {
-        field.name: settings.pop(field.name)
-        for field in fields(AgentSettings)
-        if field.name in settings
-    }
-    settings["losses"] = losses | (settings.get("losses") or {})
-
-    path = settings.pop(_ORIGINAL_PATH, None)
+    settings["losses"] = losses
+    path = settings.pop(PATH, None)
     if path:
         settings["path"] = path
-    for name in ("input_resampler", "output_resampler"):
-        # Hydra's keys begin with an underscore.
-        if isinstance(settings.get(name), Mapping):
-            keys = [key for key in settings[name] if not key.startswith("_")]
-            settings[name] = {key: settings[name][key] for key in keys}
     return settings
 
 
 def encoder_keys(values: ConfigNode, label: str) -> dict[str, Any]:
-    """Our settings for the original's vision encoder.
-
-    Unused keys are ignored (its file has one with a stray quotation mark). Raises ConfigError.
-    """
+    """Our settings for the original's vision encoder. Raises ConfigError."""
     _check_target(values, ENCODER_TARGETS, label)
-    # It has the sizes next to the path.
-    size_names = {field.name for field in fields(QwenVitConfig)} & values.keys()
-    settings: dict[str, Any] = {
-        "path": values.get(_ORIGINAL_PATH),
-        "sizes": {name: values[name] for name in size_names},
-    }
-    if "at_once" in values:
-        settings["at_once"] = values["at_once"]
+    # It has the sizes next to the path; `at_once` is ours, from an override.
+    sizes = without_stray_key(values)
+    settings: dict[str, Any] = {"path": sizes.pop(PATH, None), "sizes": sizes}
+    for name in _META:
+        sizes.pop(name, None)
+    if "at_once" in sizes:
+        settings["at_once"] = sizes.pop("at_once")
     return settings
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, fields
+from dataclasses import asdict
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -123,25 +123,15 @@ def _load_tokenizer(file: str) -> TextTokenizer:
 
 def _agent_config(file: str | None, trained: TrainedWeights) -> JsonObject:
     """`agent/config.json` of a SEED-X agent: its sizes."""
-    from seed_multimodal.models.seed_x.modeling import AgentSettings
+    from seed_multimodal.compat.seed_x_yaml import RESAMPLERS, split_agent
     from seed_multimodal.models.seed_x.pipeline import AgentConfig
     from seed_multimodal.settings import read_settings
 
     values = _read_part(file, "agent") if file else trained.agent_config
 
-    # The original has the settings at the top, a run's configuration below `losses`.
-    settings: JsonObject = {}
-    for field in fields(AgentSettings):
-        if field.name in values:
-            settings[field.name] = values[field.name]
-    settings |= values.get("losses") or {}
-
-    # Sizes of the resamplers, without keys such as `_target_`.
-    sizes: JsonObject = {"settings": settings}
-    for name in ("input_resampler", "output_resampler"):
-        if name in values:
-            resampler = values[name].items()
-            sizes[name] = {key: value for key, value in resampler if not key.startswith("_")}
+    losses, others = split_agent(values)
+    sizes: JsonObject = {"settings": losses}
+    sizes |= {name: others[name] for name in RESAMPLERS if name in others}
     return asdict(read_settings(AgentConfig, sizes, file or str(trained.source)))
 
 
