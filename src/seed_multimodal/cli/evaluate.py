@@ -79,10 +79,12 @@ def eval_program(program: str, description: str, argv: Sequence[str] | None = No
 def add_commands(kinds: Commands) -> None:
     """`tokenizer`, `vqa`, `caption` and `text2image` below `seed eval`."""
     _add_tokenizer(kinds.add_parser("tokenizer", help="retrieval, reconstruction, codebook"))
+    _add_suite(kinds.add_parser("suite", help="the papers' tables, next to published figures"))
     # Name, function that adds its flags, function that runs it, help.
     tasks = (
         ("vqa", _add_vqa, _ask, "questions about images: accuracy"),
         ("caption", _add_caption, _describe, "captions of images: CIDEr and others"),
+        ("seedbench", _add_seedbench, _choose, "multiple choice by likelihood: SEED-Bench"),
         ("text2image", _add_text2image, _draw, "the best of several drawings by CLIP: FID"),
         ("geneval", _add_geneval, _judge, "objects of prompts in drawings, by a detector"),
         ("geneval2", _add_geneval2, _judge, "questions about drawings: Soft-TIFA"),
@@ -161,6 +163,10 @@ def _add_caption(parser: ArgumentParser) -> None:
     parser.add_argument(
         "--truth", type=Path, metavar="JSON", help="captions to compare with (NoCaps, Flickr30k)"
     )
+
+
+def _add_seedbench(parser: ArgumentParser) -> None:
+    parser.add_argument("--questions", required=True, metavar="JSON", help="SEED-Bench.json")
 
 
 def _add_text2image(parser: ArgumentParser) -> None:
@@ -246,6 +252,10 @@ def _describe(args: Namespace) -> int:
     run = new_run(args, args.captions, "caption")
     run = replace(run, truth=args.truth, split=args.split, options=_text_options(args))
     return run_task(args, run)
+
+
+def _choose(args: Namespace) -> int:
+    return run_task(args, new_run(args, args.questions, "choices", "seedbench"))
 
 
 def _draw(args: Namespace) -> int:
@@ -521,3 +531,90 @@ def _add_tokenizer(parser: ArgumentParser) -> None:
     add_device(parser)
     add_debug(parser)
     parser.set_defaults(work=measure_tokenizer)
+
+
+# ---- seed eval suite
+
+
+def run_tables(args: Namespace) -> int:
+    """`seed eval suite`: every benchmark whose files are there; prints and writes the table."""
+    with loading(args):
+        from seed_multimodal.evaluation.answers import Judging, Run
+        from seed_multimodal.evaluation.suite import (
+            Suite,
+            SuiteRow,
+            read_suite,
+            run_suite,
+            suite_table,
+            write_suite,
+        )
+        from seed_multimodal.evaluation.tasks import find_task
+
+    # 1. The rows.
+    rows = read_suite()
+    if args.only:
+        rows = [row for row in rows if row.kind in args.only]
+    data = Path(args.data)
+    out = Path(args.out)
+
+    # 2. What runs them.
+    def measure(row: SuiteRow, folder: Path) -> JsonObject:
+        from seed_multimodal.data.formats.pairs import open_pairs
+        from seed_multimodal.device import FP16_AS_ORIGINAL, choose_device
+        from seed_multimodal.evaluation.tokenizer import (
+            TokenizerOptions,
+            evaluate_tokenizer,
+            open_tokenizer,
+        )
+
+        source = open_pairs({"files": str(data / row.file), "image_root": str(data / row.images)})
+        runtime = choose_device(args.device, args.dtype, log=None, fp16=FP16_AS_ORIGINAL)
+        opened = open_tokenizer(args.model, runtime, TokenizerOptions(clip_text=args.clip))
+        return evaluate_tokenizer(
+            source, opened, folder, {"model": args.model}, limit=args.limit, log=log_line
+        )
+
+    _use_local_gpu(args)
+    judging = None if args.judge is None else Judging(args.judge, device=args.device)
+    run = Run(
+        find_task("vqa", "vqav2"),
+        data,
+        out,
+        limit=args.limit,
+        batch=args.batch_size,
+        max_bad=args.max_bad,
+        seed=args.seed,
+        best_of=args.best_of,
+        clip=None if args.clip is None else Path(args.clip),
+        judging=judging,
+    )
+    suite = Suite(data, partial(_load, args), measure, run)
+
+    # 3. The table.
+    results = run_suite(suite, rows)
+    model = args.compare or args.model
+    write_suite(results, model, out)
+    print(suite_table(results, model), end="")
+    return DONE
+
+
+def _add_suite(parser: ArgumentParser) -> None:
+    parser.add_argument(
+        "--data", required=True, metavar="DIR", help="folder of the benchmarks (see the docs)"
+    )
+    parser.add_argument("--compare", metavar="MODEL", help="published figures (default: --model's)")
+    parser.add_argument("--only", nargs="+", metavar="KIND", help="caption, vqa, choices, …")
+    parser.add_argument("--clip", metavar="DIR", help="CLIP folder of transformers")
+    parser.add_argument(
+        "--best-of", type=bounded_int(1), default=1, help="drawings, of which CLIP keeps one"
+    )
+    parser.add_argument("--judge", metavar="MODEL", help="detector of GenEval")
+    parser.add_argument(
+        "--limit", type=bounded_int(1), metavar="N", help="the first N samples of each"
+    )
+    parser.add_argument("--max_bad", type=bounded_int(1), default=20)
+    add_common(
+        parser, "nano", seed=42, out="outputs/suite", batch_size=16, language=True, drawing=True
+    )
+    add_debug(parser)
+    parser.set_defaults(work=run_tables)

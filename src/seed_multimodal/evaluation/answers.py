@@ -47,10 +47,12 @@ class Line(TypedDict, total=False):
     id: Key
     bad: str  # why the sample could not be used
     answerable: str  # "vqa": the reply to `Task.first`
-    answer: str  # "vqa"
+    answer: str  # "vqa"; "choices": a letter
+    log_likelihoods: list[float]  # "choices": of a token of each choice, in the mean
     caption: str  # "caption": the answer; "text2image": the text
     image: str  # "text2image": the file's name
     clip: float  # "text2image": cosine of image and text
+    clip_image: float  # "text2image": cosine of image and captioned image
     detections: list[list[JsonObject]]  # "geneval": of each image, see `detection.Detection`
     probabilities: list[list[float]]  # "geneval2", "dpg": of each image, of each right answer
 

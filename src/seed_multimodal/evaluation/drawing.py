@@ -65,6 +65,11 @@ class ClipScores:
             cosines.append((features @ text_feature).tolist())
         return cosines
 
+    def image_cosine(self, image: Image.Image, other: Image.Image) -> float:
+        """The cosine of two images (CLIP-I)."""
+        features = F.normalize(self.images.embed([image, other]), dim=-1)  # [2, E]
+        return float(features[0] @ features[1])
+
 
 def find_clip(
     path: str | Path | None, alternative: str = "generate one image per text (--best-of 1)"
@@ -203,9 +208,12 @@ class Drawings:
         if self.clip is not None:
             cosines = self.clip.cosines(captions, candidates)
         lines: list[Line] = []
-        for sample, row, of_caption in zip(samples, cosines, candidates, strict=True):
+        for sample, image, row, of_caption in zip(
+            samples, images, cosines, candidates, strict=True
+        ):
+            best = of_caption[row.index(max(row))]
             name = save_drawing(
-                of_caption[row.index(max(row))],
+                best,
                 self.run.out,
                 self.drawer.indices[sample.key],
                 sample.caption,
@@ -214,6 +222,8 @@ class Drawings:
             line: Line = {"caption": sample.caption, "image": name}
             if self.clip is not None:
                 line["clip"] = round(max(row), 4)
+                if image is not None:
+                    line["clip_image"] = round(self.clip.image_cosine(best, image), 4)
             lines.append(line)
         return lines
 
@@ -222,19 +232,22 @@ class Drawings:
         # 1. Results of the captions that were drawn.
         drawn_samples: list[Sample] = []
         results: list[JsonObject] = []
-        cosines: list[float] = []
+        cosines: dict[str, list[float]] = {"clip": [], "clip_image": []}
         for sample, line in zip(samples, lines, strict=True):
             if "image" not in line:
                 continue
             drawn_samples.append(sample)
             results.append({"id": sample.key, "caption": line["caption"], "image": line["image"]})
             if "clip" in line:
-                cosines.append(line["clip"])
+                cosines["clip"].append(line["clip"])
+            if "clip_image" in line:
+                cosines["clip_image"].append(line["clip_image"])
 
         # 2. Scores; texts without images have no FID.
         scores = Scores(results, {})
-        if cosines:
-            scores.values["clip"] = round(sum(cosines) / len(cosines), 4)
+        for name, values in cosines.items():
+            if values:
+                scores.values[name] = round(sum(values) / len(values), 4)
         has_images = all(sample.image is not None for sample in drawn_samples)
         if len(drawn_samples) > 1 and has_images:
             self._add_fid(scores, drawn_samples)

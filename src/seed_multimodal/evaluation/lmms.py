@@ -1,33 +1,47 @@
 """Every system as the model `seed` of lmms-eval 0.7 (installed in a separate environment).
 
     lmms-eval eval --model seed --model_args pretrained=nano --tasks mmbench_en_dev --batch_size 16
+    lmms-eval eval --model seed --model_args pretrained=nano --tasks seedbench_ppl --force_simple
+    lmms-eval eval --model seed --model_args pretrained=nano,image_dir=drawings --tasks WISE
 
-`--model_args`: `pretrained` (a system's name or folder) and the arguments of
-`MultimodalSystem.from_pretrained`.
+`--model_args`: `pretrained` (a system's name or folder), the arguments of
+`MultimodalSystem.from_pretrained`, and of tasks whose answers are images:
+
+image_dir      folder of the drawings; answers are JSON, {"text": …, "images": [files]}
+force_image    false: the system decides whether it draws (default: every answer is an image)
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
 from lmms_eval.models.registry_v2 import ModelManifest
 from lmms_eval.protocol import ChatMessages
+from PIL import Image
 
 from seed_multimodal.device import limit_threads
-from seed_multimodal.disk import JsonObject
+from seed_multimodal.disk import JsonObject, writing
 from seed_multimodal.entry import log_line
-from seed_multimodal.errors import GenerationError, ImageError
+from seed_multimodal.errors import DataError, GenerationError, ImageError, RequestError
 from seed_multimodal.evaluation.answers import Options
 from seed_multimodal.inference.prompt import GenerationSettings
-from seed_multimodal.language.messages import read_messages
+from seed_multimodal.language.answer import Answer
+from seed_multimodal.language.messages import Message, read_messages
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.progress import Progress
 
-MODEL = ModelManifest("seed", chat_class_path=f"{__name__}.SeedModel")
+MODEL = ModelManifest(
+    "seed",
+    simple_class_path=f"{__name__}.SimpleSeedModel",
+    chat_class_path=f"{__name__}.SeedModel",
+)
 SETTINGS = {entry.name for entry in fields(GenerationSettings)} - {"do_sample"}
 SAMPLING = ("temperature", "top_p", "top_k")  # often None, or next to do_sample: false
 
@@ -45,23 +59,32 @@ class SeedModel(lmms):  # type: ignore[misc]
         pretrained: str = "nano",
         batch_size: int | str = 16,
         device: str | None = None,
+        image_dir: str | None = None,
+        force_image: bool = True,
         **options: Any,
     ) -> None:
         super().__init__()
         self.batch = int(batch_size)
+        self.image_dir = None if image_dir is None else Path(image_dir)
+        self.force_image = force_image
         self.system = MultimodalSystem.from_pretrained(
-            pretrained, device=device or "auto", load_decoder=False, log=log_line, **options
+            pretrained,
+            device=device or "auto",
+            load_decoder=image_dir is not None,
+            log=log_line,
+            **options,
         )
         self.device = self.system.engine.device
         limit_threads(self.system.llm, self.system.images.model)
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
-        """The text of each answer, in the order of `requests`."""
+        """Each answer, in the order of `requests`."""
+        answer = self._answers if self.image_dir is None else self._image_answers
         answers: dict[int, GenerationResult] = {}
         with Progress("answer", len(requests), "sample") as bar:
             for indices in self._batches(requests):
                 batch = [requests[index] for index in indices]
-                results = self._answers(batch, batch[0].args[2])
+                results = self._answered(batch, answer)
                 answers |= zip(indices, results, strict=True)
                 bar.update(len(batch))
         return [answers[index] for index in range(len(requests))]
@@ -70,50 +93,182 @@ class SeedModel(lmms):  # type: ignore[misc]
         """Indices of requests with equal settings, which are answered together."""
         by_settings: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
-            by_settings.setdefault(str(request.args[2]), []).append(index)
+            by_settings.setdefault(str(self._options(request)), []).append(index)
         for _, indices in sorted(by_settings.items()):
             for start in range(0, len(indices), self.batch):
                 yield indices[start : start + self.batch]
 
-    def _answers(self, requests: Sequence[Instance], options: Options) -> list[GenerationResult]:
+    def _answered(self, requests: Sequence[Instance], answer: Any) -> list[GenerationResult]:
         """Answers of a batch; one that fails is answered one by one."""
-        # 1. The answers.
         try:
-            settings = self.system.settings("ask", **generation_settings(options))
-            conversations = [read_messages(self._messages(request)) for request in requests]
-            answers = self.system.generate_answers(
-                conversations, "ask", settings, batch_size=self.batch
-            )
-        except (GenerationError, ImageError) as error:
-            results: list[GenerationResult] = []
+            results: list[GenerationResult] = answer(requests)
+            return results
+        except (GenerationError, ImageError, RequestError) as error:
             if len(requests) > 1:
+                results = []
                 for request in requests:
-                    results += self._answers([request], options)
+                    results += self._answered([request], answer)
                 return results
             log_line(f"{requests[0].task_name} {requests[0].doc_id}: {error}")
             return [GenerationResult("")]
 
-        # 2. Their texts, up to the task's end.
-        ends = options.get("until") or ()
-        results = []
+    def _answers(self, requests: Sequence[Instance]) -> list[GenerationResult]:
+        """Texts, up to the task's end."""
+        options = self._options(requests[0])
+        settings = self.system.settings("ask", **generation_settings(options))
+        conversations = [self._conversation(request) for request in requests]
+        answers = self.system.generate_answers(
+            conversations, "ask", settings, batch_size=self.batch
+        )
+        results: list[GenerationResult] = []
         for generated in answers:
-            text = until(self.system.display_text(generated.answer, "ask"), ends)
+            text = until(self.system.display_text(generated.answer, "ask"), _ends(options))
             counts = TokenCounts(len(generated.prompt), len(generated.answer.ids))
             results.append(GenerationResult(text, counts))
         return results
 
-    def _messages(self, request: Instance) -> list[JsonObject]:
+    # ---- images
+
+    def _image_answers(self, requests: Sequence[Instance]) -> list[GenerationResult]:
+        """JSON with the texts and the files of images."""
+        conversations = [self._conversation(request) for request in requests]
+        if not self.force_image:
+            return self._free_answers(requests, conversations)
+
+        # A text is drawn; an instruction with images edits them.
+        drawn: dict[int, Image.Image] = {}
+        for edits in (False, True):
+            rows = [row for row, turns in enumerate(conversations) if _edits(turns) == edits]
+            texts = [conversations[row][0].text for row in rows]
+            images: list[Image.Image] = []
+            if edits and rows:
+                sources = [conversations[row][0].images for row in rows]
+                images = self.system.edit(sources, texts, batch_size=self.batch)
+            elif rows:
+                images = self.system.draw(texts, batch_size=self.batch)
+            drawn |= zip(rows, images, strict=True)
+        return [self._saved(request, "", [drawn[row]]) for row, request in enumerate(requests)]
+
+    def _free_answers(
+        self, requests: Sequence[Instance], conversations: Sequence[Sequence[Message]]
+    ) -> list[GenerationResult]:
+        """Answers of text and images; the engine batches those of several threads."""
+        options = generation_settings(self._options(requests[0]))
+
+        def reply(turns: Sequence[Message]) -> Answer:
+            answer: Answer = self.system.chat(turns, **options)
+            return answer
+
+        with ThreadPoolExecutor(self.batch) as pool:
+            answers = list(pool.map(reply, conversations))
+        return [
+            self._saved(request, answer.text, answer.images)
+            for request, answer in zip(requests, answers, strict=True)
+        ]
+
+    def _saved(
+        self, request: Instance, text: str, images: Sequence[Image.Image]
+    ) -> GenerationResult:
+        """An answer as the image tasks of lmms-eval read it."""
+        assert self.image_dir is not None
+        folder = self.image_dir / str(request.task_name)
+        files: list[str] = []
+        with writing(folder, DataError):
+            folder.mkdir(parents=True, exist_ok=True)
+            for number, image in enumerate(images):
+                file = folder / f"{request.task_name}_{request.doc_id}_{number}.png"
+                image.save(file)
+                files.append(str(file.absolute()))
+        return GenerationResult(json.dumps({"text": text, "images": files}, ensure_ascii=False))
+
+    # ---- requests
+
+    def _options(self, request: Instance) -> Options:
+        """A request's `generation_kwargs`."""
+        options: Options = request.args[2]
+        return options
+
+    def _conversation(self, request: Instance) -> list[Message]:
         """The conversation of a sample; videos and sound are refused by `read_messages`."""
         _, doc_to_messages, _, index, task, split = request.args
         messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][index]))
         as_mappings: list[JsonObject] = messages.to_hf_messages()
-        return as_mappings
+        return read_messages(as_mappings)
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:
         raise NotImplementedError("Tasks of several rounds are not supported.")
 
-    def loglikelihood(self, requests: Sequence[Instance]) -> list[tuple[float, bool]]:
-        raise NotImplementedError("Tasks that compare likelihoods are not supported.")
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[GenerationResult]:
+        raise NotImplementedError("Tasks that compare likelihoods need --force_simple.")
+
+
+class SimpleSeedModel(SeedModel):
+    """With `--force_simple`: also log-likelihoods, which lmms-eval asks of simple models only."""
+
+    is_simple = True
+
+    def loglikelihood(self, requests: Sequence[Instance]) -> list[GenerationResult]:
+        """The loss of a continuation (lmms-eval takes the lowest), and whether it is greedy.
+
+        The loss is the mean over tokens, as that of the models that lmms-eval brings. Version 0.7
+        makes a text of any result that is no `GenerationResult`, also of a pair.
+        """
+        # 1. Requests about the same sample share a prompt.
+        samples: dict[tuple[Any, ...], list[int]] = {}
+        for index, request in enumerate(requests):
+            if len(request.args) == 2:
+                raise NotImplementedError("Unconditional likelihoods are not supported.")
+            context, _, _, *sample = request.args
+            samples.setdefault((context, *sample), []).append(index)
+
+        # 2. Their likelihoods.
+        results: dict[int, GenerationResult] = {}
+        rows = list(samples.values())
+        with Progress("likelihood", len(requests), "answer") as bar:
+            for start in range(0, len(rows), self.batch):
+                batch = rows[start : start + self.batch]
+                likelihoods = self.system.answer_likelihoods(
+                    [self._conversation(requests[indices[0]]) for indices in batch],
+                    [[self._answer(requests[index]) for index in indices] for indices in batch],
+                    "ask",
+                    batch_size=self.batch,
+                )
+                for indices, of_sample in zip(batch, likelihoods, strict=True):
+                    for index, likelihood in zip(indices, of_sample, strict=True):
+                        pair = (-likelihood.mean, likelihood.is_greedy)
+                        results[index] = GenerationResult(pair)
+                    bar.update(len(indices))
+        return [results[index] for index in range(len(requests))]
+
+    def _answer(self, request: Instance) -> str:
+        """The continuation of a request; the tokenizer adds the blank before it."""
+        continuation = request.args[1]
+        if callable(continuation):
+            _, _, _, index, task, split = request.args
+            continuation = continuation(self.task_dict[task][split][index])
+        return str(continuation).strip()
+
+    def _options(self, request: Instance) -> Options:
+        options: Options = request.args[1]
+        return options
+
+    def _conversation(self, request: Instance) -> list[Message]:
+        context, _, doc_to_visual, index, task, split = request.args
+        images = doc_to_visual(self.task_dict[task][split][index])
+        return read_messages([{"role": "user", "content": [*images, context]}])
+
+
+def _edits(conversation: Sequence[Message]) -> bool:
+    """Whether a conversation is an instruction about images. Raises RequestError: several turns."""
+    if len(conversation) > 1:
+        raise RequestError("Images are drawn for single messages; use force_image=false.")
+    return not conversation[0].is_text
+
+
+def _ends(task_options: Options) -> str | Sequence[str]:
+    """Texts that end an answer."""
+    ends: str | Sequence[str] = task_options.get("until") or ()
+    return ends
 
 
 def generation_settings(task_options: Options) -> Options:

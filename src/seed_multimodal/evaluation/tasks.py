@@ -31,6 +31,7 @@ from seed_multimodal.evaluation.answers import (
     finish,
 )
 from seed_multimodal.evaluation.captions import Captions
+from seed_multimodal.evaluation.choices import Choices, read_choices
 from seed_multimodal.evaluation.drawing import Drawings
 from seed_multimodal.evaluation.geneval import GenEval, read_object_prompts
 from seed_multimodal.evaluation.tifa import DpgBench, GenEval2, read_dpg, read_geneval2
@@ -54,6 +55,7 @@ TASKS: dict[str, dict[str, Task]] = {
         "flickr": Task("caption", "data/flickr30k/flickr30k_test_gt.json"),
     },
     "text2image": {"coco": Task("text2image")},
+    "choices": {"seedbench": Task("choices")},
     # Numbers of drawings of a prompt as in the papers.
     "geneval": {"geneval": Task("geneval", file="evaluation_metadata.jsonl", best_of=4)},
     "geneval2": {"geneval2": Task("geneval2", file="geneval2_data.jsonl", best_of=1)},
@@ -79,12 +81,14 @@ EVALUATIONS: dict[str, Callable[[Any, Run, Sequence[Any]], Evaluation]] = {
     "vqa": Questions,
     "caption": Captions,
     "text2image": Drawings,
+    "choices": Choices,
     "geneval": GenEval,
     "geneval2": GenEval2,
     "dpg": DpgBench,
 }
-# Readers of the benchmarks whose drawings are judged.
-JUDGED_PROMPTS: dict[str, Callable[[Path], Sequence[Sample]]] = {
+# Readers of kinds that have formats of their own.
+READERS: dict[str, Callable[[Path], Sequence[Sample]]] = {
+    "choices": read_choices,
     "geneval": read_object_prompts,
     "geneval2": read_geneval2,
     "dpg": read_dpg,
@@ -130,8 +134,8 @@ def read_samples(run: Run) -> list[Sample]:
     """The samples of a run. Raises DataError: see the readers."""
     if run.task.kind == "vqa":
         return read_questions(run.annotations, run.truth)[: run.limit]
-    if run.task.kind in JUDGED_PROMPTS:
-        return list(JUDGED_PROMPTS[run.task.kind](run.annotations)[: run.limit])
+    if run.task.kind in READERS:
+        return list(READERS[run.task.kind](run.annotations)[: run.limit])
     each_text = run.task.kind == "text2image"
     return read_captions(run.annotations, run.split, run.truth, each_text=each_text)[: run.limit]
 
