@@ -146,7 +146,7 @@ def _result(row: SuiteRow, outcome: JsonObject | str) -> SuiteResult:
 
 
 def suite_table(results: Sequence[SuiteResult], model: str) -> str:
-    """The results beside the published figures of a model, as a Markdown table."""
+    """The results next to the published figures of a model, as a Markdown table."""
     lines = ["| benchmark | metric | ours | samples | published | source |", "| --- " * 6 + "|"]
     for result in results:
         row = result.row
