@@ -1,15 +1,16 @@
-"""`seed convert | export-tokenizer | export-gguf | assemble | plot`."""
+"""`seed convert | export-tokenizer | export-gguf | check-llm | assemble | plot`."""
 
 from __future__ import annotations
 
 import pkgutil
 from argparse import ArgumentParser, Namespace
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from seed_multimodal.cli.common import add_json, cat_image, emit
-from seed_multimodal.disk import read_json_object, writing
-from seed_multimodal.entry import DONE
+from seed_multimodal.disk import output_folder, read_json_object, writing
+from seed_multimodal.entry import DONE, SOME_FAILED
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.models.registry import families, find_family, tokenizer_exports
 
@@ -48,7 +49,17 @@ def add_commands(commands: Commands) -> None:
     )
     gguf.add_argument("--out", metavar="FILE", help="default: in the language model's folder")
     gguf.set_defaults(work=export_llm)
-    for command in (converter, plotter, exporter, gguf):
+    checker = commands.add_parser(
+        "check-llm", help="whether vLLM or SGLang can read SEED-LLaMA's language model"
+    )
+    checker.add_argument(
+        "--model", default="nano", help="nano, 8b, 14b or a folder (default: %(default)s)"
+    )
+    checker.add_argument(
+        "--tokenizer-out", metavar="DIR", help="write a tokenizer that servers read there"
+    )
+    checker.set_defaults(work=check_language_model)
+    for command in (converter, plotter, exporter, gguf, checker):
         add_json(command)
 
     # assemble, with the parts of each system
@@ -168,6 +179,37 @@ def export_llm(args: Namespace) -> int:
         f"--engine llama.cpp --gguf {out}",
     )
     return DONE
+
+
+def check_language_model(args: Namespace) -> int:
+    """Print what a completion server reads, and the command that starts it."""
+    from seed_multimodal.inference.serving_check import (
+        check_llm,
+        serve_command,
+        write_server_tokenizer,
+    )
+    from seed_multimodal.pipelines.config import CodeSystemConfig
+
+    # 1. The folders that a server gets.
+    config = CodeSystemConfig.find(args.model).require("llm", "tokenizer")
+    llm = config.path("llm")
+    tokenizer = config.path("tokenizer")
+    served_tokenizer = tokenizer
+    if args.tokenizer_out:
+        served_tokenizer = output_folder(args.tokenizer_out, force=False, label="the tokenizer")
+        write_server_tokenizer(tokenizer, served_tokenizer)
+
+    # 2. What it finds there.
+    findings = check_llm(llm, tokenizer, served_tokenizer)
+    lines: list[str] = []
+    for finding in findings:
+        state = "PROBLEM" if finding.problem else "ok"
+        lines.append(f"{finding.what:<11} {state:<8} {finding.problem or finding.note}")
+    is_readable = not any(finding.problem for finding in findings)
+    if is_readable:
+        lines.append(f"Next: {serve_command(llm, served_tokenizer)}")
+    emit(args, {"readable": is_readable, "findings": list(map(asdict, findings))}, "\n".join(lines))
+    return DONE if is_readable else SOME_FAILED
 
 
 def assemble(args: Namespace) -> int:

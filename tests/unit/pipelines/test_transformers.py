@@ -13,9 +13,7 @@ from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
     PROCESSOR_MAPPING,
-    AutoModelForMultimodalLM,
     AutoProcessor,
-    dynamic_module_utils,
     pipeline,
 )
 
@@ -232,51 +230,3 @@ def test_classes_have_names_of_their_families():
     assert transformers.LavitConfig.model_type == "lavit"
     with pytest.raises(AttributeError, match="SeedZ"):
         _ = transformers.SeedZConfig
-
-
-@pytest.fixture(scope="module")
-def saved(pipes, tmp_path_factory):
-    """A folder that the model of nano has written."""
-    folder = tmp_path_factory.mktemp("saved") / "nano"
-    pipes("nano").model.save_pretrained(folder)
-    return folder
-
-
-@pytest.fixture
-def unregistered(monkeypatch, tmp_path):
-    """Transformers as it is before `import seed_multimodal`, with a cache for remote code."""
-    for mapping in (CONFIG_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING, PROCESSOR_MAPPING):
-        monkeypatch.setattr(mapping, "_extra_content", {})
-    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
-    monkeypatch.setattr(sys, "path", sys.path[:])
-    monkeypatch.delitem(sys.modules, "transformers_modules", raising=False)
-
-
-def test_a_saved_folder_is_loaded_by_its_auto_map(saved, unregistered):
-    pipe = pipeline("any-to-any", model=str(saved), trust_remote_code=True)
-    assert isinstance(pipe.model, transformers.SeedLlamaForConditionalGeneration)
-    assert isinstance(pipe.processor, transformers.SeedLlamaProcessor)
-    question = user(BOTH, f"What is on the left?{QA_SUFFIX}")
-    assert answers(pipe, [question]) == ["a fox"]
-
-
-def test_a_saved_folder_without_the_package_reads_texts_and_codes(
-    saved, unregistered, monkeypatch, pipes
-):
-    monkeypatch.setitem(sys.modules, "seed_multimodal.transformers", None)  # importing it fails
-    model = AutoModelForMultimodalLM.from_pretrained(saved, trust_remote_code=True)
-    processor = AutoProcessor.from_pretrained(saved, trust_remote_code=True)
-    assert type(model).__module__.startswith("transformers_modules.")
-
-    # A prompt of texts and codes, and an answer of a text and codes.
-    system = pipes("nano").model.system
-    codes = system.tokenize(FOX)[0].tolist()
-    inputs = processor(["USER: ", codes, "Put it at night.\nASSISTANT:"])
-    answer = system.chat([{"role": "user", "content": [codes, "Put it at night."]}], **FAST)
-    ids = model.generate(**inputs)[0].tolist()
-    assert ids[: len(answer.ids)] == list(answer.ids)
-    text, image = processor.decode(ids)
-    assert (text, image) == (answer.text, answer.codes[0])
-    for call in (processor.apply_chat_template, processor.post_process_multimodal_output):
-        with pytest.raises(ImportError, match="pip install seed-multimodal"):
-            call()
