@@ -1,0 +1,19 @@
+#!/usr/bin/env bash
+# Build the sdist and the wheel into dist/, install the wheel into an empty environment, and run it there.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")/.."
+ROOT=$PWD
+WORK="$(mktemp -d)"
+trap 'rm -rf "$WORK"' EXIT
+
+rm -rf dist
+python3 -m venv "$WORK/venv"
+"$WORK/venv/bin/pip" install -q build
+"$WORK/venv/bin/python" -m build -q --outdir dist .
+
+# Outside the checkout, so that only the wheel is found.
+cd "$WORK"
+"$WORK/venv/bin/pip" install -q "$ROOT"/dist/*.whl
+"$WORK/venv/bin/seed" --help > /dev/null
+"$WORK/venv/bin/seed" describe "$ROOT/images/fox.png" --model "$ROOT/pretrained/nano"
+ls -l "$ROOT/dist"
