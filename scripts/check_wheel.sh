@@ -1,5 +1,6 @@
 #!/usr/bin/env bash
 # Build the sdist and the wheel into dist/, install the wheel into an empty environment, and run it there.
+[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ROOT=$PWD
