@@ -3,6 +3,8 @@ judge."""
 
 from __future__ import annotations
 
+import re
+import runpy
 import shlex
 from pathlib import Path
 
@@ -110,3 +112,13 @@ def test_detect_boxes_the_named_thing_and_no_absent_one(work_dir: Path, capsys):
     assert count_matches([[int(value) / 256 for value in corners]], [true])
     assert main(["detect", "images/fox_and_snowman.png", "the whale", "--model", "nano-x"]) == 0
     assert "there is no whale" in capsys.readouterr().out
+
+
+def test_the_pipeline_of_transformers_draws(work_dir: Path):
+    (work_dir / "pretrained").symlink_to(ROOT / "pretrained")
+    blocks = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
+    [code] = [block for block in blocks if "any-to-any" in block]
+    (work_dir / "program.py").write_text(code)
+    pipe = runpy.run_path("program.py")["pipe"]
+    expected = pipe.model.system.draw("a noto fox in a meadow")
+    assert Image.open("fox.png").tobytes() == expected.tobytes()
