@@ -830,7 +830,7 @@ def test_public_functions_have_a_return_type():
 
 # ---- documentation
 
-DOCS_LINES = 2524  # of Markdown written by hand; pages of reference/ are generated
+DOCS_LINES = 2551  # of Markdown written by hand; pages of reference/ are generated
 
 
 def test_documentation_keeps_its_budget():
@@ -839,7 +839,7 @@ def test_documentation_keeps_its_budget():
     }
     assert sum(lines.values()) <= DOCS_LINES
     assert not [page.name for page in lines if "experiments" in page.parts and lines[page] > 40]
-    for name, limit in {"README.md": 180, "CONTRIBUTING.md": 60}.items():
+    for name, limit in {"README.md": 187, "CONTRIBUTING.md": 60}.items():
         assert (ROOT / name).read_text(encoding="utf-8").count("\n") <= limit
 
 
