@@ -180,26 +180,33 @@ class HubDetector:
 
     def _zero_shot(self, image: Image.Image, labels: Sequence[str]) -> list[Detection]:
         """Objects that a text describes."""
-        # 1. OWL's texts are those of CLIP, others are phrases.
-        is_owl = self.model.config.model_type.startswith("owl")
-        template = "a photo of a {}" if is_owl else "a {}"
-        texts = {template.format(label): label for label in labels}
-        inputs = self.processor(images=image, text=[list(texts)], return_tensors="pt")
-        outputs = self.model(**inputs.to(self.device))
+        # OWL's texts are those of CLIP. Grounding DINO finds parts of one text: a label at a time.
+        if self.model.config.model_type.startswith("owl"):
+            return self._described(image, {f"a photo of a {label}": label for label in labels})
+        detections: list[Detection] = []
+        for label in labels:
+            detections += self._described(image, {f"a {label}": label})
+        return detections
 
-        # 2. Detectors that write their labels need the ids of the texts.
+    def _described(self, image: Image.Image, labels: Mapping[str, str]) -> list[Detection]:
+        """Objects that one of several texts describes; `labels`: text → label."""
+        texts = list(labels)
+        inputs = self.processor(images=image, text=[texts], return_tensors="pt")
+        outputs = self.model(**inputs.to(self.device))
         post_process = self.processor.post_process_grounded_object_detection
         options: dict[str, Any] = {}
         if "input_ids" in inspect.signature(post_process).parameters:
-            options = {"input_ids": inputs.input_ids, "text_threshold": LOWEST_SCORE}
+            options["input_ids"] = inputs.input_ids
         [result] = post_process(
             outputs,
             threshold=LOWEST_SCORE,
             target_sizes=[image.size[::-1]],
-            text_labels=[list(texts)],
+            text_labels=[texts],
             **options,
         )
-        names = [texts.get(text, "") for text in result["text_labels"]]
+        names = [labels[texts[0]]] * len(result["scores"])
+        if len(texts) > 1:
+            names = [labels[text] for text in result["text_labels"]]
         return _detections(names, result["scores"], result["boxes"])
 
     def _boxes(self, image: Image.Image) -> list[Detection]:

@@ -144,6 +144,54 @@ def test_zero_shot_detector_names_the_labels(owl_folder):
     assert all(0 < item.score < 1 for item in found)
 
 
+def test_detector_of_phrases_is_asked_for_one_label_at_a_time(tmp_path):
+    from transformers import (
+        BertConfig,
+        BertTokenizer,
+        GroundingDinoConfig,
+        GroundingDinoForObjectDetection,
+        GroundingDinoImageProcessor,
+        GroundingDinoProcessor,
+        SwinConfig,
+    )
+
+    names = "[PAD] [UNK] [CLS] [SEP] [MASK] . a cup wine glass".split()
+    (tmp_path / "vocab.txt").write_text("\n".join(names))
+    tokenizer = BertTokenizer(str(tmp_path / "vocab.txt"))
+    torch.manual_seed(0)
+    config = GroundingDinoConfig(
+        backbone_config=SwinConfig(
+            image_size=128,
+            embed_dim=8,
+            depths=[1, 1, 1, 1],
+            num_heads=[1, 1, 2, 2],
+            window_size=2,
+            out_features=["stage2", "stage3", "stage4"],
+        ),
+        text_config=BertConfig(
+            vocab_size=len(names),
+            hidden_size=16,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            intermediate_size=16,
+        ),
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=2,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=32,
+        decoder_ffn_dim=32,
+        num_queries=5,
+        max_text_len=32,
+    )
+    GroundingDinoForObjectDetection(config).save_pretrained(tmp_path)
+    images = GroundingDinoImageProcessor(size={"height": 128, "width": 128})
+    GroundingDinoProcessor(images, tokenizer).save_pretrained(tmp_path)
+    [found] = load_detector(tmp_path, CPU).detect([noise(1, (60, 40))], [["cup", "wine glass"]])
+    assert [item.label for item in found] == ["cup"] * 5 + ["wine glass"] * 5
+
+
 def test_detector_of_fixed_classes_has_the_benchmarks_names(tmp_path):
     from transformers import YolosConfig, YolosForObjectDetection, YolosImageProcessor
 
