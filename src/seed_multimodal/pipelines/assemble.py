@@ -24,6 +24,7 @@ from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import ADAPTER_CONFIG
 from seed_multimodal.models.registry import find_family
 from seed_multimodal.pipelines.config import SystemConfig
+from seed_multimodal.pipelines.hub_files import write_hub_files
 from seed_multimodal.settings import check_keys
 
 TRAINING_FILES = shutil.ignore_patterns(
@@ -109,7 +110,7 @@ def join(
     settings: JsonObject,
     self_contained: bool = False,
 ) -> None:
-    """Copy parts into a system's folder and write its `system.json`.
+    """Copy parts into a system's folder and write its `system.json`, and the files of transformers.
 
     self_contained: also copy files of other systems that the parts refer to.
     """
@@ -125,6 +126,7 @@ def join(
     config_class.arrange(folder, names)
     content = json.dumps({**settings, "system": config_class.system, **names}, indent=1)
     replace_text(folder / "system.json", content)
+    write_hub_files(config_class, folder, names)
 
 
 def _copy(source: Path, target: Path, self_contained: bool) -> None:

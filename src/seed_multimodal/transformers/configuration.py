@@ -16,9 +16,9 @@ class SeedMultimodalConfig(PreTrainedConfig):
     text_config: of the language model, set when that is loaded.
     """
 
-    # Folders for the module without this package (see `pipelines.hub_files`).
-    language_model: str = "llm"
-    tokenizer: str = "tokenizer"
+    # Folders, for the module that loads them without this package (see `pipelines.hub_files`).
+    language_model: str | None = None
+    tokenizer: str | None = None
 
 
 @cache

@@ -34,6 +34,7 @@ from seed_multimodal.inference.stopping import BeamStops
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.models.registry import find_family
 from seed_multimodal.pipelines.base import DRAWING_BATCH, MultimodalSystem
+from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.transformers import configuration
 from seed_multimodal.transformers.configuration import SeedMultimodalConfig
 from seed_multimodal.transformers.systems import remember
@@ -131,12 +132,13 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         Raises ConfigError: the folder is not empty.
         """
         folder = self.system.save_pretrained(save_directory)
-        self.language_model.save_pretrained(folder / self.config.language_model)
+        self.language_model.save_pretrained(SystemConfig.read(folder).path("llm"))
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
-        """Also move what the system keeps on a device: its engine's cache, its de-tokenizer."""
+        """Also move the de-tokenizer, and renew the engine with a cache of the same dtype."""
+        before = (self.device, self.dtype)
         moved: Self = super()._apply(fn, recurse)
-        if self.system.engine.device != self.device:
+        if (self.device, self.dtype) != before:
             self.system.images.to(self.device)
             self.system.engine = torch_engine(
                 self.language_model,

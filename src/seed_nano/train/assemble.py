@@ -16,11 +16,13 @@ from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.hub import AGENT_CONFIG, VISUAL_WEIGHTS
 from seed_multimodal.models.lavit.spec import LavitConfig
 from seed_multimodal.models.seed.checkpoints import VISION
+from seed_multimodal.models.seed.spec import SeedLlamaConfig
 from seed_multimodal.models.seed_x.spec import SeedXConfig
 from seed_multimodal.models.seed_x.train_agent import build_agent, read_agent
 from seed_multimodal.nn.pretrained import write_encoder_link
 from seed_multimodal.nn.vision.clip import clip_from_eva
 from seed_multimodal.pipelines.assemble import join
+from seed_multimodal.pipelines.hub_files import write_hub_files
 from seed_multimodal.weights import load_state_dict, save_state_dict
 from seed_nano.train.diffusion import write_successor_unet
 from seed_nano.train.lavit import PREFIX, decoder_sizes
@@ -117,6 +119,8 @@ def assemble_nano(space: Workspace) -> dict[str, Any]:
         space.out / "system.json",
         json.dumps({**read_json_object(templates / "system.json"), "image_size": size}, indent=1),
     )
+    names = {"llm": "seed_llama", "tokenizer": "seed_tokenizer"}
+    write_hub_files(SeedLlamaConfig, space.out, names)
     sizes = _finished(space.out)
     share_encoder(decoder / "image_encoder", space.tokenizer_folder / "model.safetensors", VISION)
     return sizes

@@ -22,6 +22,12 @@ from random_images import noise
 from real_processes import run_process
 from repository import ROOT
 from served import Running, read, serving
+from transformers import (
+    CONFIG_MAPPING,
+    MODEL_FOR_MULTIMODAL_LM_MAPPING,
+    PROCESSOR_MAPPING,
+    pipeline,
+)
 
 from seed_multimodal.cli.init import templates
 from seed_multimodal.cli.main import main
@@ -35,6 +41,7 @@ from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.serving.chat_session import ChatSession
 from seed_multimodal.serving.client import ModelClient
 from seed_multimodal.training.cli import main as train
+from seed_multimodal.transformers import registration
 
 GROUP = "seed_multimodal.families"
 PACKAGE = Path(tiny_system.__file__).with_name("mosaic_package")
@@ -111,6 +118,23 @@ def test_save_and_load(system: MultimodalSystem, tmp_path: Path) -> None:
     loaded = MultimodalSystem.from_pretrained(saved, device="cpu", log=None)
     assert loaded.config.tile == 6
     assert loaded.describe(noise(2)) == system.describe(noise(2))
+
+
+def test_pipeline_of_transformers(
+    system: MultimodalSystem, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "meta_path", sys.meta_path[:])
+    for mapping in (CONFIG_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING, PROCESSOR_MAPPING):
+        monkeypatch.setattr(mapping, "_extra_content", dict(mapping._extra_content))
+    registration.install()
+    pipe = pipeline("any-to-any", model=str(folder))
+    assert type(pipe.model).__name__ == "MosaicForConditionalGeneration"
+    messages = [{"role": "user", "content": [{"type": "image", "image": noise(1)}, "What is it?"]}]
+    [row] = pipe(text=messages, return_full_text=False)
+    assert row["generated_text"] == system.chat(messages).text
+    request = [{"role": "user", "content": system.tasks.draw_request("a red apple")}]
+    [row] = pipe(text=request, generation_mode="image")
+    assert row["generated_image"].tobytes() == system.draw("a red apple").tobytes()
 
 
 @pytest.mark.filterwarnings("ignore:The use of")

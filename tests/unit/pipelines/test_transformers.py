@@ -13,7 +13,9 @@ from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,
     PROCESSOR_MAPPING,
+    AutoModelForMultimodalLM,
     AutoProcessor,
+    dynamic_module_utils,
     pipeline,
 )
 
@@ -192,6 +194,25 @@ def test_generate_takes_options_of_transformers(pipes):
     )
 
 
+def test_a_model_of_another_dtype_reads_and_draws():
+    pipe = pipeline("any-to-any", model=str(ROOT / "pretrained/nano"), dtype="float64")
+    assert pipe.model.dtype == torch.float64
+    pipe.model.drawing = FAST
+    pipe.model.to(torch.bfloat16)
+    assert answers(pipe, [user(BOTH, f"What is on the left?{QA_SUFFIX}")]) == ["a fox"]
+    [row] = pipe(text=user(FOX, "Put it at night."), generation_mode="image")
+    assert row["generated_image"].size == (64, 64)
+
+
+def test_a_loss_trains_the_language_model(pipes):
+    pipe = pipes("nano")
+    inputs = inputs_of(pipe, user(FOX, "What is it?"))
+    pipe.model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    weight = pipe.model.get_input_embeddings().weight
+    assert weight.grad.abs().sum() > 0
+    weight.grad = None
+
+
 def test_what_a_family_cannot_answer_is_an_error(pipes):
     lavit = pipes("nano-lavit")
     with pytest.raises(ConfigError, match="can only draw this"):
@@ -230,3 +251,51 @@ def test_classes_have_names_of_their_families():
     assert transformers.LavitConfig.model_type == "lavit"
     with pytest.raises(AttributeError, match="SeedZ"):
         _ = transformers.SeedZConfig
+
+
+@pytest.fixture(scope="module")
+def saved(pipes, tmp_path_factory):
+    """A folder that the model of nano has written."""
+    folder = tmp_path_factory.mktemp("saved") / "nano"
+    pipes("nano").model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture
+def unregistered(monkeypatch, tmp_path):
+    """Transformers as it is before `import seed_multimodal`, with a cache for remote code."""
+    for mapping in (CONFIG_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING, PROCESSOR_MAPPING):
+        monkeypatch.setattr(mapping, "_extra_content", {})
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    monkeypatch.setattr(sys, "path", sys.path[:])
+    monkeypatch.delitem(sys.modules, "transformers_modules", raising=False)
+
+
+def test_a_saved_folder_is_loaded_by_its_auto_map(saved, unregistered):
+    pipe = pipeline("any-to-any", model=str(saved), trust_remote_code=True)
+    assert isinstance(pipe.model, transformers.SeedLlamaForConditionalGeneration)
+    assert isinstance(pipe.processor, transformers.SeedLlamaProcessor)
+    question = user(BOTH, f"What is on the left?{QA_SUFFIX}")
+    assert answers(pipe, [question]) == ["a fox"]
+
+
+def test_a_saved_folder_without_the_package_reads_texts_and_codes(
+    saved, unregistered, monkeypatch, pipes
+):
+    monkeypatch.setitem(sys.modules, "seed_multimodal.transformers", None)  # importing it fails
+    model = AutoModelForMultimodalLM.from_pretrained(saved, trust_remote_code=True)
+    processor = AutoProcessor.from_pretrained(saved, trust_remote_code=True)
+    assert type(model).__module__.startswith("transformers_modules.")
+
+    # A prompt of texts and codes, and an answer of a text and codes.
+    system = pipes("nano").model.system
+    codes = system.tokenize(FOX)[0].tolist()
+    inputs = processor(["USER: ", codes, "Put it at night.\nASSISTANT:"])
+    answer = system.chat([{"role": "user", "content": [codes, "Put it at night."]}], **FAST)
+    ids = model.generate(**inputs)[0].tolist()
+    assert ids[: len(answer.ids)] == list(answer.ids)
+    text, image = processor.decode(ids)
+    assert (text, image) == (answer.text, answer.codes[0])
+    for call in (processor.apply_chat_template, processor.post_process_multimodal_output):
+        with pytest.raises(ImportError, match="pip install seed-multimodal"):
+            call()
