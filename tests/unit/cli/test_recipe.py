@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import tiny_system
 from lavis_runs import environment
 from repository import ROOT
 
@@ -21,6 +22,8 @@ from seed_multimodal.images.transforms import CLIP_MEAN
 from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
 from seed_multimodal.language.llm import llm_config
 from seed_multimodal.models.registry import find_training
+from seed_multimodal.models.seed.code_adapter import CODE_ADAPTER, CodeAdapter
+from seed_multimodal.models.seed.train_detokenizer import SeedDecoderTask
 from seed_multimodal.nn.vision.registry import load_vision_encoder
 from seed_multimodal.training.cli import compose, parse
 
@@ -128,6 +131,22 @@ def test_tiny_parts_of_the_classes_of_folders(parts, tmp_path):
     encoder = load_vision_encoder(out / "parts/encoder")
     assert encoder.config.network["model_type"] == "dinov2"
     assert encoder.preprocessing.mean == CLIP_MEAN
+
+
+def test_small_unclip_decoder_trains_and_reads_the_embedding(tmp_path, capsys):
+    """The one of `flow` is trained by tests/e2e/test_recipe.py."""
+    out = write(tmp_path / "mine", "--size", "tiny", "--decoder", "unclip", "--json")
+    steps = json.loads(capsys.readouterr().out)["steps"]
+    command = next(step["command"] for step in steps if step["name"] == "decoder")
+    tiny_system.write_image_tokenizer(tmp_path / "tokenizer")
+    size = tiny_system.IMAGE_SIZE
+    fewer = f"trainer.max_steps=1 data.batch_size=2 data.encoder_size={size}"
+    overrides = [*command.replace("$OUT", str(out)).split()[3:], *fewer.split()]
+    configs = ROOT / "MultiModalLLM" / "configs" / "seed_decoder"
+    config = compose(parse([*overrides, f"model.tokenizer={tmp_path / 'tokenizer'}"]), configs)
+    SeedDecoderTask.train(config)
+    adapter = CodeAdapter.from_pretrained(out / "decoder" / "decoder" / CODE_ADAPTER)
+    assert adapter.config.reads == "embedding"
 
 
 @pytest.mark.process
