@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.metadata
 import json
 import pkgutil
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -42,6 +43,12 @@ def write(out: Path, *flags: object) -> Path:
     args = build_parser().parse_args(["init", *map(str, flags), str(out)])
     assert init(args) == 0
     return out
+
+
+def overrides(command: str, out: Path) -> list[str]:
+    """Of a training's command, with a value for each variable of run.sh but its folder."""
+    words = command.replace("$OUT", str(out)).split()[3:]
+    return [re.sub(r"\$[A-Z_]+", "1", word) for word in words]
 
 
 def lavis_config(file: Path):
@@ -82,10 +89,10 @@ def test_recipe_of_full_size(parts, decoder, reads, tmp_path, capsys):
         ("sft", "train", "train"),
         ("decoder", "train_seed_decoder", "seed_decoder/train"),
     ):
-        command = steps[step]["command"].replace("$OUT", str(out)).split()
-        overrides = command[3:]
         configs = ROOT / "MultiModalLLM" / "configs" / config_name
-        config = compose(parse(overrides), configs.parent, configs.name)
+        config = compose(
+            parse(overrides(steps[step]["command"], out)), configs.parent, configs.name
+        )
         run = pkgutil.resolve_name(find_training(program).task).read(config)
         if step == "decoder":
             assert run.model.reads == reads
@@ -140,10 +147,12 @@ def test_small_unclip_decoder_trains_and_reads_the_embedding(tmp_path, capsys):
     command = next(step["command"] for step in steps if step["name"] == "decoder")
     tiny_system.write_image_tokenizer(tmp_path / "tokenizer")
     size = tiny_system.IMAGE_SIZE
-    fewer = f"trainer.max_steps=1 data.batch_size=2 data.encoder_size={size}"
-    overrides = [*command.replace("$OUT", str(out)).split()[3:], *fewer.split()]
+    fewer = ["data.batch_size=2", f"data.encoder_size={size}"]
     configs = ROOT / "MultiModalLLM" / "configs" / "seed_decoder"
-    config = compose(parse([*overrides, f"model.tokenizer={tmp_path / 'tokenizer'}"]), configs)
+    config = compose(
+        parse([*overrides(command, out), *fewer, f"model.tokenizer={tmp_path / 'tokenizer'}"]),
+        configs,
+    )
     SeedDecoderTask.train(config)
     adapter = CodeAdapter.from_pretrained(out / "decoder" / "decoder" / CODE_ADAPTER)
     assert adapter.config.reads == "embedding"
