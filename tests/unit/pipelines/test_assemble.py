@@ -143,7 +143,7 @@ def test_save_system_writes_a_complete_folder(name, tmp_path):
         for key in vars(saved.config)
         if getattr(saved.config, key) != getattr(original.config, key)
     }
-    assert changed <= {"name", *saved.config.parts(), "known_words"}
+    assert changed <= {"name", "read_as", *saved.config.parts(), "known_words"}
     assert (out / "README.md").is_file() and not (out / "report").exists()
 
 
