@@ -105,7 +105,7 @@ class FamilySpec:
         trainings: by the name of their program.
         exports: what `seed export-tokenizer` reads, by its flag.
         starts: YAML file of what `seed init` makes (see there).
-        card: the chat page of its models.
+        card: the chat page of its models; None: one with its title.
         cards: of single models that differ, by the name of their folder.
     """
 
@@ -131,6 +131,9 @@ class FamilySpec:
     def system_name(self) -> str:
         """The name of the system's class, as `SeedLlama`."""
         return self.system.rpartition(":")[2]
+
+    def page_card(self) -> ModelCard:
+        return self.card or ModelCard(self.title)
 
     def system_class(self) -> type[MultimodalSystem]:
         system_class: type[MultimodalSystem] = pkgutil.resolve_name(self.system)

@@ -121,7 +121,8 @@ class CodeCodec(ImageCodec):
         batch_size: int = 4,
         **settings: Any,
     ) -> list[Image.Image]:
-        """Codes → images. settings: of the de-tokenizer."""
+        """Codes → images. settings: `drawing_settings`."""
+        self.check_drawing(**settings)
         return self.draw_batched(settings, batch_size, self.check_codes(image_codes), seeds)
 
 

@@ -23,7 +23,7 @@ from seed_multimodal.inference.prompt import random_seed
 from seed_multimodal.models.registry import find_family
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.progress import quiet_loading
-from seed_multimodal.settings import SEEDS, check_value
+from seed_multimodal.settings import SEEDS, check_keys, check_value
 
 Log = Callable[[str], None] | None
 Seed = int | Sequence[int | None] | None  # of all images, or of each; None: random
@@ -126,7 +126,7 @@ class ImageCodec:
     encode(images): codes or features of images, by `encode_batch` on rows of several threads.
     draw(image_inputs, *, seeds, batch_size, **settings): images from them, by `draw_batch`.
 
-    A codec that draws without a de-tokenizer also defines `can_draw` and `check_drawing`.
+    A codec that draws without a de-tokenizer also has `can_draw = True`.
 
     min_side: larger images are opened with at least so many pixels a side.
     """
@@ -224,6 +224,9 @@ class ImageCodec:
         not_for_decoder = (*self.codec_settings, "should_stop")
         for name in not_for_decoder:
             settings.pop(name, None)
+        if self._load_decoder is None and self.can_draw:
+            check_keys(settings, self.drawing_settings, "Settings of drawing")
+            return
         self.decoder.check_settings(**settings)
 
     def open(self, image: ImageSource, name: str | None = None) -> Image.Image:

@@ -38,7 +38,7 @@ class ModelClient:
         cards = model_cards()
         card = cards.get(name) or cards.get(f"seed-llama-{name}")
         if card is None and "family" in model:
-            card = find_family(model["family"]).card
+            card = find_family(model["family"]).page_card()
         self.card = card or self.card
         self.codes_per_image = model.get("codes_per_image", 0)
 

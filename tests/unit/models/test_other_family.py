@@ -9,6 +9,7 @@ import shutil
 import sys
 import tomllib
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import llm_runs
@@ -106,6 +107,8 @@ def test_tokenize_and_reconstruct(system: MultimodalSystem) -> None:
     assert codes[0].tolist() == [9] * 32
     drawn = system.reconstruct(image)[0]
     assert drawn.size == (48, 24) and drawn.getpixel((0, 0)) == (255, 0, 85)
+    with pytest.raises(ConfigError, match="Settings of drawing: unknown key 'codes'"):
+        system.reconstruct(image, codes=4)
 
 
 def test_describe_and_draw(system: MultimodalSystem) -> None:
@@ -252,6 +255,7 @@ def test_page_of_the_system(system: MultimodalSystem) -> None:
     client = ModelClient(f"{Running(system).root}/generate", find_family("seed_llama").card)
     updates = asyncio.run(ChatSession([client], client).on_model(0))
     assert updates[1] == "# Mosaic"
+    assert replace(find_family("mosaic"), card=None).page_card().title == "Mosaic"
     assert [update["maximum"] for update in updates[9:11]] == [32, 32]
 
 

@@ -51,9 +51,6 @@ class MosaicCodec(CodeCodec):
         )
         self.tile = tile
 
-    def check_drawing(self, **settings: object) -> None:
-        pass
-
     def draw_batch(self, key: object, rows: Sequence[tuple[Tensor, int]]) -> list[Image.Image]:
         """Codes and seed of each image → images; seeds have no effect."""
         images: list[Image.Image] = []
