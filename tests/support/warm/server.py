@@ -154,6 +154,9 @@ def run(request: dict[str, Any], base: list[str]) -> None:
     folders = [folder for folder in os.environ.get("PYTHONPATH", "").split(os.pathsep) if folder]
     sys.path[:] = [*folders, *(folder for folder in base if folder not in folders)]
     importlib.invalidate_caches()
+    from seed_multimodal.models.registry import families
+
+    families.cache_clear()  # there may be others in the folders of this process
     kind, *rest = arguments
     if kind == "-m":
         sys.argv = ["-m", *rest[1:]]
