@@ -875,6 +875,17 @@ def test_paths_of_the_documentation_exist():
     assert not missing
 
 
+def test_imports_of_the_documentation_work():
+    pattern = re.compile(r"^ *from (seed_(?:multimodal|nano)[\w.]*) import ([\w, ]+)", re.MULTILINE)
+    imports = []
+    for page in [ROOT / "README.md", *(ROOT / "docs").rglob("*.md")]:
+        imports += pattern.findall(page.read_text(encoding="utf-8"))
+    assert len(imports) > 8
+    for module, names in imports:
+        for name in names.split(","):
+            assert pkgutil.resolve_name(f"{module}:{name.strip()}") is not None
+
+
 def test_the_table_of_changes_names_what_exists():
     """Modules, objects and the words "… there" of the page's table "To add … you change …"."""
     text = (ROOT / "docs" / "explanation" / "architecture.md").read_text(encoding="utf-8")
