@@ -178,7 +178,7 @@ def _message(message: object, index: int) -> Message:
 
 
 def _is_blank(item: ContentPart) -> bool:
-    """Whether `item` is a text of white space and punctuation, which are no request."""
+    """Whether `item` is a text of white space and full stops, which are no request."""
     return isinstance(item, str) and not item.strip(BLANK)
 
 

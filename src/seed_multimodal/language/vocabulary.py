@@ -16,7 +16,7 @@ from seed_multimodal.errors import CodesError
 BOI = "<img>"
 EOI = "</img>"
 PLACEHOLDER = "<image>"  # placeholder of an image in displayed texts; not in the vocabulary
-BLANK = " \t\r\n.?!;/"  # a text of these characters alone is no request
+BLANK = " \t\r\n."  # a text of these characters alone is no request
 IGNORE_INDEX = -100  # label of tokens without loss (the default of torch's cross-entropy)
 # SEED-X: around one view of an image, and around a box's four locations.
 PATCH = "<patch>"
