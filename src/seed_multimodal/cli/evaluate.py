@@ -36,7 +36,7 @@ from seed_multimodal.entry import (
     log_line,
     run_program,
 )
-from seed_multimodal.errors import pluralize
+from seed_multimodal.errors import ConfigError, pluralize
 from seed_multimodal.language.prompts import DEMO_QUESTIONS
 
 if TYPE_CHECKING:
@@ -551,8 +551,14 @@ def run_tables(args: Namespace) -> int:
         from seed_multimodal.evaluation.tasks import find_task
 
     # 1. The rows.
+    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+        raise ConfigError("seed eval suite runs in one process; the single commands share work.")
     rows = read_suite()
     if args.only:
+        kinds = {row.kind for row in rows}
+        for kind in args.only:
+            if kind not in kinds:
+                raise ConfigError(f"--only: no kind {kind!r}; use {', '.join(sorted(kinds))}.")
         rows = [row for row in rows if row.kind in args.only]
     data = Path(args.data)
     out = Path(args.out)
@@ -595,7 +601,7 @@ def run_tables(args: Namespace) -> int:
     model = args.compare or args.model
     write_suite(results, model, out)
     print(suite_table(results, model), end="")
-    return DONE
+    return SOME_FAILED if any(result.bad for result in results) else DONE
 
 
 def _add_suite(parser: ArgumentParser) -> None:

@@ -84,6 +84,8 @@ def add_command(commands: Commands) -> None:
 def init(args: Namespace) -> int:
     """A small model to train on your own data, or the recipe of a SEED on other parts."""
     if args.like is not None:
+        if args.llm or args.encoder or args.size == "full":
+            raise ConfigError("--like has parts of its own: no --llm, --encoder or --size full.")
         return init_like(args)
     from seed_multimodal.cli.recipe import describe, write_recipe
 

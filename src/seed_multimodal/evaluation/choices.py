@@ -42,7 +42,8 @@ def read_choices(path: str | Path) -> list[ChoiceSample]:
             continue
         choices = [item.get(f"choice_{letter.lower()}") for letter in LETTERS]
         answer = item.get("answer")
-        if None in choices or answer not in tuple(LETTERS):
+        is_blank = any(choice is None or not str(choice).strip() for choice in choices)
+        if is_blank or answer not in tuple(LETTERS):
             raise DataError(f"{location}: needs choice_a to choice_d, and an answer of A to D.")
         samples.append(
             ChoiceSample(

@@ -134,7 +134,12 @@ class HubDetector:
         import transformers
 
         # 1. The kind of detector, by its architecture.
-        config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
+        try:
+            config = transformers.AutoConfig.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
+        except (OSError, ValueError, KeyError) as error:
+            raise CheckpointError(f"{folder}: no detector ({first_line(error)}).") from error
         kinds = {
             "zero-shot": transformers.AutoModelForZeroShotObjectDetection,
             "masks": transformers.AutoModelForUniversalSegmentation,

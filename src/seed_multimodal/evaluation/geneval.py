@@ -197,8 +197,8 @@ def _group_fault(
         for target in targets:
             relations = spatial_relations(item, target)
             if requirement.relation not in relations:
-                found = " and ".join(sorted(relations)) or "no relation to"
-                return f"expected {label} {requirement.relation} target, found {found} target"
+                actual = " and ".join(sorted(relations)) or "no relation to"
+                return f"expected {label} {requirement.relation} target, found {actual} target"
     return ""
 
 
@@ -230,12 +230,12 @@ def spatial_relations(item: Detection, target: Detection) -> set[str]:
     return relations
 
 
-def _overlap(one: Detection, other: Detection) -> float:
+def _overlap(first: Detection, second: Detection) -> float:
     """Intersection over union of two boxes, of pixels as in GenEval's program."""
-    left, top = map(max, zip(one.box[:2], other.box[:2], strict=True))
-    right, bottom = map(min, zip(one.box[2:], other.box[2:], strict=True))
+    left, top = map(max, zip(first.box[:2], second.box[:2], strict=True))
+    right, bottom = map(min, zip(first.box[2:], second.box[2:], strict=True))
     intersection = _area((left, top, right, bottom))
-    union = _area(one.box) + _area(other.box) - intersection
+    union = _area(first.box) + _area(second.box) - intersection
     return intersection / union
 
 
@@ -269,9 +269,9 @@ class GenEval(JudgedDrawings):
         if sample.tag == COUNTING:
             threshold = self.limits.counting_threshold
         coloured = {item.label for item in sample.include if item.colour}
-        found = self.detector.detect(images, [sample.labels] * len(images))
+        detections_by_image = self.detector.detect(images, [sample.labels] * len(images))
         line: Line = {"caption": sample.caption, "detections": []}
-        for image, detections in zip(images, found, strict=True):
+        for image, detections in zip(images, detections_by_image, strict=True):
             kept = kept_detections(detections, threshold, self.limits.max_overlap)
             if self.colours is not None:
                 for position, item in enumerate(kept):

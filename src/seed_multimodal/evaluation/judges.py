@@ -48,7 +48,7 @@ def answer_forms(answer: str) -> list[str]:
     forms = [lower, lower.capitalize()]
     if lower in DIGITS:
         forms.append(DIGITS[lower])
-    return forms
+    return list(dict.fromkeys(forms))  # digits have one form
 
 
 def load_judge(name: str, device: str) -> QuestionJudge:
@@ -100,9 +100,15 @@ class HubJudge:
         from transformers import AutoModelForImageTextToText, AutoProcessor
 
         try:
-            self.processor: Any = AutoProcessor.from_pretrained(folder, local_files_only=True)
+            self.processor: Any = AutoProcessor.from_pretrained(
+                folder, local_files_only=True, trust_remote_code=False
+            )
             model: Any = AutoModelForImageTextToText.from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, dtype="auto"
+                folder,
+                local_files_only=True,
+                trust_remote_code=False,
+                use_safetensors=True,
+                dtype="auto",
             )
         except (OSError, ValueError) as error:
             raise CheckpointError(

@@ -1,7 +1,8 @@
 """The papers' tables: every benchmark whose files are there, with the published figures.
 
 The rows are in `suite.yaml`. Runs that several rows share are done once; each has a folder of its
-own and resumes. What cannot run (files or weights are missing) is a row with the reason.
+own and resumes; only the tokenizer is measured anew. What cannot run (files or weights are missing)
+is a row with the reason.
 """
 
 from __future__ import annotations
@@ -50,11 +51,12 @@ class SuiteRow:
 
 @dataclass(frozen=True)
 class SuiteResult:
-    """A row's figure, or why there is none (`reason`)."""
+    """A row's figure, or why there is none (`reason`); `bad`: samples that could not be used."""
 
     row: SuiteRow
     value: float | None
     samples: int = 0
+    bad: int = 0
     reason: str = ""
 
 
@@ -83,8 +85,7 @@ def read_suite(path: Path = ROWS) -> list[SuiteRow]:
 
 
 def run_suite(suite: Suite, rows: Sequence[SuiteRow]) -> list[SuiteResult]:
-    """Run the rows in their order. Under torchrun all processes call it; the last to finish a run
-    has its figures, the others "other processes still work"."""
+    """Run the rows in their order, in one process."""
     outcomes: dict[str, JsonObject | str] = {}  # of a run: its summary, or the reason
     results: list[SuiteResult] = []
     systems: list[MultimodalSystem] = []
@@ -126,9 +127,10 @@ def _outcome(suite: Suite, row: SuiteRow, systems: list[MultimodalSystem]) -> Js
         if not systems:
             systems.append(suite.load())
         summary = evaluate(systems[0], run, samples)
-    except (CheckpointError, ConfigError, DataError) as error:
+    except (CheckpointError, ConfigError, DataError, ImportError) as error:
         return first_line(error)
-    return "other processes still work" if summary is None else summary
+    assert summary is not None  # no other process works on this run
+    return summary
 
 
 def _result(row: SuiteRow, outcome: JsonObject | str) -> SuiteResult:
@@ -142,7 +144,8 @@ def _result(row: SuiteRow, outcome: JsonObject | str) -> SuiteResult:
             return SuiteResult(row, None, reason=f"needs {missing}")
         value = value[key]
     samples: int = outcome.get("samples") or outcome.get("n", 0)
-    return SuiteResult(row, round(float(value) * row.scale, 2), samples)
+    figure = round(float(value) * row.scale, 2)
+    return SuiteResult(row, figure, samples, outcome.get("bad", 0))
 
 
 def suite_table(results: Sequence[SuiteResult], model: str) -> str:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import hashlib
 import pkgutil
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -178,17 +178,17 @@ def evaluate(
     return finish(run, lines, evaluation.score(usable, usable_lines))
 
 
-def _weight_files(system: MultimodalSystem) -> set[Path]:
-    """The files with weights of all parts of a system."""
+def _weight_states(paths: Iterable[object]) -> list[list[int]]:
+    """Size and time of each file with weights at and below the paths among `paths`."""
     # Parts may share files.
     files: set[Path] = set()
-    for path in vars(system.config).values():
+    for path in paths:
         if not isinstance(path, Path):
             continue
         for file in [path] if path.is_file() else path.rglob("*"):
             if file.suffix in WEIGHT_SUFFIXES and file.is_file():
                 files.add(file.resolve())
-    return files
+    return sorted([file.stat().st_size, file.stat().st_mtime_ns] for file in files)
 
 
 def _run_identity(system: MultimodalSystem | None, run: Run) -> JsonObject:
@@ -212,15 +212,15 @@ def _run_identity(system: MultimodalSystem | None, run: Run) -> JsonObject:
     if run.judging is not None:
         judging = asdict(replace(run.judging, device=""))
         identity["judging"] = {name: value and str(value) for name, value in judging.items()}
+        identity["judge"] = _weight_states([Path(run.judging.judge)])
     if system is None:
         return identity
 
     # 2. The system.
-    files = _weight_files(system)
     return identity | {
         "model": system.config.name,
         "dtype": system.dtype_name,
         "quantization": str(getattr(system.llm, "quantization_method", None)),
         "transform": repr(getattr(system.images, "transform", None)),
-        "weights": sorted([file.stat().st_size, file.stat().st_mtime_ns] for file in files),
+        "weights": _weight_states(vars(system.config).values()),
     }

@@ -165,6 +165,7 @@ class GenEval2(AskedDrawings):
         prompts: list[int] = []
         results: list[JsonObject] = []
         captions: list[list[str]] = []
+        # 1. Values of each image, also by the kinds of its questions.
         for index, (sample, line) in enumerate(zip(samples, lines, strict=True)):
             rows = line.get("probabilities", [[0.0] * len(sample.questions)])
             results.append({"prompt": sample.caption, "scores": rows})
@@ -178,6 +179,8 @@ class GenEval2(AskedDrawings):
                     by_skill.setdefault(question.category, []).append(100 * value)
         if not means:
             return Scores(results, {})
+
+        # 2. Their means, and the drawings with their values.
         self.write_sheet(samples, captions, [f"{sample.answer_type} atoms" for sample in samples])
         values: JsonObject = {
             "soft_tifa_am": plain(bootstrap(means, prompts)),
@@ -216,8 +219,9 @@ def read_dpg(path: str | Path) -> list[QuestionPrompt]:
         for row in reader:
             location = f"{path}: line {reader.line_num}"
             key = row["item_id"]
-            prompt = prompts.setdefault(key, _dpg_prompt(path, location, row))
-            prompt.questions.append(_dpg_question(location, row, ids.setdefault(key, [])))
+            if key not in prompts:
+                prompts[key] = _dpg_prompt(path, location, row)
+            prompts[key].questions.append(_dpg_question(location, row, ids.setdefault(key, [])))
     if not prompts:
         raise DataError(f"{path}: has no rows.")
 
@@ -295,6 +299,8 @@ class DpgBench(AskedDrawings):
                     broad.setdefault(group, []).append(answer)
         if not image_scores:
             return Scores(results, {})
+
+        # 2. Their means, and the drawings with their values.
         self.write_sheet(samples, captions, ["drawings"] * len(samples))
         score: Estimate = bootstrap(image_scores, prompts)
         values = {"dpg": plain(score), "per_category": _means(broad), "detailed": _means(detailed)}

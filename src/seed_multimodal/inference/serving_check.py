@@ -25,7 +25,6 @@ if TYPE_CHECKING:
     from seed_multimodal.language.text_tokenizer import TextTokenizer
 
 HEAD = "lm_head.weight"
-EMBEDDING = "model.embed_tokens.weight"
 
 
 @dataclass(frozen=True)
@@ -92,10 +91,15 @@ def _check_weights(llm: Path, config: PreTrainedConfig) -> list[Finding]:
     """All tensors in their sizes, and whether the head is the embedding."""
     from transformers import AutoModelForCausalLM
 
+    if getattr(config, "quantization_config", None) is not None:
+        return [Finding("weights", note="quantized, so their sizes are not compared")]
+
     # 1. Names and sizes.
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config)
     expected = {name: weight.shape for name, weight in model.state_dict().items()}
+    table = model.get_input_embeddings()
+    embedding = next(name for name, module in model.named_modules() if module is table) + ".weight"
     is_tied = config.tie_word_embeddings
     try:
         state = load_checkpoint(llm)
@@ -115,7 +119,7 @@ def _check_weights(llm: Path, config: PreTrainedConfig) -> list[Finding]:
     # 2. A tied head is not read, so one in the file must not differ.
     if not is_tied:
         return [weights, Finding("head", note="a tensor of its own")]
-    if HEAD in state and not torch.equal(state[HEAD], state[EMBEDDING]):
+    if HEAD in state and not torch.equal(state[HEAD], state[embedding]):
         problem = (
             f"{HEAD} differs from the embedding, but config.json has tie_word_embeddings: true, "
             "so a server would not read it"
@@ -161,7 +165,9 @@ def _plain_tokenizer(folder: Path) -> PreTrainedTokenizerBase:
 
     try:
         with quiet_loading("transformers"):
-            plain: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(str(folder))
+            plain: PreTrainedTokenizerBase = AutoTokenizer.from_pretrained(
+                str(folder), trust_remote_code=False
+            )
     except (ImportError, OSError, TypeError, ValueError) as error:
         reason = first_line(error)
         raise CheckpointError(f"{folder}: transformers cannot read it ({reason}).") from error

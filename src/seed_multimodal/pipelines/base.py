@@ -111,6 +111,7 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
     as keywords. Requests of several threads are batched.
     """
 
+    engine_options: EngineOptions  # of a torch engine
     # Whether prompts are ids without features of images, so that other engines can run them.
     prompts_are_ids: ClassVar[bool] = False
     # Whether texts without images can only be drawn (LaVIT).
@@ -131,6 +132,7 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
             options = replace(engine, max_running=max(engine.max_running, self.min_rows))
             assert llm is not None  # only a system with an engine outside of torch has none
             engine = torch_engine(llm, tokenizer, options, self.embed_features)
+            self.engine_options = options
         super().__init__(tokenizer, engine)
         self.config = config
         self.images = images

@@ -1,6 +1,6 @@
 """Loads the folder that holds this file, by `trust_remote_code=True`.
 
-With the package (`pip install seed-multimodal`) these are its classes. Without it there is the
+With the package (seed-multimodal) these are its classes. Without it there is the
 language model of a system whose images are codes: prompts of texts and codes, answers of texts and
 codes. Encoding and drawing of images, chat templates, SEED-X and LaVIT need the package.
 
@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NoReturn, Self
 
 import torch
+from huggingface_hub import snapshot_download
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
@@ -28,7 +29,10 @@ from transformers import (
     ProcessorMixin,
 )
 
-INSTALL = "this needs the package of the model: pip install seed-multimodal"
+INSTALL = "this needs the package seed-multimodal, installed from its repository"
+
+PACKAGE = "seed_multimodal"
+MODULE = f"{PACKAGE}.transformers"
 
 
 def __getattr__(name: str) -> Any:
@@ -36,9 +40,10 @@ def __getattr__(name: str) -> Any:
     if name.startswith("__"):
         raise AttributeError(name)
     try:
-        return getattr(importlib.import_module("seed_multimodal.transformers"), name)
-    except ImportError:
-        pass
+        return getattr(importlib.import_module(MODULE), name)
+    except ModuleNotFoundError as error:
+        if error.name not in (PACKAGE, MODULE):  # something that the package needs is missing
+            raise
     for suffix, base in KINDS.items():
         if name.endswith(suffix):
             return _named(base, name, name.removesuffix(suffix))
@@ -157,7 +162,7 @@ class CodesForConditionalGeneration(PreTrainedModel, GenerationMixin):
         config = config or cls.config_class.from_pretrained(name)
         if config.language_model is None or config.tokenizer is None:
             raise ImportError(f"{name}: {INSTALL}.")
-        folder = Path(name)
+        folder = _folder(name)
         model = AutoModelForCausalLM.from_pretrained(
             folder / config.language_model, dtype=dtype, device_map=device_map
         )
@@ -190,10 +195,11 @@ class CodesProcessor(ProcessorMixin):
     """Prompts that are lists of texts and of images' codes ⇄ ids."""
 
     def __init__(self, folder: str | Path) -> None:
-        config = _read(Path(folder) / "config.json")
+        folder = _folder(folder)
+        config = _read(folder / "config.json")
         if config.get("tokenizer") is None:
             raise ImportError(f"{folder}: {INSTALL}.")
-        self.vocabulary = CodesVocabulary(Path(folder) / config["tokenizer"])
+        self.vocabulary = CodesVocabulary(folder / config["tokenizer"])
         self.chat_template = None
 
     @classmethod
@@ -242,6 +248,11 @@ class CodesProcessor(ProcessorMixin):
 
     def post_process_multimodal_output(self, *args: object, **kwargs: object) -> NoReturn:
         raise ImportError(f"Drawing of images: {INSTALL}; `decode` reads texts and codes.")
+
+
+def _folder(name: str | Path) -> Path:
+    """A folder, or the files of a hub id."""
+    return Path(name) if Path(name).is_dir() else Path(snapshot_download(str(name)))
 
 
 def _read(file: Path) -> dict[str, Any]:

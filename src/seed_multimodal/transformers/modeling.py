@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from types import ModuleType
@@ -28,7 +29,7 @@ from transformers import (
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.inference.generator import Task
 from seed_multimodal.inference.image_constraints import ImageConstraints, ImageLogitsProcessor
-from seed_multimodal.inference.opening import EngineOptions, torch_engine
+from seed_multimodal.inference.opening import torch_engine
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt, PromptImage
 from seed_multimodal.inference.stopping import BeamStops
 from seed_multimodal.language.vocabulary import ImageVocabulary
@@ -76,7 +77,8 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def __init__(self, config: SeedMultimodalConfig, system: MultimodalSystem) -> None:
         super().__init__(config)
-        assert system.llm is not None
+        if system.llm is None:
+            raise ConfigError("A model of transformers needs engine='torch'.")
         self.language_model: Any = system.llm
         config.text_config = system.llm.config
         self.system = system
@@ -115,7 +117,9 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
             if len(device_map) != 1:
                 raise ConfigError("device_map: a system's language model is on one device.")
             device_map = next(iter(device_map.values()))
-        device = "auto" if device_map in (None, "auto") else str(device_map)
+        device = "auto" if device_map is None else str(device_map)
+        if isinstance(device_map, int):
+            device = f"cuda:{device_map}"
         options.setdefault("log", None)
         system = MultimodalSystem.from_pretrained(
             folder, device=device, dtype=torch_dtype or dtype or "auto", **options
@@ -140,11 +144,11 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         moved: Self = super()._apply(fn, recurse)
         if (self.device, self.dtype) != before:
             self.system.images.to(self.device)
+            # The old engine's cache is freed first; weights that were moved rest there.
+            options = replace(self.system.engine_options, offload_device=None)
+            del self.system.engine
             self.system.engine = torch_engine(
-                self.language_model,
-                self.system.tokenizer,
-                EngineOptions(max_running=self.system.engine.n_rows),
-                self.system.embed_features,
+                self.language_model, self.system.tokenizer, options, self.system.embed_features
             )
         return moved
 

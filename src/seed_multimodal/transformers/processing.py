@@ -154,7 +154,9 @@ class SeedMultimodalProcessor(ProcessorMixin):
         list of lists.
         """
         texts = [text or ""] if text is None or isinstance(text, str) else list(text)
-        groups: Sequence[Any] = [images or []] if len(texts) == 1 else images or [[]] * len(texts)
+        groups: Sequence[Any] = [[]] * len(texts)
+        if images is not None:
+            groups = [images] if len(texts) == 1 else images
         prompts: list[Prompt] = []
         tasks: list[Task] = []
         for single_text, group in zip(texts, groups, strict=True):

@@ -114,6 +114,7 @@ def test_recipe_of_full_size(parts, decoder, reads, tmp_path, capsys):
         (["--llm", "Qwen/Qwen3-0.6B"], "downloads are off: set HF_HUB_OFFLINE=0"),
         (["--encoder", "pretrained/siglip2"], "pretrained/siglip2: no such folder"),
         (["--size", "tiny", "--llm", "qwen33"], "qwen33: no such folder; name a class"),
+        (["--like", "lavit"], "--like has parts of its own"),
     ],
 )
 def test_missing_parts_are_refused(parts, flags, sentence, tmp_path, capsys):

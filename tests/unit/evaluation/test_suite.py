@@ -95,6 +95,8 @@ def test_suite_runs_what_is_there(data, tiny_folder, tmp_path, capsys):
     assert "| SEED-Bench (images) | accuracy |" in table and "| 51.5 | SEED-LLaMA-I" in table
     assert main([*command.split(), *kinds]) == 0  # resumes
     assert capsys.readouterr().out == table
+    assert main([*command.split(), "--only", "vqq"]) == 2
+    assert "no kind 'vqq'" in capsys.readouterr().err
 
 
 def test_seedbench_takes_the_likeliest_choice(data, tmp_path, capsys):
@@ -115,6 +117,7 @@ def test_seedbench_takes_the_likeliest_choice(data, tmp_path, capsys):
     [
         ({"question": None}, "item 0: has no question"),
         ({"choice_d": None}, "needs choice_a to choice_d"),
+        ({"choice_d": " "}, "needs choice_a to choice_d"),
         ({"answer": "E"}, "an answer of A to D"),
         ({"data_type": "video"}, "no questions about images"),
     ],

@@ -105,6 +105,7 @@ def test_dpg_score_needs_what_a_question_depends_on():
 def test_answer_forms():
     assert answer_forms("Yes") == ["yes", "Yes"]
     assert answer_forms("four") == ["four", "Four", "4"]
+    assert answer_forms("2") == ["2"]  # a second form would count twice
 
 
 # ---- a judge of transformers

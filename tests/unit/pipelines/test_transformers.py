@@ -173,6 +173,10 @@ def test_texts_without_template_are_continued(pipes):
     prompt = f"USER: <image>What is on the left?{QA_SUFFIX}\nASSISTANT:"
     [row] = pipe(text=prompt, images=str(BOTH), return_full_text=False)
     assert row["generated_text"] == "a fox"
+    pixels = np.asarray(Image.open(BOTH).convert("RGB"))
+    of_path = pipe.processor(text=prompt, images=str(BOTH))
+    of_pixels = pipe.processor(text=prompt, images=pixels)
+    assert torch.equal(of_pixels["input_ids"], of_path["input_ids"])
     with pytest.raises(RequestError, match="2 <image> placeholders for 1 images"):
         pipe.processor(text="<image><image>", images=str(BOTH))
 
@@ -297,5 +301,5 @@ def test_a_saved_folder_without_the_package_reads_texts_and_codes(
     text, image = processor.decode(ids)
     assert (text, image) == (answer.text, answer.codes[0])
     for call in (processor.apply_chat_template, processor.post_process_multimodal_output):
-        with pytest.raises(ImportError, match="pip install seed-multimodal"):
+        with pytest.raises(ImportError, match="needs the package seed-multimodal"):
             call()

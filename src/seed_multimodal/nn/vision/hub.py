@@ -141,7 +141,7 @@ def read_network(folder: Path) -> dict[str, Any]:
     from transformers import AutoConfig
 
     try:
-        config = AutoConfig.from_pretrained(folder, local_files_only=True)
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise ConfigError(f"{folder}: no transformers model ({first_line(error)}).") from error
     config = getattr(config, "vision_config", config)
