@@ -1,8 +1,8 @@
 """The papers' tables: every benchmark whose files are there, with the published figures.
 
 The rows are in `suite.yaml`. Runs that several rows share are done once; each has a folder of its
-own and resumes; only the tokenizer is measured again. What cannot run (files or weights are missing)
-is a row with the reason.
+own and resumes; only the tokenizer is measured again. What cannot run (files or weights are
+missing) is a row with the reason.
 """
 
 from __future__ import annotations
