@@ -38,6 +38,7 @@ from seed_multimodal.entry import (
 )
 from seed_multimodal.errors import ConfigError, pluralize
 from seed_multimodal.language.prompts import DEMO_QUESTIONS
+from seed_multimodal.settings import check_value
 
 if TYPE_CHECKING:
     from seed_multimodal.cli.common import Commands, Options
@@ -436,38 +437,47 @@ AMOUNTS = ("limit", "rebuild", "batch", "seed")
 
 def measure_tokenizer(args: Namespace) -> int:
     """`seed eval tokenizer`: measure, write the report and print it as one JSON line."""
+    parts = {name: getattr(args, name) for name in TOKENIZER_PARTS}
+    amounts = {name: getattr(args, name) for name in AMOUNTS}
     with loading(args):
-        from seed_multimodal.data.formats.pairs import open_pairs
-        from seed_multimodal.device import FP16_AS_ORIGINAL, choose_device
-        from seed_multimodal.evaluation.machine import circumstances
-        from seed_multimodal.evaluation.tokenizer import (
-            TokenizerOptions,
-            evaluate_tokenizer,
-            open_tokenizer,
-        )
-
-        # 1. The data and the model.
-        spec = data_spec(args)
-        source = open_pairs(spec)
-        runtime = choose_device(args.device, args.dtype, log=log_line, fp16=FP16_AS_ORIGINAL)
-        parts = {name: getattr(args, name) for name in TOKENIZER_PARTS}
-        tokenizer = open_tokenizer(args.model, runtime, TokenizerOptions(**parts))
-
-        # 2. What the report records about the run.
-        amounts = {name: getattr(args, name) for name in AMOUNTS}
-        command = shlex.join(["seed", *sys.argv[1:]])
-        facts = {
-            "model": args.model,
-            "data": spec,
-            "settings": parts | amounts,
-            "runtime": str(runtime),
-            **circumstances(runtime.device, command),
-        }
-
-        # 3. The measures.
-        report = evaluate_tokenizer(source, tokenizer, args.out, facts, **amounts, log=log_line)
+        report = tokenizer_report(args, data_spec(args), args.out, parts, amounts)
     print(json.dumps(report, ensure_ascii=False))
     return DONE
+
+
+def tokenizer_report(
+    args: Namespace, spec: JsonObject, out: str | Path, parts: Options, amounts: Options
+) -> JsonObject:
+    """The report of a tokenizer on a set of images, which is also written to `out`.
+
+    spec: what `open_pairs` reads. parts: of `TokenizerOptions`. amounts: of `evaluate_tokenizer`.
+    """
+    from seed_multimodal.data.formats.pairs import open_pairs
+    from seed_multimodal.device import FP16_AS_ORIGINAL, choose_device
+    from seed_multimodal.evaluation.machine import circumstances
+    from seed_multimodal.evaluation.tokenizer import (
+        TokenizerOptions,
+        evaluate_tokenizer,
+        open_tokenizer,
+    )
+
+    # 1. The data and the model.
+    source = open_pairs(spec)
+    runtime = choose_device(args.device, args.dtype, log=log_line, fp16=FP16_AS_ORIGINAL)
+    tokenizer = open_tokenizer(args.model, runtime, TokenizerOptions(**parts))
+
+    # 2. What the report records about the run.
+    command = shlex.join(["seed", *sys.argv[1:]])
+    facts = {
+        "model": args.model,
+        "data": spec,
+        "settings": parts | amounts,
+        "runtime": str(runtime),
+        **circumstances(runtime.device, command),
+    }
+
+    # 3. The measures.
+    return evaluate_tokenizer(source, tokenizer, out, facts, **amounts, log=log_line)
 
 
 def data_spec(args: Namespace) -> JsonObject:
@@ -555,32 +565,17 @@ def run_tables(args: Namespace) -> int:
         raise ConfigError("seed eval suite runs in one process; the single commands share work.")
     rows = read_suite()
     if args.only:
-        kinds = {row.kind for row in rows}
-        for kind in args.only:
-            if kind not in kinds:
-                raise ConfigError(f"--only: no kind {kind!r}; use {', '.join(sorted(kinds))}.")
+        kinds = sorted({row.kind for row in rows})
+        check_value(list[str], args.only, "--only", choices=kinds)
         rows = [row for row in rows if row.kind in args.only]
     data = Path(args.data)
     out = Path(args.out)
 
     # 2. What runs them.
     def measure(row: SuiteRow, folder: Path) -> JsonObject:
-        from seed_multimodal.data.formats.pairs import open_pairs
-        from seed_multimodal.device import FP16_AS_ORIGINAL, choose_device
-        from seed_multimodal.evaluation.tokenizer import (
-            TokenizerOptions,
-            evaluate_tokenizer,
-            open_tokenizer,
-        )
+        spec = {"files": str(data / row.file), "image_root": str(data / row.images)}
+        return tokenizer_report(args, spec, folder, {"clip_text": args.clip}, {"limit": args.limit})
 
-        source = open_pairs({"files": str(data / row.file), "image_root": str(data / row.images)})
-        runtime = choose_device(args.device, args.dtype, log=None, fp16=FP16_AS_ORIGINAL)
-        opened = open_tokenizer(args.model, runtime, TokenizerOptions(clip_text=args.clip))
-        return evaluate_tokenizer(
-            source, opened, folder, {"model": args.model}, limit=args.limit, log=log_line
-        )
-
-    _use_local_gpu(args)
     judging = None if args.judge is None else Judging(args.judge, device=args.device)
     run = Run(
         find_task("vqa", "vqav2"),

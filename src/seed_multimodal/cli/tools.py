@@ -42,9 +42,6 @@ def add_commands(commands: Commands) -> None:
         "export-gguf", help="SEED-LLaMA's language model → a file for --engine llama.cpp"
     )
     gguf.add_argument(
-        "--model", default="nano", help="nano, 8b, 14b or a folder (default: %(default)s)"
-    )
-    gguf.add_argument(
         "--quant", choices=("q4_k_m", "q8_0", "f16"), default="q4_k_m", help="default: %(default)s"
     )
     gguf.add_argument("--out", metavar="FILE", help="default: in the language model's folder")
@@ -53,12 +50,13 @@ def add_commands(commands: Commands) -> None:
         "check-llm", help="whether vLLM or SGLang can read SEED-LLaMA's language model"
     )
     checker.add_argument(
-        "--model", default="nano", help="nano, 8b, 14b or a folder (default: %(default)s)"
-    )
-    checker.add_argument(
         "--tokenizer-out", metavar="DIR", help="write a tokenizer that servers read there"
     )
     checker.set_defaults(work=check_language_model)
+    for command in (gguf, checker):
+        command.add_argument(
+            "--model", default="nano", help="nano, 8b, 14b or a folder (default: %(default)s)"
+        )
     for command in (converter, plotter, exporter, gguf, checker):
         add_json(command)
 

@@ -16,6 +16,7 @@ import json
 import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from pathlib import Path
 from typing import ClassVar
 
@@ -107,13 +108,20 @@ class GenEval2Images(SampleFolders):
     def read(self, folder: Path, index: int, sample: JudgedPrompt, count: int) -> list[Image.Image]:
         if not folder.is_file():
             return super().read(folder, index, sample, count)
-        try:
-            files: dict[str, str] = json.loads(folder.read_text(encoding="utf-8"))
-        except ValueError as error:
-            raise DataError(f"{folder}: is not json ({first_line(error)}).") from None
+        files = _image_files(folder)
         if sample.caption not in files:
             raise ImageError(f"{folder} has no image of this prompt.")
         return [open_image(folder.parent / files[sample.caption])]
+
+
+@cache
+def _image_files(file: Path) -> dict[str, str]:
+    """Prompt → image of GenEval 2's JSON file. Raises DataError: not json."""
+    try:
+        files: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise DataError(f"{file}: is not json ({first_line(error)}).") from None
+    return files
 
 
 class AskedDrawings(JudgedDrawings):

@@ -48,14 +48,13 @@ def check_llm(llm: Path, tokenizer_folder: Path, served_tokenizer: Path) -> list
     """
     tokenizer = load_text_tokenizer(tokenizer_folder)
     config = llm_config(llm, tokenizer.special_ids)
-    findings = [
+    return [
         _check_config(llm, config),
         _check_vocabulary(llm, config, tokenizer),
         *_check_weights(llm, config),
         _check_tokenizer(served_tokenizer, tokenizer),
         _check_special_ids(llm, tokenizer),
     ]
-    return findings
 
 
 def serve_command(llm: Path, tokenizer_folder: Path) -> str:

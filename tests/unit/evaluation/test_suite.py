@@ -96,7 +96,7 @@ def test_suite_runs_what_is_there(data, tiny_folder, tmp_path, capsys):
     assert main([*command.split(), *kinds]) == 0  # resumes
     assert capsys.readouterr().out == table
     assert main([*command.split(), "--only", "vqq"]) == 2
-    assert "no kind 'vqq'" in capsys.readouterr().err
+    assert "not 'vqq' (did you mean 'vqa'?)" in capsys.readouterr().err
 
 
 def test_seedbench_takes_the_likeliest_choice(data, tmp_path, capsys):
