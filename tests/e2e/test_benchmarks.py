@@ -3,11 +3,13 @@ together."""
 
 from __future__ import annotations
 
+import importlib
 import json
 import runpy
 import sys
 
 import pytest
+import torch
 from repository import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -82,3 +84,32 @@ def test_memory_of_published_sizes(monkeypatch, capsys):
     assert large["parameters"] == 8_190_735_360 + (159_863 - 151_936) * 2 * 4096
     assert large["bf16"] > large["int8"] > large["4bit"] > large["lora"]
     assert large["kv_row"] == round(2 * 36 * 8 * 128 * 4096 * 2 / 1e9, 2)
+
+
+@pytest.mark.process
+def test_rehearsal_measures_a_command(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    rehearsal = importlib.import_module("rehearsal")
+    layouts = importlib.import_module("original_layouts")
+
+    # 1. A sparse file in torch's format.
+    file = tmp_path / "weights.bin"
+    shapes = {"a": torch.empty(40, 1_000_000, device="meta"), "norm.weight": torch.empty(4)}
+    layouts.write_weights(file, shapes, torch.float32, sparse=True)
+    weights = torch.load(file, weights_only=True)
+    assert file.stat().st_size > 160e6 > 10 * 512 * file.stat().st_blocks
+    assert 0.019 < weights["a"][0].std() < 0.021 and weights["norm.weight"].eq(1).all()
+
+    # 2. A child's memory, of which the mapped file is not anonymous; then too little of it.
+    code = (
+        "import mmap, time; file = open('weights.bin', 'rb'); heap = bytearray(10**8); "
+        "mapped = mmap.mmap(file.fileno(), 0, prot=mmap.PROT_READ); sum(mapped[::4096]); "
+        "time.sleep(0.5)"
+    )
+    row = rehearsal.Row("8b", f'{sys.executable} -c "{code}"')
+    results = rehearsal.measure(row, tmp_path)
+    assert results["fits"] and results["exit_code"] == 0
+    assert 0.1 <= results["anonymous_gb"] < 0.12
+    assert 0.26 < results["resident_gb"] < 0.3
+    monkeypatch.setattr(rehearsal, "RESERVE", 10**15)
+    assert not rehearsal.measure(row, tmp_path)["fits"]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -14,8 +15,8 @@ from seed_multimodal.inference.request import TokenSequence
 
 GIB = 1 << 30
 CPU_BYTES = 4 * GIB
-# Tables up to this size are written at load: page faults would slow down the first answers.
-EAGER_BYTES = GIB // 16
+# Tables of up to this size in all are written at load: page faults would slow the first answers.
+EAGER_BYTES = GIB // 8
 GPU_SHARE = 0.5  # of the memory that is free after loading; the rest is for images and activations
 MIN_LENGTH = 64  # positions of a useful row
 
@@ -149,11 +150,22 @@ class KVCache:
     def allocate(
         self, n_layers: int, n_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
     ) -> None:
-        """Make the tables, of zeros: what attention masks has to be finite."""
+        """Make the tables, of zeros: what attention masks has to be finite.
+
+        Large ones on a CPU take memory only where they are written, page by page.
+        """
         shape = (self.size.rows, n_heads, self.size.length, head_dim)
+        n_bytes = 2 * n_layers * math.prod(shape) * dtype.itemsize
+        is_lazy = device.type == "cpu" and n_bytes > EAGER_BYTES
+        zeros = _lazy_zeros if is_lazy else torch.zeros
         for _ in range(n_layers):
-            self.layers.append((_zeros(shape, dtype, device), _zeros(shape, dtype, device)))
-        self._spare_row = _zeros(shape[1:], dtype, device)
+            tables = []
+            for _ in ("keys", "values"):
+                table = zeros(shape, dtype=dtype, device=device)
+                torch._dynamo.mark_static_address(table)  # CUDA graphs write to it in place
+                tables.append(table)
+            self.layers.append((tables[0], tables[1]))
+        self._spare_row = zeros(shape[1:], dtype=dtype, device=device)
 
     def release(self) -> None:
         """Give the memory of the tables back."""
@@ -161,12 +173,7 @@ class KVCache:
         self._spare_row = torch.zeros(0)
 
 
-def _zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
-    """A table; a large one on a CPU takes memory only where it is written, page by page."""
-    n_bytes = int(np.prod(shape)) * dtype.itemsize
-    if device.type == "cpu" and n_bytes > EAGER_BYTES:
-        table = torch.from_numpy(np.zeros(n_bytes, dtype=np.uint8)).view(dtype).view(shape)
-    else:
-        table = torch.zeros(shape, dtype=dtype, device=device)
-    torch._dynamo.mark_static_address(table)  # CUDA graphs write to it in place
-    return table
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros on the CPU in memory that the kernel provides when it is first written."""
+    n_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(n_bytes, dtype=np.uint8)).view(dtype).view(shape)

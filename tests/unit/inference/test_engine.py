@@ -7,6 +7,7 @@ from __future__ import annotations
 import random
 import threading
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,7 @@ from seed_multimodal.errors import GenerationError
 from seed_multimodal.inference.backends.torch import TorchBackend
 from seed_multimodal.inference.engine import Engine
 from seed_multimodal.inference.image_constraints import ImageConstraints, ImageLogitsProcessor
+from seed_multimodal.inference.kv_cache import CPU_BYTES, KVCache, plan_cache
 from seed_multimodal.inference.prompt import GenerationSettings, HiddenStates, Prompt, PromptImage
 
 GREEDY = GenerationSettings(max_new_tokens=30, do_sample=False)
@@ -383,3 +385,16 @@ def test_generate_completes_every_image(tiny, kind):
             else:
                 assert vocabulary.is_code_id(id) == (image_start is not None)
         assert image_start is None
+
+
+def test_kv_cache_of_a_large_model_takes_memory_where_it_is_written():
+    """Of SEED-LLaMA 8B: 4 GiB in 64 tables, none of which is large."""
+
+    def resident_bytes() -> int:
+        return 4096 * int(Path("/proc/self/statm").read_text().split()[1])
+
+    cache = KVCache(plan_cache(2 * 32 * 4096 * 2, 2048, CPU_BYTES, 16))
+    before = resident_bytes()
+    cache.allocate(32, 32, 128, torch.bfloat16, torch.device("cpu"))
+    assert resident_bytes() < before + 10**8
+    assert cache.layers[31][1][2].count_nonzero() == 0
