@@ -39,6 +39,18 @@ def build_parser() -> argparse.ArgumentParser:
         help="a further backend, any number of times; the page asks it which model it has",
     )
     parser.add_argument(
+        "--root_path",
+        default="",
+        help="path or URL of the page behind a reverse proxy, such as /chat",
+    )
+    parser.add_argument(
+        "--log-votes",
+        "--log_votes",
+        type=Path,
+        metavar="DIR",
+        help="folder for a log of conversations, images and votes; without it nothing is logged",
+    )
+    parser.add_argument(
         "--model_type",
         default="seed-llama-14b",
         choices=model_cards(),
@@ -56,6 +68,8 @@ def run(args: argparse.Namespace) -> int:
         model_cards()[args.model_type],
         args.server_name,
         args.server_port,
+        root_path=args.root_path,
+        log_folder=args.log_votes,
     )
     return 0
 

@@ -61,6 +61,18 @@ class TokenizerExport(NamedTuple):
     help: str
 
 
+class Example(NamedTuple):
+    """A message of the chat page's gallery.
+
+    images: names of demo images, in the folder `images` of the repository.
+    then: messages that can follow it; each waits in the message box after the answer before.
+    """
+
+    text: str
+    images: tuple[str, ...] = ()
+    then: tuple[str, ...] = ()
+
+
 @dataclass(frozen=True)
 class ModelCard:
     """How the chat page shows a model.
@@ -68,7 +80,7 @@ class ModelCard:
     Attributes:
         tabs: further tabs, of "draw", "edit", "codes" and "find".
         temperature, max_rounds: initial values of the sliders.
-        examples: texts with the name of a demo image each, "" for none.
+        examples: the gallery, whose messages are answered at a click.
         keeps_aspect: images are sent with their aspect ratio; otherwise as squares.
         single_turn_template: each message is sent alone, between these two texts.
         tasks: its prompts, for finding things in images.
@@ -78,7 +90,7 @@ class ModelCard:
     title: str
     tabs: tuple[str, ...] = ("draw", "edit", "codes")
     temperature: float = 1.0
-    examples: tuple[tuple[str, str], ...] = ()
+    examples: tuple[Example, ...] = ()
     keeps_aspect: bool = False
     single_turn_template: tuple[str, str] | None = None
     max_rounds: int = 3

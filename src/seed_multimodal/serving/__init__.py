@@ -4,6 +4,7 @@
     backend       `Backend`: one system, its queue, limits and metrics
     app           `create_app`, `listen`, `serve`: Flask routes and the server
     client        `ModelClient`, `ModelCard`: what the page knows about models, and its requests
+    conversation_log  `ConversationLog`: the page's log of conversations and votes
     chat_session  `ChatSession`: a visitor's conversation, and the page's event handlers
     page          `build`, `launch`: the Gradio page
 

@@ -1,7 +1,8 @@
 """The page's chat session: a visitor's conversation and images, and the page's event handlers.
 
-A conversation is a list of OpenAI's messages, which are sent as they are, with two keys more:
-`path`, an image's file, and `below`, texts and images that are displayed below an answer, not sent.
+A conversation is a list of OpenAI's messages, which are sent as they are, with further keys:
+`path`, an image's file, and of an answer `below`, texts and images that are displayed below it, and
+`settings`, those of its request.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import html
+import logging
 import os
 import random
 import shutil
@@ -27,7 +29,11 @@ from seed_multimodal.errors import RequestError, SeedError
 from seed_multimodal.images import io
 from seed_multimodal.images.sheet import draw_boxes
 from seed_multimodal.language.vocabulary import BLANK, BOX_WORDS, PLACEHOLDER
+from seed_multimodal.models.registry import Example
 from seed_multimodal.serving.client import ModelClient
+from seed_multimodal.serving.conversation_log import ConversationLog
+
+logger = logging.getLogger(__name__)
 
 # The original's page refuses more than its server.
 BLANK_INPUT = BLANK + "?!;/"
@@ -58,18 +64,22 @@ class ChatSession:
 
     Attributes:
         model: the chosen one of `models`.
+        log: of conversations and votes; None: nothing is logged.
         turns: the conversation.
         pending: the conversation that is to be answered.
-        draft: a message that returns to its box, because it was not answered.
+        draft: a message for the box: one that was not answered, or the next one of an example.
+        script: messages of an example that follow, each after the answer before.
         uploads: images of uploaded files, as parts of messages.
         folder: of the visitor's images; "": none yet.
     """
 
     models: list[ModelClient]
     model: ModelClient
+    log: ConversationLog | None = None
     turns: list[Message] = field(default_factory=list)
     pending: list[Message] = field(default_factory=list)
     draft: Message | None = None
+    script: list[str] = field(default_factory=list)
     uploads: dict[str, Message] = field(default_factory=dict)
     folder: str = ""
 
@@ -112,12 +122,18 @@ class ChatSession:
     def on_submit(self, message: JsonObject) -> None:
         with warn_about_errors():
             images = [self.store_upload(upload) for upload in message["files"]]
-            text = message["text"] or ""
-            self.pending = [*self.turns, user_message(text.strip(), images)]
+            text = (message["text"] or "").strip()
+            self.pending = [*self.turns, user_message(text, images)]
+            # Another message than the one in the box ends an example.
+            if self.script and text == self.script[0]:
+                self.script = self.script[1:]
+            else:
+                self.script = []
 
     def on_example(self, chosen: gr.SelectData) -> None:
-        files = [file["path"] for file in chosen.value.get("files", ())]
-        self.on_submit({**chosen.value, "files": files})
+        example = installed_examples(self.model.card.examples)[int(chosen.index)]
+        self.on_submit({"text": example.text, "files": example_files(example)})
+        self.script = [*example.then]
 
     def on_retry(self) -> None:
         self.pending = self.turns[:-1]
@@ -158,7 +174,10 @@ class ChatSession:
         try:
             # 2. The answer grows with each event.
             with warn_about_errors():
-                body = {**self.request(messages, *settings), "stream": True, "previews": True}
+                request = self.request(messages, *settings)
+                answer["settings"] = {**request}
+                del answer["settings"]["messages"]
+                body = {**request, "stream": True, "previews": True}
                 async for event in self.model.stream("/v1/chat/completions", body):
                     change = event["choices"][0]["delta"]
                     for image in change.get("images", ()):
@@ -181,6 +200,14 @@ class ChatSession:
                     answer["below"].append({"text": "Stopped."})
                 self.turns = [*messages, answer]
                 self.draft = None
+                if complete and self.script:
+                    self.draft = user_message(self.script[0], [])
+        # 4. A full disk of the log is the operator's concern, not the visitor's.
+        if complete and self.turns and self.turns[-1] is answer:
+            try:
+                await self.add_to_log("common", self.turns)
+            except SeedError as error:
+                logger.warning("%s", error)
 
     def request(
         self,
@@ -237,11 +264,27 @@ class ChatSession:
         self.draft = None
         return chatbot_messages(self.turns), box
 
+    # ---- the log
+
+    async def add_to_log(self, kind: str, messages: Sequence[Message]) -> None:
+        """Log a conversation, if there is a log; in a thread. Raises DataError: disk error."""
+        if self.log is not None:
+            await asyncio.to_thread(self.log.add, kind, self.model.name, messages)
+
+    async def on_vote(self, vote: gr.LikeData) -> None:
+        """Log a vote with the conversation up to its answer."""
+        index = vote.index[0] if isinstance(vote.index, list | tuple) else vote.index
+        kinds = {True: "upvote", False: "downvote"}  # "": taken back
+        with warn_about_errors():
+            kind = kinds.get(vote.liked, "withdrawn")
+            await self.add_to_log(kind, self.turns[: index + 1])
+
     # ---- the conversation's other buttons
 
     def on_undo(self) -> tuple[Update, Update]:
         """Take back the last message and its answer."""
         self.draft = self.turns[-2]
+        self.script = []
         self.turns = self.turns[:-2]
         return self.on_end()
 
@@ -250,6 +293,7 @@ class ChatSession:
         shutil.rmtree(self.folder, ignore_errors=True)
         self.turns = []
         self.draft = None
+        self.script = []
         self.uploads = {}
         self.folder = ""
 
@@ -469,15 +513,25 @@ def chatbot_messages(messages: Sequence[Message]) -> list[Message]:
     return displayed
 
 
-def chatbot_examples(examples: Sequence[tuple[str, str]]) -> list[JsonObject]:
-    """Examples in the form of Gradio's Chatbot; those whose image is not installed are left out."""
+def example_files(example: Example) -> list[str]:
+    return [str(IMAGES / name) for name in example.images]
+
+
+def installed_examples(examples: Sequence[Example]) -> list[Example]:
+    """Those whose images are installed: a wheel has none."""
+    return [example for example in examples if all(map(os.path.isfile, example_files(example)))]
+
+
+def chatbot_examples(examples: Sequence[Example]) -> list[JsonObject]:
+    """Examples in the form of Gradio's Chatbot."""
     displayed = []
-    for text, name in examples:
-        image = IMAGES / name
-        if name and not image.is_file():
-            continue
-        files = [str(image)] if name else []
-        displayed.append({"text": text, "display_text": text or "Describe it", "files": files})
+    for example in installed_examples(examples):
+        label = example.text or "Describe it"
+        if example.then:
+            label += " …"
+        displayed.append(
+            {"text": example.text, "display_text": label, "files": example_files(example)}
+        )
     return displayed
 
 

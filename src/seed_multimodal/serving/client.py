@@ -23,20 +23,22 @@ class ModelClient:
         address: of its `/generate`.
         card: of its model; a guess until `load_card`.
         codes_per_image: of its model; 0: images have no codes.
+        name: of its model, as the backend has it.
     """
 
     address: str
     card: ModelCard
     codes_per_image: int = 0
+    name: str = ""
 
     async def load_card(self) -> None:
         """Set the card of the model that the backend serves."""
         models = await anext(self.stream("/v1/models"))
         model = models["data"][0]
-        name = str(model["id"])
+        self.name = str(model["id"])
         # A folder of SEED-LLaMA may be named by its size only.
         cards = model_cards()
-        card = cards.get(name) or cards.get(f"seed-llama-{name}")
+        card = cards.get(self.name) or cards.get(f"seed-llama-{self.name}")
         if card is None and "family" in model:
             card = find_family(model["family"]).page_card()
         self.card = card or self.card

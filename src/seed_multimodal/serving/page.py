@@ -2,7 +2,7 @@
 
 The page has no model: it sends requests to servers over HTTP. It works offline: no analytics, share
 links or external fonts. A visitor's images are removed at the end of the session or program, also
-on SIGTERM.
+on SIGTERM; what is logged (`ConversationLog`) stays.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import tempfile
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import NamedTuple
 
 import gradio as gr
@@ -19,8 +20,10 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.models.registry import ModelCard
 from seed_multimodal.serving.chat_session import DRAWN_AT_ONCE, IMAGES, UPLOADS, ChatSession
 from seed_multimodal.serving.client import ModelClient
+from seed_multimodal.serving.conversation_log import ConversationLog
 
 MAX_SEED = 2**31 - 1
+LOG_NOTICE = "Chats, their images and votes are kept by whoever runs this page."
 CSS = """
 .gradio-container {padding-top: 4px !important}
 #title h1 {margin: 4px 0; font-size: 1.25rem}
@@ -28,6 +31,9 @@ CSS = """
 #chat .message img {width: 192px; max-width: 100%; object-fit: contain !important}
 #chat button[title="Share"], #chat button[aria-label="Share"] {display: none}
 #chat .placeholder {padding: 0 12px; text-align: center}
+#chat .example {border: 1px solid var(--border-color-primary)}
+#chat .example-image-container {width: 96px; height: 96px}
+@media (max-width: 640px) {#chat .examples {grid-template-columns: 1fr 1fr; gap: 8px}}
 .strip {display: flex; flex-wrap: wrap; gap: 2px}
 .strip span {
     flex: 1 0 34px; padding: 6px 0; border-radius: 4px; font-size: 11px; text-align: center;
@@ -59,14 +65,21 @@ class ChatTab(NamedTuple):
 # ---- the page
 
 
-def build(models: Sequence[ModelClient]) -> gr.Blocks:
-    """Layout and event handlers of the page; `ChatSession.on_model` adapts it to the model."""
+def build(models: Sequence[ModelClient], log: ConversationLog | None = None) -> gr.Blocks:
+    """Layout and event handlers of the page; `ChatSession.on_model` adapts it to the model.
+
+    log: of conversations and votes; None: no log, and no buttons to vote.
+    """
     with gr.Blocks(
         title="SEED Multimodal", analytics_enabled=False, delete_cache=(600, 3600)
     ) as page:
-        session = gr.State(ChatSession([*models], models[0]), delete_callback=ChatSession.reset)
+        session = gr.State(
+            ChatSession([*models], models[0], log), delete_callback=ChatSession.reset
+        )
         # 1. The layout.
         title, model_choice = header(models)
+        if log is not None:
+            gr.Markdown(LOG_NOTICE, elem_id="log-notice")
         # Gradio cannot hide tabs that are visible at first: `on_model` shows those of the model.
         with gr.Tabs():
             with gr.Tab("Chat"):
@@ -82,6 +95,8 @@ def build(models: Sequence[ModelClient]) -> gr.Blocks:
 
         # 2. A choice of the model, which ends its answers, changes what depends on it.
         replies = connect_chat(session, chat)
+        if log is not None:
+            chat.chatbot.like(ChatSession.on_vote, [session], show_progress="hidden")
         settings = chat.settings
         gr.on(
             [model_choice.input, page.load],
@@ -336,12 +351,24 @@ def results(
 # ---- the program
 
 
-def launch(addresses: Sequence[str], card: ModelCard, server_name: str, server_port: int) -> None:
+def launch(
+    addresses: Sequence[str],
+    card: ModelCard,
+    server_name: str,
+    server_port: int,
+    *,
+    root_path: str = "",
+    log_folder: Path | None = None,
+) -> None:
     """Serve the page until interrupted or ended by SIGTERM.
 
+    root_path: path or URL of the page behind a reverse proxy.
+    log_folder: for a log of conversations and votes.
+
     Raises:
-        ConfigError: the port is taken.
+        ConfigError: the port is taken, or the log's folder is not writable.
     """
+    log = None if log_folder is None else ConversationLog(log_folder)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     with (
         ended_by_sigterm(),
@@ -349,7 +376,7 @@ def launch(addresses: Sequence[str], card: ModelCard, server_name: str, server_p
     ):
         os.environ["GRADIO_TEMP_DIR"] = folder
         gr.set_static_paths([folder, IMAGES])  # served from these folders, not copied
-        page = build([ModelClient(address, card) for address in addresses])
+        page = build([ModelClient(address, card) for address in addresses], log)
         theme = gr.themes.Soft(
             primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"]
         )
@@ -357,6 +384,7 @@ def launch(addresses: Sequence[str], card: ModelCard, server_name: str, server_p
             page.queue(default_concurrency_limit=None).launch(
                 server_name=server_name,
                 server_port=server_port,
+                root_path=root_path or None,
                 share=False,
                 prevent_thread_lock=True,
                 quiet=True,

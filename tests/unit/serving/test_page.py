@@ -6,6 +6,7 @@ And its sentences when there is none.
 from __future__ import annotations
 
 import asyncio
+import json
 import socket
 import threading
 from collections.abc import AsyncIterator, Iterator
@@ -15,6 +16,7 @@ from typing import Any
 
 import gradio as gr
 import pytest
+from full_disk import file_size_limit
 from PIL import Image
 
 from seed_multimodal.errors import RequestError
@@ -25,8 +27,10 @@ from seed_multimodal.serving.chat_session import (
     add_change,
     chatbot_messages,
     code_strip,
+    installed_examples,
 )
 from seed_multimodal.serving.client import ModelClient
+from seed_multimodal.serving.conversation_log import ConversationLog
 from seed_multimodal.serving.page import build
 
 PLAIN = (False, None, 1, 64, 0.0, 0.5, 3)  # force, ratio, beams, tokens, temperature, top_p, rounds
@@ -232,6 +236,60 @@ def test_tabs_draw_edit_and_exchange_codes(session: ChatSession, file: str):
     assert (
         swapped[1][0].tobytes() == asyncio.run(session.on_swap([], codes, 32, 32))[0][0].tobytes()
     )
+
+
+@pytest.mark.parametrize("name", sorted(model_cards()))
+def test_examples_have_their_images(name):
+    examples = model_cards()[name].examples
+    assert installed_examples(examples) == [*examples] != []
+
+
+def test_on_example_answers_it_and_offers_what_follows(session: ChatSession):
+    examples = session.model.card.examples
+    index = next(n for n, example in enumerate(examples) if example.images and example.then)
+    example = examples[index]
+    chosen: Any = SimpleNamespace(index=index)
+    session.on_example(chosen)
+    all_of(session.reply(*PLAIN))
+    shown = images(session.turns[0])
+    assert len(session.turns) == 2 and len(shown) == len(example.images)
+    box = session.on_end()[1]
+    assert box["value"] == {"text": example.then[0], "files": []}
+    send(session, box["value"]["text"])
+    assert len(session.turns) == 4 and "value" not in session.on_end()[1]
+
+    session.on_example(chosen)
+    send(session, "another message")
+    assert "value" not in session.on_end()[1], "another message ends the example"
+
+
+def test_votes_and_answers_are_logged(session: ChatSession, file: str, tmp_path):
+    session.log = ConversationLog(tmp_path / "log")
+    send(session, "What is it?", file)
+    send(session, "And?")
+    for liked in (True, False, ""):
+        vote: Any = SimpleNamespace(index=(1, 0), liked=liked)
+        asyncio.run(session.on_vote(vote))
+    (log,) = (tmp_path / "log").glob("*-conv.json")
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    lengths = [(record["type"], len(record["state"]["messages"])) for record in records]
+    votes = [("upvote", 2), ("downvote", 2), ("withdrawn", 2)]
+    assert lengths == [("common", 2), ("common", 4), *votes]
+    assert records[0]["settings"]["max_tokens"] == 64
+    (name,) = records[0]["state"]["messages"][0]["message"]["images"]
+    assert (tmp_path / "log" / "images" / name).is_file()
+
+
+def test_a_full_disk_of_the_log_does_not_end_the_chat(session: ChatSession, tmp_path, caplog):
+    session.log = ConversationLog(tmp_path / "log")
+    with file_size_limit(0):
+        send(session, "What is it?")
+        assert "is full" in caplog.text
+        vote: Any = SimpleNamespace(index=(1, 0), liked=True)
+        with pytest.warns(UserWarning, match="is full"):
+            asyncio.run(session.on_vote(vote))
+    send(session, "And?")
+    assert len(session.turns) == 4
 
 
 def test_reset_removes_the_visitors_images(session: ChatSession, file: str, tmp_path):

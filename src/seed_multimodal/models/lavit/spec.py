@@ -13,7 +13,13 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import ADAPTER_CONFIG, LAVIT, ORIGINAL_PARTS, VISUAL_WEIGHTS
 from seed_multimodal.language.prompts import TaskPrompts
 from seed_multimodal.models.lavit.ratios import RATIOS
-from seed_multimodal.models.registry import FamilySpec, ModelCard, TokenizerExport, Training
+from seed_multimodal.models.registry import (
+    Example,
+    FamilySpec,
+    ModelCard,
+    TokenizerExport,
+    Training,
+)
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.pipelines.parts import OldCheckpoint, Original, has_folder, part
 
@@ -169,7 +175,10 @@ class LavitConfig(SystemConfig):
 _CARD = ModelCard(
     "LaVIT",
     tabs=("draw",),
-    examples=(("What is in the picture?", "cat.jpg"), ("", "fox_and_snowman.png")),
+    examples=(
+        Example("What is in the picture?", ("cat.jpg",)),
+        Example("", ("fox_and_snowman.png",)),
+    ),
     keeps_aspect=True,
     single_turn_template=("", ""),
     ratios=tuple(RATIOS),
@@ -217,7 +226,10 @@ SPEC = FamilySpec(
         "nano-lavit": replace(
             _CARD,
             title="SEED nano-lavit",
-            examples=(("What is the background?", "fox_and_snowman.png"), ("", "fox.png")),
+            examples=(
+                Example("What is the background?", ("fox_and_snowman.png",)),
+                Example("", ("two_crabs.png",)),
+            ),
         ),
     },
 )

@@ -13,7 +13,13 @@ from seed_multimodal.hub import ADAPTER_CONFIG, ORIGINAL_PARTS
 from seed_multimodal.language import prompts
 from seed_multimodal.language.hub_tokenizer import has_chat_template
 from seed_multimodal.language.prompts import CHAT, ORIGINAL_TASKS, template_for
-from seed_multimodal.models.registry import FamilySpec, ModelCard, TokenizerExport, Training
+from seed_multimodal.models.registry import (
+    Example,
+    FamilySpec,
+    ModelCard,
+    TokenizerExport,
+    Training,
+)
 from seed_multimodal.pipelines.config import CodeSystemConfig
 from seed_multimodal.pipelines.parts import OldCheckpoint, Original, existing_path, part
 from seed_multimodal.settings import check_keys, setting
@@ -180,8 +186,29 @@ def _read_sizes(folder: Path | None) -> JsonObject:
     return read_json_object(folder / "config.json")
 
 
-_EXAMPLES = tuple(zip(prompts.DEMO_QUESTIONS, ("cat.jpg", "", "cat.jpg"), strict=True))
-_SNOWMAN = "fox_and_snowman.png"
+_SNOWMAN = ("fox_and_snowman.png",)
+# The questions of the original's scripts, then its page's examples, with images of this repository.
+_EXAMPLES = (
+    Example(prompts.DEMO_QUESTIONS[0], ("cat.jpg",), then=(prompts.DEMO_QUESTIONS[2],)),
+    Example("Add sunglasses to the animal.", ("cat.jpg",)),
+    Example("Transform this image into cartoon style", ("castle.png",)),
+    Example("Generate an image of dog on green grass."),
+    Example("Draw a painting of sunflowers in Van Gogh style."),
+    Example("How many crabs in the image?", ("two_crabs.png",)),
+    Example("Who are they?", _SNOWMAN),
+)
+_NANO_EXAMPLES = (
+    Example(
+        "Please draw a noto dog left of a tree in a meadow.",
+        then=("Swap the dog and the tree.", "Put it at night.", "What is on the left?"),
+    ),
+    Example(prompts.DESCRIBE_PROMPT, _SNOWMAN),
+    Example(f"What is on the left?{prompts.QA_SUFFIX}", _SNOWMAN),
+    Example("How many crabs are there?", ("two_crabs.png",), then=("Put it at night.",)),
+    Example("Swap the fox and the snowman.", _SNOWMAN),
+    Example("Make it green.", ("fox.png",)),
+    Example("Tell a story about a fox."),
+)
 
 SPEC = FamilySpec(
     title="SEED-LLaMA",
@@ -221,12 +248,7 @@ SPEC = FamilySpec(
             "SEED nano",
             temperature=0.0,
             max_rounds=5,
-            examples=(
-                ("Please draw a noto dog left of a tree in a meadow.", ""),
-                (prompts.DESCRIBE_PROMPT, _SNOWMAN),
-                (f"What is on the left?{prompts.QA_SUFFIX}", _SNOWMAN),
-                ("Put it at night.", "fox.png"),
-            ),
+            examples=_NANO_EXAMPLES,
         ),
         "seed-llama-8b": ModelCard("SEED-LLaMA 8B", examples=_EXAMPLES),
         "seed-llama-14b": ModelCard("SEED-LLaMA 14B", examples=_EXAMPLES),

@@ -10,7 +10,7 @@ from typing import Any, Self
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.hub import AGENT_CONFIG, ORIGINAL_PARTS, SEED_X
 from seed_multimodal.language.prompts import SEED_X_TASKS, TaskPrompts
-from seed_multimodal.models.registry import FamilySpec, ModelCard, Training
+from seed_multimodal.models.registry import Example, FamilySpec, ModelCard, Training
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.pipelines.parts import OldCheckpoint, Original, has_folder, not_saved, part
 
@@ -101,14 +101,14 @@ class SeedXConfig(SystemConfig):
             file.unlink()
 
 
-_SNOWMAN = "fox_and_snowman.png"
-_FIND = (SEED_X_TASKS.detect_request("the snowman"), _SNOWMAN)
-_DESCRIBE = (SEED_X_TASKS.describe, _SNOWMAN)
+_SNOWMAN = ("fox_and_snowman.png",)
+_FIND = Example(SEED_X_TASKS.detect_request("the snowman"), _SNOWMAN)
+_DESCRIBE = Example(SEED_X_TASKS.describe, _SNOWMAN)
 _BASE_CARD = ModelCard(
     "SEED-X",
     tabs=(),
     temperature=0.0,
-    examples=(_DESCRIBE, ("What is this?", "cat.jpg")),
+    examples=(_DESCRIBE, Example("What is this?", ("cat.jpg",))),
     keeps_aspect=True,
     single_turn_template=("Question: ", "\nAnswer:"),
     tasks=SEED_X_TASKS,
@@ -117,7 +117,7 @@ _TUNED_CARD = replace(
     _BASE_CARD,
     title="SEED-X-I",
     tabs=("draw", "find"),
-    examples=(_DESCRIBE, _FIND, ("Generate an image: a dog on the green grass", "")),
+    examples=(_DESCRIBE, _FIND, Example("Generate an image: a dog on the green grass")),
     single_turn_template=None,
 )
 
@@ -150,7 +150,7 @@ SPEC = FamilySpec(
             _TUNED_CARD,
             title="SEED-X-Edit",
             tabs=("edit",),
-            examples=(_DESCRIBE, ("Make it under the sunset", "fox.png")),
+            examples=(_DESCRIBE, Example("Make it under the sunset", ("fox.png",))),
         ),
         "nano-x": replace(
             _TUNED_CARD,
@@ -159,8 +159,8 @@ SPEC = FamilySpec(
             examples=(
                 _DESCRIBE,
                 _FIND,
-                ("Generate an image: a noto dog left of a tree", ""),
-                ("Put it at night.", "fox.png"),
+                Example("Generate an image: a noto dog left of a tree"),
+                Example("Put it at night.", ("fox.png",)),
             ),
         ),
     },

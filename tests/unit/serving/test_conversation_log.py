@@ -1,0 +1,114 @@
+"""The page's log of conversations and votes: the original's format, whole lines."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import pytest
+from full_disk import file_size_limit
+from PIL import Image
+
+from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.serving.conversation_log import ConversationLog
+
+
+@pytest.fixture()
+def messages(tmp_path) -> list[dict[str, Any]]:
+    """A question about an image, and its answer with an image."""
+    for name in ("user", "drawn"):
+        Image.new("RGB", (8, 8), (len(name), 0, 0)).save(tmp_path / f"{name}.png")
+    image = {"type": "image_url", "path": str(tmp_path / "user.png")}
+    drawn = {"path": str(tmp_path / "drawn.png"), "codes": [5, 6]}
+    return [
+        {"role": "user", "content": [image, {"type": "text", "text": "Put it at night."}]},
+        {
+            "role": "assistant",
+            "content": [{"type": "text", "text": "Here: "}, drawn],
+            "below": [{"text": "a note"}],
+            "settings": {"seed": 3},
+        },
+    ]
+
+
+def records(folder: Path) -> list[dict[str, Any]]:
+    (file,) = folder.glob("*-conv.json")
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_add_writes_the_originals_keys_and_images(messages, tmp_path):
+    log = ConversationLog(tmp_path / "log")
+    log.add("upvote", "nano", messages)
+    log.add("downvote", "nano", messages)
+    assert (tmp_path / "log" / time.strftime("%Y-%m-%d-conv.json")).is_file()
+    first, second = records(log.folder)
+    user, drawn = (
+        hashlib.md5((tmp_path / f"{name}.png").read_bytes()).hexdigest() + ".png"
+        for name in ("user", "drawn")
+    )
+    assert first == {
+        "tstamp": first["tstamp"],
+        "type": "upvote",
+        "state": {
+            "system": "",
+            "roles": ["USER", "ASSISTANT"],
+            "messages": [
+                {
+                    "role": "USER",
+                    "message": {
+                        "text": "<image>Put it at night.",
+                        "images": [user],
+                        "images_ids": [None],
+                    },
+                },
+                {
+                    "role": "ASSISTANT",
+                    "message": {
+                        "text": "Here: <image>",
+                        "images": [drawn],
+                        "images_ids": [[5, 6]],
+                    },
+                },
+            ],
+            "offset": 0,
+            "sep": "\n",
+            "sep2": None,
+        },
+        "ip": "",
+        "model": "nano",
+        "settings": {"seed": 3},
+    }
+    assert second["type"] == "downvote" and abs(first["tstamp"] - time.time()) < 60
+    assert {path.name for path in (log.folder / "images").iterdir()} == {user, drawn}
+
+
+def test_add_from_threads_writes_whole_lines(messages, tmp_path):
+    log = ConversationLog(tmp_path / "log")
+    messages[1]["content"][0]["text"] = "long " * 20_000
+    with ThreadPoolExecutor(8) as pool:
+        kinds = [f"kind {index}" for index in range(40)]
+        list(pool.map(lambda kind: log.add(kind, "nano", messages), kinds))
+    assert sorted(record["type"] for record in records(log.folder)) == sorted(kinds)
+
+
+def test_add_on_a_full_disk_leaves_whole_lines(messages, tmp_path):
+    log = ConversationLog(tmp_path / "log")
+    log.add("common", "nano", messages)
+    (file,) = log.folder.glob("*-conv.json")
+    with (
+        file_size_limit(file.stat().st_size + 100),
+        pytest.raises(DataError, match="the disk or quota is full"),
+    ):
+        log.add("upvote", "nano", messages)
+    log.add("downvote", "nano", messages)
+    assert [record["type"] for record in records(log.folder)] == ["common", "downvote"]
+
+
+def test_a_folder_that_is_not_writable_is_refused(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(ConfigError, match="cannot be written"):
+        ConversationLog(tmp_path / "file")
