@@ -17,14 +17,14 @@ bash install.sh --lavis --extras demo,dev,docs,eval,train
 ROOT=$PWD
 . scripts/environment.sh
 
-# One test drives the demo in a real browser.
-if [ ${#CHOICE[@]} = 0 ] && { ! command -v chromium >/dev/null || ! command -v chromedriver >/dev/null; }; then
+# Some tests drive the demo in a real browser, one of them behind nginx.
+if [ ${#CHOICE[@]} = 0 ] && { ! command -v chromium >/dev/null || ! command -v chromedriver >/dev/null || ! command -v nginx >/dev/null; }; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
-        echo "[test] installing chromium and its driver"
+        echo "[test] installing chromium, its driver and nginx"
         { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium \
-            chromium-driver; } >/dev/null 2>&1 || echo "[test] chromium could not be installed: the browser test will fail"
+            chromium-driver nginx-light; } >/dev/null 2>&1 || echo "[test] chromium or nginx could not be installed"
     else
-        echo "[test] no chromium and chromedriver here: the browser test will fail"
+        echo "[test] chromium, chromedriver or nginx is missing here: without chromium the browser tests will fail"
     fi
 fi
 

@@ -15,8 +15,10 @@ from typing import Any
 
 import pytest
 import requests
+from PIL import Image
 from real_processes import free_port
 from repository import ROOT
+from waiting import wait_until
 
 SECONDS = 30
 INSTALL = (
@@ -29,7 +31,7 @@ pytestmark = [pytest.mark.timeout(600), pytest.mark.browser, pytest.mark.process
 
 
 class Program:
-    """A program; `ready`: what its line says before its address."""
+    """A program; `ready`: what its line says before its address; `reached`: that address."""
 
     def __init__(self, ready: str, *command: str) -> None:
         self.ready = ready
@@ -55,7 +57,8 @@ class Program:
         assert self.process.stdout is not None
         line = next((line for line in self.process.stdout if self.ready in line), None)
         assert line is not None, f"{self.process.args} ended early"
-        return line.split(self.ready)[1].split()[0]
+        self.reached = line.split(self.ready)[1].split()[0]
+        return self.reached
 
     def stop(self) -> None:
         self.process.terminate()
@@ -73,6 +76,7 @@ def backend() -> Iterator[Program]:
         "gradio_demo/seed_llama_flask.py",
         *f"--system nano --port {free_port()} --llm_device cpu --tokenizer_device cpu".split(),
     )
+    program.address()
     yield program
     program.stop()
 
@@ -92,7 +96,7 @@ def browser(tmp_path_factory) -> Iterator[Any]:
         *(
             "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
             "--disable-background-networking --disable-component-update --disable-sync "
-            "--disable-dev-shm-usage --window-size=1360,1000 "
+            "--disable-dev-shm-usage --window-size=1360,1000 --ignore-certificate-errors "
             f"--user-data-dir={tmp_path_factory.mktemp('profile')}"
         ).split(),
     ):
@@ -116,9 +120,9 @@ def served(backend: Program) -> Iterator[tuple[str, str]]:
         "--server_port",
         str(free_port()),
         "--request_address",
-        (address := backend.address()),
+        backend.reached,
     )
-    yield address, frontend.address()
+    yield backend.reached, frontend.address()
     frontend.stop()
 
 
@@ -283,6 +287,112 @@ def test_a_chat_with_images_in_both_directions(page: Page):
 def test_an_example_is_run_at_a_click(page: Page):
     page.click("#chat .example:first-child")
     page.until(lambda: page.images("#chat .bot") and not page.waits(), "the drawn example")
+    assert not page.all("#chat button[aria-label=Like]"), "votes need a log"
+    page.until(lambda: page.all("#message .submit-button"), "the next message of the example")
+    page.click("#message .submit-button")
+    page.until(lambda: len(page.images("#chat .bot")) == 2 and not page.waits(), "its drawing")
+
+
+@pytest.fixture()
+def proxy(backend: Program, tmp_path) -> Iterator[str]:
+    """The page with a log behind the manual's nginx, with TLS, a password and a prefix."""
+    if shutil.which("nginx") is None:
+        pytest.skip("needs nginx (apt-get install nginx-light)")
+    port = free_port()
+    frontend = Program(
+        "The chat is at ",
+        *"gradio_demo/seed_llama_gradio.py --model_type nano --root_path /chat".split(),
+        *f"--server_port {free_port()} --log-votes {tmp_path / 'log'}".split(),
+        *("--request_address", backend.reached),
+    )
+    # 1. The certificate and the password.
+    key, certificate, passwords = (tmp_path / name for name in ("key", "certificate", "passwords"))
+    options = "-x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost"
+    command = ["openssl", "req", *options.split(), "-keyout", key, "-out", certificate]
+    subprocess.run(command, check=True, capture_output=True)
+    passwords.write_text("visitor:{PLAIN}secret\n")
+
+    # 2. The manual's configuration, with the addresses of this test.
+    manual = (ROOT / "docs" / "how-to" / "serve.md").read_text()
+    server = manual.split("```nginx\n")[1].split("```")[0]
+    letsencrypt = "/etc/letsencrypt/live/seed.example.org"
+    for old, new in {
+        "listen 443": f"listen 127.0.0.1:{port}",
+        f"{letsencrypt}/fullchain.pem": str(certificate),
+        f"{letsencrypt}/privkey.pem": str(key),
+        "/etc/nginx/seed.htpasswd": str(passwords),
+        "http://127.0.0.1:7860": frontend.address(),
+        "http://127.0.0.1:7890": backend.reached.removesuffix("/generate"),
+    }.items():
+        assert server.count(old) == 1, old
+        server = server.replace(old, new)
+    folders = "".join(
+        f"{kind}_temp_path {tmp_path}/{kind};"
+        for kind in ("client_body", "proxy", "fastcgi", "uwsgi", "scgi")
+    )
+    configuration = tmp_path / "nginx.conf"
+    configuration.write_text(
+        f"daemon off; master_process off; pid {tmp_path}/pid; events {{}}\n"
+        f"http {{ access_log off; {folders} {server} }}"
+    )
+    nginx = subprocess.Popen(["nginx", "-e", "stderr", "-c", configuration])
+    address = f"https://127.0.0.1:{port}"
+    wait_until(lambda: requests_get(f"{address}/health"))
+    yield address
+    nginx.terminate()
+    nginx.wait(20)
+    frontend.stop()
+
+
+def requests_get(address: str) -> Any:
+    """The JSON of an address; None while it does not answer."""
+    try:
+        response = requests.get(address, timeout=30, verify=False)
+    except requests.ConnectionError:
+        return None
+    return response.json() if response.ok else None
+
+
+@pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
+def test_page_and_routes_behind_the_manuals_proxy(proxy: str, browser: Any, tmp_path):
+    # 1. The page has a password, the routes pass without.
+    assert requests_get(f"{proxy}/v1/models")["data"][0]["id"] == "nano"
+    assert requests.get(f"{proxy}/chat/", verify=False, timeout=30).status_code == 401
+    browser.get(proxy.replace("://", "://visitor:secret@") + "/chat/")
+    browser.get_log("performance")
+
+    # 2. An upload above nginx's own limit of 1 MiB, a drawing, and votes.
+    photo = tmp_path / "photo.png"
+    Image.effect_noise((1400, 1400), 90).save(photo)
+    assert photo.stat().st_size > 1 << 20
+    page = Page(browser, f"{proxy}/chat/")
+    page.send("What is it?", photo)
+    page.answered(1)
+    page.send(DRAW)
+    page.until(lambda: page.images("#chat .bot") and not page.waits(), "the drawing")
+    page.click("#chat button[aria-label=Dislike]")
+    (log,) = (tmp_path / "log").glob("*-conv.json")
+    page.until(lambda: log.read_text().count("\n") == 3, "the vote in the log")
+    records = [json.loads(line) for line in log.read_text().splitlines()]
+    assert [record["type"] for record in records] == ["common", "common", "downvote"]
+    images = [turn["message"]["images"] for turn in records[-1]["state"]["messages"]]
+    assert [len(names) for names in images] == [1, 0, 0, 1]
+
+    # 3. All that the page asked for has the prefix; Chromium asks for icon and manifest itself.
+    events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
+    answers = [
+        event["params"]["response"]
+        for event in events
+        if event["method"] == "Network.responseReceived"
+    ]
+    failed = [
+        answer["url"]
+        for answer in answers
+        if answer["url"].startswith("http")
+        and not (answer["url"].startswith(f"{proxy}/chat/") and answer["status"] < 400)
+        and not answer["url"].endswith(("/favicon.ico", "/manifest.json"))
+    ]
+    assert failed == []
 
 
 def test_a_file_that_is_no_image_is_named_when_it_is_chosen(page: Page, tmp_path):
