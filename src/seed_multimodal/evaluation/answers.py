@@ -53,6 +53,7 @@ class Line(TypedDict, total=False):
     image: str  # "text2image": the file's name
     clip: float  # "text2image": cosine of image and text
     clip_image: float  # "text2image": cosine of image and captioned image
+    files: list[tuple[str, int, int]]  # judged: name, size, time of the images of a folder
     detections: list[list[JsonObject]]  # "geneval": of each image, see `detection.Detection`
     probabilities: list[list[float]]  # "geneval2", "dpg": of each image, of each right answer
 
@@ -175,9 +176,15 @@ class Run:
 
 
 def answer_samples(
-    samples: Sequence[Sample], answer: Answer, run: Run, settings: JsonObject
+    samples: Sequence[Sample],
+    answer: Answer,
+    run: Run,
+    settings: JsonObject,
+    is_current: Callable[[Line], bool] = lambda line: True,
 ) -> list[Line] | None:
     """Answer this process's unanswered samples.
+
+    is_current: whether an earlier answer still counts, because what it was made from is the same.
 
     Returns all lines to the process that finishes last, else None.
 
@@ -196,7 +203,7 @@ def answer_samples(
     lock_name = f".{file.name}.lock"
     with folder_lock(folder, DataError, "answering with this rank", name=lock_name):
         # Samples that failed are tried again.
-        lines = read_lines(folder)
+        lines = read_lines(folder, is_current)
         todo = [sample for sample in share if "bad" in lines.get(sample.key, {"bad": ""})]
         n_answered = len(share) - len(todo)
         if n_answered:
@@ -205,7 +212,7 @@ def answer_samples(
                 "before."
             )
         _answer_and_append(todo, answer, run, file, n_answered)
-        lines = read_lines(folder)
+        lines = read_lines(folder, is_current)
 
     # 3. The lines of all processes.
     if any(sample.key not in lines for sample in samples):
@@ -284,8 +291,8 @@ def finish(run: Run, lines: Sequence[Line], scores: Scores) -> JsonObject:
     return summary
 
 
-def read_lines(folder: Path) -> dict[Key, Line]:
-    """Each sample's line: the answer, else the latest error."""
+def read_lines(folder: Path, is_current: Callable[[Line], bool]) -> dict[Key, Line]:
+    """Each sample's line: the current answer, else the latest error."""
     lines: dict[Key, Line] = {}
     for path in sorted(folder.glob("samples-*.jsonl")):
         for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
@@ -294,8 +301,10 @@ def read_lines(folder: Path) -> dict[Key, Line]:
             except ValueError:  # blank or incomplete
                 continue
             # An error does not replace an answer.
-            earlier = lines.get(line["id"], {"bad": ""})
-            if "bad" not in line or "bad" in earlier:
+            if "bad" in line:
+                if "bad" in lines.get(line["id"], line):
+                    lines[line["id"]] = line
+            elif is_current(line):
                 lines[line["id"]] = line
     return lines
 

@@ -48,6 +48,10 @@ class ImageLayout(Protocol):
         """Write images. Raises DataError: the disk refuses."""
         ...
 
+    def files(self, folder: Path, index: int, sample: JudgedPrompt, count: int) -> list[Path]:
+        """The files with up to `count` images. Raises ImageError: none."""
+        ...
+
     def read(self, folder: Path, index: int, sample: JudgedPrompt, count: int) -> list[Image.Image]:
         """Open up to `count` images. Raises ImageError: none."""
         ...
@@ -66,12 +70,15 @@ class SampleFolders:
         for number, image in enumerate(images):
             _save_png(image, target / "samples" / f"{number:04d}.png")
 
-    def read(self, folder: Path, index: int, sample: JudgedPrompt, count: int) -> list[Image.Image]:
+    def files(self, folder: Path, index: int, sample: JudgedPrompt, count: int) -> list[Path]:
         samples = folder / f"{index:05d}" / "samples"
         files = sorted(file for file in samples.glob("*") if file.suffix in IMAGE_SUFFIXES)
         if not files:
             raise ImageError(f"there is no image in {samples}.")
-        return [open_image(file) for file in files[:count]]
+        return files[:count]
+
+    def read(self, folder: Path, index: int, sample: JudgedPrompt, count: int) -> list[Image.Image]:
+        return [open_image(file) for file in self.files(folder, index, sample, count)]
 
 
 class GridFiles:
@@ -90,11 +97,15 @@ class GridFiles:
             folder.mkdir(parents=True, exist_ok=True)
         _save_png(image, folder / f"{sample.key}.png")
 
-    def read(self, folder: Path, index: int, sample: JudgedPrompt, count: int) -> list[Image.Image]:
+    def files(self, folder: Path, index: int, sample: JudgedPrompt, count: int) -> list[Path]:
         names = [folder / f"{sample.key}{suffix}" for suffix in IMAGE_SUFFIXES]
         file = next((name for name in names if name.is_file()), None)
         if file is None:
             raise ImageError(f"there is no image {names[0]}.")
+        return [file]
+
+    def read(self, folder: Path, index: int, sample: JudgedPrompt, count: int) -> list[Image.Image]:
+        (file,) = self.files(folder, index, sample, count)
         image = open_image(file)
         if count == 1:
             return [image]
@@ -125,6 +136,7 @@ class JudgedDrawings:
         assert run.judging is not None
         self.run = run
         self.judging: Judging = run.judging
+        self.samples = {sample.key: sample for sample in samples}
         self.indices = {sample.key: index for index, sample in enumerate(samples)}
         self.drawer = None if system is None else CaptionDrawer(system, run, samples)
         self.folder = self.judging.image_folder or run.out / "images"
@@ -145,11 +157,34 @@ class JudgedDrawings:
             for sample, of_prompt in zip(samples, drawings, strict=True):
                 self.layout.save(self.folder, self.indices[sample.key], sample, of_prompt)
 
-        # 2. What the judge says about them.
-        return [
-            self.judge(sample, of_prompt)
-            for sample, of_prompt in zip(samples, drawings, strict=True)
-        ]
+        # 2. What the judge says about them, and which images of a folder these were.
+        lines: list[Line] = []
+        for sample, of_prompt in zip(samples, drawings, strict=True):
+            line = self.judge(sample, of_prompt)
+            if self.drawer is None:
+                line["files"] = self.file_states(sample)
+            lines.append(line)
+        return lines
+
+    def file_states(self, sample: JudgedPrompt) -> list[tuple[str, int, int]]:
+        """Name, size and time of the files of a prompt in the folder. Raises ImageError: none."""
+        index = self.indices[sample.key]
+        states: list[tuple[str, int, int]] = []
+        for file in self.layout.files(self.folder, index, sample, self.run.best_of):
+            stat = file.stat()
+            states.append((file.name, stat.st_size, stat.st_mtime_ns))
+        return states
+
+    def is_current(self, line: Line) -> bool:
+        """Whether the folder still has the images that a line of an earlier run judges."""
+        sample = self.samples.get(line["id"])
+        if self.drawer is not None or sample is None:
+            return True
+        try:
+            states = self.file_states(sample)
+        except (ImageError, OSError):
+            return False
+        return line.get("files") == [list(state) for state in states]
 
     def judge(self, sample: JudgedPrompt, images: Sequence[Image.Image]) -> Line:
         """The line of a prompt."""

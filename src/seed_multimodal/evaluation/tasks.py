@@ -34,6 +34,7 @@ from seed_multimodal.evaluation.captions import Captions
 from seed_multimodal.evaluation.choices import Choices, read_choices
 from seed_multimodal.evaluation.drawing import Drawings
 from seed_multimodal.evaluation.geneval import GenEval, read_object_prompts
+from seed_multimodal.evaluation.judged import JudgedDrawings
 from seed_multimodal.evaluation.tifa import DpgBench, GenEval2, read_dpg, read_geneval2
 from seed_multimodal.evaluation.vqa import Questions
 from seed_multimodal.models.registry import find_family
@@ -164,7 +165,11 @@ def evaluate(
 
     # 2. Answers, of all processes together.
     evaluation = evaluator(system, run, samples)
-    lines = answer_samples(samples, evaluation.answer, run, _run_identity(system, run))
+    identity = _run_identity(system, run)
+    if isinstance(evaluation, JudgedDrawings):
+        lines = answer_samples(samples, evaluation.answer, run, identity, evaluation.is_current)
+    else:
+        lines = answer_samples(samples, evaluation.answer, run, identity)
     if lines is None:
         return None
 

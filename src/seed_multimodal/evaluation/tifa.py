@@ -35,7 +35,6 @@ from seed_multimodal.evaluation.judged import (
 )
 from seed_multimodal.evaluation.judges import answer_forms, load_judge
 from seed_multimodal.evaluation.metrics import Estimate, bootstrap, plain
-from seed_multimodal.images.io import open_image
 from seed_multimodal.pipelines.base import MultimodalSystem
 
 DPG_COLUMNS = (
@@ -105,13 +104,13 @@ def _geneval2_prompt(index: int, location: str, item: Json) -> QuestionPrompt:
 class GenEval2Images(SampleFolders):
     """GenEval's layout, or the JSON file of GenEval 2's program: prompt → image."""
 
-    def read(self, folder: Path, index: int, sample: JudgedPrompt, count: int) -> list[Image.Image]:
+    def files(self, folder: Path, index: int, sample: JudgedPrompt, count: int) -> list[Path]:
         if not folder.is_file():
-            return super().read(folder, index, sample, count)
+            return super().files(folder, index, sample, count)
         files = _image_files(folder)
         if sample.caption not in files:
             raise ImageError(f"{folder} has no image of this prompt.")
-        return [open_image(folder.parent / files[sample.caption])]
+        return [folder.parent / files[sample.caption]]
 
 
 @cache

@@ -38,6 +38,7 @@ from seed_multimodal.pipelines.base import DRAWING_BATCH, MultimodalSystem
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.transformers import configuration
 from seed_multimodal.transformers.configuration import SeedMultimodalConfig
+from seed_multimodal.transformers.features import GeneratedFeatures, sources_of
 from seed_multimodal.transformers.systems import remember
 
 # Arguments of `from_pretrained` for downloads and remote code, which local folders do not need.
@@ -83,7 +84,6 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         config.text_config = system.llm.config
         self.system = system
         self.drawing: dict[str, Any] = {}
-        self._answered: Sequence[Prompt] = ()  # by the images that `generate` returned last
         self.generation_config = self._generation_config("chat")
         self.image_tokenizer = system.images.model
         # Further networks of a family, as SEED-X's resamplers.
@@ -212,7 +212,7 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         generation_mode: "text": ids `[B, n]` of texts, and of images between `<img>` and `</img>`
         where the model writes some; `options` are those of transformers' `generate`.
-        "image": the ids of one image for each prompt (SEED-X: features `[B, 1, N, W]`), for
+        "image": the ids of one image for each prompt (SEED-X: `GeneratedFeatures`), for
         `decode_image_tokens`; `options` are `GenerationSettings`.
         """
         input_ids = inputs if input_ids is None else input_ids
@@ -302,10 +302,10 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
             }
 
         # 3. As one tensor.
-        self._answered = prompts
         inputs = [images[row] for row in range(len(prompts))]
         if not self.system.images.has_codes:
-            return torch.stack(inputs)[:, None]
+            features = torch.stack(inputs)[:, None]
+            return GeneratedFeatures.of(features, [prompt.source for prompt in prompts])
         return _padded([vocabulary.image_ids(codes) for codes in inputs], vocabulary.eoi_id)
 
     @torch.no_grad()
@@ -314,21 +314,23 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
     ) -> Tensor | list[Tensor]:
         """Draw images from what `generate` returns: the first one of each row.
 
-        SEED-X draws edits from their source images, too: those of the last call of `generate`.
         drawing: settings of the de-tokenizer, over those of `self.drawing`.
+
+        SEED-X draws edits from their source images, too, which `GeneratedFeatures` have.
         Returns uint8 pixels `[B, H, W, 3]`, or of each image where their sizes differ.
         """
         settings = {**self.drawing, **drawing}
         default_seed = settings.pop("seed", 0)
         inputs: list[Any]
+        sources = sources_of(image_tokens)
         if image_tokens.is_floating_point():
-            inputs = list(image_tokens.flatten(0, 1).cpu())
+            inputs = list(image_tokens.as_subclass(Tensor).flatten(0, 1).cpu())
         else:
             vocabulary = self.system.tokenizer.vocabulary
             inputs = [_first_codes(ids, vocabulary) for ids in image_tokens.tolist()]
-        prompts = self._answered
-        if len(prompts) != len(inputs):
-            prompts = [Prompt()] * len(inputs)
+        prompts = [Prompt() for _ in inputs]
+        for prompt, source in zip(prompts, sources or (), strict=sources is not None):
+            prompt.source = source
         images = self.system.decode_images(
             inputs,
             prompts,

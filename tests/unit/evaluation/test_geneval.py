@@ -351,6 +351,27 @@ def test_geneval_judges_a_folder_of_drawings(nano_set, capsys):
     assert (nano_set / "out" / "sheet.png").is_file()
 
 
+def test_geneval_judges_replaced_drawings_again(nano_set, capsys):
+    folder = nano_set / "drawings"
+    more = ("--image-folder", str(folder), "--limit", "2")
+    assert geneval(nano_set, *more) == 0
+    (right, wrong), (first, second) = [
+        sorted((folder / f"{index:05d}" / "samples").iterdir()) for index in range(2)
+    ]
+    right.write_bytes(wrong.read_bytes())
+    first.unlink()
+    second.unlink()
+    assert geneval(nano_set, *more) == 1
+    results = json.loads((nano_set / "out" / "results.json").read_text())
+    assert [result["correct"] for result in results] == [False] * 3
+    assert json.loads((nano_set / "out" / "summary.json").read_text())["bad"] == 1
+    lines = (nano_set / "out" / "samples-0.jsonl").read_text().split("\n")
+    assert len([line for line in lines if line]) == 4
+    assert geneval(nano_set, *more) == 1
+    lines = (nano_set / "out" / "samples-0.jsonl").read_text().split("\n")
+    assert len([line for line in lines if line]) == 5, "the missing one alone was tried again"
+
+
 def test_geneval_counts_a_missing_drawing_as_wrong(nano_set, capsys):
     for file in (nano_set / "drawings" / "00001" / "samples").iterdir():
         file.unlink()

@@ -7,6 +7,7 @@ import sys
 import numpy as np
 import pytest
 import torch
+from hub_tokenizers import write_hub_tokenizer
 from PIL import Image
 from repository import ROOT
 from transformers import (
@@ -21,8 +22,11 @@ from transformers import (
 
 from seed_multimodal import transformers
 from seed_multimodal.errors import ConfigError, RequestError
+from seed_multimodal.inference.image_constraints import ImageConstraints, ImageLogitsProcessor
 from seed_multimodal.language.answer import ImagePart
+from seed_multimodal.language.hub_tokenizer import HubTokenizer, load_text_tokenizer
 from seed_multimodal.language.prompts import QA_SUFFIX
+from seed_multimodal.pipelines.modeling_seed_multimodal import CodesVocabulary, WellFormedImages
 from seed_multimodal.transformers import registration
 
 MODELS = ("nano", "nano-x", "nano-lavit")
@@ -106,6 +110,34 @@ def test_edits_equal_those_of_the_system(name, pipes):
         processor_kwargs={"generation_mode": "image"},
     )
     assert_equal_images(row["generated_image"], pipe.model.system.edit(FOX, instruction, **FAST))
+
+
+def test_edits_keep_their_own_sources(pipes, monkeypatch):
+    """SEED-X's second stage draws from them; other calls of `generate` come between."""
+    pipe = pipes("nano-x")
+    decode = pipe.model.system.decode_images
+    sources = []
+
+    def recorded(inputs, prompts, *settings):
+        sources.extend(prompt.source and prompt.source.size for prompt in prompts)
+        return decode(inputs, prompts, *settings)
+
+    monkeypatch.setattr(pipe.model.system, "decode_images", recorded)
+    image = {"generation_mode": "image"}
+    requests = [user(FOX, "Put it at night."), user(BOTH, "Put it at night.")]
+    features = [
+        pipe.model.generate(**inputs_of(pipe, request, **image), **image) for request in requests
+    ]
+    sizes = [Image.open(path).size for path in (FOX, BOTH)]
+    pixels = [pipe.model.decode_image_tokens(rows.to("cpu")) for rows in features]
+    assert sources == sizes and sizes[0] != sizes[1]
+
+    rows = pipe(text=requests, batch_size=2, processor_kwargs=image, **image)
+    assert sources[2:] == sizes
+    for [row], alone in zip(rows, pixels, strict=True):
+        assert np.abs(np.asarray(row["generated_image"], int) - alone[0].numpy()).mean() < 1
+    pipe.model.decode_image_tokens(torch.cat(features))
+    assert sources[4:] == [None, None], "of features that were put together, none are known"
 
 
 def test_a_batch_of_images_holds_drawings_and_edits(pipes):
@@ -281,6 +313,31 @@ def test_a_saved_folder_is_loaded_by_its_auto_map(saved, unregistered):
     assert isinstance(pipe.processor, transformers.SeedLlamaProcessor)
     question = user(BOTH, f"What is on the left?{QA_SUFFIX}")
     assert answers(pipe, [question]) == ["a fox"]
+
+
+@pytest.mark.parametrize("kind", ["nano", "hub"])
+def test_the_saved_module_constrains_images_as_the_package(kind, tmp_path):
+    """The module imports nothing of the package, so its rules are a copy."""
+    if kind == "hub":
+        write_hub_tokenizer(tmp_path / "hub", ["a fox and a snowman"])
+        folder = HubTokenizer.create(tmp_path / "hub", 40, 4).save_pretrained(tmp_path / "saved")
+    else:
+        folder = ROOT / "pretrained/nano/seed_tokenizer"
+    vocabulary = load_text_tokenizer(folder).vocabulary
+    length = vocabulary.tokens_per_image
+    budget = 3 * length
+    copied = WellFormedImages(CodesVocabulary(folder), budget)
+    package = ImageLogitsProcessor(ImageConstraints(vocabulary), budget=budget)
+    assert copied.vocabulary.eoi_id == vocabulary.eoi_id
+
+    # Texts, each number of codes of an image, and what follows it, up to the end of the budget.
+    text = [5, 7, 6]
+    image = vocabulary.image_ids(list(range(length)))
+    answer = [*text, *image, *text, *image]
+    for end in range(min(len(answer), budget) + 1):
+        ids = torch.tensor([answer[:end], (image + text * budget)[:end]])
+        scores = torch.randn(2, vocabulary.size + 6)
+        assert torch.equal(copied(ids, scores), package(ids, scores)), end
 
 
 def test_a_saved_folder_without_the_package_reads_texts_and_codes(
