@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import copy
 import tempfile
+from functools import partial
 from typing import Any
 
 import torch
@@ -25,6 +26,7 @@ from shared import (
     compare,
     fill_random,
     load_system,
+    rounded,
     start,
 )
 
@@ -69,6 +71,15 @@ def random_prompts(llm: Any, count: int, longest: int) -> list[list[int]]:
     ]
 
 
+def weights_read(model: Any, steps: int, seconds: float) -> dict[str, float]:
+    """Gigabytes of weights a second, if each step reads every matrix once."""
+    matrices = [p for p in model.get_decoder().layers.parameters() if p.ndim == 2]
+    matrices.append(model.get_output_embeddings().weight)
+    # torchao's quantised matrices hold their bytes in `qdata`.
+    n_bytes = sum(getattr(matrix, "qdata", matrix).nbytes for matrix in matrices)
+    return {"weight_gb_per_second": rounded(n_bytes * steps / seconds / 1e9)}
+
+
 def run(options: argparse.Namespace) -> None:
     runtime = choose_device(options.device, options.dtype, log=None)
     llm = (
@@ -91,12 +102,16 @@ def run(options: argparse.Namespace) -> None:
                 eos_token_id=2,
             ),
             options.new,
+            partial(weights_read, llm, options.new),
         )
 
-    def timed(batch: int, engine: Engine) -> Timed:
+    def timed(batch: int, engine: Engine, model: Any = None) -> Timed:
         prompts = [Prompt(ids) for ids in random_prompts(llm, batch, options.prompt)]
         settings = GenerationSettings(options.new, options.new, do_sample=False, constrain=False)
-        return Timed(lambda: engine.generate(prompts, settings), batch * options.new)
+        work = Timed(lambda: engine.generate(prompts, settings), batch * options.new)
+        if model is not None:
+            work.extra = partial(weights_read, model, options.new)
+        return work
 
     def llama_cpp(batch: int) -> Timed:
         from seed_multimodal.inference.backends.llama_cpp import LlamaCppBackend
@@ -114,9 +129,8 @@ def run(options: argparse.Namespace) -> None:
             )
 
     def torch_engine(batch: int, model: Any, compiled: bool = False) -> Timed:
-        return timed(
-            batch, Engine(TorchBackend(model, max_rows=batch, compiled=compiled), tokenizer)
-        )
+        backend = TorchBackend(model, max_rows=batch, compiled=compiled)
+        return timed(batch, Engine(backend, tokenizer), model)
 
     def int8(batch: int) -> Timed:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_

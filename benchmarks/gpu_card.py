@@ -1,0 +1,262 @@
+"""One page about a GPU: every benchmark at the released sizes, each beside the plain stack.
+
+    bash benchmarks/gpu_card.sh OUT                                         one H100 or A100
+    bash benchmarks/gpu_card.sh OUT --device cpu --model pretrained/nano    the same on a CPU
+
+The parts are processes of less than nine minutes each. OUT receives the lines of each part
+(`PART.jsonl`) and the page, `card.md`. A part whose file is there is not run again, so that a card
+can be made in several calls: `--minutes 10` starts no part that could take longer than that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import shlex
+import subprocess
+import sys
+import time
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from shared import ROOT, base_parser, rounded, start
+
+from seed_multimodal.device import choose_device
+from seed_multimodal.disk import replace_text, writable_folder
+from seed_multimodal.entry import DONE, log_line
+
+PART_SECONDS = 9 * 60  # a part is ended after so long
+
+# Part → minutes on an H100, and the command. Names in braces are of SIZES.
+PARTS = {
+    "ceilings": (1, "ceilings.py {device} --side {side}"),
+    "tokenizer": (4, "tokenizer.py {device} {model} --batches {encoded}"),
+    "generation": (
+        6,
+        "generation.py {device} {model} --variants plain engine compiled --batches {prompts} {text}",
+    ),
+    "generation-int8": (
+        3,
+        "generation.py {device} {model} --variants plain int8 --batches 1 {text}",
+    ),
+    "decoder": (5, "drawing.py {device} {model} --batches {drawn} --steps {steps}"),
+    "training-llm": (6, "training.py {device} {model} --parts llm --batches {rows}"),
+    "training-tokenizer": (4, "training.py {device} {model} --parts tokenizer --batches {images}"),
+    "system-files": (3, "released.py 8b {system}"),
+    "system": (5, "drawing.py {device} --model {system} --batches {drawn} --steps {steps}"),
+    "server": (5, "serving.py {device} --model {system} --clients {clients} --requests {requests}"),
+}
+SIZES = {
+    "released": {
+        "side": "8192",
+        "encoded": "1 32 256",
+        "prompts": "1 16 64",
+        "text": "--prompt 128 --new 128",
+        "drawn": "1 8",
+        "steps": "20",
+        "rows": "8",
+        "images": "64",
+        "clients": "1 8 32",
+        "requests": "32",
+    },
+    "small": {
+        "side": "512",
+        "encoded": "1 4",
+        "prompts": "1 4",
+        "text": "--prompt 16 --new 8",
+        "drawn": "1 2",
+        "steps": "1",
+        "rows": "2",
+        "images": "2",
+        "clients": "1 2",
+        "requests": "2",
+    },
+}
+
+
+@dataclass(frozen=True)
+class Goal:
+    """What one H100 is expected to reach in a line: a rate at least, or seconds at most."""
+
+    part: str
+    benchmark: str
+    variants: tuple[str, ...]
+    batch: int
+    per_second: float | None = None
+    seconds: float | None = None
+
+    def is_of(self, part: str, line: Mapping[str, Any]) -> bool:
+        names = (self.part, self.benchmark, self.batch)
+        return (
+            names == (part, line["benchmark"], line.get("batch"))
+            and line["variant"] in self.variants
+        )
+
+    def text(self, results: Mapping[str, Any]) -> str:
+        """The goal, and whether the line reaches it."""
+        if self.seconds is not None:
+            reached = results["seconds"] <= self.seconds
+            goal = f"≤ {self.seconds} s"
+        else:
+            reached = rate(results)[1] >= self.per_second
+            goal = f"≥ {self.per_second:,}"
+        return f"{goal}: {'reached' if reached else '**missed**'}"
+
+
+GOALS = (
+    Goal("tokenizer", "tokenizer encode", ("compiled", "graph"), 256, per_second=1050),
+    Goal("tokenizer", "tokenizer encode", ("compiled", "graph"), 1, seconds=0.007),
+    Goal("generation", "generation", ("compiled",), 1, per_second=195),
+    Goal("generation", "generation", ("compiled",), 64, per_second=5000),
+    Goal("generation-int8", "generation", ("int8",), 1, per_second=300),
+    Goal("decoder", "reconstruct", ("compiled",), 1, seconds=0.33),
+    Goal("decoder", "reconstruct", ("fast",), 1, seconds=0.18),
+    Goal("training-llm", "training llm", ("packed", "compiled", "kept"), 8, per_second=17000),
+    Goal("system", "draw", ("batch",), 1, seconds=0.6),
+)
+
+
+def run_part(name: str, command: str, folder: Path) -> None:
+    """Run one program; its lines are in `PART.jsonl` when it has ended.
+
+    A program that fails or takes too long leaves the lines that it has printed, and one with the
+    error.
+    """
+    started = time.monotonic()
+    unfinished = folder / f"{name}.unfinished"
+    words = shlex.split(command)
+    with unfinished.open("w") as output, (folder / f"{name}.log").open("w") as log:
+        process = subprocess.Popen(
+            [sys.executable, str(ROOT / "benchmarks" / words[0]), *words[1:]],
+            stdout=output,
+            stderr=log,
+        )
+        try:
+            problem = f"exit status {code}" if (code := process.wait(PART_SECONDS)) else ""
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            problem = f"ended after {PART_SECONDS} s"
+        if problem:
+            error = f"{problem}, see {name}.log"
+            output.write(
+                json.dumps({"benchmark": name, "variant": "", "results": {"error": error}}) + "\n"
+            )
+    unfinished.rename(folder / f"{name}.jsonl")
+    log_line(f"{name}: {problem or 'done'}, {time.monotonic() - started:.0f} s")
+
+
+def rate(results: Mapping[str, Any]) -> tuple[str, float]:
+    """Unit and value of a line's rate."""
+    key = next(key for key in results if key.endswith("_per_second") and "weight" not in key)
+    return f"{key.removesuffix('_per_second').replace('_', ' ')}/s", results[key]
+
+
+def row(part: str, line: Mapping[str, Any], copied: float | None) -> list[str]:
+    """A line's cells. `copied`: gigabytes that the device copies a second."""
+    results = line["results"]
+    variant = line["variant"] or "–"
+    if line.get("request"):
+        variant = f"{variant}, {line['request']}"
+    what = [line["benchmark"], str(line.get("batch") or line.get("clients") or "–"), variant]
+    if "error" in results:
+        return [*what, results["error"], "", "", "", "", ""]
+    unit, value = rate(results)
+    # The share of what the device can do: of its arithmetic, or of its memory's speed.
+    share = ""
+    if results.get("mfu"):
+        share = f"MFU {results['mfu']:.0%}"
+    elif copied and "weight_gb_per_second" in results:
+        share = f"bandwidth {results['weight_gb_per_second'] / copied:.0%}"
+    goal = next((goal.text(results) for goal in GOALS if goal.is_of(part, line)), "")
+    seconds = results.get("seconds", results.get("p50"))
+    return [
+        *what,
+        f"{value:,} {unit}",
+        f"{results['times_plain']} ×" if line["variant"] != "plain" else "",
+        str(rounded(seconds)),
+        share,
+        str(results.get("peak_gpu_gib", "")),
+        goal,
+    ]
+
+
+def page(lines: Mapping[str, list[dict[str, Any]]], goals: bool) -> str:
+    """The card as Markdown."""
+    # 1. What it was measured on and with.
+    measured = [line for part in lines.values() for line in part if "hardware" in line]
+    first = measured[0]
+    hardware = ", ".join(f"{name} {value}" for name, value in first["hardware"].items())
+    versions = ", ".join(f"{name} {value}" for name, value in first["versions"].items())
+    dates = f"{first['date']} to {measured[-1]['date']}"
+    # 2. The table; shares of the memory's speed count from the measured copy.
+    copied = next(
+        (
+            line["results"]["gigabytes_per_second"]
+            for line in lines.get("ceilings", [])
+            if line["benchmark"] == "ceiling copy"
+        ),
+        None,
+    )
+    head = ["work", "batch", "variant", "rate", "to plain", "s", "share", "peak GiB"]
+    rows: Iterable[list[str]] = (
+        row(part, line, copied) for part, content in lines.items() for line in content
+    )
+    if goals:
+        head.append("goal (one H100)")
+    table = "\n".join(
+        f"| {' | '.join(cells[: len(head)])} |" for cells in [head, ["---"] * len(head), *rows]
+    )
+    return (
+        f"# {first['hardware'].get('gpu', first['hardware']['cpu'])}\n\n"
+        f"{hardware}; {versions}; commit {first['commit']}; {dates}.\n\n"
+        "`plain` is the stock way in the same run: one request after another through "
+        "transformers' and diffusers' own classes, or the original's padded training step. `s`: "
+        "the median of a call, of the server that of an answer.\n\n"
+        f"{table}\n"
+    )
+
+
+def run(options: argparse.Namespace) -> int:
+    started = time.monotonic()
+    folder = writable_folder(options.out)
+    released = options.model == "original"
+    device = choose_device(options.device, options.dtype, log=None).device
+    values = {
+        **SIZES["released" if released else "small"],
+        "device": f"--device {device} --dtype {options.dtype}",
+        "model": f"--model {shlex.quote(options.model)}",
+        "system": shlex.quote(str(folder / "8b" if released else options.model)),
+    }
+
+    # 1. The parts that are missing, as far as the time goes.
+    wanted = [name for name in PARTS if released or name != "system-files"]
+    for name in wanted:
+        minutes, command = PARTS[name]
+        left = options.minutes - (time.monotonic() - started) / 60
+        if not (folder / f"{name}.jsonl").is_file() and minutes <= left:
+            run_part(name, command.format_map(values), folder)
+
+    # 2. The page.
+    lines = {
+        name: [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        for name in wanted
+        if (folder / f"{name}.jsonl").is_file()
+    }
+    replace_text(folder / "card.md", page(lines, goals=released))
+    missing = [name for name in wanted if name not in lines]
+    if missing:
+        log_line(f"Run the same command again for the rest: {', '.join(missing)}.")
+    print(f"Wrote {folder / 'card.md'}.")
+    failed = any("error" in line["results"] for part in lines.values() for line in part)
+    return 1 if failed else DONE
+
+
+if __name__ == "__main__":
+    parser = base_parser(__doc__)
+    parser.set_defaults(model="original", device="cuda")
+    parser.add_argument("out", type=Path, help="folder of the lines and the page")
+    parser.add_argument("--minutes", type=float, default=60, help="time for this call")
+    start(run, parser)

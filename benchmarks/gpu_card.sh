@@ -1,0 +1,6 @@
+#!/usr/bin/env bash
+# One page about a GPU: bash benchmarks/gpu_card.sh OUT [flags of gpu_card.py].
+set -euo pipefail
+ROOT=$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)
+. "$ROOT/scripts/environment.sh"
+exec "$PYTHON" "$ROOT/benchmarks/gpu_card.py" "$@"
