@@ -4,8 +4,9 @@
     bash benchmarks/gpu_card.sh OUT --device cpu --model pretrained/nano    the same on a CPU
 
 The parts are processes of less than nine minutes each. OUT receives the lines of each part
-(`PART.jsonl`) and the page, `card.md`. A part whose file is there is not run again, so that a card
-can be made in several calls: `--minutes 10` starts no part that could take longer than that.
+(`PART.jsonl`), the page, `card.md`, and 18 GB of random weights in `pretrained/`. A part whose
+file is there is not run again, so that a card can be made in several calls: `--minutes 10` starts
+no part that could take longer than that.
 """
 
 from __future__ import annotations
@@ -21,11 +22,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared import ROOT, base_parser, rounded, start
+from shared import ROOT, base_parser, rounded, start, system_folder
 
 from seed_multimodal.device import choose_device
 from seed_multimodal.disk import replace_text, writable_folder
 from seed_multimodal.entry import DONE, log_line
+from seed_multimodal.errors import ConfigError
 
 PART_SECONDS = 9 * 60  # a part is ended after so long
 
@@ -35,7 +37,8 @@ PARTS = {
     "tokenizer": (4, "tokenizer.py {device} {model} --batches {encoded}"),
     "generation": (
         6,
-        "generation.py {device} {model} --variants plain engine compiled --batches {prompts} {text}",
+        "generation.py {device} {model} --variants plain engine compiled "
+        "--batches {prompts} {text}",
     ),
     "generation-int8": (
         3,
@@ -44,7 +47,7 @@ PARTS = {
     "decoder": (5, "drawing.py {device} {model} --batches {drawn} --steps {steps}"),
     "training-llm": (6, "training.py {device} {model} --parts llm --batches {rows}"),
     "training-tokenizer": (4, "training.py {device} {model} --parts tokenizer --batches {images}"),
-    "system-files": (3, "released.py 8b {system}"),
+    "system-files": (3, "original_layouts.py 8b pretrained"),
     "system": (5, "drawing.py {device} --model {system} --batches {drawn} --steps {steps}"),
     "server": (5, "serving.py {device} --model {system} --clients {clients} --requests {requests}"),
 }
@@ -130,6 +133,7 @@ def run_part(name: str, command: str, folder: Path) -> None:
     with unfinished.open("w") as output, (folder / f"{name}.log").open("w") as log:
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "benchmarks" / words[0]), *words[1:]],
+            cwd=folder,  # where `--model 8b` finds its files
             stdout=output,
             stderr=log,
         )
@@ -221,14 +225,15 @@ def page(lines: Mapping[str, list[dict[str, Any]]], goals: bool) -> str:
 
 def run(options: argparse.Namespace) -> int:
     started = time.monotonic()
-    folder = writable_folder(options.out)
+    folder = writable_folder(options.out.resolve(), ConfigError)
     released = options.model == "original"
+    model = options.model if released else str(Path(system_folder(options.model)).resolve())
     device = choose_device(options.device, options.dtype, log=None).device
     values = {
         **SIZES["released" if released else "small"],
         "device": f"--device {device} --dtype {options.dtype}",
-        "model": f"--model {shlex.quote(options.model)}",
-        "system": shlex.quote(str(folder / "8b" if released else options.model)),
+        "model": f"--model {shlex.quote(model)}",
+        "system": "8b" if released else shlex.quote(model),
     }
 
     # 1. The parts that are missing, as far as the time goes.

@@ -79,9 +79,10 @@ def start(
     raise SystemExit(run_guarded(parser.prog, False, lambda: run(options) or DONE))
 
 
-def system_folder(model: str) -> Path:
-    """`--model` as a folder; relative paths also count from the repository."""
-    return Path(model) if Path(model).is_dir() else ROOT / model
+def system_folder(model: str) -> str:
+    """`--model`: a folder, whose relative paths also count from the repository, or a name."""
+    folders = [folder for folder in (Path(model), ROOT / model) if folder.is_dir()]
+    return str(folders[0]) if folders else model
 
 
 def load_system(options: argparse.Namespace, **settings: Any) -> MultimodalSystem:

@@ -1,78 +1,121 @@
-"""Every program of `benchmarks/` at its smallest: the lines it prints, and figures that belong
+"""Every program of the card at its smallest: the lines it prints, and figures that belong
 together."""
 
 from __future__ import annotations
 
 import importlib
 import json
+import os
+import re
 import runpy
+import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
 from repository import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
-PROGRAMS = {  # flags; what is timed, and in which units
-    "tokenizer": (
-        "--batches 1 3 --variants plain packed".split(),
-        {"tokenizer encode": "images", "tokenizer clients": "images"},
-    ),
-    "generation": (
-        "--batches 2 --prompt 8 --new 4 --variants plain engine".split(),
-        {"generation": "tokens"},
-    ),
-    "drawing": (
-        "--batches 2 --steps 1 --variants plain batch clients fast".split(),
-        {"draw": "images", "edit": "images", "reconstruct": "images"},
-    ),
-    "training": (
-        ["--batches", "2"],
-        {"training llm": "useful_tokens", "training tokenizer": "images"},
-    ),
-    "serving": ("--requests 2 --clients 1 2".split(), {"serving": "requests"}),
+UNITS = {
+    "ceiling product": "tflop",
+    "ceiling copy": "gigabytes",
+    "tokenizer encode": "images",
+    "tokenizer clients": "images",
+    "generation": "tokens",
+    "draw": "images",
+    "edit": "images",
+    "reconstruct": "images",
+    "training llm": "useful_tokens",
+    "training tokenizer": "images",
+    "serving": "requests",
 }
+pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 
-def printed_lines(
-    program: str,
-    arguments: list[str],
-    monkeypatch: pytest.MonkeyPatch,
-    capsys: pytest.CaptureFixture[str],
-) -> list[dict]:
-    """What a program prints when it is run in this process."""
-    monkeypatch.syspath_prepend(str(BENCHMARKS))
-    command = [f"{program}.py", "--device", "cpu", *arguments]
-    monkeypatch.setattr(sys, "argv", command)
-    monkeypatch.setattr(sys, "orig_argv", ["python", *command])
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(BENCHMARKS / f"{program}.py"), run_name="__main__")
-    assert ended.value.code == 0
-    return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+def make_card(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
+    """The card of nano on a CPU, without compilation."""
+    command = f"bash benchmarks/gpu_card.sh {folder} --device cpu --model pretrained/nano"
+    return subprocess.run(
+        [*command.split(), *flags],
+        cwd=ROOT,
+        env={**os.environ, "TORCH_COMPILE_DISABLE": "1", "VIRTUAL_ENV": sys.prefix},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
 
 
-@pytest.mark.process
-@pytest.mark.slow
-@pytest.mark.parametrize("program", PROGRAMS)
-def test_benchmark_prints_a_line_per_variant(program, monkeypatch, capsys):
-    arguments, units = PROGRAMS[program]
-    repeats = [] if program == "serving" else ["--repeats", "1"]
-    lines = printed_lines(program, [*arguments, *repeats], monkeypatch, capsys)
-    assert {line["benchmark"] for line in lines} == set(units)
+@pytest.fixture(scope="module")
+def card(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("card")
+    made = make_card(folder)
+    assert made.returncode == 0, made.stdout + made.stderr
+    return folder
+
+
+def lines_of(card: Path) -> list[tuple[str, dict]]:
+    """Part and content of every line."""
+    return [
+        (file.stem, json.loads(line))
+        for file in card.glob("*.jsonl")
+        for line in file.read_text().splitlines()
+    ]
+
+
+def test_card_has_every_benchmark(card):
+    lines = [line for _, line in lines_of(card)]
+    assert {line["benchmark"] for line in lines} == set(UNITS)
     for line in lines:
         results = line["results"]
-        rate = line["results"][f"{units[line['benchmark']]}_per_second"]
-        assert "error" not in results and rate > 0 and results["times_plain"] > 0
+        assert results[f"{UNITS[line['benchmark']]}_per_second"] > 0 and results["times_plain"] > 0
         assert line["variant"] != "plain" or results["times_plain"] == 1.0
         assert line["hardware"]["cores"] and line["versions"]["torch"] and line["date"]
-        assert f"{program}.py --device cpu" in line["command"]
+        assert ".py --device cpu" in line["command"]
         if line["benchmark"] == "tokenizer encode":
+            rate = results["images_per_second"]
             assert rate * results["seconds"] == pytest.approx(line["batch"], rel=0.01)
             assert results["codes_equal_float32"] == results["images_equal_float32"] == 1.0
-        if program == "training":
+        if line["benchmark"].startswith("training"):
             assert results["loss"] < results["first_loss"], (
                 "the same batch again and again is learned"
             )
+
+
+def test_card_goes_on_where_it_ended(card):
+    page = (card / "card.md").read_text()
+    assert page.count("\n| ") == len(lines_of(card)) + 2
+    finished = {file: file.stat().st_mtime_ns for file in card.glob("*.jsonl")}
+    removed = card / "ceilings.jsonl"
+    content = removed.read_text()
+    removed.unlink()
+    made = make_card(card, "--minutes", "0")
+    assert made.returncode == 0 and "Run the same command again for the rest: ceilings." in (
+        made.stderr
+    )
+    removed.write_text(content)
+    for file, time in finished.items():
+        assert file == removed or file.stat().st_mtime_ns == time
+    assert "ceiling" not in (card / "card.md").read_text()
+
+
+def test_goals_of_the_card_name_its_lines(card, monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    gpu_card = importlib.import_module("gpu_card")
+    lines = lines_of(card)
+    for goal in gpu_card.GOALS:
+        _, command = gpu_card.PARTS[goal.part]
+        sizes = dict.fromkeys(("device", "model", "system"), "")
+        numbers = command.format_map({**gpu_card.SIZES["released"], **sizes}).split()
+        assert str(goal.batch) in numbers
+        results = [
+            line["results"]
+            for part, line in lines
+            if (part, line["benchmark"]) == (goal.part, goal.benchmark)
+            and line["variant"] in goal.variants
+        ]
+        assert results
+        assert re.fullmatch(r"[≤≥] .*: (reached|\*\*missed\*\*)", goal.text(results[0]))
 
 
 def test_memory_of_published_sizes(monkeypatch, capsys):
