@@ -33,24 +33,31 @@ PART_SECONDS = 9 * 60  # a part is ended after so long
 
 # Part → minutes on an H100, and the command. Names in braces are of SIZES.
 PARTS = {
-    "ceilings": (1, "ceilings.py {device} --side {side}"),
-    "tokenizer": (4, "tokenizer.py {device} {model} --batches {encoded}"),
+    "ceilings": (1, "ceilings.py {device} --side {side} {repeats}"),
+    "tokenizer": (4, "tokenizer.py {device} {model} --batches {encoded} {repeats}"),
     "generation": (
         6,
         "generation.py {device} {model} --variants plain engine compiled "
-        "--batches {prompts} {text}",
+        "--batches {prompts} {text} {repeats}",
     ),
     "generation-int8": (
         3,
-        "generation.py {device} {model} --variants plain int8 --batches 1 {text}",
+        "generation.py {device} {model} --variants plain int8 --batches 1 {text} {repeats}",
     ),
-    "decoder": (5, "drawing.py {device} {model} --batches {drawn} --steps {steps}"),
-    "training-llm": (6, "training.py {device} {model} --parts llm --batches {rows}"),
-    "training-tokenizer": (4, "training.py {device} {model} --parts tokenizer --batches {images}"),
+    "decoder": (5, "drawing.py {device} {model} --batches {drawn} --steps {steps} {repeats}"),
+    "training-llm": (6, "training.py {device} {model} --parts llm --batches {rows} {repeats}"),
+    "training-tokenizer": (
+        4,
+        "training.py {device} {model} --parts tokenizer --batches {images} {repeats}",
+    ),
     "system-files": (3, "original_layouts.py 8b pretrained"),
-    "system": (5, "drawing.py {device} --model {system} --batches {drawn} --steps {steps}"),
+    "system": (
+        5,
+        "drawing.py {device} --model {system} --batches {drawn} --steps {steps} {repeats}",
+    ),
     "server": (5, "serving.py {device} --model {system} --clients {clients} --requests {requests}"),
 }
+RELEASED_ONLY = ("decoder", "system-files")  # a folder's decoder is timed as a part of its system
 SIZES = {
     "released": {
         "side": "8192",
@@ -63,18 +70,20 @@ SIZES = {
         "images": "64",
         "clients": "1 8 32",
         "requests": "32",
+        "repeats": "",
     },
     "small": {
         "side": "512",
-        "encoded": "1 4",
-        "prompts": "1 4",
+        "encoded": "2",
+        "prompts": "2",
         "text": "--prompt 16 --new 8",
-        "drawn": "1 2",
+        "drawn": "2",
         "steps": "1",
         "rows": "2",
         "images": "2",
         "clients": "1 2",
         "requests": "2",
+        "repeats": "--repeats 1",
     },
 }
 
@@ -83,19 +92,15 @@ SIZES = {
 class Goal:
     """What one H100 is expected to reach in a line: a rate at least, or seconds at most."""
 
-    part: str
     benchmark: str
     variants: tuple[str, ...]
     batch: int
     per_second: float | None = None
     seconds: float | None = None
 
-    def is_of(self, part: str, line: Mapping[str, Any]) -> bool:
-        names = (self.part, self.benchmark, self.batch)
-        return (
-            names == (part, line["benchmark"], line.get("batch"))
-            and line["variant"] in self.variants
-        )
+    def is_of(self, line: Mapping[str, Any]) -> bool:
+        names = line["benchmark"], line.get("batch")
+        return names == (self.benchmark, self.batch) and line["variant"] in self.variants
 
     def text(self, results: Mapping[str, Any]) -> str:
         """The goal, and whether the line reaches it."""
@@ -109,15 +114,15 @@ class Goal:
 
 
 GOALS = (
-    Goal("tokenizer", "tokenizer encode", ("compiled", "graph"), 256, per_second=1050),
-    Goal("tokenizer", "tokenizer encode", ("compiled", "graph"), 1, seconds=0.007),
-    Goal("generation", "generation", ("compiled",), 1, per_second=195),
-    Goal("generation", "generation", ("compiled",), 64, per_second=5000),
-    Goal("generation-int8", "generation", ("int8",), 1, per_second=300),
-    Goal("decoder", "reconstruct", ("compiled",), 1, seconds=0.33),
-    Goal("decoder", "reconstruct", ("fast",), 1, seconds=0.18),
-    Goal("training-llm", "training llm", ("packed", "compiled", "kept"), 8, per_second=17000),
-    Goal("system", "draw", ("batch",), 1, seconds=0.6),
+    Goal("tokenizer encode", ("compiled", "graph"), 256, per_second=1050),
+    Goal("tokenizer encode", ("compiled", "graph"), 1, seconds=0.007),
+    Goal("generation", ("compiled",), 1, per_second=195),
+    Goal("generation", ("compiled",), 64, per_second=5000),
+    Goal("generation", ("int8",), 1, per_second=300),
+    Goal("reconstruct", ("compiled",), 1, seconds=0.33),
+    Goal("reconstruct", ("fast",), 1, seconds=0.18),
+    Goal("training llm", ("packed", "compiled", "kept"), 8, per_second=17000),
+    Goal("draw", ("batch",), 1, seconds=0.6),
 )
 
 
@@ -158,7 +163,7 @@ def rate(results: Mapping[str, Any]) -> tuple[str, float]:
     return f"{key.removesuffix('_per_second').replace('_', ' ')}/s", results[key]
 
 
-def row(part: str, line: Mapping[str, Any], copied: float | None) -> list[str]:
+def row(line: Mapping[str, Any], copied: float | None) -> list[str]:
     """A line's cells. `copied`: gigabytes that the device copies a second."""
     results = line["results"]
     variant = line["variant"] or "–"
@@ -174,7 +179,7 @@ def row(part: str, line: Mapping[str, Any], copied: float | None) -> list[str]:
         share = f"MFU {results['mfu']:.0%}"
     elif copied and "weight_gb_per_second" in results:
         share = f"bandwidth {results['weight_gb_per_second'] / copied:.0%}"
-    goal = next((goal.text(results) for goal in GOALS if goal.is_of(part, line)), "")
+    goal = next((goal.text(results) for goal in GOALS if goal.is_of(line)), "")
     seconds = results.get("seconds", results.get("p50"))
     return [
         *what,
@@ -206,7 +211,7 @@ def page(lines: Mapping[str, list[dict[str, Any]]], goals: bool) -> str:
     )
     head = ["work", "batch", "variant", "rate", "to plain", "s", "share", "peak GiB"]
     rows: Iterable[list[str]] = (
-        row(part, line, copied) for part, content in lines.items() for line in content
+        row(line, copied) for content in lines.values() for line in content
     )
     if goals:
         head.append("goal (one H100)")
@@ -237,7 +242,7 @@ def run(options: argparse.Namespace) -> int:
     }
 
     # 1. The parts that are missing, as far as the time goes.
-    wanted = [name for name in PARTS if released or name != "system-files"]
+    wanted = [name for name in PARTS if released or name not in RELEASED_ONLY]
     for name in wanted:
         minutes, command = PARTS[name]
         left = options.minutes - (time.monotonic() - started) / 60

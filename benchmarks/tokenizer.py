@@ -41,7 +41,7 @@ def load(model: str, device: torch.device) -> Seed2Tokenizer:
     """The tokenizer in float32."""
     if model != "original":
         return Seed2Tokenizer.from_pretrained(
-            SystemConfig.read(system_folder(model)).tokenizer, device=device
+            SystemConfig.find(system_folder(model)).tokenizer, device=device
         )
     with torch.device("meta"):
         tokenizer = Seed2Tokenizer(Seed2Config())

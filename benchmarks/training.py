@@ -47,7 +47,7 @@ def read_sizes(model: str) -> tuple[dict[str, Any], ImageVocabulary, Seed2Config
     """Sizes of the language model, its vocabulary, sizes of the tokenizer."""
     if model == "original":
         return LLAMA_7B, ImageVocabulary(), Seed2Config()
-    config = SystemConfig.read(system_folder(model))
+    config = SystemConfig.find(system_folder(model))
     llm = json.loads((config.llm / "config.json").read_text())
     tokenizer = Seed2Tokenizer.read_config(config.tokenizer / "config.json")
     vocabulary = ImageVocabulary(
