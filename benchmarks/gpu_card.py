@@ -1,4 +1,4 @@
-"""One page about a GPU: every benchmark at the released sizes, each beside the plain stack.
+"""One page about a GPU: every benchmark at the published sizes, each with the plain stack.
 
     bash benchmarks/gpu_card.sh OUT                                         one H100 or A100
     bash benchmarks/gpu_card.sh OUT --device cpu --model pretrained/nano    the same on a CPU
