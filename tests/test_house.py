@@ -754,7 +754,6 @@ def test_imports_point_one_way():
 FAMILY_FILES = {
     "__init__.py": "the public names of the library's own families",
     "errors.py": "the extra of pip for the original's evaluation",
-    "hub.py": "the originals' repositories",
     "models/registry.py": "the list of the library's own families",
     "moved.py": "earlier names of modules",
     "pipelines/config.py": "the family of a system.json without the key system",

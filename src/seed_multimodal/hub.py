@@ -1,7 +1,8 @@
 """Original weights by name: folder below `pretrained/`, hub repository, local path.
 
 Nothing is downloaded while `HF_HUB_OFFLINE` is set (the default): a hub name is resolved to its
-folder below `pretrained/` or its snapshot in the hub client's cache.
+folder below `pretrained/` or its snapshot in the hub client's cache. With `HF_HUB_OFFLINE=0`, parts
+of the originals are downloaded to `pretrained/` (`downloads`), other repositories to that cache.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
+from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
+from seed_multimodal.downloads import WantedPart, downloads_allowed, fetch_parts, network_errors
 from seed_multimodal.errors import CheckpointError, first_line
+from seed_multimodal.originals import WEIGHT_PATTERNS, OriginalPart, part_of_hub
 
-SEED_X = "AILab-CVC/SEED-X-17B"  # contains all three models, tokenizer and de-tokenizers
-LAVIT = "rain1011/LaVIT-7B-v2"  # all files in one repository
 # Systems in the repository: name -> folder.
 SHIPPED_SYSTEMS = {name: f"pretrained/{name}" for name in ("nano", "nano-x", "nano-lavit")}
 # Shipped parts by family, for messages about missing ones.
@@ -46,8 +47,6 @@ LAVIT_DOWNLOAD = (
     "download LaVIT's original folder (rain1011/LaVIT-7B-v2 on the hub) to pretrained/LaVIT-7B-v2, "
     "or pass its path (shipped: pretrained/nano-lavit, whose tokenizer/ is a visual tokenizer)"
 )
-# Shell patterns of the files of a model in one folder.
-WEIGHT_PATTERNS = ("*.json", "*.txt", "*.model", "*.safetensors", "*.bin", "*.pt", "*.pth")
 # Files of a language model's checkpoint.
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
 AGENT_CONFIG = "agent.json"  # of a tuned SEED-X: sizes of the resamplers, LoRA
@@ -55,57 +54,6 @@ VISUAL_WEIGHTS = "visual_weight.safetensors"  # LaVIT's token merger and project
 # A repository with one of the first needs none of the second.
 SAFETENSORS_FILES = ("model.safetensors", "model.safetensors.index.json")
 TORCH_COPIES = "pytorch_model*.bin*"
-
-
-class OriginalPart(NamedTuple):
-    """A model of the original repositories.
-
-    folder: below the repository root.
-    hub: name on the hub.
-    remark: what else it needs, for messages.
-    files: what to fetch, as shell patterns.
-    """
-
-    folder: str
-    hub: str
-    remark: str = ""
-    files: tuple[str, ...] = WEIGHT_PATTERNS
-
-
-ORIGINAL_PARTS = {
-    "tokenizer": OriginalPart(
-        "pretrained/seed_tokenizer", "AILab-CVC/seed-tokenizer-2", " and eva_vit_g.pth"
-    ),
-    "8b": OriginalPart("pretrained/seed_llama_8b_sft", "AILab-CVC/seed-llama-8b-sft"),
-    "14b": OriginalPart("pretrained/seed_llama_14b_sft", "AILab-CVC/seed-llama-14b-sft"),
-    "unclip": OriginalPart(
-        "pretrained/stable-diffusion-2-1-unclip",
-        "stabilityai/stable-diffusion-2-1-unclip",
-        " (or a mirror)",
-        ("*.json", "*/*.json", "*/*.txt", "*/*.safetensors"),
-    ),
-    "8b-pretrain": OriginalPart(
-        "pretrained/seed_llama_8b_pretrain", "AILab-CVC/seed-llama-8b-pretrain"
-    ),
-    "vicuna": OriginalPart("pretrained/vicuna-7b-v1.1", "lmsys/vicuna-7b-v1.1"),
-    "llama2": OriginalPart("pretrained/llama-2-13b-chat", "meta-llama/Llama-2-13b-chat-hf"),
-    "seed-x": OriginalPart("pretrained", SEED_X),  # several folders: see `pipelines.config`
-    "lavit": OriginalPart("pretrained/LaVIT-7B-v2", LAVIT),
-    "qwen-vl": OriginalPart(
-        "pretrained/Qwen-VL-Chat",
-        "Qwen/Qwen-VL-Chat",
-        files=(*WEIGHT_PATTERNS, "*.py", "*.tiktoken"),
-    ),
-    "qwen-vit": OriginalPart(
-        "pretrained/QwenViT", "", "what src/tools/reload_qwen_vit.py takes out of Qwen/Qwen-VL-Chat"
-    ),
-    "sdxl": OriginalPart(
-        "pretrained/stable-diffusion-xl-base-1.0",
-        "stabilityai/stable-diffusion-xl-base-1.0",
-        " (unet/config.json, vae and scheduler)",
-        ("unet/config.json", "vae/config.json", "vae/*.safetensors", "scheduler/*"),
-    ),
-}
 
 
 def is_hub_name(name: str | Path) -> bool:
@@ -139,18 +87,22 @@ def _root() -> Path:
     return Path(__file__).resolve().parents[2]
 
 
+def weights_root() -> Path:
+    """The folder whose `pretrained/` gets downloads: the working directory or the repository's
+    root."""
+    if not os.path.isdir("pretrained") and (_root() / "pretrained").is_dir():
+        return _root()
+    return Path()
+
+
 def locate_system(name: str | Path) -> Path | None:
     """As `locate`; names of shipped systems are resolved to their folders."""
     return locate(SHIPPED_SYSTEMS.get(str(name).lower(), name))
 
 
-def _part_of_hub(hub_name: str | Path) -> OriginalPart | None:
-    return next((part for part in ORIGINAL_PARTS.values() if part.hub == str(hub_name)), None)
-
-
 def original_folder(name: str | Path) -> str:
     """Local folder of an original part's hub name; other names unchanged."""
-    part = _part_of_hub(name)
+    part = part_of_hub(name)
     return str(name) if part is None else part.folder
 
 
@@ -160,8 +112,28 @@ def local_folder(name: str | Path) -> Path | None:
     folder = locate(name) or locate(original_folder(name))
     if folder is not None or not is_hub_name(name):
         return folder
-    part = _part_of_hub(name)
-    return try_fetch(str(name), WEIGHT_PATTERNS if part is None else part.files)
+    part = part_of_hub(name)
+    if part is None:
+        return try_fetch(str(name), WEIGHT_PATTERNS)
+    return cached_snapshot(part.hub, part.files) or download_part(part)
+
+
+def download_part(
+    part: OriginalPart, files: tuple[str, ...] | None = None, folder: Path | None = None
+) -> Path | None:
+    """The folder of an original part after its download; None: downloads are not allowed.
+
+    files, folder: as of `downloads.WantedPart`.
+
+    Raises CheckpointError: a file cannot be downloaded.
+    """
+    if not downloads_allowed():
+        return None
+    wanted = WantedPart(part, files, folder)
+    problems = fetch_parts([wanted], weights_root())
+    if problems:
+        raise CheckpointError(" ".join(problems))
+    return wanted.target(weights_root())
 
 
 def missing_weights_message(missing: Iterable[tuple[OriginalPart, str | Path]]) -> str:
@@ -211,43 +183,51 @@ def find_folder(path_or_id: str | Path, files: Sequence[str], advice: str) -> Pa
     return fetch(str(path_or_id), files, advice)
 
 
-def try_fetch(hub_id: str, files: Sequence[str]) -> Path | None:
+def cached_snapshot(hub_id: str, files: Sequence[str]) -> Path | None:
+    """The folder of a hub repository in the hub client's cache, from earlier downloads."""
+    return try_fetch(hub_id, files, local_files_only=True)
+
+
+def try_fetch(hub_id: str, files: Sequence[str], *, local_files_only: bool = False) -> Path | None:
     """As `fetch`; None: not reachable, or no repository."""
     if not hub_id:
         return None
     try:
-        return fetch(hub_id, files)
+        return fetch(hub_id, files, local_files_only=local_files_only)
     except CheckpointError:
         return None
 
 
-def fetch(hub_id: str, files: Sequence[str], advice: str = "") -> Path:
+def fetch(
+    hub_id: str, files: Sequence[str], advice: str = "", *, local_files_only: bool = False
+) -> Path:
     """Snapshot folder of `files` of a hub repository, cached.
 
     files: shell patterns; if none of them has a "/", files of the root folder only.
+    local_files_only: without a download, even where downloads are allowed.
 
     Torch copies of a model's safetensors are left out. Raises CheckpointError: not reachable; with
     `advice`.
     """
     from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     # The hub's `*` matches "/" as well.
     only_root = not any("/" in pattern for pattern in files)
     below_root = ["*/*"] if only_root else []
-    patterns = list(files)
+    download = partial(
+        snapshot_download,
+        hub_id,
+        allow_patterns=list(files),
+        local_files_only=local_files_only,
+    )
     try:
-        folder = Path(
-            snapshot_download(
-                hub_id, allow_patterns=patterns, ignore_patterns=[*below_root, TORCH_COPIES]
-            )
-        )
+        folder = Path(download(ignore_patterns=[*below_root, TORCH_COPIES]))
         # Without safetensors, torch's files are no copies.
         if only_root and first_file(folder, SAFETENSORS_FILES) is None:
-            snapshot_download(hub_id, allow_patterns=patterns, ignore_patterns=below_root)
-    except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
+            download(ignore_patterns=below_root)
+    except network_errors() as error:
         reason = first_line(error)
-        if os.environ.get("HF_HUB_OFFLINE") == "1":
+        if not downloads_allowed():
             reason = "downloads are off: set HF_HUB_OFFLINE=0 to allow them"
         raise CheckpointError(
             f"{hub_id}: neither a local folder nor reachable on the hub ({reason}); {advice}."

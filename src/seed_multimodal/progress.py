@@ -25,6 +25,7 @@ class Progress(tqdm):
     every: seconds between two lines.
     delay: seconds before the bar is shown.
     log: receives the lines; None: no output.
+    unit_scale: thousands as k, M, G.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Progress(tqdm):
         every: float = 30.0,
         delay: float = 0.5,
         log: Callable[[str], None] | None = log_line,
+        unit_scale: bool = False,
     ) -> None:
         on_terminal = log in (log_line, print) and sys.stderr.isatty()
         self.log = None if on_terminal else log
@@ -55,6 +57,7 @@ class Progress(tqdm):
             file=file,
             total=total,
             unit=unit,
+            unit_scale=unit_scale,
             initial=start,
             disable=log is None,
             leave=False,

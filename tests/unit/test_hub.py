@@ -13,6 +13,7 @@ import pytest
 from seed_multimodal import hub
 from seed_multimodal.entry import COMMAND_FAILED, run_guarded, run_program
 from seed_multimodal.errors import ConfigError, SeedWarning
+from seed_multimodal.originals import original_parts
 from seed_multimodal.progress import quiet_loading
 
 
@@ -50,7 +51,7 @@ def test_released_folder_and_locate(tmp_path, monkeypatch):
 
 def test_not_on_disk_names_folders_of_the_repository_relative_to_it(tmp_path):
     root = Path(hub.__file__).resolve().parents[2]
-    part = hub.ORIGINAL_PARTS["8b"]
+    part = original_parts()["8b"]
     for path in (part.hub, part.folder, root / part.folder):
         assert f"into {part.folder} (" in hub.missing_weights_message([(part, path)])
     assert f"into {tmp_path / 'mine'} (" in hub.missing_weights_message([(part, tmp_path / "mine")])
@@ -59,7 +60,7 @@ def test_not_on_disk_names_folders_of_the_repository_relative_to_it(tmp_path):
 def test_fetch_downloads_one_copy_of_the_weights(tmp_path, monkeypatch):
     from huggingface_hub.utils import filter_repo_objects
 
-    def download(hub_id: str, **patterns: list[str]) -> str:
+    def download(hub_id: str, local_files_only: bool, **patterns: list[str]) -> str:
         for name in filter_repo_objects(files[hub_id], **patterns):
             (tmp_path / hub_id / name).parent.mkdir(parents=True, exist_ok=True)
             (tmp_path / hub_id / name).touch()

@@ -21,7 +21,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from seed_multimodal import __version__
-from seed_multimodal.cli import chat, data, evaluate, images, init, tools
+from seed_multimodal.cli import chat, data, evaluate, images, init, tools, weights
 from seed_multimodal.cli.common import (
     add_common,
     add_condition_flags,
@@ -56,6 +56,7 @@ def build_parser() -> ArgumentParser:
     _add_language_commands(commands)
     # Weights, evaluations and data.
     tools.add_commands(commands)
+    weights.add_commands(commands)
     init.add_command(commands)
     kinds = commands.add_parser("eval", help="measure a model").add_subparsers(
         required=True, metavar="WHAT"

@@ -28,6 +28,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from seed_multimodal.errors import SeedWarning
+from seed_multimodal.hub import download_part, is_hub_name, locate
 from seed_multimodal.images.io import ImageSource
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.inference.generator import Task
@@ -38,6 +39,8 @@ from seed_multimodal.models.lavit.modeling import DynamicTokenizer
 from seed_multimodal.models.lavit.pipeline import Lavit, LavitImageCodec
 from seed_multimodal.models.lavit.processing import QUESTION, QuestionProcessor
 from seed_multimodal.models.lavit.spec import LavitConfig
+from seed_multimodal.originals import original_parts
+from seed_multimodal.pipelines.config import system_names
 from seed_multimodal.pipelines.images import open_images
 
 if TYPE_CHECKING:
@@ -506,6 +509,9 @@ def original_config(
     name: str | Path = model_path
     if str(model_path) in CURRENT_FOLDER and not is_model:
         name = "lavit"
+    elif not (locate(folder) or is_hub_name(model_path) or str(model_path) in system_names()):
+        # As the original, which downloads its weights to a path that does not exist.
+        download_part(original_parts()["lavit"], folder=folder)
     config = LavitConfig.find(name)
     if config.original and head is not None:
         config = LavitConfig.find(name, head="lowres" if head == "lowres" else "highres")

@@ -27,7 +27,7 @@ from torch import Tensor
 from seed_multimodal.device import FP16_AS_ORIGINAL, choose_device
 from seed_multimodal.diffusion.base import Detokenizer
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import ORIGINAL_PARTS, local_folder, locate, missing_weights_message
+from seed_multimodal.hub import local_folder, locate, missing_weights_message
 from seed_multimodal.images.io import ImageSource
 from seed_multimodal.language.llama_tokenizer import LlamaTokenizer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -37,6 +37,7 @@ from seed_multimodal.models.seed.diffusion import SD_ADVICE, SD_FOLDER, StableDi
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer
 from seed_multimodal.models.seed.pipeline import SeedImageCodec, load_images
 from seed_multimodal.models.seed.spec import DETOKENIZER_FOLDER, SeedLlamaConfig
+from seed_multimodal.originals import original_parts
 from seed_multimodal.pipelines.images import CodecPlacement, Log, Placement, Seed, seed_per_image
 
 Codes = Tensor | Sequence[int] | Sequence[Sequence[int]]
@@ -154,9 +155,9 @@ class SeedLlamaTokenizer(LlamaTokenizer):
         # 1. Folders.
         folder = local_folder(pretrained_model_name_or_path)
         if folder is None:
-            missing = [(ORIGINAL_PARTS["tokenizer"], pretrained_model_name_or_path)]
+            missing = [(original_parts()["tokenizer"], pretrained_model_name_or_path)]
             raise CheckpointError(f"{missing_weights_message(missing)}; {YAML_RUNS}.")
-        unclip = ORIGINAL_PARTS["unclip"]
+        unclip = original_parts()["unclip"]
         diffusion = diffusion_path or unclip.folder
         copy = folder / DETOKENIZER_FOLDER
         if diffusion in (unclip.folder, unclip.hub) and copy.is_dir():

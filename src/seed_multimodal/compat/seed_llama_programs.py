@@ -22,14 +22,14 @@ from seed_multimodal.disk import writable_folder
 from seed_multimodal.entry import DONE, add_device, bounded_int, log_line, run_program
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import (
-    ORIGINAL_PARTS,
-    OriginalPart,
+    download_part,
     local_folder,
     locate,
     missing_weights_message,
 )
 from seed_multimodal.language.prompts import DEMO_QUESTIONS
 from seed_multimodal.models.seed.spec import DETOKENIZER_FOLDER
+from seed_multimodal.originals import OriginalPart, original_parts
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -130,7 +130,11 @@ def _check_weights(*files: Path) -> None:
             # A tokenizer's folder may hold its own copy of the diffusion model.
             folder = local_folder(str(config.get("pretrained_model_name_or_path")))
             has_copy = folder is not None and (folder / DETOKENIZER_FOLDER).is_dir()
-            if original != ORIGINAL_PARTS["unclip"] or not has_copy:
+            if original == original_parts()["unclip"] and has_copy:
+                continue
+            # Hub names were downloaded above, if that is allowed; this is a folder's.
+            download_part(original)
+            if locate(path) is None:
                 missing.append((original, path))
     if missing:
         raise CheckpointError(
@@ -140,7 +144,7 @@ def _check_weights(*files: Path) -> None:
 
 def _original_part(path: str) -> OriginalPart | None:
     """The original part with this hub name, or in this folder."""
-    for part in ORIGINAL_PARTS.values():
+    for part in original_parts().values():
         if path == part.hub or path.endswith(part.folder):
             return part
     return None

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from seed_multimodal.config import instantiate
 from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.hub import locate, original_folder
+from seed_multimodal.hub import local_folder
 
 if TYPE_CHECKING:
     from torch import dtype as TorchDtype
@@ -48,12 +48,13 @@ def language_model(
     fp16 = FP16_WITH_8BIT if quantization == "8bit" else ""
     runtime = choose_device(device, torch_dtype, fp16=fp16)
 
-    # 3. A hub name may have been downloaded into pretrained/.
-    name = pretrained_model_name_or_path
-    folder = original_folder(name)
-    path = None if folder == name else locate(folder)
+    # 3. A hub name may be a folder in pretrained/.
+    path = local_folder(pretrained_model_name_or_path)
     return load_llm_or_adapter(
-        path or name, device=runtime.device, dtype=runtime.dtype, quantization=quantization or None
+        path or pretrained_model_name_or_path,
+        device=runtime.device,
+        dtype=runtime.dtype,
+        quantization=quantization or None,
     )
 
 

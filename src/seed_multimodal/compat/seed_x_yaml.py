@@ -17,12 +17,13 @@ from typing import Any
 
 from seed_multimodal.config import instantiate_by
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.hub import ORIGINAL_PARTS, locate
+from seed_multimodal.hub import locate
 from seed_multimodal.models.seed_x.adapter import RESAMPLER_CONFIG, ResamplerXLConfig
 from seed_multimodal.models.seed_x.modeling import AgentSettings
 from seed_multimodal.models.seed_x.pipeline import AgentConfig
 from seed_multimodal.models.seed_x.spec import SeedXConfig
 from seed_multimodal.nn.vision.qwen import QwenVitConfig, ResamplerConfig
+from seed_multimodal.originals import original_parts
 from seed_multimodal.settings import read_settings
 
 # Kind of file → part of `SeedXConfig`.
@@ -34,6 +35,7 @@ KEYS = {
     "adapter": "detokenizer",
     "discrete_model": "discrete_model",
 }
+SDXL = original_parts()["sdxl"].folder
 _MODULE = "seed_multimodal.compat.seed_x_yaml"
 _LANGUAGE = "seed_multimodal.language"
 _VISUAL = "src.models.tokenizer.qwen_visual"
@@ -183,7 +185,7 @@ def config_of_files(
     files: Mapping[str, str | Path],
     *,
     tuned: bool = True,
-    sdxl: str | Path = ORIGINAL_PARTS["sdxl"].folder,
+    sdxl: str | Path = SDXL,
 ) -> SeedXConfig:
     """The system that YAML files describe.
 

@@ -11,15 +11,13 @@ from typing import TYPE_CHECKING, cast
 
 from seed_multimodal.cli.common import program_parser
 from seed_multimodal.config import load_yaml
-from seed_multimodal.disk import JsonObject, read_json_object, writing
+from seed_multimodal.disk import JsonObject
 from seed_multimodal.entry import DONE, log_line, run_program
-from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import first_file, locate
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.hub import locate
 from seed_multimodal.progress import quiet_libraries
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from seed_multimodal.language.lora import TrainedWeights
     from seed_multimodal.language.text_tokenizer import TextTokenizer
 
@@ -153,35 +151,11 @@ def reload_script(argv: Sequence[str] | None = None) -> int:
 
 
 def _reload(args: Namespace) -> int:
-    from seed_multimodal.nn.vision.qwen import IN_QWEN_VL
-    from seed_multimodal.weights import INDEX_FILES, load_state_dict, save_torch
+    from seed_multimodal.nn.vision.qwen import extract
 
-    # 1. The shards of Qwen-VL-Chat.
     target = Path(args.out)
-    source = locate(args.source) or Path(args.source)
     if target.exists() and not args.force:
         raise ConfigError(f"{target}: exists already (--force writes over it).")
-    index = first_file(source, INDEX_FILES)
-    if index is None:
-        raise CheckpointError(
-            f"{source}: there is no {' or '.join(INDEX_FILES)}; download Qwen/Qwen-VL-Chat to "
-            "pretrained/Qwen-VL-Chat, or name its folder with --source."
-        )
-
-    # 2. The names of the vision encoder's tensors in each shard that holds some.
-    names_of: dict[str, list[str]] = {}
-    for name, file in read_json_object(index)["weight_map"].items():
-        if IN_QWEN_VL in name:
-            names_of.setdefault(file, []).append(name)
-
-    # 3. The tensors; shards are memory-mapped, so that the language model's are not read.
-    tensors: dict[str, Tensor] = {}
-    for file in sorted(names_of):
-        shard = load_state_dict(source / file, mapped=True)
-        for name in names_of[file]:
-            tensors[name.removeprefix(IN_QWEN_VL)] = shard[name]
-    with writing(target):
-        target.parent.mkdir(parents=True, exist_ok=True)
-        save_torch(tensors, target)
-    log_line(f"{target}: {len(tensors)} tensors")
+    n_tensors = extract(target, locate(args.source) or Path(args.source))
+    log_line(f"{target}: {n_tensors} tensors")
     return DONE

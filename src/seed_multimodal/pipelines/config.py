@@ -26,10 +26,12 @@ from typing import Any, ClassVar, Self
 
 from seed_multimodal import hub
 from seed_multimodal.disk import JsonObject, read_json_object
+from seed_multimodal.downloads import WantedPart
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import ADAPTER_CONFIG
 from seed_multimodal.language.prompts import DEFAULT_TASKS, TaskPrompts
 from seed_multimodal.models.registry import families, find_family
+from seed_multimodal.originals import OriginalPart, origin
 from seed_multimodal.pipelines.base_record import family_name, is_checkpoint, read_base
 from seed_multimodal.pipelines.parts import (
     OldCheckpoint,
@@ -37,7 +39,6 @@ from seed_multimodal.pipelines.parts import (
     Part,
     existing_path,
     not_saved,
-    origin,
     part,
 )
 from seed_multimodal.settings import check_keys, nearest, read_settings, setting
@@ -299,14 +300,23 @@ class SystemConfig:
 
         # The files of this part: its repository may hold more.
         source, path_in_repository = origin(default)
-        files = source.files
-        if key in self.original_files:
-            files = self.original_files[key]
-        elif path_in_repository != ".":
-            files = (path_in_repository, f"{path_in_repository}/*")
-        repository = hub.try_fetch(source.hub, files)
-        if repository is not None:
-            setattr(self, key, existing_path(repository / path_in_repository) or default)
+        files = self.original_files.get(key) or _files_of(source, path_in_repository)
+        snapshot = hub.cached_snapshot(source.hub, files)
+        if snapshot is not None:
+            setattr(self, key, existing_path(snapshot / path_in_repository) or default)
+        if snapshot is None or not self.has(key):
+            folder = hub.download_part(source, files)
+            if folder is not None:
+                setattr(self, key, existing_path(folder / path_in_repository) or default)
+
+    def wanted_parts(self) -> list[WantedPart]:
+        """What `seed fetch` downloads of an original model."""
+        wanted: dict[tuple[str, tuple[str, ...]], WantedPart] = {}
+        for default in self.original_paths().values():
+            source, path_in_repository = origin(default)
+            files = _files_of(source, path_in_repository)
+            wanted[source.name, files] = WantedPart(source, files)
+        return list(wanted.values())
 
     def _is_complete(self, key: str) -> bool:
         """Whether a part exists, or has no path and may be missing."""
@@ -338,7 +348,7 @@ class SystemConfig:
 
     def _missing_original_message(self) -> str:
         """How to get the missing parts of an original model."""
-        missing: list[tuple[hub.OriginalPart, str]] = []
+        missing: list[tuple[OriginalPart, str]] = []
         for key, default in self.original_paths().items():
             if self.parts()[key].optional:
                 continue
@@ -355,6 +365,13 @@ class CodeSystemConfig(SystemConfig):
     """Of a `CodeSystem`: images are codes in prompts of a template."""
 
     template: str = "vicuna"  # of prompts, see `language.prompts`
+
+
+def _files_of(source: OriginalPart, path: str) -> tuple[str, ...]:
+    """Shell patterns of the files at a path in a repository; ".": of all that is needed of it."""
+    if path == ".":
+        return source.files
+    return path, f"{path}/*"
 
 
 # ---- systems by name and folder

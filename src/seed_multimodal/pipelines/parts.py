@@ -82,10 +82,3 @@ def existing_path(path: Path) -> Path | None:
     if existing is None and path.suffix == ".bin":
         existing = hub.locate(path.with_suffix(".safetensors"))
     return existing
-
-
-def origin(path: Path) -> tuple[hub.OriginalPart, str]:
-    """The hub repository of an original's part, and the part's path in it."""
-    parts = [part for part in hub.ORIGINAL_PARTS.values() if path.is_relative_to(part.folder)]
-    source = max(parts, key=lambda part: len(part.folder))
-    return source, path.relative_to(source.folder).as_posix()

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from seed_multimodal.disk import JsonObject, read_json_object
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.hub import ADAPTER_CONFIG, LAVIT, ORIGINAL_PARTS, VISUAL_WEIGHTS
+from seed_multimodal.hub import ADAPTER_CONFIG, VISUAL_WEIGHTS
 from seed_multimodal.language.prompts import TaskPrompts
 from seed_multimodal.models.lavit.ratios import RATIOS
 from seed_multimodal.models.registry import (
@@ -20,10 +20,12 @@ from seed_multimodal.models.registry import (
     TokenizerExport,
     Training,
 )
+from seed_multimodal.originals import original_parts
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.pipelines.parts import OldCheckpoint, Original, has_folder, part
 
-_ORIGINAL = ORIGINAL_PARTS["lavit"].folder
+_HUB = original_parts()["lavit"].hub
+_ORIGINAL = original_parts()["lavit"].folder
 # It continues images and texts; only questions have a template.
 TASKS = TaskPrompts(
     describe="",
@@ -57,7 +59,7 @@ class LavitConfig(SystemConfig):
                 "safety": f"{_ORIGINAL}/pixel_decoding",
             },
             {},
-            (LAVIT,),
+            (_HUB,),
         )
     }
     original_files = {

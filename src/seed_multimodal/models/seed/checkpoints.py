@@ -21,6 +21,7 @@ import torch
 from torch import nn
 
 from seed_multimodal.disk import read_json_object
+from seed_multimodal.downloads import downloads_allowed, fetch_url
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.hub import fetch, find_file, first_file, is_hub_name
 from seed_multimodal.models.seed.configuration import Seed1Config, Seed2Config, TokenizerConfig
@@ -215,6 +216,8 @@ def _vision_file(folder: Path, vision: str | Path | None) -> Path:
         file: Path | None = Path(vision)
     else:
         file = first_file(folder, VISION_FILES) or first_file(cache, VISION_FILES)
+    if vision is None and file is None and downloads_allowed():
+        file = fetch_url(VISION_FILES[-1], VISION_URL, cache)
     if file is None or not os.path.isfile(file):
         raise CheckpointError(
             f"{file or folder / VISION_FILES[-1]}: no such vision-encoder file; download it "

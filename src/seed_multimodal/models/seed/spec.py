@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from seed_multimodal.disk import JsonObject, read_json_object
-from seed_multimodal.hub import ADAPTER_CONFIG, ORIGINAL_PARTS
+from seed_multimodal.hub import ADAPTER_CONFIG
 from seed_multimodal.language import prompts
 from seed_multimodal.language.hub_tokenizer import has_chat_template
 from seed_multimodal.language.prompts import CHAT, ORIGINAL_TASKS, template_for
@@ -20,6 +20,7 @@ from seed_multimodal.models.registry import (
     TokenizerExport,
     Training,
 )
+from seed_multimodal.originals import original_parts
 from seed_multimodal.pipelines.config import CodeSystemConfig
 from seed_multimodal.pipelines.parts import OldCheckpoint, Original, existing_path, part
 from seed_multimodal.settings import check_keys, setting
@@ -37,9 +38,10 @@ ORIGINAL_GENERATION = {
     "top_p": 0.5,
     "top_k": 50,
 }
+_ORIGINALS = original_parts()
 _PARTS = {
-    "tokenizer": ORIGINAL_PARTS["tokenizer"].folder,
-    "detokenizer": ORIGINAL_PARTS["unclip"].folder,
+    "tokenizer": _ORIGINALS["tokenizer"].folder,
+    "detokenizer": _ORIGINALS["unclip"].folder,
 }
 _SETTINGS = {"generation": ORIGINAL_GENERATION, "tasks": ORIGINAL_TASKS}
 
@@ -53,14 +55,14 @@ class SeedLlamaConfig(CodeSystemConfig):
     old_checkpoint = OldCheckpoint(ADAPTER_CONFIG, ADAPTER_CONFIG, "base_model_name_or_path")
     originals = {
         "8b": Original(
-            {"llm": ORIGINAL_PARTS["8b"].folder, **_PARTS},
+            {"llm": _ORIGINALS["8b"].folder, **_PARTS},
             _SETTINGS,
-            (ORIGINAL_PARTS["8b"].hub, "released"),
+            (_ORIGINALS["8b"].hub, "released"),
         ),
         "14b": Original(
-            {"llm": ORIGINAL_PARTS["14b"].folder, **_PARTS},
+            {"llm": _ORIGINALS["14b"].folder, **_PARTS},
             {**_SETTINGS, "template": "llama2"},
-            (ORIGINAL_PARTS["14b"].hub,),
+            (_ORIGINALS["14b"].hub,),
         ),
     }
 
@@ -105,7 +107,7 @@ class SeedLlamaConfig(CodeSystemConfig):
             sizes = read_json_object(folder / "config.json")
         if _is_image_tokenizer(folder, sizes.get("model_type")):
             parent = folder.parent if folder.is_file() else folder
-            unclip = existing_path(Path(ORIGINAL_PARTS["unclip"].folder))
+            unclip = existing_path(Path(_ORIGINALS["unclip"].folder))
             return cls(
                 tokenizer=folder,
                 detokenizer=existing_path(parent / DETOKENIZER_FOLDER) or unclip,

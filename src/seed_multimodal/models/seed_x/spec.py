@@ -8,16 +8,17 @@ from pathlib import Path
 from typing import Any, Self
 
 from seed_multimodal.disk import JsonObject
-from seed_multimodal.hub import AGENT_CONFIG, ORIGINAL_PARTS, SEED_X
+from seed_multimodal.hub import AGENT_CONFIG
 from seed_multimodal.language.prompts import SEED_X_TASKS, TaskPrompts
 from seed_multimodal.models.registry import Example, FamilySpec, ModelCard, Training
+from seed_multimodal.originals import original_parts
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.pipelines.parts import OldCheckpoint, Original, has_folder, not_saved, part
 
 _PARTS = {
     "tokenizer": "pretrained/cvlm_llama2_tokenizer_100img_and_224loc_addpatch",
-    "vision": ORIGINAL_PARTS["qwen-vit"].folder,
-    "sdxl": ORIGINAL_PARTS["sdxl"].folder,
+    "vision": original_parts()["qwen-vit"].folder,
+    "sdxl": original_parts()["sdxl"].folder,
     "detokenizer": "pretrained/seed_detokenizer/first_stage",
 }
 
@@ -37,7 +38,7 @@ class SeedXConfig(SystemConfig):
     old_checkpoint = OldCheckpoint(AGENT_CONFIG, AGENT_CONFIG, "base")
     originals = {
         "seed-x": Original(_agent("pretrained/seed_x"), {"tuned": False}),
-        "seed-x-i": Original(_agent("pretrained/seed_x_i"), {}, (SEED_X,)),
+        "seed-x-i": Original(_agent("pretrained/seed_x_i"), {}, (original_parts()["seed-x"].hub,)),
         "seed-x-edit": Original(
             {
                 **_agent("pretrained/seed_x_edit"),

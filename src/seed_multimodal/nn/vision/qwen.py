@@ -26,14 +26,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seed_multimodal.disk import read_json_object
-from seed_multimodal.hub import find_file
+from seed_multimodal.disk import read_json_object, writing
+from seed_multimodal.errors import CheckpointError
+from seed_multimodal.hub import find_file, first_file
 from seed_multimodal.images.transforms import ImageTransform, seed_image_processor
 from seed_multimodal.nn.layers import LayerNorm, heads_last, resize_square
 from seed_multimodal.nn.pretrained import CONFIG, PretrainedNetwork
 from seed_multimodal.nn.vision.base import State, VisionConfig, VisionEncoder
 from seed_multimodal.settings import setting
-from seed_multimodal.weights import load_state_dict
+from seed_multimodal.weights import INDEX_FILES, load_state_dict, save_torch
 
 FILES = ("model.safetensors", "qwen_vit_G.safetensors", "qwen_vit_G.pt")
 IN_QWEN_VL = "transformer.visual."  # before the encoder's names in Qwen-VL's own checkpoints
@@ -41,6 +42,38 @@ ADVICE = (
     "SEED-X's vision encoder is a part of Qwen/Qwen-VL-Chat; src/tools/reload_qwen_vit.py takes it "
     "out of pretrained/Qwen-VL-Chat and writes pretrained/QwenViT/qwen_vit_G.pt"
 )
+
+
+def extract(target: Path, qwen_vl: Path) -> int:
+    """Write the vision encoder of Qwen-VL-Chat, a folder with shards, as one file; returns the
+    number of its tensors. `target`: the file, or its folder.
+
+    Raises CheckpointError: no shards, or the file cannot be written.
+    """
+    # 1. The names of its tensors in each shard that holds some.
+    index = first_file(qwen_vl, INDEX_FILES)
+    if index is None:
+        raise CheckpointError(
+            f"{qwen_vl}: there is no {' or '.join(INDEX_FILES)}; download Qwen/Qwen-VL-Chat to "
+            "pretrained/Qwen-VL-Chat (seed fetch qwen-vl), or name its folder with --source."
+        )
+    names_of: dict[str, list[str]] = {}
+    for name, file in read_json_object(index)["weight_map"].items():
+        if IN_QWEN_VL in name:
+            names_of.setdefault(file, []).append(name)
+
+    # 2. The tensors; shards are memory-mapped, so that the language model's are not read.
+    tensors: State = {}
+    for file in sorted(names_of):
+        shard = load_state_dict(qwen_vl / file, mapped=True)
+        for name in names_of[file]:
+            tensors[name.removeprefix(IN_QWEN_VL)] = shard[name]
+    if not target.suffix:
+        target = target / FILES[-1]
+    with writing(target):
+        target.parent.mkdir(parents=True, exist_ok=True)
+        save_torch(tensors, target)
+    return len(tensors)
 
 
 # ---- resampler

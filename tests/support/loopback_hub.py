@@ -1,0 +1,148 @@
+"""A hub on this machine: a plain HTTP server with the endpoints of the Hugging Face hub that
+downloads use, whose repositories can be damaged."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import re
+import threading
+from collections.abc import Iterator
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from urllib.parse import unquote, urlsplit
+
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+LFS_FROM = 200  # bytes; larger files have a SHA-256
+
+
+class LoopbackHub:
+    """Repositories by hub name, and plain files by path.
+
+    repositories: name → path → content, as listed.
+    served: URL path → other content than the listed one.
+    dropped_after: URL path → bytes after which the first connection is closed.
+    requests: (method, URL path, Range header) of all requests.
+    """
+
+    def __init__(self) -> None:
+        self.repositories: dict[str, dict[str, bytes]] = {}
+        self.files: dict[str, bytes] = {}
+        self.served: dict[str, bytes] = {}
+        self.dropped_after: dict[str, int] = {}
+        self.requests: list[tuple[str, str, str | None]] = []
+        self.url = ""
+
+    def downloads(self) -> list[str]:
+        """Paths of the files that were read, with the first byte where it is not 0."""
+        paths = []
+        for method, path, ranges in self.requests:
+            if method == "GET" and not path.startswith("/api/"):
+                start = f" from {ranges}" if ranges else ""
+                paths.append(path.removeprefix("/").replace(f"resolve/{COMMIT}/", "") + start)
+        return paths
+
+    def info(self, path: str) -> object | None:
+        """The answer of an API path; None: there is none."""
+        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/\w+)?", path)
+        if found and found[1] in self.repositories:
+            return {"id": found[1], "sha": COMMIT}
+        found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/\w+(?:/(.+))?", path)
+        if not found or found[1] not in self.repositories:
+            return None
+        folder = f"{unquote(found[2])}/" if found[2] else ""
+        entries = []
+        for name, content in self.repositories[found[1]].items():
+            if name.startswith(folder):
+                entries.append(self.entry(name, content))
+        return entries or None
+
+    def entry(self, name: str, content: bytes) -> dict[str, object]:
+        git_sha1 = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
+        entry = {"type": "file", "path": name, "size": len(content), "oid": git_sha1}
+        if len(content) < LFS_FROM:
+            return entry
+        sha256 = hashlib.sha256(content).hexdigest()
+        return {**entry, "lfs": {"oid": sha256, "size": len(content), "pointerSize": 130}}
+
+    def content(self, path: str) -> bytes | None:
+        """What the server sends for the path of a file."""
+        if path in self.served:
+            return self.served[path]
+        found = re.fullmatch(rf"/([^/]+/[^/]+)/resolve/{COMMIT}/(.+)", path)
+        if found:
+            return self.repositories.get(found[1], {}).get(found[2])
+        return self.files.get(path)
+
+
+@contextlib.contextmanager
+def running() -> Iterator[LoopbackHub]:
+    """A hub while the block runs."""
+    hub = LoopbackHub()
+
+    class Handler(BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+
+        def log_message(self, format: str, *args: object) -> None:
+            pass
+
+        def do_HEAD(self) -> None:
+            self.answer(with_body=False)
+
+        def do_GET(self) -> None:
+            self.answer(with_body=True)
+
+        def answer(self, with_body: bool) -> None:
+            path = unquote(urlsplit(self.path).path)
+            ranges = self.headers.get("Range")
+            hub.requests.append((self.command, path, ranges))
+            api_answer = hub.info(path)
+            content = hub.content(path)
+            if api_answer is not None:
+                self.send(200, json.dumps(api_answer).encode(), with_body)
+            elif content is None:
+                self.send(404, b"", with_body)
+            else:
+                self.send_file(path, content, ranges, with_body)
+
+        def send_file(self, path: str, content: bytes, ranges: str | None, with_body: bool) -> None:
+            etag = f'"{hashlib.md5(content).hexdigest()}"'
+            headers = {"ETag": etag, "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+            is_unchanged = self.headers.get("If-Range", etag) == etag
+            if ranges is None or not is_unchanged:
+                self.send(200, content, with_body, headers, hub.dropped_after.pop(path, None))
+                return
+            start = int(ranges.removeprefix("bytes=").rstrip("-"))
+            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
+            self.send(206, content[start:], with_body, headers)
+
+        def send(
+            self,
+            status: int,
+            body: bytes,
+            with_body: bool,
+            headers: dict[str, str] | None = None,
+            dropped_after: int | None = None,
+        ) -> None:
+            self.send_response(status)
+            for name, value in (headers or {}).items():
+                self.send_header(name, value)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            if with_body:
+                self.wfile.write(body[:dropped_after])
+            if with_body and dropped_after is not None:
+                self.wfile.flush()
+                self.connection.close()
+                self.close_connection = True
+
+    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    hub.url = f"http://127.0.0.1:{server.server_port}"
+    thread = threading.Thread(target=server.serve_forever, daemon=True)
+    thread.start()
+    try:
+        yield hub
+    finally:
+        server.shutdown()
+        server.server_close()
+        thread.join()

@@ -1,0 +1,289 @@
+"""Downloads of the originals' parts from a hub on this machine: mirrors, damaged and interrupted
+files, disk space; `seed fetch`; and the originals' programs that download at their start."""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+import loopback_hub
+import pytest
+from loopback_hub import LoopbackHub
+from repository import ROOT
+
+from seed_multimodal import downloads, hub
+from seed_multimodal.cli.main import main
+from seed_multimodal.compat.lavit import build_model
+from seed_multimodal.compat.seed_llama_programs import llama_script, tokenizer_script
+from seed_multimodal.downloads import WantedPart, choose_files, fetch_parts, online
+from seed_multimodal.errors import CheckpointError
+from seed_multimodal.models.seed.checkpoints import VISION_URL
+from seed_multimodal.originals import OriginalPart, original_parts
+from seed_multimodal.pipelines.config import SystemConfig
+
+LLM = "AILab-CVC/seed-llama-8b-sft"
+WEIGHTS = bytes(range(256)) * 40
+PART = OriginalPart(name="8b", folder="pretrained/llm", hub=LLM, mirrors=("mirror/b",))
+
+
+@pytest.fixture
+def server(tmp_path, monkeypatch) -> Iterator[LoopbackHub]:
+    """A hub with the language model of 8b, in place of huggingface.co; the working directory is an
+    empty repository."""
+    from huggingface_hub import constants
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(hub, "__file__", str(tmp_path / "src" / "seed_multimodal" / "hub.py"))
+    monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 60)
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    with loopback_hub.running() as server:
+        template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
+        monkeypatch.setattr(constants, "ENDPOINT", server.url)
+        monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
+        server.repositories[LLM] = {"config.json": b"{}", "pytorch_model.bin": WEIGHTS}
+        server.files["/eva_vit_g.pth"] = WEIGHTS
+        mirrors = f"eva_vit_g.pth={server.url}/eva_vit_g.pth"
+        monkeypatch.setenv(downloads.MIRRORS, mirrors)
+        yield server
+
+
+def fetch(part: OriginalPart = PART, **options: bool) -> list[str]:
+    """Problems of a download into the working directory."""
+    with online():
+        return fetch_parts([WantedPart(part)], Path(), **options)
+
+
+def interrupt_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Ctrl-C after the third chunk of a file."""
+
+    def update(progress: downloads.DownloadProgress, amount: float) -> None:
+        progress.n += amount
+        if progress.n > 2000:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(downloads.DownloadProgress, "update", update)
+
+
+def test_parts_of_all_families_have_one_source():
+    parts = original_parts()
+    assert parts["tokenizer"].urls["eva_vit_g.pth"] == VISION_URL
+    for part in parts.values():
+        assert part.folder.startswith("pretrained")
+        assert part.hub or part.urls or part.convert
+
+
+def test_choose_files_of_a_diffusers_folder():
+    names = [
+        "model_index.json",
+        "model.ckpt",
+        "unet/diffusion_pytorch_model.bin",
+        "unet/diffusion_pytorch_model.safetensors",
+        "unet/diffusion_pytorch_model.fp16.safetensors",
+        "image_normalizer/diffusion_pytorch_model.bin",
+    ]
+    chosen = choose_files(names, original_parts()["unclip"].files)
+    assert chosen == [names[0], names[3], names[5]]
+    assert choose_files(names, ("*.json", "*.bin")) == [names[0]]  # of the root folder only
+
+
+def test_fetch_command_downloads_all_parts_and_keeps_them(server, capsys):
+    server.repositories["AILab-CVC/seed-tokenizer-2"] = {"seed_quantizer.pt": b"q" * 300}
+    # The publisher's repository is gone, the mirror's is in a folder.
+    server.repositories["me/mine"] = {"unclip/vae/config.json": b"{}", "other.json": b"{}"}
+    command = ["fetch", "8b", "--json", "--mirror", "unclip=me/mine/unclip"]
+    assert main(command) == 0
+    assert json.loads(capsys.readouterr().out)["problems"] == []
+    weights = Path("pretrained")
+    assert (weights / "seed_llama_8b_sft/pytorch_model.bin").read_bytes() == WEIGHTS
+    assert (weights / "seed_tokenizer/eva_vit_g.pth").read_bytes() == WEIGHTS
+    assert (weights / "seed_tokenizer/seed_quantizer.pt").is_file()
+    assert (weights / "stable-diffusion-2-1-unclip/vae/config.json").is_file()
+    assert SystemConfig.find("8b").has("llm", "tokenizer", "detokenizer")
+    # Once more: nothing.
+    server.requests.clear()
+    assert main(command) == 0 and server.downloads() == []
+    assert "0 of me/mine/unclip downloaded, 1 kept" in capsys.readouterr().err
+
+
+def test_fetch_command_names_what_it_does_not_get(server, capsys):
+    assert main(["fetch", "8b"]) == 1
+    error = capsys.readouterr().err
+    assert (
+        "unclip: not downloaded into pretrained/stable-diffusion-2-1-unclip (stabilityai" in error
+    )
+    assert "sd2-community/stable-diffusion-2-1-unclip: Client error '404" in error
+    assert Path("pretrained/seed_llama_8b_sft/config.json").is_file()  # the others are there
+    assert main(["fetch", "seed-1"]) == 1
+    error = capsys.readouterr().err
+    assert "causal_qformer.pth: download it by hand (the links in SEED-1.md" in error
+    assert Path("pretrained/eva_vit_g.pth").is_file()
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (["8c"], r"did you mean '8b'\?"),
+        (["8b", "--mirror", "unclop=a/b"], r"no part 'unclop' \(did you mean 'unclip'\?\)"),
+        (["8b", "--mirror", "unclip=https://x.org"], r"unclip needs a hub repository"),
+        (["8b", "--mirror", "eva_vit_g.pth=a/b"], r"eva_vit_g.pth needs a URL"),
+    ],
+)
+def test_fetch_command_with_unknown_names(server, capsys, command, message):
+    assert main(["fetch", *command]) == 2
+    assert re.search(message, capsys.readouterr().err)
+    assert server.requests == []
+
+
+@pytest.mark.parametrize(
+    ("served", "reason"),
+    [
+        (
+            WEIGHTS[:-500],
+            "Consistency check failed: file should be of size 10240 but has size 9740",
+        ),
+        (WEIGHTS[:-1] + b"!", "pytorch_model.bin: SHA-256"),
+    ],
+    ids=["truncated", "tampered"],
+)
+def test_damaged_files_are_refused_and_the_mirror_is_tried(server, served, reason):
+    server.served[f"/{LLM}/resolve/{loopback_hub.COMMIT}/pytorch_model.bin"] = served
+    (problem,) = fetch()
+    assert reason in problem and "mirror/b: Client error '404" in problem
+    file = Path("pretrained/llm/pytorch_model.bin")
+    assert not file.exists()
+    server.repositories["mirror/b"] = dict(server.repositories[LLM])
+    assert fetch() == [] and file.read_bytes() == WEIGHTS
+
+
+def test_a_known_checksum_replaces_the_hubs(server):
+    part = OriginalPart(
+        name="8b", folder="pretrained/llm", hub=LLM, sha256={"pytorch_model.bin": "0" * 64}
+    )
+    assert "instead of 000000000000…" in fetch(part)[0]
+    assert not Path("pretrained/llm/pytorch_model.bin").exists()
+
+
+def test_an_interrupted_download_continues(server, monkeypatch):
+    with monkeypatch.context() as patch:
+        interrupt_downloads(patch)
+        with pytest.raises(KeyboardInterrupt):
+            fetch()
+    server.requests.clear()
+    assert fetch() == []
+    assert server.downloads() == [f"{LLM}/pytorch_model.bin from bytes=2000-"]
+    assert Path("pretrained/llm/pytorch_model.bin").read_bytes() == WEIGHTS
+    assert not list(Path("pretrained/llm").glob("*.part"))
+
+
+def test_a_dropped_connection_is_continued(server, monkeypatch):
+    monkeypatch.setattr("time.sleep", lambda seconds: None)
+    server.dropped_after[f"/{LLM}/resolve/{loopback_hub.COMMIT}/pytorch_model.bin"] = 5000
+    assert fetch() == []
+    assert server.downloads()[-1].startswith(f"{LLM}/pytorch_model.bin from bytes=")
+    assert Path("pretrained/llm/pytorch_model.bin").read_bytes() == WEIGHTS
+
+
+@pytest.mark.parametrize("changed", [False, True], ids=["same", "changed"])
+def test_an_interrupted_url_continues_if_it_is_the_same_file(server, monkeypatch, changed):
+    url = f"{server.url}/eva_vit_g.pth"
+    with monkeypatch.context() as patch, online():
+        interrupt_downloads(patch)
+        with pytest.raises(KeyboardInterrupt):
+            downloads.fetch_url("eva_vit_g.pth", url, Path("cache"))
+    server.requests.clear()
+    if changed:
+        server.files["/eva_vit_g.pth"] = WEIGHTS[::-1]
+    with online():
+        file = downloads.fetch_url("eva_vit_g.pth", url, Path("cache"))
+    assert file.read_bytes() == server.files["/eva_vit_g.pth"]
+    start = "" if changed else " from bytes=2000-"
+    assert server.downloads() == [f"eva_vit_g.pth{start}"]
+
+
+def test_too_little_space_is_reported_before_the_download(server, monkeypatch):
+    usage = shutil.disk_usage("/")._replace(free=5000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    with pytest.raises(CheckpointError, match=r"needs 0.0 GB, but its disk has 0.0 GB free"):
+        fetch()
+    assert server.downloads() == []
+
+
+def test_other_files_are_kept(server):
+    folder = Path("pretrained/llm")
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").touch()
+    (folder / "config.json").write_bytes(b'{"mine": 1}')
+    assert "config.json is another file (11 bytes instead of 2)" in fetch()[0]
+    assert (folder / "config.json").read_bytes() == b'{"mine": 1}'
+    # A converted file stands for the original one.
+    (folder / "pytorch_model.safetensors").touch()
+    assert fetch(force=True) == []
+    assert (folder / "config.json").read_bytes() == b"{}"
+    assert not (folder / "pytorch_model.bin").exists()
+
+
+# ---- without `seed fetch`
+
+
+def files_of(folder: Path, *left_out: str) -> dict[str, bytes]:
+    """A folder as a repository."""
+    files: dict[str, bytes] = {}
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        if path.is_file() and not name.startswith(left_out):
+            files[name] = path.read_bytes()
+    return files
+
+
+@pytest.fixture
+def small_8b(server, tiny_folder, tmp_path) -> LoopbackHub:
+    """A small SEED-LLaMA under the names of the original 8B, and a checkout without weights."""
+    tokenizer = tiny_folder / "seed_tokenizer"
+    server.repositories["AILab-CVC/seed-tokenizer-2"] = files_of(tokenizer, "diffusion_model")
+    mirror = "sd2-community/stable-diffusion-2-1-unclip"
+    server.repositories[mirror] = files_of(tokenizer / "diffusion_model")
+    server.repositories[LLM] = files_of(tiny_folder / "seed_llama")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
+    (tmp_path / ".project-root").touch()
+    transform = tmp_path / "configs/transform/clip_transform.yaml"
+    transform.write_text(transform.read_text().replace("224", "32"))
+    return server
+
+
+def test_programs_of_seed_llama_download_at_their_start(small_8b, capsys):
+    command = ["--device", "cpu", "--image", str(ROOT / "images/fox.png")]
+    assert tokenizer_script(command) == 2 and small_8b.requests == []
+    assert "the original weights are not on this disk" in capsys.readouterr().err
+    with online():
+        assert tokenizer_script(command) == 0
+        assert llama_script("8b", [*command, "--prompt", "What is it?"]) == 0
+    assert Path("cat.jpg").is_file()
+    # Everything has arrived.
+    small_8b.requests.clear()
+    assert llama_script("8b", [*command, "--prompt", "What is it?"]) == 0
+    assert small_8b.requests == []
+
+
+def test_a_system_downloads_its_parts(small_8b):
+    assert not SystemConfig.find("8b").has("llm")
+    with pytest.raises(CheckpointError, match="not on this disk"):
+        SystemConfig.find("8b").require("llm")
+    assert small_8b.requests == []
+    with online():
+        config = SystemConfig.find("8b").require("llm", "tokenizer", "detokenizer")
+    assert config.llm == Path("pretrained/seed_llama_8b_sft")
+
+
+def test_build_model_downloads_to_a_new_path(server, tiny_lavit_folder, tmp_path):
+    server.repositories["rain1011/LaVIT-7B-v2"] = files_of(tiny_lavit_folder)
+    path = tmp_path / "LaVIT_weight"
+    with pytest.raises(CheckpointError, match="no such folder"):
+        build_model(path, model_dtype="fp32")
+    with online():
+        model = build_model(path, model_dtype="fp32")
+    assert isinstance(model.generate({"image": str(ROOT / "images/fox.png")})[0], str)
+    assert files_of(path, ".").keys() == files_of(tiny_lavit_folder).keys()
