@@ -288,9 +288,9 @@ class FileGroup:
             return f"{size:,} bytes instead of {file.size:,}"
         sha256 = self.sha256.get(file.name) or file.sha256
         if sha256:
-            return _compare("SHA-256", _digest(path, "sha256"), sha256)
+            return _compare("SHA-256", file_digest(path, "sha256"), sha256)
         if file.git_sha1:
-            return _compare("git SHA-1", _digest(path, "git"), file.git_sha1)
+            return _compare("git SHA-1", file_digest(path, "git"), file.git_sha1)
         return ""
 
     def download(self, force: bool) -> int:
@@ -320,7 +320,7 @@ def _compare(kind: str, actual: str, expected: str) -> str:
     return f"{kind} {actual[:12]}… instead of {expected[:12]}…"
 
 
-def _digest(path: Path, kind: str) -> str:
+def file_digest(path: Path, kind: str) -> str:
     """SHA-256 of a file, or SHA-1 of git's object of it ("git")."""
     size = path.stat().st_size
     digest = hashlib.sha256()

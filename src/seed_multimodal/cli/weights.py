@@ -1,20 +1,23 @@
-"""`seed fetch`: the weights of the originals."""
+"""`seed fetch | verify`: weights of the originals, and a table of what a model computes."""
 
 from __future__ import annotations
 
+import json
 import os
 from argparse import Namespace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seed_multimodal.cli.common import add_json, emit
+from seed_multimodal import entry
+from seed_multimodal.cli.common import add_json, cat_image, emit, load_system, write_text
+from seed_multimodal.disk import JsonObject, read_json_object, writable_folder
 from seed_multimodal.downloads import MIRRORS, WantedPart, fetch_parts, online, read_mirrors
 from seed_multimodal.entry import DONE, SOME_FAILED, log_line
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import weights_root
 from seed_multimodal.models.registry import families
 from seed_multimodal.originals import original_parts
-from seed_multimodal.settings import nearest
+from seed_multimodal.settings import check_value, nearest
 
 if TYPE_CHECKING:
     from seed_multimodal.cli.common import Commands
@@ -44,6 +47,27 @@ def add_commands(commands: Commands) -> None:
     )
     add_json(fetcher)
     fetcher.set_defaults(work=fetch)
+
+    verifier = commands.add_parser("verify", help=verify.__doc__, description=verify.__doc__)
+    verifier.add_argument(
+        "model",
+        nargs="?",
+        default="nano",
+        help="as --model of other commands (default: %(default)s)",
+    )
+    verifier.add_argument(
+        "--reference",
+        metavar="FILE",
+        help="verify.json of another run (default: that in the model's folder)",
+    )
+    verifier.add_argument("--out", metavar="DIR", help="write verify.md and verify.json there")
+    entry.add_device(verifier)
+    entry.add_language_model(verifier)
+    verifier.add_argument(
+        "--offload", action="store_true", help="keep models on the device only while they work"
+    )
+    add_json(verifier)
+    verifier.set_defaults(work=verify)
 
 
 def fetch(args: Namespace) -> int:
@@ -79,3 +103,27 @@ def wanted_parts(name: str) -> list[WantedPart]:
             f"there are {', '.join(dict.fromkeys(names))}."
         )
     return [WantedPart(parts[name.lower()])]
+
+
+def verify(args: Namespace) -> int:
+    """Compute fixed inputs with a model and print a table to post, compared with a reference."""
+    from seed_multimodal.evaluation.verify import REFERENCE, report, run_checks
+
+    # 1. The reference: of another run, or the model's own.
+    system = load_system(args)
+    reference = {}
+    file = Path(args.reference or Path(system.config.name) / REFERENCE)
+    if args.reference or file.is_file():
+        reference = check_value(
+            dict[str, JsonObject], read_json_object(file, ConfigError).get("checks"), str(file)
+        )
+
+    # 2. The table.
+    checks = run_checks(system, cat_image().parent)
+    record, table, n_differing = report(system, checks, reference)
+    if args.out:
+        out = writable_folder(args.out, ConfigError)
+        write_text(table + "\n", out / "verify.md")
+        write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", out / REFERENCE)
+    emit(args, {**record, "differing": n_differing}, table)
+    return SOME_FAILED if n_differing else DONE

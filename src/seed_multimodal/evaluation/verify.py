@@ -1,0 +1,262 @@
+"""`seed verify`: what a model computes of fixed inputs, compared with a reference.
+
+Codes, captions, answers and drawings, greedy and from seed 0, and checksums of the weights. Results
+that may differ between processors are compared within a tolerance: codes by their equal share,
+features by their values, drawings by thumbnails. A text is equal or not.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from seed_multimodal.disk import JsonObject
+from seed_multimodal.downloads import file_digest
+from seed_multimodal.errors import (
+    CheckpointError,
+    CodesError,
+    ConfigError,
+    GenerationError,
+    RequestError,
+)
+from seed_multimodal.evaluation.machine import circumstances
+from seed_multimodal.pipelines.parts import existing_path
+from seed_multimodal.training.metrics import peak_memory_mib
+
+if TYPE_CHECKING:
+    from PIL import Image
+    from torch import Tensor
+
+    from seed_multimodal.pipelines.base import MultimodalSystem
+    from seed_multimodal.pipelines.config import SystemConfig
+
+REFERENCE = "verify.json"  # in a system's folder
+IMAGES = ("cat.jpg", "fox_and_snowman.png")
+QUESTION = "What is on the left?"
+CAPTION = "a fox left of a tree"
+# What a system cannot do is a result, too.
+INABILITIES = (CheckpointError, CodesError, ConfigError, GenerationError, RequestError)
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".model")
+# Tolerances between processors.
+MIN_EQUAL_CODES = 0.9
+MAX_FEATURE_ERROR = 0.02  # of the features' standard deviation
+MAX_THUMBNAIL_ERROR = 4.0  # of 255, on average
+THUMBNAIL = 16  # pixels a side
+N_FEATURES = 64  # that are recorded, evenly spaced
+
+
+@dataclass(frozen=True)
+class Check:
+    """One row of the table.
+
+    value: what is recorded and compared.
+    text: how it is shown.
+    """
+
+    name: str
+    value: JsonObject
+    text: str
+    seconds: float
+
+
+# ---- what is computed
+
+
+def run_checks(system: MultimodalSystem, images_folder: Path) -> list[Check]:
+    """All rows of a system; `images_folder` has the repository's demo images."""
+    checks = weight_checks(system.config)
+    images = [images_folder / name for name in IMAGES]
+    for image in images:
+        checks.append(_check(f"codes of {image.name}", partial(_codes, system, image)))
+        checks.append(_check(f"caption of {image.name}", partial(_caption, system, image)))
+    scene = images[-1]
+    checks += [
+        _check(f"{scene.name}: {QUESTION}", partial(_answer, system, scene)),
+        _check(f"reconstruction of {scene.name}", partial(_reconstruction, system, scene)),
+        _check(f"drawing of “{CAPTION}”", partial(_drawing, system)),
+    ]
+    return checks
+
+
+def _check(name: str, work: Callable[[], tuple[JsonObject, str]]) -> Check:
+    """A row with its time; what the system cannot do becomes its value."""
+    started = time.perf_counter()
+    try:
+        value, text = work()
+    except INABILITIES as error:
+        value = {"error": type(error).__name__}
+        text = str(error)
+    return Check(name, value, text, time.perf_counter() - started)
+
+
+def weight_checks(config: SystemConfig) -> list[Check]:
+    """Checksums of the weights of each part that is on this disk."""
+    checks: list[Check] = []
+    for key, part in config.parts().items():
+        path: Path | None = getattr(config, key)
+        if path is None or not path.exists():
+            continue
+        if path.is_file():
+            files = [path]
+        elif config.original and key in config.original_files:
+            # The folder holds other parts, too.
+            names = [path / name for name in config.original_files[key]]
+            files = [file for file in map(existing_path, names) if file is not None]
+        else:
+            files = [file for file in path.rglob("*") if file.suffix in WEIGHT_SUFFIXES]
+        if files:
+            checks.append(_check(f"weights: {part.label}", partial(_checksum, files)))
+    return checks
+
+
+def _checksum(files: list[Path]) -> tuple[JsonObject, str]:
+    """One checksum of the names and contents of some files."""
+    digest = hashlib.sha256()
+    n_bytes = 0
+    for file in sorted(files):
+        digest.update(f"{file.name} {file_digest(file, 'sha256')}\n".encode())
+        n_bytes += file.stat().st_size
+    sha256 = digest.hexdigest()
+    return {"sha256": sha256, "bytes": n_bytes}, f"`{sha256[:12]}`, {n_bytes / 1e6:,.1f} MB"
+
+
+def _codes(system: MultimodalSystem, image: Path) -> tuple[JsonObject, str]:
+    encoded = system.codes_of([image], [0])[0]
+    if system.images.has_codes:
+        codes = [int(code) for code in encoded]
+        digest = hashlib.sha256(" ".join(map(str, codes)).encode()).hexdigest()
+        return {"codes": codes}, f"`{digest[:12]}`: {len(codes)} codes, {codes[0]} {codes[1]} …"
+    return _features(encoded)
+
+
+def _features(features: Tensor) -> tuple[JsonObject, str]:
+    """Evenly spaced values of features, and their spread."""
+    flat = features.detach().float().cpu().flatten()
+    step = max(1, len(flat) // N_FEATURES)
+    values = [round(value, 5) for value in flat[::step][:N_FEATURES].tolist()]
+    shape = list(features.shape)
+    value = {"features": values, "std": round(float(flat.std()), 5), "shape": shape}
+    return value, f"features {shape}, deviation {value['std']:.3f}"
+
+
+def _caption(system: MultimodalSystem, image: Path) -> tuple[JsonObject, str]:
+    return _text(system.describe(image, seed=0, do_sample=False, num_beams=1))
+
+
+def _answer(system: MultimodalSystem, image: Path) -> tuple[JsonObject, str]:
+    return _text(system.ask(image, QUESTION, seed=0, do_sample=False, num_beams=1))
+
+
+def _text(text: str | list[str]) -> tuple[JsonObject, str]:
+    return {"text": str(text)}, f"“{text}”"
+
+
+def _reconstruction(system: MultimodalSystem, image: Path) -> tuple[JsonObject, str]:
+    return _image(system.reconstruct(image, seed=0)[0])
+
+
+def _drawing(system: MultimodalSystem) -> tuple[JsonObject, str]:
+    return _image(system.draw([CAPTION], seed=0, do_sample=False, num_beams=1)[0])
+
+
+def _image(image: Image.Image) -> tuple[JsonObject, str]:
+    """Checksum of the pixels, size and thumbnail."""
+    pixels = image.convert("RGB")
+    digest = hashlib.sha256(pixels.tobytes()).hexdigest()
+    small = pixels.resize((THUMBNAIL, THUMBNAIL))
+    value = {
+        "sha256": digest,
+        "size": list(image.size),
+        "thumbnail": base64.b64encode(small.tobytes()).decode(),
+    }
+    return value, f"`{digest[:12]}`, {image.width} x {image.height}"
+
+
+# ---- comparison
+
+
+def compare(value: JsonObject, reference: JsonObject) -> str:
+    """`equal`, `close: …` or `differs: …`."""
+    if value == reference:
+        return "equal"
+    if value.keys() != reference.keys():
+        return "differs: another kind of result"
+    if "codes" in value:
+        return _compare_codes(value["codes"], reference["codes"])
+    if "features" in value and value["shape"] == reference["shape"]:
+        errors = np.abs(np.subtract(value["features"], reference["features"]))
+        error = float(errors.mean()) / reference["std"]
+        return _within(error, MAX_FEATURE_ERROR, "of the deviation on average", 3)
+    if "thumbnail" in value and value["size"] == reference["size"]:
+        thumbnails = []
+        for drawing in (value, reference):
+            content = base64.b64decode(drawing["thumbnail"])
+            thumbnails.append(np.frombuffer(content, np.uint8).astype(float))
+        error = float(np.abs(thumbnails[0] - thumbnails[1]).mean())
+        return _within(error, MAX_THUMBNAIL_ERROR, "of 255 between thumbnails", 1)
+    if "text" in value:
+        return f"differs: “{reference['text']}”"
+    return "differs"
+
+
+def _compare_codes(codes: list[int], reference: list[int]) -> str:
+    n_equal = sum(code == expected for code, expected in zip(codes, reference, strict=False))
+    is_close = len(codes) == len(reference) and n_equal >= MIN_EQUAL_CODES * len(codes)
+    return f"{'close' if is_close else 'differs'}: {n_equal} of {len(reference)} codes are equal"
+
+
+def _within(error: float, limit: float, unit: str, digits: int) -> str:
+    kind = "close" if error <= limit else "differs"
+    return f"{kind}: {error:.{digits}f} {unit} (limit {limit:g})"
+
+
+# ---- report
+
+
+def report(
+    system: MultimodalSystem, checks: list[Check], reference: Mapping[str, JsonObject]
+) -> tuple[JsonObject, str, int]:
+    """Record of a run, its table in Markdown, and the number of rows that differ.
+
+    reference: values by name; rows that it lacks are compared with nothing.
+    """
+    # 1. The rows.
+    lines = ["| check | result | reference | seconds |", "| --- | --- | --- | --- |"]
+    n_differing = 0
+    for check in checks:
+        verdict = "none"
+        if check.name in reference:
+            verdict = compare(check.value, reference[check.name])
+        n_differing += verdict.startswith("differs")
+        cells = [check.name, check.text, verdict, f"{check.seconds:.1f}"]
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+
+    # 2. What they were computed with.
+    device = system.images.device
+    conditions = circumstances(device)
+    dtype = str(next(system.images.model.parameters()).dtype).removeprefix("torch.")
+    memory = f"{peak_memory_mib(device) / 1024:.1f} GiB"
+    hardware = ", ".join(f"{name} {value}" for name, value in conditions["hardware"].items())
+    versions = ", ".join(f"{name} {value}" for name, value in conditions["versions"].items())
+    lines += [
+        "",
+        f"{system.config.name} on {device}, {dtype}; peak memory {memory}; {hardware}; {versions}; "
+        f"commit {conditions['commit'][:12]}, {conditions['date']}.",
+    ]
+    record: JsonObject = {
+        "model": system.config.name,
+        "device": str(device),
+        "dtype": dtype,
+        "hardware": conditions["hardware"],
+        "versions": conditions["versions"],
+        "checks": {check.name: check.value for check in checks},
+    }
+    return record, "\n".join(lines), n_differing

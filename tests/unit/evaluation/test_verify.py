@@ -1,0 +1,66 @@
+"""`seed verify`: the table of the shipped models, and what counts as equal."""
+
+from __future__ import annotations
+
+import base64
+import json
+
+import pytest
+from repository import ROOT
+
+from seed_multimodal.cli.main import main
+from seed_multimodal.evaluation.verify import REFERENCE, compare
+
+
+def drawing(value: int) -> dict:
+    """A grey drawing."""
+    thumbnail = base64.b64encode(bytes([value]) * 768).decode()
+    return {"sha256": str(value), "size": [64, 64], "thumbnail": thumbnail}
+
+
+@pytest.mark.parametrize(
+    ("value", "reference", "verdict"),
+    [
+        ({"text": "a fox"}, {"text": "a fox"}, "equal"),
+        ({"text": "a fox"}, {"text": "a cat"}, "differs: “a cat”"),
+        ({"text": "a fox"}, {"error": "ConfigError"}, "differs: another kind of result"),
+        ({"codes": [0] * 30 + [1, 1]}, {"codes": [0] * 32}, "close: 30 of 32 codes are equal"),
+        ({"codes": [0] * 28 + [1] * 4}, {"codes": [0] * 32}, "differs: 28 of 32 codes are equal"),
+        ({"codes": [0] * 31}, {"codes": [0] * 32}, "differs: 31 of 32 codes are equal"),
+        (drawing(9), drawing(10), "close: 1.0 of 255 between thumbnails (limit 4)"),
+        (drawing(9), drawing(20), "differs: 11.0 of 255 between thumbnails (limit 4)"),
+        (drawing(9), {**drawing(9), "size": [32, 32]}, "differs"),
+    ],
+)
+def test_compare(value, reference, verdict):
+    assert compare(value, reference) == verdict
+
+
+@pytest.mark.parametrize("shift", [0.01, 0.1])
+def test_compare_of_features(shift):
+    reference = {"features": [0.0, 1.0], "std": 2.0, "shape": [2, 1]}
+    verdict = compare({**reference, "features": [shift, 1.0 + shift]}, reference)
+    assert verdict.startswith("close" if shift == 0.01 else "differs")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["nano", "nano-x", "nano-lavit"])
+def test_verify_of_a_shipped_model(name, tmp_path, capsys):
+    """After a training: `seed verify NAME --out DIR`, and copy its verify.json to the model."""
+    out = tmp_path / "out"
+    assert main(["verify", name, "--device", "cpu", "--out", str(out)]) == 0
+    table = capsys.readouterr().out
+    assert (out / "verify.md").read_text() == table
+    n_rows = table.count("\n| ") - 1
+    assert n_rows == table.count("| equal |") + table.count("| close: ")
+    if name != "nano":
+        return
+
+    # Another run as reference: a row that differs fails.
+    record = json.loads((out / REFERENCE).read_text())
+    record["checks"]["caption of cat.jpg"] = {"text": "A dog."}
+    (tmp_path / "other.json").write_text(json.dumps(record))
+    command = ["verify", name, "--device", "cpu", "--reference", str(tmp_path / "other.json")]
+    assert main(command) == 1
+    assert "| differs: “A dog.” |" in capsys.readouterr().out
+    assert (ROOT / "pretrained" / name / REFERENCE).is_file()
