@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Generic, TypeVar
 
@@ -42,6 +43,8 @@ class DynamicBatcher(Generic[Key, Row, Result]):
     """`batcher(key, rows)` returns `work(key, rows)`, a list with a result for each row.
 
     One thread at a time works: on its rows, and on those that other threads have queued meanwhile.
+    Only the main thread computes itself. Others leave that to one thread, because matrix libraries
+    keep buffers and workers for each thread that has computed: 250 MB in nano's server.
 
     max_rows: of a joint batch; halved for the rest of the run on out-of-memory.
     wait: seconds to wait for as many threads as recently; a single thread does not wait.
@@ -60,6 +63,7 @@ class DynamicBatcher(Generic[Key, Row, Result]):
         self._busy = False
         self._expected = 1  # threads that are likely to bring work soon
         self._changed = threading.Condition()
+        self._worker = ThreadPoolExecutor(1, "seed-images")
 
     def __call__(
         self, key: Key, rows: Sequence[Row], should_stop: Callable[[], bool] | None = None
@@ -126,7 +130,7 @@ class DynamicBatcher(Generic[Key, Row, Result]):
         for job in batch:
             rows += job.rows
         try:
-            results = list(self.work(batch[0].key, rows))
+            results = list(self._compute(batch[0].key, rows))
         except Exception as error:  # noqa: BLE001 its thread raises it
             if len(batch) == 1:
                 batch[0].error = error
@@ -147,6 +151,12 @@ class DynamicBatcher(Generic[Key, Row, Result]):
         for job in batch:
             job.results = results[start : start + len(job.rows)]
             start += len(job.rows)
+
+    def _compute(self, key: Key, rows: Sequence[Row]) -> Sequence[Result]:
+        """The results of `work`, in the main thread or the worker."""
+        if threading.current_thread() is threading.main_thread():
+            return self.work(key, rows)
+        return self._worker.submit(self.work, key, rows).result()
 
 
 class ResultCache(Generic[Result]):

@@ -25,9 +25,10 @@ from flask import Flask, Response, abort, jsonify, request
 from flask.typing import ResponseReturnValue
 from werkzeug.exceptions import HTTPException
 
+from seed_multimodal.device import is_out_of_memory
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.entry import ended_by_sigterm
-from seed_multimodal.errors import ConfigError, RequestError, SeedError
+from seed_multimodal.errors import ConfigError, RequestError, SeedError, first_line
 from seed_multimodal.serving import schema
 from seed_multimodal.serving.backend import Backend, Deadline
 
@@ -36,7 +37,11 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-HEADERS = {401: {"WWW-Authenticate": "Bearer"}, 429: {"Retry-After": "5"}}
+HEADERS = {
+    401: {"WWW-Authenticate": "Bearer"},
+    429: {"Retry-After": "5"},
+    503: {"Retry-After": "5"},
+}
 
 CONNECTIONS = 512
 IDLE_SECONDS = 20  # after which a silent connection is closed
@@ -209,11 +214,14 @@ def streamed(
 
 
 def sentence_and_status(error: Exception) -> tuple[str, int]:
-    """The sentence and status of an error; a programming error is logged."""
+    """The sentence and status of an error; out of memory and programming errors are logged."""
     if isinstance(error, HTTPException):
         return error.description or error.name, error.code or 500
     if isinstance(error, SeedError):
         return str(error), 400
+    if is_out_of_memory(error):
+        logger.error("A request ran out of memory: %s", first_line(error))
+        return "The server ran out of memory; try again later, or ask for less at once.", 503
     logger.error("A request failed inside the server", exc_info=error)
     return "The server failed inside; its log has the details.", 500
 

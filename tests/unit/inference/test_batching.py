@@ -91,3 +91,17 @@ def test_collector_drops_queued_rows_of_a_stopped_thread():
         assert isinstance(queued.exception(10), Stopped) and not first.done()
         finish.set()
         assert first.result(10) == [1] and collector(1, [3]) == [3] and batches == [[1], [3]]
+
+
+def test_collector_computes_the_rows_of_all_threads_in_one():
+    """Matrix libraries keep buffers for each thread that has computed."""
+    together_in = threading.Barrier(4)
+    collector = DynamicBatcher(lambda key, rows: [threading.get_ident() for _ in rows], wait=0)
+
+    def call(key: int) -> list[int]:
+        together_in.wait(10)  # so that four threads call
+        return collector(key, [0])
+
+    with ThreadPoolExecutor(4) as pool:
+        threads = {ident for result in pool.map(call, range(4)) for ident in result}
+    assert len(threads) == 1 and collector(0, [0]) == [threading.get_ident()]

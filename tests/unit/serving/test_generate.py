@@ -293,14 +293,30 @@ def test_generate_refuses_too_many_pixels_unread(tiny, monkeypatch, images, sent
     assert status == 400 and answer["error"].startswith(sentence)
 
 
-def test_generate_hides_the_details_of_a_fault(tiny, caplog):
+@pytest.mark.parametrize(
+    ("error", "expected_status", "sentence"),
+    [
+        (
+            RuntimeError("secret path /home/me"),
+            500,
+            "The server failed inside; its log has the details.",
+        ),
+        (
+            MemoryError("secret path /home/me"),
+            503,
+            "The server ran out of memory; try again later, or ask for less at once.",
+        ),
+    ],
+)
+def test_generate_hides_the_details_of_a_fault(
+    tiny, caplog, error: Exception, expected_status: int, sentence: str
+):
     """Also in a stream, as the last event."""
 
     def fail(*_: Any) -> None:
-        raise RuntimeError("secret path /home/me")
+        raise error
 
     client = create_app(tiny).test_client()
-    sentence = "The server failed inside; its log has the details."
     hook = tiny.images.decoder.vae.decoder.register_forward_hook(fail)
     try:
         status, answer = ask(client, text="USER: Draw.\nASSISTANT:", images=[], force_boi=True)
@@ -316,7 +332,7 @@ def test_generate_hides_the_details_of_a_fault(tiny, caplog):
     finally:
         hook.remove()
     assert (
-        (status, answer["error"]) == (500, sentence)
+        (status, answer["error"]) == (expected_status, sentence)
         and streamed.status_code == 200
         and end == "data: [DONE]"
     )
