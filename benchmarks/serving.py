@@ -30,6 +30,7 @@ from seed_multimodal.device import choose_device
 from seed_multimodal.images.io import image_to_base64
 from seed_multimodal.language import prompts as sentences
 
+PROGRAM = ROOT / "gradio_demo" / "seed_llama_flask.py"
 KINDS = ("describe", "ask", "draw")
 REQUESTS = {
     "describe": sentences.DESCRIBE_PROMPT,
@@ -41,11 +42,11 @@ Times = tuple[float, float] | None  # seconds to the first piece and the last; N
 class Server:
     """The server as a process; use it as a context manager."""
 
-    def __init__(self, model: str, device: str, *flags: str) -> None:
+    def __init__(self, model: str, device: str, *flags: str, program: Path = PROGRAM) -> None:
         self.process = subprocess.Popen(
             [
                 sys.executable,
-                str(ROOT / "gradio_demo" / "seed_llama_flask.py"),
+                str(program),
                 "--system",
                 str(system_folder(model)),
                 "--port",

@@ -1,0 +1,335 @@
+"""Trouble for the model server: every answer that arrives must be the one computed alone.
+
+    python benchmarks/chaos.py --minutes 120                 all shipped systems, 32 clients
+    python benchmarks/chaos.py --minutes 5 --models pretrained/nano
+
+Parts of the server run out of memory at random (`faults.py`), its files cannot grow for some
+seconds (a full disk), clients are slow, leave, or send a broken image (every tenth request); in the
+last third of the time it is killed under load and started again. Prints a JSON line for each
+system; the exit code is 1 after a wrong answer, an unexpected status, a hang, or a restart that
+takes more than 20 s.
+"""
+
+from __future__ import annotations
+
+import argparse
+import collections
+import http.client
+import io
+import json
+import random
+import re
+import resource
+import signal
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from serving import Client, Server
+from shared import base_parser, print_line, rounded, start
+
+from seed_multimodal.device import choose_device
+from seed_multimodal.images.io import bytes_from_base64, image_to_base64, image_to_bytes, open_image
+
+SYSTEMS = ("pretrained/nano", "pretrained/nano-x", "pretrained/nano-lavit")
+FAULTS = Path(__file__).with_name("faults.py")
+HANG_SECONDS = 120.0
+READY_SECONDS = 20.0
+ROUNDING = 2  # of 255: an image that is drawn in a batch may differ by so much
+PNG = re.compile(r"iVBORw0KGgo[A-Za-z0-9+/=]+")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A request."""
+
+    path: str
+    body: bytes
+    content_type: str = "application/json"
+
+
+def json_job(path: str, **fields: object) -> Job:
+    return Job(path, json.dumps(fields).encode())
+
+
+def make_jobs(client: Client, rng: random.Random, count: int) -> list[Job]:
+    """Different requests, `count` of each route; some are refused by some of the systems."""
+    jobs: list[Job] = []
+    for index in range(count):
+        image = next(client.images)
+        encoded = image_to_base64(image)
+        codes = [rng.randrange(200) for _ in range(32)]
+        stream = bool(index % 2)
+        sampled = {"temperature": 0.7, "top_p": 0.9, "seed": index}
+        # A form with two fields.
+        field = '--edit\r\nContent-Disposition: form-data; name="{}"\r\n\r\n'
+        texts = (f"{field.format('prompt')}Make it night.\r\n", field.format("image"), "--edit--")
+        texts = (texts[0], texts[1].replace('"image"', '"image"; filename="a.png"'), texts[2])
+        form = b"".join((texts[0].encode(), texts[1].encode(), image_to_bytes(image), b"\r\n"))
+        form += texts[2].encode()
+        chat = "/v1/chat/completions"
+        jobs += [
+            json_job(chat, **client.body("describe"), stream=stream),
+            json_job(chat, **client.body("ask"), **sampled),
+            json_job(chat, **client.body("draw"), stream=stream),
+            json_job(
+                "/generate",
+                text="USER: <image>What is it?\nASSISTANT:",
+                images=[encoded],
+                seed=index,
+            ),
+            json_job("/v1/images/generations", prompt="a red fox on a hill", seed=index),
+            json_job("/v1/images/tokens", images=[encoded]),
+            json_job("/v1/images/tokens", codes=[codes], seed=index),
+            Job("/v1/images/edits", form, "multipart/form-data; boundary=edit"),
+        ]
+    return jobs
+
+
+BROKEN = json_job(
+    "/generate", text="USER: <image>hi\nASSISTANT:", images=["iVBORw0KGgoAAAANSUhEUgAA"]
+)
+
+
+class Trouble:
+    """A server, requests to it, and what came back."""
+
+    def __init__(self, server: Server, seed: int) -> None:
+        self.server = server
+        self.rng = random.Random(seed)
+        self.outcomes = collections.Counter[str]()
+        self.problems: list[str] = []
+        self.answers: dict[int, str] = {}  # of jobs, computed alone
+        self.disturbances: list[tuple[float, float]] = []  # when connections may be lost
+        self.restarts: list[float] = []  # seconds until the server was ready
+        self.memory: list[tuple[float, float]] = []  # seconds, MB
+        self.done = threading.Event()
+
+    # ---- requests
+
+    def send(
+        self, job: Job, pause: float = 0.0, leave_after: float | None = None
+    ) -> tuple[int, str]:
+        """Status and content of the answer; 0 and the reason without one.
+
+        pause: between pieces of the body and of the answer, of a slow client.
+        leave_after: seconds after which the client disconnects.
+        """
+        connection = http.client.HTTPConnection("127.0.0.1", self.server.port, timeout=HANG_SECONDS)
+        try:
+            connection.putrequest("POST", job.path)
+            connection.putheader("Content-Type", job.content_type)
+            connection.putheader("Content-Length", str(len(job.body)))
+            connection.endheaders()
+            size = len(job.body) // 8 + 1 if pause else len(job.body)
+            for begin in range(0, len(job.body), size):
+                connection.send(job.body[begin : begin + size])
+                time.sleep(pause)
+            if leave_after is not None:
+                time.sleep(leave_after)
+                return 0, "left"
+            response = connection.getresponse()
+            content = b""
+            while piece := response.read(1 << 14):
+                content += piece
+                time.sleep(pause)
+        except TimeoutError:
+            return 0, "hang"
+        except (OSError, http.client.HTTPException):
+            return 0, "lost"
+        finally:
+            connection.close()
+        return read_answer(response.status, content.decode())
+
+    def visit(self, jobs: list[Job], seed: int) -> None:
+        """A client: one request after another."""
+        rng = random.Random(seed)
+        while not self.done.is_set():
+            index = rng.randrange(len(jobs))
+            chance = rng.random()
+            begin = time.monotonic()
+            if chance < 0.1:
+                status, content = self.send(BROKEN)
+                self.check(status, content, begin, expected=None)
+            elif chance < 0.15:
+                self.send(jobs[index], leave_after=rng.random())
+                self.outcomes["left"] += 1
+            else:
+                pause = 0.3 * rng.random() if chance < 0.2 else 0.0
+                status, content = self.send(jobs[index], pause)
+                self.check(status, content, begin, self.answers[index])
+
+    def check(self, status: int, content: str, begin: float, expected: str | None) -> None:
+        """Count the outcome of a request; `expected`: None for a broken image."""
+        outcome = f"status {status}"
+        if status == 0 and content == "lost" and self.is_disturbed(begin):
+            outcome = "lost with the server or disk"
+            time.sleep(0.5)
+        elif status == 0:
+            outcome = content
+        elif status == 429:
+            outcome = "busy"
+            time.sleep(0.2)
+        elif status in (500, 503) and ("memory" in content or self.is_disturbed(begin)):
+            outcome = "out of memory"
+        elif expected is None:
+            outcome = "broken image" if status == 400 else outcome
+        elif status in (200, 400):
+            outcome = compare(f"{status} {content}", expected)
+        self.outcomes[outcome] += 1
+        if outcome.startswith(("status", "differs", "hang", "lost")) and "with" not in outcome:
+            self.problems.append(f"{outcome}: {content[:300]} expected {(expected or '')[:300]}")
+
+    def is_disturbed(self, begin: float) -> bool:
+        """Whether the server was killed, or its disk full, since `begin`."""
+        return any(end >= begin for _, end in self.disturbances)
+
+    # ---- the server
+
+    def fill_disk(self, seconds: float) -> None:
+        """Let no file of the server grow for some seconds."""
+        index = len(self.disturbances)
+        self.disturbances.append((time.monotonic(), float("inf")))
+        pid = self.server.process.pid
+        soft, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))
+        self.done.wait(seconds)
+        resource.prlimit(pid, resource.RLIMIT_FSIZE, (soft, hard))
+        self.disturbances[index] = (self.disturbances[index][0], time.monotonic())
+
+    def kill_and_restart(self, model: str, device: str) -> None:
+        """SIGKILL under load, then a new server on the same port."""
+        index = len(self.disturbances)
+        self.disturbances.append((time.monotonic(), float("inf")))
+        self.server.process.send_signal(signal.SIGKILL)
+        self.server.process.wait()
+        begin = time.monotonic()
+        port = ("--port", str(self.server.port))
+        self.server = Server(model, device, *port, program=FAULTS)
+        self.restarts.append(time.monotonic() - begin)
+        self.disturbances[index] = (self.disturbances[index][0], time.monotonic())
+
+    def direct(self, seconds: float, model: str, device: str) -> None:
+        """What happens to the server; the memory of its first process is recorded."""
+        begin = time.monotonic()
+        every = max(seconds / 24, 5.0)
+        next_fault = begin + every
+        while (now := time.monotonic()) < begin + seconds:
+            if now < begin + seconds * 2 / 3:
+                self.memory.append((now - begin, self.server.memory_mb()))
+            if now >= next_fault:
+                if now < begin + seconds * 2 / 3:
+                    self.fill_disk(every / 4)
+                else:
+                    self.kill_and_restart(model, device)
+                next_fault = time.monotonic() + every
+            time.sleep(min(1.0, every / 4))
+        self.done.set()
+
+
+def read_answer(status: int, content: str) -> tuple[int, str]:
+    """Status and content without what differs each time; a stream as the message that it makes."""
+    if content.startswith("data: "):
+        message: dict[str, Any] = {"content": "", "images": [], "boxes": [], "notes": []}
+        if "data: [DONE]" not in content:
+            return 0, "lost"
+        for line in content.split("\n\n")[:-2]:
+            event = json.loads(line.removeprefix("data: "))
+            if "error" in event:
+                return 500, line
+            for name, value in event["choices"][0]["delta"].items():
+                message[name] = message.get(name, "") + value if name != "role" else value
+            message["usage"] = event.get("usage")
+        return status, json.dumps(message, sort_keys=True)
+    try:
+        body = json.loads(content)
+    except ValueError:
+        return status, content
+    for name in ("id", "created"):
+        body.pop(name, None)
+    return status, json.dumps(body, sort_keys=True)
+
+
+def compare(answer: str, expected: str) -> str:
+    """`equal`, `equal to rounding` (of pixels) or `differs`."""
+    if answer == expected:
+        return "equal"
+    if PNG.sub("", answer) != PNG.sub("", expected):
+        return "differs"
+    for file, expected_file in zip(PNG.findall(answer), PNG.findall(expected), strict=True):
+        pixels, expected_pixels = (
+            np.asarray(open_image(io.BytesIO(bytes_from_base64(text, "image"))), np.int16)
+            for text in (file, expected_file)
+        )
+        if pixels.shape != expected_pixels.shape or abs(pixels - expected_pixels).max() > ROUNDING:
+            return "differs"
+    return "equal to rounding"
+
+
+def growth(memory: list[tuple[float, float]]) -> float:
+    """MB in an hour, by a line through the second half of the samples."""
+    half = np.array(memory[len(memory) // 2 :])
+    slope, _ = np.polyfit(half[:, 0], half[:, 1], 1)
+    return float(slope) * 3600
+
+
+def measure(model: str, device: str, options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
+    """Figures of one system, and whether all went as it must."""
+    # 1. Each answer alone, from a server without faults.
+    rng = random.Random(options.seed)
+    with Server(model, device) as server:
+        jobs = make_jobs(Client(server), rng, options.count)
+        alone = Trouble(server, options.seed)
+        answers = dict(enumerate("{} {}".format(*alone.send(job)) for job in jobs))
+
+    # 2. The trouble.
+    trouble = Trouble(Server(model, device, program=FAULTS), options.seed)
+    trouble.answers = answers
+    seconds = 60 * options.minutes / len(options.models)
+    with ThreadPoolExecutor(options.clients) as pool:
+        visits = [pool.submit(trouble.visit, jobs, rng.random()) for _ in range(options.clients)]
+        trouble.direct(seconds, model, device)
+        for visit in visits:
+            visit.result()
+    with trouble.server:
+        # It still answers, and nothing is left in its queue.
+        status, content = trouble.send(jobs[0])
+    if trouble.server.process.returncode:
+        trouble.problems.append(f"exit code {trouble.server.process.returncode}")
+    slowest = max(trouble.restarts, default=0.0)
+    results = {
+        "requests": sum(trouble.outcomes.values()),
+        "outcomes": dict(trouble.outcomes.most_common()),
+        "problems": trouble.problems[:20],
+        "restarts": len(trouble.restarts),
+        "slowest_restart_seconds": rounded(slowest),
+        "mb": [round(mb) for _, mb in trouble.memory[:: max(len(trouble.memory) // 8, 1)]],
+        "mb_per_hour": round(growth(trouble.memory)),
+    }
+    return results, not trouble.problems and slowest <= READY_SECONDS
+
+
+def run(options: argparse.Namespace) -> int:
+    runtime = choose_device(options.device, options.dtype, log=None)
+    passed = True
+    for model in options.models:
+        results, as_it_must = measure(model, str(runtime.device), options)
+        options.model = model
+        settings = {"clients": options.clients, "minutes": options.minutes, "seed": options.seed}
+        print_line("chaos", options, runtime, settings, results)
+        passed &= as_it_must
+    return int(not passed)
+
+
+if __name__ == "__main__":
+    parser = base_parser(__doc__)
+    parser.add_argument("--models", nargs="+", default=SYSTEMS, help="folders of systems")
+    parser.add_argument("--minutes", type=float, default=120, help="of all systems together")
+    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--count", type=int, default=8, help="different requests of each route")
+    parser.add_argument("--seed", type=int, default=0)
+    start(run, parser)
