@@ -9,7 +9,6 @@ from __future__ import annotations
 import hashlib
 import io
 import os
-import zipfile
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
@@ -23,7 +22,8 @@ from seed_multimodal.errors import DataError
 
 INDEX_FOLDER = ".seed-index"
 MIN_STORED_BYTES = 1 << 20  # no index is written for smaller files
-VERSION = "2"
+VERSION = "3"
+DIGEST_BYTES = 16  # of the content, at the end of the file: zip's checksums leave its names out
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -109,24 +109,33 @@ def index_path(path: str) -> str:
 
 def _write(path: str, arrays: Arrays) -> None:
     """Write an index atomically. Raises OSError, or DataError for a remote folder."""
-    content = io.BytesIO()
-    np.savez(content, **arrays)  # type: ignore[arg-type]
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]
+    content = buffer.getvalue() + _digest(buffer.getvalue())
     if is_remote(path):
         files, name = filesystem(path)
         with read_errors(path):
-            files.pipe_file(name, content.getvalue())
+            files.pipe_file(name, content)
         return
     Path(path).parent.mkdir(parents=True, exist_ok=True)
     with atomic_open(path) as file:
-        file.write(content.getvalue())
+        file.write(content)
 
 
 def _read(path: str, head: np.ndarray) -> Arrays | None:
-    """The stored index if its header starts with `head`, else None."""
+    """The stored index if it is undamaged and its header starts with `head`, else None."""
     try:
-        with np.load(io.BytesIO(read_all(path)), allow_pickle=False) as stored:
-            if stored["head"][: len(head)].tolist() != head.tolist():
-                return None
-            return {name: stored[name] for name in stored.files}
-    except (DataError, OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        content = read_all(path)
+    except (DataError, OSError):
         return None
+    zipped = content[:-DIGEST_BYTES]
+    if content[-DIGEST_BYTES:] != _digest(zipped):
+        return None
+    with np.load(io.BytesIO(zipped), allow_pickle=False) as stored:
+        if stored["head"][: len(head)].tolist() != head.tolist():
+            return None
+        return {name: stored[name] for name in stored.files}
+
+
+def _digest(content: bytes) -> bytes:
+    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()

@@ -1,0 +1,348 @@
+"""Damage files at random, and read them: no reader may crash, hang or raise an unknown error.
+
+    python benchmarks/fuzz.py --minutes 60                   all readers
+    python benchmarks/fuzz.py --minutes 5 --targets parquet safetensors
+
+Damaged are bytes of each kind of file, and values of those that are JSON (`damage.py`). `images`
+sends images of odd sizes (1x1, 1xN) and kinds, whole and damaged, to every route of the shipped
+systems. `gguf` needs llama.cpp. Prints a JSON line for each target; the exit code is 1 after a
+crash (of the process that reads), a hang, or an error that is no `SeedError`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import base64
+import importlib.util
+import io
+import json
+import logging
+import os
+import random
+import signal
+import sys
+import tempfile
+import time
+import traceback
+import warnings
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from damage import damage_bytes, damage_json, damage_lines, damage_safetensors, damage_tar
+from PIL import Image
+from shared import ROOT, base_parser, input_images, print_line, start, system_folder
+
+from seed_multimodal.device import choose_device
+from seed_multimodal.errors import SeedError
+from seed_multimodal.images.io import image_to_bytes
+
+HANG_SECONDS = 60
+SYSTEMS = ("nano", "nano-x", "nano-lavit")
+SAMPLES = [
+    {"image_ids": [1, 2, 3] * 10, "text": "a red fox"},
+    {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "yes"}]},
+    {"image": "a.png", "caption": ["one", "two"], "boxes": [[0.1, 0.2, 0.3, 0.4]]},
+] * 4
+
+
+# ---- readers
+
+
+def read_records(file: Path) -> None:
+    """All records of a data file, as a training reads them."""
+    from seed_multimodal.data.formats.sources import open_records
+
+    records = open_records(file, cache=False)
+    for index in range(min(len(records), 50)):
+        try:
+            records.read(index)
+        except SeedError as error:
+            accepted(error)
+
+
+def read_weights(file: Path) -> None:
+    from seed_multimodal.weights import load_state_dict
+
+    load_state_dict(file)
+
+
+def read_system(file: Path) -> None:
+    from seed_multimodal.pipelines.config import SystemConfig
+
+    SystemConfig.find(file.parent).require("llm", "tokenizer")
+
+
+def read_image(file: Path) -> None:
+    from seed_multimodal.images.io import open_image
+
+    open_image(file)
+
+
+def read_gguf(file: Path) -> None:
+    from seed_multimodal.inference.backends.llama_cpp import LlamaCppBackend
+    from seed_multimodal.language.tokenizer import MultimodalTokenizer
+
+    tokenizer = MultimodalTokenizer.from_pretrained(ROOT / "pretrained" / "nano" / "seed_tokenizer")
+    LlamaCppBackend(file.parent, tokenizer.vocabulary, file, max_rows=1)
+
+
+def accepted(error: SeedError) -> None:
+    """An error of the kind that readers may raise: it must be a sentence."""
+    if not str(error).strip():
+        raise AssertionError("an error without a message") from error
+
+
+class Reader:
+    """A target: the file `name`, made by `sample`, how it is damaged, and what reads it.
+
+    damaged: the file that is damaged, if it is not the one that is read.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        sample: Callable[[Path], object],
+        damage: Callable[[bytes, random.Random], bytes],
+        read: Callable[[Path], object],
+        damaged: Callable[[Path], Path] = lambda file: file,
+    ) -> None:
+        self.name = name
+        self.sample = sample
+        self.damage = damage
+        self.read = read
+        self.damaged = damaged
+
+    def cases(self, folder: Path) -> Callable[[random.Random], None]:
+        """A function that reads one damaged file."""
+        file = folder / self.name
+        self.sample(file)
+        target = self.damaged(file)
+        content = target.read_bytes()
+
+        def case(rng: random.Random) -> None:
+            target.write_bytes(self.damage(content, rng))
+            self.read(file)
+
+        return case
+
+
+def write_lines(file: Path) -> None:
+    file.write_text("".join(json.dumps(record) + "\n" for record in SAMPLES))
+
+
+def write_parquet(file: Path) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    table = pyarrow.Table.from_pylist([{"text": "a fox", "image": b"abc", "ids": [1, 2]}] * 20)
+    pyarrow.parquet.write_table(table, file, row_group_size=7)
+
+
+def write_tar(file: Path) -> None:
+    from seed_multimodal.data.formats.shards import write_shard
+
+    image = image_to_bytes(Image.new("RGB", (8, 8)))
+    rows = [{"json": json.dumps(record).encode(), "png": image} for record in SAMPLES]
+    write_shard(file, [(f"{index:05d}", row) for index, row in enumerate(rows)])
+
+
+def write_indexed_tar(file: Path) -> None:
+    from seed_multimodal.data.formats.tar import TarFile
+
+    write_tar(file)
+    TarFile(file).write_index()
+
+
+def index_of(file: Path) -> Path:
+    from seed_multimodal.data.formats.index import index_path
+
+    return Path(index_path(str(file)))
+
+
+def write_weights(file: Path) -> None:
+    import torch
+
+    from seed_multimodal.weights import save_state_dict, save_torch
+
+    tensors = {"a.weight": torch.randn(3, 4), "b": torch.arange(5), "c": torch.zeros(0)}
+    if file.suffix == ".safetensors":
+        save_state_dict(tensors, file)
+    else:
+        save_torch({"model": tensors, "step": 3}, file)
+
+
+def write_gguf(file: Path) -> None:
+    sys.path.insert(0, str(ROOT / "tests" / "support"))
+    from tiny_llama import llama
+
+    from seed_multimodal.inference.gguf import export_gguf
+    from seed_multimodal.language.tokenizer import MultimodalTokenizer
+
+    tokenizer = ROOT / "pretrained" / "nano" / "seed_tokenizer"
+    size = MultimodalTokenizer.from_pretrained(tokenizer).vocabulary.size
+    llama(size).save_pretrained(file.parent)
+    export_gguf(file.parent, tokenizer, file, "f16")
+
+
+def copy_system(file: Path) -> None:
+    file.write_bytes((system_folder("pretrained/nano") / "system.json").read_bytes())
+
+
+def write_image(file: Path) -> None:
+    input_images(1)[0].resize((64, 48)).save(file)
+
+
+# ---- images of odd sizes
+
+
+class ImageRoutes:
+    """Requests with images of odd sizes and kinds to all routes of the shipped systems."""
+
+    def __init__(self) -> None:
+        from seed_multimodal.pipelines.base import MultimodalSystem
+        from seed_multimodal.serving.app import create_app
+
+        logging.disable(logging.CRITICAL)
+        self.clients = []
+        for name in SYSTEMS:
+            system = MultimodalSystem.from_pretrained(
+                ROOT / "pretrained" / name, device="cpu", log=None
+            )
+            self.clients.append(create_app(system).test_client())
+
+    def image(self, rng: random.Random) -> bytes:
+        sides = (1, rng.choice((1, 2, 3, 17, 64, 333, 2000, 16_000)))
+        size = rng.choice((sides, sides[::-1]))
+        kind = rng.choice(("PNG", "PNG", "JPEG", "WEBP"))
+        modes = {"JPEG": ("RGB", "L", "CMYK"), "WEBP": ("RGB", "RGBA")}
+        mode = rng.choice(modes.get(kind, ("1", "L", "LA", "P", "RGB", "RGBA", "I;16", "I")))
+        content = image_to_bytes(Image.new(mode, size), kind)
+        return damage_bytes(content, rng) if rng.random() < 0.2 else content
+
+    def case(self, rng: random.Random) -> None:
+        files = [self.image(rng) for _ in range(rng.choice((1, 1, 1, 2)))]
+        encoded = [base64.b64encode(file).decode() for file in files]
+        urls = [
+            {"type": "image_url", "image_url": {"url": f"data:image/png;base64,{text}"}}
+            for text in encoded
+        ]
+        text = {"type": "text", "text": "What is this?"}
+        message = {"role": "user", "content": [*urls, text][: rng.choice((1, 2, 3))]}
+        path, body = rng.choice(
+            (
+                ("/generate", {"text": "<image>" * len(files), "images": encoded}),
+                ("/v1/chat/completions", {"messages": [message], "max_tokens": 4}),
+                ("/v1/images/tokens", {"images": encoded}),
+                ("/v1/images/edits", {}),
+            )
+        )
+        client = rng.choice(self.clients)
+        if body:
+            response = client.post(path, json={"max_new_tokens": 4, **body})
+        else:
+            form = {"prompt": "Make it night.", "image": [(io.BytesIO(f), "a") for f in files]}
+            response = client.post(path, data=form)
+        content = json.loads(response.get_data(as_text=True))
+        if response.status_code not in (200, 400):
+            raise AssertionError(f"{path}: status {response.status_code}: {content}")
+
+
+READERS = {
+    "tar": Reader("a.tar", write_tar, damage_tar, read_records),
+    "tar index": Reader("a.tar", write_indexed_tar, damage_bytes, read_records, index_of),
+    "jsonl": Reader("a.jsonl", write_lines, damage_lines, read_records),
+    "json": Reader(
+        "a.json", lambda f: f.write_text(json.dumps(SAMPLES)), damage_json, read_records
+    ),
+    "parquet": Reader("a.parquet", write_parquet, damage_bytes, read_records),
+    "safetensors": Reader("a.safetensors", write_weights, damage_safetensors, read_weights),
+    "torch": Reader("a.bin", write_weights, damage_bytes, read_weights),
+    "system.json": Reader("system.json", copy_system, damage_json, read_system),
+    "image": Reader("a.png", write_image, damage_bytes, read_image),
+    "gguf": Reader("a.gguf", write_gguf, damage_bytes, read_gguf),
+}
+
+
+# ---- a target for some time
+
+
+def fuzz(target: str, folder: Path, first: int, seed: int, seconds: float) -> None:
+    """Read case after case; problems and the number of the case are written into the folder."""
+    warnings.simplefilter("ignore")
+    problems: set[str] = set()
+    case = ImageRoutes().case if target == "images" else READERS[target].cases(folder)
+    number = os.open(folder / "case", os.O_WRONLY | os.O_CREAT)
+    deadline = time.monotonic() + seconds
+    index = first
+    while time.monotonic() < deadline:
+        os.pwrite(number, b"%12d" % index, 0)
+        signal.alarm(HANG_SECONDS)
+        try:
+            case(random.Random(f"{target} {seed} {index}"))
+        except SeedError as error:
+            accepted(error)
+        except BaseException as error:  # noqa: BLE001 what this program looks for
+            frame = traceback.extract_tb(error.__traceback__)[-1]
+            problem = f"{type(error).__name__} in {frame.filename}:{frame.lineno}"
+            if problem not in problems:
+                problems.add(problem)
+                with open(folder / "problems", "a") as file:
+                    file.write(f"{problem}: case {index}: {str(error)[:300]!r}\n")
+        signal.alarm(0)
+        index += 1
+    os.pwrite(number, b"%12d" % index, 0)
+
+
+def measure(target: str, folder: Path, seed: int, seconds: float) -> dict[str, Any]:
+    """Figures of a target; a crash ends only the process that reads."""
+    folder.mkdir()
+    crashes: list[str] = []
+    deadline = time.monotonic() + seconds
+    index = 0
+    while (left := deadline - time.monotonic()) > 0 and len(crashes) < 20:
+        pid = os.fork()
+        if pid == 0:
+            code = 1
+            try:
+                fuzz(target, folder, index, seed, left)
+                code = 0
+            except BaseException:  # noqa: BLE001 the copy of this program must not go on
+                traceback.print_exc()
+            finally:
+                os._exit(code)
+        _, status = os.waitpid(pid, 0)
+        code = os.waitstatus_to_exitcode(status)
+        case = folder / "case"
+        index = int(case.read_text()) if case.exists() else 0
+        if code:
+            kind = "hang" if code == -signal.SIGALRM else f"exit code {code}"
+            crashes.append(f"{kind}: case {index}")
+            index += 1
+    file = folder / "problems"
+    errors = file.read_text().splitlines() if file.exists() else []
+    return {"cases": index, "crashes": crashes, "unknown_errors": errors}
+
+
+def run(options: argparse.Namespace) -> int:
+    runtime = choose_device("cpu", options.dtype, log=None)
+    targets = options.targets
+    failed = False
+    with tempfile.TemporaryDirectory() as folder:
+        for target in targets:
+            seconds = 60 * options.minutes / len(targets)
+            results = measure(target, Path(folder) / target, options.seed, seconds)
+            settings = {"target": target, "seconds": seconds, "seed": options.seed}
+            print_line("fuzz", options, runtime, settings, results)
+            failed = failed or bool(results["crashes"] or results["unknown_errors"])
+    return int(failed)
+
+
+if __name__ == "__main__":
+    names = [*READERS, "images"]
+    available = [name for name in names if name != "gguf" or importlib.util.find_spec("llama_cpp")]
+    parser = base_parser(__doc__)
+    parser.add_argument("--targets", nargs="+", default=available, choices=names)
+    parser.add_argument("--minutes", type=float, default=60, help="of all targets together")
+    parser.add_argument("--seed", type=int, default=0)
+    start(run, parser)
