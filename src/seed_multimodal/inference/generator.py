@@ -87,6 +87,8 @@ class Generator:
         """
         names = [entry.name for entry in fields(GenerationSettings)]
         for name in options:
+            if name in self.drawing_settings:
+                raise ConfigError(f"The option {name!r} is of drawing, but nothing is drawn.")
             if name not in names:
                 suggestion = nearest(name, [*names, *self.drawing_settings])
                 raise ConfigError(f"Unknown option {name!r}{suggestion}.")

@@ -64,8 +64,16 @@ def serve_command(llm: Path, tokenizer_folder: Path) -> str:
 
 def _check_config(llm: Path, config: PreTrainedConfig) -> Finding:
     """The class of the model, by which a server finds its own."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
     if not config.architectures:
         return Finding("config", problem=f"{llm / 'config.json'} names no class in architectures")
+    if config.architectures[0] not in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES.values():
+        return Finding(
+            "config",
+            problem=f"{llm / 'config.json'}: {config.architectures[0]} is no language model of "
+            "transformers",
+        )
     quantization = getattr(config, "quantization_config", None)
     note = f"{config.architectures[0]}, context {config.max_position_embeddings}"
     if quantization is not None:

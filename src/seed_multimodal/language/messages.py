@@ -203,11 +203,10 @@ def _chat_part(part: Mapping[str, object], index: int) -> object:
         return text if isinstance(text, str) else part
 
     # {"image": …}, {"url": …}, {"path": …} or {"image_url": {"url": …}}
+    if part.get("type") not in IMAGE_PART_TYPES:
+        return part
     image: object = part
-    keys = (
-        ("image", "image_url", "url", "path") if part.get("type") in IMAGE_PART_TYPES else ("url",)
-    )
-    for key in keys:
+    for key in ("image", "image_url", "url", "path"):
         if isinstance(image, Mapping):
             image = image.get(key, image)
     return _image_of_url(image, index) if isinstance(image, str) else image

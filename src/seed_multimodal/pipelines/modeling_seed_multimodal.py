@@ -12,6 +12,8 @@ from __future__ import annotations
 import importlib
 import json
 import re
+import shutil
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NoReturn, Self
 
@@ -166,7 +168,14 @@ class CodesForConditionalGeneration(PreTrainedModel, GenerationMixin):
         model = AutoModelForCausalLM.from_pretrained(
             folder / config.language_model, dtype=dtype, device_map=device_map
         )
-        return cls(config, model.eval(), CodesVocabulary(folder / config.tokenizer))
+        loaded = cls(config, model.eval(), CodesVocabulary(folder / config.tokenizer))
+        loaded.folder = folder
+        return loaded
+
+    def save_pretrained(self, save_directory: str | Path, **kwargs: object) -> None:
+        """Copy the folder, with the weights that the language model has now."""
+        shutil.copytree(self.folder, save_directory, dirs_exist_ok=True)
+        self.language_model.save_pretrained(Path(save_directory) / self.config.language_model)
 
     def forward(self, *args: Any, **kwargs: Any) -> Any:
         return self.language_model(*args, **kwargs)
@@ -177,6 +186,7 @@ class CodesForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids: Tensor,
         attention_mask: Tensor | None = None,
         max_new_tokens: int = 256,
+        logits_processor: Sequence[LogitsProcessor] = (),
         **kwargs: Any,
     ) -> Any:
         embeds = self.language_model.get_input_embeddings()(input_ids.to(self.device))
@@ -186,7 +196,10 @@ class CodesForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs_embeds=embeds,
             attention_mask=attention_mask.to(self.device),
             max_new_tokens=max_new_tokens,
-            logits_processor=[WellFormedImages(self.vocabulary, max_new_tokens)],
+            logits_processor=[
+                WellFormedImages(self.vocabulary, max_new_tokens),
+                *logits_processor,
+            ],
             **kwargs,
         )
 
@@ -201,6 +214,7 @@ class CodesProcessor(ProcessorMixin):
             raise ImportError(f"{folder}: {INSTALL}.")
         self.vocabulary = CodesVocabulary(folder / config["tokenizer"])
         self.chat_template = None
+        self.tokenizer = None  # pipelines ask for it
 
     @classmethod
     def from_pretrained(cls, name: str | Path, **kwargs: object) -> Self:
@@ -242,6 +256,11 @@ class CodesProcessor(ProcessorMixin):
                 continue
             run = []
         return [part for part in parts if part]
+
+    def batch_decode(
+        self, sequences: Tensor | list[list[int]], **kwargs: object
+    ) -> list[list[str | list[int]]]:
+        return [self.decode(ids) for ids in sequences]
 
     def apply_chat_template(self, *args: object, **kwargs: object) -> NoReturn:
         raise ImportError(f"Chat templates: {INSTALL}.")

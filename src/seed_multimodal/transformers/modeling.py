@@ -7,6 +7,8 @@ image                  `MultimodalSystem.generate_image_answers`: what its `draw
 from __future__ import annotations
 
 import copy
+import os
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from functools import cache
@@ -18,6 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from transformers import (
+    BitsAndBytesConfig,
     GenerationConfig,
     GenerationMixin,
     LogitsProcessorList,
@@ -26,7 +29,8 @@ from transformers import (
     StoppingCriteriaList,
 )
 
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.disk import replace_folder
+from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.inference.generator import Task
 from seed_multimodal.inference.image_constraints import ImageConstraints, ImageLogitsProcessor
 from seed_multimodal.inference.opening import torch_engine
@@ -73,6 +77,7 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
     base_model_prefix = "language_model"
     input_modalities = ("image", "text")
     output_modalities = ("image", "text")
+    supports_gradient_checkpointing = True
     _supports_sdpa = True
     _supports_flash_attn = True
 
@@ -85,6 +90,8 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         self.system = system
         self.drawing: dict[str, Any] = {}
         self.generation_config = self._generation_config("chat")
+        if not getattr(system.llm, "is_quantized", False):
+            self.language_model.requires_grad_(True)  # SEED-X freezes it
         self.image_tokenizer = system.images.model
         # Further networks of a family, as SEED-X's resamplers.
         for name, part in vars(system).items():
@@ -101,6 +108,7 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         torch_dtype: str | torch.dtype | None = None,
         device_map: Any = None,
         attn_implementation: str | None = None,
+        quantization_config: Any = None,
         **options: Any,
     ) -> Self:
         """Load a system's folder.
@@ -120,6 +128,8 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         device = "auto" if device_map is None else str(device_map)
         if isinstance(device_map, int):
             device = f"cuda:{device_map}"
+        if quantization_config is not None:
+            options["quantization"] = _quantization_name(quantization_config)
         options.setdefault("log", None)
         system = MultimodalSystem.from_pretrained(
             folder, device=device, dtype=torch_dtype or dtype or "auto", **options
@@ -130,13 +140,41 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
             model.language_model.set_attn_implementation(attn_implementation)
         return model
 
-    def save_pretrained(self, save_directory: str | Path, **kwargs: object) -> None:
+    def save_pretrained(
+        self,
+        save_directory: str | Path,
+        *,
+        state_dict: Mapping[str, Tensor] | None = None,
+        **kwargs: object,
+    ) -> None:
         """Write the system's folder, with the weights that the language model has now.
 
-        Raises ConfigError: the folder is not empty.
+        Parts of an earlier system in the folder are replaced; other files, as checkpoints, stay.
+        state_dict: of this model, where its own weights are sharded.
         """
-        folder = self.system.save_pretrained(save_directory)
-        self.language_model.save_pretrained(SystemConfig.read(folder).path("llm"))
+        # 1. The system next to the folder.
+        folder = Path(save_directory).resolve()
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
+            written = self.system.save_pretrained(Path(temporary) / folder.name)
+            weights = None
+            if state_dict is not None:
+                prefix = f"{self.base_model_prefix}."
+                weights = {
+                    name.removeprefix(prefix): tensor
+                    for name, tensor in state_dict.items()
+                    if name.startswith(prefix)
+                }
+            self.language_model.save_pretrained(
+                SystemConfig.read(written).path("llm"), state_dict=weights
+            )
+
+            # 2. Its parts into the folder.
+            for part in written.iterdir():
+                if part.is_dir():
+                    replace_folder(part, folder / part.name)
+                else:
+                    os.replace(part, folder / part.name)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Self:
         """Also move the de-tokenizer, and renew the engine with a cache of the same dtype."""
@@ -250,6 +288,7 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         # 2. Images stay well-formed, and an answer ends before the next turn.
         tokenizer = self.system.tokenizer
+        self._fit_context(generation_config, int(attention_mask.sum(1).max()))
         constraints = ImageLogitsProcessor(
             ImageConstraints(tokenizer.vocabulary), budget=generation_config.max_new_tokens
         )
@@ -273,6 +312,19 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         rows = [self.system.reader(settings).read_all(ids).ids for ids in generated.tolist()]
         return _padded(rows, tokenizer.eos_token_id).to(generated.device)
 
+    def _fit_context(self, generation_config: GenerationConfig, length: int) -> None:
+        """Shorten answers to what the context leaves. Raises GenerationError: nothing."""
+        context = self.system.engine.context
+        if length >= context:
+            raise GenerationError(
+                f"The prompt has {length} tokens, but the model's context ends at {context}; "
+                "leave out the oldest turns."
+            )
+        if generation_config.max_new_tokens is not None:
+            generation_config.max_new_tokens = min(
+                generation_config.max_new_tokens, context - length
+            )
+
     def _generate_images(
         self, prompts: Sequence[Prompt], tasks: Sequence[Task | None], options: dict[str, Any]
     ) -> Tensor:
@@ -292,6 +344,12 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         # 2. The answers; `seed` is that of `draw`.
         seed = options.pop("seed", 0)
+        drawing = sorted(options.keys() & set(self.system.drawing_settings))
+        if drawing:
+            raise ConfigError(
+                f"{', '.join(drawing)}: settings of `decode_image_tokens`; for the pipeline set "
+                "model.drawing."
+            )
         images: dict[int, Any] = {}
         for task, rows in rows_by_task.items():
             answers = self.system.generate_image_answers(
@@ -363,6 +421,19 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
             use_cache=True,
             **values,
         )
+
+
+def _quantization_name(config: Any) -> str:
+    """The argument `quantization` for a configuration of transformers."""
+    if isinstance(config, BitsAndBytesConfig):
+        if config.load_in_8bit:
+            return "8bit"
+        if config.load_in_4bit and config.bnb_4bit_quant_type == "nf4":
+            return "4bit"
+    raise ConfigError(
+        "quantization_config: only bitsandbytes with 8 bit or NF4; otherwise pass quantization="
+        "'8bit', '4bit', 'int8' or 'int4' instead."
+    )
 
 
 class StopTexts(StoppingCriteria):

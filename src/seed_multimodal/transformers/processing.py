@@ -59,6 +59,10 @@ class ProcessorTokenizer:
         """Ids → text, with names of image tokens."""
         return self.tokenizer.decode(map(int, ids), skip_special_tokens)
 
+    def save_pretrained(self, *args: object, **kwargs: object) -> tuple[str, ...]:
+        """Nothing to write: see the processor's."""
+        return ()
+
     def batch_decode(self, sequences: Ids, skip_special_tokens: bool = False) -> list[str]:
         """`decode` of each row."""
         return [self.decode(ids, skip_special_tokens) for ids in sequences]

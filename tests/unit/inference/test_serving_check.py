@@ -81,3 +81,10 @@ def test_ends_of_the_original_files_are_a_note(llm):
     assert problems(llm) == {}
     ends = check_llm(llm, TOKENIZER, TOKENIZER)[-1]
     assert ends.note.startswith("generation_config.json has 1, the tokenizer [2]")
+
+
+def test_a_class_that_a_server_does_not_have(llm):
+    values = json.loads((llm / "config.json").read_text())
+    values["architectures"] = ["SeedLlamaForCausalLM"]
+    (llm / "config.json").write_text(json.dumps(values))
+    assert "SeedLlamaForCausalLM is no language model" in problems(llm)["config"]

@@ -16,12 +16,14 @@ from transformers import (
     PROCESSOR_MAPPING,
     AutoModelForMultimodalLM,
     AutoProcessor,
+    BitsAndBytesConfig,
+    LogitsProcessor,
     dynamic_module_utils,
     pipeline,
 )
 
 from seed_multimodal import transformers
-from seed_multimodal.errors import ConfigError, RequestError
+from seed_multimodal.errors import ConfigError, GenerationError, RequestError
 from seed_multimodal.inference.image_constraints import ImageConstraints, ImageLogitsProcessor
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.hub_tokenizer import HubTokenizer, load_text_tokenizer
@@ -64,6 +66,17 @@ def user(*content: object) -> list[dict]:
 def answers(pipe, conversations, **options) -> list[str]:
     rows = pipe(text=conversations, return_full_text=False, **options)
     return [row[0]["generated_text"] for row in rows]
+
+
+class Never(LogitsProcessor):
+    """Forbids an id."""
+
+    def __init__(self, id: int) -> None:
+        self.id = id
+
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        scores[:, self.id] = float("-inf")
+        return scores
 
 
 def assert_equal_images(image: Image.Image, expected: Image.Image) -> None:
@@ -240,13 +253,58 @@ def test_a_model_of_another_dtype_reads_and_draws():
     assert row["generated_image"].size == (64, 64)
 
 
-def test_a_loss_trains_the_language_model(pipes):
-    pipe = pipes("nano")
+@pytest.mark.parametrize("name", MODELS)
+def test_a_loss_trains_the_language_model(name, pipes):
+    pipe = pipes(name)
     inputs = inputs_of(pipe, user(FOX, "What is it?"))
+    pipe.model.activation_checkpointing_enable()
+    pipe.model.train()
     pipe.model(**inputs, labels=inputs["input_ids"]).loss.backward()
+    pipe.model.eval()
+    pipe.model.activation_checkpointing_disable()
     weight = pipe.model.get_input_embeddings().weight
     assert weight.grad.abs().sum() > 0
-    weight.grad = None
+    pipe.model.zero_grad()
+
+
+def test_a_model_is_saved_into_a_folder_with_checkpoints(pipes, saved):
+    (saved / "checkpoint-1").mkdir()
+    pipe = pipes("nano")
+    trained = pipe.model.state_dict()
+    name = "language_model.model.norm.weight"
+    trained[name] = trained[name] + 1
+    pipe.model.save_pretrained(saved, state_dict=trained)
+    assert (saved / "checkpoint-1").is_dir()
+    model = AutoModelForMultimodalLM.from_pretrained(saved)
+    assert torch.equal(model.state_dict()[name], trained[name])
+    pipe.save_pretrained(saved)  # the weights as before, for the tests below
+
+
+def test_quantization_of_transformers():
+    folder = ROOT / "pretrained/nano"
+    model = AutoModelForMultimodalLM.from_pretrained(
+        folder, quantization_config=BitsAndBytesConfig(load_in_8bit=True)
+    )
+    assert model.language_model.is_loaded_in_8bit
+    with pytest.raises(ConfigError, match="quantization='8bit'"):
+        AutoModelForMultimodalLM.from_pretrained(
+            folder, quantization_config=BitsAndBytesConfig(load_in_4bit=True)
+        )
+
+
+def test_what_cannot_be_answered_is_an_error(pipes):
+    pipe = pipes("nano")
+    with pytest.raises(GenerationError, match="context ends at 512"):
+        pipe(text=user("tell me " * 300))
+    with pytest.raises(ConfigError, match=r"pipeline set model\.drawing"):
+        pipe(
+            text=user("Please draw a fox."),
+            generation_mode="image",
+            generate_kwargs={"num_inference_steps": 2},
+        )
+    video = [{"role": "user", "content": [{"type": "video", "url": str(FOX)}]}]
+    with pytest.raises(RequestError, match="'video'"):
+        pipe(text=video)
 
 
 def test_what_a_family_cannot_answer_is_an_error(pipes):
@@ -341,7 +399,7 @@ def test_the_saved_module_constrains_images_as_the_package(kind, tmp_path):
 
 
 def test_a_saved_folder_without_the_package_reads_texts_and_codes(
-    saved, unregistered, monkeypatch, pipes
+    saved, unregistered, monkeypatch, pipes, tmp_path
 ):
     monkeypatch.setitem(sys.modules, "seed_multimodal.transformers", None)  # importing it fails
     model = AutoModelForMultimodalLM.from_pretrained(saved, trust_remote_code=True)
@@ -357,6 +415,16 @@ def test_a_saved_folder_without_the_package_reads_texts_and_codes(
     assert ids[: len(answer.ids)] == list(answer.ids)
     text, image = processor.decode(ids)
     assert (text, image) == (answer.text, answer.codes[0])
-    for call in (processor.apply_chat_template, processor.post_process_multimodal_output):
-        with pytest.raises(ImportError, match="needs the package seed-multimodal"):
-            call()
+    assert processor.batch_decode([ids]) == [[text, image]]
+    first = ids[0]
+    changed = model.generate(**inputs, max_new_tokens=2, logits_processor=[Never(first)])
+    assert first not in changed[0]
+
+    # It is saved as a whole; a pipeline names what is missing.
+    model.save_pretrained(tmp_path / "again")
+    again = AutoModelForMultimodalLM.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert again.generate(**inputs)[0].tolist() == ids
+    with pytest.raises(ImportError, match="Chat templates: this needs the package"):
+        pipeline("any-to-any", model=str(saved), trust_remote_code=True)(text=user("Hello"))
+    with pytest.raises(ImportError, match="Drawing of images: this needs the package"):
+        processor.post_process_multimodal_output()
