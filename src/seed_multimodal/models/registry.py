@@ -13,6 +13,7 @@ other packages register theirs by an entry point of the group `seed_multimodal.f
 from __future__ import annotations
 
 import pkgutil
+import sys
 import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -161,13 +162,17 @@ class FamilySpec:
 def families() -> tuple[FamilySpec, ...]:
     """All families, those of this library first.
 
-    A family of another package that cannot be imported is left out, with a warning.
+    A family of another package that cannot be imported is left out, with a warning; one whose
+    module is being imported, without.
 
     Raises ConfigError: two families have a name in common (their own, a training's, a decoder's, an
             export's, a card's).
     """
     specs: list[FamilySpec] = [pkgutil.resolve_name(name) for name in BUILT_IN]
     for entry in registered("families").values():
+        module = sys.modules.get(entry.module)
+        if module is not None and getattr(module.__spec__, "_initializing", False):
+            continue
         try:
             specs.append(import_entry(entry))
         except ConfigError as error:

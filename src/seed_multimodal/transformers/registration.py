@@ -52,6 +52,8 @@ def _register(module: ModuleType) -> None:
     classes = importlib.import_module(f"{__package__}.{AUTO_MODULES[module.__name__]}")
     for spec in families():
         classes.register(spec.name, module)
+    # A package that imports this one while its own family is not made yet was left out.
+    families.cache_clear()
 
 
 def install() -> None:

@@ -297,3 +297,14 @@ def test_families_with_a_name_twice(other_site: Path) -> None:
     )
     with pytest.raises(ConfigError, match="SEED-LLaMA and Copy both have the family 'seed_llama'"):
         families()
+
+
+@pytest.mark.process
+def test_a_package_that_is_imported_before_the_library(installed):
+    program = (
+        "import transformers.models.auto.configuration_auto, mosaic.spec\n"
+        "from seed_multimodal.models.registry import find_family\n"
+        "assert find_family('mosaic') is mosaic.spec.SPEC\n"
+    )
+    run = run_process([sys.executable, "-c", program])
+    assert run.returncode == 0 and "cannot be imported" not in run.stderr, run.stderr
