@@ -8,8 +8,9 @@ Prints a JSON line for each row, also into SCRATCH/results.jsonl; rows that this
 skipped. A model is written when its first row runs, and the one before is removed (45 GB of disk at
 most). anonymous_gb: memory that cannot be dropped, at its peak, of the command and its children;
 resident_gb: with mapped files, which the kernel drops if another program needs the memory. A
-command is killed, and its row has `"fits": false`, when less than 1 GB of the machine is available.
-Answers mean nothing; time is that of this machine under `load`, with model files in its cache.
+command is killed, and its row has `"fits": false`, when less than 1 GB of the machine is available
+(others_gb: what other programs held before). Answers mean nothing; time is that of this machine
+under `load`, with model files in its cache.
 """
 
 from __future__ import annotations
@@ -138,10 +139,10 @@ def model_folder(scratch: Path, model: str) -> Path:
 # ---- measuring
 
 
-def available_bytes() -> int:
-    """Memory that programs can get."""
+def machine_bytes(name: str) -> int:
+    """A size of the machine's memory: "MemTotal", or "MemAvailable" to programs."""
     text = Path("/proc/meminfo").read_text()
-    return 1024 * int(text.partition("MemAvailable:")[2].split()[0])
+    return 1024 * int(text.partition(f"{name}:")[2].split()[0])
 
 
 def process_tree(pid: int) -> Iterator[int]:
@@ -187,6 +188,7 @@ def measure(row: Row, folder: Path) -> dict[str, Any]:
     log = folder / "output.txt"
     started = time.perf_counter()
     load = os.getloadavg()[0]
+    others = machine_bytes("MemTotal") - machine_bytes("MemAvailable")
     peak_anonymous = 0
     peak_resident = 0
     fits = True
@@ -207,7 +209,7 @@ def measure(row: Row, folder: Path) -> dict[str, Any]:
             peak_resident = max(peak_resident, resident)
 
             # 2. Other programs come first.
-            if available_bytes() < RESERVE:
+            if machine_bytes("MemAvailable") < RESERVE:
                 fits = False
                 os.killpg(process.pid, signal.SIGKILL)
             time.sleep(SAMPLE_SECONDS)
@@ -217,6 +219,7 @@ def measure(row: Row, folder: Path) -> dict[str, Any]:
         "seconds": round(time.perf_counter() - started, 1),
         "anonymous_gb": round(peak_anonymous / 1e9, 2),
         "resident_gb": round(peak_resident / 1e9, 2),
+        "others_gb": round(others / 1e9, 2),
         "load": [load, os.getloadavg()[0]],
         "output": log.read_text(errors="replace")[-500:],
     }

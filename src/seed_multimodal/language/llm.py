@@ -47,6 +47,8 @@ ROTARY = "*rotary_emb.inv_freq*"  # frequencies in old files; recomputed
 class LanguageModelConfig(Protocol):
     """Sizes of a language model."""
 
+    architectures: list[str] | None
+    dtype: torch.dtype | None
     model_type: str
     vocab_size: int
     hidden_size: int
@@ -61,6 +63,8 @@ class LanguageModelConfig(Protocol):
 
     def to_dict(self) -> dict[str, Any]:
         """The content of `config.json`."""
+
+    def save_pretrained(self, save_directory: str | Path) -> None: ...
 
 
 class LanguageModel(Protocol):

@@ -15,10 +15,10 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from seed_multimodal.device import DTYPES
-from seed_multimodal.disk import atomic_folder, output_folder, read_json_object
+from seed_multimodal.disk import atomic_folder, output_folder, read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import (
     ADAPTER_CONFIG,
@@ -29,9 +29,11 @@ from seed_multimodal.hub import (
 )
 from seed_multimodal.language.llm import check_vocab_size, force_special_ids, load_llm
 from seed_multimodal.language.text_tokenizer import TextTokenizer
-from seed_multimodal.weights import load_checkpoint, save_state_dict
+from seed_multimodal.weights import INDEX_FILES, load_checkpoint, save_state_dict
 
 if TYPE_CHECKING:
+    from peft import PeftModel
+
     from seed_multimodal.language.llm import LanguageModel
 
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
@@ -116,17 +118,30 @@ def read_trained(source: str | Path, lora: Mapping[str, Any] | None = None) -> T
 
 @torch.no_grad()
 def merge_into(llama: LanguageModel, trained: TrainedWeights) -> None:
-    """Replace tensors by trained ones, and merge low-rank matrices.
+    """Replace tensors by trained ones, and merge low-rank matrices, in memory.
 
     Raises `CheckpointError` for tensors that the model does not have, or of another size.
+    """
+    # Not in place, since the weights may be memory-mapped.
+    parameters = _fit_to(llama, trained)
+    for name, value in trained.full.items():
+        parameters[name].data = value.to(parameters[name])
+    if trained.lora:
+        _add_lora(llama, trained).merge_and_unload()
+
+
+def _fit_to(llama: LanguageModel, trained: TrainedWeights) -> dict[str, nn.Parameter]:
+    """All parameters by name, tied ones twice, after checking that trained tensors replace some.
+
+    Errors as of `merge_into`.
     """
     # 1. One matrix cannot be both embeddings any more if they were trained apart.
     if llama.config.tie_word_embeddings and _embeddings_differ(trained):
         llama.config.tie_word_embeddings = False
         embeddings = llama.get_input_embeddings().weight
-        llama.get_output_embeddings().weight = torch.nn.Parameter(embeddings.clone())
+        llama.get_output_embeddings().weight = nn.Parameter(embeddings.clone())
 
-    # 2. Replace; not in place, since the weights may be memory-mapped.
+    # 2. Names and sizes.
     parameters = dict(llama.named_parameters(remove_duplicate=False))
     for name, value in trained.full.items():
         if name not in parameters or parameters[name].shape != value.shape:
@@ -134,11 +149,7 @@ def merge_into(llama: LanguageModel, trained: TrainedWeights) -> None:
             raise CheckpointError(
                 f"{trained.source}: {name!r} is {tuple(value.shape)}, but in the base it is {size}."
             )
-        parameters[name].data = value.to(parameters[name])
-
-    # 3. Merge.
-    if trained.lora:
-        _merge_lora(llama, trained)
+    return parameters
 
 
 def _embeddings_differ(trained: TrainedWeights) -> bool:
@@ -151,8 +162,8 @@ def _embeddings_differ(trained: TrainedWeights) -> bool:
     return any(name.startswith(("model.embed_tokens.", "lm_head.")) for name in trained.lora)
 
 
-def _merge_lora(llama: LanguageModel, trained: TrainedWeights) -> None:
-    """Merge low-rank matrices into the weights by PEFT."""
+def _add_lora(llama: LanguageModel, trained: TrainedWeights) -> PeftModel:
+    """The model with its low-rank matrices next to the weights."""
     from peft import LoraConfig, get_peft_model, set_peft_model_state_dict
 
     # 1. The configuration of the adapter.
@@ -183,7 +194,69 @@ def _merge_lora(llama: LanguageModel, trained: TrainedWeights) -> None:
         raise CheckpointError(
             f"{trained.source}: not a complete adapter of this model, first {wrong[0]!r}."
         )
-    model.merge_and_unload()
+    return model
+
+
+@torch.no_grad()
+def _save_merged(
+    llama: LanguageModel,
+    trained: TrainedWeights,
+    folder: Path,
+    dtype: torch.dtype,
+    max_shard_size: str | int,
+) -> int:
+    """Merge into `folder`, a file at a time, so that no more than a file is in memory.
+
+    Returns the number of tensors. Errors as of `merge_into`.
+    """
+    from huggingface_hub import split_torch_state_dict_into_shards
+    from peft.tuners.tuners_utils import BaseTunerLayer
+    from transformers.core_model_loading import revert_weight_conversion
+
+    # 1. All tensors by name, tied ones once, and those with low-rank matrices.
+    parameters = _fit_to(llama, trained)
+    unique = dict(llama.named_parameters())
+    layers: dict[nn.Parameter, BaseTunerLayer] = {}
+    if trained.lora:
+        for module in _add_lora(llama, trained).modules():
+            if isinstance(module, BaseTunerLayer):
+                layers[module.get_base_layer().weight] = module
+
+    # 2. The sizes of the files.
+    shapes = {
+        name: torch.empty(value.shape, dtype=dtype, device="meta") for name, value in unique.items()
+    }
+    split = split_torch_state_dict_into_shards(shapes, max_shard_size=max_shard_size)
+
+    # 3. Each file. PEFT merges in place, in float32, into a copy of the base's weight.
+    weight_map: dict[str, str] = {}
+    n_bytes = 0
+    for file, names in split.filename_to_tensors.items():
+        tensors: dict[str, Tensor] = {}
+        for name in names:
+            parameter = parameters[name]
+            value = trained.full.get(name, parameter.data)
+            if parameter in layers:
+                stored = parameter.data
+                parameter.data = value.to(torch.float32, copy=True)
+                layers[parameter].merge()
+                value = parameter.data
+                parameter.data = stored
+            tensors[name] = value.to(dtype)
+        tensors = dict(revert_weight_conversion(llama, tensors))
+        weight_map |= dict.fromkeys(tensors, file)
+        n_bytes += sum(tensor.nbytes for tensor in tensors.values())
+        save_state_dict(tensors, folder / file)
+
+    # 4. The index of several files, and the configuration.
+    if split.is_sharded:
+        index = {"metadata": {"total_size": n_bytes}, "weight_map": weight_map}
+        replace_text(folder / INDEX_FILES[0], json.dumps(index, indent=1) + "\n")
+    llama.config.dtype = dtype
+    llama.config.architectures = [type(llama).__name__]
+    llama.config.save_pretrained(folder)
+    llama.generation_config.save_pretrained(folder)
+    return len(parameters) if llama.config.tie_word_embeddings else len(unique)
 
 
 def merge_adapter(
@@ -214,18 +287,14 @@ def merge_adapter(
     else:
         weights = read_trained(path, lora)
     agent_config = agent(weights) if agent is not None and weights.agent else None
-    llama = load_base(base, weights, tokenizer)
-
-    # 2. Merge.
-    merge_into(llama, weights)
-    llama.to(DTYPES[dtype])
+    llama = load_base(base, weights, tokenizer, dtype="auto")  # mapped, not read
     if tokenizer is not None:
         force_special_ids(llama, tokenizer)
 
-    # 3. Write.
+    # 2. Merge and write.
     with atomic_folder(target, out) as folder:
         llm_folder = folder / LLM_FOLDER if weights.agent else folder
-        llama.save_pretrained(llm_folder, max_shard_size=max_shard_size)
+        n_tensors = _save_merged(llama, weights, llm_folder, DTYPES[dtype], max_shard_size)
         if tokenizer is not None:
             tokenizer.save_pretrained(llm_folder)
         if (path / VISUAL_WEIGHTS).is_file():
@@ -237,7 +306,7 @@ def merge_adapter(
             content = json.dumps(agent_config, indent=1)
             (agent_folder / "config.json").write_text(content, encoding="utf-8")
     return (
-        f"{out}: {len(llama.state_dict())} tensors, {len(weights.lora) // 2} with LoRA merged in, "
+        f"{out}: {n_tensors} tensors, {len(weights.lora) // 2} with LoRA merged in, "
         f"{len(weights.full)} replaced by trained ones; {len(weights.agent)} tensors of resamplers."
     )
 
@@ -291,9 +360,9 @@ def load_base(
     tokenizer: TextTokenizer | None = None,
     *,
     device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | str = torch.float32,
 ) -> LanguageModel:
-    """The base, resized to the trained embeddings."""
+    """The base, resized to the trained embeddings; arguments as of `load_llm`."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
     # 1. The base, or of a fully trained model the sizes in its `agent.json`.
@@ -301,7 +370,8 @@ def load_base(
         llama = load_llm(base, device=device, dtype=dtype, tokenizer=tokenizer)
     elif trained.agent_config.get("llm"):
         sizes = {"model_type": "llama", **trained.agent_config["llm"]}
-        llama = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes)).eval()
+        with torch.device("meta"):  # every tensor is replaced
+            llama = AutoModelForCausalLM.from_config(AutoConfig.for_model(**sizes)).eval()
         force_special_ids(llama, tokenizer)
         missing = [name for name, _ in llama.named_parameters() if name not in trained.full]
         if missing:

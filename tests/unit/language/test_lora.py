@@ -6,6 +6,7 @@ from __future__ import annotations
 import copy
 import json
 import shutil
+import threading
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -214,6 +215,57 @@ def test_merge_adapter_of_zero_to_fp32_and_whole_models(trained: SimpleNamespace
     merge_adapter(trained.base, complete, tmp_path / "full")
     full = load_file(tmp_path / "full" / "model.safetensors")
     assert all(torch.equal(saved[name], full[name]) for name in saved)
+
+
+def test_merge_adapter_holds_one_file_in_memory(tmp_path):
+    """A model of 600 MB, in files of 100 MB."""
+    # 1. Matrices of 67 MB, one of which has a LoRA.
+    config = LlamaConfig(
+        vocab_size=330,
+        hidden_size=512,
+        intermediate_size=32768,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+    )
+    with torch.device("meta"):
+        shapes = LlamaForCausalLM(config).state_dict()
+    base = tmp_path / "base"
+    config.save_pretrained(base)
+    weights = {name: torch.ones(v.shape, dtype=torch.bfloat16) for name, v in shapes.items()}
+    save_file(weights, base / "model.safetensors")
+    del weights
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    name = "base_model.model.model.layers.1.mlp.up_proj.lora_{}.weight"
+    lora = {name.format("A"): torch.ones(4, 512), name.format("B"): torch.ones(32768, 4)}
+    save_file(lora, adapter / "adapter_model.safetensors")
+    (adapter / "adapter_config.json").write_text(json.dumps({**LORA, "peft_type": "LORA"}))
+
+    # 2. The peak, in a thread of its own.
+    def anonymous_bytes() -> int:
+        status = Path("/proc/self/status").read_text()
+        return 1024 * int(status.partition("RssAnon:")[2].split()[0])
+
+    sizes = [anonymous_bytes()]
+    done = threading.Event()
+
+    def sample() -> None:
+        while not done.wait(0.005):
+            sizes.append(anonymous_bytes())
+
+    sampler = threading.Thread(target=sample)
+    sampler.start()
+    merge_adapter(base, adapter, tmp_path / "out", max_shard_size="100MB")
+    done.set()
+    sampler.join()
+    assert max(sizes) - sizes[0] < 300e6
+
+    # 3. The merged matrix: 1 + 8 / 4 · 4 products of ones.
+    index = json.loads((tmp_path / "out" / "model.safetensors.index.json").read_text())
+    merged = "model.layers.1.mlp.up_proj.weight"
+    tensors = load_file(tmp_path / "out" / index["weight_map"][merged])
+    assert tensors[merged].dtype == torch.float32 and tensors[merged].eq(9).all()
+    assert index["weight_map"].keys() == shapes.keys()
 
 
 def test_merge_into_changes_a_loaded_model(trained: SimpleNamespace, vocab_size: int):
