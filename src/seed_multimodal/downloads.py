@@ -39,6 +39,8 @@ CHUNK = 2**23  # bytes
 IGNORED = ("*.fp16.*",)
 # Torch's copies of weights that are in the same folder as safetensors.
 TORCH_COPIES = ("pytorch_model*.bin*", "diffusion_pytorch_model*.bin*")
+LOCK = ".download.lock"  # held in a folder that gets files
+UNFINISHED = ".unfinished."  # and the name of a part or file: its download has begun
 # A `.safetensors` file stands for one of these of the same name, see `seed convert`.
 CONVERTIBLE = (".bin", ".pt", ".pth")
 
@@ -61,6 +63,11 @@ def online() -> Iterator[None]:
         yield
     finally:
         constants.HF_HUB_OFFLINE = before
+
+
+def is_unfinished(part: OriginalPart, folder: Path) -> bool:
+    """Whether the download of a part into a folder was interrupted."""
+    return any((folder / f"{UNFINISHED}{label}").is_file() for label in (part.name, *part.urls))
 
 
 def network_errors() -> tuple[type[Exception], ...]:
@@ -299,8 +306,11 @@ class FileGroup:
         Raises as `network_errors`. Raises CheckpointError: a file that is not what it should be.
         """
         self.look_up()
-        with folder_lock(self.folder, CheckpointError, timeout=-1, name=".fetch.lock"):
+        with folder_lock(self.folder, CheckpointError, timeout=-1, name=LOCK):
             missing = self.missing(force)
+            marker = self.folder / f"{UNFINISHED}{self.label}"
+            if missing:
+                marker.touch()
             for file in missing:
                 path = self.folder / file.name
                 path.parent.mkdir(parents=True, exist_ok=True)
@@ -311,6 +321,7 @@ class FileGroup:
                     raise CheckpointError(f"{file.name}: {difference}")
                 flush(temporary)
                 os.replace(temporary, path)
+            marker.unlink(missing_ok=True)
         return len(missing)
 
 
@@ -430,7 +441,7 @@ def fetch_parts(
             problems.append(str(error))
             continue
         n_kept = len(group.files) - n_files
-        log(f"{group.folder}: {n_files} of {group.source} downloaded, {n_kept} kept")
+        log(f"{group.folder}: {n_files} files of {group.source} downloaded, {n_kept} kept")
 
     # 3. Files that no program can download, and parts that are made of others.
     for item in wanted:

@@ -14,7 +14,13 @@ from collections.abc import Callable, Iterable, Sequence
 from functools import partial
 from pathlib import Path
 
-from seed_multimodal.downloads import WantedPart, downloads_allowed, fetch_parts, network_errors
+from seed_multimodal.downloads import (
+    WantedPart,
+    downloads_allowed,
+    fetch_parts,
+    is_unfinished,
+    network_errors,
+)
 from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.originals import WEIGHT_PATTERNS, OriginalPart, part_of_hub
 
@@ -110,9 +116,11 @@ def local_folder(name: str | Path) -> Path | None:
     """`name` as a folder in the working directory or below the repository root (hub names: in
     `pretrained/`), else its hub snapshot; None: neither."""
     folder = locate(name) or locate(original_folder(name))
+    part = part_of_hub(name)
+    if folder is not None and part is not None and is_unfinished(part, folder):
+        return download_part(part) or folder
     if folder is not None or not is_hub_name(name):
         return folder
-    part = part_of_hub(name)
     if part is None:
         return try_fetch(str(name), WEIGHT_PATTERNS)
     return cached_snapshot(part.hub, part.files) or download_part(part)

@@ -3,6 +3,7 @@ files, disk space; `seed fetch`; and the originals' programs that download at th
 
 from __future__ import annotations
 
+import io
 import json
 import re
 import shutil
@@ -11,6 +12,7 @@ from pathlib import Path
 
 import loopback_hub
 import pytest
+import torch
 from loopback_hub import LoopbackHub
 from repository import ROOT
 
@@ -23,6 +25,7 @@ from seed_multimodal.errors import CheckpointError
 from seed_multimodal.models.seed.checkpoints import VISION_URL
 from seed_multimodal.originals import OriginalPart, original_parts
 from seed_multimodal.pipelines.config import SystemConfig
+from seed_multimodal.weights import load_state_dict
 
 LLM = "AILab-CVC/seed-llama-8b-sft"
 WEIGHTS = bytes(range(256)) * 40
@@ -106,7 +109,7 @@ def test_fetch_command_downloads_all_parts_and_keeps_them(server, capsys):
     # Once more: nothing.
     server.requests.clear()
     assert main(command) == 0 and server.downloads() == []
-    assert "0 of me/mine/unclip downloaded, 1 kept" in capsys.readouterr().err
+    assert "0 files of me/mine/unclip downloaded, 1 kept" in capsys.readouterr().err
 
 
 def test_fetch_command_names_what_it_does_not_get(server, capsys):
@@ -121,6 +124,34 @@ def test_fetch_command_names_what_it_does_not_get(server, capsys):
     error = capsys.readouterr().err
     assert "causal_qformer.pth: download it by hand (the links in SEED-1.md" in error
     assert Path("pretrained/eva_vit_g.pth").is_file()
+
+
+def test_fetch_command_of_one_seed_x_takes_its_vision_encoder_out_of_qwen_vl(server, capsys):
+    seed_x = {}
+    for model in ("seed_x", "seed_x_i"):
+        seed_x |= {f"{model}/{part}/pytorch_model.bin": WEIGHTS for part in ("llm", "agent")}
+    for stage in ("first_stage", "second_stage"):
+        seed_x[f"seed_detokenizer/{stage}/pytorch_model.bin"] = WEIGHTS
+    seed_x["cvlm_llama2_tokenizer_100img_and_224loc_addpatch/tokenizer.model"] = b"words"
+    server.repositories["AILab-CVC/SEED-X-17B"] = seed_x
+    server.repositories["stabilityai/stable-diffusion-xl-base-1.0"] = {"unet/config.json": b"{}"}
+    shard = io.BytesIO()
+    torch.save({"transformer.visual.proj": torch.ones(2), "lm_head.weight": torch.ones(3)}, shard)
+    names = dict.fromkeys(("transformer.visual.proj", "lm_head.weight"), "pytorch_model.bin")
+    server.repositories["Qwen/Qwen-VL-Chat"] = {
+        "pytorch_model.bin.index.json": json.dumps({"weight_map": names}).encode(),
+        "pytorch_model.bin": shard.getvalue(),
+    }
+    assert main(["fetch", "seed-x-i"]) == 0, capsys.readouterr().err
+    config = SystemConfig.find("seed-x-i")
+    assert config.has("llm", "agent", "tokenizer", "vision", "sdxl", "detokenizer")
+    encoder = load_state_dict("pretrained/QwenViT/qwen_vit_G.pt")
+    assert encoder["proj"].tolist() == [1, 1] and len(encoder) == 1
+    # Other models of the repository are left out, and what was made needs its source no more.
+    assert not Path("pretrained/seed_x").exists()
+    assert not Path("pretrained/seed_detokenizer/second_stage").exists()
+    shutil.rmtree("pretrained/Qwen-VL-Chat")
+    assert main(["fetch", "seed-x-i"]) == 0 and not Path("pretrained/Qwen-VL-Chat").exists()
 
 
 @pytest.mark.parametrize(
@@ -268,13 +299,20 @@ def test_programs_of_seed_llama_download_at_their_start(small_8b, capsys):
     assert small_8b.requests == []
 
 
-def test_a_system_downloads_its_parts(small_8b):
+def test_a_system_downloads_its_parts(small_8b, monkeypatch):
     assert not SystemConfig.find("8b").has("llm")
     with pytest.raises(CheckpointError, match="not on this disk"):
         SystemConfig.find("8b").require("llm")
     assert small_8b.requests == []
+    with monkeypatch.context() as patch, online():
+        interrupt_downloads(patch)
+        with pytest.raises(KeyboardInterrupt):
+            SystemConfig.find("8b").require("llm")
+    assert Path("pretrained/seed_llama_8b_sft/config.json").is_file()
+    # The next start continues.
     with online():
         config = SystemConfig.find("8b").require("llm", "tokenizer", "detokenizer")
+    assert Path("pretrained/seed_llama_8b_sft/model.safetensors").is_file()
     assert config.llm == Path("pretrained/seed_llama_8b_sft")
 
 

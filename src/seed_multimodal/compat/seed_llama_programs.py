@@ -19,6 +19,7 @@ from seed_multimodal.cli import common
 from seed_multimodal.cli.common import cat_image
 from seed_multimodal.config import load_yaml
 from seed_multimodal.disk import writable_folder
+from seed_multimodal.downloads import is_unfinished
 from seed_multimodal.entry import DONE, add_device, bounded_int, log_line, run_program
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import (
@@ -125,7 +126,10 @@ def _check_weights(*files: Path) -> None:
         for key in ("pretrained_model_name_or_path", "diffusion_path"):
             path = str(config.get(key) or "")
             original = _original_part(path)
-            if original is None or local_folder(path) is not None:
+            if original is None:
+                continue
+            part_folder = local_folder(path)
+            if part_folder is not None and not is_unfinished(original, part_folder):
                 continue
             # A tokenizer's folder may hold its own copy of the diffusion model.
             folder = local_folder(str(config.get("pretrained_model_name_or_path")))

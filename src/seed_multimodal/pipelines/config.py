@@ -26,7 +26,7 @@ from typing import Any, ClassVar, Self
 
 from seed_multimodal import hub
 from seed_multimodal.disk import JsonObject, read_json_object
-from seed_multimodal.downloads import WantedPart
+from seed_multimodal.downloads import WantedPart, is_unfinished
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import ADAPTER_CONFIG
 from seed_multimodal.language.prompts import DEFAULT_TASKS, TaskPrompts
@@ -295,11 +295,14 @@ class SystemConfig:
     def _fetch(self, key: str) -> None:
         """Get a missing part of an original from the hub, unless another path was given for it."""
         default = self.original_paths().get(key)
-        if default is None or self.has(key) or getattr(self, key) != default:
+        if default is None or getattr(self, key) not in (default, existing_path(default)):
+            return
+        source, path_in_repository = origin(default)
+        folder = existing_path(Path(source.folder))
+        if self.has(key) and not (folder is not None and is_unfinished(source, folder)):
             return
 
         # The files of this part: its repository may hold more.
-        source, path_in_repository = origin(default)
         files = self.original_files.get(key) or _files_of(source, path_in_repository)
         snapshot = hub.cached_snapshot(source.hub, files)
         if snapshot is not None:
