@@ -290,6 +290,9 @@ def _judge(args: Namespace) -> int:
     if file.is_dir():
         file = file / task.file
 
+    if args.image_folder is not None and not Path(args.image_folder).is_dir():
+        raise ConfigError(f"{args.image_folder}: no such folder.")
+
     # 2. The run; the judge is on the process's device, too.
     _use_local_gpu(args)
     limits = ("threshold", "counting_threshold", "max_overlap")
@@ -563,6 +566,8 @@ def run_tables(args: Namespace) -> int:
     # 1. The rows.
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ConfigError("seed eval suite runs in one process; the single commands share work.")
+    if not Path(args.data).is_dir():
+        raise ConfigError(f"{args.data}: no such folder.")
     rows = read_suite()
     if args.only:
         kinds = sorted({row.kind for row in rows})

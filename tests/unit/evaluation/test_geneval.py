@@ -382,3 +382,11 @@ def test_geneval_counts_a_missing_drawing_as_wrong(nano_set, capsys):
     assert summary["kinds"]["two_object"]["value"] == 0
     with pytest.raises(SystemExit):
         geneval(nano_set, *drawings, "--threshold", "high")
+
+
+def test_a_folder_that_is_not_there_is_no_run(nano_set, tmp_path, capsys):
+    folder = str(tmp_path / "nothing")
+    assert geneval(nano_set, "--image-folder", folder) == 2
+    assert main(["eval", "suite", "--data", folder]) == 2
+    assert capsys.readouterr().err.count(f"{folder}: no such folder.") == 2
+    assert not (nano_set / "out").exists()
