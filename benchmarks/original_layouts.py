@@ -1,7 +1,8 @@
 """Random weights in the layout, size and precision of the originals' files, for `rehearsal.py`.
 
 Precisions are those that the originals' configurations record; where they record none, that of the
-published code. Files of SEED-X are sparse: each tensor has one block of random values, then zeros.
+published code. Files of SEED-X and Vicuna are sparse: each tensor has one block of random values,
+then zeros.
 
 python benchmarks/original_layouts.py 8b FOLDER/pretrained
 """
@@ -22,7 +23,6 @@ from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[att
 from shared import LLAMA_7B, ROOT, fill_random
 from torch import Tensor, nn
 
-from seed_multimodal.hub import ADAPTER_CONFIG, ORIGINAL_PARTS
 from seed_multimodal.language.tokenizer import ADDED, MODEL
 from seed_multimodal.language.vocabulary import ImageVocabulary, SeedXVocabulary
 from seed_multimodal.models.lavit.processing import LavitVocabulary
@@ -212,15 +212,16 @@ def write_vicuna(pretrained: Path) -> None:
     from seed_multimodal.training.llm.lora import adapter_settings, adapter_state, add_lora
 
     write_text_tokenizer(pretrained / "seed_llama_tokenizer", ImageVocabulary().added_tokens)
-    base = Path(ORIGINAL_PARTS["vicuna"].folder).name
-    write_llm(pretrained / base, {**LLAMA_7B, "vocab_size": N_TEXT}, torch.float16, 2)
+    write_llm(
+        pretrained / "vicuna-7b-v1.1", {**LLAMA_7B, "vocab_size": N_TEXT}, torch.float16, 2, True
+    )
     with torch.device("meta"):
         llm = LlamaForCausalLM(LlamaConfig(**LLAMA_7B, vocab_size=ImageVocabulary().size))
         model = add_lora(llm, {})
     folder = pretrained / "lora"
     write_weights(folder / "adapter_model.bin", adapter_state(model), torch.float32)
     settings = json.dumps(adapter_settings(model), default=str)
-    (folder / ADAPTER_CONFIG).write_text(settings)
+    (folder / "adapter_config.json").write_text(settings)
 
 
 # ---- SEED-X and LaVIT
