@@ -51,6 +51,7 @@ from seed_multimodal.models.seed.losses import (
     label_divergence,
 )
 from seed_multimodal.nn.vision.base import VisionEncoder
+from seed_multimodal.nn.vision.hub import HubVision
 from seed_multimodal.settings import read_settings
 from seed_multimodal.training.frozen_models import load_label_heads
 from seed_multimodal.weights import fingerprint, load_state_dict
@@ -83,20 +84,26 @@ class Blip2Casual(SeedModel, Stage1Model):
             tokenizer = caption_tokenizer(options.text_tokenizer, options.max_txt_len)
             vocab_size = tokenizer.size
 
-        # 2. The CLIP of the target embedding; samples with a target need none.
-        clip = None
-        width = options.embedding_dim if options.embedding_weight else None
-        samples_have_target = width and not options.clip_model
-        if options.embedding_weight and not samples_have_target:
-            clip = clip_target(options.clip_model, options.clip_precision, width)
-            width = clip.config.projection_dim
-
-        # 3. The model.
+        # 2. The sizes.
         config = Seed2Config(
             vit=vit_sizes(options),
             qformer=qformer_sizes(options),
             num_query=options.num_query_token,
+            alignment_target=options.alignment_target,
         )
+
+        # 3. The target embedding: the encoder's own, a CLIP's, or that of the samples.
+        clip = None
+        width = None
+        if options.embedding_weight:
+            width = options.embedding_dim
+            if options.alignment_target == "encoder":
+                width = config.vit.pooled_width
+            elif options.clip_model or not width:
+                clip = clip_target(options.clip_model, options.clip_precision, width)
+                width = clip.config.projection_dim
+
+        # 4. The model.
         Stage1Model.__init__(
             self,
             config,
@@ -114,6 +121,11 @@ class Blip2Casual(SeedModel, Stage1Model):
         self.caption_tokenizer = tokenizer
         self.__dict__["clip"] = clip  # not a submodule, so not in checkpoints
 
+    @property
+    def skips_parameters(self) -> bool:
+        """Whether some trained parameters get no gradient: those behind a hub encoder's tokens."""
+        return not self.freeze_vit and isinstance(self.visual_encoder, HubVision)
+
     def vit_features(self, images: Tensor | None) -> Tensor:
         """As the library's, with the vision encoder in `vit_precision`."""
         assert images is not None
@@ -128,8 +140,14 @@ class Blip2Casual(SeedModel, Stage1Model):
             mask = samples["attention_mask"]
         else:
             ids, mask = self.caption_tokenizer(samples["caption"])
-        vit = self.vit_features(images)
         target = samples.get("target") if self.embedding_head is not None else None
+        needs_target = self.embedding_head is not None and target is None
+        if needs_target and self.options.alignment_target == "encoder":
+            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vit):
+                vit, pooled = self.encode_pooled(images)
+            target = pooled.detach()
+        else:
+            vit = self.vit_features(images)
         if target is None and self.clip is not None:
             target = target_embeddings(
                 self.clip,

@@ -64,8 +64,8 @@ class ModelOptions:
 class Stage1Options(ModelOptions):
     """`blip2_casual`: contrast with captions.
 
-    Ours: with `embedding_weight` > 0 also regression of an image embedding, `clip_model`'s or (with
-    `embedding_dim` only) the samples' `target`.
+    Ours: with `embedding_weight` > 0 also regression of an image embedding: `clip_model`'s, the
+    vision encoder's (`alignment_target`), or (with `embedding_dim` only) the samples' `target`.
     """
 
     embed_dim: int = setting(256, minimum=1)  # of the contrast
@@ -81,6 +81,8 @@ class Stage1Options(ModelOptions):
     embedding_weight: float = 0.0  # of the regression
     embedding_dim: int | None = None
     clip_model: str | None = None
+    # As stage 2's; "encoder" also keeps the pooling head of a vision encoder that is trained.
+    alignment_target: AlignmentTarget = "clip"
 
 
 @dataclass

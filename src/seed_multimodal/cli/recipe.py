@@ -129,6 +129,8 @@ def read_parts(
     with torch.device("meta"):
         vision_config = HubVisionConfig(path=str(encoder))
         vision = vision_config.build()
+    # Stage 2 decodes towards the pooled feature.
+    _ = vision_config.with_pooled_feature().pooled_width
     return tokenizer, {
         "llm_sizes": (
             f"{config.model_type}: {config.hidden_size} wide, {config.num_hidden_layers} layers, "
@@ -178,8 +180,8 @@ def compose(values: JsonObject, size: str) -> JsonObject:
 
 
 def script_lines(steps: list[Step]) -> str:
-    """The steps as lines of run.sh."""
-    lines: list[str] = []
+    """The steps as lines of run.sh, after a check of the names in its arguments."""
+    lines = [f"check_names {' '.join(step.name for step in steps)}\n"]
     for step in steps:
         # Paths may have spaces.
         words = [f'"{word}"' if "$" in word else word for word in step.command.split()]

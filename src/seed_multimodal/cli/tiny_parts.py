@@ -12,10 +12,11 @@ from pathlib import Path
 import torch
 
 from seed_multimodal.disk import JsonObject
+from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.hub import find_folder
 from seed_multimodal.images.transforms import CLIP_MEAN, CLIP_STD, PROCESSOR
 from seed_multimodal.language.hub_tokenizer import CHAT_TEMPLATE, CONFIG, FILES, HubTokenizer
-from seed_multimodal.language.llm import llm_config
+from seed_multimodal.language.llm import check_sizes, llm_config
 from seed_multimodal.language.text_tokenizer import HUB_TOKENIZER
 from seed_multimodal.nn.vision.hub import HubVisionConfig
 from seed_multimodal.progress import quiet_loading
@@ -71,6 +72,7 @@ def write_tiny_llm(source: str, texts: Iterable[str], folder: Path) -> None:
     # 1. The configuration and the tokenizer.
     if source in MODEL_FOR_CAUSAL_LM_MAPPING_NAMES:
         config = AutoConfig.for_model(source)
+        check_sizes(config, source)
         write_bpe_tokenizer(
             folder,
             texts,
@@ -126,9 +128,15 @@ def write_tiny_encoder(source: str, folder: Path) -> None:
         std = part.preprocessing.std
 
     # 2. The network, and its preprocessing.
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModel.from_config(AutoConfig.for_model(**shrink(network, VISION_SIZES)))
+    try:
+        config = AutoConfig.for_model(**shrink(network, VISION_SIZES))
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)
+            model = AutoModel.from_config(config)
+    except (RuntimeError, TypeError, ValueError) as error:
+        raise ConfigError(
+            f"{source}: no small network of this class can be made ({first_line(error)})."
+        ) from error
     with quiet_loading("transformers"):
         model.save_pretrained(folder)
     side = VISION_SIZES["image_size"]
@@ -141,7 +149,7 @@ def shrink(config: JsonObject, sizes: Mapping[str, int]) -> JsonObject:
     """A configuration with other sizes, as far as it has them."""
     values = {key: value for key, value in config.items() if key not in DERIVED}
     for key, size in sizes.items():
-        if key in values:
+        if isinstance(values.get(key), int):
             values[key] = size
     return values
 

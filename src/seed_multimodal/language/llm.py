@@ -39,6 +39,8 @@ LLAMA_IDS: SpecialIds = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id
 # Rows behind the vocabulary with which embedding tables are padded to round sizes: up to 2,385 in
 # DeepSeek's. Tokenizers of other codebooks differ by more (8,192 codes from 1,024: 7,168 rows).
 MAX_PADDING = 4096
+# Of a configuration of text alone; a multimodal model has them inside, Mamba lacks some.
+SIZES = ("vocab_size", "hidden_size", "num_attention_heads", "max_position_embeddings")
 BITSANDBYTES = ("8bit", "4bit")
 TORCHAO = ("int8", "int4")
 ROTARY = "*rotary_emb.inv_freq*"  # frequencies in old files; recomputed
@@ -285,7 +287,18 @@ def llm_config(source: str | Path, ids: SpecialIds | None = None) -> PreTrainedC
         )
     except (TypeError, ValueError) as error:
         raise CheckpointError(f"{source}: config.json is damaged ({first_line(error)}).") from error
+    check_sizes(config, source)
     return config
+
+
+def check_sizes(config: PreTrainedConfig, label: str | Path) -> None:
+    """Raise CheckpointError unless a configuration is that of a language model of text alone."""
+    missing = [name for name in SIZES if not hasattr(config, name)]
+    if missing:
+        raise CheckpointError(
+            f"{label}: {config.model_type} is no decoder-only language model of text with "
+            f"attention (its configuration has no {' and no '.join(missing)})."
+        )
 
 
 def check_vocab_size(n_rows: int, vocabulary: ImageVocabulary, label: str) -> None:

@@ -115,6 +115,11 @@ def test_recipe_of_full_size(parts, decoder, reads, tmp_path, capsys):
         (["--encoder", "pretrained/siglip2"], "pretrained/siglip2: no such folder"),
         (["--size", "tiny", "--llm", "qwen33"], "qwen33: no such folder; name a class"),
         (["--like", "lavit"], "--like has parts of its own"),
+        (["--size", "tiny", "--llm", "mamba"], "no decoder-only language model of text with"),
+        (["--size", "tiny", "--llm", "qwen3_5"], "has no vocab_size"),  # its text model is inside
+        (["--size", "tiny", "--encoder", "swin"], "swin encodes no images of 64 x 64 pixels"),
+        (["--size", "tiny", "--encoder", "swinv2"], "swinv2: no small network of this class"),
+        (["--size", "tiny", "--encoder", "ijepa"], "ijepa has no pooled feature of an image"),
     ],
 )
 def test_missing_parts_are_refused(parts, flags, sentence, tmp_path, capsys):
@@ -168,6 +173,11 @@ def test_run_script_skips_finished_steps_and_runs_named_ones(parts, tmp_path):
     script = ["bash", str(out / "run.sh"), "stage1", "tokenizer"]
     done = subprocess.run(script, capture_output=True, text=True, check=True)
     assert done.stderr.count("finished (") == 2
+    # A name that is no step runs nothing.
+    script = ["bash", str(out / "run.sh"), "stage1", "sfft"]
+    done = subprocess.run(script, capture_output=True, text=True)
+    assert done.returncode == 2
+    assert done.stderr.startswith("run.sh: no step sfft; the steps are stage1 stage2")
     # A step that fails ends the script.
     script = ["bash", str(out / "run.sh"), "merge", "system"]
     done = subprocess.run(script, capture_output=True, text=True, env=environment())

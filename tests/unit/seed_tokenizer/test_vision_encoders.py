@@ -95,6 +95,23 @@ def test_train_towards_the_encoders_own_feature(kind, yaml, run, tmp_path):
         torch.testing.assert_close(pooled, expected.pooler_output, rtol=0.1, atol=0.1)
 
 
+def test_train_the_encoder_and_its_own_feature(yaml, run, tmp_path):
+    """Stage 1 trains SigLIP and reads its feature from the queries; stage 2 gets all of it."""
+    write_vision("siglip", tmp_path / "vision")
+    vit = vit_option(tmp_path / "vision")
+    trained = ["model.freeze_vit=False", "model.embedding_weight=2.0", "model.vit_precision=fp32"]
+    model = run(yaml("stage1", vit, TARGET, *trained, *SHORT)).model
+    line = log_of(tmp_path / "stage1", "stage1")[1]
+    assert line["loss"] == pytest.approx(line["loss_itc"] + 2 * line["loss_embedding"], rel=1e-5)
+    assert model.skips_parameters
+    start = f"model.pretrained={tmp_path}/stage1/checkpoint_0.pth"
+    second = run(yaml("stage2", start, vit, TARGET, *SHORT)).model
+    expected = model.visual_encoder.state_dict()
+    assert any("head" in name for name in expected)
+    for name, tensor in second.visual_encoder.state_dict().items():
+        torch.testing.assert_close(tensor, expected[name])
+
+
 def test_decoder_of_the_encoders_own_feature(yaml, run, images, tmp_path, capsys):
     """Stage 2 with the encoder's target, export, evaluation, a decoder's training, an image."""
     from seed_multimodal.cli.main import main

@@ -102,13 +102,22 @@ class HubVisionConfig(VisionConfig):
         return int(pooled.shape[-1])
 
     def meta_output(self) -> ModelOutput:
-        """The network's output for one image, without values."""
+        """The network's output for one image, without values.
+
+        Raises ConfigError: no network for images, or not of this size.
+        """
         from transformers import AutoModel
 
         side = self.preprocessing.image_size
-        with torch.device("meta"), torch.no_grad():
-            network = AutoModel.from_config(self.transformers_config())
-            return network(pixel_values=torch.zeros(1, 3, side, side))
+        try:
+            with torch.device("meta"), torch.no_grad():
+                network = AutoModel.from_config(self.transformers_config())
+                return network(pixel_values=torch.zeros(1, 3, side, side))
+        except (AttributeError, RuntimeError, TypeError, ValueError) as error:
+            raise ConfigError(
+                f"{self.network['model_type']} encodes no images of {side} x {side} pixels "
+                f"({first_line(error)})."
+            ) from error
 
     def build(self) -> HubVision:
         return HubVision(self)
