@@ -104,12 +104,12 @@ class Goal:
 
     def text(self, results: Mapping[str, Any]) -> str:
         """The goal, and whether the line reaches it."""
-        if self.seconds is not None:
-            reached = results["seconds"] <= self.seconds
-            goal = f"≤ {self.seconds} s"
-        else:
-            reached = rate(results)[1] >= self.per_second
+        if self.per_second is not None:
             goal = f"≥ {self.per_second:,}"
+            reached = rate(results)[1] >= self.per_second
+        else:
+            goal = f"≤ {self.seconds} s"
+            reached = results["seconds"] <= self.seconds
         return f"{goal}: {'reached' if reached else '**missed**'}"
 
 
