@@ -42,20 +42,21 @@ def test_moves_of_weights(library_folder: Path):
     run(library_folder, "pretend_cuda_parts.py")
 
 
-OFFLOADED = ("offload", "offload, two devices", "offload, threads")
-ON_DEVICES = ("default precisions", "two devices", "threads")
+# Threads and placements are common to the families; precisions, devices and moves are each one's.
+ALL = (
+    "default precisions",
+    "two devices",
+    "threads",
+    "offload",
+    "offload, two devices",
+    "offload, threads",
+)
+OWN = ("default precisions", "two devices", "offload")
 
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("system", "placements"),
-    [
-        ("nano", (*ON_DEVICES, *OFFLOADED)),
-        ("nano-x", ON_DEVICES),
-        ("nano-x", OFFLOADED),
-        ("nano-lavit", ON_DEVICES),
-        ("nano-lavit", OFFLOADED),
-    ],
+    ("system", "placements"), [("nano", ALL), ("nano-x", OWN), ("nano-lavit", OWN)]
 )
 def test_all_tasks(system, placements, library_folder: Path):
     run(library_folder, "pretend_cuda_tasks.py", system, *placements)
