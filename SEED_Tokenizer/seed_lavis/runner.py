@@ -32,7 +32,7 @@ from seed_multimodal.training.checkpoint import checkpoints, frozen_names
 from seed_multimodal.training.config import SCHEDULES, StageSettings
 from seed_multimodal.training.schedules import learning_rate
 from seed_multimodal.training.trainer import train_stage
-from seed_multimodal.weights import assign_strictly, read_file, save_torch
+from seed_multimodal.weights import assign_strictly, read_training_state, save_torch
 
 
 @registry.register_runner("runner_seed")
@@ -209,7 +209,7 @@ class RunnerSeed(RunnerBase):
 
     def _resume(self, file: Path) -> int:
         """Load model and optimizer from a checkpoint of LAVIS; returns its number of epochs."""
-        content = read_file(file)
+        content = read_training_state(file)
         try:
             assign_strictly(
                 self.model, content["model"], file, allow_missing=frozen_names(self.model)

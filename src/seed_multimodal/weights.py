@@ -1,5 +1,5 @@
-"""Reading and writing weights: safetensors, or old torch files through `weights_only=True`, never
-arbitrary pickles.
+"""Reading and writing weights: safetensors, or torch files through `torch_files`, whose pickles are
+read in a confined process.
 
 All state dicts are loaded by `assign_strictly`. Missing tensors or other shapes raise an error;
 unknown tensors raise an error in our own files and are ignored with a warning in `foreign` ones.
@@ -13,10 +13,10 @@ import math
 import os
 import pickle
 import warnings
-import zipfile
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,11 +25,20 @@ from torch import Tensor, nn
 
 from seed_multimodal.disk import atomic_path, read_json_object
 from seed_multimodal.errors import CheckpointError, SeedWarning, first_line, pluralize
+from seed_multimodal.torch_files import read_torch_file
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedConfig
 
 # Names in a model's folder, in order of preference: the index of several files, and a single one.
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
-SINGLE_FILES = ("model.safetensors", "pytorch_model.bin", "pytorch_model.safetensors")
-_WRAPPERS = ("model", "state_dict", "module")  # keys under which files have their tensors
+SINGLE_FILES = (
+    "model.safetensors",
+    "pytorch_model.bin",
+    "pytorch_model.safetensors",
+    "diffusion_pytorch_model.safetensors",
+    "diffusion_pytorch_model.bin",
+)
 _LISTED_NAMES = 5  # tensors that a message names
 
 
@@ -55,24 +64,29 @@ def _listed(names: Sequence[str]) -> str:
     return ", ".join(map(repr, names[:_LISTED_NAMES])) + ending
 
 
-def load_state_dict(path: str | Path, *, mapped: bool = False) -> dict[str, Tensor]:
+def load_state_dict(
+    path: str | Path, *, mapped: bool = False, placeholders: bool = False
+) -> dict[str, Tensor]:
     """Tensors by name of a `.safetensors`, `.pt`, `.pth` or `.bin` file, on the CPU; wrappers like
     `{"model": …}` are removed.
 
-    mapped: memory-mapped if the format allows.
+    mapped: memory-mapped: the file must not be overwritten in place (safetensors always are).
+    placeholders: ignore objects of unknown classes in a torch file, which otherwise are an error.
 
     Raises CheckpointError: missing, truncated or unsafe file, or one without tensors.
     """
-    content = read_file(Path(path), mapped)
-    for wrapper in _WRAPPERS:  # they may be nested
-        inner = content.get(wrapper)
-        if isinstance(inner, Mapping):
-            content = inner
-    tensors: dict[str, Tensor] = {}
-    for name, value in content.items():
-        # Other values are such as the step of a training's checkpoint.
-        if isinstance(name, str) and isinstance(value, Tensor):
-            tensors[name] = value
+    file = Path(path)
+    if not os.path.isfile(file):  # Path.is_file raises for a name too long
+        raise CheckpointError(f"{file}: no such weights file.")
+    if file.suffix == ".safetensors":
+        try:
+            tensors = load_file(file)
+        except Exception as error:  # safetensors raises errors of many types for wrong bytes
+            raise CheckpointError(
+                f"{file}: not a complete weights file ({first_line(error)})."
+            ) from error
+    else:
+        tensors = read_torch_file(file, mapped, placeholders)
     if not tensors:
         raise CheckpointError(f"{path}: contains no tensors.")
     return tensors
@@ -95,7 +109,7 @@ def _weight_files(source: Path) -> list[Path]:
     for file in (source, *(source / name for name in SINGLE_FILES)):
         if file.is_file():
             return [file]
-    return sorted(source.glob("*.safetensors")) or sorted(source.glob("pytorch_model*.bin"))
+    return sorted(source.glob("*.safetensors")) or sorted(source.glob("*pytorch_model*.bin"))
 
 
 def missing_weights(folder: Path, name: str = "model.safetensors") -> Path | None:
@@ -112,31 +126,50 @@ def missing_weights(folder: Path, name: str = "model.safetensors") -> Path | Non
     return folder / name
 
 
-def read_file(file: Path, mapped: bool = False) -> Mapping[str, object]:
-    """The mapping in a safetensors or torch file; arguments and errors as of `load_state_dict`."""
-    if not os.path.isfile(file):  # Path.is_file raises for a name too long
-        raise CheckpointError(f"{file}: no such weights file.")
-    content: object
+def has_torch_files_only(folder: Path) -> bool:
+    """Whether a library's `from_pretrained` would unpickle the weights of a folder."""
+    return any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors"))
+
+
+def load_pretrained(
+    model_class: Any, folder: str | Path, config: PreTrainedConfig, **options: Any
+) -> Any:
+    """`model_class.from_pretrained(folder, …)` of transformers, also for an Auto class; torch
+    files, which transformers would unpickle itself, are read by `torch_files`.
+
+    Raises CheckpointError: of torch files, a missing, damaged or unsafe one.
+    """
+    path = Path(folder)
+    if not has_torch_files_only(path):
+        return model_class.from_pretrained(folder, config=config, use_safetensors=True, **options)
+    missing = missing_weights(path)
+    if missing is not None:
+        raise CheckpointError(f"{missing}: no such weights file.")
+    # Auto classes accept no tensors, but choose the class that does.
+    if hasattr(model_class, "from_config"):
+        with torch.device("meta"):
+            model_class = type(model_class.from_config(config))
+    tensors = load_checkpoint(path)
+    return model_class.from_pretrained(None, config=config, state_dict=tensors, **options)
+
+
+def read_training_state(file: Path) -> Mapping[str, object]:
+    """The mapping in a torch file that a training saved to be resumed: it holds more than tensors,
+    and is read here with `weights_only=True`.
+
+    Raises CheckpointError: missing, damaged or unsafe.
+    """
     try:
-        if file.suffix == ".safetensors":
-            content = load_file(file)
-        else:
-            content = torch.load(
-                file,
-                map_location="cpu",
-                weights_only=True,
-                mmap=mapped and zipfile.is_zipfile(file),
-            )
+        content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise CheckpointError(
-            f"{file}: rejected, because it has unsafe pickle content or is damaged; "
-            f"re-save it as safetensors from a source you trust."
+            f"{file}: rejected, because it has unsafe pickle content or is damaged."
         ) from error
     except Exception as error:  # torch's reader raises errors of many types for wrong bytes
         raise CheckpointError(
-            f"{file}: not a complete weights file ({first_line(error)})."
+            f"{file}: not a complete training state ({first_line(error)})."
         ) from error
-    return content if isinstance(content, Mapping) else {"": content}
+    return content if isinstance(content, Mapping) else {}
 
 
 def save_state_dict(

@@ -24,17 +24,17 @@ def test_load_state_dict_of_files_with_wrong_bytes(zipped, tmp_path):
         {"a": torch.randn(4, 4), "b": torch.ones(3)}, buffer, _use_new_zipfile_serialization=zipped
     )
     errors = 0
-    for index in range(300):
+    for _ in range(60):
         content = bytearray(buffer.getvalue())
         for _ in range(rng.randint(1, 3)):
             content[rng.randrange(len(content))] = rng.randrange(256)
         file.write_bytes(content)
         try:
-            load_state_dict(file, mapped=index % 2 == 0)
+            load_state_dict(file)
         except CheckpointError as error:
             assert str(error).startswith(f"{file}: ") and "\n" not in str(error)
             errors += 1
-    assert errors > 60
+    assert errors > 20
 
 
 @pytest.mark.parametrize("wrappers", [("model",), ("module", "model"), ("module", "state_dict")])
@@ -43,15 +43,7 @@ def test_load_state_dict_unwraps_states(wrappers, tmp_path):
     for wrapper in wrappers:
         wrapped = {wrapper: wrapped, "epoch": 3}
     torch.save(wrapped, tmp_path / "a.pt")
-    for mapped in (True, False):
-        assert list(load_state_dict(tmp_path / "a.pt", mapped=mapped)) == ["a"]
-
-
-def test_load_state_dict_with_mapped_tensors(tmp_path):
-    state = {"a": torch.randn(4, 4)}
-    for zipped in (True, False):
-        torch.save({"state_dict": state}, tmp_path / "a.pt", _use_new_zipfile_serialization=zipped)
-        assert torch.equal(load_state_dict(tmp_path / "a.pt", mapped=True)["a"], state["a"])
+    assert list(load_state_dict(tmp_path / "a.pt")) == ["a"]
 
 
 def test_load_state_dict_skips_names_that_are_not_text(tmp_path):

@@ -57,7 +57,13 @@ from seed_multimodal.errors import (
 )
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.settings import read_settings, setting
-from seed_multimodal.weights import missing_weights, refuse_tensors
+from seed_multimodal.weights import (
+    has_torch_files_only,
+    load_checkpoint,
+    load_pretrained,
+    missing_weights,
+    refuse_tensors,
+)
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -461,11 +467,13 @@ class Detokenizer(Generic[Settings]):
             module_name, class_name = CLASSES[name]
         part_class = getattr(importlib.import_module(module_name), class_name)
         is_network = issubclass(part_class, nn.Module)
-        options = {"torch_dtype": dtype, "output_loading_info": True} if is_network else {}
         try:
             with quiet_loading("diffusers", "transformers"), warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
-                loaded = part_class.from_pretrained(part_folder, local_files_only=True, **options)
+                if is_network:
+                    loaded = _read_network(part_class, part_folder, dtype)
+                else:
+                    loaded = part_class.from_pretrained(part_folder, local_files_only=True)
         except Exception as error:  # noqa: BLE001  (damaged files end in errors of a dozen classes)
             raise CheckpointError(
                 f"{folder}: not a complete {cls.label} folder ({first_line(error)}); "
@@ -480,6 +488,29 @@ class Detokenizer(Generic[Settings]):
         if name in ("unet", "denoiser"):
             part.register_to_config(_name_or_path="")  # do not save local paths
         return part.eval()
+
+
+def _read_network(
+    part_class: Any, folder: Path, dtype: torch.dtype | None
+) -> tuple[Any, dict[str, Any]]:
+    """A network of transformers or diffusers, and the libraries' loading information."""
+    from transformers import PreTrainedModel
+
+    options = {"torch_dtype": dtype, "output_loading_info": True, "local_files_only": True}
+    if issubclass(part_class, PreTrainedModel):
+        config = part_class.config_class.from_pretrained(folder)
+        network, info = load_pretrained(part_class, folder, config, **options)
+        return network, info
+    if not has_torch_files_only(folder):
+        network, info = part_class.from_pretrained(folder, use_safetensors=True, **options)
+        return network, info
+
+    # diffusers would unpickle torch files itself.
+    network = part_class.from_config(part_class.load_config(folder, local_files_only=True))
+    state = load_checkpoint(folder)
+    network._fix_state_dict_keys_on_load(state)  # earlier names of attention layers
+    missing = network.load_state_dict(state, strict=False).missing_keys
+    return network.to(dtype), {"missing_keys": missing}
 
 
 def fast_scheduler(scheduler: SchedulerMixin, **settings: object) -> SchedulerMixin:

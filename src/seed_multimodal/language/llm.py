@@ -10,7 +10,6 @@ tokenizer in its folder gets bos 1, eos 2, pad 0 before it is loaded.
 from __future__ import annotations
 
 import importlib.util
-import pickle
 from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol, Self
@@ -25,7 +24,7 @@ from seed_multimodal.language.text_tokenizer import HUB_TOKENIZER, SpecialIds, T
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.originals import original_parts
 from seed_multimodal.progress import quiet_loading
-from seed_multimodal.weights import refuse_tensors, warn_tensors
+from seed_multimodal.weights import load_pretrained, refuse_tensors, warn_tensors
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedConfig, TorchAoConfig
@@ -199,9 +198,10 @@ def load_llm(
     model: Any
     try:
         with quiet_loading("transformers"):
-            model, report = AutoModelForCausalLM.from_pretrained(
-                str(folder_or_id),
-                config=config,
+            model, report = load_pretrained(
+                AutoModelForCausalLM,
+                folder_or_id,
+                config,
                 dtype=dtype,
                 generation_config=generation_config,
                 output_loading_info=True,
@@ -212,10 +212,9 @@ def load_llm(
     except torch.cuda.OutOfMemoryError:
         raise
     except Exception as error:  # noqa: BLE001  (damaged files raise many error types)
-        reason = first_line(error)
-        if isinstance(error, pickle.UnpicklingError):
-            reason = "they have unsafe pickle content; re-save them as safetensors"
-        raise CheckpointError(f"{folder_or_id}: the weights cannot be read ({reason}).") from error
+        raise CheckpointError(
+            f"{folder_or_id}: the weights cannot be read ({first_line(error)})."
+        ) from error
 
     # 2. What they held.
     _check_loading(report, folder_or_id)

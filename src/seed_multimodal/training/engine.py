@@ -24,7 +24,7 @@ from seed_multimodal.training.config import ConfigNode, TrainerSettings
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.optimizers import MuonWithAdamW
 from seed_multimodal.training.task import Task
-from seed_multimodal.weights import read_file
+from seed_multimodal.weights import read_training_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator
@@ -134,7 +134,7 @@ class Engine:
 
         Raises CheckpointError: state of another optimizer.
         """
-        state: Any = read_file(folder / OPTIMIZER_FILE)
+        state: Any = read_training_state(folder / OPTIMIZER_FILE)
         with keeping_hyperparameters(self.optimizer):
             try:
                 self.optimizer.load_state_dict(state["optimizer"])

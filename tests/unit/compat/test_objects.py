@@ -12,6 +12,7 @@ import tiny_seed_x
 import torch
 from PIL import Image
 from repository import ROOT
+from safetensors.torch import load_file
 
 from seed_multimodal.compat.detokenizer import (
     ResamplerXLV2,
@@ -234,7 +235,13 @@ def test_lora_with_the_vocabulary_of_a_tokenizer(tiny_folder: Path, tmp_path):
     tuned = seed_llama_lora(text_only, LoraConfig(**options), tokenizer=tokenizer)
     assert len(tuned.get_input_embeddings().weight) == len(tokenizer)
     tuned.save_pretrained(tmp_path / "checkpoint-10")
-    base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
-    again = seed_llama_lora(base, model_id=str(tmp_path / "checkpoint-10"), tokenizer=tokenizer)
     ids = torch.tensor([tokenizer.encode("hello<img>")])
-    assert torch.allclose(again(input_ids=ids).logits, tuned(input_ids=ids).logits, atol=1e-5)
+    for stored in ("safetensors", "a torch file"):
+        if stored == "a torch file":
+            weights = tmp_path / "checkpoint-10" / "adapter_model.safetensors"
+            torch.save(load_file(weights), weights.with_suffix(".bin"))
+            weights.unlink()
+        base = LlamaForCausalLM.from_pretrained(tmp_path / "base")
+        again = seed_llama_lora(base, model_id=str(tmp_path / "checkpoint-10"), tokenizer=tokenizer)
+        assert torch.allclose(again(input_ids=ids).logits, tuned(input_ids=ids).logits, atol=1e-5)
+        assert not any(parameter.requires_grad for parameter in again.parameters())

@@ -286,6 +286,19 @@ def test_from_pretrained_of_incomplete_folders(models_dir: Path, tmp_path):
         open_case(tmp_path, "lavit")
 
 
+def test_weights_in_torch_files(models_dir: Path, tmp_path):
+    """Networks of diffusers, and a text encoder of transformers."""
+    for family in ("lavit", "sd"):
+        shutil.copytree(models_dir / family, tmp_path / family)
+    for file in tmp_path.rglob("*.safetensors"):
+        name = "pytorch_model.bin" if file.name == "model.safetensors" else f"{file.stem}.bin"
+        torch.save(load_file(file), file.with_name(name))
+        file.unlink()
+    for family in ("lavit", "sd"):
+        expected = open_case(models_dir, family).draw([0], [1])
+        assert np.array_equal(open_case(tmp_path, family).draw([0], [1]), expected)
+
+
 def test_vae_of_another_folder(models_dir: Path, tmp_path):
     shutil.copytree(models_dir / "lavit", tmp_path / "lavit")
     shutil.move(tmp_path / "lavit" / "vae", tmp_path / "shared")

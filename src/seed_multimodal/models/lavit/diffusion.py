@@ -37,7 +37,7 @@ from seed_multimodal.hub import LAVIT_DOWNLOAD, find_file, find_folder
 from seed_multimodal.models.lavit.decoder import CodeDecoder, Conditions
 from seed_multimodal.models.lavit.ratios import RATIOS, ratio_size
 from seed_multimodal.settings import setting
-from seed_multimodal.weights import read_file
+from seed_multimodal.weights import load_state_dict
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -240,7 +240,7 @@ def read_empty_text(folder: Path, width: int) -> Tensor:
         tokenizer = LavitDetokenizer.load_part(folder, "tokenizer")
         with torch.no_grad():
             return empty_prompt(encoder, tokenizer, torch.device("cpu"))
-    tensors = read_file(find_file(folder, [EMPTY_TEXT], LAVIT_DOWNLOAD))
+    tensors = load_state_dict(find_file(folder, [EMPTY_TEXT], LAVIT_DOWNLOAD))
     embeds: Tensor = next(iter(tensors.values()))  # under whatever name
     if embeds.shape[-1] != width:
         raise CheckpointError(

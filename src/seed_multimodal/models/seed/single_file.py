@@ -1,9 +1,9 @@
 """Stable Diffusion 1 in one file of the original layout (`sd-v1-4.ckpt`), without the hub.
 
-The file is a pickle of a training program that holds more than tensors. It is read with
-`weights_only=True`, where each object that torch does not know becomes an empty placeholder: no
-code of the file is run. diffusers converts the U-Net and the autoencoder by the original's YAML
-configuration, or by `V1`, Stable Diffusion 1's sizes.
+The file is a pickle of a training program that holds more than tensors. Each object that is no
+tensor becomes an empty placeholder: no code of the file is run (`torch_files`). diffusers converts
+the U-Net and the autoencoder by the original's YAML configuration, or by `V1`, Stable
+Diffusion 1's sizes.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.progress import quiet_loading
-from seed_multimodal.weights import assign_strictly
+from seed_multimodal.weights import assign_strictly, load_state_dict
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin, SchedulerMixin
@@ -81,16 +81,6 @@ class SingleFileParts(TypedDict):
     text_encoder: PreTrainedModel | None  # None: the file has none
 
 
-class Placeholder:
-    """Replaces an object of the file that is no tensor: accepts any state, and does nothing."""
-
-    def __init__(self, *arguments: object, **keywords: object) -> None:
-        pass
-
-    def __setstate__(self, state: object) -> None:
-        pass
-
-
 def load_single_file(
     file: Path, dtype: torch.dtype, config: str | Path | None = None
 ) -> SingleFileParts:
@@ -103,7 +93,7 @@ def load_single_file(
         ConfigError: an unusable `config`.
     """
     params = V1 if config is None else _read_config(Path(config))
-    tensors = read_tensors(file)
+    tensors = load_state_dict(file, mapped=True, placeholders=True)
     # 1. A file of a Stable Diffusion with the configuration's width.
     width = params["unet_config"]["params"]["model_channels"]
     first_layer = tensors.get(FIRST_LAYER)
@@ -123,29 +113,6 @@ def load_single_file(
         "scheduler": _scheduler(params),
         "text_encoder": _text_encoder(tensors, file, dtype),
     }
-
-
-def read_tensors(file: Path) -> dict[str, Tensor]:
-    """The tensors of a `.ckpt` or `.safetensors` file; raises CheckpointError: damaged, unsafe."""
-    from safetensors.torch import load_file
-
-    try:
-        if file.suffix == ".safetensors":
-            return load_file(file)
-        # Every global that is not on torch's list gets a placeholder class of its own.
-        unknown = torch.serialization.get_unsafe_globals_in_checkpoint(file)
-        classes = [(type("Placeholder", (Placeholder,), {}), name) for name in unknown]
-        with torch.serialization.safe_globals(classes):
-            content = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-    except Exception as error:  # noqa: BLE001  (wrong bytes end in errors of many types)
-        reason = first_line(error)
-        raise CheckpointError(
-            f"{file}: not a complete Stable Diffusion file, or unsafe ({reason})."
-        ) from error
-    if not isinstance(content, Mapping):
-        return {}
-    state = content.get("state_dict", content)
-    return {name: value for name, value in state.items() if isinstance(value, Tensor)}
 
 
 def _read_config(file: Path) -> Params:

@@ -18,7 +18,7 @@ from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.hub import find_folder
 from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS, read_encoder_link
 from seed_multimodal.progress import quiet_loading
-from seed_multimodal.weights import load_state_dict, refuse_tensors
+from seed_multimodal.weights import load_pretrained, load_state_dict, refuse_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -169,8 +169,8 @@ def _load_clip(
     values = read_json_object(folder / CONFIG, advice=CLIP_ADVICE)
 
     # 1. The tensors, if the folder has a link to another model's file for the vision encoder.
-    state: State | None = None
     link = read_encoder_link(folder)
+    state: State | None = None
     if link is not None:
         encoder_file, prefix = link
         state = clip_from_eva(load_state_dict(encoder_file), prefix)
@@ -182,14 +182,13 @@ def _load_clip(
         # A complete CLIP states its width outside of vision_config, where a default would be read.
         config.projection_dim = values.get("projection_dim", config.projection_dim)
         with quiet_loading("transformers"):
-            model, info = model_class.from_pretrained(
-                folder if state is None else None,
-                config=config,
-                state_dict=state,
-                dtype=dtype,
-                local_files_only=True,
-                output_loading_info=True,
-            )
+            options = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
+            if state is None:
+                model, info = load_pretrained(model_class, folder, config, **options)
+            else:
+                model, info = model_class.from_pretrained(
+                    None, config=config, state_dict=state, **options
+                )
     except (OSError, ValueError, RuntimeError) as error:
         raise CheckpointError(
             f"{folder}: not a complete CLIP ({first_line(error)}); {CLIP_ADVICE}."
