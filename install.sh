@@ -4,6 +4,7 @@
 #   bash install.sh                          core: everything inference needs
 #   bash install.sh --extras demo,eval,dev   with extras of pyproject.toml (train, demo, eval, lavit, laptop, docs, dev)
 #   bash install.sh --lavis                  with salesforce-lavis (without its 2023 pins) for SEED_Tokenizer/
+#   bash install.sh --constraints constraints/newest.txt    those versions, checked by hash (oldest.txt: the lower bounds)
 #   bash install.sh --force                  again, although it was done before
 #
 # An installed torch is kept. Otherwise torch and torchvision come from the package index (on Linux about 3 GB, for
@@ -14,13 +15,14 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 say() { printf '[install] %s\n' "$*"; }
 fail() { say "$*" >&2; exit 1; }
 
-EXTRAS="" LAVIS="" FORCE=""
+EXTRAS="" LAVIS="" CONSTRAINTS="" FORCE=""
 while [ $# -gt 0 ]; do
     case "$1" in
         --extras) EXTRAS="$EXTRAS,${2:?--extras needs a list, for example demo,dev}"; shift 2 ;;
         --lavis) LAVIS=1; shift ;;
+        --constraints) CONSTRAINTS="${2:?--constraints needs a file, for example constraints/newest.txt}"; shift 2 ;;
         --force) FORCE=1; shift ;;
-        -h|--help) sed -n '2,10s/^# \{0,1\}//p' install.sh; exit ;;
+        -h|--help) sed -n '2,11s/^# \{0,1\}//p' install.sh; exit ;;
         *) echo "install.sh: unknown option $1 (try --help)" >&2; exit 2 ;;
     esac
 done
@@ -38,22 +40,36 @@ if [ ! -x "$PYTHON" ]; then
     say "making $ENVIRONMENT with $base"
     "$base" -m venv "$ENVIRONMENT"
 fi
-STAMP="$ENVIRONMENT/.seed_multimodal" DONE="$PWD $(cat pyproject.toml install.sh | cksum) $EXTRAS $LAVIS"
+STAMP="$ENVIRONMENT/.seed_multimodal" DONE="$PWD $(cat pyproject.toml install.sh $CONSTRAINTS | cksum) $EXTRAS $LAVIS"
 if [ -z "$FORCE" ] && grep -qxF "$DONE" "$STAMP" 2>/dev/null; then say "already installed in $ENVIRONMENT"; exit; fi
 "$PYTHON" -m pip --version >/dev/null 2>&1 || "$PYTHON" -m ensurepip >/dev/null
 install() { "$PYTHON" -m pip install $([ -t 1 ] || echo -qq) --disable-pip-version-check "$@"; }
 version() { "$PYTHON" -c 'import sys, importlib.metadata as m; print(m.version(sys.argv[1]))' "$1" 2>/dev/null; }
 
 # --- torch, then the rest
+TORCH="torch>=2.11"
+if [ -n "$CONSTRAINTS" ]; then TORCH="$(grep -oE '^torch==[^ ;]+' "$CONSTRAINTS")"; fi
 if ! version torch >/dev/null && ! nvidia-smi -L 2>/dev/null | grep -q GPU; then
     say "no NVIDIA GPU: looking for a CPU build of torch"
     index=(--isolated --index-url https://download.pytorch.org/whl/cpu --timeout 10 --retries 1)
-    install "${index[@]}" 'torch>=2.11' torchvision 2>/dev/null || install --no-index --no-deps 'torch>=2.11' 2>/dev/null ||
+    install "${index[@]}" "$TORCH" torchvision 2>/dev/null || install --no-index --no-deps "$TORCH" 2>/dev/null ||
         say "there is none here: taking the package index's build (about 3 GB to download, runs without a GPU, too)"
 fi
 say "seed-multimodal${EXTRAS:+ with $EXTRAS}"
 torch="$(version torch)" || true
-install "torch${torch:+==$torch}" --editable ".${EXTRAS:+[$EXTRAS]}"
+if [ -z "$CONSTRAINTS" ]; then
+    install "torch${torch:+==$torch}" --editable ".${EXTRAS:+[$EXTRAS]}"
+else
+    # pip checks no hashes of a package that is a folder: first what it needs, then the package alone.
+    install 'pip>=26'  # takes versions and hashes of unpinned requirements from constraints
+    requirements="$("$PYTHON" -c 'import sys, tomllib
+project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+for extra in filter(None, sys.argv[1].split(",")):
+    project["dependencies"] += project["optional-dependencies"][extra]
+print("\n".join(project["dependencies"]))' "$EXTRAS")"
+    install --require-hashes --constraint "$CONSTRAINTS" --requirement /dev/stdin <<< "$requirements"
+    install --no-deps --editable .
+fi
 [ -z "$LAVIS" ] || install --no-deps salesforce-lavis==1.0.2  # it pins packages of 2023
 
 # A CPU build of torch cannot load the operators of torchvision's CUDA build, the only one that the package index has;
