@@ -763,6 +763,7 @@ LOOKED_UP = {
     "config": "configurations of transformers' models",
     "encoded": "outputs of diffusers' autoencoders",
     "model": "peft's models; a codebook that is trained (`training.codebook`)",
+    "model_class": "transformers' Auto classes",
     "module._modules.get('model')": "transformers' language models",
     "os": "the operating system",
     "scheduler": "diffusers' schedulers",
