@@ -45,7 +45,7 @@ from trainers import LAVIS, TRAINERS, Trainer  # noqa: E402
 STEPS = 24
 SAVE_STEPS = 2
 KILLS = 4  # of a training
-HANG_SECONDS = 300.0
+HANG_SECONDS = 900.0
 KINDS = ("any time", "checkpoint", "data worker", "rank")
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import warm_python
 from repository import ROOT
 
 BENCHMARKS = ROOT / "benchmarks"
@@ -112,6 +113,40 @@ def test_goals_of_the_card_name_its_lines(card, monkeypatch):
             if line["benchmark"] == goal.benchmark and line["variant"] in goal.variants
         ]
         assert re.fullmatch(r"[≤≥] .*: (reached|\*\*missed\*\*)", goal.text(results[0]))
+
+
+def troubled_lines(program: str, arguments: str, python: str = sys.executable) -> list[dict]:
+    """What a program that looks for defects prints."""
+    command = [python, str(BENCHMARKS / f"{program}.py"), *arguments.split()]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
+    lines = [json.loads(line) for line in done.stdout.splitlines() if line.startswith("{")]
+    assert lines, done.stderr
+    return [line["results"] for line in lines]
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_chaos_answers_as_alone_under_faults_and_a_kill():
+    options = "--models pretrained/nano --minutes 0.1 --clients 4 --count 1 --device cpu"
+    (results,) = troubled_lines("chaos", options)
+    assert results["problems"] == [] and results["restarts"] == 1
+    assert results["outcomes"]["equal"] > 0
+
+
+@pytest.mark.process
+@pytest.mark.slow
+def test_kills_leave_the_weights_of_an_unbroken_run():
+    results = troubled_lines("kills", "--count 2 --trainers llm", warm_python.PYTHON)
+    assert len(results) == 2  # one process, and two
+    assert all(line["kills"] > 0 and line["problems"] == [] for line in results)
+
+
+@pytest.mark.process
+def test_fuzz_finds_known_errors_only():
+    options = "--minutes 0.03 --targets tar jsonl safetensors system.json"
+    results = troubled_lines("fuzz", options, warm_python.PYTHON)
+    for line in results:
+        assert line["cases"] > 0 and line["crashes"] == line["unknown_errors"] == []
 
 
 def test_memory_of_published_sizes(monkeypatch, capsys):
