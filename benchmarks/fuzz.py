@@ -29,7 +29,7 @@ from typing import Any
 from damage import damage_bytes, damage_json, damage_lines, damage_safetensors, damage_tar
 from image_routes import ImageRoutes
 from PIL import Image
-from shared import ROOT, base_parser, input_images, print_line, start, system_folder
+from shared import ROOT, base_parser, input_images, print_line, start
 
 from seed_multimodal.device import choose_device
 from seed_multimodal.errors import SeedError
@@ -183,7 +183,7 @@ def write_gguf(file: Path) -> None:
 
 
 def copy_system(file: Path) -> None:
-    file.write_bytes((system_folder("pretrained/nano") / "system.json").read_bytes())
+    file.write_bytes((ROOT / "pretrained" / "nano" / "system.json").read_bytes())
 
 
 def write_image(file: Path) -> None:
