@@ -20,7 +20,7 @@ from real_processes import free_port
 from repository import ROOT
 from waiting import wait_until
 
-SECONDS = 30
+SECONDS = 120  # for a page or an answer, on a busy machine
 INSTALL = (
     "The browser test needs {missing}: run scripts/test.sh as root, or install Debian's chromium "
     "and chromium-driver (apt-get install chromium chromium-driver)."
