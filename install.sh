@@ -47,7 +47,7 @@ install() { "$PYTHON" -m pip install $([ -t 1 ] || echo -qq) --disable-pip-versi
 version() { "$PYTHON" -c 'import sys, importlib.metadata as m; print(m.version(sys.argv[1]))' "$1" 2>/dev/null; }
 
 # --- torch, then the rest
-TORCH="torch>=2.11"
+TORCH="torch>=2.13"
 if [ -n "$CONSTRAINTS" ]; then TORCH="$(grep -oE '^torch==[^ ;]+' "$CONSTRAINTS")"; fi
 if ! version torch >/dev/null && ! nvidia-smi -L 2>/dev/null | grep -q GPU; then
     say "no NVIDIA GPU: looking for a CPU build of torch"
