@@ -290,7 +290,7 @@ def _judge(args: Namespace) -> int:
     if file.is_dir():
         file = file / task.file
 
-    if args.image_folder is not None and not Path(args.image_folder).is_dir():
+    if args.image_folder is not None and not Path(args.image_folder).exists():
         raise ConfigError(f"{args.image_folder}: no such folder.")
 
     # 2. The run; the judge is on the process's device, too.
