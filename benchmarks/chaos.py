@@ -123,7 +123,7 @@ class Trouble:
         elif status in (200, 400):
             outcome = compare(f"{status} {content}", expected)
         self.outcomes[outcome] += 1
-        if outcome.startswith(("status", "differs", "hang", "lost")) and "with" not in outcome:
+        if outcome in ("differs", "hang", "lost") or outcome.startswith("status"):
             self.problems.append(f"{outcome}: {content[:300]} expected {(expected or '')[:300]}")
 
     def is_disturbed(self, begin: float) -> bool:

@@ -27,7 +27,7 @@ import threading
 import time
 import urllib.request
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +71,7 @@ class Row:
 
     model: str
     command: str
-    request: dict[str, Any] | None = field(default=None)
+    request: dict[str, Any] | None = None
 
 
 DESCRIBE = f"{SEED} describe {CAT} --dtype bfloat16 --max-new-tokens 16 --model"
