@@ -273,6 +273,7 @@ class ZeroEngine(Engine):
             _prepare_deepspeed_for_cpu()
         self._environment = {name: os.environ.get(name) for name in LAUNCHER_VARIABLES}
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it at every step
+        self._linear = nn.functional.linear
         if self.stage == 3:
             shard_parameters(self.module, self.device, DTYPES[self.settings.precision], self.config)
         model, self.optimizer = self._accelerator().prepare(self.module, self.optimizer)
@@ -339,6 +340,8 @@ class ZeroEngine(Engine):
     def close(self) -> None:
         """Reset accelerate's state and the environment, for another run in this process."""
         _reset_accelerate()
+        # ZeRO-3 has replaced it for the whole process; quantised weights do not work with its own.
+        nn.functional.linear = self._linear
         # Without a launcher, DeepSpeed has set the launcher's variables.
         for name, value in self._environment.items():
             if value is None:
