@@ -11,7 +11,6 @@ import os
 import re
 import tempfile
 from collections.abc import Callable, Iterable, Sequence
-from functools import partial
 from pathlib import Path
 
 from seed_multimodal.downloads import (
@@ -19,6 +18,7 @@ from seed_multimodal.downloads import (
     downloads_allowed,
     fetch_parts,
     is_unfinished,
+    list_repository,
     network_errors,
 )
 from seed_multimodal.errors import CheckpointError, first_line
@@ -57,9 +57,6 @@ LAVIT_DOWNLOAD = (
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
 AGENT_CONFIG = "agent.json"  # of a tuned SEED-X: sizes of the resamplers, LoRA
 VISUAL_WEIGHTS = "visual_weight.safetensors"  # LaVIT's token merger and projection
-# A repository with one of the first needs none of the second.
-SAFETENSORS_FILES = ("model.safetensors", "model.safetensors.index.json")
-TORCH_COPIES = "pytorch_model*.bin*"
 
 
 def is_hub_name(name: str | Path) -> bool:
@@ -211,36 +208,34 @@ def fetch(
 ) -> Path:
     """Snapshot folder of `files` of a hub repository, cached.
 
-    files: shell patterns; if none of them has a "/", files of the root folder only.
+    files: shell patterns, as of `downloads.choose_files`.
     local_files_only: without a download, even where downloads are allowed.
 
-    Torch copies of a model's safetensors are left out. Raises CheckpointError: not reachable; with
-    `advice`.
+    Raises CheckpointError: not reachable, or none of the files; with `advice`.
     """
     from huggingface_hub import snapshot_download
 
-    # The hub's `*` matches "/" as well.
-    only_root = not any("/" in pattern for pattern in files)
-    below_root = ["*/*"] if only_root else []
-    download = partial(
-        snapshot_download,
-        hub_id,
-        allow_patterns=list(files),
-        local_files_only=local_files_only,
-    )
+    # 1. Its files, if the hub can be reached.
+    names: list[str] = []
+    reason = ""
+    failures: tuple[type[Exception], ...] = (CheckpointError, *network_errors())
+    if not local_files_only:
+        try:
+            names = [file.name for file in list_repository(hub_id, files)]
+        except failures as error:
+            reason = first_line(error)
+
+    # 2. The files, or an earlier snapshot as it is.
     try:
-        folder = Path(download(ignore_patterns=[*below_root, TORCH_COPIES]))
-        # Without safetensors, torch's files are no copies.
-        if only_root and first_file(folder, SAFETENSORS_FILES) is None:
-            download(ignore_patterns=below_root)
+        folder = snapshot_download(hub_id, allow_patterns=names, local_files_only=not names)
     except network_errors() as error:
-        reason = first_line(error)
+        reason = reason or first_line(error)
         if not downloads_allowed():
             reason = "downloads are off: set HF_HUB_OFFLINE=0 to allow them"
         raise CheckpointError(
             f"{hub_id}: neither a local folder nor reachable on the hub ({reason}); {advice}."
         ) from error
-    return folder
+    return Path(folder)
 
 
 class HubUpload:

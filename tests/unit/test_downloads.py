@@ -93,6 +93,30 @@ def test_choose_files_of_a_diffusers_folder():
     assert choose_files(names, ("*.json", "*.bin")) == [names[0]]  # of the root folder only
 
 
+@pytest.mark.parametrize(
+    ("names", "patterns", "expected"),
+    [
+        (
+            ["config.json", "model.safetensors", "pytorch_model.bin", "original/model.safetensors"],
+            hub.WEIGHT_PATTERNS,
+            ["config.json", "model.safetensors"],
+        ),
+        (["pytorch_model.bin"], hub.WEIGHT_PATTERNS, ["pytorch_model.bin"]),
+        (["unet/config.json", "vae/config.json"], ["vae", "vae/*"], ["vae/config.json"]),
+    ],
+)
+def test_snapshot_of_any_repository(server, names, patterns, expected):
+    """By the rules of `choose_files`; later without the network."""
+    server.repositories["me/mine"] = dict.fromkeys(names, b"{}")
+    with online():
+        folder = hub.fetch("me/mine", patterns)
+    files = [path.relative_to(folder).as_posix() for path in folder.rglob("*.*")]
+    assert sorted(files) == expected
+    server.repositories.clear()
+    with online():
+        assert hub.fetch("me/mine", patterns) == folder
+
+
 def test_fetch_command_downloads_all_parts_and_keeps_them(server, capsys):
     server.repositories["AILab-CVC/seed-tokenizer-2"] = {"seed_quantizer.pt": b"q" * 300}
     # The publisher's repository is gone, the mirror's is in a folder.

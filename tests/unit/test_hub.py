@@ -57,37 +57,6 @@ def test_not_on_disk_names_folders_of_the_repository_relative_to_it(tmp_path):
     assert f"into {tmp_path / 'mine'} (" in hub.missing_weights_message([(part, tmp_path / "mine")])
 
 
-def test_fetch_downloads_one_copy_of_the_weights(tmp_path, monkeypatch):
-    from huggingface_hub.utils import filter_repo_objects
-
-    def download(hub_id: str, local_files_only: bool, **patterns: list[str]) -> str:
-        for name in filter_repo_objects(files[hub_id], **patterns):
-            (tmp_path / hub_id / name).parent.mkdir(parents=True, exist_ok=True)
-            (tmp_path / hub_id / name).touch()
-        return str(tmp_path / hub_id)
-
-    files = {
-        "both": [
-            "config.json",
-            "model.safetensors",
-            "pytorch_model.bin",
-            "original/model.safetensors",
-        ],
-        "torch": ["config.json", "pytorch_model.bin"],
-        "parts": ["unet/config.json", "vae/config.json", "a.json"],
-    }
-    monkeypatch.setattr("huggingface_hub.snapshot_download", download)
-    for hub_id, patterns, expected in (
-        ("both", hub.WEIGHT_PATTERNS, files["both"][:2]),
-        ("torch", hub.WEIGHT_PATTERNS, files["torch"]),
-        ("parts", ["vae", "vae/*"], ["vae/config.json"]),
-    ):
-        folder = hub.fetch(hub_id, patterns)
-        assert sorted(str(file.relative_to(folder)) for file in folder.rglob("*.*")) == sorted(
-            expected
-        )
-
-
 def test_quiet_loading_restores_the_verbosity():
     from transformers.utils import logging
 
