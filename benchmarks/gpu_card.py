@@ -4,16 +4,22 @@
     bash benchmarks/gpu_card.sh OUT --device cpu --model pretrained/nano    the same on a CPU
 
 The parts are processes of less than nine minutes each. OUT receives the lines of each part
-(`PART.jsonl`), the page, `card.md`, and 18 GB of random weights in `pretrained/`. A part whose
-file is there is not run again, so that a card can be made in several calls: `--minutes 10` starts
-no part that could take longer than that.
+(`PART.jsonl`), the page, `card.md`, after each of them, and 18 GB of random weights in
+`pretrained/`. A part that has succeeded is not run again, so that a card can be made in several
+calls: `--minutes 10` starts no part that could take longer than that. It needs the extras demo
+and train.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
+import importlib.util
 import json
+import os
 import shlex
+import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,14 +28,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from shared import ROOT, base_parser, rounded, start, system_folder
+from shared import ROOT, base_parser, rounded, start
 
 from seed_multimodal.device import choose_device
 from seed_multimodal.disk import replace_text, writable_folder
-from seed_multimodal.entry import DONE, log_line
+from seed_multimodal.entry import DONE, ended_by_sigterm, log_line
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.hub import locate_system
 
 PART_SECONDS = 9 * 60  # a part is ended after so long
+MODULES = ("torchao", "peft", "flask", "waitress", "prometheus_client")  # of extras
+WEIGHTS_GB = 18  # of system-files
 
 # Part → minutes on an H100, and the command. Names in braces are of SIZES.
 PARTS = {
@@ -135,21 +144,31 @@ def run_part(name: str, command: str, folder: Path) -> None:
     started = time.monotonic()
     unfinished = folder / f"{name}.unfinished"
     words = shlex.split(command)
-    with unfinished.open("w") as output, (folder / f"{name}.log").open("w") as log:
+    with (
+        unfinished.open("w") as output,
+        (folder / f"{name}.log").open("w") as log,
+        ended_by_sigterm(),
+    ):
         process = subprocess.Popen(
             [sys.executable, str(ROOT / "benchmarks" / words[0]), *words[1:]],
             cwd=folder,  # where `--model 8b` finds its files
             stdout=output,
             stderr=log,
+            start_new_session=True,
         )
+        problem = f"ended after {PART_SECONDS} s"
         try:
             problem = f"exit status {code}" if (code := process.wait(PART_SECONDS)) else ""
         except subprocess.TimeoutExpired:
-            process.kill()
+            pass
+        finally:
+            # Also its server.
+            with contextlib.suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-            problem = f"ended after {PART_SECONDS} s"
         if problem:
-            error = f"{problem}, see {name}.log"
+            last = (folder / f"{name}.log").read_text().strip().split("\n")[-1].replace("|", "/")
+            error = f"{problem}, {last[:200] or 'silently'} ({name}.log)"
             output.write(
                 json.dumps({"benchmark": name, "variant": "", "results": {"error": error}}) + "\n"
             )
@@ -179,12 +198,13 @@ def row(line: Mapping[str, Any], copied: float | None) -> list[str]:
         share = f"MFU {results['mfu']:.0%}"
     elif copied and "weight_gb_per_second" in results:
         share = f"bandwidth {results['weight_gb_per_second'] / copied:.0%}"
+    ratio = results.get("times_plain")  # none if `plain` has failed
     goal = next((goal.text(results) for goal in GOALS if goal.is_of(line)), "")
     seconds = results.get("seconds", results.get("p50"))
     return [
         *what,
         f"{value:,} {unit}",
-        f"{results['times_plain']} ×" if line["variant"] != "plain" else "",
+        f"{ratio} ×" if ratio and line["variant"] != "plain" else "",
         str(rounded(seconds)),
         share,
         str(results.get("peak_gpu_gib", "")),
@@ -192,11 +212,15 @@ def row(line: Mapping[str, Any], copied: float | None) -> list[str]:
     ]
 
 
-def page(lines: Mapping[str, list[dict[str, Any]]], goals: bool) -> str:
+def page(lines: Mapping[str, list[dict[str, Any]]], model: str) -> str:
     """The card as Markdown."""
     # 1. What it was measured on and with.
     measured = [line for part in lines.values() for line in part if "hardware" in line]
+    if not measured:
+        return "Nothing was measured.\n"
     first = measured[0]
+    released = model == "original"
+    weights = "random weights of the published sizes" if released else model
     hardware = ", ".join(f"{name} {value}" for name, value in first["hardware"].items())
     versions = ", ".join(f"{name} {value}" for name, value in first["versions"].items())
     dates = f"{first['date']} to {measured[-1]['date']}"
@@ -213,14 +237,15 @@ def page(lines: Mapping[str, list[dict[str, Any]]], goals: bool) -> str:
     rows: Iterable[list[str]] = (
         row(line, copied) for content in lines.values() for line in content
     )
-    if goals:
+    if released:
         head.append("goal (one H100)")
     table = "\n".join(
         f"| {' | '.join(cells[: len(head)])} |" for cells in [head, ["---"] * len(head), *rows]
     )
     return (
         f"# {first['hardware'].get('gpu', first['hardware']['cpu'])}\n\n"
-        f"{hardware}; {versions}; commit {first['commit']}; {dates}.\n\n"
+        f"{weights}, {first['runtime']}; {hardware}; {versions}; commit {first['commit']}; "
+        f"{dates}.\n\n"
         "`plain` is the stock way in the same run: one request after another through "
         "transformers' and diffusers' own classes, or the original's padded training step. `s`: "
         "the median of a call, of the server that of an answer.\n\n"
@@ -228,12 +253,42 @@ def page(lines: Mapping[str, list[dict[str, Any]]], goals: bool) -> str:
     )
 
 
+def check_machine(folder: Path, released: bool) -> None:
+    """Raise ConfigError for what would make late parts fail."""
+    missing = [module for module in MODULES if importlib.util.find_spec(module) is None]
+    if missing:
+        raise ConfigError(
+            f"{', '.join(missing)} not installed: bash install.sh --extras demo,train."
+        )
+    free_gb = shutil.disk_usage(folder).free / 1e9
+    is_written = (folder / "system-files.jsonl").is_file()
+    if released and not is_written and free_gb < WEIGHTS_GB:
+        raise ConfigError(f"{folder}: {WEIGHTS_GB} GB are needed, {free_gb:.1f} GB are free.")
+
+
+def read_parts(folder: Path) -> dict[str, list[dict[str, Any]]]:
+    """The lines of the parts that have ended."""
+    return {
+        name: [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
+        for name in PARTS
+        if (folder / f"{name}.jsonl").is_file()
+    }
+
+
+def failed(lines: Iterable[Mapping[str, Any]]) -> bool:
+    return any("error" in line["results"] for line in lines)
+
+
 def run(options: argparse.Namespace) -> int:
     started = time.monotonic()
-    folder = writable_folder(options.out.resolve(), ConfigError)
     released = options.model == "original"
-    model = options.model if released else str(Path(system_folder(options.model)).resolve())
+    system = None if released else locate_system(options.model)
+    if not released and system is None:
+        raise ConfigError(f"{options.model}: no such folder.")
+    model = options.model if system is None else str(system.resolve())
     device = choose_device(options.device, options.dtype, log=None).device
+    folder = writable_folder(options.out.resolve(), ConfigError)
+    check_machine(folder, released)
     values = {
         **SIZES["released" if released else "small"],
         "device": f"--device {device} --dtype {options.dtype}",
@@ -241,27 +296,27 @@ def run(options: argparse.Namespace) -> int:
         "system": "8b" if released else shlex.quote(model),
     }
 
-    # 1. The parts that are missing, as far as the time goes.
+    # 1. The parts that are missing, then those that failed earlier, as far as the time goes, and
+    # the page after each.
     wanted = [name for name in PARTS if released or name not in RELEASED_ONLY]
-    for name in wanted:
+    lines = read_parts(folder)
+    missing = [name for name in wanted if name not in lines]
+    again = [name for name in lines if failed(lines[name])]
+    for name in [*missing, *again]:
         minutes, command = PARTS[name]
         left = options.minutes - (time.monotonic() - started) / 60
-        if not (folder / f"{name}.jsonl").is_file() and minutes <= left:
+        if minutes <= left:
             run_part(name, command.format_map(values), folder)
+            replace_text(folder / "card.md", page(read_parts(folder), options.model))
 
-    # 2. The page.
-    lines = {
-        name: [json.loads(line) for line in (folder / f"{name}.jsonl").read_text().splitlines()]
-        for name in wanted
-        if (folder / f"{name}.jsonl").is_file()
-    }
-    replace_text(folder / "card.md", page(lines, goals=released))
+    # 2. The page of all.
+    lines = read_parts(folder)
+    replace_text(folder / "card.md", page(lines, options.model))
     missing = [name for name in wanted if name not in lines]
     if missing:
         log_line(f"Run the same command again for the rest: {', '.join(missing)}.")
     print(f"Wrote {folder / 'card.md'}.")
-    failed = any("error" in line["results"] for part in lines.values() for line in part)
-    return 1 if failed else DONE
+    return 1 if any(map(failed, lines.values())) else DONE
 
 
 if __name__ == "__main__":

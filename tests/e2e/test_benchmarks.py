@@ -8,14 +8,20 @@ import json
 import os
 import re
 import runpy
+import shutil
+import signal
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from types import ModuleType
 
 import pytest
 import torch
 import warm_python
 from repository import ROOT
+
+from seed_multimodal.errors import ConfigError
 
 BENCHMARKS = ROOT / "benchmarks"
 UNITS = {
@@ -88,21 +94,66 @@ def test_card_goes_on_where_it_ended(card):
     assert page.count("\n| ") == len(lines_of(card)) + 2
     finished = {file: file.stat().st_mtime_ns for file in card.glob("*.jsonl")}
     removed = card / "ceilings.jsonl"
-    content = removed.read_text()
     removed.unlink()
     made = make_card(card, "--minutes", "0")
     assert made.returncode == 0 and "Run the same command again for the rest: ceilings." in (
         made.stderr
     )
-    removed.write_text(content)
+    # A part that has failed is run again.
+    error = {"benchmark": "ceilings", "variant": "", "results": {"error": "exit status 1"}}
+    removed.write_text(json.dumps(error) + "\n")
+    made = make_card(card, "--minutes", "1.5")
+    assert made.returncode == 0 and len(removed.read_text().splitlines()) == 2
+    assert (card / "card.md").read_text().count("\n| ") == page.count("\n| ")
     for file, time in finished.items():
         assert file == removed or file.stat().st_mtime_ns == time
-    assert "ceiling" not in (card / "card.md").read_text()
 
 
-def test_goals_of_the_card_name_its_lines(card, monkeypatch):
+@pytest.fixture
+def gpu_card(monkeypatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    gpu_card = importlib.import_module("gpu_card")
+    return importlib.import_module("gpu_card")
+
+
+def test_card_of_parts_that_failed(gpu_card, card):
+    lines = gpu_card.read_parts(card)
+    error = {"benchmark": "ceilings", "variant": "", "results": {"error": "exit status 1"}}
+    assert gpu_card.page({"ceilings": [error]}, "nano") == "Nothing was measured.\n"
+    # A variant whose plain one failed.
+    compiled = lines["tokenizer"][-1]
+    del compiled["results"]["times_plain"]
+    page = gpu_card.page({"ceilings": [error], "tokenizer": [compiled]}, "nano")
+    assert "\nnano, cpu in float32; cpu " in page and "| exit status 1 |" in page
+
+
+def test_card_is_stopped_with_its_programs(gpu_card, tmp_path, monkeypatch):
+    processes: list[subprocess.Popen] = []
+    start = subprocess.Popen
+
+    def start_and_stop(*arguments: object, **options: object) -> subprocess.Popen:
+        processes.append(start(*arguments, **options))
+        threading.Timer(0.2, os.kill, (os.getpid(), signal.SIGTERM)).start()
+        return processes[0]
+
+    monkeypatch.setattr(subprocess, "Popen", start_and_stop)
+    with pytest.raises(KeyboardInterrupt):
+        gpu_card.run_part("ceilings", "ceilings.py --device cpu", tmp_path)
+    assert processes[0].returncode == -signal.SIGKILL
+    assert not (tmp_path / "ceilings.jsonl").exists()
+
+
+def test_card_checks_the_machine_first(gpu_card, tmp_path, monkeypatch):
+    usage = shutil.disk_usage("/")._replace(free=2e9)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    gpu_card.check_machine(tmp_path, released=False)
+    with pytest.raises(ConfigError, match="18 GB are needed, 2.0 GB are free"):
+        gpu_card.check_machine(tmp_path, released=True)
+    monkeypatch.setattr(gpu_card, "MODULES", ("torch", "absent_module"))
+    with pytest.raises(ConfigError, match="absent_module not installed: bash install.sh --extras"):
+        gpu_card.check_machine(tmp_path, released=True)
+
+
+def test_goals_of_the_card_name_its_lines(gpu_card, card):
     lines = [line for _, line in lines_of(card)]
     released = " ".join(gpu_card.SIZES["released"].values()).split()
     for goal in gpu_card.GOALS:
