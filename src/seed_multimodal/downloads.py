@@ -14,9 +14,11 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
+import json
 import os
 import pkgutil
 import shutil
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
@@ -34,6 +36,11 @@ from seed_multimodal.settings import nearest
 Result = TypeVar("Result")
 MIRRORS = "SEED_MIRRORS"  # environment: NAME=SOURCE pairs, separated by spaces
 TIMEOUT = 30  # seconds for the answer of a server
+# Answers after which the same request may succeed, how often it is repeated without progress, and
+# after how many seconds at most (the hub counts requests in windows of five minutes).
+BUSY = (408, 429, 500, 502, 503, 504)
+N_RETRIES = 4
+MAX_PAUSE = 300
 CHUNK = 2**23  # bytes
 # Files of the hub that nothing here reads: copies of weights in half precision.
 IGNORED = ("*.fp16.*",)
@@ -77,6 +84,27 @@ def network_errors() -> tuple[type[Exception], ...]:
     # The hub's errors derive from those of its HTTP client, whose package depends on its version.
     client_error: type[Exception] = HfHubHTTPError.__bases__[0]
     return client_error, HFValidationError, OSError
+
+
+def failure_reason(error: Exception) -> str:
+    """A failed request or download as a part of a sentence."""
+    from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError
+
+    if isinstance(error, GatedRepoError):
+        return "its page on the hub grants access; then set HF_TOKEN"
+    if isinstance(error, RepositoryNotFoundError):
+        return "no such repository, or a private one and no HF_TOKEN for it"
+    if status_of(error) == 401:
+        return "HF_TOKEN is not accepted"
+    if isinstance(error, json.JSONDecodeError):
+        return "not the answer of a hub, but perhaps that of a proxy"
+    return first_line(error).rstrip(".")
+
+
+def status_of(error: Exception) -> int | None:
+    """HTTP status of a failed request; None: there was no answer."""
+    status: int | None = getattr(getattr(error, "response", None), "status_code", None)
+    return status
 
 
 # ---- what there is to download
@@ -177,6 +205,8 @@ def look_up_url(name: str, url: str) -> RemoteFile:
         url, headers={"Accept-Encoding": "identity"}, follow_redirects=True, timeout=TIMEOUT
     )
     hf_raise_for_status(response)
+    if response.headers.get("Content-Type", "").startswith("text/html"):
+        raise CheckpointError("a web page instead of a file, perhaps of a proxy")
     length = response.headers.get("Content-Length")
     size = int(length) if length else None
     return RemoteFile(name, url, size, etag=response.headers.get("ETag", ""))
@@ -226,7 +256,15 @@ class FileGroup:
 
         Raises CheckpointError: no source does; a full disk.
         """
-        failures: tuple[type[Exception], ...] = (CheckpointError, *network_errors())
+        # ImportError: httpx lacks the package for the user's proxy.
+        failures: tuple[type[Exception], ...] = (
+            CheckpointError,
+            *network_errors(),
+            json.JSONDecodeError,
+            ImportError,
+        )
+        n_retries = 0
+        n_bytes = self.bytes_to_download()
         while True:
             try:
                 return work()
@@ -234,12 +272,38 @@ class FileGroup:
                 if disk_is_full(error):
                     reason = "the disk or quota is full"
                     raise CheckpointError(f"{self.folder}: {reason}.") from error
-                self.problems.append(f"{self.source}: {first_line(error).rstrip('.')}")
+                reason = failure_reason(error)
+                is_temporary = self.is_temporary(error)
+                pause = pause_before_retry(error, n_retries)
+
+            # 1. The same source again, after progress as often as at first.
+            if n_bytes != self.bytes_to_download():
+                n_bytes = self.bytes_to_download()
+                n_retries = 0
+            if is_temporary and n_retries < N_RETRIES:
+                n_retries += 1
+                log_line(f"{self.source}: {reason}; again in {pause} s")
+                time.sleep(pause)
+                if not self.files:
+                    self.sources.insert(0, self.source)
+                continue
+
+            # 2. The next source.
+            self.problems.append(f"{self.source}: {reason}")
             self.files = []
+            n_retries = 0
             if not self.sources:
                 raise CheckpointError(
                     f"{self.label}: not downloaded into {self.folder} ({'; '.join(self.problems)})."
                 )
+
+    def is_temporary(self, error: Exception) -> bool:
+        """Whether the same source may succeed soon: a busy server, or a connection that broke in a
+        download."""
+        status = status_of(error)
+        if status is not None:
+            return status in BUSY
+        return bool(self.files) and isinstance(error, network_errors()[0])
 
     def look_up(self) -> None:
         """List the files of the next source, unless one is listed already."""
@@ -323,6 +387,13 @@ class FileGroup:
                 os.replace(temporary, path)
             marker.unlink(missing_ok=True)
         return len(missing)
+
+
+def pause_before_retry(error: Exception, n_retries: int) -> int:
+    """Seconds: what the server asks for, else twice as many each time."""
+    headers = getattr(getattr(error, "response", None), "headers", {})
+    asked = str(headers.get("Retry-After", ""))
+    return min(MAX_PAUSE, int(asked) if asked.isdecimal() else 2**n_retries)
 
 
 def _compare(kind: str, actual: str, expected: str) -> str:
@@ -465,7 +536,9 @@ def with_needed(wanted: Sequence[WantedPart], root: Path) -> list[WantedPart]:
         if item.part.convert and folder.is_dir() and any(folder.iterdir()):
             continue
         needed = [WantedPart(original_parts()[name]) for name in item.part.needs]
-        ordered += [*with_needed(needed, root), item]
+        for part in (*with_needed(needed, root), item):
+            if part not in ordered:
+                ordered.append(part)
     return ordered
 
 
@@ -532,7 +605,8 @@ def read_mirrors(pairs: Sequence[str]) -> dict[str, str]:
 
 
 def check_space(groups: Sequence[FileGroup]) -> None:
-    """Raise CheckpointError if a file system has too little space for what will be downloaded."""
+    """Log how much will be downloaded. Raises CheckpointError: a file system has too little
+    space."""
     needed: dict[int, int] = {}  # bytes by file system
     folders: dict[int, Path] = {}
     for group in groups:
@@ -549,6 +623,10 @@ def check_space(groups: Sequence[FileGroup]) -> None:
             raise CheckpointError(
                 f"{folders[device]}: the download needs {n_bytes / 1e9:.1f} GB, but its disk has "
                 f"{n_free / 1e9:.1f} GB free."
+            )
+        if n_bytes:
+            log_line(
+                f"{folders[device]}: {n_bytes / 1e9:.2f} GB to download, {n_free / 1e9:.1f} GB free"
             )
 
 

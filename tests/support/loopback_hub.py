@@ -21,6 +21,7 @@ class LoopbackHub:
 
     repositories: name → path → content, as listed.
     served: URL path → other content than the listed one.
+    failures: URL path → status and headers of its next answers.
     dropped_after: URL path → bytes after which the first connection is closed.
     requests: (method, URL path, Range header) of all requests.
     """
@@ -29,6 +30,7 @@ class LoopbackHub:
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.files: dict[str, bytes] = {}
         self.served: dict[str, bytes] = {}
+        self.failures: dict[str, list[tuple[int, dict[str, str]]]] = {}
         self.dropped_after: dict[str, int] = {}
         self.requests: list[tuple[str, str, str | None]] = []
         self.url = ""
@@ -96,6 +98,10 @@ def running() -> Iterator[LoopbackHub]:
             path = unquote(urlsplit(self.path).path)
             ranges = self.headers.get("Range")
             hub.requests.append((self.command, path, ranges))
+            if hub.failures.get(path):
+                status, headers = hub.failures[path].pop(0)
+                self.send(status, b"<html>", with_body, headers)
+                return
             api_answer = hub.info(path)
             content = hub.content(path)
             if api_answer is not None:

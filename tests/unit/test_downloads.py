@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +29,7 @@ from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.weights import load_state_dict
 
 LLM = "AILab-CVC/seed-llama-8b-sft"
+FILE = f"/{LLM}/resolve/{loopback_hub.COMMIT}/pytorch_model.bin"
 WEIGHTS = bytes(range(256)) * 40
 PART = OriginalPart(name="8b", folder="pretrained/llm", hub=LLM, mirrors=("mirror/b",))
 
@@ -41,7 +43,8 @@ def server(tmp_path, monkeypatch) -> Iterator[LoopbackHub]:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(hub, "__file__", str(tmp_path / "src" / "seed_multimodal" / "hub.py"))
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
-    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 60)
+    monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 300)
+    monkeypatch.setattr(downloads, "TIMEOUT", 300)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     with loopback_hub.running() as server:
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -123,13 +126,15 @@ def test_fetch_command_downloads_all_parts_and_keeps_them(server, capsys):
     server.repositories["me/mine"] = {"unclip/vae/config.json": b"{}", "other.json": b"{}"}
     command = ["fetch", "8b", "--json", "--mirror", "unclip=me/mine/unclip"]
     assert main(command) == 0
-    assert json.loads(capsys.readouterr().out)["problems"] == []
+    output = capsys.readouterr()
+    assert json.loads(output.out)["problems"] == []
     weights = Path("pretrained")
     assert (weights / "seed_llama_8b_sft/pytorch_model.bin").read_bytes() == WEIGHTS
     assert (weights / "seed_tokenizer/eva_vit_g.pth").read_bytes() == WEIGHTS
     assert (weights / "seed_tokenizer/seed_quantizer.pt").is_file()
     assert (weights / "stable-diffusion-2-1-unclip/vae/config.json").is_file()
     assert SystemConfig.find("8b").has("llm", "tokenizer", "detokenizer")
+    assert " GB to download, " in output.err
     # Once more: nothing.
     server.requests.clear()
     assert main(command) == 0 and server.downloads() == []
@@ -205,7 +210,7 @@ def test_fetch_command_with_unknown_names(server, capsys, command, message):
     ids=["truncated", "tampered"],
 )
 def test_damaged_files_are_refused_and_the_mirror_is_tried(server, served, reason):
-    server.served[f"/{LLM}/resolve/{loopback_hub.COMMIT}/pytorch_model.bin"] = served
+    server.served[FILE] = served
     (problem,) = fetch()
     assert reason in problem and "mirror/b: Client error '404" in problem
     file = Path("pretrained/llm/pytorch_model.bin")
@@ -236,10 +241,56 @@ def test_an_interrupted_download_continues(server, monkeypatch):
 
 def test_a_dropped_connection_is_continued(server, monkeypatch):
     monkeypatch.setattr("time.sleep", lambda seconds: None)
-    server.dropped_after[f"/{LLM}/resolve/{loopback_hub.COMMIT}/pytorch_model.bin"] = 5000
+    server.dropped_after[FILE] = 5000
     assert fetch() == []
     assert server.downloads()[-1].startswith(f"{LLM}/pytorch_model.bin from bytes=")
     assert Path("pretrained/llm/pytorch_model.bin").read_bytes() == WEIGHTS
+
+
+def test_a_busy_hub_is_asked_again(server, monkeypatch):
+    pauses: list[float] = []
+    monkeypatch.setattr("time.sleep", pauses.append)
+    server.failures[f"/api/models/{LLM}"] = [(429, {"Retry-After": "40"}), (503, {})]
+    server.failures[FILE] = [(502, {})] * 4
+    assert fetch() == []
+    assert pauses == [40, 2, 1, 2, 4, 8]
+    assert Path("pretrained/llm/pytorch_model.bin").read_bytes() == WEIGHTS
+    # Not without end.
+    server.failures[f"/api/models/{LLM}"] = [(503, {})] * 9
+    assert "503 Service Unavailable" in fetch()[0]
+
+
+@pytest.mark.parametrize(
+    ("status", "headers", "reason"),
+    [
+        (403, {"X-Error-Code": "GatedRepo"}, "its page on the hub grants access; then set"),
+        (401, {"X-Error-Code": "RepoNotFound"}, "no such repository, or a private one"),
+        (401, {"X-Error-Message": "Invalid credentials in Authorization header"}, "not accepted"),
+        (200, {}, "not the answer of a hub, but perhaps that of a proxy"),
+    ],
+    ids=["gated", "private", "token", "proxy"],
+)
+def test_refused_downloads_say_what_helps(server, status, headers, reason):
+    server.failures[f"/api/models/{LLM}"] = [(status, headers)]
+    (problem,) = fetch()
+    assert f"({LLM}: {reason}" in problem or f"({LLM}: HF_TOKEN is {reason}" in problem
+
+
+def test_a_web_page_is_no_file(server):
+    server.failures["/eva_vit_g.pth"] = [(200, {"Content-Type": "text/html"})]
+    with online(), pytest.raises(CheckpointError, match="a web page instead of a file"):
+        downloads.fetch_url("eva_vit_g.pth", f"{server.url}/gone", Path("cache"))
+
+
+def test_a_proxy_without_its_package(server, monkeypatch):
+    import huggingface_hub
+
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+    monkeypatch.setenv("NO_PROXY", "")
+    monkeypatch.setitem(sys.modules, "socksio", None)
+    huggingface_hub.close_session()
+    assert "SOCKS" in fetch()[0]
+    huggingface_hub.close_session()
 
 
 @pytest.mark.parametrize("changed", [False, True], ids=["same", "changed"])
