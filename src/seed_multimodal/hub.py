@@ -153,7 +153,7 @@ def missing_weights_message(missing: Iterable[tuple[OriginalPart, str | Path]]) 
     downloads = [f"{source} into {', '.join(folders)}" for source, folders in folders_of.items()]
     return (
         f"the original weights are not on this disk: download {'; '.join(downloads)} "
-        "(details in pretrained/README.md)"
+        "(seed fetch does so; details in pretrained/README.md)"
     )
 
 

@@ -329,6 +329,7 @@ class ChatSession:
             visible=bool(card.ratios),
         )
         n_codes = self.model.codes_per_image
+        most_codes = max(2, n_codes)  # a slider needs a range, hidden ones too
         return (
             self,
             f"# {card.title}",
@@ -339,8 +340,8 @@ class ChatSession:
             False,
             ratios,
             ratios,
-            gr.update(maximum=n_codes, value=n_codes),
-            gr.update(maximum=n_codes, value=n_codes // 2),
+            gr.update(maximum=most_codes, value=most_codes),
+            gr.update(maximum=most_codes, value=n_codes // 2),
             *(gr.update(visible=tab in card.tabs) for tab in TABS),
         )
 

@@ -17,6 +17,7 @@ from typing import Any
 import gradio as gr
 import pytest
 from full_disk import file_size_limit
+from gradio.state_holder import SessionState
 from PIL import Image
 
 from seed_multimodal.errors import RequestError
@@ -337,5 +338,8 @@ def test_build_opens_no_connection(name, monkeypatch):
         False,
         "lavit" in name,
     )
+    # Gradio accepts them.
+    (on_model,) = (fn for fn in demo.fns.values() if fn.name == "on_model")
+    asyncio.run(demo.postprocess_data(on_model, updates, SessionState(demo)))
     sliders = {block.label for block in demo.blocks.values() if type(block).__name__ == "Slider"}
     assert {"Beams", "Temperature", "Top P", "Most new tokens", "Most rounds of history"} <= sliders
