@@ -8,7 +8,8 @@
 #   bash install.sh --force                  again, although it was done before
 #
 # An installed torch is kept. Otherwise torch and torchvision come from the package index (on Linux about 3 GB, for
-# NVIDIA GPUs); without a GPU their CPU builds (0.2 GB) are preferred, from PyTorch's CPU index or pip's find-links.
+# NVIDIA GPUs); without a GPU their CPU builds (0.2 GB) are preferred, from PyTorch's CPU index or pip's find-links
+# (--constraints: of the file's versions, but the file has the hashes of the package index's builds only).
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -22,7 +23,7 @@ while [ $# -gt 0 ]; do
         --lavis) LAVIS=1; shift ;;
         --constraints) CONSTRAINTS="${2:?--constraints needs a file, for example constraints/newest.txt}"; shift 2 ;;
         --force) FORCE=1; shift ;;
-        -h|--help) sed -n '2,11s/^# \{0,1\}//p' install.sh; exit ;;
+        -h|--help) sed -n '2,12s/^# \{0,1\}//p' install.sh; exit ;;
         *) echo "install.sh: unknown option $1 (try --help)" >&2; exit 2 ;;
     esac
 done
@@ -47,12 +48,14 @@ install() { "$PYTHON" -m pip install $([ -t 1 ] || echo -qq) --disable-pip-versi
 version() { "$PYTHON" -c 'import sys, importlib.metadata as m; print(m.version(sys.argv[1]))' "$1" 2>/dev/null; }
 
 # --- torch, then the rest
-TORCH="torch>=2.13"
-if [ -n "$CONSTRAINTS" ]; then TORCH="$(grep -oE '^torch==[^ ;]+' "$CONSTRAINTS")"; fi
+TORCH="torch>=2.13" TORCHVISION="torchvision>=0.28"
+if [ -n "$CONSTRAINTS" ]; then
+    TORCH="$(grep -oE '^torch==[^ ;]+' "$CONSTRAINTS")" TORCHVISION="$(grep -oE '^torchvision==[^ ;]+' "$CONSTRAINTS")"
+fi
 if ! version torch >/dev/null && ! nvidia-smi -L 2>/dev/null | grep -q GPU; then
     say "no NVIDIA GPU: looking for a CPU build of torch"
     index=(--isolated --index-url https://download.pytorch.org/whl/cpu --timeout 10 --retries 1)
-    install "${index[@]}" "$TORCH" torchvision 2>/dev/null || install --no-index --no-deps "$TORCH" 2>/dev/null ||
+    install "${index[@]}" "$TORCH" "$TORCHVISION" 2>/dev/null || install --no-index --no-deps "$TORCH" 2>/dev/null ||
         say "there is none here: taking the package index's build (about 3 GB to download, runs without a GPU, too)"
 fi
 say "seed-multimodal${EXTRAS:+ with $EXTRAS}"
@@ -70,7 +73,10 @@ print("\n".join(project["dependencies"]))' "$EXTRAS")"
     install --require-hashes --constraint "$CONSTRAINTS" --requirement /dev/stdin <<< "$requirements"
     install --no-deps --editable .
 fi
-[ -z "$LAVIS" ] || install --no-deps salesforce-lavis==1.0.2  # it pins packages of 2023
+if [ -n "$LAVIS" ]; then  # without what it needs: it pins packages of 2023
+    install --no-deps --require-hashes --requirement /dev/stdin <<< "salesforce-lavis==1.0.2 \
+        --hash=sha256:489782efc2d98d8e878112b2758f82ac2e6c10dfcfa087db6656465c7784d49f"
+fi
 
 # A CPU build of torch cannot load the operators of torchvision's CUDA build, the only one that the package index has;
 # torchvision can be imported all the same once the names of two are declared. Nothing here calls its operators.

@@ -9,7 +9,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")/.."
 WORK="$(mktemp -d)"
 trap 'rm -rf "$WORK"' EXIT
 python3 -m venv "$WORK"
-"$WORK/bin/pip" install -q --disable-pip-version-check pip-audit cyclonedx-bom
+"$WORK/bin/pip" install -q --no-compile --disable-pip-version-check pip-audit cyclonedx-bom
 
 mkdir -p dist
 "$WORK/bin/cyclonedx-py" requirements constraints/newest.txt --pyproject pyproject.toml --mc-type library \

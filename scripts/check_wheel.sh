@@ -9,12 +9,12 @@ trap 'rm -rf "$WORK"' EXIT
 
 rm -rf dist
 python3 -m venv "$WORK/venv"
-"$WORK/venv/bin/pip" install -q build
+"$WORK/venv/bin/pip" install -q --no-compile build
 "$WORK/venv/bin/python" -m build -q --outdir dist .
 
 # Outside the checkout, so that only the wheel is found.
 cd "$WORK"
-"$WORK/venv/bin/pip" install -q "$ROOT"/dist/*.whl
+"$WORK/venv/bin/pip" install -q --no-compile "$ROOT"/dist/*.whl
 "$WORK/venv/bin/seed" --help > /dev/null
 "$WORK/venv/bin/seed" describe "$ROOT/images/fox.png" --model "$ROOT/pretrained/nano"
 ls -l "$ROOT/dist"
