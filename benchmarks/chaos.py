@@ -25,7 +25,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from chaos_requests import BROKEN, Job, compare, make_jobs, read_answer
+from chaos_requests import BROKEN, PNG, Job, compare, make_jobs, read_answer
 from serving import Client, Server
 from shared import base_parser, print_line, rounded, start
 
@@ -44,11 +44,12 @@ class Trouble:
         self.server = server
         self.rng = random.Random(seed)
         self.outcomes = collections.Counter[str]()
+        self.pictures = 0  # answers with images whose pixels were compared
         self.problems: list[str] = []
         self.answers: dict[int, str] = {}  # of jobs, computed alone
         self.disturbances: list[tuple[float, float]] = []  # when connections may be lost
         self.restarts: list[float] = []  # seconds until the server was ready
-        self.memory: list[tuple[float, float]] = []  # seconds, MB
+        self.memory: list[tuple[float, float]] = []  # seconds, MB of anonymous memory
         self.done = threading.Event()
 
     # ---- requests
@@ -122,6 +123,7 @@ class Trouble:
             outcome = "broken image" if status == 400 else outcome
         elif status in (200, 400):
             outcome = compare(f"{status} {content}", expected)
+            self.pictures += bool(PNG.search(expected))
         self.outcomes[outcome] += 1
         if outcome in ("differs", "hang", "lost") or outcome.startswith("status"):
             self.problems.append(f"{outcome}: {content[:300]} expected {(expected or '')[:300]}")
@@ -155,16 +157,16 @@ class Trouble:
         self.restarts.append(time.monotonic() - begin)
         self.disturbances[index] = (self.disturbances[index][0], time.monotonic())
 
-    def direct(self, seconds: float, model: str, device: str) -> None:
-        """What happens to the server; the memory of its first process is recorded."""
+    def direct(self, seconds: float, kills_from: float, model: str, device: str) -> None:
+        """What happens to the server; its memory is recorded until the first kill."""
         begin = time.monotonic()
         every = max(seconds / 24, 5.0)
         next_fault = begin + every
         while (now := time.monotonic()) < begin + seconds:
-            if now < begin + seconds * 2 / 3:
-                self.memory.append((now - begin, self.server.memory_mb()))
+            if now < begin + kills_from:
+                self.memory.append((now - begin, self.server.memory_mb("RssAnon")))
             if now >= next_fault:
-                if now < begin + seconds * 2 / 3:
+                if now < begin + kills_from:
                     self.fill_disk(every / 4)
                 else:
                     self.kill_and_restart(model, device)
@@ -173,11 +175,17 @@ class Trouble:
         self.done.set()
 
 
-def growth(memory: list[tuple[float, float]]) -> float:
-    """MB in an hour, by a line through the second half of the samples."""
-    half = np.array(memory[len(memory) // 2 :])
-    slope, _ = np.polyfit(half[:, 0], half[:, 1], 1)
-    return float(slope) * 3600
+def growth(memory: list[tuple[float, float]]) -> tuple[int, int]:
+    """MB in an hour, by a line through the second half of the samples, and its 95 % interval.
+
+    The interval is that of ten means of neighbouring samples, which depend on each other.
+    """
+    half = memory[len(memory) // 2 :]
+    if len(half) < 10:
+        return 0, 0
+    means = np.array([part.mean(0) for part in np.array_split(np.array(half), 10)])
+    (slope, _), covariance = np.polyfit(means[:, 0] / 3600, means[:, 1], 1, cov=True)
+    return round(float(slope)), round(2.31 * float(covariance[0, 0]) ** 0.5)  # t of 8 degrees
 
 
 def measure(model: str, device: str, options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
@@ -195,7 +203,8 @@ def measure(model: str, device: str, options: argparse.Namespace) -> tuple[dict[
     seconds = 60 * options.minutes / len(options.models)
     with ThreadPoolExecutor(options.clients) as pool:
         visits = [pool.submit(trouble.visit, jobs, rng.random()) for _ in range(options.clients)]
-        trouble.direct(seconds, model, device)
+        kills_from = seconds * 2 / 3 if options.kills else seconds
+        trouble.direct(seconds, kills_from, model, device)
         for visit in visits:
             visit.result()
     with trouble.server:
@@ -204,14 +213,17 @@ def measure(model: str, device: str, options: argparse.Namespace) -> tuple[dict[
     if trouble.server.process.returncode:
         trouble.problems.append(f"exit code {trouble.server.process.returncode}")
     slowest = max(trouble.restarts, default=0.0)
+    slope, interval = growth(trouble.memory)
     results = {
         "requests": sum(trouble.outcomes.values()),
+        "pictures": trouble.pictures,
         "outcomes": dict(trouble.outcomes.most_common()),
         "problems": trouble.problems[:20],
         "restarts": len(trouble.restarts),
         "slowest_restart_seconds": rounded(slowest),
         "mb": [round(mb) for _, mb in trouble.memory[:: max(len(trouble.memory) // 8, 1)]],
-        "mb_per_hour": round(growth(trouble.memory)),
+        "mb_per_hour": slope,
+        "mb_per_hour_interval": interval,
     }
     return results, not trouble.problems and slowest <= READY_SECONDS
 
@@ -233,6 +245,9 @@ if __name__ == "__main__":
     parser.add_argument("--models", nargs="+", default=SYSTEMS, help="folders of systems")
     parser.add_argument("--minutes", type=float, default=120, help="of all systems together")
     parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument(
+        "--no-kills", dest="kills", action="store_false", help="memory of all the time"
+    )
     parser.add_argument("--count", type=int, default=8, help="different requests of each route")
     parser.add_argument("--seed", type=int, default=0)
     start(run, parser)

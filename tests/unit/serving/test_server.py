@@ -4,6 +4,7 @@ flags.
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import runpy
@@ -186,6 +187,33 @@ def test_server_withstands_hostile_traffic(tiny_folder):
     assert done.returncode == 0, done.stderr
     assert results["faults"] == [] and results["requests"] > 100
     assert results["peak_mb_above_idle"] < 600
+
+
+def test_program_collects_what_requests_leave_not_only_when_a_quarter_is_new(
+    tiny_folder: Path, monkeypatch
+):
+    """Circles of old objects are freed by full collections alone."""
+    full_collections = []
+
+    def serve(app, sock):
+        sock.close()
+        before = gc.get_stats()[2]["collections"]
+        _lasting = [[] for _ in range(100_000)]
+        full_collections.append(gc.get_stats()[2]["collections"] - before)
+
+    monkeypatch.setattr("seed_multimodal.serving.app.serve", serve)
+    program = runpy.run_path(PROGRAM)
+    args = program["build_parser"]().parse_args(["--system", str(tiny_folder), *ON_CPU])
+    args.debug = False
+    thresholds = gc.get_threshold()
+    gc.set_threshold(700, 10, 10)
+    gc.collect()
+    try:
+        assert program["run"](args) == 0
+    finally:
+        gc.unfreeze()
+        gc.set_threshold(*thresholds)
+    assert full_collections[0] > 0
 
 
 def test_program_refuses_a_system_with_a_part_of_it(tiny_folder: Path):
