@@ -8,6 +8,7 @@ LayerNorms are slow or missing there.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import itertools
 import os
 import re
@@ -34,6 +35,9 @@ _DEFAULT_THREADS = torch.get_num_threads()  # if it differs later, the user has 
 # Reasons for `choose_device(fp16=…)`.
 FP16_AS_ORIGINAL = "as in the original programs"
 FP16_WITH_8BIT = "with 8-bit weights"
+
+# mallopt: M_MMAP_THRESHOLD and M_ARENA_MAX.
+_MALLOC_OPTIONS = ((-3, 1 << 20), (-8, 2))
 
 # Messages of the CPU's allocator and matrix library, of GPUs, of Apple's GPUs.
 _OUT_OF_MEMORY = (
@@ -64,6 +68,16 @@ _PEAKS = {
     "RTX 4090": 165.2,
     "RTX 3090": 71.0,
 }
+
+
+def return_freed_memory() -> None:
+    """From now on, return blocks of 1 MB and more to the system when they are freed (glibc only).
+
+    glibc otherwise keeps freed blocks of up to 32 MB, and those of each thread apart.
+    """
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        for option, value in _MALLOC_OPTIONS:
+            ctypes.CDLL(None).mallopt(option, value)
 
 
 @dataclass(frozen=True)

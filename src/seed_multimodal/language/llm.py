@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any, Protocol, Self
 import torch
 from torch import Tensor, nn
 
+from seed_multimodal.device import return_freed_memory
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line, install_hint
 from seed_multimodal.hub import SHIPPED_LLMS, find_file
@@ -189,6 +190,9 @@ def load_llm(
         device_map = {"": device.index or 0}
     quantization_config = _quantization_config(quantization, device, dtype)
     quantized = {"quantization_config": quantization_config} if quantization_config else {}
+    if quantized and device.type == "cpu":
+        # Weights are packed as they are read, and again when bitsandbytes first uses them.
+        return_freed_memory()
     ids = None if tokenizer is None else tokenizer.special_ids
     config = llm_config(folder_or_id, ids)
     # All other generation defaults of the folder are dropped.

@@ -10,7 +10,6 @@ Run `bash scripts/start_backend_nano.sh`, or in Python
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import hmac
 import json
 import logging
@@ -25,7 +24,7 @@ from flask import Flask, Response, abort, jsonify, request
 from flask.typing import ResponseReturnValue
 from werkzeug.exceptions import HTTPException
 
-from seed_multimodal.device import is_out_of_memory
+from seed_multimodal.device import is_out_of_memory, return_freed_memory
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.entry import ended_by_sigterm
 from seed_multimodal.errors import ConfigError, RequestError, SeedError, first_line
@@ -47,8 +46,6 @@ CONNECTIONS = 512
 IDLE_SECONDS = 20  # after which a silent connection is closed
 SHUTDOWN_SECONDS = 60
 SPARE_THREADS = 8  # for errors and /health while the queue is full
-# mallopt: M_MMAP_THRESHOLD and M_ARENA_MAX, because glibc keeps what many threads have freed.
-MALLOC_OPTIONS = ((-3, 1 << 20), (-8, 2))
 
 
 # ---- the application
@@ -271,10 +268,8 @@ def serve(app: Flask, sock: socket.socket, log: Callable[[str], None] = print) -
     limits = backend.limits
     host, port = sock.getsockname()[:2]
 
-    # 1. Memory that answers have freed returns to the system (glibc only).
-    with contextlib.suppress(OSError, AttributeError, TypeError):
-        for option, value in MALLOC_OPTIONS:
-            ctypes.CDLL(None).mallopt(option, value)
+    # 1. Memory that answers have freed returns to the system.
+    return_freed_memory()
 
     # 2. The server. It reads ahead during a request, to detect that the client disconnects.
     logging.getLogger("waitress").setLevel(logging.ERROR)  # neither lost connections nor its queue
