@@ -1,8 +1,8 @@
 """Random weights in the layout, size and precision of the originals' files, for `rehearsal.py`.
 
 Precisions are those that the originals' configurations record; where they record none, that of the
-published code. Files of SEED-X and Vicuna are sparse: each tensor has one block of random values,
-then zeros.
+published code. Most files of SEED-X, Vicuna and LaVIT are sparse: each tensor has one block of
+random values, then zeros.
 
 python benchmarks/original_layouts.py 8b FOLDER/pretrained
 """
@@ -287,7 +287,7 @@ def write_lavit(pretrained: Path) -> None:
     folder = pretrained / "LaVIT-7B-v2"
     write_text_tokenizer(folder / "language_model", {})
     sizes = {**LLAMA_7B, "vocab_size": LavitVocabulary().size, "rms_norm_eps": 1e-5}
-    write_llm(folder / "language_model", sizes, torch.bfloat16, 5)
+    write_llm(folder / "language_model", sizes, torch.bfloat16, 5, sparse=True)
     visual = shapes_of(lambda: DynamicTokenizer(LavitTokenizerConfig()))
     merger = {name: v for name, v in visual.items() if name.startswith(VISUAL_WEIGHT_PREFIXES)}
     write_weights(folder / "language_model/visual_weight.bin", merger, torch.float32)
@@ -304,13 +304,13 @@ def write_lavit(pretrained: Path) -> None:
     write_weights(tokenizer / "eva_vitg_psz14.bin", encoder, torch.float16)
     write_weights(tokenizer / "tokenizer_encoder.bin", codec, torch.float32)
     decoder = shapes_of(lambda: CodeDecoder(LavitDecoderConfig()))
-    write_weights(tokenizer / "highres_tokenizer_decoder.bin", decoder, torch.float32)
+    write_weights(tokenizer / "highres_tokenizer_decoder.bin", decoder, torch.float32, sparse=True)
 
     # 3. The pixel decoder.
     pixels = folder / "highres_pixel_decoding"
     write_sdxl(pixels)
     unet = shapes_of(lambda: UNet2DConditionModel(**SDXL_UNET))
-    write_weights(pixels / "unet/diffusion_pytorch_model.bin", unet, torch.float16)
+    write_weights(pixels / "unet/diffusion_pytorch_model.bin", unet, torch.float16, sparse=True)
     DDIMScheduler(clip_sample=False, steps_offset=1).save_pretrained(pixels / "scheduler")
 
 

@@ -9,8 +9,8 @@ skipped. A model is written when its first row runs, and the one before is remov
 most). anonymous_gb: memory that cannot be dropped, at its peak, of the command and its children;
 resident_gb: with mapped files, which the kernel drops if another program needs the memory. A
 command is killed, and its row has `"fits": false`, when less than 1 GB of the machine is available
-(others_gb: what other programs held before). Answers mean nothing; time is that of this machine
-under `load`, with model files in its cache.
+(others_gb: what other programs held before). Answers mean nothing; `seconds` are those of this
+machine under `load`, with model files in its cache; cpu_seconds depend less on other programs.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import resource
 import shlex
 import shutil
 import signal
@@ -75,6 +76,7 @@ class Row:
 
 
 DESCRIBE = f"{SEED} describe {CAT} --dtype bfloat16 --max-new-tokens 16 --model"
+LAPTOP = f"{DESCRIBE} 8b --engine llama.cpp --max-running 1"
 DRAW = f'{SEED} draw "a red apple" --dtype bfloat16 --steps 2 --out apple.png --model'
 ROWS = {
     "8b-describe": Row("8b", f"{DESCRIBE} 8b"),
@@ -87,8 +89,8 @@ ROWS = {
     "8b-describe-int8": Row("8b", f"{DESCRIBE} 8b --quantization int8"),
     "8b-draw-4bit": Row("8b", f"{DRAW} 8b --quantization 4bit"),
     "8b-export-gguf": Row("8b", f"{SEED} export-gguf --model 8b --quant q4_k_m"),
-    "8b-describe-gguf": Row("8b", f"{DESCRIBE} 8b --engine llama.cpp"),
-    "8b-describe-gguf-80": Row("8b", f"{DESCRIBE} 8b --engine llama.cpp --max-new-tokens 80"),
+    "8b-describe-gguf": Row("8b", LAPTOP),
+    "8b-describe-gguf-80": Row("8b", f"{LAPTOP} --max-new-tokens 80"),
     "8b-server": Row(
         "8b",
         f"{SERVER} --system 8b --dtype bfloat16",
@@ -169,6 +171,12 @@ def memory(pid: int) -> tuple[int, int]:
     return anonymous, resident
 
 
+def children_cpu_seconds() -> float:
+    """CPU time of this program's children that have ended."""
+    usage = resource.getrusage(resource.RUSAGE_CHILDREN)
+    return usage.ru_utime + usage.ru_stime
+
+
 def ask(process: subprocess.Popen[bytes], request: dict[str, Any]) -> None:
     """Send one request to a server as soon as it listens, then stop it."""
     body = json.dumps(request).encode()
@@ -187,6 +195,7 @@ def measure(row: Row, folder: Path) -> dict[str, Any]:
     """Run a command and sample its memory."""
     log = folder / "output.txt"
     started = time.perf_counter()
+    cpu_before = children_cpu_seconds()
     load = os.getloadavg()[0]
     others = machine_bytes("MemTotal") - machine_bytes("MemAvailable")
     peak_anonymous = 0
@@ -217,6 +226,7 @@ def measure(row: Row, folder: Path) -> dict[str, Any]:
         "fits": fits,
         "exit_code": process.returncode,
         "seconds": round(time.perf_counter() - started, 1),
+        "cpu_seconds": round(children_cpu_seconds() - cpu_before, 1),
         "anonymous_gb": round(peak_anonymous / 1e9, 2),
         "resident_gb": round(peak_resident / 1e9, 2),
         "others_gb": round(others / 1e9, 2),
