@@ -16,6 +16,7 @@ machine under `load`, with model files in its cache; cpu_seconds depend less on 
 from __future__ import annotations
 
 import argparse
+import base64
 import json
 import os
 import resource
@@ -26,11 +27,12 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.error
 import urllib.request
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from original_layouts import MODELS
 from shared import ROOT, start
@@ -39,6 +41,7 @@ from seed_multimodal.evaluation import machine
 
 RESERVE = 10**9  # bytes that stay available for others
 SAMPLE_SECONDS = 0.1
+REQUEST_SECONDS = 1800
 CAT = ROOT / "images/cat.jpg"
 SEED = f"{sys.executable} -m seed_multimodal"
 PORT = 7899
@@ -94,7 +97,11 @@ ROWS = {
     "8b-server": Row(
         "8b",
         f"{SERVER} --system 8b --dtype bfloat16",
-        {"text": "USER: What is this?\nASSISTANT:", "max_new_tokens": 16},
+        {
+            "text": "USER: <image>What is this?\nASSISTANT:",
+            "images": [base64.b64encode(CAT.read_bytes()).decode()],
+            "max_new_tokens": 16,
+        },
     ),
     "seed-x-describe-4bit": Row("seed-x-i", f"{DESCRIBE} seed-x-i --quantization 4bit"),
     "seed-x-draw-4bit": Row(
@@ -177,18 +184,23 @@ def children_cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def ask(process: subprocess.Popen[bytes], request: dict[str, Any]) -> None:
-    """Send one request to a server as soon as it listens, then stop it."""
+def ask(process: subprocess.Popen[bytes], request: dict[str, Any], log: BinaryIO) -> None:
+    """Send one request to a server as soon as it listens, write its answer, then stop it."""
     body = json.dumps(request).encode()
     message = urllib.request.Request(
         f"{ADDRESS}/generate", body, {"Content-Type": "application/json"}
     )
     while process.poll() is None:
         try:
-            urllib.request.urlopen(message, timeout=600).read()
-            process.terminate()
-        except OSError:
+            answer = urllib.request.urlopen(message, timeout=REQUEST_SECONDS).read()
+        except urllib.error.HTTPError as error:
+            answer = error.read()
+        except OSError:  # it does not listen yet
             time.sleep(1)
+            continue
+        log.write(answer)
+        process.terminate()
+        process.wait()
 
 
 def measure(row: Row, folder: Path) -> dict[str, Any]:
@@ -210,7 +222,7 @@ def measure(row: Row, folder: Path) -> dict[str, Any]:
             start_new_session=True,
         )
         if row.request is not None:
-            threading.Thread(target=ask, args=(process, row.request), daemon=True).start()
+            threading.Thread(target=ask, args=(process, row.request, output), daemon=True).start()
         while process.poll() is None:
             # 1. The peaks.
             anonymous, resident = memory(process.pid)
