@@ -75,7 +75,8 @@ def request_json(address: str, route: str, body: bytes, content_type: str) -> Js
     token = os.environ.get("SEED_TOKEN", "").strip()
     if token:
         headers["Authorization"] = f"Bearer {token}"
-    url = address.rstrip("/").removesuffix("/v1") + route
+    root = address.strip().rstrip("/").removesuffix("/generate").removesuffix("/v1")
+    url = (root if "://" in root else f"http://{root}") + route
     try:
         request = urllib.request.Request(url, data=body, headers=headers)
         with urllib.request.urlopen(request, timeout=SECONDS) as response:

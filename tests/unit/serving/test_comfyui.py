@@ -78,7 +78,8 @@ def test_every_node_has_a_name_and_a_category(nodes: ModuleType):
 
 
 def test_ask_describes_an_image(nodes: ModuleType, address: str):
-    (server,) = run(nodes, "Server", address=f"{address}/v1/")
+    # As the server prints it, without a scheme.
+    (server,) = run(nodes, "Server", address=f"{address.removeprefix('http://')}/generate")
     (text,) = run(nodes, "Ask", server=server, images=tensor("fox_and_snowman.png"))
     assert "fox" in text and "snowman" in text
 
