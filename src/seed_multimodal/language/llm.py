@@ -296,6 +296,12 @@ def llm_config(source: str | Path, ids: SpecialIds | None = None) -> PreTrainedC
 
 def check_sizes(config: PreTrainedConfig, label: str | Path) -> None:
     """Raise CheckpointError unless a configuration is that of a language model of text alone."""
+    from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
+
+    # BERT and its kind read both ways unless they are made decoders.
+    is_encoder = config.model_type in MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    if is_encoder and not getattr(config, "is_decoder", True):
+        raise CheckpointError(f"{label}: {config.model_type} is no decoder-only language model.")
     missing = [name for name in SIZES if not hasattr(config, name)]
     if missing:
         raise CheckpointError(

@@ -116,6 +116,8 @@ def test_recipe_of_full_size(parts, decoder, reads, tmp_path, capsys):
         (["--size", "tiny", "--llm", "qwen33"], "qwen33: no such folder; name a class"),
         (["--like", "lavit"], "--like has parts of its own"),
         (["--size", "tiny", "--llm", "mamba"], "no decoder-only language model of text with"),
+        (["--size", "tiny", "--llm", "bert"], "bert is no decoder-only language model"),
+        (["--size", "tiny", "--encoder", "hiera"], "hiera: patches of [7, 7] pixels are not read"),
         (["--size", "tiny", "--llm", "qwen3_5"], "has no vocab_size"),  # its text model is inside
         (["--size", "tiny", "--encoder", "swin"], "swin encodes no images of 64 x 64 pixels"),
         (["--size", "tiny", "--encoder", "swinv2"], "swinv2: no small network of this class"),

@@ -174,7 +174,10 @@ class HubVision(VisionEncoder):
         self.config = config
         sizes = config.transformers_config()
         self.network: PreTrainedModel = AutoModel.from_config(sizes)
-        self.patch_size = int(getattr(sizes, "patch_size", 0) or self.image_size)
+        patch_size = getattr(sizes, "patch_size", 0)
+        if not isinstance(patch_size, int):
+            raise ConfigError(f"{sizes.model_type}: patches of {patch_size} pixels are not read.")
+        self.patch_size = patch_size or self.image_size
         self._init_sizes(sizes)
         self._init_buffers(sizes)
 
