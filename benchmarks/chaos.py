@@ -88,7 +88,7 @@ class Trouble:
             connection.close()
         return read_answer(response.status, content.decode())
 
-    def visit(self, jobs: list[Job], seed: int) -> None:
+    def visit(self, jobs: list[Job], seed: float) -> None:
         """A client: one request after another."""
         rng = random.Random(seed)
         while not self.done.is_set():
