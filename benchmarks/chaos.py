@@ -44,7 +44,7 @@ class Trouble:
         self.server = server
         self.rng = random.Random(seed)
         self.outcomes = collections.Counter[str]()
-        self.pictures = 0  # answers with images whose pixels were compared
+        self.with_images = 0  # answers with images, whose pixels were compared
         self.problems: list[str] = []
         self.answers: dict[int, str] = {}  # of jobs, computed alone
         self.disturbances: list[tuple[float, float]] = []  # when connections may be lost
@@ -123,7 +123,7 @@ class Trouble:
             outcome = "broken image" if status == 400 else outcome
         elif status in (200, 400):
             outcome = compare(f"{status} {content}", expected)
-            self.pictures += bool(PNG.search(expected))
+            self.with_images += bool(PNG.search(expected))
         self.outcomes[outcome] += 1
         if outcome in ("differs", "hang", "lost") or outcome.startswith("status"):
             self.problems.append(f"{outcome}: {content[:300]} expected {(expected or '')[:300]}")
@@ -216,7 +216,7 @@ def measure(model: str, device: str, options: argparse.Namespace) -> tuple[dict[
     slope, interval = growth(trouble.memory)
     results = {
         "requests": sum(trouble.outcomes.values()),
-        "pictures": trouble.pictures,
+        "images": trouble.with_images,
         "outcomes": dict(trouble.outcomes.most_common()),
         "problems": trouble.problems[:20],
         "restarts": len(trouble.restarts),
