@@ -80,6 +80,12 @@ def return_freed_memory() -> None:
             ctypes.CDLL(None).mallopt(option, value)
 
 
+def trim_memory() -> None:
+    """Return freed pages that lie between blocks in use to the system (glibc only)."""
+    with contextlib.suppress(OSError, AttributeError, TypeError):
+        ctypes.CDLL(None).malloc_trim(0)
+
+
 @dataclass(frozen=True)
 class Runtime:
     """Device and dtype of models."""

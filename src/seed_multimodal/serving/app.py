@@ -15,6 +15,7 @@ import json
 import logging
 import secrets
 import socket
+import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from typing import TYPE_CHECKING
@@ -24,7 +25,7 @@ from flask import Flask, Response, abort, jsonify, request
 from flask.typing import ResponseReturnValue
 from werkzeug.exceptions import HTTPException
 
-from seed_multimodal.device import is_out_of_memory, return_freed_memory
+from seed_multimodal.device import is_out_of_memory, return_freed_memory, trim_memory
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.entry import ended_by_sigterm
 from seed_multimodal.errors import ConfigError, RequestError, SeedError, first_line
@@ -45,6 +46,7 @@ HEADERS = {
 CONNECTIONS = 512
 IDLE_SECONDS = 20  # after which a silent connection is closed
 SHUTDOWN_SECONDS = 60
+TRIM_SECONDS = 60  # between two returns of freed memory, which small lasting blocks split
 SPARE_THREADS = 8  # for errors and /health while the queue is full
 
 
@@ -270,6 +272,12 @@ def serve(app: Flask, sock: socket.socket, log: Callable[[str], None] = print) -
 
     # 1. Memory that answers have freed returns to the system.
     return_freed_memory()
+
+    def trim() -> None:
+        while not backend.stopping.wait(TRIM_SECONDS):
+            trim_memory()
+
+    threading.Thread(target=trim, name="seed-trim", daemon=True).start()
 
     # 2. The server. It reads ahead during a request, to detect that the client disconnects.
     logging.getLogger("waitress").setLevel(logging.ERROR)  # neither lost connections nor its queue

@@ -10,6 +10,7 @@ import os
 import runpy
 import signal
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -187,6 +188,22 @@ def test_server_withstands_hostile_traffic(tiny_folder):
     assert done.returncode == 0, done.stderr
     assert results["faults"] == [] and results["requests"] > 100
     assert results["peak_mb_above_idle"] < 600
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="glibc")
+def test_serve_returns_freed_memory_between_blocks_in_use(tiny, monkeypatch):
+    def anonymous_mb() -> float:
+        status = Path("/proc/self/status").read_text()
+        return int(status.partition("RssAnon:")[2].split()[0]) / 1000
+
+    monkeypatch.setattr("seed_multimodal.serving.app.TRIM_SECONDS", 0.1)
+    Running(tiny)
+    blocks = [b"x" * 100_000 for _ in range(2000)]  # 200 MB
+    full = anonymous_mb()
+    lasting = blocks[::50]
+    del blocks
+    wait_until(lambda: anonymous_mb() < full - 100)
+    assert len(lasting) == 40
 
 
 def test_program_collects_what_requests_leave_not_only_when_a_quarter_is_new(
