@@ -65,13 +65,16 @@ if [ -z "$CONSTRAINTS" ]; then
 else
     # pip checks no hashes of a package that is a folder: first what it needs, then the package alone.
     install 'pip>=26'  # takes versions and hashes of unpinned requirements from constraints
+    # Its build uses the checked setuptools, too: an isolated build would download one without a check.
     requirements="$("$PYTHON" -c 'import sys, tomllib
-project = tomllib.load(open("pyproject.toml", "rb"))["project"]
+settings = tomllib.load(open("pyproject.toml", "rb"))
+project = settings["project"]
+requirements = settings["build-system"]["requires"] + project["dependencies"]
 for extra in filter(None, sys.argv[1].split(",")):
-    project["dependencies"] += project["optional-dependencies"][extra]
-print("\n".join(project["dependencies"]))' "$EXTRAS")"
+    requirements += project["optional-dependencies"][extra]
+print("\n".join(requirements))' "$EXTRAS")"
     install --require-hashes --constraint "$CONSTRAINTS" --requirement /dev/stdin <<< "$requirements"
-    install --no-deps --editable .
+    install --no-deps --no-build-isolation --editable .
 fi
 if [ -n "$LAVIS" ]; then  # without what it needs: it pins packages of 2023
     install --no-deps --require-hashes --requirement /dev/stdin <<< "salesforce-lavis==1.0.2 \
