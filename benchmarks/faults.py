@@ -23,9 +23,9 @@ from seed_multimodal.inference.batching import DynamicBatcher
 from seed_multimodal.serving import app, backend, schema
 
 ERRORS = (
-    torch.OutOfMemoryError("CUDA out of memory (injected)"),
-    MemoryError("injected"),
-    RuntimeError("DefaultCPUAllocator: not enough memory (injected)"),
+    (torch.OutOfMemoryError, "CUDA out of memory (injected)"),
+    (MemoryError, "injected"),
+    (RuntimeError, "DefaultCPUAllocator: not enough memory (injected)"),
 )
 # Functions of each part and their relative rates of failure: `decode` runs for each token.
 PARTS: tuple[tuple[Any, str, float], ...] = (
@@ -47,7 +47,9 @@ def failing(function: Callable[..., Any], share: float, rng: random.Random) -> C
     @functools.wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:
         if rng.random() < share:
-            raise rng.choice(ERRORS)
+            # A new error each time: one that is raised again keeps the frames of every raise.
+            kind, text = rng.choice(ERRORS)
+            raise kind(text)
         return function(*arguments, **options)
 
     return call
