@@ -76,7 +76,10 @@ print("\n".join(requirements))' "$EXTRAS")"
     install --require-hashes --constraint "$CONSTRAINTS" --requirement /dev/stdin <<< "$requirements"
     install --no-deps --no-build-isolation --editable .
 fi
-if [ -n "$LAVIS" ]; then  # without what it needs: it pins packages of 2023
+# Without what it needs: it pins packages of 2023.
+if [ -n "$LAVIS" ] && [ -z "$CONSTRAINTS" ]; then
+    install --no-deps salesforce-lavis==1.0.2
+elif [ -n "$LAVIS" ]; then
     install --no-deps --require-hashes --requirement /dev/stdin <<< "salesforce-lavis==1.0.2 \
         --hash=sha256:489782efc2d98d8e878112b2758f82ac2e6c10dfcfa087db6656465c7784d49f"
 fi
