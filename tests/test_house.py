@@ -829,7 +829,7 @@ def test_public_functions_have_a_return_type():
 
 # ---- documentation
 
-DOCS_LINES = 2681  # of Markdown written by hand; pages of reference/ are generated
+DOCS_LINES = 2682  # of Markdown written by hand; pages of reference/ are generated
 
 
 def test_documentation_keeps_its_budget():
