@@ -32,6 +32,7 @@ from PIL import Image
 from shared import ROOT, base_parser, input_images, print_line, start
 
 from seed_multimodal.device import choose_device
+from seed_multimodal.entry import kill_with_parent
 from seed_multimodal.errors import SeedError
 from seed_multimodal.images.io import image_to_bytes
 
@@ -247,6 +248,7 @@ def measure(target: str, folder: Path, seed: int, seconds: float) -> dict[str, A
         if pid == 0:
             code = 1
             try:
+                kill_with_parent()
                 fuzz(target, folder, index, seed, left)
                 code = 0
             except BaseException:  # noqa: BLE001 the copy of this program must not go on

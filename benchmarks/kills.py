@@ -33,6 +33,7 @@ import torch
 from shared import ROOT, base_parser, print_line, rounded, start
 
 from seed_multimodal.device import choose_device
+from seed_multimodal.entry import kill_with_parent
 
 SUPPORT = ROOT / "tests" / "support"
 sys.path[:0] = [str(SUPPORT), str(SUPPORT / "warm")]
@@ -77,6 +78,7 @@ class Training:
         # The child: a session of its own, and its output in a file.
         code = 70
         try:
+            kill_with_parent()
             os.setsid()
             log = os.open(f"{self.output}.log", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
             os.dup2(log, 1)

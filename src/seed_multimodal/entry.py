@@ -4,6 +4,7 @@ flags."""
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import io
 import logging
 import multiprocessing
@@ -30,6 +31,9 @@ DONE = 0
 SOME_FAILED = 1
 COMMAND_FAILED = 2
 INTERRUPTED = 130
+# Loaded here, since a child must not load a library between fork and exec.
+_LIBC = ctypes.CDLL(None) if sys.platform == "linux" else None
+_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 
 
 def log_line(text: str) -> None:
@@ -126,6 +130,12 @@ def end_with_parent() -> None:
     parent = multiprocessing.parent_process()
     if parent is not None:
         threading.Thread(target=watch, args=(parent.sentinel,), daemon=True).start()
+
+
+def kill_with_parent() -> None:
+    """In a child process: Linux kills it when its parent ends, by SIGKILL too."""
+    if _LIBC is not None:
+        _LIBC.prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
 
 @contextlib.contextmanager

@@ -8,11 +8,9 @@ stages have not changed. Finished trainings are never repeated; a warning lists 
 from __future__ import annotations
 
 import contextlib
-import ctypes
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
@@ -26,7 +24,7 @@ import torch
 from omegaconf import OmegaConf
 
 from seed_multimodal.disk import folder_lock, read_json_object, replace_text
-from seed_multimodal.entry import ended_by_sigterm
+from seed_multimodal.entry import ended_by_sigterm, kill_with_parent
 from seed_multimodal.errors import ConfigError, SeedError
 from seed_multimodal.models.seed.configuration import Seed2Config
 from seed_multimodal.settings import changed_settings
@@ -47,9 +45,6 @@ RESOLVERS: dict[str, Callable[..., Any]] = {
         OmegaConf.to_yaml(data, resolve=True).replace("records/train/", "records/val/")
     ),
 }
-# of linux/prctl.h
-LIBC = ctypes.CDLL(None)
-PR_SET_PDEATHSIG = 1
 for resolver, function in RESOLVERS.items():
     OmegaConf.register_new_resolver(resolver, function, replace=True)
 
@@ -102,12 +97,6 @@ def render(space: Workspace, name: str, settings: str) -> Path:
         file, f"# Written from {space.work.absolute()}/config.yaml\n{OmegaConf.to_yaml(recipe)}"
     )
     return file
-
-
-def _end_with_parent() -> None:
-    """In a child process: Linux kills it when this process ends, even by SIGKILL."""
-    if sys.platform == "linux":
-        LIBC.prctl(PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
 
 
 @dataclass(frozen=True)
@@ -293,7 +282,7 @@ class Pipeline:
         import_path = [str(ROOT / "src"), *filter(None, [os.environ.get("PYTHONPATH")])]
         environment["PYTHONPATH"] = os.pathsep.join(import_path)
         process = subprocess.Popen(
-            [sys.executable, *arguments], env=environment, preexec_fn=_end_with_parent
+            [sys.executable, *arguments], env=environment, preexec_fn=kill_with_parent
         )
         self.processes.append(process)
         code = process.wait()

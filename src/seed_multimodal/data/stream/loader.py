@@ -10,7 +10,6 @@ A batch is determined by (seed, step, rank); the caller tracks the step.
 from __future__ import annotations
 
 import atexit
-import ctypes
 import itertools
 import os
 import signal
@@ -27,9 +26,9 @@ from torch.utils.data import default_collate, get_worker_info
 
 from seed_multimodal.data.formats.layout import StorageLayout
 from seed_multimodal.data.stream.sampler import EpochIndices, EpochOrder, MixedOrder
+from seed_multimodal.entry import kill_with_parent
 from seed_multimodal.errors import DataError, SeedError, first_line
 
-_PR_SET_PDEATHSIG = 1  # of linux/prctl.h
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 Sample = TypeVar("Sample")
@@ -124,8 +123,7 @@ def _init_worker(worker: int) -> None:
     # Python's own hook prints a traceback and drops the result, for which the parent would wait
     # forever.
     Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
-    if sys.platform == "linux":  # elsewhere torch's workers check their parent between batches
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, int(signal.SIGKILL), 0, 0, 0)
+    kill_with_parent()  # elsewhere than on Linux torch's workers watch their parent themselves
 
 
 def _end_worker(error: Exception, result: object) -> None:
