@@ -275,11 +275,10 @@ def measure(target: str, folder: Path, seed: int, seconds: float) -> dict[str, A
 
 def run(options: argparse.Namespace) -> int:
     runtime = choose_device("cpu", options.dtype, log=None)
-    targets = options.targets
     failed = False
     with tempfile.TemporaryDirectory() as folder:
-        for target in targets:
-            seconds = 60 * options.minutes / len(targets)
+        for target in options.targets:
+            seconds = 60 * options.minutes / len(options.targets)
             results = measure(target, Path(folder) / target, options.seed, seconds)
             settings = {"target": target, "seconds": seconds, "seed": options.seed}
             print_line("fuzz", options, runtime, settings, results)

@@ -235,6 +235,7 @@ def measure(
         kinds.update(kills)
         problems += training_problems
         trainings += 1
+        print(f"{trainer.name} {ranks}: {dict(kinds)} {problems}", file=sys.stderr)
         if not training_problems:
             result = trainer.result(training.output)
             if result.keys() != expected.keys() or not equal(result, expected):
