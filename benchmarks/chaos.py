@@ -40,9 +40,8 @@ READY_SECONDS = 20.0
 class Trouble:
     """A server, requests to it, and what came back."""
 
-    def __init__(self, server: Server, seed: int) -> None:
+    def __init__(self, server: Server) -> None:
         self.server = server
-        self.rng = random.Random(seed)
         self.outcomes = collections.Counter[str]()
         self.with_images = 0  # answers with images, whose pixels were compared
         self.problems: list[str] = []
@@ -162,7 +161,7 @@ class Trouble:
         begin = time.monotonic()
         every = max(seconds / 24, 5.0)
         next_fault = begin + every
-        while (now := time.monotonic()) < begin + seconds:
+        while self.server.process.poll() is None and (now := time.monotonic()) < begin + seconds:
             if now < begin + kills_from:
                 self.memory.append((now - begin, self.server.memory_mb("RssAnon")))
             if now >= next_fault:
@@ -172,7 +171,6 @@ class Trouble:
                     self.kill_and_restart(model, device)
                 next_fault = time.monotonic() + every
             time.sleep(min(1.0, every / 4))
-        self.done.set()
 
 
 def growth(memory: list[tuple[float, float]]) -> tuple[int, int]:
@@ -194,22 +192,25 @@ def measure(model: str, device: str, options: argparse.Namespace) -> tuple[dict[
     rng = random.Random(options.seed)
     with Server(model, device) as server:
         jobs = make_jobs(Client(server), rng, options.count)
-        alone = Trouble(server, options.seed)
+        alone = Trouble(server)
         answers = dict(enumerate("{} {}".format(*alone.send(job)) for job in jobs))
 
     # 2. The trouble.
-    trouble = Trouble(Server(model, device, program=FAULTS), options.seed)
+    trouble = Trouble(Server(model, device, program=FAULTS))
     trouble.answers = answers
     seconds = 60 * options.minutes / len(options.models)
     with ThreadPoolExecutor(options.clients) as pool:
         visits = [pool.submit(trouble.visit, jobs, rng.random()) for _ in range(options.clients)]
         kills_from = seconds * 2 / 3 if options.kills else seconds
-        trouble.direct(seconds, kills_from, model, device)
+        try:
+            trouble.direct(seconds, kills_from, model, device)
+        finally:
+            trouble.done.set()
         for visit in visits:
             visit.result()
     with trouble.server:
         # It still answers, and nothing is left in its queue.
-        status, content = trouble.send(jobs[0])
+        trouble.check(*trouble.send(jobs[0]), time.monotonic(), answers[0])
     if trouble.server.process.returncode:
         trouble.problems.append(f"exit code {trouble.server.process.returncode}")
     slowest = max(trouble.restarts, default=0.0)

@@ -4,10 +4,10 @@
     bash benchmarks/gpu_card.sh OUT --device cpu --model pretrained/nano    the same on a CPU
 
 The parts are processes of less than nine minutes each. OUT receives the lines of each part
-(`PART.jsonl`), the page, `card.md`, after each of them, and 18 GB of random weights in
+(`PART.jsonl`), the page, `card.md`, after each of them, and 22 GB of random weights in
 `pretrained/`. A part that has succeeded is not run again, so that a card can be made in several
-calls: `--minutes 10` starts no part that could take longer than that. It needs the extras demo
-and train.
+calls: `--minutes 10` starts no part that takes longer than that on an H100. It needs the extras
+demo and train.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from seed_multimodal.hub import locate_system
 
 PART_SECONDS = 9 * 60  # a part is ended after so long
 MODULES = ("torchao", "peft", "flask", "waitress", "prometheus_client")  # of extras
-WEIGHTS_GB = 18  # of system-files
+WEIGHTS_GB = 22  # of system-files
 
 # Part → minutes on an H100, and the command. Names in braces are of SIZES.
 PARTS = {

@@ -4,7 +4,7 @@
     python benchmarks/rehearsal.py --scratch /tmp/rehearsal --only 8b-draw   some
     python benchmarks/rehearsal.py --list                                    all commands
 
-Prints a JSON line for each row, also into SCRATCH/results.jsonl; rows that this file has are
+Prints a JSON line for each row, also into SCRATCH/results.jsonl; rows that have succeeded there are
 skipped. A model is written when its first row runs, and the one before is removed (45 GB of disk at
 most). anonymous_gb: memory that cannot be dropped, at its peak, of the command and its children;
 resident_gb: with mapped files, which the kernel drops if another program needs the memory. A
@@ -260,7 +260,8 @@ def run(options: argparse.Namespace) -> None:
     results = options.scratch / "results.jsonl"
     options.scratch.mkdir(parents=True, exist_ok=True)
     lines = results.read_text().splitlines() if results.is_file() else []
-    done = {json.loads(line)["row"] for line in lines}
+    measured = map(json.loads, lines)
+    done = {line["row"] for line in measured if not line["results"]["exit_code"]}
     for name in options.only or ROWS:
         if name in done:
             continue

@@ -24,7 +24,8 @@ done
 TODAY="$(date +%Y-%m-%d)"
 
 # --- what must hold before
-[ -z "$(git status --porcelain)" ] || fail "the checkout has changes: commit them first."
+FILES="CHANGELOG.md CITATION.cff src/seed_multimodal/__init__.py"
+[ -z "$(git status --porcelain)" ] || fail "the checkout has changes: commit them first (after a release that failed: git checkout -- $FILES)."
 if git rev-parse -q --verify "refs/tags/v$VERSION" > /dev/null; then fail "the tag v$VERSION exists already."; fi
 grep -qE "^## $VERSION( |$)" CHANGELOG.md || fail "CHANGELOG.md has no heading '## $VERSION (unreleased)'."
 
@@ -55,5 +56,5 @@ cat <<EOF_NEXT
     git commit -am "Release $VERSION" && git tag -a "v$VERSION" -m "SEED Multimodal $VERSION"
     git push origin main "v$VERSION"
     python -m twine upload dist/*.whl dist/*.tar.gz
-and publish site/.
+and publish outputs/site/.
 EOF_NEXT

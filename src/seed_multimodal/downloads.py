@@ -83,7 +83,8 @@ def network_errors() -> tuple[type[Exception], ...]:
 
     # The hub's errors derive from those of its HTTP client, whose package depends on its version.
     client_error: type[Exception] = HfHubHTTPError.__bases__[0]
-    return client_error, HFValidationError, OSError
+    # JSONDecodeError: the page of a proxy. ImportError: httpx lacks the package for it.
+    return client_error, HFValidationError, OSError, json.JSONDecodeError, ImportError
 
 
 def failure_reason(error: Exception) -> str:
@@ -256,13 +257,7 @@ class FileGroup:
 
         Raises CheckpointError: no source does; a full disk.
         """
-        # ImportError: httpx lacks the package for the user's proxy.
-        failures: tuple[type[Exception], ...] = (
-            CheckpointError,
-            *network_errors(),
-            json.JSONDecodeError,
-            ImportError,
-        )
+        failures: tuple[type[Exception], ...] = (CheckpointError, *network_errors())
         n_retries = 0
         n_bytes = self.bytes_to_download()
         while True:
@@ -514,16 +509,19 @@ def fetch_parts(
         n_kept = len(group.files) - n_files
         log(f"{group.folder}: {n_files} files of {group.source} downloaded, {n_kept} kept")
 
-    # 3. Files that no program can download, and parts that are made of others.
+    # 3. Parts that are made of others, once all downloads are complete.
+    n_incomplete = len(problems)
     for item in wanted:
+        if item.part.convert and not n_incomplete:
+            sources = [root / original_parts()[name].folder for name in item.part.needs]
+            pkgutil.resolve_name(item.part.convert)(item.target(root), *sources)
+            log(f"{item.target(root)}: made of {', '.join(item.part.needs)}")
+
+        # 4. Files that no program can download.
         for name, source in item.part.by_hand.items():
             path = item.target(root) / name
             if not path.is_file():
                 problems.append(f"{path}: download it by hand ({source}).")
-        if item.part.convert and not problems:
-            sources = [root / original_parts()[name].folder for name in item.part.needs]
-            pkgutil.resolve_name(item.part.convert)(item.target(root), *sources)
-            log(f"{item.target(root)}: made of {', '.join(item.part.needs)}")
     return problems
 
 

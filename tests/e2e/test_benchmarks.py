@@ -146,7 +146,7 @@ def test_card_checks_the_machine_first(gpu_card, tmp_path, monkeypatch):
     usage = shutil.disk_usage("/")._replace(free=2e9)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     gpu_card.check_machine(tmp_path, released=False)
-    with pytest.raises(ConfigError, match="18 GB are needed, 2.0 GB are free"):
+    with pytest.raises(ConfigError, match="22 GB are needed, 2.0 GB are free"):
         gpu_card.check_machine(tmp_path, released=True)
     monkeypatch.setattr(gpu_card, "MODULES", ("torch", "absent_module"))
     with pytest.raises(ConfigError, match="absent_module not installed: bash install.sh --extras"):

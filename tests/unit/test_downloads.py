@@ -19,6 +19,7 @@ from repository import ROOT
 
 from seed_multimodal import downloads, hub
 from seed_multimodal.cli.main import main
+from seed_multimodal.cli.weights import wanted_parts
 from seed_multimodal.compat.lavit import build_model
 from seed_multimodal.compat.seed_llama_programs import llama_script, tokenizer_script
 from seed_multimodal.downloads import WantedPart, choose_files, fetch_parts, online
@@ -153,6 +154,18 @@ def test_fetch_command_names_what_it_does_not_get(server, capsys):
     error = capsys.readouterr().err
     assert "causal_qformer.pth: download it by hand (the links in SEED-1.md" in error
     assert Path("pretrained/eva_vit_g.pth").is_file()
+
+
+def test_a_file_to_get_by_hand_does_not_stop_a_conversion(tmp_path):
+    by_hand = OriginalPart(name="hand", folder="pretrained", by_hand={"x.pth": "a link"})
+    made = OriginalPart(name="made", folder="pretrained/made", convert="os:makedirs")
+    problems = fetch_parts([WantedPart(by_hand), WantedPart(made)], tmp_path)
+    assert problems == [f"{tmp_path}/pretrained/x.pth: download it by hand (a link)."]
+    assert (tmp_path / "pretrained/made").is_dir()
+
+
+def test_files_of_a_whole_repository_are_wanted_once():
+    assert [part.files for part in wanted_parts("lavit")] == [original_parts()["lavit"].files]
 
 
 def test_fetch_command_of_one_seed_x_takes_its_vision_encoder_out_of_qwen_vl(server, capsys):

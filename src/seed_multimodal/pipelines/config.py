@@ -319,6 +319,11 @@ class SystemConfig:
             source, path_in_repository = origin(default)
             files = _files_of(source, path_in_repository)
             wanted[source.name, files] = WantedPart(source, files)
+        # Files are downloaded once: a whole repository has all that is named of it.
+        for source_name, files in [*wanted]:
+            whole = wanted[source_name, files].part.files
+            if files != whole and (source_name, whole) in wanted:
+                del wanted[source_name, files]
         return list(wanted.values())
 
     def _is_complete(self, key: str) -> bool:
