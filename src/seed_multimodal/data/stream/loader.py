@@ -14,14 +14,17 @@ import itertools
 import os
 import signal
 import sys
+import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from functools import partial
 from multiprocessing.queues import Queue
 from typing import Any, Generic, Self, TypeVar
 
 import torch
+from torch._C import _error_if_any_worker_fails
 from torch.utils.data import default_collate, get_worker_info
 
 from seed_multimodal.data.formats.layout import StorageLayout
@@ -78,7 +81,11 @@ def load(
 
     # 3. Results, or the error of a worker.
     try:
-        for result in results:
+        while True:
+            with failed_workers_raise():
+                result = next(results, results)
+            if result is results:  # the end
+                return
             if isinstance(result, SeedError):
                 raise result
             yield result
@@ -93,6 +100,23 @@ def load(
     finally:
         stop()
         atexit.unregister(stop)
+
+
+@contextmanager
+def failed_workers_raise() -> Iterator[None]:
+    """Raise RuntimeError when a worker was killed: the rest of a half-written result never comes.
+
+    In the main thread only, as all handlers of signals.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    handler = signal.signal(signal.SIGCHLD, lambda *_: _error_if_any_worker_fails())
+    try:
+        _error_if_any_worker_fails()  # earlier
+        yield
+    finally:
+        signal.signal(signal.SIGCHLD, handler)
 
 
 class _Fetch(Generic[Job, Result]):

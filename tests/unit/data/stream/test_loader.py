@@ -9,6 +9,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
@@ -19,7 +20,7 @@ from real_processes import run_process
 from warm_python import PYTHON
 
 from seed_multimodal.data.formats.pairs import Pairs
-from seed_multimodal.data.stream.loader import StepBatches
+from seed_multimodal.data.stream.loader import StepBatches, load
 from seed_multimodal.data.stream.pairs_dataset import PairDataset
 from seed_multimodal.data.stream.sampler import MixedOrder
 from seed_multimodal.errors import DataError
@@ -144,6 +145,17 @@ def test_at_after_a_worker_was_killed(shards: Path, no_workers_left: None):
             for step in range(1, 40):  # prefetched batches are still returned
                 batches.at(step)
         assert "\n" not in str(error.value)
+
+
+@pytest.mark.process
+@pytest.mark.timeout(60)
+def test_a_worker_killed_inside_the_writing_of_a_result(no_workers_left: None):
+    results = load(lambda job: bytes(1 << 20), range(9), workers=1)  # a pipe holds 64 KiB
+    next(results)
+    time.sleep(1)
+    os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
+    with pytest.raises(DataError, match="worker process was killed"):
+        next(results)
 
 
 FULL_MEMORY = """
