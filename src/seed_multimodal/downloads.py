@@ -510,14 +510,14 @@ def fetch_parts(
         log(f"{group.folder}: {n_files} files of {group.source} downloaded, {n_kept} kept")
 
     # 3. Parts that are made of others, once all downloads are complete.
-    n_incomplete = len(problems)
     for item in wanted:
-        if item.part.convert and not n_incomplete:
+        if item.part.convert and not problems:
             sources = [root / original_parts()[name].folder for name in item.part.needs]
             pkgutil.resolve_name(item.part.convert)(item.target(root), *sources)
             log(f"{item.target(root)}: made of {', '.join(item.part.needs)}")
 
-        # 4. Files that no program can download.
+    # 4. Files that no program can download.
+    for item in wanted:
         for name, source in item.part.by_hand.items():
             path = item.target(root) / name
             if not path.is_file():

@@ -113,7 +113,7 @@ def failed_workers_raise() -> Iterator[None]:
         return
     handler = signal.signal(signal.SIGCHLD, lambda *_: _error_if_any_worker_fails())
     try:
-        _error_if_any_worker_fails()  # earlier
+        _error_if_any_worker_fails()  # one may have ended before this handler was set
         yield
     finally:
         signal.signal(signal.SIGCHLD, handler)

@@ -152,7 +152,7 @@ def test_at_after_a_worker_was_killed(shards: Path, no_workers_left: None):
 def test_a_worker_killed_inside_the_writing_of_a_result(no_workers_left: None):
     results = load(lambda job: bytes(1 << 20), range(9), workers=1)  # a pipe holds 64 KiB
     next(results)
-    time.sleep(1)
+    time.sleep(1)  # the worker fills the pipe with the next result
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
     with pytest.raises(DataError, match="worker process was killed"):
         next(results)
