@@ -27,7 +27,7 @@ from typing import Any
 import numpy as np
 from chaos_requests import BROKEN, PNG, Job, compare, make_jobs, read_answer
 from serving import Client, Server
-from shared import base_parser, print_line, rounded, start
+from shared import device_parser, print_line, rounded, start
 
 from seed_multimodal.device import choose_device
 
@@ -46,7 +46,7 @@ class Trouble:
         self.with_images = 0  # answers with images, whose pixels were compared
         self.problems: list[str] = []
         self.answers: dict[int, str] = {}  # of jobs, computed alone
-        self.disturbances: list[tuple[float, float]] = []  # when connections may be lost
+        self.disturbed_until = 0.0  # connections may be lost until then
         self.restarts: list[float] = []  # seconds until the server was ready
         self.memory: list[tuple[float, float]] = []  # seconds, MB of anonymous memory
         self.done = threading.Event()
@@ -129,32 +129,30 @@ class Trouble:
 
     def is_disturbed(self, begin: float) -> bool:
         """Whether the server was killed, or its disk full, since `begin`."""
-        return any(end >= begin for _, end in self.disturbances)
+        return self.disturbed_until >= begin
 
     # ---- the server
 
     def fill_disk(self, seconds: float) -> None:
         """Let no file of the server grow for some seconds."""
-        index = len(self.disturbances)
-        self.disturbances.append((time.monotonic(), float("inf")))
+        self.disturbed_until = float("inf")
         pid = self.server.process.pid
         soft, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))
         self.done.wait(seconds)
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (soft, hard))
-        self.disturbances[index] = (self.disturbances[index][0], time.monotonic())
+        self.disturbed_until = time.monotonic()
 
     def kill_and_restart(self, model: str, device: str) -> None:
         """SIGKILL under load, then a new server on the same port."""
-        index = len(self.disturbances)
-        self.disturbances.append((time.monotonic(), float("inf")))
+        self.disturbed_until = float("inf")
         self.server.process.send_signal(signal.SIGKILL)
         self.server.process.wait()
         begin = time.monotonic()
         port = ("--port", str(self.server.port))
         self.server = Server(model, device, *port, program=FAULTS)
         self.restarts.append(time.monotonic() - begin)
-        self.disturbances[index] = (self.disturbances[index][0], time.monotonic())
+        self.disturbed_until = time.monotonic()
 
     def direct(self, seconds: float, kills_from: float, model: str, device: str) -> None:
         """What happens to the server; its memory is recorded until the first kill."""
@@ -234,15 +232,19 @@ def run(options: argparse.Namespace) -> int:
     passed = True
     for model in options.models:
         results, as_it_must = measure(model, str(runtime.device), options)
-        options.model = model
-        settings = {"clients": options.clients, "minutes": options.minutes, "seed": options.seed}
+        settings = {
+            "model": model,
+            "clients": options.clients,
+            "minutes": options.minutes,
+            "seed": options.seed,
+        }
         print_line("chaos", options, runtime, settings, results)
         passed &= as_it_must
     return int(not passed)
 
 
 if __name__ == "__main__":
-    parser = base_parser(__doc__)
+    parser = device_parser(__doc__)
     parser.add_argument("--models", nargs="+", default=SYSTEMS, help="folders of systems")
     parser.add_argument("--minutes", type=float, default=120, help="of all systems together")
     parser.add_argument("--clients", type=int, default=32)

@@ -29,7 +29,7 @@ from typing import Any
 from damage import damage_bytes, damage_json, damage_lines, damage_safetensors, damage_tar
 from image_routes import ImageRoutes
 from PIL import Image
-from shared import ROOT, base_parser, input_images, print_line, start
+from shared import ROOT, device_parser, input_images, print_line, start
 
 from seed_multimodal.device import choose_device
 from seed_multimodal.entry import kill_with_parent
@@ -289,7 +289,7 @@ def run(options: argparse.Namespace) -> int:
 if __name__ == "__main__":
     names = [*READERS, "images"]
     available = [name for name in names if name != "gguf" or importlib.util.find_spec("llama_cpp")]
-    parser = base_parser(__doc__)
+    parser = device_parser(__doc__)
     parser.add_argument("--targets", nargs="+", default=available, choices=names)
     parser.add_argument("--minutes", type=float, default=60, help="of all targets together")
     parser.add_argument("--seed", type=int, default=0)

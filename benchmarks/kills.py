@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shared import ROOT, base_parser, print_line, rounded, start
+from shared import ROOT, device_parser, print_line, rounded, start
 
 from seed_multimodal.device import choose_device
 from seed_multimodal.entry import kill_with_parent
@@ -279,7 +279,7 @@ def run(options: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     names = [entry.name for entry in TRAINERS]
-    parser = base_parser(__doc__)
+    parser = device_parser(__doc__)
     parser.add_argument("--trainers", nargs="+", default=names, choices=names)
     parser.add_argument("--count", type=int, default=100, help="kills of all trainers together")
     parser.add_argument("--seed", type=int, default=0)

@@ -43,18 +43,24 @@ class Timed:
     extra: Callable[[float], dict[str, Any]] = lambda seconds: {}
 
 
-def base_parser(description: str | None) -> argparse.ArgumentParser:
+def device_parser(description: str | None) -> argparse.ArgumentParser:
     """The flags of every program."""
     parser = argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
+    return parser
+
+
+def base_parser(description: str | None) -> argparse.ArgumentParser:
+    """The flags of programs that measure one system."""
+    parser = device_parser(description)
     parser.add_argument(
         "--model",
         default="pretrained/nano",
         help="folder of a system; `original`, where the text above names it: random weights",
     )
-    parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
-    parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     return parser
 
 
@@ -209,7 +215,7 @@ def print_line(
         json.dumps(
             {
                 "benchmark": name,
-                "model": options.model,
+                "model": getattr(options, "model", None),
                 "runtime": str(runtime),
                 **settings,
                 "results": {**results, **memory},

@@ -145,6 +145,8 @@ class Page:
 
     def __init__(self, browser: Any, address: str) -> None:
         self.browser = browser
+        browser.get("about:blank")
+        browser.get_log("performance")  # an earlier page's requests
         browser.get(address)
         self.until(
             lambda: self.all("#message textarea") and self.all("#chat .example"), "the page to load"
@@ -359,7 +361,6 @@ def test_page_and_routes_behind_the_manuals_proxy(proxy: str, browser: Any, tmp_
     assert requests_get(f"{proxy}/v1/models")["data"][0]["id"] == "nano"
     assert requests.get(f"{proxy}/chat/", verify=False, timeout=30).status_code == 401
     browser.get(proxy.replace("://", "://visitor:secret@") + "/chat/")
-    browser.get_log("performance")
 
     # 2. An upload above nginx's own limit of 1 MiB, a drawing, and votes.
     photo = tmp_path / "photo.png"

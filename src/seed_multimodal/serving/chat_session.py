@@ -281,12 +281,11 @@ class ChatSession:
 
     # ---- the conversation's other buttons
 
-    def on_undo(self) -> tuple[Update, Update]:
+    def on_undo(self) -> None:
         """Take back the last message and its answer."""
         self.draft = self.turns[-2]
         self.script = []
         self.turns = self.turns[:-2]
-        return self.on_end()
 
     def reset(self) -> None:
         """A new conversation; the visitor's images are removed."""

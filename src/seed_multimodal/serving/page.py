@@ -217,7 +217,8 @@ def connect_chat(session: gr.State, chat: ChatTab) -> list[gr.events.Dependency]
 
     # 3. The other buttons.
     message.stop(None, cancels=replies)
-    chatbot.undo(ChatSession.on_undo, [session], outputs, show_progress="hidden")
+    undone = chatbot.undo(ChatSession.on_undo, [session], show_progress="hidden")
+    undone.then(ChatSession.on_end, [session], outputs, show_progress="hidden")
     cleared = chatbot.clear(ChatSession.reset, [session], cancels=replies, show_progress="hidden")
     cleared.then(ChatSession.on_clear, None, outputs, show_progress="hidden")
     message.change(

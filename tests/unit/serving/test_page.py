@@ -144,7 +144,8 @@ def test_on_retry_edit_and_undo_change_the_conversation(session: ChatSession, fi
         and session.turns[0]["content"][1]["text"] == "What is it?"
         and images(session.turns[0])
     )
-    _, box = session.on_undo()
+    session.on_undo()
+    _, box = session.on_end()
     assert (
         session.turns == []
         and box["value"]["text"] == "What is it?"
