@@ -246,7 +246,7 @@ def test_load_llm_quantised_on_a_cpu_holds_no_freed_weights():
         held.append(torch.ones(1_000_000))
     freed.clear()
     n_bytes = sum(tensor.nbytes for tensor in held)
-    assert anonymous_bytes() - before < 1.3 * n_bytes
+    assert anonymous_bytes() - before < 1.6 * n_bytes  # without the setting: 2
 
 
 def test_load_llm_of_another_quantisation(llm_folder: Path):
