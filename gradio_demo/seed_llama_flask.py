@@ -29,6 +29,7 @@ from seed_multimodal.entry import (
     run_program,
 )  # noqa: E402
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line  # noqa: E402
+from seed_multimodal.pipelines.config import system_names  # noqa: E402
 
 if TYPE_CHECKING:
     from seed_multimodal.pipelines.base import MultimodalSystem
@@ -58,8 +59,8 @@ def add_models(parser: argparse.ArgumentParser) -> None:
     """What is served: a system, or the original's three YAML files."""
     parser.add_argument(
         "--system",
-        help="nano, 8b, 14b, seed-x, seed-x-i, seed-x-edit, nano-x, lavit, "
-        "nano-lavit or a folder with system.json (instead of the three YAML files)",
+        help=f"{', '.join(system_names())}, or a folder with system.json "
+        "(instead of the three YAML files)",
     )
     parser.add_argument(
         "--image_transform",

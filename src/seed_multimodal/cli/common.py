@@ -29,6 +29,7 @@ from seed_multimodal.errors import (
     RequestError,
 )
 from seed_multimodal.models.registry import model_cards
+from seed_multimodal.pipelines.config import system_names
 from seed_multimodal.progress import quiet_libraries
 
 if TYPE_CHECKING:
@@ -108,8 +109,7 @@ def add_common(
     parser.add_argument(
         "--model",
         default=model,
-        help="nano, nano-x and nano-lavit (shipped), 8b, 14b, seed-x, "
-        "seed-x-i, seed-x-edit, lavit, or a system folder (default: %(default)s)",
+        help=f"{', '.join(system_names())}, or a system folder (default: %(default)s)",
     )
     entry.add_device(parser)
     parser.add_argument("--seed", type=int, default=seed, help="random seed")

@@ -15,8 +15,8 @@ from seed_multimodal.downloads import MIRRORS, WantedPart, fetch_parts, online, 
 from seed_multimodal.entry import DONE, SOME_FAILED, log_line
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import weights_root
-from seed_multimodal.models.registry import families
 from seed_multimodal.originals import original_parts
+from seed_multimodal.pipelines.config import original_systems
 from seed_multimodal.settings import check_value, nearest
 
 if TYPE_CHECKING:
@@ -30,7 +30,7 @@ def add_commands(commands: Commands) -> None:
         "models",
         nargs="+",
         metavar="MODEL",
-        help="8b, 14b, seed-x, seed-x-i, seed-x-edit, lavit, seed-1, or one part: "
+        help=f"an original model ({', '.join(original_systems())}), or one part: "
         + ", ".join(original_parts()),
     )
     fetcher.add_argument(
@@ -90,17 +90,15 @@ def fetch(args: Namespace) -> int:
 def wanted_parts(name: str) -> list[WantedPart]:
     """What an original model consists of, or one part. Raises ConfigError: there is none."""
     # A model may have the name of one of its parts.
-    names: list[str] = []
-    for spec in families():
-        if name.lower() in spec.config.originals:
-            return spec.config.of_original(name.lower()).wanted_parts()
-        names += spec.config.originals
+    systems = original_systems()
+    if name.lower() in systems:
+        return systems[name.lower()].of_original(name.lower()).wanted_parts()
     parts = original_parts()
     if name.lower() not in parts:
-        names += parts
+        names = list({**systems, **parts})
         raise ConfigError(
             f"{name}: there is no original model or part of this name{nearest(name, names)}; "
-            f"there are {', '.join(dict.fromkeys(names))}."
+            f"there are {', '.join(names)}."
         )
     return [WantedPart(parts[name.lower()])]
 

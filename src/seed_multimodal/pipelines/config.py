@@ -387,18 +387,19 @@ def _files_of(source: OriginalPart, path: str) -> tuple[str, ...]:
 
 def system_names() -> tuple[str, ...]:
     """Names of the shipped and of the original systems."""
-    names: list[str] = list(hub.SHIPPED_SYSTEMS)
-    for spec in families():
-        names += spec.config.originals
-    return tuple(names)
+    return (*hub.SHIPPED_SYSTEMS, *original_systems())
+
+
+def original_systems() -> dict[str, type[SystemConfig]]:
+    """The families' configs by the short names of their original systems."""
+    return {name: spec.config for spec in families() for name in spec.config.originals}
 
 
 def _original_by_name(name: str) -> SystemConfig | None:
     """The original model with a short name or hub name."""
-    for spec in families():
-        for short, original in spec.config.originals.items():
-            if name.lower() == short or name in original.aliases:
-                return spec.config.of_original(short)
+    for short, config in original_systems().items():
+        if name.lower() == short or name in config.originals[short].aliases:
+            return config.of_original(short)
     return None
 
 
