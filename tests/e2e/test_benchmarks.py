@@ -37,7 +37,7 @@ UNITS = {
     "training tokenizer": "images",
     "serving": "requests",
 }
-pytestmark = [pytest.mark.process, pytest.mark.slow]
+pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(400)]
 
 
 def make_card(folder: Path, *flags: str) -> subprocess.CompletedProcess[str]:
