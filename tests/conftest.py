@@ -19,8 +19,8 @@ from seed_multimodal import torch_index
 
 os.environ.pop("PYTHONUNBUFFERED", None)  # programs flush each line when piped without it, too
 PROCESSES = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system")
-# Programs that reports call for the commit and the processor, in milliseconds.
-FOR_REPORTS = (("git",), ("uname",))
+# Programs of milliseconds: of reports for commit and processor, of DeepSpeed to find libaio.
+QUICK = (("git",), ("uname",), ("/usr/bin/gcc",), ("file",))
 started: list[str] = []
 
 
@@ -28,7 +28,7 @@ def pytest_configure() -> None:
     """Record each process that is started."""
 
     def note(event: str, arguments: tuple) -> None:
-        if event not in PROCESSES or arguments[:1] in FOR_REPORTS:
+        if event not in PROCESSES or arguments[:1] in QUICK:
             return
         # The reader of torch files takes 50 ms.
         command = arguments[1] if event == "subprocess.Popen" else ()
