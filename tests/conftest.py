@@ -19,8 +19,8 @@ from seed_multimodal import torch_index
 
 os.environ.pop("PYTHONUNBUFFERED", None)  # programs flush each line when piped without it, too
 PROCESSES = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system")
-# Programs of milliseconds: of reports for commit and processor, of DeepSpeed to find libaio.
-QUICK = (("git",), ("uname",), ("/usr/bin/gcc",), ("file",))
+# Programs that reports call for the commit and the processor, in milliseconds.
+FOR_REPORTS = (("git",), ("uname",))
 started: list[str] = []
 
 
@@ -28,7 +28,7 @@ def pytest_configure() -> None:
     """Record each process that is started."""
 
     def note(event: str, arguments: tuple) -> None:
-        if event not in PROCESSES or arguments[:1] in QUICK:
+        if event not in PROCESSES or arguments[:1] in FOR_REPORTS or is_importing():
             return
         # The reader of torch files takes 50 ms.
         command = arguments[1] if event == "subprocess.Popen" else ()
@@ -36,6 +36,16 @@ def pytest_configure() -> None:
             started.append(f"{event} {arguments[:1]}")
 
     sys.addaudithook(note)
+
+
+def is_importing() -> bool:
+    """Whether a module is being imported: DeepSpeed starts programs to find libraries."""
+    frame = sys._getframe()
+    while frame.f_back is not None:
+        frame = frame.f_back
+        if frame.f_code.co_filename == "<frozen importlib._bootstrap>":
+            return True
+    return False
 
 
 @pytest.hookimpl(tryfirst=True)
