@@ -215,7 +215,7 @@ def print_line(
         json.dumps(
             {
                 "benchmark": name,
-                "model": getattr(options, "model", None),
+                "model": getattr(options, "model", None),  # without the flag: perhaps in `settings`
                 "runtime": str(runtime),
                 **settings,
                 "results": {**results, **memory},

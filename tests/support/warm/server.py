@@ -185,12 +185,12 @@ if __name__ == "__main__":
     os.environ.update(OMP_NUM_THREADS="1", HF_HUB_OFFLINE="1", TOKENIZERS_PARALLELISM="false")
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         os.environ.pop(name, None)
-    # 1. A build of torch for CUDA has triton, whose frozen objects are reported at each exit.
+    # Builds of torch for CUDA come with triton, which would report its frozen objects (see
+    # `gc.freeze` below) as leaked when a process exits.
     import torch
 
     if not torch.cuda.is_available():
         sys.modules["triton"] = None  # type: ignore[assignment]
-    # 2. What programs import.
     for name in SLOW:
         try:
             importlib.import_module(name)

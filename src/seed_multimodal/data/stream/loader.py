@@ -80,11 +80,12 @@ def load(
     atexit.register(stop)
 
     # 3. Results, or the error of a worker.
+    end: Any = object()
     try:
         while True:
             with failed_workers_raise():
-                result = next(results, results)
-            if result is results:  # the end
+                result = next(results, end)
+            if result is end:
                 return
             if isinstance(result, SeedError):
                 raise result
