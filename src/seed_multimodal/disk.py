@@ -11,7 +11,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -26,7 +26,12 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 @contextlib.contextmanager
 def folder_lock(
-    folder: Path, kind: type[SeedError], busy: str = "", timeout: float = 0.0, name: str = ".lock"
+    folder: Path,
+    kind: type[SeedError],
+    busy: str = "",
+    timeout: float = 0.0,
+    name: str = ".lock",
+    on_wait: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
     """Hold the lock of a folder (`flock` of the file `name` in it), created if missing.
 
@@ -35,6 +40,7 @@ def folder_lock(
 
     busy: what the other run does, for the message.
     timeout: seconds to wait; negative: forever.
+    on_wait: called once, before waiting.
 
     Raises `kind`: locked by another run.
     """
@@ -45,6 +51,7 @@ def folder_lock(
         handle = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666)
     try:
         deadline = math.inf if timeout < 0 else time.monotonic() + timeout
+        waits = False
         while True:
             try:
                 fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -52,6 +59,9 @@ def folder_lock(
             except BlockingIOError:
                 if time.monotonic() >= deadline:
                     raise kind(f"{folder}: another run is {busy}; wait until it ends.") from None
+                if not waits:
+                    on_wait()
+                waits = True
                 time.sleep(0.05)
             except OSError as error:
                 if error.errno in _NO_LOCKS:

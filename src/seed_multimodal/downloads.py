@@ -73,8 +73,18 @@ def online() -> Iterator[None]:
 
 
 def is_unfinished(part: OriginalPart, folder: Path) -> bool:
-    """Whether the download of a part into a folder was interrupted."""
+    """Whether the download of a part into a folder was interrupted, or its conversion."""
     return any((folder / f"{UNFINISHED}{label}").is_file() for label in (part.name, *part.urls))
+
+
+@contextlib.contextmanager
+def marked_unfinished(folder: Path, label: str) -> Iterator[None]:
+    """Context that leaves its mark in the folder unless it ends without an error."""
+    folder.mkdir(parents=True, exist_ok=True)
+    marker = folder / f"{UNFINISHED}{label}"
+    marker.touch()
+    yield
+    marker.unlink()
 
 
 def network_errors() -> tuple[type[Exception], ...]:
@@ -238,7 +248,7 @@ class FileGroup:
     """Files that come from the same sources.
 
     label: name of the part or file, as mirrors name it.
-    sources: hub names or URLs, in the order in which they are tried.
+    sources: hub names or URLs, in the order in which they are tried; those that failed are removed.
     patterns: of the files of a hub repository; empty: one file with a URL.
     sha256: known checksums by file.
     """
@@ -248,9 +258,13 @@ class FileGroup:
     sources: list[str]
     patterns: tuple[str, ...]
     sha256: Mapping[str, str]
-    source: str = ""
     files: list[RemoteFile] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)  # of earlier sources
+
+    @property
+    def source(self) -> str:
+        """The current one."""
+        return self.sources[0]
 
     def try_sources(self, work: Callable[[], Result]) -> Result:
         """The result of `work` with the current source, else with the first later one that has it.
@@ -279,12 +293,11 @@ class FileGroup:
                 n_retries += 1
                 log_line(f"{self.source}: {reason}; again in {pause} s")
                 time.sleep(pause)
-                if not self.files:
-                    self.sources.insert(0, self.source)
                 continue
 
             # 2. The next source.
             self.problems.append(f"{self.source}: {reason}")
+            del self.sources[0]
             self.files = []
             n_retries = 0
             if not self.sources:
@@ -301,10 +314,9 @@ class FileGroup:
         return bool(self.files) and isinstance(error, network_errors()[0])
 
     def look_up(self) -> None:
-        """List the files of the next source, unless one is listed already."""
+        """List the files of the current source, unless they are listed already."""
         if self.files:
             return
-        self.source = self.sources.pop(0)
         if self.patterns:
             self.files = list_repository(self.source, self.patterns)
         else:
@@ -365,23 +377,27 @@ class FileGroup:
         Raises as `network_errors`. Raises CheckpointError: a file that is not what it should be.
         """
         self.look_up()
-        with folder_lock(self.folder, CheckpointError, timeout=-1, name=LOCK):
+        waiting = f"{self.folder}: waits for another download into it"
+        with folder_lock(
+            self.folder, CheckpointError, timeout=-1, name=LOCK, on_wait=partial(log_line, waiting)
+        ):
             missing = self.missing(force)
-            marker = self.folder / f"{UNFINISHED}{self.label}"
-            if missing:
-                marker.touch()
-            for file in missing:
-                path = self.folder / file.name
-                path.parent.mkdir(parents=True, exist_ok=True)
-                temporary = download_file(file, path)
-                difference = self.difference(file, temporary)
-                if difference:
-                    temporary.unlink()
-                    raise CheckpointError(f"{file.name}: {difference}")
-                flush(temporary)
-                os.replace(temporary, path)
-            marker.unlink(missing_ok=True)
+            with marked_unfinished(self.folder, self.label):
+                for file in missing:
+                    self.download_one(file)
         return len(missing)
+
+    def download_one(self, file: RemoteFile) -> None:
+        """Download a file and check it; errors as of `download`."""
+        path = self.folder / file.name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        temporary = download_file(file, path)
+        difference = self.difference(file, temporary)
+        if difference:
+            temporary.unlink()
+            raise CheckpointError(f"{file.name}: {difference}")
+        flush(temporary)
+        os.replace(temporary, path)
 
 
 def pause_before_retry(error: Exception, n_retries: int) -> int:
@@ -471,7 +487,6 @@ def fetch_parts(
     *,
     mirrors: Mapping[str, str] | None = None,
     force: bool = False,
-    log: Callable[[str], None] = log_line,
 ) -> list[str]:
     """Download what is missing of some parts, and of the parts that they need.
 
@@ -487,6 +502,7 @@ def fetch_parts(
         mirrors = read_mirrors(os.environ.get(MIRRORS, "").split())
     wanted = with_needed(wanted, root)
     problems: list[str] = []
+    failed: set[str] = set()  # labels of groups
 
     # 1. Which files there are, and how much space they need.
     groups: list[FileGroup] = []
@@ -497,6 +513,7 @@ def fetch_parts(
                 groups.append(group)
             except CheckpointError as error:
                 problems.append(str(error))
+                failed.add(group.label)
     check_space(groups)
 
     # 2. The files.
@@ -505,16 +522,15 @@ def fetch_parts(
             n_files = group.try_sources(partial(group.download, force))
         except CheckpointError as error:
             problems.append(str(error))
+            failed.add(group.label)
             continue
         n_kept = len(group.files) - n_files
-        log(f"{group.folder}: {n_files} files of {group.source} downloaded, {n_kept} kept")
+        log_line(f"{group.folder}: {n_files} files of {group.source} downloaded, {n_kept} kept")
 
-    # 3. Parts that are made of others, once all downloads are complete.
+    # 3. Parts that are made of others, once these are complete.
     for item in wanted:
-        if item.part.convert and not problems:
-            sources = [root / original_parts()[name].folder for name in item.part.needs]
-            pkgutil.resolve_name(item.part.convert)(item.target(root), *sources)
-            log(f"{item.target(root)}: made of {', '.join(item.part.needs)}")
+        if item.part.convert and failed.isdisjoint(item.part.needs):
+            make_part(item, root)
 
     # 4. Files that no program can download.
     for item in wanted:
@@ -525,13 +541,23 @@ def fetch_parts(
     return problems
 
 
+def make_part(item: WantedPart, root: Path) -> None:
+    """Make a part of those that it needs."""
+    folder = item.target(root)
+    sources = [root / original_parts()[name].folder for name in item.part.needs]
+    with marked_unfinished(folder, item.part.name):
+        pkgutil.resolve_name(item.part.convert)(folder, *sources)
+    log_line(f"{folder}: made of {', '.join(item.part.needs)}")
+
+
 def with_needed(wanted: Sequence[WantedPart], root: Path) -> list[WantedPart]:
     """The parts, each after those that it needs; those that were made of others already are left
     out."""
     ordered: list[WantedPart] = []
     for item in wanted:
         folder = item.target(root)
-        if item.part.convert and folder.is_dir() and any(folder.iterdir()):
+        is_filled = folder.is_dir() and any(folder.iterdir())
+        if item.part.convert and is_filled and not is_unfinished(item.part, folder):
             continue
         needed = [WantedPart(original_parts()[name]) for name in item.part.needs]
         for part in (*with_needed(needed, root), item):
@@ -555,16 +581,18 @@ def file_groups(item: WantedPart, root: Path, mirrors: Mapping[str, str]) -> lis
                 sha256=part.sha256,
             )
         )
-    for name, url in part.urls.items():
-        group = FileGroup(
-            label=name,
-            folder=folder,
-            sources=_sources(name, mirrors, url),
-            patterns=(),
-            sha256=part.sha256,
-        )
-        groups.append(group)
-    return groups
+    return groups + [url_group(part, name, folder, mirrors) for name in part.urls]
+
+
+def url_group(part: OriginalPart, name: str, folder: Path, mirrors: Mapping[str, str]) -> FileGroup:
+    """A file of a part with a URL."""
+    return FileGroup(
+        label=name,
+        folder=folder,
+        sources=_sources(name, mirrors, part.urls[name]),
+        patterns=(),
+        sha256=part.sha256,
+    )
 
 
 def _sources(name: str, mirrors: Mapping[str, str], *published: str) -> list[str]:
@@ -628,12 +656,14 @@ def check_space(groups: Sequence[FileGroup]) -> None:
             )
 
 
-def fetch_url(name: str, url: str, folder: Path) -> Path:
-    """Download one file, unless it is there. Raises CheckpointError: it cannot be downloaded."""
+def fetch_file(name: str, folder: Path) -> Path:
+    """Download a file that a part has by its URL, unless it is there.
+
+    Raises CheckpointError: it cannot be downloaded.
+    """
     mirrors = read_mirrors(os.environ.get(MIRRORS, "").split())
-    group = FileGroup(
-        label=name, folder=folder, sources=_sources(name, mirrors, url), patterns=(), sha256={}
-    )
+    part = next(part for part in original_parts().values() if name in part.urls)
+    group = url_group(part, name, folder, mirrors)
     group.try_sources(group.look_up)
     check_space([group])
     group.try_sources(partial(group.download, False))

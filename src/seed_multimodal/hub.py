@@ -14,6 +14,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 from seed_multimodal.downloads import (
+    CONVERTIBLE,
     WantedPart,
     downloads_allowed,
     fetch_parts,
@@ -22,7 +23,12 @@ from seed_multimodal.downloads import (
     network_errors,
 )
 from seed_multimodal.errors import CheckpointError, first_line
-from seed_multimodal.originals import WEIGHT_PATTERNS, OriginalPart, part_of_hub
+from seed_multimodal.originals import (
+    WEIGHT_PATTERNS,
+    OriginalPart,
+    original_parts,
+    part_of_hub,
+)
 
 # Systems in the repository: name -> folder.
 SHIPPED_SYSTEMS = {name: f"pretrained/{name}" for name in ("nano", "nano-x", "nano-lavit")}
@@ -34,24 +40,6 @@ SHIPPED_LLMS = (
 SHIPPED_TOKENIZERS = (
     "shipped are pretrained/nano/seed_tokenizer (SEED-LLaMA), pretrained/nano-x/tokenizer (SEED-X) "
     "and pretrained/nano-lavit/words (LaVIT)"
-)
-# How to get a missing part, for messages.
-UNCLIP_DOWNLOAD = (
-    "download the Stable Diffusion 2.1 unCLIP folder (stabilityai/stable-diffusion-2-1-unclip or a "
-    "mirror of it) and put it at pretrained/stable-diffusion-2-1-unclip"
-)
-SDXL_DOWNLOAD = (
-    "download the diffusers folder of SDXL base 1.0, of which unet/config.json, vae and scheduler "
-    "are needed (stabilityai/stable-diffusion-xl-base-1.0 on the hub), to "
-    "pretrained/stable-diffusion-xl-base-1.0"
-)
-SDXL_ADAPTER_DOWNLOAD = (
-    "put SEED-X's de-tokenizer (seed_detokenizer of AILab-CVC/SEED-X-17B) at "
-    "pretrained/seed_detokenizer/first_stage and second_stage"
-)
-LAVIT_DOWNLOAD = (
-    "download LaVIT's original folder (rain1011/LaVIT-7B-v2 on the hub) to pretrained/LaVIT-7B-v2, "
-    "or pass its path (shipped: pretrained/nano-lavit, whose tokenizer/ is a visual tokenizer)"
 )
 # Files of a language model's checkpoint.
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
@@ -120,7 +108,10 @@ def local_folder(name: str | Path) -> Path | None:
         return folder
     if part is None:
         return try_fetch(str(name), WEIGHT_PATTERNS)
-    return cached_snapshot(part.hub, part.files) or download_part(part)
+    snapshot = cached_snapshot(part.hub)
+    if snapshot is not None and holds_weights(snapshot):
+        return snapshot
+    return download_part(part) or snapshot
 
 
 def download_part(
@@ -149,12 +140,21 @@ def missing_weights_message(missing: Iterable[tuple[OriginalPart, str | Path]]) 
         folder = original_folder(name)
         if os.path.isabs(folder):
             folder = portable_path(folder)
-        folders_of.setdefault(f"{part.hub}{part.remark}", []).append(folder)
-    downloads = [f"{source} into {', '.join(folders)}" for source, folders in folders_of.items()]
+        folders_of.setdefault(part.name, []).append(folder)
+    downloads = [
+        f"{original_parts()[part_name].source} into {', '.join(folders)}"
+        for part_name, folders in folders_of.items()
+    ]
     return (
         f"the original weights are not on this disk: download {'; '.join(downloads)} "
-        "(seed fetch does so; details in pretrained/README.md)"
+        f"(seed fetch {' '.join(folders_of)} does so; details in pretrained/README.md)"
     )
+
+
+def download_advice(name: str) -> str:
+    """How to get a part of an original, for messages."""
+    part = original_parts()[name]
+    return f"seed fetch {name} downloads {part.source} into {part.folder}"
 
 
 def first_file(folder: Path, names: Sequence[str]) -> Path | None:
@@ -188,9 +188,14 @@ def find_folder(path_or_id: str | Path, files: Sequence[str], advice: str) -> Pa
     return fetch(str(path_or_id), files, advice)
 
 
-def cached_snapshot(hub_id: str, files: Sequence[str]) -> Path | None:
-    """The folder of a hub repository in the hub client's cache, from earlier downloads."""
-    return try_fetch(hub_id, files, local_files_only=True)
+def cached_snapshot(hub_id: str) -> Path | None:
+    """The folder of a hub repository in the hub client's cache, with what was downloaded of it."""
+    return try_fetch(hub_id, (), local_files_only=True)
+
+
+def holds_weights(folder: Path) -> bool:
+    """Whether a snapshot has more than the configuration and tokenizer of a model."""
+    return any(file.suffix in (".safetensors", *CONVERTIBLE) for file in folder.rglob("*"))
 
 
 def try_fetch(hub_id: str, files: Sequence[str], *, local_files_only: bool = False) -> Path | None:

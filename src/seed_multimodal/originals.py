@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import importlib.util
 from dataclasses import dataclass, field
+from fnmatch import fnmatch
 from functools import cache
 from pathlib import Path
 
@@ -33,12 +34,11 @@ class OriginalPart:
         name: key in `weights.yaml`.
         folder: below the repository root.
         hub: name on the hub, "" for none.
-        remark: what else it needs, for messages.
         files: what to fetch from the hub, as shell patterns; without "/" in any of them, files of
             the root folder only.
         mirrors: further hub names with the same files, tried in this order; "owner/name/folder" for
             a folder of a repository.
-        urls: further files of the folder and where they are published.
+        urls: further files of the folder and where they are published (one URL each).
         by_hand: further files that no program can download, and where a person can.
         needs: names of parts that are fetched before this one.
         convert: function that makes the folder from those, "module:function".
@@ -48,7 +48,6 @@ class OriginalPart:
     name: str
     folder: str
     hub: str = ""
-    remark: str = ""
     files: tuple[str, ...] = WEIGHT_PATTERNS
     mirrors: tuple[str, ...] = ()
     urls: dict[str, str] = field(default_factory=dict)
@@ -56,6 +55,13 @@ class OriginalPart:
     needs: tuple[str, ...] = ()
     convert: str = ""
     sha256: dict[str, str] = field(default_factory=dict)
+
+    @property
+    def source(self) -> str:
+        """What is downloaded, for messages."""
+        if self.convert:
+            return f"{' and '.join(self.needs)} (converted)"
+        return " and ".join(name for name in (self.hub, *self.urls) if name)
 
 
 @cache
@@ -89,12 +95,37 @@ def _files() -> list[Path]:
 
 def part_of_hub(hub_name: str | Path) -> OriginalPart | None:
     """The part with this name on the hub."""
-    return next((part for part in original_parts().values() if part.hub == str(hub_name)), None)
+    named = (part for part in original_parts().values() if part.hub)
+    return next((part for part in named if part.hub == str(hub_name)), None)
+
+
+def part_of(name: str | Path) -> OriginalPart | None:
+    """The part with this name on the hub, or with its own folder at this path (in any
+    repository)."""
+    end = Path(name).parts[-2:]
+    for part in original_parts().values():
+        if len(end) == 2 and end == Path(part.folder).parts:
+            return part
+    return part_of_hub(name)
 
 
 def origin(path: Path) -> tuple[OriginalPart, str]:
-    """The part that holds a path below the repository root, and the path in its folder."""
-    parts = [part for part in original_parts().values() if path.is_relative_to(part.folder)]
+    """The part that holds a path below the repository root, and the path in its folder.
+
+    Raises ConfigError: no part does.
+    """
+    parts = [part for part in original_parts().values() if _holds(part, path)]
+    if not parts:
+        raise ConfigError(f"{path}: no part of a {FILE} holds it.")
     # The innermost folder; of two parts in the same one, that on the hub.
     source = max(parts, key=lambda part: (len(part.folder), bool(part.hub)))
     return source, path.relative_to(source.folder).as_posix()
+
+
+def _holds(part: OriginalPart, path: Path) -> bool:
+    """Whether a path is a part's folder, or begins in it as one of its patterns does."""
+    if not path.is_relative_to(part.folder):
+        return False
+    inner = path.relative_to(part.folder).parts
+    first_patterns = [pattern.partition("/")[0] for pattern in part.files]
+    return not inner or any(fnmatch(inner[0], pattern) for pattern in first_patterns)

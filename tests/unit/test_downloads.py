@@ -9,7 +9,9 @@ import re
 import shutil
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import loopback_hub
 import pytest
@@ -23,9 +25,8 @@ from seed_multimodal.cli.weights import wanted_parts
 from seed_multimodal.compat.lavit import build_model
 from seed_multimodal.compat.seed_llama_programs import llama_script, tokenizer_script
 from seed_multimodal.downloads import WantedPart, choose_files, fetch_parts, online
-from seed_multimodal.errors import CheckpointError
-from seed_multimodal.models.seed.checkpoints import VISION_URL
-from seed_multimodal.originals import OriginalPart, original_parts
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.originals import OriginalPart, origin, original_parts, part_of
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.weights import load_state_dict
 
@@ -76,11 +77,31 @@ def interrupt_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_parts_of_all_families_have_one_source():
-    parts = original_parts()
-    assert parts["tokenizer"].urls["eva_vit_g.pth"] == VISION_URL
-    for part in parts.values():
+    for part in original_parts().values():
         assert part.folder.startswith("pretrained")
         assert part.hub or part.urls or part.convert
+        assert set(part.sha256) <= {*part.files, *part.urls}
+
+
+def test_part_of_a_path():
+    for name in ("pretrained/QwenViT", "/data/pretrained/QwenViT"):
+        assert part_of(name) == original_parts()["qwen-vit"]
+    assert part_of(LLM) == original_parts()["8b"]
+    assert not part_of("") and not part_of("/data/my_pretrained") and not part_of("pretrained")
+    part, inner = origin(Path("pretrained/seed_x_i/llm"))
+    assert (part.name, inner) == ("seed-x", "seed_x_i/llm")
+    for path in ("pretrained/seed_llama_13b", "elsewhere"):
+        with pytest.raises(ConfigError, match=f"{path}: no part of a weights.yaml holds it"):
+            origin(Path(path))
+
+
+def test_a_snapshot_without_weights_is_downloaded(server, monkeypatch):
+    """It is what reading a model's configuration leaves in the hub client's cache."""
+    with online():
+        snapshot = hub.fetch(LLM, ["*.json"])
+        assert hub.local_folder(LLM) == Path("pretrained/seed_llama_8b_sft")
+    shutil.rmtree("pretrained/seed_llama_8b_sft")
+    assert hub.local_folder(LLM) == snapshot  # downloads are off
 
 
 def test_choose_files_of_a_diffusers_folder():
@@ -156,11 +177,14 @@ def test_fetch_command_names_what_it_does_not_get(server, capsys):
     assert Path("pretrained/eva_vit_g.pth").is_file()
 
 
-def test_a_file_to_get_by_hand_does_not_stop_a_conversion(tmp_path):
+def test_problems_of_other_parts_do_not_stop_a_conversion(server, tmp_path):
     by_hand = OriginalPart(name="hand", folder="pretrained", by_hand={"x.pth": "a link"})
-    made = OriginalPart(name="made", folder="pretrained/made", convert="os:makedirs")
-    problems = fetch_parts([WantedPart(by_hand), WantedPart(made)], tmp_path)
-    assert problems == [f"{tmp_path}/pretrained/x.pth: download it by hand (a link)."]
+    gone = OriginalPart(name="gone", folder="pretrained", hub="me/gone")
+    made = OriginalPart(name="made", folder="pretrained/made", convert="os:listdir")
+    with online():
+        problems = fetch_parts([WantedPart(part) for part in (by_hand, gone, made)], tmp_path)
+    assert problems[0].startswith("gone: not downloaded")
+    assert problems[1] == f"{tmp_path}/pretrained/x.pth: download it by hand (a link)."
     assert (tmp_path / "pretrained/made").is_dir()
 
 
@@ -194,6 +218,11 @@ def test_fetch_command_of_one_seed_x_takes_its_vision_encoder_out_of_qwen_vl(ser
     assert not Path("pretrained/seed_detokenizer/second_stage").exists()
     shutil.rmtree("pretrained/Qwen-VL-Chat")
     assert main(["fetch", "seed-x-i"]) == 0 and not Path("pretrained/Qwen-VL-Chat").exists()
+    # A conversion that was killed has left a partial file.
+    Path("pretrained/QwenViT/qwen_vit_G.pt").rename("pretrained/QwenViT/.qwen_vit_G.pt.tmp")
+    Path("pretrained/QwenViT/.unfinished.qwen-vit").touch()
+    assert main(["fetch", "seed-x-i"]) == 0
+    assert Path("pretrained/QwenViT/qwen_vit_G.pt").is_file()
 
 
 @pytest.mark.parametrize(
@@ -289,10 +318,25 @@ def test_refused_downloads_say_what_helps(server, status, headers, reason):
     assert f"({LLM}: {reason}" in problem or f"({LLM}: HF_TOKEN is {reason}" in problem
 
 
-def test_a_web_page_is_no_file(server):
+def fetch_vision(monkeypatch: pytest.MonkeyPatch, server: LoopbackHub, **fields: Any) -> Path:
+    """The file with a URL, of the tokenizer with these fields."""
+    part = original_parts()["tokenizer"]
+    urls = {"eva_vit_g.pth": f"{server.url}/eva_vit_g.pth"}
+    monkeypatch.setitem(original_parts(), "tokenizer", replace(part, urls=urls, **fields))
+    monkeypatch.delenv(downloads.MIRRORS)
+    with online():
+        return downloads.fetch_file("eva_vit_g.pth", Path("cache"))
+
+
+def test_a_web_page_is_no_file(server, monkeypatch):
     server.failures["/eva_vit_g.pth"] = [(200, {"Content-Type": "text/html"})]
-    with online(), pytest.raises(CheckpointError, match="a web page instead of a file"):
-        downloads.fetch_url("eva_vit_g.pth", f"{server.url}/gone", Path("cache"))
+    with pytest.raises(CheckpointError, match="a web page instead of a file"):
+        fetch_vision(monkeypatch, server)
+
+
+def test_a_known_checksum_holds_for_a_file_with_a_url(server, monkeypatch):
+    with pytest.raises(CheckpointError, match=r"SHA-256 \w+… instead of 0000"):
+        fetch_vision(monkeypatch, server, sha256={"eva_vit_g.pth": "0" * 64})
 
 
 def test_a_proxy_without_its_package(server, monkeypatch):
@@ -308,16 +352,14 @@ def test_a_proxy_without_its_package(server, monkeypatch):
 
 @pytest.mark.parametrize("changed", [False, True], ids=["same", "changed"])
 def test_an_interrupted_url_continues_if_it_is_the_same_file(server, monkeypatch, changed):
-    url = f"{server.url}/eva_vit_g.pth"
-    with monkeypatch.context() as patch, online():
+    with monkeypatch.context() as patch:
         interrupt_downloads(patch)
         with pytest.raises(KeyboardInterrupt):
-            downloads.fetch_url("eva_vit_g.pth", url, Path("cache"))
+            fetch_vision(patch, server)
     server.requests.clear()
     if changed:
         server.files["/eva_vit_g.pth"] = WEIGHTS[::-1]
-    with online():
-        file = downloads.fetch_url("eva_vit_g.pth", url, Path("cache"))
+    file = fetch_vision(monkeypatch, server)
     assert file.read_bytes() == server.files["/eva_vit_g.pth"]
     start = "" if changed else " from bytes=2000-"
     assert server.downloads() == [f"eva_vit_g.pth{start}"]

@@ -41,7 +41,11 @@ def add_commands(commands: Commands) -> None:
         help="try this source first: unclip=owner/name (a hub repository, or owner/name/folder), "
         f"eva_vit_g.pth=URL; also from the environment, {MIRRORS}='PART=SOURCE …'",
     )
-    fetcher.add_argument("--out", metavar="DIR", help="folder of pretrained/ (default: this one)")
+    fetcher.add_argument(
+        "--out",
+        metavar="DIR",
+        help="folder in which pretrained/ is filled (default: here, or the repository)",
+    )
     fetcher.add_argument(
         "--force", action="store_true", help="replace files that differ from the server's"
     )
@@ -71,7 +75,7 @@ def add_commands(commands: Commands) -> None:
 
 
 def fetch(args: Namespace) -> int:
-    """Download the weights of an original model to pretrained/ (also without HF_HUB_OFFLINE=0)."""
+    """Download the weights of an original model to pretrained/ (whatever HF_HUB_OFFLINE is)."""
     wanted: list[WantedPart] = []
     for name in args.models:
         wanted += wanted_parts(name)
@@ -114,6 +118,10 @@ def verify(args: Namespace) -> int:
     if args.reference or file.is_file():
         reference = check_value(
             dict[str, JsonObject], read_json_object(file, ConfigError).get("checks"), str(file)
+        )
+    else:
+        log_line(
+            f"{file}: no such file, so that nothing is compared; give another with --reference"
         )
 
     # 2. The table.

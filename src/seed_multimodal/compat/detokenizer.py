@@ -17,7 +17,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.diffusion.conditioner import Conditioner, load_conditioner
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.hub import SDXL_ADAPTER_DOWNLOAD, find_file, locate
+from seed_multimodal.hub import download_advice, find_file, locate
 from seed_multimodal.models.seed_x import adapter
 from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer
 from seed_multimodal.weights import assign_strictly, load_state_dict
@@ -91,7 +91,7 @@ class SDXLAdapter(adapter.SDXLAdapter):
         if pretrained_model_path is None:
             return model
         path = locate(pretrained_model_path) or pretrained_model_path
-        file = find_file(path, adapter.FILES, SDXL_ADAPTER_DOWNLOAD)
+        file = find_file(path, adapter.FILES, download_advice("seed-x"))
         state = load_state_dict(file, mapped=True)
         # The second stage's U-Net has further input channels, for the condition image.
         first_layer = state.get(adapter.FIRST_LAYER)

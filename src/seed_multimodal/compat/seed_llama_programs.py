@@ -30,7 +30,7 @@ from seed_multimodal.hub import (
 )
 from seed_multimodal.language.prompts import DEMO_QUESTIONS
 from seed_multimodal.models.seed.spec import DETOKENIZER_FOLDER
-from seed_multimodal.originals import OriginalPart, original_parts
+from seed_multimodal.originals import OriginalPart, original_parts, part_of
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -125,7 +125,7 @@ def _check_weights(*files: Path) -> None:
         config = load_yaml(file)
         for key in ("pretrained_model_name_or_path", "diffusion_path"):
             path = str(config.get(key) or "")
-            original = _original_part(path)
+            original = part_of(path)
             if original is None:
                 continue
             part_folder = local_folder(path)
@@ -144,14 +144,6 @@ def _check_weights(*files: Path) -> None:
         raise CheckpointError(
             f"{missing_weights_message(missing)}, or take --model nano, which runs now."
         )
-
-
-def _original_part(path: str) -> OriginalPart | None:
-    """The original part with this hub name, or in this folder."""
-    for part in original_parts().values():
-        if path == part.hub or path.endswith(part.folder):
-            return part
-    return None
 
 
 def _load_images(args: Namespace) -> ImageCodec:

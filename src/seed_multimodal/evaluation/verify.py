@@ -28,6 +28,7 @@ from seed_multimodal.errors import (
     RequestError,
 )
 from seed_multimodal.evaluation.machine import circumstances
+from seed_multimodal.hub import portable_path
 from seed_multimodal.pipelines.parts import existing_path
 from seed_multimodal.training.metrics import peak_memory_mib
 
@@ -240,6 +241,9 @@ def report(
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
 
     # 2. What they were computed with.
+    name = system.config.name
+    if not system.config.original:
+        name = portable_path(name)
     device = system.images.device
     conditions = circumstances(device)
     dtype = str(next(system.images.model.parameters()).dtype).removeprefix("torch.")
@@ -248,11 +252,11 @@ def report(
     versions = ", ".join(f"{name} {value}" for name, value in conditions["versions"].items())
     lines += [
         "",
-        f"{system.config.name} on {device}, {dtype}; peak memory {memory}; {hardware}; {versions}; "
+        f"{name} on {device}, {dtype}; peak memory {memory}; {hardware}; {versions}; "
         f"commit {conditions['commit'][:12]}, {conditions['date']}.",
     ]
     record: JsonObject = {
-        "model": system.config.name,
+        "model": name,
         "device": str(device),
         "dtype": dtype,
         "hardware": conditions["hardware"],

@@ -20,10 +20,10 @@ from torch import Tensor, nn
 from seed_multimodal.device import return_freed_memory
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line, install_hint
-from seed_multimodal.hub import SHIPPED_LLMS, find_file
+from seed_multimodal.hub import SHIPPED_LLMS, download_advice, find_file
 from seed_multimodal.language.text_tokenizer import HUB_TOKENIZER, SpecialIds, TextTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary
-from seed_multimodal.originals import original_parts
+from seed_multimodal.originals import part_of
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.weights import load_pretrained, refuse_tensors, warn_tensors
 
@@ -266,13 +266,9 @@ def llm_config(source: str | Path, ids: SpecialIds | None = None) -> PreTrainedC
 
     # 1. The file; an original's folder is recognised by its name.
     advice = "give the folder of a language model (config.json and *.safetensors)"
-    for part in original_parts().values():
-        if Path(part.folder).name == Path(source).name:
-            advice = (
-                f"download huggingface.co/{part.hub} into {source}, or use a shipped one: "
-                f"{SHIPPED_LLMS}"
-            )
-            break
+    part = part_of(source)
+    if part is not None:
+        advice = f"{download_advice(part.name)}, or use a shipped one: {SHIPPED_LLMS}"
     file = find_file(source, ("config.json",), advice)
     values = read_json_object(file)
     model_type = values.get("model_type")

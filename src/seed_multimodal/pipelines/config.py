@@ -304,7 +304,7 @@ class SystemConfig:
 
         # The files of this part: its repository may hold more.
         files = self.original_files.get(key) or _files_of(source, path_in_repository)
-        snapshot = hub.cached_snapshot(source.hub, files)
+        snapshot = hub.cached_snapshot(source.hub)
         if snapshot is not None:
             setattr(self, key, existing_path(snapshot / path_in_repository) or default)
         if snapshot is None or not self.has(key):

@@ -23,7 +23,7 @@ from seed_multimodal.serving.client import ModelClient
 from seed_multimodal.serving.conversation_log import ConversationLog
 
 MAX_SEED = 2**31 - 1
-LOG_NOTICE = "Chats, their images and votes are kept by whoever runs this page."
+LOG_NOTICE = "The operator of this page keeps chats, their images and votes."
 CSS = """
 .gradio-container {padding-top: 4px !important}
 #title h1 {margin: 4px 0; font-size: 1.25rem}

@@ -133,8 +133,8 @@ def test_find_of_missing_names(name, near, no_weights: Path):
             "seed-x",
             (
                 "AILab-CVC/SEED-X-17B into pretrained/seed_x/llm",
-                "reload_qwen_vit.py",
-                "pretrained/QwenViT",
+                "qwen-vl (converted) into pretrained/QwenViT",
+                "(seed fetch seed-x qwen-vit sdxl does so",
             ),
         ),
         (

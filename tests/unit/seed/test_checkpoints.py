@@ -130,7 +130,7 @@ def test_from_pretrained_with_vision_elsewhere(seed2: Seed2Tokenizer, tmp_path, 
     folder = _seed2_folder(seed2, tmp_path / "a")
     (folder / "eva_vit_g.pth").rename(tmp_path / "vision.pth")
     with pytest.raises(
-        CheckpointError, match=r"eva_vit_g\.pth: no such vision-encoder file; download"
+        CheckpointError, match=r"eva_vit_g\.pth: no such vision-encoder file; seed fetch"
     ):
         Seed2Tokenizer.from_pretrained(folder, config=seed2.config)
     loaded = Seed2Tokenizer.from_pretrained(

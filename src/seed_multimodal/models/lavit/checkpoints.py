@@ -29,7 +29,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.disk import replace_text
-from seed_multimodal.hub import LAVIT_DOWNLOAD, VISUAL_WEIGHTS, find_file, first_file
+from seed_multimodal.hub import VISUAL_WEIGHTS, download_advice, find_file, first_file
 from seed_multimodal.models.lavit.modeling import (
     DynamicTokenizer,
     LavitTokenizerConfig,
@@ -84,8 +84,8 @@ def load_dynamic_tokenizer(
     else:
         original = folder / "visual_tokenizer"
         config_file = original / CONFIG
-        codec_file = find_file(original, CODEC_FILES, LAVIT_DOWNLOAD)
-        encoder_file = find_file(original, ENCODER_FILES, LAVIT_DOWNLOAD)
+        codec_file = find_file(original, CODEC_FILES, download_advice("lavit"))
+        encoder_file = find_file(original, ENCODER_FILES, download_advice("lavit"))
     if is_ours or config_file.is_file():
         config = DynamicTokenizer.read_config(config_file)
     config = config or LavitTokenizerConfig()

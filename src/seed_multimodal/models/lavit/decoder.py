@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from seed_multimodal.hub import LAVIT_DOWNLOAD, find_file
+from seed_multimodal.hub import download_advice, find_file
 from seed_multimodal.models.lavit.modeling import CrossAttention
 from seed_multimodal.nn.layers import Attention, AttentionPool, LayerNorm, Mlp, checkpoint_layers
 from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS, PretrainedNetwork
@@ -192,7 +192,7 @@ class CodeDecoder(PretrainedNetwork[LavitDecoderConfig]):
         heads = sorted(ORIGINAL_FILES, key=lambda file_head: file_head != head)
         names = [WEIGHTS, *(ORIGINAL_FILES[file_head] for file_head in heads)]
         inner = Path(folder) / ORIGINAL_FOLDER
-        file = find_file(inner if inner.is_dir() else folder, names, LAVIT_DOWNLOAD)
+        file = find_file(inner if inner.is_dir() else folder, names, download_advice("lavit"))
 
         # 2. Its sizes. An original file has none, and its name says which head it has.
         if file.name == WEIGHTS:

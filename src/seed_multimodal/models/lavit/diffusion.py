@@ -33,7 +33,7 @@ from seed_multimodal.diffusion.conditioner import Conditioner, Generators
 from seed_multimodal.diffusion.networks import DenoiserConditions
 from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.errors import CheckpointError, SeedWarning
-from seed_multimodal.hub import LAVIT_DOWNLOAD, find_file, find_folder
+from seed_multimodal.hub import download_advice, find_file, find_folder
 from seed_multimodal.models.lavit.decoder import CodeDecoder, Conditions
 from seed_multimodal.models.lavit.ratios import RATIOS, ratio_size
 from seed_multimodal.settings import setting
@@ -71,7 +71,7 @@ class LavitDetokenizer(Detokenizer[LavitSettings]):
     """
 
     label = "LaVIT pixel decoder"
-    download_hint = LAVIT_DOWNLOAD
+    download_hint = download_advice("lavit")
     settings_class = LavitSettings
     part_names = ("decoder", *Detokenizer.part_names)
     folders = ("scheduler", "unet", "vae")
@@ -120,7 +120,7 @@ class LavitDetokenizer(Detokenizer[LavitSettings]):
             CheckpointError: missing (with download instructions), damaged or mismatched parts.
         """
         # 1. U-Net, VAE and noise schedule.
-        folder = find_folder(folder, NEEDED, LAVIT_DOWNLOAD)
+        folder = find_folder(folder, NEEDED, download_advice("lavit"))
         cls.check_parts(folder, *cls.folders)
         parts = cls.load_parts(folder, dtype, *cls.folders)
         unet = parts["unet"]
@@ -240,7 +240,7 @@ def read_empty_text(folder: Path, width: int) -> Tensor:
         tokenizer = LavitDetokenizer.load_part(folder, "tokenizer")
         with torch.no_grad():
             return empty_prompt(encoder, tokenizer, torch.device("cpu"))
-    tensors = load_state_dict(find_file(folder, [EMPTY_TEXT], LAVIT_DOWNLOAD))
+    tensors = load_state_dict(find_file(folder, [EMPTY_TEXT], download_advice("lavit")))
     embeds: Tensor = next(iter(tensors.values()))  # under whatever name
     if embeds.shape[-1] != width:
         raise CheckpointError(

@@ -21,21 +21,20 @@ import torch
 from torch import nn
 
 from seed_multimodal.disk import read_json_object
-from seed_multimodal.downloads import downloads_allowed, fetch_url
+from seed_multimodal.downloads import downloads_allowed, fetch_file
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.hub import fetch, find_file, first_file, is_hub_name
+from seed_multimodal.hub import download_advice, fetch, find_file, first_file, is_hub_name
 from seed_multimodal.models.seed.configuration import Seed1Config, Seed2Config, TokenizerConfig
 from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS
 from seed_multimodal.nn.vision.base import State, VisionEncoder
 from seed_multimodal.nn.vision.clip import Log
-from seed_multimodal.nn.vision.eva import FILES, PREFIX, URL
+from seed_multimodal.nn.vision.eva import FILES, PREFIX
 from seed_multimodal.settings import read_settings
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict
 
 VISION = PREFIX
 ENCODER_PARTS = ("visual_encoder", "ln_vision", "Qformer", "query_tokens")
 VISION_FILES = FILES
-VISION_URL = URL
 BLIP2_FILES = ("blip2_pretrained.safetensors", "blip2_pretrained.pth")
 BLIP2_ADVICE = (
     "download https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/"
@@ -102,7 +101,7 @@ class Layout:
 
     def advice(self, folder: str | Path) -> str:
         """Download instructions for `folder`, without a full stop."""
-        return f"put {self.sources} and {VISION_FILES[-1]} (from {VISION_URL}) into {folder}"
+        return f"put {self.sources} and {VISION_FILES[-1]} (of seed fetch tokenizer) into {folder}"
 
 
 SEED2 = Layout(
@@ -217,11 +216,11 @@ def _vision_file(folder: Path, vision: str | Path | None) -> Path:
     else:
         file = first_file(folder, VISION_FILES) or first_file(cache, VISION_FILES)
     if vision is None and file is None and downloads_allowed():
-        file = fetch_url(VISION_FILES[-1], VISION_URL, cache)
+        file = fetch_file(VISION_FILES[-1], cache)
     if file is None or not os.path.isfile(file):
         raise CheckpointError(
-            f"{file or folder / VISION_FILES[-1]}: no such vision-encoder file; download it "
-            f"from {VISION_URL}."
+            f"{file or folder / VISION_FILES[-1]}: no such vision-encoder file; "
+            f"{download_advice('tokenizer')}."
         )
     return file
 

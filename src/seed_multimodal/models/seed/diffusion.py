@@ -26,7 +26,7 @@ from seed_multimodal.diffusion.base import Denoising, Detokenizer, Settings, gui
 from seed_multimodal.diffusion.conditioner import Conditioner, Generators, seeded_noise
 from seed_multimodal.diffusion.networks import DenoiserConditions, conditions_of
 from seed_multimodal.diffusion.training import size_ids
-from seed_multimodal.hub import UNCLIP_DOWNLOAD, find_folder
+from seed_multimodal.hub import download_advice, find_folder
 from seed_multimodal.models.seed.code_adapter import CODE_ADAPTER, CodeAdapter
 from seed_multimodal.models.seed.single_file import SUFFIXES, load_single_file
 from seed_multimodal.settings import setting
@@ -177,7 +177,7 @@ class UnclipDetokenizer(SeedDetokenizer[UnclipSettings]):
     """SEED-2: image embeddings `[B, E]` → images."""
 
     label = "stable-unCLIP"
-    download_hint = UNCLIP_DOWNLOAD
+    download_hint = download_advice("unclip")
     settings_class = UnclipSettings
     folders = (*SeedDetokenizer.folders, "image_normalizer", "image_noising_scheduler")
 

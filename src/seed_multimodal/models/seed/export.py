@@ -22,6 +22,7 @@ from torch import Tensor
 
 from seed_multimodal.disk import JsonObject, atomic_folder, output_folder
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.hub import download_advice
 from seed_multimodal.images.io import open_image
 from seed_multimodal.language.hub_tokenizer import read_tokenizer_files
 from seed_multimodal.language.vocabulary import ImageVocabulary
@@ -29,7 +30,6 @@ from seed_multimodal.models.seed.checkpoints import (
     ENCODER_PARTS,
     VISION,
     VISION_FILES,
-    VISION_URL,
     saved_config,
 )
 from seed_multimodal.models.seed.configuration import TokenizerConfig
@@ -109,8 +109,8 @@ def export_tokenizer(
         vision_file = str(vision or vit.default_weights or "")
         if not vision_file:
             raise CheckpointError(
-                f"{stage2}: no stage holds the frozen vision encoder; download it from "
-                f"{VISION_URL} and give it as the vision file."
+                f"{stage2}: no stage holds the frozen vision encoder; give its file as the "
+                f"vision file ({download_advice('tokenizer')})."
             )
         vision_tensors = vit.read_weights(vision_file)
         files[vision_file] = {VISION + key: value for key, value in vision_tensors.items()}

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from seed_multimodal.diffusion.training import TrainedLayers, train_unet
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import SDXL_ADAPTER_DOWNLOAD, SDXL_DOWNLOAD, find_file
+from seed_multimodal.hub import download_advice, find_file
 from seed_multimodal.nn.layers import AttentionPool, heads_first, heads_last
 from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict, save_state_dict
@@ -256,13 +256,13 @@ class SDXLAdapter(nn.Module):
         from diffusers import UNet2DConditionModel
 
         # 1. Files.
-        file = find_file(checkpoint, FILES, SDXL_ADAPTER_DOWNLOAD)
+        file = find_file(checkpoint, FILES, download_advice("seed-x"))
         resampler_file = file.parent / RESAMPLER_CONFIG
         if resampler_file.is_file():
             values = read_json_object(resampler_file, ConfigError)
             sizes = read_settings(ResamplerXLConfig, values, str(resampler_file))
         config = read_json_object(
-            Path(sdxl) / "unet" / "config.json", CheckpointError, SDXL_DOWNLOAD
+            Path(sdxl) / "unet" / "config.json", CheckpointError, download_advice("sdxl")
         )
         state = load_state_dict(file, mapped=True)
 

@@ -41,7 +41,7 @@ from seed_multimodal.diffusion.conditioner import (
 )
 from seed_multimodal.diffusion.networks import DenoiserConditions
 from seed_multimodal.diffusion.training import size_ids
-from seed_multimodal.hub import SDXL_DOWNLOAD, find_folder
+from seed_multimodal.hub import download_advice, find_folder
 from seed_multimodal.images.transforms import resize_passes, to_bytes
 from seed_multimodal.models.seed_x.adapter import ResamplerXLConfig, SDXLAdapter
 from seed_multimodal.progress import quiet_loading
@@ -70,7 +70,7 @@ class SdxlDetokenizer(Detokenizer[SdxlSettings]):
     """
 
     label = "SDXL"
-    download_hint = SDXL_DOWNLOAD
+    download_hint = download_advice("sdxl")
     settings_class = SdxlSettings
     part_names = ("conditioner", "resampler", "unet", "vae")
     folders = ("scheduler", "vae")  # of SDXL
@@ -111,7 +111,7 @@ class SdxlDetokenizer(Detokenizer[SdxlSettings]):
         Raises:
             CheckpointError: missing, incomplete or damaged.
         """
-        sdxl = find_folder(folder, ("unet/config.json", "vae/*", "scheduler/*"), SDXL_DOWNLOAD)
+        sdxl = find_folder(folder, ("unet/config.json", "vae/*", "scheduler/*"), cls.download_hint)
         cls.check_parts(sdxl, *cls.folders)
         parts = cls.load_parts(sdxl, dtype, "scheduler", "vae")
         with quiet_loading("diffusers"):

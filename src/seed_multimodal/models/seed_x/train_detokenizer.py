@@ -22,7 +22,7 @@ from seed_multimodal.diffusion.conditioner import CONDITIONER_FOLDERS, pooled_to
 from seed_multimodal.diffusion.training import TrainedLayers
 from seed_multimodal.disk import replace_text
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.hub import SDXL_DOWNLOAD
+from seed_multimodal.hub import download_advice
 from seed_multimodal.hub import find_folder as find_parts
 from seed_multimodal.models.seed_x.adapter import RESAMPLER_CONFIG, ResamplerXLConfig, SDXLAdapter
 from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer
@@ -200,7 +200,7 @@ def pooled_features(encoder: QwenVit, pixels: Tensor, tokens: int) -> Tensor:
 
 def build_adapter(settings: DetokenizerModel) -> SDXLAdapter:
     """The initial adapter on the CPU, with `requires_grad` set. Raises CheckpointError."""
-    sdxl = find_parts(settings.sdxl, ("unet/*",), SDXL_DOWNLOAD)
+    sdxl = find_parts(settings.sdxl, ("unet/*",), download_advice("sdxl"))
     if settings.start:
         adapter = SDXLAdapter.from_pretrained(settings.start, sdxl).train()
     else:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import find_file
+from seed_multimodal.hub import download_advice, find_file
 from seed_multimodal.images.transforms import ImageTransform, seed_image_processor
 from seed_multimodal.nn.layers import Block, LayerNorm, checkpoint_layers, resize_square
 from seed_multimodal.nn.vision.base import State, VisionConfig, VisionEncoder
@@ -22,7 +22,6 @@ from seed_multimodal.settings import setting
 from seed_multimodal.weights import load_state_dict
 
 FILES = ("eva_vit_g.safetensors", "eva_vit_g.pth")
-URL = "https://storage.googleapis.com/sfr-vision-language-research/LAVIS/models/BLIP2/eva_vit_g.pth"
 PREFIX = "visual_encoder."  # before its names in checkpoints of models around it
 UNUSED = ("norm.*", "fc_norm.*", "head.*", "mask_token", "rel_pos_bias.*", "lm_head.*")
 
@@ -80,7 +79,7 @@ class EvaConfig(VisionConfig):
             return eva_from_clip(clip.state_dict(), self.depth, self.pre_norm)
 
         # 2. A file of EVA, or a checkpoint around it.
-        file = find_file(source, FILES, f"download {URL} and give its path")
+        file = find_file(source, FILES, f"{download_advice('tokenizer')}, or give its path")
         state = load_state_dict(file, mapped=True)
         vision: State = {}
         for name, value in state.items():

@@ -114,7 +114,11 @@ def test_stage_2_starts_from_the_adapter_of_stage_1(parts: Path, tmp_path):
             CheckpointError,
             "no such folder; SEED-X's vision encoder",
         ),
-        ({"model": {"sdxl": "/nowhere"}}, CheckpointError, "download the diffusers folder of SDXL"),
+        (
+            {"model": {"sdxl": "/nowhere"}},
+            CheckpointError,
+            "seed fetch sdxl downloads stabilityai/",
+        ),
     ],
 )
 def test_train_with_parts_that_do_not_fit(parts: Path, tmp_path, changes, error, sentence):
