@@ -38,9 +38,9 @@ from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.llm.config import project_path
 from seed_multimodal.training.pixel_decoder.distill import DistillableTask
 from seed_multimodal.training.pixel_decoder.task import (
+    CodesImages,
+    CodesPixelModel,
     EncodedImages,
-    ImageData,
-    PixelModel,
     PixelRunSettings,
 )
 
@@ -54,7 +54,7 @@ Mode = Literal["draw", "threshold"]
 
 
 @dataclass(kw_only=True)
-class LavitPixelModel(PixelModel):
+class LavitPixelModel(CodesPixelModel):
     """Trained and frozen models.
 
     Attributes:
@@ -71,8 +71,6 @@ class LavitPixelModel(PixelModel):
         dropout: see `LavitPixelLoss`.
     """
 
-    diffusion: Path
-    tokenizer: Path
     decoder: Path
     selection: Mode = "draw"
     selection_seed: int = setting(0, minimum=0)
@@ -80,20 +78,7 @@ class LavitPixelModel(PixelModel):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.diffusion = project_path(self.diffusion)
-        self.tokenizer = project_path(self.tokenizer)
         self.decoder = project_path(self.decoder)
-
-    @property
-    def diffusion_folder(self) -> Path:
-        return Path(self.teacher) if self.teacher else self.diffusion
-
-
-@dataclass
-class LavitImages(ImageData):
-    """The images of a run; see `ImageData`."""
-
-    encoder_size: int = setting(224, minimum=1)
 
 
 def image_codes(
@@ -127,7 +112,7 @@ class LavitPixelRunSettings(PixelRunSettings):
     """Settings of a run."""
 
     model: LavitPixelModel
-    data: LavitImages
+    data: CodesImages
 
 
 class LavitPixelTask(DistillableTask[TrainedPixels]):

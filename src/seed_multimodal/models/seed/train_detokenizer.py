@@ -50,12 +50,11 @@ from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 from seed_multimodal.nn.layers import checkpointed
 from seed_multimodal.settings import check_keys, nearest, setting
 from seed_multimodal.training.frozen_models import FrozenFeatures
-from seed_multimodal.training.llm.config import project_path
 from seed_multimodal.training.pixel_decoder.distill import DistillableTask
 from seed_multimodal.training.pixel_decoder.task import (
+    CodesImages,
+    CodesPixelModel,
     EncodedImages,
-    ImageData,
-    PixelModel,
     PixelRunSettings,
 )
 
@@ -73,7 +72,7 @@ SCHEDULERS = (
 
 
 @dataclass(kw_only=True)
-class SeedDecoderModel(PixelModel):
+class SeedDecoderModel(CodesPixelModel):
     """Trained and frozen models.
 
     Attributes:
@@ -90,8 +89,6 @@ class SeedDecoderModel(PixelModel):
         dropout: share of images without conditions, for guidance.
     """
 
-    diffusion: Path
-    tokenizer: Path
     vision: str = ""
     reads: Reads = "codes"
     denoiser: JsonObject = setting(factory=dict)
@@ -101,21 +98,8 @@ class SeedDecoderModel(PixelModel):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.diffusion = project_path(self.diffusion)
-        self.tokenizer = project_path(self.tokenizer)
         if self.teacher:
             self.reads = stored_reads(Path(self.teacher))
-
-    @property
-    def diffusion_folder(self) -> Path:
-        return Path(self.teacher) if self.teacher else self.diffusion
-
-
-@dataclass
-class SeedImages(ImageData):
-    """The images of a run; see `ImageData`."""
-
-    encoder_size: int = setting(224, minimum=1)
 
 
 @dataclass(kw_only=True)
@@ -123,7 +107,7 @@ class SeedDecoderRunSettings(PixelRunSettings):
     """Settings of a run."""
 
     model: SeedDecoderModel
-    data: SeedImages
+    data: CodesImages
 
 
 class CodesDecoder(nn.Module):

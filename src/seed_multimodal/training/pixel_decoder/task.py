@@ -168,6 +168,35 @@ class PixelModel:
         raise NotImplementedError
 
 
+@dataclass(kw_only=True)
+class CodesPixelModel(PixelModel):
+    """Of a decoder that draws a tokenizer's codes.
+
+    Attributes:
+        diffusion: a diffusers folder, of which subclasses say what is read.
+        tokenizer: a folder.
+    """
+
+    diffusion: Path
+    tokenizer: Path
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.diffusion = project_path(self.diffusion)
+        self.tokenizer = project_path(self.tokenizer)
+
+    @property
+    def diffusion_folder(self) -> Path:
+        return Path(self.teacher) if self.teacher else self.diffusion
+
+
+@dataclass
+class CodesImages(ImageData):
+    """The images of such a run."""
+
+    encoder_size: int = setting(224, minimum=1)
+
+
 @dataclass
 class PixelTrainer(RunTrainerSettings):
     """Settings of the trainer.
