@@ -55,7 +55,7 @@ def add_commands(commands: Commands) -> None:
     checker.set_defaults(work=check_language_model)
     for command in (gguf, checker):
         command.add_argument(
-            "--model", default="nano", help="nano, 8b, 14b or a folder (default: %(default)s)"
+            "--model", default="nano", help="a SEED-LLaMA by name or folder (default: %(default)s)"
         )
     for command in (converter, plotter, exporter, gguf, checker):
         add_json(command)

@@ -165,7 +165,7 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
         kv_cache: float | None = None,
         **parts: Any,
     ) -> Self:
-        """Load nano, nano-x, nano-lavit, 8b, 14b, seed-x, seed-x-i, seed-x-edit, lavit or a folder.
+        """Load a system by its name (`pipelines.config.system_names`) or folder.
 
         device, dtype: see `choose_device`.
         quantization: of `load_llm`.
