@@ -10,5 +10,6 @@ ROOT=$PWD
 export GRADIO_ANALYTICS_ENABLED=False
 kind="${1:?say which model: nano, seed-llama-8b or another --model_type of gradio_demo/seed_llama_gradio.py}"
 shift
+case "$kind" in 8b|14b) kind=seed-llama-$kind ;; esac  # as the backend names them
 exec "$PYTHON" gradio_demo/seed_llama_gradio.py --model_type "$kind" --server_port 7860 \
     --request_address http://127.0.0.1:7890/generate "$@"

@@ -21,10 +21,10 @@ from seed_lavis.compat import BaseModel
 from seed_lavis.options import APPLICATION, CodebookOptions, ModelOptions, locate, vit_sizes
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.hub import download_advice
 from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.models.seed.checkpoints import (
     VISION,
-    VISION_URL,
     load_blip2,
     load_vision,
 )
@@ -215,7 +215,7 @@ def load_initial(model: Any) -> None:
     elif options.freeze_vit and options.load_pretrained and not has_vision:
         raise ConfigError(
             f"The frozen vision encoder has no weights: give its file as model.vit_weights "
-            f"(download {VISION_URL}), or start at random with model.load_pretrained=False."
+            f"({download_advice('tokenizer')}), or start at random with model.load_pretrained=False."
         )
 
     # 3. The same stage.

@@ -17,6 +17,7 @@ import hashlib
 import json
 import os
 import pkgutil
+import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -109,6 +110,9 @@ def failure_reason(error: Exception) -> str:
         return "HF_TOKEN is not accepted"
     if isinstance(error, json.JSONDecodeError):
         return "not the answer of a hub, but perhaps that of a proxy"
+    if isinstance(error, network_errors()[0]) and status_of(error) is None:
+        server = str(error.request.url).split("/")[2]  # type: ignore[attr-defined]
+        return f"no connection to {server} ({first_line(error)}); HF_ENDPOINT names another hub"
     return first_line(error).rstrip(".")
 
 
@@ -623,7 +627,8 @@ def read_mirrors(pairs: Sequence[str]) -> dict[str, str]:
                 f"there are {', '.join(names)}."
             )
         is_url = source.startswith(("http://", "https://"))
-        if is_url != (name in files) or not (is_url or source.count("/")):
+        is_repository = re.fullmatch(r"\w[\w.-]*(/[\w.-]+)+", source) is not None
+        if is_url != (name in files) or not (is_url or is_repository):
             expected = "a URL" if name in files else "a hub repository (owner/name)"
             raise ConfigError(f"mirror {pair}: {name} needs {expected}.")
         mirrors[name] = source

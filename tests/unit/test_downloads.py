@@ -164,8 +164,10 @@ def test_fetch_command_downloads_all_parts_and_keeps_them(server, capsys):
 
 
 def test_fetch_command_names_what_it_does_not_get(server, capsys):
-    assert main(["fetch", "8b"]) == 1
-    error = capsys.readouterr().err
+    assert main(["fetch", "8b", "--json"]) == 1
+    output = capsys.readouterr()
+    error = output.err
+    assert json.loads(output.out)["folders"] == ["pretrained/seed_llama_8b_sft"]
     assert (
         "unclip: not downloaded into pretrained/stable-diffusion-2-1-unclip (stabilityai" in error
     )
@@ -231,6 +233,7 @@ def test_fetch_command_of_one_seed_x_takes_its_vision_encoder_out_of_qwen_vl(ser
         (["8c"], r"did you mean '8b'\?"),
         (["8b", "--mirror", "unclop=a/b"], r"no part 'unclop' \(did you mean 'unclip'\?\)"),
         (["8b", "--mirror", "unclip=https://x.org"], r"unclip needs a hub repository"),
+        (["8b", "--mirror", "unclip=/data/unclip"], r"unclip needs a hub repository"),
         (["8b", "--mirror", "eva_vit_g.pth=a/b"], r"eva_vit_g.pth needs a URL"),
     ],
 )
@@ -337,6 +340,13 @@ def test_a_web_page_is_no_file(server, monkeypatch):
 def test_a_known_checksum_holds_for_a_file_with_a_url(server, monkeypatch):
     with pytest.raises(CheckpointError, match=r"SHA-256 \w+… instead of 0000"):
         fetch_vision(monkeypatch, server, sha256={"eva_vit_g.pth": "0" * 64})
+
+
+def test_a_hub_that_is_not_there_is_named(server, monkeypatch):
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    assert f"({LLM}: no connection to 127.0.0.1:9 (" in fetch()[0]
 
 
 def test_a_proxy_without_its_package(server, monkeypatch):

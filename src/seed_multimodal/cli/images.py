@@ -72,6 +72,7 @@ def reconstruct(args: Namespace) -> int:
     codec = common.load_images(args)
     if stored:
         _require_codes(args, codec)
+    _check_counts(args, codec)
     settings = common.chosen_settings(args)
     first_count = {"codes": args.codes[0]} if args.codes else {}
     codec.check_drawing(**settings, **first_count)
@@ -175,6 +176,7 @@ def draw(args: Namespace) -> int:
     images_of_text = max(1, len(args.codes)) * args.num_images
     outputs = common.Outputs(args.out, len(args.texts) * images_of_text)
     system, options = _load(args)
+    _check_counts(args, system.images)
 
     # Several images of a text: of several numbers of codes, or of several seeds.
     def work(texts: Sequence[str]) -> list[Sequence[Image.Image]]:
@@ -224,6 +226,11 @@ def read_codes(path: str) -> dict[str, list[int]]:
 def _require_codes(args: Namespace, codec: ImageCodec) -> None:
     if not codec.has_codes:
         raise ConfigError(f"{args.model}: its images are features, they have no codes.")
+
+
+def _check_counts(args: Namespace, codec: ImageCodec) -> None:
+    if args.codes and "codes" not in codec.drawing_settings:
+        raise ConfigError(f"{args.model}: --codes needs ordered codes, as SEED-LLaMA's.")
 
 
 def _load(args: Namespace) -> tuple[MultimodalSystem, Options]:

@@ -11,12 +11,18 @@ from typing import TYPE_CHECKING
 from seed_multimodal import entry
 from seed_multimodal.cli.common import add_json, cat_image, emit, load_system, write_text
 from seed_multimodal.disk import JsonObject, read_json_object, writable_folder
-from seed_multimodal.downloads import MIRRORS, WantedPart, fetch_parts, online, read_mirrors
+from seed_multimodal.downloads import (
+    MIRRORS,
+    WantedPart,
+    fetch_parts,
+    online,
+    read_mirrors,
+)
 from seed_multimodal.entry import DONE, SOME_FAILED, log_line
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import weights_root
 from seed_multimodal.originals import original_parts
-from seed_multimodal.pipelines.config import original_systems
+from seed_multimodal.pipelines.config import SystemConfig, original_systems
 from seed_multimodal.settings import check_value, nearest
 
 if TYPE_CHECKING:
@@ -30,8 +36,8 @@ def add_commands(commands: Commands) -> None:
         "models",
         nargs="+",
         metavar="MODEL",
-        help=f"an original model ({', '.join(original_systems())}), or one part: "
-        + ", ".join(original_parts()),
+        help=f"an original model ({', '.join(original_systems())}), or a part of one: "
+        + ", ".join(part for part in original_parts() if part not in original_systems()),
     )
     fetcher.add_argument(
         "--mirror",
@@ -86,7 +92,9 @@ def fetch(args: Namespace) -> int:
         problems = fetch_parts(wanted, root, mirrors=mirrors, force=args.force)
     for problem in problems:
         log_line(f"seed: {problem}")
-    folders = list(dict.fromkeys(str(item.target(root)) for item in wanted))
+    # Folders that no problem names.
+    targets = dict.fromkeys(str(item.target(root)) for item in wanted)
+    folders = [folder for folder in targets if folder not in " ".join(problems)]
     emit(args, {"folders": folders, "problems": problems}, "\n".join(folders))
     return SOME_FAILED if problems else DONE
 
@@ -111,24 +119,25 @@ def verify(args: Namespace) -> int:
     """Compute fixed inputs with a model and print a table to post, compared with a reference."""
     from seed_multimodal.evaluation.verify import REFERENCE, report, run_checks
 
-    # 1. The reference: of another run, or the model's own.
-    system = load_system(args)
+    # 1. The reference, of another run or the model's own, and where results go.
+    config = SystemConfig.find(args.model)
     reference = {}
-    file = Path(args.reference or Path(system.config.name) / REFERENCE)
+    file = Path(args.reference or Path(config.name) / REFERENCE)
     if args.reference or file.is_file():
-        reference = check_value(
-            dict[str, JsonObject], read_json_object(file, ConfigError).get("checks"), str(file)
-        )
+        stored = read_json_object(file, ConfigError)
+        reference = check_value(dict[str, JsonObject], stored.get("checks"), str(file))
+        log_line(f"compared with {file} (of {stored.get('model')})")
     else:
         log_line(
             f"{file}: no such file, so that nothing is compared; give another with --reference"
         )
+    out = writable_folder(args.out, ConfigError) if args.out else None
 
     # 2. The table.
+    system = load_system(args, config)
     checks = run_checks(system, cat_image().parent)
     record, table, n_differing = report(system, checks, reference)
-    if args.out:
-        out = writable_folder(args.out, ConfigError)
+    if out is not None:
         write_text(table + "\n", out / "verify.md")
         write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", out / REFERENCE)
     emit(args, {**record, "differing": n_differing}, table)
