@@ -215,7 +215,8 @@ def load_initial(model: Any) -> None:
     elif options.freeze_vit and options.load_pretrained and not has_vision:
         raise ConfigError(
             f"The frozen vision encoder has no weights: give its file as model.vit_weights "
-            f"({download_advice('tokenizer')}), or start at random with model.load_pretrained=False."
+            f"({download_advice('tokenizer')}), or start at random with "
+            "model.load_pretrained=False."
         )
 
     # 3. The same stage.
