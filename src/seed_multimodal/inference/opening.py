@@ -71,7 +71,8 @@ class EngineOptions:
     offload_device: torch.device | None = None
 
     def check(self) -> None:
-        """Raises ConfigError: options that exclude each other."""
+        """Raises ConfigError: options that exclude each other. Raises ImportError: llama.cpp is
+        missing."""
         if self.url is not None and self.name != COMPLETION_SERVER:
             raise ConfigError(f"--url is for --engine {COMPLETION_SERVER}, not for {self.name}.")
         if self.gguf is not None and self.name != LLAMA_CPP:
@@ -80,6 +81,8 @@ class EngineOptions:
             raise ConfigError(f"--compile is for --engine {TORCH}, not for {self.name}.")
         if self.compiled and self.offload_device is not None:
             raise ConfigError(COMPILED_OFFLOAD)
+        if self.name == LLAMA_CPP:
+            import llama_cpp  # noqa: F401  (reported before models are loaded)
 
     @property
     def cache_bytes(self) -> int | None:
