@@ -10,7 +10,6 @@
 from __future__ import annotations
 
 import argparse
-import gc
 import os
 import sys
 from pathlib import Path
@@ -270,13 +269,7 @@ def run(args: argparse.Namespace) -> int:
             raise
         print(f"{error} Images are read and described.")
 
-    # 4. What is loaded stays: Python's full collections, which wait until a quarter of the objects
-    #    they look at is new, are then of what requests leave, and come every minute or two.
-    gc.collect()
-    gc.freeze()
-    gc.collect()
-
-    # 5. The server.
+    # 4. The server.
     limits = Limits(
         max_pixels=args.max_megapixels * 1_000_000,
         max_running=args.max_running,

@@ -10,6 +10,7 @@ Run `bash scripts/start_backend_nano.sh`, or in Python
 from __future__ import annotations
 
 import contextlib
+import gc
 import hmac
 import json
 import logging
@@ -22,7 +23,7 @@ from typing import TYPE_CHECKING
 
 import waitress
 from flask import Flask, Response, abort, jsonify, request
-from flask.typing import ResponseReturnValue
+from flask.typing import ResponseReturnValue, RouteCallable
 from werkzeug.exceptions import HTTPException
 
 from seed_multimodal.device import is_out_of_memory, return_freed_memory, trim_memory
@@ -77,7 +78,7 @@ def create_app(
     @app.after_request
     def count(response: Response) -> Response:
         # Streams are counted at their end.
-        if request.url_rule is not None and not response.is_streamed:
+        if request.url_rule and not response.is_streamed:
             backend.requests.labels(request.url_rule.rule, response.status_code).inc()
         return response
 
@@ -87,12 +88,16 @@ def create_app(
         body = error_json(request.path.startswith("/v1"), sentence, status)
         return jsonify(body), status, HEADERS.get(status, {})
 
-    app.add_url_rule("/health", view_func=backend.health)
-    app.add_url_rule("/ready", view_func=backend.ready)
-    app.add_url_rule("/metrics", view_func=backend.metrics)
-    app.add_url_rule("/v1/models", view_func=backend.models)
-    app.add_url_rule("/v1/models/<path:name>", view_func=backend.model)
-    app.add_url_rule("/openapi.json", view_func=schema.openapi)
+    routes: dict[str, RouteCallable] = {
+        "/health": backend.health,
+        "/ready": backend.ready,
+        "/metrics": backend.metrics,
+        "/v1/models": backend.models,
+        "/v1/models/<path:name>": backend.model,
+        "/openapi.json": schema.openapi,
+    }
+    for rule, view in routes.items():
+        app.add_url_rule(rule, view_func=view)
     add_model_routes(app, backend)
     return app
 
@@ -126,8 +131,7 @@ def add_model_routes(app: Flask, backend: Backend) -> None:
         first = next(answer)
         if first["object"] == "chat.completion.chunk":
             return streamed(app, backend, first, answer)
-        for _ in answer:  # gives the slot back
-            pass
+        list(answer)  # gives the slot back
         return first
 
     @app.post("/v1/images/generations")
@@ -170,11 +174,11 @@ def completion(model: str, stream: bool, changes: Iterator[JsonObject]) -> Itera
             message[name] += value
         if stream:
             delta = {"role": "assistant", **change} if is_first else change
-            chunk: JsonObject = {**head, "object": "chat.completion.chunk"}
+            choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+            chunk = {**head, "object": "chat.completion.chunk", "choices": [choice]}
             if usage:
                 chunk["usage"] = usage
-            choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
-            yield {**chunk, "choices": [choice]}
+            yield chunk
         is_first = False
     if not stream:
         choice = {"index": 0, "message": message, "finish_reason": finish_reason}
@@ -189,7 +193,7 @@ def streamed(
     An error is sent as the last event, and counted with its status.
     """
     # The request's context is gone when the stream is read.
-    rule = request.url_rule.rule if request.url_rule is not None else ""
+    rule = str(request.url_rule)
 
     def lines() -> Iterator[str]:
         status = 200
@@ -279,8 +283,14 @@ def serve(app: Flask, sock: socket.socket, log: Callable[[str], None] = print) -
 
     threading.Thread(target=trim, name="seed-trim", daemon=True).start()
 
-    # 2. The server. It reads ahead during a request, to detect that the client disconnects.
-    logging.getLogger("waitress").setLevel(logging.ERROR)  # neither lost connections nor its queue
+    # 2. Exclude the loaded objects from garbage collection: a full collection starts only when new
+    #    objects exceed a quarter of the old ones, which with a model's objects takes very long.
+    gc.collect()
+    gc.freeze()
+    gc.collect()  # `freeze` leaves the number of old objects as it was
+
+    # 3. The server. It reads ahead during a request, to detect that the client disconnects.
+    logging.getLogger("waitress").setLevel("ERROR")  # neither lost connections nor its queue
     server = waitress.create_server(
         app,
         sockets=[sock],
@@ -294,7 +304,7 @@ def serve(app: Flask, sock: socket.socket, log: Callable[[str], None] = print) -
     )
     log(f"Init Done... answering at http://{host}:{port}/generate (Ctrl-C stops).")
 
-    # 3. `run` ends at KeyboardInterrupt; running drawings end before Python does, which would
+    # 4. `run` ends at KeyboardInterrupt; running drawings end before Python does, which would
     #    abort under their threads.
     with ended_by_sigterm(backend.stopping.set):
         try:
@@ -302,3 +312,4 @@ def serve(app: Flask, sock: socket.socket, log: Callable[[str], None] = print) -
         finally:
             server.task_dispatcher.shutdown(timeout=SHUTDOWN_SECONDS)
             server.close()
+            gc.unfreeze()

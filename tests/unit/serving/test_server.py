@@ -206,31 +206,19 @@ def test_serve_returns_freed_memory_between_blocks_in_use(tiny, monkeypatch):
     assert len(lasting) == 40
 
 
-def test_program_collects_what_requests_leave_not_only_when_a_quarter_is_new(
-    tiny_folder: Path, monkeypatch
-):
+def test_serve_starts_full_collections_before_a_quarter_is_new(tiny):
     """Circles of old objects are freed by full collections alone."""
-    full_collections = []
-
-    def serve(app, sock):
-        sock.close()
-        before = gc.get_stats()[2]["collections"]
-        _lasting = [[] for _ in range(100_000)]
-        full_collections.append(gc.get_stats()[2]["collections"] - before)
-
-    monkeypatch.setattr("seed_multimodal.serving.app.serve", serve)
-    program = runpy.run_path(PROGRAM)
-    args = program["build_parser"]().parse_args(["--system", str(tiny_folder), *ON_CPU])
-    args.debug = False
     thresholds = gc.get_threshold()
     gc.set_threshold(700, 10, 10)
     gc.collect()
     try:
-        assert program["run"](args) == 0
+        Running(tiny)
+        before = gc.get_stats()[2]["collections"]
+        _lasting = [[] for _ in range(100_000)]
+        assert gc.get_stats()[2]["collections"] > before
     finally:
         gc.unfreeze()
         gc.set_threshold(*thresholds)
-    assert full_collections[0] > 0
 
 
 def test_program_refuses_a_system_with_a_part_of_it(tiny_folder: Path):
