@@ -5,7 +5,8 @@
     python benchmarks/rehearsal.py --list                                    all commands
 
 Prints a JSON line for each row, also into SCRATCH/results.jsonl; rows that have succeeded there are
-skipped. A model is written when its first row runs, and the one before is removed (45 GB of disk at
+skipped (exit code 0 and, from a server, status 200). A row that needs another's files runs that one
+first. A model is written when its first row runs, and the one before is removed (45 GB of disk at
 most). anonymous_gb: memory that cannot be dropped, at its peak, of the command and its children;
 resident_gb: with mapped files, which the kernel drops if another program needs the memory. A
 command is killed, and its row has `"fits": false`, when less than 1 GB of the machine is available
@@ -25,11 +26,11 @@ import shutil
 import signal
 import subprocess
 import sys
-import threading
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -41,6 +42,7 @@ from seed_multimodal.evaluation import machine
 
 RESERVE = 10**9  # bytes that stay available for others
 SAMPLE_SECONDS = 0.1
+RESULTS = "results.jsonl"
 REQUEST_SECONDS = 1800
 CAT = ROOT / "images/cat.jpg"
 SEED = f"{sys.executable} -m seed_multimodal"
@@ -71,11 +73,13 @@ class Row:
     """A command, run in the folder of a model.
 
     request: of a server, the body of a POST to /generate, after which the server is stopped.
+    needs: the row that writes files which this one reads.
     """
 
     model: str
     command: str
     request: dict[str, Any] | None = None
+    needs: str = ""
 
 
 DESCRIBE = f"{SEED} describe {CAT} --dtype bfloat16 --max-new-tokens 16 --model"
@@ -92,8 +96,8 @@ ROWS = {
     "8b-describe-int8": Row("8b", f"{DESCRIBE} 8b --quantization int8"),
     "8b-draw-4bit": Row("8b", f"{DRAW} 8b --quantization 4bit"),
     "8b-export-gguf": Row("8b", f"{SEED} export-gguf --model 8b --quant q4_k_m"),
-    "8b-describe-gguf": Row("8b", LAPTOP),
-    "8b-describe-gguf-80": Row("8b", f"{LAPTOP} --max-new-tokens 80"),
+    "8b-describe-gguf": Row("8b", LAPTOP, needs="8b-export-gguf"),
+    "8b-describe-gguf-80": Row("8b", f"{LAPTOP} --max-new-tokens 80", needs="8b-export-gguf"),
     "8b-server": Row(
         "8b",
         f"{SERVER} --system 8b --dtype bfloat16",
@@ -184,28 +188,34 @@ def children_cpu_seconds() -> float:
     return usage.ru_utime + usage.ru_stime
 
 
-def ask(process: subprocess.Popen[bytes], request: dict[str, Any], log: BinaryIO) -> None:
-    """Send one request to a server as soon as it listens, write its answer, then stop it."""
+def ask(process: subprocess.Popen[bytes], request: dict[str, Any], output: BinaryIO) -> int | None:
+    """Send one request to a server as soon as it listens, write its answer, then stop it.
+
+    Returns the HTTP status; None: the server ended without an answer.
+    """
     body = json.dumps(request).encode()
     message = urllib.request.Request(
         f"{ADDRESS}/generate", body, {"Content-Type": "application/json"}
     )
     while process.poll() is None:
         try:
-            answer = urllib.request.urlopen(message, timeout=REQUEST_SECONDS).read()
+            answer = urllib.request.urlopen(message, timeout=REQUEST_SECONDS)
         except urllib.error.HTTPError as error:
-            answer = error.read()
+            answer = error
         except OSError:  # it does not listen yet
             time.sleep(1)
             continue
-        log.write(answer)
+        output.write(answer.read())
         process.terminate()
         process.wait()
+        return answer.status
+    return None
 
 
 def measure(row: Row, folder: Path) -> dict[str, Any]:
     """Run a command and sample its memory."""
-    log = folder / "output.txt"
+    shutil.rmtree(folder / "log", ignore_errors=True)  # a training would resume an earlier one
+    printed = folder / "output.txt"
     started = time.perf_counter()
     cpu_before = children_cpu_seconds()
     load = os.getloadavg()[0]
@@ -213,7 +223,7 @@ def measure(row: Row, folder: Path) -> dict[str, Any]:
     peak_anonymous = 0
     peak_resident = 0
     fits = True
-    with log.open("wb") as output:
+    with printed.open("wb") as output, ThreadPoolExecutor(1) as pool:
         process = subprocess.Popen(
             shlex.split(row.command),
             cwd=folder,
@@ -222,7 +232,7 @@ def measure(row: Row, folder: Path) -> dict[str, Any]:
             start_new_session=True,
         )
         if row.request is not None:
-            threading.Thread(target=ask, args=(process, row.request, output), daemon=True).start()
+            status = pool.submit(ask, process, row.request, output)
         while process.poll() is None:
             # 1. The peaks.
             anonymous, resident = memory(process.pid)
@@ -237,17 +247,41 @@ def measure(row: Row, folder: Path) -> dict[str, Any]:
     return {
         "fits": fits,
         "exit_code": process.returncode,
+        **({} if row.request is None else {"http_status": status.result()}),
         "seconds": round(time.perf_counter() - started, 1),
         "cpu_seconds": round(children_cpu_seconds() - cpu_before, 1),
         "anonymous_gb": round(peak_anonymous / 1e9, 2),
         "resident_gb": round(peak_resident / 1e9, 2),
         "others_gb": round(others / 1e9, 2),
         "load": [load, os.getloadavg()[0]],
-        "output": log.read_text(errors="replace")[-500:],
+        "output": printed.read_text(errors="replace")[-500:],
     }
 
 
+def succeeded(results: Mapping[str, Any]) -> bool:
+    """Whether a command ended well and, of a server, the request was answered."""
+    return results["exit_code"] == 0 and results.get("http_status", 200) == 200
+
+
 # ---- the program
+
+
+def record(name: str, scratch: Path) -> None:
+    """Measure a row, after the one that it needs; print its line and append it to the file."""
+    row = ROWS[name]
+    folder = model_folder(scratch, row.model)
+    if row.needs and not (folder / f"{row.needs}.succeeded").is_file():
+        record(row.needs, scratch)
+
+    figures = measure(row, folder)
+    if succeeded(figures):
+        (folder / f"{name}.succeeded").touch()
+    line = json.dumps(
+        {"row": name, "results": figures, **machine.circumstances("cpu", row.command)}
+    )
+    print(line, flush=True)
+    with (scratch / RESULTS).open("a") as file:
+        file.write(f"{line}\n")
 
 
 def run(options: argparse.Namespace) -> None:
@@ -257,22 +291,14 @@ def run(options: argparse.Namespace) -> None:
         return
 
     # Rows that were measured before are kept.
-    results = options.scratch / "results.jsonl"
     options.scratch.mkdir(parents=True, exist_ok=True)
+    results = options.scratch / RESULTS
     lines = results.read_text().splitlines() if results.is_file() else []
     measured = map(json.loads, lines)
-    done = {line["row"] for line in measured if not line["results"]["exit_code"]}
+    done = {line["row"] for line in measured if succeeded(line["results"])}
     for name in options.only or ROWS:
-        if name in done:
-            continue
-        row = ROWS[name]
-        figures = measure(row, model_folder(options.scratch, row.model))
-        line = json.dumps(
-            {"row": name, "results": figures, **machine.circumstances("cpu", row.command)}
-        )
-        print(line, flush=True)
-        with results.open("a") as file:
-            file.write(f"{line}\n")
+        if name not in done:
+            record(name, options.scratch)
 
 
 if __name__ == "__main__":

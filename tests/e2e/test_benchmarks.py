@@ -13,12 +13,14 @@ import signal
 import subprocess
 import sys
 import threading
+from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
 
 import pytest
 import torch
 import warm_python
+from real_processes import free_port
 from repository import ROOT
 
 from seed_multimodal.errors import ConfigError
@@ -213,10 +215,14 @@ def test_memory_of_published_sizes(monkeypatch, capsys):
     assert large["kv_row"] == round(2 * 36 * 8 * 128 * 4096 * 2 / 1e9, 2)
 
 
-@pytest.mark.process
-def test_rehearsal_measures_a_command(monkeypatch, tmp_path):
+@pytest.fixture
+def rehearsal(monkeypatch) -> ModuleType:
     monkeypatch.syspath_prepend(str(BENCHMARKS))
-    rehearsal = importlib.import_module("rehearsal")
+    return importlib.import_module("rehearsal")
+
+
+@pytest.mark.process
+def test_rehearsal_measures_a_command(rehearsal, monkeypatch, tmp_path):
     layouts = importlib.import_module("original_layouts")
 
     # 1. A sparse file in torch's format.
@@ -240,3 +246,29 @@ def test_rehearsal_measures_a_command(monkeypatch, tmp_path):
     assert 0.26 < results["resident_gb"] < 0.3
     monkeypatch.setattr(rehearsal, "RESERVE", 10**15)
     assert not rehearsal.measure(row, tmp_path)["fits"]
+
+
+@pytest.mark.process
+def test_rehearsal_runs_needed_rows_and_removes_trainings(rehearsal, monkeypatch, tmp_path):
+    rows = {
+        "write": rehearsal.Row("8b", "mkdir log written"),
+        "read": rehearsal.Row("8b", "rmdir written", needs="write"),
+        "again": rehearsal.Row("8b", "mkdir log"),
+    }
+    monkeypatch.setattr(rehearsal, "ROWS", rows)
+    (tmp_path / "8b").mkdir()
+    (tmp_path / "8b" / "finished").touch()
+    rehearsal.run(Namespace(scratch=tmp_path, only=["read", "again"], list=False))
+    lines = [json.loads(line) for line in (tmp_path / "results.jsonl").read_text().splitlines()]
+    assert [line["row"] for line in lines] == ["write", "read", "again"]
+    assert all(rehearsal.succeeded(line["results"]) for line in lines)
+
+
+@pytest.mark.process
+def test_rehearsal_records_the_status_of_a_server(rehearsal, monkeypatch, tmp_path):
+    port = free_port()
+    monkeypatch.setattr(rehearsal, "ADDRESS", f"http://127.0.0.1:{port}")
+    row = rehearsal.Row("8b", f"{sys.executable} -m http.server {port}", {"text": "hi"})
+    results = rehearsal.measure(row, tmp_path)
+    assert results["http_status"] == 501
+    assert not rehearsal.succeeded({**results, "exit_code": 0})
