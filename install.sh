@@ -28,6 +28,9 @@ while [ $# -gt 0 ]; do
     esac
 done
 EXTRAS="$(printf '%s' "${EXTRAS#,}" | tr -d ' ')"
+case "${CONSTRAINTS:+,$EXTRAS,}" in
+    *,harness,*) fail "$CONSTRAINTS has no versions for the extra harness: install it without --constraints." ;;
+esac
 
 # --- the environment
 ENVIRONMENT="${VIRTUAL_ENV:-${CONDA_PREFIX:-$PWD/.venv}}"

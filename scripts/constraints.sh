@@ -4,7 +4,7 @@
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-EXTRAS=(train demo eval docs dev)
+EXTRAS=(train demo eval lavit laptop docs dev)
 
 for stack in oldest newest; do
     resolution=highest

@@ -27,7 +27,7 @@ TODAY="$(date +%Y-%m-%d)"
 FILES="CHANGELOG.md CITATION.cff src/seed_multimodal/__init__.py"
 [ -z "$(git status --porcelain)" ] || fail "the checkout has changes: commit them first (after a release that failed: git checkout -- $FILES)."
 if git rev-parse -q --verify "refs/tags/v$VERSION" > /dev/null; then fail "the tag v$VERSION exists already."; fi
-grep -qE "^## $VERSION( |$)" CHANGELOG.md || fail "CHANGELOG.md has no heading '## $VERSION (unreleased)'."
+grep -qxF "## $VERSION (unreleased)" CHANGELOG.md || fail "CHANGELOG.md has no heading '## $VERSION (unreleased)'."
 
 # --- version and date (perl: sed -i differs between Linux and macOS)
 VERSION="$VERSION" perl -pi -e 's/^__version__ = .*/__version__ = "$ENV{VERSION}"/' src/seed_multimodal/__init__.py
@@ -55,6 +55,6 @@ cat <<EOF_NEXT
 [release] dist/ is complete. After a look at git diff, and at the model cards of systems that were trained again:
     git commit -am "Release $VERSION" && git tag -a "v$VERSION" -m "SEED Multimodal $VERSION"
     git push origin main "v$VERSION"
-    python -m twine upload dist/*.whl dist/*.tar.gz
+    pip install twine && python -m twine upload dist/*.whl dist/*.tar.gz
 and publish outputs/site/.
 EOF_NEXT

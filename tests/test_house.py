@@ -19,6 +19,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
+from packaging.requirements import Requirement
 from PIL import Image
 from style_measures import assigned_names, is_private, measure, source_files
 
@@ -78,6 +79,25 @@ def test_requirements_are_packages_of_pyproject():
     assert set(lines[1:]) <= {
         name_of(r) for r in [*project()["dependencies"], *extras["train"], *extras["demo"]]
     }
+
+
+@pytest.mark.parametrize("file", ["oldest.txt", "newest.txt"])
+def test_constraints_are_within_the_bounds(file):
+    text = (ROOT / "constraints" / file).read_text()
+    versions = re.findall(r"(?m)^([\w-]+)==([^ ;\\]+)", text)
+    extras = project()["optional-dependencies"]
+    del extras["harness"]  # for an environment of its own
+    requirements = map(Requirement, sum(extras.values(), project()["dependencies"]))
+    for requirement in requirements:
+        pinned = [version for name, version in versions if name == requirement.name]
+        assert pinned and all(map(requirement.specifier.contains, pinned)), requirement
+
+
+def test_bounds_of_torch_are_the_same_everywhere():
+    for bound in project()["dependencies"][:2]:
+        assert bound.startswith("torch")
+        for file in ("install.sh", "Dockerfile"):
+            assert f'"{bound}"' in (ROOT / file).read_text()
 
 
 # Packages whose module has another name.
