@@ -1,13 +1,13 @@
 """One page about a GPU: every benchmark at the published sizes, each with the plain stack.
 
-    bash benchmarks/gpu_card.sh OUT                                         one H100 or A100
-    bash benchmarks/gpu_card.sh OUT --device cpu --model pretrained/nano    the same on a CPU
+    bash benchmarks/gpu_card.sh OUT                                       one H100 or A100
+    bash benchmarks/gpu_card.sh CPU --device cpu --model pretrained/nano  the same on a CPU
 
 The parts are processes of less than nine minutes each. OUT receives the lines of each part
 (`PART.jsonl`), the page, `card.md`, after each of them, and 22 GB of random weights in
 `pretrained/`. A part that has succeeded is not run again, so that a card can be made in several
-calls: `--minutes 10` starts no part that takes longer than that on an H100. It needs the extras
-demo and train.
+calls with the same flags: `--minutes 10` starts no part that takes longer than that on an H100. It
+needs the extras demo and train.
 """
 
 from __future__ import annotations
@@ -41,6 +41,11 @@ MODULES = ("torchao", "peft", "flask", "waitress", "prometheus_client")  # of ex
 WEIGHTS_GB = 22  # of system-files
 
 # Part → minutes on an H100, and the command. Names in braces are of SIZES.
+#
+# A program prints JSON lines with `benchmark`, `variant` and what `shared.print_line` adds to every
+# line. `results` has `UNIT_per_second`, and `seconds` or `p50`; or `error`. Cells are empty without
+# `batch` (or `clients`), `request`; in `results`, `times_plain`, `mfu`, `weight_gb_per_second` (the
+# share of `copy`'s rate), `peak_gpu_gib`.
 PARTS = {
     "ceilings": (1, "ceilings.py {device} --side {side} {repeats}"),
     "tokenizer": (4, "tokenizer.py {device} {model} --batches {encoded} {repeats}"),
@@ -66,9 +71,9 @@ PARTS = {
     ),
     "server": (5, "serving.py {device} --model {system} --clients {clients} --requests {requests}"),
 }
-RELEASED_ONLY = ("decoder", "system-files")  # a folder's decoder is timed as a part of its system
+ORIGINAL_ONLY = ("decoder", "system-files")  # a folder's decoder is timed as a part of its system
 SIZES = {
-    "released": {
+    "original": {
         "side": "8192",
         "encoded": "1 32 256",
         "prompts": "1 16 64",
@@ -109,16 +114,20 @@ class Goal:
 
     def is_of(self, line: Mapping[str, Any]) -> bool:
         names = line["benchmark"], line.get("batch")
-        return names == (self.benchmark, self.batch) and line["variant"] in self.variants
+        return names == (self.benchmark, self.batch) and line.get("variant") in self.variants
 
     def text(self, results: Mapping[str, Any]) -> str:
-        """The goal, and whether the line reaches it."""
-        if self.per_second is not None:
+        """The goal, and whether the line reaches it; empty if the line lacks the figure."""
+        _, value = rate(results)
+        seconds = results.get("seconds")
+        if self.per_second is not None and value is not None:
             goal = f"≥ {self.per_second:,}"
-            reached = rate(results)[1] >= self.per_second
-        else:
+            reached = value >= self.per_second
+        elif self.seconds is not None and seconds is not None:
             goal = f"≤ {self.seconds} s"
-            reached = results["seconds"] <= self.seconds
+            reached = seconds <= self.seconds
+        else:
+            return ""
         return f"{goal}: {'reached' if reached else '**missed**'}"
 
 
@@ -176,16 +185,18 @@ def run_part(name: str, command: str, folder: Path) -> None:
     log_line(f"{name}: {problem or 'done'}, {time.monotonic() - started:.0f} s")
 
 
-def rate(results: Mapping[str, Any]) -> tuple[str, float]:
-    """Unit and value of a line's rate."""
-    key = next(key for key in results if key.endswith("_per_second") and "weight" not in key)
-    return f"{key.removesuffix('_per_second').replace('_', ' ')}/s", results[key]
+def rate(results: Mapping[str, Any]) -> tuple[str, float | None]:
+    """Unit and value of a line's rate; None: it has none."""
+    for key, value in results.items():
+        if key.endswith("_per_second") and "weight" not in key:
+            return f"{key.removesuffix('_per_second').replace('_', ' ')}/s", value
+    return "", None
 
 
 def row(line: Mapping[str, Any], copied: float | None) -> list[str]:
     """A line's cells. `copied`: gigabytes that the device copies a second."""
     results = line["results"]
-    variant = line["variant"] or "–"
+    variant = line.get("variant") or "–"
     if line.get("request"):
         variant = f"{variant}, {line['request']}"
     what = [line["benchmark"], str(line.get("batch") or line.get("clients") or "–"), variant]
@@ -203,9 +214,9 @@ def row(line: Mapping[str, Any], copied: float | None) -> list[str]:
     seconds = results.get("seconds", results.get("p50"))
     return [
         *what,
-        f"{value:,} {unit}",
-        f"{ratio} ×" if ratio and line["variant"] != "plain" else "",
-        str(rounded(seconds)),
+        "" if value is None else f"{value:,} {unit}",
+        f"{ratio} ×" if ratio and variant != "plain" else "",
+        "" if seconds is None else str(rounded(seconds)),
         share,
         str(results.get("peak_gpu_gib", "")),
         goal,
@@ -219,15 +230,15 @@ def page(lines: Mapping[str, list[dict[str, Any]]], model: str) -> str:
     if not measured:
         return "Nothing was measured.\n"
     first = measured[0]
-    released = model == "original"
-    weights = "random weights of the published sizes" if released else model
+    original = model == "original"
+    weights = "random weights of the published sizes" if original else model
     hardware = ", ".join(f"{name} {value}" for name, value in first["hardware"].items())
     versions = ", ".join(f"{name} {value}" for name, value in first["versions"].items())
     dates = f"{first['date']} to {measured[-1]['date']}"
     # 2. The table; shares of the memory's speed count from the measured copy.
     copied = next(
         (
-            line["results"]["gigabytes_per_second"]
+            line["results"].get("gigabytes_per_second")
             for line in lines.get("ceilings", [])
             if line["benchmark"] == "ceiling copy"
         ),
@@ -237,7 +248,7 @@ def page(lines: Mapping[str, list[dict[str, Any]]], model: str) -> str:
     rows: Iterable[list[str]] = (
         row(line, copied) for content in lines.values() for line in content
     )
-    if released:
+    if original:
         head.append("goal (one H100)")
     table = "\n".join(
         f"| {' | '.join(cells[: len(head)])} |" for cells in [head, ["---"] * len(head), *rows]
@@ -253,7 +264,7 @@ def page(lines: Mapping[str, list[dict[str, Any]]], model: str) -> str:
     )
 
 
-def check_machine(folder: Path, released: bool) -> None:
+def check_machine(folder: Path, original: bool) -> None:
     """Raise ConfigError for what would make late parts fail."""
     missing = [module for module in MODULES if importlib.util.find_spec(module) is None]
     if missing:
@@ -262,8 +273,17 @@ def check_machine(folder: Path, released: bool) -> None:
         )
     free_gb = shutil.disk_usage(folder).free / 1e9
     is_written = (folder / "system-files.jsonl").is_file()
-    if released and not is_written and free_gb < WEIGHTS_GB:
+    if original and not is_written and free_gb < WEIGHTS_GB:
         raise ConfigError(f"{folder}: {WEIGHTS_GB} GB are needed, {free_gb:.1f} GB are free.")
+
+
+def check_settings(folder: Path, settings: str) -> None:
+    """Write the flags into the folder. Raises ConfigError: it has parts made with others."""
+    file = folder / "settings.txt"
+    earlier = file.read_text() if file.is_file() else settings
+    if earlier != settings:
+        raise ConfigError(f"{folder} has parts made with {earlier}: name another folder.")
+    replace_text(file, settings)
 
 
 def read_parts(folder: Path) -> dict[str, list[dict[str, Any]]]:
@@ -281,24 +301,25 @@ def failed(lines: Iterable[Mapping[str, Any]]) -> bool:
 
 def run(options: argparse.Namespace) -> int:
     started = time.monotonic()
-    released = options.model == "original"
-    system = None if released else locate_system(options.model)
-    if not released and system is None:
+    original = options.model == "original"
+    system = None if original else locate_system(options.model)
+    if not original and system is None:
         raise ConfigError(f"{options.model}: no such folder.")
     model = options.model if system is None else str(system.resolve())
     device = choose_device(options.device, options.dtype, log=None).device
     folder = writable_folder(options.out.resolve(), ConfigError)
-    check_machine(folder, released)
+    check_machine(folder, original)
+    check_settings(folder, f"--model {model} --device {device} --dtype {options.dtype}")
     values = {
-        **SIZES["released" if released else "small"],
+        **SIZES["original" if original else "small"],
         "device": f"--device {device} --dtype {options.dtype}",
         "model": f"--model {shlex.quote(model)}",
-        "system": "8b" if released else shlex.quote(model),
+        "system": "8b" if original else shlex.quote(model),
     }
 
     # 1. The parts that are missing, then those that failed earlier, as far as the time goes, and
     # the page after each.
-    wanted = [name for name in PARTS if released or name not in RELEASED_ONLY]
+    wanted = [name for name in PARTS if original or name not in ORIGINAL_ONLY]
     lines = read_parts(folder)
     missing = [name for name in wanted if name not in lines]
     again = [name for name in lines if failed(lines[name])]
