@@ -1,4 +1,4 @@
-"""Trouble for the model server: every answer that arrives must be the one computed alone.
+"""Faults of the model server: every answer that arrives must be the one computed alone.
 
     python benchmarks/chaos.py --minutes 120                 all shipped systems, 32 clients
     python benchmarks/chaos.py --minutes 5 --models pretrained/nano
@@ -20,12 +20,14 @@ import resource
 import signal
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-from chaos_requests import BROKEN, PNG, Job, compare, make_jobs, read_answer
+from chaos_requests import BROKEN, OUT_OF_MEMORY, PNG, Job, compare, make_jobs, read_answer
 from serving import Client, Server
 from shared import device_parser, print_line, rounded, start
 
@@ -37,16 +39,17 @@ HANG_SECONDS = 120.0
 READY_SECONDS = 20.0
 
 
-class Trouble:
-    """A server, requests to it, and what came back."""
+class FaultRun:
+    """A server, requests to it, faults, and what came back; `start` starts a server."""
 
-    def __init__(self, server: Server) -> None:
-        self.server = server
+    def __init__(self, start: Callable[..., Server]) -> None:
+        self.start = start
+        self.server = start()
         self.outcomes = collections.Counter[str]()
         self.with_images = 0  # answers with images, whose pixels were compared
         self.problems: list[str] = []
         self.answers: dict[int, str] = {}  # of jobs, computed alone
-        self.disturbed_until = 0.0  # connections may be lost until then
+        self.faulty_until = 0.0  # connections may be lost until then
         self.restarts: list[float] = []  # seconds until the server was ready
         self.memory: list[tuple[float, float]] = []  # seconds, MB of anonymous memory
         self.done = threading.Event()
@@ -87,7 +90,7 @@ class Trouble:
             connection.close()
         return read_answer(response.status, content.decode())
 
-    def visit(self, jobs: list[Job], seed: float) -> None:
+    def client_loop(self, jobs: list[Job], seed: float) -> None:
         """A client: one request after another."""
         rng = random.Random(seed)
         while not self.done.is_set():
@@ -108,7 +111,7 @@ class Trouble:
     def check(self, status: int, content: str, begin: float, expected: str | None) -> None:
         """Count the outcome of a request; `expected`: None for a broken image."""
         outcome = f"status {status}"
-        if status == 0 and content == "lost" and self.is_disturbed(begin):
+        if status == 0 and content == "lost" and self.in_fault_window(begin):
             outcome = "lost with the server or disk"
             time.sleep(0.5)
         elif status == 0:
@@ -116,59 +119,62 @@ class Trouble:
         elif status == 429:
             outcome = "busy"
             time.sleep(0.2)
-        elif status in (500, 503) and ("memory" in content or self.is_disturbed(begin)):
+        elif status == 503 and OUT_OF_MEMORY in content:
             outcome = "out of memory"
         elif expected is None:
             outcome = "broken image" if status == 400 else outcome
         elif status in (200, 400):
             outcome = compare(f"{status} {content}", expected)
             self.with_images += bool(PNG.search(expected))
+        elif self.in_fault_window(begin):
+            outcome = f"status {status} during a fault"
         self.outcomes[outcome] += 1
         if outcome in ("differs", "hang", "lost") or outcome.startswith("status"):
             self.problems.append(f"{outcome}: {content[:300]} expected {(expected or '')[:300]}")
 
-    def is_disturbed(self, begin: float) -> bool:
+    def in_fault_window(self, begin: float) -> bool:
         """Whether the server was killed, or its disk full, since `begin`."""
-        return self.disturbed_until >= begin
+        return self.faulty_until >= begin
 
     # ---- the server
 
     def fill_disk(self, seconds: float) -> None:
         """Let no file of the server grow for some seconds."""
-        self.disturbed_until = float("inf")
         pid = self.server.process.pid
         soft, hard = resource.prlimit(pid, resource.RLIMIT_FSIZE)
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (0, hard))
         self.done.wait(seconds)
         resource.prlimit(pid, resource.RLIMIT_FSIZE, (soft, hard))
-        self.disturbed_until = time.monotonic()
 
-    def kill_and_restart(self, model: str, device: str) -> None:
-        """SIGKILL under load, then a new server on the same port."""
-        self.disturbed_until = float("inf")
+    def kill_and_restart(self, seconds: float) -> None:
+        """SIGKILL under load, then a new server on the same port, for as long as that takes."""
         self.server.process.send_signal(signal.SIGKILL)
         self.server.process.wait()
         begin = time.monotonic()
-        port = ("--port", str(self.server.port))
-        self.server = Server(model, device, *port, program=FAULTS)
+        self.server = self.start("--port", str(self.server.port))
         self.restarts.append(time.monotonic() - begin)
-        self.disturbed_until = time.monotonic()
 
-    def direct(self, seconds: float, kills_from: float, model: str, device: str) -> None:
-        """What happens to the server; its memory is recorded until the first kill."""
+    def inject_faults(self, seconds: float, kills_from: float) -> None:
+        """A fault every few seconds; memory is recorded until the server is first killed."""
         begin = time.monotonic()
         every = max(seconds / 24, 5.0)
         next_fault = begin + every
         while self.server.process.poll() is None and (now := time.monotonic()) < begin + seconds:
+            faults = FATAL
             if now < begin + kills_from:
+                faults = SURVIVED
                 self.memory.append((now - begin, self.server.memory_mb("RssAnon")))
             if now >= next_fault:
-                if now < begin + kills_from:
-                    self.fill_disk(every / 4)
-                else:
-                    self.kill_and_restart(model, device)
+                self.faulty_until = float("inf")
+                random.choice(faults)(self, every / 4)
+                self.faulty_until = time.monotonic()
                 next_fault = time.monotonic() + every
             time.sleep(min(1.0, every / 4))
+
+
+# Faults that the server survives, and those that end it; each may last so many seconds.
+SURVIVED = (FaultRun.fill_disk,)
+FATAL = (FaultRun.kill_and_restart,)
 
 
 def growth(memory: list[tuple[float, float]]) -> tuple[int, int]:
@@ -186,45 +192,47 @@ def growth(memory: list[tuple[float, float]]) -> tuple[int, int]:
 
 def measure(model: str, device: str, options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     """Figures of one system, and whether all went as it must."""
-    # 1. Each answer alone, from a server without faults.
+    # 1. Each answer alone, from a server without fault_run.
+    start_server = partial(Server, model, device, options.dtype)
     rng = random.Random(options.seed)
-    with Server(model, device) as server:
+    alone = FaultRun(start_server)
+    with alone.server as server:
         jobs = make_jobs(Client(server), rng, options.count)
-        alone = Trouble(server)
         answers = dict(enumerate("{} {}".format(*alone.send(job)) for job in jobs))
 
-    # 2. The trouble.
-    trouble = Trouble(Server(model, device, program=FAULTS))
-    trouble.answers = answers
+    # 2. The same requests with fault_run.
+    fault_run = FaultRun(partial(start_server, program=FAULTS))
+    fault_run.answers = answers
     seconds = 60 * options.minutes / len(options.models)
     with ThreadPoolExecutor(options.clients) as pool:
-        visits = [pool.submit(trouble.visit, jobs, rng.random()) for _ in range(options.clients)]
-        kills_from = seconds * 2 / 3 if options.kills else seconds
+        clients = [
+            pool.submit(fault_run.client_loop, jobs, rng.random()) for _ in range(options.clients)
+        ]
         try:
-            trouble.direct(seconds, kills_from, model, device)
+            fault_run.inject_faults(seconds, seconds * 2 / 3 if options.kills else seconds)
         finally:
-            trouble.done.set()
-        for visit in visits:
-            visit.result()
-    with trouble.server:
+            fault_run.done.set()
+        for client in clients:
+            client.result()
+    with fault_run.server:
         # It still answers, and nothing is left in its queue.
-        trouble.check(*trouble.send(jobs[0]), time.monotonic(), answers[0])
-    if trouble.server.process.returncode:
-        trouble.problems.append(f"exit code {trouble.server.process.returncode}")
-    slowest = max(trouble.restarts, default=0.0)
-    slope, interval = growth(trouble.memory)
+        fault_run.check(*fault_run.send(jobs[0]), time.monotonic(), answers[0])
+    if fault_run.server.process.returncode:
+        fault_run.problems.insert(0, f"exit code {fault_run.server.process.returncode}")
+    slowest = max(fault_run.restarts, default=0.0)
+    slope, interval = growth(fault_run.memory)
     results = {
-        "requests": sum(trouble.outcomes.values()),
-        "images": trouble.with_images,
-        "outcomes": dict(trouble.outcomes.most_common()),
-        "problems": trouble.problems[:20],
-        "restarts": len(trouble.restarts),
+        "requests": sum(fault_run.outcomes.values()),
+        "images": fault_run.with_images,
+        "outcomes": dict(fault_run.outcomes.most_common()),
+        "problems": fault_run.problems[:20],
+        "restarts": len(fault_run.restarts),
         "slowest_restart_seconds": rounded(slowest),
-        "mb": [round(mb) for _, mb in trouble.memory[:: max(len(trouble.memory) // 8, 1)]],
+        "mb": [round(mb) for _, mb in fault_run.memory[:: max(len(fault_run.memory) // 8, 1)]],
         "mb_per_hour": slope,
         "mb_per_hour_interval": interval,
     }
-    return results, not trouble.problems and slowest <= READY_SECONDS
+    return results, not fault_run.problems and slowest <= READY_SECONDS
 
 
 def run(options: argparse.Namespace) -> int:
@@ -249,7 +257,10 @@ if __name__ == "__main__":
     parser.add_argument("--minutes", type=float, default=120, help="of all systems together")
     parser.add_argument("--clients", type=int, default=32)
     parser.add_argument(
-        "--no-kills", dest="kills", action="store_false", help="memory of all the time"
+        "--no-kills",
+        dest="kills",
+        action="store_false",
+        help="do not kill the server; sample its memory to the end",
     )
     parser.add_argument("--count", type=int, default=8, help="different requests of each route")
     parser.add_argument("--seed", type=int, default=0)

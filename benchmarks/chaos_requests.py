@@ -16,6 +16,7 @@ from seed_multimodal.images.io import bytes_from_base64, image_to_base64, image_
 
 ROUNDING = 1  # grey level: an image that is drawn in a batch may differ by so much
 FIELD = b'--edit\r\nContent-Disposition: form-data; name="%s"\r\n\r\n%s\r\n'  # of a form
+OUT_OF_MEMORY = "The server ran out of memory"
 PNG = re.compile(r"iVBORw0KGgo[A-Za-z0-9+/=]+")
 
 
@@ -78,7 +79,7 @@ def read_answer(status: int, content: str) -> tuple[int, str]:
         for line in content.split("\n\n")[:-2]:
             event = json.loads(line.removeprefix("data: "))
             if "error" in event:
-                return 500, line
+                return 503 if OUT_OF_MEMORY in line else 500, line
             for name, value in event["choices"][0]["delta"].items():
                 message[name] = message.get(name, "") + value if name != "role" else value
             message["usage"] = event.get("usage")

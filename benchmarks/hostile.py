@@ -177,7 +177,7 @@ def run(options: argparse.Namespace) -> int:
     rng = np.random.default_rng(0)
     cases = [*odd_requests(), *hostile_files(rng, int((options.megapixels * 0.98e6) ** 0.5))]
     flags = ("--max_megapixels", str(options.megapixels), "--max_seconds", "5")
-    with Server(options.model, str(runtime.device), *flags) as server:
+    with Server(options.model, str(runtime.device), options.dtype, *flags) as server:
         traffic = Traffic(server)
         traffic.send(ask(force_boi=True, max_new_tokens=40))
         idle = server.memory_mb()

@@ -42,7 +42,9 @@ Times = tuple[float, float] | None  # seconds to the first piece and the last; N
 class Server:
     """The server as a process; use it as a context manager."""
 
-    def __init__(self, model: str, device: str, *flags: str, program: Path = PROGRAM) -> None:
+    def __init__(
+        self, model: str, device: str, dtype: str, *flags: str, program: Path = PROGRAM
+    ) -> None:
         self.process = subprocess.Popen(
             [
                 sys.executable,
@@ -55,6 +57,8 @@ class Server:
                 device,
                 "--tokenizer_device",
                 device,
+                "--dtype",
+                dtype,
                 *flags,
             ],
             stdout=subprocess.PIPE,
@@ -172,7 +176,7 @@ def soak(server: Server, client: Client, clients: int, minutes: float) -> dict[s
 def run(options: argparse.Namespace) -> None:
     """Time each kind of request with each number of clients, or all together for some minutes."""
     runtime = choose_device(options.device, options.dtype, log=None)
-    with Server(options.model, str(runtime.device), "--dtype", options.dtype) as server:
+    with Server(options.model, str(runtime.device), options.dtype) as server:
         client = Client(server)
         if options.minutes:
             print_line(
