@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import io
 import json
 import random
 import struct
 import tarfile
+import zipfile
 from typing import Any
 
 INTEGERS = (0, 1, -1, 2**31 - 1, -(2**31), 2**32, 2**63 - 1, -(2**63))
@@ -108,3 +110,17 @@ def damage_safetensors(content: bytes, rng: random.Random) -> bytes:
     length = int.from_bytes(content[:8], "little")
     header = json.dumps(damage_value(json.loads(content[8 : 8 + length]), rng)).encode()
     return len(header).to_bytes(8, "little") + header + content[8 + length :]
+
+
+def damage_torch(content: bytes, rng: random.Random) -> bytes:
+    """Changes of the pickle, its checksum in the zip kept right, or of bytes."""
+    if rng.random() < 0.3:
+        return damage_bytes(content, rng)
+    damaged = io.BytesIO()
+    with zipfile.ZipFile(io.BytesIO(content)) as source, zipfile.ZipFile(damaged, "w") as target:
+        for name in source.namelist():
+            member = source.read(name)
+            if name.endswith("/data.pkl"):
+                member = damage_bytes(member, rng)
+            target.writestr(name, member)
+    return damaged.getvalue()

@@ -23,20 +23,28 @@ import time
 import traceback
 import warnings
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from damage import damage_bytes, damage_json, damage_lines, damage_safetensors, damage_tar
+from damage import (
+    damage_bytes,
+    damage_json,
+    damage_lines,
+    damage_safetensors,
+    damage_tar,
+    damage_torch,
+)
 from image_routes import ImageRoutes
 from PIL import Image
-from shared import ROOT, device_parser, input_images, print_line, start
+from shared import ROOT, input_images, plain_parser, print_line, start
 
 from seed_multimodal.device import choose_device
 from seed_multimodal.entry import kill_with_parent
-from seed_multimodal.errors import SeedError
+from seed_multimodal.errors import CheckpointError, SeedError
 from seed_multimodal.images.io import image_to_bytes
 
-# Without an answer. A busy machine makes a case slow, so processor time counts first.
+# Limits of one case. A busy machine makes a case slow, so processor time counts first.
 HANG_CPU_SECONDS = 60
 HANG_SECONDS = 900
 SAMPLES = [
@@ -67,6 +75,16 @@ def read_weights(file: Path) -> None:
     load_state_dict(file)
 
 
+def read_torch(file: Path) -> None:
+    """The process that reads the pickle must not be ended by it."""
+    try:
+        read_weights(file)
+    except CheckpointError as error:
+        if "its reader was stopped" in str(error):
+            raise AssertionError(str(error)) from error
+        raise
+
+
 def read_system(file: Path) -> None:
     from seed_multimodal.pipelines.config import SystemConfig
 
@@ -93,25 +111,18 @@ def accepted(error: SeedError) -> None:
         raise AssertionError("an error without a message") from error
 
 
+@dataclass(frozen=True)
 class Reader:
     """A target: the file `name`, made by `sample`, how it is damaged, and what reads it.
 
     damaged: the file that is damaged, if it is not the one that is read.
     """
 
-    def __init__(
-        self,
-        name: str,
-        sample: Callable[[Path], object],
-        damage: Callable[[bytes, random.Random], bytes],
-        read: Callable[[Path], object],
-        damaged: Callable[[Path], Path] = lambda file: file,
-    ) -> None:
-        self.name = name
-        self.sample = sample
-        self.damage = damage
-        self.read = read
-        self.damaged = damaged
+    name: str
+    sample: Callable[[Path], object]
+    damage: Callable[[bytes, random.Random], bytes]
+    read: Callable[[Path], object]
+    damaged: Callable[[Path], Path] = lambda file: file
 
     def cases(self, folder: Path) -> Callable[[random.Random], None]:
         """A function that reads one damaged file."""
@@ -168,6 +179,8 @@ def write_weights(file: Path) -> None:
     tensors = {"a.weight": torch.randn(3, 4), "b": torch.arange(5), "c": torch.zeros(0)}
     if file.suffix == ".safetensors":
         save_state_dict(tensors, file)
+    elif file.suffix == ".pth":  # as torch wrote before 1.6
+        torch.save({"model": tensors}, file, _use_new_zipfile_serialization=False)
     else:
         save_torch({"model": tensors, "step": 3}, file)
 
@@ -202,7 +215,8 @@ READERS = {
     ),
     "parquet": Reader("a.parquet", write_parquet, damage_bytes, read_records),
     "safetensors": Reader("a.safetensors", write_weights, damage_safetensors, read_weights),
-    "torch": Reader("a.bin", write_weights, damage_bytes, read_weights),
+    "torch": Reader("a.bin", write_weights, damage_torch, read_torch),
+    "torch legacy": Reader("a.pth", write_weights, damage_bytes, read_torch),
     "system.json": Reader("system.json", copy_system, damage_json, read_system),
     "image": Reader("a.png", write_image, damage_bytes, read_image),
     "gguf": Reader("a.gguf", write_gguf, damage_bytes, read_gguf),
@@ -274,7 +288,7 @@ def measure(target: str, folder: Path, seed: int, seconds: float) -> dict[str, A
 
 
 def run(options: argparse.Namespace) -> int:
-    runtime = choose_device("cpu", options.dtype, log=None)
+    runtime = choose_device("cpu", log=None)
     failed = False
     with tempfile.TemporaryDirectory() as folder:
         for target in options.targets:
@@ -289,7 +303,7 @@ def run(options: argparse.Namespace) -> int:
 if __name__ == "__main__":
     names = [*READERS, "images"]
     available = [name for name in names if name != "gguf" or importlib.util.find_spec("llama_cpp")]
-    parser = device_parser(__doc__)
+    parser = plain_parser(__doc__)
     parser.add_argument("--targets", nargs="+", default=available, choices=names)
     parser.add_argument("--minutes", type=float, default=60, help="of all targets together")
     parser.add_argument("--seed", type=int, default=0)

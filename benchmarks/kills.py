@@ -30,7 +30,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from shared import ROOT, device_parser, print_line, rounded, start
+from shared import ROOT, plain_parser, print_line, rounded, start
 
 from seed_multimodal.device import choose_device
 from seed_multimodal.entry import kill_with_parent
@@ -253,7 +253,7 @@ def measure(
 
 
 def run(options: argparse.Namespace) -> int:
-    runtime = choose_device("cpu", options.dtype, log=None)
+    runtime = choose_device("cpu", log=None)
     torch.set_num_threads(1)
     os.environ["HF_HUB_OFFLINE"] = "1"
     for name in SLOW:
@@ -261,7 +261,7 @@ def run(options: argparse.Namespace) -> int:
             importlib.import_module(name)
     gc.freeze()
 
-    # A quarter of the kills are of ranks, with the trainers of MultiModalLLM.
+    # Each trainer with one process, and the first three of MultiModalLLM also with two ranks.
     rng = random.Random(options.seed)
     trainers = [entry for entry in TRAINERS if entry.name in options.trainers]
     runs = [(trainer, 1) for trainer in trainers]
@@ -279,7 +279,7 @@ def run(options: argparse.Namespace) -> int:
 
 if __name__ == "__main__":
     names = [entry.name for entry in TRAINERS]
-    parser = device_parser(__doc__)
+    parser = plain_parser(__doc__)
     parser.add_argument("--trainers", nargs="+", default=names, choices=names)
     parser.add_argument("--count", type=int, default=100, help="kills of all trainers together")
     parser.add_argument("--seed", type=int, default=0)

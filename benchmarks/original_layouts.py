@@ -4,14 +4,13 @@ Precisions are those that the originals' configurations record; where they recor
 published code. Most files of SEED-X, Vicuna and LaVIT are sparse: each tensor has one block of
 random values, then zeros.
 
-python benchmarks/original_layouts.py 8b FOLDER/pretrained
+    python benchmarks/original_layouts.py 8b FOLDER/pretrained
 """
 
 from __future__ import annotations
 
 import json
 import mmap
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import SimpleNamespace
@@ -20,7 +19,7 @@ from typing import TYPE_CHECKING
 import torch
 from drawing import UNET, VAE
 from sentencepiece.sentencepiece_model_pb2 import ModelProto  # type: ignore[attr-defined]
-from shared import LLAMA_7B, ROOT, fill_random
+from shared import LLAMA_7B, ROOT, fill_random, plain_parser
 from torch import Tensor, nn
 
 from seed_multimodal.language.tokenizer import ADDED, MODEL
@@ -322,4 +321,8 @@ MODELS: dict[str, Callable[[Path], None]] = {
 }
 
 if __name__ == "__main__":
-    MODELS[sys.argv[1]](Path(sys.argv[2]))
+    parser = plain_parser(__doc__)
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("folder", type=Path)
+    options = parser.parse_args()
+    MODELS[options.model](options.folder)

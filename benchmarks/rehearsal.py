@@ -36,7 +36,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from original_layouts import MODELS
-from shared import ROOT, start
+from shared import ROOT, plain_parser, start
 
 from seed_multimodal.evaluation import machine
 
@@ -244,10 +244,9 @@ def measure(row: Row, folder: Path) -> dict[str, Any]:
                 fits = False
                 os.killpg(process.pid, signal.SIGKILL)
             time.sleep(SAMPLE_SECONDS)
-    return {
+    results = {
         "fits": fits,
         "exit_code": process.returncode,
-        **({} if row.request is None else {"http_status": status.result()}),
         "seconds": round(time.perf_counter() - started, 1),
         "cpu_seconds": round(children_cpu_seconds() - cpu_before, 1),
         "anonymous_gb": round(peak_anonymous / 1e9, 2),
@@ -256,6 +255,9 @@ def measure(row: Row, folder: Path) -> dict[str, Any]:
         "load": [load, os.getloadavg()[0]],
         "output": printed.read_text(errors="replace")[-500:],
     }
+    if row.request is not None:
+        results["http_status"] = status.result()
+    return results
 
 
 def succeeded(results: Mapping[str, Any]) -> bool:
@@ -302,9 +304,7 @@ def run(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    parser = plain_parser(__doc__)
     parser.add_argument("--scratch", type=Path, default=Path("rehearsal"), help="scratch folder")
     parser.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", help="these rows")
     parser.add_argument("--list", action="store_true", help="print the rows and their commands")

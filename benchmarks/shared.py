@@ -43,11 +43,16 @@ class Timed:
     extra: Callable[[float], dict[str, Any]] = lambda seconds: {}
 
 
-def device_parser(description: str | None) -> argparse.ArgumentParser:
-    """The flags of every program."""
-    parser = argparse.ArgumentParser(
+def plain_parser(description: str | None) -> argparse.ArgumentParser:
+    """A parser without flags that keeps the lines of its description."""
+    return argparse.ArgumentParser(
         description=description, formatter_class=argparse.RawDescriptionHelpFormatter
     )
+
+
+def device_parser(description: str | None) -> argparse.ArgumentParser:
+    """The flags of programs that run on a device."""
+    parser = plain_parser(description)
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
     return parser
