@@ -3,9 +3,11 @@ together."""
 
 from __future__ import annotations
 
+import contextlib
 import importlib
 import json
 import os
+import random
 import re
 import runpy
 import shutil
@@ -13,6 +15,7 @@ import signal
 import subprocess
 import sys
 import threading
+import zipfile
 from argparse import Namespace
 from pathlib import Path
 from types import ModuleType
@@ -128,6 +131,22 @@ def test_card_of_parts_that_failed(gpu_card, card):
     assert "\nnano, cpu in float32; cpu " in page and "| exit status 1 |" in page
 
 
+def test_card_of_lines_without_a_figure(gpu_card, card):
+    lines = gpu_card.read_parts(card)
+    copy = next(line for line in lines["ceilings"] if line["benchmark"] == "ceiling copy")
+    copy["results"] = {"error": "out of memory"}
+    for line in lines["generation"]:
+        line["results"] = {}
+    line["batch"] = 1  # of a goal
+    assert "\n| generation | 1 | compiled |  |  |  |  |  |  |\n" in gpu_card.page(lines, "original")
+
+
+def test_card_refuses_a_folder_of_other_settings(card):
+    made = make_card(card, "--dtype", "bfloat16")
+    assert made.returncode == 2
+    assert re.search(r"parts made with --model .*nano --device cpu --dtype auto: ", made.stderr)
+
+
 def test_card_is_stopped_with_its_programs(gpu_card, tmp_path, monkeypatch):
     processes: list[subprocess.Popen] = []
     start = subprocess.Popen
@@ -147,19 +166,19 @@ def test_card_is_stopped_with_its_programs(gpu_card, tmp_path, monkeypatch):
 def test_card_checks_the_machine_first(gpu_card, tmp_path, monkeypatch):
     usage = shutil.disk_usage("/")._replace(free=2e9)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    gpu_card.check_machine(tmp_path, released=False)
+    gpu_card.check_machine(tmp_path, original=False)
     with pytest.raises(ConfigError, match="22 GB are needed, 2.0 GB are free"):
-        gpu_card.check_machine(tmp_path, released=True)
+        gpu_card.check_machine(tmp_path, original=True)
     monkeypatch.setattr(gpu_card, "MODULES", ("torch", "absent_module"))
     with pytest.raises(ConfigError, match="absent_module not installed: bash install.sh --extras"):
-        gpu_card.check_machine(tmp_path, released=True)
+        gpu_card.check_machine(tmp_path, original=True)
 
 
 def test_goals_of_the_card_name_its_lines(gpu_card, card):
     lines = [line for _, line in lines_of(card)]
-    released = " ".join(gpu_card.SIZES["released"].values()).split()
+    original = " ".join(gpu_card.SIZES["original"].values()).split()
     for goal in gpu_card.GOALS:
-        assert str(goal.batch) in released
+        assert str(goal.batch) in original
         results = [
             line["results"]
             for line in lines
@@ -187,6 +206,17 @@ def test_chaos_answers_as_alone_under_faults_and_a_kill():
     assert results["outcomes"]["equal"] > 0
 
 
+def test_chaos_excuses_memory_by_its_status_alone(monkeypatch):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    fault_run = importlib.import_module("chaos").FaultRun(lambda: None)
+    fault_run.faulty_until = float("inf")
+    fault_run.check(503, "The server ran out of memory; try again later.", 0.0, "200 yes")
+    fault_run.check(500, "The server failed inside", 0.0, "200 yes")
+    assert fault_run.outcomes == {"out of memory": 1, "status 500 during a fault": 1}
+    (problem,) = fault_run.problems
+    assert "The server failed inside" in problem
+
+
 @pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.soak
@@ -198,10 +228,23 @@ def test_kills_leave_the_weights_of_an_unbroken_run():
 
 @pytest.mark.process
 def test_fuzz_finds_known_errors_only():
-    options = "--minutes 0.2 --targets tar jsonl safetensors system.json"
+    options = "--minutes 0.2 --targets tar jsonl safetensors torch system.json"
     results = troubled_lines("fuzz", options, warm_python.PYTHON)
     for line in results:
         assert line["cases"] > 0 and line["crashes"] == line["unknown_errors"] == []
+
+
+def test_damaged_pickles_have_the_right_checksum(monkeypatch, tmp_path):
+    monkeypatch.syspath_prepend(str(BENCHMARKS))
+    damage_torch = importlib.import_module("damage").damage_torch
+    torch.save({"a": torch.ones(3)}, tmp_path / "a.bin")
+    file = tmp_path / "damaged.bin"
+    changed = set()
+    for seed in range(20):
+        file.write_bytes(damage_torch((tmp_path / "a.bin").read_bytes(), random.Random(seed)))
+        with contextlib.suppress(zipfile.BadZipFile), zipfile.ZipFile(file) as archive:
+            changed.add(archive.read("a/data.pkl"))
+    assert len(changed) > 10
 
 
 def test_memory_of_published_sizes(monkeypatch, capsys):
