@@ -192,7 +192,7 @@ def growth(memory: list[tuple[float, float]]) -> tuple[int, int]:
 
 def measure(model: str, device: str, options: argparse.Namespace) -> tuple[dict[str, Any], bool]:
     """Figures of one system, and whether all went as it must."""
-    # 1. Each answer alone, from a server without fault_run.
+    # 1. Each answer alone, from a server without faults.
     start_server = partial(Server, model, device, options.dtype)
     rng = random.Random(options.seed)
     alone = FaultRun(start_server)
@@ -200,7 +200,7 @@ def measure(model: str, device: str, options: argparse.Namespace) -> tuple[dict[
         jobs = make_jobs(Client(server), rng, options.count)
         answers = dict(enumerate("{} {}".format(*alone.send(job)) for job in jobs))
 
-    # 2. The same requests with fault_run.
+    # 2. The same requests with faults.
     fault_run = FaultRun(partial(start_server, program=FAULTS))
     fault_run.answers = answers
     seconds = 60 * options.minutes / len(options.models)
