@@ -209,7 +209,7 @@ def measure(model: str, device: str, options: argparse.Namespace) -> tuple[dict[
             pool.submit(fault_run.client_loop, jobs, rng.random()) for _ in range(options.clients)
         ]
         try:
-            fault_run.inject_faults(seconds, seconds * 2 / 3 if options.kills else seconds)
+            fault_run.inject_faults(seconds, seconds if options.no_kills else seconds * 2 / 3)
         finally:
             fault_run.done.set()
         for client in clients:
@@ -255,13 +255,12 @@ if __name__ == "__main__":
     parser = device_parser(__doc__)
     parser.add_argument("--models", nargs="+", default=SYSTEMS, help="folders of systems")
     parser.add_argument("--minutes", type=float, default=120, help="of all systems together")
-    parser.add_argument("--clients", type=int, default=32)
+    parser.add_argument("--clients", type=int, default=32, help="at the same time")
     parser.add_argument(
         "--no-kills",
-        dest="kills",
-        action="store_false",
+        action="store_true",
         help="do not kill the server; sample its memory to the end",
     )
     parser.add_argument("--count", type=int, default=8, help="different requests of each route")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of requests and times")
     start(run, parser)

@@ -306,5 +306,5 @@ if __name__ == "__main__":
     parser = plain_parser(__doc__)
     parser.add_argument("--targets", nargs="+", default=available, choices=names)
     parser.add_argument("--minutes", type=float, default=60, help="of all targets together")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the damage")
     start(run, parser)

@@ -344,5 +344,10 @@ if __name__ == "__main__":
     parser = base_parser(__doc__)
     parser.set_defaults(model="original", device="cuda")
     parser.add_argument("out", type=Path, help="folder of the lines and the page")
-    parser.add_argument("--minutes", type=float, default=60, help="time for this call")
+    parser.add_argument(
+        "--minutes",
+        type=float,
+        default=60,
+        help="for this call: parts that take longer wait for the next",
+    )
     start(run, parser)

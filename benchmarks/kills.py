@@ -282,5 +282,5 @@ if __name__ == "__main__":
     parser = plain_parser(__doc__)
     parser.add_argument("--trainers", nargs="+", default=names, choices=names)
     parser.add_argument("--count", type=int, default=100, help="kills of all trainers together")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="of the times")
     start(run, parser)

@@ -43,11 +43,13 @@ class Timed:
     extra: Callable[[float], dict[str, Any]] = lambda seconds: {}
 
 
+class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
+    """Keeps the lines of a description and adds defaults."""
+
+
 def plain_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser without flags that keeps the lines of its description."""
-    return argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
+    """A parser without flags."""
+    return argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
 
 
 def device_parser(description: str | None) -> argparse.ArgumentParser:
@@ -64,7 +66,7 @@ def base_parser(description: str | None) -> argparse.ArgumentParser:
     parser.add_argument(
         "--model",
         default="pretrained/nano",
-        help="folder of a system; `original`, where the text above names it: random weights",
+        help="folder of a system, or `original`: random weights of the published sizes",
     )
     return parser
 
