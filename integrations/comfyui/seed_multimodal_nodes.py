@@ -4,7 +4,8 @@ Copy this file to `ComfyUI/custom_nodes/` and start a server (`bash scripts/star
 The nodes use its OpenAI routes; they need nothing but ComfyUI's own torch, numpy and Pillow. The
 server's token, if it has one, is read from the variable SEED_TOKEN, so that no workflow holds it.
 
-Images are ComfyUI's: float tensors [batch, height, width, RGB] in 0 … 1.
+Images are ComfyUI's: float tensors [batch, height, width, RGB] in 0 … 1. Large ones are reduced
+before they are sent: no model reads more than LONGEST_SIDE.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from __future__ import annotations
 import base64
 import io
 import json
+import math
 import os
 import urllib.error
 import urllib.request
@@ -25,6 +27,9 @@ from PIL import Image
 Json = dict[str, Any]
 SECONDS = 700  # of an answer; the server's own limit is 600 by default
 MAX_SEED = 2**31 - 1
+LONGEST_SIDE = 1792  # of an image that is sent: four views of 448 pixels (SEED-X)
+MAX_PIXELS = 16_000_000  # of a batch: in base64 at most 64 MiB, the server's limit of a request
+NO_IMAGE = "The answer has no image: the output is black."
 CATEGORY = "SEED Multimodal"
 
 # Inputs that several nodes have.
@@ -42,16 +47,25 @@ def text_input(default: str) -> tuple[str, Json]:
 # ---- images
 
 
-def image_bytes(image: torch.Tensor) -> bytes:
-    """An image [height, width, RGB] as a PNG file."""
+def image_bytes(image: torch.Tensor, longest_side: int = LONGEST_SIDE) -> bytes:
+    """An image [height, width, RGB] as a PNG file, reduced to `longest_side`."""
     pixels = (image.detach().cpu().clamp(0, 1) * 255).round().to(torch.uint8).numpy()
+    reduced = Image.fromarray(pixels[..., :3])
+    reduced.thumbnail((longest_side, longest_side))
     buffer = io.BytesIO()
-    Image.fromarray(pixels[..., :3]).save(buffer, format="PNG")
+    reduced.save(buffer, format="PNG")
     return buffer.getvalue()
 
 
-def data_url(image: torch.Tensor) -> str:
-    return f"data:image/png;base64,{base64.b64encode(image_bytes(image)).decode()}"
+def data_urls(images: torch.Tensor) -> list[str]:
+    """A batch as data URLs, reduced so that one request can hold them."""
+    side_in_batch = math.isqrt(MAX_PIXELS // len(images))
+    longest_side = min(LONGEST_SIDE, side_in_batch)
+    urls = []
+    for image in images:
+        encoded = base64.b64encode(image_bytes(image, longest_side)).decode()
+        urls.append(f"data:image/png;base64,{encoded}")
+    return urls
 
 
 def image_batch(images: list[str]) -> torch.Tensor:
@@ -91,6 +105,11 @@ def request_json(address: str, route: str, body: bytes, content_type: str) -> Js
         raise RuntimeError(f"{url} ({error.code}): {sentence}") from error
     except (OSError, ValueError) as error:
         reason = getattr(error, "reason", error)
+        if isinstance(reason, ConnectionResetError | BrokenPipeError):
+            raise RuntimeError(
+                f"{url}: the server closed the connection, perhaps because the request is too "
+                f"large ({len(body) / 2**20:.0f} MiB)."
+            ) from error
         raise RuntimeError(f"{url}: no SEED server answers ({reason}).") from error
 
 
@@ -118,8 +137,8 @@ def user_message(text: str, images: torch.Tensor | None) -> Json:
     """A message with all images of a batch before its text."""
     parts: list[Json] = []
     if images is not None:
-        for image in images:
-            parts.append({"type": "image_url", "image_url": {"url": data_url(image)}})
+        for url in data_urls(images):
+            parts.append({"type": "image_url", "image_url": {"url": url}})
     return {"role": "user", "content": [*parts, {"type": "text", "text": text}]}
 
 
@@ -154,8 +173,8 @@ class SeedAsk:
 
     CATEGORY = CATEGORY
     FUNCTION = "ask"
-    RETURN_TYPES = ("STRING",)
-    RETURN_NAMES = ("answer",)
+    RETURN_TYPES = ("STRING", "STRING")
+    RETURN_NAMES = ("answer", "notes")
 
     @classmethod
     def INPUT_TYPES(cls) -> Json:
@@ -178,10 +197,10 @@ class SeedAsk:
         seed: int,
         temperature: float,
         max_tokens: int,
-    ) -> tuple[str]:
+    ) -> tuple[str, str]:
         messages = [user_message(question, images)]
         answer = chat(server, messages, seed=seed, temperature=temperature, max_tokens=max_tokens)
-        return (answer["content"],)
+        return answer["content"], "\n".join(answer["notes"])
 
 
 class SeedDraw:
@@ -234,13 +253,13 @@ class SeedEdit:
 class SeedChat:
     """One round of a conversation with images both ways; `history` is of the round before.
 
-    The images of an answer without any are one black image.
+    The images of an answer without any are one black image, with a note.
     """
 
     CATEGORY = CATEGORY
     FUNCTION = "chat"
-    RETURN_TYPES = ("STRING", "IMAGE", "SEED_HISTORY")
-    RETURN_NAMES = ("answer", "images", "history")
+    RETURN_TYPES = ("STRING", "IMAGE", "SEED_HISTORY", "STRING")
+    RETURN_NAMES = ("answer", "images", "history", "notes")
 
     @classmethod
     def INPUT_TYPES(cls) -> Json:
@@ -264,7 +283,7 @@ class SeedChat:
         max_tokens: int,
         images: torch.Tensor | None = None,
         history: list[Json] | None = None,
-    ) -> tuple[str, torch.Tensor, list[Json]]:
+    ) -> tuple[str, torch.Tensor, list[Json], str]:
         messages = [*(history or []), user_message(message, images)]
         answer = chat(
             server,
@@ -275,7 +294,8 @@ class SeedChat:
             max_tokens=max_tokens,
         )
         drawn = image_batch([image["image_url"]["url"] for image in answer["images"]])
-        return answer["content"], drawn, [*messages, answer]
+        notes = answer["notes"] if answer["images"] else [*answer["notes"], NO_IMAGE]
+        return answer["content"], drawn, [*messages, answer], "\n".join(notes)
 
 
 NODE_CLASS_MAPPINGS = {

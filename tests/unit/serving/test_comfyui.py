@@ -80,8 +80,11 @@ def test_every_node_has_a_name_and_a_category(nodes: ModuleType):
 def test_ask_describes_an_image(nodes: ModuleType, address: str):
     # As the server prints it, without a scheme.
     (server,) = run(nodes, "Server", address=f"{address.removeprefix('http://')}/generate")
-    (text,) = run(nodes, "Ask", server=server, images=tensor("fox_and_snowman.png"))
-    assert "fox" in text and "snowman" in text
+    text, notes = run(nodes, "Ask", server=server, images=tensor("fox_and_snowman.png"))
+    assert "fox" in text and "snowman" in text and notes == ""
+    question = "Is there a fluent zebra?"
+    _, notes = run(nodes, "Ask", server=server, images=tensor("fox.png"), question=question)
+    assert "zebra" in notes
 
 
 def test_draw_is_what_the_library_draws(nodes: ModuleType, address: str, nano):
@@ -97,29 +100,41 @@ def test_edit_changes_each_image_of_a_batch(nodes: ModuleType, address: str):
     batch = tensor("fox.png").repeat(2, 1, 1, 1)
     images, _ = run(nodes, "Edit", server=address, images=batch, prompt="Put it at night.")
     assert images.shape[0] == 2
-    (text,) = run(nodes, "Ask", server=address, images=images[:1])
+    text, _ = run(nodes, "Ask", server=address, images=images[:1])
     assert "night" in text
 
 
 def test_chat_continues_a_history_with_its_images(nodes: ModuleType, address: str):
     crabs = tensor("two_crabs.png")
-    text, images, history = run(
+    text, images, history, notes = run(
         nodes, "Chat", server=address, message="How many crabs are there?", images=crabs
     )
-    assert text == "Two." and images.max() == 0
-    text, images, history = run(
+    assert text == "Two." and images.max() == 0 and notes == nodes.NO_IMAGE
+    text, images, history, notes = run(
         nodes, "Chat", server=address, message="Put it at night.", history=history
     )
-    assert "night" in text and images.max() > 0 and len(history) == 4
-    text, _, _ = run(
+    assert "night" in text and images.max() > 0 and len(history) == 4 and notes == ""
+    text, *_ = run(
         nodes, "Chat", server=address, message="What is in the picture?", history=history
     )
     assert "crabs" in text
 
 
-def test_errors_are_the_servers(nodes: ModuleType, address: str, monkeypatch):
+def test_large_images_are_reduced_until_the_server_takes_them(nodes: ModuleType, address: str):
+    """A batch of noise, whose files are the largest: 216 MB in base64 as it is."""
+    batch = torch.rand(1, 3000, 3000, 3).expand(6, -1, -1, -1)
+    run(nodes, "Ask", server=address, images=batch, max_tokens=4)
+    run(nodes, "Edit", server=address, images=batch[:1], prompt="Put it at night.")
+
+
+def test_errors_are_the_servers(nodes: ModuleType, address: str, nano, monkeypatch):
     with pytest.raises(RuntimeError, match=r"\(400\): The last message is empty"):
         run(nodes, "Chat", server=address, message=" ")
+    small = Running(nano, token=TOKEN, max_body_bytes=1 << 20).root
+    with pytest.raises(RuntimeError, match=r"\(413\): .* may have 1 MiB"):
+        run(nodes, "Draw", server=small, prompt="x" * (1 << 20))
+    with pytest.raises(RuntimeError, match=r"perhaps because the request is too large \(3 MiB\)"):
+        run(nodes, "Draw", server=small, prompt="x" * (3 << 20))
     monkeypatch.setenv("SEED_TOKEN", "wrong")
     with pytest.raises(RuntimeError, match=r"\(401\): This server asks for a token"):
         run(nodes, "Draw", server=address)
