@@ -396,11 +396,15 @@ def test_page_and_routes_behind_the_manuals_proxy(proxy: str, browser: Any, tmp_
     assert failed == []
 
 
-def test_a_file_that_is_no_image_is_named_when_it_is_chosen(page: Page, tmp_path):
+def test_a_file_that_is_no_image_is_named_once_when_it_is_chosen(page: Page, tmp_path):
     (tmp_path / "fake.png").write_bytes(b"no picture at all")
     page.choose("#message", FOX, tmp_path / "fake.png")
     page.says("fake.png: not an image")
     page.until(lambda: len(page.images("#message")) == 1, "the other image alone in the message")
+    page.send("What is it?")
+    page.until(lambda: page.all("#chat .user"), "the message")
+    assert page.text("[data-testid=toast-body]").count("fake.png") < 2
+    page.answered(1)
 
 
 def test_the_chat_goes_on_after_a_refused_message(page: Page):

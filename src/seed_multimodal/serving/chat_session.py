@@ -15,6 +15,7 @@ import os
 import random
 import shutil
 import tempfile
+import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -42,6 +43,7 @@ UPLOADS = io.ImageLimits(max_bytes=64 << 20)
 LONGEST_SIDE = 1792  # of an image that is sent: four views of 448 pixels (SEED-X)
 RETRY_TEMPERATURE = 0.7  # of a second answer where the first was the likeliest one
 DRAWN_AT_ONCE = 4  # images of the Draw tab, from consecutive seeds
+WARNING_SECONDS = 10  # that a warning is displayed
 TABS = ("draw", "edit", "codes", "find")
 TOO_LONG = "Error: History exceeds maximum rounds, please clear history and restart."
 
@@ -70,6 +72,7 @@ class ChatSession:
         draft: a message for the box: one that was not answered, or the next one of an example.
         script: messages of an example that follow, each after the answer before.
         uploads: images of uploaded files, as parts of messages.
+        refused: files that are no images, and when the visitor was warned about each.
         folder: of the visitor's images; "": none yet.
     """
 
@@ -81,6 +84,7 @@ class ChatSession:
     draft: Message | None = None
     script: list[str] = field(default_factory=list)
     uploads: dict[str, Message] = field(default_factory=dict)
+    refused: dict[str, float] = field(default_factory=dict)
     folder: str = ""
 
     # ---- the visitor's images
@@ -305,9 +309,15 @@ class ChatSession:
         """Warn about a chosen file that is no image, and take it out of the message."""
         files = []
         for upload in message["files"]:
-            with warn_about_errors():
+            try:
                 self.store_upload(upload)
                 files.append(upload)
+            except SeedError as error:
+                # Gradio calls this twice for a choice: the warning is displayed already.
+                warned = self.refused.get(upload, -WARNING_SECONDS)
+                if time.monotonic() - warned > WARNING_SECONDS:
+                    self.refused[upload] = time.monotonic()
+                    gr.Warning(html.escape(str(error)), WARNING_SECONDS)
         return gr.skip() if files == message["files"] else {**message, "files": files}
 
     async def on_model(self, index: int) -> tuple[Update, ...]:
