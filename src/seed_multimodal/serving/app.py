@@ -24,7 +24,7 @@ from typing import TYPE_CHECKING
 import waitress
 from flask import Flask, Response, abort, jsonify, request
 from flask.typing import ResponseReturnValue, RouteCallable
-from werkzeug.exceptions import HTTPException
+from werkzeug.exceptions import HTTPException, MethodNotAllowed
 
 from seed_multimodal.device import is_out_of_memory, return_freed_memory, trim_memory
 from seed_multimodal.disk import JsonObject
@@ -47,7 +47,7 @@ HEADERS = {
 CONNECTIONS = 512
 IDLE_SECONDS = 20  # after which a silent connection is closed
 SHUTDOWN_SECONDS = 60
-TRIM_SECONDS = 60  # between two returns of freed memory, which small lasting blocks split
+TRIM_SECONDS = 60  # between two returns of freed memory to the system
 SPARE_THREADS = 8  # for errors and /health while the queue is full
 
 
@@ -65,6 +65,11 @@ def create_app(
     app = Flask("seed_multimodal")
     app.config["MAX_CONTENT_LENGTH"] = backend.limits.max_body_bytes
     app.extensions["seed_backend"] = backend
+    max_mib = backend.limits.max_body_bytes / 2**20
+    sentences = {
+        404: "There is no such route; /openapi.json lists all.",
+        413: f"The request is too large: it may have {max_mib:g} MiB, a form's text field 500 kB.",
+    }
 
     @app.before_request
     def check_token() -> None:
@@ -85,10 +90,16 @@ def create_app(
     @app.errorhandler(Exception)
     def error_response(error: Exception) -> ResponseReturnValue:
         sentence, status = sentence_and_status(error)
+        if isinstance(error, HTTPException) and error.description == type(error).description:
+            sentence = sentences.get(status, sentence)  # instead of Werkzeug's
         body = error_json(request.path.startswith("/v1"), sentence, status)
-        return jsonify(body), status, HEADERS.get(status, {})
+        headers = HEADERS.get(status, {})
+        if isinstance(error, MethodNotAllowed):
+            headers = {"Allow": ", ".join(error.valid_methods or ())}
+        return jsonify(body), status, headers
 
     routes: dict[str, RouteCallable] = {
+        "/": backend.root,
         "/health": backend.health,
         "/ready": backend.ready,
         "/metrics": backend.metrics,
@@ -116,6 +127,8 @@ def add_model_routes(app: Flask, backend: Backend) -> None:
 
     @app.route("/generate", methods=["GET", "POST"])
     def generate() -> JsonObject:
+        if request.method != "POST" and not request.is_json:  # the original answers GET with JSON
+            raise MethodNotAllowed(["POST"])
         with slot() as deadline:
             return backend.generate(read(schema.GenerateRequest), deadline)
 

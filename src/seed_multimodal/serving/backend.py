@@ -144,6 +144,14 @@ class Backend:
 
     # ---- state: never waits for the model
 
+    def root(self) -> JsonObject:
+        """What this server is, for a browser at its address."""
+        return {
+            "server": f"SEED Multimodal with the model {self.name}",
+            "routes": "/openapi.json",
+            "chat_page": "python gradio_demo/seed_llama_gradio.py",
+        }
+
     def health(self) -> JsonObject:
         admitted = self.admitted
         running = min(admitted, self.limits.max_running)
@@ -412,8 +420,13 @@ class Backend:
         # 3. What is known at the end: the last event has the answer.
         answer = event["answer"]
         boxes, problems = self._boxes(answer, n_images)
-        yield {"boxes": boxes, "notes": event["notes"] + problems}
         n_tokens = len(answer.ids)
+        needed = 0 if self.vocabulary.image_only_when_forced else self.vocabulary.image_length
+        if answer.finish_reason == "length" and n_tokens < needed and not answer.codes:
+            problems.append(
+                f"The answer was cut off after {n_tokens} tokens; an image needs {needed}."
+            )
+        yield {"boxes": boxes, "notes": event["notes"] + problems}
         yield {
             "finish_reason": "stop" if answer.finish_reason == "stop" else "length",
             "usage": {

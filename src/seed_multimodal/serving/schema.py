@@ -321,7 +321,7 @@ def openapi() -> JsonObject:
     # 2. Routes that are read.
     paths: JsonObject = {
         path: {"get": {"responses": responses}}
-        for path in ("/health", "/ready", "/metrics", "/openapi.json", "/v1/models")
+        for path in ("/", "/health", "/ready", "/metrics", "/openapi.json", "/v1/models")
     }
     model_name = {
         "name": "name",

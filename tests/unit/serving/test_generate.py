@@ -260,16 +260,21 @@ def test_generate_answers_any_text(client, text, force):
 
 def test_app_names_wrong_addresses_and_types(client):
     assert client.post("/generate", data="x").status_code == 415
-    assert (
-        client.get("/elsewhere").status_code == 404
-        and client.put("/generate", json={}).status_code == 405
-    )
+    missing = client.get("/elsewhere")
+    assert missing.status_code == 404 and "/openapi.json" in missing.json["error"]
+    for method in ("GET", "HEAD", "PUT"):
+        assert client.open("/generate", method=method).status_code == 405
+    assert client.get("/").json["routes"] == "/openapi.json"
+    paths = client.get("/openapi.json").json["paths"]
+    for path, methods in paths.items():
+        wrong = client.delete(path) if "get" in methods else client.get(path)
+        assert wrong.status_code == 405 and wrong.headers["Allow"], path
 
 
 def test_generate_refuses_a_body_that_is_too_large(tiny):
     client = create_app(tiny, limits=Limits(max_body_bytes=1 << 20)).test_client()
     response = client.post("/generate", json={"text": "x" * (2 << 20), "images": []})
-    assert response.status_code == 413 and response.get_json()["error"]
+    assert response.status_code == 413 and "may have 1 MiB" in response.get_json()["error"]
 
 
 @pytest.mark.parametrize(

@@ -94,6 +94,15 @@ def test_finish_reason_at_the_end_of_the_context_is_length(client, tiny: SeedLla
         assert answer["finish_reason"] == "length"
 
 
+def test_a_note_says_that_no_image_fits_into_max_tokens(client):
+    """Below an image's tokens the model cannot start one."""
+    for max_tokens, notes in (
+        (20, ["The answer was cut off after 20 tokens; an image needs 34."]),
+        (40, []),
+    ):
+        assert complete(client, max_tokens=max_tokens)["notes"] == notes
+
+
 def test_finish_reason_at_an_end_is_stop(nano: SeedLlama):
     """At the end token, at the template's next turn, and at a text of the request."""
     client = create_app(nano).test_client()
