@@ -82,7 +82,7 @@ class EngineOptions:
         if self.compiled and self.offload_device is not None:
             raise ConfigError(COMPILED_OFFLOAD)
         if self.name == LLAMA_CPP:
-            import llama_cpp  # noqa: F401  (reported before models are loaded)
+            importlib.import_module("llama_cpp")  # reported before models are loaded
 
     @property
     def cache_bytes(self) -> int | None:
