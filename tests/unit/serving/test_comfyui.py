@@ -91,7 +91,9 @@ def test_draw_is_what_the_library_draws(nodes: ModuleType, address: str, nano):
     prompt = "a noto dog left of a tree in a meadow"
     images, notes = run(nodes, "Draw", server=address, prompt=prompt, count=2, seed=3)
     assert images.shape[0] == 2 and notes == ""
-    assert image(images).tobytes() == nano.draw(prompt, seed=3).tobytes()
+    # With several threads, a batch of two is rounded otherwise than one image.
+    expected = np.asarray(nano.draw(prompt, seed=3), np.int16)
+    assert np.abs(np.asarray(image(images), np.int16) - expected).max() <= 1
     _, notes = run(nodes, "Draw", server=address, prompt="a fluent zebra in a meadow")
     assert "zebra" in notes
 
