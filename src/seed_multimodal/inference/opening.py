@@ -21,6 +21,7 @@ from seed_multimodal.inference.kv_cache import GIB
 from seed_multimodal.inference.prompt import ImageFeatures
 from seed_multimodal.inference.request import Request
 from seed_multimodal.language.text_tokenizer import TextTokenizer
+from seed_multimodal.nn.layers import avoid_slow_bfloat16
 
 if TYPE_CHECKING:
     from seed_multimodal.language.llm import LanguageModel
@@ -96,6 +97,7 @@ def torch_engine(
     embed_features: Callable[[Sequence[ImageFeatures]], Tensor] = joined,
 ) -> Engine:
     """The engine of a transformers model; `embed_features`: see `TorchBackend`."""
+    avoid_slow_bfloat16(llm)
     backend = TorchBackend(
         llm,
         max_rows=options.max_running,

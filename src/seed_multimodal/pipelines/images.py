@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -21,6 +21,7 @@ from seed_multimodal.inference.batching import DynamicBatcher
 from seed_multimodal.inference.opening import EngineOptions
 from seed_multimodal.inference.prompt import random_seed
 from seed_multimodal.models.registry import find_family
+from seed_multimodal.nn.layers import avoid_slow_bfloat16
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.settings import SEEDS, check_keys, check_value
@@ -112,6 +113,10 @@ class Detokenizer(Protocol):
 
     denoiser: nn.Module
 
+    @property
+    def parts(self) -> Mapping[str, nn.Module]:
+        """All parts with weights."""
+
     def check_settings(self, **settings: object) -> object:
         """Raise ConfigError: an unknown or wrong setting."""
 
@@ -146,6 +151,7 @@ class ImageCodec:
 
     def __init__(self, model: nn.Module, placement: CodecPlacement, min_side: int) -> None:
         self.model = model
+        avoid_slow_bfloat16(model)
         self.device = placement.device
         self.drawing_device = placement.drawing_device or placement.device
         self.min_side = min_side
@@ -189,7 +195,10 @@ class ImageCodec:
                 f"{self.name} has no de-tokenizer, so it cannot draw{self.advice}."
             )
         with quiet_loading("diffusers", "transformers"):
-            return self._load_decoder()
+            decoder = self._load_decoder()
+        for part in decoder.parts.values():
+            avoid_slow_bfloat16(part)
+        return decoder
 
     def offload(self, parts: Collection[str]) -> None:
         """Keep these of "encoder" and "decoder" on the CPU while idle."""

@@ -1,0 +1,70 @@
+"""Layers of bfloat16 weights on CPUs without bfloat16 instructions."""
+
+from __future__ import annotations
+
+import copy
+import time
+from collections.abc import Callable
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from seed_multimodal.nn.layers import FEW_ROWS, avoid_slow_bfloat16
+
+
+@pytest.fixture
+def plain_cpu(monkeypatch) -> None:
+    unsupported = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: False)
+    monkeypatch.setattr(torch.ops, "mkldnn", unsupported)
+
+
+LAYERS = {
+    "convolution": (nn.Conv2d(8, 16, 3, padding=1), (2, 8, 12, 12)),
+    "linear": (nn.Linear(8, 16, bias=False), (2, FEW_ROWS, 8)),
+}
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_computes_in_float32_and_keeps_bfloat16_weights(plain_cpu, name):
+    plain, shape = LAYERS[name]
+    layer = copy.deepcopy(plain).bfloat16()
+    features = torch.randn(shape).bfloat16()
+    expected = copy.deepcopy(layer).float()(features.float()).bfloat16()
+    model = nn.Sequential(layer)
+    avoid_slow_bfloat16(model)
+    for network in (model, copy.deepcopy(model)):
+        assert torch.equal(network(features), expected)
+        assert network[0].weight.dtype == torch.bfloat16
+    # In float32, and a few rows of a linear layer, as PyTorch computes them.
+    assert torch.equal(model.float()(features.float()), plain_output(layer, features.float()))
+    row = features[:1, :1]
+    if name == "linear":
+        assert torch.equal(model.bfloat16()(row), plain_output(layer, row))
+
+
+def plain_output(layer: nn.Module, features: Tensor) -> Tensor:
+    output: Tensor = type(layer).forward(layer, features)
+    return output
+
+
+def seconds(work: Callable[[], object]) -> float:
+    """CPU time of a second call."""
+    work()
+    begin = time.process_time()
+    work()
+    return time.process_time() - begin
+
+
+@pytest.mark.skipif(
+    torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU computes bfloat16"
+)
+def test_a_convolution_in_bfloat16_takes_little_longer_than_in_float32():
+    """It took 300 times as long."""
+    layer = nn.Conv2d(64, 64, 3, padding=1)
+    features = torch.randn(1, 64, 48, 48)
+    expected = seconds(lambda: layer(features))
+    avoid_slow_bfloat16(layer.bfloat16())
+    halves = features.bfloat16()
+    assert seconds(lambda: layer(halves)) < 10 * expected + 0.05
