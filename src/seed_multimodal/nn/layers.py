@@ -163,13 +163,18 @@ def cast_layers(module: Network, dtype: torch.dtype) -> Network:
     return module
 
 
+def cpu_computes_bfloat16() -> bool:
+    """Whether this CPU has instructions for bfloat16 that PyTorch's library uses."""
+    return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+
+
 def avoid_slow_bfloat16(module: nn.Module) -> None:
     """Let layers of bfloat16 weights compute in float32 on a CPU without bfloat16 instructions.
 
     PyTorch's own bfloat16 there is 300 times slower in a convolution, and 8 times in a linear layer
     of many rows. Weights are converted while their layer computes.
     """
-    if torch.ops.mkldnn._is_mkldnn_bf16_supported():
+    if cpu_computes_bfloat16():
         return
     for layer in module.modules():
         if type(layer) in (nn.Conv2d, nn.Linear) and type(layer.weight) is nn.Parameter:
@@ -178,10 +183,10 @@ def avoid_slow_bfloat16(module: nn.Module) -> None:
 
 def _float32_forward(layer: nn.Conv2d | nn.Linear, features: Tensor) -> Tensor:
     """The layer's `forward`."""
-    n_rows = features.numel() // features.shape[-1]
-    is_fast = isinstance(layer, nn.Linear) and n_rows < FEW_ROWS
-    dtypes = {features.dtype, layer.weight.dtype}
-    if is_fast or features.device.type != "cpu" or dtypes != {torch.bfloat16}:
+    is_slow = {features.dtype, layer.weight.dtype} == {torch.bfloat16}
+    if isinstance(layer, nn.Linear):
+        is_slow &= features.numel() >= FEW_ROWS * features.shape[-1]
+    if features.device.type != "cpu" or not is_slow:
         return type(layer).forward(layer, features)  # type: ignore[arg-type]
 
     weight = layer.weight.float()

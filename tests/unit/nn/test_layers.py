@@ -5,19 +5,18 @@ from __future__ import annotations
 import copy
 import time
 from collections.abc import Callable
-from types import SimpleNamespace
 
 import pytest
 import torch
 from torch import Tensor, nn
 
+from seed_multimodal.nn import layers
 from seed_multimodal.nn.layers import FEW_ROWS, avoid_slow_bfloat16
 
 
 @pytest.fixture
 def plain_cpu(monkeypatch) -> None:
-    unsupported = SimpleNamespace(_is_mkldnn_bf16_supported=lambda: False)
-    monkeypatch.setattr(torch.ops, "mkldnn", unsupported)
+    monkeypatch.setattr(layers, "cpu_computes_bfloat16", lambda: False)
 
 
 LAYERS = {
@@ -57,9 +56,7 @@ def seconds(work: Callable[[], object]) -> float:
     return time.process_time() - begin
 
 
-@pytest.mark.skipif(
-    torch.ops.mkldnn._is_mkldnn_bf16_supported(), reason="this CPU computes bfloat16"
-)
+@pytest.mark.skipif(layers.cpu_computes_bfloat16(), reason="this CPU computes bfloat16")
 def test_a_convolution_in_bfloat16_takes_little_longer_than_in_float32():
     """It took 300 times as long."""
     layer = nn.Conv2d(64, 64, 3, padding=1)
