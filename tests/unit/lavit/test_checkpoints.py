@@ -111,7 +111,7 @@ def test_load_missing_unsafe_or_misshapen_files(tmp_path):
     original(tmp_path, visual_weight={"vit_proj.weight": torch.empty(0)})
     with pytest.raises(CheckpointError, match="missing from the file: 'vit_proj.weight'"):
         load_tokenizer_pair(tmp_path, tmp_path / "language_model")
-    with pytest.raises(CheckpointError, match="download LaVIT"):
+    with pytest.raises(CheckpointError, match="seed fetch lavit downloads"):
         load_dynamic_tokenizer(tmp_path / "nowhere")
 
 

@@ -177,7 +177,7 @@ def test_from_pretrained_with_parts_of_another_width(model_dir: Path, tmp_path):
 
 
 def test_read_empty_text_of_a_file_or_the_text_encoder(tmp_path):
-    with pytest.raises(CheckpointError, match=f"contains no {EMPTY_TEXT}; download LaVIT"):
+    with pytest.raises(CheckpointError, match=f"contains no {EMPTY_TEXT}; seed fetch lavit"):
         read_empty_text(tmp_path, tiny_seed1.TEXT_WIDTH)
     tiny_seed1.diffusion_folder(tmp_path)
     empty = torch.tensor([[2, *[3] * (tiny_seed1.TEXT_TOKENS - 1)]])

@@ -197,7 +197,7 @@ def test_export_with_missing_parts(trained: Trained, tmp_path):
     ):
         trained.export(out, stage1=None)
     with pytest.raises(
-        CheckpointError, match=r"no stage holds the frozen vision encoder; download it from https"
+        CheckpointError, match=r"no stage holds the frozen vision encoder; give its file"
     ):
         trained.export(out, vision=None)
     with pytest.raises(CheckpointError, match=r"stage1\.pth: not a stage-2 checkpoint"):

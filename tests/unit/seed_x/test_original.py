@@ -297,7 +297,7 @@ def test_programs_without_weights(
     assert seed_x_script(name, []) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    wanted = (*parts, "pretrained/QwenViT/qwen_vit_G.pt", "reload_qwen_vit.py", "--model nano-x ")
+    wanted = (*parts, "pretrained/QwenViT/qwen_vit_G.pt", "seed fetch ", "--model nano-x ")
     assert all(part in error for part in wanted), error
 
 
