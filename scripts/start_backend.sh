@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # The demo's model server on http://127.0.0.1:7890/generate for one model:
 #     start_backend.sh MODEL [more arguments]
-# MODEL is a name (nano, 8b; `seed describe --help` lists all) or a folder with a system.json; its path is absolute, or from the repository. More arguments go to gradio_demo/seed_llama_flask.py.
+# MODEL is a name (nano, 8b; `seed describe --help` lists all) or a folder with a system.json; its path is absolute, or from
+# the repository. More arguments go to gradio_demo/seed_llama_flask.py.
 # 8b and 14b load in 8 bits, as the original's demo, but by torchao: answers then do not depend on what else is answered at
 # the same time. --quantization 8bit: by bitsandbytes, as the original.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh

@@ -112,7 +112,7 @@ def failure_reason(error: Exception) -> str:
         return "not the answer of a hub, but perhaps that of a proxy"
     if isinstance(error, network_errors()[0]) and status_of(error) is None:
         server = str(error.request.url).split("/")[2]  # type: ignore[attr-defined]
-        return f"no connection to {server} ({first_line(error)}); HF_ENDPOINT names another hub"
+        return f"no connection to {server} ({first_line(error)})"
     return first_line(error).rstrip(".")
 
 

@@ -23,12 +23,7 @@ from seed_multimodal.downloads import (
     network_errors,
 )
 from seed_multimodal.errors import CheckpointError, first_line
-from seed_multimodal.originals import (
-    WEIGHT_PATTERNS,
-    OriginalPart,
-    original_parts,
-    part_of_hub,
-)
+from seed_multimodal.originals import WEIGHT_PATTERNS, OriginalPart, original_parts, part_of_hub
 
 # Systems in the repository: name -> folder.
 SHIPPED_SYSTEMS = {name: f"pretrained/{name}" for name in ("nano", "nano-x", "nano-lavit")}

@@ -104,7 +104,8 @@ def part_of(name: str | Path) -> OriginalPart | None:
     repository)."""
     end = Path(name).parts[-2:]
     for part in original_parts().values():
-        if len(end) == 2 and end == Path(part.folder).parts:
+        has_own_folder = part.folder != "pretrained"
+        if has_own_folder and end == Path(part.folder).parts:
             return part
     return part_of_hub(name)
 

@@ -11,13 +11,7 @@ from typing import TYPE_CHECKING
 from seed_multimodal import entry
 from seed_multimodal.cli.common import add_json, cat_image, emit, load_system, write_text
 from seed_multimodal.disk import JsonObject, read_json_object, writable_folder
-from seed_multimodal.downloads import (
-    MIRRORS,
-    WantedPart,
-    fetch_parts,
-    online,
-    read_mirrors,
-)
+from seed_multimodal.downloads import MIRRORS, WantedPart, fetch_parts, online, read_mirrors
 from seed_multimodal.entry import DONE, SOME_FAILED, log_line
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import weights_root
