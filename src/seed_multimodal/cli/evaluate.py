@@ -37,6 +37,7 @@ from seed_multimodal.entry import (
     run_program,
 )
 from seed_multimodal.errors import ConfigError, pluralize
+from seed_multimodal.evaluation.benchmarks import DETECTOR, JUDGED
 from seed_multimodal.language.prompts import DEMO_QUESTIONS
 from seed_multimodal.settings import check_value
 
@@ -53,10 +54,6 @@ CAPTIONS = (
     "Three sailing boats on a calm lake at sunrise",
     "The word HELLO written in the sand of a beach",
 )
-
-# Benchmarks whose drawings another model judges.
-JUDGED = ("geneval", "geneval2", "dpg")
-QUESTION_JUDGE = "folder of an image-text model of transformers, or a system (nano, seed-x-i …)"
 
 
 def eval_program(program: str, description: str, argv: Sequence[str] | None = None) -> int:
@@ -78,19 +75,18 @@ def eval_program(program: str, description: str, argv: Sequence[str] | None = No
 
 
 def add_commands(kinds: Commands) -> None:
-    """`tokenizer`, `vqa`, `caption` and `text2image` below `seed eval`."""
+    """The commands below `seed eval`."""
     _add_tokenizer(kinds.add_parser("tokenizer", help="retrieval, reconstruction, codebook"))
     _add_suite(kinds.add_parser("suite", help="the papers' tables, next to published figures"))
     # Name, function that adds its flags, function that runs it, help.
-    tasks = (
+    tasks = [
         ("vqa", _add_vqa, _ask, "questions about images: accuracy"),
         ("caption", _add_caption, _describe, "captions of images: CIDEr and others"),
         ("seedbench", _add_seedbench, _choose, "multiple choice by likelihood: SEED-Bench"),
         ("text2image", _add_text2image, _draw, "the best of several drawings by CLIP: FID"),
-        ("geneval", _add_geneval, _judge, "objects of prompts in drawings, by a detector"),
-        ("geneval2", _add_geneval2, _judge, "questions about drawings: Soft-TIFA"),
-        ("dpg", _add_dpg, _judge, "questions about drawings of long prompts: DPG-Bench"),
-    )
+    ]
+    for name, benchmark in JUDGED.items():
+        tasks.append((name, partial(_add_judged, name=name), _judge, benchmark.title))
     drawing = ("text2image", *JUDGED)
     for name, add_flags, work, text in tasks:
         parser = kinds.add_parser(name, help=text, description=text)
@@ -187,17 +183,10 @@ def _add_text2image(parser: ArgumentParser) -> None:
     parser.add_argument("--inception", type=Path, metavar="FILE", help="weights of FID's network")
 
 
-def _add_geneval2(parser: ArgumentParser) -> None:
-    _add_judged(parser, "geneval2", QUESTION_JUDGE)
-
-
-def _add_dpg(parser: ArgumentParser) -> None:
-    _add_judged(parser, "dpg", QUESTION_JUDGE)
-
-
-def _add_judged(parser: ArgumentParser, name: str, judge: str) -> None:
-    """Flags of the benchmarks whose drawings are judged; `judge`: help of the flag."""
-    parser.add_argument("--judge", required=True, metavar="MODEL", help=judge)
+def _add_judged(parser: ArgumentParser, name: str) -> None:
+    """Flags of a benchmark whose drawings are judged."""
+    benchmark = JUDGED[name]
+    parser.add_argument("--judge", required=True, metavar="MODEL", help=benchmark.judge)
     parser.add_argument(
         "--data",
         required=True,
@@ -214,14 +203,8 @@ def _add_judged(parser: ArgumentParser, name: str, judge: str) -> None:
         help="drawings of a prompt (default: the paper's)",
     )
     parser.set_defaults(task=name)
-
-
-def _add_geneval(parser: ArgumentParser) -> None:
-    _add_judged(
-        parser,
-        "geneval",
-        "folder of a detector of transformers (OWLv2, Mask2Former, DETR …), or nano",
-    )
+    if benchmark.judge != DETECTOR:
+        return
     parser.add_argument("--clip", metavar="DIR", help="CLIP that names the colours of objects")
     parser.add_argument("--threshold", type=float, help="score of detections that count")
     parser.add_argument("--counting-threshold", type=float, help="of prompts that count objects")
@@ -282,14 +265,12 @@ def _draw(args: Namespace) -> int:
 def _judge(args: Namespace) -> int:
     """Drawings of a system or a folder, judged by another model."""
     from seed_multimodal.evaluation.answers import Judging
-    from seed_multimodal.evaluation.tasks import find_task
 
     # 1. The file of prompts.
-    task = find_task(args.task, args.task)
+    benchmark = JUDGED[args.task]
     file = Path(args.data)
     if file.is_dir():
-        file = file / task.file
-
+        file = file / benchmark.file
     if args.image_folder is not None and not Path(args.image_folder).exists():
         raise ConfigError(f"{args.image_folder}: no such folder.")
 
@@ -305,7 +286,7 @@ def _judge(args: Namespace) -> int:
     clip = getattr(args, "clip", None)
     run = replace(
         new_run(args, str(file), args.task, args.task),
-        best_of=args.num_images or task.best_of,
+        best_of=args.num_images or benchmark.num_images,
         clip=None if clip is None else Path(clip),
         seed=args.seed,
         options=chosen_settings(args),

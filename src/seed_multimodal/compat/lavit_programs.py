@@ -324,7 +324,7 @@ def _evaluate(args: Namespace) -> int:
         for folder in (Path(args.model_path), config.tokenizer):
             if not clip and folder is not None and (folder / NAME).is_file():
                 clip = folder / NAME
-        clip = find_clip(clip, f"put the original's {NAME} into --model_path")
+        clip = find_clip(clip, alternative=f"put the original's {NAME} into --model_path")
         run = replace(run, best_of=4, clip=clip)
     else:
         truth = args.truth or find_truth(run.task, run.annotations)

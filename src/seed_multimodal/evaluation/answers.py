@@ -24,6 +24,7 @@ from seed_multimodal.disk import JsonObject, folder_lock, read_json_object, repl
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import DataError, GenerationError, ImageError, pluralize
 from seed_multimodal.evaluation.annotations import Key, Sample, find_image_file
+from seed_multimodal.evaluation.benchmarks import JUDGED
 from seed_multimodal.images.io import open_image
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import changed_settings
@@ -82,26 +83,22 @@ class Task:
     """A benchmark.
 
     Attributes:
-        kind: of `tasks.EVALUATIONS`.
+        kind: of `tasks.EVALUATIONS`, or of `benchmarks.JUDGED`.
         truth: LaVIT's ground-truth file, see `tasks.find_truth`.
         exact: an answer is right if it equals the single reference, instead of agreement with ten
             annotators.
         first: preliminary question; a "no" makes the answer "unanswerable".
-        file: name of the published file of samples, in the benchmark's folder.
-        best_of: default number of drawings of a prompt, if they are judged.
     """
 
     kind: str
     truth: str = ""
     exact: bool = False
     first: str = ""
-    file: str = ""
-    best_of: int = 0
 
     @property
     def is_judged(self) -> bool:
         """Whether another model judges drawings."""
-        return self.best_of > 0
+        return self.kind in JUDGED
 
 
 @dataclass(frozen=True)
@@ -109,13 +106,13 @@ class Judging:
     """How drawings are judged.
 
     Attributes:
-        judge: the detector (see `detection.load_detector`), or what answers questions.
+        model: the detector (see `detection.load_detector`), or what answers questions.
         image_folder: of drawings; None: the system draws them.
         threshold, counting_threshold, max_overlap: see `detection.Limits`; None: the detector's.
         device: of the judge.
     """
 
-    judge: str
+    model: str
     image_folder: Path | None = None
     threshold: float | None = None
     counting_threshold: float | None = None

@@ -1,7 +1,8 @@
 """SEED-Bench: multiple choice by likelihood (Li et al. 2023, arXiv:2307.16125).
 
-The answer is the choice that the system is likeliest to generate after the question, by the mean
-log-likelihood of its tokens ("answer ranking"): no letters are read out of texts. `SEED-Bench.json`
+The answer is the choice that the system is likeliest to generate after the question ("answer
+ranking"): no letters are read out of texts. Choices are compared by the mean log-likelihood of
+their tokens, as in SEED-Bench-2's programs; the first one adds them up. `SEED-Bench.json`
 has {"questions": [{question_id, data_type, data_id, question, choice_a … choice_d, answer,
 question_type_id}], "question_type": {name: id}}; its questions about videos are left out.
 """

@@ -3,10 +3,10 @@
     detector = load_detector("owlv2-base-patch16-ensemble", device)
     detector.detect(images, [["dog", "traffic light"], ["cat"]])
 
-A folder of transformers is a zero-shot detector (OWLv2, Grounding DINO), an instance segmentation
-(Mask2Former, whose masks the colours are read in) or a detector of fixed classes (DETR). Other
-packages register theirs by an entry point of the group `seed_multimodal.detectors`, a function of
-a device.
+A folder of transformers is a zero-shot detector (OWLv2, Grounding DINO), a detector of fixed
+classes (DETR) or an instance segmentation (Mask2Former, whose masks the colours are read in).
+Other packages register theirs by an entry point of the group `seed_multimodal.detectors`, a
+function of a device.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, ClassVar, Protocol
 
 import numpy as np
 import torch
@@ -30,9 +30,20 @@ from seed_multimodal.plugins import import_entry, registered
 from seed_multimodal.settings import nearest
 
 Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
-# COCO's names of objects that benchmarks call otherwise.
-COCO_NAMES = {"mouse": "computer mouse", "remote": "tv remote", "keyboard": "computer keyboard"}
-LOWEST_SCORE = 0.05  # of detections that are recorded
+# COCO's names of objects that GenEval calls otherwise.
+COCO_NAMES = {
+    "mouse": "computer mouse",
+    "remote": "tv remote",
+    "keyboard": "computer keyboard",
+    # Mask2Former's, RT-DETR's and D-FINE's names.
+    "aeroplane": "airplane",
+    "diningtable": "dining table",
+    "motorbike": "motorcycle",
+    "pottedplant": "potted plant",
+    "sofa": "couch",
+    "tvmonitor": "tv",
+}
+LOWEST_SCORE = 0.05  # of what a detector returns
 # Of GenEval: what the colour classifier distinguishes, and how it writes them.
 COLOURS = (
     "red",
@@ -102,6 +113,10 @@ class Detector(Protocol):
     limits: Limits
     knows_colours: bool
 
+    @property
+    def labels(self) -> frozenset[str] | None:
+        """The classes that it can find; None: any."""
+
     def detect(
         self, images: Sequence[Image.Image], labels: Sequence[Sequence[str]]
     ) -> list[list[Detection]]:
@@ -118,55 +133,63 @@ def load_detector(name: str | Path, device: torch.device) -> Detector:
     if str(name) in entries:
         open_detector: Callable[[torch.device], Detector] = import_entry(entries[str(name)])
         return open_detector(device)
-    if not (Path(name) / "config.json").is_file():
+    folder = Path(name)
+    if not (folder / "config.json").is_file():
         raise CheckpointError(
             f"{name}: no folder of a detector (config.json){nearest(str(name), entries)}."
         )
-    return HubDetector(Path(name), device)
+    return detector_class(folder)(folder, device)
+
+
+def detector_class(folder: Path) -> type[HubDetector]:
+    """The kind of a folder's detector. Raises CheckpointError: none."""
+    import transformers
+
+    try:
+        config = transformers.AutoConfig.from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
+        )
+    except (OSError, ValueError, KeyError) as error:
+        raise CheckpointError(f"{folder}: no detector ({first_line(error)}).") from error
+    for kind in (ZeroShotDetector, BoxDetector, MaskDetector):
+        models = getattr(transformers, kind.auto_model)._model_mapping
+        if type(config) in models:
+            return kind
+    names = "zero-shot object detection, object detection, instance segmentation"
+    raise CheckpointError(f"{folder}: {config.model_type} is no model for {names}.")
 
 
 class HubDetector:
-    """A detector of transformers, in fp32."""
+    """A detector of transformers, in fp32.
 
+    auto_model, auto_processor: its classes in transformers.
+    """
+
+    auto_model: ClassVar[str]
+    auto_processor: ClassVar[str] = "AutoImageProcessor"
+    limits = GENEVAL_LIMITS
     knows_colours = False
 
     def __init__(self, folder: Path, device: torch.device) -> None:
         import transformers
 
-        # 1. The kind of detector, by its architecture.
         try:
-            config = transformers.AutoConfig.from_pretrained(
-                folder, local_files_only=True, trust_remote_code=False
+            self.processor: Any = getattr(transformers, self.auto_processor).from_pretrained(
+                folder, local_files_only=True
             )
-        except (OSError, ValueError, KeyError) as error:
-            raise CheckpointError(f"{folder}: no detector ({first_line(error)}).") from error
-        kinds = {
-            "zero-shot": transformers.AutoModelForZeroShotObjectDetection,
-            "masks": transformers.AutoModelForUniversalSegmentation,
-            "boxes": transformers.AutoModelForObjectDetection,
-        }
-        matches = [kind for kind, auto in kinds.items() if type(config) in auto._model_mapping]
-        if not matches:
-            names = "zero-shot object detection, universal segmentation, object detection"
-            raise CheckpointError(f"{folder}: {config.model_type} is no model for {names}.")
-        self.kind = matches[0]
-        self.limits = ZERO_SHOT_LIMITS if self.kind == "zero-shot" else GENEVAL_LIMITS
-
-        # 2. The model, and its preprocessing.
-        model_class: Any = kinds[self.kind]
-        processor_class: Any = transformers.AutoImageProcessor
-        if self.kind == "zero-shot":
-            processor_class = transformers.AutoProcessor
-        try:
-            self.processor = processor_class.from_pretrained(folder, local_files_only=True)
-            model = model_class.from_pretrained(
+            model: Any = getattr(transformers, self.auto_model).from_pretrained(
                 folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
             )
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{folder}: no detector ({first_line(error)}).") from error
         self.model = model.to(device).eval()
         self.device = device
-        self.names: dict[int, str] = config.id2label
+        names: dict[int, str] = model.config.id2label
+        self.names = {index: COCO_NAMES.get(name, name) for index, name in names.items()}
+
+    @property
+    def labels(self) -> frozenset[str] | None:
+        return frozenset(self.names.values())
 
     @torch.inference_mode()
     def detect(
@@ -175,16 +198,27 @@ class HubDetector:
         """Objects in each image, of its labels; images one by one, since their labels differ."""
         detections: list[list[Detection]] = []
         for image, image_labels in zip(images, labels, strict=True):
-            rgb = image.convert("RGB")
-            if self.kind == "zero-shot":
-                detections.append(self._zero_shot(rgb, image_labels))
-            else:
-                objects = self._masks(rgb) if self.kind == "masks" else self._boxes(rgb)
-                detections.append([item for item in objects if item.label in image_labels])
+            objects = self.objects(image.convert("RGB"), image_labels)
+            detections.append([item for item in objects if item.label in image_labels])
         return detections
 
-    def _zero_shot(self, image: Image.Image, labels: Sequence[str]) -> list[Detection]:
-        """Objects that a text describes."""
+    def objects(self, image: Image.Image, labels: Sequence[str]) -> list[Detection]:
+        """Objects in an image; `labels`: those that are searched for."""
+        raise NotImplementedError
+
+
+class ZeroShotDetector(HubDetector):
+    """Objects that a text describes (OWLv2, Grounding DINO)."""
+
+    auto_model = "AutoModelForZeroShotObjectDetection"
+    auto_processor = "AutoProcessor"
+    limits = ZERO_SHOT_LIMITS
+
+    @property
+    def labels(self) -> None:
+        return None
+
+    def objects(self, image: Image.Image, labels: Sequence[str]) -> list[Detection]:
         # OWL's texts are those of CLIP. Grounding DINO finds parts of one text: a label at a time.
         if self.model.config.model_type.startswith("owl"):
             return self._described(image, {f"a photo of a {label}": label for label in labels})
@@ -214,18 +248,28 @@ class HubDetector:
             names = [labels[text] for text in result["text_labels"]]
         return _detections(names, result["scores"], result["boxes"])
 
-    def _boxes(self, image: Image.Image) -> list[Detection]:
-        """Objects of a detector with fixed classes."""
+
+class BoxDetector(HubDetector):
+    """Objects of fixed classes (DETR, RT-DETR, YOLOS)."""
+
+    auto_model = "AutoModelForObjectDetection"
+
+    def objects(self, image: Image.Image, labels: Sequence[str]) -> list[Detection]:
         inputs = self.processor(images=image, return_tensors="pt")
         outputs = self.model(**inputs.to(self.device))
         [result] = self.processor.post_process_object_detection(
             outputs, threshold=LOWEST_SCORE, target_sizes=[image.size[::-1]]
         )
-        names = [self._label(int(index)) for index in result["labels"]]
+        names = [self.names[index] for index in result["labels"].tolist()]
         return _detections(names, result["scores"], result["boxes"])
 
-    def _masks(self, image: Image.Image) -> list[Detection]:
-        """Objects of an instance segmentation."""
+
+class MaskDetector(HubDetector):
+    """Instances of fixed classes with their masks (Mask2Former)."""
+
+    auto_model = "AutoModelForUniversalSegmentation"
+
+    def objects(self, image: Image.Image, labels: Sequence[str]) -> list[Detection]:
         # 1. The instances.
         inputs = self.processor(images=image, return_tensors="pt")
         outputs = self.model(**inputs.to(self.device))
@@ -235,23 +279,24 @@ class HubDetector:
             target_sizes=[image.size[::-1]],
             return_binary_maps=True,
         )
+        segments = result["segments_info"]
+        if not segments:
+            return []  # the result has no masks then
 
         # 2. Their boxes are those of their masks.
         detections: list[Detection] = []
-        for segment, pixels in zip(result["segments_info"], result["segmentation"], strict=True):
+        for segment, pixels in zip(segments, result["segmentation"], strict=True):
             mask = pixels.bool().cpu().numpy()
             if not mask.any():
                 continue
             rows = np.flatnonzero(mask.any(axis=1))
             columns = np.flatnonzero(mask.any(axis=0))
-            box = (float(columns[0]), float(rows[0]), float(columns[-1]), float(rows[-1]))
-            label = self._label(segment["label_id"])
+            left, top = float(columns[0]), float(rows[0])
+            right, bottom = float(columns[-1] + 1), float(rows[-1] + 1)
+            label = self.names[segment["label_id"]]
+            box = (left, top, right, bottom)
             detections.append(Detection(label, float(segment["score"]), box, mask=mask))
         return detections
-
-    def _label(self, index: int) -> str:
-        name = self.names[index]
-        return COCO_NAMES.get(name, name)
 
 
 def _detections(names: Sequence[str], scores: Tensor, boxes: Tensor) -> list[Detection]:
@@ -267,7 +312,7 @@ class ColourClassifier:
     """The colour of an object, by CLIP's texts about its crop (GenEval)."""
 
     def __init__(self, clip: Path, device: torch.device) -> None:
-        self.clip = ClipScores(clip, device)
+        self.clip = ClipScores(clip, device, keep_ratio=True)
         self._texts: dict[str, Tensor] = {}
 
     def with_colour(self, image: Image.Image, item: Detection) -> Detection:

@@ -42,16 +42,19 @@ BATCH = 32
 class ClipScores:
     """Image and text encoder of a CLIP folder (transformers) or of OpenAI's file, in fp32.
 
+    keep_ratio: images are cropped to squares, as by CLIP's own preprocessing; False: squashed.
     Raises CheckpointError: a part is missing.
     """
 
-    def __init__(self, path: Path, device: torch.device) -> None:
+    def __init__(self, path: Path, device: torch.device, *, keep_ratio: bool = False) -> None:
         if path.is_file():
             vision, self.texts = load_openai_clip(path, device)
         else:
             vision = load_clip_vision(path, device=device, log=None)
             self.texts = clip_texts(path, device)
-        transform = ImageTransform(vision.config.image_size, interpolation="bicubic")
+        transform = ImageTransform(
+            vision.config.image_size, keep_ratio=keep_ratio, interpolation="bicubic"
+        )
         self.images = ClipEncoder(vision, transform)
 
     def cosines(
@@ -72,18 +75,20 @@ class ClipScores:
 
 
 def find_clip(
-    path: str | Path | None, alternative: str = "generate one image per text (--best-of 1)"
+    path: str | Path | None,
+    purpose: str = "to select the best of several images",
+    alternative: str = "generate one image per text (--best-of 1)",
 ) -> Path:
-    """The CLIP folder, or OpenAI's file, for ranking candidates.
+    """The CLIP folder, or OpenAI's file.
 
-    path: None for the default. alternative: what else the message about a missing one advises.
+    path: None for the default. purpose, alternative: of the message about a missing one.
     Raises CheckpointError: missing.
     """
     clip = CLIP_FOLDER if path is None else Path(path)
     if not clip.exists():
         raise CheckpointError(
-            f"{clip}: no CLIP to select the best of several images; put openai/{CLIP_FOLDER.name} "
-            f"of the Hugging Face hub there, set --clip, or {alternative}."
+            f"{clip}: no CLIP {purpose}; put openai/{CLIP_FOLDER.name} of the Hugging Face hub "
+            f"there, set --clip, or {alternative}."
         )
     return clip
 

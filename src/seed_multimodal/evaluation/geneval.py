@@ -20,17 +20,23 @@ from pathlib import Path
 from PIL import Image
 
 from seed_multimodal.disk import JsonObject
-from seed_multimodal.errors import DataError
+from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.evaluation.annotations import Json, read_items
 from seed_multimodal.evaluation.answers import Judging, Line, Run, Scores
 from seed_multimodal.evaluation.detection import (
     ColourClassifier,
     Detection,
+    Detector,
     Limits,
     load_detector,
 )
 from seed_multimodal.evaluation.drawing import find_clip
-from seed_multimodal.evaluation.judged import JudgedDrawings, JudgedPrompt, score_values
+from seed_multimodal.evaluation.judged import (
+    JudgedDrawings,
+    JudgedPrompt,
+    most_images,
+    score_values,
+)
 from seed_multimodal.evaluation.metrics import bootstrap
 from seed_multimodal.pipelines.base import MultimodalSystem
 
@@ -254,15 +260,18 @@ class GenEval(JudgedDrawings):
         self, system: MultimodalSystem | None, run: Run, samples: Sequence[ObjectPrompt]
     ) -> None:
         super().__init__(system, run, samples)
-        self.detector = load_detector(self.judging.judge, self.device)
+        self.detector = load_detector(self.judging.model, self.device)
+        check_labels(self.detector, samples)
         self.limits = _limits(self.judging, self.detector.limits)
         self.colours: ColourClassifier | None = None
         has_colours = any(item.colour for sample in samples for item in sample.include)
         if has_colours and not self.detector.knows_colours:
-            clip = find_clip(run.clip, "use a detector that knows colours")
+            clip = find_clip(
+                run.clip, "to name the colours of objects", "use a detector that knows colours"
+            )
             self.colours = ColourClassifier(clip, self.device)
 
-    def judge(self, sample: JudgedPrompt, images: Sequence[Image.Image]) -> Line:
+    def line_of(self, sample: JudgedPrompt, images: Sequence[Image.Image]) -> Line:
         """The detections that count, of each image."""
         assert isinstance(sample, ObjectPrompt)
         threshold = self.limits.threshold
@@ -288,8 +297,9 @@ class GenEval(JudgedDrawings):
         prompts: dict[str, list[int]] = {}
         captions: list[list[str]] = []
         n_solved = 0
+        n_images = most_images(line["detections"] for line in lines if "detections" in line)
         for index, (sample, line) in enumerate(zip(samples, lines, strict=True)):
-            faults = _line_faults(sample, line)
+            faults = _line_faults(sample, line, n_images)
             hits.setdefault(sample.tag, []).extend(not fault for fault in faults)
             prompts.setdefault(sample.tag, []).extend(index for _ in faults)
             n_solved += "" in faults
@@ -317,10 +327,23 @@ class GenEval(JudgedDrawings):
         return Scores(results, values)
 
 
-def _line_faults(sample: ObjectPrompt, line: Line) -> list[str]:
-    """The fault of each image of a line, empty where it is correct."""
+def check_labels(detector: Detector, prompts: Sequence[ObjectPrompt]) -> None:
+    """Raise ConfigError: the detector does not know all classes of the prompts."""
+    if detector.labels is None:
+        return
+    needed = {label for prompt in prompts for label in prompt.labels}
+    unknown = sorted(needed - detector.labels)
+    if unknown:
+        raise ConfigError(
+            f"The detector has no class for {', '.join(unknown)}, of which the prompts ask; use a "
+            "zero-shot detector (OWLv2)."
+        )
+
+
+def _line_faults(sample: ObjectPrompt, line: Line, n_images: int) -> list[str]:
+    """The fault of each image of a line, empty where it is correct; `n_images`: if it has none."""
     if "bad" in line:
-        return [line["bad"]]
+        return [line["bad"]] * n_images
     faults: list[str] = []
     for rows in line["detections"]:
         detections = [Detection.from_json(row) for row in rows]

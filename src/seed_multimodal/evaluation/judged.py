@@ -8,7 +8,7 @@ DPG-Bench's grid    FOLDER/ITEM.png: one image, or up to four as two rows of two
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import ClassVar, Protocol
@@ -160,7 +160,7 @@ class JudgedDrawings:
         # 2. What the judge says about them, and which images of a folder these were.
         lines: list[Line] = []
         for sample, of_prompt in zip(samples, drawings, strict=True):
-            line = self.judge(sample, of_prompt)
+            line = self.line_of(sample, of_prompt)
             if self.drawer is None:
                 line["files"] = self.file_states(sample)
             lines.append(line)
@@ -176,18 +176,18 @@ class JudgedDrawings:
         return states
 
     def is_current(self, line: Line) -> bool:
-        """Whether the folder still has the images that a line of an earlier run judges."""
+        """Whether the images that a line of an earlier run judges are still there."""
         sample = self.samples.get(line["id"])
-        if self.drawer is not None or sample is None:
+        if sample is None:
             return True
         try:
             states = self.file_states(sample)
         except (ImageError, OSError):
             return False
-        return line.get("files") == [list(state) for state in states]
+        return self.drawer is not None or line.get("files") == [list(state) for state in states]
 
-    def judge(self, sample: JudgedPrompt, images: Sequence[Image.Image]) -> Line:
-        """The line of a prompt."""
+    def line_of(self, sample: JudgedPrompt, images: Sequence[Image.Image]) -> Line:
+        """What the judge says about the images of a prompt."""
         raise NotImplementedError
 
     def write_sheet(
@@ -207,6 +207,11 @@ class JudgedDrawings:
             row.cells.append(Cell(image, texts[0], sample.caption))
         sheet = contact_sheet(list(rows.values()), str(self.run.out), columns=SHEET_COLUMNS)
         _save_png(sheet, self.run.out / "sheet.png")
+
+
+def most_images(per_prompt: Iterable[Sequence[object]]) -> int:
+    """The largest number of images of a prompt; one without images has as many wrong ones."""
+    return max((len(images) for images in per_prompt), default=1)
 
 
 def score_values(kinds: Mapping[str, Estimate]) -> JsonObject:

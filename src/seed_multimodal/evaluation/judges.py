@@ -1,7 +1,8 @@
 """Models that answer questions about drawings, with probabilities.
 
     judge = load_judge("Qwen3-VL-8B-Instruct", device)
-    judge.probabilities(images, ["Is there a cat?"], [[["yes"], ["no"]]])    # [[0.9, 0.1]]
+    question = Question("Is there a cat?", [["yes", "Yes"], ["no", "No"]])
+    judge.probabilities(image, [question])    # [[0.9, 0.1]]
 
 A folder of transformers with an image-text model, or a system of this library (`nano`, `8b`,
 `seed-x-i` or a folder).
@@ -12,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import torch
 from PIL import Image
@@ -26,19 +27,21 @@ from seed_multimodal.pipelines.base import MultimodalSystem
 ONE_WORD = " Answer in one word."  # behind questions to image-text models, as in GenEval 2
 
 
+class Question(NamedTuple):
+    """A question, and the answers whose probabilities are needed.
+
+    answers: each as the ways to write it, whose probabilities are added.
+    """
+
+    text: str
+    answers: Sequence[Sequence[str]]
+
+
 class QuestionJudge(Protocol):
     """Answers questions."""
 
-    def probabilities(
-        self,
-        images: Sequence[Image.Image],
-        questions: Sequence[str],
-        answers: Sequence[Sequence[Sequence[str]]],
-    ) -> list[list[float]]:
-        """The probability of each answer to each question, about an image each.
-
-        answers: of each question several, each as the ways to write it, which are added up.
-        """
+    def probabilities(self, image: Image.Image, questions: Sequence[Question]) -> list[list[float]]:
+        """Of each question about an image, the probability of each answer."""
         ...
 
 
@@ -54,17 +57,15 @@ def answer_forms(answer: str) -> list[str]:
 def load_judge(name: str, device: str) -> QuestionJudge:
     """The judge of a name or folder. Raises CheckpointError, ConfigError: no such model."""
     folder = Path(name)
-    is_system = (folder / "system.json").is_file()
-    if not is_system and (folder / "config.json").is_file():
-        from transformers import AutoModelForImageTextToText
-        from transformers.models.auto.configuration_auto import CONFIG_MAPPING
+    if (folder / "system.json").is_file() or not (folder / "config.json").is_file():
+        return SystemJudge(name, device)
 
-        model_type = read_json_object(folder / "config.json").get("model_type")
-        if model_type in CONFIG_MAPPING:
-            config_class = CONFIG_MAPPING[model_type]
-            if config_class in AutoModelForImageTextToText._model_mapping:
-                return HubJudge(folder, torch.device(device))
-    return SystemJudge(name, device)
+    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
+
+    model_type = read_json_object(folder / "config.json").get("model_type")
+    if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        raise CheckpointError(f"{folder}: {model_type} is no image-text model, and no system.")
+    return HubJudge(folder, torch.device(device))
 
 
 class SystemJudge:
@@ -75,21 +76,21 @@ class SystemJudge:
             name, device=device, load_decoder=False, log=None
         )
 
-    def probabilities(
-        self,
-        images: Sequence[Image.Image],
-        questions: Sequence[str],
-        answers: Sequence[Sequence[Sequence[str]]],
-    ) -> list[list[float]]:
+    def probabilities(self, image: Image.Image, questions: Sequence[Question]) -> list[list[float]]:
         """By the likelihood of each form as the beginning of the answer."""
-        forms = [[form for answer in row for form in answer] for row in answers]
-        likelihoods = self.system.likelihoods(images, questions, forms)
+        # 1. All forms of each question's answers.
+        forms = [[form for answer in item.answers for form in answer] for item in questions]
+        texts = [item.text for item in questions]
+        likelihoods = self.system.likelihoods([image] * len(texts), texts, forms)
+
+        # 2. The forms of an answer together.
         probabilities: list[list[float]] = []
-        for row, row_likelihoods in zip(answers, likelihoods, strict=True):
-            remaining = iter(row_likelihoods)
-            probabilities.append(
-                [sum(math.exp(next(remaining).total) for _ in answer) for answer in row]
-            )
+        for item, item_forms, row in zip(questions, forms, likelihoods, strict=True):
+            by_form = {
+                form: math.exp(likelihood.total)
+                for form, likelihood in zip(item_forms, row, strict=True)
+            }
+            probabilities.append([sum(by_form[form] for form in answer) for answer in item.answers])
         return probabilities
 
 
@@ -118,19 +119,15 @@ class HubJudge:
         self.device = device
 
     @torch.inference_mode()
-    def probabilities(
-        self,
-        images: Sequence[Image.Image],
-        questions: Sequence[str],
-        answers: Sequence[Sequence[Sequence[str]]],
-    ) -> list[list[float]]:
+    def probabilities(self, image: Image.Image, questions: Sequence[Question]) -> list[list[float]]:
         """Question by question, as in GenEval 2's program."""
+        rgb = image.convert("RGB")
         probabilities: list[list[float]] = []
-        for image, question, row in zip(images, questions, answers, strict=True):
-            inputs = self._inputs(image.convert("RGB"), question).to(self.device, self.model.dtype)
+        for item in questions:
+            inputs = self._inputs(rgb, item.text).to(self.device, self.model.dtype)
             scores: Tensor = self.model(**inputs).logits[0, -1].float().softmax(dim=-1)  # [V]
             probabilities.append(
-                [float(scores[self._first_tokens(answer)].sum()) for answer in row]
+                [float(scores[self._first_tokens(answer)].sum()) for answer in item.answers]
             )
         return probabilities
 

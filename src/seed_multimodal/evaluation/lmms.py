@@ -254,7 +254,9 @@ class SimpleSeedModel(SeedModel):
 
     def _conversation(self, request: Instance) -> list[Message]:
         context, _, doc_to_visual, index, task, split = request.args
-        images = doc_to_visual(self.task_dict[task][split][index])
+        visuals = doc_to_visual(self.task_dict[task][split][index])
+        # A visual that is a text would be read as a message: it is the path of a video.
+        images = [{"type": "image", "image": visual} for visual in visuals]
         return read_messages([{"role": "user", "content": [*images, context]}])
 
 

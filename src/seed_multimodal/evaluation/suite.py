@@ -19,6 +19,7 @@ from seed_multimodal.disk import JsonObject, replace_text, writing
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError, first_line
 from seed_multimodal.evaluation.answers import Run
+from seed_multimodal.evaluation.benchmarks import JUDGED
 from seed_multimodal.evaluation.tasks import evaluate, find_task, read_samples
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.settings import read_settings
@@ -46,7 +47,7 @@ class SuiteRow:
     @property
     def run_name(self) -> str:
         """Rows of one run have the same."""
-        return f"{self.kind}_{Path(self.file).stem}"
+        return "_".join([self.kind, *Path(self.file).with_suffix("").parts])
 
 
 @dataclass(frozen=True)
@@ -120,7 +121,7 @@ def _outcome(suite: Suite, row: SuiteRow, systems: list[MultimodalSystem]) -> Js
             out=out,
             images=suite.data / row.images,
             truth=suite.data / row.truth if row.truth else None,
-            best_of=task.best_of or suite.run.best_of,
+            best_of=JUDGED[row.kind].num_images if task.is_judged else suite.run.best_of,
             judging=suite.run.judging if task.is_judged else None,
         )
         samples = read_samples(run)

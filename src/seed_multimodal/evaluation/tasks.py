@@ -30,12 +30,11 @@ from seed_multimodal.evaluation.answers import (
     answer_samples,
     finish,
 )
+from seed_multimodal.evaluation.benchmarks import JUDGED
 from seed_multimodal.evaluation.captions import Captions
 from seed_multimodal.evaluation.choices import Choices, read_choices
 from seed_multimodal.evaluation.drawing import Drawings
-from seed_multimodal.evaluation.geneval import GenEval, read_object_prompts
 from seed_multimodal.evaluation.judged import JudgedDrawings
-from seed_multimodal.evaluation.tifa import DpgBench, GenEval2, read_dpg, read_geneval2
 from seed_multimodal.evaluation.vqa import Questions
 from seed_multimodal.models.registry import find_family
 from seed_multimodal.pipelines.base import MultimodalSystem
@@ -57,10 +56,7 @@ TASKS: dict[str, dict[str, Task]] = {
     },
     "text2image": {"coco": Task("text2image")},
     "choices": {"seedbench": Task("choices")},
-    # Numbers of drawings of a prompt as in the papers.
-    "geneval": {"geneval": Task("geneval", file="evaluation_metadata.jsonl", best_of=4)},
-    "geneval2": {"geneval2": Task("geneval2", file="geneval2_data.jsonl", best_of=1)},
-    "dpg": {"dpg": Task("dpg", file="dpg_bench.csv", best_of=4)},
+    **{name: {name: Task(name)} for name in JUDGED},
 }
 
 
@@ -78,23 +74,14 @@ class Evaluation(Protocol):
 
 
 # The system is None if drawings of a folder are judged.
-EVALUATIONS: dict[str, Callable[[Any, Run, Sequence[Any]], Evaluation]] = {
+Evaluator = Callable[[Any, Run, Sequence[Any]], Evaluation]
+Reader = Callable[[Path], Sequence[Sample]]
+EVALUATIONS: dict[str, Evaluator] = {
     "vqa": Questions,
     "caption": Captions,
     "text2image": Drawings,
     "choices": Choices,
-    "geneval": GenEval,
-    "geneval2": GenEval2,
-    "dpg": DpgBench,
 }
-# Readers of kinds that have formats of their own.
-READERS: dict[str, Callable[[Path], Sequence[Sample]]] = {
-    "choices": read_choices,
-    "geneval": read_object_prompts,
-    "geneval2": read_geneval2,
-    "dpg": read_dpg,
-}
-
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 PROBE: Options = {
     "do_sample": True,
@@ -133,10 +120,13 @@ def find_truth(task: Task, annotations: Path) -> Path | None:
 
 def read_samples(run: Run) -> list[Sample]:
     """The samples of a run. Raises DataError: see the readers."""
+    if run.task.is_judged:
+        reader: Reader = pkgutil.resolve_name(JUDGED[run.task.kind].reader)
+        return list(reader(run.annotations)[: run.limit])
     if run.task.kind == "vqa":
         return read_questions(run.annotations, run.truth)[: run.limit]
-    if run.task.kind in READERS:
-        return list(READERS[run.task.kind](run.annotations)[: run.limit])
+    if run.task.kind == "choices":
+        return list(read_choices(run.annotations)[: run.limit])
     each_text = run.task.kind == "text2image"
     return read_captions(run.annotations, run.split, run.truth, each_text=each_text)[: run.limit]
 
@@ -153,7 +143,11 @@ def evaluate(
     """
     # 1. Prompts and settings; the caller's options override the family's.
     kind = run.task.kind
-    evaluator = EVALUATIONS[kind]
+    evaluator: Evaluator
+    if run.task.is_judged:
+        evaluator = pkgutil.resolve_name(JUDGED[kind].evaluation)
+    else:
+        evaluator = EVALUATIONS[kind]
     if system is not None:
         if run.prompts == "plain":
             system.use_plain_prompts()
@@ -212,12 +206,13 @@ def _run_identity(system: MultimodalSystem | None, run: Run) -> JsonObject:
         "seed": run.seed,
         "best_of": run.best_of,
         "clip": str(run.clip),
+        "clip_weights": _weight_states([run.clip]),
         "annotations": hashlib.sha256(annotations).hexdigest(),
     }
     if run.judging is not None:
         judging = asdict(replace(run.judging, device=""))
         identity["judging"] = {name: value and str(value) for name, value in judging.items()}
-        identity["judge"] = _weight_states([Path(run.judging.judge)])
+        identity["judge"] = _weight_states([Path(run.judging.model)])
     if system is None:
         return identity
 

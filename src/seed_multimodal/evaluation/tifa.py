@@ -15,7 +15,7 @@ import csv
 import json
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
 from typing import ClassVar
@@ -32,8 +32,9 @@ from seed_multimodal.evaluation.judged import (
     JudgedDrawings,
     JudgedPrompt,
     SampleFolders,
+    most_images,
 )
-from seed_multimodal.evaluation.judges import answer_forms, load_judge
+from seed_multimodal.evaluation.judges import Question, answer_forms, load_judge
 from seed_multimodal.evaluation.metrics import Estimate, bootstrap, plain
 from seed_multimodal.pipelines.base import MultimodalSystem
 
@@ -45,17 +46,18 @@ DPG_COLUMNS = (
     "tuple",
     "question_natural_language",
 )
-# A score of 0 would make the geometric mean of a prompt 0 (as in GenEval 2's program).
+# Instead of 0, which has no logarithm (as in GenEval 2's program).
 LOWEST_PROBABILITY = 1e-300
 
 
 @dataclass(frozen=True)
 class DrawingQuestion:
-    """A question; `parents`: indices of the questions that must be answered by yes before it."""
+    """A question; `parents`: numbers of the questions that must be answered by yes before it."""
 
     text: str
     answer: str
     category: str
+    number: int = 0
     parents: tuple[int, ...] = ()
 
 
@@ -130,17 +132,16 @@ class AskedDrawings(JudgedDrawings):
         self, system: MultimodalSystem | None, run: Run, samples: Sequence[QuestionPrompt]
     ) -> None:
         super().__init__(system, run, samples)
-        self.asked = load_judge(self.judging.judge, str(self.device))
+        self.judge = load_judge(self.judging.model, str(self.device))
 
-    def judge(self, sample: JudgedPrompt, images: Sequence[Image.Image]) -> Line:
+    def line_of(self, sample: JudgedPrompt, images: Sequence[Image.Image]) -> Line:
         """The probability of the right answer to each question about each image."""
         assert isinstance(sample, QuestionPrompt)
-        answers = [self.answers(question) for question in sample.questions]
-        questions = [question.text for question in sample.questions]
+        questions = [Question(item.text, self.answers(item)) for item in sample.questions]
         line: Line = {"caption": sample.caption, "probabilities": []}
         for image in images:
-            rows = self.asked.probabilities([image] * len(questions), questions, answers)
-            line["probabilities"].append([round(self.probability(row), 6) for row in rows])
+            rows = self.judge.probabilities(image, questions)
+            line["probabilities"].append([self.probability(row) for row in rows])
         return line
 
     def answers(self, question: DrawingQuestion) -> list[list[str]]:
@@ -173,8 +174,9 @@ class GenEval2(AskedDrawings):
         results: list[JsonObject] = []
         captions: list[list[str]] = []
         # 1. Values of each image, also by the kinds of its questions.
+        n_images = most_images(line["probabilities"] for line in lines if "probabilities" in line)
         for index, (sample, line) in enumerate(zip(samples, lines, strict=True)):
-            rows = line.get("probabilities", [[0.0] * len(sample.questions)])
+            rows = line.get("probabilities", [[0.0] * len(sample.questions)] * n_images)
             results.append({"prompt": sample.caption, "scores": rows})
             captions.append([] if "bad" in line else [f"{_geometric_mean(rows[0]):.2f}"])
             for row in rows:
@@ -222,27 +224,24 @@ def read_dpg(path: str | Path) -> list[QuestionPrompt]:
         if missing:
             raise DataError(f"{path}: has no column {missing[0]!r}.")
         prompts: dict[str, QuestionPrompt] = {}
-        ids: dict[str, list[int]] = {}  # numbers of an item's questions, in their order
         for row in reader:
             location = f"{path}: line {reader.line_num}"
             key = row["item_id"]
             if key not in prompts:
                 prompts[key] = _dpg_prompt(path, location, row)
-            prompts[key].questions.append(_dpg_question(location, row, ids.setdefault(key, [])))
+            prompts[key].questions.append(_dpg_question(location, row))
     if not prompts:
         raise DataError(f"{path}: has no rows.")
 
-    # Questions may depend on later ones: their numbers become indices at the end.
-    for key, prompt in prompts.items():
-        for position, question in enumerate(prompt.questions):
-            try:
-                parents = tuple(ids[key].index(parent) for parent in question.parents)
-            except ValueError:
+    # Questions may depend on later ones.
+    for prompt in prompts.values():
+        numbers = {question.number for question in prompt.questions}
+        for question in prompt.questions:
+            if not numbers.issuperset(question.parents):
                 raise DataError(
-                    f"{prompt.location}: question {ids[key][position]} of {key} depends on one "
+                    f"{prompt.location}: question {question.number} of {prompt.key} depends on one "
                     "that is missing."
-                ) from None
-            prompt.questions[position] = replace(question, parents=parents)
+                )
     return list(prompts.values())
 
 
@@ -255,19 +254,19 @@ def _dpg_prompt(path: Path, location: str, row: dict[str, str]) -> QuestionPromp
     return QuestionPrompt(row["item_id"], location, references=[text], metadata={"prompt": text})
 
 
-def _dpg_question(location: str, row: dict[str, str], ids: list[int]) -> DrawingQuestion:
-    """The question of a row, whose number is added to `ids`; its parents are still numbers."""
+def _dpg_question(location: str, row: dict[str, str]) -> DrawingQuestion:
+    """The question of a row."""
     try:
-        ids.append(int(row["proposition_id"]))
-        parents = [int(number) for number in row["dependency"].split(",")]
+        number = int(row["proposition_id"])
+        parents = [int(parent) for parent in row["dependency"].split(",")]
     except ValueError:
         raise DataError(
             f"{location}: proposition_id and dependency are no numbers "
             f"({row['proposition_id']!r}, {row['dependency']!r})."
         ) from None
     category = row["tuple"].partition("(")[0].strip()
-    needed = tuple(number for number in parents if number)
-    return DrawingQuestion(row["question_natural_language"], "yes", category, needed)
+    needed = tuple(parent for parent in parents if parent)  # 0: none
+    return DrawingQuestion(row["question_natural_language"], "yes", category, number, needed)
 
 
 class DpgBench(AskedDrawings):
@@ -290,8 +289,9 @@ class DpgBench(AskedDrawings):
         detailed: dict[str, list[float]] = {}
         results: list[JsonObject] = []
         captions: list[list[str]] = []
+        n_images = most_images(line["probabilities"] for line in lines if "probabilities" in line)
         for index, (sample, line) in enumerate(zip(samples, lines, strict=True)):
-            rows = line.get("probabilities", [[0.0] * len(sample.questions)])
+            rows = line.get("probabilities", [[0.0] * len(sample.questions)] * n_images)
             scores = [dpg_score(sample.questions, row) for row in rows]
             results.append({"item_id": sample.key, "scores": scores, "probabilities": rows})
             captions.append([] if "bad" in line else [f"{scores[0]:.2f}"])
@@ -316,8 +316,10 @@ class DpgBench(AskedDrawings):
 
 def dpg_score(questions: Sequence[DrawingQuestion], probabilities: Iterable[float]) -> float:
     """The share of questions that are answered by yes, as those that they depend on."""
-    values = [float(value > 0.5) for value in probabilities]
-    for position, question in enumerate(questions):
+    values: dict[int, float] = {}  # by the questions' numbers
+    for question, probability in zip(questions, probabilities, strict=True):
+        values[question.number] = float(probability > 0.5)
+    for question in questions:
         if any(values[parent] == 0 for parent in question.parents):
-            values[position] = 0.0
-    return sum(values) / len(values)
+            values[question.number] = 0.0
+    return sum(values.values()) / len(values)

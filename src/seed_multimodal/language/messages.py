@@ -190,7 +190,7 @@ def _item(item: object, index: int) -> ContentPart:
     raise RequestError(
         f"Message {index} holds {str(part)[:80]}; content is text, images (PIL, Path, bytes, "
         "array), codes (a list of whole numbers), or parts of a chat message with the type text "
-        "or image."
+        "or image ({'type': 'image', 'image': IMAGE})."
     )
 
 

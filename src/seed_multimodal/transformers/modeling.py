@@ -136,6 +136,8 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         remember(folder, system)
         model = cls(config, system)
+        # The Auto classes put it into the configuration.
+        attn_implementation = attn_implementation or config._attn_implementation
         if attn_implementation is not None:
             model.language_model.set_attn_implementation(attn_implementation)
         return model
@@ -342,7 +344,7 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 )
             rows_by_task.setdefault(task, []).append(row)
 
-        # 2. The answers; `seed` is that of `draw`.
+        # 2. The answers; `seed` is that of sampled codes, in `self.drawing` that of the drawing.
         seed = options.pop("seed", 0)
         drawing = sorted(options.keys() & set(self.system.drawing_settings))
         if drawing:

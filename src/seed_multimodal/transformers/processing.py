@@ -28,7 +28,7 @@ from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.messages import Message, input_images, read_messages
 from seed_multimodal.language.prompts import without_verdict
 from seed_multimodal.language.text_tokenizer import TextTokenizer
-from seed_multimodal.language.vocabulary import PLACEHOLDER
+from seed_multimodal.language.vocabulary import BOI, PLACEHOLDER
 from seed_multimodal.models.registry import find_family
 from seed_multimodal.pipelines.base import DRAWING_BATCH, MultimodalSystem
 from seed_multimodal.transformers.systems import open_system
@@ -155,7 +155,7 @@ class SeedMultimodalProcessor(ProcessorMixin):
         """Texts that are continued, without a template; `<image>` in them marks their images.
 
         Images of a text without `<image>` stand before it. images: one, a list for one text, or a
-        list of lists.
+        list of lists. Raises RequestError: a text that has images already, as names of tokens.
         """
         texts = [text or ""] if text is None or isinstance(text, str) else list(text)
         groups: Sequence[Any] = [[]] * len(texts)
@@ -164,6 +164,11 @@ class SeedMultimodalProcessor(ProcessorMixin):
         prompts: list[Prompt] = []
         tasks: list[Task] = []
         for single_text, group in zip(texts, groups, strict=True):
+            if images is not None and BOI in single_text:
+                raise RequestError(
+                    "The text has its images already: pass tokenize=True and return_dict=True to "
+                    "apply_chat_template, and what it returns to generate."
+                )
             message = Message("raw", _interleaved(single_text, input_images(group)))
             task, prompt = self._prompt([message], generation_mode, False)
             tasks.append(task)

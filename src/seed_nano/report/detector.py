@@ -11,6 +11,7 @@ from seed_multimodal.evaluation.detection import Detection, Limits
 from seed_nano.report.judge import Judge, find_judge
 from seed_nano.report.scoring import image_labels
 from seed_nano.world.scene import anchors
+from seed_nano.world.things import THINGS
 
 
 class NanoDetector:
@@ -18,6 +19,7 @@ class NanoDetector:
 
     limits = Limits(0.5, 0.5)  # the judge is certain
     knows_colours = True
+    labels = frozenset(THINGS)
 
     def __init__(self, judge: Judge) -> None:
         self.judge = judge

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -192,7 +193,9 @@ def test_detector_of_phrases_is_asked_for_one_label_at_a_time(tmp_path):
     assert [item.label for item in found] == ["cup"] * 5 + ["wine glass"] * 5
 
 
-def test_detector_of_fixed_classes_has_the_benchmarks_names(tmp_path):
+@pytest.fixture(scope="module")
+def yolos_folder(tmp_path_factory) -> Path:
+    """A tiny YOLOS with random weights and two classes by COCO's names."""
     from transformers import YolosConfig, YolosForObjectDetection, YolosImageProcessor
 
     config = YolosConfig(
@@ -203,16 +206,53 @@ def test_detector_of_fixed_classes_has_the_benchmarks_names(tmp_path):
         image_size=[32, 32],
         patch_size=16,
         num_detection_tokens=5,
-        id2label={0: "mouse"},
+        id2label={0: "mouse", 1: "sofa"},
+    )
+    folder = tmp_path_factory.mktemp("yolos")
+    torch.manual_seed(0)
+    YolosForObjectDetection(config).save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    YolosImageProcessor(size=size).save_pretrained(folder)
+    return folder
+
+
+def test_detector_of_fixed_classes_has_the_benchmarks_names(yolos_folder):
+    detector = load_detector(yolos_folder, CPU)
+    labels = ["computer mouse", "couch"]
+    [found, nothing] = detector.detect([noise(1), noise(1)], [labels, ["mouse", "sofa"]])
+    assert len(found) == 5 and not nothing and {item.label for item in found} <= set(labels)
+    assert detector.labels == set(labels) and detector.limits == GENEVAL_LIMITS
+
+
+def test_detr_is_a_detector_of_boxes(tmp_path):
+    from transformers import DetrConfig, DetrForObjectDetection, DetrImageProcessor, ResNetConfig
+
+    config = DetrConfig(
+        backbone_config=ResNetConfig(
+            embedding_size=8,
+            hidden_sizes=[8, 8, 8, 8],
+            depths=[1, 1, 1, 1],
+            out_features=["stage1", "stage2", "stage3", "stage4"],
+        ),
+        d_model=32,
+        encoder_layers=1,
+        decoder_layers=1,
+        encoder_attention_heads=2,
+        decoder_attention_heads=2,
+        encoder_ffn_dim=16,
+        decoder_ffn_dim=16,
+        num_queries=5,
+        id2label={0: "cup"},
     )
     torch.manual_seed(0)
-    YolosForObjectDetection(config).save_pretrained(tmp_path)
-    size = {"height": 32, "width": 32}
-    YolosImageProcessor(size=size).save_pretrained(tmp_path)
+    model = DetrForObjectDetection(config)
+    model.save_pretrained(tmp_path)
+    size = {"shortest_edge": 64, "longest_edge": 64}
+    DetrImageProcessor(size=size).save_pretrained(tmp_path)
     detector = load_detector(tmp_path, CPU)
-    [found, nothing] = detector.detect([noise(1), noise(1)], [["computer mouse"], ["mouse"]])
-    assert len(found) == 5 and not nothing
-    assert found[0].label == "computer mouse" and detector.limits == GENEVAL_LIMITS
+    torch.testing.assert_close(detector.model.state_dict(), model.state_dict())
+    [found] = detector.detect([noise(1, (60, 40))], [["cup"]])
+    assert found and all(item.mask is None for item in found)
 
 
 def test_segmentation_gives_masks(tmp_path):
@@ -246,7 +286,8 @@ def test_segmentation_gives_masks(tmp_path):
         num_queries=6,
         id2label={0: "cup", 1: "remote"},
     )
-    Mask2FormerForUniversalSegmentation(config).save_pretrained(tmp_path)
+    model = Mask2FormerForUniversalSegmentation(config)
+    model.save_pretrained(tmp_path)
     size = {"height": 64, "width": 64}
     Mask2FormerImageProcessor(size=size, num_labels=2).save_pretrained(tmp_path)
     [found] = load_detector(tmp_path, CPU).detect([noise(1, (60, 40))], [["cup", "tv remote"]])
@@ -254,8 +295,15 @@ def test_segmentation_gives_masks(tmp_path):
     for item in found:
         assert item.mask is not None and item.mask.shape == (40, 60)
         left, top, right, bottom = map(int, item.box)
-        inside = item.mask[top : bottom + 1, left : right + 1]
+        inside = item.mask[top:bottom, left:right]
         assert inside.sum() == item.mask.sum() and item.label in ("cup", "tv remote")
+        assert inside[0].any() and inside[-1].any() and inside[:, 0].any() and inside[:, -1].any()
+
+    # An image in which nothing is found.
+    with torch.no_grad():
+        model.class_predictor.bias[-1] = 20
+    model.save_pretrained(tmp_path)
+    assert load_detector(tmp_path, CPU).detect([noise(1, (60, 40))], [["cup"]]) == [[]]
 
 
 def test_load_detector_of_no_detector(tmp_path, clip_folder):
@@ -287,6 +335,13 @@ def test_colour_is_the_most_similar_text(clip_folder):
         ),
     )
     assert coloured.colour == best
+    # CLIP looks at the centre square of a long box.
+    side = classifier.clip.images.transform.image_size
+    centre = noise(1, (side, side))
+    wide = Image.new("RGB", (3 * side, side), "red")
+    wide.paste(centre, (side, 0))
+    wide_features, features = classifier.clip.images.embed([wide, centre])
+    torch.testing.assert_close(wide_features, features)
     # An empty box is a pixel.
     assert classifier.with_colour(image, Detection("cup", 0.9, (3.2, 3.2, 3.3, 3.3))).colour
 
@@ -363,13 +418,22 @@ def test_geneval_judges_replaced_drawings_again(nano_set, capsys):
     second.unlink()
     assert geneval(nano_set, *more) == 1
     results = json.loads((nano_set / "out" / "results.json").read_text())
-    assert [result["correct"] for result in results] == [False] * 3
+    assert [result["correct"] for result in results] == [False] * 4
     assert json.loads((nano_set / "out" / "summary.json").read_text())["bad"] == 1
     lines = (nano_set / "out" / "samples-0.jsonl").read_text().split("\n")
     assert len([line for line in lines if line]) == 4
     assert geneval(nano_set, *more) == 1
     lines = (nano_set / "out" / "samples-0.jsonl").read_text().split("\n")
     assert len([line for line in lines if line]) == 5, "the missing one alone was tried again"
+
+
+def test_drawings_that_are_gone_are_drawn_again(nano_set, capsys):
+    run = ("--model", "nano", "--limit", "1")
+    assert geneval(nano_set, *run) == 0
+    [first, _] = (nano_set / "out/images").rglob("*.png")
+    shutil.rmtree(nano_set / "out/images")
+    assert geneval(nano_set, *run) == 0
+    assert first.is_file() and (nano_set / "out/summary.json").is_file()
 
 
 def test_geneval_counts_a_missing_drawing_as_wrong(nano_set, capsys):
@@ -380,8 +444,15 @@ def test_geneval_counts_a_missing_drawing_as_wrong(nano_set, capsys):
     summary = json.loads((nano_set / "out" / "summary.json").read_text())
     assert summary["bad"] == 1 and "there is no image in" in summary["bad_first"][0]
     assert summary["kinds"]["two_object"]["value"] == 0
+    assert summary["images"] == 12, "as many wrong ones as the others have"
     with pytest.raises(SystemExit):
         geneval(nano_set, *drawings, "--threshold", "high")
+
+
+def test_a_detector_without_a_class_of_the_prompts_is_no_run(nano_set, yolos_folder, capsys):
+    drawings = ["--image-folder", str(nano_set / "drawings")]
+    assert geneval(nano_set, *drawings, "--judge", str(yolos_folder)) == 2
+    assert "The detector has no class for " in capsys.readouterr().err
 
 
 def test_a_folder_that_is_not_there_is_no_run(nano_set, tmp_path, capsys):

@@ -127,4 +127,4 @@ def test_files_that_are_not_openai_clip(tmp_path):
         with pytest.raises(CheckpointError, match=message):
             load_openai_clip(tmp_path / f"{name}.bin", torch.device("cpu"))
     with pytest.raises(CheckpointError, match="set --clip, or use nothing"):
-        find_clip(tmp_path / "absent", "use nothing")
+        find_clip(tmp_path / "absent", alternative="use nothing")

@@ -12,6 +12,7 @@ from random_images import noise
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.errors import DataError
+from seed_multimodal.evaluation.benchmarks import JUDGED
 from seed_multimodal.evaluation.choices import read_choices
 from seed_multimodal.evaluation.drawing import ClipScores
 from seed_multimodal.evaluation.suite import read_suite
@@ -72,7 +73,7 @@ def test_every_row_names_a_task_and_a_source():
     models = {name for spec in families() for name in spec.config.originals}
     for row in rows:
         assert row.kind == "tokenizer" or (
-            row.dataset in TASKS[row.kind] and row.kind in EVALUATIONS
+            row.dataset in TASKS[row.kind] and row.kind in {**EVALUATIONS, **JUDGED}
         )
         assert set(row.published) <= models
         assert all(source and figure > 0 for figure, source in row.published.values())

@@ -13,8 +13,8 @@ from PIL import Image
 from random_images import noise
 
 from seed_multimodal.cli.main import main
-from seed_multimodal.errors import DataError
-from seed_multimodal.evaluation.judges import HubJudge, answer_forms, load_judge
+from seed_multimodal.errors import CheckpointError, DataError
+from seed_multimodal.evaluation.judges import HubJudge, Question, answer_forms, load_judge
 from seed_multimodal.evaluation.tifa import DrawingQuestion, dpg_score, read_dpg, read_geneval2
 from seed_nano.report.prompts import DPG_COLUMNS, dpg_rows, make_prompts
 from seed_nano.world.scene import Scene, render
@@ -66,7 +66,7 @@ def test_read_dpg_takes_prompts_of_files_and_numbers_of_any_order(tmp_path):
     (tmp_path / "prompts" / "a.txt").write_text("A long text about a fox.\n")
     first, second = read_dpg(write_csv(tmp_path / "dpg_bench.csv", rows))
     assert first.caption == "A long text about a fox." and second.caption == "another"
-    assert [question.parents for question in first.questions] == [(1,), ()]
+    assert [(item.number, item.parents) for item in first.questions] == [(2, (1,)), (1, ())]
     assert first.questions[0].category == "entity - part"
 
 
@@ -92,10 +92,10 @@ def test_read_dpg_without_a_column(tmp_path):
 
 def test_dpg_score_needs_what_a_question_depends_on():
     questions = [
-        DrawingQuestion("Is there a fox?", "yes", "entity - whole"),
-        DrawingQuestion("Is it red?", "yes", "attribute - color", (0,)),
-        DrawingQuestion("Is the red dark?", "yes", "attribute - other", (1,)),
-        DrawingQuestion("Is there a tree?", "yes", "entity - whole"),
+        DrawingQuestion("Is there a fox?", "yes", "entity - whole", 1),
+        DrawingQuestion("Is it red?", "yes", "attribute - color", 2, (1,)),
+        DrawingQuestion("Is the red dark?", "yes", "attribute - other", 3, (2,)),
+        DrawingQuestion("Is there a tree?", "yes", "entity - whole", 4),
     ]
     assert dpg_score(questions, [0.9, 0.8, 0.7, 0.2]) == 0.75
     assert dpg_score(questions, [0.9, 0.4, 0.7, 0.6]) == 0.5
@@ -157,7 +157,8 @@ def test_hub_judge_adds_up_first_tokens(llava_folder):
     judge = load_judge(str(llava_folder), "cpu")
     assert isinstance(judge, HubJudge)
     image = noise(1, (40, 30))
-    [[yes, either]] = judge.probabilities([image], ["is there a fox?"], [[["yes"], ["yes", "no"]]])
+    question = Question("is there a fox?", [["yes"], ["yes", "no"]])
+    [[yes, either]] = judge.probabilities(image, [question])
     # The same by hand.
     inputs = judge.processor(
         images=image,
@@ -172,6 +173,11 @@ def test_hub_judge_adds_up_first_tokens(llava_folder):
     assert yes == pytest.approx(sum(float(scores[token]) for token in tokens["yes"]), abs=1e-5)
     both = tokens["yes"] | tokens["no"]
     assert either == pytest.approx(sum(float(scores[token]) for token in both), abs=1e-5)
+
+
+def test_a_detector_answers_no_questions(clip_folder):
+    with pytest.raises(CheckpointError, match="clip is no image-text model, and no system"):
+        load_judge(str(clip_folder), "cpu")
 
 
 # ---- the commands, with nano as its own judge
@@ -206,6 +212,11 @@ def test_geneval2_of_right_and_wrong_drawings(tmp_path, capsys):
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     [[right], [wrong]] = [result["scores"] for result in results]
     assert min(right) > 0.9 and max(wrong) < 0.2
+    # Small ones count in the geometric mean, so that they are not rounded.
+    [[judged]] = load_judge("nano", "cpu").probabilities(
+        picture(WRONG), [Question("How many foxes are there?", [answer_forms("two")])]
+    )
+    assert wrong[1] == pytest.approx(judged, rel=1e-4) and wrong[1] != round(wrong[1], 6)
     assert summary["soft_tifa_am"]["value"] == pytest.approx(
         100 * (sum(right) + sum(wrong)) / 6, abs=0.01
     )

@@ -280,6 +280,13 @@ def test_a_model_is_saved_into_a_folder_with_checkpoints(pipes, saved):
     pipe.save_pretrained(saved)  # the weights as before, for the tests below
 
 
+def test_attention_of_transformers():
+    model = AutoModelForMultimodalLM.from_pretrained(
+        ROOT / "pretrained/nano", attn_implementation="eager"
+    )
+    assert model.language_model.config._attn_implementation == "eager"
+
+
 def test_quantization_of_transformers():
     folder = ROOT / "pretrained/nano"
     model = AutoModelForMultimodalLM.from_pretrained(
@@ -302,6 +309,11 @@ def test_what_cannot_be_answered_is_an_error(pipes):
             generation_mode="image",
             generate_kwargs={"num_inference_steps": 2},
         )
+    with pytest.raises(RequestError, match="'image': IMAGE"):
+        pipe(text=[{"role": "user", "content": [{"type": "image"}]}])
+    text = pipe.processor.apply_chat_template(user(FOX, "What is it?"))
+    with pytest.raises(RequestError, match="return_dict=True"):
+        pipe.processor(text=text, images=[Image.open(FOX)])
     video = [{"role": "user", "content": [{"type": "video", "url": str(FOX)}]}]
     with pytest.raises(RequestError, match="'video'"):
         pipe(text=video)
