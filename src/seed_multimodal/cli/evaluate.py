@@ -560,7 +560,8 @@ def run_tables(args: Namespace) -> int:
     # 2. What runs them.
     def measure(row: SuiteRow, folder: Path) -> JsonObject:
         spec = {"files": str(data / row.file), "image_root": str(data / row.images)}
-        return tokenizer_report(args, spec, folder, {"clip_text": args.clip}, {"limit": args.limit})
+        parts = {"clip_text": args.clip_text}
+        return tokenizer_report(args, spec, folder, parts, {"limit": args.limit})
 
     judging = None if args.judge is None else Judging(args.judge, device=args.device)
     run = Run(
@@ -591,7 +592,10 @@ def _add_suite(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--compare", metavar="MODEL", help="published figures (default: --model's)")
     parser.add_argument("--only", nargs="+", metavar="KIND", help="caption, vqa, choices, …")
-    parser.add_argument("--clip", metavar="DIR", help="CLIP folder of transformers")
+    parser.add_argument("--clip", metavar="DIR", help="CLIP that compares and ranks drawings")
+    parser.add_argument(
+        "--clip-text", metavar="DIR", help="CLIP whose embeddings the tokenizer decodes to"
+    )
     parser.add_argument(
         "--best-of", type=bounded_int(1), default=1, help="drawings, of which CLIP keeps one"
     )

@@ -138,15 +138,21 @@ def _result(row: SuiteRow, outcome: JsonObject | str) -> SuiteResult:
     """The figure of a row in the summary of its run."""
     if isinstance(outcome, str):
         return SuiteResult(row, None, reason=outcome)
+    # 1. A figure of samples that were there.
+    samples: int = outcome.get("samples") or outcome.get("n", 0)
+    bad: int = outcome.get("bad", 0)
+    if bad and bad == samples:
+        reason = f"no sample is usable: {outcome['bad_first'][0]}"
+        return SuiteResult(row, None, samples, bad, reason)
+
+    # 2. The figure.
     value: Any = outcome
     for key in row.metric.split("."):
         if not isinstance(value, Mapping) or value.get(key) is None:
             missing = row.needs or f"{row.metric} in the summary"
             return SuiteResult(row, None, reason=f"needs {missing}")
         value = value[key]
-    samples: int = outcome.get("samples") or outcome.get("n", 0)
-    figure = round(float(value) * row.scale, 2)
-    return SuiteResult(row, figure, samples, outcome.get("bad", 0))
+    return SuiteResult(row, round(float(value) * row.scale, 2), samples, bad)
 
 
 def suite_table(results: Sequence[SuiteResult], model: str) -> str:
@@ -158,7 +164,10 @@ def suite_table(results: Sequence[SuiteResult], model: str) -> str:
         if result.value is not None:
             ours = f"{result.value:g}"
         published, source = row.published.get(model, ("", ""))
-        cells = (row.name, row.metric, ours, result.samples or "", published, source)
+        samples = str(result.samples or "")
+        if result.bad:
+            samples += f", {result.bad} of them unusable"
+        cells = (row.name, row.metric, ours, samples, published, source)
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
 
@@ -174,6 +183,7 @@ def write_suite(results: Sequence[SuiteResult], model: str, out: Path) -> None:
                 "metric": result.row.metric,
                 "ours": result.value,
                 "samples": result.samples,
+                "bad": result.bad,
                 "published": published and published[0],
                 "source": published and published[1],
                 "not_run": result.reason,

@@ -112,7 +112,9 @@ class GenEval2Images(SampleFolders):
         files = _image_files(folder)
         if sample.caption not in files:
             raise ImageError(f"{folder} has no image of this prompt.")
-        return [folder.parent / files[sample.caption]]
+        # Below the working folder, as GenEval 2's program reads them, or below the file's.
+        file = Path(files[sample.caption])
+        return [file if file.is_file() else folder.parent / file]
 
 
 @cache

@@ -65,6 +65,9 @@ def data(tmp_path) -> Path:
     write(vqa / "v2_mscoco_val2014_annotations.json", {"annotations": answers})
     write(root / "seedbench" / "SEED-Bench.json", {"questions": questions, "question_type": types})
     write(root / "geneval" / "evaluation_metadata.jsonl", {})
+    answered = [{"answer": "yes"}] * 10
+    missing = {"image": "nowhere.png", "question": "Is it?", "answers": answered}
+    write(root / "vizwiz" / "val.json", [missing, missing])
     return root
 
 
@@ -84,7 +87,7 @@ def test_suite_runs_what_is_there(data, tiny_folder, tmp_path, capsys):
     out = tmp_path / "out"
     command = f"eval suite --model {tiny_folder} --compare 8b --data {data} --out {out} --limit 2"
     kinds = "--only vqa choices geneval tokenizer --device cpu".split()
-    assert main([*command.split(), *kinds]) == 0
+    assert main([*command.split(), *kinds]) == 1
     table = capsys.readouterr().out
     assert table == (out / "suite.md").read_text()
     results = {row["benchmark"]: row for row in json.loads((out / "suite.json").read_text())}
@@ -94,7 +97,9 @@ def test_suite_runs_what_is_there(data, tiny_folder, tmp_path, capsys):
     assert results["GenEval"]["not_run"] == "needs --judge"
     assert results["Retrieval by codes, COCO, image to text R@1"]["not_run"].startswith("needs")
     assert "| SEED-Bench (images) | accuracy |" in table and "| 51.5 | SEED-LLaMA-I" in table
-    assert main([*command.split(), *kinds]) == 0  # resumes
+    assert results["VizWiz"]["ours"] is None and results["VizWiz"]["bad"] == 2
+    assert results["VizWiz"]["not_run"].startswith("no sample is usable: ")
+    assert main([*command.split(), *kinds]) == 1  # resumes
     assert capsys.readouterr().out == table
     assert main([*command.split(), "--only", "vqq"]) == 2
     assert "not 'vqq' (did you mean 'vqa'?)" in capsys.readouterr().err

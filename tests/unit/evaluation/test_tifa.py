@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -205,7 +206,8 @@ def test_geneval2_of_right_and_wrong_drawings(tmp_path, capsys):
     (tmp_path / "geneval2_data.jsonl").write_text("\n".join(lines))
     for number, scene in enumerate((RIGHT, WRONG)):
         picture(scene).save(tmp_path / f"{number}.png")
-    paths = {prompt["prompt"]: "0.png", "the same again": "1.png"}
+    # Below the file's folder, or where GenEval 2's program would find it.
+    paths = {prompt["prompt"]: "0.png", "the same again": os.path.relpath(tmp_path / "1.png")}
     (tmp_path / "images.json").write_text(json.dumps(paths))
 
     summary = run("geneval2", tmp_path / "geneval2_data.jsonl", tmp_path / "images.json")
