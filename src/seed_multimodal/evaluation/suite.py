@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from seed_multimodal.disk import JsonObject, replace_text, writing
+from seed_multimodal.disk import JsonObject, read_json_object, replace_text, writing
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError, first_line
 from seed_multimodal.evaluation.answers import Run
@@ -26,6 +26,7 @@ from seed_multimodal.settings import read_settings
 
 ROWS = Path(__file__).with_name("suite.yaml")
 TOKENIZER = "tokenizer"
+DRAWN = "text2image"
 NOT_RUN = "not run"
 
 
@@ -85,13 +86,20 @@ def read_suite(path: Path = ROWS) -> list[SuiteRow]:
     return rows
 
 
-def run_suite(suite: Suite, rows: Sequence[SuiteRow]) -> list[SuiteResult]:
-    """Run the rows in their order, in one process."""
+def run_suite(
+    suite: Suite, rows: Sequence[SuiteRow], only: Sequence[str] | None = None
+) -> list[SuiteResult]:
+    """Run the rows in their order, in one process.
+
+    only: kinds that are run; figures of others are those of an earlier call. None: all.
+    """
     outcomes: dict[str, JsonObject | str] = {}  # of a run: its summary, or the reason
     results: list[SuiteResult] = []
     systems: list[MultimodalSystem] = []
     for row in rows:
-        if row.run_name not in outcomes:
+        if only and row.kind not in only:
+            outcomes[row.run_name] = _earlier_outcome(suite.run.out / row.run_name)
+        elif row.run_name not in outcomes:
             log_line(f"{row.name}: {row.kind} on {suite.data / row.file}")
             outcomes[row.run_name] = _outcome(suite, row, systems)
         outcome = outcomes[row.run_name]
@@ -121,7 +129,9 @@ def _outcome(suite: Suite, row: SuiteRow, systems: list[MultimodalSystem]) -> Js
             out=out,
             images=suite.data / row.images,
             truth=suite.data / row.truth if row.truth else None,
-            best_of=JUDGED[row.kind].num_images if task.is_judged else suite.run.best_of,
+            best_of=_num_images(row.kind, suite.run.best_of),
+            # Settings that a kind does not read must not keep it from resuming.
+            clip=suite.run.clip if task.is_judged or row.kind == DRAWN else None,
             judging=suite.run.judging if task.is_judged else None,
         )
         samples = read_samples(run)
@@ -132,6 +142,21 @@ def _outcome(suite: Suite, row: SuiteRow, systems: list[MultimodalSystem]) -> Js
         return first_line(error)
     assert summary is not None  # no other process works on this run
     return summary
+
+
+def _num_images(kind: str, best_of: int) -> int:
+    """Drawings of a text; 1 where nothing is drawn."""
+    if kind in JUDGED:
+        return JUDGED[kind].num_images
+    return best_of if kind == DRAWN else 1
+
+
+def _earlier_outcome(folder: Path) -> JsonObject | str:
+    """What an earlier call has left of a run."""
+    for name in ("summary.json", "report.json"):
+        if (folder / name).is_file():
+            return read_json_object(folder / name)
+    return "not asked for"
 
 
 def _result(row: SuiteRow, outcome: JsonObject | str) -> SuiteResult:

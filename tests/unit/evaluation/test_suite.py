@@ -101,6 +101,10 @@ def test_suite_runs_what_is_there(data, tiny_folder, tmp_path, capsys):
     assert results["VizWiz"]["not_run"].startswith("no sample is usable: ")
     assert main([*command.split(), *kinds]) == 1  # resumes
     assert capsys.readouterr().out == table
+    # Some kinds again, with settings that they do not read: the others keep their figures.
+    more = ["--only", "vqa", "--clip", "nowhere", "--best-of", "2", "--device", "cpu"]
+    assert main([*command.split(), *more]) == 1
+    assert capsys.readouterr().out == table.replace("needs --judge", "not asked for")
     assert main([*command.split(), "--only", "vqq"]) == 2
     assert "not 'vqq' (did you mean 'vqa'?)" in capsys.readouterr().err
 
