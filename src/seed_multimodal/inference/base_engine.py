@@ -8,7 +8,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
-from seed_multimodal.errors import GenerationError
+from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.inference.likelihood import ForcedTokens, Likelihood
 from seed_multimodal.inference.prompt import GenerationSettings, HiddenStates, Prompt
 from seed_multimodal.inference.request import Request
@@ -115,9 +115,9 @@ class BaseEngine(ABC):
     ) -> list[list[Likelihood]]:
         """The likelihood of each continuation (one token or more) of each prompt.
 
-        Raises as `generate`; GenerationError: the engine runs in another program.
+        Raises as `generate`; ConfigError: the engine runs in another program.
         """
-        raise GenerationError(
+        raise ConfigError(
             "Likelihoods are computed by the engines torch and llama.cpp, not by a server."
         )
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 from random_images import noise
 
-from seed_multimodal.errors import GenerationError
+from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.inference.backends.torch import TorchBackend
 from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.engine import Engine
@@ -63,7 +63,7 @@ def test_likelihoods_that_do_not_fit(tiny):
     prompt = Prompt([1] * (engine.capacity - 2))
     with pytest.raises(GenerationError, match="does not fit the KV cache"):
         engine.likelihoods([prompt], [[[5, 6, 7]]])
-    with pytest.raises(GenerationError, match="not by a server"):
+    with pytest.raises(ConfigError, match="not by a server"):
         BaseEngine.likelihoods(engine, [], [])
 
 
