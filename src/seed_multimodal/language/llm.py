@@ -41,6 +41,9 @@ LLAMA_IDS: SpecialIds = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id
 MAX_PADDING = 4096
 # Of a configuration of text alone; a multimodal model has them inside, Mamba lacks some.
 SIZES = ("vocab_size", "hidden_size", "num_attention_heads", "max_position_embeddings")
+# Types of layers. Others carry a state from one packed sequence to the next, or need other masks.
+FULL = "full_attention"
+SLIDING = "sliding_attention"
 BITSANDBYTES = ("8bit", "4bit")
 TORCHAO = ("int8", "int4")
 ROTARY = "*rotary_emb.inv_freq*"  # frequencies in old files; recomputed
@@ -291,7 +294,8 @@ def llm_config(source: str | Path, ids: SpecialIds | None = None) -> PreTrainedC
 
 
 def check_sizes(config: PreTrainedConfig, label: str | Path) -> None:
-    """Raise CheckpointError unless a configuration is that of a language model of text alone."""
+    """Raise CheckpointError unless a configuration is that of a decoder of text alone, whose layers
+    have full or sliding attention."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_MASKED_LM_MAPPING_NAMES
 
     # BERT and its kind read both ways unless they are made decoders.
@@ -303,6 +307,12 @@ def check_sizes(config: PreTrainedConfig, label: str | Path) -> None:
         raise CheckpointError(
             f"{label}: {config.model_type} is no decoder-only language model of text with "
             f"attention (its configuration has no {' and no '.join(missing)})."
+        )
+    unknown = set(getattr(config, "layer_types", None) or ()) - {FULL, SLIDING}
+    if unknown:
+        raise CheckpointError(
+            f"{label}: the language model has layers of {min(unknown)}; only full and sliding "
+            "attention can be trained and computed."
         )
 
 

@@ -38,7 +38,6 @@ def test_generate_equals_transformers(tiny: Any, architecture, settings):
 @pytest.mark.parametrize(
     ("architecture", "fields", "message"),
     [
-        ("qwen3", {"layer_types": ["full_attention", "chunked_attention"]}, "chunked_attention"),
         ("granite", {"logits_scaling": 8.0}, "wrong scores"),
         ("bloom", {}, "type bloom"),
         (
@@ -46,7 +45,6 @@ def test_generate_equals_transformers(tiny: Any, architecture, settings):
             {"attention_types": [[["global", "local"], 1]], "num_layers": 2},
             "type gpt_neo",
         ),
-        ("mamba", {}, "linear_attention"),
     ],
 )
 def test_backend_of_an_unknown_architecture(tiny: Any, architecture, fields, message):

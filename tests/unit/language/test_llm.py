@@ -149,6 +149,10 @@ def test_load_llm_of_a_missing_model(tmp_path):
             {"intermediate_size": 48},
             r"6 tensors are of another size: .*down_proj.* model \(32, 48\)",
         ),
+        # Layers that carry a state through packed sequences, or see chunks.
+        ({"model_type": "qwen3_5_text"}, "layers of linear_attention; only full and sliding"),
+        ({"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}, "layers of conv"),
+        ({"model_type": "llama4_text"}, "layers of chunked_attention"),
     ],
 )
 def test_load_llm_of_another_configuration(changed: Callable[..., Path], config, message):

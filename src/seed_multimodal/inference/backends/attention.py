@@ -7,15 +7,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.language.llm import FULL, SLIDING
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
     from seed_multimodal.language.llm import LanguageModelConfig
 
-FULL = "full_attention"
-SLIDING = "sliding_attention"
 # Of a model whose attention adds the mask to the scores; the others take a boolean one.
 ADDITIVE = "eager"
 
@@ -24,18 +22,10 @@ class AttentionMasks:
     """Builds what `config`'s decoder takes as `attention_mask`.
 
     window: how far back layers with sliding attention see; None: there are none.
-
-    Raises ConfigError: layers of another kind.
     """
 
     def __init__(self, config: LanguageModelConfig | PreTrainedConfig) -> None:
         layer_types = set(getattr(config, "layer_types", None) or ())
-        unknown = layer_types - {FULL, SLIDING}
-        if unknown:
-            raise ConfigError(
-                f"The language model has layers of {min(unknown)}, which the torch engine cannot "
-                "compute: it knows full and sliding attention."
-            )
         # A decoder with layer types takes a mask for each; others have one window for all layers.
         self._by_layer_type = SLIDING in layer_types
         self.window: int | None = None

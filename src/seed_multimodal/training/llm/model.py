@@ -22,6 +22,7 @@ from seed_multimodal.hub import portable_path
 from seed_multimodal.language.llm import (
     LLAMA,
     MAX_PADDING,
+    check_sizes,
     force_special_ids,
     load_llm,
     output_scores,
@@ -149,7 +150,7 @@ def _random_llm(sizes: Mapping[str, Any], tokenizer: TextTokenizer, seed: int) -
     """A model with random weights, by default a LLaMA.
 
     sizes: fields of its configuration; `model_type` chooses another architecture.
-    Raises ConfigError: invalid fields.
+    Raises ConfigError: invalid fields. CheckpointError: as `check_sizes`.
     """
     from huggingface_hub.errors import StrictDataclassError
     from transformers import CONFIG_MAPPING, AutoModelForCausalLM
@@ -166,7 +167,9 @@ def _random_llm(sizes: Mapping[str, Any], tokenizer: TextTokenizer, seed: int) -
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         try:
-            return AutoModelForCausalLM.from_config(config_class(**fields))
+            config = config_class(**fields)
+            check_sizes(config, "sizes")
+            return AutoModelForCausalLM.from_config(config)
         except (TypeError, ValueError, ArithmeticError, StrictDataclassError) as error:
             raise ConfigError(f"sizes: {' '.join(str(error).split())}") from error
 

@@ -240,6 +240,8 @@ def test_build_llm_from_sizes_depends_on_the_seed_only():
     assert all(p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
     with pytest.raises(ConfigError, match="did you mean 'hidden_size'"):
         build(None, sizes={**SIZES, "hiddensize": 1})
+    with pytest.raises(CheckpointError, match="sizes: the language model has layers of linear"):
+        build(None, sizes={**SIZES, "model_type": "qwen3_5_text"})
 
 
 def test_build_llm_with_the_originals_lora(bases: dict[str, Path]):
