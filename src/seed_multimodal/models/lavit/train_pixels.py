@@ -58,14 +58,13 @@ class LavitPixelModel(CodesPixelModel):
     """Trained and frozen models.
 
     Attributes:
-        diffusion: a diffusers folder: U-Net (without `start`), autoencoder and noise schedule, of
-            SDXL's kind or of Stable Diffusion 1's (which needs `uncond_embeddings.bin`, or text
-            encoder and tokenizer to make it).
+        diffusion: a diffusers folder: U-Net, autoencoder and noise schedule, of SDXL's kind or of
+            Stable Diffusion 1's (which needs `uncond_embeddings.bin`, or text encoder and tokenizer
+            to make it). With `start` or `teacher` not read.
         tokenizer: the dynamic tokenizer, as `load_dynamic_tokenizer`.
         decoder: the code decoder, as `CodeDecoder.from_pretrained`; a head for the other kind of
             U-Net is replaced by a new one (`seed`).
-        start: an earlier result (U-Net and code decoder) to start from; "": those of `diffusion`
-            and `decoder`.
+        start: an earlier result to start from, instead of `diffusion` and `decoder`.
         trained: parameters of the U-Net, `all` or `key_value`; heads are always trained.
         selection, selection_seed: of patches, see `ImageCodes`.
         dropout: see `LavitPixelLoss`.
@@ -159,14 +158,9 @@ class LavitPixelTask(DistillableTask[TrainedPixels]):
         """U-Net and code decoder."""
         model = self.model
 
-        # 1. The networks, of an earlier result or of their own folders.
-        if model.start:
-            unet_folder = Path(model.start)
-            decoder_folder = unet_folder / DECODER
-        else:
-            unet_folder = self.folder
-            decoder_folder = model.decoder
-        unet = LavitDetokenizer.load_part(unet_folder, "unet")
+        # 1. The networks; an earlier result has both.
+        unet = LavitDetokenizer.load_part(self.folder, "unet")
+        decoder_folder = self.folder / DECODER if model.start else model.decoder
         decoder, has_new_head = decoder_for(unet, decoder_folder, model.seed)
         if has_new_head:
             self._log(f"{model.decoder} has no head for this U-Net; training a new one.")

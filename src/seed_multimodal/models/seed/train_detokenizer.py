@@ -76,15 +76,15 @@ class SeedDecoderModel(CodesPixelModel):
     """Trained and frozen models.
 
     Attributes:
-        diffusion: a diffusers folder: autoencoder; denoiser and scheduler unless they are set here
-            (with `teacher` not read).
+        diffusion: a diffusers folder: autoencoder; denoiser and scheduler unless they are set here.
+            With `start` or `teacher` not read.
         tokenizer: of SEED-2, as `Seed2Tokenizer.from_pretrained`; `vision`: see there.
         reads: what the denoiser reads: an embedding of each code, or the one pooled embedding.
         denoiser: sizes of a new denoiser, with `_class_name`, as in a `config.json` of diffusers;
             {}: the folder's.
         scheduler: settings of a new scheduler, likewise; it determines the objective.
         adapter_depth: transformer blocks between the tokenizer and the denoiser.
-        start: an earlier result (denoiser and adapter) to start from.
+        start: an earlier result to start from, with its scheduler unless it is set here.
         trained: parameters of the denoiser; the adapter is always trained.
         dropout: share of images without conditions, for guidance.
     """
@@ -198,12 +198,11 @@ class SeedDecoderTask(DistillableTask[CodesDecoder]):
     def build(self) -> CodesDecoder:
         model = self.model
 
-        # 1. The denoiser: of an earlier result, new, or the folder's.
+        # 1. The denoiser: new, or the folder's.
         if model.denoiser and not model.start:
             denoiser = self.new_denoiser()
         else:
-            source = Path(model.start) if model.start else self.folder
-            denoiser = CodesDetokenizer.load_part(source, "denoiser")
+            denoiser = CodesDetokenizer.load_part(self.folder, "denoiser")
         self.width = context_dim(denoiser)
 
         # 2. The adapter between the tokenizer's width and the denoiser's.
@@ -217,7 +216,7 @@ class SeedDecoderTask(DistillableTask[CodesDecoder]):
             heads=heads_of(self.width),
         )
         if model.start:
-            adapter = CodesDetokenizer.load_part(Path(model.start), CODE_ADAPTER)
+            adapter = CodesDetokenizer.load_part(self.folder, CODE_ADAPTER)
             if adapter.config != config:
                 raise ConfigError(
                     f"model.start: its adapter has {adapter.config}, but this run needs {config}."

@@ -173,7 +173,8 @@ class CodesPixelModel(PixelModel):
     """Of a decoder that draws a tokenizer's codes.
 
     Attributes:
-        diffusion: a diffusers folder, of which subclasses say what is read.
+        diffusion: a diffusers folder, of which subclasses say what is read; with `start` or
+            `teacher` not read, since these are complete.
         tokenizer: a folder.
     """
 
@@ -187,7 +188,7 @@ class CodesPixelModel(PixelModel):
 
     @property
     def diffusion_folder(self) -> Path:
-        return Path(self.teacher) if self.teacher else self.diffusion
+        return Path(self.teacher or self.start or self.diffusion)
 
 
 @dataclass

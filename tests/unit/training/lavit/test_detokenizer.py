@@ -103,6 +103,16 @@ def test_train_lowers_the_loss_and_starts_from_a_result(parts: Path, tmp_path):
     )
 
 
+def test_start_from_a_result_keeps_its_scheduler(parts: Path, tmp_path):
+    train(config(parts, tmp_path / "one", "lowres", trainer=SHORT))
+    start = tmp_path / "one" / "pixels"
+    scheduler = DDPMScheduler(prediction_type="v_prediction")
+    scheduler.save_pretrained(start / "scheduler")
+    train(config(parts, tmp_path / "two", "lowres", model={"start": str(start)}, trainer=SHORT))
+    saved = LavitDetokenizer.load_part(tmp_path / "two" / "pixels", "scheduler")
+    assert saved.config.prediction_type == "v_prediction"
+
+
 class Recorder(nn.Module):
     """In place of `TrainedPixels`: stores which samples have no conditions."""
 

@@ -93,6 +93,17 @@ def test_train_continues_the_folders_denoiser(parts: Path, tmp_path, reads):
         train({**second, "output_dir": str(tmp_path / "third")})
 
 
+def test_start_from_a_result_keeps_its_scheduler_and_vae(parts: Path, tmp_path):
+    """A flow with another autoencoder than that of `diffusion`."""
+    first = tmp_path / "first"
+    train(config(parts, first, "kl16", "SanaTransformer2DModel", trainer=SHORT))
+    start = {"start": str(first / "decoder")}
+    train(config(parts, tmp_path / "second", "kl", model=start, trainer=SHORT))
+    for file in ("scheduler/scheduler_config.json", "vae/config.json"):
+        before = (first / "decoder" / file).read_text()
+        assert (tmp_path / "second" / "decoder" / file).read_text() == before
+
+
 def test_images_are_resized_as_by_the_tokenizer(parts: Path, tmp_path):
     run = SeedDecoderTask.read(config(parts, tmp_path / "run"))
     with contextlib.closing(SeedDecoderTask(run, ProcessGroup(), torch.device("cpu"))) as task:
