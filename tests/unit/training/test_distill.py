@@ -14,6 +14,7 @@ import tiny_sdxl
 import tiny_system
 import torch
 from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
+from huggingface_hub import constants
 from tensors import equal
 
 from seed_multimodal.diffusion.base import Detokenizer, fast_scheduler
@@ -85,6 +86,34 @@ def test_distil_a_decoder_of_seed(seed_parts: Path, tmp_path, teacher):
     if teacher == "unclip":
         embeds = torch.randn(2, tiny_system.EMBEDDING)
     check_student(after, before, embeds)
+
+
+def test_a_student_starts_from_an_earlier_one(seed_parts: Path, tmp_path):
+    """Of a learning rate of zero the result is the start, not the teacher."""
+    first = SeedDecoderTask.train(seed_config(seed_parts, tmp_path / "one", trainer=SHORT))
+    start = {"start": first["decoder"]}
+    still = {"learning_rate": 0.0}
+    second = SeedDecoderTask.train(
+        seed_config(seed_parts, tmp_path / "two", model=start, optim=still, trainer=ONE)
+    )
+    weights_file = "transformer/diffusion_pytorch_model.safetensors"
+    folders = (seed_parts / "codes", Path(first["decoder"]), Path(second["decoder"]))
+    teacher, before, after = (load_state_dict(folder / weights_file) for folder in folders)
+    assert equal(after, before) and not equal(after, teacher)
+
+
+def test_distil_a_decoder_of_the_hub(seed_parts: Path, tmp_path, monkeypatch):
+    """Its files are in the hub client's cache."""
+    repository = tmp_path / "cache" / "models--owner--decoder"
+    shutil.copytree(seed_parts / "codes", repository / "snapshots" / "1")
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("1")
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
+    model = {"teacher": "owner/decoder"}
+    config = seed_config(seed_parts, tmp_path / "run", model=model, trainer=SHORT)
+    student = CodesDetokenizer.from_pretrained(SeedDecoderTask.train(config)["decoder"])
+    teacher = CodesDetokenizer.from_pretrained(seed_parts / "codes")
+    check_student(student, teacher, torch.randn(2, 32, tiny_system.WIDTH))
 
 
 @pytest.mark.parametrize("stage", [1, 2])

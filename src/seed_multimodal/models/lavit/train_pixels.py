@@ -21,6 +21,7 @@ from seed_multimodal.data.stream.pairs_dataset import TargetView, sample_seed
 from seed_multimodal.device import DTYPES
 from seed_multimodal.diffusion.base import vae_folder
 from seed_multimodal.diffusion.conditioner import CONDITIONER_FOLDERS
+from seed_multimodal.hub import find_folder
 from seed_multimodal.models.lavit.checkpoints import load_dynamic_tokenizer
 from seed_multimodal.models.lavit.decoder import CodeDecoder
 from seed_multimodal.models.lavit.diffusion import (
@@ -38,6 +39,7 @@ from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.llm.config import project_path
 from seed_multimodal.training.pixel_decoder.distill import DistillableTask
 from seed_multimodal.training.pixel_decoder.task import (
+    NEEDED,
     CodesImages,
     CodesPixelModel,
     EncodedImages,
@@ -193,8 +195,9 @@ class LavitPixelTask(DistillableTask[TrainedPixels]):
         # -1 is padding.
         return [self.codebook.lookup(codes[codes >= 0].long()).float() for codes in conditions]
 
-    def load_teacher(self, folder: Path) -> LavitDetokenizer:
+    def load_decoder(self, path: str) -> LavitDetokenizer:
         """A result of this training, or the original's with the decoder of the settings."""
+        folder = find_folder(path, NEEDED, LavitDetokenizer.download_hint)
         decoder_folder = folder / DECODER
         if not decoder_folder.is_dir():
             decoder_folder = self.model.decoder

@@ -33,6 +33,7 @@ from seed_multimodal.diffusion.objectives import NoisyLatents
 from seed_multimodal.diffusion.training import train_unet
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError, first_line
+from seed_multimodal.hub import find_folder
 from seed_multimodal.models.seed.code_adapter import (
     CODE_ADAPTER,
     CodeAdapter,
@@ -52,6 +53,7 @@ from seed_multimodal.settings import check_keys, nearest, setting
 from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.pixel_decoder.distill import DistillableTask
 from seed_multimodal.training.pixel_decoder.task import (
+    NEEDED,
     CodesImages,
     CodesPixelModel,
     EncodedImages,
@@ -95,11 +97,6 @@ class SeedDecoderModel(CodesPixelModel):
     scheduler: JsonObject = setting(factory=dict)
     adapter_depth: int = setting(2, minimum=0)
     dropout: float = setting(0.1, minimum=0, maximum=1)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        if self.teacher:
-            self.reads = stored_reads(Path(self.teacher))
 
 
 @dataclass(kw_only=True)
@@ -182,6 +179,8 @@ class SeedDecoderTask(DistillableTask[CodesDecoder]):
         self.check_side(tokenizer.visual_encoder.image_size)
         config = tokenizer.config
         self.n_codes = config.num_query
+        if model.teacher:
+            model.reads = stored_reads(self.folder)
         if model.reads == "codes":
             decode = tokenizer.decode_tokens
             self.embedding_dim = config.qformer.width
@@ -279,8 +278,9 @@ class SeedDecoderTask(DistillableTask[CodesDecoder]):
     def embeds(self, conditions: Tensor) -> Tensor:
         return conditions.float()
 
-    def load_teacher(self, folder: Path) -> UnclipDetokenizer | CodesDetokenizer:
+    def load_decoder(self, path: str) -> UnclipDetokenizer | CodesDetokenizer:
         """A result of this training, or SEED-2's stable-unCLIP."""
+        folder = find_folder(path, NEEDED, CodesDetokenizer.download_hint)
         return detokenizer_class(folder).from_pretrained(folder, safety_checker=False)
 
     def detokenizer(self, scheduler: SchedulerMixin) -> CodesDetokenizer:

@@ -135,16 +135,16 @@ class DetokenizerTask(DistillableTask[SDXLAdapter]):
     def negatives(self) -> Tensor:
         return self.null_embeds
 
-    def load_teacher(self, folder: Path) -> SdxlDetokenizer:
-        return SdxlDetokenizer.from_pretrained(self.folder, folder)
+    def load_decoder(self, path: str) -> SdxlDetokenizer:
+        return SdxlDetokenizer.from_pretrained(self.folder, path)
 
-    def save_student(self, denoiser: nn.Module, teacher: Path, folder: Path) -> None:
+    def save_student(self, denoiser: nn.Module, teacher: SdxlDetokenizer, folder: Path) -> None:
         """The adapter."""
-        resampler = SdxlDetokenizer.from_pretrained(self.folder, teacher).resampler
-        SDXLAdapter(denoiser, resampler).save_pretrained(folder)
+        SDXLAdapter(denoiser, teacher.resampler).save_pretrained(folder)
         for name in CONDITIONER_FOLDERS:
-            if (teacher / name).is_dir():
-                shutil.copytree(teacher / name, folder / name)
+            source = Path(self.model.teacher) / name
+            if source.is_dir():
+                shutil.copytree(source, folder / name)
 
     def detokenizer(self, scheduler: SchedulerMixin) -> SdxlDetokenizer:
         vae = self.encoders.moments.model

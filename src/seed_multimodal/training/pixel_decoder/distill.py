@@ -36,7 +36,7 @@ from seed_multimodal.diffusion.base import (
 from seed_multimodal.diffusion.networks import conditions_to, context_dim, denoiser_kind
 from seed_multimodal.diffusion.objectives import Objective, is_flow
 from seed_multimodal.diffusion.training import train_unet
-from seed_multimodal.disk import read_json_object, replace_text
+from seed_multimodal.disk import replace_text
 from seed_multimodal.nn.layers import checkpointed
 from seed_multimodal.training.pixel_decoder.task import (
     EncodedImages,
@@ -118,17 +118,17 @@ class DistillableTask(PixelTask[Module]):
         # Methods of distillation come before those of the family.
         return type(f"Distillation{cls.__name__}", (DistillationTask, cls), {})
 
-    def load_teacher(self, folder: Path) -> Detokenizer[Any]:
-        """A trained decoder."""
+    def load_decoder(self, path: str) -> Detokenizer[Any]:
+        """A trained decoder of a folder or hub id."""
         raise NotImplementedError
 
     def negatives(self) -> Tensor | None:
         """Unconditional embeddings of guidance; None: the detokenizer's."""
         return None
 
-    def save_student(self, denoiser: nn.Module, teacher: Path, folder: Path) -> None:
+    def save_student(self, denoiser: nn.Module, teacher: Any, folder: Path) -> None:
         """Write a decoder as `teacher`, with another denoiser, without scheduler and settings."""
-        save_student_folder(denoiser, teacher, folder)
+        save_student_folder(denoiser, self.folder, folder)
 
 
 class DistillationTask(DistillableTask[Student]):
@@ -139,7 +139,7 @@ class DistillationTask(DistillableTask[Student]):
     @cached_property
     def teacher(self) -> Detokenizer[Any]:
         """The decoder that is distilled."""
-        teacher = self.load_teacher(Path(self.model.teacher)).to(self.device)
+        teacher = self.load_decoder(self.model.teacher).to(self.device)
         for part in teacher.parts.values():
             part.requires_grad_(False).eval()
         return teacher
@@ -149,10 +149,9 @@ class DistillationTask(DistillableTask[Student]):
         return fast_scheduler(self.teacher.scheduler, solver_order=1, use_karras_sigmas=False)
 
     def build(self) -> Student:
-        """The student, which starts as the teacher."""
+        """The student."""
         model = self.model
-        teacher = self.teacher
-        denoiser = copy.deepcopy(teacher.denoiser)
+        denoiser: nn.Module = self.load_decoder(model.start or model.teacher).denoiser
         train_unet(denoiser, model.trained)
         if model.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing(checkpointed)
@@ -244,32 +243,29 @@ class DistillationTask(DistillableTask[Student]):
 
     # ---- the result
 
-    def detokenizer(self, scheduler: SchedulerMixin) -> Detokenizer[Any]:
-        """The teacher with the student's denoiser and settings."""
-        student = copy.copy(self.teacher)
-        student.denoiser = self.module.denoiser
-        student.scheduler = scheduler
-        student.defaults = replace(
+    @property
+    def defaults(self) -> DrawingSettings:
+        """The student's."""
+        return replace(
             self.teacher.defaults,
             num_inference_steps=self.model.student_steps,
             preset="original",
             **self.unguided,
         )
+
+    def detokenizer(self, scheduler: SchedulerMixin) -> Detokenizer[Any]:
+        """The teacher with the student's denoiser and settings."""
+        student = copy.copy(self.teacher)
+        student.denoiser = self.module.denoiser
+        student.scheduler = scheduler
+        student.defaults = self.defaults
         return student
 
     def save_result(self, module: Student, folder: Path) -> None:
         """A folder as the teacher's."""
-        # 1. The networks.
-        teacher_folder = Path(self.model.teacher)
-        self.save_student(module.denoiser, teacher_folder, folder)
-
-        # 2. Scheduler and settings.
+        self.save_student(module.denoiser, self.teacher, folder)
         self.load_scheduler().save_pretrained(folder / "scheduler")
-        file = teacher_folder / DEFAULTS
-        settings = read_json_object(file) if file.is_file() else {}
-        settings |= {"num_inference_steps": self.model.student_steps, **self.unguided}
-        settings.pop("preset", None)
-        replace_text(folder / DEFAULTS, json.dumps(settings) + "\n")
+        replace_text(folder / DEFAULTS, json.dumps(vars(self.defaults)) + "\n")
 
 
 def save_student_folder(denoiser: nn.Module, teacher: Path, folder: Path) -> None:

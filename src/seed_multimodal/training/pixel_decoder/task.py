@@ -63,7 +63,13 @@ NEEDED = (
     "vae/*",
     "vae.json",
     "scheduler/*",
-)  # files of a diffusers repository
+    "code_adapter/*",
+    "decoder/*",
+    "conditioner/*",
+    "layout/*",
+    "uncond_embeddings.bin",
+    "seed_decode.json",
+)  # files of a diffusers repository, and of our results
 SMALL = 256  # pixels a side: the VAE encodes larger images one at a time, smaller ones in batches
 SAMPLES = 4  # images during training
 
@@ -137,7 +143,8 @@ class PixelModel:
         trained: parameters of the denoiser.
         seed: of new weights.
         flow_times: distribution of times, where the scheduler samples a flow.
-        teacher: a decoder to distil, see `pixel_decoder.distill`; the student starts as it.
+        teacher: a decoder to distil, see `pixel_decoder.distill`; the student starts as it, or as
+            `start`.
         teacher_steps: its number of steps.
         teacher_guidance: its guidance scale; None: that of its folder.
         student_steps: number of steps without guidance; a divisor of `teacher_steps`.
