@@ -227,8 +227,10 @@ class Ema:
             average.lerp_(parameters[name].detach().float(), 1.0 - decay)
 
     @torch.no_grad()
-    def copy_to(self, module: nn.Module) -> None:
-        """Overwrite the module's parameters with the averages."""
+    def swap(self, module: nn.Module) -> None:
+        """Exchange the averages and the module's parameters, which are trained in fp32."""
         parameters = dict(module.named_parameters())
         for name, average in self.shadow.items():
+            weights = parameters[name].clone()
             parameters[name].copy_(average)
+            average.copy_(weights)

@@ -10,6 +10,7 @@ import contextlib
 import json
 import math
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -197,6 +198,16 @@ class Trainer:
         """Whether a process received SIGTERM; collective. Long evaluations call it to end early."""
         return self.group.agree(self.stop_event.is_set())[0]
 
+    @contextlib.contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """Context in which the task's module has the averaged weights, if the run averages."""
+        if self.ema is None:
+            yield
+            return
+        self.ema.swap(self.task.module)
+        yield
+        self.ema.swap(self.task.module)
+
     def log_line(self, *texts: str) -> None:
         """As `ProcessGroup.log`."""
         self.group.log(self.task.name, *texts)
@@ -354,7 +365,7 @@ class Trainer:
         """Finish the task and write the record (first process); returned by every process."""
         # 1. The final weights.
         if self.ema is not None:
-            self.ema.copy_to(self.task.module)
+            self.ema.swap(self.task.module)
         self.task.module.eval()
         record: JsonObject = {
             "steps": self.step,

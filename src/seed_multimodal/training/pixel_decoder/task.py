@@ -383,7 +383,7 @@ class PixelTask(RunTask, Generic[Module]):
 
     def before_training(self, trainer: Trainer) -> None:
         """Log what is trained."""
-        self.board = trainer.log.board
+        self.trainer = trainer
         n_images = sum(map(len, self.sources))
         n_samples = self._samples_per_step(self.group.world)
         self.log_sizes(f"{self.result}: {n_images:,} images, {n_samples} a step; ")
@@ -415,8 +415,11 @@ class PixelTask(RunTask, Generic[Module]):
     @torch.no_grad()
     def after_step(self, step: int) -> None:
         """Reconstruct held-out images next to the originals, with fixed noise."""
-        if not self.should_write_samples(step):
-            return
+        if self.should_write_samples(step):
+            with self.trainer.averaged_weights():
+                self._write_samples(step)
+
+    def _write_samples(self, step: int) -> None:
         if not self.sample_batches:
             self.sample_batches = self._held_out_batches()
 
@@ -446,8 +449,9 @@ class PixelTask(RunTask, Generic[Module]):
         folder = self.run.output_dir / "samples"
         folder.mkdir(exist_ok=True)
         sheet.save(folder / f"step-{step}.png")
-        if self.board is not None:
-            self.board.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
+        board = self.trainer.log.board
+        if board is not None:
+            board.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
 
     def _held_out_batches(self) -> list[tuple[TargetBatch, EncodedImages]]:
         """The first images of the held-out source, by size."""

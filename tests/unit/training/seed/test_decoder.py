@@ -133,6 +133,24 @@ def test_train_resumes_exactly_and_draws_samples(parts: Path, tmp_path):
     assert losses(tmp_path / "run") == values and len(values) == 4
 
 
+def test_samples_are_drawn_with_the_averaged_weights(parts: Path, tmp_path):
+    """After the last step, the saved decoder draws the sample."""
+    changes: dict[str, Any] = {
+        "optim": {"learning_rate": 0.1},
+        "trainer": {"max_steps": 3, "save_steps": 0, "ema": 0.999, "sample_steps": 3},
+    }
+    settings = config(parts, tmp_path / "run", "dc", "SanaTransformer2DModel", **changes)
+    sample = tmp_path / "run" / "samples" / "step-3.png"
+    train(settings)
+    with_average = sample.read_bytes()
+    # A run that begins with the result, and changes nothing.
+    settings["model"]["start"] = str(tmp_path / "run" / "decoder")
+    settings["optim"]["learning_rate"] = 0.0
+    settings["trainer"]["ema"] = 0.0
+    train({**settings, "output_dir": str(tmp_path / "still")})
+    assert (tmp_path / "still" / "samples" / "step-3.png").read_bytes() == with_average
+
+
 @pytest.mark.parametrize(
     ("changes", "error", "sentence"),
     [
