@@ -118,6 +118,7 @@ def test_recipe_of_full_size(parts, decoder, reads, tmp_path, capsys):
         (["--size", "tiny", "--llm", "mamba"], "no decoder-only language model of text with"),
         (["--size", "tiny", "--llm", "bert"], "bert is no decoder-only language model"),
         (["--size", "tiny", "--encoder", "hiera"], "hiera: patches of [7, 7] pixels are not read"),
+        (["--size", "tiny", "--encoder", "dinov3_convnext"], "patches of None pixels are not read"),
         (["--size", "tiny", "--llm", "qwen3_5"], "has no vocab_size"),  # its text model is inside
         (["--size", "tiny", "--llm", "qwen3_5_text"], "has layers of linear_attention"),
         (["--size", "tiny", "--encoder", "swin"], "swin encodes no images of 64 x 64 pixels"),

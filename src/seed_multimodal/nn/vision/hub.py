@@ -174,10 +174,10 @@ class HubVision(VisionEncoder):
         self.config = config
         sizes = config.transformers_config()
         self.network: PreTrainedModel = AutoModel.from_config(sizes)
-        patch_size = getattr(sizes, "patch_size", 0)
+        patch_size = getattr(sizes, "patch_size", None)
         if not isinstance(patch_size, int):
             raise ConfigError(f"{sizes.model_type}: patches of {patch_size} pixels are not read.")
-        self.patch_size = patch_size or self.image_size
+        self.patch_size = patch_size
         self._init_sizes(sizes)
         self._init_buffers(sizes)
 
