@@ -1,4 +1,4 @@
-"""Shared training code of U-Nets: size conditions, trained parameters, start."""
+"""Shared training code of denoisers: size conditions, trained parameters, start."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from torch import Tensor, nn
 
 from seed_multimodal.diffusion.base import vae_folder
 
-TrainedLayers = Literal["key_value", "all"]  # of a U-Net
+TrainedLayers = Literal["key_value", "all"]  # of a denoiser
+# Of all attentions; Stable Diffusion 3 has others for the conditions.
+KEY_VALUE = ("to_k", "to_v", "add_k_proj", "add_v_proj")
 
 
 def size_ids(
@@ -33,7 +35,7 @@ def train_unet(unet: nn.Module, which: TrainedLayers) -> None:
     """Enable gradients of a whole denoiser ("all"), or of its attention keys and values."""
     for name, parameter in unet.named_parameters():
         layer = name.rpartition(".")[0].rpartition(".")[2]
-        parameter.requires_grad_(which == "all" or layer in ("to_k", "to_v"))
+        parameter.requires_grad_(which == "all" or layer in KEY_VALUE)
 
 
 def new_diffusion(source: Path, target: Path) -> None:
