@@ -2,6 +2,8 @@
 `_class_name` of their `config.json`.
 
 A denoiser of another class is a row of `DENOISERS`: where its folder is, and how it is called.
+Classes that read packed latents (Flux) need more: sizes and unit of their images, and packing in
+`predict`.
 """
 
 from __future__ import annotations
@@ -39,22 +41,14 @@ def predict_unet(
     return prediction
 
 
-def predict_sana(
+def predict_transformer(
     transformer: nn.Module, latents: Tensor, step: Tensor, conditions: DenoiserConditions
 ) -> Tensor:
-    """SANA's prediction `[B, C, h, w]`, without its variance if it has learned one."""
-    steps = step.expand(len(latents)) * transformer.config.timestep_scale
+    """A transformer's prediction `[B, C, h, w]`, without its variance if it has learned one."""
+    # SANA has a scale.
+    steps = step.expand(len(latents)) * transformer.config.get("timestep_scale", 1.0)
     prediction: Tensor = transformer(latents, timestep=steps, **conditions).sample
     return prediction[:, : latents.shape[1]]
-
-
-def predict_sd3(
-    transformer: nn.Module, latents: Tensor, step: Tensor, conditions: DenoiserConditions
-) -> Tensor:
-    """Stable Diffusion 3's prediction `[B, C, h, w]`."""
-    steps = step.expand(len(latents))
-    prediction: Tensor = transformer(latents, timestep=steps, **conditions).sample
-    return prediction
 
 
 class DenoiserKind(NamedTuple):
@@ -67,8 +61,10 @@ class DenoiserKind(NamedTuple):
 
 DENOISERS = {
     "UNet2DConditionModel": DenoiserKind("unet", "cross_attention_dim", predict_unet),
-    "SanaTransformer2DModel": DenoiserKind("transformer", "caption_channels", predict_sana),
-    "SD3Transformer2DModel": DenoiserKind("transformer", "joint_attention_dim", predict_sd3),
+    "SanaTransformer2DModel": DenoiserKind("transformer", "caption_channels", predict_transformer),
+    "SD3Transformer2DModel": DenoiserKind(
+        "transformer", "joint_attention_dim", predict_transformer
+    ),
 }
 
 

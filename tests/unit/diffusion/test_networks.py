@@ -61,6 +61,28 @@ def test_predict_reads_latents_steps_and_conditions(denoiser):
     assert all((other - prediction).abs().max() > 1e-3 for other in others)
 
 
+@torch.no_grad()
+def test_predict_of_a_class_that_is_only_a_row(monkeypatch):
+    """PixArt has no scale of time steps, and learns a variance."""
+    row = denoiser_kind(diffusers.SanaTransformer2DModel(num_layers=0))
+    monkeypatch.setitem(DENOISERS, "PixArtTransformer2DModel", row)
+    torch.manual_seed(0)
+    denoiser = diffusers.PixArtTransformer2DModel(
+        num_attention_heads=2,
+        attention_head_dim=8,
+        cross_attention_dim=16,
+        num_layers=1,
+        sample_size=8,
+        caption_channels=12,
+        use_additional_conditions=False,
+    ).eval()
+    latents = torch.randn(2, 4, 8, 8)
+    step = torch.tensor(300)
+    conditions = conditions_of(denoiser, torch.randn(2, N_TOKENS, 12), None, torch.zeros(2, 6))
+    expected = denoiser(latents, timestep=step.expand(2), **conditions).sample[:, :4]
+    torch.testing.assert_close(predict(denoiser, latents, step, conditions), expected)
+
+
 def test_train_unet_of_keys_and_values(denoiser):
     """Of Stable Diffusion 3 also those of the conditions."""
     train_unet(denoiser, "key_value")
