@@ -47,7 +47,7 @@ from seed_multimodal.diffusion.networks import (
     stored_class,
 )
 from seed_multimodal.diffusion.objectives import flow_shift, is_flow
-from seed_multimodal.disk import read_json_object
+from seed_multimodal.disk import JsonObject, read_json_object
 from seed_multimodal.errors import (
     CheckpointError,
     ConfigError,
@@ -56,7 +56,7 @@ from seed_multimodal.errors import (
     first_line,
 )
 from seed_multimodal.progress import quiet_loading
-from seed_multimodal.settings import read_settings, setting
+from seed_multimodal.settings import nearest, read_settings, setting
 from seed_multimodal.weights import (
     has_torch_files_only,
     load_checkpoint,
@@ -447,13 +447,11 @@ class Detokenizer(Generic[Settings]):
 
         Raises `CheckpointError`.
         """
-        import diffusers
-
         # 1. A scheduler has no weights.
         if name.endswith("scheduler"):
             file = folder / name / "scheduler_config.json"
             config = read_json_object(file, CheckpointError, cls.download_hint)
-            return getattr(diffusers, str(config.get("_class_name"))).from_config(config)
+            return scheduler_class(config, file).from_config(config)
 
         # 2. A folder is required: diffusers would treat its name as one of the hub.
         part_folder = _part_folder(folder, name)
@@ -511,6 +509,20 @@ def _read_network(
     network._fix_state_dict_keys_on_load(state)  # earlier names of attention layers
     missing = network.load_state_dict(state, strict=False).missing_keys
     return network.to(dtype), {"missing_keys": missing}
+
+
+def scheduler_class(config: JsonObject, label: str | Path) -> Any:
+    """The class in a scheduler's configuration. Raises CheckpointError."""
+    import diffusers
+
+    name = str(config.get("_class_name"))
+    names = [name for name in dir(diffusers) if name.endswith("Scheduler")]
+    if name not in names:
+        raise CheckpointError(
+            f"{label}: _class_name is {name!r}{nearest(name, names)}, which is no scheduler of "
+            "diffusers."
+        )
+    return getattr(diffusers, name)
 
 
 def fast_scheduler(scheduler: SchedulerMixin, **settings: object) -> SchedulerMixin:

@@ -94,6 +94,15 @@ def test_train_unet_of_keys_and_values(denoiser):
     assert layers == expected
 
 
+@pytest.mark.parametrize("name", ["DDIMSchedulr", "UNet2DConditionModel", None])
+def test_load_an_unknown_scheduler(name, tmp_path):
+    (tmp_path / "scheduler").mkdir()
+    config = json.dumps({"_class_name": name})
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(config)
+    with pytest.raises(CheckpointError, match=f"_class_name is '{name}'.* no scheduler of diff"):
+        CodesDetokenizer.load_part(tmp_path, "scheduler")
+
+
 def test_save_and_load_by_the_class_of_the_config(denoiser, tmp_path):
     folder = tmp_path / denoiser_kind(denoiser).folder
     denoiser.save_pretrained(folder)

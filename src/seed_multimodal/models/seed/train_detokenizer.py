@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.data.stream.pairs_dataset import TargetView
 from seed_multimodal.device import DTYPES
-from seed_multimodal.diffusion.base import vae_folder
+from seed_multimodal.diffusion.base import scheduler_class, vae_folder
 from seed_multimodal.diffusion.networks import (
     DENOISERS,
     conditions_of,
@@ -62,15 +62,6 @@ from seed_multimodal.training.pixel_decoder.task import (
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
-
-SCHEDULERS = (
-    "DDIMScheduler",
-    "DDPMScheduler",
-    "DPMSolverMultistepScheduler",
-    "EulerDiscreteScheduler",
-    "FlowMatchEulerDiscreteScheduler",
-    "PNDMScheduler",
-)
 
 
 @dataclass(kw_only=True)
@@ -155,7 +146,8 @@ class SeedDecoderTask(DistillableTask[CodesDecoder]):
     def load_scheduler(self) -> SchedulerMixin:
         if not self.model.scheduler:
             return super().load_scheduler()
-        return new_part("model.scheduler", self.model.scheduler, SCHEDULERS)
+        part_class = scheduler_class(self.model.scheduler, "model.scheduler")
+        return new_part("model.scheduler", part_class, self.model.scheduler)
 
     def prepare(self) -> None:
         self.tokenizer = Seed2Tokenizer.from_pretrained(
@@ -235,20 +227,32 @@ class SeedDecoderTask(DistillableTask[CodesDecoder]):
 
     def new_denoiser(self) -> nn.Module:
         """A denoiser of the sizes of `model.denoiser`, those of latents and tokens by default."""
+        import diffusers
+
+        # 1. Its class.
+        name = str(self.model.denoiser.get("_class_name"))
+        if name not in DENOISERS:
+            raise ConfigError(
+                f"model.denoiser: _class_name is {name!r}{nearest(name, DENOISERS)}; choose one of "
+                f"{', '.join(DENOISERS)}."
+            )
+        part_class = getattr(diffusers, name)
+
+        # 2. The sizes that its class has.
         vae = self.encoders.moments.model
         channels = vae.config.latent_channels
-        sizes = {
+        defaults = {
             "sample_size": max(map(max, self.image_sizes())) // spatial_factor(vae),
             "in_channels": channels,
             "out_channels": channels,
+            DENOISERS[name].context_dim: self.embedding_dim,
         }
-        kind = DENOISERS.get(str(self.model.denoiser.get("_class_name")))
-        if kind is not None:
-            sizes[kind.context_dim] = self.embedding_dim
+        known = inspect.signature(part_class.__init__).parameters
+        sizes = {key: size for key, size in defaults.items() if key in known}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.model.seed)
             denoiser: nn.Module = new_part(
-                "model.denoiser", {**sizes, **self.model.denoiser}, tuple(DENOISERS)
+                "model.denoiser", part_class, {**sizes, **self.model.denoiser}
             )
         return denoiser
 
@@ -311,22 +315,13 @@ def heads_of(width: int) -> int:
     return heads
 
 
-def new_part(label: str, values: Mapping[str, Any], allowed: Sequence[str]) -> Any:
-    """A network or scheduler of diffusers from its `_class_name` and settings.
+def new_part(label: str, part_class: Any, values: Mapping[str, Any]) -> Any:
+    """A network or scheduler of diffusers from its settings.
 
     label: in messages.
 
-    Raises ConfigError: a class that is not allowed, an unknown setting, a wrong value.
+    Raises ConfigError: an unknown setting, a wrong value.
     """
-    import diffusers
-
-    name = str(values.get("_class_name"))
-    if name not in allowed:
-        raise ConfigError(
-            f"{label}: _class_name is {name!r}{nearest(name, allowed)}; choose one of "
-            f"{', '.join(allowed)}."
-        )
-    part_class = getattr(diffusers, name)
     # Names with "_" are those that diffusers adds to a saved config.
     settings = {key: value for key, value in values.items() if not key.startswith("_")}
     check_keys(settings, inspect.signature(part_class.__init__).parameters, label)
@@ -334,4 +329,6 @@ def new_part(label: str, values: Mapping[str, Any], allowed: Sequence[str]) -> A
         return part_class(**settings)
     except (TypeError, ValueError) as error:
         reason = first_line(error)
-        raise ConfigError(f"{label}: {name} cannot have these sizes ({reason}).") from error
+        raise ConfigError(
+            f"{label}: {part_class.__name__} cannot have these sizes ({reason})."
+        ) from error

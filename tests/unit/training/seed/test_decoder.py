@@ -176,6 +176,11 @@ def test_samples_are_drawn_with_the_averaged_weights(parts: Path, tmp_path):
             ConfigError,
             "no training objective for prediction_type 'sample'",
         ),
+        (
+            {"model": {"scheduler": {"_class_name": "FlowMatchEulerScheduler"}}},
+            CheckpointError,
+            r"model.scheduler: _class_name is 'FlowMatchEulerScheduler' \(did you mean",
+        ),
         ({"model": {"tokenizer": "/nowhere"}}, CheckpointError, "/nowhere"),
     ],
 )
