@@ -36,7 +36,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.networks import DenoiserConditions
+from seed_multimodal.diffusion.networks import DenoiserConditions, pooled_dim
 from seed_multimodal.diffusion.objectives import NoisyLatents, Objective
 from seed_multimodal.diffusion.training import TrainedLayers, train_unet
 from seed_multimodal.models.lavit.decoder import CodeDecoder, Head
@@ -465,17 +465,11 @@ def decoder_for(unet: nn.Module, folder: str | Path, seed: int = 0) -> tuple[Cod
     if stored.config.head == head and stored.config.context_dim == context_dim:
         return stored, False
 
-    # 1. Sizes of the heads. SDXL's U-Net reads pooled embeddings next to embeddings of six sizes.
+    # 1. Sizes of the heads. Only SDXL's U-Net reads pooled embeddings.
+    config = dataclasses.replace(stored.config, head=head, prompt_dim=context_dim)
     if is_sdxl(unet):
-        n_size_inputs = 6 * unet.config.addition_time_embed_dim
-        pooled_dim = unet.config.projection_class_embeddings_input_dim - n_size_inputs
-        prompt_dim = context_dim - pooled_dim
-    else:
-        pooled_dim = stored.config.pooled_dim  # not used
-        prompt_dim = context_dim
-    config = dataclasses.replace(
-        stored.config, head=head, prompt_dim=prompt_dim, pooled_dim=pooled_dim
-    )
+        n_pooled = pooled_dim(unet)
+        config = dataclasses.replace(config, prompt_dim=context_dim - n_pooled, pooled_dim=n_pooled)
 
     # 2. New heads on the stored blocks.
     with torch.random.fork_rng(devices=[]):
