@@ -5,5 +5,5 @@
 `offload`      parts that are on the device only while they compute
 `networks`     denoisers and autoencoders of diffusers
 `objectives`   epsilon, velocity and flow: noised latents of training and their targets
-`training`     size conditions, trained parameters of U-Nets
+`training`     size conditions, trained parameters of denoisers
 """

@@ -108,7 +108,7 @@ class DrawingSettings:
     """Defaults may be set by a folder's `seed_decode.json`."""
 
     num_inference_steps: int = setting(20, minimum=1, maximum=1000)
-    guidance_scale: float = 10.0  # up to 1: one run of the U-Net
+    guidance_scale: float = 10.0  # up to 1: one run of the denoiser
     height: int | None = setting(None, minimum=8, maximum=16_384)  # in pixels
     width: int | None = setting(None, minimum=8, maximum=16_384)
     # "original": the folder's scheduler; "fast": DPM-Solver++ 2M with at most `FAST_STEPS` steps

@@ -34,7 +34,7 @@ FlowTimes = Literal["logit_normal", "uniform"]  # distribution of a flow's t, be
 class Objective(Protocol):
     """Time steps are as a scheduler gives them to the denoiser; latents are `[B, C, h, w]`."""
 
-    def sample_steps(self, count: int, generator: torch.Generator | None) -> Tensor:
+    def sample_timesteps(self, count: int, generator: torch.Generator | None) -> Tensor:
         """Random time steps of training `[count]`, on the CPU."""
 
     def add_noise(self, latents: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
@@ -56,7 +56,7 @@ class EpsilonObjective:
         # Samplers that only sample (PNDM, Euler, …) have the same noise schedule.
         self.schedule = DDPMScheduler.from_config(scheduler.config)
 
-    def sample_steps(self, count: int, generator: torch.Generator | None) -> Tensor:
+    def sample_timesteps(self, count: int, generator: torch.Generator | None) -> Tensor:
         n_steps = self.schedule.config.num_train_timesteps
         return torch.randint(n_steps, (count,), generator=generator)
 
@@ -98,7 +98,7 @@ class FlowObjective:
         self.shift = flow_shift(scheduler)
         self.flow_times = flow_times
 
-    def sample_steps(self, count: int, generator: torch.Generator | None) -> Tensor:
+    def sample_timesteps(self, count: int, generator: torch.Generator | None) -> Tensor:
         if self.flow_times == "uniform":
             times = torch.rand(count, generator=generator)
         else:
@@ -151,10 +151,10 @@ def objective_name(scheduler: SchedulerMixin) -> str:
 
 def build_objective(scheduler: SchedulerMixin, flow_times: FlowTimes = "logit_normal") -> Objective:
     """The objective of a folder's scheduler. Raises ConfigError."""
-    objective = OBJECTIVES[objective_name(scheduler)](scheduler)
-    if isinstance(objective, FlowObjective):
-        objective.flow_times = flow_times
-    return objective
+    name = objective_name(scheduler)
+    if name == "flow":
+        return FlowObjective(scheduler, flow_times)
+    return OBJECTIVES[name](scheduler)
 
 
 @dataclass(frozen=True)
@@ -171,7 +171,7 @@ class NoisyLatents:
     ) -> NoisyLatents:
         """Noise and time steps by `generator`, on the CPU."""
         noise = torch.randn(latents.shape, generator=generator).to(latents.device, latents.dtype)
-        steps = objective.sample_steps(len(latents), generator).to(latents.device)
+        steps = objective.sample_timesteps(len(latents), generator).to(latents.device)
         noisy = objective.add_noise(latents, noise, steps)
         return cls(noisy, steps, objective.target(latents, noise, steps))
 

@@ -74,7 +74,7 @@ def test_sampling_of_a_perfect_denoiser(name, preset, monkeypatch):
 @pytest.mark.parametrize("times", ["logit_normal", "uniform"])
 def test_time_steps_of_a_flow_are_shifted_towards_noise(times):
     objective = build_objective(SCHEDULERS["flow"], times)
-    steps = objective.sample_steps(4000, torch.Generator().manual_seed(0))
+    steps = objective.sample_timesteps(4000, torch.Generator().manual_seed(0))
     unshifted = steps / 1000 / (3 - 2 * steps / 1000)
     assert 0 < float(steps.min()) and float(steps.max()) < 1000
     assert float(unshifted.mean()) == pytest.approx(0.5, abs=0.02)

@@ -3,7 +3,8 @@
 Progressive distillation (Salimans & Ho 2022, arXiv 2202.00512) of a guided teacher (Meng et al.
 2023, arXiv 2210.03142), at once instead of by halving: one step of the student learns to reach the
 latents that the teacher reaches in several steps, each with all its runs of the denoiser. Both step
-as DDIM, or as Euler's method for a flow.
+as DDIM, or as Euler's method for a flow. The loss is the unweighted mean squared error of the
+latents reached; the papers' is that of the clean latents x, weighted by the truncated SNR.
 
 The student is the teacher's folder with another denoiser, a scheduler for few steps, and a
 `seed_decode.json` with the number of steps and without guidance.
@@ -156,7 +157,7 @@ class DistillationTask(DistillableTask[Student]):
         if model.gradient_checkpointing:
             denoiser.enable_gradient_checkpointing(checkpointed)
         self.width = context_dim(denoiser)
-        self.sample_steps = model.student_steps
+        self.drawing_steps = model.student_steps
 
         # Levels at which the teacher makes a step; the student at every n-th of them.
         self.levels = NoiseLevels.of(self.load_scheduler(), model.teacher_steps, self.device)

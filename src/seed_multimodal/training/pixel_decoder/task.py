@@ -1,4 +1,4 @@
-"""A pixel decoder's trainer task: settings, and a U-Net that learns to reconstruct images.
+"""A pixel decoder's trainer task: settings, and a denoiser that learns to reconstruct images.
 
 Subclasses (`models.seed.train_detokenizer`, `models.seed_x.train_detokenizer`,
 `models.lavit.train_pixels`) define the frozen
@@ -210,8 +210,8 @@ class PixelTrainer(RunTrainerSettings):
     """Settings of the trainer.
 
     Attributes:
-        save_frozen: False: resuming loads the frozen part of the U-Net from its original files; the
-            result of a run is complete anyway.
+        save_frozen: False: resuming loads the frozen part of the denoiser from its original files;
+            the result of a run is complete anyway.
     """
 
     save_frozen: bool = False
@@ -237,17 +237,15 @@ class PixelTask(RunTask, Generic[Module]):
     detokenizer_class: ClassVar[type[Detokenizer]]  # of the result
     frozen_name: ClassVar[str]  # of the conditioning model, for messages and checkpoints
     fixed_settings: ClassVar[tuple[str, ...]]  # of the model, which must not change on resume
-    sample_steps = 20  # denoising steps of images during training
+    drawing_steps = 20  # denoising steps of images during training
 
     def __init__(self, run: PixelRunSettings, group: ProcessGroup, device: torch.device) -> None:
         """Open the sources. Raises as `RunTask.train`."""
         super().__init__(run, group, device)
         if not run.data.sources:
             raise ConfigError("data: sources must list at least one source of images.")
-        if run.deepspeed and (run.trainer.ema or self.zero_stage not in (1, 2)):
-            raise ConfigError(
-                "deepspeed: pixel decoders train with ZeRO stage 1 or 2, and without trainer.ema."
-            )
+        if run.deepspeed and self.zero_stage not in (1, 2):
+            raise ConfigError("deepspeed: pixel decoders train with ZeRO stage 1 or 2.")
         self.model = run.model
         self.rows = run.data.batch_size
         self.folder = find_folder(
@@ -438,7 +436,7 @@ class PixelTask(RunTask, Generic[Module]):
                 width=max(unit, width // unit * unit),
                 seeds=range(len(batch["key"])),
                 batch_size=1,
-                num_inference_steps=self.sample_steps,
+                num_inference_steps=self.drawing_steps,
             )
             originals += map(_image, batch["image"])
         self.module.train()
@@ -481,7 +479,7 @@ class PixelTask(RunTask, Generic[Module]):
                 module = self.build()
                 module.load_state_dict(trained, strict=False)
 
-        # 2. The result. U-Net and decoder are replaced together.
+        # 2. The result. All its parts are replaced together.
         folder = self.run.output_dir / self.result
         if group.first:
             with atomic_folder(folder, folder, TrainingError) as new_folder:
