@@ -28,24 +28,13 @@ from seed_multimodal.nn.vision.hub import HubVisionConfig
 from seed_multimodal.originals import WEIGHT_PATTERNS
 
 RECIPE = Path(seed.__file__).with_name("recipe.yaml")
+SCRIPT = RECIPE.with_suffix(".sh")
 PART_FILES = (*WEIGHT_PATTERNS, "*.jinja")  # of a hub id
 LLM_ADVICE = "give the folder or hub id of a language model, or --size tiny"
 ENCODER_ADVICE = "give the folder or hub id of a vision encoder, or --size tiny"
 FULL = "full"  # size by default
 N_TEXTS = 400  # captions for a tokenizer of the small recipe
 MAX_LENGTH = 2048  # tokens of a packed row, as the published training
-FILES = (
-    "stage1",
-    "stage2",
-    "captions",
-    "chats",
-    "tokenizer",
-    "llm",
-    "pretrain_data",
-    "sft_data",
-    "decoder",
-    "decoder_data",
-)
 
 
 class Step(NamedTuple):
@@ -102,7 +91,8 @@ def write_recipe(args: Namespace) -> tuple[Path, list[Step]]:
             text = yaml.safe_dump(content, sort_keys=False, width=100)
             (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
         steps = [Step(*map(str, step)) for step in recipe["steps"]]
-        (folder / "run.sh").write_text(recipe["script"] + script_lines(steps), encoding="utf-8")
+        script = recipe["head"] + SCRIPT.read_text(encoding="utf-8") + script_lines(steps)
+        (folder / "run.sh").write_text(script, encoding="utf-8")
         (folder / "run.sh").chmod(0o755)
         (folder / "README.md").write_text(recipe["readme"], encoding="utf-8")
     return out, steps
@@ -155,7 +145,7 @@ def tiny_texts() -> list[str]:
 
 
 def compose(values: JsonObject, size: str) -> JsonObject:
-    """The recipe's `files`, `steps`, `script` and `readme` with all values.
+    """The recipe's `files`, `steps`, `head` of run.sh and `readme` with all values.
 
     size: full or tiny.
     """
@@ -164,16 +154,16 @@ def compose(values: JsonObject, size: str) -> JsonObject:
     sections = [recipe[name] for name in names]
 
     # 1. Each file: its base, and the sections' changes.
+    section_values = [section.pop("values", {}) for section in sections]
     files: JsonObject = {}
-    for name in FILES:
+    for name in sorted(set().union(*sections)):
         layers = [section[name] for section in sections if name in section]
         bases = [layer.pop("base") for layer in layers if "base" in layer]
         published = [read_yaml(Path(values["repository"]) / base) for base in bases]
         files[name] = OmegaConf.merge(*published, *layers)
 
     # 2. The values in all of them.
-    section_values = [section.get("values", {}) for section in sections]
-    texts = OmegaConf.masked_copy(recipe, ["steps", "script", "readme"])
+    texts = OmegaConf.masked_copy(recipe, ["steps", "head", "readme"])
     whole = OmegaConf.merge(*section_values, values, texts, {"files": files})
     plain: Any = OmegaConf.to_container(whole, resolve=True)
     return dict(plain)
