@@ -40,11 +40,13 @@ MAX_LENGTH = 2048  # tokens of a packed row, as the published training
 class Step(NamedTuple):
     """One command of the recipe.
 
+    inputs: results of other steps that it reads.
     result: file or folder of the recipe's that it makes; empty: it only runs when it is named.
     command: in the words of run.sh.
     """
 
     name: str
+    inputs: str
     result: str
     command: str
 
@@ -175,7 +177,7 @@ def script_lines(steps: list[Step]) -> str:
     for step in steps:
         # Paths may have spaces.
         words = [f'"{word}"' if "$" in word else word for word in step.command.split()]
-        lines.append(f'step {step.name} "{step.result}" {" ".join(words)}\n')
+        lines.append(f'step {step.name} "{step.inputs}" "{step.result}" {" ".join(words)}\n')
     return "".join(lines)
 
 

@@ -6,6 +6,7 @@ import importlib.metadata
 import json
 import pkgutil
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -17,6 +18,7 @@ from repository import ROOT
 
 from seed_multimodal.cli.init import init
 from seed_multimodal.cli.main import build_parser, main
+from seed_multimodal.cli.recipe import SCRIPT, Step, script_lines
 from seed_multimodal.cli.tiny_parts import write_tiny_encoder, write_tiny_llm
 from seed_multimodal.data.pretokenize.inputs import read_input_settings
 from seed_multimodal.images.transforms import CLIP_MEAN
@@ -168,6 +170,49 @@ def test_small_unclip_decoder_trains_and_reads_the_embedding(tmp_path, capsys):
     assert adapter.config.reads == "embedding"
 
 
+def run_steps(out: Path, length: int, *names: str) -> list[str]:
+    """Of a training, a step that reads its result, and a training from that result: what run.sh
+    logs."""
+    steps = [
+        Step("first", "", "first/$LENGTH", "mkdir -p $OUT/first/$LENGTH"),
+        Step("merge", "first/$LENGTH", "merged", "cp -r $OUT/first/$LENGTH $OUT/merged"),
+        Step("second", "merged", "second/2", "mkdir -p $OUT/second/2"),
+        Step("other", "", "codes/other/done", "mkdir -p $OUT/codes/other/done"),
+    ]
+    head = f'OUT="{out}"\nLENGTH={length}\nSTEPS=" $* "\n'
+    script = head + SCRIPT.read_text() + script_lines(steps)
+    done = subprocess.run(["bash", "-c", script, "run.sh", *names], capture_output=True, text=True)
+    assert done.returncode in (0, 2)
+    return done.stderr.replace(f"{out}/", "").splitlines()
+
+
+@pytest.mark.process
+def test_steps_whose_inputs_changed_run_again(tmp_path):
+    # 1. The first call runs all steps, and the second none.
+    assert run_steps(tmp_path, 5) == ["== first", "== merge", "== second", "== other"]
+    assert all("finished (" in line for line in run_steps(tmp_path, 5))
+
+    # 2. A longer training continues in its folder; what reads it, also indirectly, begins again.
+    remark = "what it reads has changed; its earlier files are in"
+    again = [f"== merge: {remark} merged-{{0}}", "== merge"]
+    again += [f"== second: {remark} second-{{0}}", "== second"]
+    other = "== other: finished (codes/other/done)"
+    assert run_steps(tmp_path, 6) == ["== first", *[line.format(1) for line in again], other]
+    assert sorted(path.name for path in (tmp_path / "first").iterdir()) == ["5", "6"]
+
+    # 3. So does what reads a shorter one, which is there already, or one that was made again.
+    lines = run_steps(tmp_path, 5)
+    assert lines == ["== first: finished (first/5)", *[line.format(2) for line in again], other]
+    shutil.rmtree(tmp_path / "first")
+    lines = run_steps(tmp_path, 5)
+    assert lines == ["== first", *[line.format(3) for line in again], other]
+
+    # 4. Without its inputs no step runs, and an unfinished one runs again.
+    assert run_steps(tmp_path, 7, "merge")[0].startswith("run.sh: step merge reads first/7, which")
+    (tmp_path / ".steps" / "other.unfinished").touch()
+    assert run_steps(tmp_path, 5, "other") == ["== other"]
+
+
 @pytest.mark.process
 def test_run_script_skips_finished_steps_and_runs_named_ones(parts, tmp_path):
     out = write(tmp_path / "my recipe", "--size", "tiny")
@@ -183,7 +228,7 @@ def test_run_script_skips_finished_steps_and_runs_named_ones(parts, tmp_path):
     assert done.returncode == 2
     assert done.stderr.startswith("run.sh: no step sfft; the steps are stage1 stage2")
     # A step that fails ends the script.
-    script = ["bash", str(out / "run.sh"), "merge", "system"]
+    script = ["bash", str(out / "run.sh"), "captions", "chats"]
     done = subprocess.run(script, capture_output=True, text=True, env=environment())
     assert done.returncode == 2
-    assert "system" not in done.stderr.replace("my recipe", "").split("==")[-1]
+    assert "== captions" in done.stderr and "== chats" not in done.stderr
