@@ -8,6 +8,7 @@ import json
 import shutil
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -29,10 +30,14 @@ CHATML_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
 LLM_SIZES = {
     "hidden_size": 128,
     "intermediate_size": 256,
+    "moe_intermediate_size": 64,
     "num_hidden_layers": 2,
     "num_attention_heads": 4,
     "num_key_value_heads": 2,
     "head_dim": 32,
+    "num_experts": 16,
+    "num_local_experts": 16,
+    "n_routed_experts": 16,
     "max_position_embeddings": 512,
 }
 VISION_SIZES = {
@@ -96,11 +101,11 @@ def write_tiny_llm(source: str, texts: Iterable[str], folder: Path) -> None:
     values = shrink(config.to_dict(), LLM_SIZES)
     values |= tokenizer.special_ids
     values["vocab_size"] = -(-tokenizer.vocabulary.n_text // ROWS) * ROWS
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**values))
-    with quiet_loading("transformers"):
-        model.save_pretrained(folder)
+    # One layer of each type: by default a type may stand in each sixth layer only.
+    layer_types = list(dict.fromkeys(getattr(config, "layer_types", None) or ()))
+    if len(layer_types) > 1:
+        values |= {"layer_types": layer_types, "num_hidden_layers": len(layer_types)}
+    save_random(AutoModelForCausalLM, source, values, folder)
 
 
 def write_tiny_encoder(source: str, folder: Path) -> None:
@@ -112,7 +117,7 @@ def write_tiny_encoder(source: str, folder: Path) -> None:
     Raises:
         CheckpointError, ConfigError: no such class, or no such part.
     """
-    from transformers import CONFIG_MAPPING, AutoConfig, AutoModel
+    from transformers import CONFIG_MAPPING, AutoModel
 
     # 1. The configuration.
     candidates = (f"{source}_vision_model", f"{source}_vit", source)
@@ -128,21 +133,30 @@ def write_tiny_encoder(source: str, folder: Path) -> None:
         std = part.preprocessing.std
 
     # 2. The network, and its preprocessing.
+    save_random(AutoModel, source, shrink(network, VISION_SIZES), folder)
+    side = VISION_SIZES["image_size"]
+    size = {"height": side, "width": side}
+    preprocessing = {"image_mean": mean, "image_std": std, "size": size, "resample": 2}
+    (folder / PROCESSOR).write_text(json.dumps(preprocessing), encoding="utf-8")
+
+
+def save_random(auto_class: Any, source: str, config: JsonObject, folder: Path) -> None:
+    """Save a model with random weights. Raises ConfigError: its class cannot have these sizes.
+
+    auto_class: of transformers.
+    """
+    from transformers import AutoConfig
+
     try:
-        config = AutoConfig.for_model(**shrink(network, VISION_SIZES))
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0)
-            model = AutoModel.from_config(config)
+            model = auto_class.from_config(AutoConfig.for_model(**config))
     except (RuntimeError, TypeError, ValueError) as error:
         raise ConfigError(
             f"{source}: no small network of this class can be made ({first_line(error)})."
         ) from error
     with quiet_loading("transformers"):
         model.save_pretrained(folder)
-    side = VISION_SIZES["image_size"]
-    size = {"height": side, "width": side}
-    preprocessing = {"image_mean": mean, "image_std": std, "size": size, "resample": 2}
-    (folder / PROCESSOR).write_text(json.dumps(preprocessing), encoding="utf-8")
 
 
 def shrink(config: JsonObject, sizes: Mapping[str, int]) -> JsonObject:
