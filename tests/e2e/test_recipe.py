@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -9,13 +12,14 @@ import requests
 import torch
 from lavis_runs import environment
 from llm_runs import losses
-from real_processes import run_process
+from real_processes import nothing_stays_behind, processes_with, run_process, wait_until
 from repository import FOX
 from served import Running, body, read
 
 from seed_multimodal import SeedLlama
 from seed_multimodal.cli.main import main
 
+__all__ = ["nothing_stays_behind"]
 N_CODES = 8
 CODEBOOK = 64
 SIZE = (64, 64)
@@ -93,7 +97,40 @@ def test_gguf_of_the_recipe(recipe, tmp_path, seed):
     assert len(fields["tokenizer.ggml.tokens"].contents()) >= len(seed.tokenizer)
 
 
-def test_finished_recipe_runs_nothing_again(recipe):
-    done = run_process(["bash", str(recipe / "run.sh")], env=environment())
-    assert done.returncode == 0
-    assert done.stderr.count("finished (") == 11
+def test_longer_trainings_reach_the_system(recipe):
+    """Nothing else runs again."""
+    script = recipe / "run.sh"
+    text = script.read_text().replace("SFT_STEPS=50", "SFT_STEPS=51")
+    script.write_text(text.replace("DECODER_STEPS=80", "DECODER_STEPS=81"))
+    weights = (recipe / "system/llm/model.safetensors").read_bytes()
+    done = run_process(["bash", str(script)], env=environment())
+    assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stderr.count("finished (") == 7
+    steps = re.findall(r"(?m)^== (\w+)$", done.stderr)
+    assert steps == ["sft", "merge", "decoder", "system"]
+    assert done.stdout.count("resumes from") == 2
+    assert (recipe / "system/llm/model.safetensors").read_bytes() != weights
+
+
+def test_stopped_script_stops_its_training(recipe, nothing_stays_behind):
+    """Stage 2 alone becomes longer; SIGTERM saves it, and the same command resumes."""
+    script = recipe / "run.sh"
+    script.write_text(script.read_text().replace("STAGE2_EPOCHS=2", "STAGE2_EPOCHS=200"))
+    log = recipe / "stage2/stage2.log.jsonl"
+    for _ in range(2):
+        size = log.stat().st_size
+        process = subprocess.Popen(
+            ["bash", str(script)],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            text=True,
+            env=environment(),
+        )
+        nothing_stays_behind.append(process)
+        wait_until(lambda size=size: log.stat().st_size > size, process)
+        process.send_signal(signal.SIGTERM)
+        output, _ = process.communicate(timeout=60)
+        assert process.returncode == 143, output
+        assert "== stage1: finished" in output
+        assert re.search(r"\] resumes from .*stopped by SIGTERM after step", output, re.DOTALL)
+        assert not processes_with(str(recipe))

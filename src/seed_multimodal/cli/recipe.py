@@ -30,10 +30,7 @@ from seed_multimodal.originals import WEIGHT_PATTERNS
 RECIPE = Path(seed.__file__).with_name("recipe.yaml")
 SCRIPT = RECIPE.with_suffix(".sh")
 PART_FILES = (*WEIGHT_PATTERNS, "*.jinja")  # of a hub id
-LLM_ADVICE = "give the folder or hub id of a language model, or --size tiny"
-ENCODER_ADVICE = "give the folder or hub id of a vision encoder, or --size tiny"
-FULL = "full"  # size by default
-N_TEXTS = 400  # captions for a tokenizer of the small recipe
+PART_ADVICE = "give the folder or hub id of a model of transformers, or --size tiny"
 MAX_LENGTH = 2048  # tokens of a packed row, as the published training
 
 
@@ -64,21 +61,7 @@ def write_recipe(args: Namespace) -> tuple[Path, list[Step]]:
     out = output_folder(args.out, force=False, label="the recipe").resolve()
     with atomic_folder(out, args.out, ConfigError) as folder:
         # 1. The parts, and what their configurations say.
-        if args.size == "tiny":
-            llm = folder / "parts/llm"
-            encoder = folder / "parts/encoder"
-            write_tiny_llm(args.llm or "qwen3", tiny_texts(), llm)
-            write_tiny_encoder(args.encoder or "siglip2", encoder)
-            paths = {"llm": str(out / "parts/llm"), "encoder": str(out / "parts/encoder")}
-        else:
-            llm = find_part(args.llm, LLM_ADVICE)
-            encoder = find_part(args.encoder, ENCODER_ADVICE)
-            paths = {"llm": str(llm), "encoder": str(encoder)}
-        tokenizer, sizes = read_parts(llm, encoder, args.codes, args.codebook)
-        tokenizer.save_pretrained(folder / "llm_tokenizer")
         values: JsonObject = {
-            **paths,
-            **sizes,
             "out": str(out),
             "repository": str(repository.resolve().parents[1]),
             "codes": args.codes,
@@ -86,23 +69,36 @@ def write_recipe(args: Namespace) -> tuple[Path, list[Step]]:
             "decoder": args.decoder,
             "adapter": args.adapter,
         }
+        if args.size == "tiny":
+            llm = folder / "parts/llm"
+            encoder = folder / "parts/encoder"
+            write_tiny_llm(args.llm or "qwen3", tiny_texts(), llm)
+            write_tiny_encoder(args.encoder or "siglip2", encoder)
+        else:
+            llm = find_part(args.llm)
+            encoder = find_part(args.encoder)
+            values |= {"llm": str(llm), "encoder": str(encoder)}
+        tokenizer, sizes = read_parts(llm, encoder, args.codes, args.codebook)
+        tokenizer.save_pretrained(folder / "llm_tokenizer")
+        values |= sizes
 
         # 2. The files.
-        recipe = compose(values, args.size or FULL)
+        recipe = compose(values, args.size or "full")
         for name, content in recipe["files"].items():
             text = yaml.safe_dump(content, sort_keys=False, width=100)
             (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
         steps = [Step(*map(str, step)) for step in recipe["steps"]]
         script = recipe["head"] + SCRIPT.read_text(encoding="utf-8") + script_lines(steps)
-        (folder / "run.sh").write_text(script, encoding="utf-8")
-        (folder / "run.sh").chmod(0o755)
+        run_script = folder / "run.sh"
+        run_script.write_text(script, encoding="utf-8")
+        run_script.chmod(0o755)
         (folder / "README.md").write_text(recipe["readme"], encoding="utf-8")
     return out, steps
 
 
-def find_part(name: str, advice: str) -> Path:
+def find_part(name: str) -> Path:
     """A part's folder, or the snapshot of a hub id. Raises CheckpointError: neither exists."""
-    return find_folder(locate(name) or name, PART_FILES, advice).resolve()
+    return find_folder(locate(name) or name, PART_FILES, PART_ADVICE).resolve()
 
 
 def read_parts(
@@ -142,8 +138,7 @@ def tiny_texts() -> list[str]:
     """Captions of the small recipe's data, on which its tokenizer is trained."""
     settings = read_input_settings(read_yaml(RECIPE)["tiny"]["captions"])
     captions = open_file(None, settings.format, options=settings.format_options)
-    n_texts = min(N_TEXTS, sum(captions.sizes))
-    return [str(captions.locate(index).fields["text"]) for index in range(n_texts)]
+    return [str(captions.locate(row).fields["text"]) for row in range(sum(captions.sizes))]
 
 
 def compose(values: JsonObject, size: str) -> JsonObject:
@@ -157,11 +152,11 @@ def compose(values: JsonObject, size: str) -> JsonObject:
 
     # 1. Each file: its base, and the sections' changes.
     section_values = [section.pop("values", {}) for section in sections]
+    root = Path(values["repository"])
     files: JsonObject = {}
     for name in sorted(set().union(*sections)):
         layers = [section[name] for section in sections if name in section]
-        bases = [layer.pop("base") for layer in layers if "base" in layer]
-        published = [read_yaml(Path(values["repository"]) / base) for base in bases]
+        published = [read_yaml(root / layer.pop("base")) for layer in layers if "base" in layer]
         files[name] = OmegaConf.merge(*published, *layers)
 
     # 2. The values in all of them.
@@ -172,8 +167,8 @@ def compose(values: JsonObject, size: str) -> JsonObject:
 
 
 def script_lines(steps: list[Step]) -> str:
-    """The steps as lines of run.sh, after a check of the names in its arguments."""
-    lines = [f"check_names {' '.join(step.name for step in steps)}\n"]
+    """The steps as lines of run.sh, after a check of its arguments."""
+    lines = [f"check_arguments {' '.join(step.name for step in steps)}\n"]
     for step in steps:
         # Paths may have spaces.
         words = [f'"{word}"' if "$" in word else word for word in step.command.split()]

@@ -17,16 +17,24 @@ run() { # ARGUMENTS…
     PYTHONPATH=$REPOSITORY/src exec "$PYTHON" "$@"
 }
 
-check_names() { # NAMES…: the arguments of run.sh must be some of them
+check_arguments() { # NAMES…: the arguments of run.sh must be some of them
     for name in $STEPS; do
         case " $* " in
             *" $name "*) ;;
             *) echo "run.sh: no step $name; the steps are $*" >&2; exit 2 ;;
         esac
     done
+    [ "$STEPS" = "  " ] || return 0
+    for path in $NEEDED; do # before the first of all steps
+        if [ ! -e "$OUT/$path" ] && [ ! -e "$REPOSITORY/$path" ]; then
+            echo "run.sh: $path does not exist; README.md says what it is" >&2
+            exit 2
+        fi
+    done
 }
 
-# Whether the step began with other inputs, or before they were made. INPUTS_FILE names those that it began with.
+# Whether the step began with other inputs, or before they were made: inputs_file names those that it began with, and is as
+# old as its beginning.
 is_outdated() {
     [ "$(cat "$inputs_file")" = "$inputs" ] || return 0
     for input in $inputs; do
@@ -74,7 +82,7 @@ step() { # NAME INPUTS RESULT COMMAND…
         return 0
     fi
 
-    # 2. SIGTERM and Ctrl-C stop the command, whose training then saves a checkpoint.
+    # 2. SIGTERM and Ctrl-C also end the command, and are waited for: a training saves a checkpoint at SIGTERM.
     echo "== $name" >&2
     touch "$inputs_file.unfinished"
     "$@" &
