@@ -32,6 +32,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
     from transformers.utils import ModelOutput
 
+PREPROCESSING_ADVICE = "put that of the vision model there, or give `preprocessing` in the YAML"
 ADVICE = "give the folder or hub id of a transformers vision model"
 NETWORK = "network."
 PATCHED = "siglip2_vision_model"  # reads patches instead of pixels (SigLIP2 NaFlex)
@@ -64,7 +65,7 @@ class HubVisionConfig(VisionConfig):
         network = self.network or read_network(folder)
         preprocessing = self.preprocessing
         if preprocessing is None:
-            preprocessing = read_preprocessing(folder, "give the encoder's `preprocessing`")
+            preprocessing = read_preprocessing(folder, PREPROCESSING_ADVICE)
             # A file of SigLIP2 NaFlex has no image size.
             if network["model_type"] == PATCHED:
                 side = network["patch_size"] * math.isqrt(network["num_patches"])
