@@ -167,7 +167,7 @@ def test_load_vision_encoder_of_wrong_folders(tmp_path):
         load_vision_encoder(tmp_path / "siglip")
 
     (tmp_path / "siglip" / "preprocessor_config.json").unlink()
-    with pytest.raises(ConfigError, match=r"preprocessor_config\.json: no such file; give the"):
+    with pytest.raises(ConfigError, match=r"preprocessor_config\.json: no such file; put that"):
         load_vision_encoder(tmp_path / "siglip")
 
     (tmp_path / "other").mkdir()
