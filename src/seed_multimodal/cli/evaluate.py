@@ -575,13 +575,13 @@ def run_tables(args: Namespace) -> int:
         clip=None if args.clip is None else Path(args.clip),
         judging=judging,
     )
-    suite = Suite(data, partial(_load, args), measure, run)
+    suite = Suite(args.model, data, partial(_load, args), measure, run)
 
     # 3. The table.
     results = run_suite(suite, rows, args.only)
-    model = args.compare or args.model
-    write_suite(results, model, out)
-    print(suite_table(results, model), end="")
+    compared = args.compare or args.model
+    write_suite(suite, results, compared)
+    print(suite_table(results, compared), end="")
     return SOME_FAILED if any(result.bad for result in results) else DONE
 
 

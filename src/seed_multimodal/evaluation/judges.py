@@ -20,7 +20,7 @@ from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.disk import read_json_object
-from seed_multimodal.errors import CheckpointError, first_line
+from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.evaluation.vqa import DIGITS
 from seed_multimodal.pipelines.base import MultimodalSystem
 
@@ -63,9 +63,14 @@ def load_judge(name: str, device: str) -> QuestionJudge:
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     model_type = read_json_object(folder / "config.json").get("model_type")
-    if model_type not in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        raise CheckpointError(f"{folder}: {model_type} is no image-text model, and no system.")
-    return HubJudge(folder, torch.device(device))
+    if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+        return HubJudge(folder, torch.device(device))
+    try:
+        return SystemJudge(name, device)  # of a training's checkpoint
+    except (CheckpointError, ConfigError) as error:
+        raise CheckpointError(
+            f"{folder}: {model_type} is no image-text model, and no system ({first_line(error)})"
+        ) from error
 
 
 class SystemJudge:

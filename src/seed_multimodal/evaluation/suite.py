@@ -15,7 +15,7 @@ from typing import Any
 
 import yaml
 
-from seed_multimodal.disk import JsonObject, read_json_object, replace_text, writing
+from seed_multimodal.disk import JsonObject, replace_text, writing
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError, first_line
 from seed_multimodal.evaluation.answers import Run
@@ -27,6 +27,8 @@ from seed_multimodal.settings import read_settings
 ROWS = Path(__file__).with_name("suite.yaml")
 TOKENIZER = "tokenizer"
 DRAWN = "text2image"
+GENEVAL = "geneval"
+RESULTS = "suite.json"
 NOT_RUN = "not run"
 
 
@@ -66,11 +68,12 @@ class SuiteResult:
 class Suite:
     """The models that run the rows.
 
-    load: the system, which is loaded for the first row that needs it.
+    model: name of the system. load: the system, which is loaded for the first row that needs it.
     measure_tokenizer: a row and its folder → the report.
     run: settings of all runs; `judging` only of drawings that are judged.
     """
 
+    model: str
     data: Path
     load: Callable[[], MultimodalSystem]
     measure_tokenizer: Callable[[SuiteRow, Path], JsonObject]
@@ -96,10 +99,11 @@ def run_suite(
     outcomes: dict[str, JsonObject | str] = {}  # of a run: its summary, or the reason
     results: list[SuiteResult] = []
     systems: list[MultimodalSystem] = []
-    for row in rows:
+    for row, earlier in zip(rows, _earlier_results(suite, rows), strict=True):
         if only and row.kind not in only:
-            outcomes[row.run_name] = _earlier_outcome(suite.run.out / row.run_name)
-        elif row.run_name not in outcomes:
+            results.append(earlier)
+            continue
+        if row.run_name not in outcomes:
             log_line(f"{row.name}: {row.kind} on {suite.data / row.file}")
             outcomes[row.run_name] = _outcome(suite, row, systems)
         outcome = outcomes[row.run_name]
@@ -131,7 +135,7 @@ def _outcome(suite: Suite, row: SuiteRow, systems: list[MultimodalSystem]) -> Js
             truth=suite.data / row.truth if row.truth else None,
             best_of=_num_images(row.kind, suite.run.best_of),
             # Settings that a kind does not read must not keep it from resuming.
-            clip=suite.run.clip if task.is_judged or row.kind == DRAWN else None,
+            clip=suite.run.clip if row.kind in (DRAWN, GENEVAL) else None,
             judging=suite.run.judging if task.is_judged else None,
         )
         samples = read_samples(run)
@@ -151,12 +155,22 @@ def _num_images(kind: str, best_of: int) -> int:
     return best_of if kind == DRAWN else 1
 
 
-def _earlier_outcome(folder: Path) -> JsonObject | str:
-    """What an earlier call has left of a run."""
-    for name in ("summary.json", "report.json"):
-        if (folder / name).is_file():
-            return read_json_object(folder / name)
-    return "not asked for"
+def _earlier_results(suite: Suite, rows: Sequence[SuiteRow]) -> list[SuiteResult]:
+    """What an earlier call with this model and limit has found."""
+    file = suite.run.out / RESULTS
+    entries: list[JsonObject] = []
+    if file.is_file():
+        entries = json.loads(file.read_text(encoding="utf-8"))
+    earlier = {entry["benchmark"]: entry for entry in entries}
+    results: list[SuiteResult] = []
+    for row in rows:
+        entry = earlier.get(row.name, {})
+        if (entry.get("model"), entry.get("limit")) == (suite.model, suite.run.limit):
+            values = (entry["ours"], entry["samples"], entry["bad"], entry["not_run"])
+            results.append(SuiteResult(row, *values))
+        else:
+            results.append(SuiteResult(row, None, reason="not asked for"))
+    return results
 
 
 def _result(row: SuiteRow, outcome: JsonObject | str) -> SuiteResult:
@@ -197,14 +211,20 @@ def suite_table(results: Sequence[SuiteResult], model: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def write_suite(results: Sequence[SuiteResult], model: str, out: Path) -> None:
-    """Write OUT/suite.md and OUT/suite.json. Raises DataError: the disk refuses."""
+def write_suite(suite: Suite, results: Sequence[SuiteResult], compared: str) -> None:
+    """Write OUT/suite.md and OUT/suite.json; `compared`: model of the published figures.
+
+    Raises DataError: the disk refuses.
+    """
+    out = suite.run.out
     entries: list[JsonObject] = []
     for result in results:
-        published = result.row.published.get(model)
+        published = result.row.published.get(compared)
         entries.append(
             {
                 "benchmark": result.row.name,
+                "model": suite.model,
+                "limit": suite.run.limit,
                 "metric": result.row.metric,
                 "ours": result.value,
                 "samples": result.samples,
@@ -216,5 +236,5 @@ def write_suite(results: Sequence[SuiteResult], model: str, out: Path) -> None:
         )
     with writing(out, DataError):
         out.mkdir(parents=True, exist_ok=True)
-        replace_text(out / "suite.md", suite_table(results, model))
-        replace_text(out / "suite.json", json.dumps(entries, indent=1) + "\n")
+        replace_text(out / "suite.md", suite_table(results, compared))
+        replace_text(out / RESULTS, json.dumps(entries, indent=1) + "\n")

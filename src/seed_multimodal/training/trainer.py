@@ -205,8 +205,10 @@ class Trainer:
             yield
             return
         self.ema.swap(self.task.module)
-        yield
-        self.ema.swap(self.task.module)
+        try:
+            yield
+        finally:
+            self.ema.swap(self.task.module)
 
     def log_line(self, *texts: str) -> None:
         """As `ProcessGroup.log`."""

@@ -135,9 +135,9 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
             folder, device=device, dtype=torch_dtype or dtype or "auto", **options
         )
         remember(folder, system)
-        model = cls(config, system)
-        # The Auto classes put it into the configuration.
+        # The Auto classes put it into the configuration, in which the model then puts its default.
         attn_implementation = attn_implementation or config._attn_implementation
+        model = cls(config, system)
         if attn_implementation is not None:
             model.language_model.set_attn_implementation(attn_implementation)
         return model

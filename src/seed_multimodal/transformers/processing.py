@@ -164,12 +164,13 @@ class SeedMultimodalProcessor(ProcessorMixin):
         prompts: list[Prompt] = []
         tasks: list[Task] = []
         for single_text, group in zip(texts, groups, strict=True):
-            if images is not None and BOI in single_text:
+            inputs = input_images(group)
+            if inputs and BOI in single_text:
                 raise RequestError(
                     "The text has its images already: pass tokenize=True and return_dict=True to "
                     "apply_chat_template, and what it returns to generate."
                 )
-            message = Message("raw", _interleaved(single_text, input_images(group)))
+            message = Message("raw", _interleaved(single_text, inputs))
             task, prompt = self._prompt([message], generation_mode, False)
             tasks.append(task)
             prompts.append(prompt)

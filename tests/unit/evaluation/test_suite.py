@@ -104,7 +104,11 @@ def test_suite_runs_what_is_there(data, tiny_folder, tmp_path, capsys):
     # Some kinds again, with settings that they do not read: the others keep their figures.
     more = ["--only", "vqa", "--clip", "nowhere", "--best-of", "2", "--device", "cpu"]
     assert main([*command.split(), *more]) == 1
-    assert capsys.readouterr().out == table.replace("needs --judge", "not asked for")
+    assert capsys.readouterr().out == table
+    # Not those of another limit.
+    other = command.replace("--limit 2", "--limit 1").split()
+    assert main([*other, "--only", "geneval", "--device", "cpu"]) == 0
+    assert "| SEED-Bench (images) | accuracy | not run: not asked for |" in capsys.readouterr().out
     assert main([*command.split(), "--only", "vqq"]) == 2
     assert "not 'vqq' (did you mean 'vqa'?)" in capsys.readouterr().err
 

@@ -280,11 +280,16 @@ def test_a_model_is_saved_into_a_folder_with_checkpoints(pipes, saved):
     pipe.save_pretrained(saved)  # the weights as before, for the tests below
 
 
-def test_attention_of_transformers():
+def test_attention_of_transformers(pipes):
     model = AutoModelForMultimodalLM.from_pretrained(
         ROOT / "pretrained/nano", attn_implementation="eager"
     )
     assert model.language_model.config._attn_implementation == "eager"
+    # The engine's masks are those of this attention.
+    answers = [["a noto fox in a meadow"]]
+    [[eager]] = model.system.likelihoods([FOX], "What is it?", answers)
+    [[default]] = pipes("nano").model.system.likelihoods([FOX], "What is it?", answers)
+    assert eager.log_probs == pytest.approx(default.log_probs, abs=1e-3)
 
 
 def test_quantization_of_transformers():

@@ -31,7 +31,7 @@ class AttentionMasks:
         self.window: int | None = None
         if self._by_layer_type or not layer_types:
             self.window = getattr(config, "sliding_window", None)
-        self._additive = getattr(config, "_attn_implementation", None) == ADDITIVE
+        self._config = config  # the implementation of attention may be changed later
 
     def __call__(
         self, positions: Tensor, span_positions: Tensor, dtype: torch.dtype
@@ -52,7 +52,7 @@ class AttentionMasks:
 
     def _form(self, visible: Tensor, dtype: torch.dtype) -> Tensor:
         """The mask as the attention implementation takes it."""
-        if not self._additive:
+        if getattr(self._config, "_attn_implementation", None) != ADDITIVE:
             return visible
         hidden = torch.finfo(dtype).min
         return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, hidden)

@@ -72,8 +72,9 @@ step() { # NAME INPUTS RESULT COMMAND…
     mkdir -p "$OUT/.steps"
     inputs_file=$OUT/.steps/$name
     [ -e "$inputs_file" ] || echo "$inputs" >"$inputs_file"
+    node=${NODE_RANK:-${INDEX:-0}} # the first one writes for all
     if [ -n "$result" ] && is_outdated; then
-        if [ "${NODE_RANK:-${INDEX:-0}}" = 0 ]; then
+        if [ "$node" = 0 ]; then
             set_aside "$OUT/${result%/*}"
             echo "$inputs" >"$inputs_file"
         fi
@@ -84,11 +85,17 @@ step() { # NAME INPUTS RESULT COMMAND…
 
     # 2. SIGTERM and Ctrl-C also end the command, and are waited for: a training saves a checkpoint at SIGTERM.
     echo "== $name" >&2
-    touch "$inputs_file.unfinished"
+    [ "$node" != 0 ] || touch "$inputs_file.unfinished"
     "$@" &
     child=$!
     trap 'kill "$child"; wait "$child"; exit' INT TERM
     wait "$child"
-    rm -f "$inputs_file.unfinished"
+    [ "$node" != 0 ] || rm -f "$inputs_file.unfinished"
+
+    # 3. A training that was longer before ends without its new result.
+    if [ -n "$result" ] && [ ! -e "$OUT/$result" ]; then
+        echo "run.sh: step $name ended without $OUT/$result; is it shorter than before?" >&2
+        exit 1
+    fi
 }
 

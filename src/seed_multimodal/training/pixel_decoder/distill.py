@@ -120,7 +120,7 @@ class DistillableTask(PixelTask[Module]):
         return type(f"Distillation{cls.__name__}", (DistillationTask, cls), {})
 
     def load_decoder(self, path: str) -> Detokenizer[Any]:
-        """A trained decoder of a folder or hub id."""
+        """A trained decoder, `model.teacher` or `model.start`."""
         raise NotImplementedError
 
     def negatives(self) -> Tensor | None:
