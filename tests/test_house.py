@@ -507,9 +507,9 @@ def test_files_and_functions_stay_small():
 # Size in tokens (see `style_measures`): today's bound, raised only with its reason in the commit,
 # and the aim.
 TOKENS = {
-    "src/seed_multimodal": (322_400, 245_000),
+    "src/seed_multimodal": (322_600, 245_000),
     "src/seed_nano": (53_400, 48_000),
-    "tests": (357_500, 285_000),
+    "tests": (357_600, 285_000),
     "SEED_Tokenizer": (13_000, 12_000),
     "benchmarks": (26_760, 10_000),
 }
