@@ -27,7 +27,7 @@ from seed_multimodal.settings import read_settings
 ROWS = Path(__file__).with_name("suite.yaml")
 TOKENIZER = "tokenizer"
 DRAWN = "text2image"
-GENEVAL = "geneval"
+CLIP_KINDS = (DRAWN, "geneval")  # which read `Run.clip`
 RESULTS = "suite.json"
 NOT_RUN = "not run"
 
@@ -99,9 +99,10 @@ def run_suite(
     outcomes: dict[str, JsonObject | str] = {}  # of a run: its summary, or the reason
     results: list[SuiteResult] = []
     systems: list[MultimodalSystem] = []
-    for row, earlier in zip(rows, _earlier_results(suite, rows), strict=True):
+    earlier = _earlier_entries(suite) if only else {}
+    for row in rows:
         if only and row.kind not in only:
-            results.append(earlier)
+            results.append(_earlier_result(row, earlier.get(row.name)))
             continue
         if row.run_name not in outcomes:
             log_line(f"{row.name}: {row.kind} on {suite.data / row.file}")
@@ -135,7 +136,7 @@ def _outcome(suite: Suite, row: SuiteRow, systems: list[MultimodalSystem]) -> Js
             truth=suite.data / row.truth if row.truth else None,
             best_of=_num_images(row.kind, suite.run.best_of),
             # Settings that a kind does not read must not keep it from resuming.
-            clip=suite.run.clip if row.kind in (DRAWN, GENEVAL) else None,
+            clip=suite.run.clip if row.kind in CLIP_KINDS else None,
             judging=suite.run.judging if task.is_judged else None,
         )
         samples = read_samples(run)
@@ -155,29 +156,31 @@ def _num_images(kind: str, best_of: int) -> int:
     return best_of if kind == DRAWN else 1
 
 
-def _earlier_results(suite: Suite, rows: Sequence[SuiteRow]) -> list[SuiteResult]:
-    """What an earlier call with this model and limit has found."""
+def _earlier_entries(suite: Suite) -> dict[str, JsonObject]:
+    """What an earlier call with this model and limit has written, by the rows' names."""
     file = suite.run.out / RESULTS
-    entries: list[JsonObject] = []
-    if file.is_file():
-        entries = json.loads(file.read_text(encoding="utf-8"))
-    earlier = {entry["benchmark"]: entry for entry in entries}
-    results: list[SuiteResult] = []
-    for row in rows:
-        entry = earlier.get(row.name, {})
-        if (entry.get("model"), entry.get("limit")) == (suite.model, suite.run.limit):
-            values = (entry["ours"], entry["samples"], entry["bad"], entry["not_run"])
-            results.append(SuiteResult(row, *values))
-        else:
-            results.append(SuiteResult(row, None, reason="not asked for"))
-    return results
+    if not file.is_file():
+        return {}
+    entries: dict[str, JsonObject] = {}
+    for entry in json.loads(file.read_text(encoding="utf-8")):
+        if (entry["model"], entry["limit"]) == (suite.model, suite.run.limit):
+            entries[entry["benchmark"]] = entry
+    return entries
+
+
+def _earlier_result(row: SuiteRow, entry: JsonObject | None) -> SuiteResult:
+    """The result of a row that is not run."""
+    if entry is None:
+        return SuiteResult(row, None, reason="not asked for")
+    return SuiteResult(row, entry["ours"], entry["samples"], entry["bad"], entry["not_run"])
 
 
 def _result(row: SuiteRow, outcome: JsonObject | str) -> SuiteResult:
     """The figure of a row in the summary of its run."""
     if isinstance(outcome, str):
         return SuiteResult(row, None, reason=outcome)
-    # 1. A figure of samples that were there.
+
+    # 1. Without usable samples there is no figure.
     samples: int = outcome.get("samples") or outcome.get("n", 0)
     bad: int = outcome.get("bad", 0)
     if bad and bad == samples:

@@ -14,7 +14,7 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -176,9 +176,7 @@ class GenEval2(AskedDrawings):
         results: list[JsonObject] = []
         captions: list[list[str]] = []
         # 1. Values of each image, also by the kinds of its questions.
-        n_images = most_images(line["probabilities"] for line in lines if "probabilities" in line)
-        for index, (sample, line) in enumerate(zip(samples, lines, strict=True)):
-            rows = line.get("probabilities", [[0.0] * len(sample.questions)] * n_images)
+        for index, (sample, line, rows) in enumerate(judged_images(samples, lines)):
             results.append({"prompt": sample.caption, "scores": rows})
             captions.append([] if "bad" in line else [f"{_geometric_mean(rows[0]):.2f}"])
             for row in rows:
@@ -200,6 +198,16 @@ class GenEval2(AskedDrawings):
             "gm_per_atoms": _means(by_atoms),
         }
         return Scores(results, values)
+
+
+def judged_images(
+    samples: Sequence[QuestionPrompt], lines: Sequence[Line]
+) -> Iterator[tuple[QuestionPrompt, Line, list[list[float]]]]:
+    """Each prompt with its line, and the probabilities of each image; without image: 0."""
+    n_images = most_images(line["probabilities"] for line in lines if "probabilities" in line)
+    for sample, line in zip(samples, lines, strict=True):
+        missing = [[0.0] * len(sample.questions)] * n_images
+        yield sample, line, line.get("probabilities", missing)
 
 
 def _geometric_mean(row: Sequence[float]) -> float:
@@ -291,9 +299,7 @@ class DpgBench(AskedDrawings):
         detailed: dict[str, list[float]] = {}
         results: list[JsonObject] = []
         captions: list[list[str]] = []
-        n_images = most_images(line["probabilities"] for line in lines if "probabilities" in line)
-        for index, (sample, line) in enumerate(zip(samples, lines, strict=True)):
-            rows = line.get("probabilities", [[0.0] * len(sample.questions)] * n_images)
+        for index, (sample, line, rows) in enumerate(judged_images(samples, lines)):
             scores = [dpg_score(sample.questions, row) for row in rows]
             results.append({"item_id": sample.key, "scores": scores, "probabilities": rows})
             captions.append([] if "bad" in line else [f"{scores[0]:.2f}"])
