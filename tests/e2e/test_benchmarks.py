@@ -198,7 +198,7 @@ def troubled_lines(program: str, arguments: str, python: str = sys.executable) -
 
 @pytest.mark.process
 @pytest.mark.slow
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_chaos_answers_as_alone_under_faults_and_a_kill():
     options = "--models pretrained/nano --minutes 0.1 --clients 4 --count 1 --device cpu"
     (results,) = troubled_lines("chaos", options)
@@ -219,7 +219,7 @@ def test_chaos_excuses_memory_by_its_status_alone(monkeypatch):
 
 @pytest.mark.process
 @pytest.mark.slow
-@pytest.mark.soak
+@pytest.mark.nightly
 def test_kills_leave_the_weights_of_an_unbroken_run():
     results = troubled_lines("kills", "--count 2 --trainers llm", warm_python.PYTHON)
     assert len(results) == 2  # one process, and two
