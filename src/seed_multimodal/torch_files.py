@@ -1,133 +1,90 @@
-"""Weights in torch files (`.pt`, `.pth`, `.bin`, `.ckpt`), whose pickles this process never reads.
-
-A child process (`torch_index`) reads the pickle and answers where the tensors lie; here their bytes
-are mapped or copied from the file. Nothing is written, whatever the file's size and whether or not
-its folder is writable.
-
-On Linux (x86-64, Arm) the child has no network, can open, write and remove no file and start no
-program; it has half a gigabyte of memory and a minute of processor time. On other systems time and
-output are limited only. Everywhere the names in the pickle resolve to inert functions, and the
-environment with its tokens stays here.
+"""Torch files (`.pt`, `.pth`, `.bin`, `.ckpt`), read by torch's restricted unpickler: it builds
+tensors and plain values, and calls no function of the file.
 """
 
 from __future__ import annotations
 
-import json
-import math
-import mmap
-import os
-import subprocess
-import sys
-import tempfile
+import pickle
+import pickletools
+import zipfile
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from seed_multimodal import torch_index
 from seed_multimodal.errors import CheckpointError, first_line
 
-TIMEOUT = 600.0  # seconds; a slow disk counts here, and not as the child's processor time
-ALIGNMENT = 16  # of storages that are mapped; old files have them at any position
-# A tensor in the child's answer: dtype, position and bytes of its storage in the file; offset, size
-# and stride in it.
-IndexEntry = tuple[str, int, int, int, list[int], list[int]]
+WRAPPERS = ("model", "state_dict", "module")  # keys under which files have their tensors, nested
 
 
-def read_torch_file(
-    file: Path, mapped: bool = False, placeholders: bool = False
-) -> dict[str, Tensor]:
-    """The tensors of a torch file, on the CPU; wrappers like `{"model": …}` are removed.
+class Placeholder:
+    """In place of an object of an unknown class: accepts any arguments and state, does nothing."""
+
+    def __init__(self, *arguments: object, **keywords: object) -> None:
+        pass
+
+    def __setstate__(self, state: object) -> None:
+        pass
+
+
+def read_torch_content(file: Path, mapped: bool = False, placeholders: bool = False) -> Any:
+    """What `torch.save` has written, on the CPU.
 
     mapped: memory-mapped: the file must not be overwritten in place. Changes of the tensors do not
-    reach it.
-    placeholders: ignore objects of unknown classes, which otherwise are an error.
+    reach it. Files of torch before 1.6, which are no zip archives, are copied.
+    placeholders: replace objects of unknown classes, which otherwise are an error.
 
-    Raises CheckpointError: damaged or unsafe.
+    Raises CheckpointError: missing, damaged or unsafe.
     """
     try:
-        with open(file, "rb") as handle:
-            answer = _index(handle, placeholders)
-            if "unsafe" in answer:
-                raise CheckpointError(
-                    f"{file}: rejected, because it has unsafe pickle content ({answer['unsafe']}); "
-                    f"re-save it as safetensors from a source you trust."
-                )
-            if "tensors" not in answer:
-                raise ValueError(answer.get("damaged"))
-            content = mmap.mmap(handle.fileno(), 0, access=mmap.ACCESS_COPY)
-        return _views(torch.frombuffer(content, dtype=torch.uint8), answer["tensors"], mapped)
-    except (
-        OSError,
-        ValueError,
-        TypeError,
-        RuntimeError,
-        OverflowError,
-        subprocess.TimeoutExpired,
-    ) as error:
+        is_zip = zipfile.is_zipfile(file)
+        unknown_names = _unknown_names(file, is_zip) if placeholders else []
+        with safe_globals([(Placeholder, name) for name in unknown_names]):
+            return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped and is_zip)
+    except pickle.UnpicklingError as error:
+        raise CheckpointError(
+            f"{file}: rejected, because it has unsafe pickle content or is damaged; re-save it as "
+            "safetensors from a source you trust."
+        ) from error
+    except Exception as error:  # torch's reader raises errors of many types for wrong bytes
         raise CheckpointError(
             f"{file}: not a complete weights file ({first_line(error)})."
         ) from error
 
 
-def _index(handle: BinaryIO, placeholders: bool) -> dict[str, Any]:
-    """The child's answer for an open file."""
-    command = [sys.executable, "-I", "-S", torch_index.__file__]
-    if placeholders:
-        command.append("--placeholders")
-    # A Python outside of the system's folders may need its libraries.
-    environment = {}
-    if "LD_LIBRARY_PATH" in os.environ:
-        environment["LD_LIBRARY_PATH"] = os.environ["LD_LIBRARY_PATH"]
-    with tempfile.TemporaryFile() as output:
-        child = subprocess.run(
-            command,
-            stdin=handle,
-            stdout=output,
-            stderr=subprocess.DEVNULL,
-            env=environment,
-            timeout=TIMEOUT,
-        )
-        if child.returncode:
-            raise ValueError(f"its reader was stopped: {child.returncode}")
-        output.seek(0)
-        answer = json.loads(output.read())
-    if not isinstance(answer, dict):
-        raise ValueError("its reader gave no answer")
-    return answer
+def _unknown_names(file: Path, is_zip: bool) -> list[str]:
+    """Names of functions and classes in a file's pickles that torch does not allow."""
+    if is_zip:
+        return get_unsafe_globals_in_checkpoint(file)
+    # torch lists them for zip archives only. Names that it allows do no harm here: it looks for
+    # them before it looks for replacements.
+    names: set[str] = set()
+    with open(file, "rb") as handle:
+        for _ in range(4):  # magic number, protocol, system, content
+            for opcode, argument, _ in pickletools.genops(handle):
+                if opcode.name == "GLOBAL":
+                    names.add(str(argument).replace(" ", "."))
+    return sorted(names)
 
 
-def _views(content: Tensor, index: dict[str, IndexEntry], mapped: bool) -> dict[str, Tensor]:
-    """Tensors by name in the mapped file, or in copies of it.
+def read_torch_file(
+    file: Path, mapped: bool = False, placeholders: bool = False
+) -> dict[str, Tensor]:
+    """The tensors in a torch file; wrappers like `{"model": …}` are removed.
 
-    Raises ValueError, TypeError: not inside the file.
+    Arguments and errors are those of `read_torch_content`.
     """
-    whole = content.untyped_storage()
-    storages: dict[tuple[int, int], torch.UntypedStorage] = {}
-    tensors = {}
-    for name, entry in index.items():
-        # 1. The child may have been taken over by the file: its answer is checked, too.
-        dtype_name, position, nbytes, offset, size, stride = entry
-        numbers = [position, nbytes, offset, *size, *stride]
-        if not all(type(number) is int and number >= 0 for number in numbers):
-            raise ValueError(f"tensor {name!r} has no valid place")
-        if dtype_name not in torch_index.ITEM_SIZES or len(size) != len(stride):
-            raise ValueError(f"tensor {name!r} has no valid type")
-        dtype = getattr(torch, dtype_name)
-        n_elements = 0
-        if math.prod(size):
-            n_elements = offset + 1
-            for length, step in zip(size, stride, strict=True):
-                n_elements += (length - 1) * step
-        if position + nbytes > len(content) or n_elements * dtype.itemsize > nbytes:
-            raise ValueError(f"tensor {name!r} ends after the file")
-
-        # 2. Tensors of one storage share it.
-        place = (position, nbytes)
-        if place not in storages:
-            storage = whole[position : position + nbytes]
-            is_view = mapped and position % ALIGNMENT == 0
-            storages[place] = storage if is_view else storage.clone()
-        tensors[name] = torch.empty(0, dtype=dtype).set_(storages[place], offset, size, stride)
+    content = read_torch_content(file, mapped, placeholders)
+    if isinstance(content, Tensor):
+        return {"": content}
+    for wrapper in WRAPPERS:
+        if isinstance(content, dict) and isinstance(content.get(wrapper), dict):
+            content = content[wrapper]
+    # Other values are such as the step of a training's checkpoint.
+    tensors: dict[str, Tensor] = {}
+    for name, value in content.items() if isinstance(content, dict) else ():
+        if isinstance(name, str) and isinstance(value, Tensor):
+            tensors[name] = value
     return tensors

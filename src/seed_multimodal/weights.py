@@ -1,5 +1,4 @@
-"""Reading and writing weights: safetensors, or torch files through `torch_files`, whose pickles are
-read in a confined process.
+"""Reading and writing weights: safetensors, or torch files through `torch_files`.
 
 All state dicts are loaded by `assign_strictly`. Missing tensors or other shapes raise an error;
 unknown tensors raise an error in our own files and are ignored with a warning in `foreign` ones.
@@ -11,12 +10,10 @@ import errno
 import fnmatch
 import math
 import os
-import pickle
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError
@@ -25,10 +22,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.disk import atomic_path, read_json_object
 from seed_multimodal.errors import CheckpointError, SeedWarning, first_line, pluralize
-from seed_multimodal.torch_files import read_torch_file
-
-if TYPE_CHECKING:
-    from transformers import PreTrainedConfig
+from seed_multimodal.torch_files import read_torch_content, read_torch_file
 
 # Names in a model's folder, in order of preference: the index of several files, and a single one.
 INDEX_FILES = ("model.safetensors.index.json", "pytorch_model.bin.index.json")
@@ -126,49 +120,9 @@ def missing_weights(folder: Path, name: str = "model.safetensors") -> Path | Non
     return folder / name
 
 
-def has_torch_files_only(folder: Path) -> bool:
-    """Whether a library's `from_pretrained` would unpickle the weights of a folder."""
-    return any(folder.glob("*.bin")) and not any(folder.glob("*.safetensors"))
-
-
-def load_pretrained(
-    model_class: Any, folder: str | Path, config: PreTrainedConfig, **options: Any
-) -> Any:
-    """`model_class.from_pretrained(folder, …)` of transformers, also for an Auto class; torch
-    files, which transformers would unpickle itself, are read by `torch_files`.
-
-    Raises CheckpointError: of torch files, a missing, damaged or unsafe one.
-    """
-    path = Path(folder)
-    if not has_torch_files_only(path):
-        return model_class.from_pretrained(folder, config=config, use_safetensors=True, **options)
-    missing = missing_weights(path)
-    if missing is not None:
-        raise CheckpointError(f"{missing}: no such weights file.")
-    # Auto classes accept no tensors, but choose the class that does.
-    if hasattr(model_class, "from_config"):
-        with torch.device("meta"):
-            model_class = type(model_class.from_config(config))
-    tensors = load_checkpoint(path)
-    return model_class.from_pretrained(None, config=config, state_dict=tensors, **options)
-
-
 def read_training_state(file: Path) -> Mapping[str, object]:
-    """The mapping in a torch file that a training saved to be resumed: it holds more than tensors,
-    and is read here with `weights_only=True`.
-
-    Raises CheckpointError: missing, damaged or unsafe.
-    """
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{file}: rejected, because it has unsafe pickle content or is damaged."
-        ) from error
-    except Exception as error:  # torch's reader raises errors of many types for wrong bytes
-        raise CheckpointError(
-            f"{file}: not a complete training state ({first_line(error)})."
-        ) from error
+    """The mapping in a torch file that a training saved to be resumed. Raises CheckpointError."""
+    content = read_torch_content(file)
     return content if isinstance(content, Mapping) else {}
 
 

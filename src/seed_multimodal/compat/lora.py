@@ -8,10 +8,9 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.hub import local_folder
 from seed_multimodal.training.llm.model import add_embedding_rows, fit_vocabulary
-from seed_multimodal.weights import has_torch_files_only, load_checkpoint
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -68,7 +67,7 @@ def _with_lora(
     model: PreTrainedModel, peft_config: LoraConfig | None, model_id: str | None
 ) -> PeftModel:
     """A new LoRA, or a trained one from a folder or hub name."""
-    from peft import LoraConfig, PeftModel, get_peft_model, set_peft_model_state_dict
+    from peft import PeftModel, get_peft_model
 
     if (peft_config is None) == (model_id is None):
         raise ConfigError(
@@ -76,12 +75,7 @@ def _with_lora(
         )
     if model_id is None:
         return get_peft_model(model, peft_config)
-    folder = local_folder(model_id)
-    if folder is None or not has_torch_files_only(folder):
-        return PeftModel.from_pretrained(model, folder or model_id)
-
-    # PEFT would unpickle the file itself.
-    stored_config = LoraConfig.from_pretrained(folder, inference_mode=True)
-    adapted = get_peft_model(model, stored_config)
-    set_peft_model_state_dict(adapted, load_checkpoint(folder / "adapter_model.bin"))
-    return adapted
+    try:
+        return PeftModel.from_pretrained(model, local_folder(model_id) or model_id)
+    except Exception as error:  # noqa: BLE001  (damaged and unsafe files raise many types)
+        raise CheckpointError(f"{model_id}: no complete LoRA ({first_line(error)}).") from error

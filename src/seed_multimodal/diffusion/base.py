@@ -58,9 +58,6 @@ from seed_multimodal.errors import (
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.settings import nearest, read_settings, setting
 from seed_multimodal.weights import (
-    has_torch_files_only,
-    load_checkpoint,
-    load_pretrained,
     missing_weights,
     refuse_tensors,
 )
@@ -468,10 +465,10 @@ class Detokenizer(Generic[Settings]):
         try:
             with quiet_loading("diffusers", "transformers"), warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)
+                options: dict[str, Any] = {"local_files_only": True}
                 if is_network:
-                    loaded = _read_network(part_class, part_folder, dtype)
-                else:
-                    loaded = part_class.from_pretrained(part_folder, local_files_only=True)
+                    options |= {"torch_dtype": dtype, "output_loading_info": True}
+                loaded = part_class.from_pretrained(part_folder, **options)
         except Exception as error:  # noqa: BLE001  (damaged files end in errors of a dozen classes)
             raise CheckpointError(
                 f"{folder}: not a complete {cls.label} folder ({first_line(error)}); "
@@ -486,29 +483,6 @@ class Detokenizer(Generic[Settings]):
         if name in ("unet", "denoiser"):
             part.register_to_config(_name_or_path="")  # do not save local paths
         return part.eval()
-
-
-def _read_network(
-    part_class: Any, folder: Path, dtype: torch.dtype | None
-) -> tuple[Any, dict[str, Any]]:
-    """A network of transformers or diffusers, and the libraries' loading information."""
-    from transformers import PreTrainedModel
-
-    options = {"torch_dtype": dtype, "output_loading_info": True, "local_files_only": True}
-    if issubclass(part_class, PreTrainedModel):
-        config = part_class.config_class.from_pretrained(folder)
-        network, info = load_pretrained(part_class, folder, config, **options)
-        return network, info
-    if not has_torch_files_only(folder):
-        network, info = part_class.from_pretrained(folder, use_safetensors=True, **options)
-        return network, info
-
-    # diffusers would unpickle torch files itself.
-    network = part_class.from_config(part_class.load_config(folder, local_files_only=True))
-    state = load_checkpoint(folder)
-    network._fix_state_dict_keys_on_load(state)  # earlier names of attention layers
-    missing = network.load_state_dict(state, strict=False).missing_keys
-    return network.to(dtype), {"missing_keys": missing}
 
 
 def scheduler_class(config: JsonObject, label: str | Path) -> Any:

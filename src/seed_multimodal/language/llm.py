@@ -25,7 +25,7 @@ from seed_multimodal.language.text_tokenizer import HUB_TOKENIZER, SpecialIds, T
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.originals import part_of
 from seed_multimodal.progress import quiet_loading
-from seed_multimodal.weights import load_pretrained, refuse_tensors, warn_tensors
+from seed_multimodal.weights import refuse_tensors, warn_tensors
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedConfig, TorchAoConfig
@@ -205,10 +205,9 @@ def load_llm(
     model: Any
     try:
         with quiet_loading("transformers"):
-            model, report = load_pretrained(
-                AutoModelForCausalLM,
+            model, report = AutoModelForCausalLM.from_pretrained(
                 folder_or_id,
-                config,
+                config=config,
                 dtype=dtype,
                 generation_config=generation_config,
                 output_loading_info=True,

@@ -14,11 +14,11 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_seed1
 import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from tiny.seed import loud, seed1_config
 
 from seed_multimodal.compat.seed_llama_programs import recon_script
 from seed_multimodal.diffusion.base import empty_prompt
@@ -173,7 +173,8 @@ class Evil:
 def test_single_file_runs_nothing(tmp_path, original: Path, monkeypatch):
     monkeypatch.setenv("EVIL", str(tmp_path / "made"))
     torch.save({"state_dict": golden_tensors(), "callbacks": Evil()}, tmp_path / "evil.ckpt")
-    load_single_file(tmp_path / "evil.ckpt", torch.float32, original / "tiny.yaml")
+    with pytest.raises(CheckpointError, match=r"evil\.ckpt"):
+        load_single_file(tmp_path / "evil.ckpt", torch.float32, original / "tiny.yaml")
     assert not (tmp_path / "made").exists()
 
 
@@ -196,8 +197,8 @@ def test_single_file_of_another_kind(tmp_path, original: Path):
 def test_recon_finds_the_original_file(original: Path, tmp_path):
     """`sd-v1-4.ckpt` next to the tokenizer, as the original demo has it."""
     torch.manual_seed(0)
-    wide = replace(tiny_seed1.config(), text_tokens=77, text_features_dim=32)
-    tiny_seed1.loud(Seed1Tokenizer(wide)).eval().save_pretrained(tmp_path / "pretrained")
+    wide = replace(seed1_config(), text_tokens=77, text_features_dim=32)
+    loud(Seed1Tokenizer(wide)).eval().save_pretrained(tmp_path / "pretrained")
     (tmp_path / "pretrained" / "sd-v1-4.ckpt").symlink_to(original / "sd-v1-4.ckpt")
     out = tmp_path / "out"
     Image.new("RGB", (20, 20), "red").save(tmp_path / "red.png")

@@ -18,7 +18,7 @@ from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.hub import find_folder
 from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS, read_encoder_link
 from seed_multimodal.progress import quiet_loading
-from seed_multimodal.weights import load_pretrained, load_state_dict, refuse_tensors
+from seed_multimodal.weights import load_state_dict, refuse_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -183,13 +183,11 @@ def _load_clip(
         config.projection_dim = values.get("projection_dim", config.projection_dim)
         with quiet_loading("transformers"):
             options = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
-            if state is None:
-                model, info = load_pretrained(model_class, folder, config, **options)
-            else:
-                model, info = model_class.from_pretrained(
-                    None, config=config, state_dict=state, **options
-                )
-    except (OSError, ValueError, RuntimeError) as error:
+            source = folder if state is None else None
+            model, info = model_class.from_pretrained(
+                source, config=config, state_dict=state, **options
+            )
+    except Exception as error:  # noqa: BLE001  (damaged and unsafe files raise many types)
         raise CheckpointError(
             f"{folder}: not a complete CLIP ({first_line(error)}); {CLIP_ADVICE}."
         ) from error

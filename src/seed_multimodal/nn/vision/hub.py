@@ -26,7 +26,7 @@ from seed_multimodal.nn.pretrained import CONFIG
 from seed_multimodal.nn.vision.base import State, VisionConfig, VisionEncoder
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.settings import setting
-from seed_multimodal.weights import load_pretrained, refuse_tensors
+from seed_multimodal.weights import refuse_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -130,15 +130,14 @@ class HubVisionConfig(VisionConfig):
         folder = find_folder(source, (CONFIG, "*.safetensors", "*.bin", "*.index.json"), ADVICE)
         try:
             with quiet_loading("transformers"):
-                network, info = load_pretrained(
-                    AutoModel,
+                network, info = AutoModel.from_pretrained(
                     folder,
-                    self.transformers_config(),
+                    config=self.transformers_config(),
                     dtype="auto",
                     local_files_only=True,
                     output_loading_info=True,
                 )
-        except (OSError, ValueError, RuntimeError) as error:
+        except Exception as error:  # noqa: BLE001  (damaged and unsafe files raise many types)
             raise CheckpointError(
                 f"{folder}: no complete vision model ({first_line(error)})."
             ) from error
