@@ -1,4 +1,4 @@
-"""Fixtures of several packages: tiny random systems (tests/support/tiny_*.py), each built once per
+"""Fixtures of several packages: tiny random systems (tests/support/tiny), each built once per
 session.
 
 Tests copy a system before they change it. A test that starts a process needs the marker `process`,
@@ -15,12 +15,11 @@ from pathlib import Path
 import pytest
 
 import seed_multimodal  # noqa: F401  (before transformers: it sets HF_HUB_OFFLINE)
-from seed_multimodal import torch_index
 
 os.environ.pop("PYTHONUNBUFFERED", None)  # programs flush each line when piped without it, too
 PROCESSES = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system")
 # Programs that reports call for the commit and the processor, in milliseconds.
-FOR_REPORTS = (("git",), ("uname",))
+FOR_REPORTS = ("git", "uname")
 started: list[str] = []
 
 
@@ -28,12 +27,13 @@ def pytest_configure() -> None:
     """Record each process that is started."""
 
     def note(event: str, arguments: tuple) -> None:
-        if event not in PROCESSES or arguments[:1] in FOR_REPORTS or is_importing():
+        if event not in PROCESSES or is_importing():
             return
-        # The reader of torch files takes 50 ms.
-        command = arguments[1] if event == "subprocess.Popen" else ()
-        if torch_index.__file__ not in command:
-            started.append(f"{event} {arguments[:1]}")
+        # The first argument is the program or its path, as text or bytes; a fork has none. On
+        # Python 3.13 subprocess raises os.posix_spawn, too, for programs given by their path.
+        program = os.fsdecode(arguments[0]) if arguments else ""
+        if os.path.basename(program) not in FOR_REPORTS:
+            started.append(f"{event} {program}")
 
     sys.addaudithook(note)
 
@@ -70,9 +70,9 @@ def pytest_runtest_call(item: pytest.Item) -> Iterator[None]:
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory) -> Path:
     # Found through `pythonpath` in pyproject.toml; slow to import, so only where it is used.
-    import tiny_system
+    from tiny.seed import build_seed_llama
 
-    return tiny_system.build(tmp_path_factory.mktemp("tiny_system"))
+    return build_seed_llama(tmp_path_factory.mktemp("tiny_system"))
 
 
 @pytest.fixture(scope="session")
@@ -85,9 +85,9 @@ def tiny(tiny_folder: Path):
 @pytest.fixture(scope="session")
 def tiny_x_folder(tmp_path_factory) -> Path:
     """An instruction-tuned SEED-X with a de-tokenizer of the second stage."""
-    import tiny_seed_x
+    from tiny.seed_x import build_seed_x
 
-    return tiny_seed_x.build(tmp_path_factory.mktemp("tiny_seed_x"), stage=2)
+    return build_seed_x(tmp_path_factory.mktemp("tiny_seed_x"), stage=2)
 
 
 @pytest.fixture(scope="session")
@@ -99,9 +99,9 @@ def tiny_x(tiny_x_folder: Path):
 
 @pytest.fixture(scope="session")
 def tiny_lavit_folder(tmp_path_factory) -> Path:
-    import tiny_lavit
+    from tiny.lavit import build_lavit
 
-    return tiny_lavit.build(tmp_path_factory.mktemp("tiny_lavit"))
+    return build_lavit(tmp_path_factory.mktemp("tiny_lavit"))
 
 
 @pytest.fixture(scope="session")
