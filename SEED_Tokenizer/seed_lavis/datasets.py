@@ -209,7 +209,8 @@ def mixed_order(
     for owner, part in zip(owners, parts, strict=True):
         weights.append(ratios.get(owner, 1.0) * len(part) / totals[owner])
     sizes = [len(part) for part in parts]
-    return MixedOrder(sizes, weights, seed, layouts=[part.layout for part in parts])
+    shard_sizes = [part.shard_sizes for part in parts]
+    return MixedOrder(sizes, weights, seed, shard_sizes=shard_sizes)
 
 
 def to_device(

@@ -16,7 +16,6 @@ import numpy as np
 from seed_multimodal.config import load_yaml
 from seed_multimodal.data.decoders import find_decoder
 from seed_multimodal.data.decoders.base import Decoder, SeededRandom
-from seed_multimodal.data.formats.layout import GROUP_CACHE_BYTES
 from seed_multimodal.data.formats.record import JsonObject
 from seed_multimodal.data.stream.config import LlmDataSettings, read_data_settings
 from seed_multimodal.data.stream.mixture import BROKEN, Mixture, OpenedSource, SkippedRecord
@@ -42,7 +41,6 @@ class SourceReport:
     lengths: list[int] = field(default_factory=list)  # tokens of each sequence
     skipped: Counter[tuple[str, str]] = field(default_factory=Counter)  # by kind and reason
     first: list[str] = field(default_factory=list)  # messages of the first skipped records
-    largest_group: int = 0  # bytes of the largest row group of a table
     # Control words in texts; all image codes count as one.
     control_words: Counter[str] = field(default_factory=Counter)
 
@@ -78,7 +76,6 @@ class SourceReport:
             "first": self.first,
             "skipped": skipped,
             "control_words": dict(self.control_words),
-            "largest_group_bytes": self.largest_group,
         }
 
     def lines(self) -> list[str]:
@@ -92,15 +89,6 @@ class SourceReport:
         for (kind, reason), count in self.skipped.most_common():
             lines.append(f"  {kind}: {reason} {count:,}")
         lines += [f"    {message}" for message in self.first]
-
-        # Warnings.
-        if self.largest_group > GROUP_CACHE_BYTES:
-            lines.append(
-                f"  warning: row groups of up to {self.largest_group >> 20:,} MiB are larger than "
-                f"the cache of a data worker ({GROUP_CACHE_BYTES >> 20} MiB): they take more "
-                "memory, and samples are shuffled only within one of them; write the table again "
-                "with row_group_size=100"
-            )
         if self.control_words:
             counts = [f"{word} {count:,}" for word, count in self.control_words.most_common()]
             lines.append(
@@ -145,8 +133,7 @@ def check_sources(
     for source in mixture.sources:
         size = source.size
         count = min(size, records)
-        largest_group = int(source.records.layout.group_bytes.max())
-        report = SourceReport(source.name, size, count, largest_group=largest_group)
+        report = SourceReport(source.name, size, count)
         with Progress(source.name, count, "record", delay=1, log=log_line) as bar:
             for index in range(count):
                 _check_record(source, index * size // count, tokenizer, report)

@@ -6,14 +6,11 @@ import json
 from collections.abc import Callable
 from typing import Any
 
-import pyarrow
-import pyarrow.parquet
 from data_files import jpeg, lines
 from omegaconf import OmegaConf
 from repository import ROOT
 
 from seed_multimodal.cli.main import main
-from seed_multimodal.data import check
 from seed_multimodal.data.check import check_sources
 from seed_multimodal.data.stream.config import read_data_settings
 
@@ -95,20 +92,3 @@ def test_check_sources_with_images(tmp_path):
     (report,) = check_sources(settings, str(tmp_path / "words"))
     assert report.records == 2 and len(report.lengths) == 1 and report.broken == 1
     assert "1.jpg" in report.first[0]
-
-
-def test_check_sources_of_large_row_groups(tmp_path, monkeypatch):
-    table = pyarrow.table({"text": [f"number {index} " * 9 for index in range(2000)]})
-    pyarrow.parquet.write_table(table, tmp_path / "a.parquet", use_dictionary=False)
-    settings = read_data_settings(
-        {"sources": [{"files": str(tmp_path / "a.parquet"), "decoder": "pretrain.text"}]}
-    )
-    (report,) = check_sources(settings, str(WORDS), records=2)
-    assert report.largest_group > 200_000 and not any(
-        "row groups" in line for line in report.lines()
-    )
-    monkeypatch.setattr(check, "GROUP_CACHE_BYTES", 100_000)
-    assert any(
-        "warning: row groups of up to 0 MiB are larger than the cache" in line
-        for line in report.lines()
-    )

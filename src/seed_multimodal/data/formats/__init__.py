@@ -9,7 +9,7 @@ pairs              `open_pairs`: image-caption pairs
 tar, jsonl, parquet, images    a reader for each format; `shards` writes tars
 conversations      fields of a conversation → `messages`
 images             fields of an image and its caption → content, path, texts
-index, storage, open_files, layout    stored indexes, remote files, open files, order of reads
+index, storage, open_files    stored indexes, remote files, open files
 """
 
 from seed_multimodal.data.formats.pairs import Pair, PairKeys, Pairs, open_pairs

@@ -1,7 +1,7 @@
-"""The index of a data file: offsets of its records, in one `.npz`.
+"""The index of a data file: offsets of its records, in one local `.npz`.
 
-next to the file:   FOLDER/.seed-index/NAME.npz, written by `seed data index`, or at the first use
-elsewhere:         SEED_INDEX_DIR, or ~/.cache/seed-multimodal/index for remote files
+It is in SEED_INDEX_DIR, else of local files in FOLDER/.seed-index/NAME.npz, of remote ones in
+~/.cache/seed-multimodal/index. It is written by `seed data index`, or when the file is first used.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from seed_multimodal.data.formats.storage import filesystem, is_remote, read_all, read_errors, stat
+from seed_multimodal.data.formats.storage import is_remote, read_all, stat
 from seed_multimodal.disk import atomic_open, disk_reason
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import DataError
@@ -41,9 +41,9 @@ class IndexedFile:
         raise NotImplementedError
 
     def write_index(self) -> None:
-        """Write the index next to the file, unless it exists. Raises DataError."""
+        """Write the index, unless it exists. Raises DataError."""
         head = self._head()
-        path = index_path(self.path)
+        path = _index_path(self.path, head)
         if _read(path, head) is not None:
             return
         try:
@@ -61,27 +61,13 @@ class IndexedFile:
     def arrays(self) -> Arrays:
         """The stored index, else a new one, which is stored."""
         head = self._head()
-        remote = is_remote(self.path)
-
-        # 1. Next to the file. An upload changes versions: of remote files only sizes are compared.
-        path = index_path(self.path)
-        arrays = _read(path, head[:3] if remote else head)
-        if arrays is not None:
-            return arrays
-
-        # 2. In the folder of indexes.
-        folder: str | Path | None = os.environ.get("SEED_INDEX_DIR")
-        if not folder and remote:
-            folder = Path.home() / ".cache/seed-multimodal/index"
-        if folder:
-            path = self._path_in(folder, head)
-            arrays = _read(path, head)
-            if arrays is not None:
-                return arrays
-
-        # 3. A new one.
+        path = _index_path(self.path, head)
+        stored = _read(path, head)
+        if stored is not None:
+            return stored
         arrays = {"head": head, **self.scan()}
-        if folder or int(head[2]) >= MIN_STORED_BYTES:
+        has_folder = bool(os.environ.get("SEED_INDEX_DIR")) or is_remote(self.path)
+        if has_folder or int(head[2]) >= MIN_STORED_BYTES:
             try:
                 _write(path, arrays)
             except OSError as error:
@@ -91,39 +77,33 @@ class IndexedFile:
                 )
         return arrays
 
-    def _path_in(self, folder: str | Path, head: np.ndarray) -> str:
-        """Path of the index in a folder of indexes of all files."""
-        # One index for all links to a file, another one for each of its versions.
-        name = self.path if is_remote(self.path) else os.path.realpath(self.path)
-        identity = f"{name} {head}".encode("utf-8", "surrogateescape")
-        digest = hashlib.sha256(identity).hexdigest()[:16]
-        readable = self.path.rpartition("/")[2][:50]
-        return str(Path(folder) / f"{readable}.{digest}.npz")
+
+def _index_path(path: str, head: np.ndarray) -> Path:
+    """Where the index of a file is stored."""
+    folder = os.environ.get("SEED_INDEX_DIR")
+    if not folder and not is_remote(path):
+        return Path(path).parent / INDEX_FOLDER / f"{Path(path).name}.npz"
+
+    # A folder of the indexes of all files: one for all links to a file, and one for each version.
+    name = path if is_remote(path) else os.path.realpath(path)
+    identity = f"{name} {head}".encode("utf-8", "surrogateescape")
+    digest = hashlib.sha256(identity).hexdigest()[:16]
+    readable = path.rpartition("/")[2][:50]
+    default = Path.home() / ".cache/seed-multimodal/index"
+    return Path(folder or default) / f"{readable}.{digest}.npz"
 
 
-def index_path(path: str) -> str:
-    """Path of the index next to a file."""
-    folder, slash, name = path.rpartition("/")
-    return f"{folder}{slash}{INDEX_FOLDER}/{name}.npz"
-
-
-def _write(path: str, arrays: Arrays) -> None:
-    """Write an index atomically. Raises OSError, or DataError for a remote folder."""
+def _write(path: Path, arrays: Arrays) -> None:
+    """Write an index atomically. Raises OSError."""
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]
-    content = buffer.getvalue() + _digest(buffer.getvalue())
-    if is_remote(path):
-        files, name = filesystem(path)
-        with read_errors(path):
-            files.pipe_file(name, content)
-        return
-    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_open(path) as file:
-        file.write(content)
+        file.write(buffer.getvalue() + _digest(buffer.getvalue()))
 
 
-def _read(path: str, head: np.ndarray) -> Arrays | None:
-    """The stored index if it is undamaged and its header starts with `head`, else None."""
+def _read(path: Path, head: np.ndarray) -> Arrays | None:
+    """The stored index if it is undamaged and has this header, else None."""
     try:
         content = read_all(path)
     except (DataError, OSError):
@@ -132,7 +112,7 @@ def _read(path: str, head: np.ndarray) -> Arrays | None:
     if content[-DIGEST_BYTES:] != _digest(zipped):
         return None
     with np.load(io.BytesIO(zipped), allow_pickle=False) as stored:
-        if stored["head"][: len(head)].tolist() != head.tolist():
+        if stored["head"].tolist() != head.tolist():
             return None
         return {name: stored[name] for name in stored.files}
 

@@ -7,8 +7,7 @@ from collections import OrderedDict
 from pathlib import Path
 from typing import IO
 
-from seed_multimodal.data.formats.layout import GROUP_CACHE_BYTES
-from seed_multimodal.data.formats.parquet import RowGroups
+from seed_multimodal.data.formats.parquet import GROUP_CACHE_BYTES, RowGroups
 from seed_multimodal.data.formats.record import JsonObject
 from seed_multimodal.data.formats.storage import (
     RANDOM_READS,

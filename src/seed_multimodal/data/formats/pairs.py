@@ -75,7 +75,7 @@ class Pairs:
     json, jsonl, parquet    an image (see `images.record_image`) and a caption
     folder                  images with KEY.txt or KEY.json next to them
 
-    `layout`: how the samples are stored; None for lists and folders, whose reads need not be local.
+    `shard_sizes`: samples of each shard; None for lists and folders, whose reads need not be local.
     """
 
     def __init__(
@@ -94,7 +94,7 @@ class Pairs:
         # A registered format may name its keys.
         self.keys = PairKeys(**getattr(record_files[0], "pair_keys", keys))
         in_shards = any(isinstance(file, TarFile | ParquetFile) for file in record_files)
-        self.layout = self._records.layout if in_shards else None
+        self.shard_sizes = self._records.shard_sizes if in_shards else None
         self._check_usable()
 
     def __len__(self) -> int:

@@ -10,14 +10,21 @@ from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seed_multimodal.data.formats.layout import GROUP_CACHE_BYTES, find_part
-from seed_multimodal.data.formats.record import BadRecord, JsonObject, Record, TableRow
+from seed_multimodal.data.formats.record import (
+    BadRecord,
+    JsonObject,
+    Record,
+    TableRow,
+    find_part,
+)
 from seed_multimodal.data.formats.storage import EXACT_READS, is_remote, open_ranges
 from seed_multimodal.errors import SeedError, first_line
 
 if TYPE_CHECKING:
     import pyarrow
     from pyarrow.parquet import ParquetFile as ArrowFile
+
+GROUP_CACHE_BYTES = 512 << 20  # of row groups that a data worker caches for each source
 
 
 class ParquetFile:
@@ -27,27 +34,17 @@ class ParquetFile:
         self.path = str(path)
 
     @cached_property
-    def _sizes_and_bytes(self) -> tuple[list[int], list[int]]:
-        """Number of rows and bytes of each row group."""
+    def _ends(self) -> list[int]:
+        """The end of each row group, in rows."""
         with open_parquet(self.path) as file:
             metadata = file.metadata
-            groups = [metadata.row_group(index) for index in range(metadata.num_row_groups)]
-            sizes = [group.num_rows for group in groups]
-            return sizes, [group.total_byte_size for group in groups]
-
-    @cached_property
-    def _ends(self) -> list[int]:
-        return list(accumulate(self.sizes))
+            groups = range(metadata.num_row_groups)
+            return list(accumulate(metadata.row_group(group).num_rows for group in groups))
 
     @property
     def sizes(self) -> Sequence[int]:
-        """Number of rows of each row group."""
-        return self._sizes_and_bytes[0]
-
-    @property
-    def group_bytes(self) -> Sequence[int]:
-        """Number of bytes of each row group."""
-        return self._sizes_and_bytes[1]
+        """One shard with all rows."""
+        return self._ends[-1:]
 
     def locate(self, row: int) -> Record:
         """An unread record."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+from bisect import bisect_right
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
@@ -184,8 +185,15 @@ def find_image(
     return None
 
 
+def find_part(ends: Sequence[int], index: int) -> tuple[int, int]:
+    """The part with item `index`, and the item's index in it; `ends`: of the parts, in items."""
+    part = bisect_right(ends, index)
+    start = ends[part - 1] if part else 0
+    return part, index - start
+
+
 class RecordFile(Protocol):
-    """The records of one file by index; `sizes`: number of records of each shard or row group."""
+    """The records of one file by index; `sizes`: number of records of each of its shards."""
 
     @property
     def path(self) -> str | Path: ...

@@ -32,7 +32,6 @@ from seed_multimodal.data.formats.conversations import with_messages
 from seed_multimodal.data.formats.images import IMAGE_SUFFIXES, ImageFolder
 from seed_multimodal.data.formats.index import IndexedFile
 from seed_multimodal.data.formats.jsonl import JsonLines, JsonList
-from seed_multimodal.data.formats.layout import StorageLayout, find_part
 from seed_multimodal.data.formats.open_files import OpenFiles
 from seed_multimodal.data.formats.parquet import ParquetFile
 from seed_multimodal.data.formats.record import (
@@ -40,6 +39,7 @@ from seed_multimodal.data.formats.record import (
     JsonObject,
     Record,
     RecordFile,
+    find_part,
     unusable_value,
 )
 from seed_multimodal.data.formats.storage import filesystem, is_remote, read_errors
@@ -179,17 +179,10 @@ class FileRecords:
         return list(accumulate(map(sum, self._sizes)))
 
     @cached_property
-    def layout(self) -> StorageLayout:
-        """The non-empty shards and row groups."""
-        group_bytes: list[int] = []
-        for file, file_sizes in zip(self.record_files, self._sizes, strict=True):
-            if isinstance(file, ParquetFile):
-                group_bytes += file.group_bytes
-            else:
-                group_bytes += [0] * len(file_sizes)
+    def shard_sizes(self) -> np.ndarray:
+        """Number of records of each shard that has any, int64 [shards]."""
         sizes = np.array([*chain.from_iterable(self._sizes)], np.int64)
-        is_used = sizes > 0
-        return StorageLayout(sizes[is_used], np.array(group_bytes, np.int64)[is_used])
+        return sizes[sizes > 0]
 
     def __len__(self) -> int:
         return self._ends[-1]

@@ -541,11 +541,6 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
             raise ConfigError(
                 f"The data state has {len(states)} ranks, but {states[0]['world']} were saved."
             )
-        if "taken" not in states[0]:
-            raise ConfigError(
-                "The data state is of an earlier version, which read samples in another order; "
-                "finish the run with that version, or start a new one from its weights."
-            )
         changes = changed_settings(states[0]["data"], self._fingerprint())
         if changes:
             raise ConfigError(

@@ -23,11 +23,11 @@ from functools import partial
 from multiprocessing.queues import Queue
 from typing import Any, Generic, Self, TypeVar
 
+import numpy as np
 import torch
 from torch._C import _error_if_any_worker_fails
 from torch.utils.data import default_collate, get_worker_info
 
-from seed_multimodal.data.formats.layout import StorageLayout
 from seed_multimodal.data.stream.sampler import EpochIndices, EpochOrder, MixedOrder
 from seed_multimodal.entry import kill_with_parent
 from seed_multimodal.errors import DataError, SeedError, first_line
@@ -165,7 +165,8 @@ class SampleDataset(Generic[Sample]):
         collects.
     """
 
-    layout: StorageLayout | None = None  # of samples in shards, to keep reads local
+    # Samples of each shard, int64 [shards]: the order keeps reads local. None: no shards.
+    shard_sizes: np.ndarray | None = None
 
     def __init__(self, log: Callable[[str], None] | None = print) -> None:
         self.log = log
@@ -217,7 +218,9 @@ class StepBatches(Generic[Batch]):
     ) -> None:
         if not len(dataset):
             raise DataError("The training set is empty.")
-        self.order = order or EpochOrder(len(dataset), seed, shuffle=shuffle, layout=dataset.layout)
+        self.order = order or EpochOrder(
+            len(dataset), seed, shuffle=shuffle, shard_sizes=dataset.shard_sizes
+        )
         self.dataset: SampleDataset[Any] = dataset
         self.batch_size = batch_size
         self.rank = rank

@@ -134,10 +134,11 @@ class OpenedSource:
     @cached_property
     def order(self) -> EpochOrder:
         """The order of the records; those of a single shard are shuffled among each other."""
-        layout = self.records.layout
-        if len(layout.sizes) == 1:
+        shard_sizes = self.records.shard_sizes
+        if len(shard_sizes) == 1:
             return EpochOrder(self.size, self.seed)
-        return EpochOrder(self.size, self.seed, layout=layout, block=even_block(self.size))
+        block = even_block(self.size)
+        return EpochOrder(self.size, self.seed, shard_sizes=shard_sizes, block=block)
 
     def run_length(self, world: int) -> int:
         """Neighbouring chunks of a rank: about a shuffled block, so that few ranks read the same

@@ -20,9 +20,8 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from seed_multimodal.data.formats.layout import StorageLayout, find_part
 from seed_multimodal.data.formats.pairs import Pair, Pairs, open_pairs
-from seed_multimodal.data.formats.record import RECORD_FAULTS, bad_values
+from seed_multimodal.data.formats.record import RECORD_FAULTS, bad_values, find_part
 from seed_multimodal.data.formats.sources import registered_formats
 from seed_multimodal.data.stream.loader import Sample, SampleDataset
 from seed_multimodal.diffusion.training import size_ids
@@ -48,7 +47,7 @@ class SourceDataset(SampleDataset[Sample]):
         self.source = source
         self.seed = seed
         self.max_bad_in_a_row = max_bad_in_a_row
-        self.layout = source.layout
+        self.shard_sizes = source.shard_sizes
 
     def __len__(self) -> int:
         return len(self.source)
@@ -141,10 +140,13 @@ class JoinedPairs(SampleDataset[Sample]):
         self._ends = list(itertools.accumulate(map(len, parts)))
         for part in parts:
             part.bad = self.bad
-        if any(part.layout is not None for part in parts):
+        if any(part.shard_sizes is not None for part in parts):
             # A set without shards counts as one shard.
-            layouts = [part.layout or StorageLayout.of_shards([len(part)]) for part in parts]
-            self.layout = StorageLayout.joined(layouts)
+            sizes = [
+                np.array([len(part)]) if part.shard_sizes is None else part.shard_sizes
+                for part in parts
+            ]
+            self.shard_sizes = np.concatenate(sizes)
 
     def __len__(self) -> int:
         return self._ends[-1]

@@ -3,13 +3,11 @@
     EpochOrder(len(dataset), seed=0).parts(start=1000, count=64)       # [(epoch, indices), ...]
     MixedOrder([len(a), len(b)], [3.0, 1.0], seed=0)                   # several sets by weights
 
-An epoch is a seeded permutation. Data in shards is shuffled in blocks to keep reads local. A shard
-is an entry of `StorageLayout`: a file that is read sample by sample, or a row group of a table,
-which is read whole. Pieces of all shards are permuted, then the samples inside each block.
+An epoch is a seeded permutation. Data in shards is shuffled in blocks to keep reads local: pieces
+of all shards are permuted, then the samples inside each block.
 
-piece    a tenth of a block, of neighbouring samples of one file; or a row group
-block    `SHUFFLE_BLOCK` samples; or as many row groups as fit into half the cache of a data worker
-         (at least one)
+piece    a tenth of a block, of neighbouring samples of one shard
+block    `SHUFFLE_BLOCK` samples
 """
 
 from __future__ import annotations
@@ -20,12 +18,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
-from seed_multimodal.data.formats.layout import GROUP_CACHE_BYTES, StorageLayout
-
 SHUFFLE_BLOCK = 10_000
-# Bytes of a block's row groups: two blocks fit into the cache, and decoded groups are larger than
-# stored ones.
-BLOCK_BYTES = GROUP_CACHE_BYTES // 2
 SHARES = 1_000_000  # resolution of weights
 LARGE_EPOCH = 100_000  # samples; of larger epochs only two permutations are cached, else 16
 CACHED_BLOCKS = 8
@@ -35,7 +28,7 @@ EpochIndices = tuple[int, np.ndarray]  # epoch and sample indices int64 [n]
 class EpochOrder:
     """An endless order of `range(total)`, epoch by epoch.
 
-    layout: shards of the data; given, samples are shuffled in blocks.
+    shard_sizes: samples of each shard, int64 [shards]; given, samples are shuffled in blocks.
     block: largest number of samples of a block; 0: samples of all shards among each other.
     """
 
@@ -45,22 +38,22 @@ class EpochOrder:
         seed: int,
         *,
         shuffle: bool = True,
-        layout: StorageLayout | None = None,
+        shard_sizes: np.ndarray | None = None,
         block: int = SHUFFLE_BLOCK,
     ) -> None:
         self.total = total
         self.seed = seed
         self.shuffle = shuffle
-        self.layout = layout
-        self.block = block if shuffle and layout is not None else 0
+        self.shard_sizes = shard_sizes
+        self.block = block if shuffle and shard_sizes is not None else 0
         self._cache: dict[int, np.ndarray | _BlockPermutation] = {}  # by epoch
 
     @property
     def block_size(self) -> int:
         """Mean number of samples of a block; 0: not shuffled in blocks."""
-        if not self.block or self.layout is None:
+        if not self.block:
             return 0
-        return math.ceil(self.total / _count_blocks(self.layout, self.block))
+        return math.ceil(self.total / math.ceil(self.total / self.block))
 
     def parts(self, start: int, count: int) -> list[EpochIndices]:
         """Positions `start` .. `start + count` of the order, split at epoch ends."""
@@ -89,8 +82,8 @@ class EpochOrder:
 
         generator = torch.Generator().manual_seed((self.seed * 1_000_003 + epoch) % (1 << 63))
         order: np.ndarray | _BlockPermutation
-        if self.block and self.layout is not None:
-            order = _BlockPermutation(self.layout, self.block, generator)
+        if self.block and self.shard_sizes is not None:
+            order = _BlockPermutation(self.shard_sizes, self.block, generator)
         else:
             dtype = torch.int32 if self.total < 1 << 31 else torch.int64  # 4 bytes are enough
             order = torch.randperm(self.total, generator=generator, dtype=dtype).numpy()
@@ -107,25 +100,20 @@ class _BlockPermutation:
 
     ends: end of each permuted piece, int64 [P].
     shifts: what to add to a position in the permuted pieces to get its sample, by piece, int64 [P].
-    bounds: first position of each block and the end of the last one, int64 [blocks + 1].
     """
 
-    def __init__(self, layout: StorageLayout, block: int, generator: torch.Generator) -> None:
+    def __init__(self, shard_sizes: np.ndarray, block: int, generator: torch.Generator) -> None:
+        self.block = block
+        self.total = int(shard_sizes.sum())
+
         # 1. Permute the pieces.
-        pieces = _Pieces(layout, block)
-        piece_order = torch.randperm(len(pieces.lengths), generator=generator).numpy()
-        lengths = pieces.lengths[piece_order]
+        firsts, lengths = _pieces(shard_sizes, max(1, block // 10))
+        piece_order = torch.randperm(len(lengths), generator=generator).numpy()
+        lengths = lengths[piece_order]
         self.ends = np.cumsum(lengths)
-        self.shifts = pieces.firsts[piece_order] - (self.ends - lengths)
+        self.shifts = firsts[piece_order] - (self.ends - lengths)
 
-        # 2. Divide them into blocks; a row group is never divided, since a worker reads it as one.
-        if layout.has_groups:
-            self.bounds = _group_bounds(lengths, pieces.bytes[piece_order], block)
-        else:
-            total = int(layout.sizes.sum())
-            self.bounds = np.append(np.arange(0, total, block), total)
-
-        # 3. Blocks are permuted when they are read. One generator permutes them in sequence, so its
+        # 2. Blocks are permuted when they are read. One generator permutes them in sequence, so its
         #    state after the pieces and the next block are stored.
         self._cache: dict[int, np.ndarray] = {}  # last used blocks
         self._generator = generator
@@ -134,11 +122,11 @@ class _BlockPermutation:
 
     def __getitem__(self, positions: slice) -> np.ndarray:
         """Samples at these positions, int64."""
-        first = int(np.searchsorted(self.bounds, positions.start, side="right")) - 1
-        last = int(np.searchsorted(self.bounds, positions.stop - 1, side="right")) - 1
+        first = positions.start // self.block
+        last = (positions.stop - 1) // self.block
         samples = []
         for block in range(first, last + 1):
-            start = int(self.bounds[block])
+            start = block * self.block
             offset = max(0, positions.start - start)
             samples.append(self._block(block)[offset : positions.stop - start])
         return np.concatenate(samples)
@@ -153,12 +141,12 @@ class _BlockPermutation:
             self._generator.set_state(self._start)
             self._next = 0
         for skipped in range(self._next, block + 1):
-            size = int(self.bounds[skipped + 1] - self.bounds[skipped])
+            size = min(self.block, self.total - skipped * self.block)
             permutation = torch.randperm(size, generator=self._generator)
         self._next = block + 1
 
         # 2. Positions in the permuted pieces → samples.
-        positions = int(self.bounds[block]) + np.arange(len(permutation))  # [size]
+        positions = block * self.block + np.arange(len(permutation))  # [size]
         piece = np.searchsorted(self.ends, positions, side="right")  # [size]
         samples = positions + self.shifts[piece]
 
@@ -169,54 +157,14 @@ class _BlockPermutation:
         return self._cache[block]
 
 
-class _Pieces:
-    """Neighbouring samples that stay in one block: `firsts`, `lengths` and `bytes` (of row groups),
-    int64 [P].
-    """
-
-    def __init__(self, layout: StorageLayout, block: int) -> None:
-        # Pieces of each shard, int64 [shards]: a row group is one piece, files are cut.
-        piece_size = max(1, block // 10)
-        is_group = layout.group_bytes > 0
-        counts = np.where(is_group, layout.sizes > 0, -(-layout.sizes // piece_size))
-
-        # Shard of each piece and the piece's first sample in it, int64 [P].
-        shard = np.repeat(np.arange(len(counts)), counts)
-        first_piece = np.repeat(np.cumsum(counts) - counts, counts)  # of the shard
-        offset = (np.arange(len(shard)) - first_piece) * piece_size
-
-        shard_starts = np.cumsum(layout.sizes) - layout.sizes
-        shard_sizes = layout.sizes[shard]
-        self.firsts = shard_starts[shard] + offset
-        cut_lengths = np.minimum(piece_size, shard_sizes - offset)
-        self.lengths = np.where(is_group[shard], shard_sizes, cut_lengths)
-        self.bytes = layout.group_bytes[shard]
-
-
-def _group_bounds(lengths: np.ndarray, sizes: np.ndarray, block: int) -> np.ndarray:
-    """Bounds of blocks of complete pieces, int64 [blocks + 1].
-
-    A block has at most `block` samples and `BLOCK_BYTES`, or one piece.
-
-    lengths, sizes: samples and bytes of each piece, int64 [P].
-    """
-    sample_ends = np.append(0, np.cumsum(lengths))
-    byte_ends = np.append(0, np.cumsum(sizes))
-    pieces = [0]  # first piece of each block
-    while pieces[-1] < len(lengths):
-        first = pieces[-1]
-        by_samples = np.searchsorted(sample_ends, sample_ends[first] + block, side="right") - 1
-        by_bytes = np.searchsorted(byte_ends, byte_ends[first] + BLOCK_BYTES, side="right") - 1
-        pieces.append(max(first + 1, int(min(by_samples, by_bytes))))
-    return sample_ends[pieces].astype(np.int64)
-
-
-def _count_blocks(layout: StorageLayout, block: int) -> int:
-    """Number of blocks of an epoch (with row groups about)."""
-    if not layout.has_groups:
-        return math.ceil(int(layout.sizes.sum()) / block)
-    pieces = _Pieces(layout, block)
-    return len(_group_bounds(pieces.lengths, pieces.bytes, block)) - 1
+def _pieces(shard_sizes: np.ndarray, piece_size: int) -> tuple[np.ndarray, np.ndarray]:
+    """First sample and length of each piece, int64 [P]: the shards, cut."""
+    counts = -(-shard_sizes // piece_size)  # pieces of each shard
+    shard = np.repeat(np.arange(len(counts)), counts)  # of each piece, [P]
+    first_piece = np.repeat(np.cumsum(counts) - counts, counts)  # of the piece's shard, [P]
+    offset = (np.arange(len(shard)) - first_piece) * piece_size  # in the shard, [P]
+    shard_starts = np.cumsum(shard_sizes) - shard_sizes
+    return shard_starts[shard] + offset, np.minimum(piece_size, shard_sizes[shard] - offset)
 
 
 def even_block(total: int) -> int:
@@ -230,7 +178,7 @@ class MixedOrder:
     Any n consecutive positions contain n · weight_i ± 2 of set i.
 
     totals: size of each set.
-    layouts: of each set, see `EpochOrder`.
+    shard_sizes: of each set, see `EpochOrder`.
     """
 
     def __init__(
@@ -239,7 +187,7 @@ class MixedOrder:
         weights: Sequence[float],
         seed: int,
         *,
-        layouts: Sequence[StorageLayout | None] | None = None,
+        shard_sizes: Sequence[np.ndarray | None] | None = None,
     ) -> None:
         shares = np.rint(np.asarray(weights, float) / sum(weights) * SHARES)
         shares = np.maximum(1, shares).astype(np.int64)
@@ -248,8 +196,8 @@ class MixedOrder:
         self._orders = []
         for index, total in enumerate(totals):
             set_seed = int(np.random.SeedSequence((seed, index)).generate_state(1)[0])
-            layout = None if layouts is None else layouts[index]
-            self._orders.append(EpochOrder(total, set_seed, layout=layout))
+            sizes = None if shard_sizes is None else shard_sizes[index]
+            self._orders.append(EpochOrder(total, set_seed, shard_sizes=sizes))
 
     def sample_counts(self, positions: np.ndarray) -> np.ndarray:
         """Samples of each set in the first p positions: int64 `[n]` → int64 `[sets, n]`."""

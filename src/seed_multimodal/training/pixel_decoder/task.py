@@ -331,7 +331,7 @@ class PixelTask(RunTask, Generic[Module]):
                 [len(dataset) for dataset in datasets],
                 [source.weight for source in data.sources],
                 data.seed,
-                layouts=[dataset.layout for dataset in datasets],
+                shard_sizes=[dataset.shard_sizes for dataset in datasets],
             )
         self.batches = StepBatches(
             self.dataset,

@@ -21,7 +21,7 @@ def test_pairs_of_shards_as_webdataset(shards: Path):
     pairs = Pairs(f"{shards}/s-{{000..003}}.tar")
     files = [str(p) for p in sorted(shards.glob("*.tar"))]
     expected = list(webdataset.WebDataset(files, shardshuffle=False).decode())
-    assert len(pairs) == len(expected) == 40 and pairs.layout.sizes.tolist() == [13, 7, 1, 19]
+    assert len(pairs) == len(expected) == 40 and pairs.shard_sizes.tolist() == [13, 7, 1, 19]
     for index in np.random.default_rng(0).permutation(40).tolist():
         pair = pairs.read(index)
         assert pair.key == pairs.key(index) == expected[index]["__key__"]

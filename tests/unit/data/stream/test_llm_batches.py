@@ -239,16 +239,6 @@ def test_following_gives_ranks_neighbouring_positions(
     ]
 
 
-def test_restore_of_an_earlier_version(mixed, tokenizer):
-    batches = LlmBatches(read_data_settings(mixed()), tokenizer)
-    state = saved(batches)
-    del state["taken"]
-    with pytest.raises(
-        ConfigError, match="an earlier version, which read samples in another order"
-    ):
-        batches.restore([state])
-
-
 def test_restore_near_the_end(mixed, tokenizer, record_numbers):
     config = mixed(length=96)
     config["sources"] = [{**config["sources"][2], "cycles": 2}]

@@ -3,156 +3,161 @@
 from __future__ import annotations
 
 import itertools
-import random
 
 import numpy as np
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.stream.packing import best_fit, make_row, split_long
-from seed_multimodal.language.vocabulary import ImageVocabulary
+from seed_multimodal.language.vocabulary import IGNORE_INDEX, ImageVocabulary
 
 VOCABULARY = ImageVocabulary(n_text=100, n_codes=50, tokens_per_image=4)
+IMAGE = [VOCABULARY.boi_id, 101, 102, 103, 104, VOCABULARY.eoi_id]
+PAD = 9
+# Lengths of a document's texts; 0: an image.
+SEGMENTS = st.lists(st.one_of(st.just(0), st.integers(1, 50)), min_size=1, max_size=12)
 
 
-def test_best_fit():
-    rng = random.Random(0)
-    for _ in range(300):
-        capacity = rng.randint(5, 40)
-        lengths = [rng.randint(1, capacity) for _ in range(rng.randint(1, 9))]
-        chosen = best_fit(lengths, capacity)
-        assert chosen[0] == 0 and chosen == sorted(set(chosen))
-        others = range(1, len(lengths))
-        best = max(
-            total
-            for size in range(len(lengths))
-            for some in itertools.combinations(others, size)
-            if (total := lengths[0] + sum(lengths[index] for index in some)) <= capacity
-        )
-        assert sum(lengths[index] for index in chosen) == best
-
-
-def test_best_fit_of_ties():
-    assert best_fit([5, 3, 3, 3, 3], 11) == [0, 1, 2]
-    assert best_fit([10, 1, 1], 10) == [0]
-    assert best_fit([4, 9, 6, 6], 10) == [0, 2]
-
-
-def test_make_row():
-    first = np.array([1, 50, 51, 2], np.int32), np.array([1, 50, 51, 2], np.int32)
-    second = np.array([1, 60, 2], np.int32), np.array([-100, -100, 2], np.int32)
-    row = make_row([first, second], 10, pad_id=0)
-    assert [array.tolist() for array in row] == [
-        [1, 50, 51, 2, 1, 60, 2, 0, 0, 0],
-        [-100, 50, 51, 2, -100, -100, 2, -100, -100, -100],
-        [0, 1, 2, 3, 0, 1, 2, 0, 1, 2],
-    ]
-    assert first[1].tolist() == [1, 50, 51, 2]  # the input is unchanged
-    assert {array.dtype for array in row} == {np.dtype(np.int32)}
-    assert [array.tolist() for array in make_row([], 4, pad_id=9)] == [
-        [9] * 4,
-        [-100] * 4,
-        [0, 1, 2, 3],
-    ]
+@given(st.integers(5, 40), st.data())
+def test_best_fit_fills_the_row_best(capacity, data):
+    lengths = data.draw(st.lists(st.integers(1, capacity), min_size=1, max_size=8))
+    chosen = best_fit(lengths, capacity)
+    # Each sequence at most once, and always the oldest: none waits for ever.
+    assert chosen[0] == 0
+    assert chosen == sorted(set(chosen))
+    subsets = itertools.chain.from_iterable(
+        itertools.combinations(lengths[1:], size) for size in range(len(lengths))
+    )
+    totals = [lengths[0] + sum(subset) for subset in subsets]
+    filled = sum(lengths[index] for index in chosen)
+    assert filled == max(total for total in totals if total <= capacity)
 
 
 @pytest.mark.parametrize(
-    ("total", "length"), [(10, 10), (11, 10), (19, 10), (20, 10), (57, 10), (3, 2)]
+    ("lengths", "capacity", "chosen"),
+    [
+        ([5, 3, 3, 3, 3], 11, [0, 1, 2]),
+        ([10, 1, 1], 10, [0]),
+        ([4, 9, 6, 6], 10, [0, 2]),
+        ([1, 2, 3, 1], 3, [0, 1]),
+    ],
 )
-def test_split_long(total, length):
-    ids = np.arange(total, dtype=np.int32)
-    pieces = split_long(ids, ids, length, VOCABULARY)
-    assert pieces[0][0][0] == 0 and all(2 <= len(piece) <= length for piece, _ in pieces)
-    targets = [label for _, labels in pieces for label in labels[1:].tolist()]
-    assert targets == list(range(1, total))
-    assert all(before[-1] == after[0] for (before, _), (after, _) in itertools.pairwise(pieces))
+def test_best_fit_prefers_older_sequences(lengths, capacity, chosen):
+    assert best_fit(lengths, capacity) == chosen
 
 
-def document(*segments: int) -> np.ndarray:
-    """`<s>`, texts of these lengths (0: an image of four codes), `</s>`."""
+@given(st.lists(st.integers(1, 9), max_size=6), st.integers(0, 5), st.booleans())
+def test_make_row_loses_and_doubles_no_token(lengths, n_padding, packed):
+    # Labels differ from ids, and each token is another one.
+    rows = [np.arange(start * 10, start * 10 + n) + 20 for start, n in enumerate(lengths)]
+    sequences = [(row.astype(np.int32), (row + 100).astype(np.int32)) for row in rows]
+    total = sum(lengths)
+    arrays = make_row(sequences, total + n_padding, PAD, packed)
+    assert {array.dtype for array in arrays} == {np.dtype(np.int32)}
+    ids, labels, positions = (array.tolist() for array in arrays)
+
+    joined = [token for row in rows for token in row.tolist()]
+    assert ids == joined + [PAD] * n_padding
+    expected = [token + 100 for token in joined] + [IGNORE_INDEX] * n_padding
+    if packed:
+        # Its first token would be predicted from the sequence before.
+        for start in itertools.accumulate([0, *lengths[:-1]]) if lengths else ():
+            expected[start] = IGNORE_INDEX
+    assert labels == expected
+    restarts = [*lengths, n_padding] if packed else [total + n_padding]
+    assert positions == [position for n in restarts for position in range(n)]
+    # The caller's sequences are unchanged.
+    assert all(
+        (row + 100).tolist() == pair[1].tolist() for row, pair in zip(rows, sequences, strict=True)
+    )
+
+
+def document(segments: list[int]) -> np.ndarray:
+    """`<s>`, texts of these lengths (0: an image), `</s>`."""
     rng = np.random.default_rng(sum(segments))
-    parts = [
-        rng.integers(10, 100, size)
-        if size
-        else [VOCABULARY.boi_id, 101, 102, 103, 104, VOCABULARY.eoi_id]
-        for size in segments
-    ]
+    parts = [rng.integers(10, 100, size) if size else IMAGE for size in segments]
     return np.concatenate([[1], *parts, [2]]).astype(np.int32)
+
+
+@given(SEGMENTS, st.integers(len(IMAGE), 40))
+def test_split_long_learns_each_token_once(segments, length):
+    ids = document(segments)
+    # Labels are positions, so that each token of a piece is known.
+    pieces = split_long(ids, np.arange(len(ids), dtype=np.int32), length, VOCABULARY)
+    targets: list[int] = []
+    for piece_ids, positions in pieces:
+        assert 0 < len(piece_ids) <= length
+        # Neighbours of the document, and whole images only.
+        assert positions.tolist() == list(range(positions[0], positions[0] + len(positions)))
+        assert piece_ids.tolist() == ids[positions].tolist()
+        for token in (VOCABULARY.boi_id, VOCABULARY.eoi_id):
+            assert (piece_ids == token).sum() == (piece_ids == 101).sum()
+        targets += positions[1:].tolist()
+
+    assert targets == sorted(set(targets))
+    for lost in set(range(1, len(ids))) - set(targets):
+        # Only the first token after an image where a piece ends, or an image that needs the row.
+        after_image = ids[lost - 1] == VOCABULARY.eoi_id
+        needs_the_row = ids[lost] == VOCABULARY.boi_id and length == len(IMAGE)
+        assert after_image or needs_the_row
 
 
 @pytest.mark.parametrize(
     ("segments", "lengths"),
     [
-        ((3, 0, 4, 0), [14, 8]),  # the second image begins another piece, after the last text token
-        ((3, 0, 0, 5), [16, 6]),  # a piece after an image starts with the text
-        ((0, 30, 0), [16, 16, 14]),  # a text longer than a row is cut, right after its image
-        ((20, 0, 8), [16, 12, 9]),  # … and before one
-        ((15, 0, 2), [16, 10]),
-        ((0, 0, 0, 0, 0), [13, 12, 7]),
-        ((40,), [16, 16, 12]),
+        ([14], [16]),  # it fits
+        ([3, 0, 4, 0], [14, 8]),  # the second image begins another piece, after the last text token
+        ([3, 0, 0, 5], [16, 6]),  # a piece after an image starts with the text
+        ([0, 30, 0], [16, 16, 14]),  # a text longer than a row is cut, right after its image
+        ([20, 0, 8], [16, 12, 9]),  # … and before one
+        ([15, 0, 2], [16, 10]),
+        ([0, 14, 0], [7, 14, 8]),  # a text that fits into a row is not cut
+        ([0, 0, 0, 0, 0], [13, 12, 7]),
+        ([40], [16, 16, 12]),
     ],
 )
-def test_split_long_of_documents(segments, lengths):
-    ids = document(*segments)
-    pieces = [piece for piece, _ in split_long(ids, ids, 16, VOCABULARY)]
-    assert [len(piece) for piece in pieces] == lengths
-    joined = pieces[0]
-    for before, piece in itertools.pairwise(pieces):
-        overlap = int(before[-1] != VOCABULARY.eoi_id)
-        assert not overlap or before[-1] == piece[0]
-        joined = np.concatenate([joined, piece[overlap:]])
-    assert joined.tolist() == ids.tolist()
-    for piece in pieces:  # whole images only
-        starts, ends = (
-            np.flatnonzero(piece == word) for word in (VOCABULARY.boi_id, VOCABULARY.eoi_id)
-        )
-        assert (ends - starts == 5).all() and len(starts) == len(ends)
-
-
-def test_split_long_of_random_documents():
-    rng = random.Random(0)
-    for _ in range(400):
-        ids = document(*(rng.choice((0, 0, rng.randint(1, 50))) for _ in range(rng.randint(1, 12))))
-        length = rng.randint(8, 40)
-        targets: list[int] = []
-        for piece, labels in split_long(ids, ids, length, VOCABULARY):
-            assert 0 < len(piece) <= length
-            targets += labels[1:].tolist()
-            assert (piece == VOCABULARY.boi_id).sum() == (piece == VOCABULARY.eoi_id).sum()
-        lost = len(ids) - 1 - len(targets)  # the first token after an image where a piece ends
-        assert 0 <= lost <= (ids == VOCABULARY.eoi_id).sum()
+def test_split_long_cuts_where_texts_and_images_end(segments, lengths):
+    ids = document(segments)
+    pieces = split_long(ids, ids, 16, VOCABULARY)
+    assert [len(piece) for piece, _ in pieces] == lengths
 
 
 def test_split_long_of_an_image_longer_than_a_row():
-    ids = document(3, 0, 3)
-    with pytest.raises(BadRecord, match="an image has 6 tokens, but rows have 5"):
-        split_long(ids, ids, 5, VOCABULARY)
+    ids = document([3, 0, 3])
+    with pytest.raises(BadRecord) as error:
+        split_long(ids, ids, len(IMAGE) - 1, VOCABULARY)
+    assert error.value.kind == "image too long"
+
+
+def test_split_long_of_a_control_word_in_a_text():
+    # `<img>` in a text opens no image: the text after it may be longer than a row.
+    ids = np.array([1, VOCABULARY.boi_id, *range(10, 30), 2], np.int32)
+    pieces = split_long(ids, ids, 8, VOCABULARY)
+    assert [token for piece, _ in pieces for token in piece[1:].tolist()] == ids[1:].tolist()
 
 
 def test_make_row_gives_a_model_separate_sequences():
-    """Logits of a LLaMA with these position ids and without a mask equal those of each sequence
-    alone.
-    """
+    # Logits of a LLaMA with these position ids and without a mask equal those of each sequence
+    # alone.
     from transformers import LlamaConfig, LlamaForCausalLM
 
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=64,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=4,
-            attn_implementation="sdpa",
-        )
-    ).eval()
+    config = LlamaConfig(
+        vocab_size=64,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        attn_implementation="sdpa",
+    )
+    model = LlamaForCausalLM(config).eval()
     rng = np.random.default_rng(0)
     pieces = [rng.integers(3, 64, size).astype(np.int32) for size in (5, 1, 7)]
-    ids, _, positions = (
-        torch.from_numpy(array)[None].long()
-        for array in make_row([(piece, piece) for piece in pieces], 16, pad_id=0)
-    )
+    row = make_row([(piece, piece) for piece in pieces], 16, PAD)
+    ids, _, positions = (torch.from_numpy(array)[None].long() for array in row)
     with torch.no_grad():
         packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
         start = 0

@@ -28,7 +28,7 @@ def test_get(
     shards: Path,
 ):
     data = PairDataset(Pairs(f"{shards}/*.tar"), PLAIN, BlipCaption("a photo of "))
-    assert len(data) == 40 and data.layout is not None and data.layout.sizes.sum() == 40
+    assert len(data) == 40 and sum(data.shard_sizes) == 40
     sample = data.get(17, 0)
     assert (
         sample["caption"] == "a photo of picture 17"
