@@ -187,7 +187,7 @@ def write_weights(file: Path) -> None:
 
 def write_gguf(file: Path) -> None:
     sys.path.insert(0, str(ROOT / "tests" / "support"))
-    from tiny_llama import llama
+    from tiny.language import llama
 
     from seed_multimodal.inference.gguf import export_gguf
     from seed_multimodal.language.tokenizer import MultimodalTokenizer

@@ -1,4 +1,4 @@
-"""Images of random pixels."""
+"""Images of random pixels, and comparing images."""
 
 from __future__ import annotations
 
@@ -11,4 +11,12 @@ def noise(seed: int, size: tuple[int, int] = (48, 30)) -> Image.Image:
     width, height = size
     return Image.fromarray(
         np.random.default_rng(seed).integers(0, 256, (height, width, 3), dtype=np.uint8)
+    )
+
+
+def same(image: Image.Image, other: Image.Image) -> bool:
+    """Equal within one grey level."""
+    return (
+        image.size == other.size
+        and np.abs(np.asarray(image, int) - np.asarray(other, int)).max() <= 1
     )

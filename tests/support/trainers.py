@@ -1,11 +1,12 @@
-"""The training programs at tiny size, for tests/e2e/test_trainers.py: their arguments and
-outputs."""
+"""The training programs at tiny size: a table for tests/e2e/test_trainers.py and
+tests/nightly/test_invariants.py.
+
+A new trainer needs an entry in `TRAINERS`, and is tested by the contract.
+"""
 
 from __future__ import annotations
 
-import json
 import subprocess
-import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -14,21 +15,21 @@ from typing import Any
 
 import lavis_runs
 import llm_runs
-import torch
 import warm_python
 import yaml
-from repository import ROOT
+from repository import NANO, ROOT
 
 LLM = ROOT / "MultiModalLLM"
 LAVIS = ROOT / "SEED_Tokenizer"
-STAGE2 = ["model.load_pretrained=False", "model.restart_every=3", "run.num_workers=1"]
 STEADY = ["optim.lr_scheduler_type=constant", "optim.warmup_ratio=0", "optim.min_lr_ratio=0"]
 # One scene is drawn every four steps.
 FEW_SAMPLES = [
     "trainer.sample_steps=4",
     "++data.held_out={name: scenes, format: nano, options: {number: 1}}",
 ]
+ACCUMULATE = ["trainer.gradient_accumulation_steps=2"]
 TWO = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+CAT = ROOT / "images" / "cat.jpg"
 
 
 @dataclass(frozen=True)
@@ -38,11 +39,11 @@ class Trainer:
     Attributes:
         application: its folder. program: its file below the folder.
         parts: writes tiny weights and data into a folder.
-        arguments: (that folder, output folder, steps, steps between checkpoints, further overrides)
-            → its arguments.
+        options: (that folder, output folder) → its arguments, without the number of steps.
+        use: (that folder, output folder): loads the result and uses it once.
+        weights: pattern of a run's final files.
         double: overrides with which one process has the batch of two processes without them.
-        log, loss: the log's file and the name of the loss in it. weights: pattern of a run's final
-            files.
+        log, loss: the log's file and the name of the loss in it.
         zero: its ZeRO stages. close: relative tolerance between losses of one process and of two.
         variables: (that folder) → environment variables.
     """
@@ -51,14 +52,34 @@ class Trainer:
     application: Path
     program: str
     parts: Callable[[Path], Any]
-    arguments: Callable[[Path, Path, int, int, Sequence[str]], list[str]]
-    double: Sequence[str]
+    options: Callable[[Path, Path], list[str]]
+    use: Callable[[Path, Path], None]
     weights: str
+    double: Sequence[str] = ()
     log: str = "train.log.jsonl"
     loss: str = "loss"
     zero: Sequence[int] = ()
     close: float = 1e-4
     variables: Callable[[Path], dict[str, str]] = lambda parts_dir: {}
+
+    def arguments(
+        self, parts_dir: Path, output: Path, steps: int, save: int, more: Sequence[str]
+    ) -> list[str]:
+        """Arguments of a run of `steps` with a checkpoint every `save`, and further overrides."""
+        if self.application == LAVIS:
+            counts = [
+                f"run.iters_per_epoch={steps}",
+                "run.max_epoch=1",
+                f"run.save_every_steps={save}",
+            ]
+        else:
+            counts = [
+                f"output_dir={output}",
+                f"trainer.max_steps={steps}",
+                f"trainer.save_steps={save}",
+                "trainer.curves=false",
+            ]
+        return [*self.options(parts_dir, output), *counts, *more]
 
     def start(
         self, parts_dir: Path, arguments: Sequence[str], *before: str
@@ -84,28 +105,23 @@ class Trainer:
     def main(self, arguments: Sequence[str]) -> int:
         """Run the program in this process; returns its exit code."""
         if self.application == LAVIS:
-            if str(LAVIS) not in sys.path:
-                sys.path.append(str(LAVIS))
-            import train
-
-            return int(train.main(list(arguments)))
+            return int(lavis_runs.program("train").main(list(arguments)))
         from seed_multimodal.training.cli import main
 
-        return main(
-            "train" if self.name == "llm" else f"train_{self.name}",
-            LLM / "configs",
-            list(arguments),
-        )
+        config = Path(self.program).stem
+        return main(config, LLM / "configs", list(arguments))
 
     def losses(self, output: Path) -> dict[int, float]:
         """Step → loss, in full precision."""
         return llm_runs.losses(output, self.log, self.loss)
 
-    def result(self, output: Path) -> dict[str, torch.Tensor]:
+    def result(self, output: Path) -> dict[str, Any]:
         """The final weights of a run."""
+        import torch
+
         from seed_multimodal.weights import load_state_dict
 
-        weights: dict[str, torch.Tensor] = {}
+        weights: dict[str, Any] = {}
         for file in sorted(output.glob(self.weights)):
             state = (
                 torch.load(file, weights_only=True)["model"]
@@ -117,44 +133,44 @@ class Trainer:
         return weights
 
 
-# ---- arguments of each program
+# ---- parts and arguments of each program
 
 
-def _in_files(config: dict[str, Any], folder: Path, groups: Sequence[str]) -> list[str]:
+def _in_files(config: dict[str, Any], folder: Path, *groups: str) -> list[str]:
     """Overrides that use one file per group, as a user's configuration does."""
     folder.mkdir(parents=True, exist_ok=True)
     for group in groups:
         (folder / f"{group}.yaml").write_text(yaml.safe_dump(config[group]))
     tokenizer = config["tokenizer"]["pretrained_model_name_or_path"]
-    return [f"tokenizer={tokenizer}", *(f"{group}={folder / group}.yaml" for group in groups)]
+    files = [f"{group}={folder / group}.yaml" for group in groups]
+    return [f"tokenizer={tokenizer}", *files, *STEADY]
 
 
-def _every(output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:
-    return [
-        f"output_dir={output}",
-        f"trainer.max_steps={steps}",
-        f"trainer.save_steps={save}",
-        "trainer.curves=false",
-        *more,
-    ]
-
-
-def _llm(parts_dir: Path, output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:
-    files = {
-        group: parts_dir / f"{group}.yaml"
-        for group in ("model", "data", "trainer", "optim", "tokenizer")
-    }
-    return [*llm_runs.overrides(files, output), *_every(output, steps, save, [*STEADY, *more])]
+def _llm(parts_dir: Path, output: Path) -> list[str]:
+    groups = ("model", "data", "trainer", "optim", "tokenizer")
+    files = {group: parts_dir / f"{group}.yaml" for group in groups}
+    return [*llm_runs.overrides(files, output), *STEADY]
 
 
 def _llm_parts(parts_dir: Path) -> None:
-    llm_runs.write_files(parts_dir, model={"lora": {**llm_runs.LORA, "lora_dropout": 0.0}})
+    """A LLaMA in files, so that a checkpoint of LoRA is a system."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from seed_multimodal.language.tokenizer import MultimodalTokenizer
+
+    torch.manual_seed(0)
+    vocab_size = MultimodalTokenizer.from_pretrained(llm_runs.TOKENIZER).vocabulary.size
+    config = LlamaConfig(**llm_runs.SIZES, vocab_size=vocab_size, bos_token_id=1, eos_token_id=2)
+    LlamaForCausalLM(config).save_pretrained(parts_dir / "base")
+    model = {"path": str(parts_dir / "base"), "sizes": None}
+    lora = {**llm_runs.LORA, "lora_dropout": 0.0}
+    llm_runs.write_files(parts_dir, model={**model, "lora": lora})
 
 
 def _hub_llm_parts(parts_dir: Path, lora: dict[str, Any] | None) -> None:
     """A Qwen 3 with tied, padded tables, which get rows for image tokens, and its tokenizer."""
-    from hub_tokenizers import write_hub_tokenizer
-    from tiny_llms import random_llm
+    from tiny.language import random_llm, write_hub_tokenizer
 
     from seed_multimodal.language.hub_tokenizer import HubTokenizer
 
@@ -172,9 +188,9 @@ def _hub_llm_parts(parts_dir: Path, lora: dict[str, Any] | None) -> None:
     )
 
 
-def _written_by(module: str) -> Callable[[Path], Any]:
-    """`write_parts` of a module of tests/support, imported on use: these imports are slow."""
-    return lambda parts_dir: import_module(module).write_parts(parts_dir)
+def _written_by(module: str, function: str = "write_parts") -> Callable[[Path], Any]:
+    """A function of a module of tests/support, imported on use: these imports are slow."""
+    return lambda parts_dir: getattr(import_module(module), function)(parts_dir)
 
 
 def _seed_x_parts(parts_dir: Path) -> None:
@@ -182,115 +198,130 @@ def _seed_x_parts(parts_dir: Path) -> None:
     import tuning_parts
 
     tuning_parts.write_parts(parts_dir)
-    (parts_dir / "words.jsonl").write_text(
-        "".join(
-            json.dumps({"data": [f"Make it {name}.", f"It is {name}."]}) + "\n"
-            for name in tuning_parts.COLOURS
-        )
-    )
+    texts = [f"Make it {name}." for name in tuning_parts.COLOURS]
+    records = ({"data": [text, "It is done."]} for text in texts)
+    llm_runs.write_json_lines(parts_dir / "words.jsonl", records)
 
 
-def _seed_x(parts_dir: Path, output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:
+def _seed_x(parts_dir: Path, output: Path) -> list[str]:
     import tuning_parts
 
     data = tuning_parts.data_of(parts_dir, seed=4)
-    data["sources"].append(
-        {
-            **data["sources"][0],
-            "name": "words",
-            "files": str(parts_dir / "words.jsonl"),
-            "weight": 2.0,
-        }
-    )
-    config = tuning_parts.config_of(
-        parts_dir,
-        output,
-        data=data,
-        lora=True,
-        model={"lora": {**tuning_parts.LORA, "lora_dropout": 0.0}},
-    )
+    words = {"name": "words", "files": str(parts_dir / "words.jsonl"), "weight": 2.0}
+    data["sources"].append({**data["sources"][0], **words})
+    lora = {**tuning_parts.LORA, "lora_dropout": 0.0}
+    config = tuning_parts.config_of(parts_dir, output, data=data, lora=True, model={"lora": lora})
     groups = ("model", "agent", "visual_encoder", "data", "optim", "trainer")
-    return [
-        *_in_files(config, parts_dir / "files", groups),
-        *_every(output, steps, save, [*STEADY, *more]),
-    ]
+    return _in_files(config, parts_dir / "files", *groups)
 
 
-def _lavit(parts_dir: Path, output: Path, steps: int, save: int, more: Sequence[str]) -> list[str]:
+def _lavit(parts_dir: Path, output: Path) -> list[str]:
     import pretrain_parts
 
     config = pretrain_parts.config_of(parts_dir, output)
     groups = ("model", "visual_encoder", "data", "optim", "trainer")
-    return [
-        *_in_files(config, parts_dir / "files", groups),
-        *_every(output, steps, save, [*STEADY, *more]),
-    ]
+    return _in_files(config, parts_dir / "files", *groups)
 
 
-def _seed_x_pixels(
-    parts_dir: Path, output: Path, steps: int, save: int, more: Sequence[str]
-) -> list[str]:
-    import tiny_detokenizer
-
-    return [
-        *tiny_detokenizer.arguments(parts_dir, output, 2),
-        "trainer.ema=0",
+def _pixels(*settings: str, data: str = "tiny") -> Callable[[Path, Path], list[str]]:
+    """The group's `tiny` files; `{}` in a setting is the folder of the parts."""
+    groups = ["model=tiny", f"data={data}", "trainer=tiny", "optim=tiny"]
+    return lambda parts_dir, output: [
+        *groups,
+        *(setting.replace("{}", str(parts_dir)) for setting in settings),
         *FEW_SAMPLES,
-        *_every(output, steps, save, more),
     ]
 
 
-def _lavit_pixels(
-    parts_dir: Path, output: Path, steps: int, save: int, more: Sequence[str]
-) -> list[str]:
-    return [
-        "model=tiny",
-        "data=tiny",
-        "trainer=tiny",
-        "optim=tiny",
-        f"model.diffusion={parts_dir / 'highres'}",
-        f"model.tokenizer={parts_dir / 'tokenizer'}",
-        f"model.decoder={parts_dir / 'decoder'}",
-        *FEW_SAMPLES,
-        *_every(output, steps, save, more),
+def _lavis(stage: str, *settings: str) -> Callable[[Path, Path], list[str]]:
+    return lambda parts_dir, output: [
+        *lavis_runs.write_config(stage, parts_dir, output),
+        "--options",
+        *settings,
     ]
 
 
-def _seed_decoder(
-    parts_dir: Path, output: Path, steps: int, save: int, more: Sequence[str]
-) -> list[str]:
-    return [
-        "model=tiny",
-        "data=tiny",
-        "trainer=tiny",
-        "optim=tiny",
-        f"model.diffusion={parts_dir / 'kl'}",
-        f"model.tokenizer={parts_dir / 'tokenizer'}",
-        "model.scheduler={_class_name: FlowMatchEulerDiscreteScheduler}",
-        *FEW_SAMPLES,
-        *_every(output, steps, save, more),
+# ---- use of each result
+
+
+def _start_stage2(parts_dir: Path, output: Path) -> None:
+    checkpoint = f"model.pretrained={output / 'checkpoint_0.pth'}"
+    entry = next(entry for entry in TRAINERS if entry.name == "stage2")
+    arguments = entry.arguments(parts_dir, output.with_name("used"), 1, 9, [])
+    assert entry.main([*arguments, "model.load_pretrained=True", checkpoint]) == 0
+
+
+def _evaluate_stage2(parts_dir: Path, output: Path) -> None:
+    config = lavis_runs.write_config("stage2", parts_dir, output.with_name("used"))
+    saved = [
+        "model.load_pretrained=False",
+        "model.load_finetuned=True",
+        f"model.finetuned={output / 'checkpoint_0.pth'}",
+        "run.test_splits=[val]",
     ]
+    assert lavis_runs.program("evaluate").main([*config, "--options", *saved]) == 0
 
 
-def _lavis(stage: str) -> Callable[[Path, Path, int, int, Sequence[str]], list[str]]:
-    def arguments(
-        parts_dir: Path, output: Path, steps: int, save: int, more: Sequence[str]
-    ) -> list[str]:
-        config = lavis_runs.write_config(stage, parts_dir, output)
-        return [
-            *config,
-            "--options",
-            f"run.iters_per_epoch={steps}",
-            "run.max_epoch=1",
-            f"run.save_every_steps={save}",
-            *(STAGE2 if stage == "stage2" else ()),
-            *more,
-        ]
+def _export_lavit(parts_dir: Path, output: Path) -> None:
+    from seed_multimodal.cli.main import main
 
-    return arguments
+    vision = NANO / "seed_tokenizer" / "diffusion_model" / "image_encoder"
+    checkpoint = output / "checkpoint_0.pth"
+    folder = output / "exported"
+    arguments = f"export-tokenizer --lavit {checkpoint} --vision {vision} --out {folder}"
+    assert main(arguments.split()) == 0
 
 
-ACCUMULATE = ["trainer.gradient_accumulation_steps=2"]
+def _describes(family: str, **options: Any) -> Callable[[Path, Path], None]:
+    """The last checkpoint is a system, which describes an image."""
+    module, _, name = family.rpartition(".")
+
+    def use(parts_dir: Path, output: Path) -> None:
+        checkpoint = max(output.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
+        system_class = getattr(import_module(f"seed_multimodal.models.{module}.pipeline"), name)
+        system = system_class.from_pretrained(checkpoint, device="cpu", log=None, **options)
+        assert isinstance(system.describe(CAT, max_new_tokens=4), str)
+
+    return use
+
+
+def _draw(detokenizer: Any, embeds: Any) -> None:
+    sizes = {"height": 16, "width": 16}
+    images = detokenizer(embeds, seeds=[0], num_inference_steps=2, guidance_scale=1.0, **sizes)
+    assert images[0].size == (16, 16)
+
+
+def _draw_seed(parts_dir: Path, output: Path) -> None:
+    import torch
+
+    from seed_multimodal.models.seed.diffusion import CodesDetokenizer
+    from seed_multimodal.models.seed.modeling import Seed2Tokenizer
+
+    tokenizer = Seed2Tokenizer.from_pretrained(parts_dir / "tokenizer")
+    embeds = tokenizer.decode_tokens(torch.zeros(1, 32, dtype=torch.long))
+    _draw(CodesDetokenizer.from_pretrained(output / "decoder"), embeds)
+
+
+def _draw_seed_x(parts_dir: Path, output: Path) -> None:
+    import torch
+
+    from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer
+
+    detokenizer = SdxlDetokenizer.from_pretrained(parts_dir / "sdxl", output / "adapter")
+    _draw(detokenizer, torch.randn(1, 4, detokenizer.adapter.config.embedding_dim))
+
+
+def _draw_lavit(parts_dir: Path, output: Path) -> None:
+    import torch
+
+    from seed_multimodal.models.lavit.decoder import CodeDecoder
+    from seed_multimodal.models.lavit.diffusion import LavitDetokenizer
+
+    decoder = CodeDecoder.from_pretrained(output / "pixels" / "decoder")
+    detokenizer = LavitDetokenizer.from_pretrained(output / "pixels", decoder)
+    _draw(detokenizer, [torch.randn(3, decoder.config.code_dim)])
+
+
 TRAINERS = [
     Trainer(
         "stage1",
@@ -298,8 +329,9 @@ TRAINERS = [
         "train.py",
         lavis_runs.write_images,
         _lavis("stage1"),
-        ["run.batch_size_train=16"],
+        _start_stage2,
         "checkpoint_0.pth",
+        ["run.batch_size_train=16"],
         log="stage1.log.jsonl",
         loss="last_loss",
     ),
@@ -308,8 +340,13 @@ TRAINERS = [
         LAVIS,
         "train.py",
         lavis_runs.write_images,
-        _lavis("stage2"),
-        [],
+        _lavis(
+            "stage2",
+            "model.load_pretrained=False",
+            "model.restart_every=3",
+            "run.num_workers=1",
+        ),
+        _evaluate_stage2,
         "checkpoint_0.pth",
         log="stage2.log.jsonl",
         loss="last_loss",
@@ -320,7 +357,7 @@ TRAINERS = [
         "train.py",
         lavis_runs.write_images,
         _lavis("lavit"),
-        [],
+        _export_lavit,
         "checkpoint_0.pth",
         log="lavit-stage1.log.jsonl",
         loss="last_loss",
@@ -331,8 +368,9 @@ TRAINERS = [
         "src/train/train.py",
         _llm_parts,
         _llm,
-        ACCUMULATE,
+        _describes("seed.SeedLlama"),
         "checkpoint-*/adapter_model.safetensors",
+        ACCUMULATE,
         zero=(3,),
     ),
     Trainer(
@@ -341,8 +379,9 @@ TRAINERS = [
         "src/train/train_seed_x_sft.py",
         _seed_x_parts,
         _seed_x,
-        ACCUMULATE,
+        _describes("seed_x.SeedX", load_decoder=False),
         "checkpoint-*/model.safetensors",
+        ACCUMULATE,
         zero=(3,),
     ),
     Trainer(
@@ -351,18 +390,26 @@ TRAINERS = [
         "src/train/train_lavit.py",
         _written_by("pretrain_parts"),
         _lavit,
-        ACCUMULATE,
+        _describes("lavit.Lavit", load_decoder=False),
         "checkpoint-*/[mv]*.safetensors",
+        ACCUMULATE,
         zero=(3,),
     ),
     Trainer(
         "seed_x_detokenizer",
         LLM,
         "src/train/train_seed_x_detokenizer.py",
-        _written_by("tiny_detokenizer"),
-        _seed_x_pixels,
-        ACCUMULATE,
+        _written_by("tiny.training", "write_detokenizer_parts"),
+        _pixels(
+            "model.sdxl={}/sdxl",
+            "model.visual_encoder={}/vision",
+            "model.stage=2",
+            "trainer.ema=0",
+            data="tiny_edits",
+        ),
+        _draw_seed_x,
         "adapter/model.safetensors",
+        ACCUMULATE,
         zero=(2,),
         variables=lambda parts_dir: {"EDITS": str(parts_dir / "edits.jsonl")},
     ),
@@ -370,19 +417,27 @@ TRAINERS = [
         "lavit_detokenizer",
         LLM,
         "src/train/train_lavit_detokenizer.py",
-        _written_by("tiny_lavit_training"),
-        _lavit_pixels,
-        ACCUMULATE,
+        _written_by("tiny.training", "write_lavit_parts"),
+        _pixels(
+            "model.diffusion={}/highres", "model.tokenizer={}/tokenizer", "model.decoder={}/decoder"
+        ),
+        _draw_lavit,
         "pixels/*/*.safetensors",
+        ACCUMULATE,
     ),
     Trainer(
         "seed_decoder",
         LLM,
         "src/train/train_seed_decoder.py",
-        _written_by("tiny_decoder"),
-        _seed_decoder,
-        ACCUMULATE,
+        _written_by("tiny.training", "write_seed_decoder_parts"),
+        _pixels(
+            "model.diffusion={}/kl",
+            "model.tokenizer={}/tokenizer",
+            "model.scheduler={_class_name: FlowMatchEulerDiscreteScheduler}",
+        ),
+        _draw_seed,
         "decoder/*/*.safetensors",
+        ACCUMULATE,
     ),
 ]
 # The language model's trainer with a hub model, with LoRA and with all weights.

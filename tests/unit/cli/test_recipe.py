@@ -12,9 +12,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_system
 from lavis_runs import environment
 from repository import ROOT
+from tiny.seed import IMAGE_SIZE, write_seed2
 
 from seed_multimodal.cli.init import init
 from seed_multimodal.cli.main import build_parser, main
@@ -167,8 +167,8 @@ def test_small_unclip_decoder_trains_and_reads_the_embedding(tmp_path, capsys):
     out = write(tmp_path / "mine", "--size", "tiny", "--decoder", "unclip", "--json")
     steps = json.loads(capsys.readouterr().out)["steps"]
     command = next(step["command"] for step in steps if step["name"] == "decoder")
-    tiny_system.write_image_tokenizer(tmp_path / "tokenizer")
-    size = tiny_system.IMAGE_SIZE
+    write_seed2(tmp_path / "tokenizer")
+    size = IMAGE_SIZE
     fewer = ["data.batch_size=2", f"data.encoder_size={size}"]
     configs = ROOT / "MultiModalLLM" / "configs" / "seed_decoder"
     config = compose(

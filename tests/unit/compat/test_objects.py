@@ -8,11 +8,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_seed_x
 import torch
 from PIL import Image
 from repository import ROOT
 from safetensors.torch import load_file
+from tiny.diffusion import FEATURES, RESAMPLER
+from tiny.seed_x import VIEW, WORDS, build_released_seed_x, forget_sizes, write_seed_x_configs
 
 from seed_multimodal.compat.detokenizer import (
     ResamplerXLV2,
@@ -37,9 +38,9 @@ from seed_multimodal.language.llama_tokenizer import LlamaTokenizer
 def checkout(tmp_path_factory) -> Path:
     """`pretrained/` and `configs/` of a tiny SEED-X, without sizes next to the weights."""
     folder = tmp_path_factory.mktemp("objects")
-    tiny_seed_x.build_released(folder / "pretrained")
-    tiny_seed_x.write_configs(folder)
-    tiny_seed_x.forget_sizes(folder / "pretrained")
+    build_released_seed_x(folder / "pretrained")
+    write_seed_x_configs(folder)
+    forget_sizes(folder / "pretrained")
     return folder
 
 
@@ -110,12 +111,12 @@ def test_agent_generates_an_image_after_its_opening_token(parts: dict[str, Any])
     tokenizer = parts["tokenizer"]
     agent = parts["agent"]
     output = agent.generate(
-        tokenizer=tokenizer, prompt="a small house<img>", num_img_gen_tokens=tiny_seed_x.WORDS
+        tokenizer=tokenizer, prompt="a small house<img>", num_img_gen_tokens=WORDS
     )
     assert output["has_img_output"] and output["num_gen_imgs"] >= 1 and "</img>" in output["text"]
-    assert output["img_gen_feat"].shape[1:] == (tiny_seed_x.WORDS, tiny_seed_x.FEATURES)
+    assert output["img_gen_feat"].shape[1:] == (WORDS, FEATURES)
     ids = torch.tensor([[1, *tokenizer.encode("a small house<img>", add_special_tokens=False)]])
-    same = agent.generate(tokenizer=tokenizer, input_ids=ids, num_img_gen_tokens=tiny_seed_x.WORDS)
+    same = agent.generate(tokenizer=tokenizer, input_ids=ids, num_img_gen_tokens=WORDS)
     assert same["text"] == output["text"] and torch.equal(
         same["img_gen_feat"], output["img_gen_feat"]
     )
@@ -125,12 +126,12 @@ def test_agent_reads_the_features_of_an_image(parts: dict[str, Any]):
     tokenizer = parts["tokenizer"]
     agent = parts["agent"]
     encoder = parts["encoder"]
-    transform = get_transform(image_size=tiny_seed_x.SIZE, keep_ratio=False)
-    grids = [[tiny_seed_x.SIZE * columns, tiny_seed_x.SIZE] for columns in (1, 2)]
+    transform = get_transform(image_size=VIEW, keep_ratio=False)
+    grids = [[VIEW * columns, VIEW] for columns in (1, 2)]
     pixels, positions = process_anyres_image(
-        Image.effect_noise((40, 20), 90).convert("RGB"), transform, grids, tiny_seed_x.SIZE
+        Image.effect_noise((40, 20), 90).convert("RGB"), transform, grids, VIEW
     )
-    assert pixels.shape == (3, 3, tiny_seed_x.SIZE, tiny_seed_x.SIZE)
+    assert pixels.shape == (3, 3, VIEW, VIEW)
     assert positions.tolist() == [[0.25, 0.5], [0.75, 0.5], [0.5, 0.5]]
     vocabulary = tokenizer.text.vocabulary
     image = vocabulary.read_ids(3)
@@ -143,7 +144,7 @@ def test_agent_reads_the_features_of_an_image(parts: dict[str, Any]):
         "ids_cmp_mask": mask,
         "patch_positions": positions,
         "embeds_cmp_mask": torch.tensor([True] * 3),
-        "num_img_gen_tokens": tiny_seed_x.WORDS,
+        "num_img_gen_tokens": WORDS,
     }
     with torch.no_grad():
         features = encoder(pixels)
@@ -168,7 +169,7 @@ def test_agent_with_wrong_arguments(parts: dict[str, Any], checkout: Path):
         agent.generate(tokenizer=tokenizer, prompt="a")
     with pytest.raises(ConfigError, match="either prompt or input_ids"):
         agent.generate(tokenizer=tokenizer)
-    features = torch.zeros(1, 16, tiny_seed_x.FEATURES)
+    features = torch.zeros(1, 16, FEATURES)
     with pytest.raises(
         ConfigError, match=r"needs patch_positions, .* \[0.5, 0.5\] for a whole image"
     ):
@@ -176,7 +177,7 @@ def test_agent_with_wrong_arguments(parts: dict[str, Any], checkout: Path):
             tokenizer=tokenizer,
             prompt="a",
             image_embeds=features,
-            num_img_gen_tokens=tiny_seed_x.WORDS,
+            num_img_gen_tokens=WORDS,
         )
 
 
@@ -186,7 +187,7 @@ def test_adapter_before_init_pipe_and_of_the_second_stage(checkout: Path):
     config = UNet2DConditionModel.load_config(
         checkout / "pretrained" / "stable-diffusion-xl-base-1.0" / "unet"
     )
-    sizes = vars(tiny_seed_x.SIZES)
+    sizes = vars(RESAMPLER)
     for kind, stage, channels in (
         (SDXLAdapter, "first_stage", 4),
         (SDXLAdapterWithLatentImage, "second_stage", 8),

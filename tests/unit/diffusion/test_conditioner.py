@@ -8,9 +8,9 @@ import sys
 from pathlib import Path
 
 import pytest
-import tiny_system
 import torch
 from installed_package import install
+from tiny.diffusion import CROSS, EMBEDDING, write_unclip
 from torch import Tensor
 
 from seed_multimodal.diffusion.conditioner import load_conditioner, pooled_tokens
@@ -53,7 +53,7 @@ class Flat(PretrainedNetwork[FlatConfig]):
 @pytest.fixture(scope="module")
 def unclip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("unclip")
-    tiny_system.write_detokenizer(folder)
+    write_unclip(folder)
     return folder
 
 
@@ -74,7 +74,7 @@ def test_a_conditioner_of_another_package_starts_and_conditions(
 
     folder = tmp_path / "unclip"
     shutil.copytree(unclip, folder, ignore=shutil.ignore_patterns("layout"))
-    config = flat_package.FlatConfig(tiny_system.CROSS, value=0.25)
+    config = flat_package.FlatConfig(CROSS, value=0.25)
     flat_package.Flat(config).save_pretrained(folder / "conditioner")
 
     # 2. Its latents and tokens reach the U-Net.
@@ -84,10 +84,10 @@ def test_a_conditioner_of_another_package_starts_and_conditions(
         lambda module, args, named: inputs.append((args[0], named["encoder_hidden_states"])),
         with_kwargs=True,
     )
-    model(torch.randn(1, tiny_system.EMBEDDING), seeds=[1], guidance_scale=1.0)
+    model(torch.randn(1, EMBEDDING), seeds=[1], guidance_scale=1.0)
     latents, tokens = inputs[0]
     assert bool((latents == 0.25).all())
-    assert torch.equal(tokens, torch.ones(1, 3, tiny_system.CROSS))
+    assert torch.equal(tokens, torch.ones(1, 3, CROSS))
 
 
 def test_load_conditioner_of_an_unknown_type(unclip: Path, tmp_path: Path) -> None:

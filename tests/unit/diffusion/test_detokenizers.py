@@ -11,15 +11,25 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_decoder
-import tiny_lavit_training
-import tiny_sdxl
-import tiny_seed1
-import tiny_system
 import torch
 from diffusers import DDIMScheduler
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from tiny.diffusion import (
+    CROSS,
+    EMBEDDING,
+    FEATURES,
+    POOLED,
+    TEXT_TOKENS,
+    TEXT_WIDTH,
+    PlainTower,
+    random_adapter,
+    write_sd1,
+    write_sdxl,
+    write_unclip,
+)
+from tiny.lavit import write_lavit_diffusion
+from tiny.seed import QFORMER_WIDTH, write_code_decoder
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, ConfigError, GenerationError
@@ -58,18 +68,18 @@ class Case:
 @pytest.fixture(scope="module")
 def models_dir(tmp_path_factory) -> Path:
     models_dir = tmp_path_factory.mktemp("models")
-    tiny_seed1.diffusion_folder(models_dir / "sd")
+    write_sd1(models_dir / "sd")
     torch.manual_seed(0)
-    tiny_system.write_detokenizer(models_dir / "unclip_layout")
+    write_unclip(models_dir / "unclip_layout")
     shutil.copytree(
         models_dir / "unclip_layout", models_dir / "unclip", ignore=shutil.ignore_patterns("layout")
     )
-    tiny_decoder.write_decoder(models_dir / "codes")
-    tiny_sdxl.sdxl_folder(models_dir / "sdxl_base")
+    write_code_decoder(models_dir / "codes")
+    write_sdxl(models_dir / "sdxl_base")
     for stage, name in ((1, "sdxl"), (2, "sdxl_edit")):
-        tiny_sdxl.adapter(stage).save_pretrained(models_dir / name)
-    tiny_lavit_training.diffusion(models_dir / "lavit", "highres")
-    tiny_lavit_training.diffusion(models_dir / "lavit_sd", "lowres")
+        random_adapter(stage).save_pretrained(models_dir / name)
+    write_lavit_diffusion(models_dir / "lavit", "highres")
+    write_lavit_diffusion(models_dir / "lavit_sd", "lowres")
     return models_dir
 
 
@@ -78,23 +88,23 @@ def open_case(models_dir: Path, family: str, dtype: torch.dtype = torch.float32)
     if family == "sd":
         return Case(
             StableDiffusionDetokenizer.from_pretrained(models_dir / "sd", dtype=dtype),
-            3 * torch.randn(3, tiny_seed1.TEXT_TOKENS, tiny_seed1.TEXT_WIDTH, generator=rng),
+            3 * torch.randn(3, TEXT_TOKENS, TEXT_WIDTH, generator=rng),
         )
     if family.startswith("unclip"):
         return Case(
             UnclipDetokenizer.from_pretrained(models_dir / family, dtype=dtype),
-            3 * torch.randn(3, tiny_system.EMBEDDING, generator=rng),
+            3 * torch.randn(3, EMBEDDING, generator=rng),
         )
     if family == "codes":
         return Case(
             CodesDetokenizer.from_pretrained(models_dir / "codes", dtype=dtype),
-            3 * torch.randn(3, 32, tiny_system.WIDTH, generator=rng),
+            3 * torch.randn(3, 32, QFORMER_WIDTH, generator=rng),
         )
     if family.startswith("sdxl"):
         model = SdxlDetokenizer.from_pretrained(
             models_dir / "sdxl_base", models_dir / family, dtype=dtype
         )
-        model.set_null_embeds(tiny_sdxl.Tower(), 16)
+        model.set_null_embeds(PlainTower(), 16)
         conditions = [
             Image.effect_noise((16, 16), 90).convert("RGB"),
             None,
@@ -102,13 +112,13 @@ def open_case(models_dir: Path, family: str, dtype: torch.dtype = torch.float32)
         ]
         return Case(
             model,
-            torch.randn(3, 4, tiny_sdxl.WIDTH, generator=rng),
+            torch.randn(3, 4, FEATURES, generator=rng),
             {"condition_images": conditions} if family == "sdxl_edit" else {},
         )
     torch.manual_seed(7)
     high = family == "lavit"
-    width = tiny_lavit_training.WIDTH
-    pooled = tiny_lavit_training.POOLED
+    width = CROSS
+    pooled = POOLED
     decoder = CodeDecoder(
         LavitDecoderConfig(
             head="highres" if high else "lowres",

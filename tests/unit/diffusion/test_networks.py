@@ -7,8 +7,9 @@ from pathlib import Path
 
 import diffusers
 import pytest
-import tiny_decoder
 import torch
+from tiny.diffusion import DENOISER_SIZES, autoencoder
+from tiny.seed import write_code_decoder
 
 from seed_multimodal.diffusion.networks import (
     DENOISERS,
@@ -33,7 +34,7 @@ N_TOKENS = 5
 def denoiser(request) -> torch.nn.Module:
     name = request.param
     torch.manual_seed(0)
-    sizes = {**tiny_decoder.DENOISERS[name], DENOISERS[name].context_dim: 12, "sample_size": 8}
+    sizes = {**DENOISER_SIZES[name], DENOISERS[name].context_dim: 12, "sample_size": 8}
     return getattr(diffusers, name)(**sizes, in_channels=4, out_channels=4).eval()
 
 
@@ -125,7 +126,7 @@ def test_compile_blocks(denoiser):
 @torch.no_grad()
 def test_latents_of_autoencoders(name, channels, tmp_path: Path):
     """Scaled and shifted as in diffusers' pipelines, and back."""
-    vae = tiny_decoder.vae(name).eval()
+    vae = autoencoder(name).eval()
     pixels = torch.rand(1, 3, 16, 16) * 2 - 1
     moments = encode_moments(vae, pixels)
     assert moments.shape == (1, 2 * channels, 8, 8)
@@ -136,7 +137,7 @@ def test_latents_of_autoencoders(name, channels, tmp_path: Path):
     mean = moments[:, :channels]
     if name == "dc":
         torch.testing.assert_close(latents, mean * vae.config.scaling_factor, atol=1e-5, rtol=1e-5)
-    decoder = tiny_decoder.write_decoder(tmp_path / "decoder")
+    decoder = write_code_decoder(tmp_path / "decoder")
     detokenizer = CodesDetokenizer.from_pretrained(decoder)
     detokenizer.vae = vae
     decoded = detokenizer.decode((mean - shift) * vae.config.scaling_factor)
@@ -145,10 +146,10 @@ def test_latents_of_autoencoders(name, channels, tmp_path: Path):
 
 
 def test_size_unit_is_that_of_latents_and_patches():
-    vae = tiny_decoder.vae("kl")
-    sd3 = diffusers.SD3Transformer2DModel(**tiny_decoder.DENOISERS["SD3Transformer2DModel"])
+    vae = autoencoder("kl")
+    sd3 = diffusers.SD3Transformer2DModel(**DENOISER_SIZES["SD3Transformer2DModel"])
     assert size_unit(sd3, vae) == 8
     sana = diffusers.SanaTransformer2DModel(
-        **tiny_decoder.DENOISERS["SanaTransformer2DModel"], patch_size=8
+        **DENOISER_SIZES["SanaTransformer2DModel"], patch_size=8
     )
     assert size_unit(sana, vae) == 16

@@ -64,7 +64,7 @@ class Stages:
 
 @pytest.fixture(scope="session")
 def stages(tmp_path_factory) -> Stages:
-    from tiny_seed1 import SIZES
+    from tiny.seed import SIZES
 
     from seed_multimodal.models.seed.configuration import Seed2Config
     from seed_multimodal.models.seed.losses import Stage1Model

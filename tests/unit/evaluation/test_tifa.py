@@ -9,9 +9,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from hub_tokenizers import write_hub_tokenizer
 from PIL import Image
 from random_images import noise
+from tiny.language import write_hub_tokenizer
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.errors import CheckpointError, DataError

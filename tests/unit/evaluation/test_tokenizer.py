@@ -12,13 +12,13 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pytest
-import tiny_seed1
 import torch
 import torch.nn.functional as F
 from PIL import Image
 from pyarrow import parquet
 from repository import NANO
-from tiny_vision import write_vision
+from tiny.seed import SIZES, loud
+from tiny.vision import write_vision
 
 from seed_multimodal.cli.evaluate import data_spec
 from seed_multimodal.cli.main import main
@@ -113,14 +113,14 @@ def test_run_pass_with_a_vision_encoder_of_transformers(
     """Stage 1 has the tokenizer's encoder or its own; the target CLIP sees the encoder's view."""
     write_vision(kind, tmp_path / "vision")
     vit = HubVisionConfig(path=str(tmp_path / "vision"))
-    config = Seed2Config(**{**tiny_seed1.SIZES, "vit": vit}, image_features_dim=8)
-    tokenizer = tiny_seed1.loud(Seed2Tokenizer(config)).eval()
+    config = Seed2Config(**{**SIZES, "vit": vit}, image_features_dim=8)
+    tokenizer = loud(Seed2Tokenizer(config)).eval()
     load_vision(tokenizer.visual_encoder, tmp_path / "vision", None)
     tokenizer.save_pretrained(tmp_path / "tokenizer")
     vocabulary = "a red green blue grey square of".split()
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *vocabulary]
     (tmp_path / "vocab.txt").write_text("\n".join(pieces) + "\n")
-    stage1 = tiny_seed1.loud(Stage1Model(config, vocab_size=len(pieces) + 1, embed_dim=8)).eval()
+    stage1 = loud(Stage1Model(config, vocab_size=len(pieces) + 1, embed_dim=8)).eval()
     load_vision(stage1.visual_encoder, tmp_path / "vision", None)
     state = stage1.state_dict()
     if not has_vision:

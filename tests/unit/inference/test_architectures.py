@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 from reference_generation import generate
-from tiny_llms import ARCHITECTURES, random_llm
+from tiny.language import ARCHITECTURES, random_llm
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.inference.backends.torch import TorchBackend

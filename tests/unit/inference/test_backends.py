@@ -15,9 +15,8 @@ import pytest
 import torch
 from chat_templates import TEXT_TEMPLATES
 from completion_server import CODES, CompletionServer
-from hub_tokenizers import write_hub_tokenizer
 from repository import NANO, ROOT
-from tiny_llms import random_llm
+from tiny.language import random_llm, write_hub_tokenizer
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.errors import CheckpointError, ConfigError, RequestError
@@ -337,7 +336,7 @@ def test_beams_and_guidance_with_a_completion_server_fail(remote):
         remote.describe(IMAGES[0], guidance=2.0)
 
 
-# Architecture of tiny_llms, its chat template, fields of its configuration.
+# Architecture of `tiny.language`, its chat template, fields of its configuration.
 GGUF_MODELS = {
     "llama": ("llama", "llama3", {}),
     "llama 3.1": (

@@ -259,7 +259,6 @@ def test_a_dropped_engine_is_freed_with_its_thread(tiny):
 WAITING_THREAD = """
 import sys, threading
 sys.path[:0] = {path!r}
-import tiny_system
 from pathlib import Path
 from seed_multimodal.models.seed.pipeline import SeedLlama
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt

@@ -7,10 +7,9 @@ import shutil
 from pathlib import Path
 
 import pytest
-from hub_tokenizers import write_hub_tokenizer
 from repository import ROOT
 from safetensors.torch import load_file, save_file
-from tiny_llms import random_llm
+from tiny.language import random_llm, write_hub_tokenizer
 from transformers import AutoTokenizer
 
 from seed_multimodal.cli.main import main

@@ -11,8 +11,8 @@ from typing import Any
 
 import pytest
 from chat_templates import IMAGE_TEMPLATES, TEXT_LISTS, TEXT_TEMPLATES, TemplateCase
-from hub_tokenizers import DEFAULT, write_hub_tokenizer
-from tiny_system import SENTENCES
+from tiny.language import CHATML_CASE, write_hub_tokenizer
+from tiny.seed import SENTENCES
 
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, RequestError
 from seed_multimodal.language.hub_tokenizer import (
@@ -76,7 +76,7 @@ def test_vocabulary_and_special_ids(hub: HubTokenizer, folder: Path):
 
 def test_end_ids_of_a_base_tokenizer_with_a_chat_template(tmp_path):
     """The end of a turn, the tokenizer's end, and those of the model's generation."""
-    write_hub_tokenizer(tmp_path, SENTENCES, replace(DEFAULT, eos="<|endoftext|>"))
+    write_hub_tokenizer(tmp_path, SENTENCES, replace(CHATML_CASE, eos="<|endoftext|>"))
     (tmp_path / "generation_config.json").write_text(json.dumps({"eos_token_id": [2, 7]}))
     assert HubTokenizer.create(tmp_path, 16, 4).eos_token_ids == (2, 0, 7)
 
@@ -215,7 +215,7 @@ def test_chat_template_keeps_images_and_typed_control_tokens(hub: HubTokenizer):
     ],
 )
 def test_get_template_of_no_or_unusable_chat_templates(chat_template, message, tmp_path):
-    write_hub_tokenizer(tmp_path, SENTENCES, replace(DEFAULT, text=chat_template))
+    write_hub_tokenizer(tmp_path, SENTENCES, replace(CHATML_CASE, text=chat_template))
     with pytest.raises(ConfigError, match=message):
         get_template("chat", HubTokenizer.create(tmp_path, 16, 4))
 

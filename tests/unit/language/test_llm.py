@@ -15,7 +15,7 @@ import pytest
 import torch
 from repository import ROOT
 from safetensors.torch import load_file, save_file
-from tiny_llms import random_llm
+from tiny.language import random_llm
 
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedWarning
 from seed_multimodal.language.llm import check_vocab_size, load_llm

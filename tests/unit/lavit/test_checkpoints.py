@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tiny_lavit import TINY, tiny_tokenizer
+from tiny.lavit import SMALL, small_tokenizer
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError
@@ -35,8 +35,8 @@ def original(folder: Path, **changes: State) -> Path:
 
     `changes` replace a file's tensors, a tensor without elements removes one.
     """
-    first = tiny_tokenizer(0).state_dict()
-    second = tiny_tokenizer(1)
+    first = small_tokenizer(0).state_dict()
+    second = small_tokenizer(1)
     files = {
         "visual_tokenizer/eva_vitg_psz14.bin": {
             k.removeprefix("encoder."): v for k, v in first.items() if k.startswith("encoder.")
@@ -52,15 +52,15 @@ def original(folder: Path, **changes: State) -> Path:
         torch.save(
             {k: v for k, v in {**state, **changes.get(file.stem, {})}.items() if v.numel()}, file
         )
-    (folder / "visual_tokenizer" / "config.json").write_text(json.dumps(asdict(TINY)))
+    (folder / "visual_tokenizer" / "config.json").write_text(json.dumps(asdict(SMALL)))
     return folder
 
 
 def two_stages() -> tuple[DynamicTokenizer, DynamicTokenizer]:
     """The tokenizers of that folder for codes and for understanding."""
-    first = tiny_tokenizer(0)
-    understanding = tiny_tokenizer(0)
-    second = tiny_tokenizer(1)
+    first = small_tokenizer(0)
+    understanding = small_tokenizer(0)
+    second = small_tokenizer(1)
     understanding.causal_encoder = second.causal_encoder
     understanding.vit_proj = second.vit_proj
     return first, understanding
@@ -87,7 +87,7 @@ def test_load_both_reads_each_token_merger_from_its_file(layout, tmp_path, pixel
     )
     for model in (load_dynamic_tokenizer(tmp_path), generator):
         assert equal(model.encode(pixels, mode="threshold"), codes)
-        assert replace(model.config, llm_width=TINY.llm_width) == TINY
+        assert replace(model.config, llm_width=SMALL.llm_width) == SMALL
         assert not model.training and not any(p.requires_grad for p in model.parameters())
         assert (model.vit_proj is None) == (layout != "saved")
     assert understanding is not None and equal(
@@ -116,13 +116,13 @@ def test_load_missing_unsafe_or_misshapen_files(tmp_path):
 
 
 def test_save_without_training_state_and_projector(tmp_path, pixels: Tensor):
-    saved = tiny_tokenizer()
+    saved = small_tokenizer()
     generator, understanding = load_tokenizer_pair(save_dynamic_tokenizer(saved, tmp_path))
     assert generator is understanding
     assert equal(
         generator.continuous(pixels, mode="threshold"), saved.continuous(pixels, mode="threshold")
     )
-    model = DynamicTokenizer(TINY)
+    model = DynamicTokenizer(SMALL)
     model.quantize = ema_codebook(model.quantize, 0.9)
     model.vit_proj = None
     save_dynamic_tokenizer(model, tmp_path)
@@ -133,7 +133,7 @@ def test_save_without_training_state_and_projector(tmp_path, pixels: Tensor):
 
 
 def test_save_with_the_vision_encoder_of_another_system(tmp_path, pixels: Tensor):
-    model = tiny_tokenizer(0)
+    model = small_tokenizer(0)
     other = tmp_path / "nano" / "model.safetensors"
     other.parent.mkdir()
     save_file(

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_lavit_training
-import tiny_seed1
 import torch
+from tiny.diffusion import CROSS, POOLED, TEXT_TOKENS, TEXT_WIDTH, clip_text_encoder, write_sd1
+from tiny.lavit import CONDITION_TOKENS, EMPTY_TOKENS, empty_text, lavit_unet, write_lavit_diffusion
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedWarning
@@ -25,10 +25,9 @@ from seed_multimodal.models.lavit.diffusion import (
 )
 from seed_multimodal.models.lavit.ratios import RATIOS, ratio_size
 
-N = tiny_lavit_training.TOKENS
-WIDTH = tiny_lavit_training.WIDTH
-POOLED = tiny_lavit_training.POOLED
-EMPTY = tiny_lavit_training.NOTHING
+N = CONDITION_TOKENS
+WIDTH = CROSS
+EMPTY = EMPTY_TOKENS
 
 
 @pytest.fixture(scope="module")
@@ -37,8 +36,8 @@ def model_dir(tmp_path_factory) -> Path:
     them.
     """
     model_dir = tmp_path_factory.mktemp("LaVIT")
-    tiny_lavit_training.diffusion(model_dir / "highres_pixel_decoding", "highres")
-    tiny_lavit_training.diffusion(model_dir / "pixel_decoding", "lowres")
+    write_lavit_diffusion(model_dir / "highres_pixel_decoding", "highres")
+    write_lavit_diffusion(model_dir / "pixel_decoding", "lowres")
     return model_dir
 
 
@@ -127,7 +126,7 @@ def test_denoise_of_stable_diffusion_with_the_empty_text(model_dir: Path):
     prompt = conditions(1, pooled=False)
     rest = torch.full((1, N - EMPTY, WIDTH), 9.0)
     unconditional = {
-        "encoder_hidden_states": torch.cat([tiny_lavit_training.nothing(), rest], 1),
+        "encoder_hidden_states": torch.cat([empty_text(), rest], 1),
         "encoder_attention_mask": torch.arange(N)[None] < EMPTY,
     }
     wanted = expected(
@@ -140,9 +139,7 @@ def test_denoise_of_stable_diffusion_with_the_empty_text(model_dir: Path):
 
 def test_ratio_size_of_the_unet(high: LavitDetokenizer):
     assert len(RATIOS) == 6 and all(side % 64 == 0 for size in RATIOS.values() for side in size)
-    full = LavitDetokenizer(
-        tiny_lavit_training.unet("highres", sample_size=512), high.vae, high.scheduler
-    )
+    full = LavitDetokenizer(lavit_unet("highres", sample_size=512), high.vae, high.scheduler)
     assert {name: full.ratio_size(name) for name in RATIOS} == RATIOS
     assert high.ratio_size("16:9") == (16, 24)  # of 16 pixels: 12 x 21
     small = [ratio_size(name, 64, 8) for name in RATIOS]
@@ -178,12 +175,12 @@ def test_from_pretrained_with_parts_of_another_width(model_dir: Path, tmp_path):
 
 def test_read_empty_text_of_a_file_or_the_text_encoder(tmp_path):
     with pytest.raises(CheckpointError, match=f"contains no {EMPTY_TEXT}; seed fetch lavit"):
-        read_empty_text(tmp_path, tiny_seed1.TEXT_WIDTH)
-    tiny_seed1.diffusion_folder(tmp_path)
-    empty = torch.tensor([[2, *[3] * (tiny_seed1.TEXT_TOKENS - 1)]])
+        read_empty_text(tmp_path, TEXT_WIDTH)
+    write_sd1(tmp_path)
+    empty = torch.tensor([[2, *[3] * (TEXT_TOKENS - 1)]])
     with torch.no_grad():
-        wanted = tiny_seed1.text_encoder()(empty).last_hidden_state
-    torch.testing.assert_close(read_empty_text(tmp_path, tiny_seed1.TEXT_WIDTH), wanted)
+        wanted = clip_text_encoder()(empty).last_hidden_state
+    torch.testing.assert_close(read_empty_text(tmp_path, TEXT_WIDTH), wanted)
     torch.save(torch.ones(1, 3, 8), tmp_path / EMPTY_TEXT)
     assert torch.equal(read_empty_text(tmp_path, 8), torch.ones(1, 3, 8))
 

@@ -7,7 +7,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny_lavit import TINY, tiny_tokenizer
+from tiny.lavit import SMALL, small_tokenizer
 from torch import Tensor
 
 from seed_multimodal.models.lavit.modeling import (
@@ -30,7 +30,7 @@ def generators(*seeds: int) -> list[torch.Generator]:
 
 @pytest.fixture(scope="module")
 def model() -> DynamicTokenizer:
-    return tiny_tokenizer()
+    return small_tokenizer()
 
 
 @pytest.fixture
@@ -68,7 +68,7 @@ def changed(features: Tensor, patch: int) -> Tensor:
 
 @torch.no_grad()
 def test_token_merger_attends_causally_and_to_dropped_patches():
-    merger = TokenMerger(TINY, TINY.vit.width).eval()
+    merger = TokenMerger(SMALL, SMALL.vit.width).eval()
     features = torch.randn(2, PATCHES, WIDTH)
     keep = torch.ones(2, PATCHES)
     keep[:, [3, 7]] = 0
@@ -137,7 +137,7 @@ def test_encode_does_not_depend_on_batches(mode, model: DynamicTokenizer, pixels
         assert torch.allclose(
             model.continuous(pixels[i : i + 1], **options(i))[0], rows[i], atol=1e-5
         )
-        assert rows[i].shape == (len(codes[i]), TINY.llm_width)
+        assert rows[i].shape == (len(codes[i]), SMALL.llm_width)
 
 
 # ---- precision
@@ -148,7 +148,7 @@ def test_encode_does_not_depend_on_batches(mode, model: DynamicTokenizer, pixels
 def test_half_precision_with_an_fp32_residual_stream(
     dtype, model: DynamicTokenizer, pixels: Tensor
 ):
-    half = cast_layers(tiny_tokenizer(), dtype)
+    half = cast_layers(small_tokenizer(), dtype)
     features = half.patch_features(pixels)
     want = model.patch_features(pixels)
     assert (

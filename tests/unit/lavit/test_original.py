@@ -6,8 +6,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from random_images import noise
-from tiny_lavit import same
+from random_images import noise, same
 
 from seed_multimodal.compat.lavit import LaVITDetokenizer, build_model
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pretrain_parts
 import pytest
-import tiny_lavit
 from PIL import Image
+from tiny.lavit import build_lavit
 
 from seed_multimodal.models.lavit.pipeline import Lavit
 from seed_multimodal.models.lavit.processing import HubLavitTokenizer, load_lavit_tokenizer
@@ -19,7 +19,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:Answers are not lemmatised")
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return tiny_lavit.build(tmp_path_factory.mktemp("lavit") / "system", hub=True)
+    return build_lavit(tmp_path_factory.mktemp("lavit") / "system", hub=True)
 
 
 def test_tokenizer_has_the_tokens_of_lavit(folder: Path):

@@ -9,7 +9,7 @@ import stage1_toy as toy
 import torch
 import torch.nn.functional as F
 from tensors import equal
-from tiny_lavit_training import code_decoder, diffusion
+from tiny.lavit import code_decoder, write_lavit_diffusion
 
 from seed_multimodal.models.lavit.diffusion import LavitDetokenizer
 from seed_multimodal.models.lavit.losses import HEADS, LavitLossWeights, LavitStage1, decoder_for
@@ -124,7 +124,7 @@ def test_finished_networks_encode_and_decode_as_trained(model: LavitStage1, feat
 
 def test_decoder_for_a_unet_of_the_other_kind(tmp_path):
     high, low = (
-        LavitDetokenizer.load_part(diffusion(tmp_path / head, head), "unet")  # type: ignore[arg-type]
+        LavitDetokenizer.load_part(write_lavit_diffusion(tmp_path / head, head), "unet")  # type: ignore[arg-type]
         for head in ("highres", "lowres")
     )
     folder = code_decoder().save_pretrained(tmp_path / "decoder")

@@ -9,10 +9,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import tiny_lavit
 import torch
 from PIL import Image
-from tiny_vision import KINDS, write_vision
+from tiny import spread
+from tiny.language import LLM_WIDTH
+from tiny.lavit import DECODER, SIDE, TOKENIZER, write_language, write_pixels
+from tiny.vision import KINDS, write_vision
 from torch import Tensor
 
 from seed_multimodal.compat.lavit import LaVITforUnderstanding
@@ -39,7 +41,7 @@ ENCODERS = ["siglip2", "dinov2", "dinov3", "clip"]
 
 def sizes_of(vision: Path) -> LavitTokenizerConfig:
     vit = HubVisionConfig(path=str(vision))
-    return dataclasses.replace(tiny_lavit.TOKENIZER, vit=vit, vit_head=0, merger_mlp_width=24)
+    return dataclasses.replace(TOKENIZER, vit=vit, vit_head=0, merger_mlp_width=24)
 
 
 def stage1_of(vision: Path) -> LavitStage1:
@@ -50,7 +52,7 @@ def stage1_of(vision: Path) -> LavitStage1:
         if parameter.ndim > 1 and not name.startswith("encoder."):
             torch.nn.init.normal_(parameter, std=0.3)
     decoder_sizes = dataclasses.replace(
-        tiny_lavit.DECODER, tokens=tokenizer.n_patches, feature_dim=tokenizer.encoder.width
+        DECODER, tokens=tokenizer.n_patches, feature_dim=tokenizer.encoder.width
     )
     load_vision(tokenizer.encoder, vision, None)
     return LavitStage1(tokenizer, CodeDecoder(decoder_sizes))
@@ -123,11 +125,11 @@ def test_stage1_and_system_of_another_vision_encoder(kind, tmp_path):
 
     # 5. A system with a token merger of stage 2.
     folder = tmp_path / "system"
-    text_tokenizer = tiny_lavit.write_language(folder / "llm", 0, PATCHES)
+    text_tokenizer = write_language(folder / "llm", 0, PATCHES)
     torch.manual_seed(1)
-    second = DynamicTokenizer(dataclasses.replace(loaded.config, llm_width=tiny_lavit.WIDTH))
+    second = DynamicTokenizer(dataclasses.replace(loaded.config, llm_width=LLM_WIDTH))
     save_state_dict(visual_weight_state(second), exported / "visual_weight.safetensors")
-    tiny_lavit.pixels(folder / "pixels")
+    write_pixels(folder / "pixels")
     drawing = {"max_new_tokens": PATCHES, "min_new_tokens": 1}
     settings = {"system": "lavit", "selection": "threshold", "generation": {"draw": drawing}}
     (folder / "system.json").write_text(json.dumps(settings))
@@ -136,7 +138,7 @@ def test_stage1_and_system_of_another_vision_encoder(kind, tmp_path):
     assert system.images.kept_patches([IMAGE])[0].shape == (2, 2)
     assert isinstance(system.describe(IMAGE, max_new_tokens=4), str)
     image = system.draw("a red apple")
-    assert image.size == (tiny_lavit.SIDE, tiny_lavit.SIDE)
+    assert image.size == (SIDE, SIDE)
     assert text_tokenizer.vocabulary.tokens_per_image == PATCHES
 
 
@@ -144,10 +146,10 @@ def test_stage1_and_system_of_another_vision_encoder(kind, tmp_path):
 def test_pixels_of_the_original_class_are_those_of_the_encoder(kind, tmp_path):
     """`generate` turns pixels back to images with the encoder's mean, and does not crop again."""
     write_vision(kind, tmp_path / "vision")
-    tokenizer = tiny_lavit.spread(DynamicTokenizer(sizes_of(tmp_path / "vision"))).eval()
+    tokenizer = spread(DynamicTokenizer(sizes_of(tmp_path / "vision"))).eval()
     load_vision(tokenizer.encoder, tmp_path / "vision", None)
     save_dynamic_tokenizer(tokenizer, tmp_path / "tokenizer")
-    tiny_lavit.write_language(tmp_path / "llm", 0, PATCHES)
+    write_language(tmp_path / "llm", 0, PATCHES)
     settings = {"system": "lavit", "selection": "threshold"}
     (tmp_path / "system.json").write_text(json.dumps(settings))
     model = LaVITforUnderstanding(model_path=tmp_path, model_dtype="fp32")

@@ -10,11 +10,10 @@ from typing import Any
 import pytest
 import torch
 from chat_templates import TEXT_TEMPLATES
-from hub_tokenizers import write_hub_tokenizer
 from llm_losses import packed_loss
 from reference_generation import generate
-from tiny_llms import random_llm
-from tiny_system import SENTENCES
+from tiny.language import random_llm, write_hub_tokenizer
+from tiny.seed import SENTENCES
 
 from seed_multimodal.data.decoders.base import SeededRandom
 from seed_multimodal.data.decoders.chat import Chat
@@ -33,7 +32,7 @@ N_CODES = 16
 PER_IMAGE = 4
 PADDING = 14  # rows of the base's tables behind its tokenizer's
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
-# Architecture of tiny_llms, its chat template, whether its small published models tie the tables.
+# Architecture of `tiny.language`, its chat template, whether its small models tie the tables.
 BASES = {
     "llama": ("llama3", True),
     "qwen3": ("qwen3", True),

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from tiny_vision import KINDS, write_vision
+from tiny.vision import KINDS, write_vision
 
 from seed_multimodal.errors import CheckpointError, ConfigError, ImageError
 from seed_multimodal.images.transforms import CLIP_MEAN, read_preprocessing, seed_image_processor

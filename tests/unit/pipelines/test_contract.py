@@ -1,22 +1,22 @@
-"""`MultimodalSystem`: tasks, batches, seeds, threads, conversations and settings, on tiny
-systems of each family."""
+"""What every family does: tasks, batches, seeds, threads, streams, stops, settings, saving.
+
+A new family is tested by its entry in `FAMILIES`.
+"""
 
 from __future__ import annotations
 
 import base64
-import copy
 import threading
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from random_images import noise
-from tiny_lavit import same
-from transformers import AutoModelForCausalLM
+from random_images import noise, same
 
 from seed_multimodal.errors import (
     CheckpointError,
@@ -25,36 +25,79 @@ from seed_multimodal.errors import (
     ImageError,
     RequestError,
 )
-from seed_multimodal.language.answer import Answer
 from seed_multimodal.language.messages import user_message
 from seed_multimodal.pipelines.base import MultimodalSystem
-from seed_multimodal.pipelines.images import VARIATION
 
-FAMILIES = ("tiny", "tiny_x", "tiny_lavit")
 SAMPLING = {"temperature": 2.0, "top_p": 1.0, "top_k": 0}
-FEW = {"num_inference_steps": 2}
+STEPS = {"num_inference_steps": 2}
+GREEDY = {"max_new_tokens": 40, "do_sample": False, "num_beams": 1}
+NANO = ("nano", "nano-x", "nano-lavit")
 pytestmark = pytest.mark.filterwarnings("ignore:Answers are not lemmatised")
 
 
+@dataclass(frozen=True)
+class Family:
+    """A family's tiny system, and what it can do."""
+
+    fixture: str
+    drawing: dict[str, Any] = field(default_factory=lambda: dict(STEPS))  # its shortest settings
+    has_noise: bool = True  # in its drawings
+    has_codes: bool = True
+    has_conversations: bool = True
+    refused: dict[str, Callable[[Any], object]] = field(default_factory=dict)
+
+
+def detect(system: Any) -> object:
+    return system.detect(noise(1), "a fish")
+
+
+FAMILIES = {
+    "seed_llama": Family("tiny", refused={"detection": detect}),
+    "seed_x": Family(
+        "tiny_x", has_codes=False, refused={"codes": lambda system: system.tokenize(noise(1))}
+    ),
+    "lavit": Family(
+        "tiny_lavit",
+        has_conversations=False,
+        refused={
+            "detection": detect,
+            "plain prompts": lambda system: system.use_plain_prompts(),
+        },
+    ),
+    # Of another package, by its entry point alone.
+    "mosaic": Family("mosaic", drawing={}, has_noise=False, refused={"detection": detect}),
+}
+
+
 @pytest.fixture(params=FAMILIES)
-def system(request) -> Any:
-    return request.getfixturevalue(request.param)
+def family(request: pytest.FixtureRequest) -> Family:
+    return FAMILIES[request.param]
 
 
-@pytest.fixture(params=FAMILIES[:2])
-def talking(request) -> Any:
-    """Systems with conversations."""
-    return request.getfixturevalue(request.param)
+@pytest.fixture
+def system(family: Family, request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue(family.fixture)
 
 
 def user(*content: Any) -> list[dict[str, Any]]:
     return [{"role": "user", "content": list(content)}]
 
 
+def texts_of(events: list[dict[str, Any]]) -> list[str]:
+    """The streamed texts before, between and behind the images."""
+    texts = [""]
+    for event in events:
+        if event["type"] == "text":
+            texts[-1] += event["text"]
+        elif event["type"] == "image":
+            texts.append("")
+    return [text.strip() for text in texts]
+
+
 # ---- batches
 
 
-def test_describe_and_ask_of_a_list(system):
+def test_texts_of_a_list_equal_those_alone(system):
     images = [noise(1), noise(2, (300, 20)), noise(3, (1, 1)), noise(4), noise(5)]
     assert system.describe(images, batch_size=3) == [system.describe(image) for image in images]
     questions = ["What is it?", "Is it a cat?", "Where?", "How many?", "Why?"]
@@ -62,237 +105,271 @@ def test_describe_and_ask_of_a_list(system):
     assert answers == [
         system.ask(image, text) for image, text in zip(images, questions, strict=True)
     ]
-    assert isinstance(system.describe(images[0]), str) and system.describe([]) == []
+    assert isinstance(system.describe(images[0]), str)
+    assert system.describe([]) == []
+
+    # A list in the list is one prompt of several images.
+    both = system.describe([images[:2], images[0]], seed=1, **SAMPLING)
+    assert both[0] == system.describe([images[:2]], seed=1, **SAMPLING)[0]
+    assert both[1] == system.describe(images[0], seed=1, **SAMPLING)
 
 
-def test_draw_of_a_list(system):
+def test_images_of_a_list_equal_those_alone(system, family: Family):
+    options = {**family.drawing, **SAMPLING}
     texts = ["a red apple", "a blue fish"]
-    both = system.draw(texts, seed=3, **FEW, **SAMPLING)
-    assert all(
-        same(image, system.draw(text, 3, **FEW, **SAMPLING))
-        for image, text in zip(both, texts, strict=True)
-    )
-    four = system.draw("a fish", seed=5, num_images=4, **FEW, **SAMPLING)
-    assert len(four) == 4 and same(four[2], system.draw("a fish", 7, **FEW, **SAMPLING))
+    for image, text in zip(system.draw(texts, seed=3, **options), texts, strict=True):
+        assert same(image, system.draw(text, 3, **options))
+    four = system.draw("a fish", seed=5, num_images=4, **options)
+    assert len(four) == 4
+    assert same(four[2], system.draw("a fish", 7, **options))
     assert not same(four[0], four[1])
 
-
-def test_draw_of_a_list_with_an_empty_text(system):
-    with pytest.raises(RequestError, match="Message 1 is empty"):
-        system.draw(["a fish", ""], verbatim=True)
-
-
-def test_draw_of_several_images_samples_all_but_the_first(system, monkeypatch):
-    """Of greedy settings; SEED-X's features have nothing to sample, so its images differ by the
-    noise alone."""
-    greedy = {"do_sample": False}
-    for name in ("temperature", "top_p"):  # the random model is sure of its tokens
-        monkeypatch.setitem(VARIATION, name, SAMPLING[name])
-    if type(system).__name__ == "Lavit":  # the original's settings sample every image
-        system = copy.copy(system)
-        system.config = replace(system.config, generation={"draw": greedy})
-    conversations = [user_message([text]) for text in ("a blue fish", "a red apple")]
-
-    def answers(**options: Any) -> list[tuple[int, ...]]:
-        """The ids of five answers to each request."""
-        answers = system._generate_several(conversations, "draw", 5, range(10), options)
-        return [tuple(generated.answer.ids) for generated in answers]
-
-    varied = answers()
-    equal_codes = answers(**greedy)
-    assert (
-        len(set(equal_codes[:5])) == 1 and varied[::5] == equal_codes[::5] and varied == answers()
-    )
-    assert (len(set(varied[:5])) > 1) == system.images.has_codes
+    sources = [noise(1), noise(2)]
+    edited = system.edit(sources, "Make it red.", seed=2, **family.drawing)
+    rebuilt = system.reconstruct(sources, 3, **family.drawing)
+    for source, image, again in zip(sources, edited, rebuilt, strict=True):
+        assert same(image, system.edit(source, "Make it red.", 2, **family.drawing))
+        assert same(again, system.reconstruct(source, 3, **family.drawing)[0])
+    other_seed = system.reconstruct(sources[0], 4, **family.drawing)[0]
+    assert same(rebuilt[0], other_seed) != family.has_noise
 
 
-def test_edit_and_reconstruct_of_a_list(system):
-    images = [noise(1), noise(2)]
-    edited = system.edit(images, "Make it red.", seed=2, **FEW)
-    assert all(
-        same(result, system.edit(image, "Make it red.", 2, **FEW))
-        for result, image in zip(edited, images, strict=True)
-    )
-    again = system.reconstruct(images, 3, **FEW)
-    assert len(again) == 2 and same(again[1], system.reconstruct(images[1], 3, **FEW)[0])
-    assert not same(again[0], system.reconstruct(images[0], 4, **FEW)[0])
-
-
-def test_describe_of_nested_lists(system):
-    first = noise(1)
-    second = noise(2)
-    both = system.describe([[first, second], first], **SAMPLING, seed=1)
-    assert both[0] == system.describe([[first, second]], **SAMPLING, seed=1)[0]
-    assert both[1] == system.describe(first, **SAMPLING, seed=1)
+def test_draw_of_several_images_varies_greedy_codes(mosaic):
+    """Its images are its codes without noise: equal codes would be one image n times."""
+    plain = mosaic.draw("a blue fish")
+    varied = mosaic.draw("a blue fish", num_images=12)
+    assert same(varied[0], plain)
+    assert not all(same(image, plain) for image in varied)
+    greedy = mosaic.draw("a blue fish", num_images=3, do_sample=False, temperature=1.0)
+    assert all(same(image, plain) for image in greedy)
 
 
 def test_describe_of_files_bytes_and_arrays(system, tmp_path):
     image = noise(1)
-    image.save(tmp_path / "a.png")
     file = tmp_path / "a.png"
-    assert (
-        len(set(system.describe([image, file, str(file), file.read_bytes(), np.asarray(image)])))
-        == 1
-    )
+    image.save(file)
+    forms = [image, file, str(file), file.read_bytes(), np.asarray(image)]
+    assert len(set(system.describe(forms))) == 1
 
 
 # ---- seeds and threads
 
 
-def test_describe_depends_only_on_the_seed(system):
-    answers = [
-        system.describe(noise(1), seed=seed, max_new_tokens=12, **SAMPLING) for seed in (1, 1, 2)
-    ]
+def test_results_depend_only_on_the_seed(system, family: Family):
+    options = {"max_new_tokens": 12, **SAMPLING}
+    answers = [system.describe(noise(1), seed=seed, **options) for seed in (1, 1, 2)]
     assert answers[0] == answers[1] != answers[2]
     state = torch.get_rng_state()
-    system.draw("a fish", 1, **FEW, **SAMPLING)
+    system.draw("a fish", 1, **family.drawing, **SAMPLING)
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_describe_draw_and_reconstruct_in_threads(system):
+def test_results_in_threads_equal_those_alone(system, family: Family):
     """Texts are equal; images within one grey level: features of a batch differ in their last
     digits."""
-    jobs = [
-        job
-        for seed in range(2)
-        for job in (
-            lambda seed=seed: system.describe(noise(seed), seed=seed, **SAMPLING),
-            lambda seed=seed: system.draw("a fish", seed, **FEW, **SAMPLING),
-            lambda seed=seed: system.reconstruct(noise(seed), seed, **FEW)[0],
-        )
-    ]
-    with ThreadPoolExecutor(6) as pool:
+    options = {**family.drawing, **SAMPLING}
+    jobs: list[Callable[[], Any]] = []
+    for seed in range(2):
+        jobs.append(lambda seed=seed: system.describe(noise(seed), seed=seed, **SAMPLING))
+        jobs.append(lambda seed=seed: system.draw("a fish", seed, **options))
+        jobs.append(lambda seed=seed: system.reconstruct(noise(seed), seed, **family.drawing)[0])
+    with ThreadPoolExecutor(len(jobs)) as pool:
         futures = [pool.submit(job) for job in jobs]
     for future, job in zip(futures, jobs, strict=True):
-        answer = future.result()
-        expected = job()
+        answer, expected = future.result(), job()
         assert answer == expected if isinstance(answer, str) else same(answer, expected)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["nano", "nano-x", "nano-lavit"])
-def test_draw_of_several_threads_in_common_batches(model):
+@pytest.mark.parametrize("model", NANO)
+def test_draw_of_threads_in_common_batches(model):
     """Equal to drawing one by one, with fewer calls of the U-Net; a failing call does not
     affect the others."""
-    system = MultimodalSystem.from_pretrained(model, device="cpu", log=None)
-    images = system.images
-    count = 8
-    values = list(images.encode([noise(seed) for seed in range(count)]))
-    alone = [images.draw([value], seeds=[seed])[0] for seed, value in enumerate(values)]
-    loops: list[int] = []
-    images.decoder.unet.register_forward_pre_hook(lambda module, args: loops.append(len(args[0])))
+    images = MultimodalSystem.from_pretrained(model, device="cpu", log=None).images
+    seeds = range(8)
+    values = list(images.encode([noise(seed) for seed in seeds]))
+    alone = [images.draw([value], seeds=[seed])[0] for seed, value in zip(seeds, values)]
+    batches: list[int] = []
+    images.decoder.unet.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
     images.draw(values[:1], seeds=[0])
-    steps = len(loops)
-    barrier = threading.Barrier(count + 1)
+    steps = len(batches)
 
-    def draw(seed: Any, value: Any) -> Image.Image:
-        barrier.wait()
-        return images.draw([value], seeds=[seed])[0]
+    def draw_together(*more: Any) -> list[Any]:
+        """The futures of all images, and of one with each of the seeds in `more`."""
+        jobs = [*zip(seeds, values), *((seed, values[0]) for seed in more)]
+        barrier = threading.Barrier(len(jobs))
 
-    with ThreadPoolExecutor(count + 1) as pool:
-        broken = pool.submit(draw, "no seed", values[0])
-        together = [*pool.map(draw, range(count), values)]
+        def draw(seed: Any, value: Any) -> Image.Image:
+            barrier.wait()
+            return images.draw([value], seeds=[seed])[0]
+
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            return [pool.submit(draw, *job) for job in jobs]
+
+    *futures, broken = draw_together("no seed")
     assert isinstance(broken.exception(), RuntimeError)
-    assert all(same(image, other) for image, other in zip(together, alone, strict=True))
-    loops.clear()
-    barrier = threading.Barrier(count)
-    with ThreadPoolExecutor(count) as pool:
-        assert all(
-            same(image, other)
-            for image, other in zip(pool.map(draw, range(count), values), alone, strict=True)
-        )
-        codes = [*pool.map(images.encode, [[noise(seed)] for seed in range(count)])]
-    assert len(loops) <= steps * count // 2 and max(loops) > 1
-    if model != "nano-x":
-        assert all(torch.equal(row[0], value) for row, value in zip(codes, values, strict=True))
+    assert all(same(future.result(), image) for future, image in zip(futures, alone, strict=True))
+    batches.clear()
+    futures = draw_together()
+    assert all(same(future.result(), image) for future, image in zip(futures, alone, strict=True))
+    assert len(batches) <= steps * len(seeds) // 2
+    assert max(batches) > 1
 
 
-# ---- conversations
+# ---- conversations and streams
 
 
 @pytest.mark.parametrize(
-    "options", [{}, {"force_image": True}, {"seed": 5, **SAMPLING}, {"num_beams": 2}]
+    "options",
+    [{}, {"force_image": True}, {"seed": 5, **SAMPLING}, {"num_beams": 2}],
+    ids=["greedy", "image", "sampled", "beams"],
 )
 def test_chat_streamed_equals_chat(system, options):
     options = {"seed": 1, "num_beams": 1, **options}
     plain = system.chat(user(noise(0), "What?"), **options)
     events = list(system.chat(user(noise(0), "What?"), stream=True, previews=(), **options))
     streamed = events[-1]["answer"]
-    assert [event["type"] for event in events].count("done") == 1 and list(streamed.ids) == list(
-        plain.ids
-    )
+    assert [event["type"] for event in events].count("done") == 1
+    assert list(streamed.ids) == list(plain.ids)
     assert [event["codes"] for event in events if event["type"] == "image"] == plain.codes
-    assert all(
-        same(image, other) for image, other in zip(streamed.images, plain.images, strict=True)
-    )
-    assert len(plain.images) >= bool(options.get("force_image"))
-    text = "".join(event["text"] for event in events if event["type"] == "text")
-    assert text.split() == " ".join(part for part in plain.parts if isinstance(part, str)).split()
+    assert len(plain.images) == len(streamed.images) >= bool(options.get("force_image"))
+    assert all(map(same, streamed.images, plain.images))
+    parts = [
+        {"type": "text", "text": part} if isinstance(part, str) else {"type": "image"}
+        for part in plain.parts
+    ]
+    assert texts_of(events) == texts_of(parts)
 
 
-def test_chat_after_an_answer(talking):
+def middle(text: str) -> str:
+    """Four letters of a text that do not stand before."""
+    starts = range(len(text) // 3, len(text) - 4)
+    candidates = (text[start : start + 4] for start in starts if text[start : start + 4].strip())
+    return next(part for part in candidates if part == part.strip() and text.count(part) == 1)
+
+
+def test_answers_end_at_a_stop(system):
+    """No token is generated behind it, whole and streamed, alone and in a batch."""
+    message = user(noise(0), "What?")
+    unstopped = system.chat(message, **GREEDY)
+    stop = middle(unstopped.text)
+    options = {**GREEDY, "stop": [stop]}
+    ended = system.chat(message, **options)
+    assert stop not in ended.text
+    assert unstopped.text.startswith(ended.text)
+    assert list(ended.ids) == list(unstopped.ids)[: len(ended.ids)]
+    assert len(ended.ids) < len(unstopped.ids)
+    events = list(system.chat(message, stream=True, **options))
+    assert texts_of(events) == [ended.text.strip()]
+    assert stop not in system.chat(message, **{**options, "num_beams": 3}).text
+
+    # Not before the verdict that a benchmark waits for.
+    verdict = unstopped.text.partition(stop)[2][:3]
+    late = system.chat(message, **options, stop_after=stop + verdict)
+    assert list(late.ids) == list(unstopped.ids)
+
+    images = [noise(seed) for seed in range(3)]
+    texts = system.describe(images, **GREEDY)
+    stop = middle(texts[0])
+    for text, expected in zip(system.describe(images, **GREEDY, stop=[stop]), texts, strict=True):
+        assert text.strip() == expected.partition(stop)[0].strip()
+
+
+def test_an_image_before_a_stop_stays(tiny):
+    options = {**GREEDY, "max_new_tokens": 60, "force_image": True}
+    unstopped = tiny.chat(user("a red apple"), **options)
+    behind = unstopped.parts[-1]
+    ended = tiny.chat(user("a red apple"), **options, stop=[middle(behind)])
+    assert len(ended.ids) < len(unstopped.ids)
+    assert ended.codes == unstopped.codes[:1]
+
+
+def test_chat_that_is_cancelled(system):
+    """A client that leaves must not keep the model busy."""
+    events = system.chat(user(noise(1), "What?"), stream=True, force_image=True)
+    next(events)
+    events.close()
+    names = [thread.name for thread in threading.enumerate()]
+    assert not any(name.startswith("seed-generate") for name in names)
+
+    calls: list[int] = []
+
+    def should_stop() -> bool:
+        calls.append(1)
+        return len(calls) > 3
+
+    answer = system.chat(user(noise(1), "What?"), force_image=True, should_stop=should_stop)
+    assert not answer.images
+    assert 3 <= len(calls) <= 5
+
+
+def test_chat_of_several_turns(system, family: Family):
     first = user(noise(1), "Make it red.")
-    answer = talking.chat(first, force_image=True)
+    answer = system.chat(first, force_image=True)
+    assert answer.images
     turns = [*first, {"role": "assistant", "content": answer}, *user("And now?")]
-    assert isinstance(talking.chat(turns), Answer) and talking.chat(turns, force_image=True).images
+    if not family.has_conversations:
+        with pytest.raises(RequestError):
+            system.chat(turns)
+        return
+    assert system.chat(turns, force_image=True).images
     system_role = [{"role": "system", "content": "Answer in verse."}, *turns]
-    assert talking.chat(system_role, seed=1).ids
+    assert system.chat(system_role, seed=1).ids
+
+    # The oldest turns of a conversation that is too long are left out; a single one is refused.
+    pair = (*user("Tell me about the tall tree."), {"role": "assistant", "content": "It is tall."})
+    answer = system.chat([*pair * 40, *user("And now?")])
+    assert "left out" in answer.note
+    with pytest.raises(GenerationError):
+        system.chat(user("a tree " * 2000))
 
 
-@pytest.mark.parametrize("model", ["nano", "nano-x"])
+@pytest.mark.slow
+@pytest.mark.parametrize("model", NANO[:2])
 def test_chat_reads_only_new_tokens(model):
     """Each image is encoded once; keys and values of read tokens, also of a shared system
     message, are cached."""
     system = MultimodalSystem.from_pretrained(model, device="cpu", log=None)
-    encoded = list[int]()
-    read = list[int]()
-    patches = next(
-        module for module in system.images.model.modules() if isinstance(module, torch.nn.Conv2d)
-    )
+    encoded: list[int] = []
+    read: list[int] = []
+    modules = system.images.model.modules()
+    patches = next(module for module in modules if isinstance(module, torch.nn.Conv2d))
     patches.register_forward_pre_hook(lambda module, inputs: encoded.append(len(inputs[0])))
     system.llm.get_decoder().register_forward_pre_hook(
         lambda module, arguments, inputs: read.append(inputs["inputs_embeds"].shape[1]),
         with_kwargs=True,
     )
-    rule = {
-        "role": "system",
-        "content": "Answer politely, with few words, and never about politics or the weather.",
-    }
-    conversation = [rule, *user(noise(1), "What is this?")]
+    rule = "Answer politely, with few words, and never about politics or the weather."
+    opening = [{"role": "system", "content": rule}]
+    conversation = [*opening, *user(noise(1), "What is this?")]
     first = system.chat(conversation)
-    other = system.chat([rule, *user("What is a dog?")])
-    rule_length = len(system.tokenizer.encode_parts([rule["content"]]))
+    other = system.chat([*opening, *user("What is a dog?")])
+    rule_length = len(system.tokenizer.encode_parts([rule]))
     assert max(read[len(first.ids) :]) <= other.prompt_tokens - rule_length
     read.clear()
-    second = system.chat(
-        [*conversation, {"role": "assistant", "content": first}, *user(noise(2), "And this?")]
-    )
-    assert len(encoded) == 2 and encoded[0] == encoded[1]
+    turns = [*conversation, {"role": "assistant", "content": first}, *user(noise(2), "And this?")]
+    second = system.chat(turns)
+    assert len(encoded) == 2
     assert max(read) <= second.prompt_tokens - first.prompt_tokens - len(first.ids) + 2
 
 
-def test_chat_of_a_conversation_that_is_too_long(talking):
-    turns = [
-        message
-        for index in range(30)
-        for message in (
-            *user(f"Tell me about the tall tree number {index}."),
-            {"role": "assistant", "content": "It is a tree."},
-        )
+@pytest.mark.slow
+@pytest.mark.parametrize("model", NANO)
+def test_ask_generates_nothing_behind_the_answer(model):
+    """Behind it there may be a token for its end, or those of the next turn's opening: a model
+    that goes on would double the time of every answer."""
+    system = MultimodalSystem.from_pretrained(model, device="cpu", log=None, load_decoder=False)
+    opening = sum(len(system.tokenizer.encode(stop)) for stop in system.stop_sequences("chat"))
+    questions = ("Where is the dog?", "Is there a star?", "How many are there?")
+    conversations = [
+        user_message([noise(seed), system.tasks.question(question)])
+        for seed, question in enumerate(questions)
     ]
-    answer = talking.chat([*turns, *user("And now?")])
-    assert "longer than the model's context" in answer.note and "were left out" in answer.note
-    with pytest.raises(GenerationError, match="context ends at"):
-        talking.chat(user("a tree " * 2000))
-
-
-def test_chat_whose_stream_is_closed(system):
-    events = system.chat(user(noise(1), "What?"), stream=True, force_image=True)
-    next(events)
-    events.close()
-    assert not [
-        thread for thread in threading.enumerate() if thread.name.startswith("seed-generate")
-    ]
+    settings = system.settings("ask")
+    answers = system.generate_answers(conversations, "ask", settings)
+    ids = system.generate(system.build_prompts(conversations, "ask"), settings, "ask")
+    for answer, generated in zip(answers, ids, strict=True):
+        assert len(generated) <= len(answer.answer.ids) + max(opening, 1) + 1
 
 
 @pytest.mark.parametrize("steps", [None, 1])
@@ -312,26 +389,9 @@ def test_chat_previews_have_their_own_denoising_steps(tiny, monkeypatch, steps):
     assert counts[:3] == [steps or 2, steps or 2, 2]
 
 
-def test_push_to_hub_stays_offline(tiny):
-    with pytest.raises(OSError, match="offline"):
-        tiny.push_to_hub("owner/name")
-    with pytest.raises(OSError, match="offline"):
-        tiny.images.model.push_to_hub("owner/name")
-
-
-def test_chat_with_should_stop(system):
-    calls: list[int] = []
-    answer = system.chat(
-        user(noise(1), "What?"),
-        force_image=True,
-        should_stop=lambda: calls.append(1) or len(calls) > 3,
-    )
-    assert not answer.images and 3 <= len(calls) <= 5
-
-
 def test_chat_with_messages_of_transformers_and_openai(system, tmp_path):
-    noise(1).save(tmp_path / "a b.png")
     file = tmp_path / "a b.png"
+    noise(1).save(file)
     url = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
     forms = [
         file,
@@ -354,100 +414,99 @@ def test_chat_with_messages_of_transformers_and_openai(system, tmp_path):
 # ---- settings
 
 
+def test_what_a_family_cannot_do_is_refused_by_name(system, family: Family):
+    for ability, call in family.refused.items():
+        with pytest.raises(ConfigError, match=system.config.name):
+            call(system)
+        assert ability
+
+
 @pytest.mark.parametrize(
-    ("options", "expected"), [({"max_new_tokens": 50}, [50, 33]), ({}, [39, 33])]
+    ("task", "options", "named"),
+    [
+        ("describe", {"temprature": 1.0}, "temperature"),
+        ("draw", {"num_inference_step": 2}, "num_inference_step"),
+        ("draw", {"num_inference_steps": 0}, "num_inference_steps"),
+        *(
+            (task, {"num_return_sequences": 2}, "num_return_sequences")
+            for task in ("describe", "ask", "draw", "edit", "chat")
+        ),
+    ],
 )
-def test_edit_with_text_before_the_image(tiny, options, expected, monkeypatch):
-    limits: list[int] = []
-
-    def write(conversations: Any, task: Any, settings: Any, *more: Any, **named: Any) -> Any:
-        limits.append(settings.max_new_tokens)
-        return plain(conversations, task, settings, *more, **named)
-
-    plain = tiny.generate_answers
-    monkeypatch.setattr(tiny, "generate_answers", write)
-    monkeypatch.setattr(tiny, "tasks", replace(tiny.tasks, edit_words=6))
-    tiny.edit(noise(1), "Make it red.", **FEW, **options)
-    assert limits == expected
+def test_wrong_options_are_refused_by_name(system, task, options, named):
+    calls = {
+        "describe": lambda: system.describe(noise(1), **options),
+        "ask": lambda: system.ask(noise(1), "What is it?", **options),
+        "draw": lambda: system.draw("a fish", **options),
+        "edit": lambda: system.edit(noise(1), "Make it red.", **options),
+        "chat": lambda: system.chat(user(noise(1)), **options),
+    }
+    with pytest.raises(ConfigError, match=named):
+        calls[task]()
 
 
-def test_unknown_options(system):
-    with pytest.raises(ConfigError, match="did you mean 'temperature'"):
-        system.describe(noise(1), temprature=1.0)
-    with pytest.raises(ConfigError, match="num_inference_steps"):
-        system.draw("a fish", num_inference_step=2)
-    with pytest.raises(ConfigError, match="num_inference_steps"):
-        system.draw("a fish", num_inference_steps=0)
-
-
-def test_num_return_sequences_is_refused(system):
-    for call in (
-        lambda **options: system.describe(noise(1), **options),
-        lambda **options: system.ask(noise(1), "What is it?", **options),
-        lambda **options: system.draw("a fish", **options),
-        lambda **options: system.edit(noise(1), "Make it red.", **options),
-        lambda **options: system.chat(user(noise(1)), **options),
-    ):
-        with pytest.raises(ConfigError, match="num_return_sequences: each request gets one answer"):
-            call(num_return_sequences=2)
-    text = system.describe(noise(1), num_return_sequences=1, seed=1)
-    assert text == system.describe(noise(1), seed=1)
+def test_empty_texts_are_refused_by_number(system):
+    with pytest.raises(RequestError, match="1"):
+        system.draw(["a fish", ""], verbatim=True)
 
 
 @pytest.mark.parametrize(
     "options", [{"temperature": 0.0, "top_p": 1.0}, {"temperature": 3.0, "top_p": 0.0}]
 )
-def test_describe_with_zero_temperature_or_top_p(system, options):
+def test_zero_temperature_or_top_p_is_greedy(system, options):
     greedy = system.describe(noise(1), do_sample=False, num_beams=1)
-    assert [system.describe(noise(1), seed=seed, **options) for seed in (0, 0)] == [greedy, greedy]
+    assert system.describe(noise(1), seed=0, **options) == greedy
 
 
-def test_from_pretrained_without_decoder(system):
-    reader = MultimodalSystem.from_pretrained(
-        system.config, device="cpu", load_decoder=False, log=None
-    )
-    assert type(reader) is type(system) and reader.describe(noise(1)) == system.describe(noise(1))
-    with pytest.raises(CheckpointError, match="no de-tokenizer"):
-        reader.draw("a fish")
+# ---- loading and saving
+
+
+def load(system: Any, **placement: Any) -> MultimodalSystem:
+    return MultimodalSystem.from_pretrained(system.config, device="cpu", log=None, **placement)
+
+
+def test_from_pretrained_without_decoder(system, family: Family):
+    reader = load(system, load_decoder=False)
+    assert type(reader) is type(system)
+    assert reader.describe(noise(1)) == system.describe(noise(1))
+    if family.has_noise:
+        with pytest.raises(CheckpointError):
+            reader.draw("a fish")
 
 
 @pytest.mark.slow
-def test_from_pretrained_with_offload(system):
-    offloaded = MultimodalSystem.from_pretrained(
-        system.config, device="cpu", offload=True, log=None
-    )
+def test_from_pretrained_with_offload(system, family: Family):
+    offloaded = load(system, offload=True)
     assert offloaded.describe(noise(1)) == system.describe(noise(1))
-    assert same(offloaded.draw("a fish", 1, **FEW), system.draw("a fish", 1, **FEW))
+    drawn = offloaded.draw("a fish", 1, **family.drawing)
+    assert same(drawn, system.draw("a fish", 1, **family.drawing))
+    with pytest.raises(ConfigError, match="--compile"):
+        load(system, compiled=True, offload=("llm",))
 
 
-def test_from_pretrained_compiled_with_offload(tiny):
-    for parts in (True, ("llm",)):
-        with pytest.raises(
-            ConfigError, match="--compile does not work with an off-loaded language model"
-        ):
-            MultimodalSystem.from_pretrained(
-                tiny.config, device="cpu", compiled=True, offload=parts, log=None
-            )
-
-
+@pytest.mark.nightly
 @pytest.mark.process
-@pytest.mark.slow
-def test_compile_of_the_image_tokenizer(tiny):
-    system = MultimodalSystem.from_pretrained(tiny.config, device="cpu", log=None)
+def test_from_pretrained_compiled_image_networks(tiny):
+    system = load(tiny)
     system.images.compile()
     assert system.tokenize(noise(1)).tolist() == tiny.tokenize(noise(1)).tolist()
-    assert same(system.draw("a fish", 1, **FEW), tiny.draw("a fish", 1, **FEW))
-    assert hasattr(
-        system.images.decoder.unet.mid_block.attentions[0].transformer_blocks[0].attn1, "to_qkv"
-    )
+    assert same(system.draw("a fish", 1, **STEPS), tiny.draw("a fish", 1, **STEPS))
 
 
-def test_save_pretrained(system, tmp_path):
+def test_save_pretrained_and_load(system, family: Family, tmp_path):
+    from transformers import AutoModelForCausalLM
+
     folder = system.save_pretrained(tmp_path / "mine")
     saved = MultimodalSystem.from_pretrained(folder, device="cpu", log=None)
-    assert (
-        saved.describe(noise(1)) == system.describe(noise(1))
-        and "any-to-any" in (folder / "README.md").read_text()
-    )
-    assert same(saved.draw("a fish", 1, **FEW), system.draw("a fish", 1, **FEW))
+    assert saved.describe(noise(1)) == system.describe(noise(1))
+    assert "any-to-any" in (folder / "README.md").read_text()
+    drawn = saved.draw("a fish", 1, **family.drawing)
+    assert same(drawn, system.draw("a fish", 1, **family.drawing))
     assert type(AutoModelForCausalLM.from_pretrained(saved.config.llm)) is type(system.llm)
+
+
+def test_push_to_hub_stays_offline(tiny):
+    with pytest.raises(OSError, match="offline"):
+        tiny.push_to_hub("owner/name")
+    with pytest.raises(OSError, match="offline"):
+        tiny.images.model.push_to_hub("owner/name")

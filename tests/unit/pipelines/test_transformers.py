@@ -7,9 +7,9 @@ import sys
 import numpy as np
 import pytest
 import torch
-from hub_tokenizers import write_hub_tokenizer
 from PIL import Image
 from repository import ROOT
+from tiny.language import write_hub_tokenizer
 from transformers import (
     CONFIG_MAPPING,
     MODEL_FOR_MULTIMODAL_LM_MAPPING,

@@ -5,9 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny_seed1
 import torch
 from random_images import noise
+from tiny.diffusion import write_sd1
+from tiny.seed import SIZES, seed1_tokenizer
 
 from seed_multimodal.models.seed.configuration import Seed2Config
 
@@ -22,7 +23,7 @@ def _seeded(tmp_path, monkeypatch) -> None:
 
 @pytest.fixture
 def tiny() -> Seed2Config:
-    return Seed2Config(**tiny_seed1.SIZES, decode_heads=12, image_features_dim=10, reverse_depth=2)
+    return Seed2Config(**SIZES, decode_heads=12, image_features_dim=10, reverse_depth=2)
 
 
 @pytest.fixture
@@ -34,8 +35,8 @@ def images() -> torch.Tensor:
 def folder(tmp_path_factory) -> Path:
     """SEED-1 as in `pretrained/`, with its Stable Diffusion and three images."""
     folder = tmp_path_factory.mktemp("pretrained")
-    tiny_seed1.tokenizer().save_pretrained(folder)
-    tiny_seed1.diffusion_folder(folder / "stable-diffusion-v1-4")
+    seed1_tokenizer().save_pretrained(folder)
+    write_sd1(folder / "stable-diffusion-v1-4")
     for index in range(3):
         noise(index, (30 + index, 20)).save(folder / f"{index}.png")
     return folder

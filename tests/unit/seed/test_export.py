@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_seed1
 import torch
-from PIL import Image
+from random_images import noise
 from repository import NANO
+from tiny.seed import loud, seed1_config, training_name
 from torch import Tensor, nn
 
 from seed_multimodal.cli.main import main
@@ -27,19 +28,11 @@ from seed_multimodal.weights import load_state_dict
 from seed_nano.train.words import write_files
 
 
-def _lavis(model: nn.Module, file: Path) -> Path:
+def save_as_lavis(model: nn.Module, file: Path) -> Path:
     """A checkpoint as LAVIS saves it: without frozen parameters, with buffers and tied copies."""
     frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
     state = {name: value for name, value in model.state_dict().items() if name not in frozen}
-    torch.save(
-        {
-            "model": state,
-            "optimizer": {"state": {}},
-            "config": {"run": {"max_epoch": 1}},
-            "epoch": 0,
-        },
-        file,
-    )
+    torch.save({"model": state, "optimizer": {"state": {}}, "epoch": 0}, file)
     return file
 
 
@@ -48,221 +41,142 @@ class Trained:
     """Checkpoints of both stages; codes and embedding of an image by the trained modules."""
 
     config: TokenizerConfig
-    stage1: Path
-    stage2: Path
-    vision: Path
-    image: Path
+    folder: Path
+    pixels: Tensor
     codes: Tensor
     embedding: Tensor
 
     def export(self, out: Path, **options: Any) -> Export:
-        files = {
-            "stage1": self.stage1,
-            "vision": self.vision,
-            "config": self.config,
-            "image": self.image,
-        }
-        return export_tokenizer(self.stage2, out, **{**files, **options})
+        files = {"stage1": self.folder / "stage1.pth", "vision": self.folder / "eva_vit_g.pth"}
+        files |= {"config": self.config, "image": self.folder / "image.png"}
+        return export_tokenizer(self.folder / "stage2.pth", out, **{**files, **options})
 
 
-def _train(config: Any, folder: Path, *, freeze_vit: bool = True, **options: Any) -> Trained:
-    folder.mkdir(exist_ok=True)
+def train(config: Any, folder: Path, *, freeze_vit: bool = True, **options: Any) -> Trained:
+    """Random weights in the place of trained ones."""
+    folder.mkdir()
     sizes = Seed2Config(vit=config.vit, qformer=config.qformer)
-    first = tiny_seed1.loud(
-        Stage1Model(sizes, vocab_size=40, embed_dim=8, embedding_dim=5, freeze_vit=freeze_vit)
-    )
-    second: Any = tiny_seed1.loud(
-        (Stage2Model if isinstance(config, Seed2Config) else Seed1Stage2Model)(config, **options)
-    )
+    first = loud(Stage1Model(sizes, vocab_size=40, embed_dim=8, freeze_vit=freeze_vit))
+    stage2 = Stage2Model if isinstance(config, Seed2Config) else Seed1Stage2Model
+    second: Any = loud(stage2(config, **options))
     if second.freeze_qformer:
         second.load_stage1(first.state_dict())
     else:
-        second.visual_encoder.load_state_dict(first.visual_encoder.state_dict())  # type: ignore[union-attr]
-    image = folder / "image.png"
-    Image.fromarray(torch.randint(256, (30, 40, 3), dtype=torch.uint8).numpy()).save(image)
-    pixels = seed_image_processor(config.vit.image_size)(Image.open(image))[None]
-    with (
-        torch.no_grad()
-    ):  # rows of the codebook at the features of the image, so that its codes differ
+        second.visual_encoder.load_state_dict(first.visual_encoder.state_dict())
+    image = noise(1)
+    image.save(folder / "image.png")
+    pixels = seed_image_processor(config.vit.image_size)(image)[None]
+    with torch.no_grad():
+        # Rows of the codebook at the features of the image, so that its codes differ.
         second.quantize.embedding.weight[: config.num_query] = second.eval().pre_quant(pixels)[0]
     deeper = EvaVit(dataclasses.replace(config.vit, depth=3)).state_dict()
-    torch.save(deeper | first.visual_encoder.state_dict(), folder / "eva_vit_g.pth")  # type: ignore[union-attr]
+    torch.save(deeper | first.visual_encoder.state_dict(), folder / "eva_vit_g.pth")
+    save_as_lavis(first, folder / "stage1.pth")
+    save_as_lavis(second, folder / "stage2.pth")
     codes = second.encode(pixels)
-    return Trained(
-        config,
-        _lavis(first, folder / "stage1.pth"),
-        _lavis(second, folder / "stage2.pth"),
-        folder / "eva_vit_g.pth",
-        image,
-        codes,
-        second.decode(codes),
-    )
+    return Trained(config, folder, pixels, codes, second.decode(codes))
 
 
 @pytest.fixture
 def trained(tiny: Seed2Config, tmp_path) -> Trained:
-    return _train(tiny, tmp_path / "run")
+    return train(tiny, tmp_path / "run")
 
 
-@pytest.mark.parametrize("kind", ["seed2", "seed2-reverse", "seed1"])
-def test_export_gives_the_codes_of_the_trained_modules(tiny: Seed2Config, tmp_path, kind):
-    config = {
-        "seed2": tiny,
-        "seed2-reverse": dataclasses.replace(tiny, use_qformer_image=True),
-        "seed1": tiny_seed1.config(),
-    }[kind]
-    trained = _train(config, tmp_path / "run")
+@pytest.mark.parametrize("kind", ["seed2", "seed2-reverse", "seed1", "seed1-names"])
+def test_export_gives_the_codes_of_the_trained_modules(tiny, tmp_path, kind):
+    config: Any = seed1_config() if kind.startswith("seed1") else tiny
+    if kind == "seed2-reverse":
+        config = dataclasses.replace(tiny, use_qformer_image=True)
+    trained = train(config, tmp_path / "run")
+    if kind == "seed1-names":  # of the training code, next to SEED-2's branch
+        state = load_state_dict(tmp_path / "run" / "stage2.pth")
+        state = {training_name(name): value for name, value in state.items()}
+        state["reverse_tokens"] = torch.zeros(1, 1, 24)
+        torch.save({"model": state}, tmp_path / "run" / "stage2.pth")
     out = tmp_path / "out"
-    report = trained.export(out, write_original=True)
-    tokenizer: Any = Seed1Tokenizer if kind == "seed1" else Seed2Tokenizer
-    assert (
-        report.kind == kind[:5]
-        and report.codes == trained.codes[0].tolist()
-        and len(set(report.codes)) > 5
-    )
-    files = tokenizer.layout.files
-    assert sorted(path.name for path in out.iterdir()) == sorted(
-        ["config.json", "model.safetensors", "eva_vit_g.pth", *files]
-    )
-    (tmp_path / "released").mkdir()
-    for name in (*files, "eva_vit_g.pth"):
-        (tmp_path / "released" / name).write_bytes((out / name).read_bytes())
-    pixels = seed_image_processor(16)(Image.open(trained.image))[None]
-    for source in (out, tmp_path / "released"):
-        loaded = tokenizer.from_pretrained(source, config=config)
-        assert torch.equal(loaded.encode(pixels), trained.codes)
-        torch.testing.assert_close(
-            loaded.decode(trained.codes), trained.embedding, atol=1e-4, rtol=1e-4
-        )
-
-
-def test_export_reads_each_part_from_the_last_stage_that_trained_it(
-    trained: Trained, tiny: Seed2Config, tmp_path
-):
-    report = trained.export(tmp_path / "frozen")
-    assert {report.parts[part] for part in ("Qformer", "query_tokens", "ln_vision")} == {
-        str(trained.stage1)
-    }
-    assert {report.parts[p] for p in ("quantize", "blocks", "pos_embed_image", "image_down")} == {
-        str(trained.stage2)
-    }
-    assert f"{trained.vision}: gave visual_encoder." in report.lines()
-    trained = _train(tiny, tmp_path / "a", freeze_qformer=False)
-    report = trained.export(tmp_path / "out")
-    assert report.parts["Qformer"] == report.parts["ln_vision"] == str(trained.stage2)
-    assert (
-        trained.export(tmp_path / "alone", stage1=None).codes
-        == report.codes
-        == trained.codes[0].tolist()
-    )
-    trained = _train(tiny, tmp_path / "b", freeze_vit=False)
-    report = trained.export(tmp_path / "vision", vision=None)
-    assert (
-        report.parts["visual_encoder"] == str(trained.stage1)
-        and report.codes == trained.codes[0].tolist()
-    )
-
-
-def test_export_seed1_with_names_of_the_training_code(tmp_path):
-    trained = _train(tiny_seed1.config(), tmp_path / "run")
-    state = {
-        tiny_seed1.training_name(name): value
-        for name, value in load_state_dict(trained.stage2).items()
-    }
-    state |= {
-        "reverse_tokens": torch.zeros(1, 1, 24),
-        "distill_image_proj.weight": torch.zeros(10, 24),
-    }
-    torch.save({"model": state}, tmp_path / "both.pth")
-    trained.stage2 = tmp_path / "both.pth"
-    report = trained.export(tmp_path / "out", kind="seed1")
+    report = trained.export(out, kind=kind[:5], write_original=True)
     assert report.codes == trained.codes[0].tolist()
+    assert len(set(report.codes)) > 5
+
+    # Our folder, and the original files alone.
+    tokenizer: Any = Seed1Tokenizer if config is not tiny and kind[4] == "1" else Seed2Tokenizer
+    original = shutil.copytree(out, tmp_path / "original")
+    (original / "config.json").unlink()
+    (original / "model.safetensors").unlink()
+    assert {file.name for file in original.iterdir()} == {*tokenizer.layout.files, "eva_vit_g.pth"}
+    for source in (out, original):
+        loaded = tokenizer.from_pretrained(source, config=config)
+        assert torch.equal(loaded.encode(trained.pixels), trained.codes)
+        embedding = loaded.decode(trained.codes)
+        torch.testing.assert_close(embedding, trained.embedding, atol=1e-4, rtol=1e-4)
 
 
-def test_export_with_a_config_next_to_the_checkpoint(trained: Trained, tmp_path):
-    with pytest.raises(CheckpointError, match="tensors have another size"):
+def test_export_reads_each_part_from_the_last_stage_that_trained_it(trained, tiny, tmp_path):
+    report = trained.export(tmp_path / "frozen")
+    stage1, stage2 = (str(trained.folder / f"stage{n}.pth") for n in (1, 2))
+    assert {report.parts[part] for part in ("Qformer", "query_tokens", "ln_vision")} == {stage1}
+    assert {report.parts[part] for part in ("quantize", "blocks", "image_down")} == {stage2}
+    assert report.parts["visual_encoder"] == str(trained.folder / "eva_vit_g.pth")
+
+    # A Q-Former that stage 2 trained, then a vision encoder that stage 1 trained.
+    run = train(tiny, tmp_path / "a", freeze_qformer=False)
+    report = run.export(tmp_path / "out", stage1=None)
+    assert report.parts["Qformer"] == report.parts["ln_vision"] == str(run.folder / "stage2.pth")
+    assert report.codes == run.codes[0].tolist()
+    run = train(tiny, tmp_path / "b", freeze_vit=False)
+    report = run.export(tmp_path / "vision", vision=None)
+    assert report.parts["visual_encoder"] == str(run.folder / "stage1.pth")
+    assert report.codes == run.codes[0].tolist()
+
+
+def test_export_with_a_config_next_to_the_checkpoint(trained, tmp_path):
+    with pytest.raises(CheckpointError):  # the original sizes are another model's
         trained.export(tmp_path / "out", config=None)
-    file = trained.stage2.parent / "config.json"
+    file = trained.folder / "config.json"
     file.write_text(json.dumps(trained.config.to_dict()))
     for name, config in (("a", None), ("b", file)):
         assert trained.export(tmp_path / name, config=config).codes == trained.codes[0].tolist()
         assert Seed2Tokenizer.read_config(tmp_path / name / "config.json") == trained.config
 
 
-def test_export_with_missing_parts(trained: Trained, tmp_path):
+def test_export_with_missing_parts_writes_nothing(trained, tmp_path):
     out = tmp_path / "out"
-    with pytest.raises(
-        CheckpointError,
-        match=r"stage2\.pth: no file holds 'ln_vision'; give the stage-1 checkpoint",
+    for options, named in (
+        ({"stage1": None}, "'ln_vision'"),
+        ({"vision": None}, "vision encoder"),
+        ({"kind": "seed1"}, "seed2"),
     ):
+        with pytest.raises(CheckpointError, match=named):
+            trained.export(out, **options)
+    (trained.folder / "stage1.pth").rename(trained.folder / "stage2.pth")
+    with pytest.raises(CheckpointError, match=r"stage2\.pth: not a stage-2 checkpoint"):
         trained.export(out, stage1=None)
-    with pytest.raises(
-        CheckpointError, match=r"no stage holds the frozen vision encoder; give its file"
-    ):
-        trained.export(out, vision=None)
-    with pytest.raises(CheckpointError, match=r"stage1\.pth: not a stage-2 checkpoint"):
-        export_tokenizer(
-            trained.stage1, out, stage1=trained.stage2, vision=trained.vision, config=trained.config
-        )
-    with pytest.raises(
-        CheckpointError, match=r"stage2\.pth: a stage-2 checkpoint of seed2; export it as seed2"
-    ):
-        trained.export(out, kind="seed1")
-    assert not out.exists() and [path.name for path in tmp_path.iterdir()] == ["run"]
+    assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_export_command(trained: Trained, tmp_path, capsys):
+def test_export_command(trained, tmp_path, capsys):
     config = tmp_path / "sizes.json"
     config.write_text(json.dumps(trained.config.to_dict()))
 
-    def command(*more: object) -> int:
-        return main(
-            [
-                *(
-                    f"export-tokenizer --stage1 {trained.stage1} --stage2 {trained.stage2} "
-                    f"--config {config}"
-                ).split(),
-                *map(str, more),
-            ]
-        )
+    def export(out: str, flags: str) -> tuple[int, Any]:
+        run = trained.folder
+        files = f"--stage1 {run}/stage1.pth --stage2 {run}/stage2.pth --vision {run}/eva_vit_g.pth"
+        command = f"export-tokenizer {files} --config {config} --out {tmp_path / out} {flags}"
+        return main(command.split()), capsys.readouterr()
 
-    assert (
-        command("--vision", trained.vision, "--image", trained.image, "--out", tmp_path / "a") == 0
-    )
-    assert " ".join(map(str, trained.codes[0].tolist())) in capsys.readouterr().out
-    write_files(
-        tmp_path / "words",
-        (NANO / "seed_tokenizer" / MODEL).read_bytes(),
-        trained.config.codebook_size,
-        32,
-    )
-    assert (
-        command(
-            "--vision",
-            trained.vision,
-            "--out",
-            tmp_path / "b",
-            "--json",
-            "--released",
-            "--text-tokenizer",
-            tmp_path / "words",
-        )
-        == 0
-    )
-    record = json.loads(capsys.readouterr().out)
-    assert record["kind"] == "seed2" and record["image"].endswith("cat.jpg")
-    assert (tmp_path / "b" / "tokenizer.model").is_file() and (
-        tmp_path / "b" / "added_tokens.json"
-    ).is_file()
-    text_tokenizer = NANO / "seed_tokenizer"
-    assert (
-        command(
-            "--vision", trained.vision, "--out", tmp_path / "c", "--text-tokenizer", text_tokenizer
-        )
-        == 2
-    )
-    errors = capsys.readouterr().err
-    assert (
-        "has 50 codes, 32 to an image" in errors and "has words for 1024, 32 to an image" in errors
-    )
+    code, printed = export("a", f"--image {trained.folder / 'image.png'}")
+    assert code == 0
+    assert " ".join(map(str, trained.codes[0].tolist())) in printed.out
+
+    # With a text tokenizer of as many codes, and of others.
+    model = (NANO / "seed_tokenizer" / MODEL).read_bytes()
+    write_files(tmp_path / "texts", model, trained.config.codebook_size, 32)
+    code, printed = export("b", f"--json --released --text-tokenizer {tmp_path / 'texts'}")
+    assert code == 0
+    assert json.loads(printed.out)["kind"] == "seed2"
+    assert (tmp_path / "b" / "tokenizer.model").is_file()
+    code, printed = export("c", f"--text-tokenizer {NANO / 'seed_tokenizer'}")
+    assert code == 2
+    assert "50" in printed.err
+    assert "1024" in printed.err
     assert not (tmp_path / "c").exists()

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_seed1
 import torch
 from PIL import Image
-from tiny_vision import KINDS, write_vision
+from tiny.seed import SIZES, loud
+from tiny.vision import KINDS, write_vision
 from torch import Tensor, nn
 
 from seed_multimodal.data.pretokenize.encode import Encoder, read_transform
@@ -62,12 +62,12 @@ def _train(config: Seed2Config, vision: Path, folder: Path, pixels: Tensor) -> S
     torch.manual_seed(0)
     batch = torch.cat([pixels, torch.randn(3, 3, 16, 16)])
     ids = torch.randint(3, 30, (4, 6))
-    first = tiny_seed1.loud(Stage1Model(config, vocab_size=40, embed_dim=8))
+    first = loud(Stage1Model(config, vocab_size=40, embed_dim=8))
     load_vision(first.visual_encoder, vision, None)
     assert all(np.isfinite(_steps(first, lambda: first(batch, ids).loss)))
     _save(first, folder / "stage1.pth")
 
-    second = tiny_seed1.loud(Stage2Model(config))
+    second = loud(Stage2Model(config))
     second.load_stage1(first.state_dict())
     with torch.no_grad():
         # Rows of the codebook at the features of the image, so that its codes differ.
@@ -83,7 +83,7 @@ def _train(config: Seed2Config, vision: Path, folder: Path, pixels: Tensor) -> S
 def test_tokenizer_of_another_vision_encoder(kind, tmp_path):
     write_vision(kind, tmp_path / "vision")
     vit = HubVisionConfig(path=str(tmp_path / "vision"))
-    config = Seed2Config(**{**tiny_seed1.SIZES, "vit": vit}, image_features_dim=10)
+    config = Seed2Config(**{**SIZES, "vit": vit}, image_features_dim=10)
     image = _image(tmp_path)
 
     # 1. Training: uint8 of the data workers, normalised for the encoder.
@@ -144,7 +144,7 @@ def test_stage2_gives_the_target_clip_its_own_pixels(tmp_path):
     vit = HubVisionConfig(path=str(tmp_path))
     sizes = {**KINDS["clip"][2], "image_size": 24}
     clip = CLIPVisionModelWithProjection(CLIPVisionConfig(**sizes, projection_dim=10))
-    config = Seed2Config(**{**tiny_seed1.SIZES, "vit": vit}, image_features_dim=10)
+    config = Seed2Config(**{**SIZES, "vit": vit}, image_features_dim=10)
     model = Stage2Model(config, clip_model=clip.eval())
     clip.eval()
     flat = torch.full((1, 3, 16, 16), 120, dtype=torch.uint8)

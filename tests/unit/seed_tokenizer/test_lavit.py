@@ -8,7 +8,7 @@ import pytest
 import torch
 from lavis_runs import log_of, torchrun
 from repository import ROOT
-from tiny_vision import write_vision
+from tiny.vision import write_vision
 
 VISION = ROOT / "pretrained" / "nano" / "seed_tokenizer" / "diffusion_model" / "image_encoder"
 

@@ -7,14 +7,14 @@ import shutil
 from pathlib import Path
 
 import pytest
-import tiny_decoder
 import torch
 import warm_python
 from lavis_runs import APPLICATION, log_of, printed
 from omegaconf import OmegaConf
 from PIL import Image
 from repository import ROOT
-from tiny_vision import KINDS, write_vision
+from tiny.training import seed_decoder_config, write_seed_decoder_parts
+from tiny.vision import KINDS, write_vision
 
 TARGET = "model.alignment_target=encoder"
 SHORT = ("run.max_epoch=1", "run.iters_per_epoch=2")
@@ -130,9 +130,9 @@ def test_decoder_of_the_encoders_own_feature(yaml, run, images, tmp_path, capsys
     assert (sizes.alignment_target, sizes.image_features_dim) == ("encoder", 16)
 
     # 2. A decoder of its embeddings; stable unCLIP's are those of CLIP.
-    parts = tiny_decoder.write_parts(tmp_path / "parts")
+    parts = write_seed_decoder_parts(tmp_path / "parts")
     model = {"tokenizer": str(folder), "reads": "embedding"}
-    settings = tiny_decoder.config(
+    settings = seed_decoder_config(
         parts,
         tmp_path / "run",
         denoiser="SanaTransformer2DModel",

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import tiny_sdxl
 import torch
 from safetensors.torch import load_file, save_file
+from tiny.diffusion import FEATURES, RESAMPLER, random_adapter, write_sdxl
 from torch import Tensor
 
 from seed_multimodal.diffusion.training import size_ids
@@ -21,7 +21,7 @@ from seed_multimodal.models.seed_x.adapter import SDXLAdapter
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return tiny_sdxl.sdxl_folder(tmp_path_factory.mktemp("sdxl") / "sdxl", complete=False)
+    return write_sdxl(tmp_path_factory.mktemp("sdxl") / "sdxl", complete=False)
 
 
 @pytest.fixture
@@ -30,14 +30,14 @@ def inputs() -> dict[str, Tensor]:
     return {
         "noisy_latents": torch.randn(2, 4, 8, 8, generator=make),
         "timesteps": torch.tensor([7, 900]),
-        "image_embeds": torch.randn(2, 9, tiny_sdxl.WIDTH, generator=make),
+        "image_embeds": torch.randn(2, 9, FEATURES, generator=make),
         "time_ids": size_ids((16, 16), count=2),
     }
 
 
 @torch.no_grad()
 def test_add_condition_channels_keeps_the_output(inputs: dict[str, Tensor]):
-    adapter = tiny_sdxl.adapter()
+    adapter = random_adapter()
     condition = torch.randn(2, 4, 8, 8)
     before = adapter(**inputs)
     bias = adapter.unet.conv_in.bias
@@ -49,19 +49,19 @@ def test_add_condition_channels_keeps_the_output(inputs: dict[str, Tensor]):
         )
     torch.testing.assert_close(adapter(**inputs), before)
     torch.testing.assert_close(adapter(**inputs, condition_latents=condition), before)
-    trained = tiny_sdxl.adapter(stage=2)
+    trained = random_adapter(stage=2)
     assert not torch.allclose(trained(**inputs), trained(**inputs, condition_latents=condition))
 
 
 @pytest.mark.parametrize("name", ["a.bin", "a.safetensors", "original folder", "saved folder"])
 def test_from_pretrained_layouts(name, folder: Path, tmp_path, inputs: dict[str, Tensor]):
-    adapter = tiny_sdxl.adapter(2)
-    state = tiny_sdxl.adapter(2).state_dict()
+    adapter = random_adapter(2)
+    state = random_adapter(2).state_dict()
     path = tmp_path if "folder" in name else tmp_path / name
     if name == "saved folder":
         adapter.save_pretrained(tmp_path)
     else:
-        (tmp_path / "resampler.json").write_text(json.dumps(vars(tiny_sdxl.SIZES)))
+        (tmp_path / "resampler.json").write_text(json.dumps(vars(RESAMPLER)))
         if name == "a.safetensors":
             save_file(state, path)
         elif name == "a.bin":
@@ -88,14 +88,14 @@ def test_from_pretrained_of_wrong_files(folder: Path, tmp_path):
             SDXLAdapter.from_pretrained(tmp_path / "saved", folder)
 
     assert_error(r"no such folder; seed fetch seed-x downloads AILab-CVC")
-    tiny_sdxl.adapter().save_pretrained(tmp_path / "saved")
+    random_adapter().save_pretrained(tmp_path / "saved")
     file = tmp_path / "saved" / "model.safetensors"
     sizes = tmp_path / "saved" / "resampler.json"
     state = load_file(file)
     save_file({name: value for name, value in state.items() if name != "unet.conv_out.bias"}, file)
     assert_error("1 tensors are missing from the file: 'unet.conv_out.bias'")
     save_file(state, file)
-    sizes.write_text(json.dumps({**vars(tiny_sdxl.SIZES), "num_queries": 5}))
+    sizes.write_text(json.dumps({**vars(RESAMPLER), "num_queries": 5}))
     assert_error(r"resampler.latents': the file has \(1, 4, 16\), the model needs \(1, 5, 16\)")
     sizes.write_text('{"dims": 3}')
     assert_error(r"resampler.json: unknown key 'dims' \(did you mean 'dim'\?\)", ConfigError)

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import get_args
 
 import pytest
-import tiny_seed_x
 from PIL import Image
+from tiny.seed_x import build_released_seed_x
 
 from seed_multimodal.cli.common import RATIO_MODES
 from seed_multimodal.cli.main import main
@@ -88,7 +88,7 @@ def test_ask_a_merged_agent(seed, image, tmp_path, monkeypatch):
     """`llm` and `agent` alone, as `merge_lora_weights.py` writes them, with the original parts in
     `pretrained/`.
     """
-    weights = tiny_seed_x.build_released(tmp_path / "pretrained")
+    weights = build_released_seed_x(tmp_path / "pretrained")
     (tmp_path / "merged").mkdir()
     for name in ("llm", "agent"):
         (weights / "seed_x_i" / name).rename(tmp_path / "merged" / name)

@@ -9,29 +9,29 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_sdxl
 import torch
 from PIL import Image
 from random_images import noise
+from tiny.diffusion import FEATURES, PlainTower, random_adapter, write_sdxl
 from torch import Tensor
 
 from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer, SdxlSettings
 
-W = tiny_sdxl.WIDTH
+W = FEATURES
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("seedx")
-    tiny_sdxl.sdxl_folder(folder / "sdxl")
-    tiny_sdxl.adapter(1).save_pretrained(folder / "first")
-    tiny_sdxl.adapter(2).save_pretrained(folder / "second")
+    write_sdxl(folder / "sdxl")
+    random_adapter(1).save_pretrained(folder / "first")
+    random_adapter(2).save_pretrained(folder / "second")
     return folder
 
 
 def load(folder: Path, stage: str) -> SdxlDetokenizer:
     model = SdxlDetokenizer.from_pretrained(folder / "sdxl", folder / stage)
-    model.set_null_embeds(tiny_sdxl.Tower(), 16)
+    model.set_null_embeds(PlainTower(), 16)
     return model
 
 
@@ -74,7 +74,7 @@ def test_first_stage_equals_the_diffusers_pipeline(folder: Path, embeds: Tensor)
     stock.set_progress_bar_config(disable=True)
     with torch.no_grad():
         prompt, pooled = model.resampler(embeds[:1])
-        empty = tiny_sdxl.Tower()(torch.zeros(1, 3, 16, 16))
+        empty = PlainTower()(torch.zeros(1, 3, 16, 16))
         no_prompt, no_pooled = model.resampler(empty.unflatten(1, (4, 4)).mean(2))
     expected = stock(
         prompt_embeds=prompt,

@@ -6,10 +6,10 @@ from collections.abc import Mapping
 from typing import Any
 
 import pytest
-import tiny_seed_x
 import torch
 from peft import LoraConfig, get_peft_model
 from safetensors.torch import save_file
+from tiny.seed_x import write_seed_x_tokenizer
 from torch import Tensor
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -27,7 +27,7 @@ PLACES = 16
 
 @pytest.fixture(scope="module")
 def tokenizer(tmp_path_factory) -> MultimodalTokenizer:
-    return tiny_seed_x.write_tokenizer(tmp_path_factory.mktemp("tokenizer"))
+    return write_seed_x_tokenizer(tmp_path_factory.mktemp("tokenizer"))
 
 
 def agent_of(tokens: int, seed: int = 0, lora: bool = False, width: int = WIDTH) -> TrainedAgent:

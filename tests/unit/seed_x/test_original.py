@@ -15,13 +15,20 @@ from typing import Any
 
 import numpy as np
 import pytest
-import tiny_seed_x
 import torch
 import warm_python
 from PIL import Image
 from random_images import noise
 from real_processes import run_process
 from repository import ROOT
+from tiny.seed_x import (
+    READS,
+    WRITES,
+    build_released_seed_x,
+    forget_sizes,
+    random_agent,
+    write_seed_x_configs,
+)
 
 from seed_multimodal.compat.seed_x_programs import SCRIPTS, seed_x_script
 from seed_multimodal.compat.seed_x_yaml import config_of_files
@@ -54,12 +61,12 @@ FEW = ("--device", "cpu", "--max-new-tokens", "12")
 def original(tmp_path_factory) -> Path:
     """A folder with `pretrained/`, `configs/` and `demo_images/`."""
     project = tmp_path_factory.mktemp("original")
-    tiny_seed_x.build_released(project / "pretrained")
+    build_released_seed_x(project / "pretrained")
     (project / "pretrained" / "stable-diffusion-xl-base-1.0" / "seed_decode.json").write_text(
         json.dumps({"num_inference_steps": 2})
     )
-    tiny_seed_x.write_configs(project)
-    tiny_seed_x.forget_sizes(project / "pretrained")
+    write_seed_x_configs(project)
+    forget_sizes(project / "pretrained")
     (project / "demo_images").mkdir()
     for index, name in enumerate(
         ("men.jpg", "men_condition.jpg", "cat_dog.jpeg", "car.jpg", "advisor.png", "ground.png")
@@ -338,7 +345,7 @@ def test_programs_with_the_stray_key_of_the_original(project: Path):
 @pytest.mark.slow
 def test_programs_with_sizes_next_to_the_weights(tmp_path, monkeypatch):
     """They override those of the repository's YAML files."""
-    tiny_seed_x.build_released(tmp_path / "pretrained")
+    build_released_seed_x(tmp_path / "pretrained")
     monkeypatch.chdir(tmp_path)
     assert (
         seed_x_script("eval_text2img_seed_x_i", "--device cpu --out a.png --steps 1".split()) == 0
@@ -368,7 +375,7 @@ def _tuned(project: Path) -> tuple[Any, Path]:
     llm = get_peft_model(
         load_llm(Path(node.model.pretrained_model_name_or_path)), LoraConfig(**fields)
     )
-    agent = tiny_seed_x.agent(llm, seed=9)
+    agent = random_agent(llm, seed=9)
     with torch.no_grad():
         for name, parameter in agent.named_parameters():
             if "lora_B" in name or "modules_to_save" in name:
@@ -418,8 +425,8 @@ def test_from_pretrained_of_a_checkpoint_with_its_lora(project: Path):
     (file.parent / "agent.json").write_text(
         json.dumps(
             {
-                "input_resampler": vars(tiny_seed_x.READS),
-                "output_resampler": vars(tiny_seed_x.WRITES),
+                "input_resampler": vars(READS),
+                "output_resampler": vars(WRITES),
                 "losses": {"rec_loss_scale": 3.0},
                 "lora": {
                     "r": 4,
@@ -439,7 +446,7 @@ def test_from_pretrained_of_a_checkpoint_with_its_lora(project: Path):
         )
     )
     (project / "pretrained").unlink()
-    weights = tiny_seed_x.build_released(project / "pretrained")
+    weights = build_released_seed_x(project / "pretrained")
     system = SeedX.from_pretrained(
         weights, llm=weights / "seed_x" / "llm", agent=file.parent, device="cpu", log=None
     )

@@ -5,9 +5,9 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
-import tiny_seed_x
 import tuning_parts
 from PIL import Image
+from tiny.seed_x import READS, VIEW, WRITES, build_seed_x
 
 from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
 from seed_multimodal.language.vocabulary import SeedXVocabulary
@@ -21,7 +21,7 @@ BOX = "<box_start><loc-1><loc-2><loc-3><loc-4><box_end>"
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    return tiny_seed_x.build(tmp_path_factory.mktemp("seed_x") / "system", hub=True)
+    return build_seed_x(tmp_path_factory.mktemp("seed_x") / "system", hub=True)
 
 
 def test_tokenizer_has_the_tokens_of_seed_x(folder: Path):
@@ -56,14 +56,14 @@ def test_tuning_and_its_agent(folder: Path, tmp_path):
         "tokenizer": {"pretrained_model_name_or_path": str(folder / "tokenizer")},
         "visual_encoder": {"path": str(folder / "vision")},
         "agent": {
-            "input_resampler": vars(tiny_seed_x.READS),
-            "output_resampler": vars(tiny_seed_x.WRITES),
+            "input_resampler": vars(READS),
+            "output_resampler": vars(WRITES),
         },
         "trainer": {"max_steps": 3},
     }
     data = tuning_parts.data_of(tmp_path)
     for source in data["sources"]:
-        source["options"]["base_resolution"] = tiny_seed_x.SIZE
+        source["options"]["base_resolution"] = VIEW
     config = tuning_parts.config_of(tmp_path, tmp_path / "out", data=data, lora=True, **changes)
     TuningTask.train(config)
     assert len(tuning_parts.losses(tmp_path / "out")) == 3

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import pytest
-import tiny_seed_x
 import torch
 from tensors import equal
+from tiny.seed_x import TOWER, VIEW, write_qwen_vl
 
 from seed_multimodal.compat.weight_programs import reload_script
 from seed_multimodal.nn.vision.qwen import QwenVit
@@ -20,9 +20,7 @@ def test_reload_of_shards_in_both_formats(
     capsys,
 ):
     monkeypatch.chdir(tmp_path)
-    encoder = tiny_seed_x.write_qwen_vl(
-        tmp_path / "pretrained" / "Qwen-VL-Chat", torch_files=torch_files
-    )
+    encoder = write_qwen_vl(tmp_path / "pretrained" / "Qwen-VL-Chat", torch_files=torch_files)
     shards = sorted((tmp_path / "pretrained" / "Qwen-VL-Chat").glob("*-of-*"))
     shards[0].unlink()  # holds the language model only
     assert reload_script([]) == 0
@@ -30,8 +28,8 @@ def test_reload_of_shards_in_both_formats(
     state = load_state_dict(file)
     assert state.keys() == encoder.state_dict().keys()
     assert equal(encoder.state_dict(), state)
-    pixels = torch.randn(1, 3, tiny_seed_x.SIZE, tiny_seed_x.SIZE)
-    again = QwenVit.from_pretrained(file, config=tiny_seed_x.TOWER)
+    pixels = torch.randn(1, 3, VIEW, VIEW)
+    again = QwenVit.from_pretrained(file, config=TOWER)
     assert torch.equal(again(pixels), encoder.float().eval()(pixels))
     assert reload_script([]) == 2 and "exists already" in capsys.readouterr().err
     shards[1].unlink()

@@ -13,13 +13,12 @@ import pytest
 import torch
 from llm_runs import LORA
 from PIL import Image
-from repository import ROOT
-from tiny_vision import write_vision
+from repository import NANO, ROOT
+from tiny.vision import write_vision
 from torch import Tensor
 from torch.nn.functional import cross_entropy
 from transformers import LlamaForCausalLM
 
-from seed_multimodal.compat.weight_programs import merge_script
 from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.pretokenize.run import RunSettings, run
 from seed_multimodal.errors import CheckpointError, ConfigError
@@ -37,7 +36,7 @@ from seed_multimodal.models.seed.checkpoints import load_vision
 from seed_multimodal.nn.vision.hub import HubVisionConfig
 from seed_multimodal.training.cli import compose, parse
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.weights import load_state_dict, save_state_dict
+from seed_multimodal.weights import load_state_dict
 
 
 def task_of(config: dict[str, Any]) -> PretrainTask:
@@ -148,19 +147,15 @@ def test_images_are_prepared_as_the_vision_encoder_of_the_tokenizer_says(
     vit = HubVisionConfig(path=str(tmp_path / "vision"))
     torch.manual_seed(0)
     model = DynamicTokenizer(replace(parts.SIZES, vit=vit))
-    assert model.n_patches == parts.PATCHES
     load_vision(model.encoder, tmp_path / "vision", None)
     save_dynamic_tokenizer(model, tmp_path / "visual")
-    captions, _, texts = parts.data_of(parts_dir)["sources"]
+    captions = parts.data_of(parts_dir)["sources"][0]
     captions["options"]["base_resolution"] = 32
     config = config_of(
         tmp_path / "out",
-        data={"sources": [captions, texts]},
+        data={"sources": [captions]},
         visual_encoder={"path": str(tmp_path / "visual")},
-        trainer={"max_steps": 2},
     )
-
-    # 1. Pixels of the data workers, and their features.
     task = task_of(config)
     task.prepare()
     batch = next(batch for batch in task.data if batch.views is not None)
@@ -171,9 +166,6 @@ def test_images_are_prepared_as_the_vision_encoder_of_the_tokenizer_says(
         assert any(torch.equal(pixels, image) for image in expected)
     features = model.eval().patch_features(vit.preprocessing.normalise(batch.views.pixels))
     torch.testing.assert_close(task.features(batch.views.pixels), features.detach())
-
-    # 2. Training.
-    assert PretrainTask.train(config)["steps"] == 2
 
 
 def test_resume_with_another_visual_tokenizer_fails(config_of, parts_dir: Path, tmp_path):
@@ -193,7 +185,7 @@ def test_resume_with_another_visual_tokenizer_fails(config_of, parts_dir: Path, 
     assert train(2, parts_dir / "visual")["steps"] == 2
     torch.manual_seed(9)
     save_dynamic_tokenizer(DynamicTokenizer(parts.SIZES), tmp_path / "visual")
-    with pytest.raises(CheckpointError, match="was trained with another visual tokenizer"):
+    with pytest.raises(CheckpointError, match="visual tokenizer"):
         train(3, tmp_path / "visual")
 
 
@@ -230,56 +222,6 @@ def test_train_saves_a_language_model_folder(config_of, parts_dir: Path, tmp_pat
         task_of(config_of(tmp_path, visual_encoder={"start": str(parts_dir / "words")})).prepare()
 
 
-@pytest.mark.slow
-def test_merge_of_an_adapter_gives_a_system(config_of, parts_dir: Path, tmp_path):
-    """Next to the visual tokenizer of stage 1 in the original layout."""
-    lora = {
-        "r": 4,
-        "lora_alpha": 8,
-        "lora_dropout": 0.0,
-        "modules_to_save": ["embed_tokens", "lm_head", "norm"],
-    }
-    PretrainTask.train(config_of(tmp_path / "out", model={"lora": lora}, trainer={"max_steps": 2}))
-    (tmp_path / "model.yaml").write_text(
-        f"path: {parts_dir / 'llm'}\nlora: {{r: 4, lora_alpha: 8}}\n"
-    )
-    (tmp_path / "words.yaml").write_text(f"pretrained_model_name_or_path: {parts_dir / 'words'}\n")
-    system = tmp_path / "system"
-    assert (
-        merge_script(
-            "merge_lora_weights.py",
-            "",
-            (
-                f"--model_cfg {tmp_path / 'model.yaml'} "
-                f"--tokenizer_cfg {tmp_path / 'words.yaml'} "
-                f"--lora_model {tmp_path / 'out' / 'checkpoint-2'} "
-                f"--save_path {system / 'language_model'}"
-            ).split(),
-        )
-        == 0
-    )
-    state = load_state_dict(parts_dir / "visual" / "model.safetensors")
-    visual = system / "visual_tokenizer"
-    visual.mkdir()
-    shutil.copy(parts_dir / "visual" / "config.json", visual)
-    vit = {
-        name.removeprefix("encoder."): value
-        for name, value in state.items()
-        if name.startswith("encoder.")
-    }
-    save_state_dict(vit, visual / "eva_vitg_psz14.safetensors")
-    save_state_dict(
-        {
-            name: value
-            for name, value in state.items()
-            if not name.startswith(("encoder.", "vit_proj."))
-        },
-        visual / "tokenizer_encoder.safetensors",
-    )
-    lavit = Lavit.from_pretrained(system, device="cpu", dtype="fp32", load_decoder=False, log=None)
-    assert isinstance(lavit.describe(Image.new("RGB", (20, 20))), str)
-
-
 def test_checkpoint_with_lora_opens_as_a_system(config_of, tmp_path):
     """The merged language model, the trained token merger, and stage 1's tokenizer, which the
     record names.
@@ -305,153 +247,77 @@ def test_checkpoint_with_lora_opens_as_a_system(config_of, tmp_path):
     assert isinstance(lavit.describe(Image.new("RGB", (20, 20))), str)
 
 
-def test_codes_of_shards_are_read_by_the_decoder(config_of, parts_dir: Path, tmp_path):
-    """They do not depend on the batch size; images have different numbers of codes."""
-    shards = {
-        "_target_": "seed_multimodal.data.pretokenize.encode.lavit_codes",
+def test_codes_of_shards_do_not_depend_on_the_batch_size(parts_dir: Path, tmp_path):
+    """Pre-tokenised images have the codes that the pre-training reads, of different numbers."""
+    encoder = {
+        "_target_": "seed_multimodal.models.lavit.codes.lavit_codes",
         "pretrained_model_name_or_path": str(parts_dir / "visual"),
     }
+    files = {"files": str(parts_dir / "captions.tar")}
     contents = []
-    for batch_size in (3, 1):
-        folder = str(tmp_path / f"by{batch_size}")
-        assert (
-            run(
-                RunSettings(
-                    "caption",
-                    {"files": str(parts_dir / "captions.tar")},
-                    folder,
-                    shards,
-                    device="cpu",
-                    workers=0,
-                    batch_size=batch_size,
-                )
-            )
-            == 0
+    for size in (3, 1):
+        folder = str(tmp_path / f"by{size}")
+        settings = RunSettings(
+            "caption", files, folder, encoder, device="cpu", workers=0, batch_size=size
         )
+        assert run(settings) == 0
         records = open_records(folder)
         contents.append([records.read(index).fields for index in range(len(records))])
-    images = [fields["image_ids"] for fields in contents[0]]
-    assert (
-        contents[0] == contents[1]
-        and len(images) == 4
-        and len({len(codes) for codes in images}) > 1
-    )
-    assert all(0 <= code < parts.CODES for codes in images for code in codes)
-    source = {
-        "name": "shards",
-        "files": str(tmp_path / "by3"),
-        "decoder": "lavit.caption",
-        "options": {"text_dropout": 1.0, "base_resolution": parts.SIDE},
-    }
-    task = task_of(config_of(tmp_path / "out", data={"sources": [source]}))
-    rows = next(task.data).input_ids
-    start = task.tokenizer.vocabulary.code_start
-    assert all(
-        any(
-            torch.equal(row[at : at + len(codes)], torch.tensor(codes) + start)
-            for row in rows
-            for at in range(len(row))
-        )
-        for codes in images
-    )
-
-
-def test_part_rates_scale_the_learning_rate(config_of, tmp_path):
-    task = task_of(
-        config_of(
-            tmp_path,
-            optim={
-                "learning_rate": 1.0e-5,
-                "part_rates": {"causal_encoder": 1.0e-4, "vit_proj": 1.0e-4},
-            },
-        )
-    )
-    task.prepare()
-    names = {id(value): name.partition(".")[0] for name, value in task.module.named_parameters()}
-    scales = {
-        frozenset(names[id(value)] for value in group["params"]): group.get("lr_scale", 1.0)
-        for group in task.optimizer.param_groups
-    }
-    assert scales == {
-        frozenset({"causal_encoder"}): pytest.approx(10.0),
-        frozenset({"vit_proj"}): pytest.approx(10.0),
-        frozenset({"llm"}): 1.0,
-    }
-    new = task.llm.get_input_embeddings().weight[300:].detach()
-    assert len(new) == 10 and float(new.std()) == pytest.approx(
-        0.02, rel=0.15
-    )  # as LLaMA's embeddings
-    with pytest.raises(ConfigError, match="optim: part_rates.*named vit_prj"):
-        task_of(config_of(tmp_path, optim={"part_rates": {"vit_prj": 1e-4}})).prepare()
+    assert contents[0] == contents[1]
+    codes = [fields["image_ids"] for fields in contents[0]]
+    assert len({len(image) for image in codes}) > 1
+    assert all(0 <= code < parts.CODES for image in codes for code in image)
 
 
 def test_train_skips_unusable_records(config_of, parts_dir: Path, tmp_path):
-    parts.write_json_lines(
-        tmp_path / "bad.jsonl",
-        [
-            {"text": "a cat", "image_ids": [99]},
-            {"text": "", "image_ids": [1]},
-            {"text": "word " * 120, "image_ids": [1]},
-            {"text": "a red cat", "image_ids": [1, 2]},
-        ],
-    )
-    source = {
-        **parts.data_of(parts_dir)["sources"][1],
-        "files": str(tmp_path / "bad.jsonl"),
-        "name": "bad",
-        "cycles": 1,
-    }
+    records = [
+        {"text": "a cat", "image_ids": [99]},
+        {"text": "", "image_ids": [1]},
+        {"text": "word " * 120, "image_ids": [1]},
+        {"text": "a red cat", "image_ids": [1, 2]},
+    ]
+    parts.write_json_lines(tmp_path / "bad.jsonl", records)
+    source = parts.data_of(parts_dir)["sources"][1]
+    source |= {"files": str(tmp_path / "bad.jsonl"), "cycles": 1}
     record = PretrainTask.train(
         config_of(tmp_path / "out", data={"sources": [source]}, trainer={"max_steps": 3})
     )
-    counts = record["data"]["sources"]["bad"]
-    reasons = {
-        reason.partition(":")[0]: entry["count"] for reason, entry in counts["skipped"].items()
-    }
-    assert counts["sequences"] == 1 and sorted(reasons.values()) == [1, 1, 1], counts
-    assert {"codes out of range", "empty text"} < set(reasons) and any(
-        "do not fit" in reason for reason in reasons
-    )
+    counts = record["data"]["sources"]["codes"]
+    assert counts["sequences"] == 1
+    assert [entry["count"] for entry in counts["skipped"].values()] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
-    ("changes", "sentence"),
+    ("changes", "named"),
     [
-        (
-            {
-                "tokenizer": {
-                    "pretrained_model_name_or_path": str(
-                        ROOT / "pretrained" / "nano" / "seed_tokenizer"
-                    )
-                }
-            },
-            "has 8 codes, but tokenizer",
-        ),
+        ({"tokenizer": {"pretrained_model_name_or_path": str(NANO / "seed_tokenizer")}}, "codes"),
         ({"visual_encoder": {"selection": "top"}}, "selection"),
-        ({"model": {"quantization": "8bit"}}, "cannot be trained; set lora"),
+        ({"model": {"quantization": "8bit"}}, "lora"),
+        ({"optim": {"part_rates": {"vit_prj": 1e-4}}}, "vit_prj"),
     ],
 )
-def test_task_with_parts_that_do_not_fit(config_of, tmp_path, changes, sentence):
-    with pytest.raises(ConfigError, match=sentence):
-        task_of(config_of(tmp_path, **changes))
+def test_task_with_parts_that_do_not_fit(config_of, tmp_path, changes, named):
+    with pytest.raises(ConfigError, match=named):
+        task_of(config_of(tmp_path, **changes)).prepare()
 
 
 def test_task_with_images_of_another_size(config_of, tmp_path):
     config = config_of(tmp_path)
     del config["data"]["sources"][0]["options"]
-    with pytest.raises(ConfigError, match="captions is 224, but the vision encoder's input is 16"):
+    with pytest.raises(ConfigError, match="captions"):
         task_of(config)
 
 
 def test_configuration_is_the_published_recipe():
+    """Two parts text and one part images; images understood and generated equally often."""
     arguments = ["output_dir=x", "deepspeed=configs/deepspeed/stage2_bf16.json"]
     settings = PretrainTask.read(
         compose(parse(arguments), ROOT / "MultiModalLLM" / "configs", "train_lavit")
     )
-    assert settings.visual_encoder.selection == "draw" and settings.deepspeed is not None
-    assert settings.optim.learning_rate == 1e-5 and set(settings.optim.part_rates.values()) == {
-        1e-4
-    }
+    assert settings.visual_encoder.selection == "draw"
+    assert settings.deepspeed is not None
+    assert settings.optim.learning_rate == 1e-5
+    assert set(settings.optim.part_rates.values()) == {1e-4}
     weights = {source.name: source.weight for source in settings.data.sources}
     assert weights["text"] == 2 * (weights["read"] + weights["drawn"])
     ratios = {

@@ -5,9 +5,9 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-import tiny_sdxl
 import torch
 from diffusers import DDPMScheduler, EulerDiscreteScheduler
+from tiny.diffusion import FEATURES
 from torch import Tensor, nn
 
 from seed_multimodal.diffusion.objectives import NoisyLatents, build_objective
@@ -47,9 +47,9 @@ def _batch(count: int) -> dict[str, Tensor]:
     rng = torch.Generator().manual_seed(1)
     return {
         "latents": torch.randn(count, 4, 8, 8, generator=rng),
-        "image_embeds": torch.randn(count, 4, tiny_sdxl.WIDTH, generator=rng),
+        "image_embeds": torch.randn(count, 4, FEATURES, generator=rng),
         "time_ids": size_ids((16, 16), count=count),
-        "empty_features": torch.full((1, 4, tiny_sdxl.WIDTH), 0.5),
+        "empty_features": torch.full((1, 4, FEATURES), 0.5),
         "condition_latents": torch.randn(count, 4, 8, 8, generator=rng),
     }
 

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from tiny import spread, write_json
 
 HALF = {"image_mean": [0.5, 0.5, 0.5], "image_std": [0.5, 0.5, 0.5]}
 IMAGENET = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
@@ -69,12 +70,8 @@ def write_vision(kind: str, folder: Path, side: int = 16) -> Any:
     torch.manual_seed(0)
     config = getattr(transformers, config_name)(**sizes)
     model = getattr(transformers, model_name)(config).eval()
-    with torch.no_grad():
-        for parameter in model.parameters():
-            if parameter.ndim > 1:
-                parameter.normal_(std=0.3)
-    model.save_pretrained(folder)
+    spread(model).save_pretrained(folder)
     if side != 16:
         preprocessor = {**preprocessor, "crop_size": side, "size": {"shortest_edge": side}}
-    (folder / "preprocessor_config.json").write_text(json.dumps(preprocessor))
+    write_json(folder / "preprocessor_config.json", preprocessor)
     return model

@@ -1,31 +1,33 @@
-"""A complete SEED-X with random weights, in a system folder (fixture `tiny_x_folder`) or in the
-original layout."""
+"""SEED-X in a system folder (fixture `tiny_x_folder`) or in the original layout."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from hub_tokenizers import write_hub_tokenizer
 from repository import ROOT
-from tiny_llama import WIDTH, llama
-from tiny_llms import random_llm
-from tiny_sdxl import SIZES, adapter, sdxl_folder
-from tiny_sdxl import WIDTH as FEATURES
 
 from seed_multimodal.language.hub_tokenizer import HubTokenizer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.models.seed_x.modeling import AgentSettings, ContinuousLVLM
-from seed_multimodal.nn.vision.qwen import QwenVit, QwenVitConfig, Resampler, ResamplerConfig
+from seed_multimodal.nn.vision.qwen import (
+    IN_QWEN_VL,
+    QwenVit,
+    QwenVitConfig,
+    Resampler,
+    ResamplerConfig,
+)
 from seed_multimodal.weights import load_state_dict, save_state_dict
 from seed_nano.train.words import train_text_tokenizer
+from tiny import spread, write_json
+from tiny.diffusion import FEATURES, RESAMPLER, random_adapter, write_sdxl
+from tiny.language import LLM_WIDTH, llama, random_llm, write_hub_tokenizer
 
 WORDS = 4  # tokens of an image, a grid of 2 x 2
 GRID = 16  # location tokens of boxes
-SIZE = 16  # pixels a side of a view
+VIEW = 16  # pixels a side of a view
 SENTENCES = [
     "[INST] Describe this image briefly. [/INST]\nA red apple beside a blue fish.",
     "Question: What is this animal?\nAnswer: It is a cat. In the picture there is a car [[",
@@ -33,7 +35,7 @@ SENTENCES = [
     "[INST] Where is the tree? Show me the location. [/INST]\n12 345",
 ] * 8
 TOWER = QwenVitConfig(
-    image_size=SIZE,
+    image_size=VIEW,
     patch_size=4,
     width=16,
     layers=1,
@@ -44,11 +46,11 @@ TOWER = QwenVitConfig(
     position_grid=2,
     pool_heads=2,
 )
-READS = ResamplerConfig(grid_size=2, embed_dim=WIDTH, num_heads=2, kv_dim=FEATURES)
-WRITES = ResamplerConfig(grid_size=2, embed_dim=FEATURES, num_heads=2, kv_dim=WIDTH)
+READS = ResamplerConfig(grid_size=2, embed_dim=LLM_WIDTH, num_heads=2, kv_dim=FEATURES)
+WRITES = ResamplerConfig(grid_size=2, embed_dim=FEATURES, num_heads=2, kv_dim=LLM_WIDTH)
 
 
-def build(
+def build_seed_x(
     folder: str | Path,
     *,
     stage: int = 1,
@@ -65,44 +67,43 @@ def build(
     if hub:
         write_hub_parts(root, seed)
     else:
-        tokenizer = write_tokenizer(root / "tokenizer")
+        tokenizer = write_seed_x_tokenizer(root / "tokenizer")
         write_llm(root / "llm", len(tokenizer), seed, context)
     write_agent(root / "agent", seed)
     write_tower(root / "vision", seed)
-    sdxl_folder(root / "sdxl", complete=False)
-    adapter(stage).save_pretrained(root / "detokenizer")
-    (root / "system.json").write_text(
-        json.dumps(
-            {
-                "system": "seed_x",
-                "tuned": tuned,
-                "grids": ["1x1", "2x1", "1x2", "2x2"],
-                "generation": {"max_new_tokens": 12, "do_sample": False},
-                "tasks": {"draw_words": 6, "edit_words": 6},
-            }
-        )
+    write_sdxl(root / "sdxl", complete=False)
+    random_adapter(stage).save_pretrained(root / "detokenizer")
+    write_json(
+        root / "system.json",
+        {
+            "system": "seed_x",
+            "tuned": tuned,
+            "grids": ["1x1", "2x1", "1x2", "2x2"],
+            "generation": {"max_new_tokens": 12, "do_sample": False},
+            "tasks": {"draw_words": 6, "edit_words": 6},
+        },
     )
-    (root / "sdxl" / "seed_decode.json").write_text(json.dumps({"num_inference_steps": 2}))
+    write_json(root / "sdxl" / "seed_decode.json", {"num_inference_steps": 2})
     return root
 
 
-def build_released(base: str | Path) -> Path:
+def build_released_seed_x(base: str | Path) -> Path:
     """The same parts in a `pretrained` folder of the original layout: seed_x, seed_x_i and
     seed_x_edit.
 
     Unlike the original, folders contain the sizes of the models (see `forget_sizes`).
     """
     root = Path(base)
-    tokenizer = write_tokenizer(root / "cvlm_llama2_tokenizer_100img_and_224loc_addpatch")
+    tokenizer = write_seed_x_tokenizer(root / "cvlm_llama2_tokenizer_100img_and_224loc_addpatch")
     for index, name in enumerate(("seed_x", "seed_x_i", "seed_x_edit")):
         write_llm(root / name / "llm", len(tokenizer), index, max_shard_size="40KB")
         write_agent(root / name / "agent", index)
         _as_torch(root / name / "agent" / "model.safetensors", "pytorch_model.bin")
     write_tower(root / "QwenViT", 0)
     _as_torch(root / "QwenViT" / "model.safetensors", "qwen_vit_G.pt")
-    sdxl_folder(root / "stable-diffusion-xl-base-1.0", complete=False)
+    write_sdxl(root / "stable-diffusion-xl-base-1.0", complete=False)
     for stage, name in enumerate(("first_stage", "second_stage"), 1):
-        saved = adapter(stage).save_pretrained(root / "seed_detokenizer" / name)
+        saved = random_adapter(stage).save_pretrained(root / "seed_detokenizer" / name)
         _as_torch(saved / "model.safetensors", "pytorch_model.bin")
     return root
 
@@ -114,7 +115,7 @@ def _as_torch(file: Path, name: str) -> None:
 
 def forget_sizes(root: Path) -> None:
     """Delete the files that the original weights do not have; sizes are then those of
-    `write_configs`."""
+    `write_seed_x_configs`."""
     for file in (
         *root.glob("*/agent/config.json"),
         root / "QwenViT" / "config.json",
@@ -123,15 +124,15 @@ def forget_sizes(root: Path) -> None:
         file.unlink()
 
 
-def write_configs(root: Path) -> Path:
+def write_seed_x_configs(root: Path) -> Path:
     """The repository's YAML files for SEED-X with the sizes of these parts, in `home/configs`."""
     from omegaconf import OmegaConf
 
     sizes = {
         "visual_encoder": dataclasses.asdict(TOWER),
-        "processer": {"image_size": SIZE},
+        "processer": {"image_size": VIEW},
         "clm_models": {"input_resampler": vars(READS), "output_resampler": vars(WRITES)},
-        "sdxl_adapter": {"resampler": dataclasses.asdict(SIZES)},
+        "sdxl_adapter": {"resampler": dataclasses.asdict(RESAMPLER)},
         "tokenizer": {},
         "discrete_model": {},
     }
@@ -150,48 +151,29 @@ def write_configs(root: Path) -> Path:
 
 def write_qwen_vl(folder: Path, *, shards: int = 3, torch_files: bool = True) -> QwenVit:
     """A Qwen-VL-Chat whose vision encoder is in the last shards; returns the vision encoder."""
-    from seed_multimodal.nn.vision.qwen import IN_QWEN_VL
-
     torch.manual_seed(7)
-    model = _spread(QwenVit(TOWER))
+    model = spread(QwenVit(TOWER), 0.4)
     names = list(model.state_dict())
     language = {f"transformer.h.{n}.attn.c_attn.weight": torch.randn(8, 8) for n in range(4)}
     per = -(-len(names) // (shards - 1))
-    parts = [
-        language,
-        *(
-            {
-                IN_QWEN_VL + name: model.state_dict()[name].to(torch.bfloat16)
-                for name in names[at : at + per]
-            }
-            for at in range(0, len(names), per)
-        ),
-    ]
-    kind = (
-        "pytorch_model-{:05d}-of-{:05d}.bin"
-        if torch_files
-        else "model-{:05d}-of-{:05d}.safetensors"
-    )
+    parts = [language]
+    for at in range(0, len(names), per):
+        part = {name: model.state_dict()[name] for name in names[at : at + per]}
+        parts.append({IN_QWEN_VL + name: part[name].to(torch.bfloat16) for name in part})
+    stem, ending = ("pytorch_model", "bin") if torch_files else ("model", "safetensors")
     folder.mkdir(parents=True)
     weight_map = {}
     for shard, part in enumerate(parts, 1):
-        file = folder / kind.format(shard, len(parts))
+        file = folder / f"{stem}-{shard:05d}-of-{len(parts):05d}.{ending}"
         torch.save(part, file) if torch_files else save_state_dict(part, file)
         weight_map |= dict.fromkeys(part, file.name)
-    index = "pytorch_model.bin.index.json" if torch_files else "model.safetensors.index.json"
-    (folder / index).write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
-    (folder / "config.json").write_text(
-        json.dumps(
-            {
-                "model_type": "qwen",
-                "visual": {**dataclasses.asdict(TOWER), "image_start_id": 151857},
-            }
-        )
-    )
+    write_json(folder / f"{stem}.{ending}.index.json", {"metadata": {}, "weight_map": weight_map})
+    visual = {**dataclasses.asdict(TOWER), "image_start_id": 151857}
+    write_json(folder / "config.json", {"model_type": "qwen", "visual": visual})
     return model.to(torch.bfloat16)
 
 
-def write_tokenizer(folder: Path) -> MultimodalTokenizer:
+def write_seed_x_tokenizer(folder: Path) -> MultimodalTokenizer:
     return train_text_tokenizer(
         MultimodalTokenizer,
         SENTENCES,
@@ -209,8 +191,7 @@ def write_hub_parts(root: Path, seed: int) -> None:
     tokenizer = HubTokenizer.create(hub, 6, WORDS, n_locations=GRID)
     tokenizer.save_pretrained(root / "tokenizer")
     ids: dict[str, Any] = dict(tokenizer.special_ids)
-    llm = random_llm("qwen3", len(tokenizer), seed, hidden_size=WIDTH, **ids)
-    llm.save_pretrained(root / "llm")
+    random_llm("qwen3", len(tokenizer), seed, **ids).save_pretrained(root / "llm")
 
 
 def write_llm(
@@ -220,35 +201,24 @@ def write_llm(
     llama(n_words, context=context).save_pretrained(folder, **options)
 
 
-def agent(llm: Any, seed: int = 0) -> ContinuousLVLM:
+def random_agent(llm: Any, seed: int = 0) -> ContinuousLVLM:
     """A language model with random resamplers."""
     torch.manual_seed(10 + seed)
-    return _spread(ContinuousLVLM(llm, Resampler(READS), Resampler(WRITES), AgentSettings()))
+    model = ContinuousLVLM(llm, Resampler(READS), Resampler(WRITES), AgentSettings())
+    return spread(model, 0.4)
 
 
 def write_agent(folder: Path, seed: int = 0) -> None:
     from types import SimpleNamespace
 
-    model = agent(SimpleNamespace(config=SimpleNamespace(hidden_size=WIDTH)), seed)
+    model = random_agent(SimpleNamespace(config=SimpleNamespace(hidden_size=LLM_WIDTH)), seed)
     save_state_dict(model.state_dict(), folder / "model.safetensors")
-    (folder / "config.json").write_text(
-        json.dumps(
-            {
-                "input_resampler": dataclasses.asdict(READS),
-                "output_resampler": dataclasses.asdict(WRITES),
-            }
-        )
+    sizes = {"input_resampler": READS, "output_resampler": WRITES}
+    write_json(
+        folder / "config.json", {name: dataclasses.asdict(size) for name, size in sizes.items()}
     )
 
 
 def write_tower(folder: Path, seed: int = 0) -> None:
     torch.manual_seed(20 + seed)
-    _spread(QwenVit(TOWER)).save_pretrained(folder)
-
-
-def _spread(model: Any) -> Any:
-    """Weights large enough to tell images apart."""
-    for parameter in model.parameters():
-        if parameter.ndim > 1 and parameter.requires_grad:
-            torch.nn.init.normal_(parameter, std=0.4)
-    return model
+    spread(QwenVit(TOWER), 0.4).save_pretrained(folder)

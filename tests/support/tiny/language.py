@@ -1,0 +1,85 @@
+"""Language models with random weights, and a BPE tokenizer of transformers' fast kind."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import torch
+from chat_templates import TemplateCase
+
+from seed_multimodal.cli.tiny_parts import CHATML, CHATML_TOKENS, write_bpe_tokenizer
+
+LLM_WIDTH = 32
+CHATML_CASE = TemplateCase(CHATML, CHATML_TOKENS, eos="<|im_end|>", pad="<|endoftext|>")
+# model_type → fields of its configuration, in addition to `LLM_SIZES`.
+ARCHITECTURES: dict[str, dict[str, Any]] = {
+    "llama": {},
+    "qwen3": {"head_dim": 16},
+    "smollm3": {"no_rope_layers": [1, 0]},
+    "mistral": {"sliding_window": None},
+    "phi3": {},
+    # With layers that see the last few tokens only.
+    "mistral sliding": {"sliding_window": 8},
+    "qwen3 sliding": {"use_sliding_window": True, "sliding_window": 8, "max_window_layers": 1},
+    "gemma2": {"head_dim": 16, "sliding_window": 8, "final_logit_softcapping": 1.0},
+    "gemma2 eager": {"head_dim": 16, "sliding_window": 8, "attn_implementation": "eager"},
+}
+LLM_SIZES = {
+    "hidden_size": LLM_WIDTH,
+    "intermediate_size": 64,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 512,
+    "initializer_range": 0.5,  # so large that answers differ from prompt to prompt
+    "tie_word_embeddings": False,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+
+
+def random_llm(architecture: str, vocab_size: int, seed: int = 0, **fields: Any) -> Any:
+    """A model of `ARCHITECTURES`; torch's own generator stays as it is."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _llm(architecture, vocab_size, {**ARCHITECTURES.get(architecture, {}), **fields})
+
+
+def llama(vocab_size: int, mlp_width: int = 64, context: int = 512) -> Any:
+    """The one layer of the tiny systems, drawn from torch's own generator."""
+    sizes = {"intermediate_size": mlp_width, "max_position_embeddings": context}
+    return _llm("llama", vocab_size, {**sizes, "num_hidden_layers": 1, "num_attention_heads": 2})
+
+
+def _llm(architecture: str, vocab_size: int, fields: dict[str, Any]) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    config = AutoConfig.for_model(
+        architecture.split()[0], vocab_size=vocab_size, **{**LLM_SIZES, **fields}
+    )
+    return AutoModelForCausalLM.from_config(config).eval()
+
+
+def write_hub_tokenizer(
+    folder: Path,
+    texts: Iterable[str],
+    case: TemplateCase = CHATML_CASE,
+    *,
+    vocab_size: int = 300,
+) -> Path:
+    """Train a small BPE tokenizer and write its files, with ChatML as its chat template."""
+    write_bpe_tokenizer(
+        folder,
+        texts,
+        case.text,
+        case.special,
+        eos=case.eos,
+        pad=case.pad,
+        bos=case.bos,
+        added=case.added,
+        vocab_size=vocab_size,
+    )
+    return folder

@@ -1,0 +1,194 @@
+"""LaVIT in a system folder (fixture `tiny_lavit_folder`); a tokenizer and the parts of its pixel
+decoders (both kinds of the original)."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from seed_multimodal.models.lavit.checkpoints import save_dynamic_tokenizer
+from seed_multimodal.models.lavit.decoder import CodeDecoder, Head, LavitDecoderConfig
+from seed_multimodal.models.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
+from seed_multimodal.models.lavit.processing import HubLavitTokenizer, LavitTokenizer
+from seed_multimodal.nn.vision.eva import EvaConfig
+from seed_nano.train.words import train_text_tokenizer
+from tiny import spread, write_json
+from tiny.diffusion import CROSS, POOLED, SCHEDULE, SDXL_VAE, kl, safety_checker, unet, write_sdxl
+from tiny.language import LLM_WIDTH, llama, random_llm, write_hub_tokenizer
+
+CODES = 24
+PATCHES = 16
+SIZE = 16  # pixels a side of what the vision encoder reads
+SIDE = 64  # of a square drawing
+SENTENCES = [
+    "a red apple beside a blue fish",
+    "Question: What is this animal? Answer: It is a cat.",
+    "an old photo of a horse and a small house",
+    "two dogs run in the snow, near 3 trees",
+] * 8
+TOKENIZER = LavitTokenizerConfig(
+    vit=EvaConfig(image_size=SIZE, patch_size=4, width=32, depth=2, heads=2, mlp_width=48),
+    vit_head=6,
+    merger_depth=2,
+    merger_heads=2,
+    merger_mlp_width=48,
+    codebook_size=CODES,
+    codebook_dim=8,
+    llm_width=LLM_WIDTH,
+)
+DECODER = LavitDecoderConfig(
+    tokens=PATCHES,
+    code_dim=8,
+    width=24,
+    depth=1,
+    heads=2,
+    mlp_width=32,
+    feature_dim=32,
+    prompt_dim=CROSS - POOLED,
+    pooled_dim=POOLED,
+)
+# Without a system: a smaller tokenizer, and conditions of a pixel decoder.
+SMALL = LavitTokenizerConfig(
+    vit=EvaConfig(image_size=SIZE, patch_size=4, width=16, depth=2, heads=2, mlp_width=24),
+    vit_head=8,
+    merger_depth=2,
+    merger_heads=2,
+    merger_mlp_width=24,
+    codebook_size=20,
+    codebook_dim=4,
+    llm_width=12,
+)
+CONDITION_TOKENS = 8
+EMPTY_TOKENS = 5  # embeddings of the empty text
+
+
+def build_lavit(folder: str | Path, seed: int = 0, hub: bool = False) -> Path:
+    """Write a system folder and return it; `hub`: with a Qwen 3 and a hub tokenizer."""
+    root = Path(folder)
+    write = write_hub_language if hub else write_language
+    text_tokenizer = write(root / "llm", seed)
+    second = dynamic_tokenizer(seed, merger=seed + 1)
+    save_dynamic_tokenizer(dynamic_tokenizer(seed), root / "tokenizer", second)
+    torch.manual_seed(seed)
+    spread(CodeDecoder(DECODER)).eval().save_pretrained(root / "decoder")
+    write_pixels(root / "pixels")
+    drawn = {"max_new_tokens": text_tokenizer.vocabulary.tokens_per_image, "min_new_tokens": 4}
+    write_json(
+        root / "system.json",
+        {
+            "system": "lavit",
+            "generation": {
+                "describe": {"max_new_tokens": 6, "min_new_tokens": 1},
+                "draw": drawn,
+                "compose": drawn,
+            },
+        },
+    )
+    return root
+
+
+def dynamic_tokenizer(seed: int = 0, merger: int | None = None) -> DynamicTokenizer:
+    """A tokenizer; `merger`: seed of a different token merger and projector."""
+    torch.manual_seed(seed)
+    model = spread(DynamicTokenizer(TOKENIZER))
+    if merger is not None:
+        torch.manual_seed(100 + merger)
+        spread(model.causal_encoder)
+        spread(model.vit_proj)
+    return model.requires_grad_(False).eval()
+
+
+def small_tokenizer(seed: int = 0) -> DynamicTokenizer:
+    """Built in milliseconds; about half of the tokens are selected, by clear margins, and counts
+    differ by image."""
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = DynamicTokenizer(SMALL)
+        with torch.no_grad():
+            for layer in (model.token_predictor.in_conv[1], *model.token_predictor.out_conv[:4:2]):
+                layer.weight.mul_(3)
+            last = model.token_predictor.out_conv[4]
+            last.weight.mul_(20)
+            last.bias.zero_()
+            features = model.patch_features(torch.randn(8, 3, SIZE, SIZE))
+            lead = model.token_predictor(features)
+            last.bias[0] = -(lead[..., 0] - lead[..., 1]).median()
+    return model.requires_grad_(False).eval()
+
+
+def write_hub_language(folder: Path, seed: int) -> HubLavitTokenizer:
+    """As `write_language`."""
+    hub = write_hub_tokenizer(folder, SENTENCES)
+    HubLavitTokenizer.create(hub, CODES, PATCHES).save_pretrained(folder)
+    tokenizer = HubLavitTokenizer.from_pretrained(folder)
+    ids: dict[str, Any] = dict(tokenizer.special_ids)
+    random_llm("qwen3", len(tokenizer), seed, **ids).save_pretrained(folder)
+    return tokenizer
+
+
+def write_language(folder: Path, seed: int, patches: int = PATCHES) -> LavitTokenizer:
+    """A language model with its tokenizer in the same folder."""
+    tokenizer = train_text_tokenizer(LavitTokenizer, SENTENCES, folder, 330, CODES, patches)
+    torch.manual_seed(seed)
+    llama(tokenizer.vocabulary.size, mlp_width=48, context=256).save_pretrained(folder)
+    return tokenizer
+
+
+def write_pixels(folder: Path) -> None:
+    """The pixel decoder of the system."""
+    from diffusers import DDIMScheduler
+
+    write_sdxl(folder, complete=False)
+    unet(sample_size=SIDE // 2).save_pretrained(folder / "unet")
+    DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1).save_pretrained(
+        folder / "scheduler"
+    )
+    write_json(folder / "seed_decode.json", {"num_inference_steps": 2})
+
+
+def lavit_unet(head: Head, **changes: Any) -> Any:
+    """A U-Net which tells conditions apart."""
+    model = unet(sdxl=head == "highres", **changes)
+    return spread(model, 0.5, ("attn2", "add_embedding"))
+
+
+def empty_text() -> Tensor:
+    return torch.randn(1, EMPTY_TOKENS, CROSS, generator=torch.Generator().manual_seed(2))
+
+
+def write_lavit_diffusion(folder: Path, head: Head) -> Path:
+    """`{vae,scheduler,unet}`; for the low-resolution head also the empty text's embeddings and a
+    safety checker that flags nothing."""
+    from diffusers import DDIMScheduler
+
+    kl(**SDXL_VAE).save_pretrained(folder / "vae")
+    scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False)
+    scheduler.save_pretrained(folder / "scheduler")
+    lavit_unet(head).save_pretrained(folder / "unet", safe_serialization=False)
+    if head == "lowres":
+        torch.save(empty_text(), folder / "uncond_embeddings.bin")
+        for name, part in safety_checker(False).items():
+            part.save_pretrained(folder / name)
+    return folder
+
+
+def code_decoder(head: Head = "highres") -> CodeDecoder:
+    """The head in front of a pixel decoder, for codes of `small_tokenizer`."""
+    torch.manual_seed(7)
+    config = dataclasses.replace(
+        DECODER,
+        head=head,
+        code_dim=SMALL.codebook_dim,
+        width=16,
+        mlp_width=24,
+        feature_dim=SMALL.vit.width,
+    )
+    model = CodeDecoder(config).eval()
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    return model

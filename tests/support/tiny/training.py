@@ -1,0 +1,177 @@
+"""Parts, data and configurations of the trainers of pixel decoders: SEED-X's de-tokenizer, LaVIT's
+decoders, SEED's decoder of codes."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from llm_runs import APPLICATION, merged, write_json_lines
+from PIL import Image
+
+from seed_multimodal.models.lavit.checkpoints import save_dynamic_tokenizer
+from seed_multimodal.models.lavit.decoder import Head
+from tiny.diffusion import DENOISER_SIZES, FLOW, RESAMPLER, autoencoder, unet, write_sdxl
+from tiny.lavit import code_decoder, small_tokenizer, write_lavit_diffusion
+from tiny.seed import IMAGE_SIZE, write_seed2
+from tiny.seed_x import write_tower
+
+CONFIGS = APPLICATION / "configs"
+RUN = {
+    "optim": {"learning_rate": 3e-3, "weight_decay": 0.0, "warmup_steps": 1},
+    "trainer": {
+        "max_steps": 4,
+        "precision": "fp32",
+        "device": "cpu",
+        "dataloader_num_workers": 0,
+        "report_to": [],
+        "curves": False,
+        "logging_steps": 1,
+        "save_steps": 2,
+        "sample_steps": 0,
+    },
+}
+
+
+def read_losses(output: Path) -> list[float]:
+    """The losses of the run's log, by step."""
+    return [
+        json.loads(line)["loss"] for line in (output / "train.log.jsonl").read_text().splitlines()
+    ]
+
+
+def write_images(folder: Path, sizes: Iterable[tuple[int, int]]) -> None:
+    """Noise images of these heights and widths."""
+    rng = np.random.default_rng(len(folder.name))
+    folder.mkdir()
+    for index, size in enumerate(sizes):
+        Image.fromarray(rng.integers(0, 256, (*size, 3), dtype=np.uint8)).save(
+            folder / f"{index}.png"
+        )
+
+
+def _resolved(
+    output: Path, model: dict[str, Any], data: dict[str, Any], changes: dict[str, Any]
+) -> dict[str, Any]:
+    """A resolved configuration; `changes` are merged into its groups."""
+    data = {"batch_size": 4, "encoder_size": 16, **data}
+    return merged({"output_dir": str(output), **RUN, "model": model, "data": data}, changes)
+
+
+def write_detokenizer_parts(root: Path) -> Path:
+    """A folder with `sdxl`, `vision` (the vision encoder), images and a list of edits."""
+    write_sdxl(root / "sdxl")
+    write_tower(root / "vision")
+    for folder, count in (("pictures", 9), ("before", 5), ("after", 5)):
+        write_images(
+            root / folder,
+            ((24 + index, 20) if index % 2 else (20, 24 + 2 * index) for index in range(count)),
+        )
+    write_json_lines(
+        root / "edits.jsonl",
+        ({"source_image": f"before/{n}.png", "target_image": f"after/{n}.png"} for n in range(5)),
+    )
+    return root
+
+
+def detokenizer_config(
+    parts: Path, output: Path, stage: int = 1, **changes: dict[str, Any]
+) -> dict[str, Any]:
+    sources: list[dict[str, Any]] = [{"name": "pictures", "files": str(parts / "pictures")}]
+    if stage == 2:
+        sources.append(
+            {
+                "name": "edits",
+                "files": str(parts / "edits.jsonl"),
+                "image_key": "target_image",
+                "condition_key": "source_image",
+                "weight": 2.0,
+            }
+        )
+    model = {
+        "sdxl": str(parts / "sdxl"),
+        "visual_encoder": str(parts / "vision"),
+        "stage": stage,
+        "tokens": 4,
+        "resampler": vars(RESAMPLER),
+    }
+    return _resolved(output, model, {"sources": sources, "resolution": 16}, changes)
+
+
+def detokenizer_arguments(parts: Path, output: Path, stage: int, *more: str) -> list[str]:
+    """Arguments of the program: edits and scenes for the second stage, scenes for the first."""
+    data = "tiny_edits" if stage == 2 else "tiny"
+    return [
+        "model=tiny",
+        f"data={data}",
+        "trainer=tiny",
+        "optim=tiny",
+        f"model.sdxl={parts / 'sdxl'}",
+        f"model.visual_encoder={parts / 'vision'}",
+        f"model.stage={stage}",
+        "trainer.max_steps=12",
+        "trainer.save_steps=3",
+        "trainer.curves=false",
+        f"output_dir={output}",
+        *more,
+    ]
+
+
+def write_lavit_parts(root: Path) -> Path:
+    """A folder with `highres`, `lowres`, `tokenizer`, `decoder` and images of several aspect
+    ratios."""
+    heads: tuple[Head, ...] = ("highres", "lowres")
+    for head in heads:
+        write_lavit_diffusion(root / head, head)
+    save_dynamic_tokenizer(small_tokenizer(), root / "tokenizer")
+    code_decoder().save_pretrained(root / "decoder")
+    write_images(
+        root / "pictures",
+        ((20, 20 + 4 * index) if index % 2 else (20 + 3 * index, 20) for index in range(8)),
+    )
+    return root
+
+
+def lavit_config(
+    parts: Path, output: Path, head: Head = "highres", **changes: dict[str, Any]
+) -> dict[str, Any]:
+    model = {
+        "diffusion": str(parts / head),
+        "tokenizer": str(parts / "tokenizer"),
+        "decoder": str(parts / "decoder"),
+    }
+    data = {
+        "sources": [{"name": "pictures", "files": str(parts / "pictures")}],
+        "sizes": [[16, 16], [16, 24], [24, 16]],
+    }
+    return _resolved(output, model, data, changes)
+
+
+def write_seed_decoder_parts(root: Path) -> Path:
+    """`tokenizer`, and the diffusers folders `kl`, `kl16`, `dc`; the first has a U-Net."""
+    from diffusers import DDIMScheduler
+
+    torch.manual_seed(0)
+    write_seed2(root / "tokenizer")
+    for name in ("kl", "kl16", "dc"):
+        autoencoder(name).save_pretrained(root / name / "vae")
+        DDIMScheduler(clip_sample=False).save_pretrained(root / name / "scheduler")
+    unet().save_pretrained(root / "kl" / "unet")
+    return root
+
+
+def seed_decoder_config(
+    parts: Path, output: Path, vae: str = "kl", denoiser: str = "", **changes: dict[str, Any]
+) -> dict[str, Any]:
+    """denoiser: of a new one, which learns a flow."""
+    model: dict[str, Any] = {"diffusion": str(parts / vae), "tokenizer": str(parts / "tokenizer")}
+    if denoiser:
+        network = {"_class_name": denoiser, **DENOISER_SIZES[denoiser]}
+        model |= {"denoiser": network, "scheduler": FLOW}
+    sources = [{"name": "scenes", "format": "nano", "options": {"number": 16}}]
+    data = {"sources": sources, "resolution": 16, "encoder_size": IMAGE_SIZE}
+    return _resolved(output, model, data, changes)
