@@ -10,7 +10,7 @@ import random
 import time
 
 import torch
-from shared import base_parser, load_system, start
+from shared import load_system, start, system_parser
 
 from seed_multimodal.device import limit_threads
 from seed_multimodal.inference.backends.base import PromptChunk
@@ -54,6 +54,6 @@ def run(options: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    parser = base_parser(__doc__)
+    parser = system_parser(__doc__)
     parser.set_defaults(device="cpu")
     start(run, parser)

@@ -2,7 +2,6 @@
 
     python benchmarks/serving.py                             nano; 1, 4, 8, 16 and 32 clients
     python benchmarks/serving.py --device cuda --model pretrained/seed_x_i --clients 1 8 32
-    python benchmarks/serving.py --minutes 10 --clients 32   errors, and memory at start and end
 
 Starts the server on a free port; asks `/v1/chat/completions` for streams: `describe` and `ask` (a
 short question) send an image that was not sent before, `draw` a text that is answered with an
@@ -13,215 +12,120 @@ from __future__ import annotations
 
 import argparse
 import collections
+import contextlib
 import itertools
-import json
+import shlex
 import subprocess
 import sys
 import threading
 import time
-import urllib.request
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
-from shared import ROOT, base_parser, input_images, print_line, rounded, start, system_folder
+import requests
+from shared import ROOT, input_images, print_line, rounded, start, system_parser
 
 from seed_multimodal.device import choose_device
 from seed_multimodal.images.io import image_to_base64
-from seed_multimodal.language import prompts as sentences
+from seed_multimodal.language.prompts import DESCRIBE_PROMPT, QA_SUFFIX
 
-PROGRAM = ROOT / "gradio_demo" / "seed_llama_flask.py"
 KINDS = ("describe", "ask", "draw")
-REQUESTS = {
-    "describe": sentences.DESCRIBE_PROMPT,
-    "ask": f"What is on the left?{sentences.QA_SUFFIX}",
-}
-Times = tuple[float, float] | None  # seconds to the first piece and the last; None: an error
 
 
-class Server:
-    """The server as a process; use it as a context manager."""
-
-    def __init__(
-        self, model: str, device: str, dtype: str, *flags: str, program: Path = PROGRAM
-    ) -> None:
-        self.process = subprocess.Popen(
-            [
-                sys.executable,
-                str(program),
-                "--system",
-                str(system_folder(model)),
-                "--port",
-                "0",
-                "--llm_device",
-                device,
-                "--tokenizer_device",
-                device,
-                "--dtype",
-                dtype,
-                *flags,
-            ],
-            stdout=subprocess.PIPE,
-            text=True,
-            bufsize=1,
-        )
-        lines: Any = self.process.stdout
-        address = next((line for line in lines if "answering at" in line), "")
-        if not address:
-            raise SystemExit("The server did not start.")
-        self.port = int(address.split(":")[2].partition("/")[0])
-        threading.Thread(
-            target=collections.deque, args=(lines, 0), daemon=True
-        ).start()  # empties the pipe
-
-    def __enter__(self) -> Server:
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        self.process.terminate()
-        self.process.wait(30)
-
-    def memory_mb(self, key: str = "VmRSS") -> float:
-        """Memory of the process: `VmRSS` (now) or `VmHWM` (peak)."""
-        status = Path(f"/proc/{self.process.pid}/status").read_text()
-        return int(status.partition(f"{key}:")[2].split()[0]) / 1000
+@contextlib.contextmanager
+def server(model: str, device: str, dtype: str) -> Iterator[str]:
+    """Run the server as a process; the address of its chat route."""
+    program = f"{shlex.quote(sys.executable)} {ROOT}/gradio_demo/seed_llama_flask.py --port 0"
+    devices = f"--llm_device {device} --tokenizer_device {device} --dtype {dtype}"
+    command = f"{program} --system {shlex.quote(model)} {devices}"
+    process = subprocess.Popen(shlex.split(command), stdout=subprocess.PIPE, text=True, bufsize=1)
+    lines: Any = process.stdout
+    address = next((line for line in lines if "answering at" in line), "")
+    if not address:
+        raise SystemExit("The server did not start.")
+    port = int(address.split(":")[2].partition("/")[0])
+    # A full pipe would stop the server.
+    threading.Thread(target=collections.deque, args=(lines, 0), daemon=True).start()
+    try:
+        yield f"http://127.0.0.1:{port}/v1/chat/completions"
+    finally:
+        process.terminate()
+        process.wait(30)
 
 
-class Client:
+def bodies(kind: str) -> Iterator[dict[str, Any]]:
     """Requests of one kind, each with its own image or seed."""
-
-    def __init__(self, server: Server) -> None:
-        self.address = f"http://127.0.0.1:{server.port}/v1/chat/completions"
-        self.numbers = itertools.count()
-        self.images = itertools.cycle(input_images(256))
-
-    def body(self, kind: str) -> dict[str, Any]:
+    for index, image in enumerate(itertools.cycle(input_images(256))):
         if kind == "draw":
-            return {
-                "messages": [{"role": "user", "content": "Please draw a fish."}],
-                "force_image": True,
-                "seed": next(self.numbers),
-                "max_tokens": 40,
-            }
-        url = (
-            "data:image/png;base64,"
-            f"{image_to_base64(next(self.images).rotate(next(self.numbers) % 360))}"
-        )
-        content = [
-            {"type": "image_url", "image_url": {"url": url}},
-            {"type": "text", "text": REQUESTS[kind]},
-        ]
-        return {"messages": [{"role": "user", "content": content}], "max_tokens": 256}
-
-    def send(self, body: dict[str, Any]) -> Times:
-        """Ask, and read the stream to its end."""
-        request = urllib.request.Request(
-            self.address,
-            json.dumps({**body, "stream": True}).encode(),
-            {"Content-Type": "application/json"},
-        )
-        begin = time.perf_counter()
-        try:
-            with urllib.request.urlopen(request, timeout=600) as answer:
-                line = answer.readline()
-                first = time.perf_counter() - begin
-                rest = answer.read()
-        except OSError:
-            return None
-        return (first, time.perf_counter() - begin) if b'{"error"' not in line + rest else None
-
-    def send_all(self, kind: str, count: int, clients: int) -> dict[str, Any]:
-        bodies = [self.body(kind) for _ in range(count)]
-        begin = time.perf_counter()
-        with ThreadPoolExecutor(clients) as pool:
-            times = [*pool.map(self.send, bodies)]
-        return figures(times, time.perf_counter() - begin)
+            content: Any = "Please draw a fish."
+            options = {"force_image": True, "seed": index, "max_tokens": 40}
+        else:
+            url = f"data:image/png;base64,{image_to_base64(image.rotate(index % 360))}"
+            question = DESCRIBE_PROMPT if kind == "describe" else f"What is on the left?{QA_SUFFIX}"
+            content = [
+                {"type": "image_url", "image_url": {"url": url}},
+                {"type": "text", "text": question},
+            ]
+            options = {"max_tokens": 256}
+        yield {"messages": [{"role": "user", "content": content}], "stream": True, **options}
 
 
-def figures(times: list[Times], seconds: float) -> dict[str, Any]:
-    """Rate, percentiles in seconds, errors."""
-    good = sorted(result[1] for result in times if result is not None)
-    first = sorted(result[0] for result in times if result is not None)
-    return {
-        "requests_per_second": rounded(len(good) / seconds),
-        "first_p50": rounded(first[len(first) // 2]),
-        **{f"p{part}": rounded(good[len(good) * part // 100]) for part in (50, 95, 99)},
-        "errors": len(times) - len(good),
-    }
-
-
-def soak(server: Server, client: Client, clients: int, minutes: float) -> dict[str, Any]:
-    """All kinds of requests, one after another from each client, for so many minutes."""
+def send(address: str, body: dict[str, Any]) -> tuple[float, float]:
+    """Seconds to the first piece and to the last. Raises HTTPError, RuntimeError."""
     begin = time.perf_counter()
+    with requests.post(address, json=body, stream=True, timeout=600) as response:
+        response.raise_for_status()
+        pieces = response.iter_lines()
+        line = next(pieces)
+        first = time.perf_counter() - begin
+        for line in pieces:
+            if b'{"error"' in line:
+                raise RuntimeError(line.decode())
+    return first, time.perf_counter() - begin
 
-    def visit(index: int) -> list[Times]:
-        times: list[Times] = []
-        while time.perf_counter() < begin + 60 * minutes:
-            times.append(client.send(client.body(KINDS[(len(times) + index) % len(KINDS)])))
-        return times
 
+def send_all(address: str, requests_to_send: list[dict[str, Any]], clients: int) -> dict[str, Any]:
+    """Rate and percentiles in seconds."""
+    begin = time.perf_counter()
     with ThreadPoolExecutor(clients) as pool:
-        visits = pool.map(visit, range(clients))
-        time.sleep(min(60, 15 * minutes))  # by then every part has been used
-        before = server.memory_mb()
-        times = [result for visit in visits for result in visit]
+        times = [*pool.map(lambda body: send(address, body), requests_to_send)]
+    seconds = time.perf_counter() - begin
+    first = sorted(result[0] for result in times)
+    last = sorted(result[1] for result in times)
+    percentiles = {f"p{part}": rounded(last[len(last) * part // 100]) for part in (50, 95, 99)}
     return {
-        **figures(times, time.perf_counter() - begin),
-        "requests": len(times),
-        "mb_at_start": round(before),
-        "mb_at_end": round(server.memory_mb()),
+        "requests_per_second": rounded(len(times) / seconds),
+        "first_p50": rounded(first[len(first) // 2]),
+        **percentiles,
     }
 
 
 def run(options: argparse.Namespace) -> None:
-    """Time each kind of request with each number of clients, or all together for some minutes."""
+    """Time each kind of request with each number of clients."""
     runtime = choose_device(options.device, options.dtype, log=None)
-    with Server(options.model, str(runtime.device), options.dtype) as server:
-        client = Client(server)
-        if options.minutes:
-            print_line(
-                "serving",
-                options,
-                runtime,
-                {"variant": "soak", "clients": options.clients[-1]},
-                soak(server, client, options.clients[-1], options.minutes),
-            )
-            return
-        for kind in options.kinds:
-            plain = 0.0
+    with server(options.model, str(runtime.device), options.dtype) as address:
+        for kind in KINDS:
+            source = bodies(kind)
+            plain = None
             for clients in options.clients:
-                client.send_all(kind, clients, clients)  # warm-up
-                results = client.send_all(kind, max(options.requests, 4 * clients), clients)
+                send_all(address, [*itertools.islice(source, clients)], clients)  # warm-up
+                count = max(options.requests, 4 * clients)
+                results = send_all(address, [*itertools.islice(source, count)], clients)
                 plain = plain or results["requests_per_second"]
-                print_line(
-                    "serving",
-                    options,
-                    runtime,
-                    {
-                        "variant": "plain" if clients == options.clients[0] else "clients",
-                        "request": kind,
-                        "clients": clients,
-                    },
-                    {
-                        **results,
-                        "times_plain": round(results["requests_per_second"] / max(plain, 1e-9), 2),
-                    },
-                )
+                results["times_plain"] = round(results["requests_per_second"] / plain, 2)
+                variant = "plain" if clients == options.clients[0] else "clients"
+                settings = {"variant": variant, "request": kind, "clients": clients}
+                print_line("serving", options, runtime, settings, results)
 
 
 if __name__ == "__main__":
-    parser = base_parser(__doc__)
-    parser.add_argument(
-        "--clients", type=int, nargs="+", default=[1, 4, 8, 16, 32], help="numbers of clients"
-    )
-    parser.add_argument(
-        "--kinds", nargs="+", choices=KINDS, default=KINDS, help="kinds of requests"
-    )
+    parser = system_parser(__doc__)
+    parser.add_argument("--clients", type=int, nargs="+", default=[1, 4, 8, 16, 32])
     parser.add_argument(
         "--requests",
         type=int,
         default=32,
         help="for each number of clients, and four of each client",
     )
-    parser.add_argument("--minutes", type=float, default=0, help="ask for so long instead")
     start(run, parser)

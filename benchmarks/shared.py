@@ -15,7 +15,6 @@ from typing import Any, NoReturn
 
 import torch
 from PIL import Image
-from torch import nn
 
 from seed_multimodal.device import Runtime
 from seed_multimodal.entry import DONE, run_guarded
@@ -24,13 +23,6 @@ from seed_multimodal.evaluation import machine
 from seed_multimodal.pipelines.base import MultimodalSystem
 
 ROOT = Path(__file__).resolve().parents[1]
-LLAMA_7B = {
-    "hidden_size": 4096,
-    "intermediate_size": 11008,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "max_position_embeddings": 2048,
-}
 
 
 @dataclass
@@ -43,30 +35,17 @@ class Timed:
     extra: Callable[[float], dict[str, Any]] = lambda seconds: {}
 
 
-class HelpFormatter(argparse.RawDescriptionHelpFormatter, argparse.ArgumentDefaultsHelpFormatter):
-    """Keeps the lines of a description and adds defaults."""
-
-
-def plain_parser(description: str | None) -> argparse.ArgumentParser:
-    """A parser without flags."""
-    return argparse.ArgumentParser(description=description, formatter_class=HelpFormatter)
-
-
-def device_parser(description: str | None) -> argparse.ArgumentParser:
-    """The flags of programs that run on a device."""
-    parser = plain_parser(description)
+def system_parser(description: str | None) -> argparse.ArgumentParser:
+    """The flags of programs that measure one system."""
+    parser = argparse.ArgumentParser(
+        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
     parser.add_argument("--device", default="auto", help="auto, cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="auto", help="auto, float32, bfloat16 or float16")
-    return parser
-
-
-def base_parser(description: str | None) -> argparse.ArgumentParser:
-    """The flags of programs that measure one system."""
-    parser = device_parser(description)
     parser.add_argument(
         "--model",
         default="pretrained/nano",
-        help="folder of a system, or `original`: random weights of the published sizes",
+        help="folder or name of a system, also one of original_layouts.py",
     )
     return parser
 
@@ -75,7 +54,7 @@ def benchmark_parser(
     description: str | None, batches: list[int], repeats: int = 3
 ) -> argparse.ArgumentParser:
     """The flags of programs that use `compare`."""
-    parser = base_parser(description)
+    parser = system_parser(description)
     parser.add_argument("--batches", type=int, nargs="+", default=batches)
     parser.add_argument(
         "--repeats", type=int, default=repeats, help="timed runs; the median is printed"
@@ -92,16 +71,10 @@ def start(
     raise SystemExit(run_guarded(parser.prog, False, lambda: run(options) or DONE))
 
 
-def system_folder(model: str) -> str:
-    """`--model`: a folder, whose relative paths also count from the repository, or a name."""
-    folders = [folder for folder in (Path(model), ROOT / model) if folder.is_dir()]
-    return str(folders[0]) if folders else model
-
-
 def load_system(options: argparse.Namespace, **settings: Any) -> MultimodalSystem:
     """The system of `--model`, on the device and in the dtype of the flags."""
     return MultimodalSystem.from_pretrained(
-        system_folder(options.model),
+        options.model,
         device=options.device,
         dtype=options.dtype,
         log=None,
@@ -123,21 +96,6 @@ def input_images(count: int) -> list[Image.Image]:
     return images
 
 
-def fill_random(module: nn.Module, device: torch.device, dtype: torch.dtype) -> nn.Module:
-    """Small random weights for a module built on the meta device (buffers too), in evaluation
-    mode."""
-    torch.manual_seed(0)
-    module = nn.Module.to(module, dtype).to_empty(device=device).eval().requires_grad_(False)
-    for name, tensor in (*module.named_parameters(), *module.named_buffers()):
-        if not tensor.is_floating_point():
-            tensor.zero_()
-        elif tensor.ndim <= 1 and name.endswith("weight"):
-            tensor.fill_(1.0)  # of a normalisation
-        else:
-            tensor.normal_(0.0, 0.02)
-    return module
-
-
 def median_seconds(work: Callable[[], Any], device: torch.device, repeats: int) -> float:
     """Median seconds of one call, with the work of a GPU."""
     seconds = []
@@ -157,7 +115,6 @@ def compare(
     options: argparse.Namespace,
     runtime: Runtime,
     settings: Mapping[str, Any],
-    batches: list[int] | None = None,
 ) -> None:
     """Time each variant at each batch size; print a JSON line for each, with the ratio of its rate
     to `plain`'s.
@@ -166,8 +123,8 @@ def compare(
     measured.
     """
     plain: dict[int, float] = {}
-    for variant in [key for key in variants if key in (options.variants or variants)]:
-        for batch in batches or options.batches:
+    for variant in options.variants or variants:
+        for batch in options.batches:
             # Start each measurement without compiled code and memory of the one before.
             torch.compiler.reset()
             gc.collect()
@@ -185,24 +142,18 @@ def compare(
                     plain[batch] = rate
                 if batch in plain:
                     results["times_plain"] = round(rate / plain[batch], 2)
-            print_line(
-                name,
-                options,
-                runtime,
-                {"variant": variant, "batch": batch, **settings, "repeats": options.repeats},
-                results,
-            )
+            case = {"variant": variant, "batch": batch, **settings, "repeats": options.repeats}
+            print_line(name, options, runtime, case, results)
 
 
 def measure(timed: Timed, unit: str, repeats: int, device: torch.device) -> dict[str, Any]:
     """Figures of one variant, after two unmeasured calls."""
-    first = median_seconds(timed.work, device, 1)  # compiles
+    timed.work()  # compiles
     timed.work()
     seconds = median_seconds(timed.work, device, repeats)
     return {
         f"{unit}_per_second": rounded(timed.amount / seconds),
         "seconds": rounded(seconds),
-        "first_call_seconds": rounded(first),
         **timed.extra(seconds),
     }
 
@@ -215,22 +166,18 @@ def print_line(
     results: Mapping[str, Any],
 ) -> None:
     """Print one JSON line: settings, figures, memory, hardware, versions, commit, command, date."""
-    device = runtime.device
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    memory = {"peak_gpu_gib": round(peak / 2**30, 2)} if peak else {}
-    print(
-        json.dumps(
-            {
-                "benchmark": name,
-                "model": getattr(options, "model", None),  # without the flag: perhaps in `settings`
-                "runtime": str(runtime),
-                **settings,
-                "results": {**results, **memory},
-                **machine.circumstances(device),
-            }
-        ),
-        flush=True,
-    )
+    line = {
+        "benchmark": name,
+        "model": options.model,
+        "runtime": str(runtime),
+        **settings,
+        "results": dict(results),
+        **machine.circumstances(runtime.device),
+    }
+    if runtime.device.type == "cuda":
+        peak = torch.cuda.max_memory_allocated(runtime.device)
+        line["results"]["peak_gpu_gib"] = round(peak / 2**30, 2)
+    print(json.dumps(line), flush=True)
 
 
 def rounded(value: float) -> float:

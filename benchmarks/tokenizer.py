@@ -1,52 +1,33 @@
 """Time the SEED-2 tokenizer: images → 32 codes. One JSON line per variant and batch size.
 
     python benchmarks/tokenizer.py                                   pretrained/nano
-    python benchmarks/tokenizer.py --device cuda --model original    1.15 B random weights
+    python benchmarks/tokenizer.py --device cuda --model 8b          SEED-LLaMA's
 
 `plain` is the original's way: attention as three operations, nothing compiled; `modules`:
 scaled_dot_product_attention; `compiled`: each block with torch.compile (`fast_encode`); `graph`
 (CUDA): the same as a CUDA graph. Each line has the ratio to `plain` and the share of codes equal to
-those of float32 with the same weights. `clients`: eight threads that encode one image each, against
-one after another.
+those of float32 with the same weights.
 """
 
 from __future__ import annotations
 
 import argparse
 import copy
-from collections.abc import Callable, Iterable
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
-from shared import Timed, benchmark_parser, compare, fill_random, input_images, start, system_folder
+from shared import Timed, benchmark_parser, compare, input_images, start
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seed_multimodal.data.pretokenize.encode import fast_encode
 from seed_multimodal.device import FP16_AS_ORIGINAL, choose_device
 from seed_multimodal.images.transforms import seed_image_processor
-from seed_multimodal.inference.batching import DynamicBatcher
-from seed_multimodal.models.seed.configuration import Seed2Config
 from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 from seed_multimodal.pipelines.config import SystemConfig
 
-# images whose codes are compared with float32's; threads that encode one image each
-COMPARED = 64
-CLIENTS = 8
-
-
-def load(model: str, device: torch.device) -> Seed2Tokenizer:
-    """The tokenizer in float32."""
-    if model != "original":
-        return Seed2Tokenizer.from_pretrained(
-            SystemConfig.find(system_folder(model)).tokenizer, device=device
-        )
-    with torch.device("meta"):
-        tokenizer = Seed2Tokenizer(Seed2Config())
-    fill_random(tokenizer, device, torch.float32)
-    return tokenizer
+COMPARED = 64  # images whose codes are compared with float32's
 
 
 def encoder(variant: str, master: Seed2Tokenizer, images: Tensor) -> Callable[[Tensor], Tensor]:
@@ -67,9 +48,10 @@ def encoder(variant: str, master: Seed2Tokenizer, images: Tensor) -> Callable[[T
 
 
 def run(options: argparse.Namespace) -> None:
-    """Time encoding, alone and by threads."""
+    """Time encoding."""
     runtime = choose_device(options.device, options.dtype, log=None, fp16=FP16_AS_ORIGINAL)
-    master = load(options.model, runtime.device)
+    folder = SystemConfig.find(options.model).tokenizer
+    master = Seed2Tokenizer.from_pretrained(folder, device=runtime.device)
     transform = seed_image_processor(master.config.vit.image_size)
     pixels = torch.stack([*map(transform, input_images(max(COMPARED, *options.batches)))]).to(
         runtime.device
@@ -85,20 +67,9 @@ def run(options: argparse.Namespace) -> None:
             # Whole batches: another size would be compiled again.
             count = max(1, COMPARED // batch) * batch
             codes = torch.cat([encode(part) for part in pixels[:count].split(batch)])
-            same = codes == exact[:count]
-            return {
-                "codes_equal_float32": round(float(same.float().mean()), 4),
-                "images_equal_float32": round(float(same.all(dim=1).float().mean()), 4),
-            }
+            return {"codes_equal_float32": float((codes == exact[:count]).float().mean())}
 
         return Timed(lambda: encode(images), batch, equal)
-
-    model = copy.deepcopy(master).to(runtime.dtype)
-    together = DynamicBatcher(lambda key, rows: list(model.encode(torch.stack(rows))), max_rows=32)
-    pool = ThreadPoolExecutor(CLIENTS)
-
-    def encoding_singly(each: Callable[..., Iterable[Any]], batch: int) -> Timed:
-        return Timed(lambda: [*each(lambda row: together(None, [row]), pixels[:batch])], batch)
 
     names = ["plain", "modules", "compiled"]
     if runtime.device.type == "cuda":
@@ -106,11 +77,6 @@ def run(options: argparse.Namespace) -> None:
     settings = {"parameters": sum(p.numel() for p in master.parameters())}
     variants = {name: partial(encoding, name) for name in names}
     compare("tokenizer encode", "images", variants, options, runtime, settings)
-    singly = {
-        "plain": partial(encoding_singly, map),
-        "clients": partial(encoding_singly, pool.map),
-    }
-    compare("tokenizer clients", "images", singly, options, runtime, settings, [CLIENTS])
 
 
 if __name__ == "__main__":

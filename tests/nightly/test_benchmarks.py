@@ -1,0 +1,75 @@
+"""The benchmarks run at their smallest, and their figures belong together."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from repository import ROOT
+
+pytestmark = [pytest.mark.nightly, pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(900)]
+# Benchmark → lines of the card.
+LINES = {
+    "tokenizer encode": 3,
+    "generation": 4,
+    "draw": 3,
+    "edit": 3,
+    "reconstruct": 5,
+    "training llm": 3,
+    "training tokenizer": 2,
+    "serving": 6,
+}
+
+
+def run(*command: str, folder: Path = ROOT) -> str:
+    """What a program prints; without compilation."""
+    environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1", "VIRTUAL_ENV": sys.prefix}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout + done.stderr
+    return done.stdout
+
+
+def test_gpu_card_of_nano_on_a_cpu(tmp_path):
+    # Without it a user of a GPU meets a broken part after minutes of paid time.
+    flags = f"{tmp_path} --device cpu --model pretrained/nano".split()
+    run("bash", "benchmarks/gpu_card.sh", *flags)
+    lines = [
+        json.loads(line)
+        for file in tmp_path.glob("*.jsonl")
+        for line in file.read_text().splitlines()
+    ]
+    names = [line["benchmark"] for line in lines]
+    assert {name: names.count(name) for name in names} == LINES
+    for line in lines:
+        rates = [value for key, value in line["results"].items() if key.endswith("_per_second")]
+        assert rates and rates[0] > 0, line
+        assert line["variant"] != "plain" or line["results"]["times_plain"] == 1.0
+    assert (tmp_path / "card.md").read_text().count("\n| ") == len(lines) + 2
+
+    # A part that is there is not run again; others are.
+    (tmp_path / "generation.jsonl").unlink()
+    seconds = {file: file.stat().st_mtime_ns for file in tmp_path.glob("*.jsonl")}
+    run("bash", "benchmarks/gpu_card.sh", *flags)
+    assert (tmp_path / "generation.jsonl").is_file()
+    assert all(file.stat().st_mtime_ns == written for file, written in seconds.items())
+
+
+def test_loading_and_quantization_print_figures():
+    printed = run(sys.executable, "benchmarks/loading.py", "--records", "200")
+    assert all(json.loads(line)["records_per_s"] > 0 for line in printed.splitlines())
+    rows = run(sys.executable, "benchmarks/quantization.py").splitlines()[1:]
+    assert len(rows) == 5 and all(float(row.split("|")[2]) > 0 for row in rows)
+
+
+def test_original_layouts_load(tmp_path):
+    # The recorded names and shapes of the originals' files are those that the system reads.
+    run(sys.executable, "benchmarks/original_layouts.py", "8b", str(tmp_path / "pretrained"))
+    code = (
+        "from seed_multimodal.models.seed.modeling import Seed2Tokenizer; "
+        "Seed2Tokenizer.from_pretrained('pretrained/seed_tokenizer', device='cpu')"
+    )
+    run(sys.executable, "-c", code, folder=tmp_path)
