@@ -5,14 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from seed_multimodal.disk import JsonObject
 
-FloatArray = NDArray[np.floating]
+FloatArray: TypeAlias = NDArray[np.floating]
 RESAMPLES = 1000
 LARGE = 100_000  # above this number of groups the normal interval is used
 INDICES_PER_CHUNK = 1 << 22  # sampled at a time

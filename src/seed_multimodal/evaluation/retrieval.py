@@ -13,7 +13,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeAlias
 
 import numpy as np
 import torch
@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 LEVELS = (1, 5, 10)
 BLOCK = 1 << 26  # scores at a time: 256 MB
 TEXT_BATCH = 256
-Ints = NDArray[np.int64]
+Ints: TypeAlias = NDArray[np.int64]
 TextEncoder = Callable[[Sequence[str]], Tensor]  # texts → unit features [T, E]
 
 

@@ -20,7 +20,7 @@ import re
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any
+from typing import IO, Any, TypeAlias
 
 import numpy as np
 from PIL import Image, JpegImagePlugin
@@ -30,7 +30,7 @@ from seed_multimodal.errors import ImageError, first_line
 FORMATS = tuple("PNG JPEG GIF WEBP BMP DIB TIFF PPM ICO AVIF JPEG2000 PCX TGA".split())
 # Returns an image's pixels, uint8 [H, W, 3].
 ImageFunction = Callable[[], np.ndarray]
-ImageSource = (
+ImageSource: TypeAlias = (
     str
     | os.PathLike[str]
     | bytes

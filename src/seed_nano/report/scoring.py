@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
@@ -27,7 +27,7 @@ from seed_nano.world.words import Labels, parse_caption
 
 Section = dict[str, Any]
 OptionalImages = Sequence[Image.Image | None]
-BoolArray = NDArray[np.bool_]
+BoolArray: TypeAlias = NDArray[np.bool_]
 LabelNames = tuple[str | None, ...]
 """A value for each of `JUDGE_CLASSES`; None: missing."""
 NO_LABELS: LabelNames = (None,) * len(JUDGE_CLASSES)
