@@ -188,7 +188,9 @@ def test_draw_of_threads_in_common_batches(model):
     images = MultimodalSystem.from_pretrained(model, device="cpu", log=None).images
     seeds = range(8)
     values = list(images.encode([noise(seed) for seed in seeds]))
-    alone = [images.draw([value], seeds=[seed])[0] for seed, value in zip(seeds, values)]
+    alone = [
+        images.draw([value], seeds=[seed])[0] for seed, value in zip(seeds, values, strict=True)
+    ]
     batches: list[int] = []
     images.decoder.unet.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
     images.draw(values[:1], seeds=[0])
@@ -196,7 +198,7 @@ def test_draw_of_threads_in_common_batches(model):
 
     def draw_together(*more: Any) -> list[Any]:
         """The futures of all images, and of one with each of the seeds in `more`."""
-        jobs = [*zip(seeds, values), *((seed, values[0]) for seed in more)]
+        jobs = [*zip(seeds, values, strict=True), *((seed, values[0]) for seed in more)]
         barrier = threading.Barrier(len(jobs))
 
         def draw(seed: Any, value: Any) -> Image.Image:

@@ -206,7 +206,7 @@ def test_load_vision_uses_39_of_40_blocks_and_resizes_positions(tmp_path):
 
 @pytest.fixture(scope="module")
 def clip_folder(tmp_path_factory) -> Path:
-    """A whole CLIP, as in laion's folder: the projection of its vision_config is not the model's."""
+    """A whole CLIP, as in laion's folder: its vision_config has another projection."""
     from transformers import CLIPConfig, CLIPModel
 
     sizes = {"hidden_size": 16, "intermediate_size": 24}

@@ -1,4 +1,4 @@
-"""SEED-LLaMA's image codec: numbers of codes, and a diffusion folder that reads their embeddings."""
+"""SEED-LLaMA's image codec: numbers of codes, a diffusion folder that reads their embeddings."""
 
 from __future__ import annotations
 

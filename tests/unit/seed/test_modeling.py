@@ -1,4 +1,4 @@
-"""Both tokenizers: codes, embeddings, causality, gradients, progressive decoding, half precision."""
+"""Both tokenizers: codes, embeddings, causality, gradients, prefixes, half precision."""
 
 from __future__ import annotations
 

@@ -15,29 +15,12 @@ from typing import Any
 
 import numpy as np
 import pytest
-import torch
-import warm_python
 from PIL import Image
 from random_images import noise
-from real_processes import run_process
 from repository import ROOT
-from tiny.seed_x import (
-    READS,
-    WRITES,
-    build_released_seed_x,
-    forget_sizes,
-    random_agent,
-    write_seed_x_configs,
-)
+from tiny import write_json
 
 from seed_multimodal.compat.seed_x_programs import SCRIPTS, seed_x_script
-from seed_multimodal.compat.seed_x_yaml import config_of_files
-from seed_multimodal.config import load_yaml
-from seed_multimodal.errors import ConfigError
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.models.seed_x.pipeline import SeedX
-from seed_multimodal.models.seed_x.processing import seed_x_vocabulary
-from seed_multimodal.pipelines.base import MultimodalSystem
 
 SOLDIER = (
     "A cybernetic soldier, enhanced with advanced weapons systems and tactical analysis software, "
@@ -54,23 +37,23 @@ IMAGES = {
     "eval_text2img_seed_x_i": {f"{SOLDIER.rstrip('.')}.png": (16, 16)},
     "eval_img2edit_seed_x_edit": {"1_Make it under the sunset.jpg": (20, 13)},
 }
-FEW = ("--device", "cpu", "--max-new-tokens", "12")
+DEMO_IMAGES = "men.jpg men_condition.jpg cat_dog.jpeg car.jpg advisor.png ground.png"
+SHORT = ("--device", "cpu", "--max-new-tokens", "12")
 
 
 @pytest.fixture(scope="module")
 def original(tmp_path_factory) -> Path:
     """A folder with `pretrained/`, `configs/` and `demo_images/`."""
+    from tiny.seed_x import build_released_seed_x, forget_sizes, write_seed_x_configs
+
     project = tmp_path_factory.mktemp("original")
-    build_released_seed_x(project / "pretrained")
-    (project / "pretrained" / "stable-diffusion-xl-base-1.0" / "seed_decode.json").write_text(
-        json.dumps({"num_inference_steps": 2})
-    )
+    weights = build_released_seed_x(project / "pretrained")
+    decoding = weights / "stable-diffusion-xl-base-1.0" / "seed_decode.json"
+    write_json(decoding, {"num_inference_steps": 2})
     write_seed_x_configs(project)
-    forget_sizes(project / "pretrained")
+    forget_sizes(weights)
     (project / "demo_images").mkdir()
-    for index, name in enumerate(
-        ("men.jpg", "men_condition.jpg", "cat_dog.jpeg", "car.jpg", "advisor.png", "ground.png")
-    ):
+    for index, name in enumerate(DEMO_IMAGES.split()):
         noise(index).save(project / "demo_images" / name)
     return project
 
@@ -88,6 +71,8 @@ def project(original: Path, tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def prompts(monkeypatch) -> list[list[int]]:
     """Prompts of the language model."""
+    from seed_multimodal.pipelines.base import MultimodalSystem
+
     recorded: list[list[int]] = []
     real = MultimodalSystem.generate
 
@@ -99,30 +84,18 @@ def prompts(monkeypatch) -> list[list[int]]:
     return recorded
 
 
+def run(name: str, flags: str) -> int:
+    return seed_x_script(name, ["--device", "cpu", *flags.split()])
+
+
 # ---- without flags
 
 
-@pytest.mark.process
-def test_program_in_a_process(original: Path, tmp_path):
-    for folder in ("pretrained", "demo_images", "configs"):
-        (tmp_path / folder).symlink_to(original / folder)
-    name = "eval_img2edit_seed_x_edit"
-    done = run_process(
-        [warm_python.PYTHON, str(ROOT / "src" / "inference" / f"{name}.py"), "--device", "cpu"],
-        cwd=tmp_path,
-        timeout=170,
-    )
-    assert done.returncode == 0, done.stderr
-    assert {file.name: Image.open(file).size for file in (tmp_path / "vis").iterdir()} == IMAGES[
-        name
-    ]
-    assert all(f"vis/{image}" in done.stdout for image in IMAGES[name])
-
-
 @pytest.mark.slow
-def test_programs_have_the_original_images_and_prompts(
-    project: Path, prompts: list[list[int]], monkeypatch
-):
+def test_programs_have_the_original_images_and_prompts(project, prompts, monkeypatch):
+    from seed_multimodal.language.tokenizer import MultimodalTokenizer
+    from seed_multimodal.models.seed_x.processing import seed_x_vocabulary
+
     programs = {file.stem: file for file in (ROOT / "src" / "inference").glob("eval_*.py")}
     assert set(programs) == set(SCRIPTS) == set(IMAGES)
     for name, images in IMAGES.items():
@@ -131,148 +104,96 @@ def test_programs_have_the_original_images_and_prompts(
             runpy.run_path(str(programs[name]), run_name="__main__")
         assert ended.value.code == 0
         assert {image: Image.open(project / "vis" / image).size for image in images} == images
+
+    # The prompts; 48 x 30 pixels are two views and the whole, edits one view and the whole.
     tokenizer = MultimodalTokenizer.from_pretrained(
         Path("pretrained/cvlm_llama2_tokenizer_100img_and_224loc_addpatch")
     )
     vocabulary = seed_x_vocabulary(tokenizer)
-    encode = tokenizer.encode_parts
-    # 48 x 30 pixels: 2x1 and the whole; edits: 1x1
     views = vocabulary.read_ids(3)
     square = vocabulary.read_ids(2)
-    expected = [
-        encode(["Question:", views, "Describe this image briefly.\nAnswer:"], add_bos=True),
-        [
-            *encode(
-                [views, "In ths background with a blue sky on the road, there is a car [["],
-                add_bos=True,
-            ),
-            vocabulary.boxes,
-        ],
-        encode(["A super math wizard cat, richly textured oil painting."], add_bos=True),
-        encode(
-            ["[INST]", views, "Can I conntect with an advisor on Sunday? [/INST]\n"], add_bos=True
-        ),
-        encode(
-            [
-                "[INST]",
-                views,
-                "Is there anything in the image that can protect me from catching the flu virus "
-                "when I go out? Show me the location. [/INST]\n",
-            ],
-            add_bos=True,
-        ),
-        encode([f"[INST] Generate an image: {SOLDIER} [/INST]\n"], add_bos=True),
-        encode(["[INST]", square, "Make it under the sunset [/INST]\n"], add_bos=True),
+    car = "In ths background with a blue sky on the road, there is a car"
+    virus = "Is there anything in the image that can protect me from catching the flu virus when I"
+    parts: list[list[Any]] = [
+        ["Question:", views, "Describe this image briefly.\nAnswer:"],
+        [views, f"{car} [["],
+        ["A super math wizard cat, richly textured oil painting."],
+        ["[INST]", views, "Can I conntect with an advisor on Sunday? [/INST]\n"],
+        ["[INST]", views, f"{virus} go out? Show me the location. [/INST]\n"],
+        [f"[INST] Generate an image: {SOLDIER} [/INST]\n"],
+        ["[INST]", square, "Make it under the sunset [/INST]\n"],
     ]
-    once = [
-        ids for index, ids in enumerate(prompts) if ids not in prompts[:index]
-    ]  # a prompt may be used twice
-    for ids, wanted in zip(once, expected, strict=True):
-        assert ids == wanted, (tokenizer.decode(ids), tokenizer.decode(wanted))
+    expected = [tokenizer.encode_parts(prompt, add_bos=True) for prompt in parts]
+    expected[1].append(vocabulary.boxes)
+    # A prompt may be used twice.
+    unique = [ids for index, ids in enumerate(prompts) if ids not in prompts[:index]]
+    assert list(map(tokenizer.decode, unique)) == list(map(tokenizer.decode, expected))
+    assert unique == expected
 
 
 # ---- flags
 
 
 @pytest.mark.slow
-def test_programs_with_flags_of_drawing(project: Path):
+def test_programs_with_flags_of_drawing(project):
     name = "eval_img2edit_seed_x_edit"
     for ratio, size in {"square": (16, 16), "restore": (20, 13)}.items():
-        assert seed_x_script(name, f"--device cpu --ratio {ratio} --out {ratio}.png".split()) == 0
+        assert run(name, f"--ratio {ratio} --out {ratio}.png") == 0
         assert Image.open(f"{ratio}.png").size == size
-    plain = Image.open("restore.png")
-    for flag in (
-        ("--seed", "1"),
-        ("--steps", "3"),
-        ("--image-guidance-scale", "3"),
-        ("--prompt", "Make it snow."),
-    ):
-        assert seed_x_script(name, [*"--device cpu --out other.png".split(), *flag]) == 0
-        assert not np.array_equal(plain, Image.open("other.png")), flag
-    assert seed_x_script(name, "--device cpu --out same.png --offload --device_2 cpu".split()) == 0
-    assert np.array_equal(plain, Image.open("same.png"))
+    plain = Image.open("restore.png").tobytes()
+    for flag in ("--seed 1", "--steps 3", "--image-guidance-scale 3", "--prompt snow"):
+        assert run(name, f"--out other.png {flag}") == 0
+        assert Image.open("other.png").tobytes() != plain, flag
+    assert run(name, "--out same.png --offload --device_2 cpu") == 0
+    assert Image.open("same.png").tobytes() == plain
 
 
 @pytest.mark.slow
-def test_programs_with_several_images(project: Path, prompts: list[list[int]], capsys):
+def test_programs_with_several_images(project, prompts, capsys):
+    name = "eval_img2text_seed_x_i"
     both = ["--image", "demo_images/men.jpg", "demo_images/car.jpg"]
-    assert (
-        seed_x_script("eval_img2text_seed_x_i", [*both, "--prompt", "<image> or <image>?", *FEW])
-        == 0
-    )
+    assert seed_x_script(name, [*both, "--prompt", "<image> or <image>?", *SHORT]) == 0
     assert len(prompts) == 1
-    assert seed_x_script("eval_img2text_seed_x_i", [*both, "--detect", "the man", *FEW]) == 0
+    assert seed_x_script(name, [*both, "--detect", "the man", *SHORT]) == 0
     assert sorted(file.name for file in Path("vis").iterdir()) == ["car.png", "men.png"]
+
+    # A torn image is named, and the others are drawn.
     Path("torn.jpg").write_bytes(Path("demo_images/men.jpg").read_bytes()[:200])
-    pair = "--image torn.jpg demo_images/car.jpg --device cpu".split()
-    assert (
-        seed_x_script("eval_seed_x_detokenizer", pair) == 1 and Path("vis/car_recon.jpg").is_file()
-    )
+    assert run("eval_seed_x_detokenizer", "--image torn.jpg demo_images/car.jpg") == 1
+    assert Path("vis/car_recon.jpg").is_file()
     assert "torn.jpg" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-def test_programs_with_another_model(
-    tiny_x_folder: Path,
-    tmp_path,
-    monkeypatch,
-    capsys,
-):
-    """The folder of a system, as with `--model nano-x`; the images are the repository's."""
+def test_programs_with_another_system(tiny_x_folder, tiny_folder, tmp_path, monkeypatch, capsys):
+    # The folder of a system, as with `--model nano-x`; the images are the repository's.
     monkeypatch.chdir(tmp_path)
-    for name in (
-        "eval_seed_x_detokenizer_with_condition",
-        "eval_img2text_seed_x_i",
-        "eval_img2edit_seed_x_edit",
-    ):
-        assert (
-            seed_x_script(
-                name, ["--model", str(tiny_x_folder), *(FEW if SCRIPTS[name].model else FEW[:2])]
-            )
-            == 0
-        )
+    rebuild = "eval_seed_x_detokenizer"
+    for name in (f"{rebuild}_with_condition", "eval_img2text_seed_x_i"):
+        flags = "--max-new-tokens 12" if SCRIPTS[name].model else ""
+        assert run(name, f"--model {tiny_x_folder} {flags}") == 0
+    assert run("eval_text2img_seed_x", f"--model {tiny_x_folder} --device_2 toaster") == 2
+    assert "toaster" in capsys.readouterr().err
+
+    # SEED-LLaMA has neither embeddings nor condition images.
+    assert run(rebuild, f"--model {tiny_folder}") == 0
     assert len(list(Path("vis").iterdir())) == 3
-    flags = f"--model {tiny_x_folder} --device cpu --device_2 toaster".split()
-    assert (
-        seed_x_script("eval_text2img_seed_x", flags) == 2 and "toaster" in capsys.readouterr().err
-    )
+    assert run(rebuild, f"--model {tiny_folder} --embeddings 4") == 2
+    assert run(f"{rebuild}_with_condition", f"--model {tiny_folder}") == 2
+    assert "is not a SEED-X" in capsys.readouterr().err
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    "name", ["eval_seed_x_detokenizer", "eval_seed_x_detokenizer_with_condition"]
-)
-def test_detokenizers_with_few_embeddings(name, tmp_path):
-    """Of nano-x, whose layout decoder reads all 16 embeddings of an image."""
+def test_detokenizer_with_few_embeddings(tmp_path):
+    # Of nano-x, whose layout decoder reads all 16 embeddings of an image.
     results = []
-    for count in ("1", "4", "8", "16"):
-        flags = (
-            f"--model nano-x --device cpu --embeddings {count} --out {tmp_path}/{count}.png".split()
-        )
-        assert seed_x_script(name, flags) == 0
-        results.append(np.asarray(Image.open(tmp_path / f"{count}.png"), dtype=np.float32))
-    assert np.abs(results[0] - results[-1]).mean() > np.abs(results[2] - results[-1]).mean() > 0
-
-
-@pytest.mark.slow
-def test_detokenizers_with_a_system_of_codes(
-    tiny_folder: Path,
-    tmp_path,
-    monkeypatch,
-    capsys,
-):
-    """As with `--model nano`, which has neither embeddings nor condition images."""
-    monkeypatch.chdir(tmp_path)
-    flags = ["--model", str(tiny_folder), "--device", "cpu"]
-    assert seed_x_script("eval_seed_x_detokenizer", flags) == 0
-    assert len(list(Path("vis").iterdir())) == 1
-    capsys.readouterr()
-    for name, more in (
-        ("eval_seed_x_detokenizer", ["--embeddings", "4"]),
-        ("eval_seed_x_detokenizer_with_condition", []),
-    ):
-        assert seed_x_script(name, [*flags, *more]) == 2
-        assert "is not a SEED-X" in capsys.readouterr().err.splitlines()[-1]
+    for count in (1, 8, 16):
+        file = tmp_path / f"{count}.png"
+        flags = f"--model nano-x --embeddings {count} --out {file}"
+        assert run("eval_seed_x_detokenizer", flags) == 0
+        results.append(np.asarray(Image.open(file), dtype=np.float32))
+    few, half, whole = results
+    assert np.abs(few - whole).mean() > np.abs(half - whole).mean() > 0
 
 
 # ---- missing weights, wrong configurations
@@ -281,88 +202,60 @@ def test_detokenizers_with_a_system_of_codes(
 @pytest.mark.parametrize(
     ("name", "parts"),
     [
-        (
-            "eval_img2text_seed_x",
-            ("pretrained/seed_x/llm", "pretrained/seed_x/agent/pytorch_model.bin"),
-        ),
-        (
-            "eval_seed_x_detokenizer",
-            ("pretrained/stable-diffusion-xl-base-1.0", "pretrained/seed_detokenizer/"),
-        ),
+        ("eval_img2text_seed_x", "seed_x/llm seed_x/agent/pytorch_model.bin"),
+        ("eval_seed_x_detokenizer", "stable-diffusion-xl-base-1.0 seed_detokenizer/"),
     ],
 )
-def test_programs_without_weights(
-    name,
-    parts,
-    tmp_path,
-    monkeypatch,
-    capsys,
-):
+def test_programs_without_weights_name_all_parts(name, parts, tmp_path, monkeypatch, capsys):
     if (ROOT / "pretrained" / "QwenViT").exists():
         pytest.skip("the original weights are on this disk")
     monkeypatch.chdir(tmp_path)
     assert seed_x_script(name, []) == 2
     error = capsys.readouterr().err
     assert error.count("\n") == 1
-    wanted = (*parts, "pretrained/QwenViT/qwen_vit_G.pt", "seed fetch ", "--model nano-x ")
-    assert all(part in error for part in wanted), error
+    for part in (*parts.split(), "QwenViT/qwen_vit_G.pt"):
+        assert f"pretrained/{part}" in error
+    assert "seed fetch " in error
 
 
 @pytest.mark.parametrize(
-    ("file", "before", "after", "sentence"),
+    ("file", "before", "after", "named"),
     [
         (
-            "clm_models/llm_seed_x",
+            "llm_seed_x",
             "src.models.mllm.modeling_llama_xformer.LlamaForCausalLM.from_pretrained",
             "os.system",
-            "_target_ 'os.system' is not allowed",
+            "os.system",
         ),
-        ("clm_models/agent_seed_x", "grid_size: 2", "grid_szie: 2", "did you mean 'grid_size'"),
-        ("clm_models/agent_seed_x", "embed_dim: 32", "embed_dim: 48", "tensors have another size"),
+        ("agent_seed_x", "grid_size: 2", "grid_szie: 2", "grid_szie"),
+        ("agent_seed_x", "embed_dim: 32", "embed_dim: 48", "another size"),
     ],
 )
-def test_programs_with_wrong_yaml_files(
-    file,
-    before,
-    after,
-    sentence,
-    project: Path,
-    capsys,
-):
-    path = project / "configs" / f"{file}.yaml"
-    assert before in path.read_text()
-    path.write_text(path.read_text().replace(before, after))
-    assert seed_x_script("eval_img2text_seed_x", ["--device", "cpu"]) == 2
-    assert sentence in capsys.readouterr().err
+def test_programs_with_wrong_yaml_files(file, before, after, named, project, capsys):
+    path = project / "configs" / "clm_models" / f"{file}.yaml"
+    text = path.read_text()
+    path.write_text(text.replace(before, after))
+    assert before in text
+    assert run("eval_img2text_seed_x", "") == 2
+    assert named in capsys.readouterr().err
 
 
-def test_programs_with_the_stray_key_of_the_original(project: Path):
+def test_programs_with_the_stray_key_of_the_original(project):
     file = Path("configs/visual_encoder/qwen_vitg_448.yaml")
     file.write_text(file.read_text() + 'image_start_id": 151857\n')
-    assert seed_x_script("eval_seed_x_detokenizer", ["--device", "cpu"]) == 0
-
-
-@pytest.mark.slow
-def test_programs_with_sizes_next_to_the_weights(tmp_path, monkeypatch):
-    """They override those of the repository's YAML files."""
-    build_released_seed_x(tmp_path / "pretrained")
-    monkeypatch.chdir(tmp_path)
-    assert (
-        seed_x_script("eval_text2img_seed_x_i", "--device cpu --out a.png --steps 1".split()) == 0
-    )
-    assert Image.open("a.png").size == (16, 16)
+    assert run("eval_seed_x_detokenizer", "") == 0
 
 
 # ---- tuned agents
 
 
-def _tuned(project: Path) -> tuple[Any, Path]:
-    """An agent whose language model has a LoRA, as the original's training saves it.
-
-    And its file.
-    """
+def tuned_agent(project: Path) -> tuple[Any, Path]:
+    """An agent whose language model has a LoRA, as the original saves it, and its file."""
+    import torch
     from peft import LoraConfig, get_peft_model
+    from tiny.seed_x import random_agent
 
+    from seed_multimodal.config import load_yaml
     from seed_multimodal.language.llm import load_llm
 
     node = load_yaml(project / "configs" / "clm_models" / "llm_seed_x_lora.yaml")
@@ -372,88 +265,75 @@ def _tuned(project: Path) -> tuple[Any, Path]:
         if not key.startswith("_")
     }
     torch.manual_seed(5)
-    llm = get_peft_model(
-        load_llm(Path(node.model.pretrained_model_name_or_path)), LoraConfig(**fields)
-    )
-    agent = random_agent(llm, seed=9)
+    base = load_llm(Path(node.model.pretrained_model_name_or_path))
+    agent = random_agent(get_peft_model(base, LoraConfig(**fields)), seed=9)
     with torch.no_grad():
         for name, parameter in agent.named_parameters():
             if "lora_B" in name or "modules_to_save" in name:
                 parameter.add_(torch.randn_like(parameter) * 0.3)
     file = project / "checkpoint-10" / "pytorch_model.bin"
     file.parent.mkdir()
-    # peft 0.4 had no base_layer
-    torch.save(
-        {name.replace(".base_layer.", "."): value for name, value in agent.state_dict().items()},
-        file,
-    )
+    state = agent.state_dict()
+    # peft 0.4 had no base_layer.
+    torch.save({name.replace(".base_layer.", "."): state[name] for name in state}, file)
     return agent.eval(), file
 
 
-@pytest.mark.slow
-def test_from_pretrained_of_a_tuned_agent_and_the_yaml_of_its_lora(project: Path, capsys):
-    """As in the original: llm_seed_x_lora.yaml, and the checkpoint in an agent's YAML."""
-    agent, file = _tuned(project)
-    text = (project / "configs" / "clm_models" / "agent_seed_x.yaml").read_text()
-    (project / "tuned.yaml").write_text(
-        text.replace("pretrained/seed_x/agent/pytorch_model.bin", str(file))
-    )
-    files = {
-        **SCRIPTS["eval_img2text_seed_x"].files,
-        "agent": "tuned.yaml",
-        "llm": "configs/clm_models/llm_seed_x_lora.yaml",
-    }
-    system = SeedX.from_pretrained(
-        config_of_files(files), device="cpu", log=None, load_decoder=False
-    )
+def assert_equal_logits(system: Any, agent: Any) -> None:
+    import torch
+
     ids = torch.tensor([[1, 5, 9, 13, 40]])
-    assert torch.allclose(
-        system.llm(input_ids=ids).logits, agent.llm(input_ids=ids).logits, atol=1e-4
-    )
-    assert torch.equal(system.agent.patch_pos_embed, agent.patch_pos_embed)
-    assert seed_x_script("eval_img2text_seed_x", ["--agent", "tuned.yaml", *FEW]) == 2
-    assert "q_proj" in capsys.readouterr().err
-    with pytest.raises(ConfigError, match="leave the quantisation out"):
-        SeedX.from_pretrained(
-            config_of_files(files), device="cpu", log=None, load_decoder=False, quantization="8bit"
-        )
+    with torch.no_grad():
+        logits, expected = (part.llm(input_ids=ids).logits for part in (system, agent))
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
 @pytest.mark.slow
-def test_from_pretrained_of_a_checkpoint_with_its_lora(project: Path):
-    agent, file = _tuned(project)
-    (file.parent / "agent.json").write_text(
-        json.dumps(
-            {
-                "input_resampler": vars(READS),
-                "output_resampler": vars(WRITES),
-                "losses": {"rec_loss_scale": 3.0},
-                "lora": {
-                    "r": 4,
-                    "lora_alpha": 32,
-                    "target_modules": [
-                        "q_proj",
-                        "v_proj",
-                        "k_proj",
-                        "o_proj",
-                        "gate_proj",
-                        "down_proj",
-                        "up_proj",
-                    ],
-                    "modules_to_save": ["input_layernorm", "post_attention_layernorm", "norm"],
-                },
-            }
-        )
-    )
+def test_a_tuned_agent_by_its_yaml_files(project, capsys):
+    # As in the original: llm_seed_x_lora.yaml, and the checkpoint in an agent's YAML.
+    from seed_multimodal.compat.seed_x_yaml import config_of_files
+    from seed_multimodal.errors import ConfigError
+    from seed_multimodal.models.seed_x.pipeline import SeedX
+
+    agent, file = tuned_agent(project)
+    text = (project / "configs" / "clm_models" / "agent_seed_x.yaml").read_text()
+    yaml = text.replace("pretrained/seed_x/agent/pytorch_model.bin", str(file))
+    (project / "tuned.yaml").write_text(yaml)
+    files = dict(SCRIPTS["eval_img2text_seed_x"].files)
+    files |= {"agent": "tuned.yaml", "llm": "configs/clm_models/llm_seed_x_lora.yaml"}
+    options = {"device": "cpu", "log": None, "load_decoder": False}
+    system = SeedX.from_pretrained(config_of_files(files), **options)
+    assert_equal_logits(system, agent)
+    with pytest.raises(ConfigError):
+        SeedX.from_pretrained(config_of_files(files), quantization="8bit", **options)
+
+    # Without the LoRA's YAML its tensors are unknown.
+    assert run("eval_img2text_seed_x", "--agent tuned.yaml") == 2
+    assert "q_proj" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_a_tuned_agent_with_its_record(project):
+    # `agent.json` of our training names the LoRA and the sizes.
+    from tiny.seed_x import READS, WRITES, build_released_seed_x
+
+    from seed_multimodal.models.seed_x.pipeline import SeedX
+
+    agent, file = tuned_agent(project)
+    layers = [f"{part}_proj" for part in "q v k o gate down up".split()]
+    norms = ["input_layernorm", "post_attention_layernorm", "norm"]
+    lora = {"r": 4, "lora_alpha": 32, "target_modules": layers, "modules_to_save": norms}
+    record = {"input_resampler": vars(READS), "output_resampler": vars(WRITES), "lora": lora}
+    (file.parent / "agent.json").write_text(json.dumps(record))
     (project / "pretrained").unlink()
     weights = build_released_seed_x(project / "pretrained")
-    system = SeedX.from_pretrained(
-        weights, llm=weights / "seed_x" / "llm", agent=file.parent, device="cpu", log=None
-    )
-    ids = torch.tensor([[1, 5, 9, 13, 40]])
-    assert torch.allclose(
-        system.llm(input_ids=ids).logits, agent.llm(input_ids=ids).logits, atol=1e-4
-    )
+    parts = {"llm": weights / "seed_x" / "llm", "agent": file.parent}
+    system = SeedX.from_pretrained(weights, device="cpu", log=None, **parts)
+    assert_equal_logits(system, agent)
+
+    # Sizes next to the weights override those of the YAML files.
+    assert run("eval_text2img_seed_x_i", "--out a.png --steps 1") == 0
+    assert Image.open("a.png").size == (16, 16)
 
 
 @pytest.mark.parametrize(
@@ -467,8 +347,6 @@ def test_language_models_of_builders_without_a_lora(name):
         "_target_": "src.models.mllm.modeling_llama_xformer.LlamaForCausalLM.from_pretrained",
         "pretrained_model_name_or_path": "llm",
     }
-    target = f"src.models.mllm.peft_models.{name}"
-    part = instantiate_by(
-        TARGETS, {"_target_": target, "model": base, "vocab_size": 32330, "torch_dtype": "bf16"}
-    )
+    target = {"_target_": f"src.models.mllm.peft_models.{name}", "model": base}
+    part = instantiate_by(TARGETS, {**target, "vocab_size": 32330, "torch_dtype": "bf16"})
     assert part == Described("llm", Path("llm"))

@@ -1,0 +1,125 @@
+"""Wrong weights of every network are refused, and the file or tensor is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from seed_multimodal.errors import CheckpointError
+from seed_multimodal.weights import load_state_dict, save_state_dict
+
+NETWORKS = {
+    "seed1": "seed_tokenizer.pth",
+    "seed2": "model.safetensors",
+    "eva": "eva_vit_g.pth",
+    "blip2": "blip2_pretrained.pth",
+    "clip": "model.safetensors",
+    "qwen": "qwen_vit_G.pt",
+    "agent": "pytorch_model.bin",
+    "sdxl_adapter": "model.safetensors",
+    "lavit_tokenizer": "model.safetensors",
+    "lavit_decoder": "highres_tokenizer_decoder.bin",
+}
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory) -> dict[str, tuple[Callable[[Path], object], ...]]:
+    """What writes the folder of each network, and what reads it."""
+    from tiny import lavit, seed, seed_x
+    from tiny.diffusion import random_adapter, write_sdxl
+    from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
+
+    from seed_multimodal.models.lavit.checkpoints import (
+        load_dynamic_tokenizer,
+        save_dynamic_tokenizer,
+    )
+    from seed_multimodal.models.lavit.decoder import CodeDecoder
+    from seed_multimodal.models.seed.checkpoints import load_blip2, load_vision
+    from seed_multimodal.models.seed.configuration import Seed2Config
+    from seed_multimodal.models.seed.losses import Stage1Model
+    from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer
+    from seed_multimodal.models.seed_x.adapter import SDXLAdapter
+    from seed_multimodal.models.seed_x.modeling import load_agent
+    from seed_multimodal.nn.vision.clip import load_clip_vision
+    from seed_multimodal.nn.vision.eva import EvaVit
+    from seed_multimodal.nn.vision.qwen import QwenVit
+
+    def write(name: str, network: torch.nn.Module) -> Callable[[Path], object]:
+        return lambda folder: torch.save(network.state_dict(), folder / NETWORKS[name])
+
+    seed1 = seed.seed1_tokenizer()
+    config = Seed2Config(**seed.SIZES, decode_heads=12, image_features_dim=10)
+    eva = EvaVit(config.vit)
+    stage1 = Stage1Model(config, vocab_size=30, embed_dim=8)
+    sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    clip = CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
+    agent = seed_x.random_agent(SimpleNamespace(config=SimpleNamespace(hidden_size=32)))
+    sdxl = write_sdxl(tmp_path_factory.mktemp("sdxl"), complete=False)
+    decoder = CodeDecoder(lavit.DECODER)
+    return {
+        "seed1": (
+            lambda folder: seed.write_released_seed1(seed1, folder),
+            lambda folder: Seed1Tokenizer.from_pretrained(folder, config=seed1.config),
+        ),
+        "seed2": (Seed2Tokenizer(config).save_pretrained, Seed2Tokenizer.from_pretrained),
+        "eva": (write("eva", eva), lambda folder: load_vision(eva, folder, None)),
+        "blip2": (
+            write("blip2", stage1),
+            lambda folder: load_blip2(stage1, folder / NETWORKS["blip2"], None),
+        ),
+        "clip": (
+            CLIPVisionModelWithProjection(clip).save_pretrained,
+            lambda folder: load_clip_vision(folder, log=None),
+        ),
+        "qwen": (
+            write("qwen", QwenVit(seed_x.TOWER)),
+            lambda folder: QwenVit.from_pretrained(folder, config=seed_x.TOWER),
+        ),
+        "agent": (write("agent", agent), lambda folder: load_agent(agent, folder)),
+        "sdxl_adapter": (
+            random_adapter().save_pretrained,
+            lambda folder: SDXLAdapter.from_pretrained(folder, sdxl),
+        ),
+        "lavit_tokenizer": (
+            lambda folder: save_dynamic_tokenizer(lavit.small_tokenizer(), folder),
+            load_dynamic_tokenizer,
+        ),
+        "lavit_decoder": (
+            write("lavit_decoder", decoder),
+            lambda folder: CodeDecoder.from_pretrained(folder, config=decoder.config),
+        ),
+    }
+
+
+@pytest.mark.parametrize("fault", ["missing", "misshapen", "torn", "unsafe", "absent"])
+@pytest.mark.parametrize("name", NETWORKS)
+def test_wrong_weights_are_named(name, fault, networks, tmp_path):
+    # 1. A folder that is read without complaint.
+    write, load = networks[name]
+    file = tmp_path / NETWORKS[name]
+    write(tmp_path)
+    load(tmp_path)
+
+    # 2. A fault of the file, or of a tensor in the middle of it.
+    named = f"{file.name}|{tmp_path.name}"
+    if fault == "torn":
+        file.write_bytes(file.read_bytes()[: file.stat().st_size // 2])
+    elif fault == "absent":
+        file.unlink()
+    elif fault == "unsafe":
+        torch.save({"code": Path("a")}, file)
+    else:
+        state = load_state_dict(file)
+        matrices = [key for key, value in state.items() if value.ndim > 1 and "text" not in key]
+        named = matrices[len(matrices) // 2]
+        changed = {} if fault == "missing" else {named: torch.zeros(99, 98)}
+        state = {key: value.clone() for key, value in state.items() if key != named} | changed
+        if name == "clip" and fault == "misshapen":
+            named = tmp_path.name  # transformers' error names no tensor
+        (save_state_dict if file.suffix == ".safetensors" else torch.save)(state, file)
+    with pytest.raises(CheckpointError, match=named):
+        load(tmp_path)

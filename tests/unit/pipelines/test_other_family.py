@@ -1,0 +1,217 @@
+"""A family of another package in the library's programs and pages (its tasks: test_contract.py)."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+from installed_package import install
+from PIL import Image
+from random_images import noise
+from repository import ROOT
+
+from seed_multimodal.errors import ConfigError, SeedWarning
+from seed_multimodal.models.registry import families, find_family
+
+GROUP = "seed_multimodal.families"
+CONFIGS = ROOT / "MultiModalLLM" / "configs"
+
+
+@pytest.fixture
+def other_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder for the metadata of a package with another family."""
+    monkeypatch.syspath_prepend(tmp_path)
+    families.cache_clear()
+    yield tmp_path
+    families.cache_clear()
+
+
+def test_families_of_other_packages_come_last(installed: Path):
+    assert [spec.name for spec in families()] == ["seed_llama", "seed_x", "lavit", "mosaic"]
+
+
+def test_codes_are_those_of_its_tokenizer(mosaic: Any):
+    """A tile's code is its colour: codes and drawings can be told by hand."""
+    image = Image.new("RGB", (80, 40), (255, 0, 85))
+    assert mosaic.tokenize(image)[0].tolist() == [9] * 32
+    drawn = mosaic.reconstruct(image)[0]
+    assert drawn.size == (48, 24)
+    assert drawn.getpixel((0, 0)) == (255, 0, 85)
+    with pytest.raises(ConfigError, match="'codes'"):
+        mosaic.reconstruct(image, codes=4)
+
+
+def test_pipeline_of_transformers(mosaic: Any, mosaic_folder: Path, monkeypatch):
+    from transformers import (
+        CONFIG_MAPPING,
+        MODEL_FOR_MULTIMODAL_LM_MAPPING,
+        PROCESSOR_MAPPING,
+        pipeline,
+    )
+
+    from seed_multimodal.transformers import registration
+
+    monkeypatch.setattr(sys, "meta_path", sys.meta_path[:])
+    for mapping in (CONFIG_MAPPING, MODEL_FOR_MULTIMODAL_LM_MAPPING, PROCESSOR_MAPPING):
+        monkeypatch.setattr(mapping, "_extra_content", dict(mapping._extra_content))
+    registration.install()
+    pipe = pipeline("any-to-any", model=str(mosaic_folder))
+    assert type(pipe.model).__name__ == "MosaicForConditionalGeneration"
+    messages = [{"role": "user", "content": [{"type": "image", "image": noise(1)}, "What is it?"]}]
+    [row] = pipe(text=messages, return_full_text=False)
+    assert row["generated_text"] == mosaic.chat(messages).text
+    request = [{"role": "user", "content": mosaic.tasks.draw_request("a red apple")}]
+    [row] = pipe(text=request, generation_mode="image")
+    assert row["generated_image"].tobytes() == mosaic.draw("a red apple").tobytes()
+
+
+def test_init_prints_a_command_whose_checkpoint_is_a_system(
+    mosaic: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+):
+    import llm_runs
+    import yaml
+
+    from seed_multimodal.cli.main import main
+    from seed_multimodal.pipelines.base import MultimodalSystem
+    from seed_multimodal.training.cli import main as train
+
+    # 1. A model with random weights, and data.
+    out = tmp_path / "mine"
+    assert main(["init", "--like", "mosaic", str(out), "--json"]) == 0
+    command = json.loads(capsys.readouterr().out)["command"].split()
+    data = llm_runs.write_data(tmp_path / "data", n_codes=16, per_image=32)
+    (out / "data.yaml").write_text(yaml.safe_dump(data))
+
+    # 2. Its training, a program of the library's.
+    start = command.index("train_mosaic")
+    options = ["trainer.max_steps=2", "trainer.save_steps=2", "trainer.device=cpu"]
+    overrides = [*command[start + 1 :], *options, "trainer.report_to=[]"]
+    assert train("train_mosaic", CONFIGS, overrides) == 0
+
+    # 3. The checkpoint, with the tokenizer of the system that it was trained on.
+    checkpoint = out / "run" / "checkpoint-2"
+    trained = MultimodalSystem.from_pretrained(checkpoint, device="cpu", log=None)
+    assert type(trained) is type(mosaic)
+    assert trained.config.path("llm") == checkpoint
+    assert isinstance(trained.describe(noise(1)), str)
+
+
+@pytest.fixture(scope="module")
+def captioned(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of three images with captions."""
+    folder = tmp_path_factory.mktemp("captioned")
+    for index, colour in enumerate(("red", "lime", "blue")):
+        Image.new("RGB", (40, 20), colour).save(folder / f"{index}.png")
+        (folder / f"{index}.txt").write_text(f"a {colour} image")
+    return folder
+
+
+def test_codes_of_a_data_set(mosaic_folder: Path, captioned: Path, tmp_path: Path):
+    from seed_multimodal.data.formats.sources import open_records
+    from seed_multimodal.data.pretokenize.run import RunSettings, run
+
+    settings = RunSettings(
+        "caption",
+        {"files": str(captioned)},
+        str(tmp_path / "codes"),
+        tokenizer=str(mosaic_folder),
+        device="cpu",
+        workers=0,
+    )
+    assert run(settings) == 0
+    records = open_records(tmp_path / "codes")
+    codes = [records.read(index).fields["image_ids"] for index in range(3)]
+    assert codes == [[8] * 32, [4] * 32, [3] * 32]
+
+
+def test_eval_tokenizer(mosaic_folder: Path, captioned: Path, tmp_path: Path):
+    from seed_multimodal.cli.main import main
+
+    command = ["eval", "tokenizer", "--model", str(mosaic_folder), "--data", str(captioned)]
+    command += ["--device", "cpu", "--out", str(tmp_path / "out")]
+    assert main([*command, "--stage1", "stage1.pth"]) == 2  # it has no such stage
+    assert main(command) == 0
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert (report["codes"]["codebook"], report["codes"]["used"]) == (16, 3)
+    assert report["reconstruction"]["rebuilt"] == 3
+
+
+@pytest.mark.filterwarnings("ignore:The use of")
+def test_server_and_page_of_the_system(mosaic: Any):
+    """The page shows the family's card, and sliders of as many codes as an image has."""
+    import requests
+    from served import Running, read
+
+    from seed_multimodal.serving.chat_session import ChatSession
+    from seed_multimodal.serving.client import ModelClient
+
+    server = Running(mosaic)
+    models = requests.get(f"{server.root}/v1/models", timeout=20).json()
+    assert models["data"][0]["family"] == "mosaic"
+    request = {"prompt": "a red apple", "n": 1, "seed": 1}
+    drawing = requests.post(f"{server.root}/v1/images/generations", json=request, timeout=60)
+    assert read(drawing.json()["data"][0]["b64_json"]).size == (48, 24)
+
+    client = ModelClient(f"{server.root}/generate", find_family("seed_llama").card)
+    updates = asyncio.run(ChatSession([client], client).on_model(0))
+    assert updates[1] == "# Mosaic"
+    assert [update["maximum"] for update in updates[9:11]] == [32, 32]
+    assert replace(find_family("mosaic"), card=None).page_card().title == "Mosaic"
+
+
+# ---- packages that cannot be used
+
+
+def test_a_family_that_cannot_be_imported_is_left_out(other_site: Path):
+    install(other_site, "broken", {GROUP: {"broken": "no_such_module:SPEC"}})
+    with pytest.warns(SeedWarning, match="broken"):
+        assert families()[-1].name != "broken"
+
+
+@pytest.mark.parametrize(
+    ("spec", "named"),
+    [
+        ("replace(seed.SPEC, title='Copy')", "seed_llama"),
+        ("FamilySpec(title='Copy', config=Config, system='', images='', starts=STARTS)", "seed-x"),
+    ],
+    ids=["family", "start"],
+)
+def test_a_name_that_two_families_have(other_site: Path, monkeypatch, spec: str, named: str):
+    """Of the family, and of a start of `seed init`."""
+    from seed_multimodal.cli.init import templates
+
+    monkeypatch.delitem(sys.modules, "copied", raising=False)
+    install(other_site, "copy", {GROUP: {"copy": "copied:SPEC"}})
+    (other_site / "starts.yaml").write_text("seed-x: {}\n")
+    (other_site / "copied.py").write_text(
+        "from dataclasses import replace\n"
+        "from pathlib import Path\n"
+        "from seed_multimodal.models.registry import FamilySpec\n"
+        "from seed_multimodal.models.seed import spec as seed\n"
+        "from seed_multimodal.pipelines.config import SystemConfig\n"
+        "class Config(SystemConfig):\n    system = 'copy'\n"
+        "STARTS = Path(__file__).with_name('starts.yaml')\n"
+        f"SPEC = {spec}\n"
+    )
+    with pytest.raises(ConfigError, match=named):
+        templates()
+
+
+@pytest.mark.process
+def test_a_package_that_is_imported_before_the_library(installed: Path):
+    from real_processes import run_process
+
+    program = (
+        "import transformers.models.auto.configuration_auto, mosaic.spec\n"
+        "from seed_multimodal.models.registry import find_family\n"
+        "assert find_family('mosaic') is mosaic.spec.SPEC\n"
+    )
+    run = run_process([sys.executable, "-c", program])
+    assert run.returncode == 0
+    assert "cannot be imported" not in run.stderr, run.stderr
