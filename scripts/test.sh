@@ -1,24 +1,27 @@
 #!/usr/bin/env bash
-# Install what tests need, then style, types and the whole suite, on all cores. Extra arguments go to pytest.
+# Install what tests need, then style, types and the suite, on all cores. Extra arguments go to pytest.
 #
-#   bash scripts/test.sh                     everything: what CI runs
-#   bash scripts/test.sh --fast              without tests that start processes, drive a browser or take seconds
+#   bash scripts/test.sh                      the suite: what CI runs for each change
+#   bash scripts/test.sh --fast               without tests that start processes, drive a browser or take seconds
+#   bash scripts/test.sh --nightly            everything: also all trainers, browsers, installation, faults, benchmarks
 #   bash scripts/test.sh tests/unit/images -x only some tests (style and types still run)
 #
 # WORKERS=N: pytest processes (default: one a core, each with 6 GiB of memory that is free now).
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-CHOICE=()
-if [ "${1:-}" = --fast ]; then
-    CHOICE=(-m "not process and not browser and not slow"); shift
-fi
+MARKERS="not nightly"
+case "${1:-}" in
+    --fast) MARKERS="not process and not browser and not slow and not nightly"; shift ;;
+    --nightly) MARKERS=""; shift ;;
+esac
 bash install.sh --lavis --extras demo,dev,docs,eval,train
 ROOT=$PWD
 . scripts/environment.sh
 
 # Some tests drive the demo in a real browser, one of them behind nginx.
-if [ ${#CHOICE[@]} = 0 ] && { ! command -v chromium >/dev/null || ! command -v chromedriver >/dev/null || ! command -v nginx >/dev/null; }; then
+if [ "${MARKERS#*not browser}" = "$MARKERS" ] &&
+    { ! command -v chromium >/dev/null || ! command -v chromedriver >/dev/null || ! command -v nginx >/dev/null; }; then
     if [ "$(id -u)" = 0 ] && command -v apt-get >/dev/null; then
         echo "[test] installing chromium, its driver and nginx"
         { apt-get update -qq && DEBIAN_FRONTEND=noninteractive apt-get install -y -qq --no-install-recommends chromium \
@@ -41,4 +44,4 @@ print(max(1, min(cores, free // 6)))')}"
 echo "[test] ruff";  "$PYTHON" -m ruff check .; "$PYTHON" -m ruff format --check .
 echo "[test] mypy";  "$PYTHON" -m mypy
 echo "[test] pytest, $WORKERS at once"
-exec "$PYTHON" -m pytest -q --durations=15 -n "$WORKERS" --dist worksteal ${CHOICE[@]+"${CHOICE[@]}"} "$@"
+exec "$PYTHON" -m pytest -q --durations=15 -n "$WORKERS" --dist worksteal -m "$MARKERS" "$@"
