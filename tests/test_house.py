@@ -775,8 +775,7 @@ FAMILY_FILES = {
     "__init__.py": "the public names of the library's own families",
     "errors.py": "the extra of pip for the original's evaluation",
     "models/registry.py": "the list of the library's own families",
-    "moved.py": "earlier names of modules",
-    "pipelines/config.py": "the family of a system.json without the key system",
+    "pipelines/base_record.py": "the family of a system.json without the key system",
 }
 # Objects whose attributes are looked up; none belongs to a family.
 LOOKED_UP = {

@@ -28,7 +28,6 @@ if TYPE_CHECKING:  # for type checkers and editors
     from seed_multimodal.models.seed_x.pipeline import SeedX as SeedX
     from seed_multimodal.pipelines.base import MultimodalSystem as MultimodalSystem
 
-from seed_multimodal import moved
 from seed_multimodal.transformers import registration
 
 __version__ = "0.1.0"
@@ -48,7 +47,6 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 for _library in ("bitsandbytes", "torchao", "torch.utils._pytree", "diffusers.quantizers.torchao"):
     logging.getLogger(_library).setLevel(logging.ERROR)
 
-moved.install()
 registration.install()
 
 _LAZY = {

@@ -19,7 +19,6 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from seed_multimodal.errors import ConfigError, first_line
-from seed_multimodal.moved import current_name
 from seed_multimodal.settings import check_keys, nearest
 
 PREFIX = "seed_multimodal."
@@ -124,7 +123,7 @@ def find_target(
     """
     if aliases is None:
         aliases = from_compat(ALIASES)
-    full_name = current_name(aliases.get(name, name).replace(":", "."))
+    full_name = aliases.get(name, name).replace(":", ".")
     if not full_name.startswith(PREFIX):
         raise ConfigError(
             f"{label}: _target_ {name!r} is not allowed{nearest(name, aliases)}: a configuration "

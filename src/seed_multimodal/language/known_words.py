@@ -54,6 +54,4 @@ class KnownWords:
 @lru_cache(maxsize=8)
 def read_known_words(file: Path) -> KnownWords:
     """A file of known words; raises `ConfigError` if it is missing or holds something else."""
-    values = read_json_object(file, ConfigError)
-    values.pop("examples", None)  # of older files
-    return read_settings(KnownWords, values, str(file))
+    return read_settings(KnownWords, read_json_object(file, ConfigError), str(file))

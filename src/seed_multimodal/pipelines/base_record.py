@@ -1,6 +1,6 @@
 """`base.json` of a language model's checkpoint: the system and the parts that it was trained with.
 
-Checkpoints of earlier versions and PEFT's are recognised by a family's `OldCheckpoint`.
+Checkpoints of PEFT, such as the original SEED-LLaMA's, have none; they name the language model.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ from seed_multimodal import hub
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.models.registry import families, find_family
-from seed_multimodal.pipelines.parts import OldCheckpoint
 from seed_multimodal.settings import check_keys, check_value
 
 BASE = "base.json"
+DEFAULT_FAMILY = "seed_llama"  # of a checkpoint of PEFT, and of a system.json without `system`
 
 
 def record_base(folder: Path, system: str, **parts: str | Path | None) -> None:
@@ -29,7 +29,7 @@ def record_base(folder: Path, system: str, **parts: str | Path | None) -> None:
 
 
 def read_base(folder: Path) -> dict[str, str]:
-    """A checkpoint's `base.json`, or the same from older files and PEFT's.
+    """A checkpoint's `base.json`, or the same from the configuration of PEFT's adapter.
 
     Raises ConfigError: a wrong file.
     """
@@ -41,33 +41,20 @@ def read_base(folder: Path) -> dict[str, str]:
         paths: dict[str, str] = check_value(dict[str, str], record, str(file))
         return paths
 
-    # Older checkpoints name their language model only.
-    old_checkpoints = _old_checkpoints()
-    kind = next(kind for kind, old in old_checkpoints.items() if (folder / old.marker).is_file())
-    _, file_name, key = old_checkpoints[kind]
-    base = read_json_object(folder / file_name).get(key)
+    file = folder / hub.ADAPTER_CONFIG
+    base = read_json_object(file).get("base_model_name_or_path")
     if not isinstance(base, str) or not base:
         raise ConfigError(
-            f"{folder / file_name}: {key} is {base!r}: name there the base model that the "
+            f"{file}: base_model_name_or_path is {base!r}: name there the base model that the "
             "checkpoint was trained on, or merge it with --base_model "
             "(MultiModalLLM/src/tools/merge_lora_weights.py)."
         )
-    return {"system": kind, "llm": base}
-
-
-def _old_checkpoints() -> dict[str, OldCheckpoint]:
-    """How checkpoints without `base.json` are recognised, by family; the most specific first."""
-    kinds: dict[str, OldCheckpoint] = {}
-    for spec in reversed(families()):
-        if spec.config.old_checkpoint is not None:
-            kinds[spec.name] = spec.config.old_checkpoint
-    return kinds
+    return {"system": DEFAULT_FAMILY, "llm": base}
 
 
 def is_checkpoint(folder: Path) -> bool:
     """Whether a folder is a checkpoint of a language model's training."""
-    files = {BASE, *(old.file for old in _old_checkpoints().values())}
-    return any((folder / file).is_file() for file in files)
+    return (folder / BASE).is_file() or (folder / hub.ADAPTER_CONFIG).is_file()
 
 
 def family_name(value: Any, label: str) -> str:

@@ -32,9 +32,13 @@ from seed_multimodal.hub import ADAPTER_CONFIG
 from seed_multimodal.language.prompts import DEFAULT_TASKS, TaskPrompts
 from seed_multimodal.models.registry import families, find_family
 from seed_multimodal.originals import OriginalPart, origin
-from seed_multimodal.pipelines.base_record import family_name, is_checkpoint, read_base
+from seed_multimodal.pipelines.base_record import (
+    DEFAULT_FAMILY,
+    family_name,
+    is_checkpoint,
+    read_base,
+)
 from seed_multimodal.pipelines.parts import (
-    OldCheckpoint,
     Original,
     Part,
     existing_path,
@@ -42,8 +46,6 @@ from seed_multimodal.pipelines.parts import (
     part,
 )
 from seed_multimodal.settings import check_keys, nearest, read_settings, setting
-
-DEFAULT_FAMILY = "seed_llama"  # of a system.json without `system`
 
 
 @dataclass(kw_only=True)
@@ -59,7 +61,6 @@ class SystemConfig:
     model_flags: ClassVar[str] = "of the server"  # further programs that take it, for messages
     # Parts that a checkpoint holds; the others are its base's.
     trained_parts: ClassVar[tuple[str, ...]] = ("llm",)
-    old_checkpoint: ClassVar[OldCheckpoint | None] = None
     # Files of an original's parts whose folder holds more.
     original_files: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 

@@ -56,18 +56,6 @@ class Original(NamedTuple):
     aliases: tuple[str, ...] = ()
 
 
-class OldCheckpoint(NamedTuple):
-    """How a checkpoint without `base.json` is recognised.
-
-    marker: file that only this family's checkpoints have.
-    file, key: where it names the language model that it was trained on.
-    """
-
-    marker: str
-    file: str
-    key: str
-
-
 # ---- files
 
 

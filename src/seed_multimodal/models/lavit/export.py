@@ -44,7 +44,6 @@ class Stage1Sizes:
         values = read_json_object(file, ConfigError)
         if values.pop("model_type", None) != MODEL_TYPE:
             raise ConfigError(f"{file}: this is not the configuration of a run of LaVIT's stage 1.")
-        values.get("tokenizer", {}).pop("model_type", None)  # earlier versions wrote it
         return read_settings(cls, values, str(file))
 
 

@@ -10,7 +10,7 @@ from typing import Any, Literal, Self
 
 from seed_multimodal.disk import JsonObject, read_json_object
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.hub import ADAPTER_CONFIG, VISUAL_WEIGHTS
+from seed_multimodal.hub import VISUAL_WEIGHTS
 from seed_multimodal.language.prompts import TaskPrompts
 from seed_multimodal.models.lavit.ratios import RATIOS
 from seed_multimodal.models.registry import (
@@ -22,7 +22,7 @@ from seed_multimodal.models.registry import (
 )
 from seed_multimodal.originals import original_parts
 from seed_multimodal.pipelines.config import SystemConfig
-from seed_multimodal.pipelines.parts import OldCheckpoint, Original, has_folder, part
+from seed_multimodal.pipelines.parts import Original, has_folder, part
 
 _HUB = original_parts()["lavit"].hub
 _ORIGINAL = original_parts()["lavit"].folder
@@ -48,7 +48,6 @@ class LavitConfig(SystemConfig):
     shipped = "nano-lavit"
     model_flags = "LaVIT's evaluate.py: --model_path; the server"
     trained_parts = ("llm", "words")
-    old_checkpoint = OldCheckpoint(VISUAL_WEIGHTS, ADAPTER_CONFIG, "base_model_name_or_path")
     originals = {
         "lavit": Original(
             {
@@ -99,12 +98,6 @@ class LavitConfig(SystemConfig):
     selection: Literal["draw", "threshold"] = "draw"
     generation: dict[str, JsonObject] = field(default_factory=dict)  # by task
     tasks: TaskPrompts = TASKS
-    answer_after: str = ""  # an earlier key of `tasks.answer_after`
-
-    def check(self, label: str) -> None:
-        if self.answer_after:
-            self.tasks = replace(self.tasks, answer_after=self.answer_after)
-            self.answer_after = ""
 
     def override(self, **values: Any) -> None:
         # The original's pixel decoder depends on `head`.

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any, Self
 
 from seed_multimodal.disk import JsonObject, read_json_object
-from seed_multimodal.hub import ADAPTER_CONFIG
 from seed_multimodal.language import prompts
 from seed_multimodal.language.hub_tokenizer import has_chat_template
 from seed_multimodal.language.prompts import CHAT, ORIGINAL_TASKS, template_for
@@ -22,7 +21,7 @@ from seed_multimodal.models.registry import (
 )
 from seed_multimodal.originals import original_parts
 from seed_multimodal.pipelines.config import CodeSystemConfig
-from seed_multimodal.pipelines.parts import OldCheckpoint, Original, existing_path, part
+from seed_multimodal.pipelines.parts import Original, existing_path, part
 from seed_multimodal.settings import check_keys, setting
 
 DETOKENIZER_FOLDER = "diffusion_model"  # of a tokenizer's folder
@@ -52,7 +51,6 @@ class SeedLlamaConfig(CodeSystemConfig):
 
     system = "seed_llama"
     shipped = "nano"
-    old_checkpoint = OldCheckpoint(ADAPTER_CONFIG, ADAPTER_CONFIG, "base_model_name_or_path")
     originals = {
         "8b": Original(
             {"llm": _ORIGINALS["8b"].folder, **_PARTS},

@@ -8,12 +8,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from seed_multimodal.disk import JsonObject
-from seed_multimodal.hub import AGENT_CONFIG
 from seed_multimodal.language.prompts import SEED_X_TASKS, TaskPrompts
 from seed_multimodal.models.registry import Example, FamilySpec, ModelCard, Training
 from seed_multimodal.originals import original_parts
 from seed_multimodal.pipelines.config import SystemConfig
-from seed_multimodal.pipelines.parts import OldCheckpoint, Original, has_folder, not_saved, part
+from seed_multimodal.pipelines.parts import Original, has_folder, not_saved, part
 
 _PARTS = {
     "tokenizer": "pretrained/cvlm_llama2_tokenizer_100img_and_224loc_addpatch",
@@ -35,7 +34,6 @@ class SeedXConfig(SystemConfig):
     system = "seed_x"
     shipped = "nano-x"
     trained_parts = ("agent", "tokenizer")
-    old_checkpoint = OldCheckpoint(AGENT_CONFIG, AGENT_CONFIG, "base")
     originals = {
         "seed-x": Original(_agent("pretrained/seed_x"), {"tuned": False}),
         "seed-x-i": Original(_agent("pretrained/seed_x_i"), {}, (original_parts()["seed-x"].hub,)),
