@@ -2,10 +2,10 @@
 ask."""
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
-import warm_python
 from llm_runs import environment
 from real_processes import run_process
 from repository import NANO, ROOT
@@ -19,7 +19,7 @@ TOKENIZER = ("--tokenizer", "configs/tokenizer/nano.yaml")
 def run(program: str, *arguments: object) -> str:
     """A command in MultiModalLLM, as the documentation gives it."""
     done = run_process(
-        [warm_python.PYTHON, program, *map(str, arguments)],
+        [sys.executable, program, *map(str, arguments)],
         cwd=APPLICATION,
         timeout=170,
         env=environment(),

@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 
 import pytest
-import warm_python
 from llm_runs import environment
 from real_processes import free_port, run_process
 from repository import ROOT
@@ -38,7 +38,7 @@ def sbatch(tmp_path):
             timeout=170,
             env=environment(
                 PATH=f"{tools}:{os.environ['PATH']}",
-                VIRTUAL_ENV=warm_python.ENVIRONMENT,
+                VIRTUAL_ENV=sys.prefix,
                 SLURM_JOB_NUM_NODES="2",
                 SLURM_JOB_NODELIST="a,b",
                 SLURM_JOB_ID=str(port),

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
+import importlib
 import json
 import random
 import shlex
-import subprocess
-from collections.abc import Callable
+import sys
 from pathlib import Path
 from typing import Any
 
 import llm_runs
-import warm_python
 from repository import ROOT
 
 APPLICATION = ROOT / "SEED_Tokenizer"
@@ -59,22 +58,19 @@ PROJECTS = {
     "seed1": "nano/pretrain_codebook.yaml",
     "lavit": "nano/pretrain_lavit.yaml",
 }
-WORKER = """
-import sys
-sys.path.insert(0, "APPLICATION")
-import torch
-import train
-runner = train.build(train.parser("").parse_args(sys.argv[2:]))
-runner.train()
-torch.save(runner.model.state_dict(), f"{sys.argv[1]}/rank{runner.rank}.pt")
-torch.distributed.destroy_process_group()
-"""
 
 
 def environment(**more: str) -> dict[str, str]:
     """Environment variables of programs and scripts of the application; their processes are
     warm."""
-    return llm_runs.environment(VIRTUAL_ENV=warm_python.ENVIRONMENT, **more)
+    return llm_runs.environment(VIRTUAL_ENV=sys.prefix, **more)
+
+
+def program(name: str) -> Any:
+    """A program of the application, as a module of this process."""
+    if str(APPLICATION) not in sys.path:
+        sys.path.append(str(APPLICATION))
+    return importlib.import_module(name)
 
 
 def write_images(folder: Path, count: int = 24) -> Path:
@@ -128,12 +124,8 @@ def write_text_encoder(folder: Path) -> Path:
     from transformers import CLIPTextConfig, CLIPTextModel
 
     letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    tokens = [
-        *letters,
-        *(letter + "</w>" for letter in letters),
-        "<|startoftext|>",
-        "<|endoftext|>",
-    ]
+    ends = [f"{letter}</w>" for letter in letters]
+    tokens = [*letters, *ends, "<|startoftext|>", "<|endoftext|>"]
     sizes = CLIPTextConfig(
         vocab_size=len(tokens),
         hidden_size=24,
@@ -159,20 +151,13 @@ def write_clip(folder: Path, width: int = 16, side: int = 64) -> Path:
     import torch
     from transformers import CLIPConfig, CLIPModel
 
-    sizes = {
-        "hidden_size": 32,
-        "intermediate_size": 64,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
+    layers = {"num_hidden_layers": 1, "num_attention_heads": 2}
+    sizes = {"hidden_size": 32, "intermediate_size": 64, **layers}
+    text = {**sizes, "vocab_size": 99}
+    vision = {**sizes, "image_size": side, "patch_size": 16}
     torch.manual_seed(0)
-    CLIPModel(
-        CLIPConfig(
-            text_config={**sizes, "vocab_size": 99},
-            vision_config={**sizes, "image_size": side, "patch_size": 16},
-            projection_dim=width,
-        )
-    ).save_pretrained(folder)
+    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=width)
+    CLIPModel(config).save_pretrained(folder)
     return folder
 
 
@@ -187,26 +172,3 @@ def log_of(folder: Path, stage: str) -> dict[int, dict[str, float]]:
 def printed(text: str) -> list[str]:
     """The next command that a run printed."""
     return shlex.split(next(line for line in text.splitlines() if line.startswith("Next: ")))[1:]
-
-
-def torchrun(
-    start: Callable[..., subprocess.Popen[str]], folder: Path, arguments: list[str]
-) -> tuple[str, list[Any]]:
-    """Train in two processes; return their output and the weights of each."""
-    import torch
-
-    script = folder / "worker.py"
-    script.write_text(WORKER.replace("APPLICATION", str(APPLICATION)))
-    process = start(
-        warm_python.PYTHON,
-        "-m",
-        "torch.distributed.run",
-        "--standalone",
-        "--nproc-per-node=2",
-        str(script),
-        str(folder),
-        *arguments,
-    )
-    out, error = process.communicate(timeout=170)
-    assert process.returncode == 0, error
-    return out, [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in (0, 1)]

@@ -6,11 +6,11 @@ import json
 import os
 import random
 import subprocess
+import sys
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-import warm_python
 import yaml
 from repository import ROOT
 
@@ -160,7 +160,7 @@ def environment(**values: str) -> dict[str, str]:
 
 
 def start(
-    arguments: Sequence[str], *, before: Sequence[str] = (warm_python.PYTHON,), **env: str
+    arguments: Sequence[str], *, before: Sequence[str] = (sys.executable,), **env: str
 ) -> subprocess.Popen:
     """`train.py` as a process, in its folder."""
     return subprocess.Popen(
@@ -178,7 +178,7 @@ def run(
     arguments: Sequence[str],
     *,
     code: int = 0,
-    before: Sequence[str] = (warm_python.PYTHON,),
+    before: Sequence[str] = (sys.executable,),
     timeout: float = 240,
     **env: str,
 ) -> tuple[str, str]:
@@ -205,7 +205,7 @@ def losses(output: Path, name: str = "train.log.jsonl", loss: str = "loss") -> d
 def torchrun(*more: str) -> tuple[str, ...]:
     """Two processes on this machine."""
     return (
-        warm_python.PYTHON,
+        sys.executable,
         "-m",
         "torch.distributed.run",
         *(more or ("--standalone", "--nproc-per-node", "2")),

@@ -35,11 +35,10 @@ def run_process(
 
 
 def kill(process: subprocess.Popen[str], group: bool = False) -> None:
-    """Kill a process that still runs; `whole`: with its children (not for warm processes: the first
-    one has started their server)."""
-    for pid in (
-        [process.pid, *(children(process.pid) if group else [])] if process.poll() is None else []
-    ):
+    """Kill a process that still runs; `group`: with its children."""
+    if process.poll() is not None:
+        return
+    for pid in [process.pid, *(children(process.pid) if group else [])]:
         with contextlib.suppress(ProcessLookupError):  # it ended with its parent
             os.kill(pid, signal.SIGKILL)
 

@@ -7,6 +7,7 @@ A new trainer needs an entry in `TRAINERS`, and is tested by the contract.
 from __future__ import annotations
 
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from importlib import import_module
@@ -15,7 +16,6 @@ from typing import Any
 
 import lavis_runs
 import llm_runs
-import warm_python
 import yaml
 from repository import NANO, ROOT
 
@@ -86,7 +86,7 @@ class Trainer:
     ) -> subprocess.Popen[str]:
         """Start the program as a process; `before`: arguments of Python, as `TWO`."""
         return subprocess.Popen(
-            [warm_python.PYTHON, *before, self.program, *arguments],
+            [sys.executable, *before, self.program, *arguments],
             cwd=self.application,
             env=lavis_runs.environment(**self.variables(parts_dir)),
             text=True,

@@ -20,7 +20,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-import warm_python
 from kinds.seed_tokenizers import Tensors, qformer_config, seed2_config, vit_config
 from runner import (
     assert_all_close,
@@ -186,7 +185,7 @@ def check_stage1(folder: Path) -> None:
         with tempfile.TemporaryDirectory() as work:
             environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
             command = [
-                warm_python.PYTHON,
+                sys.executable,
                 __file__,
                 str(world),
                 str(folder.absolute()),

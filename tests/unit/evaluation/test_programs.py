@@ -6,6 +6,7 @@ import json
 import os
 import signal
 import subprocess
+import sys
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -13,7 +14,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-import warm_python
 from full_disk import file_size_limit
 from PIL import Image
 from repository import ROOT
@@ -177,7 +177,7 @@ def test_eval_vqa_resumes_after_sigkill(data, tiny_folder, capsys):
     options = ["--batch-size", "1", "--max-new-tokens", "60"]
     assert vqa(data, tiny_folder, *options) == 0
     command = [
-        warm_python.PYTHON,
+        sys.executable,
         str(EVAL / "eval_vqa.py"),
         *flags(
             data,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import json
 import os
+import sys
 from pathlib import Path
 
 import pytest
-import warm_python
 from PIL import Image
 from real_processes import run_process
 from repository import ROOT
@@ -19,7 +19,7 @@ def _environment(**variables: str) -> dict[str, str]:
     """`scripts/python.sh` uses the Python of VIRTUAL_ENV."""
     return {
         **os.environ,
-        "VIRTUAL_ENV": warm_python.ENVIRONMENT,
+        "VIRTUAL_ENV": sys.prefix,
         "HF_HUB_OFFLINE": "1",
         "OMP_NUM_THREADS": "1",
         **variables,
@@ -54,7 +54,7 @@ def test_retrieval_script_runs(tiny_folder: Path, tmp_path):
 @pytest.mark.process
 def test_reconstruction_demo(tiny_folder: Path, tmp_path):
     command = (
-        f"{warm_python.PYTHON} {FOLDER / 'eval' / 'seed_inference.py'} --device cpu --model".split()
+        f"{sys.executable} {FOLDER / 'eval' / 'seed_inference.py'} --device cpu --model".split()
     )
     flags = f"{tiny_folder} --image {ROOT / 'images' / 'fox.png'} --steps 2 --json".split()
     done = run_process(

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import pytest
-import warm_python
 from repository import ROOT
 
 
@@ -19,7 +19,7 @@ def start_toy() -> Callable[..., subprocess.Popen]:
     """start_toy(folder, stage, …, before=[command]) → the process that trains the stages."""
 
     def start(
-        folder: Path, *stages: dict[str, Any], before: Sequence[str] = (warm_python.PYTHON,)
+        folder: Path, *stages: dict[str, Any], before: Sequence[str] = (sys.executable,)
     ) -> subprocess.Popen:
         toy = ROOT / "tests" / "support" / "loop_toy.py"
         return subprocess.Popen(

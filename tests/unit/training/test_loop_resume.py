@@ -1,106 +1,158 @@
-"""Runs that are killed, stopped or run out of disk space: their files, and that resuming is bitwise
-equal.
-"""
+"""Runs that are killed, stopped, or out of disk space: their files, and that resuming is bitwise
+equal."""
 
 from __future__ import annotations
 
-import json
+import os
 import random
 import re
 import shutil
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import loop_toy as toy
 import pytest
 from full_disk import file_size_limit
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from real_processes import STARTED, kill_when, nothing_stays_behind, processes_with, wait_until  # noqa: F401
 
 from seed_multimodal.errors import SeedError
 
 Start = Callable[..., subprocess.Popen]
 LONG = {"max_steps": 40, "gradient_accumulation_steps": 2, "logging_steps": 1, "save_steps": 3}
+LAUNCHER = [
+    sys.executable,
+    *"-m seed_multimodal.training.torchrun --standalone --nproc-per-node 1".split(),
+]
+
+
+def steps(folder: Path) -> list[int]:
+    """Steps of the checkpoints in a folder, newest first."""
+    return [step for step, _ in toy.checkpoints(folder)]
 
 
 @pytest.mark.process
 @pytest.mark.timeout(600)
-def test_resume_after_sigkill_is_bitwise_equal(start_toy: Start, tmp_path):
-    """With accumulation and EMA in fp32 and bf16, killed at a random micro-step."""
-    processes = {
-        p: start_toy(tmp_path / p, {**LONG, "precision": p, "pause": 0.1}) for p in ("fp32", "bf16")
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_resume_after_sigkill_is_bitwise_equal(start_toy: Start, tmp_path, precision):
+    """With accumulation and EMA, killed at a random micro-step."""
+    options = {**LONG, "precision": precision}
+    micro_step = random.SystemRandom().randint(2, 30)
+    process = start_toy(tmp_path / "killed", {**options, "pause": 0.05})
+    kill_when(lambda: len(toy.read_losses(tmp_path / "killed")) >= micro_step, process)
+    assert not (tmp_path / "killed" / "toy.done.json").exists()
+    uninterrupted = toy.train(tmp_path / "whole", **options)
+    resumed = toy.train(tmp_path / "killed", **options)
+    assert toy.read_losses(tmp_path / "killed") == toy.read_losses(tmp_path / "whole"), micro_step
+    assert resumed["sum"] == uninterrupted["sum"]
+    first, second = (toy.log_lines(tmp_path / name) for name in ("killed", "whole"))
+    assert [line["step"] for line in first] == list(range(1, 41))
+    assert [line["loss"] for line in first] == [line["loss"] for line in second]
+
+
+@settings(
+    max_examples=8,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+@given(
+    stop_at=st.integers(0, 11),
+    accumulation=st.sampled_from([1, 2, 3]),
+    ema=st.sampled_from([0.0, 0.9]),
+    save_steps=st.integers(1, 5),
+    limit=st.sampled_from([None, 1, 2]),
+)
+def test_resume_after_sigterm_is_bitwise_equal(
+    tmp_path_factory, stop_at, accumulation, ema, save_steps, limit
+):
+    """The step in progress is finished and saved, so that none is repeated."""
+    folder = tmp_path_factory.mktemp("sigterm")
+    options = {
+        "max_steps": 6,
+        "gradient_accumulation_steps": accumulation,
+        "ema": ema,
+        "save_steps": save_steps,
+        "save_total_limit": limit,
     }
-    running = {precision: random.SystemRandom().randint(2, 30) for precision in processes}
-    deadline = time.monotonic() + 300
-    while running and time.monotonic() < deadline:
-        for precision in [
-            p for p, at in running.items() if len(toy.read_losses(tmp_path / p)) >= at
-        ]:
-            processes[precision].send_signal(signal.SIGKILL)
-            del running[precision]
-        time.sleep(0.005)
-    for precision, process in processes.items():
-        assert process.wait(timeout=30) == -signal.SIGKILL, process.stdout.read()
-        assert not (tmp_path / precision / "toy.done.json").exists()
-        killed_at = len(toy.read_losses(tmp_path / precision))
-        uninterrupted = toy.train(tmp_path / f"{precision}-whole", **LONG, precision=precision)
-        resumed = toy.train(tmp_path / precision, **LONG, precision=precision)
-        assert toy.read_losses(tmp_path / precision) == toy.read_losses(
-            tmp_path / f"{precision}-whole"
-        ), killed_at
-        assert resumed["sum"] == uninterrupted["sum"]
-        first, second = (
-            [
-                json.loads(line)
-                for line in (tmp_path / run / "toy.log.jsonl").read_text().splitlines()
-            ]
-            for run in (precision, f"{precision}-whole")
-        )
-        assert [line["step"] for line in first] == list(range(1, 41))
-        assert [line["loss"] for line in first] == [line["loss"] for line in second]
-
-
-def test_sigterm_finishes_the_step_and_saves(tmp_path, capsys):
+    stop_at %= 6 * accumulation
     before = signal.getsignal(signal.SIGTERM)
     with pytest.raises(SystemExit) as stopped:
-        toy.train(tmp_path / "stopped", stop_at=6)
-    assert stopped.value.code == 143 and signal.getsignal(signal.SIGTERM) is before
-    assert (
-        "[toy] stopped by SIGTERM after step 7 of 12; the same command resumes from"
-        in capsys.readouterr().out
-    )
-    assert len(toy.read_losses(tmp_path / "stopped")) == 7
-    uninterrupted = toy.train(tmp_path / "whole")
-    resumed = toy.train(tmp_path / "stopped")
-    assert (
-        len((tmp_path / "stopped" / "losses.0.txt").read_text().splitlines()) == 12
-    )  # no step is repeated
-    assert toy.read_losses(tmp_path / "stopped") == toy.read_losses(tmp_path / "whole")
-    assert resumed["sum"] == uninterrupted["sum"]
+        toy.train(folder / "stopped", stop_at=stop_at, **options)
+    assert stopped.value.code == 143
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert not (folder / "stopped" / "toy.done.json").exists()
+    done = stop_at // accumulation + 1
+    assert len(toy.read_losses(folder / "stopped")) == done * accumulation
+    assert toy.saved(folder / "stopped")["global_step"] == done
+    expected = toy.train(folder / "whole", **options)["sum"]
+    assert toy.train(folder / "stopped", **options)["sum"] == expected
+    assert toy.read_losses(folder / "stopped") == toy.read_losses(folder / "whole")
+    assert len((folder / "stopped" / "losses.0.txt").read_text().splitlines()) == 6 * accumulation
+
+    # The last one, and before it the newest scheduled ones; the interim one of the stop is gone.
+    scheduled = [step for step in range(5, 0, -1) if step % save_steps == 0]
+    kept = [6, *scheduled][:limit]
+    assert steps(folder / "stopped" / "toy.checkpoints") == kept
 
 
-def test_sigterm_at_the_last_step_leaves_the_stage_unfinished(tmp_path):
+def test_checkpoints_by_time_are_replaced_by_the_next(tmp_path):
+    """Next to `save_steps`; else an hour's run would fill the disk."""
+    options = {"save_steps": 3, "save_seconds": 1e-9, "save_total_limit": 2}
     with pytest.raises(SystemExit):
-        toy.train(tmp_path, stop_at=11)
-    assert not (tmp_path / "toy.done.json").exists()
-    assert toy.train(tmp_path)["steps"] == 12 and len(toy.read_losses(tmp_path)) == 12
+        toy.train(tmp_path, **options, stop_at=4)
+    assert steps(tmp_path / "toy.checkpoints") == [5, 3]
+    toy.train(tmp_path, **options, max_steps=8)
+    assert steps(tmp_path / "toy.checkpoints") == [8, 6]
 
 
-@pytest.mark.parametrize(("limit", "remaining"), [(None, [8, 6, 3]), (2, [8, 6])])
-def test_checkpoints_by_time_are_replaced_by_the_next(tmp_path, limit, remaining):
-    """Next to `save_steps`; a run that is resumed does so, too."""
-    settings = {"save_steps": 3, "save_seconds": 1e-9, "save_total_limit": limit}
-    with pytest.raises(SystemExit):
-        toy.train(tmp_path, **settings, stop_at=4)
-    checkpoints = tmp_path / "toy.checkpoints"
-    assert sorted(path.name for path in checkpoints.glob("checkpoint-*")) == [
-        "checkpoint-3",
-        "checkpoint-5",
-    ]
-    toy.train(tmp_path, **settings, max_steps=8)
-    assert [step for step, _ in toy.checkpoints(checkpoints)] == remaining
+def test_sigterm_during_an_evaluation_starts_no_further_step(tmp_path):
+    def evaluate(step: int) -> dict[str, float]:
+        if step == 3:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return {"eval_loss": 1.0}
+
+    with pytest.raises(SystemExit) as stopped:
+        toy.train(tmp_path, evaluate=evaluate)
+    assert stopped.value.code == 143
+    assert len(toy.read_losses(tmp_path)) == toy.saved(tmp_path)["global_step"] == 3
+
+
+def start_under_torchrun(start_toy: Start, folder: Path, pause: float) -> subprocess.Popen:
+    """One process under our launcher, in its first step of `pause` seconds."""
+    process = start_toy(folder, {"pause": pause}, before=LAUNCHER)
+    STARTED.append(process)
+    wait_until((folder / "begun.0").exists, process)
+    return process
+
+
+@pytest.mark.nightly
+@pytest.mark.process
+@pytest.mark.timeout(400)
+def test_sigterm_under_torchrun_waits_for_a_long_step(start_toy: Start, tmp_path):
+    """torchrun alone kills a process after 30 seconds."""
+    process = start_under_torchrun(start_toy, tmp_path, pause=40)
+    process.send_signal(signal.SIGTERM)
+    process.send_signal(signal.SIGTERM)  # Slurm and a shell may both pass it on
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 143, output
+    assert steps(tmp_path / "toy.checkpoints") == [1]
+
+
+@pytest.mark.process
+@pytest.mark.timeout(400)
+def test_exit_code_after_sigterm_without_a_checkpoint(start_toy: Start, tmp_path):
+    """143 means that the step was saved."""
+    process = start_under_torchrun(start_toy, tmp_path, pause=8)
+    process.send_signal(signal.SIGTERM)
+    for pid in processes_with(str(tmp_path)):
+        os.kill(pid, signal.SIGKILL)
+    output = process.communicate(timeout=200)[0]
+    assert process.returncode == 128 + signal.SIGKILL, output
+    assert not steps(tmp_path / "toy.checkpoints")
 
 
 @pytest.mark.process
@@ -109,59 +161,45 @@ def test_full_disk_leaves_the_last_checkpoint(start_toy: Start, tmp_path):
     """A file system with space for one checkpoint, but not for a second one next to it."""
     unshare = shutil.which("unshare")
     mount = f"mount -t tmpfs -o size=40k none {tmp_path}"
-    if (
-        unshare is None
-        or subprocess.run([unshare, "-Urm", "sh", "-c", mount], capture_output=True).returncode
-    ):
+    command = [unshare or "false", "-Urm", "sh", "-c", mount]
+    if subprocess.run(command, capture_output=True).returncode:
         pytest.skip("this system allows no user mounts")
-    script = f'{mount} && exec "$@"'
     process = start_toy(
         tmp_path,
         {"save_steps": 1, "logging_steps": 100},
-        before=(unshare, "-Urm", "sh", "-c", script, "sh", sys.executable),
+        before=(*command[:-1], f'{mount} && exec "$@"', "sh", sys.executable),
     )
     output = process.communicate(timeout=350)[0]
     assert process.returncode == 2, output
-    assert re.search(
-        r"The checkpoint of step 2 cannot be written: .* \(0 MiB of the disk are free\); "
-        r"the last checkpoint \(.*toy.checkpoints/checkpoint-1\) is intact",
-        output,
-    ), output
-    assert "files: ['losses.0.txt', 'toy.checkpoints']" in output and "state of step: 1" in output
+    assert re.search(r"step 2\b.*toy.checkpoints/checkpoint-1\)", output), output
+    # A half-written checkpoint would be resumed from, and fill the disk of the next run.
+    assert "files: ['losses.0.txt', 'toy.checkpoints']" in output
+    assert "state of step: 1" in output
 
 
-def test_file_size_limit_while_writing_checkpoint_and_log(tmp_path):
-    """RLIMIT_FSIZE at several sizes: an error that names the file.
+def limited(folder: Path, size: int, **options: object) -> str:
+    """The error of a run whose files may have at most `size` bytes."""
+    with file_size_limit(size), pytest.raises(SeedError) as caught:
+        toy.train(folder, **options)
+    return str(caught.value)
 
-    The last checkpoint is intact.
-    """
 
-    def limited(folder: Path, size: int, **settings: object) -> str:
-        with file_size_limit(size), pytest.raises(SeedError) as caught:
-            toy.train(folder, **settings)
-        return str(caught.value)
-
-    error = limited(tmp_path / "none", 1500, save_steps=1)
-    assert re.fullmatch(
-        r"The checkpoint of step 1 cannot be written: .*; nothing was saved yet\.", error
-    )
-    assert sorted(p.name for p in (tmp_path / "none").iterdir()) == [
-        "losses.0.txt",
-        "toy.checkpoints",
-    ]
-    assert not [
-        p for p in (tmp_path / "none" / "toy.checkpoints").iterdir() if p.name != ".run.lock"
-    ]
-
+@pytest.mark.parametrize("async_save", [False, True])
+def test_file_size_limit_while_writing_a_checkpoint(tmp_path, async_save):
+    """In the training's thread or another; the error names the step, earlier files are intact."""
+    options = {"save_steps": 1, "async_save": async_save}
+    error = limited(tmp_path / "none", 1500, **options)
+    assert "step 1 " in error
+    assert not list((tmp_path / "none" / "toy.checkpoints").glob("*checkpoint-*"))
     with pytest.raises(SystemExit):
-        toy.train(tmp_path / "some", stop_at=6)
-    content = toy.content(tmp_path / "some")
-    error = limited(tmp_path / "some", len(content["optimizer.pt"]) - 1000, save_steps=1)
-    assert re.search(r"of step 8 cannot be written: .*checkpoint-7\) is intact\.", error)
-    assert toy.content(tmp_path / "some") == content
+        toy.train(tmp_path, stop_at=6)
+    content = toy.content(tmp_path)
+    error = limited(tmp_path, len(content["optimizer.pt"]) - 1000, **options)
+    assert re.search(r"step 8\b.*checkpoint-7\)", error)
+    assert toy.content(tmp_path) == content
 
-    log = tmp_path / "log"
-    error = limited(log, 6000, logging_steps=1, max_steps=100)
-    assert "toy.log.jsonl: cannot be written (the disk or quota is full (File too large))" in error
-    assert (log / "toy.log.jsonl").stat().st_size == 6000 and not (log / "toy.done.json").exists()
-    assert toy.saved(tmp_path / "some")["global_step"] == 7
+
+def test_file_size_limit_while_writing_the_log(tmp_path):
+    error = limited(tmp_path, 6000, logging_steps=1, max_steps=100)
+    assert "toy.log.jsonl" in error
+    assert not (tmp_path / "toy.done.json").exists()

@@ -8,13 +8,13 @@ import os
 import shutil
 import signal
 import subprocess
+import sys
 import tarfile
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
-import warm_python
 from data_files import jpeg
 from real_processes import processes_with, wait_until
 from repository import ROOT
@@ -128,7 +128,7 @@ def test_killed_run_of_two_processes_resumes(data, finished_run, tmp_path):
     out = tmp_path / "out"
     command = {
         "args": (
-            f"{warm_python.PYTHON} src/tools/extract_image_ids_to_torchdata_parallel.py "
+            f"{sys.executable} src/tools/extract_image_ids_to_torchdata_parallel.py "
             f"--tokenizer configs/tokenizer/nano.yaml --data {data['files']}/data.yaml "
             f"--save_dir {out} --num_workers 0 --device cpu --gpus 2 --batch_size 1"
         ).split(),

@@ -17,7 +17,6 @@ import pytest
 import torch
 from data_files import jpeg, write_tar
 from real_processes import run_process
-from warm_python import PYTHON
 
 from seed_multimodal.data.formats.pairs import Pairs
 from seed_multimodal.data.stream.loader import StepBatches, load
@@ -217,7 +216,7 @@ def test_workers_end_with_their_program(shards: Path, still_running, end, code):
     workers end.
     """
     done = run_process(
-        [PYTHON, "-W", "ignore", "-c", SCRIPT, str(shards), end],
+        [sys.executable, "-W", "ignore", "-c", SCRIPT, str(shards), end],
         timeout=150,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )

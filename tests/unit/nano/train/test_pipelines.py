@@ -15,7 +15,6 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import pytest
-import warm_python
 from PIL import Image
 from real_processes import run_process
 from repository import NANO, ROOT
@@ -50,7 +49,7 @@ def killed_and_resumed(
 ) -> None:
     """Kill a run, but not its child process, at the first checkpoint, and resume it."""
     run = subprocess.Popen(
-        [warm_python.PYTHON, "-m", "seed_nano.train", *arguments(system, work, *options)],
+        [sys.executable, "-m", "seed_nano.train", *arguments(system, work, *options)],
         cwd=ROOT,
         env=ENVIRONMENT,
         stdout=subprocess.DEVNULL,
@@ -63,12 +62,6 @@ def killed_and_resumed(
     run.wait()
     assert main(arguments(system, work, *options)) == 0
     assert "resumes from" in capfd.readouterr().out
-
-
-@pytest.fixture(autouse=True)
-def warm_stages(monkeypatch) -> None:
-    """Stages of runs in this process start without imports."""
-    monkeypatch.setattr(sys, "executable", warm_python.PYTHON)
 
 
 def weights(folder: Path, parts: Sequence[str]) -> dict[str, str]:
@@ -209,7 +202,7 @@ def test_pipeline_stops_other_stages_if_one_fails(tmp_path):
     (tmp_path / "clip.checkpoints").write_text("not a folder")
     run = run_process(
         [
-            warm_python.PYTHON,
+            sys.executable,
             "-m",
             "seed_nano.train",
             *arguments(
