@@ -14,7 +14,7 @@ from lavis_runs import environment
 from llm_runs import losses
 from real_processes import nothing_stays_behind, processes_with, run_process, wait_until
 from repository import FOX
-from served import Running, body, read
+from served import Running, read
 
 from seed_multimodal import SeedLlama
 from seed_multimodal.cli.main import main
@@ -82,8 +82,7 @@ def test_language_model_of_the_recipe_opens_in_transformers(recipe, seed):
 def test_server_of_the_recipe(seed):
     server = Running(seed)
     template = "<|im_start|>user\n{}<|im_end|>\n<|im_start|>assistant\n"
-    question = body(template.format("Draw a fox."), max_new_tokens=8, force_boi=True)
-    answer = requests.post(server.address, json=question, timeout=60).json()
+    answer = server.ask(template.format("Draw a fox."), max_new_tokens=8, force_boi=True).json()
     assert read(answer["images"][0]).size == SIZE
 
 

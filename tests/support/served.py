@@ -1,4 +1,4 @@
-"""Helpers of the server's tests: images, requests, and the server in a thread or a process."""
+"""Helpers of the server's tests: bodies of requests, answers, and a server in a thread."""
 
 from __future__ import annotations
 
@@ -8,6 +8,7 @@ import io
 import json
 import socket
 import subprocess
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -15,89 +16,152 @@ from pathlib import Path
 from typing import Any
 
 import requests
-import warm_python
 from PIL import Image
 from repository import ROOT
 from waiting import wait_until
 
-from seed_multimodal.images.io import image_to_base64
-from seed_multimodal.serving.app import create_app, listen, serve
-from seed_multimodal.serving.schema import Limits
+CHAT = "/v1/chat/completions"
+# The text of `/generate` for a first message, of each family.
+PROMPTS = {
+    "seed_llama": "USER: {}\nASSISTANT:",
+    "seed_x": "[INST] {} [/INST]\n",
+    "lavit": "{}",
+}
+HI = PROMPTS["seed_llama"].format("hi")
 
-PROGRAM = str(ROOT / "gradio_demo" / "seed_llama_flask.py")
-CHAT = "USER: hi\nASSISTANT:"
-ON_CPU = "--port 0 --llm_device cpu --tokenizer_device cpu".split()
+
+# ---- images and messages
+
+
+def png_of(image: Image.Image) -> bytes:
+    file = io.BytesIO()
+    image.save(file, format="PNG")
+    return file.getvalue()
+
+
+def base64_of(image: Image.Image) -> str:
+    return base64.b64encode(png_of(image)).decode()
 
 
 def read(text: str) -> Image.Image:
-    return Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB")
+    """The image of base64 or a data URL."""
+    data = text.rpartition("base64,")[2]
+    return Image.open(io.BytesIO(base64.b64decode(data))).convert("RGB")
 
 
-def body(text: str, *images: Any, **settings: Any) -> dict[str, Any]:
-    """A request; images may be PIL images, base64 or codes."""
-    sent = [image_to_base64(image) if isinstance(image, Image.Image) else image for image in images]
-    return {"text": text, "images": sent, **settings}
+def user(*content: Any) -> dict[str, Any]:
+    """OpenAI's message of texts, images and codes."""
+    parts: list[dict[str, Any]] = []
+    for item in content:
+        if isinstance(item, str):
+            parts.append({"type": "text", "text": item})
+        elif isinstance(item, list):
+            parts.append({"type": "image_url", "codes": item})
+        else:
+            url = f"data:image/png;base64,{base64_of(item)}"
+            parts.append({"type": "image_url", "image_url": {"url": url}})
+    return {"role": "user", "content": parts}
 
 
-def ask(client: Any, text: str, *images: Any, **settings: Any) -> dict[str, Any]:
-    """The JSON of an answer, and its `status`."""
-    response = client.post("/generate", json=body(text, *images, **settings))
-    return {"status": response.status_code, **json.loads(response.get_data(as_text=True))}
+# ---- requests by Flask's test client
+
+
+def generate(client: Any, text: str, *images: Any, **settings: Any) -> dict[str, Any]:
+    """The answer of the original's route; images may be PIL images, base64 or codes."""
+    sent = [base64_of(image) if isinstance(image, Image.Image) else image for image in images]
+    response = client.post("/generate", json={"text": text, "images": sent, **settings})
+    assert response.status_code == 200, response.json
+    return response.json
+
+
+def events(response: Any) -> list[dict[str, Any]]:
+    """The objects of a stream."""
+    *lines, end, nothing = response.get_data(as_text=True).split("\n\n")
+    assert (end, nothing) == ("data: [DONE]", "")
+    return [json.loads(line.removeprefix("data: ")) for line in lines]
+
+
+def chat(client: Any, messages: list[Any], **fields: Any) -> dict[str, Any]:
+    """The answer's message, finish_reason and usage; those of a stream must be the same."""
+    body = {"messages": messages, "temperature": 0, **fields}
+    response = client.post(CHAT, json=body)
+    assert response.status_code == 200, response.json
+    choice = response.json["choices"][0]
+    ends = {"finish_reason": choice["finish_reason"], "usage": response.json["usage"]}
+    message = choice["message"]
+
+    chunks = events(client.post(CHAT, json={**body, "stream": True}))
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    assert "".join(delta.get("content", "") for delta in deltas) == message["content"]
+    for name in ("images", "boxes", "notes"):
+        assert [item for delta in deltas for item in delta.get(name, [])] == message[name]
+    *before, last = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
+    assert (set(before), last) == ({None}, ends["finish_reason"])
+    assert chunks[-1]["usage"] == ends["usage"]
+    return {**message, **ends}
+
+
+def figures(client: Any) -> dict[str, float]:
+    """The values of `/metrics`."""
+    lines = client.get("/metrics").get_data(as_text=True).splitlines()
+    pairs = (line.rpartition(" ") for line in lines if not line.startswith("#"))
+    return {name: float(value) for name, _, value in pairs}
+
+
+# ---- a server on loopback
 
 
 class Running:
     """A server in a thread of this process."""
 
     def __init__(self, system: Any, token: str = "", **limits: int) -> None:
+        from seed_multimodal.serving.app import create_app, listen, serve
+        from seed_multimodal.serving.schema import Limits
+
         logged: list[str] = []
         app = create_app(system, limits=Limits(**limits), token=token)
-        threading.Thread(
-            target=serve, args=(app, listen("127.0.0.1", 0), logged.append), daemon=True
-        ).start()
+        arguments = (app, listen("127.0.0.1", 0), logged.append)
+        threading.Thread(target=serve, args=arguments, daemon=True).start()
         wait_until(lambda: logged)
         self.address = logged[-1].split("answering at ")[1].split()[0]
         self.port = int(self.address.split(":")[2].split("/")[0])
         self.root = self.address.removesuffix("/generate")
-        self.headers = {"Authorization": f"Bearer {token}"}
 
-    def ask(self, text: str = CHAT, **more: Any) -> requests.Response:
-        return requests.post(
-            self.address, json={"text": text, "images": [], "max_new_tokens": 4, **more}, timeout=60
-        )
+    def ask(self, text: str = HI, **more: Any) -> requests.Response:
+        body = {"text": text, "images": [], "max_new_tokens": 4, **more}
+        return requests.post(self.address, json=body, timeout=60)
 
     def health(self) -> dict[str, Any]:
-        return requests.get(self.address.replace("generate", "health"), timeout=10).json()
+        return requests.get(f"{self.root}/health", timeout=10).json()
 
     def connect(self) -> socket.socket:
         return socket.create_connection(("127.0.0.1", self.port), timeout=30)
 
     def send_and_leave(self) -> None:
-        long = {"max_new_tokens": 400, "temperature": 5.0, "top_p": 1.0}
-        body = json.dumps({"text": CHAT, "images": [], **long}).encode()
+        """Ask for 400 tokens and close the connection."""
+        settings = {"max_new_tokens": 400, "temperature": 5.0, "top_p": 1.0}
+        body = json.dumps({"text": HI, "images": [], **settings}).encode()
+        head = (
+            "POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
+            f"Content-Length: {len(body)}\r\n\r\n"
+        )
         with self.connect() as sock:
-            sock.sendall(
-                b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-                b"Content-Length: %d\r\n\r\n%s" % (len(body), body)
-            )
+            sock.sendall(head.encode() + body)
             time.sleep(0.1)
 
 
 @contextlib.contextmanager
-def serving(folder: Path) -> Iterator[tuple[str, str]]:
-    """The program with the system of a folder; yields its address and output."""
-    program = subprocess.Popen(
-        [warm_python.PYTHON, PROGRAM, "--system", str(folder), *ON_CPU],
-        stdout=subprocess.PIPE,
-        text=True,
+def serving(folder: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """The program in a process, with the system of a folder; yields its address."""
+    program = ROOT / "gradio_demo" / "seed_llama_flask.py"
+    flags = "--port 0 --llm_device cpu --tokenizer_device cpu --system".split()
+    process = subprocess.Popen(
+        [sys.executable, str(program), *flags, str(folder)], stdout=subprocess.PIPE, text=True
     )
-    assert program.stdout is not None
-    printed = ""
-    for line in program.stdout:
-        printed += line
-        if "answering at" in line:
-            break
+    assert process.stdout is not None
     try:
-        yield printed.split("answering at ")[1].split()[0], printed
+        line = next(line for line in process.stdout if "answering at" in line)
+        yield line.split("answering at ")[1].split()[0], process
     finally:
-        program.terminate()
-        assert program.wait(30) == 0
+        process.terminate()
+        assert process.wait(30) == 0

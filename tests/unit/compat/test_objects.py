@@ -11,32 +11,15 @@ import pytest
 import torch
 from PIL import Image
 from repository import ROOT
-from safetensors.torch import load_file
-from tiny.diffusion import FEATURES, RESAMPLER
-from tiny.seed_x import VIEW, WORDS, build_released_seed_x, forget_sizes, write_seed_x_configs
 
-from seed_multimodal.compat.detokenizer import (
-    ResamplerXLV2,
-    SDXLAdapter,
-    SDXLAdapterWithLatentImage,
-)
-from seed_multimodal.compat.lora import seed_llama_lora, seed_x_lora
-from seed_multimodal.compat.seed_x import (
-    ContinuousLVLM,
-    LlamaForCausalLM,
-    process_anyres_image,
-)
-from seed_multimodal.compat.seed_x_yaml import TARGETS
-from seed_multimodal.compat.targets import ALIASES
-from seed_multimodal.config import find_target, instantiate
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.images.transforms import get_transform
-from seed_multimodal.language.llama_tokenizer import LlamaTokenizer
 
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory) -> Path:
     """`pretrained/` and `configs/` of a tiny SEED-X, without sizes next to the weights."""
+    from tiny.seed_x import build_released_seed_x, forget_sizes, write_seed_x_configs
+
     folder = tmp_path_factory.mktemp("objects")
     build_released_seed_x(folder / "pretrained")
     write_seed_x_configs(folder)
@@ -47,20 +30,16 @@ def checkout(tmp_path_factory) -> Path:
 @pytest.fixture
 def parts(checkout: Path, monkeypatch) -> dict[str, Any]:
     """What the programs build, by `seed_multimodal.config.instantiate`."""
+    from seed_multimodal.config import instantiate
+
     monkeypatch.chdir(checkout)
     tokenizer = instantiate("configs/tokenizer/clm_llama_tokenizer_224loc_anyres.yaml")
     llm = instantiate("configs/clm_models/llm_seed_x_i.yaml", torch_dtype=torch.float32)
-    agent = (
-        instantiate("configs/clm_models/agent_seed_x_i.yaml", llm=llm)
-        .eval()
-        .to("cpu", dtype=torch.float32)
-    )
-    encoder = (
-        instantiate("configs/visual_encoder/qwen_vitg_448.yaml")
-        .eval()
-        .to("cpu", dtype=torch.float32)
-    )
-    return {"tokenizer": tokenizer, "agent": agent, "encoder": encoder}
+    agent = instantiate("configs/clm_models/agent_seed_x_i.yaml", llm=llm)
+    encoder = instantiate("configs/visual_encoder/qwen_vitg_448.yaml")
+    models = {"agent": agent, "encoder": encoder}
+    models = {name: model.eval().to("cpu", dtype=torch.float32) for name, model in models.items()}
+    return {"tokenizer": tokenizer, **models}
 
 
 # ---- import paths
@@ -68,6 +47,10 @@ def parts(checkout: Path, monkeypatch) -> dict[str, Any]:
 
 def test_every_import_path_has_what_a_yaml_file_names(monkeypatch):
     """hydra imports a `_target_`; ours and hydra's objects are the same."""
+    from seed_multimodal.compat.seed_x_yaml import TARGETS
+    from seed_multimodal.compat.targets import ALIASES
+    from seed_multimodal.config import find_target
+
     for folder in (ROOT / "MultiModalLLM", ROOT):
         monkeypatch.syspath_prepend(str(folder))
     names = [name for name in ALIASES if name.startswith(("models.", "src."))]
@@ -78,16 +61,11 @@ def test_every_import_path_has_what_a_yaml_file_names(monkeypatch):
         if name.endswith(".from_pretrained"):
             target = target.from_pretrained
         assert target == find_target(name), name
-
-
-def test_every_original_name_is_described():
     for name in TARGETS:
         assert callable(find_target(name, aliases=TARGETS)), name
 
 
-def test_lavits_package_of_the_same_name_wins_in_its_folder(
-    monkeypatch,
-):
+def test_lavits_package_of_the_same_name_wins_in_its_folder(monkeypatch):
     """`models` at the root is a folder without `__init__.py`, so that it never hides LaVIT's."""
     for name in [name for name in sys.modules if name == "models" or name.startswith("models.")]:
         monkeypatch.delitem(sys.modules, name)
@@ -108,6 +86,9 @@ def test_seed_1_has_its_class_and_names_missing_weights(tmp_path, monkeypatch):
 
 
 def test_agent_generates_an_image_after_its_opening_token(parts: dict[str, Any]):
+    from tiny.diffusion import FEATURES
+    from tiny.seed_x import WORDS
+
     tokenizer = parts["tokenizer"]
     agent = parts["agent"]
     output = agent.generate(
@@ -123,6 +104,11 @@ def test_agent_generates_an_image_after_its_opening_token(parts: dict[str, Any])
 
 
 def test_agent_reads_the_features_of_an_image(parts: dict[str, Any]):
+    from tiny.seed_x import VIEW, WORDS
+
+    from seed_multimodal.compat.seed_x import process_anyres_image
+    from seed_multimodal.images.transforms import get_transform
+
     tokenizer = parts["tokenizer"]
     agent = parts["agent"]
     encoder = parts["encoder"]
@@ -153,7 +139,11 @@ def test_agent_reads_the_features_of_an_image(parts: dict[str, Any]):
 
 
 def test_agent_with_wrong_arguments(parts: dict[str, Any], checkout: Path):
+    from tiny.diffusion import FEATURES
+    from tiny.seed_x import WORDS
     from transformers import LlamaTokenizer as Theirs
+
+    from seed_multimodal.language.llama_tokenizer import LlamaTokenizer
 
     agent = parts["agent"]
     tokenizer = parts["tokenizer"]
@@ -161,18 +151,15 @@ def test_agent_with_wrong_arguments(parts: dict[str, Any], checkout: Path):
     theirs = Theirs.from_pretrained(
         checkout / "pretrained" / "cvlm_llama2_tokenizer_100img_and_224loc_addpatch"
     )
-    with pytest.raises(ConfigError, match="splits text next to images differently"):
-        agent.generate(tokenizer=theirs, prompt="a")
-    with pytest.raises(
-        ConfigError, match="num_img_gen_tokens is 64, but an image of this tokenizer has 4"
+    for arguments, named in (
+        ({"tokenizer": theirs, "prompt": "a"}, "Tokenizer"),
+        ({"tokenizer": tokenizer, "prompt": "a"}, "num_img_gen_tokens"),
+        ({"tokenizer": tokenizer}, "input_ids"),
     ):
-        agent.generate(tokenizer=tokenizer, prompt="a")
-    with pytest.raises(ConfigError, match="either prompt or input_ids"):
-        agent.generate(tokenizer=tokenizer)
+        with pytest.raises(ConfigError, match=named):
+            agent.generate(**arguments)
     features = torch.zeros(1, 16, FEATURES)
-    with pytest.raises(
-        ConfigError, match=r"needs patch_positions, .* \[0.5, 0.5\] for a whole image"
-    ):
+    with pytest.raises(ConfigError, match="patch_positions"):
         agent.generate(
             tokenizer=tokenizer,
             prompt="a",
@@ -183,6 +170,13 @@ def test_agent_with_wrong_arguments(parts: dict[str, Any], checkout: Path):
 
 def test_adapter_before_init_pipe_and_of_the_second_stage(checkout: Path):
     from diffusers import UNet2DConditionModel
+    from tiny.diffusion import RESAMPLER
+
+    from seed_multimodal.compat.detokenizer import (
+        ResamplerXLV2,
+        SDXLAdapter,
+        SDXLAdapterWithLatentImage,
+    )
 
     config = UNet2DConditionModel.load_config(
         checkout / "pretrained" / "stable-diffusion-xl-base-1.0" / "unet"
@@ -207,9 +201,12 @@ def test_adapter_before_init_pipe_and_of_the_second_stage(checkout: Path):
 def test_lora_with_new_rows(checkout: Path):
     from peft import LoraConfig
 
+    from seed_multimodal.compat.lora import seed_x_lora
+    from seed_multimodal.compat.seed_x import ContinuousLVLM, LlamaForCausalLM
+
     llm = LlamaForCausalLM.from_pretrained(checkout / "pretrained" / "seed_x" / "llm")
     old = llm.lm_head.weight.clone()
-    with pytest.raises(ConfigError, match="either peft_config or model_id"):
+    with pytest.raises(ConfigError, match="peft_config"):
         seed_x_lora(llm)
     tuned = seed_x_lora(llm, LoraConfig(r=2, target_modules=["q_proj"]), vocab_size=len(old) + 3)
     rows = tuned.get_output_embeddings().weight
@@ -225,8 +222,11 @@ def test_lora_with_the_vocabulary_of_a_tokenizer(tiny_folder: Path, tmp_path):
     base.
     """
     from peft import LoraConfig
+    from safetensors.torch import load_file
 
+    from seed_multimodal.compat.lora import seed_llama_lora
     from seed_multimodal.compat.seed_llama import SeedLlamaTokenizer
+    from seed_multimodal.compat.seed_x import LlamaForCausalLM
 
     tokenizer = SeedLlamaTokenizer.from_pretrained(tiny_folder / "seed_tokenizer", device="cpu")
     text_only = LlamaForCausalLM.from_pretrained(tiny_folder / "seed_llama")

@@ -5,27 +5,27 @@ nano-x's parts.
 from __future__ import annotations
 
 import json
+import runpy
 import shutil
+import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import warm_python
 from omegaconf import OmegaConf
 from PIL import Image
-from real_processes import run_process
-from repository import ROOT
+from repository import NANO, ROOT
 
-NANO = ROOT / "pretrained" / "nano"
 NANO_X = ROOT / "pretrained" / "nano-x"
-pytestmark = [pytest.mark.process, pytest.mark.slow]
+pytestmark = pytest.mark.slow
 
 
 @pytest.fixture
-def checkout(tmp_path) -> Path:
+def checkout(tmp_path, monkeypatch) -> Path:
     """A working directory with copies of the repository's YAML files."""
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / "images").symlink_to(ROOT / "images")
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
@@ -33,19 +33,21 @@ def change(file: Path, **values: object) -> None:
     OmegaConf.save(OmegaConf.merge(OmegaConf.load(file), values), file)
 
 
-def run(program: str, checkout: Path) -> list[str]:
-    """The lines that a program prints."""
-    done = run_process(
-        [
-            warm_python.PYTHON,
-            str(ROOT / "tests" / "support" / "original_programs" / program),
-            "cpu",
-        ],
-        cwd=checkout,
-        timeout=170,
-    )
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+@pytest.fixture
+def run(checkout, monkeypatch, capsys):
+    """Runs a program in the checkout; returns the lines that it prints."""
+
+    def run(program: str) -> list[str]:
+        monkeypatch.setattr(sys, "argv", [program, "cpu"])
+        # pyrootutils adds the repository to the path, where `src` and `models` are found.
+        monkeypatch.setattr(sys, "path", [*sys.path])
+        monkeypatch.setenv("PROJECT_ROOT", "")
+        runpy.run_path(str(ROOT / "tests/support/original_programs" / program), run_name="__main__")
+        return capsys.readouterr().out.splitlines()
+
+    yield run
+    for name in [name for name in sys.modules if name.split(".")[0] in ("src", "models")]:
+        del sys.modules[name]
 
 
 def difference(checkout: Path, image: str, source: str) -> float:
@@ -58,7 +60,7 @@ def difference(checkout: Path, image: str, source: str) -> float:
     return float(np.abs(first - second).mean())
 
 
-def test_seed_llama_by_hydra(checkout: Path):
+def test_seed_llama_by_hydra(checkout: Path, run):
     change(
         checkout / "configs/tokenizer/seed_llama_tokenizer_hf.yaml",
         diffusion_path=None,
@@ -69,14 +71,14 @@ def test_seed_llama_by_hydra(checkout: Path):
         checkout / "configs/llm/seed_llama_8b.yaml",
         pretrained_model_name_or_path=str(NANO / "seed_llama"),
     )
-    codes, text = run("seed_llama.py", checkout)[-2:]
+    codes, text = run("seed_llama.py")[-2:]
     assert len(codes.split()) == 32 and "fox" in text
     assert difference(checkout, "rebuilt.png", "fox.png") < 40 and Image.open(
         checkout / "drawn.png"
     ).size == (64, 64)
 
 
-def test_seed_x_by_hydra(checkout: Path):
+def test_seed_x_by_hydra(checkout: Path, run):
     sizes = json.loads((NANO_X / "agent" / "config.json").read_text())
     resamplers = {name: sizes[name] for name in ("input_resampler", "output_resampler")}
     configs = checkout / "configs"
@@ -104,19 +106,13 @@ def test_seed_x_by_hydra(checkout: Path):
         )
     write_sdxl(checkout / "pretrained" / "stable-diffusion-xl-base-1.0")
 
-    printed = dict(line.split(": ", 1) for line in run("seed_x.py", checkout) if ": " in line)
+    printed = dict(line.split(": ", 1) for line in run("seed_x.py") if ": " in line)
     assert "fox" in printed["describe"] and "snowman" in printed["describe"]
     assert "fox" in printed["ask"] and "<box_start>" in printed["find"]
     assert "<loc-" in printed["complete"]
     assert printed["forced"] == printed["asked"] == printed["edit"] == "True 1"
-    for image in (
-        "rebuilt.png",
-        "rebuilt_with_condition.png",
-        "forced.png",
-        "asked.png",
-        "edited.png",
-    ):
-        assert Image.open(checkout / image).size == (64, 64)
+    for name in ("rebuilt", "rebuilt_with_condition", "forced", "asked", "edited"):
+        assert Image.open(checkout / f"{name}.png").size == (64, 64)
     assert difference(checkout, "rebuilt_with_condition.png", "fox_and_snowman.png") < 40
 
 

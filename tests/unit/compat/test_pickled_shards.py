@@ -2,23 +2,18 @@
 
 from __future__ import annotations
 
-import builtins
 import os
 import pickle
-import signal
 import struct
-import subprocess
-import sys
 import tarfile
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
-from repository import ROOT
 
 from seed_multimodal.compat import pickled_shards
-from seed_multimodal.compat.pickled_shards import STAND_INS, convert_shards, read_pickle
+from seed_multimodal.compat.pickled_shards import convert_shards, read_pickle
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.formats.sources import open_records
@@ -40,8 +35,8 @@ AS_JSON = PLAIN | {"tuple": [1, ["a", -5]], "raw": "ü"}
 class Calls:
     """An object whose pickle calls a function."""
 
-    def __init__(self, function, *arguments, state=None):
-        self.parts = (function, arguments) if state is None else (function, arguments, state)
+    def __init__(self, function, *arguments):
+        self.parts = (function, arguments)
 
     def __reduce__(self):
         return self.parts
@@ -51,11 +46,8 @@ class Calls:
 def test_read_pickle_plain_values(protocol):
     assert read_pickle(pickle.dumps(PLAIN, protocol), "w") == AS_JSON
     odd = {"nan": float("nan"), "inf": float("-inf"), "shared": [PLAIN["image_ids"]] * 3}
-    assert read_pickle(pickle.dumps(odd, protocol), "w") == {
-        "nan": None,
-        "inf": None,
-        "shared": [[1, 2, 8191]] * 3,
-    }
+    as_json = {"nan": None, "inf": None, "shared": [[1, 2, 8191]] * 3}
+    assert read_pickle(pickle.dumps(odd, protocol), "w") == as_json
 
 
 @pytest.mark.parametrize("protocol", [3, 4, 5])
@@ -70,111 +62,88 @@ def test_read_pickle_arrays(protocol, dtype):
         "none": array[:0],
         "list": [array[0], array[1]],
     }
-    expected = {
-        "a": array.tolist(),
-        "f": array.tolist(),
-        "slice": array[::2, 1:].tolist(),
-        "n": array[1, 2].item(),
-        "none": [],
-        "list": array[:2].tolist(),
-    }
+    expected = {name: np.asarray(item).tolist() for name, item in value.items()}
     data = pickle.dumps(value, protocol)
     assert read_pickle(data, "w") == expected
-    if protocol < 4:  # later protocols store the length of a name
-        assert read_pickle(data.replace(b"numpy._core.", b"numpy.core."), "w") == expected, (
-            "as numpy 1 wrote them"
-        )
+    # As numpy 1 wrote them; later protocols store the length of a name.
+    if protocol < 4:
+        assert read_pickle(data.replace(b"numpy._core.", b"numpy.core."), "w") == expected
 
 
-def hostile(trace: Path) -> dict[str, tuple[object, str]]:
-    """Name → (object that writes `trace` when its pickle is run, global in the error message)."""
-    command = f"touch {trace}"
-    return {
-        "os.system": (Calls(os.system, command), f"{os.name}.system"),
-        "nested": ({"metadata": [{"deep": (1, Calls(os.system, command))}]}, f"{os.name}.system"),
-        "eval": (
-            {"a": Calls(builtins.eval, f"open({str(trace)!r}, 'w').close()")},
-            "builtins.eval|__builtin__.eval",
-        ),
-        "as an array's numbers": (
-            Calls(np.array([1]).__reduce__()[0], Calls(os.system, command)),
-            f"{os.name}.system",
-        ),
-        "getattr": (
-            Calls(getattr, Calls(__import__, "os"), "system"),
-            "builtins.getattr|__builtin__.getattr",
-        ),
-        "class": ({"a": Path("x")}, "pathlib|copy_reg"),
-        "object array": (
-            {"a": np.array([Calls(os.system, command)], dtype=object)},
-            "numpy type 'O8'|posix.system",
-        ),
-    }
+COMMAND = "touch it_ran"  # in the working directory
+# Objects whose pickles would run code, and the global that the error must name.
+HOSTILE: dict[str, tuple[object, str]] = {
+    "os.system": (Calls(os.system, COMMAND), "system"),
+    "nested": ({"metadata": [{"deep": (1, Calls(os.system, COMMAND))}]}, "system"),
+    "eval": ({"a": Calls(eval, "open('it_ran', 'w').close()")}, "eval"),
+    "an array's numbers": (
+        Calls(np.array([1]).__reduce__()[0], Calls(os.system, COMMAND)),
+        "system",
+    ),
+    "getattr": (Calls(getattr, Calls(__import__, "os"), "system"), "getattr"),
+    "class": ({"a": Path("x")}, "pathlib|copy_reg"),
+    "object array": ({"a": np.array([Calls(os.system, COMMAND)], dtype=object)}, "O8|system"),
+}
 
 
 @pytest.mark.parametrize("protocol", [3, 5])
-@pytest.mark.parametrize("name", list(hostile(Path("x"))))
-def test_read_pickle_of_code(tmp_path, name, protocol):
-    trace = tmp_path / "it_ran"
-    value, named = hostile(trace)[name]
-    data = pickle.dumps(value, protocol)
-    with pytest.raises(
-        BadRecord, match=rf"^old\.tar: sample 3: (refers to|contains an array of) .*({named})"
-    ):
-        read_pickle(data, "old.tar: sample 3")
-    assert not trace.exists()
+@pytest.mark.parametrize("value, named", HOSTILE.values(), ids=HOSTILE)
+def test_read_pickle_of_code(value, named, protocol, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadRecord, match=rf"old\.tar: sample 3: .*({named})"):
+        read_pickle(pickle.dumps(value, protocol), "old.tar: sample 3")
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(
     "code",
     [
-        b"cos\nsystem\n(S'touch %s'\ntR.",  # GLOBAL, REDUCE
-        b"(S'touch %s'\nios\nsystem\n.",  # INST
-        b"(cos\nsystem\nS'touch %s'\no.",  # OBJ
-        b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x05touch\x85R.",  # STACK_GLOBAL
-        # BUILD on a stand-in.
+        b"cos\nsystem\n(S'touch it_ran'\ntR.",  # GLOBAL, REDUCE
+        b"(S'touch it_ran'\nios\nsystem\n.",  # INST
+        b"(cos\nsystem\nS'touch it_ran'\no.",  # OBJ
+        b"\x80\x04\x8c\x02os\x8c\x06system\x93\x8c\x0ctouch it_ran\x85R.",  # STACK_GLOBAL
+        # BUILD on a stand-in, and its slots.
         b"cnumpy.core.multiarray\n_reconstruct\n}S'__call__'\ncos\nsystem\nsb.",
-        b"cnumpy\nndarray\n(}(S'__setstate__'\ncos\nsystem\nstb.",  # slots of a stand-in
+        b"cnumpy\nndarray\n(}(S'__setstate__'\ncos\nsystem\nstb.",
     ],
 )
-def test_read_pickle_of_programs(tmp_path, code):
-    trace = tmp_path / "it_ran"
-    with pytest.raises(BadRecord, match="refers to os.system"):
-        read_pickle(code.replace(b"%s", str(trace).encode()), "w")
-    assert not trace.exists()
+def test_read_pickle_of_programs(code, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(BadRecord, match=r"os\.system"):
+        read_pickle(code, "w")
+    assert not [*tmp_path.iterdir()]
 
 
-@pytest.mark.parametrize(
-    "code",
-    [
-        b"cnumpy.core.multiarray\n_reconstruct\n}S'a'\nI1\nsb.",  # state of a stand-in
-        b"cnumpy\nndarray\n(N}S'__setstate__'\nI1\nstb.",
-        b"cnumpy\nndarray\n)\x81.",  # a stand-in is no class
-        b"cnumpy\nndarray\n)R.",
-        b"}cnumpy\nndarray\nI1\ns.",
-        b"",
-        b"\x80\x04]",
-        b"hello",
-        b"}r" + struct.pack("<I", 2**32 - 1) + b".",
-        b"\x80\x05\x96" + struct.pack("<Q", 2**50) + b".",
-        b"I" + b"9" * 5000 + b"\n.",
-        pickle.dumps([1]),
-        pickle.dumps("text"),
-        pickle.dumps({1: 2}),
-        pickle.dumps({"a": {(1,): 2}}),
-        pickle.dumps({"a": b"\xff\xfe"}),
-        pickle.dumps({"a": {1, 2}}),
-        pickle.dumps({"a": np.zeros(2)}),
-        pickle.dumps({"a": np.array(["a"])}),
-        pickle.dumps({"a": 2**70}),
-    ],
-)
+BROKEN: dict[str, bytes] = {
+    "empty": b"",
+    "no pickle": b"hello",
+    "torn": b"\x80\x04]",
+    "state of a stand-in": b"cnumpy.core.multiarray\n_reconstruct\n}S'a'\nI1\nsb.",
+    "slots of a stand-in": b"cnumpy\nndarray\n(N}S'__setstate__'\nI1\nstb.",
+    "a stand-in as a class": b"cnumpy\nndarray\n)\x81.",
+    "a stand-in as a key": b"}cnumpy\nndarray\nI1\ns.",
+    # Lengths of gigabytes, of which the file has nothing.
+    "memo": b"}r" + struct.pack("<I", 2**32 - 1) + b".",
+    "length": b"\x80\x05\x96" + struct.pack("<Q", 2**50) + b".",
+    "digits": b"I" + b"9" * 5000 + b"\n.",
+    # Values that JSON does not have.
+    "list": pickle.dumps([1]),
+    "keys": pickle.dumps({"a": {(1,): 2}}),
+    "bytes": pickle.dumps({"a": b"\xff\xfe"}),
+    "set": pickle.dumps({"a": {1, 2}}),
+    "floats": pickle.dumps({"a": np.zeros(2)}),
+    "integers": pickle.dumps({"a": 2**70}),
+}
+
+
+@pytest.mark.parametrize("code", BROKEN.values(), ids=BROKEN)
 def test_read_pickle_broken(code):
-    before = {name: type(stand_in).__dict__.keys() for name, stand_in in STAND_INS.items()}
-    with pytest.raises(BadRecord, match=r"^a\.tar: sample 1[:.]") as caught:
+    with pytest.raises(BadRecord, match=r"^a\.tar: sample 1") as caught:
         read_pickle(code, "a.tar: sample 1")
     assert "\n" not in str(caught.value)
-    assert {name: type(stand_in).__dict__.keys() for name, stand_in in STAND_INS.items()} == before
+    # It has not changed how later records are read.
+    good = pickle.dumps({"a": np.arange(3)})
+    assert read_pickle(good, "w") == {"a": [0, 1, 2]}
 
 
 def test_read_pickle_bombs(monkeypatch):
@@ -187,7 +156,7 @@ def test_read_pickle_bombs(monkeypatch):
     arrays = [np.zeros(10_000, np.int64)] * 1000
     for value in (bomb, loop, arrays):
         started = time.process_time()
-        with pytest.raises(BadRecord, match="has more than|recursion"):
+        with pytest.raises(BadRecord):
             read_pickle(pickle.dumps({"a": value}), "w")
         assert time.process_time() - started < 5
 
@@ -200,25 +169,16 @@ def old_shard(
 ) -> list[dict]:
     """Write a shard as the original tool does; returns its records."""
     rng = np.random.default_rng(start)
-    items = [
-        {
-            "image_ids": rng.integers(0, 8192, 32).tolist(),
-            "text": f"text {n} ä",
-            "metadata": {"n": n},
-        }
-        for n in range(start, start + count)
-    ]
-    records = [
-        {**item, "image_ids": np.array(item["image_ids"])} if n % 2 else item
-        for n, item in enumerate(items)
-    ]
-    write_shard(
-        path,
-        [
-            (f"{n:08x}", {"pkl": pickle.dumps(item)} | (extra or {}))
-            for n, item in enumerate(records)
-        ],
-    )
+    items = []
+    samples = []
+    for index in range(count):
+        codes = rng.integers(0, 8192, 32)
+        item = {"text": f"text {start + index} ä", "metadata": {"n": start + index}}
+        items.append({**item, "image_ids": codes.tolist()})
+        # Codes are lists or arrays.
+        pickled = pickle.dumps({**item, "image_ids": codes} if index % 2 else items[-1])
+        samples.append((f"{index:08x}", {"pkl": pickled} | (extra or {})))
+    write_shard(path, samples)
     return items
 
 
@@ -248,44 +208,6 @@ def test_convert_shards(tmp_path, old):
     assert (report.converted, report.existing) == (1, 3), "only the new one"
 
 
-@pytest.mark.process
-def test_convert_shards_after_a_kill(tmp_path):
-    """Finished files are whole, no process remains, and the same command resumes."""
-    old = tmp_path / "old"
-    new = tmp_path / "new"
-    expected = [
-        item for part in range(4) for item in old_shard(old / f"{part}.tar", 1000 * part, 400)
-    ]
-    (tmp_path / "run.py").write_text(
-        "import sys; from seed_multimodal.compat.pickled_shards import convert_shards\n"
-        "if __name__ == '__main__': convert_shards([sys.argv[1]], sys.argv[2], workers=2)"
-    )
-    process = subprocess.Popen(
-        [sys.executable, str(tmp_path / "run.py"), str(old), str(new)],
-        env={**os.environ, "PYTHONPATH": str(ROOT / "src")},
-    )
-    while process.poll() is None and not list(new.glob(".*.tmp")):
-        time.sleep(0.002)
-    workers = [
-        Path("/proc", process_id)
-        for file in Path(f"/proc/{process.pid}/task").glob("*/children")
-        for process_id in file.read_text().split()
-    ]
-    assert len(workers) >= 2
-    process.send_signal(signal.SIGKILL)
-    process.wait()
-    end = time.monotonic() + 20
-    while any(worker.exists() for worker in workers) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not any(worker.exists() for worker in workers)
-    assert all(len(open_records(path)) == 400 for path in new.glob("*.tar"))
-    assert not convert_shards([old], new).refused
-    source = open_records(new)
-    assert [source.read(n).fields for n in range(len(source))] == expected and not list(
-        new.glob(".*.tmp")
-    )
-
-
 def test_convert_shards_skips_samples_with_code(tmp_path, old):
     trace = tmp_path / "it_ran"
     bad = old / "part-0001" / "0000000.tar"
@@ -298,27 +220,20 @@ def test_convert_shards_skips_samples_with_code(tmp_path, old):
     )
     report = convert_shards([old], tmp_path / "new")
     assert (report.converted, report.samples, report.refused) == (3, 11, []) and not trace.exists()
-    assert (
-        len(report.skipped) == 1
-        and f"{bad}: sample evil.pkl: refers to {os.name}.system" in report.skipped[0]
-    )
+    (skipped,) = report.skipped
+    assert f"{bad}: sample evil.pkl" in skipped
 
 
 def test_convert_shards_of_torn_and_other_files(tmp_path, old):
     first = old / "part-0000" / "0000000.tar"
     first.write_bytes(first.read_bytes()[:1500])
-    assert (
-        "0000000.tar: torn or damaged in its first sample"
-        in convert_shards([old], tmp_path / "a").refused[0]
-    )
-    with pytest.raises(DataError, match="contains the shards"):
+    (refused,) = convert_shards([old], tmp_path / "a").refused
+    assert str(first) in refused
+    with pytest.raises(DataError, match=str(old)):
         convert_shards([old], old)
     old_shard(tmp_path / "images.tar", 0, 2, {"jpg": b"image"})
     convert_shards([tmp_path / "images.tar"], tmp_path / "b")
     with tarfile.open(tmp_path / "b/images.tar") as archive:
         assert archive.getnames() == [
-            "00000000.json",
-            "00000000.jpg",
-            "00000001.json",
-            "00000001.jpg",
+            f"0000000{n}.{kind}" for n in "01" for kind in ("json", "jpg")
         ]

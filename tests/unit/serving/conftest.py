@@ -1,25 +1,50 @@
-"""Fixtures of the server's tests: an image and its file."""
+"""Fixtures of the server's tests: each family behind Flask's test client."""
 
 from __future__ import annotations
 
-import io
+from typing import Any
 
-import numpy as np
 import pytest
-from PIL import Image
+from served import PROMPTS
 
 
-@pytest.fixture
-def stripes() -> Image.Image:
-    """An image of 40 x 30 pixels."""
-    pixels = np.zeros((30, 40, 3), dtype=np.uint8)
-    pixels[:, ::4] = (250, 40, 60)
-    pixels[::5] = (20, 90, 200)
-    return Image.fromarray(pixels)
+@pytest.fixture(scope="session")
+def client_of() -> Any:
+    """Builds a client of a system's server: `client_of(system, **limits)`."""
+
+    def build(system: Any, **limits: Any) -> Any:
+        from seed_multimodal.serving.app import create_app
+        from seed_multimodal.serving.schema import Limits
+
+        return create_app(system, limits=Limits(**limits)).test_client()
+
+    return build
 
 
-@pytest.fixture
-def png(stripes: Image.Image) -> bytes:
-    buffer = io.BytesIO()
-    stripes.save(buffer, format="PNG")
-    return buffer.getvalue()
+@pytest.fixture(scope="module")
+def client(client_of: Any, tiny: Any) -> Any:
+    """Of SEED-LLaMA with random weights, whose answers never end by themselves."""
+    return client_of(tiny)
+
+
+@pytest.fixture(scope="session")
+def nano() -> Any:
+    from seed_multimodal.pipelines.base import MultimodalSystem
+
+    return MultimodalSystem.from_pretrained("nano", device="cpu", log=None)
+
+
+@pytest.fixture(scope="module", params=["tiny", "tiny_x", "tiny_lavit"])
+def system(request: pytest.FixtureRequest) -> Any:
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def family_client(client_of: Any, system: Any) -> Any:
+    return client_of(system)
+
+
+@pytest.fixture(scope="module")
+def prompt(system: Any) -> str:
+    """The text of `/generate` for a first message, to be formatted with the message."""
+    return PROMPTS[system.config.system]

@@ -1,15 +1,12 @@
-"""The server under waitress and as a program: clients that leave, too many requests, SIGTERM, wrong
-flags.
+"""The server under load and faults: clients that leave, limits, metrics, tokens, SIGTERM, and
+OpenAI's own client over a socket.
 """
 
 from __future__ import annotations
 
 import gc
-import json
-import os
 import runpy
 import signal
-import subprocess
 import sys
 import threading
 import time
@@ -20,19 +17,29 @@ from typing import Any
 
 import pytest
 import requests
-import warm_python
-from real_processes import run_process
+from random_images import noise
 from repository import ROOT
-from served import ON_CPU, PROGRAM, Running
+from served import (
+    CHAT,
+    HI,
+    PROMPTS,
+    Running,
+    base64_of,
+    events,
+    figures,
+    png_of,
+    read,
+    serving,
+    user,
+)
 from waiting import wait_until
 
-from seed_multimodal.compat.seed_llama_yaml import system_from_configs
-from seed_multimodal.entry import run_program
-from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.serving.app import create_app, listen
+PROGRAM = str(ROOT / "gradio_demo" / "seed_llama_flask.py")
+TOKEN = "a secret of nobody"
+BODY = {"messages": [user("hi")], "max_tokens": 4, "temperature": 0}
 
-HI = "USER: hi\nASSISTANT:"
-pytestmark = pytest.mark.process
+
+# ---- requests that wait or leave
 
 
 class Gate:
@@ -48,22 +55,23 @@ class Gate:
         self.open.wait(30)
 
 
-@pytest.fixture()
+@pytest.fixture
 def gate(tiny) -> Iterator[Gate]:
-    closed_gate = Gate(tiny.llm)
-    yield closed_gate
-    closed_gate.open.set()
-    closed_gate.hook.remove()
+    gate = Gate(tiny.llm)
+    yield gate
+    gate.open.set()
+    gate.hook.remove()
 
 
-def test_serve_drops_clients_that_left(tiny, gate: Gate):
+def test_clients_that_left_are_dropped(tiny, gate: Gate):
+    """While they wait, and while they are answered."""
     running = Running(tiny, max_running=1, max_waiting=3)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(running.ask)
         wait_until(lambda: gate.passes == 1)
         for _ in range(3):
             running.send_and_leave()
-        wait_until(lambda: running.health()["waiting"] == 0)  # they left while they waited
+        wait_until(lambda: running.health()["waiting"] == 0)
         gate.open.set()
         assert first.result().status_code == 200
     gate.open.clear()
@@ -77,39 +85,56 @@ def test_serve_drops_clients_that_left(tiny, gate: Gate):
     assert running.ask().status_code == 200 and running.health()["answered"] == 2
 
 
-def test_serve_refuses_too_many_requests(tiny, gate: Gate):
+def test_too_many_requests_are_refused(tiny, gate: Gate):
     running = Running(tiny, max_running=1, max_waiting=3)
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(running.ask) for _ in range(4)]
         wait_until(lambda: running.health()["waiting"] == 3)
         refused = running.ask()
         assert refused.status_code == 429 and int(refused.headers["Retry-After"]) >= 1
-        assert "3 requests wait already" in refused.json()["error"]
         assert running.health() == {"status": "ok", "running": 1, "waiting": 3, "answered": 0}
         gate.open.set()
         assert [ended.result().status_code for ended in waiting] == [200] * 4
 
 
-def test_serve_survives_half_sent_and_oversized_requests(tiny):
+def test_health_counts_requests_that_wait_for_the_cache(client_of, tiny_folder: Path):
+    """A system whose KV cache has a single row, behind a server of four requests at once."""
+    from seed_multimodal.models.seed.pipeline import SeedLlama
+
+    system = SeedLlama.from_pretrained(
+        tiny_folder, device="cpu", log=None, load_decoder=False, max_running=1
+    )
+    gate = Gate(system.llm)
+    client = client_of(system, max_running=4)
+    with ThreadPoolExecutor(3) as pool:
+        asks = [pool.submit(client.application.test_client().post, CHAT, json=BODY) for _ in "123"]
+        wait_until(lambda: system.engine.n_waiting == 2)
+        health = client.get("/health").json
+        assert (health["running"], health["waiting"]) == (1, 2)
+        assert [figures(client)[f"seed_{name}"] for name in ("running", "waiting")] == [1, 2]
+        gate.open.set()
+        assert [ask.result(20).status_code for ask in asks] == [200] * 3
+    assert client.get("/health").json == {"status": "ok", "running": 0, "waiting": 0, "answered": 3}
+
+
+def test_half_sent_and_oversized_requests_do_not_block_others(tiny):
     running = Running(tiny, max_body_bytes=1 << 20)
+    beginnings = [
+        b"POST /generate HTTP/1.1\r\nContent-Length: 50000\r\n\r\n" + b"x" * 20_000,
+        b"GET / HT",
+        b"POST /generate HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab",
+        b"",
+    ]
     sockets = [running.connect() for _ in range(40)]
     for index, sock in enumerate(sockets):
-        sock.sendall(
-            [
-                b"POST /generate HTTP/1.1\r\nContent-Length: 50000\r\n\r\n" + b"x" * 20_000,
-                b"GET / HT",
-                b"POST /generate HTTP/1.1\r\nTransfer-Encoding: chunked\r\n\r\n5\r\nab",
-                b"",
-            ][index % 4]
-        )
-    headers = {"Content-Type": "application/json"}
+        sock.sendall(beginnings[index % 4])
 
     def chunks(count: int) -> Iterator[bytes]:
         yield b'{"text": "USER: hi\\nASSISTANT:", "images": [], "max_new_tokens": 3'
-        for _ in range(count):
-            yield b" " * 65_536
+        yield from [b" " * 65_536] * count
         yield b"}"
 
+    headers = {"Content-Type": "application/json"}
     for count, status in ((0, 200), (3, 200), (20, 413)):
         answer = requests.post(running.address, data=chunks(count), headers=headers, timeout=60)
         assert answer.status_code == status
@@ -118,80 +143,82 @@ def test_serve_survives_half_sent_and_oversized_requests(tiny):
         sock.close()
 
 
-def test_listen_refuses_where_nothing_can_listen(tiny):
-    port = Running(tiny).port
-    for host, bad_port in (
-        ("127.0.0.1", port),
-        ("127.0.0.1", 65536),
-        ("192.0.2.1", 0),
-        ("no.such.host.invalid", 0),
-    ):
-        with pytest.raises(ConfigError, match=f"{host}:{bad_port}"):
-            listen(host, bad_port, "token")
-    started = run_process(
-        f"{warm_python.PYTHON} {PROGRAM} --system /no/such/model --port {port}".split(),
-        timeout=120,
-    )
-    assert (
-        started.returncode == 2
-    )  # the port is checked before the model, which is not there either
-    assert started.stderr == (
-        f"seed_llama_flask: Cannot listen on 127.0.0.1:{port}: the port is taken or not allowed; "
-        "choose another with --port.\n"
-    )
+# ---- answers that take too long, or fail
 
 
-def test_listen_needs_a_token_beyond_loopback(tmp_path):
-    with pytest.raises(ConfigError, match="0.0.0.0 is reachable from other machines"):
-        listen("0.0.0.0", 0)
-    listen("0.0.0.0", 0, "secret").close()
+def test_late_answers_are_cut_off(client_of, tiny):
+    client = client_of(tiny, seconds=1e-5)
+    answer = client.post(CHAT, json={**BODY, "max_tokens": 2048}).json["choices"][0]
+    assert answer["finish_reason"] == "length" and len(answer["message"]["notes"]) == 1
+    for route, body in (("generations", {"prompt": "a fish"}), ("tokens", {"codes": [[0] * 32]})):
+        assert client.post(f"/v1/images/{route}", json=body).status_code == 503
+    assert figures(client)['seed_request_seconds_count{route="/v1/images/generations"}'] == 1
 
 
-@pytest.mark.slow
-def test_program_ends_by_sigterm_while_it_works(tiny_folder):
-    program = subprocess.Popen(
-        [warm_python.PYTHON, PROGRAM, "--system", str(tiny_folder), *ON_CPU],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    assert program.stdout is not None
-    line = next(line for line in program.stdout if "answering at" in line)
-    address = line.split("answering at ")[1].split()[0]
-    body = {
-        "text": "x",
-        "images": [],
-        "max_new_tokens": 2048,
-        "num_beams": 8,
-        "temperature": 5.0,
-        "top_p": 1.0,
-    }
-    with ThreadPoolExecutor(3) as pool:
-        pending = [pool.submit(requests.post, address, json=body, timeout=60) for _ in range(3)]
-        time.sleep(0.5)
-        program.send_signal(signal.SIGTERM)
-        start = time.monotonic()
-        assert program.wait(20) == 0 and time.monotonic() - start < 6
-        for ended in pending:
-            assert ended.exception() is not None or ended.result().status_code in (200, 503)
+@pytest.mark.parametrize("error, status", [(RuntimeError, 500), (MemoryError, 503)])
+def test_faults_hide_their_details_and_are_counted(client_of, tiny, caplog, error, status):
+    """Also in a stream, where the error is the last event."""
+
+    def fail(*_: Any) -> None:
+        raise error("secret path /home/me")
+
+    client = client_of(tiny)
+    draw = {"messages": [user("Draw.")], "force_image": True}
+    hook = tiny.images.decoder.vae.decoder.register_forward_hook(fail)
+    try:
+        answer = client.post("/generate", json={"text": HI, "images": [], "force_boi": True})
+        streamed = client.post(CHAT, json={**draw, "stream": True})
+        last = events(streamed)[-1]
+    finally:
+        hook.remove()
+    assert (answer.status_code, streamed.status_code) == (status, 200)
+    assert last["error"]["type"] == "server_error"
+    assert "secret" not in answer.json["error"] + last["error"]["message"]
+    assert "secret path" in caplog.text
+    counted = figures(client)
+    for route in ("/generate", CHAT):
+        assert counted[f'seed_requests_total{{route="{route}",status="{status}"}}'] == 1
+        assert f'seed_requests_total{{route="{route}",status="200"}}' not in counted
+    assert counted["seed_running"] == counted["seed_waiting"] == 0
 
 
-@pytest.mark.slow
-def test_server_withstands_hostile_traffic(tiny_folder):
-    done = run_process(
-        (
-            f"{warm_python.PYTHON} {ROOT / 'benchmarks' / 'hostile.py'} "
-            f"--model {tiny_folder} --megapixels 1 --examples 15"
-        ).split(),
-        timeout=280,
-    )
-    results = json.loads(done.stdout)["results"]
-    assert results["faults"] == [] and results["requests"] > 100
-    assert done.returncode == 0, done.stderr
-    assert results["peak_mb_above_idle"] < 600
+# ---- metrics
+
+
+@pytest.mark.parametrize("stream", [False, True])
+def test_seconds_include_the_queue(client_of, tiny, stream):
+    client = client_of(tiny, max_running=1)
+    backend = client.application.extensions["seed_backend"]
+    with ThreadPoolExecutor(1) as pool:
+        with backend.slot("/other", 0, lambda: False):
+            ask = pool.submit(client.post, CHAT, json={**BODY, "stream": stream})
+            wait_until(lambda: backend.health()["waiting"] == 1)
+            time.sleep(0.5)
+        ask.result(20).get_data()
+    measured = figures(client)
+    assert measured[f'seed_request_seconds_count{{route="{CHAT}"}}'] == 1
+    assert measured[f'seed_request_seconds_sum{{route="{CHAT}"}}'] >= 0.5
+    assert measured["seed_first_token_seconds_count"] == 1
+    assert measured["seed_first_token_seconds_sum"] >= 0.5
+
+
+def test_metrics_count_what_was_done(client_of, tiny):
+    client = client_of(tiny)
+    client.post("/v1/images/generations", json={"prompt": "a fish", "n": 2})
+    usage = client.post(CHAT, json={**BODY, "messages": [user(noise(0))]}).json["usage"]
+    counted = figures(client)
+    assert counted['seed_images_total{kind="drawn"}'] == 2
+    assert counted['seed_images_total{kind="read"}'] == 1
+    for kind in ("prompt", "completion"):
+        assert counted[f'seed_tokens_total{{kind="{kind}"}}'] == usage[f"{kind}_tokens"]
+    assert counted[f'seed_requests_total{{route="{CHAT}",status="200"}}'] == 1
+
+
+# ---- a process that serves for weeks
 
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
-def test_serve_returns_freed_memory_between_blocks_in_use(tiny, monkeypatch):
+def test_freed_memory_between_blocks_in_use_returns_to_the_system(tiny, monkeypatch):
     def anonymous_mb() -> float:
         status = Path("/proc/self/status").read_text()
         return int(status.partition("RssAnon:")[2].split()[0]) / 1000
@@ -206,7 +233,7 @@ def test_serve_returns_freed_memory_between_blocks_in_use(tiny, monkeypatch):
     assert len(lasting) == 40
 
 
-def test_serve_starts_full_collections_before_a_quarter_is_new(tiny):
+def test_full_collections_start_before_a_quarter_of_the_objects_is_new(tiny):
     """Circles of old objects are freed by full collections alone."""
     thresholds = gc.get_threshold()
     gc.set_threshold(700, 10, 10)
@@ -221,85 +248,137 @@ def test_serve_starts_full_collections_before_a_quarter_is_new(tiny):
         gc.set_threshold(*thresholds)
 
 
-def test_program_refuses_a_system_with_a_part_of_it(tiny_folder: Path):
-    program = runpy.run_path(PROGRAM)
-    args = program["build_parser"]().parse_args(
-        f"--system {tiny_folder} --model a.yaml --port 0".split()
-    )
-    args.debug = False
-    with pytest.raises(
-        ConfigError, match="--system names all that is served, --model a part of it"
+# ---- OpenAI's client, and the token
+
+
+@pytest.mark.process  # the client asks the system what it runs on
+def test_the_client_of_openai_reads_every_route(tiny):
+    from openai import AuthenticationError, OpenAI
+
+    running = Running(tiny, token=TOKEN)
+    openai = OpenAI(base_url=f"{running.root}/v1", api_key=TOKEN, max_retries=0)
+    assert [tiny.config.name.endswith(model.id) for model in openai.models.list().data] == [True]
+
+    # 1. A conversation, whole and streamed; the answer is sent back as the client holds it.
+    options: Any = {"model": "any", "max_tokens": 40, "temperature": 0, "seed": 1}
+    options["extra_body"] = {"force_image": True}
+    complete = openai.chat.completions.create
+    messages: list[Any] = [user("What is it?", noise(0))]
+    completion = complete(**options, messages=messages)
+    message = completion.choices[0].message
+    assert len(message.model_extra["images"][0]["codes"]) == 32
+    chunks = [*complete(**options, messages=messages, stream=True)]
+    texts = [chunk.choices[0].delta.content or "" for chunk in chunks]
+    assert "".join(texts) == message.content and chunks[-1].usage == completion.usage
+    messages += [message.model_dump(exclude_none=True), user("And now?")]
+    assert complete(**options, messages=messages).usage.prompt_tokens > 64
+
+    # 2. Images.
+    drawn = openai.images.generate(prompt="a fish", n=2, response_format="b64_json")
+    files = [png_of(noise(0)), png_of(noise(1))]
+    edited = openai.images.edit(image=files, prompt="Mix them.")
+    sizes = [read(item.b64_json).size for item in (*drawn.data, *edited.data)]
+    assert sizes == [(16, 16)] * 3
+
+    # 3. Another token.
+    with pytest.raises(AuthenticationError):
+        OpenAI(base_url=f"{running.root}/v1", api_key="wrong").models.list()
+
+
+def test_every_route_but_health_needs_the_token(tiny):
+    from seed_multimodal.serving.app import create_app
+
+    client = create_app(tiny, token=TOKEN).test_client()
+    paths = client.get("/openapi.json", headers={"Authorization": f"Bearer {TOKEN}"}).json["paths"]
+    for path in [*paths, "/elsewhere"]:
+        for headers in ({}, {"Authorization": "Bearer wrong"}, {"Authorization": "Basic eDp5"}):
+            response = client.open(path, headers=headers)
+            wanted = 200 if path == "/health" else 401
+            assert response.status_code == wanted, path
+    assert response.headers["WWW-Authenticate"] == "Bearer"
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    assert client.get("/ready", headers=headers).json == {"ready": True}
+
+
+# ---- the program
+
+
+def test_listen_refuses_where_nothing_can_listen():
+    from seed_multimodal.errors import ConfigError
+    from seed_multimodal.serving.app import listen
+
+    sock = listen("127.0.0.1", 0)
+    port = sock.getsockname()[1]
+    for host, bad_port in (
+        ("127.0.0.1", port),
+        ("127.0.0.1", 65536),
+        ("192.0.2.1", 0),
+        ("no.such.host.invalid", 0),
     ):
-        program["run"](args)
+        with pytest.raises(ConfigError, match=f"{host}:{bad_port}"):
+            listen(host, bad_port, "token")
+    sock.close()
+    # Another address than loopback needs a token.
+    with pytest.raises(ConfigError, match="0.0.0.0"):
+        listen("0.0.0.0", 0)
+    listen("0.0.0.0", 0, "secret").close()
 
 
 def test_program_refuses_flags_before_it_loads_or_listens(tmp_path, capsys):
-    """A password file without a password, and flags of an engine that is not used."""
+    from seed_multimodal.entry import run_program
+
     program = runpy.run_path(PROGRAM)
     (tmp_path / "empty").write_text(" \n")
     (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    for flags, sentence in (
-        (
-            ["--token-file", f"{tmp_path}/absent"],
-            f"--token-file {tmp_path}/absent: cannot be read ",
-        ),
-        (
-            ["--token-file", f"{tmp_path}/binary"],
-            f"--token-file {tmp_path}/binary: cannot be read ",
-        ),
-        (
-            ["--token-file", f"{tmp_path}/empty"],
-            f"--token-file {tmp_path}/empty is empty: write a password",
-        ),
-        (["--url", "http://127.0.0.1:1"], "--url is for --engine openai, not for torch."),
-        (["--gguf", "x.gguf"], "--gguf is for --engine llama.cpp, not for torch."),
-    ):
-        argv = [*"--system /no/such/model --port 65536".split(), *flags]
+    refused = {
+        f"--token-file {tmp_path}/absent": "absent",
+        f"--token-file {tmp_path}/binary": "binary",
+        f"--token-file {tmp_path}/empty": "empty",
+        "--url http://127.0.0.1:1": "--url",
+        "--gguf x.gguf": "--gguf",
+        "": "65536",
+        # A system has its parts.
+        "--model a.yaml --port 0": "--model",
+    }
+    for flags, named in refused.items():
+        argv = f"--system /no/such/model --port 65536 {flags}".split()
         assert run_program(program["build_parser"](), program["run"], argv, name="flask") == 2
-        assert capsys.readouterr().err.startswith(f"flask: {sentence}")
+        error = capsys.readouterr().err
+        assert named in error and "/no/such/model" not in error and error.count("\n") == 1
     (tmp_path / "token").write_text("secret\n")
     assert program["read_token"](tmp_path / "token") == "secret"
 
 
-def test_models_of_three_files_is_the_stem(tiny_folder: Path, tmp_path):
-    target = (
-        "_target_: transformers.LlamaForCausalLM.from_pretrained\npretrained_model_name_or_path:"
-    )
-    (tmp_path / "seed_llama_8b.yaml").write_text(f"{target} {tiny_folder}/seed_llama\n")
-    copy = tmp_path / "llama-v1.5"
-    copy.symlink_to(tiny_folder / "seed_llama")
-    for model, name in ((tmp_path / "seed_llama_8b.yaml", "seed_llama_8b"), (copy, "llama-v1.5")):
+def test_models_of_three_files_is_the_stem(client_of, tiny_folder: Path, tmp_path):
+    from seed_multimodal.compat.seed_llama_yaml import system_from_configs
+
+    target = "_target_: transformers.LlamaForCausalLM.from_pretrained"
+    path = f"pretrained_model_name_or_path: {tiny_folder}/seed_llama"
+    (tmp_path / "seed_llama_8b.yaml").write_text(f"{target}\n{path}\n")
+    (tmp_path / "llama-v1.5").symlink_to(tiny_folder / "seed_llama")
+    for file, name in (("seed_llama_8b.yaml", "seed_llama_8b"), ("llama-v1.5", "llama-v1.5")):
         system = system_from_configs(
-            model=model,
+            model=tmp_path / file,
             tokenizer=tiny_folder / "seed_tokenizer",
             llm_device="cpu",
             tokenizer_device="cpu",
         )
-        listed = create_app(system).test_client().get("/v1/models").json["data"]
-        assert [ended["id"] for ended in listed] == [name]
+        listed = client_of(system).get("/v1/models").json["data"]
+        assert [model["id"] for model in listed] == [name]
 
 
-def test_program_names_a_missing_part_of_three_files(tmp_path):
-    (tmp_path / "words.yaml").write_text(
-        "_target_: models.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained\n"
-        f"pretrained_model_name_or_path: {tmp_path}/words\n"
-    )
-    files = {
-        "model": ROOT / "configs" / "llm" / "seed_llama_8b.yaml",
-        "tokenizer": tmp_path / "words.yaml",
-        "image_transform": ROOT / "configs" / "transform" / "clip_transform.yaml",
-    }
-    with pytest.raises(
-        CheckpointError, match=f"seed-tokenizer-2 and eva_vit_g.pth into {tmp_path}/words"
-    ):
-        system_from_configs(**files)
-    (tmp_path / "words" / "diffusion_model").mkdir(parents=True)
-    flags = [f"--{name}={file}" for name, file in files.items()]
-    started = run_process(
-        [warm_python.PYTHON, PROGRAM, "--port", "0", *flags],
-        env={**os.environ, "HF_HUB_OFFLINE": "0"},
-        timeout=120,
-    )
-    assert (
-        started.returncode == 2 and f"{tmp_path}/words: holds no SEED-2 tokenizer" in started.stderr
-    )
+@pytest.mark.process
+@pytest.mark.slow
+def test_program_answers_and_ends_by_sigterm_while_it_works(tiny_folder: Path):
+    text = PROMPTS["seed_llama"].format("<image>")
+    body = {"text": text, "images": [base64_of(noise(0))], "max_new_tokens": 2048, "num_beams": 8}
+    with serving(tiny_folder) as (address, process), ThreadPoolExecutor(3) as pool:
+        short = requests.post(address, json={**body, "max_new_tokens": 2}, timeout=60)
+        assert short.status_code == 200 and len(short.json()["images_ids"][0]) == 32
+        pending = [pool.submit(requests.post, address, json=body, timeout=60) for _ in range(3)]
+        time.sleep(0.5)
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(20) == 0
+        # Their answers are cut off, not awaited.
+        for ended in pending:
+            assert ended.exception() is not None or ended.result().status_code == 503

@@ -1,0 +1,222 @@
+"""Programs contract: every original program and every `seed` command, called in process with
+recorded arguments; what it writes, prints and refuses.
+
+A new program or command is tested by its row; the last test fails until it has one.
+"""
+
+from __future__ import annotations
+
+import argparse
+import runpy
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from PIL import Image
+from random_images import noise
+from repository import ROOT
+
+# {seed}, {seed_x} and {lavit} are tiny systems, image.png has 48 x 30 pixels.
+# Commands that draw → the images that they write, with their sizes.
+DRAWN: dict[str, dict[str, tuple[int, int]]] = {
+    # The originals.
+    "scripts/seed_tokenizer_inference.py --model {seed} --image image.png": {"cat.jpg": (16, 16)},
+    "scripts/seed_llama_inference_8B.py --model {seed} --out results.v2": {
+        "results.v2/dog.jpg": (16, 16),
+        "results.v2/cat_sunglasses.jpg": (16, 16),
+    },
+    "SEED_Tokenizer/eval/seed_inference.py --model {seed} --image image.png": {
+        "recon_image.png": (16, 16)
+    },
+    "src/inference/eval_seed_x_detokenizer.py --model {seed_x} --image image.png": {
+        "vis/image_recon.jpg": (16, 16)
+    },
+    "src/inference/eval_seed_x_detokenizer_with_condition.py --model {seed_x} --image image.png": {
+        "vis/image_recon_with_condition.jpg": (20, 13)
+    },
+    "src/inference/eval_text2img_seed_x.py --model {seed_x} --prompt cat": {
+        "vis/cat.png": (16, 16)
+    },
+    "src/inference/eval_text2img_seed_x_i.py --model {seed_x} --prompt cat": {
+        "vis/cat.png": (16, 16)
+    },
+    "src/inference/eval_img2edit_seed_x_edit.py --model {seed_x} --image image.png": {
+        "vis/1_Make it under the sunset.jpg": (20, 13)
+    },
+    "src/lavit/text2image_synthesis.py --model {lavit} --prompt cat --ratio=3:2 --steps 1"
+    " --num_return_images 2": {"output/cat.png": (80, 56), "output/cat_2.png": (80, 56)},
+    "src/lavit/multimodal_synthesis.py --model {lavit} image.png snow --steps 1": {
+        "output/image_snow.png": (64, 64)
+    },
+    "src/lavit/image_detokenize.py --model {lavit} --image image.png --steps 1": {
+        "output/image_rebuilt.png": (64, 64)
+    },
+    "src/lavit/inference.py --model {lavit} --image image.png --steps 1": {
+        "output/t2i_output.jpg": (64, 64),
+        "output/it2i_output.jpg": (64, 64),
+    },
+    # `seed`.
+    "seed reconstruct image.png --model {seed} --steps 1": {"outputs/image_rebuilt.png": (16, 16)},
+    "seed reconstruct image.png --model {seed_x} --steps 1": {
+        "outputs/image_rebuilt.png": (16, 16)
+    },
+    "seed draw cat --model {seed} --steps 1 --out a.jpg": {"a.jpg": (16, 16)},
+    "seed draw cat --model {lavit} --steps 1 --height 32 --width 40": {"outputs/cat.png": (40, 32)},
+    "seed edit image.png green --model {seed} --steps 1": {"outputs/image_edited.png": (16, 16)},
+    "seed edit image.png green --model {seed_x} --steps 1": {"outputs/image_edited.png": (16, 16)},
+}
+# Commands → what they print.
+PRINTED: dict[str, str] = {
+    "scripts/seed_llama_inference_14B.py --model {seed} --image image.png --prompt What?": "\n",
+    "src/inference/eval_img2text_seed_x.py --model {seed_x} --image image.png": "\n",
+    "src/inference/eval_img2text_seed_x_i.py --model {seed_x} --image image.png": "\n",
+    "src/lavit/understanding.py --model {lavit} --image image.png --question What?": "What?",
+    "MultiModalLLM/eval/eval_vqa.py --model {seed} --image image.png --max-new-tokens 4": "\n",
+    "gradio_demo/seed_llama_gradio.py --help": "--request_address",
+    # Composed settings of the trainers.
+    "MultiModalLLM/src/train/train.py trainer.max_steps=7 --cfg job": "max_steps: 7",
+    "MultiModalLLM/src/train/train_lavit.py trainer.max_steps=7 --cfg job": "max_steps: 7",
+    "MultiModalLLM/src/train/train_lavit_detokenizer.py optim.learning_rate=3 --cfg job": (
+        "learning_rate: 3"
+    ),
+    "MultiModalLLM/src/train/train_seed_decoder.py model.reads=embedding --cfg job": (
+        "reads: embedding"
+    ),
+    "MultiModalLLM/src/train/train_seed_x_detokenizer.py model.stage=2 --cfg job": "stage: 2",
+    "MultiModalLLM/src/train/train_seed_x_sft.py trainer.max_steps=7 --cfg job": "max_steps: 7",
+    # `seed`.
+    "seed tokenize image.png --model {seed} --json": '"codes": [',
+    "seed tokenize image.png --model {lavit} --json": '"codes": [',
+    "seed describe image.png --model {seed}": "image.png: ",
+    "seed ask image.png What? --model {seed_x} --max-new-tokens 4": "image.png: ",
+    "seed detect image.png cat --model {seed_x}": "image.png: ",
+    "seed chat --message hi --model {seed}": "\n",
+    "seed verify {seed}": "codes of cat.jpg",
+    "seed assemble seed-llama --llm {seed}/seed_llama --tokenizer {seed}/seed_tokenizer"
+    " --out mine": "mine",
+    "seed init mine --like seed-llama": "train",
+}
+EXTRACT = "MultiModalLLM/src/tools/extract_image_ids_to_torchdata_parallel"
+NO_FILES = "--tokenizer absent.yaml --data absent.yaml --save_dir out"
+NO_PARTS = "--llm absent --tokenizer absent --out mine"
+NO_JUDGE = "--model {seed} --judge absent --data absent --out out"
+# Commands that end with exit code 2 → what their one line of stderr names.
+REFUSED: dict[str, str] = {
+    "demo_recon.py --model absent": "absent",
+    "gradio_demo/seed_llama_flask.py --system absent --port 0": "absent",
+    "scripts/seed_tokenizer_inference.py --model absent": "absent",
+    "scripts/seed_llama_inference_8B.py --model absent": "absent",
+    "src/inference/eval_text2img_seed_x.py --model absent": "absent",
+    "src/lavit/text2image_synthesis.py --model absent --prompt cat": "absent",
+    "src/lavit/evaluate.py --model_path {lavit} --annopath absent.json": "absent.json",
+    "src/tools/reload_qwen_vit.py --source absent": "absent",
+    "SEED_Tokenizer/train.py --cfg-path absent.yaml": "absent.yaml",
+    "SEED_Tokenizer/evaluate.py --cfg-path absent.yaml": "absent.yaml",
+    "MultiModalLLM/eval/eval_caption.py --captions absent.json": "absent.json",
+    "MultiModalLLM/eval/eval_caption_to_images.py --captions absent.json": "absent.json",
+    "MultiModalLLM/src/tools/merge_lora_weights.py --model_cfg absent.yaml --lora_model absent"
+    " --save_path out": "absent.yaml",
+    **{
+        f"{EXTRACT}{kind}.py {NO_FILES}": "absent.yaml"
+        for kind in ("", "_chat", "_edit", "_interleaved", "_qa", "_story", "_video")
+    },
+    "seed convert absent.pt": "absent.pt",
+    "seed plot absent": "absent",
+    "seed export-tokenizer --stage2 absent.pth --out out": "absent.pth",
+    "seed export-gguf --model absent --out out": "absent",
+    "seed check-llm --model absent": "absent",
+    f"seed assemble seed-x {NO_PARTS} --agent absent --vision absent": "--llm",
+    f"seed assemble lavit {NO_PARTS}": "--llm",
+    "seed fetch absent": "absent",
+    "seed eval tokenizer --model {seed} --data absent --out out": "absent",
+    "seed eval suite --model {seed} --data absent --out out": "absent",
+    "seed eval vqa --model {seed} --questions absent.json --out out": "absent.json",
+    "seed eval caption --model {seed} --captions absent.json --out out": "absent.json",
+    "seed eval seedbench --model {seed} --questions absent.json --out out": "absent.json",
+    "seed eval text2image --model {seed} --captions absent.json --out out": "absent.json",
+    f"seed eval geneval {NO_JUDGE}": "absent",
+    f"seed eval geneval2 {NO_JUDGE}": "absent",
+    f"seed eval dpg {NO_JUDGE}": "absent",
+    "seed data check absent.jsonl": "--decoder",
+    "seed data convert absent.tar --out out": "absent.tar",
+    "seed data index absent.jsonl": "absent.jsonl",
+}
+
+
+@pytest.fixture
+def call(
+    tiny_folder, tiny_x_folder, tiny_lavit_folder, tmp_path, monkeypatch
+) -> Callable[[str], int]:
+    """Calls a command in an empty working folder with image.png; returns its exit code."""
+    monkeypatch.chdir(tmp_path)
+    noise(1).save("image.png")
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        monkeypatch.delenv(name, raising=False)
+
+    def call(command: str) -> int:
+        if "{" in command:
+            command += " --device cpu"
+        folders = {"seed": tiny_folder, "seed_x": tiny_x_folder, "lavit": tiny_lavit_folder}
+        program, *argv = command.format(**folders).split()
+        monkeypatch.setattr(sys, "argv", [program, *argv])
+        try:
+            if program == "seed":
+                from seed_multimodal.cli.main import main
+
+                return main(argv)
+            monkeypatch.syspath_prepend(str((ROOT / program).parent))
+            runpy.run_path(str(ROOT / program), run_name="__main__")
+        except SystemExit as ended:
+            return int(ended.code or 0)
+        return 0
+
+    return call
+
+
+@pytest.mark.parametrize("command", DRAWN)
+def test_programs_draw(command, call, tmp_path, capsys):
+    assert call(command) == 0
+    files = [file for file in tmp_path.rglob("*.*g") if file.name != "image.png"]
+    names = {str(file.relative_to(tmp_path)): Image.open(file).size for file in files}
+    assert names == DRAWN[command]
+    printed = capsys.readouterr().out
+    assert all(name in printed for name in names)
+
+
+@pytest.mark.parametrize("command", PRINTED)
+def test_programs_print(command, call, capsys):
+    assert call(command) == 0
+    assert PRINTED[command] in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("command", REFUSED)
+def test_programs_refuse(command, call, capsys):
+    assert call(command) == 2
+    printed = capsys.readouterr()
+    (line,) = printed.err.splitlines()
+    assert REFUSED[command] in line and printed.out == ""
+
+
+def leaf_commands(parser: argparse.ArgumentParser, name: str = "seed") -> Iterator[str]:
+    """`seed draw`, `seed data check`, … of a parser."""
+    parts = [action for action in parser._actions if isinstance(action.choices, dict)]
+    if not parts:
+        yield name
+    for action in parts:
+        for choice, command in action.choices.items():
+            yield from leaf_commands(command, f"{name} {choice}")
+
+
+def test_every_program_and_command_has_a_row():
+    from seed_multimodal.cli.main import build_parser
+
+    programs = list(leaf_commands(build_parser()))
+    for folder in ("gradio_demo", "scripts", "src", "MultiModalLLM", "SEED_Tokenizer"):
+        for file in sorted(Path(ROOT, folder).rglob("*.py")):
+            name = str(file.relative_to(ROOT))
+            if not name.startswith("src/seed_") and "__main__" in file.read_text():
+                programs.append(name)
+    rows = [*DRAWN, *PRINTED, *REFUSED]
+    missing = [name for name in programs if not any(row.startswith(f"{name} ") for row in rows)]
+    assert len(programs) > 60 and missing == []

@@ -1,0 +1,411 @@
+"""HTTP contract, routes x fields: each field is followed (the library answers the same with that
+setting), harmless (the answer does not change) or refused by its name.
+
+A new field or route is tested by its row in a table.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+from typing import Any
+
+import numpy as np
+import pytest
+from PIL import Image
+from random_images import noise
+from served import CHAT, HI, base64_of, chat, events, figures, png_of, read, user
+
+DRAW = "/v1/images/generations"
+EDIT = "/v1/images/edits"
+TOKENS = "/v1/images/tokens"
+GENERATE = "/generate"
+ASK = [{"role": "user", "content": "Tell me about the cat."}]
+CODES = [*range(16)] * 2
+# A valid body of each route, to which the rows of the tables add or change fields.
+BODIES: dict[str, dict[str, Any]] = {
+    GENERATE: {"text": HI, "images": [], "max_new_tokens": 4, "temperature": 0},
+    CHAT: {"messages": ASK, "max_tokens": 4, "temperature": 0},
+    DRAW: {"prompt": "a fish", "seed": 3},
+    EDIT: {"prompt": "Make it green.", "seed": 3, "image": [png_of(noise(0))]},
+    TOKENS: {"codes": [CODES]},
+}
+JSON_ROUTES = [GENERATE, CHAT, DRAW, TOKENS]
+
+
+def post(client: Any, route: str, **fields: Any) -> Any:
+    """Send the route's body with other fields; an edit is a form, its `image` a list of files."""
+    body = {**BODIES[route], **fields}
+    if route != EDIT:
+        return client.post(route, json=body)
+    for name in ("image", "mask"):
+        files = [file.encode() if isinstance(file, str) else file for file in body.get(name, [])]
+        body[name] = [(io.BytesIO(file), "a.png") for file in files]
+    return client.post(route, data=body)
+
+
+def answer_of(response: Any) -> Any:
+    """An answer without what differs between two calls."""
+    assert response.status_code == 200, response.json
+    return {name: value for name, value in response.json.items() if name not in ("id", "created")}
+
+
+def refusal(response: Any, status: int = 400) -> str:
+    """The sentence of a refused request, in the form of its route."""
+    assert response.status_code == status, response.json
+    error = response.json["error"]
+    if isinstance(error, dict):
+        assert error["type"] == "invalid_request_error"
+        sentence = error["message"]
+    else:  # the original's clients read these fields of every answer
+        assert (response.json["error_msg"], response.json["images"]) == ([error], [])
+        sentence = error
+    assert sentence.endswith(".") and "\n" not in sentence and len(sentence) < 600
+    return sentence
+
+
+# ---- followed
+
+SAMPLED = {"temperature": 5.0, "top_p": 1.0}
+# What is sent, and what the library is called with.
+CHAT_FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "nothing": ({}, {}),
+    "max_tokens": ({"max_tokens": 5}, {"max_new_tokens": 5}),
+    "max_completion_tokens": ({"max_completion_tokens": 5}, {"max_new_tokens": 5}),
+    "max_tokens above the context": ({"max_tokens": 4096}, {"max_new_tokens": 4096}),
+    "num_beams": ({"max_tokens": 5, "num_beams": 2}, {"max_new_tokens": 5, "num_beams": 2}),
+    "seed": ({**SAMPLED, "seed": 2**63 - 1}, {**SAMPLED, "seed": 2**63 - 1}),
+    "negative seed": ({**SAMPLED, "seed": -7}, {**SAMPLED, "seed": -7}),
+    "top_p of 0": ({**SAMPLED, "top_p": 0}, {"temperature": 0.0}),
+    "temperature next to 0": ({**SAMPLED, "temperature": 1e-45}, {"temperature": 0.0}),
+    "stop": ({"stop": "e"}, {"stop": ["e"]}),
+    "stops": ({"stop": ["never", "e"]}, {"stop": ["e"]}),
+    "modalities": ({"modalities": ["image"], "seed": 1}, {"force_image": True, "seed": 1}),
+    "both modalities": ({"modalities": ["text", "image"]}, {}),
+    # The answer has a text, an image, and a text behind it.
+    "force_image": (
+        {"force_image": True, "seed": 1, "max_tokens": 60},
+        {"force_image": True, "seed": 1, "max_new_tokens": 60},
+    ),
+}
+
+
+@pytest.mark.parametrize("fields, options", CHAT_FIELDS.values(), ids=CHAT_FIELDS)
+def test_chat_follows(client, tiny, fields, options):
+    answer = chat(client, ASK, **fields)
+    expected = tiny.chat(ASK, **{"temperature": 0.0, **options})
+    assert answer["content"].split() == expected.text.split()
+    assert answer["finish_reason"] == expected.finish_reason
+    assert answer["usage"] == {
+        "prompt_tokens": expected.prompt_tokens,
+        "completion_tokens": len(expected.ids),
+        "total_tokens": expected.prompt_tokens + len(expected.ids),
+    }
+    # Images are the library's; each stands behind the text before it.
+    assert [part["codes"] for part in answer["images"]] == expected.codes
+    for part, image in zip(answer["images"], expected.images, strict=True):
+        assert np.array_equal(read(part["image_url"]["url"]), image)
+        before, after = answer["content"][: part["offset"]], answer["content"][part["offset"] :]
+        assert before == expected.parts[0].strip()
+        assert not after or after[0].isspace()
+
+
+GENERATE_FIELDS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+    "max_new_tokens": ({"max_new_tokens": 5}, {"max_new_tokens": 5}),
+    "num_beams": ({"num_beams": 2}, {"num_beams": 2}),
+    "seed": ({**SAMPLED, "seed": 9}, {**SAMPLED, "seed": 9}),
+    "top_p of 0": ({**SAMPLED, "top_p": 0}, {"temperature": 0.0}),
+    # As many tokens as an image needs, whatever the client asked for.
+    "force_boi": ({"force_boi": True, "seed": 1}, {"force_image": True, "max_new_tokens": 33}),
+}
+
+
+@pytest.mark.parametrize("fields, options", GENERATE_FIELDS.values(), ids=GENERATE_FIELDS)
+def test_generate_follows(client, tiny, fields, options):
+    answer = answer_of(post(client, GENERATE, **fields))
+    settings = {"max_new_tokens": 4, "temperature": 0.0, "seed": fields.get("seed", 0), **options}
+    expected = tiny.chat([{"role": "user", "content": "hi"}], **settings)
+    assert answer["text"] == str(expected)
+    assert answer["images_ids"] == expected.codes
+    for text, image in zip(answer["images"], expected.images, strict=True):
+        assert np.array_equal(read(text), image)
+
+
+def test_generate_has_the_defaults_of_the_original(client):
+    settings = {"temperature": 0.7, "num_beams": 1, "max_new_tokens": 256, "top_p": 0.5}
+    request = {"text": HI, "images": [], "seed": 1}
+    explicit = client.post(GENERATE, json={**request, **settings, "force_boi": False})
+    assert answer_of(client.post(GENERATE, json=request)) == answer_of(explicit)
+
+
+IMAGE_FIELDS: dict[str, tuple[str, dict[str, Any], Any]] = {
+    "seed": (DRAW, {"seed": -7}, lambda system: system.draw(["a fish"], -7)),
+    "n": (DRAW, {"n": 2}, lambda system: system.draw(["a fish"], 3, num_images=2)),
+    "edit": (EDIT, {}, lambda system: system.edit([noise(0)], ["Make it green."], 3)),
+    "n edits": (
+        EDIT,
+        {"n": 2},
+        lambda system: system.edit([noise(0)], ["Make it green."], 3, num_images=2),
+    ),
+    "several files": (
+        EDIT,
+        {"image": [png_of(noise(0)), png_of(noise(1))]},
+        lambda system: system.edit([[noise(0), noise(1)]], ["Make it green."], 3),
+    ),
+    "codes": (
+        TOKENS,
+        {"codes": [CODES, CODES[::-1]], "seed": 5},
+        lambda system: system.reconstruct([CODES, CODES[::-1]], 5),
+    ),
+    "first": (TOKENS, {"first": 8}, lambda system: system.reconstruct([CODES], 0, codes=8)),
+}
+
+
+@pytest.mark.parametrize("route, fields, library", IMAGE_FIELDS.values(), ids=IMAGE_FIELDS)
+def test_images_follow(client, tiny, route, fields, library):
+    data = answer_of(post(client, route, **fields))["data"]
+    for item, image in zip(data, library(tiny), strict=True):
+        assert np.array_equal(read(item["b64_json"]), image)
+
+
+def test_tokens_are_the_codes_of_images(client, tiny):
+    url = f"data:image/png;base64,{base64_of(noise(1))}"
+    body = {"images": [base64_of(noise(0)), url]}
+    codes = [item["codes"] for item in client.post(TOKENS, json=body).json["data"]]
+    assert codes == tiny.tokenize([noise(0), noise(1)]).tolist()
+
+
+def test_previews_come_before_their_image(client):
+    """The page shows them while the image is generated."""
+    body = {"messages": ASK, "force_image": True, "max_tokens": 33, "stream": True, "seed": 1}
+    chunks = events(client.post(CHAT, json={**body, "previews": True}))
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    images = [image for delta in deltas for image in delta.get("images", ())]
+    lengths = [(len(image["codes"]), image["preview"]) for image in images]
+    assert lengths == [(8, True), (16, True), (32, False)]
+    assert {image["index"] for image in images} == {0}
+
+
+def test_stop_at_the_end_token_and_at_a_text(client_of, nano):
+    """nano's answers end by themselves."""
+    client = client_of(nano)
+    question = [user([1] * 32, nano.tasks.question("What is on the left?"))]
+    unlimited = chat(client, question)
+    assert unlimited["finish_reason"] == "stop"
+    stopped = chat(client, question, stop=unlimited["content"][-3:])
+    assert stopped["finish_reason"] == "stop"
+    assert len(stopped["content"]) == len(unlimited["content"]) - 3
+
+
+def test_chat_notes_that_an_image_does_not_fit(client):
+    notes = [chat(client, ASK, max_tokens=count)["notes"] for count in (20, 40)]
+    assert [len(of_answer) for of_answer in notes] == [1, 0]
+    assert "34" in notes[0][0]  # tokens of an image
+
+
+# ---- harmless
+
+# Requests as they are sent: the route, and fields that are added to its valid body.
+HARMLESS = [
+    '/v1/chat/completions {"model": "any", "user": "u", "store": false, "tool_choice": "none"}',
+    '/v1/chat/completions {"response_format": {"type": "text"}, "n": 1}',
+    '/v1/chat/completions {"logprobs": false, "top_logprobs": 0, "logit_bias": {}, "tools": []}',
+    '/v1/chat/completions {"max_completion_tokens": null, "stream": null, "seed": null, "n": null}',
+    '/v1/chat/completions {"stop": null, "modalities": null, "top_p": null, "tools": null}',
+    '/generate {"seed": null, "user": "u"}',
+    '/v1/images/generations {"model": "any", "n": null, "response_format": "b64_json"}',
+    '/v1/images/edits {"model": "any", "response_format": "b64_json"}',
+    '/v1/images/tokens {"images": [], "first": null}',
+]
+
+
+@pytest.mark.parametrize("sent", HARMLESS)
+def test_harmless_fields_do_not_change_the_answer(client, sent):
+    route, fields = sent.split(" ", 1)
+    assert answer_of(post(client, route, **json.loads(fields))) == answer_of(post(client, route))
+
+
+def test_messages_may_have_parts_and_nulls(client):
+    for message in (user(ASK[0]["content"]), {**ASK[0], "images": None, "name": None}):
+        assert answer_of(post(client, CHAT, messages=[message])) == answer_of(post(client, CHAT))
+
+
+def test_refusal_of_an_assistant_is_read_as_text(client):
+    parts = [{"type": "refusal", "refusal": "I cannot."}]
+    answers = [
+        chat(client, [*ASK, {"role": "assistant", "content": content}, *ASK], max_tokens=6)
+        for content in (parts, "I cannot.")
+    ]
+    assert answers[0] == answers[1]
+
+
+# ---- refused
+
+
+# Requests → what the refusal names: the field, the image or the limit.
+REFUSED = {
+    # Missing fields and wrong types.
+    '/generate {"text": 3}': "text",
+    '/generate {"text": null}': "text",
+    '/generate {"images": [4]}': "images.0",
+    '/v1/chat/completions {"messages": null}': "messages",
+    '/v1/chat/completions {"messages": []}': "messages",
+    '/v1/images/tokens {"codes": []}': "'codes'",
+    '/v1/images/tokens {"images": ["aGk="]}': "'images'",
+    '/v1/images/edits {"image": []}': "'image'",
+    '/v1/images/edits {"mask": ["a file"]}': "mask",
+    # Values out of range.
+    '/generate {"temperature": -1}': "temperature",
+    '/generate {"temperature": 6}': "temperature",
+    '/generate {"top_p": 1.5}': "top_p",
+    '/generate {"num_beams": 9}': "num_beams",
+    '/generate {"max_new_tokens": 0}': "max_new_tokens",
+    '/generate {"seed": 9223372036854775808}': "seed",
+    '/v1/chat/completions {"n": 2}': "n",
+    '/v1/chat/completions {"stop": ["a", "b", "c", "d", "e"]}': "stop",
+    '/v1/chat/completions {"stop": ""}': "stop",
+    '/v1/images/generations {"prompt": " "}': "prompt",
+    '/v1/images/generations {"n": 99}': "n",
+    '/v1/images/generations {"ratio": "3:2"}': "'ratio'",
+    '/v1/images/generations {"response_format": "url"}': "response_format",
+    '/v1/images/tokens {"first": 0}': "first",
+    # Messages.
+    '/generate {"text": "<image>"}': "<image>",
+    '/v1/chat/completions {"messages": [{"role": "user", "content": " ."}]}': "last message",
+    '/v1/chat/completions {"messages": [{"role": "tool", "content": "12"}]}': "messages.0.role",
+    # Images and codes.
+    '/generate {"text": "<image>", "images": ["@@@"]}': "image 0",
+    '/generate {"text": "<image>", "images": [""]}': "image 0",
+    '/generate {"text": "<image>", "images": ["bm8gaW1hZ2U="]}': "image 0",
+    '/generate {"text": "<image>", "images": [[-1]]}': "images.0",
+    '/generate {"text": "<image>", "images": [[100000000000000000000000000000]]}': "images.0",
+    '/v1/images/tokens {"codes": [[1, 2]]}': "32 codes",
+    '/v1/images/tokens {"codes": [], "images": ["http://127.0.0.1:1/a.png"]}': "image 0",
+    '/v1/images/edits {"image": ["no image"]}': "image 0",
+    # OpenAI's fields that would change the answer.
+    '/v1/chat/completions {"tools": [{"type": "function", "function": {"name": "f"}}]}': "tools",
+    '/v1/chat/completions {"functions": [{"name": "f"}]}': "functions",
+    '/v1/chat/completions {"logprobs": true}': "logprobs",
+    '/v1/chat/completions {"top_logprobs": 2}': "top_logprobs",
+    '/v1/chat/completions {"logit_bias": {"5": 1}}': "logit_bias",
+    '/v1/chat/completions {"audio": {"voice": "alloy"}}': "audio",
+    '/v1/chat/completions {"response_format": {"type": "json_object"}}': "response_format",
+}
+
+
+@pytest.mark.parametrize("sent, named", REFUSED.items())
+def test_refused_fields_are_named(client, sent, named):
+    route, text = sent.split(" ", 1)
+    fields = json.loads(text)
+    assert named in refusal(post(client, route, **fields))
+    # A stream is refused with a status, too, not with an event.
+    if route == CHAT:
+        assert named in refusal(post(client, route, stream=True, **fields))
+
+
+LARGE: dict[str, tuple[str, dict[str, Any], str]] = {
+    "characters": (GENERATE, {"text": "x" * 40_000}, "text"),
+    "context": (GENERATE, {"text": "word " * 3000}, "context"),
+    "images": (GENERATE, {"text": "<image>" * 17, "images": [CODES] * 17}, "images"),
+    "codes": (GENERATE, {"text": "<image>", "images": [[0] * 2000]}, "images.0"),
+    "codes of an image": (GENERATE, {"text": "<image>", "images": [[0] * 33]}, "32 codes"),
+    "a code": (GENERATE, {"text": "<image>", "images": [[16] * 32]}, "0 to 15"),
+    "characters of messages": (CHAT, {"messages": [user("x" * 33_000)]}, "characters"),
+    "images of messages": (CHAT, {"messages": [user(*[CODES] * 17)]}, "17 images"),
+    "a code of a message": (CHAT, {"messages": [user([99] * 32)]}, "0 to 15"),
+    "an image of the system": (
+        CHAT,
+        {"messages": [{**user(CODES), "role": "system"}]},
+        "Message 0",
+    ),
+    "an image of the developer": (
+        CHAT,
+        {"messages": [{**user(noise(0)), "role": "developer"}]},
+        "Message 0",
+    ),
+}
+
+
+@pytest.mark.parametrize("route, fields, named", LARGE.values(), ids=LARGE)
+def test_limits_are_named(client, route, fields, named):
+    assert named in refusal(post(client, route, **fields))
+
+
+NO_REQUESTS = [
+    b"",
+    b"null",
+    b"[1]",
+    b"{",
+    b"{}",
+    b"\xff\xfe",
+    b"[" * 100_000,
+    b'{"a":' * 100_000,
+    b'{"text": "\xed\xa0\x80", "images": []}',
+    b'{"text": "ab\\ud800", "images": []}',
+    b'{"text": "x", "images": [], "seed": 1' + b"0" * 5000 + b"}",
+    b'{"text": "x", "images": [], "temperature": NaN}',
+    b'{"text": "x", "images": [], "top_p": 1e400}',
+    b'{"codes": [' + b"0," * 300_000 + b"0]}",
+]
+
+
+@pytest.mark.parametrize("route", JSON_ROUTES)
+@pytest.mark.parametrize("body", NO_REQUESTS, ids=lambda body: body[:20].decode("latin-1"))
+def test_bodies_that_are_no_requests_are_refused(client, route, body):
+    refusal(client.post(route, data=body, content_type="application/json"))
+
+
+# ---- routes
+
+
+@pytest.mark.parametrize("route", JSON_ROUTES)
+def test_bodies_of_another_type_are_refused(client, route):
+    refusal(client.post(route, data="x"), status=415)
+
+
+def test_wrong_routes_and_methods_are_named(client):
+    assert "/openapi.json" in refusal(client.get("/elsewhere"), status=404)
+    for method in ("GET", "HEAD", "PUT"):
+        assert client.open(GENERATE, method=method).status_code == 405
+    paths = client.get("/openapi.json").json["paths"]
+    assert BODIES.keys() < paths.keys()
+    for path, methods in paths.items():
+        wrong = client.delete(path) if "get" in methods else client.get(path)
+        assert wrong.status_code == 405 and wrong.headers["Allow"], path
+
+
+def test_models_lists_the_system_by_its_name(client, tiny):
+    (listed,) = client.get("/v1/models").json["data"]
+    assert client.get(f"/v1/models/{listed['id']}").json == listed
+    assert tiny.config.name.endswith(listed["id"])
+    for name in ("gpt-4o", "AILab-CVC/SEED"):
+        sentence = refusal(client.get(f"/v1/models/{name}"), status=404)
+        assert name in sentence and listed["id"] in sentence
+
+
+# ---- limits
+
+
+@pytest.mark.parametrize("route", BODIES)
+def test_bodies_that_are_too_large_are_refused(client_of, tiny, route):
+    client = client_of(tiny, max_body_bytes=1 << 20)
+    assert "1 MiB" in refusal(post(client, route, padding="x" * (2 << 20)), status=413)
+
+
+@pytest.mark.parametrize("route", [GENERATE, CHAT, EDIT, TOKENS])
+def test_images_with_too_many_pixels_are_refused_unread(client_of, tiny, route):
+    """A file of 1 kB may claim pixels that fill the memory."""
+    client = client_of(tiny, max_pixels=1_000_000)
+    for images, named in (
+        ([Image.new("1", (700, 700))] * 3, "image 2"),
+        ([Image.new("1", (1100, 1000))], "image 0"),
+    ):
+        texts = [base64_of(image) for image in images]
+        fields = {
+            GENERATE: {"text": "<image>" * len(images), "images": texts},
+            CHAT: {"messages": [user(*images)]},
+            EDIT: {"image": [png_of(image) for image in images]},
+            TOKENS: {"codes": None, "images": texts},
+        }
+        assert named in refusal(post(client, route, **fields[route]))
+    assert 'seed_images_total{kind="read"}' not in figures(client)

@@ -1,0 +1,320 @@
+"""The three families behind the server: routes answer as the library does, in both directions."""
+
+from __future__ import annotations
+
+import shutil
+from typing import Any
+
+import numpy as np
+import pytest
+from random_images import noise
+from recorded_engine import RecordedEngine
+from served import CHAT, PROMPTS, base64_of, chat, generate, read, user
+
+DRAW = "/v1/images/generations"
+TOKENS = "/v1/images/tokens"
+SETTINGS = {"max_new_tokens": 12, "temperature": 0.0, "seed": 1, "num_beams": 1}
+FIELDS = {"max_tokens": 12, "seed": 1, "num_beams": 1}
+pytestmark = pytest.mark.filterwarnings("ignore:Answers are not lemmatised")
+
+
+# ---- every family
+
+
+def test_generate_answers_as_the_library(system, family_client, prompt):
+    text = prompt.format("<image>What is it?")
+    answer = generate(family_client, text, noise(0), **SETTINGS)
+    expected = system.chat([user_message(noise(0), "What is it?")], **SETTINGS)
+    assert (answer["text"], answer["images"]) == (str(expected), [])
+    # Codes of an image save encoding it again, where the family reads codes.
+    codes = system.tokenize(noise(0)).tolist() if system.prompts_are_ids else [None]
+    assert answer["images_ids"] == codes
+    if system.prompts_are_ids:
+        assert generate(family_client, text, *codes, **SETTINGS)["text"] == answer["text"]
+
+
+def test_generate_draws_as_the_library(system, family_client, prompt):
+    settings = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 33, "seed": 3}
+    answer = generate(family_client, prompt.format("a fish"), force_boi=True, **settings)
+    expected = system.chat([user_message("a fish")], force_image=True, **settings)
+    assert np.array_equal(read(answer["images"][0]), expected.images[0])
+    assert answer["text"] == str(expected) and answer["error_msg"] == []
+
+
+def test_chat_answers_as_the_library(system, family_client):
+    answer = chat(family_client, [user(noise(0), "What is it?")], **FIELDS)
+    expected = system.chat([user_message(noise(0), "What is it?")], **SETTINGS)
+    assert answer["content"].strip() == expected.text.strip()
+    assert answer["usage"]["completion_tokens"] == len(expected.ids)
+
+
+def test_images_are_drawn_as_the_library_draws(system, family_client):
+    body = {"prompt": "a fish", "seed": 3}
+    (item,) = family_client.post(DRAW, json=body).json["data"]
+    assert np.array_equal(read(item["b64_json"]), system.draw("a fish", seed=3))
+
+
+@pytest.mark.parametrize(
+    "text", ["", "  ", "\u0000", "\U0001f600", "</s><img>", "USER: \nASSISTANT:"]
+)
+def test_generate_answers_or_refuses_any_text(family_client, text):
+    for force in (False, True):
+        body = {"text": text, "images": [], "max_new_tokens": 2, "force_boi": force}
+        assert family_client.post("/generate", json=body).status_code in (200, 400)
+
+
+# ---- families that hold conversations
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_x"])
+def test_conversation_with_images_in_both_directions(client_of, request, name):
+    """A drawn image is sent back: its codes, or for SEED-X the image itself."""
+    system = request.getfixturevalue(name)
+    client = client_of(system)
+    settings = {**SETTINGS, "max_new_tokens": 40}
+    messages = [user_message(noise(0), "Make it red.")]
+    expected = system.chat(messages, force_image=True, **settings)
+    again = system.chat(
+        [*messages, {"role": "assistant", "content": expected}, user_message("And now?")],
+        **SETTINGS,
+    )
+
+    # 1. OpenAI's route.
+    fields = {**FIELDS, "max_tokens": 40, "force_image": True}
+    opening = user(noise(0), "Make it red.")
+    message = chat(client, [opening], **fields)
+    assert np.array_equal(read(message["images"][0]["image_url"]["url"]), expected.images[0])
+    follow_up = chat(client, [opening, message, user("And now?")], **FIELDS)
+    assert follow_up["content"].strip() == again.text.strip()
+    assert follow_up["usage"]["prompt_tokens"] == again.prompt_tokens
+
+    # 2. The original's route.
+    prompt = PROMPTS[system.config.system]
+    text = prompt.format("<image>Make it red.")
+    drawing = generate(client, text, noise(0), force_boi=True, **settings)
+    codes = drawing["images_ids"][1:]
+    images = [row or read(data) for row, data in zip(codes, drawing["images"], strict=True)]
+    text = f"{text} {drawing['text']}\n" + prompt.format("And now?")
+    answer = generate(client, text, noise(0), *images, **SETTINGS)
+    assert answer["text"] == str(again)
+
+
+@pytest.mark.parametrize("name", ["tiny", "tiny_x"])
+def test_generate_continues_a_text_without_template(client_of, request, name):
+    from seed_multimodal.language.messages import Message
+
+    system = request.getfixturevalue(name)
+    message = Message("raw", ("Question: ", noise(1), "What is this?\nAnswer:"))
+    (expected,) = system.generate_answers([[message]], "chat", system.settings(**SETTINGS))
+    text = "Question: <image>What is this?\nAnswer:"
+    answer = generate(client_of(system), text, noise(1), **SETTINGS)
+    assert answer["text"] == str(expected.answer)
+
+
+def test_generate_leaves_out_an_image_that_broke_off(client_of, tiny, tiny_x):
+    codes = [*range(16)] * 2
+    text = "<image><image> and <image> What is it?"
+    answer = generate(client_of(tiny), text, codes, codes[:23], [])
+    assert answer["images_ids"][:3] == [codes, codes[:23], []]
+    assert len([note for note in answer["error_msg"] if "left out" in note]) == 2
+    text = "[INST] Draw. [/INST]\nHere <image>\n[INST] And? [/INST]\n"
+    answer = generate(client_of(tiny_x), text, [0, 1], **SETTINGS)
+    assert answer["images_ids"][0] == [0, 1]
+    assert any("left out" in note for note in answer["error_msg"])
+
+
+def test_generate_drops_the_oldest_turns_of_a_long_conversation(client):
+    turns = [f"USER: {'word ' * 40}\nASSISTANT: yes\n" for _ in range(20)]
+    answer = generate(client, "".join(turns) + "USER: And?\nASSISTANT:", max_new_tokens=3)
+    assert "messages were left out" in answer["error_msg"][0]
+
+
+@pytest.mark.parametrize("template", ["vicuna", "llama2"])
+def test_read_turns_gives_the_turns_of_a_rendered_conversation(template):
+    from seed_multimodal.language.prompts import get_template
+    from seed_multimodal.serving.backend import read_turns
+
+    turns = [
+        ("user", "<image>What is it?"),
+        ("assistant", "a cat."),
+        ("user", "Draw it."),
+        ("assistant", "Here it is. <image>"),
+        ("user", "Thanks"),
+    ]
+    rules = get_template(template)
+    text = "".join(rules.render(turns))
+    assert read_turns(text, rules) == turns
+    assert read_turns(text + "Well", rules) == read_turns("What is it?", rules) == []
+
+
+def test_repeated_images_are_encoded_once(client, tiny):
+    """Clients send all images of a conversation with each message."""
+    passes: list[int] = []
+    hook = tiny.images.model.visual_encoder.register_forward_hook(lambda *_: passes.append(1))
+    text = "USER: <image>What is it?\nASSISTANT: a cat.\nUSER: <image>And this?\nASSISTANT:"
+    try:
+        first = generate(client, text, noise(8), noise(9), max_new_tokens=2)
+        passes.clear()
+        again = generate(client, text, noise(8), noise(9), max_new_tokens=2)
+    finally:
+        hook.remove()
+    assert again["images_ids"][:2] == first["images_ids"][:2] and not passes
+
+
+# ---- SEED-X: images have no codes, answers have boxes
+
+
+@pytest.mark.parametrize(
+    "text, images, named",
+    [
+        ("<image>?", [[3, 2, 1, 0]], "no codes"),
+        ("<image>?", [[0, 1, 2, 3, 4]], "no codes"),
+        ("The <box_start><loc-1><loc-2><box_end>?", [], "four locations"),
+        ("The <box_start><loc-1><loc-2><loc-3><loc-16><box_end>?", [], "four locations"),
+    ],
+)
+def test_seed_x_refuses_codes_and_malformed_boxes(client_of, tiny_x, text, images, named):
+    body = {"text": PROMPTS["seed_x"].format(text), "images": images}
+    response = client_of(tiny_x).post("/generate", json=body)
+    assert response.status_code == 400 and named in response.json["error"]
+
+
+def test_seed_x_has_no_codes_to_exchange(client_of, tiny_x):
+    for body in ({"codes": [[0]]}, {"images": [base64_of(noise(0))]}):
+        assert client_of(tiny_x).post(TOKENS, json=body).status_code == 400
+
+
+def answering(system: Any, text: str) -> Any:
+    """A system whose answers are recorded."""
+    copy = object.__new__(type(system))
+    vars(copy).update(vars(system))
+    ids = system.tokenizer.encode(text)
+    copy.engine = RecordedEngine(system.tokenizer, ids)
+    return copy
+
+
+def test_boxes_are_shares_of_the_last_image(client_of, tiny_x):
+    """The page draws them on it."""
+    text = "a cat<box_start><loc-8><loc-4><loc-4><loc-2><box_end></s>"
+    client = client_of(answering(tiny_x, text))
+    message = chat(client, [user(noise(0), noise(1), "Where is it?")])
+    assert message["boxes"] == [{"image": 1, "box": [0.375, 0.1875, 0.625, 0.3125]}]
+    assert message["notes"] == []
+    assert chat(client, [user("Where is it?")])["boxes"] == []
+    # The words of a box are in the text, which the next turn sends back.
+    assert "<loc-8>" in generate(client, "[INST] Where is it? [/INST]\n")["text"]
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "<box_start><loc-1><loc-2><loc-3><box_end>",
+        "<box_start><loc-1><loc-2><loc-3>",
+        "</img> a cat",
+        "<img><img_00000><img_00001>",
+    ],
+)
+def test_malformed_answers_have_a_note(client_of, tiny_x, answer):
+    client = client_of(answering(tiny_x, answer))
+    message = chat(client, [user(noise(0), "Where is it?")])
+    assert message["boxes"] == [] and len(message["notes"]) == 1
+    response = generate(client, "[INST] <image>? [/INST]\n", noise(0))
+    assert response["text"].count("<image>") == len(response["images"])
+
+
+# ---- LaVIT: single messages, six ratios, its own settings
+
+
+def test_lavit_reads_an_image_anywhere_and_several(client_of, tiny_lavit):
+    client = client_of(tiny_lavit)
+    answer = tiny_lavit.chat([user_message(noise(1), "What is it?")], seed=3, num_beams=2)
+    for text in ("<image> What is it?", "What is it?<image>"):
+        assert generate(client, text, noise(1), seed=3, num_beams=2)["text"] == str(answer)
+    both = tiny_lavit.describe([[noise(1), noise(2)]], seed=3, num_beams=1)[0]
+    assert generate(client, "<image><image>", noise(1), noise(2), seed=3)["text"] == both
+
+
+def test_lavit_composes_text_images_and_codes(client_of, tiny_lavit):
+    image = noise(1)
+    codes = [1, 2, 3]
+    text = "<image> and <image> in the snow"
+    answer = generate(client_of(tiny_lavit), text, image, codes, seed=3, force_boi=True)
+    expected = tiny_lavit.compose([image, "and", codes, "in the snow"], seed=3)
+    assert np.array_equal(read(answer["images"][0]), expected)
+    assert answer["images_ids"][:2] == [None, codes]
+
+
+def test_lavit_answers_the_last_message_alone(client_of, tiny_lavit):
+    client = client_of(tiny_lavit)
+    shown = user(noise(1))
+    shown["content"][0]["codes"] = [1, 2]  # an image is read rather than its codes
+    turns = [{"role": "system", "content": "Be kind."}, user("a fish"), shown]
+    expected = tiny_lavit.chat([user_message(noise(1))], num_beams=1, seed=3)
+    body = {"messages": turns, "seed": 3}
+    message = client.post(CHAT, json=body).json["choices"][0]["message"]
+    assert message["content"] == expected.text
+
+
+def test_lavit_draws_in_a_ratio_and_gives_codes(client_of, tiny_lavit):
+    client = client_of(tiny_lavit)
+    body = {"prompt": "a fish", "seed": 3, "ratio": "2:3"}
+    (item,) = client.post(DRAW, json=body).json["data"]
+    expected = tiny_lavit.draw("a fish", seed=3, ratio="2:3")
+    assert np.array_equal(read(item["b64_json"]), expected)
+    data = client.post(TOKENS, json={"images": [base64_of(noise(1))]}).json["data"]
+    assert data[0]["codes"] == tiny_lavit.tokenize(noise(1))[0].tolist()
+
+
+@pytest.mark.parametrize(
+    "text, images, force, named",
+    [
+        ("hello", [], False, "image"),
+        ("<image>What?", [[1, 2]], False, "codes"),
+        ("<image>snow", [[99999]], True, "code"),
+        ("  ", [], True, "Message 0"),
+        ("a fish " * 4000, [], True, "prompt"),
+    ],
+)
+def test_lavit_refuses_what_it_cannot_read(client_of, tiny_lavit, text, images, force, named):
+    body = {"text": text, "images": images, "force_boi": force}
+    response = client_of(tiny_lavit).post("/generate", json=body)
+    assert response.status_code == 400 and named in response.json["error"]
+
+
+def test_a_folder_without_its_pixel_decoder_is_read_only(client_of, tiny_lavit_folder, tmp_path):
+    from seed_multimodal.models.lavit.pipeline import Lavit
+
+    folder = shutil.copytree(tiny_lavit_folder, tmp_path / "tiny")
+    shutil.rmtree(folder / "pixels")
+    client = client_of(Lavit.from_pretrained(folder, device="cpu", log=None))
+    assert generate(client, "<image>", noise(1))["text"]
+    body = {"text": "a fish", "images": [], "force_boi": True}
+    response = client.post("/generate", json=body)
+    assert response.status_code == 400 and "pixel decoder" in response.json["error"]
+
+
+@pytest.mark.parametrize(
+    "text, images, force", [("<image>", [noise(1)], False), ("a fish", [], True)]
+)
+def test_lavit_stops_when_the_client_leaves(tiny_lavit, text, images, force):
+    """At the third token of a caption or code of an image: nothing is drawn."""
+    from werkzeug.exceptions import ServiceUnavailable
+
+    from seed_multimodal.serving.backend import Backend, Deadline
+    from seed_multimodal.serving.schema import GenerateRequest
+
+    calls: list[int] = []
+
+    def disconnected() -> bool:
+        calls.append(1)
+        return len(calls) >= 3
+
+    sent = [base64_of(image) for image in images]
+    request = GenerateRequest(text=text, images=sent, force_boi=force)
+    with pytest.raises(ServiceUnavailable):
+        Backend(tiny_lavit).generate(request, Deadline(disconnected, 600))
+    assert len(calls) <= 6
+
+
+def user_message(*content: Any) -> dict[str, Any]:
+    return {"role": "user", "content": [*content]}
