@@ -1,10 +1,11 @@
-"""The loss of a batch by the training's module."""
+"""Batches of a language model's training, and their loss by the training's module."""
 
 from __future__ import annotations
 
+from types import SimpleNamespace
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from seed_multimodal.training.llm.loss import (
     ALL_TEXT,
@@ -15,11 +16,25 @@ from seed_multimodal.training.llm.loss import (
 )
 
 
+def rows(
+    input_ids: Tensor,
+    labels: Tensor | None = None,
+    position_ids: Tensor | None = None,
+    attention_mask: Tensor | None = None,
+) -> SimpleNamespace:
+    """A batch `[B, T]`; labels are by default the ids, positions None: one sequence a row."""
+    return SimpleNamespace(
+        input_ids=input_ids,
+        labels=input_ids if labels is None else labels,
+        position_ids=position_ids,
+        attention_mask=attention_mask,
+    )
+
+
 def packed_loss(
     model: nn.Module, batch: Any, *, weights: LossWeights = ALL_TEXT, chunked: bool = False
 ) -> LossParts:
-    """Loss of a batch or of anything with its four tensors; `chunked`: logits of at most 64 tokens
-    at once."""
+    """Loss of a batch; `chunked`: logits of at most 64 tokens at once."""
     return LossModule(model, weights, 1 if chunked else MAX_LOGITS)(
         batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask
     )

@@ -183,8 +183,14 @@ def content(folder: Path, name: str = "toy") -> dict[str, bytes]:
 def read_losses(folder: Path, rank: int = 0) -> dict[int, float]:
     """The last loss of each micro-step (a killed run repeats its unsaved steps)."""
     file = folder / f"losses.{rank}.txt"
+    # A line may be half written.
     pairs = [line.split() for line in file.read_text().splitlines()] if file.is_file() else []
     return {int(pair[0]): float.fromhex(pair[1]) for pair in pairs if len(pair) == 2}
+
+
+def log_lines(folder: Path, name: str = "toy") -> list[dict[str, float]]:
+    """A stage's log."""
+    return [json.loads(line) for line in (folder / f"{name}.log.jsonl").read_text().splitlines()]
 
 
 def main() -> int:

@@ -1,29 +1,23 @@
 """Bases of today with random weights and a tokenizer of their own: LoRA on packed and on plain
-sequences, saved, merged, loaded, and answered as by transformers' `generate`."""
+sequences, saved, merged and loaded (answers: inference/test_architectures.py)."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from chat_templates import TEXT_TEMPLATES
-from llm_losses import packed_loss
-from reference_generation import generate
+from llm_losses import packed_loss, rows
 from tiny.language import random_llm, write_hub_tokenizer
 from tiny.seed import SENTENCES
 
 from seed_multimodal.data.decoders.base import SeededRandom
 from seed_multimodal.data.decoders.chat import Chat
-from seed_multimodal.inference.backends.torch import TorchBackend
-from seed_multimodal.inference.engine import Engine
-from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.language.hub_tokenizer import HubTokenizer
 from seed_multimodal.language.llm import load_llm
 from seed_multimodal.language.lora import merge_adapter
-from seed_multimodal.language.prompts import get_template
 from seed_multimodal.training.llm.config import LlmModelSettings
 from seed_multimodal.training.llm.loss import find_llama
 from seed_multimodal.training.llm.model import build_llm, save_trained
@@ -79,20 +73,11 @@ def sequences(tokenizer: HubTokenizer) -> list[tuple[torch.Tensor, torch.Tensor]
 
 def train(model: Any, pairs: list[tuple[torch.Tensor, torch.Tensor]], packed: bool) -> list[float]:
     """Three steps; the loss of each."""
-    batches = [
-        SimpleNamespace(
-            input_ids=ids[None], labels=labels[None], position_ids=None, attention_mask=None
-        )
-        for ids, labels in pairs
-    ]
+    batches = [rows(ids[None], labels[None]) for ids, labels in pairs]
     if packed:
-        row = SimpleNamespace(
-            input_ids=torch.cat([ids for ids, _ in pairs])[None],
-            labels=torch.cat([labels for _, labels in pairs])[None],
-            position_ids=torch.cat([torch.arange(len(ids)) for ids, _ in pairs])[None],
-            attention_mask=None,
-        )
-        batches = [row]
+        ids, labels = (torch.cat(column)[None] for column in zip(*pairs, strict=True))
+        positions = torch.cat([torch.arange(len(ids)) for ids, _ in pairs])[None]
+        batches = [rows(ids, labels, positions)]
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     optimizer = torch.optim.SGD(parameters, 0.5)
     losses: list[float] = []
@@ -107,7 +92,7 @@ def train(model: Any, pairs: list[tuple[torch.Tensor, torch.Tensor]], packed: bo
 
 
 @pytest.mark.parametrize("architecture", BASES)
-def test_base_trained_merged_and_answering(architecture: str, tmp_path):
+def test_base_trained_and_merged(architecture: str, tmp_path):
     tokenizer = write_base(tmp_path / "base", architecture)
     settings = LlmModelSettings(path=str(tmp_path / "base"), dtype="fp32", lora=LORA)
 
@@ -136,21 +121,6 @@ def test_base_trained_merged_and_answering(architecture: str, tmp_path):
         expected = model.eval()(input_ids=ids).logits
         torch.testing.assert_close(merged(ids, use_cache=False).logits, expected)
 
-    # 4. The engine answers as `generate`, up to any of its end tokens.
-    template = get_template("chat", tokenizer)
-    texts = ("What is it?", "Please draw a fish.", "a")
-    prompts = [
-        Prompt(tokenizer.encode_parts(template.render([("user", text)]), add_bos=True))
-        for text in texts
-    ]
-    engine = Engine(TorchBackend(merged, max_rows=8), tokenizer)
-    for options in ({"do_sample": False}, {"temperature": 3.0, "top_k": 0}):
-        generation = GenerationSettings(max_new_tokens=40, **options)
-        expected_ids = generate(
-            merged, tokenizer, prompts, generation, [3, 2, 1], tokenizer.eos_token_ids
-        )
-        assert engine.generate(prompts, generation, seeds=[3, 2, 1]) == expected_ids
-
 
 @pytest.mark.parametrize("template", TEXT_TEMPLATES)
 def test_rows_of_new_tokens(template: str, tmp_path):
@@ -167,10 +137,5 @@ def test_rows_of_new_tokens(template: str, tmp_path):
     assert torch.equal(table[:n_text], old)
     torch.testing.assert_close(table[n_text:], old.mean(0).expand(len(tokenizer) - n_text, -1))
     train_ids, labels = sequences(tokenizer)[0]
-    packed_loss(
-        model,
-        SimpleNamespace(
-            input_ids=train_ids[None], labels=labels[None], position_ids=None, attention_mask=None
-        ),
-    ).sum.backward()
+    packed_loss(model, rows(train_ids[None], labels[None])).sum.backward()
     assert table.grad[tokenizer.eos_token_id].any()

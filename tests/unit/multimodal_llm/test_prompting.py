@@ -2,79 +2,50 @@
 
 from __future__ import annotations
 
-import itertools
 import json
 
 import llm_runs as runs
 import pytest
 
 from seed_multimodal.config import load_yaml
-from seed_multimodal.data.stream.llm_batches import LlmBatches
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.training.llm.config import LlmModelSettings, read_model_settings, template_of
 from seed_multimodal.training.llm.task import LlmTask
 
 
-@pytest.fixture
-def questions(tmp_path) -> dict:
-    """A configuration of questions and captions."""
-    for name in ("qa", "captions"):
-        record = {
-            "image_ids": [32 * place for place in range(32)],
-            "question": "What?",
-            "answer": "a fox",
-            "text": "a",
-        }
-        (tmp_path / f"{name}.jsonl").write_text(f"{json.dumps(record)}\n" * 8)
-    return {
-        "sources": [
-            {"name": "qa", "files": str(tmp_path / "qa.jsonl"), "decoder": "sft.qa"},
-            {
-                "name": "captions",
-                "files": str(tmp_path / "captions.jsonl"),
-                "decoder": "pretrain.caption",
-            },
-        ],
-        "length": 160,
-        "rows": 1,
-    }
+@pytest.mark.parametrize(("width", "template"), [(4096, "vicuna"), (5120, "llama2")])
+def test_template_of_a_model(width, template, tmp_path):
+    assert template_of(LlmModelSettings(sizes={"hidden_size": width})) == template
+    assert template_of(LlmModelSettings(path=str(tmp_path))) == "vicuna"  # no config.json
+    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": width}))
+    assert template_of(LlmModelSettings(path=str(tmp_path))) == template
+    named = LlmModelSettings(sizes={"hidden_size": width}, template="vicuna")
+    assert template_of(named) == "vicuna"
 
 
-def test_template_of_a_model(tmp_path):
+def test_template_of_the_original_13b():
     original = load_yaml(runs.APPLICATION / "configs" / "model" / "llama2_13b_lora.yaml")
     assert template_of(read_model_settings(original)) == "llama2"
-    assert template_of(LlmModelSettings(path=str(tmp_path))) == "vicuna"  # no config.json
-    for width, template in ((4096, "vicuna"), (5120, "llama2")):
-        assert template_of(LlmModelSettings(sizes={"hidden_size": width})) == template
-        (tmp_path / "config.json").write_text(json.dumps({"hidden_size": width}))
-        assert template_of(LlmModelSettings(path=str(tmp_path))) == template
-    assert template_of(LlmModelSettings(sizes={"hidden_size": 5120}, template="vicuna")) == "vicuna"
 
 
-def test_read_gives_the_sources_the_template_of_the_model(
-    questions,
-):
-    sizes = {**runs.SIZES, "hidden_size": 5120}
+@pytest.mark.parametrize(
+    ("data", "options", "expected"),
+    [
+        ({}, {}, "llama2"),
+        ({"template": "vicuna"}, {}, "vicuna"),
+        ({}, {"template": "vicuna"}, "vicuna"),
+    ],
+)
+def test_read_gives_the_sources_the_template_of_the_model(data, options, expected):
+    """Unless the data or the source names one; captions have none."""
+    source = {"name": "qa", "files": "qa.jsonl", "decoder": "sft.qa", "options": options}
+    captions = {"name": "captions", "files": "c.jsonl", "decoder": "pretrain.caption"}
     config = {
         "output_dir": "x",
         "optim": {"learning_rate": 1e-4},
         "trainer": {"device": "cpu"},
-        "model": {"sizes": sizes},
+        "model": {"sizes": {**runs.SIZES, "hidden_size": 5120}},
         "tokenizer": {"pretrained_model_name_or_path": str(runs.TOKENIZER)},
+        "data": {"sources": [source, captions], "length": 160, "rows": 1, **data},
     }
-    data = LlmTask.read({**config, "data": questions}).data
-    assert [source.options for source in data.sources] == [{"template": "llama2"}, {}]
-    words = MultimodalTokenizer.from_pretrained(runs.TOKENIZER)
-    batches = LlmBatches(data, words)
-    assert any(
-        "[INST]" in words.decode(batch.input_ids[0].tolist())
-        for batch in itertools.islice(batches, 4)
-    )
-    source = {**questions["sources"][0], "options": {"template": "vicuna"}}
-    for other in ({"template": "vicuna"}, {"sources": [source]}):
-        assert (
-            LlmTask.read({**config, "data": {**questions, **other}})
-            .data.sources[0]
-            .options["template"]
-            == "vicuna"
-        )
+    sources = LlmTask.read(config).data.sources
+    assert [source.options.get("template") for source in sources] == [expected, None]

@@ -9,6 +9,8 @@ import torch
 from lavis_runs import printed, write_clip, write_text_encoder
 from repository import ROOT
 
+NIGHTLY = ("eva trained", "seed1", "lavit eva")
+
 
 def write_eva(file: Path) -> Path:
     """An EVA vision encoder's file, at the size of `lavis_runs.TINY`."""
@@ -26,7 +28,10 @@ def write_eva(file: Path) -> Path:
 
 @pytest.mark.process
 @pytest.mark.slow
-@pytest.mark.parametrize("case", ["eva", "eva trained", "clip", "seed1", "lavit eva"])
+@pytest.mark.parametrize(
+    "case",
+    ["eva", "clip", *(pytest.param(case, marks=pytest.mark.nightly) for case in NIGHTLY)],
+)
 def test_export_by_the_printed_commands(case, yaml, run, tmp_path, capsys, monkeypatch):
     """The vision encoder is EVA's file or a CLIP folder, frozen or trained further."""
     from seed_multimodal.cli.main import main

@@ -1,12 +1,19 @@
-"""`resume=FOLDER`: a branch of a run, from one of its checkpoints or another run's."""
+"""`resume=FOLDER`: a branch of a run, from one of its checkpoints or another run's; remains of a
+killed run."""
 
 from __future__ import annotations
 
+import json
+import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import loop_toy as toy
 import pytest
 
+from seed_multimodal.errors import CheckpointError
+
+# A package in place of wandb, which needs the network: it records the ids of the runs.
 WANDB = """
 from pathlib import Path
 
@@ -21,21 +28,18 @@ class init:
     def finish(self):
         pass
 """
+Run = Callable[..., str]
 
 
 def steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder, oldest first."""
-    return sorted(
-        int(path.name.removeprefix("checkpoint-")) for path in folder.glob("checkpoint-*")
-    )
+    return sorted(int(path.name[len("checkpoint-") :]) for path in folder.glob("checkpoint-*"))
 
 
 @pytest.fixture
-def run(tmp_path, capsys):
-    """`run(**settings)` trains in the same folder until step `until`.
-
-    Returns the checkpoint that it resumed from.
-    """
+def run(tmp_path, capsys) -> Run:
+    """`run(until, **settings)` trains in the same folder until a step; returns the checkpoint that
+    it resumed from."""
 
     def go(until: int, **settings: object) -> str:
         capsys.readouterr()
@@ -48,7 +52,7 @@ def run(tmp_path, capsys):
     return go
 
 
-def test_resume_from_a_folder_starts_a_branch_that_continues(run, tmp_path):
+def test_resume_from_a_folder_starts_a_branch_that_continues(run: Run, tmp_path):
     checkpoints = tmp_path / "toy.checkpoints"
     run(6)
     first = str(checkpoints / "checkpoint-2")
@@ -59,21 +63,19 @@ def test_resume_from_a_folder_starts_a_branch_that_continues(run, tmp_path):
     # The same command, as after a requeue, and `auto` continue the branch.
     assert run(5, **branch) == str(checkpoints / "checkpoint-4")
     assert run(7) == str(checkpoints / "checkpoint-5")
-    assert run(8, **branch) == str(checkpoints / "checkpoint-7")
-    assert (
-        steps(checkpoints / "abandoned-1") == [4, 6] and not (checkpoints / "abandoned-2").exists()
-    )
+    assert not (checkpoints / "abandoned-2").exists()
     # A branch of the branch, and back to the first run.
     second = str(checkpoints / "checkpoint-4")
     assert run(5, resume=second) == second
     assert run(6, resume=second) == str(checkpoints / "checkpoint-5")
-    assert steps(checkpoints / "abandoned-2") == [6, 8]
+    assert steps(checkpoints / "abandoned-2") == [6, 7]
     back = str(checkpoints / "abandoned-1" / "checkpoint-6")
     assert run(8, resume=back) == back
-    assert steps(checkpoints) == [8] and steps(checkpoints / "abandoned-3") == [2, 4, 6]
+    assert steps(checkpoints) == [8]
+    assert steps(checkpoints / "abandoned-3") == [2, 4, 6]
 
 
-def test_resume_from_another_run_continues_after_a_stop(run, tmp_path):
+def test_resume_from_another_run_continues_after_a_stop(run: Run, tmp_path):
     other = tmp_path / "other"
     with pytest.raises(SystemExit):
         toy.train(other, save_steps=2, save_total_limit=None, stop_at=3)
@@ -83,7 +85,7 @@ def test_resume_from_another_run_continues_after_a_stop(run, tmp_path):
     assert steps(other / "toy.checkpoints") == [2, 4]
 
 
-def test_resume_from_a_branch_whose_start_is_gone(run, tmp_path):
+def test_resume_from_a_branch_whose_start_is_gone(run: Run, tmp_path):
     """`save_total_limit` removes the checkpoint that the command names."""
     run(4)
     named = str(tmp_path / "toy.checkpoints" / "checkpoint-2")
@@ -92,15 +94,59 @@ def test_resume_from_a_branch_whose_start_is_gone(run, tmp_path):
     assert run(8, resume=named, save_total_limit=1).endswith("checkpoint-6")
 
 
-def test_restart_continues_the_run_of_wandb(run, tmp_path, monkeypatch):
-    """A branch, or a new run in a folder of the same name, is another run there."""
+def test_resume_never_or_from_nothing_fails(run: Run, tmp_path):
+    run(4)
+    for resume, named in (("never", "checkpoint-4"), (str(tmp_path / "none"), "none")):
+        with pytest.raises(CheckpointError, match=named):
+            toy.train(tmp_path, resume=resume)
+    file = tmp_path / "toy.checkpoints" / "checkpoint-4" / "data_state.json"
+    file.write_text("{torn")
+    with pytest.raises(CheckpointError, match=file.name):
+        toy.train(tmp_path)
+
+
+def test_restart_continues_the_run_of_wandb(run: Run, tmp_path, monkeypatch):
+    """A branch is another run there, else its curve would go back."""
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "wandb.py").write_text(WANDB)
     monkeypatch.syspath_prepend(tmp_path / "package")
     named = str(tmp_path / "toy.checkpoints" / "checkpoint-2")
-    run(4, report_to=["wandb"])
-    run(6, report_to=["wandb"])
-    run(4, report_to=["wandb"], resume=named)
-    run(6, report_to=["wandb"], resume=named)
+    for until, more in ((4, {}), (6, {}), (4, {"resume": named}), (6, {"resume": named})):
+        run(until, report_to=["wandb"], **more)
     ids = (tmp_path / "ids.txt").read_text().split()
     assert ids[0] == ids[1] != ids[2] == ids[3]
+
+
+@pytest.mark.parametrize(
+    ("remains", "expected"),
+    [
+        (".checkpoint-6.tmp", [2, 4]),  # killed while it was written
+        (".checkpoint-4.old", [2, 4]),  # while it was removed
+        (".checkpoint-4.123.old", [2, 4]),  # while it was replaced, after the new one came
+        (".checkpoint-3.123.old", [2, 3, 4]),  # before: the only copy
+        ("checkpoint-best", [2, 4]),  # a user's
+    ],
+)
+def test_remains_of_a_killed_run(run: Run, tmp_path, remains, expected):
+    """None is resumed from half written, none is lost, none fills the disk."""
+    folder = tmp_path / "toy.checkpoints"
+    run(4)
+    shutil.copytree(folder / "checkpoint-2", folder / remains)
+    assert run(5).endswith("checkpoint-4")
+    kept = [*expected, 5]
+    assert [step for step, _ in toy.checkpoints(folder)] == kept[::-1]
+    assert (folder / remains).exists() == (not remains.startswith("."))
+
+
+def test_checkpoint_holds_what_its_layout_promises(run: Run, tmp_path):
+    """Users' scripts read these files."""
+    run(4)
+    folder = tmp_path / "toy.checkpoints" / "checkpoint-4"
+    names = {"model.safetensors", "ema.safetensors", "optimizer.pt"}
+    assert {path.name for path in folder.iterdir()} == {
+        *names,
+        "data_state.json",
+        "trainer_state.json",
+    }
+    state = json.loads((folder / "trainer_state.json").read_text())
+    assert state["global_step"] == 4

@@ -16,7 +16,6 @@ from tiny.seed import write_code_decoder
 from tiny.training import read_losses, seed_decoder_config, write_seed_decoder_parts
 
 from seed_multimodal.diffusion.base import fast_scheduler
-from seed_multimodal.diffusion.objectives import build_objective
 from seed_multimodal.models.seed.diffusion import CodesDetokenizer, UnclipDetokenizer
 from seed_multimodal.models.seed.train_detokenizer import SeedDecoderTask
 from seed_multimodal.training.pixel_decoder.distill import NoiseLevels
@@ -58,27 +57,12 @@ def test_distil_a_decoder_of_the_hub(seed_parts: Path, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)
-def test_noise_levels_step_as_the_scheduler(name):
-    """All levels one by one, and their halves by one step, are those of the scheduler."""
+def test_noise_levels_of_a_student_are_every_second_of_the_teacher(name):
     scheduler = fast_scheduler(SCHEDULERS[name], solver_order=1)
-    objective = build_objective(scheduler)
-    levels = NoiseLevels.of(scheduler, 6, torch.device("cpu"))
-    halves = NoiseLevels.of(scheduler, 3, torch.device("cpu"))
+    levels, halves = (NoiseLevels.of(scheduler, n, torch.device("cpu")) for n in (6, 3))
     assert torch.equal(levels.steps[::2], halves.steps)
     torch.testing.assert_close(levels.noise[::2], halves.noise)
     torch.testing.assert_close(levels.signal[-1], torch.ones(1, 1, 1))
-
-    start = torch.randn(2, 4, 3, 3, generator=torch.Generator().manual_seed(0))
-    latents = start
-    expected = start
-    scheduler.set_timesteps(6)
-    for index, step in enumerate(scheduler.timesteps):
-        prediction = torch.sin(latents + index)
-        expected = scheduler.step(torch.sin(expected + index), step, expected).prev_sample
-        level = torch.tensor([index, index])
-        assert levels.steps[index] == step
-        latents = levels.move(objective, latents, prediction, level, level + 1)
-        torch.testing.assert_close(latents, expected, rtol=1e-4, atol=1e-4)
 
 
 @pytest.mark.parametrize("name", SCHEDULERS)

@@ -1,23 +1,27 @@
-"""Training engines: independence of accelerate's variables, unequal forward passes, buffers under
-DeepSpeed.
-"""
+"""Training engines: independence of accelerate's variables, unequal forward passes, what DeepSpeed
+leaves behind."""
 
 from __future__ import annotations
 
 import os
-from dataclasses import replace
+from collections.abc import Iterator
+from datetime import timedelta
 
 import loop_toy as toy
 import pytest
 import torch
 import torch.distributed as dist
-import torch.multiprocessing as mp
-from scaled_toy import SETTINGS, Scaled, task_of, unequal_passes
+from torch import nn
 
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.engine import ZeroEngine, resolve_deepspeed_config
+from seed_multimodal.training.engine import Engine, ZeroEngine, resolve_deepspeed_config
 from seed_multimodal.training.optimizers import MuonWithAdamW
+from seed_multimodal.training.task import StageTask
+
+CPU = torch.device("cpu")
+SETTINGS = StageSettings(max_steps=4, batch_size=2, learning_rate=1e-2, precision="bf16")
 
 
 @pytest.mark.parametrize(
@@ -25,28 +29,44 @@ from seed_multimodal.training.optimizers import MuonWithAdamW
     [("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"), ("ACCELERATE_MIXED_PRECISION", "bf16")],
 )
 def test_accelerates_variables_change_no_gradient(tmp_path, monkeypatch, variable, value):
+    """`accelerate launch` of the originals' scripts sets them."""
     expected = toy.train(tmp_path / "plain", logging_steps=1)
     monkeypatch.setenv(variable, value)
     record = toy.train(tmp_path / "variable", logging_steps=1)
     assert record["sum"] == expected["sum"]
-    assert toy.read_losses(tmp_path / "variable") == toy.read_losses(tmp_path / "plain")
+
+
+def unequal_passes(rank: int, folder: str) -> None:
+    """A process that makes rank + 1 forward passes in one micro-step."""
+    store = dist.FileStore(f"{folder}/store", 2)
+    timeout = timedelta(seconds=30)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timeout)
+    model, data = toy.toy_model()
+    settings = StageSettings(max_steps=4, precision="fp32")
+    engine = Engine(StageTask("toy", model, settings), settings, ProcessGroup(0.5), CPU)
+    passes = [engine.model(data * (index + 1)) for index in range(rank + 1)]
+    engine.backward(torch.stack(passes).sum(0).mean(), last=True)
+    torch.save(model[0].weight.grad, f"{folder}/{rank}.pt")
+    dist.barrier()
+    dist.destroy_process_group()
 
 
 @pytest.mark.process
+@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_processes_with_unequal_numbers_of_forward_passes(tmp_path):
     """A pixel decoder's micro-step has one pass for each image size in it."""
-    mp.spawn(unequal_passes, (str(tmp_path),), nprocs=2)
+    torch.multiprocessing.spawn(unequal_passes, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    alone = Scaled()
-    x = torch.arange(8.0).view(2, 4)
-    (alone(x) + alone(x) + alone(2 * x)).div(2).backward()  # of both processes, averaged
+    model, data = toy.toy_model()
+    # Of both processes, averaged.
+    (model(data) + model(data) + model(2 * data)).mean().div(2).backward()
     assert torch.equal(first, second)
-    torch.testing.assert_close(first, alone.layer.weight.grad)
+    torch.testing.assert_close(first, model[0].weight.grad)
 
 
 @pytest.fixture(scope="module")
-def lone_group():
+def lone_group() -> Iterator[ProcessGroup]:
     """torch.distributed's group of this process; one for all tests, since DeepSpeed keeps it."""
     dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     yield ProcessGroup()
@@ -55,35 +75,27 @@ def lone_group():
 
 @pytest.mark.process
 @pytest.mark.parametrize("stage", [2, 3])
-def test_zero_engine_keeps_floating_buffers(lone_group: ProcessGroup, stage):
-    """Such as the rotary embeddings' frequencies, which DeepSpeed before 0.19.2 casts to bf16."""
+def test_zero_engine_leaves_the_process_as_it_was(lone_group: ProcessGroup, stage):
+    """A second run, an evaluation or another program in the same process."""
     pytest.importorskip("deepspeed")
-    module = Scaled()
-    expected = module.frequencies.clone()
-    linear = torch.nn.functional.linear
-    settings = replace(SETTINGS, precision="bf16")
+    linear = nn.functional.linear
+    module, _ = toy.toy_model()
+    module[0].bias.data = module[0].bias.data.half()  # weights may be as in their files
     config, _ = resolve_deepspeed_config(
-        {"zero_optimization": {"stage": stage}}, settings, world=1, rows=2, hidden_size=4
+        {"zero_optimization": {"stage": stage}}, SETTINGS, world=1, rows=2, hidden_size=4
     )
-    module.layer.bias.data = module.layer.bias.data.half()  # weights may be as in their files
-    engine = ZeroEngine(task_of(module), settings, lone_group, torch.device("cpu"), config)
+    engine = ZeroEngine(StageTask("toy", module, SETTINGS), SETTINGS, lone_group, CPU, config)
     try:
-        assert module.layer.weight.dtype == torch.bfloat16
-        assert module.frequencies.dtype == torch.float32 and torch.equal(
-            module.frequencies, expected
-        )
+        assert module[0].weight.dtype == torch.bfloat16
     finally:
         engine.close()
-    assert torch.nn.functional.linear is linear  # ZeRO-3's does not take quantised weights
-    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(
-        os.environ
-    )  # another program could not start alone
+    assert nn.functional.linear is linear  # ZeRO-3's does not take quantised weights
+    assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(os.environ)
 
 
 def test_zero_engine_refuses_muon(lone_group: ProcessGroup):
     """It updates whole matrices, which ZeRO cuts into flat pieces."""
-    task = task_of(Scaled())
+    task = StageTask("toy", toy.toy_model()[0], SETTINGS)
     task.optimizer = MuonWithAdamW(task.module, 1e-3, 0.0)
-    config = {"zero_optimization": {"stage": 2}}
-    with pytest.raises(ConfigError, match="muon is not supported with DeepSpeed"):
-        ZeroEngine(task, SETTINGS, lone_group, torch.device("cpu"), config)
+    with pytest.raises(ConfigError, match="muon"):
+        ZeroEngine(task, SETTINGS, lone_group, CPU, {"zero_optimization": {"stage": 2}})

@@ -19,6 +19,7 @@ SCRIPTS = sorted(
     ]
 )
 FIRST = {"train_lavit_detokenizer.sh": "highres", "train_seed_x_detokenizer.sh": "1"}
+Launch = Callable[..., dict[str, str]]
 SHELL = shutil.which("dash") or "sh"
 PYTHON = """#!/bin/sh
 echo "command=$*"
@@ -78,78 +79,58 @@ def launch(tmp_path) -> Callable[..., dict[str, str]]:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
-def test_training_script_by_dash(script, launch: Callable[..., dict[str, str]]):
+def test_training_script_by_dash(script, launch: Launch):
     command = launch(script)["command"].split()
-    assert command[:4] == [
-        "-m",
-        "seed_multimodal.training.torchrun",
-        "--standalone",
-        "--nproc_per_node=2",
-    ]
-    assert (script.parents[1] / command[4]).is_file() and command[-1] == "--last"
+    module = "-m seed_multimodal.training.torchrun --standalone --nproc_per_node=2"
+    assert command[:4] == module.split()
+    assert (script.parents[1] / command[4]).is_file()
+    assert command[-1] == "--last"
 
 
-def test_launch_divides_the_cores_of_the_job(launch: Callable[..., dict[str, str]]):
+def test_launch_divides_the_cores_of_the_job(launch: Launch):
     """A job may have fewer than the machine."""
     core = min(os.sched_getaffinity(0))
     assert launch(SCRIPTS[0], {core}, NNODES="2", NPROC="1")["OMP_NUM_THREADS"] == "1"
     assert launch(SCRIPTS[0], {core}, OMP_NUM_THREADS="7")["OMP_NUM_THREADS"] == "7"
 
 
-ROUTES = {
-    "node 0": "local 10.0.0.1 dev lo src 10.0.0.1 uid 0",
-    "node 1": "10.0.0.1 dev ib1 src 10.0.0.2 uid 0",
-}
+NODE_0 = "local 10.0.0.1 dev lo src 10.0.0.1 uid 0"
+NODE_1 = "10.0.0.1 dev ib1 src 10.0.0.2 uid 0"
+FIRST_OF_TWO = {"NNODES": "2", "MASTER_ADDR": "first"}
 
 
 @pytest.mark.parametrize(
     ("variables", "interface"),
     [
-        ({"NNODES": "2", "MASTER_ADDR": "first", "ROUTE": ROUTES["node 0"]}, "ib0"),
-        ({"NNODES": "2", "MASTER_ADDR": "first", "ROUTE": ROUTES["node 1"]}, "ib1"),
+        ({**FIRST_OF_TWO, "ROUTE": NODE_0}, "ib0"),
+        ({**FIRST_OF_TWO, "ROUTE": NODE_1}, "ib1"),
         ({"HOST_NUM": "2", "CHIEF_IP": "own-name"}, "eth0"),
-        (
-            {
-                "NNODES": "2",
-                "MASTER_ADDR": "first",
-                "ROUTE": ROUTES["node 1"],
-                "GLOO_SOCKET_IFNAME": "mine",
-            },
-            "mine",
-        ),
+        ({**FIRST_OF_TWO, "ROUTE": NODE_1, "GLOO_SOCKET_IFNAME": "mine"}, "mine"),
         ({"NNODES": "2", "MASTER_ADDR": "127.0.0.1"}, ""),
         ({"NNODES": "1", "MASTER_ADDR": "first", "MASTER_PORT": "2000"}, ""),
     ],
 )
-def test_launch_chooses_the_interface_of_gloo(
-    variables, interface, launch: Callable[..., dict[str, str]]
-):
+def test_launch_chooses_the_interface_of_gloo(variables, interface, launch: Launch):
+    """That of the route between the nodes: gloo alone takes the hosts file's, and hangs."""
     assert launch(SCRIPTS[0], **variables)["GLOO_SOCKET_IFNAME"] == interface
 
 
-def test_srun_gets_the_cores_of_the_job(tmp_path):
-    write_program(tmp_path / "srun", '#!/bin/sh\necho "cores ${SRUN_CPUS_PER_TASK:-unset}"\n')
+@pytest.mark.parametrize(
+    ("variables", "cores"), [({"SLURM_CPUS_PER_TASK": "64"}, "64"), ({}, "unset")]
+)
+def test_srun_gets_the_cores_of_the_job(tmp_path, variables, cores):
+    write_program(tmp_path / "srun", '#!/bin/sh\necho "${SRUN_CPUS_PER_TASK:-unset}"\n')
     write_program(tmp_path / "scontrol", "#!/bin/sh\necho first\n")
-    for variables, cores in (({"SLURM_CPUS_PER_TASK": "64"}, "64"), ({}, "unset")):
-        done = run_process(
-            [SHELL, "-euc", f". {ROOT}/scripts/slurm/cluster.sh; on_every_node true"],
-            cwd=tmp_path,
-            timeout=60,
-            env={
-                "PATH": f"{tmp_path}:{os.environ['PATH']}",
-                "SLURM_JOB_NUM_NODES": "2",
-                "SLURM_JOB_ID": "7",
-                "SLURM_JOB_NODELIST": "a,b",
-                **variables,
-            },
-        )
-        assert done.stdout == f"cores {cores}\n", done.stderr
+    job = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a,b"}
+    command = f". {ROOT}/scripts/slurm/cluster.sh; on_every_node true"
+    environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **job, **variables}
+    done = run_process([SHELL, "-euc", command], cwd=tmp_path, timeout=60, env=environment)
+    assert done.stdout == f"{cores}\n", done.stderr
 
 
 @pytest.mark.parametrize(
     "job", sorted((ROOT / "scripts" / "slurm").glob("*.sbatch")), ids=lambda job: job.stem
 )
 def test_slurm_job_can_be_queued_again(job):
-    options = [line for line in job.read_text().splitlines() if line.startswith("#SBATCH ")]
-    assert {"#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(options)
+    assert {"#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(job.read_text().splitlines())
     subprocess.run([SHELL, "-n", job], check=True, timeout=60)

@@ -10,26 +10,15 @@ import pytest
 from PIL import Image
 
 from seed_multimodal.cli.main import main
-from seed_multimodal.errors import DataError
-from seed_multimodal.training.plots import draw_runs, read_log, save_curves
+from seed_multimodal.training.plots import read_log, save_curves
 
 
 def write_log(folder: Path, name: str = "stage2", lines: Any = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / f"{name}.log.jsonl"
+    values = {"loss_itc": 0.5, "lr": 1e-3, "samples_per_s": 80.0, "codebook_used": 0.4}
     lines = lines or [
-        json.dumps(
-            {
-                "step": step,
-                "loss": 2.0 / step,
-                "loss_itc": 0.5,
-                "lr": 1e-3,
-                "samples_per_s": 80.0,
-                "codebook_used": 0.4,
-                "eta_seconds": 3.0,
-            }
-        )
-        for step in range(1, 9)
+        json.dumps({"step": step, "loss": 2.0 / step, **values}) for step in range(1, 9)
     ]
     log.write_text("\n".join(lines) + "\n")
     return log
@@ -59,30 +48,19 @@ def test_read_log_skips_torn_lines_and_separates_evaluations(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("lines", "out", "sentence"),
+    ("lines", "out", "named"),
     [
-        (None, "x.png", "nothing: no log of a training run"),
-        (
-            ["not json", '{"step": 1}'],
-            "x.png",
-            "stage2.log.jsonl: contains no line with a step and numbers",
-        ),
-        (['{"step": 1, "loss": 1}'], "x.doc", "Format 'doc' is not supported"),
+        (None, "x.png", "run"),
+        (["not json", '{"step": 1}'], "x.png", "stage2.log.jsonl"),
+        (['{"step": 1, "loss": 1}'], "x.doc", "'doc'"),
     ],
 )
-def test_plot_command_without_a_log_or_format(
-    tmp_path,
-    lines,
-    out,
-    sentence,
-    capsys,
-):
-    run = tmp_path / "nothing"
+def test_plot_command_without_a_log_or_format(tmp_path, lines, out, named, capsys):
     if lines:
-        write_log(run, lines=lines)
-    assert main(["plot", str(run), "--out", str(tmp_path / out)]) == 2
-    error = capsys.readouterr().err
-    assert sentence in error and error.count("\n") == 1 and not (tmp_path / out).exists()
+        write_log(tmp_path / "run", lines=lines)
+    assert main(["plot", str(tmp_path / "run"), "--out", str(tmp_path / out)]) == 2
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / out).exists()
 
 
 @pytest.mark.slow
@@ -97,29 +75,12 @@ def test_plot_command_draws_several_runs(tmp_path, capsys):
     assert Image.open(out).format == "PNG"
 
 
-def test_save_curves_without_a_log_warns(tmp_path):
-    lines: list[str] = []
+def test_save_curves_draws_or_warns(tmp_path):
+    """A finished training must not fail because its curves cannot be drawn."""
+    messages: list[str] = []
     write_log(tmp_path / "run")
-    save_curves(tmp_path / "run", lines.append)
-    assert not lines and Image.open(tmp_path / "run" / "curves.png").size[0] > 1000
-    save_curves(tmp_path / "empty", lines.append)
-    assert (
-        "curves.png: the curves were not plotted" in lines[0]
-        and "no log of a training run" in lines[0]
-    )
-
-
-def test_a_single_point_is_visible():
-    """A short run logs once: a line through one point draws nothing."""
-    from seed_multimodal.training.plots import _figure
-
-    runs = {"short": {("loss", ""): {8: 1.0}}, "long": {("loss", ""): {8: 1.0, 9: 2.0}}}
-    short, long = _figure(runs).axes[0].lines[:2]
-    assert short.get_marker() == "o" and long.get_marker() == "None"
-
-
-def test_draw_runs_names_the_run_without_a_log(tmp_path):
-    write_log(tmp_path / "first")
-    (tmp_path / "second").mkdir()
-    with pytest.raises(DataError, match="second: no log"):
-        draw_runs([tmp_path / "first", tmp_path / "second"], tmp_path / "curves.png")
+    save_curves(tmp_path / "run", messages.append)
+    assert not messages
+    assert Image.open(tmp_path / "run" / "curves.png").size[0] > 1000
+    save_curves(tmp_path / "empty", messages.append)
+    assert len(messages) == 1

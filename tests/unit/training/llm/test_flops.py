@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-
 import pytest
 import torch
-from llm_losses import packed_loss
+from llm_losses import packed_loss, rows
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -36,9 +34,8 @@ def build(lora: bool) -> torch.nn.Module:
 def test_token_flops_equals_torchs_count(lora):
     model = build(lora)
     ids = torch.randint(3, 96, (2, LENGTH))
-    batch = SimpleNamespace(input_ids=ids, labels=ids, position_ids=None, attention_mask=None)
     with FlopCounterMode(display=False) as counter:
-        packed_loss(model, batch).sum.backward()
+        packed_loss(model, rows(ids)).sum.backward()
     body, head, attention = token_flops(model, LENGTH)
     tokens = ids.numel()
     learned = ids.numel() - 2
@@ -51,27 +48,21 @@ def test_token_meter_counts_sequences_without_padding():
     """TFLOP/s times seconds equals torch's count for each sequence alone."""
     model = build(False)
     lengths = (5, 30, 11)
-    padding = 50
     counted = 0
     for length in lengths:
         ids = torch.randint(3, 96, (1, length))
-        batch = SimpleNamespace(input_ids=ids, labels=ids, position_ids=None, attention_mask=None)
         with FlopCounterMode(display=False) as counter:
-            packed_loss(model, batch).sum.backward()
+            packed_loss(model, rows(ids)).sum.backward()
         counted += counter.get_total_flops()
     meter = TokenMeter()
     meter.flops = token_flops(model, 1.0)
     tokens = sum(lengths)
-    learned = sum(lengths) - len(lengths)
     zero = torch.zeros(())
-    batch_metrics = {
-        "loss": zero,
-        "text_sum": zero,
-        "text_count": torch.tensor(float(learned)),
-        "image_sum": zero,
-        "image_count": zero,
+    batch_metrics = dict.fromkeys(("loss", "text_sum", "image_sum", "image_count"), zero)
+    batch_metrics |= {
+        "text_count": torch.tensor(float(tokens - len(lengths))),
         "tokens": tokens,
-        "positions": tokens + padding,
+        "positions": tokens + 50,
         "squares": sum(length**2 for length in lengths),
     }
     metrics = meter.combine([batch_metrics], None, 0.1)
@@ -79,6 +70,5 @@ def test_token_meter_counts_sequences_without_padding():
     line = meter.rates(1, 1, 2.0, 1)
     masked = meter.flops[2] * batch_metrics["squares"]  # computed by eager attention
     assert line["tflops"] * 2.0 * 1e12 == pytest.approx(counted - masked, rel=0.005)
-    assert (
-        line["tokens_per_s"] == (tokens + padding) / 2 and line["useful_tokens_per_s"] == tokens / 2
-    )
+    assert line["tokens_per_s"] == (tokens + 50) / 2
+    assert line["useful_tokens_per_s"] == tokens / 2

@@ -21,9 +21,9 @@ pytestmark = pytest.mark.slow
 STEPS = 2
 
 
-def tuned(config_of, output: Path, lora: bool = True) -> tuple[TuningTask, Path]:
+def tuned(config_of, output: Path) -> tuple[TuningTask, Path]:
     """A finished run with its weights loaded, and its checkpoint."""
-    config = config_of(output, lora=lora, trainer={"max_steps": STEPS})
+    config = config_of(output, lora=True, trainer={"max_steps": STEPS})
     TuningTask.train(config)
     task = TuningTask(TuningTask.read(config), ProcessGroup(), torch.device("cpu"))
     task.prepare()
@@ -38,31 +38,18 @@ def run(config_of, tmp_path_factory) -> tuple[TuningTask, Path]:
     return tuned(config_of, tmp_path_factory.mktemp("tuned") / "out")
 
 
-def merge(
-    parts_dir: Path,
-    folder: Path,
-    checkpoint: Path,
-    *flags: str,
-    lora: Any = None,
-    base: bool = True,
-) -> int:
+def merge(parts_dir: Path, folder: Path, checkpoint: Path, *flags: str, **model: Any) -> Path:
+    """The merged system, by the original's program."""
     folder.mkdir(exist_ok=True)
-    model = {"lora": lora, **({"path": str(parts_dir / "llm")} if base else {"sizes": {}})}
-    (folder / "model.yaml").write_text(yaml.safe_dump(model))
-    (folder / "words.yaml").write_text(
-        yaml.safe_dump({"pretrained_model_name_or_path": str(parts_dir / "tokenizer")})
+    words = {"pretrained_model_name_or_path": str(parts_dir / "tokenizer")}
+    for name, content in (("model", model), ("words", words)):
+        (folder / f"{name}.yaml").write_text(yaml.safe_dump(content))
+    command = (
+        f"--model_cfg {folder / 'model.yaml'} --tokenizer_cfg {folder / 'words.yaml'} "
+        f"--lora_model {checkpoint} --save_path {folder / 'merged'}"
     )
-    return merge_script(
-        "merge_lora_weights.py",
-        "",
-        [
-            *(
-                f"--model_cfg {folder / 'model.yaml'} --tokenizer_cfg {folder / 'words.yaml'} "
-                f"--lora_model {checkpoint} --save_path {folder / 'merged'}"
-            ).split(),
-            *flags,
-        ],
-    )
+    assert merge_script("merge_lora_weights.py", "", [*command.split(), *flags]) == 0
+    return folder / "merged"
 
 
 def check_system(task: TuningTask, parts_dir: Path, merged: Path) -> None:
@@ -95,39 +82,22 @@ def check_system(task: TuningTask, parts_dir: Path, merged: Path) -> None:
 
 
 def test_merge_of_a_checkpoint_and_tuning_of_the_merged_agent(
-    config_of,
-    run: tuple[TuningTask, Path],
-    parts_dir: Path,
-    tmp_path,
-    capsys,
+    config_of, run: tuple[TuningTask, Path], parts_dir: Path, tmp_path
 ):
     task, checkpoint = run
-    assert merge(parts_dir, tmp_path, checkpoint) == 0
-    log = capsys.readouterr().err
-    assert "14 with LoRA merged in" in log
-    assert "; 21 tensors of resamplers" in log  # without the sinusoidal embeddings
-    merged = tmp_path / "merged"
-    assert {path.name for path in merged.iterdir()} == {"llm", "agent"}
+    merged = merge(parts_dir, tmp_path, checkpoint, path=str(parts_dir / "llm"))
     check_system(task, parts_dir, merged)
-    again = TuningTask(
-        TuningTask.read(
-            config_of(
-                tmp_path / "again",
-                lora=True,
-                model={"path": str(merged / "llm")},
-                agent={"path": str(merged / "agent")},
-            )
-        ),
-        ProcessGroup(),
-        torch.device("cpu"),
-    )
+    more = {"model": {"path": str(merged / "llm")}, "agent": {"path": str(merged / "agent")}}
+    config = config_of(tmp_path / "again", lora=True, **more)
+    again = TuningTask(TuningTask.read(config), ProcessGroup(), torch.device("cpu"))
     again.prepare()
     again.module.eval()
     inputs = task.inputs(task.batches[1])
     with torch.no_grad():  # a new LoRA changes nothing yet
-        expected = task.module(**inputs)
-        losses = again.module(**inputs)
-    assert float(losses["total_loss"]) == pytest.approx(float(expected["total_loss"]), rel=1e-4)
+        expected = task.module(**inputs)["total_loss"]
+        assert float(again.module(**inputs)["total_loss"]) == pytest.approx(
+            float(expected), rel=1e-4
+        )
 
 
 @pytest.mark.parametrize("frozen", [True, False])
@@ -135,8 +105,7 @@ def test_merge_of_an_original_export(
     frozen, run: tuple[TuningTask, Path], parts_dir: Path, tmp_path
 ):
     """Written by `zero_to_fp32.py`: one file with the tensor names of an old peft, no settings next
-    to it.
-    """
+    to it."""
     task, checkpoint = run
     state = {
         name.replace(".base_layer.", "."): value
@@ -144,41 +113,20 @@ def test_merge_of_an_original_export(
         if frozen or name in task.weights()
     }
     about = json.loads((checkpoint / "agent.json").read_text())
-    (tmp_path / "agent.yaml").write_text(
-        yaml.safe_dump(
-            {
-                "_target_": "src.models.mllm.seed_x.ContinuousLVLM.from_pretrained",
-                **{name: about[name] for name in ("input_resampler", "output_resampler")},
-                "rec_loss_scale": 6.0,
-            }
-        )
-    )
+    agent = {
+        "_target_": "src.models.mllm.seed_x.ContinuousLVLM.from_pretrained",
+        **{name: about[name] for name in ("input_resampler", "output_resampler")},
+        "rec_loss_scale": 6.0,
+    }
+    (tmp_path / "agent.yaml").write_text(yaml.safe_dump(agent))
     torch.save(state, tmp_path / "pytorch_model.bin")
-    assert (
-        merge(
-            parts_dir,
-            tmp_path,
-            tmp_path / "pytorch_model.bin",
-            "--agent_cfg",
-            str(tmp_path / "agent.yaml"),
-            lora=about["lora"],
-        )
-        == 0
-    )
-    check_system(task, parts_dir, tmp_path / "merged")
-
-
-def test_merge_of_a_fully_trained_model_needs_no_base(config_of, parts_dir: Path, tmp_path, capsys):
-    task, checkpoint = tuned(config_of, tmp_path / "out", lora=False)
-    assert merge(parts_dir, tmp_path / "files", checkpoint, base=False) == 0
-    assert "0 with LoRA merged in" in capsys.readouterr().err
-    check_system(task, parts_dir, tmp_path / "files" / "merged")
+    flags = ["--agent_cfg", str(tmp_path / "agent.yaml")]
+    model = {"path": str(parts_dir / "llm"), "lora": about["lora"]}
+    merged = merge(parts_dir, tmp_path, tmp_path / "pytorch_model.bin", *flags, **model)
+    check_system(task, parts_dir, merged)
 
 
 def test_checkpoint_opens_as_a_system(run: tuple[TuningTask, Path], parts_dir: Path):
-    """Its record names the base model and the vision encoder.
-
-    The other parts are the originals'.
-    """
+    """Its record names the base model and the vision encoder."""
     task, checkpoint = run
     check_system(task, parts_dir, checkpoint)

@@ -1,0 +1,391 @@
+"""Contract of the pixel decoders' training: variants × train and draw, start, distil, samples and
+average, other frozen models, wrong settings.
+
+A new family or denoiser is tested by its entry. Killed runs: e2e/test_trainers.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tensors import equal
+from tiny.training import (
+    APPLICATION,
+    detokenizer_config,
+    lavit_config,
+    read_losses,
+    seed_decoder_config,
+    write_detokenizer_parts,
+    write_lavit_parts,
+    write_seed_decoder_parts,
+)
+
+from seed_multimodal.diffusion.base import Detokenizer
+from seed_multimodal.errors import CheckpointError, ConfigError, DataError
+from seed_multimodal.weights import load_state_dict, save_state_dict
+
+SHORT = {"max_steps": 2, "save_steps": 0}
+FEW_STEPS = {"teacher_steps": 4, "student_steps": 2, "trained": "all"}
+STILL = {"learning_rate": 0.0}
+HELD_OUT = {"name": "scenes", "format": "nano", "options": {"number": 1}}
+
+
+def load_seed(parts: Path, folder: Path) -> Detokenizer:
+    from seed_multimodal.models.seed.diffusion import CodesDetokenizer
+
+    return CodesDetokenizer.from_pretrained(folder)
+
+
+def load_seed_x(parts: Path, folder: Path) -> Detokenizer:
+    from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer
+
+    return SdxlDetokenizer.from_pretrained(parts / "sdxl", folder)
+
+
+def load_lavit(parts: Path, folder: Path) -> Detokenizer:
+    from seed_multimodal.models.lavit.decoder import CodeDecoder
+    from seed_multimodal.models.lavit.diffusion import LavitDetokenizer
+
+    return LavitDetokenizer.from_pretrained(folder, CodeDecoder.from_pretrained(folder / "decoder"))
+
+
+def seed_inputs(detokenizer: Any) -> Any:
+    # Codes' embeddings, or the embedding of an image.
+    return torch.randn((3, 32, 24) if detokenizer.reads_codes else (3, 16))
+
+
+@dataclass(frozen=True)
+class Family:
+    """write_parts, config: of its tiny parts. task: its class. result: key of a run's record.
+    vae: folder of the parts. also_trained: beginnings of parameters that are always trained."""
+
+    write_parts: Callable[[Path], Path]
+    config: Callable[..., dict[str, Any]]
+    task: str
+    result: str
+    load: Callable[[Path, Path], Detokenizer]
+    inputs: Callable[[Any], Any]
+    vae: str
+    also_trained: tuple[str, ...]
+
+    def train(self, config: dict[str, Any]) -> Path:
+        """A run; returns the folder of its result."""
+        module, _, name = self.task.rpartition(".")
+        task = getattr(import_module(f"seed_multimodal.models.{module}"), name)
+        return Path(task.train(config)[self.result])
+
+
+SEED = Family(
+    write_seed_decoder_parts,
+    seed_decoder_config,
+    "seed.train_detokenizer.SeedDecoderTask",
+    "decoder",
+    load_seed,
+    seed_inputs,
+    "kl/vae",
+    ("code_adapter.",),
+)
+SEED_X = Family(
+    write_detokenizer_parts,
+    detokenizer_config,
+    "seed_x.train_detokenizer.DetokenizerTask",
+    "adapter",
+    load_seed_x,
+    lambda detokenizer: torch.randn(3, 4, 24),
+    "sdxl/vae",
+    ("adapter.resampler.", "adapter.unet.conv_in."),
+)
+LAVIT = Family(
+    write_lavit_parts,
+    lavit_config,
+    "lavit.train_pixels.LavitPixelTask",
+    "pixels",
+    load_lavit,
+    lambda detokenizer: [torch.randn(length, 4) for length in (3, 9, 5)],
+    "highres/vae",
+    ("decoder.unet_",),
+)
+# Name → family, arguments of its configuration.
+VARIANTS: dict[str, tuple[Family, dict[str, Any]]] = {
+    "seed": (SEED, {}),
+    "seed-embedding": (SEED, {"model": {"reads": "embedding"}}),
+    "seed-unet": (SEED, {"vae": "kl16", "denoiser": "UNet2DConditionModel"}),
+    "seed-sana": (SEED, {"vae": "dc", "denoiser": "SanaTransformer2DModel"}),
+    "seed-sd3": (SEED, {"vae": "kl16", "denoiser": "SD3Transformer2DModel"}),
+    "seed_x-1": (SEED_X, {"stage": 1}),
+    "seed_x-2": (SEED_X, {"stage": 2}),
+    "lavit-highres": (LAVIT, {"head": "highres"}),
+    "lavit-lowres": (LAVIT, {"head": "lowres"}),
+}
+ONE_OF_EACH = ("seed-sana", "seed_x-2", "lavit-highres")
+
+
+class Run:
+    """Runs of one variant on its tiny parts."""
+
+    def __init__(self, variant: str, folder: Path) -> None:
+        self.family, self.options = VARIANTS[variant]
+        self.folder = folder
+        self.parts = self.family.write_parts(folder / "parts")
+
+    def __call__(self, name: str, parts: Path | None = None, **changes: Any) -> Path:
+        """Train in the folder `name`; returns the result's folder."""
+        groups = {"trainer": SHORT, **changes}
+        groups["model"] = {**self.options.get("model", {}), **changes.get("model", {})}
+        options = {**self.options, **groups}
+        config = self.family.config(parts or self.parts, self.folder / name, **options)
+        return self.family.train(config)
+
+    def load(self, folder: Path) -> Detokenizer:
+        return self.family.load(self.parts, folder)
+
+    def losses(self, name: str) -> list[float]:
+        return read_losses(self.folder / name)
+
+
+@pytest.fixture
+def run(variant: str, tmp_path) -> Run:
+    return Run(variant, tmp_path)
+
+
+def weights(folder: Path) -> dict[str, torch.Tensor]:
+    """All weights of a result."""
+    return {
+        f"{file.parent.name}.{name}": value
+        for file in sorted(folder.rglob("*.safetensors"))
+        for name, value in load_state_dict(file).items()
+    }
+
+
+def draw(detokenizer: Detokenizer, embeds: Any, rows: list[int], **settings: Any) -> np.ndarray:
+    """Images of these rows as numbers."""
+    chosen = [embeds[row] for row in rows] if isinstance(embeds, list) else embeds[rows]
+    options: dict[str, Any] = {"num_inference_steps": 2, "height": 16, "width": 16, **settings}
+    images = detokenizer(chosen, seeds=rows, guidance_scale=1.0, **options)
+    return np.stack([np.asarray(image, np.int32) for image in images])
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", VARIANTS)
+def test_train_then_start_then_distil(run: Run):
+    first = run("first")
+
+    # 1. The result draws; an image does not depend on the others of its batch.
+    teacher = run.load(first)
+    embeds = run.family.inputs(teacher)
+    together = draw(teacher, embeds, [0, 1, 2])
+    assert together.shape == (3, 16, 16, 3)
+    assert np.abs(draw(teacher, embeds, [2])[0] - together[2]).max() <= 1
+
+    # 2. A run that starts from it without learning keeps weights, autoencoder and scheduler.
+    files = [path for path in first.rglob("*.json") if path.parent.name in ("scheduler", "vae")]
+    same = run("same", model={"start": str(first)}, optim=STILL)
+    before = weights(first)
+    after = weights(same)
+    assert before.keys() == after.keys()
+    assert equal(before, after)
+    for file in files:
+        assert (same / file.relative_to(first)).read_text() == file.read_text()
+
+    # 3. `key_value` trains keys and values, and what lies between the codes and them.
+    changed = weights(run("changed", model={"start": str(first), "trained": "key_value"}))
+    moved = {name for name, value in before.items() if not torch.equal(value, changed[name])}
+    reads_conditions = re.compile(r"\.(to|add)_[kv](_proj)?\.")
+    assert any(reads_conditions.search(name) for name in moved)
+    for name in moved:
+        assert reads_conditions.search(name) or name.startswith(run.family.also_trained), name
+
+    # 4. Distilled: two steps of one run each by default, only the denoiser is another.
+    folder = run("student", model={"teacher": str(first), **FEW_STEPS})
+    student = run.load(folder)
+    assert (student.defaults.num_inference_steps, student.defaults.guidance_scale) == (2, 1)
+    calls: list[int] = []
+    hook = student.denoiser.register_forward_pre_hook(
+        lambda module, args, options: calls.append(len(args[0])), with_kwargs=True
+    )
+    student(embeds, seeds=range(3), height=16, width=16)
+    hook.remove()
+    assert calls == [3, 3]
+    for name, part in teacher.parts.items():
+        is_same = equal(part.state_dict(), student.parts[name].state_dict())
+        assert is_same == (name not in ("unet", "denoiser")), name
+
+    # 5. A student starts from an earlier one, not from the teacher.
+    model = {"teacher": str(first), **FEW_STEPS, "start": str(folder)}
+    assert equal(weights(run("again", model=model, optim=STILL)), weights(folder))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ONE_OF_EACH)
+def test_samples_and_average_do_not_change_the_losses(run: Run):
+    steps = {"max_steps": 3, "save_steps": 1}
+    run("plain", trainer=steps)
+    averaged = run(
+        "averaged",
+        trainer={**steps, "ema": 0.999, "sample_steps": 3, "report_to": ["tensorboard"]},
+        data={"held_out": HELD_OUT},
+        optim={"learning_rate": 3e-3},
+    )
+    assert run.losses("plain") == run.losses("averaged")
+    assert list((run.folder / "averaged").rglob("events*"))
+
+    # Samples show the averaged weights, which are those of the result: a run that starts from it
+    # and does not learn draws the same.
+    run(
+        "still",
+        trainer={**steps, "sample_steps": 3},
+        data={"held_out": HELD_OUT},
+        model={"start": str(averaged)},
+        optim=STILL,
+    )
+    first, second = (run.folder / name / "samples" / "step-3.png" for name in ("averaged", "still"))
+    assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("variant", ONE_OF_EACH)
+def test_resume_with_another_vae_fails(run: Run):
+    """The same models in another folder are accepted."""
+    run("run", trainer={"max_steps": 1, "save_steps": 0})
+    moved = shutil.copytree(run.parts, run.folder / "moved")
+    vae = Path(run.family.vae)
+    if run.options.get("vae"):
+        vae = Path(run.options["vae"]) / "vae"
+    file = next((moved / vae).glob("*.safetensors"))
+    values = load_state_dict(file)
+    save_state_dict({name: value + 0.5 for name, value in values.items()}, file)
+    with pytest.raises(CheckpointError, match="autoencoder"):
+        run("run", moved)
+    save_state_dict(values, file)
+    run("run", moved)
+    assert len(run.losses("run")) == 2
+
+
+# Variant, group, key, wrong value, what the error names.
+WRONG: list[tuple[str, str, str, Any, type[Exception], str]] = [
+    ("seed-sana", "data", "encoder_size", 16, ConfigError, "tokenizer"),
+    ("seed-sana", "data", "resolution", 20, ConfigError, "8 pixels"),
+    ("seed-sana", "model", "tokenizer", "/nowhere", CheckpointError, "/nowhere"),
+    ("seed-sana", "model", "denoiser", {"_class_name": "Sana3D"}, ConfigError, "_class_name"),
+    ("seed-sana", "model", "scheduler", {"_class_name": "Euler"}, CheckpointError, "_class_name"),
+    (
+        "seed-sana",
+        "model",
+        "denoiser",
+        {"_class_name": "SanaTransformer2DModel", "num_layer": 2},
+        ConfigError,
+        "num_layers",
+    ),
+    (
+        "seed-sana",
+        "model",
+        "scheduler",
+        {"_class_name": "DDIMScheduler", "prediction_type": "sample"},
+        ConfigError,
+        "prediction_type",
+    ),
+    ("seed_x-2", "data", "encoder_size", 32, ConfigError, "encoder_size"),
+    ("seed_x-2", "model", "tokens", 5, ConfigError, "5"),
+    ("seed_x-2", "model", "visual_encoder", "/nowhere", CheckpointError, "/nowhere"),
+    ("seed_x-2", "model", "sdxl", "/nowhere", CheckpointError, "/nowhere"),
+    ("lavit-highres", "data", "sizes", [[16, 4]], ConfigError, "sizes"),
+    ("lavit-highres", "data", "encoder_size", 32, ConfigError, "encoder_size"),
+    ("lavit-highres", "model", "diffusion", "/nowhere", CheckpointError, "/nowhere"),
+]
+
+
+@pytest.mark.parametrize(("variant", "group", "key", "value", "error", "named"), WRONG)
+def test_train_with_a_wrong_setting(run: Run, group, key, value, error, named):
+    with pytest.raises(error, match=named):
+        run("run", **{group: {key: value}})
+
+
+def test_distil_with_steps_that_do_not_divide(tmp_path):
+    run = Run("seed", tmp_path)
+    with pytest.raises(ConfigError, match="student_steps"):
+        run("run", model={"teacher": "any", "teacher_steps": 4, "student_steps": 3})
+
+
+def test_train_skips_unreadable_images(tmp_path):
+    run = Run("lavit-highres", tmp_path)
+    (run.parts / "pictures" / "3.png").write_bytes(b"no image")
+    run("run", trainer={"max_steps": 4, "save_steps": 0})
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["bad_samples"] == 1
+    for path in (run.parts / "pictures").iterdir():
+        path.write_bytes(b"")
+    with pytest.raises(DataError):
+        run("empty")
+
+
+@pytest.mark.parametrize("missing", ["source_image", "target_image"])
+def test_train_skips_edits_with_one_image(missing, tmp_path):
+    run = Run("seed_x-2", tmp_path)
+    file = run.parts / "edits.jsonl"
+    lines = [json.loads(line) for line in file.read_text().splitlines()]
+    del lines[1][missing]
+    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    source = {
+        "name": "edits",
+        "files": str(file),
+        "image_key": "target_image",
+        "condition_key": "source_image",
+    }
+    run("run", data={"sources": [source]})
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["bad_samples"] == 1
+
+
+def test_train_interrupted_while_saving_leaves_the_previous_result(tmp_path, monkeypatch):
+    """Between the files of U-Net and decoder, a user would mix two results."""
+    from seed_multimodal.models.lavit.decoder import CodeDecoder
+
+    run = Run("lavit-highres", tmp_path)
+    result = run("run", trainer={"max_steps": 1, "save_steps": 0})
+    before = weights(result)
+
+    def interrupt(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(CodeDecoder, "save_pretrained", interrupt)
+    with pytest.raises(KeyboardInterrupt):
+        run("run")
+    after = weights(result)
+    assert after.keys() == before.keys()
+    assert equal(after, before)
+
+
+# Program, its groups, and values of the papers or of the original's files.
+PUBLISHED = [
+    ("seed_x_detokenizer", "stage1", {"max_steps": 42000, "trained": "key_value", "tokens": 64}),
+    ("seed_x_detokenizer", "stage2", {"max_steps": 30000, "trained": "all", "tokens": 64}),
+    ("lavit_detokenizer", "highres", {"max_steps": 20000, "trained": "all", "encoder_size": 224}),
+    ("lavit_detokenizer", "lowres", {"max_steps": 20000, "trained": "all", "encoder_size": 224}),
+    ("seed_decoder", "sdxl", {"reads": "codes"}),
+    ("seed_decoder", "sana", {"reads": "codes"}),
+    ("seed_decoder", "nano", {"reads": "codes"}),
+]
+TASKS = {"seed_x_detokenizer": SEED_X, "lavit_detokenizer": LAVIT, "seed_decoder": SEED}
+
+
+@pytest.mark.parametrize(("program", "name", "values"), PUBLISHED)
+def test_configurations_have_the_published_values(program, name, values):
+    from seed_multimodal.training.cli import compose, parse
+
+    module, _, task = TASKS[program].task.rpartition(".")
+    reader = getattr(import_module(f"seed_multimodal.models.{module}"), task)
+    configs = APPLICATION / "configs" / program
+    groups = ["model", "data"] if program == "seed_decoder" else ["model", "data", "trainer"]
+    settings = reader.read(
+        compose(parse([*(f"{group}={name}" for group in groups), "output_dir=x"]), configs)
+    )
+    merged = {**vars(settings.data), **vars(settings.model), **vars(settings.trainer)}
+    assert {key: merged[key] for key in values} == values
