@@ -286,6 +286,7 @@ def test_a_chat_with_images_in_both_directions(page: Page):
     page.until(lambda: not page.all("#chat .message"), "an empty conversation")
 
 
+@pytest.mark.nightly
 def test_an_example_is_run_at_a_click(page: Page):
     page.click("#chat .example:first-child")
     page.until(lambda: page.images("#chat .bot") and not page.waits(), "the drawn example")
@@ -355,6 +356,7 @@ def requests_get(address: str) -> Any:
     return response.json() if response.ok else None
 
 
+@pytest.mark.nightly
 @pytest.mark.filterwarnings("ignore:Unverified HTTPS request")
 def test_page_and_routes_behind_the_manuals_proxy(proxy: str, browser: Any, tmp_path):
     # 1. The page has a password, the routes pass without.
@@ -396,6 +398,7 @@ def test_page_and_routes_behind_the_manuals_proxy(proxy: str, browser: Any, tmp_
     assert failed == []
 
 
+@pytest.mark.nightly
 def test_a_file_that_is_no_image_is_named_once_when_it_is_chosen(page: Page, tmp_path):
     (tmp_path / "fake.png").write_bytes(b"no picture at all")
     page.choose("#message", FOX, tmp_path / "fake.png")
@@ -407,6 +410,7 @@ def test_a_file_that_is_no_image_is_named_once_when_it_is_chosen(page: Page, tmp
     page.answered(1)
 
 
+@pytest.mark.nightly
 def test_the_chat_goes_on_after_a_refused_message(page: Page):
     page.send("What is <image>?")
     page.says("Please do not type <image>")
@@ -416,6 +420,7 @@ def test_the_chat_goes_on_after_a_refused_message(page: Page):
     page.until(lambda: page.images("#chat .bot"), "the drawing")
 
 
+@pytest.mark.nightly
 def test_stop_cancels_the_answer_at_the_backend(
     page: Page, backend: Program, served: tuple[str, str]
 ):
@@ -461,6 +466,7 @@ def test_tabs_draw_edit_and_exchange_codes(page: Page):
     page.until(lambda: len(page.images("#swap-images")) == 2, "the images from exchanged codes")
 
 
+@pytest.mark.nightly
 def test_two_visitors_are_answered_at_once(page: Page, served: tuple[str, str]):
     windows = [page.browser.current_window_handle]
     page.send(DRAW)
@@ -474,6 +480,7 @@ def test_two_visitors_are_answered_at_once(page: Page, served: tuple[str, str]):
     page.until(lambda: page.images("#chat .bot"), "the first visitor's image")
 
 
+@pytest.mark.nightly
 def test_a_phone_shows_the_conversation_first(page: Page):
     page.browser.execute_cdp_cmd(
         "Emulation.setDeviceMetricsOverride",
@@ -508,6 +515,7 @@ def test_a_phone_shows_the_conversation_first(page: Page):
         page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
 
 
+@pytest.mark.nightly
 def test_a_backend_that_is_started_again_answers(page: Page, backend: Program):
     backend.stop()
     page.send("Are you there?", FOX)

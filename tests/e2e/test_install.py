@@ -29,7 +29,7 @@ PACKAGES = {
 
 
 @pytest.mark.process
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_install_takes_the_cpu_build_and_lavis_without_its_pins(tmp_path):
     shutil.copy(ROOT / "install.sh", tmp_path)
     (tmp_path / "pyproject.toml").write_text(PROJECT)
@@ -125,7 +125,7 @@ def installed(tmp_path_factory):
 
 
 @pytest.mark.process
-@pytest.mark.slow
+@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["nano/seed_tokenizer/diffusion_model", "nano-lavit/pixels"])
 def test_the_wheel_loads_the_layout_decoders_of_nano(installed, tmp_path, name):
     code = (
@@ -142,7 +142,7 @@ def test_the_wheel_loads_the_layout_decoders_of_nano(installed, tmp_path, name):
 
 
 @pytest.mark.process
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_the_wheel_brings_the_command_and_says_where_nano_is(installed, tmp_path):
     def seed(*argv, cwd=tmp_path):
         return run_process(

@@ -52,7 +52,7 @@ def test_rebuilt_images_are_nearest_to_their_originals(seed: SeedLlama):
     assert distance.argmin(1).tolist() == list(range(len(DEMO)))
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_images_come_out_of_their_first_codes(seed: SeedLlama):
     """The more codes, the nearer to the whole image, on average."""
     counts = (4, 8, 16, 32)
@@ -81,7 +81,7 @@ def test_images_come_out_of_their_first_codes(seed: SeedLlama):
     assert similarity == sorted(similarity) and similarity[0] < similarity[2]
 
 
-@pytest.mark.slow
+@pytest.mark.nightly
 def test_what_is_drawn_is_what_was_asked_for(seed: SeedLlama):
     """The judge reads it off the images; most of these scenes hold a pair that was never trained
     on."""
@@ -104,6 +104,7 @@ def test_description_is_the_caption(seed: SeedLlama):
     )
 
 
+@pytest.mark.nightly
 def test_stock_pipeline_class_runs_the_decoder():
     from diffusers import StableUnCLIPImg2ImgPipeline
 

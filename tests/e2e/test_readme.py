@@ -48,6 +48,10 @@ DRAWN = {
         "twemoji", "night", "large", ("fox",)
     ),
 }
+MODELS = [
+    "nano",
+    *(pytest.param(name, marks=pytest.mark.nightly) for name in ("nano-x", "nano-lavit")),
+]
 DETECT_COMMAND = 'seed detect images/fox_and_snowman.png "the snowman" --model nano-x'
 
 
@@ -65,7 +69,7 @@ def run(command: str, capsys: pytest.CaptureFixture[str]) -> str:
     return capsys.readouterr().out
 
 
-@pytest.mark.parametrize("model", ["nano", "nano-x", "nano-lavit"])
+@pytest.mark.parametrize("model", MODELS)
 def test_describe_names_every_image_of_the_readme(model, work_dir: Path, capsys):
     assert main(["describe", *(f"images/{name}" for name in SHOWN), "--model", model]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
@@ -83,7 +87,7 @@ def test_commands_of_the_readme_answer(command, work_dir: Path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("model", ["nano", "nano-x", "nano-lavit"])
+@pytest.mark.parametrize("model", MODELS)
 def test_ask_binds_names_to_places(model, work_dir: Path, capsys):
     answers = {}
     for question in (
@@ -98,7 +102,13 @@ def test_ask_binds_names_to_places(model, work_dir: Path, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("command", DRAWN)
+@pytest.mark.parametrize(
+    "command",
+    [
+        pytest.param(command, marks=[pytest.mark.nightly] if "nano-x" in command else [])
+        for command in DRAWN
+    ],
+)
 def test_drawings_of_the_readme_show_what_was_asked_for(command, work_dir: Path, capsys):
     run(command, capsys)
     picture = Image.open(work_dir / command.rpartition("--out ")[2])

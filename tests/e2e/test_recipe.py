@@ -8,7 +8,6 @@ import subprocess
 from pathlib import Path
 
 import pytest
-import requests
 import torch
 from lavis_runs import environment
 from llm_runs import losses
@@ -41,7 +40,7 @@ def seed(recipe) -> SeedLlama:
     return SeedLlama.from_pretrained(recipe / "system", device="cpu", log=None)
 
 
-pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(500)]
+pytestmark = [pytest.mark.process, pytest.mark.nightly, pytest.mark.timeout(500)]
 
 
 @pytest.mark.parametrize("run", ["stage1", "stage2", "pretrain", "sft", "decoder"])
