@@ -121,10 +121,6 @@ print(
     answer("[INST] {image}Where is the snowman? Show me the location. [/INST]\n", pair)["text"],
 )
 print("complete:", answer("{image}In this picture there is a fox [[ <box_start>", pair)["text"])
-print(
-    "continue:",
-    shown(answer("Question: {image}Describe this image briefly.\nAnswer:", fox)["text"]),
-)
 
 # text to image, forced by <img> and asked for
 for name, prompt in (

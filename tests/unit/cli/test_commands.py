@@ -52,6 +52,7 @@ def pixels(path: str | Path) -> bytes:
 
 
 def test_tokenize_prints_and_writes_codes(seed, tmp_path):
+    # `--out` writes what is printed, so that `reconstruct --codes-file` reads either.
     code, lines, errors = seed("tokenize", CAT, FOX, "--json", "--out", tmp_path / "codes.jsonl")
     printed = records(lines)
     assert code == 0 and [record["image"] for record in printed] == [CAT, FOX]
@@ -63,6 +64,7 @@ def test_tokenize_prints_and_writes_codes(seed, tmp_path):
 
 @pytest.mark.parametrize("command, key", [("tokenize", "codes"), ("describe", "description")])
 def test_bad_images_are_named_and_the_others_done(seed, bad, command, key):
+    # One torn image among thousands must not end a batch.
     images = (CAT, bad, "nowhere.png", FOX)
     code, lines, errors = seed(command, *images, "--json")
     assert code == 1 and [record["image"] for record in records(lines)] == [CAT, FOX]
@@ -106,6 +108,7 @@ def test_reconstruct_from_the_first_codes(seed, tmp_path):
     ],
 )
 def test_reconstruct_names_wrong_codes(seed, tmp_path, content, code, named):
+    # A file that is none ends the command, a wrong line only its image.
     (tmp_path / "codes.jsonl").write_text(content)
     flags = ("--codes-file", tmp_path / "codes.jsonl", "--out", tmp_path)
     actual, lines, errors = seed("reconstruct", *flags)
@@ -116,6 +119,7 @@ def test_reconstruct_names_wrong_codes(seed, tmp_path, content, code, named):
 
 
 def test_draw_names_files_after_texts_and_depends_on_the_seed(seed, tmp_path):
+    # Names never leave the folder; equal texts do not overwrite each other.
     out = tmp_path / "deep" / "er"
     flags = ("--steps", 2, "--json", "--out")
     code, lines, _ = seed("draw", "a/b: ../c", "a/b: ../c", "--seed", 1, *flags, out)
@@ -150,6 +154,7 @@ def test_draw_and_edit_save_several_images(seed, tmp_path):
 
 
 def test_draw_notes_unknown_words(seed, tiny_folder, tmp_path):
+    # nano says what it was not trained on, instead of drawing anything.
     from seed_nano.world.things import write_known_words
 
     folder = shutil.copytree(tiny_folder, tmp_path / "nano")
@@ -224,6 +229,7 @@ def test_convert_writes_safetensors_once(capsys, tmp_path):
 
 
 def test_convert_of_unsafe_and_damaged_files(capsys, tmp_path):
+    # Torch files are pickles: their code never runs.
     class Trap:
         def __reduce__(self):
             return (open, (str(tmp_path / "sprung"), "w"))

@@ -29,12 +29,14 @@ def test_outputs_in_a_folder_or_one_file(tmp_path):
 
 
 def test_next_number_is_free(tmp_path):
+    # A second run does not overwrite the first one's images.
     (tmp_path / "0000.png").touch()
     assert next_free_path(tmp_path, "{:04d}.png") == tmp_path / "0001.png"
     assert next_free_path(tmp_path, "grid-{:03d}.png") == tmp_path / "grid-000.png"
 
 
 def test_run_batches_repeats_a_failing_batch_one_by_one(capsys):
+    # Only the item at fault is lost, and the summary counts it.
     batches = []
     results = []
 
@@ -72,5 +74,6 @@ def test_errors_of_the_machine_are_one_line(work, named, capsys):
 
 
 def test_defects_have_a_traceback():
+    # An error that is none of the user's is not hidden.
     with pytest.raises(FileNotFoundError):
         run_guarded("seed", False, lambda: len(Path("/nowhere/at all").read_text()))

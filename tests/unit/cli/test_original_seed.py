@@ -41,6 +41,7 @@ def edit(file: str, before: str, after: str) -> None:
 
 
 def test_tokenizer_script_with_an_edited_transform(checkout, capsys):
+    # Users of the originals edit these files; a change must not be ignored.
     noise(0, (96, 32)).save("wide.png")
     codes = []
     for keep_ratio in ("False", "True"):

@@ -133,7 +133,7 @@ def test_parts_that_cannot_be_used_are_named(parts, flags, tmp_path, capsys):
 
 
 def test_tiny_parts_of_the_classes_of_folders(parts, tmp_path):
-    """A model of the same class, the tokenizer's files, and the images' mean."""
+    # A model of the same class, the tokenizer's files, and the images' mean.
     from seed_multimodal.language.llm import llm_config
     from seed_multimodal.nn.vision.registry import load_vision_encoder
 
@@ -151,6 +151,7 @@ def test_tiny_parts_of_the_classes_of_folders(parts, tmp_path):
     "name, types", [("gemma3_text", ["sliding_attention", "full_attention"]), ("qwen3_moe", None)]
 )
 def test_tiny_llm_has_few_experts_and_all_types_of_layers(name, types, tmp_path):
+    # A small network of every kind of layer, so that a trial fails where the large one would.
     from seed_multimodal.language.llm import llm_config
 
     write_tiny_llm(name, CAPTIONS, tmp_path / "llm")
@@ -159,7 +160,7 @@ def test_tiny_llm_has_few_experts_and_all_types_of_layers(name, types, tmp_path)
 
 
 def test_small_unclip_decoder_trains_and_reads_the_embedding(tmp_path, capsys):
-    """The one of `flow` is trained by tests/e2e/test_recipe.py."""
+    # The one of `flow` is trained by tests/e2e/test_recipe.py.
     from tiny.seed import IMAGE_SIZE, write_seed2
 
     from seed_multimodal.models.seed.code_adapter import CODE_ADAPTER, CodeAdapter
@@ -230,6 +231,7 @@ def test_steps_whose_inputs_changed_run_again(tmp_path):
     ids=["no step", "a step that fails", "no data"],
 )
 def test_run_script_that_ends_early(parts, steps, named, tmp_path):
+    # It names the fault, and no later step begins.
     from lavis_runs import environment
 
     out = write(tmp_path / "my recipe", "--llm", parts / "llm", "--encoder", parts / "encoder")

@@ -46,7 +46,7 @@ def parts(checkout: Path, monkeypatch) -> dict[str, Any]:
 
 
 def test_every_import_path_has_what_a_yaml_file_names(monkeypatch):
-    """hydra imports a `_target_`; ours and hydra's objects are the same."""
+    # hydra imports a `_target_`; ours and hydra's objects are the same.
     from seed_multimodal.compat.seed_x_yaml import TARGETS
     from seed_multimodal.compat.targets import ALIASES
     from seed_multimodal.config import find_target
@@ -66,7 +66,7 @@ def test_every_import_path_has_what_a_yaml_file_names(monkeypatch):
 
 
 def test_lavits_package_of_the_same_name_wins_in_its_folder(monkeypatch):
-    """`models` at the root is a folder without `__init__.py`, so that it never hides LaVIT's."""
+    # `models` at the root is a folder without `__init__.py`, so that it never hides LaVIT's.
     for name in [name for name in sys.modules if name == "models" or name.startswith("models.")]:
         monkeypatch.delitem(sys.modules, name)
     for folder in (ROOT / "src" / "lavit", ROOT):  # the root comes first
@@ -169,6 +169,7 @@ def test_agent_with_wrong_arguments(parts: dict[str, Any], checkout: Path):
 
 
 def test_adapter_before_init_pipe_and_of_the_second_stage(checkout: Path):
+    # The second stage reads the condition image from four more channels.
     from diffusers import UNet2DConditionModel
     from tiny.diffusion import RESAMPLER
 
@@ -199,6 +200,7 @@ def test_adapter_before_init_pipe_and_of_the_second_stage(checkout: Path):
 
 
 def test_lora_with_new_rows(checkout: Path):
+    # New tokens are trained, and begin near the others.
     from peft import LoraConfig
 
     from seed_multimodal.compat.lora import seed_x_lora
@@ -218,9 +220,7 @@ def test_lora_with_new_rows(checkout: Path):
 
 
 def test_lora_with_the_vocabulary_of_a_tokenizer(tiny_folder: Path, tmp_path):
-    """As `src.model.peft_model` of MultiModalLLM: a new LoRA, then the trained one on the same
-    base.
-    """
+    # As `src.model.peft_model` of MultiModalLLM: a new LoRA, then the trained one on the same base.
     from peft import LoraConfig
     from safetensors.torch import load_file
 

@@ -53,6 +53,7 @@ def test_read_pickle_plain_values(protocol):
 @pytest.mark.parametrize("protocol", [3, 4, 5])
 @pytest.mark.parametrize("dtype", ["int64", ">i2", "uint8", "bool"])
 def test_read_pickle_arrays(protocol, dtype):
+    # The original's tools wrote codes as arrays, too.
     array = np.arange(12).reshape(3, 4).astype(dtype)
     value = {
         "a": array,
@@ -147,6 +148,7 @@ def test_read_pickle_broken(code):
 
 
 def test_read_pickle_bombs(monkeypatch):
+    # A file of some bytes may stand for values that fill the memory.
     monkeypatch.setattr(pickled_shards, "MAX_NODES", 200_000)
     bomb: list = ["x"] * 10
     for _ in range(12):
@@ -209,6 +211,7 @@ def test_convert_shards(tmp_path, old):
 
 
 def test_convert_shards_skips_samples_with_code(tmp_path, old):
+    # One hostile sample does not keep the others from being converted.
     trace = tmp_path / "it_ran"
     bad = old / "part-0001" / "0000000.tar"
     write_shard(

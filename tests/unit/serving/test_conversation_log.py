@@ -41,6 +41,7 @@ def records(folder: Path) -> list[dict[str, Any]]:
 
 
 def test_add_writes_the_originals_keys_and_images(messages, tmp_path):
+    # Tools that read the original's logs read these, too.
     log = ConversationLog(tmp_path / "log")
     log.add("upvote", "nano", messages)
     log.add("downvote", "nano", messages)
@@ -79,6 +80,7 @@ def test_add_from_threads_writes_whole_lines(messages, tmp_path):
 
 
 def test_add_on_a_full_disk_leaves_whole_lines(messages, tmp_path):
+    # A torn line would end the reading of the whole file.
     log = ConversationLog(tmp_path / "log")
     log.add("common", "nano", messages)
     (file,) = log.folder.glob("*-conv.json")

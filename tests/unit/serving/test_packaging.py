@@ -110,7 +110,7 @@ def test_start_script_starts_any_system(named, argument, tmp_path):
     ids=["page", "help"],
 )
 def test_page_and_help_need_no_torch(code):
-    """The page runs on machines without it, and `seed --help` does not wait for it."""
+    # The page runs on machines without it, and `seed --help` does not wait for it.
     code += (
         "\nimport sys; print([name for name in ('torch', 'transformers') if name in sys.modules])"
     )
@@ -121,9 +121,8 @@ def test_page_and_help_need_no_torch(code):
 @pytest.mark.process
 @pytest.mark.nightly
 def test_an_image_holds_what_the_backend_needs(tmp_path):
-    """The files of the COPY steps in an empty folder, started as CMD does (but on loopback, on a
-    free port).
-    """
+    # The files of the COPY steps in an empty folder, started as CMD does (but on loopback, on a
+    # free port).
     copied(tmp_path)
     (command,) = arguments("CMD")
     script, model, *_ = json.loads(command)

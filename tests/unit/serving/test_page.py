@@ -142,7 +142,7 @@ def test_retry_edit_and_undo_change_the_conversation(session, file):
 
 
 def test_lavit_is_asked_message_by_message(tiny_lavit, file, tmp_path, monkeypatch):
-    """Its conversations have no limit of rounds; images have the chosen ratio."""
+    # Its conversations have no limit of rounds; images have the chosen ratio.
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     session = session_of(Running(tiny_lavit).address, "nano-lavit")
     settings = (1, 64, 0.0, 0.5, 3)
@@ -192,8 +192,7 @@ def test_reply_refuses_a_long_history(session):
 
 @pytest.mark.parametrize("updates, clear", [(1, False), (2, False), (2, True)])
 def test_reply_ends_where_it_is_cancelled(session, updates, clear):
-    """As Gradio does it for Stop: without an answer the message returns, part of one stays."""
-
+    # As Gradio does it for Stop: without an answer the message returns, part of one stays.
     async def stopped() -> None:
         session.on_submit({"text": "Please draw a fish.", "files": []})
         reply = session.reply(*FORCED)
@@ -213,6 +212,7 @@ def test_reply_ends_where_it_is_cancelled(session, updates, clear):
 
 
 def test_on_choose_names_a_file_that_is_no_image(session, file, tmp_path):
+    # At once, not when the message is sent.
     (tmp_path / "fake.png").write_bytes(b"no picture")
     message = {"text": "x", "files": [file, str(tmp_path / "fake.png")]}
     with pytest.warns(UserWarning, match=r"fake\.png"):
@@ -220,6 +220,7 @@ def test_on_choose_names_a_file_that_is_no_image(session, file, tmp_path):
 
 
 def test_reset_removes_the_visitors_images(session, file, tmp_path):
+    # What visitors have shown does not stay on the disk.
     send(session, "What is it?", file)
     assert len(list(tmp_path.rglob("*.png"))) == 2
     session.reset()
@@ -325,7 +326,7 @@ def test_client_names_what_is_wrong(address, wrong, route, named):
 @pytest.mark.filterwarnings("ignore:No model answers")
 @pytest.mark.parametrize("name", sorted(model_cards()))
 def test_build_opens_no_connection(name, monkeypatch):
-    """Neither to gradio's servers nor to a backend; the page has what the model's card says."""
+    # Neither to gradio's servers nor to a backend; the page has what the model's card says.
     from gradio.state_holder import SessionState
 
     from seed_multimodal.serving.page import build

@@ -64,7 +64,7 @@ def gate(tiny) -> Iterator[Gate]:
 
 
 def test_clients_that_left_are_dropped(tiny, gate: Gate):
-    """While they wait, and while they are answered."""
+    # While they wait, and while they are answered.
     running = Running(tiny, max_running=1, max_waiting=3)
     with ThreadPoolExecutor(1) as pool:
         first = pool.submit(running.ask)
@@ -86,6 +86,7 @@ def test_clients_that_left_are_dropped(tiny, gate: Gate):
 
 
 def test_too_many_requests_are_refused(tiny, gate: Gate):
+    # Clients are told to come back, rather than left waiting without an answer.
     running = Running(tiny, max_running=1, max_waiting=3)
     with ThreadPoolExecutor(4) as pool:
         waiting = [pool.submit(running.ask) for _ in range(4)]
@@ -98,7 +99,7 @@ def test_too_many_requests_are_refused(tiny, gate: Gate):
 
 
 def test_health_counts_requests_that_wait_for_the_cache(client_of, tiny_folder: Path):
-    """A system whose KV cache has a single row, behind a server of four requests at once."""
+    # A system whose KV cache has a single row, behind a server of four requests at once.
     from seed_multimodal.models.seed.pipeline import SeedLlama
 
     system = SeedLlama.from_pretrained(
@@ -147,6 +148,7 @@ def test_half_sent_and_oversized_requests_do_not_block_others(tiny):
 
 
 def test_late_answers_are_cut_off(client_of, tiny):
+    # What is written so far is sent; an unfinished image is not.
     client = client_of(tiny, seconds=1e-5)
     answer = client.post(CHAT, json={**BODY, "max_tokens": 2048}).json["choices"][0]
     assert answer["finish_reason"] == "length" and len(answer["message"]["notes"]) == 1
@@ -157,8 +159,7 @@ def test_late_answers_are_cut_off(client_of, tiny):
 
 @pytest.mark.parametrize("error, status", [(RuntimeError, 500), (MemoryError, 503)])
 def test_faults_hide_their_details_and_are_counted(client_of, tiny, caplog, error, status):
-    """Also in a stream, where the error is the last event."""
-
+    # Also in a stream, where the error is the last event.
     def fail(*_: Any) -> None:
         raise error("secret path /home/me")
 
@@ -234,7 +235,7 @@ def test_freed_memory_between_blocks_in_use_returns_to_the_system(tiny, monkeypa
 
 
 def test_full_collections_start_before_a_quarter_of_the_objects_is_new(tiny):
-    """Circles of old objects are freed by full collections alone."""
+    # Circles of old objects are freed by full collections alone.
     thresholds = gc.get_threshold()
     gc.set_threshold(700, 10, 10)
     gc.collect()
@@ -304,6 +305,7 @@ def test_every_route_but_health_needs_the_token(tiny):
 
 
 def test_listen_refuses_where_nothing_can_listen():
+    # Before a model is loaded, which takes minutes.
     from seed_multimodal.errors import ConfigError
     from seed_multimodal.serving.app import listen
 

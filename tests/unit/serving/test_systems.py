@@ -49,6 +49,7 @@ def test_chat_answers_as_the_library(system, family_client):
 
 
 def test_images_are_drawn_as_the_library_draws(system, family_client):
+    # The same seed gives the same image in Python and by HTTP.
     body = {"prompt": "a fish", "seed": 3}
     (item,) = family_client.post(DRAW, json=body).json["data"]
     assert np.array_equal(read(item["b64_json"]), system.draw("a fish", seed=3))
@@ -68,7 +69,7 @@ def test_generate_answers_or_refuses_any_text(family_client, text):
 
 @pytest.mark.parametrize("name", ["tiny", "tiny_x"])
 def test_conversation_with_images_in_both_directions(client_of, request, name):
-    """A drawn image is sent back: its codes, or for SEED-X the image itself."""
+    # A drawn image is sent back: its codes, or for SEED-X the image itself.
     system = request.getfixturevalue(name)
     client = client_of(system)
     settings = {**SETTINGS, "max_new_tokens": 40}
@@ -112,6 +113,7 @@ def test_generate_continues_a_text_without_template(client_of, request, name):
 
 
 def test_generate_leaves_out_an_image_that_broke_off(client_of, tiny, tiny_x):
+    # The original's clients send all images of the conversation, also unfinished ones.
     codes = [*range(16)] * 2
     text = "<image><image> and <image> What is it?"
     answer = generate(client_of(tiny), text, codes, codes[:23], [])
@@ -129,26 +131,8 @@ def test_generate_drops_the_oldest_turns_of_a_long_conversation(client):
     assert "messages were left out" in answer["error_msg"][0]
 
 
-@pytest.mark.parametrize("template", ["vicuna", "llama2"])
-def test_read_turns_gives_the_turns_of_a_rendered_conversation(template):
-    from seed_multimodal.language.prompts import get_template
-    from seed_multimodal.serving.backend import read_turns
-
-    turns = [
-        ("user", "<image>What is it?"),
-        ("assistant", "a cat."),
-        ("user", "Draw it."),
-        ("assistant", "Here it is. <image>"),
-        ("user", "Thanks"),
-    ]
-    rules = get_template(template)
-    text = "".join(rules.render(turns))
-    assert read_turns(text, rules) == turns
-    assert read_turns(text + "Well", rules) == read_turns("What is it?", rules) == []
-
-
 def test_repeated_images_are_encoded_once(client, tiny):
-    """Clients send all images of a conversation with each message."""
+    # Clients send all images of a conversation with each message.
     passes: list[int] = []
     hook = tiny.images.model.visual_encoder.register_forward_hook(lambda *_: passes.append(1))
     text = "USER: <image>What is it?\nASSISTANT: a cat.\nUSER: <image>And this?\nASSISTANT:"
@@ -194,7 +178,7 @@ def answering(system: Any, text: str) -> Any:
 
 
 def test_boxes_are_shares_of_the_last_image(client_of, tiny_x):
-    """The page draws them on it."""
+    # The page draws them on it.
     text = "a cat<box_start><loc-8><loc-4><loc-4><loc-2><box_end></s>"
     client = client_of(answering(tiny_x, text))
     message = chat(client, [user(noise(0), noise(1), "Where is it?")])
@@ -297,7 +281,7 @@ def test_a_folder_without_its_pixel_decoder_is_read_only(client_of, tiny_lavit_f
     "text, images, force", [("<image>", [noise(1)], False), ("a fish", [], True)]
 )
 def test_lavit_stops_when_the_client_leaves(tiny_lavit, text, images, force):
-    """At the third token of a caption or code of an image: nothing is drawn."""
+    # At the third token of a caption or code of an image: nothing is drawn.
     from werkzeug.exceptions import ServiceUnavailable
 
     from seed_multimodal.serving.backend import Backend, Deadline
