@@ -72,6 +72,13 @@ def _generate(
         opened = initial_ids[-1:] == [vocabulary.boi_id]
         processors.insert(0, ImageLogitsProcessor(ImageConstraints(vocabulary), opened, budget))
     names = [*BEAM_SETTINGS, *(SAMPLING_SETTINGS if settings.samples else ())]
+    guidance = {}
+    if settings.guidance != 1:
+        negative = [prompt.negative or [vocabulary.boi_id]]
+        guidance = {
+            "guidance_scale": settings.guidance,
+            "negative_prompt_ids": torch.tensor(negative),
+        }
     config = GenerationConfig(
         max_new_tokens=budget,
         bos_token_id=tokenizer.bos_token_id,
@@ -88,6 +95,7 @@ def _generate(
             generation_config=config,
             logits_processor=LogitsProcessorList(processors),
             stopping_criteria=StoppingCriteriaList([has_stopped]),
+            **guidance,
         ).tolist()
     answers = []
     for ids in outputs:

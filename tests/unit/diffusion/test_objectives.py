@@ -1,106 +1,161 @@
-"""Objectives: sampling with a perfect denoiser of one pixel, targets, time steps, errors."""
+"""Objectives: what noise is added, what is predicted, and what a prediction means."""
 
 from __future__ import annotations
 
-from types import SimpleNamespace
-from typing import Any
+import copy
 
+import diffusers
 import pytest
 import torch
-from diffusers import (
-    DDIMScheduler,
-    DPMSolverMultistepScheduler,
-    EulerDiscreteScheduler,
-    FlowMatchEulerDiscreteScheduler,
-)
-from torch import Tensor, nn
+from hypothesis import given
+from hypothesis import strategies as st
 
-from seed_multimodal.diffusion.base import Denoising, Detokenizer, DrawingSettings, guidance
-from seed_multimodal.diffusion.networks import DENOISERS, DenoiserKind
+from seed_multimodal.diffusion.base import fast_scheduler
 from seed_multimodal.diffusion.objectives import NoisyLatents, build_objective, objective_name
 from seed_multimodal.errors import ConfigError
 
-PIXEL = 0.7
 TRAILING = {"timestep_spacing": "trailing", "clip_sample": False}
+# Schedulers of published folders → the objective's name.
 SCHEDULERS = {
-    "epsilon": DDIMScheduler(**TRAILING),
-    "v_prediction": DDIMScheduler(prediction_type="v_prediction", **TRAILING),
-    "flow": FlowMatchEulerDiscreteScheduler(shift=3.0),
-    # SANA's folders.
-    "flow_prediction": DPMSolverMultistepScheduler(
-        prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+    "Stable Diffusion": (diffusers.DDIMScheduler(**TRAILING), "epsilon"),
+    "stable-unCLIP": (
+        diffusers.DDIMScheduler(prediction_type="v_prediction", **TRAILING),
+        "v_prediction",
+    ),
+    # A sampler that cannot train has the same schedule.
+    "Euler": (
+        diffusers.EulerDiscreteScheduler(
+            prediction_type="v_prediction", timestep_spacing="trailing"
+        ),
+        "v_prediction",
+    ),
+    "Stable Diffusion 3": (diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), "flow"),
+    "a flow without shift": (diffusers.FlowMatchEulerDiscreteScheduler(), "flow"),
+    "SANA": (
+        diffusers.DPMSolverMultistepScheduler(
+            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
+        ),
+        "flow",
     ),
 }
 
 
-class PerfectDenoiser(nn.Module):
-    """Knows that every image is `PIXEL`: its prediction is the target of its input's noise."""
-
-    dtype = torch.float32
-    device = torch.device("cpu")
-    config = {}
-
-    def __init__(self, scheduler: Any) -> None:
-        super().__init__()
-        self.objective = build_objective(scheduler)
-
-    def forward(self, noisy: Tensor, step: Tensor) -> Tensor:
-        steps = step.expand(len(noisy))
-        clean = torch.full_like(noisy, PIXEL)
-        # Noisy latents are linear in the noise.
-        without_noise = self.objective.add_noise(clean, torch.zeros_like(clean), steps)
-        per_noise = self.objective.add_noise(torch.zeros_like(clean), torch.ones_like(clean), steps)
-        noise = (noisy - without_noise) / per_noise
-        return self.objective.target(clean, noise, steps)
+@pytest.fixture(scope="module", params=SCHEDULERS)
+def scheduler(request):
+    return SCHEDULERS[request.param][0]
 
 
-@pytest.mark.parametrize("preset", ["original", "fast"])
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_sampling_of_a_perfect_denoiser(name, preset, monkeypatch):
-    kind = DenoiserKind("unet", "", lambda denoiser, latents, step, _: denoiser(latents, step))
-    monkeypatch.setitem(DENOISERS, "PerfectDenoiser", kind)
-    scheduler = SCHEDULERS[name]
-    vae = SimpleNamespace(config={"block_out_channels": [1]})
-    detokenizer = Detokenizer(
-        PerfectDenoiser(scheduler), vae, scheduler, defaults=DrawingSettings(preset=preset)
+def coefficients(scheduler, steps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """`signal` and `noise` `[B, 1, 1, 1]` of the papers: noisy = signal · x + noise · e."""
+    if objective_name(scheduler) == "flow":
+        times = steps / 1000
+        pair = (1 - times, times)
+    else:
+        share = scheduler.alphas_cumprod[steps]
+        pair = (share.sqrt(), (1 - share).sqrt())
+    return pair[0][:, None, None, None], pair[1][:, None, None, None]
+
+
+@given(seed=st.integers(0, 10**6))
+def test_noise_target_and_clean_latents_of_any_step(scheduler, seed):
+    # If any of the three disagrees, a trained decoder draws noise.
+    generator = torch.Generator().manual_seed(seed)
+    latents, noise = torch.randn(2, 3, 4, 2, 2, generator=generator)
+    objective = build_objective(scheduler)
+    steps = objective.sample_timesteps(3, generator)
+    signal, level = coefficients(scheduler, steps)
+
+    noisy = objective.add_noise(latents, noise, steps)
+    torch.testing.assert_close(noisy, signal * latents + level * noise)
+    target = objective.target(latents, noise, steps)
+    expected = {
+        "epsilon": noise,
+        "v_prediction": signal * noise - level * latents,
+        "flow": noise - latents,
+    }
+    torch.testing.assert_close(target, expected[objective_name(scheduler)])
+    clean = objective.clean(noisy, target, signal, level)
+    # At the last steps hardly any signal is left to divide by.
+    torch.testing.assert_close(clean, latents, atol=2e-4, rtol=1e-3)
+
+
+def test_noisy_latents_are_those_of_their_generator(scheduler):
+    objective = build_objective(scheduler)
+    latents = torch.randn(3, 4, 2, 2, dtype=torch.float64)
+    first, again = (
+        NoisyLatents.sample(objective, latents, torch.Generator().manual_seed(7)) for _ in range(2)
     )
-    start = torch.randn(2, 1, 1, 1, generator=torch.Generator().manual_seed(0))
-    conditions = {"encoder_hidden_states": torch.zeros(2, 1, 1)}
-    denoising = Denoising(start, conditions, guidance(1.0))
-    drawn = detokenizer.sample(denoising, detokenizer.defaults, [torch.Generator()] * 2)
-    torch.testing.assert_close(drawn, torch.full_like(drawn, PIXEL), rtol=0, atol=2e-3)
+    assert torch.equal(first.latents, again.latents) and torch.equal(first.steps, again.steps)
+    signal, level = coefficients(scheduler, first.steps)
+    clean = objective.clean(first.latents, first.target, signal, level)
+    torch.testing.assert_close(clean, latents, atol=2e-4, rtol=1e-3)
+
+    # The loss: zero for the target, the mean squared error in float32 for others.
+    assert float(first.losses(first.target)["total_loss"]) == 0
+    prediction = (first.target + 2).requires_grad_()
+    losses = first.losses(prediction)
+    assert losses["total_loss"].dtype == torch.float32 and losses["total_loss"].requires_grad
+    assert not losses["mse"].requires_grad
+    assert float(losses["mse"]) == losses["total_loss"].item() == pytest.approx(4)
+
+
+@pytest.mark.parametrize("preset", [copy.deepcopy, fast_scheduler], ids=["original", "fast"])
+def test_sampling_with_perfect_predictions_ends_at_the_image(scheduler, preset):
+    # What training teaches, and what the sampler takes the prediction for, must be the same.
+    objective = build_objective(scheduler)
+    image = torch.full((2, 1, 1, 1), 0.7)
+    sampler = preset(scheduler)
+    sampler.set_timesteps(20)
+    start = torch.randn(image.shape, generator=torch.Generator().manual_seed(0))
+    latents = start * getattr(sampler, "init_noise_sigma", 1.0)
+    for step in sampler.timesteps:
+        noisy = latents
+        if hasattr(sampler, "scale_model_input"):
+            noisy = sampler.scale_model_input(latents, step)
+        # Noisy latents are linear in the noise.
+        steps = step.to(objective.sample_timesteps(1, None).dtype).expand(2)
+        zero = torch.zeros(2, 1, 1, 1)
+        level = objective.add_noise(zero, zero + 1, steps)
+        noise = (noisy - objective.add_noise(image, zero, steps)) / level
+        latents = sampler.step(objective.target(image, noise, steps), step, latents).prev_sample
+    torch.testing.assert_close(latents, image, rtol=0, atol=2e-3)
 
 
 @pytest.mark.parametrize("times", ["logit_normal", "uniform"])
-def test_time_steps_of_a_flow_are_shifted_towards_noise(times):
-    objective = build_objective(SCHEDULERS["flow"], times)
-    steps = objective.sample_timesteps(4000, torch.Generator().manual_seed(0))
-    unshifted = steps / 1000 / (3 - 2 * steps / 1000)
-    assert 0 < float(steps.min()) and float(steps.max()) < 1000
+@pytest.mark.parametrize(
+    ("name", "shift"), [("Stable Diffusion 3", 3), ("SANA", 3), ("a flow without shift", 1)]
+)
+def test_time_steps_of_a_flow_are_shifted_towards_noise(name, shift, times):
+    objective = build_objective(SCHEDULERS[name][0], times)
+    steps = objective.sample_timesteps(4000, torch.Generator().manual_seed(0)) / 1000
+    unshifted = steps / (shift - (shift - 1) * steps)
+    assert 0 < float(steps.min()) and float(steps.max()) < 1
     assert float(unshifted.mean()) == pytest.approx(0.5, abs=0.02)
     deviation = 0.208 if times == "logit_normal" else 0.289
     assert float(unshifted.std()) == pytest.approx(deviation, abs=0.01)
 
 
-def test_objective_and_noise_schedule_are_the_scheduler_s():
-    assert [objective_name(scheduler) for scheduler in SCHEDULERS.values()] == [
-        "epsilon",
-        "v_prediction",
-        "flow",
-        "flow",
-    ]
-    # A sampler without `get_velocity`.
-    euler = EulerDiscreteScheduler(prediction_type="v_prediction")
-    latents = torch.randn(3, 4, 8, 8)
-    noisy = NoisyLatents.sample(build_objective(euler), latents)
-    signal = euler.alphas_cumprod[noisy.steps][:, None, None, None]
-    torch.testing.assert_close(
-        signal.sqrt() * noisy.latents - (1 - signal).sqrt() * noisy.target, latents
-    )
+def test_time_steps_of_a_noise_schedule_are_uniform():
+    steps = build_objective(diffusers.DDIMScheduler()).sample_timesteps(20_000, None)
+    assert steps.min() == 0 and steps.max() == 999
+    assert float(steps.float().mean()) == pytest.approx(500, abs=10)
 
 
-def test_unknown_objectives():
-    with pytest.raises(ConfigError, match="no training objective for prediction_type 'sample'"):
-        build_objective(DDIMScheduler(prediction_type="sample"))
-    with pytest.raises(ConfigError, match="use_dynamic_shifting"):
-        build_objective(FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True))
+def test_objective_name_of_each_scheduler():
+    for scheduler, name in SCHEDULERS.values():
+        assert objective_name(scheduler) == name
+
+
+@pytest.mark.parametrize(
+    ("scheduler", "named"),
+    [
+        (diffusers.DDIMScheduler(prediction_type="sample"), "sample"),
+        (
+            diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            "use_dynamic_shifting",
+        ),
+    ],
+)
+def test_build_objective_of_a_scheduler_without_one(scheduler, named):
+    with pytest.raises(ConfigError, match=named):
+        build_objective(scheduler)

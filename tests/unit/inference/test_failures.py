@@ -1,23 +1,27 @@
-"""Failed passes, callers that leave and rows of unequal prompts: no row is lost, and none claims
-more than it holds.
-"""
+"""What callers see when something fails, leaves or waits: no other request loses its answer, and no
+row of the cache is lost."""
 
 from __future__ import annotations
 
+import gc
+import sys
 import threading
-from collections.abc import Callable, Sequence
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
+from real_processes import run_process
 from waiting import wait_until
 
 from seed_multimodal.errors import GenerationError
-from seed_multimodal.inference.backends.base import NextTokens
+from seed_multimodal.inference.backends.base import NextTokens, PromptChunk
 from seed_multimodal.inference.backends.torch import TorchBackend
-from seed_multimodal.inference.engine import Engine
-from seed_multimodal.inference.prompt import GenerationSettings, HiddenStates, Prompt
+from seed_multimodal.inference.engine import PREFILL_BESIDE_DECODING, Engine
+from seed_multimodal.inference.prompt import GenerationSettings, Prompt, Stopped
 from seed_multimodal.inference.request import Request
 
 GREEDY = GenerationSettings(max_new_tokens=20, do_sample=False, constrain=False)
@@ -25,22 +29,60 @@ LONG = replace(GREEDY, max_new_tokens=300, min_new_tokens=300)
 GUIDED = replace(GREEDY, guidance=2.0, min_new_tokens=20)
 
 
-class DamagingBackend(TorchBackend):
-    """`on_decode` is called once, with the scores of the next decoding pass."""
+class FaultyBackend(TorchBackend):
+    """Waits for `gate` before a pass, and once runs out of memory in the step `fails`.
 
-    on_decode: Callable[[torch.Tensor], None] | None = None
+    on_decode: called once, with the scores of the next decoding pass.
+    """
+
+    def __init__(self, llm: Any, **options: Any) -> None:
+        super().__init__(llm, **options)
+        self.fails = ""
+        self.on_decode: Callable[[torch.Tensor], object] | None = None
+        self.gate = threading.Event()
+        self.gate.set()
+        self.passes: list[int] = []  # padded prompt tokens; 0: a decoding pass
+
+    def _check(self, step: str) -> None:
+        if self.fails == step:
+            self.fails = ""
+            raise torch.OutOfMemoryError(f"CUDA out of memory in {step}")
+
+    @contextmanager
+    def ready(self) -> Iterator[None]:
+        self.gate.wait(30)
+        self._check("ready")
+        with super().ready():
+            yield
+
+    def prefill(self, first_row: int, chunks: Sequence[PromptChunk]) -> NextTokens:
+        self.gate.wait(30)
+        self._check("prefill")
+        self.passes.append(len(chunks) * max(chunk.stop - chunk.start for chunk in chunks))
+        return super().prefill(first_row, chunks)
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> NextTokens:
         computed = super().decode(tokens, positions)
-        if self.on_decode is not None:
-            on_decode = self.on_decode
-            self.on_decode = None
+        self.passes.append(0)
+        self._check("decode")  # when keys and values are written
+        on_decode, self.on_decode = self.on_decode, None
+        if on_decode is not None:
             on_decode(computed.scores)
         return computed
 
+    def swap(self, row_a: int, row_b: int, length_a: int, length_b: int) -> None:
+        self._check("swap")
+        super().swap(row_a, row_b, length_a, length_b)
 
-def engine_of(system: Any, max_rows: int = 4) -> tuple[Engine, DamagingBackend]:
-    backend = DamagingBackend(system.llm, max_rows=max_rows)
+    def copy(self, source: int, target: int, start: int, stop: int) -> None:
+        if self.fails == "copy":
+            self.clear(target)  # a failed copy has begun
+        self._check("copy")
+        super().copy(source, target, start, stop)
+
+
+def faulty_engine(system: Any, max_rows: int = 4) -> tuple[Engine, FaultyBackend]:
+    backend = FaultyBackend(system.llm, max_rows=max_rows)
     return Engine(backend, system.tokenizer), backend
 
 
@@ -48,193 +90,234 @@ def ids_of(variant: int, length: int = 6) -> list[int]:
     return [1, *(3 + (variant * 7 + index) % 290 for index in range(length))]
 
 
-def tokens_within(request: Request, seconds: float = 8) -> list[int]:
-    """The tokens of a request, or AssertionError if it does not end in time."""
-    tokens: list[int] = []
-    reader = threading.Thread(target=lambda: tokens.extend(request), daemon=True)
-    reader.start()
-    reader.join(seconds)
-    assert not reader.is_alive(), "the request does not end"
-    return tokens
+def prompt(variant: int, length: int = 6) -> Prompt:
+    return Prompt(ids_of(variant, length), negative=ids_of(variant + 1, length))
+
+
+def outcome(request: Request) -> Any:
+    """The tokens of a request, or its error."""
+    try:
+        return list(request)
+    except Exception as error:  # noqa: BLE001 whatever the engine delivered
+        return error
 
 
 def wait_until_idle(engine: Engine) -> None:
-    """Until all rows are free."""
-    wait_until(lambda: engine.n_active == 0)
+    wait_until(lambda: (engine.n_running, engine.n_waiting) == (0, 0))
 
 
-def test_guided_prompts_that_do_not_fit_a_pass_together(tiny):
-    """Beside a running answer, the second prompt is read after the first one."""
-    engine, _ = engine_of(tiny)
-    guided = Prompt(ids_of(1, 140), negative=ids_of(2, 150))
-    expected = Engine(TorchBackend(tiny.llm), tiny.tokenizer).generate([guided], GUIDED)[0]
-    running = iter(engine.submit(Prompt(ids_of(0)), LONG))
-    next(running)
-    assert tokens_within(engine.submit(guided, GUIDED)) == expected
-    running.close()
+@pytest.mark.parametrize("settings", [GREEDY, GUIDED], ids=["plain", "guided"])
+@pytest.mark.parametrize("step", ["ready", "prefill", "decode", "swap", "copy"])
+def test_out_of_memory_ends_the_requests_of_the_step_and_no_later_ones(tiny, step, settings):
+    engine, backend = faulty_engine(tiny)
+    start = ids_of(0, 40)  # of every second prompt, so that rows are copied
+    asked = [Prompt([*(start if n % 2 else []), *ids_of(n)]) for n in range(10)]
+    settings = replace(settings, min_new_tokens=0)
+    expected = [engine.generate([one], settings)[0] for one in asked]
+    wait_until_idle(engine)
+    backend.gate.clear()
+    backend.fails = step
+    requests = [engine.submit(one, settings) for one in asked]
+    backend.gate.set()
+    outcomes = [outcome(request) for request in requests]
+
+    errors = [answer for answer in outcomes if isinstance(answer, torch.OutOfMemoryError)]
+    assert 1 <= len(errors) <= (4 if step in ("prefill", "decode") else 10)
+    for answer, complete in zip(outcomes, expected, strict=True):
+        assert isinstance(answer, torch.OutOfMemoryError) or answer == complete
+    # Every row answers as before: none is lost, and none claims what it does not hold.
+    assert engine.generate(asked, settings) == expected
+    wait_until_idle(engine)
 
 
-def test_a_prompt_without_tokens_raises_generation_error(tiny):
-    engine, _ = engine_of(tiny)
-    with pytest.raises(GenerationError, match="The prompt is empty"):
-        tokens_within(engine.submit(Prompt(), GREEDY))
-
-
-def test_rows_of_a_failed_pass_hold_no_reusable_prefix(tiny):
-    engine, backend = engine_of(tiny)
-
-    def run_out_of_memory(scores: torch.Tensor) -> None:
-        raise torch.OutOfMemoryError("CUDA out of memory")
-
-    backend.on_decode = run_out_of_memory
+def test_a_failed_prefill_does_not_end_running_answers(tiny):
+    engine, backend = faulty_engine(tiny)
+    running = iter(engine.submit(prompt(0), LONG))
+    first = next(running)
+    backend.fails = "prefill"
     with pytest.raises(torch.OutOfMemoryError):
-        engine.generate([Prompt(ids_of(variant)) for variant in range(3)], GREEDY)
-    engine.generate(
-        [Prompt([7])], replace(GREEDY, max_new_tokens=1)
-    )  # the engine has freed all rows
-    assert [len(slot.keys) for slot in engine.slots if len(slot.keys) > 1] == []
-
-
-def test_a_damaged_guided_request_leaves_no_zeros_to_the_next_one(tiny):
-    engine, backend = engine_of(tiny, 2)
-    guided = Prompt(ids_of(1), negative=ids_of(2))
-    expected = engine.generate([guided], GUIDED)
-    backend.on_decode = lambda scores: scores.fill_(float("nan"))
-    with pytest.raises(GenerationError, match="not numbers"):
-        engine.generate([guided], GUIDED)
-    assert engine.generate([guided], GUIDED) == expected
+        list(engine.submit(prompt(1), GREEDY))
+    assert [first, *running] == engine.generate([prompt(0)], LONG)[0]
 
 
 @pytest.mark.parametrize("row", [0, 1], ids=["conditional", "unconditional"])
-def test_nan_in_either_prompt_of_guidance_ends_the_request(tiny, row):
-    engine, backend = engine_of(tiny, 2)
+def test_nan_ends_its_request_and_leaves_nothing_to_the_next(tiny, row):
+    engine, backend = faulty_engine(tiny, 2)
+    expected = engine.generate([prompt(1)], GUIDED)
     backend.on_decode = lambda scores: scores[row].fill_(float("nan"))
-    with pytest.raises(GenerationError, match="not numbers"):
-        engine.generate([Prompt(ids_of(1), negative=ids_of(2))], GUIDED)
+    with pytest.raises(GenerationError):
+        engine.generate([prompt(1)], GUIDED)
+    assert engine.generate([prompt(1)], GUIDED) == expected
 
 
-def test_a_damaged_request_whose_caller_leaves_costs_no_other_its_answer(tiny):
-    engine, backend = engine_of(tiny)
-    expected = engine.generate([Prompt(ids_of(2))], GREEDY)[0]
-    requests: list[Request] = []
-    started = threading.Event()
+def test_nan_in_a_request_whose_caller_leaves_costs_no_other_its_answer(tiny):
+    engine, backend = faulty_engine(tiny)
+    expected = engine.generate([prompt(2)], GREEDY)[0]
+    wait_until_idle(engine)
+    backend.gate.clear()
+    requests = [engine.submit(prompt(variant), GREEDY) for variant in range(3)]
 
     def damage(scores: torch.Tensor) -> None:
-        started.wait(20)
         requests[1].cancel()
         scores[:2].fill_(float("nan"))
 
     backend.on_decode = damage
-    submitted = [
-        engine._new_request(Prompt(ids_of(variant)), GREEDY, None, None, None, None)
-        for variant in range(3)
-    ]
-    requests += submitted
-    engine._enqueue(submitted)
-    started.set()
-    with pytest.raises(GenerationError, match="not numbers"):
-        list(requests[0])
-    assert tokens_within(requests[2]) == expected
+    backend.gate.set()
+    assert isinstance(outcome(requests[0]), GenerationError)
+    assert outcome(requests[2]) == expected
+
+
+BAD_REQUESTS = {
+    "an empty prompt": (Prompt(), GREEDY, GenerationError),
+    "a prompt beyond the context": (Prompt([5] * 600), GREEDY, GenerationError),
+    "an image that does not fit": (
+        Prompt([5] * 491),
+        GenerationSettings(force_image=True, do_sample=False),
+        GenerationError,
+    ),
+    "more beams than rows": (Prompt([5]), replace(GREEDY, num_beams=3), GenerationError),
+    "an id outside the vocabulary": (Prompt([10**6]), GREEDY, IndexError),
+    "embeddings with NaN": (
+        Prompt.of_embeddings(torch.full((3, 32), float("nan"))),
+        GREEDY,
+        GenerationError,
+    ),
+}
+
+
+@pytest.mark.parametrize("name", BAD_REQUESTS)
+def test_a_bad_request_ends_alone(tiny, name):
+    bad, settings, error = BAD_REQUESTS[name]
+    engine, _ = faulty_engine(tiny, 2)
+    expected = engine.generate([prompt(0)], GREEDY)[0]
+    parallel = engine.submit(prompt(0), GREEDY)
+    with pytest.raises(error):
+        list(engine.submit(bad, settings))
+    assert list(parallel) == expected
+    for _ in range(3):  # in every row, also the bad one's
+        assert engine.generate([prompt(0)] * 2, GREEDY) == [expected] * 2
+
+
+def test_a_small_cache_shortens_the_context_and_refuses_longer_prompts(tiny):
+    config = tiny.llm.config
+    per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
+    engine = Engine(TorchBackend(tiny.llm, cache_bytes=per_token * 101), tiny.tokenizer)
+    assert (engine.n_rows, engine.capacity) == (1, 100)
+    assert len(engine.generate([prompt(0, length=49)], LONG)[0]) == 50
+    with pytest.raises(GenerationError, match="--kv-cache"):
+        engine.submit(prompt(0, length=119), GREEDY)
+
+
+# ---- callers that leave
+
+
+def fails(error: BaseException) -> Callable[[], bool]:
+    def should_stop() -> bool:
+        raise error
+
+    return should_stop
+
+
+@pytest.mark.parametrize("waits", [False, True], ids=["running", "waiting"])
+@pytest.mark.parametrize(
+    ("should_stop", "error"),
+    [
+        (lambda: True, Stopped),
+        (fails(OSError("the connection was closed")), OSError),
+        # As asyncio's CancelledError: it must not end the engine's thread.
+        (fails(SystemExit(3)), SystemExit),
+    ],
+    ids=["stopped", "an error", "an exit"],
+)
+def test_should_stop_ends_its_own_request(tiny, should_stop, error, waits):
+    engine, backend = faulty_engine(tiny, max_rows=1 if waits else 2)
+    expected = engine.generate([prompt(0)], LONG)[0]
+    running = iter(engine.submit(prompt(0), LONG))
+    first = next(running)
+    n_prefills = sum(map(bool, backend.passes))
+    with pytest.raises(error):
+        list(engine.submit(prompt(1), LONG, should_stop=should_stop))
+    assert [first, *running] == expected
+    if waits:  # it never got a row
+        assert sum(map(bool, backend.passes)) == n_prefills
+
+
+@pytest.mark.parametrize("max_rows", [1, 2], ids=["waiting", "running"])
+def test_cancel_of_another_thread_ends_the_iteration(tiny, max_rows):
+    engine, _ = faulty_engine(tiny, max_rows)
+    other = engine.submit(prompt(0), LONG)
+    request = engine.submit(prompt(1), LONG)
+    threading.Timer(0.05, request.cancel).start()
+    assert len(list(request)) < 300
+    assert list(request) == []  # a second iteration ends, too
+    other.cancel()
+    wait_until_idle(engine)
+
+
+def test_long_prompts_are_read_in_pieces_beside_running_answers(tiny):
+    # A long prompt would otherwise stop all streams while it is read.
+    engine, backend = faulty_engine(tiny)
+    long = prompt(3, length=480)
+    expected = engine.generate([long], GREEDY)[0]
+    assert backend.passes[0] == 481  # alone, at once
+    engine, backend = faulty_engine(tiny)
+    running = iter(engine.submit(prompt(0), LONG))
+    next(running)
+    backend.passes.clear()
+    assert list(engine.submit(long, GREEDY)) == expected
+    pieces = [index for index, n_tokens in enumerate(backend.passes) if n_tokens]
+    sizes = [backend.passes[index] for index in pieces]
+    assert sum(sizes) == 481 and max(sizes) <= PREFILL_BESIDE_DECODING
+    # Between two pieces the running answer gets a token.
+    assert all(after - before > 1 for before, after in zip(pieces, pieces[1:], strict=False))
+    # Two prompts of guidance which do not fit a pass together are read one after the other.
+    guided = prompt(1, length=145)
+    alone = Engine(TorchBackend(tiny.llm), tiny.tokenizer).generate([guided], GUIDED)[0]
+    assert list(engine.submit(guided, GUIDED)) == alone
+    running.close()
+
+
+# ---- engines and programs that end
+
+
+def test_a_dropped_engine_is_freed_with_its_thread(tiny):
+    before = set(threading.enumerate())
+    engine, backend = faulty_engine(tiny)
+    engine.generate([prompt(0)], GREEDY)
+    [thread] = set(threading.enumerate()) - before
+    reference = weakref.ref(backend)
+    del engine, backend
+    gc.collect()
+    thread.join(10)
+    gc.collect()
+    assert not thread.is_alive() and reference() is None
 
 
 def test_an_engine_that_is_dropped_after_submit_still_answers(tiny):
-    expected = engine_of(tiny)[0].generate([Prompt(ids_of(0))], GREEDY)[0]
-    for _ in range(30):
-        request = engine_of(tiny)[0].submit(Prompt(ids_of(0)), GREEDY)
-        assert tokens_within(request) == expected
+    expected = faulty_engine(tiny)[0].generate([prompt(0)], GREEDY)[0]
+    for _ in range(10):
+        request = faulty_engine(tiny)[0].submit(prompt(0), GREEDY)
+        assert list(request) == expected
 
 
-def test_cancel_of_another_thread_ends_the_iteration(tiny):
-    engine, _ = engine_of(tiny, 1)
-    running = engine.submit(Prompt(ids_of(0)), LONG)
-    waiting = engine.submit(Prompt(ids_of(1)), GREEDY)
-    threading.Timer(0.1, waiting.cancel).start()
-    assert tokens_within(waiting) == []
-    running.cancel()
+PROGRAM = """
+import sys, threading, time
+from seed_multimodal.models.seed.pipeline import SeedLlama
+from seed_multimodal.inference.prompt import GenerationSettings, Prompt
+
+system = SeedLlama.from_pretrained(sys.argv[1], device="cpu", log=None)
+settings = GenerationSettings(max_new_tokens=400, min_new_tokens=400, do_sample=False)
+answer = lambda: print(len(system.generate([Prompt([1, 5, 9])], settings)[0]))
+threading.Thread(target=answer, daemon=sys.argv[2] == "daemon").start()
+time.sleep(0.3)
+raise SystemExit(3)
+"""
 
 
-def test_a_second_iteration_of_a_request_ends(tiny):
-    engine, _ = engine_of(tiny)
-    request = engine.submit(Prompt(ids_of(0)), replace(GREEDY, min_new_tokens=20))
-    assert len(tokens_within(request)) == 20
-    assert tokens_within(request) == []
-
-
-def test_should_stop_that_exits_ends_its_own_request(tiny):
-    """A BaseException, such as asyncio's CancelledError, does not end the engine's thread."""
-    engine, _ = engine_of(tiny)
-
-    def exits() -> bool:
-        raise SystemExit(3)
-
-    with pytest.raises(SystemExit):
-        list(engine.submit(Prompt(ids_of(1)), GREEDY, should_stop=exits))
-    assert tokens_within(engine.submit(Prompt(ids_of(0)), GREEDY))
-
-
-def test_running_requests_keep_no_scores_of_their_first_token(tiny):
-    """They are views of a tensor with the scores of a whole pass."""
-    engine, _ = engine_of(tiny)
-    request = engine.submit(Prompt(ids_of(0), negative=ids_of(1)), replace(LONG, guidance=2.0))
-    tokens = iter(request)
-    next(tokens)
-    next(tokens)
-    assert [(row.scores, row.state) for row in request.rows] == [(None, None)] * 2
-    tokens.close()
-
-
-def test_states_of_beams_are_those_of_the_answer_alone(tiny_x):
-    engine, _ = engine_of(tiny_x)
-    settings = replace(GREEDY, num_beams=4, length_penalty=-3.0)
-    states = HiddenStates()
-    prompts = [Prompt(ids_of(variant)) for variant in range(6)]
-    ends = list(range(3, 60))
-    answers = engine.generate(prompts, settings, states=states, end_ids=ends)
-    assert any(len(ids) < 20 for ids in answers)
-    for row, ids in enumerate(answers):
-        assert max(states[row], default=-1) < len(ids) - 1
-
-
-class MovingFailsBackend(TorchBackend):
-    """Runs out of memory in the next `swap` or `copy`, whichever `fails` names.
-
-    A failed copy has begun.
-    """
-
-    fails = ""
-
-    def _check(self, step: str) -> None:
-        if self.fails == step:
-            self.fails = ""
-            raise torch.OutOfMemoryError(f"CUDA out of memory in {step}")
-
-    def swap(self, row_a: int, row_b: int, length_a: int, length_b: int) -> None:
-        self._check("swap")
-        super().swap(row_a, row_b, length_a, length_b)
-
-    def copy(self, source: int, target: int, start: int, stop: int) -> None:
-        self.clear(target)
-        self._check("copy")
-        super().copy(source, target, start, stop)
-
-
-@pytest.mark.parametrize("step", ["swap", "copy"])
-def test_a_request_that_fails_while_it_gets_a_row_loses_no_row(tiny, step):
-    backend = MovingFailsBackend(tiny.llm, max_rows=2)
-    engine = Engine(backend, tiny.tokenizer)
-    prompts = [Prompt(ids_of(0, 60)), Prompt(ids_of(1, 60))]
-    expected = engine.generate(prompts, GREEDY)
-    wait_until_idle(engine)
-    # A swap: the prompt of the second row. A copy: the first half of what the newest row holds.
-    newest = max(engine.slots, key=lambda slot: slot.freed_at)
-    slot = engine.slots[1] if step == "swap" else newest
-    wanted = next(prompt for prompt in prompts if slot.common_prefix(prompt.prefix_keys()) > 30)
-    if step == "copy":
-        wanted = Prompt(wanted.ids[:30])
-    backend.fails = step
-    with pytest.raises(torch.OutOfMemoryError):
-        list(engine.submit(wanted, GREEDY))
-    wait_until_idle(engine)
-    assert (engine.n_active, engine.n_decoding) == (0, 0)
-    for prompt, ids in zip(prompts, expected, strict=True):
-        assert tokens_within(engine.submit(prompt, GREEDY)) == ids
+@pytest.mark.process
+@pytest.mark.parametrize(("kind", "printed"), [("thread", "400"), ("daemon", "")])
+def test_a_program_ends_after_the_answer_that_a_thread_waits_for(tiny_folder, kind, printed):
+    """Python aborts if a daemon thread computes at the end: the engine stops before."""
+    command = [sys.executable, "-c", PROGRAM, str(tiny_folder), kind]
+    run = run_process(command, timeout=120)
+    assert (run.returncode, run.stdout.strip()) == (3, printed), run.stderr

@@ -1,70 +1,143 @@
-"""Vector quantizer: nearest code, gradients, k-means, restart, cosine codes, moving average."""
+"""Vector quantizer: nearest codes, losses and gradients, moving averages, k-means, restarts."""
 
 from __future__ import annotations
 
+import pytest
 import torch
 import torch.nn.functional as F
+from hypothesis import example, given
+from hypothesis import strategies as st
+from torch import Tensor
 
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.nn.quantizer import VectorQuantizer
 
+# What the codebook's users build: SEED, SEED with moving averages, normalised codes, LaVIT.
+KINDS = {
+    "plain": {},
+    "average": {"ema_decay": 0.5},
+    "normalized": {"normalize": True},
+    "unit rows": {"unit_rows": True, "ema_decay": 0.5},
+}
 
-def _clusters(count: int, dim: int, each: int) -> tuple[torch.Tensor, torch.Tensor]:
-    centres = torch.randn(count, dim) * 5
-    return centres, (centres[:, None] + 0.05 * torch.randn(count, each, dim)).flatten(0, 1)
+
+def distances(features: Tensor, codes: Tensor) -> Tensor:
+    """Squared distances `[..., K]` without the trick of inner products."""
+    return (features[..., None, :] - codes).square().sum(-1)
 
 
-def test_nearest_equals_brute_force_and_takes_the_first_of_a_tie():
+@pytest.mark.parametrize("kind", KINDS)
+@given(seed=st.integers(0, 1000), size=st.integers(1, 12), sections=st.integers(1, 3))
+@example(seed=0, size=5, sections=3)
+def test_nearest_equals_brute_force(kind, seed, size, sections):
+    # Another nearest code is another image: every kind, in whole and divided codebooks.
+    torch.manual_seed(seed)
+    quantizer = VectorQuantizer(size * sections, 3, sections=sections, **KINDS[kind])
+    torch.nn.init.normal_(quantizer.embedding.weight)
+    features = torch.randn(4, sections, 3)
+    codes = quantizer.nearest(features)
+
+    points = quantizer.prepare(features)
+    rows = quantizer.lookup(torch.arange(quantizer.size)).unflatten(0, (sections, size))
+    for section in range(sections):
+        expected = distances(points[:, section], rows[section]).argmin(-1) + size * section
+        assert torch.equal(codes[:, section], expected)
+
+
+def test_nearest_takes_the_first_of_equal_codes():
     quantizer = VectorQuantizer(40, 5)
-    z = torch.randn(3, 7, 5) * 0.02
-    brute = (z[..., None, :] - quantizer.embedding.weight).square().sum(-1).argmin(-1)
-    assert torch.equal(quantizer.nearest(z), brute)
     with torch.no_grad():
         quantizer.embedding.weight[11] = quantizer.embedding.weight[3] = torch.tensor([9.0] * 5)
     assert int(quantizer.nearest(torch.full((5,), 9.0))) == 3
 
 
-def test_nearest_computes_in_fp32_under_autocast_and_for_half_weights():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_nearest_computes_in_float32(dtype):
+    # Under autocast, or with weights in half precision, one code in a few would be another.
     quantizer = VectorQuantizer(512, 16)
     torch.nn.init.normal_(quantizer.embedding.weight)
-    z = torch.randn(64, 32, 16)
-    exact = quantizer.nearest(z)
+    quantizer.to(dtype)
+    features = torch.randn(64, 32, 16).to(dtype)
     with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert torch.equal(quantizer.nearest(z), exact)
-    half = VectorQuantizer(512, 16).to(torch.bfloat16)
-    half.embedding.weight.data.copy_(quantizer.embedding.weight)
-    rows = half.embedding.weight.float()
-    points = z.bfloat16()
-    brute = torch.cdist(
-        points.float().flatten(0, 1), rows, compute_mode="donot_use_mm_for_euclid_dist"
-    ).argmin(1)
-    assert torch.equal(half.nearest(points).flatten(), brute)
+        codes = quantizer.nearest(features)
+    expected = distances(features.float(), quantizer.embedding.weight.float()).argmin(-1)
+    assert torch.equal(codes, expected)
 
 
-def test_forward_loss_and_straight_through_gradient():
-    quantizer = VectorQuantizer(10, 4)
+def test_prepare_and_lookup_of_each_kind():
+    features = 3 * torch.randn(2, 4)
+    unit = F.normalize(features, dim=-1)
+    for kind, options in KINDS.items():
+        quantizer = VectorQuantizer(6, 4, **options)
+        is_on_sphere = kind in ("normalized", "unit rows")
+        torch.testing.assert_close(quantizer.prepare(features), unit if is_on_sphere else features)
+        rows = quantizer.lookup(torch.arange(6)).detach()
+        if is_on_sphere:
+            torch.testing.assert_close(rows.norm(dim=-1), torch.ones(6))
+        else:  # the original's first codes, within 1 / K of zero
+            assert float(rows.abs().max()) <= 1 / 6 and float(rows.std()) > 0.05
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_forward_loss_and_gradients(kind):
+    quantizer = VectorQuantizer(10, 4, **KINDS[kind]).eval()
     z = torch.randn(2, 3, 4, requires_grad=True)
-    quant, loss, indices = quantizer(z)
-    rows = quantizer.embedding.weight[indices]
-    torch.testing.assert_close(quant, rows)
-    torch.testing.assert_close(loss, 1.25 * F.mse_loss(z, rows))
+    quantized, loss, codes = quantizer(z)
+    assert torch.equal(codes, quantizer.nearest(z))
+    rows = quantizer.lookup(codes)
+    torch.testing.assert_close(quantized, rows)
+
+    # 1. Commitment, and the codebook's term unless codes follow an average.
+    is_averaged = "ema_decay" in KINDS[kind]
+    weight = 1.0 if is_averaged else 1.25
+    torch.testing.assert_close(loss, weight * F.mse_loss(quantizer.prepare(z), rows))
+    assert quantizer.embedding.weight.requires_grad is not is_averaged
     loss.backward()
-    torch.testing.assert_close(z.grad, 2 * (z - rows).detach() / z.numel())
-    assert set(quantizer.embedding.weight.grad.abs().sum(1).nonzero().flatten().tolist()) == set(
-        indices.flatten().tolist()
-    )
-    z.grad = None
-    quantizer(z)[0].sum().backward()
-    torch.testing.assert_close(z.grad, torch.ones_like(z))
+    if not is_averaged:
+        moved = quantizer.embedding.weight.grad.abs().sum(1).nonzero().flatten()
+        assert set(moved.tolist()) == set(codes.flatten().tolist())
+
+    # 2. The codes have the features' gradient.
+    [straight] = torch.autograd.grad(quantizer(z)[0].square().sum(), z)
+    features = quantizer.prepare(z)
+    [expected] = torch.autograd.grad(features, z, 2 * rows.detach())
+    torch.testing.assert_close(straight, expected)
 
 
-def test_init_from_finds_the_clusters():
-    centres, points = _clusters(12, 6, 30)
-    quantizer = VectorQuantizer(24, 6)
-    before = F.mse_loss(quantizer.lookup(quantizer.nearest(points)), points)
+@pytest.mark.parametrize("kind", ["average", "unit rows"])
+def test_moving_average_of_a_few_steps(kind):
+    # One training step after the other, against the formula of van den Oord et al. (2017).
+    quantizer = VectorQuantizer(4, 3, **KINDS[kind]).train()
+    count = torch.zeros(4)
+    total = torch.zeros(4, 3)
+    codebook = quantizer.embedding.weight.clone()
+    for _ in range(3):
+        features = torch.randn(2, 5, 3)
+        _, _, codes = quantizer(features)
+        points = quantizer.prepare(features)
+        one_hot = F.one_hot(codes, 4).float().flatten(0, 1)
+        count = 0.5 * count + 0.5 * one_hot.sum(0)
+        total = 0.5 * total + 0.5 * one_hot.T @ points.flatten(0, 1)
+        used = count > 0
+        codebook[used] = total[used] / count[used, None]
+        if kind == "unit rows":
+            codebook = F.normalize(codebook, dim=-1)
+        torch.testing.assert_close(quantizer.embedding.weight, codebook)
+    before = quantizer.embedding.weight.clone()
+    quantizer.eval()(torch.randn(1, 5, 3))
+    assert torch.equal(quantizer.embedding.weight, before)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_init_from_finds_the_clusters(kind):
+    centres = torch.randn(12, 1, 6) * 5
+    points = (centres + 0.05 * torch.randn(12, 30, 6)).flatten(0, 1)
+    quantizer = VectorQuantizer(24, 6, **KINDS[kind]).eval()
     quantizer.init_from(points[torch.randperm(len(points))].reshape(6, -1, 6), iterations=20)
-    after = F.mse_loss(quantizer.lookup(quantizer.nearest(points)), points)
-    assert after < 0.02 * before
-    assert len(quantizer.nearest(points).unique()) >= 12
+    quantized, _, codes = quantizer(points[None])
+    features = quantizer.prepare(points)
+    assert F.mse_loss(quantized[0], features) < 0.05 * features.var()
+    assert len(codes.unique()) >= 12
 
 
 def test_init_from_is_reproducible_with_fewer_points_than_codes():
@@ -79,69 +152,30 @@ def test_init_from_is_reproducible_with_fewer_points_than_codes():
     assert tables[0].isfinite().all() and len(tables[0].unique(dim=0)) >= 20
 
 
-def test_restart_moves_dead_codes_only():
-    quantizer = VectorQuantizer(8, 3)
-    before = (torch.arange(8.0)[:, None] * 10).expand(8, 3)
-    quantizer.embedding.weight.data.copy_(before)
-    features = torch.tensor([1.0, 21.0, 71.0])[:, None].expand(3, 3)
-    dead = torch.tensor([False, True, False, True, True, False, False, False])
-    quantizer.restart(dead, features)
-    assert torch.equal((quantizer.embedding.weight != before).any(1), dead)
-    assert sorted(quantizer.embedding.weight[dead][:, 0].tolist()) == [1, 21, 71]
+@pytest.mark.parametrize("kind", KINDS)
+@given(dead=st.lists(st.booleans(), min_size=8, max_size=8), n_points=st.integers(1, 20))
+def test_restart_moves_dead_codes_onto_features(kind, dead, n_points):
+    # A code that is in use must keep its meaning; a dead one gets features of its own section.
+    quantizer = VectorQuantizer(8, 3, sections=2, **KINDS[kind])
+    before = quantizer.embedding.weight.detach().clone()
+    is_dead = torch.tensor(dead)
+    features = 5 + torch.randn(n_points, 2, 3)
+    quantizer.restart(is_dead, features)
+    after = quantizer.embedding.weight.detach()
+    assert torch.equal((after != before).any(1), is_dead)
+
+    points = quantizer.prepare(features)
+    for section in range(2):
+        moved = after.unflatten(0, (2, 4))[section][is_dead.unflatten(0, (2, 4))[section]]
+        nearest = distances(moved, points[:, section]).amin(-1)
+        if len(moved) <= n_points:  # else repeated features get noise
+            assert float(nearest.sum()) < 1e-6
+        assert len(moved.unique(dim=0)) == len(moved) or n_points == 1
+    if "ema_decay" in KINDS[kind]:  # the average begins anew, as of one feature
+        torch.testing.assert_close(quantizer.ema_count, is_dead.float())
+        torch.testing.assert_close(quantizer.ema_sum[is_dead], after[is_dead])
 
 
-def test_normalized_codes_ignore_length():
-    quantizer = VectorQuantizer(16, 4, normalize=True)
-    z = torch.randn(5, 4)
-    assert torch.equal(quantizer.nearest(z), quantizer.nearest(z * 100))
-    torch.testing.assert_close(quantizer.lookup(torch.arange(16)).norm(dim=-1), torch.ones(16))
-    quant, _, indices = quantizer(z)
-    torch.testing.assert_close(quant, quantizer.lookup(indices))
-
-
-def test_moving_average_follows_features_without_gradient():
-    centres, points = _clusters(4, 3, 50)
-    quantizer = VectorQuantizer(4, 3, ema_decay=0.5).train()
-    assert not quantizer.embedding.weight.requires_grad
-    quantizer.init_from(points[::50] + 0.5, iterations=0)
-    for _ in range(12):
-        quantizer(points[None])
-    assert torch.cdist(centres, quantizer.embedding.weight).min(1).values.max() < 0.05
-    _, loss, indices = quantizer.eval()(points[None])
-    torch.testing.assert_close(loss, F.mse_loss(points[None], quantizer.embedding.weight[indices]))
-
-
-def test_sections_divide_the_codes_among_positions():
-    torch.manual_seed(5)
-    quantizer = VectorQuantizer(24, 4, sections=6).train()
-    points = torch.randn(200, 6, 4) + 3.0 * torch.randn(6, 4)
-    quantizer.init_from(points)
-    _, _, codes = quantizer(points)
-    first = torch.arange(6) * 4
-    assert bool(((codes >= first) & (codes < first + 4)).all())
-    for position in range(6):  # the nearest code of the section
-        rows = quantizer.embedding.weight[position * 4 : position * 4 + 4]
-        assert torch.equal(
-            codes[:, position] - position * 4, torch.cdist(points[:, position], rows).argmin(1)
-        )
-    quantizer.restart(torch.arange(24) // 4 == 2, points)  # onto features of that position
-    moved = quantizer.embedding.weight[8:12]
-    assert bool((torch.cdist(moved, points[:, 2]).min(1).values < 1e-6).all())
-
-
-@torch.no_grad()
-def test_unit_rows_stay_on_the_sphere():
-    quantizer = VectorQuantizer(6, 4, unit_rows=True, ema_decay=0.5)
-    lengths = [quantizer.embedding.weight.norm(dim=1)]
-    quantizer.init_from(3 * torch.randn(200, 4))
-    lengths.append(quantizer.embedding.weight.norm(dim=1))
-    quantizer.train()(torch.randn(2, 30, 4))
-    lengths.append(quantizer.embedding.weight.norm(dim=1))
-    quantizer.restart(torch.ones(6, dtype=torch.bool), 5 * torch.randn(50, 4))
-    lengths.append(quantizer.embedding.weight.norm(dim=1))
-    assert all(torch.allclose(norms, torch.ones(6), atol=1e-5) for norms in lengths)
-    quantizer.embedding.weight[2] *= 3
-    z = torch.randn(40, 4)
-    near = torch.cdist(F.normalize(z, dim=-1), quantizer.embedding.weight).argmin(1)
-    assert torch.equal(quantizer.nearest(z), near)
-    assert torch.equal(quantizer.lookup(near), quantizer.embedding.weight[near])
+def test_sections_that_divide_no_codebook():
+    with pytest.raises(ConfigError, match="24"):
+        VectorQuantizer(24, 4, sections=5)

@@ -1,0 +1,110 @@
+"""Image constraints: whatever the scores, generated images are well-formed in every family."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from seed_multimodal.inference.backends.torch import TorchBackend
+from seed_multimodal.inference.engine import Engine
+from seed_multimodal.inference.image_constraints import ImageConstraints, ImageLogitsProcessor
+from seed_multimodal.inference.prompt import GenerationSettings, Prompt
+from seed_multimodal.language.vocabulary import ImageVocabulary
+
+PADDING = 3  # rows of the output layer behind the vocabulary
+FAMILIES = ("tokenizer", "seedx_tokenizer", "lavit_tokenizer")
+
+
+@pytest.fixture(scope="module", params=FAMILIES)
+def vocabulary(request) -> ImageVocabulary:
+    return request.getfixturevalue(request.param).vocabulary
+
+
+def allowed(vocabulary: ImageVocabulary, ids: list[int], budget: int | None) -> set[int]:
+    """The grammar of an answer, in words: what may follow `ids`."""
+    starts = [index for index, id in enumerate(ids) if id == vocabulary.boi_id]
+    in_image = bool(starts) and vocabulary.eoi_id not in ids[starts[-1] :]
+    codes = range(vocabulary.code_start, vocabulary.code_start + vocabulary.n_codes)
+    if not in_image:
+        # Text, or an image where a whole one fits.
+        tokens = set(range(vocabulary.size)) - set(codes) - {vocabulary.eoi_id}
+        tokens -= set(range(vocabulary.size)[vocabulary.input_only_ids])
+        fits = budget is not None and budget - len(ids) >= vocabulary.tokens_per_image + 2
+        if vocabulary.image_only_when_forced or not fits:
+            tokens.discard(vocabulary.boi_id)
+        if budget is None and not vocabulary.image_only_when_forced:
+            tokens.add(vocabulary.boi_id)
+        return tokens
+    # LaVIT's images may hold skipped tokens, as the original's.
+    tokens = {id for id in range(vocabulary.size) if vocabulary.is_ignored_in_image(id)}
+    count = len(ids) - 1 - starts[-1]
+    if count >= vocabulary.min_codes:
+        tokens.add(vocabulary.eoi_id)
+    if count < vocabulary.tokens_per_image:
+        tokens |= {codes[count]} if vocabulary.fixed_image_order else set(codes)
+    return tokens
+
+
+@given(seed=st.integers(0, 10**6), budget=st.none() | st.integers(1, 40), opened=st.booleans())
+def test_any_sequence_follows_the_grammar(vocabulary, seed, budget, opened):
+    # One token too many allowed, and the answer's image cannot be decoded; one too few, and the
+    # model cannot say what it was trained to.
+    generator = torch.Generator().manual_seed(seed)
+    process = ImageLogitsProcessor(ImageConstraints(vocabulary), opened=opened, budget=budget)
+    rows = torch.zeros(2, 0, dtype=torch.long)
+    prefix = [vocabulary.boi_id] if opened else []
+    for _ in range(budget or 20):
+        scores = torch.randn(2, vocabulary.size + PADDING, generator=generator)
+        scores[:, [vocabulary.boi_id, vocabulary.eoi_id]] += 4  # images are rare otherwise
+        processed = process(rows, scores)
+        for ids, row in zip(rows.tolist(), processed, strict=True):
+            # A forced `<img>` is not part of the budget.
+            total = None if budget is None else budget + len(prefix)
+            finite = set(torch.isfinite(row).nonzero().flatten().tolist())
+            assert finite == allowed(vocabulary, prefix + ids, total)
+        chosen = processed.softmax(-1).multinomial(1, generator=generator)
+        rows = torch.cat([rows, chosen], dim=1)
+
+
+def processed(vocabulary: ImageVocabulary, ids: list[int], **options) -> tuple[Tensor, Tensor]:
+    scores = torch.randn(1, vocabulary.size)
+    constraints = ImageConstraints(vocabulary, **options)
+    return scores, ImageLogitsProcessor(constraints)(torch.tensor([ids], dtype=torch.long), scores)
+
+
+def test_allowed_tokens_keep_their_scores(vocabulary):
+    # Except SEED-X's placeholders: they are certain, and untrained scores must not cost a beam.
+    for ids in ([], [vocabulary.boi_id]):
+        before, after = processed(vocabulary, ids)
+        is_certain = bool(ids) and vocabulary.fixed_image_order
+        kept = torch.isfinite(after)
+        assert torch.equal(after[kept], torch.zeros(1) if is_certain else before[kept])
+
+
+def test_original_constraints_of_seed_x(seedx_tokenizer):
+    # The original forbids only an image's own codes, patches and starts: answers as by its scripts.
+    vocabulary = seedx_tokenizer.vocabulary
+    _, after = processed(vocabulary, [], original=True)
+    forbidden = set(torch.isinf(after[0]).nonzero().flatten().tolist())
+    image_codes = range(vocabulary.code_start, vocabulary.code_start + vocabulary.tokens_per_image)
+    assert forbidden == {*image_codes, vocabulary.eoi_id}
+    _, after = processed(vocabulary, [vocabulary.boi_id], original=True)
+    finite = torch.isfinite(after[0]).nonzero().flatten().tolist()
+    assert finite == [vocabulary.code_start]
+
+
+def test_engine_with_the_original_constraints(tiny_x):
+    # Demos of the original: the answer keeps its order of placeholders, and may hold patches.
+    vocabulary = tiny_x.tokenizer.vocabulary
+    engine = Engine(TorchBackend(tiny_x.llm), tiny_x.tokenizer, original_constraints=True)
+    sampled = GenerationSettings(max_new_tokens=60, temperature=9.0, top_p=1.0, top_k=0, seed=1)
+    answers = engine.generate([Prompt([1, 5, 9])] * 4, sampled, seeds=range(4))
+    process = ImageLogitsProcessor(ImageConstraints(vocabulary, original=True))
+    for ids in answers:
+        for length, token in enumerate(ids):
+            scores = process(torch.tensor([ids[:length]]).long(), torch.zeros(1, vocabulary.size))
+            assert torch.isfinite(scores[0, token])
+    assert any(set(range(vocabulary.size)[vocabulary.input_only_ids]) & set(ids) for ids in answers)
