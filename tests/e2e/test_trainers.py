@@ -121,8 +121,8 @@ def test_trainer_in_two_processes_is_one_with_the_double_batch(
 def test_trainer_under_zero_equals_the_plain_one_and_resumes(
     trainer: Trainer, parts_dir: Path, tmp_path
 ):
-    """With the published settings in two processes, compared with the same run without DeepSpeed;
-    checkpoints contain the gathered weights."""
+    # With the published settings in two processes, compared with the same run without DeepSpeed;
+    # checkpoints contain the gathered weights.
     import torch
 
     for stage in trainer.zero:
@@ -196,7 +196,7 @@ def test_trainer_stopped_by_sigterm_saves_and_continues(
 def test_trainer_on_a_full_disk_reports_it_and_continues(
     trainer: Trainer, parts_dir: Path, tmp_path, capsys
 ):
-    """The limit on the size of files stands for a full disk: writes fail in the same place."""
+    # The limit on the size of files stands for a full disk: writes fail in the same place.
     out = tmp_path / "out"
     arguments = trainer.arguments(parts_dir, out, 4, 2, ())
     soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)

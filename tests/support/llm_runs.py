@@ -48,6 +48,28 @@ TRAINER = {
 OPTIM = {"name": "adamw", "learning_rate": 1.0e-2, "warmup_ratio": 0.1, "min_lr_ratio": 0.1}
 
 
+# Plain images of these, in the data of SEED-X and LaVIT.
+COLOURS = {
+    "red": (200, 30, 30),
+    "green": (30, 180, 40),
+    "blue": (40, 60, 220),
+    "grey": (120, 120, 120),
+}
+
+
+def write_llama(folder: Path, vocab_size: int, **sizes: int) -> None:
+    """A random LLaMA with the special ids of the originals."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    from seed_multimodal.language.llm import force_special_ids
+
+    torch.manual_seed(0)
+    llm = LlamaForCausalLM(LlamaConfig(**{**SIZES, **sizes}, vocab_size=vocab_size))
+    force_special_ids(llm)
+    llm.save_pretrained(folder)
+
+
 def write_json_lines(file: Path, records: Iterable[dict[str, Any]]) -> None:
     file.parent.mkdir(parents=True, exist_ok=True)
     file.write_text("".join(json.dumps(record) + "\n" for record in records))

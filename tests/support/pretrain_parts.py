@@ -8,11 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llm_runs import TRAINER, losses, merged, write_json_lines, write_tar  # noqa: F401
+from llm_runs import (  # noqa: F401
+    COLOURS,
+    TRAINER,
+    losses,
+    merged,
+    write_json_lines,
+    write_llama,
+    write_tar,
+)
 from PIL import Image
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from seed_multimodal.language.llm import force_special_ids
 from seed_multimodal.models.lavit.checkpoints import save_dynamic_tokenizer
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
 from seed_multimodal.models.lavit.processing import LavitTokenizer
@@ -32,24 +38,10 @@ SIZES = LavitTokenizerConfig(
     codebook_dim=4,
     llm_width=32,
 )
-LLAMA = {
-    "hidden_size": 32,
-    "intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": False,
-}
 TEXTS = [
     "a red picture a green picture a blue picture a grey picture What is red? plain words of no "
     "picture"
 ] * 30
-COLOURS = {
-    "red": (200, 30, 30),
-    "green": (30, 180, 40),
-    "blue": (40, 60, 220),
-    "grey": (120, 120, 120),
-}
 VISUAL_RATES = {"causal_encoder": 2.0e-2, "vit_proj": 2.0e-2}
 
 
@@ -78,9 +70,7 @@ def write_parts(folder: Path) -> None:
         if parameter.ndim >= 2:  # so that patches differ
             torch.nn.init.normal_(parameter, std=0.3)
     save_dynamic_tokenizer(model, folder / "visual")
-    llm = LlamaForCausalLM(LlamaConfig(vocab_size=tokenizer.vocabulary.n_text, **LLAMA))
-    force_special_ids(llm)
-    llm.save_pretrained(folder / "llm")
+    write_llama(folder / "llm", tokenizer.vocabulary.n_text)
     write_tar(
         folder / "captions.tar",
         (

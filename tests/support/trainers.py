@@ -154,18 +154,13 @@ def _llm(parts_dir: Path, output: Path) -> list[str]:
 
 def _llm_parts(parts_dir: Path) -> None:
     """A LLaMA in files, so that a checkpoint of LoRA is a system."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
-    torch.manual_seed(0)
-    vocab_size = MultimodalTokenizer.from_pretrained(llm_runs.TOKENIZER).vocabulary.size
-    config = LlamaConfig(**llm_runs.SIZES, vocab_size=vocab_size, bos_token_id=1, eos_token_id=2)
-    LlamaForCausalLM(config).save_pretrained(parts_dir / "base")
-    model = {"path": str(parts_dir / "base"), "sizes": None}
+    vocabulary = MultimodalTokenizer.from_pretrained(llm_runs.TOKENIZER).vocabulary
+    llm_runs.write_llama(parts_dir / "base", vocabulary.size)
     lora = {**llm_runs.LORA, "lora_dropout": 0.0}
-    llm_runs.write_files(parts_dir, model={**model, "lora": lora})
+    model = {"path": str(parts_dir / "base"), "sizes": None, "lora": lora}
+    llm_runs.write_files(parts_dir, model=model)
 
 
 def _hub_llm_parts(parts_dir: Path, lora: dict[str, Any] | None) -> None:

@@ -7,18 +7,25 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llm_runs import TRAINER, losses, merged, write_json_lines, write_tar  # noqa: F401
+from llm_runs import (  # noqa: F401
+    COLOURS,
+    SIZES,
+    TRAINER,
+    losses,
+    merged,
+    write_json_lines,
+    write_llama,
+    write_tar,
+)
 from PIL import Image
-from transformers import LlamaConfig, LlamaForCausalLM
 
-from seed_multimodal.language.llm import force_special_ids
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.nn.vision.qwen import QwenVit, QwenVitConfig
 from seed_nano.train.words import train_text_tokenizer
 
 SIDE = 28
 K = 16
-SIZES = QwenVitConfig(
+VISION = QwenVitConfig(
     image_size=SIDE,
     patch_size=14,
     width=32,
@@ -30,26 +37,13 @@ SIZES = QwenVitConfig(
     position_grid=2,
     pool_heads=2,
 )
-LLAMA = {
-    "hidden_size": 48,
-    "intermediate_size": 96,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 256,
-    "tie_word_embeddings": False,
-}
+WIDTHS = {"hidden_size": 48, "intermediate_size": 96}
 TEXTS = [
     "[INST] Generate an image: a cat [/INST]\n",
     "It is a dog.",
     "Make it red. What is it? Where is it?",
     "Here is a picture. Enjoy this picture.",
 ] * 20
-COLOURS = {
-    "red": (200, 30, 30),
-    "green": (30, 180, 40),
-    "blue": (40, 60, 220),
-    "grey": (120, 120, 120),
-}
 RESAMPLERS = {
     "input_resampler": {"grid_size": 2, "embed_dim": 48, "num_heads": 4, "kv_dim": K},
     "output_resampler": {"grid_size": 2, "embed_dim": K, "num_heads": 4, "kv_dim": 48},
@@ -82,10 +76,8 @@ def write_parts(folder: Path) -> None:
         n_locations=16,
     )
     torch.manual_seed(0)
-    QwenVit(SIZES).save_pretrained(folder / "vision")
-    llm = LlamaForCausalLM(LlamaConfig(vocab_size=len(tokenizer), **LLAMA))
-    force_special_ids(llm)
-    llm.save_pretrained(folder / "llm")
+    QwenVit(VISION).save_pretrained(folder / "vision")
+    write_llama(folder / "llm", len(tokenizer), **WIDTHS)
     write_data(folder)
 
 
@@ -181,7 +173,7 @@ def config_of(
     model = (
         {"path": str(folder / "llm"), "lora": LORA, "train_embeddings": True}
         if lora
-        else {"sizes": dict(LLAMA), "dtype": "fp32"}
+        else {"sizes": {**SIZES, **WIDTHS}, "dtype": "fp32"}
     )
     return merged(
         {

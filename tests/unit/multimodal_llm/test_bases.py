@@ -124,7 +124,7 @@ def test_base_trained_and_merged(architecture: str, tmp_path):
 
 @pytest.mark.parametrize("template", TEXT_TEMPLATES)
 def test_rows_of_new_tokens(template: str, tmp_path):
-    """New are also those that padded the base; the token that ends an answer has a gradient."""
+    # New are also those that padded the base; the token that ends an answer has a gradient.
     write_hub_tokenizer(tmp_path, SENTENCES, TEXT_TEMPLATES[template])
     tokenizer = HubTokenizer.create(tmp_path, N_CODES, PER_IMAGE)
     n_text = tokenizer.vocabulary.n_text

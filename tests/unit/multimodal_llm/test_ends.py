@@ -47,8 +47,8 @@ def test_train_until_the_loss_is_not_finite(train, tmp_path):
 
 @pytest.mark.slow
 def test_train_on_exhausted_data_with_bad_records(train, tmp_path, capsys):
-    """The run ends by itself with a checkpoint and its last evaluation; a user finds each bad
-    record by file and line."""
+    # The run ends by itself with a checkpoint and its last evaluation; a user finds each bad record
+    # by file and line.
     data = once(tmp_path / "data")
     file = tmp_path / "data" / "captions.jsonl"
     lines = file.read_text().splitlines()
@@ -75,7 +75,7 @@ def test_train_on_exhausted_data_with_bad_records(train, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("packing", [True, False])
 def test_train_on_data_that_end_inside_a_step(packing, train, tmp_path):
-    """The micro-batches that are left make a step of their size, whose loss is their mean."""
+    # The micro-batches that are left make a step of their size, whose loss is their mean.
     options = ("trainer.max_steps=50", "optim.learning_rate=0.0")
     data = once(tmp_path / "data", 14, packing=packing)
     whole = train("whole", *options, data=data)
@@ -111,7 +111,7 @@ def test_train_is_the_same_with_and_without_evaluation(train, tmp_path):
 
 @pytest.mark.slow
 def test_train_stopped_in_an_evaluation_leaves_the_evaluation(train, tmp_path):
-    """SIGTERM in the second of ten evaluation batches: a cluster gives a job seconds to end."""
+    # SIGTERM in the second of ten evaluation batches: a cluster gives a job seconds to end.
     from seed_multimodal.training.cli import compose, parse
     from seed_multimodal.training.llm.task import LlmTask
 
@@ -193,7 +193,7 @@ def smallest_loss_scale() -> None:
     [(out_of_memory, "data.rows"), (closed_by_peer, "process"), (smallest_loss_scale, "bf16")],
 )
 def test_errors_of_torch_become_errors_of_the_run(fails, named):
-    """One line with the step, what to change and the last checkpoint, not a traceback of C++."""
+    # One line with the step, what to change and the last checkpoint, not a traceback of C++.
     from seed_multimodal.training.distributed import TrainingError, translate_errors
 
     with (

@@ -70,7 +70,7 @@ def test_assembled_system_answers_in_the_chat_template(folder: Path, system: See
 
 
 def test_training_data_equal_prompts(system: SeedLlama):
-    """Learned are the answers, each with the token that ends its turn."""
+    # Learned are the answers, each with the token that ends its turn.
     tokenizer = system.tokenizer
     codes = [index % N_CODES for index in range(PER_IMAGE)]
     contents = [[{"codes": codes}, " What is it?"], ["A cat. <|im_end|>"], ["Where?"], ["Here."]]

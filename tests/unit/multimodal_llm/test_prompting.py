@@ -36,7 +36,7 @@ def test_template_of_the_original_13b():
     ],
 )
 def test_read_gives_the_sources_the_template_of_the_model(data, options, expected):
-    """Unless the data or the source names one; captions have none."""
+    # Unless the data or the source names one; captions have none.
     source = {"name": "qa", "files": "qa.jsonl", "decoder": "sft.qa", "options": options}
     captions = {"name": "captions", "files": "c.jsonl", "decoder": "pretrain.caption"}
     config = {

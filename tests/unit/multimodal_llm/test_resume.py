@@ -32,7 +32,7 @@ def test_resume_with_another_model_optimizer_or_data_fails(
 
 @pytest.mark.slow
 def test_resume_with_another_weight_decay(train, two_steps, capsys):
-    """The saved optimizer does not restore the old one."""
+    # The saved optimizer does not restore the old one.
     import torch
     from safetensors.torch import load_file
 

@@ -215,32 +215,9 @@ def test_compose_and_read_with_a_wrong_setting(arguments, named, files):
         LlmTask.read(compose(translate([*chosen, "output_dir=x", *arguments.split()]), CONFIGS))
 
 
-@pytest.mark.parametrize(
-    ("program", "key"),
-    [
-        ("train", "trainer.max_steps=1000"),
-        ("train_seed_x_sft", "agent.losses.rec_loss_scale=6.0"),
-        ("train_lavit", "optim.learning_rate=0.00015"),
-        ("train_seed_x_detokenizer", "trainer.ema=0.0"),
-        ("train_lavit_detokenizer", "data.encoder_size=224"),
-    ],
-)
-def test_main_help_lists_keys_with_defaults(program, key, capsys):
-    assert main(program, CONFIGS, ["--help"]) == 0
-    assert key in capsys.readouterr().out
-
-
-def test_main_prints_the_configuration(files, capsys):
-    chosen = [f"{group}={file}" for group, file in files.items()]
-    assert main("train", CONFIGS, [*chosen, "trainer.max_steps=7", "--cfg", "job"]) == 0
-    shown = yaml.safe_load(capsys.readouterr().out)
-    assert shown["output_dir"] == "???"
-    assert shown["trainer"]["max_steps"] == 7
-
-
 @pytest.mark.parametrize("group", ["model", "data"])
 def test_main_with_a_target_that_is_not_allowed(group, files, tmp_path, capsys):
-    """A configuration of a stranger must not start a program."""
+    # A configuration of a stranger must not start a program.
     made = tmp_path / "made"
     files[group].write_text(f"_target_: os.system\ncommand: touch {made}\n")
     assert main("train", CONFIGS, runs.overrides(files, tmp_path / "out")) == 2
@@ -266,7 +243,7 @@ def filled(file: Path, **trainer: Any) -> tuple[dict[str, Any], list[str]]:
     "file", sorted((CONFIGS / "deepspeed").glob("*.json")), ids=lambda file: file.stem
 )
 def test_fill_config_of_a_deepspeed_file(file):
-    """The names say stage, precision and offloading; nothing is left to fill."""
+    # The names say stage, precision and offloading; nothing is left to fill.
     precision = "bf16" if "bf16" in file.stem else "fp16"
     micro_steps = 1 if "mefft" in file.stem else 4
     config, _ = filled(file, precision=precision, gradient_accumulation_steps=micro_steps)

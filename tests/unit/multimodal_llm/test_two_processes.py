@@ -43,7 +43,7 @@ def start(tmp_path: Path, max_steps: int, **variables: str) -> subprocess.Popen:
 
 
 def test_script_on_two_nodes(tmp_path):
-    """By the variables of the original's cluster."""
+    # By the variables of the original's cluster.
     nodes = {"HOST_NUM": "2", "CHIEF_IP": "127.0.0.1", "HOST_GPU_NUM": "1"}
     port = str(free_port())
     processes = [
@@ -80,7 +80,7 @@ def one_source(files: dict[str, Path], index: int, lines: list[str]) -> Path:
 
 @pytest.mark.nightly
 def test_train_processes_with_unequal_numbers_of_evaluation_batches(tmp_path):
-    """One record for two processes: every forward pass is a collective, so the run could hang."""
+    # One record for two processes: every forward pass is a collective, so the run could hang.
     files = runs.write_files(tmp_path)
     chats = (tmp_path / "data" / "chats.jsonl").read_text().splitlines(keepends=True)
     held_out = one_source(files, 1, chats[:1])
@@ -93,7 +93,7 @@ def test_train_processes_with_unequal_numbers_of_evaluation_batches(tmp_path):
 
 @pytest.mark.nightly
 def test_train_writes_no_samples_when_the_first_process_has_no_data_left(tmp_path):
-    """Without evaluation data, the samples continue sequences of a step."""
+    # Without evaluation data, the samples continue sequences of a step.
     files = runs.write_files(tmp_path)
     captions = (tmp_path / "data" / "captions.jsonl").read_text().splitlines(keepends=True)
     bad = '{"image_ids": [1, 2, 3], "text": "too few codes"}\n'  # of the first process

@@ -33,7 +33,7 @@ def write_eva(file: Path) -> Path:
     ["eva", "clip", *(pytest.param(case, marks=pytest.mark.nightly) for case in NIGHTLY)],
 )
 def test_export_by_the_printed_commands(case, yaml, run, tmp_path, capsys, monkeypatch):
-    """The vision encoder is EVA's file or a CLIP folder, frozen or trained further."""
+    # The vision encoder is EVA's file or a CLIP folder, frozen or trained further.
     from seed_multimodal.cli.main import main
 
     monkeypatch.chdir(tmp_path)

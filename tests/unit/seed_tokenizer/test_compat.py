@@ -33,7 +33,7 @@ def run_code(start, *command: str) -> tuple[str, str, int]:
 
 @pytest.mark.process
 def test_register_in_a_fresh_process(start):
-    """The names of the originals' YAML files, without LAVIS's heavy imports."""
+    # The names of the originals' YAML files, without LAVIS's heavy imports.
     output, error, code = run_code(start, "-W", "error::FutureWarning", "-c", CODE)
     assert code == 0, error
     printed = dict(line.split(" ", 1) for line in output.splitlines())
@@ -44,7 +44,7 @@ def test_register_in_a_fresh_process(start):
 
 @pytest.mark.process
 def test_plain_import_of_lavis(start):
-    """As in the original's folder, where the package lay; programs here find the prepared one."""
+    # As in the original's folder, where the package lay; programs here find the prepared one.
     code = (
         "from lavis.common.registry import registry\n"
         "from lavis.tasks.base_task import BaseTask\n"

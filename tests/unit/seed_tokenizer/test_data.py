@@ -64,7 +64,7 @@ def pairs(images: Path) -> dict[str, Any]:
 
 
 def test_build_datasets_of_a_json_list(images):
-    """Training gets random views, another in each epoch; evaluation the whole image."""
+    # Training gets random views, another in each epoch; evaluation the whole image.
     built = build("conceptual_caption_3m", pairs(images), valid="train")
     assert list(built) == ["train", "train:eval"]
     sample, again, other = (built["train"].get(5, epoch) for epoch in (0, 0, 1))
@@ -118,7 +118,7 @@ def test_build_datasets_with_a_wrong_section(info, more, named):
 
 
 def test_mixed_order_of_joined_sets(tmp_path, images):
-    """`sample_ratio`: three of four samples from the set of weight 3."""
+    # `sample_ratio`: three of four samples from the set of weight 3.
     from seed_lavis.datasets import mixed_order, split_of
 
     shard(tmp_path / "0.tar", [(f"{n}", {"caption": "red"}) for n in range(4)])

@@ -50,7 +50,7 @@ def test_train_and_export_of_lavit(yaml, run, images, tmp_path, capsys):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["siglip2", "clip"])
 def test_train_and_export_with_a_vision_encoder_of_transformers(kind, yaml, run, images, tmp_path):
-    """Sizes, weights and preprocessing are those of its folder, for the export, too."""
+    # Sizes, weights and preprocessing are those of its folder, for the export, too.
     from seed_multimodal.cli.main import main
     from seed_multimodal.models.lavit.checkpoints import load_dynamic_tokenizer
 

@@ -26,8 +26,8 @@ def built(arguments: list[str]) -> Any:
 
 
 def test_learning_rate_with_accumulation(yaml):
-    """Schedules count iterations, as the original's (golden/lr_schedule); a step has the rate of
-    its last one."""
+    # Schedules count iterations, as the original's (golden/lr_schedule); a step has the rate of its
+    # last one.
     from seed_lavis.datasets import split_of
     from seed_lavis.task import TokenizerTask
 
@@ -110,8 +110,8 @@ def test_train_stage2_of_seed1(yaml, run, tmp_path):
 
 
 def test_train_again_longer_and_from_a_checkpoint(yaml, run, tmp_path, capsys):
-    """A finished run is skipped; with more epochs it resumes; a LAVIS checkpoint starts another
-    run with the same weights, optimizer and batches."""
+    # A finished run is skipped; with more epochs it resumes; a LAVIS checkpoint starts another run
+    # with the same weights, optimizer and batches.
     steps = "run.iters_per_epoch=2"
     run(yaml("stage1", steps, "run.max_epoch=1"))
     file = tmp_path / "stage1" / "checkpoint_0.pth"
@@ -167,7 +167,7 @@ def test_train_with_codebook_options(yaml, run, tmp_path, options):
 
 
 def test_train_on_torn_images_and_resume(yaml, run, images, tmp_path, capsys):
-    """It is skipped and named once; the count stays after resuming."""
+    # It is skipped and named once; the count stays after resuming.
     folder = shutil.copytree(images, tmp_path / "copied")
     names = [item["image"] for item in json.loads((folder / "pairs.json").read_text())]
     (folder / names[7]).write_bytes(b"not an image")
@@ -194,7 +194,7 @@ WIDE = "{width: 48, depth: 2, heads: 2, mlp_width: 64, max_positions: 64, dropou
     ],
 )
 def test_main_with_wrong_settings_or_files(yaml, run, tmp_path, capsys, stage, option, named):
-    """Exit code 2, one line on stderr, no checkpoint."""
+    # Exit code 2, one line on stderr, no checkpoint.
     start = []
     if "qformer" in option:
         run(yaml("stage1", *TWO_STEPS, "run.batch_size_train=2", name="first"))

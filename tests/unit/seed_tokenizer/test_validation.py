@@ -88,7 +88,7 @@ def test_train_in_two_processes_that_share_the_split(yaml, run, start, tmp_path)
 
 @given(total=st.integers(1, 2000), batch=st.integers(1, 64), world=st.integers(1, 8))
 def test_share_out_evaluates_equal_full_batches(total, batch, world):
-    """Every process has as many batches of one size; fewer samples than batches are left out."""
+    # Every process has as many batches of one size; fewer samples than batches are left out.
     from seed_lavis.task import share_out
 
     assume(total >= world)

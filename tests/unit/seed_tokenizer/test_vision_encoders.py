@@ -26,7 +26,7 @@ def vit_option(folder: Path) -> str:
 
 
 def test_load_config_prepares_images_for_the_encoder(tmp_path):
-    """Shorter side and centre crop of DINOv2, also in evaluation, whatever the YAML says."""
+    # Shorter side and centre crop of DINOv2, also in evaluation, whatever the YAML says.
     from seed_lavis import register
     from seed_lavis.options import load_config
 
@@ -48,7 +48,7 @@ def test_load_config_prepares_images_for_the_encoder(tmp_path):
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", ["siglip2", "dinov2", "dinov3", "clip"])
 def test_train_towards_the_encoders_own_feature(kind, yaml, run, tmp_path):
-    """Both stages of encoders with a pooling head, a class token or registers; bf16 the second."""
+    # Both stages of encoders with a pooling head, a class token or registers; bf16 the second.
     network = write_vision(kind, tmp_path / "vision")
     vit = vit_option(tmp_path / "vision")
     run(yaml("stage1", vit, "model.freeze_vit=True", *SHORT))
@@ -68,7 +68,7 @@ def test_train_towards_the_encoders_own_feature(kind, yaml, run, tmp_path):
 
 
 def test_train_the_encoder_and_its_own_feature(yaml, run, tmp_path):
-    """Stage 1 trains SigLIP and reads its feature from the queries; stage 2 gets all of it."""
+    # Stage 1 trains SigLIP and reads its feature from the queries; stage 2 gets all of it.
     write_vision("siglip", tmp_path / "vision")
     vit = vit_option(tmp_path / "vision")
     trained = ["model.freeze_vit=False", "model.embedding_weight=2.0", "model.vit_precision=fp32"]
@@ -88,8 +88,8 @@ def test_train_the_encoder_and_its_own_feature(yaml, run, tmp_path):
 def test_tokenizer_and_decoder_of_siglip_by_the_printed_commands(
     yaml, start, run, images, tmp_path, capsys
 ):
-    """Both stages, the first as a process, export, codes, a decoder's training, an image, the
-    evaluation; sizes of EVA in the YAML are replaced by the encoder's."""
+    # Both stages, the first as a process, export, codes, a decoder's training, an image, the
+    # evaluation; sizes of EVA in the YAML are replaced by the encoder's.
     from seed_multimodal.cli.main import main
     from seed_multimodal.models.seed.train_detokenizer import SeedDecoderTask
 

@@ -86,7 +86,7 @@ def test_resume_from_another_run_continues_after_a_stop(run: Run, tmp_path):
 
 
 def test_resume_from_a_branch_whose_start_is_gone(run: Run, tmp_path):
-    """`save_total_limit` removes the checkpoint that the command names."""
+    # `save_total_limit` removes the checkpoint that the command names.
     run(4)
     named = str(tmp_path / "toy.checkpoints" / "checkpoint-2")
     run(6, resume=named, save_total_limit=1)
@@ -106,7 +106,7 @@ def test_resume_never_or_from_nothing_fails(run: Run, tmp_path):
 
 
 def test_restart_continues_the_run_of_wandb(run: Run, tmp_path, monkeypatch):
-    """A branch is another run there, else its curve would go back."""
+    # A branch is another run there, else its curve would go back.
     (tmp_path / "package").mkdir()
     (tmp_path / "package" / "wandb.py").write_text(WANDB)
     monkeypatch.syspath_prepend(tmp_path / "package")
@@ -128,7 +128,7 @@ def test_restart_continues_the_run_of_wandb(run: Run, tmp_path, monkeypatch):
     ],
 )
 def test_remains_of_a_killed_run(run: Run, tmp_path, remains, expected):
-    """None is resumed from half written, none is lost, none fills the disk."""
+    # None is resumed from half written, none is lost, none fills the disk.
     folder = tmp_path / "toy.checkpoints"
     run(4)
     shutil.copytree(folder / "checkpoint-2", folder / remains)
@@ -139,7 +139,7 @@ def test_remains_of_a_killed_run(run: Run, tmp_path, remains, expected):
 
 
 def test_checkpoint_holds_what_its_layout_promises(run: Run, tmp_path):
-    """Users' scripts read these files."""
+    # Users' scripts read these files.
     run(4)
     folder = tmp_path / "toy.checkpoints" / "checkpoint-4"
     names = {"model.safetensors", "ema.safetensors", "optimizer.pt"}

@@ -45,7 +45,7 @@ def seed_config(parts: Path, output: Path, teacher: str = "codes", **changes: An
 
 
 def test_distil_a_decoder_of_the_hub(seed_parts: Path, tmp_path, monkeypatch):
-    """Its files are in the hub client's cache."""
+    # Its files are in the hub client's cache.
     repository = tmp_path / "cache" / "models--owner--decoder"
     shutil.copytree(seed_parts / "codes", repository / "snapshots" / "1")
     (repository / "refs").mkdir()
@@ -67,7 +67,7 @@ def test_noise_levels_of_a_student_are_every_second_of_the_teacher(name):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_a_student_of_as_many_steps_has_nothing_to_learn(seed_parts: Path, tmp_path, name):
-    """Without guidance, its steps are the teacher's."""
+    # Without guidance, its steps are the teacher's.
     teacher = tmp_path / "teacher"
     shutil.copytree(seed_parts / "codes", teacher)
     SCHEDULERS[name].save_pretrained(teacher / "scheduler")
@@ -79,7 +79,7 @@ def test_a_student_of_as_many_steps_has_nothing_to_learn(seed_parts: Path, tmp_p
 
 
 def test_a_student_of_stable_unclip_learns_guidance(seed_parts: Path, tmp_path):
-    """A teacher with two runs a step; the student draws in two steps of one run."""
+    # A teacher with two runs a step; the student draws in two steps of one run.
     config = seed_config(
         seed_parts,
         tmp_path / "run",

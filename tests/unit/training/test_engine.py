@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Iterator
-from datetime import timedelta
 
 import loop_toy as toy
 import pytest
@@ -16,7 +15,7 @@ from torch import nn
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.engine import Engine, ZeroEngine, resolve_deepspeed_config
+from seed_multimodal.training.engine import ZeroEngine, resolve_deepspeed_config
 from seed_multimodal.training.optimizers import MuonWithAdamW
 from seed_multimodal.training.task import StageTask
 
@@ -29,34 +28,19 @@ SETTINGS = StageSettings(max_steps=4, batch_size=2, learning_rate=1e-2, precisio
     [("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", "4"), ("ACCELERATE_MIXED_PRECISION", "bf16")],
 )
 def test_accelerates_variables_change_no_gradient(tmp_path, monkeypatch, variable, value):
-    """`accelerate launch` of the originals' scripts sets them."""
+    # `accelerate launch` of the originals' scripts sets them.
     expected = toy.train(tmp_path / "plain", logging_steps=1)
     monkeypatch.setenv(variable, value)
     record = toy.train(tmp_path / "variable", logging_steps=1)
     assert record["sum"] == expected["sum"]
 
 
-def unequal_passes(rank: int, folder: str) -> None:
-    """A process that makes rank + 1 forward passes in one micro-step."""
-    store = dist.FileStore(f"{folder}/store", 2)
-    timeout = timedelta(seconds=30)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timeout)
-    model, data = toy.toy_model()
-    settings = StageSettings(max_steps=4, precision="fp32")
-    engine = Engine(StageTask("toy", model, settings), settings, ProcessGroup(0.5), CPU)
-    passes = [engine.model(data * (index + 1)) for index in range(rank + 1)]
-    engine.backward(torch.stack(passes).sum(0).mean(), last=True)
-    torch.save(model[0].weight.grad, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
-
-
 @pytest.mark.process
 @pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_processes_with_unequal_numbers_of_forward_passes(tmp_path):
-    """A pixel decoder's micro-step has one pass for each image size in it."""
-    torch.multiprocessing.spawn(unequal_passes, (str(tmp_path),), nprocs=2)
+    # A pixel decoder's micro-step has one pass for each image size in it.
+    torch.multiprocessing.spawn(toy.unequal_passes, (str(tmp_path),), nprocs=2)
     first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
     model, data = toy.toy_model()
     # Of both processes, averaged.
@@ -76,7 +60,7 @@ def lone_group() -> Iterator[ProcessGroup]:
 @pytest.mark.process
 @pytest.mark.parametrize("stage", [2, 3])
 def test_zero_engine_leaves_the_process_as_it_was(lone_group: ProcessGroup, stage):
-    """A second run, an evaluation or another program in the same process."""
+    # A second run, an evaluation or another program in the same process.
     pytest.importorskip("deepspeed")
     linear = nn.functional.linear
     module, _ = toy.toy_model()
@@ -94,7 +78,7 @@ def test_zero_engine_leaves_the_process_as_it_was(lone_group: ProcessGroup, stag
 
 
 def test_zero_engine_refuses_muon(lone_group: ProcessGroup):
-    """It updates whole matrices, which ZeRO cuts into flat pieces."""
+    # It updates whole matrices, which ZeRO cuts into flat pieces.
     task = StageTask("toy", toy.toy_model()[0], SETTINGS)
     task.optimizer = MuonWithAdamW(task.module, 1e-3, 0.0)
     with pytest.raises(ConfigError, match="muon"):

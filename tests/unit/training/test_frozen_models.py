@@ -12,7 +12,7 @@ from seed_multimodal.weights import save_state_dict
 
 
 def test_label_divergence_equals_torchs_and_trains_the_student_only(tmp_path):
-    """With heads that were read from a file, in half precision."""
+    # With heads that were read from a file, in half precision.
     heads = LabelHeads(4, {"style": 3, "layout": 5})
     file = tmp_path / "heads.safetensors"
     save_state_dict(heads.state_dict(), file)

@@ -88,7 +88,7 @@ def test_training_script_by_dash(script, launch: Launch):
 
 
 def test_launch_divides_the_cores_of_the_job(launch: Launch):
-    """A job may have fewer than the machine."""
+    # A job may have fewer than the machine.
     core = min(os.sched_getaffinity(0))
     assert launch(SCRIPTS[0], {core}, NNODES="2", NPROC="1")["OMP_NUM_THREADS"] == "1"
     assert launch(SCRIPTS[0], {core}, OMP_NUM_THREADS="7")["OMP_NUM_THREADS"] == "7"
@@ -111,7 +111,7 @@ FIRST_OF_TWO = {"NNODES": "2", "MASTER_ADDR": "first"}
     ],
 )
 def test_launch_chooses_the_interface_of_gloo(variables, interface, launch: Launch):
-    """That of the route between the nodes: gloo alone takes the hosts file's, and hangs."""
+    # That of the route between the nodes: gloo alone takes the hosts file's, and hangs.
     assert launch(SCRIPTS[0], **variables)["GLOO_SOCKET_IFNAME"] == interface
 
 

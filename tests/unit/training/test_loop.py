@@ -89,7 +89,7 @@ def run_square(
 
 
 def test_fp16_skips_steps_that_overflow(tmp_path):
-    """Weights do not change at such a step; the halved loss scale is saved and restored."""
+    # Weights do not change at such a step; the halved loss scale is saved and restored.
     model = nn.Linear(4, 1)
     weights = []
 
@@ -129,7 +129,7 @@ def test_train_stage_with_another_optimizer_and_schedule(tmp_path):
 
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
 def test_train_stage_stops_at_a_loss_that_is_not_finite(tmp_path, bad):
-    """The weights of a user's run are kept, those of the last checkpoint and those in memory."""
+    # The weights of a user's run are kept, those of the last checkpoint and those in memory.
     model = nn.Linear(3, 1, bias=False)
     before: list[torch.Tensor] = []
 
@@ -210,8 +210,7 @@ def test_ema_starts_at_a_resume(tmp_path):
 
 
 def test_checkpoints_without_frozen_weights(tmp_path):
-    """Frozen weights of hundreds of millions of parameters are in their own files."""
-
+    # Frozen weights of hundreds of millions of parameters are in their own files.
     def run(name: str, seed: int, steps: int, **settings: Any) -> set[str]:
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))

@@ -99,7 +99,7 @@ def assert_stopped_together(folder: Path, output: str) -> None:
 
 
 def test_merge_of_log_lines():
-    """Counts are added, waiting and memory are the worst, the rest is averaged."""
+    # Counts are added, waiting and memory are the worst, the rest is averaged.
     lines = [
         {"loss": 1.0, "bad": 2, "wait_share": 0.1, "peak_memory_mib": 5.0},
         {"loss": 3.0, "bad": 1, "wait_share": 0.3, "peak_memory_mib": 4.0, "only": 7.0},

@@ -10,7 +10,7 @@ import pytest
 
 
 def test_log_lines_hold_losses_speed_and_status(tmp_path, capsys):
-    """What users and dashboards read from the JSON lines and the console."""
+    # What users and dashboards read from the JSON lines and the console.
     calls = []
 
     def status() -> dict[str, float]:
@@ -37,8 +37,7 @@ def test_log_lines_hold_losses_speed_and_status(tmp_path, capsys):
 
 
 def test_evaluation_is_logged_at_once_and_not_timed_as_training(tmp_path):
-    """Else each evaluation looks like a slow training step."""
-
+    # Else each evaluation looks like a slow training step.
     def evaluate(step: int) -> dict[str, float]:
         if step % 3:
             return {}

@@ -39,7 +39,7 @@ def steps(folder: Path) -> list[int]:
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_resume_after_sigkill_is_bitwise_equal(start_toy: Start, tmp_path, precision):
-    """With accumulation and EMA, killed at a random micro-step."""
+    # With accumulation and EMA, killed at a random micro-step.
     options = {**LONG, "precision": precision}
     micro_step = random.SystemRandom().randint(2, 30)
     process = start_toy(tmp_path / "killed", {**options, "pause": 0.05})
@@ -69,7 +69,7 @@ def test_resume_after_sigkill_is_bitwise_equal(start_toy: Start, tmp_path, preci
 def test_resume_after_sigterm_is_bitwise_equal(
     tmp_path_factory, stop_at, accumulation, ema, save_steps, limit
 ):
-    """The step in progress is finished and saved, so that none is repeated."""
+    # The step in progress is finished and saved, so that none is repeated.
     folder = tmp_path_factory.mktemp("sigterm")
     options = {
         "max_steps": 6,
@@ -100,7 +100,7 @@ def test_resume_after_sigterm_is_bitwise_equal(
 
 
 def test_checkpoints_by_time_are_replaced_by_the_next(tmp_path):
-    """Next to `save_steps`; else an hour's run would fill the disk."""
+    # Next to `save_steps`; else an hour's run would fill the disk.
     options = {"save_steps": 3, "save_seconds": 1e-9, "save_total_limit": 2}
     with pytest.raises(SystemExit):
         toy.train(tmp_path, **options, stop_at=4)
@@ -133,7 +133,7 @@ def start_under_torchrun(start_toy: Start, folder: Path, pause: float) -> subpro
 @pytest.mark.process
 @pytest.mark.timeout(400)
 def test_sigterm_under_torchrun_waits_for_a_long_step(start_toy: Start, tmp_path):
-    """torchrun alone kills a process after 30 seconds."""
+    # torchrun alone kills a process after 30 seconds.
     process = start_under_torchrun(start_toy, tmp_path, pause=40)
     process.send_signal(signal.SIGTERM)
     process.send_signal(signal.SIGTERM)  # Slurm and a shell may both pass it on
@@ -145,7 +145,7 @@ def test_sigterm_under_torchrun_waits_for_a_long_step(start_toy: Start, tmp_path
 @pytest.mark.process
 @pytest.mark.timeout(400)
 def test_exit_code_after_sigterm_without_a_checkpoint(start_toy: Start, tmp_path):
-    """143 means that the step was saved."""
+    # 143 means that the step was saved.
     process = start_under_torchrun(start_toy, tmp_path, pause=8)
     process.send_signal(signal.SIGTERM)
     for pid in processes_with(str(tmp_path)):
@@ -158,7 +158,7 @@ def test_exit_code_after_sigterm_without_a_checkpoint(start_toy: Start, tmp_path
 @pytest.mark.process
 @pytest.mark.timeout(400)
 def test_full_disk_leaves_the_last_checkpoint(start_toy: Start, tmp_path):
-    """A file system with space for one checkpoint, but not for a second one next to it."""
+    # A file system with space for one checkpoint, but not for a second one next to it.
     unshare = shutil.which("unshare")
     mount = f"mount -t tmpfs -o size=40k none {tmp_path}"
     command = [unshare or "false", "-Urm", "sh", "-c", mount]
@@ -186,7 +186,7 @@ def limited(folder: Path, size: int, **options: object) -> str:
 
 @pytest.mark.parametrize("async_save", [False, True])
 def test_file_size_limit_while_writing_a_checkpoint(tmp_path, async_save):
-    """In the training's thread or another; the error names the step, earlier files are intact."""
+    # In the training's thread or another; the error names the step, earlier files are intact.
     options = {"save_steps": 1, "async_save": async_save}
     error = limited(tmp_path / "none", 1500, **options)
     assert "step 1 " in error

@@ -34,7 +34,7 @@ def train(model: nn.Module, optimizer: torch.optim.Optimizer | MuonWithAdamW, st
 
 
 def test_part_rates_with_a_learning_rate_of_zero():
-    """Only the parts move, each by its own rate."""
+    # Only the parts move, each by its own rate.
     settings = OptimSettings(
         learning_rate=0.0,
         part_rates={"1": 1e-2, "2": 5e-3},
@@ -59,7 +59,7 @@ def test_part_rates_with_a_learning_rate_of_zero():
 
 
 def test_adamw_hf_is_the_published_update():
-    """Bias correction of the step, eps outside it, decay after the update; in plain Python."""
+    # Bias correction of the step, eps outside it, decay after the update; in plain Python.
     gradients = [[0.3, -2.0, 1e-6, 0.0], [-0.1, -1.0, 2e-6, 0.0], [0.5, 3.0, -1e-6, 0.0]]
     start = [1.0, -2.0, 0.5, 3.0]
     rate, (beta1, beta2), eps, decay = 0.1, (0.9, 0.95), 1e-5, 0.05
@@ -120,7 +120,7 @@ def test_schedules_with_warmup_and_floor():
 
 
 def test_muon_updates_hidden_matrices_only():
-    """Embeddings, the head and biases are AdamW's, as Muon's authors say; biases do not decay."""
+    # Embeddings, the head and biases are AdamW's, as Muon's authors say; biases do not decay.
     layers = {"embed": nn.Embedding(11, 8), "inner": nn.Linear(8, 8)}
     model = nn.ModuleDict({**layers, "lm_head": nn.Linear(8, 11, bias=False)})
     optimizer = MuonWithAdamW(model, lr=0.01, weight_decay=0.1)

@@ -255,7 +255,7 @@ def test_samples_and_average_do_not_change_the_losses(run: Run):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ONE_OF_EACH)
 def test_resume_with_another_vae_fails(run: Run):
-    """The same models in another folder are accepted."""
+    # The same models in another folder are accepted.
     run("run", trainer={"max_steps": 1, "save_steps": 0})
     moved = shutil.copytree(run.parts, run.folder / "moved")
     vae = Path(run.family.vae)
@@ -345,7 +345,7 @@ def test_train_skips_edits_with_one_image(missing, tmp_path):
 
 
 def test_train_interrupted_while_saving_leaves_the_previous_result(tmp_path, monkeypatch):
-    """Between the files of U-Net and decoder, a user would mix two results."""
+    # Between the files of U-Net and decoder, a user would mix two results.
     from seed_multimodal.models.lavit.decoder import CodeDecoder
 
     run = Run("lavit-highres", tmp_path)

@@ -76,7 +76,7 @@ def test_plot_command_draws_several_runs(tmp_path, capsys):
 
 
 def test_save_curves_draws_or_warns(tmp_path):
-    """A finished training must not fail because its curves cannot be drawn."""
+    # A finished training must not fail because its curves cannot be drawn.
     messages: list[str] = []
     write_log(tmp_path / "run")
     save_curves(tmp_path / "run", messages.append)

@@ -55,9 +55,8 @@ def test_pixel_loss_drops_a_share_of_the_conditions():
 @pytest.mark.parametrize("head", ["highres", "lowres"])
 @torch.no_grad()
 def test_predictions_without_conditions_are_those_of_guidance(parts: Path, head):
-    """Without conditions the codes do not count, and the prediction is the unconditional one of
-    drawing.
-    """
+    # Without conditions the codes do not count, and the prediction is the unconditional one of
+    # drawing.
     pixels = LavitDetokenizer.from_pretrained(parts / head)
     decoder = code_decoder(head)
     if head == "lowres":
@@ -85,7 +84,7 @@ def test_predictions_without_conditions_are_those_of_guidance(parts: Path, head)
 
 
 def test_image_codes_depend_on_the_image_and_the_seed_only():
-    """Not on the batch; another seed or selection rule gives other codes."""
+    # Not on the batch; another seed or selection rule gives other codes.
     generator = torch.Generator().manual_seed(3)
     pixels = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=generator)
     tokenizer = small_tokenizer()
@@ -98,7 +97,7 @@ def test_image_codes_depend_on_the_image_and_the_seed_only():
 
 
 def test_codes_are_of_the_vision_encoders_preprocessing(parts: Path, tmp_path):
-    """Else a decoder learns other codes than those it gets when it draws."""
+    # Else a decoder learns other codes than those it gets when it draws.
     write_vision("siglip2", tmp_path / "vision")
     vit = HubVisionConfig(path=str(tmp_path / "vision"))
     torch.manual_seed(0)

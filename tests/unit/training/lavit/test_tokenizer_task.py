@@ -14,7 +14,7 @@ from real_processes import run_process
 from repository import ROOT
 
 from seed_multimodal.models.lavit.losses import LavitStage1, LavitStage1Output
-from seed_multimodal.models.lavit.train_tokenizer import LavitTokenizerTask, stage1_groups
+from seed_multimodal.models.lavit.train_tokenizer import LavitTokenizerTask
 from seed_multimodal.training.codebook import CodebookHealth, codebook_use, evaluation_mode
 from seed_multimodal.training.config import StageSettings
 
@@ -70,17 +70,6 @@ def test_start_codes_uses_the_whole_codebook():
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(toy.CODES))
 
 
-def test_stage1_groups_scale_the_token_selectors_rate():
-    model = toy.stage1()
-    groups = stage1_groups(model, 0.1, 0.25)
-    scales = {
-        id(value): group.get("lr_scale", 1.0) for group in groups for value in group["params"]
-    }
-    for name, parameter in model.named_parameters():
-        expected = 0.25 if "token_predictor" in name else 1.0
-        assert scales.get(id(parameter)) == (expected if parameter.requires_grad else None), name
-
-
 @pytest.mark.parametrize("quantize", [True, False])
 def test_freeze_selector_trains_the_token_selector_until_codes_are_used(quantize):
     model = toy.stage1(freeze_selector=True)
@@ -93,8 +82,8 @@ def test_freeze_selector_trains_the_token_selector_until_codes_are_used(quantize
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_two_processes_equal_one_with_the_double_batch(tmp_path):
-    """They share one codebook; the compared run has no k-means, whose points are the first
-    process's."""
+    # They share one codebook; the compared run has no k-means, whose points are the first
+    # process's.
     equal = {"name": "equal", "max_steps": 6, "repeatable": True}
     stage = json.dumps({**equal, "batch_size": 8})
     command = [*TWO, str(ROOT / "tests" / "support" / "stage1_toy.py"), str(tmp_path), stage]

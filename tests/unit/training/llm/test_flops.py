@@ -45,7 +45,7 @@ def test_token_flops_equals_torchs_count(lora):
 
 
 def test_token_meter_counts_sequences_without_padding():
-    """TFLOP/s times seconds equals torch's count for each sequence alone."""
+    # TFLOP/s times seconds equals torch's count for each sequence alone.
     model = build(False)
     lengths = (5, 30, 11)
     counted = 0

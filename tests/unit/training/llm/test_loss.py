@@ -106,7 +106,7 @@ def separate(model: torch.nn.Module, times: int = 1) -> tuple[torch.Tensor, int]
 @pytest.mark.parametrize("attention", ["eager", "sdpa"])
 @pytest.mark.parametrize("count", [1, 2])
 def test_packed_equals_separate_sequences(attention, count):
-    """A token that sees another sequence is the fault that nobody notices in a curve."""
+    # A token that sees another sequence is the fault that nobody notices in a curve.
     model = build(lora=True)
     find_llama(model).set_attn_implementation(attention)
     expected, n_tokens = separate(model, count)
@@ -135,7 +135,7 @@ def test_flex_attention_separates_packed_sequences():
 
 
 def test_attention_of_packed_and_of_padded_rows():
-    """As with `auto` on a GPU: flash or flex for packed rows, SDPA for padded ones."""
+    # As with `auto` on a GPU: flash or flex for packed rows, SDPA for padded ones.
     model = build(lora=True)
     llama = find_llama(model)
     llama.attentions = {True: "eager", False: "sdpa"}

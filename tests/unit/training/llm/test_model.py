@@ -81,8 +81,8 @@ def build(path: Path | None, adapter: Path | None = None, **settings: Any) -> An
 
 
 def test_attention_kind_of_packed_and_padded_rows():
-    """Flex attention would be compiled per length of padded rows; SDPA's fast kernels cannot mask
-    packed ones; flash has no fp32."""
+    # Flex attention would be compiled per length of padded rows; SDPA's fast kernels cannot mask
+    # packed ones; flash has no fp32.
     cuda = torch.device("cuda")
     assert attention_kind("auto", cuda, packed=True) in ("flash_attention_2", "flex_attention")
     assert attention_kind("auto", cuda, packed=True, half=False) == "flex_attention"
@@ -108,7 +108,7 @@ def attention_by_lengths(module, query, key, value, attention_mask, scaling=None
 
 @pytest.mark.parametrize("lora", [None, {"r": 2, "lora_dropout": 0.0}])
 def test_flash_attention_gets_the_sequence_lengths_of_packed_rows(lora):
-    """Computed once; otherwise transformers derives them from the position ids in every layer."""
+    # Computed once; otherwise transformers derives them from the position ids in every layer.
     AttentionInterface.register("flash_by_lengths", attention_by_lengths)
     model = build(None, sizes=SIZES, lora=lora, gradient_checkpointing=True)
     packed_rows = batch(2, 20)
@@ -136,7 +136,7 @@ LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 
 
 def test_build_llm_for_zero_3_keeps_weights_as_in_their_files(bases: dict[str, Path], tmp_path):
-    """Mapped memory, without a copy in fp32 that a node could not hold; the engine shards them."""
+    # Mapped memory, without a copy in fp32 that a node could not hold; the engine shards them.
     LlamaForCausalLM.from_pretrained(bases["all"], dtype=torch.float16).save_pretrained(tmp_path)
     settings = LlmModelSettings(path=str(tmp_path), dtype="bf16")
     model = build_llm(settings, TOKENIZER, "cpu", "bf16", sharded=True)
@@ -144,10 +144,8 @@ def test_build_llm_for_zero_3_keeps_weights_as_in_their_files(bases: dict[str, P
 
 
 def test_build_llm_initialises_new_tokens_by_the_mean(bases: dict[str, Path]):
-    """As SEED-X's original: the mean of the old rows, in the head 3 times it.
-
-    With one matrix for both its mean.
-    """
+    # As SEED-X's original: the mean of the old rows, in the head 3 times it. With one matrix for
+    # both its mean.
     model = build(bases["text"], embedding_init="mean")
     for weight, factor in ((model.model.embed_tokens.weight, 1.0), (model.lm_head.weight, 3.0)):
         expected = factor * weight[:TEXT].mean(0)
@@ -156,7 +154,7 @@ def test_build_llm_initialises_new_tokens_by_the_mean(bases: dict[str, Path]):
 
 
 def test_build_llm_initialises_new_tokens_by_the_seed(bases: dict[str, Path]):
-    """All processes of a run must have the same rows, whatever they drew before."""
+    # All processes of a run must have the same rows, whatever they drew before.
     old = LlamaForCausalLM.from_pretrained(bases["text"])
     torch.manual_seed(5)
     model = build(bases["text"])
@@ -234,7 +232,7 @@ def test_trained_saved_and_loaded(kind, bases: dict[str, Path], tmp_path):
 
 
 def test_lora_on_a_base_in_half_precision(bases: dict[str, Path]):
-    """The originals' settings: peft would leave modules_to_save in the base's bf16."""
+    # The originals' settings: peft would leave modules_to_save in the base's bf16.
     model = build(bases["text"], dtype="bf16", lora={"r": 4, "lora_dropout": 0.0})
     for name, parameter in model.named_parameters():
         dtype = torch.float32 if parameter.requires_grad else torch.bfloat16
@@ -259,7 +257,7 @@ def test_load_adapter_of_another_model_names_the_tensor(damage, bases: dict[str,
 
 
 def test_load_adapter_of_peft_0_4(bases: dict[str, Path], tmp_path):
-    """The published checkpoints of SEED-LLaMA."""
+    # The published checkpoints of SEED-LLaMA.
     model = build(bases["all"], lora=LORA)
     step(model)
     with pytest.raises(CheckpointError, match=tmp_path.name):

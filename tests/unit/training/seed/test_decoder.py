@@ -13,7 +13,7 @@ from seed_multimodal.training.distributed import ProcessGroup
 
 
 def test_images_are_resized_as_by_the_tokenizer(tmp_path):
-    """Else a decoder learns other codes than those it gets when it draws."""
+    # Else a decoder learns other codes than those it gets when it draws.
     parts = write_seed_decoder_parts(tmp_path / "parts")
     run = SeedDecoderTask.read(seed_decoder_config(parts, tmp_path / "run"))
     with contextlib.closing(SeedDecoderTask(run, ProcessGroup(), torch.device("cpu"))) as task:

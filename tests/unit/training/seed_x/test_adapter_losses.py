@@ -45,7 +45,7 @@ def run(count: int, dropout: ConditionDropout) -> tuple[Recorder, dict[str, Tens
 
 
 def test_adapter_losses_noise_latents_by_the_ddpm_schedule():
-    """Betas are the sampler's; Euler's `add_noise` has another scale."""
+    # Betas are the sampler's; Euler's `add_noise` has another scale.
     adapter, losses, schedule = run(64, ConditionDropout(0.0, 0.0, 0.0))
     signal = schedule.alphas_cumprod[adapter.steps][:, None, None, None]
     noise = (adapter.noisy - signal.sqrt() * adapter.batch["latents"]) / (1 - signal).sqrt()
@@ -57,7 +57,7 @@ def test_adapter_losses_noise_latents_by_the_ddpm_schedule():
 
 
 def test_condition_dropout():
-    """Dropped embeddings are those of an empty image, dropped conditions zeros."""
+    # Dropped embeddings are those of an empty image, dropped conditions zeros.
     adapter, _, _ = run(4000, ConditionDropout(embeds=0.2, image=0.3, both=0.1))
     no_embeds = (adapter.embeds == 0.5).all((1, 2))
     no_condition = (adapter.condition == 0).all((1, 2, 3))

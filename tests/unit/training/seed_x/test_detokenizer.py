@@ -36,7 +36,7 @@ def parts(tmp_path_factory) -> Path:
 
 @pytest.mark.slow
 def test_stage_2_starts_from_the_adapter_of_stage_1(parts: Path, tmp_path):
-    """With eight input channels it predicts the same; the resampler's sizes are the adapter's."""
+    # With eight input channels it predicts the same; the resampler's sizes are the adapter's.
     DetokenizerTask.train(detokenizer_config(parts, tmp_path / "one", trainer={"max_steps": 1}))
     start = {"start": str(tmp_path / "one" / "adapter"), "trained": "all"}
     record = DetokenizerTask.train(
@@ -64,7 +64,7 @@ def test_stage_2_starts_from_the_adapter_of_stage_1(parts: Path, tmp_path):
 
 
 def test_image_features_under_autocast(parts: Path):
-    """The VAE stays in float32, and a condition's latents are its means, not scaled."""
+    # The VAE stays in float32, and a condition's latents are its means, not scaled.
     vae = SdxlDetokenizer.load_part(parts / "sdxl", "vae")
     encoder = QwenVit.from_pretrained(parts / "vision")
     frozen = FrozenFeatures(

@@ -27,8 +27,8 @@ def task_of(config: dict[str, Any]) -> TuningTask:
 @pytest.mark.process
 @pytest.mark.slow
 def test_train_saves_an_agent(config_of, tmp_path):
-    """Trained tensors by their original names; an agent is loaded from them, and a new run starts
-    from them."""
+    # Trained tensors by their original names; an agent is loaded from them, and a new run starts
+    # from them.
     trainer = {"precision": "bf16", "dataloader_num_workers": 1, "max_steps": 2}
     TuningTask.train(config_of(tmp_path / "out", lora=True, trainer=trainer))
     folder = tmp_path / "out" / "checkpoint-2"
@@ -63,24 +63,9 @@ def test_train_saves_an_agent(config_of, tmp_path):
     assert agent.output_resampler.num_heads == 4
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("quantization", ["4bit", "8bit"])
-def test_train_on_a_quantised_base(config_of, tmp_path, quantization):
-    config = config_of(
-        tmp_path / "out",
-        lora=True,
-        model={"quantization": quantization},
-        trainer={"max_steps": 3},
-    )
-    record = TuningTask.train(config)
-    assert record["steps"] == 3
-    assert len(set(parts.losses(tmp_path / "out"))) == 3
-
-
 def test_losses_of_packed_rows_equal_those_of_their_sequences(config_of, parts_dir: Path, tmp_path):
-    """A packed row's loss is the mean over its sequences, weighted by their learned tokens and
-    generated images.
-    """
+    # A packed row's loss is the mean over its sequences, weighted by their learned tokens and
+    # generated images.
     task = task_of(config_of(tmp_path, data=parts.data_of(parts_dir, packing=True)))
     task.prepare()
     batch = next(task.data)
@@ -129,7 +114,7 @@ def test_losses_of_packed_rows_equal_those_of_their_sequences(config_of, parts_d
 
 @pytest.mark.slow
 def test_evaluation_has_the_losses_of_the_checkpoint(config_of, parts_dir: Path, tmp_path):
-    """Without dropout; text by its tokens, images by their number."""
+    # Without dropout; text by its tokens, images by their number.
     eval_data = parts.data_of(parts_dir, seed=9)
     trainer = {"max_steps": 2, "eval_steps": 2, "eval_batches": 3}
     options = {"lora": True, "eval_data": eval_data, "trainer": trainer}

@@ -104,8 +104,8 @@ def test_merge_of_a_checkpoint_and_tuning_of_the_merged_agent(
 def test_merge_of_an_original_export(
     frozen, run: tuple[TuningTask, Path], parts_dir: Path, tmp_path
 ):
-    """Written by `zero_to_fp32.py`: one file with the tensor names of an old peft, no settings next
-    to it."""
+    # Written by `zero_to_fp32.py`: one file with the tensor names of an old peft, no settings next
+    # to it.
     task, checkpoint = run
     state = {
         name.replace(".base_layer.", "."): value
@@ -127,6 +127,6 @@ def test_merge_of_an_original_export(
 
 
 def test_checkpoint_opens_as_a_system(run: tuple[TuningTask, Path], parts_dir: Path):
-    """Its record names the base model and the vision encoder."""
+    # Its record names the base model and the vision encoder.
     task, checkpoint = run
     check_system(task, parts_dir, checkpoint)
