@@ -57,6 +57,7 @@ def test_plain_import_of_lavis(start):
 
 @pytest.mark.process
 def test_train_without_lavis(start):
+    # One line with the command that installs it.
     project = "lavis/projects/nano/pretrain_qformer.yaml"
     code = (
         "import sys; sys.modules['lavis'] = None\n"  # makes `import lavis` fail

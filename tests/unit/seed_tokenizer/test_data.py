@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import tarfile
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from llm_runs import write_tar
 from PIL import Image
 
 from seed_multimodal.errors import ConfigError, DataError
@@ -43,16 +43,12 @@ def build(name: str, info: dict[str, Any], valid: str = "val", **more: Any) -> d
     return builder(config).build_datasets()
 
 
-def shard(path: Path, samples: list[tuple[str, Any]]) -> None:
+def shard(file: Path, count: int, **fields: str) -> None:
     """A webdataset tar of small images with json."""
     image = io.BytesIO()
     Image.new("RGB", (40, 30), (200, 10, 10)).save(image, "JPEG")
-    with tarfile.open(path, "w") as tar:
-        for key, item in samples:
-            for suffix, data in (("jpg", image.getvalue()), ("json", json.dumps(item).encode())):
-                member = tarfile.TarInfo(f"{key}.{suffix}")
-                member.size = len(data)
-                tar.addfile(member, io.BytesIO(data))
+    sample = {"jpg": image.getvalue(), "json": json.dumps(fields).encode()}
+    write_tar(file, [sample] * count)
 
 
 def pairs(images: Path) -> dict[str, Any]:
@@ -76,11 +72,9 @@ def test_build_datasets_of_a_json_list(images):
 
 
 def test_build_datasets_of_shards_with_another_caption_key(tmp_path):
+    # LAION-COCO has `top_caption`; a wrong key is named with the file.
     for index in range(2):
-        shard(
-            tmp_path / f"{index:05d}.tar",
-            [(f"{index}{i}", {"top_caption": "A Red FIELD, far away"}) for i in range(3)],
-        )
+        shard(tmp_path / f"{index:05d}.tar", 3, top_caption="A Red FIELD, far away")
     built = build(
         "laion_coco",
         {"storage": str(tmp_path / "{00000..00001}.tar"), "cache": str(tmp_path / "copies")},
@@ -93,6 +87,7 @@ def test_build_datasets_of_shards_with_another_caption_key(tmp_path):
 
 
 def test_build_datasets_of_a_folder_and_of_nano(tmp_path):
+    # Images with texts next to them; scenes are drawn, and held out ones never change.
     for index in range(3):
         Image.new("RGB", (40, 30)).save(tmp_path / f"{index}.png")
         (tmp_path / f"{index}.txt").write_text("a text")
@@ -121,7 +116,7 @@ def test_mixed_order_of_joined_sets(tmp_path, images):
     # `sample_ratio`: three of four samples from the set of weight 3.
     from seed_lavis.datasets import mixed_order, split_of
 
-    shard(tmp_path / "0.tar", [(f"{n}", {"caption": "red"}) for n in range(4)])
+    shard(tmp_path / "0.tar", 4, caption="red")
     sets = {
         "unsplash": build("unsplash", {"storage": str(tmp_path / "0.tar")}),
         "coco_caption": build("conceptual_caption_3m", pairs(images)),

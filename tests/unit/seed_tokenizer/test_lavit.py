@@ -15,6 +15,7 @@ VISION = ROOT / "pretrained" / "nano" / "seed_tokenizer" / "diffusion_model" / "
 
 @pytest.mark.slow
 def test_train_and_export_of_lavit(yaml, run, images, tmp_path, capsys):
+    # The exported tokenizer and decoder have the trained model's codes.
     from seed_multimodal.cli.main import main
     from seed_multimodal.images.io import open_image
     from seed_multimodal.models.lavit.checkpoints import load_dynamic_tokenizer
@@ -72,6 +73,7 @@ def test_train_and_export_with_a_vision_encoder_of_transformers(kind, yaml, run,
 
 
 def test_build_with_a_rate_of_the_token_selector(yaml):
+    # Two groups each: with and without decay.
     train = program("train")
     runner = train.build(train.parser("").parse_args(yaml("lavit", "model.selector_lr_scale=0.5")))
     scales = [group.get("lr_scale", 1.0) for group in runner.optimizer.param_groups]

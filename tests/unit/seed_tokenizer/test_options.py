@@ -65,6 +65,7 @@ def registered():
 
 @pytest.mark.parametrize("name", ORIGINAL)
 def test_load_config_of_the_original_projects(name):
+    # The published recipes of both stages.
     from seed_lavis.compat import registry
     from seed_lavis.options import load_config
 
@@ -81,6 +82,7 @@ def test_load_config_of_the_original_projects(name):
 
 
 def test_load_config_of_every_project_and_data_set():
+    # No shipped file has a key that its reader does not know.
     from seed_lavis.compat import registry
     from seed_lavis.options import load_config
 

@@ -59,6 +59,7 @@ OPTIONS = [
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
 def test_build_with_options_of_the_models(yaml, stage):
+    # An option of the YAML that reaches no network would be ignored for a whole run.
     rows = [row for row in OPTIONS if row[0] == stage]
     options = [f"model.{option}" for _, option, _, _ in rows]
     model = built(yaml(stage, *(RANDOM if stage == "stage2" else ()), *options)).model
@@ -67,6 +68,7 @@ def test_build_with_options_of_the_models(yaml, stage):
 
 
 def test_train_in_half_precision_and_with_gradient_checkpointing(yaml, run, tmp_path):
+    # Near the loss in fp32, but not equal to it.
     run(yaml("stage2", *RANDOM, *TWO_STEPS, name="fp32"))
     exact = log_of(tmp_path / "fp32", "stage2")[1]["loss"]
     checkpointing = "model.use_grad_checkpoint=True"
@@ -85,6 +87,7 @@ def test_train_in_half_precision_and_with_gradient_checkpointing(yaml, run, tmp_
 
 
 def test_train_stage1_with_an_image_embedding(yaml, run, tmp_path):
+    # The weighted sum of both losses; the frozen CLIP is not saved.
     clip = "model.clip_model=pretrained/nano/seed_tokenizer/diffusion_model/image_encoder"
     weights = ("model.clip_precision=fp32", "model.embedding_weight=2.0", "model.itc_weight=0.2")
     run(yaml("stage1", clip, *weights, *TWO_STEPS))
@@ -96,6 +99,7 @@ def test_train_stage1_with_an_image_embedding(yaml, run, tmp_path):
 
 
 def test_train_stage2_of_seed1(yaml, run, tmp_path):
+    # SEED-1 reads texts by CLIP's encoder.
     encoder = f"model.text_encoder={write_text_encoder(tmp_path / 'diffusion')}"
     runner = run(yaml("seed1", encoder, *RANDOM[:1], "run.max_epoch=1", "run.init_lr=5e-3"))
     lines = log_of(tmp_path / "seed1", "seed1-stage2")
@@ -133,6 +137,7 @@ def test_train_again_longer_and_from_a_checkpoint(yaml, run, tmp_path, capsys):
 
 
 def test_train_with_averaged_weights(yaml, run, tmp_path):
+    # The checkpoint has the average, of the last epoch and of those that are kept.
     epochs = ("run.max_epoch=3", "run.iters_per_epoch=2")
     run(yaml("stage1", "run.ema=0.5", "run.keep_checkpoints=1", *epochs))
     folder = tmp_path / "stage1"
@@ -157,6 +162,7 @@ def test_train_with_averaged_weights(yaml, run, tmp_path):
     ],
 )
 def test_train_with_codebook_options(yaml, run, tmp_path, options):
+    # The saved codebook is the one in use, whatever moved it.
     changes = [f"model.{option}" for option in options]
     runner = run(yaml("stage2", *RANDOM, "model.restart_every=0", "run.max_epoch=1", *changes))
     line = log_of(tmp_path / "stage2", "stage2")[4]

@@ -33,6 +33,7 @@ def held_out_lines(folder: Path) -> list[dict[str, float]]:
 
 @pytest.mark.process
 def test_train_is_the_same_with_and_without_validation(yaml, run, tmp_path, capsys):
+    # Its random numbers and its k-means are not those of the training.
     plain = run(yaml("stage2", *OPTIONS, name="plain"))
     more = ("run.valid_splits=[val]", "run.tensorboard=True")
     valid = run(yaml("stage2", *OPTIONS, *more, name="valid"))
@@ -65,6 +66,7 @@ def test_train_is_the_same_with_and_without_validation(yaml, run, tmp_path, caps
 @pytest.mark.nightly
 @pytest.mark.process
 def test_train_in_two_processes_that_share_the_split(yaml, run, start, tmp_path):
+    # Means over both, each image counted once.
     options = (
         "model.load_pretrained=False",
         "model.kmeans_start=False",

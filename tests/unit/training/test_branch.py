@@ -53,6 +53,7 @@ def run(tmp_path, capsys) -> Run:
 
 
 def test_resume_from_a_folder_starts_a_branch_that_continues(run: Run, tmp_path):
+    # The checkpoints of the first run are kept aside, never overwritten.
     checkpoints = tmp_path / "toy.checkpoints"
     run(6)
     first = str(checkpoints / "checkpoint-2")
@@ -76,6 +77,7 @@ def test_resume_from_a_folder_starts_a_branch_that_continues(run: Run, tmp_path)
 
 
 def test_resume_from_another_run_continues_after_a_stop(run: Run, tmp_path):
+    # The other run's folder is only read.
     other = tmp_path / "other"
     with pytest.raises(SystemExit):
         toy.train(other, save_steps=2, save_total_limit=None, stop_at=3)
@@ -95,6 +97,7 @@ def test_resume_from_a_branch_whose_start_is_gone(run: Run, tmp_path):
 
 
 def test_resume_never_or_from_nothing_fails(run: Run, tmp_path):
+    # A new run must not mix with old checkpoints, nor begin anew by a wrong path.
     run(4)
     for resume, named in (("never", "checkpoint-4"), (str(tmp_path / "none"), "none")):
         with pytest.raises(CheckpointError, match=named):

@@ -58,6 +58,7 @@ def test_distil_a_decoder_of_the_hub(seed_parts: Path, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_noise_levels_of_a_student_are_every_second_of_the_teacher(name):
+    # Else a step of the student aims between two steps of the teacher.
     scheduler = fast_scheduler(SCHEDULERS[name], solver_order=1)
     levels, halves = (NoiseLevels.of(scheduler, n, torch.device("cpu")) for n in (6, 3))
     assert torch.equal(levels.steps[::2], halves.steps)

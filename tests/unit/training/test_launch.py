@@ -80,6 +80,7 @@ def launch(tmp_path) -> Callable[..., dict[str, str]]:
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
 def test_training_script_by_dash(script, launch: Launch):
+    # The shell of Debian, with the arguments of the user last.
     command = launch(script)["command"].split()
     module = "-m seed_multimodal.training.torchrun --standalone --nproc_per_node=2"
     assert command[:4] == module.split()
@@ -119,6 +120,7 @@ def test_launch_chooses_the_interface_of_gloo(variables, interface, launch: Laun
     ("variables", "cores"), [({"SLURM_CPUS_PER_TASK": "64"}, "64"), ({}, "unset")]
 )
 def test_srun_gets_the_cores_of_the_job(tmp_path, variables, cores):
+    # Since Slurm 22.05 srun does not inherit them, and a node would train on one core.
     write_program(tmp_path / "srun", '#!/bin/sh\necho "${SRUN_CPUS_PER_TASK:-unset}"\n')
     write_program(tmp_path / "scontrol", "#!/bin/sh\necho first\n")
     job = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a,b"}
@@ -132,5 +134,6 @@ def test_srun_gets_the_cores_of_the_job(tmp_path, variables, cores):
     "job", sorted((ROOT / "scripts" / "slurm").glob("*.sbatch")), ids=lambda job: job.stem
 )
 def test_slurm_job_can_be_queued_again(job):
+    # A preempted job continues by itself, in the same log.
     assert {"#SBATCH --requeue", "#SBATCH --open-mode=append"} <= set(job.read_text().splitlines())
     subprocess.run([SHELL, "-n", job], check=True, timeout=60)

@@ -49,6 +49,7 @@ def plain_loop(precision: str) -> tuple[list[float], str]:
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
 def test_train_stage_equals_a_plain_loop_bitwise(tmp_path, precision):
+    # Precision, clipping, rates and averages are those of twenty lines of PyTorch.
     losses, total = plain_loop(precision)
     record = toy.train(tmp_path, precision=precision)
     assert toy.read_losses(tmp_path) == dict(enumerate(losses))
@@ -57,6 +58,7 @@ def test_train_stage_equals_a_plain_loop_bitwise(tmp_path, precision):
 
 
 def test_gradient_accumulation_equals_the_full_batch(tmp_path):
+    # A user without memory gets the same model.
     toy.train(tmp_path / "whole", batch_size=16, noise=0)
     toy.train(tmp_path / "parts", batch_size=4, gradient_accumulation_steps=4, noise=0)
     full_batch = toy.read_losses(tmp_path / "whole")
@@ -112,6 +114,7 @@ def test_fp16_skips_steps_that_overflow(tmp_path):
 
 
 def test_train_stage_with_another_optimizer_and_schedule(tmp_path):
+    # The rate of a group is the schedule's times its scale.
     model = nn.Linear(3, 2, bias=False)
     start = model.weight.detach().clone()
     groups = [{"params": [model.weight], "lr_scale": 0.5}]
@@ -175,6 +178,7 @@ def frozen(model: nn.Sequential) -> dict[str, Any]:
     ids=["batch", "accumulation", "sizes", "optimizer", "frozen"],
 )
 def test_resume_from_the_checkpoint_of_another_run_fails(tmp_path, change, settings, named):
+    # By the name of what differs, and the files stay as they are.
     with pytest.raises(SystemExit):
         toy.train(tmp_path, stop_at=6)
     content = toy.content(tmp_path)
@@ -188,6 +192,7 @@ def test_resume_from_the_checkpoint_of_another_run_fails(tmp_path, change, setti
 
 
 def test_resume_from_a_torn_file_names_it(tmp_path):
+    # After a crash of a file system.
     with pytest.raises(SystemExit):
         toy.train(tmp_path, stop_at=6)
     weights = toy.newest(tmp_path) / "model.safetensors"
@@ -201,6 +206,7 @@ def test_resume_from_a_torn_file_names_it(tmp_path):
 
 
 def test_ema_starts_at_a_resume(tmp_path):
+    # From the weights of the checkpoint, not from random ones.
     with pytest.raises(SystemExit):
         toy.train(tmp_path, stop_at=6, ema=0.0)
     assert toy.saved(tmp_path)["ema"] == {}
@@ -230,6 +236,7 @@ def test_checkpoints_without_frozen_weights(tmp_path):
 
 
 def test_warm_start_loads_averaged_weights(tmp_path):
+    # Those that the first stage was judged by.
     settings = {"max_steps": 3, "precision": "fp32", "ema": 0.5}
     first, second = nn.Linear(3, 2), nn.Linear(3, 2)
     run_square(tmp_path / "first", first, **settings)
@@ -248,6 +255,7 @@ def test_warm_start_loads_averaged_weights(tmp_path):
     micro_steps=st.integers(1, 40),
 )
 def test_batch_indices_are_permutations_of_the_epochs(batch, total, seed, micro_steps):
+    # No sample twice before each was seen.
     steps = [batch_indices(step, batch, total, seed) for step in range(micro_steps)]
     indices = torch.cat(steps).tolist()
     for start in range(0, len(indices) - total + 1, total):

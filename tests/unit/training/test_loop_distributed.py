@@ -41,6 +41,7 @@ ENDLESS = {
 def test_two_processes_equal_one_with_the_double_batch_and_stop_together(
     start_toy: Callable[..., subprocess.Popen], tmp_path
 ):
+    # By torchrun; a second stage in the same processes is stopped by SIGTERM to torchrun.
     folder = tmp_path / "two"
     process = start_toy(folder, EQUAL, ENDLESS, before=TWO)
     toy.train(tmp_path / "one", **{**EQUAL, "batch_size": 8})

@@ -58,6 +58,7 @@ def test_evaluation_is_logged_at_once_and_not_timed_as_training(tmp_path):
 
 
 def test_resume_drops_log_lines_after_the_checkpoint(tmp_path):
+    # A curve has one value for each step, also after a kill in the middle of a line.
     with pytest.raises(SystemExit):
         toy.train(tmp_path, stop_at=6, logging_steps=1)
     log = tmp_path / "toy.log.jsonl"
@@ -69,6 +70,7 @@ def test_resume_drops_log_lines_after_the_checkpoint(tmp_path):
 
 
 def test_tensorboard_events_of_a_resumed_run(tmp_path):
+    # Steps that were repeated are shown once.
     pytest.importorskip("tensorboard")
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 

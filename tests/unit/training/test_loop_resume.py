@@ -110,6 +110,7 @@ def test_checkpoints_by_time_are_replaced_by_the_next(tmp_path):
 
 
 def test_sigterm_during_an_evaluation_starts_no_further_step(tmp_path):
+    # An evaluation may take minutes; the cluster waits for seconds.
     def evaluate(step: int) -> dict[str, float]:
         if step == 3:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -200,6 +201,7 @@ def test_file_size_limit_while_writing_a_checkpoint(tmp_path, async_save):
 
 
 def test_file_size_limit_while_writing_the_log(tmp_path):
+    # A quota that is full ends the run with the name of the file.
     error = limited(tmp_path, 6000, logging_steps=1, max_steps=100)
     assert "toy.log.jsonl" in error
     assert not (tmp_path / "toy.done.json").exists()

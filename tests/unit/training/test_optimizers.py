@@ -81,6 +81,7 @@ def test_adamw_hf_is_the_published_update():
 
 @pytest.mark.parametrize("name", ["adamw", "adamw_hf", "muon"])
 def test_load_state_dict_continues_exactly(name):
+    # As after a resume.
     settings = OptimSettings(name=name, learning_rate=1e-2)
     intact = toy()
     broken = toy()
@@ -98,6 +99,7 @@ def test_load_state_dict_continues_exactly(name):
 
 
 def test_build_optimizer_decays_norms_as_the_original():
+    # All trained parameters are in one group; nothing to train is an error.
     model = toy()
     trained = [p for p in model.parameters() if p.requires_grad]
     groups = build_optimizer(model, OptimSettings()).param_groups
@@ -109,6 +111,7 @@ def test_build_optimizer_decays_norms_as_the_original():
 
 
 def test_schedules_with_warmup_and_floor():
+    # Those of the originals' logs are recorded (golden/lr_schedule).
     settings = OptimSettings(learning_rate=2.0, warmup_ratio=0.1, min_lr_ratio=0.25)
     rates = [optim_learning_rate(step, settings, 20) for step in (0, 1, 2, 20, 200)]
     assert rates == pytest.approx([0.0, 1.0, 2.0, 0.5, 0.5])
@@ -133,6 +136,7 @@ def test_muon_updates_hidden_matrices_only():
 
 
 def test_muon_updates_as_torchs_does_in_bfloat16():
+    # Newton and Schulz's iteration in another precision differs a little.
     ours = nn.Linear(24, 40, bias=False)
     theirs = nn.Linear(24, 40, bias=False)
     theirs.load_state_dict(ours.state_dict())

@@ -178,6 +178,7 @@ def draw(detokenizer: Detokenizer, embeds: Any, rows: list[int], **settings: Any
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_train_then_start_then_distil(run: Run):
+    # What a user does with one decoder, step by step.
     first = run("first")
 
     # 1. The result draws; an image does not depend on the others of its batch.
@@ -228,6 +229,7 @@ def test_train_then_start_then_distil(run: Run):
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ONE_OF_EACH)
 def test_samples_and_average_do_not_change_the_losses(run: Run):
+    # Looking at a run must not change it.
     steps = {"max_steps": 3, "save_steps": 1}
     run("plain", trainer=steps)
     averaged = run(
@@ -311,12 +313,14 @@ def test_train_with_a_wrong_setting(run: Run, group, key, value, error, named):
 
 
 def test_distil_with_steps_that_do_not_divide(tmp_path):
+    # One step of the student is a whole number of the teacher's.
     run = Run("seed", tmp_path)
     with pytest.raises(ConfigError, match="student_steps"):
         run("run", model={"teacher": "any", "teacher_steps": 4, "student_steps": 3})
 
 
 def test_train_skips_unreadable_images(tmp_path):
+    # They are counted; only unreadable ones end the run.
     run = Run("lavit-highres", tmp_path)
     (run.parts / "pictures" / "3.png").write_bytes(b"no image")
     run("run", trainer={"max_steps": 4, "save_steps": 0})
@@ -329,6 +333,7 @@ def test_train_skips_unreadable_images(tmp_path):
 
 @pytest.mark.parametrize("missing", ["source_image", "target_image"])
 def test_train_skips_edits_with_one_image(missing, tmp_path):
+    # An edit needs both.
     run = Run("seed_x-2", tmp_path)
     file = run.parts / "edits.jsonl"
     lines = [json.loads(line) for line in file.read_text().splitlines()]
@@ -342,25 +347,6 @@ def test_train_skips_edits_with_one_image(missing, tmp_path):
     }
     run("run", data={"sources": [source]})
     assert json.loads((tmp_path / "run" / "summary.json").read_text())["bad_samples"] == 1
-
-
-def test_train_interrupted_while_saving_leaves_the_previous_result(tmp_path, monkeypatch):
-    # Between the files of U-Net and decoder, a user would mix two results.
-    from seed_multimodal.models.lavit.decoder import CodeDecoder
-
-    run = Run("lavit-highres", tmp_path)
-    result = run("run", trainer={"max_steps": 1, "save_steps": 0})
-    before = weights(result)
-
-    def interrupt(*_: object) -> None:
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(CodeDecoder, "save_pretrained", interrupt)
-    with pytest.raises(KeyboardInterrupt):
-        run("run")
-    after = weights(result)
-    assert after.keys() == before.keys()
-    assert equal(after, before)
 
 
 # Program, its groups, and values of the papers or of the original's files.

@@ -25,6 +25,7 @@ def write_log(folder: Path, name: str = "stage2", lines: Any = None) -> Path:
 
 
 def test_read_log_skips_torn_lines_and_separates_evaluations(tmp_path):
+    # The last value of a step counts, as after a resume.
     log = write_log(
         tmp_path,
         lines=[
@@ -56,6 +57,7 @@ def test_read_log_skips_torn_lines_and_separates_evaluations(tmp_path):
     ],
 )
 def test_plot_command_without_a_log_or_format(tmp_path, lines, out, named, capsys):
+    # An error by the name of the folder, file or format, and no empty figure.
     if lines:
         write_log(tmp_path / "run", lines=lines)
     assert main(["plot", str(tmp_path / "run"), "--out", str(tmp_path / out)]) == 2

@@ -76,6 +76,7 @@ def weights(folder: Path, parts: Sequence[str]) -> dict[str, str]:
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_nano_is_killed_resumed_and_answers(tmp_path, capfd):
+    # One pipeline of three in the suite; the others at night.
     if importlib.util.find_spec("lavis") is None:
         pytest.skip("salesforce-lavis is not installed: bash install.sh --lavis")
     work = tmp_path / "work"
@@ -220,6 +221,7 @@ def test_pipeline_stops_other_stages_if_one_fails(tmp_path):
 
 @pytest.mark.slow
 def test_main_fails_if_a_stage_is_running(tmp_path, capsys):
+    # Two runs would write one folder.
     with folder_lock(tmp_path, SeedError, name=".start.lock"):
         assert main(arguments("nano", tmp_path, "--only", "start")) == 2
     assert "stage start" in capsys.readouterr().err
@@ -242,6 +244,7 @@ def test_main_with_a_wrong_argument(system, arguments, named, tmp_path, monkeypa
 
 @pytest.mark.slow
 def test_main_repeats_start_if_its_settings_changed(tmp_path):
+    # Later stages would train for another number of codes.
     for codes in (64, 128):
         assert main(arguments("nano", tmp_path, "--only", "start", f"tokenizer.codes={codes}")) == 0
         tokenizer = MultimodalTokenizer.from_pretrained(tmp_path / "system" / "seed_tokenizer")

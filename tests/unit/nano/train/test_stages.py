@@ -23,12 +23,14 @@ SOME = {"first": 5, "second": 6, "style": 2, "background": 3, "layout": 12}
 
 @pytest.mark.parametrize("file", sorted(PRESETS.glob("*/*.yaml")), ids=str)
 def test_load_settings_reads_every_preset(file):
+    # A preset with an unknown key would end a run after hours.
     key = {"nano": "train_vae", "nano_x": "train_sft", "nano_lavit": "train_llm"}[file.parent.name]
     settings = load_settings(file.parent.name, file.stem, [f"{key}.steps=7"])
     assert getattr(settings, key).max_steps == 7 and settings.image_size == 64
 
 
 def test_reconstruction_loss_weights_things_and_colours():
+    # Small things and colours are what the answers are about.
     target = torch.zeros(1, 3, 16, 16)
     mask = torch.zeros(1, 1, 16, 16)
     mask[..., :8, :] = 1
@@ -48,6 +50,7 @@ def test_reconstruction_loss_weights_things_and_colours():
 
 @torch.no_grad()
 def test_normalise_latents_keeps_the_round_trip(tmp_path):
+    # The decoder undoes what the encoder is scaled by.
     vae = VaeTask(Workspace(load_settings("nano", "test"), tmp_path, tmp_path)).vae.eval()
     images = to_signed(scene_pixels([scene_at(0, n) for n in range(16)], 64))
     before = vae.decode(vae.encode(images).latent_dist.mean).sample
@@ -59,6 +62,7 @@ def test_normalise_latents_keeps_the_round_trip(tmp_path):
 
 
 def test_get_batch_of_any_samples():
+    # A sample does not depend on its batch.
     stream = SceneStream(32, seed=3)
     batch = stream.get_batch(range(10, 15))
     alone = stream.get_batch([12])
@@ -92,6 +96,7 @@ def test_layout_decoder_places_things_at_anchors_or_true_spots():
 
 
 def test_cached_recomputes_if_settings_file_or_stage_changed(tmp_path):
+    # An old cache would train on another tokenizer's codes.
     calls = 0
 
     def value(**changes: int) -> int:

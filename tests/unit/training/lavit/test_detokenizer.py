@@ -44,6 +44,7 @@ class Recorder(nn.Module):
 
 
 def test_pixel_loss_drops_a_share_of_the_conditions():
+    # Drawing with guidance needs a denoiser that also saw no conditions.
     model = Recorder()
     latents, sizes = torch.zeros(4000, 1, 1, 1), torch.zeros(4000, 6)
     generator = torch.Generator().manual_seed(0)

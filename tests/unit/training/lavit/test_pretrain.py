@@ -229,6 +229,7 @@ def test_codes_of_shards_do_not_depend_on_the_batch_size(parts_dir: Path, tmp_pa
 
 
 def test_train_skips_unusable_records(config_of, parts_dir: Path, tmp_path):
+    # Codes out of range, an empty text, a text that is too long.
     records = [
         {"text": "a cat", "image_ids": [99]},
         {"text": "", "image_ids": [1]},
@@ -261,6 +262,7 @@ def test_task_with_parts_that_do_not_fit(config_of, tmp_path, changes, named):
 
 
 def test_task_with_images_of_another_size(config_of, tmp_path):
+    # Views of 224 pixels for an encoder of 16: an error by the name of the source.
     config = config_of(tmp_path)
     del config["data"]["sources"][0]["options"]
     with pytest.raises(ConfigError, match="captions"):

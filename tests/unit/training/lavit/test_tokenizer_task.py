@@ -31,6 +31,7 @@ def measure(
 
 @pytest.mark.slow
 def test_train_lowers_the_loss_before_and_with_codes(tmp_path):
+    # It learns to see more than the mean image, with part of the tokens and most codes.
     test_images, _ = toy.images(64, seed=9)
     before = measure(toy.stage1(), test_images, quantize=False)
     health = {**CODES, "codebook_warmup": 50}
@@ -51,6 +52,7 @@ def test_train_lowers_the_loss_before_and_with_codes(tmp_path):
 
 
 def test_start_codes_uses_the_whole_codebook():
+    # k-means from features: codes that start at random stay unused.
     data, _ = toy.images(128)
     model = toy.stage1()
     task = LavitTokenizerTask(
@@ -72,6 +74,7 @@ def test_start_codes_uses_the_whole_codebook():
 
 @pytest.mark.parametrize("quantize", [True, False])
 def test_freeze_selector_trains_the_token_selector_until_codes_are_used(quantize):
+    # Afterwards it has no gradient.
     model = toy.stage1(freeze_selector=True)
     model(toy.images(8)[0], quantize=quantize).loss.backward()
     gradients = [part.grad for part in model.tokenizer.token_predictor.parameters()]

@@ -32,6 +32,7 @@ def build(lora: bool) -> torch.nn.Module:
 
 @pytest.mark.parametrize("lora", [False, True])
 def test_token_flops_equals_torchs_count(lora):
+    # The figures of TFLOP/s in the log are compared with those of other trainers.
     model = build(lora)
     ids = torch.randint(3, 96, (2, LENGTH))
     with FlopCounterMode(display=False) as counter:

@@ -125,6 +125,7 @@ def test_packed_equals_separate_sequences(attention, count):
     "ignore:_compile flag", "ignore:flex_attention called without torch.compile"
 )
 def test_flex_attention_separates_packed_sequences():
+    # The attention of packed rows on GPUs without flash attention.
     model = build()
     expected, count = separate(model)
     model.set_attn_implementation("flex_attention")
@@ -149,6 +150,7 @@ def test_attention_of_packed_and_of_padded_rows():
 
 @pytest.mark.parametrize("tied", [False, True])
 def test_chunked_loss_is_exact_and_never_holds_all_logits(tied, monkeypatch):
+    # Logits of all tokens at once, by a vocabulary of 40,000, would fill a GPU.
     model = build(tied=tied, lora=True)
     batch = packed(3)
     full_loss = packed_loss(model, batch)
@@ -195,6 +197,7 @@ def test_padding_on_either_side_changes_nothing():
 
 
 def test_loss_weights_of_text_and_image_tokens():
+    # Against the losses of single tokens; the mean is that of weighted tokens.
     model = build()
     batch = packed()
     with torch.no_grad():  # the losses of single tokens, by sequences
@@ -217,6 +220,7 @@ def test_loss_weights_of_text_and_image_tokens():
 
 
 def test_batch_without_learned_tokens_has_zero_gradients():
+    # A mean over no token would be nan, and stop the run.
     module = LossModule(build(), LossWeights(50))
     batch = packed()
     parts = module(batch.input_ids, torch.full_like(batch.labels, -100), batch.position_ids)

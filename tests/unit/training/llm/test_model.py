@@ -192,6 +192,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_trained_saved_and_loaded(kind, bases: dict[str, Path], tmp_path):
+    # What a user trains for weeks is what is saved, and what others load.
     base, settings, changing = KINDS[kind]
     model = build(bases[base], **settings)
     before = {name: value.detach().clone() for name, value in model.named_parameters()}
@@ -244,6 +245,7 @@ def test_lora_on_a_base_in_half_precision(bases: dict[str, Path]):
 
 @pytest.mark.parametrize("damage", ["missing", "unknown", "size"])
 def test_load_adapter_of_another_model_names_the_tensor(damage, bases: dict[str, Path], tmp_path):
+    # A tensor that is silently left out makes a model that answers, but badly.
     model = build(bases["all"], lora=LORA)
     folder = save_trained(model, tmp_path)
     state = dict(trained_state(model))
@@ -298,6 +300,7 @@ def test_build_llm_with_another_vocabulary_or_lora(bases: dict[str, Path], tmp_p
 
 
 def test_gradient_checkpointing_changes_no_gradient(bases: dict[str, Path]):
+    # It only computes each layer again.
     gradients = []
     passes = []
     for checkpointing in (False, True):

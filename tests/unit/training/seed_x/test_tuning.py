@@ -137,6 +137,7 @@ def test_evaluation_has_the_losses_of_the_checkpoint(config_of, parts_dir: Path,
 
 
 def test_original_agent_and_encoder_files_are_read():
+    # The YAML files of the original, key by key.
     resampler = "src.models.tokenizer.qwen_visual.Resampler"
     sizes = {"_target_": resampler, "grid_size": 8, "num_heads": 32}
     agent = read_agent(
@@ -197,6 +198,7 @@ def test_prepare_with_parts_that_do_not_fit(config_of, tmp_path, changes, named)
 
 
 def test_prepare_with_images_of_another_size(config_of, tmp_path):
+    # The error names the source whose option is missing.
     config = config_of(tmp_path)
     del config["data"]["sources"][3]["options"]["base_resolution"]
     with pytest.raises(ConfigError, match="source chat"):

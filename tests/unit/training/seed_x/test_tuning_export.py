@@ -84,6 +84,7 @@ def check_system(task: TuningTask, parts_dir: Path, merged: Path) -> None:
 def test_merge_of_a_checkpoint_and_tuning_of_the_merged_agent(
     config_of, run: tuple[TuningTask, Path], parts_dir: Path, tmp_path
 ):
+    # The merged system has the tuned module's losses, and is a base for another tuning.
     task, checkpoint = run
     merged = merge(parts_dir, tmp_path, checkpoint, path=str(parts_dir / "llm"))
     check_system(task, parts_dir, merged)

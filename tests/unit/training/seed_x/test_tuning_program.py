@@ -25,6 +25,7 @@ def read(*arguments: str, name: str = NAME) -> RunSettings:
 
 
 def test_tuning_configuration_is_the_published_recipe():
+    # A changed default would make other models than the paper's.
     run = read("output_dir=log/x")
     assert run.model.path == "pretrained/seed_x/llm"
     assert run.model.lora is not None and run.model.lora["r"] == 32
@@ -51,6 +52,7 @@ def test_tuning_configuration_is_the_published_recipe():
 
 
 def test_pretraining_configuration_is_the_published_recipe():
+    # The same networks as in the tuning, from the chat model.
     run = read("output_dir=x", name="train_seed_x_pretrain")
     tuning = read("output_dir=x")
     assert run.agent.path is None
@@ -71,6 +73,7 @@ def test_pretraining_configuration_is_the_published_recipe():
     "script", ["train_seed_x_sft.sh", "train_seed_x_sft_caption.sh", "train_seed_x_sft_edit.sh"]
 )
 def test_flags_of_the_scripts_are_the_published_recipe(script):
+    # The originals' command lines and our configuration are one recipe.
     text = (APPLICATION / "scripts" / script).read_text()
     command = text.split("launch ", 1)[1].rsplit('"$@"', 1)[0]
     run = read(*shlex.split(command.replace("\\\n", " "))[1:])
@@ -83,6 +86,7 @@ def test_flags_of_the_scripts_are_the_published_recipe(script):
 
 
 def test_flags_default_to_the_originals_values():
+    # As those of the original's argument parser, not as ours.
     run = read("--max_steps", "10", "--output_dir", "x")
     names = ("learning_rate", "weight_decay", "adam_beta2", "min_lr_ratio")
     assert [getattr(run.optim, name) for name in names] == [5e-5, 0.0, 0.999, 0.01]
