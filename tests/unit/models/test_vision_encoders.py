@@ -13,8 +13,7 @@ import pytest
 import torch
 from random_images import noise
 from tiny import spread
-from tiny.language import LLM_WIDTH
-from tiny.lavit import DECODER, SIDE, TOKENIZER, write_language, write_pixels
+from tiny.lavit import DECODER, TOKENIZER, write_language
 from tiny.seed import SIZES, loud
 from tiny.vision import KINDS, write_vision
 from torch import Tensor, nn
@@ -25,13 +24,11 @@ from seed_multimodal.images.transforms import ImageTransform, seed_image_process
 from seed_multimodal.models.lavit.checkpoints import (
     load_dynamic_tokenizer,
     save_dynamic_tokenizer,
-    visual_weight_state,
 )
 from seed_multimodal.models.lavit.decoder import CodeDecoder
 from seed_multimodal.models.lavit.export import Stage1Sizes, export_stage1
 from seed_multimodal.models.lavit.losses import LavitStage1
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
-from seed_multimodal.models.lavit.pipeline import Lavit
 from seed_multimodal.models.lavit.train_pixels import image_codes
 from seed_multimodal.models.seed.checkpoints import load_vision
 from seed_multimodal.models.seed.configuration import Seed2Config
@@ -149,8 +146,7 @@ def test_lavit_tokenizer_of_another_vision_encoder(kind, tmp_path):
     save_state_dict(trained_state(model), tmp_path / "checkpoint.safetensors")
     sizes = Stage1Sizes(tokenizer.config, decoder.config, tuple(fingerprint(tokenizer.encoder)))
     (tmp_path / "config.json").write_text(json.dumps(sizes.to_dict()))
-    folder = tmp_path / "system"
-    exported, _ = export_stage1(tmp_path / "checkpoint.safetensors", folder)
+    exported, _ = export_stage1(tmp_path / "checkpoint.safetensors", tmp_path / "out")
     shutil.rmtree(tmp_path / "vision")
     loaded = load_dynamic_tokenizer(exported)
     assert equal(loaded.encode(batch, mode="threshold"), codes)
@@ -159,19 +155,6 @@ def test_lavit_tokenizer_of_another_vision_encoder(kind, tmp_path):
     read = loaded.transform.read(IMAGE)[None]
     served = image_codes(loaded, read, "threshold")
     assert served[served >= 0].tolist() == codes[0].tolist()
-
-    # 4. A system with a token merger of stage 2.
-    write_language(folder / "llm", 0, PATCHES)
-    second = DynamicTokenizer(dataclasses.replace(loaded.config, llm_width=LLM_WIDTH))
-    save_state_dict(visual_weight_state(second), exported / "visual_weight.safetensors")
-    write_pixels(folder / "pixels")
-    drawing = {"max_new_tokens": PATCHES, "min_new_tokens": 1}
-    settings = {"system": "lavit", "selection": "threshold", "generation": {"draw": drawing}}
-    (folder / "system.json").write_text(json.dumps(settings))
-    system = Lavit.from_pretrained(folder, device="cpu", dtype="float32", log=None)
-    assert system.tokenize([IMAGE])[0].tolist() == codes[0].tolist()
-    assert isinstance(system.describe(IMAGE, max_new_tokens=4), str)
-    assert system.draw("a red apple").size == (SIDE, SIDE)
 
 
 def test_pixels_of_lavits_original_class_are_those_of_the_encoder(tmp_path):

@@ -13,7 +13,7 @@ from real_processes import run_process
 SUPPORT = Path(pretend_cuda.__file__).parent
 WHY = pretend_cuda.why_unavailable()
 
-pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.skipif(bool(WHY), reason=WHY)]
+pytestmark = [pytest.mark.process, pytest.mark.nightly, pytest.mark.skipif(bool(WHY), reason=WHY)]
 
 
 @pytest.fixture(scope="session")

@@ -48,6 +48,7 @@ def test_draw_reads_codes(system):
 
 
 def test_reconstruct_and_stream_previews(system):
+    # Previews of the first codes, then the whole image.
     assert system.reconstruct([noise(1)], seed=3, **SETTINGS)[0].size == (16, 16)
     messages = [{"role": "user", "content": ["Draw an apple."]}]
     options = {"max_new_tokens": 40, "seed": 3, **SETTINGS}

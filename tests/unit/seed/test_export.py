@@ -84,6 +84,7 @@ def trained(tiny: Seed2Config, tmp_path) -> Trained:
 
 @pytest.mark.parametrize("kind", ["seed2", "seed2-reverse", "seed1", "seed1-names"])
 def test_export_gives_the_codes_of_the_trained_modules(tiny, tmp_path, kind):
+    # What was trained is what is served, in our layout and in the original's.
     config: Any = seed1_config() if kind.startswith("seed1") else tiny
     if kind == "seed2-reverse":
         config = dataclasses.replace(tiny, use_qformer_image=True)
@@ -112,6 +113,7 @@ def test_export_gives_the_codes_of_the_trained_modules(tiny, tmp_path, kind):
 
 
 def test_export_reads_each_part_from_the_last_stage_that_trained_it(trained, tiny, tmp_path):
+    # An untrained copy of a part would give other codes without an error.
     report = trained.export(tmp_path / "frozen")
     stage1, stage2 = (str(trained.folder / f"stage{n}.pth") for n in (1, 2))
     assert {report.parts[part] for part in ("Qformer", "query_tokens", "ln_vision")} == {stage1}
@@ -155,6 +157,7 @@ def test_export_with_missing_parts_writes_nothing(trained, tmp_path):
 
 
 def test_export_command(trained, tmp_path, capsys):
+    # The printed codes are those of the trained modules.
     config = tmp_path / "sizes.json"
     config.write_text(json.dumps(trained.config.to_dict()))
 

@@ -24,6 +24,7 @@ def model(request, tiny: Seed2Config) -> SeedTokenizer:
 
 
 def test_encode_and_decode_do_not_depend_on_batches(model, images):
+    # Codes of a data set must not depend on the batch size.
     codes = model.encode(images)
     assert codes.shape == (5, 32)
     assert len(codes.unique()) > 5
@@ -39,6 +40,7 @@ def test_encode_and_decode_do_not_depend_on_batches(model, images):
 
 @torch.no_grad()
 def test_pre_quant_is_causal(model, images):
+    # Code n does not see later queries: else prefixes of codes could not be drawn.
     before = model.pre_quant(images)
     model.query_tokens[0, 20:] += torch.randn(12, 24)
     after = model.pre_quant(images)
@@ -58,6 +60,7 @@ def test_encode_and_decode_in_train_mode(model, images):
 
 
 def test_gradients_reach_every_parameter(model, images):
+    # Under DDP a parameter without a gradient is an error.
     quant, loss, indices = model.quantize(model.pre_quant(images))
     embeddings = model.decode_embeddings(quant)
     torch.testing.assert_close(embeddings, model.decode(indices), atol=1e-3, rtol=1e-3)
@@ -82,6 +85,7 @@ def test_decode_with_lengths(model, images):
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_encode_in_half_precision(tiny, images, tmp_path, dtype):
+    # Some codes change in half precision, most stay.
     model = Seed2Tokenizer(tiny).eval()
     torch.nn.init.normal_(model.quantize.embedding.weight, std=0.1)
     exact = model.encode(images)

@@ -33,6 +33,7 @@ def influence(model: QFormer, count: int) -> torch.Tensor:
 
 @pytest.mark.parametrize(("causal", "count"), [(32, 32), (8, 8), (32, 31)])
 def test_forward_is_causal_for_the_configured_number_of_queries(causal, count):
+    # Other numbers of queries attend to all, as BLIP-2's.
     moved = influence(qformer(causal_queries=causal), count)
     everything = torch.ones(count, count, dtype=torch.bool)
     assert torch.equal(moved, everything.triu() if causal == count else everything)
@@ -40,6 +41,7 @@ def test_forward_is_causal_for_the_configured_number_of_queries(causal, count):
 
 @torch.no_grad()
 def test_forward_with_padding():
+    # A caption's features must not depend on the longest caption of its batch.
     model = qformer()
     ids = torch.tensor([[2, 5, 3, 0, 0]])
     mask = torch.tensor([[1, 1, 1, 0, 0]])

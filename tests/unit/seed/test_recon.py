@@ -41,6 +41,7 @@ def test_recon_numbers_its_files_and_prints_them(folder, tmp_path, capsys):
 
 
 def test_recon_with_iterations_and_fixed_code(folder, tmp_path):
+    # `--fixed_code` starts each iteration from the same noise.
     flags = "--image 0.png --n_samples 2 --n_iter 2 --n_rows 3 --seed 5"
     assert run(folder, tmp_path / "free", flags) == 0
     assert run(folder, tmp_path / "fixed", f"{flags} --fixed_code") == 0
@@ -72,6 +73,7 @@ def test_recon_with_a_torn_image(folder, tmp_path, capsys):
 
 
 def test_recon_without_weights(capsys, tmp_path, monkeypatch):
+    # One sentence with all files that are needed.
     monkeypatch.chdir(tmp_path)
     assert recon_script(["--model", "nothing-here"]) == 2
     error = capsys.readouterr().err

@@ -152,6 +152,7 @@ def test_single_file_runs_nothing(tmp_path, original: Path, monkeypatch):
 
 
 def test_single_file_of_another_kind(tmp_path, original: Path):
+    # The file, its missing part or the wrong size is named.
     tensors = golden_tensors()
     unet = {name: value for name, value in tensors.items() if "first_stage" not in name}
     save_as_original(tmp_path / "unet.ckpt", unet)
@@ -168,7 +169,7 @@ def test_single_file_of_another_kind(tmp_path, original: Path):
 
 
 def test_recon_finds_the_original_file(original: Path, tmp_path):
-    """`sd-v1-4.ckpt` next to the tokenizer, as the original demo has it."""
+    # `sd-v1-4.ckpt` next to the tokenizer, as the original demo has it.
     torch.manual_seed(0)
     wide = replace(seed1_config(), text_tokens=77, text_features_dim=32)
     loud(Seed1Tokenizer(wide)).eval().save_pretrained(tmp_path / "pretrained")

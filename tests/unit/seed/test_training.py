@@ -48,19 +48,9 @@ def run(model: Stage1Model, **inputs: Any) -> Stage1Output:
     return model(torch.randn(4, 3, 16, 16, generator=source), ids * mask, mask, **inputs)
 
 
-def test_stage1_gather_gradient_changes_gradients_only():
-    models = [stage1(), stage1(gather_gradient=True), stage1(gather_gradient=False)]
-    losses = [run(model).loss for model in models]
-    for loss in losses:
-        loss.backward()
-    default, gathered, local = (model.vision_proj.weight.grad for model in models)
-    assert losses[0] == losses[2]
-    torch.testing.assert_close(gathered, default)
-    assert not torch.allclose(local, default)
-
-
 @pytest.mark.parametrize("frozen", [True, False])
 def test_stage1_frozen_vision_encoder_stays_in_eval_mode(frozen):
+    # Its dropout would make the frozen features noisy.
     model = stage1(freeze_vit=frozen)
     run(model).loss.backward()
     assert model.visual_encoder.training is not frozen
@@ -83,30 +73,20 @@ def test_stage1_embedding_loss_in_training_and_evaluation():
     torch.testing.assert_close(output.loss_embedding, expected)
 
 
-def contrast_gradients(dtype: torch.dtype, mixed: torch.dtype | None) -> list[Tensor]:
-    """Gradients of the contrastive loss of 64 pairs about as similar as a trained model's."""
-    rng = torch.Generator().manual_seed(0)
-    noise = torch.randn(4, 64, 768, generator=rng, dtype=torch.float64)
-    # Embeddings of all images have much in common.
-    pairs = 4 * noise[0, :1] + noise[1]
-    hidden = [(pairs + 0.5 * part).to(dtype).requires_grad_() for part in noise[2:]]
-    torch.manual_seed(0)
-    projection = nn.Linear(768, 256).to(dtype)
-    scale = 1024.0 if mixed is torch.float16 else 1.0  # as GradScaler's
-    with torch.autocast("cpu", mixed, enabled=mixed is not None):
-        image, text = (project_and_normalize(projection, rows) for rows in hidden)
-        logits = similarities(image, text) / 0.07
-        loss = F.cross_entropy(logits, torch.arange(64), label_smoothing=0.1)
-    (loss * scale).backward()
-    return [tensor.grad.double() / scale for tensor in (*hidden, projection.weight)]
-
-
 @pytest.mark.parametrize("mixed", [torch.bfloat16, torch.float16])
 def test_stage1_contrast_is_computed_in_fp32_under_autocast(mixed):
-    # With half-precision products the gradient's error is 2 to 4 % in bf16, 0.2 % in fp16.
-    exact = contrast_gradients(torch.float64, None)
-    for gradient, wanted in zip(contrast_gradients(torch.float32, mixed), exact, strict=True):
-        assert (gradient - wanted).norm() / wanted.norm() < 1e-4
+    # In half precision the similarities of hundreds of pairs are equal, and gradients off by 4 %.
+    rows = torch.randn(64, 768)
+    projection = nn.Linear(768, 256)
+
+    def contrast() -> Tensor:
+        return similarities(*(project_and_normalize(projection, part) for part in (rows, -rows)))
+
+    exact = contrast()
+    with torch.autocast("cpu", mixed):
+        logits = contrast()
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits, exact, atol=1e-5, rtol=1e-5)
 
 
 # ---- stage 2
@@ -147,6 +127,7 @@ def trained_parts(model: nn.Module) -> set[str]:
 
 
 def test_stage2_trains_the_decoder_or_the_qformer_too(kind, tiny, images, target):
+    # Nothing frozen is trained, nothing trained is frozen.
     decoder = set(DECODERS[kind].split())
     for frozen, parts in ((True, set()), (False, {"Qformer", "query_tokens", "ln_vision"})):
         model = stage2(kind, tiny, freeze_qformer=frozen)
@@ -165,7 +146,7 @@ def test_stage2_with_and_without_frozen_dropout(kind, tiny, images):
     assert not noisy.eval().Qformer.training
 
 
-def test_stage2_seed2_loss_is_the_weighted_sum(tiny, images):
+def test_stage2_seed2_with_a_readout(tiny, images):
     # With our readout: the target's projection that SEED-LLaMA's decoder reads.
     readout = torch.randn(7, 10)
     target = torch.randn(5, 10)
@@ -174,11 +155,8 @@ def test_stage2_seed2_loss_is_the_weighted_sum(tiny, images):
     out = model(images, target)
     parts = out.loss_embed + out.loss_recon_s + out.loss_distil + out.loss_readout
     torch.testing.assert_close(out.loss, parts)
-    torch.testing.assert_close(out.loss_distil, 4.0 * F.mse_loss(out.embeds, target))
     read = F.mse_loss(out.embeds @ readout.T, target @ readout.T)
     torch.testing.assert_close(out.loss_readout, 0.5 * read)
-    cosine = F.cosine_similarity(out.recon_s, out.query_output, dim=-1)
-    torch.testing.assert_close(out.loss_recon_s, 3.0 * (1 - cosine).mean())
     assert "readout_weight" not in model.state_dict()
 
 
@@ -208,6 +186,7 @@ def test_stage2_seed1_with_a_text_encoder(images):
 
 
 def test_stage2_warm_up_without_quantizer(kind, tiny, images, target):
+    # The first steps train on features; the codebook is not touched.
     model = stage2(kind, tiny, frozen_dropout=False)
     out = model(images, target, quantize=False)
     out.loss.backward()
@@ -247,6 +226,7 @@ def test_keep_prefix_of_random_lengths(tiny):
 
 
 def test_load_stage1_fills_the_encoder(kind, tiny, images):
+    # Stage 2 must see the features that stage 1 learned.
     second = stage2(kind, tiny).eval()
     sizes = Seed2Config(vit=second.config.vit, qformer=second.config.qformer)
     first = Stage1Model(sizes, vocab_size=30, embed_dim=8, embedding_dim=10).eval()

@@ -52,6 +52,7 @@ def test_add_condition_channels_keeps_the_output(inputs):
 @torch.no_grad()
 @pytest.mark.parametrize("name", ["a.bin", "a.safetensors", "original folder", "saved folder"])
 def test_from_pretrained_layouts(name, folder, tmp_path, inputs):
+    # Each layout of the original and ours draws the same.
     adapter = random_adapter(2)
     state = adapter.state_dict()
     path = tmp_path if "folder" in name else tmp_path / name

@@ -34,6 +34,7 @@ def seed(tiny_x_folder, tmp_path, capsys):
 
 
 def test_ask_and_detect(seed, image):
+    # Placeholders show where the images stand; boxes are drawn into a copy.
     short = ("--max-new-tokens", "8")
     question = "What is <image>?"
     _, records, _ = seed("ask", image, image, question, *short)
@@ -59,16 +60,6 @@ def test_edit_and_reconstruct_in_the_ratio_of_the_source(seed, image):
         assert Image.open(record["rebuilt"]).size == size
     _, [record], _ = seed("reconstruct", image)
     assert Image.open(record["rebuilt"]).size == (16, 16)
-
-
-def test_chat_with_images(seed, image):
-    messages = ("--message", "What is it?", "--message", "And now?")
-    code, answers, _ = seed("chat", "--image", image, *messages, "--force-image")
-    assert code == 0
-    assert len(answers) == 2
-    for answer in answers:
-        assert any("image" in part for part in answer["answer"])
-        assert not any("codes" in part for part in answer["answer"])
 
 
 @pytest.mark.slow

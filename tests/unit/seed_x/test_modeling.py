@@ -104,6 +104,7 @@ def tensors_of(agent: TrainedAgent, llm: bool = True) -> dict[str, Tensor]:
 
 @pytest.mark.parametrize("name", ["pytorch_model.bin", "model.safetensors"])
 def test_load_agent_without_the_language_model(name, tmp_path):
+    # The original's agents come as files without it.
     tensors = tensors_of(agent_of(), llm=False)
     (save_state_dict if name.endswith("safetensors") else torch.save)(tensors, tmp_path / name)
     for path in (tmp_path / name, tmp_path):

@@ -73,6 +73,7 @@ def test_dialogue_and_completion(seedx_tokenizer):
     ("text", "views"), [("<image> and <image>", [1]), ("<image>", [1, 1]), ("<image>", [])]
 )
 def test_insert_images_with_a_wrong_number_of_images(text, views):
+    # An image at the wrong place is a wrong answer, so it is an error.
     with pytest.raises(RequestError, match=f"{len(views)} images"):
         insert_images(text, views)
 

@@ -41,6 +41,7 @@ def encoder() -> QwenVit:
 
 @pytest.mark.parametrize(("dtype", "tolerance"), PRECISIONS)
 def test_forward_does_not_depend_on_batches(encoder: QwenVit, dtype, tolerance):
+    # In each precision within its rounding.
     images = torch.randn(3, 3, 28, 28)
     exact = encoder(images)
     together = encoder.to(dtype)(images)  # the pixels stay fp32

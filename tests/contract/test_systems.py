@@ -98,6 +98,7 @@ def texts_of(events: list[dict[str, Any]]) -> list[str]:
 
 
 def test_texts_of_a_list_equal_those_alone(system):
+    # Answers must not depend on who else is served: batches pad images and prompts.
     images = [noise(1), noise(2, (300, 20)), noise(3, (1, 1)), noise(4), noise(5)]
     assert system.describe(images, batch_size=3) == [system.describe(image) for image in images]
     questions = ["What is it?", "Is it a cat?", "Where?", "How many?", "Why?"]
@@ -115,6 +116,7 @@ def test_texts_of_a_list_equal_those_alone(system):
 
 
 def test_images_of_a_list_equal_those_alone(system, family: Family):
+    # Image n of a request is the image of its own text and seed, whatever is drawn with it.
     options = {**family.drawing, **SAMPLING}
     texts = ["a red apple", "a blue fish"]
     for image, text in zip(system.draw(texts, seed=3, **options), texts, strict=True):
@@ -135,7 +137,7 @@ def test_images_of_a_list_equal_those_alone(system, family: Family):
 
 
 def test_draw_of_several_images_varies_greedy_codes(mosaic):
-    """Its images are its codes without noise: equal codes would be one image n times."""
+    # Its images are its codes without noise: equal codes would be one image n times.
     plain = mosaic.draw("a blue fish")
     varied = mosaic.draw("a blue fish", num_images=12)
     assert same(varied[0], plain)
@@ -145,6 +147,7 @@ def test_draw_of_several_images_varies_greedy_codes(mosaic):
 
 
 def test_describe_of_files_bytes_and_arrays(system, tmp_path):
+    # The same image by any door gives the same answer.
     image = noise(1)
     file = tmp_path / "a.png"
     image.save(file)
@@ -156,6 +159,7 @@ def test_describe_of_files_bytes_and_arrays(system, tmp_path):
 
 
 def test_results_depend_only_on_the_seed(system, family: Family):
+    # A seed repeats an answer, and the caller's own random numbers stay as they are.
     options = {"max_new_tokens": 12, **SAMPLING}
     answers = [system.describe(noise(1), seed=seed, **options) for seed in (1, 1, 2)]
     assert answers[0] == answers[1] != answers[2]
@@ -165,8 +169,8 @@ def test_results_depend_only_on_the_seed(system, family: Family):
 
 
 def test_results_in_threads_equal_those_alone(system, family: Family):
-    """Texts are equal; images within one grey level: features of a batch differ in their last
-    digits."""
+    # Texts are equal; images within one grey level: features of a batch differ in their last
+    # digits.
     options = {**family.drawing, **SAMPLING}
     jobs: list[Callable[[], Any]] = []
     for seed in range(2):
@@ -183,8 +187,8 @@ def test_results_in_threads_equal_those_alone(system, family: Family):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", NANO)
 def test_draw_of_threads_in_common_batches(model):
-    """Equal to drawing one by one, with fewer calls of the U-Net; a failing call does not
-    affect the others."""
+    # Equal to drawing one by one, with fewer calls of the U-Net; a failing call does not
+    # affect the others.
     images = MultimodalSystem.from_pretrained(model, device="cpu", log=None).images
     seeds = range(8)
     values = list(images.encode([noise(seed) for seed in seeds]))
@@ -227,6 +231,7 @@ def test_draw_of_threads_in_common_batches(model):
     ids=["greedy", "image", "sampled", "beams"],
 )
 def test_chat_streamed_equals_chat(system, options):
+    # A page that streams shows what the command line prints.
     options = {"seed": 1, "num_beams": 1, **options}
     plain = system.chat(user(noise(0), "What?"), **options)
     events = list(system.chat(user(noise(0), "What?"), stream=True, previews=(), **options))
@@ -251,7 +256,7 @@ def middle(text: str) -> str:
 
 
 def test_answers_end_at_a_stop(system):
-    """No token is generated behind it, whole and streamed, alone and in a batch."""
+    # No token is generated behind it, whole and streamed, alone and in a batch.
     message = user(noise(0), "What?")
     unstopped = system.chat(message, **GREEDY)
     stop = middle(unstopped.text)
@@ -287,7 +292,7 @@ def test_an_image_before_a_stop_stays(tiny):
 
 
 def test_chat_that_is_cancelled(system):
-    """A client that leaves must not keep the model busy."""
+    # A client that leaves must not keep the model busy.
     events = system.chat(user(noise(1), "What?"), stream=True, force_image=True)
     next(events)
     events.close()
@@ -306,6 +311,7 @@ def test_chat_that_is_cancelled(system):
 
 
 def test_chat_of_several_turns(system, family: Family):
+    # A conversation goes on after a drawing; too long a one loses its oldest turns.
     first = user(noise(1), "Make it red.")
     answer = system.chat(first, force_image=True)
     assert answer.images
@@ -329,8 +335,8 @@ def test_chat_of_several_turns(system, family: Family):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", NANO[:2])
 def test_chat_reads_only_new_tokens(model):
-    """Each image is encoded once; keys and values of read tokens, also of a shared system
-    message, are cached."""
+    # Each image is encoded once; keys and values of read tokens, also of a shared system
+    # message, are cached.
     system = MultimodalSystem.from_pretrained(model, device="cpu", log=None)
     encoded: list[int] = []
     read: list[int] = []
@@ -358,8 +364,8 @@ def test_chat_reads_only_new_tokens(model):
 @pytest.mark.slow
 @pytest.mark.parametrize("model", NANO)
 def test_ask_generates_nothing_behind_the_answer(model):
-    """Behind it there may be a token for its end, or those of the next turn's opening: a model
-    that goes on would double the time of every answer."""
+    # Behind it there may be a token for its end, or those of the next turn's opening: a model
+    # that goes on would double the time of every answer.
     system = MultimodalSystem.from_pretrained(model, device="cpu", log=None, load_decoder=False)
     opening = sum(len(system.tokenizer.encode(stop)) for stop in system.stop_sequences("chat"))
     questions = ("Where is the dog?", "Is there a star?", "How many are there?")
@@ -376,7 +382,7 @@ def test_ask_generates_nothing_behind_the_answer(model):
 
 @pytest.mark.parametrize("steps", [None, 1])
 def test_chat_previews_have_their_own_denoising_steps(tiny, monkeypatch, steps):
-    """The previews of tiny's 8 and 16 codes, then the whole image; its folder draws in 2 steps."""
+    # The previews of tiny's 8 and 16 codes, then the whole image; its folder draws in 2 steps.
     monkeypatch.setattr(tiny.config, "preview_inference_steps", steps)
     passes: list[int] = []
     hook = tiny.images.decoder.unet.register_forward_pre_hook(
@@ -417,6 +423,7 @@ def test_chat_with_messages_of_transformers_and_openai(system, tmp_path):
 
 
 def test_what_a_family_cannot_do_is_refused_by_name(system, family: Family):
+    # Not an AttributeError in a server's log.
     for ability, call in family.refused.items():
         with pytest.raises(ConfigError, match=system.config.name):
             call(system)
@@ -436,6 +443,7 @@ def test_what_a_family_cannot_do_is_refused_by_name(system, family: Family):
     ],
 )
 def test_wrong_options_are_refused_by_name(system, task, options, named):
+    # A misspelt option must not be ignored: the answer would look as if it had been followed.
     calls = {
         "describe": lambda: system.describe(noise(1), **options),
         "ask": lambda: system.ask(noise(1), "What is it?", **options),
@@ -456,6 +464,7 @@ def test_empty_texts_are_refused_by_number(system):
     "options", [{"temperature": 0.0, "top_p": 1.0}, {"temperature": 3.0, "top_p": 0.0}]
 )
 def test_zero_temperature_or_top_p_is_greedy(system, options):
+    # As OpenAI's clients ask for greedy answers; a division by zero otherwise.
     greedy = system.describe(noise(1), do_sample=False, num_beams=1)
     assert system.describe(noise(1), seed=0, **options) == greedy
 
@@ -468,6 +477,7 @@ def load(system: Any, **placement: Any) -> MultimodalSystem:
 
 
 def test_from_pretrained_without_decoder(system, family: Family):
+    # Servers that only read save the de-tokenizer's memory.
     reader = load(system, load_decoder=False)
     assert type(reader) is type(system)
     assert reader.describe(noise(1)) == system.describe(noise(1))
@@ -478,6 +488,7 @@ def test_from_pretrained_without_decoder(system, family: Family):
 
 @pytest.mark.slow
 def test_from_pretrained_with_offload(system, family: Family):
+    # Parts on the device only while they work give the same results.
     offloaded = load(system, offload=True)
     assert offloaded.describe(noise(1)) == system.describe(noise(1))
     drawn = offloaded.draw("a fish", 1, **family.drawing)
@@ -496,6 +507,7 @@ def test_from_pretrained_compiled_image_networks(tiny):
 
 
 def test_save_pretrained_and_load(system, family: Family, tmp_path):
+    # The saved folder is the whole system, also for transformers.
     from transformers import AutoModelForCausalLM
 
     folder = system.save_pretrained(tmp_path / "mine")

@@ -1,4 +1,4 @@
-"""A family of another package in the library's programs and pages (its tasks: test_contract.py)."""
+"""A family of another package in the library's programs and pages (its tasks: test_systems.py)."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_families_of_other_packages_come_last(installed: Path):
 
 
 def test_codes_are_those_of_its_tokenizer(mosaic: Any):
-    """A tile's code is its colour: codes and drawings can be told by hand."""
+    # A tile's code is its colour: codes and drawings can be told by hand.
     image = Image.new("RGB", (80, 40), (255, 0, 85))
     assert mosaic.tokenize(image)[0].tolist() == [9] * 32
     drawn = mosaic.reconstruct(image)[0]
@@ -74,6 +74,7 @@ def test_pipeline_of_transformers(mosaic: Any, mosaic_folder: Path, monkeypatch)
 def test_init_prints_a_command_whose_checkpoint_is_a_system(
     mosaic: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
+    # From nothing to a trained model of a family that the library does not know.
     import llm_runs
     import yaml
 
@@ -144,7 +145,7 @@ def test_eval_tokenizer(mosaic_folder: Path, captioned: Path, tmp_path: Path):
 
 @pytest.mark.filterwarnings("ignore:The use of")
 def test_server_and_page_of_the_system(mosaic: Any):
-    """The page shows the family's card, and sliders of as many codes as an image has."""
+    # The page shows the family's card, and sliders of as many codes as an image has.
     import requests
     from served import Running, read
 
@@ -169,6 +170,7 @@ def test_server_and_page_of_the_system(mosaic: Any):
 
 
 def test_a_family_that_cannot_be_imported_is_left_out(other_site: Path):
+    # A broken package must not break the others.
     install(other_site, "broken", {GROUP: {"broken": "no_such_module:SPEC"}})
     with pytest.warns(SeedWarning, match="broken"):
         assert families()[-1].name != "broken"
@@ -183,7 +185,7 @@ def test_a_family_that_cannot_be_imported_is_left_out(other_site: Path):
     ids=["family", "start"],
 )
 def test_a_name_that_two_families_have(other_site: Path, monkeypatch, spec: str, named: str):
-    """Of the family, and of a start of `seed init`."""
+    # Of the family, and of a start of `seed init`.
     from seed_multimodal.cli.init import templates
 
     monkeypatch.delitem(sys.modules, "copied", raising=False)
