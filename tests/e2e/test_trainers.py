@@ -92,7 +92,7 @@ def test_trainer_killed_and_resumed_is_equal_to_the_last_bit(
     trainer.use(parts_dir, tmp_path / "killed")
 
 
-@each([entry for entry in TRAINERS if entry.double and 3 not in entry.zero])
+@each([entry for entry in TRAINERS if entry.double and entry.zero != 3])
 def test_trainer_in_two_processes_is_one_with_the_double_batch(
     trainer: Trainer, parts_dir: Path, tmp_path
 ):
@@ -113,39 +113,51 @@ def test_trainer_in_two_processes_is_one_with_the_double_batch(
     assert trainer.losses(tmp_path / "two") == expected
 
 
-@pytest.mark.skipif(
+needs_deepspeed = pytest.mark.skipif(
     importlib.util.find_spec("deepspeed") is None or shutil.which("g++") is None,
     reason="DeepSpeed on a CPU needs the package and g++",
 )
-@each([entry for entry in (*TRAINERS, *HUB_LLMS) if entry.zero], "llm")
-def test_trainer_under_zero_equals_the_plain_one_and_resumes(
-    trainer: Trainer, parts_dir: Path, tmp_path
-):
-    # With the published settings in two processes, compared with the same run without DeepSpeed;
-    # checkpoints contain the gathered weights.
+UNDER_ZERO = [entry for entry in (*TRAINERS, *HUB_LLMS) if entry.zero]
+
+
+def zero_arguments(trainer: Trainer, parts_dir: Path, out: Path) -> list[str]:
+    """A run with the published settings of DeepSpeed."""
+    more = (f"deepspeed={PUBLISHED[trainer.zero]}", "trainer.timeout_minutes=5")
+    return trainer.arguments(parts_dir, out, 4, 2, more)
+
+
+@needs_deepspeed
+@each(UNDER_ZERO, "llm")
+def test_trainer_under_zero_resumes_to_the_last_bit(trainer: Trainer, parts_dir: Path, tmp_path):
+    arguments = zero_arguments(trainer, parts_dir, tmp_path)
+    trainer.run(parts_dir, arguments, *TWO)
+    losses = trainer.losses(tmp_path)
+    forget_the_end(tmp_path)
+    assert "(step 2)" in trainer.run(parts_dir, arguments, *TWO)
+    assert trainer.losses(tmp_path) == losses
+
+
+@needs_deepspeed
+@each(UNDER_ZERO)
+def test_trainer_under_zero_equals_the_plain_one(trainer: Trainer, parts_dir: Path, tmp_path):
+    # Checkpoints contain the gathered weights.
     import torch
 
-    for stage in trainer.zero:
-        out = tmp_path / f"zero{stage}"
-        more = (f"deepspeed={PUBLISHED[stage]}", "trainer.timeout_minutes=5")
-        arguments = trainer.arguments(parts_dir, out, 4, 2, more)
-        trainer.run(parts_dir, arguments, *TWO)
-        losses = trainer.losses(out)
-        forget_the_end(out)
-        assert "(step 2)" in trainer.run(parts_dir, arguments, *TWO)
-        assert trainer.losses(out) == losses
-        plain = tmp_path / f"plain{stage}"
-        trainer.run(parts_dir, trainer.arguments(parts_dir, plain, 4, 2, ()), *TWO)
-        assert losses == pytest.approx(trainer.losses(plain), rel=trainer.close)
-        result = trainer.result(out)
-        expected = trainer.result(plain)
-        assert result.keys() == expected.keys()
-        for name, value in result.items():
-            torch.testing.assert_close(
-                value, expected[name], rtol=1e-3, atol=1e-3, msg=name, check_dtype=False
-            )
-        if trainer.name == "seed_x_sft":
-            check_conversion(trainer, arguments, out / "checkpoint-4", result)
+    zero, plain = tmp_path / "zero", tmp_path / "plain"
+    arguments = zero_arguments(trainer, parts_dir, zero)
+    trainer.run(parts_dir, arguments, *TWO)
+    trainer.run(parts_dir, trainer.arguments(parts_dir, plain, 4, 2, ()), *TWO)
+    expected_losses = pytest.approx(trainer.losses(plain), rel=trainer.close)
+    assert trainer.losses(zero) == expected_losses
+    result = trainer.result(zero)
+    expected = trainer.result(plain)
+    assert result.keys() == expected.keys()
+    for name, value in result.items():
+        torch.testing.assert_close(
+            value, expected[name], rtol=1e-3, atol=1e-3, msg=name, check_dtype=False
+        )
+    if trainer.name == "seed_x_sft":
+        check_conversion(trainer, arguments, zero / "checkpoint-4", result)
 
 
 def check_conversion(

@@ -44,7 +44,8 @@ class Trainer:
         weights: pattern of a run's final files.
         double: overrides with which one process has the batch of two processes without them.
         log, loss: the log's file and the name of the loss in it.
-        zero: its ZeRO stages. close: relative tolerance between losses of one process and of two.
+        zero: the ZeRO stage that it is tested with, or 0.
+        close: relative tolerance between losses of one process and of two.
         variables: (that folder) → environment variables.
     """
 
@@ -58,7 +59,7 @@ class Trainer:
     double: Sequence[str] = ()
     log: str = "train.log.jsonl"
     loss: str = "loss"
-    zero: Sequence[int] = ()
+    zero: int = 0
     close: float = 1e-4
     variables: Callable[[Path], dict[str, str]] = lambda parts_dir: {}
 
@@ -299,11 +300,12 @@ def _draw_seed(parts_dir: Path, output: Path) -> None:
 
 def _draw_seed_x(parts_dir: Path, output: Path) -> None:
     import torch
+    from tiny.diffusion import FEATURES
 
     from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer
 
     detokenizer = SdxlDetokenizer.from_pretrained(parts_dir / "sdxl", output / "adapter")
-    _draw(detokenizer, torch.randn(1, 4, detokenizer.adapter.config.embedding_dim))
+    _draw(detokenizer, torch.randn(1, 4, FEATURES))
 
 
 def _draw_lavit(parts_dir: Path, output: Path) -> None:
@@ -366,7 +368,7 @@ TRAINERS = [
         _describes("seed.SeedLlama"),
         "checkpoint-*/adapter_model.safetensors",
         ACCUMULATE,
-        zero=(3,),
+        zero=3,
     ),
     Trainer(
         "seed_x_sft",
@@ -377,7 +379,7 @@ TRAINERS = [
         _describes("seed_x.SeedX", load_decoder=False),
         "checkpoint-*/model.safetensors",
         ACCUMULATE,
-        zero=(3,),
+        zero=3,
     ),
     Trainer(
         "lavit",
@@ -388,7 +390,7 @@ TRAINERS = [
         _describes("lavit.Lavit", load_decoder=False),
         "checkpoint-*/[mv]*.safetensors",
         ACCUMULATE,
-        zero=(3,),
+        zero=3,
     ),
     Trainer(
         "seed_x_detokenizer",
@@ -405,7 +407,7 @@ TRAINERS = [
         _draw_seed_x,
         "adapter/model.safetensors",
         ACCUMULATE,
-        zero=(2,),
+        zero=2,
         variables=lambda parts_dir: {"EDITS": str(parts_dir / "edits.jsonl")},
     ),
     Trainer(
