@@ -1,57 +1,175 @@
-"""Answers as parts: texts and images in order, broken images with their reasons."""
+"""An answer's tokens as texts and images: at once, streamed, and up to a stop."""
 
 from __future__ import annotations
 
-from seed_multimodal.language.answer import AnswerPart, AnswerReader, BrokenImagePart, ImagePart
+from itertools import groupby
+
+import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+
+from seed_multimodal.language.answer import AnswerReader, BrokenImagePart, Event, ImagePart
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
+STOP = "\nUSER:"
 CODES = [1, 2, 3, 4, 5]
 
 
-def split_answer(ids: list[int], tokenizer: MultimodalTokenizer) -> list[AnswerPart]:
-    return AnswerReader(tokenizer).read_all(ids).parts
+def read_all(
+    tokenizer: MultimodalTokenizer, ids: list[int], *stops: str, after: str = ""
+) -> tuple[AnswerReader, list[Event]]:
+    """The reader, and all events in order."""
+    reader = AnswerReader(tokenizer, stops, after=after)
+    events: list[Event] = []
+    for id in ids:
+        events += reader.read(id)
+    return reader, events + reader.close()
 
 
-def test_read_all_of_texts_and_images(tokenizer: MultimodalTokenizer):
-    ids = tokenizer.encode_parts(["Here is one.", CODES, "And another:", CODES[::-1], CODES]) + [
-        2,
-        0,
-        0,
-        17,
-    ]
-    assert split_answer(ids, tokenizer) == [
-        "Here is one.",
-        ImagePart(CODES),
-        "And another:",
-        ImagePart(CODES[::-1]),
-        ImagePart(CODES),
-    ]
-    assert split_answer([], tokenizer) == split_answer([2], tokenizer) == []
-    assert split_answer([*tokenizer.encode(" \n "), 2], tokenizer) == []
+def text_of(events: list[Event]) -> str:
+    return "".join(event.get("text", "") for event in events)
 
 
-def test_read_all_of_broken_images(tokenizer: MultimodalTokenizer):
+@st.composite
+def segments(draw) -> list[str | list[int]]:
+    """Texts of all kinds, and images (codes; 5 are an image) which may be broken at both ends."""
+    text = st.text(st.sampled_from("a fish\n.U漢é😀\t"), max_size=8)
+    codes = st.lists(st.integers(0, 23), min_size=0, max_size=7) | st.just(CODES)
+    return draw(st.lists(text | codes, max_size=6))
+
+
+def ids_of(tokenizer: MultimodalTokenizer, parts: list[str | list[int]], ends: str) -> list[int]:
+    """ends: which of `<img>` and `</img>` each image has, in turn."""
     vocabulary = tokenizer.vocabulary
-    boi = vocabulary.boi_id
-    eoi = vocabulary.eoi_id
-    code = vocabulary.n_text
-    text = tokenizer.encode("after")
-    good = vocabulary.image_ids(CODES)
-    cases = [
-        ([boi, code, code, eoi], "2 codes instead of 5"),
-        ([boi, eoi], "0 codes instead of 5"),
-        ([boi, *[code] * 6, eoi], "6 codes instead of 5"),
-        ([boi, code, 17, code, code, code, eoi], "other words"),
-        ([code, code], "without an opening"),
-        ([eoi], "without an opening"),
-        ([boi], "broke off after 0 of 5"),
-        ([boi, code, code], "broke off after 2 of 5"),
+    ids: list[int] = []
+    for index, part in enumerate(parts):
+        if isinstance(part, str):
+            ids += tokenizer.encode(part)
+            continue
+        kind = ends[index % len(ends)]
+        ids += [vocabulary.boi_id] if kind in "bs" else []
+        ids += vocabulary.code_to_id(part)
+        ids += [vocabulary.eoi_id] if kind in "be" else []
+    return ids
+
+
+@given(parts=segments(), ends=st.text("bbbsen", min_size=1, max_size=4), closes=st.booleans())
+@example(parts=["a", CODES, "", CODES[::-1], "b"], ends="b", closes=True)
+def test_streamed_events_are_the_parts_of_the_whole_answer(tokenizer, parts, ends, closes):
+    # What a page has shown while it streamed must be what the answer holds.
+    ids = ids_of(tokenizer, parts, ends) + [tokenizer.eos_token_id] * closes
+    reader, events = read_all(tokenizer, ids)
+    streamed: list[object] = []
+    shown = [event for event in events if event["type"] != "image_start"]
+    for kind, group in groupby(shown, lambda event: event["type"]):
+        if kind == "text":
+            text = text_of(list(group))
+            streamed += [text] if text.strip() else []
+        else:
+            streamed += [event.get("codes", event.get("reason")) for event in group]
+
+    whole = AnswerReader(tokenizer).read_all(ids)
+    expected: list[object] = []
+    for part in whole.parts:
+        if isinstance(part, ImagePart):
+            start = part.position
+            assert whole.ids[start - 1 : start + 6] == tokenizer.vocabulary.image_ids(part.codes)
+            expected.append(part.codes)
+        else:
+            expected.append(part.reason if isinstance(part, BrokenImagePart) else part)
+    assert streamed == expected
+    assert reader.ids == whole.ids == ids
+    assert reader.finished
+
+
+@given(
+    text=st.text(st.sampled_from("a fish\n.USER: 漢é"), max_size=30),
+    stops=st.lists(st.sampled_from([STOP, ".", "fish", "\n", "a a"]), max_size=2),
+)
+@example(text="one\nUSEFUL\nUS", stops=[STOP])
+@example(text="a red apple. \nUSER: What", stops=[STOP])
+@example(text="\n \n a fish\nin the sea", stops=["\n", "question:"])
+def test_streamed_text_ends_at_the_first_stop(tokenizer, text, stops):
+    ids = tokenizer.encode(text)
+    whole = tokenizer.decode(ids)
+    # Stops of white space count behind the first word only; spaces before a stop are dropped.
+    first_word = len(whole) - len(whole.lstrip())
+    ends = [whole.find(stop, 0 if stop.strip() else first_word) for stop in stops]
+    ends = [end for end in ends if end >= 0]
+    expected = whole[: min(ends)].rstrip(" ") if ends else whole
+
+    reader, events = read_all(tokenizer, ids, *stops)
+    assert text_of(events) == expected
+    # The answer's tokens are the text's: the next turn of a chat reads them.
+    assert tokenizer.decode(reader.ids) == expected
+    assert reader.ids == ids[: len(reader.ids)]
+
+
+def test_read_sends_no_half_character_and_no_half_stop(tokenizer: MultimodalTokenizer):
+    reader = AnswerReader(tokenizer, [STOP])
+    streamed = ""
+    for id in tokenizer.encode("漢字 é\nUS and\nUSER: no"):
+        streamed += text_of(reader.read(id))
+        assert "漢字 é\nUS and".startswith(streamed)
+    assert streamed == "漢字 é\nUS and" and reader.finished
+
+
+@pytest.mark.parametrize(
+    ("text", "answer"),
+    [
+        ("red, blue - a red apple. And more", "a red apple"),
+        ("a fish. And more", "a fish"),  # without a verdict
+    ],
+)
+def test_read_after_a_verdict(tokenizer: MultimodalTokenizer, text, answer):
+    reader, events = read_all(tokenizer, tokenizer.encode(text), ".", after=" - ")
+    assert text_of(events).strip() == answer
+    assert tokenizer.decode(reader.ids).endswith(answer)
+
+
+def test_read_ends_at_a_stop_behind_an_image(tokenizer: MultimodalTokenizer):
+    image = tokenizer.vocabulary.image_ids(CODES)
+    ids = tokenizer.encode_parts(["Two: ", CODES, f"{STOP} What"], strip=False)
+    reader, events = read_all(tokenizer, [*ids, *image], STOP)
+    assert [event["type"] for event in events if event["type"] != "text"] == [
+        "image_start",
+        "image",
     ]
-    for ids, reason in cases:
-        for before in ([], text):
-            parts = split_answer([*before, *ids, *good], tokenizer)
-            broken = [part for part in parts if isinstance(part, BrokenImagePart)]
-            assert len(broken) == 1 and broken[0].ids == ids and reason in broken[0].reason, reason
-            assert parts[-1] == ImagePart(CODES) and len(parts) == 2 + bool(before)
-    parts = split_answer([boi, code, *text], tokenizer)
-    assert isinstance(parts[0], BrokenImagePart) and parts[1] == "after"
+    assert reader.parts == ["Two: ", ImagePart(CODES)] and reader.ids[-7:] == image
+
+
+def test_read_returns_previews_with_their_codes(tokenizer: MultimodalTokenizer):
+    vocabulary = tokenizer.vocabulary
+    image = vocabulary.image_ids(CODES)
+    # An unconstrained model may generate text between codes: nothing can be shown.
+    broken = [vocabulary.boi_id, *tokenizer.encode("a"), *vocabulary.code_to_id(CODES)]
+    reader = AnswerReader(tokenizer, previews=(4, 2, 5))
+    previews = []
+    for index, id in enumerate([*image, *image, *broken]):
+        for event in reader.read(id):
+            if event["type"] == "image_preview":
+                previews.append((index, event["codes"]))
+    assert previews == [(start + n, CODES[:n]) for start in (0, len(image)) for n in (2, 4, 5)]
+
+
+@pytest.mark.parametrize(
+    ("content", "ends", "named"),
+    [
+        ([1, 1], "b", "2"),
+        ([], "b", "0"),
+        ([1] * 6, "b", "6"),
+        ([], "e", "<img>"),
+        ([1, 1], "n", "<img>"),
+        ([1, 1], "s", "2 of 5"),
+    ],
+)
+@pytest.mark.parametrize("before", ["", "after"])
+def test_a_broken_image_names_its_fault_and_harms_no_other(tokenizer, content, ends, named, before):
+    ids = ids_of(tokenizer, [content], ends)
+    good = tokenizer.vocabulary.image_ids(CODES)
+    parts = AnswerReader(tokenizer).read_all([*tokenizer.encode(before), *ids, *good]).parts
+    *texts, broken, image = parts
+    assert texts == [before] * bool(before)
+    assert isinstance(broken, BrokenImagePart)
+    assert broken.ids == ids and named in broken.reason
+    assert image == ImagePart(CODES)

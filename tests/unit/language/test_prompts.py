@@ -1,5 +1,4 @@
-"""Templates: the original strings; the ids of a longer dialogue start with those of a shorter
-one."""
+"""Templates: the original strings; a longer dialogue begins with a shorter one's ids."""
 
 from __future__ import annotations
 
@@ -17,47 +16,38 @@ DIALOGUE = [
     ("assistant", ["Here.", CODES]),
     ("user", ["And ", "again?"]),
 ]
-
-
-def test_render_of_each_template():
-    assert get_template("plain").render([("user", ["a ", CODES, "b"])]) == ["a ", CODES, "b"]
-    template = get_template("vicuna")
-    assert template.render(DIALOGUE[:1]) == ["USER: ", CODES, "What is it?\nASSISTANT:"]
-    assert template.render(DIALOGUE) == [
-        "USER: ",
-        CODES,
-        "What is it?\nASSISTANT:",
-        "A cat.",
-        "\nUSER: Draw it.\nASSISTANT:",
-        "Here.",
-        CODES,
-        "\nUSER: And again?\nASSISTANT:",
-    ]
-    assert template.render(DIALOGUE[2:3], system="Be kind.") == [
-        "Be kind.\nUSER: Draw it.\nASSISTANT:"
-    ]
-    template = get_template("llama2")
-    assert template.render(DIALOGUE[:1]) == ["[INST] ", CODES, "What is it? [/INST]\n"]
-    assert template.render(DIALOGUE[:3])[-1] == "\n[INST] Draw it. [/INST]\n"
-    assert template.render(DIALOGUE[2:3], "Be kind.") == [
-        "<<SYS>>\nBe kind.\n<</SYS>>\n\n[INST] Draw it. [/INST]\n"
-    ]
+# What a template writes of the first turns, and of one question behind a system message.
+RENDERED = {
+    "plain": ([CODES, "What is it?"], None),
+    "vicuna": (
+        ["USER: ", CODES, "What is it?\nASSISTANT:", "A cat.", "\nUSER: Draw it.\nASSISTANT:"],
+        "Be kind.\nUSER: Draw it.\nASSISTANT:",
+    ),
+    "llama2": (
+        ["[INST] ", CODES, "What is it? [/INST]\n", "A cat.", "\n[INST] Draw it. [/INST]\n"],
+        "<<SYS>>\nBe kind.\n<</SYS>>\n\n[INST] Draw it. [/INST]\n",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_render_of_longer_dialogues(name, tokenizer: MultimodalTokenizer):
+def test_render_of_each_template(name, tokenizer: MultimodalTokenizer):
     template = get_template(name)
-    ids = [tokenizer.encode_parts(template.render(DIALOGUE[:n])) for n in (1, 2, 3, 4, 5)]
-    assert all(
-        longer[: len(shorter)] == shorter for shorter, longer in zip(ids, ids[1:], strict=False)
-    )
+    turns, with_system = RENDERED[name]
+    assert template.render(DIALOGUE[: 1 if name == "plain" else 3]) == turns
+    if with_system is not None:
+        assert template.render(DIALOGUE[2:3], system="Be kind.") == [with_system]
+        # An answer ends where the model begins the next turn.
+        [stop] = template.stop_sequences
+        assert stop.startswith("\n") and turns[-1].startswith(stop)
+    # The engine keeps what it has read of a conversation.
+    ids = [tokenizer.encode_parts(template.render(DIALOGUE[:n])) for n in range(1, 6)]
+    for shorter, longer in zip(ids, ids[1:], strict=False):
+        assert longer[: len(shorter)] == shorter
 
 
-def test_stop_sequences_are_the_opening_of_the_next_turn():
-    stops = {name: template.stop_sequences for name, template in TEMPLATES.items()}
-    assert stops == {"vicuna": ("\nUSER:",), "llama2": ("\n[INST]",), "plain": ()}
-
-
-def test_get_template_of_an_unknown_name():
-    with pytest.raises(ConfigError, match="vicuna, llama2, plain"):
+def test_get_template_of_an_unknown_name(tokenizer: MultimodalTokenizer):
+    with pytest.raises(ConfigError, match="vicuna"):
         get_template("alpaca")
+    with pytest.raises(ConfigError):  # LLaMA's tokenizer has no chat template
+        get_template("chat", tokenizer)

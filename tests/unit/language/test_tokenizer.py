@@ -8,6 +8,9 @@ import shutil
 from pathlib import Path
 
 import pytest
+from hypothesis import example, given
+from hypothesis import strategies as st
+from tiny import write_json
 
 from seed_multimodal.errors import CheckpointError, CodesError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -16,106 +19,76 @@ from seed_nano.train.words import train_text_tokenizer
 CODES = [3, 0, 23, 7, 7]
 
 
-def test_train_text_tokenizer_in_the_layout_of_llama(
-    tokenizer: MultimodalTokenizer, tokenizer_folder: Path
-):
+def test_train_text_tokenizer_in_the_layout_of_llama(tokenizer: MultimodalTokenizer):
     vocabulary = tokenizer.vocabulary
     assert (vocabulary.n_text, vocabulary.n_codes, vocabulary.tokens_per_image) == (330, 24, 5)
     assert vocabulary.size == 356
-    assert tokenizer.tokens([0, 1, 2, 13, vocabulary.boi_id]) == [
-        "<unk>",
-        "<s>",
-        "</s>",
-        "<0x0A>",
-        "<img>",
-    ]
-    assert (
-        json.loads((tokenizer_folder / "added_tokens.json").read_text())["</img>"]
-        == vocabulary.eoi_id
-    )
+    names = ["<unk>", "<s>", "</s>", "<0x0A>", "<img>"]
+    assert tokenizer.tokens([0, 1, 2, 13, vocabulary.boi_id]) == names
 
 
-@pytest.mark.parametrize(
-    "text", ["hello", "It is a cat.", "a  b", "two\nlines", "漢字 😀 é", "\ttab", "x" * 500, "\n"]
-)
-def test_decode_of_encode_is_the_text(tokenizer: MultimodalTokenizer, text):
-    ids = tokenizer.encode(text)
-    assert 0 not in ids
+@given(text=st.text(st.characters(exclude_categories=["Cs"])))
+@example(text="</s><img><img_00001></img><unk><s>")
+@example(text="<img_00024><img_0001><img_00001<IMG><img_０００１２>")
+@example(text="x" * 500)
+def test_decode_of_encode_parts_is_the_text(tokenizer: MultimodalTokenizer, text):
+    # SentencePiece has no token for NUL.
+    text = text.replace("\0", "")
+    ids = tokenizer.encode_parts([text], strip=False)
     assert tokenizer.decode(ids) == text
+    # Whatever a user types is text: no end, no image, no unknown token.
+    assert all(3 <= id < tokenizer.vocabulary.n_text for id in ids)
 
 
-def test_train_text_tokenizer_and_save_pretrained_write_equal_files(tmp_path):
-    texts = ["the cat sat on the mat " * 3, "dogs and cats"] * 30
-    for name in ("a", "b"):
-        train_text_tokenizer(
-            MultimodalTokenizer, iter(texts), tmp_path / name, vocab_size=290, n_codes=4
-        )
-    assert (tmp_path / "a/tokenizer.model").read_bytes() == (
-        tmp_path / "b/tokenizer.model"
-    ).read_bytes()
-    again = MultimodalTokenizer.from_pretrained(tmp_path / "a")
-    assert again.vocabulary.tokens_per_image == 32
-    names = sorted(file.name for file in (tmp_path / "a").iterdir())
-    assert names == sorted(file.name for file in again.save_pretrained(tmp_path / "copy").iterdir())
-    assert all(
-        (tmp_path / "a" / name).read_bytes() == (tmp_path / "copy" / name).read_bytes()
-        for name in names
-    )
+def test_encode_reads_names_of_tokens(tokenizer: MultimodalTokenizer):
+    vocabulary = tokenizer.vocabulary
+    assert tokenizer.encode("</s> <img>") == [2, vocabulary.boi_id]
+    assert tokenizer.encode("<s> ") == [1, *tokenizer.encode(" ")]
+    ids = tokenizer.encode("<img_00024><img_00023>")
+    assert ids[-1] == vocabulary.n_text + 23
+    assert not any(vocabulary.is_code_id(id) for id in ids[:-1])
 
 
 def test_encode_drops_white_space_next_to_images(tokenizer: MultimodalTokenizer):
     image = tokenizer.vocabulary.image_ids(CODES)
-    tight = tokenizer.encode("USER:") + image + tokenizer.encode("hello")
-    text = "".join(tokenizer.tokens(image))
-    assert tokenizer.encode(f"USER: \n{text} \t hello") == tight
-    assert tokenizer.encode_parts(["USER: \n", CODES, " \t hello"]) == tight
-    assert tokenizer.encode_parts(["USER: ", CODES, "hello"], strip=False) == (
-        tokenizer.encode("USER: ") + image + tokenizer.encode("hello")
-    )
+    encode = tokenizer.encode
+    expected = encode("USER:") + image + encode("hello")
+    assert encode(f"USER: \n{''.join(tokenizer.tokens(image))} \t hello") == expected
+    assert tokenizer.encode_parts(["USER: \n", CODES, " \t hello"]) == expected
+    kept = tokenizer.encode_parts(["USER: ", CODES, "hello"], strip=False)
+    assert kept == encode("USER: ") + image + encode("hello")
     assert tokenizer.encode_parts([CODES, "  ", CODES, ""]) == image + image
-    assert tokenizer.encode_parts(["a ", " b"]) == tokenizer.encode("a ") + tokenizer.encode(" b")
-    assert tokenizer.encode("<s> ") == [1, *tokenizer.encode(" ")]  # but not next to special tokens
-    assert tokenizer.encode("</s> <img>") == [2, tokenizer.vocabulary.boi_id]
+    assert tokenizer.encode_parts(["a ", " b"]) == encode("a ") + encode(" b")
 
 
-def test_encode_parts_of_typed_control_tokens(tokenizer: MultimodalTokenizer):
-    typed = "</s><img><img_00001></img><unk><s>"
-    ids = tokenizer.encode_parts([typed])
-    assert all(3 <= id < tokenizer.vocabulary.n_text for id in ids)
-    assert tokenizer.decode(ids) == typed
+def test_train_text_tokenizer_and_save_pretrained_write_equal_files(tmp_path):
+    texts = ["the cat sat on the mat " * 3, "dogs and cats"] * 30
 
+    def train(name: str) -> dict[str, bytes]:
+        train_text_tokenizer(MultimodalTokenizer, iter(texts), tmp_path / name, 290, n_codes=4)
+        return contents(tmp_path / name)
 
-def test_encode_of_tokens_outside_the_codebook(tokenizer: MultimodalTokenizer):
-    for name in (
-        "<img_00024>",
-        "<img_0001>",
-        "<img_99999>",
-        "<img_00001",
-        "<IMG>",
-        "<img_０００１２>",
-    ):
-        assert all(id < tokenizer.vocabulary.n_text for id in tokenizer.encode(name)), name
-    ids = tokenizer.encode("<img_00024><img_00023>")
-    assert ids[-1] == tokenizer.vocabulary.n_text + 23
+    def contents(folder: Path) -> dict[str, bytes]:
+        return {file.name: file.read_bytes() for file in folder.iterdir()}
+
+    trained = train("a")
+    assert train("b") == trained
+    MultimodalTokenizer.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "copy")
+    assert contents(tmp_path / "copy") == trained
 
 
 def test_decode_skips_brackets_listed_as_special(tokenizer_folder: Path, tmp_path):
-    """The original folder lists `<img>` and `</img>` as additional special tokens, the
-    fixture's does not."""
-    folder = tmp_path / "original"
-    shutil.copytree(tokenizer_folder, folder)
+    # The original folder lists them so, and its answers have no brackets.
+    folder = shutil.copytree(tokenizer_folder, tmp_path / "original")
     file = folder / "special_tokens_map.json"
-    file.write_text(
-        json.dumps(
-            {**json.loads(file.read_text()), "additional_special_tokens": ["<img>", "</img>"]}
-        )
-    )
+    special = {"additional_special_tokens": ["<img>", "</img>"]}
+    write_json(file, {**json.loads(file.read_text()), **special})
     original = MultimodalTokenizer.from_pretrained(folder)
+    plain = MultimodalTokenizer.from_pretrained(tokenizer_folder)
     ids = original.encode("a <img><img_00003></img> b")
+    assert plain.encode("a <img><img_00003></img> b") == ids
     assert original.decode(ids) == "a <img> <img_00003> </img> b"
     assert original.decode(ids, skip_special_tokens=True) == "a <img_00003> b"
-    plain = MultimodalTokenizer.from_pretrained(tokenizer_folder)
-    assert plain.encode("a <img><img_00003></img> b") == ids
     assert plain.decode(ids, skip_special_tokens=True) == "a <img> <img_00003> </img> b"
 
 
@@ -129,21 +102,19 @@ def test_encode_and_decode_of_wrong_codes_and_ids(tokenizer: MultimodalTokenizer
 
 
 @pytest.mark.parametrize(
-    ("name", "content", "message"),
+    ("name", "content"),
     [
-        ("tokenizer.model", b"", "missing or empty"),
-        ("tokenizer.model", b"junk", "not a SentencePiece model"),
-        ("added_tokens.json", b"{", "not valid json"),
-        ("added_tokens.json", b"{}", "it must have"),
-        ("added_tokens.json", b'{"<img_00000>": 331}', "it must have"),
+        ("tokenizer.model", b""),
+        ("tokenizer.model", b"junk"),
+        ("added_tokens.json", b"{"),
+        ("added_tokens.json", b"{}"),
+        ("added_tokens.json", b'{"<img_00000>": 331}'),
     ],
 )
-def test_from_pretrained_of_a_damaged_folder(
-    tokenizer_folder: Path, tmp_path, name, content, message
-):
+def test_from_pretrained_names_a_damaged_file(tokenizer_folder: Path, tmp_path, name, content):
     folder = shutil.copytree(tokenizer_folder, tmp_path / "damaged")
     (folder / name).write_bytes(content)
-    with pytest.raises(CheckpointError, match=message):
+    with pytest.raises(CheckpointError, match=name):
         MultimodalTokenizer.from_pretrained(folder)
-    with pytest.raises(CheckpointError, match="no such tokenizer folder"):
+    with pytest.raises(CheckpointError, match="absent"):
         MultimodalTokenizer.from_pretrained(tmp_path / "absent")

@@ -1,0 +1,162 @@
+"""Messages of a conversation: what is read of every format, and what is refused by its number."""
+
+from __future__ import annotations
+
+import base64
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from random_images import noise
+
+from seed_multimodal.errors import RequestError, SeedError
+from seed_multimodal.images.io import image_to_base64
+from seed_multimodal.language.answer import Answer, BrokenImagePart, ImagePart
+from seed_multimodal.language.messages import (
+    Message,
+    flatten_images,
+    image_conversations,
+    read_messages,
+    without_oldest_turn,
+)
+
+IMAGE = noise(1, (3, 2))
+PNG = base64.b64decode(image_to_base64(IMAGE))
+CODES = [3, 1, 2]
+CAT = Path("cat.png")
+IMAGES = (IMAGE, CAT, PNG, io.BytesIO(PNG), np.asarray(IMAGE))
+ROWS_OF_CODES = (CODES, np.array(CODES), torch.tensor(CODES))
+# Parts in the formats of transformers and OpenAI → what they hold.
+PARTS = [
+    ({"type": "text", "text": "a"}, "a"),
+    ({"type": "image", "codes": CODES}, CODES),
+    ({"type": "image", "image": IMAGE}, IMAGE),
+    ({"type": "image", "path": "cat.png"}, CAT),
+    ({"type": "image", "url": "cat.png"}, CAT),
+    ({"type": "image_url", "image_url": {"url": "cat.png"}}, CAT),
+    ({"type": "image_url", "image_url": "cat.png"}, CAT),
+]
+
+
+def user(content: object) -> dict[str, object]:
+    return {"role": "user", "content": content}
+
+
+@pytest.mark.parametrize("item", ["a fish", *IMAGES, *ROWS_OF_CODES], ids=type)
+def test_read_messages_keeps_what_it_knows(item):
+    # In a list, and alone, as most callers write it.
+    [together] = read_messages([user([item, "what?"])])
+    [alone] = read_messages([user(item)])
+    assert together.content[0] is item and alone.content[0] is item
+    is_text = isinstance(item, str)
+    assert (together.is_text, together.text) == (is_text, f"{item} what?" if is_text else "what?")
+    is_image = any(item is image for image in IMAGES)
+    assert len(together.images) == is_image and all(image is item for image in together.images)
+    assert read_messages([alone]) == [alone]
+
+
+@pytest.mark.parametrize(("part", "item"), PARTS)
+def test_read_messages_of_chat_parts(part, item):
+    for content in (part, [part]):
+        assert read_messages([user(content)]) == [Message("user", (item,))]
+
+
+def test_read_messages_of_a_data_url():
+    url = f"data:image/png;base64,{image_to_base64(IMAGE)}"
+    [message] = read_messages([user([{"type": "image_url", "image_url": {"url": url}}])])
+    assert message.images[0].tobytes() == IMAGE.tobytes()
+
+
+def test_read_messages_of_earlier_answers():
+    # Broken images are no part of the conversation.
+    parts = ["Here.", BrokenImagePart([5], "broken"), ImagePart(CODES)]
+    system = {"role": "system", "content": "Be kind."}
+    answer = {"role": "assistant", "content": Answer(parts)}
+    assert read_messages([system, user("Draw."), answer, user("Again.")]) == [
+        Message("system", ("Be kind.",)),
+        Message("user", ("Draw.",)),
+        Message("assistant", ("Here.", ImagePart(CODES))),
+        Message("user", ("Again.",)),
+    ]
+    assert read_messages([Message("raw", ("Once",))]) == [Message("raw", ("Once",))]
+
+
+@pytest.mark.parametrize(
+    ("messages", "named"),
+    [
+        ([], None),
+        ([user("a"), {"role": "assistant", "content": "b"}], None),
+        (["hello"], "0"),
+        ([user("a"), {"role": "user"}], "1"),
+        ([user("a"), {"role": "bot", "content": "b"}], "1"),
+        ([{"role": "raw", "content": "b"}], "raw"),
+        ([{"role": "system", "content": [IMAGE]}, user("a")], "0"),
+        ([user("a"), user(" . \n")], "1"),
+        ([user([])], "0"),
+        ([user([1.5])], "0"),
+        ([user([[]])], "0"),
+        ([user([[True, False]])], "0"),
+        ([user([[1, "a"]])], "0"),
+        ([user([{1, 2}])], "0"),
+        ([user([torch.ones(2, 3)])], "0"),
+        ([user([torch.ones(3)])], "0"),
+        ([user([{"type": "text", "text": 5}])], "0"),
+        ([user([{"type": "audio", "text": "a"}])], "audio"),
+        ([user([{"type": "image"}])], "0"),
+        ([user([{"type": "image", "url": "https://example.org/a.png"}])], "example.org"),
+        ([user([{"type": "image", "url": "data:image/png;base64,eA=="}])], "0"),
+    ],
+)
+def test_read_messages_names_the_message_it_refuses(messages, named):
+    with pytest.raises(SeedError, match=named):  # of a request, or of the image in a data URL
+        read_messages(messages)
+
+
+@given(turns=st.lists(st.integers(0, 2), min_size=1, max_size=5), system=st.booleans())
+def test_without_oldest_turn_drops_a_question_and_its_answers(turns, system):
+    """turns: the number of answers behind each question."""
+    conversation = [Message("system", ("Be kind.",))] * system
+    drawn: list[list[Message]] = []
+    for index, n_answers in enumerate(turns):
+        answers = [Message("assistant", (f"answer {index}",))] * n_answers
+        drawn.append([Message("user", (f"question {index}",)), *answers])
+        conversation += drawn[-1]
+    kept = drawn[1:] if len(drawn) > 1 else drawn
+    expected = conversation[:system] + [message for turn in kept for message in turn]
+    assert without_oldest_turn(conversation) == expected
+
+
+@pytest.mark.parametrize(
+    ("images", "groups", "is_single"),
+    [
+        (IMAGE, [[IMAGE]], True),
+        ("cat.png", [[CAT]], True),
+        (CODES, [[CODES]], True),
+        ([IMAGE, "cat.png"], [[IMAGE], [CAT]], False),
+        ([[IMAGE, "cat.png"], CODES], [[IMAGE, CAT], [CODES]], False),
+    ],
+)
+def test_image_conversations_pairs_images_and_texts(images, groups, is_single):
+    assert flatten_images(images) == [image for group in groups for image in group]
+    # One text each, one for all, or none: then there are images only.
+    for texts in (["one?", "two?"][: len(groups)], "all?", ""):
+        conversations, single = image_conversations(images, texts, as_request=str.upper)
+        requests = [texts] * len(groups) if isinstance(texts, str) else texts
+        assert single is is_single
+        assert conversations == [
+            [Message("user", (*group, *([request.upper()] if request else [])))]
+            for group, request in zip(groups, requests, strict=True)
+        ]
+
+
+@pytest.mark.parametrize(
+    ("images", "texts", "named"),
+    [([IMAGE, []], "a", "1"), ([IMAGE, IMAGE], ["a"], "2"), (IMAGE, ["a", "b"], "2")],
+)
+def test_image_conversations_of_missing_images_or_texts(images, texts, named):
+    with pytest.raises(RequestError, match=named):
+        image_conversations(images, texts)
