@@ -102,25 +102,6 @@ def detokenizer_config(
     return _resolved(output, model, {"sources": sources, "resolution": 16}, changes)
 
 
-def detokenizer_arguments(parts: Path, output: Path, stage: int, *more: str) -> list[str]:
-    """Arguments of the program: edits and scenes for the second stage, scenes for the first."""
-    data = "tiny_edits" if stage == 2 else "tiny"
-    return [
-        "model=tiny",
-        f"data={data}",
-        "trainer=tiny",
-        "optim=tiny",
-        f"model.sdxl={parts / 'sdxl'}",
-        f"model.visual_encoder={parts / 'vision'}",
-        f"model.stage={stage}",
-        "trainer.max_steps=12",
-        "trainer.save_steps=3",
-        "trainer.curves=false",
-        f"output_dir={output}",
-        *more,
-    ]
-
-
 def write_lavit_parts(root: Path) -> Path:
     """A folder with `highres`, `lowres`, `tokenizer`, `decoder` and images of several aspect
     ratios."""
