@@ -134,6 +134,9 @@ def test_images_of_a_list_equal_those_alone(system, family: Family):
         assert same(again, system.reconstruct(source, 3, **family.drawing)[0])
     other_seed = system.reconstruct(sources[0], 4, **family.drawing)[0]
     assert same(rebuilt[0], other_seed) != family.has_noise
+    if family.has_codes:
+        for source, codes in zip(sources, system.tokenize(sources), strict=True):
+            assert torch.equal(codes, system.tokenize(source)[0])
 
 
 def test_draw_of_several_images_varies_greedy_codes(mosaic):

@@ -1,4 +1,5 @@
-"""`seed` commands with a LaVIT folder, programs and notebooks in `src/lavit`."""
+"""`seed` commands with a LaVIT folder, its evaluation and notebooks (the other programs:
+`tests/contract/test_programs.py`)."""
 
 from __future__ import annotations
 
@@ -65,61 +66,12 @@ def test_tokenize_and_reconstruct_select_patches_by_seed(seed, image, tmp_path, 
     assert [record["codes"] for record in rebuilt] == [first["codes"], second["codes"]]
 
 
-@pytest.mark.parametrize(
-    ("command", "size"),
-    [
-        ("draw TEXT --steps 1 --ratio 3:2", (80, 56)),
-        ("draw TEXT --steps 1 --height 32 --width 40 --guidance-scale 2", (40, 32)),
-        ("edit IMAGE TEXT --steps 1 --ratio 2:3", (56, 80)),
-    ],
-)
-def test_draw_and_edit_with_sizes_and_ratios(seed, image, command, size):
-    values = {"TEXT": "a red apple", "IMAGE": image}
-    [record] = seed(*(values.get(word, word) for word in command.split()))
-    assert Image.open(record.get("edited") or record["image"]).size == size
+def test_edit_in_a_ratio(seed, image):
+    [record] = seed("edit", image, "a red apple", "--steps", "1", "--ratio", "2:3")
+    assert Image.open(record["edited"]).size == (56, 80)
 
 
-# ---- programs
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    ("name", "flags", "lines", "files"),
-    [
-        ("understanding", ["--image", "IMAGE", "--question", "What is it?"], 2, ""),
-        (
-            "text2image_synthesis",
-            ["--prompt", "a red apple", "two dogs", "--num_return_images", "2", "--ratio=3:2"],
-            4,
-            "a_red_apple.png a_red_apple_2.png two_dogs.png two_dogs_2.png",
-        ),
-        ("multimodal_synthesis", ["IMAGE", "in the snow"], 1, "image_in_the_snow.png"),
-        ("image_detokenize", ["--image", "IMAGE"], 1, "image_rebuilt.png"),
-        ("inference", ["--image", "IMAGE"], 4, "t2i_output.jpg it2i_output.jpg"),
-    ],
-)
-def test_programs(name, flags, lines, files, tiny_lavit_folder, image, monkeypatch, capsys):
-    monkeypatch.chdir(Path(image).parent)
-    flags = [image if flag == "IMAGE" else flag for flag in flags]
-    steps = [] if name == "understanding" else ["--steps", "1"]
-    command = [f"{name}.py", "--model", str(tiny_lavit_folder), "--device", "cpu", *flags, *steps]
-    monkeypatch.setattr(sys, "argv", command)
-    with pytest.raises(SystemExit) as ended:
-        runpy.run_path(str(HOME / f"{name}.py"), run_name="__main__")
-    assert ended.value.code == 0
-    assert capsys.readouterr().out.count("\n") == lines
-    assert {file.name for file in Path("output").glob("*")} == set(files.split())
-
-
-def test_programs_with_a_missing_image_or_weights(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    assert programs.lavit_script("multimodal_synthesis.py", "", ["absent.png", "snow"]) == 2
-    assert "absent.png" in capsys.readouterr().err
-    record = {"image": "a.png", "question": "what?", "question_id": 1, "answer": "a"}
-    Path("a.json").write_text(json.dumps([record]))
-    flags = ["--annopath", "a.json", "--imagepath", "."]
-    assert programs.evaluate_script("evaluate.py", "", flags) == 2
-    assert "--model_path" in capsys.readouterr().err
+# ---- evaluation
 
 
 @pytest.mark.slow

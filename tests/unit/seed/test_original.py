@@ -14,7 +14,7 @@ from repository import ROOT
 
 from seed_multimodal.compat.seed_llama import Seed1, SeedLlamaTokenizer
 from seed_multimodal.config import instantiate
-from seed_multimodal.errors import CheckpointError, CodesError, ConfigError
+from seed_multimodal.errors import CodesError, ConfigError
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
@@ -138,8 +138,3 @@ def test_seed1_tokenize_draw_and_reconstruct(folder):
     diffusion = str(folder / "stable-diffusion-v1-4")
     built = instantiate(file, folder=str(folder), device="cpu", diffusion=diffusion)
     assert torch.equal(built.tokenize(images), codes)
-
-
-def test_seed1_without_weights_names_both_parts(tmp_path):
-    with pytest.raises(CheckpointError, match=r"causal_qformer\.pth .*Stable Diffusion 1\.4"):
-        Seed1.from_pretrained(tmp_path / "nowhere", diffusion=tmp_path / "no-sd", log=None)

@@ -70,12 +70,3 @@ def test_recon_with_a_torn_image(folder, tmp_path, capsys):
     assert run(folder, tmp_path, f"--image {broken} 0.png --n_samples 1 {ignored}") == 1
     assert broken.name in capsys.readouterr().err
     assert pixels(tmp_path, 1).any()
-
-
-def test_recon_without_weights(capsys, tmp_path, monkeypatch):
-    # One sentence with all files that are needed.
-    monkeypatch.chdir(tmp_path)
-    assert recon_script(["--model", "nothing-here"]) == 2
-    error = capsys.readouterr().err
-    for wanted in ("causal_qformer.pth", "seed_tokenizer.pth", "eva_vit_g.pth", "nothing-here"):
-        assert wanted in error
