@@ -1,4 +1,4 @@
-"""Rows of several threads in one batch."""
+"""Rows of several threads in one batch: equal to each thread's own, whatever fails or leaves."""
 
 from __future__ import annotations
 
@@ -13,95 +13,89 @@ from seed_multimodal.inference.batching import DynamicBatcher
 from seed_multimodal.inference.prompt import Stopped
 
 
-def together(
-    collector: DynamicBatcher, calls: Sequence[tuple[Any, Sequence[Any]]]
-) -> tuple[list[Any], list[Any]]:
-    """Results (or errors) of calls made while a first call runs, and the batches of their rows."""
-    batches = list[Any]()
-    started = threading.Event()
-    finish = threading.Event()
-    plain = collector.work
+class GatedWork:
+    """`key · row` for each row; a first call waits until all other calls are queued.
 
-    def work(key: Any, rows: Sequence[Any]) -> Sequence[Any]:
-        if key == "first":
-            started.set()
-            finish.wait(10)
-            return rows
-        batches.append([*rows])
-        return plain(key, rows)
+    A row None raises `error`.
+    """
 
-    collector.work = work
-    with ThreadPoolExecutor(len(calls) + 1) as pool:
-        pool.submit(collector, "first", [0])
-        started.wait(10)
-        threads = []
-        for variant, call in enumerate(calls, start=1):
-            threads.append(pool.submit(collector, *call))
-            while len(collector._waiting) < variant:
-                pass
-        finish.set()
-        return [thread.exception() or thread.result() for thread in threads], batches
+    def __init__(self, error: Exception | None = None) -> None:
+        self.error = error
+        self.batches: list[list[Any]] = []
+        self.started = threading.Event()
+        self.gate = threading.Event()
+
+    def __call__(self, key: Any, rows: Sequence[Any]) -> list[Any]:
+        if not self.started.is_set():
+            self.started.set()
+            self.gate.wait(10)
+            return list(rows)
+        self.batches.append([*rows])
+        if self.error is not None and None in rows:
+            raise self.error
+        return [key / row for row in rows]
+
+    def results(self, batcher: DynamicBatcher, calls: Sequence[tuple[int, Sequence[Any]]]) -> list:
+        """Results or errors of calls which wait behind a first one, in the order of `calls`."""
+        with ThreadPoolExecutor(len(calls) + 1) as pool:
+            pool.submit(batcher, 0, [1])
+            self.started.wait(10)
+            futures = []
+            for index, call in enumerate(calls, start=1):
+                futures.append(pool.submit(batcher, *call))
+                while len(batcher._waiting) < index:
+                    pass
+            self.gate.set()
+            return [future.exception() or future.result() for future in futures]
 
 
-def test_collector_joins_rows_of_one_key_in_their_order():
-    results, batches = together(
-        DynamicBatcher(lambda key, rows: [key * row for row in rows], max_rows=4),
-        [(2, [1, 2]), (3, [1]), (2, [3]), (2, [4, 5]), (2, range(9)), (3, [2])],
-    )
-    assert results == [[2, 4], [3], [6], [8, 10], [2 * row for row in range(9)], [6]]
-    assert batches == [[1, 2, 3], [1, 2], [4, 5], [*range(9)]]
+def test_batcher_joins_rows_of_one_key_in_their_order():
+    work = GatedWork()
+    calls = [(2, [1, 2]), (3, [1]), (2, [4]), (2, [5, 8]), (2, range(1, 10)), (3, [2])]
+    results = work.results(DynamicBatcher(work, max_rows=4), calls)
+    assert results == [[key / row for row in rows] for key, rows in calls]
+    assert work.batches == [[1, 2, 4], [1, 2], [5, 8], [*range(1, 10)]]
 
 
 @pytest.mark.parametrize(
     ("error", "max_rows"), [(ValueError("broken"), 8), (MemoryError("too much"), 4)]
 )
-def test_collector_retries_rows_of_a_failed_batch_one_by_one(error, max_rows):
-    def work(key: Any, rows: Sequence[Any]) -> list[float]:
-        if None in rows:
-            raise error
-        return [1 / row for row in rows]
-
-    collector = DynamicBatcher(work)
-    results, batches = together(collector, [(1, [1]), (1, [None]), (1, [2, 4]), (1, [0])])
-    assert results[:3] == [[1.0], error, [0.5, 0.25]] and isinstance(results[3], ZeroDivisionError)
-    assert (
-        batches == [[1, None, 2, 4, 0], [1], [None], [2, 4], [0]] and collector.max_rows == max_rows
-    )
-    assert collector(1, [2]) == [0.5]
+def test_batcher_retries_rows_of_a_failed_batch_one_by_one(error, max_rows):
+    work = GatedWork(error)
+    batcher = DynamicBatcher(work)
+    results = work.results(batcher, [(1, [1]), (1, [None]), (1, [2, 4]), (1, [0])])
+    assert results[:3] == [[1.0], error, [0.5, 0.25]]
+    assert isinstance(results[3], ZeroDivisionError)
+    assert work.batches == [[1, None, 2, 4, 0], [1], [None], [2, 4], [0]]
+    # On out-of-memory the batch is halved for the rest of the run.
+    assert batcher.max_rows == max_rows
+    assert batcher(1, [2]) == [0.5]
 
 
-def test_collector_drops_queued_rows_of_a_stopped_thread():
-    started = threading.Event()
+def test_batcher_drops_queued_rows_of_a_stopped_thread():
+    work = GatedWork()
+    batcher = DynamicBatcher(work)
     left = threading.Event()
-    finish = threading.Event()
-    batches = list[Any]()
-
-    def work(key: Any, rows: Sequence[Any]) -> Sequence[Any]:
-        batches.append([*rows])
-        started.set()
-        finish.wait(10)
-        return rows
-
-    collector = DynamicBatcher(work)
     with ThreadPoolExecutor(2) as pool:
-        first = pool.submit(collector, 1, [1], left.is_set)
-        started.wait(10)
+        first = pool.submit(batcher, 1, [1], left.is_set)
+        work.started.wait(10)
         left.set()  # what has begun is finished
-        queued = pool.submit(collector, 1, [2], left.is_set)
+        queued = pool.submit(batcher, 1, [2], left.is_set)
         assert isinstance(queued.exception(10), Stopped) and not first.done()
-        finish.set()
-        assert first.result(10) == [1] and collector(1, [3]) == [3] and batches == [[1], [3]]
+        work.gate.set()
+        assert first.result(10) == [1]
+    assert batcher(1, [4]) == [0.25] and work.batches == [[4]]
 
 
-def test_collector_computes_the_rows_of_all_threads_in_one():
+def test_batcher_computes_the_rows_of_all_threads_in_one():
     """Matrix libraries keep buffers for each thread that has computed."""
-    together_in = threading.Barrier(4)
-    collector = DynamicBatcher(lambda key, rows: [threading.get_ident() for _ in rows], wait=0)
+    all_call = threading.Barrier(4)
+    batcher = DynamicBatcher(lambda key, rows: [threading.get_ident() for _ in rows], wait=0)
 
     def call(key: int) -> list[int]:
-        together_in.wait(10)  # so that four threads call
-        return collector(key, [0])
+        all_call.wait(10)
+        return batcher(key, [0])
 
     with ThreadPoolExecutor(4) as pool:
         threads = {ident for result in pool.map(call, range(4)) for ident in result}
-    assert len(threads) == 1 and collector(0, [0]) == [threading.get_ident()]
+    assert len(threads) == 1 and batcher(0, [0]) == [threading.get_ident()]

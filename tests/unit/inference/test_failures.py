@@ -280,24 +280,20 @@ def test_long_prompts_are_read_in_pieces_beside_running_answers(tiny):
 # ---- engines and programs that end
 
 
-def test_a_dropped_engine_is_freed_with_its_thread(tiny):
-    before = set(threading.enumerate())
-    engine, backend = faulty_engine(tiny)
-    engine.generate([prompt(0)], GREEDY)
-    [thread] = set(threading.enumerate()) - before
-    reference = weakref.ref(backend)
-    del engine, backend
-    gc.collect()
-    thread.join(10)
-    gc.collect()
-    assert not thread.is_alive() and reference() is None
-
-
-def test_an_engine_that_is_dropped_after_submit_still_answers(tiny):
+def test_a_dropped_engine_answers_and_is_freed_with_its_thread(tiny):
     expected = faulty_engine(tiny)[0].generate([prompt(0)], GREEDY)[0]
     for _ in range(10):
-        request = faulty_engine(tiny)[0].submit(prompt(0), GREEDY)
+        before = set(threading.enumerate())
+        engine, backend = faulty_engine(tiny)
+        request = engine.submit(prompt(0), GREEDY)
+        [thread] = set(threading.enumerate()) - before
+        reference = weakref.ref(backend)
+        del engine, backend
         assert list(request) == expected
+        gc.collect()
+        thread.join(10)
+        gc.collect()
+        assert not thread.is_alive() and reference() is None
 
 
 PROGRAM = """
