@@ -69,7 +69,6 @@ if TYPE_CHECKING:
     from seed_multimodal.diffusion.offload import OffloadHook
 
 DEFAULTS = "seed_decode.json"  # default settings of a diffusion folder
-VAE_LINK = "vae.json"  # refers to the autoencoder of another folder
 REQUIRED_FILES = {  # of parts without weights: one of them must exist
     "scheduler": ("scheduler_config.json",),
     "image_noising_scheduler": ("scheduler_config.json",),
@@ -564,8 +563,6 @@ def empty_prompt(
 
 
 def _part_folder(folder: Path, name: str) -> Path:
-    if name == "vae":
-        return vae_folder(folder)
     return denoiser_folder(folder) if name == "denoiser" else folder / name
 
 
@@ -582,14 +579,3 @@ def _missing_path(folder: Path, name: str) -> Path | None:
     if name in ("text_encoder", "safety_checker", "code_adapter"):  # not of diffusers
         return missing_weights(folder)
     return missing_weights(folder, "diffusion_pytorch_model.safetensors")
-
-
-def vae_folder(folder: Path) -> Path:
-    """The autoencoder of a diffusion folder.
-
-    It is in `vae/`, or in the folder that `vae.json` names: `{"folder": "../…"}`.
-    """
-    file = folder / VAE_LINK
-    if (folder / "vae").is_dir() or not file.is_file():
-        return folder / "vae"
-    return (folder / str(read_json_object(file).get("folder"))).resolve()

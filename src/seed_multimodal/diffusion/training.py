@@ -9,8 +9,6 @@ from typing import Literal
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.base import vae_folder
-
 TrainedLayers = Literal["key_value", "all"]  # of a denoiser
 # Of all attentions; Stable Diffusion 3 has others for the conditions.
 KEY_VALUE = ("to_k", "to_v", "add_k_proj", "add_v_proj")
@@ -45,7 +43,7 @@ def new_diffusion(source: Path, target: Path) -> None:
 
     sizes = UNet2DConditionModel.load_config(source / "unet")
     UNet2DConditionModel.from_config(sizes).save_pretrained(target / "unet")
-    shutil.copytree(vae_folder(source), target / "vae")
+    shutil.copytree(source / "vae", target / "vae")
     DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,

@@ -1,15 +1,11 @@
 """Loading and saving of networks: a folder with `config.json` (the network's sizes) and
 `model.safetensors`.
-
-`tower.json` in a folder names a file of another model that holds the vision encoder, which is then
-stored once: `{"file": "../../model.safetensors", "prefix": "visual_encoder."}`.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar, Generic, Self, TypeVar
@@ -26,7 +22,6 @@ from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-ENCODER_LINK = "tower.json"
 
 Config = TypeVar("Config", bound=DataclassInstance)
 
@@ -129,21 +124,3 @@ def fill_buffers(network: Network, device: str | torch.device) -> Network:
                 values = values + torch.arange(values.shape[-1], device=device)
             module._buffers[name] = values
     return network
-
-
-def write_encoder_link(folder: str | Path, file: str | Path, prefix: str) -> None:
-    """Write `tower.json`: the vision encoder of the model in `folder` is in `file`, under names
-    with a prefix.
-    """
-    relative = Path(os.path.relpath(Path(file).resolve(), Path(folder).resolve())).as_posix()
-    link = {"file": relative, "prefix": prefix}
-    replace_text(Path(folder) / ENCODER_LINK, json.dumps(link) + "\n")
-
-
-def read_encoder_link(folder: Path) -> tuple[Path, str] | None:
-    """The file and the prefix that `tower.json` names; None without one."""
-    link = folder / ENCODER_LINK
-    if not link.is_file():
-        return None
-    values = read_json_object(link)
-    return folder / str(values.get("file")), str(values.get("prefix", ""))

@@ -1,14 +1,12 @@
 """System folders from parts (`seed assemble`) or from a system (`save_pretrained`).
 
-Parts are copied under their names in `system.json`, without training files; `tower.json` and
-`vae.json`, which refer to files of other systems, are rewritten.
+Parts are copied under their names in `system.json`, without training files.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Mapping
 from pathlib import Path
@@ -17,7 +15,6 @@ from seed_multimodal.disk import (
     JsonObject,
     atomic_folder,
     output_folder,
-    read_json_object,
     replace_text,
 )
 from seed_multimodal.errors import CheckpointError, ConfigError
@@ -55,7 +52,7 @@ def assemble_system(
 
 
 def save_system(config: SystemConfig, out: str | Path, *, force: bool = False) -> Path:
-    """Write a system with a model card as one self-contained folder; missing parts are skipped."""
+    """Write a system with a model card; missing parts are skipped."""
     parts = config.parts_to_save()
     settings: JsonObject = {}
     for key in config.settings():
@@ -76,7 +73,7 @@ def _write_system(
 ) -> Path:
     """Write a system's folder, complete or not at all.
 
-    card: README of a self-contained system, to which files of other systems are copied, too.
+    card: of a saved system, in whose folder its known words are, too.
     """
     if "llm" in parts and (parts["llm"] / ADAPTER_CONFIG).is_file():
         raise ConfigError(
@@ -98,7 +95,7 @@ def _write_system(
             replace_text(folder / "README.md", readme)
 
         # 2. The parts; a wrong setting is reported before the folder gets its name.
-        join(config_class, folder, parts, settings, self_contained=card is not None)
+        join(config_class, folder, parts, settings)
         SystemConfig.read(folder)
     return target
 
@@ -108,15 +105,11 @@ def join(
     folder: Path,
     parts: Mapping[str, Path],
     settings: JsonObject,
-    self_contained: bool = False,
 ) -> None:
-    """Copy parts into a system's folder and write its `system.json`, and the files of transformers.
-
-    self_contained: also copy files of other systems that the parts refer to.
-    """
+    """Copy parts into a system's folder, and write its `system.json` and transformers' files."""
     # 1. The files.
     for name, source in parts.items():
-        _copy(source, folder / name, self_contained)
+        _copy(source, folder / name)
 
     # 2. Their names; without decoder parts (null) the system cannot draw.
     names: dict[str, str | None] = dict.fromkeys(config_class.decoder_parts())
@@ -126,32 +119,13 @@ def join(
     config_class.arrange(folder, names)
     content = json.dumps({**settings, "system": config_class.system, **names}, indent=1)
     replace_text(folder / "system.json", content)
-    write_hub_files(config_class, folder, names)
+    write_hub_files(config_class, folder)
 
 
-def _copy(source: Path, target: Path, self_contained: bool) -> None:
+def _copy(source: Path, target: Path) -> None:
     """Copy a folder's files, or one file, into the folder `target`."""
     target.mkdir(parents=True, exist_ok=True)
     if source.is_file():
         shutil.copy2(source, target / source.name)
         return
     shutil.copytree(source, target, dirs_exist_ok=True, ignore=TRAINING_FILES)
-
-    # Paths of files outside of the part are relative to the file that names them.
-    for file in (*source.rglob("tower.json"), *source.rglob("vae.json")):
-        key = "file" if file.name == "tower.json" else "folder"
-        reference = read_json_object(file)
-        outside = (file.parent / reference[key]).resolve()
-        copied = target / file.relative_to(source)
-        if outside.is_relative_to(source.resolve()):
-            continue
-        if not self_contained:
-            relative = os.path.relpath(outside, copied.parent.resolve())
-            reference[key] = Path(relative).as_posix()
-        else:
-            reference[key] = f"shared_{outside.name}"
-            if outside.is_dir():
-                shutil.copytree(outside, copied.parent / reference[key])
-            else:
-                shutil.copy2(outside, copied.parent / reference[key])
-        replace_text(copied, json.dumps(reference) + "\n")

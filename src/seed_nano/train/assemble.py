@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,55 +10,34 @@ from typing import Any
 import torch
 from safetensors import safe_open
 
-from seed_multimodal.diffusion.base import VAE_LINK
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.hub import AGENT_CONFIG, VISUAL_WEIGHTS
 from seed_multimodal.models.lavit.spec import LavitConfig
-from seed_multimodal.models.seed.checkpoints import VISION
 from seed_multimodal.models.seed.spec import SeedLlamaConfig
 from seed_multimodal.models.seed_x.spec import SeedXConfig
 from seed_multimodal.models.seed_x.train_agent import build_agent, read_agent
-from seed_multimodal.nn.pretrained import write_encoder_link
-from seed_multimodal.nn.vision.clip import clip_from_eva
 from seed_multimodal.pipelines.assemble import join
 from seed_multimodal.pipelines.hub_files import write_hub_files
 from seed_multimodal.weights import load_state_dict, save_state_dict
 from seed_nano.train.diffusion import write_successor_unet
-from seed_nano.train.lavit import PREFIX, decoder_sizes
+from seed_nano.train.lavit import decoder_sizes
 from seed_nano.train.pipeline import TEMPLATES
-from seed_nano.train.workspace import LavitWorkspace, SuccessorWorkspace, Workspace, XWorkspace
+from seed_nano.train.workspace import LavitWorkspace, Workspace, XWorkspace
 from seed_nano.world.things import write_known_words
 
 
 def start(space: Any) -> None:
-    """The text tokenizer; for nano-x and nano-lavit an untrained U-Net, and the path of nano's
-    VAE."""
+    """The text tokenizer; for nano-x and nano-lavit an untrained U-Net, and nano's VAE."""
     space.train_text_tokenizer()
     config = space.config
     if space.system == "nano_x":
-        write_successor_unet(space, config.unet.prompt, config.unet.prompt // 2, config.seed + 4)
-        _name_autoencoder(space)
+        width, seed = config.unet.prompt, config.seed + 4
+        write_successor_unet(space, width, width // 2, seed)
     elif space.system == "nano_lavit":
-        write_successor_unet(
-            space, decoder_sizes(space).context_dim, config.unet.pooled, config.seed + 5
-        )
-        _name_autoencoder(space)
-
-
-def share_encoder(folder: Path, file: Path, prefix: str) -> bool:
-    """Replace the tensors of a CLIP folder by a reference to the equal ones in `file`; False if any
-    differs."""
-    weights = load_state_dict(folder / "model.safetensors")
-    shared = clip_from_eva(load_state_dict(file), prefix)
-    if not all(name in weights and weights[name].equal(value) for name, value in shared.items()):
-        return False
-    save_state_dict(
-        {name: value for name, value in weights.items() if name not in shared},
-        folder / "model.safetensors",
-        {"format": "pt"},
-    )
-    write_encoder_link(folder, file, prefix)
-    return True
+        width, seed = decoder_sizes(space).context_dim, config.seed + 5
+        write_successor_unet(space, width, config.unet.pooled, seed)
+    if space.system != "nano":
+        shutil.copytree(space.autoencoder, space.decoder_folder / "vae", dirs_exist_ok=True)
 
 
 def trained_folder(space: Workspace, stage: str) -> Path:
@@ -107,7 +85,7 @@ def install_agent(space: Workspace) -> None:
 
 
 def assemble_nano(space: Workspace) -> dict[str, Any]:
-    """Half precision, the vision encoder stored once, the pipeline's index, `system.json`."""
+    """Half precision, the pipeline's index, `system.json`."""
     from transformers import CLIPImageProcessor
 
     decoder = space.decoder_folder
@@ -119,11 +97,8 @@ def assemble_nano(space: Workspace) -> dict[str, Any]:
         space.out / "system.json",
         json.dumps({**read_json_object(templates / "system.json"), "image_size": size}, indent=1),
     )
-    names = {"llm": "seed_llama", "tokenizer": "seed_tokenizer"}
-    write_hub_files(SeedLlamaConfig, space.out, names)
-    sizes = _finished(space.out)
-    share_encoder(decoder / "image_encoder", space.tokenizer_folder / "model.safetensors", VISION)
-    return sizes
+    write_hub_files(SeedLlamaConfig, space.out)
+    return _finished(space.out)
 
 
 def assemble_x(space: XWorkspace) -> dict[str, Any]:
@@ -134,13 +109,11 @@ def assemble_x(space: XWorkspace) -> dict[str, Any]:
         {"detokenizer": space.work / "second" / "adapter"},
         read_json_object(TEMPLATES / "nano_x" / "system.json"),
     )
-    _name_autoencoder(space)
     return _finished(space.out)
 
 
 def assemble_lavit(space: LavitWorkspace) -> dict[str, Any]:
-    """Pixel decoder and code decoder, half precision, `system.json`, relative paths of nano's
-    parts."""
+    """Pixel decoder and code decoder, half precision, `system.json`."""
     trained = space.work / "pixels" / "pixels"
     join(
         LavitConfig,
@@ -148,15 +121,7 @@ def assemble_lavit(space: LavitWorkspace) -> dict[str, Any]:
         {"pixels/unet": trained / "unet", "decoder": trained / "decoder"},
         read_json_object(TEMPLATES / "nano_lavit" / "system.json"),
     )
-    _name_autoencoder(space)
-    write_encoder_link(space.out / "tokenizer", space.nano / "model.safetensors", PREFIX)
     return _finished(space.out)
-
-
-def _name_autoencoder(space: SuccessorWorkspace) -> None:
-    folder = space.decoder_folder
-    path = Path(os.path.relpath(space.autoencoder.resolve(), folder.resolve())).as_posix()
-    replace_text(folder / VAE_LINK, json.dumps({"folder": path}))
 
 
 def _finished(out: Path) -> dict[str, Any]:

@@ -242,11 +242,7 @@ class NarrowTask(TokenizerTask):
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         tokenizer, decoder = (part.cpu() for part in self.model.trained_networks())
-        save_dynamic_tokenizer(
-            tokenizer,
-            self.lavit.out / "tokenizer",  # without nano's vision encoder
-            shared_encoder=(self.lavit.nano / "model.safetensors", PREFIX),
-        )
+        save_dynamic_tokenizer(tokenizer, self.lavit.out / "tokenizer")
         decoder.save_pretrained(self.lavit.out / "decoder")
         return super().finish(group)
 

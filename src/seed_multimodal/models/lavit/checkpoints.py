@@ -10,8 +10,6 @@
       config.json, model.safetensors          everything, `encoder.*` included
       visual_weight.safetensors               for understanding; without it model.safetensors serves
                                               for both
-      tower.json                              {"file": …, "prefix": …}: `encoder.*` is in that file
-                                              of another system, under names with this prefix
 
 Each `.bin` may be a `.safetensors`. Sizes: `config.json` (original: in `visual_tokenizer/`), else
 the original ones.
@@ -40,8 +38,6 @@ from seed_multimodal.nn.pretrained import (
     CONFIG,
     WEIGHTS,
     fill_buffers,
-    read_encoder_link,
-    write_encoder_link,
 )
 from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
 
@@ -72,15 +68,13 @@ def load_dynamic_tokenizer(
             size.
         ConfigError: a damaged config.json.
     """
-    # 1. The files of the layout. Our folder has its vision encoder in model.safetensors, or a link.
+    # 1. The files of the layout. Our folder has its vision encoder in model.safetensors.
     folder = Path(folder).expanduser()
-    encoder_file: Path | None
-    encoder_prefix = ""
+    encoder_file: Path | None = None
     is_ours = (folder / WEIGHTS).is_file()
     if is_ours:
         config_file = folder / CONFIG
         codec_file = folder / WEIGHTS
-        encoder_file, encoder_prefix = read_encoder_link(folder) or (None, "")
     else:
         original = folder / "visual_tokenizer"
         config_file = original / CONFIG
@@ -94,8 +88,7 @@ def load_dynamic_tokenizer(
     state: State = {}
     if encoder_file is not None:
         for name, value in load_state_dict(encoder_file, mapped=True).items():
-            if name.startswith(encoder_prefix):
-                state[ENCODER + name.removeprefix(encoder_prefix)] = value
+            state[ENCODER + name] = value
     state |= load_state_dict(codec_file, mapped=True)
 
     # 3. The network. Weights that only make codes have no projector.
@@ -173,26 +166,17 @@ def save_dynamic_tokenizer(
     model: DynamicTokenizer,
     folder: str | Path,
     understanding: DynamicTokenizer | None = None,
-    shared_encoder: tuple[str | Path, str] | None = None,
 ) -> Path:
     """Write our folder, without training state.
 
     understanding: its token merger and projector are written into a file of their own.
-    shared_encoder: a file with the vision encoder, and the prefix of its names there; the folder
-        then has a link to it, and no copy.
     """
-    # 1. All tensors but the training state, and a vision encoder that another system has.
+    # 1. All tensors but the training state.
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    skipped: tuple[str, ...] = ("quantize.ema_",)
-    if shared_encoder:
-        encoder_file, encoder_prefix = shared_encoder
-        write_encoder_link(folder, encoder_file, encoder_prefix)
-        skipped = (*skipped, ENCODER)
-    save_state_dict(
-        {name: value for name, value in model.state_dict().items() if not name.startswith(skipped)},
-        folder / WEIGHTS,
-    )
+    state = model.state_dict()
+    state = {name: value for name, value in state.items() if not name.startswith("quantize.ema_")}
+    save_state_dict(state, folder / WEIGHTS)
 
     # 2. The second token merger and its projector, and the sizes.
     if understanding is not None:

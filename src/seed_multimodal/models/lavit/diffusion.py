@@ -44,7 +44,7 @@ if TYPE_CHECKING:
     from transformers import BaseImageProcessor, PreTrainedModel
 
 EMPTY_TEXT = "uncond_embeddings.bin"
-NEEDED = ("unet/*", "vae/*", "vae.json", "scheduler/*", EMPTY_TEXT)
+NEEDED = ("unet/*", "vae/*", "scheduler/*", EMPTY_TEXT)
 
 
 @dataclass(frozen=True)

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from seed_multimodal.data.stream.pairs_dataset import TargetView, sample_seed
 from seed_multimodal.device import DTYPES
-from seed_multimodal.diffusion.base import vae_folder
 from seed_multimodal.diffusion.conditioner import CONDITIONER_FOLDERS
 from seed_multimodal.hub import find_folder
 from seed_multimodal.models.lavit.checkpoints import load_dynamic_tokenizer
@@ -221,7 +220,7 @@ class LavitPixelTask(DistillableTask[TrainedPixels]):
         module.decoder.save_pretrained(folder / DECODER)
 
         # 2. The frozen rest, from the initial folder.
-        shutil.copytree(vae_folder(self.folder), folder / "vae", dirs_exist_ok=True)
+        shutil.copytree(self.folder / "vae", folder / "vae", dirs_exist_ok=True)
         for name in COPIED:
             source = self.folder / name
             if source.is_dir():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.data.stream.pairs_dataset import TargetView
 from seed_multimodal.device import DTYPES
-from seed_multimodal.diffusion.base import scheduler_class, vae_folder
+from seed_multimodal.diffusion.base import scheduler_class
 from seed_multimodal.diffusion.networks import (
     DENOISERS,
     conditions_of,
@@ -301,7 +301,7 @@ class SeedDecoderTask(DistillableTask[CodesDecoder]):
         self.load_scheduler().save_pretrained(folder / "scheduler")
 
         # 2. The frozen rest.
-        shutil.copytree(vae_folder(self.folder), folder / "vae", dirs_exist_ok=True)
+        shutil.copytree(self.folder / "vae", folder / "vae", dirs_exist_ok=True)
         for name in SAFETY_PARTS:
             if (self.folder / name).is_dir():
                 shutil.copytree(self.folder / name, folder / name, dirs_exist_ok=True)

@@ -16,9 +16,9 @@ from torch import Tensor
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.hub import find_folder
-from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS, read_encoder_link
+from seed_multimodal.nn.pretrained import CONFIG
 from seed_multimodal.progress import quiet_loading
-from seed_multimodal.weights import load_state_dict, refuse_tensors
+from seed_multimodal.weights import refuse_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -86,34 +86,6 @@ def eva_from_clip(clip: Mapping[str, Tensor], depth: int, pre_norm: bool = True)
     return state
 
 
-def clip_from_eva(eva: Mapping[str, Tensor], prefix: str = "") -> State:
-    """Inverse of `eva_from_clip`: the CLIP tensors that EVA has.
-
-    `prefix` stands before EVA's names.
-    """
-    state: State = {}
-    for name, value in eva.items():
-        # CLIP has no bias of the patches.
-        if not name.startswith(prefix) or name.endswith("patch_embed.proj.bias"):
-            continue
-        name = name.removeprefix(prefix)
-        for clip_name, eva_name in _CLIP_NAMES:
-            name = name.replace(eva_name, clip_name)
-
-        # Divide the fused projections; class token and positions lose EVA's batch dimension.
-        if name.endswith("attn.qkv.weight"):
-            layer = name.removesuffix("attn.qkv.weight")
-            for part, rows in zip("qkv", value.chunk(3), strict=True):
-                state[f"{CLIP_PREFIX}{layer}self_attn.{part}_proj.weight"] = rows
-            continue
-        if name == "embeddings.class_embedding":
-            value = value.flatten()
-        elif "position_emb" in name:
-            value = value[0]
-        state[CLIP_PREFIX + name] = value
-    return state
-
-
 # ---- a CLIP folder
 
 
@@ -167,32 +139,24 @@ def _load_clip(
 ) -> PreTrainedModel:
     folder = find_folder(source, (CONFIG, "*.safetensors", "*.bin", "*.index.json"), CLIP_ADVICE)
     values = read_json_object(folder / CONFIG, advice=CLIP_ADVICE)
-
-    # 1. The tensors, if the folder has a link to another model's file for the vision encoder.
-    link = read_encoder_link(folder)
-    state: State | None = None
-    if link is not None:
-        encoder_file, prefix = link
-        state = clip_from_eva(load_state_dict(encoder_file), prefix)
-        state |= load_state_dict(folder / WEIGHTS)
-
-    # 2. transformers' model, with these tensors or from the folder.
     try:
         config = model_class.config_class.from_pretrained(folder)
         # A complete CLIP states its width outside of vision_config, where a default would be read.
         config.projection_dim = values.get("projection_dim", config.projection_dim)
         with quiet_loading("transformers"):
-            options = {"dtype": dtype, "local_files_only": True, "output_loading_info": True}
-            source = folder if state is None else None
             model, info = model_class.from_pretrained(
-                source, config=config, state_dict=state, **options
+                folder,
+                config=config,
+                dtype=dtype,
+                local_files_only=True,
+                output_loading_info=True,
             )
     except Exception as error:  # noqa: BLE001  (damaged and unsafe files raise many types)
         raise CheckpointError(
             f"{folder}: not a complete CLIP ({first_line(error)}); {CLIP_ADVICE}."
         ) from error
 
-    # 3. transformers fills missing tensors with random values, which is an error here.
+    # transformers fills missing tensors with random values, which is an error here.
     missing = sorted(info["missing_keys"])
     refuse_tensors(missing, ("*position_ids",), folder, f"missing ({CLIP_ADVICE})")
     if log is not None:

@@ -27,12 +27,10 @@ from torch import Tensor, nn
 
 from seed_multimodal.diffusion.base import (
     DEFAULTS,
-    VAE_LINK,
     Denoising,
     Detokenizer,
     DrawingSettings,
     fast_scheduler,
-    vae_folder,
 )
 from seed_multimodal.diffusion.networks import conditions_to, context_dim, denoiser_kind
 from seed_multimodal.diffusion.objectives import Objective, is_flow
@@ -271,9 +269,9 @@ class DistillationTask(DistillableTask[Student]):
 
 def save_student_folder(denoiser: nn.Module, teacher: Path, folder: Path) -> None:
     """Write a diffusers folder with another denoiser."""
-    # 1. All other parts, with the autoencoder's weights.
+    # 1. All other parts.
     denoiser_folder = denoiser_kind(denoiser).folder
-    replaced = (denoiser_folder, "vae", VAE_LINK, "scheduler", DEFAULTS)
+    replaced = (denoiser_folder, "scheduler", DEFAULTS)
     for path in teacher.iterdir():
         if path.name in replaced or path.suffix in WHOLE_MODELS:
             continue
@@ -281,7 +279,6 @@ def save_student_folder(denoiser: nn.Module, teacher: Path, folder: Path) -> Non
             shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
         else:
             shutil.copy2(path, folder / path.name)
-    shutil.copytree(vae_folder(teacher), folder / "vae", dirs_exist_ok=True)
 
     # 2. The denoiser.
     denoiser.save_pretrained(folder / denoiser_folder)

@@ -61,7 +61,6 @@ NEEDED = (
     "unet/*",
     "transformer/*",
     "vae/*",
-    "vae.json",
     "scheduler/*",
     "code_adapter/*",
     "decoder/*",
