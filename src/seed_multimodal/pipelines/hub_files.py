@@ -5,25 +5,22 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Mapping
 from pathlib import Path
 
 from seed_multimodal.disk import JsonObject, replace_text
 from seed_multimodal.models.registry import find_family
-from seed_multimodal.pipelines.config import CodeSystemConfig, SystemConfig
+from seed_multimodal.pipelines.config import SystemConfig
 
 REMOTE_CODE = Path(__file__).with_name("modeling_seed_multimodal.py")
 
 
-def write_hub_files(
-    config_class: type[SystemConfig], folder: Path, parts: Mapping[str, str | None]
-) -> None:
-    """Write the three files; `parts`: paths of the system's parts in `folder`."""
+def write_hub_files(config_class: type[SystemConfig], folder: Path) -> None:
+    """Write the three files."""
     name = find_family(config_class.system).system_name
     model = f"{name}ForConditionalGeneration"
     module = REMOTE_CODE.stem
 
-    # 1. The model. Without this package the module needs the paths of systems of codes.
+    # 1. The model.
     config: JsonObject = {
         "model_type": config_class.system,
         "architectures": [model],
@@ -32,9 +29,6 @@ def write_hub_files(
             "AutoModelForMultimodalLM": f"{module}.{model}",
         },
     }
-    if issubclass(config_class, CodeSystemConfig):
-        config["language_model"] = parts.get("llm")
-        config["tokenizer"] = parts.get("tokenizer")
     replace_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
 
     # 2. The processor.

@@ -16,10 +16,6 @@ class SeedMultimodalConfig(PreTrainedConfig):
     text_config: of the language model, set when that is loaded.
     """
 
-    # Folders, for the module that loads them without this package (see `pipelines.hub_files`).
-    language_model: str | None = None
-    tokenizer: str | None = None
-
 
 @cache
 def class_of(family: str) -> type[SeedMultimodalConfig]:
