@@ -225,7 +225,7 @@ def test_steps_whose_inputs_changed_run_again(tmp_path):
     "steps, named",
     [
         (["stage1", "sfft"], "sfft"),
-        (["captions", "chats"], "== captions"),
+        pytest.param(["captions", "chats"], "== captions", marks=pytest.mark.nightly),
         ([], "data/pairs"),
     ],
     ids=["no step", "a step that fails", "no data"],

@@ -101,6 +101,7 @@ def test_start_script_starts_any_system(named, argument, tmp_path):
 
 
 @pytest.mark.process
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "code",
     [
