@@ -1,14 +1,13 @@
-"""The model server with faults: its parts raise out-of-memory errors at random.
+"""The model server as a process whose parts run out of memory at random.
 
-    python benchmarks/faults.py --system pretrained/nano --port 0
+    python tests/support/faulty_server.py SHARE --system pretrained/nano --port 0
 
-The flags are the server's. `SEED_FAULTS` is the share of calls that fail (0.01).
+SHARE of the calls of each part fail; the other flags are the server's.
 """
 
 from __future__ import annotations
 
 import functools
-import os
 import random
 import runpy
 import sys
@@ -16,11 +15,11 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from shared import ROOT
+from repository import ROOT
 
 from seed_multimodal.inference.backends.torch import TorchBackend
 from seed_multimodal.inference.batching import DynamicBatcher
-from seed_multimodal.serving import app, backend, schema
+from seed_multimodal.serving import backend
 
 ERRORS = (
     (torch.OutOfMemoryError, "CUDA out of memory (injected)"),
@@ -29,15 +28,10 @@ ERRORS = (
 )
 # Functions of each part and their relative rates of failure: `decode` runs for each token.
 PARTS: tuple[tuple[Any, str, float], ...] = (
-    (TorchBackend, "prepare", 1.0),
-    (TorchBackend, "prefill", 0.5),
-    (TorchBackend, "decode", 0.02),
-    (TorchBackend, "copy", 0.5),
+    (TorchBackend, "prefill", 1.0),
+    (TorchBackend, "decode", 0.05),
     (DynamicBatcher, "_compute", 1.0),  # encoding and drawing of images
     (backend, "open_image", 1.0),
-    (backend, "image_to_base64", 1.0),
-    (schema, "read_request", 0.5),
-    (app, "completion", 0.5),
 )
 
 
@@ -57,7 +51,7 @@ def failing(function: Callable[..., Any], share: float, rng: random.Random) -> C
 
 if __name__ == "__main__":
     rng = random.Random(0)
-    share = float(os.environ.get("SEED_FAULTS", "0.01"))
+    share = float(sys.argv.pop(1))
     for owner, name, weight in PARTS:
         setattr(owner, name, failing(getattr(owner, name), share * weight, rng))
     program = str(ROOT / "gradio_demo" / "seed_llama_flask.py")

@@ -1,0 +1,260 @@
+"""The server of the shipped systems under faults: equal answers, no 5xx, restarts."""
+
+from __future__ import annotations
+
+import base64
+import collections
+import contextlib
+import io
+import random
+import signal
+import socket
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import requests
+from PIL import Image
+from repository import NANO, ROOT
+from served import CHAT, base64_of, png_of, read, user
+
+pytestmark = [pytest.mark.nightly, pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(900)]
+PLAIN = [str(ROOT / "gradio_demo" / "seed_llama_flask.py")]
+FAULTY = [str(ROOT / "tests" / "support" / "faulty_server.py"), "0.02"]
+SYSTEMS = [NANO, NANO.with_name("nano-x"), NANO.with_name("nano-lavit")]
+HANG_SECONDS = 120
+RESTART_SECONDS = 40  # on two busy cores; most of it are imports
+
+
+@contextlib.contextmanager
+def server(program: list[str], *flags: str, port: int = 0) -> Iterator[tuple[str, Any]]:
+    """A server as a process; its address and the process. At its end SIGTERM ends it with 0."""
+    devices = "--llm_device cpu --tokenizer_device cpu".split()
+    process = subprocess.Popen(
+        [sys.executable, *program, "--port", str(port), *devices, *flags],
+        stdout=subprocess.PIPE,
+        text=True,
+    )
+    try:
+        lines = process.stdout
+        assert lines is not None
+        line = next(line for line in lines if "answering at" in line)
+        # A full pipe would stop the server.
+        threading.Thread(target=collections.deque, args=(lines, 0), daemon=True).start()
+        yield line.split("answering at ")[1].split()[0].removesuffix("/generate"), process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            assert process.wait(60) == 0
+
+
+def image(seed: int) -> Image.Image:
+    """A crop of the committed images."""
+    files = sorted((ROOT / "images").glob("*.png"))
+    picture = Image.open(files[seed % len(files)]).convert("RGB")
+    return picture.crop((seed % 7, seed % 5, picture.width - seed % 3, picture.height))
+
+
+def requests_of(seed: int) -> list[tuple[str, dict[str, Any]]]:
+    """One request of each kind: route and body."""
+    picture = image(seed)
+    sampled = {"temperature": 0.7, "top_p": 0.9, "seed": seed, "max_tokens": 20}
+    ask = [user(picture, "What is on the left?")]
+    draw = [{"role": "user", "content": "Please draw a fish."}]
+    text = "USER: <image>What is it?\nASSISTANT:"
+    return [
+        (CHAT, {"messages": ask, **sampled}),
+        (CHAT, {"messages": draw, "force_image": True, "seed": seed, "max_tokens": 40}),
+        ("/generate", {"text": text, "images": [base64_of(picture)], "seed": seed}),
+        ("/v1/images/generations", {"prompt": "a red fox on a hill", "seed": seed}),
+        ("/v1/images/tokens", {"images": [base64_of(picture)]}),
+    ]
+
+
+def content_of(response: requests.Response) -> dict[str, Any]:
+    """The answer without what differs each time."""
+    body = response.json()
+    return {name: value for name, value in body.items() if name not in ("id", "created")}
+
+
+def same(answer: Any, expected: Any) -> bool:
+    """Equal but for rounding of pixels: an image may be drawn in a batch."""
+    if isinstance(expected, dict):
+        return answer.keys() == expected.keys() and all(
+            same(answer[name], expected[name]) for name in expected
+        )
+    if isinstance(expected, list):
+        return len(answer) == len(expected) and all(map(same, answer, expected))
+    if isinstance(expected, str) and "iVBORw0KGgo" in expected:
+        pixels = np.asarray(read(answer), np.int16)
+        return abs(pixels - np.asarray(read(expected), np.int16)).max() <= 1
+    return answer == expected
+
+
+@pytest.mark.parametrize("system", SYSTEMS, ids=lambda folder: folder.name)
+def test_answers_under_faults_equal_those_computed_alone(system: Path):
+    # A request that fails, leaves or is killed must not change another one's answer.
+    jobs = [job for seed in range(3) for job in requests_of(seed)]
+    with server(PLAIN, "--system", str(system)) as (root, _):
+        alone = [requests.post(root + path, json=body, timeout=HANG_SECONDS) for path, body in jobs]
+    assert {response.status_code for response in alone} <= {200, 400}
+    outcomes = collections.Counter[str]()
+    problems: list[str] = []
+
+    def client(root: str, seed: int, until: float) -> None:
+        """One request after another; some leave before their answer."""
+        rng = random.Random(seed)
+        while time.monotonic() < until:
+            index = rng.randrange(len(jobs))
+            path, body = jobs[index]
+            leaves = rng.random() < 0.1
+            try:
+                response = requests.post(
+                    root + path, json=body, timeout=rng.random() if leaves else HANG_SECONDS
+                )
+            except requests.ConnectionError:
+                outcomes["lost"] += 1
+                time.sleep(0.5)
+                continue
+            except requests.Timeout:
+                outcomes["left" if leaves else "hang"] += 1
+                continue
+            if response.status_code in (429, 503):
+                outcomes["busy or out of memory"] += 1
+            elif response.status_code != alone[index].status_code:
+                problems.append(f"{path}: {response.status_code} {response.text[:300]}")
+            elif not same(content_of(response), content_of(alone[index])):
+                problems.append(f"{path}: {response.text[:300]}, not {alone[index].text[:300]}")
+            else:
+                outcomes["equal"] += 1
+
+    # 1. Out of memory at random, and clients that leave; then SIGKILL under load.
+    with server(FAULTY, "--system", str(system)) as (root, process):
+        port = int(root.rpartition(":")[2])
+        with ThreadPoolExecutor(8) as pool:
+            clients = [pool.submit(client, root, seed, time.monotonic() + 40) for seed in range(8)]
+            time.sleep(35)
+            process.send_signal(signal.SIGKILL)
+            for future in clients:
+                future.result()
+    assert outcomes["lost"] > 0
+
+    # 2. A new server at the same port answers as before.
+    killed = time.monotonic()
+    with server(PLAIN, "--system", str(system), port=port) as (root, _):
+        assert time.monotonic() - killed < RESTART_SECONDS
+        client(root, 99, time.monotonic() + 5)
+        assert requests.get(f"{root}/health", timeout=10).status_code == 200
+    assert not problems, problems[:5]
+    assert outcomes["hang"] == 0 and outcomes["equal"] > 20, outcomes
+    assert outcomes["busy or out of memory"] > 0, outcomes
+
+
+def test_schemathesis_finds_no_fault():
+    # Requests out of the server's own OpenAPI document, valid and not.
+    with server(PLAIN, "--system", str(NANO), "--max_seconds", "5") as (root, _):
+        checks = (
+            "not_a_server_error,status_code_conformance,content_type_conformance,"
+            "response_schema_conformance"
+        )
+        options = f"--phases coverage,fuzzing --max-examples 40 --seed 0 --checks {checks}"
+        done = subprocess.run(
+            [sys.executable, "-m", "schemathesis.cli", "run", f"{root}/openapi.json"]
+            + options.split()
+            + ["--request-timeout", "60", "--continue-on-failure", "--no-color"],
+            capture_output=True,
+            text=True,
+        )
+        assert done.returncode == 0, done.stdout[-8000:]
+
+
+def hostile_bodies() -> Iterator[bytes]:
+    """Decompression bombs, damaged files, large and deep bodies: bodies of `/generate`."""
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 255, (900, 900, 3), dtype=np.uint8))
+    files = [png_of(Image.new("1", (5600, 5600))), png_of(Image.new("P", (5600, 5600)))]
+    for kind in ("GIF", "WEBP", "TIFF", "PNG", "JPEG"):
+        output = io.BytesIO()
+        noise.save(output, kind)
+        content = bytearray(output.getvalue())
+        content[len(content) // 3] ^= 255
+        files += [bytes(content), bytes(content[: len(content) // 2])]
+    for file in files:
+        encoded = base64.b64encode(file).decode()
+        yield b'{"text": "<image>", "images": ["%s"], "max_new_tokens": 4}' % encoded.encode()
+    yield b"[" * 100_000
+    yield b'{"images": [[' + b"1," * 4_000_000 + b"1]]}"
+    yield b" " * (66 << 20)
+
+
+def test_hostile_bodies_are_refused_and_visitors_answered():
+    with server(PLAIN, "--system", str(NANO), "--max_megapixels", "32") as (root, process):
+        url = f"{root}/generate"
+        headers = {"Content-Type": "application/json"}
+
+        # 1. Clients that stall with half a body hold a connection each.
+        stalled = []
+        for _ in range(100):
+            sock = socket.create_connection(("127.0.0.1", int(root.rpartition(":")[2])))
+            sock.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n\r\n{")
+            stalled.append(sock)
+
+        # 2. Hostile bodies, and a visitor's question after each.
+        question = {"text": "USER: hi\nASSISTANT:", "images": [], "max_new_tokens": 4}
+        for body in hostile_bodies():
+            with contextlib.suppress(requests.ConnectionError):  # closed before the body's end
+                answer = requests.post(url, data=body, headers=headers, timeout=HANG_SECONDS)
+                assert answer.status_code < 500, answer.text[:300]
+            assert requests.post(url, json=question, timeout=HANG_SECONDS).status_code == 200
+        assert process.poll() is None
+        for sock in stalled:
+            sock.close()
+
+
+def test_conversations_together_equal_those_alone():
+    # Continuous batching: other requests in the batch, streams and cancelled ones change nothing.
+    from seed_multimodal import MultimodalSystem
+
+    system = MultimodalSystem.from_pretrained(NANO, device="cpu", load_decoder=False, log=None)
+    jobs = []
+    for seed in range(120):
+        rng = random.Random(seed)
+        options: dict[str, Any] = {"max_new_tokens": rng.choice((5, 20, 60))}
+        if rng.random() < 0.5:
+            options |= {"temperature": rng.choice((0.7, 1.5)), "top_p": 0.9, "seed": seed}
+        if rng.random() < 0.1:
+            options |= {"repetition_penalty": 1.2}
+        history = [
+            {"role": "user", "content": ["Is it night?"]},
+            {"role": "assistant", "content": "Yes."},
+        ]
+        content = [image(seed), "What is on the left?"][rng.random() < 0.2 :]
+        last = {"role": "user", "content": content}
+        jobs.append(([*history * rng.randrange(3), last], options))
+
+    def answer(index: int) -> list[int] | None:
+        """Ids: whole, streamed, or None of a cancelled answer."""
+        messages, options = jobs[index]
+        if index % 3 == 0:
+            return list(system.chat(messages, **options).ids)
+        events = system.chat(messages, stream=True, **options)
+        if index % 5 == 0:
+            next(events)
+            events.close()
+            return None
+        *_, done = events
+        return list(done["answer"].ids)
+
+    with ThreadPoolExecutor(8) as pool:
+        together = [*pool.map(answer, range(len(jobs)))]
+    fresh = MultimodalSystem.from_pretrained(NANO, device="cpu", load_decoder=False, log=None)
+    for ids, (messages, options) in zip(together, jobs, strict=True):
+        assert ids is None or ids == list(fresh.chat(messages, **options).ids)
+    assert system.engine.n_active == 0
