@@ -16,24 +16,22 @@ from seed_nano.world.words import scene_of
 @pytest.mark.process
 @pytest.mark.slow
 def test_quickstart_writes_sheets_images_and_json(tiny_folder, tmp_path, capsys):
+    # The README's first program.
     out = tmp_path / "quick"
     assert quickstart.main(f"--model {tiny_folder} --out {out} --device cpu".split()) == 0
     result = json.loads((out / "quickstart.json").read_text())
     assert [len(codes) for codes in result["codes"]] == [32] * len(quickstart.QUESTIONS_BY_CAPTION)
     assert [cell["request"] for cell in result["draw"]] == list(quickstart.DRAW_CAPTIONS)
-    assert all(cell["answer"].startswith("never trained on: ") for cell in result["draw"])
     assert [cell["request"] for cell in result["talk"] if cell["request"]] == list(quickstart.CHAT)
-    assert all(
-        (out / f"{name}_{index + 1}.png").is_file()
-        for name in ("look", "draw", "edit", "grow")
-        for index in range(len(result[name]))
-    )
-    sheet = Image.open(out / "contact_sheet.png")
-    assert sheet.width > 1000 and sheet.height > 1000
+    for name in ("look", "draw", "edit", "grow"):
+        for index in range(len(result[name])):
+            assert (out / f"{name}_{index + 1}.png").is_file()
+    assert Image.open(out / "contact_sheet.png").width > 1000
     assert "contact_sheet.png" in capsys.readouterr().out
 
 
 def test_image_cells_captions_each_image_with_the_text_before_it():
+    # A sheet would show images next to texts of others.
     image = ImagePart([0] * 32, image=Image.new("RGB", (8, 8), (9, 200, 9)))
     cells = quickstart.image_cells(Answer(("One.", image, "Two.", "Three.", image)))
     assert [cell.caption for cell in cells] == ["One.", "Two. Three."]
@@ -41,10 +39,9 @@ def test_image_cells_captions_each_image_with_the_text_before_it():
 
 
 def test_never_trained_on_names_the_held_out_part():
-    notes = {
-        caption: quickstart.never_trained_on(caption)
-        for caption in (*quickstart.QUESTIONS_BY_CAPTION, *quickstart.DRAW_CAPTIONS)
-    }
-    assert all(held_out(scene_of(caption)) and len(note) > 20 for caption, note in notes.items())
-    assert notes["a large fluent horse on the sea"] == "never trained on: horse on the sea"
-    assert notes["two twemoji crabs on the sea"] == "never trained on: two crabs"
+    # The sheet claims that these scenes are new to the model.
+    captions = (*quickstart.QUESTIONS_BY_CAPTION, *quickstart.DRAW_CAPTIONS)
+    assert all(held_out(scene_of(caption)) for caption in captions)
+    notes = {caption: quickstart.never_trained_on(caption) for caption in captions}
+    assert "horse on the sea" in notes["a large fluent horse on the sea"]
+    assert "two crabs" in notes["two twemoji crabs on the sea"]

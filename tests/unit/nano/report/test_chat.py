@@ -13,6 +13,7 @@ from seed_nano.world.dialogues import DESCRIBE_REQUESTS
     [("tiny_folder", True), ("tiny_x_folder", True), ("tiny_lavit_folder", False)],
 )
 def test_chat_report_of_each_kind(fixture, talks, request, capsys):
+    # The figures of the model card's table of requests.
     folder = request.getfixturevalue(fixture)
     assert main(f"--model {folder} --scenes 1 --device cpu".split()) == 0
     table = capsys.readouterr().out
@@ -23,4 +24,5 @@ def test_chat_report_of_each_kind(fixture, talks, request, capsys):
 
 
 def test_half_of_the_requests_are_in_no_training_record():
+    # Else the table would measure memory.
     assert len(REQUESTS) == 12 and len(set(REQUESTS) - set(DESCRIBE_REQUESTS)) == 6

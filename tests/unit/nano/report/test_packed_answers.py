@@ -98,9 +98,11 @@ def rebuilt_labels(run: Run) -> dict[str, Any]:
     return run.judge_images(run.system.decode(run.encoded[: len(scenes)]), scenes, "rebuilt")[1]
 
 
+@pytest.mark.nightly
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["nano", "nano-x", "nano-lavit"])
 def test_sections_of_packed_answers(name, split: str = "val"):
+    # The published figures follow from the published answers.
     shipped = json.loads((SHIPPED / name / "report" / "report.json").read_text())
     answers = json.loads(
         gzip.decompress((SHIPPED / name / "report" / "answers.json.gz").read_bytes())

@@ -18,6 +18,7 @@ def known(tmp_path_factory) -> KnownWords:
 
 @pytest.mark.slow
 def test_unknown_of_training_records(known: KnownWords):
+    # `draw` would warn of words that nano was trained on.
     for kind in KINDS:
         for index in range(120):
             for text in texts_of(record_at(kind, 9, index)):

@@ -6,7 +6,6 @@ from typing import Any
 
 import pytest
 
-from seed_nano.world import records
 from seed_nano.world.records import KINDS, record_at, scenes_of, texts_of
 from seed_nano.world.scene import Scene
 from seed_nano.world.source import open_nano
@@ -24,10 +23,9 @@ def captions_in(text: str) -> Iterator[str]:
     """The longest caption at each position of a text."""
     text = normalise(text)
     for start in START.finditer(text):
-        ends = [
-            match.start() for match in re.finditer(r"(?=[ ,.?!]|$)", text[: start.start() + 120])
-        ]
-        parts = (text[start.start() : end] for end in reversed(ends) if end > start.start())
+        window = text[start.start() : start.start() + 120]
+        ends = [match.start() for match in re.finditer(r"(?=[ ,.?!]|$)", window)]
+        parts = (window[:end] for end in reversed(ends) if end)
         yield from [part for part in parts if parse_caption(part)][:1]
 
 
@@ -38,21 +36,23 @@ def leaks(sample: Any) -> list[tuple[str, set[str]]]:
         leaked += [(name[0], {"things"}) for name in UNNAMED.finditer(text)]
         for caption in captions_in(text):
             labels = parse_caption(caption)
-            leaked_splits = held_out_compositions(
-                labels.things, labels.counts, labels.style, labels.background
+            things, counts, style, background, layout = (
+                labels.things,
+                labels.counts,
+                labels.style,
+                labels.background,
+                labels.layout,
             )
-            if labels.style and labels.background and labels.layout:
-                leaked_splits |= held_out(
-                    Scene(
-                        labels.style, labels.background, labels.layout, labels.things, labels.counts
-                    )
-                )
+            leaked_splits = held_out_compositions(things, counts, style, background)
+            if style and background and layout:
+                leaked_splits |= held_out(Scene(style, background, layout, things, counts))
             leaked.append((caption, leaked_splits))
     return [(sentence, splits) for sentence, splits in leaked if splits]
 
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_record_at_contains_nothing_held_out(kind):
+    # The report of unseen compositions would be of seen ones.
     for index in range(60):
         for record in (record_at(kind, 0, index), record_at(kind, 0, index, pool=1000)):
             assert leaks(record) == [] and (scenes_of(record) or kind == "talk")
@@ -65,27 +65,14 @@ def test_open_nano_contains_nothing_held_out():
 
 @pytest.mark.parametrize("split", ["val", "pairs", "places", "counts", "styles"])
 def test_leaks_finds_a_scene_and_a_text(split):
-    scene = next(
-        scene
-        for index in range(99)
-        if (scene := scene_at(0, index, split)).layout in ("many", "above")
-    )
-    assert leaks({"messages": [{"role": "user", "content": [scene]}]}) == [
-        (describe(scene), {split})
-    ]
-    text = f"Please draw {describe(scene)}, please. Then the dog."
-    assert (describe(scene), {split}) in leaks([text])
-    assert [word for word, _ in leaks(["Two Peaches.", {"content": ["Draw a seal."]}])] == [
-        "Peaches",
-        "two peaches",
-        "seal",
-        "a seal",
-    ]
+    # Without it, the tests above could not fail.
+    drawn = (scene_at(0, index, split) for index in range(99))
+    scene = next(scene for scene in drawn if scene.layout in ("many", "above"))
+    caption = (describe(scene), {split})
+    assert leaks({"messages": [{"role": "user", "content": [scene]}]}) == [caption]
+    assert caption in leaks([f"Please draw {describe(scene)}, please. Then the dog."])
 
 
-@pytest.mark.parametrize(
-    "kind", ["edits", "conversations", "in_context", "stories", "documents", "continued"]
-)
-def test_leaks_finds_records_of_held_out_scenes(kind, monkeypatch):
-    monkeypatch.setattr(records, "trainable", lambda scene: True)
-    assert any(leaks(record_at(kind, 0, index)) for index in range(60))
+def test_leaks_finds_things_that_are_never_named():
+    leaked = [text for text, _ in leaks(["Two Peaches.", {"content": ["Draw a seal."]}])]
+    assert leaked == ["Peaches", "two peaches", "seal", "a seal"]
