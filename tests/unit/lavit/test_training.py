@@ -11,6 +11,7 @@ from tensors import equal
 from tiny.lavit import code_decoder, write_lavit_diffusion
 from torch import Tensor
 
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.models.lavit.diffusion import LavitDetokenizer
 from seed_multimodal.models.lavit.losses import (
     HEADS,
@@ -20,6 +21,7 @@ from seed_multimodal.models.lavit.losses import (
     UnifiedLoss,
     decoder_for,
 )
+from seed_multimodal.settings import read_settings
 
 
 @pytest.fixture
@@ -156,13 +158,16 @@ def test_gradients_reach_the_trained_parts_only(model, features):
 
 
 @torch.no_grad()
-def test_the_selector_starts_at_the_share_to_keep(model, features):
-    # Starting at one half, it would first learn to drop patches at random.
-    model.init_keep_share()
-    last = model.tokenizer.token_predictor.out_conv[4]
-    last.weight.zero_()
+@pytest.mark.parametrize(("keep", "start"), [(1 / 3, 1 / 3), (1.0, 0.999), (0.0, 0.001)])
+def test_the_selector_starts_at_the_share_to_keep(features, keep, start):
+    # Starting at one half, it would first learn to drop patches at random; at 0 or 1 never.
+    model = toy.stage1(weights=read_settings(LavitLossWeights, {"keep": keep}, "loss"))
+    model.tokenizer.token_predictor.out_conv[4].weight.zero_()
     p_keep = model.tokenizer.token_predictor(features).softmax(-1)[..., 0]
-    torch.testing.assert_close(p_keep, torch.full_like(p_keep, 1 / 3))
+    torch.testing.assert_close(p_keep, torch.full_like(p_keep, start))
+    for wrong in (keep - 1.1, keep + 1.1):
+        with pytest.raises(ConfigError, match="keep"):
+            read_settings(LavitLossWeights, {"keep": wrong}, "loss")
 
 
 def test_codebook_points_are_the_queries_of_kept_patches(model, features):
@@ -261,9 +266,12 @@ def test_pixels_are_predicted_with_and_without_conditions(head, tmp_path):
         pooled = read.pooled * torch.tensor([[1.0], [0.0]])
         inputs["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids}
     torch.testing.assert_close(predicted, model.unet(latents, steps, **inputs).sample)
-    model.set_trainable()
+    model.set_trainable("key_value")
     trained = {name for name, value in decoder.named_parameters() if value.requires_grad}
     assert trained == {name for name, _ in decoder.named_parameters() if name.startswith(HEADS)}
+    denoiser = {name for name, value in model.unet.named_parameters() if value.requires_grad}
+    assert denoiser
+    assert all("to_k" in name or "to_v" in name for name in denoiser)
 
 
 def test_decoder_for_a_unet_of_the_other_kind(tmp_path):
