@@ -89,6 +89,7 @@ def test_load_both_reads_each_token_merger_from_its_file(layout, tmp_path, pixel
 
 
 def test_load_names_a_missing_projector(tmp_path):
+    # Without it images would be read as noise.
     file = original(tmp_path) / "language_model" / "visual_weight.bin"
     state = load_state_dict(file)
     del state["vit_proj.weight"]
@@ -100,6 +101,7 @@ def test_load_names_a_missing_projector(tmp_path):
 
 
 def test_save_without_training_state_and_projector(tmp_path, pixels):
+    # Moving averages are of the training; stage 2 adds the projector.
     saved = small_tokenizer()
     generator, understanding = load_tokenizer_pair(save_dynamic_tokenizer(saved, tmp_path))
     assert generator is understanding

@@ -67,6 +67,7 @@ def test_tokenize_and_reconstruct_select_patches_by_seed(seed, image, tmp_path, 
 
 
 def test_edit_in_a_ratio(seed, image):
+    # LaVIT composes from the image and the text, in any of its ratios.
     [record] = seed("edit", image, "a red apple", "--steps", "1", "--ratio", "2:3")
     assert Image.open(record["edited"]).size == (56, 80)
 

@@ -44,6 +44,7 @@ def test_forward_does_not_depend_on_batches(head):
 
 
 def test_gradients_reach_every_parameter_with_and_without_checkpointing():
+    # Recomputed activations give the same gradients.
     plain = decoder()
     again = decoder(grad_checkpoint=True)
     for model in (plain, again):

@@ -89,6 +89,7 @@ def test_denoise_in_half_precision_has_exact_sizes(folder):
 
 
 def test_ratio_size_of_the_unet(folder):
+    # The published sizes, and their multiples of eight for smaller networks.
     model = load(folder)
     full = LavitDetokenizer(lavit_unet("highres", sample_size=512), model.vae, model.scheduler)
     assert {name: full.ratio_size(name) for name in RATIOS} == RATIOS
@@ -104,6 +105,7 @@ def test_ratio_size_of_the_unet(folder):
 
 
 def test_read_empty_text_of_a_file_or_the_text_encoder(folder, tmp_path):
+    # LaVIT's folder has the file, Stable Diffusion's its text encoder.
     with pytest.raises(CheckpointError, match=EMPTY_TEXT):
         read_empty_text(tmp_path, TEXT_WIDTH)
     write_sd1(tmp_path)

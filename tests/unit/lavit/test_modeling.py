@@ -31,6 +31,14 @@ def log_probs() -> Tensor:
     return F.log_softmax(2 * torch.randn(IMAGES, PATCHES, 2, generator=generator(2)), -1)
 
 
+def test_choose_draws_as_gumbel_softmax(log_probs):
+    # With torch's seed the selection is the original's, which calls this function.
+    torch.manual_seed(7)
+    keep = choose(log_probs).keep_BN
+    torch.manual_seed(7)
+    assert torch.equal(keep, F.gumbel_softmax(log_probs, tau=1, hard=True)[..., 0].round())
+
+
 @pytest.mark.parametrize("mode", MODES)
 def test_choose_keeps_a_patch_of_each_image(mode):
     # An image without tokens could neither be read nor drawn.
@@ -43,6 +51,7 @@ def test_choose_keeps_a_patch_of_each_image(mode):
 
 @pytest.mark.parametrize("mode", MODES)
 def test_choose_has_the_gradient_of_soft_decisions(mode, log_probs):
+    # Straight through: hard decisions forward, soft ones backward.
     noise = gumbel_noise(log_probs.shape, log_probs.device, generator(4))
     logits = log_probs.clone().requires_grad_()
     soft = log_probs.clone().requires_grad_()

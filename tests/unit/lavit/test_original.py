@@ -83,6 +83,7 @@ def test_calls_of_understanding(tmp_path):
 
 @pytest.mark.slow
 def test_calls_of_image_detokenize():
+    # bf16 parts under autocast, as the notebook has them.
     from utils import convert_weights_to_bf16
 
     from models import LaVITDetokenizer
@@ -102,6 +103,7 @@ def test_calls_of_image_detokenize():
 
 
 def test_models_has_the_original_names():
+    # `from models import …` of a user's script.
     import models
     from seed_multimodal.compat import lavit
 

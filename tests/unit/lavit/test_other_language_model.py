@@ -21,6 +21,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def test_tokens_and_answers(folder):
+    # A hub tokenizer has its own special tokens, which stay text.
     system = Lavit.from_pretrained(folder, device="cpu", log=None)
     tokenizer = system.tokenizer
     assert isinstance(tokenizer, HubLavitTokenizer)
@@ -41,6 +42,7 @@ def test_tokens_and_answers(folder):
 
 @pytest.mark.slow
 def test_training_and_its_checkpoint(folder, tmp_path):
+    # Three steps; the checkpoint opens as a system.
     import pretrain_parts
 
     from seed_multimodal.models.lavit.train_llm import PretrainTask

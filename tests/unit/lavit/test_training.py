@@ -275,6 +275,7 @@ def test_pixels_are_predicted_with_and_without_conditions(head, tmp_path):
 
 
 def test_decoder_for_a_unet_of_the_other_kind(tmp_path):
+    # The stored blocks serve both U-Nets; heads that fit are kept.
     high, low = (
         LavitDetokenizer.load_part(write_lavit_diffusion(tmp_path / head, head), "unet")
         for head in ("highres", "lowres")

@@ -113,6 +113,7 @@ def test_from_pretrained_with_another_image_size_and_no_reconstruction(seed2, tm
 
 
 def test_from_pretrained_with_unknown_tensors_and_other_files(seed2, tmp_path, images):
+    # Unknown tensors are named, so that a newer file is not half read without a word.
     folder = write_original(seed2, tmp_path / "a")
     file = folder / "seed_quantizer.pt"
     torch.save(load_state_dict(file) | {"another.a": torch.zeros(2)}, file)
@@ -164,6 +165,7 @@ def test_load_blip2_leaves_the_vision_encoder(tmp_path):
 
 
 def test_load_vision_uses_39_of_40_blocks_and_resizes_positions(tmp_path):
+    # BLIP-2 leaves out the last block; other image sizes interpolate.
     source = EvaVit(dataclasses.replace(EVA, depth=40)).state_dict()
     torch.save(source | {"norm.weight": torch.ones(16)}, tmp_path / "eva_vit_g.pth")
     vit = EvaVit(dataclasses.replace(EVA, image_size=24))
@@ -197,6 +199,7 @@ def clip_folder(tmp_path_factory) -> Path:
 
 @torch.no_grad()
 def test_load_clip_halves_of_a_whole_clip(clip_folder, images, tmp_path):
+    # The target of stage 2 and the texts of retrieval, from one published folder.
     from transformers import CLIPModel
 
     whole = CLIPModel.from_pretrained(clip_folder).eval()

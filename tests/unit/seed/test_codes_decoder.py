@@ -57,6 +57,7 @@ def test_reconstruct_and_stream_previews(system):
 
 
 def test_a_folder_that_lacks_its_adapters_weights(tmp_path):
+    # Half a download is named, not drawn with.
     folder = write_code_decoder(tmp_path / "decoder")
     (folder / "code_adapter" / "model.safetensors").unlink()
     with pytest.raises(CheckpointError, match=r"code_adapter/model\.safetensors"):

@@ -132,6 +132,7 @@ def test_export_reads_each_part_from_the_last_stage_that_trained_it(trained, tin
 
 
 def test_export_with_a_config_next_to_the_checkpoint(trained, tmp_path):
+    # Runs write their sizes; without them the original's are expected.
     with pytest.raises(CheckpointError):  # the original sizes are another model's
         trained.export(tmp_path / "out", config=None)
     file = trained.folder / "config.json"
@@ -142,6 +143,7 @@ def test_export_with_a_config_next_to_the_checkpoint(trained, tmp_path):
 
 
 def test_export_with_missing_parts_writes_nothing(trained, tmp_path):
+    # A folder that exists must be whole.
     out = tmp_path / "out"
     for options, named in (
         ({"stage1": None}, "'ln_vision'"),

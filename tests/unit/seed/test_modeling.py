@@ -99,6 +99,7 @@ def test_encode_in_half_precision(tiny, images, tmp_path, dtype):
 @pytest.mark.nightly
 @pytest.mark.process
 def test_fast_encode_compiled(tiny, images):
+    # Pre-tokenising gives the codes of serving.
     model = loud(Seed2Tokenizer(tiny)).eval()
     assert torch.equal(fast_encode(model, compile=True)(images), model.encode(images))
 
@@ -112,6 +113,7 @@ def test_fast_encode_compiled(tiny, images):
     ],
 )
 def test_read_config_with_wrong_values(tmp_path, changes, named):
+    # A misspelt size would be the default's without a word.
     (tmp_path / "config.json").write_text(json.dumps(changes))
     with pytest.raises(ConfigError, match=named):
         Seed2Tokenizer.read_config(tmp_path / "config.json")

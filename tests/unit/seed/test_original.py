@@ -56,6 +56,7 @@ def test_encode_image_of_files_images_and_pixels(tokenizer, folder):
 
 
 def test_decode_image_with_negatives(tokenizer):
+    # As the original's `negative_indices`: of each image, or one for all.
     codes, negatives = torch.randint(0, 16, (2, 3, 32), generator=torch.Generator().manual_seed(0))
     plain = pixels(tokenizer.decode_image(codes))
     assert plain.shape == (3, 16, 16, 3)
@@ -120,6 +121,7 @@ def test_instantiate_a_yaml_file(tiny_folder, tmp_path, lines, dtype, fp16):
 
 
 def test_seed1_tokenize_draw_and_reconstruct(folder):
+    # One code path for files, codes and the YAML's object.
     images = sorted(folder.glob("*.png"))
     model = Seed1.from_pretrained(folder, device="cpu", log=None)
     codes = model.tokenize(images)

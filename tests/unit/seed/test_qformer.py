@@ -50,6 +50,7 @@ def test_forward_with_padding():
 
 
 def test_copy_text_to_query_and_cross_attention_in_every_second_layer():
+    # Stage 1 starts from BERT's text layers in both branches.
     model = QFormer(CONFIG, 16, vocab_size=30, lm_head=True)
     layers = model.bert.encoder.layer
     assert [layer.crossattention is not None for layer in layers] == [True, False, True]

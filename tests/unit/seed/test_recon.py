@@ -53,6 +53,7 @@ def test_recon_with_iterations_and_fixed_code(folder, tmp_path):
 
 
 def test_recon_with_sizes_and_samplers(folder, tmp_path):
+    # `--plms` and `--dpm_solver` are other samplers; sizes are pixels.
     flags = "--image 0.png --n_samples 1 --skip_grid"
     assert run(folder, tmp_path / "wide", f"{flags} --W 32 --precision full --plms") == 0
     assert Image.open(tmp_path / "wide" / "samples" / "0000.png").size == (32, 16)

@@ -94,6 +94,7 @@ def original(tmp_path_factory) -> Path:
 
 
 def test_single_file_has_the_tensors_of_the_diffusers_folder(original: Path):
+    # Then it draws as recorded (golden `seed1_sd_decode`).
     names = json.loads((GOLDEN / "diffusers_key_map.json").read_text())
     tensors = golden_tensors()
     parts = load_single_file(original / "sd-v1-4.ckpt", torch.float32, original / "tiny.yaml")

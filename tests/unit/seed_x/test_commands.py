@@ -43,6 +43,7 @@ def test_ask_with_placeholders_of_images(seed, image):
 
 
 def test_edit_and_reconstruct_in_the_ratio_of_the_source(seed, image):
+    # An edited photograph keeps its shape unless a square is asked for.
     from seed_multimodal.cli.common import RATIO_MODES
     from seed_multimodal.images.views import Ratio
 
@@ -74,6 +75,7 @@ def test_ask_a_merged_agent(seed, image, tmp_path, monkeypatch):
 
 
 def test_encode_of_a_number_of_embeddings(tiny_x, image):
+    # Fewer embeddings for longer prompts; their number is checked.
     from seed_multimodal.errors import ConfigError
 
     count = tiny_x.images.encode([Path(image)]).shape[1]

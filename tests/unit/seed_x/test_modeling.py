@@ -115,6 +115,7 @@ def test_load_agent_without_the_language_model(name, tmp_path):
 
 
 def test_load_agent_with_the_language_model_and_names_of_a_wrapper(tmp_path):
+    # Saved from a DDP wrapper, with buffers of older transformers.
     tensors = tensors_of(agent_of())
     stored = {**tensors, "llm.model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
     torch.save({f"module.{name}": value for name, value in stored.items()}, tmp_path / "a.bin")
@@ -161,6 +162,7 @@ def test_load_agent_of_a_lora_from_shards(has_old_names, has_frozen, tmp_path):
     ids=["unknown", "a lora without one", "a lora's base"],
 )
 def test_load_agent_of_other_files_changes_nothing(is_tuned, content, named, tmp_path):
+    # A refused file must leave the model as it was.
     model = agent_of(seed=1, lora=is_tuned)
     before: Mapping[str, Tensor] = tensors_of(model)
     torch.save(content(), tmp_path / "agent.bin")

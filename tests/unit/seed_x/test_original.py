@@ -149,6 +149,7 @@ def test_programs_with_flags_of_drawing(project):
 
 @pytest.mark.slow
 def test_programs_with_several_images(project, prompts, capsys):
+    # One prompt of two images; boxes are drawn into each.
     name = "eval_img2text_seed_x_i"
     both = ["--image", "demo_images/men.jpg", "demo_images/car.jpg"]
     assert seed_x_script(name, [*both, "--prompt", "<image> or <image>?", *SHORT]) == 0
@@ -178,6 +179,7 @@ def test_detokenizers_with_a_system_of_codes(tiny_folder, tmp_path, monkeypatch,
 
 
 def test_programs_without_weights_name_all_parts(tmp_path, monkeypatch, capsys):
+    # A newcomer starts here: one line says what to download.
     if (ROOT / "pretrained" / "QwenViT").exists():
         pytest.skip("the original weights are on this disk")
     monkeypatch.chdir(tmp_path)
@@ -212,6 +214,7 @@ def test_programs_with_wrong_yaml_files(file, before, after, named, project, cap
 
 
 def test_programs_with_the_stray_key_of_the_original(project):
+    # The published YAML file has a quote too many.
     file = Path("configs/visual_encoder/qwen_vitg_448.yaml")
     file.write_text(file.read_text() + 'image_start_id": 151857\n')
     assert run("eval_seed_x_detokenizer", "") == 0

@@ -19,6 +19,7 @@ from seed_multimodal.models.seed_x.processing import (
 
 
 def test_vocabulary_has_the_original_ids():
+    # Ids are those of the published embeddings: one off, and all boxes are wrong.
     vocabulary = SeedXVocabulary()
     ids = vocabulary.added_tokens
     assert vocabulary.size == 32330
@@ -89,6 +90,7 @@ def test_insert_images_with_a_wrong_number_of_images(text, views):
     ids=["three", "a word", "too large", "no end"],
 )
 def test_read_boxes_next_to_a_malformed_one(text):
+    # A half-written box is a note, the others are drawn.
     good = "<box_start> <loc-1> <loc-2>\n<loc-3> <loc-4> <box_end>"
     boxes, problems = read_boxes(f"<box_start> {text} it {good}.")
     assert boxes == [Box(1, 2, 3, 4)]
@@ -107,6 +109,7 @@ def test_read_boxes_after_an_opened_one():
 
 
 def test_box_from_corners_and_back():
+    # In units of 224 from centre and size to pixels.
     assert Box.from_corners((302, 782, 918, 1082), (1200, 1200)) == Box(114, 174, 115, 56)
     assert Box.from_corners((0, 0, 640, 480), (640, 480)) == Box(112, 112, 223, 223)
     assert Box(0, 223, 100, 100).corners((224, 224)) == (0, 173, 50, 224)  # clipped at the edges

@@ -30,6 +30,7 @@ def test_cut_images_of_extreme_shapes(size):
 
 
 def test_read_grids_and_cut_with_wrong_sizes():
+    # A system's `grids`, and images beyond any grid.
     for grids in ((), ("2 x 1",)):
         with pytest.raises(ConfigError):
             read_grids(grids)
@@ -48,6 +49,7 @@ def test_read_grids_and_cut_with_wrong_sizes():
     ],
 )
 def test_drawing_size(source, expected):
+    # SDXL's trained sizes of about a megapixel.
     assert drawing_size(source, 1024) == expected
     assert drawing_size((300, 1), 16, unit=16) == (32, 16), "a side is never zero"
 

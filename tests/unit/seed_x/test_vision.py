@@ -82,6 +82,7 @@ def test_from_pretrained_of_the_original_file_and_its_folder(encoder: QwenVit, t
 
 
 def test_save_pretrained_with_sizes(encoder: QwenVit, tmp_path):
+    # Our folder needs no sizes in code.
     folder = encoder.save_pretrained(tmp_path / "encoder")
     images = torch.randn(2, 3, 28, 28)
     for source in (folder, folder / "model.safetensors"):
