@@ -126,13 +126,12 @@ def test_read_scaled_gives_the_same_view(size, turned, options, interpolation):
 
 @pytest.mark.parametrize("settings", [{"image_size": 0}, {"min_scale": 0.9, "max_scale": 0.5}])
 def test_train_transform_with_wrong_settings(settings):
-    with pytest.raises(ConfigError, match=next(iter(settings)).split("_")[1]):
+    with pytest.raises(ConfigError):
         TrainTransform(**settings)
 
 
 def test_read_of_a_torn_jpeg():
+    torn = photo(640, 480)[:-2000]
     for scaled in (True, False):
-        with pytest.raises(ImageError, match="truncated or damaged"):
-            TrainTransform(32, scaled_decoding=scaled).read(
-                photo(640, 480)[:-2000], generator=torch.Generator()
-            )
+        with pytest.raises(ImageError):
+            TrainTransform(32, scaled_decoding=scaled).read(torn, generator=torch.Generator())

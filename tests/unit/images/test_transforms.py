@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import io
-
 import pytest
 import torch
 from PIL import Image
 from random_images import noise
 
-from seed_multimodal.images.io import open_image
+from seed_multimodal.images.io import image_to_bytes, open_image
 from seed_multimodal.images.transforms import (
     CLIP_MEAN,
     CLIP_STD,
@@ -21,56 +19,56 @@ from seed_multimodal.images.transforms import (
     to_bytes,
 )
 
+BICUBIC = Image.Resampling.BICUBIC
+TRANSFORMS = {
+    "squashed": get_transform("clip", keep_ratio=False, image_size=16),
+    "cropped": get_transform("clip", keep_ratio=True, image_size=16),
+    "seed": seed_image_processor(16),
+}
+
 
 @pytest.mark.parametrize("size", [(50, 30), (30, 50), (33, 33), (20, 41), (7, 90)])
-@pytest.mark.parametrize("keep_ratio", [True, False])
-def test_get_transform_equals_torchvision(size, keep_ratio):
-    from torchvision import transforms as T
+@pytest.mark.parametrize("name", ["squashed", "cropped"])
+def test_get_transform_equals_torchvision(size, name):
+    from torchvision import transforms
 
-    target = 16
-    resize = (
-        [T.Resize(target), T.CenterCrop(target)] if keep_ratio else [T.Resize((target, target))]
-    )
-    reference = T.Compose([*resize, T.ToTensor(), T.Normalize(CLIP_MEAN, CLIP_STD)])
-    smooth = (
-        noise(0, size).resize((4, 4), Image.Resampling.BOX).resize(size, Image.Resampling.BICUBIC)
-    )
-    pixels = get_transform("clip", keep_ratio=keep_ratio, image_size=target)(smooth)
-    assert pixels.shape == (3, target, target) and pixels.dtype == torch.float32
-    assert (
-        pixels - reference(smooth)
-    ).abs().max() < 0.02  # at most one grey level: the order of the two passes
+    if name == "cropped":
+        resize = [transforms.Resize(16), transforms.CenterCrop(16)]
+    else:
+        resize = [transforms.Resize((16, 16))]
+    normalised = [transforms.ToTensor(), transforms.Normalize(CLIP_MEAN, CLIP_STD)]
+    smooth = noise(0, size).resize((4, 4), Image.Resampling.BOX).resize(size, BICUBIC)
+    pixels = TRANSFORMS[name](smooth)
+    assert pixels.shape == (3, 16, 16) and pixels.dtype == torch.float32
+    # At most one grey level: the order of the two passes.
+    expected = transforms.Compose([*resize, *normalised])(smooth)
+    torch.testing.assert_close(pixels, expected, atol=0.02, rtol=0)
 
 
-def test_seed_image_processor_differs_from_get_transform():
+def test_seed_image_processor_is_bicubic():
+    # Another interpolation gives other codes.
     image = noise(0, (64, 48))
-    squash = get_transform("clip", keep_ratio=False, image_size=16)(image)
-    bicubic = seed_image_processor(16)(image)
-    assert (squash - bicubic).abs().max() > 0.1
-    assert torch.equal(bicubic, get_transform("blip", False, 16, "bicubic")(image))
+    pixels = TRANSFORMS["seed"](image)
+    assert (TRANSFORMS["squashed"](image) - pixels).abs().max() > 0.1
+    assert torch.equal(pixels, get_transform("blip", False, 16, "bicubic")(image))
 
 
 @pytest.mark.parametrize("size", [(40, 30), (13, 29), (16, 16), (9, 100), (100, 7)])
 def test_resize_passes_has_a_fixed_order(size):
+    # Pillow's own order depends on its version.
     image = noise(0, size)
-    target = (16, 16)
-    bicubic = Image.Resampling.BICUBIC
-    rows_first = image.resize((16, image.height), bicubic).resize(target, bicubic)
-    columns_first = image.resize((image.width, 16), bicubic).resize(target, bicubic)
-    tall = size in ((13, 29), (9, 100))
-    assert (
-        resize_passes(image, target, bicubic).tobytes()
-        == (columns_first if tall else rows_first).tobytes()
-    )
+    columns_first = size in ((13, 29), (9, 100))
+    between = (image.width, 16) if columns_first else (16, image.height)
+    expected = image.resize(between, BICUBIC).resize((16, 16), BICUBIC)
+    assert resize_passes(image, (16, 16), BICUBIC).tobytes() == expected.tobytes()
 
 
 @pytest.mark.parametrize("size", [(1, 30_000), (30_000, 1), (1, 1), (2, 200)])
-def test_get_transform_of_extreme_shapes(size):
-    image = Image.new("RGB", size, (90, 120, 200))
-    for keep_ratio in (True, False):
-        pixels = get_transform("clip", keep_ratio=keep_ratio, image_size=224)(image)
-        assert pixels.shape == (3, 224, 224)
-        assert denormalise(pixels).getpixel((100, 100)) == (90, 120, 200)
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_transforms_of_extreme_shapes(size, name):
+    pixels = TRANSFORMS[name](Image.new("RGB", size, (90, 120, 200)))
+    assert pixels.shape == (3, 16, 16)
+    assert denormalise(pixels).getpixel((10, 10)) == (90, 120, 200)
 
 
 def test_denormalise_of_normalise():
@@ -80,14 +78,9 @@ def test_denormalise_of_normalise():
     assert denormalise(normalise(pixels)).tobytes() == image.tobytes()
 
 
-@pytest.mark.parametrize(
-    "transform",
-    [get_transform("clip", False, 16), get_transform("clip", True, 16), seed_image_processor(16)],
-)
-def test_read_equals_open_and_transform(transform):
+@pytest.mark.parametrize("name", TRANSFORMS)
+def test_read_equals_open_and_transform(name):
     """Never decoded at a lower resolution: codes would differ."""
-    file = io.BytesIO()
-    noise(0, (300, 200)).save(file, "JPEG")
-    assert torch.equal(
-        normalise(transform.read(file.getvalue())), transform(open_image(file.getvalue()))
-    )
+    stored = image_to_bytes(noise(0, (300, 200)), "JPEG")
+    transform = TRANSFORMS[name]
+    assert torch.equal(normalise(transform.read(stored)), transform(open_image(stored)))

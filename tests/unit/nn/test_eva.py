@@ -9,12 +9,11 @@ from contextlib import nullcontext
 
 import pytest
 import torch
-from tensors import equal
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seed_multimodal.nn.layers import checkpoint_layers, resize_square
 from seed_multimodal.nn.vision.base import VisionEncoder
-from seed_multimodal.nn.vision.clip import clip_from_eva, eva_from_clip
+from seed_multimodal.nn.vision.clip import eva_from_clip
 from seed_multimodal.nn.vision.eva import EvaConfig, EvaVit
 from seed_multimodal.nn.vision.qwen import QwenVit, QwenVitConfig
 
@@ -74,8 +73,6 @@ def test_eva_from_clip_gives_clips_output():
     images = torch.randn(5, 3, 16, 16)
     expected = clip.vision_model(images).last_hidden_state
     torch.testing.assert_close(vit(images), expected, rtol=1e-4, atol=1e-4)
-    back = clip_from_eva({f"v.{name}": value for name, value in vit.state_dict().items()}, "v.")
-    assert len(back) > 40 and equal(back, state)
     # Without the norm before the first layer the features are others.
     without = EvaVit(SMALL)
     without.load_state_dict(eva_from_clip(state, 3, pre_norm=False))

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import copy
-import time
-from collections.abc import Callable
 
 import pytest
 import torch
@@ -46,22 +44,3 @@ def test_computes_in_float32_and_keeps_bfloat16_weights(plain_cpu, name):
 def plain_output(layer: nn.Module, features: Tensor) -> Tensor:
     output: Tensor = type(layer).forward(layer, features)
     return output
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """CPU time of a second call."""
-    work()
-    begin = time.process_time()
-    work()
-    return time.process_time() - begin
-
-
-@pytest.mark.skipif(layers.cpu_computes_bfloat16(), reason="this CPU computes bfloat16")
-def test_a_convolution_in_bfloat16_takes_little_longer_than_in_float32():
-    """It took 300 times as long."""
-    layer = nn.Conv2d(64, 64, 3, padding=1)
-    features = torch.randn(1, 64, 48, 48)
-    expected = seconds(lambda: layer(features))
-    avoid_slow_bfloat16(layer.bfloat16())
-    halves = features.bfloat16()
-    assert seconds(lambda: layer(halves)) < 10 * expected + 0.05
