@@ -110,6 +110,7 @@ def case(shared_case: Case) -> Case:
 
 @pytest.mark.slow
 def test_images_depend_on_condition_and_seed_only(case: Case):
+    # A reader who repeats a seed gets the same image, whatever else is drawn with it.
     together = case.draw([0, 1, 2], SEEDS)
     assert np.abs(case.draw([0, 1, 2], SEEDS, batch_size=2) - together).max() <= 1
     for row, seed in enumerate(SEEDS):
@@ -157,6 +158,7 @@ def test_check_settings(case: Case):
 
 
 def test_guidance_of_one_runs_the_denoiser_once_per_step(case: Case):
+    # Twice the runs are twice the time.
     from diffusers import DDIMScheduler
 
     # A scheduler with one run a step, where the folder's has several.
@@ -197,6 +199,7 @@ def test_draw_in_half_precision(models_dir: Path, family):
 
 
 def test_draw_with_nan_weights_fails(case: Case):
+    # In place of a black image.
     torch.nn.init.constant_(next(case.model.denoiser.parameters()), torch.nan)
     with pytest.raises(GenerationError):
         case.draw([0], [1])
@@ -259,6 +262,7 @@ def test_from_pretrained_names_a_damaged_part(folder: Path, part, damage):
 
 @pytest.mark.parametrize("lost", ["", "unet", "vae", "scheduler/scheduler_config.json"])
 def test_from_pretrained_names_what_is_missing(folder: Path, lost):
+    # diffusers would ask its hub for a folder that does not exist.
     path = folder / lost
     path.unlink() if path.is_file() else shutil.rmtree(path)
     with pytest.raises(CheckpointError, match=str(path)):

@@ -80,6 +80,7 @@ def test_load_an_unknown_scheduler(name, tmp_path):
 
 
 def test_save_and_load_by_the_class_of_the_config(denoiser, tmp_path):
+    # A folder tells its denoiser; a class that is none of ours is named.
     folder = tmp_path / denoiser_kind(denoiser).folder
     denoiser.save_pretrained(folder)
     loaded = CodesDetokenizer.load_part(tmp_path, "denoiser")

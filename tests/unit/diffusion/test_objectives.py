@@ -80,6 +80,7 @@ def test_noise_target_and_clean_latents_of_any_step(scheduler, seed):
 
 
 def test_noisy_latents_are_those_of_their_generator(scheduler):
+    # A resumed run must see the same noise.
     objective = build_objective(scheduler)
     latents = torch.randn(3, 4, 2, 2, dtype=torch.float64)
     first, again = (

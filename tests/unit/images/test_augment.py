@@ -76,6 +76,7 @@ def photo(width: int, height: int, turned: int = 1, **options: Any) -> bytes:
 
 @pytest.mark.parametrize("stored", [photo(90, 70), photo(480, 640, 6, progressive=True)])
 def test_read_decoded_in_full_equals_the_original(stored):
+    # With scaled decoding off, a run is the original's to the bit, and so are its random numbers.
     transform = TrainTransform(64, scaled_decoding=False)
     for seed in range(4):
         mine = torch.Generator().manual_seed(seed)
@@ -131,6 +132,7 @@ def test_train_transform_with_wrong_settings(settings):
 
 
 def test_read_of_a_torn_jpeg():
+    # Pillow would fill the rest with grey.
     torn = photo(640, 480)[:-2000]
     for scaled in (True, False):
         with pytest.raises(ImageError):

@@ -80,6 +80,7 @@ PIXELS = {
 
 @pytest.mark.parametrize("name", PIXELS)
 def test_open_image_of_other_modes(name):
+    # Transparent pixels are white, as on a page; a grey of 16 bits is not cut to 8.
     source, expected = PIXELS[name]
     opened = open_image(source)
     assert opened.mode == "RGB" and opened.getpixel((0, 0)) == expected
@@ -87,6 +88,7 @@ def test_open_image_of_other_modes(name):
 
 @pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "webp", "ppm"])
 def test_open_image_keeps_pixels_of_lossless_formats(tmp_path, suffix):
+    # Another pixel is another code.
     path = tmp_path / f"image.{suffix}"
     gradient().save(path, **({"lossless": True} if suffix == "webp" else {}))
     opened = open_image(path)
@@ -135,6 +137,7 @@ TURNS = {
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
 @pytest.mark.parametrize("orientation", TURNS)
 def test_open_image_applies_exif_rotation(kind, orientation):
+    # Phones store portraits lying on their side.
     upright = Image.new("RGB", (32, 16), WHITE)
     upright.paste((255, 0, 0), (0, 0, 16, 8))  # red corner: top left when upright
     turn = TURNS[orientation]
@@ -152,6 +155,7 @@ def test_open_image_applies_exif_rotation(kind, orientation):
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
 @pytest.mark.parametrize("orientation", [1, 6])
 def test_open_image_reduces_large_images(kind, orientation, monkeypatch):
+    # What a large photo takes in memory; the view is the same but for rounding.
     monkeypatch.setattr(io_module, "MAX_EXACT_PIXELS", 100_000)
     exif = Image.Exif()
     exif[0x0112] = orientation
@@ -219,6 +223,7 @@ FILES = [saved(gradient(24, 20), kind) for kind in KINDS]
     changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255))),
 )
 def test_open_image_of_damaged_bytes_raises_image_errors_only(content, changes):
+    # Any other error would end a training run at one bad file.
     data = bytearray(content)
     for position, value in changes:
         data[int(position * len(data))] = value
@@ -232,6 +237,7 @@ def test_open_image_of_damaged_bytes_raises_image_errors_only(content, changes):
 
 
 def test_image_to_base64_and_back():
+    # As browsers and scripts send them: with a prefix, in lines, with spaces around.
     text = image_to_base64(gradient())
     assert base64.b64decode(text).startswith(b"\x89PNG")
     lines = "\n".join(text[start : start + 40] for start in range(0, len(text), 40))
@@ -245,6 +251,7 @@ def test_image_to_base64_and_back():
 
 
 def test_sizes_of_images_on_pages_and_in_requests():
+    # As the page and the server prepare them.
     assert fit_longer_side(Image.new("RGB", (10_000, 3))).size == (512, 1)
     assert crop_to_aspect(Image.new("RGB", (640, 480)), 1.3).size == (624, 480)
     assert chat_image(Image.new("RGBA", (40, 30))).size == (499, 384)

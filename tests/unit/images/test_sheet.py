@@ -16,6 +16,7 @@ def count(sheet: Image.Image, colour: tuple[int, int, int]) -> int:
 
 
 def test_contact_sheet_keeps_images_free_of_text():
+    # Long labels and captions are wrapped or cut, never drawn over an image.
     red = Image.new("RGB", (64, 64), RED)
     wide = Image.new("RGB", (200, 50), GREEN)
     long = [Cell(red, "caption " * 12, "asked " * 9), Cell(wide, "wide")]
@@ -39,6 +40,7 @@ def test_contact_sheet_breaks_long_rows_and_cuts_captions():
 
 
 def test_code_strip_has_a_colour_for_each_code_of_a_section():
+    # Equal codes have equal colours, so that strips can be compared.
     strip = code_strip([0, 1, 4, 5, 2], 4, columns=4, cell=6, gap=1)
     assert strip.size == (27, 13)
     colours = [strip.getpixel((7 * column, 0)) for column in range(4)]

@@ -30,6 +30,7 @@ TRANSFORMS = {
 @pytest.mark.parametrize("size", [(50, 30), (30, 50), (33, 33), (20, 41), (7, 90)])
 @pytest.mark.parametrize("name", ["squashed", "cropped"])
 def test_get_transform_equals_torchvision(size, name):
+    # The codes of the originals are of these pixels.
     from torchvision import transforms
 
     if name == "cropped":
@@ -66,6 +67,7 @@ def test_resize_passes_has_a_fixed_order(size):
 @pytest.mark.parametrize("size", [(1, 30_000), (30_000, 1), (1, 1), (2, 200)])
 @pytest.mark.parametrize("name", TRANSFORMS)
 def test_transforms_of_extreme_shapes(size, name):
+    # A banner of one pixel must neither fail nor fill the memory.
     pixels = TRANSFORMS[name](Image.new("RGB", size, (90, 120, 200)))
     assert pixels.shape == (3, 16, 16)
     assert denormalise(pixels).getpixel((10, 10)) == (90, 120, 200)

@@ -50,6 +50,7 @@ class GatedWork:
 
 
 def test_batcher_joins_rows_of_one_key_in_their_order():
+    # Each thread gets the results of its own rows, also of more than fit a batch.
     work = GatedWork()
     calls = [(2, [1, 2]), (3, [1]), (2, [4]), (2, [5, 8]), (2, range(1, 10)), (3, [2])]
     results = work.results(DynamicBatcher(work, max_rows=4), calls)

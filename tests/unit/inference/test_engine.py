@@ -179,6 +179,7 @@ def test_answers_of_a_compiled_model(tiny):
 
 
 def test_several_answers_of_a_prompt_have_a_seed_each(tiny):
+    # So that a caller can ask for the third one again, alone.
     engine = engine_of(tiny)
     asked = prompts(tiny)[:1]
     answers = engine.generate(asked, replace(SAMPLED, seed=4, num_return_sequences=3))

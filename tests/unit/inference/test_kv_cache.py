@@ -60,6 +60,7 @@ def test_cached_prefixes_equal_recomputed_ones(llm, tiny, waves):
     max_rows=st.integers(1, 16),
 )
 def test_plan_cache_uses_its_budget(per_token, context, budget, max_rows):
+    # Too much is out of memory at the first long prompt, too little a shorter context.
     tokens = budget // per_token
     if tokens < 64:  # no useful row
         with pytest.raises(ConfigError, match="GiB"):

@@ -156,6 +156,7 @@ def test_chat_template_equals_transformers(case: TemplateCase, tmp_path):
 
 @pytest.mark.parametrize("case", IMAGE_TEMPLATES.values(), ids=IMAGE_TEMPLATES)
 def test_chat_template_with_parts_places_images(case: TemplateCase, tmp_path):
+    # Some templates put images first, whatever their order in the message.
     hub, reference = write_case(case, tmp_path)
     template = get_template("chat", hub)
     codes = [CODES, CODES[::-1]]
@@ -182,6 +183,7 @@ def test_chat_template_with_parts_places_images(case: TemplateCase, tmp_path):
 
 @pytest.mark.parametrize("case", [*TEXT_TEMPLATES.values(), TEXT_LISTS])
 def test_chat_template_of_texts_keeps_images_between_them(case: TemplateCase, tmp_path):
+    # A template that knows texts alone must not move or drop an image.
     hub, _ = write_case(case, tmp_path)
     parts = get_template("chat", hub).render([("user", ["See", CODES, "it"])])
     index = parts.index(CODES)

@@ -109,6 +109,7 @@ def test_check_vocab_size():
     ],
 )
 def test_load_llm_of_another_configuration(folder: Path, config, named):
+    # Each would load, and answer nonsense.
     values = json.loads((folder / "config.json").read_text())
     write_json(folder / "config.json", {**values, **config})
     with pytest.raises(CheckpointError, match=named):
@@ -166,6 +167,7 @@ def scores_of(llm: Any) -> Tensor:
     ("quantization", "largest"), [("8bit", 0.01), ("4bit", 0.2), ("int8", 0.01), ("int4", 0.5)]
 )
 def test_load_llm_quantised_on_a_cpu(nano_scores: Tensor, quantization, largest):
+    # The largest divergence from the scores of unquantised weights.
     pytest.importorskip("bitsandbytes" if quantization.endswith("bit") else "torchao")
     packed = load_llm(LLM, quantization=quantization)
     weight = packed.model.layers[0].mlp.up_proj.weight

@@ -175,6 +175,7 @@ def test_merge_adapter_of_every_checkpoint(trained: Trained, write, tmp_path):
 
 
 def test_merge_into_changes_a_loaded_model(trained: Trained):
+    # As the demo loads an adapter: without a merged folder.
     llm = load_llm(trained.base)
     llm.resize_token_embeddings(N_ALL, mean_resizing=False)
     names = list(llm.state_dict())

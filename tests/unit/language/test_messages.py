@@ -61,6 +61,7 @@ def test_read_messages_keeps_what_it_knows(item):
 
 @pytest.mark.parametrize(("part", "item"), PARTS)
 def test_read_messages_of_chat_parts(part, item):
+    # A name is a file's: nothing is downloaded.
     for content in (part, [part]):
         assert read_messages([user(content)]) == [Message("user", (item,))]
 
@@ -158,5 +159,6 @@ def test_image_conversations_pairs_images_and_texts(images, groups, is_single):
     [([IMAGE, []], "a", "1"), ([IMAGE, IMAGE], ["a"], "2"), (IMAGE, ["a", "b"], "2")],
 )
 def test_image_conversations_of_missing_images_or_texts(images, texts, named):
+    # A list that is one text short must not pair texts with other images.
     with pytest.raises(RequestError, match=named):
         image_conversations(images, texts)

@@ -51,6 +51,7 @@ def test_a_patch_is_one_token_in_the_order_of_rows():
 
 @torch.no_grad()
 def test_eva_from_clip_gives_clips_output():
+    # Weights published for one class are read by the other.
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     config = CLIPVisionConfig(
@@ -113,6 +114,7 @@ def test_resize_square_of_another_grid():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 @torch.no_grad()
 def test_forward_in_half_precision(dtype):
+    # As on a GPU: no sum overflows.
     vit = EvaVit(SMALL).eval()
     image = torch.randn(2, 3, 16, 16)
     expected = vit(image)

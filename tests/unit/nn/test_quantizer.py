@@ -80,6 +80,7 @@ def test_prepare_and_lookup_of_each_kind():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_forward_loss_and_gradients(kind):
+    # The original's weights of both terms; another gradient trains another tokenizer.
     quantizer = VectorQuantizer(10, 4, **KINDS[kind]).eval()
     z = torch.randn(2, 3, 4, requires_grad=True)
     quantized, loss, codes = quantizer(z)
@@ -141,6 +142,7 @@ def test_init_from_finds_the_clusters(kind):
 
 
 def test_init_from_is_reproducible_with_fewer_points_than_codes():
+    # Equal codes would die at once: repeated features get noise.
     points = torch.randn(20, 4)
     tables = []
     for _ in range(2):

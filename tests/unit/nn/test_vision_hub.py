@@ -29,6 +29,7 @@ PIXELS = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
 def test_load_vision_encoder_computes_the_models_features(kind, tmp_path):
+    # Each publisher has other patches, class tokens and pooling.
     model = write_vision(kind, tmp_path)
     encoder = load_vision_encoder(tmp_path)
     pixels = encoder.preprocessing(noise(0))[None]
@@ -74,6 +75,7 @@ def test_preprocessing_makes_the_pixels_of_transformers(kind, tmp_path):
 
 
 def test_patches_of_a_network_that_merges_them():
+    # Swin has fewer patches at its end than at its beginning.
     from transformers import SwinConfig
 
     config = SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 2])
@@ -105,6 +107,7 @@ def test_hub_config_and_weights_need_no_folder(tmp_path):
 
 @torch.no_grad()
 def test_one_half_of_a_whole_siglip(tmp_path):
+    # Its publisher has no folder of the vision model alone.
     from transformers import SiglipConfig, SiglipModel
 
     sizes = KINDS["siglip"][2]
