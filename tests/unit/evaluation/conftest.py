@@ -1,4 +1,4 @@
-"""A tiny CLIP, and a tiny tokenizer with its stage-1 checkpoint."""
+"""Tiny models that judge or compare, and a tiny tokenizer with its stage-1 checkpoint."""
 
 from __future__ import annotations
 
@@ -10,45 +10,35 @@ import pytest
 import torch
 
 
-def clip_words(folder: Path) -> Path:
-    """A CLIP tokenizer of single letters."""
-    folder.mkdir(parents=True, exist_ok=True)
-    letters = [letter + end for letter in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")]
-    vocabulary = {
-        piece: id for id, piece in enumerate([*letters, "<|startoftext|>", "<|endoftext|>"])
-    }
-    (folder / "vocab.json").write_text(json.dumps(vocabulary))
-    (folder / "merges.txt").write_text("#version: 0.2\n")
-    return folder
-
-
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory) -> Path:
-    """A tiny CLIP in transformers' layout."""
+    """A tiny CLIP in transformers' layout, whose tokens are letters."""
     from transformers import CLIPConfig, CLIPModel
 
-    folder = clip_words(tmp_path_factory.mktemp("clip"))
-    torch.manual_seed(0)
-    encoder = {
+    folder = tmp_path_factory.mktemp("clip")
+    pieces = [letter + end for letter in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")]
+    pieces += ["<|startoftext|>", "<|endoftext|>"]
+    (folder / "vocab.json").write_text(
+        json.dumps({piece: token for token, piece in enumerate(pieces)})
+    )
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+    sizes = {
         "hidden_size": 16,
         "intermediate_size": 32,
         "num_hidden_layers": 1,
         "num_attention_heads": 2,
     }
-    size = len(json.loads((folder / "vocab.json").read_text()))
-    CLIPModel(
-        CLIPConfig(
-            projection_dim=8,
-            vision_config={**encoder, "image_size": 16, "patch_size": 8},
-            text_config={
-                **encoder,
-                "vocab_size": size,
-                "max_position_embeddings": 8,
-                "bos_token_id": size - 2,
-                "eos_token_id": size - 1,
-            },
-        )
-    ).save_pretrained(folder)
+    text = {
+        **sizes,
+        "vocab_size": len(pieces),
+        "max_position_embeddings": 32,
+        "bos_token_id": len(pieces) - 2,
+        "eos_token_id": len(pieces) - 1,
+    }
+    vision = {**sizes, "image_size": 16, "patch_size": 8}
+    torch.manual_seed(0)
+    config = CLIPConfig(projection_dim=8, text_config=text, vision_config=vision)
+    CLIPModel(config).save_pretrained(folder)
     return folder
 
 

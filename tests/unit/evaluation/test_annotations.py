@@ -1,26 +1,35 @@
-"""Reading questions and captions of benchmark files."""
+"""Files of benchmarks: each published format, and the faults that its readers name."""
 
 from __future__ import annotations
 
+import csv
 import json
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pytest
-from PIL import Image
+from random_images import noise
 
 from seed_multimodal.errors import DataError, ImageError
-from seed_multimodal.evaluation.annotations import find_image_file, read_captions, read_questions
+from seed_multimodal.evaluation.annotations import (
+    Sample,
+    find_image_file,
+    read_captions,
+    read_questions,
+)
+from seed_multimodal.evaluation.choices import read_choices
+from seed_multimodal.evaluation.geneval import read_object_prompts
+from seed_multimodal.evaluation.tifa import DPG_COLUMNS, read_dpg, read_geneval2
 
+COCO_NAME = "val2014/COCO_val2014_000000000007.jpg"
 COCO = {
-    "images": [
-        {"id": 7, "file_name": "COCO_val2014_000000000007.jpg"},
-        {"id": 0, "file_name": "b.jpg"},
-    ],
+    "images": [{"id": 7, "file_name": COCO_NAME}, {"id": 0, "file_name": "b.jpg"}],
     "annotations": [
-        {"id": 1, "image_id": 7, "caption": "one"},
-        {"id": 2, "image_id": 0, "caption": "two"},
-        {"id": 3, "image_id": 7, "caption": "three"},
+        {"image_id": 7, "caption": "one"},
+        {"image_id": 0, "caption": "two"},
+        {"image_id": 7, "caption": "three"},
     ],
 }
 KARPATHY = {
@@ -35,234 +44,227 @@ KARPATHY = {
         {"filename": "x.jpg", "cocoid": 8, "split": "val", "sentences": [{"raw": "two"}]},
     ]
 }
-LAVIS = [{"image": "val2014/COCO_val2014_000000000007.jpg", "caption": ["one", "three"]}]
-LAVIS_TRAIN = [
-    {"image": "val2014/COCO_val2014_000000000007.jpg", "caption": text} for text in ("one", "three")
-]
-NAMED = "val2014/COCO_val2014_000000000007.jpg"
+SEVEN = Sample(7, "", COCO_NAME, references=["one", "three"])
 
 
 def write(path: Path, value: Any) -> Path:
-    path.write_text(value if isinstance(value, str) else json.dumps(value))
+    """A text, lines of JSON (`.jsonl`), a table (`.csv`) or JSON."""
+    text = value
+    if path.suffix == ".jsonl":
+        text = "\n".join(map(json.dumps, value))
+    elif not isinstance(value, str):
+        text = json.dumps(value)
+    path.write_text(text)
     return path
 
 
-def test_read_questions_of_vqa(tmp_path):
-    questions = write(
-        tmp_path / "q.json",
-        {
-            "questions": [
-                {"question_id": 0, "image_id": 0, "question": "What?"},
-                {"question_id": 1, "image_id": 9, "question": "Who? "},
-            ]
-        },
-    )
-    assert [
-        (sample.key, sample.image, sample.question, sample.references)
-        for sample in read_questions(questions)
-    ] == [(0, 0, "What?", []), (1, 9, "Who?", [])]
-    answers = write(
-        tmp_path / "a.json",
-        {
-            "annotations": [
-                {
-                    "question_id": id,
-                    "answers": [{"answer": "x"}, {"answer": ""}],
-                    "answer_type": "other",
-                    "question_type": "what",
-                }
-                for id in (1, 0)
-            ]
-        },
-    )
-    first = read_questions(questions, answers)[0]
-    assert (first.image, first.references, first.answer_type, first.question_type) == (
-        0,
-        ["x", ""],
-        "other",
-        "what",
-    )
-    write(answers, {"annotations": [{"question_id": 1, "answers": ["x"]}]})
-    with pytest.raises(
-        DataError, match="has nothing about 1 of 2 samples of .*, first 0: they belong"
-    ):
-        read_questions(questions, answers)
+def without_locations(samples: list[Sample]) -> list[Sample]:
+    return [replace(sample, location="") for sample in samples]
 
 
-def test_read_questions_of_lists_gqa_and_vizwiz(tmp_path):
-    (listed,) = read_questions(
-        write(
-            tmp_path / "l.json",
-            [{"image": "a.jpg", "question": "q?", "question_id": "one", "answer": ["x", "y"]}],
-        )
-    )
-    assert (listed.key, listed.image, listed.references) == ("one", "a.jpg", ["x", "y"])
-    (gqa,) = read_questions(
-        write(
-            tmp_path / "g.json",
-            {
-                "201": {
-                    "question": "Is it?",
-                    "imageId": "n1",
-                    "answer": "no",
-                    "types": {"structural": "verify", "semantic": "attr"},
-                }
-            },
-        )
-    )
-    assert (gqa.key, gqa.image, gqa.references, gqa.answer_type, gqa.question_type) == (
-        "201",
-        "n1.jpg",
-        ["no"],
-        "verify",
-        "attr",
-    )
-    vizwiz = write(
-        tmp_path / "v.json",
-        [
-            {
-                "image": "VizWiz_val_01.jpg",
-                "question": "What?",
-                "answers": [{"answer": "a fox", "answer_confidence": "yes"}] * 10,
-            }
-        ],
-    )
-    for answers in (None, vizwiz):
-        (sample,) = read_questions(vizwiz, answers)
-        assert (sample.key, sample.image, sample.references) == ("VizWiz_val_01.jpg",) * 2 + (
-            ["a fox"] * 10,
-        )
+VQA = {"questions": [{"question_id": 0, "image_id": 9, "question": "Who? "}]}
+VQA_ANSWERS = {
+    "annotations": [
+        {"question_id": 5, "answers": [{"answer": "of another set"}]},
+        {
+            "question_id": 0,
+            "answers": [{"answer": "x"}, {"answer": ""}],
+            "answer_type": "other",
+            "question_type": "what",
+        },
+    ]
+}
+VIZWIZ = [{"image": "VizWiz_val_01.jpg", "question": "Who?", "answers": [{"answer": "a fox"}]}]
+LISTED = [{"image": "a.jpg", "question": "Who?", "question_id": "one", "answer": ["x", "y"]}]
+GQA = {
+    "201": {
+        "question": "Who?",
+        "imageId": "n1",
+        "answer": "no",
+        "types": {"structural": "verify", "semantic": "attr"},
+    }
+}
 
 
 @pytest.mark.parametrize(
-    ("item", "problem"),
+    ("questions", "answers", "expected"),
     [
-        (1, "has no question"),
-        ({"question": "q?", "image": "a"}, "no question_id"),
-        ({"question_id": 2, "image": "a"}, "no question"),
-        ({"question_id": 2, "question": "q?"}, "no image"),
+        (VQA, None, Sample(0, "", 9, "Who?")),
+        (VQA, VQA_ANSWERS, Sample(0, "", 9, "Who?", ["x", ""], "other", "what")),
+        (VIZWIZ, VIZWIZ, Sample("VizWiz_val_01.jpg", "", "VizWiz_val_01.jpg", "Who?", ["a fox"])),
+        (LISTED, None, Sample("one", "", "a.jpg", "Who?", ["x", "y"])),
+        (GQA, None, Sample("201", "", "n1.jpg", "Who?", ["no"], "verify", "attr")),
     ],
+    ids=["vqa", "vqa with answers", "vizwiz", "list", "gqa"],
 )
-def test_read_questions_with_a_bad_item(tmp_path, item, problem):
-    good = [{"question_id": id, "question": "q?", "image": "a.jpg"} for id in (1, 9)]
-    samples = read_questions(write(tmp_path / "q.json", [good[0], item, good[1]]))
-    assert [sample.key for sample in samples] == [1, "item 1", 9] and not samples[0].problem
-    assert "q.json: item 1: " in samples[1].problem and problem in samples[1].problem
+def test_read_questions_of_each_format(questions, answers, expected, tmp_path):
+    file = write(tmp_path / "q.json", questions)
+    truth = None if answers is None else write(tmp_path / "a.json", answers)
+    assert without_locations(read_questions(file, truth)) == [expected]
 
 
 @pytest.mark.parametrize(
-    ("value", "sentence"),
+    ("content", "expected"),
     [
-        ("", "is not json"),
-        ({"annotations": []}, "under 'questions'"),
-        ({"questions": []}, "holds no json list"),
+        (COCO, [SEVEN, Sample(0, "", "b.jpg", references=["two"])]),
+        (KARPATHY, [SEVEN]),
+        ([{"image": COCO_NAME, "caption": ["one", "three"]}], [SEVEN]),
+        # Images with equal numbers in two folders are two images.
         (
-            [{"question_id": 1, "question": "q?", "image": "a"}] * 2,
-            "several questions have one question_id",
+            [{"image": f"{folder}/1.jpg", "caption": folder} for folder in "abba"],
+            [
+                Sample(1, "", "a/1.jpg", references=["a", "a"]),
+                Sample("b/1.jpg", "", "b/1.jpg", references=["b", "b"]),
+            ],
         ),
     ],
+    ids=["coco", "karpathy", "lavis", "equal numbers"],
 )
-def test_read_questions_of_other_files(tmp_path, value, sentence):
-    with pytest.raises(DataError, match=f"q.json: .*{sentence}"):
-        read_questions(write(tmp_path / "q.json", value))
-    with pytest.raises(DataError, match="did you mean .*q.json"):
-        read_questions(tmp_path / "qq.json")
+def test_read_captions_of_each_format(content, expected, tmp_path):
+    assert without_locations(read_captions(write(tmp_path / "c.json", content))) == expected
 
 
-@pytest.mark.parametrize(
-    ("value", "image"), [(COCO, NAMED[8:]), (KARPATHY, NAMED), (LAVIS, NAMED), (LAVIS_TRAIN, NAMED)]
-)
-def test_read_captions(tmp_path, value, image):
-    first, *others = read_captions(write(tmp_path / "c.json", value))
-    assert (first.key, first.image, first.references) == (7, image, ["one", "three"])
-    rest = [(0, "b.jpg", ["two"])] if value is COCO else []
-    assert [(sample.key, sample.image, sample.references) for sample in others] == rest
+def test_read_captions_of_texts_to_draw(tmp_path):
+    texts = read_captions(write(tmp_path / "t.txt", "\ufeffa fox\n\n a hill \n"))
+    assert [(sample.key, sample.caption) for sample in texts] == [(1, "a fox"), (3, "a hill")]
+    # Each text is a sample, also the second one of an image, or one without.
+    lines = [{"image": "9.jpg", "text": "a"}, {"image": "9.jpg", "text": "b"}, {"text": "c"}]
+    listed = read_captions(write(tmp_path / "l.jsonl", lines), each_text=True)
+    keys = [(sample.key, sample.image) for sample in listed]
+    assert keys == [(9, "9.jpg"), ("item 1", "9.jpg"), ("item 2", None)]
 
 
-def test_read_captions_of_a_split(tmp_path):
-    path = write(tmp_path / "k.json", KARPATHY)
-    assert [sample.key for sample in read_captions(path, "val")] == [8]
-    with pytest.raises(DataError, match="no image of the split 'train'; there are test, val"):
-        read_captions(path, "train")
+@pytest.mark.parametrize("item", [{"image": "val/a.jpg", "img_id": 7}, {"image": COCO_NAME}])
+def test_read_captions_with_references_in_another_file(item, tmp_path):
+    path = write(tmp_path / "p.json", [item])
+    # NoCaps' file has no file names.
+    truth = write(tmp_path / "gt.json", {**COCO, "images": [{"id": 7}]})
+    expected = replace(SEVEN, image=item["image"])
+    assert without_locations(read_captions(path, truth=truth)) == [expected]
 
 
-def test_read_captions_reads_the_split_of_the_truth(tmp_path):
-    truth = write(tmp_path / "truth.json", KARPATHY)
+def test_read_captions_of_a_split_of_the_truth(tmp_path):
+    truth = write(tmp_path / "k.json", KARPATHY)
     images = write(tmp_path / "images.json", [{"image": "x.jpg", "image_id": 8}])
-    (sample,) = read_captions(images, "val", truth)
+    [sample] = read_captions(images, "val", truth)
     assert sample.references == ["two"]
 
 
-def test_read_captions_of_images_with_equal_numbers(tmp_path):
-    path = write(
-        tmp_path / "a.json",
-        [
-            {"image": f"{folder}/1.jpg", "caption": text}
-            for folder, text in (("a", "a fox"), ("b", "a cat"), ("b", "one cat"), ("a", "one fox"))
-        ],
-    )
-    assert [(sample.key, sample.references) for sample in read_captions(path)] == [
-        (1, ["a fox", "one fox"]),
-        ("b/1.jpg", ["a cat", "one cat"]),
+# ---- faults
+
+QUESTION = {"question_id": 2, "question": "Who?", "image": "a.jpg"}
+BAD_ITEMS = {
+    "not an object": (read_questions, 1, "question"),
+    "no id": (read_questions, {**QUESTION, "question_id": None}, "question_id"),
+    "no question": (read_questions, {**QUESTION, "question": " "}, "question"),
+    "no image": (read_questions, {**QUESTION, "image": ""}, "image"),
+    "no caption": (read_captions, {"image": "a.jpg", "caption": " "}, "references"),
+}
+
+
+@pytest.mark.parametrize(("read", "item", "name"), BAD_ITEMS.values(), ids=BAD_ITEMS)
+def test_an_unusable_item_does_not_end_the_file(read, item, name, tmp_path):
+    good = [{**QUESTION, "question_id": id, "image": f"{id}.jpg", "caption": "a"} for id in (1, 9)]
+    first, bad, last = read(write(tmp_path / "q.json", [good[0], item, good[1]]))
+    assert (first.key, bad.key, last.key) == (1, "item 1", 9)
+    assert not first.problem
+    assert "q.json: item 1" in bad.problem
+    assert f"no {name}" in bad.problem
+
+
+GENEVAL = {"tag": "single_object", "include": [{"class": "cup", "count": 1}], "prompt": "a cup"}
+GENEVAL2 = {"prompt": "two foxes", "vqa_list": [["How many foxes?", "two"]], "skills": ["count"]}
+CHOICE = {
+    "question_id": "7",
+    "data_id": "0.png",
+    "question": "Which style?",
+    **{f"choice_{letter}": letter for letter in "abcd"},
+    "answer": "A",
+}
+DPG = dict(zip(DPG_COLUMNS, ("a", "text", "1", "0", "entity (fox)", "A fox?"), strict=True))
+
+
+def of_objects(**changes: Any) -> list[Any]:
+    return [{**GENEVAL, "include": [{"class": "cup", "count": 1, **changes}]}]
+
+
+def choices(**changes: Any) -> dict[str, Any]:
+    return {"questions": [{**CHOICE, **changes}]}
+
+
+def write_dpg(path: Path, rows: list[dict[str, str]]) -> Path:
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, DPG_COLUMNS)
+        writer.writeheader()
+        writer.writerows(rows)
+    return path
+
+
+BAD_FILES = {
+    # Reader, content, what the error names besides the file.
+    "no json": (read_questions, "", ""),
+    "no questions": (read_questions, {"questions": []}, "questions"),
+    "equal ids": (read_questions, [QUESTION, QUESTION], "question_id"),
+    "no such split": (partial(read_captions, split="train"), KARPATHY, "train"),
+    "geneval: no prompt": (read_object_prompts, [{**GENEVAL, "prompt": 1}], "item 0.*prompt"),
+    "geneval: no tag": (read_object_prompts, [{**GENEVAL, "tag": None}], "item 0.*tag"),
+    "geneval: one object": (read_object_prompts, [{**GENEVAL, "include": {}}], "include"),
+    "geneval: no class": (read_object_prompts, of_objects(**{"class": 1}), "class"),
+    "geneval: count": (read_object_prompts, of_objects(count=0), "cup"),
+    "geneval: no pair": (read_object_prompts, of_objects(position="left"), "cup"),
+    "geneval: relation": (read_object_prompts, of_objects(position=["in", 0]), "cup.*left of"),
+    "geneval: itself": (read_object_prompts, of_objects(position=["above", 0]), "cup"),
+    "geneval2: no prompt": (read_geneval2, [{**GENEVAL2, "prompt": 1}], "item 0.*prompt"),
+    "geneval2: skills": (read_geneval2, [{**GENEVAL2, "skills": []}], "item 0.*skills"),
+    "seedbench: no question": (read_choices, {"questions": [{"data_id": "0.png"}]}, "item 0"),
+    "seedbench: blank choice": (read_choices, choices(choice_d=" "), "item 0.*choice_d"),
+    "seedbench: answer": (read_choices, choices(answer="E"), "item 0.*answer"),
+    "seedbench: videos": (read_choices, choices(data_type="video"), "images"),
+    "dpg: columns": (read_dpg, "item_id,text\na,b\n", "proposition_id"),
+    "dpg: dependency": (read_dpg, [{**DPG, "dependency": "x"}], "line 2.*x"),
+    "dpg: missing parent": (read_dpg, [{**DPG, "dependency": "3"}], "question 1 of a"),
+}
+
+
+@pytest.mark.parametrize(("read", "content", "name"), BAD_FILES.values(), ids=BAD_FILES)
+def test_a_file_of_another_layout_is_named_with_the_fault(read, content, name, tmp_path):
+    if read is read_dpg and isinstance(content, list):
+        file = write_dpg(tmp_path / "data.json", content)
+    else:
+        file = write(tmp_path / "data.json", content)
+    with pytest.raises(DataError, match=f"(?s)data.json.*{name}"):
+        read(file)
+    with pytest.raises(DataError, match=r"data\.jso.*no such file"):
+        read(tmp_path / "data.jso")
+
+
+def test_samples_without_a_reference_are_of_another_set(tmp_path):
+    questions = write(tmp_path / "q.json", [QUESTION, {**QUESTION, "question_id": 3}])
+    answers = write(tmp_path / "a.json", [{"question_id": 3, "answer": "x"}])
+    with pytest.raises(DataError, match=r"a\.json.*q\.json.* 2\b"):
+        read_questions(questions, answers)
+    captions = write(tmp_path / "c.json", [{"image": "9.jpg"}])
+    with pytest.raises(DataError, match=r"gt\.json.*c\.json.* 9\b"):
+        read_captions(captions, truth=write(tmp_path / "gt.json", COCO))
+
+
+def test_read_dpg_takes_prompts_of_files_and_numbers_of_any_order(tmp_path):
+    rows = [
+        {**DPG, "proposition_id": "2", "dependency": "1", "tuple": "entity - part (fox, tail)"},
+        DPG,
+        {**DPG, "item_id": "b"},
     ]
-
-
-def test_read_captions_of_texts(tmp_path):
-    texts = read_captions(write(tmp_path / "t.txt", "\ufeffa fox\n\n a hill \n"))
-    assert [(sample.key, sample.image, sample.caption) for sample in texts] == [
-        (1, None, "a fox"),
-        (3, None, "a hill"),
-    ]
-    listed = write(
-        tmp_path / "l.jsonl",
-        "\n".join(
-            json.dumps(line)
-            for line in (
-                {"image": "9.jpg", "text": "a"},
-                {"image": "9.jpg", "text": "b"},
-                {"text": "c"},
-                {"image": "9.jpg", "text": " "},
-            )
-        ),
-    )
-    *good, bad = read_captions(listed, each_text=True)
-    assert [(sample.key, sample.image, sample.caption) for sample in good] == [
-        (9, "9.jpg", "a"),
-        ("item 1", "9.jpg", "b"),
-        ("item 2", None, "c"),
-    ]
-    assert "item 3: has no references" in bad.problem
-
-
-@pytest.mark.parametrize(
-    "item",
-    [
-        {"image": "val/a.jpg", "img_id": 7},
-        {"image": NAMED},
-        {"image": "val/a.jpg", "image_id": 7, "caption": "another"},
-    ],
-)
-def test_read_captions_with_references_in_another_file(tmp_path, item):
-    path = write(tmp_path / "p.json", [item])
-    truth = write(tmp_path / "gt.json", {**COCO, "images": [{"id": 7}]})
-    (sample,) = read_captions(path, truth=truth)
-    assert (sample.key, sample.image, sample.references) == (7, item["image"], ["one", "three"])
-    with pytest.raises(DataError, match="has nothing about 1 of 2 samples of .*p.json, first 9: "):
-        read_captions(write(path, [item, {"image": "9.jpg"}]), truth=truth)
+    (tmp_path / "prompts").mkdir()
+    (tmp_path / "prompts" / "a.txt").write_text("A long text about a fox.\n")
+    first, second = read_dpg(write_dpg(tmp_path / "dpg_bench.csv", rows))
+    assert (first.caption, second.caption) == ("A long text about a fox.", "text")
+    assert [(item.number, item.parents) for item in first.questions] == [(2, (1,)), (1, ())]
+    assert first.questions[0].category == "entity - part"
 
 
 def test_find_image_file_by_coco_names(tmp_path):
     (tmp_path / "val2014").mkdir()
-    Image.new("RGB", (4, 4)).save(tmp_path / NAMED)
-    assert find_image_file(7, tmp_path, tmp_path / "q.json", "here").name == NAMED[8:]
-    with pytest.raises(
-        ImageError,
-        match=r"^q.json: item 3: its image was not found: .*COCO_val2014_000000000009.jpg",
-    ):
+    noise(0).save(tmp_path / COCO_NAME)
+    assert find_image_file(7, tmp_path, tmp_path / "q.json", "here") == tmp_path / COCO_NAME
+    with pytest.raises(ImageError, match=r"q\.json: item 3: .*COCO_val2014_000000000009\.jpg"):
         find_image_file(9, tmp_path, tmp_path / "q.json", "q.json: item 3")
-
-
-def test_read_captions_of_texts_names_their_images(tmp_path):
-    samples = read_captions(write(tmp_path / "c.json", COCO), each_text=True)
-    names = [sample.image for sample in samples]
-    assert names == ["COCO_val2014_000000000007.jpg", "b.jpg", "COCO_val2014_000000000007.jpg"]

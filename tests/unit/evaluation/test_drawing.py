@@ -8,11 +8,8 @@ import torch
 from full_disk import file_size_limit
 from PIL import Image
 from random_images import noise
-from torch import nn
-from transformers import CLIPModel, CLIPTokenizer
 
 from seed_multimodal.errors import CheckpointError, DataError
-from seed_multimodal.evaluation import drawing as module
 from seed_multimodal.evaluation.annotations import Sample
 from seed_multimodal.evaluation.answers import Run, Task
 from seed_multimodal.evaluation.drawing import (
@@ -28,33 +25,37 @@ from seed_multimodal.images.transforms import ImageTransform
 CPU = torch.device("cpu")
 
 
-def test_cosines_equal_those_of_clip(clip_folder):
+@torch.no_grad()
+def test_cosines_equal_those_of_transformers(clip_folder):
+    from transformers import CLIPModel, CLIPTokenizer
+
     clip = ClipScores(clip_folder, CPU)
     images = [noise(1), noise(2), noise(3)]
-    cosines = clip.cosines(["ab c", "d"], [images[:2], images[2:]])
-    assert [len(row) for row in cosines] == [2, 1]
-    with torch.no_grad():
-        out = CLIPModel.from_pretrained(clip_folder)(
-            **CLIPTokenizer.from_pretrained(clip_folder)(["ab c"], return_tensors="pt"),
-            pixel_values=ImageTransform(16, interpolation="bicubic").batch(images[:2]),
-        )
-    assert cosines[0] == pytest.approx(
-        (out.image_embeds @ out.text_embeds.T)[:, 0].tolist(), abs=1e-5
-    )
-    # longer texts are truncated
-    assert clip.cosines(["a b c d e f g h i"], [[noise(1)]]) == clip.cosines(
-        ["a b c d e f z"], [[noise(1)]]
-    )
+    first, second = clip.cosines(["ab c", "d"], [images[:2], images[2:]])
+    tokens = CLIPTokenizer.from_pretrained(clip_folder)(["ab c"], return_tensors="pt")
+    pixels = ImageTransform(16, interpolation="bicubic").batch(images[:2])
+    out = CLIPModel.from_pretrained(clip_folder)(**tokens, pixel_values=pixels)
+    expected = (out.image_embeds @ out.text_embeds.T)[:, 0].tolist()
+    assert first == pytest.approx(expected, abs=1e-5)
+    assert len(second) == 1
+    # Longer texts are truncated.
+    [[long]], [[longer]] = [clip.cosines(["a " * 40 + end], [[noise(1)]]) for end in ("", "b c")]
+    assert long == longer
+    assert clip.image_cosine(noise(1), noise(1)) == pytest.approx(1)
+    assert clip.image_cosine(noise(1), noise(2)) < 0.9999
 
 
 def test_find_clip_without_weights(tmp_path, monkeypatch):
+    # The message names what to download.
     monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="openai/clip-vit-large-patch14 .* --clip"):
+    with pytest.raises(CheckpointError, match="openai/clip-vit-large-patch14"):
         find_clip(None)
+    with pytest.raises(CheckpointError, match="absent"):
+        find_clip(tmp_path / "absent")
     assert find_clip(tmp_path) == tmp_path
 
 
-class Colours(nn.Module):
+class Colours(torch.nn.Module):
     """Each image's mean of every channel, in place of Inception's features."""
 
     num_features = 3
@@ -63,56 +64,49 @@ class Colours(nn.Module):
         return images.mean((2, 3))
 
 
-def test_fid_equals_the_distance_of_two_gaussians(tmp_path, monkeypatch):
+def test_fid_equals_that_of_all_images_at_once(tmp_path):
+    # Only sums are kept from batch to batch.
     from torchmetrics.image.fid import FrechetInceptionDistance
 
-    monkeypatch.setattr(module, "BATCH", 4)
-    real = [noise(seed) for seed in range(6)]
-    drawings = [noise(seed, (8, 8)) for seed in range(10, 16)]
-    for index in range(6):
-        real[index].save(tmp_path / f"real{index}.png")
-        drawings[index].save(tmp_path / f"drawn{index}.png")
-    samples = [Sample(index, "", f"real{index}.png") for index in range(6)]
+    n_images = 33  # more than one batch
+    samples = []
+    files = []
+    expected = FrechetInceptionDistance(Colours(), normalize=True)
+    for index in range(n_images):
+        real, drawn = noise(index), noise(100 + index, (8, 8))
+        files.append(tmp_path / f"drawn{index}.png")
+        drawn.save(files[-1])
+        real.save(tmp_path / f"real{index}.png")
+        samples.append(Sample(index, "", f"real{index}.png"))
+        # Real images are made as large as drawings.
+        square = real.resize((8, 8), Image.Resampling.BICUBIC)
+        for image, is_real in ((square, True), (drawn, False)):
+            pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
+            expected.update(pixels[None], real=is_real)
     run = Run(Task("text2image"), tmp_path / "t.json", tmp_path, resolution=8)
-    distance = fid(
-        FrechetInceptionDistance(Colours(), normalize=True),
-        run,
-        samples,
-        [tmp_path / f"drawn{index}.png" for index in range(6)],
-    )
-    features = [
-        np.array([np.asarray(image, float).mean((0, 1)) / 255 for image in images])
-        for images in ([image.resize((8, 8), Image.Resampling.BICUBIC) for image in real], drawings)
-    ]
-    means = [rows.mean(0) for rows in features]
-    covariances = [np.cov(rows.T) for rows in features]
-    roots = np.sqrt(np.linalg.eigvals(covariances[0] @ covariances[1]).astype(complex)).real.sum()
-    expected = (
-        ((means[0] - means[1]) ** 2).sum()
-        + np.trace(covariances[0])
-        + np.trace(covariances[1])
-        - 2 * roots
-    )
-    assert distance == pytest.approx(expected, rel=1e-3)
+    metric = FrechetInceptionDistance(Colours(), normalize=True)
+    assert fid(metric, run, samples, files) == pytest.approx(float(expected.compute()), rel=1e-3)
 
 
-def test_fid_note():
-    assert "FID of 1,999 images is biased" in fid_note(1999) and not fid_note(2000)
+def test_fid_of_few_images_has_a_note():
+    assert "1,999" in fid_note(1999)
+    assert not fid_note(2000)
 
 
 def test_fid_metric_with_missing_or_unsafe_weights(tmp_path, monkeypatch):
+    # torch-fidelity would unpickle the file.
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
-    with pytest.raises(CheckpointError, match="no Inception weights; download torch-fidelity"):
+    with pytest.raises(CheckpointError, match="--inception"):
         fid_metric(None)
     torch.save({"weight": Run}, tmp_path / "inception.pth")  # a class, not a tensor
-    with pytest.raises(CheckpointError, match="unsafe pickle content"):
+    with pytest.raises(CheckpointError, match=r"inception\.pth"):
         fid_metric(tmp_path / "inception.pth")
 
 
 def test_save_drawing_on_a_full_disk_leaves_no_partial_file(tmp_path):
     image = noise(0, (64, 64))
+    # File names have 255 bytes, a letter up to four of them.
     assert (tmp_path / save_drawing(image, tmp_path, 7, "\U00020000" * 100)).stat().st_size > 4096
-    error = r"000008_fox\.png: cannot be written \(the disk or quota is full"
-    with file_size_limit(1024), pytest.raises(DataError, match=error):
+    with file_size_limit(1024), pytest.raises(DataError, match=r"000008_fox\.png"):
         save_drawing(image, tmp_path, 8, "fox")
     assert len(list(tmp_path.iterdir())) == 1

@@ -6,7 +6,6 @@ import base64
 import json
 
 import pytest
-from repository import ROOT
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.evaluation.verify import REFERENCE, compare
@@ -18,29 +17,30 @@ def drawing(value: int) -> dict:
     return {"sha256": str(value), "size": [64, 64], "thumbnail": thumbnail}
 
 
+def features(first: float) -> dict:
+    return {"features": [first, 1.0 + first], "std": 2.0, "shape": [2, 1]}
+
+
 @pytest.mark.parametrize(
     ("value", "reference", "verdict"),
     [
         ({"text": "a fox"}, {"text": "a fox"}, "equal"),
-        ({"text": "a fox"}, {"text": "a cat"}, "differs: “a cat”"),
-        ({"text": "a fox"}, {"error": "ConfigError"}, "differs: another kind of result"),
-        ({"codes": [0] * 30 + [1, 1]}, {"codes": [0] * 32}, "close: 30 of 32 codes are equal"),
-        ({"codes": [0] * 28 + [1] * 4}, {"codes": [0] * 32}, "differs: 28 of 32 codes are equal"),
-        ({"codes": [0] * 31}, {"codes": [0] * 32}, "differs: 31 of 32 codes are equal"),
-        (drawing(9), drawing(10), "close: 1.0 of 255 between thumbnails (limit 4)"),
-        (drawing(9), drawing(20), "differs: 11.0 of 255 between thumbnails (limit 4)"),
+        ({"text": "a fox"}, {"text": "a cat"}, "differs"),
+        ({"text": "a fox"}, {"error": "ConfigError"}, "differs"),
+        # Other processors round differently: a few codes, features and shades.
+        ({"codes": [0] * 30 + [1, 1]}, {"codes": [0] * 32}, "close"),
+        ({"codes": [0] * 28 + [1] * 4}, {"codes": [0] * 32}, "differs"),
+        ({"codes": [0] * 31}, {"codes": [0] * 32}, "differs"),
+        (drawing(9), drawing(10), "close"),
+        (drawing(9), drawing(20), "differs"),
         (drawing(9), {**drawing(9), "size": [32, 32]}, "differs"),
+        (features(0.01), features(0.0), "close"),
+        (features(0.1), features(0.0), "differs"),
     ],
 )
 def test_compare(value, reference, verdict):
-    assert compare(value, reference) == verdict
-
-
-@pytest.mark.parametrize("shift", [0.01, 0.1])
-def test_compare_of_features(shift):
-    reference = {"features": [0.0, 1.0], "std": 2.0, "shape": [2, 1]}
-    verdict = compare({**reference, "features": [shift, 1.0 + shift]}, reference)
-    assert verdict.startswith("close" if shift == 0.01 else "differs")
+    # `seed verify` on another processor: what is close, and what is another model.
+    assert compare(value, reference).startswith(verdict)
 
 
 @pytest.mark.slow
@@ -63,4 +63,3 @@ def test_verify_of_a_shipped_model(name, tmp_path, capsys):
     command = ["verify", name, "--device", "cpu", "--reference", str(tmp_path / "other.json")]
     assert main(command) == 1
     assert "| differs: “A dog.” |" in capsys.readouterr().out
-    assert (ROOT / "pretrained" / name / REFERENCE).is_file()

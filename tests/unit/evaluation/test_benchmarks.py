@@ -1,0 +1,239 @@
+"""Every benchmark through its command: recorded answers are scored as the papers' programs do.
+
+The answers lie in OUT/samples-0.jsonl as a stopped run leaves them, so that nothing is generated;
+the scores are computed by hand.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pytest
+from random_images import noise
+
+from seed_multimodal.cli.main import main
+
+
+@dataclass
+class Recorded:
+    """A command, its files, recorded lines, and what summary.json and results.json hold of them.
+
+    n_images: drawings of each prompt, which are judged.
+    """
+
+    command: str
+    files: dict[str, Any]
+    lines: list[dict[str, Any]]
+    summary: dict[str, Any]
+    results: dict[str, list[Any]] = field(default_factory=dict)
+    model: str = "tiny_folder"
+    n_images: int = 0
+    status: int = 0
+
+
+def annotated(*answers: str) -> list[dict[str, str]]:
+    return [{"answer": answer} for answer in answers]
+
+
+def question(key: int, **fields: Any) -> dict[str, Any]:
+    return {"question_id": key, "image": "a.jpg", "question": "Which?", **fields}
+
+
+def answer(key: int, text: str) -> dict[str, Any]:
+    return {"id": key, "answer": text}
+
+
+def found(label: str, left: int, colour: str = "") -> dict[str, Any]:
+    return {"label": label, "score": 0.9, "box": [left, 0, left + 10, 10], "colour": colour}
+
+
+CHOICES = {f"choice_{letter}": f"no. {letter}" for letter in "abcd"}
+BENCHMARKS = {
+    # Three of ten annotators agree: each of them has two others (2/3), each other one three (1).
+    "vqav2": Recorded(
+        "vqa --questions q.json --annotations a.json",
+        {
+            "q.json": {"questions": [question(1), question(2), question(3), question(4)]},
+            "a.json": {
+                "annotations": [
+                    {"question_id": 1, "answers": annotated(*["2 dogs"] * 10)},
+                    {"question_id": 2, "answers": annotated(*["dogs"] * 3, *["cats"] * 7)},
+                    {"question_id": 3, "answers": annotated("red", *["blue"] * 9)},
+                    {"question_id": 4, "answers": annotated(*["yes"] * 10), "answer_type": "y/n"},
+                ]
+            },
+        },
+        # The fourth is not answered, and has no image: it counts as wrong.
+        [answer(1, "Two dogs!"), answer(2, "the dogs"), answer(3, "red")],
+        {"accuracy": 55.0, "per_answer_type": {"y/n": 0.0}, "answered": 3, "bad": 1},
+        {"answer": ["Two dogs!", "the dogs", "red", ""], "question_id": [1, 2, 3, 4]},
+        status=1,
+    ),
+    "gqa": Recorded(
+        "vqa --dataset gqa --questions q.json",
+        {"q.json": [question(1, answer="red"), question(2, answer="no")]},
+        [answer(1, "Red."), answer(2, "not")],
+        {"accuracy": 50.0},
+        {"questionId": [1, 2], "prediction": ["Red.", "not"]},
+    ),
+    # LaVIT's own rule removes opening words.
+    "vizwiz by LaVIT": Recorded(
+        "vqa --dataset vizwiz --questions q_lemm.json",
+        {"q_lemm.json": [question(1, answers=annotated(*["red"] * 10)), question(2, answer="x")]},
+        [answer(1, "It is red."), answer(2, "y")],
+        {"accuracy": 50.0},
+        model="tiny_lavit_folder",
+    ),
+    # An image without answer has an empty caption: BLEU's penalty is exp(1 - 8 words / 4 words).
+    "captions": Recorded(
+        "caption --captions c.json",
+        {
+            "c.json": [
+                {"image": "1.jpg", "caption": ["two horses", "A man rides horses."]},
+                {"image": "2.jpg", "caption": "two dogs play outside"},
+            ]
+        },
+        [{"id": 1, "caption": "a man rides horses"}],
+        {"Bleu_1": 0.3679, "Bleu_4": 0.3679, "ROUGE_L": 0.5, "bad": 1},
+        {"image_id": [1, 2], "caption": ["a man rides horses", ""]},
+        status=1,
+    ),
+    "seedbench": Recorded(
+        "seedbench --questions q.json",
+        {
+            "q.json": {
+                "questions": [
+                    {**question(key, answer=letter), **CHOICES, "data_id": "a", **more}
+                    for key, letter, more in (
+                        (1, "A", {"question_type_id": 3}),
+                        (2, "B", {}),
+                        (3, "C", {"data_type": "video"}),
+                    )
+                ],
+                "question_type": {"Scenes": 3},
+            }
+        },
+        [answer(1, "A"), answer(2, "A")],
+        {"accuracy": 50.0, "per_question_type": {"Scenes": 100.0}, "samples": 2},
+        {"question_id": [1, 2], "prediction": ["A", "A"]},
+    ),
+    "drawings by CLIP": Recorded(
+        "text2image --captions t.txt --best-of 1",
+        {"t.txt": "a fox\na cat"},
+        [
+            {"id": 1, "caption": "a fox", "image": "0.png", "clip": 0.2, "clip_image": 0.5},
+            {"id": 2, "caption": "a cat", "image": "1.png", "clip": 0.3},
+        ],
+        {"clip": 0.25, "clip_image": 0.5},
+        {"image": ["0.png", "1.png"]},
+    ),
+    # Images of a kind are averaged, then kinds.
+    "geneval": Recorded(
+        "geneval --data p.jsonl --judge nano --num-images 2",
+        {
+            "p.jsonl": [
+                {
+                    "tag": "colors",
+                    "prompt": "a red cup",
+                    "include": [{"class": "cup", "count": 1, "color": "red"}],
+                },
+                {
+                    "tag": "position",
+                    "prompt": "a cup left of a bed",
+                    "include": [
+                        {"class": "bed", "count": 1},
+                        {"class": "cup", "count": 1, "position": ["left of", 0]},
+                    ],
+                },
+            ]
+        },
+        [
+            {"id": 0, "detections": [[found("cup", 0, "red")], [found("cup", 0, "blue")]]},
+            {"id": 1, "detections": [[found("bed", 20), found("cup", 0)]] * 2},
+        ],
+        {"images": 4, "prompts_correct": 1.0},
+        {"correct": [True, False, True, True], "tag": ["colors"] * 2 + ["position"] * 2},
+        n_images=2,
+    ),
+    "geneval2": Recorded(
+        "geneval2 --data p.jsonl --judge nano --num-images 1",
+        {
+            "p.jsonl": [
+                {
+                    "prompt": "two foxes",
+                    "vqa_list": [["Fox?", "yes"], ["How many?", "two"]],
+                    "skills": ["object", "count"],
+                    "atom_count": 2,
+                }
+            ]
+        },
+        [{"id": 0, "probabilities": [[0.9, 0.4]]}],
+        {
+            "soft_tifa_am": {"value": 65.0, "low": 65.0, "high": 65.0, "n": 1},
+            "soft_tifa_gm": {"value": 60.0, "low": 60.0, "high": 60.0, "n": 1},
+            "am_per_skill": {"count": 40.0, "object": 90.0},
+            "gm_per_atoms": {"2": 60.0},
+        },
+        n_images=1,
+    ),
+    # The red of a fox that is not there does not count, nor what depends on its red.
+    "dpg": Recorded(
+        "dpg --data d.csv --judge nano --num-images 1",
+        {
+            "d.csv": (
+                "item_id,text,proposition_id,dependency,tuple,question_natural_language\n"
+                "a,a fox,1,0,entity - whole (fox),Is there a fox?\n"
+                'a,a fox,2,1,"attribute - color (fox, red)",Is it red?\n'
+                'a,a fox,3,2,"attribute - other (red, dark)",Is the red dark?\n'
+                "a,a fox,4,0,entity - whole (tree),Is there a tree?\n"
+            )
+        },
+        [{"id": "a", "probabilities": [[0.5, 0.9, 0.9, 0.6]]}],
+        {
+            "dpg": {"value": 25.0, "low": 25.0, "high": 25.0, "n": 1},
+            "per_category": {"attribute": 100.0, "entity": 50.0},
+        },
+        {"item_id": ["a"], "scores": [[0.25]]},
+        n_images=1,
+    ),
+}
+
+
+def as_text(name: str, content: Any) -> str:
+    if isinstance(content, str):
+        return content
+    items = content if name.endswith(".jsonl") else [content]
+    return "\n".join(map(json.dumps, items))
+
+
+@pytest.mark.parametrize("case", BENCHMARKS.values(), ids=BENCHMARKS)
+def test_eval_scores_recorded_answers(case, request, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "")  # without Java
+    for name, content in case.files.items():
+        Path(name).write_text(as_text(name, content))
+    out = Path("out")
+    out.mkdir()
+    (out / "samples-0.jsonl").write_text(as_text(".jsonl", case.lines))
+    # Drawings whose judgement is recorded are still there.
+    for index, line in enumerate(case.lines):
+        for number in range(case.n_images):
+            file = out / "images" / f"{index:05d}" / "samples" / f"{number:04d}.png"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            noise(number, (8, 8)).save(file)
+            shutil.copy(file, out / "images" / f"{line['id']}.png")
+
+    folder = request.getfixturevalue(case.model)
+    argv = ["eval", *case.command.split(), "--out", "out", "--device", "cpu"]
+    assert main([*argv, "--model", str(folder)]) == case.status
+    printed = json.loads(capsys.readouterr().out.splitlines()[-1])
+    summary = json.loads((out / "summary.json").read_text())
+    assert printed == summary
+    assert {name: summary[name] for name in case.summary} == case.summary
+    results = json.loads((out / "results.json").read_text())
+    columns = {name: [result[name] for result in results] for name in case.results}
+    assert columns == case.results
