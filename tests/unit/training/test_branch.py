@@ -83,10 +83,14 @@ def test_resume_from_another_run_continues_after_a_stop(run: Run, tmp_path):
     other = tmp_path / "other"
     with pytest.raises(SystemExit):
         toy.train(other, save_steps=2, save_total_limit=None, stop_at=3)
+    checkpoints = tmp_path / "toy.checkpoints"
+    run(4)
     named = str(other / "toy.checkpoints" / "checkpoint-2")
     assert run(5, resume=named) == named
-    assert run(7, resume=named) == str(tmp_path / "toy.checkpoints" / "checkpoint-5")
+    assert run(7, resume=named) == str(checkpoints / "checkpoint-5")
     assert steps(other / "toy.checkpoints") == [2, 4]
+    # All of this folder were of another run, also the one of the same name.
+    assert steps(checkpoints / "abandoned-1") == [2, 4]
 
 
 def test_resume_from_a_branch_whose_start_is_gone(run: Run, tmp_path):

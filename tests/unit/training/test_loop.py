@@ -4,7 +4,9 @@ precision, errors, other checkpoints."""
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import loop_toy as toy
@@ -19,6 +21,7 @@ from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.distributed import TrainingError
 from seed_multimodal.training.optimizers import Ema, parameter_groups
 from seed_multimodal.training.schedules import batch_indices, learning_rate
+from seed_multimodal.weights import save_state_dict
 
 
 def plain_loop(precision: str) -> tuple[list[float], str]:
@@ -203,6 +206,33 @@ def test_resume_from_a_torn_file_names_it(tmp_path):
     weights.write_bytes(content)
     # The same number of samples per step in other micro-batches is the same run.
     toy.train(tmp_path, batch_size=4, gradient_accumulation_steps=2)
+
+
+@pytest.mark.parametrize("async_save", [False, True])
+def test_async_save_does_not_stop_the_training(tmp_path, async_save):
+    # Checkpoints of large models take minutes; without it no step begins before they are written.
+    events: list[str] = []
+
+    def scale(step: int) -> float:
+        events.append(f"step {step}")
+        return 1.0
+
+    def save_files(folder: Path, weights: dict[str, torch.Tensor]) -> None:
+        time.sleep(0.3)
+        events.append("saved")
+        save_state_dict(weights, folder / "model.safetensors")
+
+    run_square(
+        tmp_path,
+        nn.Linear(3, 1),
+        scale,
+        methods={"save_files": save_files},
+        max_steps=2,
+        precision="fp32",
+        save_steps=1,
+        async_save=async_save,
+    )
+    assert (events.index("saved") > events.index("step 1")) == async_save
 
 
 def test_ema_starts_at_a_resume(tmp_path):
