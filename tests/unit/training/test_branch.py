@@ -93,6 +93,24 @@ def test_resume_from_another_run_continues_after_a_stop(run: Run, tmp_path):
     assert steps(checkpoints / "abandoned-1") == [2, 4]
 
 
+def test_resume_of_a_branch_in_a_moved_folder_continues_it(tmp_path):
+    # Clusters move finished jobs; the same command in the new place starts no further branch.
+    def stop_after(n_steps: int, folder: Path, **settings: str) -> Path:
+        options = {"save_steps": 2, "save_total_limit": None, **settings}
+        with pytest.raises(SystemExit):
+            toy.train(folder, stop_at=n_steps - 1, **options)
+        return folder / "toy.checkpoints"
+
+    checkpoints = stop_after(4, tmp_path / "first")
+    stop_after(4, tmp_path / "first", resume=str(checkpoints / "checkpoint-2"))
+    (tmp_path / "first").rename(tmp_path / "second")
+    start = tmp_path / "second" / "toy.checkpoints" / "checkpoint-2"
+    moved = stop_after(6, tmp_path / "second", resume=str(start))
+    assert steps(moved) == [2, 4, 6]
+    assert steps(moved / "abandoned-1") == [4]
+    assert not (moved / "abandoned-2").exists()
+
+
 def test_resume_from_a_branch_whose_start_is_gone(run: Run, tmp_path):
     # `save_total_limit` removes the checkpoint that the command names.
     run(4)
