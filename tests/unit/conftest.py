@@ -13,7 +13,9 @@ from seed_multimodal.models.lavit.processing import LavitTokenizer
 from seed_nano.train.words import train_text_tokenizer
 
 # The same examples in each run, so that an unrelated change never meets a new failure.
-settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
+settings.register_profile(
+    "repeatable", max_examples=50, derandomize=True, deadline=None, database=None
+)
 settings.load_profile("repeatable")
 
 TEXTS = [

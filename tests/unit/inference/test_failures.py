@@ -282,7 +282,7 @@ def test_long_prompts_are_read_in_pieces_beside_running_answers(tiny):
 
 def test_a_dropped_engine_answers_and_is_freed_with_its_thread(tiny):
     expected = faulty_engine(tiny)[0].generate([prompt(0)], GREEDY)[0]
-    for _ in range(10):
+    for _ in range(2):
         before = set(threading.enumerate())
         engine, backend = faulty_engine(tiny)
         request = engine.submit(prompt(0), GREEDY)
