@@ -6,25 +6,29 @@
 
 Each folder in DIR is one test. Its name starts with its kind (`seed2_tokenizer_q8` is of kind
 `seed2_tokenizer`). A module of `tests/golden/kinds` has a table `KINDS` of kinds and their
-functions `check(folder)`, which raise AssertionError if the library disagrees. A check derives
+functions `check(recording)`, which raise AssertionError if the library disagrees. A check derives
 every size from the fixture, because further fixtures of a kind have other sizes and seeds; the
-module's docstring lists what is not compared. Large json files in tests/golden/data are compressed
-(`x.json.gz`); the functions below read `x.json` or `x.json.gz`.
+module's docstring lists what is not compared, and `UNREAD` names recorded outputs that no check
+reads: any other that stays unread is a failure. Large json files in tests/golden/data are
+compressed (`x.json.gz`); the functions below read `x.json` or `x.json.gz`.
 """
 
 from __future__ import annotations
 
+import fnmatch
 import functools
 import gzip
 import importlib
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 HERE = Path(__file__).resolve().parent
 DEFAULT_DIR = HERE / "data"
-Check = Callable[[Path], None]
+CLOSE = 1e-5, 1e-4  # absolute and relative tolerance of a network's outputs
+EXACT = 0.0, 0.0
 
 
 def fixture_folders(directory: Path) -> list[Path]:
@@ -37,16 +41,17 @@ def fixture_folders(directory: Path) -> list[Path]:
 
 
 @functools.cache
-def load_kinds() -> dict[str, Check]:
-    """Kind → its check, from every module in `kinds/`."""
-    modules = [
-        importlib.import_module(f"kinds.{file.stem}")
-        for file in sorted((HERE / "kinds").glob("*.py"))
-    ]
-    return {kind: check for module in modules for kind, check in module.KINDS.items()}
+def load_kinds() -> dict[str, tuple[Check, tuple[str, ...]]]:
+    """Kind → its check and the outputs that it leaves unread, from every module in `kinds/`."""
+    kinds = {}
+    for file in sorted((HERE / "kinds").glob("*.py")):
+        module = importlib.import_module(f"kinds.{file.stem}")
+        unread = getattr(module, "UNREAD", {})
+        kinds |= {kind: (check, unread.get(kind, ())) for kind, check in module.KINDS.items()}
+    return kinds
 
 
-def kind_of(folder: Path, kinds: Mapping[str, Check]) -> str:
+def kind_of(folder: Path, kinds: Mapping[str, Any]) -> str:
     """The longest kind that starts the folder's name; AssertionError when there is none."""
     matches = [kind for kind in kinds if folder.name.startswith(kind)]
     assert matches, (
@@ -56,7 +61,127 @@ def kind_of(folder: Path, kinds: Mapping[str, Check]) -> str:
     return max(matches, key=len)
 
 
+def check_fixture(folder: Path) -> None:
+    """Run the check of a fixture's kind; it must read each recorded output."""
+    kinds = load_kinds()
+    check, unread = kinds[kind_of(folder, kinds)]
+    recording = Recording(folder)
+    check(recording)
+    if (folder / "outputs.safetensors").is_file():
+        rest = recording.outputs.keys() - recording.outputs.read
+        rest -= {name for name in rest if any(fnmatch.fnmatch(name, p) for p in unread)}
+        assert not rest, f"{folder.name}: no check reads {sorted(rest)}"
+
+
 # ---- files of a fixture
+
+
+class Tensors(dict[str, Any]):
+    """Recorded tensors. `read`: the names of those that a check has read, in the whole file."""
+
+    def __init__(self, values: Mapping[str, Any], prefix: str = "", read: set[str] | None = None):
+        super().__init__(values)
+        self.prefix = prefix
+        self.read: set[str] = set() if read is None else read
+
+    def __getitem__(self, name: str) -> Any:
+        self.read.add(self.prefix + name)
+        return super().__getitem__(name)
+
+    def get(self, name: str, default: Any = None) -> Any:
+        return self[name] if name in self else default
+
+    def items(self) -> Iterator[tuple[str, Any]]:  # type: ignore[override]
+        return ((name, self[name]) for name in self)
+
+    def part(self, name: str) -> Tensors:
+        """The tensors whose names begin with `name.`, without this prefix."""
+        start = f"{name}."
+        values = {
+            key.removeprefix(start): super(Tensors, self).__getitem__(key)
+            for key in self
+            if key.startswith(start)
+        }
+        return Tensors(values, self.prefix + start, self.read)
+
+    def parts(self) -> list[str]:
+        """First words of the names, sorted."""
+        return sorted({name.partition(".")[0] for name in self})
+
+    def compare(
+        self, prefix: str = "", tolerance: tuple[float, float] = CLOSE, /, **actual: Any
+    ) -> None:
+        """`assert_close` of every value with the recorded tensor `prefix + its keyword`."""
+        for name, value in actual.items():
+            self.close(prefix + name, value, tolerance)
+
+    def close(self, name: str, actual: Any, tolerance: tuple[float, float] = CLOSE) -> None:
+        assert_close(actual, self[name], *tolerance, what=self.prefix + name)
+
+
+@dataclass
+class Recording:
+    """The files of a fixture."""
+
+    folder: Path
+
+    def json(self, name: str) -> Any:
+        return read_json(self.folder / name)
+
+    def tensors(self, name: str) -> Tensors:
+        from safetensors.torch import load_file
+
+        path = self.folder / f"{name}.safetensors"
+        assert path.is_file(), f"{path}: the fixture lacks this file."
+        return Tensors(load_file(path))
+
+    @functools.cached_property
+    def config(self) -> Any:
+        return self.json("config.json")
+
+    @functools.cached_property
+    def meta(self) -> Any:
+        return self.json("meta.json")
+
+    @functools.cached_property
+    def cases(self) -> Any:
+        return self.json("cases.json")
+
+    @functools.cached_property
+    def weights(self) -> Tensors:
+        return self.tensors("weights")
+
+    @functools.cached_property
+    def inputs(self) -> Tensors:
+        return self.tensors("inputs")
+
+    @functools.cached_property
+    def outputs(self) -> Tensors:
+        return self.tensors("outputs")
+
+    def case(self) -> tuple[Any, Tensors, Tensors, Tensors]:
+        """The configuration, and the tensors of weights, inputs and outputs."""
+        return self.config, self.weights, self.inputs, self.outputs
+
+    def files(self, pattern: str) -> list[Path]:
+        """Files that match, sorted, by their names without `.gz`; not none."""
+        files = set(self.folder.glob(pattern)) | {
+            path.with_name(path.name[:-3]) for path in self.folder.glob(pattern + ".gz")
+        }
+        assert files, f"{self.folder}: the fixture has no {pattern}."
+        return sorted(files)
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """The tokenizer of the fixture, of an `llm_sequences*` fixture next to it, or of
+        tests/golden/data."""
+        for candidate in (self.folder, *sorted(self.folder.parent.glob("llm_sequences*"))):
+            if (candidate / "tokenizer" / "tokenizer.model").is_file():
+                return candidate / "tokenizer"
+        return DEFAULT_DIR / "llm_sequences" / "tokenizer"
+
+
+Check = Callable[[Recording], None]
 
 
 def read_text(path: Path) -> str:
@@ -68,58 +193,14 @@ def read_text(path: Path) -> str:
 
 
 def read_json(path: Path) -> Any:
-    """A json file, compressed or not."""
     return json.loads(read_text(path))
 
 
 def read_json_lines(path: Path) -> list[Any]:
-    """A file with one json value per line, compressed or not; not empty."""
+    """A file with one json value per line; not empty."""
     values = [json.loads(line) for line in read_text(path).splitlines() if line.strip()]
     assert values, f"{path}: the fixture holds no cases."
     return values
-
-
-def files_named(folder: Path, pattern: str) -> list[Path]:
-    """Files that match, sorted, by their names without `.gz`; not none."""
-    files = set(folder.glob(pattern)) | {
-        path.with_name(path.name[:-3]) for path in folder.glob(pattern + ".gz")
-    }
-    assert files, f"{folder}: the fixture has no {pattern}."
-    return sorted(files)
-
-
-def read_tensors(path: Path) -> dict[str, Any]:
-    """A safetensors file → {name: tensor} on the CPU."""
-    from safetensors.torch import load_file
-
-    assert path.is_file(), f"{path}: the fixture lacks this file."
-    return load_file(path)
-
-
-def read_case(folder: Path) -> tuple[Any, dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """`config.json`, and the tensors of weights, inputs and outputs."""
-    weights, inputs, outputs = (
-        read_tensors(folder / f"{name}.safetensors") for name in ("weights", "inputs", "outputs")
-    )
-    return read_json(folder / "config.json"), weights, inputs, outputs
-
-
-def part(tensors: Mapping[str, Any], name: str) -> dict[str, Any]:
-    """The tensors whose names begin with `name.`, without this prefix."""
-    return {
-        key.removeprefix(f"{name}."): value
-        for key, value in tensors.items()
-        if key.startswith(f"{name}.")
-    }
-
-
-def golden_tokenizer_folder(folder: Path) -> Path:
-    """The tokenizer of a fixture, of an `llm_sequences*` fixture next to it, or of
-    tests/golden/data."""
-    for candidate in (folder, *sorted(folder.parent.glob("llm_sequences*"))):
-        if (candidate / "tokenizer" / "tokenizer.model").is_file():
-            return candidate / "tokenizer"
-    return DEFAULT_DIR / "llm_sequences" / "tokenizer"
 
 
 # ---- comparisons
@@ -151,42 +232,23 @@ def assert_close(
     )
 
 
-def assert_all_close(
-    actual: Mapping[str, Any],
-    want: Mapping[str, Any],
-    atol: float,
-    rtol: float = 0.0,
-    name: str = "{}",
-) -> None:
-    """`assert_close` of every value with the recorded tensor `name.format(key)`."""
-    for key, value in actual.items():
-        assert_close(value, want[name.format(key)], atol, rtol, name.format(key))
-
-
 def assert_gradients(
     model: Any,
-    want: Mapping[str, Any],
+    want: Tensors,
     norms: Mapping[str, float | None],
     atol: float = 1e-6,
-    what: str = "",
+    norm_tolerance: tuple[float, float] = (1e-5, 1e-3),
 ) -> None:
     """Gradients by parameter (of large tables the first rows) and their norms; None: there is no
     gradient."""
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
     for name, value in want.items():
-        assert_close(
-            gradients[name][: len(value)] if value.ndim else gradients[name],
-            value,
-            atol,
-            1e-3,
-            f"{what}: gradient of {name}",
-        )
+        gradient = gradients[name]
+        want.close(name, gradient[: len(value)] if value.ndim else gradient, (atol, 1e-3))
     for name, norm in norms.items():
-        assert_same(gradients[name] is None, norm is None, f"{what}: {name} has no gradient")
+        assert_same(gradients[name] is None, norm is None, f"{want.prefix}{name} has no gradient")
         if norm is not None:
-            assert_close(
-                gradients[name].norm(), norm, 1e-5, 1e-3, f"{what}: gradient norm of {name}"
-            )
+            assert_close(gradients[name].norm(), norm, *norm_tolerance, f"gradient norm of {name}")
 
 
 def assert_same(actual: Any, expected: Any, what: str) -> None:

@@ -1,8 +1,9 @@
 """Kind `conversation`: templates and turns of the chat demo, step by step.
 
-Compared: `templates.json` (every prompt), `helpers.json` (sizes, error suffix) and all
-`flows_*.json`: view, stored messages, pending message, posted bodies (images as pixels), the
-model's input ids, the final prompt, the log record. Not compared: request headers and addresses;
+Compared: `templates.json` (every prompt), `helpers.json` (sizes) and all
+`flows_*.json`: stored messages, pending message, posted bodies (images as pixels), the model's
+input ids, the final prompt. Not compared: the original's view and log record, which are its page's
+forms of the same messages; request headers and addresses;
 md5 names of image files (they depend on the PNG encoder: compared by order); the state of the
 original's buttons; the server's answers and settings (kind `flask_api`); the prompt of no turns;
 codes of shown images, which the page leaves to the server (filled in here); the steps after the
@@ -11,17 +12,15 @@ original crashed on a typed `<image>`: here that text is an error, and the flow 
 
 from __future__ import annotations
 
-import copy
 import json
 import re
 from collections.abc import Sequence
-from pathlib import Path, PurePath
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
-from runner import assert_close, assert_same, files_named, golden_tokenizer_folder, read_json
+from runner import Recording, assert_close, assert_same
 
 from seed_multimodal.errors import RequestError
 from seed_multimodal.images.io import (
@@ -46,30 +45,27 @@ from seed_multimodal.serving.chat_session import (
 from seed_multimodal.serving.client import ModelClient
 from seed_multimodal.serving.schema import ChatRequest, ImageUrl
 
-ERROR_RULE = (
-    "\n-------------\nSome errors occurred during response, please clear history and restart.\n"
-)
 SEPARATOR = "\n"
 STYLES = {"flows_8b.json": "vicuna", "flows_14b.json": "llama2"}
 ROLES = {"vicuna": ["USER", "ASSISTANT"], "llama2": ["[INST]", "[/INST]"]}
 AFTER_AN_ANSWER = {"vicuna": "\nASSISTANT:", "llama2": "\n"}
 
 
-def message(role: str, *content: Message, below: Sequence[str] = ()) -> Message:
-    return {"role": role, "content": [*content], "below": [{"text": note} for note in below]}
+def message(role: str, *content: Message) -> Message:
+    return {"role": role, "content": [*content], "below": []}
 
 
 def text(content: str) -> Message:
     return {"type": "text", "text": content}
 
 
-def check(folder: Path) -> None:
+def check(recording: Recording) -> None:
     for name, check_cases in (("templates.json", check_templates), ("helpers.json", check_helpers)):
-        if (folder / name).is_file():
-            check_cases(read_json(folder / name))
-    tokenizer = MultimodalTokenizer.from_pretrained(golden_tokenizer_folder(folder))
-    for file in files_named(folder, "flows_*.json"):
-        for flow in read_json(file):
+        if (recording.folder / name).is_file():
+            check_cases(recording.json(name))
+    tokenizer = MultimodalTokenizer.from_pretrained(recording.tokenizer_folder)
+    for file in recording.files("flows_*.json"):
+        for flow in recording.json(file.name):
             Replay(flow, STYLES[file.name], f"{file.stem} / {flow['name']}").run(tokenizer)
 
 
@@ -98,8 +94,6 @@ def check_helpers(cases: dict[str, Any]) -> None:
             expected,
             f"center_crop_image {size}",
         )
-    for pairs, errors, expected in cases["update_error_msg"]:
-        assert_same(with_errors(pairs, errors), expected, f"update_error_msg {errors}")
 
 
 def plain_image(size: list[int], colour: Sequence[int] = (0, 0, 0)) -> Image.Image:
@@ -118,7 +112,6 @@ class Replay:
         self.name = name
         self.turns: list[Message] = []
         self.pending = message("user")
-        self.errors = list[str]()
         self.images: dict[str, Image.Image] = {}
         self.posted = 0
 
@@ -131,18 +124,12 @@ class Replay:
                 return
             self.do(step, tokenizer)
             actual = {
-                "chatbot": with_errors(pairs(self.turns), self.errors),
                 "messages": self.messages(),
                 "next_input_state": entry(self.pending),
             }
             assert_same(_numbered(actual), _numbered({key: step[key] for key in actual}), location)
         assert_same(self.posted, len(self.flow["http"]), f"{self.name}: number of requests")
         assert_same(self.request(), self.flow["prompt_at_end"], f"{self.name}: prompt at the end")
-        assert_same(
-            _numbered(self.log_record()),
-            _numbered(self.flow["dict_at_end"]),
-            f"{self.name}: log record",
-        )
 
     def do(self, step: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
         kind = step["step"]
@@ -154,7 +141,6 @@ class Replay:
         elif kind in ("regenerate", "clear"):
             self.turns = self.turns[: -1 if kind == "regenerate" else 0]
             self.pending = message("user")
-            self.errors = []
         elif kind == "bot" and self.turns and text_of(self.turns[-1]).strip(" ?.;!/"):
             try:
                 self.body(self.flow["max_turns"])
@@ -163,14 +149,12 @@ class Replay:
                     message("assistant", text(TOO_LONG))
                 )  # the page shows it as an error
                 self.pending = message("user")
-                self.errors = []
                 return
             self._bot(tokenizer)
 
     def _add(self, part: Message) -> None:
         self.pending["content"].append(part)
         self.turns = [*self.turns[: len(self.turns) // 2 * 2], self.pending]
-        self.errors = []
 
     def _bot(self, tokenizer: MultimodalTokenizer) -> None:
         assert self.posted < len(self.flow["http"]), (
@@ -186,9 +170,8 @@ class Replay:
         check_body({**self.request(), **settings}, recorded["payload"], self.name)
         self.check_prompt(recorded, tokenizer)
         self.posted += 1
-        self.turns = [*self.turns, answer := self.receive(recorded["response"])]
+        self.turns = [*self.turns, self.receive(recorded["response"])]
         self.pending = message("user")
-        self.errors = [note["text"] for note in answer["below"]]
 
     def body(self, rounds: int = 10**6) -> dict[str, Any]:
         """The body that the page posts; raises RequestError for more rounds."""
@@ -227,7 +210,7 @@ class Replay:
         for image, codes in zip(posted, answer["images_ids"], strict=False):
             image["codes"] = image.get("codes") or codes
         first, *pieces = answer["text"].split(PLACEHOLDER)
-        turn = message("assistant", *([text(first)] if first else []), below=answer["error_msg"])
+        turn = message("assistant", *([text(first)] if first else []))
         for data, codes, piece in zip(
             answer["images"], answer["images_ids"][len(posted) :], pieces, strict=True
         ):
@@ -242,20 +225,6 @@ class Replay:
             {"role": ROLES[self.style][index % 2], "message": entry(turn)}
             for index, turn in enumerate(self.turns)
         ]
-
-    def log_record(self) -> dict[str, Any]:
-        """The conversation as the original server logs it: images by file name only."""
-        messages = self.messages()
-        for turn in messages:
-            turn["message"]["images"] = [PurePath(path).name for path in turn["message"]["images"]]
-        return {
-            "system": "",
-            "roles": ROLES[self.style],
-            "messages": messages,
-            "offset": 0,
-            "sep": SEPARATOR,
-            "sep2": None,
-        }
 
     def check_prompt(self, recorded: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
         """The ids of the posted text, with the codes that the server returned for its images."""
@@ -330,32 +299,6 @@ def render(style: str, turns: Sequence[Sequence[str]], system: str = "") -> str:
     ]
     end = AFTER_AN_ANSWER[style] if len(turns) % 2 == 0 else ""
     return "".join(str(segment) for segment in get_template(style).render(messages, system)) + end
-
-
-def pairs(turns: Sequence[Message]) -> list[list[str | None]]:
-    """Pairs of [user's text, assistant's text or None] as the original page shows them, images as
-    Markdown."""
-    texts = [
-        "".join(
-            part.get("text")
-            or (f"![](file={part['path']})" if part.get("path") else "<corrupt_image>")
-            for part in turn["content"]
-        )
-        for turn in turns
-    ]
-    return [
-        [text, texts[index + 1] if index + 1 < len(texts) else None]
-        for index, text in enumerate(texts)
-        if index % 2 == 0
-    ]
-
-
-def with_errors(pairs: list[list[str | None]], errors: Sequence[str]) -> list[list[str | None]]:
-    """The view of the original page: error messages under the last answer."""
-    changed = copy.deepcopy(pairs)
-    if errors and changed:
-        changed[-1][1] = (changed[-1][1] or "") + ERROR_RULE + "\n".join(errors)
-    return changed
 
 
 def _numbered(value: Any) -> Any:

@@ -15,7 +15,6 @@ the pages for 400, 404 and 415.
 
 from __future__ import annotations
 
-from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -23,7 +22,7 @@ import numpy as np
 import torch
 from PIL import Image
 from recorded_engine import RecordedEngine
-from runner import assert_close, assert_same, files_named, golden_tokenizer_folder, read_json
+from runner import Recording, assert_close, assert_same
 from torch import nn
 
 from seed_multimodal.images.io import image_from_base64
@@ -89,10 +88,10 @@ class RecordedSystem(SeedLlama):
         self.calls = engine.calls
 
 
-def check(folder: Path) -> None:
-    tokenizer = MultimodalTokenizer.from_pretrained(golden_tokenizer_folder(folder))
-    for file in files_named(folder, "cases*.json"):
-        for case in read_json(file):
+def check(recording: Recording) -> None:
+    tokenizer = MultimodalTokenizer.from_pretrained(recording.tokenizer_folder)
+    for file in recording.files("cases*.json"):
+        for case in recording.json(file.name):
             system = RecordedSystem(
                 tokenizer, TEMPLATES[file.name], case.get("stub_generated_ids") or []
             )

@@ -16,13 +16,12 @@ positions, the plain
 from __future__ import annotations
 
 import re
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from PIL import Image
-from runner import assert_close, assert_same, read_json, read_tensors
+from runner import Recording, assert_close, assert_same
 
 from seed_multimodal.data.formats.pairs import shape_problem, similarity_problem
 from seed_multimodal.errors import ConfigError
@@ -66,9 +65,9 @@ def check_transform(kind: str, keep_ratio: bool, image: Image.Image, want: torch
     )
 
 
-def check_preprocessing(folder: Path) -> None:
-    tensors = read_tensors(folder / "tensors.safetensors")
-    cases = read_json(folder / "cases.json")
+def check_preprocessing(recording: Recording) -> None:
+    tensors = recording.tensors("tensors")
+    cases = recording.cases
     images = {
         key.removesuffix(".pixels"): value
         for key, value in tensors.items()
@@ -180,8 +179,8 @@ def check_views(case: dict[str, Any], grids: list[str], tensors: dict[str, torch
         (case["size"], case["num"]),
         f"{name}: size, number of views",
     )
-    assert_close(views, tensors[f"{name}.patches"], PIXEL_TOLERANCE, what=f"{name}.patches")
-    assert_close(positions, tensors[f"{name}.patch_position"], 1e-6, what=f"{name}.patch_position")
+    tensors.close(f"{name}.patches", views, (PIXEL_TOLERANCE, 0))
+    tensors.close(f"{name}.patch_position", positions, (1e-6, 0))
     if f"{name}.resize_pad_False" in tensors:
         want = tensors[f"{name}.resize_pad_False"].permute(2, 0, 1)
         squashed = to_bytes(
@@ -190,9 +189,9 @@ def check_views(case: dict[str, Any], grids: list[str], tensors: dict[str, torch
         assert_close(squashed, want, LEVELS, what=f"{name}.resize_pad_False")
 
 
-def check_anyres(folder: Path) -> None:
-    cases = read_json(folder / "cases.json")
-    tensors = read_tensors(folder / "tensors.safetensors")
+def check_anyres(recording: Recording) -> None:
+    cases = recording.cases
+    tensors = recording.tensors("tensors")
     assert cases["grid_selection"] and cases["patches"], "the fixture holds no cases"
     for case in cases["grid_selection"]:
         check_grid(case, cases["grids"])

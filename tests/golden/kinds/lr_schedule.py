@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runner import assert_close, assert_same, files_named, read_json
+from runner import Recording, assert_close, assert_same
 
 from seed_multimodal.training.config import OptimSettings
 from seed_multimodal.training.schedules import optim_learning_rate, scheduled_rate, warmup_count
@@ -20,14 +20,14 @@ from seed_multimodal.training.schedules import optim_learning_rate, scheduled_ra
 CLOSE = 1e-18, 1e-9  # absolute, relative
 
 
-def check(folder: Path) -> None:
+def check(recording: Recording) -> None:
     checks = {
         "llm_trainer.json": check_trainer,
         "seedx_accumulation.json": check_accumulation,
         "tokenizer_training.json": check_tokenizer,
     }
-    for file in files_named(folder, "*.json"):
-        for case in read_json(file) if file.name in checks else ():
+    for file in recording.files("*.json"):
+        for case in recording.json(file.name) if file.name in checks else ():
             checks[file.name](case)
 
 

@@ -20,16 +20,8 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from kinds.seed_tokenizers import Tensors, qformer_config, seed2_config, vit_config
-from runner import (
-    assert_all_close,
-    assert_close,
-    assert_gradients,
-    assert_same,
-    part,
-    read_case,
-    read_json,
-)
+from kinds.seed_tokenizers import qformer_config, seed2_config, vit_config
+from runner import CLOSE, Recording, Tensors, assert_close, assert_gradients, assert_same
 from torch import nn
 
 from seed_multimodal.models.seed.configuration import Seed2Config
@@ -46,7 +38,7 @@ def recorded_steps(want: Tensors, start: Tensors) -> dict[int, Tensors]:
     step, and only `step2` is compared; or both are the start, and only the recorded losses before
     and after each step are compared.
     """
-    groups = {step: part(want, f"step{step}") for step in (1, 2)}
+    groups = {step: want.part(f"step{step}") for step in (1, 2)}
     shared = [name for name in groups[1] if name in groups[2]]
     if shared and all(torch.equal(groups[1][name], groups[2][name]) for name in shared):
         del groups[1]
@@ -139,22 +131,17 @@ def compare(
 ) -> None:
     output = run(model, inputs)
     output.loss.backward()
-    assert_all_close(
-        {
-            "loss": output.loss,
-            "loss_itc": output.loss_itc,
-            "sim_i2t": output.sim_i2t,
-            "sim_t2i": output.sim_t2i,
-            "query_feats_normalized": output.query_feats,
-            "text_feat": output.text_feats,
-        },
-        want,
-        1e-5,
-        1e-4,
-        f"{group}.{{}}",
+    want.compare(
+        f"{group}.",
+        loss=output.loss,
+        loss_itc=output.loss_itc,
+        sim_i2t=output.sim_i2t,
+        sim_t2i=output.sim_t2i,
+        query_feats_normalized=output.query_feats,
+        text_feat=output.text_feats,
     )
     assert_same(output.targets.tolist(), want[f"{group}.targets"].tolist(), f"{group}.targets")
-    assert_gradients(model, part(want, f"{group}.grad"), norms, what=group)
+    assert_gradients(model, want.part(f"{group}.grad"), norms)
 
 
 def worker(rank: int, world: int, folder: Path, rendezvous: str) -> None:
@@ -162,17 +149,18 @@ def worker(rank: int, world: int, folder: Path, rendezvous: str) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
     try:
-        sizes, weights, inputs, want = read_case(folder)
+        recording = Recording(folder)
+        sizes, weights, inputs, want = recording.case()
         local = {name: value.chunk(world)[rank] for name, value in inputs.items()}
-        norms = read_json(folder / "meta.json")[f"grad_norms_world{world}_rank{rank}"]
+        norms = recording.meta[f"grad_norms_world{world}_rank{rank}"]
         compare(build_stage1(sizes, weights, None), local, want, f"world{world}.rank{rank}", norms)
     finally:
         dist.destroy_process_group()
 
 
-def check_stage1(folder: Path) -> None:
-    (sizes, weights, inputs, want) = read_case(folder)
-    meta = read_json(folder / "meta.json")
+def check_stage1(recording: Recording) -> None:
+    (sizes, weights, inputs, want) = recording.case()
+    meta = recording.meta
     model = build_stage1(sizes, weights, None)
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
     assert_same(trainable, meta["trainable"], "trainable parameters")
@@ -188,7 +176,7 @@ def check_stage1(folder: Path) -> None:
                 sys.executable,
                 __file__,
                 str(world),
-                str(folder.absolute()),
+                str(recording.folder.absolute()),
                 f"{work}/rendezvous",
             ]
             processes = [
@@ -205,10 +193,8 @@ def check_stage1(folder: Path) -> None:
 def build_stage2(sizes: dict[str, Any], weights: Tensors) -> Stage2Model:
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    config = seed2_config(
-        {**sizes, "decode_blocks_heads": sizes["decode_heads"]},
-        sizes["reverse_qformer_layers"] or 4,
-    )
+    depth = sizes["reverse_qformer_layers"] or 4
+    config = seed2_config(sizes, sizes["decode_heads"], depth)
     codebook = torch.full((config.codebook_size, config.codebook_dim), sizes["codebook_far_value"])
     codebook[: sizes["codebook_rows_near"]] = weights.pop(f"{CODEBOOK}.near")
     weights[CODEBOOK] = codebook
@@ -230,17 +216,18 @@ def check_helpers(model: Stage2Model, image: torch.Tensor, want: Tensors) -> Non
             "get_discrete_tokens"
         )
     if (name := "get_discrete_features_for_decode") in want:
-        assert_close(tokenizer.decode(tokenizer.encode(image)), want[name], 1e-4, 1e-4, name)
+        want.close(name, tokenizer.decode(tokenizer.encode(image)), (1e-4, 1e-4))
     if "forward_image.0" in want:
         quant, _, _ = tokenizer.quantize(tokenizer.pre_quant(image))
         rebuilt = tokenizer.rebuild_queries(tokenizer.decode_task_layer(quant))
         vision = tokenizer.ln_vision(tokenizer.visual_encoder(image))
-        assert_all_close({"0": rebuilt, "1": vision}, want, 1e-5, 1e-4, "forward_image.{}")
+        want.close("forward_image.0", rebuilt)
+        want.close("forward_image.1", vision)
 
 
-def check_stage2(folder: Path) -> None:
-    (sizes, weights, inputs, want) = read_case(folder)
-    meta = read_json(folder / "meta.json")
+def check_stage2(recording: Recording) -> None:
+    (sizes, weights, inputs, want) = recording.case()
+    meta = recording.meta
     model = build_stage2(sizes, weights)
     image = inputs["image"]
     trainable = [name for name, parameter in model.named_parameters() if parameter.requires_grad]
@@ -262,18 +249,20 @@ def check_stage2(folder: Path) -> None:
         name = names.get(field.name, field.name)
         if name in want and name != "indices":
             value = getattr(output, field.name)
-            assert_close(value, want[name].reshape(value.shape), 1e-5, 1e-4, name)
+            assert_close(value, want[name].reshape(value.shape), *CLOSE, name)
     assert_same(
         output.indices.unique().tolist(),
         meta["codebook_rows_with_gradient"],
         "codebook rows with gradient",
     )
-    assert_gradients(model, part(want, "grad"), meta["grad_norms"])
+    assert_gradients(model, want.part("grad"), meta["grad_norms"])
     assert sizes["weight_decay"] in [group["weight_decay"] for group in meta["optimizer"]["groups"]]
     check_steps(model, lambda: model(image).loss, want, meta)
 
 
 KINDS = {"stage1_losses": check_stage1, "stage2_losses": check_stage2}
+# The processes of `worker` read these.
+UNREAD = {"stage1_losses": ("world2.*",)}
 
 if __name__ == "__main__":
     worker(int(sys.argv[4]), int(sys.argv[1]), Path(sys.argv[2]), sys.argv[3])

@@ -19,15 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from runner import (
-    DEFAULT_DIR,
-    assert_close,
-    assert_gradients,
-    assert_same,
-    part,
-    read_case,
-    read_json,
-)
+from runner import DEFAULT_DIR, Recording, Tensors, assert_close, assert_gradients, assert_same
 
 from seed_multimodal.compat.seed_x import ContinuousLVLM, Resampler
 from seed_multimodal.images.views import AnyResolution, patch_positions
@@ -50,7 +42,6 @@ from seed_multimodal.models.seed_x.processing import (
 )
 from seed_multimodal.weights import assign_strictly
 
-Tensors = dict[str, torch.Tensor]
 LOSSES = ("total_loss", "lm_loss", "rec_loss")
 QUESTION = "Describe this image briefly."
 PHRASE = "In ths background with a blue sky on the road, there is a car"
@@ -89,13 +80,13 @@ def seedx_tokenizer(folder: Path, tokens_per_image: int) -> MultimodalTokenizer:
 # ---- networks
 
 
-def check_lvlm(folder: Path) -> None:
-    (config, weights, inputs, outputs) = read_case(folder)
-    meta = read_json(folder / "meta.json")
+def check_lvlm(recording: Recording) -> None:
+    (config, weights, inputs, outputs) = recording.case()
+    meta = recording.meta
     for variant in config["variants"]:
         check_losses(variant, build(config, weights, variant), inputs, outputs, meta)
     model = build(config, weights, "released")
-    tokenizer = seedx_tokenizer(folder, config["resampler"]["grid_size"] ** 2)
+    tokenizer = seedx_tokenizer(recording.folder, config["resampler"]["grid_size"] ** 2)
     check_processor(meta, inputs, tokenizer)
     for case in meta["generation"]:
         check_generation(case, model, weights, inputs, outputs, tokenizer)
@@ -117,7 +108,7 @@ def build(config: dict[str, Any], weights: Tensors, variant: str) -> ContinuousL
         **settings,
     )
     ignored = [f"*{ROTARY}"] + ([] if model.settings.add_patch_pos else ["patch_pos_embed"])
-    assign_strictly(model, part(weights, "released"), "weights", allow_unexpected=ignored)
+    assign_strictly(model, weights.part("released"), "weights", allow_unexpected=ignored)
     return model
 
 
@@ -133,7 +124,7 @@ def check_losses(
             "image_embeds": None,
             "embeds_gen_mask": None,
             "embeds_cmp_mask": None,
-            **part(inputs, name),
+            **inputs.part(name),
         }
         if not model.settings.vit_down and batch["image_embeds"] is not None:
             batch["image_embeds"] = batch["image_embeds"][
@@ -141,10 +132,10 @@ def check_losses(
             ]
         model.zero_grad(set_to_none=True)
         losses, recorded = run_watched(model, batch)
-        expected = part(outputs, location)
+        expected = outputs.part(location)
         real = batch["attention_mask"].bool()
         for key in LOSSES:
-            assert_close(losses[key], expected[key], 1e-6, 1e-4, f"{location}.{key}")
+            expected.close(key, losses[key], (1e-6, 1e-4))
         if "logits" in expected:
             recorded["logits"] = model.llm.lm_head(recorded["last_hidden_state"])
         for key, value in recorded.items():
@@ -157,7 +148,7 @@ def check_losses(
             assert not norms or norms.keys() == dict(model.named_parameters()).keys(), (
                 f"{location}: parameters"
             )
-            assert_gradients(model, part(expected, "grad"), norms, 1e-5, location)
+            assert_gradients(model, expected.part("grad"), norms, 1e-5)
 
 
 def run_watched(model: ContinuousLVLM, batch: dict[str, Any]) -> tuple[Tensors, Tensors]:
@@ -264,17 +255,15 @@ def check_generation(
         assert_same(output[key], case[key], f"{name}: {key} of the original's method")
     if f"gen.{name}.img_gen_feat" in outputs:
         for features in (torch.cat(drawings), output["img_gen_feat"]):
-            assert_close(
-                features, outputs[f"gen.{name}.img_gen_feat"], 1e-4, 1e-4, f"{name}: features"
-            )
+            outputs.close(f"gen.{name}.img_gen_feat", features, (1e-4, 1e-4))
 
 
 # ---- scripts
 
 
-def check_inference(folder: Path) -> None:
-    cases = read_json(folder / "cases.json")
-    tokenizer = seedx_tokenizer(folder, 64)
+def check_inference(recording: Recording) -> None:
+    cases = recording.cases
+    tokenizer = seedx_tokenizer(recording.folder, 64)
     assert cases["runs"] and cases["extract_box"], "the fixture holds no runs"
     for run in cases["runs"]:
         check_run(run, tokenizer)

@@ -13,13 +13,12 @@ pipelines. Not as the
 from __future__ import annotations
 
 import math
-from pathlib import Path
 from typing import Any
 
 import torch
 from kinds.drawing import network, scheduler
 from PIL import Image
-from runner import assert_all_close, assert_close, assert_same, part, read_case, read_json
+from runner import Recording, Tensors, assert_close, assert_same
 from torch import Tensor, nn
 
 from seed_multimodal.models.seed_x.adapter import ResamplerXLConfig, ResamplerXLV2, SDXLAdapter
@@ -33,9 +32,6 @@ from seed_multimodal.nn.vision.qwen import (
     sine_table,
 )
 from seed_multimodal.weights import assign_strictly
-
-Tensors = dict[str, Tensor]
-
 
 # ---- vision encoder
 
@@ -52,51 +48,35 @@ def recorded(model: QwenVit) -> Tensors:
     return outputs
 
 
-def check_resampler(label: str, heads: int, x: Tensor, weights: Tensors, want: Tensor) -> None:
-    queries, width = weights["query"].shape
-    resampler = Resampler(
-        ResamplerConfig(
-            grid_size=math.isqrt(queries), embed_dim=width, num_heads=heads, kv_dim=x.shape[-1]
-        )
-    ).eval()
-    assert_close(resampler.pos_embed, weights["pos_embed"], 1e-6, what=f"{label}: sines")
-    assign_strictly(resampler, weights, label)
-    assert_close(resampler(x), want, 1e-5, 1e-4, f"{label}.output")
-
-
 @torch.no_grad()
-def check_visual(folder: Path) -> None:
-    sizes, weights, case_inputs, want = read_case(folder)
+def check_visual(recording: Recording) -> None:
+    sizes, weights, case_inputs, want = recording.case()
     for settings in sizes["models"]:
         label = settings.pop("label")
         model = QwenVit(QwenVitConfig(**settings)).eval()
-        inputs = part(case_inputs, label)
-        activations = part(want, label)
-        assign_strictly(model, part(weights, label), label)
+        inputs = case_inputs.part(label)
+        activations = want.part(label)
+        assign_strictly(model, weights.part(label), label)
         outputs = recorded(model)
         outputs["output"] = model(inputs["image"], inputs.get("patch_positions"))
         outputs["transformer_lnd"] = outputs["transformer"].transpose(0, 1)
         assert activations, f"{label}: nothing recorded"
-        assert_all_close({name: outputs[name] for name in activations}, activations, 1e-5, 1e-4)
-        want = {name: value for name, value in want.items() if not name.startswith(f"{label}.")}
+        activations.compare(**{name: outputs[name] for name in activations})
     for label, settings in sizes["resamplers"].items():
-        state = part(weights, label)
-        assert_same(list(state["query"].shape), settings["shape_of_query"], f"{label}: queries")
-        check_resampler(
-            label,
-            settings["num_heads"],
-            case_inputs[f"{label}.x"],
-            state,
-            want.pop(f"{label}.output"),
-        )
-    for name, value in want.items():
-        label, _, rest = name.partition(".")
-        if label == "abs_pos":
-            side = math.isqrt(int(rest.removeprefix("to_")))
-            assert_close(resize_square(case_inputs["abs_pos.src"], side), value, 1e-6, 1e-5, name)
-        else:
-            assert_same(label, "sincos", "a known part")
-            assert_close(sine_table(*map(int, rest.split("x"))), value, 1e-6, what=name)
+        state = weights.part(label)
+        queries, width = state["query"].shape
+        assert_same([queries, width], settings["shape_of_query"], f"{label}: queries")
+        x = case_inputs[f"{label}.x"]
+        side = math.isqrt(queries)
+        resampler = Resampler(ResamplerConfig(side, width, settings["num_heads"], x.shape[-1]))
+        state.close("pos_embed", resampler.pos_embed, (1e-6, 0))
+        assign_strictly(resampler.eval(), state, label)
+        want.close(f"{label}.output", resampler(x))
+    for size in want.part("abs_pos"):
+        resized = resize_square(case_inputs["abs_pos.src"], math.isqrt(int(size[len("to_") :])))
+        want.close(f"abs_pos.{size}", resized, (1e-6, 1e-5))
+    for shape in want.part("sincos"):
+        want.close(f"sincos.{shape}", sine_table(*map(int, shape.split("x"))), (1e-6, 0))
 
 
 # ---- perceivers
@@ -124,10 +104,10 @@ class Plain(nn.Module):
 
 
 @torch.no_grad()
-def check_resamplers(folder: Path) -> None:
-    config, *tensors = read_case(folder)
+def check_resamplers(recording: Recording) -> None:
+    config, *tensors = recording.case()
     for label, sizes in config.items():
-        weights, case_inputs, want = (part(group, label) for group in tensors)
+        weights, case_inputs, want = (group.part(label) for group in tensors)
         kind = "pool" if label == "attnpool" else sizes.pop("class")
         if kind == "pool":  # only the first row of `all_tokens`: the pool computes that row alone
             model: nn.Module = AttentionPool(
@@ -149,7 +129,7 @@ def check_resamplers(folder: Path) -> None:
         if kind == "pool":
             outputs["all_tokens"] = output
         assert outputs.keys() == want.keys(), f"{label}: recorded are {', '.join(want)}"
-        assert_all_close(outputs, want, 1e-5, 1e-4)
+        want.compare(**outputs)
 
 
 # ---- SDXL adapters
@@ -171,7 +151,7 @@ class Encoder(nn.Module):
 def build(sizes: dict[str, Any], weights: Tensors, stage: int) -> SdxlDetokenizer:
     from diffusers import UNet2DConditionModel
 
-    state = part(weights, "adapter") | (part(weights, "latent") if stage == 2 else {})
+    state = weights.part("adapter") | (weights.part("latent") if stage == 2 else {})
     unet = {**sizes["unet"], "in_channels": state["unet.conv_in.weight"].shape[1]}
     adapter = SDXLAdapter(
         UNet2DConditionModel.from_config(unet),
@@ -181,7 +161,7 @@ def build(sizes: dict[str, Any], weights: Tensors, stage: int) -> SdxlDetokenize
     assert_same(adapter.reads_condition, stage == 2, "stage")
     return SdxlDetokenizer(
         adapter,
-        network("AutoencoderKL", sizes["vae"], part(weights, "vae")),
+        network("AutoencoderKL", sizes["vae"], weights.part("vae")),
         scheduler(sizes["scheduler"], "cls", "Scheduler"),
     )
 
@@ -195,18 +175,16 @@ def check_prompts(
         "embeds_nodown": case_inputs["embeds16"],
         "embeds": case_inputs["embeds16"],
     }
-    for case in sorted(
-        {name.split(".")[1] for name in want if name.startswith("get_image_embeds.")}
-    ):
+    for case in want.part("get_image_embeds").parts():
         embeds = inputs[case.rsplit("_", 1)[0]]
         negative = case.endswith("_neg")
         count = len(embeds)
         prompt, pooled = model.prompts(embeds, model.null_embeds if negative else None)
         outputs = {"embeds": prompt[-count:], "pooled": pooled[-count:]}
         outputs |= {"neg_embeds": prompt[:count], "neg_pooled": pooled[:count]} if negative else {}
-        expected = part(want, f"get_image_embeds.{case}")
+        expected = want.part(f"get_image_embeds.{case}")
         assert_same(outputs.keys(), expected.keys(), f"results of {case}")
-        assert_all_close(outputs, expected, 1e-5, 1e-4)
+        expected.compare(**outputs)
 
 
 def check_training(
@@ -232,8 +210,8 @@ def check_training(
         )
         loss = torch.nn.functional.mse_loss(prediction, case_inputs["noise"])
         loss.backward()
-    assert_close(prediction, want[f"{name}.noise_pred"], 1e-4, 1e-3, f"{name}.noise_pred")
-    assert_close(loss, want[f"{name}.total_loss"], 1e-5, 1e-4, f"{name}.total_loss")
+    want.close(f"{name}.noise_pred", prediction, (1e-4, 1e-3))
+    want.close(f"{name}.total_loss", loss)
     for key, norm in meta.get(f"{name}.grad_norms", {}).items():
         assert_close(
             adapter.get_parameter(key).grad.norm(), norm, 1e-5, 2e-3, f"{name}: gradient of {key}"
@@ -274,16 +252,14 @@ def check_images(
             [source] if kind == "edit" and case != "no_image" else None,
             start,
         )
-        assert_close(
-            latents if what == "latents" else model.decode(latents), want[name], 1e-4, 1e-3, name
-        )
+        want.close(name, latents if what == "latents" else model.decode(latents), (1e-4, 1e-3))
 
 
 @torch.no_grad()
-def check_adapter(folder: Path) -> None:
-    (sizes, weights, case_inputs, want) = read_case(folder)
-    meta = read_json(folder / "meta.json")
-    encoder = Encoder(part(weights, "encoder.conv"))
+def check_adapter(recording: Recording) -> None:
+    (sizes, weights, case_inputs, want) = recording.case()
+    meta = recording.meta
+    encoder = Encoder(weights.part("encoder.conv"))
     first, second = (build(sizes, weights, stage) for stage in (1, 2))
     for model in (first, second):
         model.set_null_embeds(encoder, case_inputs["picture"].shape[-1])
@@ -295,9 +271,7 @@ def check_adapter(folder: Path) -> None:
     unet = first.adapter.unet
     bias = unet.conv_in.bias.clone()
     first.adapter.add_condition_channels()
-    assert_close(
-        unet.conv_in.weight, want["latent.conv_in_initial"], 0, 0, "latent.conv_in_initial"
-    )
+    want.close("latent.conv_in_initial", unet.conv_in.weight, (0, 0))
     assert_same(
         unet.config.in_channels, meta["latent.in_channels_config"], "latent.in_channels_config"
     )

@@ -22,13 +22,13 @@ import json
 import random
 import tarfile
 import tempfile
-from collections.abc import Mapping, MutableSequence, Sequence
+from collections.abc import Callable, Iterable, Mapping, MutableSequence, Sequence
 from pathlib import Path
 from typing import Any
 
 from kinds.seed_x_agent import seedx_tokenizer
 from PIL import Image
-from runner import assert_close, assert_same, read_json, read_json_lines
+from runner import Recording, assert_close, assert_same, read_json_lines
 
 from seed_multimodal.data.decoders import DECODERS, get_decoder, phrases
 from seed_multimodal.data.decoders.base import TrainingSequence
@@ -42,7 +42,6 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.models.seed_x.data import (
     ImageSequence,
-    OpenedImage,
     SeedXDecoder,
     metadata_of,
 )
@@ -132,6 +131,26 @@ class Replay:
         self.random.shuffle(items)
 
 
+def decoded(
+    decode: Callable[[], TrainingSequence], rng: Replay, usable: bool
+) -> TrainingSequence | None:
+    """A decoder's sequence with the recorded choices; None: it raised. It may leave out what the
+    original does not use, the rest for the reasons in `STRICTER` only."""
+    sequence = None
+    try:
+        sequence = decode()
+        reason = sequence.drop_reason
+    except (DataError, ConfigError) as error:
+        reason = str(error)
+    else:
+        assert not rng.calls, f"{rng.name}: recorded random calls left: {rng.calls}"
+    if reason:
+        assert not usable or any(part in reason for part in STRICTER), f"{rng.name}: {reason}"
+    else:
+        assert usable, f"{rng.name}: the original skips it"
+    return sequence
+
+
 # ---- SEED-LLaMA
 
 
@@ -146,12 +165,12 @@ def plain(value: Any) -> Any:
     return [plain(item) for item in value] if isinstance(value, list) else value
 
 
-def check_llm(folder: Path) -> None:
-    tokenizer = MultimodalTokenizer.from_pretrained(folder / "tokenizer")
-    check_tokenization(read_json(folder / "tokenization.json"), tokenizer)
-    for case in read_json_lines(folder / "cases.jsonl"):
+def check_llm(recording: Recording) -> None:
+    tokenizer = MultimodalTokenizer.from_pretrained(recording.folder / "tokenizer")
+    check_tokenization(recording.json("tokenization.json"), tokenizer)
+    for case in read_json_lines(recording.folder / "cases.jsonl"):
         check_case(case, tokenizer)
-    check_pipeline(read_json(folder / "pipeline.json"), tokenizer)
+    check_pipeline(recording.json("pipeline.json"), tokenizer)
 
 
 def check_tokenization(expected: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
@@ -215,37 +234,24 @@ def check_case(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
     option_names = DECODERS[decoder].option_names()
     options = {key: value for key, value in options.items() if key in option_names}
     rng = Replay(case["rng_calls"], name, case["seed"])
-    try:
-        sequence = get_decoder(decoder, tokenizer, options).decode(
+    kept = case.get("kept_by_filter")
+    sequence = decoded(
+        lambda: get_decoder(decoder, tokenizer, options).decode(
             plain(case["sample"]), rng, max_length
-        )
-    except (DataError, ConfigError) as error:
-        assert not case.get("kept_by_filter") or any(reason in str(error) for reason in STRICTER), (
-            f"{name}: {error}"
-        )
-        return
-    assert not case.get("error"), (
-        f"{name}: the original raised {case['error']}, the decoder returned {sequence}"
+        ),
+        rng,
+        kept,
     )
-    assert not rng.calls, f"{name}: recorded random calls left: {rng.calls}"
-    if sequence.drop_reason:
-        assert not case["kept_by_filter"] or any(
-            reason in sequence.drop_reason for reason in STRICTER
-        ), f"{name}: left out ({sequence.drop_reason})"
-    else:
-        assert case["kept_by_filter"], f"{name}: the original skips it"
-    if not sequence.ids or (sequence.drop_reason and case["kept_by_filter"]):
+    if sequence is None:
+        return
+    assert not case.get("error"), f"{name}: the original raised {case['error']}, not {sequence}"
+    if not sequence.ids or (sequence.drop_reason and kept):
         return
     other = {key: value for key, value in expected.items() if key not in (*BATCH, "filter_flag")}
     assert_same(sequence.extra, other, f"{name}: other fields")
     if "labels" in expected:
         row = pad(sequence, max_length, tokenizer.pad_token_id)
         assert_same(row, {key: expected[key] for key in row}, name)
-        assert_same(
-            [n for n, label in enumerate(row["labels"]) if label != IGNORE_INDEX],
-            case["label_positions"],
-            name,
-        )
     else:
         assert_same(sequence.ids, expected.get("input_ids", []), f"{name}: ids")
         assert_same(set(sequence.labels) - {IGNORE_INDEX}, set(), f"{name}: labels")
@@ -369,8 +375,8 @@ class SeedXReplay(Replay):
         return result
 
 
-def check_seedx(folder: Path) -> None:
-    constants = read_json(folder / "constants.json")
+def check_seedx(recording: Recording) -> None:
+    constants = recording.json("constants.json")
     lists = (
         phrases.SEEDX_DRAW_REQUESTS,
         phrases.SEEDX_DRAW_RESPONSES,
@@ -384,10 +390,10 @@ def check_seedx(folder: Path) -> None:
         ],
         "number of sentences",
     )
-    tokenizer = seedx_tokenizer(folder, constants["image_tokens"])
+    tokenizer = seedx_tokenizer(recording.folder, constants["image_tokens"])
     ids = {word: tokenizer.token_id(word) for word in constants["token_ids"]}
     assert_same(ids, constants["token_ids"], "ids of words")
-    for index, case in enumerate(read_json_lines(folder / "cases.jsonl")):
+    for index, case in enumerate(read_json_lines(recording.folder / "cases.jsonl")):
         name = f"case {index} ({case['function']}: {case['label']})"
         if case["function"] in RECORDS:
             check_record(case, tokenizer, name, RECORDS[case["function"]])
@@ -483,96 +489,59 @@ def compare(
 ) -> None:
     """A decoder's sequence and the original's row."""
     expected = case["output"]
-    rng = SeedXReplay(case["rng_calls"], name)
     usable = "input_ids" in expected
-    try:
-        sequence = decoder.decode(fields, rng, max_length)
-    except DataError as error:
-        assert (
-            case.get("error") or not usable or any(reason in str(error) for reason in STRICTER)
-        ), f"{name}: {error}"
+    rng = SeedXReplay(case["rng_calls"], name)
+    sequence = decoded(lambda: decoder.decode(fields, rng, max_length), rng, usable)
+    if sequence is None or sequence.drop_reason:
         return
-    assert not rng.calls, f"{name}: recorded random calls left: {rng.calls}"
-    if sequence.drop_reason:
-        assert not usable or any(reason in sequence.drop_reason for reason in STRICTER), (
-            f"{name}: {sequence.drop_reason}"
-        )
-        return
-    assert usable, f"{name}: the original skips it"
-    assert_row(sequence, expected, decoder.tokenizer, max_length, name)
+    assert_row(sequence, expected, decoder.tokenizer.pad_token_id, max_length, name)
     if "tokens" in case:
-        row = batch_rows([sequence], max_length, 0)["input_ids"][0][: len(sequence)]
-        assert_same(" ".join(decoder.tokenizer.tokens(row)), case["tokens"], f"{name}: tokens")
-
-
-def uses(used: OpenedImage) -> tuple[list[bool], list[bool]]:
-    """Masks of input views and of output views (of an output image only the whole)."""
-    return [not used.is_target] * used.views, [False] * (used.views - 1) + [used.is_target]
-
-
-def batch_rows(sequences: Sequence[ImageSequence], max_length: int, pad_id: int) -> dict[str, Any]:
-    """The original's batch without pixels: rows of `max_length`; `embeds_cmp_mask`,
-    `embeds_gen_mask` and `patch_position` of every view."""
-    rows: dict[str, Any] = {}
-    for sequence in sequences:
-        row: dict[str, Any] = pad(sequence, max_length, pad_id)
-        for name, positions in (
-            ("ids_gen_mask", set(sequence.target_positions)),
-            ("ids_cmp_mask", set(sequence.input_positions)),
-        ):
-            row[name] = [position in positions for position in range(max_length)]
-        for name, value in row.items():
-            rows.setdefault(name, []).append(value)
-    images = [image for sequence in sequences for image in sequence.images]
-    views: dict[str, Any] = {
-        "embeds_cmp_mask": [use for image in images for use in uses(image)[0]],
-        "embeds_gen_mask": [use for image in images for use in uses(image)[1]],
-        "patch_position": [position for image in images for position in image.positions],
-        "images_patch_length": [image.views for image in images],
-        "image_size": [list(image.image.size) for image in images],
-    }
-    return {**rows, **(views if images else dict.fromkeys(views))}
+        ids = sequence.ids[:max_length]
+        assert_same(" ".join(decoder.tokenizer.tokens(ids)), case["tokens"], f"{name}: tokens")
 
 
 def assert_row(
-    sequence: ImageSequence,
-    expected: dict[str, Any],
-    tokenizer: MultimodalTokenizer,
-    max_length: int,
-    name: str,
+    sequence: ImageSequence, expected: dict[str, Any], pad_id: int, max_length: int, name: str
 ) -> None:
-    batch = batch_rows([sequence], max_length, tokenizer.pad_token_id)
-    assert_same(
-        {key: batch[key][0] for key in BATCH}, {key: expected[key] for key in BATCH}, f"{name}: row"
-    )
-    for key in ("ids_gen_mask", "ids_cmp_mask"):
-        assert_same(
-            [position for position, used in enumerate(batch[key][0]) if used],
-            expected[key],
-            f"{name}: {key}",
-        )
+    """The original's row without pixels; masks of views."""
+
+    def within(positions: Iterable[int]) -> list[int]:
+        return sorted(position for position in positions if position < max_length)
+
+    images = sequence.images
+    actual: dict[str, Any] = {
+        **pad(sequence, max_length, pad_id),
+        "ids_gen_mask": within(sequence.target_positions),
+        "ids_cmp_mask": within(sequence.input_positions),
+        "embeds_cmp_mask": None,
+        "embeds_gen_mask": None,
+    }
+    if images:
+        read = [[not image.is_target] * image.views for image in images]
+        # Of an output image only the whole is drawn.
+        drawn = [[False] * (image.views - 1) + [image.is_target] for image in images]
+        actual |= {"embeds_cmp_mask": sum(read, []), "embeds_gen_mask": sum(drawn, [])}
+    wanted = {key: expected[key] for key in actual}
     for key in ("embeds_gen_mask", "embeds_cmp_mask"):
-        mask = expected[key]
-        assert_same(batch[key], [mask] if isinstance(mask, bool) else mask, f"{name}: {key}")
-    for key in ("images_patch_length", "image_size"):
-        if key in expected and expected.get("image_size") is not None:
-            assert_same(batch[key], expected[key], f"{name}: {key}")
+        if isinstance(wanted[key], bool):
+            wanted[key] = [wanted[key]]
+    if expected.get("image_size") is not None:
+        sizes = {
+            "images_patch_length": [image.views for image in images],
+            "image_size": [list(image.image.size) for image in images],
+        }
+        actual |= {key: value for key, value in sizes.items() if key in expected}
+        wanted |= {key: expected[key] for key in sizes if key in expected}
+    assert_same(actual, wanted, f"{name}: row")
     if expected.get("patch_position") is not None:
-        assert_close(
-            batch["patch_position"],
-            expected["patch_position"],
-            1e-6,
-            what=f"{name}: patch_position",
-        )
+        positions = [position for image in images for position in image.positions]
+        assert_close(positions, expected["patch_position"], 1e-6, what=f"{name}: patch_position")
     if "text" in expected and sequence.extra:
         assert_same(sequence.extra["text"], expected["text"], f"{name}: text")
-    shape = (
-        expected.get("images", {}).get("shape")
-        if isinstance(expected.get("images"), dict)
-        else None
-    )
-    if shape:
-        assert_same(sum(image.views for image in sequence.images), shape[0], f"{name}: views")
+    pixels = expected.get("images")
+    if isinstance(pixels, dict) and pixels.get("shape"):
+        views = sum(image.views for image in images)
+        assert_same(views, pixels["shape"][0], f"{name}: views")
 
 
 def check_caption(
