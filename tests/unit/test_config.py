@@ -1,0 +1,105 @@
+"""YAML configurations: the originals' files build our objects, and no other object can be built."""
+
+from __future__ import annotations
+
+import re
+
+import pytest
+from PIL import Image
+from repository import ROOT
+
+from seed_multimodal.compat.targets import ALIASES
+from seed_multimodal.config import find_target, instantiate, load_yaml
+from seed_multimodal.errors import CheckpointError, ConfigError
+
+CONFIGS = ROOT / "configs"
+FILES = sorted(
+    file for name in ("llm", "tokenizer", "transform") for file in CONFIGS.glob(f"{name}/*.yaml")
+)
+TRANSFORM = CONFIGS / "transform" / "clip_transform.yaml"
+TARGET = "seed_multimodal.images.transforms.get_transform"
+
+
+@pytest.mark.parametrize("name", [*ALIASES, *(str(load_yaml(file)["_target_"]) for file in FILES)])
+def test_targets_of_the_originals_are_ours(name):
+    # Users keep the YAML files that they have for the originals.
+    target = find_target(name)
+    assert callable(target)
+    assert getattr(target, "__module__", "seed_multimodal").startswith("seed_multimodal")
+
+
+def test_configurations_have_the_original_keys():
+    local = load_yaml(CONFIGS / "llm" / "seed_llama_14b.yaml")
+    assert local.pretrained_model_name_or_path == str(ROOT / "pretrained/seed_llama_14b_sft")
+    assert local.torch_dtype == "fp16"
+    assert load_yaml(CONFIGS / "llm" / "seed_llama_8b_8bit.yaml").load_in_8bit is True
+    hub = load_yaml(CONFIGS / "tokenizer" / "seed_llama_tokenizer_hf.yaml")
+    assert hub.diffusion_path == "stabilityai/stable-diffusion-2-1-unclip"
+    assert hub.encoder_url.endswith("seed_quantizer.pt")
+
+
+@pytest.mark.parametrize(("overrides", "side"), [({}, 224), ({"image_size": 64}, 64)])
+def test_instantiate_builds_the_original_transform(overrides, side):
+    transform = instantiate(TRANSFORM, **overrides)
+    assert transform(Image.new("RGB", (300, 100), (255, 0, 0))).shape == (3, side, side)
+
+
+@pytest.mark.skipif((ROOT / "pretrained" / "seed_tokenizer").exists(), reason="the weights exist")
+def test_instantiate_names_missing_weights():
+    with pytest.raises(CheckpointError, match="pretrained/seed_tokenizer"):
+        instantiate(CONFIGS / "tokenizer" / "seed_llama_tokenizer.yaml", device="cpu")
+
+
+# Configuration → what the error names.
+REFUSED = {
+    **{
+        name: ({"_target_": name}, name)
+        for name in (
+            "os.system",
+            "builtins.eval",
+            "torch.load",
+            "transformers.AutoModel.from_pretrained",
+            "seed_multimodal.weights.os.system",  # what a module imports
+            "seed_multimodal.weights.torch.load",
+            "seed_multimodal.config._split",
+            "seed_multimodal.nothing.here",
+            "seed_multimodal.errors.SeedError.__init__",
+            "seed_multimodal",
+        )
+    },
+    "nested": (
+        {"_target_": TARGET, "type": {"_target_": "os.system", "command": "true"}},
+        "os.system",
+    ),
+    "no target": ({"type": "clip"}, "_target_"),
+    "unknown key": ({"_target_": TARGET, "image_szie": 64}, "image_size"),
+}
+
+
+@pytest.mark.parametrize(("config", "named"), REFUSED.values(), ids=REFUSED)
+def test_instantiate_refuses(config, named):
+    # A YAML file from elsewhere must not run code.
+    with pytest.raises(ConfigError, match=re.escape(named)):
+        instantiate(config)
+
+
+DAMAGED = {
+    "open": "a: [1",
+    "list": "- 1\n- 2",
+    "interpolation": "a: ${nowhere}",
+    "tab": "\t- :",
+    "circle": "a: &a [*a]",
+    "deep": f"a: {'[' * 1200}{']' * 1200}",
+    "long number": f"a: {'9' * 5000}",
+    "absent": None,
+}
+
+
+@pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
+def test_load_yaml_names_a_damaged_file(content, tmp_path):
+    file = tmp_path / "damaged.yaml"
+    if content is not None:
+        file.write_text(content)
+    with pytest.raises(ConfigError, match=r"damaged\.yaml") as caught:
+        load_yaml(file)
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,102 @@
+"""Shell scripts and programs as they start: on machines with another `sh`, or without torch."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import stat
+import subprocess
+import sys
+
+import pytest
+from repository import ROOT
+
+FOLDERS = ("scripts", "src/lavit/scripts", "MultiModalLLM", "SEED_Tokenizer")
+SCRIPTS = [
+    ROOT / "install.sh",
+    *sorted(file for name in FOLDERS for file in (ROOT / name).rglob("*.sh")),
+]
+STARTS_BASH = '[ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"'
+needs_dash = pytest.mark.skipif(shutil.which("dash") is None, reason="the sh of Debian and Ubuntu")
+
+
+def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        cwd=ROOT,
+        env={**os.environ, **environment},
+        timeout=120,
+    )
+
+
+@pytest.mark.process
+@needs_dash
+def test_shell_scripts_parse():
+    # `sh FILE` is dash there: a script with bash's own syntax must start bash before it is read.
+    for path in SCRIPTS:
+        code = path.read_text()
+        commands = [line for line in code.splitlines() if line and not line.startswith("#")]
+        shells = ["bash"] if commands[0].startswith(STARTS_BASH) else ["bash", "dash"]
+        for shell in shells:
+            done = run(shell, "-n", str(path))
+            assert done.returncode == 0, done.stderr
+        assert "bash" in shells[-1] or ("BASH_SOURCE" not in code and "pipefail" not in code), path
+
+
+@pytest.mark.process
+@needs_dash
+@pytest.mark.parametrize(
+    ("script", "text"),
+    [
+        ("install.sh", "--lavis"),
+        ("SEED_Tokenizer/install.sh", "--lavis"),
+        ("scripts/start_backend_14b.sh", "--tokenizer"),
+        ("scripts/start_frontend_8b.sh", "--request_address"),
+        ("src/lavit/scripts/vqa_eval.sh", "--task_name"),
+    ],
+)
+def test_shell_scripts_print_their_help(script, text):
+    done = run("dash", script, "--help")
+    assert done.returncode == 0 and text in done.stdout, done.stderr
+
+
+@pytest.mark.process
+def test_ci_runs_the_tests():
+    path = ROOT / ".ci" / "run"
+    assert path.stat().st_mode & stat.S_IXUSR and "scripts/test.sh" in path.read_text()
+    assert run("bash", "-n", str(path)).returncode == 0
+
+
+@pytest.mark.process
+@pytest.mark.parametrize(
+    "program",
+    [
+        "scripts/seed_tokenizer_inference.py",
+        "gradio_demo/seed_llama_flask.py",
+        "src/lavit/inference.py",
+        "src/inference/eval_text2img_seed_x.py",
+        "demo_recon.py",
+        "MultiModalLLM/src/train/train.py",
+    ],
+)
+def test_program_without_the_environment_says_how_to_get_one(program):
+    # Here: a Python without the folder of installed packages.
+    done = run(sys.executable, "-S", program, PYTHONPATH="")
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("ModuleNotFoundError") and "install.sh" in last, done
+
+
+@pytest.mark.process
+def test_importing_the_package_is_light():
+    # `seed --help` and completion of a shell must not wait for torch.
+    done = run(
+        sys.executable,
+        "-c",
+        "import sys, seed_multimodal, seed_multimodal.cli.main as main;"
+        "heavy = {'torch', 'torchvision', 'transformers', 'diffusers', 'gradio', 'flask'};"
+        "print(sorted(heavy & set(sys.modules)))",
+        PYTHONPATH=str(ROOT / "src"),
+    )
+    assert done.stdout.strip() == "[]", done.stderr
