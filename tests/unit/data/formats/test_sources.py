@@ -1,20 +1,24 @@
-"""Records of tars, jsonl, json lists, parquet and folders: read by index, broken ones named."""
+"""Records of tars, jsonl, json lists, parquet and folders: read by index, broken files named."""
 
 from __future__ import annotations
 
+import gzip
 import json
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from data_files import lines, shard
 from installed_package import install
 from pyarrow import parquet
 from real_processes import run_process
 from repository import ROOT
 
+from seed_multimodal.data.formats.open_files import OpenFiles
 from seed_multimodal.data.formats.record import BadRecord, find_image
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.formats.sources import FileRecords, expand_pattern, open_records
@@ -26,21 +30,7 @@ ITEMS = [
     {},
     {"text": "𝄞" * 50, "b": True},
 ]
-
-
-def tar(path: Path, items: dict[str, object]) -> Path:
-    write_shard(
-        path,
-        [
-            (key, {"json": value if isinstance(value, bytes) else json.dumps(value).encode()})
-            for key, value in items.items()
-        ],
-    )
-    return path
-
-
-def caption(code: int) -> dict:
-    return {"image_ids": [code, code + 1], "text": f"Größe {code}"}
+BOM = b"\xef\xbb\xbf"
 
 
 def write(path: Path, content: str | bytes) -> Path:
@@ -52,215 +42,214 @@ def fields(source: FileRecords) -> list[dict]:
     return [source.read(index).fields for index in range(len(source))]
 
 
+def text_lines(end: str = "\n") -> bytes:
+    """The items, a line each, after blank ones."""
+    first, *others = map(json.dumps, ITEMS)
+    return end.join(["", first, " \t ", *others, ""]).encode()
+
+
+# name -> its content, and the key of its last record
+CONTENTS: dict[str, tuple[bytes, str]] = {
+    "a.jsonl": (text_lines(), "line 6"),
+    "windows.jsonl": (text_lines("\r\n"), "line 6"),
+    "no-end.jsonl": (text_lines().rstrip(), "line 6"),
+    "bom.jsonl": (BOM + b"\n".join(json.dumps(item).encode() for item in ITEMS), "line 4"),
+    "a.json": (json.dumps(ITEMS, indent=2).encode(), "item 3"),
+    "bom.json": (BOM + json.dumps(ITEMS).encode(), "item 3"),
+    "coco.json": (json.dumps({"info": {"a": [1]}, "annotations": ITEMS}).encode(), "item 3"),
+    "lines.json": (text_lines(), "item 3"),
+}
+
+
+@pytest.mark.parametrize("name", CONTENTS)
+def test_open_records_of_lines_and_lists(tmp_path, name):
+    content, last = CONTENTS[name]
+    path = write(tmp_path / name, content)
+    source = open_records(path)
+    assert fields(source) == ITEMS
+    record = source.read(3)
+    assert (record.key, record.location) == (last, f"{path}: {last}")
+
+
 def test_open_records_of_tars(tmp_path):
+    # Folders are searched at any depth.
     for part in range(3):
-        tar(
-            tmp_path / f"part-{part:04d}" / "0000000.tar",
-            {f"{part}x{n}": caption(10 * part + n) for n in range(part + 1)},
-        )
-    source = open_records(str(tmp_path / "part-{0000..0002}" / "*.tar"), name="captions")
-    assert (source.name, len(source), list(source.shard_sizes)) == ("captions", 6, [1, 2, 3])
+        records = [{"text": f"{part}x{n}"} for n in range(part + 1)]
+        shard(tmp_path / f"part-{part:04d}" / "0000000.tar", records)
+    expected = [{"text": f"{part}x{n}"} for part in range(3) for n in range(part + 1)]
+    for files in (tmp_path, str(tmp_path / "part-{0000..0002}" / "*.tar")):
+        source = open_records(files, name="captions")
+        assert (source.name, len(source)) == ("captions", 6)
+        assert fields(source) == expected
     record = source.read(4)
-    assert (record.key, record.fields) == ("2x1", caption(21))
-    assert record.location == f"{tmp_path}/part-0002/0000000.tar: sample 2x1"
-    assert fields(open_records(tmp_path)) == fields(source)  # a folder is searched at any depth
-
-
-def test_open_records_of_lines(tmp_path):
-    lines = ["", '{"text": "ä"}', "   \t ", '{"text": "b"}\r', '{"text": ', "", '{"text": "c"}']
-    for end in ("", "\n", "\n \n"):
-        source = open_records(write(tmp_path / "t.jsonl", "\n".join(lines) + end))
-        assert len(source) == 4
-        assert [source.read(n).fields["text"] for n in (0, 1, 3)] == ["ä", "b", "c"]
-        assert [source.read(n).location for n in (0, 1, 3)] == [
-            f"{tmp_path}/t.jsonl: line {n}" for n in (2, 4, 7)
-        ]
-        with pytest.raises(BadRecord, match=r"t\.jsonl: line 5: is not JSON"):
-            source.read(2)
-    bom = open_records(
-        write(tmp_path / "bom.jsonl", b"\xef\xbb\xbf" + b'{"text": "a"}\n{"text": "b"}')
-    )
-    assert fields(bom) == [{"text": "a"}, {"text": "b"}] and bom.read(1).key == "line 2"
-
-
-def test_open_records_of_lists(tmp_path):
-    path = write(tmp_path / "a.json", json.dumps(ITEMS, indent=2))
-    assert fields(open_records(path)) == ITEMS
-    assert (open_records(path).read(2).location, open_records(path).read(2).key) == (
-        f"{path}: item 2",
-        "item 2",
-    )
-    coco = write(
-        tmp_path / "coco.json", json.dumps({"info": {"a": [1]}, "annotations": ITEMS, "x": []})
-    )
-    assert fields(open_records(coco)) == ITEMS
-    assert (
-        fields(open_records(write(tmp_path / "bom.json", b"\xef\xbb\xbf" + path.read_bytes())))
-        == ITEMS
-    )
-    lines = open_records(write(tmp_path / "lines.json", '{"text": "a"}\n\n{"text": "b"}\n'))
-    assert fields(lines) == [{"text": "a"}, {"text": "b"}] and lines.read(1).location.endswith(
-        "lines.json: item 1"
-    )
-    assert fields(open_records(write(tmp_path / "one.json", '{"text": "a"}\n'))) == [{"text": "a"}]
-
-
-@pytest.mark.parametrize(
-    ("content", "message"),
-    [
-        ('[{"a": 1},\n {"a": }]', "Expecting value: line 2"),
-        ('[{"a": 1} {"a": 2}]', "',' delimiter: line 1"),
-        ("[{}]\nmore", "Extra data: line 2"),
-        ('{"a": [1]\n}', "must have a list"),
-        ("", "Expecting value"),
-        ('"text"', "must have a list"),
-    ],
-)
-def test_open_records_of_a_broken_list(tmp_path, content, message):
-    with pytest.raises(DataError, match=rf"b\.json: .*{message}"):
-        len(open_records(write(tmp_path / "b.json", content)))
+    assert record.key == "00001"
+    assert record.location == f"{tmp_path}/part-0002/0000000.tar: sample 00001"
 
 
 def test_open_records_of_parquet(tmp_path):
+    turns = [{"from": "human", "value": "<image>q"}, {"from": "gpt", "value": "a"}]
     rows = [
-        {
-            "id": str(n),
-            "image_ids": [n, n + 1],
-            "text": f"t{n}" if n != 3 else None,
-            "conversations": [
-                {"from": "human", "value": f"<image>q{n}"},
-                {"from": "gpt", "value": "a"},
-            ],
-        }
+        {"image_ids": [n, n + 1], "text": None if n == 3 else f"t{n}", "conversations": turns}
         for n in range(7)
     ]
     path = tmp_path / "a.parquet"
     parquet.write_table(pa.Table.from_pylist(rows), path, row_group_size=3)
     source = open_records([path, path])
-    assert len(source) == 7
+    assert len(source) == 7  # a file that is named twice is read once
     record = source.read(4)
-    assert (
-        record.location == f"{path}: row 4"
-        and record.key == "row 4"
-        and record.fields["text"] == "t4"
-    )
+    assert (record.key, record.location) == ("row 4", f"{path}: row 4")
+    assert record.fields["messages"][0]["content"] == [{"codes": [4, 5]}, "q"]
     assert "text" not in source.read(3).fields
-    assert record.fields["messages"][0]["content"] == [{"codes": [4, 5]}, "q4"]
-    source.open_files.tables.limit_bytes = 0  # one row group
-    order = np.random.default_rng(0).permutation(7).tolist()
-    assert [source.read(n).fields["id"] for n in order] == [str(n) for n in order]
-    assert len(source.open_files.tables._groups) == 1
-    texts = [{"image": "x", "conversations": json.dumps(row["conversations"])} for row in rows]
-    parquet.write_table(pa.Table.from_pylist(texts), tmp_path / "text.parquet")
-    assert open_records(tmp_path / "text.parquet").read(2).fields["messages"][0]["content"] == [
-        {"image": "x"},
-        "q2",
-    ]
-    parquet.write_table(pa.Table.from_pylist(rows[:2]), path)
-    source.open_files.close()
-    with pytest.raises(BadRecord, match=r"a\.parquet: cannot be read as parquet"):
+
+    # In any order, also if a row group does not fit into the cache.
+    for group_cache_bytes in (1 << 20, 0):
+        files = OpenFiles(group_cache_bytes=group_cache_bytes)
+        for index in np.random.default_rng(0).permutation(7).tolist():
+            fields = source.locate(index).parsed(files).fields
+            assert fields["image_ids"] == rows[index]["image_ids"]
+
+    # A table that became shorter, and conversations as JSON texts.
+    texts = [{"image": "x", "conversations": json.dumps(turns)}] * 2
+    parquet.write_table(pa.Table.from_pylist(texts), path)
+    content = open_records(path).read(1).fields["messages"][0]["content"]
+    assert content == [{"image": "x"}, "q"]
+    with pytest.raises(BadRecord, match=r"a\.parquet"):
         source.read(6)
-    with pytest.raises(BadRecord, match=r"b\.parquet: cannot be read as parquet"):
-        len(open_records(write(tmp_path / "b.parquet", path.read_bytes()[:-60])))
+
+
+def empty_table() -> bytes:
+    sink = pa.BufferOutputStream()
+    parquet.write_table(pa.table({"text": pa.array([], pa.string())}), sink)
+    return sink.getvalue().to_pybytes()
+
+
+# Files without a usable record.
+FAULTS = {
+    "text.tar": b"not a tar " * 200,
+    "empty.tar": b"",
+    "no-members.tar": bytes(10240),
+    "packed.tar": gzip.compress(bytes(10240)),
+    "empty.jsonl": b"",
+    "blank.jsonl": b" \n\n",
+    "bytes.jsonl": b"\xff\xfe\n",
+    "empty.json": b"",
+    "no-list.json": b"[]",
+    "value.json": b'[{"a": 1},\n {"a": }]',
+    "comma.json": b'[{"a": 1} {"a": 2}]',
+    "extra.json": b"[{}]\nmore",
+    "object.json": b'{"a": [1]\n}',
+    "text.json": b'"text"',
+    "deep.json": b"[" * 100_000,
+    "empty.parquet": b"",
+    "text.parquet": b"not a table" * 99,
+    "no-rows.parquet": empty_table(),
+    "cut.parquet": empty_table()[:-9],
+}
+
+
+@pytest.mark.parametrize("name", FAULTS)
+def test_open_records_of_a_broken_file(tmp_path, name):
+    path = write(tmp_path / name, FAULTS[name])
+    with pytest.raises(DataError) as error:
+        fields(open_records(path))
+    assert str(error.value).startswith(f"{path}: ")
+    assert "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("members", "kind"),
+    [({"pkl": b"\x80\x04}."}, "pickled"), ({"jpg": b"x"}, "missing member")],
+)
+def test_open_records_of_a_sample_without_json(tmp_path, members, kind):
+    write_shard(tmp_path / "a.tar", [("k1", {"json": b"{}"}), ("k2", members)])
+    source = open_records(tmp_path / "a.tar")
+    assert source.read(0).fields == {}
+    with pytest.raises(BadRecord, match=r"a\.tar: sample k2") as error:
+        source.read(1)
+    assert error.value.kind == kind
 
 
 def test_open_records_of_an_image_folder(tmp_path):
+    (tmp_path / "sub").mkdir()
     for name in ("b.jpg", "sub/a.PNG", ".hidden.jpg", "notes.md"):
-        (tmp_path / name).parent.mkdir(exist_ok=True)
         write(tmp_path / name, "x")
     write(tmp_path / "b.txt", "a caption")
     source = open_records(tmp_path, format="folder")
-    assert fields(source) == [
-        {"image": str((tmp_path / name).resolve())} for name in ("b.jpg", "sub/a.PNG")
-    ]
-    first = source.read(0)
-    assert (
-        first.location == str(tmp_path / "b.jpg")
-        and first.member("txt", files=source.open_files) == b"a caption"
-    )
-    assert source.read(1).member("txt", files=source.open_files) is None
-    with pytest.raises(DataError, match="no such file or folder"):
-        open_records(tmp_path / "sub" / "none", format="folder")
+    images = [str((tmp_path / name).resolve()) for name in ("b.jpg", "sub/a.PNG")]
+    assert [record["image"] for record in fields(source)] == images
+    first, second = source.read(0), source.read(1)
+    assert first.location == str(tmp_path / "b.jpg")
+    assert first.member("txt", files=source.open_files) == b"a caption"
+    assert second.member("txt", files=source.open_files) is None
 
 
-def test_open_records_finds_files(tmp_path):
-    with pytest.raises(DataError, match="contains no tar, jsonl, json, parquet files"):
+# ---- which files are read
+
+
+def test_open_records_of_a_mixed_folder(tmp_path):
+    with pytest.raises(DataError, match=str(tmp_path)):
         open_records(tmp_path)
-    with pytest.raises(ConfigError, match="format must be auto, .*did you mean 'jsonl'"):
-        open_records(tmp_path, format="jsnl")
-    write(tmp_path / "a.jsonl", '{"text": "a"}')
-    tar(tmp_path / "a.tar", {"k": caption(1)})
-    write(tmp_path / "counts.json", "{\n}")
-    with pytest.raises(
-        DataError, match="contains tar and jsonl files|contains jsonl and tar files"
-    ):
+    lines(tmp_path / "a.jsonl", [{"text": "a"}])
+    shard(tmp_path / "a.tar", [{"text": "b"}])
+    write(tmp_path / "counts.json", "{\n}")  # next to shards: no data
+    with pytest.raises(DataError, match="tar"):
         open_records(tmp_path)
     assert fields(open_records(tmp_path, format="jsonl")) == [{"text": "a"}]
-    assert fields(open_records(tmp_path, format="tar")) == [
-        caption(1)
-    ]  # counts next to shards are no data
+    assert fields(open_records(tmp_path, format="tar")) == [{"text": "b"}]
     both = open_records([tmp_path / "a.tar", tmp_path / "a.jsonl"])
-    assert [both.read(n).key for n in (0, 1)] == ["k", "line 1"]
-    odd = write(tmp_path / "notes.txt", '{"text": "b"}')
-    with pytest.raises(DataError, match="unknown suffix"):
+    assert [both.read(n).key for n in (0, 1)] == ["00000", "line 1"]
+    # Without a known suffix the format must be named.
+    odd = write(tmp_path / "notes.txt", '{"text": "c"}')
+    with pytest.raises(DataError, match=r"notes\.txt"):
         open_records(odd)
-    assert fields(open_records(odd, format="jsonl")) == [{"text": "b"}]
+    assert fields(open_records(odd, format="jsonl")) == [{"text": "c"}]
 
 
-def test_expand_pattern(tmp_path):
-    for name in ("a-008.tar", "a-009.tar", "a-010.tar", "b.tar", "odd[1].tar"):
-        (tmp_path / name).touch()
-    for patterns, expected in (
+@pytest.mark.parametrize(
+    ("options", "named"),
+    [({"format": "jsnl"}, "'jsonl'"), ({"options": {"anon": True}}, "'anon'")],
+)
+def test_open_records_with_a_wrong_option(tmp_path, options, named):
+    path = lines(tmp_path / "a.jsonl", [{}])
+    with pytest.raises(ConfigError, match=named):
+        open_records(path, **options)
+
+
+@pytest.mark.parametrize(
+    ("patterns", "names"),
+    [
         (["a-{008..010}.tar"], ["a-008.tar", "a-009.tar", "a-010.tar"]),
         (["{b,a-0?9}.tar"], ["b.tar", "a-009.tar"]),
         (["odd[1].tar"], ["odd[1].tar"]),
         (["b.tar", "*.tar"], ["b.tar", "a-008.tar", "a-009.tar", "a-010.tar", "odd[1].tar"]),
-    ):
-        assert expand_pattern([tmp_path / pattern for pattern in patterns]) == [
-            f"{tmp_path}/{name}" for name in expected
-        ]
-
-
-@pytest.mark.parametrize(
-    ("pattern", "message"),
-    [
-        ("none-*.tar", "none-.*: no file matches this pattern"),
-        ("a-{0..3}.tar", "a-1.tar: no such file"),
-        ("a-00.tar", r"no such file or folder \(did you mean 'a-0.tar'\?\)"),
+        (["none-*.tar"], "none-"),
+        (["a-{008..011}.tar"], "a-011.tar"),
+        (["a-08.tar"], "'a-008.tar'"),  # did you mean
     ],
 )
-def test_expand_pattern_without_match(tmp_path, pattern, message):
-    (tmp_path / "a-0.tar").touch()
-    with pytest.raises(DataError, match=message):
-        expand_pattern([tmp_path / pattern])
+def test_expand_pattern(tmp_path, patterns, names: list[str] | str):
+    for name in ("a-008.tar", "a-009.tar", "a-010.tar", "b.tar", "odd[1].tar"):
+        (tmp_path / name).touch()
+    expand: Callable[[], list[str]] = lambda: expand_pattern([tmp_path / p for p in patterns])  # noqa: E731
+    if isinstance(names, list):
+        assert expand() == [f"{tmp_path}/{name}" for name in names]
+        return
+    with pytest.raises(DataError, match=names):
+        expand()
 
 
 def test_find_image(tmp_path, monkeypatch):
-    (tmp_path / "images").mkdir()
-    image = write(tmp_path / "images" / "a.jpg", "x")
-    assert (
-        find_image("a.jpg", tmp_path / "images")
-        == find_image("/a.jpg", tmp_path / "images")
-        == image
-    )
-    assert (
-        find_image(str(image)) == find_image("images/a.jpg", None, tmp_path / "list.json") == image
-    )
-    assert find_image("b.jpg", tmp_path / "images") is None
+    folder = tmp_path / "images"
+    folder.mkdir()
+    image = write(folder / "a.jpg", "x")
+    # As in SEED-X's lists, a leading slash may mean the folder of images.
+    assert find_image("a.jpg", folder) == find_image("/a.jpg", folder) == image
+    assert find_image(str(image)) == image
+    assert find_image("images/a.jpg", None, tmp_path / "list.json") == image
+    assert find_image("b.jpg", folder) is None
     assert find_image("A" * 5000) is None  # such as an image stored as base64
     monkeypatch.chdir(tmp_path)
     assert find_image("images/a.jpg") == Path("images/a.jpg")
-
-
-@pytest.mark.parametrize("suffix", ["tar", "jsonl"])
-def test_open_records_with_an_unknown_option(tmp_path, suffix):
-    path = tmp_path / f"a.{suffix}"
-    if suffix == "tar":
-        tar(path, {"0": caption(0)})
-    else:
-        write(path, "{}")
-    with pytest.raises(ConfigError, match=f"options of format {suffix}: unknown key 'anon'"):
-        open_records(str(path), options={"anon": True})
 
 
 # ---- formats of other packages
@@ -301,4 +290,4 @@ def test_open_records_of_a_registered_format(tmp_path):
         env={**os.environ, "PYTHONPATH": f"{ROOT / 'src'}:{tmp_path}"},
     )
     assert done.stdout.splitlines() == ["3 square 2", "['square 1'] 1.0 mine: 1"], done.stderr
-    assert "unknown key 'numbr' (did you mean 'number'?)" in done.stderr
+    assert "'numbr'" in done.stderr

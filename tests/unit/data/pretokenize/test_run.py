@@ -31,9 +31,7 @@ SIZE = 12
 
 
 @pytest.fixture(scope="module")
-def data(
-    tmp_path_factory,
-) -> dict[str, Any]:
+def data(tmp_path_factory) -> dict[str, Any]:
     """Eight tars of 12 images.
 
     In the fourth, one image is cut off, one is no image and one has no text.
@@ -122,6 +120,7 @@ def test_run_in_shares_of_torchrun_and_job_arrays(
     assert content(out) == content(finished_run)
 
 
+@pytest.mark.nightly
 @pytest.mark.process
 @pytest.mark.timeout(300)
 def test_killed_run_of_two_processes_resumes(data, finished_run, tmp_path):
@@ -168,74 +167,44 @@ def test_run_resumed_with_another_tokenizer_or_setting(finished_run, start, tmp_
     state = load_state_dict(folder / "model.safetensors")
     state["query_tokens"] = state["query_tokens"] * 1.01
     save_state_dict(state, folder / "model.safetensors")
-    with pytest.raises(DataError, match=r"started with other settings \(tokenizer: "):
-        start(copy, tokenizer=str(folder))
-    with pytest.raises(
-        DataError, match=r"other settings \(transform.interpolation: bilinear -> bicubic\);"
+    transforms = APP / "configs" / "processer"
+    for change, named in (
+        ({"tokenizer": str(folder)}, "tokenizer"),
+        ({"image_transform": str(transforms / "nano_transform.yaml")}, "transform.interpolation"),
+        ({"views": 2}, "views: 1 -> 2"),
     ):
-        start(copy, image_transform=str(APP / "configs" / "processer" / "nano_transform.yaml"))
-    with pytest.raises(ConfigError, match="224 x 224 pixels, but the tokenizer expects 64 x 64"):
-        start(copy, image_transform=str(APP / "configs" / "processer" / "blip_transform.yaml"))
-    with pytest.raises(DataError, match=r"views: 1 -> 2\);"):
-        start(copy, views=2)
+        with pytest.raises(DataError, match=named):
+            start(copy, **change)
+    with pytest.raises(ConfigError, match="224 x 224 .* 64 x 64"):
+        start(copy, image_transform=str(transforms / "blip_transform.yaml"))
     assert start(copy) == 0 and content(copy) == content(finished_run)
 
 
-def test_run_writes_strict_json(
-    start,
-    tmp_path,
-):
-    """Python's json writes NaN, which is not JSON; LAION's metadata contains it."""
-
-    def fail(constant: str) -> None:
-        raise AssertionError(constant)
-
-    write_shard(
-        tmp_path / "in.tar",
-        [
-            (
-                "0",
-                {
-                    "jpg": jpeg(1),
-                    "txt": b"words",
-                    "json": b'{"similarity": NaN, "deep": [{"a": Infinity}], "n": 1.5}',
-                },
-            )
-        ],
-    )
+def test_run_writes_strict_json(start, tmp_path):
+    # Python's json writes NaN, which is not JSON; LAION's metadata contains it.
+    metadata = b'{"similarity": NaN, "deep": [{"a": Infinity}], "n": 1.5}'
+    write_shard(tmp_path / "in.tar", [("0", {"jpg": jpeg(1), "txt": b"a", "json": metadata})])
     assert start(tmp_path / "out", data={"files": str(tmp_path / "in.tar")}) == 0
     with tarfile.open(tmp_path / "out" / "in.tar") as tar:
-        data = tar.extractfile(tar.getmembers()[0]).read()
-    assert json.loads(data, parse_constant=fail)["metadata"] == {
-        "similarity": None,
-        "deep": [{"a": None}],
-        "n": 1.5,
-    }
+        text = tar.extractfile(tar.getmembers()[0]).read().decode()
+    assert "NaN" not in text
+    expected = {"similarity": None, "deep": [{"a": None}], "n": 1.5}
+    assert json.loads(text)["metadata"] == expected
 
 
-def test_run_ends_after_many_broken_samples_in_a_row(
-    start,
-    tmp_path,
-    capfd,
-):
+def test_run_ends_after_many_broken_samples_in_a_row(start, tmp_path, capfd):
     for shard, bad in enumerate((2, 4)):
-        write_shard(
-            tmp_path / "in" / f"{shard}.tar",
-            [
-                (f"{n}", {"jpg": b"broken" if n < bad else jpeg(n), "txt": b"words"})
-                for n in range(6)
-            ],
-        )
+        samples = [
+            (f"{n}", {"jpg": b"broken" if n < bad else jpeg(n), "txt": b"words"}) for n in range(6)
+        ]
+        write_shard(tmp_path / "in" / f"{shard}.tar", samples)
     images = {"files": str(tmp_path / "in")}
-    with pytest.raises(DataError, match=r"1.tar: sample 2: .* \(3 broken samples in a row\)"):
+    with pytest.raises(DataError, match=r"1\.tar: sample 2"):
         start(tmp_path / "out", max_bad=3, data=images)
-    assert sorted(path.name for path in (tmp_path / "out").iterdir()) == [
-        "0.counts.json",
-        "0.tar",
-        "settings.json",
-    ]
-    log = capfd.readouterr().err
-    assert "skipped: " in log and "0.tar: sample 1: " in log
+    # The finished shard stays, and the next run goes on behind it.
+    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    assert names == ["0.counts.json", "0.tar", "settings.json"]
+    assert "0.tar: sample 1" in capfd.readouterr().err
     assert start(tmp_path / "out", max_bad=5, data=images) == 0
     assert json.loads((tmp_path / "out" / "counts.json").read_text())["bad"] == 6
 
@@ -251,21 +220,21 @@ def test_run_without_a_usable_record(start, tmp_path, capfd):
 
 
 @pytest.mark.parametrize(
-    ("flags", "message"),
+    ("flags", "named"),
     [
-        (["--tokenizer", "configs/none.yaml"], "no such configuration file"),
+        (["--tokenizer", "configs/none.yaml"], "configs/none.yaml"),
         (["--data", "none.yaml"], "none.yaml"),
-        (["--save_dir", "n" * 300], "cannot be written (File name too long)"),
-        (["--fields", "vqa"], "not a preset"),
-        (["--shard", "2/2"], "I from 0 to N-1"),
-        (["--device", "cuda:1", "--gpus", "4"], "cuda:1 names one GPU"),
+        (["--save_dir", "n" * 300], "nnn"),
+        (["--fields", "vqa"], "'vqa'"),
+        (["--shard", "2/2"], "--shard"),
+        (["--device", "cuda:1", "--gpus", "4"], "cuda:1"),
     ],
 )
-def test_extraction_script_wrong_flags(flags, message, data, tmp_path, capfd, monkeypatch):
+def test_extraction_script_wrong_flags(flags, named, data, tmp_path, capfd, monkeypatch):
     monkeypatch.chdir(APP)
     required = (
         f"--tokenizer configs/tokenizer/nano.yaml --data {data['files']}/data.yaml "
         f"--save_dir {tmp_path / 'out'} --device cpu"
     ).split()
     assert extraction_script("caption", "tool", "text", [*required, *flags]) == 2
-    assert message in capfd.readouterr().err
+    assert named in capfd.readouterr().err

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import multiprocessing
 import os
 import shutil
@@ -10,6 +9,7 @@ import signal
 import subprocess
 import sys
 import time
+from collections import Counter
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +38,8 @@ def dataset(shards: Path, **settings: Any) -> PairDataset:
 
 
 def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
-    assert set(left) == set(right) == {"image", "caption", "key", "index"}
-    return (
-        torch.equal(left["image"], right["image"])
-        and torch.equal(left["index"], right["index"])
-        and left["caption"] == right["caption"]
-        and left["key"] == right["key"]
-    )
+    images = torch.equal(left.pop("image"), right["image"])
+    return images and all(str(left[key]) == str(right[key]) for key in left)
 
 
 @pytest.mark.process
@@ -57,104 +52,88 @@ def test_at_any_step_with_workers(shards: Path, mixed, no_workers_left: None):
         for step in (0, 1, 2, 3, 7, 8, 4):
             state = torch.get_rng_state()
             batch = pair.at(step)
-            assert same(batch, expected[step]) and batch["image"].shape == (6, 3, 16, 16)
-            assert torch.equal(
-                torch.get_rng_state(), state
-            )  # loading does not use the global generator
+            assert batch["image"].shape == (6, 3, 16, 16)
+            assert same(batch, expected[step])
+            # Loading does not use the generator that a training draws from.
+            assert torch.equal(torch.get_rng_state(), state)
         pair.close()
         assert same(pair.at(4), expected[4])
-        assert alone.wait_seconds > 0 and pair.wait_seconds > 0
 
 
-def test_at_of_several_ranks(shards: Path):
+@pytest.mark.parametrize("world", [2, 4])
+def test_at_of_several_ranks(shards: Path, world):
+    # Together they see the batch of a single process; step 4 ends the first epoch.
     single = StepBatches(dataset(shards), 8, seed=2)
-    for world in (2, 4):
-        ranks = [
-            StepBatches(dataset(shards), 8 // world, seed=2, rank=rank, world=world)
-            for rank in range(world)
-        ]
-        for step in (0, 1, 4, 5, 9):  # step 4 ends the first epoch of 40
-            complete = single.at(step)
-            parts = [rank.at(step) for rank in ranks]
-            assert [key for part in parts for key in part["key"]] == complete["key"]
-            assert torch.equal(torch.cat([part["image"] for part in parts]), complete["image"])
+    ranks = [
+        StepBatches(dataset(shards), 8 // world, seed=2, rank=rank, world=world)
+        for rank in range(world)
+    ]
+    for step in (0, 1, 4, 5, 9):
+        complete = single.at(step)
+        parts = [rank.at(step) for rank in ranks]
+        assert [key for part in parts for key in part["key"]] == complete["key"]
+        assert torch.equal(torch.cat([part["image"] for part in parts]), complete["image"])
+
+
+def spoiled_shard(folder: Path, bad: set[int]) -> Path:
+    """A tar of 16 samples, some with an image that is cut off."""
+    samples = [
+        {
+            "__key__": f"{n:03d}",
+            "jpg": jpeg(n)[: -400 if n in bad else None],
+            "json": {"caption": f"Number {n}"},
+        }
+        for n in range(16)
+    ]
+    return write_tar(folder / "d.tar", samples)
 
 
 @pytest.mark.process
 def test_bad_samples_of_workers(tmp_path, no_workers_left: None):
-    write_tar(
-        tmp_path / "d.tar",
-        [
-            {
-                "__key__": f"{n:03d}",
-                "jpg": jpeg(n) if n not in (4, 9) else jpeg(n)[:-400],
-                "json": {"caption": f"Number {n}"},
-            }
-            for n in range(16)
-        ],
-    )
-    file = tmp_path / "log"
+    path = spoiled_shard(tmp_path, {4, 9})
+    log_file = tmp_path / "log"
 
     def log(line: str) -> None:  # to a file, which lines of workers reach, too
-        with file.open("a") as out:
+        with log_file.open("a") as out:
             out.write(line + "\n")
 
+    # Three epochs: both workers read both bad samples.
     with StepBatches(dataset(tmp_path, log=log), 4, seed=0, workers=2) as batches:
-        keys = [
-            key for step in range(12) for key in batches.at(step)["key"]
-        ]  # three epochs: both workers read both
+        keys = Counter(key for step in range(12) for key in batches.at(step)["key"])
     assert sorted(key for key, _ in batches.bad_samples()) == ["004", "009"]
-    logged = file.read_text().splitlines()
-    assert len(logged) == 2 and all("d.tar" in line and "truncated" in line for line in logged)
-    assert (
-        keys.count("004") == keys.count("009") == 0 and keys.count("005") == keys.count("010") == 6
-    )
+    logged = sorted(log_file.read_text().splitlines())
+    assert len(logged) == 2
+    assert f"{path}: sample 004" in logged[0]
+    assert f"{path}: sample 009" in logged[1]
+    # The next good sample replaces each.
+    assert (keys["004"], keys["009"], keys["005"], keys["010"]) == (0, 0, 6, 6)
 
 
 @pytest.mark.process
 @pytest.mark.parametrize("workers", [0, 1])
 def test_at_raises_from_workers(tmp_path, workers, no_workers_left: None):
-    path = write_tar(
-        tmp_path / "x.tar",
-        [
-            {"__key__": f"{n:03d}", "jpg": jpeg(n), "json": {"title" if n == 5 else "caption": "x"}}
-            for n in range(8)
-        ],
-    )
-    with StepBatches(
-        dataset(tmp_path, max_bad_in_a_row=1), 2, seed=0, shuffle=False, workers=workers
-    ) as batches:
-        assert batches.at(0)["key"] == ["000", "001"] and batches.at(1)["key"] == ["002", "003"]
-        with pytest.raises(DataError) as error:
+    path = spoiled_shard(tmp_path, {5})
+    data = dataset(tmp_path, max_bad_in_a_row=1)
+    with StepBatches(data, 2, seed=0, shuffle=False, workers=workers) as batches:
+        assert batches.at(1)["key"] == ["002", "003"]
+        with pytest.raises(DataError, match=f"{path}: sample 005"):
             batches.at(2)
-        assert f"{path}: sample 005: has no caption: " in str(error.value) and "\n" not in str(
-            error.value
-        )
+        # A caller may go on behind it.
         assert batches.at(3)["key"] == ["006", "007"]
 
 
 @pytest.mark.process
-def test_at_after_a_worker_was_killed(shards: Path, no_workers_left: None):
-    with StepBatches(dataset(shards), 2, seed=0, workers=2) as batches:
-        batches.at(0)
-        os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-        with pytest.raises(
-            DataError, match=r"worker process was killed .* resume from the last checkpoint"
-        ) as error:
-            for step in range(1, 40):  # prefetched batches are still returned
-                batches.at(step)
-        assert "\n" not in str(error.value)
-
-
-@pytest.mark.process
 @pytest.mark.timeout(60)
-def test_a_worker_killed_inside_the_writing_of_a_result(no_workers_left: None):
-    results = load(lambda job: bytes(1 << 20), range(9), workers=1)  # a pipe holds 64 KiB
+@pytest.mark.parametrize("moment", ["between results", "while it writes a result"])
+def test_load_after_a_worker_was_killed(moment, no_workers_left: None):
+    # As by the kernel, when memory runs out: the run ends with a message instead of waiting.
+    results = load(lambda job: bytes(1 << 20), range(100), workers=1)
     next(results)
-    time.sleep(1)  # the worker fills the pipe with the next result
+    if moment == "while it writes a result":
+        time.sleep(1)  # a pipe holds 64 KiB
     os.kill(multiprocessing.active_children()[0].pid, signal.SIGKILL)
-    with pytest.raises(DataError, match="worker process was killed"):
-        next(results)
+    with pytest.raises(DataError, match="worker"):
+        list(results)
 
 
 FULL_MEMORY = """
@@ -172,7 +151,7 @@ raise SystemExit(run_guarded("program", False, lambda: len(list(load(read, range
 @pytest.mark.process
 @pytest.mark.timeout(200)
 def test_load_without_room_in_shared_memory():
-    """As in a container: docker gives /dev/shm 64 MB."""
+    # As in a container: docker gives /dev/shm 64 MB.
     unshare = shutil.which("unshare")
     mount = "mount -t tmpfs -o size=2m none /dev/shm"
     if (
@@ -185,25 +164,19 @@ def test_load_without_room_in_shared_memory():
         [unshare, "-Urm", "sh", "-c", f'{mount} && exec "$@"', "sh", *program],
         timeout=150,
     )
-    assert done.returncode == 2 and "/dev/shm: docker run --shm-size" in done.stderr, done.stderr
-    assert "No space left on device" in done.stderr and "Traceback" not in done.stderr
+    assert done.returncode == 2, done.stderr
+    assert "--shm-size" in done.stderr
+    assert "Traceback" not in done.stderr
 
 
 SCRIPT = """
-import hashlib, multiprocessing, os, signal, sys
-from seed_multimodal.data.formats.pairs import Pairs
-from seed_multimodal.data.stream.loader import StepBatches
-from seed_multimodal.data.stream.pairs_dataset import PairDataset
-from seed_multimodal.images.augment import TrainTransform
+import itertools, multiprocessing, os, signal, sys
+from seed_multimodal.data.stream.loader import load
 
-dataset = PairDataset(Pairs(f"{sys.argv[1]}/*.tar"), TrainTransform(16), seed=1)
-batches = StepBatches(dataset, 6, seed=3, workers=2)
-for step in range(9):
-    batch = batches.at(step)
-    digest = hashlib.sha256(batch["image"].numpy().tobytes()).hexdigest()
-    print(step, digest, *batch["key"], flush=True)
+results = load(str, itertools.count(), 2)
+next(results)
 print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)
-if sys.argv[2] == "killed":
+if sys.argv[1] == "killed":
     os.kill(os.getpid(), signal.SIGKILL)
 raise KeyError("a training that fails")
 """
@@ -211,22 +184,14 @@ raise KeyError("a training that fails")
 
 @pytest.mark.process
 @pytest.mark.parametrize(("end", "code"), [("killed", -9), ("failed", 1)])
-def test_workers_end_with_their_program(shards: Path, still_running, end, code):
-    """A process with workers is killed or fails: its batches equal those of this process, its
-    workers end.
-    """
+def test_workers_end_with_their_program(still_running, end, code):
+    # Else each stopped run leaves processes that hold memory.
     done = run_process(
-        [sys.executable, "-W", "ignore", "-c", SCRIPT, str(shards), end],
+        [sys.executable, "-W", "ignore", "-c", SCRIPT, end],
         timeout=150,
         env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)},
     )
     assert done.returncode == code, done.stderr
-    *lines, workers = done.stdout.splitlines()
-    batches = StepBatches(
-        PairDataset(Pairs(f"{shards}/*.tar"), TrainTransform(16), seed=1), 6, seed=3
-    )
-    for step in range(9):
-        batch = batches.at(step)
-        digest = hashlib.sha256(batch["image"].numpy().tobytes()).hexdigest()
-        assert lines[step] == " ".join([str(step), digest, *batch["key"]])
-    assert len(workers.split()) == 2 and still_running(workers.split()) == []
+    workers = done.stdout.split()
+    assert len(workers) == 2
+    assert still_running(workers) == []

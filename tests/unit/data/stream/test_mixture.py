@@ -1,169 +1,230 @@
-"""`Mixture`: the source of each sample, skipped records, errors that end a run, settings of
-sources.
-"""
+"""The mixture of an LLM's sources: shares, skipped records, errors that end a run, settings."""
 
 from __future__ import annotations
 
 import itertools
-from collections import Counter
+from pathlib import Path
+from typing import Any
 
-import numpy as np
 import pytest
 from data_files import lines
 
 from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatches
-from seed_multimodal.data.stream.mixture import Mixture
 from seed_multimodal.errors import ConfigError, DataError
 
-pytestmark = pytest.mark.filterwarnings(
-    "ignore:This DataLoader will create"
-)  # more workers than cores
+pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # few cores
+CAPTIONS, DOCUMENTS, TEXTS = 66, 30, 35  # records of the sets of `mixed`
+
+
+def chosen_sources(tokenizer, record_numbers, config: dict[str, Any], count: int) -> list[int]:
+    """The source of each of the first chunks."""
+    batches = LlmBatches(read_data_settings(config), tokenizer)
+    return [record_numbers(batch)[0] // 1000 for batch in itertools.islice(batches, count)]
+
+
+def unpacked(config: dict[str, Any], cycles: tuple[int | None, ...] = ()) -> dict[str, Any]:
+    """The configuration with a record for each chunk."""
+    for source in config["sources"]:
+        source["batch_size"] = 1
+    for source, count in zip(config["sources"], cycles, strict=False):
+        source["cycles"] = count
+    return config | {"packing": False}
+
+
+def test_weights_hold(mixed, tokenizer, record_numbers):
+    # Weights 4 : 1 : 2; when the first source is exhausted, the others keep their ratio.
+    config = unpacked(mixed(seed=3), cycles=(6, None, None))
+    chosen = chosen_sources(tokenizer, record_numbers, config, 1400)
+    end = max(index for index, source in enumerate(chosen) if source == 0) + 1
+    assert chosen.count(0) == 6 * CAPTIONS
+    assert chosen[:end].count(0) / end == pytest.approx(4 / 7, abs=0.05)
+    assert chosen[:end].count(1) / end == pytest.approx(1 / 7, abs=0.05)
+    rest = chosen[end:]
+    assert rest.count(1) / len(rest) == pytest.approx(1 / 3, abs=0.05)
+    # A resumed run must choose as before, also after an update.
+    assert chosen[:12] == [0, 0, 0, 1, 0, 2, 0, 2, 0, 0, 0, 1]
+    # Another seed has another order.
+    config["seed"] += 1
+    assert chosen_sources(tokenizer, record_numbers, config, 50) != chosen[:50]
+
+
+@pytest.mark.parametrize("packing", [True, False])
+def test_weights_count_micro_batches(mixed, tokenizer, packing):
+    # As in the original, shares of sequences are weight x batch_size.
+    config = mixed(packing=packing, max_bad_in_a_row=1)
+    for source, size in zip(config["sources"], (1, 8, 2), strict=True):
+        source["batch_size"] = size
+    batches = LlmBatches(read_data_settings(config), tokenizer)
+    assert len(list(itertools.islice(batches, 300))) == 300
+    counts = [source["sequences"] for source in batches.report()["sources"].values()]
+    for count, share in zip(counts, (0.25, 0.5, 0.25), strict=True):
+        assert count / sum(counts) == pytest.approx(share, abs=0.1)
+
+
+def test_sources_one_after_another(mixed, tokenizer, record_numbers):
+    config = unpacked(mixed(concat_type="concat"), cycles=(1, 2, 1))
+    chosen = chosen_sources(tokenizer, record_numbers, config, 1000)
+    assert chosen == [0] * CAPTIONS + [1] * 2 * DOCUMENTS + [2] * TEXTS
+
+
+def test_sources_in_turn(mixed, tokenizer, record_numbers):
+    # Exhausted sources are left out.
+    config = unpacked(mixed(concat_type="mux_longest"), cycles=(1, 1, 1))
+    chosen = chosen_sources(tokenizer, record_numbers, config, 1000)
+    turns = [0, 1, 2] * DOCUMENTS + [0, 2] * (TEXTS - DOCUMENTS) + [0] * (CAPTIONS - TEXTS)
+    assert chosen == turns
+
+
+# ---- long sequences
 
 
 @pytest.mark.parametrize(
-    ("kind", "expected"),
-    [("concat", [0, 0, 0, 1, 2, 2, None]), ("mux_longest", [0, 1, 2, 0, 2, 0, None])],
+    ("too_long", "reason", "sequences"),
+    [("skip", "skipped", 6), ("truncate", "cut", 8), ("split", "split", 36)],
 )
-def test_choice(mixed, tokenizer, kind, expected):
-    mixture = Mixture(read_data_settings(mixed()), tokenizer)
-    counts = [0, 0, 0]
-    limits = [3, 1, 2]
-    choices = []
-    by_weight = Counter(
-        mixture.choose_source([0, 0, 0], [True] * 3, draw) for draw in range(20_000)
-    )
-    assert [by_weight[source] / 20_000 for source in range(3)] == pytest.approx(
-        [4 / 7, 1 / 7, 2 / 7], abs=0.011
-    )
-    left = Counter(
-        mixture.choose_source([0, 0, 0], [False, True, True], draw) for draw in range(20_000)
-    )
-    assert left[0] == 0 and left[1] / 20_000 == pytest.approx(1 / 3, abs=0.011)
-    mixture.settings.concat_type = kind
-    for draw in range(7):
-        source = mixture.choose_source(
-            counts, [count < limit for count, limit in zip(counts, limits, strict=True)], draw
-        )
-        choices.append(source)
-        if source is not None:
-            counts[source] += 1
-    assert choices == expected
-
-
-def test_report_of_long_sequences(
-    tmp_path,
-    tokenizer,
-):
-    lines(
-        tmp_path / "t.jsonl",
-        [{"text": f"number {n} " + "many words follow " * (40 if n == 3 else 1)} for n in range(8)],
-    )
-    config = {
-        "sources": [
-            {
-                "name": "t",
-                "files": str(tmp_path / "t.jsonl"),
-                "decoder": "pretrain.text",
-                "cycles": 1,
-            }
-        ],
-        "length": 40,
+def test_report_of_long_sequences(tmp_path, tokenizer, too_long, reason, sequences):
+    texts = [f"number {n} " + "many words follow " * (80 if n in (3, 5) else 1) for n in range(8)]
+    path = lines(tmp_path / "t.jsonl", [{"text": text} for text in texts])
+    source = {"files": str(path), "decoder": "pretrain.text", "name": "t", "cycles": 1}
+    config = {"sources": [source], "length": 40, "too_long": too_long}
+    batches = LlmBatches(read_data_settings(config), tokenizer)
+    assert list(batches)
+    report = batches.report()["sources"]["t"]
+    assert (report["draws"], report["epochs"]) == (8, 1)
+    assert report["sequences"] == sequences
+    (entry,) = report["skipped"].values()
+    assert reason in next(iter(report["skipped"]))
+    assert entry["count"] == 2
+    assert {location.partition(" (")[0] for location in entry["first"]} == {
+        f"{path}: line {line}" for line in (4, 6)
     }
-    reports = {}
-    for kind in ("skip", "truncate", "split"):
-        batches = LlmBatches(read_data_settings({**config, "too_long": kind}), tokenizer)
-        assert list(batches)
-        reports[kind] = batches.report()["sources"]["t"]
-    for kind, name in (("skip", "skipped"), ("truncate", "cut"), ("split", "split")):
-        entry = reports[kind]["skipped"][f"too long, {name}"]
-        assert entry["count"] == 1 and entry["first"][0].startswith(
-            f"{tmp_path / 't.jsonl'}: line 4 ("
-        )
-    assert [reports[kind]["sequences"] for kind in ("skip", "truncate")] == [7, 8]
-    assert reports["split"]["sequences"] > 9
-    assert [(report["draws"], report["epochs"]) for report in reports.values()] == [(8, 1)] * 3
-    assert reports["split"]["tokens"] > reports["truncate"]["tokens"] > reports["skip"]["tokens"]
+
+
+def test_long_captions_are_not_split(tmp_path, tokenizer):
+    # A second piece would be a text without its image.
+    captions = [{"image_ids": [1] * 32, "text": text} for text in ("short", "long " * 99)]
+    path = lines(tmp_path / "c.jsonl", captions)
+    source = {"files": str(path), "decoder": "pretrain.caption", "name": "c", "cycles": 1}
+    config = {"sources": [source], "length": 60, "too_long": "split"}
+    batches = LlmBatches(read_data_settings(config), tokenizer)
+    assert sum(batch.sequences for batch in batches) == 1
+    (entry,) = batches.report()["sources"]["c"]["skipped"].values()
+    assert entry["count"] == 1
+
+
+def test_long_documents_are_split_at_images(tmp_path, tokenizer, codes, sequences):
+    # Every text token and image of a long document is learned; images are never cut.
+    texts = [None, "many words " * 300, None, "b", "c"]
+    record = {"image_ids": [codes(1), None, codes(2), None, None], "texts": texts}
+    path = lines(tmp_path / "d.jsonl", [record])
+    source = {
+        "files": str(path),
+        "decoder": "pretrain.interleaved",
+        "cycles": 1,
+        "options": {"reverse_ratio": 0.0},
+    }
+
+    def learned(length: int, packing: bool) -> list[list[int]]:
+        options = {"length": length, "too_long": "split", "packing": packing}
+        batches = LlmBatches(read_data_settings({"sources": [source], **options}), tokenizer)
+        return [ids for batch in batches for ids, _ in sequences(batch)]
+
+    (complete,) = learned(4000, packing=True)
+    pieces = learned(128, packing=True)
+    joined = list(pieces[0])
+    for piece in pieces[1:]:
+        # A piece that continues a text begins with the last token before it.
+        joined += piece[joined[-1] == piece[0] :]
+    assert len(pieces) > 3
+    assert joined == complete
+    vocabulary = tokenizer.vocabulary
+    for piece in pieces:
+        assert piece.count(vocabulary.boi_id) == piece.count(vocabulary.eoi_id)
+    # Without packing it is cut, as in the original.
+    assert learned(128, packing=False) == [complete[:128]]
+
+
+# ---- broken records
+
+
+def caption_and_texts(folder: Path, captions: list[Any], **settings: Any) -> dict[str, Any]:
+    """Sources c and t: captions, and 50 good texts that are read much more often."""
+    lines(folder / "c.jsonl", captions)
+    lines(folder / "t.jsonl", [{"text": "words " * 9}] * 50)
+    common = {"batch_size": 8, "max_length": 60}
+    sources = {
+        "c": {"files": str(folder / "c.jsonl"), "decoder": "pretrain.caption", **common},
+        "t": {"files": str(folder / "t.jsonl"), "decoder": "pretrain.text", **common, "weight": 3},
+    }
+    return {"sources": sources, "length": 60, **settings}
 
 
 @pytest.mark.process
 @pytest.mark.parametrize(("workers", "packing"), [(1, True), (0, False)])
 def test_next_after_many_broken_records(tmp_path, tokenizer, workers, packing):
-    bad = [{"image_ids": [1, 2], "text": "x", "metadata": {}}] * 199
-    lines(tmp_path / "c.jsonl", [{"image_ids": [1] * 32, "text": "x", "metadata": {}}, *bad])
-    lines(tmp_path / "t.jsonl", [{"text": "words " * 9}] * 50)
-    sources = [
-        {
-            "name": name,
-            "files": str(tmp_path / f"{name}.jsonl"),
-            "decoder": f"pretrain.{kind}",
-            "batch_size": 8,
-            "max_length": 60,
-        }
-        for name, kind in (("c", "caption"), ("t", "text"))
-    ]
-    config = {"sources": sources, "length": 60, "max_bad_in_a_row": 130, "packing": packing}
-    sentence = r"130 consecutive records of source c are broken, the last: .*c\.jsonl: line \d+"
-    with (
-        LlmBatches(read_data_settings(config), tokenizer, workers=workers) as batches,
-        pytest.raises(DataError, match=sentence),
-    ):
+    good = {"image_ids": [1] * 32, "text": "x", "metadata": {}}
+    bad = {**good, "image_ids": [1, 2]}
+    # Good records in between begin the count again; those of other sources do not.
+    captions = [good, *[bad] * 199]
+    config = caption_and_texts(tmp_path, captions, max_bad_in_a_row=130, packing=packing)
+    batches = LlmBatches(read_data_settings(config), tokenizer, workers=workers)
+    with batches, pytest.raises(DataError, match=r"130 .*source c .*c\.jsonl: line \d+"):
         for _ in batches:
             pass
+    counts = batches.report()["sources"]["c"]["skipped"]
+    (entry,) = counts.values()
+    assert entry["count"] >= 130
+    assert len(entry["first"]) == 5
+
+
+def test_next_of_broken_records_between_good_ones(tmp_path, tokenizer):
+    good = {"image_ids": [1] * 32, "text": "x", "metadata": {}}
+    captions = [good, {"text": "no image"}] * 50
+    config = caption_and_texts(tmp_path, captions, max_bad_in_a_row=25)
+    logged: list[str] = []
+    batches = LlmBatches(read_data_settings(config), tokenizer, log=logged.append)
+    assert len(list(itertools.islice(batches, 200))) == 200
+    (entry,) = batches.report()["sources"]["c"]["skipped"].values()
+    assert entry["count"] > 50
+    # The first five are named.
+    assert len(logged) == len(set(logged)) == len(entry["first"]) == 5
+    assert all("c.jsonl: line" in line for line in logged)
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_check_usable_of_a_broken_source(tmp_path, tokenizer, packing):
-    lines(tmp_path / "c.jsonl", [{"image": "a.jpg", "caption": "x"}] * 300)
-    lines(tmp_path / "t.jsonl", [{"text": "words"}] * 50)
-    config = {
-        "sources": [
-            {
-                "name": "t",
-                "files": str(tmp_path / "t.jsonl"),
-                "decoder": "pretrain.text",
-                "weight": 99,
-            },
-            {"name": "c", "files": str(tmp_path / "c.jsonl"), "decoder": "pretrain.caption"},
-        ],
-        "length": 60,
-        "packing": packing,
-    }
-    with pytest.raises(
-        DataError,
-        match=r"Source c: no usable record \(100 records tried\); the first: .*: "
-        "image_ids: missing; decoder pretrain.caption needs it",
-    ):
+@pytest.mark.parametrize(("record", "named"), [({}, "image_ids"), ({"text": "."}, "c.jsonl")])
+def test_source_without_a_usable_record(tmp_path, tokenizer, packing, record, named):
+    # A run ends before its first step, even if the source is hardly ever read.
+    bad = {"image_ids": [1] * 32, **record} if record else {"image": "a.jpg"}
+    good = {"image_ids": [1] * 32, "text": "x"}
+    config = caption_and_texts(tmp_path, [bad] * 100 + [bad] * 200, packing=packing)
+    with pytest.raises(DataError, match=f"Source c: .*{named}"):
         LlmBatches(read_data_settings(config), tokenizer)
+    # One good record is enough.
+    config = caption_and_texts(tmp_path, [bad] * 50 + [good], packing=packing)
+    LlmBatches(read_data_settings(config), tokenizer)
 
 
-def test_choice_of_micro_batches(mixed, tokenizer):
-    """Weights 4 : 1 : 2 count micro-batches, so the shares of sequences are weight x batch_size."""
-    config = mixed()
-    for source, size in zip(config["sources"], (1, 8, 2), strict=True):
-        source["batch_size"] = size
-    batches = LlmBatches(read_data_settings(config), tokenizer)
-    assert len(list(itertools.islice(batches, 200))) == 200
-    counts = np.array([source["sequences"] for source in batches.report()["sources"].values()])
-    assert counts / counts.sum() == pytest.approx(np.array([4, 8, 4]) / 16, abs=0.05)
+# ---- settings
 
 
 @pytest.mark.parametrize(
-    ("change", "source", "message"),
+    ("change", "source", "named"),
     [
-        ({"lenght": 4}, {}, "did you mean 'length'"),
-        ({"too_long": "splitt"}, {}, "did you mean 'split'"),
-        ({"sources": []}, {}, "at least one source"),
-        ({}, {"wieght": 1}, "did you mean 'weight'"),
-        ({}, {"weight": 0}, r"sources\[0\] \(captions\): weight must be above 0, not 0"),
-        ({}, {"name": "texts"}, "duplicate source name 'texts'"),
+        ({"lenght": 4}, {}, "'length'"),
+        ({"too_long": "splitt"}, {}, "'split'"),
+        ({"sources": []}, {}, "sources"),
+        ({}, {"wieght": 1}, "'weight'"),
+        ({}, {"weight": 0}, r"sources\[0\] \(captions\): weight"),
+        ({}, {"name": "texts"}, "'texts'"),
     ],
 )
-def test_read_data_settings_with_wrong_values(mixed, change, source, message):
+def test_read_data_settings_with_wrong_values(mixed, change, source, named):
     config = mixed(**change)
     if source:
         config["sources"][0].update(source)
-    with pytest.raises(ConfigError, match=message):
+    with pytest.raises(ConfigError, match=named):
         read_data_settings(config)
 
 
@@ -172,40 +233,5 @@ def test_read_data_settings_of_a_mapping(mixed):
     config["sources"] = {source.pop("name"): source for source in config["sources"]}
     settings = read_data_settings(config)
     assert [source.name for source in settings.sources] == ["captions", "documents", "texts"]
-    assert (
-        settings.sampling_weights() == pytest.approx([4 / 7, 1 / 7, 2 / 7])
-        and settings.packing is False
-    )
-
-
-def test_long_documents_are_split_at_images(tmp_path, tokenizer, codes):
-    """Every text token and image of a long document is used.
-
-    Without packing it is cut, as in the original.
-    """
-    images = [codes(1), None, codes(2), None, None]
-    rows = [
-        {"image_ids": images, "texts": [None, "many words " * count, None, "b", "c"]}
-        for count in (5, 300)
-    ]
-    lines(tmp_path / "d.jsonl", rows)
-    source = {
-        "name": "d",
-        "files": str(tmp_path / "d.jsonl"),
-        "decoder": "pretrain.interleaved",
-        "cycles": 1,
-        "options": {"reverse_ratio": 0.0},
-    }
-    config = {"sources": [source], "length": 128, "too_long": "split"}
-    (opened,) = Mixture(read_data_settings(config), tokenizer).sources
-    short, long = sorted(map(opened.read, range(2)), key=lambda read: len(read.pieces))
-    assert len(short.pieces) == 1 and short.note is None
-    assert len(long.pieces) > 3 and long.note is not None and long.note.reason == "too long, split"
-    ids = np.concatenate([piece.ids for piece in long.pieces])
-    begin = tokenizer.vocabulary.boi_id
-    end = tokenizer.vocabulary.eoi_id
-    assert (ids == begin).sum() == (ids == end).sum() == 2
-    for piece in long.pieces:
-        assert len(piece) <= 128 and (piece.ids == begin).sum() == (piece.ids == end).sum()
-    padded = Mixture(read_data_settings({**config, "packing": False}), tokenizer)
-    assert max(len(padded.sources[0].read(position).pieces[0]) for position in range(2)) == 128
+    assert settings.sampling_weights() == pytest.approx([4 / 7, 1 / 7, 2 / 7])
+    assert settings.packing is False

@@ -6,7 +6,6 @@ import itertools
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -137,31 +136,3 @@ def test_split_long_of_a_control_word_in_a_text():
     ids = np.array([1, VOCABULARY.boi_id, *range(10, 30), 2], np.int32)
     pieces = split_long(ids, ids, 8, VOCABULARY)
     assert [token for piece, _ in pieces for token in piece[1:].tolist()] == ids[1:].tolist()
-
-
-def test_make_row_gives_a_model_separate_sequences():
-    # Logits of a LLaMA with these position ids and without a mask equal those of each sequence
-    # alone.
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=64,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        attn_implementation="sdpa",
-    )
-    model = LlamaForCausalLM(config).eval()
-    rng = np.random.default_rng(0)
-    pieces = [rng.integers(3, 64, size).astype(np.int32) for size in (5, 1, 7)]
-    row = make_row([(piece, piece) for piece in pieces], 16, PAD)
-    ids, _, positions = (torch.from_numpy(array)[None].long() for array in row)
-    with torch.no_grad():
-        packed = model(input_ids=ids, position_ids=positions, use_cache=False).logits[0]
-        start = 0
-        for piece in pieces:
-            alone = model(input_ids=torch.from_numpy(piece)[None].long()).logits[0]
-            assert torch.allclose(packed[start : start + len(piece)], alone, atol=1e-5)
-            start += len(piece)

@@ -1,0 +1,221 @@
+"""Sequences that no recording shows: `chat`, SEED-X's and LaVIT's; which tokens are learned."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+from PIL import Image
+
+from seed_multimodal.data.decoders import get_decoder
+from seed_multimodal.data.decoders.base import SeededRandom, TrainingSequence
+from seed_multimodal.language.prompts import get_template
+from seed_multimodal.language.vocabulary import IGNORE_INDEX
+
+# Of 1x1 and 2x1 tiles.
+SQUARE, WIDE = (Image.new("RGB", size) for size in ((448, 448), (900, 450)))
+SMALL = Image.new("RGB", (20, 10))
+Decode = Callable[..., TrainingSequence]
+
+
+@pytest.fixture
+def decode(tokenizer_of) -> Decode:
+    """`decode(name, fields, longest, seed, **options)`."""
+
+    def decode_it(
+        name: str, fields: dict[str, Any], longest: int | None = None, seed: int = 0, **options: Any
+    ) -> Any:
+        decoder = get_decoder(name, tokenizer_of(name), options)
+        return decoder.decode(fields, SeededRandom(seed), longest)
+
+    return decode_it
+
+
+def learned(sequence: TrainingSequence) -> list[int]:
+    return [label for label in sequence.labels if label != IGNORE_INDEX]
+
+
+def messages(*turns: Any) -> dict[str, Any]:
+    """A record of turns, starting with the user's."""
+    roles = ("user", "assistant")
+    return {
+        "messages": [
+            {"role": roles[n % 2], "content": turn if isinstance(turn, list) else [turn]}
+            for n, turn in enumerate(turns)
+        ]
+    }
+
+
+# ---- chat
+
+
+@pytest.mark.parametrize("template", ["vicuna", "llama2", "plain"])
+def test_chat_encodes_the_prompt_as_at_inference(decode, tokenizer, codes, template):
+    image = codes(1)
+    turns = [
+        ("user", [image, "  what is it? "]),
+        ("assistant", ["a cat"]),
+        ("user", ["draw a dog"]),
+    ]
+    prompt = tokenizer.encode_parts(get_template(template).render(turns), add_bos=True)
+    answer = [*tokenizer.encode_parts(["here", image]), tokenizer.eos_token_id]
+    fields = messages(
+        [{"codes": image}, "  what is it? "], "a cat", "draw a dog", ["here ", {"codes": image}]
+    )
+    sequence = decode("chat", fields, template=template)
+    assert sequence.ids == [*prompt, *answer]
+    assert sequence.ids.count(tokenizer.eos_token_id) == 1
+    # The next turn follows an answer without `</s>`, which is learned nevertheless.
+    end = [] if template == "plain" else [tokenizer.eos_token_id]
+    assert learned(sequence) == [*tokenizer.encode("a cat"), *end, *answer]
+
+
+def test_chat_with_a_system_message(decode, tokenizer):
+    plain = decode("chat", messages("q", "a"))
+    brief = decode("chat", {**messages("q", "a"), "system": "Be brief."})
+    assert learned(brief) == learned(plain)
+    assert tokenizer.decode(brief.ids).replace(" ", "").startswith("<s>Bebrief.\nUSER:q")
+
+
+# ---- SEED-X
+
+
+@pytest.fixture
+def prompts(tokenizer_of) -> Any:
+    from seed_multimodal.models.seed_x.processing import SeedXPrompts
+
+    return SeedXPrompts(tokenizer_of("seed_x"))
+
+
+def words(sequence: TrainingSequence, tokenizer: Any) -> str:
+    """The learned tokens as text."""
+    return " ".join(tokenizer.decode(learned(sequence)).split())
+
+
+def test_seed_x_edit_encodes_the_prompt_as_at_inference(decode, prompts, tokenizer_of):
+    from seed_multimodal.models.seed_x.processing import insert_images
+
+    fields = {"source_image": WIDE, "target_image": SQUARE, "instruction": "make it red"}
+    for seed in range(4):
+        sequence = decode("seed_x.edit", fields, seed=seed)
+        used = [(image.views, image.is_target) for image in sequence.images]
+        assert used == [(3, False), (2, True)]
+        # Features of each view are read; of a target only the whole image is learned.
+        assert (len(sequence.input_positions), len(sequence.target_positions)) == (12, 4)
+        assert words(sequence, tokenizer_of("seed_x")).endswith("<img> </s>")
+        prompt_ids = [
+            prompts.dialogue([("user", insert_images(text, [3]))])
+            for text in ("make it red", "make it red<image>")
+        ]
+        assert sequence.ids[: len(prompt_ids[0])] in prompt_ids
+
+
+def test_seed_x_puts_images_at_their_placeholders(decode, prompts, tokenizer_of):
+    from seed_multimodal.models.seed_x.processing import InputImage
+
+    tokenizer = tokenizer_of("seed_x")
+    data = ["This <image>is what?", "A cat."]
+    first = decode("seed_x.conversation", {"image": SQUARE, "data": data})
+    end = first.input_positions[-1] + 2
+    expected = prompts.dialogue([("user", ["This ", InputImage(2), "is what?"])])
+    assert first.ids[:end] == expected[:end]
+
+    data = ["Say red.", "Red.", "<image>And this?", "A cat."]
+    later = decode("seed_x.conversation", {"image": SQUARE, "data": data})
+    assert later.input_positions[0] > len(tokenizer.encode("[INST] Say red. [/INST]\n Red."))
+
+    edit = {"source_image": SQUARE, "target_image": SQUARE, "instruction": "Make <image> red"}
+    edited = decode("seed_x.edit", edit)
+    assert tokenizer.decode(edited.ids[1:]).startswith("[INST] Make <patch>")
+    # Placeholders are never encoded as text.
+    for sequence in (first, later, edited):
+        assert "image>" not in tokenizer.decode(sequence.ids)
+
+
+def test_seed_x_caption_too_long_to_generate_from(decode, tokenizer_of):
+    options = {"img_first_ratio": -1.0, "add_gen_prompt": True}
+    fields = {"image": SQUARE, "text": "a cat"}
+    good = decode("seed_x.caption", fields, 90, 3, **options)
+    assert words(good, tokenizer_of("seed_x")) == "<img> </s>"
+    assert not good.input_positions
+    assert decode("seed_x.caption", fields, len(good), 3, **options).ids == good.ids
+    assert decode("seed_x.caption", fields, len(good) - 1, 3, **options).drop_reason
+    long = {"image": SQUARE, "text": "a red cat " * 30}
+    assert decode("seed_x.caption", long, 90, 3, **options).drop_reason
+
+
+def test_seed_x_chat_of_several_edits(decode, prompts, tokenizer_of):
+    from seed_multimodal.models.seed_x.processing import InputImage
+
+    first, second = ["here.", {"image": SQUARE}], ["here.", {"image": WIDE}]
+    turns = [[{"image": WIDE}, "red"], first, "blue", second, "What?", "a cat.", "And?", "no."]
+    sequence = decode("seed_x.chat", messages(*turns))
+    # Generated images are read in later turns, too.
+    assert [(image.image, image.is_target) for image in sequence.images] == [
+        (WIDE, False),
+        (SQUARE, True),
+        (SQUARE, False),
+        (WIDE, True),
+        (WIDE, False),
+    ]
+    assert words(sequence, tokenizer_of("seed_x")) == "here. <img> here. <img> a cat. no.</s>"
+    prompt_ids = prompts.dialogue([("user", [InputImage(3), "red"])])
+    assert sequence.ids[: len(prompt_ids)] == prompt_ids
+
+
+# ---- LaVIT
+
+
+def test_lavit_caption_in_both_directions(decode, tokenizer_of):
+    tokenizer = tokenizer_of("lavit")
+    vocabulary = tokenizer.vocabulary
+    # An image of 16 patches has 6 placeholders (three eighths).
+    inner = [*[vocabulary.boi_id + 2] * 6, vocabulary.eoi_id]
+    image = [vocabulary.boi_id, *inner]
+    text = tokenizer.text_ids("a red cat")
+    eos = tokenizer.eos_token_id
+
+    fields = {"image": SMALL, "text": [" a red cat "]}
+    read = decode("lavit.caption", fields, img_first_ratio=1.0)
+    assert read.ids == [*image, *text, eos]
+    assert learned(read) == [*text, eos]
+    assert (read.input_positions, read.target_positions) == (list(range(1, 7)), [])
+
+    generated = decode("lavit.caption", fields, img_first_ratio=0.0, text_dropout=0.0)
+    assert generated.ids == [*text, *image]
+    assert learned(generated) == inner
+    positions = list(range(len(text) + 1, len(text) + 7))
+    assert (generated.input_positions, generated.target_positions) == ([], positions)
+    assert generated.images[0].is_target
+
+    # Without the caption: the image alone, for guidance.
+    alone = decode("lavit.caption", fields, img_first_ratio=0.0, text_dropout=1.0)
+    assert (alone.ids, learned(alone)) == (image, inner)
+    seeds = [decode("lavit.caption", fields, seed=seed).images[0].seed for seed in (1, 1, 2)]
+    assert seeds[0] == seeds[1] != seeds[2]
+
+
+def test_lavit_question_and_compose(decode, tokenizer_of):
+    tokenizer = tokenizer_of("lavit")
+    vocabulary = tokenizer.vocabulary
+    inner = [*[vocabulary.boi_id + 2] * 6, vocabulary.eoi_id]
+    question = tokenizer.text_ids("Question: What is it? Answer:")
+    answer = [*tokenizer.text_ids("a dog"), tokenizer.eos_token_id]
+    fields = {"image": SMALL, "question": "What is it?", "answer": "a dog"}
+    sequence = decode("lavit.question", fields)
+    assert sequence.ids == [vocabulary.boi_id, *inner, *question, *answer]
+    assert learned(sequence) == answer
+
+    # The source as codes, or opened.
+    instruction = tokenizer.text_ids("make it blue")
+    fields = {"source_image_ids": [1, 2], "target_image": SMALL, "instruction": "make it blue"}
+    coded = decode("lavit.compose", fields, text_dropout=0.0)
+    source = [vocabulary.boi_id + 3, vocabulary.boi_id + 4]
+    assert coded.ids == [*source, *instruction, vocabulary.boi_id, *inner]
+    assert learned(coded) == inner
+    assert len(coded.images) == 1
+    fields |= {"source_image_ids": None, "source_image": SMALL}
+    opened = decode("lavit.compose", fields, text_dropout=0.0)
+    assert learned(opened) == inner
+    assert (len(opened.images), len(opened.target_positions)) == (2, 12)
