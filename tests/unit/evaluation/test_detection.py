@@ -58,15 +58,18 @@ def write_detector(folder: Path, name: str, side: int, tokenizer: Any = None, **
     return model
 
 
-def test_zero_shot_detector_names_the_labels(clip_folder, tmp_path):
+@pytest.fixture(scope="module")
+def owl_folder(clip_folder, tmp_path_factory) -> Path:
+    """A zero-shot detector."""
     from transformers import CLIPTokenizer
 
+    folder = tmp_path_factory.mktemp("owl")
     tokenizer = CLIPTokenizer.from_pretrained(clip_folder, model_max_length=32)
     ids = {"bos_token_id": tokenizer.bos_token_id, "eos_token_id": tokenizer.eos_token_id}
     text = {**ENCODER, **ids, "vocab_size": len(tokenizer), "max_position_embeddings": 32}
     vision = {**ENCODER, "image_size": 32, "patch_size": 16}
     write_detector(
-        tmp_path,
+        folder,
         "Owlv2ForObjectDetection",
         32,
         tokenizer,
@@ -74,7 +77,11 @@ def test_zero_shot_detector_names_the_labels(clip_folder, tmp_path):
         vision_config=vision,
         projection_dim=16,
     )
-    detector = load_detector(tmp_path, CPU)
+    return folder
+
+
+def test_zero_shot_detector_names_the_labels(owl_folder):
+    detector = load_detector(owl_folder, CPU)
     assert detector.limits == ZERO_SHOT_LIMITS
     # Each image has labels of its own.
     first, second = detector.detect([IMAGE, IMAGE], [["cup", "wine glass"], ["bed"]])
@@ -131,12 +138,28 @@ def test_detector_of_fixed_classes_has_the_benchmarks_names(yolos_folder):
     assert unknown == []
 
 
+def geneval(folder: Path, judge: Path, *more: str) -> int:
+    """GenEval's command on one prompt with one drawing."""
+    prompt = {"tag": "colors", "prompt": "a red cup"}
+    prompt["include"] = [{"class": "cup", "count": 1, "color": "red"}]
+    (folder / "p.jsonl").write_text(json.dumps(prompt))
+    (folder / "00000" / "samples").mkdir(parents=True)
+    IMAGE.save(folder / "00000" / "samples" / "0.png")
+    flags = f"--data {folder}/p.jsonl --image-folder {folder} --out {folder}/out --device cpu"
+    return main(["eval", "geneval", *flags.split(), "--judge", str(judge), *more])
+
+
+def test_geneval_by_a_detector_whose_colours_clip_names(owl_folder, clip_folder, tmp_path):
+    assert geneval(tmp_path, owl_folder, "--clip", str(clip_folder), "--threshold", "0.1") == 0
+    line = json.loads((tmp_path / "out" / "samples-0.jsonl").read_text())
+    [detections] = line["detections"]
+    assert detections
+    assert all(item["colour"] in COLOURS for item in detections)
+
+
 def test_geneval_by_a_detector_without_a_class_of_the_prompts(yolos_folder, tmp_path, capsys):
     # All its prompts would count as wrong.
-    prompt = {"tag": "colors", "prompt": "a cup", "include": [{"class": "cup", "count": 1}]}
-    (tmp_path / "p.jsonl").write_text(json.dumps(prompt))
-    argv = f"eval geneval --data {tmp_path}/p.jsonl --judge {yolos_folder} --out {tmp_path}/out"
-    assert main([*argv.split(), "--image-folder", str(tmp_path), "--device", "cpu"]) == 2
+    assert geneval(tmp_path, yolos_folder) == 2
     assert "cup" in capsys.readouterr().err
 
 
