@@ -29,8 +29,7 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
-from seed_multimodal.pipelines.base_record import record_base
-from seed_multimodal.pipelines.config import DEFAULT_FAMILY
+from seed_multimodal.pipelines.base_record import DEFAULT_FAMILY, record_base
 from seed_multimodal.training.config import ConfigNode
 from seed_multimodal.training.distributed import ProcessGroup, translate_errors
 from seed_multimodal.training.llm.config import (
