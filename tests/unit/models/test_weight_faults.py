@@ -118,8 +118,6 @@ def test_wrong_weights_are_named(name, fault, networks, tmp_path):
         named = matrices[len(matrices) // 2]
         changed = {} if fault == "missing" else {named: torch.zeros(99, 98)}
         state = {key: value.clone() for key, value in state.items() if key != named} | changed
-        if name == "clip" and fault == "misshapen":
-            named = tmp_path.name  # transformers' error names no tensor
         (save_state_dict if file.suffix == ".safetensors" else torch.save)(state, file)
     with pytest.raises(CheckpointError, match=named):
         load(tmp_path)

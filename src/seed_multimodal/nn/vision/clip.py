@@ -149,6 +149,7 @@ def _load_clip(
                 config=config,
                 dtype=dtype,
                 local_files_only=True,
+                ignore_mismatched_sizes=True,
                 output_loading_info=True,
             )
     except Exception as error:  # noqa: BLE001  (damaged and unsafe files raise many types)
@@ -157,6 +158,8 @@ def _load_clip(
         ) from error
 
     # transformers fills missing tensors with random values, which is an error here.
+    misshapen = sorted(name for name, *_ in info["mismatched_keys"])
+    refuse_tensors(misshapen, (), folder, f"of another size than in {CONFIG}")
     missing = sorted(info["missing_keys"])
     refuse_tensors(missing, ("*position_ids",), folder, f"missing ({CLIP_ADVICE})")
     if log is not None:
