@@ -1,15 +1,11 @@
-"""Stage 1 of LaVIT on synthetic features; also a program: `python stage1_toy.py FOLDER
-'{"max_steps": 40}'`.
+"""Stage 1 of LaVIT on synthetic features.
 
 An image has one background in its 16 patches and objects in 0 to 8 of them, so images need
-different numbers of tokens. Under torchrun it trains with DistributedDataParallel over gloo.
+different numbers of tokens.
 """
 
 from __future__ import annotations
 
-import json
-import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,9 +13,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from seed_multimodal.errors import SeedError
 from seed_multimodal.models.lavit.decoder import CodeDecoder, LavitDecoderConfig
-from seed_multimodal.models.lavit.losses import LavitStage1, LavitStage1Output
+from seed_multimodal.models.lavit.losses import LavitStage1
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
 from seed_multimodal.models.lavit.train_tokenizer import LavitTokenizerTask
 from seed_multimodal.nn.vision.eva import EvaConfig
@@ -54,25 +49,10 @@ DECODER = LavitDecoderConfig(
 )
 
 
-class Repeatable(LavitStage1):
-    """Seeds the rng of each image by the image, so that results do not depend on the process that
-    has it."""
-
-    def forward(self, batch: Tensor, **more: Any) -> LavitStage1Output:
-        generators = [torch.Generator().manual_seed(seed) for seed in self.seeds(batch).tolist()]
-        return super().forward(batch, generator=generators, **more)
-
-    def flipped_patches(self, features_BND: Tensor) -> Tensor:
-        return self.seeds(features_BND) % PATCHES
-
-    def seeds(self, batch: Tensor) -> Tensor:
-        return (batch.flatten(1)[:, 0] * 1e6).round().long().abs()
-
-
-def stage1(kind: type[LavitStage1] = LavitStage1, seed: int = 0, **options: Any) -> LavitStage1:
+def stage1(**options: Any) -> LavitStage1:
     """A model, the same at every call."""
-    torch.manual_seed(seed)
-    model = kind(DynamicTokenizer(SIZES), CodeDecoder(DECODER), **options)
+    torch.manual_seed(0)
+    model = LavitStage1(DynamicTokenizer(SIZES), CodeDecoder(DECODER), **options)
     for layer in model.decoder.modules():
         if isinstance(layer, torch.nn.Linear):
             torch.nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
@@ -101,18 +81,14 @@ def images(count: int = 256, seed: int = 1) -> tuple[Tensor, Tensor]:
 def train(
     folder: Path,
     *,
-    name: str = "tokenizer",
     health: dict[str, Any] | None = None,
-    repeatable: bool = False,
-    freeze_selector: bool = False,
-    selector_lr_scale: float = 1.0,
+    rank: int = 0,
+    world: int = 1,
     **settings: Any,
 ) -> tuple[LavitStage1, dict[str, Any]]:
     """One run; returns the model and its record."""
     data, _ = images()
-    model = stage1(Repeatable if repeatable else LavitStage1, freeze_selector=freeze_selector)
-    world = dist.get_world_size() if dist.is_initialized() else 1
-    rank = dist.get_rank() if world > 1 else 0
+    model = stage1()
     choices = {
         "max_steps": 12,
         "batch_size": 16,
@@ -132,35 +108,16 @@ def train(
         return data[(first + torch.arange(size)) % len(data)]
 
     task = LavitTokenizerTask(
-        name,
-        model,
-        StageSettings(**choices),
-        batch,
-        CodebookHealth(**(health or {})),
-        selector_lr_scale=selector_lr_scale,
+        "tokenizer", model, StageSettings(**choices), batch, CodebookHealth(**(health or {}))
     )
     return model, train_stage(task, folder)
 
 
-def main(folder: Path, *runs: str) -> int:
-    """Train; each process saves its weights."""
-    if "RANK" in os.environ:
-        dist.init_process_group("gloo")
-    try:
-        for run in map(json.loads, runs):
-            model, _ = train(folder, **run)
-            torch.save(
-                model.state_dict(),
-                folder / f"{run.get('name', 'tokenizer')}.{os.environ.get('RANK', 0)}.pt",
-            )
-    except SeedError as error:
-        print(f"refused: {error}", flush=True)
-        return 2
-    if dist.is_initialized():
-        dist.destroy_process_group()
-    return 0
-
-
-if __name__ == "__main__":
+def train_in_two(rank: int, folder: str) -> None:
+    """One of two processes that train together; saves its weights as `RANK.pt`."""
     torch.set_num_threads(1)
-    sys.exit(main(Path(sys.argv[1]), *sys.argv[2:]))
+    store = dist.FileStore(f"{folder}/store", 2)
+    dist.init_process_group("gloo", store=store, rank=rank, world_size=2)
+    model, _ = train(Path(folder) / "run", max_steps=4, rank=rank, world=2)
+    torch.save(model.state_dict(), f"{folder}/{rank}.pt")
+    dist.destroy_process_group()

@@ -13,7 +13,6 @@ import pytest
 
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.settings import changed_settings
-from seed_multimodal.training.checkpoint import settings_remark
 
 # A package in place of wandb, which needs the network: it records the ids of the runs.
 WANDB = """
@@ -179,19 +178,14 @@ def test_checkpoint_holds_what_its_layout_promises(run: Run, tmp_path):
     assert state["global_step"] == 4
 
 
-def test_settings_remark_names_each_change_that_counts():
+def test_changed_settings_names_each_change_that_counts():
     # Sources of data are compared by their names, keys that change no result not at all.
     sources = [{"name": "a", "weight": 1}, {"name": "b", "weight": 2}]
-    before = {"data": {"sources": sources}, "optim": {"rate": 1}, "trainer": {"resume": "auto"}}
-    before |= {f"k{index}": 0 for index in range(9)}
-    now = {"data": {"sources": [{"name": "b", "weight": 3}]}, "optim": {}, "trainer": {}}
+    before = {"data": {"sources": sources}, "trainer": {"resume": "auto"}}
+    now = {"data": {"sources": [{"name": "b", "weight": 3}]}, "trainer": {}}
     assert changed_settings(before, before) == []
-    assert changed_settings(before, {**before, **now}, ["trainer.resume"]) == [
+    assert changed_settings(before, now, ["trainer.resume"]) == [
         "data.sources.a.name: a -> not given",
         "data.sources.a.weight: 1 -> not given",
         "data.sources.b.weight: 2 -> 3",
-        "optim.rate: 1 -> not given",
     ]
-    assert settings_remark(before, before, ()) == settings_remark(None, before, ()) == ""
-    remark = settings_remark(before, {**before, **{f"k{index}": 1 for index in range(9)}}, ())
-    assert "k7: 0 -> 1" in remark and "k8" not in remark

@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.metrics import merge
 
 TWO = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2".split()
@@ -107,9 +106,3 @@ def test_merge_of_log_lines():
     ]
     expected = {"loss": 2.0, "bad": 3, "wait_share": 0.3, "peak_memory_mib": 5.0, "only": 7.0}
     assert merge(lines) == pytest.approx(expected)
-
-
-def test_process_group_of_one_process():
-    group = ProcessGroup()
-    assert (group.world, group.rank, group.first) == (1, 0, True)
-    assert group.agree(True, False) == [True, False] and group.gather({"a": 1}) == [{"a": 1}]

@@ -6,7 +6,6 @@ from __future__ import annotations
 import os
 import random
 import re
-import shutil
 import signal
 import subprocess
 import sys
@@ -23,7 +22,13 @@ from real_processes import STARTED, kill_when, nothing_stays_behind, processes_w
 from seed_multimodal.errors import SeedError
 
 Start = Callable[..., subprocess.Popen]
-LONG = {"max_steps": 40, "gradient_accumulation_steps": 2, "logging_steps": 1, "save_steps": 3}
+LONG = {
+    "max_steps": 40,
+    "precision": "bf16",
+    "gradient_accumulation_steps": 2,
+    "logging_steps": 1,
+    "save_steps": 3,
+}
 LAUNCHER = [
     sys.executable,
     *"-m seed_multimodal.training.torchrun --standalone --nproc-per-node 1".split(),
@@ -37,16 +42,14 @@ def steps(folder: Path) -> list[int]:
 
 @pytest.mark.process
 @pytest.mark.timeout(600)
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_resume_after_sigkill_is_bitwise_equal(start_toy: Start, tmp_path, precision):
-    # With accumulation and EMA, killed at a random micro-step.
-    options = {**LONG, "precision": precision}
+def test_resume_after_sigkill_is_bitwise_equal(start_toy: Start, tmp_path):
+    # With accumulation and EMA in bf16, killed at a random micro-step.
     micro_step = random.SystemRandom().randint(2, 30)
-    process = start_toy(tmp_path / "killed", {**options, "pause": 0.05})
+    process = start_toy(tmp_path / "killed", {**LONG, "pause": 0.05})
     kill_when(lambda: len(toy.read_losses(tmp_path / "killed")) >= micro_step, process)
     assert not (tmp_path / "killed" / "toy.done.json").exists()
-    uninterrupted = toy.train(tmp_path / "whole", **options)
-    resumed = toy.train(tmp_path / "killed", **options)
+    uninterrupted = toy.train(tmp_path / "whole", **LONG)
+    resumed = toy.train(tmp_path / "killed", **LONG)
     assert toy.read_losses(tmp_path / "killed") == toy.read_losses(tmp_path / "whole"), micro_step
     assert resumed["sum"] == uninterrupted["sum"]
     first, second = (toy.log_lines(tmp_path / name) for name in ("killed", "whole"))
@@ -154,28 +157,6 @@ def test_exit_code_after_sigterm_without_a_checkpoint(start_toy: Start, tmp_path
     output = process.communicate(timeout=200)[0]
     assert process.returncode == 128 + signal.SIGKILL, output
     assert not steps(tmp_path / "toy.checkpoints")
-
-
-@pytest.mark.process
-@pytest.mark.timeout(400)
-def test_full_disk_leaves_the_last_checkpoint(start_toy: Start, tmp_path):
-    # A file system with space for one checkpoint, but not for a second one next to it.
-    unshare = shutil.which("unshare")
-    mount = f"mount -t tmpfs -o size=40k none {tmp_path}"
-    command = [unshare or "false", "-Urm", "sh", "-c", mount]
-    if subprocess.run(command, capture_output=True).returncode:
-        pytest.skip("this system allows no user mounts")
-    process = start_toy(
-        tmp_path,
-        {"save_steps": 1, "logging_steps": 100},
-        before=(*command[:-1], f'{mount} && exec "$@"', "sh", sys.executable),
-    )
-    output = process.communicate(timeout=350)[0]
-    assert process.returncode == 2, output
-    assert re.search(r"step 2\b.*toy.checkpoints/checkpoint-1\)", output), output
-    # A half-written checkpoint would be resumed from, and fill the disk of the next run.
-    assert "files: ['losses.0.txt', 'toy.checkpoints']" in output
-    assert "state of step: 1" in output
 
 
 def limited(folder: Path, size: int, **options: object) -> str:

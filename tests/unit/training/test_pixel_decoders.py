@@ -67,7 +67,7 @@ def seed_inputs(detokenizer: Any) -> Any:
 @dataclass(frozen=True)
 class Family:
     """write_parts, config: of its tiny parts. task: its class. result: key of a run's record.
-    vae: folder of the parts. also_trained: beginnings of parameters that are always trained."""
+    also_trained: beginnings of parameters that are always trained."""
 
     write_parts: Callable[[Path], Path]
     config: Callable[..., dict[str, Any]]
@@ -75,7 +75,6 @@ class Family:
     result: str
     load: Callable[[Path, Path], Detokenizer]
     inputs: Callable[[Any], Any]
-    vae: str
     also_trained: tuple[str, ...]
 
     def train(self, config: dict[str, Any]) -> Path:
@@ -92,7 +91,6 @@ SEED = Family(
     "decoder",
     load_seed,
     seed_inputs,
-    "kl/vae",
     ("code_adapter.",),
 )
 SEED_X = Family(
@@ -102,7 +100,6 @@ SEED_X = Family(
     "adapter",
     load_seed_x,
     lambda detokenizer: torch.randn(3, 4, 24),
-    "sdxl/vae",
     ("adapter.resampler.", "adapter.unet.conv_in."),
 )
 LAVIT = Family(
@@ -112,7 +109,6 @@ LAVIT = Family(
     "pixels",
     load_lavit,
     lambda detokenizer: [torch.randn(length, 4) for length in (3, 9, 5)],
-    "highres/vae",
     ("decoder.unet_",),
 )
 # Name → family, arguments of its configuration.
@@ -255,15 +251,12 @@ def test_samples_and_average_do_not_change_the_losses(run: Run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ONE_OF_EACH)
-def test_resume_with_another_vae_fails(run: Run):
+def test_resume_with_another_vae_fails(tmp_path):
     # The same models in another folder are accepted.
+    run = Run("lavit-highres", tmp_path)
     run("run", trainer={"max_steps": 1, "save_steps": 0})
     moved = shutil.copytree(run.parts, run.folder / "moved")
-    vae = Path(run.family.vae)
-    if run.options.get("vae"):
-        vae = Path(run.options["vae"]) / "vae"
-    file = next((moved / vae).glob("*.safetensors"))
+    file = next((moved / "highres" / "vae").glob("*.safetensors"))
     values = load_state_dict(file)
     save_state_dict({name: value + 0.5 for name, value in values.items()}, file)
     with pytest.raises(CheckpointError, match="autoencoder"):
@@ -278,7 +271,6 @@ WRONG: list[tuple[str, str, str, Any, type[Exception], str]] = [
     ("seed-sana", "data", "encoder_size", 16, ConfigError, "tokenizer"),
     ("seed-sana", "data", "resolution", 20, ConfigError, "8 pixels"),
     ("seed-sana", "model", "tokenizer", "/nowhere", CheckpointError, "/nowhere"),
-    ("seed-sana", "model", "denoiser", {"_class_name": "Sana3D"}, ConfigError, "_class_name"),
     ("seed-sana", "model", "scheduler", {"_class_name": "Euler"}, CheckpointError, "_class_name"),
     (
         "seed-sana",
@@ -288,21 +280,10 @@ WRONG: list[tuple[str, str, str, Any, type[Exception], str]] = [
         ConfigError,
         "num_layers",
     ),
-    (
-        "seed-sana",
-        "model",
-        "scheduler",
-        {"_class_name": "DDIMScheduler", "prediction_type": "sample"},
-        ConfigError,
-        "prediction_type",
-    ),
     ("seed_x-2", "data", "encoder_size", 32, ConfigError, "encoder_size"),
     ("seed_x-2", "model", "tokens", 5, ConfigError, "5"),
-    ("seed_x-2", "model", "visual_encoder", "/nowhere", CheckpointError, "/nowhere"),
     ("seed_x-2", "model", "sdxl", "/nowhere", CheckpointError, "/nowhere"),
     ("lavit-highres", "data", "sizes", [[16, 4]], ConfigError, "sizes"),
-    ("lavit-highres", "data", "encoder_size", 32, ConfigError, "encoder_size"),
-    ("lavit-highres", "model", "diffusion", "/nowhere", CheckpointError, "/nowhere"),
 ]
 
 
@@ -329,24 +310,6 @@ def test_train_skips_unreadable_images(tmp_path):
         path.write_bytes(b"")
     with pytest.raises(DataError):
         run("empty")
-
-
-@pytest.mark.parametrize("missing", ["source_image", "target_image"])
-def test_train_skips_edits_with_one_image(missing, tmp_path):
-    # An edit needs both.
-    run = Run("seed_x-2", tmp_path)
-    file = run.parts / "edits.jsonl"
-    lines = [json.loads(line) for line in file.read_text().splitlines()]
-    del lines[1][missing]
-    file.write_text("".join(json.dumps(line) + "\n" for line in lines))
-    source = {
-        "name": "edits",
-        "files": str(file),
-        "image_key": "target_image",
-        "condition_key": "source_image",
-    }
-    run("run", data={"sources": [source]})
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["bad_samples"] == 1
 
 
 # Program, its groups, and values of the papers or of the original's files.

@@ -11,16 +11,14 @@ import pytest
 import torch
 from diffusers import DDPMScheduler
 from tiny import spread
-from tiny.lavit import SMALL, code_decoder, small_tokenizer
+from tiny.lavit import SMALL, small_tokenizer
 from tiny.training import lavit_config, write_lavit_parts
 from tiny.vision import write_vision
 from torch import Tensor, nn
 
 from seed_multimodal.diffusion.objectives import build_objective
-from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.models.lavit.checkpoints import save_dynamic_tokenizer
-from seed_multimodal.models.lavit.diffusion import LavitDetokenizer
-from seed_multimodal.models.lavit.losses import LavitPixelLoss, TrainedPixels
+from seed_multimodal.models.lavit.losses import LavitPixelLoss
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer
 from seed_multimodal.models.lavit.train_pixels import LavitPixelTask, image_codes
 from seed_multimodal.models.seed.checkpoints import load_vision
@@ -51,37 +49,6 @@ def test_pixel_loss_drops_a_share_of_the_conditions():
     objective = build_objective(DDPMScheduler())
     LavitPixelLoss(dropout=0.2)(model, objective, latents, [], sizes, generator=generator)
     assert float(model.without.float().mean()) == pytest.approx(0.2, abs=0.02)
-
-
-@pytest.mark.parametrize("head", ["highres", "lowres"])
-@torch.no_grad()
-def test_predictions_without_conditions_are_those_of_guidance(parts: Path, head):
-    # Without conditions the codes do not count, and the prediction is the unconditional one of
-    # drawing.
-    pixels = LavitDetokenizer.from_pretrained(parts / head)
-    decoder = code_decoder(head)
-    if head == "lowres":
-        decoder.unet_proj = nn.Linear(decoder.config.feature_dim, 16)
-        decoder.config = dataclasses.replace(decoder.config, prompt_dim=16)
-    model = TrainedPixels(pixels.unet, decoder, pixels.null_embeds).eval()
-    noisy = torch.randn(2, 4, 8, 8)
-    steps = torch.tensor([3, 700])
-    ids = size_ids((16, 16), count=2)
-    batches = [[torch.randn(n, 4) for n in lengths] for lengths in ((2, 7), (5, 16))]
-    first, second = (
-        model(noisy, steps, codes, ids, torch.tensor([True, False])) for codes in batches
-    )
-    torch.testing.assert_close(first[0], second[0])
-    assert not torch.allclose(first[1], second[1], atol=1e-4)
-    calls: list[dict[str, Any]] = []
-    model.unet.register_forward_pre_hook(
-        lambda _module, _args, options: calls.append(dict(options)), with_kwargs=True
-    )
-    pixels.decoder = decoder
-    pixels(batches[0], num_inference_steps=1, guidance_scale=3.0)
-    prediction = model.unet(noisy.repeat(2, 1, 1, 1), steps.repeat(2), **calls[0]).sample
-    torch.testing.assert_close(prediction[0], first[0], atol=1e-5, rtol=1e-4)
-    torch.testing.assert_close(prediction[3], first[1], atol=1e-5, rtol=1e-4)
 
 
 def test_image_codes_depend_on_the_image_and_the_seed_only():

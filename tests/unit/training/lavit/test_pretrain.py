@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import io
-import itertools
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -16,17 +15,10 @@ from llm_runs import LORA
 from PIL import Image
 from repository import NANO, ROOT
 from tiny.vision import write_vision
-from torch import Tensor
-from torch.nn.functional import cross_entropy
 
-from seed_multimodal.data.formats.sources import open_records
-from seed_multimodal.data.pretokenize.run import RunSettings, run
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.images.transforms import normalise
 from seed_multimodal.models.lavit.checkpoints import (
-    load_dynamic_tokenizer,
     save_dynamic_tokenizer,
-    with_merger,
 )
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer
 from seed_multimodal.models.lavit.pipeline import Lavit
@@ -42,89 +34,25 @@ def task_of(config: dict[str, Any]) -> PretrainTask:
     return PretrainTask(PretrainTask.read(config), ProcessGroup(), torch.device("cpu"))
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_losses_of_rows_equal_those_of_their_sequences(
-    config_of, parts_dir: Path, tmp_path, packing
+def test_losses_of_packed_rows_equal_those_of_single_sequences(
+    config_of, parts_dir: Path, tmp_path
 ):
-    # Placeholders of images become as many positions as the image has tokens: codes of the frozen
-    # tokenizer by each sample's seed, or outputs of the trained merger and projector for images
-    # that are understood; image starts and prompts are not learned.
-    captions, _, texts = parts.data_of(parts_dir)["sources"]
-    data = {"length": 240, "sources": [captions, texts], "packing": packing}
-    task = task_of(config_of(tmp_path, data=data))
-    task.prepare()
-    with torch.no_grad():  # the trained merger differs from the frozen one
-        for value in task.module.causal_encoder.parameters():
-            value.add_(0.05 * torch.randn_like(value))
-    trained = {
-        name: value
-        for name, value in task.weights().items()
-        if name.startswith(("causal_", "vit_proj"))
-    }
-    frozen = load_dynamic_tokenizer(parts_dir / "visual")
-    understanding = with_merger(frozen, trained, "merger")
-    batch = next(
-        batch
-        for batch in task.data
-        if batch.views and len(set(batch.views.is_target.tolist())) == 2
-    )
-    target_flags = batch.views.is_target.tolist()
-    views = zip(batch.views.pixels, batch.views.seeds, target_flags, strict=True)
-    images = []
-    for pixels, seed, generated in views:
-        encode = frozen.encode if generated else understanding.continuous
-        generator = [torch.Generator().manual_seed(int(seed))]
-        images.append(encode(normalise(pixels[None]), generator=generator, mode="draw")[0])
-    ready = task.prepare_batch(batch)
-    with torch.no_grad():
-        losses = task.loss_parts(task.module, ready)
-    # The numbers of tokens are the images' own.
-    lengths = {len(image) for image in images}
-    assert lengths != {parts.PATCHES}
-    total, image_total, learned = reference(task, ready, images, target_flags)
-    assert float(losses.sum) == pytest.approx(total, rel=1e-5)
-    assert float(losses.image_sum) == pytest.approx(image_total, rel=1e-5)
-    assert int(losses.text_count + losses.image_count) == learned == ready.learned
-
-
-def reference(
-    task: PretrainTask, ready: Any, images: list[Tensor], target_flags: list[bool]
-) -> tuple[float, float, int]:
-    """Losses of all tokens and of image tokens, and their number, computed per sequence by a plain
-    LLaMA."""
-    vocabulary = task.tokenizer.vocabulary
-    embed = task.llm.get_input_embeddings()
-    total = image_total = 0.0
-    learned = 0
-    remaining = list(zip(images, target_flags, strict=True))
-    columns = (ready.input_ids, ready.labels, ready.position_ids)
-    for row, row_labels, positions in zip(*columns, strict=True):
-        starts = [*(positions == 0).nonzero().flatten().tolist(), len(row)]
-        for start, end in itertools.pairwise(starts):
-            ids = row[start:end]
-            labels = row_labels[start:end].clone()
-            if (labels == -100).all():  # padding
-                continue
-            embeds = embed(ids).detach().clone()
-            if (ids == vocabulary.boi_id).any():
-                image, generated = remaining.pop(0)
-                first = int((ids == vocabulary.boi_id).nonzero()[0]) + 1
-                last = int((ids == vocabulary.eoi_id).nonzero()[0])
-                if generated:
-                    codes = ids[first:last] - vocabulary.code_start
-                    assert codes.tolist() == image.tolist()
-                else:
-                    embeds[first:last] = image.detach()
-            assert not (labels == vocabulary.boi_id).any()
-            labels[0] = -100
-            with torch.no_grad():
-                logits = task.llm(inputs_embeds=embeds[None]).logits[0]
-            values = cross_entropy(logits[:-1], labels[1:], reduction="none")
-            total += float(values.sum())
-            image_total += float(values[labels[1:] >= vocabulary.n_text].sum())
-            learned += int((labels[1:] != -100).sum())
-    assert not remaining
-    return total, image_total, learned
+    # Placeholders of images become as many positions as the image has tokens, drawn by each
+    # sample's seed.
+    sums = []
+    for packing, rows in ((True, 2), (False, 1)):
+        data = parts.data_of(parts_dir, length=240, packing=packing, rows=rows)
+        for source in data["sources"]:
+            source |= {"cycles": 1, "batch_size": 1}
+        task = task_of(config_of(tmp_path, data=data))
+        task.prepare()
+        ready = map(task.prepare_batch, task.data)
+        with torch.no_grad():
+            losses = [task.loss_parts(task.module, batch) for batch in ready]
+        names = ("sum", "image_sum", "text_count", "image_count")
+        sums.append([sum(float(getattr(part, name)) for part in losses) for name in names])
+    assert sums[0] == pytest.approx(sums[1], rel=1e-5)
+    assert min(sums[0]) > 0
 
 
 def test_images_are_prepared_as_the_vision_encoder_of_the_tokenizer_says(
@@ -197,54 +125,11 @@ def test_checkpoint_with_lora_opens_as_a_system(config_of, parts_dir: Path, tmp_
     saved = load_state_dict(checkpoint / "visual_weight.safetensors")
     assert {name.partition(".")[0] for name in saved} == {"causal_encoder", "vit_proj"}
     bias = "causal_encoder.blocks.0.norm0.bias"
-    before = load_dynamic_tokenizer(parts_dir / "visual").state_dict()[bias]
-    assert not torch.equal(saved[bias], before)
     started = task_of(config_of(tmp_path / "new", visual_encoder={"start": str(checkpoint)}))
     started.prepare()
     assert torch.equal(started.weights()[bias], saved[bias])
     with pytest.raises(CheckpointError, match="visual_weight.safetensors"):
         task_of(config_of(tmp_path, visual_encoder={"start": str(parts_dir / "words")})).prepare()
-
-
-def test_codes_of_shards_do_not_depend_on_the_batch_size(parts_dir: Path, tmp_path):
-    # Pre-tokenised images have the codes that the pre-training reads, of different numbers.
-    encoder = {
-        "_target_": "seed_multimodal.models.lavit.codes.lavit_codes",
-        "pretrained_model_name_or_path": str(parts_dir / "visual"),
-    }
-    files = {"files": str(parts_dir / "captions.tar")}
-    contents = []
-    for size in (3, 1):
-        folder = str(tmp_path / f"by{size}")
-        settings = RunSettings(
-            "caption", files, folder, encoder, device="cpu", workers=0, batch_size=size
-        )
-        assert run(settings) == 0
-        records = open_records(folder)
-        contents.append([records.read(index).fields for index in range(len(records))])
-    assert contents[0] == contents[1]
-    codes = [fields["image_ids"] for fields in contents[0]]
-    assert len({len(image) for image in codes}) > 1
-    assert all(0 <= code < parts.CODES for image in codes for code in image)
-
-
-def test_train_skips_unusable_records(config_of, parts_dir: Path, tmp_path):
-    # Codes out of range, an empty text, a text that is too long.
-    records = [
-        {"text": "a cat", "image_ids": [99]},
-        {"text": "", "image_ids": [1]},
-        {"text": "word " * 120, "image_ids": [1]},
-        {"text": "a red cat", "image_ids": [1, 2]},
-    ]
-    parts.write_json_lines(tmp_path / "bad.jsonl", records)
-    source = parts.data_of(parts_dir)["sources"][1]
-    source |= {"files": str(tmp_path / "bad.jsonl"), "cycles": 1}
-    record = PretrainTask.train(
-        config_of(tmp_path / "out", data={"sources": [source]}, trainer={"max_steps": 3})
-    )
-    counts = record["data"]["sources"]["codes"]
-    assert counts["sequences"] == 1
-    assert [entry["count"] for entry in counts["skipped"].values()] == [1, 1, 1]
 
 
 @pytest.mark.parametrize(
@@ -259,14 +144,6 @@ def test_train_skips_unusable_records(config_of, parts_dir: Path, tmp_path):
 def test_task_with_parts_that_do_not_fit(config_of, tmp_path, changes, named):
     with pytest.raises(ConfigError, match=named):
         task_of(config_of(tmp_path, **changes)).prepare()
-
-
-def test_task_with_images_of_another_size(config_of, tmp_path):
-    # Views of 224 pixels for an encoder of 16: an error by the name of the source.
-    config = config_of(tmp_path)
-    del config["data"]["sources"][0]["options"]
-    with pytest.raises(ConfigError, match="captions"):
-        task_of(config)
 
 
 def test_configuration_is_the_published_recipe():

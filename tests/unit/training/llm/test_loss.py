@@ -169,33 +169,6 @@ def test_chunked_loss_is_exact_and_never_holds_all_logits(tied, monkeypatch):
     assert len(chunk_sizes) == 2 * (-(-int(parts.count) // 64)) and max(chunk_sizes) <= 64
 
 
-def test_padding_on_either_side_changes_nothing():
-    model = build()
-    expected, count = separate(model)
-    right = padded()
-    parts = packed_loss(model, right)
-    torch.testing.assert_close(parts.sum, expected, atol=1e-4, rtol=1e-5)
-    assert int(parts.count) == count
-    stock = model(
-        input_ids=right.input_ids, attention_mask=right.attention_mask, labels=right.labels
-    ).loss
-    torch.testing.assert_close(parts.mean, stock, atol=1e-5, rtol=1e-5)
-
-    # Padding before the sequences, as generation has it.
-    shifts = [max(LENGTHS) - length for length in LENGTHS]
-
-    def rolled(values: torch.Tensor) -> torch.Tensor:
-        pairs = zip(values, shifts, strict=True)
-        return torch.stack([row.roll(shift) for row, shift in pairs])
-
-    names = ("input_ids", "labels", "attention_mask")
-    ids, labels, mask = (rolled(getattr(right, name)) for name in names)
-    left = rows(ids, labels, None, mask)
-    # The position before a first token is padding.
-    left.labels.scatter_(1, torch.tensor(shifts)[:, None], -100)
-    torch.testing.assert_close(packed_loss(model, left).sum, expected, atol=2e-3, rtol=1e-4)
-
-
 def test_loss_weights_of_text_and_image_tokens():
     # Against the losses of single tokens; the mean is that of weighted tokens.
     model = build()
