@@ -3,8 +3,6 @@ own word pieces."""
 
 from __future__ import annotations
 
-from pathlib import Path
-
 import pytest
 import torch
 from PIL import Image
@@ -15,50 +13,46 @@ from seed_multimodal.evaluation.drawing import ClipScores
 from seed_multimodal.evaluation.openai_clip import NAME, load_openai_clip
 
 WORDS = 49_408
-BLOCK = {
-    "layer_norm1": "ln_1",
-    "layer_norm2": "ln_2",
+OPENAI_NAMES = {
+    "embeddings.patch_embedding": "conv1",
+    "embeddings.token_embedding": "token_embedding",
+    "embeddings.position_embedding.weight": "positional_embedding",
+    "embeddings.class_embedding": "class_embedding",
+    "pre_layrnorm": "ln_pre",
+    "post_layernorm": "ln_post",
+    "final_layer_norm": "ln_final",
+    "encoder.layers": "transformer.resblocks",
+    "layer_norm": "ln_",
     "self_attn.out_proj": "attn.out_proj",
     "mlp.fc1": "mlp.c_fc",
     "mlp.fc2": "mlp.c_proj",
-}
-OUTER = {
-    "embeddings.patch_embedding": "conv1",
-    "pre_layrnorm": "ln_pre",
-    "post_layernorm": "ln_post",
-    "embeddings.token_embedding": "token_embedding",
-    "final_layer_norm": "ln_final",
+    "self_attn.q_proj.": "attn.in_proj_",
+    "visual_projection.weight": "proj",
+    "text_projection.weight": "text_projection",
 }
 
 
-def as_openai(model: torch.nn.Module, part: str) -> dict[str, Tensor]:
+def as_openai(model: torch.nn.Module) -> dict[str, Tensor]:
     """A transformers model's tensors under OpenAI's names."""
-    state = {
-        name.partition("_model.")[2] or name: value for name, value in model.state_dict().items()
-    }
+    state = model.state_dict()
     renamed: dict[str, Tensor] = {}
     for name, value in state.items():
-        module, _, kind = name.rpartition(".")
+        if ".k_proj" in name or ".v_proj" in name:
+            continue
+        if ".q_proj" in name:
+            letters = [state[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"]
+            value = torch.cat(letters)
         if name.endswith("_projection.weight"):
-            renamed["visual.proj" if part else "text_projection"] = value.T
-        elif name == "embeddings.class_embedding":
-            renamed["visual.class_embedding"] = value
-        elif module == "embeddings.position_embedding":
-            renamed[f"{part}positional_embedding"] = value
-        elif module in OUTER:
-            renamed[f"{part}{OUTER[module]}.{kind}"] = value
-        elif ".q_proj" in name:
-            three = torch.cat([state[name.replace("q_proj", f"{letter}_proj")] for letter in "qkv"])
-            block = module.split(".")[2]
-            renamed[f"{part}transformer.resblocks.{block}.attn.in_proj_{kind}"] = three
-        elif module.startswith("encoder.") and "k_proj" not in name and "v_proj" not in name:
-            _, _, block, inner = module.split(".", 3)
-            renamed[f"{part}transformer.resblocks.{block}.{BLOCK[inner]}.{kind}"] = value
+            value = value.T
+        name = name.removeprefix("vision_model.").removeprefix("text_model.")
+        for stock_name, openai_name in OPENAI_NAMES.items():
+            name = name.replace(stock_name, openai_name)
+        renamed[name] = value
     return renamed
 
 
-@pytest.fixture(scope="module")
-def models() -> tuple[torch.nn.Module, torch.nn.Module]:
+@torch.no_grad()
+def test_embeddings_are_those_of_transformers(tmp_path):
     from transformers import (
         CLIPTextConfig,
         CLIPTextModelWithProjection,
@@ -67,47 +61,25 @@ def models() -> tuple[torch.nn.Module, torch.nn.Module]:
     )
 
     torch.manual_seed(0)
-    sizes = {
-        "hidden_size": 64,
-        "intermediate_size": 256,
-        "num_hidden_layers": 2,
-        "num_attention_heads": 1,
-        "projection_dim": 16,
-    }
-    vision = CLIPVisionModelWithProjection(
-        CLIPVisionConfig(**sizes, image_size=28, patch_size=14)
-    ).eval()
-    text = CLIPTextModelWithProjection(
-        CLIPTextConfig(**sizes, vocab_size=WORDS, eos_token_id=WORDS - 1)
-    ).eval()
-    return vision, text
+    sizes = {"hidden_size": 64, "intermediate_size": 256, "num_attention_heads": 1}
+    sizes |= {"num_hidden_layers": 2, "projection_dim": 16}
+    vision_config = CLIPVisionConfig(**sizes, image_size=28, patch_size=14)
+    stock_vision = CLIPVisionModelWithProjection(vision_config).eval()
+    text_config = CLIPTextConfig(**sizes, vocab_size=WORDS, eos_token_id=WORDS - 1)
+    stock_text = CLIPTextModelWithProjection(text_config).eval()
+    visual = {f"visual.{name}": value for name, value in as_openai(stock_vision).items()}
+    scale = {"logit_scale": torch.tensor(4.6)}
+    torch.save({**visual, **as_openai(stock_text), **scale}, tmp_path / NAME)
 
-
-@pytest.fixture(scope="module")
-def file(models: tuple[torch.nn.Module, torch.nn.Module], tmp_path_factory) -> Path:
-    file = tmp_path_factory.mktemp("clip") / NAME
-    tensors = {
-        **as_openai(models[0], "visual."),
-        **as_openai(models[1], ""),
-        "logit_scale": torch.tensor(4.6),
-    }
-    torch.save(tensors, file)
-    return file
-
-
-@torch.no_grad()
-def test_embeddings_are_those_of_transformers(
-    file: Path, models: tuple[torch.nn.Module, torch.nn.Module]
-):
-    vision, texts = load_openai_clip(file, torch.device("cpu"))
+    vision, texts = load_openai_clip(tmp_path / NAME, torch.device("cpu"))
     pixels = torch.randn(2, 3, 28, 28)
-    expected = models[0](pixel_values=pixels).image_embeds
+    expected = stock_vision(pixel_values=pixels).image_embeds
     torch.testing.assert_close(vision(pixel_values=pixels).image_embeds, expected)
     # As CLIP splits "a photo of a cat".
     ids = torch.tensor([[49406, 320, 1125, 539, 320, 2368, 49407]])
-    expected = torch.nn.functional.normalize(models[1](ids).text_embeds, dim=-1)
+    expected = torch.nn.functional.normalize(stock_text(ids).text_embeds, dim=-1)
     torch.testing.assert_close(texts(["a photo of a cat"]), expected)
-    clip = ClipScores(file, torch.device("cpu"))
+    clip = ClipScores(tmp_path / NAME, torch.device("cpu"))
     [cosines] = clip.cosines(["a cat"], [[Image.new("RGB", (40, 30))] * 2])
     assert len(cosines) == 2
 

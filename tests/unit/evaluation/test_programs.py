@@ -128,7 +128,7 @@ def test_eval_vqa_ends_after_many_bad_samples_in_a_row(missing, status, tiny_fol
 
 @pytest.mark.parametrize(
     ("change", "name"),
-    [("--prompts plain", "prompts"), ("--dtype bfloat16", "dtype"), ("", "samples")],
+    [("--prompts plain", "prompts"), ("", "samples")],
 )
 def test_eval_vqa_refuses_the_folder_of_another_run(change, name, tiny_folder, capsys):
     """Answers of two settings, or to other questions, would be scored together."""
@@ -139,16 +139,6 @@ def test_eval_vqa_refuses_the_folder_of_another_run(change, name, tiny_folder, c
     assert vqa(tiny_folder, *change.split()) == 2
     assert name in capsys.readouterr().err
     assert len(answered(Path("out/samples-0.jsonl"))) == 3
-
-
-def test_eval_vqa_of_a_single_image(tiny_folder, capsys):
-    """As the original's probe: no file of questions, the answer alone on stdout."""
-    flags = f"--model {tiny_folder} --device cpu --max-new-tokens 8 --image {image_name(1)}"
-    answers = []
-    for more in ([], [], ["--keep_ratio"]):
-        assert eval_program("eval_vqa.py", "", [*flags.split(), *more]) == 0
-        answers.append(capsys.readouterr().out.splitlines()[-1])
-    assert answers[0] == answers[1]
 
 
 def test_eval_caption_of_the_pretrained_model(tiny_folder, monkeypatch):
