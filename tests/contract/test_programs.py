@@ -101,16 +101,30 @@ EXTRACT = "MultiModalLLM/src/tools/extract_image_ids_to_torchdata_parallel"
 NO_FILES = "--tokenizer absent.yaml --data absent.yaml --save_dir out"
 NO_PARTS = "--llm absent --tokenizer absent --out mine"
 NO_JUDGE = "--model {seed} --judge absent --data absent --out out"
+SERVER = "gradio_demo/seed_llama_flask.py --system absent"
 # Commands that end with exit code 2 → what the last line of stderr names.
 REFUSED: dict[str, str] = {
     "demo_recon.py --model absent": "absent",
-    "gradio_demo/seed_llama_flask.py --system absent --port 0": "absent",
+    f"{SERVER} --port 0": "absent",
+    # Before a model is loaded, which takes minutes.
+    f"{SERVER} --port 65536": "65536",
+    f"{SERVER} --port 0 --token-file nowhere": "nowhere",
+    f"{SERVER} --port 0 --token-file image.png": "image.png",
+    f"{SERVER} --port 0 --token-file /dev/null": "null",
+    f"{SERVER} --port 0 --url http://127.0.0.1:1": "--url",
+    f"{SERVER} --port 0 --gguf x.gguf": "--gguf",
+    f"{SERVER} --port 0 --model a.yaml": "--model",
     "gradio_demo/seed_llama_flask.py --model absent --tokenizer absent.yaml"
     " --image_transform absent.yaml --port 0": "absent.yaml",
     # The original weights, which are not on this disk.
     "scripts/seed_tokenizer_inference.py --device cpu": "pretrained/seed_tokenizer",
     "scripts/seed_llama_inference_8B.py --device cpu": "pretrained/seed_llama_8b_sft",
     "scripts/seed_llama_inference_14B.py --device cpu": "pretrained/seed_llama_14b_sft",
+    # Flags that do not fit.
+    "scripts/seed_llama_inference_8B.py --model {seed} --tokenizer a.yaml": "--tokenizer",
+    "scripts/seed_llama_inference_8B.py --model {seed} --gguf x.gguf": "--gguf",
+    "scripts/seed_llama_inference_8B.py --engine openai": "--model 8b",
+    "scripts/seed_llama_inference_8B.py --url http://127.0.0.1:1": "--url",
     "src/inference/eval_text2img_seed_x.py --model absent": "absent",
     "src/lavit/text2image_synthesis.py --model absent --prompt cat": "absent",
     "src/lavit/evaluate.py --model_path {lavit} --annopath absent.json": "absent.json",
