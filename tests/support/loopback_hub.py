@@ -21,8 +21,8 @@ class LoopbackHub:
 
     repositories: name → path → content, as listed.
     served: URL path → other content than the listed one.
-    failures: URL path → status and headers of its next answers.
-    dropped_after: URL path → bytes after which the first connection is closed.
+    failures: URL path → its next answers: status and headers, or the number of bytes of the file
+        after which the connection is closed.
     requests: (method, URL path, Range header) of all requests.
     """
 
@@ -30,8 +30,7 @@ class LoopbackHub:
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.files: dict[str, bytes] = {}
         self.served: dict[str, bytes] = {}
-        self.failures: dict[str, list[tuple[int, dict[str, str]]]] = {}
-        self.dropped_after: dict[str, int] = {}
+        self.failures: dict[str, list[tuple[int, dict[str, str]] | int]] = {}
         self.requests: list[tuple[str, str, str | None]] = []
         self.url = ""
 
@@ -98,8 +97,9 @@ def running() -> Iterator[LoopbackHub]:
             path = unquote(urlsplit(self.path).path)
             ranges = self.headers.get("Range")
             hub.requests.append((self.command, path, ranges))
-            if hub.failures.get(path):
-                status, headers = hub.failures[path].pop(0)
+            failures = hub.failures.get(path)
+            if failures and not isinstance(failures[0], int):
+                status, headers = failures.pop(0)
                 self.send(status, b"<html>", with_body, headers)
                 return
             api_answer = hub.info(path)
@@ -115,8 +115,12 @@ def running() -> Iterator[LoopbackHub]:
             etag = f'"{hashlib.md5(content).hexdigest()}"'
             headers = {"ETag": etag, "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
             is_unchanged = self.headers.get("If-Range", etag) == etag
+            dropped_after = None
+            failures = hub.failures.get(path)
+            if failures and with_body:
+                dropped_after = failures.pop(0)
             if ranges is None or not is_unchanged:
-                self.send(200, content, with_body, headers, hub.dropped_after.pop(path, None))
+                self.send(200, content, with_body, headers, dropped_after)
                 return
             start = int(ranges.removeprefix("bytes=").rstrip("-"))
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"

@@ -5,13 +5,10 @@ from __future__ import annotations
 
 import io
 import json
-import re
 import shutil
 import sys
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 
 import loopback_hub
 import pytest
@@ -21,25 +18,29 @@ from repository import ROOT
 
 from seed_multimodal import downloads, hub
 from seed_multimodal.cli.main import main
-from seed_multimodal.cli.weights import wanted_parts
-from seed_multimodal.compat.lavit import build_model
-from seed_multimodal.compat.seed_llama_programs import llama_script, tokenizer_script
-from seed_multimodal.downloads import WantedPart, choose_files, fetch_parts, online
-from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.originals import OriginalPart, origin, original_parts, part_of
+from seed_multimodal.downloads import WantedPart, fetch_parts, online
+from seed_multimodal.errors import CheckpointError
+from seed_multimodal.originals import OriginalPart, original_parts
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.weights import load_state_dict
 
 LLM = "AILab-CVC/seed-llama-8b-sft"
-FILE = f"/{LLM}/resolve/{loopback_hub.COMMIT}/pytorch_model.bin"
+UNCLIP = "stabilityai/stable-diffusion-2-1-unclip"
+UNCLIP_MIRROR = "sd2-community/stable-diffusion-2-1-unclip"
+UNCLIP_FOLDER = Path("pretrained/stable-diffusion-2-1-unclip")
 WEIGHTS = bytes(range(256)) * 40
-PART = OriginalPart(name="8b", folder="pretrained/llm", hub=LLM, mirrors=("mirror/b",))
+# The one file of the URL, and one of the hub: path on the server, local path.
+URL_FILE = ("/eva_vit_g.pth", Path("pretrained/seed_tokenizer/eva_vit_g.pth"))
+HUB_FILE = (
+    f"/{UNCLIP}/resolve/{loopback_hub.COMMIT}/unet/diffusion_pytorch_model.bin",
+    UNCLIP_FOLDER / "unet/diffusion_pytorch_model.bin",
+)
 
 
 @pytest.fixture
 def server(tmp_path, monkeypatch) -> Iterator[LoopbackHub]:
-    """A hub with the language model of 8b, in place of huggingface.co; the working directory is an
-    empty repository."""
+    """A hub with parts of 8b, in place of huggingface.co; the working directory is an empty
+    repository."""
     from huggingface_hub import constants
 
     monkeypatch.chdir(tmp_path)
@@ -53,84 +54,283 @@ def server(tmp_path, monkeypatch) -> Iterator[LoopbackHub]:
         monkeypatch.setattr(constants, "ENDPOINT", server.url)
         monkeypatch.setattr(constants, "HUGGINGFACE_CO_URL_TEMPLATE", template)
         server.repositories[LLM] = {"config.json": b"{}", "pytorch_model.bin": WEIGHTS}
+        server.repositories[UNCLIP] = {
+            "model_index.json": b"{}",
+            "unet/diffusion_pytorch_model.bin": WEIGHTS,
+        }
+        server.repositories["AILab-CVC/seed-tokenizer-2"] = {"seed_quantizer.pt": b"q" * 300}
         server.files["/eva_vit_g.pth"] = WEIGHTS
         mirrors = f"eva_vit_g.pth={server.url}/eva_vit_g.pth"
         monkeypatch.setenv(downloads.MIRRORS, mirrors)
         yield server
 
 
-def fetch(part: OriginalPart = PART, **options: bool) -> list[str]:
-    """Problems of a download into the working directory."""
+@pytest.fixture
+def fetch(server, capsys) -> Callable[..., list[str]]:
+    """`seed fetch` with arguments; returns its problems, which decide its exit code."""
+
+    def run(*arguments: str) -> list[str]:
+        capsys.readouterr()
+        status = main(["fetch", *arguments, "--json"])
+        problems: list[str] = json.loads(capsys.readouterr().out)["problems"]
+        assert status == bool(problems)
+        return problems
+
+    return run
+
+
+@pytest.fixture
+def pauses(monkeypatch) -> list[float]:
+    """Seconds of the pauses, which take no time here."""
+    pauses: list[float] = []
+    monkeypatch.setattr("time.sleep", pauses.append)
+    return pauses
+
+
+# ---- faults of a hub
+
+LISTING = f"/api/models/{UNCLIP}"
+BAD_TOKEN = {"X-Error-Message": "Invalid credentials in Authorization header"}
+# Next answers for the list of files and for a file, and the content that is sent → what the problem
+# names; "": the file arrives.
+FAULTS = {
+    "busy": ([(429, {"Retry-After": "40"}), (503, {})], [(502, {})] * 4, WEIGHTS, ""),
+    "busy without end": ([(503, {})] * 9, [], WEIGHTS, "503"),
+    "dropped connection": ([], [5000], WEIGHTS, ""),
+    "absent file": ([], [(404, {})], WEIGHTS, "404"),
+    "gated": ([(403, {"X-Error-Code": "GatedRepo"})], [], WEIGHTS, "HF_TOKEN"),
+    "private": ([(401, {"X-Error-Code": "RepoNotFound"})], [], WEIGHTS, "HF_TOKEN"),
+    "bad token": ([(401, BAD_TOKEN)], [], WEIGHTS, "HF_TOKEN"),
+    "page of a proxy": ([(200, {})], [], WEIGHTS, "proxy"),
+    "truncated": ([], [], WEIGHTS[:-500], "10240"),
+    "tampered": ([], [], WEIGHTS[:-1] + b"!", "unet/diffusion_pytorch_model.bin: SHA-256"),
+}
+
+
+@pytest.mark.parametrize(("listing", "file", "sent", "named"), FAULTS.values(), ids=FAULTS)
+def test_fetch_from_a_faulty_hub(server, fetch, pauses, listing, file, sent, named):
+    # A file that is not as listed never gets its name; another source replaces a broken one.
+    path, local = HUB_FILE
+    server.failures = {LISTING: [*listing], path: [*file]}
+    server.served[path] = sent
+    problems = fetch("unclip")
+    if named:
+        assert UNCLIP in problems[0] and named in problems[0] and not local.exists()
+        server.failures = {LISTING: [*listing], path: [*file]}
+        server.repositories[UNCLIP_MIRROR] = server.repositories[UNCLIP]
+        assert fetch("unclip") == []
+    assert local.read_bytes() == WEIGHTS
+    assert not [*UNCLIP_FOLDER.rglob("*.part")]
+
+
+def test_fetch_waits_as_long_as_a_busy_hub_asks(server, fetch, pauses):
+    server.failures = {LISTING: [(429, {"Retry-After": "40"}), (503, {}), (503, {})]}
+    assert fetch("unclip") == []
+    assert pauses == [40, 2, 4]
+
+
+@pytest.mark.parametrize(
+    ("part", "file", "changed"),
+    [("unclip", HUB_FILE, False), ("tokenizer", URL_FILE, False), ("tokenizer", URL_FILE, True)],
+    ids=["hub", "URL", "changed URL"],
+)
+def test_fetch_after_an_interruption(server, fetch, pauses, part, file, changed):
+    # The rest is downloaded, but not the rest of another file.
+    path, local = file
+    server.failures[path] = [5000, (404, {})]
+    assert fetch(part)
+    server.requests.clear()
+    content = WEIGHTS[::-1] if changed else WEIGHTS
+    if changed:
+        server.files[path] = content
+    assert fetch(part) == []
+    assert local.read_bytes() == content
+    (request,) = [name for name in server.downloads() if Path(name.split()[0]).name == local.name]
+    assert ("bytes=" in request) != changed
+
+
+def test_fetch_of_a_web_page_instead_of_a_file(server, fetch):
+    server.failures["/eva_vit_g.pth"] = [(200, {"Content-Type": "text/html"})] * 2
+    assert "eva_vit_g.pth" in fetch("tokenizer")[0]
+    assert not URL_FILE[1].exists()
+
+
+@pytest.mark.parametrize("fault", ["no server", "proxy without its package"])
+def test_fetch_without_a_connection(fetch, monkeypatch, fault):
+    import huggingface_hub
+    from huggingface_hub import constants
+
+    if fault == "no server":
+        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    else:
+        monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
+        monkeypatch.setenv("NO_PROXY", "")
+        monkeypatch.setitem(sys.modules, "socksio", None)
+    huggingface_hub.close_session()
+    try:
+        (problem,) = fetch("unclip")
+    finally:
+        huggingface_hub.close_session()
+    assert ("127.0.0.1:9" if fault == "no server" else "SOCKS") in problem
+
+
+def test_fetch_parts_with_known_checksums(server):
+    # They hold instead of the hub's, and for files whose server states none.
+    part = OriginalPart(
+        name="8b",
+        folder="pretrained/llm",
+        hub=LLM,
+        urls={"vision.pth": f"{server.url}/eva_vit_g.pth"},
+        sha256={"pytorch_model.bin": "0" * 64, "vision.pth": "0" * 64},
+    )
     with online():
-        return fetch_parts([WantedPart(part)], Path(), **options)
+        problems = fetch_parts([WantedPart(part)], Path())
+    assert "pytorch_model.bin: SHA-256" in problems[0] and "vision.pth: SHA-256" in problems[1]
+    assert [file.name for file in Path("pretrained/llm").glob("[!.]*")] == ["config.json"]
 
 
-def interrupt_downloads(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Ctrl-C after the third chunk of a file."""
-
-    def update(progress: downloads.DownloadProgress, amount: float) -> None:
-        progress.n += amount
-        if progress.n > 2000:
-            raise KeyboardInterrupt
-
-    monkeypatch.setattr(downloads.DownloadProgress, "update", update)
+def test_fetch_with_too_little_space_downloads_nothing(server, capsys, monkeypatch):
+    usage = shutil.disk_usage("/")._replace(free=5000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    assert main(["fetch", "unclip"]) == 2
+    assert server.downloads() == []
 
 
-def test_parts_of_all_families_have_one_source():
+def test_fetch_keeps_the_users_files(fetch):
+    (UNCLIP_FOLDER / "unet").mkdir(parents=True)
+    index = UNCLIP_FOLDER / "model_index.json"
+    index.write_bytes(b'{"mine": 1}')
+    assert str(index) in fetch("unclip")[0]
+    assert index.read_bytes() == b'{"mine": 1}'
+    # A converted file stands for the original one.
+    HUB_FILE[1].with_suffix(".safetensors").touch()
+    assert fetch("unclip", "--force") == []
+    assert index.read_bytes() == b"{}"
+    assert not HUB_FILE[1].exists()
+
+
+# ---- parts of a model
+
+
+def test_fetch_downloads_all_parts_once(server, capsys):
+    # The publisher's repository is gone, the mirror's is in a folder.
+    del server.repositories[UNCLIP]
+    server.repositories["me/mine"] = {"unclip/vae/config.json": b"{}", "other.json": b"{}"}
+    command = ["fetch", "8b", "--mirror", "unclip=me/mine/unclip"]
+    assert main(command) == 0
+    assert Path("pretrained/seed_llama_8b_sft/pytorch_model.bin").read_bytes() == WEIGHTS
+    assert URL_FILE[1].read_bytes() == WEIGHTS
+    assert (UNCLIP_FOLDER / "vae/config.json").is_file()
+    assert SystemConfig.find("8b").has("llm", "tokenizer", "detokenizer")
+    assert "me/mine/unclip" in capsys.readouterr().err  # the source
+    server.requests.clear()
+    assert main(command) == 0 and server.downloads() == []
+
+
+def test_fetch_names_what_it_does_not_get(server, fetch):
+    del server.repositories[UNCLIP]
+    (problem,) = fetch("8b")
+    assert all(name in problem for name in ("unclip", str(UNCLIP_FOLDER), UNCLIP_MIRROR, "404"))
+    assert Path("pretrained/seed_llama_8b_sft/config.json").is_file()  # the others arrive
+    # Nobody but the user can download these.
+    problems = " ".join(fetch("seed-1"))
+    assert "causal_qformer.pth" in problems and "SEED-1.md" in problems
+    assert Path("pretrained/eva_vit_g.pth").is_file()
+
+
+@pytest.mark.parametrize(
+    ("command", "named"),
+    [
+        (["8c"], "'8b'"),
+        (["8b", "--mirror", "unclop=a/b"], "'unclip'"),
+        (["8b", "--mirror", "unclip=https://x.org"], "unclip"),
+        (["8b", "--mirror", "unclip=/data/unclip"], "unclip"),
+        (["8b", "--mirror", "eva_vit_g.pth=a/b"], "eva_vit_g.pth"),
+    ],
+)
+def test_fetch_of_unknown_names(server, capsys, command, named):
+    assert main(["fetch", *command]) == 2
+    assert named in capsys.readouterr().err
+    assert server.requests == []
+
+
+def test_original_parts_have_a_source():
     for part in original_parts().values():
         assert part.folder.startswith("pretrained")
         assert part.hub or part.urls or part.convert
 
 
-def test_part_of_a_path():
-    for name in ("pretrained/QwenViT", "/data/pretrained/QwenViT"):
-        assert part_of(name) == original_parts()["qwen-vit"]
-    assert part_of(LLM) == original_parts()["8b"]
-    assert not part_of("") and not part_of("/data/my_pretrained") and not part_of("pretrained")
-    part, inner = origin(Path("pretrained/seed_x_i/llm"))
-    assert (part.name, inner) == ("seed-x", "seed_x_i/llm")
-    for path in ("pretrained/seed_llama_13b", "elsewhere"):
-        with pytest.raises(ConfigError, match=f"{path}: no part of a weights.yaml holds it"):
-            origin(Path(path))
+def test_fetch_of_one_seed_x_takes_its_vision_encoder_out_of_qwen_vl(server, fetch):
+    seed_x = {}
+    for model in ("seed_x", "seed_x_i"):
+        seed_x |= {f"{model}/{part}/pytorch_model.bin": WEIGHTS for part in ("llm", "agent")}
+    for stage in ("first_stage", "second_stage"):
+        seed_x[f"seed_detokenizer/{stage}/pytorch_model.bin"] = WEIGHTS
+    seed_x["cvlm_llama2_tokenizer_100img_and_224loc_addpatch/tokenizer.model"] = b"words"
+    server.repositories["stabilityai/stable-diffusion-xl-base-1.0"] = {"unet/config.json": b"{}"}
+    shard = io.BytesIO()
+    torch.save({"transformer.visual.proj": torch.ones(2), "lm_head.weight": torch.ones(3)}, shard)
+    names = dict.fromkeys(("transformer.visual.proj", "lm_head.weight"), "pytorch_model.bin")
+    server.repositories["Qwen/Qwen-VL-Chat"] = {
+        "pytorch_model.bin.index.json": json.dumps({"weight_map": names}).encode(),
+        "pytorch_model.bin": shard.getvalue(),
+    }
+    encoder = Path("pretrained/QwenViT/qwen_vit_G.pt")
+
+    # A problem of another part does not stop the conversion.
+    assert "AILab-CVC/SEED-X-17B" in " ".join(fetch("seed-x-i"))
+    assert encoder.is_file()
+    server.repositories["AILab-CVC/SEED-X-17B"] = seed_x
+    assert fetch("seed-x-i") == []
+    config = SystemConfig.find("seed-x-i")
+    assert config.has("llm", "agent", "tokenizer", "vision", "sdxl", "detokenizer")
+    weights = load_state_dict(encoder)
+    assert weights["proj"].tolist() == [1, 1] and len(weights) == 1
+    # Other models of the repository are left out, and what was made needs its source no more.
+    assert not Path("pretrained/seed_x").exists()
+    assert not Path("pretrained/seed_detokenizer/second_stage").exists()
+    shutil.rmtree("pretrained/Qwen-VL-Chat")
+    assert fetch("seed-x-i") == [] and not Path("pretrained/Qwen-VL-Chat").exists()
+    # A conversion that was killed has left a partial file.
+    encoder.rename(encoder.with_name(".qwen_vit_G.pt.tmp"))
+    encoder.with_name(".unfinished.qwen-vit").touch()
+    assert fetch("seed-x-i") == []
+    assert encoder.is_file()
 
 
-def test_a_snapshot_without_weights_is_downloaded(server, monkeypatch):
-    """It is what reading a model's configuration leaves in the hub client's cache."""
-    with online():
-        snapshot = hub.fetch(LLM, ["*.json"])
-        assert hub.local_folder(LLM) == Path("pretrained/seed_llama_8b_sft")
-    shutil.rmtree("pretrained/seed_llama_8b_sft")
-    assert hub.local_folder(LLM) == snapshot  # downloads are off
+# ---- without `seed fetch`
+
+# Files of a repository and patterns → those that are downloaded.
+SNAPSHOTS = {
+    "two formats": (
+        ["config.json", "model.safetensors", "pytorch_model.bin", "original/model.safetensors"],
+        hub.WEIGHT_PATTERNS,
+        ["config.json", "model.safetensors"],
+    ),
+    "one format": (["pytorch_model.bin"], hub.WEIGHT_PATTERNS, ["pytorch_model.bin"]),
+    "a folder": (["unet/config.json", "vae/config.json"], ["vae", "vae/*"], ["vae/config.json"]),
+    "diffusers": (
+        [
+            "model_index.json",
+            "model.ckpt",
+            "unet/diffusion_pytorch_model.bin",
+            "unet/diffusion_pytorch_model.safetensors",
+            "unet/diffusion_pytorch_model.fp16.safetensors",
+            "image_normalizer/diffusion_pytorch_model.bin",
+        ],
+        original_parts()["unclip"].files,
+        [
+            "image_normalizer/diffusion_pytorch_model.bin",
+            "model_index.json",
+            "unet/diffusion_pytorch_model.safetensors",
+        ],
+    ),
+}
 
 
-def test_choose_files_of_a_diffusers_folder():
-    names = [
-        "model_index.json",
-        "model.ckpt",
-        "unet/diffusion_pytorch_model.bin",
-        "unet/diffusion_pytorch_model.safetensors",
-        "unet/diffusion_pytorch_model.fp16.safetensors",
-        "image_normalizer/diffusion_pytorch_model.bin",
-    ]
-    chosen = choose_files(names, original_parts()["unclip"].files)
-    assert chosen == [names[0], names[3], names[5]]
-    assert choose_files(names, ("*.json", "*.bin")) == [names[0]]  # of the root folder only
-
-
-@pytest.mark.parametrize(
-    ("names", "patterns", "expected"),
-    [
-        (
-            ["config.json", "model.safetensors", "pytorch_model.bin", "original/model.safetensors"],
-            hub.WEIGHT_PATTERNS,
-            ["config.json", "model.safetensors"],
-        ),
-        (["pytorch_model.bin"], hub.WEIGHT_PATTERNS, ["pytorch_model.bin"]),
-        (["unet/config.json", "vae/config.json"], ["vae", "vae/*"], ["vae/config.json"]),
-    ],
-)
-def test_snapshot_of_any_repository(server, names, patterns, expected):
-    """By the rules of `choose_files`; later without the network."""
+@pytest.mark.parametrize(("names", "patterns", "expected"), SNAPSHOTS.values(), ids=SNAPSHOTS)
+def test_hub_fetch_of_any_repository(server, names, patterns, expected):
+    # No weights twice; later without the network.
     server.repositories["me/mine"] = dict.fromkeys(names, b"{}")
     with online():
         folder = hub.fetch("me/mine", patterns)
@@ -141,262 +341,13 @@ def test_snapshot_of_any_repository(server, names, patterns, expected):
         assert hub.fetch("me/mine", patterns) == folder
 
 
-def test_fetch_command_downloads_all_parts_and_keeps_them(server, capsys):
-    server.repositories["AILab-CVC/seed-tokenizer-2"] = {"seed_quantizer.pt": b"q" * 300}
-    # The publisher's repository is gone, the mirror's is in a folder.
-    server.repositories["me/mine"] = {"unclip/vae/config.json": b"{}", "other.json": b"{}"}
-    command = ["fetch", "8b", "--json", "--mirror", "unclip=me/mine/unclip"]
-    assert main(command) == 0
-    output = capsys.readouterr()
-    assert json.loads(output.out)["problems"] == []
-    weights = Path("pretrained")
-    assert (weights / "seed_llama_8b_sft/pytorch_model.bin").read_bytes() == WEIGHTS
-    assert (weights / "seed_tokenizer/eva_vit_g.pth").read_bytes() == WEIGHTS
-    assert (weights / "seed_tokenizer/seed_quantizer.pt").is_file()
-    assert (weights / "stable-diffusion-2-1-unclip/vae/config.json").is_file()
-    assert SystemConfig.find("8b").has("llm", "tokenizer", "detokenizer")
-    assert " GB to download, " in output.err
-    # Once more: nothing.
-    server.requests.clear()
-    assert main(command) == 0 and server.downloads() == []
-    assert "0 files of me/mine/unclip downloaded, 1 kept" in capsys.readouterr().err
-
-
-def test_fetch_command_names_what_it_does_not_get(server, capsys):
-    assert main(["fetch", "8b", "--json"]) == 1
-    output = capsys.readouterr()
-    error = output.err
-    assert json.loads(output.out)["folders"] == ["pretrained/seed_llama_8b_sft"]
-    assert (
-        "unclip: not downloaded into pretrained/stable-diffusion-2-1-unclip (stabilityai" in error
-    )
-    assert "sd2-community/stable-diffusion-2-1-unclip: Client error '404" in error
-    assert Path("pretrained/seed_llama_8b_sft/config.json").is_file()  # the others are there
-    assert main(["fetch", "seed-1"]) == 1
-    error = capsys.readouterr().err
-    assert "causal_qformer.pth: download it by hand (the links in SEED-1.md" in error
-    assert Path("pretrained/eva_vit_g.pth").is_file()
-
-
-def test_problems_of_other_parts_do_not_stop_a_conversion(server, tmp_path):
-    by_hand = OriginalPart(name="hand", folder="pretrained", by_hand={"x.pth": "a link"})
-    gone = OriginalPart(name="gone", folder="pretrained", hub="me/gone")
-    made = OriginalPart(name="made", folder="pretrained/made", convert="os:listdir")
+def test_local_folder_of_a_snapshot_without_weights(server):
+    # Reading a model's configuration leaves one in the hub client's cache.
     with online():
-        problems = fetch_parts([WantedPart(part) for part in (by_hand, gone, made)], tmp_path)
-    assert problems[0].startswith("gone: not downloaded")
-    assert problems[1] == f"{tmp_path}/pretrained/x.pth: download it by hand (a link)."
-    assert (tmp_path / "pretrained/made").is_dir()
-
-
-def test_files_of_a_whole_repository_are_wanted_once():
-    assert [part.files for part in wanted_parts("lavit")] == [original_parts()["lavit"].files]
-
-
-def test_fetch_command_of_one_seed_x_takes_its_vision_encoder_out_of_qwen_vl(server, capsys):
-    seed_x = {}
-    for model in ("seed_x", "seed_x_i"):
-        seed_x |= {f"{model}/{part}/pytorch_model.bin": WEIGHTS for part in ("llm", "agent")}
-    for stage in ("first_stage", "second_stage"):
-        seed_x[f"seed_detokenizer/{stage}/pytorch_model.bin"] = WEIGHTS
-    seed_x["cvlm_llama2_tokenizer_100img_and_224loc_addpatch/tokenizer.model"] = b"words"
-    server.repositories["AILab-CVC/SEED-X-17B"] = seed_x
-    server.repositories["stabilityai/stable-diffusion-xl-base-1.0"] = {"unet/config.json": b"{}"}
-    shard = io.BytesIO()
-    torch.save({"transformer.visual.proj": torch.ones(2), "lm_head.weight": torch.ones(3)}, shard)
-    names = dict.fromkeys(("transformer.visual.proj", "lm_head.weight"), "pytorch_model.bin")
-    server.repositories["Qwen/Qwen-VL-Chat"] = {
-        "pytorch_model.bin.index.json": json.dumps({"weight_map": names}).encode(),
-        "pytorch_model.bin": shard.getvalue(),
-    }
-    assert main(["fetch", "seed-x-i"]) == 0, capsys.readouterr().err
-    config = SystemConfig.find("seed-x-i")
-    assert config.has("llm", "agent", "tokenizer", "vision", "sdxl", "detokenizer")
-    encoder = load_state_dict("pretrained/QwenViT/qwen_vit_G.pt")
-    assert encoder["proj"].tolist() == [1, 1] and len(encoder) == 1
-    # Other models of the repository are left out, and what was made needs its source no more.
-    assert not Path("pretrained/seed_x").exists()
-    assert not Path("pretrained/seed_detokenizer/second_stage").exists()
-    shutil.rmtree("pretrained/Qwen-VL-Chat")
-    assert main(["fetch", "seed-x-i"]) == 0 and not Path("pretrained/Qwen-VL-Chat").exists()
-    # A conversion that was killed has left a partial file.
-    Path("pretrained/QwenViT/qwen_vit_G.pt").rename("pretrained/QwenViT/.qwen_vit_G.pt.tmp")
-    Path("pretrained/QwenViT/.unfinished.qwen-vit").touch()
-    assert main(["fetch", "seed-x-i"]) == 0
-    assert Path("pretrained/QwenViT/qwen_vit_G.pt").is_file()
-
-
-@pytest.mark.parametrize(
-    ("command", "message"),
-    [
-        (["8c"], r"did you mean '8b'\?"),
-        (["8b", "--mirror", "unclop=a/b"], r"no part 'unclop' \(did you mean 'unclip'\?\)"),
-        (["8b", "--mirror", "unclip=https://x.org"], r"unclip needs a hub repository"),
-        (["8b", "--mirror", "unclip=/data/unclip"], r"unclip needs a hub repository"),
-        (["8b", "--mirror", "eva_vit_g.pth=a/b"], r"eva_vit_g.pth needs a URL"),
-    ],
-)
-def test_fetch_command_with_unknown_names(server, capsys, command, message):
-    assert main(["fetch", *command]) == 2
-    assert re.search(message, capsys.readouterr().err)
-    assert server.requests == []
-
-
-@pytest.mark.parametrize(
-    ("served", "reason"),
-    [
-        (
-            WEIGHTS[:-500],
-            "Consistency check failed: file should be of size 10240 but has size 9740",
-        ),
-        (WEIGHTS[:-1] + b"!", "pytorch_model.bin: SHA-256"),
-    ],
-    ids=["truncated", "tampered"],
-)
-def test_damaged_files_are_refused_and_the_mirror_is_tried(server, served, reason):
-    server.served[FILE] = served
-    (problem,) = fetch()
-    assert reason in problem and "mirror/b: Client error '404" in problem
-    file = Path("pretrained/llm/pytorch_model.bin")
-    assert not file.exists()
-    server.repositories["mirror/b"] = dict(server.repositories[LLM])
-    assert fetch() == [] and file.read_bytes() == WEIGHTS
-
-
-def test_a_known_checksum_replaces_the_hubs(server):
-    part = OriginalPart(
-        name="8b", folder="pretrained/llm", hub=LLM, sha256={"pytorch_model.bin": "0" * 64}
-    )
-    assert "instead of 000000000000…" in fetch(part)[0]
-    assert not Path("pretrained/llm/pytorch_model.bin").exists()
-
-
-def test_an_interrupted_download_continues(server, monkeypatch):
-    with monkeypatch.context() as patch:
-        interrupt_downloads(patch)
-        with pytest.raises(KeyboardInterrupt):
-            fetch()
-    server.requests.clear()
-    assert fetch() == []
-    assert server.downloads() == [f"{LLM}/pytorch_model.bin from bytes=2000-"]
-    assert Path("pretrained/llm/pytorch_model.bin").read_bytes() == WEIGHTS
-    assert not list(Path("pretrained/llm").glob("*.part"))
-
-
-def test_a_dropped_connection_is_continued(server, monkeypatch):
-    monkeypatch.setattr("time.sleep", lambda seconds: None)
-    server.dropped_after[FILE] = 5000
-    assert fetch() == []
-    assert server.downloads()[-1].startswith(f"{LLM}/pytorch_model.bin from bytes=")
-    assert Path("pretrained/llm/pytorch_model.bin").read_bytes() == WEIGHTS
-
-
-def test_a_busy_hub_is_asked_again(server, monkeypatch):
-    pauses: list[float] = []
-    monkeypatch.setattr("time.sleep", pauses.append)
-    server.failures[f"/api/models/{LLM}"] = [(429, {"Retry-After": "40"}), (503, {})]
-    server.failures[FILE] = [(502, {})] * 4
-    assert fetch() == []
-    assert pauses == [40, 2, 1, 2, 4, 8]
-    assert Path("pretrained/llm/pytorch_model.bin").read_bytes() == WEIGHTS
-    # Not without end.
-    server.failures[f"/api/models/{LLM}"] = [(503, {})] * 9
-    assert "503 Service Unavailable" in fetch()[0]
-
-
-@pytest.mark.parametrize(
-    ("status", "headers", "reason"),
-    [
-        (403, {"X-Error-Code": "GatedRepo"}, "its page on the hub grants access; then set"),
-        (401, {"X-Error-Code": "RepoNotFound"}, "no such repository, or a private one"),
-        (401, {"X-Error-Message": "Invalid credentials in Authorization header"}, "not accepted"),
-        (200, {}, "not the answer of a hub, but perhaps that of a proxy"),
-    ],
-    ids=["gated", "private", "token", "proxy"],
-)
-def test_refused_downloads_say_what_helps(server, status, headers, reason):
-    server.failures[f"/api/models/{LLM}"] = [(status, headers)]
-    (problem,) = fetch()
-    assert f"({LLM}: {reason}" in problem or f"({LLM}: HF_TOKEN is {reason}" in problem
-
-
-def fetch_vision(monkeypatch: pytest.MonkeyPatch, server: LoopbackHub, **fields: Any) -> Path:
-    """The file with a URL, of the tokenizer with these fields."""
-    part = original_parts()["tokenizer"]
-    urls = {"eva_vit_g.pth": f"{server.url}/eva_vit_g.pth"}
-    monkeypatch.setitem(original_parts(), "tokenizer", replace(part, urls=urls, **fields))
-    monkeypatch.delenv(downloads.MIRRORS)
-    with online():
-        return downloads.fetch_file("eva_vit_g.pth", Path("cache"))
-
-
-def test_a_web_page_is_no_file(server, monkeypatch):
-    server.failures["/eva_vit_g.pth"] = [(200, {"Content-Type": "text/html"})]
-    with pytest.raises(CheckpointError, match="a web page instead of a file"):
-        fetch_vision(monkeypatch, server)
-
-
-def test_a_known_checksum_holds_for_a_file_with_a_url(server, monkeypatch):
-    with pytest.raises(CheckpointError, match=r"SHA-256 \w+… instead of 0000"):
-        fetch_vision(monkeypatch, server, sha256={"eva_vit_g.pth": "0" * 64})
-
-
-def test_a_hub_that_is_not_there_is_named(server, monkeypatch):
-    from huggingface_hub import constants
-
-    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    assert f"({LLM}: no connection to 127.0.0.1:9 (" in fetch()[0]
-
-
-def test_a_proxy_without_its_package(server, monkeypatch):
-    import huggingface_hub
-
-    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
-    monkeypatch.setenv("NO_PROXY", "")
-    monkeypatch.setitem(sys.modules, "socksio", None)
-    huggingface_hub.close_session()
-    assert "SOCKS" in fetch()[0]
-    huggingface_hub.close_session()
-
-
-@pytest.mark.parametrize("changed", [False, True], ids=["same", "changed"])
-def test_an_interrupted_url_continues_if_it_is_the_same_file(server, monkeypatch, changed):
-    with monkeypatch.context() as patch:
-        interrupt_downloads(patch)
-        with pytest.raises(KeyboardInterrupt):
-            fetch_vision(patch, server)
-    server.requests.clear()
-    if changed:
-        server.files["/eva_vit_g.pth"] = WEIGHTS[::-1]
-    file = fetch_vision(monkeypatch, server)
-    assert file.read_bytes() == server.files["/eva_vit_g.pth"]
-    start = "" if changed else " from bytes=2000-"
-    assert server.downloads() == [f"eva_vit_g.pth{start}"]
-
-
-def test_too_little_space_is_reported_before_the_download(server, monkeypatch):
-    usage = shutil.disk_usage("/")._replace(free=5000)
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
-    with pytest.raises(CheckpointError, match=r"needs 0.0 GB, but its disk has 0.0 GB free"):
-        fetch()
-    assert server.downloads() == []
-
-
-def test_other_files_are_kept(server):
-    folder = Path("pretrained/llm")
-    folder.mkdir(parents=True)
-    (folder / "model.safetensors").touch()
-    (folder / "config.json").write_bytes(b'{"mine": 1}')
-    assert "config.json is another file (11 bytes instead of 2)" in fetch()[0]
-    assert (folder / "config.json").read_bytes() == b'{"mine": 1}'
-    # A converted file stands for the original one.
-    (folder / "pytorch_model.safetensors").touch()
-    assert fetch(force=True) == []
-    assert (folder / "config.json").read_bytes() == b"{}"
-    assert not (folder / "pytorch_model.bin").exists()
-
-
-# ---- without `seed fetch`
+        snapshot = hub.fetch(LLM, ["*.json"])
+        assert hub.local_folder(LLM) == Path("pretrained/seed_llama_8b_sft")
+    shutil.rmtree("pretrained/seed_llama_8b_sft")
+    assert hub.local_folder(LLM) == snapshot  # downloads are off
 
 
 def files_of(folder: Path, *left_out: str) -> dict[str, bytes]:
@@ -414,8 +365,8 @@ def small_8b(server, tiny_folder, tmp_path) -> LoopbackHub:
     """A small SEED-LLaMA under the names of the original 8B, and a checkout without weights."""
     tokenizer = tiny_folder / "seed_tokenizer"
     server.repositories["AILab-CVC/seed-tokenizer-2"] = files_of(tokenizer, "diffusion_model")
-    mirror = "sd2-community/stable-diffusion-2-1-unclip"
-    server.repositories[mirror] = files_of(tokenizer / "diffusion_model")
+    del server.repositories[UNCLIP]
+    server.repositories[UNCLIP_MIRROR] = files_of(tokenizer / "diffusion_model")
     server.repositories[LLM] = files_of(tiny_folder / "seed_llama")
     shutil.copytree(ROOT / "configs", tmp_path / "configs")
     (tmp_path / ".project-root").touch()
@@ -425,9 +376,11 @@ def small_8b(server, tiny_folder, tmp_path) -> LoopbackHub:
 
 
 def test_programs_of_seed_llama_download_at_their_start(small_8b, capsys):
+    from seed_multimodal.compat.seed_llama_programs import llama_script, tokenizer_script
+
     command = ["--device", "cpu", "--image", str(ROOT / "images/fox.png")]
     assert tokenizer_script(command) == 2 and small_8b.requests == []
-    assert "the original weights are not on this disk" in capsys.readouterr().err
+    assert "seed fetch" in capsys.readouterr().err
     with online():
         assert tokenizer_script(command) == 0
         assert llama_script("8b", [*command, "--prompt", "What is it?"]) == 0
@@ -438,15 +391,16 @@ def test_programs_of_seed_llama_download_at_their_start(small_8b, capsys):
     assert small_8b.requests == []
 
 
-def test_a_system_downloads_its_parts(small_8b, monkeypatch):
-    assert not SystemConfig.find("8b").has("llm")
-    with pytest.raises(CheckpointError, match="not on this disk"):
-        SystemConfig.find("8b").require("llm")
+def test_a_system_downloads_its_parts(small_8b):
+    config = SystemConfig.find("8b")
+    assert not config.has("llm")
+    with pytest.raises(CheckpointError):
+        config.require("llm")
     assert small_8b.requests == []
-    with monkeypatch.context() as patch, online():
-        interrupt_downloads(patch)
-        with pytest.raises(KeyboardInterrupt):
-            SystemConfig.find("8b").require("llm")
+    weights = f"/{LLM}/resolve/{loopback_hub.COMMIT}/model.safetensors"
+    small_8b.failures[weights] = [(404, {})]
+    with online(), pytest.raises(CheckpointError, match=LLM):
+        SystemConfig.find("8b").require("llm")
     assert Path("pretrained/seed_llama_8b_sft/config.json").is_file()
     # The next start continues.
     with online():
@@ -456,9 +410,11 @@ def test_a_system_downloads_its_parts(small_8b, monkeypatch):
 
 
 def test_build_model_downloads_to_a_new_path(server, tiny_lavit_folder, tmp_path):
+    from seed_multimodal.compat.lavit import build_model
+
     server.repositories["rain1011/LaVIT-7B-v2"] = files_of(tiny_lavit_folder)
     path = tmp_path / "LaVIT_weight"
-    with pytest.raises(CheckpointError, match="no such folder"):
+    with pytest.raises(CheckpointError, match=str(path)):
         build_model(path, model_dtype="fp32")
     with online():
         model = build_model(path, model_dtype="fp32")
