@@ -8,16 +8,12 @@ import io
 import json
 import socket
 import subprocess
-import sys
 import threading
-import time
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import requests
 from PIL import Image
-from repository import ROOT
 from waiting import wait_until
 
 CHAT = "/v1/chat/completions"
@@ -139,25 +135,15 @@ class Running:
 
     def send_and_leave(self) -> None:
         """Ask for 400 tokens and close the connection."""
-        settings = {"max_new_tokens": 400, "temperature": 5.0, "top_p": 1.0}
-        body = json.dumps({"text": HI, "images": [], **settings}).encode()
-        head = (
-            "POST /generate HTTP/1.1\r\nHost: x\r\nContent-Type: application/json\r\n"
-            f"Content-Length: {len(body)}\r\n\r\n"
-        )
-        with self.connect() as sock:
-            sock.sendall(head.encode() + body)
-            time.sleep(0.1)
+        body = {"text": HI, "images": [], "max_new_tokens": 400, "temperature": 5.0, "top_p": 1.0}
+        with contextlib.suppress(requests.Timeout):
+            requests.post(self.address, json=body, timeout=0.2)
 
 
 @contextlib.contextmanager
-def serving(folder: Path) -> Iterator[tuple[str, subprocess.Popen[str]]]:
-    """The program in a process, with the system of a folder; yields its address."""
-    program = ROOT / "gradio_demo" / "seed_llama_flask.py"
-    flags = "--port 0 --llm_device cpu --tokenizer_device cpu --system".split()
-    process = subprocess.Popen(
-        [sys.executable, str(program), *flags, str(folder)], stdout=subprocess.PIPE, text=True
-    )
+def serving(command: list[str], **options: Any) -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """A server as a process that SIGTERM ends with 0; yields its address, and the process."""
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
     assert process.stdout is not None
     try:
         line = next(line for line in process.stdout if "answering at" in line)

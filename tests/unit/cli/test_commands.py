@@ -6,8 +6,6 @@ Every command with recorded arguments: tests/contract/test_programs.py.
 from __future__ import annotations
 
 import json
-import pickle
-import shutil
 from pathlib import Path
 
 import pytest
@@ -93,10 +91,8 @@ def test_reconstruct_from_the_first_codes(seed, tmp_path):
         f"{stem}_rebuilt_{n}.png" for stem in ("cat", "fox") for n in (4, 8, 32, "codes")
     }
     seed("reconstruct", FOX, *flags, tmp_path / "whole.png")
-    seed("reconstruct", FOX, "--codes", "8, 8", *flags, tmp_path / "eight.png")
     rebuilt = records(lines)[1]["rebuilt"]
     assert pixels(rebuilt["32"]) == pixels(tmp_path / "whole.png") != pixels(rebuilt["4"])
-    assert pixels(rebuilt["8"]) == pixels(tmp_path / "eight.png")
 
 
 @pytest.mark.parametrize(
@@ -130,16 +126,6 @@ def test_draw_names_files_after_texts_and_depends_on_the_seed(seed, tmp_path):
     assert pixels(first) != pixels(tmp_path / "other.png")
 
 
-def test_draw_from_the_first_codes(seed, tmp_path):
-    flags = ("--steps", 2, "--json", "--out", tmp_path)
-    code, lines, _ = seed("draw", "a red apple", "--codes", "8,32", *flags)
-    seed("draw", "a red apple", *flags)
-    (record,) = records(lines)
-    assert code == 0 and Path(record["sheet"]).name == "a_red_apple_codes.png"
-    assert pixels(record["image"]["8"]) != pixels(record["image"]["32"])
-    assert pixels(record["image"]["32"]) == pixels(tmp_path / "a_red_apple.png")
-
-
 def test_draw_and_edit_save_several_images(seed, tmp_path):
     flags = ("--seed", 1, "--steps", 2, "--json", "--out", tmp_path)
     code, lines, _ = seed("draw", "a red apple", "a fish", "-n", 3, *flags)
@@ -148,21 +134,13 @@ def test_draw_and_edit_save_several_images(seed, tmp_path):
     assert code == 0 and [Path(path).name for path in apples] == names
     assert len({*map(pixels, apples)}) == 3 and len(fishes) == 3
     code, lines, _ = seed("edit", CAT, FOX, "Make it green.", "--num-images", 2, *flags)
-    edited = [record["edited"] for record in records(lines)]
-    assert code == 0 and [len(paths) for paths in edited] == [2, 2]
-    assert Image.open(edited[1][1]).size == (16, 16)
+    assert code == 0 and [len(record["edited"]) for record in records(lines)] == [2, 2]
 
 
-def test_draw_notes_unknown_words(seed, tiny_folder, tmp_path):
+def test_draw_notes_unknown_words(seed, tmp_path):
     # nano says what it was not trained on, instead of drawing anything.
-    from seed_nano.world.things import write_known_words
-
-    folder = shutil.copytree(tiny_folder, tmp_path / "nano")
-    settings = json.loads((folder / "system.json").read_text())
-    (folder / "system.json").write_text(json.dumps({**settings, "known_words": "known.json"}))
-    write_known_words(folder / "known.json")
     flags = ("--steps", 1, "--out", tmp_path)
-    code, lines, errors = seed("draw", "a zebra", *flags, model=folder)
+    code, lines, errors = seed("draw", "a zebra", *flags, model="nano")
     assert code == 0 and len(lines) == 1 and errors.count("zebra") == 1
 
 
@@ -190,24 +168,11 @@ def test_wrong_values_are_named(seed, command):
     assert (code, lines) == (2, []) and REFUSED[command] in errors.splitlines()[-1]
 
 
-def test_wrong_models_and_flags_are_named(seed, tiny_folder, tmp_path, capsys):
+def test_debug_shows_the_traceback():
     from seed_multimodal.errors import CheckpointError
 
-    # 1. No model: one line, or with --debug the traceback.
-    code, lines, errors = seed("describe", CAT, model="/no/such/model")
-    assert (code, lines, errors.count("\n")) == (2, [], 1) and "/no/such/model" in errors
     with pytest.raises(CheckpointError):
         main(f"describe {CAT} --model /no/such/model --debug".split())
-    # 2. Damaged weights.
-    folder = shutil.copytree(tiny_folder, tmp_path / "damaged")
-    weights = folder / "seed_tokenizer" / "model.safetensors"
-    weights.write_bytes(weights.read_bytes()[:2000])
-    code, _, errors = seed("tokenize", CAT, model=folder)
-    assert code == 2 and "model.safetensors" in errors and "Traceback" not in errors
-    # 3. A misspelt flag.
-    with pytest.raises(SystemExit):
-        main(["draw", "a cat", "--modle", "nano"])
-    assert "--modle" in capsys.readouterr().err
 
 
 # ---- convert
@@ -226,18 +191,3 @@ def test_convert_writes_safetensors_once(capsys, tmp_path):
     assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
     assert main(["convert", str(old)]) == 2 and "old.safetensors" in capsys.readouterr().err
     assert main(["convert", str(old), "--force"]) == 0
-
-
-def test_convert_of_unsafe_and_damaged_files(capsys, tmp_path):
-    # Torch files are pickles: their code never runs.
-    class Trap:
-        def __reduce__(self):
-            return (open, (str(tmp_path / "sprung"), "w"))
-
-    (tmp_path / "trap.bin").write_bytes(pickle.dumps(Trap()))
-    torch.save({"model": Trap()}, tmp_path / "trap.pt")
-    torch.save({"a": torch.zeros(1000)}, tmp_path / "half.pt")
-    (tmp_path / "half.pt").write_bytes((tmp_path / "half.pt").read_bytes()[:700])
-    for name in ("trap.bin", "trap.pt", "half.pt"):
-        assert main(["convert", str(tmp_path / name)]) == 2 and name in capsys.readouterr().err
-    assert not (tmp_path / "sprung").exists() and not (tmp_path / "trap.safetensors").exists()

@@ -1,4 +1,4 @@
-"""Names of outputs, failing batches, and the errors of programs."""
+"""Failing batches, and the errors of programs."""
 
 from __future__ import annotations
 
@@ -7,32 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from PIL import Image
 
-from seed_multimodal.cli.common import Outputs, next_free_path, run_batches, slug
+from seed_multimodal.cli.common import run_batches
 from seed_multimodal.entry import COMMAND_FAILED, run_guarded
-from seed_multimodal.errors import ConfigError, RequestError
-
-IMAGE = Image.new("RGB", (4, 4))
-
-
-def test_outputs_in_a_folder_or_one_file(tmp_path):
-    outputs = Outputs(f"{tmp_path}/drawn.v2", 2)
-    names = [outputs.save(IMAGE, slug("a cat")) for _ in range(2)]
-    assert names == [f"{tmp_path}/drawn.v2/a_cat.png", f"{tmp_path}/drawn.v2/a_cat_2.png"]
-    file = str(tmp_path / "a.jpg")
-    assert Outputs(file).save(IMAGE, "cat") == file
-    with pytest.raises(ConfigError, match=r"a\.jpg"):
-        Outputs(file, 2)
-    with pytest.raises(ConfigError, match=r"a\.jpg/x"):
-        Outputs(f"{file}/x")
-
-
-def test_next_number_is_free(tmp_path):
-    # A second run does not overwrite the first one's images.
-    (tmp_path / "0000.png").touch()
-    assert next_free_path(tmp_path, "{:04d}.png") == tmp_path / "0001.png"
-    assert next_free_path(tmp_path, "grid-{:03d}.png") == tmp_path / "grid-000.png"
+from seed_multimodal.errors import RequestError
 
 
 def test_run_batches_repeats_a_failing_batch_one_by_one(capsys):

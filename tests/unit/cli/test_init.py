@@ -15,9 +15,16 @@ from seed_multimodal.cli.main import main
 SHORT = "trainer.max_steps=1 trainer.sample_steps=1 trainer.report_to=[] trainer.curves=false"
 
 
+# One here, the other trainings at night.
+KINDS = [
+    kind if kind == "seed-llama" else pytest.param(kind, marks=pytest.mark.nightly)
+    for kind in templates()
+]
+
+
 @pytest.mark.process  # workers read the data
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", templates())
+@pytest.mark.parametrize("kind", KINDS)
 def test_init_prints_a_command_that_trains(kind, tmp_path, capsys, monkeypatch):
     assert main(f"init --like {kind} {tmp_path / 'mine'} --json".split()) == 0
     commands = json.loads(capsys.readouterr().out)["command"].split(" && ")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import shutil
 from pathlib import Path
 
-import numpy as np
 import pytest
 from PIL import Image
 from random_images import noise
@@ -28,9 +27,8 @@ def checkout(tmp_path, monkeypatch) -> Path:
     monkeypatch.chdir(tmp_path)
     edit(TOKENIZER, "AILab-CVC/seed-tokenizer-2", f"{NANO}/seed_tokenizer")
     edit(TRANSFORM, "image_size: 224", "image_size: 64")
-    for size in ("8b", "14b"):
-        path = f"${{oc.env:PROJECT_ROOT}}/pretrained/seed_llama_{size}_sft"
-        edit(f"configs/llm/seed_llama_{size}.yaml", path, f"{NANO}/seed_llama")
+    path = "${oc.env:PROJECT_ROOT}/pretrained/seed_llama_8b_sft"
+    edit("configs/llm/seed_llama_8b.yaml", path, f"{NANO}/seed_llama")
     return tmp_path
 
 
@@ -56,41 +54,24 @@ def test_tokenizer_script_with_an_edited_transform(checkout, capsys):
 
 
 def test_tokenizer_script_with_an_edited_diffusion_path(checkout, capsys):
-    own = f"{NANO}/seed_tokenizer/diffusion_model"
-    shutil.copytree(own, "mirror")
+    shutil.copytree(f"{NANO}/seed_tokenizer/diffusion_model", "mirror")
     Path("mirror/seed_decode.json").write_text('{"num_inference_steps": 1}')
     # The original's hub id stands for the tokenizer's own folder; another has its own settings.
     drawings = []
-    for before, path in ((DIFFUSION, DIFFUSION), (DIFFUSION, own), (own, "mirror")):
-        edit(TOKENIZER, f"diffusion_path: {before}", f"diffusion_path: {path}")
+    for path in (DIFFUSION, "mirror"):
+        edit(TOKENIZER, f"diffusion_path: {DIFFUSION}", f"diffusion_path: {path}")
         assert tokenizer_script(ON_CPU) == 0
-        drawings.append(np.asarray(Image.open("cat.jpg")))
-    assert np.array_equal(drawings[0], drawings[1])
-    assert not np.array_equal(drawings[1], drawings[2])
+        drawings.append(Image.open("cat.jpg").tobytes())
+    assert drawings[0] != drawings[1]
     edit(TOKENIZER, "diffusion_path: mirror", "diffusion_path: nowhere/at-all")
     assert tokenizer_script(ON_CPU) == 2
     assert "nowhere/at-all" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("size", ["8b", "14b"])
-def test_llama_scripts_with_edited_files(checkout, size, capsys):
+def test_llama_script_with_edited_files(checkout, capsys):
     question = ["--image", str(ROOT / "images" / "fox.png"), "--prompt", "What is it?"]
-    assert llama_script(size, [*ON_CPU, *question]) == 0
+    assert llama_script("8b", [*ON_CPU, *question]) == 0
     assert capsys.readouterr().out.strip()
-    edit(f"configs/llm/seed_llama_{size}.yaml", "seed_llama\n", "no_such_llm\n")
-    assert llama_script(size, ON_CPU) == 2
+    edit("configs/llm/seed_llama_8b.yaml", "seed_llama\n", "no_such_llm\n")
+    assert llama_script("8b", ON_CPU) == 2
     assert "no_such_llm" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize(
-    "flags, named",
-    [
-        (f"--model {NANO} --tokenizer {TOKENIZER}", "--tokenizer"),
-        ("--engine openai", "--model 8b"),
-        ("--url http://127.0.0.1:1", "--url"),
-        (f"--model {NANO} --gguf x.gguf", "--gguf"),
-    ],
-)
-def test_llama_script_names_flags_that_do_not_fit(checkout, flags, named, capsys):
-    assert llama_script("8b", flags.split()) == 2
-    assert named in capsys.readouterr().err

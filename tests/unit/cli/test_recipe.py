@@ -110,14 +110,10 @@ REFUSED = {
     "--llm nowhere/at/all": "nowhere/at/all",
     "--llm Qwen/Qwen3-0.6B": "HF_HUB_OFFLINE",
     "--encoder pretrained/siglip2": "pretrained/siglip2",
-    "--like lavit": "--like",
     # Classes of transformers that have no small network, or none that fits.
-    "--size tiny --llm qwen33": "qwen33",
     "--size tiny --llm bert": "bert",
     "--size tiny --llm qwen3_5": "vocab_size",
-    "--size tiny --llm qwen3_5_text": "linear_attention",
     "--size tiny --encoder hiera": "[7, 7]",
-    "--size tiny --encoder swin": "64 x 64",
     "--size tiny --encoder ijepa": "ijepa",
 }
 

@@ -40,6 +40,7 @@ def token(monkeypatch) -> None:
 def run(nodes: ModuleType, name: str, **inputs: Any) -> tuple[Any, ...]:
     """A node as ComfyUI calls it: inputs by name, defaults of its widgets, outputs by type."""
     node = nodes.NODE_CLASS_MAPPINGS[f"SeedMultimodal{name}"]
+    assert node.CATEGORY and nodes.NODE_DISPLAY_NAME_MAPPINGS[f"SeedMultimodal{name}"]
     types = node.INPUT_TYPES()
     assert inputs.keys() <= {*types["required"], *types.get("optional", {})}
     for key, (_, *options) in types["required"].items():
@@ -63,11 +64,6 @@ def tensor(name: str) -> torch.Tensor:
 
 def image(batch: torch.Tensor) -> Image.Image:
     return Image.fromarray((batch[0] * 255).round().to(torch.uint8).numpy())
-
-
-def test_every_node_has_a_name_and_a_category(nodes: ModuleType):
-    assert nodes.NODE_CLASS_MAPPINGS.keys() == nodes.NODE_DISPLAY_NAME_MAPPINGS.keys()
-    assert all(node.CATEGORY for node in nodes.NODE_CLASS_MAPPINGS.values())
 
 
 def test_ask_describes_an_image(nodes: ModuleType, address: str):
@@ -105,9 +101,6 @@ def test_chat_continues_a_history_that_edit_began(nodes: ModuleType, address: st
         nodes, "Chat", server=address, message=prompt, history=history
     )
     assert "night" in text and images.max() > 0 and len(history) == 4 and notes == ""
-    message = "What is in the picture?"
-    text, *_ = run(nodes, "Chat", server=address, message=message, history=history)
-    assert "crabs" in text
 
 
 @pytest.mark.parametrize("count, side", [(1, 3000), (6, 1700)])
@@ -123,8 +116,6 @@ def test_errors_are_the_servers(nodes: ModuleType, address: str, nano, monkeypat
     small = Running(nano, token=TOKEN, max_body_bytes=1 << 20).root
     with pytest.raises(RuntimeError, match=r"\(400\)"):
         run(nodes, "Chat", server=address, message=" ")
-    with pytest.raises(RuntimeError, match=r"\(413\).* 1 MiB"):
-        run(nodes, "Draw", server=small, prompt="x" * (1 << 20))
     # The server ends the connection while the request is written; its answer may come through.
     with pytest.raises(RuntimeError, match=r"3 MiB|Entity Too Large"):
         run(nodes, "Draw", server=small, prompt="x" * (3 << 20))

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from PIL import Image
 from random_images import noise
-from served import CHAT, HI, base64_of, chat, events, figures, png_of, read, user
+from served import CHAT, HI, base64_of, chat, figures, png_of, read, user
 
 DRAW = "/v1/images/generations"
 EDIT = "/v1/images/edits"
@@ -110,27 +110,6 @@ def test_chat_follows(client, tiny, sent):
         assert not after or after[0].isspace()
 
 
-GENERATE_FIELDS = {
-    '{"max_new_tokens": 5}': '{"max_new_tokens": 5}',
-    '{"num_beams": 2}': '{"num_beams": 2}',
-    '{"temperature": 5, "top_p": 1, "seed": 9}': '{"temperature": 5.0, "top_p": 1.0, "seed": 9}',
-    '{"temperature": 5, "top_p": 0}': "{}",
-    # As many tokens as an image needs, whatever the client asked for.
-    '{"force_boi": true, "seed": 1}': '{"force_image": true, "seed": 1, "max_new_tokens": 33}',
-}
-
-
-@pytest.mark.parametrize("sent", GENERATE_FIELDS)
-def test_generate_follows(client, tiny, sent):
-    answer = answer_of(post(client, GENERATE, **json.loads(sent)))
-    options = {"max_new_tokens": 4, "temperature": 0.0, **json.loads(GENERATE_FIELDS[sent])}
-    expected = tiny.chat([{"role": "user", "content": "hi"}], **options)
-    assert answer["text"] == str(expected)
-    assert answer["images_ids"] == expected.codes
-    for text, image in zip(answer["images"], expected.images, strict=True):
-        assert np.array_equal(read(text), image)
-
-
 def test_generate_has_the_defaults_of_the_original(client):
     # Its page sends only what a user has changed.
     settings = {"temperature": 0.7, "num_beams": 1, "max_new_tokens": 256, "top_p": 0.5}
@@ -140,10 +119,8 @@ def test_generate_has_the_defaults_of_the_original(client):
 
 
 IMAGE_FIELDS: dict[str, tuple[str, dict[str, Any], Any]] = {
-    "seed": (DRAW, {"seed": -7}, lambda system: system.draw(["a fish"], -7)),
     "n": (DRAW, {"n": 2}, lambda system: system.draw(["a fish"], 3, num_images=2)),
-    "edit": (EDIT, {}, lambda system: system.edit([noise(0)], ["Make it green."], 3)),
-    "n edits": (
+    "edit": (
         EDIT,
         {"n": 2},
         lambda system: system.edit([noise(0)], ["Make it green."], 3, num_images=2),
@@ -175,28 +152,6 @@ def test_tokens_are_the_codes_of_images(client, tiny):
     body = {"images": [base64_of(noise(0)), url]}
     codes = [item["codes"] for item in client.post(TOKENS, json=body).json["data"]]
     assert codes == tiny.tokenize([noise(0), noise(1)]).tolist()
-
-
-def test_previews_come_before_their_image(client):
-    # The page shows them while the image is generated.
-    body = {"messages": ASK, "force_image": True, "max_tokens": 33, "stream": True, "seed": 1}
-    chunks = events(client.post(CHAT, json={**body, "previews": True}))
-    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
-    images = [image for delta in deltas for image in delta.get("images", ())]
-    lengths = [(len(image["codes"]), image["preview"]) for image in images]
-    assert lengths == [(8, True), (16, True), (32, False)]
-    assert {image["index"] for image in images} == {0}
-
-
-def test_stop_at_the_end_token_and_at_a_text(client_of, nano):
-    # nano's answers end by themselves.
-    client = client_of(nano)
-    question = [user([1] * 32, nano.tasks.question("What is on the left?"))]
-    unlimited = chat(client, question)
-    assert unlimited["finish_reason"] == "stop"
-    stopped = chat(client, question, stop=unlimited["content"][-3:])
-    assert stopped["finish_reason"] == "stop"
-    assert len(stopped["content"]) == len(unlimited["content"]) - 3
 
 
 def test_chat_notes_that_an_image_does_not_fit(client):
@@ -233,15 +188,6 @@ def test_messages_may_have_parts_and_nulls(client):
         assert answer_of(post(client, CHAT, messages=[message])) == answer_of(post(client, CHAT))
 
 
-def test_refusal_of_an_assistant_is_read_as_text(client):
-    parts = [{"type": "refusal", "refusal": "I cannot."}]
-    answers = [
-        chat(client, [*ASK, {"role": "assistant", "content": content}, *ASK], max_tokens=6)
-        for content in (parts, "I cannot.")
-    ]
-    assert answers[0] == answers[1]
-
-
 # ---- refused
 
 
@@ -249,9 +195,7 @@ def test_refusal_of_an_assistant_is_read_as_text(client):
 REFUSED = {
     # Missing fields and wrong types.
     '/generate {"text": 3}': "text:",
-    '/generate {"text": null}': "text:",
     '/generate {"images": [4]}': "images.0",
-    '/v1/chat/completions {"messages": null}': "messages:",
     '/v1/chat/completions {"messages": []}': "messages:",
     '/v1/images/tokens {"codes": []}': "'codes'",
     '/v1/images/tokens {"images": ["aGk="]}': "'images'",
@@ -259,7 +203,6 @@ REFUSED = {
     '/v1/images/edits {"mask": ["a file"]}': "mask",
     # Values out of range.
     '/generate {"temperature": -1}': "temperature:",
-    '/generate {"temperature": 6}': "temperature:",
     '/generate {"top_p": 1.5}': "top_p:",
     '/generate {"num_beams": 9}': "num_beams:",
     '/generate {"max_new_tokens": 0}': "max_new_tokens:",
@@ -278,7 +221,6 @@ REFUSED = {
     '/v1/chat/completions {"messages": [{"role": "tool", "content": "12"}]}': "messages.0.role",
     # Images and codes.
     '/generate {"text": "<image>", "images": ["@@@"]}': "image 0",
-    '/generate {"text": "<image>", "images": [""]}': "image 0",
     '/generate {"text": "<image>", "images": ["bm8gaW1hZ2U="]}': "image 0",
     '/generate {"text": "<image>", "images": [[-1]]}': "images.0",
     '/generate {"text": "<image>", "images": [[100000000000000000000000000000]]}': "images.0",
@@ -315,15 +257,9 @@ LARGE: dict[str, tuple[str, dict[str, Any], str]] = {
     "a code": (GENERATE, {"text": "<image>", "images": [[16] * 32]}, "0 to 15"),
     "characters of messages": (CHAT, {"messages": [user("x" * 33_000)]}, "characters"),
     "images of messages": (CHAT, {"messages": [user(*[CODES] * 17)]}, "17 images"),
-    "a code of a message": (CHAT, {"messages": [user([99] * 32)]}, "0 to 15"),
     "an image of the system": (
         CHAT,
         {"messages": [{**user(CODES), "role": "system"}]},
-        "Message 0",
-    ),
-    "an image of the developer": (
-        CHAT,
-        {"messages": [{**user(noise(0)), "role": "developer"}]},
         "Message 0",
     ),
 }
@@ -368,8 +304,6 @@ def test_bodies_of_another_type_are_refused(client, route):
 
 def test_wrong_routes_and_methods_are_named(client):
     assert "/openapi.json" in refusal(client.get("/elsewhere"), status=404)
-    for method in ("GET", "HEAD", "PUT"):
-        assert client.open(GENERATE, method=method).status_code == 405
     paths = client.get("/openapi.json").json["paths"]
     assert BODIES.keys() < paths.keys()
     for path, methods in paths.items():

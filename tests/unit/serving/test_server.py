@@ -4,8 +4,6 @@ OpenAI's own client over a socket.
 
 from __future__ import annotations
 
-import gc
-import runpy
 import signal
 import sys
 import threading
@@ -22,9 +20,7 @@ from repository import ROOT
 from served import (
     CHAT,
     HI,
-    PROMPTS,
     Running,
-    base64_of,
     events,
     figures,
     png_of,
@@ -98,24 +94,28 @@ def test_too_many_requests_are_refused(tiny, gate: Gate):
         assert [ended.result().status_code for ended in waiting] == [200] * 4
 
 
-def test_health_counts_requests_that_wait_for_the_cache(client_of, tiny_folder: Path):
-    # A system whose KV cache has a single row, behind a server of four requests at once.
+def test_health_and_seconds_include_both_queues(client_of, tiny_folder: Path):
+    # A system whose KV cache has a single row, behind a server of two requests at once.
     from seed_multimodal.models.seed.pipeline import SeedLlama
 
     system = SeedLlama.from_pretrained(
         tiny_folder, device="cpu", log=None, load_decoder=False, max_running=1
     )
     gate = Gate(system.llm)
-    client = client_of(system, max_running=4)
+    client = client_of(system, max_running=2)
     with ThreadPoolExecutor(3) as pool:
         asks = [pool.submit(client.application.test_client().post, CHAT, json=BODY) for _ in "123"]
-        wait_until(lambda: system.engine.n_waiting == 2)
-        health = client.get("/health").json
-        assert (health["running"], health["waiting"]) == (1, 2)
+        wait_until(lambda: client.get("/health").json["waiting"] == 2)
+        assert client.get("/health").json["running"] == 1
         assert [figures(client)[f"seed_{name}"] for name in ("running", "waiting")] == [1, 2]
+        time.sleep(0.5)
         gate.open.set()
         assert [ask.result(20).status_code for ask in asks] == [200] * 3
     assert client.get("/health").json == {"status": "ok", "running": 0, "waiting": 0, "answered": 3}
+    measured = figures(client)
+    assert measured[f'seed_request_seconds_sum{{route="{CHAT}"}}'] >= 3 * 0.5
+    assert measured["seed_first_token_seconds_sum"] >= 3 * 0.5
+    assert measured["seed_first_token_seconds_count"] == 3
 
 
 def test_half_sent_and_oversized_requests_do_not_block_others(tiny):
@@ -136,7 +136,7 @@ def test_half_sent_and_oversized_requests_do_not_block_others(tiny):
         yield b"}"
 
     headers = {"Content-Type": "application/json"}
-    for count, status in ((0, 200), (3, 200), (20, 413)):
+    for count, status in ((3, 200), (20, 413)):
         answer = requests.post(running.address, data=chunks(count), headers=headers, timeout=60)
         assert answer.status_code == status
     assert running.ask().status_code == 200
@@ -186,23 +186,6 @@ def test_faults_hide_their_details_and_are_counted(client_of, tiny, caplog, erro
 # ---- metrics
 
 
-@pytest.mark.parametrize("stream", [False, True])
-def test_seconds_include_the_queue(client_of, tiny, stream):
-    client = client_of(tiny, max_running=1)
-    backend = client.application.extensions["seed_backend"]
-    with ThreadPoolExecutor(1) as pool:
-        with backend.slot("/other", 0, lambda: False):
-            ask = pool.submit(client.post, CHAT, json={**BODY, "stream": stream})
-            wait_until(lambda: backend.health()["waiting"] == 1)
-            time.sleep(0.5)
-        ask.result(20).get_data()
-    measured = figures(client)
-    assert measured[f'seed_request_seconds_count{{route="{CHAT}"}}'] == 1
-    assert measured[f'seed_request_seconds_sum{{route="{CHAT}"}}'] >= 0.5
-    assert measured["seed_first_token_seconds_count"] == 1
-    assert measured["seed_first_token_seconds_sum"] >= 0.5
-
-
 def test_metrics_count_what_was_done(client_of, tiny):
     client = client_of(tiny)
     client.post("/v1/images/generations", json={"prompt": "a fish", "n": 2})
@@ -234,27 +217,12 @@ def test_freed_memory_between_blocks_in_use_returns_to_the_system(tiny, monkeypa
     assert len(lasting) == 40
 
 
-def test_full_collections_start_before_a_quarter_of_the_objects_is_new(tiny):
-    # Circles of old objects are freed by full collections alone.
-    thresholds = gc.get_threshold()
-    gc.set_threshold(700, 10, 10)
-    gc.collect()
-    try:
-        Running(tiny)
-        before = gc.get_stats()[2]["collections"]
-        _lasting = [[] for _ in range(100_000)]
-        assert gc.get_stats()[2]["collections"] > before
-    finally:
-        gc.unfreeze()
-        gc.set_threshold(*thresholds)
-
-
 # ---- OpenAI's client, and the token
 
 
 @pytest.mark.process  # the client asks the system what it runs on
 def test_the_client_of_openai_reads_every_route(tiny):
-    from openai import AuthenticationError, OpenAI
+    from openai import OpenAI
 
     running = Running(tiny, token=TOKEN)
     openai = OpenAI(base_url=f"{running.root}/v1", api_key=TOKEN, max_retries=0)
@@ -276,14 +244,8 @@ def test_the_client_of_openai_reads_every_route(tiny):
 
     # 2. Images.
     drawn = openai.images.generate(prompt="a fish", n=2, response_format="b64_json")
-    files = [png_of(noise(0)), png_of(noise(1))]
-    edited = openai.images.edit(image=files, prompt="Mix them.")
-    sizes = [read(item.b64_json).size for item in (*drawn.data, *edited.data)]
-    assert sizes == [(16, 16)] * 3
-
-    # 3. Another token.
-    with pytest.raises(AuthenticationError):
-        OpenAI(base_url=f"{running.root}/v1", api_key="wrong").models.list()
+    edited = openai.images.edit(image=[png_of(noise(0)), png_of(noise(1))], prompt="Mix them.")
+    assert len([read(item.b64_json) for item in (*drawn.data, *edited.data)]) == 3
 
 
 def test_every_route_but_health_needs_the_token(tiny):
@@ -304,83 +266,49 @@ def test_every_route_but_health_needs_the_token(tiny):
 # ---- the program
 
 
-def test_listen_refuses_where_nothing_can_listen():
-    # Before a model is loaded, which takes minutes.
+def test_listen_on_a_taken_port_and_for_other_machines():
+    # Before a model is loaded, which takes minutes; other machines need a token.
     from seed_multimodal.errors import ConfigError
     from seed_multimodal.serving.app import listen
 
     sock = listen("127.0.0.1", 0)
     port = sock.getsockname()[1]
-    for host, bad_port in (
-        ("127.0.0.1", port),
-        ("127.0.0.1", 65536),
-        ("192.0.2.1", 0),
-        ("no.such.host.invalid", 0),
-    ):
-        with pytest.raises(ConfigError, match=f"{host}:{bad_port}"):
-            listen(host, bad_port, "token")
+    for address in (("127.0.0.1", port), ("0.0.0.0", 0)):
+        with pytest.raises(ConfigError, match=address[0]):
+            listen(*address)
     sock.close()
-    # Another address than loopback needs a token.
-    with pytest.raises(ConfigError, match="0.0.0.0"):
-        listen("0.0.0.0", 0)
     listen("0.0.0.0", 0, "secret").close()
 
 
-def test_program_refuses_flags_before_it_loads_or_listens(tmp_path, capsys):
-    from seed_multimodal.entry import run_program
-
-    program = runpy.run_path(PROGRAM)
-    (tmp_path / "empty").write_text(" \n")
-    (tmp_path / "binary").write_bytes(b"\xff\xfe\x00")
-    refused = {
-        f"--token-file {tmp_path}/absent": "absent",
-        f"--token-file {tmp_path}/binary": "binary",
-        f"--token-file {tmp_path}/empty": "empty",
-        "--url http://127.0.0.1:1": "--url",
-        "--gguf x.gguf": "--gguf",
-        "": "65536",
-        # A system has its parts.
-        "--model a.yaml --port 0": "--model",
-    }
-    for flags, named in refused.items():
-        argv = f"--system /no/such/model --port 65536 {flags}".split()
-        assert run_program(program["build_parser"](), program["run"], argv, name="flask") == 2
-        error = capsys.readouterr().err
-        assert named in error and "/no/such/model" not in error and error.count("\n") == 1
-    (tmp_path / "token").write_text("secret\n")
-    assert program["read_token"](tmp_path / "token") == "secret"
-
-
-def test_models_of_three_files_is_the_stem(client_of, tiny_folder: Path, tmp_path):
+def test_models_of_parts_is_the_folders_name(client_of, tiny_folder: Path, tmp_path):
     from seed_multimodal.compat.seed_llama_yaml import system_from_configs
 
-    target = "_target_: transformers.LlamaForCausalLM.from_pretrained"
-    path = f"pretrained_model_name_or_path: {tiny_folder}/seed_llama"
-    (tmp_path / "seed_llama_8b.yaml").write_text(f"{target}\n{path}\n")
     (tmp_path / "llama-v1.5").symlink_to(tiny_folder / "seed_llama")
-    for file, name in (("seed_llama_8b.yaml", "seed_llama_8b"), ("llama-v1.5", "llama-v1.5")):
-        system = system_from_configs(
-            model=tmp_path / file,
-            tokenizer=tiny_folder / "seed_tokenizer",
-            llm_device="cpu",
-            tokenizer_device="cpu",
-        )
-        listed = client_of(system).get("/v1/models").json["data"]
-        assert [model["id"] for model in listed] == [name]
+    system = system_from_configs(
+        model=tmp_path / "llama-v1.5",
+        tokenizer=tiny_folder / "seed_tokenizer",
+        llm_device="cpu",
+        tokenizer_device="cpu",
+    )
+    (listed,) = client_of(system).get("/v1/models").json["data"]
+    assert listed["id"] == "llama-v1.5"
 
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_program_answers_and_ends_by_sigterm_while_it_works(tiny_folder: Path):
-    text = PROMPTS["seed_llama"].format("<image>")
-    body = {"text": text, "images": [base64_of(noise(0))], "max_new_tokens": 2048, "num_beams": 8}
-    with serving(tiny_folder) as (address, process), ThreadPoolExecutor(3) as pool:
-        short = requests.post(address, json={**body, "max_new_tokens": 2}, timeout=60)
-        assert short.status_code == 200 and len(short.json()["images_ids"][0]) == 32
-        pending = [pool.submit(requests.post, address, json=body, timeout=60) for _ in range(3)]
-        time.sleep(0.5)
+def test_program_reads_its_token_and_ends_by_sigterm_while_it_works(tiny_folder: Path, tmp_path):
+    (tmp_path / "token").write_text(f"{TOKEN}\n")
+    flags = f"--system {tiny_folder} --llm_device cpu --tokenizer_device cpu --port 0"
+    command = [sys.executable, PROGRAM, *flags.split(), "--token-file", str(tmp_path / "token")]
+    body = {"text": HI, "images": [], "max_new_tokens": 2048, "num_beams": 8}
+    headers = {"Authorization": f"Bearer {TOKEN}"}
+    with serving(command) as (address, process), ThreadPoolExecutor(1) as pool:
+        assert requests.post(address, json=body, timeout=60).status_code == 401
+        pending = pool.submit(requests.post, address, json=body, headers=headers, timeout=60)
+        wait_until(
+            lambda: requests.get(f"{address.removesuffix('generate')}health").json()["running"]
+        )
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
-        # Their answers are cut off, not awaited.
-        for ended in pending:
-            assert ended.exception() is not None or ended.result().status_code == 503
+        # The answer is cut off, not awaited.
+        assert pending.exception() is not None or pending.result().status_code == 503

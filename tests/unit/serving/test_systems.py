@@ -9,12 +9,11 @@ import numpy as np
 import pytest
 from random_images import noise
 from recorded_engine import RecordedEngine
-from served import CHAT, PROMPTS, base64_of, chat, generate, read, user
+from served import CHAT, PROMPTS, chat, generate, read, user
 
 DRAW = "/v1/images/generations"
-TOKENS = "/v1/images/tokens"
-SETTINGS = {"max_new_tokens": 12, "temperature": 0.0, "seed": 1, "num_beams": 1}
-FIELDS = {"max_tokens": 12, "seed": 1, "num_beams": 1}
+SETTINGS = {"max_new_tokens": 12, "temperature": 0.0, "seed": 1, "num_beams": 2}
+FIELDS = {"max_tokens": 12, "seed": 1, "num_beams": 2}
 pytestmark = pytest.mark.filterwarnings("ignore:Answers are not lemmatised")
 
 
@@ -35,10 +34,13 @@ def test_generate_answers_as_the_library(system, family_client, prompt):
 
 def test_generate_draws_as_the_library(system, family_client, prompt):
     settings = {"temperature": 1.0, "top_p": 1.0, "max_new_tokens": 33, "seed": 3}
-    answer = generate(family_client, prompt.format("a fish"), force_boi=True, **settings)
+    text = prompt.format("a fish")
+    answer = generate(family_client, text, force_boi=True, **settings)
     expected = system.chat([user_message("a fish")], force_image=True, **settings)
     assert np.array_equal(read(answer["images"][0]), expected.images[0])
     assert answer["text"] == str(expected) and answer["error_msg"] == []
+    # An image has as many tokens as it needs, whatever the client asked for.
+    assert generate(family_client, text, force_boi=True, max_new_tokens=4)["images"]
 
 
 def test_chat_answers_as_the_library(system, family_client):
@@ -55,9 +57,7 @@ def test_images_are_drawn_as_the_library_draws(system, family_client):
     assert np.array_equal(read(item["b64_json"]), system.draw("a fish", seed=3))
 
 
-@pytest.mark.parametrize(
-    "text", ["", "  ", "\u0000", "\U0001f600", "</s><img>", "USER: \nASSISTANT:"]
-)
+@pytest.mark.parametrize("text", ["", "\u0000", "\U0001f600", "</s><img>", "USER: \nASSISTANT:"])
 def test_generate_answers_or_refuses_any_text(family_client, text):
     for force in (False, True):
         body = {"text": text, "images": [], "max_new_tokens": 2, "force_boi": force}
@@ -125,12 +125,6 @@ def test_generate_leaves_out_an_image_that_broke_off(client_of, tiny, tiny_x):
     assert any("left out" in note for note in answer["error_msg"])
 
 
-def test_generate_drops_the_oldest_turns_of_a_long_conversation(client):
-    turns = [f"USER: {'word ' * 40}\nASSISTANT: yes\n" for _ in range(20)]
-    answer = generate(client, "".join(turns) + "USER: And?\nASSISTANT:", max_new_tokens=3)
-    assert "messages were left out" in answer["error_msg"][0]
-
-
 def test_repeated_images_are_encoded_once(client, tiny):
     # Clients send all images of a conversation with each message.
     passes: list[int] = []
@@ -145,27 +139,29 @@ def test_repeated_images_are_encoded_once(client, tiny):
     assert again["images_ids"][:2] == first["images_ids"][:2] and not passes
 
 
-# ---- SEED-X: images have no codes, answers have boxes
+REFUSED = {
+    "codes": ("tiny_x", "<image>?", [[3, 2, 1, 0]], False, "no codes"),
+    "a box of two": ("tiny_x", "<box_start><loc-1><loc-2><box_end>?", [], False, "four locations"),
+    "no image to read": ("tiny_lavit", "hello", [], False, "image"),
+    "codes to read": ("tiny_lavit", "<image>What?", [[1, 2]], False, "codes"),
+    "an unknown code": ("tiny_lavit", "<image>snow", [[99999]], True, "code"),
+    "nothing to draw": ("tiny_lavit", "  ", [], True, "Message 0"),
+    "a long prompt": ("tiny_lavit", "a fish " * 4000, [], True, "prompt"),
+}
 
 
-@pytest.mark.parametrize(
-    "text, images, named",
-    [
-        ("<image>?", [[3, 2, 1, 0]], "no codes"),
-        ("<image>?", [[0, 1, 2, 3, 4]], "no codes"),
-        ("The <box_start><loc-1><loc-2><box_end>?", [], "four locations"),
-        ("The <box_start><loc-1><loc-2><loc-3><loc-16><box_end>?", [], "four locations"),
-    ],
-)
-def test_seed_x_refuses_codes_and_malformed_boxes(client_of, tiny_x, text, images, named):
-    body = {"text": PROMPTS["seed_x"].format(text), "images": images}
-    response = client_of(tiny_x).post("/generate", json=body)
+@pytest.mark.parametrize("name, text, images, force, named", REFUSED.values(), ids=REFUSED)
+def test_generate_names_what_a_family_cannot_read(
+    client_of, request, name, text, images, force, named
+):
+    system = request.getfixturevalue(name)
+    text = PROMPTS[system.config.system].format(text)
+    body = {"text": text, "images": images, "force_boi": force}
+    response = client_of(system).post("/generate", json=body)
     assert response.status_code == 400 and named in response.json["error"]
 
 
-def test_seed_x_has_no_codes_to_exchange(client_of, tiny_x):
-    for body in ({"codes": [[0]]}, {"images": [base64_of(noise(0))]}):
-        assert client_of(tiny_x).post(TOKENS, json=body).status_code == 400
+# ---- SEED-X: images have no codes, answers have boxes
 
 
 def answering(system: Any, text: str) -> Any:
@@ -209,15 +205,6 @@ def test_malformed_answers_have_a_note(client_of, tiny_x, answer):
 # ---- LaVIT: single messages, six ratios, its own settings
 
 
-def test_lavit_reads_an_image_anywhere_and_several(client_of, tiny_lavit):
-    client = client_of(tiny_lavit)
-    answer = tiny_lavit.chat([user_message(noise(1), "What is it?")], seed=3, num_beams=2)
-    for text in ("<image> What is it?", "What is it?<image>"):
-        assert generate(client, text, noise(1), seed=3, num_beams=2)["text"] == str(answer)
-    both = tiny_lavit.describe([[noise(1), noise(2)]], seed=3, num_beams=1)[0]
-    assert generate(client, "<image><image>", noise(1), noise(2), seed=3)["text"] == both
-
-
 def test_lavit_composes_text_images_and_codes(client_of, tiny_lavit):
     image = noise(1)
     codes = [1, 2, 3]
@@ -239,30 +226,12 @@ def test_lavit_answers_the_last_message_alone(client_of, tiny_lavit):
     assert message["content"] == expected.text
 
 
-def test_lavit_draws_in_a_ratio_and_gives_codes(client_of, tiny_lavit):
+def test_lavit_draws_in_a_ratio(client_of, tiny_lavit):
     client = client_of(tiny_lavit)
     body = {"prompt": "a fish", "seed": 3, "ratio": "2:3"}
     (item,) = client.post(DRAW, json=body).json["data"]
     expected = tiny_lavit.draw("a fish", seed=3, ratio="2:3")
     assert np.array_equal(read(item["b64_json"]), expected)
-    data = client.post(TOKENS, json={"images": [base64_of(noise(1))]}).json["data"]
-    assert data[0]["codes"] == tiny_lavit.tokenize(noise(1))[0].tolist()
-
-
-@pytest.mark.parametrize(
-    "text, images, force, named",
-    [
-        ("hello", [], False, "image"),
-        ("<image>What?", [[1, 2]], False, "codes"),
-        ("<image>snow", [[99999]], True, "code"),
-        ("  ", [], True, "Message 0"),
-        ("a fish " * 4000, [], True, "prompt"),
-    ],
-)
-def test_lavit_refuses_what_it_cannot_read(client_of, tiny_lavit, text, images, force, named):
-    body = {"text": text, "images": images, "force_boi": force}
-    response = client_of(tiny_lavit).post("/generate", json=body)
-    assert response.status_code == 400 and named in response.json["error"]
 
 
 def test_a_folder_without_its_pixel_decoder_is_read_only(client_of, tiny_lavit_folder, tmp_path):
@@ -275,29 +244,6 @@ def test_a_folder_without_its_pixel_decoder_is_read_only(client_of, tiny_lavit_f
     body = {"text": "a fish", "images": [], "force_boi": True}
     response = client.post("/generate", json=body)
     assert response.status_code == 400 and "pixel decoder" in response.json["error"]
-
-
-@pytest.mark.parametrize(
-    "text, images, force", [("<image>", [noise(1)], False), ("a fish", [], True)]
-)
-def test_lavit_stops_when_the_client_leaves(tiny_lavit, text, images, force):
-    # At the third token of a caption or code of an image: nothing is drawn.
-    from werkzeug.exceptions import ServiceUnavailable
-
-    from seed_multimodal.serving.backend import Backend, Deadline
-    from seed_multimodal.serving.schema import GenerateRequest
-
-    calls: list[int] = []
-
-    def disconnected() -> bool:
-        calls.append(1)
-        return len(calls) >= 3
-
-    sent = [base64_of(image) for image in images]
-    request = GenerateRequest(text=text, images=sent, force_boi=force)
-    with pytest.raises(ServiceUnavailable):
-        Backend(tiny_lavit).generate(request, Deadline(disconnected, 600))
-    assert len(calls) <= 6
 
 
 def user_message(*content: Any) -> dict[str, Any]:
