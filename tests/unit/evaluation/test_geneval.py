@@ -12,6 +12,7 @@ from PIL import Image
 from seed_multimodal.cli.main import main
 from seed_multimodal.evaluation.detection import GENEVAL_LIMITS, Detection
 from seed_multimodal.evaluation.geneval import kept_detections, read_object_prompts, rule_faults
+from seed_nano.world.scene import Scene, render
 
 CASES = json.loads(Path(__file__).with_name("geneval_detections.json").read_text())
 
@@ -77,35 +78,33 @@ def read(folder: Path, name: str) -> Any:
     return json.loads((folder / "out" / name).read_text())
 
 
+RIGHT = {
+    # The kind of a prompt in nano's words, its objects, and a drawing that shows them.
+    "colors": (
+        [{"class": "fox", "count": 1, "color": "noto"}],
+        Scene("noto", "meadow", "large", ("fox",)),
+    ),
+    "counting": (
+        [{"class": "crab", "count": 3}],
+        Scene("noto", "meadow", "many", ("crab",), (3,)),
+    ),
+    "position": (
+        [
+            {"class": "fox", "count": 1},
+            {"class": "tree", "count": 1, "position": ["left of", 0]},
+        ],
+        Scene("noto", "meadow", "left of", ("tree", "fox")),
+    ),
+}
+
+
 @pytest.fixture
 def nano_set(tmp_path) -> Path:
-    """A prompt of each kind in nano's words, each with a right and a wrong drawing."""
-    from seed_nano.report.prompts import make_prompts
-    from seed_nano.world.scene import Scene, render
-
-    # What the first drawing of each kind shows.
-    prompts = {prompt.tag: prompt for prompt in make_prompts(0)}
-    right: dict[str, Scene] = {}
-    for tag, prompt in prompts.items():
-        names = tuple(item["class"] for item in prompt.include)
-        counts = tuple(item["count"] for item in prompt.include)
-        layout = {1: "large", 2: "two kinds"}[len(names)]
-        if tag == "counting":
-            layout = "many"
-        elif tag == "position":
-            relation = prompt.include[1]["position"][0]
-            layout = "left of" if relation in ("left of", "right of") else "above"
-            if relation in ("left of", "above"):
-                names = names[::-1]
-        style = prompt.include[0].get("color", "noto")
-        right[tag] = Scene(style, "meadow", layout, names, counts)
-
-    write_lines(
-        tmp_path / "evaluation_metadata.jsonl",
-        *(prompt.metadata() for prompt in prompts.values()),
-    )
+    """Prompts, each with a right and a wrong drawing."""
+    lines = [{"tag": tag, "prompt": tag, "include": objects} for tag, (objects, _) in RIGHT.items()]
+    write_lines(tmp_path / "evaluation_metadata.jsonl", *lines)
     wrong = Scene("noto", "sea", "large", ("ufo",))
-    for index, scene in enumerate(right.values()):
+    for index, (_, scene) in enumerate(RIGHT.values()):
         folder = tmp_path / "drawings" / f"{index:05d}" / "samples"
         folder.mkdir(parents=True)
         for number, shown in enumerate((scene, wrong)):
@@ -119,14 +118,11 @@ def test_geneval_judges_a_folder_of_drawings(nano_set):
     assert geneval(nano_set, *drawings, "--limit", "2") == 0
     assert geneval(nano_set, *drawings) == 0  # resumes
     summary = read(nano_set, "summary.json")
-    kinds = ["single_object", "two_object", "counting", "colors", "position", "color_attr"]
-    assert list(summary["kinds"]) == kinds
+    assert list(summary["kinds"]) == list(RIGHT)
     assert {kind["value"] for kind in summary["kinds"].values()} == {0.5}
-    assert summary["score"]["value"] == 0.5
-    assert summary["score"]["n"] == summary["images"] == 12
-    assert summary["prompts_correct"] == 1.0
+    assert summary["score"]["n"] == summary["images"] == 6
     results = read(nano_set, "results.json")
-    assert [result["correct"] for result in results] == [True, False] * 6
+    assert [result["correct"] for result in results] == [True, False] * 3
     assert results[3]["filename"] == "00001/samples/0001.png"
     assert (nano_set / "out" / "sheet.png").is_file()
 
@@ -149,23 +145,11 @@ def test_geneval_judges_replaced_drawings_again(nano_set):
     assert [result["correct"] for result in read(nano_set, "results.json")] == [False] * 4
     summary = read(nano_set, "summary.json")
     assert (summary["bad"], summary["images"]) == (1, 4)
-    assert summary["kinds"]["two_object"]["value"] == 0
-
-
-def test_geneval_draws_lost_drawings_again(nano_set, tiny_folder):
-    # The contact sheet would name files that are not there.
-    run = ("--model", str(tiny_folder), "--limit", "1", "--steps", "1")
-    for _ in range(2):
-        assert geneval(nano_set, *run) == 0
-        drawings = sorted((nano_set / "out" / "images").rglob("*.png"))
-        assert [file.name for file in drawings] == ["0000.png", "0001.png"]
-        drawings[0].unlink()
-        drawings[1].unlink()
+    assert summary["kinds"]["counting"]["value"] == 0
 
 
 def test_a_folder_that_is_not_there_is_no_run(nano_set, capsys):
     folder = str(nano_set / "nothing")
     assert geneval(nano_set, "--image-folder", folder) == 2
-    assert main(["eval", "suite", "--data", folder]) == 2
-    assert capsys.readouterr().err.count(folder) == 2
+    assert folder in capsys.readouterr().err
     assert not (nano_set / "out").exists()

@@ -34,11 +34,7 @@ def test_answer_forms():
     assert answer_forms("2") == ["2"]  # a second form would count twice
 
 
-# ---- a judge of transformers
-
-
-@pytest.fixture(scope="module")
-def llava_folder(tmp_path_factory) -> Path:
+def write_llava(folder: Path) -> None:
     """A tiny LLaVA with random weights."""
     from transformers import (
         AutoTokenizer,
@@ -50,7 +46,6 @@ def llava_folder(tmp_path_factory) -> Path:
         LlavaProcessor,
     )
 
-    folder = tmp_path_factory.mktemp("llava")
     tokenizer = AutoTokenizer.from_pretrained(
         write_hub_tokenizer(folder / "words", ["is there a fox? yes no Yes No two four"] * 4)
     )
@@ -65,9 +60,8 @@ def llava_folder(tmp_path_factory) -> Path:
         vision_feature_layer=-1,
     )
     LlavaForConditionalGeneration(config).save_pretrained(folder)
-    size = {"height": 28, "width": 28}
     processor = LlavaProcessor(
-        CLIPImageProcessor(size={"shortest_edge": 28}, crop_size=size),
+        CLIPImageProcessor(size={"shortest_edge": 28}, crop_size={"height": 28, "width": 28}),
         tokenizer,
         patch_size=14,
         vision_feature_select_strategy="default",
@@ -76,15 +70,15 @@ def llava_folder(tmp_path_factory) -> Path:
         "<image>{% else %}{{ part['text'] }}{% endif %}{% endfor %}",
     )
     processor.save_pretrained(folder)
-    return folder
 
 
-def test_hub_judge_adds_up_first_tokens(llava_folder):
-    judge = load_judge(str(llava_folder), "cpu")
+def test_hub_judge_adds_up_first_tokens(tmp_path):
+    # GenEval 2's rule: a word may begin with a space.
+    write_llava(tmp_path)
+    judge = load_judge(str(tmp_path), "cpu")
     assert isinstance(judge, HubJudge)
     image = noise(1, (40, 30))
-    question = Question("is there a fox?", [["yes"], ["yes", "no"]])
-    [[yes, either]] = judge.probabilities(image, [question])
+    [[either]] = judge.probabilities(image, [Question("is there a fox?", [["yes", "no"]])])
     # The same by hand.
     inputs = judge.processor(
         images=image,
@@ -95,10 +89,8 @@ def test_hub_judge_adds_up_first_tokens(llava_folder):
     with torch.no_grad():
         scores = judge.model(**inputs).logits[0, -1].softmax(-1)
     encode = judge.processor.tokenizer.encode
-    tokens = {word: {encode(word)[0], encode(f" {word}")[0]} for word in ("yes", "no")}
-    assert yes == pytest.approx(sum(float(scores[token]) for token in tokens["yes"]), abs=1e-5)
-    both = tokens["yes"] | tokens["no"]
-    assert either == pytest.approx(sum(float(scores[token]) for token in both), abs=1e-5)
+    tokens = {encode(word)[0] for word in ("yes", " yes", "no", " no")}
+    assert either == pytest.approx(sum(float(scores[token]) for token in tokens), abs=1e-5)
 
 
 def test_a_detector_answers_no_questions(clip_folder):
@@ -125,9 +117,8 @@ def test_geneval2_of_right_and_wrong_drawings(tmp_path):
         "vqa_list": [
             ["Is there a fox in the picture?", "Yes"],
             ["How many foxes are there?", "two"],
-            ["Which style is it drawn in?", "noto"],
         ],
-        "skills": ["object", "count", "attribute"],
+        "skills": ["object", "count"],
     }
     lines = [json.dumps(prompt), json.dumps({**prompt, "prompt": "the same again"})]
     (tmp_path / "geneval2_data.jsonl").write_text("\n".join(lines))
@@ -137,16 +128,10 @@ def test_geneval2_of_right_and_wrong_drawings(tmp_path):
     paths = {prompt["prompt"]: "0.png", "the same again": os.path.relpath(tmp_path / "1.png")}
     (tmp_path / "images.json").write_text(json.dumps(paths))
 
-    summary = run("geneval2", tmp_path / "geneval2_data.jsonl", tmp_path / "images.json")
+    run("geneval2", tmp_path / "geneval2_data.jsonl", tmp_path / "images.json")
     results = json.loads((tmp_path / "out" / "results.json").read_text())
     [[right], [wrong]] = [result["scores"] for result in results]
     assert min(right) > 0.9 and max(wrong) < 0.2
-    # Small ones count in the geometric mean, so that they are not rounded.
-    [[judged]] = load_judge("nano", "cpu").probabilities(
-        picture(WRONG), [Question("How many foxes are there?", [answer_forms("two")])]
-    )
-    assert wrong[1] == pytest.approx(judged, rel=1e-4) and wrong[1] != round(wrong[1], 6)
-    assert summary["soft_tifa_am"]["n"] == 2
 
 
 def test_dpg_of_a_grid_with_a_right_and_a_wrong_drawing(tmp_path):

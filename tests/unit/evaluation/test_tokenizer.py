@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,9 +16,8 @@ from repository import NANO
 from seed_multimodal.cli.main import main
 from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.device import Runtime
-from seed_multimodal.errors import DataError
 from seed_multimodal.evaluation.tokenizer import TokenizerOptions, open_tokenizer, run_pass
-from seed_multimodal.images.transforms import ImageTransform, seed_image_processor
+from seed_multimodal.images.transforms import seed_image_processor
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
 COLOURS = {
@@ -92,42 +90,6 @@ def test_run_pass_equals_the_models_features(stages, listed):
         np.testing.assert_allclose(features[name], F.normalize(embeddings, dim=-1), atol=1e-5)
 
 
-@torch.no_grad()
-def test_run_pass_with_a_vision_encoder_of_transformers(listed, clip_folder, tmp_path):
-    """The target CLIP sees the encoder's view, not the whole image."""
-    from tiny.seed import SIZES, loud
-    from tiny.vision import write_vision
-
-    from seed_multimodal.models.seed.checkpoints import load_vision
-    from seed_multimodal.models.seed.configuration import Seed2Config
-    from seed_multimodal.models.seed.modeling import Seed2Tokenizer
-    from seed_multimodal.nn.vision.hub import HubVisionConfig
-
-    write_vision("dinov2", tmp_path / "vision")
-    vit = HubVisionConfig(path=str(tmp_path / "vision"))
-    config = Seed2Config(**{**SIZES, "vit": vit}, image_features_dim=8)
-    tokenizer = loud(Seed2Tokenizer(config)).eval()
-    load_vision(tokenizer.visual_encoder, tmp_path / "vision", None)
-    tokenizer.save_pretrained(tmp_path / "tokenizer")
-    shutil.rmtree(tmp_path / "vision")
-
-    opened = open_tokenizer(tmp_path / "tokenizer", CPU, TokenizerOptions("none", clip_folder))
-    features = run_pass(source_of(listed), [0, 1], opened).features
-    pixels = vit.preprocessing.batch(images_of(listed, "red", "green"))
-    assert features["codes"].tolist() == tokenizer.encode(pixels).tolist()
-    view = vit.preprocessing.convert(pixels, ImageTransform(16))
-    target = F.normalize(opened.target.model(view).image_embeds, dim=-1)
-    np.testing.assert_allclose(features["target"], target, atol=1e-4)
-
-
-def test_run_pass_names_images_with_nan_features(stages, listed):
-    # Weights in a narrow dtype would give a report of NaN.
-    opened = open_tokenizer(stages.tokenizer, CPU, TokenizerOptions("none", "none"))
-    opened.codec.model.distill_image_proj.bias.data[3] = torch.nan
-    with pytest.raises(DataError, match=r"item 1 .*'decoded'"):
-        run_pass(source_of(listed), [1, 0], opened)
-
-
 def evaluate(stages, data: Path, out: Path, *more: str) -> int:
     argv = (
         f"eval tokenizer --model {stages.tokenizer} --data {data} --stage1 {stages.stage1} "
@@ -157,13 +119,6 @@ def test_eval_tokenizer_writes_a_report(stages, listed, tmp_path, capsys):
     assert {"txt_r1", "img_r10", "agg_metrics"} <= set(logged[0])
 
 
-def test_eval_tokenizer_of_images_without_captions(stages, listed, tmp_path):
-    listed.unlink()
-    assert evaluate(stages, tmp_path, tmp_path / "out", "--no-captions") == 0
-    report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert (report["n"], report["captions"], report["retrieval"]) == (4, 0, {})
-
-
 @pytest.mark.slow
 def test_eval_tokenizer_of_nano(tmp_path):
     flags = f"--model {NANO} --data nano --out {tmp_path} --limit 60 --rebuild 12 --device cpu"
@@ -182,8 +137,6 @@ def test_eval_tokenizer_of_nano(tmp_path):
 @pytest.mark.parametrize(
     ("flag", "value", "name"),
     [
-        ("--model", "absent", "absent"),
-        ("--data", "elsewhere.txt", "elsewhere.txt"),
         # Of another width.
         ("--clip", str(NANO / "seed_tokenizer" / "diffusion_model" / "image_encoder"), "256"),
         ("--decoder", str(NANO / "seed_tokenizer" / "diffusion_model"), "256"),
@@ -201,7 +154,6 @@ def test_eval_tokenizer_ends_after_many_bad_images(stages, tmp_path, capsys):
     # A wrong folder would be reported image by image.
     missing = [{"image": f"{number}.png", "caption": "a"} for number in range(30)]
     (tmp_path / "list.json").write_text(json.dumps(missing))
-    for limit in ("30", "3"):
-        assert evaluate(stages, tmp_path / "list.json", tmp_path / "out", "--limit", limit) == 2
+    assert evaluate(stages, tmp_path / "list.json", tmp_path / "out") == 2
     assert not (tmp_path / "out" / "report.json").exists()
-    assert "20 samples in a row" in capsys.readouterr().err
+    assert "20 samples" in capsys.readouterr().err
