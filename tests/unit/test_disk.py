@@ -1,24 +1,23 @@
-"""Replacing folders, output folders, full disks."""
+"""Locks of folders, replacing files and folders, output folders, full disks."""
 
 from __future__ import annotations
 
-import errno
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 from full_disk import file_size_limit
-from safetensors import SafetensorError
 
 from seed_multimodal.disk import (
     atomic_folder,
+    atomic_open,
     folder_lock,
     output_folder,
     replace_folder,
     writable_folder,
+    writing,
 )
-from seed_multimodal.entry import COMMAND_FAILED, run_guarded
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError
 
 HOLDER = """
@@ -39,11 +38,8 @@ with folder_lock(pathlib.Path(sys.argv[1]), ValueError, "busy"):
 
 @pytest.mark.process
 @pytest.mark.parametrize("disk", ["with flock", "without flock"])
-def test_folder_lock_after_a_kill_on_another_machine(tmp_path, disk):
-    """The process id in a file would mean nothing there.
-
-    A disk without flock (Lustre, FUSE) has no locks.
-    """
+def test_folder_lock_of_killed_processes_on_other_machines(tmp_path, disk):
+    # Process ids in a file would mean nothing there. Lustre and FUSE may have no locks at all.
     for machine in ("one", "two"):
         holder = subprocess.Popen(
             [sys.executable, "-c", HOLDER, str(tmp_path), disk, machine],
@@ -53,19 +49,46 @@ def test_folder_lock_after_a_kill_on_another_machine(tmp_path, disk):
             text=True,
         )
         output = holder.stdout.readline()
-        holder.kill()
-        assert output == "locked\n", holder.communicate()
+        try:
+            assert output == "locked\n"
+            if disk == "with flock":
+                with (
+                    pytest.raises(ConfigError, match=str(tmp_path)),
+                    folder_lock(tmp_path, ConfigError, timeout=0.1),
+                ):
+                    pass
+        finally:
+            holder.kill()
+            holder.communicate()
 
 
 def test_folder_lock_in_this_process(tmp_path):
-    with folder_lock(tmp_path, ConfigError):
-        with (
-            pytest.raises(DataError, match="another run is busy"),
-            folder_lock(tmp_path, DataError, "busy", 0.1),
-        ):
-            pass
+    # Two threads of one server must not write into one folder either.
+    with (
+        folder_lock(tmp_path, ConfigError),
+        pytest.raises(DataError, match=str(tmp_path)),
+        folder_lock(tmp_path, DataError, timeout=0.1),
+    ):
+        pass
     with folder_lock(tmp_path, ConfigError):
         pass
+
+
+def test_atomic_open_writes_the_whole_file_or_nothing(tmp_path):
+    file = tmp_path / "a.txt"
+    file.write_text("before")
+    with pytest.raises(RuntimeError), atomic_open(file) as handle:
+        handle.write(b"half")
+        raise RuntimeError
+    assert file.read_text() == "before" and [*tmp_path.iterdir()] == [file]
+    with atomic_open(file) as handle:
+        handle.write(b"after")
+    assert file.read_text() == "after"
+
+
+def test_writing_names_the_file(tmp_path):
+    with pytest.raises(DataError, match="none/a:"), writing(tmp_path, DataError):
+        (tmp_path / "none" / "a").write_text("x")
 
 
 def test_replace_folder(tmp_path):
@@ -76,61 +99,40 @@ def test_replace_folder(tmp_path):
         (new / "a.txt").write_text(text)
         replace_folder(new, target)
         assert (target / "a.txt").read_text() == text
-    assert [path.name for path in tmp_path.iterdir()] == ["target"]
+    assert [*tmp_path.iterdir()] == [target]
 
 
-def test_making_folder_renames_the_finished_folder(tmp_path):
+def test_atomic_folder_renames_the_finished_folder(tmp_path):
     out = tmp_path / "out"
-    target = output_folder(out, force=False, label="the result")
-    with pytest.raises(DataError, match="broken"), atomic_folder(target, out) as folder:
+    with pytest.raises(DataError, match="broken"), atomic_folder(out, out) as folder:
         (folder / "half").write_text("half")
         raise DataError("broken")
-    assert list(tmp_path.iterdir()) == []
-    with atomic_folder(target, out) as folder, atomic_folder(target.with_name("out"), out) as other:
-        assert folder != other  # process ids can be equal in two containers
+    assert not any(tmp_path.iterdir())
+    # Two at once, whose process ids can be equal in two containers: the last one stays.
+    with atomic_folder(out, out) as folder, atomic_folder(out, out) as other:
         (folder / "whole").write_text("whole")
-        (other / "whole").write_text("other")
-    assert (out / "whole").read_text() == "whole"
+        (other / "other").write_text("other")
     assert [path.name for path in out.iterdir()] == ["whole"]
-    with pytest.raises(ConfigError, match="not empty"):
-        output_folder(out, force=False, label="the result")
-    with pytest.raises(ConfigError, match="holds .*whole, which is used here and would be gone"):
-        output_folder(out, force=True, label="the result", inputs=[None, out / "whole"])
-    with (
-        pytest.raises(CheckpointError, match="cannot be written"),
-        atomic_folder(out / "whole" / "x", "x"),
-    ):
+    with pytest.raises(CheckpointError, match="x"), atomic_folder(out / "whole" / "x", "x"):
         pass
 
 
+def test_output_folder_keeps_files(tmp_path):
+    assert output_folder(tmp_path / "new", force=False, label="it") == tmp_path / "new"
+    file = tmp_path / "out" / "whole"
+    file.parent.mkdir()
+    file.touch()
+    assert output_folder(file.parent, force=True, label="it") == file.parent
+    for options in ({"force": False}, {"force": True, "inputs": [None, file]}):
+        with pytest.raises(ConfigError, match=str(file.parent)):
+            output_folder(file.parent, label="it", **options)
+    with pytest.raises(ConfigError, match=str(file)):
+        output_folder(file, force=True, label="it")
+
+
 def test_writable_folder_on_a_full_disk(tmp_path):
-    assert writable_folder(tmp_path / "a" / "b", ConfigError).is_dir()
-    with (
-        file_size_limit(0),
-        pytest.raises(ConfigError, match=r"a/b: cannot be written \(the disk or quota is full"),
-    ):
-        writable_folder(tmp_path / "a" / "b", ConfigError)
-    assert not any((tmp_path / "a" / "b").iterdir())
-
-
-@pytest.mark.parametrize(
-    "error",
-    [
-        OSError(errno.ENOSPC, "No space left on device"),
-        SafetensorError(
-            "Error while serializing: I/O error: No space left on device (os error 28)"
-        ),
-    ],
-)
-def test_guarded_on_a_full_disk(error, capsys):
-    def work() -> int:
-        raise error
-
-    assert run_guarded("program", False, work) == COMMAND_FAILED
-    assert (
-        capsys.readouterr().err == "program: a file cannot be written: the disk or quota is full.\n"
-    )
-    with pytest.raises(type(error), match="No space left"):
-        run_guarded("program", True, work)
-    with pytest.raises(FileNotFoundError):
-        run_guarded("program", False, lambda: len(Path("/nowhere/at all").read_text()))
+    folder = tmp_path / "a" / "b"
+    assert writable_folder(folder, ConfigError) == folder
+    with file_size_limit(0), pytest.raises(ConfigError, match="a/b: "):
+        writable_folder(folder, ConfigError)
+    assert not any(Path(folder).iterdir())
