@@ -32,8 +32,8 @@ def test_accelerates_variables_change_no_gradient(tmp_path, monkeypatch):
     assert record["sum"] == expected["sum"]
 
 
+@pytest.mark.nightly
 @pytest.mark.process
-@pytest.mark.slow
 @pytest.mark.timeout(200)
 def test_processes_with_unequal_numbers_of_forward_passes(tmp_path):
     # A pixel decoder's micro-step has one pass for each image size in it.

@@ -77,11 +77,10 @@ class Family:
     inputs: Callable[[Any], Any]
     also_trained: tuple[str, ...]
 
-    def train(self, config: dict[str, Any]) -> Path:
-        """A run; returns the folder of its result."""
+    @property
+    def task_class(self) -> Any:
         module, _, name = self.task.rpartition(".")
-        task = getattr(import_module(f"seed_multimodal.models.{module}"), name)
-        return Path(task.train(config)[self.result])
+        return getattr(import_module(f"seed_multimodal.models.{module}"), name)
 
 
 SEED = Family(
@@ -140,7 +139,7 @@ class Run:
         groups["model"] = {**self.options.get("model", {}), **changes.get("model", {})}
         options = {**self.options, **groups}
         config = self.family.config(parts or self.parts, self.folder / name, **options)
-        return self.family.train(config)
+        return Path(self.family.task_class.train(config)[self.family.result])
 
     def load(self, folder: Path) -> Detokenizer:
         return self.family.load(self.parts, folder)
@@ -320,7 +319,6 @@ PUBLISHED = [
     ("lavit_detokenizer", "lowres", {"max_steps": 20000, "trained": "all", "encoder_size": 224}),
     ("seed_decoder", "sdxl", {"reads": "codes"}),
     ("seed_decoder", "sana", {"reads": "codes"}),
-    ("seed_decoder", "nano", {"reads": "codes"}),
 ]
 TASKS = {"seed_x_detokenizer": SEED_X, "lavit_detokenizer": LAVIT, "seed_decoder": SEED}
 
@@ -329,11 +327,9 @@ TASKS = {"seed_x_detokenizer": SEED_X, "lavit_detokenizer": LAVIT, "seed_decoder
 def test_configurations_have_the_published_values(program, name, values):
     from seed_multimodal.training.cli import compose, parse
 
-    module, _, task = TASKS[program].task.rpartition(".")
-    reader = getattr(import_module(f"seed_multimodal.models.{module}"), task)
     configs = APPLICATION / "configs" / program
     groups = ["model", "data"] if program == "seed_decoder" else ["model", "data", "trainer"]
-    settings = reader.read(
+    settings = TASKS[program].task_class.read(
         compose(parse([*(f"{group}={name}" for group in groups), "output_dir=x"]), configs)
     )
     merged = {**vars(settings.data), **vars(settings.model), **vars(settings.trainer)}

