@@ -3,15 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-import os
 import signal
 import socket
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 STARTED: list[subprocess.Popen[str]] = []  # killed by `nothing_stays_behind`
@@ -38,27 +37,19 @@ def kill(process: subprocess.Popen[str], group: bool = False) -> None:
     """Kill a process that still runs; `group`: with its children."""
     if process.poll() is not None:
         return
-    for pid in [process.pid, *(children(process.pid) if group else [])]:
-        with contextlib.suppress(ProcessLookupError):  # it ended with its parent
-            os.kill(pid, signal.SIGKILL)
-
-
-def children(pid: int) -> list[int]:
-    """Processes that a process has started."""
-    pids = []
-    for task in Path(f"/proc/{pid}/task").iterdir():
-        pids += [int(child) for child in (task / "children").read_text().split()]
-    return pids
+    started = psutil.Process(process.pid)
+    for part in [started, *(started.children() if group else [])]:
+        with contextlib.suppress(psutil.NoSuchProcess):  # it ended with its parent
+            part.kill()
 
 
 def processes_with(argument: str) -> list[int]:
     """Running Python processes with this text in their arguments, without torchrun itself."""
     pids = []
-    for file in Path("/proc").glob("[0-9]*/cmdline"):
-        with contextlib.suppress(OSError):  # the process ended
-            arguments = file.read_bytes().decode(errors="replace")
-            if argument in arguments and "python" in arguments and "torchrun" not in arguments:
-                pids.append(int(file.parent.name))
+    for process in psutil.process_iter(["cmdline"]):
+        command = " ".join(process.info["cmdline"] or [])
+        if argument in command and "python" in command and "torchrun" not in command:
+            pids.append(process.pid)
     return pids
 
 

@@ -24,6 +24,7 @@ SDXL = "pretrained/stable-diffusion-xl-base-1.0"
 # pixels of a view and tokens of an image: of nano-x
 SIZE = 64
 WORDS = 16
+PLACEHOLDERS = "".join(f"<img_{index:05d}>" for index in range(WORDS))
 GRIDS = [[columns * SIZE, rows * SIZE] for columns, rows in ((1, 1), (2, 2))]
 FIRST = "sdxl_qwen_vit_resampler_l4_q64_pretrain_no_normalize"
 DRAWING = {"num_inference_steps": 4, "guidance_scale": 1.0}
@@ -64,8 +65,7 @@ def de_tokenizer(file):
 def image_words(views):
     """The tokens of an image: each part between <patch> and </patch>, the whole between <img> and
     </img>."""
-    run = "".join(f"<img_{index:05d}>" for index in range(WORDS))
-    return f"<patch>{run}</patch>" * (views - 1) + f"<img>{run}</img>"
+    return f"<patch>{PLACEHOLDERS}</patch>" * (views - 1) + f"<img>{PLACEHOLDERS}</img>"
 
 
 def answer(prompt, image=None):
@@ -84,16 +84,8 @@ def answer(prompt, image=None):
         [tokenizer.bos_token_id, *tokenizer.encode(prompt, add_special_tokens=False)]
     ).to(DEVICE)
     if image is not None:
-        begin, end = (
-            {tokenizer.encode(token, add_special_tokens=False)[0] for token in tokens}
-            for tokens in (("<img>", "<patch>"), ("</img>", "</patch>"))
-        )
-        mask = torch.zeros_like(ids, dtype=torch.bool)
-        starts = [position for position, id in enumerate(ids.tolist()) if id in begin]
-        ends = [position for position, id in enumerate(ids.tolist()) if id in end]
-        for start, stop in zip(starts, ends, strict=True):
-            mask[start + 1 : stop] = True
-        recorded["ids_cmp_mask"] = mask[None]
+        placeholders = tokenizer.encode(PLACEHOLDERS, add_special_tokens=False)
+        recorded["ids_cmp_mask"] = torch.isin(ids, torch.tensor(placeholders).to(DEVICE))[None]
     with torch.no_grad():
         return agent.generate(tokenizer=tokenizer, input_ids=ids[None], **recorded, **options)
 
