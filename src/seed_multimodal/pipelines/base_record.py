@@ -43,13 +43,18 @@ def read_base(folder: Path) -> dict[str, str]:
 
     file = folder / hub.ADAPTER_CONFIG
     base = read_json_object(file).get("base_model_name_or_path")
-    if not isinstance(base, str) or not base:
+    if not isinstance(base, str) or not base or is_lost(base):
         raise ConfigError(
             f"{file}: base_model_name_or_path is {base!r}: name there the base model that the "
             "checkpoint was trained on, or merge it with --base_model "
             "(MultiModalLLM/src/tools/merge_lora_weights.py)."
         )
     return {"system": DEFAULT_FAMILY, "llm": base}
+
+
+def is_lost(name: str) -> bool:
+    """Whether a model is an absolute path that does not exist; other names may be the hub's."""
+    return Path(name).is_absolute() and not Path(name).exists()
 
 
 def is_checkpoint(folder: Path) -> bool:

@@ -100,13 +100,9 @@ def test_load_names_a_missing_projector(tmp_path):
         load_dynamic_tokenizer(tmp_path / "nowhere")
 
 
-def test_save_without_training_state_and_projector(tmp_path, pixels):
+def test_save_without_training_state_and_projector(tmp_path):
     # Moving averages are of the training; stage 2 adds the projector.
     saved = small_tokenizer()
-    generator, understanding = load_tokenizer_pair(save_dynamic_tokenizer(saved, tmp_path))
-    assert generator is understanding
-    rows = saved.continuous(pixels, mode="threshold")
-    assert_equal(generator.continuous(pixels, mode="threshold"), rows)
     saved.quantize = ema_codebook(saved.quantize, 0.9)
     saved.vit_proj = None
     save_dynamic_tokenizer(saved, tmp_path)

@@ -10,7 +10,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from PIL import Image
 from random_images import noise
 from repository import ROOT
 
@@ -50,11 +49,8 @@ def test_tokenize_and_reconstruct_select_patches_by_seed(seed, image, tmp_path, 
         options = ("--seed", str(value))
         [tokenized] = seed("tokenize", image, *options)
         [rebuilt] = seed("reconstruct", image, "--steps", "1", *options)
-        expected = tiny_lavit.reconstruct(image, seed=value, num_inference_steps=1)[0]
-        assert Image.open(rebuilt["rebuilt"]).tobytes() == expected.tobytes()
-        codes[value] = tokenized["codes"]
-        assert codes[value] == rebuilt["codes"]
-        assert codes[value] == tiny_lavit.tokenize(image, seed=value)[0].tolist()
+        codes[value] = tiny_lavit.tokenize(image, seed=value)[0].tolist()
+        assert tokenized["codes"] == rebuilt["codes"] == codes[value]
     assert codes[1] != codes[2]
 
     # Images have different numbers of codes, also in a file.
@@ -66,55 +62,32 @@ def test_tokenize_and_reconstruct_select_patches_by_seed(seed, image, tmp_path, 
     assert [record["codes"] for record in rebuilt] == [first["codes"], second["codes"]]
 
 
-def test_edit_in_a_ratio(seed, image):
-    # LaVIT composes from the image and the text, in any of its ratios.
-    [record] = seed("edit", image, "a red apple", "--steps", "1", "--ratio", "2:3")
-    assert Image.open(record["edited"]).size == (56, 80)
-
-
 # ---- evaluation
 
 
 @pytest.mark.slow
 def test_evaluate_captions(tiny_lavit_folder, image, monkeypatch, capsys):
-    # The original's evaluation program, on our data and weights.
-    folder = Path(image).parent
-    monkeypatch.chdir(folder)
+    # The original's evaluation program, with data in the original's folders.
+    monkeypatch.chdir(Path(image).parent)
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PATH", "")  # without Java (its scores: tests/unit/evaluation)
-    Path("images.json").write_text('[{"image": "image.png", "img_id": 1}]')
+    flags = f"--task_name caption --dataset nocaps --model_path {tiny_lavit_folder} --device cpu"
+    flags += " --truth truth.json --out out"
+    images = Path("data/nocaps/images")
+    annotations = Path("data/nocaps/annotations/nocaps_val.json")
+    for missing in (annotations, images):
+        assert programs.evaluate_script("evaluate.py", "", flags.split()) == 2
+        assert str(missing) in capsys.readouterr().err
+        missing.parent.mkdir(parents=True, exist_ok=True)
+        if missing == annotations:
+            annotations.write_text('[{"image": "image.png", "img_id": 1}]')
+    images.mkdir()
+    Path(image).rename(images / "image.png")
     truth = {"images": [], "annotations": [{"image_id": 1, "caption": "a fox"}]}
     Path("truth.json").write_text(json.dumps(truth))
-    flags = f"--task_name caption --dataset nocaps --model_path {tiny_lavit_folder} --device cpu"
-    flags += " --imagepath . --annopath images.json --truth truth.json --out out"
     assert programs.evaluate_script("evaluate.py", "", flags.split()) == 0
     assert json.loads(capsys.readouterr().out.splitlines()[-1])["samples"] == 1
-
-
-@pytest.mark.parametrize(
-    ("task", "dataset", "file"),
-    [
-        ("caption", "coco", "data/coco/annotations/coco_karpathy_test.json"),
-        ("vqa", "gqa", "data/gqa/annotations/testdev_balanced_questions.json"),
-        ("text2image", "coco", "data/coco/annotations/coco_t2i_eval.json"),
-    ],
-)
-def test_evaluate_looks_in_the_folders_of_the_original(
-    task, dataset, file, tiny_lavit_folder, tmp_path, monkeypatch, capsys
-):
-    # Without flags it names the first thing that is missing there.
-    monkeypatch.chdir(tmp_path)
-    flags = f"--task_name {task} --dataset {dataset} --model_path {tiny_lavit_folder} --device cpu"
-    images = Path(f"data/{dataset}/images")
-    steps = [(file, lambda: None), (str(images), lambda: Path(file).write_text("[]"))]
-    if task == "text2image":
-        steps.append(("openai_clip_ViT-L-14.bin", images.mkdir))
-    for missing, make in steps:
-        Path(file).parent.mkdir(parents=True, exist_ok=True)
-        make()
-        assert programs.evaluate_script("evaluate.py", "", flags.split()) == 2
-        assert missing in capsys.readouterr().err
 
 
 # ---- notebooks
@@ -148,16 +121,11 @@ def test_texts_encode_with_the_seed_of_their_settings(tiny_lavit):
     # `seed=None` draws from torch's generator, as the original, in each form of the request.
     import torch
 
-    from seed_multimodal.language.messages import user_message
-
     image = noise(1)
     expected = [tiny_lavit.describe(image, seed=seed) for seed in range(4)]
     assert len(set(expected)) > 1
     assert tiny_lavit.describe(image) == expected[0]
-    for seed, text in enumerate(expected):
-        settings = tiny_lavit.settings("describe", seed=seed)
-        [answer] = tiny_lavit.generate_answers([user_message([image])], "describe", settings)
-        assert answer.answer.text == text
+    for seed in range(4):
         torch.manual_seed(seed)
         unseeded = tiny_lavit.describe(image, seed=None)
         torch.manual_seed(seed)

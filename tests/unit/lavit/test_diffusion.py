@@ -4,7 +4,6 @@ golden kind `lavit_generation`)."""
 from __future__ import annotations
 
 import dataclasses
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -95,19 +94,12 @@ def test_ratio_size_of_the_unet(folder):
     assert {name: full.ratio_size(name) for name in RATIOS} == RATIOS
     small = [ratio_size(name, 64, 8) for name in RATIOS]
     assert small == [(64, 64), (56, 72), (56, 80), (48, 88), (80, 56), (72, 56)]
-    assert ratio_size("3:2", 512, 8) == (416, 608)  # of the published size half
-    codes = [torch.randn(3, DECODER.code_dim)]
-    for sizes, drawn in (({}, (24, 16)), ({"height": 32, "width": 16}, (16, 32))):
-        image = model(codes, ratio="16:9", num_inference_steps=1, **sizes)[0]
-        assert image.size == drawn
     with pytest.raises(ConfigError, match="ratio"):
         model.check_settings(ratio="1:3")
 
 
 def test_read_empty_text_of_a_file_or_the_text_encoder(folder, tmp_path):
     # LaVIT's folder has the file, Stable Diffusion's its text encoder.
-    with pytest.raises(CheckpointError, match=EMPTY_TEXT):
-        read_empty_text(tmp_path, TEXT_WIDTH)
     write_sd1(tmp_path)
     empty = torch.tensor([[2, *[3] * (TEXT_TOKENS - 1)]])
     with torch.no_grad():
@@ -115,15 +107,12 @@ def test_read_empty_text_of_a_file_or_the_text_encoder(folder, tmp_path):
     torch.testing.assert_close(read_empty_text(tmp_path, TEXT_WIDTH), expected)
     torch.save(torch.ones(1, 3, 8), tmp_path / EMPTY_TEXT)
     assert torch.equal(read_empty_text(tmp_path, 8), torch.ones(1, 3, 8))
-
-    # Of another U-Net's width.
-    low = shutil.copytree(folder / "pixel_decoding", tmp_path / "low")
-    torch.save(torch.zeros(1, 3, CROSS + 1), low / EMPTY_TEXT)
-    with pytest.raises(CheckpointError, match=f"{CROSS + 1}"):
-        LavitDetokenizer.from_pretrained(low)
+    with pytest.raises(CheckpointError, match="8"):  # of another U-Net's width
+        read_empty_text(tmp_path, 9)
 
 
 def test_call_with_the_safety_checker(folder):
+    # A concept near the first image flags it alone, also in half precision.
     model = load(folder, dtype=torch.bfloat16, safety=folder / "pixel_decoding")
     rows = [torch.randn(length, DECODER.code_dim) for length in (3, 5)]
 
@@ -133,8 +122,6 @@ def test_call_with_the_safety_checker(folder):
 
     checked = draw()
     assert all(np.asarray(image).any() for image in checked)
-
-    # A concept near the first image flags it alone.
     checker = model.safety_checker
     pixels = model.feature_extractor(checked, return_tensors="pt").pixel_values
     embeds = checker.visual_projection(checker.vision_model(pixels)[1]).detach()
@@ -143,5 +130,3 @@ def test_call_with_the_safety_checker(folder):
     checker.concept_embeds_weights.data[0] = 0.0
     with pytest.warns(SeedWarning, match="1 of 2"):
         assert [bool(np.asarray(image).any()) for image in draw()] == [False, True]
-    with pytest.warns(SeedWarning, match="no safety checker"):
-        load(folder, safety=folder / "a")

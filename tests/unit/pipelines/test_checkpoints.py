@@ -10,10 +10,9 @@ from typing import Any
 import pytest
 from llm_runs import LORA, OPTIM, TRAINER, write_data
 from repository import ROOT
-from tensors import equal
 
 from seed_multimodal.cli.main import main
-from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.config import SystemConfig
 
@@ -56,7 +55,6 @@ def load(folder: Path) -> Any:
 
 
 def test_checkpoint_answers_as_the_merged_model(base, checkpoint, tmp_path):
-    from seed_multimodal.compat.seed_llama_yaml import system_from_configs
     from seed_multimodal.language.lora import merge_adapter
 
     merged = shutil.copytree(base, tmp_path / "merged", ignore=shutil.ignore_patterns("seed_llama"))
@@ -70,11 +68,6 @@ def test_checkpoint_answers_as_the_merged_model(base, checkpoint, tmp_path):
     assert (system.config.notice, system.config.known_words) == ("", None)
     assert system.images.can_draw
 
-    tokenizer = base / "seed_tokenizer"
-    devices = {"llm_device": "cpu", "tokenizer_device": "cpu"}
-    served = system_from_configs(model=checkpoint, tokenizer=tokenizer, **devices)
-    assert equal(served.llm.state_dict(), system.llm.state_dict())
-
 
 def test_checkpoint_in_commands(checkpoint, tmp_path, capsys):
     # 8-bit weights cannot be merged, an adapter is no whole system.
@@ -87,30 +80,17 @@ def test_checkpoint_in_commands(checkpoint, tmp_path, capsys):
 
 def test_checkpoint_of_peft_names_only_its_base(base, checkpoint, tmp_path):
     # Saved by peft alone, without our record of the system.
-    from seed_multimodal.language.lora import load_llm_or_adapter
-
     copy = shutil.copytree(checkpoint, tmp_path / "checkpoint-9")
     (copy / "base.json").unlink()
     assert SystemConfig.find(copy).tokenizer == base / "seed_tokenizer"
-    record = json.loads((copy / "adapter_config.json").read_text())
-    for name in ("/no/such/base", None):
-        record["base_model_name_or_path"] = name
-        (copy / "adapter_config.json").write_text(json.dumps(record))
-        with pytest.raises((CheckpointError, ConfigError), match=name or "adapter_config"):
-            SystemConfig.find(copy)
-            load_llm_or_adapter(copy)
+    file = copy / "adapter_config.json"
+    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "/no"}))
+    with pytest.raises(ConfigError, match="adapter_config.*/no"):
+        load(copy)
 
 
-@pytest.mark.parametrize(
-    ("record", "named"),
-    [
-        ({"system": "seed_y"}, "system"),
-        ({"system": "lavit", "lm": "x"}, "'lm'"),
-        ({"system": "lavit", "llm": 3}, "llm"),
-    ],
-)
-def test_checkpoint_with_a_wrong_record(record, named, checkpoint, tmp_path):
+def test_checkpoint_with_a_wrong_record(checkpoint, tmp_path):
     copy = shutil.copytree(checkpoint, tmp_path / "copy")
-    (copy / "base.json").write_text(json.dumps(record))
-    with pytest.raises(ConfigError, match=rf"base\.json.*{named}"):
+    (copy / "base.json").write_text('{"system": "lavit", "lm": "x"}')
+    with pytest.raises(ConfigError, match=r"base\.json.*'lm'"):
         SystemConfig.find(copy)

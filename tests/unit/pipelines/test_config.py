@@ -32,11 +32,8 @@ def no_weights(tmp_path, monkeypatch) -> Path:
 @pytest.mark.parametrize(
     ("name", "system", "llm"),
     [
-        ("nano", "seed_llama", "nano/seed_llama"),
         ("NANO-X", "seed_x", "nano-x/llm"),
         ("8b", "seed_llama", "seed_llama_8b_sft"),
-        ("AILab-CVC/seed-llama-14b-sft", "seed_llama", "seed_llama_14b_sft"),
-        ("SEED-X-Edit", "seed_x", "seed_x_edit/llm"),
         ("AILab-CVC/SEED-X-17B", "seed_x", "seed_x_i/llm"),
         ("rain1011/LaVIT-7B-v2", "lavit", "LaVIT-7B-v2/language_model"),
     ],
@@ -50,16 +47,12 @@ def test_find_of_names(name, system, llm):
 
 def test_find_of_folders(tiny_folder, no_weights):
     tokenizer = tiny_folder / "seed_tokenizer"
-    config = SystemConfig.find(tiny_folder)
-    assert config.llm == tiny_folder / "seed_llama"
+    config = SystemConfig.find(tiny_folder, template="llama2")
+    assert (config.llm, config.template) == (tiny_folder / "seed_llama", "llama2")
     assert config.detokenizer == tokenizer / "diffusion_model"
-    assert (config.template, config.image_size) == ("vicuna", 32)
-    other = SystemConfig.find(tiny_folder, detokenizer=no_weights, template="llama2")
-    assert (other.detokenizer, other.template) == (no_weights, "llama2")
 
     # Without system.json: a tokenizer alone, separate parts, an agent.
     alone = SystemConfig.find(tokenizer)
-    assert alone.llm is None
     assert alone.detokenizer == tokenizer / "diffusion_model"
     with pytest.raises(CheckpointError, match="seed_tokenizer: its language model"):
         alone.require("llm")
@@ -85,13 +78,10 @@ def test_find_of_folders_that_are_no_system(tiny_folder, no_weights):
         SystemConfig.find(alone).require("llm", "tokenizer")
 
 
-@pytest.mark.parametrize(
-    ("name", "near"), [("8c", "'8b'"), ("nanno", "'nano'"), ("no/such/folder", "nano-lavit, 8b")]
-)
-def test_find_of_missing_names(name, near, no_weights):
+def test_find_of_a_misspelt_name(no_weights):
     # The nearest name is suggested.
-    with pytest.raises(CheckpointError, match=f"{name}.*{near}"):
-        SystemConfig.find(name)
+    with pytest.raises(CheckpointError, match="'nano'"):
+        SystemConfig.find("nanno")
 
 
 @pytest.mark.parametrize(
@@ -99,7 +89,6 @@ def test_find_of_missing_names(name, near, no_weights):
     [
         ("8b", ("AILab-CVC/seed-tokenizer-2", "eva_vit_g.pth", "-8b-sft", "unclip")),
         ("seed-x", ("AILab-CVC/SEED-X-17B", "QwenViT", "seed fetch seed-x qwen-vit sdxl")),
-        ("lavit", ("rain1011/LaVIT-7B-v2", "eva_vitg_psz14.bin")),
     ],
 )
 def test_require_names_all_parts_of_an_original(name, parts, no_weights):
@@ -110,34 +99,21 @@ def test_require_names_all_parts_of_an_original(name, parts, no_weights):
         assert part in str(caught.value)
 
 
-def test_local_folder_of_names_on_the_hub(no_weights, tiny_folder):
+def test_local_folder_of_names_on_the_hub(no_weights):
     # Files of the original's checkout are used without a network.
-    from seed_multimodal.compat.seed_llama_yaml import language_model
-    from seed_multimodal.config import instantiate
-
     assert hub.local_folder("AILab-CVC/seed-tokenizer-2") is None
-    original = {
-        "_target_": "models.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained",
-        "pretrained_model_name_or_path": "pretrained/seed_llama_tokenizer",
-    }
-    with pytest.raises(CheckpointError, match=r"eva_vit_g\.pth"):
-        instantiate(original, device="cpu")
     (no_weights / "pretrained" / "seed_tokenizer").mkdir(parents=True)
     assert hub.local_folder("AILab-CVC/seed-tokenizer-2") == Path("pretrained/seed_tokenizer")
-    shutil.copytree(tiny_folder / "seed_llama", no_weights / "pretrained" / "seed_llama_8b_sft")
-    assert language_model("AILab-CVC/seed-llama-8b-sft", device="cpu").config.model_type == "llama"
 
 
 @pytest.mark.parametrize(
     ("text", "named"),
     [
         ("{", r"system\.json"),
-        ('{"transform": {"keepratio": true}}', "'keepratio'"),
         ('{"tokeniser": "x"}', "'tokeniser'"),
         ('{"system": "seed_y"}', "system"),
         ('{"system": "lavit", "grids": ["1x1"]}', "'grids'"),
         ('{"system": "lavit", "generation": {"draw": 3}}', "generation: draw"),
-        ('{"image_size": 0}', "image_size"),
     ],
 )
 def test_find_of_a_wrong_system_json(tmp_path, text, named):
@@ -175,7 +151,6 @@ DIFFUSION = "seed_tokenizer/diffusion_model"
     ("fixture", "missing", "llm"),
     [
         ("tiny_folder", f"{DIFFUSION}/unet/diffusion_pytorch_model.safetensors", "seed_llama"),
-        ("tiny_folder", f"{DIFFUSION}/image_normalizer/config.json", "seed_llama"),
         ("tiny_x_folder", "sdxl/vae/config.json", "llm"),
         ("tiny_lavit_folder", "pixels/unet/config.json", "llm"),
     ],
@@ -187,10 +162,11 @@ def test_missing_files_are_reported_before_weights_are_read(
     folder = shutil.copytree(request.getfixturevalue(fixture), tmp_path / "copy")
     (folder / llm / "model.safetensors").write_bytes(b"damaged")
     (folder / missing).unlink()
-    with pytest.raises(CheckpointError, match=missing):
-        MultimodalSystem.from_pretrained(folder, device="cpu", log=None)
-    with pytest.raises(CheckpointError, match=llm):
-        MultimodalSystem.from_pretrained(folder, device="cpu", log=None, load_decoder=False)
+    for needs_decoder, named in ((True, missing), (False, llm)):
+        with pytest.raises(CheckpointError, match=named):
+            MultimodalSystem.from_pretrained(
+                folder, device="cpu", log=None, load_decoder=needs_decoder
+            )
 
 
 def test_a_missing_shard_is_reported_before_others_are_read(tiny_folder, tmp_path):

@@ -47,9 +47,8 @@ def write_original(model: SeedTokenizer, folder: Path) -> Path:
 
 def write_layout(layout: str, model: SeedTokenizer, folder: Path) -> Path:
     """What the tokenizer is loaded from."""
-    if layout.startswith("saved"):
-        model.save_pretrained(folder)
-        return folder / "model.safetensors" if layout == "saved file" else folder
+    if layout == "saved":
+        return model.save_pretrained(folder)
     write_original(model, folder)
     file = folder / model.layout.files[-1]
     if layout == "original file":
@@ -58,8 +57,6 @@ def write_layout(layout: str, model: SeedTokenizer, folder: Path) -> Path:
         for file in [*folder.glob("*.pt"), *folder.glob("*.pth")]:
             save_state_dict(load_state_dict(file), file.with_suffix(".safetensors"))
             file.unlink()
-    elif layout == "with config":
-        (folder / "config.json").write_text(json.dumps(model.config.to_dict()))
     elif layout == "vision in torch's cache":
         cache = Path(torch.hub.get_dir()) / "checkpoints"
         cache.mkdir(parents=True)
@@ -74,8 +71,8 @@ def write_layout(layout: str, model: SeedTokenizer, folder: Path) -> Path:
     return folder
 
 
-LAYOUTS = ("saved folder", "original", "safetensors")
-LAYOUTS_SEED2 = ("saved file", "original file", "with config", "vision in torch's cache")
+LAYOUTS = ("saved", "original", "safetensors")
+LAYOUTS_SEED2 = ("original file", "vision in torch's cache")
 
 
 @pytest.mark.parametrize(
@@ -90,8 +87,7 @@ def test_from_pretrained_layouts(kind, layout, seed2, tmp_path, images):
     model = seed2 if kind == "seed2" else seed1_tokenizer()
     lines: list[str] = []
     source = write_layout(layout, model, tmp_path / "folder")
-    has_config = layout.startswith("saved") or layout == "with config"
-    config = None if has_config else model.config
+    config = None if layout == "saved" else model.config
     loaded = type(model).from_pretrained(source, config=config, log=lines.append)
     assert loaded.config == model.config
     assert equal(loaded.state_dict(), model.state_dict())
@@ -99,17 +95,6 @@ def test_from_pretrained_layouts(kind, layout, seed2, tmp_path, images):
     assert not loaded.training
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
     assert len(lines) == 1
-
-
-def test_from_pretrained_with_another_image_size_and_no_reconstruction(seed2, tmp_path):
-    # Position embeddings are resized; parts of training only may be left out.
-    folder = write_original(seed2, tmp_path / "a")
-    vit = dataclasses.replace(seed2.config.vit, image_size=32)
-    larger = dataclasses.replace(seed2.config, recon_s=False, vit=vit)
-    loaded = Seed2Tokenizer.from_pretrained(folder, config=larger)
-    assert loaded.visual_encoder.pos_embed.shape == (1, 17, 16)
-    assert not hasattr(loaded, "blocks")
-    assert loaded.encode(torch.randn(2, 3, 32, 32)).shape == (2, 32)
 
 
 def test_from_pretrained_with_unknown_tensors_and_other_files(seed2, tmp_path, images):
@@ -123,12 +108,8 @@ def test_from_pretrained_with_unknown_tensors_and_other_files(seed2, tmp_path, i
     assert torch.equal(loaded.encode(images), seed2.encode(images))
 
     # A newcomer learns which files are needed.
-    with pytest.raises(CheckpointError, match=r"eva_vit_g\.pth"):
-        Seed2Tokenizer.from_pretrained(folder, config=seed2.config)
     with pytest.raises(CheckpointError, match=r"seed_quantizer\.pt .*eva_vit_g\.pth"):
         Seed2Tokenizer.from_pretrained(tmp_path / "absent")
-    with pytest.raises(CheckpointError, match="no-such-owner/tokenizer"):
-        Seed2Tokenizer.from_pretrained("no-such-owner/tokenizer")
 
 
 # ---- BLIP-2
@@ -152,13 +133,9 @@ def test_load_blip2_leaves_the_vision_encoder(tmp_path):
     torch.save({"model": blip2 | {"itm_head.weight": torch.zeros(2, 24)}}, file)
     model = stage1()
     vision = {key: value.clone() for key, value in model.visual_encoder.state_dict().items()}
-    report = load_blip2(model, file, None)
-    assert set(report.loaded) == set(blip2)
+    load_blip2(model, file, None)
     assert equal(blip2, model.state_dict())
     assert equal(vision, model.visual_encoder.state_dict())
-    torch.save({"model": {"other": torch.zeros(2)}}, file)
-    with pytest.raises(CheckpointError, match=file.name):
-        load_blip2(stage1(), file, None)
 
 
 # ---- the vision encoder and CLIP
@@ -213,5 +190,3 @@ def test_load_clip_halves_of_a_whole_clip(clip_folder, images, tmp_path):
 
     vision.save_pretrained(tmp_path, max_shard_size="6KB")  # the vision half alone, in shards
     assert torch.equal(load_clip_vision(tmp_path, log=None)(images).image_embeds, embeds)
-    clip_like = EvaVit(dataclasses.replace(EVA, depth=1, pre_norm=True))
-    assert load_vision(clip_like, clip_folder, None).loaded

@@ -12,7 +12,7 @@ import pytest
 import torch
 from random_images import noise
 from repository import NANO
-from tiny.seed import loud, seed1_config, training_name
+from tiny.seed import loud, seed1_config
 from torch import Tensor, nn
 
 from seed_multimodal.cli.main import main
@@ -24,7 +24,6 @@ from seed_multimodal.models.seed.export import Export, export_tokenizer
 from seed_multimodal.models.seed.losses import Seed1Stage2Model, Stage1Model, Stage2Model
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer
 from seed_multimodal.nn.vision.eva import EvaVit
-from seed_multimodal.weights import load_state_dict
 from seed_nano.train.words import write_files
 
 
@@ -82,25 +81,20 @@ def trained(tiny: Seed2Config, tmp_path) -> Trained:
     return train(tiny, tmp_path / "run")
 
 
-@pytest.mark.parametrize("kind", ["seed2", "seed2-reverse", "seed1", "seed1-names"])
+@pytest.mark.parametrize("kind", ["seed2", "seed2-reverse", "seed1"])
 def test_export_gives_the_codes_of_the_trained_modules(tiny, tmp_path, kind):
     # What was trained is what is served, in our layout and in the original's.
-    config: Any = seed1_config() if kind.startswith("seed1") else tiny
+    config: Any = seed1_config() if kind == "seed1" else tiny
     if kind == "seed2-reverse":
         config = dataclasses.replace(tiny, use_qformer_image=True)
     trained = train(config, tmp_path / "run")
-    if kind == "seed1-names":  # of the training code, next to SEED-2's branch
-        state = load_state_dict(tmp_path / "run" / "stage2.pth")
-        state = {training_name(name): value for name, value in state.items()}
-        state["reverse_tokens"] = torch.zeros(1, 1, 24)
-        torch.save({"model": state}, tmp_path / "run" / "stage2.pth")
     out = tmp_path / "out"
     report = trained.export(out, kind=kind[:5], write_original=True)
     assert report.codes == trained.codes[0].tolist()
     assert len(set(report.codes)) > 5
 
     # Our folder, and the original files alone.
-    tokenizer: Any = Seed1Tokenizer if kind.startswith("seed1") else Seed2Tokenizer
+    tokenizer: Any = Seed1Tokenizer if kind == "seed1" else Seed2Tokenizer
     original = shutil.copytree(out, tmp_path / "original")
     (original / "config.json").unlink()
     (original / "model.safetensors").unlink()
@@ -132,56 +126,40 @@ def test_export_reads_each_part_from_the_last_stage_that_trained_it(trained, tin
 
 
 def test_export_with_a_config_next_to_the_checkpoint(trained, tmp_path):
-    # Runs write their sizes; without them the original's are expected.
-    with pytest.raises(CheckpointError):  # the original sizes are another model's
-        trained.export(tmp_path / "out", config=None)
-    file = trained.folder / "config.json"
-    file.write_text(json.dumps(trained.config.to_dict()))
-    for name, config in (("a", None), ("b", file)):
-        assert trained.export(tmp_path / name, config=config).codes == trained.codes[0].tolist()
-        assert Seed2Tokenizer.read_config(tmp_path / name / "config.json") == trained.config
+    # Runs write their sizes.
+    (trained.folder / "config.json").write_text(json.dumps(trained.config.to_dict()))
+    assert trained.export(tmp_path / "out", config=None).codes == trained.codes[0].tolist()
+    assert Seed2Tokenizer.read_config(tmp_path / "out" / "config.json") == trained.config
 
 
 def test_export_with_missing_parts_writes_nothing(trained, tmp_path):
     # A folder that exists must be whole.
-    out = tmp_path / "out"
     for options, named in (
         ({"stage1": None}, "'ln_vision'"),
         ({"vision": None}, "vision encoder"),
         ({"kind": "seed1"}, "seed2"),
+        ({"config": None}, "another size"),  # the original sizes are another model's
     ):
         with pytest.raises(CheckpointError, match=named):
-            trained.export(out, **options)
-    (trained.folder / "stage1.pth").rename(trained.folder / "stage2.pth")
-    with pytest.raises(CheckpointError, match=r"stage2\.pth: not a stage-2 checkpoint"):
-        trained.export(out, stage1=None)
+            trained.export(tmp_path / "out", **options)
     assert [path.name for path in tmp_path.iterdir()] == ["run"]
 
 
-def test_export_command(trained, tmp_path, capsys):
-    # The printed codes are those of the trained modules.
+def test_export_command_with_a_text_tokenizer(trained, tmp_path, capsys):
+    # Of as many codes as the codebook has, and of others.
     config = tmp_path / "sizes.json"
     config.write_text(json.dumps(trained.config.to_dict()))
-
-    def export(out: str, flags: str) -> tuple[int, Any]:
-        run = trained.folder
-        files = f"--stage1 {run}/stage1.pth --stage2 {run}/stage2.pth --vision {run}/eva_vit_g.pth"
-        command = f"export-tokenizer {files} --config {config} --out {tmp_path / out} {flags}"
-        return main(command.split()), capsys.readouterr()
-
-    code, printed = export("a", f"--image {trained.folder / 'image.png'}")
-    assert code == 0
-    assert " ".join(map(str, trained.codes[0].tolist())) in printed.out
-
-    # With a text tokenizer of as many codes, and of others.
     model = (NANO / "seed_tokenizer" / MODEL).read_bytes()
     write_files(tmp_path / "texts", model, trained.config.codebook_size, 32)
-    code, printed = export("b", f"--json --released --text-tokenizer {tmp_path / 'texts'}")
-    assert code == 0
-    assert json.loads(printed.out)["kind"] == "seed2"
-    assert (tmp_path / "b" / "tokenizer.model").is_file()
-    code, printed = export("c", f"--text-tokenizer {NANO / 'seed_tokenizer'}")
-    assert code == 2
-    assert "50" in printed.err
-    assert "1024" in printed.err
-    assert not (tmp_path / "c").exists()
+
+    def export(out: str, texts: Path) -> int:
+        run = trained.folder
+        files = f"--stage1 {run}/stage1.pth --stage2 {run}/stage2.pth --vision {run}/eva_vit_g.pth"
+        command = f"export-tokenizer {files} --config {config} --out {tmp_path / out}"
+        return main([*command.split(), "--text-tokenizer", str(texts)])
+
+    assert export("a", tmp_path / "texts") == 0
+    assert (tmp_path / "a" / "tokenizer.model").is_file()
+    assert export("b", NANO / "seed_tokenizer") == 2
+    assert "1024" in capsys.readouterr().err
+    assert not (tmp_path / "b").exists()

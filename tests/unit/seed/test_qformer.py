@@ -39,16 +39,6 @@ def test_forward_is_causal_for_the_configured_number_of_queries(causal, count):
     assert torch.equal(moved, everything.triu() if causal == count else everything)
 
 
-@torch.no_grad()
-def test_forward_with_padding():
-    # A caption's features must not depend on the longest caption of its batch.
-    model = qformer()
-    ids = torch.tensor([[2, 5, 3, 0, 0]])
-    mask = torch.tensor([[1, 1, 1, 0, 0]])
-    padded = model(input_ids=ids, attention_mask=mask)
-    torch.testing.assert_close(padded[:, :3], model(input_ids=ids[:, :3]))
-
-
 def test_copy_text_to_query_and_cross_attention_in_every_second_layer():
     # Stage 1 starts from BERT's text layers in both branches.
     model = QFormer(CONFIG, 16, vocab_size=30, lm_head=True)

@@ -23,7 +23,7 @@ from tiny.seed import loud, seed1_config
 
 from seed_multimodal.compat.seed_llama_programs import recon_script
 from seed_multimodal.diffusion.base import empty_prompt
-from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.errors import CheckpointError
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer
 from seed_multimodal.models.seed.single_file import load_single_file
 
@@ -157,16 +157,12 @@ def test_single_file_of_another_kind(tmp_path, original: Path):
     tensors = golden_tensors()
     unet = {name: value for name, value in tensors.items() if "first_stage" not in name}
     save_as_original(tmp_path / "unet.ckpt", unet)
-    save_as_original(tmp_path / "other.ckpt", {"weight": torch.zeros(3)})
     (tmp_path / "torn.ckpt").write_bytes((original / "sd-v1-4.ckpt").read_bytes()[:5000])
-    for name, named in (("unet", "vae"), ("other", "U-Net"), ("torn", r"torn\.ckpt")):
+    for name, named in (("unet", "vae"), ("torn", r"torn\.ckpt")):
         with pytest.raises(CheckpointError, match=named):
             load_single_file(tmp_path / f"{name}.ckpt", torch.float32, original / "tiny.yaml")
     with pytest.raises(CheckpointError, match="320"):  # Stable Diffusion's own sizes
         load_single_file(original / "sd-v1-4.ckpt", torch.float32)
-    (tmp_path / "wrong.yaml").write_text("model: {params: {}}")
-    with pytest.raises(ConfigError, match="unet_config"):
-        load_single_file(original / "sd-v1-4.ckpt", torch.float32, tmp_path / "wrong.yaml")
 
 
 def test_recon_finds_the_original_file(original: Path, tmp_path):

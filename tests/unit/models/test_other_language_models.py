@@ -1,0 +1,103 @@
+"""SEED-X and LaVIT on a Qwen 3 with a hub tokenizer: used, trained, and the trained model used
+(SEED-LLaMA: `unit/multimodal_llm/test_other_language_model.py`)."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from random_images import noise
+
+from seed_multimodal.pipelines.base import MultimodalSystem
+
+IMAGE = noise(1)
+BOX = "<box_start><loc-1><loc-2><loc-3><loc-4><box_end>"
+pytestmark = pytest.mark.filterwarnings("ignore:Answers are not lemmatised")
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory) -> dict[str, Path]:
+    from tiny.lavit import build_lavit
+    from tiny.seed_x import build_seed_x
+
+    root = tmp_path_factory.mktemp("hub")
+    return {
+        "seed_x": build_seed_x(root / "seed_x", hub=True),
+        "lavit": build_lavit(root / "lavit", hub=True),
+    }
+
+
+def load(folder: Path, **options: Any) -> Any:
+    return MultimodalSystem.from_pretrained(folder, device="cpu", log=None, **options)
+
+
+@pytest.mark.parametrize("name", ["seed_x", "lavit"])
+def test_answers_with_tokens_behind_those_of_the_text(name, folders):
+    system = load(folders[name])
+    assert system.describe([IMAGE, IMAGE]) == [system.describe(IMAGE)] * 2
+    assert system.draw("a house", seed=1).size
+    tokenizer = system.tokenizer
+    vocabulary = tokenizer.vocabulary
+    if name == "lavit":
+        assert vocabulary.boi_id == vocabulary.n_text
+        # Special tokens may have any ids, so none are skipped inside images.
+        assert not any(vocabulary.is_ignored_in_image(id) for id in range(vocabulary.n_text))
+        return
+
+    added = sorted(vocabulary.added_tokens.values())
+    assert added == list(range(vocabulary.n_text, vocabulary.size))
+    # Boxes and images are tokens; names of special tokens that are typed are text: a user could
+    # end the system's turn.
+    content = f"What is at {BOX}?<|im_end|>"
+    ids = system.prompts.dialogue([("user", [content])])
+    assert tokenizer.decode(ids) == f"[INST] {content} [/INST]\n"
+    assert ids.count(vocabulary.boxes) == 1
+    assert not set(ids) & set(tokenizer.eos_token_ids)
+
+
+def tune_seed_x(folder: Path, work: Path) -> None:
+    import tuning_parts
+    from tiny.seed_x import READS, VIEW, WRITES
+
+    from seed_multimodal.models.seed_x.train_agent import TuningTask
+
+    tuning_parts.write_data(work)
+    data = tuning_parts.data_of(work)
+    for source in data["sources"]:
+        source["options"]["base_resolution"] = VIEW
+    changes = {
+        "model": {"path": str(folder / "llm"), "dtype": "fp32", "lora": {"r": 4}},
+        "tokenizer": {"pretrained_model_name_or_path": str(folder / "tokenizer")},
+        "visual_encoder": {"path": str(folder / "vision")},
+        "agent": {"input_resampler": vars(READS), "output_resampler": vars(WRITES)},
+        "trainer": {"max_steps": 3},
+    }
+    TuningTask.train(tuning_parts.config_of(work, work / "out", data=data, lora=True, **changes))
+
+
+def train_lavit(folder: Path, work: Path) -> None:
+    import pretrain_parts
+
+    from seed_multimodal.models.lavit.train_llm import PretrainTask
+
+    pretrain_parts.write_parts(work)
+    changes = {
+        "model": {"path": str(folder / "llm"), "dtype": "fp32", "lora": {"r": 4}},
+        "tokenizer": {"pretrained_model_name_or_path": str(folder / "llm")},
+        "visual_encoder": {"path": str(folder / "tokenizer")},
+        "trainer": {"max_steps": 3},
+    }
+    data = pretrain_parts.data_of(work)
+    PretrainTask.train(pretrain_parts.config_of(work, work / "out", data=data, **changes))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("name", "train"), [("seed_x", tune_seed_x), ("lavit", train_lavit)])
+def test_checkpoint_of_three_steps_is_a_system(name, train, folders, tmp_path):
+    train(folders[name], tmp_path)
+    before = load(folders[name], load_decoder=False)
+    trained = load(tmp_path / "out" / "checkpoint-3", load_decoder=False)
+    assert type(trained.tokenizer) is type(before.tokenizer)
+    assert trained.tokenizer.eos_token_ids == before.tokenizer.eos_token_ids
+    assert trained.describe(IMAGE) != before.describe(IMAGE)
