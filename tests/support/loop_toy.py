@@ -164,14 +164,10 @@ def saved(folder: Path, name: str = "toy") -> dict[str, Any]:
     """The newest checkpoint of a stage: `model`, `ema`, and the keys of trainer_state.json and
     optimizer.pt."""
     path = newest(folder, name)
-    tensors = {
-        part: load_file(path / f"{file}.safetensors")
-        if (path / f"{file}.safetensors").is_file()
-        else {}
-        for part, file in (("model", "model"), ("ema", "ema"))
-    }
+    ema = path / "ema.safetensors"
     return {
-        **tensors,
+        "model": load_file(path / "model.safetensors"),
+        "ema": load_file(ema) if ema.is_file() else {},
         **json.loads((path / "trainer_state.json").read_text()),
         **torch.load(path / "optimizer.pt", weights_only=True),
     }
@@ -229,11 +225,7 @@ def main() -> int:
         for text in sys.argv[2:]:
             train(Path(sys.argv[1]), **json.loads(text))
     except SeedError as error:
-        step = next(
-            (saved_step for saved_step, _ in checkpoints(Path(sys.argv[1]) / "toy.checkpoints")),
-            None,
-        )
-        print(f"refused: {error}\nfiles: {sorted(os.listdir(sys.argv[1]))}\nstate of step: {step}")
+        print(f"refused: {error}", flush=True)
         return 2
     if dist.is_initialized():
         dist.destroy_process_group()

@@ -65,6 +65,7 @@ def test_a_student_of_as_many_steps_has_nothing_to_learn(seed_parts: Path, tmp_p
     assert max(read_losses(run)) < 1e-9
 
 
+@pytest.mark.nightly
 def test_a_student_of_stable_unclip_learns_guidance(seed_parts: Path, tmp_path):
     # A teacher with two runs a step; the student draws in two steps of one run.
     config = seed_config(

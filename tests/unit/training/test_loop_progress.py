@@ -1,8 +1,7 @@
-"""The log of a training run: console lines, JSON lines, TensorBoard events."""
+"""The log of a training run: console lines, JSON lines."""
 
 from __future__ import annotations
 
-import shutil
 import time
 
 import loop_toy as toy
@@ -67,29 +66,3 @@ def test_resume_drops_log_lines_after_the_checkpoint(tmp_path):
         file.write('{"step": 8, "loss": 1.0}\n{"step": 9, "lo')  # killed while writing
     toy.train(tmp_path, logging_steps=1)
     assert [line["step"] for line in toy.log_lines(tmp_path)] == list(range(1, 13))
-
-
-def test_tensorboard_events_of_a_resumed_run(tmp_path):
-    # Steps that were repeated are shown once.
-    pytest.importorskip("tensorboard")
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    for stop_at in (3, 6):
-        with pytest.raises(SystemExit):
-            toy.train(tmp_path, report_to=["tensorboard"], logging_steps=1, stop_at=stop_at)
-        if stop_at == 3:
-            shutil.rmtree(tmp_path / "toy.checkpoints")
-    toy.train(tmp_path, report_to=["tensorboard"], logging_steps=2)
-    board = tmp_path / "tensorboard" / "toy"
-    assert len(list(board.glob("events.out.tfevents.*"))) == 3
-    events = EventAccumulator(str(board))
-    events.Reload()
-    assert {"loss", "half", "grad", "lr", "samples_per_s", "peak_memory_mib"} <= set(
-        events.Tags()["scalars"]
-    )
-    losses = events.Scalars("loss")
-    assert [event.step for event in losses] == [1, 2, 3, 4, 5, 6, 7, 8, 10, 12]
-    last = {line["step"]: line["loss"] for line in toy.log_lines(tmp_path)}
-    assert [event.value for event in losses] == pytest.approx(
-        [last[event.step] for event in losses], rel=1e-6
-    )

@@ -122,7 +122,7 @@ VARIANTS: dict[str, tuple[Family, dict[str, Any]]] = {
     "lavit-highres": (LAVIT, {"head": "highres"}),
     "lavit-lowres": (LAVIT, {"head": "lowres"}),
 }
-ONE_OF_EACH = ("seed-sana", "seed_x-2", "lavit-highres")
+NIGHTLY = ("seed-unet", "seed-sd3", "seed_x-1", "lavit-lowres")
 
 
 class Run:
@@ -171,7 +171,10 @@ def draw(detokenizer: Detokenizer, embeds: Any, rows: list[int], **settings: Any
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", VARIANTS)
+@pytest.mark.parametrize(
+    "variant",
+    [pytest.param(name, marks=pytest.mark.nightly if name in NIGHTLY else ()) for name in VARIANTS],
+)
 def test_train_then_start_then_distil(run: Run):
     # What a user does with one decoder, step by step.
     first = run("first")
@@ -222,7 +225,7 @@ def test_train_then_start_then_distil(run: Run):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ONE_OF_EACH)
+@pytest.mark.parametrize("variant", ["seed_x-2"])
 def test_samples_and_average_do_not_change_the_losses(run: Run):
     # Looking at a run must not change it.
     steps = {"max_steps": 3, "save_steps": 1}

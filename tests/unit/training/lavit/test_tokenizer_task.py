@@ -1,4 +1,4 @@
-"""LaVIT's stage 1: learning, the codebook's start, frozen parts, several processes."""
+"""LaVIT's stage 1: learning, the codebook's start, several processes."""
 
 from __future__ import annotations
 

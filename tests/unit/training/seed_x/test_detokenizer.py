@@ -23,7 +23,6 @@ from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.pixel_decoder.task import (
     ImageEncoders,
     latent_moments,
-    sample_latents,
 )
 
 CPU = torch.device("cpu")
@@ -85,7 +84,3 @@ def test_image_features_under_autocast(parts: Path):
     torch.testing.assert_close(encoded.condition_latents[[0, 2]], condition[[0, 2]])
     assert not encoded.condition_latents[1].any()
     assert encoded.conditions.shape == (3, 4, FEATURES)
-    torch.manual_seed(0)
-    latents = torch.stack([sample_latents(encoded.moments, 0.5) for _ in range(400)])
-    torch.testing.assert_close(latents.mean(0), 0.5 * image.mean, atol=0.2, rtol=0.1)
-    torch.testing.assert_close(latents.std(0), 0.5 * image.std, atol=0.05, rtol=0.2)
