@@ -10,7 +10,7 @@ from seed_nano.world.dialogues import DESCRIBE_REQUESTS
 
 @pytest.mark.parametrize(
     ("fixture", "talks"),
-    [("tiny_folder", True), ("tiny_x_folder", True), ("tiny_lavit_folder", False)],
+    [("tiny_folder", True), ("tiny_lavit_folder", False)],
 )
 def test_chat_report_of_each_kind(fixture, talks, request, capsys):
     # The figures of the model card's table of requests.

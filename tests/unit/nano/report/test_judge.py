@@ -13,7 +13,7 @@ from repository import NANO
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.trainer import train
-from seed_nano.report.judge import Judge, JudgeConfig, JudgeTask, pixels_of
+from seed_nano.report.judge import Judge, JudgeConfig, JudgeTask
 from seed_nano.report.scoring import image_labels, label_matches, true_labels
 from seed_nano.world.scene import Scene, render
 from seed_nano.world.splits import scene_at
@@ -88,13 +88,3 @@ def test_from_pretrained_of_a_folder_without_a_judge(tmp_path):
     (tmp_path / "config.json").write_text(json.dumps({**config, "layout_width": 16}))
     with pytest.raises(CheckpointError, match="layout_width|narrow|16"):
         Judge.from_pretrained(tmp_path)
-
-
-def test_pixels_of_averages_areas():
-    # Large drawings are reduced without aliasing.
-    array = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
-    by_hand = array.reshape(32, 2, 32, 2, 3).mean((1, 3)) / 127.5 - 1
-    assert pixels_of(Image.fromarray(array), 32)[0].permute(1, 2, 0).numpy() == pytest.approx(
-        by_hand, abs=1e-5
-    )
-    assert pixels_of(Image.new("L", (20, 90), 255), 32).unique().tolist() == [1.0]

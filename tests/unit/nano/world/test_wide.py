@@ -1,17 +1,15 @@
 """Wide scenes, views and the records of nano-x: nothing held out, exact boxes."""
 
-import random
-
 import pytest
 
 from seed_multimodal.models.seed_x.processing import read_boxes
 from seed_nano.world.records import GRID, X_ONLY_KINDS, x_record_at
-from seed_nano.world.scene import QUARTERS, Scene, WideScene, boxes, render_slots
+from seed_nano.world.scene import QUARTERS, Scene, boxes, render_slots
 from seed_nano.world.source import open_nano
 from seed_nano.world.splits import held_out
 from seed_nano.world.tasks import VERDICT_END
 from seed_nano.world.things import plural
-from seed_nano.world.wide import View, ask_wide, describe_wide, held_out_wide, render_wide, wide_at
+from seed_nano.world.wide import View, describe_wide, held_out_wide, render_wide, wide_at
 
 
 def test_render_and_describe_wide_scenes():
@@ -40,18 +38,6 @@ def test_wide_at_contains_nothing_held_out():
     # The report of unseen pairs would be of seen ones.
     assert not any(held_out_wide(wide_at(3, index)) for index in range(300))
     assert all(held_out_wide(wide_at(3, index, "pairs")) == {"pairs"} for index in range(20))
-
-
-def test_ask_wide_has_one_exact_answer():
-    scene = WideScene("noto", "sea", ("", "tiger", "", "owl"))
-    assert {ask_wide(scene, random.Random(seed)) for seed in range(60)} == {
-        ("What is at the top left?", "nothing"),
-        ("What is at the bottom left?", "nothing"),
-        ("What is at the top right?", "a tiger"),
-        ("What is at the bottom right?", "an owl"),
-        ("Where is the tiger?", "at the top right"),
-        ("Where is the owl?", "at the bottom right"),
-    }
 
 
 def test_view_crops_and_adds_margins():
@@ -83,11 +69,9 @@ def test_boxes_of_detect_records():
             ]
             assert not problems and len(answered_boxes) == len(expected), request
             assert ("yes" in before) is bool(expected), request
-            assert expected or answer.startswith("there is no ")
-            assert all(
-                min(abs(box.x / GRID - (left + right) / 2) for left, _, right, _ in expected) < 0.02
-                for box in answered_boxes
-            )
+            for box in answered_boxes:
+                centres = [(left + right) / 2 for left, _, right, _ in expected]
+                assert min(abs(box.x / GRID - centre) for centre in centres) < 0.02
 
 
 @pytest.mark.parametrize(
