@@ -1,24 +1,17 @@
-"""Scores of generated images: CLIP, FID; saving them."""
+"""Scores of generated images: CLIP, FID."""
 
 from __future__ import annotations
 
 import numpy as np
 import pytest
 import torch
-from full_disk import file_size_limit
 from PIL import Image
 from random_images import noise
 
-from seed_multimodal.errors import CheckpointError, DataError
+from seed_multimodal.errors import CheckpointError
 from seed_multimodal.evaluation.annotations import Sample
 from seed_multimodal.evaluation.answers import Run, Task
-from seed_multimodal.evaluation.drawing import (
-    ClipScores,
-    fid,
-    fid_metric,
-    find_clip,
-    save_drawing,
-)
+from seed_multimodal.evaluation.drawing import ClipScores, fid, fid_metric
 from seed_multimodal.images.transforms import ImageTransform
 
 CPU = torch.device("cpu")
@@ -37,18 +30,10 @@ def test_cosines_equal_those_of_transformers(clip_folder):
     expected = (out.image_embeds @ out.text_embeds.T)[:, 0].tolist()
     assert first == pytest.approx(expected, abs=1e-5)
     assert len(second) == 1
+    # Longer texts are truncated.
+    assert clip.cosines(["a " * 40], [[noise(1)]])
     assert clip.image_cosine(noise(1), noise(1)) == pytest.approx(1)
     assert clip.image_cosine(noise(1), noise(2)) < 0.9999
-
-
-def test_find_clip_without_weights(tmp_path, monkeypatch):
-    # The message names what to download.
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(CheckpointError, match="openai/clip-vit-large-patch14"):
-        find_clip(None)
-    with pytest.raises(CheckpointError, match="absent"):
-        find_clip(tmp_path / "absent")
-    assert find_clip(tmp_path) == tmp_path
 
 
 class Colours(torch.nn.Module):
@@ -92,12 +77,3 @@ def test_fid_metric_with_missing_or_unsafe_weights(tmp_path, monkeypatch):
     torch.save({"weight": Run}, tmp_path / "inception.pth")  # a class, not a tensor
     with pytest.raises(CheckpointError, match=r"inception\.pth"):
         fid_metric(tmp_path / "inception.pth")
-
-
-def test_save_drawing_on_a_full_disk_leaves_no_partial_file(tmp_path):
-    image = noise(0, (64, 64))
-    # File names have 255 bytes, a letter up to four of them.
-    assert (tmp_path / save_drawing(image, tmp_path, 7, "\U00020000" * 100)).stat().st_size > 4096
-    with file_size_limit(1024), pytest.raises(DataError, match=r"000008_fox\.png"):
-        save_drawing(image, tmp_path, 8, "fox")
-    assert len(list(tmp_path.iterdir())) == 1

@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import pytest
 import torch
-from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.evaluation.drawing import ClipScores
 from seed_multimodal.evaluation.openai_clip import NAME, load_openai_clip
 
 WORDS = 49_408
@@ -79,9 +77,6 @@ def test_embeddings_are_those_of_transformers(tmp_path):
     ids = torch.tensor([[49406, 320, 1125, 539, 320, 2368, 49407]])
     expected = torch.nn.functional.normalize(stock_text(ids).text_embeds, dim=-1)
     torch.testing.assert_close(texts(["a photo of a cat"]), expected)
-    clip = ClipScores(tmp_path / NAME, torch.device("cpu"))
-    [cosines] = clip.cosines(["a cat"], [[Image.new("RGB", (40, 30))] * 2])
-    assert len(cosines) == 2
 
 
 def test_files_that_are_not_openai_clip(tmp_path):

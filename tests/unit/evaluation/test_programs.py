@@ -15,7 +15,6 @@ from random_images import noise
 from seed_multimodal.cli.evaluate import eval_program
 from seed_multimodal.cli.main import main
 from seed_multimodal.compat.lavit_programs import evaluate_script
-from seed_multimodal.evaluation.tasks import TASKS, find_truth
 
 N_IMAGES = 3
 N_QUESTIONS = 2 * N_IMAGES
@@ -212,19 +211,3 @@ def test_evaluate_of_vizwiz_asks_first_if_a_question_is_answerable(tiny_lavit_fo
         assert line["answerable"] == first
         can_be_answered = "no" not in first.lower().split()
         assert line["answer"] == (second.removesuffix(".") if can_be_answered else "unanswerable")
-
-
-def test_find_truth_is_the_lemmatised_file_of_the_original():
-    # Published scores are those of LaVIT's files.
-    coco = TASKS["caption"]["coco"]
-    notes = Path("annotations/val.json")
-    notes.parent.mkdir()
-    assert find_truth(coco, notes) is None
-    assert find_truth(TASKS["vqa"]["gqa"], notes) is None
-    plain = notes.with_name("vizwiz_val_annotations.json")
-    plain.write_text("")
-    assert find_truth(TASKS["vqa"]["vizwiz"], notes) == plain
-    original = Path(coco.truth)
-    original.parent.mkdir(parents=True)
-    original.write_text("")
-    assert find_truth(coco, notes) == original

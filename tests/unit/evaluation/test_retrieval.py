@@ -85,12 +85,8 @@ def test_stage1_texts_reads_captions_as_in_training(stages):
         load_stage1(stages.tokenizer / "model.safetensors", tokenizer)
 
 
-def test_clip_texts_needs_a_text_encoder_and_its_tokenizer(clip_folder, tmp_path):
-    # CLIP folders of vision encoders alone have no texts.
-    texts = clip_texts(clip_folder, torch.device("cpu"))(["a red square", "a bad", "a red square"])
-    assert torch.allclose(texts.norm(dim=1), torch.ones(3))
-    assert torch.allclose(texts[0], texts[2])
-    assert not torch.allclose(texts[0], texts[1], atol=1e-3)
+def test_clip_texts_without_a_tokenizer(clip_folder, tmp_path):
+    # CLIP folders of vision encoders alone have no texts: the folder is named.
     for file in clip_folder.iterdir():
         if file.name != "vocab.json":
             (tmp_path / file.name).write_bytes(file.read_bytes())
