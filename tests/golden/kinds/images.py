@@ -107,28 +107,17 @@ def check_preprocessing(recording: Recording) -> None:
 def kept_by_filter(
     item: dict[str, Any], metadata: dict[str, Any], kwargs: dict[str, float] | None = None, **_: Any
 ) -> bool:
-    """The rule on a decoded item; without a size in the item the original reads it from the
-    metadata."""
+    """The rule on a decoded item, or on metadata if the item has no size (as in the original)."""
     limits = {**THRESHOLDS, **(kwargs or {})}
-    sizes = [
-        (item.get("width"), item.get("height")),
-        *(
-            (metadata.get(a), metadata.get(b))
-            for a, b in (("width", "height"), ("WIDTH", "HEIGHT"))
-        ),
-        metadata.get("resolution"),
-        metadata.get("original_resolution"),
-        (metadata.get("original_width"), metadata.get("original_height")),
-    ]
-    size = next((size for size in sizes if size and None not in size), None)
-    shape = (
-        shape_problem(size, limits["min_resolution"], limits["min_aspect_ratio"]) if size else ""
-    )
-    return (
-        {"pixel_values", "text"} <= item.keys()
-        and item.get("filter_flag", True)
-        and not (shape or similarity_problem(metadata, limits["similarity_thr"]))
-    )
+    sizes = {key.lower().removeprefix("original_"): value for key, value in metadata.items()} | item
+    size = sizes.get("resolution")
+    if "width" in sizes:
+        size = sizes["width"], sizes["height"]
+    problem = similarity_problem(metadata, limits["similarity_thr"])
+    if size is not None:
+        problem += shape_problem(size, limits["min_resolution"], limits["min_aspect_ratio"])
+    has_fields = {"pixel_values", "text"} <= item.keys()
+    return has_fields and item.get("filter_flag", True) and not problem
 
 
 def steps_of(transform: TrainTransform) -> list[str]:

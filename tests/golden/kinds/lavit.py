@@ -25,6 +25,8 @@ from torch import Tensor
 from seed_multimodal.inference.backends.torch import TorchBackend
 from seed_multimodal.inference.engine import Engine
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
+from seed_multimodal.language.answer import AnswerReader
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.models.lavit.decoder import CodeDecoder, Conditions, Head, LavitDecoderConfig
 from seed_multimodal.models.lavit.diffusion import LavitDetokenizer
 from seed_multimodal.models.lavit.modeling import (
@@ -52,6 +54,8 @@ MLP_RATIO = 4.3637  # original; its product with the width is truncated
 STEPS = 4
 GUIDANCE = 7.0
 QUESTION_WORDS = 5
+# Settings of the original that have one value here.
+ONE_ANSWER = ("num_return_sequences",)
 # Recorded names of settings → fields of GenerationSettings.
 SETTINGS = {
     "guidance_scale": "guidance",
@@ -198,13 +202,14 @@ def check_decoder(recording: Recording) -> None:
         features = decoder.features(rows)
         hook.remove()
         conditions = decoder(rows)
-        results = {"norm": normed[0], "decode_task": features}
-        if head == "lowres":
-            results["output"] = conditions.prompt_embeds
-        else:
-            results |= {"prompt_embeds": conditions.prompt_embeds, "pooled": conditions.pooled}
-        assert_same(results.keys(), want.part(head).keys(), f"results of {head}")
-        want.part(head).compare(**results)
+        results = {
+            "norm": normed[0],
+            "decode_task": features,
+            "output": conditions.prompt_embeds,
+            "prompt_embeds": conditions.prompt_embeds,
+            "pooled": conditions.pooled,
+        }
+        want.part(head).compare(**{name: results[name] for name in want.part(head)})
 
 
 # ---- generation
@@ -288,46 +293,51 @@ def language_model(config: dict[str, Any], weights: Tensors) -> Any:
 def check_case(
     case: dict[str, Any], llm: Any, tokenizer: LavitTokenizer, rows: Tensor, outputs: Tensors
 ) -> None:
+    """Image tokens, and the scores at each call: of the prompts and of the negative prompts."""
+    # 1. The prompts and settings.
     label = case["label"]
     options = dict(case["kwargs"])
-    vocabulary = tokenizer.vocabulary
-    legacy = options.pop("is_token_prompt", False)
-    negative = options.pop("uncond_input_ids", None)
-    rows_of_ids = [
+    of_images = options.pop("is_token_prompt", False)
+    negatives = options.pop("uncond_input_ids", None) or [None]
+    positives = [
         tokenizer.text_ids(prompt) if isinstance(prompt, str) else prompt
         for prompt in case["prompts"]
     ]
-    options = {
-        **DRAWING,
-        "guidance": 4.0,
-        **{SETTINGS[key]: value for key, value in options.items()},
-    }
-    if (
-        legacy
-    ):  # the original program generated as many new tokens as the longest prompt of images has
-        options["max_new_tokens"] = max(map(len, rows_of_ids))
-    settings = GenerationSettings(force_image=True, **options)
-    negatives = [None] if negative is None else negative
-    negatives = negatives * len(rows_of_ids) if len(negatives) == 1 else negatives
-    prompts = [Prompt(ids, negative=row) for ids, row in zip(rows_of_ids, negatives, strict=True)]
-    each = 1 if settings.guidance == 1 else 2
-    scores: list[Tensor] = []  # of each pass those of the prompts and of the negative prompts
+    if len(negatives) == 1:
+        negatives = negatives * len(positives)
+    prompts = [Prompt(ids, negative=row) for ids, row in zip(positives, negatives, strict=True)]
+    renamed = {SETTINGS[key]: value for key, value in options.items()}
+    if of_images:  # the original generated as many new tokens as the longest prompt has
+        renamed["max_new_tokens"] = max(map(len, positives))
+    settings = GenerationSettings(
+        **{**DRAWING, "guidance": 4.0, "force_image": True, **renamed}  # the original's defaults
+    )
+
+    # 2. Scores while no answer is finished. A pass has rows of prompts and negative prompts.
+    n_rows = len(prompts)
+    if settings.guidance != 1:
+        n_rows = 2 * n_rows
+    scores: list[Tensor] = []
 
     def record(module: Any, inputs: Any, output: Tensor) -> None:
-        if len(output) == each * len(prompts):  # no answer is finished yet
-            scores.extend(output[row::each].clone() for row in range(each))
+        if len(output) == n_rows:
+            step = n_rows // len(prompts)
+            scores.extend(output[row::step].clone() for row in range(step))
 
     handle = llm.lm_head.register_forward_hook(record)
     engine = Engine(TorchBackend(llm, max_rows=2 * len(prompts)), tokenizer)
-    answers = engine.generate(prompts, settings, end_ids=[vocabulary.eoi_id])
+    eoi = tokenizer.vocabulary.eoi_id
+    answers = engine.generate(prompts, settings, end_ids=[eoi])
     handle.remove()
-    assert scores and len(scores) <= case["num_forward_calls"], label
+    assert 0 < len(scores) <= case["num_forward_calls"], label
     for call, actual in enumerate(scores):
         if (recorded := outputs.get(f"{label}.call{call}.last_logits")) is not None:
             assert_close(actual[:, rows], recorded, 1e-4, 1e-4, f"{label}: scores of call {call}")
+
+    # 3. Recorded answers are padded behind their end.
     for ids, recorded in zip(answers, case["output"], strict=True):
         assert_same(ids, recorded[: len(ids)], f"{label}: ids")
-        assert ids[-1] == vocabulary.eoi_id or len(recorded) == len(ids), f"{label}: missing ids"
+        assert ids[-1] == eoi or len(recorded) == len(ids), f"{label}: missing ids"
 
 
 # ---- understanding
@@ -357,7 +367,7 @@ def check_understanding(recording: Recording) -> None:
     check_padded(
         rows, outputs["joined.embeds"], outputs["joined.attention"], "images and questions"
     )
-    check_texts(cases)
+    check_texts(cases, MultimodalTokenizer.from_pretrained(recording.tokenizer_folder))
     for task, recorded_task in (("describe", "caption"), ("ask", "answer")):
         settings = GenerationSettings(**Lavit.defaults[task])
         check_settings(settings, cases[f"{recorded_task}_generation_settings"], vocabulary)
@@ -378,44 +388,38 @@ def check_padded(rows: Sequence[Tensor], recorded: Tensor, visible: Tensor, what
         assert_same(mask.tolist(), [0] * (len(mask) - len(row)) + [1] * len(row), f"mask of {what}")
 
 
-def check_texts(cases: dict[str, Any]) -> None:
-    captions = cases["caption"]
-    answers = cases["answers"]
-    questions = cases["question_processor"]
-    assert captions and answers and questions, "the fixture holds no texts"
-    for case in captions:
-        for key in ("result", "result_with_prompt"):
-            assert_same(cut(case["decoded"], CAPTION_ENDS), case[key], case["decoded"])
-    for case in answers:
-        short = cut(case["decoded"], ANSWER_ENDS)
-        assert_same(short, case["result_before_lemmatising"], case["decoded"])
-    for question, cleaned in questions:
+def check_texts(cases: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
+    """Where captions and answers end, as the engine's reader cuts them."""
+    columns = {
+        "result": CAPTION_ENDS,
+        "result_with_prompt": CAPTION_ENDS,
+        "result_before_lemmatising": ANSWER_ENDS,
+    }
+    for case in (*cases["caption"], *cases["answers"]):
+        ids = tokenizer.encode(case["decoded"])
+        for column in columns.keys() & case.keys():
+            parts = AnswerReader(tokenizer, columns[column]).read_all(ids).parts
+            text = "".join(map(str, parts)).strip()
+            assert_same(text, case[column].strip(), case["decoded"])
+    for question, cleaned in cases["question_processor"]:
         assert_same(QuestionProcessor(QUESTION_WORDS)(question), cleaned, question)
-
-
-def cut(text: str, ends: Sequence[str]) -> str:
-    """A text up to the first of `ends`, as `AnswerReader` cuts answers."""
-    text = text.strip()
-    return text[
-        : min((position for position in map(text.find, ends) if position >= 0), default=len(text))
-    ]
 
 
 def check_settings(
     settings: GenerationSettings, recorded: dict[str, Any], vocabulary: LavitVocabulary
 ) -> None:
-    image_tokens = [vocabulary.boi_id, vocabulary.size - 1, vocabulary.size - vocabulary.boi_id]
-    ours = {
+    """All recorded settings; of embeddings and their mask only shapes are recorded."""
+    actual = {
         **dataclasses.asdict(settings),
         "do_sample": settings.samples,
-        "suppress_tokens": image_tokens,
+        "suppress_tokens": [START, vocabulary.size - 1, vocabulary.size - START],
         "bos_token_id": 1,
         "eos_token_id": 2,
         "pad_token_id": 2,
     }
-    expected = {key: value for key, value in recorded.items() if key in ours}
-    assert len(expected) >= len(recorded) - 2, "of embeddings and mask only the shapes are recorded"
-    assert_same({key: ours[key] for key in expected}, expected, "generation settings")
+    actual = {key: actual.get(key) for key in recorded}
+    ignored = dict.fromkeys(("inputs_embeds", "attention_mask", *ONE_ANSWER))
+    assert_same(actual | ignored, recorded | ignored, "generation settings")
 
 
 KINDS = {

@@ -1,19 +1,16 @@
 """LoRA training of the language model: forward, gradients, two optimizer steps, the adapter's file,
 the merge.
 
-Not compared: `cached.step_logits`; because the reference is wrong: `left.logits` and
+Not compared: `cached.step_logits`, and because the reference is wrong: `left.logits` and
 `left.cached_step_logits` (its attention ignores padding on the left, and a cached step attends to
-the first position only).
-Instead, both must equal the sequence without its padding; `left.logits_no_mask` is compared. peft
-0.4 listed `original_module` copies as trained; here they have no gradient and are not in the
-optimizer.
+the first position only). peft 0.4 listed `original_module` copies as trained; here they have no
+gradient and are not in the optimizer.
 
 Some recordings hold references to the parameters, which later steps changed:
 * `merged.*` equal to the base weights: the base has LoRA merged in, which is subtracted first;
 * every `step2.*` equal to the weights: the file holds the weights after the two steps; those from
-which train.*,
-  eval.*, left.*, gradients and losses were recorded are lost. Then only the median of the logits is
-  compared, within what two steps of 1.5e-4 change.
+  which train.*, eval.*, left.*, gradients and losses were recorded are lost. Then only the median
+  of the logits is compared, within what two steps of 1.5e-4 change.
 """
 
 from __future__ import annotations
@@ -115,32 +112,8 @@ def check_forward(model: Any, inputs: Tensors, want: Tensors) -> None:
         ]
         assert_close(out.logits[real], want[f"{mode}.logits"][real], *LOGITS, f"{mode}.logits")
         assert_close(torch.stack(losses), want[f"{mode}.loss"].expand(3), *LOGITS, f"{mode}.loss")
-
-
-def check_left_padding(model: Any, inputs: Tensors, want: Tensors | None) -> None:
-    """Padding on the left has no effect, in a whole forward pass and in a cached step."""
-    model.eval()
-    ids = inputs["left.input_ids"]
-    mask = inputs["left.attention_mask"]
-    real = int(mask.sum())
     with torch.no_grad():
-        recorded = model(input_ids=ids).logits
-        bare = model(input_ids=ids[:, -real:]).logits
-        positions = (mask.cumsum(1) - 1).clamp(min=0)
-        padded = model(input_ids=ids, attention_mask=mask, position_ids=positions, use_cache=True)
-        step = ids[:, -1:]
-        end = torch.ones_like(ids[:, :1])
-        cached = model(
-            input_ids=step,
-            past_key_values=padded.past_key_values,
-            attention_mask=torch.cat([mask, end], 1),
-            position_ids=positions[:, -1:] + 1,
-        ).logits
-        logits = model(input_ids=torch.cat([ids[:, -real:], step], 1)).logits[:, -1:]
-    if want is not None:
-        want.close("left.logits_no_mask", recorded, LOGITS)
-    assert_close(padded.logits[:, -real:], bare, *LOGITS, "left padding")
-    assert_close(cached, logits, *LOGITS, "a cached step after left padding")
+        want.close("left.logits_no_mask", model(inputs["left.input_ids"]).logits, LOGITS)
 
 
 def check_groups(model: Any, meta: dict[str, Any]) -> Any:
@@ -212,17 +185,6 @@ def check_merge(
         length = want["merged.logits"].shape[1]
         logits = merged(input_ids=inputs["input_ids"][:1, :length]).logits
     want.close("merged.logits", logits, LOGITS)
-    config = json.loads((out / "config.json").read_text())
-    assert_same(
-        [
-            config["bos_token_id"],
-            config["eos_token_id"],
-            config["pad_token_id"],
-            config["vocab_size"],
-        ],
-        [1, 2, 0, logits.shape[-1]],
-        "special ids and vocabulary of the merged model",
-    )
 
 
 def without_lora(weights: Tensors, scale: float) -> Tensors:
@@ -272,11 +234,9 @@ def check(recording: Recording) -> None:
         if are_equal(want.part("step2"), weights):  # the recorded weights are those after the steps
             want.read.update(want)  # the others are of weights that are lost
             check_near(model, inputs, want)
-            check_left_padding(model, inputs, None)
             check_groups(model, meta)
             return
         check_forward(model, inputs, want)
-        check_left_padding(model, inputs, want)
         check_steps(model, inputs, want, meta)
 
 

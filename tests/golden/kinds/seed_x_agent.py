@@ -23,11 +23,7 @@ from runner import DEFAULT_DIR, Recording, Tensors, assert_close, assert_gradien
 
 from seed_multimodal.compat.seed_x import ContinuousLVLM, Resampler
 from seed_multimodal.images.views import AnyResolution, patch_positions
-from seed_multimodal.inference.backends.torch import TorchBackend
-from seed_multimodal.inference.engine import Engine
 from seed_multimodal.inference.image_constraints import ImageConstraints, ImageLogitsProcessor
-from seed_multimodal.inference.prompt import GenerationSettings, HiddenStates, Prompt
-from seed_multimodal.language.answer import AnswerReader, ImagePart
 from seed_multimodal.language.llama_tokenizer import LlamaTokenizer
 from seed_multimodal.language.llm import ROTARY, force_special_ids
 from seed_multimodal.language.prompts import SEED_X_TASKS
@@ -35,7 +31,6 @@ from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.models.seed_x.processing import (
     Box,
     SeedXPrompts,
-    answer_text,
     insert_images,
     read_boxes,
     without_tags,
@@ -115,84 +110,76 @@ def build(config: dict[str, Any], weights: Tensors, variant: str) -> ContinuousL
 def check_losses(
     variant: str, model: ContinuousLVLM, inputs: Tensors, outputs: Tensors, meta: dict[str, Any]
 ) -> None:
-    wanted = {tuple(key.split(".")[1:3]) for key in outputs if key.startswith(f"{variant}.")}
-    assert wanted, f"{variant}: no losses recorded"
-    for mode, name in sorted(wanted):
+    """Losses, activations and gradients of each recorded batch, in both modes."""
+    batches = {tuple(key.split(".")[1:3]) for key in outputs if key.startswith(f"{variant}.")}
+    assert batches, f"{variant}: no losses recorded"
+    n_queries = model.output_resampler.query.shape[0]
+    for mode, name in sorted(batches):
         location = f"{variant}.{mode}.{name}"
-        model.train(mode == "train")
-        batch: dict[str, Any] = {
-            "image_embeds": None,
-            "embeds_gen_mask": None,
-            "embeds_cmp_mask": None,
-            **inputs.part(name),
-        }
-        if not model.settings.vit_down and batch["image_embeds"] is not None:
-            batch["image_embeds"] = batch["image_embeds"][
-                :, : model.output_resampler.query.shape[0]
-            ]
-        model.zero_grad(set_to_none=True)
-        losses, recorded = run_watched(model, batch)
         expected = outputs.part(location)
+        model.train(mode == "train")
+        model.zero_grad(set_to_none=True)
+        absent = dict.fromkeys(("image_embeds", "embeds_gen_mask", "embeds_cmp_mask"))
+        batch: dict[str, Any] = {**absent, **inputs.part(name)}
+        if batch["image_embeds"] is not None and not model.settings.vit_down:
+            batch["image_embeds"] = batch["image_embeds"][:, :n_queries]
+        losses, activations = run_watched(model, batch)
+        expected.compare("", (1e-6, 1e-4), **{key: losses[key] for key in LOSSES})
+
+        # Of activations of the language model only those at real tokens.
         real = batch["attention_mask"].bool()
-        for key in LOSSES:
-            expected.close(key, losses[key], (1e-6, 1e-4))
-        if "logits" in expected:
-            recorded["logits"] = model.llm.lm_head(recorded["last_hidden_state"])
-        for key, value in recorded.items():
-            if key in expected:
-                rows = real if value.shape[:2] == real.shape else ...
-                assert_close(value[rows], expected[key][rows], 1e-4, 1e-4, f"{location}.{key}")
+        for key in activations.keys() & expected.keys():
+            actual = activations[key]
+            rows = real if actual.shape[:2] == real.shape else ...
+            assert_close(actual[rows], expected[key][rows], 1e-4, 1e-4, f"{location}.{key}")
         if mode == "train":
             losses["total_loss"].backward()
             norms = meta.get(f"{location}.grad_norms", {})
-            assert not norms or norms.keys() == dict(model.named_parameters()).keys(), (
-                f"{location}: parameters"
-            )
             assert_gradients(model, expected.part("grad"), norms, 1e-5)
 
 
-def run_watched(model: ContinuousLVLM, batch: dict[str, Any]) -> tuple[Tensors, Tensors]:
-    """Losses and activations."""
-    recorded: Tensors = {}
+def run_watched(
+    model: ContinuousLVLM, batch: dict[str, Any]
+) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+    """Losses, and activations by their recorded names."""
+    activations: dict[str, torch.Tensor] = {}
+
+    def note_llm(_module: Any, _inputs: Any, options: dict[str, Any], output: Any) -> None:
+        activations["inputs_embeds"] = options["inputs_embeds"]
+        activations["last_hidden_state"] = output.last_hidden_state
+        activations["logits"] = model.llm.lm_head(output.last_hidden_state)
+
     hooks = [
         getattr(model, name).register_forward_hook(
-            lambda module, inputs, output, name=name: recorded.update({f"{name}_out": output})
+            lambda _module, _inputs, output, name=name: activations.update({f"{name}_out": output})
         )
         for name in ("input_resampler", "output_resampler")
     ]
-    hooks += [
-        model.llm.model.register_forward_hook(
-            lambda module, inputs, options, output: recorded.update(
-                inputs_embeds=options["inputs_embeds"], last_hidden_state=output.last_hidden_state
-            ),
-            with_kwargs=True,
-        )
-    ]
+    hooks.append(model.llm.model.register_forward_hook(note_llm, with_kwargs=True))
     losses = model(**batch)
     for hook in hooks:
         hook.remove()
-    return losses, recorded
+    return losses, activations
 
 
-def check_processor(meta: dict[str, Any], inputs: Tensors, tokenizer: Any) -> None:
+def check_processor(meta: dict[str, Any], inputs: Tensors, tokenizer: MultimodalTokenizer) -> None:
+    """Which tokens the original's processor changes: to 0 if forbidden, else it forces them."""
     processor = ImageLogitsProcessor(ImageConstraints(tokenizer.vocabulary, original=True))
-    assert_same(tokenizer.vocabulary.run(), meta["img_ids_list"], "ids of a run")
-    assert meta["logits_processor"], "no table of the logits processor"
+    image = tokenizer.vocabulary.run()
+    assert_same(image, meta["img_ids_list"], "tokens of an image")
     for case in meta["logits_processor"]:
         scores = inputs[f"logits_processor.{case['input_ids'][0][-1]}"]
-        run = tokenizer.vocabulary.run()
         for row, ids in enumerate(case["input_ids"]):
-            full = (
-                [*ids[:-1], *run[: run.index(ids[-1]) + 1]] if ids[-1] in run else ids
-            )  # as in answers
-            allowed = torch.isfinite(processor(torch.tensor([full]), scores[row : row + 1]))[0]
+            what = f"logits processor after {ids}"
+            if ids[-1] in image:  # the original reads the last token alone
+                ids = [*ids[:-1], *image[: image.index(ids[-1]) + 1]]
+            processed = processor(torch.tensor([ids]), scores[row : row + 1])[0]
+            allowed = torch.isfinite(processed).nonzero().flatten().tolist()
             changed = {token: value for index, token, value in case["changed"] if index == row}
-            forced = [token for token, value in changed.items() if value != 0.0]
-            what = f"logits processor after {case['input_ids'][row]}"
-            if forced:
-                assert_same(allowed.nonzero().flatten().tolist(), forced, what)
-            else:
-                assert_same((~allowed).nonzero().flatten().tolist(), sorted(changed), what)
+            expected = [token for token, value in changed.items() if value != 0.0]
+            if not expected:
+                expected = [token for token in range(len(processed)) if token not in changed]
+            assert_same(allowed, expected, what)
 
 
 @torch.no_grad()
@@ -202,60 +189,34 @@ def check_generation(
     weights: Tensors,
     inputs: Tensors,
     outputs: Tensors,
-    tokenizer: Any,
+    tokenizer: MultimodalTokenizer,
 ) -> None:
+    """The answer to a prompt: its text, and the features of its images."""
     name = case["label"]
-    boi = tokenizer.vocabulary.boi_id
+    vocabulary = tokenizer.vocabulary
+    positions = vocabulary.placeholder_positions(case["input_ids"])
+    masked = [position for position, is_image in enumerate(case["ids_cmp_mask"]) if is_image]
+    assert_same(positions, masked, f"{name}: positions of features")
+
+    # Random weights never begin an image, so some cases have another row of the output layer.
     head = model.llm.lm_head.weight
-    before = head.clone()
+    head_before = head.clone()
     if name.startswith("forced_image"):
-        head[boi] = weights["gen.forced_image.lm_head.weight_row_img"]
-    positions = tokenizer.vocabulary.placeholder_positions(case["input_ids"])
-    assert_same(
-        positions,
-        [position for position, here in enumerate(case["ids_cmp_mask"]) if here],
-        f"{name}: places",
-    )
-    embeds = model.eval().embed(
-        torch.tensor([case["input_ids"]]),
-        torch.tensor([case["ids_cmp_mask"]]).bool(),
-        inputs.get(f"gen.{name}.image_embeds"),
-        inputs.get(f"gen.{name}.patch_positions"),
-    )[0]
-    prompt = Prompt.of_embeddings(embeds)
-    prompt.answered = [boi] if case["input_ids"][-1:] == [boi] else []
-    states = HiddenStates()
-    settings = GenerationSettings(do_sample=False, **case["kwargs"])
-    engine = Engine(TorchBackend(model.llm), tokenizer, original_constraints=True)
-    answer = engine.generate([prompt], settings, states=states)[0]
-    output = model.generate(
+        head[vocabulary.boi_id] = weights["gen.forced_image.lm_head.weight_row_img"]
+    answer = model.eval().generate(
         LlamaTokenizer(tokenizer),
         input_ids=torch.tensor([case["input_ids"]]),
         image_embeds=inputs.get(f"gen.{name}.image_embeds"),
         ids_cmp_mask=torch.tensor([case["ids_cmp_mask"]]),
         patch_positions=inputs.get(f"gen.{name}.patch_positions"),
-        num_img_gen_tokens=tokenizer.vocabulary.tokens_per_image,
+        num_img_gen_tokens=vocabulary.tokens_per_image,
         **case["kwargs"],
     )
-    head.copy_(before)
-    drawings = [
-        model.output_features(
-            states.at(0, range(image.position, image.position + len(image.codes)))[None]
-        )
-        for image in AnswerReader(tokenizer).read_all(answer).parts
-        if isinstance(image, ImagePart)
-    ]
-    assert_same(answer_text(answer, tokenizer), case["text"], f"{name}: text")
-    assert_same(
-        (len(drawings) > 0, len(drawings)),
-        (case["has_img_output"], case["num_gen_imgs"]),
-        f"{name}: images",
-    )
+    head.copy_(head_before)
     for key in ("text", "has_img_output", "num_gen_imgs"):
-        assert_same(output[key], case[key], f"{name}: {key} of the original's method")
+        assert_same(answer[key], case[key], f"{name}: {key}")
     if f"gen.{name}.img_gen_feat" in outputs:
-        for features in (torch.cat(drawings), output["img_gen_feat"]):
-            outputs.close(f"gen.{name}.img_gen_feat", features, (1e-4, 1e-4))
+        outputs.close(f"gen.{name}.img_gen_feat", answer["img_gen_feat"], (1e-4, 1e-4))
 
 
 # ---- scripts
@@ -264,64 +225,56 @@ def check_generation(
 def check_inference(recording: Recording) -> None:
     cases = recording.cases
     tokenizer = seedx_tokenizer(recording.folder, 64)
-    assert cases["runs"] and cases["extract_box"], "the fixture holds no runs"
     for run in cases["runs"]:
         check_run(run, tokenizer)
+    # Boxes that the scripts can draw; the rest are errors.
     for case in cases["extract_box"]:
         for key, opened in (("chat_model", False), ("base_model", True)):
-            boxes, problems = read_boxes(
-                case["text"], opened
-            )  # those that the scripts can draw, errors for the rest
-            expected_boxes = [Box(*values) for values in case[key] or [] if len(values) == 4]
-            assert_same(
-                [box for box in boxes if box in expected_boxes], boxes, f"boxes of {case['text']!r}"
-            )
-            assert all(problem.endswith(".") for problem in problems)
+            boxes, _ = read_boxes(case["text"], opened)
+            recorded = [Box(*values) for values in case[key] or [] if len(values) == 4]
+            assert [box for box in boxes if box not in recorded] == [], case["text"]
 
 
-def check_run(run: dict[str, Any], tokenizer: Any) -> None:
-    script = run["script"]
-    size = tuple(run["image_size"])
-    vocabulary = tokenizer.vocabulary
-    prompts = SeedXPrompts(tokenizer)
-    grid = AnyResolution(grids=("1x1",) if "img2edit" in script else AnyResolution().grids).grid(
-        size
-    )
-    views = [grid[0] * grid[1] + 1]
+def prompts_of(script: str, prompts: SeedXPrompts, views: list[int]) -> list[list[int]]:
+    """The ids of each call of a script; `views`: of its image."""
 
     def tuned(text: str, views: list[int]) -> list[int]:
         return prompts.dialogue([("user", insert_images(text, views))])
 
-    prompt_ids = {
-        "eval_img2text_seed_x.py": lambda: [
-            prompts.completion(insert_images(QUESTION, views)),
-            prompts.completion(insert_images(PHRASE, views), "detect"),
-        ],
-        "eval_img2text_seed_x_i.py": lambda: [tuned(text, views) for text in TUNED],
-        "eval_img2edit_seed_x_edit.py": lambda: [tuned(EDIT, views)],
-        "eval_text2img_seed_x.py": lambda: [
-            [*prompts.completion([CAPTION], "draw"), vocabulary.boi_id]
-        ],  # forced
-        "eval_text2img_seed_x_i.py": lambda: [
-            tuned(SEED_X_TASKS.draw.format(caption=TUNED_CAPTION), [])
-        ],
-    }[script]()
-    assert_same(len(prompt_ids), len(run["llm_calls"]), f"{script}: calls")
-    for ids, call in zip(prompt_ids, run["llm_calls"], strict=True):
-        assert_same([ids], call["input_ids"], f"{script}: ids")
+    match script:
+        case "eval_img2text_seed_x.py":
+            question = prompts.completion(insert_images(QUESTION, views))
+            return [question, prompts.completion(insert_images(PHRASE, views), "detect")]
+        case "eval_img2text_seed_x_i.py":
+            return [tuned(text, views) for text in TUNED]
+        case "eval_img2edit_seed_x_edit.py":
+            return [tuned(EDIT, views)]
+        case "eval_text2img_seed_x.py":  # forces an image
+            return [[*prompts.completion([CAPTION], "draw"), prompts.tokenizer.vocabulary.boi_id]]
+        case "eval_text2img_seed_x_i.py":
+            return [tuned(SEED_X_TASKS.draw.format(caption=TUNED_CAPTION), [])]
+    raise AssertionError(f"unknown script {script}")
+
+
+def check_run(run: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
+    script = run["script"]
+    size = tuple(run["image_size"])
+    rule = AnyResolution(grids=("1x1",)) if "img2edit" in script else AnyResolution()
+    columns, rows = grid = rule.grid(size)
+    n_views = columns * rows + 1
+
+    # 1. The prompts, and the views of the image.
+    prompts = prompts_of(script, SeedXPrompts(tokenizer), [n_views])
+    for ids, call in zip(prompts, run["llm_calls"], strict=True):
+        actual = {"input_ids": [ids]}
         if call.get("ids_cmp_positions") is not None:
-            assert_same(
-                vocabulary.placeholder_positions(ids),
-                call["ids_cmp_positions"],
-                f"{script}: places of features",
-            )
-            assert_same([True] * views[0], call["embeds_cmp_mask"], f"{script}: input views")
-            assert_close(
-                patch_positions(grid),
-                call["patch_positions"],
-                1e-6,
-                what=f"{script}: positions of views",
-            )
+            actual["ids_cmp_positions"] = tokenizer.vocabulary.placeholder_positions(ids)
+            actual["embeds_cmp_mask"] = [True] * n_views
+            positions = patch_positions(grid)
+            assert_close(positions, call["patch_positions"], 1e-6, what=f"{script}: views")
+        assert_same(actual, {key: call[key] for key in actual}, f"{script}: call")
+
+    # 2. What is printed and drawn of the answers.
     texts = [output["text"] for output in run["stub_outputs"]]
     if "img2edit" in script:
         assert_same(f"{without_tags(texts[0])}\n", run["printed"], "printed")
@@ -330,9 +283,8 @@ def check_run(run: dict[str, Any], tokenizer: Any) -> None:
         boxes, problems = read_boxes(texts[1], script == "eval_img2text_seed_x.py")
         assert_same(problems, [], "malformed boxes")
         corners = [box.corners(size, clip=False) for box in boxes]
-        assert_same(
-            [[[c[0], c[1]], [c[2], c[3]]] for c in corners], run["rectangles"], "rectangles"
-        )
+        rectangles = [[[left, top], [right, bottom]] for left, top, right, bottom in corners]
+        assert_same(rectangles, run["rectangles"], "rectangles")
 
 
 KINDS = {"seedx_lvlm": check_lvlm, "seedx_inference": check_inference}
