@@ -399,18 +399,6 @@ def test_page_and_routes_behind_the_manuals_proxy(proxy: str, browser: Any, tmp_
 
 
 @pytest.mark.nightly
-def test_a_file_that_is_no_image_is_named_once_when_it_is_chosen(page: Page, tmp_path):
-    (tmp_path / "fake.png").write_bytes(b"no picture at all")
-    page.choose("#message", FOX, tmp_path / "fake.png")
-    page.says("fake.png: not an image")
-    page.until(lambda: len(page.images("#message")) == 1, "the other image alone in the message")
-    page.send("What is it?")
-    page.until(lambda: page.all("#chat .user"), "the message")
-    assert page.text("[data-testid=toast-body]").count("fake.png") < 2
-    page.answered(1)
-
-
-@pytest.mark.nightly
 def test_the_chat_goes_on_after_a_refused_message(page: Page):
     page.send("What is <image>?")
     page.says("Please do not type <image>")
@@ -464,69 +452,3 @@ def test_tabs_draw_edit_and_exchange_codes(page: Page):
         )
     page.click("#swap")
     page.until(lambda: len(page.images("#swap-images")) == 2, "the images from exchanged codes")
-
-
-@pytest.mark.nightly
-def test_two_visitors_are_answered_at_once(page: Page, served: tuple[str, str]):
-    windows = [page.browser.current_window_handle]
-    page.send(DRAW)
-    page.browser.switch_to.new_window("tab")
-    windows.append(page.browser.current_window_handle)
-    Page(page.browser, served[1]).send("What is it?", FOX)
-    page.answered(1)
-    assert "What is it?" in page.text("#chat .user") and DRAW not in page.text("#chat .user")
-    page.browser.close()
-    page.browser.switch_to.window(windows[0])
-    page.until(lambda: page.images("#chat .bot"), "the first visitor's image")
-
-
-@pytest.mark.nightly
-def test_a_phone_shows_the_conversation_first(page: Page):
-    page.browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True},
-    )
-    try:
-        for index in range(2):
-            page.send(f"{DRAW} {index}")
-            page.until(
-                lambda index=index: (
-                    len(page.images("#chat .bot")) == index + 1 and not page.waits()
-                ),
-                "it",
-            )
-        chat, box, image = (
-            page.all(name)[-1].rect for name in ("#chat", "#message", "#chat .bot img")
-        )
-        assert page.browser.execute_script("return document.documentElement.scrollWidth") <= 390
-        assert (
-            chat["y"] < 200
-            and box["y"] >= chat["y"] + chat["height"]
-            and box["y"] + box["height"] <= 844
-        )
-        page.until(
-            lambda: (
-                (rect := page.all("#chat .bot img")[-1].rect)["y"] + rect["height"]
-                <= chat["y"] + chat["height"] + 1
-            ),
-            f"the answer to be in view, not at {image}",
-        )
-    finally:
-        page.browser.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-
-
-@pytest.mark.nightly
-def test_a_backend_that_is_started_again_answers(page: Page, backend: Program):
-    backend.stop()
-    page.send("Are you there?", FOX)
-    page.says("start the backend")
-    page.until(
-        lambda: page.all("#message textarea")[0].get_attribute("value") == "Are you there?",
-        "the message back",
-    )
-    page.until(lambda: len(page.images("#message")) == 1, "the image in its box")
-    assert not page.all("#chat .user.message")
-    backend.start()
-    backend.address()
-    page.click("#message .submit-button")
-    page.answered(1)

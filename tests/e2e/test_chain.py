@@ -76,8 +76,10 @@ def merge(adapter: Path, out: Path, model: object, tokenizer: object) -> None:
 
 
 @pytest.mark.process
+@pytest.mark.nightly
 @pytest.mark.timeout(300)
 def test_from_images_to_answers(tmp_path):
+    # 1. Codes of captioned images and of a conversation about two of them.
     tokenise(
         "",
         "{format: nano, format_options: {split: pairs, content: captions, number: 16}}",
@@ -90,6 +92,8 @@ def test_from_images_to_answers(tmp_path):
         "--views",
         "4",
     )
+
+    # 2. Two trainings, each merged into the language model.
     pretrained = train(
         tmp_path / "pretrain", "nano_lora", tmp_path / "captions", "pretrain.caption", 4
     )
@@ -107,6 +111,8 @@ def test_from_images_to_answers(tmp_path):
         45,
         f"model.path={tmp_path / 'pretrained'}",
     )
+
+    # 3. A system of the merged model answers as in the conversation, which nano does not know.
     system = tmp_path / "system"
     merge(tuned, system / "seed_llama", *[tuned.parent / "config.yaml"] * 2)  # the run's own
     (system / "seed_tokenizer").symlink_to(NANO / "seed_tokenizer")

@@ -57,15 +57,12 @@ def test_install_takes_the_cpu_build_and_lavis_without_its_pins(tmp_path):
         },
     }
     done = subprocess.run(["bash", "install.sh", "--lavis"], **run)
-    assert "torch 2.13.0+cpu, torchvision 0.28" in done.stdout and done.returncode == 0, (
-        done.stdout + done.stderr
-    )
-    assert (
-        subprocess.run(
-            [tmp_path / ".venv" / "bin" / "python", "-c", "import lavis, torchvision"]
-        ).returncode
-        == 0
-    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    assert "torch 2.13.0+cpu, torchvision 0.28" in done.stdout
+    python = tmp_path / ".venv" / "bin" / "python"
+    subprocess.run([python, "-c", "import lavis, torchvision"], check=True)
+
+    # A second run leaves the environment as it is.
     assert "already installed" in subprocess.run(["bash", "install.sh", "--lavis"], **run).stdout
 
 
@@ -97,13 +94,11 @@ def installed(tmp_path_factory):
     environment's."""
     folder = tmp_path_factory.mktemp("wheel")
     copy = folder / "copy"
-    root = ROOT
+    copy.mkdir()
     for name in ("pyproject.toml", "README.md", "License.txt", "NOTICE"):
-        copy.mkdir(exist_ok=True)
-        shutil.copy(root / name, copy)
-    shutil.copytree(
-        root / "src", copy / "src", ignore=shutil.ignore_patterns("*.egg-info", "__pycache__")
-    )
+        shutil.copy(ROOT / name, copy)
+    ignored = shutil.ignore_patterns("*.egg-info", "__pycache__")
+    shutil.copytree(ROOT / "src", copy / "src", ignore=ignored)
     quiet = {"check": True, "stdout": subprocess.DEVNULL}
     code = f"from setuptools.build_meta import build_sdist; build_sdist({str(folder)!r})"
     subprocess.run([sys.executable, "-c", code], cwd=copy, **quiet)
@@ -151,18 +146,7 @@ def test_the_wheel_brings_the_command_and_says_where_nano_is(installed, tmp_path
             env={"PATH": "/usr/bin:/bin", "HOME": str(tmp_path), "OMP_NUM_THREADS": "1"},
         )
 
-    root = ROOT
     assert "seed describe" in seed("--help").stdout
-    absent = seed("tokenize", str(root / "images/cat.jpg"))
+    absent = seed("tokenize", str(ROOT / "images/cat.jpg"))
     assert absent.returncode == 2 and "in the repository's pretrained/" in absent.stderr
-    assert len(seed("tokenize", "images/cat.jpg", cwd=root).stdout.split()) >= 32
-    code = (
-        "import seed_multimodal, seed_nano.world.words as words; "
-        "print(seed_multimodal.__file__, words.__file__)"
-    )
-    done = run_process(
-        [installed / "python", "-c", code],
-        cwd=tmp_path,
-        env={"PATH": "/usr/bin:/bin"},
-    )
-    assert done.stdout.count(str(installed.parent)) == 2, done.stderr
+    assert len(seed("tokenize", "images/cat.jpg", cwd=ROOT).stdout.split()) >= 32
