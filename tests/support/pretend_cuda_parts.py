@@ -13,8 +13,7 @@ import torch
 from torch import nn
 
 from seed_multimodal import MultimodalSystem
-from seed_multimodal.compat.lavit import build_model
-from seed_multimodal.device import OffloadedWeights, choose_device, on_device
+from seed_multimodal.device import OffloadedWeights
 
 FOX = Path(__file__).resolve().parents[2] / "images" / "fox_and_snowman.png"
 GPU = torch.device("cuda:0")
@@ -73,21 +72,6 @@ def check_weights_come_back_without_a_copy() -> None:
     assert after.empty_cache - before.empty_cache == 2
 
 
-def check_weights_read_in_inference_mode() -> None:
-    with torch.inference_mode():
-        module = Tied()
-    weights = OffloadedWeights(module, GPU)
-    ids = torch.tensor([1, 2])
-    for mode in (True, False):
-        with torch.inference_mode(mode), torch.no_grad():
-            expected = module(ids)
-            weights.load()
-            assert torch.equal(module(ids.to(GPU)).cpu(), expected)
-            weights.release()
-            assert torch.equal(module(ids), expected)
-    assert all(weight.is_inference() for weight in module.parameters())
-
-
 def check_changes_between_moves_are_loaded() -> None:
     module = Tied()
     weights = OffloadedWeights(module, GPU)
@@ -99,19 +83,6 @@ def check_changes_between_moves_are_loaded() -> None:
     weights.load()
     assert module.scale.tolist() == [2.0] * 8 and not module.output.weight.any()
     weights.release()
-
-
-def check_on_device_inside_on_device() -> None:
-    module = Tied()
-    before = pretend_cuda.transfers().to_device
-    with on_device(module, GPU):
-        once = pretend_cuda.transfers().to_device
-        with on_device(module, GPU):
-            assert devices_of(module) == {"cuda:0"}
-        assert (
-            devices_of(module) == {"cuda:0"} and pretend_cuda.transfers().to_device == once > before
-        )
-    assert devices_of(module) == {"cpu"}
 
 
 def check_a_device_without_memory() -> None:
@@ -131,13 +102,6 @@ def check_a_device_without_memory() -> None:
     weights.load()
     assert devices_of(module) == {"cuda:1"}
     weights.release()
-
-
-def check_devices_have_an_index() -> None:
-    assert choose_device("auto", log=None).device == choose_device("cuda", log=None).device == GPU
-    torch.cuda.set_device(1)
-    assert choose_device("cuda", log=None).device == torch.device("cuda:1")
-    torch.cuda.set_device(0)
 
 
 def check_an_offloaded_language_model_moves_once_an_answer() -> None:
@@ -165,16 +129,6 @@ def check_an_offloaded_decoder_is_not_copied_back() -> None:
     assert after.to_device - before.to_device >= n_bytes
     assert after.to_host - before.to_host < n_bytes / 10  # pixels
     assert all(devices_of(part) == {"cpu"} for part in decoder.parts.values())
-
-
-def check_lavit_embeds_codes_with_an_idle_encoder() -> None:
-    model = build_model(
-        "nano-lavit", model_dtype="fp32", device_id=0, understanding=False, load_tokenizer=False
-    )
-    ids = model.generate_image_tokenids("a dog", max_length=40)
-    embeds = model.generate_image_embeds(ids)
-    assert embeds.prompt_embeds.device == GPU, embeds.prompt_embeds.device
-    assert devices_of(model.images.model) == {"cpu"}
 
 
 def main() -> None:
