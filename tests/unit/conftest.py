@@ -59,9 +59,8 @@ def llm_folder(tokenizer: MultimodalTokenizer, tmp_path_factory) -> Path:
         use_cache=False,
     )
     model = LlamaForCausalLM(config)
-    for (
-        parameter
-    ) in model.parameters():  # larger weights, so that outputs differ from prompt to prompt
+    # Larger weights, so that outputs differ from prompt to prompt.
+    for parameter in model.parameters():
         if parameter.ndim > 1:
             torch.nn.init.normal_(parameter, std=0.4)
     folder = tmp_path_factory.mktemp("llm")

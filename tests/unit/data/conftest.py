@@ -13,15 +13,10 @@ from typing import Any
 
 import pytest
 from data_files import jpeg, lines, shard, write_tar
-from hypothesis import settings
 from repository import NANO
 
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-
-# The same examples in each run, so that an unrelated change never meets a new failure.
-settings.register_profile("repeatable", derandomize=True, deadline=None, database=None)
-settings.load_profile("repeatable")
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -14,10 +13,9 @@ from tiny import write_json
 from tiny.diffusion import CROSS, EMBEDDING, write_unclip
 from torch import Tensor
 
-from seed_multimodal.diffusion.conditioner import load_conditioner, pooled_tokens
+from seed_multimodal.diffusion.conditioner import load_conditioner
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.models.seed.diffusion import UnclipDetokenizer
-from seed_multimodal.plugins import registered
 
 MODULE = """
 from dataclasses import dataclass
@@ -58,12 +56,6 @@ def unclip(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def test_pooled_tokens_are_means_of_neighbours() -> None:
-    features = torch.arange(16.0).view(1, 16, 1)
-    assert pooled_tokens(features, 4).flatten().tolist() == [1.5, 5.5, 9.5, 13.5]
-    assert pooled_tokens(features, 16) is features and pooled_tokens(features, 5) is features
-
-
 def test_a_conditioner_of_another_package_starts_and_conditions(
     unclip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -98,10 +90,3 @@ def test_load_conditioner_of_an_unknown_type(unclip: Path, tmp_path: Path) -> No
     with pytest.raises(CheckpointError, match=r"config\.json.*layuot"):
         load_conditioner(tmp_path)
     assert load_conditioner(unclip / "unet") is None
-
-
-def test_a_checkout_registers_without_installation(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "path", [])  # so that no package's metadata is found
-    assert list(registered("conditioners")) == ["layout"]
-    assert list(registered("formats")) == ["nano"]
-    assert registered("families") == {}

@@ -141,7 +141,6 @@ def test_check_settings(case: Case):
     model = case.model
     steps = model.defaults.num_inference_steps
     for overrides, expected in (
-        ({"preset": "original"}, steps),
         ({"num_inference_steps": 7, "guidance_scale": None}, 7),
         ({"preset": "fast"}, min(steps, 12)),
         ({"preset": "fast", "num_inference_steps": 15}, 15),
@@ -149,8 +148,6 @@ def test_check_settings(case: Case):
         assert model.check_settings(**overrides).num_inference_steps == expected
     for overrides, named in (
         ({"num_inference_steps": 1001}, "num_inference_steps"),
-        ({"guidance": 3.0}, "guidance_scale"),
-        ({"preset": "slow"}, "preset"),
         ({"height": 16, "width": 20}, "20"),  # no multiple of a latent's side
     ):
         with pytest.raises(ConfigError, match=named):
@@ -173,16 +170,6 @@ def test_guidance_of_one_runs_the_denoiser_once_per_step(case: Case):
     hook.remove()
     per_step = 6 if case.more else 4  # an edit is guided by its image, too
     assert rows == [2, 2, per_step, per_step]
-
-
-@pytest.mark.slow
-def test_enable_cpu_offload_draws_the_same(case: Case):
-    """From CPU to CPU; `to` ends it."""
-    expected = case.draw([0, 1], [1, 2])
-    case.model.enable_cpu_offload("cpu")
-    assert np.array_equal(case.draw([0, 1], [1, 2]), expected)
-    case.model.to("cpu")
-    assert np.array_equal(case.draw([0, 1], [1, 2]), expected)
 
 
 @pytest.mark.parametrize("family", ["unclip_layout", "codes", "sdxl_edit", "lavit"])
@@ -230,42 +217,23 @@ def test_defaults_of_seed_decode_json(folder: Path):
         open_case(folder.parent, "sd")
 
 
-def lose_tensor(file: Path) -> str:
-    tensors = load_file(file)
-    name = sorted(tensors)[-1]
-    del tensors[name]
-    save_file(tensors, file, metadata={"format": "pt"})
-    return name[-12:]
-
-
-def tear(file: Path) -> str:
-    file.write_bytes(file.read_bytes()[:500])
-    return "sd"
-
-
-def write_code(file: Path) -> str:
-    """An unsafe pickle."""
-    file.unlink()
-    is_encoder = file.name == "model.safetensors"
-    name = "pytorch_model.bin" if is_encoder else "diffusion_pytorch_model.bin"
-    torch.save({"conv_in.weight": Path}, file.with_name(name))
-    return "sd"
-
-
-@pytest.mark.parametrize("damage", [lose_tensor, tear, write_code])
-@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
-def test_from_pretrained_names_a_damaged_part(folder: Path, part, damage):
-    named = damage(next((folder / part).glob("*.safetensors")))
-    with pytest.raises(CheckpointError, match=named):
-        open_case(folder.parent, "sd")
-
-
 @pytest.mark.parametrize("lost", ["", "unet", "vae", "scheduler/scheduler_config.json"])
 def test_from_pretrained_names_what_is_missing(folder: Path, lost):
     # diffusers would ask its hub for a folder that does not exist.
     path = folder / lost
     path.unlink() if path.is_file() else shutil.rmtree(path)
     with pytest.raises(CheckpointError, match=str(path)):
+        open_case(folder.parent, "sd")
+
+
+@pytest.mark.parametrize("part", ["unet", "vae", "text_encoder"])
+def test_from_pretrained_names_an_incomplete_part(folder: Path, part):
+    # diffusers and transformers would fill it with random values.
+    file = next((folder / part).glob("*.safetensors"))
+    tensors = load_file(file)
+    lost, _ = tensors.popitem()
+    save_file(tensors, file, metadata={"format": "pt"})
+    with pytest.raises(CheckpointError, match=lost[-12:]):
         open_case(folder.parent, "sd")
 
 

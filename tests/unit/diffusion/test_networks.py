@@ -21,7 +21,6 @@ from seed_multimodal.diffusion.networks import (
     pooled_dim,
     predict,
 )
-from seed_multimodal.diffusion.training import train_unet
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.models.seed.diffusion import CodesDetokenizer
 from seed_multimodal.training.pixel_decoder.task import sample_latents
@@ -58,25 +57,6 @@ def test_predict_reads_latents_steps_and_conditions(denoiser):
     ]
     for other in others:
         assert (other - prediction).abs().max() > 1e-3
-
-
-def test_train_unet_of_keys_and_values(denoiser):
-    """Of Stable Diffusion 3 also those of the conditions."""
-    train_unet(denoiser, "key_value")
-    trained = [name for name, value in denoiser.named_parameters() if value.requires_grad]
-    layers = {name.split(".")[-2] for name in trained}
-    expected = {"to_k", "to_v"}
-    if isinstance(denoiser, diffusers.SD3Transformer2DModel):
-        expected |= {"add_k_proj", "add_v_proj"}
-    assert layers == expected
-
-
-@pytest.mark.parametrize("name", ["DDIMSchedulr", "UNet2DConditionModel", None])
-def test_load_an_unknown_scheduler(name, tmp_path):
-    (tmp_path / "scheduler").mkdir()
-    write_json(tmp_path / "scheduler" / "scheduler_config.json", {"_class_name": name})
-    with pytest.raises(CheckpointError, match=f"scheduler_config.json.*{name}"):
-        CodesDetokenizer.load_part(tmp_path, "scheduler")
 
 
 def test_save_and_load_by_the_class_of_the_config(denoiser, tmp_path):

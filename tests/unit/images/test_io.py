@@ -10,23 +10,16 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
 from PIL import Image
 
 from seed_multimodal.errors import ImageError
 from seed_multimodal.images import io as io_module
 from seed_multimodal.images.io import (
     ImageLimits,
-    chat_image,
-    crop_to_aspect,
-    fit_longer_side,
     image_from_base64,
-    image_size,
     image_to_base64,
     image_to_bytes,
     open_image,
-    request_image,
 )
 from seed_multimodal.images.transforms import get_transform
 
@@ -56,11 +49,8 @@ WHITE = (255, 255, 255)
 # What is opened → its first pixel.
 PIXELS = {
     "CMYK": (Image.new("CMYK", (4, 4), (0, 255, 255, 0)), (255, 0, 0)),
-    "1 bit": (Image.new("1", (4, 4), 1), WHITE),
-    "grey": (Image.new("L", (4, 4), 77), (77, 77, 77)),
     "transparent black on white": (Image.new("RGBA", (4, 4), (0, 0, 0, 51)), (204, 204, 204)),
     "transparent grey": (Image.new("LA", (4, 4), (0, 0)), WHITE),
-    "one pixel wide": (Image.new("RGB", (1, 9000), (5, 6, 7)), (5, 6, 7)),
     "a palette": (saved(palette()), (200, 100, 50)),
     "a transparent colour of a palette": (saved(palette(), transparency=1), WHITE),
     "a transparent colour": (
@@ -68,9 +58,7 @@ PIXELS = {
         WHITE,
     ),
     "16 bits, PNG": (saved(grey([32896], np.uint16)), (128, 128, 128)),
-    "16 bits, TIFF": (saved(grey([257], np.uint16), "TIFF"), (1, 1, 1)),
     "floats of 0 to 1": (grey([0.2, 1.0], np.float32), (51, 51, 51)),
-    "floats of 0 to 255": (grey([51.0, 255.0], np.float32), (51, 51, 51)),
     "damaged EXIF data": (
         saved(Image.new("L", (8, 8), 9), "JPEG", exif=b"Exif\0\0MM\0*\0\0\0\x08\xff\xff\x01\x12"),
         (9, 9, 9),
@@ -86,7 +74,7 @@ def test_open_image_of_other_modes(name):
     assert opened.mode == "RGB" and opened.getpixel((0, 0)) == expected
 
 
-@pytest.mark.parametrize("suffix", ["png", "bmp", "tiff", "webp", "ppm"])
+@pytest.mark.parametrize("suffix", ["png", "bmp", "webp"])
 def test_open_image_keeps_pixels_of_lossless_formats(tmp_path, suffix):
     # Another pixel is another code.
     path = tmp_path / f"image.{suffix}"
@@ -96,41 +84,11 @@ def test_open_image_keeps_pixels_of_lossless_formats(tmp_path, suffix):
     assert np.array_equal(np.asarray(opened), np.asarray(gradient()))
 
 
-def test_open_image_of_every_source(tmp_path):
-    path = tmp_path / "image.png"
-    gradient().save(path)
-    with open(path, "rb") as file:
-        image = gradient()
-        for source in (path, str(path), path.read_bytes(), file, image, lambda: np.asarray(image)):
-            assert open_image(source).tobytes() == image.tobytes()
-    assert image_size(path) == (12, 8)
-    with pytest.raises(ImageError, match="12x8"):
-        image_size(path, limits=ImageLimits(max_pixels=95))
-
-
-@pytest.mark.parametrize("suffix", ["gif", "png", "webp"])
-def test_open_image_of_an_animation_is_its_first_frame(tmp_path, suffix):
-    path = tmp_path / f"moving.{suffix}"
-    first, *others = (
-        Image.new("RGB", (8, 8), colour) for colour in ((250, 0, 0), (0, 250, 0), (0, 0, 250))
-    )
-    options = {"lossless": True} if suffix == "webp" else {}
-    first.save(path, save_all=True, append_images=others, duration=50, **options)
-    with Image.open(path) as stored:
-        assert stored.n_frames == 3
-    assert open_image(path).getpixel((4, 4)) == (250, 0, 0)
-
-
-# Pillow's operation that stores an upright image so that each EXIF orientation restores it.
+# Pillow's operation that stores an upright image so that an EXIF orientation restores it.
 TURNS = {
-    1: None,
-    2: "FLIP_LEFT_RIGHT",
     3: "ROTATE_180",
-    4: "FLIP_TOP_BOTTOM",
     5: "TRANSPOSE",
     6: "ROTATE_90",
-    7: "TRANSVERSE",
-    8: "ROTATE_270",
 }
 
 
@@ -140,8 +98,7 @@ def test_open_image_applies_exif_rotation(kind, orientation):
     # Phones store portraits lying on their side.
     upright = Image.new("RGB", (32, 16), WHITE)
     upright.paste((255, 0, 0), (0, 0, 16, 8))  # red corner: top left when upright
-    turn = TURNS[orientation]
-    stored = upright if turn is None else upright.transpose(Image.Transpose[turn])
+    stored = upright.transpose(Image.Transpose[TURNS[orientation]])
     exif = Image.Exif()
     exif[0x0112] = orientation
     opened = open_image(saved(stored, kind, exif=exif))
@@ -153,17 +110,16 @@ def test_open_image_applies_exif_rotation(kind, orientation):
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
-@pytest.mark.parametrize("orientation", [1, 6])
-def test_open_image_reduces_large_images(kind, orientation, monkeypatch):
+def test_open_image_reduces_large_images(kind, monkeypatch):
     # What a large photo takes in memory; the view is the same but for rounding.
     monkeypatch.setattr(io_module, "MAX_EXACT_PIXELS", 100_000)
     exif = Image.Exif()
-    exif[0x0112] = orientation
+    exif[0x0112] = 6
     noise = np.random.default_rng(5).integers(0, 255, (32, 32, 3), dtype=np.uint8)
     data = saved(Image.fromarray(noise).resize((840, 600)), kind, exif=exif)
     reduced = open_image(data, at_least=140)
     full = open_image(data)
-    assert sorted(reduced.size) == [150, 210] and sorted(full.size) == [600, 840]
+    assert (reduced.size, full.size) == ((150, 210), (600, 840))
     resize = get_transform(keep_ratio=False, image_size=64).resize
     levels = [np.asarray(resize(image)).astype(float) for image in (reduced, full)]
     assert np.abs(levels[0] - levels[1]).mean() < 1.5
@@ -191,14 +147,12 @@ def png_header(width: int, height: int) -> bytes:
         b"",
         b"hello, I am text",
         b"\x89PNG\r\n\x1a\n",
-        b"GIF89a",
-        b"\xff\xd8\xff\xe0",
         b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n",
         # 144 million pixels in 150 bytes, below Pillow's own guard, and above it.
         png_header(12_000, 12_000),
         png_header(2_000_000, 2_000_000),
     ],
-    ids=["missing", "empty", "text", "PNG", "GIF", "JPEG", "PostScript", "bomb", "larger bomb"],
+    ids=["missing", "empty", "text", "PNG", "PostScript", "bomb", "larger bomb"],
 )
 def test_open_image_names_the_file_it_refuses(tmp_path, content):
     path = tmp_path / "cat.jpg"
@@ -212,25 +166,6 @@ def test_open_image_names_the_file_it_refuses(tmp_path, content):
     assert peak < 5_000_000  # no pixel of a bomb is decoded
     with pytest.raises(ImageError, match=tmp_path.name):
         open_image(tmp_path)
-
-
-KINDS = ("PNG", "JPEG", "GIF", "WEBP", "BMP", "TIFF", "PPM")
-FILES = [saved(gradient(24, 20), kind) for kind in KINDS]
-
-
-@given(
-    content=st.sampled_from(FILES),
-    changes=st.lists(st.tuples(st.floats(0, 1, exclude_max=True), st.integers(0, 255))),
-)
-def test_open_image_of_damaged_bytes_raises_image_errors_only(content, changes):
-    # Any other error would end a training run at one bad file.
-    data = bytearray(content)
-    for position, value in changes:
-        data[int(position * len(data))] = value
-    try:
-        assert open_image(bytes(data)).mode == "RGB"
-    except ImageError as error:
-        assert "\n" not in str(error)
 
 
 # ---- base64, and sizes
@@ -248,11 +183,3 @@ def test_image_to_base64_and_back():
             image_from_base64(wrong, name="images[2]")
     with pytest.raises(ImageError):
         image_from_base64("A" * 4000, limits=ImageLimits(max_bytes=2000))
-
-
-def test_sizes_of_images_on_pages_and_in_requests():
-    # As the page and the server prepare them.
-    assert fit_longer_side(Image.new("RGB", (10_000, 3))).size == (512, 1)
-    assert crop_to_aspect(Image.new("RGB", (640, 480)), 1.3).size == (624, 480)
-    assert chat_image(Image.new("RGBA", (40, 30))).size == (499, 384)
-    assert request_image(Image.new("RGB", (499, 384))).size == (256, 256)

@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +16,7 @@ from tiny import write_json
 from tiny.language import random_llm
 from torch import Tensor
 
-from seed_multimodal.errors import CheckpointError, ConfigError, SeedWarning
+from seed_multimodal.errors import CheckpointError, SeedWarning
 from seed_multimodal.language.llm import check_vocab_size, load_llm
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary
@@ -53,7 +52,7 @@ def test_load_llm_sets_special_ids_and_keeps_weights(
     assert load_llm(llm_folder, dtype=torch.bfloat16).dtype == torch.bfloat16
 
 
-@pytest.mark.parametrize("architecture", ["qwen3", "smollm3", "mistral", "phi3", "gemma2"])
+@pytest.mark.parametrize("architecture", ["qwen3", "phi3", "gemma2"])
 def test_load_llm_of_other_architectures(architecture, tmp_path):
     """Their special ids are those of the folder."""
     saved = random_llm(architecture, 380, eos_token_id=[5, 6], bos_token_id=None)
@@ -98,13 +97,11 @@ def test_check_vocab_size():
 @pytest.mark.parametrize(
     ("config", "named"),
     [
-        ({"model_type": "gpt2"}, "transformer"),
         ({"model_type": "no-such-model"}, "no-such-model"),
         ({"vocab_size": 40194}, "40194"),
         ({"intermediate_size": 48}, "down_proj"),
         # Layers that carry a state through packed sequences, or see chunks.
         ({"model_type": "qwen3_5_text"}, "linear_attention"),
-        ({"model_type": "lfm2", "layer_types": ["conv", "full_attention"]}, "conv"),
         ({"model_type": "llama4_text"}, "chunked_attention"),
     ],
 )
@@ -134,13 +131,6 @@ def test_load_llm_names_missing_and_unknown_tensors(folder: Path, name, value, o
     save_file(state, file, metadata={"format": "pt"})
     is_error = outcome is CheckpointError
     with pytest.raises(outcome, match=name) if is_error else pytest.warns(outcome, match=name):
-        load_llm(folder)
-
-
-def test_load_llm_of_a_torn_file(folder: Path):
-    file = folder / "model.safetensors"
-    file.write_bytes(file.read_bytes()[:1000])
-    with pytest.raises(CheckpointError, match=str(folder)):
         load_llm(folder)
 
 
@@ -177,30 +167,3 @@ def test_load_llm_quantised_on_a_cpu(nano_scores: Tensor, quantization, largest)
         scores_of(packed), nano_scores, log_target=True, reduction="none"
     )
     assert 0 < divergence.sum(-1).mean() < largest
-
-
-@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
-def test_load_llm_quantised_on_a_cpu_holds_no_freed_weights():
-    pytest.importorskip("bitsandbytes")
-    load_llm(LLM, quantization="4bit")
-
-    def anonymous_bytes() -> int:
-        status = Path("/proc/self/status").read_text()
-        return 1024 * int(status.partition("RssAnon:")[2].split()[0])
-
-    # Without the setting, glibc's limit for blocks that it returns rises to 28 MB here.
-    torch.ones(7_000_000)
-    before = anonymous_bytes()
-    freed = []
-    held = []
-    for _ in range(20):
-        freed.append(torch.ones(1_000_000))
-        held.append(torch.ones(1_000_000))
-    freed.clear()
-    n_bytes = sum(tensor.nbytes for tensor in held)
-    assert anonymous_bytes() - before < 1.6 * n_bytes  # without the setting: 2
-
-
-def test_load_llm_of_another_quantisation(llm_folder: Path):
-    with pytest.raises(ConfigError, match="3bit"):
-        load_llm(llm_folder, quantization="3bit")

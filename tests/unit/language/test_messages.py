@@ -66,12 +66,6 @@ def test_read_messages_of_chat_parts(part, item):
         assert read_messages([user(content)]) == [Message("user", (item,))]
 
 
-def test_read_messages_of_a_data_url():
-    url = f"data:image/png;base64,{image_to_base64(IMAGE)}"
-    [message] = read_messages([user([{"type": "image_url", "image_url": {"url": url}}])])
-    assert message.images[0].tobytes() == IMAGE.tobytes()
-
-
 def test_read_messages_of_earlier_answers():
     # Broken images are no part of the conversation.
     parts = ["Here.", BrokenImagePart([5], "broken"), ImagePart(CODES)]
@@ -99,11 +93,8 @@ def test_read_messages_of_earlier_answers():
         ([user("a"), user(" . \n")], "1"),
         ([user([])], "0"),
         ([user([1.5])], "0"),
-        ([user([[]])], "0"),
         ([user([[True, False]])], "0"),
         ([user([[1, "a"]])], "0"),
-        ([user([{1, 2}])], "0"),
-        ([user([torch.ones(2, 3)])], "0"),
         ([user([torch.ones(3)])], "0"),
         ([user([{"type": "text", "text": 5}])], "0"),
         ([user([{"type": "audio", "text": "a"}])], "audio"),

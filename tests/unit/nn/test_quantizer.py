@@ -9,7 +9,6 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from seed_multimodal.errors import ConfigError
 from seed_multimodal.nn.quantizer import VectorQuantizer
 
 # What the codebook's users build: SEED, SEED with moving averages, normalised codes, LaVIT.
@@ -62,20 +61,6 @@ def test_nearest_computes_in_float32(dtype):
         codes = quantizer.nearest(features)
     expected = distances(features.float(), quantizer.embedding.weight.float()).argmin(-1)
     assert torch.equal(codes, expected)
-
-
-def test_prepare_and_lookup_of_each_kind():
-    features = 3 * torch.randn(2, 4)
-    unit = F.normalize(features, dim=-1)
-    for kind, options in KINDS.items():
-        quantizer = VectorQuantizer(6, 4, **options)
-        is_on_sphere = kind in ("normalized", "unit rows")
-        torch.testing.assert_close(quantizer.prepare(features), unit if is_on_sphere else features)
-        rows = quantizer.lookup(torch.arange(6)).detach()
-        if is_on_sphere:
-            torch.testing.assert_close(rows.norm(dim=-1), torch.ones(6))
-        else:  # the original's first codes, within 1 / K of zero
-            assert float(rows.abs().max()) <= 1 / 6 and float(rows.std()) > 0.05
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -176,8 +161,3 @@ def test_restart_moves_dead_codes_onto_features(kind, dead, n_points):
     if "ema_decay" in KINDS[kind]:  # the average begins anew, as of one feature
         torch.testing.assert_close(quantizer.ema_count, is_dead.float())
         torch.testing.assert_close(quantizer.ema_sum[is_dead], after[is_dead])
-
-
-def test_sections_that_divide_no_codebook():
-    with pytest.raises(ConfigError, match="24"):
-        VectorQuantizer(24, 4, sections=5)

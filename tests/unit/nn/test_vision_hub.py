@@ -13,10 +13,8 @@ from tiny import write_json
 from tiny.vision import KINDS, write_vision
 
 from seed_multimodal.errors import CheckpointError, ConfigError, ImageError
-from seed_multimodal.images.transforms import CLIP_MEAN, read_preprocessing, seed_image_processor
-from seed_multimodal.nn.vision.eva import EvaConfig, EvaVit
+from seed_multimodal.images.transforms import read_preprocessing
 from seed_multimodal.nn.vision.hub import HubVisionConfig
-from seed_multimodal.nn.vision.qwen import QwenEncoderConfig, QwenVit
 from seed_multimodal.nn.vision.registry import (
     build_vision_encoder,
     load_vision_encoder,
@@ -120,36 +118,10 @@ def test_one_half_of_a_whole_siglip(tmp_path):
     torch.testing.assert_close(load_vision_encoder(tmp_path)(PIXELS), expected)
 
 
-def test_vision_config_by_type():
-    eva = {"image_size": 16, "patch_size": 8, "width": 16, "depth": 1, "heads": 2, "mlp_width": 24}
-    assert read_vision_config(eva, "vit") == EvaConfig(**eva)
-    assert isinstance(build_vision_encoder({"type": "eva", **eva}), EvaVit)
-    qwen = QwenEncoderConfig(
-        image_size=28, patch_size=14, width=16, layers=1, heads=2, output_dim=24, n_queries=4
-    )
-    assert isinstance(build_vision_encoder(dataclasses.asdict(qwen)), QwenVit)
-    assert qwen.preprocessing == seed_image_processor(28)
-    assert EvaConfig().preprocessing.mean == CLIP_MEAN
-
-
-@pytest.mark.parametrize(
-    ("values", "named"),
-    [
-        ({"type": "hup"}, "hub"),
-        ({"type": "hub"}, "path"),
-        ({"widht": 3}, "widht"),
-        ({"width": 0}, "width"),
-        ({"type": "hub", "path": "no/such/folder"}, "no/such/folder"),
-    ],
-)
-def test_vision_config_names_a_wrong_value(values, named):
-    with pytest.raises((ConfigError, CheckpointError), match=named):
-        read_vision_config(values, "vit")
-
-
 @pytest.mark.parametrize(
     ("file", "named", "error"),
     [
+        ("config.json", "config.json", CheckpointError),
         ("model.safetensors", "siglip", CheckpointError),
         ("preprocessor_config.json", "preprocessor_config.json", ConfigError),
     ],

@@ -17,10 +17,11 @@ import torch
 from pydantic import PlainValidator
 
 from seed_multimodal.disk import read_json_object
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.hub import first_file
 from seed_multimodal.nn.pretrained import CONFIG
 from seed_multimodal.nn.vision.base import VisionConfig, VisionEncoder
-from seed_multimodal.nn.vision.eva import EvaConfig
+from seed_multimodal.nn.vision.eva import FILES, EvaConfig
 from seed_multimodal.nn.vision.hub import HubVisionConfig
 from seed_multimodal.nn.vision.qwen import QwenEncoderConfig, QwenVit
 from seed_multimodal.settings import adapter, nearest, read_settings
@@ -92,7 +93,10 @@ def load_vision_encoder(
     config: VisionConfig = EvaConfig()
     if file.is_file():
         config = HubVisionConfig(path=str(folder))
-    encoder = config.build()
+    elif Path(folder).is_dir() and first_file(Path(folder), FILES) is None:
+        raise CheckpointError(f"{folder}: contains neither {CONFIG} nor {' or '.join(FILES)}.")
+    # Weights first: a folder without them must not cost the time of building the network.
     state = config.fit_weights(config.read_weights(str(folder)))
+    encoder = config.build()
     assign_strictly(encoder, state, folder, foreign=True, allow_unexpected=config.unused)
     return encoder.to(device, dtype).requires_grad_(False).eval()
