@@ -107,8 +107,8 @@ def test_programs_have_the_original_images_and_prompts(project, prompts, monkeyp
     tokenizer = MultimodalTokenizer.from_pretrained(
         Path("pretrained/cvlm_llama2_tokenizer_100img_and_224loc_addpatch")
     )
-    view = re.compile(r" ?(<patch>)?<img>.*?</img>(</patch>)? ?")
-    assert list(dict.fromkeys(view.sub("#", tokenizer.decode(ids)) for ids in prompts)) == [
+    view = re.compile(r" ?<(patch|img)>.*?</\1> ?")
+    assert list(dict.fromkeys(view.sub("#", tokenizer.decode(ids[1:])) for ids in prompts)) == [
         "Question:###Describe this image briefly.\nAnswer:",
         "###In ths background with a blue sky on the road, there is a car [[ <box_start>",
         "A super math wizard cat, richly textured oil painting.",
@@ -184,8 +184,8 @@ def tuned_agent(project: Path) -> tuple[Any, Path]:
     from seed_multimodal.language.llm import load_llm
 
     node = load_yaml(project / "configs" / "clm_models" / "llm_seed_x_lora.yaml")
-    fields = OmegaConf.to_container(node.peft_config)
-    fields.pop("_target_")
+    peft_config = OmegaConf.to_container(node.peft_config)
+    fields = {key: value for key, value in peft_config.items() if not key.startswith("_")}
     torch.manual_seed(5)
     base = load_llm(Path(node.model.pretrained_model_name_or_path))
     agent = random_agent(get_peft_model(base, LoraConfig(**fields)), seed=9)
