@@ -1,13 +1,11 @@
-"""A tiny LLaMA, tiny shards and processes of `train.py`, for tests of the training application."""
+"""A tiny LLaMA and tiny shards, for tests of the training application."""
 
 from __future__ import annotations
 
 import json
 import os
 import random
-import subprocess
-import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -181,37 +179,6 @@ def environment(**values: str) -> dict[str, str]:
     }
 
 
-def start(
-    arguments: Sequence[str], *, before: Sequence[str] = (sys.executable,), **env: str
-) -> subprocess.Popen:
-    """`train.py` as a process, in its folder."""
-    return subprocess.Popen(
-        [*before, "src/train/train.py", *arguments],
-        cwd=APPLICATION,
-        env=environment(**env),
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-        start_new_session=True,
-    )
-
-
-def run(
-    arguments: Sequence[str],
-    *,
-    code: int = 0,
-    before: Sequence[str] = (sys.executable,),
-    timeout: float = 240,
-    **env: str,
-) -> tuple[str, str]:
-    """Run `train.py` to its end; returns stdout and stderr, fails unless the exit code is
-    `code`."""
-    process = start(arguments, before=before, **env)
-    output, errors = process.communicate(timeout=timeout)
-    assert process.returncode == code, f"exit code {process.returncode}\n{output}\n{errors}"
-    return output, errors
-
-
 def log_lines(output: Path, name: str = "train.log.jsonl") -> list[dict[str, float]]:
     """The JSON log without an unfinished last line."""
     file = output / name
@@ -222,13 +189,3 @@ def log_lines(output: Path, name: str = "train.log.jsonl") -> list[dict[str, flo
 def losses(output: Path, name: str = "train.log.jsonl", loss: str = "loss") -> dict[int, float]:
     """Step → loss, in full precision."""
     return {int(line["step"]): line[loss] for line in log_lines(output, name) if loss in line}
-
-
-def torchrun(*more: str) -> tuple[str, ...]:
-    """Two processes on this machine."""
-    return (
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        *(more or ("--standalone", "--nproc-per-node", "2")),
-    )

@@ -120,22 +120,3 @@ def test_base_trained_and_merged(architecture: str, tmp_path):
     with torch.no_grad():
         expected = model.eval()(input_ids=ids).logits
         torch.testing.assert_close(merged(ids, use_cache=False).logits, expected)
-
-
-@pytest.mark.parametrize("template", TEXT_TEMPLATES)
-def test_rows_of_new_tokens(template: str, tmp_path):
-    # New are also those that padded the base; the token that ends an answer has a gradient.
-    write_hub_tokenizer(tmp_path, SENTENCES, TEXT_TEMPLATES[template])
-    tokenizer = HubTokenizer.create(tmp_path, N_CODES, PER_IMAGE)
-    n_text = tokenizer.vocabulary.n_text
-    base = random_llm("qwen3", n_text + PADDING, **tokenizer.special_ids)
-    base.save_pretrained(tmp_path)
-    settings = LlmModelSettings(path=str(tmp_path), dtype="fp32", embedding_init="mean")
-    model = build_llm(settings, tokenizer, "cpu")
-    table = model.get_input_embeddings().weight
-    old = base.get_input_embeddings().weight[:n_text]
-    assert torch.equal(table[:n_text], old)
-    torch.testing.assert_close(table[n_text:], old.mean(0).expand(len(tokenizer) - n_text, -1))
-    train_ids, labels = sequences(tokenizer)[0]
-    packed_loss(model, rows(train_ids[None], labels[None])).sum.backward()
-    assert table.grad[tokenizer.eos_token_id].any()

@@ -13,11 +13,7 @@ from PIL import Image
 from tiny.language import random_llm, write_hub_tokenizer
 from tiny.seed import SENTENCES
 
-from seed_multimodal.data.decoders.base import SeededRandom
-from seed_multimodal.data.decoders.chat import Chat
 from seed_multimodal.language.hub_tokenizer import HubTokenizer
-from seed_multimodal.language.lora import merge_adapter
-from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.models.seed.pipeline import SeedLlama
 from seed_multimodal.pipelines.assemble import assemble_system
 from seed_multimodal.pipelines.config import SystemConfig
@@ -69,37 +65,12 @@ def test_assembled_system_answers_in_the_chat_template(folder: Path, system: See
     assert system.stop_sequences("chat") == ()
 
 
-def test_training_data_equal_prompts(system: SeedLlama):
-    # Learned are the answers, each with the token that ends its turn.
-    tokenizer = system.tokenizer
-    codes = [index % N_CODES for index in range(PER_IMAGE)]
-    contents = [[{"codes": codes}, " What is it?"], ["A cat. <|im_end|>"], ["Where?"], ["Here."]]
-    roles = ("user", "assistant", "user", "assistant")
-    messages = [
-        {"role": role, "content": content} for role, content in zip(roles, contents, strict=True)
-    ]
-    decoder = Chat(tokenizer, {"template": "chat"})
-    sequence = decoder.decode({"messages": messages}, SeededRandom(0))
-
-    # 1. The ids are those of the prompt of the last turn, and its answer.
-    turns = [("user", [codes, " What is it?"]), ("assistant", contents[1]), ("user", "Where?")]
-    prompt = system.prompt_ids(turns)
-    answer = [*tokenizer.encode("Here."), tokenizer.eos_token_id]
-    assert list(sequence.ids) == [*prompt, *answer]
-
-    # 2. The labels.
-    learned = [label for label in sequence.labels if label != IGNORE_INDEX]
-    first = [*tokenizer.encode_parts(contents[1]), tokenizer.eos_token_id]
-    assert learned == [*first, *answer]
-
-
 @pytest.mark.slow
-@pytest.mark.parametrize("lora", [None, {"r": 4, "lora_alpha": 8}], ids=["full", "lora"])
-def test_training_and_its_checkpoint(folder: Path, system: SeedLlama, lora, train, tmp_path):
+def test_training_and_its_checkpoint(folder: Path, system: SeedLlama, train, tmp_path):
     # 1. Ten steps; the data are in the chat template.
     out = train(
         "run",
-        model={"path": str(folder / "llm"), "sizes": None, "lora": lora},
+        model={"path": str(folder / "llm"), "sizes": None, "lora": {"r": 4}},
         data=runs.write_data(tmp_path / "codes", N_CODES, PER_IMAGE),
         trainer={"max_steps": STEPS},
         tokenizer={"pretrained_model_name_or_path": str(folder / "tokenizer")},
@@ -113,11 +84,4 @@ def test_training_and_its_checkpoint(folder: Path, system: SeedLlama, lora, trai
     assert (config.template, config.tokenizer) == ("chat", folder / "tokenizer")
     trained = SeedLlama.from_pretrained(checkpoint, device="cpu", log=None)
     assert trained.llm.config.eos_token_id == system.tokenizer.eos_token_id
-    answer = trained.describe(IMAGE)
-    assert answer != system.describe(IMAGE)
-
-    # 3. An adapter that is merged answers the same.
-    if lora is not None:
-        merge_adapter(folder / "llm", checkpoint, tmp_path / "merged", tokenizer=system.tokenizer)
-        merged = SystemConfig.find(folder, llm=tmp_path / "merged")
-        assert SeedLlama.from_pretrained(merged, device="cpu", log=None).describe(IMAGE) == answer
+    assert trained.describe(IMAGE) != system.describe(IMAGE)

@@ -7,24 +7,17 @@ import json
 import llm_runs as runs
 import pytest
 
-from seed_multimodal.config import load_yaml
-from seed_multimodal.training.llm.config import LlmModelSettings, read_model_settings, template_of
+from seed_multimodal.training.llm.config import LlmModelSettings, template_of
 from seed_multimodal.training.llm.task import LlmTask
 
 
 @pytest.mark.parametrize(("width", "template"), [(4096, "vicuna"), (5120, "llama2")])
 def test_template_of_a_model(width, template, tmp_path):
     assert template_of(LlmModelSettings(sizes={"hidden_size": width})) == template
-    assert template_of(LlmModelSettings(path=str(tmp_path))) == "vicuna"  # no config.json
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": width}))
     assert template_of(LlmModelSettings(path=str(tmp_path))) == template
     named = LlmModelSettings(sizes={"hidden_size": width}, template="vicuna")
     assert template_of(named) == "vicuna"
-
-
-def test_template_of_the_original_13b():
-    original = load_yaml(runs.APPLICATION / "configs" / "model" / "llama2_13b_lora.yaml")
-    assert template_of(read_model_settings(original)) == "llama2"
 
 
 @pytest.mark.parametrize(

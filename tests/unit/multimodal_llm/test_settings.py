@@ -18,7 +18,7 @@ from seed_multimodal.compat.training_flags import translate
 from seed_multimodal.config import load_yaml
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import read_settings
-from seed_multimodal.training.cli import compose, main, parse
+from seed_multimodal.training.cli import compose, main
 from seed_multimodal.training.config import OptimSettings
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.engine import resolve_deepspeed_config
@@ -26,26 +26,11 @@ from seed_multimodal.training.llm.config import LlmTrainerSettings, read_model_s
 from seed_multimodal.training.llm.task import LlmTask
 
 CONFIGS = ROOT / "MultiModalLLM" / "configs"
-# The published pretraining command, flag by flag.
-PRETRAIN = """--model {model} --tokenizer {tokenizer} --train_data {data}
-    --deepspeed configs/deepspeed/stage2_bf16.json --output_dir log/pretrain --max_steps 30000
-    --save_steps 1000 --learning_rate 1.5e-4 --min_lr_ratio 0.05 --warmup_ratio 0.03
-    --lr_scheduler_type cosine --weight_decay 0.05 --adam_beta1 0.9 --adam_beta2 0.95
-    --adam_epsilon 1e-5 --max_grad_norm 1.0 --gradient_accumulation_steps 4
-    --per_device_train_batch_size 128 --per_device_eval_batch_size 1 --bf16 True
-    --gradient_checkpointing True --dataloader_num_workers 2
-    --logging_steps 1 --report_to tensorboard --evaluation_strategy no --ignore_data_skip True
-    --logging_nan_inf_filter no --log_level info"""
 
 
 @pytest.fixture
 def files(tmp_path) -> dict[str, Path]:
     return runs.write_files(tmp_path)
-
-
-@pytest.fixture
-def published(files) -> list[str]:
-    return PRETRAIN.format(**files).split()
 
 
 # Published recipes, and what both have.
@@ -86,15 +71,6 @@ def recipe(run: Any, name: str) -> dict[str, Any]:
     return {key: settings[key] for key in (*RECIPES[name], *OF_BOTH)}
 
 
-def test_compose_the_published_command_line(published):
-    run = LlmTask.read(compose(translate(published), CONFIGS))
-    assert recipe(run, "pretrain") == {**RECIPES["pretrain"], **OF_BOTH}
-    assert run.optim.name == "adamw_hf"
-    assert run.deepspeed["zero_optimization"]["stage"] == 2
-    assert run.model.sizes["hidden_size"] == 32
-    assert "--per_device_train_batch_size" in translate(published).ignored
-
-
 @pytest.mark.parametrize("name", RECIPES)
 @pytest.mark.parametrize("way", ["script", "groups"])
 def test_compose_the_published_recipes(name, way, monkeypatch):
@@ -114,17 +90,18 @@ def test_compose_the_published_recipes(name, way, monkeypatch):
         assert (zero["stage"], "offload_optimizer" in zero) == (2, name == "sft")
 
 
-def test_compose_later_arguments_win(published):
-    more = ["--max_steps", "7", "optim.learning_rate=0.5", "model.sizes.hidden_size=16"]
-    config = compose(translate([*published, *more, "deepspeed=none"]), CONFIGS)
+def test_compose_later_arguments_win():
+    zero = "configs/deepspeed/stage2_bf16.json"
+    flags = ["--output_dir", "x", "--max_steps", "30000", "--deepspeed", zero]
+    more = ["--max_steps", "7", "optim.learning_rate=0.5", "deepspeed=none"]
+    config = compose(translate([*flags, *more]), CONFIGS)
     assert config["trainer"]["max_steps"] == 7
     assert config["optim"]["learning_rate"] == 0.5
-    assert config["model"]["sizes"]["hidden_size"] == 16
     assert config.get("deepspeed") is None
     # A group chosen after the flags replaces all of them; one before does not.
-    trainer = compose(translate([*published, "trainer=nano"]), CONFIGS)["trainer"]
+    trainer = compose(translate([*flags, "trainer=nano"]), CONFIGS)["trainer"]
     assert trainer == yaml.safe_load((CONFIGS / "trainer" / "nano.yaml").read_text())
-    before = compose(translate(["trainer=nano", *published]), CONFIGS)["trainer"]
+    before = compose(translate(["trainer=nano", *flags]), CONFIGS)["trainer"]
     assert before["max_steps"] == 30000
 
 
@@ -133,25 +110,15 @@ def test_compose_later_arguments_win(published):
     [
         ("--bf16", ["trainer.precision=bf16"]),
         ("--bf16 False", []),
-        ("--no_bf16", []),
-        ("--bf16 True --fp16 False", ["trainer.precision=bf16"]),
         ("--fp16=True", ["trainer.precision=fp16"]),
         ("--mixed_precision no", ["trainer.precision=fp32"]),
-        (
-            "--gradient_checkpointing --max_steps 3",
-            ["trainer.gradient_checkpointing=True", "trainer.max_steps=3"],
-        ),
         ("--gradient-checkpointing=False", ["trainer.gradient_checkpointing=False"]),
         ("--report_to tensorboard wandb", ["trainer.report_to=[tensorboard,wandb]"]),
         ("--report_to none", ["trainer.report_to=[]"]),
-        ("--report_to all", ["trainer.report_to=[tensorboard]"]),
-        ("--resume_from_checkpoint log/checkpoint-3", ['trainer.resume="log/checkpoint-3"']),
         ("--resume_from_checkpoint True", ['trainer.resume="auto"']),
         ("--evaluation_strategy steps", ["trainer.eval_steps=${trainer.logging_steps}"]),
-        ("--eval_strategy steps --eval_steps 5", ["trainer.eval_steps=5"]),
         ("--save_strategy no", ["trainer.save_steps=0", "trainer.save_seconds=0"]),
         ("--optim adamw_torch_fused", ["optim.name=adamw"]),
-        ("--optim adamw_hf", ["optim.name=adamw_hf"]),
         (
             "--num_train_epochs 10 --max_steps 5 --push_to_hub False --do_train",
             ["trainer.max_steps=5"],
@@ -176,33 +143,17 @@ def test_translate_flags_of_the_original(arguments, overrides):
     ] == overrides
 
 
-def test_parse_without_the_flags_of_the_original():
-    command = parse(["model=nano", "--config-name", "mine", "--cfg", "trainer.max_steps=3"])
-    assert command.overrides == ["model=nano", "trainer.max_steps=3"]
-    assert command.options == {"config_name": "mine", "cfg": "True"}
-    with pytest.raises(ConfigError, match="--max_steps"):
-        parse(["--max_steps", "3"])
-
-
-def test_compose_values_with_an_equals_sign():
-    for words in (["--output_dir", "log/lr=1e-4"], ["output_dir='log/lr=1e-4'"]):
-        assert compose(translate(words), CONFIGS)["output_dir"] == "log/lr=1e-4"
-
-
 # Arguments, and what the error names.
 WRONG = [
     ("--learning_rat 1", "'--learning_rate'"),
     ("--num_train_epochs 3", "--max_steps"),
-    ("--save_strategy epoch", "'epoch'"),
     ("--max_steps many", "max_steps"),
     ("optim=pretrian", "'pretrain'"),
     ("deepspeed=stage2_bf61", "'stage2_bf16'"),
     ("output_dir=log/lr=1e-4", "quotes"),
     ("trainer.max_stepz=3", "'max_steps'"),
-    ("trainer.max_steps=3.5", "max_steps"),
     ("trainer.precision=fp8", "precision"),
     ("trainr.max_steps=3", "'trainer'"),
-    ("model=none", "model"),
     ("tokenizer.pretrained_model_name_or_path=null", "pretrained_model_name_or_path"),
     ("output_dir=???", "output_dir"),
 ]
@@ -272,7 +223,6 @@ def test_fill_config_that_contradicts_the_trainer(trainer, named):
 @pytest.mark.parametrize(
     ("precision", "torch_dtype", "used"),
     [
-        ("fp16", None, "fp16"),
         ("bf16", None, "bf16"),  # that of the run: the original fp16 weights stay exact
         ("bf16", "fp16", "fp16"),  # that of the file
         ("fp32", "fp16", "fp32"),
@@ -328,8 +278,6 @@ MODELS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ),
     ("llama2_13b_lora", {}, {"dtype": None}),
     ("vicuna_7b_lora_pretrained", {"model_id": "log/x"}, {"adapter": "log/x", "lora": None}),
-    ("nano_scratch", {}, {"dtype": "fp32"}),
-    ("nano_lora", {}, {"dtype": "fp32"}),
     ("", {**BASE, "torch_dtype": "fp16", "seed": 3}, {"dtype": "fp16", "seed": 3}),
     (
         "",
@@ -363,7 +311,7 @@ def test_read_model_settings_of_the_originals(file, config, expected):
         config = {**published_file(file), **config}
     settings = read_model_settings(config)
     assert {key: getattr(settings, key) for key in expected} == expected
-    if file.endswith(("lora", "merged_pretrain")) and "nano" not in file:
+    if file.endswith(("lora", "merged_pretrain")):
         assert {key: settings.lora[key] for key in PUBLISHED_LORA} == PUBLISHED_LORA
 
 
@@ -371,11 +319,9 @@ def test_read_model_settings_of_the_originals(file, config, expected):
     ("config", "named"),
     [
         ({"path": "x", "atention": "eager"}, "'attention'"),
-        ({"path": "x", "attention": "flesh"}, "'flash'"),
         ({}, "path"),
         ({**BASE, "pretrained_model_name_or_path": "???"}, "pretrained_model_name_or_path"),
         # Embeddings are not trained alone.
-        ({"_target_": f"{SEED}learnable_image_embedding_model", "model": BASE}, "embeddings"),
         ({"_target_": f"{SEED_X}model_with_resize_embedding", "model": BASE}, "embeddings"),
     ],
 )

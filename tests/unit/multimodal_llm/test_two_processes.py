@@ -19,6 +19,7 @@ from real_processes import (  # noqa: F401
     processes_with,
     wait_until,
 )
+from trainers import TRAINERS, TWO
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(600)]
 SCRIPT = "scripts/train_a100_lora_multi_node_pretrain.sh"
@@ -87,19 +88,6 @@ def test_train_processes_with_unequal_numbers_of_evaluation_batches(tmp_path):
     options = ["trainer.max_steps=2", "trainer.eval_steps=1", "trainer.eval_batches=100"]
     out = tmp_path / "out"
     arguments = runs.overrides(files, out, f"eval_data={held_out}", *options, QUICK)
-    runs.run(arguments, before=runs.torchrun())
+    trainer = next(entry for entry in TRAINERS if entry.name == "llm")
+    trainer.run(tmp_path, arguments, *TWO)
     assert len([line for line in runs.log_lines(out) if "eval_loss" in line]) == 2
-
-
-@pytest.mark.nightly
-def test_train_writes_no_samples_when_the_first_process_has_no_data_left(tmp_path):
-    # Without evaluation data, the samples continue sequences of a step.
-    files = runs.write_files(tmp_path)
-    captions = (tmp_path / "data" / "captions.jsonl").read_text().splitlines(keepends=True)
-    bad = '{"image_ids": [1, 2, 3], "text": "too few codes"}\n'  # of the first process
-    files["data"] = one_source(files, 0, [bad, captions[1]])
-    out = tmp_path / "out"
-    arguments = runs.overrides(files, out, "trainer.sample_steps=1", QUICK)
-    runs.run(arguments, before=runs.torchrun())
-    assert list(runs.losses(out)) == [1]
-    assert not (out / "samples").exists()

@@ -8,8 +8,9 @@ import pytest
 import torch
 from lavis_runs import printed, write_clip, write_text_encoder
 from repository import ROOT
+from tiny.vision import write_vision
 
-NIGHTLY = ("eva trained", "seed1", "lavit eva")
+NIGHTLY = ("siglip", "eva trained", "seed1", "lavit eva")
 
 
 def write_eva(file: Path) -> Path:
@@ -33,34 +34,33 @@ def write_eva(file: Path) -> Path:
     ["eva", "clip", *(pytest.param(case, marks=pytest.mark.nightly) for case in NIGHTLY)],
 )
 def test_export_by_the_printed_commands(case, yaml, run, tmp_path, capsys, monkeypatch):
-    # The vision encoder is EVA's file or a CLIP folder, frozen or trained further.
+    # The vision encoder is EVA's file, a CLIP folder or one of transformers, frozen or trained
+    # further.
     from seed_multimodal.cli.main import main
 
     monkeypatch.chdir(tmp_path)
-    vision = write_clip(tmp_path / "clip") if "clip" in case else write_eva(tmp_path / "eva.pth")
-    sizes = (
-        "model.vit={patch_size: 16, width: 32, depth: 1, heads: 2, mlp_width: 64, "
-        f"pre_norm: {'clip' in case}}}"
-    )
-    options = [f"model.vit_weights={vision}", sizes]
-    if "lavit" in case:
-        heads = (
-            "model.merger={merger_depth: 1, merger_heads: 2, merger_mlp_width: 64, llm_width: 8}"
-        )
-        run(yaml("lavit", *options, heads))
+    if case == "siglip":
+        write_vision("siglip", tmp_path / "vision")
+        options = [f"model.vit={{type: hub, path: {tmp_path}/vision}}"]
     else:
-        run(
-            yaml("stage1", *options, f"model.freeze_vit={'trained' not in case}", "run.max_epoch=1")
-        )
-        script, _, config, _, start = printed(capsys.readouterr().out)[1:]
+        is_clip = "clip" in case
+        weights = write_clip(tmp_path / "clip") if is_clip else write_eva(tmp_path / "eva.pth")
+        sizes = f"patch_size: 16, width: 32, depth: 1, heads: 2, mlp_width: 64, pre_norm: {is_clip}"
+        options = [f"model.vit_weights={weights}", f"model.vit={{{sizes}}}"]
+    if "lavit" in case:
+        sizes = "merger_depth: 1, merger_heads: 2, merger_mlp_width: 64, llm_width: 8"
+        run(yaml("lavit", *options, f"model.merger={{{sizes}}}"))
+    else:
+        options.append("run.max_epoch=1")
+        run(yaml("stage1", *options, f"model.freeze_vit={'trained' not in case}"))
+        script, _, config, _, *start = printed(capsys.readouterr().out)[1:]
         assert Path(script).name == "codebook.sh" and config == "YOUR_STAGE_2.yaml"
-        kind = "seed1" if case == "seed1" else "stage2"
-        text = (
-            [f"model.text_encoder={write_text_encoder(tmp_path / 'diffusion')}"]
-            if kind == "seed1"
-            else []
-        )
-        run(yaml(kind, start, *options, *text, "run.max_epoch=1"))
+        if case == "siglip":
+            options.append("model.alignment_target=encoder")
+        if case == "seed1":
+            text_encoder = write_text_encoder(tmp_path / "diffusion")
+            options.append(f"model.text_encoder={text_encoder}")
+        run(yaml("seed1" if case == "seed1" else "stage2", *start, *options))
     export = printed(capsys.readouterr().out)
     assert export[0] == "seed" and main(export[1:]) == 0
     if "lavit" not in case:

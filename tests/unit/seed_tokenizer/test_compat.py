@@ -43,19 +43,6 @@ def test_register_in_a_fresh_process(start):
 
 
 @pytest.mark.process
-def test_plain_import_of_lavis(start):
-    # As in the original's folder, where the package lay; programs here find the prepared one.
-    code = (
-        "from lavis.common.registry import registry\n"
-        "from lavis.tasks.base_task import BaseTask\n"
-        "print(registry.get_path('library_root'))"
-    )
-    output, error, code = run_code(start, "-c", code)
-    assert code == 0, error
-    assert "SEED_Tokenizer" not in output
-
-
-@pytest.mark.process
 def test_train_without_lavis(start):
     # One line with the command that installs it.
     project = "lavis/projects/nano/pretrain_qformer.yaml"

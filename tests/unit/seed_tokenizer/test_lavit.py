@@ -8,7 +8,6 @@ import pytest
 import torch
 from lavis_runs import log_of, program
 from repository import ROOT
-from tiny.vision import write_vision
 
 VISION = ROOT / "pretrained" / "nano" / "seed_tokenizer" / "diffusion_model" / "image_encoder"
 
@@ -46,30 +45,6 @@ def test_train_and_export_of_lavit(yaml, run, images, tmp_path, capsys):
     assert torch.equal(torch.cat(codes), expected.codes_T)
     rebuilt = decoder.features([tokenizer.embed_codes(row) for row in codes])
     assert rebuilt.shape == tokenizer.patch_features(pixels).shape
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("kind", ["siglip2", "clip"])
-def test_train_and_export_with_a_vision_encoder_of_transformers(kind, yaml, run, images, tmp_path):
-    # Sizes, weights and preprocessing are those of its folder, for the export, too.
-    from seed_multimodal.cli.main import main
-    from seed_multimodal.models.lavit.checkpoints import load_dynamic_tokenizer
-
-    write_vision(kind, tmp_path / "vision")
-    vit = f"model.vit={{type: hub, path: {tmp_path}/vision}}"
-    merger = "model.merger={merger_depth: 1, merger_heads: 2, merger_mlp_width: 64, llm_width: 8}"
-    model = run(yaml("lavit", vit, merger, "run.max_epoch=2")).model.eval()
-    assert model.tokenizer.n_patches == 4 and model.decoder.config.feature_dim == 16
-
-    checkpoint = tmp_path / "lavit" / "checkpoint_1.pth"
-    out = tmp_path / "tokenizer"
-    assert main(f"export-tokenizer --lavit {checkpoint} --out {out}".split()) == 0
-    tokenizer = load_dynamic_tokenizer(out / "tokenizer")
-    read = [tokenizer.transform.read(path) for path in sorted(images.glob("*.png"))[:3]]
-    pixels = tokenizer.transform.normalise(torch.stack(read))
-    codes = tokenizer.encode(pixels, mode="threshold")
-    expected = model.tokenizer.encode(pixels, mode="threshold")
-    assert all(torch.equal(row, other) for row, other in zip(codes, expected, strict=True))
 
 
 def test_build_with_a_rate_of_the_token_selector(yaml):

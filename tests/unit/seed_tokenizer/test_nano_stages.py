@@ -58,12 +58,3 @@ def test_render_and_the_loss_of_the_label_heads(tmp_path):
     labels = second.options.label_weight * out["loss_labels"]
     assert out["loss"] == pytest.approx(parts + labels, rel=1e-5)
     assert not any("label_heads" in name for name in second.state_dict())
-
-
-def test_render_with_an_earlier_checkpoint(tmp_path):
-    earlier = tmp_path / "checkpoint_0.pth"
-    earlier.write_bytes(b"weights")
-    config2 = rendered(workspace(tmp_path, f"train_stage2.start={earlier}"), "stage2")
-    assert config2.model.finetuned == str(earlier)
-    # The checkpoint has a codebook.
-    assert (config2.model.codebook_warmup, config2.model.kmeans_start) == (0, False)

@@ -106,17 +106,3 @@ def test_load_config_with_a_wrong_option(options, named):
 
     with pytest.raises(SeedError, match=named):
         load_config(str(APPLICATION / "lavis/projects/nano/pretrain_qformer.yaml"), options)
-
-
-@pytest.mark.parametrize(
-    "key, named",
-    [("pretrained: nothing.pth", r"nothing\.pth"), ("text_tokenizer: /nowhere", "/nowhere")],
-)
-def test_from_config_with_a_wrong_model_key(key, named):
-    from omegaconf import OmegaConf
-    from seed_lavis.models import Blip2Casual
-
-    sizes = {"width": 16, "heads": 2, "depth": 1, "mlp_width": 16}
-    tiny = {"vit": sizes, "qformer": sizes, "text_tokenizer": None, "vocab_size": 30}
-    with pytest.raises(SeedError, match=named):
-        Blip2Casual.from_config(OmegaConf.merge(tiny, OmegaConf.create(key)))

@@ -7,8 +7,6 @@ import sys
 from pathlib import Path
 
 import pytest
-from hypothesis import assume, given
-from hypothesis import strategies as st
 from lavis_runs import log_of, program
 from tensors import equal
 
@@ -86,14 +84,3 @@ def test_train_in_two_processes_that_share_the_split(yaml, run, start, tmp_path)
     assert len(keys) >= 5
     expected = pytest.approx([single[key] for key in keys], rel=1e-3)
     assert [pair[key] for key in keys] == expected
-
-
-@given(total=st.integers(1, 2000), batch=st.integers(1, 64), world=st.integers(1, 8))
-def test_share_out_evaluates_equal_full_batches(total, batch, world):
-    # Every process has as many batches of one size; fewer samples than batches are left out.
-    from seed_lavis.task import share_out
-
-    assume(total >= world)
-    size, count = share_out(total, batch, world)
-    assert 1 <= size <= batch
-    assert size == 1 or 0 <= total - size * count * world < count * world

@@ -2,18 +2,12 @@
 
 from __future__ import annotations
 
-import json
-import shutil
-import sys
 from pathlib import Path
 
 import pytest
 import torch
-from lavis_runs import APPLICATION, log_of, printed
-from omegaconf import OmegaConf
-from PIL import Image
+from lavis_runs import log_of
 from repository import ROOT
-from tiny.training import seed_decoder_config, write_seed_decoder_parts
 from tiny.vision import write_vision
 
 TARGET = "model.alignment_target=encoder"
@@ -46,7 +40,7 @@ def test_load_config_prepares_images_for_the_encoder(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("kind", ["siglip2", "dinov2", "dinov3", "clip"])
+@pytest.mark.parametrize("kind", ["siglip2", "dinov3"])
 def test_train_towards_the_encoders_own_feature(kind, yaml, run, tmp_path):
     # Both stages of encoders with a pooling head, a class token or registers; bf16 the second.
     network = write_vision(kind, tmp_path / "vision")
@@ -81,58 +75,3 @@ def test_train_the_encoder_and_its_own_feature(yaml, run, tmp_path):
     assert any("head" in name for name in expected)
     for name, tensor in second.visual_encoder.state_dict().items():
         torch.testing.assert_close(tensor, expected[name])
-
-
-@pytest.mark.process
-@pytest.mark.slow
-def test_tokenizer_and_decoder_of_siglip_by_the_printed_commands(
-    yaml, start, run, images, tmp_path, capsys
-):
-    # Both stages, the first as a process, export, codes, a decoder's training, an image, the
-    # evaluation; sizes of EVA in the YAML are replaced by the encoder's.
-    from seed_multimodal.cli.main import main
-    from seed_multimodal.models.seed.train_detokenizer import SeedDecoderTask
-
-    # 1. The tokenizer; without its folder the encoder still gives the target.
-    write_vision("siglip", tmp_path / "vision")
-    options = [vit_option(tmp_path / "vision"), "model.freeze_vit=True", *SHORT]
-    train = str(APPLICATION / "train.py")
-    output, error = start(sys.executable, train, *yaml("stage1", *options)).communicate()
-    pretrained, vit = printed(output)[-2:]
-    run(yaml("stage2", pretrained, vit, TARGET, *SHORT))
-    saved = OmegaConf.load(tmp_path / "stage2" / "config.yaml")
-    assert saved.datasets.coco_caption.vis_processor.train.image_size == 16
-    export = printed(capsys.readouterr().out)
-    assert main(export[1:]) == 0
-    folder = Path(export[-1])
-    shutil.rmtree(tmp_path / "vision")
-    capsys.readouterr()
-    assert main(["tokenize", str(CAT), "--model", str(folder)]) == 0
-    assert sum(code.isdigit() for code in capsys.readouterr().out.split()) >= 32
-
-    # 2. A decoder of its embeddings; stable unCLIP's are those of CLIP.
-    parts = write_seed_decoder_parts(tmp_path / "parts")
-    settings = seed_decoder_config(
-        parts,
-        tmp_path / "run",
-        denoiser="SanaTransformer2DModel",
-        model={"tokenizer": str(folder), "reads": "embedding"},
-        data={"encoder_size": 16},
-        trainer={"max_steps": 2, "save_steps": 0},
-    )
-    decoder = SeedDecoderTask.train(settings)["decoder"]
-    shutil.rmtree(folder / "diffusion_model", ignore_errors=True)
-    shutil.copytree(decoder, folder / "diffusion_model")
-    out = tmp_path / "cat.png"
-    rebuild = ["reconstruct", str(CAT), "--model", str(folder), "--out", str(out), "--steps", "2"]
-    assert main(rebuild) == 0
-    assert Image.open(out).size == (16, 16)
-
-    # 3. Evaluation: cosines to the encoder's own feature.
-    evaluation = ["eval", "tokenizer", "--model", str(folder), "--out", str(tmp_path / "eval")]
-    evaluation += ["--data", str(images / "pairs.json"), "--limit", "4", "--rebuild", "2"]
-    assert main([*evaluation, "--clip", str(tmp_path)]) == 2
-    assert "--clip" in capsys.readouterr().err
-    assert main(evaluation) == 0
-    report = json.loads((tmp_path / "eval" / "report.json").read_text())["reconstruction"]
-    assert (report["embedding"]["n"], report["image_clip"]["n"]) == (4, 2)

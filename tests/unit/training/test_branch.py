@@ -13,6 +13,7 @@ import pytest
 
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.settings import changed_settings
+from seed_multimodal.training.checkpoint import settings_remark
 
 # A package in place of wandb, which needs the network: it records the ids of the runs.
 WANDB = """
@@ -189,3 +190,10 @@ def test_changed_settings_names_each_change_that_counts():
         "data.sources.a.weight: 1 -> not given",
         "data.sources.b.weight: 2 -> 3",
     ]
+
+
+def test_settings_remark_lists_a_few_changes():
+    before, now = ({f"k{index}": value for index in range(9)} for value in (0, 1))
+    assert settings_remark(before, before, ()) == settings_remark(None, before, ()) == ""
+    remark = settings_remark(before, now, ())
+    assert "k7: 0 -> 1" in remark and "k8" not in remark
