@@ -86,17 +86,3 @@ def test_batcher_drops_queued_rows_of_a_stopped_thread():
         work.gate.set()
         assert first.result(10) == [1]
     assert batcher(1, [4]) == [0.25] and work.batches == [[4]]
-
-
-def test_batcher_computes_the_rows_of_all_threads_in_one():
-    """Matrix libraries keep buffers for each thread that has computed."""
-    all_call = threading.Barrier(4)
-    batcher = DynamicBatcher(lambda key, rows: [threading.get_ident() for _ in rows], wait=0)
-
-    def call(key: int) -> list[int]:
-        all_call.wait(10)
-        return batcher(key, [0])
-
-    with ThreadPoolExecutor(4) as pool:
-        threads = {ident for result in pool.map(call, range(4)) for ident in result}
-    assert len(threads) == 1 and batcher(0, [0]) == [threading.get_ident()]

@@ -7,9 +7,8 @@ from typing import Any
 import pytest
 import torch
 
-from seed_multimodal.errors import ConfigError, GenerationError
+from seed_multimodal.errors import GenerationError
 from seed_multimodal.inference.backends.torch import TorchBackend
-from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.engine import Engine
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 
@@ -52,5 +51,3 @@ def test_likelihoods_that_cannot_be_computed(tiny):
     prompt = Prompt([1] * (engine.capacity - 2))
     with pytest.raises(GenerationError):
         engine.likelihoods([prompt], [[[5, 6, 7]]])
-    with pytest.raises(ConfigError):  # as of an engine in another program
-        BaseEngine.likelihoods(engine, [], [])
