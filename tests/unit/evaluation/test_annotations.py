@@ -22,6 +22,7 @@ from seed_multimodal.evaluation.annotations import (
 from seed_multimodal.evaluation.choices import read_choices
 from seed_multimodal.evaluation.geneval import read_object_prompts
 from seed_multimodal.evaluation.tifa import DPG_COLUMNS, read_dpg, read_geneval2
+from seed_nano.report import prompts
 
 COCO_NAME = "val2014/COCO_val2014_000000000007.jpg"
 COCO = {
@@ -246,6 +247,13 @@ def test_read_dpg_takes_prompts_of_files_and_numbers_of_any_order(tmp_path):
     assert (first.caption, second.caption) == ("A long text about a fox.", "text")
     assert [(item.number, item.parents) for item in first.questions] == [(2, (1,)), (1, ())]
     assert first.questions[0].category == "entity - part"
+
+
+def test_prompts_of_nano_have_the_formats_of_the_benchmarks(tmp_path):
+    assert prompts.main(["--out", str(tmp_path)]) == 0
+    assert len(read_object_prompts(tmp_path / "evaluation_metadata.jsonl")) == 553
+    assert len(read_geneval2(tmp_path / "geneval2_data.jsonl")) == 553
+    assert len(read_dpg(tmp_path / "dpg_bench.csv")) == 100
 
 
 def test_find_image_file_by_coco_names(tmp_path):

@@ -121,16 +121,6 @@ BENCHMARKS = {
         {"accuracy": 50.0, "per_question_type": {"Scenes": 100.0}, "samples": 2},
         {"question_id": [1, 2], "prediction": ["A", "A"]},
     ),
-    "drawings by CLIP": Recorded(
-        "text2image --captions t.txt --best-of 1",
-        {"t.txt": "a fox\na cat"},
-        [
-            {"id": 1, "caption": "a fox", "image": "0.png", "clip": 0.2, "clip_image": 0.5},
-            {"id": 2, "caption": "a cat", "image": "1.png", "clip": 0.3},
-        ],
-        {"clip": 0.25, "clip_image": 0.5},
-        {"image": ["0.png", "1.png"]},
-    ),
     # Images of a kind are averaged, then kinds.
     "geneval": Recorded(
         "geneval --data p.jsonl --judge nano --num-images 2",
