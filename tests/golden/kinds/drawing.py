@@ -243,14 +243,15 @@ def noises(want: Tensors, prefix: str) -> list[torch.Tensor]:
     return [want[f"{prefix}noise{k}"] for k in range(len(want)) if f"{prefix}noise{k}" in want]
 
 
-def check_seed2_case(
-    model: UnclipDetokenizer, case: str, record: dict[str, Any], inputs: Tensors, want: Tensors
-) -> None:
+def denoised(
+    model: UnclipDetokenizer, case: str, steps: int, inputs: Tensors, want: Tensors
+) -> tuple[torch.Tensor, dict[str, list[Any]]]:
+    """Latents of a case with its recorded noise, and what the U-Net was given."""
     kind = case.split(".")[1]
-    settings = model.check_settings(num_inference_steps=record["steps"], **ARGUMENTS.get(kind, {}))
+    settings = model.check_settings(num_inference_steps=steps, **ARGUMENTS.get(kind, {}))
     embeds = inputs["image_embeds"]
     start = inputs["latents"]
-    noise = noises(want, case)
+    noise = [want[f"{case}noise{k}"] for k in range(len(want)) if f"{case}noise{k}" in want]
     generators = [torch.Generator()]
     if kind == "two_per_prompt":  # one noise for both
         start = torch.cat([start, start.flip(-1)])
@@ -259,13 +260,8 @@ def check_seed2_case(
         noise = [row for row in noise for _ in range(2)]
     negatives = inputs["negative_image_embeds"] if kind == "negative" else None
     with replayed(noise), watched(model) as recorded:
-        result = model.denoise(settings, generators, embeds, start=start, negatives=negatives)
-    times = [time for _, time in recorded["calls"]]
-    assert_same(times, record["timesteps"], f"{case}timesteps")
-    want.close(f"{case}class_labels", recorded["labels"][0], (1e-5, 1e-5))
-    if (name := f"{case}prompt_embeds") in want:
-        want.close(name, recorded["context"][0])
-    want.close(f"{case}latents", result, (1e-3, 1e-3))
+        latents = model.denoise(settings, generators, embeds, start=start, negatives=negatives)
+    return latents, recorded
 
 
 @torch.no_grad()
@@ -277,28 +273,39 @@ def check_seed2(recording: Recording) -> None:
     length = model.tokenizer.model_max_length
     ids = model.tokenizer("", padding="max_length", max_length=length).input_ids
     assert_same(ids, recording.meta["empty_prompt_ids"], "token ids of the empty prompt")
+
+    # 1. Class labels: noise is added to embeddings.
     noising = inputs.part("noising")
     for level in noising.parts():
         embeds = noising[f"{level}.embeds"]
         with replayed(list(noising[f"{level}.noise"].split(1))):
             output = model.class_labels(embeds, int(level), [torch.Generator()] * len(embeds))
         want.close(f"noising.{level}.output", output, (1e-5, 1e-5))
-    steps = dict[str, int]()
+
+    # 2. Latents of every scheduler and case.
+    steps: dict[str, int] = {}
     for case, record in recording.meta["cases"].items():
         name = case.split(".")[0]
         steps[name] = record["steps"]
+        if not record["ok"]:  # the original failed
+            continue
         model.scheduler = scheduler(sizes["schedulers"][name])
-        if record["ok"]:
-            check_seed2_case(model, case, record, inputs, want)
-    for name in (name for name in sizes["schedulers"] if f"{name}.image.float" in want):
-        model.scheduler = scheduler(sizes["schedulers"][name])
-        settings = model.check_settings(num_inference_steps=steps[name])
-        with replayed(noises(want, f"{name}.image.")):
-            latents = model.denoise(
-                settings, [torch.Generator()], inputs["image_embeds"], start=inputs["latents"]
-            )
-        pixels = model.decode(latents).permute(0, 2, 3, 1)
-        assert_close(pixels[:1], want[f"{name}.image.float"][:1], 2e-3, 0, f"{name}.image")
+        latents, recorded = denoised(model, case, record["steps"], inputs, want)
+        times = [time for _, time in recorded["calls"]]
+        assert_same(times, record["timesteps"], f"{case}timesteps")
+        want.close(f"{case}class_labels", recorded["labels"][0], (1e-5, 1e-5))
+        if (prompt := f"{case}prompt_embeds") in want:
+            want.close(prompt, recorded["context"][0])
+        want.close(f"{case}latents", latents, (1e-3, 1e-3))
+
+    # 3. Images.
+    for name, settings in sizes["schedulers"].items():
+        if f"{name}.image.float" in want:
+            model.scheduler = scheduler(settings)
+            latents, _ = denoised(model, f"{name}.image.", steps[name], inputs, want)
+            pixels = model.decode(latents).permute(0, 2, 3, 1)
+            expected = want[f"{name}.image.float"]
+            assert_close(pixels[:1], expected[:1], 2e-3, 0, f"{name}.image")
 
 
 KINDS = {"seed1_sd_decode": check_seed1, "seed2_unclip_decode": check_seed2}
