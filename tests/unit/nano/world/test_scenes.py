@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from seed_multimodal.errors import DataError
-from seed_nano.world.scene import Scene, boxes, load_sprites, thing_mask
+from seed_nano.world.scene import Scene, boxes, thing_mask
 from seed_nano.world.splits import (
     HELD_OUT_SPLITS,
     SPLITS,
@@ -17,7 +17,6 @@ from seed_nano.world.splits import (
     split_of,
 )
 from seed_nano.world.tasks import EDITS, ask, make_edit
-from seed_nano.world.things import HELD_OUT, NAMES, STYLES, THINGS
 from seed_nano.world.words import Labels, describe, parse_caption
 
 EXAMPLES = [scene_at(3, index) for index in range(400)]
