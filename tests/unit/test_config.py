@@ -97,6 +97,7 @@ DAMAGED = {
 
 @pytest.mark.parametrize("content", DAMAGED.values(), ids=DAMAGED)
 def test_load_yaml_names_a_damaged_file(content, tmp_path):
+    # One line, not a traceback of the YAML library.
     file = tmp_path / "damaged.yaml"
     if content is not None:
         file.write_text(content)

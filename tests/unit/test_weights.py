@@ -1,53 +1,23 @@
-"""Loading and saving weights: damaged files, wrapped states, mapped tensors, full disks."""
+"""Loading and saving weights: wrapped states, shared tensors, full disks. Damaged files:
+`test_torch_files.py` and `nightly/test_fuzz.py`."""
 
 from __future__ import annotations
-
-import io
-import random
 
 import pytest
 import torch
 from full_disk import file_size_limit
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seed_multimodal.errors import CheckpointError
 from seed_multimodal.weights import load_state_dict, save_state_dict
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("zipped", [True, False])
-def test_load_state_dict_of_files_with_wrong_bytes(zipped, tmp_path):
-    buffer = io.BytesIO()
-    file = tmp_path / "a.pt"
-    rng = random.Random(0)
-    torch.save(
-        {"a": torch.randn(4, 4), "b": torch.ones(3)}, buffer, _use_new_zipfile_serialization=zipped
-    )
-    errors = 0
-    for _ in range(60):
-        content = bytearray(buffer.getvalue())
-        for _ in range(rng.randint(1, 3)):
-            content[rng.randrange(len(content))] = rng.randrange(256)
-        file.write_bytes(content)
-        try:
-            load_state_dict(file)
-        except CheckpointError as error:
-            assert str(error).startswith(f"{file}: ") and "\n" not in str(error)
-            errors += 1
-    assert errors > 20
 
 
 @pytest.mark.parametrize("wrappers", [("model",), ("module", "model"), ("module", "state_dict")])
 def test_load_state_dict_unwraps_states(wrappers, tmp_path):
-    wrapped: dict[str, object] = {"a": torch.ones(2)}
+    # As trainers wrap them; names that are no texts are of optimizers.
+    wrapped: dict[str, object] = {"a": torch.ones(2), 0: torch.ones(2)}
     for wrapper in wrappers:
         wrapped = {wrapper: wrapped, "epoch": 3}
     torch.save(wrapped, tmp_path / "a.pt")
-    assert list(load_state_dict(tmp_path / "a.pt")) == ["a"]
-
-
-def test_load_state_dict_skips_names_that_are_not_text(tmp_path):
-    torch.save({0: torch.ones(2), "a": torch.ones(2)}, tmp_path / "a.pt")
     assert list(load_state_dict(tmp_path / "a.pt")) == ["a"]
 
 
@@ -62,6 +32,7 @@ class Clones(TorchDispatchMode):
 
 
 def test_save_state_dict_copies_only_shared_tensors(tmp_path):
+    # A copy of all weights would need twice the memory.
     weight = torch.arange(12.0).view(3, 4)
     state = {
         "a": weight,
@@ -74,16 +45,15 @@ def test_save_state_dict_copies_only_shared_tensors(tmp_path):
         file = save_state_dict(state, tmp_path / "a.safetensors")
     assert clones.count == 2
     loaded = load_state_dict(file)
-    assert loaded.keys() == state.keys() and all(
-        torch.equal(loaded[name], value) for name, value in state.items()
-    )
+    assert loaded.keys() == state.keys()
+    assert all(torch.equal(loaded[name], value) for name, value in state.items())
 
 
 def test_save_state_dict_on_a_full_disk(tmp_path):
+    # The earlier file stays, and nothing beside it.
     file = tmp_path / "a.safetensors"
     save_state_dict({"a": torch.ones(2)}, file)
-    with file_size_limit(2000), pytest.raises(OSError, match="File too large"):
+    with file_size_limit(2000), pytest.raises(OSError):
         save_state_dict({"a": torch.zeros(10_000)}, file)
-    assert torch.equal(load_state_dict(file)["a"], torch.ones(2)) and list(tmp_path.iterdir()) == [
-        file
-    ]
+    assert torch.equal(load_state_dict(file)["a"], torch.ones(2))
+    assert [*tmp_path.iterdir()] == [file]
