@@ -10,8 +10,6 @@ from repository import NANO, ROOT
 
 from seed_multimodal import SeedLlama, open_image
 from seed_multimodal.nn.vision.clip import load_clip_vision
-from seed_nano.report.judge import Judge
-from seed_nano.report.scoring import image_labels, label_matches, true_labels
 from seed_nano.world.scene import render
 from seed_nano.world.splits import scene_at
 from seed_nano.world.words import describe, normalise
@@ -67,6 +65,9 @@ def test_images_come_out_of_their_first_codes(seed: SeedLlama):
 
 @pytest.mark.nightly
 def test_what_is_drawn_is_what_was_asked_for(seed: SeedLlama):
+    from seed_nano.report.judge import Judge
+    from seed_nano.report.scoring import image_labels, label_matches, true_labels
+
     # The judge reads it off the images; most of these scenes hold a pair that was never trained on.
     judge = Judge.from_pretrained(NANO / "judge")
     scenes = [scene_at(5, index, "pairs") for index in range(12)]

@@ -13,8 +13,6 @@ from PIL import Image
 from repository import ROOT
 
 from seed_multimodal.cli.main import main
-from seed_nano.report.judge import Judge
-from seed_nano.report.scoring import count_matches, image_labels, true_labels
 from seed_nano.world.scene import Scene, boxes
 from seed_nano.world.words import normalise
 
@@ -110,6 +108,9 @@ def test_ask_binds_names_to_places(model, work_dir: Path, capsys):
     ],
 )
 def test_drawings_of_the_readme_show_what_was_asked_for(command, work_dir: Path, capsys):
+    from seed_nano.report.judge import Judge
+    from seed_nano.report.scoring import image_labels, true_labels
+
     run(command, capsys)
     picture = Image.open(work_dir / command.rpartition("--out ")[2])
     judge = Judge.from_pretrained(ROOT / "pretrained/nano/judge")
@@ -117,6 +118,8 @@ def test_drawings_of_the_readme_show_what_was_asked_for(command, work_dir: Path,
 
 
 def test_detect_boxes_the_named_thing_and_no_absent_one(work_dir: Path, capsys):
+    from seed_nano.report.scoring import count_matches
+
     corners = run(DETECT_COMMAND, capsys).split(": ")[1].split(" (")[0].split()
     true = next(box for name, box in boxes(BOTH) if name == "snowman")
     assert count_matches([[int(value) / 256 for value in corners]], [true])

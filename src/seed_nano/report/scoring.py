@@ -15,7 +15,6 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
-from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 from torchvision.ops import box_iou
 
 from seed_multimodal.evaluation.metrics import Estimate, FloatArray, bootstrap
@@ -122,6 +121,8 @@ def similarities(images: Sequence[Image.Image], scenes: Sequence[Scene]) -> dict
 
     SSIM has windows of 7×7 pixels; only whole windows count.
     """
+    from torchmetrics.functional.image import structural_similarity_index_measure as ssim
+
     rows = []
     for image, scene in zip(images, scenes, strict=True):
         pixels = np.array(image.convert("RGB"), np.float64)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-import diffusers
 import pytest
 import torch
 from tiny import spread, write_json
@@ -30,6 +29,8 @@ N_TOKENS = 5
 
 @pytest.fixture(params=DENOISERS)
 def denoiser(request) -> torch.nn.Module:
+    import diffusers
+
     name = request.param
     torch.manual_seed(0)
     sizes = {**DENOISER_SIZES[name], DENOISERS[name].context_dim: 12, "sample_size": 8}

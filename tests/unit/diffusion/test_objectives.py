@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import copy
+from typing import Any
 
-import diffusers
 import pytest
 import torch
 from hypothesis import given
@@ -15,34 +15,40 @@ from seed_multimodal.diffusion.objectives import NoisyLatents, build_objective, 
 from seed_multimodal.errors import ConfigError
 
 TRAILING = {"timestep_spacing": "trailing", "clip_sample": False}
-# Schedulers of published folders → the objective's name.
-SCHEDULERS = {
-    "Stable Diffusion": (diffusers.DDIMScheduler(**TRAILING), "epsilon"),
+# Schedulers of published folders: class, settings → the objective's name.
+SCHEDULERS: dict[str, tuple[str, dict[str, Any], str]] = {
+    "Stable Diffusion": ("DDIMScheduler", TRAILING, "epsilon"),
     "stable-unCLIP": (
-        diffusers.DDIMScheduler(prediction_type="v_prediction", **TRAILING),
+        "DDIMScheduler",
+        {"prediction_type": "v_prediction", **TRAILING},
         "v_prediction",
     ),
     # A sampler that cannot train has the same schedule.
     "Euler": (
-        diffusers.EulerDiscreteScheduler(
-            prediction_type="v_prediction", timestep_spacing="trailing"
-        ),
+        "EulerDiscreteScheduler",
+        {"prediction_type": "v_prediction", "timestep_spacing": "trailing"},
         "v_prediction",
     ),
-    "Stable Diffusion 3": (diffusers.FlowMatchEulerDiscreteScheduler(shift=3.0), "flow"),
-    "a flow without shift": (diffusers.FlowMatchEulerDiscreteScheduler(), "flow"),
+    "Stable Diffusion 3": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, "flow"),
+    "a flow without shift": ("FlowMatchEulerDiscreteScheduler", {}, "flow"),
     "SANA": (
-        diffusers.DPMSolverMultistepScheduler(
-            prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0
-        ),
+        "DPMSolverMultistepScheduler",
+        {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
         "flow",
     ),
 }
 
 
+def build_scheduler(name: str, settings: dict[str, Any]) -> Any:
+    import diffusers  # slow to import
+
+    return getattr(diffusers, name)(**settings)
+
+
 @pytest.fixture(scope="module", params=SCHEDULERS)
 def scheduler(request):
-    return SCHEDULERS[request.param][0]
+    name, settings, _ = SCHEDULERS[request.param]
+    return build_scheduler(name, settings)
 
 
 def coefficients(scheduler, steps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -127,7 +133,7 @@ def test_sampling_with_perfect_predictions_ends_at_the_image(scheduler, preset):
     ("name", "shift"), [("Stable Diffusion 3", 3), ("SANA", 3), ("a flow without shift", 1)]
 )
 def test_time_steps_of_a_flow_are_shifted_towards_noise(name, shift, times):
-    objective = build_objective(SCHEDULERS[name][0], times)
+    objective = build_objective(build_scheduler(*SCHEDULERS[name][:2]), times)
     steps = objective.sample_timesteps(4000, torch.Generator().manual_seed(0)) / 1000
     unshifted = steps / (shift - (shift - 1) * steps)
     assert 0 < float(steps.min()) and float(steps.max()) < 1
@@ -137,20 +143,21 @@ def test_time_steps_of_a_flow_are_shifted_towards_noise(name, shift, times):
 
 
 def test_objective_name_of_each_scheduler():
-    for scheduler, name in SCHEDULERS.values():
-        assert objective_name(scheduler) == name
+    for name, settings, objective in SCHEDULERS.values():
+        assert objective_name(build_scheduler(name, settings)) == objective
 
 
 @pytest.mark.parametrize(
-    ("scheduler", "named"),
+    ("name", "settings", "named"),
     [
-        (diffusers.DDIMScheduler(prediction_type="sample"), "sample"),
+        ("DDIMScheduler", {"prediction_type": "sample"}, "sample"),
         (
-            diffusers.FlowMatchEulerDiscreteScheduler(use_dynamic_shifting=True),
+            "FlowMatchEulerDiscreteScheduler",
+            {"use_dynamic_shifting": True},
             "use_dynamic_shifting",
         ),
     ],
 )
-def test_build_objective_of_a_scheduler_without_one(scheduler, named):
+def test_build_objective_of_a_scheduler_without_one(name, settings, named):
     with pytest.raises(ConfigError, match=named):
-        build_objective(scheduler)
+        build_objective(build_scheduler(name, settings))

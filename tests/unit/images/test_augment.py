@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from torchvision import transforms
 
 from seed_multimodal.errors import ImageError
 from seed_multimodal.images.augment import TrainTransform
@@ -35,6 +34,8 @@ def smooth(width: int, height: int) -> Image.Image:
 )
 def test_train_transform_equals_torchvision(scale, interpolation):
     """Equal to torchvision's classes with the original settings, for each seed."""
+    from torchvision import transforms
+
     image = smooth(90, 70)
     reference = transforms.Compose(
         [

@@ -8,7 +8,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, FlowMatchEulerDiscreteScheduler
 from tiny.diffusion import EMBEDDING, write_unclip
 from tiny.seed import write_code_decoder
 from tiny.training import read_losses, seed_decoder_config, write_seed_decoder_parts
@@ -21,11 +20,22 @@ from seed_multimodal.training.pixel_decoder.distill import NoiseLevels
 FEW = {"teacher_steps": 4, "student_steps": 2, "trained": "all"}
 ONE = {"max_steps": 1, "save_steps": 0}
 SCHEDULE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-SCHEDULERS = {
-    "epsilon": DDIMScheduler(**SCHEDULE, clip_sample=False),
-    "velocity": DDIMScheduler(**SCHEDULE, clip_sample=False, prediction_type="v_prediction"),
-    "flow": FlowMatchEulerDiscreteScheduler(shift=3.0),
+# Objective → class of a scheduler and its settings.
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "epsilon": ("DDIMScheduler", {**SCHEDULE, "clip_sample": False}),
+    "velocity": (
+        "DDIMScheduler",
+        {**SCHEDULE, "clip_sample": False, "prediction_type": "v_prediction"},
+    ),
+    "flow": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
 }
+
+
+def build_scheduler(objective: str) -> Any:
+    import diffusers  # slow to import
+
+    name, settings = SCHEDULERS[objective]
+    return getattr(diffusers, name)(**settings)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +55,7 @@ def seed_config(parts: Path, output: Path, teacher: str = "codes", **changes: An
 @pytest.mark.parametrize("name", SCHEDULERS)
 def test_noise_levels_of_a_student_are_every_second_of_the_teacher(name):
     # Else a step of the student aims between two steps of the teacher.
-    scheduler = fast_scheduler(SCHEDULERS[name], solver_order=1)
+    scheduler = fast_scheduler(build_scheduler(name), solver_order=1)
     levels, halves = (NoiseLevels.of(scheduler, n, torch.device("cpu")) for n in (6, 3))
     assert torch.equal(levels.steps[::2], halves.steps)
     torch.testing.assert_close(levels.noise[::2], halves.noise)
@@ -57,7 +67,7 @@ def test_a_student_of_as_many_steps_has_nothing_to_learn(seed_parts: Path, tmp_p
     # Without guidance, its steps are the teacher's.
     teacher = tmp_path / "teacher"
     shutil.copytree(seed_parts / "codes", teacher)
-    SCHEDULERS[name].save_pretrained(teacher / "scheduler")
+    build_scheduler(name).save_pretrained(teacher / "scheduler")
     model = {"teacher": str(teacher), "teacher_steps": 2, "teacher_guidance": 1.0}
     still = {"learning_rate": 0.0}
     run = tmp_path / "run"

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 
-from seed_nano.report.chat import REQUESTS, main
 from seed_nano.world.dialogues import DESCRIBE_REQUESTS
 
 
@@ -13,6 +12,8 @@ from seed_nano.world.dialogues import DESCRIBE_REQUESTS
     [("tiny_folder", True), ("tiny_lavit_folder", False)],
 )
 def test_chat_report_of_each_kind(fixture, talks, request, capsys):
+    from seed_nano.report.chat import REQUESTS, main
+
     # The figures of the model card's table of requests.
     folder = request.getfixturevalue(fixture)
     assert main(f"--model {folder} --scenes 1 --device cpu".split()) == 0
@@ -24,5 +25,7 @@ def test_chat_report_of_each_kind(fixture, talks, request, capsys):
 
 
 def test_half_of_the_requests_are_in_no_training_record():
+    from seed_nano.report.chat import REQUESTS
+
     # Else the table would measure memory.
     assert len(REQUESTS) == 12 and len(set(REQUESTS) - set(DESCRIBE_REQUESTS)) == 6

@@ -11,7 +11,6 @@ import pytest
 from repository import NANO, ROOT
 
 from seed_multimodal.evaluation.metrics import plain
-from seed_nano.report.judge import Judge
 from seed_nano.report.samples import Sizes, make_samples
 from seed_nano.report.sections import Run, caption, qa
 from seed_nano.report.systems import System
@@ -40,6 +39,8 @@ class Packed(System):
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["nano", "nano-x", "nano-lavit"])
 def test_sections_of_packed_answers(name):
+    from seed_nano.report.judge import Judge
+
     # The published figures follow from the published answers.
     folder = ROOT / "pretrained" / name / "report"
     shipped = json.loads((folder / "report.json").read_text())

@@ -7,7 +7,6 @@ import os
 
 import pytest
 import torch
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_nano.train.task import SceneStream, scene_pixels, to_signed
@@ -94,6 +93,8 @@ def test_cached_recomputes_if_settings_file_or_stage_changed(tmp_path):
 
 
 def test_start_from_codebook_maps_equal_codes_to_equal_embeddings():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     codebook = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
     codebook[1] = codebook[0]
     llama = LlamaForCausalLM(

@@ -9,7 +9,6 @@ from typing import Any
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from tiny import spread
 from tiny.lavit import SMALL, small_tokenizer
 from tiny.training import lavit_config, write_lavit_parts
@@ -42,6 +41,8 @@ class Recorder(nn.Module):
 
 
 def test_pixel_loss_drops_a_share_of_the_conditions():
+    from diffusers import DDPMScheduler
+
     # Drawing with guidance needs a denoiser that also saw no conditions.
     model = Recorder()
     latents, sizes = torch.zeros(4000, 1, 1, 1), torch.zeros(4000, 6)

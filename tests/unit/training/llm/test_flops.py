@@ -6,7 +6,6 @@ import pytest
 import torch
 from llm_losses import packed_loss, rows
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from seed_multimodal.training.llm.lora import add_lora
 from seed_multimodal.training.llm.metrics import TokenMeter, token_flops
@@ -15,6 +14,8 @@ LENGTH = 40
 
 
 def build(lora: bool) -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     model = LlamaForCausalLM(
         LlamaConfig(
             vocab_size=96,

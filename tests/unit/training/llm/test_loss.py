@@ -11,7 +11,6 @@ import pytest
 import torch
 import torch.nn.functional as F
 from llm_losses import packed_loss, rows
-from transformers import LlamaConfig, LlamaForCausalLM
 
 from seed_multimodal.training.llm.lora import add_lora
 from seed_multimodal.training.llm.loss import LossModule, LossWeights, find_llama
@@ -21,6 +20,8 @@ LENGTHS = (7, 5, 9, 1, 10)
 
 
 def build(tied: bool = False, lora: bool = False) -> torch.nn.Module:
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     torch.manual_seed(0)
     model = LlamaForCausalLM(
         LlamaConfig(

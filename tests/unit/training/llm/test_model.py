@@ -14,10 +14,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from llm_losses import packed_loss, rows
-from peft import PeftModel
 from repository import ROOT
 from tensors import equal
-from transformers import AttentionInterface, LlamaConfig, LlamaForCausalLM
 
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.llm import LLAMA_IDS
@@ -52,6 +50,8 @@ VOCAB_SIZE = TOKENIZER.vocabulary.size
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> dict[str, Path]:
     """Base models: with text tokens only, with all tokens, with all tokens and tied embeddings."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
     folder = tmp_path_factory.mktemp("bases")
     torch.manual_seed(0)
     for name, vocab_size, tied in (
@@ -103,6 +103,8 @@ def attention_by_lengths(module, query, key, value, attention_mask, scaling=None
 
 
 def test_flash_attention_gets_the_sequence_lengths_of_packed_rows():
+    from transformers import AttentionInterface
+
     # Computed once; otherwise transformers derives them from the position ids in every layer.
     AttentionInterface.register("flash_by_lengths", attention_by_lengths)
     model = build(None, sizes=SIZES, lora=LORA, gradient_checkpointing=True)
@@ -131,6 +133,8 @@ LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 
 
 def test_build_llm_for_zero_3_keeps_weights_as_in_their_files(bases: dict[str, Path], tmp_path):
+    from transformers import LlamaForCausalLM
+
     # Mapped memory, without a copy in fp32 that a node could not hold; the engine shards them.
     LlamaForCausalLM.from_pretrained(bases["all"], dtype=torch.float16).save_pretrained(tmp_path)
     settings = LlmModelSettings(path=str(tmp_path), dtype="bf16")
@@ -149,6 +153,8 @@ def test_build_llm_initialises_new_tokens_by_the_mean(bases: dict[str, Path]):
 
 
 def test_build_llm_initialises_new_tokens_by_the_seed(bases: dict[str, Path]):
+    from transformers import LlamaForCausalLM
+
     # All processes of a run must have the same rows, whatever they drew before.
     old = LlamaForCausalLM.from_pretrained(bases["text"])
     torch.manual_seed(5)
@@ -185,6 +191,9 @@ KINDS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_trained_saved_and_loaded(kind, bases: dict[str, Path], tmp_path):
+    from peft import PeftModel
+    from transformers import LlamaForCausalLM
+
     # What a user trains for weeks is what is saved, and what others load.
     base, settings, changing = KINDS[kind]
     model = build(bases[base], **settings)

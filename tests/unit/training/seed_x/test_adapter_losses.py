@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pytest
 import torch
-from diffusers import DDPMScheduler
 from tiny.diffusion import FEATURES
 from torch import Tensor, nn
 
@@ -21,6 +20,8 @@ class Recorder(nn.Module):
 
 
 def test_condition_dropout():
+    from diffusers import DDPMScheduler
+
     # Dropped embeddings are those of an empty image, dropped conditions zeros.
     adapter = Recorder()
     embeds = torch.randn(4000, 4, FEATURES)
