@@ -6,7 +6,6 @@ from __future__ import annotations
 import io
 import json
 import shutil
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -97,9 +96,7 @@ FAULTS = {
     "busy": ([(429, {"Retry-After": "40"}), (503, {})], [(502, {})] * 4, WEIGHTS, ""),
     "busy without end": ([(503, {})] * 9, [], WEIGHTS, "503"),
     "dropped connection": ([], [5000], WEIGHTS, ""),
-    "absent file": ([], [(404, {})], WEIGHTS, "404"),
     "gated": ([(403, {"X-Error-Code": "GatedRepo"})], [], WEIGHTS, "HF_TOKEN"),
-    "private": ([(401, {"X-Error-Code": "RepoNotFound"})], [], WEIGHTS, "HF_TOKEN"),
     "bad token": ([(401, BAD_TOKEN)], [], WEIGHTS, "HF_TOKEN"),
     "page of a proxy": ([(200, {})], [], WEIGHTS, "proxy"),
     "truncated": ([], [], WEIGHTS[:-500], "10240"),
@@ -155,23 +152,12 @@ def test_fetch_of_a_web_page_instead_of_a_file(server, fetch):
     assert not URL_FILE[1].exists()
 
 
-@pytest.mark.parametrize("fault", ["no server", "proxy without its package"])
-def test_fetch_without_a_connection(fetch, monkeypatch, fault):
-    import huggingface_hub
+def test_fetch_without_a_connection(fetch, monkeypatch):
     from huggingface_hub import constants
 
-    if fault == "no server":
-        monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
-    else:
-        monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
-        monkeypatch.setenv("NO_PROXY", "")
-        monkeypatch.setitem(sys.modules, "socksio", None)
-    huggingface_hub.close_session()
-    try:
-        (problem,) = fetch("unclip")
-    finally:
-        huggingface_hub.close_session()
-    assert ("127.0.0.1:9" if fault == "no server" else "SOCKS") in problem
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
+    (problem,) = fetch("unclip")
+    assert "127.0.0.1:9" in problem
 
 
 def test_fetch_parts_with_known_checksums(server):
@@ -232,7 +218,7 @@ def test_fetch_names_what_it_does_not_get(server, fetch):
     (problem,) = fetch("8b")
     assert all(name in problem for name in ("unclip", str(UNCLIP_FOLDER), UNCLIP_MIRROR, "404"))
     assert Path("pretrained/seed_llama_8b_sft/config.json").is_file()  # the others arrive
-    # Nobody but the user can download these.
+    # SEED-1's parts, which only the user can download: the problem says how.
     problems = " ".join(fetch("seed-1"))
     assert "causal_qformer.pth" in problems and "SEED-1.md" in problems
     assert Path("pretrained/eva_vit_g.pth").is_file()
@@ -243,21 +229,13 @@ def test_fetch_names_what_it_does_not_get(server, fetch):
     [
         (["8c"], "'8b'"),
         (["8b", "--mirror", "unclop=a/b"], "'unclip'"),
-        (["8b", "--mirror", "unclip=https://x.org"], "unclip"),
         (["8b", "--mirror", "unclip=/data/unclip"], "unclip"),
-        (["8b", "--mirror", "eva_vit_g.pth=a/b"], "eva_vit_g.pth"),
     ],
 )
 def test_fetch_of_unknown_names(server, capsys, command, named):
     assert main(["fetch", *command]) == 2
     assert named in capsys.readouterr().err
     assert server.requests == []
-
-
-def test_original_parts_have_a_source():
-    for part in original_parts().values():
-        assert part.folder.startswith("pretrained")
-        assert part.hub or part.urls or part.convert
 
 
 def test_fetch_of_one_seed_x_takes_its_vision_encoder_out_of_qwen_vl(server, fetch):
@@ -307,8 +285,6 @@ SNAPSHOTS = {
         hub.WEIGHT_PATTERNS,
         ["config.json", "model.safetensors"],
     ),
-    "one format": (["pytorch_model.bin"], hub.WEIGHT_PATTERNS, ["pytorch_model.bin"]),
-    "a folder": (["unet/config.json", "vae/config.json"], ["vae", "vae/*"], ["vae/config.json"]),
     "diffusers": (
         [
             "model_index.json",
