@@ -121,6 +121,7 @@ def test_geneval_judges_a_folder_of_drawings(nano_set):
     assert list(summary["kinds"]) == list(RIGHT)
     assert {kind["value"] for kind in summary["kinds"].values()} == {0.5}
     assert summary["score"]["n"] == summary["images"] == 6
+    assert summary["prompts_correct"] == 1  # one of its drawings is enough
     results = read(nano_set, "results.json")
     assert [result["correct"] for result in results] == [True, False] * 3
     assert results[3]["filename"] == "00001/samples/0001.png"

@@ -77,10 +77,9 @@ def test_stage1_texts_reads_captions_as_in_training(stages):
     assert torch.allclose(texts[0], texts[1])
     assert not torch.allclose(texts[0], texts[2], atol=1e-3)
     assert torch.allclose(texts.norm(dim=1), torch.ones(3))
-    # Another vocabulary, and none.
-    for folder in (NANO / "seed_tokenizer", "nobody/no-words"):
-        with pytest.raises(CheckpointError, match=str(folder)):
-            stage1_texts(model, folder)
+    # Another vocabulary would give every caption a wrong embedding.
+    with pytest.raises(CheckpointError, match="seed_tokenizer"):
+        stage1_texts(model, NANO / "seed_tokenizer")
     with pytest.raises(CheckpointError, match=r"model\.safetensors.*Qformer"):
         load_stage1(stages.tokenizer / "model.safetensors", tokenizer)
 
@@ -90,6 +89,5 @@ def test_clip_texts_without_a_tokenizer(clip_folder, tmp_path):
     for file in clip_folder.iterdir():
         if file.name != "vocab.json":
             (tmp_path / file.name).write_bytes(file.read_bytes())
-    for folder in (tmp_path, tmp_path / "absent"):
-        with pytest.raises(CheckpointError, match=folder.name):
-            clip_texts(folder, torch.device("cpu"))
+    with pytest.raises(CheckpointError, match=tmp_path.name):
+        clip_texts(tmp_path, torch.device("cpu"))

@@ -81,8 +81,6 @@ def test_hub_judge_adds_up_first_tokens(tmp_path):
     [[yes, no, either]] = judge.probabilities(image, [Question("is there a fox?", answers)])
     assert 0 < yes < 1 and 0 < no < 1
     assert either == pytest.approx(yes + no, abs=1e-5)
-    [[other]] = judge.probabilities(noise(2, (40, 30)), [Question("is there a fox?", [["yes"]])])
-    assert other != yes
 
 
 def test_a_detector_answers_no_questions(clip_folder):
