@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import threading
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -75,26 +74,21 @@ def prompts(system: Any) -> list[Prompt]:
 
 
 def answers(system: Any) -> dict[str, Any]:
-    """Descriptions, drawings (forced and free) and a conversation with an image in it, greedily."""
+    """Descriptions and drawings (forced and free), greedily."""
     requests = [user_message([system.tasks.draw_request(text)]) for text in TEXTS]
     free = system.settings("draw")
     forced = system.forced(free, {})
-    turns: list[Any] = [{"role": "user", "content": [IMAGES[0], "What is this?"]}]
-    chat = []
-    for text in ("Please draw it in blue.", "And what is that?"):
-        answer = system.chat(turns)
-        chat.append(answer.ids)
-        turns += [{"role": "assistant", "content": answer}, {"role": "user", "content": text}]
     drawings = {
         "forced": system.generate_answers(requests, "draw", forced, system.tasks.draw_response),
         "free": system.generate_answers(requests, "draw", free),
     }
     ids = {name: [drawing.answer.ids for drawing in group] for name, group in drawings.items()}
-    return {"describe": system.describe(IMAGES), "chat": chat, **ids}
+    return {"describe": system.describe(IMAGES), **ids}
 
 
 @pytest.mark.slow
 def test_answers_equal_those_of_torch(nano, other):
+    # Another engine is faster, not another model: sequences and images must not change.
     expected = answers(nano)
     assert answers(other) == expected
     boi = nano.tokenizer.vocabulary.boi_id
@@ -103,49 +97,23 @@ def test_answers_equal_those_of_torch(nano, other):
     assert other.describe(IMAGES, stop=[" "]) == nano.describe(IMAGES, stop=[" "])
 
 
-@pytest.mark.slow
-def test_callers_in_threads_get_their_own_answers(nano, remote):
-    # Some leave early: their tokens must not reach others.
-    expected = nano.engine.generate(prompts(nano), GREEDY)
-    answered: dict[int, list[int]] = {}
-
-    def ask(caller: int) -> None:
-        answered[caller] = []
-        for token in remote.engine.submit(prompts(nano)[caller % 3], GREEDY):
-            answered[caller].append(token)
-            if caller % 4 == 3 and len(answered[caller]) == 5:
-                break
-
-    threads = [threading.Thread(target=ask, args=(caller,)) for caller in range(9)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    for caller, ids in answered.items():
-        complete = expected[caller % 3]
-        assert ids == (complete[:5] if caller % 4 == 3 else complete), caller
-
-
 # ---- llama.cpp
 
 
 @pytest.mark.parametrize(
-    ("architecture", "fields", "named"),
-    [
-        ("mistral sliding", {}, "sliding"),
-        ("llama", {"attention_bias": True}, "bias"),
-        ("smollm3", {}, "no_rope_layers"),
-    ],
+    ("architecture", "named"), [("mistral sliding", "sliding"), ("smollm3", "no_rope_layers")]
 )
-def test_export_gguf_of_what_llama_cpp_computes_otherwise(architecture, fields, named, tmp_path):
+def test_export_gguf_of_what_llama_cpp_computes_otherwise(architecture, named, tmp_path):
+    # llama.cpp would load the file, and answer nonsense.
     from seed_multimodal.inference.gguf import export_gguf
 
-    random_llm(architecture, 356, **fields).save_pretrained(tmp_path)
+    random_llm(architecture, 356).save_pretrained(tmp_path)
     with pytest.raises(ConfigError, match=named):
         export_gguf(tmp_path, WORDS, tmp_path / "f16.gguf", "f16")
 
 
 def test_interleaved_rows_of_rotary_weights():
+    # Seen without llama.cpp: exported models with rows in another order answer nonsense.
     from seed_multimodal.inference.gguf import interleaved
 
     rows = torch.arange(8)[:, None].repeat(1, 2)  # two heads of width 4
@@ -189,6 +157,7 @@ def test_completion_server_receives_the_key(nano, server: CompletionServer, monk
 
 
 def test_completion_server_without_stop_ids(nano, server: CompletionServer, remote):
+    # Some servers keep the id of the end to themselves: an answer ends there all the same.
     server.trims = True
     expected = nano.engine.generate(prompts(nano), GREEDY)
     assert remote.engine.generate(prompts(nano), GREEDY) == expected
@@ -204,6 +173,7 @@ def test_completion_server_is_left_at_a_stop(nano, server: CompletionServer, rem
 
 
 def test_completion_server_that_disconnects(nano, server: CompletionServer, remote):
+    # Half an answer would be taken for a whole one.
     server.breaks_after = 3
     with pytest.raises(RequestError):
         remote.engine.generate(prompts(nano), GREEDY)
@@ -213,16 +183,9 @@ def test_completion_server_that_disconnects(nano, server: CompletionServer, remo
         remote.engine.generate(prompts(nano), GREEDY)
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "named"),
-    [
-        ("nano", {"engine": "openai"}, "--url"),
-        ("nano-x", {"engine": "llama.cpp"}, "SEED-LLaMA"),
-    ],
-)
-def test_from_pretrained_with_an_engine_that_does_not_fit(name, options, named):
-    with pytest.raises((ConfigError, RequestError), match=named):
-        MultimodalSystem.from_pretrained(name, device="cpu", log=None, **options)
+def test_from_pretrained_with_an_engine_that_does_not_fit():
+    with pytest.raises(ConfigError, match="SEED-LLaMA"):
+        MultimodalSystem.from_pretrained("nano-x", device="cpu", log=None, engine="llama.cpp")
 
 
 def test_guidance_with_a_completion_server_fails(remote):

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-from collections import Counter
 from dataclasses import replace
 from typing import Any
 
@@ -22,7 +21,6 @@ GREEDY = GenerationSettings(max_new_tokens=30, do_sample=False)
 SAMPLED = GenerationSettings(max_new_tokens=30, temperature=3.0, top_p=0.9, top_k=0)
 SETTINGS = {
     "greedy": GREEDY,
-    "one token": replace(GREEDY, max_new_tokens=1),
     "at least nine tokens": replace(GREEDY, min_new_tokens=9),
     "a stop": replace(GREEDY, stop=("e",), min_new_tokens=30),
     "no constraints": replace(GREEDY, constrain=False),
@@ -32,7 +30,6 @@ SETTINGS = {
     "sampled image": replace(SAMPLED, force_image=True, max_new_tokens=70),
     "guidance": replace(GREEDY, guidance=1.7),
     "guided image": replace(SAMPLED, guidance=3.0, force_image=True, max_new_tokens=70),
-    "2 beams": replace(GREEDY, num_beams=2),
     "LaVIT's beams": replace(
         GREEDY, num_beams=5, min_new_tokens=4, length_penalty=0.0, early_stopping=True
     ),
@@ -144,16 +141,10 @@ def test_answers_of_other_architectures(tiny: Any, architecture):
         assert engine.generate(asked, settings) == expected
 
 
-@pytest.mark.parametrize(
-    ("architecture", "fields"),
-    [
-        ("granite", {"logits_scaling": 8.0}),  # its scores would be wrong
-        ("bloom", {}),
-    ],
-)
-def test_backend_of_an_unknown_architecture(tiny: Any, architecture, fields):
-    llm = random_llm(architecture, len(tiny.tokenizer), **fields)
-    with pytest.raises(ConfigError, match=architecture):
+def test_backend_of_an_unknown_architecture(tiny: Any):
+    # Its scores, which it scales, would be wrong.
+    llm = random_llm("granite", len(tiny.tokenizer), logits_scaling=8.0)
+    with pytest.raises(ConfigError, match="granite"):
         TorchBackend(llm, max_rows=1)
 
 
@@ -161,12 +152,12 @@ def test_backend_of_an_unknown_architecture(tiny: Any, architecture, fields):
 def test_answers_of_a_compiled_model(tiny):
     """For any number of rows and positions, with at most three graphs."""
     torch.compiler.reset()
-    counters: dict[str, Counter] = torch._dynamo.utils.counters
+    counters = torch._dynamo.utils.counters
     counters.clear()
     eager = engine_of(tiny, 8)
     compiled = engine_of(tiny, 8, compiled=True)
     generator = torch.Generator().manual_seed(0)
-    for rows, length in ((1, 5), (3, 40), (8, 150), (5, 10), (2, 300), (1, 400), (4, 5)):
+    for rows, length in ((1, 5), (3, 40), (8, 150), (2, 300), (1, 400)):
         batch = [
             Prompt(torch.randint(3, 300, (length + row,), generator=generator).tolist())
             for row in range(rows)

@@ -131,6 +131,7 @@ def test_out_of_memory_ends_the_requests_of_the_step_and_no_later_ones(tiny, ste
 
 
 def test_a_failed_prefill_does_not_end_running_answers(tiny):
+    # A prompt that is too long for the memory is another user's.
     engine, backend = faulty_engine(tiny)
     running = iter(engine.submit(prompt(0), LONG))
     first = next(running)
@@ -153,23 +154,14 @@ def test_nan_ends_its_request_and_leaves_nothing_to_the_next(tiny, row):
 BAD_REQUESTS = {
     "an empty prompt": (Prompt(), GREEDY, GenerationError),
     "a prompt beyond the context": (Prompt([5] * 600), GREEDY, GenerationError),
-    "an image that does not fit": (
-        Prompt([5] * 491),
-        GenerationSettings(force_image=True, do_sample=False),
-        GenerationError,
-    ),
     "more beams than rows": (Prompt([5]), replace(GREEDY, num_beams=3), GenerationError),
     "an id outside the vocabulary": (Prompt([10**6]), GREEDY, IndexError),
-    "embeddings with NaN": (
-        Prompt.of_embeddings(torch.full((3, 32), float("nan"))),
-        GREEDY,
-        GenerationError,
-    ),
 }
 
 
 @pytest.mark.parametrize("name", BAD_REQUESTS)
 def test_a_bad_request_ends_alone(tiny, name):
+    # Else one user's mistake would end the answers of all.
     bad, settings, error = BAD_REQUESTS[name]
     engine, _ = faulty_engine(tiny, 2)
     expected = engine.generate([prompt(0)], GREEDY)[0]
@@ -182,6 +174,7 @@ def test_a_bad_request_ends_alone(tiny, name):
 
 
 def test_a_small_cache_shortens_the_context_and_refuses_longer_prompts(tiny):
+    # The error names the flag that would give it room.
     config = tiny.llm.config
     per_token = 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 4
     engine = Engine(TorchBackend(tiny.llm, cache_bytes=per_token * 101), tiny.tokenizer)
@@ -193,28 +186,16 @@ def test_a_small_cache_shortens_the_context_and_refuses_longer_prompts(tiny):
 # ---- callers that leave
 
 
-def exits() -> bool:
-    raise SystemExit(3)
-
-
 @pytest.mark.parametrize("waits", [False, True], ids=["running", "waiting"])
-@pytest.mark.parametrize(
-    ("should_stop", "error"),
-    [
-        (lambda: True, Stopped),
-        # As asyncio's CancelledError: it must not end the engine's thread.
-        (exits, SystemExit),
-    ],
-    ids=["stopped", "an exit"],
-)
-def test_should_stop_ends_its_own_request(tiny, should_stop, error, waits):
+def test_should_stop_ends_its_own_request(tiny, waits):
+    # A caller who left must not be answered, nor end the answers of others.
     engine, backend = faulty_engine(tiny, max_rows=1 if waits else 2)
     expected = engine.generate([prompt(0)], LONG)[0]
     running = iter(engine.submit(prompt(0), LONG))
     first = next(running)
     n_prefills = sum(map(bool, backend.passes))
-    with pytest.raises(error):
-        list(engine.submit(prompt(1), LONG, should_stop=should_stop))
+    with pytest.raises(Stopped):
+        list(engine.submit(prompt(1), LONG, should_stop=lambda: True))
     assert [first, *running] == expected
     if waits:  # it never got a row
         assert sum(map(bool, backend.passes)) == n_prefills
@@ -243,6 +224,7 @@ def test_long_prompts_are_read_in_pieces_beside_running_answers(tiny):
 
 
 def test_a_dropped_engine_answers_and_is_freed_with_its_thread(tiny):
+    # Programs that open one system after another would keep each one's weights in memory.
     expected = faulty_engine(tiny)[0].generate([prompt(0)], GREEDY)[0]
     for _ in range(2):
         before = set(threading.enumerate())

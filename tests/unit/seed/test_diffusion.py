@@ -3,24 +3,11 @@
 
 from __future__ import annotations
 
-from typing import Any
-
-import numpy as np
 import torch
 from tiny.diffusion import EMBEDDING, write_unclip
 from torch import Tensor
 
-from seed_multimodal.models.seed.diffusion import (
-    UnclipDetokenizer,
-)
-
-
-def pixels(images: list[Any]) -> np.ndarray:
-    return np.stack([np.asarray(image, dtype=np.int32) for image in images])
-
-
-def draw(model: Any, embeds: Tensor, **options: Any) -> np.ndarray:
-    return pixels(model(embeds, seeds=[5] * len(embeds), num_inference_steps=3, **options))
+from seed_multimodal.models.seed.diffusion import UnclipDetokenizer
 
 
 @torch.no_grad()

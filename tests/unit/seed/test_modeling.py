@@ -61,15 +61,13 @@ def test_decode_with_lengths(model, images):
         torch.testing.assert_close(decoded, expected, rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_encode_in_half_precision(tiny, images, tmp_path, dtype):
+def test_encode_in_half_precision(tiny, images, tmp_path):
     # Some codes change in half precision, most stay.
     model = Seed2Tokenizer(tiny).eval()
     torch.nn.init.normal_(model.quantize.embedding.weight, std=0.1)
     exact = model.encode(images)
-    half = Seed2Tokenizer.from_pretrained(model.save_pretrained(tmp_path), dtype=dtype)
-    assert half.dtype == dtype
-    for codes in (half.encode(images), fast_encode(half, dtype)(images)):
+    half = Seed2Tokenizer.from_pretrained(model.save_pretrained(tmp_path), dtype=torch.bfloat16)
+    for codes in (half.encode(images), fast_encode(half, torch.bfloat16)(images)):
         assert (codes == exact).float().mean() > 0.7
     torch.testing.assert_close(half.decode(exact).float(), model.decode(exact), rtol=0.1, atol=0.05)
 

@@ -80,20 +80,16 @@ def test_tokenizer_has_what_a_llama_tokenizer_has(tokenizer):
     assert tokenizer.convert_ids_to_tokens(ids[:3]) == tokens[:3]
 
 
-@pytest.mark.parametrize(
-    ("lines", "dtype", "fp16"),
-    [("fp16: True", torch.float32, True), ("fp16: False\ndtype: bf16", torch.bfloat16, False)],
-)
-def test_instantiate_a_yaml_file(tiny_folder, tmp_path, lines, dtype, fp16):
+def test_instantiate_a_yaml_file(tiny_folder, tmp_path):
     # `fp16: True` of the original is half precision on GPUs only.
     file = tmp_path / "tokenizer.yaml"
     file.write_text(
         "_target_: models.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained\n"
-        f"pretrained_model_name_or_path: {tiny_folder}/seed_tokenizer\n{lines}\n"
+        f"pretrained_model_name_or_path: {tiny_folder}/seed_tokenizer\nfp16: True\n"
     )
     tokenizer = instantiate(file, device="cpu")
     assert isinstance(tokenizer, SeedLlamaTokenizer)
-    assert (tokenizer.fp16, tokenizer.images.model.dtype) == (fp16, dtype)
+    assert (tokenizer.fp16, tokenizer.images.model.dtype) == (True, torch.float32)
 
 
 # ---- Seed1
@@ -112,7 +108,5 @@ def test_seed1_tokenize_draw_and_reconstruct(folder):
     reconstructed = pixels(model.reconstruct(images, **options))
     again = pixels(model.draw(codes, batch_size=2, **options))
     assert np.abs(reconstructed - again).max() <= 1
-    first, second = pixels(model.draw(codes[[0, 0]], seed=[1, 2], **options))
-    assert np.abs(first - second).max() > 5
     with pytest.raises(CodesError):
         model.draw([[50] * 32])

@@ -31,7 +31,7 @@ def influence(model: QFormer, count: int) -> torch.Tensor:
     return torch.stack(rows)
 
 
-@pytest.mark.parametrize(("causal", "count"), [(32, 32), (8, 8), (32, 31)])
+@pytest.mark.parametrize(("causal", "count"), [(8, 8), (8, 7)])
 def test_forward_is_causal_for_the_configured_number_of_queries(causal, count):
     # Other numbers of queries attend to all, as BLIP-2's.
     moved = influence(qformer(causal_queries=causal), count)

@@ -63,8 +63,7 @@ def test_stage1_embedding_loss_in_training_and_evaluation():
     torch.testing.assert_close(output.loss_embedding, expected)
 
 
-@pytest.mark.parametrize("mixed", [torch.bfloat16, torch.float16])
-def test_stage1_contrast_is_computed_in_fp32_under_autocast(mixed):
+def test_stage1_contrast_is_computed_in_fp32_under_autocast():
     # In half precision the similarities of hundreds of pairs are equal, and gradients off by 4 %.
     rows = torch.randn(64, 768)
     projection = nn.Linear(768, 256)
@@ -73,7 +72,7 @@ def test_stage1_contrast_is_computed_in_fp32_under_autocast(mixed):
         return similarities(*(project_and_normalize(projection, part) for part in (rows, -rows)))
 
     exact = contrast()
-    with torch.autocast("cpu", mixed):
+    with torch.autocast("cpu", torch.bfloat16):
         logits = contrast()
     assert logits.dtype == torch.float32
     torch.testing.assert_close(logits, exact, atol=1e-5, rtol=1e-5)
