@@ -210,6 +210,7 @@ def extract(folder: Path) -> Used:
 @pytest.mark.parametrize("format", FORMATS)
 @pytest.mark.parametrize("tool", [train, evaluate, extract])
 def test_faulty_pairs_are_skipped(tmp_path, format, tool):
+    # Any other error ends a run after days; a silent skip hides lost data.
     # A good sample before each fault.
     faults = ["", *(name for fault in FORMATS[format] for name in ("", fault))]
     write_pairs(tmp_path, format, faults)
@@ -222,10 +223,10 @@ def test_faulty_pairs_are_skipped(tmp_path, format, tool):
         assert "\n" not in reason
 
 
-@pytest.mark.parametrize("fault", ["no caption", "cut off"])
 @pytest.mark.parametrize("tool", [train, evaluate])
-def test_many_faulty_pairs_in_a_row_end_the_run(tmp_path, fault, tool):
-    write_pairs(tmp_path, "jsonl", ["", *[fault] * 21, *[""] * 3])
+def test_many_faulty_pairs_in_a_row_end_the_run(tmp_path, tool):
+    # Else a wrong folder gives a result of a few images after hours.
+    write_pairs(tmp_path, "jsonl", ["", *["cut off"] * 21, *[""] * 3])
     with pytest.raises(DataError, match=r"20 .*a\.jsonl: line 21"):
         tool(tmp_path)
 

@@ -6,7 +6,6 @@ Exact ids and labels: golden fixtures.
 from __future__ import annotations
 
 import copy
-import json
 import random
 from collections.abc import Iterator
 from typing import Any
@@ -16,7 +15,7 @@ from data_files import jpeg, lines
 from PIL import Image
 
 from seed_multimodal.data.decoders import decoder_names, get_decoder
-from seed_multimodal.data.decoders.base import SeededRandom
+from seed_multimodal.data.decoders.base import SeededRandom, TrainingSequence
 from seed_multimodal.data.decoders.features import ImageSequence
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.stream.config import read_data_settings
@@ -53,6 +52,10 @@ ODD = (
     *("", " ", "n/a", "a" * 5000, "\ud83d", "[" * 900),
     *([], [[]], [None], ["", 1], [1.5] * 4, {}, {"a": {}}, [{}], [{"role": "user"}]),
 )
+
+
+def learned(sequence: TrainingSequence) -> list[int]:
+    return [label for label in sequence.labels if label != IGNORE_INDEX]
 
 
 def test_every_decoder_has_a_record(records):
@@ -92,6 +95,7 @@ def test_decode_of_a_good_record(tokenizer_of, records, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_decode_without_a_field(tokenizer_of, records, name):
+    # The message names the field, so that a user can rename it.
     record = records(IMAGE)[name]
     for key in record:
         if key == "image" and name == "seed_x.conversation":  # a text conversation
@@ -104,31 +108,16 @@ def test_decode_without_a_field(tokenizer_of, records, name):
 
 
 BROKEN_RECORDS = [
-    ("sft.story", {"caption3": "more"}, "images"),
-    ("sft.multi_edit", {"instruction1": "rain"}, "images"),
     ("sft.video_conversation", {"answer": "Answer: c"}, "answers"),
-    ("sft.qa", {"image_ids": [9]}, "image_ids"),
-    ("sft.qa", {"answer": " "}, "answer"),
     ("sft.edit", {"target_image_ids": [-1] * 32}, "target_image_ids"),
     ("pretrain.interleaved", {"image_ids": [[9], None], "texts": [None, "a"]}, r"image_ids\[0\]"),
     ("pretrain.video", {"image_ids": []}, "num_frames"),
     (
         "chat",
-        {"messages": [{"role": "user", "content": [{"image": "a.png"}, "q"]}]},
-        r"messages\[0\]\.content\[0\]",
-    ),
-    (
-        "chat",
         {"messages": [{"role": "user", "content": ["see", {"codes": [99999]}]}]},
         r"messages\[0\]\.content\[1\]\.codes",
     ),
-    ("seed_x.edit", {"instruction": " "}, "instruction"),
-    ("seed_x.edit", {"source_image": "a.png"}, "source_image"),
-    ("seed_x.caption", {"text": " . "}, "text"),
     ("seed_x.caption", {"metadata": "{"}, "metadata"),
-    ("lavit.caption", {"text": " . "}, "text"),
-    ("lavit.caption", {"image": "cat.jpg"}, "image"),
-    ("lavit.caption", {"image": None, "image_ids": [1, 8]}, "codes"),
     ("lavit.caption", {"image": None, "image_ids": [1] * 17}, "codes"),
 ]
 
@@ -139,20 +128,13 @@ def test_decode_of_a_broken_record(tokenizer_of, records, name, change, named):
         get_decoder(name, tokenizer_of(name)).decode(records(IMAGE)[name] | change, SeededRandom(0))
 
 
-WIDE, SMALL = Image.new("RGB", (900, 450)), Image.new("RGB", (300, 300))
-
-
 @pytest.mark.parametrize(
     ("name", "options", "change"),
     [
-        ("pretrain.caption", {}, {"text": " .; "}),
         ("pretrain.interleaved", {}, {"texts": ["both", "then", None]}),
         ("sft.conversation", {}, {"question": "Image Descriptions Question: a?"}),
-        ("sft.text_conversation", {}, {"data": ["q"]}),
         ("sft.interleaved", {}, {"response": ""}),
-        ("seed_x.caption", {"min_resolution": 400}, {"image": SMALL}),
-        ("seed_x.caption", {"min_aspect_ratio": 0.6}, {"image": WIDE}),
-        ("seed_x.caption", {"similarity_thr": 0.2}, {"metadata": '{"score": 0.05}'}),
+        ("seed_x.caption", {"min_aspect_ratio": 0.6}, {"image": IMAGE.resize((900, 450))}),
     ],
 )
 def test_decode_drops_unusable_records(tokenizer_of, records, name, options, change):
@@ -209,49 +191,38 @@ def test_read_of_records_with_odd_values(tokenizer_of, records, tmp_path, name):
 # ---- options
 
 
-@pytest.mark.parametrize(
-    ("name", "options", "named"),
-    [
-        ("pretrain.captions", {}, "'pretrain.caption'"),
-        ("sft.qa", {"templat": "vicuna"}, "'template'"),
-        ("sft.difference", {"reverse_ratio": 0.5}, "reverse_ratio"),
-    ],
-)
-def test_get_decoder_with_a_wrong_name_or_option(tokenizer, name, options, named):
-    with pytest.raises(ConfigError, match=named):
-        get_decoder(name, tokenizer, options)
+def test_get_decoder_with_an_option_of_another_decoder(tokenizer):
+    with pytest.raises(ConfigError, match="reverse_ratio"):
+        get_decoder("sft.difference", tokenizer, {"reverse_ratio": 0.5})
 
 
-@pytest.mark.parametrize("template", ["vicuna", "llama2"])
 @pytest.mark.parametrize("name", TEMPLATED)
-def test_decode_with_template(tokenizer, records, name, template):
-    # The template changes prompts only, not the labels.
+def test_decode_with_template(tokenizer, records, name):
+    # The template changes prompts only, not what is learned.
     record = records(IMAGE)[name]
     plain, templated = (
         get_decoder(name, tokenizer, options).decode(record, SeededRandom(3, 1))
-        for options in ({}, {"template": template})
+        for options in ({}, {"template": "llama2"})
     )
-    learned, expected = (
-        [label for label in sequence.labels if label != IGNORE_INDEX]
-        for sequence in (templated, plain)
-    )
-    assert learned == expected
-    assert template != "vicuna" or templated == plain
+    assert templated.ids != plain.ids
+    assert learned(templated) == learned(plain)
 
 
-@pytest.mark.parametrize("template", ["vicuna", "llama2"])
-def test_decode_encodes_the_prompt_as_at_inference(tokenizer, codes, template):
+def test_decode_encodes_the_prompt_as_at_inference(tokenizer, codes):
+    # Else a model answers worse than it was trained to.
     record = {"image_ids": codes(1), "question": "What is it?", "answer": "a cat"}
-    decoder = get_decoder("sft.qa", tokenizer, {"template": template})
-    sequence = decoder.decode(record, SeededRandom(3, 1))
+    sequence = get_decoder("sft.qa", tokenizer, {"template": "llama2"}).decode(
+        record, SeededRandom(3, 1)
+    )
     turns = [("user", [codes(1), "What is it?"])]
-    prompt = tokenizer.encode_parts(get_template(template).render(turns), add_bos=True)
+    prompt = tokenizer.encode_parts(get_template("llama2").render(turns), add_bos=True)
     assert sequence.ids[: len(prompt)] == prompt
     assert sequence.labels[: len(prompt)] == [IGNORE_INDEX] * len(prompt)
     assert sequence.labels[len(prompt)] != IGNORE_INDEX
 
 
 def test_decode_of_views_and_several_captions(tokenizer, codes):
+    # Over many epochs a run sees every view with every caption.
     fields = {"views": [codes(0), codes(1)], "text": ["a cat", "a small cat"]}
     decoder = get_decoder("pretrain.caption", tokenizer, {"reverse_ratio": 1.0})
     sequences = {tuple(decoder.decode(fields, SeededRandom(seed)).ids) for seed in range(40)}
@@ -260,19 +231,19 @@ def test_decode_of_views_and_several_captions(tokenizer, codes):
         for view in fields["views"]
         for text in fields["text"]
     }
+
     first = get_decoder("pretrain.caption", tokenizer, {"first_text": 1.0})
     texts = {first.decode(fields, SeededRandom(seed)).extra["text"] for seed in range(20)}
     assert texts == {"a cat"}
 
 
-def test_seeded_random_depends_on_its_numbers():
-    def values(*indices: int) -> tuple[Any, ...]:
-        rng = SeededRandom(*indices)
-        order = list(range(8))
-        rng.shuffle(order)
-        return rng.uniform(), rng.randint(0, 1000), rng.choice("abcdefgh"), order
-
-    indices = [(1,), (1, 2), (12,), (1, 2, 3), (1, 23), (0, 1), (-1,)]
-    assert len({json.dumps(values(*numbers)) for numbers in indices}) == 7
+def test_seeded_random_repeats_its_values():
     # A resumed run must have the values of the first one, also after an update of Python.
-    assert values(5, 6) == (0.6832392450925442, 612, "e", [4, 1, 2, 5, 3, 0, 6, 7])
+    rng = SeededRandom(5, 6)
+    order = list(range(8))
+    rng.shuffle(order)
+    values = (rng.uniform(), rng.randint(0, 1000), rng.choice("abcdefgh"), order)
+    assert values == (0.6832392450925442, 612, "e", [4, 1, 2, 5, 3, 0, 6, 7])
+    # Records differ from each other.
+    others = [SeededRandom(*numbers).uniform() for numbers in ((1, 2), (12,), (1, 23), (-1,))]
+    assert len(set(others)) == 4

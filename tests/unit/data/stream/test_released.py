@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import itertools
-from pathlib import Path
-
 import pytest
-import yaml
 from repository import ROOT
 
 from seed_multimodal.compat.data_files import BUILDERS
@@ -14,7 +10,6 @@ from seed_multimodal.config import load_yaml
 from seed_multimodal.data.decoders import decoder_names
 from seed_multimodal.data.pretokenize.inputs import read_input_settings
 from seed_multimodal.data.stream.config import read_data_settings
-from seed_multimodal.data.stream.llm_batches import LlmBatches
 from seed_multimodal.errors import ConfigError
 
 DATA = ROOT / "MultiModalLLM" / "configs" / "data"
@@ -43,6 +38,7 @@ MIXTURES = {
 
 @pytest.mark.parametrize("name", MIXTURES)
 def test_read_data_settings_of_a_mixture(name):
+    # Other shares or lengths would train another model than the published one.
     settings = read_data_settings(load_yaml(DATA / f"{name}.yaml"))
     sources = [
         (source.decoder, source.max_length, source.batch_size, source.cycles, source.weight)
@@ -55,9 +51,7 @@ def test_read_data_settings_of_a_mixture(name):
 
 def test_read_data_settings_of_options_and_files():
     settings = read_data_settings(load_yaml(DATA / "multi_torchdata_pretrain.yaml"))
-    options = [source.options for source in settings.sources]
-    assert [values.get("reverse_ratio") for values in options] == [0.5, 0.5, 0.5, 0.0, None, None]
-    assert [values.get("max_images") for values in options] == [None, None, 7, 7, None, None]
+    assert settings.sources[3].options == {"reverse_ratio": 0.0, "max_images": 7}
     assert [source.format for source in settings.sources] == ["tar"] * 5 + ["jsonl"]
     folders = ["unsplash_cc3m", "coco"]
     files = [f"dataset/seed_v2_0828/caption/{folder}" for folder in folders]
@@ -65,6 +59,7 @@ def test_read_data_settings_of_options_and_files():
 
 
 def test_read_data_settings_of_every_builder():
+    # A user's own data file may name any of the original's functions.
     assert {decoder for decoder, _ in BUILDERS.values()} <= {*decoder_names()}
     keys = {"data_dir": "a", "max_length": 64, "batch_size": 2, "cycle_count": 3}
     unused = {"reverse_ratio": 0.0, "caption_prompt": None, "recursive": True}
@@ -83,28 +78,10 @@ def test_read_data_settings_of_files_without_our_keys(name):
     assert read_data_settings(original) == read_data_settings(config)
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_next_of_the_pretraining_mixture(sets: Path, tokenizer, packing):
-    config = yaml.safe_load((DATA / "multi_torchdata_pretrain.yaml").read_text())
-    folders = {"caption": "captions", "interleaved": "documents", "text": "texts"}
-    del config["datapipes"][4], config["sample_weights"][4]  # videos
-    for pipe in config["datapipes"]:
-        decoder = BUILDERS[pipe["_target_"]][0].partition(".")[2]
-        pipe["data_dir"] = str(sets / folders[decoder])
-    config |= {"packing": packing, "length": 256}
-    batches = LlmBatches(read_data_settings(config), tokenizer)
-    read = list(itertools.islice(batches, 20))
-    assert all(batch.learned > 0 for batch in read)
-    names = {"captions", "captions-2", "documents", "documents-2", "texts"}
-    assert set(batches.report()["sources"]) == names
-    assert not packing or {batch.input_ids.shape for batch in read} == {(6, 256)}
-
-
 @pytest.mark.parametrize(
     ("change", "named"),
     [
         ({"_target_": "os.system"}, "'os.system'"),
-        ({"_target_": CAPTION.replace("caption", "captions")}, f"'{CAPTION}'"),
         ({"reverse_ration": 0.5}, r"datapipes\[0\]: .*'reverse_ratio'"),
         ({"data_dir": None}, "'data_dir'"),
     ],
@@ -119,10 +96,7 @@ def test_read_data_settings_with_wrong_keys(change, named):
     ("target", "replacement"),
     [
         ("torchdata_train.build_retrieval_augmented_datapipes_for_llm", "pretrain.interleaved"),
-        ("torchdata_train.build_coco_caption_eval_datapipes_for_llm", "seed eval caption"),
         ("torchdata_train.build_caption_datapipes_with_pixels", "extract_image_ids"),
-        ("torchdata_sft.build_video_gen_datapipes_for_llm", "build_video_gen"),
-        ("torchdata_eval.build_edit_datapipes", "parallel_edit.py"),
         ("torchdata_preprocess.build_m3it_datapipes_with_pixel_values", "--fields plain"),
     ],
 )
@@ -136,10 +110,6 @@ def test_read_data_settings_of_pipes_without_a_counterpart(target, replacement):
     "target",
     [
         "torchdata_eval.build_edit_datapipes",
-        "torchdata_eval.build_video_datapipes",
-        "torchdata_eval.build_coco_caption_datapipes",
-        "torchdata_eval.build_caption_datapipes_with_pixels",
-        "torchdata_preprocess.build_mmc4_datapipes_with_pixels",
         "torchdata_train.build_caption_datapipes_with_pixels",
     ],
 )

@@ -42,6 +42,7 @@ def test_epoch_order_is_a_permutation(sizes, block, data):
 
 
 def test_epoch_order_depends_on_seed_and_epoch():
+    # The same order in each epoch trains worse.
     sizes = np.array([400, 300])
     first, second = EpochOrder(700, 1, shard_sizes=sizes).parts(0, 1400)
     ((_, other),) = EpochOrder(700, 2, shard_sizes=sizes).parts(0, 700)
@@ -59,12 +60,6 @@ def test_epoch_order_in_blocks():
         assert len(np.unique(block // 1000)) >= 5
     assert np.abs(np.corrcoef(order, np.arange(50_000))[0, 1]) < 0.3
     assert np.abs(np.corrcoef(order[:2000], np.arange(2000))[0, 1]) < 0.1
-
-
-def test_epoch_order_without_shuffling():
-    parts = EpochOrder(5, 0, shuffle=False).parts(3, 9)
-    expected = [(0, [3, 4]), (1, [0, 1, 2, 3, 4]), (2, [0, 1])]
-    assert [(epoch, indices.tolist()) for epoch, indices in parts] == expected
 
 
 def test_epoch_order_memory_of_100_million_samples():

@@ -45,10 +45,9 @@ def png(name: str, size: tuple[int, int] = (40, 30)) -> bytes:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A folder of red.png, green.png, blue.png, and of bad.png, which is cut off."""
+    """A folder of red.png, green.png and blue.png."""
     for name in COLOURS:
         (tmp_path / f"{name}.png").write_bytes(png(name))
-    (tmp_path / "bad.png").write_bytes(png("red")[:40])
     return tmp_path
 
 
@@ -85,46 +84,30 @@ def check_marks(batch: LlmBatch, tokenizer: MultimodalTokenizer) -> None:
     assert views.pixels.shape[1:] == (3, SIDE, SIDE)
 
 
-def test_next_of_an_edit(tokenizer: MultimodalTokenizer, folder: Path):
-    # Two views of the source are read, one of the target is written.
-    edit = {"source_image": "red.png", "target_image": "/blue.png", "instruction": "It is blue."}
-    (folder / "lists").mkdir()
-    path = lines(folder / "lists/edit.jsonl", [edit])
-    source = {"files": str(path), "decoder": "seed_x.edit", "image_dir": str(folder)}
-    batch = next(batches_of(tokenizer, source))
-    check_marks(batch, tokenizer)
-    assert batch.views.is_target.tolist() == [False, False, True]
-    assert colours(batch) == ["red", "red", "blue"]
-
-
 @pytest.mark.process
 def test_next_of_several_edits(tokenizer: MultimodalTokenizer, folder: Path):
-    # A target is read in later turns.
+    # All views of a source are read, in reading order and the whole last, each with its place; one
+    # of a target is written, and it is read in later turns.
+    wide = Image.new("RGB", (112, 56), COLOURS["red"])
+    wide.paste(COLOURS["blue"], (56, 0, 112, 56))
+    wide.save(folder / "wide.png")
     turns = [
-        {"role": "user", "content": [{"image": "red.png"}, "green"]},
+        {"role": "user", "content": [{"image": "wide.png"}, "green"]},
         {"role": "assistant", "content": [{"image": "green.png"}]},
         {"role": "user", "content": "blue"},
         {"role": "assistant", "content": ["It is.", {"image": "blue.png"}]},
     ]
-    path = lines(folder / "turns.jsonl", [{"messages": turns}])
-    source = {"files": str(path), "decoder": "seed_x.chat"}
+    path = lines(folder / "lists/turns.jsonl", [{"messages": turns}])
+    source = {"files": str(path), "decoder": "seed_x.chat", "image_dir": str(folder)}
+    source |= {"max_length": 120}
     batch = next(batches_of(tokenizer, dict(source)))
     check_marks(batch, tokenizer)
-    assert batch.views.is_target.tolist() == [False, False, True, False, False, True]
-    assert colours(batch) == ["red", "red", "green", "green", "green", "blue"]
+    assert batch.views.is_target.tolist() == [*[False] * 3, True, False, False, True]
+    assert colours(batch)[:2] == ["red", "blue"]
+    assert colours(batch)[3:] == ["green", "green", "green", "blue"]
+    assert batch.views.positions[:3].tolist() == [[0.25, 0.5], [0.75, 0.5], [0.5, 0.5]]
     with batches_of(tokenizer, dict(source), workers=1) as by_worker:
         assert torch.equal(next(by_worker).views.pixels, batch.views.pixels)
-
-
-def test_next_of_a_wide_image(tokenizer: MultimodalTokenizer, folder: Path):
-    wide = Image.new("RGB", (112, 56), COLOURS["red"])
-    wide.paste(COLOURS["blue"], (56, 0, 112, 56))
-    wide.save(folder / "wide.png")
-    path = lines(folder / "a.jsonl", [{"image": "wide.png", "data": ["What is it?", "It is red."]}])
-    batch = next(batches_of(tokenizer, {"files": str(path), "decoder": "seed_x.conversation"}))
-    check_marks(batch, tokenizer)
-    assert colours(batch)[:2] == ["red", "blue"]
-    assert batch.views.positions.tolist() == [[0.25, 0.5], [0.75, 0.5], [0.5, 0.5]]
 
 
 def test_next_of_captions_in_tars(tokenizer: MultimodalTokenizer, tmp_path):
