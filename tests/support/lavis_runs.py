@@ -48,8 +48,8 @@ TINY_LAVIT = [
 ]
 TINY_SEED1 = [
     "model.arch=seed1_codebook_text",
-    "model.text_tokens=9",
-    "model.text_features_dim=24",
+    "model.text_tokens=7",
+    "model.text_features_dim=16",
     "model.reverse_depth=1",
 ]
 PROJECTS = {
@@ -117,33 +117,6 @@ def write_config(stage: str, images: Path, output: Path) -> list[str]:
     file = output.with_suffix(".yaml")
     OmegaConf.save(OmegaConf.merge(config, OmegaConf.from_dotlist(sizes)), file)
     return ["--cfg-path", str(file)]
-
-
-def write_text_encoder(folder: Path) -> Path:
-    """Tokenizer and text encoder of a diffusion folder; word pieces are letters."""
-    from transformers import CLIPTextConfig, CLIPTextModel
-
-    letters = [chr(code) for code in range(ord("a"), ord("z") + 1)]
-    ends = [f"{letter}</w>" for letter in letters]
-    tokens = [*letters, *ends, "<|startoftext|>", "<|endoftext|>"]
-    sizes = CLIPTextConfig(
-        vocab_size=len(tokens),
-        hidden_size=24,
-        intermediate_size=48,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        max_position_embeddings=9,
-        bos_token_id=52,
-        eos_token_id=53,
-        pad_token_id=53,
-    )
-    CLIPTextModel(sizes).save_pretrained(folder / "text_encoder")
-    (folder / "tokenizer").mkdir()
-    (folder / "tokenizer" / "vocab.json").write_text(
-        json.dumps({word: i for i, word in enumerate(tokens)})
-    )
-    (folder / "tokenizer" / "merges.txt").write_text("#version: 0.2\n")
-    return folder
 
 
 def write_clip(folder: Path, width: int = 16, side: int = 64) -> Path:

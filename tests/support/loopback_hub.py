@@ -45,9 +45,11 @@ class LoopbackHub:
 
     def info(self, path: str) -> object | None:
         """The answer of an API path; None: there is none."""
+        # A repository's commit.
         found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/\w+)?", path)
         if found and found[1] in self.repositories:
             return {"id": found[1], "sha": COMMIT}
+        # The files of a folder.
         found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/\w+(?:/(.+))?", path)
         if not found or found[1] not in self.repositories:
             return None
@@ -59,6 +61,7 @@ class LoopbackHub:
         return entries or None
 
     def entry(self, name: str, content: bytes) -> dict[str, object]:
+        # Small files are in git, named by its hash; larger ones have a SHA-256.
         git_sha1 = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
         entry = {"type": "file", "path": name, "size": len(content), "oid": git_sha1}
         if len(content) < LFS_FROM:
@@ -87,50 +90,48 @@ def running() -> Iterator[LoopbackHub]:
         def log_message(self, format: str, *args: object) -> None:
             pass
 
-        def do_HEAD(self) -> None:
-            self.answer(with_body=False)
-
         def do_GET(self) -> None:
-            self.answer(with_body=True)
-
-        def answer(self, with_body: bool) -> None:
             path = unquote(urlsplit(self.path).path)
             ranges = self.headers.get("Range")
             hub.requests.append((self.command, path, ranges))
             failures = hub.failures.get(path)
             if failures and not isinstance(failures[0], int):
                 status, headers = failures.pop(0)
-                self.send(status, b"<html>", with_body, headers)
+                self.send(status, b"<html>", headers)
                 return
+
+            # The API's answers, or a file.
             api_answer = hub.info(path)
             content = hub.content(path)
             if api_answer is not None:
-                self.send(200, json.dumps(api_answer).encode(), with_body)
+                self.send(200, json.dumps(api_answer).encode())
             elif content is None:
-                self.send(404, b"", with_body)
+                self.send(404, b"")
             else:
-                self.send_file(path, content, ranges, with_body)
+                self.send_file(path, content, ranges)
 
-        def send_file(self, path: str, content: bytes, ranges: str | None, with_body: bool) -> None:
+        do_HEAD = do_GET
+
+        def send_file(self, path: str, content: bytes, ranges: str | None) -> None:
             etag = f'"{hashlib.md5(content).hexdigest()}"'
             headers = {"ETag": etag, "X-Repo-Commit": COMMIT, "Accept-Ranges": "bytes"}
+            # The rest of a file is sent only if it is still the same.
             is_unchanged = self.headers.get("If-Range", etag) == etag
             dropped_after = None
             failures = hub.failures.get(path)
-            if failures and with_body:
+            if failures and self.command == "GET":
                 dropped_after = failures.pop(0)
             if ranges is None or not is_unchanged:
-                self.send(200, content, with_body, headers, dropped_after)
+                self.send(200, content, headers, dropped_after)
                 return
             start = int(ranges.removeprefix("bytes=").rstrip("-"))
             headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-            self.send(206, content[start:], with_body, headers)
+            self.send(206, content[start:], headers)
 
         def send(
             self,
             status: int,
             body: bytes,
-            with_body: bool,
             headers: dict[str, str] | None = None,
             dropped_after: int | None = None,
         ) -> None:
@@ -139,9 +140,10 @@ def running() -> Iterator[LoopbackHub]:
                 self.send_header(name, value)
             self.send_header("Content-Length", str(len(body)))
             self.end_headers()
-            if with_body:
-                self.wfile.write(body[:dropped_after])
-            if with_body and dropped_after is not None:
+            if self.command == "HEAD":
+                return
+            self.wfile.write(body[:dropped_after])
+            if dropped_after is not None:  # the connection breaks within the file
                 self.wfile.flush()
                 self.connection.close()
                 self.close_connection = True

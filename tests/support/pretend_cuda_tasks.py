@@ -17,8 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pretend_cuda
+import random_images
 import torch
 from PIL import Image
 
@@ -110,10 +110,7 @@ def same(value: Any, other: Any) -> bool:
     if isinstance(value, torch.Tensor):
         return torch.equal(value, other)
     if isinstance(value, Image.Image):
-        return (
-            value.size == other.size
-            and np.abs(np.asarray(value, int) - np.asarray(other, int)).max() <= 2
-        )
+        return random_images.same(value, other, 2)
     return bool(value == other)
 
 

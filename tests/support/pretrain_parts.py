@@ -3,41 +3,24 @@ pre-training."""
 
 from __future__ import annotations
 
+import dataclasses
 import io
 from pathlib import Path
 from typing import Any
 
 import torch
-from llm_runs import (  # noqa: F401
-    COLOURS,
-    TRAINER,
-    losses,
-    merged,
-    write_json_lines,
-    write_llama,
-    write_tar,
-)
+from llm_runs import COLOURS, TRAINER, merged, write_json_lines, write_llama, write_tar
 from PIL import Image
+from tiny import spread
+from tiny.lavit import CODES, PATCHES, SIZE, TOKENIZER
 
 from seed_multimodal.models.lavit.checkpoints import save_dynamic_tokenizer
-from seed_multimodal.models.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
+from seed_multimodal.models.lavit.modeling import DynamicTokenizer
 from seed_multimodal.models.lavit.processing import LavitTokenizer
-from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_nano.train.words import train_text_tokenizer
 
-SIDE = 16
-CODES = 8
-PATCHES = 16
-SIZES = LavitTokenizerConfig(
-    vit=EvaConfig(image_size=SIDE, patch_size=4, width=16, depth=1, heads=2, mlp_width=32),
-    vit_head=0,
-    merger_depth=2,
-    merger_heads=2,
-    merger_mlp_width=24,
-    codebook_size=CODES,
-    codebook_dim=4,
-    llm_width=32,
-)
+# That of the systems, with the vision encoder's own width.
+SIZES = dataclasses.replace(TOKENIZER, vit_head=0)
 TEXTS = [
     "a red picture a green picture a blue picture a grey picture What is red? plain words of no "
     "picture"
@@ -55,7 +38,7 @@ def image_of(colour: tuple[int, int, int], variant: int = 0) -> bytes:
 
 
 def write_parts(folder: Path) -> None:
-    """Tokenizers, language model and data below `home`."""
+    """Tokenizers, language model and data in `folder`."""
     tokenizer = train_text_tokenizer(
         LavitTokenizer,
         TEXTS,
@@ -65,12 +48,10 @@ def write_parts(folder: Path) -> None:
         tokens_per_image=PATCHES,
     )
     torch.manual_seed(0)
-    model = DynamicTokenizer(SIZES)
-    for parameter in model.parameters():
-        if parameter.ndim >= 2:  # so that patches differ
-            torch.nn.init.normal_(parameter, std=0.3)
+    model = spread(DynamicTokenizer(SIZES))  # so that patches differ
     save_dynamic_tokenizer(model, folder / "visual")
     write_llama(folder / "llm", tokenizer.vocabulary.n_text)
+    # Images with captions.
     write_tar(
         folder / "captions.tar",
         (
@@ -78,6 +59,7 @@ def write_parts(folder: Path) -> None:
             for index, (name, colour) in enumerate(COLOURS.items())
         ),
     )
+    # Texts alone, and images that are codes already: one to three of them.
     write_json_lines(
         folder / "words.jsonl", ({"text": f"plain words of no picture, {name}"} for name in COLOURS)
     )
@@ -98,14 +80,14 @@ def data_of(folder: Path, **changes: Any) -> dict[str, Any]:
             "files": str(folder / "captions.tar"),
             "decoder": "lavit.caption",
             "weight": 0.8,
-            "options": {"base_resolution": SIDE, "text_dropout": 0.2},
+            "options": {"base_resolution": SIZE, "text_dropout": 0.2},
         },
         {
             "name": "codes",
             "files": str(folder / "codes.jsonl"),
             "decoder": "lavit.caption",
             "weight": 0.2,
-            "options": {"base_resolution": SIDE},
+            "options": {"base_resolution": SIZE},
         },
         {
             "name": "words",

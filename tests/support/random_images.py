@@ -14,9 +14,9 @@ def noise(seed: int, size: tuple[int, int] = (48, 30)) -> Image.Image:
     )
 
 
-def same(image: Image.Image, other: Image.Image) -> bool:
-    """Equal within one grey level."""
+def same(image: Image.Image, other: Image.Image, levels: int = 1) -> bool:
+    """Equal within one grey level, or `levels`."""
     return (
         image.size == other.size
-        and np.abs(np.asarray(image, int) - np.asarray(other, int)).max() <= 1
+        and np.abs(np.asarray(image, int) - np.asarray(other, int)).max() <= levels
     )

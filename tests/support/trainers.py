@@ -27,7 +27,7 @@ FEW_SAMPLES = [
     "trainer.sample_steps=4",
     "++data.held_out={name: scenes, format: nano, options: {number: 1}}",
 ]
-ACCUMULATE = ["trainer.gradient_accumulation_steps=2"]
+ACCUMULATE = ("trainer.gradient_accumulation_steps=2",)
 TWO = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
 CAT = ROOT / "images" / "cat.jpg"
 
@@ -50,13 +50,13 @@ class Trainer:
     """
 
     name: str
-    application: Path
     program: str
     parts: Callable[[Path], Any]
     options: Callable[[Path, Path], list[str]]
     use: Callable[[Path, Path], None]
     weights: str
-    double: Sequence[str] = ()
+    application: Path = LLM
+    double: Sequence[str] = ACCUMULATE
     log: str = "train.log.jsonl"
     loss: str = "loss"
     zero: int = 0
@@ -67,6 +67,7 @@ class Trainer:
         self, parts_dir: Path, output: Path, steps: int, save: int, more: Sequence[str]
     ) -> list[str]:
         """Arguments of a run of `steps` with a checkpoint every `save`, and further overrides."""
+        # LAVIS counts epochs of steps.
         if self.application == LAVIS:
             counts = [
                 f"run.iters_per_epoch={steps}",
@@ -123,6 +124,7 @@ class Trainer:
         from seed_multimodal.weights import load_state_dict
 
         weights: dict[str, Any] = {}
+        # LAVIS keeps the model beside its optimizer.
         for file in sorted(output.glob(self.weights)):
             state = (
                 torch.load(file, weights_only=True)["model"]
@@ -170,6 +172,7 @@ def _hub_llm_parts(parts_dir: Path, lora: dict[str, Any] | None) -> None:
 
     from seed_multimodal.language.hub_tokenizer import HubTokenizer
 
+    # The words of the data, and tokens for images.
     base = parts_dir / "qwen3"
     write_hub_tokenizer(base, llm_runs.WORDS)
     tokenizer = HubTokenizer.create(base, llm_runs.CODES, llm_runs.PER_IMAGE)
@@ -281,120 +284,88 @@ def _describes(family: str, **options: Any) -> Callable[[Path, Path], None]:
     return use
 
 
-def _draw(detokenizer: Any, embeds: Any) -> None:
-    sizes = {"height": 16, "width": 16}
-    images = detokenizer(embeds, seeds=[0], num_inference_steps=2, guidance_scale=1.0, **sizes)
-    assert images[0].size == (16, 16)
+def _draws(family: str) -> Callable[[Path, Path], None]:
+    """The result draws an image; `family`: of `tiny.training`."""
+
+    def use(parts_dir: Path, output: Path) -> None:
+        chosen = getattr(import_module("tiny.training"), family)
+        detokenizer = chosen.load(parts_dir, output / chosen.result)
+        options = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 16, "width": 16}
+        images = detokenizer(chosen.inputs(detokenizer)[:1], seeds=[0], **options)
+        assert images[0].size == (16, 16)
+
+    return use
 
 
-def _draw_seed(parts_dir: Path, output: Path) -> None:
-    import torch
+# ---- the table
 
-    from seed_multimodal.models.seed.diffusion import CodesDetokenizer
-    from seed_multimodal.models.seed.modeling import Seed2Tokenizer
-
-    tokenizer = Seed2Tokenizer.from_pretrained(parts_dir / "tokenizer")
-    embeds = tokenizer.decode_tokens(torch.zeros(1, 32, dtype=torch.long))
-    _draw(CodesDetokenizer.from_pretrained(output / "decoder"), embeds)
-
-
-def _draw_seed_x(parts_dir: Path, output: Path) -> None:
-    import torch
-    from tiny.diffusion import FEATURES
-
-    from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer
-
-    detokenizer = SdxlDetokenizer.from_pretrained(parts_dir / "sdxl", output / "adapter")
-    _draw(detokenizer, torch.randn(1, 4, FEATURES))
-
-
-def _draw_lavit(parts_dir: Path, output: Path) -> None:
-    import torch
-
-    from seed_multimodal.models.lavit.decoder import CodeDecoder
-    from seed_multimodal.models.lavit.diffusion import LavitDetokenizer
-
-    decoder = CodeDecoder.from_pretrained(output / "pixels" / "decoder")
-    detokenizer = LavitDetokenizer.from_pretrained(output / "pixels", decoder)
-    _draw(detokenizer, [torch.randn(3, decoder.config.code_dim)])
-
-
+# The image tokenizers' stages, which one program trains.
+_STAGE: dict[str, Any] = {
+    "application": LAVIS,
+    "program": "train.py",
+    "parts": lavis_runs.write_images,
+    "weights": "checkpoint_0.pth",
+    "loss": "last_loss",
+}
 TRAINERS = [
     Trainer(
         "stage1",
-        LAVIS,
-        "train.py",
-        lavis_runs.write_images,
-        _lavis("stage1"),
-        _start_stage2,
-        "checkpoint_0.pth",
-        ["run.batch_size_train=16"],
+        options=_lavis("stage1"),
+        use=_start_stage2,
+        double=["run.batch_size_train=16"],
         log="stage1.log.jsonl",
-        loss="last_loss",
+        **_STAGE,
     ),
+    # Dead codes are restarted between checkpoints.
     Trainer(
         "stage2",
-        LAVIS,
-        "train.py",
-        lavis_runs.write_images,
-        _lavis(
-            "stage2",
-            "model.load_pretrained=False",
-            "model.restart_every=3",
-            "run.num_workers=1",
+        options=_lavis(
+            "stage2", "model.load_pretrained=False", "model.restart_every=3", "run.num_workers=1"
         ),
-        _evaluate_stage2,
-        "checkpoint_0.pth",
+        use=_evaluate_stage2,
+        double=(),
         log="stage2.log.jsonl",
-        loss="last_loss",
+        **_STAGE,
     ),
     Trainer(
         "lavit_tokenizer",
-        LAVIS,
-        "train.py",
-        lavis_runs.write_images,
-        _lavis("lavit"),
-        _export_lavit,
-        "checkpoint_0.pth",
+        options=_lavis("lavit"),
+        use=_export_lavit,
+        double=(),
         log="lavit-stage1.log.jsonl",
-        loss="last_loss",
+        **_STAGE,
     ),
+    # Language models.
     Trainer(
         "llm",
-        LLM,
         "src/train/train.py",
         _llm_parts,
         _llm,
         _describes("seed.SeedLlama"),
         "checkpoint-*/adapter_model.safetensors",
-        ACCUMULATE,
         zero=3,
     ),
     Trainer(
         "seed_x_sft",
-        LLM,
         "src/train/train_seed_x_sft.py",
         _seed_x_parts,
         _seed_x,
         _describes("seed_x.SeedX", load_decoder=False),
         "checkpoint-*/model.safetensors",
-        ACCUMULATE,
         zero=3,
     ),
     Trainer(
         "lavit",
-        LLM,
         "src/train/train_lavit.py",
         _written_by("pretrain_parts"),
         _lavit,
         _describes("lavit.Lavit", load_decoder=False),
         "checkpoint-*/[mv]*.safetensors",
-        ACCUMULATE,
         zero=3,
     ),
+    # Pixel decoders.
     Trainer(
         "seed_x_detokenizer",
-        LLM,
         "src/train/train_seed_x_detokenizer.py",
         _written_by("tiny.training", "write_detokenizer_parts"),
         _pixels(
@@ -404,27 +375,23 @@ TRAINERS = [
             "trainer.ema=0",
             data="tiny_edits",
         ),
-        _draw_seed_x,
+        _draws("SEED_X"),
         "adapter/model.safetensors",
-        ACCUMULATE,
         zero=2,
         variables=lambda parts_dir: {"EDITS": str(parts_dir / "edits.jsonl")},
     ),
     Trainer(
         "lavit_detokenizer",
-        LLM,
         "src/train/train_lavit_detokenizer.py",
         _written_by("tiny.training", "write_lavit_parts"),
         _pixels(
             "model.diffusion={}/highres", "model.tokenizer={}/tokenizer", "model.decoder={}/decoder"
         ),
-        _draw_lavit,
+        _draws("LAVIT"),
         "pixels/*/*.safetensors",
-        ACCUMULATE,
     ),
     Trainer(
         "seed_decoder",
-        LLM,
         "src/train/train_seed_decoder.py",
         _written_by("tiny.training", "write_seed_decoder_parts"),
         _pixels(
@@ -432,9 +399,8 @@ TRAINERS = [
             "model.tokenizer={}/tokenizer",
             "model.scheduler={_class_name: FlowMatchEulerDiscreteScheduler}",
         ),
-        _draw_seed,
+        _draws("SEED"),
         "decoder/*/*.safetensors",
-        ACCUMULATE,
     ),
 ]
 # The language model's trainer with a hub model, with LoRA and with all weights.

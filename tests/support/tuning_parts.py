@@ -7,54 +7,20 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from llm_runs import (  # noqa: F401
-    COLOURS,
-    SIZES,
-    TRAINER,
-    losses,
-    merged,
-    write_json_lines,
-    write_llama,
-    write_tar,
-)
+from llm_runs import COLOURS, SIZES, TRAINER, merged, write_json_lines, write_llama, write_tar
 from PIL import Image
+from tiny.seed_x import READS, TOWER, VIEW, WRITES, write_seed_x_tokenizer
 
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.nn.vision.qwen import QwenVit, QwenVitConfig
-from seed_nano.train.words import train_text_tokenizer
+from seed_multimodal.nn.vision.qwen import QwenVit
 
-SIDE = 28
-K = 16
-VISION = QwenVitConfig(
-    image_size=SIDE,
-    patch_size=14,
-    width=32,
-    layers=1,
-    heads=2,
-    mlp_ratio=2.0,
-    output_dim=K,
-    n_queries=16,
-    position_grid=2,
-    pool_heads=2,
-)
-WIDTHS = {"hidden_size": 48, "intermediate_size": 96}
-TEXTS = [
-    "[INST] Generate an image: a cat [/INST]\n",
-    "It is a dog.",
-    "Make it red. What is it? Where is it?",
-    "Here is a picture. Enjoy this picture.",
-] * 20
-RESAMPLERS = {
-    "input_resampler": {"grid_size": 2, "embed_dim": 48, "num_heads": 4, "kv_dim": K},
-    "output_resampler": {"grid_size": 2, "embed_dim": K, "num_heads": 4, "kv_dim": 48},
-}
+RESAMPLERS = {"input_resampler": vars(READS), "output_resampler": vars(WRITES)}
 LORA = {
     "r": 4,
     "lora_alpha": 8,
     "lora_dropout": 0.1,
     "modules_to_save": ["input_layernorm", "post_attention_layernorm", "norm"],
 }
-VIEWS = {"base_resolution": SIDE, "resolution_grids": ["1x1", "2x1"]}
+VIEWS = {"base_resolution": VIEW, "resolution_grids": ["1x1", "2x1"]}
 
 
 def jpeg(colour: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> bytes:
@@ -65,19 +31,11 @@ def jpeg(colour: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> byte
 
 
 def write_parts(folder: Path) -> None:
-    """Tokenizer, vision encoder, language model and data in `home`."""
-    tokenizer = train_text_tokenizer(
-        MultimodalTokenizer,
-        TEXTS,
-        folder / "tokenizer",
-        vocab_size=300,
-        n_codes=4,
-        tokens_per_image=4,
-        n_locations=16,
-    )
+    """Tokenizer, vision encoder, language model and data in `folder`."""
+    tokenizer = write_seed_x_tokenizer(folder / "tokenizer")
     torch.manual_seed(0)
-    QwenVit(VISION).save_pretrained(folder / "vision")
-    write_llama(folder / "llm", len(tokenizer), **WIDTHS)
+    QwenVit(TOWER).save_pretrained(folder / "vision")
+    write_llama(folder / "llm", len(tokenizer))
     write_data(folder)
 
 
@@ -87,15 +45,18 @@ def write_data(folder: Path) -> None:
     images = folder / "pictures"
     images.mkdir()
     names = list(COLOURS)
+    # One wide image, which is cut into two views.
     for name in names:
         (images / f"{name}.jpg").write_bytes(
             jpeg(COLOURS[name], (90, 30) if name == "blue" else (40, 30))
         )
+    # Conversations over one image, and over none.
     talks = [
         {"image": f"/{name}.jpg", "data": ["What is it?", f"It is {name}.", "Where?", "Here."]}
         for name in names
     ]
     talks.append({"image": None, "data": ["Say red.", "Red."]})
+    # Edits: from one image to another, and of the same image twice.
     edits = [
         {
             "source_image": "grey.jpg",
@@ -117,6 +78,7 @@ def write_data(folder: Path) -> None:
     ]
     for name, records in (("talks", talks), ("edits", edits), ("turns", turns)):
         write_json_lines(folder / f"{name}.jsonl", records)
+    # Captions; every second one has a measured similarity.
     similar = {"json": b'{"similarity": 0.9}'}
     write_tar(
         folder / "captions.tar",
@@ -143,7 +105,7 @@ def data_of(folder: Path, **changes: Any) -> dict[str, Any]:
             "image_dir": images,
             "options": {**VIEWS, **options},
             "batch_size": 2,
-            "max_length": 120,
+            "max_length": 160,
         }
 
     return {
@@ -154,7 +116,7 @@ def data_of(folder: Path, **changes: Any) -> dict[str, Any]:
             source("chat", "turns.jsonl"),
         ],
         "packing": False,
-        "length": 160,
+        "length": 200,
         "rows": 2,
         "seed": 3,
         **changes,
@@ -170,10 +132,11 @@ def config_of(
     **changes: dict[str, Any],
 ) -> dict[str, Any]:
     """A whole configuration; `changes` are merged into its groups."""
+    # LoRA on the language model in files, or all weights of a new one.
     model = (
         {"path": str(folder / "llm"), "lora": LORA, "train_embeddings": True}
         if lora
-        else {"sizes": {**SIZES, **WIDTHS}, "dtype": "fp32"}
+        else {"sizes": SIZES, "dtype": "fp32"}
     )
     return merged(
         {

@@ -53,7 +53,7 @@ def check(recording: Recording) -> None:
 
 def check_templates(cases: list[dict[str, Any]]) -> None:
     for case in cases:
-        if not case["turns"]:
+        if not case["turns"]:  # no prompt without a question
             continue
         style = "llama2" if case["template"] == "conv_seed_llama2" else "vicuna"
         texts = [[turn["message"]["text"]] for turn in case["turns"]]
@@ -76,10 +76,12 @@ def check_flow(flow: dict[str, Any], style: str, tokenizer: MultimodalTokenizer,
     turns: list[Message] = []
     posts = iter(zip(flow["http"], flow["model_calls"], strict=True))
     for step in flow["steps"]:
+        # The original crashed: here the page shows an error.
         if step["error"] is not None:
             with pytest.raises(RequestError):
                 user_message(step["argument"], [])
             return
+        # An added image, in the size in which the page posts it.
         if step["step"] == "image" and step["argument"] is not None:
             size, colour = step["argument"]
             image = chat_image(Image.new("RGB", tuple(size), tuple(colour)))
@@ -109,6 +111,7 @@ def check_flow(flow: dict[str, Any], style: str, tokenizer: MultimodalTokenizer,
 
 def page_message(role: str, recorded: dict[str, Any], images: Mapping[str, str]) -> Message:
     """A recorded message in the page's form: texts, and images with their codes if known."""
+    # The text is cut at its placeholders.
     first, *texts = recorded["text"].split(PLACEHOLDER)
     content: list[Message] = [{"type": "text", "text": first}]
     files = zip(recorded["images"], recorded["images_ids"], texts, strict=True)
@@ -128,6 +131,7 @@ def page_body(turns: list[Message], flow: dict[str, Any], rounds: int = 10**6) -
 
 def posted(turns: list[Message], flow: dict[str, Any], style: str) -> dict[str, Any]:
     """The text for the model and the images in that body, as the server reads them."""
+    # As the server takes the body apart: content is a text, or a list of parts.
     messages = ChatRequest.model_validate(page_body(turns, flow)).messages
     contents = [
         [part.value for part in message.content]
@@ -163,6 +167,7 @@ def check_prompt(
 ) -> None:
     """The ids of the posted text, with the codes that the server returned for its images."""
     payload = post["payload"]
+    # A placeholder of the text stands for the codes of its image.
     text, *spans = payload["text"].split(PLACEHOLDER)
     codes = post["response"]["images_ids"][: len(payload["images"])]
     for row, span in zip(codes, spans, strict=True):

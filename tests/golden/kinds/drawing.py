@@ -162,6 +162,7 @@ def check_seed1_case(
     assert_same(called, [times[0], times[1], *times[1:]], f"{want.prefix}time steps of the calls")
     calls = calls if isinstance(record["unet_calls"], list) else len(calls)
     assert_same(calls, record["unet_calls"], f"{want.prefix}calls of the U-Net")
+    # The empty text, and the schedule in the order of the steps.
     if "uncond" in want:
         want.close("uncond", recorded["context"][0][:1])
     alphas = model.scheduler.alphas_cumprod[times[::-1]].double()
@@ -190,6 +191,8 @@ def check_seed1(recording: Recording) -> None:
     want = recording.outputs
     model = build_seed1(recording)
     assert_same(model.factor, recording.config["downsampling"], "pixels along a latent")
+
+    # 1. Each part alone.
     want.close("schedule.betas", model.scheduler.betas, (1e-9, 1e-5))
     want.close("schedule.alphas_cumprod", model.scheduler.alphas_cumprod, (1e-7, 1e-5))
     context = want["unet.context"]
@@ -198,6 +201,8 @@ def check_seed1(recording: Recording) -> None:
     latents = want["default.latents"][:1] / model.vae.config.scaling_factor
     want.close("vae.raw", model.vae.decode(latents).sample, (2e-4, 1e-4))
     inputs.close("text_features", context[1:], (0, 0))
+
+    # 2. Whole drawings.
     for case, record in recording.meta["cases"].items():
         case_inputs = Tensors({**inputs.part(case), "text_features": inputs["text_features"]})
         check_seed1_case(model, record, case_inputs, want.part(case))
@@ -239,10 +244,6 @@ def build_seed2(sizes: dict[str, Any], weights: Tensors) -> UnclipDetokenizer:
     )
 
 
-def noises(want: Tensors, prefix: str) -> list[torch.Tensor]:
-    return [want[f"{prefix}noise{k}"] for k in range(len(want)) if f"{prefix}noise{k}" in want]
-
-
 def denoised(
     model: UnclipDetokenizer, case: str, steps: int, inputs: Tensors, want: Tensors
 ) -> tuple[torch.Tensor, dict[str, list[Any]]]:
@@ -271,6 +272,7 @@ def check_seed2(recording: Recording) -> None:
     want = recording.outputs
     model = build_seed2(sizes, recording.weights)
     length = model.tokenizer.model_max_length
+    # The empty prompt is padded to the encoder's length.
     ids = model.tokenizer("", padding="max_length", max_length=length).input_ids
     assert_same(ids, recording.meta["empty_prompt_ids"], "token ids of the empty prompt")
 

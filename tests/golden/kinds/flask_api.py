@@ -41,6 +41,7 @@ class RecordedImages(SeedImageCodec):
     """Encodes image i of a batch as the codes 7 k + 11 i + 5; draws 4x4 pixels of one colour."""
 
     def __init__(self, vocabulary: Any) -> None:
+        # Sizes are all that the codec asks of a tokenizer.
         encoder: Any = nn.Module()
         encoder.visual_encoder = SimpleNamespace(image_size=224)
         encoder.config = SimpleNamespace(
@@ -69,6 +70,7 @@ class RecordedImages(SeedImageCodec):
         return self.encoded[batch]
 
     def draw(self, values: Any, **settings: Any) -> list[Image.Image]:
+        # The colour tells the codes.
         self.drawn.append([list(codes) for codes in values])
         return [
             Image.new("RGB", (4, 4), (codes[0] % 256, codes[1] % 256, len(codes) % 256))
@@ -103,6 +105,7 @@ def check_case(case: dict[str, Any], system: RecordedSystem, what: str) -> None:
     """A request to `/generate`: the answer, and what the networks were given for it."""
     vocabulary = system.tokenizer.vocabulary
     request = case["request"]
+    # Codes in place of images: too many or unknown ones are errors, too few leave the image out.
     lists = [image for image in request.get("images", []) if isinstance(image, list)]
     wrong = [
         codes
@@ -142,6 +145,7 @@ def check_calls(case: dict[str, Any], system: RecordedSystem, what: str) -> None
         actual["generation_config"]["max_new_tokens"] = limit
     elif "<" not in case["request"]["text"].replace("<image>", ""):
         actual["input_ids"] = call["input_ids"]
+    # Where an image was broken, the original drew all the same.
     if not case["response"]["error_msg"]:
         actual["decode_image_ids"] = system.images.drawn
     assert_same(actual, {key: wanted[key] for key in actual}, f"{what}, calls")
@@ -149,6 +153,7 @@ def check_calls(case: dict[str, Any], system: RecordedSystem, what: str) -> None
 
 def check_answer(case: dict[str, Any], answer: dict[str, Any], eos: int, what: str) -> None:
     recorded = case["response"]
+    # Images of the request come first.
     n_read = len(case["request"]["images"])
     n_drawn = len(answer["images"])
     assert_same(answer["text"].count("<image>"), n_drawn, f"{what}, placeholders")
@@ -175,6 +180,7 @@ def check_answer(case: dict[str, Any], answer: dict[str, Any], eos: int, what: s
 
 
 def check_page(case: dict[str, Any], system: RecordedSystem, what: str) -> None:
+    # Broken requests were recorded by name.
     requests: dict[str, dict[str, Any]] = {
         "invalid json": {"data": "{not json", "content_type": "application/json"},
         "wrong content type": {"data": "text", "content_type": "text/plain"},

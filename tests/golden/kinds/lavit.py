@@ -54,8 +54,6 @@ MLP_RATIO = 4.3637  # original; its product with the width is truncated
 STEPS = 4
 GUIDANCE = 7.0
 QUESTION_WORDS = 5
-# Settings of the original that have one value here.
-ONE_ANSWER = ("num_return_sequences",)
 # Recorded names of settings → fields of GenerationSettings.
 SETTINGS = {
     "guidance_scale": "guidance",
@@ -96,7 +94,7 @@ def build(sizes: dict[str, int], weights: Tensors) -> DynamicTokenizer:
 
 def check_codes(model: DynamicTokenizer, image: Tensor, want: Tensors, ids: dict[str, Any]) -> None:
     features = model.patch_features(image)
-    noise = want["gumbel_noise"]
+    noise = want["gumbel_noise"]  # of the selection, which is random in the original
     selection = model.select(features, noise=noise)
     assert_close(features, want["encoder"][:, 1:], *CLOSE, "encoder")
     want.close("keep", selection.keep_BN, EXACT)
@@ -119,6 +117,8 @@ def check_codes(model: DynamicTokenizer, image: Tensor, want: Tensors, ids: dict
         to_quantizer=model.to_codebook(rows),
     )
     want.close("quantized", model.quantize_rows(rows)[1], (1e-6, 0))
+
+    # The same codes in one call, as token ids, and back to embeddings.
     codes = model.encode(image, noise=noise)
     token_ids = [[FIRST_CODE + code for code in row.tolist()] for row in codes]
     assert_same(token_ids, ids["token_ids"], "token ids")
@@ -151,8 +151,9 @@ def check_tokenizer(recording: Recording) -> None:
     model = build(sizes, weights)
     image = inputs["image"]
     check_codes(model, image, outputs.part("tokenize"), meta)
-    assert_same(meta["keep_counts"], outputs["tokenize.token_nums"].tolist(), "keep_counts")
     check_continuous(model, image, outputs.part("features"), meta["feature_counts"])
+
+    # The merger and the selector alone, for decisions that no noise gives.
     manual = outputs.part("manual")
     features = model.patch_features(image)
     manual.compare(
@@ -194,6 +195,7 @@ def check_decoder(recording: Recording) -> None:
         decoder = code_decoder(
             case[head], case["decoder_out_dim"], case["unet_dims"], head, weights.part(head)
         )
+        # Images of several lengths lie behind one another.
         rows = case_inputs[f"{head}.x"].split(case_inputs[f"{head}.token_num"].tolist())
         normed: list[Tensor] = []
         hook = decoder.norm.register_forward_hook(
@@ -225,7 +227,6 @@ def check_generation(recording: Recording) -> None:
         recording.folder / "tokenizer", LavitVocabulary(n_codes=config["visual_codes"])
     )
     llm = language_model(config, weights)
-    assert cases["cases"], "the fixture holds no generation"
     for case in cases["cases"]:
         check_case(case, llm, tokenizer, weights["llm.row_ids"], outputs)
 
@@ -252,7 +253,6 @@ def check_images(
         network("AutoencoderKL", config["vae"], weights.part("vae")),
         diffusers.DDIMScheduler.from_config(config["scheduler"]),
     )
-    assert cases["decoder_cases"], "the fixture holds no image"
     for name, case in cases["decoder_cases"].items():
         check_latents(model, conditions, case, f"pixels.{name}", want)
 
@@ -262,9 +262,6 @@ def check_latents(
 ) -> None:
     """The recorded noise has one latent for eight pixels, independent of the tiny VAE."""
     start = want[f"{name}.initial_latents"]
-    assert start.shape[2:] == (case["height"] // 8, case["width"] // 8), (
-        f"{name}: another size of the latents"
-    )
     settings = model.check_settings(num_inference_steps=STEPS, guidance_scale=GUIDANCE, **case)
     latents = model.denoise(settings, [torch.Generator()] * len(start), conditions, start=start)
     want.close(f"{name}.vae_input", latents / model.vae.config.scaling_factor, (1e-3, 1e-3))
@@ -349,11 +346,11 @@ def check_understanding(recording: Recording) -> None:
     outputs = recording.outputs
     vocabulary = LavitVocabulary()
     width = outputs["visual.embeds"].shape[-1]
-    embed = (
-        torch.sin(torch.arange(vocabulary.code_start * width, dtype=torch.float32))
-        .view(-1, width)
-        .__getitem__
-    )
+    # The original's table of embeddings was this.
+    table = torch.sin(torch.arange(vocabulary.code_start * width, dtype=torch.float32))
+    embed = table.view(-1, width).__getitem__
+
+    # 1. Images alone, and with a question behind each.
     features = [inputs[f"features.{index}"] for index in range(len(cases["counts"]))]
     assert_same([len(row) for row in features], cases["counts"], "numbers of tokens")
     images = [embeddings(read_prompt(vocabulary, [row]), embed) for row in features]
@@ -367,6 +364,8 @@ def check_understanding(recording: Recording) -> None:
     check_padded(
         rows, outputs["joined.embeds"], outputs["joined.attention"], "images and questions"
     )
+
+    # 2. What becomes of answers, and the settings of both tasks.
     check_texts(cases, MultimodalTokenizer.from_pretrained(recording.tokenizer_folder))
     for task, recorded_task in (("describe", "caption"), ("ask", "answer")):
         settings = GenerationSettings(**Lavit.defaults[task])
@@ -418,7 +417,8 @@ def check_settings(
         "pad_token_id": 2,
     }
     actual = {key: actual.get(key) for key in recorded}
-    ignored = dict.fromkeys(("inputs_embeds", "attention_mask", *ONE_ANSWER))
+    # The number of answers has one value here.
+    ignored = dict.fromkeys(("inputs_embeds", "attention_mask", "num_return_sequences"))
     assert_same(actual | ignored, recorded | ignored, "generation settings")
 
 

@@ -21,14 +21,15 @@ CLOSE = 1e-18, 1e-9  # absolute, relative
 
 
 def check(recording: Recording) -> None:
+    # Recorded table → the check of each of its rows.
     checks = {
         "llm_trainer.json": check_trainer,
         "seedx_accumulation.json": check_accumulation,
         "tokenizer_training.json": check_tokenizer,
     }
-    for file in recording.files("*.json"):
-        for case in recording.json(file.name) if file.name in checks else ():
-            checks[file.name](case)
+    for name, check_case in checks.items():
+        for case in recording.json(name):
+            check_case(case)
 
 
 def check_trainer(case: dict[str, Any]) -> None:
@@ -47,6 +48,7 @@ def check_trainer(case: dict[str, Any]) -> None:
     floor = settings.min_lr_ratio
     warmup = warmup_count(total, settings.warmup_ratio, settings.warmup_steps)
     assert_same(warmup, case["resolved_warmup_steps"], f"{name}: warm-up steps")
+    # The schedule by itself goes on behind the last step, a run's rate does not.
     for step, wanted in case.get("lr_at_step", ()):
         rate = scheduled_rate(kind, step, lr, total, warmup=warmup, floor=floor, clamp=False)
         assert_close(rate, wanted, *CLOSE, f"{name}, step {step}")
@@ -57,12 +59,9 @@ def check_trainer(case: dict[str, Any]) -> None:
                 *CLOSE,
                 f"{name}, step {step}, from settings",
             )
-    if "error" in case:
-        ends = (
-            optim_learning_rate(warmup, settings, total),
-            optim_learning_rate(total, settings, total),
-        )
-        assert_close(ends, [lr, lr * floor], 1e-12, what=name)
+    if "error" in case:  # of the original, for a linear schedule with a floor
+        ends = (optim_learning_rate(step, settings, total) for step in (warmup, total))
+        assert_close([*ends], [lr, lr * floor], 1e-12, what=name)
 
 
 def check_accumulation(case: dict[str, Any]) -> None:
@@ -74,12 +73,14 @@ def check_accumulation(case: dict[str, Any]) -> None:
         min_lr_ratio=case["min_lr_ratio"],
         schedule_per_micro_batch=True,
     )
+    # Step n is made with the rate that n - 1 calls have set.
     for step, wanted in case["lr_used_by_optimizer_step"]:
         rate = optim_learning_rate(step - 1, settings, total, micro)
         assert_close(rate, wanted, *CLOSE, f"accumulation {micro}, step {step}")
 
 
 def check_tokenizer(case: dict[str, Any]) -> None:
+    # LAVIS's schedules are those of the application, by their registered names.
     sys.path.append(str(Path(__file__).resolve().parents[3] / "SEED_Tokenizer"))
     from seed_lavis.compat import registry
 

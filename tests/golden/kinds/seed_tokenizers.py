@@ -52,7 +52,6 @@ def seed1_config(sizes: dict[str, Any]) -> Seed1Config:
     reverse = sizes["reverse_qformer"]
     blocks = sizes["blocks_text"]
     queries = sizes["num_query_token"]
-    assert not reverse["causal"], "a causal Reverse Q-Former is not SEED-1's"
     causal = queries if sizes["causal_queries"] else 0
     return Seed1Config(
         vit=vit_config(sizes["vit"]),
@@ -103,6 +102,7 @@ def check_encode(
     )
     if "vq_loss" in want:
         want.close("vq_loss", loss, tolerance)
+    # Codes by the parts, by one call, and image by image.
     for codes in (indices, model.encode(image), model.encode(image, batch_size=1)):
         want.close("indices", codes, EXACT)
     return quant
@@ -128,6 +128,8 @@ def check_seed1(recording: Recording) -> None:
     image = inputs["image"]
     model = Seed1Tokenizer(seed1_config(recording.config)).eval()
     assign_strictly(model, recording.weights, recording.folder)
+
+    # 1. Pixels → codes → embeddings, and codes that no image gives.
     photos = [Image.fromarray(pixels.numpy()) for pixels in inputs["raw_images"]]
     inputs.close(
         "image", seed_image_processor(model.config.vit.image_size).batch(photos), (1e-6, 0)
@@ -137,7 +139,8 @@ def check_seed1(recording: Recording) -> None:
     check_seed1_decode(model, model.quantize.lookup(random), want, "_random")
     want.close("embeds_from_codes", model.decode(want["indices"]), SEED1_DECODED)
     want.close("embeds_random", model.decode(random, batch_size=1), SEED1_DECODED)
-    # Causal attention: queries before a replaced one stay as they are.
+
+    # 2. Causal attention: queries before a replaced one stay as they are.
     model.query_tokens[0, 20] = inputs["query20"]
     queries = model.query_features(image)
     want.close("query_output_query20_replaced", queries, SEED1_CLOSE)
@@ -148,6 +151,7 @@ def check_seed1(recording: Recording) -> None:
 def check_seed2_decode(
     model: Seed2Tokenizer, codes: torch.Tensor, want: Tensors, suffix: str
 ) -> None:
+    # One of the heads is recorded: the linear one, or the reverse Q-Former.
     tokens = model.decoder_tokens(model.decode_task_layer(model.quantize.lookup(codes)))
     want.close("blocks_image_out" + suffix, tokens)
     if (name := "image_down_out" + suffix) in want:
@@ -163,6 +167,7 @@ def check_seed2(recording: Recording) -> None:
     sizes = recording.config
     want = recording.outputs
     image = recording.inputs["image"]
+    # Without a reverse Q-Former its depth does not matter.
     layers = recording.weights.part("Reverse_Qformer.bert.encoder.layer").parts()
     depth = len(layers) or sizes["bert"]["num_hidden_layers"]
     model = Seed2Tokenizer(seed2_config(sizes, sizes["decode_blocks_heads"], depth)).eval()

@@ -19,7 +19,7 @@ import torch
 from kinds.drawing import network, scheduler
 from PIL import Image
 from runner import CLOSE, Recording, Tensors, assert_close, assert_same
-from torch import Tensor, nn
+from tiny.diffusion import PlainTower
 
 from seed_multimodal.models.seed_x.adapter import ResamplerXLConfig, ResamplerXLV2, SDXLAdapter
 from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer
@@ -51,6 +51,8 @@ def recorded(model: QwenVit) -> Tensors:
 @torch.no_grad()
 def check_visual(recording: Recording) -> None:
     sizes, weights, case_inputs, want = recording.case()
+
+    # 1. The vision encoder, layer by layer.
     for settings in sizes["models"]:
         label = settings.pop("label")
         model = QwenVit(QwenVitConfig(**settings)).eval()
@@ -60,8 +62,9 @@ def check_visual(recording: Recording) -> None:
         outputs = recorded(model)
         outputs["output"] = model(inputs["image"], inputs.get("patch_positions"))
         outputs["transformer_lnd"] = outputs["transformer"].transpose(0, 1)
-        assert activations, f"{label}: nothing recorded"
         activations.compare(**{name: outputs[name] for name in activations})
+
+    # 2. Resamplers; their positions are made, not loaded.
     for label, settings in sizes["resamplers"].items():
         state = weights.part(label)
         queries, width = state["query"].shape
@@ -72,6 +75,8 @@ def check_visual(recording: Recording) -> None:
         state.close("pos_embed", resampler.pos_embed, (1e-6, 0))
         assign_strictly(resampler.eval(), state, label)
         want.close(f"{label}.output", resampler(x))
+
+    # 3. Positions of other grids, and tables of sines.
     for size in want.part("abs_pos"):
         resized = resize_square(case_inputs["abs_pos.src"], math.isqrt(int(size[len("to_") :])))
         want.close(f"abs_pos.{size}", resized, (1e-6, 1e-5))
@@ -95,8 +100,7 @@ def check_resamplers(recording: Recording) -> None:
             # Of all tokens our pool computes the first row alone.
             want.close("output", output)
             assert_close(output, want["all_tokens"][0], *CLOSE, "all_tokens")
-        elif (perceiver := sizes.pop("class")) != "plain":
-            assert perceiver in ("xlv2", "xlv2_normalize", "xl"), f"{label}: {perceiver}"
+        elif sizes.pop("class") != "plain":
             model = ResamplerXLV2(ResamplerXLConfig(**sizes)).eval()
             assign_strictly(model, weights, label)
             prompt_embeds, pooled = model(case_inputs["x"])
@@ -104,19 +108,6 @@ def check_resamplers(recording: Recording) -> None:
 
 
 # ---- SDXL adapters
-
-
-class Encoder(nn.Module):
-    """Replaces the vision encoder: a convolution, its positions as tokens `[B, N, W]`."""
-
-    def __init__(self, weights: Tensors) -> None:
-        super().__init__()
-        out, channels, size, _ = weights["weight"].shape
-        self.conv = nn.Conv2d(channels, out, size, size)
-        self.conv.load_state_dict(weights)
-
-    def forward(self, pixels: Tensor) -> Tensor:
-        return self.conv(pixels).flatten(2).mT
 
 
 def build(sizes: dict[str, Any], weights: Tensors, stage: int) -> SdxlDetokenizer:
@@ -138,7 +129,7 @@ def build(sizes: dict[str, Any], weights: Tensors, stage: int) -> SdxlDetokenize
 
 
 def check_prompts(
-    model: SdxlDetokenizer, encoder: Encoder, case_inputs: Tensors, want: Tensors
+    model: SdxlDetokenizer, encoder: PlainTower, case_inputs: Tensors, want: Tensors
 ) -> None:
     inputs = {
         "tensor": encoder(case_inputs["picture"]),
@@ -162,12 +153,12 @@ def check_training(
     adapter: SDXLAdapter, name: str, meta: dict[str, Any], case_inputs: Tensors, want: Tensors
 ) -> None:
     """One step: prediction, loss, which parameters are trained, norms of their gradients."""
-    trained = adapter.set_trainable("all" if name == "adapter.full_True" else "key_value")
+    adapter.set_trainable("all" if name == "adapter.full_True" else "key_value")
     chosen = {key for key, value in adapter.named_parameters() if value.requires_grad}
-    assert_same(len(trained), len(chosen), f"{name}: parameters given")
     assert_same(
         sorted(chosen), sorted(meta[f"{name}.optimizer_parameters"]), f"{name}: trained parameters"
     )
+    # Latents, behind them those of a condition image in the second stage.
     channels = adapter.latent_channels
     noisy = case_inputs["noisy_latents_8ch" if adapter.reads_condition else "noisy_latents"]
     adapter.zero_grad()
@@ -187,16 +178,11 @@ def check_training(
         assert_close(
             adapter.get_parameter(key).grad.norm(), norm, 1e-5, 2e-3, f"{name}: gradient of {key}"
         )
-    assert_same(
-        [key for key in chosen if adapter.get_parameter(key).grad is None],
-        [],
-        f"{name}: without gradient",
-    )
     adapter.requires_grad_(False)
 
 
 def check_images(
-    model: SdxlDetokenizer, encoder: Encoder, case_inputs: Tensors, want: Tensors
+    model: SdxlDetokenizer, encoder: PlainTower, case_inputs: Tensors, want: Tensors
 ) -> None:
     start = case_inputs["pipe.init_latents"]
     source = Image.fromarray(case_inputs["pipe.latent_image_uint8"].numpy())
@@ -230,15 +216,24 @@ def check_images(
 def check_adapter(recording: Recording) -> None:
     (sizes, weights, case_inputs, want) = recording.case()
     meta = recording.meta
-    encoder = Encoder(weights.part("encoder.conv"))
+    # A convolution replaces the vision encoder.
+    width, _, side, _ = weights["encoder.conv.weight"].shape
+    encoder = PlainTower(width, side)
+    encoder.load_state_dict(weights.part("encoder"))
     first, second = (build(sizes, weights, stage) for stage in (1, 2))
+
+    # Images of both stages.
     for model in (first, second):
         model.set_null_embeds(encoder, case_inputs["picture"].shape[-1])
         check_images(model, encoder, case_inputs, want)
+
+    # Embeddings, and one step of training of each choice of parameters.
     check_prompts(first, encoder, case_inputs, want)
     check_training(first.adapter, "adapter.full_False", meta, case_inputs, want)
     check_training(first.adapter, "adapter.full_True", meta, case_inputs, want)
     check_training(second.adapter, "latent", meta, case_inputs, want)
+
+    # The second stage starts from the first: its first convolution is widened.
     unet = first.adapter.unet
     bias = unet.conv_in.bias.clone()
     first.adapter.add_condition_channels()

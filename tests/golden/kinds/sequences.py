@@ -333,6 +333,7 @@ def check_seedx(recording: Recording) -> None:
     }
     for count, options in sentences.items():
         assert_same(len(options), constants[count], count)
+    # The recorded number of tokens of an image, which tells the ids of all later tokens.
     tokenizer = seedx_tokenizer(recording.folder, constants["image_tokens"])
     ids = {word: tokenizer.token_id(word) for word in constants["token_ids"]}
     assert_same(ids, constants["token_ids"], "ids of words")

@@ -3,6 +3,7 @@ Stable Diffusion 1, stable-unCLIP with a layout decoder."""
 
 from __future__ import annotations
 
+import string
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,11 @@ LATENT = 8  # side of stable-unCLIP's latents
 # Of the text encoder of Stable Diffusion 1.
 TEXT_TOKENS = 7
 TEXT_WIDTH = 16
+# Its word pieces: letters inside of words and at their ends, the text's start and end.
+LETTERS = string.ascii_lowercase
+PIECES = [*LETTERS, *(f"{letter}</w>" for letter in LETTERS), "<|startoftext|>", "<|endoftext|>"]
+START_ID = PIECES.index("<|startoftext|>")
+END_ID = PIECES.index("<|endoftext|>")
 RESAMPLER = ResamplerXLConfig(
     dim=16,
     depth=1,
@@ -158,13 +164,13 @@ def write_sdxl(folder: Path, *, complete: bool = True) -> Path:
 
 
 class PlainTower(nn.Module):
-    """Pixels `[B, 3, S, S]` → embeddings `[B, (S / 4)², FEATURES]`; pixels of zero are not
+    """Pixels `[B, 3, S, S]` → embeddings `[B, (S / side)², width]`; pixels of zero are not
     embeddings of zero."""
 
-    def __init__(self) -> None:
+    def __init__(self, width: int = FEATURES, side: int = 4) -> None:
         super().__init__()
         torch.manual_seed(4)
-        self.conv = nn.Conv2d(3, FEATURES, 4, 4)
+        self.conv = nn.Conv2d(3, width, side, side)
 
     def forward(self, pixels: Tensor) -> Tensor:
         return self.conv(pixels).flatten(2).mT
@@ -192,17 +198,24 @@ def clip_text_encoder() -> Any:
 
     torch.manual_seed(2)
     config = CLIPTextConfig(
-        vocab_size=4,
+        vocab_size=len(PIECES),
         hidden_size=TEXT_WIDTH,
         intermediate_size=16,
         num_hidden_layers=1,
         num_attention_heads=2,
         max_position_embeddings=TEXT_TOKENS,
-        bos_token_id=2,
-        eos_token_id=3,
-        pad_token_id=3,
+        bos_token_id=START_ID,
+        eos_token_id=END_ID,
+        pad_token_id=END_ID,
     )
     return CLIPTextModel(config).eval()
+
+
+def write_text_encoder(folder: Path) -> Path:
+    """The tokenizer and text encoder of a diffusion folder alone."""
+    clip_text_encoder().save_pretrained(folder / "text_encoder")
+    _clip_tokenizer(folder)
+    return folder
 
 
 def _clip_tokenizer(folder: Path) -> Any:
@@ -210,8 +223,7 @@ def _clip_tokenizer(folder: Path) -> Any:
 
     tokenizer_dir = folder / "tokenizer"
     tokenizer_dir.mkdir(parents=True, exist_ok=True)
-    words = {"a": 0, "a</w>": 1, "<|startoftext|>": 2, "<|endoftext|>": 3}
-    write_json(tokenizer_dir / "vocab.json", words)
+    write_json(tokenizer_dir / "vocab.json", {word: id for id, word in enumerate(PIECES)})
     (tokenizer_dir / "merges.txt").write_text("#version: 0.2\n")
     return CLIPTokenizer.from_pretrained(tokenizer_dir, model_max_length=TEXT_TOKENS)
 

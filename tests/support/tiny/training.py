@@ -4,7 +4,9 @@ decoders, SEED's decoder of codes."""
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,7 @@ import torch
 from llm_runs import APPLICATION, merged, write_json_lines
 from PIL import Image
 
+from seed_multimodal.diffusion.base import Detokenizer
 from seed_multimodal.models.lavit.checkpoints import save_dynamic_tokenizer
 from seed_multimodal.models.lavit.decoder import Head
 from tiny.diffusion import DENOISER_SIZES, FLOW, RESAMPLER, autoencoder, unet, write_sdxl
@@ -156,3 +159,81 @@ def seed_decoder_config(
     sources = [{"name": "scenes", "format": "nano", "options": {"number": 16}}]
     data = {"sources": sources, "resolution": 16, "encoder_size": IMAGE_SIZE}
     return _resolved(output, model, data, changes)
+
+
+# ---- the families
+
+
+def load_seed(parts: Path, folder: Path) -> Detokenizer:
+    from seed_multimodal.models.seed.diffusion import CodesDetokenizer
+
+    return CodesDetokenizer.from_pretrained(folder)
+
+
+def load_seed_x(parts: Path, folder: Path) -> Detokenizer:
+    from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer
+
+    return SdxlDetokenizer.from_pretrained(parts / "sdxl", folder)
+
+
+def load_lavit(parts: Path, folder: Path) -> Detokenizer:
+    from seed_multimodal.models.lavit.decoder import CodeDecoder
+    from seed_multimodal.models.lavit.diffusion import LavitDetokenizer
+
+    return LavitDetokenizer.from_pretrained(folder, CodeDecoder.from_pretrained(folder / "decoder"))
+
+
+@dataclass(frozen=True)
+class Family:
+    """How a pixel decoder is trained and used.
+
+    Attributes:
+        write_parts, config: of its tiny parts. task: its class, below `seed_multimodal.models`.
+        result: key of a run's record, and the result's folder in its output.
+        load: (parts, result) → what draws. inputs: what it draws, for three images.
+        also_trained: beginnings of parameters that are always trained.
+    """
+
+    write_parts: Callable[[Path], Path]
+    config: Callable[..., dict[str, Any]]
+    task: str
+    result: str
+    load: Callable[[Path, Path], Detokenizer]
+    inputs: Callable[[Any], Any]
+    also_trained: tuple[str, ...]
+
+    @property
+    def task_class(self) -> Any:
+        module, _, name = self.task.rpartition(".")
+        return getattr(import_module(f"seed_multimodal.models.{module}"), name)
+
+
+SEED = Family(
+    write_seed_decoder_parts,
+    seed_decoder_config,
+    "seed.train_detokenizer.SeedDecoderTask",
+    "decoder",
+    load_seed,
+    # Codes' embeddings, or the embedding of an image.
+    lambda detokenizer: torch.randn((3, 32, 24) if detokenizer.reads_codes else (3, 16)),
+    ("code_adapter.",),
+)
+SEED_X = Family(
+    write_detokenizer_parts,
+    detokenizer_config,
+    "seed_x.train_detokenizer.DetokenizerTask",
+    "adapter",
+    load_seed_x,
+    lambda detokenizer: torch.randn(3, 4, 24),
+    ("adapter.resampler.", "adapter.unet.conv_in."),
+)
+LAVIT = Family(
+    write_lavit_parts,
+    lavit_config,
+    "lavit.train_pixels.LavitPixelTask",
+    "pixels",
+    load_lavit,
+    # Images of several lengths.
+    lambda detokenizer: [torch.randn(length, 4) for length in (3, 9, 5)],
+    ("decoder.unet_",),
+)

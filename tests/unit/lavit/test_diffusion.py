@@ -10,7 +10,16 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-from tiny.diffusion import CROSS, POOLED, TEXT_TOKENS, TEXT_WIDTH, clip_text_encoder, write_sd1
+from tiny.diffusion import (
+    CROSS,
+    END_ID,
+    POOLED,
+    START_ID,
+    TEXT_TOKENS,
+    TEXT_WIDTH,
+    clip_text_encoder,
+    write_sd1,
+)
 from tiny.lavit import (
     CONDITION_TOKENS,
     DECODER,
@@ -101,7 +110,7 @@ def test_ratio_size_of_the_unet(folder):
 def test_read_empty_text_of_a_file_or_the_text_encoder(folder, tmp_path):
     # LaVIT's folder has the file, Stable Diffusion's its text encoder.
     write_sd1(tmp_path)
-    empty = torch.tensor([[2, *[3] * (TEXT_TOKENS - 1)]])
+    empty = torch.tensor([[START_ID, *[END_ID] * (TEXT_TOKENS - 1)]])
     with torch.no_grad():
         expected = clip_text_encoder()(empty).last_hidden_state
     torch.testing.assert_close(read_empty_text(tmp_path, TEXT_WIDTH), expected)

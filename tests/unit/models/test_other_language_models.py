@@ -58,22 +58,17 @@ def test_answers_with_tokens_behind_those_of_the_text(name, folders):
 
 def tune_seed_x(folder: Path, work: Path) -> None:
     import tuning_parts
-    from tiny.seed_x import READS, VIEW, WRITES
 
     from seed_multimodal.models.seed_x.train_agent import TuningTask
 
     tuning_parts.write_data(work)
-    data = tuning_parts.data_of(work)
-    for source in data["sources"]:
-        source["options"]["base_resolution"] = VIEW
     changes = {
         "model": {"path": str(folder / "llm"), "dtype": "fp32", "lora": {"r": 4}},
         "tokenizer": {"pretrained_model_name_or_path": str(folder / "tokenizer")},
         "visual_encoder": {"path": str(folder / "vision")},
-        "agent": {"input_resampler": vars(READS), "output_resampler": vars(WRITES)},
         "trainer": {"max_steps": 3},
     }
-    TuningTask.train(tuning_parts.config_of(work, work / "out", data=data, lora=True, **changes))
+    TuningTask.train(tuning_parts.config_of(work, work / "out", lora=True, **changes))
 
 
 def train_lavit(folder: Path, work: Path) -> None:
@@ -88,8 +83,7 @@ def train_lavit(folder: Path, work: Path) -> None:
         "visual_encoder": {"path": str(folder / "tokenizer")},
         "trainer": {"max_steps": 3},
     }
-    data = pretrain_parts.data_of(work)
-    PretrainTask.train(pretrain_parts.config_of(work, work / "out", data=data, **changes))
+    PretrainTask.train(pretrain_parts.config_of(work, work / "out", **changes))
 
 
 @pytest.mark.slow

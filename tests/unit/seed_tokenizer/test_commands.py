@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lavis_runs import printed, write_clip, write_text_encoder
+from lavis_runs import printed, write_clip
 from repository import ROOT
 from tiny.vision import write_vision
 
@@ -36,6 +36,8 @@ def write_eva(file: Path) -> Path:
 def test_export_by_the_printed_commands(case, yaml, run, tmp_path, capsys, monkeypatch):
     # The vision encoder is EVA's file, a CLIP folder or one of transformers, frozen or trained
     # further.
+    from tiny.diffusion import write_text_encoder
+
     from seed_multimodal.cli.main import main
 
     monkeypatch.chdir(tmp_path)

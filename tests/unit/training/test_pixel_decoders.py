@@ -9,9 +9,6 @@ from __future__ import annotations
 import json
 import re
 import shutil
-from collections.abc import Callable
-from dataclasses import dataclass
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -19,16 +16,7 @@ import numpy as np
 import pytest
 import torch
 from tensors import equal
-from tiny.training import (
-    APPLICATION,
-    detokenizer_config,
-    lavit_config,
-    read_losses,
-    seed_decoder_config,
-    write_detokenizer_parts,
-    write_lavit_parts,
-    write_seed_decoder_parts,
-)
+from tiny.training import APPLICATION, LAVIT, SEED, SEED_X, Family, read_losses
 
 from seed_multimodal.diffusion.base import Detokenizer
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError
@@ -40,76 +28,6 @@ STILL = {"learning_rate": 0.0}
 HELD_OUT = {"name": "scenes", "format": "nano", "options": {"number": 1}}
 
 
-def load_seed(parts: Path, folder: Path) -> Detokenizer:
-    from seed_multimodal.models.seed.diffusion import CodesDetokenizer
-
-    return CodesDetokenizer.from_pretrained(folder)
-
-
-def load_seed_x(parts: Path, folder: Path) -> Detokenizer:
-    from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer
-
-    return SdxlDetokenizer.from_pretrained(parts / "sdxl", folder)
-
-
-def load_lavit(parts: Path, folder: Path) -> Detokenizer:
-    from seed_multimodal.models.lavit.decoder import CodeDecoder
-    from seed_multimodal.models.lavit.diffusion import LavitDetokenizer
-
-    return LavitDetokenizer.from_pretrained(folder, CodeDecoder.from_pretrained(folder / "decoder"))
-
-
-def seed_inputs(detokenizer: Any) -> Any:
-    # Codes' embeddings, or the embedding of an image.
-    return torch.randn((3, 32, 24) if detokenizer.reads_codes else (3, 16))
-
-
-@dataclass(frozen=True)
-class Family:
-    """write_parts, config: of its tiny parts. task: its class. result: key of a run's record.
-    also_trained: beginnings of parameters that are always trained."""
-
-    write_parts: Callable[[Path], Path]
-    config: Callable[..., dict[str, Any]]
-    task: str
-    result: str
-    load: Callable[[Path, Path], Detokenizer]
-    inputs: Callable[[Any], Any]
-    also_trained: tuple[str, ...]
-
-    @property
-    def task_class(self) -> Any:
-        module, _, name = self.task.rpartition(".")
-        return getattr(import_module(f"seed_multimodal.models.{module}"), name)
-
-
-SEED = Family(
-    write_seed_decoder_parts,
-    seed_decoder_config,
-    "seed.train_detokenizer.SeedDecoderTask",
-    "decoder",
-    load_seed,
-    seed_inputs,
-    ("code_adapter.",),
-)
-SEED_X = Family(
-    write_detokenizer_parts,
-    detokenizer_config,
-    "seed_x.train_detokenizer.DetokenizerTask",
-    "adapter",
-    load_seed_x,
-    lambda detokenizer: torch.randn(3, 4, 24),
-    ("adapter.resampler.", "adapter.unet.conv_in."),
-)
-LAVIT = Family(
-    write_lavit_parts,
-    lavit_config,
-    "lavit.train_pixels.LavitPixelTask",
-    "pixels",
-    load_lavit,
-    lambda detokenizer: [torch.randn(length, 4) for length in (3, 9, 5)],
-    ("decoder.unet_",),
-)
 # Name → family, arguments of its configuration.
 VARIANTS: dict[str, tuple[Family, dict[str, Any]]] = {
     "seed": (SEED, {}),
