@@ -15,21 +15,6 @@ from seed_multimodal.errors import CheckpointError
 from seed_multimodal.settings import changed_settings
 from seed_multimodal.training.checkpoint import settings_remark
 
-# A package in place of wandb, which needs the network: it records the ids of the runs.
-WANDB = """
-from pathlib import Path
-
-class init:
-    def __init__(self, *, project, name, dir, id, resume):
-        with open(Path(dir) / "ids.txt", "a") as file:
-            file.write(f"{id}\\n")
-
-    def log(self, values, step):
-        pass
-
-    def finish(self):
-        pass
-"""
 Run = Callable[..., str]
 
 
@@ -130,18 +115,6 @@ def test_resume_never_or_from_nothing_fails(run: Run, tmp_path):
     file.write_text("{torn")
     with pytest.raises(CheckpointError, match=file.name):
         toy.train(tmp_path)
-
-
-def test_restart_continues_the_run_of_wandb(run: Run, tmp_path, monkeypatch):
-    # A branch is another run there, else its curve would go back.
-    (tmp_path / "package").mkdir()
-    (tmp_path / "package" / "wandb.py").write_text(WANDB)
-    monkeypatch.syspath_prepend(tmp_path / "package")
-    named = str(tmp_path / "toy.checkpoints" / "checkpoint-2")
-    for until, more in ((4, {}), (6, {}), (4, {"resume": named}), (6, {"resume": named})):
-        run(until, report_to=["wandb"], **more)
-    ids = (tmp_path / "ids.txt").read_text().split()
-    assert ids[0] == ids[1] != ids[2] == ids[3]
 
 
 @pytest.mark.parametrize(

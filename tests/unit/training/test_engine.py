@@ -34,7 +34,6 @@ def test_accelerates_variables_change_no_gradient(tmp_path, monkeypatch):
 
 @pytest.mark.nightly
 @pytest.mark.process
-@pytest.mark.timeout(200)
 def test_processes_with_unequal_numbers_of_forward_passes(tmp_path):
     # A pixel decoder's micro-step has one pass for each image size in it.
     torch.multiprocessing.spawn(toy.unequal_passes, (str(tmp_path),), nprocs=2)

@@ -16,7 +16,6 @@ import pytest
 import torch
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.training.metrics import merge
 
 TWO = f"{sys.executable} -m torch.distributed.run --standalone --nproc-per-node 2".split()
 EQUAL = {
@@ -96,13 +95,3 @@ def assert_stopped_together(folder: Path, output: str) -> None:
     assert state["global_step"] >= 5
     assert not (folder / "endless.done.json").exists()
     assert not list(folder.glob(".*tmp"))
-
-
-def test_merge_of_log_lines():
-    # Counts are added, waiting and memory are the worst, the rest is averaged.
-    lines = [
-        {"loss": 1.0, "bad": 2, "wait_share": 0.1, "peak_memory_mib": 5.0},
-        {"loss": 3.0, "bad": 1, "wait_share": 0.3, "peak_memory_mib": 4.0, "only": 7.0},
-    ]
-    expected = {"loss": 2.0, "bad": 3, "wait_share": 0.3, "peak_memory_mib": 5.0, "only": 7.0}
-    assert merge(lines) == pytest.approx(expected)

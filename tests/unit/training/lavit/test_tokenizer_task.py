@@ -35,12 +35,9 @@ def test_train_lowers_the_loss_before_and_with_codes(tmp_path):
     blind = 1 - torch.cosine_similarity(test_images, mean, dim=-1).mean()
     assert after.loss_cosine < 0.8 * blind < 0.3 * before.loss_cosine
     assert 0.2 < after.counts_B.sum() / test_images[..., 0].numel() < 0.5
-    assert after.counts_B.min() >= 1
     assert len(after.codes_T.unique()) > 0.5 * toy.CODES
     log = log_lines(tmp_path, "tokenizer")
-    assert "perplexity" not in log[40]
-    assert log[60]["perplexity"] > 1
-    assert 0 < log[60]["codebook_used"] <= 1
+    assert "perplexity" not in log[40] and log[60]["perplexity"] > 1
     assert log[-1]["loss_cosine"] < 0.5 * log[0]["loss_cosine"]
 
 

@@ -8,7 +8,7 @@ from llm_losses import packed_loss, rows
 from torch.utils.flop_counter import FlopCounterMode
 
 from seed_multimodal.training.llm.lora import add_lora
-from seed_multimodal.training.llm.metrics import TokenMeter, token_flops
+from seed_multimodal.training.llm.metrics import token_flops
 
 LENGTH = 40
 
@@ -44,26 +44,3 @@ def test_token_flops_equals_torchs_count(lora):
     # Eager attention also computes the masked half; rotary frequencies are a further, tiny product.
     expected = tokens * (body + 2 * attention) + learned * head
     assert counter.get_total_flops() == pytest.approx(expected, rel=0.005)
-
-
-def test_token_meter_counts_sequences_without_padding():
-    # TFLOP/s are those of each sequence alone.
-    lengths = (5, 30, 11)
-    meter = TokenMeter()
-    meter.flops = body, head, attention = token_flops(build(False), 1.0)
-    tokens = sum(lengths)
-    zero = torch.zeros(())
-    batch_metrics = dict.fromkeys(("loss", "text_sum", "image_sum", "image_count"), zero)
-    batch_metrics |= {
-        "text_count": torch.tensor(float(tokens - len(lengths))),
-        "tokens": tokens,
-        "positions": tokens + 50,
-        "squares": sum(length**2 for length in lengths),
-    }
-    metrics = meter.combine([batch_metrics], None, 0.1)
-    meter.add(metrics, meter.shared(metrics))
-    line = meter.rates(1, 1, 2.0, 1)
-    expected = sum(n * body + (n - 1) * head + n**2 * attention for n in lengths)
-    assert line["tflops"] * 2.0 * 1e12 == pytest.approx(expected)
-    assert line["tokens_per_s"] == (tokens + 50) / 2
-    assert line["useful_tokens_per_s"] == tokens / 2

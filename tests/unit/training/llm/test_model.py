@@ -21,9 +21,7 @@ from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.llm import LLAMA_IDS
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.training.llm.config import LlmModelSettings
-from seed_multimodal.training.llm.lora import (
-    load_adapter,
-)
+from seed_multimodal.training.llm.lora import load_adapter
 from seed_multimodal.training.llm.loss import find_llama
 from seed_multimodal.training.llm.model import (
     attention_kind,
@@ -31,7 +29,7 @@ from seed_multimodal.training.llm.model import (
     save_trained,
     trained_state,
 )
-from seed_multimodal.weights import save_state_dict
+from seed_multimodal.weights import load_state_dict, save_state_dict
 
 CONFIGS = ROOT / "MultiModalLLM" / "configs" / "model"
 SIZES = {
@@ -153,10 +151,8 @@ def test_build_llm_initialises_new_tokens_by_the_mean(bases: dict[str, Path]):
 
 
 def test_build_llm_initialises_new_tokens_by_the_seed(bases: dict[str, Path]):
-    from transformers import LlamaForCausalLM
-
     # All processes of a run must have the same rows, whatever they drew before.
-    old = LlamaForCausalLM.from_pretrained(bases["text"])
+    old = load_state_dict(bases["text"] / "model.safetensors")
     torch.manual_seed(5)
     model = build(bases["text"])
     torch.manual_seed(6)
@@ -165,7 +161,7 @@ def test_build_llm_initialises_new_tokens_by_the_seed(bases: dict[str, Path]):
     for name in ("model.embed_tokens.weight", "lm_head.weight"):
         weight = model.state_dict()[name]
         assert weight.shape == (VOCAB_SIZE, 32)
-        assert torch.equal(weight[:TEXT], old.state_dict()[name])
+        assert torch.equal(weight[:TEXT], old[name])
         assert torch.equal(weight, same.state_dict()[name])
         assert not torch.equal(weight, other.state_dict()[name])
         assert 0.015 < weight[TEXT:].std() < 0.025
@@ -175,16 +171,13 @@ def test_build_llm_initialises_new_tokens_by_the_seed(bases: dict[str, Path]):
 # What is trained: base, settings, and parts of names of the parameters that change.
 ALL_BUT_EMBEDDINGS = ("layers", "norm", "lm_head")
 KINDS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
-    "full": ("all", {}, ("",)),
     "full tied": ("tied", {}, ("",)),
     "new tokens": ("text", {}, ("",)),
     "frozen embeddings": ("all", {"freeze_embeddings": True}, ALL_BUT_EMBEDDINGS),
     "lora": ("text", {"lora": LORA}, (".lora_", "modules_to_save")),
     "lora tied": ("tied", {"lora": LORA}, (".lora_", "modules_to_save", "embed_tokens")),
-    "lora alone": ("all", {"lora": {**LORA, "modules_to_save": None}}, (".lora_",)),
     "dora": ("tied", {"lora": {**LORA, "use_dora": True}}, ("",)),
     "4bit": ("all", {"lora": LORA, "quantization": "4bit"}, (".lora_", "modules_to_save")),
-    "8bit": ("all", {"lora": LORA, "quantization": "8bit"}, (".lora_", "modules_to_save")),
 }
 
 
@@ -242,16 +235,17 @@ def test_lora_on_a_base_in_half_precision(bases: dict[str, Path]):
         assert parameter.dtype == dtype, name
 
 
-@pytest.mark.parametrize("damage", ["missing", "unknown", "size"])
+@pytest.mark.parametrize("damage", ["missing", "unknown"])
 def test_load_adapter_of_another_model_names_the_tensor(damage, bases: dict[str, Path], tmp_path):
     # A tensor that is silently left out makes a model that answers, but badly.
     model = build(bases["all"], lora=LORA)
     folder = save_trained(model, tmp_path)
     state = dict(trained_state(model))
     name = "x" if damage == "unknown" else next(iter(state))
-    state[name] = torch.zeros(3, 3)
     if damage == "missing":
         del state[name]
+    else:
+        state[name] = torch.zeros(3, 3)
     save_state_dict(state, folder / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match=re.escape(name)):
         load_adapter(build(bases["all"], lora=LORA), folder)
@@ -271,27 +265,24 @@ def test_load_adapter_of_peft_0_4(bases: dict[str, Path], tmp_path):
 WRONG = [
     ("text", {"freeze_embeddings": True}, "freeze_embeddings"),
     ("text", {"lora": {**LORA, "modules_to_save": ["norm"]}}, "embed_tokens"),
-    ("all", {"lora": {"target_modules": ["qproj"]}}, "lora"),
     ("all", {"lora": {"lora_alfa": 1}}, "lora_alpha"),
     ("all", {"quantization": "4bit"}, "4bit"),
-    ("", {"sizes": {**SIZES, "hiddensize": 1}}, "hidden_size"),
     ("", {"sizes": SIZES, "attention": "flash"}, "trainer.precision"),
 ]
 
 
 @pytest.mark.parametrize(("base", "settings", "named"), WRONG)
 def test_build_llm_with_a_wrong_setting(base, settings, named, bases: dict[str, Path]):
+    # By the name of the setting, before a model of many gigabytes is read or trained.
     with pytest.raises((ConfigError, CheckpointError), match=named):
         build(bases.get(base), **settings)
 
 
-def test_build_llm_with_another_vocabulary_or_lora(bases: dict[str, Path], tmp_path):
+def test_build_llm_with_another_vocabulary(bases: dict[str, Path]):
+    # Ids of images would be those of words.
     other = SimpleNamespace(vocabulary=ImageVocabulary(80, CODES, 4), special_ids=LLAMA_IDS)
     with pytest.raises(ConfigError, match="80"):
         build_llm(LlmModelSettings(path=str(bases["all"]), dtype="fp32"), other, "cpu")
-    folder = save_trained(build(bases["all"], lora=LORA), tmp_path)
-    with pytest.raises(CheckpointError, match="lora_alpha"):
-        build(bases["all"], lora={**LORA, "lora_alpha": 4}, adapter=folder)
 
 
 def test_gradient_checkpointing_computes_each_layer_again(bases: dict[str, Path]):

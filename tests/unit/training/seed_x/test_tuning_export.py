@@ -81,24 +81,11 @@ def check_system(task: TuningTask, parts_dir: Path, merged: Path) -> None:
     )
 
 
-def test_merge_of_a_checkpoint_and_tuning_of_the_merged_agent(
-    config_of, run: tuple[TuningTask, Path], parts_dir: Path, tmp_path
-):
-    # The merged system has the tuned module's losses, and is a base for another tuning.
+def test_merge_of_a_checkpoint(run: tuple[TuningTask, Path], parts_dir: Path, tmp_path):
+    # The merged system has the tuned module's losses, else weeks of training are lost in it.
     task, checkpoint = run
     merged = merge(parts_dir, tmp_path, checkpoint, path=str(parts_dir / "llm"))
     check_system(task, parts_dir, merged)
-    more = {"model": {"path": str(merged / "llm")}, "agent": {"path": str(merged / "agent")}}
-    config = config_of(tmp_path / "again", lora=True, **more)
-    again = TuningTask(TuningTask.read(config), ProcessGroup(), torch.device("cpu"))
-    again.prepare()
-    again.module.eval()
-    inputs = task.inputs(task.batches[1])
-    with torch.no_grad():  # a new LoRA changes nothing yet
-        expected = task.module(**inputs)["total_loss"]
-        assert float(again.module(**inputs)["total_loss"]) == pytest.approx(
-            float(expected), rel=1e-4
-        )
 
 
 def test_merge_of_an_original_export(run: tuple[TuningTask, Path], parts_dir: Path, tmp_path):
