@@ -141,7 +141,7 @@ def test_answers_of_other_architectures(tiny: Any, architecture):
         assert engine.generate(asked, settings) == expected
 
 
-def test_backend_of_an_unknown_architecture(tiny: Any):
+def test_backend_of_an_unknown_architecture(tiny):
     # Its scores, which it scales, would be wrong.
     llm = random_llm("granite", len(tiny.tokenizer), logits_scaling=8.0)
     with pytest.raises(ConfigError, match="granite"):
