@@ -48,6 +48,7 @@ class CompletionServer(ThreadingHTTPServer):
             cache = output.past_key_values
             for id, bias in (body.get("logit_bias") or {}).items():
                 scores[int(id)] += bias
+            # Only these, as within an image.
             if "allowed_token_ids" in body:
                 allowed = torch.full_like(scores, float("-inf"))
                 allowed[body["allowed_token_ids"]] = 0
@@ -101,6 +102,7 @@ class _Handler(BaseHTTPRequestHandler):
             time.sleep(self.server.pause)
             if count == self.server.breaks_after:
                 return
+            # Some servers leave out the id that ends an answer.
             hidden = self.server.trims and reason == "stop"
             choice = {
                 "index": 0,

@@ -32,6 +32,7 @@ def write_tar(path: Path, samples: Iterable[Mapping[str, Any]]) -> Path:
 def shard(path: Path, records: Iterable[dict[str, Any] | bytes]) -> Path:
     """A webdataset tar of KEY.json members; bytes are kept as they are."""
     path.parent.mkdir(parents=True, exist_ok=True)
+    # Broken members are written as they are.
     samples = []
     for index, record in enumerate(records):
         content = record if isinstance(record, bytes) else json.dumps(record).encode()

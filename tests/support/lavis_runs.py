@@ -25,6 +25,7 @@ TINY = [
     "run.batch_size_eval=4",
     "run.curves=False",
 ]
+# A codebook of few, short codes.
 TINY_STAGE2 = [
     "model.n_embed=64",
     "model.codebook_embed_dim=8",
@@ -52,6 +53,7 @@ TINY_SEED1 = [
     "model.text_features_dim=16",
     "model.reverse_depth=1",
 ]
+# Stage → its configuration, below lavis/projects.
 PROJECTS = {
     "stage1": "nano/pretrain_qformer.yaml",
     "stage2": "nano/pretrain_codebook.yaml",
@@ -82,6 +84,7 @@ def write_images(folder: Path, count: int = 24) -> Path:
     from seed_nano.world.words import describe
 
     folder.mkdir(parents=True, exist_ok=True)
+    # Each image with its description and one in other words.
     items = []
     for index in range(count):
         scene = scene_at(0, index)
@@ -109,6 +112,7 @@ def write_config(stage: str, images: Path, output: Path) -> list[str]:
         info = {"annotations": {"train": pairs, "val": pairs}, "images": {"storage": str(images)}}
         config.datasets = {"coco_caption": {**dataset, "build_info": info}}
     config.run.output_dir = str(output)
+    # Tiny sizes over the project's own file.
     sizes = TINY_LAVIT if stage == "lavit" else TINY + (TINY_STAGE2 if stage != "stage1" else [])
     if stage == "seed1":
         sizes = sizes + TINY_SEED1
@@ -124,6 +128,7 @@ def write_clip(folder: Path, width: int = 16, side: int = 64) -> Path:
     import torch
     from transformers import CLIPConfig, CLIPModel
 
+    # Both sides, of which stage 2 and the exports read that of images.
     layers = {"num_hidden_layers": 1, "num_attention_heads": 2}
     sizes = {"hidden_size": 32, "intermediate_size": 64, **layers}
     text = {**sizes, "vocab_size": 99}

@@ -35,6 +35,7 @@ def packed_loss(
     model: nn.Module, batch: Any, *, weights: LossWeights = ALL_TEXT, chunked: bool = False
 ) -> LossParts:
     """Loss of a batch; `chunked`: logits of at most 64 tokens at once."""
+    # The same module for both, with another limit.
     return LossModule(model, weights, 1 if chunked else MAX_LOGITS)(
         batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask
     )

@@ -26,6 +26,7 @@ SIZES = {
     "tie_word_embeddings": False,
 }
 WORDS = "a red fox sits on the green hill under one small yellow moon while two birds sing".split()
+# Dropout, so that resumed runs must restore its random state.
 LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.1}
 # One file per group, as in a user's configuration.
 TRAINER = {
@@ -93,6 +94,7 @@ def merged(groups: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
 
 def write_data(folder: Path, n_codes: int, per_image: int, records: int = 60) -> dict[str, Any]:
     """Captions and conversations as jsonl; returns a data configuration over both."""
+    # The same records at every call.
     rng = random.Random(0)
     captions = []
     chats = []
@@ -150,6 +152,7 @@ def write_files(folder: Path, **changes: Any) -> dict[str, Path]:
         "optim": OPTIM,
         "tokenizer": {"pretrained_model_name_or_path": str(TOKENIZER)},
     }
+    # One file a group.
     files = {}
     for group, content in contents.items():
         files[group] = folder / f"{group}.yaml"
@@ -165,6 +168,7 @@ def overrides(files: dict[str, Path], output: Path, *more: str) -> list[str]:
 def environment(**values: str) -> dict[str, str]:
     """The environment with one thread, without the hub, and without the variables of a process
     group."""
+    # Pytest may itself run under torchrun.
     inherited = {
         key: value
         for key, value in os.environ.items()
@@ -182,6 +186,7 @@ def environment(**values: str) -> dict[str, str]:
 def log_lines(output: Path, name: str = "train.log.jsonl") -> list[dict[str, float]]:
     """The JSON log without an unfinished last line."""
     file = output / name
+    # A run that was killed may leave half a line.
     lines = file.read_text().splitlines(keepends=True) if file.is_file() else []
     return [json.loads(line) for line in lines if line.endswith("\n")]
 

@@ -94,6 +94,7 @@ def train(
     Each micro-step sleeps `pause` seconds; if that is a second or more, it first makes the file
     `begun.MICRO_STEP`. In micro-step `stop_at` this process sends itself SIGTERM.
     """
+    # A rank sees its own batches.
     model, data = toy_model()
     world = dist.get_world_size() if dist.is_initialized() else 1
     rank = dist.get_rank() if world > 1 else 0
@@ -107,6 +108,7 @@ def train(
         "precision": "fp32",
         "logging_steps": 4,
         "max_grad_norm": 0.5,
+        # Checkpoints by steps alone.
         "save_seconds": 1e9,
         "curves": False,
         **settings,
@@ -118,19 +120,23 @@ def train(
         if pause >= 1:
             (folder / f"begun.{micro_step}").touch()
         time.sleep(pause)
+        # A signal in the middle of a step.
         if micro_step == stop_at:
             os.kill(os.getpid(), signal.SIGTERM)
         chosen = batch_indices(micro_step * world + rank, choices["batch_size"], 64, 3)
         value = toy_loss(model, data, chosen, noise)
+        # At once, so that a killed process leaves what it did.
         with open(losses, "a") as file:
             file.write(f"{micro_step} {value.item().hex()}\n")
         return value, {"half": value.detach() / 2}
 
+    # What a stage may do between steps: a random change, and an evaluation.
     def on_step(step: int) -> dict[str, float] | None:
         if world == 1:
             move_bias(model)
         return evaluate(step) if evaluate else None
 
+    # Equal only if every weight is, to the last bit.
     def measures() -> dict[str, Any]:
         return {"sum": sum(p.double().sum().item() for p in model.parameters()).hex()}
 
@@ -201,6 +207,7 @@ def unequal_passes(rank: int, folder: str) -> None:
     engine = Engine(
         StageTask("toy", model, settings), settings, ProcessGroup(0.5), torch.device("cpu")
     )
+    # The gradient is averaged once, whatever a process computes.
     passes = [engine.model(data * (index + 1)) for index in range(rank + 1)]
     engine.backward(torch.stack(passes).sum(0).mean(), last=True)
     torch.save(model[0].weight.grad, f"{folder}/{rank}.pt")
@@ -213,6 +220,7 @@ def main() -> int:
     torch.set_num_threads(1)
     if "RANK" in os.environ:
         dist.init_process_group("gloo")
+    # A stage of one process only is refused, before it waits for others.
     if os.environ.get("WORLD_SIZE", "1") != "1":
         try:
             train_stage(

@@ -28,6 +28,7 @@ class RecordedEngine(BaseEngine):
             settings = {name: getattr(request.settings, name) for name in SETTINGS}
             ids = list(request.sequences[0].prompt.ids)
             self.calls.append({"input_ids": [ids], "generation_config": settings})
+            # Delivered at once, as no model runs.
             for token in self.new_ids:
                 request.deliver(token)
             request.finish("stop")

@@ -58,6 +58,7 @@ def _generate(
     vocabulary = tokenizer.vocabulary
     forced = [vocabulary.boi_id] if settings.force_image else []
     initial_ids = [*prompt.answered, *forced]
+    # The context limits the answer.
     embeds = embeddings(llm, prompt, forced)
     budget = min(settings.max_new_tokens, llm.config.max_position_embeddings - len(embeds))
     stops = BeamStops(tokenizer, settings, initial_ids)
@@ -67,6 +68,7 @@ def _generate(
             [stops.ends(ids) for ids in input_ids.tolist()], device=input_ids.device
         )
 
+    # The rules of images, in front of those of repetition and length.
     processors = build_processors(settings, end_ids, embeds.device)
     if settings.constrain:
         opened = initial_ids[-1:] == [vocabulary.boi_id]
@@ -79,6 +81,7 @@ def _generate(
             "guidance_scale": settings.guidance,
             "negative_prompt_ids": torch.tensor(negative),
         }
+    # transformers makes the answers with these settings.
     config = GenerationConfig(
         max_new_tokens=budget,
         bos_token_id=tokenizer.bos_token_id,

@@ -86,6 +86,7 @@ def chat(client: Any, messages: list[Any], **fields: Any) -> dict[str, Any]:
     ends = {"finish_reason": choice["finish_reason"], "usage": response.json["usage"]}
     message = choice["message"]
 
+    # The stream of the same request.
     chunks = events(client.post(CHAT, json={**body, "stream": True}))
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     assert "".join(delta.get("content", "") for delta in deltas) == message["content"]
@@ -114,6 +115,7 @@ class Running:
         from seed_multimodal.serving.app import create_app, listen, serve
         from seed_multimodal.serving.schema import Limits
 
+        # Any free port: the log tells which.
         logged: list[str] = []
         app = create_app(system, limits=Limits(**limits), token=token)
         arguments = (app, listen("127.0.0.1", 0), logged.append)
@@ -143,6 +145,7 @@ class Running:
 @contextlib.contextmanager
 def serving(command: list[str], **options: Any) -> Iterator[tuple[str, subprocess.Popen[str]]]:
     """A server as a process that SIGTERM ends with 0; yields its address, and the process."""
+    # It is ready when it prints its address.
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, **options)
     assert process.stdout is not None
     try:

@@ -53,6 +53,7 @@ def stage1(**options: Any) -> LavitStage1:
     """A model, the same at every call."""
     torch.manual_seed(0)
     model = LavitStage1(DynamicTokenizer(SIZES), CodeDecoder(DECODER), **options)
+    # So that outputs depend on codes from the start.
     for layer in model.decoder.modules():
         if isinstance(layer, torch.nn.Linear):
             torch.nn.init.normal_(layer.weight, std=layer.in_features**-0.5)
@@ -67,6 +68,7 @@ def images(count: int = 256, seed: int = 1) -> tuple[Tensor, Tensor]:
     objects = 2 * torch.randint(5, (count,), generator=generator)
     grounds = kinds[torch.randint(4, (count,), generator=generator)]
     features = grounds[:, None].repeat(1, PATCHES, 1)
+    # Objects replace the background in random patches.
     for index in range(count):
         patches = torch.randperm(PATCHES, generator=generator)[: objects[index]]
         features[index, patches] = kinds[
@@ -102,6 +104,7 @@ def train(
         **settings,
     }
 
+    # The images in turn, each process its own.
     def batch(micro_step: int) -> Tensor:
         size = choices["batch_size"]
         first = (micro_step * world + rank) * size

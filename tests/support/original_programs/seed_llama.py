@@ -48,11 +48,13 @@ tokenizer = build("tokenizer/seed_llama_tokenizer_hf", device=DEVICE, load_diffu
 transform = build("transform/clip_transform")
 model = build("llm/seed_llama_8b", torch_dtype=torch.float32).eval().to(DEVICE)
 
+# An image as codes, and drawn again from them.
 pixels = transform(Image.open("images/fox.png").convert("RGB")).to(DEVICE)
 codes = tokenizer.encode_image(image_torch=pixels)
 print(*codes[0].tolist())
 tokenizer.decode_image(codes)[0].save("rebuilt.png")
 
+# Image to text, then text to image.
 question = "Please provide an accurate and concise description of the given image."
 ids = answer_ids(model, tokenizer, f"USER: {image_text(tokenizer, codes[0])}{question}\nASSISTANT:")
 print(tokenizer.decode(ids, skip_special_tokens=True))

@@ -71,6 +71,7 @@ def build_lavit(folder: str | Path, seed: int = 0, hub: bool = False) -> Path:
     root = Path(folder)
     write = write_hub_language if hub else write_language
     text_tokenizer = write(root / "llm", seed)
+    # Understanding has a merger of its own, trained with the language model.
     second = dynamic_tokenizer(seed, merger=seed + 1)
     save_dynamic_tokenizer(dynamic_tokenizer(seed), root / "tokenizer", second)
     torch.manual_seed(seed)
@@ -114,6 +115,7 @@ def small_tokenizer(seed: int = 0) -> DynamicTokenizer:
             last = model.token_predictor.out_conv[4]
             last.weight.mul_(20)
             last.bias.zero_()
+            # The middle of the selector's scores becomes its threshold.
             features = model.patch_features(torch.randn(8, 3, SIZE, SIZE))
             lead = model.token_predictor(features)
             last.bias[0] = -(lead[..., 0] - lead[..., 1]).median()

@@ -60,6 +60,7 @@ def build_seed_llama(folder: str | Path, *, seed: int = 0) -> Path:
     tokenizer = train_text_tokenizer(
         MultimodalTokenizer, SENTENCES * 4, root / "seed_tokenizer", vocab_size=340, n_codes=N_CODES
     )
+    # The image tokenizer and its decoder lie below the words, as published.
     write_seed2(root / "seed_tokenizer")
     llama(len(tokenizer)).save_pretrained(root / "seed_llama")
     write_unclip(root / "seed_tokenizer" / "diffusion_model")
@@ -104,6 +105,7 @@ def write_code_decoder(folder: Path) -> Path:
     from diffusers import FlowMatchEulerDiscreteScheduler, SanaTransformer2DModel
 
     torch.manual_seed(1)
+    # It reads what the adapter makes of codes.
     denoiser = SanaTransformer2DModel(
         **DENOISER_SIZES["SanaTransformer2DModel"],
         in_channels=32,
@@ -152,6 +154,7 @@ def write_released_seed1(model: Seed1Tokenizer, folder: Path) -> Path:
     """causal_qformer.pth, seed_tokenizer.pth and eva_vit_g.pth as the original training writes
     them: weights under the key "model", next to other keys, with tensors of training only."""
     folder.mkdir(parents=True, exist_ok=True)
+    # Each with what only a run that goes on needs.
     first, second, vision = _stage_files(model)
     torch.save(
         {"model": first, "epoch": 3, "config": {"run": {"amp": True}}, "scaler": None},
@@ -169,6 +172,7 @@ def _stage_files(model: Seed1Tokenizer) -> tuple[dict[str, Tensor], ...]:
     """State dicts of the first stage, of the second, and of the whole vision encoder."""
     first = {}
     second = {}
+    # The first stage trained the queries, the second all behind them.
     for name, value in model.state_dict().items():
         part = name.split(".")[0]
         if part != "visual_encoder":
@@ -176,6 +180,7 @@ def _stage_files(model: Seed1Tokenizer) -> tuple[dict[str, Tensor], ...]:
     sizes = model.config.qformer
     state = QFormer(sizes, model.config.vit.width, vocab_size=30, lm_head=True).state_dict()
     first = {f"Qformer.{name}": value for name, value in state.items()} | first
+    # Tensors of training only, which a reader must leave out.
     first |= {
         "temp": torch.tensor(0.07),
         "vision_proj.weight": torch.zeros(4, sizes.width),
@@ -185,6 +190,7 @@ def _stage_files(model: Seed1Tokenizer) -> tuple[dict[str, Tensor], ...]:
     }
     second |= {"pos_embed": torch.zeros_like(model.pos_embed_text)}
     second |= {f"blocks.{name}": value for name, value in model.blocks_text.state_dict().items()}
+    # EVA has one more layer than SEED uses.
     deeper = EvaVit(
         dataclasses.replace(model.config.vit, depth=model.config.vit.depth + 1)
     ).state_dict()

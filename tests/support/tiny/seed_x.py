@@ -73,6 +73,7 @@ def build_seed_x(
     write_tower(root / "vision", seed)
     write_sdxl(root / "sdxl", complete=False)
     random_adapter(stage).save_pretrained(root / "detokenizer")
+    # Short answers, and drawings of a few words.
     write_json(
         root / "system.json",
         {
@@ -95,10 +96,12 @@ def build_released_seed_x(base: str | Path) -> Path:
     """
     root = Path(base)
     tokenizer = write_seed_x_tokenizer(root / "cvlm_llama2_tokenizer_100img_and_224loc_addpatch")
+    # Three agents of different seeds, their language models in several files.
     for index, name in enumerate(("seed_x", "seed_x_i", "seed_x_edit")):
         write_llm(root / name / "llm", len(tokenizer), index, max_shard_size="40KB")
         write_agent(root / name / "agent", index)
         _as_torch(root / name / "agent" / "model.safetensors", "pytorch_model.bin")
+    # One vision encoder, and de-tokenizers of both stages.
     write_tower(root / "QwenViT", 0)
     _as_torch(root / "QwenViT" / "model.safetensors", "qwen_vit_G.pt")
     write_sdxl(root / "stable-diffusion-xl-base-1.0", complete=False)
@@ -128,6 +131,7 @@ def write_seed_x_configs(root: Path) -> Path:
     """The repository's YAML files for SEED-X with the sizes of these parts, in `home/configs`."""
     from omegaconf import OmegaConf
 
+    # Folder of configurations → what changes in its files.
     sizes = {
         "visual_encoder": dataclasses.asdict(TOWER),
         "processer": {"image_size": VIEW},
@@ -143,31 +147,34 @@ def write_seed_x_configs(root: Path) -> Path:
                 config = OmegaConf.merge(
                     OmegaConf.load(file), {} if file.name.startswith("llm") else changes
                 )
+                # As wide as the tiny model allows.
                 if "lora" in file.name:
                     config.peft_config.r = 4
                 OmegaConf.save(config, root / "configs" / folder / file.name)
     return root / "configs"
 
 
-def write_qwen_vl(folder: Path, *, shards: int = 3, torch_files: bool = True) -> QwenVit:
-    """A Qwen-VL-Chat whose vision encoder is in the last shards; returns the vision encoder."""
+def write_qwen_vl(folder: Path, *, torch_files: bool) -> QwenVit:
+    """A Qwen-VL-Chat, with the vision encoder that is returned in the last two of three shards."""
     torch.manual_seed(7)
     model = spread(QwenVit(TOWER), 0.4)
     names = list(model.state_dict())
     language = {f"transformer.h.{n}.attn.c_attn.weight": torch.randn(8, 8) for n in range(4)}
-    per = -(-len(names) // (shards - 1))
+    half = len(names) // 2
     parts = [language]
-    for at in range(0, len(names), per):
-        part = {name: model.state_dict()[name] for name in names[at : at + per]}
-        parts.append({IN_QWEN_VL + name: part[name].to(torch.bfloat16) for name in part})
+    for chosen in (names[:half], names[half:]):
+        part = {IN_QWEN_VL + name: model.state_dict()[name] for name in chosen}
+        parts.append({name: value.to(torch.bfloat16) for name, value in part.items()})
     stem, ending = ("pytorch_model", "bin") if torch_files else ("model", "safetensors")
     folder.mkdir(parents=True)
+    # Shards of half of the precision, and their index.
     weight_map = {}
     for shard, part in enumerate(parts, 1):
         file = folder / f"{stem}-{shard:05d}-of-{len(parts):05d}.{ending}"
         torch.save(part, file) if torch_files else save_state_dict(part, file)
         weight_map |= dict.fromkeys(part, file.name)
     write_json(folder / f"{stem}.{ending}.index.json", {"metadata": {}, "weight_map": weight_map})
+    # The sizes stand in the configuration, next to a key of no size.
     visual = {**dataclasses.asdict(TOWER), "image_start_id": 151857}
     write_json(folder / "config.json", {"model_type": "qwen", "visual": visual})
     return model.to(torch.bfloat16)

@@ -67,6 +67,7 @@ def _resolved(
 
 def write_detokenizer_parts(root: Path) -> Path:
     """A folder with `sdxl`, `vision` (the vision encoder), images and a list of edits."""
+    # Images of several sizes, upright and wide, alone and before and after an edit.
     write_sdxl(root / "sdxl")
     write_tower(root / "vision")
     for folder, count in (("pictures", 9), ("before", 5), ("after", 5)):
@@ -85,6 +86,7 @@ def detokenizer_config(
     parts: Path, output: Path, stage: int = 1, **changes: dict[str, Any]
 ) -> dict[str, Any]:
     sources: list[dict[str, Any]] = [{"name": "pictures", "files": str(parts / "pictures")}]
+    # The second stage also reads a condition image.
     if stage == 2:
         sources.append(
             {
@@ -109,6 +111,7 @@ def write_lavit_parts(root: Path) -> Path:
     """A folder with `highres`, `lowres`, `tokenizer`, `decoder` and images of several aspect
     ratios."""
     heads: tuple[Head, ...] = ("highres", "lowres")
+    # Both heads, so that a configuration chooses one.
     for head in heads:
         write_lavit_diffusion(root / head, head)
     save_dynamic_tokenizer(small_tokenizer(), root / "tokenizer")
@@ -141,6 +144,7 @@ def write_seed_decoder_parts(root: Path) -> Path:
 
     torch.manual_seed(0)
     write_seed2(root / "tokenizer")
+    # Autoencoders and schedulers; a new denoiser has no folder.
     for name in ("kl", "kl16", "dc"):
         autoencoder(name).save_pretrained(root / name / "vae")
         DDIMScheduler(clip_sample=False).save_pretrained(root / name / "scheduler")
@@ -153,6 +157,7 @@ def seed_decoder_config(
 ) -> dict[str, Any]:
     """denoiser: of a new one, which learns a flow."""
     model: dict[str, Any] = {"diffusion": str(parts / vae), "tokenizer": str(parts / "tokenizer")}
+    # Else the folder's U-Net goes on.
     if denoiser:
         network = {"_class_name": denoiser, **DENOISER_SIZES[denoiser]}
         model |= {"denoiser": network, "scheduler": FLOW}
