@@ -128,6 +128,10 @@ REFUSED: dict[str, str] = {
     "src/inference/eval_text2img_seed_x.py --model absent": "absent",
     "src/lavit/text2image_synthesis.py --model absent --prompt cat": "absent",
     "src/lavit/evaluate.py --model_path {lavit} --annopath absent.json": "absent.json",
+    # Data lie in the original's folders.
+    "src/lavit/evaluate.py --model_path {lavit} --task_name caption --dataset nocaps": (
+        "data/nocaps/annotations/nocaps_val.json"
+    ),
     "src/tools/reload_qwen_vit.py --source absent": "absent",
     "SEED_Tokenizer/train.py --cfg-path absent.yaml": "absent.yaml",
     "SEED_Tokenizer/evaluate.py --cfg-path absent.yaml": "absent.yaml",

@@ -134,15 +134,6 @@ def test_load_llm_names_missing_and_unknown_tensors(folder: Path, name, value, o
         load_llm(folder)
 
 
-@pytest.mark.parametrize(
-    "name", ["pretrained/seed_llama_14b_sft", "AILab-CVC/seed-llama-14b-sft", "AILab-CVC/none"]
-)
-def test_load_llm_names_the_repository_of_a_missing_model(name):
-    repository = "AILab-CVC/none" if name.endswith("none") else "AILab-CVC/seed-llama-14b-sft"
-    with pytest.raises(CheckpointError, match=repository):
-        load_llm(name)
-
-
 @pytest.fixture(scope="module")
 def nano_scores() -> Tensor:
     return scores_of(load_llm(LLM))

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.llm import load_llm
-from seed_multimodal.language.lora import merge_adapter, merge_into, read_trained
+from seed_multimodal.language.lora import merge_adapter
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 LORA: dict[str, Any] = {
@@ -161,16 +161,6 @@ def test_merge_adapter_of_every_checkpoint(trained: Trained, write, tmp_path):
     half = load_file(tmp_path / "half" / "model.safetensors")
     for name, value in load_file(out / "model.safetensors").items():
         assert torch.equal(half[name], value.bfloat16())
-
-
-def test_merge_into_changes_a_loaded_model(trained: Trained):
-    # As the demo loads an adapter: without a merged folder.
-    llm = load_llm(trained.base)
-    llm.resize_token_embeddings(N_ALL, mean_resizing=False)
-    names = list(llm.state_dict())
-    merge_into(llm, read_trained(trained.adapter))
-    assert list(llm.state_dict()) == names
-    check_logits(trained.logits, llm)
 
 
 Tensors = dict[str, Tensor]

@@ -12,7 +12,6 @@ from hypothesis import strategies as st
 
 from seed_multimodal.errors import CheckpointError, CodesError
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_nano.train.words import train_text_tokenizer
 
 CODES = [3, 0, 23, 7, 7]
 
@@ -40,22 +39,6 @@ def test_encode_drops_white_space_next_to_images(tokenizer: MultimodalTokenizer)
     assert kept == encode("USER: ") + image + encode("hello")
     assert tokenizer.encode_parts([CODES, "  ", CODES, ""]) == image + image
     assert tokenizer.encode_parts(["a ", " b"]) == encode("a ") + encode(" b")
-
-
-def test_train_text_tokenizer_and_save_pretrained_write_equal_files(tmp_path):
-    texts = ["the cat sat on the mat " * 3, "dogs and cats"] * 30
-
-    def train(name: str) -> dict[str, bytes]:
-        train_text_tokenizer(MultimodalTokenizer, iter(texts), tmp_path / name, 290, n_codes=4)
-        return contents(tmp_path / name)
-
-    def contents(folder: Path) -> dict[str, bytes]:
-        return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-    trained = train("a")
-    assert train("b") == trained
-    MultimodalTokenizer.from_pretrained(tmp_path / "a").save_pretrained(tmp_path / "copy")
-    assert contents(tmp_path / "copy") == trained
 
 
 def test_encode_and_decode_of_wrong_codes_and_ids(tokenizer: MultimodalTokenizer):

@@ -1,5 +1,5 @@
-"""`seed` commands with a LaVIT folder, its evaluation and notebooks (the other programs:
-`tests/contract/test_programs.py`)."""
+"""`seed` commands with a LaVIT folder, and its notebooks (the programs:
+`tests/contract/test_programs.py`; its evaluation: `tests/unit/evaluation/test_programs.py`)."""
 
 from __future__ import annotations
 
@@ -7,14 +7,12 @@ import json
 import re
 import runpy
 import sys
-from pathlib import Path
 
 import pytest
 from random_images import noise
 from repository import ROOT
 
 from seed_multimodal.cli.main import main
-from seed_multimodal.compat import lavit_programs as programs
 
 HOME = ROOT / "src" / "lavit"
 pytestmark = pytest.mark.filterwarnings("ignore:Answers are not lemmatised")
@@ -60,34 +58,6 @@ def test_tokenize_and_reconstruct_select_patches_by_seed(seed, image, tmp_path, 
     assert len(first["codes"]) != len(second["codes"])
     rebuilt = seed("reconstruct", "--codes-file", file, "--steps", "1")
     assert [record["codes"] for record in rebuilt] == [first["codes"], second["codes"]]
-
-
-# ---- evaluation
-
-
-@pytest.mark.slow
-def test_evaluate_captions(tiny_lavit_folder, image, monkeypatch, capsys):
-    # The original's evaluation program, with data in the original's folders.
-    monkeypatch.chdir(Path(image).parent)
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("PATH", "")  # without Java (its scores: tests/unit/evaluation)
-    flags = f"--task_name caption --dataset nocaps --model_path {tiny_lavit_folder} --device cpu"
-    flags += " --truth truth.json --out out"
-    images = Path("data/nocaps/images")
-    annotations = Path("data/nocaps/annotations/nocaps_val.json")
-    for missing in (annotations, images):
-        assert programs.evaluate_script("evaluate.py", "", flags.split()) == 2
-        assert str(missing) in capsys.readouterr().err
-        missing.parent.mkdir(parents=True, exist_ok=True)
-        if missing == annotations:
-            annotations.write_text('[{"image": "image.png", "img_id": 1}]')
-    images.mkdir()
-    Path(image).rename(images / "image.png")
-    truth = {"images": [], "annotations": [{"image_id": 1, "caption": "a fox"}]}
-    Path("truth.json").write_text(json.dumps(truth))
-    assert programs.evaluate_script("evaluate.py", "", flags.split()) == 0
-    assert json.loads(capsys.readouterr().out.splitlines()[-1])["samples"] == 1
 
 
 # ---- notebooks

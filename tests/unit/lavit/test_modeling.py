@@ -6,7 +6,7 @@ from __future__ import annotations
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny.lavit import SMALL, small_tokenizer
+from tiny.lavit import small_tokenizer
 from torch import Tensor
 
 from seed_multimodal.models.lavit.modeling import choose, gumbel_noise
@@ -62,23 +62,6 @@ def test_choose_has_the_gradient_of_soft_decisions(mode, log_probs):
     (keep * weights).sum().backward()
     (value * weights).sum().backward()
     torch.testing.assert_close(logits.grad, soft.grad, atol=1e-6, rtol=1e-5)
-
-
-@pytest.mark.parametrize("mode", MODES)
-def test_encode_does_not_depend_on_batches(mode, pixels):
-    # Each image has its own random numbers, whoever is encoded with it.
-    model = small_tokenizer()
-    options = {"mode": mode, "generator": [generator(seed) for seed in range(IMAGES)]}
-    codes = model.encode(pixels, **options)
-    assert len(set(map(len, codes))) > 1, "the images should differ in their number of tokens"
-    options["generator"] = [generator(seed) for seed in range(IMAGES)]
-    rows = model.continuous(pixels, **options)
-    for index, image in enumerate(pixels):
-        alone = model.encode(image[None], mode=mode, generator=[generator(index)])
-        assert torch.equal(alone[0], codes[index])
-        alone = model.continuous(image[None], mode=mode, generator=[generator(index)])
-        torch.testing.assert_close(alone[0], rows[index], atol=1e-5, rtol=1e-4)
-        assert rows[index].shape == (len(codes[index]), SMALL.llm_width)
 
 
 @torch.no_grad()

@@ -98,11 +98,6 @@ def test_compose_later_arguments_win():
     assert config["trainer"]["max_steps"] == 7
     assert config["optim"]["learning_rate"] == 0.5
     assert config.get("deepspeed") is None
-    # A group chosen after the flags replaces all of them; one before does not.
-    trainer = compose(translate([*flags, "trainer=nano"]), CONFIGS)["trainer"]
-    assert trainer == yaml.safe_load((CONFIGS / "trainer" / "nano.yaml").read_text())
-    before = compose(translate(["trainer=nano", *flags]), CONFIGS)["trainer"]
-    assert before["max_steps"] == 30000
 
 
 @pytest.mark.parametrize(
@@ -111,19 +106,15 @@ def test_compose_later_arguments_win():
         ("--bf16", ["trainer.precision=bf16"]),
         ("--bf16 False", []),
         ("--fp16=True", ["trainer.precision=fp16"]),
-        ("--mixed_precision no", ["trainer.precision=fp32"]),
-        ("--gradient-checkpointing=False", ["trainer.gradient_checkpointing=False"]),
         ("--report_to tensorboard wandb", ["trainer.report_to=[tensorboard,wandb]"]),
         ("--report_to none", ["trainer.report_to=[]"]),
         ("--resume_from_checkpoint True", ['trainer.resume="auto"']),
         ("--evaluation_strategy steps", ["trainer.eval_steps=${trainer.logging_steps}"]),
         ("--save_strategy no", ["trainer.save_steps=0", "trainer.save_seconds=0"]),
-        ("--optim adamw_torch_fused", ["optim.name=adamw"]),
         (
             "--num_train_epochs 10 --max_steps 5 --push_to_hub False --do_train",
             ["trainer.max_steps=5"],
         ),
-        ("--use_cpu", ["trainer.device=cpu"]),
         # A boolean needs no value, so what follows it may be an override; a path with `=` is
         # another flag's value.
         (
@@ -149,13 +140,11 @@ WRONG = [
     ("--num_train_epochs 3", "--max_steps"),
     ("--max_steps many", "max_steps"),
     ("optim=pretrian", "'pretrain'"),
-    ("deepspeed=stage2_bf61", "'stage2_bf16'"),
     ("output_dir=log/lr=1e-4", "quotes"),
     ("trainer.max_stepz=3", "'max_steps'"),
     ("trainer.precision=fp8", "precision"),
     ("trainr.max_steps=3", "'trainer'"),
     ("tokenizer.pretrained_model_name_or_path=null", "pretrained_model_name_or_path"),
-    ("output_dir=???", "output_dir"),
 ]
 
 
@@ -271,36 +260,11 @@ def published_file(name: str) -> dict[str, Any]:
 # read from them.
 MODELS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
     ("vicuna_7b_lora", {}, {"path": "pretrained/vicuna-7b-v1.1", "dtype": None}),
-    (
-        "vicuna_7b_lora_from_merged_pretrain",
-        {},
-        {"path": "log/seed_vicuna-7b_lora_pretrain/checkpoint-merged-10000"},
-    ),
-    ("llama2_13b_lora", {}, {"dtype": None}),
     ("vicuna_7b_lora_pretrained", {"model_id": "log/x"}, {"adapter": "log/x", "lora": None}),
-    ("", {**BASE, "torch_dtype": "fp16", "seed": 3}, {"dtype": "fp16", "seed": 3}),
     (
         "",
         {"_target_": f"{SEED}frozen_embedding_model", "model": BASE},
         {"path": "llama", "freeze_embeddings": True, "lora": None},
-    ),
-    (
-        "",
-        {
-            "_target_": f"{SEED}peft_model_with_trainable_embedding",
-            "model": BASE,
-            "peft_config": LORA,
-        },
-        {"train_embeddings": True, "lora": {"r": 2, "target_modules": ["q_proj"]}},
-    ),
-    (
-        "",
-        {
-            "_target_": f"{SEED_X}full_model_with_resize_embedding",
-            "model": BASE,
-            "vocab_size": 32330,
-        },
-        {"freeze_embeddings": False, "lora": None},
     ),
 ]
 
@@ -311,7 +275,7 @@ def test_read_model_settings_of_the_originals(file, config, expected):
         config = {**published_file(file), **config}
     settings = read_model_settings(config)
     assert {key: getattr(settings, key) for key in expected} == expected
-    if file.endswith(("lora", "merged_pretrain")):
+    if file.endswith("lora"):
         assert {key: settings.lora[key] for key in PUBLISHED_LORA} == PUBLISHED_LORA
 
 

@@ -84,7 +84,7 @@ def test_boxes_are_drawn_on_the_last_image_and_not_written(file):
     assert chatbot_messages([answer])[0]["content"] == ["a cat"]
 
 
-# ---- a conversation
+# ---- a conversation (retry, undo and edit: tests/e2e/test_browser.py)
 
 
 def test_reply_keeps_a_conversation_with_images_both_ways(session, file):
@@ -100,28 +100,6 @@ def test_reply_keeps_a_conversation_with_images_both_ways(session, file):
     # Previews are replaced by their image, whose codes later turns send.
     (drawing,) = images(session.turns[-1])
     assert len(drawing["codes"]) == 32
-
-
-def test_retry_edit_and_undo_change_the_conversation(session, file):
-    send(session, "Please draw a fish.", file, settings=FORCED)
-    before = Path(images(session.turns[1])[0]["path"]).read_bytes()
-    # 1. Retry draws with another seed.
-    session.on_retry()
-    all_of(session.reply(*FORCED))
-    assert len(session.turns) == 2
-    assert Path(images(session.turns[1])[0]["path"]).read_bytes() != before
-    # 2. An edited message is answered again, and ends the conversation; its image stays.
-    send(session, "And?")
-    session.on_edit(event((0, 0), value="What is it?"))
-    all_of(session.reply(*PLAIN))
-    assert len(session.turns) == 2 and images(session.turns[0])
-    assert session.turns[0]["content"][1]["text"] == "What is it?"
-    # 3. Undo gives the message back.
-    session.on_undo()
-    _, box = session.on_end()
-    assert session.turns == [] and box["value"]["text"] == "What is it?"
-    send(session, box["value"]["text"], *box["value"]["files"])
-    assert len(images(session.turns[0])) == 1
 
 
 def test_lavit_draws_in_the_chosen_ratio(tiny_lavit, tmp_path, monkeypatch):
@@ -206,10 +184,8 @@ def test_reset_removes_the_visitors_images(session, file, tmp_path):
 # ---- tabs and examples
 
 
-def test_tabs_draw_and_name_what_is_missing(session):
-    # Their codes and edits: tests/e2e/test_browser.py.
-    drawings = asyncio.run(session.on_draw("a fish", 3, None))
-    assert [caption for _, caption in drawings] == ["seed 3", "seed 4", "seed 5", "seed 6"]
+def test_tabs_name_what_is_missing(session):
+    # Their images and codes: tests/e2e/test_browser.py.
     for handler in (
         session.on_change(None, "Make it green.", 0),
         session.on_swap([], [], 32, 32),
