@@ -31,22 +31,24 @@ def wait_for_checkpoint(output: Path, seconds: float) -> None:
 @pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.name)
 def test_killed_training_ends_as_an_unbroken_one(trainer: Trainer, tmp_path: Path):
     # Lost or doubled batches, half-written checkpoints and forgotten random states end here.
-    trainer.parts(tmp_path)
+    parts = tmp_path / "parts"
+    parts.mkdir()
+    trainer.parts(parts)
     unbroken = tmp_path / "unbroken"
     killed = tmp_path / "killed"
     begin = time.monotonic()
-    trainer.run(tmp_path, trainer.arguments(tmp_path, unbroken, STEPS, SAVE_STEPS, []))
+    trainer.run(parts, trainer.arguments(parts, unbroken, STEPS, SAVE_STEPS, []))
     seconds = time.monotonic() - begin
     rng = random.Random(trainer.name)
-    arguments = trainer.arguments(tmp_path, killed, STEPS, SAVE_STEPS, [])
+    arguments = trainer.arguments(parts, killed, STEPS, SAVE_STEPS, [])
     for kill in range(KILLS):
-        process = trainer.start(tmp_path, arguments)
+        process = trainer.start(parts, arguments)
         time.sleep(seconds * rng.uniform(0.3, 0.8))
         if kill % 2:
             wait_for_checkpoint(killed, seconds / 2)
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.communicate()
-    trainer.run(tmp_path, arguments)
+    trainer.run(parts, arguments)
     assert trainer.losses(killed) == trainer.losses(unbroken)
     assert equal(trainer.result(killed), trainer.result(unbroken))

@@ -149,6 +149,7 @@ def test_backend_of_an_unknown_architecture(tiny):
 
 
 @pytest.mark.nightly
+@pytest.mark.process
 def test_answers_of_a_compiled_model(tiny):
     """For any number of rows and positions, with at most three graphs."""
     torch.compiler.reset()
