@@ -3,6 +3,7 @@ headless Chromium."""
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -18,6 +19,7 @@ import requests
 from PIL import Image
 from real_processes import free_port
 from repository import ROOT
+from served import serving
 from waiting import wait_until
 
 SECONDS = 120  # for a page or an answer, on a busy machine
@@ -30,55 +32,30 @@ FOX, SNOWMAN = (ROOT / "images" / name for name in ("fox.png", "fox_and_snowman.
 pytestmark = [pytest.mark.timeout(600), pytest.mark.browser, pytest.mark.process]
 
 
-class Program:
-    """A program; `ready`: what its line says before its address; `reached`: that address."""
-
-    def __init__(self, ready: str, *command: str) -> None:
-        self.ready = ready
-        self.command = command
-        self.start()
-
-    def start(self) -> None:
-        environment = {
-            **os.environ,
-            "PYTHONPATH": str(ROOT / "src"),
-            "HF_HUB_OFFLINE": "1",
-            "GRADIO_ANALYTICS_ENABLED": "False",
-        }
-        self.process = subprocess.Popen(
-            [sys.executable, *self.command],
-            cwd=ROOT,
-            env=environment,
-            text=True,
-            stdout=subprocess.PIPE,
-        )
-
-    def address(self) -> str:
-        assert self.process.stdout is not None
-        line = next((line for line in self.process.stdout if self.ready in line), None)
-        assert line is not None, f"{self.process.args} ended early"
-        self.reached = line.split(self.ready)[1].split()[0]
-        return self.reached
-
-    def stop(self) -> None:
-        self.process.terminate()
-        try:
-            self.process.wait(20)
-        except subprocess.TimeoutExpired:
-            self.process.kill()
-            self.process.wait()
+ENVIRONMENT = {
+    **os.environ,
+    "PYTHONPATH": str(ROOT / "src"),
+    "HF_HUB_OFFLINE": "1",
+    "GRADIO_ANALYTICS_ENABLED": "False",
+}
 
 
 @pytest.fixture(scope="module")
-def backend() -> Iterator[Program]:
-    program = Program(
-        "answering at ",
-        "gradio_demo/seed_llama_flask.py",
-        *f"--system nano --port {free_port()} --llm_device cpu --tokenizer_device cpu".split(),
-    )
-    program.address()
-    yield program
-    program.stop()
+def backend() -> Iterator[tuple[str, subprocess.Popen[str]]]:
+    """Its address and its process."""
+    flags = "--system nano --port 0 --llm_device cpu --tokenizer_device cpu"
+    command = [sys.executable, "gradio_demo/seed_llama_flask.py", *flags.split()]
+    with serving(command, cwd=ROOT, env=ENVIRONMENT) as running:
+        yield running
+
+
+@contextlib.contextmanager
+def page_of(backend: str, flags: str = "") -> Iterator[str]:
+    """The address of a page with that backend."""
+    flags += f" --model_type nano --server_port {free_port()} --request_address {backend}"
+    command = [sys.executable, "gradio_demo/seed_llama_gradio.py", *flags.split()]
+    with serving(command, "The chat is at ", cwd=ROOT, env=ENVIRONMENT) as (address, _):
+        yield address
 
 
 @pytest.fixture(scope="module")
@@ -92,14 +69,13 @@ def browser(tmp_path_factory) -> Iterator[Any]:
     options = webdriver.ChromeOptions()
     options.binary_location = paths["chromium"]
     options.set_capability("goog:loggingPrefs", {"performance": "ALL"})
-    for flag in (
-        *(
-            "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
-            "--disable-background-networking --disable-component-update --disable-sync "
-            "--disable-dev-shm-usage --window-size=1360,1000 --ignore-certificate-errors "
-            f"--user-data-dir={tmp_path_factory.mktemp('profile')}"
-        ).split(),
-    ):
+    flags = (
+        "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
+        "--disable-background-networking --disable-component-update --disable-sync "
+        "--disable-dev-shm-usage --window-size=1360,1000 --ignore-certificate-errors "
+        f"--user-data-dir={tmp_path_factory.mktemp('profile')}"
+    )
+    for flag in flags.split():
         options.add_argument(flag)
     driver = webdriver.Chrome(
         options=options, service=webdriver.ChromeService(paths["chromedriver"])
@@ -110,25 +86,15 @@ def browser(tmp_path_factory) -> Iterator[Any]:
 
 
 @pytest.fixture(scope="module")
-def served(backend: Program) -> Iterator[tuple[str, str]]:
-    """Addresses of the backend and of the page."""
-    frontend = Program(
-        "The chat is at ",
-        "gradio_demo/seed_llama_gradio.py",
-        "--model_type",
-        "nano",
-        "--server_port",
-        str(free_port()),
-        "--request_address",
-        backend.reached,
-    )
-    yield backend.reached, frontend.address()
-    frontend.stop()
+def frontend(backend) -> Iterator[str]:
+    """The address of the page."""
+    with page_of(backend[0]) as address:
+        yield address
 
 
 @pytest.fixture()
-def page(served: tuple[str, str], browser: Any) -> Iterator[Page]:
-    yield Page(browser, served[1])
+def page(frontend: str, browser: Any) -> Iterator[Page]:
+    yield Page(browser, frontend)
     events = [json.loads(entry["message"])["message"] for entry in browser.get_log("performance")]
     urls = {
         event["params"]["request"]["url"]
@@ -136,7 +102,7 @@ def page(served: tuple[str, str], browser: Any) -> Iterator[Page]:
         if event["method"] == "Network.requestWillBeSent"
     }
     assert [
-        url for url in urls if url.startswith(("http", "ws")) and not url.startswith(served[1])
+        url for url in urls if url.startswith(("http", "ws")) and not url.startswith(frontend)
     ] == []
 
 
@@ -239,10 +205,6 @@ class Page:
         return lambda: self.browser.execute_script("return window.seen")
 
 
-def health(served: tuple[str, str]) -> dict[str, Any]:
-    return requests.get(served[0].replace("/generate", "/health"), timeout=30).json()
-
-
 def test_a_chat_with_images_in_both_directions(page: Page):
     # What only a browser shows: growing text, previews, and the buttons below an answer.
     observed = page.watch()
@@ -292,23 +254,21 @@ def test_an_example_is_run_at_a_click(page: Page):
     page.click("#chat .example:first-child")
     page.until(lambda: page.images("#chat .bot") and not page.waits(), "the drawn example")
     assert not page.all("#chat button[aria-label=Like]"), "votes need a log"
-    page.until(lambda: page.all("#message .submit-button"), "the next message of the example")
-    page.click("#message .submit-button")
-    page.until(lambda: len(page.images("#chat .bot")) == 2 and not page.waits(), "its drawing")
 
 
 @pytest.fixture()
-def proxy(backend: Program, tmp_path) -> Iterator[str]:
+def logging_page(backend, tmp_path) -> Iterator[str]:
+    """The address of a page with a prefix and a log."""
+    with page_of(backend[0], f"--root_path /chat --log-votes {tmp_path / 'log'}") as address:
+        yield address
+
+
+@pytest.fixture()
+def proxy(backend, logging_page: str, tmp_path) -> Iterator[str]:
     """The page with a log behind the manual's nginx, with TLS, a password and a prefix."""
     if shutil.which("nginx") is None:
         pytest.skip("needs nginx (apt-get install nginx-light)")
     port = free_port()
-    frontend = Program(
-        "The chat is at ",
-        *"gradio_demo/seed_llama_gradio.py --model_type nano --root_path /chat".split(),
-        *f"--server_port {free_port()} --log-votes {tmp_path / 'log'}".split(),
-        *("--request_address", backend.reached),
-    )
     # 1. The certificate and the password.
     key, certificate, passwords = (tmp_path / name for name in ("key", "certificate", "passwords"))
     options = "-x509 -newkey rsa:2048 -nodes -days 1 -subj /CN=localhost"
@@ -325,8 +285,8 @@ def proxy(backend: Program, tmp_path) -> Iterator[str]:
         f"{letsencrypt}/fullchain.pem": str(certificate),
         f"{letsencrypt}/privkey.pem": str(key),
         "/etc/nginx/seed.htpasswd": str(passwords),
-        "http://127.0.0.1:7860": frontend.address(),
-        "http://127.0.0.1:7890": backend.reached.removesuffix("/generate"),
+        "http://127.0.0.1:7860": logging_page,
+        "http://127.0.0.1:7890": backend[0].removesuffix("/generate"),
     }.items():
         assert server.count(old) == 1, old
         server = server.replace(old, new)
@@ -345,7 +305,6 @@ def proxy(backend: Program, tmp_path) -> Iterator[str]:
     yield address
     nginx.terminate()
     nginx.wait(20)
-    frontend.stop()
 
 
 def requests_get(address: str) -> Any:
@@ -384,11 +343,11 @@ def test_page_and_routes_behind_the_manuals_proxy(proxy: str, browser: Any, tmp_
 
 
 @pytest.mark.nightly
-def test_stop_cancels_the_answer_at_the_backend(
-    page: Page, backend: Program, served: tuple[str, str]
-):
-    before = health(served)["answered"]
-    backend.process.send_signal(signal.SIGSTOP)  # an answer that takes long
+def test_stop_cancels_the_answer_at_the_backend(page: Page, backend):
+    address, process = backend
+    health = address.replace("/generate", "/health")
+    before = requests_get(health)["answered"]
+    process.send_signal(signal.SIGSTOP)  # an answer that takes long
     page.send(DRAW)
     page.until(page.waits, "the wait")
     page.click("#message .stop-button")
@@ -399,9 +358,9 @@ def test_stop_cancels_the_answer_at_the_backend(
         lambda: not page.all("#chat .user.message") and not page.waits(),
         "the conversation as before",
     )
-    backend.process.send_signal(signal.SIGCONT)
-    page.until(lambda: health(served)["running"] == 0, "the backend to be free")
-    assert health(served)["answered"] == before
+    process.send_signal(signal.SIGCONT)
+    page.until(lambda: requests_get(health)["running"] == 0, "the backend to be free")
+    assert requests_get(health)["answered"] == before
 
 
 def test_tabs_draw_edit_and_exchange_codes(page: Page):

@@ -11,7 +11,6 @@ import signal
 import socket
 import subprocess
 import sys
-import threading
 import time
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -23,7 +22,7 @@ import pytest
 import requests
 from PIL import Image
 from repository import NANO, ROOT
-from served import CHAT, base64_of, png_of, read, user
+from served import CHAT, base64_of, png_of, read, serving, user
 
 pytestmark = [pytest.mark.nightly, pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(900)]
 PLAIN = [str(ROOT / "gradio_demo" / "seed_llama_flask.py")]
@@ -35,24 +34,11 @@ RESTART_SECONDS = 40  # on two busy cores; most of it are imports
 
 @contextlib.contextmanager
 def server(program: list[str], *flags: str, port: int = 0) -> Iterator[tuple[str, Any]]:
-    """A server as a process; its address and the process. At its end SIGTERM ends it with 0."""
+    """A server as a process; its address and the process."""
     devices = "--llm_device cpu --tokenizer_device cpu".split()
-    process = subprocess.Popen(
-        [sys.executable, *program, "--port", str(port), *devices, *flags],
-        stdout=subprocess.PIPE,
-        text=True,
-    )
-    try:
-        lines = process.stdout
-        assert lines is not None
-        line = next(line for line in lines if "answering at" in line)
-        # A full pipe would stop the server.
-        threading.Thread(target=collections.deque, args=(lines, 0), daemon=True).start()
-        yield line.split("answering at ")[1].split()[0].removesuffix("/generate"), process
-    finally:
-        if process.poll() is None:
-            process.terminate()
-            assert process.wait(60) == 0
+    with serving([sys.executable, *program, "--port", str(port), *devices, *flags]) as running:
+        address, process = running
+        yield address.removesuffix("/generate"), process
 
 
 def image(seed: int) -> Image.Image:
