@@ -51,7 +51,7 @@ install() { "$PYTHON" -m pip install $([ -t 1 ] || echo -qq) --disable-pip-versi
 version() { "$PYTHON" -c 'import sys, importlib.metadata as m; print(m.version(sys.argv[1]))' "$1" 2>/dev/null; }
 
 # --- torch, then the rest
-TORCH="torch>=2.10" TORCHVISION="torchvision>=0.25"
+TORCH="torch>=2.12" TORCHVISION="torchvision>=0.27"
 if [ -n "$CONSTRAINTS" ]; then
     TORCH="$(grep -oE '^torch==[^ ;]+' "$CONSTRAINTS")" TORCHVISION="$(grep -oE '^torchvision==[^ ;]+' "$CONSTRAINTS")"
 fi
