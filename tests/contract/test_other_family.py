@@ -36,6 +36,7 @@ def test_families_of_other_packages_come_last(installed: Path):
     assert [spec.name for spec in families()] == ["seed_llama", "seed_x", "lavit", "mosaic"]
 
 
+@pytest.mark.slow
 def test_pipeline_of_transformers(mosaic: Any, mosaic_folder: Path, monkeypatch):
     from transformers import (
         CONFIG_MAPPING,
@@ -60,6 +61,7 @@ def test_pipeline_of_transformers(mosaic: Any, mosaic_folder: Path, monkeypatch)
     assert row["generated_image"].tobytes() == mosaic.draw("a red apple").tobytes()
 
 
+@pytest.mark.slow
 def test_init_prints_a_command_whose_checkpoint_is_a_system(
     mosaic: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ):
@@ -110,6 +112,7 @@ def test_codes_of_a_data_set(mosaic_folder: Path, tmp_path: Path):
     assert codes == [[8] * 32, [4] * 32, [3] * 32]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The use of")
 def test_server_and_page_of_the_system(mosaic: Any):
     # The page shows the family's card, and sliders of as many codes as an image has.

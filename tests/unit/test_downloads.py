@@ -238,6 +238,7 @@ def test_fetch_of_unknown_names(server, capsys, command, named):
     assert server.requests == []
 
 
+@pytest.mark.slow
 def test_fetch_of_one_seed_x_takes_its_vision_encoder_out_of_qwen_vl(server, fetch):
     seed_x = {}
     for model in ("seed_x", "seed_x_i"):
@@ -351,6 +352,7 @@ def small_8b(server, tiny_folder, tmp_path) -> LoopbackHub:
     return server
 
 
+@pytest.mark.slow
 def test_programs_of_seed_llama_download_at_their_start(small_8b, capsys):
     from seed_multimodal.compat.seed_llama_programs import llama_script, tokenizer_script
 

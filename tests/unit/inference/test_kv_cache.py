@@ -41,6 +41,7 @@ def prompts(draw) -> list[int]:
     return [1, *start, *draw(st.lists(st.integers(3, 300), max_size=20))]
 
 
+@pytest.mark.slow
 @settings(max_examples=40)
 @given(waves=st.lists(st.lists(prompts(), min_size=1, max_size=3), min_size=2, max_size=5))
 def test_cached_prefixes_equal_recomputed_ones(llm, tiny, waves):

@@ -144,6 +144,7 @@ def scores_of(llm: Any) -> Tensor:
         return llm(torch.arange(300, 320)[None]).logits.log_softmax(-1)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("quantization", "largest"), [("8bit", 0.01), ("4bit", 0.2), ("int8", 0.01), ("int4", 0.5)]
 )

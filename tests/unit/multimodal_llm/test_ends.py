@@ -92,6 +92,7 @@ def test_train_is_the_same_with_and_without_evaluation(train, tmp_path):
     assert summary(evaluated)["evaluation"] == evaluations(evaluated)[-1]
 
 
+@pytest.mark.slow
 def test_train_in_the_output_folder_of_a_running_run(train, tmp_path):
     from seed_multimodal.disk import folder_lock
 

@@ -65,6 +65,7 @@ def test_build_with_options_of_the_models(yaml, stage):
         assert attrgetter(attribute)(model) == value, option
 
 
+@pytest.mark.slow
 def test_train_in_half_precision_and_with_gradient_checkpointing(yaml, run, tmp_path):
     # Near the loss in fp32, but not equal to it.
     run(yaml("stage2", *RANDOM, *TWO_STEPS, name="fp32"))

@@ -72,6 +72,7 @@ def images(message: Any) -> list[Any]:
 # ---- what is shown
 
 
+@pytest.mark.slow
 def test_boxes_are_drawn_on_the_last_image_and_not_written(file):
     from seed_multimodal.serving.chat_session import chatbot_messages, image_with_boxes
 

@@ -59,6 +59,7 @@ def gate(tiny) -> Iterator[Gate]:
     gate.hook.remove()
 
 
+@pytest.mark.slow
 def test_clients_that_left_are_dropped(tiny, gate: Gate):
     # While they wait, and while they are answered.
     running = Running(tiny, max_running=1, max_waiting=3)

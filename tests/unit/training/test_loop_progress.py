@@ -35,6 +35,7 @@ def test_log_lines_hold_losses_speed_and_status(tmp_path, capsys):
     assert "4/10" in output[0] and "perplexity 12.5" in output[0]
 
 
+@pytest.mark.slow
 def test_evaluation_is_logged_at_once_and_not_timed_as_training(tmp_path):
     # Else each evaluation looks like a slow training step.
     def evaluate(step: int) -> dict[str, float]:

@@ -57,6 +57,7 @@ def test_resume_after_sigkill_is_bitwise_equal(start_toy: Start, tmp_path):
     assert [line["loss"] for line in first] == [line["loss"] for line in second]
 
 
+@pytest.mark.slow
 @settings(
     max_examples=8,
     deadline=None,

@@ -96,6 +96,7 @@ def test_next_padded(read_settings, tokenizer, record_numbers):
     assert "documents/0000000.tar: sample" in cut["first"][0]
 
 
+@pytest.mark.slow
 @settings(max_examples=15)
 @given(st.booleans(), st.integers(1, 2), st.integers(0, 90))
 def test_restore_continues_exactly(read_settings, tokenizer, packing, world, stop):
@@ -119,6 +120,7 @@ def test_restore_continues_exactly(read_settings, tokenizer, packing, world, sto
     assert second.report() == straight.report()
 
 
+@pytest.mark.slow
 @settings(max_examples=12)
 @given(
     st.booleans(),
