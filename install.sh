@@ -51,7 +51,7 @@ install() { "$PYTHON" -m pip install $([ -t 1 ] || echo -qq) --disable-pip-versi
 version() { "$PYTHON" -c 'import sys, importlib.metadata as m; print(m.version(sys.argv[1]))' "$1" 2>/dev/null; }
 
 # --- torch, then the rest
-TORCH="torch>=2.12" TORCHVISION="torchvision>=0.27"
+TORCH="torch>=2.13" TORCHVISION="torchvision>=0.28"
 if [ -n "$CONSTRAINTS" ]; then
     TORCH="$(grep -oE '^torch==[^ ;]+' "$CONSTRAINTS")" TORCHVISION="$(grep -oE '^torchvision==[^ ;]+' "$CONSTRAINTS")"
 fi

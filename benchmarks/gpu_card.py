@@ -34,12 +34,12 @@ PART_SECONDS = 9 * 60  # a part is ended after so long
 # Part → minutes on an H100, and the program; device and model are added.
 WEIGHTS = "original_layouts.py 8b pretrained"
 PARTS = {
-    "tokenizer": (4, "tokenizer.py --batches 1 32 256"),
-    "generation": (8, "generation.py --batches 1 16 64 --prompt 128 --new 128"),
-    "drawing": (5, "drawing.py --batches 1 8 --steps 20"),
-    "training-llm": (6, "training.py --parts llm --batches 8"),
-    "training-tokenizer": (4, "training.py --parts tokenizer --batches 64"),
-    "server": (5, "serving.py --clients 1 8 32 --requests 32"),
+    "tokenizer": (2, "tokenizer.py --batches 1 256"),
+    "training-llm": (2, "training.py --parts llm --batches 8"),
+    "training-tokenizer": (3, "training.py --parts tokenizer --batches 64"),
+    "generation": (8, "generation.py --batches 1 64 --prompt 128 --new 128 --repeats 2"),
+    "drawing": (6, "drawing.py --batches 8 --steps 20 --repeats 1"),
+    "server": (8, "serving.py --clients 1 16 --requests 8"),
 }
 SMALL_PARTS = {
     "tokenizer": (1, "tokenizer.py --batches 2 --repeats 1"),
@@ -115,11 +115,12 @@ def page(lines: list[dict[str, Any]], model: str) -> str:
     weights = "random weights of the published sizes" if model == "original" else model
     hardware = ", ".join(f"{name} {value}" for name, value in first["hardware"].items())
     versions = ", ".join(f"{name} {value}" for name, value in first["versions"].items())
+    runtimes = ", ".join(dict.fromkeys(line["runtime"] for line in lines))
     rows = [HEAD, ["---"] * len(HEAD), *map(row, lines)]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
     return (
         f"# {first['hardware'].get('gpu', first['hardware']['cpu'])}\n\n"
-        f"{weights}, {first['runtime']}; {hardware}; {versions}; commit {first['commit']}; "
+        f"{weights}, {runtimes}; {hardware}; {versions}; commit {first['commit']}; "
         f"{first['date']} to {lines[-1]['date']}.\n\n"
         "`plain` is the stock way in the same run: one request after another through "
         "transformers' and diffusers' own classes, or the original's padded training step. `s`: "
@@ -148,7 +149,8 @@ def run(options: argparse.Namespace) -> int:
             run_part(name, f"{command} {flags}", folder)
         if file.is_file():
             lines += map(json.loads, file.read_text().splitlines())
-            if len({(line["model"], line["runtime"]) for line in lines}) > 1:
+            # Each part chooses its own precision.
+            if len({(line["model"], line["runtime"].split()[0]) for line in lines}) > 1:
                 raise ConfigError(f"{file} was made with other flags: name another folder.")
         else:
             missing.append(name)

@@ -30,7 +30,7 @@ from seed_multimodal.models.seed.losses import Stage2Model
 from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.training.llm.config import LlmModelSettings
-from seed_multimodal.training.llm.loss import LossModule
+from seed_multimodal.training.llm.loss import LossModule, round_residual
 from seed_multimodal.training.llm.metrics import token_flops
 from seed_multimodal.training.llm.model import build_llm
 
@@ -107,10 +107,13 @@ def llm_step(options: argparse.Namespace, runtime: Runtime, variant: str, rows: 
         dtype="fp32" if runtime.dtype == torch.float32 else "bf16",
         lora={"lora_dropout": 0.05},
         attention="auto" if packing else "sdpa",
+        gradient_checkpointing=True,
         compile=variant == "compiled",
     )
     with torch.device(runtime.device):  # drawing seven billion weights on a CPU takes minutes
         model: Any = build_llm(settings, tokenizer, runtime.device)
+    if packing and settings.dtype == "bf16":
+        round_residual(model, settings.dtype)  # as our trainer
 
     def loss() -> Tensor:
         if not packing:
