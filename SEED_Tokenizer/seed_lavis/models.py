@@ -53,8 +53,8 @@ from seed_multimodal.models.seed.losses import (
 from seed_multimodal.nn.vision.base import VisionEncoder
 from seed_multimodal.nn.vision.hub import HubVision
 from seed_multimodal.settings import read_settings
+from seed_multimodal.state_dicts import fingerprint, load_state_dict
 from seed_multimodal.training.frozen_models import load_label_heads
-from seed_multimodal.weights import fingerprint, load_state_dict
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer

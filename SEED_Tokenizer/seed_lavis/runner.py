@@ -28,11 +28,11 @@ from seed_multimodal.disk import writing
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.settings import read_settings
+from seed_multimodal.state_dicts import assign_strictly, read_training_state, save_torch
 from seed_multimodal.training.checkpoint import checkpoints, frozen_names
 from seed_multimodal.training.config import SCHEDULES, StageSettings
 from seed_multimodal.training.schedules import learning_rate
 from seed_multimodal.training.trainer import train_stage
-from seed_multimodal.weights import assign_strictly, read_training_state, save_torch
 
 
 @registry.register_runner("runner_seed")

@@ -52,7 +52,7 @@ def write_tar(file: Path) -> None:
 def write_weights(file: Path) -> None:
     import torch
 
-    from seed_multimodal.weights import save_state_dict
+    from seed_multimodal.state_dicts import save_state_dict
 
     tensors = {"a.weight": torch.randn(3, 4), "b": torch.arange(5), "c": torch.zeros(0)}
     if file.suffix == ".safetensors":
@@ -71,7 +71,7 @@ def read_records(file: Path) -> None:
 
 
 def read_weights(file: Path) -> None:
-    from seed_multimodal.weights import load_state_dict
+    from seed_multimodal.state_dicts import load_state_dict
 
     load_state_dict(file)
 

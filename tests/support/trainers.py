@@ -121,7 +121,7 @@ class Trainer:
         """The final weights of a run."""
         import torch
 
-        from seed_multimodal.weights import load_state_dict
+        from seed_multimodal.state_dicts import load_state_dict
 
         weights: dict[str, Any] = {}
         # LAVIS keeps the model beside its optimizer.

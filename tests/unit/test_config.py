@@ -59,8 +59,8 @@ REFUSED = {
             "builtins.eval",
             "torch.load",
             "transformers.AutoModel.from_pretrained",
-            "seed_multimodal.weights.os.system",  # what a module imports
-            "seed_multimodal.weights.torch.load",
+            "seed_multimodal.state_dicts.os.system",  # what a module imports
+            "seed_multimodal.state_dicts.torch.load",
             "seed_multimodal.config._split",
             "seed_multimodal.nothing.here",
             "seed_multimodal.errors.SeedError.__init__",

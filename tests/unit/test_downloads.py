@@ -21,7 +21,7 @@ from seed_multimodal.downloads import WantedPart, fetch_parts, online
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.originals import OriginalPart, original_parts
 from seed_multimodal.pipelines.config import SystemConfig
-from seed_multimodal.weights import load_state_dict
+from seed_multimodal.state_dicts import load_state_dict
 
 LLM = "AILab-CVC/seed-llama-8b-sft"
 UNCLIP = "stabilityai/stable-diffusion-2-1-unclip"

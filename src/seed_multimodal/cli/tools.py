@@ -116,7 +116,7 @@ def _add_export(parser: ArgumentParser) -> None:
 
 def convert(args: Namespace) -> int:
     """Read `args.source` (.pt, .pth, .bin), write `args.target`."""
-    from seed_multimodal.weights import load_state_dict, save_state_dict
+    from seed_multimodal.state_dicts import load_state_dict, save_state_dict
 
     # Read and write.
     source = Path(args.source)

@@ -20,7 +20,7 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import download_advice, find_file, locate
 from seed_multimodal.models.seed_x import adapter
 from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer
-from seed_multimodal.weights import assign_strictly, load_state_dict
+from seed_multimodal.state_dicts import assign_strictly, load_state_dict
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel

@@ -57,7 +57,7 @@ from seed_multimodal.errors import (
 )
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.settings import nearest, read_settings, setting
-from seed_multimodal.weights import (
+from seed_multimodal.state_dicts import (
     missing_weights,
     refuse_tensors,
 )

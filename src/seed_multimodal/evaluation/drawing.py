@@ -26,7 +26,7 @@ from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import ImageTransform, plain_rgb, resize_passes, to_bytes
 from seed_multimodal.nn.vision.clip import load_clip_vision
 from seed_multimodal.pipelines.base import MultimodalSystem
-from seed_multimodal.weights import load_state_dict
+from seed_multimodal.state_dicts import load_state_dict
 
 if TYPE_CHECKING:
     from torchmetrics.image.fid import FrechetInceptionDistance
@@ -160,10 +160,7 @@ def save_drawing(
     image: Image.Image, folder: Path, index: int, caption: str, jpeg: bool = False
 ) -> str:
     """Save as INDEX_CAPTION.png; returns the file's name. Raises DataError: the disk refuses."""
-    # The stem has letters and digits only, and file names have 255 bytes.
-    stem = "".join(letter if letter.isalnum() else "_" for letter in caption).strip("_")[:60]
-    stem = stem.encode()[:180].decode(errors="ignore") or "image"
-    path = folder / f"{index:06d}_{stem}.{'jpg' if jpeg else 'png'}"
+    path = folder / f"{index:06d}_{text_stem(caption)}.{'jpg' if jpeg else 'png'}"
     with writing(path, DataError), atomic_open(path) as file:
         image.save(file, "JPEG" if jpeg else "PNG")
     return path.name

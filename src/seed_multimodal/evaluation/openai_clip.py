@@ -23,7 +23,7 @@ from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.evaluation.retrieval import TextEncoder, text_embedder
-from seed_multimodal.weights import assign_strictly, load_state_dict
+from seed_multimodal.state_dicts import assign_strictly, load_state_dict
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer, CLIPVisionModelWithProjection

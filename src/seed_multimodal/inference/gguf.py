@@ -22,7 +22,7 @@ from seed_multimodal.language.llm import ROTARY, check_vocab_size, head_dim, llm
 from seed_multimodal.language.text_tokenizer import HUB_TOKENIZER, TextTokenizer
 from seed_multimodal.language.tokenizer import TokenizerFiles, read_files
 from seed_multimodal.progress import Progress
-from seed_multimodal.weights import load_checkpoint, refuse_tensors
+from seed_multimodal.state_dicts import load_checkpoint, refuse_tensors
 
 if TYPE_CHECKING:
     from sentencepiece import SentencePieceProcessor

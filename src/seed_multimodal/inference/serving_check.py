@@ -17,7 +17,7 @@ from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
 from seed_multimodal.language.llm import ROTARY, check_vocab_size, llm_config
 from seed_multimodal.progress import quiet_loading
-from seed_multimodal.weights import load_checkpoint, refuse_tensors
+from seed_multimodal.state_dicts import load_checkpoint, refuse_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedTokenizerBase

@@ -25,7 +25,7 @@ from seed_multimodal.language.text_tokenizer import HUB_TOKENIZER, SpecialIds, T
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.originals import part_of
 from seed_multimodal.progress import quiet_loading
-from seed_multimodal.weights import refuse_tensors, warn_tensors
+from seed_multimodal.state_dicts import refuse_tensors, warn_tensors
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedConfig, TorchAoConfig

@@ -29,7 +29,7 @@ from seed_multimodal.hub import (
 )
 from seed_multimodal.language.llm import check_vocab_size, force_special_ids, load_llm
 from seed_multimodal.language.text_tokenizer import TextTokenizer
-from seed_multimodal.weights import INDEX_FILES, load_checkpoint, save_state_dict
+from seed_multimodal.state_dicts import INDEX_FILES, load_checkpoint, save_state_dict
 
 if TYPE_CHECKING:
     from peft import PeftModel

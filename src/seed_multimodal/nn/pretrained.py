@@ -18,7 +18,12 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import HubUpload
 from seed_multimodal.nn.layers import Network
 from seed_multimodal.settings import DataclassInstance, read_settings
-from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict, save_state_dict
+from seed_multimodal.state_dicts import (
+    LoadReport,
+    assign_strictly,
+    load_state_dict,
+    save_state_dict,
+)
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"

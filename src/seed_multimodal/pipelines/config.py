@@ -281,7 +281,7 @@ class SystemConfig:
 
     def check_language_model(self) -> None:
         """Raise CheckpointError if the language model's folder lacks a file."""
-        from seed_multimodal.weights import missing_weights
+        from seed_multimodal.state_dicts import missing_weights
 
         folder = self.llm
         if folder is None or not folder.is_dir() or (folder / ADAPTER_CONFIG).is_file():

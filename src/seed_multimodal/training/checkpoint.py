@@ -38,12 +38,7 @@ from seed_multimodal.disk import (
 )
 from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.settings import changed_settings
-from seed_multimodal.training.config import ConfigNode, TrainerSettings
-from seed_multimodal.training.distributed import ProcessGroup, TrainingError
-from seed_multimodal.training.engine import OPTIMIZER_FILE, Engine, ZeroEngine
-from seed_multimodal.training.optimizers import Ema
-from seed_multimodal.training.task import Task
-from seed_multimodal.weights import (
+from seed_multimodal.state_dicts import (
     assign_strictly,
     fingerprint,
     load_state_dict,
@@ -51,6 +46,11 @@ from seed_multimodal.weights import (
     save_state_dict,
     save_torch,
 )
+from seed_multimodal.training.config import ConfigNode, TrainerSettings
+from seed_multimodal.training.distributed import ProcessGroup, TrainingError
+from seed_multimodal.training.engine import OPTIMIZER_FILE, Engine, ZeroEngine
+from seed_multimodal.training.optimizers import Ema
+from seed_multimodal.training.task import Task
 
 TRAINER_STATE = "trainer_state.json"
 DATA_STATE = "data_state.json"

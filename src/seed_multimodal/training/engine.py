@@ -20,11 +20,11 @@ from torch.nn.parallel import DistributedDataParallel
 from seed_multimodal.device import DTYPES
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
+from seed_multimodal.state_dicts import read_training_state
 from seed_multimodal.training.config import ConfigNode, TrainerSettings
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.optimizers import MuonWithAdamW
 from seed_multimodal.training.task import Task
-from seed_multimodal.weights import read_training_state
 
 if TYPE_CHECKING:
     from accelerate import Accelerator

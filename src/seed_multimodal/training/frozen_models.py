@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.device import copy_to
 from seed_multimodal.nn.label_heads import LabelHeads
-from seed_multimodal.weights import assign_strictly, fingerprint, load_state_dict
+from seed_multimodal.state_dicts import assign_strictly, fingerprint, load_state_dict
 
 
 class FrozenFeatures:

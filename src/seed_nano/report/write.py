@@ -22,7 +22,7 @@ from seed_multimodal.evaluation import machine
 from seed_multimodal.evaluation.metrics import plain
 from seed_multimodal.images.io import image_to_bytes
 from seed_multimodal.images.sheet import Row, contact_sheet
-from seed_multimodal.weights import load_state_dict
+from seed_multimodal.state_dicts import load_state_dict
 from seed_nano.report.sections import AIMS, AT_MOST, TABLE, Run
 
 MAX_BYTES = 140_000  # of a sheet

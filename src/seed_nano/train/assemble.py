@@ -18,7 +18,7 @@ from seed_multimodal.models.seed_x.spec import SeedXConfig
 from seed_multimodal.models.seed_x.train_agent import build_agent, read_agent
 from seed_multimodal.pipelines.assemble import join
 from seed_multimodal.pipelines.hub_files import write_hub_files
-from seed_multimodal.weights import load_state_dict, save_state_dict
+from seed_multimodal.state_dicts import load_state_dict, save_state_dict
 from seed_nano.train.diffusion import write_successor_unet
 from seed_nano.train.lavit import decoder_sizes
 from seed_nano.train.pipeline import TEMPLATES

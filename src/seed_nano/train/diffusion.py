@@ -21,9 +21,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.diffusion.objectives import NoisyLatents, build_objective
+from seed_multimodal.state_dicts import load_state_dict
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.schedules import batch_indices
-from seed_multimodal.weights import load_state_dict
 from seed_nano.layout import LAYOUT, LayoutConfig, LayoutDecoder
 from seed_nano.train.lavit import load_reader, rebuilt_features
 from seed_nano.train.task import NanoTask

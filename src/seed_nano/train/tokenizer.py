@@ -20,9 +20,9 @@ from seed_multimodal.models.seed.configuration import QFormerConfig, Seed2Config
 from seed_multimodal.models.seed.export import export_tokenizer
 from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 from seed_multimodal.nn.vision.eva import EvaConfig
+from seed_multimodal.state_dicts import load_state_dict
 from seed_multimodal.training.llm.config import LlmModelSettings
 from seed_multimodal.training.llm.model import build_llm, save_trained
-from seed_multimodal.weights import load_state_dict
 from seed_nano.train.task import map_scenes
 from seed_nano.train.workspace import Workspace
 from seed_nano.world.records import Record, record_at, scenes_of, with_images

@@ -22,9 +22,9 @@ from seed_multimodal.images.transforms import normalise
 from seed_multimodal.nn.label_heads import LabelHeads
 from seed_multimodal.nn.vision.clip import load_clip_vision
 from seed_multimodal.nn.vision.qwen import QwenVit, QwenVitConfig
+from seed_multimodal.state_dicts import save_state_dict
 from seed_multimodal.training import frozen_models
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.weights import save_state_dict
 from seed_nano.train.task import NanoTask, SceneStream, map_scenes, to_signed
 from seed_nano.train.vae import THINGS_WEIGHT
 from seed_nano.train.workspace import Workspace, XWorkspace

@@ -26,8 +26,8 @@ from seed_multimodal.models.lavit.processing import LavitTokenizer
 from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_multimodal.settings import read_settings, setting
+from seed_multimodal.state_dicts import save_state_dict
 from seed_multimodal.training.config import StageSettings
-from seed_multimodal.weights import save_state_dict
 from seed_nano.train.words import train_text_tokenizer
 from seed_nano.world.records import X_ONLY_KINDS, from_last_image, record_at, sentences, x_record_at
 from seed_nano.world.scene import Scene

@@ -24,7 +24,7 @@ from runner import Recording, Tensors, assert_close, assert_same
 
 from seed_multimodal.compat.seed_llama_programs import make_grid
 from seed_multimodal.models.seed.diffusion import StableDiffusionDetokenizer, UnclipDetokenizer
-from seed_multimodal.weights import assign_strictly
+from seed_multimodal.state_dicts import assign_strictly
 
 ARGUMENTS: dict[str, dict[str, Any]] = {
     "negative": {"guidance_scale": 5.0},

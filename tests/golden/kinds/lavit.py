@@ -45,7 +45,7 @@ from seed_multimodal.models.lavit.processing import (
     read_prompt,
 )
 from seed_multimodal.nn.vision.eva import EvaConfig
-from seed_multimodal.weights import assign_strictly
+from seed_multimodal.state_dicts import assign_strictly
 
 START = 32000
 END = 32001

@@ -16,7 +16,7 @@ from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.models.seed.configuration import QFormerConfig, Seed1Config, Seed2Config
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer
 from seed_multimodal.nn.vision.eva import EvaConfig
-from seed_multimodal.weights import assign_strictly
+from seed_multimodal.state_dicts import assign_strictly
 
 SEED1_CLOSE = 3e-5, 1e-4
 SEED1_DECODED = 5e-5, 1e-4

@@ -26,7 +26,7 @@ from torch import nn
 
 from seed_multimodal.models.seed.configuration import Seed2Config
 from seed_multimodal.models.seed.losses import Stage1Model, Stage1Output, Stage2Model, Stage2Weights
-from seed_multimodal.weights import assign_strictly
+from seed_multimodal.state_dicts import assign_strictly
 
 CODEBOOK = "quantize.embedding.weight"
 # Fields of Stage2Output → recorded names.

@@ -35,7 +35,7 @@ from seed_multimodal.models.seed_x.processing import (
     read_boxes,
     without_tags,
 )
-from seed_multimodal.weights import assign_strictly
+from seed_multimodal.state_dicts import assign_strictly
 
 LOSSES = ("total_loss", "lm_loss", "rec_loss")
 QUESTION = "Describe this image briefly."

@@ -31,7 +31,7 @@ from seed_multimodal.nn.vision.qwen import (
     ResamplerConfig,
     sine_table,
 )
-from seed_multimodal.weights import assign_strictly
+from seed_multimodal.state_dicts import assign_strictly
 
 # ---- vision encoder
 

@@ -19,7 +19,7 @@ from seed_multimodal.nn.vision.qwen import (
     Resampler,
     ResamplerConfig,
 )
-from seed_multimodal.weights import load_state_dict, save_state_dict
+from seed_multimodal.state_dicts import load_state_dict, save_state_dict
 from seed_nano.train.words import train_text_tokenizer
 from tiny import spread, write_json
 from tiny.diffusion import FEATURES, RESAMPLER, random_adapter, write_sdxl

@@ -21,7 +21,7 @@ from seed_multimodal.models.lavit.checkpoints import (
 )
 from seed_multimodal.models.lavit.losses import ema_codebook
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer
-from seed_multimodal.weights import load_state_dict, save_state_dict
+from seed_multimodal.state_dicts import load_state_dict, save_state_dict
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.weights import load_state_dict, save_state_dict
+from seed_multimodal.state_dicts import load_state_dict, save_state_dict
 
 NETWORKS = {
     "seed1": "seed_tokenizer.pth",

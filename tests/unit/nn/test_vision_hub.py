@@ -88,7 +88,7 @@ def test_patches_of_a_network_that_merges_them():
 def test_hub_config_and_weights_need_no_folder(tmp_path):
     """A system's checkpoint holds both, but no buffers, such as rotary frequencies."""
     from seed_multimodal.nn.pretrained import fill_buffers
-    from seed_multimodal.weights import assign_strictly
+    from seed_multimodal.state_dicts import assign_strictly
 
     write_vision("dinov3", tmp_path / "dino")
     encoder = load_vision_encoder(tmp_path / "dino")

@@ -20,7 +20,7 @@ from seed_multimodal.models.seed.losses import Stage1Model
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
 from seed_multimodal.nn.vision.clip import load_clip_text, load_clip_vision
 from seed_multimodal.nn.vision.eva import EvaConfig, EvaVit
-from seed_multimodal.weights import load_state_dict, save_state_dict
+from seed_multimodal.state_dicts import load_state_dict, save_state_dict
 
 
 @pytest.fixture

@@ -10,7 +10,7 @@ import torch
 from omegaconf import OmegaConf
 
 from seed_multimodal.images.transforms import normalise
-from seed_multimodal.weights import save_state_dict
+from seed_multimodal.state_dicts import save_state_dict
 from seed_nano.train.pipeline import render
 from seed_nano.train.task import scene_pixels
 from seed_nano.train.tokenizer import tokenizer_config

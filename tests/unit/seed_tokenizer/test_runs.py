@@ -12,7 +12,7 @@ import torch
 from lavis_runs import log_of, program
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.weights import load_state_dict
+from seed_multimodal.state_dicts import load_state_dict
 
 RANDOM = ("model.load_pretrained=False", "model.kmeans_start=False")
 TWO_STEPS = ("run.max_epoch=1", "run.iters_per_epoch=2")

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.models.seed_x.adapter import SDXLAdapter
-from seed_multimodal.weights import save_state_dict
+from seed_multimodal.state_dicts import save_state_dict
 
 
 @pytest.fixture(scope="module")

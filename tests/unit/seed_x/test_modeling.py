@@ -14,7 +14,7 @@ from seed_multimodal.errors import CheckpointError
 from seed_multimodal.models.seed_x.losses import TrainedAgent
 from seed_multimodal.models.seed_x.modeling import load_agent
 from seed_multimodal.nn.vision.qwen import Resampler, ResamplerConfig
-from seed_multimodal.weights import save_state_dict
+from seed_multimodal.state_dicts import save_state_dict
 
 WIDTH = 32
 FEATURES = 16

@@ -17,11 +17,11 @@ from hypothesis import strategies as st
 from torch import nn
 
 from seed_multimodal.errors import CheckpointError
+from seed_multimodal.state_dicts import save_state_dict
 from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.distributed import TrainingError
 from seed_multimodal.training.optimizers import Ema, parameter_groups
 from seed_multimodal.training.schedules import batch_indices, learning_rate
-from seed_multimodal.weights import save_state_dict
 
 
 def plain_loop(precision: str) -> tuple[list[float], str]:

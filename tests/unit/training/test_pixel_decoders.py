@@ -20,7 +20,7 @@ from tiny.training import APPLICATION, LAVIT, SEED, SEED_X, Family, read_losses
 
 from seed_multimodal.diffusion.base import Detokenizer
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError
-from seed_multimodal.weights import load_state_dict, save_state_dict
+from seed_multimodal.state_dicts import load_state_dict, save_state_dict
 
 SHORT = {"max_steps": 2, "save_steps": 0}
 FEW_STEPS = {"teacher_steps": 4, "student_steps": 2, "trained": "all"}

@@ -39,7 +39,7 @@ from seed_multimodal.nn.pretrained import (
     WEIGHTS,
     fill_buffers,
 )
-from seed_multimodal.weights import assign_strictly, load_state_dict, save_state_dict
+from seed_multimodal.state_dicts import assign_strictly, load_state_dict, save_state_dict
 
 State = dict[str, Tensor]
 ENCODER = "encoder."  # beginning of the vision encoder's names

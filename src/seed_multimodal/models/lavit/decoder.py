@@ -29,7 +29,7 @@ from seed_multimodal.models.lavit.modeling import CrossAttention
 from seed_multimodal.nn.layers import Attention, AttentionPool, LayerNorm, Mlp, checkpoint_layers
 from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS, PretrainedNetwork
 from seed_multimodal.settings import setting
-from seed_multimodal.weights import load_state_dict
+from seed_multimodal.state_dicts import load_state_dict
 
 Head = Literal["highres", "lowres"]
 ORIGINAL_FOLDER = "visual_tokenizer"

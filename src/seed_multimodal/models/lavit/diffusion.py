@@ -37,7 +37,7 @@ from seed_multimodal.hub import download_advice, find_file, find_folder
 from seed_multimodal.models.lavit.decoder import CodeDecoder, Conditions
 from seed_multimodal.models.lavit.ratios import RATIOS, ratio_size
 from seed_multimodal.settings import setting
-from seed_multimodal.weights import load_state_dict
+from seed_multimodal.state_dicts import load_state_dict
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin

@@ -35,12 +35,17 @@ from seed_multimodal.models.lavit.train_rows import ReadyBatch, fill_rows
 from seed_multimodal.nn.layers import cast_layers, checkpoint_layers
 from seed_multimodal.pipelines.base_record import record_base
 from seed_multimodal.settings import setting
+from seed_multimodal.state_dicts import (
+    assign_strictly,
+    fingerprint,
+    load_state_dict,
+    save_state_dict,
+)
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.llm.config import project_path
 from seed_multimodal.training.llm.loss import LossParts, find_llama
 from seed_multimodal.training.llm.task import LlmRunSettings, LlmTask
-from seed_multimodal.weights import assign_strictly, fingerprint, load_state_dict, save_state_dict
 
 PARTS = ("causal_encoder", "vit_proj")  # trained with the language model, original names
 

@@ -30,7 +30,7 @@ from seed_multimodal.nn.vision.base import State, VisionEncoder
 from seed_multimodal.nn.vision.clip import Log
 from seed_multimodal.nn.vision.eva import FILES, PREFIX
 from seed_multimodal.settings import read_settings
-from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict
+from seed_multimodal.state_dicts import LoadReport, assign_strictly, load_state_dict
 
 VISION = PREFIX
 ENCODER_PARTS = ("visual_encoder", "ln_vision", "Qformer", "query_tokens")

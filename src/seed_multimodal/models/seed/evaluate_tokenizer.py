@@ -28,7 +28,7 @@ from seed_multimodal.models.seed.pipeline import SeedImageCodec
 from seed_multimodal.models.seed.spec import SeedLlamaConfig
 from seed_multimodal.nn.pretrained import fill_buffers
 from seed_multimodal.nn.vision.clip import CLIP_FOLDER
-from seed_multimodal.weights import assign_strictly, load_state_dict
+from seed_multimodal.state_dicts import assign_strictly, load_state_dict
 
 BERT = Path("pretrained/bert-base-uncased")
 MAX_PIECES = 35  # maximum text length, as in LAVIS

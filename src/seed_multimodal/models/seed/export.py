@@ -35,7 +35,7 @@ from seed_multimodal.models.seed.checkpoints import (
 from seed_multimodal.models.seed.configuration import TokenizerConfig
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
 from seed_multimodal.nn.vision.eva import EvaConfig
-from seed_multimodal.weights import load_state_dict, save_torch
+from seed_multimodal.state_dicts import load_state_dict, save_torch
 
 AUTO = "auto"
 KINDS: dict[str, type[SeedTokenizer]] = {"seed2": Seed2Tokenizer, "seed1": Seed1Tokenizer}

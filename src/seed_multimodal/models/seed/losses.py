@@ -35,7 +35,7 @@ from seed_multimodal.models.seed.modeling import (
 from seed_multimodal.nn.label_heads import LabelHeads
 from seed_multimodal.nn.layers import cosine
 from seed_multimodal.settings import setting
-from seed_multimodal.weights import LoadReport, assign_strictly
+from seed_multimodal.state_dicts import LoadReport, assign_strictly
 
 if TYPE_CHECKING:
     from torch.autograd.function import FunctionCtx

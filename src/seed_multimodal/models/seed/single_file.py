@@ -17,7 +17,7 @@ from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.progress import quiet_loading
-from seed_multimodal.weights import assign_strictly, load_state_dict
+from seed_multimodal.state_dicts import assign_strictly, load_state_dict
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin, SchedulerMixin

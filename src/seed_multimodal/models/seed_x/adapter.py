@@ -31,7 +31,12 @@ from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.hub import download_advice, find_file
 from seed_multimodal.nn.layers import AttentionPool, heads_first, heads_last
 from seed_multimodal.settings import read_settings, setting
-from seed_multimodal.weights import LoadReport, assign_strictly, load_state_dict, save_state_dict
+from seed_multimodal.state_dicts import (
+    LoadReport,
+    assign_strictly,
+    load_state_dict,
+    save_state_dict,
+)
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel

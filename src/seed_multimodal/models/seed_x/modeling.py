@@ -26,7 +26,7 @@ from seed_multimodal.errors import DataError
 from seed_multimodal.language.llm import ROTARY
 from seed_multimodal.nn.vision.qwen import Resampler, position_features
 from seed_multimodal.settings import setting
-from seed_multimodal.weights import LoadReport, assign_strictly, load_checkpoint
+from seed_multimodal.state_dicts import LoadReport, assign_strictly, load_checkpoint
 
 if TYPE_CHECKING:
     from seed_multimodal.language.llm import LanguageModel

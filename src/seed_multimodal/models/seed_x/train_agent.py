@@ -39,6 +39,7 @@ from seed_multimodal.nn.vision.qwen import (
 )
 from seed_multimodal.pipelines.base_record import record_base
 from seed_multimodal.settings import read_settings, setting
+from seed_multimodal.state_dicts import load_state_dict, save_state_dict
 from seed_multimodal.training.config import ConfigNode
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_models import FrozenFeatures
@@ -53,7 +54,6 @@ from seed_multimodal.training.llm.lora import (
 from seed_multimodal.training.llm.loss import LossParts, find_llama, use_attention
 from seed_multimodal.training.llm.task import LlmRunSettings, LlmTask
 from seed_multimodal.training.task import WEIGHTS
-from seed_multimodal.weights import load_state_dict, save_state_dict
 
 LORA_FIELDS = (*RECORDED_FIELDS, "modules_to_save")
 _RESAMPLERS = ("input_resampler", "output_resampler")

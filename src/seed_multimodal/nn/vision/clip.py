@@ -18,7 +18,7 @@ from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.hub import find_folder
 from seed_multimodal.nn.pretrained import CONFIG
 from seed_multimodal.progress import quiet_loading
-from seed_multimodal.weights import refuse_tensors
+from seed_multimodal.state_dicts import refuse_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

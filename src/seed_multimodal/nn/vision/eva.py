@@ -19,7 +19,7 @@ from seed_multimodal.nn.layers import Block, LayerNorm, checkpoint_layers, resiz
 from seed_multimodal.nn.vision.base import State, VisionConfig, VisionEncoder
 from seed_multimodal.nn.vision.clip import eva_from_clip, is_clip, load_clip_vision
 from seed_multimodal.settings import setting
-from seed_multimodal.weights import load_state_dict
+from seed_multimodal.state_dicts import load_state_dict
 
 FILES = ("eva_vit_g.safetensors", "eva_vit_g.pth")
 PREFIX = "visual_encoder."  # before its names in checkpoints of models around it

@@ -26,7 +26,7 @@ from seed_multimodal.nn.pretrained import CONFIG
 from seed_multimodal.nn.vision.base import State, VisionConfig, VisionEncoder
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.settings import setting
-from seed_multimodal.weights import refuse_tensors
+from seed_multimodal.state_dicts import refuse_tensors
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

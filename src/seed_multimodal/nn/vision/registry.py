@@ -25,7 +25,7 @@ from seed_multimodal.nn.vision.eva import FILES, EvaConfig
 from seed_multimodal.nn.vision.hub import HubVisionConfig
 from seed_multimodal.nn.vision.qwen import QwenEncoderConfig, QwenVit
 from seed_multimodal.settings import adapter, nearest, read_settings
-from seed_multimodal.weights import assign_strictly
+from seed_multimodal.state_dicts import assign_strictly
 
 VISION_CONFIGS: dict[str, type[VisionConfig]] = {
     "eva": EvaConfig,

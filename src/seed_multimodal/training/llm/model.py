@@ -29,6 +29,7 @@ from seed_multimodal.language.llm import (
 )
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.settings import check_keys
+from seed_multimodal.state_dicts import load_state_dict
 from seed_multimodal.training.llm.config import (
     ATTENTIONS,
     LlmModelSettings,
@@ -45,7 +46,6 @@ from seed_multimodal.training.llm.lora import (
     save_adapter,
 )
 from seed_multimodal.training.llm.loss import add_packed_lengths, find_llama
-from seed_multimodal.weights import load_state_dict
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

@@ -37,6 +37,7 @@ from seed_multimodal.diffusion.objectives import Objective, is_flow
 from seed_multimodal.diffusion.training import train_unet
 from seed_multimodal.disk import replace_text
 from seed_multimodal.nn.layers import checkpointed
+from seed_multimodal.state_dicts import fingerprint
 from seed_multimodal.training.pixel_decoder.task import (
     EncodedImages,
     Module,
@@ -45,7 +46,6 @@ from seed_multimodal.training.pixel_decoder.task import (
     condition_images,
 )
 from seed_multimodal.training.run import RunSettings, RunTask
-from seed_multimodal.weights import fingerprint
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin

@@ -158,7 +158,7 @@ def test_killed_run_of_two_processes_resumes(data, finished_run, tmp_path):
 
 def test_run_resumed_with_another_tokenizer_or_setting(finished_run, start, tmp_path):
     # Codes of different tokenizers must not be mixed.
-    from seed_multimodal.weights import load_state_dict, save_state_dict
+    from seed_multimodal.state_dicts import load_state_dict, save_state_dict
 
     folder = tmp_path / "tokenizer"
     copy = tmp_path / "copy"

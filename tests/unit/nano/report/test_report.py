@@ -13,7 +13,7 @@ from huggingface_hub import ModelCard
 from PIL import Image
 from repository import ROOT
 
-from seed_multimodal.weights import save_state_dict
+from seed_multimodal.state_dicts import save_state_dict
 from seed_nano.report import scoring
 from seed_nano.report.__main__ import main
 from seed_nano.report.judge import Judge

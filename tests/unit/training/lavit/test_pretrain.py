@@ -23,9 +23,9 @@ from seed_multimodal.models.lavit.pipeline import Lavit
 from seed_multimodal.models.lavit.train_llm import PretrainTask
 from seed_multimodal.models.seed.checkpoints import load_vision
 from seed_multimodal.nn.vision.hub import HubVisionConfig
+from seed_multimodal.state_dicts import load_state_dict
 from seed_multimodal.training.cli import compose, parse
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.weights import load_state_dict
 
 
 def task_of(config: dict[str, Any]) -> PretrainTask:

@@ -20,6 +20,7 @@ from tensors import equal
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.llm import LLAMA_IDS
 from seed_multimodal.language.vocabulary import ImageVocabulary
+from seed_multimodal.state_dicts import load_state_dict, save_state_dict
 from seed_multimodal.training.llm.config import LlmModelSettings
 from seed_multimodal.training.llm.lora import load_adapter
 from seed_multimodal.training.llm.loss import find_llama
@@ -29,7 +30,6 @@ from seed_multimodal.training.llm.model import (
     save_trained,
     trained_state,
 )
-from seed_multimodal.weights import load_state_dict, save_state_dict
 
 CONFIGS = ROOT / "MultiModalLLM" / "configs" / "model"
 SIZES = {

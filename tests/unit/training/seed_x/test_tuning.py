@@ -18,8 +18,8 @@ from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.models.seed_x.modeling import load_agent
 from seed_multimodal.models.seed_x.train_agent import TuningTask, read_encoder
+from seed_multimodal.state_dicts import load_state_dict
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.weights import load_state_dict
 
 
 def task_of(config: dict[str, Any]) -> TuningTask:

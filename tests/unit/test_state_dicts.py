@@ -8,7 +8,7 @@ import torch
 from full_disk import file_size_limit
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from seed_multimodal.weights import load_state_dict, save_state_dict
+from seed_multimodal.state_dicts import load_state_dict, save_state_dict
 
 
 @pytest.mark.parametrize("wrappers", [("model",), ("module", "model"), ("module", "state_dict")])
