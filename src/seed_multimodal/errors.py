@@ -6,6 +6,8 @@ are ordinary exceptions and are never caught.
 
 from __future__ import annotations
 
+import re
+
 # Modules of each extra of pyproject.toml; a module of several extras is listed once.
 EXTRAS = {
     "train": (
@@ -44,6 +46,26 @@ PACKAGES = {
     "prometheus_client": "prometheus-client",
     "werkzeug": "flask",
 }
+
+
+# The first bytes of files that come in place of images and weights → what they are, what to do.
+_CONTENTS = (
+    (rb"version https://git-lfs", "a Git LFS pointer, not the file; run git lfs pull"),
+    (rb"\s*<(!doctype html|html|head|body)", "an HTML page, not the file; download it again"),
+    (rb".{0,1000}<svg", "an SVG drawing; export it as PNG"),
+    (rb"%PDF", "a PDF document; export its page as PNG"),
+    (rb"%!PS", "a PostScript drawing; export it as PNG"),
+    (
+        rb"\xff\x0a|\0{3}\x0cJXL ",
+        "a JPEG XL image; convert it to PNG",
+    ),
+    (
+        rb".{4}ftyp(hei|hev|mif1|msf1)",
+        "a HEIC image; convert it to JPEG, or pip install pillow-heif",
+    ),
+    (rb".{4}ftyp(?!avi)", "a video; give one of its frames"),
+    (rb"\0+$", "only zeros, as a download or copy that was interrupted"),
+)
 
 
 class SeedError(Exception):
@@ -88,6 +110,26 @@ def first_line(error: BaseException, max_length: int = 300) -> str:
     if not lines:
         return type(error).__name__
     return lines[0].rstrip(".")[:max_length]
+
+
+def short_name(name: str, length: int = 60) -> str:
+    """A name for a message; of a long one, its beginning and end."""
+    half = length // 2
+    return name if len(name) <= length else f"{name[:half]}…{name[-half:]}"
+
+
+def name_bytes(head: bytes) -> str:
+    """What the first bytes of a file that cannot be read are, and what to do; "": unknown."""
+    if not head:
+        return "empty (0 bytes)"
+    head = head.removeprefix(b"\xef\xbb\xbf")
+    for pattern, description in _CONTENTS:
+        if re.match(pattern, head, re.IGNORECASE | re.DOTALL):
+            return description
+    # A character may be cut at the end.
+    text = head.decode("utf-8", errors="replace")[:-1]
+    is_text = "�" not in text and all(letter.isprintable() or letter.isspace() for letter in text)
+    return f"a text: {short_name(text.strip())!r}" if is_text else ""
 
 
 def package_of(module: str) -> str:

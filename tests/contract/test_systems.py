@@ -400,7 +400,7 @@ def test_chat_with_messages_of_transformers_and_openai(system, tmp_path):
     answers = {str(system.chat(user(item, {"type": "text", "text": "What?"}))) for item in forms}
     assert len(answers) == 1
     for item, error in (
-        ({"type": "image", "url": "https://host/a.png"}, RequestError),
+        ({"type": "image", "url": "https://host/a.png"}, ImageError),
         (tmp_path / "absent.png", ImageError),
     ):
         with pytest.raises(error):

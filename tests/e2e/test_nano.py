@@ -38,7 +38,7 @@ def test_weights_are_safetensors_and_at_most_40_mb():
 
 
 def test_rebuilt_images_are_nearest_to_their_originals(seed: SeedLlama):
-    originals = [open_image(ROOT / "images" / name) for name in DEMO]
+    originals = [open_image(ROOT / "images" / name).image for name in DEMO]
     codes = seed.tokenize(originals)
     assert codes.shape == (len(DEMO), 32) and codes.dtype == torch.int64
     rebuilt = seed.reconstruct(codes, seed=0)

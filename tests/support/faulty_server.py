@@ -17,9 +17,9 @@ from typing import Any
 import torch
 from repository import ROOT
 
+from seed_multimodal.images.io import StoredImage
 from seed_multimodal.inference.backends.torch import TorchBackend
 from seed_multimodal.inference.batching import DynamicBatcher
-from seed_multimodal.serving import backend
 
 ERRORS = (
     (torch.OutOfMemoryError, "CUDA out of memory (injected)"),
@@ -31,7 +31,7 @@ PARTS: tuple[tuple[Any, str, float], ...] = (
     (TorchBackend, "prefill", 1.0),
     (TorchBackend, "decode", 0.05),
     (DynamicBatcher, "_compute", 1.0),  # encoding and drawing of images
-    (backend, "open_image", 1.0),
+    (StoredImage, "decode", 1.0),
 )
 
 

@@ -108,7 +108,7 @@ class Conversation:
 def chat(args: Namespace) -> int:
     """Run the conversation; without `--message` it reads lines until /quit or end of input."""
     # Wrong flags are reported before the weights are loaded.
-    images = [open_image(file) for file in args.image]
+    images = [open_image(file).image for file in args.image]
     writable_folder(args.out, ConfigError)
     conversation = Conversation(load_system(args), args)
     conversation.images = images
@@ -134,7 +134,7 @@ def _read_lines(conversation: Conversation) -> int:
                 conversation.images = []
                 log_line("A new conversation.")
             elif command == "/image":
-                conversation.images.append(open_image(argument))
+                conversation.images.append(open_image(argument).image)
                 log_line(f"{argument} goes with your next message.")
             elif command == "/draw":
                 conversation.send(argument, force_image=True)

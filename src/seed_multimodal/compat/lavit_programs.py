@@ -238,7 +238,7 @@ def _compose(args: Namespace) -> int:
     stems = []
     for part in args.parts:
         if Path(part).suffix.lower() in common.IMAGE_SUFFIXES:
-            content.append(open_image(part))
+            content.append(open_image(part).image)
             stems.append(Path(part).stem)
         else:
             content.append(part)

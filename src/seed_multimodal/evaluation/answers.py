@@ -257,7 +257,7 @@ def open_sample(sample: Sample, run: Run) -> Image.Image | None:
     if sample.image is None:
         return None
     file = find_image_file(sample.image, run.images, run.annotations, sample.location)
-    return open_image(file)
+    return open_image(file).image
 
 
 def finish(run: Run, lines: Sequence[Line], scores: Scores) -> JsonObject:

@@ -126,7 +126,7 @@ def fid(
         batch = slice(start, start + BATCH)
         real = [_square_image(sample, run) for sample in samples[batch]]
         _update(metric, real, are_real=True)
-        _update(metric, [open_image(path) for path in drawings[batch]], are_real=False)
+        _update(metric, [open_image(path).image for path in drawings[batch]], are_real=False)
     return float(metric.compute())
 
 

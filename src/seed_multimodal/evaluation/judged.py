@@ -78,7 +78,7 @@ class SampleFolders:
         return files[:count]
 
     def read(self, folder: Path, index: int, sample: JudgedPrompt, count: int) -> list[Image.Image]:
-        return [open_image(file) for file in self.files(folder, index, sample, count)]
+        return [open_image(file).image for file in self.files(folder, index, sample, count)]
 
 
 class GridFiles:
@@ -106,7 +106,7 @@ class GridFiles:
 
     def read(self, folder: Path, index: int, sample: JudgedPrompt, count: int) -> list[Image.Image]:
         (file,) = self.files(folder, index, sample, count)
-        image = open_image(file)
+        image = open_image(file).image
         if count == 1:
             return [image]
         width, height = (side // 2 for side in image.size)

@@ -332,7 +332,7 @@ def read_images(
 def _read(source: Pairs, row: int) -> tuple[list[str], Image.Image]:
     pair = source.read(row)
     name = f"{pair.location} ({pair.image})" if isinstance(pair.image, Path) else pair.location
-    return list(pair.captions), open_image(pair.image, name=name)
+    return list(pair.captions), open_image(pair.image, name=name).image
 
 
 # ---- sections of the report

@@ -8,8 +8,8 @@ What needs torch is imported from its module.
 from seed_multimodal.images.io import (
     ImageLimits,
     ImageSource,
+    Opened,
     StoredImage,
-    image_size,
     image_to_bytes,
     open_image,
 )
@@ -17,8 +17,8 @@ from seed_multimodal.images.io import (
 __all__ = [
     "ImageLimits",
     "ImageSource",
+    "Opened",
     "StoredImage",
-    "image_size",
     "image_to_bytes",
     "open_image",
 ]

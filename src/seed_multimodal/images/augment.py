@@ -79,10 +79,8 @@ class TrainTransform:
             box = self.crop_box(image.size, generator)
             return self._view(image, box, generator)
 
-        # 1. The box in the upright image: orientations from 5 on exchange width and height.
-        is_transposed = stored.orientation() in range(5, 9)
-        upright_size = stored.size[::-1] if is_transposed else stored.size
-        box = self.crop_box(upright_size, generator)
+        # 1. The box in the upright image.
+        box = self.crop_box(stored.upright(stored.size), generator)
 
         # 2. The same box in the reduced image, cut out: uint8 [3, h, w].
         left, top, right, bottom = box

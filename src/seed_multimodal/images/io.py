@@ -1,9 +1,9 @@
-"""Reading of image files and base64 text as 8-bit RGB, with errors that name the source.
+"""The reader of images: what a caller, command line, request or page gives → 8-bit RGB.
 
 * The header is checked before decoding; Pillow's guard against decompression bombs applies.
 * Only raster formats are tried: Pillow would run Ghostscript for EPS.
 * Animations and multi-page files give their first frame. EXIF rotation is applied.
-* Transparency is laid over white. 16-bit grey is scaled to 8 bits (value / 257). Colour profiles
+* Transparency is laid over white. Other depths are scaled to 8 bits (`to_8_bits`). Colour profiles
   are not applied.
 * With `at_least`, images of more than `MAX_EXACT_PIXELS` pixels are reduced by 2, 4 or 8 while
   decoding; smaller ones are decoded in full.
@@ -12,24 +12,37 @@
 from __future__ import annotations
 
 import base64
+import contextlib
 import functools
+import importlib
 import io
 import math
 import os
 import re
+import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import IO, Any, TypeAlias
+from typing import IO, Any, NamedTuple, Protocol, TypeAlias, TypeGuard
+from urllib.parse import unquote_to_bytes
 
 import numpy as np
 from PIL import Image, JpegImagePlugin
 
-from seed_multimodal.errors import ImageError, first_line
+from seed_multimodal.errors import ImageError, SeedError, first_line, name_bytes, short_name
 
-FORMATS = tuple("PNG JPEG GIF WEBP BMP DIB TIFF PPM ICO AVIF JPEG2000 PCX TGA".split())
-# Returns an image's pixels, uint8 [H, W, 3].
-ImageFunction = Callable[[], np.ndarray]
+# HEIF is read where the plug-in pillow-heif is installed.
+FORMATS = tuple("PNG JPEG GIF WEBP BMP DIB TIFF PPM ICO AVIF JPEG2000 PCX TGA HEIF".split())
+
+
+class Array(Protocol):
+    """NumPy's arrays, torch's tensors and others that NumPy reads."""
+
+    def __array__(self) -> Any: ...
+
+
+# Returns an image's pixels, in one of the other forms.
+ImageFunction = Callable[[], Any]
 ImageSource: TypeAlias = (
     str
     | os.PathLike[str]
@@ -38,11 +51,13 @@ ImageSource: TypeAlias = (
     | memoryview
     | IO[bytes]
     | Image.Image
-    | np.ndarray
+    | Array
     | ImageFunction
 )
 MAX_EXACT_PIXELS = 12_500_000  # 12 megapixels
 MIN_OVERSAMPLING = 3  # reduction to three times the final size is visually lossless
+PIECE = 1 << 20  # bytes read at a time
+MAX_FILE_NAME = 255  # a longer string is no path
 # EXIF orientation -> how to turn the image upright; 1 is upright.
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -53,7 +68,14 @@ _ORIENTATIONS = {
     7: Image.Transpose.TRANSVERSE,
     8: Image.Transpose.ROTATE_90,
 }
-_DATA_URL = re.compile(rb"\s*data:[\w.+-]+/[\w.+-]+(?:;[\w=.+-]+)*;base64,", re.ASCII)
+# How image files begin.
+_IMAGE_START = re.compile(
+    rb"\x89PNG|\xff\xd8\xff|GIF8|BM|II\*\0|MM\0\*|RIFF....WEBP|....ftyp|\0\0\0\x0cJXL |\xff\x0a",
+    re.DOTALL,
+)
+_URL = re.compile(r"\s*\w{2,}:/")  # more letters than a drive of Windows
+# What unseekable files held: conversations read their images again at each turn.
+_read_before: weakref.WeakKeyDictionary[Any, bytes] = weakref.WeakKeyDictionary()
 
 
 @dataclass(frozen=True)
@@ -63,28 +85,36 @@ class ImageLimits:
     max_pixels: int = 100_000_000  # width × height
     max_bytes: int = 200 << 20  # of the file
     max_side: int = 30_000  # pixels
-    formats: tuple[str, ...] = FORMATS
 
     def check_size(self, size: tuple[int, int], name: str) -> None:
         """Raise ImageError for an image of `size` (width, height) outside the limits."""
         width, height = size
         if not 0 < width * height <= self.max_pixels or max(size) > self.max_side:
             raise ImageError(
-                f"{name}: rejected, because its header claims {width}x{height} pixels "
+                f"{name}: rejected, because it has {width}x{height} pixels "
                 f"(limit: {self.max_pixels} pixels, {self.max_side} a side)."
             )
 
     def check_bytes(self, count: int, name: str) -> None:
         """Raise ImageError for an empty or too long file."""
         if count == 0:
-            raise ImageError(f"{name}: the file is empty (0 bytes).")
+            raise ImageError(f"{name}: is empty (0 bytes).")
         if count > self.max_bytes:
-            raise ImageError(
-                f"{name}: rejected, because it has {count} bytes (limit: {self.max_bytes})."
-            )
+            raise ImageError(f"{name}: rejected, because it has over {self.max_bytes} bytes.")
 
 
 DEFAULT_LIMITS = ImageLimits()
+
+
+class Opened(NamedTuple):
+    """An image as it was opened.
+
+    image: RGB, 8 bits a channel, upright, without metadata; a large one may be reduced.
+    size: (width, height) of the stored image, upright.
+    """
+
+    image: Image.Image
+    size: tuple[int, int]
 
 
 class StoredImage:
@@ -98,31 +128,40 @@ class StoredImage:
     def __init__(
         self, source: ImageSource, name: str | None = None, limits: ImageLimits = DEFAULT_LIMITS
     ) -> None:
-        # 1. The name in error messages.
-        if callable(source):
-            source = source()
-        file_name = Path(source).name if isinstance(source, str | os.PathLike) else ""
-        self.name = name or file_name or "image"
+        self.name = short_name(name or _name_of(source))
         self.limits = limits
+        try:
+            if _is_function(source):
+                source = source()
+            self.image = self._read(source)
+            self.size = self.image.size
+        except SeedError:
+            raise
+        except Exception as error:  # of the caller's file, array or function
+            raise ImageError(f"{self.name}: cannot be read ({first_line(error)}).") from error
+        limits.check_size(self.size, self.name)
+        # A caller's own image is not changed, as the decoder's reduction would.
+        is_own = self.image is not source
+        self.is_jpeg = is_own and isinstance(self.image, JpegImagePlugin.JpegImageFile)
 
-        # 2. Pixels, or a file of which only the header is decoded.
-        if isinstance(source, np.ndarray):
-            image = Image.fromarray(source)
-        elif isinstance(source, Image.Image):
-            image = source
+    def _read(self, source: Any) -> Image.Image:
+        """The image of which only the header is decoded, if it is a file."""
+        if isinstance(source, Image.Image):
+            return source
+        if _is_array(source):
+            return _array_image(source, self.name)
+        if isinstance(source, str):
+            source = read_string(source, self.name, self.limits)
+        if isinstance(source, os.PathLike):
+            data = _path_bytes(Path(source), self.name, self.limits)
+        elif is_open_file(source):
+            data = _stream_bytes(source, self.name, self.limits)
+        elif isinstance(source, bytes | bytearray | memoryview):
+            data = bytes(source)
         else:
-            data = _read_bytes(source, self.name, limits)
-            try:
-                image = Image.open(io.BytesIO(data), formats=_readable_formats(limits.formats))
-            except Exception as error:
-                raise ImageError(
-                    f"{self.name}: not an image in a known format ({', '.join(limits.formats)}), "
-                    "or its header is damaged or claims too many pixels."
-                ) from error
-        limits.check_size(image.size, self.name)
-        self.image = image
-        self.size = image.size
-        self.is_jpeg = isinstance(image, JpegImagePlugin.JpegImageFile)
+            raise ImageError(f"{self.name}: {type(source).__name__} is no image.")
+        self.limits.check_bytes(len(data), self.name)
+        return _open_header(data, self.name)
 
     def orientation(self) -> int:
         """EXIF orientation, 1 for upright or damaged metadata."""
@@ -130,6 +169,21 @@ class StoredImage:
             return int(self.image.getexif().get(0x0112) or 1)
         except Exception:  # noqa: BLE001
             return 1
+
+    def open(self, at_least: int | None = None) -> Opened:
+        """The image, decoded. Arguments and errors are those of `open_image`."""
+        width, height = self.size
+        factor = 1
+        if at_least is not None and width * height > MAX_EXACT_PIXELS:
+            factor = reduction_factor(self.size, at_least)
+        image = self.decode(factor)
+        # Decoding corrects the sizes of some headers; a JPEG's is the reduced one then.
+        size = self.size if self.is_jpeg else self.image.size
+        return Opened(image, self.upright(size))
+
+    def upright(self, size: tuple[int, int]) -> tuple[int, int]:
+        """A stored (width, height) as the orientation turns it."""
+        return size[::-1] if self.orientation() in range(5, 9) else size
 
     def decode(self, factor: int = 1) -> Image.Image:
         """The image as RGB, upright, without metadata.
@@ -164,12 +218,13 @@ def open_image(
     name: str | None = None,
     limits: ImageLimits = DEFAULT_LIMITS,
     at_least: int | None = None,
-) -> Image.Image:
-    """Read one image as RGB, 8 bits a channel, upright, without metadata.
+) -> Opened:
+    """Read one image.
 
     Args:
-        source: a path, the bytes of a file, an open file, a PIL image, an array uint8 [H, W] or
-            [H, W, C], or a function that returns one.
+        source: a path (also of a pipe), a data URL or base64 text, the bytes of a file, an open
+            file, a PIL image, an array or tensor of [H, W], [H, W, C] or [C, H, W] with C = 1 to 4,
+            or a function that returns one of these.
         name: for error messages; default: the file's name, or "image".
         at_least: a large image may be reduced to no fewer than this many pixels a side; None:
             never.
@@ -177,22 +232,7 @@ def open_image(
     Raises:
         ImageError: missing, empty, not an image, damaged, or outside `limits`.
     """
-    stored = StoredImage(source, name, limits)
-    width, height = stored.size
-    factor = 1
-    if at_least is not None and width * height > MAX_EXACT_PIXELS:
-        factor = reduction_factor(stored.size, at_least)
-    return stored.decode(factor)
-
-
-def image_size(
-    source: ImageSource, *, name: str | None = None, limits: ImageLimits = DEFAULT_LIMITS
-) -> tuple[int, int]:
-    """(width, height) from the header, without decoding.
-
-    Raises as `open_image`, except for damaged contents.
-    """
-    return StoredImage(source, name, limits).size
+    return StoredImage(source, name, limits).open(at_least)
 
 
 def reduction_factor(size: tuple[int, int], min_side: int) -> int:
@@ -203,9 +243,224 @@ def reduction_factor(size: tuple[int, int], min_side: int) -> int:
     return 1
 
 
-def is_open_file(value: object) -> bool:
+# ---- what is an image
+
+
+def is_image(value: object) -> TypeGuard[ImageSource]:
+    """Whether `open_image` takes `value`, which is no `str`: that may be any text.
+
+    An array of one axis holds codes, one of int64 and two axes rows of codes.
+    """
+    if not _is_array(value):
+        kinds = (os.PathLike, bytes, bytearray, memoryview, Image.Image)
+        return isinstance(value, kinds) or is_open_file(value) or _is_function(value)
+    n_axes = getattr(value, "ndim", 0)
+    return n_axes > 2 or (n_axes == 2 and "int64" not in str(getattr(value, "dtype", "")))
+
+
+def is_open_file(value: object) -> TypeGuard[IO[bytes]]:
     """Whether `value` is an open file (or something like it)."""
-    return hasattr(value, "read") and hasattr(value, "seekable")
+    return hasattr(value, "read")
+
+
+def _is_array(value: object) -> bool:
+    return hasattr(value, "__array__")
+
+
+def _is_function(value: object) -> TypeGuard[ImageFunction]:
+    return callable(value) and not _is_array(value) and not is_open_file(value)
+
+
+def _name_of(source: object) -> str:
+    """The name of a path or open file, else "image"."""
+    path = getattr(source, "name", None) if is_open_file(source) else source
+    if isinstance(path, os.PathLike) or (isinstance(path, str) and not _is_data_url(path)):
+        return Path(path).name or "image"
+    return "image"
+
+
+# ---- the bytes of a file
+
+
+def read_string(
+    text: str, name: str = "image", limits: ImageLimits = DEFAULT_LIMITS
+) -> Path | bytes:
+    """The path, or the bytes of a data URL or base64 text.
+
+    Raises ImageError: an address of the internet, or damaged base64.
+    """
+    if not _is_data_url(text):
+        if os.path.exists(text):
+            return Path(text)
+        # Base64 text may look like a path, and a short path like base64 text.
+        data = b""
+        with contextlib.suppress(ImageError):
+            data = decode_text(text, name, limits)
+        is_path = len(text) <= MAX_FILE_NAME and not _IMAGE_START.match(data)
+        if is_path and not _URL.match(text):
+            return Path(text)
+    return decode_text(text, name, limits)
+
+
+def decode_text(text: str, name: str = "image", limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
+    """The bytes in a data URL (RFC 2397), or in base64 text of either alphabet, with or without
+    padding and line breaks.
+
+    Raises ImageError: other text, or a longer one than the limit.
+    """
+    body = text
+    if _is_data_url(text):
+        head, _, body = text.partition(",")
+        content = unquote_to_bytes(body)
+        if not re.search(r";\s*base64\s*$", head, re.IGNORECASE):
+            limits.check_bytes(len(content), name)
+            return content
+        body = content.decode("latin-1")
+    elif _URL.match(text):
+        raise ImageError(
+            f"{name}: {short_name(text)} is an address, and nothing is downloaded; give the image."
+        )
+    # Four characters are three bytes; the limit is checked before decoding.
+    body = "".join(body.split()).rstrip("=")
+    limits.check_bytes(len(body) * 3 // 4, name)
+    padding = "=" * (-len(body) % 4)
+    try:
+        standard = body.replace("-", "+").replace("_", "/")
+        return base64.b64decode(standard + padding, validate=True)
+    except ValueError as error:
+        raise ImageError(
+            f"{name}: neither base64 text nor a data URL: {short_name(text)!r}."
+        ) from error
+
+
+def _is_data_url(text: str) -> bool:
+    return text.lstrip()[:5].lower() == "data:"
+
+
+def _path_bytes(path: Path, name: str, limits: ImageLimits) -> bytes:
+    """The bytes of a file or pipe."""
+    try:
+        with open(path, "rb") as file:
+            return _read_all(file, limits)
+    except OSError as error:
+        full_path = "" if name.endswith(str(path)) else f" ({short_name(str(path), 200)})"
+        reason = str(error.strerror).lower()
+        if isinstance(error, FileNotFoundError):
+            reason = "no such file"
+        elif isinstance(error, IsADirectoryError):
+            reason = "is a folder"
+        raise ImageError(f"{name}: {reason}{full_path}.") from error
+
+
+def _stream_bytes(file: IO[bytes], name: str, limits: ImageLimits) -> bytes:
+    """All bytes of an open file, from its start; what cannot be read again is kept."""
+    if isinstance(file, io.TextIOBase):
+        raise ImageError(f'{name}: is opened as text; open it with mode "rb".')
+    if file.seekable():
+        file.seek(0)
+        return _read_all(file, limits)
+    if file not in _read_before:
+        _read_before[file] = _read_all(file, limits)
+    return _read_before[file]
+
+
+def _read_all(file: IO[bytes], limits: ImageLimits) -> bytes:
+    """The bytes of a file, or more than the limit; a pipe gives fewer than were asked for."""
+    data = bytearray()
+    while len(data) <= limits.max_bytes and (piece := file.read(PIECE)):
+        data += piece
+    return bytes(data)
+
+
+def _open_header(data: bytes, name: str) -> Image.Image:
+    """The image of a file, not yet decoded."""
+    _register_plugins()
+    formats = [format for format in FORMATS if format in Image.OPEN]
+    try:
+        return Image.open(io.BytesIO(data), formats=formats)
+    except Image.DecompressionBombError as error:
+        raise ImageError(f"{name}: rejected, because it has too many pixels.") from error
+    except Exception as error:
+        reason = name_bytes(data[:2000])
+        if not reason and _IMAGE_START.match(data):
+            reason = "an image whose header is damaged"
+        reason = reason or f"no image in a known format ({', '.join(formats)})"
+        raise ImageError(f"{name}: is {reason}.") from error
+
+
+@functools.cache
+def _register_plugins() -> None:
+    """Load Pillow's own formats, and that of a package which does not register itself."""
+    Image.init()
+    with contextlib.suppress(ImportError):
+        importlib.import_module("pillow_heif").register_heif_opener()
+
+
+# ---- pixels
+
+
+def _array_image(source: Any, name: str) -> Image.Image:
+    """The image in an array or tensor, of [H, W], [H, W, C] or [C, H, W] and any usual type."""
+    # 1. A NumPy array, which knows no bfloat16.
+    if hasattr(source, "detach"):
+        source = source.detach().cpu()
+        source = source.float() if source.is_floating_point() else source
+    array = np.asarray(source)
+    shape = list(array.shape)
+    dtype = array.dtype
+
+    # 2. [H, W] or [H, W, C]: without a batch of one, channels last.
+    while array.ndim > 3 and len(array) == 1:
+        array = array[0]
+    n_channels = range(1, 5)
+    if array.ndim == 3 and array.shape[0] in n_channels and array.shape[2] not in n_channels:
+        array = np.moveaxis(array, 0, 2)
+    if array.ndim == 3 and array.shape[2] == 1:
+        array = array[:, :, 0]
+
+    # 3. Eight bits.
+    try:
+        if array.ndim not in (2, 3):
+            raise ValueError(f"{array.ndim} axes")
+        return Image.fromarray(to_8_bits(array))
+    except (TypeError, ValueError) as error:
+        raise ImageError(
+            f"{name}: an array of shape {shape} and type {dtype} is no image "
+            f"({first_line(error)}); give [H, W], [H, W, C] or [C, H, W] with 1 to 4 channels, "
+            "or a list of images."
+        ) from error
+
+
+def to_8_bits(levels: np.ndarray) -> np.ndarray:
+    """Numbers of any type → uint8; NaN is 0.
+
+    uint16 has 16 bits. Other types have the range in which their largest value is: floats of 0…1,
+    else 0…255, 0…65535, 0…2³²-1. Values of a resampled image may be 5 % outside of it.
+
+    Raises ValueError: other types or values.
+    """
+    if levels.dtype == np.uint8:
+        return levels
+    if levels.dtype.kind not in "buif":
+        raise ValueError("no numbers")
+
+    # 1. The range.
+    values = levels.astype(np.float32)
+    finite = values[np.isfinite(values)]
+    low = finite.min(initial=0)
+    high = finite.max(initial=0)
+    whites = [255, 65535, 2**32 - 1]
+    if levels.dtype.kind in "bf":
+        whites.insert(0, 1)
+    elif levels.dtype == np.uint16:
+        whites = [65535]
+    white = next((white for white in whites if high <= 1.05 * white), None)
+    if white is None or low < -0.05 * high:
+        raise ValueError(f"values from {low:g} to {high:g}")
+
+    # 2. Eight bits.
+    scaled = np.nan_to_num(values / white * 255, nan=0.0)
+    return np.rint(scaled.clip(0, 255)).astype(np.uint8)
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -214,14 +469,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises `ValueError` for a mode that Pillow cannot convert.
     """
     # 1. Eight bits a channel.
-    if image.mode.startswith("I"):  # 16 bits, which Pillow would clip
-        levels = np.asarray(image).clip(0, 65535) / 257
-        image = Image.fromarray(np.rint(levels).astype(np.uint8))
-    elif image.mode == "F":  # 0…1, or 0…255
-        levels = np.asarray(image)
-        if levels.max() <= 1:
-            levels = levels * 255
-        image = Image.fromarray(np.rint(levels.clip(0, 255)).astype(np.uint8))
+    if image.mode.startswith(("I", "F")):
+        image = Image.fromarray(to_8_bits(np.asarray(image)))
 
     # 2. Transparency over white.
     if image.has_transparency_data:
@@ -238,8 +487,8 @@ def _reduced(image: Image.Image, factor: int) -> Image.Image:
 
     It is made of strips, so that memory holds no second copy of a large image.
     """
-    # The range of mode F (0…1 or 0…255) is known from all pixels only: one strip.
-    strip_height = image.height if image.mode == "F" else 64 * factor
+    # The range of these modes is known from all pixels only: one strip.
+    strip_height = image.height if image.mode in ("I", "F") else 64 * factor
     reduced_width = math.ceil(image.width / factor)
     reduced_height = math.ceil(image.height / factor)
     plain = Image.new("RGB", (reduced_width, reduced_height))
@@ -250,40 +499,7 @@ def _reduced(image: Image.Image, factor: int) -> Image.Image:
     return plain
 
 
-def _read_bytes(
-    source: str | os.PathLike[str] | bytes | bytearray | memoryview | IO[bytes],
-    name: str,
-    limits: ImageLimits,
-) -> bytes:
-    """The bytes of an image file, from a path, memory or an open file."""
-    try:
-        if isinstance(source, str | os.PathLike):
-            path = Path(source)
-            if re.match(r"\w{2,}:/", str(path)):  # more letters than a drive of Windows
-                raise ImageError(f"{source}: is a URL; download it and pass the file.")
-            if not path.is_file():
-                problem = "is a folder" if path.is_dir() else "no such file"
-                full_path = "" if name.endswith(str(path)) else f" ({path})"
-                raise ImageError(f"{name}: {problem}{full_path}.")
-            limits.check_bytes(path.stat().st_size, name)
-            return path.read_bytes()
-        data: Any = source
-        if is_open_file(source):
-            # From the start: conversations read their images again at each turn.
-            data.seek(0)
-            data = data.read(limits.max_bytes + 1)
-    except (OSError, ValueError) as error:  # no permission; a path with a null byte; a closed file
-        reason = getattr(error, "strerror", None) or error
-        raise ImageError(f"{name}: cannot be read ({reason}).") from error
-    limits.check_bytes(len(data), name)
-    return bytes(data)
-
-
-@functools.cache
-def _readable_formats(formats: tuple[str, ...]) -> tuple[str, ...]:
-    """The formats that this build of Pillow can read."""
-    Image.init()
-    return tuple(name for name in formats if name in Image.OPEN)
+# ---- writing
 
 
 def image_to_bytes(image: Image.Image, format: str = "PNG", **options: Any) -> bytes:
@@ -296,34 +512,6 @@ def image_to_bytes(image: Image.Image, format: str = "PNG", **options: Any) -> b
 def image_to_base64(image: Image.Image, format: str = "PNG") -> str:
     """An image file as base64 text."""
     return base64.b64encode(image_to_bytes(image, format)).decode("ascii")
-
-
-def image_from_base64(
-    text: str | bytes, name: str = "image", limits: ImageLimits = DEFAULT_LIMITS
-) -> Image.Image:
-    """Read an image from base64 text; raises `ImageError` as `bytes_from_base64` and
-    `open_image`."""
-    return open_image(bytes_from_base64(text, name, limits), name=name, limits=limits)
-
-
-def bytes_from_base64(
-    text: str | bytes, name: str = "image", limits: ImageLimits = DEFAULT_LIMITS
-) -> bytes:
-    """An image file from base64 text (a `data:image/…;base64,` prefix and line breaks are allowed).
-
-    Raises ImageError: other text, or a longer one than the limit.
-    """
-    try:
-        body = text.encode("ascii") if isinstance(text, str) else text
-        prefix = _DATA_URL.match(body)
-        if prefix is not None:
-            body = body[prefix.end() :]
-        body = body.translate(None, b" \t\r\n\f\v")
-        # Four characters are three bytes; the limit is checked before decoding.
-        limits.check_bytes(len(body) * 3 // 4, name)
-        return base64.b64decode(body, validate=True)
-    except ValueError as error:
-        raise ImageError(f"{name}: not base64 text.") from error
 
 
 def fit_longer_side(image: Image.Image, length: int = 512) -> Image.Image:

@@ -185,7 +185,7 @@ class ImageTransform:
 
         Raises as `open_image`.
         """
-        return to_bytes(self.resize(open_image(source, name=name)))
+        return to_bytes(self.resize(open_image(source, name=name).image))
 
     def batch(self, images: Sequence[Image.Image]) -> Tensor:
         """Images of any sizes → [B, 3, S, S]."""

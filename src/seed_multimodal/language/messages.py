@@ -10,18 +10,16 @@ text: pass file names as `Path`, or in the format of transformers and OpenAI: `{
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.errors import RequestError
-from seed_multimodal.images.io import ImageSource, image_from_base64, is_open_file
+from seed_multimodal.images.io import ImageSource, is_image, read_string
 from seed_multimodal.language.answer import Answer, BrokenImagePart, ImagePart
 from seed_multimodal.language.vocabulary import BLANK
 
@@ -92,13 +90,6 @@ def without_oldest_turn(conversation: Sequence[Message]) -> list[Message]:
     return [*conversation[:n_system], *conversation[users[1] :]]
 
 
-def is_image(value: object) -> TypeGuard[ImageSource]:
-    """Whether `value` is an image; a `str` is text, not a file name."""
-    if isinstance(value, np.ndarray):
-        return not is_codes(value)
-    return isinstance(value, (Image.Image, Path, bytes)) or is_open_file(value)
-
-
 def is_codes(value: object) -> TypeGuard[Codes]:
     """Whether `value` is a row of image codes: an integer tensor or array, or a list of ints."""
     if isinstance(value, (Tensor, np.ndarray)):
@@ -114,19 +105,22 @@ def is_single(content: object) -> bool:
 
 
 def _as_list(content: Any) -> Sequence[Any]:
-    return [content] if is_single(content) else content
+    return content if isinstance(content, Iterable) and not is_single(content) else [content]
 
 
 def input_images(images: Images) -> list[Any]:
-    """The images of one request, given one or a list; strings are file names."""
-    return [Path(item) if isinstance(item, str) else item for item in _as_list(images)]
+    """The images of one request, given one or a list; strings are paths, data URLs or base64."""
+    return [read_string(item) if isinstance(item, str) else item for item in _as_list(images)]
 
 
 def flatten_images(images: Images) -> list[Any]:
-    """The images of all requests."""
+    """The images of all requests. Raises RequestError: a request without any."""
     items: list[Any] = []
-    for request_images in _as_list(images):
-        items += input_images(request_images)
+    for index, request_images in enumerate(_as_list(images)):
+        request_items = input_images(request_images)
+        if not request_items:
+            raise RequestError(f"Row {index} is empty: it has neither an image nor codes.")
+        items += request_items
     return items
 
 
@@ -209,15 +203,4 @@ def _chat_part(part: Mapping[str, object], index: int) -> object:
     for key in ("image", "image_url", "url", "path"):
         if isinstance(image, Mapping):
             image = image.get(key, image)
-    return _image_of_url(image, index) if isinstance(image, str) else image
-
-
-def _image_of_url(url: str, index: int) -> ImageSource:
-    """The image in a data URL, or a file's path."""
-    if url.startswith("data:"):
-        return image_from_base64(url, name=f"The image of message {index}")
-    if "://" in url:
-        raise RequestError(
-            f"Message {index}: {url[:80]} is an address, and nothing is downloaded; give the file."
-        )
-    return Path(url)
+    return read_string(image, f"The image of message {index}") if isinstance(image, str) else image

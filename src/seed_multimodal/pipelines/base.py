@@ -21,7 +21,7 @@ from seed_multimodal.device import FP16_WITH_8BIT, choose_device, choose_for_ima
 from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.hub import HubUpload
-from seed_multimodal.images.io import ImageSource
+from seed_multimodal.images.io import ImageSource, is_image
 from seed_multimodal.inference.backends.torch import joined
 from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.generator import Task
@@ -44,7 +44,6 @@ from seed_multimodal.language.messages import (
     Message,
     flatten_images,
     image_conversations,
-    is_image,
     read_messages,
     user_message,
 )

@@ -14,7 +14,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from seed_multimodal.errors import CodesError
-from seed_multimodal.images.io import MIN_OVERSAMPLING, ImageSource
+from seed_multimodal.images.io import MIN_OVERSAMPLING, ImageSource, is_image
 from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.generator import Task
@@ -23,7 +23,7 @@ from seed_multimodal.inference.prompt import Prompt
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.llm import check_vocab_size
 from seed_multimodal.language.lora import load_llm_or_adapter
-from seed_multimodal.language.messages import Codes, Message, is_image
+from seed_multimodal.language.messages import Codes, Message
 from seed_multimodal.language.prompts import PromptTemplate, Turn, get_template, merge_text
 from seed_multimodal.language.text_tokenizer import Part, TextTokenizer
 from seed_multimodal.pipelines.base import MultimodalSystem

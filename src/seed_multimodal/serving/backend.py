@@ -30,10 +30,9 @@ from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import RequestError
 from seed_multimodal.images.io import (
     ImageLimits,
-    bytes_from_base64,
-    image_size,
+    StoredImage,
+    decode_text,
     image_to_base64,
-    open_image,
 )
 from seed_multimodal.inference.prompt import Stopped, random_seed
 from seed_multimodal.language.answer import Answer, BrokenImagePart, Event, ImagePart
@@ -235,19 +234,17 @@ class Backend:
         Raises:
             RequestError: not an image, or too many pixels.
         """
-        limits = ImageLimits(
-            self.limits.max_pixels, self.limits.max_image_bytes, formats=("PNG", "JPEG", "WEBP")
-        )
+        limits = ImageLimits(self.limits.max_pixels, self.limits.max_image_bytes)
 
         # 1. Files, and their pixels as the headers say.
-        files: dict[int, bytes] = {}
+        files: dict[int, StoredImage] = {}
         n_pixels = 0
         for index, item in enumerate(items):
             if isinstance(item, list):
                 continue
             name = f"image {index}"
-            files[index] = _file_bytes(item, name, limits)
-            n_pixels += math.prod(image_size(files[index], name=name, limits=limits))
+            files[index] = StoredImage(_file_bytes(item, name, limits), name, limits)
+            n_pixels += math.prod(files[index].size)
             if n_pixels > limits.max_pixels:
                 raise RequestError(
                     f"The images up to {name} have {n_pixels / 1e6:.1f} megapixels; a request may "
@@ -259,12 +256,7 @@ class Backend:
         with deadline.hold(self._large, n_pixels > LARGE_IMAGES_PIXELS):
             self.images.labels("read").inc(len(files))
             for index, file in files.items():
-                images[index] = open_image(
-                    file,
-                    name=f"image {index}",
-                    limits=limits,
-                    at_least=self.system.images.min_side,
-                )
+                images[index] = file.open(at_least=self.system.images.min_side).image
             inputs: Mapping[int, Image.Image | list[int]] = images
             if images and self.system.prompts_are_ids:
                 encoded = self.system.images.encode([*images.values()])
@@ -527,15 +519,10 @@ class Backend:
 
 
 def _file_bytes(item: str | bytes | ImageUrl, name: str, limits: ImageLimits) -> bytes:
-    """The file of an image that a request sends. Raises RequestError: an address, or no base64."""
+    """The file of an image that a request sends. Raises ImageError: an address, or no base64."""
     if isinstance(item, bytes):
         return item
-    text = item.url if isinstance(item, ImageUrl) else item
-    if "://" in text[:12]:
-        raise RequestError(
-            f"{name}: nothing is fetched; send the image itself, as data:image/png;base64,…."
-        )
-    return bytes_from_base64(text, name, limits)
+    return decode_text(item.url if isinstance(item, ImageUrl) else item, name, limits)
 
 
 def _with_images(text: str, images: Iterator[Image.Image | list[int]]) -> list[Part]:

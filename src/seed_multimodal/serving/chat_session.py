@@ -102,7 +102,7 @@ class ChatSession:
         if not upload:
             raise RequestError("Choose an image first.")
         if upload not in self.uploads:
-            image = io.open_image(upload, limits=UPLOADS, at_least=LONGEST_SIDE)
+            image = io.open_image(upload, limits=UPLOADS, at_least=LONGEST_SIDE).image
             # The page shows what the model sees: the image, or a square of it.
             image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
             if self.model.card.keeps_aspect:
@@ -500,7 +500,8 @@ def add_change(answer: Message, change: JsonObject) -> None:
 
 async def decode_image(data: str) -> Image.Image:
     """An image of base64 or a data URL, decoded in a thread."""
-    return await asyncio.to_thread(io.image_from_base64, data)
+    opened = await asyncio.to_thread(io.open_image, io.decode_text(data))
+    return opened.image
 
 
 # ---- what the page displays
@@ -551,7 +552,7 @@ def image_with_boxes(messages: Sequence[Message], boxes: Sequence[JsonObject]) -
     for message in messages:
         paths += [part["path"] for part in message["content"] if "path" in part]
     # Shares of the sides → pixels.
-    image = io.open_image(paths[-1])
+    image = io.open_image(paths[-1]).image
     width, height = image.size
     corners = []
     for box in boxes:

@@ -23,8 +23,8 @@ from seed_multimodal.images.io import (
     chat_image,
     crop_to_aspect,
     fit_longer_side,
-    image_from_base64,
     image_to_base64,
+    open_image,
     request_image,
 )
 from seed_multimodal.language.prompts import get_template
@@ -156,7 +156,7 @@ def check_post(body: dict[str, Any], payload: dict[str, Any], name: str) -> None
     assert_same(body["text"], payload["text"], f"{name}: the posted text")
     for image, recorded in zip(body["images"], payload["images"], strict=True):
         if isinstance(recorded, str):
-            pixels, wanted = (np.array(image_from_base64(text)) for text in (image, recorded))
+            pixels, wanted = (np.array(open_image(text).image) for text in (image, recorded))
             assert_close(pixels, wanted, 1, what=f"{name}: the posted image")
         else:
             assert_same(image, recorded, f"{name}: codes in the request")

@@ -25,9 +25,8 @@ from recorded_engine import RecordedEngine
 from runner import Recording, assert_close, assert_same
 from torch import nn
 
-from seed_multimodal.images.io import image_from_base64
+from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import get_transform
-from seed_multimodal.language.prompts import ORIGINAL_TASKS
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.models.seed.pipeline import SeedImageCodec, SeedLlama
 from seed_multimodal.models.seed.spec import SeedLlamaConfig
@@ -83,7 +82,7 @@ class RecordedSystem(SeedLlama):
 
     def __init__(self, tokenizer: MultimodalTokenizer, template: str, new_ids: list[int]) -> None:
         engine = RecordedEngine(tokenizer, new_ids)
-        config = SeedLlamaConfig(name="recorded", template=template, tasks=ORIGINAL_TASKS)
+        config = SeedLlamaConfig(template=template, tasks=SeedLlamaConfig.of_original("8b").tasks)
         super().__init__(
             config, tokenizer, None, RecordedImages(tokenizer.vocabulary), engine=engine
         )
@@ -170,7 +169,7 @@ def check_answer(case: dict[str, Any], answer: dict[str, Any], eos: int, what: s
         return
     assert_same(answer["images_ids"], recorded["images_ids"], f"{what}, codes")
     for image, wanted in zip(answer["images"], recorded["images"], strict=True):
-        pixels, expected = (np.array(image_from_base64(text)) for text in (image, wanted))
+        pixels, expected = (np.array(open_image(text).image) for text in (image, wanted))
         assert_close(pixels, expected, 0, what=f"{what}, drawing")
     texts = [
         text.replace("<img> </img>", "<image>").replace("<image>", " <image> ").split()

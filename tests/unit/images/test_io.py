@@ -16,7 +16,6 @@ from seed_multimodal.errors import ImageError
 from seed_multimodal.images import io as io_module
 from seed_multimodal.images.io import (
     ImageLimits,
-    image_from_base64,
     image_to_base64,
     image_to_bytes,
     open_image,
@@ -70,7 +69,7 @@ PIXELS = {
 def test_open_image_of_other_modes(name):
     # Transparent pixels are white, as on a page; a grey of 16 bits is not cut to 8.
     source, expected = PIXELS[name]
-    opened = open_image(source)
+    opened = open_image(source).image
     assert opened.mode == "RGB" and opened.getpixel((0, 0)) == expected
 
 
@@ -79,7 +78,7 @@ def test_open_image_keeps_pixels_of_lossless_formats(tmp_path, suffix):
     # Another pixel is another code.
     path = tmp_path / f"image.{suffix}"
     gradient().save(path, **({"lossless": True} if suffix == "webp" else {}))
-    opened = open_image(path)
+    opened = open_image(path).image
     assert opened.mode == "RGB" and opened.info == {}
     assert np.array_equal(np.asarray(opened), np.asarray(gradient()))
 
@@ -101,7 +100,7 @@ def test_open_image_applies_exif_rotation(kind, orientation):
     stored = upright.transpose(Image.Transpose[TURNS[orientation]])
     exif = Image.Exif()
     exif[0x0112] = orientation
-    opened = open_image(saved(stored, kind, exif=exif))
+    opened = open_image(saved(stored, kind, exif=exif)).image
     assert opened.size == (32, 16)
     red, green, _ = opened.getpixel((4, 3))
     assert red > 200 and green < 60
@@ -117,8 +116,8 @@ def test_open_image_reduces_large_images(kind, monkeypatch):
     exif[0x0112] = 6
     noise = np.random.default_rng(5).integers(0, 255, (32, 32, 3), dtype=np.uint8)
     data = saved(Image.fromarray(noise).resize((840, 600)), kind, exif=exif)
-    reduced = open_image(data, at_least=140)
-    full = open_image(data)
+    reduced = open_image(data, at_least=140).image
+    full = open_image(data).image
     assert (reduced.size, full.size) == ((150, 210), (600, 840))
     resize = get_transform(keep_ratio=False, image_size=64).resize
     levels = [np.asarray(resize(image)).astype(float) for image in (reduced, full)]
@@ -177,9 +176,9 @@ def test_image_to_base64_and_back():
     assert base64.b64decode(text).startswith(b"\x89PNG")
     lines = "\n".join(text[start : start + 40] for start in range(0, len(text), 40))
     for version in (text, f"data:image/png;base64,{lines}", f"  {text}\n"):
-        assert image_from_base64(version).tobytes() == gradient().tobytes()
+        assert open_image(version).image.tobytes() == gradient().tobytes()
     for wrong in ("", "not base64!", "aGVsbG8="):
         with pytest.raises(ImageError, match=r"images\[2\]"):
-            image_from_base64(wrong, name="images[2]")
+            open_image(wrong, name="images[2]")
     with pytest.raises(ImageError):
-        image_from_base64("A" * 4000, limits=ImageLimits(max_bytes=2000))
+        open_image("A" * 4000, limits=ImageLimits(max_bytes=2000))

@@ -38,7 +38,7 @@ def test_train_and_export_of_lavit(yaml, run, images, tmp_path, capsys):
     tokenizer = load_dynamic_tokenizer(out / "tokenizer")
     decoder = CodeDecoder.from_pretrained(out / "decoder")
     files = sorted(images.glob("*.png"))[:3]
-    pixels = tokenizer.transform.batch([open_image(file) for file in files])
+    pixels = tokenizer.transform.batch([open_image(file).image for file in files])
     noise = torch.randn(3, 16, 2)
     codes = tokenizer.encode(pixels, noise=noise)
     expected = LavitStage1.forward(model, pixels, noise=noise)

@@ -20,7 +20,7 @@ from seed_multimodal.data.formats.record import (
 )
 from seed_multimodal.data.formats.storage import is_remote, read_all
 from seed_multimodal.errors import ImageError
-from seed_multimodal.images.io import ImageFunction, bytes_from_base64
+from seed_multimodal.images.io import ImageFunction, decode_text
 from seed_multimodal.settings import nearest
 
 # An unread image: file content, path, or a function that renders it.
@@ -100,14 +100,14 @@ def record_image(value: FieldValue, record: Record, root: str | Path | None = No
             "wrong type", f"{record.location}: image value {shorten(value)} is not a path."
         )
     if value.startswith("data:"):
-        return bytes_from_base64(value, record.location)
+        return decode_text(value, record.location)
 
     # 2. A local file; before base64 without a prefix, which may look like a path.
     path = find_image(value, root, record.file)
     if path is not None:
         return path
     if _BASE64.fullmatch(value):
-        return bytes_from_base64(value, record.location)
+        return decode_text(value, record.location)
 
     # 3. A remote file.
     is_url = "://" in value

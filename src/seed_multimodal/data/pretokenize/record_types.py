@@ -80,7 +80,7 @@ class SourceImage:
         name = self.record.location
         if isinstance(image, Path) and name != self.record.file:  # else it is the record's file
             name = f"{name}: {image}"
-        return open_image(image, name=name)
+        return open_image(image, name=name).image
 
 
 class Sample:

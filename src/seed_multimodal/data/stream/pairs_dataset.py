@@ -127,7 +127,7 @@ class PairDataset(SourceDataset[CaptionedImage]):
         else:
             with torch.random.fork_rng(devices=[]):
                 torch.default_generator.manual_seed(seed)
-                image = self.image_transform(open_image(pair.image, name=pair.location))
+                image = self.image_transform(open_image(pair.image, name=pair.location).image)
         return {"image": image, "caption": caption, "key": pair.key, "index": index}
 
 
@@ -290,7 +290,7 @@ class TargetPairs(SourceDataset[TargetSample]):
     def sample(self, pair: Pair, index: int, seed: int) -> TargetSample:
         """See `SourceDataset`; deterministic."""
         # 1. The target and the encoder's input.
-        image = open_image(pair.image, name=pair.location)
+        image = open_image(pair.image, name=pair.location).image
         size = self.view.size_of(image, pair.key)
         sample: TargetSample = {
             "image": self.view.target_image(image, size),
@@ -308,7 +308,7 @@ class TargetPairs(SourceDataset[TargetSample]):
             sample["condition"] = torch.zeros_like(sample["image"])
         else:
             name = f"{pair.location} (the image before the edit)"
-            before = open_image(pair.condition, name=name)
+            before = open_image(pair.condition, name=name).image
             sample["condition"] = self.view.target_image(before, size)
         return sample
 

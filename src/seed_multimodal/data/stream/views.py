@@ -102,7 +102,7 @@ class ImageReader:
 
         def open_field(value: FieldValue, name: str) -> Image.Image:
             stored = record_image(value, record, self.folder)
-            return open_image(stored, name=f"{record.location}: {name}")
+            return open_image(stored, name=f"{record.location}: {name}").image
 
         return self.decoder.open_images(fields, open_field)
 

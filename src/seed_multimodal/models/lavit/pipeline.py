@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.errors import CheckpointError, RequestError
 from seed_multimodal.hub import first_file
-from seed_multimodal.images.io import ImageSource
+from seed_multimodal.images.io import ImageSource, is_image
 from seed_multimodal.inference.backends.torch import joined
 from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.generator import Task
@@ -33,7 +33,6 @@ from seed_multimodal.language.messages import (
     Message,
     flatten_images,
     is_codes,
-    is_image,
     user_message,
 )
 from seed_multimodal.models.lavit.checkpoints import VISUAL_WEIGHT_FILES, load_tokenizer_pair

@@ -122,7 +122,9 @@ def export_tokenizer(
     if vocabulary is not None:
         _check_vocabulary(vocabulary, sizes, stage2)
     model = tokenizer_class.from_original(sizes, state, " and ".join(files))
-    test_image = Image.linear_gradient("L").convert("RGB") if image is None else open_image(image)
+    test_image = (
+        Image.linear_gradient("L").convert("RGB") if image is None else open_image(image).image
+    )
     pixels = model.visual_encoder.preprocessing(test_image)[None]
     codes = model.encode(pixels)
 

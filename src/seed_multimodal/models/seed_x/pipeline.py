@@ -19,7 +19,7 @@ from torch import Tensor
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, RequestError
-from seed_multimodal.images.io import ImageSource
+from seed_multimodal.images.io import ImageSource, is_image
 from seed_multimodal.images.sheet import draw_boxes
 from seed_multimodal.images.views import (
     UNIT,
@@ -46,7 +46,6 @@ from seed_multimodal.language.messages import (
     flatten_images,
     image_conversations,
     is_codes,
-    is_image,
 )
 from seed_multimodal.language.prompts import PromptTemplate, without_verdict
 from seed_multimodal.language.text_tokenizer import TextTokenizer

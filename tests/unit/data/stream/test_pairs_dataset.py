@@ -31,7 +31,7 @@ def test_get(shards: Path):
     assert (sample["key"], sample["index"]) == ("00017", 17)
     assert sample["caption"] == "a photo of picture 17"
     assert sample["image"].dtype == torch.uint8  # a quarter of normalised values
-    assert torch.equal(normalise(sample["image"]), PLAIN(open_image(jpeg(17))))
+    assert torch.equal(normalise(sample["image"]), PLAIN(open_image(jpeg(17)).image))
 
 
 @pytest.mark.parametrize("package", ["ours", "torchvision"])

@@ -22,7 +22,7 @@ def test_open_pairs_of_training_scenes():
     scene = scene_at(3, 7)
     pair = pairs.read(7)
     assert len(pairs) == 50
-    assert np.array_equal(open_image(pair.image), render(scene, 32))
+    assert np.array_equal(open_image(pair.image).image, render(scene, 32))
     assert pair.key == pairs.key(7) == "scene train 3 7"
     # Four captions in different words of one scene.
     assert len(pair.captions) == 4
