@@ -121,7 +121,7 @@ def test_the_extra_demo_brings_what_the_server_imports():
 # A package may import itself and those before it. Other modules of the root are below all packages,
 # or above.
 PACKAGES = (
-    "images", "nn", "language", "inference", "diffusion", "models.registry", "pipelines", "models",
+    "weights", "images", "nn", "language", "inference", "diffusion", "models.registry", "pipelines", "models",
     "transformers", "data", "training", "evaluation", "serving", "cli", "compat",
 )  # fmt: skip
 ABOVE = ("__main__", "")  # "" is the package itself, which names its public objects
@@ -138,8 +138,8 @@ CIRCLES = {
     "training.checkpoint training.engine training.metrics training.task training.trainer",
     "training.config training.schedules",
     "data.stream.mixture data.stream.views",
-    "models.registry pipelines.answers pipelines.assemble pipelines.base pipelines.base_record "
-    "pipelines.config pipelines.hub_files pipelines.images",
+    "models.registry pipelines.answers pipelines.assemble pipelines.base pipelines.config "
+    "pipelines.images",
 }
 
 

@@ -21,7 +21,6 @@ from seed_lavis.compat import BaseModel
 from seed_lavis.options import APPLICATION, CodebookOptions, ModelOptions, locate, vit_sizes
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import download_advice
 from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.models.seed.checkpoints import (
     VISION,
@@ -37,6 +36,7 @@ from seed_multimodal.nn.vision.eva import EvaVit
 from seed_multimodal.settings import read_settings
 from seed_multimodal.state_dicts import assign_strictly, load_state_dict
 from seed_multimodal.training.checkpoint import frozen_names
+from seed_multimodal.weights.catalogue import download_advice
 
 if TYPE_CHECKING:
     from transformers import CLIPVisionModelWithProjection

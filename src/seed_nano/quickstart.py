@@ -20,8 +20,8 @@ from seed_multimodal.cli.common import add_common, load_system, save_image, writ
 from seed_multimodal.disk import writable_folder
 from seed_multimodal.entry import DONE, add_language_model, run_program
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.hub import locate_system
 from seed_multimodal.images.sheet import Cell, Row, code_strip, contact_sheet
+from seed_multimodal.weights.find import locate_system
 from seed_nano.world.scene import render
 from seed_nano.world.splits import held_out
 from seed_nano.world.things import BACKGROUND_PHRASES

@@ -38,7 +38,8 @@ class LoopbackHub:
         """Paths of the files that were read, with the first byte where it is not 0."""
         paths = []
         for method, path, ranges in self.requests:
-            if method == "GET" and not path.startswith("/api/"):
+            is_look_up = path.startswith("/api/") or ranges == "bytes=0-0"
+            if method == "GET" and not is_look_up:
                 start = f" from {ranges}" if ranges else ""
                 paths.append(path.removeprefix("/").replace(f"resolve/{COMMIT}/", "") + start)
         return paths
@@ -95,6 +96,9 @@ def running() -> Iterator[LoopbackHub]:
             ranges = self.headers.get("Range")
             hub.requests.append((self.command, path, ranges))
             failures = hub.failures.get(path)
+            if self.command == "HEAD" and path in hub.files:  # as presigned links
+                self.send(405, b"")
+                return
             if failures and not isinstance(failures[0], int):
                 status, headers = failures.pop(0)
                 self.send(status, b"<html>", headers)
@@ -119,14 +123,16 @@ def running() -> Iterator[LoopbackHub]:
             is_unchanged = self.headers.get("If-Range", etag) == etag
             dropped_after = None
             failures = hub.failures.get(path)
-            if failures and self.command == "GET":
+            if failures and ranges != "bytes=0-0":
                 dropped_after = failures.pop(0)
             if ranges is None or not is_unchanged:
                 self.send(200, content, headers, dropped_after)
                 return
-            start = int(ranges.removeprefix("bytes=").rstrip("-"))
-            headers["Content-Range"] = f"bytes {start}-{len(content) - 1}/{len(content)}"
-            self.send(206, content[start:], headers)
+            start, _, end = ranges.removeprefix("bytes=").partition("-")
+            part = content[int(start) : int(end or len(content)) + 1]
+            last = int(start) + len(part) - 1
+            headers["Content-Range"] = f"bytes {start}-{last}/{len(content)}"
+            self.send(206, part, headers)
 
         def send(
             self,

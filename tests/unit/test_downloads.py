@@ -9,19 +9,21 @@ import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import huggingface_hub
 import loopback_hub
 import pytest
 import torch
 from loopback_hub import LoopbackHub
 from repository import ROOT
 
-from seed_multimodal import downloads, hub
 from seed_multimodal.cli.main import main
-from seed_multimodal.downloads import WantedPart, fetch_parts, online
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.originals import OriginalPart, original_parts
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.state_dicts import load_state_dict
+from seed_multimodal.weights import fetch as fetching
+from seed_multimodal.weights import find
+from seed_multimodal.weights.catalogue import WEIGHT_PATTERNS, Part, catalogue
+from seed_multimodal.weights.fetch import WantedPart, fetch_parts, online
 
 LLM = "AILab-CVC/seed-llama-8b-sft"
 UNCLIP = "stabilityai/stable-diffusion-2-1-unclip"
@@ -43,10 +45,10 @@ def server(tmp_path, monkeypatch) -> Iterator[LoopbackHub]:
     from huggingface_hub import constants
 
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hub, "__file__", str(tmp_path / "src" / "seed_multimodal" / "hub.py"))
+    monkeypatch.setattr(find, "REPOSITORY", tmp_path)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
     monkeypatch.setattr(constants, "HF_HUB_DOWNLOAD_TIMEOUT", 300)
-    monkeypatch.setattr(downloads, "TIMEOUT", 300)
+    monkeypatch.setattr(fetching, "TIMEOUT", 300)
     monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "cache"))
     with loopback_hub.running() as server:
         template = server.url + "/{repo_id}/resolve/{revision}/{filename}"
@@ -60,7 +62,7 @@ def server(tmp_path, monkeypatch) -> Iterator[LoopbackHub]:
         server.repositories["AILab-CVC/seed-tokenizer-2"] = {"seed_quantizer.pt": b"q" * 300}
         server.files["/eva_vit_g.pth"] = WEIGHTS
         mirrors = f"eva_vit_g.pth={server.url}/eva_vit_g.pth"
-        monkeypatch.setenv(downloads.MIRRORS, mirrors)
+        monkeypatch.setenv(fetching.MIRRORS, mirrors)
         yield server
 
 
@@ -162,7 +164,7 @@ def test_fetch_without_a_connection(fetch, monkeypatch):
 
 def test_fetch_parts_with_known_checksums(server):
     # They hold instead of the hub's, and for files whose server states none.
-    part = OriginalPart(
+    part = Part(
         name="8b",
         folder="pretrained/llm",
         hub=LLM,
@@ -283,7 +285,7 @@ def test_fetch_of_one_seed_x_takes_its_vision_encoder_out_of_qwen_vl(server, fet
 SNAPSHOTS = {
     "two formats": (
         ["config.json", "model.safetensors", "pytorch_model.bin", "original/model.safetensors"],
-        hub.WEIGHT_PATTERNS,
+        WEIGHT_PATTERNS,
         ["config.json", "model.safetensors"],
     ),
     "diffusers": (
@@ -295,7 +297,7 @@ SNAPSHOTS = {
             "unet/diffusion_pytorch_model.fp16.safetensors",
             "image_normalizer/diffusion_pytorch_model.bin",
         ],
-        original_parts()["unclip"].files,
+        catalogue().parts["unclip"].files,
         [
             "image_normalizer/diffusion_pytorch_model.bin",
             "model_index.json",
@@ -310,21 +312,21 @@ def test_hub_fetch_of_any_repository(server, names, patterns, expected):
     # No weights twice; later without the network.
     server.repositories["me/mine"] = dict.fromkeys(names, b"{}")
     with online():
-        folder = hub.fetch("me/mine", patterns)
+        folder = find.find_path("me/mine", patterns)
     files = [path.relative_to(folder).as_posix() for path in folder.rglob("*.*")]
     assert sorted(files) == expected
     server.repositories.clear()
     with online():
-        assert hub.fetch("me/mine", patterns) == folder
+        assert find.find_path("me/mine", patterns) == folder
 
 
 def test_local_folder_of_a_snapshot_without_weights(server):
     # Reading a model's configuration leaves one in the hub client's cache.
     with online():
-        snapshot = hub.fetch(LLM, ["*.json"])
-        assert hub.local_folder(LLM) == Path("pretrained/seed_llama_8b_sft")
+        snapshot = Path(huggingface_hub.snapshot_download(LLM, allow_patterns=["*.json"]))
+        assert find.find_path(LLM) == Path("pretrained/seed_llama_8b_sft")
     shutil.rmtree("pretrained/seed_llama_8b_sft")
-    assert hub.local_folder(LLM) == snapshot  # downloads are off
+    assert find.find_path(LLM) == snapshot  # downloads are off
 
 
 def files_of(folder: Path, *left_out: str) -> dict[str, bytes]:

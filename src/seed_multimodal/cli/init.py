@@ -25,8 +25,8 @@ from seed_multimodal.cli.common import add_json, emit
 from seed_multimodal.disk import JsonObject, atomic_folder, output_folder
 from seed_multimodal.entry import DONE, bounded_int
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.hub import locate_system
 from seed_multimodal.models.registry import families
+from seed_multimodal.weights.find import locate_system
 
 if TYPE_CHECKING:
     from seed_multimodal.cli.common import Commands

@@ -20,12 +20,12 @@ from seed_multimodal.data.formats.sources import open_file
 from seed_multimodal.data.pretokenize.inputs import read_input_settings
 from seed_multimodal.disk import JsonObject, atomic_folder, output_folder
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.hub import find_folder, locate
 from seed_multimodal.language.hub_tokenizer import HubTokenizer
 from seed_multimodal.language.llm import llm_config
 from seed_multimodal.models import seed
 from seed_multimodal.nn.vision.hub import HubVisionConfig
-from seed_multimodal.originals import WEIGHT_PATTERNS
+from seed_multimodal.weights.catalogue import WEIGHT_PATTERNS
+from seed_multimodal.weights.find import find_folder, locate
 
 RECIPE = Path(seed.__file__).with_name("recipe.yaml")
 SCRIPT = RECIPE.with_suffix(".sh")

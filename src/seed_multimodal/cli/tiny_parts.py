@@ -14,13 +14,13 @@ import torch
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError, first_line
-from seed_multimodal.hub import find_folder
 from seed_multimodal.images.transforms import CLIP_MEAN, CLIP_STD, PROCESSOR
 from seed_multimodal.language.hub_tokenizer import CHAT_TEMPLATE, CONFIG, FILES, HubTokenizer
 from seed_multimodal.language.llm import check_sizes, llm_config
 from seed_multimodal.language.text_tokenizer import HUB_TOKENIZER
 from seed_multimodal.nn.vision.hub import HubVisionConfig
 from seed_multimodal.progress import quiet_loading
+from seed_multimodal.weights.find import find_folder
 
 CHATML = (
     "{% for message in messages %}<|im_start|>{{ message.role }}\n{{ message.content }}<|im_end|>\n"

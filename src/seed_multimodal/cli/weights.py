@@ -3,21 +3,21 @@
 from __future__ import annotations
 
 import json
-import os
 from argparse import Namespace
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from seed_multimodal import entry
 from seed_multimodal.cli.common import add_json, cat_image, emit, load_system, write_text
 from seed_multimodal.disk import JsonObject, read_json_object, writable_folder
-from seed_multimodal.downloads import MIRRORS, WantedPart, fetch_parts, online, read_mirrors
 from seed_multimodal.entry import DONE, SOME_FAILED, log_line
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.hub import weights_root
-from seed_multimodal.originals import original_parts
-from seed_multimodal.pipelines.config import SystemConfig, original_systems
+from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.settings import check_value, nearest
+from seed_multimodal.weights.catalogue import catalogue, part_of
+from seed_multimodal.weights.fetch import MIRRORS, WantedPart, fetch_parts, online, read_mirrors
+from seed_multimodal.weights.find import weights_root
 
 if TYPE_CHECKING:
     from seed_multimodal.cli.common import Commands
@@ -30,8 +30,8 @@ def add_commands(commands: Commands) -> None:
         "models",
         nargs="+",
         metavar="MODEL",
-        help=f"an original model ({', '.join(original_systems())}), or a part of one: "
-        + ", ".join(part for part in original_parts() if part not in original_systems()),
+        help=f"an original model ({', '.join(catalogue().systems)}), or a part of one: "
+        + ", ".join(part for part in catalogue().parts if part not in catalogue().systems),
     )
     fetcher.add_argument(
         "--mirror",
@@ -79,7 +79,7 @@ def fetch(args: Namespace) -> int:
     wanted: list[WantedPart] = []
     for name in args.models:
         wanted += wanted_parts(name)
-    mirrors = read_mirrors([*os.environ.get(MIRRORS, "").split(), *args.mirror])
+    mirrors = read_mirrors(args.mirror)
     root = Path(args.out) if args.out else weights_root()
 
     with online():
@@ -96,17 +96,27 @@ def fetch(args: Namespace) -> int:
 def wanted_parts(name: str) -> list[WantedPart]:
     """What an original model consists of, or one part. Raises ConfigError: there is none."""
     # A model may have the name of one of its parts.
-    systems = original_systems()
+    parts, systems = catalogue()
     if name.lower() in systems:
-        return systems[name.lower()].of_original(name.lower()).wanted_parts()
-    parts = original_parts()
-    if name.lower() not in parts:
-        names = list({**systems, **parts})
-        raise ConfigError(
-            f"{name}: there is no original model or part of this name{nearest(name, names)}; "
-            f"there are {', '.join(names)}."
-        )
-    return [WantedPart(parts[name.lower()])]
+        return system_parts(systems[name.lower()])
+    if name.lower() in parts:
+        return [WantedPart(parts[name.lower()])]
+    names = list({**systems, **parts})
+    raise ConfigError(
+        f"{name}: there is no original model or part of this name{nearest(name, names)}; "
+        f"there are {', '.join(names)}."
+    )
+
+
+def system_parts(values: Mapping[str, Any]) -> list[WantedPart]:
+    """The parts of an original system, of whose repositories only the named folders."""
+    patterns: dict[str, tuple[str, ...]] = {}
+    for path in values.values():
+        known = part_of(path) if isinstance(path, str) else None
+        if known is not None:
+            part, inner = known
+            patterns[part.name] = patterns.get(part.name, ()) + part.files_at(inner)
+    return [WantedPart(catalogue().parts[name], files) for name, files in patterns.items()]
 
 
 def verify(args: Namespace) -> int:

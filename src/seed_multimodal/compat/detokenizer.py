@@ -17,10 +17,11 @@ from torch import Tensor, nn
 
 from seed_multimodal.diffusion.conditioner import Conditioner, load_conditioner
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.hub import download_advice, find_file, locate
 from seed_multimodal.models.seed_x import adapter
 from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer
 from seed_multimodal.state_dicts import assign_strictly, load_state_dict
+from seed_multimodal.weights.catalogue import download_advice
+from seed_multimodal.weights.find import find_file, locate
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel

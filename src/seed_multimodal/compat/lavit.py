@@ -28,7 +28,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from seed_multimodal.errors import SeedWarning
-from seed_multimodal.hub import download_part, is_hub_name, locate
 from seed_multimodal.images.io import ImageSource
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.inference.generator import Task
@@ -39,9 +38,10 @@ from seed_multimodal.models.lavit.modeling import DynamicTokenizer
 from seed_multimodal.models.lavit.pipeline import Lavit, LavitImageCodec
 from seed_multimodal.models.lavit.processing import QUESTION, QuestionProcessor
 from seed_multimodal.models.lavit.spec import LavitConfig
-from seed_multimodal.originals import original_parts
 from seed_multimodal.pipelines.config import system_names
 from seed_multimodal.pipelines.images import open_images
+from seed_multimodal.weights.catalogue import catalogue
+from seed_multimodal.weights.find import download_part, is_hub_name, locate
 
 if TYPE_CHECKING:
     from transformers import LlamaTokenizer
@@ -211,7 +211,8 @@ class _Model(nn.Module):
         n_answers = values.pop("num_return_sequences", 1)
         values["seed"] = _seeds(1)[0]
         settings = self.system.settings(task, **values)
-        return replace(settings, num_return_sequences=n_answers, force_image=task == "draw")
+        images = "forced" if task == "draw" else "auto"
+        return replace(settings, num_return_sequences=n_answers, images=images)
 
 
 class LaVITforUnderstanding(_Model):
@@ -511,9 +512,9 @@ def original_config(
         name = "lavit"
     elif not (locate(folder) or is_hub_name(model_path) or str(model_path) in system_names()):
         # As the original, which downloads its weights to a path that does not exist.
-        download_part(original_parts()["lavit"], folder=folder)
+        download_part(catalogue().parts["lavit"], folder=folder)
     config = LavitConfig.find(name)
-    if config.original and head is not None:
+    if config.found.original and head is not None:
         config = LavitConfig.find(name, head="lowres" if head == "lowres" else "highres")
 
     # 2. Its language model and safety checker.

@@ -9,8 +9,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
-from seed_multimodal.hub import local_folder
 from seed_multimodal.training.llm.model import add_embedding_rows, fit_vocabulary
+from seed_multimodal.weights.find import find_path
 
 if TYPE_CHECKING:
     from peft import LoraConfig, PeftModel
@@ -76,6 +76,6 @@ def _with_lora(
     if model_id is None:
         return get_peft_model(model, peft_config)
     try:
-        return PeftModel.from_pretrained(model, local_folder(model_id) or model_id)
+        return PeftModel.from_pretrained(model, find_path(model_id) or model_id)
     except Exception as error:  # noqa: BLE001  (damaged and unsafe files raise many types)
         raise CheckpointError(f"{model_id}: no complete LoRA ({first_line(error)}).") from error

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.hub import locate
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer
+from seed_multimodal.weights.find import locate
 
 FOLDER = "pretrained"  # of causal_qformer.pth, seed_tokenizer.pth and eva_vit_g.pth
 

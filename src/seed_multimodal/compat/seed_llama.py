@@ -27,7 +27,6 @@ from torch import Tensor
 from seed_multimodal.device import FP16_AS_ORIGINAL, choose_device
 from seed_multimodal.diffusion.base import Detokenizer
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import local_folder, locate, missing_weights_message
 from seed_multimodal.images.io import ImageSource
 from seed_multimodal.language.llama_tokenizer import LlamaTokenizer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -37,8 +36,9 @@ from seed_multimodal.models.seed.diffusion import SD_ADVICE, SD_FOLDER, StableDi
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer
 from seed_multimodal.models.seed.pipeline import SeedImageCodec, load_images
 from seed_multimodal.models.seed.spec import DETOKENIZER_FOLDER, SeedLlamaConfig
-from seed_multimodal.originals import original_parts
 from seed_multimodal.pipelines.images import CodecPlacement, Log, Placement, Seed, seed_per_image
+from seed_multimodal.weights.catalogue import catalogue, download_advice
+from seed_multimodal.weights.find import find_path, locate
 
 Codes = Tensor | Sequence[int] | Sequence[Sequence[int]]
 YAML_RUNS = (
@@ -153,11 +153,11 @@ class SeedLlamaTokenizer(LlamaTokenizer):
             CheckpointError: a missing part, with download instructions.
         """
         # 1. Folders.
-        folder = local_folder(pretrained_model_name_or_path)
+        folder = find_path(pretrained_model_name_or_path)
         if folder is None:
-            missing = [(original_parts()["tokenizer"], pretrained_model_name_or_path)]
-            raise CheckpointError(f"{missing_weights_message(missing)}; {YAML_RUNS}.")
-        unclip = original_parts()["unclip"]
+            advice = f"{download_advice('tokenizer')}; {YAML_RUNS}"
+            raise CheckpointError(f"{pretrained_model_name_or_path}: no such folder; {advice}.")
+        unclip = catalogue().parts["unclip"]
         diffusion = diffusion_path or unclip.folder
         copy = folder / DETOKENIZER_FOLDER
         if diffusion in (unclip.folder, unclip.hub) and copy.is_dir():
@@ -171,7 +171,7 @@ class SeedLlamaTokenizer(LlamaTokenizer):
         # 3. The tokenizers.
         config = SeedLlamaConfig(
             tokenizer=folder,
-            detokenizer=local_folder(diffusion) or Path(diffusion),
+            detokenizer=find_path(diffusion) or Path(diffusion),
             image_size=None,
         )
         images = load_images(config, Placement(runtime, runtime, runtime))

@@ -19,18 +19,12 @@ from seed_multimodal.cli import common
 from seed_multimodal.cli.common import cat_image
 from seed_multimodal.config import load_yaml
 from seed_multimodal.disk import writable_folder
-from seed_multimodal.downloads import is_unfinished
 from seed_multimodal.entry import DONE, add_device, bounded_int, log_line, run_program
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import (
-    download_part,
-    local_folder,
-    locate,
-    missing_weights_message,
-)
 from seed_multimodal.language.prompts import DEMO_QUESTIONS
 from seed_multimodal.models.seed.spec import DETOKENIZER_FOLDER
-from seed_multimodal.originals import OriginalPart, original_parts, part_of
+from seed_multimodal.weights.catalogue import part_of
+from seed_multimodal.weights.find import find_path, locate, missing_weights_message
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -120,26 +114,20 @@ def _original_files(args: Namespace) -> dict[str, Path] | None:
 def _check_weights(*files: Path) -> None:
     """Raise `CheckpointError` that names all original weights which the files name and which are
     not on this disk."""
-    missing: list[tuple[OriginalPart, str | Path]] = []
+    missing: list[str] = []
     for file in files:
         config = load_yaml(file)
         for key in ("pretrained_model_name_or_path", "diffusion_path"):
             path = str(config.get(key) or "")
-            original = part_of(path)
-            if original is None:
-                continue
-            part_folder = local_folder(path)
-            if part_folder is not None and not is_unfinished(original, part_folder):
+            if part_of(path) is None:
                 continue
             # A tokenizer's folder may hold its own copy of the diffusion model.
-            folder = local_folder(str(config.get("pretrained_model_name_or_path")))
+            folder = find_path(str(config.get("pretrained_model_name_or_path")))
             has_copy = folder is not None and (folder / DETOKENIZER_FOLDER).is_dir()
-            if original == original_parts()["unclip"] and has_copy:
+            if key == "diffusion_path" and has_copy:
                 continue
-            # Hub names were downloaded above, if that is allowed; this is a folder's.
-            download_part(original)
-            if locate(path) is None:
-                missing.append((original, path))
+            if find_path(path) is None:
+                missing.append(path)
     if missing:
         raise CheckpointError(
             f"{missing_weights_message(missing)}, or take --model nano, which runs now."
@@ -221,7 +209,7 @@ def _demonstrate(args: Namespace) -> int:
         # The user's request.
         images = [Path(args.image)] if args.image else []
         _answer(args, system, [*images, args.prompt or QUESTION], outputs, "answer")
-    elif args.model == "released" or system.config.original:
+    elif args.model == "released" or system.config.found.original:
         # The original's three requests, as it makes them.
         _answer(args, system, [cat_image(), QUESTION], outputs, "answer")
         _answer(args, system, [DRAWING], outputs, "dog")

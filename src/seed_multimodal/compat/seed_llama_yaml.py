@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 from seed_multimodal.config import instantiate
 from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.hub import local_folder
+from seed_multimodal.weights.find import find_path
 
 if TYPE_CHECKING:
     from torch import dtype as TorchDtype
@@ -49,7 +49,7 @@ def language_model(
     runtime = choose_device(device, torch_dtype, fp16=fp16)
 
     # 3. A hub name may be a folder in pretrained/.
-    path = local_folder(pretrained_model_name_or_path)
+    path = find_path(pretrained_model_name_or_path)
     return load_llm_or_adapter(
         path or pretrained_model_name_or_path,
         device=runtime.device,
@@ -127,9 +127,10 @@ def system_from_configs(
     Raises as `load_tokenizer`.
     """
     from seed_multimodal.inference.opening import EngineOptions
-    from seed_multimodal.language.prompts import ORIGINAL_TASKS, template_for
+    from seed_multimodal.language.prompts import template_for
     from seed_multimodal.models.seed.pipeline import SeedLlama, check_detokenizer
-    from seed_multimodal.models.seed.spec import ORIGINAL_GENERATION, SeedLlamaConfig
+    from seed_multimodal.models.seed.spec import SeedLlamaConfig
+    from seed_multimodal.pipelines.config import Found
 
     # 1. The image tokenizer; a missing diffusion model is reported before the language model is
     # read.
@@ -151,13 +152,14 @@ def system_from_configs(
     if os.path.isdir(model):
         build = language_model
     llm = build(str(model), **overrides)
+    original = SeedLlamaConfig.of_original("8b")
     config = SeedLlamaConfig(
-        name=Path(model).name.removesuffix(".yaml"),
+        found=Found(Path(model).name.removesuffix(".yaml")),
         tokenizer=Path(tokenizer),
         llm=Path(model),
-        tasks=ORIGINAL_TASKS,
+        tasks=original.tasks,
         template=template_for(llm.config.hidden_size),
-        generation=dict(ORIGINAL_GENERATION),
+        generation=original.generation,
     )
 
     # 3. Its engine. Quantised weights cannot be moved.

@@ -21,7 +21,6 @@ from transformers import PreTrainedModel
 from seed_multimodal.compat import seed_x_yaml as original
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import local_folder, locate
 from seed_multimodal.images.views import AnyResolution, patch_positions
 from seed_multimodal.inference.backends.torch import TorchBackend
 from seed_multimodal.inference.engine import Engine
@@ -32,6 +31,7 @@ from seed_multimodal.models.seed_x import modeling
 from seed_multimodal.models.seed_x.losses import TrainedAgent
 from seed_multimodal.models.seed_x.processing import answer_text, seed_x_vocabulary
 from seed_multimodal.nn.vision import qwen as vision
+from seed_multimodal.weights.find import find_path, locate
 
 TOKENIZER_FILE = "configs/tokenizer/clm_llama_tokenizer_224loc_anyres.yaml"
 
@@ -120,7 +120,7 @@ class LlamaForCausalLM:
     ) -> PreTrainedModel:
         """The language model on the CPU, in eval mode. Raises CheckpointError: missing or damaged
         files."""
-        folder = local_folder(pretrained_model_name_or_path)
+        folder = find_path(pretrained_model_name_or_path)
         if folder is None:
             raise CheckpointError(
                 f"{pretrained_model_name_or_path}: no such language model; pretrained/README.md "

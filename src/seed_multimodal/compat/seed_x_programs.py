@@ -20,7 +20,7 @@ from seed_multimodal.cli import common
 from seed_multimodal.config import project_root
 from seed_multimodal.entry import DONE, bounded_int, run_program
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.hub import locate
+from seed_multimodal.weights.find import locate
 
 if TYPE_CHECKING:
     from seed_multimodal.models.seed_x.spec import SeedXConfig

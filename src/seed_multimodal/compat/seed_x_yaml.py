@@ -11,20 +11,20 @@ of the weights; `targets.ALIASES` maps it to the object itself. Sizes stored wit
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
 from seed_multimodal.config import instantiate_by
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.hub import locate
 from seed_multimodal.models.seed_x.adapter import RESAMPLER_CONFIG, ResamplerXLConfig
 from seed_multimodal.models.seed_x.modeling import AgentSettings
 from seed_multimodal.models.seed_x.pipeline import AgentConfig
 from seed_multimodal.models.seed_x.spec import SeedXConfig
 from seed_multimodal.nn.vision.qwen import QwenVitConfig, ResamplerConfig
-from seed_multimodal.originals import original_parts
 from seed_multimodal.settings import read_settings
+from seed_multimodal.weights.catalogue import catalogue
+from seed_multimodal.weights.find import locate
 
 # Kind of file → part of `SeedXConfig`.
 KEYS = {
@@ -35,7 +35,7 @@ KEYS = {
     "adapter": "detokenizer",
     "discrete_model": "discrete_model",
 }
-SDXL = original_parts()["sdxl"].folder
+SDXL = catalogue().parts["sdxl"].folder
 _MODULE = "seed_multimodal.compat.seed_x_yaml"
 _LANGUAGE = "seed_multimodal.language"
 _VISUAL = "src.models.tokenizer.qwen_visual"
@@ -210,9 +210,12 @@ def config_of_files(
 
     # 2. The system, without the other parts.
     config = SeedXConfig.find("seed-x-i", tuned=tuned, **paths)
-    config.name = "SEED-X"
-    config.lora = parts["llm"].lora if "llm" in parts else None
-    config.sizes = {key: part.sizes for key, part in parts.items() if part.sizes is not None}
+    sizes: dict[str, Any] = {
+        key: part.sizes for key, part in parts.items() if part.sizes is not None
+    }
+    if "llm" in parts and parts["llm"].lora is not None:
+        sizes["lora"] = parts["llm"].lora
+    config.found = replace(config.found, name="SEED-X", sizes=sizes)
     for key in SeedXConfig.parts().keys() - paths.keys():
         setattr(config, key, None)
 

@@ -14,8 +14,8 @@ from seed_multimodal.config import load_yaml
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.entry import DONE, log_line, run_program
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.hub import locate
 from seed_multimodal.progress import quiet_libraries
+from seed_multimodal.weights.find import locate
 
 if TYPE_CHECKING:
     from seed_multimodal.language.lora import TrainedWeights

@@ -21,9 +21,9 @@ from seed_multimodal.data.stream.config import LlmDataSettings, read_data_settin
 from seed_multimodal.data.stream.mixture import BROKEN, Mixture, OpenedSource, SkippedRecord
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.hub import locate
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.progress import Progress
+from seed_multimodal.weights.find import locate
 
 LISTED_RECORDS = 3  # for each kind of problem
 # Decoders that keep control words as plain text, or read them as image codes.

@@ -19,7 +19,6 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from seed_multimodal.disk import JsonObject
-from seed_multimodal.downloads import file_digest
 from seed_multimodal.errors import (
     CheckpointError,
     CodesError,
@@ -28,9 +27,9 @@ from seed_multimodal.errors import (
     RequestError,
 )
 from seed_multimodal.evaluation.machine import circumstances
-from seed_multimodal.hub import portable_path
-from seed_multimodal.pipelines.parts import existing_path
 from seed_multimodal.training.metrics import peak_memory_mib
+from seed_multimodal.weights.fetch import file_digest
+from seed_multimodal.weights.find import portable_path
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -107,10 +106,6 @@ def weight_checks(config: SystemConfig) -> list[Check]:
             continue
         if path.is_file():
             files = [path]
-        elif config.original and key in config.original_files:
-            # The folder holds other parts, too.
-            names = [path / name for name in config.original_files[key]]
-            files = [file for file in map(existing_path, names) if file is not None]
         else:
             files = [file for file in path.rglob("*") if file.suffix in WEIGHT_SUFFIXES]
         if files:
@@ -242,7 +237,7 @@ def report(
 
     # 2. What they were computed with.
     name = system.config.name
-    if not system.config.original:
+    if not system.config.found.original:
         name = portable_path(name)
     device = system.images.device
     conditions = circumstances(device)

@@ -21,7 +21,6 @@ from typing import Any, Self
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
-from seed_multimodal.hub import local_folder
 from seed_multimodal.language.text_tokenizer import HUB_TOKENIZER, Part, SpecialIds, TextTokenizer
 from seed_multimodal.language.tokenizer import (
     MODEL,
@@ -30,6 +29,7 @@ from seed_multimodal.language.tokenizer import (
     read_files,
 )
 from seed_multimodal.language.vocabulary import Ids, ImageVocabulary, SeedXVocabulary
+from seed_multimodal.weights.find import find_path
 
 IMAGE_TOKENS = "image_tokens.json"
 CONFIG = "tokenizer_config.json"
@@ -133,7 +133,7 @@ class HubTokenizer:
 
         n_locations: for SEED-X, whose tokens include those of boxes and of parts of images.
         """
-        folder = local_folder(source)
+        folder = find_path(source)
         if folder is None or not (folder / HUB_TOKENIZER).is_file():
             raise CheckpointError(f"{source}: has no {HUB_TOKENIZER}, the file of a hub tokenizer.")
         return cls(folder, n_codes, tokens_per_image, n_locations=n_locations)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import local_folder
 from seed_multimodal.language.tokenizer import SPECIAL_TOKENS, MultimodalTokenizer
+from seed_multimodal.weights.find import find_path
 
 if TYPE_CHECKING:
     from transformers import BatchEncoding
@@ -46,7 +46,7 @@ class LlamaTokenizer:
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **unused: Any) -> Self:
         """The tokenizer of a folder or hub name. Raises CheckpointError: missing, damaged files."""
-        folder = local_folder(pretrained_model_name_or_path)
+        folder = find_path(pretrained_model_name_or_path)
         if folder is None:
             raise CheckpointError(f"{pretrained_model_name_or_path}: no such tokenizer folder.")
         return cls(MultimodalTokenizer.from_pretrained(folder))

@@ -20,12 +20,12 @@ from torch import Tensor, nn
 from seed_multimodal.device import return_freed_memory
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line, install_hint
-from seed_multimodal.hub import SHIPPED_LLMS, download_advice, find_file
 from seed_multimodal.language.text_tokenizer import HUB_TOKENIZER, SpecialIds, TextTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary
-from seed_multimodal.originals import part_of
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.state_dicts import refuse_tensors, warn_tensors
+from seed_multimodal.weights.catalogue import SHIPPED_LLMS, download_advice, part_of
+from seed_multimodal.weights.find import find_file
 
 if TYPE_CHECKING:
     from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedConfig, TorchAoConfig
@@ -268,9 +268,9 @@ def llm_config(source: str | Path, ids: SpecialIds | None = None) -> PreTrainedC
 
     # 1. The file; an original's folder is recognised by its name.
     advice = "give the folder of a language model (config.json and *.safetensors)"
-    part = part_of(source)
-    if part is not None:
-        advice = f"{download_advice(part.name)}, or use a shipped one: {SHIPPED_LLMS}"
+    original = part_of(source)
+    if original is not None:
+        advice = f"{download_advice(original[0].name)}, or use a shipped one: {SHIPPED_LLMS}"
     file = find_file(source, ("config.json",), advice)
     values = read_json_object(file)
     model_type = values.get("model_type")

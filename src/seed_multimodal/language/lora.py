@@ -20,16 +20,11 @@ from torch import Tensor, nn
 from seed_multimodal.device import DTYPES
 from seed_multimodal.disk import atomic_folder, output_folder, read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import (
-    ADAPTER_CONFIG,
-    AGENT_CONFIG,
-    VISUAL_WEIGHTS,
-    first_file,
-    local_folder,
-)
 from seed_multimodal.language.llm import check_vocab_size, force_special_ids, load_llm
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.state_dicts import INDEX_FILES, load_checkpoint, save_state_dict
+from seed_multimodal.weights.catalogue import ADAPTER_CONFIG, AGENT_CONFIG, VISUAL_WEIGHTS
+from seed_multimodal.weights.find import find_path, first_file
 
 if TYPE_CHECKING:
     from peft import PeftModel
@@ -340,7 +335,7 @@ def load_llm_or_adapter(
             f"{folder}: a LoRA cannot be merged into {quantization} weights; {merge}."
         )
     recorded = str(read_json_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
-    base = local_folder(recorded) if recorded else None
+    base = find_path(recorded) if recorded else None
     if base is None:
         raise CheckpointError(
             f"{folder / ADAPTER_CONFIG}: base_model_name_or_path is {recorded!r}, no base model on "

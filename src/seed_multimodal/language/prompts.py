@@ -420,10 +420,6 @@ def without_verdict(text: str, after: str) -> str:
 
 
 DEFAULT_TASKS = TaskPrompts()
-# A pair of request and response in the original models' instruction-tuning data.
-ORIGINAL_TASKS = TaskPrompts(
-    draw="Please generate an image of {caption}.", draw_response="", edit_response=""
-)
 # Requests of SEED-X's scripts. Its tuned models announce the image in a sentence; the scripts gave
 # them 120 tokens, 66 of which are the image's.
 SEED_X_TASKS = TaskPrompts(

@@ -28,9 +28,9 @@ import sentencepiece as spm
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError, RequestError
-from seed_multimodal.hub import SHIPPED_TOKENIZERS
 from seed_multimodal.language.text_tokenizer import Part, SpecialIds
 from seed_multimodal.language.vocabulary import PATCH, Ids, ImageVocabulary, SeedXVocabulary
+from seed_multimodal.weights.catalogue import SHIPPED_TOKENIZERS
 
 # Files of a tokenizer folder.
 MODEL = "tokenizer.model"

@@ -6,7 +6,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+import tempfile
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import ClassVar, Generic, Self, TypeVar
 
@@ -15,7 +16,6 @@ from torch import Tensor, nn
 
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.hub import HubUpload
 from seed_multimodal.nn.layers import Network
 from seed_multimodal.settings import DataclassInstance, read_settings
 from seed_multimodal.state_dicts import (
@@ -29,6 +29,24 @@ CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
 
 Config = TypeVar("Config", bound=DataclassInstance)
+
+
+class HubUpload:
+    """Adds `push_to_hub` to a class with `save_pretrained`."""
+
+    save_pretrained: Callable[..., Path]
+
+    def push_to_hub(self, repo_id: str, *, private: bool = False) -> str:
+        """Upload the output of `save_pretrained` to a hub repository, created if missing; returns
+        its URL."""
+        from huggingface_hub import HfApi
+
+        with tempfile.TemporaryDirectory() as temporary:
+            address = HfApi().create_repo(repo_id, private=private, exist_ok=True)
+            HfApi().upload_folder(
+                repo_id=repo_id, folder_path=self.save_pretrained(Path(temporary) / "model")
+            )
+        return str(address)
 
 
 class PretrainedNetwork(nn.Module, HubUpload, Generic[Config]):

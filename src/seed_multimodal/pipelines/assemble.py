@@ -5,7 +5,6 @@ Parts are copied under their names in `system.json`, without training files.
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import shutil
 from collections.abc import Mapping
@@ -18,14 +17,22 @@ from seed_multimodal.disk import (
     replace_text,
 )
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import ADAPTER_CONFIG
 from seed_multimodal.models.registry import find_family
-from seed_multimodal.pipelines.config import SystemConfig
-from seed_multimodal.pipelines.hub_files import write_hub_files
+from seed_multimodal.pipelines.config import SYSTEM, SystemConfig
 from seed_multimodal.settings import check_keys
+from seed_multimodal.weights.catalogue import ADAPTER_CONFIG
 
+# The module by which transformers loads a folder (`trust_remote_code=True`).
+REMOTE_CODE = Path(__file__).with_name("modeling_seed_multimodal.py")
+# Files of a checkpoint that belong to its training.
 TRAINING_FILES = shutil.ignore_patterns(
-    "optimizer*", "trainer_state.json", "data_state.json", "ema.safetensors", "manifest.json", ".*"
+    "optimizer*",
+    "trainer_state.json",
+    "data_state.json",
+    "ema.safetensors",
+    "manifest.json",
+    SYSTEM,
+    ".*",
 )
 
 
@@ -53,12 +60,7 @@ def assemble_system(
 
 def save_system(config: SystemConfig, out: str | Path, *, force: bool = False) -> Path:
     """Write a system with a model card; missing parts are skipped."""
-    parts = config.parts_to_save()
-    settings: JsonObject = {}
-    for key in config.settings():
-        value = getattr(config, key)
-        if value is not None:
-            settings[key] = dataclasses.asdict(value) if key == "tasks" else value
+    parts, settings = config.parts_to_save(), config.settings_to_save()
     card = Path(config.name) / "README.md"
     return _write_system(type(config), out, parts, settings, force, card=card)
 
@@ -118,7 +120,7 @@ def join(
             names[name] = name
     config_class.arrange(folder, names)
     content = json.dumps({**settings, "system": config_class.system, **names}, indent=1)
-    replace_text(folder / "system.json", content)
+    replace_text(folder / SYSTEM, content)
     write_hub_files(config_class, folder)
 
 
@@ -129,3 +131,32 @@ def _copy(source: Path, target: Path) -> None:
         shutil.copy2(source, target / source.name)
         return
     shutil.copytree(source, target, dirs_exist_ok=True, ignore=TRAINING_FILES)
+
+
+def write_hub_files(config_class: type[SystemConfig], folder: Path) -> None:
+    """Write `config.json`, `processor_config.json` and the module by which transformers loads a
+    system."""
+    name = find_family(config_class.system).system_name
+    model = f"{name}ForConditionalGeneration"
+    module = REMOTE_CODE.stem
+
+    # 1. The model.
+    config: JsonObject = {
+        "model_type": config_class.system,
+        "architectures": [model],
+        "auto_map": {
+            "AutoConfig": f"{module}.{name}Config",
+            "AutoModelForMultimodalLM": f"{module}.{model}",
+        },
+    }
+    replace_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
+
+    # 2. The processor.
+    processor = {
+        "processor_class": f"{name}Processor",
+        "auto_map": {"AutoProcessor": f"{module}.{name}Processor"},
+    }
+    replace_text(folder / "processor_config.json", json.dumps(processor, indent=1) + "\n")
+
+    # 3. The module.
+    shutil.copyfile(REMOTE_CODE, folder / REMOTE_CODE.name)

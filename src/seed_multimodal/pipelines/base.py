@@ -20,7 +20,6 @@ from torch import Tensor
 from seed_multimodal.device import FP16_WITH_8BIT, choose_device, choose_for_images
 from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.hub import HubUpload
 from seed_multimodal.images.io import ImageSource, is_image
 from seed_multimodal.inference.backends.torch import joined
 from seed_multimodal.inference.base_engine import BaseEngine
@@ -50,6 +49,7 @@ from seed_multimodal.language.messages import (
 from seed_multimodal.language.prompts import PromptTemplate
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.models.registry import find_family
+from seed_multimodal.nn.pretrained import HubUpload
 from seed_multimodal.pipelines.answers import BATCH, ConversationGenerator
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.pipelines.images import (

@@ -1,15 +1,14 @@
-"""Configuration of a system: keys of `system.json`, paths of its parts, sources of the originals.
+"""Configuration of a system: keys of `system.json`, and paths of its parts.
 
     config = SystemConfig.find("nano")     # also 8b, seed-x-i, lavit …, a hub name, or a folder
     config.require("llm", "tokenizer")     # CheckpointError with download instructions
 
-A folder has a `system.json` (paths of parts relative to it, and settings of the weights), or is one
-of these:
+A folder has a `system.json` (paths of parts relative to it or to the repository, and settings of
+the weights), or is one of these:
 
 * a folder that a family recognises (`recognise`): a copy of an original repository, a language
   model, an image tokenizer
-* a checkpoint of a language model's training, whose other parts are those of the system that it was
-  trained on (`base.json`)
+* a LoRA of PEFT, whose other parts are those of the system that it was trained on
 
 A family has a subclass: its parts are fields made by `part`, its settings the other fields.
 """
@@ -17,6 +16,7 @@ A family has a subclass: its parts are fields made by `part`, its settings the o
 from __future__ import annotations
 
 import dataclasses
+import json
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,56 +24,88 @@ from functools import cache
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
-from seed_multimodal import hub
-from seed_multimodal.disk import JsonObject, read_json_object
-from seed_multimodal.downloads import WantedPart, is_unfinished
+from seed_multimodal.disk import JsonObject, read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import ADAPTER_CONFIG
 from seed_multimodal.language.prompts import DEFAULT_TASKS, TaskPrompts
 from seed_multimodal.models.registry import families, find_family
-from seed_multimodal.originals import OriginalPart, origin
-from seed_multimodal.pipelines.base_record import (
-    DEFAULT_FAMILY,
-    family_name,
-    is_checkpoint,
-    read_base,
+from seed_multimodal.settings import check_keys, check_value, nearest, read_settings, setting
+from seed_multimodal.weights.catalogue import (
+    ADAPTER_CONFIG,
+    SHIPPED_SYSTEMS,
+    catalogue,
+    original_name,
+    part_of,
 )
-from seed_multimodal.pipelines.parts import (
-    Original,
-    Part,
-    existing_path,
-    not_saved,
-    part,
+from seed_multimodal.weights.find import (
+    find_path,
+    locate,
+    locate_system,
+    missing_weights_message,
+    portable_path,
+    recorded_path,
 )
-from seed_multimodal.settings import check_keys, nearest, read_settings, setting
+
+SYSTEM = "system.json"
+BASE = "base.json"  # system and parts in checkpoints of earlier versions
+DEFAULT_FAMILY = "seed_llama"  # of a checkpoint of PEFT, and of a system.json without `system`
+
+
+@dataclass(frozen=True)
+class Part:
+    """A part of a system, a folder or file.
+
+    label: in messages.
+    folder: default path in a system's folder; None: none.
+    flag: help of its flag in `seed assemble`; "": no flag.
+    required: whether that flag is.
+    draws: drawing needs it.
+    optional: the system is complete without it.
+    """
+
+    label: str
+    folder: str | None = None
+    flag: str = ""
+    required: bool = False
+    draws: bool = False
+    optional: bool = False
+
+
+def part(label: str, folder: str | None = None, **options: Any) -> Any:
+    """A dataclass field for the path of a part; `options` of `Part`."""
+    return field(default=None, metadata={"part": Part(label, folder, **options)})
+
+
+@dataclass(frozen=True)
+class Found:
+    """How a system was found: what no `system.json` holds.
+
+    name: its folder, or the short name of an original.
+    original: the short name, if its files are an original's.
+    note: what a folder that does not say so itself was taken for, for messages.
+    sizes: of parts without `config.json`; "lora": of the LoRA in a SEED-X's agent.
+    """
+
+    name: str = ""
+    original: str = ""
+    note: str = ""
+    sizes: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(kw_only=True)
 class SystemConfig:
-    """All settings of a system before loading: what families have in common.
-
-    original: short name of the original model with these files.
-    """
+    """The `system.json` of a system: what families have in common."""
 
     system: ClassVar[str] = ""  # name of the family
-    originals: ClassVar[Mapping[str, Original]] = {}
     shipped: ClassVar[str] = ""  # the small system of the family in this repository
     model_flags: ClassVar[str] = "of the server"  # further programs that take it, for messages
     # Parts that a checkpoint holds; the others are its base's.
     trained_parts: ClassVar[tuple[str, ...]] = ("llm",)
-    # Files of an original's parts whose folder holds more.
-    original_files: ClassVar[Mapping[str, tuple[str, ...]]] = {}
 
-    name: str = not_saved("")
-    original: str = not_saved("")
-    # The copy of an original's repository with these parts; None: `pretrained/`.
-    copy: Path | None = not_saved()
-    # What a folder was taken for that does not say so itself, for messages.
-    read_as: str = not_saved("")
-    image_size: int | None = not_saved()  # pixels a side that the tokenizer reads, if fixed
-    sizes: Mapping[str, Any] = not_saved(factory=dict)  # of parts without `config.json`
+    found: Found = field(default_factory=Found, metadata={"saved": False})
     llm: Path | None = part("language model", "llm")
     tokenizer: Path | None = part("tokenizer", "tokenizer")  # of text; SEED-LLaMA: of images, too
+    # pixels a side that the tokenizer reads, if fixed; a setting of SEED-LLaMA
+    image_size: int | None = field(default=None, metadata={"saved": False})
     tuned: bool = True  # instruction-tuned; otherwise it continues texts
     generation: JsonObject = field(default_factory=dict)  # defaults of generation
     tasks: TaskPrompts = DEFAULT_TASKS
@@ -83,6 +115,11 @@ class SystemConfig:
     preview_inference_steps: int | None = setting(None, minimum=1)
     notice: str = ""  # what people should know of the weights; logged when they are loaded
     known_words: Path | None = None  # JSON file of the words that it learned
+
+    @property
+    def name(self) -> str:
+        """Its folder, or the short name of an original."""
+        return self.found.name
 
     # ---- keys
 
@@ -125,7 +162,8 @@ class SystemConfig:
         overrides = {key: value for key, value in overrides.items() if value is not None}
         if name is None:
             name = overrides.get("llm", "")
-        config = _original_by_name(str(name)) or _of_folder(name)
+        short = original_name(str(name))
+        config = SystemConfig.of_original(short) if short else _of_folder(name)
         if not isinstance(config, cls):
             expected = cls.system or "one whose prompts hold image codes"
             raise ConfigError(f"{name}: is a system of {config.system}, not {expected}.")
@@ -138,7 +176,7 @@ class SystemConfig:
         check_keys(values, (*parts, *self.settings()), f"Parts of {self.name}")
         for key, value in values.items():
             if key in parts:
-                value = hub.local_folder(value) or Path(value)
+                value = find_path(value) or Path(value)
             setattr(self, key, value)
 
     @classmethod
@@ -148,35 +186,42 @@ class SystemConfig:
         Raises ConfigError: invalid JSON, an unknown key (with the nearest) or a wrong value, or
         another family than this class.
         """
-        # 1. Its keys.
-        file = folder / "system.json"
+        file = folder / SYSTEM
         content = read_json_object(file, ConfigError)
         values = {key: value for key, value in content.items() if not key.startswith("_")}
-        label = str(file)
-        read_as = ""
+        label, note = str(file), ""
         if "system" not in values:
-            read_as = f"has no key system, so it is read as {DEFAULT_FAMILY}; "
+            note = f"has no key system, so it is read as {DEFAULT_FAMILY}; "
             label = f"{file} (without the key system, read as {DEFAULT_FAMILY})"
-        kind = family_name(values.pop("system", DEFAULT_FAMILY), f"{file}: system")
-        config_class = find_family(kind).config
-        if not issubclass(config_class, cls):
-            raise ConfigError(f"{file}: is a {kind} system, not {cls.system}.")
-        check_keys(values, ("system", *config_class.settings(), *config_class.parts()), label)
+        config = _config_of(values, label)
+        if not isinstance(config, cls):
+            raise ConfigError(f"{file}: is a {config.system} system, not {cls.system}.")
 
-        # 2. Its values, with defaults.
-        if isinstance(values.get("tasks"), dict):
-            default_tasks = dataclasses.asdict(config_class().tasks)
-            values["tasks"] = {**default_tasks, **values["tasks"]}
-        paths = {key: part.folder for key, part in config_class.parts().items() if part.folder}
-        config = read_settings(config_class, {**paths, **values}, label)
-        config.check(label)
-
-        # 3. What follows from them.
-        config.name = str(folder)
-        config.read_as = read_as
+        # Paths are relative to the folder; those of a checkpoint's base to the repository.
+        config.found = Found(str(folder), note=note)
         for key, value in vars(config).items():
             if isinstance(value, Path):
-                setattr(config, key, folder / value)
+                setattr(config, key, recorded_path(value, folder))
+        return config
+
+    @classmethod
+    def of_original(cls, short: str, copy: Path | None = None, root: str = "pretrained") -> Self:
+        """An original model.
+
+        copy: a folder with some of its parts, laid out as in the folder `root`.
+
+        Raises ConfigError: it is of another family than this class.
+        """
+        values = dict(catalogue().systems[short])
+        values.pop("aliases", None)
+        config = _config_of(values, short)
+        assert isinstance(config, cls)
+        config.found = Found(short, original=short)
+        for key in config.parts():
+            path: Path | None = getattr(config, key)
+            if path is not None:
+                inside = None if copy is None else locate(copy / path.relative_to(root))
+                setattr(config, key, inside or locate(path) or path)
         return config
 
     # ---- defined by families
@@ -210,6 +255,8 @@ class SystemConfig:
     def arrange(cls, folder: Path, names: dict[str, str | None]) -> None:
         """Move files of a new system's folder; `names`: the paths for its `system.json`."""
 
+    # ---- writing
+
     def parts_to_save(self) -> dict[str, Path]:
         """The parts that exist, for a system's folder of its own."""
         parts: dict[str, Path] = {}
@@ -219,33 +266,14 @@ class SystemConfig:
                 parts[key] = path
         return parts
 
-    # ---- original models
-
-    @classmethod
-    def of_original(cls, short: str, copy: Path | None = None) -> Self:
-        """An original model, in a copy of its repository or below `pretrained/`."""
-        settings = cls.originals[short].settings
-        config = cls(**settings, name=short, original=short, copy=copy)
-        config.locate_original()
-        return config
-
-    def locate_original(self) -> None:
-        """Set the paths of an original's parts."""
-        for key, default in self.original_paths().items():
-            path = default if self.copy is None else self.path_in_copy(default)
-            setattr(self, key, existing_path(path) or path)
-
-    def original_paths(self) -> dict[str, Path]:
-        """Local paths of an original's parts, below the repository root."""
-        if not self.original:
-            return {}
-        return {key: Path(path) for key, path in self.originals[self.original].parts.items()}
-
-    def path_in_copy(self, default: Path) -> Path:
-        """The path of a part in the copy of an original's repository."""
-        assert self.copy is not None
-        path = self.copy / default.relative_to("pretrained")
-        return path if existing_path(path) else default
+    def settings_to_save(self) -> JsonObject:
+        """The settings, for a `system.json`."""
+        settings: JsonObject = {}
+        for key in self.settings():
+            value = getattr(self, key)
+            if value is not None:
+                settings[key] = dataclasses.asdict(value) if key == "tasks" else value
+        return settings
 
     # ---- parts on disk
 
@@ -255,8 +283,12 @@ class SystemConfig:
         return self.has(*self.decoder_parts())
 
     def has(self, *parts: str) -> bool:
-        """Whether these parts exist."""
-        return all(self._is_complete(key) for key in parts)
+        """Whether these parts exist, or have no path and may be missing."""
+        paths = {key: getattr(self, key) for key in parts}
+        return all(
+            self.parts()[key].optional if path is None else locate(path) is not None
+            for key, path in paths.items()
+        )
 
     def require(self, *parts: str) -> Self:
         """This config, with these parts available (an original's from the hub, if allowed).
@@ -264,14 +296,13 @@ class SystemConfig:
         Raises CheckpointError with download instructions for missing parts.
         """
         for key in parts:
-            self._fetch(key)
-        if self.has(*parts):
+            path = getattr(self, key)
+            if path is not None:
+                setattr(self, key, find_path(path) or path)
+        missing = [key for key in parts if not self.has(key)]
+        if not missing:
             return self
-        if self.original:
-            message = self._missing_original_message()
-        else:
-            message = self._missing_parts_message(parts)
-        raise CheckpointError(f"{self.name}: {self.read_as}{message}")
+        raise CheckpointError(f"{self.name}: {self.found.note}{self._missing_message(missing)}")
 
     def path(self, key: str) -> Path:
         """The path of a part that is there. Raises as `require`."""
@@ -293,80 +324,28 @@ class SystemConfig:
                 "download its folder again."
             )
 
-    def _fetch(self, key: str) -> None:
-        """Get a missing part of an original from the hub, unless another path was given for it."""
-        default = self.original_paths().get(key)
-        if default is None or getattr(self, key) not in (default, existing_path(default)):
-            return
-        source, path_in_repository = origin(default)
-        folder = existing_path(Path(source.folder))
-        if self.has(key) and not (folder is not None and is_unfinished(source, folder)):
-            return
-
-        # The files of this part: its repository may hold more.
-        files = self.original_files.get(key) or _files_of(source, path_in_repository)
-        snapshot = hub.cached_snapshot(source.hub)
-        if snapshot is not None:
-            setattr(self, key, existing_path(snapshot / path_in_repository) or default)
-        if snapshot is None or not self.has(key):
-            folder = hub.download_part(source, files)
-            if folder is not None:
-                setattr(self, key, existing_path(folder / path_in_repository) or default)
-
-    def wanted_parts(self) -> list[WantedPart]:
-        """What `seed fetch` downloads of an original model."""
-        wanted: dict[tuple[str, tuple[str, ...]], WantedPart] = {}
-        for default in self.original_paths().values():
-            source, path_in_repository = origin(default)
-            files = _files_of(source, path_in_repository)
-            wanted[source.name, files] = WantedPart(source, files)
-        # Files are downloaded once: a whole repository has all that is named of it.
-        for source_name, files in [*wanted]:
-            whole = wanted[source_name, files].part.files
-            if files != whole and (source_name, whole) in wanted:
-                del wanted[source_name, files]
-        return list(wanted.values())
-
-    def _is_complete(self, key: str) -> bool:
-        """Whether a part exists, or has no path and may be missing."""
-        if getattr(self, key) is None:
-            return self.parts()[key].optional
-        return not self._missing_paths(key)
-
-    def _missing_paths(self, key: str) -> list[Path]:
-        """The paths of a part that do not exist; none where it has no path."""
-        path: Path | None = getattr(self, key)
-        if path is None:
-            return []
-        paths = [path]
-        if self.original and key in self.original_files:
-            paths = [path / file for file in self.original_files[key]]
-        return [path for path in paths if not existing_path(path)]
-
-    def _missing_parts_message(self, keys: Sequence[str]) -> str:
-        """Where to put the missing ones of some parts."""
+    def _missing_message(self, keys: Sequence[str]) -> str:
+        """How to get the missing ones of some parts; of an original, all that it lacks."""
+        paths = {key: getattr(self, key) for key in self.parts()}
+        originals = {
+            key: path
+            for key, path in paths.items()
+            if path is not None and part_of(path) is not None
+            if not self.parts()[key].optional and not self.has(key)
+        }
         reasons: list[str] = []
         for key in keys:
-            if self._is_complete(key):
-                continue
-            advice = " (seed assemble joins parts)"
-            for path in self._missing_paths(key):
-                advice = f": put it at {path}"
-            reasons.append(f"its {self.parts()[key].label} is not there{advice}")
+            if key not in originals:
+                advice = (
+                    f": put it at {paths[key]}" if paths[key] else " (seed assemble joins parts)"
+                )
+                reasons.append(f"its {self.parts()[key].label} is not there{advice}")
+        if not originals.keys().isdisjoint(keys):
+            reasons.append(
+                f"{missing_weights_message(originals.values())}, or take --model {self.shipped} "
+                f"({self.model_flags}: --system {self.shipped}), which runs now"
+            )
         return f"{'; '.join(reasons)}."
-
-    def _missing_original_message(self) -> str:
-        """How to get the missing parts of an original model."""
-        missing: list[tuple[OriginalPart, str]] = []
-        for key, default in self.original_paths().items():
-            if self.parts()[key].optional:
-                continue
-            for path in self._missing_paths(key)[:1]:
-                missing.append((origin(default)[0], str(path)))
-        return (
-            f"{hub.missing_weights_message(missing)}, or take --model {self.shipped} "
-            f"({self.model_flags}: --system {self.shipped}), which runs now."
-        )
 
 
 @dataclass(kw_only=True)
@@ -376,11 +355,21 @@ class CodeSystemConfig(SystemConfig):
     template: str = "vicuna"  # of prompts, see `language.prompts`
 
 
-def _files_of(source: OriginalPart, path: str) -> tuple[str, ...]:
-    """Shell patterns of the files at a path in a repository; ".": of all that is needed of it."""
-    if path == ".":
-        return source.files
-    return path, f"{path}/*"
+def _config_of(values: JsonObject, label: str) -> SystemConfig:
+    """The config of a `system.json`'s keys, with defaults. Raises ConfigError, with `label`."""
+    # 1. Its family.
+    names = [spec.name for spec in families()]
+    kind = values.pop("system", DEFAULT_FAMILY)
+    config_class = find_family(check_value(str, kind, f"{label}: system", choices=names)).config
+    check_keys(values, ("system", *config_class.settings(), *config_class.parts()), label)
+
+    # 2. Its values.
+    if isinstance(values.get("tasks"), dict):
+        values["tasks"] = {**dataclasses.asdict(config_class().tasks), **values["tasks"]}
+    paths = {key: part.folder for key, part in config_class.parts().items() if part.folder}
+    config = read_settings(config_class, {**paths, **values}, label)
+    config.check(label)
+    return config
 
 
 # ---- systems by name and folder
@@ -388,37 +377,25 @@ def _files_of(source: OriginalPart, path: str) -> tuple[str, ...]:
 
 def system_names() -> tuple[str, ...]:
     """Names of the shipped and of the original systems."""
-    return (*hub.SHIPPED_SYSTEMS, *original_systems())
-
-
-def original_systems() -> dict[str, type[SystemConfig]]:
-    """The families' configs by the short names of their original systems."""
-    return {name: spec.config for spec in families() for name in spec.config.originals}
-
-
-def _original_by_name(name: str) -> SystemConfig | None:
-    """The original model with a short name or hub name."""
-    for short, config in original_systems().items():
-        if name.lower() == short or name in config.originals[short].aliases:
-            return config.of_original(short)
-    return None
+    return (*SHIPPED_SYSTEMS, *catalogue().systems)
 
 
 def _of_folder(name: str | Path) -> SystemConfig:
     """A shipped system, or the system in a folder or hub repository."""
-    folder = hub.locate_system(name) or hub.local_folder(name)
+    folder = locate_system(name) or find_path(name)
     if folder is None or not str(name):
         short = str(name).lower()
         names = system_names()
         near = "" if short in names else nearest(short, names)
         raise CheckpointError(
             f"{name}: no such folder{near}; give {', '.join(names)} or a folder with "
-            f"system.json ({', '.join(hub.SHIPPED_SYSTEMS)}: in the repository's pretrained/)."
+            f"{SYSTEM} ({', '.join(SHIPPED_SYSTEMS)}: in the repository's pretrained/)."
         )
-    if (folder / "system.json").is_file():
+    if (folder / SYSTEM).is_file():
         return SystemConfig.read(folder)
-    config = _of_checkpoint(folder) if is_checkpoint(folder) else _recognise(folder)
-    config.name = str(folder)
+    is_checkpoint = (folder / ADAPTER_CONFIG).is_file() or (folder / BASE).is_file()
+    config = _of_checkpoint(folder) if is_checkpoint else _recognise(folder)
+    config.found = dataclasses.replace(config.found, name=str(folder))
     return config
 
 
@@ -446,7 +423,7 @@ def _no_system(folder: Path) -> str:
         checkpoint = folder / f"checkpoint-{max(steps)}"
         return f"is the folder of a run; name a checkpoint: {checkpoint}."
     return (
-        "holds no system: neither system.json, nor the folders of an original model, nor a "
+        f"holds no system: neither {SYSTEM}, nor the folders of an original model, nor a "
         "language model or an image tokenizer."
     )
 
@@ -454,35 +431,63 @@ def _no_system(folder: Path) -> str:
 # ---- checkpoints
 
 
-def _of_checkpoint(folder: Path) -> SystemConfig:
-    """A checkpoint's weights, with the other parts of the system that it was trained on."""
-    record = read_base(folder)
-    config_class = find_family(record.pop("system")).config
-    paths = {key: hub.local_folder(path) or Path(path) for key, path in record.items()}
-    config = _system_of_parts(config_class, paths) or config_class.base_system(paths, folder)
+def write_checkpoint_system(folder: Path, system: str, **parts: str | Path | None) -> None:
+    """Write the `system.json` of a checkpoint of a language model's training.
 
-    # The recorded parts that are on this disk, and the trained ones.
+    parts: what it was trained with; the other parts are those of the system that these are of.
+    """
+    paths = {key: Path(path) for key, path in parts.items() if path is not None}
+    config = _with_checkpoint(find_family(system).config, paths, folder)
+    values: JsonObject = {"system": system, **config.settings_to_save()}
+    for key in config.parts():
+        path: Path | None = getattr(config, key)
+        values[key] = None if path is None else "." if path == folder else portable_path(path)
+    replace_text(folder / SYSTEM, json.dumps(values, indent=1) + "\n")
+
+
+def _of_checkpoint(folder: Path) -> SystemConfig:
+    """A LoRA of PEFT, such as the original SEED-LLaMA's, which names the language model alone."""
+    file = folder / ADAPTER_CONFIG
+    record: dict[str, str] = {"system": DEFAULT_FAMILY}
+    if (folder / BASE).is_file():
+        record = read_json_object(folder / BASE, ConfigError)
+    else:
+        base = read_json_object(file).get("base_model_name_or_path")
+        is_lost = isinstance(base, str) and Path(base).is_absolute() and not Path(base).exists()
+        if not isinstance(base, str) or not base or is_lost:
+            raise ConfigError(
+                f"{file}: base_model_name_or_path is {base!r}: name there the base model that the "
+                "checkpoint was trained on, or merge it with --base_model "
+                "(MultiModalLLM/src/tools/merge_lora_weights.py)."
+            )
+        record["llm"] = base
+    config_class = find_family(record.pop("system")).config
+    paths = {key: find_path(path) or Path(path) for key, path in record.items()}
+    return _with_checkpoint(config_class, paths, folder)
+
+
+def _with_checkpoint(
+    config_class: type[SystemConfig], paths: Mapping[str, Path], checkpoint: Path
+) -> SystemConfig:
+    """The system that a checkpoint was trained on, with its parts."""
+    # 1. The system whose folder holds one of these parts, else what the family knows.
+    config: SystemConfig | None = None
+    for path in paths.values():
+        folder = Path(os.path.abspath(path))
+        for parent in (folder, *folder.parents[:2]):
+            if config is None and (parent / SYSTEM).is_file():
+                system = SystemConfig.read(parent)
+                config = system if isinstance(system, config_class) else None
+    config = config or config_class.base_system(paths, checkpoint)
+
+    # 2. The recorded parts that are on this disk, and the trained ones.
     for key, path in paths.items():
         if path.exists():
             setattr(config, key, path)
     for key in config_class.trained_parts:
-        setattr(config, key, folder)
+        setattr(config, key, checkpoint)
 
-    # These describe the base.
+    # 3. These describe the base.
     config.notice = ""
     config.known_words = None
     return config
-
-
-def _system_of_parts(
-    config_class: type[SystemConfig], paths: Mapping[str, Path]
-) -> SystemConfig | None:
-    """The system whose folder holds one of these parts; None: no folder with a `system.json`."""
-    for path in paths.values():
-        for parent in Path(os.path.abspath(path)).parents[:2]:
-            if not (parent / "system.json").is_file():
-                continue
-            config = SystemConfig.read(parent)
-            if isinstance(config, config_class):
-                return config
-    return None

@@ -32,12 +32,12 @@ from seed_multimodal.device import choose_device
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.entry import DONE, run_program
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.hub import locate, locate_system
 from seed_multimodal.state_dicts import assign_strictly, load_state_dict, save_state_dict
 from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.task import StageTask
 from seed_multimodal.training.trainer import train_stage
+from seed_multimodal.weights.find import locate, locate_system
 from seed_nano.world.scene import Scene, render
 from seed_nano.world.splits import HELD_OUT_SPLITS, draw_scene
 from seed_nano.world.splits import scenes as listed

@@ -11,14 +11,13 @@ import torch
 from safetensors import safe_open
 
 from seed_multimodal.disk import read_json_object, replace_text
-from seed_multimodal.hub import AGENT_CONFIG, VISUAL_WEIGHTS
 from seed_multimodal.models.lavit.spec import LavitConfig
 from seed_multimodal.models.seed.spec import SeedLlamaConfig
 from seed_multimodal.models.seed_x.spec import SeedXConfig
 from seed_multimodal.models.seed_x.train_agent import build_agent, read_agent
-from seed_multimodal.pipelines.assemble import join
-from seed_multimodal.pipelines.hub_files import write_hub_files
+from seed_multimodal.pipelines.assemble import join, write_hub_files
 from seed_multimodal.state_dicts import load_state_dict, save_state_dict
+from seed_multimodal.weights.catalogue import AGENT_CONFIG, VISUAL_WEIGHTS
 from seed_nano.train.diffusion import write_successor_unet
 from seed_nano.train.lavit import decoder_sizes
 from seed_nano.train.pipeline import TEMPLATES

@@ -20,7 +20,7 @@ from seed_multimodal.inference.prompt import GenerationSettings
 from seed_multimodal.language.answer import AnswerReader, ImagePart
 from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.models.seed.spec import ORIGINAL_GENERATION
+from seed_multimodal.models.seed.spec import SeedLlamaConfig
 
 TEMPLATES = {"8b": "vicuna", "14b": "llama2"}
 CAPTION_TO_IMAGE = {"temperature": 0.0, "num_beams": 4, "max_new_tokens": 120, "do_sample": False}
@@ -52,7 +52,7 @@ def check_script(case: dict[str, Any], name: str, tokenizer: MultimodalTokenizer
         assert_same("<s>" + "".join(spans), text, "prompt string")
         for ids in (tokenizer.encode(text), tokenizer.encode_parts(parts, add_bos=True)):
             assert_same([ids], call["input_ids"], "ids of the prompt")
-        check_settings(ORIGINAL_GENERATION, call["generation_config"])
+        check_settings(SeedLlamaConfig.of_original("8b").generation, call["generation_config"])
 
 
 def user_content(prompt: str, template: Any) -> list[Any]:

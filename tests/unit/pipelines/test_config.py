@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from repository import ROOT
 
-from seed_multimodal import hub
 from seed_multimodal.cli.main import main
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.config import SystemConfig
+from seed_multimodal.weights import find
 
 FOX = str(ROOT / "images" / "fox.png")
 
@@ -22,7 +22,7 @@ FOX = str(ROOT / "images" / "fox.png")
 def no_weights(tmp_path, monkeypatch) -> Path:
     """A current folder and a repository without weights; `pretrained/` is searched for here."""
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(hub, "__file__", str(tmp_path / "src" / "seed_multimodal" / "hub.py"))
+    monkeypatch.setattr(find, "REPOSITORY", tmp_path)
     return tmp_path
 
 
@@ -101,9 +101,9 @@ def test_require_names_all_parts_of_an_original(name, parts, no_weights):
 
 def test_local_folder_of_names_on_the_hub(no_weights):
     # Files of the original's checkout are used without a network.
-    assert hub.local_folder("AILab-CVC/seed-tokenizer-2") is None
+    assert find.find_path("AILab-CVC/seed-tokenizer-2") is None
     (no_weights / "pretrained" / "seed_tokenizer").mkdir(parents=True)
-    assert hub.local_folder("AILab-CVC/seed-tokenizer-2") == Path("pretrained/seed_tokenizer")
+    assert find.find_path("AILab-CVC/seed-tokenizer-2") == Path("pretrained/seed_tokenizer")
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,7 @@ import importlib.util
 
 import pytest
 
-from seed_multimodal.pipelines.hub_files import REMOTE_CODE
+from seed_multimodal.pipelines.assemble import REMOTE_CODE
 
 
 def test_module_without_the_package_says_how_to_install_it():

@@ -27,7 +27,6 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.disk import replace_text
-from seed_multimodal.hub import VISUAL_WEIGHTS, download_advice, find_file, first_file
 from seed_multimodal.models.lavit.modeling import (
     DynamicTokenizer,
     LavitTokenizerConfig,
@@ -40,6 +39,8 @@ from seed_multimodal.nn.pretrained import (
     fill_buffers,
 )
 from seed_multimodal.state_dicts import assign_strictly, load_state_dict, save_state_dict
+from seed_multimodal.weights.catalogue import VISUAL_WEIGHTS, download_advice
+from seed_multimodal.weights.find import find_file, first_file
 
 State = dict[str, Tensor]
 ENCODER = "encoder."  # beginning of the vision encoder's names
@@ -76,7 +77,9 @@ def load_dynamic_tokenizer(
         config_file = folder / CONFIG
         codec_file = folder / WEIGHTS
     else:
-        original = folder / "visual_tokenizer"
+        # The original's folder of this part, or its whole repository.
+        whole = folder / "visual_tokenizer"
+        original = whole if whole.is_dir() else folder
         config_file = original / CONFIG
         codec_file = find_file(original, CODEC_FILES, download_advice("lavit"))
         encoder_file = find_file(original, ENCODER_FILES, download_advice("lavit"))

@@ -11,10 +11,10 @@ from typing import Literal
 
 import torch
 
-from seed_multimodal.hub import locate
 from seed_multimodal.models.lavit.checkpoints import load_dynamic_tokenizer
 from seed_multimodal.models.lavit.pipeline import LavitImageCodec
 from seed_multimodal.pipelines.images import CodecPlacement
+from seed_multimodal.weights.find import locate
 
 
 def lavit_codes(

@@ -24,12 +24,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from seed_multimodal.hub import download_advice, find_file
 from seed_multimodal.models.lavit.modeling import CrossAttention
 from seed_multimodal.nn.layers import Attention, AttentionPool, LayerNorm, Mlp, checkpoint_layers
 from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS, PretrainedNetwork
 from seed_multimodal.settings import setting
 from seed_multimodal.state_dicts import load_state_dict
+from seed_multimodal.weights.catalogue import download_advice
+from seed_multimodal.weights.find import find_file
 
 Head = Literal["highres", "lowres"]
 ORIGINAL_FOLDER = "visual_tokenizer"

@@ -33,11 +33,12 @@ from seed_multimodal.diffusion.conditioner import Conditioner, Generators
 from seed_multimodal.diffusion.networks import DenoiserConditions
 from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.errors import CheckpointError, SeedWarning
-from seed_multimodal.hub import download_advice, find_file, find_folder
 from seed_multimodal.models.lavit.decoder import CodeDecoder, Conditions
 from seed_multimodal.models.lavit.ratios import RATIOS, ratio_size
 from seed_multimodal.settings import setting
 from seed_multimodal.state_dicts import load_state_dict
+from seed_multimodal.weights.catalogue import download_advice
+from seed_multimodal.weights.find import find_file, find_folder
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin

@@ -35,7 +35,7 @@ class LavitQuestions(Questions):
         super().__init__(system, run, samples)
         self.rule = lavit_answer
         # nano-lavit uses its training prompt, the unchanged question.
-        if system.config.original:
+        if system.config.found.original:
             self.question = QuestionProcessor()
         # LaVIT's answers are compared with lemmatized references.
         if LEMMATISED not in (run.truth or run.annotations).stem:

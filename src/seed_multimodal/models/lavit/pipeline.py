@@ -19,7 +19,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from seed_multimodal.errors import CheckpointError, RequestError
-from seed_multimodal.hub import first_file
 from seed_multimodal.images.io import ImageSource, is_image
 from seed_multimodal.inference.backends.torch import joined
 from seed_multimodal.inference.base_engine import BaseEngine
@@ -59,6 +58,7 @@ from seed_multimodal.pipelines.images import (
     Seed,
     seed_per_image,
 )
+from seed_multimodal.weights.find import first_file
 
 if TYPE_CHECKING:
     from seed_multimodal.language.llm import LanguageModel, LanguageModelConfig
@@ -437,10 +437,10 @@ def load_images(config: LavitConfig, placement: Placement) -> LavitImageCodec:
     )
     code_tokenizer, understanding_tokenizer = load_tokenizer_pair(
         config.path("tokenizer"),
-        config.llm if config.original or has_llm_merger else None,
+        config.llm if config.found.original or has_llm_merger else None,
         device=placement.encoder_load_device,
         dtype=placement.images.dtype,
-        config=config.sizes.get("tokenizer"),
+        config=config.found.sizes.get("tokenizer"),
     )
     load_decoder = partial(_load_decoder, config, placement) if placement.load_decoder else None
     codec_placement = placement.of_codec(load_decoder)
@@ -453,7 +453,10 @@ def _load_decoder(config: LavitConfig, placement: Placement) -> LavitDetokenizer
     config.require("decoder", "pixels")
     dtype = placement.drawing.dtype
     decoder = CodeDecoder.from_pretrained(
-        config.path("decoder"), head=config.head, config=config.sizes.get("decoder"), dtype=dtype
+        config.path("decoder"),
+        head=config.head,
+        config=config.found.sizes.get("decoder"),
+        dtype=dtype,
     )
     return LavitDetokenizer.from_pretrained(
         config.path("pixels"), decoder, dtype=dtype, safety=config.safety

@@ -10,7 +10,6 @@ from typing import Any, Literal, Self
 
 from seed_multimodal.disk import JsonObject, read_json_object
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.hub import VISUAL_WEIGHTS
 from seed_multimodal.language.prompts import TaskPrompts
 from seed_multimodal.models.lavit.ratios import RATIOS
 from seed_multimodal.models.registry import (
@@ -20,12 +19,10 @@ from seed_multimodal.models.registry import (
     TokenizerExport,
     Training,
 )
-from seed_multimodal.originals import original_parts
-from seed_multimodal.pipelines.config import SystemConfig
-from seed_multimodal.pipelines.parts import Original, has_folder, part
+from seed_multimodal.pipelines.config import SystemConfig, part
+from seed_multimodal.weights.catalogue import VISUAL_WEIGHTS, catalogue
 
-_HUB = original_parts()["lavit"].hub
-_ORIGINAL = original_parts()["lavit"].folder
+_ORIGINAL = catalogue().parts["lavit"].folder
 # It continues images and texts; only questions have a template.
 TASKS = TaskPrompts(
     describe="",
@@ -39,34 +36,12 @@ TASKS = TaskPrompts(
 
 @dataclass(kw_only=True)
 class LavitConfig(SystemConfig):
-    """Parts and settings of a LaVIT.
-
-    Of an original, `tokenizer` is the complete folder, and `decoder` a file.
-    """
+    """Parts and settings of a LaVIT; of an original, `decoder` is a file."""
 
     system = "lavit"
     shipped = "nano-lavit"
     model_flags = "LaVIT's evaluate.py: --model_path; the server"
     trained_parts = ("llm", "words")
-    originals = {
-        "lavit": Original(
-            {
-                "llm": f"{_ORIGINAL}/language_model",
-                "tokenizer": _ORIGINAL,
-                "decoder": f"{_ORIGINAL}/visual_tokenizer/highres_tokenizer_decoder.bin",
-                "pixels": f"{_ORIGINAL}/highres_pixel_decoding",
-                "safety": f"{_ORIGINAL}/pixel_decoding",
-            },
-            {},
-            (_HUB,),
-        )
-    }
-    original_files = {
-        "tokenizer": (
-            "visual_tokenizer/eva_vitg_psz14.bin",
-            "visual_tokenizer/tokenizer_encoder.bin",
-        )
-    }
 
     llm: Path | None = part("language model", "llm", flag="checkpoint of stage 2")
     words: Path | None = part(
@@ -100,28 +75,18 @@ class LavitConfig(SystemConfig):
     tasks: TaskPrompts = TASKS
 
     def override(self, **values: Any) -> None:
-        # The original's pixel decoder depends on `head`.
-        if "head" in values and self.original:
-            self.head = values["head"]
-            self.locate_original()
-        super().override(**values)
-
-    def original_paths(self) -> dict[str, Path]:
-        paths = super().original_paths()
-        if self.head == "lowres":
+        # The original's pixel decoders are next to each other.
+        if self.found.original and values.get("head") == "lowres":
             for key in ("decoder", "pixels"):
-                paths[key] = Path(str(paths[key]).replace("highres_", ""))
-        return paths
-
-    def path_in_copy(self, default: Path) -> Path:
-        assert self.copy is not None
-        return self.copy / default.relative_to(_ORIGINAL)
+                path: Path = getattr(self, key)
+                setattr(self, key, path.with_name(path.name.removeprefix("highres_")))
+        super().override(**values)
 
     @classmethod
     def recognise(cls, folder: Path) -> Self | None:
         """A copy of the original repository."""
-        if has_folder(folder, "visual_tokenizer", "language_model"):
-            return cls.of_original("lavit", folder)
+        if any((folder / name).is_dir() for name in ("visual_tokenizer", "language_model")):
+            return cls.of_original("lavit", folder, _ORIGINAL)
         return None
 
     @classmethod
@@ -129,7 +94,7 @@ class LavitConfig(SystemConfig):
         visual = paths.get("tokenizer")
         if visual is not None and (visual / "config.json").is_file():
             return cls()  # a tokenizer that is not the original, without pixel decoder
-        return cls.of_original("lavit", visual)
+        return cls.of_original("lavit", visual, _ORIGINAL)
 
     @classmethod
     def locate_parts(cls, paths: dict[str, Path]) -> None:
@@ -159,7 +124,7 @@ class LavitConfig(SystemConfig):
         shutil.rmtree(folder / "pixels" / "decoder", ignore_errors=True)  # the part `decoder`
 
     def parts_to_save(self) -> dict[str, Path]:
-        if self.original:
+        if self.found.original:
             raise ConfigError(
                 f"{self.name}: its parts are one folder in the original's layout already; "
                 "copy that."

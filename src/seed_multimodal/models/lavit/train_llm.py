@@ -25,7 +25,6 @@ from seed_multimodal.data.stream.config import with_option
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import VISUAL_WEIGHTS, first_file
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.models.lavit.checkpoints import VISUAL_WEIGHT_FILES, load_dynamic_tokenizer
 from seed_multimodal.models.lavit.losses import UnifiedLoss
@@ -33,7 +32,7 @@ from seed_multimodal.models.lavit.modeling import MODES, TokenMerger, kept_rows
 from seed_multimodal.models.lavit.processing import load_lavit_tokenizer
 from seed_multimodal.models.lavit.train_rows import ReadyBatch, fill_rows
 from seed_multimodal.nn.layers import cast_layers, checkpoint_layers
-from seed_multimodal.pipelines.base_record import record_base
+from seed_multimodal.pipelines.config import write_checkpoint_system
 from seed_multimodal.settings import setting
 from seed_multimodal.state_dicts import (
     assign_strictly,
@@ -46,6 +45,8 @@ from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.llm.config import project_path
 from seed_multimodal.training.llm.loss import LossParts, find_llama
 from seed_multimodal.training.llm.task import LlmRunSettings, LlmTask
+from seed_multimodal.weights.catalogue import VISUAL_WEIGHTS
+from seed_multimodal.weights.find import first_file
 
 PARTS = ("causal_encoder", "vit_proj")  # trained with the language model, original names
 
@@ -244,7 +245,7 @@ class PretrainTask(LlmTask):
         save_state_dict(visual, folder / VISUAL_WEIGHTS)
 
     def record_base(self, folder: Path) -> None:
-        record_base(
+        write_checkpoint_system(
             folder,
             "lavit",
             llm=self.base_folder,

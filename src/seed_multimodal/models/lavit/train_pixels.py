@@ -20,7 +20,6 @@ from torch import Tensor, nn
 from seed_multimodal.data.stream.pairs_dataset import TargetView, sample_seed
 from seed_multimodal.device import DTYPES
 from seed_multimodal.diffusion.conditioner import CONDITIONER_FOLDERS
-from seed_multimodal.hub import find_folder
 from seed_multimodal.models.lavit.checkpoints import load_dynamic_tokenizer
 from seed_multimodal.models.lavit.decoder import CodeDecoder
 from seed_multimodal.models.lavit.diffusion import (
@@ -44,6 +43,7 @@ from seed_multimodal.training.pixel_decoder.task import (
     EncodedImages,
     PixelRunSettings,
 )
+from seed_multimodal.weights.find import find_folder
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin

@@ -14,16 +14,14 @@ memory-mapped: weights on the CPU in the file's precision stay views of the file
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import nn
 
 from seed_multimodal.disk import read_json_object
-from seed_multimodal.downloads import downloads_allowed, fetch_file
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.hub import download_advice, fetch, find_file, first_file, is_hub_name
 from seed_multimodal.models.seed.configuration import Seed1Config, Seed2Config, TokenizerConfig
 from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS
 from seed_multimodal.nn.vision.base import State, VisionEncoder
@@ -31,6 +29,8 @@ from seed_multimodal.nn.vision.clip import Log
 from seed_multimodal.nn.vision.eva import FILES, PREFIX
 from seed_multimodal.settings import read_settings
 from seed_multimodal.state_dicts import LoadReport, assign_strictly, load_state_dict
+from seed_multimodal.weights.catalogue import catalogue, download_advice
+from seed_multimodal.weights.find import download_part, find_file, find_folder, first_file
 
 VISION = PREFIX
 ENCODER_PARTS = ("visual_encoder", "ln_vision", "Qformer", "query_tokens")
@@ -165,15 +165,10 @@ def find_files(source: str | Path, layout: Layout) -> list[Path]:
     Raises:
         CheckpointError: a file is missing.
     """
-    # 1. The folder, of a hub id the local cache's.
-    path = Path(source).expanduser()
-    if not os.path.exists(path):  # Path.exists raises for a name that is too long
-        if not is_hub_name(source):
-            raise CheckpointError(
-                f"{path}: no such {layout.name} tokenizer; {layout.advice(path)}."
-            )
-        stems = [str(Path(name).with_suffix(".*")) for name in (*layout.files, VISION_FILES[0])]
-        path = fetch(str(source), (CONFIG, WEIGHTS, *stems), layout.advice(path))
+    # 1. The folder or file, also of a hub id.
+    stems = [str(Path(name).with_suffix(".*")) for name in (*layout.files, VISION_FILES[0])]
+    advice = layout.advice(Path(source))
+    path = find_folder(source, (CONFIG, WEIGHTS, *stems), advice)
     folder = path if path.is_dir() else path.parent
     originals = layout.find(folder)
     is_complete = len(originals) == len(layout.files)
@@ -215,8 +210,9 @@ def _vision_file(folder: Path, vision: str | Path | None) -> Path:
         file: Path | None = Path(vision)
     else:
         file = first_file(folder, VISION_FILES) or first_file(cache, VISION_FILES)
-    if vision is None and file is None and downloads_allowed():
-        file = fetch_file(VISION_FILES[-1], cache)
+    if file is None:
+        only_vision = replace(catalogue().parts["tokenizer"], hub="")
+        file = download_part(only_vision, folder=cache) and cache / VISION_FILES[-1]
     if file is None or not os.path.isfile(file):
         raise CheckpointError(
             f"{file or folder / VISION_FILES[-1]}: no such vision-encoder file; "

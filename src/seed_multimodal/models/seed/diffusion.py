@@ -26,10 +26,11 @@ from seed_multimodal.diffusion.base import Denoising, Detokenizer, Settings, gui
 from seed_multimodal.diffusion.conditioner import Conditioner, Generators, seeded_noise
 from seed_multimodal.diffusion.networks import DenoiserConditions, conditions_of
 from seed_multimodal.diffusion.training import size_ids
-from seed_multimodal.hub import download_advice, find_folder
 from seed_multimodal.models.seed.code_adapter import CODE_ADAPTER, CodeAdapter
 from seed_multimodal.models.seed.single_file import SUFFIXES, load_single_file
 from seed_multimodal.settings import setting
+from seed_multimodal.weights.catalogue import download_advice
+from seed_multimodal.weights.find import find_folder
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin

@@ -19,7 +19,6 @@ from seed_multimodal.device import Runtime
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.evaluation.retrieval import ClipEncoder, TextEncoder
 from seed_multimodal.evaluation.tokenizer import NONE, OpenedTokenizer, Route, TokenizerOptions
-from seed_multimodal.hub import locate
 from seed_multimodal.models.seed.captions import caption_text, load_caption_tokenizer
 from seed_multimodal.models.seed.checkpoints import VISION
 from seed_multimodal.models.seed.losses import Stage1Model
@@ -29,6 +28,7 @@ from seed_multimodal.models.seed.spec import SeedLlamaConfig
 from seed_multimodal.nn.pretrained import fill_buffers
 from seed_multimodal.nn.vision.clip import CLIP_FOLDER
 from seed_multimodal.state_dicts import assign_strictly, load_state_dict
+from seed_multimodal.weights.find import locate
 
 BERT = Path("pretrained/bert-base-uncased")
 MAX_PIECES = 35  # maximum text length, as in LAVIS

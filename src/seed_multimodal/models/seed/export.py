@@ -22,7 +22,6 @@ from torch import Tensor
 
 from seed_multimodal.disk import JsonObject, atomic_folder, output_folder
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import download_advice
 from seed_multimodal.images.io import open_image
 from seed_multimodal.language.hub_tokenizer import read_tokenizer_files
 from seed_multimodal.language.vocabulary import ImageVocabulary
@@ -36,6 +35,7 @@ from seed_multimodal.models.seed.configuration import TokenizerConfig
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
 from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_multimodal.state_dicts import load_state_dict, save_torch
+from seed_multimodal.weights.catalogue import download_advice
 
 AUTO = "auto"
 KINDS: dict[str, type[SeedTokenizer]] = {"seed2": Seed2Tokenizer, "seed1": Seed1Tokenizer}

@@ -4,14 +4,14 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 from seed_multimodal.disk import JsonObject, read_json_object
 from seed_multimodal.language import prompts
 from seed_multimodal.language.hub_tokenizer import has_chat_template
-from seed_multimodal.language.prompts import CHAT, ORIGINAL_TASKS, template_for
+from seed_multimodal.language.prompts import CHAT, template_for
 from seed_multimodal.models.registry import (
     Example,
     FamilySpec,
@@ -19,30 +19,16 @@ from seed_multimodal.models.registry import (
     TokenizerExport,
     Training,
 )
-from seed_multimodal.originals import original_parts
-from seed_multimodal.pipelines.config import CodeSystemConfig
-from seed_multimodal.pipelines.parts import Original, existing_path, part
+from seed_multimodal.pipelines.config import CodeSystemConfig, part
 from seed_multimodal.settings import check_keys, setting
+from seed_multimodal.weights.catalogue import catalogue
+from seed_multimodal.weights.find import locate
 
 DETOKENIZER_FOLDER = "diffusion_model"  # of a tokenizer's folder
 # Preprocessing of the original SEED-LLaMA.
 BILINEAR = {"type": "clip", "keep_ratio": False, "interpolation": "bilinear"}
 # Of a tokenizer without language model, as in its evaluation.
 BICUBIC = {**BILINEAR, "interpolation": "bicubic"}
-# Settings of the originals' inference scripts (top_k 50: library default).
-ORIGINAL_GENERATION = {
-    "max_new_tokens": 512,
-    "do_sample": True,
-    "temperature": 1.0,
-    "top_p": 0.5,
-    "top_k": 50,
-}
-_ORIGINALS = original_parts()
-_PARTS = {
-    "tokenizer": _ORIGINALS["tokenizer"].folder,
-    "detokenizer": _ORIGINALS["unclip"].folder,
-}
-_SETTINGS = {"generation": ORIGINAL_GENERATION, "tasks": ORIGINAL_TASKS}
 
 
 @dataclass(kw_only=True)
@@ -51,19 +37,6 @@ class SeedLlamaConfig(CodeSystemConfig):
 
     system = "seed_llama"
     shipped = "nano"
-    originals = {
-        "8b": Original(
-            {"llm": _ORIGINALS["8b"].folder, **_PARTS},
-            _SETTINGS,
-            (_ORIGINALS["8b"].hub, "released"),
-        ),
-        "14b": Original(
-            {"llm": _ORIGINALS["14b"].folder, **_PARTS},
-            {**_SETTINGS, "template": "llama2"},
-            (_ORIGINALS["14b"].hub,),
-        ),
-    }
-
     llm: Path | None = part("language model", "seed_llama", flag="language model")
     tokenizer: Path | None = part(
         "image tokenizer",
@@ -93,8 +66,8 @@ class SeedLlamaConfig(CodeSystemConfig):
     def override(self, **values: Any) -> None:
         super().override(**values)
         # An original tokenizer's folder may have its own copy of the diffusion model.
-        if self.original and self.tokenizer and "detokenizer" not in values:
-            copy = existing_path(self.tokenizer / DETOKENIZER_FOLDER)
+        if self.found.original and self.tokenizer and "detokenizer" not in values:
+            copy = locate(self.tokenizer / DETOKENIZER_FOLDER)
             self.detokenizer = copy or self.detokenizer
 
     @classmethod
@@ -105,10 +78,10 @@ class SeedLlamaConfig(CodeSystemConfig):
             sizes = read_json_object(folder / "config.json")
         if _is_image_tokenizer(folder, sizes.get("model_type")):
             parent = folder.parent if folder.is_file() else folder
-            unclip = existing_path(Path(_ORIGINALS["unclip"].folder))
+            unclip = Path(catalogue().parts["unclip"].folder)
             return cls(
                 tokenizer=folder,
-                detokenizer=existing_path(parent / DETOKENIZER_FOLDER) or unclip,
+                detokenizer=locate(parent / DETOKENIZER_FOLDER) or locate(unclip),
                 image_size=None,
                 transform=dict(BICUBIC),
             )
@@ -116,11 +89,12 @@ class SeedLlamaConfig(CodeSystemConfig):
             return None
         config = cls.of_original("8b")
         config.llm = folder
-        config.read_as = (
+        note = (
             f"is a language model alone. A system of it: seed assemble seed-llama --llm {folder} "
             f"--tokenizer TOKENIZER --out SYSTEM; to train one: seed init --llm {folder} OUT. "
             "With the original image tokenizer: "
         )
+        config.found = replace(config.found, note=note)
         config.template = template_for(sizes.get("hidden_size"))
         return config
 

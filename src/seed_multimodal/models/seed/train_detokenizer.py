@@ -33,7 +33,6 @@ from seed_multimodal.diffusion.objectives import NoisyLatents
 from seed_multimodal.diffusion.training import train_unet
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError, first_line
-from seed_multimodal.hub import find_folder
 from seed_multimodal.models.seed.code_adapter import (
     CODE_ADAPTER,
     CodeAdapter,
@@ -59,6 +58,7 @@ from seed_multimodal.training.pixel_decoder.task import (
     EncodedImages,
     PixelRunSettings,
 )
+from seed_multimodal.weights.find import find_folder
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin

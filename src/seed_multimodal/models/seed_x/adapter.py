@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from seed_multimodal.diffusion.training import TrainedLayers, train_unet
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import download_advice, find_file
 from seed_multimodal.nn.layers import AttentionPool, heads_first, heads_last
 from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.state_dicts import (
@@ -37,6 +36,8 @@ from seed_multimodal.state_dicts import (
     load_state_dict,
     save_state_dict,
 )
+from seed_multimodal.weights.catalogue import download_advice
+from seed_multimodal.weights.find import find_file
 
 if TYPE_CHECKING:
     from diffusers import UNet2DConditionModel

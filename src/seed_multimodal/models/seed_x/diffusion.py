@@ -41,11 +41,12 @@ from seed_multimodal.diffusion.conditioner import (
 )
 from seed_multimodal.diffusion.networks import DenoiserConditions
 from seed_multimodal.diffusion.training import size_ids
-from seed_multimodal.hub import download_advice, find_folder
 from seed_multimodal.images.transforms import resize_passes, to_bytes
 from seed_multimodal.models.seed_x.adapter import ResamplerXLConfig, SDXLAdapter
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.settings import setting
+from seed_multimodal.weights.catalogue import download_advice
+from seed_multimodal.weights.find import find_folder
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin

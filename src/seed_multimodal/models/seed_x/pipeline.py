@@ -558,11 +558,12 @@ def read_agent_config(config: SeedXConfig) -> tuple[AgentConfig, Mapping[str, An
     tuning: dict[str, Any] = {}
     if tuning_file.is_file():
         tuning = read_json_object(tuning_file, ConfigError)
-    lora = tuning.get("lora") if config.lora is None else config.lora
+    sizes = config.found.sizes
+    lora = sizes.get("lora", tuning.get("lora"))
 
     # 2. Sizes of an original YAML, of config.json, of the tuning, or the original ones.
-    if "agent" in config.sizes:
-        return config.sizes["agent"], lora
+    if "agent" in sizes:
+        return sizes["agent"], lora
     config_file = folder / "config.json"
     if config_file.is_file():
         values = read_json_object(config_file, ConfigError)
@@ -624,7 +625,7 @@ def load_images(config: SeedXConfig, placement: Placement) -> SeedXImageCodec:
     """Vision encoder and de-tokenizer of a system. Raises `CheckpointError`."""
     model = QwenVit.from_pretrained(
         config.path("vision"),
-        config=config.sizes.get("vision"),
+        config=config.found.sizes.get("vision"),
         device=placement.encoder_load_device,
         dtype=placement.images.dtype,
     )
@@ -641,5 +642,5 @@ def _load_decoder(config: SeedXConfig, dtype: torch.dtype) -> SdxlDetokenizer:
         config.path("sdxl"),
         config.path("detokenizer"),
         dtype=dtype,
-        sizes=config.sizes.get("detokenizer"),
+        sizes=config.found.sizes.get("detokenizer"),
     )

@@ -24,7 +24,6 @@ from seed_multimodal.data.stream.views import INPUT_IMAGE, TARGET_IMAGE
 from seed_multimodal.device import DTYPES, copy_to
 from seed_multimodal.disk import JsonObject, read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import AGENT_CONFIG
 from seed_multimodal.models.seed_x.data import SeedXOptions
 from seed_multimodal.models.seed_x.losses import TrainedAgent, loss_parts
 from seed_multimodal.models.seed_x.modeling import AgentSettings, load_agent
@@ -37,7 +36,7 @@ from seed_multimodal.nn.vision.qwen import (
     Resampler,
     ResamplerConfig,
 )
-from seed_multimodal.pipelines.base_record import record_base
+from seed_multimodal.pipelines.config import write_checkpoint_system
 from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.state_dicts import load_state_dict, save_state_dict
 from seed_multimodal.training.config import ConfigNode
@@ -54,6 +53,7 @@ from seed_multimodal.training.llm.lora import (
 from seed_multimodal.training.llm.loss import LossParts, find_llama, use_attention
 from seed_multimodal.training.llm.task import LlmRunSettings, LlmTask
 from seed_multimodal.training.task import WEIGHTS
+from seed_multimodal.weights.catalogue import AGENT_CONFIG
 
 LORA_FIELDS = (*RECORDED_FIELDS, "modules_to_save")
 _RESAMPLERS = ("input_resampler", "output_resampler")
@@ -323,7 +323,7 @@ class TuningTask(LlmTask):
         self.record_base(folder)
 
     def record_base(self, folder: Path) -> None:
-        record_base(
+        write_checkpoint_system(
             folder,
             "seed_x",
             llm=self.base_folder,

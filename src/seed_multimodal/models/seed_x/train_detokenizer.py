@@ -22,8 +22,6 @@ from seed_multimodal.diffusion.conditioner import CONDITIONER_FOLDERS, pooled_to
 from seed_multimodal.diffusion.training import TrainedLayers
 from seed_multimodal.disk import replace_text
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.hub import download_advice
-from seed_multimodal.hub import find_folder as find_parts
 from seed_multimodal.models.seed_x.adapter import RESAMPLER_CONFIG, ResamplerXLConfig, SDXLAdapter
 from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer
 from seed_multimodal.models.seed_x.losses import ConditionDropout, adapter_losses
@@ -39,6 +37,8 @@ from seed_multimodal.training.pixel_decoder.task import (
     PixelModel,
     PixelRunSettings,
 )
+from seed_multimodal.weights.catalogue import download_advice
+from seed_multimodal.weights.find import find_folder as find_parts
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin

@@ -15,10 +15,10 @@ from torch import Tensor
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, first_line
-from seed_multimodal.hub import find_folder
 from seed_multimodal.nn.pretrained import CONFIG
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.state_dicts import refuse_tensors
+from seed_multimodal.weights.find import find_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel

@@ -13,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import download_advice, find_file
 from seed_multimodal.images.transforms import ImageTransform, seed_image_processor
 from seed_multimodal.nn.layers import Block, LayerNorm, checkpoint_layers, resize_square
 from seed_multimodal.nn.vision.base import State, VisionConfig, VisionEncoder
 from seed_multimodal.nn.vision.clip import eva_from_clip, is_clip, load_clip_vision
 from seed_multimodal.settings import setting
 from seed_multimodal.state_dicts import load_state_dict
+from seed_multimodal.weights.catalogue import download_advice
+from seed_multimodal.weights.find import find_file
 
 FILES = ("eva_vit_g.safetensors", "eva_vit_g.pth")
 PREFIX = "visual_encoder."  # before its names in checkpoints of models around it

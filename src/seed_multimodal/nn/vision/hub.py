@@ -20,13 +20,13 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, ConfigError, ImageError, first_line
-from seed_multimodal.hub import find_folder
 from seed_multimodal.images.transforms import PROCESSOR, ImageTransform, read_preprocessing
 from seed_multimodal.nn.pretrained import CONFIG
 from seed_multimodal.nn.vision.base import State, VisionConfig, VisionEncoder
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.settings import setting
 from seed_multimodal.state_dicts import refuse_tensors
+from seed_multimodal.weights.find import find_folder
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel

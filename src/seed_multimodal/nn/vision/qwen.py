@@ -28,13 +28,13 @@ from torch import Tensor, nn
 
 from seed_multimodal.disk import read_json_object, writing
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.hub import find_file, first_file
 from seed_multimodal.images.transforms import ImageTransform, seed_image_processor
 from seed_multimodal.nn.layers import LayerNorm, heads_last, resize_square
 from seed_multimodal.nn.pretrained import CONFIG, PretrainedNetwork
 from seed_multimodal.nn.vision.base import State, VisionConfig, VisionEncoder
 from seed_multimodal.settings import setting
 from seed_multimodal.state_dicts import INDEX_FILES, load_state_dict, save_torch
+from seed_multimodal.weights.find import find_file, first_file
 
 FILES = ("model.safetensors", "qwen_vit_G.safetensors", "qwen_vit_G.pt")
 IN_QWEN_VL = "transformer.visual."  # before the encoder's names in Qwen-VL's own checkpoints

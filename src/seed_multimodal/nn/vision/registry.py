@@ -18,7 +18,6 @@ from pydantic import PlainValidator
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.hub import first_file
 from seed_multimodal.nn.pretrained import CONFIG
 from seed_multimodal.nn.vision.base import VisionConfig, VisionEncoder
 from seed_multimodal.nn.vision.eva import FILES, EvaConfig
@@ -26,6 +25,7 @@ from seed_multimodal.nn.vision.hub import HubVisionConfig
 from seed_multimodal.nn.vision.qwen import QwenEncoderConfig, QwenVit
 from seed_multimodal.settings import adapter, nearest, read_settings
 from seed_multimodal.state_dicts import assign_strictly
+from seed_multimodal.weights.find import first_file
 
 VISION_CONFIGS: dict[str, type[VisionConfig]] = {
     "eva": EvaConfig,

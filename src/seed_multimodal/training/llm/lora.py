@@ -19,10 +19,11 @@ from torch import Tensor, nn
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
-from seed_multimodal.hub import ADAPTER_CONFIG, first_file
 from seed_multimodal.language.lora import ADAPTER_FILES
 from seed_multimodal.settings import check_keys
 from seed_multimodal.state_dicts import load_state_dict, save_state_dict
+from seed_multimodal.weights.catalogue import ADAPTER_CONFIG
+from seed_multimodal.weights.find import first_file
 
 if TYPE_CHECKING:
     from peft import PeftModel

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
-from seed_multimodal.hub import portable_path
 from seed_multimodal.language.llm import (
     LLAMA,
     MAX_PADDING,
@@ -46,6 +45,7 @@ from seed_multimodal.training.llm.lora import (
     save_adapter,
 )
 from seed_multimodal.training.llm.loss import add_packed_lengths, find_llama
+from seed_multimodal.weights.find import portable_path
 
 if TYPE_CHECKING:
     from transformers import LlamaForCausalLM

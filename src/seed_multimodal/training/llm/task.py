@@ -29,7 +29,7 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
-from seed_multimodal.pipelines.base_record import DEFAULT_FAMILY, record_base
+from seed_multimodal.pipelines.config import DEFAULT_FAMILY, write_checkpoint_system
 from seed_multimodal.training.config import ConfigNode
 from seed_multimodal.training.distributed import ProcessGroup, translate_errors
 from seed_multimodal.training.llm.config import (
@@ -427,7 +427,9 @@ class LlmTask(RunTask):
 
     def record_base(self, folder: Path) -> None:
         """Write which system the checkpoint belongs to, for `SystemConfig.find`."""
-        record_base(folder, self.family, llm=self.base_folder, tokenizer=self.run.tokenizer.folder)
+        write_checkpoint_system(
+            folder, self.family, llm=self.base_folder, tokenizer=self.run.tokenizer.folder
+        )
 
     @property
     def base_folder(self) -> Path | None:

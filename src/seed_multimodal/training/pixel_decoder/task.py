@@ -38,7 +38,6 @@ from seed_multimodal.diffusion.objectives import FlowTimes, build_objective
 from seed_multimodal.diffusion.training import TrainedLayers
 from seed_multimodal.disk import JsonObject, atomic_folder
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.hub import find_folder
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 from seed_multimodal.settings import setting
 from seed_multimodal.training.config import RunTrainerSettings
@@ -50,6 +49,7 @@ from seed_multimodal.training.metrics import Meter, Metrics
 from seed_multimodal.training.optimizers import build_optimizer
 from seed_multimodal.training.run import RunSettings, RunTask
 from seed_multimodal.training.task import attention_kernel
+from seed_multimodal.weights.find import find_folder
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin

@@ -6,8 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from seed_multimodal.models.registry import FamilySpec, ModelCard, Training
-from seed_multimodal.pipelines.config import CodeSystemConfig
-from seed_multimodal.pipelines.parts import part
+from seed_multimodal.pipelines.config import CodeSystemConfig, part
 
 
 @dataclass(kw_only=True)
