@@ -24,9 +24,11 @@ if __name__ == "__main__":
     parser.add_argument("--out", metavar="FILE", help="default: recon_NAME.png")
     args, more = parser.parse_known_args()
 
+    from seed_multimodal.cli.common import source_stem
     from seed_multimodal.cli.main import main
+    from seed_multimodal.disk import file_stem
 
-    out = args.out or f"recon_{Path(args.image).stem}.png"
+    out = args.out or f"recon_{file_stem(source_stem(args.image))}.png"
     sys.exit(
         main(
             [

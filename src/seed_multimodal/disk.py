@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import tempfile
 import time
 import uuid
@@ -22,6 +23,7 @@ JsonObject = dict[str, Any]  # an object of a JSON file, a state, or a record
 # Errors of a file system without locks, and of a full one.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+MAX_STEM = 200  # bytes of 255; tags, numbers and suffixes take the others
 
 
 @contextlib.contextmanager
@@ -141,7 +143,23 @@ def atomic_open(file: str | Path) -> Iterator[BinaryIO]:
 def temporary_name(path: Path) -> Path:
     """A hidden random name next to a path; machines that share a disk may have equal process
     ids."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex[:12]}.tmp")
+    return path.with_name(f".{file_stem(path.name)}.{uuid.uuid4().hex[:12]}.tmp")
+
+
+def file_stem(text: str) -> str:
+    """Any text as the stem of a file's name: printable, in letters of the file system's encoding,
+    of at most `MAX_STEM` bytes."""
+    # Line breaks, and bytes of names that are not UTF-8, are not printable.
+    letters = [letter if letter.isprintable() and letter != "/" else "_" for letter in text]
+    encoding = sys.getfilesystemencoding()
+    content = "".join(letters).encode(encoding, "ignore")[:MAX_STEM]
+    return content.decode(encoding, "ignore") or "image"
+
+
+def text_stem(text: str) -> str:
+    """As `file_stem`, of a text for a model: its beginning, without blanks and punctuation."""
+    letters = [letter if letter.isalnum() or letter in "-_." else "_" for letter in text]
+    return file_stem("".join(letters).strip("._")[:60])
 
 
 def flush(path: str | Path) -> None:

@@ -18,7 +18,7 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace, _ActionsConta
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
 from types import FrameType
-from typing import NoReturn
+from typing import NoReturn, TextIO
 
 from seed_multimodal.disk import disk_is_full
 from seed_multimodal.errors import SeedError, SeedWarning, first_line, install_hint, package_of
@@ -58,17 +58,20 @@ def run_guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
         return _plain_format(message, category, filename, lineno, line)
 
     warnings.formatwarning = format_warning
-    if isinstance(sys.stdout, io.TextIOWrapper):
-        sys.stdout.reconfigure(line_buffering=True)  # also into files and pipes
+    stdout = sys.stdout
+    if isinstance(stdout, io.TextIOWrapper):
+        # Lines appear at once, also in files and pipes; letters that the locale lacks, and names
+        # that are not UTF-8, are escaped.
+        stdout.reconfigure(line_buffering=True, errors="backslashreplace")
     try:
         code = work()
-        sys.stdout.flush()
+        stdout.flush()
         return code
     except KeyboardInterrupt:
         log_line(f"{program}: interrupted.")
         return INTERRUPTED
     except BrokenPipeError:  # the reader of the output has ended (`seed … | head`)
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        os.dup2(os.open(os.devnull, os.O_WRONLY), stdout.fileno())
         return DONE
     except Exception as error:
         sentence = str(error) if isinstance(error, SeedError) else _machine_error_sentence(error)
@@ -76,6 +79,15 @@ def run_guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
             raise
         log_line(f"{program}: {sentence}")
         return COMMAND_FAILED
+    finally:
+        sys.stdout = stdout
+
+
+def claim_stdout() -> TextIO:
+    """Standard output for a result itself; what the program prints from now on goes to stderr."""
+    stdout = sys.stdout
+    sys.stdout = sys.stderr
+    return stdout
 
 
 def _machine_error_sentence(error: Exception) -> str:

@@ -13,15 +13,15 @@ from PIL import Image
 
 from seed_multimodal.cli.common import (
     ITEM_ERRORS,
+    Outputs,
     chosen_settings,
     emit,
     load_system,
     next_free_path,
     save_image,
 )
-from seed_multimodal.disk import JsonObject, writable_folder
+from seed_multimodal.disk import JsonObject
 from seed_multimodal.entry import DONE, log_line
-from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import open_image
 
 if TYPE_CHECKING:
@@ -109,7 +109,7 @@ def chat(args: Namespace) -> int:
     """Run the conversation; without `--message` it reads lines until /quit or end of input."""
     # Wrong flags are reported before the weights are loaded.
     images = [open_image(file).image for file in args.image]
-    writable_folder(args.out, ConfigError)
+    Outputs(args.out, 2)  # a folder: answers may have several images
     conversation = Conversation(load_system(args), args)
     conversation.images = images
     if not args.message:

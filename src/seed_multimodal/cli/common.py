@@ -6,20 +6,22 @@ Results are printed to stdout; device, progress and errors to stderr.
 from __future__ import annotations
 
 import contextlib
+import io
 import itertools
 import json
+import mimetypes
 import sys
+import unicodedata
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter, _SubParsersAction
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, TypeVar
 
 from PIL import Image
 
 from seed_multimodal import entry
 from seed_multimodal.config import project_root
-from seed_multimodal.disk import atomic_open, writable_folder, writing
+from seed_multimodal.disk import atomic_open, file_stem, writable_folder, writing
 from seed_multimodal.entry import bounded_int, log_line
 from seed_multimodal.errors import (
     CodesError,
@@ -42,7 +44,7 @@ if TYPE_CHECKING:
 Options = dict[str, Any]  # keyword arguments of a system's methods
 Result = TypeVar("Result")
 
-IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+STDOUT = ("-", "/dev/stdout")  # values of `--out`
 RATIO_MODES = ("restore", "keep", "square")  # `images.views.Ratio`
 # Errors of one item; others end the command.
 ITEM_ERRORS = (ImageError, CodesError, GenerationError, RequestError)
@@ -315,32 +317,77 @@ def run_batches(
 
 
 class Outputs:
-    """Files for results: in a folder, or a single image file.
+    """Where images are saved: files in a folder, a single image file, or standard output.
 
-    out: the folder or file.
+    out: the folder; a file with a suffix that Pillow can write; or `-`: standard output, as PNG.
     count: images to save.
 
-    Raises ConfigError: one file for many images, a folder that cannot be written.
+    Raises ConfigError: one file for many images, a suffix of images that Pillow cannot write, a
+    folder that cannot be written.
     """
 
     def __init__(self, out: str, count: int = 1) -> None:
-        # A folder may be named like an image.
         self.path = Path(out)
-        self._stems = Counter[str]()  # how often each name was used
-        self.is_file = self.path.suffix.lower() in IMAGE_SUFFIXES and not self.path.is_dir()
+        self._names = set[str]()  # of files of this run, as file systems compare them
+        self._stdout: BinaryIO | None = None
+        # A folder may be named like an image.
+        suffix = self.path.suffix.lower()
+        self.is_file = out in STDOUT or (_is_image_suffix(suffix) and not self.path.is_dir())
         if self.is_file and count > 1:
-            raise ConfigError(f"{out}: one file for {count} images; give --out a folder.")
+            raise ConfigError(f"{out}: one file for several images; give --out a folder.")
+        if out in STDOUT:
+            self._stdout = entry.claim_stdout().buffer
+            return
+        if self.is_file and not _can_save(suffix):
+            suffixes = filter(_can_save, sorted(Image.registered_extensions()))
+            raise ConfigError(f"{out}: cannot be written; suffixes that can: {' '.join(suffixes)}.")
         writable_folder(self.path.parent if self.is_file else self.path, ConfigError)
 
-    def save(self, image: Image.Image, stem: str, suffix: str = ".png") -> str:
-        """Save the next result and return its path; in a folder it is named `stem`, from the second
-        one of a name on with a number."""
+    def save(self, image: Image.Image, stem: str, tag: str = "", suffix: str = ".png") -> str:
+        """Save the next result and return its path; `-` for standard output.
+
+        In a folder its name is `stem`, cut to what file systems allow, then `tag`; from the second
+        one of a name on with a number.
+        """
+        if self._stdout is not None:
+            image.save(self._stdout, "PNG")
+            return "-"
         if self.is_file:
             return str(save_image(image, self.path))
-        self._stems[stem] += 1
-        count = self._stems[stem]
-        name = stem if count == 1 else f"{stem}_{count}"
-        return str(save_image(image, self.path / f"{name}{suffix}"))
+        stem = file_stem(stem) + tag
+        for count in itertools.count(1):
+            name = f"{stem}{suffix}" if count == 1 else f"{stem}_{count}{suffix}"
+            # Some file systems ignore case, and how letters with accents are composed.
+            key = unicodedata.normalize("NFC", name).casefold()
+            if key not in self._names:
+                break
+        self._names.add(key)
+        return str(save_image(image, self.path / name))
+
+
+def _is_image_suffix(suffix: str) -> bool:
+    """Whether files with this suffix are images, of formats that Pillow knows or not."""
+    kind = mimetypes.guess_type(f"x{suffix}", strict=False)[0] or ""
+    return kind.startswith("image/") or suffix in (".jxl", *Image.registered_extensions())
+
+
+def _can_save(suffix: str) -> bool:
+    """Whether Pillow writes RGB images of this suffix, which depends on how it was built."""
+    try:
+        Image.new("RGB", (16, 16)).save(io.BytesIO(), Image.registered_extensions()[suffix])
+    except (OSError, ValueError, KeyError):
+        return False
+    return True
+
+
+def open_lines(out: str) -> TextIO:
+    """A stream for lines of results: a file, which is replaced, or standard output for `-`. Raises
+    ConfigError: it cannot be written."""
+    if out in STDOUT:
+        return entry.claim_stdout()
+    write_text("", out)
+    # Line by line, so that a killed run has written what it printed.
+    return open(out, "a", buffering=1, encoding="utf-8", errors="backslashreplace")
 
 
 def next_free_path(folder: Path, pattern: str) -> Path:
@@ -352,11 +399,11 @@ def next_free_path(folder: Path, pattern: str) -> Path:
     return path
 
 
-def slug(text: str) -> str:
-    """Any text as the stem of a file's name."""
-    # File systems allow 255 bytes; a letter may take four.
-    letters = [letter if letter.isalnum() or letter in "-_." else "_" for letter in text]
-    return "".join(letters).strip("._")[:60] or "image"
+def source_stem(name: str) -> str:
+    """The stem of the results of an image that `name` names."""
+    if name == "-" or name.lower().startswith("data:"):
+        return "image"
+    return Path(name).stem
 
 
 def save_image(image: Image.Image, path: Path) -> Path:
@@ -373,9 +420,20 @@ def write_text(text: str, path: str | Path) -> None:
     """Write a text file, making its folder. Raises ConfigError: it cannot be written."""
     with writing(path, ConfigError):
         Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(text, encoding="utf-8")
+        Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def emit(args: Namespace, record: Mapping[str, object], plain: str) -> None:
     """One result on stdout: a JSON line with `--json`, else the plain text."""
-    print(json.dumps(record, ensure_ascii=False) if args.json else plain)
+    if args.json:
+        print_json(record)
+    else:
+        print(plain)
+
+
+def print_json(record: Mapping[str, object], stream: TextIO | None = None) -> None:
+    """Print a line of JSON, whatever the names in it; `stream`: default stdout."""
+    stream = stream or sys.stdout
+    # In UTF-8 the stream's own escapes (\udce9) are JSON, in other encodings (\xe9) they are not.
+    is_utf8 = (stream.encoding or "").lower() == "utf-8"
+    print(json.dumps(record, ensure_ascii=not is_utf8), file=stream)

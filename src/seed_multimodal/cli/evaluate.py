@@ -6,7 +6,6 @@ Without flags two of the programs repeat the original's probes; a run resumes.
 
 from __future__ import annotations
 
-import json
 import os
 import shlex
 import sys
@@ -23,6 +22,7 @@ from seed_multimodal.cli.common import (
     chosen_settings,
     load_system,
     loading,
+    print_json,
     program_parser,
 )
 from seed_multimodal.config import load_yaml
@@ -402,7 +402,7 @@ def run_task(
     if summary is None:  # other processes still work
         return DONE
     # Unusable samples are no error, but the exit code tells.
-    print(json.dumps(summary, ensure_ascii=False))
+    print_json(summary)
     if not summary["bad"]:
         return DONE
     log_line(
@@ -425,7 +425,7 @@ def measure_tokenizer(args: Namespace) -> int:
     amounts = {name: getattr(args, name) for name in AMOUNTS}
     with loading(args):
         report = tokenizer_report(args, data_spec(args), args.out, parts, amounts)
-    print(json.dumps(report, ensure_ascii=False))
+    print_json(report)
     return DONE
 
 

@@ -17,7 +17,7 @@ from PIL import Image
 
 from seed_multimodal.cli import common
 from seed_multimodal.cli.common import Options, Result
-from seed_multimodal.disk import JsonObject
+from seed_multimodal.disk import JsonObject, text_stem
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import ConfigError, DataError
 
@@ -34,22 +34,19 @@ def tokenize(args: Namespace) -> int:
     # 1. The encoder; SEED-X's images have no codes.
     codec = common.load_images(args)
     _require_codes(args, codec)
-    records: list[JsonObject] = []
+    lines = common.open_lines(args.out) if args.out else None
 
     def work(names: Sequence[str]) -> Sequence[Tensor]:
         return encode(args, codec, names)
 
     def show(name: str, codes: Tensor) -> None:
         record = {"image": name, "codes": codes.tolist()}
-        records.append(record)
+        if lines is not None:
+            common.print_json(record, lines)
         common.emit(args, record, f"{name}: {' '.join(map(str, record['codes']))}")
 
     # 2. The codes; the file holds the images that did not fail.
-    exit_code = common.run_batches(args, args.images, show, work, args.batch_size)
-    if args.out:
-        lines = [json.dumps(record, ensure_ascii=False) + "\n" for record in records]
-        common.write_text("".join(lines), args.out)
-    return exit_code
+    return common.run_batches(args, args.images, show, work, args.batch_size)
 
 
 def encode(args: Namespace, codec: ImageCodec, names: Sequence[str]) -> Sequence[Tensor]:
@@ -94,7 +91,7 @@ def reconstruct(args: Namespace) -> int:
 
     def show(name: str, result: tuple[Tensor | list[int], Sequence[Image.Image]]) -> None:
         encoded, images = result
-        stem = f"{Path(name).stem}_rebuilt"
+        stem = common.source_stem(name)
         saved, paths = _save_counts(images, args.codes, outputs, stem, "rebuilt")
         # Features are too long for a record.
         record: JsonObject = {"image": name}
@@ -134,7 +131,7 @@ def detect(args: Namespace) -> int:
             log_line(f"{name}: {problem}")
         path = None
         if detection.boxes:
-            path = outputs.save(detection.drawn(), f"{Path(name).stem}_boxes")
+            path = outputs.save(detection.drawn(), common.source_stem(name), "_boxes")
         record = {
             "image": name,
             "phrase": args.phrase,
@@ -162,7 +159,7 @@ def edit(args: Namespace) -> int:
         return list(batched(edited, args.num_images))
 
     def show(name: str, images: Sequence[Image.Image]) -> None:
-        saved, paths = _save_all(images, outputs, f"{Path(name).stem}_edited", "edited")
+        saved, paths = _save_all(images, outputs, common.source_stem(name), "edited")
         record = {"image": name, "instruction": args.instruction, **saved}
         common.emit(args, record, f"{name}: {paths}")
 
@@ -187,9 +184,9 @@ def draw(args: Namespace) -> int:
 
     def show(text: str, images: Sequence[Image.Image]) -> None:
         if args.codes:
-            saved, paths = _save_counts(images, args.codes, outputs, common.slug(text), "image")
+            saved, paths = _save_counts(images, args.codes, outputs, text_stem(text))
         else:
-            saved, paths = _save_all(images, outputs, common.slug(text), "image")
+            saved, paths = _save_all(images, outputs, text_stem(text))
         common.emit(args, {"text": text, **saved}, f"{text}: {paths}")
 
     return common.run_batches(args, args.texts, show, work, args.batch_size)
@@ -206,7 +203,7 @@ def read_codes(path: str) -> dict[str, list[int]]:
     # Blank lines are skipped.
     codes_of: dict[str, list[int]] = {}
     try:
-        lines = Path(path).read_text(encoding="utf-8").splitlines()
+        lines = Path(path).read_text(encoding="utf-8").split("\n")
         for row, line in enumerate(filter(str.strip, lines), 1):
             value = json.loads(line)
             # Lists have no names.
@@ -274,12 +271,13 @@ def batched(images: Sequence[Image.Image], size: int) -> Iterator[Sequence[Image
 
 
 def _save_all(
-    images: Sequence[Image.Image], outputs: common.Outputs, stem: str, key: str
+    images: Sequence[Image.Image], outputs: common.Outputs, stem: str, task: str = ""
 ) -> tuple[JsonObject, str]:
-    """Save the images of one request; returns a record with their paths under `key` (a path, or a
-    list of several), and the paths as text."""
-    paths = [outputs.save(image, stem) for image in images]
-    return {key: paths[0] if len(paths) == 1 else paths}, ", ".join(paths)
+    """Save the images of one request, named by what was done; returns a record with their paths (a
+    path, or a list of several) under `task` or "image", and the paths as text."""
+    tag = task and f"_{task}"
+    paths = [outputs.save(image, stem, tag) for image in images]
+    return {task or "image": paths[0] if len(paths) == 1 else paths}, ", ".join(paths)
 
 
 def _save_counts(
@@ -287,21 +285,21 @@ def _save_counts(
     counts: Sequence[int],
     outputs: common.Outputs,
     stem: str,
-    key: str,
+    task: str = "",
 ) -> tuple[JsonObject, str]:
     """Save an image, or those of several numbers of codes and a sheet of them; returns as
     `_save_all`."""
     # One image.
     if len(counts) < 2:
-        path = outputs.save(images[0], stem)
-        return {key: path}, path
+        return _save_all(images, outputs, stem, task)
     from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 
     # One file for each number, and all side by side.
+    tag = task and f"_{task}"
     paths: dict[str, str] = {}
     cells = []
     for count, image in zip(counts, images, strict=True):
-        paths[str(count)] = outputs.save(image, f"{stem}_{count}")
+        paths[str(count)] = outputs.save(image, stem, f"{tag}_{count}")
         cells.append(Cell(image, f"{count} codes"))
-    sheet = outputs.save(contact_sheet([Row("", cells)]), f"{stem}_codes")
-    return {key: paths, "sheet": sheet}, f"{sheet} ({', '.join(paths.values())})"
+    sheet = outputs.save(contact_sheet([Row("", cells)]), stem, f"{tag}_codes")
+    return {task or "image": paths, "sheet": sheet}, f"{sheet} ({', '.join(paths.values())})"

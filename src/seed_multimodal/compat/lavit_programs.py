@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, cast
 from PIL import Image
 
 from seed_multimodal.cli import common
+from seed_multimodal.disk import text_stem
 from seed_multimodal.entry import DONE, add_language_model, bounded_int, run_program
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import open_image
@@ -227,7 +228,7 @@ def _draw(args: Namespace) -> int:
 
     def save(text: str, images: Sequence[Image.Image]) -> None:
         for image in images:
-            print(outputs.save(image, common.slug(text)))
+            print(outputs.save(image, text_stem(text)))
 
     return common.run_each(args, args.prompt, save, draw)
 
@@ -237,7 +238,7 @@ def _compose(args: Namespace) -> int:
     content: list[str | Image.Image] = []
     stems = []
     for part in args.parts:
-        if Path(part).suffix.lower() in common.IMAGE_SUFFIXES:
+        if Path(part).suffix.lower() in Image.registered_extensions():
             content.append(open_image(part).image)
             stems.append(Path(part).stem)
         else:
@@ -246,7 +247,7 @@ def _compose(args: Namespace) -> int:
     outputs = common.Outputs(args.out)
     system = _load(args)
     image = system.compose(content, seed=args.seed, **common.chosen_settings(args))
-    print(outputs.save(image, common.slug("_".join(stems))))
+    print(outputs.save(image, text_stem("_".join(stems))))
     return DONE
 
 
@@ -258,7 +259,7 @@ def _rebuild(args: Namespace) -> int:
     def rebuild(name: str, image: Image.Image) -> None:
         codes = codec.encode([image], seed=args.seed)
         rebuilt = codec.draw(codes, seeds=[args.seed], **common.chosen_settings(args))[0]
-        path = outputs.save(rebuilt, f"{Path(name).stem}_rebuilt")
+        path = outputs.save(rebuilt, common.source_stem(name), "_rebuilt")
         print(f"{path} ({len(codes[0])} codes)")
 
     return common.run_each(args, args.image, rebuild, codec.open)
@@ -273,9 +274,9 @@ def _infer(args: Namespace) -> int:
     print(system.describe(image, seed=args.seed))
     print(system.ask(image, args.question, seed=args.seed))
     drawing = system.draw(args.prompt, **options)
-    print(outputs.save(drawing, "t2i_output", ".jpg"))
+    print(outputs.save(drawing, "t2i_output", suffix=".jpg"))
     composed = system.compose([image, args.words], **options)
-    print(outputs.save(composed, "it2i_output", ".jpg"))
+    print(outputs.save(composed, "it2i_output", suffix=".jpg"))
     return DONE
 
 

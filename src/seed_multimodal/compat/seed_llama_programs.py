@@ -193,7 +193,7 @@ def _round_trip(args: Namespace) -> int:
     # 2. Image → codes → image.
     codes = codec.encode([Path(args.image or cat_image())])
     print(" ".join(map(str, codes[0].tolist())))
-    print(outputs.save(codec.draw(codes, seeds=[args.seed])[0], "cat", ".jpg"))
+    print(outputs.save(codec.draw(codes, seeds=[args.seed])[0], "cat", suffix=".jpg"))
 
     # 3. The language model reads the codes.
     if args.prompt:
@@ -218,9 +218,9 @@ def _demonstrate(args: Namespace) -> int:
         # The same by the tasks of another system.
         print(system.ask(cat_image(), QUESTION, seed=args.seed))
         drawing = system.draw("a dog on the green grass", seed=args.seed)
-        print(outputs.save(drawing, "dog", ".jpg"))
+        print(outputs.save(drawing, "dog", suffix=".jpg"))
         edited = system.edit(cat_image(), EDITING, seed=args.seed)
-        print(outputs.save(edited, "cat_sunglasses", ".jpg"))
+        print(outputs.save(edited, "cat_sunglasses", suffix=".jpg"))
     return DONE
 
 
@@ -235,7 +235,7 @@ def _answer(
     answer = system.chat([{"role": "user", "content": content}], seed=args.seed)
     print(answer.text)
     for image in answer.images:
-        print(outputs.save(image, name, ".jpg"))
+        print(outputs.save(image, name, suffix=".jpg"))
 
 
 # ---- SEED-1

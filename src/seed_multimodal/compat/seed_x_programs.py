@@ -169,7 +169,7 @@ def _rebuild(args: Namespace, script: Script) -> int:
             ending = "_recon_with_condition"
         features = codec.encode([image], **embeddings)
         rebuilt = codec.draw(list(features), seeds=[args.seed], **settings)[0]
-        print(outputs.save(rebuilt, f"{Path(name).stem}{ending}", ".jpg"))
+        print(outputs.save(rebuilt, common.source_stem(name), ending, ".jpg"))
 
     return common.run_each(args, files, rebuild, codec.open)
 
@@ -191,7 +191,7 @@ def _read(args: Namespace, script: Script) -> int:
         detections = system.detect(images, args.detect or script.phrase, **options)
         for file, detection in zip(images, detections, strict=True):
             print(detection.text)
-            print(outputs.save(detection.drawn(), file.stem))
+            print(outputs.save(detection.drawn(), common.source_stem(str(file))))
     return DONE
 
 
@@ -221,7 +221,8 @@ def _edit(args: Namespace, script: Script) -> int:
 
     def edit(name: str, image: Image.Image) -> None:
         changed = system.edit(image, instruction, seed=args.seed, **common.chosen_settings(args))
-        print(outputs.save(changed, f"{files.index(name) + 1}_{_stem(instruction)}", ".jpg"))
+        stem = f"{files.index(name) + 1}_{_stem(instruction)}"
+        print(outputs.save(changed, stem, suffix=".jpg"))
 
     return common.run_each(args, files, edit, system.images.open)
 

@@ -232,7 +232,7 @@ def _answer_and_append(
             text = "".join("\n" + json.dumps(line, ensure_ascii=False) for line in lines)
             with (
                 writing(file, DataError),
-                open(file, "a", encoding="utf-8", errors="replace") as opened,
+                open(file, "a", encoding="utf-8", errors="backslashreplace") as opened,
             ):
                 opened.write(text)
             bar.update(len(batch))

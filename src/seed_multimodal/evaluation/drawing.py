@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from seed_multimodal.disk import JsonObject, atomic_open, writing
+from seed_multimodal.disk import JsonObject, atomic_open, text_stem, writing
 from seed_multimodal.errors import (
     CheckpointError,
     DataError,

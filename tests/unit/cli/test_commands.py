@@ -5,7 +5,12 @@ Every command with recorded arguments: tests/contract/test_programs.py.
 
 from __future__ import annotations
 
+import io
 import json
+import os
+import shutil
+import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -111,6 +116,75 @@ def test_reconstruct_names_wrong_codes(seed, tmp_path, content, code, named):
     assert (actual, len(lines)) == (code, 2 - code) and named in errors
 
 
+# ---- results
+
+
+# Names of images whose results would overwrite each other, or could not be written or printed.
+NAMES = [
+    *("Fox.png", "sub/fox.png", "sub/FOX.gif"),  # equal where case is ignored
+    *("a.png", "sub/a.png", "a_rebuilt_2.png", "a_2.png"),  # equal with a number
+    *("\u00e9.png", "e\u0301.png"),  # equal letters, composed and not
+    *("é" * 120 + "a.png", "é" * 120 + "b.png", "x" * 251 + ".png"),  # too long with a tag
+    *("caf\udce9.png", "caf\udcea.png", "a\nb.png", "a\x1bb.png"),  # not UTF-8, not printable
+]
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "ascii"])
+def test_results_of_any_names_are_kept_apart_and_printed(
+    tiny_folder, tmp_path, monkeypatch, encoding
+):
+    # One name in a folder of thousands must neither end the batch nor replace another's result.
+    (tmp_path / "sub").mkdir()
+    for name in NAMES:
+        shutil.copy(FOX, tmp_path / name)
+    images = [str(tmp_path / name) for name in NAMES]
+    stdout = io.TextIOWrapper(io.BytesIO(), encoding)
+    monkeypatch.setattr(sys, "stdout", stdout)
+    flags = f"--steps 1 --model {tiny_folder} --device cpu --json --out {tmp_path}/out"
+    assert main(["reconstruct", *images, *flags.split()]) == 0
+    printed = records(stdout.buffer.getvalue().decode(encoding).splitlines())
+    assert [record["image"] for record in printed] == images
+    written = [path.name for path in (tmp_path / "out").iterdir()]
+    assert {Path(record["rebuilt"]).name for record in printed} == {*written}
+    assert len({unicodedata.normalize("NFC", name).casefold() for name in written}) == len(NAMES)
+    assert all(name.isprintable() and len(os.fsencode(name)) <= 255 for name in written)
+
+
+def test_tokenize_writes_each_result_as_it_comes(tiny_folder, tmp_path, monkeypatch):
+    # A run of thousands that is killed has written what it printed.
+    out = tmp_path / "codes.jsonl"
+    written = []
+
+    class Printed(io.StringIO):
+        def write(self, text: str) -> int:
+            written.append(out.read_text().count("\n"))
+            return len(text)
+
+    monkeypatch.setattr(sys, "stdout", Printed())
+    flags = f"--json --model {tiny_folder} --device cpu --batch-size 1 --out {out}"
+    assert main(["tokenize", CAT, FOX, *flags.split()]) == 0
+    assert set(written) == {1, 2}
+
+
+@pytest.mark.parametrize("name", ["a.gif", "a.webp", "a.avif", "a.TIF", "a.jp2", "a.pdf"])
+def test_out_is_a_file_of_any_format_that_pillow_writes(seed, tmp_path, name):
+    assert seed("draw", "a fox", "--steps", 1, "--out", tmp_path / name)[:2] == (
+        0,
+        [f"a fox: {tmp_path / name}"],
+    )
+    assert (tmp_path / name).is_file()
+
+
+def test_out_is_standard_output(tiny_folder, capsysbinary):
+    # `seed draw … --out - | display`: nothing else may be printed there.
+    flags = f"--model {tiny_folder} --device cpu --out -".split()
+    assert main(["draw", "a fox", "--steps", "1", *flags]) == 0
+    assert Image.open(io.BytesIO(capsysbinary.readouterr().out)).size == (16, 16)
+    assert main(["tokenize", CAT, FOX, *flags]) == 0
+    lines = capsysbinary.readouterr().out.decode().splitlines()
+    assert [record["image"] for record in records(lines)] == [CAT, FOX]
+
+
 # ---- with the language model
 
 
@@ -151,6 +225,10 @@ def test_draw_notes_unknown_words(seed, tmp_path):
 REFUSED = {
     "reconstruct {image} --codes 33": "32",
     "reconstruct {image} --codes 8,16 --out one.png": "one.png",
+    "draw fox --out pic.heic": "pic.heic",
+    "draw fox --out pic.psd": ".png",
+    "draw fox fish --out -": "-",
+    "chat --message fox --out a.png": "a.png",
     "reconstruct {image} --codes-file nowhere.jsonl": "--codes-file",
     "reconstruct {image} --steps 0": "num_inference_steps",
     "draw apple -n 2 --codes 8": "--codes",
