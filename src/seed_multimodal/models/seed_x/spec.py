@@ -5,26 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, Self
+from typing import Self
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.language.prompts import SEED_X_TASKS, TaskPrompts
 from seed_multimodal.models.registry import Example, FamilySpec, ModelCard, Training
-from seed_multimodal.originals import original_parts
-from seed_multimodal.pipelines.config import SystemConfig
-from seed_multimodal.pipelines.parts import Original, has_folder, not_saved, part
-
-_PARTS = {
-    "tokenizer": "pretrained/cvlm_llama2_tokenizer_100img_and_224loc_addpatch",
-    "vision": original_parts()["qwen-vit"].folder,
-    "sdxl": original_parts()["sdxl"].folder,
-    "detokenizer": "pretrained/seed_detokenizer/first_stage",
-}
-
-
-def _agent(folder: str) -> dict[str, str]:
-    """Parts of one of the three models."""
-    return {"llm": f"{folder}/llm", "agent": f"{folder}/agent", **_PARTS}
+from seed_multimodal.pipelines.config import SystemConfig, part
 
 
 @dataclass(kw_only=True)
@@ -34,17 +20,6 @@ class SeedXConfig(SystemConfig):
     system = "seed_x"
     shipped = "nano-x"
     trained_parts = ("agent", "tokenizer")
-    originals = {
-        "seed-x": Original(_agent("pretrained/seed_x"), {"tuned": False}),
-        "seed-x-i": Original(_agent("pretrained/seed_x_i"), {}, (original_parts()["seed-x"].hub,)),
-        "seed-x-edit": Original(
-            {
-                **_agent("pretrained/seed_x_edit"),
-                "detokenizer": "pretrained/seed_detokenizer/second_stage",
-            },
-            {"grids": ("1x1",)},
-        ),
-    }
 
     llm: Path | None = part("language model", "llm", flag="language model", required=True)
     agent: Path | None = part(
@@ -71,23 +46,21 @@ class SeedXConfig(SystemConfig):
         default_factory=lambda: {"max_new_tokens": 512, "do_sample": False}
     )
     tasks: TaskPrompts = SEED_X_TASKS
-    lora: Mapping[str, Any] | None = not_saved()  # of the LoRA whose weights are in `agent`
-
-    def locate_original(self) -> None:
-        super().locate_original()
-        # A merged agent has its language model next to it.
-        if self.copy is not None and (self.copy / "llm").is_dir():
-            self.llm = self.copy / "llm"
-            self.agent = self.copy / "agent"
-            if (self.llm / "tokenizer.model").is_file():
-                self.tokenizer = self.llm
 
     @classmethod
     def recognise(cls, folder: Path) -> Self | None:
         """A copy of the original repository, or a merged agent."""
-        if has_folder(folder, "seed_x", "seed_x_i", "seed_x_edit", "agent"):
-            return cls.of_original("seed-x-i", folder)
-        return None
+        names = ("seed_x", "seed_x_i", "seed_x_edit", "agent")
+        if not any((folder / name).is_dir() for name in names):
+            return None
+        config = cls.of_original("seed-x-i", folder)
+        # A merged agent has its language model next to it.
+        if (folder / "llm").is_dir():
+            config.llm = folder / "llm"
+            config.agent = folder / "agent"
+            if (config.llm / "tokenizer.model").is_file():
+                config.tokenizer = config.llm
+        return config
 
     @classmethod
     def base_system(cls, paths: Mapping[str, Path], checkpoint: Path) -> Self:
