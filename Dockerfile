@@ -8,7 +8,7 @@ FROM python:3.12-slim
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu
 ENV VIRTUAL_ENV=/opt/venv PATH=/opt/venv/bin:$PATH PYTHONUNBUFFERED=1 PYTHONDONTWRITEBYTECODE=1 HF_HUB_OFFLINE=1
 RUN python -m venv /opt/venv \
-    && pip install --no-cache-dir --index-url "$TORCH_INDEX" "torch>=2.12" "torchvision>=0.27" \
+    && pip install --no-cache-dir --index-url "$TORCH_INDEX" "torch>=2.13" "torchvision>=0.28" \
     && useradd --create-home --uid 10001 seed
 
 WORKDIR /app
