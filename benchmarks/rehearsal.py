@@ -144,5 +144,6 @@ if __name__ == "__main__":
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--scratch", type=Path, default=Path("rehearsal"), help="scratch folder")
-    parser.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", help="these rows")
+    rows = f"these rows: {', '.join(ROWS)}"
+    parser.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", help=rows)
     start(run, parser)

@@ -1,6 +1,6 @@
 """What every family does: tasks, batches, seeds, threads, streams, stops, settings, saving.
 
-A new family is tested by its entry in `FAMILIES`.
+A new family is tested by its entry in `FAMILIES`, with a fixture of a tiny system (conftest.py).
 """
 
 from __future__ import annotations
@@ -92,6 +92,12 @@ def texts_of(events: list[dict[str, Any]]) -> list[str]:
         elif event["type"] == "image":
             texts.append("")
     return [text.strip() for text in texts]
+
+
+def test_every_family_has_a_row(installed):
+    from seed_multimodal.models.registry import families
+
+    assert {spec.name for spec in families()} == FAMILIES.keys()
 
 
 # ---- batches

@@ -72,7 +72,7 @@ def forget_the_end(out: Path) -> None:
 
 @each(TRAINERS, "stage1", "seed_x_detokenizer")
 def test_trainer_killed_and_resumed_is_equal_to_the_last_bit(
-    trainer: Trainer, parts_dir: Path, tmp_path
+    trainer: Trainer, parts_dir: Path, tmp_path, capfd
 ):
     from tensors import equal
 
@@ -80,10 +80,14 @@ def test_trainer_killed_and_resumed_is_equal_to_the_last_bit(
         trainer.arguments(parts_dir, tmp_path / name, 12, 2, ()) for name in ("killed", "whole")
     )
     process = trainer.start(parts_dir, killed)
-    kill_when(lambda: len(trainer.losses(tmp_path / "killed")) >= 3, process)
+    saved = tmp_path / "killed"
+    kill_when(lambda: len(trainer.losses(saved)) >= 3 and any(saved.rglob("checkpoint-*")), process)
     assert 3 <= len(trainer.losses(tmp_path / "killed")) < 12
+    capfd.readouterr()
     for arguments in (killed, uninterrupted):
         assert trainer.main(arguments) == 0
+        # A run that begins anew has the same losses.
+        assert ("resumes from" in capfd.readouterr().out) == (arguments is killed)
     assert list(trainer.losses(tmp_path / "whole")) == list(range(1, 13))
     assert trainer.losses(tmp_path / "killed") == trainer.losses(tmp_path / "whole")
     first, second = (trainer.result(tmp_path / name) for name in ("killed", "whole"))
