@@ -9,10 +9,10 @@ values, then zeros.
 
 from __future__ import annotations
 
+import argparse
 import gzip
 import json
 import mmap
-import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -246,5 +246,8 @@ MODELS: dict[str, Callable[[Path], None]] = {
 }
 
 if __name__ == "__main__":
-    model, folder = sys.argv[1:]
-    MODELS[model](Path(folder))
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("model", choices=MODELS)
+    parser.add_argument("folder", type=Path)
+    options = parser.parse_args()
+    MODELS[options.model](options.folder)

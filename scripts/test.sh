@@ -4,7 +4,7 @@
 #   bash scripts/test.sh                      the suite: what CI runs for each change
 #   bash scripts/test.sh --fast               without tests that start processes, drive a browser or take seconds
 #   bash scripts/test.sh --nightly            everything: also all trainers, browsers, installation, faults, benchmarks
-#   bash scripts/test.sh tests/unit/images -x only some tests (style and types still run)
+#   bash scripts/test.sh tests/unit/images -x only some tests (style and types still run; of tests/nightly: --nightly)
 #
 # WORKERS=N: pytest processes (default: one a core, each with 6 GiB of memory that is free now).
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
@@ -14,6 +14,7 @@ MARKERS="not nightly"
 case "${1:-}" in
     --fast) MARKERS="not process and not browser and not slow and not nightly"; shift ;;
     --nightly) MARKERS=""; shift ;;
+    -h|--help) sed -n '2,9s/^# \{0,1\}//p' "$0"; exit ;;
 esac
 bash install.sh --lavis --extras demo,dev,docs,eval,train
 ROOT=$PWD

@@ -21,7 +21,7 @@ def test_retrieval_script_reads_its_variables(tiny_folder, tmp_path):
         "DATA": str(tmp_path / "list.json"),
         "IMAGES": str(ROOT / "images"),
         "OUT": str(tmp_path / "out"),
-        # `scripts/python.sh` uses its Python.
+        # `scripts/environment.sh` uses its Python.
         "VIRTUAL_ENV": sys.prefix,
     }
     script = ROOT / "SEED_Tokenizer" / "eval_scripts" / "retrieval_flickr.sh"
