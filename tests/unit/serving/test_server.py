@@ -310,6 +310,6 @@ def test_program_reads_its_token_and_ends_by_sigterm_while_it_works(tiny_folder:
             lambda: requests.get(f"{address.removesuffix('generate')}health").json()["running"]
         )
         process.send_signal(signal.SIGTERM)
-        assert process.wait(20) == 0
+        assert process.wait(60) == 0
         # The answer is cut off, not awaited.
         assert pending.exception() is not None or pending.result().status_code == 503
