@@ -173,7 +173,7 @@ class BaseEngine(ABC):
     def _token_budget(self, prompt: Prompt, settings: GenerationSettings) -> int:
         """New tokens that fit; a forced image needs its codes and `</img>`."""
         # 1. The prompt, with a forced `<img>`, leaves a position for a token.
-        length = len(prompt) + int(settings.force_image)
+        length = len(prompt) + int(settings.forces_image)
         if length == 0:
             raise GenerationError("The prompt is empty.")
         if length >= self.context:
@@ -190,7 +190,7 @@ class BaseEngine(ABC):
         # 2. A forced image fits.
         budget = min(settings.max_new_tokens, self.capacity - length)
         needed = self.vocabulary.min_codes + 1
-        if settings.force_image and settings.constrain and budget < needed:
+        if settings.forces_image and settings.constrain and budget < needed:
             raise GenerationError(
                 f"An image needs {needed} new tokens, but only {budget} are left (max_new_tokens "
                 f"{settings.max_new_tokens}, context {self.capacity})."

@@ -127,7 +127,7 @@ class Generator:
                 f"{settings.max_new_tokens}."
             )
         return replace(
-            settings, force_image=True, max_new_tokens=max(settings.max_new_tokens, needed)
+            settings, images="forced", max_new_tokens=max(settings.max_new_tokens, needed)
         )
 
     # ---- answers

@@ -34,7 +34,7 @@ class ImageConstraints:
         )
         remaining = None
         if not self.original:
-            budgets = [sequence.request.budget - len(sequence.ids) for sequence in sequences]
+            budgets = [sequence.tokens_for_images for sequence in sequences]
             remaining = torch.tensor(budgets, device=device)
         return self.masked(scores, in_image, image_tokens, remaining)
 

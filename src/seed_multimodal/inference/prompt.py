@@ -41,7 +41,8 @@ class GenerationSettings:
     temperature, top_p: 0 means greedy.
     seed: None draws one from the operating system.
     guidance: classifier-free guidance against `Prompt.negative`; 1 is off (LaVIT's drawings).
-    force_image: append `<img>` to every prompt and return it as part of the answer.
+    images: "auto": the model decides; "forced": append `<img>` to every prompt and return it as
+    part of the answer; "never": the answer holds none.
     num_return_sequences: answers per prompt, with `seed`, `seed` + 1, …, or the best beams.
     constrain: images are well-formed, and no image token stands outside of an image.
     stop: texts that end an answer, as the opening of the prompt template's next turn.
@@ -61,13 +62,17 @@ class GenerationSettings:
     num_return_sequences: int = setting(1, minimum=1, maximum=1000)
     do_sample: bool = True
     seed: int | None = setting(None, **SEEDS)
-    force_image: bool = False
+    images: str = setting("auto", choices=("auto", "forced", "never"))
     constrain: bool = True
     stop: tuple[str, ...] = ()
     stop_after: str = ""
 
     def __post_init__(self) -> None:
         check_settings(self, "Generation setting")
+
+    @property
+    def forces_image(self) -> bool:
+        return self.images == "forced"
 
     @property
     def samples(self) -> bool:

@@ -56,6 +56,13 @@ class TokenSequence:
     def prompt_is_read(self) -> bool:
         return self.n_cached >= self.n_prompt
 
+    @property
+    def tokens_for_images(self) -> int:
+        """Tokens left for images that begin now."""
+        if self.request.settings.images == "never":
+            return 0
+        return self.request.budget - len(self.ids)
+
     def append(self, token: int, vocabulary: ImageVocabulary) -> None:
         """Add a generated token."""
         self.ids.append(token)
@@ -109,7 +116,7 @@ class Request:
         should_stop: Callable[[], bool] | None,
         forced_tokens: ForcedTokens | None = None,
     ) -> None:
-        forced = [vocabulary.boi_id] if settings.force_image else []
+        forced = [vocabulary.boi_id] if settings.forces_image else []
         self.settings = settings
         self.initial_ids = [*prompt.answered, *forced]
         self.end_ids = list(end_ids)

@@ -209,7 +209,7 @@ class ConversationGenerator(Generator):
             free_answers = self.generate_answers(
                 conversations,
                 task,
-                replace(forced, force_image=False, max_new_tokens=limit),
+                replace(forced, images="auto", max_new_tokens=limit),
                 seeds=seeds,
                 batch_size=batch_size,
                 should_stop=should_stop,

@@ -8,7 +8,7 @@ system.describe([["cat.png", "dog.png"]])  # two images in one prompt; a single 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
@@ -19,11 +19,11 @@ from torch import Tensor
 
 from seed_multimodal.device import FP16_WITH_8BIT, choose_device, choose_for_images
 from seed_multimodal.entry import MAX_RUNNING
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import ConfigError, RequestError
 from seed_multimodal.images.io import ImageSource, is_image
 from seed_multimodal.inference.backends.torch import joined
 from seed_multimodal.inference.base_engine import BaseEngine
-from seed_multimodal.inference.generator import Task
+from seed_multimodal.inference.generator import GeneratedAnswer, Task
 from seed_multimodal.inference.likelihood import Likelihood
 from seed_multimodal.inference.opening import (
     TORCH,
@@ -48,6 +48,7 @@ from seed_multimodal.language.messages import (
 )
 from seed_multimodal.language.prompts import PromptTemplate
 from seed_multimodal.language.text_tokenizer import TextTokenizer
+from seed_multimodal.language.vocabulary import BLANK
 from seed_multimodal.models.registry import find_family
 from seed_multimodal.nn.pretrained import HubUpload
 from seed_multimodal.pipelines.answers import BATCH, ConversationGenerator
@@ -370,6 +371,8 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
         num_images: int = 1,
         verbatim: bool = False,
         batch_size: int = BATCH,
+        stream: bool = False,
+        previews: Sequence[int] | None = None,
         **options: object,
     ) -> ImageOrList:
         """Generate an image of `text`; a list for a list of texts or `num_images`.
@@ -377,13 +380,17 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
         seed: one for all texts, or one each; image n has `seed` + n, and from the second on sampled
         codes where the settings are greedy (`VARIATION`).
         verbatim: `text` is the complete prompt.
-        Raises GenerationError: no image.
+        stream, previews: yield `image_preview` and `image` events (as of `chat`) of one image after
+        the other.
+        Raises GenerationError: no image. RequestError: an empty text.
         """
         single = isinstance(text, str)
-        texts = [text] if isinstance(text, str) else text
+        texts = _check_texts([text] if isinstance(text, str) else text)
         if not verbatim and self.config.tuned:
             texts = [self.tasks.draw_request(caption) for caption in texts]
         conversations = [user_message([request], index) for index, request in enumerate(texts)]
+        if stream:
+            return self._draw_events(conversations, "draw", seed, num_images, options, previews)
         return self._draw(conversations, single, "draw", seed, num_images, batch_size, options)
 
     def edit(
@@ -394,10 +401,15 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
         *,
         num_images: int = 1,
         batch_size: int = BATCH,
+        stream: bool = False,
+        previews: Sequence[int] | None = None,
         **options: object,
     ) -> ImageOrList:
-        """Edit an image by `instruction`; a list for a list of images. Raises as `draw`."""
+        """Edit an image by `instruction`; a list for a list of images. Otherwise as `draw`."""
+        _check_texts([instruction] if isinstance(instruction, str) else instruction)
         conversations, single = image_conversations(images, instruction)
+        if stream:
+            return self._draw_events(conversations, "edit", seed, num_images, options, previews)
         return self._draw(conversations, single, "edit", seed, num_images, batch_size, options)
 
     def reconstruct(
@@ -428,6 +440,7 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
         messages: Sequence[Message | Mapping[str, object]],
         stream: bool = False,
         *,
+        images: str = "auto",
         force_image: bool = False,
         previews: Sequence[int] | None = None,
         should_stop: Callable[[], bool] | None = None,
@@ -436,19 +449,21 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
         """The `Answer` to the last message of a conversation (form: see `language.messages`).
 
         stream: yield events (see `language.answer`) while the answer is generated.
-        force_image: answer with an image.
+        images: "auto", "forced": answer with an image, as by `force_image`; "never": without.
         previews: numbers of codes after which a stream shows an image so far; None: the defaults of
         `system.json`.
         should_stop: called before each token and each drawing; true ends the answer.
         """
         # 1. The settings.
         conversation = read_messages(messages)
-        task = self.task_of(conversation, force_image)
+        if force_image:
+            images = "forced"
+        task = self.task_of(conversation, images == "forced")
         conversation = self.chat_request(conversation, task)
         drawing = self._pop_drawing_settings(options)
         if stream:
             options.setdefault("num_beams", 1)
-        settings = self.settings(task, **options)
+        settings = self.settings(task, images=images, **options)
         if settings.seed is None and settings.samples:
             settings = replace(settings, seed=random_seed())
         if drawing and self.images.can_draw:
@@ -458,16 +473,16 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
 
         # 2. The prompt; a forced image follows the task's response.
         opening = ""
-        if force_image:
+        if settings.forces_image:
             is_text = all(message.is_text for message in conversation)
             opening = self.tasks.draw_response if is_text else self.tasks.edit_response
             settings = self.forced(settings, options)
         prompt = self.fitting_prompt(conversation, task, opening, settings)
 
         # 3. The answer, whose images are decoded as soon as they are complete.
-        images = _StreamedImages(self, prompt, settings.seed or 0, drawing, HiddenStates())
+        decoder = _StreamedImages(self, prompt, settings.seed or 0, drawing, HiddenStates())
         events = self.events(
-            prompt, settings, task, images.draw, preview_lengths, should_stop, images.states
+            prompt, settings, task, decoder.draw, preview_lengths, should_stop, decoder.states
         )
         if stream:
             return events
@@ -530,7 +545,55 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
 
         single: whether the caller gave one request, not a list of one.
         """
+        drawing, answers, seeds = self._image_answers(
+            conversations, task, seed, num_images, batch_size, options
+        )
+        images = self.decode_images(
+            [generated.single_image() for generated in answers],
+            [generated.prompt for generated in answers],
+            seeds,
+            min(batch_size, DRAWING_BATCH),
+            drawing,
+        )
+        return images[0] if single and num_images == 1 else images
+
+    def _draw_events(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        task: Task,
+        seed: Seed,
+        num_images: int,
+        options: Options,
+        previews: Sequence[int] | None,
+    ) -> Iterator[Event]:
+        """The images of `_draw` as events, each behind what its first codes show."""
+        lengths = self._preview_lengths(previews)
+        drawing, answers, seeds = self._image_answers(
+            conversations, task, seed, num_images, BATCH, options
+        )
+        for generated, image_seed in zip(answers, seeds, strict=True):
+            prompt = generated.prompt
+            image_input = generated.single_image()
+            decoder = _StreamedImages(self, prompt, image_seed, drawing, HiddenStates())
+            for length in lengths:
+                preview: Event = {"type": "image_preview", "codes": list(image_input[:length])}
+                yield {**preview, "image": decoder.draw(preview)}
+            (image,) = self.decode_images([image_input], [prompt], [image_seed], 1, drawing)
+            answer = replace(generated.answer, prompt_tokens=len(prompt) - len(prompt.answered))
+            yield {"type": "image", "image": image, "answer": answer}
+
+    def _image_answers(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        task: Task,
+        seed: Seed,
+        num_images: int,
+        batch_size: int,
+        options: Options,
+    ) -> tuple[Options, list[GeneratedAnswer], list[int]]:
+        """Settings of drawing, and the answers that `_draw` decodes with their seeds."""
         # 1. The settings; a missing de-tokenizer is reported before generation.
+        check_value(int, num_images, "num_images", minimum=1)
         conversations = self.steered(conversations, options)
         drawing = self._pop_drawing_settings(options, "should_stop")
         self.images.check_drawing(**drawing)
@@ -549,16 +612,7 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
             batch_size=batch_size,
             should_stop=drawing.get("should_stop"),
         )
-
-        # 3. Their images.
-        images = self.decode_images(
-            [generated.single_image() for generated in answers],
-            [generated.prompt for generated in answers],
-            seeds,
-            min(batch_size, DRAWING_BATCH),
-            drawing,
-        )
-        return images[0] if single and num_images == 1 else images
+        return drawing, answers, seeds
 
     def _pop_drawing_settings(self, options: Options, *further: str) -> Options:
         """Take the settings of the de-tokenizer, and the `further` ones, out of `options`."""
@@ -568,3 +622,11 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
     def _log_note(self, note: str) -> None:
         if self.log and note:
             self.log(note)
+
+
+def _check_texts(texts: Sequence[str]) -> Sequence[str]:
+    """The texts of drawings. Raises RequestError: an empty one."""
+    for index, text in enumerate(texts):
+        if not text.strip(BLANK):
+            raise RequestError(f"Text {index} is empty: say what to draw.")
+    return texts

@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import hmac
+import itertools
 import json
 import logging
 import secrets
@@ -19,7 +20,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable, Generator, Iterator
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import waitress
 from flask import Flask, Response, abort, jsonify, request
@@ -32,6 +33,7 @@ from seed_multimodal.entry import ended_by_sigterm
 from seed_multimodal.errors import ConfigError, RequestError, SeedError, first_line
 from seed_multimodal.serving import schema
 from seed_multimodal.serving.backend import Backend, Deadline
+from seed_multimodal.serving.responses import ResponseEvents
 
 if TYPE_CHECKING:
     from seed_multimodal.pipelines.base import MultimodalSystem
@@ -120,10 +122,37 @@ def add_model_routes(app: Flask, backend: Backend) -> None:
         is_disconnected = request.environ.get("waitress.client_disconnected", lambda: False)
         return backend.slot(request.path, request.content_length or 0, is_disconnected)
 
-    def read(model: type[schema.Model]) -> schema.Model:
+    def read(model: type[schema.Model], is_form: bool = False) -> schema.Model:
+        if is_form:
+            # Files beside the images are fields that nothing follows.
+            names = request.files.keys() - {"image", "image[]"}
+            fields = {**request.form.to_dict(), **dict.fromkeys(names, "a file")}
+            return schema.read_request(model, fields)
         if not request.is_json:
             abort(415, "The request body must be JSON, sent with Content-Type: application/json.")
         return schema.read_request(model, request.get_data(cache=False))
+
+    def respond(
+        model: type[schema.Model],
+        answer: Callable[[Any, Deadline], Iterator[JsonObject]],
+        is_form: bool = False,
+    ) -> ResponseReturnValue:
+        """The only object of an answer, or a stream of its objects."""
+
+        def objects() -> Generator[Any, None, None]:
+            with slot() as deadline:
+                body: Any = read(model, is_form)
+                yield body.stream
+                yield from answer(body, deadline)
+
+        # The first object is awaited: errors of the request get a status, not an event.
+        events = objects()
+        is_stream = next(events)
+        first = next(events)
+        if is_stream:
+            return streamed(app, backend, first, events)
+        list(events)  # gives the slot back
+        return first
 
     @app.route("/generate", methods=["GET", "POST"])
     def generate() -> JsonObject:
@@ -132,34 +161,41 @@ def add_model_routes(app: Flask, backend: Backend) -> None:
         with slot() as deadline:
             return backend.generate(read(schema.GenerateRequest), deadline)
 
+    def chat_objects(body: schema.ChatRequest, deadline: Deadline) -> Iterator[JsonObject]:
+        return completion(backend.name, body.stream, backend.chat(body, deadline))
+
+    def response(body: schema.ResponsesRequest, deadline: Deadline) -> Iterator[JsonObject]:
+        answer = ResponseEvents(body, backend.name)
+        for event in answer.events(backend.chat(body, deadline)):
+            if body.stream:
+                yield event
+        if not body.stream:
+            yield answer.response
+
+    def drawings(body: schema.ImagesRequest, deadline: Deadline) -> Iterator[JsonObject]:
+        return backend.draw(body, [], deadline)
+
+    def edited(body: schema.ImagesRequest, deadline: Deadline) -> Iterator[JsonObject]:
+        files = [*request.files.getlist("image"), *request.files.getlist("image[]")]
+        if not files:
+            raise RequestError("Send one or more files as 'image'.")
+        return backend.draw(body, [file.read() for file in files], deadline)
+
     @app.post("/v1/chat/completions")
     def chat() -> ResponseReturnValue:
-        def objects() -> Generator[JsonObject, None, None]:
-            with slot() as deadline:
-                body = read(schema.ChatRequest)
-                yield from completion(backend.name, body.stream, backend.chat(body, deadline))
+        return respond(schema.ChatRequest, chat_objects)
 
-        # The first object is awaited: errors of the request get a status, not an event.
-        answer = objects()
-        first = next(answer)
-        if first["object"] == "chat.completion.chunk":
-            return streamed(app, backend, first, answer)
-        list(answer)  # gives the slot back
-        return first
+    @app.post("/v1/responses")
+    def responses() -> ResponseReturnValue:
+        return respond(schema.ResponsesRequest, response)
 
     @app.post("/v1/images/generations")
-    def generations() -> JsonObject:
-        with slot() as deadline:
-            return backend.draw(read(schema.ImagesRequest), [], deadline)
+    def generations() -> ResponseReturnValue:
+        return respond(schema.ImagesRequest, drawings)
 
     @app.post("/v1/images/edits")
-    def edits() -> JsonObject:
-        with slot() as deadline:
-            body = schema.read_request(schema.ImagesRequest, request.form.to_dict())
-            files = [*request.files.getlist("image"), *request.files.getlist("image[]")]
-            if not files or "mask" in request.files:
-                raise RequestError("Send one or more files as 'image'; masks are not supported.")
-            return backend.draw(body, [file.read() for file in files], deadline)
+    def edits() -> ResponseReturnValue:
+        return respond(schema.ImagesRequest, edited, is_form=True)
 
     @app.post("/v1/images/tokens")
     def tokens() -> JsonObject:
@@ -211,10 +247,10 @@ def streamed(
     def lines() -> Iterator[str]:
         status = 200
         with contextlib.closing(others):
-            yield f"data: {json.dumps(first)}\n\n"
             try:
-                for chunk in others:
-                    yield f"data: {json.dumps(chunk)}\n\n"
+                for chunk in itertools.chain([first], others):
+                    name = f"event: {chunk['type']}\n" if "type" in chunk else ""
+                    yield f"{name}data: {json.dumps(chunk)}\n\n"
             except Exception as error:  # noqa: BLE001
                 sentence, status = sentence_and_status(error)
                 yield f"data: {json.dumps(error_json(True, sentence, status))}\n\n"

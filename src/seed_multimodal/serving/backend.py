@@ -7,6 +7,7 @@ messages.
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import math
 import threading
@@ -27,12 +28,13 @@ from prometheus_client import (
 from werkzeug.exceptions import NotFound, ServiceUnavailable, TooManyRequests
 
 from seed_multimodal.disk import JsonObject
-from seed_multimodal.errors import RequestError
+from seed_multimodal.errors import ConfigError, RequestError
 from seed_multimodal.images.io import (
     ImageLimits,
     StoredImage,
     decode_text,
     image_to_base64,
+    image_to_bytes,
 )
 from seed_multimodal.inference.prompt import Stopped, random_seed
 from seed_multimodal.language.answer import Answer, BrokenImagePart, Event, ImagePart
@@ -40,9 +42,11 @@ from seed_multimodal.language.messages import Message
 from seed_multimodal.language.prompts import PromptTemplate
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.serving.schema import (
-    ChatRequest,
+    MAX_IMAGES,
+    AnswerRequest,
     GenerateRequest,
     GenerateResponse,
+    ImageOptions,
     ImagesRequest,
     ImageUrl,
     Limits,
@@ -56,6 +60,7 @@ SETTINGS = {"temperature", "num_beams", "max_new_tokens", "top_p", "seed", "rati
 # Larger requests are handled one at a time, so that few of them fill the memory.
 LARGE_BODY_BYTES = 8 << 20
 LARGE_IMAGES_PIXELS = 2_000_000
+MAX_SIDE = 2048  # of a returned image
 POLL_SECONDS = 0.2  # between two looks at the connection of a waiting request
 CANNOT_DRAW = "This system cannot draw."
 
@@ -236,6 +241,9 @@ class Backend:
         """
         limits = ImageLimits(self.limits.max_pixels, self.limits.max_image_bytes)
 
+        if len(items) > MAX_IMAGES:
+            raise RequestError(f"The request holds {len(items)} images; {MAX_IMAGES} are allowed.")
+
         # 1. Files, and their pixels as the headers say.
         files: dict[int, StoredImage] = {}
         n_pixels = 0
@@ -332,7 +340,8 @@ class Backend:
         if request.force_boi and "max_new_tokens" in options:
             min_new_tokens = self.vocabulary.min_codes + 1
             options["max_new_tokens"] = max(request.max_new_tokens, min_new_tokens)
-        options = {"force_image": request.force_boi, "previews": (), **options}
+        images_option = "forced" if request.force_boi else "auto"
+        options = {"images": images_option, "previews": (), **options}
 
         # 3. The last event has the answer.
         for event in self._events(turns, deadline, options):
@@ -375,13 +384,16 @@ class Backend:
             error_msg=errors,
         )
 
-    def chat(self, request: ChatRequest, deadline: Deadline) -> Iterator[JsonObject]:
+    def chat(self, request: AnswerRequest, deadline: Deadline) -> Iterator[JsonObject]:
         """Changes of an OpenAI message (`content`, …), and last `usage` and `finish_reason`."""
         # 1. The conversation, and the settings that differ from the system's.
         turns, n_images = self._read_messages(request, deadline)
         options = request.model_dump(include=SETTINGS, exclude_none=True)
-        options["force_image"] = request.force_image or request.modalities == ["image"]
-        options["previews"] = None if request.stream and request.previews else ()
+        options |= self._drawing_options(request.image_options, request.ratio)
+        options |= {"images": request.images, "previews": ()}
+        if request.stream:
+            lengths = self._preview_lengths(request.image_options)
+            options["previews"] = None if request.previews else lengths
 
         # 2. Texts and images while they are generated.
         index = -1  # of the current image
@@ -405,7 +417,7 @@ class Backend:
             if kind == "image_start":
                 index += 1
             elif kind in ("image", "image_preview") and event["image"] is not None:
-                yield {"images": [self._image_part(event, index, offset)]}
+                yield {"images": [self._image_part(event, index, offset, request.image_options)]}
             elif kind in ("image", "image_broken"):
                 yield {"notes": [event.get("reason", CANNOT_DRAW)]}
 
@@ -421,17 +433,13 @@ class Backend:
         yield {"boxes": boxes, "notes": event["notes"] + problems}
         yield {
             "finish_reason": "stop" if answer.finish_reason == "stop" else "length",
-            "usage": {
-                "prompt_tokens": answer.prompt_tokens,
-                "completion_tokens": n_tokens,
-                "total_tokens": answer.prompt_tokens + n_tokens,
-            },
+            "usage": usage_of(answer, *request.usage_names),
         }
 
-    def _read_messages(self, request: ChatRequest, deadline: Deadline) -> tuple[list[Turn], int]:
+    def _read_messages(self, request: AnswerRequest, deadline: Deadline) -> tuple[list[Turn], int]:
         """The conversation of a request with its images opened, and their number."""
         # LaVIT answers the last message only.
-        messages = request.messages if self.template else request.messages[-1:]
+        messages = request.conversation if self.template else request.conversation[-1:]
         sent: list[SentImage] = []
         for message in messages:
             sent += [part for part in message.parts if not isinstance(part, str)]
@@ -443,14 +451,19 @@ class Backend:
             content = [
                 part if isinstance(part, str) else next(next_images) for part in message.parts
             ]
+            # An answer may be sent back in several items.
+            if turns and turns[-1][0] == message.role == "assistant":
+                content = [*turns.pop()[1], *content]
             turns.append((message.role.replace("developer", "system"), content))
         return turns, len(sent)
 
-    def _image_part(self, event: Event, index: int, offset: int) -> JsonObject:
+    def _image_part(
+        self, event: Event, index: int, offset: int, options: ImageOptions
+    ) -> JsonObject:
         """An image of an answer as a part of OpenAI's message, see `schema.Part`."""
         image = event["image"]
         assert image is not None
-        url = f"data:image/png;base64,{image_to_base64(image)}"
+        url = f"data:image/{options.output_format};base64,{encoded(image, options)}"
         return {
             "type": "image_url",
             "image_url": {"url": url},
@@ -473,13 +486,14 @@ class Backend:
 
     def draw(
         self, request: ImagesRequest, files: Sequence[bytes], deadline: Deadline
-    ) -> JsonObject:
-        """Images of a text, or edits of `files`."""
+    ) -> Iterator[JsonObject]:
+        """Images of a text, or edits of `files`: one object, or OpenAI's events of a stream."""
         # 1. The settings.
         seed = random_seed() if request.seed is None else request.seed
-        options: Options = {"num_images": request.n, "should_stop": deadline}
-        if request.ratio:
-            options["ratio"] = request.ratio
+        options = self._drawing_options(request, request.ratio)
+        options |= {"num_images": request.n, "should_stop": deadline}
+        if request.stream:
+            options |= {"stream": True, "previews": self._preview_lengths(request)}
 
         # 2. The images; all files belong to one request.
         if files:
@@ -489,13 +503,70 @@ class Backend:
             drawings = self.system.draw([request.prompt], seed, **options)
 
         # 3. The answer, with a note about words that nano was not trained on.
-        self.images.labels("drawn").inc(len(drawings))
         note = self.system.unknown_words_note(Message("user", (request.prompt,)))
-        return {
-            "created": int(time.time()),
-            "data": [{"b64_json": image_to_base64(image)} for image in drawings],
-            "notes": [note] if note else [],
-        }
+        notes = [note] if note else []
+        if request.stream:
+            kind = "image_edit" if files else "image_generation"
+            yield from self._drawing_events(request, kind, drawings, notes)
+            return
+        self.images.labels("drawn").inc(len(drawings))
+        data = [{"b64_json": encoded(image, request)} for image in drawings]
+        yield {"created": int(time.time()), "data": data, "notes": notes}
+
+    def _drawing_events(
+        self, request: ImagesRequest, kind: str, events: Iterator[Event], notes: Sequence[str]
+    ) -> Iterator[JsonObject]:
+        """OpenAI's events of drawings; `index`: of the image, where there are several."""
+        index = 0
+        n_previews = 0
+        for event in events:
+            image = event["image"]
+            assert image is not None
+            common = {
+                "b64_json": encoded(image, request),
+                "created_at": int(time.time()),
+                "output_format": request.output_format,
+                "size": request.size or f"{image.width}x{image.height}",
+                "quality": "auto",
+                "background": "opaque",
+                "index": index,
+            }
+            if event["type"] == "image_preview":
+                partial = {"type": f"{kind}.partial_image", "partial_image_index": n_previews}
+                yield {**partial, **common}
+                n_previews += 1
+                continue
+            self.images.labels("drawn").inc()
+            usage = usage_of(event["answer"], "input", "output")
+            yield {"type": f"{kind}.completed", **common, "usage": usage, "notes": notes}
+            index += 1
+            n_previews = 0
+
+    def _drawing_options(self, request: ImageOptions, ratio: str | None) -> Options:
+        """Settings of drawing by `size` and `ratio`. Raises RequestError: no such size."""
+        if request.size is None:
+            return {"ratio": ratio} if ratio else {}
+
+        # Drawings have the size of the model, or LaVIT's size of the ratio, and are resized.
+        width, height = map(int, request.size.split("x"))
+        if max(width, height) > MAX_SIDE:
+            raise RequestError(f"size: an image may have {MAX_SIDE} pixels a side.")
+        if "ratio" not in self.system.drawing_settings:
+            if width != height:
+                raise RequestError(f"size: {self.name} draws squares, as 512x512.")
+            return {}
+        divisor = math.gcd(width, height)
+        options = {"ratio": f"{width // divisor}:{height // divisor}"}
+        try:
+            self.system.images.check_drawing(**options)
+        except ConfigError as error:
+            raise RequestError(f"size: {error}") from error
+        return options
+
+    def _preview_lengths(self, request: ImageOptions) -> list[int]:
+        """Numbers of codes after which an image is shown, at equal distances."""
+        parts = request.partial_images + 1
+        return [self.vocabulary.tokens_per_image * part // parts for part in range(1, parts)]
 
     def tokenize(self, request: TokensRequest, deadline: Deadline) -> JsonObject:
         """The codes of images, or the images of codes."""
@@ -516,6 +587,25 @@ class Backend:
                 rows = self.system.codes_of(rows, [request.seed] * len(rows))
             data = [{"codes": [int(code) for code in row]} for row in rows]
         return {"created": int(time.time()), "data": data}
+
+
+def encoded(image: Image.Image, options: ImageOptions) -> str:
+    """Base64 of an image in the size and format that a request asks for."""
+    if options.size:
+        width, height = map(int, options.size.split("x"))
+        image = image.resize((width, height), Image.Resampling.LANCZOS)
+    file = image_to_bytes(image, options.output_format, quality=options.output_compression)
+    return base64.b64encode(file).decode()
+
+
+def usage_of(answer: Answer, prompt: str, completion: str) -> JsonObject:
+    """The tokens of an answer; `prompt`, `completion`: how the route calls its two sides."""
+    n_tokens = len(answer.ids)
+    return {
+        f"{prompt}_tokens": answer.prompt_tokens,
+        f"{completion}_tokens": n_tokens,
+        "total_tokens": answer.prompt_tokens + n_tokens,
+    }
 
 
 def _file_bytes(item: str | bytes | ImageUrl, name: str, limits: ImageLimits) -> bytes:

@@ -237,7 +237,7 @@ class ChatSession:
 
         # 2. Its settings.
         body = {
-            "messages": messages,
+            "messages": [sent_message(message) for message in messages],
             "force_image": bool(force_image),
             "seed": random.randrange(2**31),
         }
@@ -470,6 +470,14 @@ def not_empty(text: str) -> str:
 
 def text_part(text: str) -> Message:
     return {"type": "text", "text": text}
+
+
+def sent_message(message: Message) -> Message:
+    """A message without what only the page reads, as paths of images."""
+    content: list[JsonObject] = []
+    for part in message["content"]:
+        content.append({name: value for name, value in part.items() if name != "path"})
+    return {"role": message["role"], "content": content}
 
 
 def user_message(text: str, images: Sequence[Message]) -> Message:

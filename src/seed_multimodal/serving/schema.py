@@ -1,19 +1,23 @@
 """JSON schemas of the requests, validated by pydantic; `openapi` documents them.
 
 `POST /generate` has the field names and defaults of the original demo server, and `seed`. Routes
-below `/v1` have those of OpenAI's API, and further fields for images and their codes.
+below `/v1` have those of OpenAI's API, and further fields for images and their codes. The fields of
+a model are followed, those of `fields.yaml` are ignored, others are refused by their name.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Annotated, Literal, TypeVar
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, Self, TypeAlias, TypeVar
 
+import yaml
 from pydantic import (
     AliasChoices,
     BaseModel,
     BeforeValidator,
+    ConfigDict,
     Field,
     StringConstraints,
     ValidationError,
@@ -42,23 +46,54 @@ Beams = Annotated[int, Field(ge=1, le=8)]
 NewTokens = Annotated[int, Field(ge=1)]  # the context's end caps it
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=100)]
 Model = TypeVar("Model", bound=BaseModel)
+MessagePart: TypeAlias = "str | ImageUrl | list[int]"  # a text, an image, codes of an image
 
-# Fields of OpenAI's chat completions without counterpart here.
-UNSUPPORTED = ("tools", "functions", "logprobs", "top_logprobs", "logit_bias", "audio")
+# Group → field → its values that change nothing, or "any"; and advice about refused fields.
+IGNORED = yaml.safe_load(Path(__file__).with_name("fields.yaml").read_text(encoding="utf-8"))
+ADVICE: Mapping[str, str] = IGNORED.pop("advice")
 
 
 # ---- parts of requests
 
 
+def describe_fields(schema: JsonObject, model: type[Fields]) -> None:
+    """Add the further names of fields, and the ignored ones, to the JSON schema of a model."""
+    properties = schema["properties"]
+    for field in model.model_fields.values():
+        if isinstance(field.validation_alias, AliasChoices):
+            first, *others = map(str, field.validation_alias.choices)
+            properties |= dict.fromkeys(others, properties[first])
+    for name, values in model.ignored().items():
+        ignored = {} if values == "any" else {"enum": values}
+        properties.setdefault(name, {"description": "Ignored.", **ignored})
+
+
 class Fields(BaseModel):
-    """Fields of a JSON object; null is absent, as in OpenAI's API."""
+    """Fields of a JSON object; null is absent, as in OpenAI's API.
+
+    groups: of `IGNORED`.
+    """
+
+    model_config = ConfigDict(extra="forbid", json_schema_extra=describe_fields)
+    groups: ClassVar[Sequence[str]] = ("messages",)
+
+    @classmethod
+    def ignored(cls) -> dict[str, Any]:
+        """Field → its values that change nothing, or "any"."""
+        return {name: values for group in cls.groups for name, values in IGNORED[group].items()}
 
     @model_validator(mode="before")
     @classmethod
-    def _drop_nulls(cls, body: object) -> object:
+    def _drop_ignored(cls, body: object) -> object:
         if not isinstance(body, Mapping):
             return body
-        return {name: value for name, value in body.items() if value is not None}
+        ignored = cls.ignored()
+        kept: dict[str, object] = {}
+        for name, value in body.items():
+            values = ignored.get(name, ())
+            if value is not None and values != "any" and value not in values:
+                kept[name] = value
+        return kept
 
 
 def as_list(value: object) -> object:
@@ -87,11 +122,13 @@ class Limits:
 # ---- the original's route
 
 
-class GenerateRequest(BaseModel):
+class GenerateRequest(Fields):
     """`text`: the conversation so far without `<s>`, with one `<image>` for each entry of `images`.
 
     An entry is base64 of an image file, or a list of codes.
     """
+
+    groups = ("every request",)
 
     text: str = Field(max_length=MAX_TEXT)
     images: list[str | Codes] = Field(max_length=MAX_IMAGES)
@@ -129,52 +166,61 @@ class GenerateResponse(BaseModel):
 # ---- OpenAI's routes
 
 
-class ImageUrl(BaseModel):
+class ImageUrl(Fields):
     """`url`: `data:image/…;base64,…`; nothing is fetched."""
 
     url: str
 
 
 class Part(Fields):
-    """A text (or an assistant's `refusal`), or an image: `image_url` or `codes`.
+    """A text (or an assistant's `refusal`), or an image: `image_url`, also as `image`, or `codes`.
 
     `codes`: read instead of `image_url` if the image is an assistant's. `offset`: of an image of an
     answer, the characters of the text before it.
     """
 
-    type: Literal["text", "refusal", "image_url"]
+    type: Literal[
+        "text", "input_text", "output_text", "refusal", "image_url", "input_image", "image"
+    ]
     text: str = ""
     refusal: str = ""
-    image_url: ImageUrl = ImageUrl(url="")
+    image_url: str | ImageUrl = Field("", validation_alias=AliasChoices("image_url", "image"))
     codes: Codes | None = None
     offset: int = Field(MAX_TEXT, ge=0)
 
     @property
-    def value(self) -> str | ImageUrl | list[int]:
-        if self.type == "image_url":
-            return self.codes or self.image_url
-        return self.text if self.type == "text" else self.refusal
+    def url(self) -> ImageUrl:
+        """The image that is not given by its codes."""
+        image = self.image_url
+        return ImageUrl(url=image) if isinstance(image, str) else image
+
+    @property
+    def value(self) -> MessagePart:
+        if "image" in self.type:
+            return self.codes or self.url
+        return self.refusal if self.type == "refusal" else self.text
 
 
 class ChatMessage(Fields):
     """As OpenAI's; an assistant's may have the `images` of an earlier answer."""
 
+    type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part] | None = None
     images: list[Part] = Field([], max_length=MAX_IMAGES)
 
     @property
-    def parts(self) -> list[str | ImageUrl | list[int]]:
+    def parts(self) -> list[MessagePart]:
         """Texts, images and codes in order."""
         # 1. Parts of the content; an assistant's image is read from its codes.
         text = ""
-        parts: list[str | ImageUrl | list[int]] = []
+        parts: list[MessagePart] = []
         if isinstance(self.content, str):
             text = self.content
         elif self.content is not None:
             for part in self.content:
-                is_new_image = self.role == "user" and part.image_url.url
-                parts.append(part.image_url if is_new_image else part.value)
+                is_new_image = self.role == "user" and part.url.url
+                parts.append(part.url if is_new_image else part.value)
         # 2. Images of an earlier answer stand between pieces of its text.
         start = 0
         for image in sorted(self.images, key=lambda image: image.offset):
@@ -183,53 +229,81 @@ class ChatMessage(Fields):
         return [part for part in [*parts, text[start:]] if part]
 
 
-class ChatRequest(Fields):
-    """As OpenAI's (also `max_tokens`), with fields for images.
+class ImageCall(Fields):
+    """An image of an earlier response; `codes` are read instead of `result`."""
 
-    `modalities` of "image" alone or `force_image`: the answer must hold an image. `previews`: a
-    stream shows images while they are made. `stop`: texts that end the answer and are not in it.
-    `ratio`: aspect ratio of LaVIT's images.
+    type: Literal["image_generation_call"]
+    result: str = ""
+    codes: Codes | None = None
+
+    @property
+    def role(self) -> str:
+        return "assistant"
+
+    @property
+    def parts(self) -> list[MessagePart]:
+        return [self.codes or ImageUrl(url=self.result)]
+
+
+class ImageOptions(Fields):
+    """How images are returned.
+
+    `size`: pixels, as 512x512. `partial_images`: a stream shows images so often before they are
+    complete.
     """
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=256)
-    max_new_tokens: NewTokens | None = Field(
-        None, validation_alias=AliasChoices("max_completion_tokens", "max_tokens")
-    )
+    groups = ("every request", "images")
+
+    size: Annotated[str, StringConstraints(pattern=r"^[1-9]\d{1,3}x[1-9]\d{1,3}$")] | None = None
+    output_format: Literal["png", "jpeg", "webp"] = "png"
+    output_compression: int = Field(100, ge=0, le=100)
+    partial_images: int = Field(0, ge=0, le=3)
+
+
+class AnswerRequest(Fields):
+    """Settings of an answer.
+
+    `stop`: texts that end the answer and are not in it. `ratio`: aspect ratio of LaVIT's images.
+    `previews`: a stream shows images while they are made.
+
+    usage_names: how the route calls the tokens of the prompt and of the answer.
+    """
+
+    usage_names: ClassVar[tuple[str, str]] = ("prompt", "completion")
+
     temperature: Temperature | None = None
     top_p: Share | None = None
     seed: Seed | None = None
     num_beams: Beams | None = None
     stop: Annotated[list[Stop], Field(max_length=4), BeforeValidator(as_list)] | None = None
     ratio: str | None = None
-    n: Literal[1] | None = None
     stream: bool = False
-    modalities: list[Literal["text", "image"]] | None = None
-    force_image: bool = False
     previews: bool = False
 
-    @model_validator(mode="before")
-    @classmethod
-    def _refuse_unsupported(cls, body: object) -> object:
-        """Refuse fields that would change the answer, unless their value switches them off."""
-        if not isinstance(body, Mapping):
-            return body
-        for name in UNSUPPORTED:
-            if body.get(name):
-                raise ValueError(f"{name} is not supported by this server")
-        if body.get("response_format") not in (None, {"type": "text"}):
-            raise ValueError("response_format other than text is not supported by this server")
-        return body
+    @property
+    def conversation(self) -> Sequence[ChatMessage | ImageCall]:
+        raise NotImplementedError
+
+    @property
+    def images(self) -> str:
+        """Whether the answer holds images, as of `MultimodalSystem.chat`."""
+        raise NotImplementedError
+
+    @property
+    def image_options(self) -> ImageOptions:
+        return ImageOptions()
 
     @model_validator(mode="after")
-    def _count(self) -> ChatRequest:
+    def _count(self) -> Self:
         # 1. An empty message without an image is nothing to answer.
-        if all(isinstance(part, str) and not part.strip(BLANK) for part in self.messages[-1].parts):
+        *_, last = self.conversation
+        if all(isinstance(part, str) and not part.strip(BLANK) for part in last.parts):
             raise ValueError("The last message is empty")
 
         # 2. Images and characters of the conversation.
         n_images = 0
         n_characters = 0
-        for message in self.messages:
+        for message in self.conversation:
             for part in message.parts:
                 if isinstance(part, str):
                     n_characters += len(part)
@@ -243,7 +317,74 @@ class ChatRequest(Fields):
         return self
 
 
-class ImagesRequest(Fields):
+class ChatRequest(AnswerRequest):
+    """As OpenAI's, with fields for images.
+
+    `modalities`: of "image" alone, the answer must hold an image, as with `force_image`; of "text"
+    alone, it holds none.
+    """
+
+    groups = ("every request", "answers", "/v1/chat/completions")
+
+    messages: list[ChatMessage] = Field(min_length=1, max_length=256)
+    max_new_tokens: NewTokens | None = Field(
+        None, validation_alias=AliasChoices("max_completion_tokens", "max_tokens")
+    )
+    modalities: list[Literal["text", "image"]] | None = None
+    force_image: bool = False
+
+    @property
+    def conversation(self) -> Sequence[ChatMessage | ImageCall]:
+        return self.messages
+
+    @property
+    def images(self) -> str:
+        if self.force_image or self.modalities == ["image"]:
+            return "forced"
+        return "never" if self.modalities == ["text"] else "auto"
+
+
+class ImageTool(ImageOptions):
+    type: Literal["image_generation"]
+
+
+class ResponsesRequest(AnswerRequest):
+    """As OpenAI's responses: answers hold images unless `tool_choice` is "none"; with "required" or
+    the tool as `tool_choice` they must. Nothing is stored.
+    """
+
+    groups = ("every request", "answers", "/v1/responses")
+    usage_names = ("input", "output")
+
+    input: str | Annotated[list[ChatMessage | ImageCall], Field(min_length=1, max_length=256)]
+    instructions: str = ""
+    max_new_tokens: NewTokens | None = Field(
+        None, validation_alias=AliasChoices("max_output_tokens")
+    )
+    tools: list[ImageTool] = Field([], max_length=1)
+    tool_choice: Literal["auto", "none", "required"] | ImageTool = "auto"
+
+    @property
+    def conversation(self) -> Sequence[ChatMessage | ImageCall]:
+        items = self.input
+        if isinstance(items, str):
+            items = [ChatMessage(role="user", content=items)]
+        if not self.instructions:
+            return items
+        return [ChatMessage(role="system", content=self.instructions), *items]
+
+    @property
+    def images(self) -> str:
+        if self.tool_choice == "none":
+            return "never"
+        return "auto" if self.tool_choice == "auto" else "forced"
+
+    @property
+    def image_options(self) -> ImageOptions:
+        return self.tools[0] if self.tools else ImageOptions()
+
+
+class ImagesRequest(ImageOptions):
     """As OpenAI's for generations and edits; image n has `seed` + n. `ratio`: of LaVIT's images."""
 
     prompt: Annotated[
@@ -253,6 +394,7 @@ class ImagesRequest(Fields):
     response_format: Literal["b64_json"] = "b64_json"
     seed: Seed | None = None
     ratio: str | None = None
+    stream: bool = False
 
 
 class TokensRequest(Fields):
@@ -260,6 +402,8 @@ class TokensRequest(Fields):
 
     `seed`: of the drawing. `first`: draw from so many codes of each image, for SEED-LLaMA.
     """
+
+    groups = ("every request",)
 
     images: list[str] = Field([], max_length=MAX_IMAGES)
     codes: list[Codes] = Field([], max_length=MAX_IMAGES)
@@ -294,12 +438,16 @@ def read_request(model: type[Model], body: bytes | Mapping[str, object]) -> Mode
         details = sorted(error.errors(), key=lambda details: len(details["loc"]))[-1]
         field = ".".join(map(str, details["loc"]))
         message = f"{details['msg'].removeprefix('Value error, ')}."
+        if details["type"] == "extra_forbidden":
+            advice = ADVICE.get(str(details["loc"][-1]), "")
+            message = f"This server does not support the field. {advice}".rstrip()
         raise RequestError(f"{field}: {message}" if field else message) from None
 
 
 POSTED: dict[str, type[BaseModel]] = {
     "/generate": GenerateRequest,
     "/v1/chat/completions": ChatRequest,
+    "/v1/responses": ResponsesRequest,
     "/v1/images/generations": ImagesRequest,
     "/v1/images/edits": ImagesRequest,
     "/v1/images/tokens": TokensRequest,
@@ -331,20 +479,19 @@ def openapi() -> JsonObject:
     }
     paths["/v1/models/{name}"] = {"get": {"parameters": [model_name], "responses": responses}}
 
-    # 3. Routes with a body. Chat also answers with a stream, edits are a form with a file.
+    # 3. Routes with a body. Some also answer with a stream, edits are a form with a file.
     for path, model in POSTED.items():
         body: JsonObject = {"application/json": {"schema": refs[model, VALIDATION]}}
         answer: JsonObject = {"application/json": {"schema": {"type": "object"}}}
         if path == "/generate":
             answer["application/json"]["schema"] = refs[GenerateResponse, VALIDATION]
-        elif path == "/v1/chat/completions":
+        elif "stream" in model.model_fields:
             answer["text/event-stream"] = {}
-        elif path == "/v1/images/edits":
-            file = {
-                "required": ["image"],
-                "properties": {"image": {"type": "string", "format": "binary"}},
-            }
-            form = {"allOf": [refs[model, VALIDATION], file]}
+        if path == "/v1/images/edits":
+            fields = schemas["$defs"][model.__name__]
+            image = {"image": {"type": "string", "format": "binary"}}
+            form = {**fields, "required": [*fields["required"], *image]}
+            form["properties"] = {**fields["properties"], **image}
             body = {"multipart/form-data": {"schema": form}}
         operation = {
             "requestBody": {"required": True, "content": body},

@@ -307,7 +307,7 @@ def check_case(
     if of_images:  # the original generated as many new tokens as the longest prompt has
         renamed["max_new_tokens"] = max(map(len, positives))
     settings = GenerationSettings(
-        **{**DRAWING, "guidance": 4.0, "force_image": True, **renamed}  # the original's defaults
+        **{**DRAWING, "guidance": 4.0, "images": "forced", **renamed}  # the original's defaults
     )
 
     # 2. Scores while no answer is finished. A pass has rows of prompts and negative prompts.

@@ -144,7 +144,7 @@ def test_completion_server_receives_ids_and_settings(nano, server: CompletionSer
     assert str(nano.tokenizer.vocabulary.boi_id) in body["logit_bias"]
     assert remote.engine.generate(asked, sampled) == first
 
-    remote.engine.generate(asked, replace(GREEDY, force_image=True))
+    remote.engine.generate(asked, replace(GREEDY, images="forced"))
     image = next(body for body in server.bodies if len(body.get("allowed_token_ids", ())) > CODES)
     assert image["min_tokens"] == image["max_tokens"] == 32 and image["temperature"] == 0
 

@@ -27,16 +27,16 @@ SETTINGS = {
     "sampled": SAMPLED,
     "top k": replace(SAMPLED, top_k=5, top_p=1.0),
     "repetition penalty": replace(SAMPLED, repetition_penalty=1.5),
-    "sampled image": replace(SAMPLED, force_image=True, max_new_tokens=70),
+    "sampled image": replace(SAMPLED, images="forced", max_new_tokens=70),
     "guidance": replace(GREEDY, guidance=1.7),
-    "guided image": replace(SAMPLED, guidance=3.0, force_image=True, max_new_tokens=70),
+    "guided image": replace(SAMPLED, guidance=3.0, images="forced", max_new_tokens=70),
     "LaVIT's beams": replace(
         GREEDY, num_beams=5, min_new_tokens=4, length_penalty=0.0, early_stopping=True
     ),
     "2 answers of 3 beams": replace(
         GREEDY, num_beams=3, num_return_sequences=2, length_penalty=2.0
     ),
-    "beams of an image": replace(GREEDY, num_beams=3, force_image=True, max_new_tokens=70),
+    "beams of an image": replace(GREEDY, num_beams=3, images="forced", max_new_tokens=70),
     "sampled beams": replace(SAMPLED, num_beams=3),
 }
 # Where families differ: their image tokens and prompts.
@@ -179,7 +179,7 @@ def test_answers_of_beams_end_at_their_own_context(tiny):
 @pytest.mark.parametrize(
     ("settings", "end_ids"),
     [
-        (replace(GREEDY, force_image=True, max_new_tokens=80), None),
+        (replace(GREEDY, images="forced", max_new_tokens=80), None),
         # Beams that end early: their later states belong to no answer.
         (replace(GREEDY, constrain=False, num_beams=4, length_penalty=-3.0), range(3, 60)),
     ],

@@ -136,7 +136,8 @@ class CompletionServerEngine(BaseEngine):
     def _answer_text(self, request: Request) -> None:
         """Text up to the end of the answer or the start of an image, if that still fits."""
         settings = request.settings
-        n_tokens = len(request.sequences[0].ids)
+        sequence = request.sequences[0]
+        n_tokens = len(sequence.ids)
         remaining = request.budget - n_tokens
         min_tokens = max(settings.min_new_tokens - n_tokens, 0)
         limits: dict[str, object] = {
@@ -147,7 +148,7 @@ class CompletionServerEngine(BaseEngine):
         if settings.constrain:
             image_start = self.vocabulary.boi_id
             stop_ids.append(image_start)
-            if remaining < self.vocabulary.image_length:
+            if sequence.tokens_for_images < self.vocabulary.image_length:
                 limits["logit_bias"] = {str(image_start): -100}
         self._segment(request, stop_ids, limits)
 
