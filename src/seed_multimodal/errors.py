@@ -6,6 +6,7 @@ are ordinary exceptions and are never caught.
 
 from __future__ import annotations
 
+import os
 import re
 
 # Modules of each extra of pyproject.toml; a module of several extras is listed once.
@@ -130,6 +131,15 @@ def name_bytes(head: bytes) -> str:
     text = head.decode("utf-8", errors="replace")[:-1]
     is_text = "�" not in text and all(letter.isprintable() or letter.isspace() for letter in text)
     return f"a text: {short_name(text.strip())!r}" if is_text else ""
+
+
+def name_content(file: str | os.PathLike[str]) -> str:
+    """`name_bytes` of a file, for one that was read without success."""
+    try:
+        with open(file, "rb") as handle:
+            return name_bytes(handle.read(2000))
+    except OSError:
+        return ""
 
 
 def package_of(module: str) -> str:

@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from seed_multimodal.disk import atomic_path, read_json_object
-from seed_multimodal.errors import CheckpointError, SeedWarning, first_line, pluralize
+from seed_multimodal.errors import CheckpointError, SeedWarning, first_line, name_content, pluralize
 from seed_multimodal.torch_files import read_torch_content, read_torch_file
 
 # Names in a model's folder, in order of preference: the index of several files, and a single one.
@@ -77,7 +77,7 @@ def load_state_dict(
             tensors = load_file(file)
         except Exception as error:  # safetensors raises errors of many types for wrong bytes
             raise CheckpointError(
-                f"{file}: not a complete weights file ({first_line(error)})."
+                f"{file}: not a complete weights file ({name_content(file) or first_line(error)})."
             ) from error
     else:
         tensors = read_torch_file(file, mapped, placeholders)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 from torch.serialization import get_unsafe_globals_in_checkpoint, safe_globals
 
-from seed_multimodal.errors import CheckpointError, first_line
+from seed_multimodal.errors import CheckpointError, first_line, name_content
 
 WRAPPERS = ("model", "state_dict", "module")  # keys under which files have their tensors, nested
 
@@ -43,14 +43,15 @@ def read_torch_content(file: Path, mapped: bool = False, placeholders: bool = Fa
         unknown_names = _unknown_names(file, is_zip) if placeholders else []
         with safe_globals([(Placeholder, name) for name in unknown_names]):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped and is_zip)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{file}: rejected, because it has unsafe pickle content or is damaged; re-save it as "
-            "safetensors from a source you trust."
-        ) from error
     except Exception as error:  # torch's reader raises errors of many types for wrong bytes
+        content = name_content(file)
+        if isinstance(error, pickle.UnpicklingError) and not content:
+            raise CheckpointError(
+                f"{file}: rejected, because it has unsafe pickle content or is damaged; re-save it "
+                "as safetensors from a source you trust."
+            ) from error
         raise CheckpointError(
-            f"{file}: not a complete weights file ({first_line(error)})."
+            f"{file}: not a complete weights file ({content or first_line(error)})."
         ) from error
 
 

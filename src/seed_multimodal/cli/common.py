@@ -10,6 +10,7 @@ import io
 import itertools
 import json
 import mimetypes
+import os
 import sys
 import unicodedata
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter, _SubParsersAction
@@ -29,12 +30,14 @@ from seed_multimodal.errors import (
     GenerationError,
     ImageError,
     RequestError,
+    short_name,
 )
 from seed_multimodal.models.registry import model_cards
 from seed_multimodal.pipelines.config import system_names
 from seed_multimodal.progress import quiet_libraries
 
 if TYPE_CHECKING:
+    from seed_multimodal.images.io import ImageSource
     from seed_multimodal.pipelines.base import MultimodalSystem
     from seed_multimodal.pipelines.config import SystemConfig
     from seed_multimodal.pipelines.images import ImageCodec, Log
@@ -257,6 +260,20 @@ def cat_image() -> Path:
 # ---- one result for each image or text
 
 
+def image_sources(names: Sequence[str]) -> dict[str, ImageSource]:
+    """Name → the image: a file's name, or an open file of standard input (`-`) and of each pipe,
+    since a failed batch is read again."""
+    sources: dict[str, ImageSource] = {}
+    for name in names:
+        if name == "-":
+            sources[name] = sys.stdin.buffer
+        elif os.path.exists(name) and Path(name).is_fifo():
+            sources[name] = open(name, "rb")
+        else:
+            sources[name] = name
+    return sources
+
+
 def run_each(
     args: Namespace,
     names: Sequence[str],
@@ -302,14 +319,16 @@ def run_batches(
                     raise
                 failed.append(name)
                 # Most errors name the file.
-                prefix = "seed" if Path(name).name in str(error) else f"seed: {name}"
+                file_name = short_name(Path(name).name)
+                prefix = "seed" if file_name in str(error) else f"seed: {short_name(name)}"
                 log_line(f"{prefix}: {error}")
 
     # 3. What failed.
     if not failed:
         return entry.DONE
     n_done = len(names) - len(failed)
-    log_line(f"seed: {n_done} of {len(names)} done, {len(failed)} failed: {', '.join(failed)}.")
+    failed_names = ", ".join(map(short_name, failed))
+    log_line(f"seed: {n_done} of {len(names)} done, {len(failed)} failed: {failed_names}.")
     return entry.SOME_FAILED
 
 

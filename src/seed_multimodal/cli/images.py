@@ -24,6 +24,7 @@ from seed_multimodal.errors import ConfigError, DataError
 if TYPE_CHECKING:
     from torch import Tensor
 
+    from seed_multimodal.images.io import ImageSource
     from seed_multimodal.models.seed_x.pipeline import Detection
     from seed_multimodal.pipelines.base import MultimodalSystem
     from seed_multimodal.pipelines.images import ImageCodec
@@ -32,12 +33,13 @@ if TYPE_CHECKING:
 def tokenize(args: Namespace) -> int:
     """Print (and with `--out` write) the codes of each image."""
     # 1. The encoder; SEED-X's images have no codes.
+    sources = common.image_sources(args.images)
     codec = common.load_images(args)
     _require_codes(args, codec)
     lines = common.open_lines(args.out) if args.out else None
 
     def work(names: Sequence[str]) -> Sequence[Tensor]:
-        return encode(args, codec, names)
+        return encode(args, codec, [sources[name] for name in names])
 
     def show(name: str, codes: Tensor) -> None:
         record = {"image": name, "codes": codes.tolist()}
@@ -49,10 +51,10 @@ def tokenize(args: Namespace) -> int:
     return common.run_batches(args, args.images, show, work, args.batch_size)
 
 
-def encode(args: Namespace, codec: ImageCodec, names: Sequence[str]) -> Sequence[Tensor]:
+def encode(args: Namespace, codec: ImageCodec, images: Sequence[ImageSource]) -> Sequence[Tensor]:
     """Codes or features of images; LaVIT's selection of patches depends on `--seed`."""
     options = {"seed": args.seed} if codec.encodes_by_seed else {}
-    encoded: Sequence[Tensor] = codec.encode(names, **options)
+    encoded: Sequence[Tensor] = codec.encode(images, **options)
     return encoded
 
 
@@ -65,6 +67,7 @@ def reconstruct(args: Namespace) -> int:
     # 1. What is wrong is reported before long work.
     stored = read_codes(args.codes_file) if args.codes_file else {}
     names = [*stored, *args.images]
+    sources = common.image_sources(args.images)
     outputs = common.Outputs(args.out, len(names) * max(1, len(args.codes)))
     codec = common.load_images(args)
     if stored:
@@ -81,7 +84,7 @@ def reconstruct(args: Namespace) -> int:
         if stored:
             encoded = [stored[name] for name in names]
         else:
-            encoded = encode(args, codec, names)
+            encoded = encode(args, codec, [sources[name] for name in names])
         # Each image from the same seed, so that one item is drawn as in any batch.
         options = {**settings, "seeds": [args.seed] * len(encoded), "batch_size": args.batch_size}
         if condition is not None:
@@ -152,10 +155,12 @@ def edit(args: Namespace) -> int:
     """Change each image as instructed and save the results."""
     outputs = common.Outputs(args.out, len(args.images) * args.num_images)
     system, options = _load(args)
+    sources = common.image_sources(args.images)
 
     # The images of a batch come image by image, `--num-images` of each.
     def work(names: Sequence[str]) -> list[Sequence[Image.Image]]:
-        edited = system.edit(list(names), args.instruction, num_images=args.num_images, **options)
+        images = [sources[name] for name in names]
+        edited = system.edit(images, args.instruction, num_images=args.num_images, **options)
         return list(batched(edited, args.num_images))
 
     def show(name: str, images: Sequence[Image.Image]) -> None:
@@ -244,10 +249,12 @@ def _each_image(
     """Run a method of the system on batches of `args.images` and `show` each result; returns the
     exit code."""
     system, options = _load(args)
+    sources = common.image_sources(args.images)
 
     # The methods answer a list of images by a list of results.
     def work(names: Sequence[str]) -> Sequence[Result]:
-        results: Sequence[Result] = getattr(system, method)(list(names), text, **options)
+        images = [sources[name] for name in names]
+        results: Sequence[Result] = getattr(system, method)(images, text, **options)
         return results
 
     return common.run_batches(args, args.images, show, work, args.batch_size)

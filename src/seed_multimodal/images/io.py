@@ -16,7 +16,6 @@ import contextlib
 import functools
 import importlib
 import io
-import math
 import os
 import re
 import weakref
@@ -57,7 +56,7 @@ ImageSource: TypeAlias = (
 MAX_EXACT_PIXELS = 12_500_000  # 12 megapixels
 MIN_OVERSAMPLING = 3  # reduction to three times the final size is visually lossless
 PIECE = 1 << 20  # bytes read at a time
-MAX_FILE_NAME = 255  # a longer string is no path
+MAX_PATH = 4096  # a longer string is no path
 # EXIF orientation -> how to turn the image upright; 1 is upright.
 _ORIENTATIONS = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
@@ -131,7 +130,7 @@ class StoredImage:
         self.name = short_name(name or _name_of(source))
         self.limits = limits
         try:
-            if _is_function(source):
+            if callable(source):
                 source = source()
             self.image = self._read(source)
             self.size = self.image.size
@@ -148,13 +147,13 @@ class StoredImage:
         """The image of which only the header is decoded, if it is a file."""
         if isinstance(source, Image.Image):
             return source
-        if _is_array(source):
+        if hasattr(source, "__array__"):
             return _array_image(source, self.name)
         if isinstance(source, str):
             source = read_string(source, self.name, self.limits)
         if isinstance(source, os.PathLike):
             data = _path_bytes(Path(source), self.name, self.limits)
-        elif is_open_file(source):
+        elif hasattr(source, "read"):
             data = _stream_bytes(source, self.name, self.limits)
         elif isinstance(source, bytes | bytearray | memoryview):
             data = bytes(source)
@@ -200,7 +199,7 @@ class StoredImage:
                 if self.image.size != self.size:
                     factor = 1
             self.image.load()
-            plain = to_rgb(self.image) if factor == 1 else _reduced(self.image, factor)
+            plain = _reduced(self.image, factor)
         except Exception as error:
             raise ImageError(
                 f"{self.name}: the image is truncated or damaged ({first_line(error)})."
@@ -251,32 +250,18 @@ def is_image(value: object) -> TypeGuard[ImageSource]:
 
     An array of one axis holds codes, one of int64 and two axes rows of codes.
     """
-    if not _is_array(value):
-        kinds = (os.PathLike, bytes, bytearray, memoryview, Image.Image)
-        return isinstance(value, kinds) or is_open_file(value) or _is_function(value)
-    n_axes = getattr(value, "ndim", 0)
-    return n_axes > 2 or (n_axes == 2 and "int64" not in str(getattr(value, "dtype", "")))
-
-
-def is_open_file(value: object) -> TypeGuard[IO[bytes]]:
-    """Whether `value` is an open file (or something like it)."""
-    return hasattr(value, "read")
-
-
-def _is_array(value: object) -> bool:
-    return hasattr(value, "__array__")
-
-
-def _is_function(value: object) -> TypeGuard[ImageFunction]:
-    return callable(value) and not _is_array(value) and not is_open_file(value)
+    if hasattr(value, "__array__"):
+        n_axes = getattr(value, "ndim", 0)
+        return n_axes > 2 or (n_axes == 2 and "int64" not in str(getattr(value, "dtype", "")))
+    kinds = (os.PathLike, bytes, bytearray, memoryview, Image.Image)
+    return isinstance(value, kinds) or hasattr(value, "read") or callable(value)
 
 
 def _name_of(source: object) -> str:
     """The name of a path or open file, else "image"."""
-    path = getattr(source, "name", None) if is_open_file(source) else source
-    if isinstance(path, os.PathLike) or (isinstance(path, str) and not _is_data_url(path)):
-        return Path(path).name or "image"
-    return "image"
+    path = getattr(source, "name", source)
+    is_path = isinstance(path, str) and not _is_data_url(path)
+    return (Path(path).name if is_path else "") or "image"
 
 
 # ---- the bytes of a file
@@ -289,17 +274,12 @@ def read_string(
 
     Raises ImageError: an address of the internet, or damaged base64.
     """
-    if not _is_data_url(text):
-        if os.path.exists(text):
-            return Path(text)
-        # Base64 text may look like a path, and a short path like base64 text.
-        data = b""
+    is_text = _is_data_url(text) or _URL.match(text) or len(text) > MAX_PATH
+    if not is_text and not os.path.exists(text):
+        # A path may look like base64 text, but not like that of an image.
         with contextlib.suppress(ImageError):
-            data = decode_text(text, name, limits)
-        is_path = len(text) <= MAX_FILE_NAME and not _IMAGE_START.match(data)
-        if is_path and not _URL.match(text):
-            return Path(text)
-    return decode_text(text, name, limits)
+            is_text = _IMAGE_START.match(decode_text(text, name, limits))
+    return decode_text(text, name, limits) if is_text else Path(text)
 
 
 def decode_text(text: str, name: str = "image", limits: ImageLimits = DEFAULT_LIMITS) -> bytes:
@@ -343,12 +323,8 @@ def _path_bytes(path: Path, name: str, limits: ImageLimits) -> bytes:
         with open(path, "rb") as file:
             return _read_all(file, limits)
     except OSError as error:
-        full_path = "" if name.endswith(str(path)) else f" ({short_name(str(path), 200)})"
         reason = str(error.strerror).lower()
-        if isinstance(error, FileNotFoundError):
-            reason = "no such file"
-        elif isinstance(error, IsADirectoryError):
-            reason = "is a folder"
+        full_path = "" if name == str(path) else f" ({short_name(str(path), 200)})"
         raise ImageError(f"{name}: {reason}{full_path}.") from error
 
 
@@ -356,7 +332,7 @@ def _stream_bytes(file: IO[bytes], name: str, limits: ImageLimits) -> bytes:
     """All bytes of an open file, from its start; what cannot be read again is kept."""
     if isinstance(file, io.TextIOBase):
         raise ImageError(f'{name}: is opened as text; open it with mode "rb".')
-    if file.seekable():
+    if hasattr(file, "seekable") and file.seekable():
         file.seek(0)
         return _read_all(file, limits)
     if file not in _read_before:
@@ -483,20 +459,13 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def _reduced(image: Image.Image, factor: int) -> Image.Image:
-    """As RGB, both sides divided by `factor`.
-
-    It is made of strips, so that memory holds no second copy of a large image.
-    """
-    # The range of these modes is known from all pixels only: one strip.
-    strip_height = image.height if image.mode in ("I", "F") else 64 * factor
-    reduced_width = math.ceil(image.width / factor)
-    reduced_height = math.ceil(image.height / factor)
-    plain = Image.new("RGB", (reduced_width, reduced_height))
-    for top in range(0, image.height, strip_height):
-        bottom = min(top + strip_height, image.height)
-        strip = image.crop((0, top, image.width, bottom))
-        plain.paste(to_rgb(strip).reduce(factor), (0, top // factor))
-    return plain
+    """As RGB, both sides divided by `factor`."""
+    if factor == 1:
+        return to_rgb(image)
+    # Without a second copy of a large image, if means of its levels are colours.
+    if image.mode in ("L", "RGB", "RGBA") and "transparency" not in image.info:
+        return to_rgb(image.reduce(factor))
+    return to_rgb(image).reduce(factor)
 
 
 # ---- writing

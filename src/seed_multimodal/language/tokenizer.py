@@ -27,7 +27,7 @@ from typing import Any, Self
 import sentencepiece as spm
 
 from seed_multimodal.disk import read_json_object
-from seed_multimodal.errors import CheckpointError, ConfigError, RequestError
+from seed_multimodal.errors import CheckpointError, ConfigError, RequestError, name_content
 from seed_multimodal.language.text_tokenizer import Part, SpecialIds
 from seed_multimodal.language.vocabulary import PATCH, Ids, ImageVocabulary, SeedXVocabulary
 from seed_multimodal.weights.catalogue import SHIPPED_TOKENIZERS
@@ -255,7 +255,8 @@ def read_files(folder: Path, names_image_tokens: bool = True) -> TokenizerFiles:
     try:
         processor.LoadFromSerializedProto(raw[MODEL])
     except (RuntimeError, OSError) as error:
-        raise CheckpointError(f"{folder / MODEL}: not a SentencePiece model.") from error
+        content = name_content(folder / MODEL) or "no SentencePiece model"
+        raise CheckpointError(f"{folder / MODEL}: is {content}.") from error
     if (processor.unk_id(), processor.bos_id(), processor.eos_id()) != (0, 1, 2):
         raise CheckpointError(f"{folder / MODEL}: <unk>, <s>, </s> must have ids 0, 1, 2.")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,7 +19,7 @@ from seed_multimodal.data.formats.record import (
 )
 from seed_multimodal.data.formats.storage import is_remote, read_all
 from seed_multimodal.errors import ImageError
-from seed_multimodal.images.io import ImageFunction, decode_text
+from seed_multimodal.images.io import ImageFunction, read_string
 from seed_multimodal.settings import nearest
 
 # An unread image: file content, path, or a function that renders it.
@@ -31,7 +30,6 @@ IMAGE_SUFFIXES = tuple(f".{key}" for key in IMAGE_KEYS)  # image files in folder
 # Default keys of an image and its caption: ours first, then those of Hugging Face's tables.
 IMAGE_FIELDS = ("image", "file_name", *IMAGE_KEYS)
 CAPTION_FIELDS = ("caption", "text")
-_BASE64 = re.compile(r"[A-Za-z0-9+/\s]{64,}={0,2}\s*")
 
 
 def image_field(fields: RecordFields, key: str | None) -> FieldValue:
@@ -99,18 +97,18 @@ def record_image(value: FieldValue, record: Record, root: str | Path | None = No
         raise BadRecord(
             "wrong type", f"{record.location}: image value {shorten(value)} is not a path."
         )
-    if value.startswith("data:"):
-        return decode_text(value, record.location)
 
-    # 2. A local file; before base64 without a prefix, which may look like a path.
+    # 2. A local file, or text, which may look like a path.
     path = find_image(value, root, record.file)
     if path is not None:
         return path
-    if _BASE64.fullmatch(value):
-        return decode_text(value, record.location)
+    is_url = "://" in value
+    if not is_url:
+        content = read_string(value, record.location)
+        if isinstance(content, bytes):
+            return content
 
     # 3. A remote file.
-    is_url = "://" in value
     folder, _, _ = record.file.rpartition("/")
     if root is not None:
         folder = str(root)

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, RequestError
-from seed_multimodal.images.io import ImageSource, is_image
+from seed_multimodal.images.io import ImageSource, is_image, open_image
 from seed_multimodal.images.sheet import draw_boxes
 from seed_multimodal.images.views import (
     UNIT,
@@ -106,8 +106,8 @@ class EncodedImage:
 class Detection:
     """The boxes of an answer."""
 
-    image: Image.Image
-    boxes: list[tuple[int, int, int, int]]  # left, top, right, bottom in pixels, clipped
+    image: Image.Image  # in the size of the file
+    boxes: list[tuple[int, int, int, int]]  # left, top, right, bottom in its pixels, clipped
     grid: list[Box]  # the same in 224ths of the image
     text: str  # the answer with its box tokens
     problems: list[str]  # a message for each malformed box
@@ -467,10 +467,17 @@ class SeedX(MultimodalSystem):
         as_request = self.tasks.detect_request if is_tuned else str
         conversations, single = image_conversations(images, phrase, as_request)
         settings = self.settings("detect", **options)
-        answers = self.generate_answers(conversations, "detect", settings, batch_size=batch_size)
+        # Boxes are in pixels of the stored images, of which prompts may have smaller copies.
+        opened: list[list[Message]] = []
+        for (message,) in conversations:
+            content = [
+                open_image(part).image if is_image(part) else part for part in message.content
+            ]
+            opened.append([Message(message.role, tuple(content))])
+        answers = self.generate_answers(opened, "detect", settings, batch_size=batch_size)
         detections: list[Detection] = []
-        for generated in answers:
-            image = generated.prompt.source
+        for (message,), generated in zip(opened, answers, strict=True):
+            image = message.images[-1]
             ids = generated.answer.ids
             detections.append(self.detection(image, ids, opened=not is_tuned))
         return detections[0] if single else detections

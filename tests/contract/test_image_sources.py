@@ -1,0 +1,366 @@
+"""Images, sources × doors: one picture is read as the same pixels in each of its forms, by Python,
+the command line, HTTP and the page; what cannot be read is named at each door.
+
+A new form is tested by its row, a new door by its column.
+"""
+
+from __future__ import annotations
+
+import base64
+import io
+import json
+import os
+import sys
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+from urllib.parse import quote
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from repository import ROOT
+
+from seed_multimodal.cli.main import main
+from seed_multimodal.errors import ImageError, SeedError
+from seed_multimodal.images.io import image_to_bytes, open_image
+
+PICTURE = Image.open(ROOT / "images" / "fox_and_snowman.png").convert("RGB")
+PIXELS = np.asarray(PICTURE)
+PNG = image_to_bytes(PICTURE)
+# With "+", "/" and padding in its base64 text.
+SMALL = image_to_bytes(PICTURE.crop((0, 0, 31, 40)))
+TOKENS = "/v1/images/tokens"
+
+
+@pytest.fixture(scope="module")
+def nano() -> Any:
+    from seed_multimodal.pipelines.base import MultimodalSystem
+
+    return MultimodalSystem.from_pretrained("nano", device="cpu", log=None)
+
+
+@pytest.fixture(scope="module")
+def client(nano) -> Any:
+    from seed_multimodal.serving.app import create_app
+
+    return create_app(nano).test_client()
+
+
+def tensor(pixels: np.ndarray = PIXELS) -> torch.Tensor:
+    """Channels first, as torch's data sets have it."""
+    return torch.tensor(pixels).permute(2, 0, 1)
+
+
+def pipe(data: bytes, path: Path) -> str:
+    """A named pipe that is written once, as of `<(curl …)`."""
+    os.mkfifo(path)
+    threading.Thread(target=path.write_bytes, args=(data,), daemon=True).start()
+    return str(path)
+
+
+def unseekable(data: bytes) -> Any:
+    """As `sys.stdin.buffer` of a pipe."""
+    reader, writer = os.pipe()
+    threading.Thread(target=lambda: open(writer, "wb").write(data), daemon=True).start()
+    return open(reader, "rb", buffering=0)
+
+
+# ---- sources of Python
+
+OBJECTS: dict[str, Callable[[Path], Any]] = {
+    "path": lambda folder: folder / "a b.png",
+    "name": lambda folder: str(folder / "a b.png"),
+    "pipe": lambda folder: pipe(PNG, folder / "pipe"),
+    "bytes": lambda folder: PNG,
+    "bytearray": lambda folder: bytearray(PNG),
+    "memoryview": lambda folder: memoryview(PNG),
+    "open file": lambda folder: open(folder / "a b.png", "rb"),
+    "unseekable file": lambda folder: unseekable(PNG),
+    "PIL": lambda folder: PICTURE,
+    "PIL, not yet decoded": lambda folder: Image.open(folder / "a b.png"),
+    "function": lambda folder: lambda: PIXELS,
+    "array": lambda folder: PIXELS,
+    "array of a batch": lambda folder: PIXELS[None],
+    "array of a list": lambda folder: PIXELS.astype(np.int64),
+    "array of 16 bits": lambda folder: PIXELS.astype(np.uint16) * 257,
+    "array of floats to 1": lambda folder: PIXELS / 255,
+    "array of floats to 255": lambda folder: PIXELS.astype(np.float32),
+    "tensor": lambda folder: tensor(),
+    "tensor of a batch": lambda folder: tensor()[None],
+    "tensor of floats": lambda folder: (tensor() / 255).requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("name", OBJECTS)
+def test_python_reads_every_object(nano, name, tmp_path):
+    PICTURE.save(tmp_path / "a b.png")
+    source = OBJECTS[name](tmp_path)
+    codes = nano.tokenize(source)
+    assert torch.equal(codes, nano.tokenize([PICTURE]))
+    # A conversation reads its images again at each turn; a `str` in it is text.
+    if name not in ("pipe", "name"):
+        message = {"role": "user", "content": [source, "Describe the image."]}
+        expected = {"role": "user", "content": [PICTURE, "Describe the image."]}
+        assert nano.chat([message]).text == nano.chat([expected]).text
+
+
+def test_rows_of_codes_are_no_images(nano):
+    # What `tokenize` returns goes into `reconstruct`.
+    codes = nano.tokenize([PICTURE, PICTURE])
+    few = {"num_inference_steps": 2}
+    images = [nano.reconstruct(rows, **few) for rows in (codes, codes.numpy(), codes.tolist())]
+    assert len(images[0]) == 2 and images[0] == images[1] == images[2]
+
+
+GREY = np.array([[0.0, 0.5, 1.0, np.nan, 0.0]])
+EXPECTED = [[0, 128, 255, 0, 0]]
+DEPTHS = {
+    "floats to 1": GREY,
+    "floats to 255": GREY * 255,
+    "half floats": GREY.astype(np.float16),
+    "bfloat16": torch.tensor(GREY, dtype=torch.bfloat16),
+    "a resampled image": GREY + [[-0.03, 0, 0.03, 0, 0]],
+    "one channel": GREY[..., None],
+    "one channel first": torch.tensor(GREY)[None],
+    "infinite": np.array([[-np.inf, 0.5, np.inf, np.nan, 0]]),
+    "a float image": Image.fromarray(GREY.astype(np.float32)),
+    "16 bits": np.array([[0, 32768, 65535, 0, 0]], np.uint16),
+    "32 bits": np.array([[0, 2**31, 2**32 - 1, 0, 0]], np.uint32),
+    "an image of 16 bits": Image.fromarray(np.array([[0, 32896, 65535, 0, 0]], np.uint16)),
+    "an image of integers": Image.fromarray(np.array(EXPECTED, np.int32)),
+}
+
+
+@pytest.mark.parametrize("name", DEPTHS)
+def test_grey_levels_of_every_depth(name):
+    # A wrong range is a black or white image.
+    assert np.asarray(open_image(DEPTHS[name]).image.convert("L")).tolist() == EXPECTED
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
+def test_images_of_the_caller_stay_as_they_are(kind):
+    # Who saves his large photo after `describe` must not save a thumbnail.
+    data = image_to_bytes(Image.new("RGB", (4400, 3000), "red"), kind)
+    photo = Image.open(io.BytesIO(data))
+    opened = open_image(photo, at_least=64)
+    assert opened.image.size == (550, 375) and opened.size == photo.size == (4400, 3000)
+
+
+@pytest.mark.slow
+def test_boxes_are_in_pixels_of_the_file(tmp_path):
+    # Of a phone's photo the model sees a small copy.
+    from seed_multimodal.pipelines.base import MultimodalSystem
+
+    system = MultimodalSystem.from_pretrained("nano-x", device="cpu", log=None)
+    shares = []
+    for side in (1000, 4000):
+        PICTURE.resize((side, side)).save(tmp_path / "large.png")
+        found = system.detect(str(tmp_path / "large.png"), "the fox")
+        assert found.image.size == found.drawn().size == (side, side)
+        shares.append([round(edge / side, 1) for edge in found.boxes[0]])
+    assert shares[0] == shares[1]
+
+
+# ---- sources that are text, at every door
+
+BASE64 = base64.b64encode(SMALL).decode()
+assert {"+", "/", "="} <= {*BASE64}
+TEXTS = {
+    "base64": BASE64,
+    "base64 without padding": BASE64.rstrip("="),
+    "base64 for URLs": base64.urlsafe_b64encode(SMALL).decode(),
+    "base64 in lines": f"  {base64.encodebytes(SMALL).decode()}",
+    "data URL": f"data:image/png;base64,{BASE64}",
+    "capitals": f"DATA:IMAGE/PNG;BASE64,{BASE64}",
+    "no type": f"data:;base64,{BASE64}",
+    "half a type": f"data:image;base64,{BASE64}",
+    "another type": f"data:application/octet-stream;base64,{BASE64}",
+    "parameters": f"data:image/png;charset=utf-8;name=my%20photo(1).png;base64,{BASE64}",
+    "blanks": f" data:image/png; base64, {BASE64}\n",
+    "data URL without padding": f"data:image/png;base64,{BASE64.rstrip('=')}",
+    "data URL for URLs": f"data:image/png;base64,{base64.urlsafe_b64encode(SMALL).decode()}",
+    "percents": f"data:image/png;base64,{quote(BASE64, safe='')}",
+    "no base64": f"data:image/png,{quote(SMALL)}",
+}
+
+
+def tokens(client: Any, text: str) -> Any:
+    return client.post(TOKENS, json={"images": [text]})
+
+
+def ask(client: Any, url: str, **fields: Any) -> Any:
+    parts = [
+        {"type": "image_url", "image_url": {"url": url}},
+        {"type": "text", "text": "Describe the image."},
+    ]
+    body = {"messages": [{"role": "user", "content": parts}], "temperature": 0, **fields}
+    return client.post("/v1/chat/completions", json=body)
+
+
+def edit(client: Any, file: bytes, **fields: Any) -> Any:
+    body = {"prompt": "Put it at night.", "seed": 1, **fields, "image": (io.BytesIO(file), "a.png")}
+    return client.post("/v1/images/edits", data=body)
+
+
+def content_of(response: Any) -> str:
+    assert response.status_code == 200, response.json
+    return response.json["choices"][0]["message"]["content"]
+
+
+@pytest.mark.parametrize("name", TEXTS)
+def test_every_door_reads_text(nano, client, name):
+    text = TEXTS[name]
+    codes = nano.tokenize(SMALL).tolist()
+    assert nano.tokenize(text).tolist() == codes
+    assert tokens(client, text).json["data"] == [{"codes": codes[0]}]
+    assert content_of(ask(client, text)) == content_of(ask(client, TEXTS["data URL"]))
+
+
+def test_the_command_line_reads_text_pipes_and_standard_input(nano, tmp_path, monkeypatch, capsys):
+    # `curl … | seed tokenize -`; a bad image ends neither the batch nor what a pipe has.
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(unseekable(SMALL)))
+    (tmp_path / "small.png").write_bytes(SMALL)
+    good = ["-", pipe(SMALL, tmp_path / "pipe"), str(tmp_path / "small.png"), *TEXTS.values()]
+    bad = ["nowhere.png", "data:image/png;base64," + "A" * 5000]
+    assert main(["tokenize", "--json", *good[:2], *bad, *good[2:]]) == 1
+    output = capsys.readouterr()
+    records = [json.loads(line) for line in output.out.splitlines()]
+    assert [record["image"] for record in records] == good
+    (codes,) = nano.tokenize(SMALL).tolist()
+    assert all(record["codes"] == codes for record in records)
+    # Errors name a file, and do not repeat a text of megabytes.
+    assert "nowhere.png" in output.err and "A" * 100 not in output.err
+
+
+# ---- files, at every door
+
+QUANTISED = PICTURE.quantize(64).convert("RGB")
+FORMATS = ["PNG", "GIF", "BMP", "TIFF", "WEBP", "JPEG", "PPM", "AVIF"]
+
+
+def upload(file: Path) -> Image.Image:
+    """What the page sends of an uploaded file."""
+    from seed_multimodal.serving.chat_session import ChatSession
+
+    model: Any = SimpleNamespace(card=SimpleNamespace(keeps_aspect=True))
+    part = ChatSession([model], model).store_upload(str(file))
+    return open_image(part["image_url"]["url"]).image
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_every_door_reads_files(nano, client, kind, tmp_path, monkeypatch):
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    file = tmp_path / "file"
+    # An animation gives its first frame.
+    frames = [PICTURE] if kind in ("GIF", "WEBP") else []
+    options = {"save_all": True, "append_images": frames} if frames else {}
+    options |= {"lossless": True} if kind == "WEBP" else {}
+    QUANTISED.save(file, kind, **options)
+    image = open_image(file).image
+    if kind not in ("JPEG", "AVIF"):
+        assert image == QUANTISED
+    codes = nano.tokenize(file).tolist()
+    assert codes == nano.tokenize(image).tolist()
+    text = base64.b64encode(file.read_bytes()).decode()
+    assert tokens(client, text).json["data"] == [{"codes": codes[0]}]
+    assert upload(file) == image
+
+
+@pytest.mark.slow
+def test_the_images_route_edits_files_of_every_format(client):
+    answers = []
+    for kind in ("PNG", "GIF", "TIFF"):
+        response = edit(client, image_to_bytes(QUANTISED, kind))
+        assert response.status_code == 200, response.json
+        answers.append(response.json["data"])
+    assert answers[0] == answers[1] == answers[2]
+
+
+# ---- what cannot be read
+
+# Content of a file → what an error names besides the file.
+NO_IMAGES = {
+    "empty": (b"", "0 bytes"),
+    "text": (b"hello, I am text", "hello"),
+    "an error": (b'{"error": "not found"}', "not found"),
+    "an HTML page": (b"\n<!DOCTYPE html><html>", "HTML"),
+    "a Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),
+    "HEIC": (b"\0\0\0\x18ftypheic\0\0\0\0mif1heic" + b"\0" * 99, "HEIC"),
+    "SVG": (b"\xef\xbb\xbf<?xml version='1.0'?>\n<!-- x -->\n<svg xmlns=''/>", "SVG"),
+    "PDF": (b"%PDF-1.7\n%\xe2\xe3", "PDF"),
+    "PostScript": (b"%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 9 9\n", "PostScript"),
+    "JPEG XL": (b"\xff\x0a\xfa\x1f\x01", "JPEG XL"),
+    "a video": (b"\0\0\0\x18ftypisom\0\0\2\0", "video"),
+    "zeros": (bytes(5000), "zeros"),
+    "a torn image": (PNG[:3000], "truncated"),
+    "a torn header": (PNG[:8], "header"),
+    "noise": (bytes(range(250, 100, -1)), "PNG"),
+}
+
+
+@pytest.mark.parametrize("name", NO_IMAGES)
+def test_every_door_names_what_is_no_image(nano, client, name, tmp_path, monkeypatch, capsys):
+    content, named = NO_IMAGES[name]
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
+    file = tmp_path / "cat.jpg"
+    file.write_bytes(content)
+    errors = []
+    with pytest.raises(ImageError, match=r"cat\.jpg") as raised:
+        nano.describe(["images/fox.png", file])
+    errors.append(str(raised.value))
+    with pytest.raises(SeedError) as raised:
+        upload(file)
+    errors.append(str(raised.value))
+    for response in (
+        ask(client, f"data:image/jpeg;base64,{base64.b64encode(content).decode()}"),
+        edit(client, content),
+    ):
+        assert response.status_code == 400
+        errors.append(response.json["error"]["message"])
+    assert all(named in error for error in errors), errors
+
+
+WRONG: dict[str, Any] = {
+    "nothing": None,
+    "a number": 5,
+    "an address": "https://host/a.png",
+    "a missing file": "no/such/file.png",
+    "a damaged data URL": "data:image/png;base64,ab!c",
+    "a null byte": "a\0b",
+    "a text": io.StringIO("text"),
+    "a file opened as text": io.TextIOWrapper(io.BytesIO(PNG)),
+    "one axis": np.zeros(5),
+    "five channels": np.zeros((6, 6, 5)),
+    "a batch": np.zeros((2, 4, 4, 3), np.uint8),
+    "no pixels": np.zeros((0, 4, 3), np.uint8),
+    "letters": np.full((4, 4), "x"),
+    "normalised for a model": torch.randn(3, 8, 8),
+    "a broken array": SimpleNamespace(__array__=5),
+    "a broken file": SimpleNamespace(read=5),
+    "a broken function": lambda: 1 / 0,
+}
+
+
+@pytest.mark.parametrize("name", WRONG)
+def test_what_is_no_image_is_an_image_error(name):
+    # One bad item must not end the others with a traceback.
+    with pytest.raises(ImageError) as raised:
+        open_image(WRONG[name])
+    if name == "five channels":
+        assert "[6, 6, 5]" in str(raised.value) and "float64" in str(raised.value)
+
+
+def test_heif_is_read_where_a_plugin_is_registered(monkeypatch):
+    # As `pillow_heif.register_heif_opener()` does.
+    content, _ = NO_IMAGES["HEIC"]
+
+    def accept(prefix: bytes) -> bool:
+        return prefix[4:12] == b"ftypheic"
+
+    monkeypatch.setitem(Image.OPEN, "HEIF", (lambda file, name: PICTURE.copy(), accept))
+    monkeypatch.setattr(Image, "ID", [*Image.ID, "HEIF"])
+    assert open_image(content).image == PICTURE
