@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import argparse
 import os
+import re
 import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -40,6 +41,14 @@ def boolean(text: str) -> bool:
     if text.lower() not in ("true", "false", "1", "0", "yes", "no"):
         raise argparse.ArgumentTypeError(f"{text!r} is neither True nor False")
     return text.lower() in ("true", "1", "yes")
+
+
+def origin(text: str) -> str:
+    """A flag's type: the origin of a web page, as browsers send it; "*": any."""
+    text = text.rstrip("/").lower()
+    if not re.fullmatch(r"\*|null|[a-z][a-z0-9+.-]*://[^/\s]+", text):
+        raise argparse.ArgumentTypeError(f"{text!r} is no origin such as http://localhost:3000")
+    return text
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -87,6 +96,15 @@ def add_address(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--port", type=int, default=7890, help="port to listen on, 0 for a free one (default: 7890)"
+    )
+    parser.add_argument(
+        "--allow-origin",
+        "--allow_origin",
+        nargs="+",
+        type=origin,
+        default=[],
+        metavar="ORIGIN",
+        help="web pages that may use the server, such as http://localhost:3000 (default: none)",
     )
 
 
@@ -248,7 +266,7 @@ def run(args: argparse.Namespace) -> int:
     from seed_multimodal.device import limit_threads
     from seed_multimodal.inference.opening import EngineOptions
     from seed_multimodal.progress import quiet_libraries
-    from seed_multimodal.serving.app import create_app, listen, serve
+    from seed_multimodal.serving.app import create_app, listen, loading, serve
     from seed_multimodal.serving.schema import Limits
 
     # 1. The port is taken before the weights are loaded, which takes minutes.
@@ -257,26 +275,26 @@ def run(args: argparse.Namespace) -> int:
     sock = listen(args.host, args.port, token)
     quiet_libraries(args.debug)
 
-    # 2. The system.
-    system = load_system(args)
-    limit_threads(system.llm, system.images.model)
+    # 2. The system. A missing de-tokenizer is reported now, not at the first drawing.
+    with loading(sock):
+        system = load_system(args)
+        limit_threads(system.llm, system.images.model)
+        try:
+            system.images.prepare_drawing()
+        except CheckpointError as error:
+            if system.images.can_draw and system.config.can_draw:  # damaged rather than left out
+                raise
+            print(f"{error} Images are read and described.")
 
-    # 3. A missing de-tokenizer is reported now, not at the first drawing.
-    try:
-        system.images.prepare_drawing()
-    except CheckpointError as error:
-        if system.images.can_draw and system.config.can_draw:  # damaged rather than left out
-            raise
-        print(f"{error} Images are read and described.")
-
-    # 4. The server.
+    # 3. The server.
     limits = Limits(
         max_pixels=args.max_megapixels * 1_000_000,
         max_running=args.max_running,
         max_waiting=args.max_waiting,
         seconds=args.max_seconds,
     )
-    serve(create_app(system, limits=limits, token=token), sock)
+    app = create_app(system, limits=limits, token=token, origins=args.allow_origin)
+    serve(app, sock)
     return 0
 
 

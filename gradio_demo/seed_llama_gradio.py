@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
 from seed_multimodal.entry import run_program  # noqa: E402
 from seed_multimodal.models.registry import model_cards  # noqa: E402
+from seed_multimodal.proxies import without_proxy  # noqa: E402
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -61,7 +62,9 @@ def build_parser() -> argparse.ArgumentParser:
 
 def run(args: argparse.Namespace) -> int:
     """Serve the page."""
-    from seed_multimodal.serving.page import launch
+    # Gradio is not imported where a SOCKS proxy is set.
+    with without_proxy():
+        from seed_multimodal.serving.page import launch
 
     launch(
         [args.request_address, *args.url],

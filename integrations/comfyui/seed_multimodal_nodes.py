@@ -12,10 +12,12 @@ from __future__ import annotations
 
 import base64
 import io
+import ipaddress
 import json
 import math
 import os
 import urllib.error
+import urllib.parse
 import urllib.request
 import uuid
 from typing import Any
@@ -83,6 +85,16 @@ def image_batch(images: list[str]) -> torch.Tensor:
 # ---- the server
 
 
+def direct(url: str) -> bool:
+    """Whether no proxy leads to a server: as `seed_multimodal.proxies.direct`."""
+    try:
+        host = (urllib.parse.urlsplit(url).hostname or "").rstrip(".")
+        is_name = "." not in host and ":" not in host
+        return is_name or not ipaddress.ip_address(host).is_global
+    except ValueError:
+        return False
+
+
 def request_json(address: str, route: str, body: bytes, content_type: str) -> Json:
     """Post a request. Raises RuntimeError: the server's error as it is, or no server."""
     headers = {"Content-Type": content_type}
@@ -93,7 +105,9 @@ def request_json(address: str, route: str, body: bytes, content_type: str) -> Js
     url = (root if "://" in root else f"http://{root}") + route
     try:
         request = urllib.request.Request(url, data=body, headers=headers)
-        with urllib.request.urlopen(request, timeout=SECONDS) as response:
+        # Without a mapping the handler reads the environment's proxies.
+        proxies = urllib.request.ProxyHandler({} if direct(url) else None)
+        with urllib.request.build_opener(proxies).open(request, timeout=SECONDS) as response:
             answer: Json = json.load(response)
             return answer
     except urllib.error.HTTPError as error:

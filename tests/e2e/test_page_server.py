@@ -42,7 +42,13 @@ class Page:
             ).split(),
             stdout=subprocess.PIPE,
             text=True,
-            env={**os.environ, "TMPDIR": str(folder)},
+            # The proxies are for the internet; Gradio would ask them for its own page.
+            env={
+                **os.environ,
+                "TMPDIR": str(folder),
+                "http_proxy": "http://127.0.0.1:9",
+                "ALL_PROXY": "socks5://127.0.0.1:9",
+            },
         )
         assert self.process.stdout is not None
         line = next(line for line in self.process.stdout if "The chat is at" in line)

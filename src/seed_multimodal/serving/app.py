@@ -19,13 +19,14 @@ import secrets
 import socket
 import threading
 import time
-from collections.abc import Callable, Generator, Iterator
+from collections.abc import Callable, Collection, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import waitress
 from flask import Flask, Response, abort, jsonify, request
 from flask.typing import ResponseReturnValue, RouteCallable
 from werkzeug.exceptions import HTTPException, MethodNotAllowed
+from werkzeug.serving import make_server
 
 from seed_multimodal.device import is_out_of_memory, return_freed_memory, trim_memory
 from seed_multimodal.disk import JsonObject
@@ -45,6 +46,7 @@ HEADERS = {
     429: {"Retry-After": "5"},
     503: {"Retry-After": "5"},
 }
+LOADING = "The model is loading; try again later."
 
 CONNECTIONS = 512
 IDLE_SECONDS = 20  # after which a silent connection is closed
@@ -57,11 +59,16 @@ SPARE_THREADS = 8  # for errors and /health while the queue is full
 
 
 def create_app(
-    system: MultimodalSystem, *, limits: schema.Limits | None = None, token: str = ""
+    system: MultimodalSystem,
+    *,
+    limits: schema.Limits | None = None,
+    token: str = "",
+    origins: Collection[str] = (),
 ) -> Flask:
     """A Flask application that serves one system.
 
     token: required as `Authorization: Bearer …`, except for `/health`.
+    origins: of web pages that may use the server, as of `allow_origins`.
     """
     backend = Backend(system, limits)
     app = Flask("seed_multimodal")
@@ -75,7 +82,8 @@ def create_app(
 
     @app.before_request
     def check_token() -> None:
-        if not token or request.path == "/health":
+        # A browser's preflight has no token.
+        if not token or request.path == "/health" or request.method == "OPTIONS":
             return
         # Compared in constant time.
         sent = (request.authorization and request.authorization.token) or ""
@@ -112,7 +120,30 @@ def create_app(
     for rule, view in routes.items():
         app.add_url_rule(rule, view_func=view)
     add_model_routes(app, backend)
+    allow_origins(app, origins)
     return app
+
+
+def allow_origins(app: Flask, origins: Collection[str]) -> None:
+    """Let web pages of these origins use the server (CORS); "*": any page."""
+
+    @app.after_request
+    def allow(response: Response) -> Response:
+        origin = request.headers.get("Origin", "")
+        if not {origin, "*"} & {*origins}:
+            return response
+        response.headers["Access-Control-Allow-Origin"] = origin
+        response.vary.add("Origin")
+        # A preflight names the request's headers; X-Stainless-* are those of OpenAI's clients.
+        names = request.headers.get("Access-Control-Request-Headers", "").lower()
+        allowed = [
+            name
+            for name in names.replace(" ", "").split(",")
+            if name in ("authorization", "content-type") or name.startswith("x-stainless-")
+        ]
+        response.headers["Access-Control-Allow-Headers"] = ", ".join(allowed)
+        response.headers["Access-Control-Allow-Methods"] = "GET, POST"
+        return response
 
 
 def add_model_routes(app: Flask, backend: Backend) -> None:
@@ -315,6 +346,27 @@ def listen(host: str, port: int, token: str = "") -> socket.socket:
             f"Cannot listen on {host}:{port}: the port is taken or not allowed; choose another "
             f"with --port."
         ) from error
+
+
+@contextlib.contextmanager
+def loading(sock: socket.socket) -> Iterator[None]:
+    """Answer every request with 503 while the block loads the system."""
+    app = Flask("seed_multimodal")
+
+    @app.before_request
+    def answer() -> ResponseReturnValue:
+        error = error_json(request.path.startswith("/v1"), LOADING, 503)
+        return jsonify({"status": "loading", "ready": False, **error}), 503, HEADERS[503]
+
+    logging.getLogger("werkzeug").setLevel("ERROR")  # not each request
+    host, port = sock.getsockname()[:2]
+    server = make_server(host, port, app, threaded=True, fd=sock.fileno())
+    threading.Thread(target=server.serve_forever, name="seed-loading", daemon=True).start()
+    try:
+        yield
+    finally:
+        server.shutdown()
+        server.server_close()
 
 
 def serve(app: Flask, sock: socket.socket, log: Callable[[str], None] = print) -> None:

@@ -6,10 +6,12 @@ import json
 import os
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
+from urllib.request import getproxies
 
 from seed_multimodal.disk import JsonObject
-from seed_multimodal.errors import RequestError
+from seed_multimodal.errors import RequestError, first_line
 from seed_multimodal.models.registry import ModelCard, find_family, model_cards
+from seed_multimodal.proxies import direct
 
 SECONDS = 600  # of an answer, as the server's limit
 SECONDS_TO_CONNECT = 5
@@ -33,7 +35,9 @@ class ModelClient:
 
     async def load_card(self) -> None:
         """Set the card of the model that the backend serves."""
-        models = await anext(self.stream("/v1/models"))
+        models = await anext(self.stream("/v1/models"), {})
+        if not models.get("data"):
+            raise RequestError(f"{self.address} has no model: is the address right?")
         model = models["data"][0]
         self.name = str(model["id"])
         # A folder of SEED-LLaMA may be named by its size only.
@@ -69,26 +73,52 @@ class ModelClient:
         token = os.environ.get("SEED_TOKEN", "").strip()  # of a server with a password
         if token:
             headers["Authorization"] = f"Bearer {token}"
-        # 2. Its events: lines of a stream, or one line of JSON.
         timeout = httpx.Timeout(SECONDS, connect=SECONDS_TO_CONNECT)
+        # A transport of its own has no proxy.
+        is_direct = direct(address)
+        transport = httpx.AsyncHTTPTransport() if is_direct else None
+        try:
+            client = httpx.AsyncClient(timeout=timeout, headers=headers, transport=transport)
+        except (ImportError, ValueError) as error:
+            raise RequestError(
+                f"{address}: the proxy of the environment cannot be used ({first_line(error)})."
+            ) from error
+        # 2. Its events: lines of a stream, or one line of JSON.
+        status = 0
         try:
             async with (
-                httpx.AsyncClient(timeout=timeout, headers=headers) as client,
+                client,
                 client.stream(method, address, json=body, files=files, data=fields) as response,
             ):
+                status = response.status_code
                 async for line in response.aiter_lines():
                     if not line or line == "data: [DONE]":
                         continue
                     event = json.loads(line.removeprefix("data: "))
                     if "error" in event:
                         raise RequestError(event["error"]["message"])
+                    response.raise_for_status()
                     yield event
+                response.raise_for_status()
         except (httpx.HTTPError, httpx.InvalidURL) as error:
+            by_proxy = "" if is_direct or not getproxies() else " by the environment's proxy"
             raise RequestError(
-                f"No model answers at {address}: start the backend "
+                f"No model answers at {address}{by_proxy} ({_reason(error)}): start the backend "
                 f"(bash scripts/start_backend_nano.sh) and try again."
             ) from error
         except (ValueError, TypeError) as error:
             raise RequestError(
-                f"{address} did not answer as a SEED backend does: is the address right?"
+                f"{address} did not answer as a SEED backend does (status {status}): is the "
+                "address right?"
             ) from error
+
+
+def _reason(error: BaseException) -> str:
+    """The first cause of an error, such as "Connection refused"."""
+    cause = error.__cause__ or error.__context__
+    if isinstance(error, BaseExceptionGroup):  # of all addresses of a name
+        cause = error.exceptions[0]
+    if isinstance(cause, Exception):  # a time-out cancels its task, which is no cause
+        return _reason(cause)
+    code = error.errno if isinstance(error, OSError) else None
+    return os.strerror(code) if code and code > 0 else first_line(error)

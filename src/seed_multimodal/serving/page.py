@@ -18,6 +18,7 @@ import gradio as gr
 from seed_multimodal.entry import ended_by_sigterm
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.models.registry import ModelCard
+from seed_multimodal.proxies import without_proxy
 from seed_multimodal.serving.chat_session import DRAWN_AT_ONCE, IMAGES, UPLOADS, ChatSession
 from seed_multimodal.serving.client import ModelClient
 from seed_multimodal.serving.conversation_log import ConversationLog
@@ -382,19 +383,21 @@ def launch(
             primary_hue="indigo", font=["system-ui", "sans-serif"], font_mono=["monospace"]
         )
         try:
-            page.queue(default_concurrency_limit=None).launch(
-                server_name=server_name,
-                server_port=server_port,
-                root_path=root_path or None,
-                share=False,
-                prevent_thread_lock=True,
-                quiet=True,
-                theme=theme,
-                css=CSS,
-                show_error=True,
-                footer_links=[],
-                max_file_size=UPLOADS.max_bytes,
-            )
+            # Gradio asks its own server whether it has started.
+            with without_proxy():
+                page.queue(default_concurrency_limit=None).launch(
+                    server_name=server_name,
+                    server_port=server_port,
+                    root_path=root_path or None,
+                    share=False,
+                    prevent_thread_lock=True,
+                    quiet=True,
+                    theme=theme,
+                    css=CSS,
+                    show_error=True,
+                    footer_links=[],
+                    max_file_size=UPLOADS.max_bytes,
+                )
         except OSError as error:
             raise ConfigError(
                 f"Cannot listen on {server_name}:{server_port}: the port is taken or not allowed; "

@@ -48,7 +48,10 @@ def gguf(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def server(nano: Any) -> Iterator[CompletionServer]:
+def server(nano: Any, monkeypatch) -> Iterator[CompletionServer]:
+    # A proxy of the environment is for the internet, not for this machine.
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
+    monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
     with CompletionServer(nano.llm) as running:
         yield running
         running.shutdown()

@@ -33,8 +33,9 @@ def address(nano) -> str:
 
 
 @pytest.fixture(autouse=True)
-def token(monkeypatch) -> None:
+def environment(monkeypatch) -> None:
     monkeypatch.setenv("SEED_TOKEN", TOKEN)
+    monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")  # for the internet, not this machine
 
 
 def run(nodes: ModuleType, name: str, **inputs: Any) -> tuple[Any, ...]:

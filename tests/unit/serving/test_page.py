@@ -17,6 +17,7 @@ from random_images import noise
 from real_processes import free_port
 from served import Running
 
+from seed_multimodal.errors import RequestError
 from seed_multimodal.models.registry import model_cards
 
 PLAIN = (False, None, 1, 64, 0.0, 0.5, 3)  # force, ratio, beams, tokens, temperature, top_p, rounds
@@ -67,6 +68,46 @@ def event(index: Any, **values: Any) -> Any:
 
 def images(message: Any) -> list[Any]:
     return [part for part in message["content"] if "path" in part]
+
+
+# ---- how a backend is reached
+
+CLOSED = "127.0.0.1:9"
+ENVIRONMENTS = [
+    {"http_proxy": f"http://{CLOSED}", "HTTPS_PROXY": f"http://{CLOSED}"},
+    {"ALL_PROXY": f"socks5://{CLOSED}"},
+    {"all_proxy": f"socks://{CLOSED}"},
+]
+
+
+@pytest.mark.parametrize("environment", ENVIRONMENTS, ids=str)
+def test_a_backend_on_this_machine_is_reached_without_proxy(session, monkeypatch, environment):
+    # Company machines and VPN tools set these, mostly without `no_proxy`.
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    asyncio.run(session.model.load_card())
+    assert session.model.codes_per_image == 32
+
+
+@pytest.mark.parametrize(
+    "url, environment, reason",
+    [
+        (f"http://{CLOSED}", {}, "refused"),
+        ("http://no.such.host.invalid", {}, "known"),
+        ("http://seed.example.com", {"http_proxy": f"http://{CLOSED}"}, "proxy"),
+        ("http://seed.example.com", {"all_proxy": f"socks5://{CLOSED}"}, "proxy"),
+        ("http://seed.example.com", {"all_proxy": f"socks://{CLOSED}"}, "proxy"),
+        ("{address}/elsewhere", {}, "404"),
+    ],
+)
+def test_a_backend_that_is_not_reached_says_why(
+    session, address, monkeypatch, url, environment, reason
+):
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    session.model.address = url.format(address=address.removesuffix("/generate"))
+    with pytest.raises(RequestError, match=reason):
+        asyncio.run(session.model.load_card())
 
 
 # ---- what is shown

@@ -264,7 +264,48 @@ def test_every_route_but_health_needs_the_token(tiny):
     assert client.get("/ready", headers=headers).json == {"ready": True}
 
 
+def test_pages_of_allowed_origins_use_the_server(tiny):
+    # A browser asks first, without the token; without the option it gets no permission.
+    from seed_multimodal.serving.app import create_app
+
+    origin = "http://localhost:3000"
+    asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
+    asked["Access-Control-Request-Headers"] = "authorization,content-type,x-stainless-os,cookie"
+    for origins, allowed in [
+        ([], None),
+        (["http://other"], None),
+        ([origin], origin),
+        ("*", origin),
+    ]:
+        client = create_app(tiny, token=TOKEN, origins=origins).test_client()
+        preflight = client.options(CHAT, headers=asked)
+        assert preflight.status_code == 200
+        assert preflight.headers.get("Access-Control-Allow-Origin") == allowed
+        # Errors are read by the page, too.
+        refused = client.post(CHAT, json={}, headers={"Origin": origin})
+        assert refused.status_code == 401
+        assert refused.headers.get("Access-Control-Allow-Origin") == allowed
+    names = preflight.headers["Access-Control-Allow-Headers"].split(", ")
+    assert names == ["authorization", "content-type", "x-stainless-os"]
+
+
 # ---- the program
+
+
+def test_requests_are_answered_while_the_system_is_loaded():
+    # Health checks of containers would hang, and end the server before its weights are read.
+    from seed_multimodal.serving.app import listen, loading
+
+    sock = listen("127.0.0.1", 0)
+    url = f"http://127.0.0.1:{sock.getsockname()[1]}"
+    with loading(sock):
+        health = requests.get(f"{url}/health", timeout=10)
+        ready = requests.get(f"{url}/ready", timeout=10)
+        chat = requests.post(f"{url}{CHAT}", data=b"x" * 2**22, timeout=10)
+    assert (health.status_code, health.json()["status"]) == (503, "loading")
+    assert (ready.status_code, ready.json()["ready"]) == (503, False)
+    assert chat.status_code == 503 and "loading" in chat.json()["error"]["message"]
+    sock.close()
 
 
 def test_listen_on_a_taken_port_and_for_other_machines():

@@ -18,11 +18,12 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from seed_multimodal.entry import MAX_RUNNING
-from seed_multimodal.errors import ConfigError, RequestError
+from seed_multimodal.errors import ConfigError, RequestError, first_line
 from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.request import Request
 from seed_multimodal.inference.stopping import StopDetector
 from seed_multimodal.language.text_tokenizer import TextTokenizer
+from seed_multimodal.proxies import direct
 
 DEFAULT_CONTEXT = 2048  # of servers that do not tell theirs
 POLL_SECONDS = 0.2
@@ -213,9 +214,16 @@ class CompletionServerEngine(BaseEngine):
 
         url = f"{self.url}/{path}"
         timeout = (CONNECT_SECONDS, READ_SECONDS)
+        proxies = {"no_proxy": "*"} if direct(url) else None
         try:
             with requests.request(
-                method, url, json=body, headers=self._headers, stream=True, timeout=timeout
+                method,
+                url,
+                json=body,
+                headers=self._headers,
+                stream=True,
+                timeout=timeout,
+                proxies=proxies,
             ) as response:
                 if response.status_code != 200:
                     raise RequestError(
@@ -225,10 +233,10 @@ class CompletionServerEngine(BaseEngine):
         except (ValueError, LookupError, TypeError) as error:  # invalid URL, JSON or ids
             raise RequestError(
                 f"{url} is not the address of a completion server that returns token ids, such as "
-                "http://127.0.0.1:8000 of vLLM or SGLang."
+                f"http://127.0.0.1:8000 of vLLM or SGLang ({first_line(error)})."
             ) from error
         except requests.exceptions.RequestException as error:
             raise RequestError(
-                f"No completion server answers at {url}: start it (docs/how-to/scale-out.md) and "
-                "try again."
+                f"No completion server answers at {url} ({first_line(error)}): start it "
+                "(docs/how-to/scale-out.md) and try again."
             ) from error

@@ -1,0 +1,34 @@
+"""Which addresses are reached without the proxy that the environment sets."""
+
+from __future__ import annotations
+
+import contextlib
+import ipaddress
+import os
+from collections.abc import Iterator
+from urllib.parse import urlsplit
+
+
+def direct(url: str) -> bool:
+    """Whether a URL's host is this machine or in its network: a loopback or private address, or a
+    name without a dot. Proxies of the environment are for others."""
+    try:
+        host = (urlsplit(url).hostname or "").rstrip(".")
+        is_name = "." not in host and ":" not in host
+        return is_name or not ipaddress.ip_address(host).is_global
+    except ValueError:  # a name with dots, or no URL
+        return False
+
+
+@contextlib.contextmanager
+def without_proxy() -> Iterator[None]:
+    """Hide the environment's proxies from libraries that are called in the block."""
+    names = ("no_proxy", "NO_PROXY")
+    before = {name: os.environ[name] for name in names if name in os.environ}
+    os.environ.update(dict.fromkeys(names, "*"))
+    try:
+        yield
+    finally:
+        for name in names:
+            del os.environ[name]
+        os.environ.update(before)
