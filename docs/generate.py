@@ -238,7 +238,8 @@ def _system_json() -> str:
     head = ["| key | default | meaning |", "| --- | --- | --- |"]
     opening = (
         "A system's folder has a `system.json` with these keys; all have defaults. Paths are "
-        "relative to the folder; keys that begin with `_` are remarks. `seed assemble` writes one."
+        "relative to the folder, else to the repository; keys that begin with `_` are remarks. "
+        "`seed assemble` writes one."
     )
     common = SystemConfig.settings()
     rows = _setting_rows(SystemConfig, common)

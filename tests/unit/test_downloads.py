@@ -23,7 +23,7 @@ from seed_multimodal.state_dicts import load_state_dict
 from seed_multimodal.weights import fetch as fetching
 from seed_multimodal.weights import find
 from seed_multimodal.weights.catalogue import WEIGHT_PATTERNS, Part, catalogue
-from seed_multimodal.weights.fetch import WantedPart, fetch_parts, online
+from seed_multimodal.weights.fetch import fetch_parts, online
 
 LLM = "AILab-CVC/seed-llama-8b-sft"
 UNCLIP = "stabilityai/stable-diffusion-2-1-unclip"
@@ -148,6 +148,27 @@ def test_fetch_after_an_interruption(server, fetch, pauses, part, file, changed)
     assert ("bytes=" in request) != changed
 
 
+def test_fetch_discards_a_partial_file_that_nothing_proves(server, fetch, pauses):
+    # Its length is right, its content is not, and the server states no checksum.
+    server.failures[URL_FILE[0]] = [5000, (404, {})]
+    assert fetch("tokenizer")
+    (partial,) = URL_FILE[1].parent.glob(".*.part")
+    partial.write_bytes(b"y" * len(WEIGHTS))
+    assert fetch("tokenizer") == []
+    assert URL_FILE[1].read_bytes() == WEIGHTS
+
+
+@pytest.mark.parametrize(
+    "name", ["../../../x.json", "/{}/x.json", "a/../../../x.json", "a\\..\\x.json", "a//x.json"]
+)
+def test_fetch_writes_nothing_outside_of_a_parts_folder(server, fetch, tmp_path, name):
+    # The server chooses the names of files: another user's data could be replaced.
+    name = name.format(tmp_path)
+    server.repositories[UNCLIP] = {"model_index.json": b"{}", name: b"{}"}
+    assert repr(name) in fetch("unclip")[0]
+    assert not [*tmp_path.rglob("*x.json")]
+
+
 def test_fetch_of_a_web_page_instead_of_a_file(server, fetch):
     server.failures["/eva_vit_g.pth"] = [(200, {"Content-Type": "text/html"})] * 2
     assert "eva_vit_g.pth" in fetch("tokenizer")[0]
@@ -172,7 +193,7 @@ def test_fetch_parts_with_known_checksums(server):
         sha256={"pytorch_model.bin": "0" * 64, "vision.pth": "0" * 64},
     )
     with online():
-        problems = fetch_parts([WantedPart(part)], Path())
+        problems = fetch_parts([part], Path())
     assert "pytorch_model.bin: SHA-256" in problems[0] and "vision.pth: SHA-256" in problems[1]
     assert [file.name for file in Path("pretrained/llm").glob("[!.]*")] == ["config.json"]
 

@@ -16,7 +16,6 @@ from seed_multimodal.entry import COMMAND_FAILED, run_guarded, run_program
 from seed_multimodal.errors import ConfigError, SeedWarning
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.weights import find
-from seed_multimodal.weights.catalogue import catalogue
 
 
 def test_is_hub_name(tmp_path, monkeypatch):
@@ -26,21 +25,6 @@ def test_is_hub_name(tmp_path, monkeypatch):
     names = ["AILab-CVC/seed-tokenizer-2", Path("owner/name")]
     paths = "pretrained/nano mine/llm ./here ../there ~/home /a/b a/b/c nano owner/".split()
     assert [name for name in [*names, *paths] if find.is_hub_name(name)] == names
-
-
-def test_locate_in_the_repository(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    nano = find.locate("pretrained/nano")
-    assert nano is not None and nano.is_dir()
-    assert find.locate_system("NANO") == nano
-    assert find.locate("no/such/folder") is None
-
-
-def test_missing_weights_message_names_the_folder_that_is_searched(tmp_path):
-    # A part is named as `seed fetch` fills it: for its hub name, and for its path anywhere.
-    part = catalogue().parts["8b"]
-    for path in (part.hub, part.folder, tmp_path / part.folder):
-        assert f" {part.folder} " in find.missing_weights_message([path])
 
 
 def test_quiet_loading_restores_the_verbosity():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from argparse import Namespace
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,8 +16,8 @@ from seed_multimodal.entry import DONE, SOME_FAILED, log_line
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.settings import check_value, nearest
-from seed_multimodal.weights.catalogue import catalogue, part_of
-from seed_multimodal.weights.fetch import MIRRORS, WantedPart, fetch_parts, online, read_mirrors
+from seed_multimodal.weights.catalogue import Part, catalogue, part_of
+from seed_multimodal.weights.fetch import MIRRORS, fetch_parts, online, read_mirrors
 from seed_multimodal.weights.find import weights_root
 
 if TYPE_CHECKING:
@@ -76,7 +77,7 @@ def add_commands(commands: Commands) -> None:
 
 def fetch(args: Namespace) -> int:
     """Download the weights of an original model to pretrained/ (whatever HF_HUB_OFFLINE is)."""
-    wanted: list[WantedPart] = []
+    wanted: list[Part] = []
     for name in args.models:
         wanted += wanted_parts(name)
     mirrors = read_mirrors(args.mirror)
@@ -87,20 +88,20 @@ def fetch(args: Namespace) -> int:
     for problem in problems:
         log_line(f"seed: {problem}")
     # Folders that no problem names.
-    targets = dict.fromkeys(str(item.target(root)) for item in wanted)
+    targets = dict.fromkeys(str(root / part.folder) for part in wanted)
     folders = [folder for folder in targets if folder not in " ".join(problems)]
     emit(args, {"folders": folders, "problems": problems}, "\n".join(folders))
     return SOME_FAILED if problems else DONE
 
 
-def wanted_parts(name: str) -> list[WantedPart]:
+def wanted_parts(name: str) -> list[Part]:
     """What an original model consists of, or one part. Raises ConfigError: there is none."""
     # A model may have the name of one of its parts.
     parts, systems = catalogue()
     if name.lower() in systems:
         return system_parts(systems[name.lower()])
     if name.lower() in parts:
-        return [WantedPart(parts[name.lower()])]
+        return [parts[name.lower()]]
     names = list({**systems, **parts})
     raise ConfigError(
         f"{name}: there is no original model or part of this name{nearest(name, names)}; "
@@ -108,7 +109,7 @@ def wanted_parts(name: str) -> list[WantedPart]:
     )
 
 
-def system_parts(values: Mapping[str, Any]) -> list[WantedPart]:
+def system_parts(values: Mapping[str, Any]) -> list[Part]:
     """The parts of an original system, of whose repositories only the named folders."""
     patterns: dict[str, tuple[str, ...]] = {}
     for path in values.values():
@@ -116,7 +117,7 @@ def system_parts(values: Mapping[str, Any]) -> list[WantedPart]:
         if known is not None:
             part, inner = known
             patterns[part.name] = patterns.get(part.name, ()) + part.files_at(inner)
-    return [WantedPart(catalogue().parts[name], files) for name, files in patterns.items()]
+    return [replace(catalogue().parts[name], files=files) for name, files in patterns.items()]
 
 
 def verify(args: Namespace) -> int:

@@ -512,7 +512,7 @@ def original_config(
         name = "lavit"
     elif not (locate(folder) or is_hub_name(model_path) or str(model_path) in system_names()):
         # As the original, which downloads its weights to a path that does not exist.
-        download_part(catalogue().parts["lavit"], folder=folder)
+        download_part(replace(catalogue().parts["lavit"], folder=str(folder)))
     config = LavitConfig.find(name)
     if config.found.original and head is not None:
         config = LavitConfig.find(name, head="lowres" if head == "lowres" else "highres")

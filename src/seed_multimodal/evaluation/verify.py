@@ -118,7 +118,7 @@ def _checksum(files: list[Path]) -> tuple[JsonObject, str]:
     digest = hashlib.sha256()
     n_bytes = 0
     for file in sorted(files):
-        digest.update(f"{file.name} {file_digest(file, 'sha256')}\n".encode())
+        digest.update(f"{file.name} {file_digest(file, 'SHA-256')}\n".encode())
         n_bytes += file.stat().st_size
     sha256 = digest.hexdigest()
     return {"sha256": sha256, "bytes": n_bytes}, f"`{sha256[:12]}`, {n_bytes / 1e6:,.1f} MB"

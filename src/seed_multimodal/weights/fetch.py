@@ -1,7 +1,7 @@
 """Downloads of the originals' parts (`catalogue`): hub repositories with mirrors, and plain URLs.
 
     with online():
-        problems = fetch_parts([WantedPart(catalogue().parts["unclip"])], Path("."))
+        problems = fetch_parts([catalogue().parts["unclip"]], Path("."))
 
 A file is written under a hidden name, from which an interrupted download resumes, and renamed when
 its size and checksum are right. Files that exist are kept.
@@ -161,10 +161,6 @@ class RemoteFile:
         identity = self.sha256 or self.git_sha1 or self.etag
         return hashlib.sha256(identity.encode()).hexdigest()[:12] if identity else ""
 
-    @property
-    def is_of_hub(self) -> bool:
-        return bool(self.git_sha1)
-
     def partial_path(self, folder: Path) -> Path:
         """Where the file lies until it is complete."""
         path = folder / self.name
@@ -189,13 +185,15 @@ def choose_files(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
         and not (only_root and "/" in name)
     ]
     # Of two formats in a folder, safetensors.
-    paths = [PurePosixPath(name) for name in chosen]
-    converted_folders = {path.parent for path in paths if path.suffix == ".safetensors"}
-    return [
-        str(path)
-        for path in paths
-        if not (path.parent in converted_folders and matches(path.name, TORCH_COPIES))
-    ]
+    converted_folders = {
+        PurePosixPath(name).parent for name in chosen if name.endswith(".safetensors")
+    }
+
+    def is_copy(name: str) -> bool:
+        path = PurePosixPath(name)
+        return path.parent in converted_folders and matches(path.name, TORCH_COPIES)
+
+    return [name for name in chosen if not is_copy(name)]
 
 
 def list_repository(name: str, patterns: Sequence[str]) -> list[RemoteFile]:
@@ -251,10 +249,10 @@ def look_up_url(name: str, url: str) -> RemoteFile:
 
 
 def file_digest(path: Path, kind: str) -> str:
-    """SHA-256 of a file, or SHA-1 of git's object of it ("git")."""
+    """Checksum of a file: "SHA-256", or "git SHA-1" of git's object of it."""
     size = path.stat().st_size
     digest = hashlib.sha256()
-    if kind == "git":
+    if kind == "git SHA-1":
         digest = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
     with (
         open(path, "rb") as file,
@@ -295,7 +293,7 @@ def download_file(file: RemoteFile, folder: Path, has_checksum: bool) -> Path:
 
     # 2. The rest. A file that has changed on its server is sent from the start.
     headers = {"Accept-Encoding": "identity"}
-    if file.is_of_hub:
+    if file.git_sha1:  # of the hub
         headers |= build_hf_headers()
     elif resumed_at:
         headers["If-Range"] = file.etag
@@ -403,15 +401,11 @@ class FileGroup:
         size = path.stat().st_size
         if file.size is not None and size != file.size:
             return f"{size:,} bytes instead of {file.size:,}"
-        for kind, label, expected in (
-            ("sha256", "SHA-256", self.sha256.get(file.name) or file.sha256),
-            ("git", "git SHA-1", file.git_sha1),
-        ):
-            if expected:
-                digest = file_digest(path, kind)
-                if digest != expected.lower():
-                    return f"{label} {digest[:12]}… instead of {expected[:12]}…"
-                return ""
+        sha256 = self.sha256.get(file.name) or file.sha256
+        kind, expected = ("SHA-256", sha256) if sha256 else ("git SHA-1", file.git_sha1)
+        digest = file_digest(path, kind) if expected else ""
+        if digest != expected.lower():
+            return f"{kind} {digest[:12]}… instead of {expected[:12]}…"
         return ""
 
     def missing(self, force: bool) -> list[RemoteFile]:
@@ -465,25 +459,8 @@ def pause_before_retry(error: Exception, n_retries: int) -> int:
 # ---- all parts of a model
 
 
-@dataclass(frozen=True)
-class WantedPart:
-    """A part to download.
-
-    files: of its hub repository, as shell patterns; None: all that the part names.
-    folder: where to; None: the part's own.
-    """
-
-    part: Part
-    files: tuple[str, ...] | None = None
-    folder: Path | None = None
-
-    def target(self, root: Path) -> Path:
-        """The folder to download to."""
-        return self.folder or root / self.part.folder
-
-
 def fetch_parts(
-    wanted: Sequence[WantedPart],
+    parts: Sequence[Part],
     root: Path,
     *,
     mirrors: Mapping[str, str] | None = None,
@@ -500,14 +477,14 @@ def fetch_parts(
     Raises CheckpointError: the disk has not enough space, checked before anything is downloaded.
     """
     mirrors = read_mirrors() if mirrors is None else mirrors
-    wanted = with_needed(wanted, root)
+    parts = with_needed(parts, root)
     problems: list[str] = []
     failed: set[str] = set()  # labels of groups
 
     # 1. Which files there are, and how much space they need.
     groups: list[FileGroup] = []
-    for item in wanted:
-        for group in file_groups(item, root, mirrors):
+    for part in parts:
+        for group in file_groups(part, root, mirrors):
             try:
                 group.try_sources(lambda: None)
                 groups.append(group)
@@ -528,39 +505,36 @@ def fetch_parts(
         log_line(f"{group.folder}: {n_files} files of {group.sources[0]} downloaded, {n_kept} kept")
 
     # 3. Parts that are made of others, once these are complete; files that no program can download.
-    for item in wanted:
-        folder = item.target(root)
-        if item.part.convert and failed.isdisjoint(item.part.needs):
-            sources = [root / catalogue().parts[name].folder for name in item.part.needs]
-            with marked_unfinished(folder, item.part.name):
-                pkgutil.resolve_name(item.part.convert)(folder, *sources)
-            log_line(f"{folder}: made of {', '.join(item.part.needs)}")
-        for name, source in item.part.by_hand.items():
+    for part in parts:
+        folder = root / part.folder
+        if part.convert and failed.isdisjoint(part.needs):
+            sources = [root / catalogue().parts[name].folder for name in part.needs]
+            with marked_unfinished(folder, part.name):
+                pkgutil.resolve_name(part.convert)(folder, *sources)
+            log_line(f"{folder}: made of {', '.join(part.needs)}")
+        for name, source in part.by_hand.items():
             if not (folder / name).is_file():
                 problems.append(f"{folder / name}: download it by hand ({source}).")
     return problems
 
 
-def with_needed(wanted: Sequence[WantedPart], root: Path) -> list[WantedPart]:
+def with_needed(parts: Sequence[Part], root: Path) -> list[Part]:
     """The parts, each after those that it needs; those that were made of others already are left
     out."""
-    ordered: list[WantedPart] = []
-    for item in wanted:
-        folder = item.target(root)
+    ordered: list[Part] = []
+    for part in parts:
+        folder = root / part.folder
         is_filled = folder.is_dir() and any(folder.iterdir())
-        if item.part.convert and is_filled and not is_unfinished(item.part, folder):
+        if part.convert and is_filled and not is_unfinished(part, folder):
             continue
-        needed = [WantedPart(catalogue().parts[name]) for name in item.part.needs]
-        for part in (*with_needed(needed, root), item):
-            if part not in ordered:
-                ordered.append(part)
+        needed = [catalogue().parts[name] for name in part.needs]
+        ordered += [item for item in (*with_needed(needed, root), part) if item not in ordered]
     return ordered
 
 
-def file_groups(item: WantedPart, root: Path, mirrors: Mapping[str, str]) -> list[FileGroup]:
+def file_groups(part: Part, root: Path, mirrors: Mapping[str, str]) -> list[FileGroup]:
     """What is downloaded for a part: the files of its repository, and each file with a URL; the
     user's mirrors come first."""
-    part = item.part
     sources = {name: [url] for name, url in part.urls.items()}
     if part.hub:
         sources = {part.name: [part.hub, *part.mirrors], **sources}
@@ -569,9 +543,9 @@ def file_groups(item: WantedPart, root: Path, mirrors: Mapping[str, str]) -> lis
         groups.append(
             FileGroup(
                 label=name,
-                folder=item.target(root),
+                folder=root / part.folder,
                 sources=[mirrors[name], *published] if name in mirrors else published,
-                patterns=() if name in part.urls else item.files or part.files,
+                patterns=() if name in part.urls else part.files,
                 sha256=part.sha256,
             )
         )

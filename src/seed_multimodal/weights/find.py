@@ -10,6 +10,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Iterable, Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from seed_multimodal.errors import CheckpointError, first_line
@@ -22,7 +23,6 @@ from seed_multimodal.weights.catalogue import (
 )
 from seed_multimodal.weights.fetch import (
     CONVERTIBLE,
-    WantedPart,
     downloads_allowed,
     failures,
     fetch_parts,
@@ -99,18 +99,19 @@ def find_path(name: str | Path, files: Sequence[str] = ()) -> Path | None:
 
     # An original's, complete on this disk or in the cache.
     part, inner = known
-    folder = locate(part.folder)
     path = path or locate(Path(part.folder) / inner)
-    if path is not None and not (folder is not None and is_unfinished(part, folder)):
-        return path
-    if path is None and part.hub:
+    if path is not None:
+        depth = len(Path(inner).parts)
+        if not is_unfinished(part, (path, *path.parents)[depth]):
+            return path
+    elif part.hub:
         snapshot, _ = _snapshot(part.hub)
         path = None if snapshot is None else locate(snapshot / inner)
         if path is not None and _holds_weights(path):
             return path
 
     # Its download; without one, what there is.
-    downloaded = download_part(part, tuple(files) or part.files_at(inner))
+    downloaded = download_part(replace(part, files=tuple(files) or part.files_at(inner)))
     return path if downloaded is None else locate(downloaded / inner)
 
 
@@ -142,22 +143,17 @@ def first_file(folder: Path, names: Sequence[str]) -> Path | None:
     return next((folder / name for name in names if (folder / name).is_file()), None)
 
 
-def download_part(
-    part: Part, files: tuple[str, ...] | None = None, folder: Path | None = None
-) -> Path | None:
+def download_part(part: Part) -> Path | None:
     """The folder of an original part after its download; None: downloads are not allowed.
-
-    files, folder: see `fetch.WantedPart`.
 
     Raises CheckpointError: a file cannot be downloaded.
     """
     if not downloads_allowed():
         return None
-    wanted = WantedPart(part, files, folder)
-    problems = fetch_parts([wanted], weights_root())
+    problems = fetch_parts([part], weights_root())
     if problems:
         raise CheckpointError(" ".join(problems))
-    return wanted.target(weights_root())
+    return weights_root() / part.folder
 
 
 def _snapshot(hub_id: str, files: Sequence[str] = ()) -> tuple[Path | None, str]:

@@ -81,16 +81,9 @@ def test_checkpoint_in_commands(checkpoint, tmp_path, capsys):
 def test_checkpoint_of_peft_names_only_its_base(base, checkpoint, tmp_path):
     # Saved by peft alone, without our record of the system.
     copy = shutil.copytree(checkpoint, tmp_path / "checkpoint-9")
-    (copy / "base.json").unlink()
+    (copy / "system.json").unlink()
     assert SystemConfig.find(copy).tokenizer == base / "seed_tokenizer"
     file = copy / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "/no"}))
     with pytest.raises(ConfigError, match="adapter_config.*/no"):
         load(copy)
-
-
-def test_checkpoint_with_a_wrong_record(checkpoint, tmp_path):
-    copy = shutil.copytree(checkpoint, tmp_path / "copy")
-    (copy / "base.json").write_text('{"system": "lavit", "lm": "x"}')
-    with pytest.raises(ConfigError, match=r"base\.json.*'lm'"):
-        SystemConfig.find(copy)

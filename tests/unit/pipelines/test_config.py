@@ -99,13 +99,6 @@ def test_require_names_all_parts_of_an_original(name, parts, no_weights):
         assert part in str(caught.value)
 
 
-def test_local_folder_of_names_on_the_hub(no_weights):
-    # Files of the original's checkout are used without a network.
-    assert find.find_path("AILab-CVC/seed-tokenizer-2") is None
-    (no_weights / "pretrained" / "seed_tokenizer").mkdir(parents=True)
-    assert find.find_path("AILab-CVC/seed-tokenizer-2") == Path("pretrained/seed_tokenizer")
-
-
 @pytest.mark.parametrize(
     ("text", "named"),
     [

@@ -211,8 +211,8 @@ def _vision_file(folder: Path, vision: str | Path | None) -> Path:
     else:
         file = first_file(folder, VISION_FILES) or first_file(cache, VISION_FILES)
     if file is None:
-        only_vision = replace(catalogue().parts["tokenizer"], hub="")
-        file = download_part(only_vision, folder=cache) and cache / VISION_FILES[-1]
+        only_vision = replace(catalogue().parts["tokenizer"], hub="", folder=str(cache))
+        file = download_part(only_vision) and cache / VISION_FILES[-1]
     if file is None or not os.path.isfile(file):
         raise CheckpointError(
             f"{file or folder / VISION_FILES[-1]}: no such vision-encoder file; "
