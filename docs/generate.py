@@ -320,14 +320,14 @@ def _http() -> str:
     parts = [
         "# HTTP",
         "From the server's OpenAPI document (`GET /openapi.json`). How to use it: "
-        "[Serve](../how-to/serve.md).",
+        "[Serve](../how-to/serve.md). Fields that are not listed are refused by name, "
+        "ignored ones with values also with any other value.",
         "\n".join(["| route | request | answer |", "| --- | --- | --- |", *rows]),
     ]
     for name, schema in document["components"]["schemas"].items():
         needed = schema.get("required", ())
         fields = [
-            f"| `{field}` | {_cell(_json_type(kind))} | "
-            + ("required |" if field in needed else f"`{_short(kind.get('default'))}` |")
+            f"| `{field}` | {_cell(_json_type(kind))} | " + _verdict(kind, field in needed)
             for field, kind in schema.get("properties", {}).items()
         ]
         parts.append(
@@ -344,6 +344,13 @@ def _http() -> str:
             )
         )
     return "\n\n".join(parts)
+
+
+def _verdict(kind: Any, is_required: bool) -> str:
+    """The last column of a field: ignored, required, or its default."""
+    if kind.get("description") == "Ignored.":
+        return "ignored |"
+    return "required |" if is_required else f"`{_short(kind.get('default'))}` |"
 
 
 def _body(part: Any) -> str:

@@ -441,9 +441,25 @@ def test_wrong_options_are_refused_by_name(system, task, options, named):
         getattr(system, task)(request, **options)
 
 
-def test_empty_texts_are_refused_by_number(system):
+def test_empty_requests_are_refused_by_number(system, family: Family):
+    # Results stand where their requests stood: nothing is dropped, and no list gives no results.
+    image = noise(1)
+    for texts in (["a fish", ""], ["a fish", " ."]):
+        with pytest.raises(RequestError, match="1"):
+            system.draw(texts)
+        with pytest.raises(RequestError, match="1"):
+            system.edit([image, image], texts)
     with pytest.raises(RequestError, match="1"):
-        system.draw(["a fish", ""], verbatim=True)
+        system.reconstruct([image, []])
+    with pytest.raises(ConfigError, match="num_images"):
+        system.draw("a fish", num_images=0)
+    assert system.draw([]) == system.edit([], "Make it red.") == system.reconstruct([]) == []
+
+
+def test_answers_without_images_have_none(tiny):
+    options = {"temperature": 5.0, "top_p": 1.0, "top_k": 0, "seed": 2, "max_new_tokens": 100}
+    assert tiny.chat(user("Tell me about the cat."), **options).codes
+    assert not tiny.chat(user("Tell me about the cat."), images="never", **options).codes
 
 
 @pytest.mark.parametrize(

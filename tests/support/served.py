@@ -74,9 +74,9 @@ def generate(client: Any, text: str, *images: Any, **settings: Any) -> dict[str,
 
 def events(response: Any) -> list[dict[str, Any]]:
     """The objects of a stream."""
-    *lines, end, nothing = response.get_data(as_text=True).split("\n\n")
+    *blocks, end, nothing = response.get_data(as_text=True).split("\n\n")
     assert (end, nothing) == ("data: [DONE]", "")
-    return [json.loads(line.removeprefix("data: ")) for line in lines]
+    return [json.loads(block.partition("data: ")[2]) for block in blocks]
 
 
 def chat(client: Any, messages: list[Any], **fields: Any) -> dict[str, Any]:

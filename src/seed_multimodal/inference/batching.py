@@ -72,6 +72,8 @@ class DynamicBatcher(Generic[Key, Row, Result]):
 
         should_stop: asked before work on the rows begins; true raises `Stopped`.
         """
+        if not rows:
+            return []
         # Whichever thread gets its turn works for the others, too.
         job: Job[Key, Row, Result] = Job(key, rows)
         with self._changed:

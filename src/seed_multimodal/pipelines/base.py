@@ -371,8 +371,6 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
         num_images: int = 1,
         verbatim: bool = False,
         batch_size: int = BATCH,
-        stream: bool = False,
-        previews: Sequence[int] | None = None,
         **options: object,
     ) -> ImageOrList:
         """Generate an image of `text`; a list for a list of texts or `num_images`.
@@ -380,8 +378,7 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
         seed: one for all texts, or one each; image n has `seed` + n, and from the second on sampled
         codes where the settings are greedy (`VARIATION`).
         verbatim: `text` is the complete prompt.
-        stream, previews: yield `image_preview` and `image` events (as of `chat`) of one image after
-        the other.
+        options: also `stream` and `previews`, as of `chat`: events of one image after the other.
         Raises GenerationError: no image. RequestError: an empty text.
         """
         single = isinstance(text, str)
@@ -389,8 +386,6 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
         if not verbatim and self.config.tuned:
             texts = [self.tasks.draw_request(caption) for caption in texts]
         conversations = [user_message([request], index) for index, request in enumerate(texts)]
-        if stream:
-            return self._draw_events(conversations, "draw", seed, num_images, options, previews)
         return self._draw(conversations, single, "draw", seed, num_images, batch_size, options)
 
     def edit(
@@ -401,15 +396,11 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
         *,
         num_images: int = 1,
         batch_size: int = BATCH,
-        stream: bool = False,
-        previews: Sequence[int] | None = None,
         **options: object,
     ) -> ImageOrList:
         """Edit an image by `instruction`; a list for a list of images. Otherwise as `draw`."""
         _check_texts([instruction] if isinstance(instruction, str) else instruction)
         conversations, single = image_conversations(images, instruction)
-        if stream:
-            return self._draw_events(conversations, "edit", seed, num_images, options, previews)
         return self._draw(conversations, single, "edit", seed, num_images, batch_size, options)
 
     def reconstruct(
@@ -545,55 +536,10 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
 
         single: whether the caller gave one request, not a list of one.
         """
-        drawing, answers, seeds = self._image_answers(
-            conversations, task, seed, num_images, batch_size, options
-        )
-        images = self.decode_images(
-            [generated.single_image() for generated in answers],
-            [generated.prompt for generated in answers],
-            seeds,
-            min(batch_size, DRAWING_BATCH),
-            drawing,
-        )
-        return images[0] if single and num_images == 1 else images
-
-    def _draw_events(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        task: Task,
-        seed: Seed,
-        num_images: int,
-        options: Options,
-        previews: Sequence[int] | None,
-    ) -> Iterator[Event]:
-        """The images of `_draw` as events, each behind what its first codes show."""
-        lengths = self._preview_lengths(previews)
-        drawing, answers, seeds = self._image_answers(
-            conversations, task, seed, num_images, BATCH, options
-        )
-        for generated, image_seed in zip(answers, seeds, strict=True):
-            prompt = generated.prompt
-            image_input = generated.single_image()
-            decoder = _StreamedImages(self, prompt, image_seed, drawing, HiddenStates())
-            for length in lengths:
-                preview: Event = {"type": "image_preview", "codes": list(image_input[:length])}
-                yield {**preview, "image": decoder.draw(preview)}
-            (image,) = self.decode_images([image_input], [prompt], [image_seed], 1, drawing)
-            answer = replace(generated.answer, prompt_tokens=len(prompt) - len(prompt.answered))
-            yield {"type": "image", "image": image, "answer": answer}
-
-    def _image_answers(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        task: Task,
-        seed: Seed,
-        num_images: int,
-        batch_size: int,
-        options: Options,
-    ) -> tuple[Options, list[GeneratedAnswer], list[int]]:
-        """Settings of drawing, and the answers that `_draw` decodes with their seeds."""
         # 1. The settings; a missing de-tokenizer is reported before generation.
         check_value(int, num_images, "num_images", minimum=1)
+        stream = options.pop("stream", False)
+        previews = self._preview_lengths(options.pop("previews", None))
         conversations = self.steered(conversations, options)
         drawing = self._pop_drawing_settings(options, "should_stop")
         self.images.check_drawing(**drawing)
@@ -612,7 +558,37 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
             batch_size=batch_size,
             should_stop=drawing.get("should_stop"),
         )
-        return drawing, answers, seeds
+
+        # 3. Their images.
+        if stream:
+            return self._drawing_events(answers, seeds, drawing, previews)
+        images = self.decode_images(
+            [generated.single_image() for generated in answers],
+            [generated.prompt for generated in answers],
+            seeds,
+            min(batch_size, DRAWING_BATCH),
+            drawing,
+        )
+        return images[0] if single and num_images == 1 else images
+
+    def _drawing_events(
+        self,
+        answers: Sequence[GeneratedAnswer],
+        seeds: Sequence[int],
+        drawing: Options,
+        preview_lengths: Sequence[int],
+    ) -> Iterator[Event]:
+        """The image of each answer, behind what its first codes show."""
+        for generated, seed in zip(answers, seeds, strict=True):
+            prompt = generated.prompt
+            image_input = generated.single_image()
+            decoder = _StreamedImages(self, prompt, seed, drawing, HiddenStates())
+            for length in preview_lengths:
+                preview: Event = {"type": "image_preview", "codes": list(image_input[:length])}
+                yield {**preview, "image": decoder.draw(preview)}
+            (image,) = self.decode_images([image_input], [prompt], [seed], 1, drawing)
+            answer = replace(generated.answer, prompt_tokens=len(prompt) - len(prompt.answered))
+            yield {"type": "image", "image": image, "answer": answer}
 
     def _pop_drawing_settings(self, options: Options, *further: str) -> Options:
         """Take the settings of the de-tokenizer, and the `further` ones, out of `options`."""

@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 from prometheus_client import (
     CONTENT_TYPE_LATEST,
     CollectorRegistry,
@@ -28,7 +28,7 @@ from prometheus_client import (
 from werkzeug.exceptions import NotFound, ServiceUnavailable, TooManyRequests
 
 from seed_multimodal.disk import JsonObject
-from seed_multimodal.errors import ConfigError, RequestError
+from seed_multimodal.errors import RequestError
 from seed_multimodal.images.io import (
     ImageLimits,
     StoredImage,
@@ -41,6 +41,7 @@ from seed_multimodal.language.answer import Answer, BrokenImagePart, Event, Imag
 from seed_multimodal.language.messages import Message
 from seed_multimodal.language.prompts import PromptTemplate
 from seed_multimodal.language.vocabulary import PLACEHOLDER
+from seed_multimodal.models.registry import find_family
 from seed_multimodal.serving.schema import (
     MAX_IMAGES,
     AnswerRequest,
@@ -547,21 +548,16 @@ class Backend:
         if request.size is None:
             return {"ratio": ratio} if ratio else {}
 
-        # Drawings have the size of the model, or LaVIT's size of the ratio, and are resized.
+        # Drawings have the size of the model, of LaVIT in that ratio; `encoded` resizes them.
         width, height = map(int, request.size.split("x"))
-        if max(width, height) > MAX_SIDE:
-            raise RequestError(f"size: an image may have {MAX_SIDE} pixels a side.")
-        if "ratio" not in self.system.drawing_settings:
-            if width != height:
-                raise RequestError(f"size: {self.name} draws squares, as 512x512.")
-            return {}
         divisor = math.gcd(width, height)
-        options = {"ratio": f"{width // divisor}:{height // divisor}"}
-        try:
-            self.system.images.check_drawing(**options)
-        except ConfigError as error:
-            raise RequestError(f"size: {error}") from error
-        return options
+        sent_ratio = f"{width // divisor}:{height // divisor}"
+        ratios = find_family(self.system.config.system).page_card().ratios or ("1:1",)
+        if sent_ratio not in ratios or max(width, height) > MAX_SIDE:
+            raise RequestError(
+                f"size: {self.name} draws in {', '.join(ratios)}, at most {MAX_SIDE} pixels a side."
+            )
+        return {} if sent_ratio == "1:1" else {"ratio": sent_ratio}
 
     def _preview_lengths(self, request: ImageOptions) -> list[int]:
         """Numbers of codes after which an image is shown, at equal distances."""
@@ -593,7 +589,7 @@ def encoded(image: Image.Image, options: ImageOptions) -> str:
     """Base64 of an image in the size and format that a request asks for."""
     if options.size:
         width, height = map(int, options.size.split("x"))
-        image = image.resize((width, height), Image.Resampling.LANCZOS)
+        image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     file = image_to_bytes(image, options.output_format, quality=options.output_compression)
     return base64.b64encode(file).decode()
 

@@ -492,7 +492,8 @@ def openapi() -> JsonObject:
             image = {"image": {"type": "string", "format": "binary"}}
             form = {**fields, "required": [*fields["required"], *image]}
             form["properties"] = {**fields["properties"], **image}
-            body = {"multipart/form-data": {"schema": form}}
+            schemas["$defs"]["EditsForm"] = form
+            body = {"multipart/form-data": {"schema": {"$ref": "#/components/schemas/EditsForm"}}}
         operation = {
             "requestBody": {"required": True, "content": body},
             "responses": {**responses, "200": {"description": "The answer.", "content": answer}},

@@ -6,31 +6,38 @@ A new field or route is tested by its row in a table.
 
 from __future__ import annotations
 
+import base64
 import io
 import json
+import runpy
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from random_images import noise
-from served import CHAT, HI, base64_of, chat, figures, png_of, read, user
+from repository import ROOT
+from served import CHAT, HI, base64_of, chat, events, figures, png_of, read, user
+
+from seed_multimodal.serving.schema import POSTED
 
 DRAW = "/v1/images/generations"
 EDIT = "/v1/images/edits"
 TOKENS = "/v1/images/tokens"
 GENERATE = "/generate"
+RESPONSES = "/v1/responses"
 ASK = [{"role": "user", "content": "Tell me about the cat."}]
 CODES = [*range(16)] * 2
 # A valid body of each route, to which the rows of the tables add or change fields.
 BODIES: dict[str, dict[str, Any]] = {
     GENERATE: {"text": HI, "images": [], "max_new_tokens": 4, "temperature": 0},
     CHAT: {"messages": ASK, "max_tokens": 4, "temperature": 0},
+    RESPONSES: {"input": ASK[0]["content"], "max_output_tokens": 4, "temperature": 0},
     DRAW: {"prompt": "a fish", "seed": 3},
     EDIT: {"prompt": "Make it green.", "seed": 3, "image": [png_of(noise(0))]},
     TOKENS: {"codes": [CODES]},
 }
-JSON_ROUTES = [GENERATE, CHAT, DRAW, TOKENS]
+JSON_ROUTES = [GENERATE, CHAT, RESPONSES, DRAW, TOKENS]
 
 
 def post(client: Any, route: str, **fields: Any) -> Any:
@@ -38,7 +45,7 @@ def post(client: Any, route: str, **fields: Any) -> Any:
     body = {**BODIES[route], **fields}
     if route != EDIT:
         return client.post(route, json=body)
-    for name in ("image", "mask"):
+    for name in ("image", "mask", "markup"):
         files = [file.encode() if isinstance(file, str) else file for file in body.get(name, [])]
         body[name] = [(io.BytesIO(file), "a.png") for file in files]
     return client.post(route, data=body)
@@ -47,7 +54,10 @@ def post(client: Any, route: str, **fields: Any) -> Any:
 def answer_of(response: Any) -> Any:
     """An answer without what differs between two calls."""
     assert response.status_code == 200, response.json
-    return {name: value for name, value in response.json.items() if name not in ("id", "created")}
+    changing = ("id", "created", "created_at", "output")
+    answer = {name: value for name, value in response.json.items() if name not in changing}
+    items = response.json.get("output", ())  # of a response, with an id each
+    return {**answer, "output": [{**item, "id": None} for item in items]}
 
 
 def refusal(response: Any, status: int = 400) -> str:
@@ -81,7 +91,9 @@ CHAT_FIELDS = {
     '{"temperature": 1e-45}': '{"temperature": 0.0}',
     '{"stop": "e"}': '{"stop": ["e"]}',
     '{"stop": ["never", "e"]}': '{"stop": ["e"]}',
+    '{"max_tokens": -1}': "{}",  # as LM Studio's and llama.cpp's clients say "no limit"
     '{"modalities": ["text", "image"]}': "{}",
+    '{"modalities": ["text"], "seed": 1}': '{"images": "never", "seed": 1}',
     '{"modalities": ["image"], "seed": 1}': '{"force_image": true, "seed": 1}',
     # The answer has a text, an image, and a text behind it.
     '{"force_image": true, "seed": 1, "max_tokens": 60}': (
@@ -146,6 +158,65 @@ def test_images_follow(client, tiny, route, fields, library):
         assert np.array_equal(read(item["b64_json"]), image)
 
 
+@pytest.mark.parametrize("route", [DRAW, EDIT])
+def test_streams_of_images_are_the_images(client, route):
+    # OpenAI's client waits for events, and otherwise ends without an image or an error.
+    form = {"size": "64x64", "output_format": "webp", "partial_images": 2, "n": 2}
+    *streamed, last = events(post(client, route, stream=True, **form))
+    kind = {DRAW: "image_generation", EDIT: "image_edit"}[route]
+    assert [event["type"].partition(".")[::2] for event in [*streamed, last]] == [
+        (kind, name) for name in ["partial_image", "partial_image", "completed"] * 2
+    ]
+    assert last["usage"]["output_tokens"] >= 32
+    drawn = answer_of(post(client, route, **form))["data"]
+    for item, event in zip(drawn, [streamed[2], last], strict=True):
+        image = Image.open(io.BytesIO(base64.b64decode(item["b64_json"])))
+        assert (image.format, image.size) == ("WEBP", (64, 64))
+        difference = np.int16(read(event["b64_json"])) - np.int16(read(item["b64_json"]))
+        assert abs(difference).max() <= 1
+
+
+# As clients write images in messages: a string, OpenAI's two routes, transformers.
+@pytest.mark.parametrize(
+    "part",
+    [
+        {"type": "image_url", "image_url": "URL"},
+        {"type": "image_url", "image_url": {"url": "URL", "detail": "high"}},
+        {"type": "input_image", "image_url": "URL", "detail": "auto"},
+        {"type": "image", "image": "URL"},
+    ],
+    ids=str,
+)
+def test_images_in_messages_are_read(client, part):
+    url = f"data:image/png;base64,{base64_of(noise(0))}"
+    text = {"type": "input_text", "text": "What is it?"}
+    content = [json.loads(json.dumps(part).replace("URL", url)), text]
+    expected = answer_of(post(client, CHAT, messages=[user(noise(0), "What is it?")]))
+    assert (
+        answer_of(post(client, CHAT, messages=[{"role": "user", "content": content}])) == expected
+    )
+    items = [{"role": "user", "content": content}]
+    response = answer_of(post(client, RESPONSES, input=items))
+    assert response["output"][0]["content"][0]["text"].strip() == (
+        expected["choices"][0]["message"]["content"].strip()
+    )
+
+
+def test_requests_of_open_webui(client):
+    # What its back end sends, recorded: a chat with parts, a title, an image.
+    message = user("Hi", noise(0))
+    chat_body = {"model": "nano", "messages": [message], "stream": True}
+    chat_body |= {"stream_options": {"include_usage": True}, "temperature": 0.8, "top_p": 0.9}
+    chat_body |= {"max_tokens": 4, "frequency_penalty": 0, "presence_penalty": 0, "seed": 1}
+    title = {"model": "nano", "messages": ASK, "stream": False, "max_completion_tokens": 4}
+    image = {"model": "nano", "prompt": "a fish", "n": 1, "size": "512x512"}
+    image |= {"response_format": "b64_json"}
+    assert events(client.post(CHAT, json=chat_body))[-1]["usage"]
+    assert client.post(CHAT, json=title).json["choices"][0]["message"]["content"] is not None
+    (drawn,) = client.post(DRAW, json=image).json["data"]
+    assert read(drawn["b64_json"]).size == (512, 512)
+
+
 def test_tokens_are_the_codes_of_images(client, tiny):
     # Base64 alone, or a data URL.
     url = f"data:image/png;base64,{base64_of(noise(1))}"
@@ -163,24 +234,14 @@ def test_chat_notes_that_an_image_does_not_fit(client):
 
 # ---- harmless
 
-# Requests as they are sent: the route, and fields that are added to its valid body.
-HARMLESS = [
-    '/v1/chat/completions {"model": "any", "user": "u", "store": false, "tool_choice": "none"}',
-    '/v1/chat/completions {"response_format": {"type": "text"}, "n": 1}',
-    '/v1/chat/completions {"logprobs": false, "top_logprobs": 0, "logit_bias": {}, "tools": []}',
-    '/v1/chat/completions {"max_completion_tokens": null, "stream": null, "seed": null, "n": null}',
-    '/v1/chat/completions {"stop": null, "modalities": null, "top_p": null, "tools": null}',
-    '/generate {"seed": null, "user": "u"}',
-    '/v1/images/generations {"model": "any", "n": null, "response_format": "b64_json"}',
-    '/v1/images/edits {"model": "any", "response_format": "b64_json"}',
-    '/v1/images/tokens {"images": [], "first": null}',
-]
 
-
-@pytest.mark.parametrize("sent", HARMLESS)
-def test_harmless_fields_do_not_change_the_answer(client, sent):
-    route, fields = sent.split(" ", 1)
-    assert answer_of(post(client, route, **json.loads(fields))) == answer_of(post(client, route))
+@pytest.mark.parametrize("route", BODIES)
+def test_ignored_fields_do_not_change_the_answer(client, route):
+    table = POSTED[route].ignored()
+    ignored = {name: "x" if values == "any" else values[0] for name, values in table.items()}
+    absent = {} if route == EDIT else {"unknown": None}  # forms have no null
+    fields = {**ignored, **absent, **BODIES[route]}
+    assert answer_of(post(client, route, **fields)) == answer_of(post(client, route))
 
 
 def test_messages_may_have_parts_and_nulls(client):
@@ -207,7 +268,6 @@ REFUSED = {
     '/generate {"num_beams": 9}': "num_beams:",
     '/generate {"max_new_tokens": 0}': "max_new_tokens:",
     '/generate {"seed": 9223372036854775808}': "seed:",
-    '/v1/chat/completions {"n": 2}': "n:",
     '/v1/chat/completions {"stop": ["a", "b", "c", "d", "e"]}': "stop",
     '/v1/chat/completions {"stop": ""}': "stop",
     '/v1/images/generations {"prompt": " "}': "prompt:",
@@ -215,6 +275,7 @@ REFUSED = {
     '/v1/images/generations {"ratio": "3:2"}': "'ratio'",
     '/v1/images/generations {"response_format": "url"}': "response_format",
     '/v1/images/tokens {"first": 0}': "first:",
+    '/v1/images/tokens {"codes": [[], [1, 2]]}': "Row 0",
     # Messages.
     '/generate {"text": "<image>"}': "<image>",
     '/v1/chat/completions {"messages": [{"role": "user", "content": " ."}]}': "last message",
@@ -227,15 +288,36 @@ REFUSED = {
     '/v1/images/tokens {"codes": [[1, 2]]}': "32 codes",
     '/v1/images/tokens {"codes": [], "images": ["http://127.0.0.1:1/a.png"]}': "image 0",
     '/v1/images/edits {"image": ["no image"]}': "image 0",
-    # OpenAI's fields that would change the answer.
+    # What OpenAI's server would do otherwise.
     '/v1/chat/completions {"tools": [{"type": "function", "function": {"name": "f"}}]}': "tools",
-    '/v1/chat/completions {"functions": [{"name": "f"}]}': "functions",
-    '/v1/chat/completions {"logprobs": true}': "logprobs",
-    '/v1/chat/completions {"top_logprobs": 2}': "top_logprobs",
-    '/v1/chat/completions {"logit_bias": {"5": 1}}': "logit_bias",
     '/v1/chat/completions {"audio": {"voice": "alloy"}}': "audio",
-    '/v1/chat/completions {"response_format": {"type": "json_object"}}': "response_format",
+    '/v1/responses {"tools": [{"type": "web_search"}]}': "tools.0",
+    '/v1/responses {"previous_response_id": "resp_1"}': "previous_response_id",
+    '/v1/responses {"input": []}': "input",
+    '/v1/images/generations {"output_format": "gif"}': "output_format",
+    '/v1/images/generations {"size": "1536x1024"}': "size",
+    '/v1/images/generations {"size": "4096x4096"}': "size",
+    '/v1/images/edits {"markup": ["a file"]}': "markup",
 }
+
+
+def test_the_reference_of_the_documentation_has_each_field():
+    page = runpy.run_path(str(ROOT / "docs" / "generate.py"))["_http"]()
+    for model in POSTED.values():
+        section = page.partition(f"\n## {model.__name__}\n")[2].partition("\n## ")[0]
+        rows = {line.split("`")[1]: line for line in section.splitlines() if line[:3] == "| `"}
+        for name, values in model.ignored().items():
+            assert rows[name].endswith("| ignored |") or values != "any"
+
+
+@pytest.mark.parametrize("route", BODIES)
+def test_unknown_fields_and_other_values_are_refused(client, route):
+    assert "promt" in refusal(post(client, route, promt="a"))
+    table = POSTED[route].ignored()
+    absent = dict.fromkeys(BODIES[route].keys() & table.keys())  # other names of the same field
+    for name, values in table.items():
+        if values != "any":
+            assert name in refusal(post(client, route, **{**absent, name: "other"}))
 
 
 @pytest.mark.parametrize("sent, named", REFUSED.items())
@@ -256,6 +338,7 @@ LARGE: dict[str, tuple[str, dict[str, Any], str]] = {
     "codes of an image": (GENERATE, {"text": "<image>", "images": [[0] * 33]}, "32 codes"),
     "a code": (GENERATE, {"text": "<image>", "images": [[16] * 32]}, "0 to 15"),
     "characters of messages": (CHAT, {"messages": [user("x" * 33_000)]}, "characters"),
+    "images of an edit": (EDIT, {"image": [b"no image"] * 17}, "17 images"),
     "images of messages": (CHAT, {"messages": [user(*[CODES] * 17)]}, "17 images"),
     "an image of the system": (
         CHAT,

@@ -478,6 +478,7 @@ class SeedX(MultimodalSystem):
         detections: list[Detection] = []
         for (message,), generated in zip(opened, answers, strict=True):
             image = message.images[-1]
+            assert isinstance(image, Image.Image)  # as opened before
             ids = generated.answer.ids
             detections.append(self.detection(image, ids, opened=not is_tuned))
         return detections[0] if single else detections
@@ -523,6 +524,8 @@ class SeedX(MultimodalSystem):
         """
         opened = [self.images.open(image) for image in flatten_images(images)]
         n_images = len(opened)
+        if not opened:
+            return []
         features = self.images.encode(opened, embeddings)
         conditions = None
         if condition is not None:
