@@ -232,6 +232,8 @@ def test_fetch_downloads_all_parts_once(server, capsys):
     assert (UNCLIP_FOLDER / "vae/config.json").is_file()
     assert SystemConfig.find("8b").has("llm", "tokenizer", "detokenizer")
     assert "me/mine/unclip" in capsys.readouterr().err  # the source
+    # Presigned links and some mirrors refuse HEAD.
+    assert {method for method, *_ in server.requests} == {"GET"}
     server.requests.clear()
     assert main(command) == 0 and server.downloads() == []
 

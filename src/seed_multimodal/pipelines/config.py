@@ -259,12 +259,8 @@ class SystemConfig:
 
     def parts_to_save(self) -> dict[str, Path]:
         """The parts that exist, for a system's folder of its own."""
-        parts: dict[str, Path] = {}
-        for key in self.parts():
-            path = getattr(self, key)
-            if path is not None and self.has(key):
-                parts[key] = path
-        return parts
+        paths = {key: getattr(self, key) for key in self.parts() if self.has(key)}
+        return {key: path for key, path in paths.items() if path is not None}
 
     def settings_to_save(self) -> JsonObject:
         """The settings, for a `system.json`."""

@@ -285,7 +285,7 @@ def download_file(file: RemoteFile, folder: Path, has_checksum: bool) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = file.partial_path(folder)
     for old in path.parent.glob(f".{path.name}.*.part"):
-        n_missing = 1 if file.size is None else file.size - old.stat().st_size
+        n_missing = (file.size or 0) - old.stat().st_size
         can_continue = n_missing > 0 or (n_missing == 0 and has_checksum)
         if old != temporary or not file.version or not can_continue:
             old.unlink()

@@ -13,7 +13,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from seed_multimodal.errors import CheckpointError, first_line
+from seed_multimodal.errors import CheckpointError
 from seed_multimodal.weights.catalogue import (
     SHIPPED_SYSTEMS,
     WEIGHT_PATTERNS,
@@ -24,6 +24,7 @@ from seed_multimodal.weights.catalogue import (
 from seed_multimodal.weights.fetch import (
     CONVERTIBLE,
     downloads_allowed,
+    failure_reason,
     failures,
     fetch_parts,
     is_unfinished,
@@ -170,11 +171,11 @@ def _snapshot(hub_id: str, files: Sequence[str] = ()) -> tuple[Path | None, str]
         if files and not reason:
             names = [file.name for file in list_repository(hub_id, files)]
     except failures() as error:
-        reason = first_line(error)
+        reason = failure_reason(error)
     try:
         folder = snapshot_download(hub_id, allow_patterns=names, local_files_only=not names)
     except failures() as error:
-        return None, reason or first_line(error)
+        return None, reason or failure_reason(error)
     return Path(folder), ""
 
 
