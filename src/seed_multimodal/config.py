@@ -19,7 +19,7 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from seed_multimodal.errors import ConfigError, first_line
-from seed_multimodal.settings import check_keys, nearest
+from seed_multimodal.settings import check_keys, check_value, nearest
 
 PREFIX = "seed_multimodal."
 ALIASES = "targets:ALIASES"  # the originals' names → ours, of `compat`
@@ -148,7 +148,7 @@ def _build(value: object, label: str, aliases: Mapping[str, str]) -> Any:
     if isinstance(value, list):
         return [_build(item, f"{label}[{index}]", aliases) for index, item in enumerate(value)]
     if not isinstance(value, dict):
-        return value
+        return check_value(Any, value, label)
 
     # Nested nodes first: they are the arguments of this one.
     arguments: dict[str, Any] = {}

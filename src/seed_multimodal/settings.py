@@ -1,4 +1,5 @@
-"""Typed settings: dataclasses filled from mappings (YAML, JSON), with types checked by pydantic.
+"""Typed settings: dataclasses filled from mappings (YAML, JSON), with types checked by pydantic,
+numbers finite and in range.
 
 @dataclass
 class Example:
@@ -16,6 +17,7 @@ import dataclasses
 import difflib
 import functools
 import json
+import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -82,7 +84,7 @@ def setting(
     factory: Callable[[], object] | None = None,
     **limits: Unpack[Limits],
 ) -> Any:
-    """A dataclass field with limits, applied to each item of a list and not to None."""
+    """A dataclass field with limits, applied to each item of a list or mapping and not to None."""
     if factory is not None:
         return dataclasses.field(default_factory=factory, metadata=limits)
     return dataclasses.field(default=default, metadata=limits)
@@ -108,20 +110,15 @@ def read_settings(kind: type[T], values: Mapping[str, object] | DictConfig, labe
             key = getattr(error, "full_key", "?")
             raise ConfigError(f"{label}: {first_line(error)} (key {key}).") from error
 
-    # 2. Their types, then their limits.
+    # 2. Their types and limits.
     settings: T = check_value(kind, plain, label)
-    check_settings(settings, label)
     return settings
 
 
-def check_settings(settings: Dataclass, label: str) -> None:
-    """Check the limits of a dataclass's fields, also of nested ones. Raises ConfigError."""
+def check_settings(settings: DataclassInstance, label: str) -> None:
+    """Check the limits of a dataclass's fields, at any depth. Raises ConfigError."""
     for field in dataclasses.fields(settings):
-        value = getattr(settings, field.name)
-        if dataclasses.is_dataclass(value):
-            check_settings(value, f"{label}: {field.name}")
-        else:
-            _check_limits(field.metadata, value, f"{label}: {field.name}")
+        _check_limits(field.metadata, getattr(settings, field.name), f"{label}: {field.name}")
 
 
 def check_value(hint: TypeHint, value: object, label: str, **limits: Unpack[Limits]) -> Any:
@@ -202,25 +199,33 @@ def nearest(key: str, options: Iterable[str]) -> str:
 
 
 def _check_limits(limits: Mapping[str, Any], value: object, label: str) -> None:
-    """Raise ConfigError for a value, or an item of a list, that is not a choice or out of range."""
-    items = value if isinstance(value, list | tuple) else (value,)
-    choices = limits.get("choices")
-    for item in items:
-        if item is None:  # always allowed
-            continue
-        # One of some choices.
-        if choices is not None and item not in choices:
-            options = [str(option) for option in choices if option is not None]
-            raise ConfigError(
-                f"{label} must be one of {', '.join(options)}, not {item!r}"
-                f"{nearest(str(item), options)}."
-            )
-        # A number in a range.
-        if not isinstance(item, int | float):
-            continue
+    """Raise ConfigError for a value that is not a choice, not finite or out of range, at any depth
+    of lists, mappings and dataclasses."""
+    # 1. What holds values.
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        check_settings(value, label)
+    elif isinstance(value, Mapping):
+        for key, item in value.items():
+            _check_limits(limits, item, f"{label}: {key}")
+    elif isinstance(value, list | tuple):
+        for item in value:
+            _check_limits(limits, item, label)
+
+    # 2. One of some choices; None is always allowed.
+    elif "choices" in limits and value not in (None, *limits["choices"]):
+        options = [str(option) for option in limits["choices"] if option is not None]
+        raise ConfigError(
+            f"{label} must be one of {', '.join(options)}, not {value!r}"
+            f"{nearest(str(value), options)}."
+        )
+
+    # 3. A number in a range.
+    elif isinstance(value, int | float):
+        if not math.isfinite(value):
+            raise ConfigError(f"{label} must be a finite number, not {value}.")
         for name, (phrase, is_within) in _COMPARISONS.items():
-            if name in limits and not is_within(item, limits[name]):
-                raise ConfigError(f"{label} must be {phrase} {limits[name]}, not {item}.")
+            if name in limits and not is_within(value, limits[name]):
+                raise ConfigError(f"{label} must be {phrase} {limits[name]}, not {value}.")
 
 
 # ---- describing and comparing

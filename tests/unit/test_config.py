@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 
 import pytest
@@ -52,6 +53,7 @@ def test_instantiate_names_missing_weights():
 
 # Configuration → what the error names.
 REFUSED = {
+    "nan": ({"_target_": TARGET, "image_size": math.nan}, "image_size"),
     **{
         name: ({"_target_": name}, name)
         for name in (

@@ -17,6 +17,7 @@ from seed_multimodal.settings import check_settings, describe_settings, read_set
 @dataclass
 class Inner:
     width: int = setting(8, minimum=1)
+    share: float = 1.0
 
 
 @dataclass
@@ -30,6 +31,7 @@ class Example:
     checkpointing: bool | str = False
     options: dict[str, float] | None = None
     inner: Inner = field(default_factory=Inner)
+    parts: list[Inner] = field(default_factory=list)
 
 
 def test_read_settings_converts_values():
@@ -60,7 +62,10 @@ WRONG = {
     "boolean": ({"steps": True}, ["steps"]),
     "below": ({"steps": 3, "lr": 1}, ["lr", "1"]),
     "above": ({"steps": 3, "lr": 0}, ["lr", "0"]),
-    "nan": ({"steps": 3, "lr": math.nan}, ["lr", "nan"]),
+    "nan": ({"steps": 3, "inner": {"share": math.nan}}, ["inner", "share", "nan"]),
+    "infinite in a list": ({"steps": 3, "betas": [0.9, -math.inf]}, ["betas", "-inf"]),
+    "nan in a mapping": ({"steps": 3, "options": {"rate": math.nan}}, ["options", "rate"]),
+    "nan in a nested list": ({"steps": 3, "parts": [{"share": math.nan}]}, ["parts", "share"]),
     "choice": ({"steps": 3, "precision": "bf61"}, ["precision", "bf61", "'bf16'"]),
     "text for a list": ({"steps": 3, "files": "x"}, ["files"]),
     "nested": ({"steps": 3, "inner": {"width": 0}}, ["inner", "width"]),
@@ -99,7 +104,8 @@ def test_describe_settings_lists_every_key_with_its_default():
     defaults = dict(line.removeprefix("trainer.").split()[0].split("=") for line in lines)
     assert [*defaults] == [
         *("steps", "lr", "precision", "folder", "files", "betas"),
-        *("checkpointing", "options", "inner.width"),
+        *("checkpointing", "options", "inner.width", "inner.share"),
+        *("parts", "parts[].width", "parts[].share"),
     ]
     assert defaults["steps"] == "???" and defaults["lr"] == "0.0001"
     assert defaults["folder"] == "null" and defaults["inner.width"] == "8"

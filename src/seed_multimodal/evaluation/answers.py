@@ -27,7 +27,7 @@ from seed_multimodal.evaluation.annotations import Key, Sample, find_image_file
 from seed_multimodal.evaluation.benchmarks import JUDGED
 from seed_multimodal.images.io import open_image
 from seed_multimodal.progress import Progress
-from seed_multimodal.settings import changed_settings
+from seed_multimodal.settings import changed_settings, check_settings, setting
 from seed_multimodal.training.distributed import rank_and_world_size
 
 LEMMATISED = "_lemm"  # suffix of ground-truth files lemmatized by LaVIT's authors
@@ -114,10 +114,13 @@ class Judging:
 
     model: str
     image_folder: Path | None = None
-    threshold: float | None = None
-    counting_threshold: float | None = None
-    max_overlap: float | None = None
+    threshold: float | None = setting(None, minimum=0, maximum=1)
+    counting_threshold: float | None = setting(None, minimum=0, maximum=1)
+    max_overlap: float | None = setting(None, minimum=0, maximum=1)
     device: str = "auto"
+
+    def __post_init__(self) -> None:
+        check_settings(self, "judging")
 
 
 @dataclass(frozen=True)

@@ -22,6 +22,7 @@ from seed_multimodal.inference.prompt import ImageFeatures
 from seed_multimodal.inference.request import Request
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.nn.layers import avoid_slow_bfloat16
+from seed_multimodal.settings import check_settings, setting
 
 if TYPE_CHECKING:
     from seed_multimodal.language.llm import LanguageModel
@@ -66,14 +67,15 @@ class EngineOptions:
     name: str = TORCH
     url: str | None = None
     gguf: str | Path | None = None
-    max_running: int = MAX_RUNNING
-    kv_cache: float | None = None
+    max_running: int = setting(MAX_RUNNING, minimum=1)
+    kv_cache: float | None = setting(None, above=0)
     compiled: bool = False
     offload_device: torch.device | None = None
 
     def check(self) -> None:
-        """Raises ConfigError: options that exclude each other. Raises ImportError: llama.cpp is
-        missing."""
+        """Raises ConfigError: options out of range, or that exclude each other. Raises ImportError:
+        llama.cpp is missing."""
+        check_settings(self, "engine")
         if self.url is not None and self.name != COMPLETION_SERVER:
             raise ConfigError(f"--url is for --engine {COMPLETION_SERVER}, not for {self.name}.")
         if self.gguf is not None and self.name != LLAMA_CPP:

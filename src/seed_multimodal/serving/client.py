@@ -35,7 +35,7 @@ class ModelClient:
 
     async def load_card(self) -> None:
         """Set the card of the model that the backend serves."""
-        models = await anext(self.stream("/v1/models"), {})
+        models: JsonObject = await anext(self.stream("/v1/models"), {})
         if not models.get("data"):
             raise RequestError(f"{self.address} has no model: is the address right?")
         model = models["data"][0]

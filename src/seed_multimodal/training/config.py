@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -46,7 +45,7 @@ class TrainerSettings:
     max_steps: int = setting(1000, minimum=1)
     gradient_accumulation_steps: int = setting(1, minimum=1)
     precision: str = setting("bf16", choices=PRECISIONS)
-    max_grad_norm: float = setting(1.0, minimum=0, maximum=math.inf)
+    max_grad_norm: float = setting(1.0, minimum=0)
     ema: float = setting(0.0, minimum=0, below=1)
     seed: int = setting(42, minimum=0)
     device: str = "auto"
@@ -57,7 +56,7 @@ class TrainerSettings:
     )
     run_name: str | None = None
     curves: bool = True
-    save_seconds: float = setting(0.0, minimum=0, maximum=math.inf)
+    save_seconds: float = setting(0.0, minimum=0)
     save_steps: int = setting(1000, minimum=0)
     save_total_limit: int | None = setting(None, minimum=1)
     save_frozen: bool = True
@@ -99,7 +98,7 @@ class StageSettings(TrainerSettings):
     seed: int = setting(0, minimum=0)
     logging_steps: int = setting(50, minimum=1)
     report_to: list[str] = setting(factory=list, choices=("tensorboard", "wandb"))
-    save_seconds: float = setting(60.0, minimum=0, maximum=math.inf)
+    save_seconds: float = setting(60.0, minimum=0)
     save_steps: int = setting(0, minimum=0)
     save_total_limit: int | None = setting(1, minimum=1)
     async_save: bool = False

@@ -235,6 +235,9 @@ REFUSED = {
     "edit {image} green --max-new-tokens 20": "20",
     "edit {image} green --out {image}/x": "cat.jpg",
     "edit {image} green --temperature -1": "temperature",
+    "edit {image} green --guidance-scale nan": "guidance_scale",
+    "describe {image} --top-p nan": "top_p",
+    "describe {image} --kv-cache inf": "kv_cache",
     "describe {image} --url x": "--url",
     "describe {image} --gguf x": "--gguf",
 }
