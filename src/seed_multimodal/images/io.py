@@ -248,11 +248,13 @@ def reduction_factor(size: tuple[int, int], min_side: int) -> int:
 def is_image(value: object) -> TypeGuard[ImageSource]:
     """Whether `open_image` takes `value`, which is no `str`: that may be any text.
 
-    An array of one axis holds codes, one of int64 and two axes rows of codes.
+    Integers of one axis are codes, and int64 of two axes rows of codes.
     """
     if hasattr(value, "__array__"):
         n_axes = getattr(value, "ndim", 0)
-        return n_axes > 2 or (n_axes == 2 and "int64" not in str(getattr(value, "dtype", "")))
+        dtype = str(getattr(value, "dtype", ""))
+        is_codes = (n_axes == 1 and "float" not in dtype) or (n_axes == 2 and "int64" in dtype)
+        return n_axes > 0 and not is_codes
     kinds = (os.PathLike, bytes, bytearray, memoryview, Image.Image)
     return isinstance(value, kinds) or hasattr(value, "read") or callable(value)
 
@@ -260,8 +262,9 @@ def is_image(value: object) -> TypeGuard[ImageSource]:
 def _name_of(source: object) -> str:
     """The name of a path or open file, else "image"."""
     path = getattr(source, "name", source)
-    is_path = isinstance(path, str) and not _is_data_url(path)
-    return (Path(path).name if is_path else "") or "image"
+    if isinstance(path, str) and not _is_data_url(path):
+        return Path(path).name or "image"
+    return "image"
 
 
 # ---- the bytes of a file
@@ -274,11 +277,11 @@ def read_string(
 
     Raises ImageError: an address of the internet, or damaged base64.
     """
-    is_text = _is_data_url(text) or _URL.match(text) or len(text) > MAX_PATH
+    is_text = _is_data_url(text) or len(text) > MAX_PATH or bool(_URL.match(text))
     if not is_text and not os.path.exists(text):
         # A path may look like base64 text, but not like that of an image.
         with contextlib.suppress(ImageError):
-            is_text = _IMAGE_START.match(decode_text(text, name, limits))
+            is_text = bool(_IMAGE_START.match(decode_text(text, name, limits)))
     return decode_text(text, name, limits) if is_text else Path(text)
 
 

@@ -1,7 +1,7 @@
 """Messages of a conversation, and answers.
 
 A message is `{"role": "user" | "assistant" | "system", "content": …}`. Content is one text, or a
-list of texts (`str`), images (PIL, `Path`, bytes, an array) and codes (a list of ints), in any
+list of texts (`str`), images (all but `str` that `images.io` reads) and codes (integers), in any
 order and number; an assistant's may be the `Answer` of an earlier call. A bare `str` is always
 text: pass file names as `Path`, or in the format of transformers and OpenAI: `{"type": "text",
 "text": …}`, `{"type": "image", "image": "cat.png"}`, `{"type": "image_url", "image_url": {"url":
@@ -104,8 +104,11 @@ def is_single(content: object) -> bool:
     return isinstance(content, (str, Mapping)) or is_image(content) or is_codes(content)
 
 
-def _as_list(content: Any) -> Sequence[Any]:
-    return content if isinstance(content, Iterable) and not is_single(content) else [content]
+def _as_list(content: Any) -> Iterable[Any]:
+    is_number = getattr(content, "ndim", None) == 0  # which looks iterable
+    if is_number or is_single(content) or not isinstance(content, Iterable):
+        return [content]
+    return content
 
 
 def input_images(images: Images) -> list[Any]:
@@ -114,12 +117,16 @@ def input_images(images: Images) -> list[Any]:
 
 
 def flatten_images(images: Images) -> list[Any]:
-    """The images of all requests. Raises RequestError: a request without any."""
+    """The images of all requests. Raises RequestError: a request without any, or something else."""
     items: list[Any] = []
     for index, request_images in enumerate(_as_list(images)):
         request_items = input_images(request_images)
         if not request_items:
             raise RequestError(f"Row {index} is empty: it has neither an image nor codes.")
+        for item in request_items:
+            if not is_image(item) and not is_codes(item):
+                kind = type(item).__name__
+                raise RequestError(f"Row {index} holds a {kind}, neither an image nor codes.")
         items += request_items
     return items
 

@@ -13,16 +13,8 @@ from PIL import Image
 
 from seed_multimodal.errors import ImageError
 from seed_multimodal.images import io as io_module
-from seed_multimodal.images.io import (
-    image_to_bytes,
-    open_image,
-)
+from seed_multimodal.images.io import image_to_bytes, open_image
 from seed_multimodal.images.transforms import get_transform
-
-
-def gradient(width: int = 12, height: int = 8) -> Image.Image:
-    y, x = np.mgrid[0:height, 0:width]
-    return Image.fromarray(np.stack([x * 20, y * 30, (x + y) * 10], axis=-1).astype(np.uint8))
 
 
 def palette() -> Image.Image:

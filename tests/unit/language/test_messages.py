@@ -95,7 +95,7 @@ def test_read_messages_of_earlier_answers():
         ([user([1.5])], "0"),
         ([user([[True, False]])], "0"),
         ([user([[1, "a"]])], "0"),
-        ([user([torch.ones(3)])], "0"),
+        ([user(torch.ones(()))], "0"),
         ([user([{"type": "text", "text": 5}])], "0"),
         ([user([{"type": "audio", "text": "a"}])], "audio"),
         ([user([{"type": "image"}])], "0"),
