@@ -80,7 +80,7 @@ class Found:
     """How a system was found: what no `system.json` holds.
 
     name: its folder, or the short name of an original.
-    original: the short name, if its files are an original's.
+    original: the short name, if its files are an original's, or its tokenizer.
     note: what a folder that does not say so itself was taken for, for messages.
     sizes: of parts without `config.json`; "lora": of the LoRA in a SEED-X's agent.
     """
@@ -198,10 +198,10 @@ class SystemConfig:
             raise ConfigError(f"{file}: is a {config.system} system, not {cls.system}.")
 
         # Paths are relative to the folder; those of a checkpoint's base to the repository.
-        config.found = Found(str(folder), note=note)
         for key, value in vars(config).items():
             if isinstance(value, Path):
                 setattr(config, key, recorded_path(value, folder))
+        config.found = Found(str(folder), _original_of(config), note)
         return config
 
     @classmethod
@@ -368,6 +368,16 @@ def _config_of(values: JsonObject, label: str) -> SystemConfig:
     return config
 
 
+def _original_of(config: SystemConfig) -> str:
+    """The original whose tokenizer a system reads, as a checkpoint of its training; "": none."""
+    known = None if config.tokenizer is None else part_of(config.tokenizer)
+    for short, values in catalogue().systems.items():
+        original = part_of(values["tokenizer"])
+        if known and original and known[0] == original[0] and values["system"] == config.system:
+            return short
+    return ""
+
+
 # ---- systems by name and folder
 
 
@@ -432,8 +442,7 @@ def write_checkpoint_system(folder: Path, system: str, **parts: str | Path | Non
 
     parts: what it was trained with; the other parts are those of the system that these are of.
     """
-    paths = {key: Path(path) for key, path in parts.items() if path is not None}
-    config = _with_checkpoint(find_family(system).config, paths, folder)
+    config = _with_checkpoint(system, parts, folder)
     values: JsonObject = {"system": system, **config.settings_to_save()}
     for key in config.parts():
         path: Path | None = getattr(config, key)
@@ -457,23 +466,24 @@ def _of_checkpoint(folder: Path) -> SystemConfig:
                 "(MultiModalLLM/src/tools/merge_lora_weights.py)."
             )
         record["llm"] = base
-    config_class = find_family(record.pop("system")).config
-    paths = {key: find_path(path) or Path(path) for key, path in record.items()}
-    return _with_checkpoint(config_class, paths, folder)
+    return _with_checkpoint(record.pop("system"), record, folder)
 
 
 def _with_checkpoint(
-    config_class: type[SystemConfig], paths: Mapping[str, Path], checkpoint: Path
+    system: str, parts: Mapping[str, str | Path | None], checkpoint: Path
 ) -> SystemConfig:
-    """The system that a checkpoint was trained on, with its parts."""
+    """The system that a checkpoint was trained on, with its parts (paths or hub names)."""
+    config_class = find_family(system).config
+    paths = {key: find_path(path) or Path(path) for key, path in parts.items() if path is not None}
+
     # 1. The system whose folder holds one of these parts, else what the family knows.
     config: SystemConfig | None = None
     for path in paths.values():
         folder = Path(os.path.abspath(path))
         for parent in (folder, *folder.parents[:2]):
             if config is None and (parent / SYSTEM).is_file():
-                system = SystemConfig.read(parent)
-                config = system if isinstance(system, config_class) else None
+                candidate = SystemConfig.read(parent)
+                config = candidate if isinstance(candidate, config_class) else None
     config = config or config_class.base_system(paths, checkpoint)
 
     # 2. The recorded parts that are on this disk, and the trained ones.
