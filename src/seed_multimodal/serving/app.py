@@ -40,6 +40,7 @@ if TYPE_CHECKING:
     from seed_multimodal.pipelines.base import MultimodalSystem
 
 logger = logging.getLogger(__name__)
+EDITS = "/v1/images/edits"  # its body is a form with files
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
 HEADERS = {
     401: {"WWW-Authenticate": "Bearer"},
@@ -153,8 +154,10 @@ def add_model_routes(app: Flask, backend: Backend) -> None:
         is_disconnected = request.environ.get("waitress.client_disconnected", lambda: False)
         return backend.slot(request.path, request.content_length or 0, is_disconnected)
 
-    def read(model: type[schema.Model], is_form: bool = False) -> schema.Model:
-        if is_form:
+    def read() -> Any:
+        """The body of a request, of the model of its route."""
+        model = schema.POSTED[request.path]
+        if request.path == EDITS:
             # Files beside the images are fields that nothing follows.
             names = request.files.keys() - {"image", "image[]"}
             fields = {**request.form.to_dict(), **dict.fromkeys(names, "a file")}
@@ -163,39 +166,24 @@ def add_model_routes(app: Flask, backend: Backend) -> None:
             abort(415, "The request body must be JSON, sent with Content-Type: application/json.")
         return schema.read_request(model, request.get_data(cache=False))
 
-    def respond(
-        model: type[schema.Model],
-        answer: Callable[[Any, Deadline], Iterator[JsonObject]],
-        is_form: bool = False,
-    ) -> ResponseReturnValue:
-        """The only object of an answer, or a stream of its objects."""
-
-        def objects() -> Generator[Any, None, None]:
-            with slot() as deadline:
-                body: Any = read(model, is_form)
-                yield body.stream
-                yield from answer(body, deadline)
-
-        # The first object is awaited: errors of the request get a status, not an event.
-        events = objects()
-        is_stream = next(events)
-        first = next(events)
-        if is_stream:
-            return streamed(app, backend, first, events)
-        list(events)  # gives the slot back
-        return first
-
+    # 1. Routes that answer with one object.
     @app.route("/generate", methods=["GET", "POST"])
     def generate() -> JsonObject:
         if request.method != "POST" and not request.is_json:  # the original answers GET with JSON
             raise MethodNotAllowed(["POST"])
         with slot() as deadline:
-            return backend.generate(read(schema.GenerateRequest), deadline)
+            return backend.generate(read(), deadline)
 
-    def chat_objects(body: schema.ChatRequest, deadline: Deadline) -> Iterator[JsonObject]:
+    @app.post("/v1/images/tokens")
+    def tokens() -> JsonObject:
+        with slot() as deadline:
+            return backend.tokenize(read(), deadline)
+
+    # 2. Routes that also answer with a stream of objects.
+    def chat(body: schema.ChatRequest, deadline: Deadline) -> Iterator[JsonObject]:
         return completion(backend.name, body.stream, backend.chat(body, deadline))
 
-    def response(body: schema.ResponsesRequest, deadline: Deadline) -> Iterator[JsonObject]:
+    def respond(body: schema.ResponsesRequest, deadline: Deadline) -> Iterator[JsonObject]:
         answer = ResponseEvents(body, backend.name)
         for event in answer.events(backend.chat(body, deadline)):
             if body.stream:
@@ -203,35 +191,37 @@ def add_model_routes(app: Flask, backend: Backend) -> None:
         if not body.stream:
             yield answer.response
 
-    def drawings(body: schema.ImagesRequest, deadline: Deadline) -> Iterator[JsonObject]:
-        return backend.draw(body, [], deadline)
-
-    def edited(body: schema.ImagesRequest, deadline: Deadline) -> Iterator[JsonObject]:
+    def edit(body: schema.ImagesRequest, deadline: Deadline) -> Iterator[JsonObject]:
         files = [*request.files.getlist("image"), *request.files.getlist("image[]")]
         if not files:
             raise RequestError("Send one or more files as 'image'.")
         return backend.draw(body, [file.read() for file in files], deadline)
 
-    @app.post("/v1/chat/completions")
-    def chat() -> ResponseReturnValue:
-        return respond(schema.ChatRequest, chat_objects)
+    answers: dict[str, Callable[[Any, Deadline], Iterator[JsonObject]]] = {
+        "/v1/chat/completions": chat,
+        "/v1/responses": respond,
+        "/v1/images/generations": lambda body, deadline: backend.draw(body, [], deadline),
+        EDITS: edit,
+    }
 
-    @app.post("/v1/responses")
-    def responses() -> ResponseReturnValue:
-        return respond(schema.ResponsesRequest, response)
+    def answer() -> ResponseReturnValue:
+        def objects() -> Generator[Any, None, None]:
+            with slot() as deadline:
+                body = read()
+                yield body.stream
+                yield from answers[request.path](body, deadline)
 
-    @app.post("/v1/images/generations")
-    def generations() -> ResponseReturnValue:
-        return respond(schema.ImagesRequest, drawings)
+        # The first object is awaited: errors of the request get a status, not an event.
+        events = objects()
+        is_stream = next(events)
+        first: JsonObject = next(events)
+        if is_stream:
+            return streamed(app, backend, first, events)
+        list(events)  # gives the slot back
+        return first
 
-    @app.post("/v1/images/edits")
-    def edits() -> ResponseReturnValue:
-        return respond(schema.ImagesRequest, edited, is_form=True)
-
-    @app.post("/v1/images/tokens")
-    def tokens() -> JsonObject:
-        with slot() as deadline:
-            return backend.tokenize(read(schema.TokensRequest), deadline)
+    for path in answers:
+        app.add_url_rule(path, path, answer, methods=["POST"])
 
 
 def completion(model: str, stream: bool, changes: Iterator[JsonObject]) -> Iterator[JsonObject]:

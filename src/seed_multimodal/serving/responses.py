@@ -28,7 +28,6 @@ class ResponseEvents:
             "model": model,
             "output": [],
             "parallel_tool_calls": False,
-            "store": False,
             "error": None,
             "incomplete_details": None,
             "usage": None,
@@ -44,7 +43,6 @@ class ResponseEvents:
     def events(self, changes: Iterator[JsonObject]) -> Iterator[JsonObject]:
         """changes: of an OpenAI message, see `Backend.chat`."""
         yield self._event("created", response=self.response)
-        yield self._event("in_progress", response=self.response)
         for change in changes:
             if "content" in change:
                 yield from self._text(change["content"])

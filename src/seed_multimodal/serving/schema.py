@@ -207,7 +207,7 @@ class ChatMessage(Fields):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part] | None = None
-    images: list[Part] = Field([], max_length=MAX_IMAGES)
+    images: list[Part] = Field(default=[], max_length=MAX_IMAGES)
 
     @property
     def parts(self) -> list[MessagePart]:
@@ -256,8 +256,8 @@ class ImageOptions(Fields):
 
     size: Annotated[str, StringConstraints(pattern=r"^[1-9]\d{1,3}x[1-9]\d{1,3}$")] | None = None
     output_format: Literal["png", "jpeg", "webp"] = "png"
-    output_compression: int = Field(100, ge=0, le=100)
-    partial_images: int = Field(0, ge=0, le=3)
+    output_compression: int = Field(default=100, ge=0, le=100)
+    partial_images: int = Field(default=0, ge=0, le=3)
 
 
 class AnswerRequest(Fields):

@@ -255,23 +255,19 @@ def test_the_client_of_openai_reads_every_route(tiny):
 
     # 3. Responses, whole and streamed; the answer is sent back as the client holds it.
     tool: Any = {"type": "image_generation", "partial_images": 1}
-    request: Any = {"model": "any", "max_output_tokens": 60, "temperature": 0}
-    request |= {"tools": [tool], "tool_choice": tool, "extra_body": {"seed": 1}}
-    response = openai.responses.create(**request, input="Draw a fish.", instructions="Be kind.")
-    with openai.responses.stream(
-        **request, input="Draw a fish.", instructions="Be kind."
-    ) as stream:
-        *received, last = stream
-    kinds = {event.type for event in received}
-    final = last.response
-    assert {"response.output_text.delta", "response.output_item.done"} <= kinds
-    assert "response.image_generation_call.partial_image" in kinds
-    assert final.output_text == response.output_text and final.usage == response.usage
-    assert [item.type for item in final.output] == [item.type for item in response.output]
-    items: list[Any] = [item.model_dump() for item in final.output]
-    message = {"role": "user", "content": "And now?"}
+    options = {"model": "any", "temperature": 0, "tools": [tool], "tool_choice": tool}
+    request: Any = {**options, "input": "Draw a fish.", "extra_body": {"seed": 1}}
+    response = openai.responses.create(**request)
+    with openai.responses.stream(**request) as stream:
+        *events, last = stream
+    kinds = {event.type for event in events}
+    assert {"response.output_text.delta", "response.image_generation_call.partial_image"} <= kinds
+    items: list[Any] = [item.model_dump() for item in last.response.output]
+    assert last.response.output_text == response.output_text
+    assert [item["type"] for item in items[:2]] == ["message", "image_generation_call"]
+    message: Any = {"role": "user", "content": "And now?"}
     again = openai.responses.create(model="any", input=[message, *items, message])
-    assert again.usage.input_tokens > 32 and again.status in ("completed", "incomplete")
+    assert again.usage.input_tokens > 32
 
 
 def test_every_route_but_health_needs_the_token(tiny):
