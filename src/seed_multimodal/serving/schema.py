@@ -7,6 +7,7 @@ a model are followed, those of `fields.yaml` are ignored, others are refused by 
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -45,7 +46,7 @@ Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
 Beams = Annotated[int, Field(ge=1, le=8)]
 NewTokens = Annotated[int, Field(ge=1)]  # the context's end caps it
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=100)]
-Model = TypeVar("Model", bound=BaseModel)
+Model = TypeVar("Model", bound="Fields")
 MessagePart: TypeAlias = "str | ImageUrl | list[int]"  # a text, an image, codes of an image
 
 # Group → field → its values that change nothing, or "any"; and advice about refused fields.
@@ -436,15 +437,18 @@ def read_request(model: type[Model], body: bytes | Mapping[str, object]) -> Mode
     except ValidationError as error:
         # Of the alternatives of a union, the one that matches best fails at the deepest field.
         details = sorted(error.errors(), key=lambda details: len(details["loc"]))[-1]
-        field = ".".join(map(str, details["loc"]))
+        names = map(str, details["loc"])
+        field = ".".join(name for name in names if name.islower() or name.isdigit())  # no types
         message = f"{details['msg'].removeprefix('Value error, ')}."
         if details["type"] == "extra_forbidden":
+            values = model.ignored().get(field)
+            exception = f", except {json.dumps(values)}" if values else ""
             advice = ADVICE.get(str(details["loc"][-1]), "")
-            message = f"This server does not support the field. {advice}".rstrip()
+            message = f"This server does not support it{exception}. {advice}".rstrip()
         raise RequestError(f"{field}: {message}" if field else message) from None
 
 
-POSTED: dict[str, type[BaseModel]] = {
+POSTED: dict[str, type[Fields]] = {
     "/generate": GenerateRequest,
     "/v1/chat/completions": ChatRequest,
     "/v1/responses": ResponsesRequest,
