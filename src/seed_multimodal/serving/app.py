@@ -34,7 +34,7 @@ from seed_multimodal.entry import ended_by_sigterm
 from seed_multimodal.errors import ConfigError, RequestError, SeedError, first_line
 from seed_multimodal.serving import schema
 from seed_multimodal.serving.backend import Backend, Deadline
-from seed_multimodal.serving.responses import ResponseEvents
+from seed_multimodal.serving.responses import response_events
 
 if TYPE_CHECKING:
     from seed_multimodal.pipelines.base import MultimodalSystem
@@ -184,12 +184,11 @@ def add_model_routes(app: Flask, backend: Backend) -> None:
         return completion(backend.name, body.stream, backend.chat(body, deadline))
 
     def respond(body: schema.ResponsesRequest, deadline: Deadline) -> Iterator[JsonObject]:
-        answer = ResponseEvents(body, backend.name)
-        for event in answer.events(backend.chat(body, deadline)):
-            if body.stream:
-                yield event
-        if not body.stream:
-            yield answer.response
+        events = response_events(body, backend.name, backend.chat(body, deadline))
+        if body.stream:
+            return events
+        *_, last = events
+        return iter([last["response"]])
 
     def edit(body: schema.ImagesRequest, deadline: Deadline) -> Iterator[JsonObject]:
         files = [*request.files.getlist("image"), *request.files.getlist("image[]")]
