@@ -5,7 +5,6 @@ A new family is tested by its entry in `FAMILIES`, with a fixture of a tiny syst
 
 from __future__ import annotations
 
-import base64
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +21,6 @@ from seed_multimodal.errors import (
     CheckpointError,
     ConfigError,
     GenerationError,
-    ImageError,
     RequestError,
 )
 from seed_multimodal.language.messages import user_message
@@ -391,26 +389,6 @@ def test_chat_previews_have_their_own_denoising_steps(tiny, monkeypatch, steps):
             passes.clear()
     hook.remove()
     assert counts[:3] == [steps or 2, steps or 2, 2]
-
-
-def test_chat_with_messages_of_transformers_and_openai(system, tmp_path):
-    file = tmp_path / "a b.png"
-    noise(1).save(file)
-    url = "data:image/png;base64," + base64.b64encode(file.read_bytes()).decode()
-    forms = [
-        file,
-        {"type": "image", "image": str(file)},
-        {"type": "image", "url": str(file)},
-        {"type": "image_url", "image_url": {"url": url}},
-    ]
-    answers = {str(system.chat(user(item, {"type": "text", "text": "What?"}))) for item in forms}
-    assert len(answers) == 1
-    for item, error in (
-        ({"type": "image", "url": "https://host/a.png"}, ImageError),
-        (tmp_path / "absent.png", ImageError),
-    ):
-        with pytest.raises(error):
-            system.chat(user(item, "What?"))
 
 
 # ---- settings

@@ -8,6 +8,7 @@ import torch
 from full_disk import file_size_limit
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from seed_multimodal.errors import CheckpointError
 from seed_multimodal.state_dicts import load_state_dict, save_state_dict
 
 
@@ -29,6 +30,15 @@ class Clones(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         self.count += func is torch.ops.aten.clone.default
         return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("name", ["a.safetensors", "a.bin"])
+def test_load_state_dict_names_what_is_no_weights(name, tmp_path):
+    # A clone without Git LFS, or a download that was an error page.
+    for content, named in ((b"version https://git-lfs.", "git lfs pull"), (b"<html>", "HTML")):
+        (tmp_path / name).write_bytes(content)
+        with pytest.raises(CheckpointError, match=named):
+            load_state_dict(tmp_path / name)
 
 
 def test_save_state_dict_copies_only_shared_tensors(tmp_path):

@@ -216,14 +216,6 @@ def test_requests_of_open_webui_are_answered(client, sent):
     assert response.status_code == 200 and b'"error"' not in response.data
 
 
-def test_tokens_are_the_codes_of_images(client, tiny):
-    # Base64 alone, or a data URL.
-    url = f"data:image/png;base64,{base64_of(noise(1))}"
-    body = {"images": [base64_of(noise(0)), url]}
-    codes = [item["codes"] for item in client.post(TOKENS, json=body).json["data"]]
-    assert codes == tiny.tokenize([noise(0), noise(1)]).tolist()
-
-
 def test_chat_notes_that_an_image_does_not_fit(client):
     # Below an image's tokens the model cannot start one.
     notes = [chat(client, ASK, max_tokens=count)["notes"] for count in (20, 40)]
