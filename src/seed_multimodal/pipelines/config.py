@@ -32,11 +32,13 @@ from seed_multimodal.settings import check_keys, check_value, nearest, read_sett
 from seed_multimodal.weights.catalogue import (
     ADAPTER_CONFIG,
     SHIPPED_SYSTEMS,
+    WEIGHT_PATTERNS,
     catalogue,
     original_name,
     part_of,
 )
 from seed_multimodal.weights.find import (
+    find_folder,
     find_path,
     locate,
     locate_system,
@@ -388,15 +390,14 @@ def system_names() -> tuple[str, ...]:
 
 def _of_folder(name: str | Path) -> SystemConfig:
     """A shipped system, or the system in a folder or hub repository."""
-    folder = locate_system(name) or find_path(name)
-    if folder is None or not str(name):
-        short = str(name).lower()
-        names = system_names()
-        near = "" if short in names else nearest(short, names)
-        raise CheckpointError(
-            f"{name}: no such folder{near}; give {', '.join(names)} or a folder with "
-            f"{SYSTEM} ({', '.join(SHIPPED_SYSTEMS)}: in the repository's pretrained/)."
-        )
+    short = str(name).lower()
+    names = system_names()
+    near = "" if short in names else nearest(short, names)
+    advice = (
+        f"give {', '.join(names)}{near} or a folder with {SYSTEM} ({', '.join(SHIPPED_SYSTEMS)}: "
+        "in the repository's pretrained/)"
+    )
+    folder = locate_system(name) or find_folder(name, WEIGHT_PATTERNS, advice)
     if (folder / SYSTEM).is_file():
         return SystemConfig.read(folder)
     is_checkpoint = (folder / ADAPTER_CONFIG).is_file() or (folder / BASE).is_file()

@@ -47,7 +47,7 @@ def locate(path: str | Path) -> Path | None:
     plain = Path(path).expanduser()
     paths = [plain, plain.with_suffix(".safetensors")] if plain.suffix == ".bin" else [plain]
     for candidate in (*paths, *(REPOSITORY / path for path in paths)):
-        if os.path.exists(candidate):
+        if str(path) and os.path.exists(candidate):
             return candidate
     return None
 
