@@ -16,10 +16,11 @@ from typing import Any
 from PIL import Image
 
 from seed_multimodal import __version__
-from seed_multimodal.cli.common import add_common, load_system, save_image, write_text
+from seed_multimodal.cli.common import add_common, load_system, write_text
 from seed_multimodal.disk import writable_folder
 from seed_multimodal.entry import DONE, add_language_model, run_program
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.images.io import save_image
 from seed_multimodal.images.sheet import Cell, Row, code_strip, contact_sheet
 from seed_multimodal.weights.find import locate_system
 from seed_nano.world.scene import render

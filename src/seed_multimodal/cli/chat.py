@@ -18,11 +18,10 @@ from seed_multimodal.cli.common import (
     emit,
     load_system,
     next_free_path,
-    save_image,
 )
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.entry import DONE, log_line
-from seed_multimodal.images.io import open_image
+from seed_multimodal.images.io import open_image, save_image
 
 if TYPE_CHECKING:
     from seed_multimodal.language.answer import Answer, Event

@@ -22,7 +22,7 @@ from PIL import Image
 
 from seed_multimodal import entry
 from seed_multimodal.config import project_root
-from seed_multimodal.disk import atomic_open, file_stem, writable_folder, writing
+from seed_multimodal.disk import file_stem, writable_folder, writing
 from seed_multimodal.entry import bounded_int, log_line
 from seed_multimodal.errors import (
     CodesError,
@@ -32,6 +32,7 @@ from seed_multimodal.errors import (
     RequestError,
     short_name,
 )
+from seed_multimodal.images.io import save_image
 from seed_multimodal.models.registry import model_cards
 from seed_multimodal.pipelines.config import system_names
 from seed_multimodal.progress import quiet_libraries
@@ -423,16 +424,6 @@ def source_stem(name: str) -> str:
     if name == "-" or name.lower().startswith("data:"):
         return "image"
     return Path(name).stem
-
-
-def save_image(image: Image.Image, path: Path) -> Path:
-    """Write `image`, making its folder. Raises ImageError: it cannot be written."""
-    # The suffix tells the format; a failed write leaves no partial file.
-    with writing(path, ImageError):
-        path.parent.mkdir(parents=True, exist_ok=True)
-        with atomic_open(path) as file:
-            image.save(file, Image.registered_extensions()[path.suffix.lower()])
-    return path
 
 
 def write_text(text: str, path: str | Path) -> None:

@@ -21,6 +21,7 @@ from seed_multimodal.config import load_yaml
 from seed_multimodal.disk import writable_folder
 from seed_multimodal.entry import DONE, add_device, bounded_int, log_line, run_program
 from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.images.io import save_image
 from seed_multimodal.language.prompts import DEMO_QUESTIONS
 from seed_multimodal.models.seed.spec import DETOKENIZER_FOLDER
 from seed_multimodal.weights.catalogue import part_of
@@ -371,11 +372,11 @@ def _draw_samples(
     if not args.skip_save:
         for image in images:
             path = common.next_free_path(out / "samples", "{:04d}.png")
-            paths.append(common.save_image(image, path))
+            paths.append(save_image(image, path))
     if not args.skip_grid:
         grid = make_grid(images, args.n_rows if args.n_rows > 0 else args.n_samples)
         path = common.next_free_path(out, "grid-{:03d}.png")
-        paths.append(common.save_image(grid, path))
+        paths.append(save_image(grid, path))
     return paths
 
 

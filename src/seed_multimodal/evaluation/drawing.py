@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from PIL import Image
 
-from seed_multimodal.disk import JsonObject, atomic_open, text_stem, writing
+from seed_multimodal.disk import JsonObject, text_stem
 from seed_multimodal.errors import (
     CheckpointError,
     DataError,
@@ -22,7 +22,7 @@ from seed_multimodal.evaluation.annotations import Sample
 from seed_multimodal.evaluation.answers import Images, Line, Run, Scores, open_sample
 from seed_multimodal.evaluation.openai_clip import load_openai_clip
 from seed_multimodal.evaluation.retrieval import ClipEncoder, clip_texts
-from seed_multimodal.images.io import open_image
+from seed_multimodal.images.io import open_image, save_image
 from seed_multimodal.images.transforms import ImageTransform, plain_rgb, resize_passes, to_bytes
 from seed_multimodal.nn.vision.clip import load_clip_vision
 from seed_multimodal.pipelines.base import MultimodalSystem
@@ -156,16 +156,6 @@ def fid_note(images: int) -> str:
     )
 
 
-def save_drawing(
-    image: Image.Image, folder: Path, index: int, caption: str, jpeg: bool = False
-) -> str:
-    """Save as INDEX_CAPTION.png; returns the file's name. Raises DataError: the disk refuses."""
-    path = folder / f"{index:06d}_{text_stem(caption)}.{'jpg' if jpeg else 'png'}"
-    with writing(path, DataError), atomic_open(path) as file:
-        image.save(file, "JPEG" if jpeg else "PNG")
-    return path.name
-
-
 class CaptionDrawer:
     """`run.best_of` drawings of each caption; seeds count the `samples`.
 
@@ -214,14 +204,11 @@ class Drawings:
             samples, images, cosines, candidates, strict=True
         ):
             best = of_caption[row.index(max(row))]
-            name = save_drawing(
-                best,
-                self.run.out,
-                self.drawer.indices[sample.key],
-                sample.caption,
-                jpeg=self.run.original,
-            )
-            line: Line = {"caption": sample.caption, "image": name}
+            # INDEX_CAPTION.png; the original's are JPEG.
+            stem = f"{self.drawer.indices[sample.key]:06d}_{text_stem(sample.caption)}"
+            path = self.run.out / f"{stem}.{'jpg' if self.run.original else 'png'}"
+            save_image(best, path, DataError)
+            line: Line = {"caption": sample.caption, "image": path.name}
             if self.clip is not None:
                 line["clip"] = round(max(row), 4)
                 if image is not None:

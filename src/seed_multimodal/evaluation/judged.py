@@ -17,13 +17,13 @@ import torch
 from PIL import Image
 
 from seed_multimodal.device import choose_device
-from seed_multimodal.disk import JsonObject, atomic_open, replace_text, writing
+from seed_multimodal.disk import JsonObject, replace_text, writing
 from seed_multimodal.errors import ConfigError, DataError, ImageError
 from seed_multimodal.evaluation.annotations import Sample
 from seed_multimodal.evaluation.answers import Images, Judging, Line, Run
 from seed_multimodal.evaluation.drawing import CaptionDrawer
 from seed_multimodal.evaluation.metrics import Estimate, mean_of_means, plain
-from seed_multimodal.images.io import open_image
+from seed_multimodal.images.io import open_image, save_image
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 from seed_multimodal.pipelines.base import MultimodalSystem
 
@@ -65,10 +65,10 @@ class SampleFolders:
     ) -> None:
         target = folder / f"{index:05d}"
         with writing(target, DataError):
-            (target / "samples").mkdir(parents=True, exist_ok=True)
+            target.mkdir(parents=True, exist_ok=True)
             replace_text(target / "metadata.jsonl", json.dumps(sample.metadata) + "\n")
         for number, image in enumerate(images):
-            _save_png(image, target / "samples" / f"{number:04d}.png")
+            save_image(image, target / "samples" / f"{number:04d}.png", DataError)
 
     def files(self, folder: Path, index: int, sample: JudgedPrompt, count: int) -> list[Path]:
         samples = folder / f"{index:05d}" / "samples"
@@ -93,9 +93,7 @@ class GridFiles:
             image = Image.new("RGB", (2 * width, 2 * height))
             for number, tile in enumerate(images):
                 image.paste(tile, (number % 2 * width, number // 2 * height))
-        with writing(folder, DataError):
-            folder.mkdir(parents=True, exist_ok=True)
-        _save_png(image, folder / f"{sample.key}.png")
+        save_image(image, folder / f"{sample.key}.png", DataError)
 
     def files(self, folder: Path, index: int, sample: JudgedPrompt, count: int) -> list[Path]:
         names = [folder / f"{sample.key}{suffix}" for suffix in IMAGE_SUFFIXES]
@@ -115,11 +113,6 @@ class GridFiles:
             left, top = number % 2 * width, number // 2 * height
             tiles.append(image.crop((left, top, left + width, top + height)))
         return tiles
-
-
-def _save_png(image: Image.Image, path: Path) -> None:
-    with writing(path, DataError), atomic_open(path) as file:
-        image.save(file, "PNG")
 
 
 class JudgedDrawings:
@@ -206,7 +199,7 @@ class JudgedDrawings:
             image = self.layout.read(self.folder, index, sample, self.run.best_of)[0]
             row.cells.append(Cell(image, texts[0], sample.caption))
         sheet = contact_sheet(list(rows.values()), str(self.run.out), columns=SHEET_COLUMNS)
-        _save_png(sheet, self.run.out / "sheet.png")
+        save_image(sheet, self.run.out / "sheet.png", DataError)
 
 
 def most_images(per_prompt: Iterable[Sequence[object]]) -> int:

@@ -27,10 +27,11 @@ from lmms_eval.protocol import ChatMessages
 from PIL import Image
 
 from seed_multimodal.device import limit_threads
-from seed_multimodal.disk import JsonObject, writing
+from seed_multimodal.disk import JsonObject
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import DataError, GenerationError, ImageError, RequestError
 from seed_multimodal.evaluation.answers import Options
+from seed_multimodal.images.io import save_image
 from seed_multimodal.inference.prompt import GenerationSettings
 from seed_multimodal.language.answer import Answer
 from seed_multimodal.language.messages import Message, read_messages
@@ -173,12 +174,9 @@ class SeedModel(lmms):  # type: ignore[misc]
         assert self.image_dir is not None
         folder = self.image_dir / str(request.task_name)
         files: list[str] = []
-        with writing(folder, DataError):
-            folder.mkdir(parents=True, exist_ok=True)
-            for number, image in enumerate(images):
-                file = folder / f"{request.task_name}_{request.doc_id}_{number}.png"
-                image.save(file)
-                files.append(str(file.absolute()))
+        for number, image in enumerate(images):
+            name = f"{request.task_name}_{request.doc_id}_{number}.png"
+            files.append(str(save_image(image, folder / name, DataError).absolute()))
         return GenerationResult(json.dumps({"text": text, "images": files}, ensure_ascii=False))
 
     # ---- requests

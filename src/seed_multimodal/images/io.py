@@ -28,6 +28,7 @@ from urllib.parse import unquote_to_bytes
 import numpy as np
 from PIL import Image, JpegImagePlugin
 
+from seed_multimodal.disk import atomic_open, writing
 from seed_multimodal.errors import ImageError, SeedError, first_line, name_bytes, short_name
 
 # HEIF is read where the plug-in pillow-heif is installed.
@@ -484,6 +485,16 @@ def image_to_bytes(image: Image.Image, format: str = "PNG", **options: Any) -> b
 def image_to_base64(image: Image.Image, format: str = "PNG") -> str:
     """An image file as base64 text."""
     return base64.b64encode(image_to_bytes(image, format)).decode("ascii")
+
+
+def save_image(image: Image.Image, path: Path, kind: type[SeedError] = ImageError) -> Path:
+    """Write an image in the format of the suffix, making its folder; a failed write leaves no
+    partial file. Raises `kind`: it cannot be written."""
+    with writing(path, kind):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with atomic_open(path) as file:
+            image.save(file, Image.registered_extensions()[path.suffix.lower()])
+    return path
 
 
 def fit_longer_side(image: Image.Image, length: int = 512) -> Image.Image:

@@ -1,36 +1,13 @@
-"""Failing batches, and the errors of programs."""
+"""The errors of programs."""
 
 from __future__ import annotations
 
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
 import torch
 
-from seed_multimodal.cli.common import run_batches
 from seed_multimodal.entry import COMMAND_FAILED, run_guarded
-from seed_multimodal.errors import RequestError
-
-
-def test_run_batches_repeats_a_failing_batch_one_by_one(capsys):
-    # Only the item at fault is lost, and the summary counts it.
-    batches = []
-    results = []
-
-    def work(names: list[str]) -> list[str]:
-        batches.append("".join(names))
-        if "c" in names:
-            raise RequestError("three")
-        return [name.upper() for name in names]
-
-    def save(name: str, result: str) -> None:
-        results.append(name + result)
-
-    assert run_batches(Namespace(debug=False), list("abcde"), save, work, 2) == 1
-    assert results == ["aA", "bB", "dD", "eE"] and batches == ["ab", "cd", "c", "d", "e"]
-    error, summary = capsys.readouterr().err.splitlines()
-    assert "c: three" in error and "4 of 5" in summary
 
 
 def missing_package() -> int:
