@@ -158,6 +158,8 @@ def add_model_routes(app: Flask, backend: Backend) -> None:
         """The body of a request, of the model of its route."""
         model = schema.POSTED[request.path]
         if request.path == EDITS:
+            if request.is_json:
+                abort(415, "An edit is a form: send it as multipart/form-data, with its images.")
             # Files beside the images are fields that nothing follows.
             names = request.files.keys() - {"image", "image[]"}
             fields = {**request.form.to_dict(), **dict.fromkeys(names, "a file")}
