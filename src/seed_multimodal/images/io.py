@@ -128,7 +128,7 @@ class StoredImage:
     def __init__(
         self, source: ImageSource, name: str | None = None, limits: ImageLimits = DEFAULT_LIMITS
     ) -> None:
-        self.name = short_name(name or _name_of(source))
+        self.name = name or short_name(_name_of(source))
         self.limits = limits
         try:
             if callable(source):
