@@ -31,7 +31,7 @@ from werkzeug.serving import make_server
 from seed_multimodal.device import is_out_of_memory, return_freed_memory, trim_memory
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.entry import ended_by_sigterm
-from seed_multimodal.errors import ConfigError, RequestError, SeedError, first_line
+from seed_multimodal.errors import ConfigError, SeedError, first_line
 from seed_multimodal.serving import schema
 from seed_multimodal.serving.backend import Backend, Deadline
 from seed_multimodal.serving.responses import response_events
@@ -160,10 +160,12 @@ def add_model_routes(app: Flask, backend: Backend) -> None:
         if request.path == EDITS:
             if request.is_json:
                 abort(415, "An edit is a form: send it as multipart/form-data, with its images.")
-            # Files beside the images are fields that nothing follows.
+            # Other files, as a mask, are fields that nothing follows.
+            files = [*request.files.getlist("image"), *request.files.getlist("image[]")]
             names = request.files.keys() - {"image", "image[]"}
             fields = {**request.form.to_dict(), **dict.fromkeys(names, "a file")}
-            return schema.read_request(model, fields)
+            images = [file.read() for file in files]
+            return schema.read_request(model, {**fields, "image": images})
         if not request.is_json:
             abort(415, "The request body must be JSON, sent with Content-Type: application/json.")
         return schema.read_request(model, request.get_data(cache=False))
@@ -192,17 +194,11 @@ def add_model_routes(app: Flask, backend: Backend) -> None:
         *_, last = events
         return iter([last["response"]])
 
-    def edit(body: schema.ImagesRequest, deadline: Deadline) -> Iterator[JsonObject]:
-        files = [*request.files.getlist("image"), *request.files.getlist("image[]")]
-        if not files:
-            raise RequestError("Send one or more files as 'image'.")
-        return backend.draw(body, [file.read() for file in files], deadline)
-
     answers: dict[str, Callable[[Any, Deadline], Iterator[JsonObject]]] = {
         "/v1/chat/completions": chat,
         "/v1/responses": respond,
-        "/v1/images/generations": lambda body, deadline: backend.draw(body, [], deadline),
-        EDITS: edit,
+        "/v1/images/generations": backend.draw,
+        EDITS: backend.draw,
     }
 
     def answer() -> ResponseReturnValue:

@@ -43,8 +43,8 @@ from seed_multimodal.language.prompts import PromptTemplate
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.models.registry import find_family
 from seed_multimodal.serving.schema import (
-    MAX_IMAGES,
     AnswerRequest,
+    EditsRequest,
     GenerateRequest,
     GenerateResponse,
     ImageOptions,
@@ -241,9 +241,6 @@ class Backend:
             RequestError: not an image, or too many pixels.
         """
         limits = ImageLimits(self.limits.max_pixels, self.limits.max_image_bytes)
-
-        if len(items) > MAX_IMAGES:
-            raise RequestError(f"The request holds {len(items)} images; {MAX_IMAGES} are allowed.")
 
         # 1. Files, and their pixels as the headers say.
         files: dict[int, StoredImage] = {}
@@ -485,10 +482,8 @@ class Backend:
 
     # ---- images
 
-    def draw(
-        self, request: ImagesRequest, files: Sequence[bytes], deadline: Deadline
-    ) -> Iterator[JsonObject]:
-        """Images of a text, or edits of `files`: one object, or OpenAI's events of a stream."""
+    def draw(self, request: ImagesRequest, deadline: Deadline) -> Iterator[JsonObject]:
+        """Images of a text, or edits: one object, or OpenAI's events of a stream."""
         # 1. The settings.
         seed = random_seed() if request.seed is None else request.seed
         options = self._drawing_options(request, request.ratio)
@@ -497,8 +492,10 @@ class Backend:
             options |= {"stream": True, "previews": self._preview_lengths(request)}
 
         # 2. The images; all files belong to one request.
-        if files:
-            images = [self.read_images(files, deadline)]
+        kind = "image_generation"
+        if isinstance(request, EditsRequest):
+            kind = "image_edit"
+            images = [self.read_images(request.image, deadline)]
             drawings = self.system.edit(images, [request.prompt], seed, **options)
         else:
             drawings = self.system.draw([request.prompt], seed, **options)
@@ -507,7 +504,6 @@ class Backend:
         note = self.system.unknown_words_note(Message("user", (request.prompt,)))
         notes = [note] if note else []
         if request.stream:
-            kind = "image_edit" if files else "image_generation"
             yield from self._drawing_events(request, kind, drawings, notes)
             return
         self.images.labels("drawn").inc(len(drawings))

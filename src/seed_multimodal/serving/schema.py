@@ -386,7 +386,7 @@ class ResponsesRequest(AnswerRequest):
 
 
 class ImagesRequest(ImageOptions):
-    """As OpenAI's for generations and edits; image n has `seed` + n. `ratio`: of LaVIT's images."""
+    """As OpenAI's for generations; image n has `seed` + n. `ratio`: of LaVIT's images."""
 
     prompt: Annotated[
         str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_TEXT)
@@ -396,6 +396,12 @@ class ImagesRequest(ImageOptions):
     seed: Seed | None = None
     ratio: str | None = None
     stream: bool = False
+
+
+class EditsRequest(ImagesRequest):
+    """As OpenAI's for edits, a form: all files of `image` are one request."""
+
+    image: list[bytes] = Field(min_length=1, max_length=MAX_IMAGES)
 
 
 class TokensRequest(Fields):
@@ -453,7 +459,7 @@ POSTED: dict[str, type[Fields]] = {
     "/v1/chat/completions": ChatRequest,
     "/v1/responses": ResponsesRequest,
     "/v1/images/generations": ImagesRequest,
-    "/v1/images/edits": ImagesRequest,
+    "/v1/images/edits": EditsRequest,
     "/v1/images/tokens": TokensRequest,
 }
 
@@ -491,13 +497,8 @@ def openapi() -> JsonObject:
             answer["application/json"]["schema"] = refs[GenerateResponse, VALIDATION]
         elif "stream" in model.model_fields:
             answer["text/event-stream"] = {}
-        if path == "/v1/images/edits":
-            fields = schemas["$defs"][model.__name__]
-            image = {"image": {"type": "string", "format": "binary"}}
-            form = {**fields, "required": [*fields["required"], *image]}
-            form["properties"] = {**fields["properties"], **image}
-            schemas["$defs"]["EditsForm"] = form
-            body = {"multipart/form-data": {"schema": {"$ref": "#/components/schemas/EditsForm"}}}
+        if model is EditsRequest:
+            body = {"multipart/form-data": body["application/json"]}
         operation = {
             "requestBody": {"required": True, "content": body},
             "responses": {**responses, "200": {"description": "The answer.", "content": answer}},

@@ -245,7 +245,7 @@ REFUSED = {
     '/v1/chat/completions {"messages": []}': "messages:",
     '/v1/images/tokens {"codes": []}': "'codes'",
     '/v1/images/tokens {"images": ["aGk="]}': "'images'",
-    '/v1/images/edits {"image": []}': "'image'",
+    '/v1/images/edits {"image": []}': "image:",
     '/v1/images/edits {"mask": ["a file"]}': "mask",
     # Values out of range.
     '/generate {"temperature": -1}': "temperature:",
@@ -323,7 +323,7 @@ LARGE: dict[str, tuple[str, dict[str, Any], str]] = {
     "codes of an image": (GENERATE, {"text": "<image>", "images": [[0] * 33]}, "32 codes"),
     "a code": (GENERATE, {"text": "<image>", "images": [[16] * 32]}, "0 to 15"),
     "characters of messages": (CHAT, {"messages": [user("x" * 33_000)]}, "characters"),
-    "images of an edit": (EDIT, {"image": [b"no image"] * 17}, "17 images"),
+    "images of an edit": (EDIT, {"image": [b"no image"] * 17}, "image:"),
     "images of messages": (CHAT, {"messages": [user(*[CODES] * 17)]}, "17 images"),
     "an image of the system": (
         CHAT,
