@@ -122,7 +122,9 @@ def add_common(
     # Files and batches.
     if out:
         parser.add_argument(
-            "--out", default=out, help="folder, or a file for one image (default: %(default)s)"
+            "--out",
+            default=out,
+            help="folder, or for one image a file or - (standard output) (default: %(default)s)",
         )
     if batch_size:
         parser.add_argument(

@@ -216,7 +216,9 @@ def read_codes(path: str) -> dict[str, list[int]]:
                 name, codes = value["image"], value["codes"]
             else:
                 name, codes = f"codes_{row}", value
-            codes_of[name] = [int(code) for code in codes]
+            # Several rows may be of one image.
+            key = f"{name} ({row})" if name in codes_of else name
+            codes_of[key] = [int(code) for code in codes]
     except (ValueError, KeyError, TypeError) as error:
         raise DataError(
             f"{path}: row {len(codes_of) + 1} is no list of codes, nor an object with image and "

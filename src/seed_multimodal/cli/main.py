@@ -71,7 +71,9 @@ def _add_image_commands(commands: Commands) -> None:
     # Images → codes.
     tokenize = _command(commands, images.tokenize, "images")
     add_common(tokenize, batch_size=32)
-    tokenize.add_argument("--out", help="also write the codes to this file, one JSON object a line")
+    tokenize.add_argument(
+        "--out", help="also write the codes to this file (-: standard output), a JSON object a line"
+    )
     # Images or codes → images.
     reconstruct = _command(commands, images.reconstruct)
     add_common(reconstruct, batch_size=8, out="outputs", drawing=True)

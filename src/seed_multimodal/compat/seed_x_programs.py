@@ -260,7 +260,7 @@ def _demo_image(name: str) -> str:
 
 def _stem(text: str) -> str:
     """A text as the originals name its image."""
-    return text.replace(".", "").replace("/", "_")[:200]
+    return text.replace(".", "").replace("/", "_")
 
 
 SCRIPTS = {

@@ -115,6 +115,11 @@ def test_reconstruct_from_the_first_codes(seed, tmp_path):
         ("not json", 2, "codes.jsonl"),
         ('{"image": "a"}', 2, "codes.jsonl"),
         (f"{[1] * 32}\n{[1] * 31}\n{[99] * 32}", 1, "codes_2, codes_3"),
+        (
+            "\n".join(f'{{"image": "a.png", "codes": {codes}}}' for codes in ([1] * 32, [1])),
+            1,
+            "a.png (2)",
+        ),
     ],
 )
 def test_reconstruct_names_wrong_codes(seed, tmp_path, content, code, named):

@@ -14,6 +14,8 @@ from real_processes import free_port
 from repository import ROOT
 from served import Running, read
 
+from seed_multimodal import proxies
+
 TOKEN = "a secret of nobody"
 
 
@@ -65,6 +67,26 @@ def tensor(name: str) -> torch.Tensor:
 
 def image(batch: torch.Tensor) -> Image.Image:
     return Image.fromarray((batch[0] * 255).round().to(torch.uint8).numpy())
+
+
+@pytest.mark.parametrize(
+    "url, is_direct",
+    [
+        *((f"http://{host}:7890/v1", True) for host in ("127.0.0.1", "localhost", "[::1]")),
+        *(
+            (f"http://{host}", True)
+            for host in ("10.1.2.3", "192.168.0.9", "100.64.3.4", "backend")
+        ),
+        *(
+            (f"https://{host}", False)
+            for host in ("8.8.8.8", "[2606:4700::1111]", "seed.example.com")
+        ),
+        ("http://[::1", False),
+    ],
+)
+def test_proxies_are_for_hosts_of_the_internet(nodes: ModuleType, url, is_direct):
+    # The node's copy of the rule is the package's, which it does not import.
+    assert nodes.direct(url) is proxies.direct(url) is is_direct
 
 
 def test_ask_describes_an_image(nodes: ModuleType, address: str):
