@@ -233,6 +233,9 @@ def test_lavit_draws_in_a_ratio(client_of, tiny_lavit):
     (item,) = client.post(DRAW, json=body).json["data"]
     expected = tiny_lavit.draw("a fish", seed=3, ratio="2:3")
     assert np.array_equal(read(item["b64_json"]), expected)
+    # A size is its ratio, resized.
+    (item,) = client.post(DRAW, json={"prompt": "a fish", "size": "200x300"}).json["data"]
+    assert read(item["b64_json"]).size == (200, 300)
 
 
 def test_a_folder_without_its_pixel_decoder_is_read_only(client_of, tiny_lavit_folder, tmp_path):
