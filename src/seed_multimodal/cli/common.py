@@ -6,6 +6,7 @@ Results are printed to stdout; device, progress and errors to stderr.
 from __future__ import annotations
 
 import contextlib
+import functools
 import io
 import itertools
 import json
@@ -264,14 +265,14 @@ def cat_image() -> Path:
 
 
 def image_sources(names: Sequence[str]) -> dict[str, ImageSource]:
-    """Name → the image: a file's name, or an open file of standard input (`-`) and of each pipe,
+    """Name → the image: a file's name, or for standard input (`-`) and pipes what opens them once,
     since a failed batch is read again."""
     sources: dict[str, ImageSource] = {}
     for name in names:
         if name == "-":
-            sources[name] = sys.stdin.buffer
+            sources[name] = lambda: sys.stdin.buffer
         elif os.path.exists(name) and Path(name).is_fifo():
-            sources[name] = open(name, "rb")
+            sources[name] = functools.cache(functools.partial(open, name, "rb"))
         else:
             sources[name] = name
     return sources
