@@ -146,10 +146,13 @@ class StoredImage:
 
     def _read(self, source: Any) -> Image.Image:
         """The image of which only the header is decoded, if it is a file."""
+        # 1. Pixels.
         if isinstance(source, Image.Image):
             return source
         if hasattr(source, "__array__"):
             return _array_image(source, self.name)
+
+        # 2. The bytes of a file.
         if isinstance(source, str):
             source = read_string(source, self.name, self.limits)
         if isinstance(source, os.PathLike):
@@ -292,6 +295,7 @@ def decode_text(text: str, name: str = "image", limits: ImageLimits = DEFAULT_LI
 
     Raises ImageError: other text, or a longer one than the limit.
     """
+    # 1. The body of a data URL, of which "=", "+" and "/" may be percent-encoded.
     body = text
     if _is_data_url(text):
         head, _, body = text.partition(",")
@@ -304,7 +308,8 @@ def decode_text(text: str, name: str = "image", limits: ImageLimits = DEFAULT_LI
         raise ImageError(
             f"{name}: {short_name(text)} is an address, and nothing is downloaded; give the image."
         )
-    # Four characters are three bytes; the limit is checked before decoding.
+
+    # 2. Four characters are three bytes; the limit is checked before decoding.
     body = "".join(body.split()).rstrip("=")
     limits.check_bytes(len(body) * 3 // 4, name)
     padding = "=" * (-len(body) % 4)
@@ -361,6 +366,7 @@ def _open_header(data: bytes, name: str) -> Image.Image:
     except Image.DecompressionBombError as error:
         raise ImageError(f"{name}: rejected, because it has too many pixels.") from error
     except Exception as error:
+        # What the file is instead, by its first bytes.
         reason = name_bytes(data[:2000])
         if not reason and _IMAGE_START.match(data):
             reason = "an image whose header is damaged"
