@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import argparse
 import errno
-import importlib
-import sys
 import warnings
 from pathlib import Path
 
 import pytest
+import torch
 from safetensors import SafetensorError
 
 from seed_multimodal.entry import COMMAND_FAILED, run_guarded, run_program
@@ -50,6 +49,7 @@ ERRORS = {
     "full disk": (OSError(errno.ENOSPC, "No space left on device", "a.pt"), "a.pt"),
     "safetensors": (SafetensorError("I/O error: No space left (os error 28)"), "disk"),
     "gradio": (ModuleNotFoundError(name="gradio"), "--extras demo"),
+    "flask": (ModuleNotFoundError("No module named 'flask'", name="flask"), "flask"),
     "cv2": (ModuleNotFoundError(name="cv2"), "opencv-python-headless"),
 }
 
@@ -66,15 +66,18 @@ def test_run_program_prints_errors_without_a_traceback(error, named, capsys):
         run_program(argparse.ArgumentParser(), work, ["--debug"])
 
 
-def test_run_program_without_an_extra_package(capsys, monkeypatch):
-    # What Python raises, instead of an error of this test.
-    monkeypatch.setitem(sys.modules, "gradio", None)
+def test_errors_of_the_machine_are_one_line(capsys):
+    # What torch and Python raise.
+    for work in (lambda: torch.empty(2**58), lambda: bytearray(2**62)):
+        assert run_guarded("seed", False, work) == COMMAND_FAILED
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("seed: ") and "memory" in line
 
-    def work(args: argparse.Namespace) -> int:
-        return len(importlib.import_module("gradio").__name__)
 
-    assert run_program(argparse.ArgumentParser(prog="x"), work, []) == COMMAND_FAILED
-    assert "--extras demo" in capsys.readouterr().err
+def test_defects_have_a_traceback():
+    # An error that is none of the user's is not hidden.
+    with pytest.raises(FileNotFoundError):
+        run_guarded("seed", False, lambda: len(Path("/nowhere/at all").read_text()))
 
 
 def test_run_guarded_formats_warnings(monkeypatch):

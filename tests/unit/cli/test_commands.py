@@ -214,6 +214,47 @@ def test_draw_notes_unknown_words(seed, tmp_path):
     assert code == 0 and len(lines) == 1 and errors.count("zebra") == 1
 
 
+# ---- seed chat
+
+
+def images_of(record: dict) -> list[dict]:
+    return [part for part in record["answer"] if "image" in part]
+
+
+def test_chat_keeps_turns_and_saves_images(seed, tmp_path):
+    out = ("--out", tmp_path)
+    flags = "--num-beams 2 --max-new-tokens 40 --force-image --json".split()
+    messages = ("--message", "What is this?", "--message", "Now?")
+    code, lines, _ = seed("chat", "--image", CAT, *messages, *flags, *out)
+    assert code == 0
+    assert [record["message"] for record in records(lines)] == ["What is this?", "Now?"]
+    first, second = (images_of(record)[0] for record in records(lines))
+    for part in (first, second):
+        assert len(part["codes"]) == 32 and Image.open(part["image"]).size == (16, 16)
+    assert first["image"] == f"{tmp_path}/image_0.png" != second["image"]
+    # Another conversation does not overwrite these files; without --json it prints their names.
+    before = len(list(tmp_path.iterdir()))
+    _, lines, _ = seed("chat", "--message", "Draw!", "--force-image", *out)
+    assert f"{tmp_path}/image_{before}.png" in "\n".join(lines)
+
+
+def test_chat_reads_lines(seed, bad, tmp_path, monkeypatch):
+    commands = [
+        f"/image {bad}",
+        f"/image {CAT}",
+        "What is this?",
+        "/reset",
+        "/imgae",
+    ]
+    typed = "\n".join([*commands, "", "/draw Hello", "/quit", "no"])
+    monkeypatch.setattr(sys, "stdin", io.StringIO(typed))
+    code, lines, errors = seed("chat", "--json", "--out", tmp_path)
+    assert code == 0
+    assert [record["message"] for record in records(lines)] == ["What is this?", "Hello"]
+    assert "broken.png" in errors and "/image" in errors  # the help, at a misspelt command
+    assert images_of(records(lines)[1])
+
+
 # ---- wrong values
 
 
@@ -225,6 +266,7 @@ REFUSED = {
     "draw fox --out pic.psd": ".png",
     "draw fox fish --out -": "-",
     "chat --message fox --out a.png": "a.png",
+    "chat --image nowhere.png --message x": "nowhere.png",
     "reconstruct {image} --codes-file nowhere.jsonl": "--codes-file",
     "reconstruct {image} --steps 0": "num_inference_steps",
     "draw apple -n 2 --codes 8": "--codes",
