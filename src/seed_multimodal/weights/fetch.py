@@ -22,8 +22,7 @@ import re
 import shutil
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from fnmatch import fnmatch
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
@@ -45,7 +44,7 @@ N_RETRIES = 4
 MAX_PAUSE = 300
 CHUNK = 2**23  # bytes
 # Files of the hub that nothing here reads: copies of weights in half precision.
-IGNORED = ("*.fp16.*",)
+IGNORED = "*.fp16.*"
 # Torch's copies of weights that are in the same folder as safetensors.
 TORCH_COPIES = ("pytorch_model*.bin*", "diffusion_pytorch_model*.bin*")
 LOCK = ".download.lock"  # held in a folder that gets files
@@ -156,15 +155,29 @@ class RemoteFile:
             raise CheckpointError(f"lists {self.name!r}, which is no path below its folder")
 
     @property
+    def checksum(self) -> tuple[str, str]:
+        """Its kind for `file_digest`, and its value, "" where none is known."""
+        return ("SHA-256", self.sha256.lower()) if self.sha256 else ("git SHA-1", self.git_sha1)
+
+    @property
     def version(self) -> str:
         """Short name of its content; "": unknown, so that a partial file cannot be continued."""
-        identity = self.sha256 or self.git_sha1 or self.etag
+        identity = self.etag or self.sha256 or self.git_sha1
         return hashlib.sha256(identity.encode()).hexdigest()[:12] if identity else ""
 
     def partial_path(self, folder: Path) -> Path:
         """Where the file lies until it is complete."""
         path = folder / self.name
         return path.with_name(f".{path.name}.{self.version}.part")
+
+    def difference(self, path: Path) -> str:
+        """How a file on this disk differs from the server's; "": in nothing that is known."""
+        size = path.stat().st_size
+        if self.size is not None and size != self.size:
+            return f"{size:,} bytes instead of {self.size:,}"
+        kind, expected = self.checksum
+        digest = file_digest(path, kind) if expected else ""
+        return "" if digest == expected else f"{kind} {digest[:12]}… instead of {expected[:12]}…"
 
 
 def choose_files(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
@@ -173,27 +186,17 @@ def choose_files(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
     If no pattern has a "/", files of the root folder only.
     """
 
-    def matches(name: str, patterns: Sequence[str]) -> bool:
-        return any(fnmatch(name, pattern) for pattern in patterns)
+    from huggingface_hub.utils import filter_repo_objects
 
-    only_root = not any("/" in pattern for pattern in patterns)
-    chosen = [
-        name
-        for name in names
-        if matches(name, patterns)
-        and not matches(name, IGNORED)
-        and not (only_root and "/" in name)
-    ]
+    if not any("/" in pattern for pattern in patterns):
+        names = [name for name in names if "/" not in name]
+    chosen = [*filter_repo_objects(names, allow_patterns=[*patterns], ignore_patterns=IGNORED)]
     # Of two formats in a folder, safetensors.
-    converted_folders = {
-        PurePosixPath(name).parent for name in chosen if name.endswith(".safetensors")
-    }
-
-    def is_copy(name: str) -> bool:
-        path = PurePosixPath(name)
-        return path.parent in converted_folders and matches(path.name, TORCH_COPIES)
-
-    return [name for name in chosen if not is_copy(name)]
+    copies: list[str] = []
+    for name in chosen:
+        if name.endswith(".safetensors"):
+            copies += [str(PurePosixPath(name).with_name(pattern)) for pattern in TORCH_COPIES]
+    return [*filter_repo_objects(chosen, ignore_patterns=copies)]
 
 
 def list_repository(name: str, patterns: Sequence[str]) -> list[RemoteFile]:
@@ -271,7 +274,7 @@ class DownloadProgress(Progress):
         super().__init__(desc, total, "byte", start=initial, unit_scale=True)
 
 
-def download_file(file: RemoteFile, folder: Path, has_checksum: bool) -> Path:
+def download_file(file: RemoteFile, folder: Path) -> Path:
     """Download a file, continuing an earlier attempt; returns its temporary path.
 
     Raises as `failures`: also if fewer bytes arrive than were announced.
@@ -286,8 +289,8 @@ def download_file(file: RemoteFile, folder: Path, has_checksum: bool) -> Path:
     temporary = file.partial_path(folder)
     for old in path.parent.glob(f".{path.name}.*.part"):
         n_missing = (file.size or 0) - old.stat().st_size
-        can_continue = n_missing > 0 or (n_missing == 0 and has_checksum)
-        if old != temporary or not file.version or not can_continue:
+        is_proven = n_missing == 0 and file.checksum[1]
+        if old != temporary or not file.version or not (n_missing > 0 or is_proven):
             old.unlink()
     resumed_at = temporary.stat().st_size if temporary.is_file() else 0
 
@@ -338,47 +341,46 @@ class FileGroup:
 
         Raises CheckpointError: it does with none; a full disk.
         """
+        n_retries = 0
+        n_bytes = 0
         while self.sources:
             try:
-                return self._retried(work)
+                self.files = self.files or self._look_up()
+                return work()
             except failures() as error:
+                reason = failure_reason(error)
                 if disk_is_full(error):
-                    reason = "the disk or quota is full"
-                    raise CheckpointError(f"{self.folder}: {reason}.") from error
-                self.problems.append(f"{self.sources.pop(0)}: {failure_reason(error)}")
+                    message = f"{self.folder}: the disk or quota is full."
+                    raise CheckpointError(message) from error
+                # A busy server, or a broken connection in a download, gets more attempts; after
+                # progress as many again.
+                if n_bytes != self.bytes_to_download():
+                    n_bytes = self.bytes_to_download()
+                    n_retries = 0
+                status = status_of(error)
+                is_broken = bool(self.files) and isinstance(error, failures()[0])
+                is_temporary = is_broken if status is None else status in BUSY
+                if is_temporary and n_retries < N_RETRIES:
+                    pause = pause_before_retry(error, n_retries)
+                    log_line(f"{self.sources[0]}: {reason}; again in {pause} s")
+                    n_retries += 1
+                    time.sleep(pause)
+                    continue
+                # The next source.
+                self.problems.append(f"{self.sources.pop(0)}: {reason}")
                 self.files = []
+                n_retries = 0
         raise CheckpointError(
             f"{self.label}: not downloaded into {self.folder} ({'; '.join(self.problems)})."
         )
 
-    def _retried(self, work: Callable[[], Result]) -> Result:
-        """As `work`; a busy server, or a broken connection in a download, gets more attempts."""
-        n_retries = 0
-        n_bytes = self.bytes_to_download()
-        while True:
-            try:
-                if not self.files:
-                    self.files = self._look_up()
-                return work()
-            except failures() as error:
-                if n_bytes != self.bytes_to_download():  # there was progress
-                    n_bytes = self.bytes_to_download()
-                    n_retries = 0
-                is_broken = bool(self.files) and isinstance(error, failures()[0])
-                status = status_of(error)
-                is_temporary = is_broken if status is None else status in BUSY
-                if not is_temporary or n_retries == N_RETRIES:
-                    raise
-                pause = pause_before_retry(error, n_retries)
-                log_line(f"{self.sources[0]}: {failure_reason(error)}; again in {pause} s")
-            n_retries += 1
-            time.sleep(pause)
-
     def _look_up(self) -> list[RemoteFile]:
         """The files of the current source."""
         if self.patterns:
-            return list_repository(self.sources[0], self.patterns)
-        return [look_up_url(self.label, self.sources[0])]
+            files = list_repository(self.sources[0], self.patterns)
+        else:
+            files = [look_up_url(self.label, self.sources[0])]
+        return [replace(file, sha256=self.sha256.get(file.name, file.sha256)) for file in files]
 
     def is_there(self, file: RemoteFile) -> bool:
         """Whether a file is on this disk, as it is or converted to safetensors."""
@@ -396,18 +398,6 @@ class FileGroup:
                 total += max(0, (file.size or 0) - n_resumed)
         return total
 
-    def difference(self, file: RemoteFile, path: Path) -> str:
-        """How a file on this disk differs from the server's; "": in nothing that is known."""
-        size = path.stat().st_size
-        if file.size is not None and size != file.size:
-            return f"{size:,} bytes instead of {file.size:,}"
-        sha256 = self.sha256.get(file.name) or file.sha256
-        kind, expected = ("SHA-256", sha256) if sha256 else ("git SHA-1", file.git_sha1)
-        digest = file_digest(path, kind) if expected else ""
-        if digest != expected.lower():
-            return f"{kind} {digest[:12]}… instead of {expected[:12]}…"
-        return ""
-
     def missing(self, force: bool) -> list[RemoteFile]:
         """The files that are not there; with `force`, also those that differ from the server's.
 
@@ -416,7 +406,7 @@ class FileGroup:
         missing: list[RemoteFile] = []
         for file in self.files:
             path = self.folder / file.name
-            difference = self.difference(file, path) if path.is_file() else ""
+            difference = file.difference(path) if path.is_file() else ""
             if difference and not force:
                 raise CheckpointError(
                     f"{path} is another file ({difference}) and was kept; seed fetch --force "
@@ -438,9 +428,8 @@ class FileGroup:
             missing = self.missing(force)
             with marked_unfinished(self.folder, self.label):
                 for file in missing:
-                    checksum = self.sha256.get(file.name) or file.sha256 or file.git_sha1
-                    temporary = download_file(file, self.folder, bool(checksum))
-                    difference = self.difference(file, temporary)
+                    temporary = download_file(file, self.folder)
+                    difference = file.difference(temporary)
                     if difference:
                         temporary.unlink()
                         raise CheckpointError(f"{file.name}: {difference}")
@@ -478,8 +467,7 @@ def fetch_parts(
     """
     mirrors = read_mirrors() if mirrors is None else mirrors
     parts = with_needed(parts, root)
-    problems: list[str] = []
-    failed: set[str] = set()  # labels of groups
+    problems: dict[str, str] = {}  # by label of a group, or by file
 
     # 1. Which files there are, and how much space they need.
     groups: list[FileGroup] = []
@@ -489,8 +477,7 @@ def fetch_parts(
                 group.try_sources(lambda: None)
                 groups.append(group)
             except CheckpointError as error:
-                problems.append(str(error))
-                failed.add(group.label)
+                problems[group.label] = str(error)
     check_space(groups)
 
     # 2. The files.
@@ -498,8 +485,7 @@ def fetch_parts(
         try:
             n_files = group.try_sources(partial(group.download, force))
         except CheckpointError as error:
-            problems.append(str(error))
-            failed.add(group.label)
+            problems[group.label] = str(error)
             continue
         n_kept = len(group.files) - n_files
         log_line(f"{group.folder}: {n_files} files of {group.sources[0]} downloaded, {n_kept} kept")
@@ -507,15 +493,15 @@ def fetch_parts(
     # 3. Parts that are made of others, once these are complete; files that no program can download.
     for part in parts:
         folder = root / part.folder
-        if part.convert and failed.isdisjoint(part.needs):
+        if part.convert and problems.keys().isdisjoint(part.needs):
             sources = [root / catalogue().parts[name].folder for name in part.needs]
             with marked_unfinished(folder, part.name):
                 pkgutil.resolve_name(part.convert)(folder, *sources)
             log_line(f"{folder}: made of {', '.join(part.needs)}")
         for name, source in part.by_hand.items():
             if not (folder / name).is_file():
-                problems.append(f"{folder / name}: download it by hand ({source}).")
-    return problems
+                problems[name] = f"{folder / name}: download it by hand ({source})."
+    return [*problems.values()]
 
 
 def with_needed(parts: Sequence[Part], root: Path) -> list[Part]:
