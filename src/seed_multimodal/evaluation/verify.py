@@ -10,11 +10,10 @@ from __future__ import annotations
 import base64
 import hashlib
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -73,24 +72,32 @@ class Check:
 def run_checks(system: MultimodalSystem, images_folder: Path) -> list[Check]:
     """All rows of a system; `images_folder` has the repository's demo images."""
     checks = weight_checks(system.config)
-    images = [images_folder / name for name in IMAGES]
-    for image in images:
-        checks.append(_check(f"codes of {image.name}", partial(_codes, system, image)))
-        checks.append(_check(f"caption of {image.name}", partial(_caption, system, image)))
-    scene = images[-1]
-    checks += [
-        _check(f"{scene.name}: {QUESTION}", partial(_answer, system, scene)),
-        _check(f"reconstruction of {scene.name}", partial(_reconstruction, system, scene)),
-        _check(f"drawing of “{CAPTION}”", partial(_drawing, system)),
+    greedy = {"seed": 0, "do_sample": False, "num_beams": 1}
+    encoded = _codes if system.images.has_codes else _features
+    for image in (images_folder / name for name in IMAGES):
+        checks += [
+            _check(f"codes of {image.name}", encoded, system.codes_of, [image], [0]),
+            _check(f"caption of {image.name}", _text, system.describe, image, **greedy),
+        ]
+    return [
+        *checks,
+        _check(f"{image.name}: {QUESTION}", _text, system.ask, image, QUESTION, **greedy),
+        _check(f"reconstruction of {image.name}", _image, system.reconstruct, image, seed=0),
+        _check(f"drawing of “{CAPTION}”", _image, system.draw, [CAPTION], **greedy),
     ]
-    return checks
 
 
-def _check(name: str, work: Callable[[], tuple[JsonObject, str]]) -> Check:
+def _check(
+    name: str,
+    record: Callable[[Any], tuple[JsonObject, str]],
+    compute: Callable[..., Any],
+    *arguments: object,
+    **options: object,
+) -> Check:
     """A row with its time; what the system cannot do becomes its value."""
     started = time.perf_counter()
     try:
-        value, text = work()
+        value, text = record(compute(*arguments, **options))
     except INABILITIES as error:
         value = {"error": type(error).__name__}
         text = str(error)
@@ -102,14 +109,12 @@ def weight_checks(config: SystemConfig) -> list[Check]:
     checks: list[Check] = []
     for key, part in config.parts().items():
         path: Path | None = getattr(config, key)
-        if path is None or not path.exists():
+        if path is None:
             continue
-        if path.is_file():
-            files = [path]
-        else:
-            files = [file for file in path.rglob("*") if file.suffix in WEIGHT_SUFFIXES]
+        files = [path] if path.is_file() else path.rglob("*")
+        files = [file for file in files if file.suffix in WEIGHT_SUFFIXES]
         if files:
-            checks.append(_check(f"weights: {part.label}", partial(_checksum, files)))
+            checks.append(_check(f"weights: {part.label}", _checksum, sorted, files))
     return checks
 
 
@@ -117,24 +122,22 @@ def _checksum(files: list[Path]) -> tuple[JsonObject, str]:
     """One checksum of the names and contents of some files."""
     digest = hashlib.sha256()
     n_bytes = 0
-    for file in sorted(files):
+    for file in files:
         digest.update(f"{file.name} {file_digest(file, 'SHA-256')}\n".encode())
         n_bytes += file.stat().st_size
     sha256 = digest.hexdigest()
     return {"sha256": sha256, "bytes": n_bytes}, f"`{sha256[:12]}`, {n_bytes / 1e6:,.1f} MB"
 
 
-def _codes(system: MultimodalSystem, image: Path) -> tuple[JsonObject, str]:
-    encoded = system.codes_of([image], [0])[0]
-    if system.images.has_codes:
-        codes = [int(code) for code in encoded]
-        digest = hashlib.sha256(" ".join(map(str, codes)).encode()).hexdigest()
-        return {"codes": codes}, f"`{digest[:12]}`: {len(codes)} codes, {codes[0]} {codes[1]} …"
-    return _features(encoded)
+def _codes(encoded: Sequence[Tensor]) -> tuple[JsonObject, str]:
+    codes = [int(code) for code in encoded[0]]
+    digest = hashlib.sha256(" ".join(map(str, codes)).encode()).hexdigest()
+    return {"codes": codes}, f"`{digest[:12]}`: {len(codes)} codes, {codes[0]} {codes[1]} …"
 
 
-def _features(features: Tensor) -> tuple[JsonObject, str]:
+def _features(encoded: Sequence[Tensor]) -> tuple[JsonObject, str]:
     """Evenly spaced values of features, and their spread."""
+    features = encoded[0]
     flat = features.detach().float().cpu().flatten()
     step = max(1, len(flat) // N_FEATURES)
     values = [round(value, 5) for value in flat[::step][:N_FEATURES].tolist()]
@@ -143,28 +146,13 @@ def _features(features: Tensor) -> tuple[JsonObject, str]:
     return value, f"features {shape}, deviation {value['std']:.3f}"
 
 
-def _caption(system: MultimodalSystem, image: Path) -> tuple[JsonObject, str]:
-    return _text(system.describe(image, seed=0, do_sample=False, num_beams=1))
+def _text(text: str) -> tuple[JsonObject, str]:
+    return {"text": text}, f"“{text}”"
 
 
-def _answer(system: MultimodalSystem, image: Path) -> tuple[JsonObject, str]:
-    return _text(system.ask(image, QUESTION, seed=0, do_sample=False, num_beams=1))
-
-
-def _text(text: str | list[str]) -> tuple[JsonObject, str]:
-    return {"text": str(text)}, f"“{text}”"
-
-
-def _reconstruction(system: MultimodalSystem, image: Path) -> tuple[JsonObject, str]:
-    return _image(system.reconstruct(image, seed=0)[0])
-
-
-def _drawing(system: MultimodalSystem) -> tuple[JsonObject, str]:
-    return _image(system.draw([CAPTION], seed=0, do_sample=False, num_beams=1)[0])
-
-
-def _image(image: Image.Image) -> tuple[JsonObject, str]:
+def _image(images: Sequence[Image.Image]) -> tuple[JsonObject, str]:
     """Checksum of the pixels, size and thumbnail."""
+    image = images[0]
     pixels = image.convert("RGB")
     digest = hashlib.sha256(pixels.tobytes()).hexdigest()
     small = pixels.resize((THUMBNAIL, THUMBNAIL))
@@ -179,8 +167,10 @@ def _image(image: Image.Image) -> tuple[JsonObject, str]:
 # ---- comparison
 
 
-def compare(value: JsonObject, reference: JsonObject) -> str:
-    """`equal`, `close: …` or `differs: …`."""
+def compare(value: JsonObject, reference: JsonObject | None) -> str:
+    """`equal`, `close: …` or `differs: …`; `none` without a reference."""
+    if reference is None:
+        return "none"
     if value == reference:
         return "equal"
     if value.keys() != reference.keys():
@@ -228,9 +218,7 @@ def report(
     lines = ["| check | result | reference | seconds |", "| --- | --- | --- | --- |"]
     n_differing = 0
     for check in checks:
-        verdict = "none"
-        if check.name in reference:
-            verdict = compare(check.value, reference[check.name])
+        verdict = compare(check.value, reference.get(check.name))
         n_differing += verdict.startswith("differs")
         cells = [check.name, check.text, verdict, f"{check.seconds:.1f}"]
         lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
