@@ -1,14 +1,12 @@
 """`blip2_image_train`, the random transform of tokenizer training: a crop of half to all of the
 area, resized bicubically, mirrored half of the time, with CLIP's normalisation; no RandAugment.
 
-Random numbers come from the caller's `torch.Generator` in torchvision's order, so the same state
-gives torchvision's crops; torchvision's classes accept no generator, so a view would not be
-determined by (seed, epoch, index).
+Crops are torchvision's, sampled from the caller's `torch.Generator`, so that a view is determined
+by (seed, epoch, index).
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass
 
 import torch
@@ -104,34 +102,18 @@ class TrainTransform:
         return view.flip(2) if is_mirrored else view
 
     def crop_box(self, size: tuple[int, int], generator: torch.Generator | None = None) -> Box:
-        """Sample a box inside an image of `size` (width, height).
+        """Sample a box inside an image of `size` (width, height), as torchvision does."""
+        from torchvision.transforms import RandomResizedCrop  # slow to import
 
-        As torchvision's `RandomResizedCrop.get_params`.
-        """
+        # torchvision reads the size of the image alone.
         width, height = size
-        min_ratio, max_ratio = RATIO
-        log_range = (math.log(min_ratio), math.log(max_ratio))
-        for _ in range(10):
-            # The share of the area and the ratio, uniform in its logarithm: the box's size.
-            scale = torch.empty(1).uniform_(self.min_scale, self.max_scale, generator=generator)
-            area = width * height * scale.item()
-            log_ratio = torch.empty(1).uniform_(*log_range, generator=generator)
-            ratio = torch.exp(log_ratio).item()
-            w = int(round(math.sqrt(area * ratio)))
-            h = int(round(math.sqrt(area / ratio)))
-            # A box that fits gets a random position, top before left.
-            if 0 < w <= width and 0 < h <= height:
-                top = int(torch.randint(0, height - h + 1, (1,), generator=generator).item())
-                left = int(torch.randint(0, width - w + 1, (1,), generator=generator).item())
-                return left, top, left + w, top + h
-
-        # No valid sample (extreme aspect ratio): the largest centre crop within the ratio limits.
-        w = width
-        h = height
-        if width / height > max_ratio:
-            w = int(round(height * max_ratio))
-        elif width / height < min_ratio:
-            h = int(round(width / min_ratio))
-        left = (width - w) // 2
-        top = (height - h) // 2
+        image = torch.empty(1, height, width, device="meta")
+        scales = [self.min_scale, self.max_scale]
+        # It samples from the global generator, which gets the state of `generator` meanwhile.
+        with torch.random.fork_rng(devices=[], enabled=generator is not None):
+            if generator is not None:
+                torch.set_rng_state(generator.get_state())
+            top, left, h, w = RandomResizedCrop.get_params(image, scales, [*RATIO])
+            if generator is not None:
+                generator.set_state(torch.get_rng_state())
         return left, top, left + w, top + h
