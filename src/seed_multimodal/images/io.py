@@ -26,7 +26,7 @@ from typing import IO, Any, NamedTuple, Protocol, TypeAlias, TypeGuard
 from urllib.parse import unquote_to_bytes
 
 import numpy as np
-from PIL import Image, JpegImagePlugin
+from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
 
 from seed_multimodal.disk import atomic_open, writing
 from seed_multimodal.errors import ImageError, SeedError, first_line, name_bytes, short_name
@@ -58,16 +58,6 @@ MAX_EXACT_PIXELS = 12_500_000  # 12 megapixels
 MIN_OVERSAMPLING = 3  # reduction to three times the final size is visually lossless
 PIECE = 1 << 20  # bytes read at a time
 MAX_PATH = 4096  # a longer string is no path
-# EXIF orientation -> how to turn the image upright; 1 is upright.
-_ORIENTATIONS = {
-    2: Image.Transpose.FLIP_LEFT_RIGHT,
-    3: Image.Transpose.ROTATE_180,
-    4: Image.Transpose.FLIP_TOP_BOTTOM,
-    5: Image.Transpose.TRANSPOSE,
-    6: Image.Transpose.ROTATE_270,
-    7: Image.Transpose.TRANSVERSE,
-    8: Image.Transpose.ROTATE_90,
-}
 # How image files begin.
 _IMAGE_START = re.compile(
     rb"\x89PNG|\xff\xd8\xff|GIF8|BM|II\*\0|MM\0\*|RIFF....WEBP|....ftyp|\0\0\0\x0cJXL |\xff\x0a",
@@ -169,7 +159,7 @@ class StoredImage:
     def orientation(self) -> int:
         """EXIF orientation, 1 for upright or damaged metadata."""
         try:
-            return int(self.image.getexif().get(0x0112) or 1)
+            return int(self.image.getexif().get(ExifTags.Base.Orientation) or 1)
         except Exception:  # noqa: BLE001
             return 1
 
@@ -211,8 +201,10 @@ class StoredImage:
         # An icon may be larger than in its header.
         self.limits.check_size(plain.size, self.name)
         # The orientation is read after decoding, because Pillow rotates TIFFs itself.
-        turn = _ORIENTATIONS.get(self.orientation())
-        return plain if turn is None else plain.transpose(turn)
+        plain.getexif()[ExifTags.Base.Orientation] = self.orientation()
+        ImageOps.exif_transpose(plain, in_place=True)
+        plain.getexif().clear()
+        return plain
 
 
 def open_image(
