@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import colorsys
 import math
 import textwrap
 from collections.abc import Iterable, Sequence
@@ -150,10 +149,9 @@ def code_strip(
         x = position % columns * step
         y = position // columns * step
         index = code % section
-        hue = index * 0.61803398875 % 1
-        lightness = (0.48, 0.62, 0.76)[index % 3]
-        rgb = colorsys.hls_to_rgb(hue, lightness, 0.65)
-        colour = tuple(round(255 * channel) for channel in rgb)
+        hue = index * 222.492235949 % 360
+        lightness = (48, 62, 76)[index % 3]
+        colour = f"hsl({hue}, 65%, {lightness}%)"
         draw.rectangle((x, y, x + cell - 1, y + cell - 1), fill=colour)
     return strip
 
