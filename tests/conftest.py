@@ -109,3 +109,10 @@ def tiny_lavit(tiny_lavit_folder: Path):
     from seed_multimodal.models.lavit.pipeline import Lavit
 
     return Lavit.from_pretrained(tiny_lavit_folder, device="cpu", log=None)
+
+
+@pytest.fixture(scope="session")
+def nano():
+    from seed_multimodal.pipelines.base import MultimodalSystem
+
+    return MultimodalSystem.from_pretrained("nano", device="cpu", log=None)

@@ -62,6 +62,10 @@ def write_weights(file: Path) -> None:
         torch.save({"model": tensors}, file, _use_new_zipfile_serialization=zipped)
 
 
+def write_image(file: Path) -> None:
+    Image.open(ROOT / "images/cat.jpg").resize((90, 60)).save(file)
+
+
 def read_records(file: Path) -> None:
     from seed_multimodal.data.formats.sources import open_records
 
@@ -97,8 +101,9 @@ READERS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = 
     "a.bin": (write_weights, read_weights),
     "a.pth": (write_weights, read_weights),
     "system.json": (lambda file: shutil.copy(NANO / "system.json", file), read_system),
-    "a.png": (lambda file: Image.open(ROOT / "images/cat.jpg").save(file), read_image),
 }
+for kind in ("png", "jpg", "gif", "webp", "tif"):
+    READERS[f"a.{kind}"] = (write_image, read_image)
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:

@@ -8,7 +8,6 @@ systematic difference, as of a loss that is averaged twice, is no rounding.
 from __future__ import annotations
 
 import importlib.util
-import json
 import math
 import statistics
 from collections.abc import Sequence
@@ -16,8 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
-from real_processes import kill_when
-from trainers import LAVIS, TRAINERS, TWO, Trainer
+from trainers import LAVIS, TRAINERS, Trainer
 
 pytestmark = [
     pytest.mark.nightly,
@@ -29,16 +27,13 @@ STEPS = 12
 BY_NAME = {entry.name: entry for entry in TRAINERS}
 WORKERS = "trainer.dataloader_num_workers"
 ACCUMULATE = "trainer.gradient_accumulation_steps"
-ZERO_2 = "deepspeed=configs/deepspeed/stage2_bf16.json"
 
 
 @dataclass(frozen=True)
 class Run:
-    """Overrides of a run. stops: steps between checkpoints; it is killed after the first one."""
+    """Overrides of a run."""
 
     options: Sequence[str] = ()
-    processes: int = 1
-    stops: int | None = None
     micro_steps: int = 1  # of one step, where the program counts these (LAVIS)
 
 
@@ -64,20 +59,9 @@ STEADY_CODES = [
     "run.warmup_steps=0",
     "run.warmup_lr=-1",
 ]
-# The original's gathered features have no gradient in other processes.
-GATHER = "model.gather_gradient=True"
 ROWS = [
     Row("llm", "8x1=1x8", Run(["data.rows=8"]), Run(["data.rows=1", f"{ACCUMULATE}=8"])),
     Row("llm", "0=2 workers", Run(), Run([f"{WORKERS}=2"]), close=0.0),
-    Row(
-        "llm",
-        "1=2 processes",
-        Run([f"{ACCUMULATE}=2"]),
-        Run(processes=2),
-        defect="each process packs its own part of the data, so a step has other sequences",
-    ),
-    Row("llm", "resumed=straight", Run(), Run(stops=5), close=0.0),
-    Row("llm", "plain=ZeRO-2", Run(processes=2), Run([ZERO_2], processes=2)),
     Row(
         "stage2",
         "8x1=1x8",
@@ -87,13 +71,6 @@ ROWS = [
     ),
     Row("stage1", "0=2 workers", Run(["run.num_workers=0"]), Run(["run.num_workers=2"]), close=0.0),
     Row(
-        "stage1",
-        "1=2 processes",
-        Run(["run.batch_size_train=16", GATHER]),
-        Run([GATHER], processes=2),
-    ),
-    Row("stage1", "resumed=straight", Run(), Run(stops=5), close=0.0),
-    Row(
         "seed_decoder",
         "8x1=1x8",
         Run(["data.batch_size=8"]),
@@ -101,8 +78,6 @@ ROWS = [
         defect="PixelTask.micro_step seeds its noise by the micro-batch, not by the sample",
     ),
     Row("seed_decoder", "0=2 workers", Run([f"{WORKERS}=0"]), Run([f"{WORKERS}=2"]), close=0.0),
-    Row("seed_decoder", "1=2 processes", Run([f"{ACCUMULATE}=2"]), Run(processes=2)),
-    Row("seed_decoder", "resumed=straight", Run(), Run(stops=5), close=0.0),
 ]
 
 
@@ -120,26 +95,10 @@ def parts_of(tmp_path_factory):
     return folder
 
 
-def losses(
-    trainer: Trainer, parts: Path, out: Path, run: Run, capfd: pytest.CaptureFixture[str]
-) -> list[float]:
+def losses(trainer: Trainer, parts: Path, out: Path, run: Run) -> list[float]:
     """The loss of each step, of a run by the program."""
-    import torch
-
-    torch.set_num_threads(1)  # as in other processes
-    arguments = trainer.arguments(
-        parts, out, STEPS * run.micro_steps, run.stops or 10 * STEPS, run.options
-    )
-    if run.stops:
-        process = trainer.start(parts, arguments)
-        kill_when(lambda: any(out.rglob(f"checkpoint-{run.stops}")), process)
-        capfd.readouterr()
-    if run.processes == 2:
-        trainer.run(parts, arguments, *TWO)
-    else:
-        assert trainer.main(arguments) == 0
-    # A run that begins anew has the same losses.
-    assert not run.stops or f"(step {run.stops})" in capfd.readouterr().out
+    n_steps = STEPS * run.micro_steps
+    assert trainer.main(trainer.arguments(parts, out, n_steps, 10 * STEPS, run.options)) == 0
     values = trainer.losses(out)
     assert list(values) == list(range(1, STEPS + 1))
     return list(values.values())
@@ -164,40 +123,14 @@ def assert_equal_trajectories(first: list[float], second: list[float], close: fl
         for row in ROWS
     ],
 )
-def test_invariant(row: Row, parts_of, tmp_path, capfd):
+def test_invariant(row: Row, parts_of, tmp_path):
     trainer = BY_NAME[row.trainer]
     trainer = replace(trainer, loss=row.loss or trainer.loss)
     if trainer.application == LAVIS and importlib.util.find_spec("lavis") is None:
         pytest.skip("salesforce-lavis is not installed: bash install.sh --lavis")
     parts = parts_of(trainer)
     first, second = (
-        losses(trainer, parts, tmp_path / name, run, capfd)
+        losses(trainer, parts, tmp_path / name, run)
         for name, run in (("first", row.first), ("second", row.second))
     )
     assert_equal_trajectories(first, second, row.close)
-
-
-def test_padded_rows_equal_packed_rows(parts_of, tmp_path, capfd):
-    # Sequences of equal lengths, so that both have the same ones in a step.
-    trainer = BY_NAME["llm"]
-    parts = parts_of(trainer)
-    source: dict[str, object] = {"name": "captions", "decoder": "pretrain.caption"}
-    lines = (parts / "data" / "captions.jsonl").read_text().splitlines()
-    records = [{**json.loads(line), "text": "a red fox sits on the green hill"} for line in lines]
-    file = parts / "equal.jsonl"
-    file.write_text("".join(json.dumps(record) + "\n" for record in records))
-    source["files"] = str(file)
-    packed = [f"data.sources=[{hydra(source)}]", "data.rows=2"]
-    first = losses(trainer, parts, tmp_path / "packed", Run(packed), capfd)
-    counts = json.loads((tmp_path / "packed" / "summary.json").read_text())
-    in_a_step, remainder = divmod(counts["data"]["sources"]["captions"]["sequences"], STEPS)
-    assert not remainder
-    source |= {"batch_size": in_a_step, "max_length": 150}
-    padded = [f"data.sources=[{hydra(source)}]", "data.packing=false"]
-    second = losses(trainer, parts, tmp_path / "padded", Run(padded), capfd)
-    assert_equal_trajectories(first, second, 1e-4)
-
-
-def hydra(fields: dict[str, object]) -> str:
-    """A mapping as a value of an override."""
-    return "{" + ", ".join(f"{key}: {value}" for key, value in fields.items()) + "}"

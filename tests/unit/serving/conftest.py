@@ -27,13 +27,6 @@ def client(client_of: Any, tiny: Any) -> Any:
     return client_of(tiny)
 
 
-@pytest.fixture(scope="session")
-def nano() -> Any:
-    from seed_multimodal.pipelines.base import MultimodalSystem
-
-    return MultimodalSystem.from_pretrained("nano", device="cpu", log=None)
-
-
 @pytest.fixture(scope="module", params=["tiny", "tiny_x", "tiny_lavit"])
 def system(request: pytest.FixtureRequest) -> Any:
     return request.getfixturevalue(request.param)

@@ -196,25 +196,6 @@ def test_images_in_messages_are_read(client, route, name, part):
     assert answers[0] == answers[1] and answers[0]["usage"]["total_tokens"] > 32
 
 
-@pytest.mark.parametrize(
-    "sent",
-    [
-        '/v1/chat/completions {"model": "nano", "stream": true, "messages": [{"role": "user", '
-        '"content": [{"type": "text", "text": "Hi"}]}], "stream_options": {"include_usage": true}, '
-        '"temperature": 0.8, "top_p": 0.9, "max_tokens": 4, "frequency_penalty": 0, "seed": 1}',
-        '/v1/chat/completions {"model": "nano", "stream": false, "max_completion_tokens": 4, '
-        '"messages": [{"role": "user", "content": "### Task: generate a title"}]}',
-        '/v1/images/generations {"model": "nano", "prompt": "a fish", "n": 1, "size": "512x512", '
-        '"response_format": "b64_json"}',
-    ],
-)
-def test_requests_of_open_webui_are_answered(client, sent):
-    # What its back end sends: a chat, a title for it, a drawing.
-    route, body = sent.split(" ", 1)
-    response = client.post(route, json=json.loads(body))
-    assert response.status_code == 200 and b'"error"' not in response.data
-
-
 def test_chat_notes_that_an_image_does_not_fit(client):
     # Below an image's tokens the model cannot start one.
     notes = [chat(client, ASK, max_tokens=count)["notes"] for count in (20, 40)]
@@ -286,15 +267,6 @@ REFUSED = {
 }
 
 
-def test_the_reference_of_the_documentation_has_each_field():
-    page = runpy.run_path(str(ROOT / "docs" / "generate.py"))["_http"]()
-    for model in POSTED.values():
-        section = page.partition(f"\n## {model.__name__}\n")[2].partition("\n## ")[0]
-        rows = {line.split("`")[1]: line for line in section.splitlines() if line[:3] == "| `"}
-        for name, values in model.ignored().items():
-            assert rows[name].endswith("| ignored |") or values != "any"
-
-
 @pytest.mark.parametrize("route", BODIES)
 def test_unknown_fields_and_other_values_are_refused(client, route):
     assert "promt" in refusal(post(client, route, promt="a"))
@@ -305,17 +277,8 @@ def test_unknown_fields_and_other_values_are_refused(client, route):
             assert name in refusal(post(client, route, **{**absent, name: "other"}))
 
 
-@pytest.mark.parametrize("sent, named", REFUSED.items())
-def test_refused_fields_are_named(client, sent, named):
-    route, text = sent.split(" ", 1)
-    fields = json.loads(text)
-    assert named in refusal(post(client, route, **fields))
-    # A stream is refused with a status, too, not with an event.
-    if route == CHAT:
-        assert named in refusal(post(client, route, stream=True, **fields))
-
-
-LARGE: dict[str, tuple[str, dict[str, Any], str]] = {
+# Route, fields, what the refusal names.
+REQUESTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "characters": (GENERATE, {"text": "x" * 40_000}, "text:"),
     "context": (GENERATE, {"text": "word " * 3000}, "context"),
     "images": (GENERATE, {"text": "<image>" * 17, "images": [CODES] * 17}, "images"),
@@ -331,11 +294,17 @@ LARGE: dict[str, tuple[str, dict[str, Any], str]] = {
         "Message 0",
     ),
 }
+for sent, named in REFUSED.items():
+    route, text = sent.split(" ", 1)
+    REQUESTS[sent] = (route, json.loads(text), named)
 
 
-@pytest.mark.parametrize("route, fields, named", LARGE.values(), ids=LARGE)
-def test_limits_are_named(client, route, fields, named):
+@pytest.mark.parametrize("route, fields, named", REQUESTS.values(), ids=REQUESTS)
+def test_refused_fields_are_named(client, route, fields, named):
     assert named in refusal(post(client, route, **fields))
+    # A stream is refused with a status, too, not with an event.
+    if route == CHAT:
+        assert named in refusal(post(client, route, stream=True, **fields))
 
 
 NO_REQUESTS = [

@@ -94,9 +94,7 @@ def test_a_backend_on_this_machine_is_reached_without_proxy(session, monkeypatch
     [
         (f"http://{CLOSED}", {}, "refused"),
         ("http://no.such.host.invalid", {}, "known"),
-        ("http://seed.example.com", {"http_proxy": f"http://{CLOSED}"}, "proxy"),
-        ("http://seed.example.com", {"all_proxy": f"socks5://{CLOSED}"}, "proxy"),
-        ("http://seed.example.com", {"all_proxy": f"socks://{CLOSED}"}, "proxy"),
+        *(("http://seed.example.com", variables, "proxy") for variables in ENVIRONMENTS),
         ("{address}/elsewhere", {}, "404"),
     ],
 )
