@@ -53,7 +53,6 @@ def assemble_system(
     config_class = find_family(kind).config
     known_keys = ("system", *config_class.settings(), *config_class.parts())
     check_keys(settings or {}, known_keys, "--settings")
-    config_class.locate_parts(paths)
     all_settings = {**config_class.settings_of_weights(paths), **(settings or {})}
     return _write_system(config_class, out, paths, all_settings, force)
 
@@ -109,9 +108,13 @@ def join(
     settings: JsonObject,
 ) -> None:
     """Copy parts into a system's folder, and write its `system.json` and transformers' files."""
-    # 1. The files.
+    # 1. The files; a single one as a folder with it.
     for name, source in parts.items():
-        _copy(source, folder / name)
+        if source.is_file():
+            (folder / name).mkdir(parents=True, exist_ok=True)
+            shutil.copy2(source, folder / name)
+        else:
+            shutil.copytree(source, folder / name, dirs_exist_ok=True, ignore=TRAINING_FILES)
 
     # 2. Their names; without decoder parts (null) the system cannot draw.
     names: dict[str, str | None] = dict.fromkeys(config_class.decoder_parts())
@@ -124,24 +127,13 @@ def join(
     write_hub_files(config_class, folder)
 
 
-def _copy(source: Path, target: Path) -> None:
-    """Copy a folder's files, or one file, into the folder `target`."""
-    target.mkdir(parents=True, exist_ok=True)
-    if source.is_file():
-        shutil.copy2(source, target / source.name)
-        return
-    shutil.copytree(source, target, dirs_exist_ok=True, ignore=TRAINING_FILES)
-
-
 def write_hub_files(config_class: type[SystemConfig], folder: Path) -> None:
     """Write `config.json`, `processor_config.json` and the module by which transformers loads a
     system."""
     name = find_family(config_class.system).system_name
     model = f"{name}ForConditionalGeneration"
     module = REMOTE_CODE.stem
-
-    # 1. The model.
-    config: JsonObject = {
+    config = {
         "model_type": config_class.system,
         "architectures": [model],
         "auto_map": {
@@ -149,14 +141,10 @@ def write_hub_files(config_class: type[SystemConfig], folder: Path) -> None:
             "AutoModelForMultimodalLM": f"{module}.{model}",
         },
     }
-    replace_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
-
-    # 2. The processor.
     processor = {
         "processor_class": f"{name}Processor",
         "auto_map": {"AutoProcessor": f"{module}.{name}Processor"},
     }
-    replace_text(folder / "processor_config.json", json.dumps(processor, indent=1) + "\n")
-
-    # 3. The module.
+    for file, content in (("config.json", config), ("processor_config.json", processor)):
+        replace_text(folder / file, json.dumps(content, indent=1) + "\n")
     shutil.copyfile(REMOTE_CODE, folder / REMOTE_CODE.name)

@@ -48,7 +48,6 @@ from seed_multimodal.weights.find import (
 )
 
 SYSTEM = "system.json"
-BASE = "base.json"  # system and parts in checkpoints of earlier versions
 DEFAULT_FAMILY = "seed_llama"  # of a checkpoint of PEFT, and of a system.json without `system`
 
 
@@ -181,12 +180,11 @@ class SystemConfig:
                 value = find_path(value) or Path(value)
             setattr(self, key, value)
 
-    @classmethod
-    def read(cls, folder: Path) -> Self:
+    @staticmethod
+    def read(folder: Path) -> SystemConfig:
         """Read the `system.json` of a folder; keys starting with `_` are comments.
 
-        Raises ConfigError: invalid JSON, an unknown key (with the nearest) or a wrong value, or
-        another family than this class.
+        Raises ConfigError: invalid JSON, an unknown key (with the nearest) or a wrong value.
         """
         file = folder / SYSTEM
         content = read_json_object(file, ConfigError)
@@ -196,8 +194,6 @@ class SystemConfig:
             note = f"has no key system, so it is read as {DEFAULT_FAMILY}; "
             label = f"{file} (without the key system, read as {DEFAULT_FAMILY})"
         config = _config_of(values, label)
-        if not isinstance(config, cls):
-            raise ConfigError(f"{file}: is a {config.system} system, not {cls.system}.")
 
         # Paths are relative to the folder; those of a checkpoint's base to the repository.
         for key, value in vars(config).items():
@@ -245,12 +241,9 @@ class SystemConfig:
         return cls()
 
     @classmethod
-    def locate_parts(cls, paths: dict[str, Path]) -> None:
-        """Replace paths for `seed assemble` by those of the parts in them."""
-
-    @classmethod
-    def settings_of_weights(cls, paths: Mapping[str, Path]) -> JsonObject:
-        """Settings that the parts of a new system determine."""
+    def settings_of_weights(cls, paths: dict[str, Path]) -> JsonObject:
+        """Settings that the parts of a new system determine; replaces folders of `seed assemble` in
+        `paths` by those of the parts in them."""
         return {}
 
     @classmethod
@@ -380,6 +373,13 @@ def _original_of(config: SystemConfig) -> str:
     return ""
 
 
+def read_sizes(folder: Path | None) -> JsonObject:
+    """The `config.json` of a part; empty where there is none."""
+    if folder is None or not (folder / "config.json").is_file():
+        return {}
+    return read_json_object(folder / "config.json")
+
+
 # ---- systems by name and folder
 
 
@@ -400,7 +400,7 @@ def _of_folder(name: str | Path) -> SystemConfig:
     folder = locate_system(name) or find_folder(name, WEIGHT_PATTERNS, advice)
     if (folder / SYSTEM).is_file():
         return SystemConfig.read(folder)
-    is_checkpoint = (folder / ADAPTER_CONFIG).is_file() or (folder / BASE).is_file()
+    is_checkpoint = (folder / ADAPTER_CONFIG).is_file()
     config = _of_checkpoint(folder) if is_checkpoint else _recognise(folder)
     config.found = dataclasses.replace(config.found, name=str(folder))
     return config
@@ -421,14 +421,10 @@ def _recognise(folder: Path) -> SystemConfig:
 
 def _no_system(folder: Path) -> str:
     """Why a folder is no system; of a run's folder, its last checkpoint."""
-    steps: list[int] = []
-    for path in folder.glob("checkpoint-*"):
-        step = path.name.removeprefix("checkpoint-")
-        if step.isdecimal():
-            steps.append(int(step))
-    if steps:
-        checkpoint = folder / f"checkpoint-{max(steps)}"
-        return f"is the folder of a run; name a checkpoint: {checkpoint}."
+    checkpoints = [*folder.glob("checkpoint-[0-9]*")]
+    if checkpoints:
+        last = max(checkpoints, key=lambda path: (len(path.name), path.name))
+        return f"is the folder of a run; name a checkpoint: {last}."
     return (
         f"holds no system: neither {SYSTEM}, nor the folders of an original model, nor a "
         "language model or an image tokenizer."
@@ -454,20 +450,15 @@ def write_checkpoint_system(folder: Path, system: str, **parts: str | Path | Non
 def _of_checkpoint(folder: Path) -> SystemConfig:
     """A LoRA of PEFT, such as the original SEED-LLaMA's, which names the language model alone."""
     file = folder / ADAPTER_CONFIG
-    record: dict[str, str] = {"system": DEFAULT_FAMILY}
-    if (folder / BASE).is_file():
-        record = read_json_object(folder / BASE, ConfigError)
-    else:
-        base = read_json_object(file).get("base_model_name_or_path")
-        is_lost = isinstance(base, str) and Path(base).is_absolute() and not Path(base).exists()
-        if not isinstance(base, str) or not base or is_lost:
-            raise ConfigError(
-                f"{file}: base_model_name_or_path is {base!r}: name there the base model that the "
-                "checkpoint was trained on, or merge it with --base_model "
-                "(MultiModalLLM/src/tools/merge_lora_weights.py)."
-            )
-        record["llm"] = base
-    return _with_checkpoint(record.pop("system"), record, folder)
+    base = read_json_object(file).get("base_model_name_or_path")
+    is_lost = isinstance(base, str) and Path(base).is_absolute() and not Path(base).exists()
+    if not isinstance(base, str) or not base or is_lost:
+        raise ConfigError(
+            f"{file}: base_model_name_or_path is {base!r}: name there the base model that the "
+            "checkpoint was trained on, or merge it with --base_model "
+            "(MultiModalLLM/src/tools/merge_lora_weights.py)."
+        )
+    return _with_checkpoint(DEFAULT_FAMILY, {"llm": base}, folder)
 
 
 def _with_checkpoint(

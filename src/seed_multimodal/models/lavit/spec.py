@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
 
-from seed_multimodal.disk import JsonObject, read_json_object
+from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.prompts import TaskPrompts
 from seed_multimodal.models.lavit.ratios import RATIOS
@@ -19,7 +19,7 @@ from seed_multimodal.models.registry import (
     TokenizerExport,
     Training,
 )
-from seed_multimodal.pipelines.config import SystemConfig, part
+from seed_multimodal.pipelines.config import SystemConfig, part, read_sizes
 from seed_multimodal.weights.catalogue import VISUAL_WEIGHTS, catalogue
 
 _ORIGINAL = catalogue().parts["lavit"].folder
@@ -92,12 +92,12 @@ class LavitConfig(SystemConfig):
     @classmethod
     def base_system(cls, paths: Mapping[str, Path], checkpoint: Path) -> Self:
         visual = paths.get("tokenizer")
-        if visual is not None and (visual / "config.json").is_file():
+        if read_sizes(visual):
             return cls()  # a tokenizer that is not the original, without pixel decoder
         return cls.of_original("lavit", visual, _ORIGINAL)
 
     @classmethod
-    def locate_parts(cls, paths: dict[str, Path]) -> None:
+    def settings_of_weights(cls, paths: dict[str, Path]) -> JsonObject:
         """An export holds tokenizer and decoder, a trained pixel decoder its decoder."""
         exported = paths["tokenizer"]
         if "decoder" not in paths:
@@ -107,13 +107,7 @@ class LavitConfig(SystemConfig):
                 paths["decoder"] = decoders[0]
         if (exported / "tokenizer").is_dir():
             paths["tokenizer"] = exported / "tokenizer"
-
-    @classmethod
-    def settings_of_weights(cls, paths: Mapping[str, Path]) -> JsonObject:
-        if "decoder" not in paths or not (paths["decoder"] / "config.json").is_file():
-            return {}
-        sizes = read_json_object(paths["decoder"] / "config.json")
-        return {"head": sizes.get("head", "highres")}
+        return {"head": read_sizes(paths.get("decoder")).get("head", "highres")}
 
     @classmethod
     def arrange(cls, folder: Path, names: dict[str, str | None]) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
-from seed_multimodal.disk import JsonObject, read_json_object
+from seed_multimodal.disk import JsonObject
 from seed_multimodal.language import prompts
 from seed_multimodal.language.hub_tokenizer import has_chat_template
 from seed_multimodal.language.prompts import CHAT, template_for
@@ -19,7 +19,7 @@ from seed_multimodal.models.registry import (
     TokenizerExport,
     Training,
 )
-from seed_multimodal.pipelines.config import CodeSystemConfig, part
+from seed_multimodal.pipelines.config import CodeSystemConfig, part, read_sizes
 from seed_multimodal.settings import check_keys, setting
 from seed_multimodal.weights.catalogue import catalogue
 from seed_multimodal.weights.find import locate
@@ -73,9 +73,7 @@ class SeedLlamaConfig(CodeSystemConfig):
     @classmethod
     def recognise(cls, folder: Path) -> Self | None:
         """An image tokenizer, or a language model whose other parts are the original's."""
-        sizes: JsonObject = {}
-        if (folder / "config.json").is_file():
-            sizes = read_json_object(folder / "config.json")
+        sizes = read_sizes(folder)
         if _is_image_tokenizer(folder, sizes.get("model_type")):
             parent = folder.parent if folder.is_file() else folder
             unclip = Path(catalogue().parts["unclip"].folder)
@@ -101,17 +99,16 @@ class SeedLlamaConfig(CodeSystemConfig):
     @classmethod
     def base_system(cls, paths: Mapping[str, Path], checkpoint: Path) -> Self:
         config = cls.of_original("8b")
-        sizes = paths.get("llm", checkpoint) / "config.json"
-        if sizes.is_file():
-            tokenizer = paths.get("tokenizer", config.tokenizer)
-            config.template = _template(tokenizer, read_json_object(sizes))
+        sizes = read_sizes(paths.get("llm", checkpoint))
+        if sizes:
+            config.template = _template(paths.get("tokenizer", config.tokenizer), sizes)
         return config
 
     @classmethod
-    def settings_of_weights(cls, paths: Mapping[str, Path]) -> JsonObject:
+    def settings_of_weights(cls, paths: dict[str, Path]) -> JsonObject:
         """The template of a 14B differs; preprocessing is that of the tokenizer's training."""
-        llm_sizes = _read_sizes(paths.get("llm"))
-        vit = _read_sizes(paths.get("tokenizer")).get("vit", {})
+        llm_sizes = read_sizes(paths.get("llm"))
+        vit = read_sizes(paths.get("tokenizer")).get("vit", {})
         return {
             "template": _template(paths.get("tokenizer"), llm_sizes),
             "transform": dict(BICUBIC),
@@ -151,13 +148,6 @@ def _template(tokenizer: Path | None, llm_sizes: JsonObject) -> str:
     if tokenizer is not None and has_chat_template(tokenizer):
         return CHAT
     return template_for(llm_sizes.get("hidden_size"))
-
-
-def _read_sizes(folder: Path | None) -> JsonObject:
-    """A part's `config.json`; empty where there is none."""
-    if folder is None or not (folder / "config.json").is_file():
-        return {}
-    return read_json_object(folder / "config.json")
 
 
 _SNOWMAN = ("fox_and_snowman.png",)
