@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import json
 from argparse import Namespace
-from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from seed_multimodal import entry
 from seed_multimodal.cli.common import add_json, cat_image, emit, load_system, write_text
@@ -77,9 +76,7 @@ def add_commands(commands: Commands) -> None:
 
 def fetch(args: Namespace) -> int:
     """Download the weights of an original model to pretrained/ (whatever HF_HUB_OFFLINE is)."""
-    wanted: list[Part] = []
-    for name in args.models:
-        wanted += wanted_parts(name)
+    wanted = [part for name in args.models for part in wanted_parts(name)]
     mirrors = read_mirrors(args.mirror)
     root = Path(args.out) if args.out else weights_root()
 
@@ -95,29 +92,27 @@ def fetch(args: Namespace) -> int:
 
 
 def wanted_parts(name: str) -> list[Part]:
-    """What an original model consists of, or one part. Raises ConfigError: there is none."""
-    # A model may have the name of one of its parts.
+    """The parts of an original model, of whose repositories only the named folders; or one part.
+
+    Raises ConfigError: there is none.
+    """
     parts, systems = catalogue()
-    if name.lower() in systems:
-        return system_parts(systems[name.lower()])
-    if name.lower() in parts:
-        return [parts[name.lower()]]
     names = list({**systems, **parts})
-    raise ConfigError(
-        f"{name}: there is no original model or part of this name{nearest(name, names)}; "
-        f"there are {', '.join(names)}."
-    )
-
-
-def system_parts(values: Mapping[str, Any]) -> list[Part]:
-    """The parts of an original system, of whose repositories only the named folders."""
+    if name.lower() not in names:
+        raise ConfigError(
+            f"{name}: there is no original model or part of this name{nearest(name, names)}; "
+            f"there are {', '.join(names)}."
+        )
+    # A model may have the name of one of its parts.
+    if name.lower() not in systems:
+        return [parts[name.lower()]]
     patterns: dict[str, tuple[str, ...]] = {}
-    for path in values.values():
+    for path in systems[name.lower()].values():
         known = part_of(path) if isinstance(path, str) else None
         if known is not None:
             part, inner = known
             patterns[part.name] = patterns.get(part.name, ()) + part.files_at(inner)
-    return [replace(catalogue().parts[name], files=files) for name, files in patterns.items()]
+    return [replace(parts[part_name], files=files) for part_name, files in patterns.items()]
 
 
 def verify(args: Namespace) -> int:

@@ -18,7 +18,6 @@ from seed_multimodal.weights.catalogue import (
     SHIPPED_SYSTEMS,
     WEIGHT_PATTERNS,
     Part,
-    catalogue,
     part_of,
 )
 from seed_multimodal.weights.fetch import (
@@ -190,18 +189,10 @@ def _holds_weights(path: Path) -> bool:
 
 def missing_weights_message(names: Iterable[str | Path]) -> str:
     """Message, without full stop, about missing weights of originals: their paths or hub names."""
-    # A repository that holds several of them is named once, with all their folders.
-    folders_of: dict[str, list[str]] = {}
-    for name in names:
-        known = part_of(name)
-        assert known is not None
-        part, inner = known
-        folders_of.setdefault(part.name, []).append(str(Path(part.folder) / inner))
-    downloads = [
-        f"{catalogue().parts[part_name].source} into {', '.join(folders)}"
-        for part_name, folders in folders_of.items()
-    ]
+    # A repository that holds several of them is named once.
+    parts = {known[0].name: known[0] for known in map(part_of, names) if known is not None}
+    downloads = [f"{part.source} into {part.folder}" for part in parts.values()]
     return (
         f"the original weights are not on this disk: download {'; '.join(downloads)} "
-        f"(seed fetch {' '.join(folders_of)} does so; details in pretrained/README.md)"
+        f"(seed fetch {' '.join(parts)} does so; details in pretrained/README.md)"
     )
