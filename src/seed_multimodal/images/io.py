@@ -480,9 +480,9 @@ def image_to_bytes(image: Image.Image, format: str = "PNG", **options: Any) -> b
     return buffer.getvalue()
 
 
-def image_to_base64(image: Image.Image, format: str = "PNG") -> str:
-    """An image file as base64 text."""
-    return base64.b64encode(image_to_bytes(image, format)).decode("ascii")
+def image_to_base64(image: Image.Image, format: str = "PNG", **options: Any) -> str:
+    """`image_to_bytes` as base64 text."""
+    return base64.b64encode(image_to_bytes(image, format, **options)).decode("ascii")
 
 
 def save_image(image: Image.Image, path: Path, kind: type[SeedError] = ImageError) -> Path:

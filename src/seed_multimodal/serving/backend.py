@@ -7,12 +7,11 @@ messages.
 
 from __future__ import annotations
 
-import base64
 import contextlib
 import math
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -34,7 +33,6 @@ from seed_multimodal.images.io import (
     StoredImage,
     decode_text,
     image_to_base64,
-    image_to_bytes,
 )
 from seed_multimodal.inference.prompt import Stopped, random_seed
 from seed_multimodal.language.answer import Answer, BrokenImagePart, Event, ImagePart
@@ -65,7 +63,7 @@ MAX_SIDE = 2048  # of a returned image
 POLL_SECONDS = 0.2  # between two looks at the connection of a waiting request
 CANNOT_DRAW = "This system cannot draw."
 
-SentImage = str | bytes | ImageUrl | list[int]  # base64, a file, a data URL, codes
+SentImage = str | bytes | list[int]  # base64 or a data URL, a file, codes
 Part = str | Image.Image | list[int]  # a text, an image, codes of an image
 Turn = tuple[str, Sequence[Part]]  # role and content
 Options = dict[str, Any]  # keyword arguments of a system's methods
@@ -249,7 +247,8 @@ class Backend:
             if isinstance(item, list):
                 continue
             name = f"image {index}"
-            files[index] = StoredImage(_file_bytes(item, name, limits), name, limits)
+            content = item if isinstance(item, bytes) else decode_text(item, name, limits)
+            files[index] = StoredImage(content, name, limits)
             n_pixels += math.prod(files[index].size)
             if n_pixels > limits.max_pixels:
                 raise RequestError(
@@ -258,18 +257,17 @@ class Backend:
                 )
 
         # 2. Opened images, which need much more memory.
+        inputs: dict[int, Any] = dict(enumerate(items))
         images: dict[int, Image.Image] = {}
         with deadline.hold(self._large, n_pixels > LARGE_IMAGES_PIXELS):
             self.images.labels("read").inc(len(files))
             for index, file in files.items():
                 images[index] = file.open(at_least=self.system.images.min_side).image
-            inputs: Mapping[int, Image.Image | list[int]] = images
+            inputs |= images
             if images and self.system.prompts_are_ids:
                 encoded = self.system.images.encode([*images.values()])
-                inputs = dict(zip(images, [codes.tolist() for codes in encoded], strict=True))
-        return [
-            item if isinstance(item, list) else inputs[index] for index, item in enumerate(items)
-        ]
+                inputs |= zip(images, [codes.tolist() for codes in encoded], strict=True)
+        return [*inputs.values()]
 
     # ---- conversations
 
@@ -440,7 +438,9 @@ class Backend:
         messages = request.conversation if self.template else request.conversation[-1:]
         sent: list[SentImage] = []
         for message in messages:
-            sent += [part for part in message.parts if not isinstance(part, str)]
+            for part in message.parts:
+                if not isinstance(part, str):
+                    sent.append(part.url if isinstance(part, ImageUrl) else part)
         next_images = iter(self.read_images(sent, deadline))
 
         # Images stand where they were sent.
@@ -586,8 +586,7 @@ def encoded(image: Image.Image, options: ImageOptions) -> str:
     if options.size:
         width, height = map(int, options.size.split("x"))
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
-    file = image_to_bytes(image, options.output_format, quality=options.output_compression)
-    return base64.b64encode(file).decode()
+    return image_to_base64(image, options.output_format, quality=options.output_compression)
 
 
 def usage_of(answer: Answer, prompt: str, completion: str) -> JsonObject:
@@ -598,13 +597,6 @@ def usage_of(answer: Answer, prompt: str, completion: str) -> JsonObject:
         f"{completion}_tokens": n_tokens,
         "total_tokens": answer.prompt_tokens + n_tokens,
     }
-
-
-def _file_bytes(item: str | bytes | ImageUrl, name: str, limits: ImageLimits) -> bytes:
-    """The file of an image that a request sends. Raises ImageError: an address, or no base64."""
-    if isinstance(item, bytes):
-        return item
-    return decode_text(item.url if isinstance(item, ImageUrl) else item, name, limits)
 
 
 def _with_images(text: str, images: Iterator[Image.Image | list[int]]) -> list[Part]:

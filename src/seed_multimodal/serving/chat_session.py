@@ -17,7 +17,7 @@ import shutil
 import tempfile
 import time
 import uuid
-from collections.abc import AsyncIterator, Iterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -360,21 +360,16 @@ class ChatSession:
         self,
         captions: Sequence[str],
         route: str,
-        body: JsonObject | None = None,
-        *,
-        files: Mapping[str, bytes] | None = None,
-        fields: JsonObject | None = None,
+        **request: Any,
     ) -> Update:
-        """Images of a route, for a gallery; body, files, fields: as of `ModelClient.stream`."""
-        with warn_about_errors():
-            response = await anext(self.model.stream(route, body, files=files, fields=fields))
-            for note in response.get("notes", ()):
-                gr.Info(html.escape(note))
-            return [
-                (await decode_image(image["b64_json"]), caption)
-                for image, caption in zip(response["data"], captions, strict=False)
-            ]
-        return gr.skip()
+        """Images of a route, for a gallery; `request`: as of `ModelClient.stream`."""
+        response = await anext(self.model.stream(route, **request))
+        for note in response.get("notes", ()):
+            gr.Info(html.escape(note))
+        return [
+            (await decode_image(image["b64_json"]), caption)
+            for image, caption in zip(response["data"], captions, strict=False)
+        ]
 
     async def on_draw(self, text: str, seed: float, ratio: str | None) -> Update:
         """Images of a text, from consecutive seeds."""
@@ -387,7 +382,7 @@ class ChatSession:
                 "n": DRAWN_AT_ONCE,
                 "ratio": ratio,
             }
-            return await self.images(captions, "/v1/images/generations", body)
+            return await self.images(captions, "/v1/images/generations", body=body)
         return gr.skip()
 
     async def on_change(self, upload: str | None, text: str, seed: float) -> Update:
@@ -400,7 +395,7 @@ class ChatSession:
                 files={"image": Path(image["path"]).read_bytes()},
                 fields={"prompt": not_empty(text), "seed": int(seed)},
             )
-        return []
+        return gr.skip()
 
     async def on_codes(self, upload: str | None) -> tuple[str, list[int]]:
         """The codes of an uploaded image, as a strip of colours and as numbers."""
@@ -433,7 +428,9 @@ class ChatSession:
             gr.Warning("Choose an image first.")
             return gr.skip()
         body = {"codes": [*rows.values()], "first": int(count)}
-        return await self.images([*rows], "/v1/images/tokens", body)
+        with warn_about_errors():
+            return await self.images([*rows], "/v1/images/tokens", body=body)
+        return gr.skip()
 
     async def on_find(self, upload: str | None, phrase: str) -> Update:
         """The image with boxes around what a phrase names."""

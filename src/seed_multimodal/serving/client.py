@@ -74,11 +74,9 @@ class ModelClient:
         if token:
             headers["Authorization"] = f"Bearer {token}"
         timeout = httpx.Timeout(SECONDS, connect=SECONDS_TO_CONNECT)
-        # A transport of its own has no proxy.
         is_direct = direct(address)
-        transport = httpx.AsyncHTTPTransport() if is_direct else None
         try:
-            client = httpx.AsyncClient(timeout=timeout, headers=headers, transport=transport)
+            client = httpx.AsyncClient(timeout=timeout, headers=headers, trust_env=not is_direct)
         except (ImportError, ValueError) as error:
             raise RequestError(
                 f"{address}: the proxy of the environment cannot be used ({first_line(error)})."

@@ -467,7 +467,7 @@ POSTED: dict[str, type[Fields]] = {
 def openapi() -> JsonObject:
     """The OpenAPI document of all routes."""
     # 1. Schemas of the bodies.
-    models: list[type[BaseModel]] = [*dict.fromkeys(POSTED.values()), GenerateResponse]
+    models: list[type[BaseModel]] = [*POSTED.values(), GenerateResponse]
     refs, schemas = models_json_schema(
         [(model, VALIDATION) for model in models], ref_template="#/components/schemas/{model}"
     )
