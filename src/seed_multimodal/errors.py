@@ -128,7 +128,7 @@ def name_bytes(head: bytes) -> str:
         if re.match(pattern, head, re.IGNORECASE | re.DOTALL):
             return description
     # A character may be cut at the end.
-    text = head.decode("utf-8", errors="replace")[:-1]
+    text = head.decode("utf-8", errors="replace").removesuffix("�")
     is_text = "�" not in text and all(letter.isprintable() or letter.isspace() for letter in text)
     return f"a text: {short_name(text.strip())!r}" if is_text else ""
 

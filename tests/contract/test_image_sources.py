@@ -245,7 +245,7 @@ def test_every_door_reads_files(nano, client, tmp_path, monkeypatch):
 # Content of a file → what an error names besides the file.
 NO_IMAGES = {
     "empty": (b"", "0 bytes"),
-    "text": (b"hello, I am text", "hello"),
+    "text": (b"hello", "hello"),
     "an error": (b'{"error": "not found"}', "not found"),
     "an HTML page": (b"\n<!DOCTYPE html><html>", "HTML"),
     "a Git LFS pointer": (b"version https://git-lfs.github.com/spec/v1\noid", "git lfs pull"),

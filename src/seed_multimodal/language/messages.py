@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeGuard
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from seed_multimodal.errors import RequestError
@@ -93,7 +92,7 @@ def without_oldest_turn(conversation: Sequence[Message]) -> list[Message]:
 def is_codes(value: object) -> TypeGuard[Codes]:
     """Whether `value` is a row of image codes: an integer tensor or array, or a list of ints."""
     if isinstance(value, (Tensor, np.ndarray)):
-        return value.ndim == 1 and not torch.as_tensor(value).is_floating_point()
+        return value.ndim == 1 and "int" in str(value.dtype)
     if not isinstance(value, (list, tuple)):
         return False
     return set(map(type, value)) == {int}  # neither empty nor with a bool
@@ -141,8 +140,7 @@ def image_conversations(
     # 1. The images and the text of each request.
     single = is_single(images)
     groups = [input_images(group) for group in _as_list(images)]
-    if isinstance(texts, str):
-        texts = [texts] * len(groups)
+    texts = [texts] * len(groups) if isinstance(texts, str) else list(texts)
     if not all(groups):
         raise RequestError(f"Request {groups.index([])} has no image.")
     if len(texts) != len(groups):

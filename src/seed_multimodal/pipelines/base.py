@@ -382,7 +382,7 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
         Raises GenerationError: no image. RequestError: an empty text.
         """
         single = isinstance(text, str)
-        texts = _check_texts([text] if isinstance(text, str) else text)
+        texts = _check_texts(text)
         if not verbatim and self.config.tuned:
             texts = [self.tasks.draw_request(caption) for caption in texts]
         conversations = [user_message([request], index) for index, request in enumerate(texts)]
@@ -399,8 +399,9 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
         **options: object,
     ) -> ImageOrList:
         """Edit an image by `instruction`; a list for a list of images. Otherwise as `draw`."""
-        _check_texts([instruction] if isinstance(instruction, str) else instruction)
-        conversations, single = image_conversations(images, instruction)
+        texts = _check_texts(instruction)
+        each = instruction if isinstance(instruction, str) else texts
+        conversations, single = image_conversations(images, each)
         return self._draw(conversations, single, "edit", seed, num_images, batch_size, options)
 
     def reconstruct(
@@ -600,8 +601,9 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
             self.log(note)
 
 
-def _check_texts(texts: Sequence[str]) -> Sequence[str]:
-    """The texts of drawings. Raises RequestError: an empty one."""
+def _check_texts(texts: str | Sequence[str]) -> list[str]:
+    """The texts of drawings, as a list. Raises RequestError: an empty one."""
+    texts = [texts] if isinstance(texts, str) else list(texts)
     for index, text in enumerate(texts):
         if not text.strip(BLANK):
             raise RequestError(f"Text {index} is empty: say what to draw.")

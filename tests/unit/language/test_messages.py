@@ -129,13 +129,15 @@ def test_without_oldest_turn_drops_a_question_and_its_answers(turns, system):
         (CODES, [[CODES]], True),
         ([IMAGE, "cat.png"], [[IMAGE], [CAT]], False),
         ([[IMAGE, "cat.png"], CODES], [[IMAGE, CAT], [CODES]], False),
+        (np.array(["cat.png"]), [[CAT]], False),
     ],
 )
 def test_image_conversations_pairs_images_and_texts(images, groups, is_single):
     assert flatten_images(images) == [image for group in groups for image in group]
     # One text each, one for all, or none: then there are images only.
     for texts in (["one?", "two?"][: len(groups)], "all?", ""):
-        conversations, single = image_conversations(images, texts, as_request=str.upper)
+        given = texts if isinstance(texts, str) else iter(texts)
+        conversations, single = image_conversations(images, given, as_request=str.upper)
         requests = [texts] * len(groups) if isinstance(texts, str) else texts
         assert single is is_single
         assert conversations == [
