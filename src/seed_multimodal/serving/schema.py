@@ -8,6 +8,7 @@ a model are followed, those of `fields.yaml` are ignored, others are refused by 
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -443,8 +444,9 @@ def read_request(model: type[Model], body: bytes | Mapping[str, object]) -> Mode
     except ValidationError as error:
         # Of the alternatives of a union, the one that matches best fails at the deepest field.
         details = sorted(error.errors(), key=lambda details: len(details["loc"]))[-1]
+        # Types of a union (`ImageUrl`, `list[…]`) are no names.
         names = map(str, details["loc"])
-        field = ".".join(name for name in names if name.islower() or name.isdigit())  # no types
+        field = ".".join(name for name in names if not re.match(r"[A-Z]|.*\[", name))
         message = f"{details['msg'].removeprefix('Value error, ')}."
         if details["type"] == "extra_forbidden":
             values = model.ignored().get(field)

@@ -9,14 +9,12 @@ from __future__ import annotations
 import base64
 import io
 import json
-import runpy
 from typing import Any
 
 import numpy as np
 import pytest
 from PIL import Image
 from random_images import noise
-from repository import ROOT
 from served import CHAT, HI, base64_of, chat, events, figures, png_of, read, user
 
 from seed_multimodal.serving.schema import POSTED
@@ -222,7 +220,7 @@ def test_ignored_fields_do_not_change_the_answer(client, route):
 REFUSED = {
     # Missing fields and wrong types.
     '/generate {"text": 3}': "text:",
-    '/generate {"images": [4]}': "images.0",
+    '/generate {"text": "<image>", "images": [["a"]]}': "images.0.0:",
     '/v1/chat/completions {"messages": []}': "messages:",
     '/v1/images/tokens {"codes": []}': "'codes'",
     '/v1/images/tokens {"images": ["aGk="]}': "'images'",
@@ -269,7 +267,7 @@ REFUSED = {
 
 @pytest.mark.parametrize("route", BODIES)
 def test_unknown_fields_and_other_values_are_refused(client, route):
-    assert "promt" in refusal(post(client, route, promt="a"))
+    assert "promptText" in refusal(post(client, route, promptText="a"))
     table = POSTED[route].ignored()
     absent = dict.fromkeys(BODIES[route].keys() & table.keys())  # other names of the same field
     for name, values in table.items():
