@@ -15,9 +15,8 @@ import torch
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.images.transforms import CLIP_MEAN, CLIP_STD, PROCESSOR
-from seed_multimodal.language.hub_tokenizer import CHAT_TEMPLATE, CONFIG, FILES, HubTokenizer
+from seed_multimodal.language.hub_tokenizer import FILES, HubTokenizer
 from seed_multimodal.language.llm import check_sizes, llm_config
-from seed_multimodal.language.text_tokenizer import HUB_TOKENIZER
 from seed_multimodal.nn.vision.hub import HubVisionConfig
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.weights.find import find_folder
@@ -194,6 +193,7 @@ def write_bpe_tokenizer(
         processors,
         trainers,
     )
+    from transformers import PreTrainedTokenizerFast
 
     # 1. The tokenizer.
     tokenizer = Tokenizer(models.BPE())
@@ -209,17 +209,15 @@ def write_bpe_tokenizer(
     tokenizer.add_tokens([AddedToken(name, normalized=False) for name in added])
 
     # 2. Its files.
-    config = {"tokenizer_class": "PreTrainedTokenizerFast", "eos_token": eos}
-    if pad is not None:
-        config["pad_token"] = pad
     if bos is not None:
-        config["bos_token"] = bos
         tokenizer.post_processor = processors.TemplateProcessing(
             single=f"{bos} $A",
             special_tokens=[(bos, tokenizer.token_to_id(bos))],
         )
-    folder.mkdir(parents=True, exist_ok=True)
-    tokenizer.save(str(folder / HUB_TOKENIZER))
-    if chat_template:
-        (folder / CHAT_TEMPLATE).write_text(chat_template, encoding="utf-8")
-    (folder / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+    PreTrainedTokenizerFast(
+        tokenizer_object=tokenizer,
+        eos_token=eos,
+        pad_token=pad,
+        bos_token=bos,
+        chat_template=chat_template,
+    ).save_pretrained(folder)
