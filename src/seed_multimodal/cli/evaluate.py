@@ -533,7 +533,7 @@ def _add_tokenizer(parser: ArgumentParser) -> None:
 def run_tables(args: Namespace) -> int:
     """`seed eval suite`: every benchmark whose files are there; prints and writes the table."""
     with loading(args):
-        from seed_multimodal.evaluation.answers import Judging, Run
+        from seed_multimodal.evaluation.answers import Judging
         from seed_multimodal.evaluation.suite import (
             Suite,
             SuiteRow,
@@ -542,7 +542,6 @@ def run_tables(args: Namespace) -> int:
             suite_table,
             write_suite,
         )
-        from seed_multimodal.evaluation.tasks import find_task
 
     # 1. The rows.
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
@@ -554,7 +553,6 @@ def run_tables(args: Namespace) -> int:
         kinds = sorted({row.kind for row in rows})
         check_value(list[str], args.only, "--only", choices=kinds)
     data = Path(args.data)
-    out = Path(args.out)
 
     # 2. What runs them.
     def measure(row: SuiteRow, folder: Path) -> JsonObject:
@@ -563,13 +561,8 @@ def run_tables(args: Namespace) -> int:
         return tokenizer_report(args, spec, folder, parts, {"limit": args.limit})
 
     judging = None if args.judge is None else Judging(args.judge, device=args.device)
-    run = Run(
-        find_task("vqa", "vqav2"),
-        data,
-        out,
-        limit=args.limit,
-        batch=args.batch_size,
-        max_bad=args.max_bad,
+    run = replace(
+        new_run(args, args.data, "vqa", "vqav2"),
         seed=args.seed,
         best_of=args.best_of,
         clip=None if args.clip is None else Path(args.clip),
@@ -607,4 +600,4 @@ def _add_suite(parser: ArgumentParser) -> None:
         parser, "nano", seed=42, out="outputs/suite", batch_size=16, language=True, drawing=True
     )
     add_debug(parser)
-    parser.set_defaults(work=run_tables)
+    parser.set_defaults(work=run_tables, images=None, prompts="chat")
