@@ -188,10 +188,7 @@ def draw(args: Namespace) -> int:
         return list(batched(images, args.num_images))
 
     def show(text: str, images: Sequence[Image.Image]) -> None:
-        if args.codes:
-            saved, paths = _save_counts(images, args.codes, outputs, text_stem(text))
-        else:
-            saved, paths = _save_all(images, outputs, text_stem(text))
+        saved, paths = _save_counts(images, args.codes, outputs, text_stem(text))
         common.emit(args, {"text": text, **saved}, f"{text}: {paths}")
 
     return common.run_batches(args, args.texts, show, work, args.batch_size)
@@ -296,9 +293,8 @@ def _save_counts(
     stem: str,
     task: str = "",
 ) -> tuple[JsonObject, str]:
-    """Save an image, or those of several numbers of codes and a sheet of them; returns as
-    `_save_all`."""
-    # One image.
+    """Save the images of one request, or those of several numbers of codes and a sheet of them;
+    returns as `_save_all`."""
     if len(counts) < 2:
         return _save_all(images, outputs, stem, task)
     from seed_multimodal.images.sheet import Cell, Row, contact_sheet
