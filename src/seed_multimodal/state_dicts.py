@@ -89,21 +89,17 @@ def load_state_dict(
 def load_checkpoint(source: str | Path) -> dict[str, Tensor]:
     """All tensors of a weights file, or of a folder with one or several. Raises CheckpointError:
     none."""
-    files = _weight_files(Path(source))
-    if not files:
-        raise CheckpointError(f"{source}: no weights (*.safetensors or *.bin).")
-    tensors: dict[str, Tensor] = {}
-    for file in files:
-        tensors |= load_state_dict(file, mapped=True)
-    return tensors
-
-
-def _weight_files(source: Path) -> list[Path]:
-    """The file itself, or a folder's single file, else all its shards."""
-    for file in (source, *(source / name for name in SINGLE_FILES)):
+    # The file itself, or a folder's single file, else all its shards.
+    folder = Path(source)
+    for file in (folder, *(folder / name for name in SINGLE_FILES)):
         if file.is_file():
-            return [file]
-    return sorted(source.glob("*.safetensors")) or sorted(source.glob("*pytorch_model*.bin"))
+            return load_state_dict(file, mapped=True)
+    tensors: dict[str, Tensor] = {}
+    for file in [*folder.glob("*.safetensors")] or folder.glob("*pytorch_model*.bin"):
+        tensors |= load_state_dict(file, mapped=True)
+    if not tensors:
+        raise CheckpointError(f"{source}: no weights (*.safetensors or *.bin).")
+    return tensors
 
 
 def missing_weights(folder: Path, name: str = "model.safetensors") -> Path | None:
@@ -226,12 +222,11 @@ def assign_strictly(
 
 def _outside(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
     """Names that match no shell pattern."""
-    patterns = list(patterns)
-    unmatched = []
-    for name in names:
-        if not any(fnmatch.fnmatchcase(name, pattern) for pattern in patterns):
-            unmatched.append(name)
-    return unmatched
+    matched: set[str] = set()
+    names = list(names)
+    for pattern in patterns:
+        matched |= set(fnmatch.filter(names, pattern))
+    return [name for name in names if name not in matched]
 
 
 def warn_tensors(names: Iterable[str], allowed: Iterable[str], source: str | Path) -> None:

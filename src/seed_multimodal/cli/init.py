@@ -38,15 +38,13 @@ def templates() -> dict[str, JsonObject]:
     Raises ConfigError: two families have a name in common.
     """
     kinds: dict[str, JsonObject] = {}
-    owners: dict[str, str] = {}
     for spec in families():
         if spec.starts is None:
             continue
-        for kind, template in yaml.safe_load(spec.starts.read_text(encoding="utf-8")).items():
-            owner = owners.setdefault(kind, spec.title)
-            if owner != spec.title:
-                raise ConfigError(f"{owner} and {spec.title} both have the start {kind!r}.")
-            kinds[kind] = template
+        starts = yaml.safe_load(spec.starts.read_text(encoding="utf-8"))
+        for kind in starts.keys() & kinds:
+            raise ConfigError(f"{spec.starts}: another family has the start {kind!r}, too.")
+        kinds |= starts
     return kinds
 
 

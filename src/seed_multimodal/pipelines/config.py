@@ -327,10 +327,8 @@ class SystemConfig:
         reasons: list[str] = []
         for key in keys:
             if key not in originals:
-                advice = (
-                    f": put it at {paths[key]}" if paths[key] else " (seed assemble joins parts)"
-                )
-                reasons.append(f"its {self.parts()[key].label} is not there{advice}")
+                target = paths[key] or "a path (seed assemble joins parts)"
+                reasons.append(f"its {self.parts()[key].label} is not there: put it at {target}")
         if not originals.keys().isdisjoint(keys):
             reasons.append(
                 f"{missing_weights_message(originals.values())}, or take --model {self.shipped} "

@@ -170,6 +170,11 @@ class RemoteFile:
         path = folder / self.name
         return path.with_name(f".{path.name}.{self.version}.part")
 
+    def resumed_at(self, folder: Path) -> int:
+        """Bytes that earlier attempts have left."""
+        path = self.partial_path(folder)
+        return path.stat().st_size if path.is_file() else 0
+
     def difference(self, path: Path) -> str:
         """How a file on this disk differs from the server's; "": in nothing that is known."""
         size = path.stat().st_size
@@ -292,7 +297,7 @@ def download_file(file: RemoteFile, folder: Path) -> Path:
         is_proven = n_missing == 0 and file.checksum[1]
         if old != temporary or not file.version or not (n_missing > 0 or is_proven):
             old.unlink()
-    resumed_at = temporary.stat().st_size if temporary.is_file() else 0
+    resumed_at = file.resumed_at(folder)
 
     # 2. The rest. A file that has changed on its server is sent from the start.
     headers = {"Accept-Encoding": "identity"}
@@ -318,7 +323,7 @@ def download_file(file: RemoteFile, folder: Path) -> Path:
 # ---- files with several sources
 
 
-@dataclass(kw_only=True)
+@dataclass
 class FileGroup:
     """Files that come from the same sources.
 
@@ -331,8 +336,8 @@ class FileGroup:
     label: str
     folder: Path
     sources: list[str]
-    patterns: tuple[str, ...] = ()
-    sha256: Mapping[str, str] = field(default_factory=dict)
+    patterns: tuple[str, ...]
+    sha256: Mapping[str, str]
     files: list[RemoteFile] = field(default_factory=list)  # of the current source
     problems: list[str] = field(default_factory=list)  # of earlier sources
 
@@ -361,7 +366,10 @@ class FileGroup:
                 is_broken = bool(self.files) and isinstance(error, failures()[0])
                 is_temporary = is_broken if status is None else status in BUSY
                 if is_temporary and n_retries < N_RETRIES:
-                    pause = pause_before_retry(error, n_retries)
+                    # Seconds that the server asks for, else twice as many each time.
+                    headers = getattr(getattr(error, "response", None), "headers", {})
+                    asked = str(headers.get("Retry-After", ""))
+                    pause = min(MAX_PAUSE, int(asked) if asked.isdecimal() else 2**n_retries)
                     log_line(f"{self.sources[0]}: {reason}; again in {pause} s")
                     n_retries += 1
                     time.sleep(pause)
@@ -393,9 +401,7 @@ class FileGroup:
         total = 0
         for file in self.files:
             if not self.is_there(file):
-                temporary = file.partial_path(self.folder)
-                n_resumed = temporary.stat().st_size if temporary.is_file() else 0
-                total += max(0, (file.size or 0) - n_resumed)
+                total += max(0, (file.size or 0) - file.resumed_at(self.folder))
         return total
 
     def missing(self, force: bool) -> list[RemoteFile]:
@@ -436,13 +442,6 @@ class FileGroup:
                     flush(temporary)
                     os.replace(temporary, self.folder / file.name)
         return len(missing)
-
-
-def pause_before_retry(error: Exception, n_retries: int) -> int:
-    """Seconds: what the server asks for, else twice as many each time."""
-    headers = getattr(getattr(error, "response", None), "headers", {})
-    asked = str(headers.get("Retry-After", ""))
-    return min(MAX_PAUSE, int(asked) if asked.isdecimal() else 2**n_retries)
 
 
 # ---- all parts of a model
@@ -521,20 +520,14 @@ def with_needed(parts: Sequence[Part], root: Path) -> list[Part]:
 def file_groups(part: Part, root: Path, mirrors: Mapping[str, str]) -> list[FileGroup]:
     """What is downloaded for a part: the files of its repository, and each file with a URL; the
     user's mirrors come first."""
-    sources = {name: [url] for name, url in part.urls.items()}
-    if part.hub:
-        sources = {part.name: [part.hub, *part.mirrors], **sources}
+    published = {part.name: (part.hub, *part.mirrors)} if part.hub else {}
+    published |= {name: (url,) for name, url in part.urls.items()}
     groups: list[FileGroup] = []
-    for name, published in sources.items():
-        groups.append(
-            FileGroup(
-                label=name,
-                folder=root / part.folder,
-                sources=[mirrors[name], *published] if name in mirrors else published,
-                patterns=() if name in part.urls else part.files,
-                sha256=part.sha256,
-            )
-        )
+    for name, sources in published.items():
+        own_sources = [mirrors[name]] if name in mirrors else []
+        patterns = () if name in part.urls else part.files
+        folder = root / part.folder
+        groups.append(FileGroup(name, folder, [*own_sources, *sources], patterns, part.sha256))
     return groups
 
 
@@ -566,18 +559,16 @@ def read_mirrors(pairs: Sequence[str] = ()) -> dict[str, str]:
 def check_space(groups: Sequence[FileGroup]) -> None:
     """Log how much will be downloaded. Raises CheckpointError: a file system has too little
     space."""
-    needed: dict[int, int] = {}  # bytes by file system
-    folders: dict[int, Path] = {}
+    folders: dict[int, Path] = {}  # by file system
+    needed: dict[Path, int] = {}  # bytes
     for group in groups:
-        # The nearest folder that exists.
+        # The nearest folder that exists, one for each file system.
         folder = group.folder.absolute()
         while not folder.is_dir():
             folder = folder.parent
-        device = folder.stat().st_dev
-        needed[device] = needed.get(device, 0) + group.bytes_to_download()
-        folders[device] = folder
-    for device, n_bytes in needed.items():
-        folder = folders[device]
+        folder = folders.setdefault(folder.stat().st_dev, folder)
+        needed[folder] = needed.get(folder, 0) + group.bytes_to_download()
+    for folder, n_bytes in needed.items():
         n_free = shutil.disk_usage(folder).free
         amounts = f"{n_bytes / 1e9:.2f} GB to download, {n_free / 1e9:.1f} GB free"
         if n_bytes > n_free:

@@ -91,13 +91,9 @@ class Layout:
 
     def find(self, folder: Path) -> list[Path]:
         """Those of the files that are in a folder, as safetensors or as in the original."""
-        files: list[Path] = []
-        for name in self.files:
-            as_safetensors = str(Path(name).with_suffix(".safetensors"))
-            file = first_file(folder, (as_safetensors, name))
-            if file is not None:
-                files.append(file)
-        return files
+        names = [(str(Path(name).with_suffix(".safetensors")), name) for name in self.files]
+        files = [first_file(folder, alternatives) for alternatives in names]
+        return [file for file in files if file is not None]
 
     def advice(self, folder: str | Path) -> str:
         """Download instructions for `folder`, without a full stop."""
@@ -144,10 +140,8 @@ def read_tokenizer(
         )
 
     # 2. Sizes.
-    if config is None:
-        config = saved_config(layout.config_class, files[0].parent)
-    if config is None:
-        config = layout.config_class.of_original(state)
+    config = config or saved_config(layout.config_class, files[0].parent)
+    config = config or layout.config_class.of_original(state)
 
     # 3. The vision encoder, in a file of its own unless the tokenizer's file holds it.
     has_vision = any(name.startswith(VISION) for name in state)
@@ -206,10 +200,8 @@ def saved_config(config_class: type[TokenizerConfig], folder: Path) -> Tokenizer
 def _vision_file(folder: Path, vision: str | Path | None) -> Path:
     # The original programs download the file to torch's cache.
     cache = Path(torch.hub.get_dir()) / "checkpoints"
-    if vision is not None:
-        file: Path | None = Path(vision)
-    else:
-        file = first_file(folder, VISION_FILES) or first_file(cache, VISION_FILES)
+    file = Path(vision) if vision is not None else first_file(folder, VISION_FILES)
+    file = file or first_file(cache, VISION_FILES)
     if file is None:
         only_vision = replace(catalogue().parts["tokenizer"], hub="", folder=str(cache))
         file = download_part(only_vision) and cache / VISION_FILES[-1]
