@@ -24,7 +24,7 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from seed_multimodal.device import FP16_AS_ORIGINAL, choose_device
+from seed_multimodal.device import FP16_AS_ORIGINAL, Runtime, choose_device
 from seed_multimodal.diffusion.base import Detokenizer
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.io import ImageSource
@@ -36,16 +36,11 @@ from seed_multimodal.models.seed.diffusion import SD_ADVICE, SD_FOLDER, StableDi
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer
 from seed_multimodal.models.seed.pipeline import SeedImageCodec, load_images
 from seed_multimodal.models.seed.spec import DETOKENIZER_FOLDER, SeedLlamaConfig
-from seed_multimodal.pipelines.images import CodecPlacement, Log, Placement, Seed, seed_per_image
-from seed_multimodal.weights.catalogue import catalogue, download_advice
-from seed_multimodal.weights.find import find_path, locate
+from seed_multimodal.pipelines.images import Log, Placement, Seed, seed_per_image
+from seed_multimodal.weights.catalogue import catalogue
+from seed_multimodal.weights.find import locate, locate_or_same
 
 Codes = Tensor | Sequence[int] | Sequence[Sequence[int]]
-YAML_RUNS = (
-    "the shipped weights run now: programs with `--model nano`, a server by "
-    "`bash scripts/start_backend_nano.sh`, tools in MultiModalLLM with `--tokenizer "
-    "configs/tokenizer/nano.yaml`"
-)
 # Stable Diffusion next to SEED-1's tokenizer.
 DIFFUSION_NAMES = (DETOKENIZER_FOLDER, "stable-diffusion-v1-4", "sd-v1-4.ckpt")
 
@@ -152,16 +147,16 @@ class SeedLlamaTokenizer(LlamaTokenizer):
         Raises:
             CheckpointError: a missing part, with download instructions.
         """
-        # 1. Folders.
-        folder = find_path(pretrained_model_name_or_path)
-        if folder is None:
-            advice = f"{download_advice('tokenizer')}; {YAML_RUNS}"
-            raise CheckpointError(f"{pretrained_model_name_or_path}: no such folder; {advice}.")
+        # 1. Folders; the original's diffusion model may be in the tokenizer's.
         unclip = catalogue().parts["unclip"]
-        diffusion = diffusion_path or unclip.folder
-        copy = folder / DETOKENIZER_FOLDER
-        if diffusion in (unclip.folder, unclip.hub) and copy.is_dir():
-            diffusion = str(copy)
+        if diffusion_path in (unclip.folder, unclip.hub):
+            diffusion_path = None
+        config = SeedLlamaConfig.find(
+            "8b", tokenizer=pretrained_model_name_or_path, detokenizer=diffusion_path
+        )
+        folder = config.path("tokenizer")
+        config.override(detokenizer=config.detokenizer)
+        config.image_size = None
 
         # 2. Device and precision.
         if dtype == "auto" and not fp16:
@@ -169,11 +164,6 @@ class SeedLlamaTokenizer(LlamaTokenizer):
         runtime = choose_device(device, dtype, fp16=FP16_AS_ORIGINAL)
 
         # 3. The tokenizers.
-        config = SeedLlamaConfig(
-            tokenizer=folder,
-            detokenizer=find_path(diffusion) or Path(diffusion),
-            image_size=None,
-        )
         images = load_images(config, Placement(runtime, runtime, runtime))
         if load_diffusion:
             _ = images.decoder
@@ -250,11 +240,10 @@ class Seed1:
         device: torch.device | None = None,
     ) -> None:
         self.tokenizer = tokenizer
-        self.images = SeedImageCodec(
-            tokenizer,
-            tokenizer.visual_encoder.preprocessing,
-            CodecPlacement(device or tokenizer.device, load_decoder),
-        )
+        runtime = Runtime(device or tokenizer.device, torch.float32)
+        placement = Placement(runtime, runtime, runtime)
+        self.images = SeedImageCodec(tokenizer, tokenizer.visual_encoder.preprocessing, placement)
+        self.images.load_decoder = load_decoder
 
     @classmethod
     def from_pretrained(
@@ -283,7 +272,7 @@ class Seed1:
             CheckpointError: missing (with download instructions) or damaged weights.
         """
         # 1. Both parts must exist before the first is loaded.
-        path = locate(folder) or Path(folder)  # of a hub name in the local cache
+        path = locate_or_same(folder)  # of a hub name in the local cache
         is_file = path.is_file()
         if not diffusion:
             diffusion = _find_diffusion(path.parent if is_file else path)

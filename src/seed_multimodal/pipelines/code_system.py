@@ -28,7 +28,7 @@ from seed_multimodal.language.prompts import PromptTemplate, Turn, get_template,
 from seed_multimodal.language.text_tokenizer import Part, TextTokenizer
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.config import CodeSystemConfig
-from seed_multimodal.pipelines.images import CodecPlacement, ImageCodec, Log, Placement
+from seed_multimodal.pipelines.images import ImageCodec, Log, Placement
 
 if TYPE_CHECKING:
     from seed_multimodal.language.llm import LanguageModel
@@ -53,7 +53,7 @@ class CodeCodec(ImageCodec):
     def __init__(
         self,
         model: nn.Module,
-        placement: CodecPlacement,
+        placement: Placement,
         *,
         transform: ImageTransform,
         codebook_size: int,

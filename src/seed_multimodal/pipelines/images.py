@@ -70,26 +70,6 @@ class Placement:
         """The device on which the image encoder is loaded."""
         return torch.device("cpu") if "encoder" in self.offload else self.images.device
 
-    def of_codec(self, load_decoder: Callable[[], Detokenizer] | None) -> CodecPlacement:
-        """The part that concerns an `ImageCodec`."""
-        drawing_device = self.drawing.device
-        return CodecPlacement(self.images.device, load_decoder, drawing_device, self.offload)
-
-
-@dataclass(frozen=True)
-class CodecPlacement:
-    """Devices of a codec's encoder and de-tokenizer.
-
-    load_decoder: builds the de-tokenizer; None: the system cannot draw.
-    drawing_device: of the de-tokenizer; None: `device`.
-    offload: those of "encoder" and "decoder" that stay on the CPU while idle.
-    """
-
-    device: torch.device
-    load_decoder: Callable[[], Detokenizer] | None = None
-    drawing_device: torch.device | None = None
-    offload: Collection[str] = ()
-
 
 def open_images(
     name: str | Path | SystemConfig,
@@ -134,6 +114,7 @@ class ImageCodec:
     A codec that draws without a de-tokenizer also has `can_draw = True`.
 
     min_side: larger images are opened with at least so many pixels a side.
+    load_decoder: builds the de-tokenizer; None: the system cannot draw.
     """
 
     progressive: ClassVar[bool] = False  # whether the first codes of an image can be decoded
@@ -143,19 +124,19 @@ class ImageCodec:
     name = "This system"  # for the message about a missing de-tokenizer
     advice = ""  # the end of that message
     compiled = False
+    load_decoder: Callable[[], Detokenizer] | None = None
     codes_per_image: int = 0  # at most; 0: images are features
     encode: Callable[..., Sequence[Tensor]]
     draw: Callable[..., list[Image.Image]]
     encode_batch: Callable[..., Sequence[object]]
     draw_batch: Callable[..., list[Image.Image]]
 
-    def __init__(self, model: nn.Module, placement: CodecPlacement, min_side: int) -> None:
+    def __init__(self, model: nn.Module, placement: Placement, min_side: int) -> None:
         self.model = model
         avoid_slow_bfloat16(model)
-        self.device = placement.device
-        self.drawing_device = placement.drawing_device or placement.device
+        self.device = placement.images.device
+        self.drawing_device = placement.drawing.device
         self.min_side = min_side
-        self._load_decoder = placement.load_decoder
         self._decoder: Detokenizer | None = None
         self._lock = threading.RLock()  # held during encoding and loading of the de-tokenizer
         self._encode_batcher = DynamicBatcher(self.encode_batch, max_rows=32, wait=0.005)
@@ -168,7 +149,7 @@ class ImageCodec:
 
     @property
     def can_draw(self) -> bool:
-        return self._load_decoder is not None
+        return self.load_decoder is not None
 
     @property
     def decoder(self) -> Any:
@@ -186,16 +167,16 @@ class ImageCodec:
 
         Raises CheckpointError: none.
         """
-        if self._load_decoder is not None or not self.can_draw:
+        if self.load_decoder is not None or not self.can_draw:
             _ = self.decoder
 
     def _new_decoder(self) -> Detokenizer:
-        if self._load_decoder is None:
+        if self.load_decoder is None:
             raise CheckpointError(
                 f"{self.name} has no de-tokenizer, so it cannot draw{self.advice}."
             )
         with quiet_loading("diffusers", "transformers"):
-            decoder = self._load_decoder()
+            decoder = self.load_decoder()
         for part in decoder.parts.values():
             avoid_slow_bfloat16(part)
         return decoder
@@ -233,7 +214,7 @@ class ImageCodec:
         not_for_decoder = (*self.codec_settings, "should_stop")
         for name in not_for_decoder:
             settings.pop(name, None)
-        if self._load_decoder is None and self.can_draw:
+        if self.load_decoder is None and self.can_draw:
             check_keys(settings, self.drawing_settings, "Settings of drawing")
             return
         self.decoder.check_settings(**settings)

@@ -25,12 +25,13 @@ from recorded_engine import RecordedEngine
 from runner import Recording, assert_close, assert_same
 from torch import nn
 
+from seed_multimodal.device import Runtime
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import get_transform
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.models.seed.pipeline import SeedImageCodec, SeedLlama
 from seed_multimodal.models.seed.spec import SeedLlamaConfig
-from seed_multimodal.pipelines.images import CodecPlacement
+from seed_multimodal.pipelines.images import Placement
 from seed_multimodal.serving.app import create_app
 
 TEMPLATES = {"cases_8b.json": "vicuna", "cases_14b.json": "llama2"}
@@ -48,11 +49,13 @@ class RecordedImages(SeedImageCodec):
             codebook_size=vocabulary.n_codes,
             vit=SimpleNamespace(image_size=224),
         )
+        runtime = Runtime(torch.device("cpu"), torch.float32)
         super().__init__(
             encoder,
             get_transform("clip", keep_ratio=False, image_size=224),
-            CodecPlacement(torch.device("cpu"), load_decoder=lambda: None),
+            Placement(runtime, runtime, runtime),
         )  # type: ignore[arg-type]
+        self.load_decoder = lambda: None
         self.vocabulary = vocabulary
         self.shapes = list[list[int]]()
         self.drawn = list[list[list[int]]]()

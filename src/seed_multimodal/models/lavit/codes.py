@@ -11,10 +11,11 @@ from typing import Literal
 
 import torch
 
+from seed_multimodal.device import Runtime
 from seed_multimodal.models.lavit.checkpoints import load_dynamic_tokenizer
 from seed_multimodal.models.lavit.pipeline import LavitImageCodec
-from seed_multimodal.pipelines.images import CodecPlacement
-from seed_multimodal.weights.find import locate
+from seed_multimodal.pipelines.images import Placement
+from seed_multimodal.weights.find import locate_or_same
 
 
 def lavit_codes(
@@ -27,6 +28,8 @@ def lavit_codes(
 
     Raises CheckpointError, as `load_dynamic_tokenizer`.
     """
-    folder = locate(pretrained_model_name_or_path) or pretrained_model_name_or_path
+    folder = locate_or_same(pretrained_model_name_or_path)
     tokenizer = load_dynamic_tokenizer(folder, device=device)
-    return LavitImageCodec(tokenizer, None, CodecPlacement(torch.device(device)), selection, seed)
+    runtime = Runtime(torch.device(device), torch.float32)
+    placement = Placement(runtime, runtime, runtime)
+    return LavitImageCodec(tokenizer, None, placement, selection, seed)

@@ -52,7 +52,6 @@ from seed_multimodal.models.lavit.spec import LavitConfig
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.code_system import CodeCodec
 from seed_multimodal.pipelines.images import (
-    CodecPlacement,
     Log,
     Placement,
     Seed,
@@ -96,7 +95,7 @@ class LavitImageCodec(CodeCodec):
         self,
         code_tokenizer: DynamicTokenizer,
         understanding_tokenizer: DynamicTokenizer | None,
-        placement: CodecPlacement,
+        placement: Placement,
         selection: Literal["draw", "threshold"] = "draw",
         selection_seed: int = 0,
     ) -> None:
@@ -442,11 +441,10 @@ def load_images(config: LavitConfig, placement: Placement) -> LavitImageCodec:
         dtype=placement.images.dtype,
         config=config.found.sizes.get("tokenizer"),
     )
-    load_decoder = partial(_load_decoder, config, placement) if placement.load_decoder else None
-    codec_placement = placement.of_codec(load_decoder)
-    return LavitImageCodec(
-        code_tokenizer, understanding_tokenizer, codec_placement, config.selection
-    )
+    codec = LavitImageCodec(code_tokenizer, understanding_tokenizer, placement, config.selection)
+    if placement.load_decoder:
+        codec.load_decoder = partial(_load_decoder, config, placement)
+    return codec
 
 
 def _load_decoder(config: LavitConfig, placement: Placement) -> LavitDetokenizer:

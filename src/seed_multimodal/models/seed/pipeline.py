@@ -42,7 +42,7 @@ from seed_multimodal.models.seed.spec import (
     SeedLlamaConfig,
 )
 from seed_multimodal.pipelines.code_system import CodeCodec, CodeSystem
-from seed_multimodal.pipelines.images import CodecPlacement, Log, Placement
+from seed_multimodal.pipelines.images import Log, Placement
 from seed_multimodal.settings import check_value
 
 CACHED_IMAGES = 1024  # images in the cache of codes, about 0.5 KB each
@@ -63,7 +63,7 @@ class SeedImageCodec(CodeCodec):
         self,
         model: SeedTokenizer,
         transform: ImageTransform,
-        placement: CodecPlacement,
+        placement: Placement,
     ) -> None:
         super().__init__(
             model,
@@ -275,7 +275,6 @@ def load_images(config: SeedLlamaConfig, placement: Placement) -> SeedImageCodec
         )
 
     # 2. The de-tokenizer, loaded on first use; SEED-1's images are drawn by `original.Seed1`.
-    load_decoder = None
     decoder_folder = config.detokenizer if placement.load_decoder and not is_seed1 else None
     advice = "put a stable-unCLIP folder that draws its embeddings"
     sizes = model.config
@@ -283,16 +282,15 @@ def load_images(config: SeedLlamaConfig, placement: Placement) -> SeedImageCodec
         advice = "train a decoder of its embeddings (docs/how-to/train-a-tokenizer.md), put it"
         if decoder_folder is not None and detokenizer_class(decoder_folder) is UnclipDetokenizer:
             decoder_folder = None  # unCLIP reads a CLIP's embeddings
+
+    # 3. The codec.
+    codec = SeedImageCodec(model, image_transform(model, config), placement)
     if decoder_folder is not None:
-        load_decoder = partial(
+        codec.load_decoder = partial(
             detokenizer_class(decoder_folder).from_pretrained,
             decoder_folder,
             dtype=placement.drawing.dtype,
         )
-
-    # 3. The codec.
-    transform = image_transform(model, config)
-    codec = SeedImageCodec(model, transform, placement.of_codec(load_decoder))
     codec.decoder_folder = decoder_folder
     codec.name = str(folder)
     codec.advice = f": {advice} at {folder}/{DETOKENIZER_FOLDER}"

@@ -76,7 +76,6 @@ from seed_multimodal.nn.vision.qwen import (
 from seed_multimodal.pipelines.answers import BATCH
 from seed_multimodal.pipelines.base import Edges, MultimodalSystem
 from seed_multimodal.pipelines.images import (
-    CodecPlacement,
     ImageCodec,
     ImageInput,
     Log,
@@ -132,7 +131,7 @@ class SeedXImageCodec(ImageCodec):
         model: QwenVit,
         grids: Sequence[str],
         edit_grids: Sequence[str],
-        placement: CodecPlacement,
+        placement: Placement,
     ) -> None:
         size = model.image_size
         longest_side = size * max(max(grid) for grid in read_grids(grids))
@@ -639,11 +638,10 @@ def load_images(config: SeedXConfig, placement: Placement) -> SeedXImageCodec:
         device=placement.encoder_load_device,
         dtype=placement.images.dtype,
     )
-    load_decoder = None
+    codec = SeedXImageCodec(model, config.grids, config.edit_grids, placement)
     if placement.load_decoder and config.detokenizer is not None:
-        load_decoder = partial(_load_decoder, config, placement.drawing.dtype)
-    codec_placement = placement.of_codec(load_decoder)
-    return SeedXImageCodec(model, config.grids, config.edit_grids, codec_placement)
+        codec.load_decoder = partial(_load_decoder, config, placement.drawing.dtype)
+    return codec
 
 
 def _load_decoder(config: SeedXConfig, dtype: torch.dtype) -> SdxlDetokenizer:
