@@ -171,11 +171,11 @@ def flush(path: str | Path) -> None:
         os.close(handle)
 
 
-def replace_text(file: Path, text: str, errors: str = "strict") -> None:
-    """Write a text file in UTF-8 atomically and flush it to the disk; `errors` as of `str.encode`.
+def replace_text(file: Path, text: str) -> None:
+    """Write a text file in UTF-8 (names that are not: escaped) atomically and flush it to the disk.
     Raises OSError."""
     with atomic_open(file) as handle:
-        handle.write(text.encode(errors=errors))
+        handle.write(text.encode(errors="backslashreplace"))
 
 
 def replace_folder(temporary: Path, target: Path) -> None:

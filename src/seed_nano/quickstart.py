@@ -16,8 +16,8 @@ from typing import Any
 from PIL import Image
 
 from seed_multimodal import __version__
-from seed_multimodal.cli.common import add_common, load_system, write_text
-from seed_multimodal.disk import writable_folder
+from seed_multimodal.cli.common import add_common, load_system
+from seed_multimodal.disk import replace_text, writable_folder, writing
 from seed_multimodal.entry import DONE, add_language_model, run_program
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import save_image
@@ -185,7 +185,8 @@ def _main(args: argparse.Namespace) -> int:
         for index, cell in enumerate(row.cells, 1):
             if cell.image:
                 save_image(cell.image, args.out / f"{name}_{index}.png")
-    write_text(json.dumps(texts, indent=1, ensure_ascii=False), args.out / "quickstart.json")
+    with writing(args.out, ConfigError):
+        replace_text(args.out / "quickstart.json", json.dumps(texts, indent=1, ensure_ascii=False))
     # The sheet itself.
     title = (
         "An image as 32 tokens of a language model: "

@@ -191,11 +191,8 @@ def add_condition_flags(parser: ArgumentParser) -> None:
 
 def chosen_settings(args: Namespace) -> Options:
     """The flags of generation and drawing that were set."""
-    settings: Options = {}
-    for name, value in vars(args).items():
-        if name in SETTINGS and value is not None:
-            settings[name] = value
-    return settings
+    settings = _values_of(args, *SETTINGS)
+    return {name: value for name, value in settings.items() if value is not None}
 
 
 # ---- loading
@@ -408,9 +405,10 @@ def open_lines(out: str) -> TextIO:
     ConfigError: it cannot be written."""
     if out in STDOUT:
         return entry.claim_stdout()
-    write_text("", out)
-    # Line by line, so that a killed run has written what it printed.
-    return open(out, "a", buffering=1, encoding="utf-8", errors="backslashreplace")
+    with writing(out, ConfigError):
+        Path(out).parent.mkdir(parents=True, exist_ok=True)
+        # Line by line, so that a killed run has written what it printed.
+        return open(out, "w", buffering=1, encoding="utf-8", errors="backslashreplace")
 
 
 def next_free_path(folder: Path, pattern: str) -> Path:
@@ -427,13 +425,6 @@ def source_stem(name: str) -> str:
     if name == "-" or name.lower().startswith("data:"):
         return "image"
     return Path(name).stem
-
-
-def write_text(text: str, path: str | Path) -> None:
-    """Write a text file, making its folder. Raises ConfigError: it cannot be written."""
-    with writing(path, ConfigError):
-        Path(path).parent.mkdir(parents=True, exist_ok=True)
-        Path(path).write_text(text, encoding="utf-8", errors="backslashreplace")
 
 
 def emit(args: Namespace, record: Mapping[str, object], plain: str) -> None:

@@ -9,8 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from seed_multimodal import entry
-from seed_multimodal.cli.common import add_json, cat_image, emit, load_system, write_text
-from seed_multimodal.disk import JsonObject, read_json_object, writable_folder
+from seed_multimodal.cli.common import add_json, cat_image, emit, load_system
+from seed_multimodal.disk import (
+    JsonObject,
+    read_json_object,
+    replace_text,
+    writable_folder,
+    writing,
+)
 from seed_multimodal.entry import DONE, SOME_FAILED, log_line
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.pipelines.config import SystemConfig
@@ -138,7 +144,8 @@ def verify(args: Namespace) -> int:
     checks = run_checks(system, cat_image().parent)
     record, table, n_differing = report(system, checks, reference)
     if out is not None:
-        write_text(table + "\n", out / "verify.md")
-        write_text(json.dumps(record, indent=1, ensure_ascii=False) + "\n", out / REFERENCE)
+        with writing(out, ConfigError):
+            replace_text(out / "verify.md", table + "\n")
+            replace_text(out / REFERENCE, json.dumps(record, indent=1, ensure_ascii=False) + "\n")
     emit(args, {**record, "differing": n_differing}, table)
     return SOME_FAILED if n_differing else DONE
