@@ -23,12 +23,12 @@ def direct(url: str) -> bool:
 @contextlib.contextmanager
 def without_proxy() -> Iterator[None]:
     """Hide the environment's proxies from libraries that are called in the block."""
-    names = ("no_proxy", "NO_PROXY")
-    before = {name: os.environ[name] for name in names if name in os.environ}
-    os.environ.update(dict.fromkeys(names, "*"))
+    # The name in capitals counts only without this one.
+    before = os.environ.get("no_proxy")
+    os.environ["no_proxy"] = "*"
     try:
         yield
     finally:
-        for name in names:
-            del os.environ[name]
-        os.environ.update(before)
+        del os.environ["no_proxy"]
+        if before is not None:
+            os.environ["no_proxy"] = before
