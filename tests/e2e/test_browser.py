@@ -249,13 +249,6 @@ def test_a_chat_with_images_in_both_directions(page: Page):
     page.until(lambda: not page.all("#chat .message"), "an empty conversation")
 
 
-@pytest.mark.nightly
-def test_an_example_is_run_at_a_click(page: Page):
-    page.click("#chat .example:first-child")
-    page.until(lambda: page.images("#chat .bot") and not page.waits(), "the drawn example")
-    assert not page.all("#chat button[aria-label=Like]"), "votes need a log"
-
-
 @pytest.fixture()
 def logging_page(backend, tmp_path) -> Iterator[str]:
     """The address of a page with a prefix and a log."""

@@ -46,6 +46,7 @@ DRAWN = {
         "twemoji", "night", "large", ("fox",)
     ),
 }
+pytestmark = pytest.mark.slow
 MODELS = [
     "nano",
     *(pytest.param(name, marks=pytest.mark.nightly) for name in ("nano-x", "nano-lavit")),
@@ -84,7 +85,6 @@ def test_commands_of_the_readme_answer(command, work_dir: Path, capsys):
     assert normalise(run(command, capsys).strip().split(": ")[-1]) == SAID[command]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("model", MODELS)
 def test_ask_binds_names_to_places(model, work_dir: Path, capsys):
     answers = {}
@@ -99,7 +99,6 @@ def test_ask_binds_names_to_places(model, work_dir: Path, capsys):
     assert list(answers.values()) == ["on the left", "on the right", "yes", "no"]
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "command",
     [

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from hypothesis import settings
+from random_images import noise
 
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.models.lavit.processing import LavitTokenizer
@@ -94,3 +95,25 @@ def lavit_tokenizer(tmp_path_factory) -> LavitTokenizer:
         n_codes=24,
         tokens_per_image=6,
     )
+
+
+@pytest.fixture
+def image(tmp_path) -> str:
+    noise(1).save(tmp_path / "image.png")
+    return str(tmp_path / "image.png")
+
+
+@pytest.fixture
+def run_seed(capsys, tmp_path, monkeypatch):
+    """Runs a `seed` command on a model in an empty folder; returns exit code, lines of stdout,
+    stderr."""
+    from seed_multimodal.cli.main import main
+
+    monkeypatch.chdir(tmp_path)
+
+    def run(model: object, *flags: object) -> tuple[int, list[str], str]:
+        code = main([*map(str, flags), *f"--model {model} --device cpu".split()])
+        captured = capsys.readouterr()
+        return code, captured.out.splitlines(), captured.err
+
+    return run

@@ -1,5 +1,5 @@
 """Downloads of the originals' parts from a hub on this machine: mirrors, damaged and interrupted
-files, disk space; `seed fetch`; and the originals' programs that download at their start."""
+files, disk space, `seed fetch`, systems that download their parts."""
 
 from __future__ import annotations
 
@@ -363,35 +363,14 @@ def files_of(folder: Path, *left_out: str) -> dict[str, bytes]:
 
 
 @pytest.fixture
-def small_8b(server, tiny_folder, tmp_path) -> LoopbackHub:
-    """A small SEED-LLaMA under the names of the original 8B, and a checkout without weights."""
+def small_8b(server, tiny_folder) -> LoopbackHub:
+    """A small SEED-LLaMA under the names of the original 8B."""
     tokenizer = tiny_folder / "seed_tokenizer"
     server.repositories["AILab-CVC/seed-tokenizer-2"] = files_of(tokenizer, "diffusion_model")
     del server.repositories[UNCLIP]
     server.repositories[UNCLIP_MIRROR] = files_of(tokenizer / "diffusion_model")
     server.repositories[LLM] = files_of(tiny_folder / "seed_llama")
-    shutil.copytree(ROOT / "configs", tmp_path / "configs")
-    (tmp_path / ".project-root").touch()
-    transform = tmp_path / "configs/transform/clip_transform.yaml"
-    transform.write_text(transform.read_text().replace("224", "32"))
     return server
-
-
-@pytest.mark.slow
-def test_programs_of_seed_llama_download_at_their_start(small_8b, capsys):
-    from seed_multimodal.compat.seed_llama_programs import llama_script, tokenizer_script
-
-    command = ["--device", "cpu", "--image", str(ROOT / "images/fox.png")]
-    assert tokenizer_script(command) == 2 and small_8b.requests == []
-    assert "seed fetch" in capsys.readouterr().err
-    with online():
-        assert tokenizer_script(command) == 0
-        assert llama_script("8b", [*command, "--prompt", "What is it?"]) == 0
-    assert Path("cat.jpg").is_file()
-    # Everything has arrived.
-    small_8b.requests.clear()
-    assert llama_script("8b", [*command, "--prompt", "What is it?"]) == 0
-    assert small_8b.requests == []
 
 
 def test_a_system_downloads_its_parts(small_8b):

@@ -32,15 +32,8 @@ def bad(tmp_path) -> str:
 
 
 @pytest.fixture
-def seed(capsys, tiny_folder):
-    """Runs a command on the tiny system; returns exit code, lines of stdout, stderr."""
-
-    def run(*flags: object, model: object = tiny_folder) -> tuple[int, list[str], str]:
-        code = main([*map(str, flags), *f"--model {model} --device cpu".split()])
-        captured = capsys.readouterr()
-        return code, captured.out.splitlines(), captured.err
-
-    return run
+def seed(run_seed, tiny_folder):
+    return lambda *flags, model=tiny_folder: run_seed(model, *flags)
 
 
 def records(lines: list[str]) -> list[dict]:
@@ -84,16 +77,6 @@ def test_bad_images_are_named_and_the_others_done(seed, bad, command, key):
     assert "broken.png" in errors and "nowhere.png" in errors
     # A batch of one gives the same.
     assert seed(command, *images, "--json", "--batch-size", 1)[:2] == (1, lines)
-
-
-def test_reconstruct_of_images_equals_that_of_their_codes(seed, tmp_path):
-    codes = tmp_path / "codes.jsonl"
-    seed("tokenize", CAT, FOX, "--out", codes)
-    code, lines, _ = seed("reconstruct", CAT, FOX, "--out", tmp_path / "a", "--json")
-    paths = [Path(record["rebuilt"]) for record in records(lines)]
-    assert code == 0 and [path.name for path in paths] == ["cat_rebuilt.png", "fox_rebuilt.png"]
-    assert seed("reconstruct", "--codes-file", codes, "--out", tmp_path / "b")[0] == 0
-    assert all(pixels(path) == pixels(tmp_path / "b" / path.name) for path in paths)
 
 
 def test_reconstruct_from_the_first_codes(seed, tmp_path):

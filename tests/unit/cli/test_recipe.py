@@ -60,6 +60,7 @@ def lavis_config(file: Path):
     return load_config(str(file), [])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("decoder, reads", [("flow", "codes"), ("unclip", "embedding")])
 def test_recipe_of_full_size(parts, decoder, reads, tmp_path, capsys):
     from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
@@ -155,6 +156,7 @@ def test_tiny_llm_has_few_experts_and_all_types_of_layers(name, types, tmp_path)
     assert llm_config(tmp_path / "llm").to_dict().get("layer_types") == types
 
 
+@pytest.mark.slow
 def test_small_unclip_decoder_trains_and_reads_the_embedding(tmp_path, capsys):
     # The one of `flow` is trained by tests/e2e/test_recipe.py.
     from tiny.seed import IMAGE_SIZE, write_seed2

@@ -119,6 +119,16 @@ def test_answers_equal_those_of_transformers(request, family, name):
     assert [ids for answer in alone for ids in answer] == expected
 
 
+def test_answers_beside_those_of_other_settings(tiny):
+    asked = prompts(tiny)[1]
+    names = ("greedy", "no constraints", "sampled", "top k", "repetition penalty")
+    engine = engine_of(tiny)
+    streams = [engine.submit(asked, SETTINGS[name], seed=5) for name in names]
+    together = [[*stream.initial_ids, *stream] for stream in streams]
+    alone = [engine_of(tiny).generate([asked], SETTINGS[name], seeds=[5])[0] for name in names]
+    assert together == alone
+
+
 def run_threads(work: Any, count: int) -> None:
     threads = [threading.Thread(target=work, args=(index,)) for index in range(count)]
     for thread in threads:
@@ -127,7 +137,13 @@ def run_threads(work: Any, count: int) -> None:
         thread.join(60)
 
 
-@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize(
+    "architecture",
+    [
+        pytest.param(name, marks=() if name.startswith("gemma2") else pytest.mark.slow)
+        for name in ARCHITECTURES
+    ],
+)
 def test_answers_of_other_architectures(tiny: Any, architecture):
     # Windows, soft caps and layers without rotation reach masks and positions of our own.
     tokenizer = tiny.tokenizer

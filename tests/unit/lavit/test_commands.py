@@ -12,35 +12,26 @@ import pytest
 from random_images import noise
 from repository import ROOT
 
-from seed_multimodal.cli.main import main
-
 HOME = ROOT / "src" / "lavit"
 pytestmark = pytest.mark.filterwarnings("ignore:Answers are not lemmatised")
-
-
-@pytest.fixture
-def image(tmp_path) -> str:
-    noise(1).save(tmp_path / "image.png")
-    return str(tmp_path / "image.png")
 
 
 # ---- seed
 
 
 @pytest.fixture
-def seed(tiny_lavit_folder, tmp_path, capsys):
+def seed(run_seed, tiny_lavit_folder):
     """Runs a `seed` command and returns its records."""
 
     def run(*argv: str) -> list[dict]:
-        flags = f"--model {tiny_lavit_folder} --device cpu --json".split()
-        if argv[0] in ("draw", "edit", "reconstruct"):
-            flags += ["--out", f"{tmp_path}/out/"]
-        assert main([*argv, *flags]) == 0
-        return [json.loads(line) for line in capsys.readouterr().out.splitlines()]
+        code, lines, _ = run_seed(tiny_lavit_folder, *argv, "--json")
+        assert code == 0
+        return [json.loads(line) for line in lines]
 
     return run
 
 
+@pytest.mark.slow
 def test_tokenize_and_reconstruct_select_patches_by_seed(seed, image, tmp_path, tiny_lavit):
     codes = {}
     for value in (1, 2):
@@ -87,6 +78,7 @@ def test_notebooks(name, tiny_lavit_folder, monkeypatch, tmp_path):
 # ---- seeds of the selection
 
 
+@pytest.mark.slow
 def test_texts_encode_with_the_seed_of_their_settings(tiny_lavit):
     # `seed=None` draws from torch's generator, as the original, in each form of the request.
     import torch

@@ -26,6 +26,7 @@ from seed_multimodal.training.checkpoint import frozen_names
 IMAGE = noise(1, (44, 30))  # no square, so that squashing and cropping differ
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_seed_tokenizer_of_another_vision_encoder(kind, tmp_path):
     # Its trainings: `unit/seed_tokenizer/test_vision_encoders.py`.

@@ -12,7 +12,7 @@ import llm_runs as runs
 import pytest
 import yaml
 
-from seed_multimodal.errors import CheckpointError, ConfigError, DataError
+from seed_multimodal.errors import CheckpointError, ConfigError
 
 
 def summary(out: Path) -> dict[str, Any]:
@@ -32,14 +32,9 @@ def once(folder: Path, records: int = 60, **changes: Any) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-def test_train_on_exhausted_data_with_bad_records(train, tmp_path, capsys):
-    # The run ends by itself with a checkpoint and its last evaluation; a user finds each bad record
-    # by file and line.
+def test_train_on_exhausted_data(train, tmp_path):
+    # The run ends by itself with a checkpoint and its last evaluation.
     data = once(tmp_path / "data")
-    file = tmp_path / "data" / "captions.jsonl"
-    lines = file.read_text().splitlines()
-    lines[3] = '{"image_ids": [1, 2, 3], "text": "too few codes"}'
-    file.write_text("\n".join([*lines, "{torn"]) + "\n")
     held_out = tmp_path / "held_out.yaml"
     held_out.write_text(yaml.safe_dump(data))
     options = ["trainer.max_steps=500", "trainer.eval_steps=10", "trainer.eval_batches=2"]
@@ -47,12 +42,7 @@ def test_train_on_exhausted_data_with_bad_records(train, tmp_path, capsys):
     done = summary(out)
     assert 10 < done["steps"] < 100
     assert (out / f"checkpoint-{done['steps']}").is_dir()
-    captions = done["data"]["sources"]["captions"]
-    assert captions["sequences"] == 59
-    assert done["data"]["sources"]["chats"]["sequences"] == 60
-    places = " ".join(place for entry in captions["skipped"].values() for place in entry["first"])
-    assert "captions.jsonl: line 4" in places and "captions.jsonl: line 61" in places
-    assert sum(entry["count"] for entry in captions["skipped"].values()) == 2
+    assert [source["sequences"] for source in done["data"]["sources"].values()] == [60, 60]
     steps = [line["step"] for line in evaluations(out)]
     assert steps[0] == 10 and steps[-1] == done["steps"]
     assert evaluations(out)[-1]["eval_loss"] < evaluations(out)[0]["eval_loss"]
@@ -78,9 +68,9 @@ def test_train_is_the_same_with_and_without_evaluation(train, tmp_path):
     without = train("without", "trainer.max_steps=3", **lora)
     more = ["trainer.eval_batches=2", f"eval_data={files['data']}"]
     options = ["trainer.max_steps=3", "trainer.eval_steps=2", *more]
-    evaluated = train("evaluated", *options, "trainer.report_to=[tensorboard]", **lora)
+    evaluated = train("evaluated", *options, **lora)
     assert runs.losses(without) == runs.losses(evaluated)
-    assert list((evaluated / "tensorboard").rglob("events*"))
+
     line = runs.log_lines(without)[-1]
     assert 0 < line["useful_tokens_per_s"] <= line["tokens_per_s"]
     assert 0.5 < line["fill"] <= 1
@@ -100,12 +90,6 @@ def test_train_in_the_output_folder_of_a_running_run(train, tmp_path):
         with pytest.raises(CheckpointError, match="out"):
             train("out", "trainer.max_steps=1")
         assert [path.name for path in (tmp_path / "out").iterdir()] == [".run.lock"]
-
-
-def test_train_on_data_without_a_usable_record(train, tmp_path):
-    with pytest.raises(DataError, match="captions"):
-        train("out", "data.length=20", data=once(tmp_path / "data", 2))
-    assert not (tmp_path / "out" / "summary.json").exists()
 
 
 def out_of_memory() -> None:

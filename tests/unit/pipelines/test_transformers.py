@@ -102,6 +102,7 @@ def test_drawings_and_edits_equal_those_of_the_system(name, pipes):
         assert np.abs(np.asarray(row["generated_image"], int) - expected).mean() < 1
 
 
+@pytest.mark.slow
 def test_interleaved_answers_in_several_turns_equal_the_systems(nano):
     turns = [LEFT, NIGHT, "What is the background?"]
     messages: list[dict] = []

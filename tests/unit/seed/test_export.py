@@ -81,6 +81,7 @@ def trained(tiny: Seed2Config, tmp_path) -> Trained:
     return train(tiny, tmp_path / "run")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["seed2", "seed2-reverse", "seed1"])
 def test_export_gives_the_codes_of_the_trained_modules(tiny, tmp_path, kind):
     # What was trained is what is served, in our layout and in the original's.
@@ -106,6 +107,7 @@ def test_export_gives_the_codes_of_the_trained_modules(tiny, tmp_path, kind):
         torch.testing.assert_close(embedding, trained.embedding, atol=1e-4, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_export_reads_each_part_from_the_last_stage_that_trained_it(trained, tiny, tmp_path):
     # An untrained copy of a part would give other codes without an error.
     report = trained.export(tmp_path / "frozen")

@@ -102,6 +102,7 @@ def test_train_stage2_of_seed1(yaml, run, tmp_path):
     assert not any(name.startswith(("text_encoder", "visual_encoder")) for name in saved)
 
 
+@pytest.mark.slow
 def test_train_again_longer_and_from_a_checkpoint(yaml, run, tmp_path, capsys):
     # A finished run is skipped; with more epochs it resumes; a LAVIS checkpoint starts another run
     # with the same weights, optimizer and batches.
@@ -125,6 +126,7 @@ def test_train_again_longer_and_from_a_checkpoint(yaml, run, tmp_path, capsys):
         run(yaml("stage1", f"run.resume_ckpt_path={tmp_path}/other.pth", name="third"))
 
 
+@pytest.mark.slow
 def test_train_with_averaged_weights(yaml, run, tmp_path):
     # The checkpoint has the average, of the last epoch and of those that are kept.
     epochs = ("run.max_epoch=3", "run.iters_per_epoch=2")
@@ -142,6 +144,7 @@ def test_train_with_averaged_weights(yaml, run, tmp_path):
     assert not torch.equal(saved["model"][name], trained[name])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "options",
     [

@@ -61,6 +61,7 @@ def test_train_towards_the_encoders_own_feature(kind, yaml, run, tmp_path):
         torch.testing.assert_close(pooled, expected.pooler_output, rtol=0.1, atol=0.1)
 
 
+@pytest.mark.slow
 def test_train_the_encoder_and_its_own_feature(yaml, run, tmp_path):
     # Stage 1 trains SigLIP and reads its feature from the queries; stage 2 gets all of it.
     write_vision("siglip", tmp_path / "vision")

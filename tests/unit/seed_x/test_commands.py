@@ -7,26 +7,15 @@ from pathlib import Path
 
 import pytest
 from PIL import Image
-from random_images import noise
-
-from seed_multimodal.cli.main import main
 
 
 @pytest.fixture
-def image(tmp_path) -> str:
-    noise(1).save(tmp_path / "image.png")
-    return str(tmp_path / "image.png")
-
-
-@pytest.fixture
-def seed(tiny_x_folder, tmp_path, capsys):
+def seed(run_seed, tiny_x_folder):
     """Runs a `seed` command and returns its exit code, its records and stderr."""
 
     def run(*argv: str) -> tuple[int, list[dict], str]:
-        out = () if argv[0] == "ask" else ("--out", f"{tmp_path}/out/")
-        code = main([*argv, *out, *f"--model {tiny_x_folder} --device cpu --json".split()])
-        captured = capsys.readouterr()
-        return code, [json.loads(line) for line in captured.out.splitlines()], captured.err
+        code, lines, errors = run_seed(tiny_x_folder, *argv, "--json")
+        return code, [json.loads(line) for line in lines], errors
 
     return run
 

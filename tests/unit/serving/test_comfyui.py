@@ -99,6 +99,7 @@ def test_ask_describes_an_image(nodes: ModuleType, address: str):
     assert "zebra" in notes
 
 
+@pytest.mark.slow
 def test_draw_is_what_the_library_draws(nodes: ModuleType, address: str, nano):
     prompt = "a noto zebra left of a tree in a meadow"
     images, notes = run(nodes, "Draw", server=address, prompt=prompt, count=2, seed=3)
@@ -108,6 +109,7 @@ def test_draw_is_what_the_library_draws(nodes: ModuleType, address: str, nano):
     assert np.abs(np.asarray(image(images), np.int16) - expected).max() <= 1
 
 
+@pytest.mark.slow
 def test_chat_continues_a_history_that_edit_began(nodes: ModuleType, address: str):
     # 1. Each image of a batch is edited.
     crabs = tensor("two_crabs.png")
@@ -126,6 +128,7 @@ def test_chat_continues_a_history_that_edit_began(nodes: ModuleType, address: st
     assert "night" in text and images.max() > 0 and len(history) == 4 and notes == ""
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("count, side", [(1, 3000), (6, 1700)])
 def test_large_images_are_reduced_to_what_the_server_takes(nodes: ModuleType, count, side):
     # Noise has the largest files: three bytes for each pixel, and a third more in base64.

@@ -343,20 +343,6 @@ def test_listen_on_a_taken_port_and_for_other_machines():
     listen("0.0.0.0", 0, "secret").close()
 
 
-def test_models_of_parts_is_the_folders_name(client_of, tiny_folder: Path, tmp_path):
-    from seed_multimodal.compat.seed_llama_yaml import system_from_configs
-
-    (tmp_path / "llama-v1.5").symlink_to(tiny_folder / "seed_llama")
-    system = system_from_configs(
-        model=tmp_path / "llama-v1.5",
-        tokenizer=tiny_folder / "seed_tokenizer",
-        llm_device="cpu",
-        tokenizer_device="cpu",
-    )
-    (listed,) = client_of(system).get("/v1/models").json["data"]
-    assert listed["id"] == "llama-v1.5"
-
-
 @pytest.mark.process
 @pytest.mark.slow
 def test_program_reads_its_token_and_ends_by_sigterm_while_it_works(tiny_folder: Path, tmp_path):

@@ -50,13 +50,6 @@ def test_chat_answers_as_the_library(system, family_client):
     assert answer["usage"]["completion_tokens"] == len(expected.ids)
 
 
-def test_images_are_drawn_as_the_library_draws(system, family_client):
-    # The same seed gives the same image in Python and by HTTP.
-    body = {"prompt": "a fish", "seed": 3}
-    (item,) = family_client.post(DRAW, json=body).json["data"]
-    assert np.array_equal(read(item["b64_json"]), system.draw("a fish", seed=3))
-
-
 @pytest.mark.parametrize("text", ["", "\u0000", "\U0001f600", "</s><img>", "USER: \nASSISTANT:"])
 def test_generate_answers_or_refuses_any_text(family_client, text):
     for force in (False, True):

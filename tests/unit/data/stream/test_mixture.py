@@ -165,29 +165,17 @@ def test_next_after_many_broken_records(tmp_path, tokenizer, workers, packing):
     # Good records in between begin the count again; those of other sources do not.
     captions = [good, *[bad] * 199]
     config = caption_and_texts(tmp_path, captions, max_bad_in_a_row=130, packing=packing)
-    batches = LlmBatches(read_data_settings(config), tokenizer, workers=workers)
+    logged: list[str] = []
+    options = read_data_settings(config)
+    batches = LlmBatches(options, tokenizer, workers=workers, log=logged.append)
     with batches, pytest.raises(DataError, match=r"130 .*source c .*c\.jsonl: line \d+"):
         for _ in batches:
             pass
     counts = batches.report()["sources"]["c"]["skipped"]
     (entry,) = counts.values()
     assert entry["count"] >= 130
-    assert len(entry["first"]) == 5
-
-
-def test_next_of_broken_records_between_good_ones(tmp_path, tokenizer):
-    # The run goes on, and its log stays short.
-    good = {"image_ids": [1] * 32, "text": "x", "metadata": {}}
-    captions = [good, {"text": "no image"}] * 50
-    config = caption_and_texts(tmp_path, captions, max_bad_in_a_row=25)
-    logged: list[str] = []
-    batches = LlmBatches(read_data_settings(config), tokenizer, log=logged.append)
-    assert len(list(itertools.islice(batches, 200))) == 200
-    (entry,) = batches.report()["sources"]["c"]["skipped"].values()
-    assert entry["count"] > 50
-    # The first five are named.
-    assert len(logged) == len(set(logged)) == len(entry["first"]) == 5
-    assert all("c.jsonl: line" in line for line in logged)
+    # The log stays short: the first five are named.
+    assert len(entry["first"]) == len(set(logged)) == len(logged) == 5
 
 
 @pytest.mark.parametrize("packing", [True, False])

@@ -14,7 +14,6 @@ from data_files import jpeg, write_tar
 
 from seed_multimodal.data.formats.pairs import Pairs
 from seed_multimodal.data.stream.pairs_dataset import PairDataset
-from seed_multimodal.errors import DataError
 from seed_multimodal.images.augment import TrainTransform
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import normalise, seed_image_processor
@@ -63,24 +62,3 @@ def test_get_one_of_several_captions(tmp_path):
     assert chosen == [data.get(0, epoch)["caption"] for epoch in range(60)]
     assert set(chosen) == {"one", "two"}
     assert 15 < chosen.count("one") < 45
-
-
-def test_get_of_broken_images(tmp_path):
-    broken = (3, 4, 5, 8, 11)
-    samples = [
-        {"__key__": f"{n:03d}", "jpg": b"" if n in broken else jpeg(n), "json": {"caption": "a"}}
-        for n in range(12)
-    ]
-    path = write_tar(tmp_path / "broken.tar", samples)
-    logged: list[str] = []
-    data = PairDataset(Pairs(path), PLAIN, log=logged.append)
-    # The next good sample replaces each, so that a batch is never short.
-    used = [data.get(index, 0)["index"] for index in range(12)]
-    assert used == [0, 1, 2, 6, 6, 6, 6, 7, 9, 9, 10, 0]
-    # Each is named once, though read several times.
-    assert [key for key, _ in data.bad] == [f"{n:03d}" for n in broken]
-    assert len(logged) == len(broken)
-    data = PairDataset(Pairs(path), PLAIN, max_bad_in_a_row=3, log=None)
-    assert data.get(4, 0)["index"] == 6
-    with pytest.raises(DataError, match="sample 005"):
-        data.get(3, 0)

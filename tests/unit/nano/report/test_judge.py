@@ -8,15 +8,12 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from repository import NANO
 
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.trainer import train
 from seed_nano.report.judge import Judge, JudgeConfig, JudgeTask
-from seed_nano.report.scoring import image_labels, label_matches, true_labels
 from seed_nano.world.scene import Scene, render
-from seed_nano.world.splits import scene_at
 from seed_nano.world.targets import JUDGE_CLASSES, label_tensor
 
 
@@ -68,15 +65,6 @@ def test_a_trained_judge_reads_scenes_and_finds_equal_ones(trained: Judge):
     nearest = (resized @ features.T).argmax(1)
     same = [FRESH[int(row)].key == scene.key for row, scene in zip(nearest, FRESH, strict=True)]
     assert np.mean(same) >= 0.9
-
-
-@pytest.mark.slow
-def test_the_shipped_judge_reads_scenes():
-    """The report's figures of drawings are its readings."""
-    judge = Judge.from_pretrained(NANO / "judge")
-    scenes = [scene_at(1, index, split) for index in range(20) for split in ("val", "pairs")]
-    right = label_matches(image_labels(judge, images(scenes)), true_labels(scenes))
-    assert right.mean() >= 0.97
 
 
 def test_from_pretrained_of_a_folder_without_a_judge(tmp_path):

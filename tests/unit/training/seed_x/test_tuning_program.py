@@ -40,20 +40,6 @@ def test_tuning_configuration_is_the_published_recipe():
     assert rates == pytest.approx([1e-4, 5e-6], rel=0.02)
 
 
-def test_pretraining_configuration_is_the_published_recipe():
-    # The same networks as in the tuning, from the chat model.
-    run = read("output_dir=x", name="train_seed_x_pretrain")
-    tuning = read("output_dir=x")
-    assert run.agent.path is None
-    for part in ("losses", "input_resampler", "output_resampler"):
-        assert getattr(run.agent, part) == getattr(tuning.agent, part), part
-    assert run.model.embedding_init == "mean"  # of the new tokens
-    assert (run.optim.learning_rate, run.optim.lr_scheduler_type) == (1e-4, "cosine")
-    for source in run.data.sources:
-        assert source.options["img_first_ratio"] == 0.5
-        assert "[INST]" not in source.options["instruction_prompt"]
-
-
 @pytest.mark.parametrize(
     "script", ["train_seed_x_sft.sh", "train_seed_x_sft_caption.sh", "train_seed_x_sft_edit.sh"]
 )
