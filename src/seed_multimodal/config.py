@@ -86,21 +86,19 @@ def read_yaml(file: Path) -> DictConfig:
     return config
 
 
-def instantiate(config: Mapping[str, object] | str | Path, **overrides: object) -> Any:
+def instantiate(
+    config: Mapping[str, object] | str | Path,
+    aliases: Mapping[str, str] | None = None,
+    **overrides: object,
+) -> Any:
     """Call the `_target_` of a configuration with its keys, nested nodes first.
 
     config: a node, or a YAML file.
+    aliases: as of `find_target`.
     overrides: replace keys of the top node.
 
     Raises ConfigError: no `_target_`, one not allowed, unknown or missing keys.
     """
-    return instantiate_by(from_compat(ALIASES), config, **overrides)
-
-
-def instantiate_by(
-    aliases: Mapping[str, str], config: Mapping[str, object] | str | Path, **overrides: object
-) -> Any:
-    """As `instantiate`, with other objects behind the originals' names."""
     label = "configuration"
     if isinstance(config, str | Path):
         label = str(config)
@@ -141,7 +139,7 @@ def find_target(
     return target
 
 
-def _build(value: object, label: str, aliases: Mapping[str, str]) -> Any:
+def _build(value: object, label: str, aliases: Mapping[str, str] | None) -> Any:
     """A value of a configuration, with everything below it that has a `_target_` built."""
     if isinstance(value, DictConfig | ListConfig):
         value = OmegaConf.to_container(value, resolve=True)

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
-from seed_multimodal.config import instantiate_by
+from seed_multimodal.config import instantiate
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.models.seed_x.adapter import RESAMPLER_CONFIG, ResamplerXLConfig
 from seed_multimodal.models.seed_x.modeling import AgentSettings
@@ -24,7 +24,7 @@ from seed_multimodal.models.seed_x.spec import SeedXConfig
 from seed_multimodal.nn.vision.qwen import QwenVitConfig, ResamplerConfig
 from seed_multimodal.settings import read_settings
 from seed_multimodal.weights.catalogue import catalogue
-from seed_multimodal.weights.find import locate
+from seed_multimodal.weights.find import locate, locate_or_same
 
 # Kind of file → part of `SeedXConfig`.
 KEYS = {
@@ -230,7 +230,7 @@ def config_of_files(
 def _build(file: str | Path) -> Any:
     """The part described by a YAML file, in the current folder or below the repository root."""
     try:
-        return instantiate_by(TARGETS, locate(file) or Path(file))
+        return instantiate(locate_or_same(file), TARGETS)
     except ConfigError as error:
         if Path(file).name in str(error):
             raise
