@@ -273,7 +273,7 @@ def read_string(
 
     Raises ImageError: an address of the internet, or damaged base64.
     """
-    is_text = _is_data_url(text) or len(text) > MAX_PATH or bool(_URL.match(text))
+    is_text = not text or _is_data_url(text) or len(text) > MAX_PATH or bool(_URL.match(text))
     if not is_text and not os.path.exists(text):
         # A path may look like base64 text, but not like that of an image.
         with contextlib.suppress(ImageError):
@@ -293,7 +293,6 @@ def decode_text(text: str, name: str = "image", limits: ImageLimits = DEFAULT_LI
         head, _, body = text.partition(",")
         content = unquote_to_bytes(body)
         if not re.search(r";\s*base64\s*$", head, re.IGNORECASE):
-            limits.check_bytes(len(content), name)
             return content
         body = content.decode("latin-1")
     elif _URL.match(text):
