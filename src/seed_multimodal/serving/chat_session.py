@@ -435,19 +435,15 @@ class ChatSession:
     async def on_find(self, upload: str | None, phrase: str) -> Update:
         """The image with boxes around what a phrase names."""
         with warn_about_errors():
-            # The tuned request, greedy and in one round.
+            # The tuned request, greedy.
             question = self.model.card.tasks.detect_request(not_empty(phrase))
             messages = [user_message(question, [await self.stored_upload(upload)])]
-            body = self.request(
-                messages,
-                force_image=False,
-                ratio=None,
-                beams=1,
-                max_new_tokens=256,
-                temperature=0.0,
-                top_p=0.5,
-                max_rounds=1,
-            )
+            body = {
+                "messages": list(map(sent_message, messages)),
+                "num_beams": 1,
+                "max_tokens": 256,
+                "temperature": 0,
+            }
             response = await anext(self.model.stream("/v1/chat/completions", body))
             answer = response["choices"][0]["message"]
             caption = " ".join([BOX_WORDS.sub(" ", answer["content"]), *answer["notes"]])
