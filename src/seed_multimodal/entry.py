@@ -18,7 +18,7 @@ from argparse import ArgumentParser, ArgumentTypeError, Namespace, _ActionsConta
 from collections.abc import Callable, Iterator, Sequence
 from multiprocessing import connection
 from types import FrameType
-from typing import NoReturn, TextIO
+from typing import Any, NoReturn, TextIO
 
 from seed_multimodal.disk import disk_is_full
 from seed_multimodal.errors import SeedError, SeedWarning, first_line, install_hint, package_of
@@ -46,16 +46,10 @@ def run_guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
     """Run `work` and return its exit code; user-facing errors are logged (`COMMAND_FAILED`) unless
     `debug`."""
 
-    def format_warning(
-        message: Warning | str,
-        category: type[Warning],
-        filename: str,
-        lineno: int,
-        line: str | None = None,
-    ) -> str:
+    def format_warning(message: Any, category: type[Warning], *args: Any, **kwargs: Any) -> str:
         if issubclass(category, SeedWarning):
             return f"{program}: warning: {message}\n"
-        return _plain_format(message, category, filename, lineno, line)
+        return _plain_format(message, category, *args, **kwargs)
 
     warnings.formatwarning = format_warning
     stdout = sys.stdout
