@@ -205,7 +205,9 @@ def _add_judged(parser: ArgumentParser, name: str) -> None:
     parser.set_defaults(task=name)
     if benchmark.judge != DETECTOR:
         return
-    parser.add_argument("--clip", metavar="DIR", help="CLIP that names the colours of objects")
+    parser.add_argument(
+        "--clip", type=Path, metavar="DIR", help="CLIP that names the colours of objects"
+    )
     parser.add_argument("--threshold", type=float, help="score of detections that count")
     parser.add_argument("--counting-threshold", type=float, help="of prompts that count objects")
     parser.add_argument("--max-overlap", type=float, help="of detections of a class (1: any)")
@@ -271,7 +273,7 @@ def _judge(args: Namespace) -> int:
     file = Path(args.data)
     if file.is_dir():
         file = file / benchmark.file
-    if args.image_folder is not None and not Path(args.image_folder).exists():
+    if args.image_folder is not None and not args.image_folder.exists():
         raise ConfigError(f"{args.image_folder}: no such folder.")
 
     # 2. The run; the judge is on the process's device, too.
@@ -283,11 +285,10 @@ def _judge(args: Namespace) -> int:
         device=args.device,
         **{name: getattr(args, name, None) for name in limits},
     )
-    clip = getattr(args, "clip", None)
     run = replace(
         new_run(args, str(file), args.task, args.task),
         best_of=args.num_images or benchmark.num_images,
-        clip=None if clip is None else Path(clip),
+        clip=getattr(args, "clip", None),
         seed=args.seed,
         options=chosen_settings(args),
         judging=judging,
@@ -565,7 +566,7 @@ def run_tables(args: Namespace) -> int:
         new_run(args, args.data, "vqa", "vqav2"),
         seed=args.seed,
         best_of=args.best_of,
-        clip=None if args.clip is None else Path(args.clip),
+        clip=args.clip,
         judging=judging,
     )
     suite = Suite(args.model, data, partial(_load, args), measure, run)
@@ -584,7 +585,9 @@ def _add_suite(parser: ArgumentParser) -> None:
     )
     parser.add_argument("--compare", metavar="MODEL", help="published figures (default: --model's)")
     parser.add_argument("--only", nargs="+", metavar="KIND", help="caption, vqa, choices, …")
-    parser.add_argument("--clip", metavar="DIR", help="CLIP that compares and ranks drawings")
+    parser.add_argument(
+        "--clip", type=Path, metavar="DIR", help="CLIP that compares and ranks drawings"
+    )
     parser.add_argument(
         "--clip-text", metavar="DIR", help="CLIP whose embeddings the tokenizer decodes to"
     )
