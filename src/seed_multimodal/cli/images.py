@@ -11,12 +11,24 @@ from argparse import Namespace
 from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from PIL import Image
 
-from seed_multimodal.cli import common
-from seed_multimodal.cli.common import Options, Result
+from seed_multimodal.cli.common import (
+    Options,
+    Outputs,
+    Result,
+    chosen_settings,
+    emit,
+    image_sources,
+    load_images,
+    load_system,
+    open_lines,
+    print_json,
+    run_batches,
+    source_stem,
+)
 from seed_multimodal.disk import JsonObject, text_stem
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import ConfigError, DataError
@@ -33,10 +45,10 @@ if TYPE_CHECKING:
 def tokenize(args: Namespace) -> int:
     """Print (and with `--out` write) the codes of each image."""
     # 1. The encoder; SEED-X's images have no codes.
-    sources = common.image_sources(args.images)
-    codec = common.load_images(args)
+    sources = image_sources(args.images)
+    codec = load_images(args)
     _require_codes(args, codec)
-    lines = common.open_lines(args.out) if args.out else None
+    lines = open_lines(args.out) if args.out else None
 
     def work(names: Sequence[str]) -> Sequence[Tensor]:
         return encode(args, codec, [sources[name] for name in names])
@@ -44,11 +56,11 @@ def tokenize(args: Namespace) -> int:
     def show(name: str, codes: Tensor) -> None:
         record = {"image": name, "codes": codes.tolist()}
         if lines is not None:
-            common.print_json(record, lines)
-        common.emit(args, record, f"{name}: {' '.join(map(str, record['codes']))}")
+            print_json(record, lines)
+        emit(args, record, f"{name}: {' '.join(map(str, record['codes']))}")
 
     # 2. The codes; the file holds the images that did not fail.
-    return common.run_batches(args, args.images, show, work, args.batch_size)
+    return run_batches(args, args.images, show, work, args.batch_size)
 
 
 def encode(args: Namespace, codec: ImageCodec, images: Sequence[ImageSource]) -> Sequence[Tensor]:
@@ -67,13 +79,13 @@ def reconstruct(args: Namespace) -> int:
     # 1. What is wrong is reported before long work.
     stored = read_codes(args.codes_file) if args.codes_file else {}
     names = [*stored, *args.images]
-    sources = common.image_sources(args.images)
-    outputs = common.Outputs(args.out, len(names) * max(1, len(args.codes)))
-    codec = common.load_images(args)
+    sources = image_sources(args.images)
+    outputs = Outputs(args.out, len(names) * max(1, len(args.codes)))
+    codec = load_images(args)
     if stored:
         _require_codes(args, codec)
     _check_counts(args, codec)
-    settings = common.chosen_settings(args)
+    settings = chosen_settings(args)
     first_count = {"codes": args.codes[0]} if args.codes else {}
     codec.check_drawing(**settings, **first_count)
     condition = codec.open(args.condition) if args.condition else None
@@ -94,22 +106,22 @@ def reconstruct(args: Namespace) -> int:
 
     def show(name: str, result: tuple[Tensor | list[int], Sequence[Image.Image]]) -> None:
         encoded, images = result
-        stem = common.source_stem(name)
+        stem = source_stem(name)
         saved, paths = _save_counts(images, args.codes, outputs, stem, "rebuilt")
         # Features are too long for a record.
         record: JsonObject = {"image": name}
         if codec.has_codes:
             record["codes"] = [int(code) for code in encoded]
-        common.emit(args, record | saved, f"{name}: {paths}")
+        emit(args, record | saved, f"{name}: {paths}")
 
-    return common.run_batches(args, names, show, work, args.batch_size)
+    return run_batches(args, names, show, work, args.batch_size)
 
 
 def describe(args: Namespace) -> int:
     """Print a caption for each image."""
 
     def show(name: str, text: str) -> None:
-        common.emit(args, {"image": name, "description": text}, f"{name}: {text}")
+        emit(args, {"image": name, "description": text}, f"{name}: {text}")
 
     return _each_image(args, "describe", args.prompt, show)
 
@@ -119,14 +131,14 @@ def ask(args: Namespace) -> int:
 
     def show(name: str, text: str) -> None:
         record = {"image": name, "question": args.question, "answer": text}
-        common.emit(args, record, f"{name}: {text}")
+        emit(args, record, f"{name}: {text}")
 
     return _each_image(args, "ask", args.question, show)
 
 
 def detect(args: Namespace) -> int:
     """Print where something is in each image, and save the image with the boxes on it."""
-    outputs = common.Outputs(args.out, len(args.images))
+    outputs = Outputs(args.out, len(args.images))
 
     def show(name: str, detection: Detection) -> None:
         # Malformed boxes are logged, the others drawn.
@@ -134,7 +146,7 @@ def detect(args: Namespace) -> int:
             log_line(f"{name}: {problem}")
         path = None
         if detection.boxes:
-            path = outputs.save(detection.drawn(), common.source_stem(name), "_boxes")
+            path = outputs.save(detection.drawn(), source_stem(name), "_boxes")
         record = {
             "image": name,
             "phrase": args.phrase,
@@ -146,29 +158,21 @@ def detect(args: Namespace) -> int:
         # As text: the boxes, else what the model answered.
         boxes = "; ".join(" ".join(map(str, box)) for box in detection.boxes)
         line = f"{name}: {boxes or detection.text or 'not found'}"
-        common.emit(args, record, f"{line} ({path})" if path else line)
+        emit(args, record, f"{line} ({path})" if path else line)
 
     return _each_image(args, "detect", args.phrase, show)
 
 
 def edit(args: Namespace) -> int:
     """Change each image as instructed and save the results."""
-    outputs = common.Outputs(args.out, len(args.images) * args.num_images)
-    system, options = _load(args)
-    sources = common.image_sources(args.images)
-
-    # The images of a batch come image by image, `--num-images` of each.
-    def work(names: Sequence[str]) -> list[Sequence[Image.Image]]:
-        images = [sources[name] for name in names]
-        edited = system.edit(images, args.instruction, num_images=args.num_images, **options)
-        return list(batched(edited, args.num_images))
+    outputs = Outputs(args.out, len(args.images) * args.num_images)
 
     def show(name: str, images: Sequence[Image.Image]) -> None:
-        saved, paths = _save_all(images, outputs, common.source_stem(name), "edited")
+        saved, paths = _save_all(images, outputs, source_stem(name), "edited")
         record = {"image": name, "instruction": args.instruction, **saved}
-        common.emit(args, record, f"{name}: {paths}")
+        emit(args, record, f"{name}: {paths}")
 
-    return common.run_batches(args, args.images, show, work, args.batch_size)
+    return _each_image(args, "edit", args.instruction, show, args.num_images)
 
 
 def draw(args: Namespace) -> int:
@@ -176,7 +180,7 @@ def draw(args: Namespace) -> int:
     if args.codes and args.num_images > 1:
         raise ConfigError("seed draw: give either --codes or --num-images.")
     images_of_text = max(1, len(args.codes)) * args.num_images
-    outputs = common.Outputs(args.out, len(args.texts) * images_of_text)
+    outputs = Outputs(args.out, len(args.texts) * images_of_text)
     system, options = _load(args)
     _check_counts(args, system.images)
 
@@ -189,9 +193,9 @@ def draw(args: Namespace) -> int:
 
     def show(text: str, images: Sequence[Image.Image]) -> None:
         saved, paths = _save_counts(images, args.codes, outputs, text_stem(text))
-        common.emit(args, {"text": text, **saved}, f"{text}: {paths}")
+        emit(args, {"text": text, **saved}, f"{text}: {paths}")
 
-    return common.run_batches(args, args.texts, show, work, args.batch_size)
+    return run_batches(args, args.texts, show, work, args.batch_size)
 
 
 def read_codes(path: str) -> dict[str, list[int]]:
@@ -237,26 +241,32 @@ def _check_counts(args: Namespace, codec: ImageCodec) -> None:
 def _load(args: Namespace) -> tuple[MultimodalSystem, Options]:
     """The system, and the keywords of its methods."""
     # Commands without flags of drawing need no diffusion model.
-    system = common.load_system(args, load_decoder=hasattr(args, "num_inference_steps"))
-    options = {"seed": args.seed, "batch_size": args.batch_size, **common.chosen_settings(args)}
+    system = load_system(args, load_decoder=hasattr(args, "num_inference_steps"))
+    options = {"seed": args.seed, "batch_size": args.batch_size, **chosen_settings(args)}
     return system, options
 
 
 def _each_image(
-    args: Namespace, method: str, text: str | None, show: Callable[[str, Result], None]
+    args: Namespace,
+    method: str,
+    text: str | None,
+    show: Callable[[str, Result], None],
+    num_images: int = 0,
 ) -> int:
-    """Run a method of the system on batches of `args.images` and `show` each result; returns the
-    exit code."""
+    """Run a method of the system on batches of `args.images` and `show` each result, or the
+    `num_images` results of each; returns the exit code."""
     system, options = _load(args)
-    sources = common.image_sources(args.images)
+    if num_images:
+        options["num_images"] = num_images
+    sources = image_sources(args.images)
 
-    # The methods answer a list of images by a list of results.
-    def work(names: Sequence[str]) -> Sequence[Result]:
+    # The methods answer a list of images by a list of results, image by image.
+    def work(names: Sequence[str]) -> Sequence[Any]:
         images = [sources[name] for name in names]
-        results: Sequence[Result] = getattr(system, method)(images, text, **options)
-        return results
+        results: Sequence[Any] = getattr(system, method)(images, text, **options)
+        return list(batched(results, num_images)) if num_images else results
 
-    return common.run_batches(args, args.images, show, work, args.batch_size)
+    return run_batches(args, args.images, show, work, args.batch_size)
 
 
 def _draw_counts(
@@ -277,7 +287,7 @@ def batched(images: Sequence[Image.Image], size: int) -> Iterator[Sequence[Image
 
 
 def _save_all(
-    images: Sequence[Image.Image], outputs: common.Outputs, stem: str, task: str = ""
+    images: Sequence[Image.Image], outputs: Outputs, stem: str, task: str = ""
 ) -> tuple[JsonObject, str]:
     """Save the images of one request, named by what was done; returns a record with their paths (a
     path, or a list of several) under `task` or "image", and the paths as text."""
@@ -289,7 +299,7 @@ def _save_all(
 def _save_counts(
     images: Sequence[Image.Image],
     counts: Sequence[int],
-    outputs: common.Outputs,
+    outputs: Outputs,
     stem: str,
     task: str = "",
 ) -> tuple[JsonObject, str]:
