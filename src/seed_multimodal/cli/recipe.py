@@ -25,7 +25,7 @@ from seed_multimodal.language.llm import llm_config
 from seed_multimodal.models import seed
 from seed_multimodal.nn.vision.hub import HubVisionConfig
 from seed_multimodal.weights.catalogue import WEIGHT_PATTERNS
-from seed_multimodal.weights.find import find_folder, locate
+from seed_multimodal.weights.find import find_folder, locate, locate_or_same
 
 RECIPE = Path(seed.__file__).with_name("recipe.yaml")
 SCRIPT = RECIPE.with_suffix(".sh")
@@ -98,7 +98,7 @@ def write_recipe(args: Namespace) -> tuple[Path, list[Step]]:
 
 def find_part(name: str) -> Path:
     """A part's folder, or the snapshot of a hub id. Raises CheckpointError: neither exists."""
-    return find_folder(locate(name) or name, PART_FILES, PART_ADVICE).resolve()
+    return find_folder(locate_or_same(name), PART_FILES, PART_ADVICE).resolve()
 
 
 def read_parts(

@@ -21,7 +21,7 @@ from seed_multimodal.models.seed_x import adapter
 from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer
 from seed_multimodal.state_dicts import assign_strictly, load_state_dict
 from seed_multimodal.weights.catalogue import download_advice
-from seed_multimodal.weights.find import find_file, locate
+from seed_multimodal.weights.find import find_file, locate_or_same
 
 if TYPE_CHECKING:
     from diffusers import AutoencoderKL, SchedulerMixin, UNet2DConditionModel
@@ -91,7 +91,7 @@ class SDXLAdapter(adapter.SDXLAdapter):
         model = cls(unet, resampler)
         if pretrained_model_path is None:
             return model
-        path = locate(pretrained_model_path) or pretrained_model_path
+        path = locate_or_same(pretrained_model_path)
         file = find_file(path, adapter.FILES, download_advice("seed-x"))
         state = load_state_dict(file, mapped=True)
         # The second stage's U-Net has further input channels, for the condition image.

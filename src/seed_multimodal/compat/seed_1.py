@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer
-from seed_multimodal.weights.find import locate
+from seed_multimodal.weights.find import locate_or_same
 
 FOLDER = "pretrained"  # of causal_qformer.pth, seed_tokenizer.pth and eva_vit_g.pth
 
@@ -31,7 +31,7 @@ class SEEDVisualTokenizer(nn.Module):
             CheckpointError: missing (with download instructions) or damaged weights.
         """
         super().__init__()
-        self.model = Seed1Tokenizer.from_pretrained(locate(folder) or folder)
+        self.model = Seed1Tokenizer.from_pretrained(locate_or_same(folder))
 
     @torch.no_grad()
     def predict(self, image: Tensor) -> tuple[Tensor, Tensor]:

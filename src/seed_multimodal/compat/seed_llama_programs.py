@@ -25,7 +25,7 @@ from seed_multimodal.images.io import save_image
 from seed_multimodal.language.prompts import DEMO_QUESTIONS
 from seed_multimodal.models.seed.spec import DETOKENIZER_FOLDER
 from seed_multimodal.weights.catalogue import part_of
-from seed_multimodal.weights.find import find_path, locate, missing_weights_message
+from seed_multimodal.weights.find import find_path, locate_or_same, missing_weights_message
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -108,7 +108,7 @@ def _original_files(args: Namespace) -> dict[str, Path] | None:
     files = {}
     for part, default in FILES.items():
         file = overrides.get(part, default.format(args.size))
-        files[part] = locate(file) or Path(file)
+        files[part] = locate_or_same(file)
     return files
 
 

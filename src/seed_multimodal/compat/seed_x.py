@@ -31,7 +31,7 @@ from seed_multimodal.models.seed_x import modeling
 from seed_multimodal.models.seed_x.losses import TrainedAgent
 from seed_multimodal.models.seed_x.processing import answer_text, seed_x_vocabulary
 from seed_multimodal.nn.vision import qwen as vision
-from seed_multimodal.weights.find import find_path, locate
+from seed_multimodal.weights.find import find_path, locate_or_same
 
 TOKENIZER_FILE = "configs/tokenizer/clm_llama_tokenizer_224loc_anyres.yaml"
 
@@ -66,7 +66,7 @@ class VisionTransformerWithAttnPool(vision.QwenVit):
         """The encoder in float32 on the CPU; a `config.json` next to the weights overrides the
         sizes."""
         part = original.vision_encoder(str(pretrained_model_path), **sizes)
-        return super().from_pretrained(locate(part.path) or part.path, config=part.sizes)
+        return super().from_pretrained(locate_or_same(part.path), config=part.sizes)
 
 
 class DiscreteModleIdentity(nn.Module):
@@ -175,7 +175,7 @@ class ContinuousLVLM(TrainedAgent):
         """
         agent = cls(llm, input_resampler, output_resampler, **settings)
         if pretrained_model_path is not None:
-            modeling.load_agent(agent, locate(pretrained_model_path) or pretrained_model_path)
+            modeling.load_agent(agent, locate_or_same(pretrained_model_path))
         return agent
 
     @torch.inference_mode()

@@ -15,7 +15,7 @@ from seed_multimodal.disk import JsonObject
 from seed_multimodal.entry import DONE, log_line, run_program
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.progress import quiet_libraries
-from seed_multimodal.weights.find import locate
+from seed_multimodal.weights.find import locate_or_same
 
 if TYPE_CHECKING:
     from seed_multimodal.language.lora import TrainedWeights
@@ -73,13 +73,13 @@ def _merge(args: Namespace) -> int:
     base: str | Path | None = None
     for candidate in candidates:
         if candidate not in (None, "", "???"):
-            base = locate(str(candidate)) or str(candidate)
+            base = locate_or_same(candidate)
             break
 
     # 2. The merged folder.
     summary = merge_adapter(
         base,
-        locate(args.lora_model) or args.lora_model,
+        locate_or_same(args.lora_model),
         args.save_path,
         tokenizer=_load_tokenizer(args.tokenizer_cfg) if args.tokenizer_cfg else None,
         lora=node.get("peft_config") or node.get("lora"),
@@ -112,7 +112,7 @@ def _load_tokenizer(file: str) -> TextTokenizer:
         raise ConfigError(
             f"{file}: pretrained_model_name_or_path is needed: the tokenizer's folder."
         )
-    folder = Path(locate(str(name)) or str(name))
+    folder = locate_or_same(name)
     # LaVIT's codes have no spelling, so its tokenizer adds none.
     if (folder / ADDED).is_file() or (folder / IMAGE_TOKENS).is_file():
         return load_text_tokenizer(folder)
@@ -156,6 +156,6 @@ def _reload(args: Namespace) -> int:
     target = Path(args.out)
     if target.exists() and not args.force:
         raise ConfigError(f"{target}: exists already (--force writes over it).")
-    n_tensors = extract(target, locate(args.source) or Path(args.source))
+    n_tensors = extract(target, locate_or_same(args.source))
     log_line(f"{target}: {n_tensors} tensors")
     return DONE

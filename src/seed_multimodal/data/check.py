@@ -23,7 +23,7 @@ from seed_multimodal.entry import log_line
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.progress import Progress
-from seed_multimodal.weights.find import locate
+from seed_multimodal.weights.find import locate_or_same
 
 LISTED_RECORDS = 3  # for each kind of problem
 # Decoders that keep control words as plain text, or read them as image codes.
@@ -112,7 +112,7 @@ def read_run(path: str | Path, tokenizer: str | None) -> tuple[LlmDataSettings, 
             "is checked when training starts)."
         )
     settings = read_data_settings(config.get("data") or config, str(path))
-    return settings, str(locate(str(source)) or source)
+    return settings, str(locate_or_same(source))
 
 
 def check_sources(

@@ -51,6 +51,11 @@ def locate(path: str | Path) -> Path | None:
     return None
 
 
+def locate_or_same(path: str | Path) -> Path:
+    """As `locate`; a path that does not exist stays."""
+    return locate(path) or Path(path)
+
+
 def locate_system(name: str | Path) -> Path | None:
     """As `locate`; names of shipped systems are resolved to their folders."""
     return locate(SHIPPED_SYSTEMS.get(str(name).lower(), name))
