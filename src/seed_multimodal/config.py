@@ -89,6 +89,7 @@ def read_yaml(file: Path) -> DictConfig:
 def instantiate(
     config: Mapping[str, object] | str | Path,
     aliases: Mapping[str, str] | None = None,
+    /,
     **overrides: object,
 ) -> Any:
     """Call the `_target_` of a configuration with its keys, nested nodes first.
