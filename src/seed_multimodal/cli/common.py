@@ -282,11 +282,7 @@ def run_each(
     work: Callable[[str], Result],
 ) -> int:
     """`show` each image or text with its result of `work`; returns the exit code."""
-
-    def work_on_batch(batch: Sequence[str]) -> list[Result]:
-        return [work(name) for name in batch]
-
-    return run_batches(args, names, show, work_on_batch, 1)
+    return run_batches(args, names, show, lambda batch: [work(name) for name in batch], 1)
 
 
 def run_batches(
@@ -413,11 +409,8 @@ def open_lines(out: str) -> TextIO:
 
 def next_free_path(folder: Path, pattern: str) -> Path:
     """The first free file of a numbered `pattern` in `folder`, such as `grid-{:03d}.png`."""
-    for index in itertools.count():
-        path = folder / pattern.format(index)
-        if not path.exists():
-            break
-    return path
+    paths = (folder / pattern.format(index) for index in itertools.count())
+    return next(path for path in paths if not path.exists())
 
 
 def source_stem(name: str) -> str:
