@@ -474,10 +474,8 @@ class Backend:
     def _boxes(self, answer: Answer, n_images: int) -> tuple[list[JsonObject], list[str]]:
         """The boxes of an answer on the last image, and notes about malformed ones."""
         edges_of_boxes, problems = self.system.find_boxes(answer)
-        boxes: list[JsonObject] = []
-        if n_images:  # boxes of a text alone have no image to be drawn on
-            for edges in edges_of_boxes:
-                boxes.append({"image": n_images - 1, "box": edges})
+        # Boxes of a text alone have no image to be drawn on.
+        boxes = [{"image": n_images - 1, "box": edges} for edges in edges_of_boxes if n_images]
         return boxes, problems
 
     # ---- images
