@@ -228,6 +228,7 @@ REFUSED = {
     '/v1/images/edits {"mask": ["a file"]}': "mask",
     # Values out of range.
     '/generate {"temperature": -1}': "temperature:",
+    '/generate {"temperature": 5.5}': "temperature:",
     '/generate {"top_p": 1.5}': "top_p:",
     '/generate {"num_beams": 9}': "num_beams:",
     '/generate {"max_new_tokens": 0}': "max_new_tokens:",
