@@ -191,7 +191,7 @@ def choose_files(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
     If no pattern has a "/", files of the root folder only.
     """
 
-    from huggingface_hub.utils import filter_repo_objects
+    from huggingface_hub.utils import filter_repo_objects  # type: ignore[attr-defined]
 
     if not any("/" in pattern for pattern in patterns):
         names = [name for name in names if "/" not in name]

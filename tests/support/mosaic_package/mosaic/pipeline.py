@@ -44,7 +44,7 @@ class MosaicCodec(CodeCodec):
     def __init__(self, tile: int, placement: Placement) -> None:
         super().__init__(
             Tiles(),
-            placement.of_codec(None),
+            placement,
             transform=TRANSFORM,
             codebook_size=len(PALETTE),
             codes_per_image=ROWS * COLUMNS,
