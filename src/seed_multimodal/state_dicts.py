@@ -13,6 +13,7 @@ import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -257,12 +258,8 @@ def fingerprint(model: nn.Module, *, frozen: bool = False) -> list[float]:
 
 def same_fingerprint(before: Sequence[float], now: Sequence[float]) -> bool:
     """Whether two fingerprints are of the same model, up to rounding to 16 bits."""
-    if len(before) != len(now):
-        return False
-    for old, new in zip(before, now, strict=True):
-        if not math.isclose(old, new, rel_tol=0.005, abs_tol=1e-7):
-            return False
-    return True
+    is_close = partial(math.isclose, rel_tol=0.005, abs_tol=1e-7)
+    return len(before) == len(now) and all(map(is_close, before, now))
 
 
 def refuse_tensors(

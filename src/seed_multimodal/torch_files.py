@@ -5,7 +5,6 @@ tensors and plain values, and calls no function of the file.
 from __future__ import annotations
 
 import pickle
-import pickletools
 import zipfile
 from pathlib import Path
 from typing import Any
@@ -34,13 +33,14 @@ def read_torch_content(file: Path, mapped: bool = False, placeholders: bool = Fa
 
     mapped: memory-mapped: the file must not be overwritten in place. Changes of the tensors do not
     reach it. Files of torch before 1.6, which are no zip archives, are copied.
-    placeholders: replace objects of unknown classes, which otherwise are an error.
+    placeholders: replace objects of unknown classes, an error otherwise (and not in a zip archive).
 
     Raises CheckpointError: missing, damaged or unsafe.
     """
     try:
         is_zip = zipfile.is_zipfile(file)
-        unknown_names = _unknown_names(file, is_zip) if placeholders else []
+        # Such files hold the objects of a training program; all of them are zip archives.
+        unknown_names = get_unsafe_globals_in_checkpoint(file) if placeholders and is_zip else []
         with safe_globals([(Placeholder, name) for name in unknown_names]):
             return torch.load(file, map_location="cpu", weights_only=True, mmap=mapped and is_zip)
     except Exception as error:  # torch's reader raises errors of many types for wrong bytes
@@ -53,21 +53,6 @@ def read_torch_content(file: Path, mapped: bool = False, placeholders: bool = Fa
         raise CheckpointError(
             f"{file}: not a complete weights file ({content or first_line(error)})."
         ) from error
-
-
-def _unknown_names(file: Path, is_zip: bool) -> list[str]:
-    """Names of functions and classes in a file's pickles that torch does not allow."""
-    if is_zip:
-        return get_unsafe_globals_in_checkpoint(file)
-    # torch lists them for zip archives only. Names that it allows do no harm here: it looks for
-    # them before it looks for replacements.
-    names: set[str] = set()
-    with open(file, "rb") as handle:
-        for _ in range(4):  # magic number, protocol, system, content
-            for opcode, argument, _ in pickletools.genops(handle):
-                if opcode.name == "GLOBAL":
-                    names.add(str(argument).replace(" ", "."))
-    return sorted(names)
 
 
 def read_torch_file(

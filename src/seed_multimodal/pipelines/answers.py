@@ -259,7 +259,10 @@ class ConversationGenerator(Generator):
         varied_rows: Sequence[int] = ()
         if not self.settings(task, **options).samples:
             plain_rows = rows[::num_images]
-            if self._can_vary(task) and not VARIATION.keys() & options.keys():
+            # Sampling changes codes; SEED-X's images depend only on the text before them.
+            has_codes = not self.tokenizer.vocabulary.fixed_image_order
+            can_vary = has_codes or self._text_tokens_before_image(task) > 0
+            if can_vary and not VARIATION.keys() & options.keys():
                 varied_rows = [row for row in rows if row % num_images]
 
         # 2. Their answers.
@@ -279,8 +282,3 @@ class ConversationGenerator(Generator):
 
         # 3. Images that cannot vary repeat the greedy answer.
         return [answers.get(row, answers[row - row % num_images]) for row in rows]
-
-    def _can_vary(self, task: Task) -> bool:
-        """Whether sampling changes an image; SEED-X's depends only on the text before it."""
-        has_codes = not self.tokenizer.vocabulary.fixed_image_order
-        return has_codes or self._text_tokens_before_image(task) > 0
