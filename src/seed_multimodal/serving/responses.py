@@ -42,53 +42,53 @@ def response_events(
         "notes": [],
         **request.model_dump(include=ECHOED),
     }
+    item: JsonObject = {}  # the last output item until it is complete
     numbers = itertools.count()
 
     def event(name: str, **fields: object) -> JsonObject:
         return {"type": f"response.{name}", "sequence_number": next(numbers), **fields}
 
     def item_event(name: str, **fields: object) -> JsonObject:
-        """An event of the last output item."""
-        return event(name, item_id=output[-1]["id"], output_index=len(output) - 1, **fields)
-
-    def is_open(kind: str) -> bool:
-        return bool(output) and (output[-1]["type"], output[-1]["status"]) == (kind, "in_progress")
+        """An event of `item`."""
+        return event(name, item_id=item["id"], output_index=len(output) - 1, **fields)
 
     def begin(prefix: str, **fields: object) -> Iterator[JsonObject]:
+        nonlocal item
         yield from end()
-        id = f"{prefix}_{secrets.token_hex(12)}"
-        output.append({"id": id, "status": "in_progress", **fields})
-        yield item_event("output_item.added", item=output[-1])
+        item = {"id": f"{prefix}_{secrets.token_hex(12)}", "status": "in_progress", **fields}
+        output.append(item)
+        yield item_event("output_item.added", item=item)
 
     def end() -> Iterator[JsonObject]:
-        """The events that complete the last item, if it is open."""
-        if is_open("message"):
-            (part,) = output[-1]["content"]
+        """The events that complete `item`, if there is one."""
+        nonlocal item
+        if not item:
+            return
+        for part in item.get("content", ()):
             text = part["text"]
             yield item_event("output_text.done", content_index=0, text=text, logprobs=[])
             yield item_event("content_part.done", content_index=0, part=part)
-        elif not is_open("image_generation_call"):
-            return
-        broke_off = output[-1].get("result", "") is None
-        output[-1]["status"] = "failed" if broke_off else "completed"
-        yield item_event("output_item.done", item=output[-1])
+        broke_off = item.get("result", "") is None
+        item["status"] = "failed" if broke_off else "completed"
+        yield item_event("output_item.done", item=item)
+        item = {}
 
     yield event("created", response=response)
     for change in changes:
         # 1. Text.
         if "content" in change:
-            if not is_open("message"):
+            if "content" not in item:
                 yield from begin("msg", type="message", role="assistant", content=[])
                 part = {"type": "output_text", "text": "", "annotations": []}
-                output[-1]["content"].append(part)
+                item["content"].append(part)
                 yield item_event("content_part.added", content_index=0, part=part)
             delta = change["content"]
-            output[-1]["content"][0]["text"] += delta
+            item["content"][0]["text"] += delta
             yield item_event("output_text.delta", content_index=0, delta=delta, logprobs=[])
 
         # 2. Images; an item begins with the first preview.
         for image in change.get("images", ()):
-            if not is_open("image_generation_call"):
+            if "result" not in item:
                 yield from begin("ig", type="image_generation_call", result=None)
                 yield item_event("image_generation_call.generating")
                 n_previews = 0
@@ -99,7 +99,7 @@ def response_events(
                 n_previews += 1
                 continue
             image_format = request.image_options.output_format
-            output[-1] |= {"result": data, "codes": image["codes"], "output_format": image_format}
+            item |= {"result": data, "codes": image["codes"], "output_format": image_format}
             yield item_event("image_generation_call.completed")
             yield from end()
         for name in ("boxes", "notes"):
