@@ -280,6 +280,7 @@ def test_every_door_names_what_is_no_image(nano, client, name, tmp_path, monkeyp
 WRONG: dict[str, Any] = {
     "nothing": None,
     "a number": 5,
+    "no name": "",
     "an address": "https://host/a.png",
     "a missing file": "no/such/file.png",
     "a damaged data URL": "data:image/png;base64,ab!c",
@@ -305,6 +306,8 @@ def test_what_is_no_image_is_an_image_error(name):
         open_image(WRONG[name])
     if name == "five channels":
         assert "[6, 6, 5]" in str(raised.value) and "float64" in str(raised.value)
+    if name == "no name":
+        assert "empty" in str(raised.value)  # not the current directory
 
 
 def test_heif_is_read_where_a_plugin_is_registered(monkeypatch):
