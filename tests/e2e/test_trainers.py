@@ -1,21 +1,22 @@
 """Contract of the training programs: each entry of support/trainers.py × start, kill, resume,
-two processes, another number of processes, ZeRO, use of the result.
+SIGTERM, full disk, two processes, another number of processes, ZeRO, use of the result.
 
 A new trainer is tested by its entry. The suite runs one program of each framework (LAVIS, language
 model under ZeRO, pixels) killed and resumed; all other combinations are `nightly`. The loop's own
-properties, with SIGTERM and full disks, are tested on a toy (unit/training). DeepSpeed compiles its
-shared-memory operator at the first start (under a minute; needs g++ and ninja).
+properties are tested on a toy (unit/training). DeepSpeed compiles its shared-memory operator at the
+first start (under a minute; needs g++ and ninja).
 """
 
 from __future__ import annotations
 
 import importlib.util
+import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
-from real_processes import kill_when
+from real_processes import kill_when, wait_until
 from trainers import HUB_LLMS, LAVIS, LLM, TRAINERS, TWO, Trainer
 
 pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(600)]
@@ -192,6 +193,46 @@ def check_conversion(
         load_agent(task.module, checkpoint / kind)
         for name, value in task.weights().items():
             assert torch.equal(value, weights[f"model.{name}"]), (kind, name)
+
+
+@each(TRAINERS)
+def test_trainer_stopped_by_sigterm_saves_and_continues(
+    trainer: Trainer, parts_dir: Path, tmp_path
+):
+    out = tmp_path / "out"
+    for _ in range(2):
+        n_steps = len(trainer.losses(out))
+        process = trainer.start(parts_dir, trainer.arguments(parts_dir, out, 2000, 1000, ()))
+        wait_until(lambda: len(trainer.losses(out)) >= n_steps + 3, process)  # noqa: B023
+        process.terminate()
+        output, complained = process.communicate(timeout=60)
+        assert process.returncode == 143, output + complained
+        assert not complained.strip()
+        assert not n_steps or f"(step {n_steps})" in output, output
+    assert list(trainer.losses(out)) == list(range(1, len(trainer.losses(out)) + 1))
+
+
+# One of each framework: of stage 2 the limit would meet shared memory first.
+ON_A_FULL_DISK = ("stage1", "llm", "seed_x_detokenizer")
+
+
+@each([entry for entry in TRAINERS if entry.name in ON_A_FULL_DISK])
+def test_trainer_on_a_full_disk_reports_it_and_continues(
+    trainer: Trainer, parts_dir: Path, tmp_path, capsys
+):
+    # The limit on the size of files stands for a full disk: writes fail in the same place.
+    out = tmp_path / "out"
+    arguments = trainer.arguments(parts_dir, out, 4, 2, ())
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
+    try:
+        assert trainer.main(arguments) == 2
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert "Traceback" not in capsys.readouterr().err
+    assert not [path for path in out.rglob("checkpoint-*") if path.is_dir()]
+    assert trainer.main(arguments) == 0
+    assert len(trainer.losses(out)) == 4
 
 
 def test_trainer_folders_have_every_program():

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import base64
 import collections
 import contextlib
+import io
 import random
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -19,7 +22,7 @@ import pytest
 import requests
 from PIL import Image
 from repository import NANO, ROOT
-from served import CHAT, base64_of, read, serving, user
+from served import CHAT, base64_of, png_of, read, serving, user
 
 pytestmark = [pytest.mark.nightly, pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(900)]
 PLAIN = [str(ROOT / "gradio_demo" / "seed_llama_flask.py")]
@@ -156,3 +159,88 @@ def test_schemathesis_finds_no_fault():
             text=True,
         )
         assert done.returncode == 0, done.stdout[-8000:]
+
+
+def hostile_bodies() -> Iterator[bytes]:
+    """Decompression bombs, damaged files, large and deep bodies: bodies of `/generate`."""
+    rng = np.random.default_rng(0)
+    noise = Image.fromarray(rng.integers(0, 255, (900, 900, 3), dtype=np.uint8))
+    files = [png_of(Image.new("1", (5600, 5600))), png_of(Image.new("P", (5600, 5600)))]
+    for kind in ("GIF", "WEBP", "TIFF", "PNG", "JPEG"):
+        output = io.BytesIO()
+        noise.save(output, kind)
+        content = bytearray(output.getvalue())
+        content[len(content) // 3] ^= 255
+        files += [bytes(content), bytes(content[: len(content) // 2])]
+    for file in files:
+        encoded = base64.b64encode(file).decode()
+        yield b'{"text": "<image>", "images": ["%s"], "max_new_tokens": 4}' % encoded.encode()
+    yield b"[" * 100_000
+    yield b'{"images": [[' + b"1," * 4_000_000 + b"1]]}"
+    yield b" " * (66 << 20)
+
+
+def test_hostile_bodies_are_refused_and_visitors_answered():
+    with server(PLAIN, "--system", str(NANO), "--max_megapixels", "32") as (root, process):
+        url = f"{root}/generate"
+        headers = {"Content-Type": "application/json"}
+
+        # 1. Clients that stall with half a body hold a connection each.
+        stalled = []
+        for _ in range(100):
+            sock = socket.create_connection(("127.0.0.1", int(root.rpartition(":")[2])))
+            sock.sendall(b"POST /generate HTTP/1.1\r\nHost: x\r\nContent-Length: 999\r\n\r\n{")
+            stalled.append(sock)
+
+        # 2. Hostile bodies, and a visitor's question after each.
+        question = {"text": "USER: hi\nASSISTANT:", "images": [], "max_new_tokens": 4}
+        for body in hostile_bodies():
+            with contextlib.suppress(requests.ConnectionError):  # closed before the body's end
+                answer = requests.post(url, data=body, headers=headers, timeout=HANG_SECONDS)
+                assert answer.status_code < 500, answer.text[:300]
+            assert requests.post(url, json=question, timeout=HANG_SECONDS).status_code == 200
+        assert process.poll() is None
+        for sock in stalled:
+            sock.close()
+
+
+def test_conversations_together_equal_those_alone():
+    # Continuous batching: other requests in the batch, streams and cancelled ones change nothing.
+    from seed_multimodal import MultimodalSystem
+
+    system = MultimodalSystem.from_pretrained(NANO, device="cpu", load_decoder=False, log=None)
+    jobs = []
+    for seed in range(120):
+        rng = random.Random(seed)
+        options: dict[str, Any] = {"max_new_tokens": rng.choice((5, 20, 60))}
+        if rng.random() < 0.5:
+            options |= {"temperature": rng.choice((0.7, 1.5)), "top_p": 0.9, "seed": seed}
+        if rng.random() < 0.1:
+            options |= {"repetition_penalty": 1.2}
+        history = [
+            {"role": "user", "content": ["Is it night?"]},
+            {"role": "assistant", "content": "Yes."},
+        ]
+        content = [image(seed), "What is on the left?"][rng.random() < 0.2 :]
+        last = {"role": "user", "content": content}
+        jobs.append(([*history * rng.randrange(3), last], options))
+
+    def answer(index: int) -> list[int] | None:
+        """Ids: whole, streamed, or None of a cancelled answer."""
+        messages, options = jobs[index]
+        if index % 3 == 0:
+            return list(system.chat(messages, **options).ids)
+        events = system.chat(messages, stream=True, **options)
+        if index % 5 == 0:
+            next(events)
+            events.close()
+            return None
+        *_, done = events
+        return list(done["answer"].ids)
+
+    with ThreadPoolExecutor(8) as pool:
+        together = [*pool.map(answer, range(len(jobs)))]
+    fresh = MultimodalSystem.from_pretrained(NANO, device="cpu", load_decoder=False, log=None)
+    for ids, (messages, options) in zip(together, jobs, strict=True):
+        assert ids is None or ids == list(fresh.chat(messages, **options).ids)
+    assert system.engine.n_active == 0

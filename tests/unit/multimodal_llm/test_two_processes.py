@@ -11,6 +11,7 @@ from pathlib import Path
 
 import llm_runs as runs
 import pytest
+import yaml
 from real_processes import (  # noqa: F401
     STARTED,
     free_port,
@@ -18,9 +19,11 @@ from real_processes import (  # noqa: F401
     processes_with,
     wait_until,
 )
+from trainers import TRAINERS, TWO
 
 pytestmark = [pytest.mark.process, pytest.mark.timeout(600)]
 SCRIPT = "scripts/train_a100_lora_multi_node_pretrain.sh"
+QUICK = "trainer.timeout_minutes=0.5"
 
 
 def start(tmp_path: Path, max_steps: int, **variables: str) -> subprocess.Popen:
@@ -62,3 +65,29 @@ def test_script_with_a_killed_process_ends_without_traceback(tmp_path):
     # The other process may be the first to report that this one is gone.
     assert process.returncode in (2, 128 + signal.SIGKILL), errors
     assert "Traceback" not in errors, errors
+
+
+def one_source(files: dict[str, Path], index: int, lines: list[str]) -> Path:
+    """A file of data with one source of these lines, read once."""
+    data = yaml.safe_load(files["data"].read_text())
+    source = {**data["sources"][index], "cycles": 1}
+    records = files["data"].with_name("few.jsonl")
+    records.write_text("".join(lines))
+    source["files"] = str(records)
+    file = files["data"].with_name("few.yaml")
+    file.write_text(yaml.safe_dump({**data, "sources": [source], "rows": 1}))
+    return file
+
+
+@pytest.mark.nightly
+def test_train_processes_with_unequal_numbers_of_evaluation_batches(tmp_path):
+    # One record for two processes: every forward pass is a collective, so the run could hang.
+    files = runs.write_files(tmp_path)
+    chats = (tmp_path / "data" / "chats.jsonl").read_text().splitlines(keepends=True)
+    held_out = one_source(files, 1, chats[:1])
+    options = ["trainer.max_steps=2", "trainer.eval_steps=1", "trainer.eval_batches=100"]
+    out = tmp_path / "out"
+    arguments = runs.overrides(files, out, f"eval_data={held_out}", *options, QUICK)
+    trainer = next(entry for entry in TRAINERS if entry.name == "llm")
+    trainer.run(tmp_path, arguments, *TWO)
+    assert len([line for line in runs.log_lines(out) if "eval_loss" in line]) == 2

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import sys
 from pathlib import Path
 
 import pytest
@@ -58,3 +59,28 @@ def test_train_is_the_same_with_and_without_validation(yaml, run, tmp_path, caps
     means = json.loads(capsys.readouterr().out.splitlines()[-1])["val"]
     assert means["samples"] == 24
     assert means["loss"] > 0
+
+
+@pytest.mark.nightly
+@pytest.mark.process
+def test_train_in_two_processes_that_share_the_split(yaml, run, start, tmp_path):
+    # Means over both, each image counted once.
+    options = (
+        "model.load_pretrained=False",
+        "model.kmeans_start=False",
+        "model.restart_every=0",
+        "run.max_epoch=1",
+        "run.valid_splits=[val]",
+        "run.clip_grad=0",
+        "run.num_workers=0",
+    )
+    arguments = yaml("stage2", *options, name="two")
+    process = start(sys.executable, *TWO, "train.py", *arguments)
+    _, error = process.communicate(timeout=170)
+    assert process.returncode == 0, error
+    run(yaml("stage2", *options, "run.batch_size_train=16", name="one"))
+    pair, single = (log_of(tmp_path / name, "stage2")[4] for name in ("two", "one"))
+    keys = [key for key in single if key.startswith("valid/")]
+    assert len(keys) >= 5
+    expected = pytest.approx([single[key] for key in keys], rel=1e-3)
+    assert [pair[key] for key in keys] == expected
