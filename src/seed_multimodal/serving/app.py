@@ -232,7 +232,7 @@ def completion(model: str, stream: bool, changes: Iterator[JsonObject]) -> Itera
         "boxes": [],
         "notes": [],
     }
-    is_first = True
+    role = {"role": "assistant"}  # in the first chunk
     for change in changes:
         # Only the last change has these two.
         finish_reason = change.pop("finish_reason", None)
@@ -240,13 +240,12 @@ def completion(model: str, stream: bool, changes: Iterator[JsonObject]) -> Itera
         for name, value in change.items():
             message[name] += value
         if stream:
-            delta = {"role": "assistant", **change} if is_first else change
-            choice = {"index": 0, "delta": delta, "finish_reason": finish_reason}
+            choice = {"index": 0, "delta": {**role, **change}, "finish_reason": finish_reason}
             chunk = {**head, "object": "chat.completion.chunk", "choices": [choice]}
             if usage:
                 chunk["usage"] = usage
             yield chunk
-        is_first = False
+        role = {}
     if not stream:
         choice = {"index": 0, "message": message, "finish_reason": finish_reason}
         yield {**head, "object": "chat.completion", "usage": usage, "choices": [choice]}
