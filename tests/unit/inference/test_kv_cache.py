@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import re
+
 import numpy as np
+import psutil
 import pytest
 import torch
 from hypothesis import given, settings
@@ -12,7 +15,7 @@ from tiny.language import random_llm
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.inference.backends.torch import TorchBackend
 from seed_multimodal.inference.engine import Engine
-from seed_multimodal.inference.kv_cache import plan_cache
+from seed_multimodal.inference.kv_cache import CacheSize, KVCache, plan_cache
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 
 MIB = 1 << 20
@@ -62,7 +65,8 @@ def test_plan_cache_uses_its_budget(per_token, context, budget, max_rows):
     # Too much is out of memory at the first long prompt, too little a shorter context.
     tokens = budget // per_token
     if tokens < 64:  # no useful row
-        with pytest.raises(ConfigError, match="GiB"):
+        free = re.escape(f"{budget / 2**30:.3g} GiB")
+        with pytest.raises(ConfigError, match=free):
             plan_cache(per_token, context, budget, max_rows)
         return
     size = plan_cache(per_token, context, budget, max_rows)
@@ -73,3 +77,14 @@ def test_plan_cache_uses_its_budget(per_token, context, budget, max_rows):
         assert (size.rows, size.length) == (1, tokens)
     else:
         assert size.rows == max_rows or (size.rows + 1) * size.length > tokens
+
+
+@pytest.mark.parametrize("rows, is_written", [(2, True), (32, False)])
+def test_large_tables_take_memory_when_they_are_written(rows, is_written):
+    # A machine of 8 GiB starts with a cache of 4 GiB; small tables make no first answer slow.
+    cache = KVCache(CacheSize(rows, 1024))
+    before = psutil.Process().memory_info().rss
+    cache.allocate(4, 8, 64, torch.float32, torch.device("cpu"))
+    grown = psutil.Process().memory_info().rss - before
+    n_bytes = rows * 16 * MIB
+    assert grown >= 0.9 * n_bytes if is_written else grown <= 0.1 * n_bytes
