@@ -90,7 +90,9 @@ def direct(url: str) -> bool:
     try:
         host = (urllib.parse.urlsplit(url).hostname or "").rstrip(".")
         is_name = "." not in host and ":" not in host
-        return is_name or not ipaddress.ip_address(host).is_global
+        if is_name or host.endswith((".localhost", ".local", ".internal")):
+            return True
+        return not ipaddress.ip_address(host).is_global
     except ValueError:
         return False
 

@@ -8,14 +8,18 @@ import os
 from collections.abc import Iterator
 from urllib.parse import urlsplit
 
+LOCAL_DOMAINS = (".localhost", ".local", ".internal")  # host.docker.internal
+
 
 def direct(url: str) -> bool:
     """Whether a URL's host is this machine or in its network: a loopback or private address, or a
-    name without a dot. Proxies of the environment are for others."""
+    name without a dot or below a reserved domain. Proxies of the environment are for others."""
     try:
         host = (urlsplit(url).hostname or "").rstrip(".")
         is_name = "." not in host and ":" not in host
-        return is_name or not ipaddress.ip_address(host).is_global
+        if is_name or host.endswith(LOCAL_DOMAINS):
+            return True
+        return not ipaddress.ip_address(host).is_global
     except ValueError:  # a name with dots, or no URL
         return False
 

@@ -75,7 +75,7 @@ def image(batch: torch.Tensor) -> Image.Image:
         *((f"http://{host}:7890/v1", True) for host in ("127.0.0.1", "localhost", "[::1]")),
         *(
             (f"http://{host}", True)
-            for host in ("10.1.2.3", "192.168.0.9", "100.64.3.4", "backend")
+            for host in ("10.1.2.3", "192.168.0.9", "backend", "host.docker.internal", "a.local")
         ),
         *(
             (f"https://{host}", False)
