@@ -113,14 +113,14 @@ def page(lines: list[dict[str, Any]], model: str) -> str:
         return "Nothing was measured.\n"
     first = lines[0]
     weights = "random weights of the published sizes" if model == "original" else model
-    hardware = ", ".join(f"{name} {value}" for name, value in first["hardware"].items())
-    versions = ", ".join(f"{name} {value}" for name, value in first["versions"].items())
+    machine = {**first["hardware"], **first["versions"]}
+    machine_text = ", ".join(f"{name} {value}" for name, value in machine.items())
     runtimes = ", ".join(dict.fromkeys(line["runtime"] for line in lines))
     rows = [HEAD, ["---"] * len(HEAD), *map(row, lines)]
     table = "\n".join(f"| {' | '.join(cells)} |" for cells in rows)
     return (
         f"# {first['hardware'].get('gpu', first['hardware']['cpu'])}\n\n"
-        f"{weights}, {runtimes}; {hardware}; {versions}; commit {first['commit']}; "
+        f"{weights}, {runtimes}; {machine_text}; commit {first['commit']}; "
         f"{first['date']} to {lines[-1]['date']}.\n\n"
         "`plain` is the stock way in the same run: one request after another through "
         "transformers' and diffusers' own classes, or the original's padded training step. `s`: "

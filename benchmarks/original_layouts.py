@@ -9,10 +9,10 @@ values, then zeros.
 
 from __future__ import annotations
 
-import argparse
 import gzip
 import json
 import mmap
+import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -246,8 +246,6 @@ MODELS: dict[str, Callable[[Path], None]] = {
 }
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("model", choices=MODELS)
-    parser.add_argument("folder", type=Path)
-    options = parser.parse_args()
-    MODELS[options.model](options.folder)
+    if len(sys.argv) != 3:
+        sys.exit(__doc__)
+    MODELS[sys.argv[1]](Path(sys.argv[2]))

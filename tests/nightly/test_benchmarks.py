@@ -60,7 +60,7 @@ def test_gpu_card_of_nano_on_a_cpu(tmp_path):
 
 def test_loading_and_quantization_print_figures():
     printed = run(sys.executable, "benchmarks/loading.py", "--records", "200")
-    assert all(json.loads(line)["records_per_s"] > 0 for line in printed.splitlines())
+    assert [line.partition(":")[0] for line in printed.splitlines()] == ["tar", "jsonl"]
     rows = run(sys.executable, "benchmarks/quantization.py").splitlines()[1:]
     assert len(rows) == 5 and all(float(row.split("|")[2]) > 0 for row in rows)
 
