@@ -113,7 +113,7 @@ def page(lines: list[dict[str, Any]], model: str) -> str:
         return "Nothing was measured.\n"
     first = lines[0]
     weights = "random weights of the published sizes" if model == "original" else model
-    machine = {**first["hardware"], **first["versions"]}
+    machine = first["hardware"] | first["versions"]
     machine_text = ", ".join(f"{name} {value}" for name, value in machine.items())
     runtimes = ", ".join(dict.fromkeys(line["runtime"] for line in lines))
     rows = [HEAD, ["---"] * len(HEAD), *map(row, lines)]

@@ -1,4 +1,4 @@
-"""Time reading training data: indexing shards, and records in shuffled order, in JSON lines.
+"""Time reading training data: indexing shards, and records in shuffled order.
 
 python benchmarks/loading.py --records 50000
 """
