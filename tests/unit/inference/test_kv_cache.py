@@ -79,12 +79,9 @@ def test_plan_cache_uses_its_budget(per_token, context, budget, max_rows):
         assert size.rows == max_rows or (size.rows + 1) * size.length > tokens
 
 
-@pytest.mark.parametrize("rows, is_written", [(2, True), (32, False)])
-def test_large_tables_take_memory_when_they_are_written(rows, is_written):
-    # A machine of 8 GiB starts with a cache of 4 GiB; small tables make no first answer slow.
-    cache = KVCache(CacheSize(rows, 1024))
+def test_large_tables_take_no_memory_before_they_are_written():
+    # A machine of 8 GiB starts with a cache of 4 GiB.
+    cache = KVCache(CacheSize(32, 1024))
     before = psutil.Process().memory_info().rss
     cache.allocate(4, 8, 64, torch.float32, torch.device("cpu"))
-    grown = psutil.Process().memory_info().rss - before
-    n_bytes = rows * 16 * MIB
-    assert grown >= 0.9 * n_bytes if is_written else grown <= 0.1 * n_bytes
+    assert psutil.Process().memory_info().rss - before < 50 * MIB  # of 512
