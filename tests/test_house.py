@@ -202,6 +202,7 @@ def circles(graph: dict[str, set[str]]) -> set[str]:
     return found
 
 
+@pytest.mark.slow
 def test_no_modules_import_each_other():
     assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == {"b c"}
     assert circles(import_graph(PACKAGE)) <= CIRCLES

@@ -180,6 +180,7 @@ def edit(client: Any, file: bytes) -> Any:
     return client.post("/v1/images/edits", data=body)
 
 
+@pytest.mark.slow
 def test_http_reads_text(nano, client):
     (codes,) = nano.tokenize(SMALL).tolist()
     assert tokens(client, *TEXTS.values()).json["data"] == [{"codes": codes}] * len(TEXTS)

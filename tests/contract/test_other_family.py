@@ -94,6 +94,7 @@ def test_init_prints_a_command_whose_checkpoint_is_a_system(
     assert isinstance(trained.describe(noise(1)), str)
 
 
+@pytest.mark.slow
 def test_codes_of_a_data_set(mosaic_folder: Path, tmp_path: Path):
     # A tile's code is its colour: they can be told by hand.
     from seed_multimodal.data.formats.sources import open_records

@@ -373,6 +373,7 @@ def small_8b(server, tiny_folder) -> LoopbackHub:
     return server
 
 
+@pytest.mark.slow
 def test_a_system_downloads_its_parts(small_8b):
     config = SystemConfig.find("8b")
     assert not config.has("llm")
@@ -391,6 +392,7 @@ def test_a_system_downloads_its_parts(small_8b):
     assert config.llm == Path("pretrained/seed_llama_8b_sft")
 
 
+@pytest.mark.slow
 def test_build_model_downloads_to_a_new_path(server, tiny_lavit_folder, tmp_path):
     from seed_multimodal.compat.lavit import build_model
 

@@ -119,6 +119,7 @@ REFUSED = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("flags", REFUSED)
 def test_parts_that_cannot_be_used_are_named(parts, flags, tmp_path, capsys):
     argv = ["init", str(tmp_path / "mine"), *flags.split()]
@@ -129,6 +130,7 @@ def test_parts_that_cannot_be_used_are_named(parts, flags, tmp_path, capsys):
     assert not (tmp_path / "mine").exists()
 
 
+@pytest.mark.slow
 def test_tiny_parts_of_the_classes_of_folders(parts, tmp_path):
     # A model of the same class, the tokenizer's files, and the images' mean.
     from seed_multimodal.language.llm import llm_config

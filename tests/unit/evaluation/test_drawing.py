@@ -45,6 +45,7 @@ class Colours(torch.nn.Module):
         return images.mean((2, 3))
 
 
+@pytest.mark.slow
 def test_fid_equals_that_of_all_images_at_once(tmp_path):
     # Only sums are kept from batch to batch.
     from torchmetrics.image.fid import FrechetInceptionDistance

@@ -223,6 +223,7 @@ def test_long_prompts_are_read_in_pieces_beside_running_answers(tiny):
 # ---- engines and programs that end
 
 
+@pytest.mark.slow
 def test_a_dropped_engine_answers_and_is_freed_with_its_thread(tiny):
     # Programs that open one system after another would keep each one's weights in memory.
     expected = faulty_engine(tiny)[0].generate([prompt(0)], GREEDY)[0]

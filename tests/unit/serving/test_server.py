@@ -95,6 +95,7 @@ def test_too_many_requests_are_refused(tiny, gate: Gate):
         assert [ended.result().status_code for ended in waiting] == [200] * 4
 
 
+@pytest.mark.slow
 def test_health_and_seconds_include_both_queues(client_of, tiny_folder: Path):
     # A system whose KV cache has a single row, behind a server of two requests at once.
     from seed_multimodal.models.seed.pipeline import SeedLlama

@@ -203,6 +203,7 @@ def test_resume_from_a_torn_file_names_it(tmp_path):
     toy.train(tmp_path, batch_size=4, gradient_accumulation_steps=2)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("async_save", [False, True])
 def test_async_save_does_not_stop_the_training(tmp_path, async_save):
     # Checkpoints of large models take minutes; without it no step begins before they are written.

@@ -220,6 +220,7 @@ def test_distil_with_steps_that_do_not_divide(tmp_path):
         run("run", model={"teacher": "any", "teacher_steps": 4, "student_steps": 3})
 
 
+@pytest.mark.slow
 def test_train_skips_unreadable_images(tmp_path):
     # They are counted; only unreadable ones end the run.
     run = Run("lavit-highres", tmp_path)

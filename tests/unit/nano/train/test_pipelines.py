@@ -159,6 +159,7 @@ def test_main_fails_if_a_stage_is_running(tmp_path, capsys):
     assert "stage start" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("system", "arguments", "named"),
     [
