@@ -34,7 +34,7 @@ from seed_multimodal.entry import ended_by_sigterm
 from seed_multimodal.errors import ConfigError, SeedError, first_line
 from seed_multimodal.serving import schema
 from seed_multimodal.serving.backend import Backend, Deadline
-from seed_multimodal.serving.responses import response_events
+from seed_multimodal.serving.responses import ResponseEvents
 
 if TYPE_CHECKING:
     from seed_multimodal.pipelines.base import MultimodalSystem
@@ -188,7 +188,7 @@ def add_model_routes(app: Flask, backend: Backend) -> None:
         return completion(backend.name, body.stream, backend.chat(body, deadline))
 
     def respond(body: schema.ResponsesRequest, deadline: Deadline) -> Iterator[JsonObject]:
-        events = response_events(body, backend.name, backend.chat(body, deadline))
+        events = ResponseEvents(body, backend.name).of_changes(backend.chat(body, deadline))
         if body.stream:
             return events
         *_, last = events

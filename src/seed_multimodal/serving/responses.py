@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import secrets
 import time
 from collections.abc import Iterator
@@ -17,99 +16,111 @@ USAGE_DETAILS = {
 }
 
 
-def response_events(
-    request: ResponsesRequest, model: str, changes: Iterator[JsonObject]
-) -> Iterator[JsonObject]:
-    """The events of an answer; the last one has the whole `response`.
+class ResponseEvents:
+    """The events of one answer.
 
     They share its objects, so each must be serialised before the next one is asked for.
-
-    changes: of an OpenAI message, see `Backend.chat`.
     """
-    output: list[JsonObject] = []
-    response: JsonObject = {
-        "id": f"resp_{secrets.token_hex(12)}",
-        "object": "response",
-        "created_at": int(time.time()),
-        "status": "in_progress",
-        "model": model,
-        "output": output,
-        "parallel_tool_calls": False,
-        "error": None,
-        "incomplete_details": None,
-        "usage": None,
-        "boxes": [],
-        "notes": [],
-        **request.model_dump(include=ECHOED),
-    }
-    item: JsonObject = {}  # the last output item until it is complete
-    numbers = itertools.count()
 
-    def event(name: str, **fields: object) -> JsonObject:
-        return {"type": f"response.{name}", "sequence_number": next(numbers), **fields}
+    def __init__(self, request: ResponsesRequest, model: str) -> None:
+        self.output: list[JsonObject] = []
+        self.response: JsonObject = {
+            "id": f"resp_{secrets.token_hex(12)}",
+            "object": "response",
+            "created_at": int(time.time()),
+            "status": "in_progress",
+            "model": model,
+            "output": self.output,
+            "parallel_tool_calls": False,
+            "error": None,
+            "incomplete_details": None,
+            "usage": None,
+            "boxes": [],
+            "notes": [],
+            **request.model_dump(include=ECHOED),
+        }
+        self._image_format = request.image_options.output_format
+        self._item: JsonObject = {}  # the last output item until it is complete
+        self._n_previews = 0  # of that item
+        self._n_events = 0
 
-    def item_event(name: str, **fields: object) -> JsonObject:
-        """An event of `item`."""
-        return event(name, item_id=item["id"], output_index=len(output) - 1, **fields)
+    def of_changes(self, changes: Iterator[JsonObject]) -> Iterator[JsonObject]:
+        """All events; the last one has the whole `response`.
 
-    def begin(prefix: str, **fields: object) -> Iterator[JsonObject]:
-        nonlocal item
-        yield from end()
-        item = {"id": f"{prefix}_{secrets.token_hex(12)}", "status": "in_progress", **fields}
-        output.append(item)
-        yield item_event("output_item.added", item=item)
+        changes: of an OpenAI message, see `Backend.chat`.
+        """
+        # 1. Texts and images.
+        yield self._event("created", response=self.response)
+        for change in changes:
+            if "content" in change:
+                yield from self._add_text(change["content"])
+            for image in change.get("images", ()):
+                yield from self._add_image(image)
+            for name in ("boxes", "notes"):
+                self.response[name] += change.get(name, [])
+        yield from self._end_item()
 
-    def end() -> Iterator[JsonObject]:
-        """The events that complete `item`, if there is one."""
-        nonlocal item
+        # 2. The last change has the finish reason.
+        status = "completed"
+        if change["finish_reason"] == "length":
+            status = "incomplete"
+            self.response["incomplete_details"] = {"reason": "max_output_tokens"}
+        self.response |= {"status": status, "usage": {**change["usage"], **USAGE_DETAILS}}
+        yield self._event(status, response=self.response)
+
+    def _add_text(self, delta: str) -> Iterator[JsonObject]:
+        if "content" not in self._item:
+            yield from self._begin_item("msg", type="message", role="assistant", content=[])
+            part = {"type": "output_text", "text": "", "annotations": []}
+            self._item["content"].append(part)
+            yield self._item_event("content_part.added", content_index=0, part=part)
+        self._item["content"][0]["text"] += delta
+        yield self._item_event("output_text.delta", content_index=0, delta=delta, logprobs=[])
+
+    def _add_image(self, image: JsonObject) -> Iterator[JsonObject]:
+        """The events of a preview or of the image; the item begins with the first of them."""
+        if "result" not in self._item:
+            yield from self._begin_item("ig", type="image_generation_call", result=None)
+            yield self._item_event("image_generation_call.generating")
+            self._n_previews = 0
+        data = image["image_url"]["url"].partition(",")[2]
+        if image["preview"]:
+            preview = {"partial_image_index": self._n_previews, "partial_image_b64": data}
+            yield self._item_event("image_generation_call.partial_image", **preview)
+            self._n_previews += 1
+            return
+        self._item |= {"result": data, "codes": image["codes"], "output_format": self._image_format}
+        yield self._item_event("image_generation_call.completed")
+        yield from self._end_item()
+
+    # ---- output items
+
+    def _begin_item(self, prefix: str, **fields: object) -> Iterator[JsonObject]:
+        yield from self._end_item()
+        self._item = {"id": f"{prefix}_{secrets.token_hex(12)}", "status": "in_progress", **fields}
+        self.output.append(self._item)
+        yield self._item_event("output_item.added", item=self._item)
+
+    def _end_item(self) -> Iterator[JsonObject]:
+        """The events that complete the item, if there is one."""
+        item = self._item
         if not item:
             return
         for part in item.get("content", ()):
             text = part["text"]
-            yield item_event("output_text.done", content_index=0, text=text, logprobs=[])
-            yield item_event("content_part.done", content_index=0, part=part)
+            yield self._item_event("output_text.done", content_index=0, text=text, logprobs=[])
+            yield self._item_event("content_part.done", content_index=0, part=part)
         broke_off = item.get("result", "") is None
         item["status"] = "failed" if broke_off else "completed"
-        yield item_event("output_item.done", item=item)
-        item = {}
+        yield self._item_event("output_item.done", item=item)
+        self._item = {}
 
-    yield event("created", response=response)
-    for change in changes:
-        # 1. Text.
-        if "content" in change:
-            if "content" not in item:
-                yield from begin("msg", type="message", role="assistant", content=[])
-                part = {"type": "output_text", "text": "", "annotations": []}
-                item["content"].append(part)
-                yield item_event("content_part.added", content_index=0, part=part)
-            delta = change["content"]
-            item["content"][0]["text"] += delta
-            yield item_event("output_text.delta", content_index=0, delta=delta, logprobs=[])
+    def _item_event(self, name: str, **fields: object) -> JsonObject:
+        return self._event(
+            name, item_id=self._item["id"], output_index=len(self.output) - 1, **fields
+        )
 
-        # 2. Images; an item begins with the first preview.
-        for image in change.get("images", ()):
-            if "result" not in item:
-                yield from begin("ig", type="image_generation_call", result=None)
-                yield item_event("image_generation_call.generating")
-                n_previews = 0
-            name = "image_generation_call.partial_image"
-            data = image["image_url"]["url"].partition(",")[2]
-            if image["preview"]:
-                yield item_event(name, partial_image_index=n_previews, partial_image_b64=data)
-                n_previews += 1
-                continue
-            image_format = request.image_options.output_format
-            item |= {"result": data, "codes": image["codes"], "output_format": image_format}
-            yield item_event("image_generation_call.completed")
-            yield from end()
-        for name in ("boxes", "notes"):
-            response[name] += change.get(name, [])
-
-    # 3. The last change has the finish reason.
-    yield from end()
-    status = "completed"
-    if change["finish_reason"] == "length":
-        status = "incomplete"
-        response["incomplete_details"] = {"reason": "max_output_tokens"}
-    response |= {"status": status, "usage": {**change["usage"], **USAGE_DETAILS}}
-    yield event(status, response=response)
+    def _event(self, name: str, **fields: object) -> JsonObject:
+        number = self._n_events
+        self._n_events += 1
+        return {"type": f"response.{name}", "sequence_number": number, **fields}
