@@ -12,8 +12,6 @@ import loop_toy as toy
 import pytest
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.settings import changed_settings
-from seed_multimodal.training.checkpoint import settings_remark
 
 Run = Callable[..., str]
 
@@ -150,23 +148,3 @@ def test_checkpoint_holds_what_its_layout_promises(run: Run, tmp_path):
     }
     state = json.loads((folder / "trainer_state.json").read_text())
     assert state["global_step"] == 4
-
-
-def test_changed_settings_names_each_change_that_counts():
-    # Sources of data are compared by their names, keys that change no result not at all.
-    sources = [{"name": "a", "weight": 1}, {"name": "b", "weight": 2}]
-    before = {"data": {"sources": sources}, "trainer": {"resume": "auto"}}
-    now = {"data": {"sources": [{"name": "b", "weight": 3}]}, "trainer": {}}
-    assert changed_settings(before, before) == []
-    assert changed_settings(before, now, ["trainer.resume"]) == [
-        "data.sources.a.name: a -> not given",
-        "data.sources.a.weight: 1 -> not given",
-        "data.sources.b.weight: 2 -> 3",
-    ]
-
-
-def test_settings_remark_lists_a_few_changes():
-    before, now = ({f"k{index}": value for index in range(9)} for value in (0, 1))
-    assert settings_remark(before, before, ()) == settings_remark(None, before, ()) == ""
-    remark = settings_remark(before, now, ())
-    assert "k7: 0 -> 1" in remark and "k8" not in remark
