@@ -14,7 +14,6 @@ import sys
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import replace
-from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +26,6 @@ from seed_multimodal.errors import SeedError
 from seed_multimodal.training.checkpoint import checkpoints
 from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.engine import Engine
 from seed_multimodal.training.schedules import batch_indices
 from seed_multimodal.training.task import StageTask
 from seed_multimodal.training.trainer import train_stage
@@ -195,24 +193,6 @@ def read_losses(folder: Path, rank: int = 0) -> dict[int, float]:
 def log_lines(folder: Path, name: str = "toy") -> list[dict[str, float]]:
     """A stage's log."""
     return [json.loads(line) for line in (folder / f"{name}.log.jsonl").read_text().splitlines()]
-
-
-def unequal_passes(rank: int, folder: str) -> None:
-    """A process that makes rank + 1 forward passes in one micro-step."""
-    store = dist.FileStore(f"{folder}/store", 2)
-    timeout = timedelta(seconds=30)
-    dist.init_process_group("gloo", store=store, rank=rank, world_size=2, timeout=timeout)
-    model, data = toy_model()
-    settings = StageSettings(max_steps=4, precision="fp32")
-    engine = Engine(
-        StageTask("toy", model, settings), settings, ProcessGroup(0.5), torch.device("cpu")
-    )
-    # The gradient is averaged once, whatever a process computes.
-    passes = [engine.model(data * (index + 1)) for index in range(rank + 1)]
-    engine.backward(torch.stack(passes).sum(0).mean(), last=True)
-    torch.save(model[0].weight.grad, f"{folder}/{rank}.pt")
-    dist.barrier()
-    dist.destroy_process_group()
 
 
 def main() -> int:

@@ -1,5 +1,5 @@
-"""Training engines: independence of accelerate's variables, unequal forward passes, what DeepSpeed
-leaves behind."""
+"""Training engines: independence of accelerate's variables, what DeepSpeed leaves behind
+(micro-steps with unequal numbers of forward passes: e2e/test_trainers.py)."""
 
 from __future__ import annotations
 
@@ -30,19 +30,6 @@ def test_accelerates_variables_change_no_gradient(tmp_path, monkeypatch):
     monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
     record = toy.train(tmp_path / "variable", logging_steps=1)
     assert record["sum"] == expected["sum"]
-
-
-@pytest.mark.nightly
-@pytest.mark.process
-def test_processes_with_unequal_numbers_of_forward_passes(tmp_path):
-    # A pixel decoder's micro-step has one pass for each image size in it.
-    torch.multiprocessing.spawn(toy.unequal_passes, (str(tmp_path),), nprocs=2)
-    first, second = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    model, data = toy.toy_model()
-    # Of both processes, averaged.
-    (model(data) + model(data) + model(2 * data)).mean().div(2).backward()
-    assert torch.equal(first, second)
-    torch.testing.assert_close(first, model[0].weight.grad)
 
 
 @pytest.fixture(scope="module")
