@@ -140,16 +140,6 @@ def test_build_llm_for_zero_3_keeps_weights_as_in_their_files(bases: dict[str, P
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
 
 
-def test_build_llm_initialises_new_tokens_by_the_mean(bases: dict[str, Path]):
-    # As SEED-X's original: the mean of the old rows, in the head 3 times it. With one matrix for
-    # both its mean.
-    model = build(bases["text"], embedding_init="mean")
-    for weight, factor in ((model.model.embed_tokens.weight, 1.0), (model.lm_head.weight, 3.0)):
-        expected = factor * weight[:TEXT].mean(0)
-        assert len(weight) == VOCAB_SIZE
-        torch.testing.assert_close(weight[TEXT:], expected.expand(VOCAB_SIZE - TEXT, -1))
-
-
 def test_build_llm_initialises_new_tokens_by_the_seed(bases: dict[str, Path]):
     # All processes of a run must have the same rows, whatever they drew before.
     old = load_state_dict(bases["text"] / "model.safetensors")
