@@ -127,13 +127,6 @@ def test_export_reads_each_part_from_the_last_stage_that_trained_it(trained, tin
     assert report.codes == run.codes[0].tolist()
 
 
-def test_export_with_a_config_next_to_the_checkpoint(trained, tmp_path):
-    # Runs write their sizes.
-    (trained.folder / "config.json").write_text(json.dumps(trained.config.to_dict()))
-    assert trained.export(tmp_path / "out", config=None).codes == trained.codes[0].tolist()
-    assert Seed2Tokenizer.read_config(tmp_path / "out" / "config.json") == trained.config
-
-
 def test_export_with_missing_parts_writes_nothing(trained, tmp_path):
     # A folder that exists must be whole.
     for options, named in (

@@ -17,7 +17,6 @@ from seed_multimodal.config import load_yaml
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.pretokenize.dataset import DecodedSample, TaskDataset, decode_shards
 from seed_multimodal.data.pretokenize.encode import read_transform
-from seed_multimodal.data.pretokenize.frames import augmented_view
 from seed_multimodal.data.pretokenize.inputs import (
     InputSettings,
     list_shards,
@@ -150,15 +149,3 @@ def test_read_transform_of_a_clip_processor(tmp_path):
     pixels = CLIPImageProcessor(**size)(image, return_tensors="pt").pixel_values[0]
     # Rounding by one or two grey levels.
     assert (transform(image) - pixels).abs().max() < 0.1
-
-
-def test_view_depends_on_image_and_number():
-    # Extractions in shares, or repeated, have equal views.
-    image = Image.open(io.BytesIO(jpeg(1, 64, 64)))
-    assert augmented_view(image, 0, 5, "a") is image
-    first, again, second, other = (
-        augmented_view(image, n, 5, name).tobytes()
-        for n, name in ((1, "a"), (1, "a"), (2, "a"), (1, "b"))
-    )
-    assert first == again
-    assert len({image.tobytes(), first, second, other}) == 4
