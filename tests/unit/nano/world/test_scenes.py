@@ -1,4 +1,4 @@
-"""Scenes: images, boxes, captions, questions, edits, splits."""
+"""Scenes: images, boxes, captions, splits (questions and edits: their records, test_records.py)."""
 
 import random
 from collections import Counter
@@ -16,7 +16,6 @@ from seed_nano.world.splits import (
     scenes,
     split_of,
 )
-from seed_nano.world.tasks import EDITS, ask, make_edit
 from seed_nano.world.words import Labels, describe, parse_caption
 
 EXAMPLES = [scene_at(3, index) for index in range(400)]
@@ -61,42 +60,6 @@ def test_parse_caption_of_describe():
 def test_parse_caption_of_other_words(words):
     # Other sentences are no captions, not wrong ones.
     assert parse_caption(words) is None
-
-
-def test_ask_has_one_exact_answer():
-    # Answers are compared as texts.
-    scene = Scene("noto", "sea", "left of", ("crab", "shark"))
-    rng = random.Random(0)
-    expected = {
-        "what": {"What is on the left?": "a crab", "What is on the right?": "a shark"},
-        "where": {"Where is the crab?": "on the left", "Where is the shark?": "on the right"},
-        "background": {"What is the background?": "the sea"},
-    }
-    for kind, answers in expected.items():
-        asked = [ask(scene, kind, rng) for _ in range(40)]
-        assert {question.question: question.answer for question in asked} == answers
-
-
-@pytest.mark.parametrize("kind", EDITS)
-def test_make_edit_changes_one_property(kind):
-    # What an edit does not name must stay.
-    edits = 0
-    for index, scene in enumerate(EXAMPLES):
-        edit = make_edit(scene, kind, random.Random(index))
-        if edit is None:
-            continue
-        edits += 1
-        assert edit.target.key != scene.key and edit.target.jitter == scene.jitter
-        same = {
-            name
-            for name in ("style", "background")
-            if getattr(scene, name) == getattr(edit.target, name)
-        }
-        assert same == {"style", "background"} - {kind}
-        if kind in ("add", "remove"):  # the other thing is not moved
-            other = (set(scene.things) & set(edit.target.things)).pop()
-            assert dict(boxes(scene))[other] == dict(boxes(edit.target))[other]
-    assert edits >= 20
 
 
 def test_split_of_scenes():

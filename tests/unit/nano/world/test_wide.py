@@ -2,13 +2,10 @@
 
 import pytest
 
-from seed_multimodal.models.seed_x.processing import read_boxes
-from seed_nano.world.records import GRID, X_ONLY_KINDS, x_record_at
+from seed_nano.world.records import X_ONLY_KINDS
 from seed_nano.world.scene import QUARTERS, Scene, boxes, render_slots
 from seed_nano.world.source import open_nano
 from seed_nano.world.splits import held_out
-from seed_nano.world.tasks import VERDICT_END
-from seed_nano.world.things import plural
 from seed_nano.world.wide import View, describe_wide, held_out_wide, render_wide, wide_at
 
 
@@ -51,27 +48,6 @@ def test_view_crops_and_adds_margins():
     [(_, moved)] = framed.boxes()
     expected = ((left + 0.5) / 2, (top - 0.1) / 0.9, (right + 0.5) / 2, (bottom - 0.1) / 0.9)
     assert moved == pytest.approx(expected)
-
-
-def test_boxes_of_detect_records():
-    # nano-x learns the boxes of what it is asked for, and says if there is none.
-    for index in range(60):
-        messages = x_record_at("detect", 0, index)["messages"]
-        view = messages[0]["content"][0]
-        for question, answered in zip(messages[::2], messages[1::2], strict=True):
-            before, _, answer = answered["content"][0].partition(VERDICT_END)
-            answered_boxes, problems = read_boxes(answer, grid=GRID)
-            request = question["content"][-1]
-            expected = [
-                box
-                for name, box in view.boxes()
-                if f"the {name}?" in request or f"the {plural(name)}?" in request
-            ]
-            assert not problems and len(answered_boxes) == len(expected), request
-            assert ("yes" in before) is bool(expected), request
-            for box in answered_boxes:
-                centres = [(left + right) / 2 for left, _, right, _ in expected]
-                assert min(abs(box.x / GRID - centre) for centre in centres) < 0.02
 
 
 @pytest.mark.parametrize(
