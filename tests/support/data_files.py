@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
@@ -12,13 +11,12 @@ import webdataset
 from random_images import noise
 
 from seed_multimodal.data.formats.shards import write_shard
+from seed_multimodal.images.io import image_to_bytes
 
 
 def jpeg(index: int, width: int = 64, height: int = 64) -> bytes:
     """The bytes of image `index`."""
-    out = io.BytesIO()
-    noise(index, (width, height)).save(out, "JPEG", quality=90)
-    return out.getvalue()
+    return image_to_bytes(noise(index, (width, height)), "JPEG", quality=90)
 
 
 def write_tar(path: Path, samples: Iterable[Mapping[str, Any]]) -> Path:

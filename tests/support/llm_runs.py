@@ -5,11 +5,11 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import yaml
+from data_files import lines
 from repository import ROOT
 
 APPLICATION = ROOT / "MultiModalLLM"
@@ -69,18 +69,6 @@ def write_llama(folder: Path, vocab_size: int, **sizes: int) -> None:
     llm.save_pretrained(folder)
 
 
-def write_json_lines(file: Path, records: Iterable[dict[str, Any]]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    file.write_text("".join(json.dumps(record) + "\n" for record in records))
-
-
-def write_tar(file: Path, samples: Iterable[dict[str, bytes]]) -> None:
-    """A shard of samples, each extension → content."""
-    from seed_multimodal.data.formats.shards import write_shard
-
-    write_shard(file, ((f"{index:05d}", sample) for index, sample in enumerate(samples)))
-
-
 def merged(groups: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     """A configuration with changes; mappings are merged into the groups."""
     return {
@@ -110,8 +98,8 @@ def write_data(folder: Path, n_codes: int, per_image: int, records: int = 60) ->
                 ]
             }
         )
-    write_json_lines(folder / "captions.jsonl", captions)
-    write_json_lines(folder / "chats.jsonl", chats)
+    lines(folder / "captions.jsonl", captions)
+    lines(folder / "chats.jsonl", chats)
     return {
         "sources": [
             {

@@ -4,16 +4,18 @@ pre-training."""
 from __future__ import annotations
 
 import dataclasses
-import io
 from pathlib import Path
 from typing import Any
 
 import torch
-from llm_runs import COLOURS, TRAINER, merged, write_json_lines, write_llama, write_tar
+from data_files import lines
+from llm_runs import COLOURS, TRAINER, merged, write_llama
 from PIL import Image
 from tiny import spread
 from tiny.lavit import CODES, PATCHES, SIZE, TOKENIZER
 
+from seed_multimodal.data.formats.shards import write_shard
+from seed_multimodal.images.io import image_to_bytes
 from seed_multimodal.models.lavit.checkpoints import save_dynamic_tokenizer
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer
 from seed_multimodal.models.lavit.processing import LavitTokenizer
@@ -31,10 +33,8 @@ VISUAL_RATES = {"causal_encoder": 2.0e-2, "vit_proj": 2.0e-2}
 def image_of(colour: tuple[int, int, int], variant: int = 0) -> bytes:
     """A plain image with a spot."""
     image = Image.new("RGB", (24, 20), colour)
-    stream = io.BytesIO()
     image.paste((255, 255, 255), (variant % 4 * 5, 4, variant % 4 * 5 + 6, 12))
-    image.save(stream, "PNG")
-    return stream.getvalue()
+    return image_to_bytes(image)
 
 
 def write_parts(folder: Path) -> None:
@@ -52,18 +52,18 @@ def write_parts(folder: Path) -> None:
     save_dynamic_tokenizer(model, folder / "visual")
     write_llama(folder / "llm", tokenizer.vocabulary.n_text)
     # Images with captions.
-    write_tar(
+    write_shard(
         folder / "captions.tar",
         (
-            {"png": image_of(colour, index), "txt": f"a {name} picture".encode()}
+            (name, {"png": image_of(colour, index), "txt": f"a {name} picture".encode()})
             for index, (name, colour) in enumerate(COLOURS.items())
         ),
     )
     # Texts alone, and images that are codes already: one to three of them.
-    write_json_lines(
+    lines(
         folder / "words.jsonl", ({"text": f"plain words of no picture, {name}"} for name in COLOURS)
     )
-    write_json_lines(
+    lines(
         folder / "codes.jsonl",
         (
             {"text": f"a {name}", "image_ids": [index, 2, 5][: 1 + index % 3]}

@@ -18,6 +18,8 @@ import requests
 from PIL import Image
 from waiting import wait_until
 
+from seed_multimodal.images.io import image_to_base64, image_to_bytes
+
 CHAT = "/v1/chat/completions"
 # The text of `/generate` for a first message, of each family.
 PROMPTS = {
@@ -32,13 +34,11 @@ HI = PROMPTS["seed_llama"].format("hi")
 
 
 def png_of(image: Image.Image) -> bytes:
-    file = io.BytesIO()
-    image.save(file, format="PNG")
-    return file.getvalue()
+    return image_to_bytes(image)
 
 
 def base64_of(image: Image.Image) -> str:
-    return base64.b64encode(png_of(image)).decode()
+    return image_to_base64(image)
 
 
 def read(text: str) -> Image.Image:

@@ -17,6 +17,7 @@ from typing import Any
 import lavis_runs
 import llm_runs
 import yaml
+from data_files import lines
 from repository import NANO, ROOT
 
 LLM = ROOT / "MultiModalLLM"
@@ -199,7 +200,7 @@ def _seed_x_parts(parts_dir: Path) -> None:
     tuning_parts.write_parts(parts_dir)
     texts = [f"Make it {name}." for name in tuning_parts.COLOURS]
     records = ({"data": [text, "It is done."]} for text in texts)
-    llm_runs.write_json_lines(parts_dir / "words.jsonl", records)
+    lines(parts_dir / "words.jsonl", records)
 
 
 def _seed_x(parts_dir: Path, output: Path) -> list[str]:

@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
 import torch
-from llm_runs import COLOURS, SIZES, TRAINER, merged, write_json_lines, write_llama, write_tar
+from data_files import lines
+from llm_runs import COLOURS, SIZES, TRAINER, merged, write_llama
 from PIL import Image
 from tiny.seed_x import READS, TOWER, VIEW, WRITES, write_seed_x_tokenizer
 
+from seed_multimodal.data.formats.shards import write_shard
+from seed_multimodal.images.io import image_to_bytes
 from seed_multimodal.nn.vision.qwen import QwenVit
 
 RESAMPLERS = {"input_resampler": vars(READS), "output_resampler": vars(WRITES)}
@@ -25,9 +27,7 @@ VIEWS = {"base_resolution": VIEW, "resolution_grids": ["1x1", "2x1"]}
 
 def jpeg(colour: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> bytes:
     """A plain image."""
-    stream = io.BytesIO()
-    Image.new("RGB", size, colour).save(stream, "JPEG")
-    return stream.getvalue()
+    return image_to_bytes(Image.new("RGB", size, colour), "JPEG")
 
 
 def write_parts(folder: Path) -> None:
@@ -77,17 +77,20 @@ def write_data(folder: Path) -> None:
         for first, second in zip(names, names[1:] + names[:1], strict=True)
     ]
     for name, records in (("talks", talks), ("edits", edits), ("turns", turns)):
-        write_json_lines(folder / f"{name}.jsonl", records)
+        lines(folder / f"{name}.jsonl", records)
     # Captions; every second one has a measured similarity.
     similar = {"json": b'{"similarity": 0.9}'}
-    write_tar(
+    write_shard(
         folder / "captions.tar",
         (
-            {
-                "jpg": jpeg(COLOURS[name]),
-                "txt": f"a {name} picture".encode(),
-                **(similar if index % 2 else {}),
-            }
+            (
+                name,
+                {
+                    "jpg": jpeg(COLOURS[name]),
+                    "txt": f"a {name} picture".encode(),
+                    **(similar if index % 2 else {}),
+                },
+            )
             for index, name in enumerate(names)
         ),
     )

@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 import torch
-from llm_runs import APPLICATION, merged, write_json_lines
+from data_files import lines
+from llm_runs import APPLICATION, merged
 from PIL import Image
 
 from seed_multimodal.diffusion.base import Detokenizer
@@ -75,7 +76,7 @@ def write_detokenizer_parts(root: Path) -> Path:
             root / folder,
             ((24 + index, 20) if index % 2 else (20, 24 + 2 * index) for index in range(count)),
         )
-    write_json_lines(
+    lines(
         root / "edits.jsonl",
         ({"source_image": f"before/{n}.png", "target_image": f"after/{n}.png"} for n in range(5)),
     )

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from seed_multimodal.cli.main import main
 from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.device import Runtime
 from seed_multimodal.evaluation.tokenizer import TokenizerOptions, open_tokenizer, run_pass
+from seed_multimodal.images.io import image_to_bytes
 from seed_multimodal.images.transforms import seed_image_processor
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
@@ -31,9 +31,7 @@ COLOURS = {
 def drawing(colour: str) -> bytes:
     canvas = Image.new("RGB", (24, 24), "white")
     canvas.paste(COLOURS[colour], (4, 4, 20, 20))
-    data = io.BytesIO()
-    canvas.save(data, "PNG")
-    return data.getvalue()
+    return image_to_bytes(canvas)
 
 
 @pytest.fixture

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,10 +9,11 @@ from typing import Any
 
 import pytest
 import torch
-from llm_runs import write_tar
 from PIL import Image
 
+from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.images.io import image_to_bytes
 
 PROCESSORS = {
     "vis_processor": {"train": {"name": "blip2_image_train", "image_size": 32}},
@@ -44,10 +44,9 @@ def build(name: str, info: dict[str, Any], valid: str = "val", **more: Any) -> d
 
 def shard(file: Path, count: int, **fields: str) -> None:
     """A webdataset tar of small images with json."""
-    image = io.BytesIO()
-    Image.new("RGB", (40, 30), (200, 10, 10)).save(image, "JPEG")
-    sample = {"jpg": image.getvalue(), "json": json.dumps(fields).encode()}
-    write_tar(file, [sample] * count)
+    image = image_to_bytes(Image.new("RGB", (40, 30), (200, 10, 10)), "JPEG")
+    sample = {"jpg": image, "json": json.dumps(fields).encode()}
+    write_shard(file, [(f"{index}", sample) for index in range(count)])
 
 
 def pairs(images: Path) -> dict[str, Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -18,6 +17,7 @@ from seed_multimodal.data.decoders import get_decoder
 from seed_multimodal.data.decoders.base import SeededRandom
 from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.pretokenize.run import RunSettings, run
+from seed_multimodal.images.io import image_to_bytes
 from seed_multimodal.language.prompts import DESCRIBE_PROMPT, QA_SUFFIX
 
 CONFIGS = ROOT / "MultiModalLLM" / "configs"
@@ -260,7 +260,5 @@ def test_run_video(tokenize, tokenizer, encode, tmp_path):
     assert counts["bad"] == 2
     size = tokenizer.vocabulary.tokens_per_image
     frames = [record["image_ids"][start : start + size] for start in range(0, 8 * size, size)]
-    red = io.BytesIO()
-    Image.new("RGB", (64, 64), (255, 0, 0)).save(red, "PNG")
-    assert frames[0] == encode(red.getvalue())
+    assert frames[0] == encode(image_to_bytes(Image.new("RGB", (64, 64), (255, 0, 0))))
     assert len({tuple(frame) for frame in frames}) == 4

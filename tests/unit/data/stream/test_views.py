@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import io
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +14,7 @@ from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
 from seed_multimodal.data.stream.views import INPUT_IMAGE, TARGET_IMAGE
+from seed_multimodal.images.io import image_to_bytes
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 SIDE = 28
@@ -38,9 +38,7 @@ def tokenizer(tmp_path_factory) -> MultimodalTokenizer:
 
 
 def png(name: str, size: tuple[int, int] = (40, 30)) -> bytes:
-    stream = io.BytesIO()
-    Image.new("RGB", size, COLOURS[name]).save(stream, "PNG")
-    return stream.getvalue()
+    return image_to_bytes(Image.new("RGB", size, COLOURS[name]))
 
 
 @pytest.fixture
