@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from seed_multimodal.language.hub_tokenizer import HubTokenizer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.models.seed.code_adapter import CODE_ADAPTER, CodeAdapter, CodeAdapterConfig
 from seed_multimodal.models.seed.configuration import QFormerConfig, Seed1Config, Seed2Config
@@ -27,7 +28,7 @@ from tiny.diffusion import (
     autoencoder,
     write_unclip,
 )
-from tiny.language import llama
+from tiny.language import llama, random_llm, write_hub_tokenizer
 
 SENTENCES = [
     "USER: Please provide an accurate and concise description of the given image.\n"
@@ -53,16 +54,26 @@ SIZES: dict[str, Any] = {
 }
 
 
-def build_seed_llama(folder: str | Path, *, seed: int = 0) -> Path:
-    """Write the whole system into `folder` and return it."""
+def build_seed_llama(folder: str | Path, *, seed: int = 0, hub: bool = False) -> Path:
+    """Write the whole system into `folder` and return it; `hub`: with a Qwen 3, whose tables have
+    rows of padding, and a hub tokenizer."""
     root = Path(folder)
     torch.manual_seed(seed)
-    tokenizer = train_text_tokenizer(
-        MultimodalTokenizer, SENTENCES * 4, root / "seed_tokenizer", vocab_size=340, n_codes=N_CODES
-    )
+    tokenizer_dir = root / "seed_tokenizer"
+    if hub:
+        base = write_hub_tokenizer(root / "hub", SENTENCES)
+        tokenizer: Any = HubTokenizer.create(base, N_CODES, 32)
+        tokenizer.save_pretrained(tokenizer_dir)
+        llm = random_llm("qwen3", len(tokenizer) + 14, **tokenizer.special_ids)
+        llm.save_pretrained(root / "seed_llama")
+    else:
+        tokenizer = train_text_tokenizer(
+            MultimodalTokenizer, SENTENCES * 4, tokenizer_dir, vocab_size=340, n_codes=N_CODES
+        )
     # The image tokenizer and its decoder lie below the words, as published.
-    write_seed2(root / "seed_tokenizer")
-    llama(len(tokenizer)).save_pretrained(root / "seed_llama")
+    write_seed2(tokenizer_dir)
+    if not hub:
+        llama(len(tokenizer)).save_pretrained(root / "seed_llama")
     write_unclip(root / "seed_tokenizer" / "diffusion_model")
     write_json(
         root / "system.json",

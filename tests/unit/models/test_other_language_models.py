@@ -1,5 +1,4 @@
-"""SEED-X and LaVIT on a Qwen 3 with a hub tokenizer: used, trained, and the trained model used
-(SEED-LLaMA: `unit/multimodal_llm/test_other_language_model.py`)."""
+"""Each family on a Qwen 3 with a hub tokenizer: used, trained, and the trained model used."""
 
 from __future__ import annotations
 
@@ -9,6 +8,7 @@ from typing import Any
 import pytest
 from random_images import noise
 
+from seed_multimodal.pipelines.assemble import assemble_system
 from seed_multimodal.pipelines.base import MultimodalSystem
 
 IMAGE = noise(1)
@@ -19,10 +19,15 @@ pytestmark = pytest.mark.filterwarnings("ignore:Answers are not lemmatised")
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     from tiny.lavit import build_lavit
+    from tiny.seed import build_seed_llama
     from tiny.seed_x import build_seed_x
 
     root = tmp_path_factory.mktemp("hub")
+    seed = build_seed_llama(root / "seed", hub=True)
+    parts = {"llm": seed / "seed_llama", "tokenizer": seed / "seed_tokenizer"}
+    settings = {"image_size": 32, "generation": {"max_new_tokens": 12, "do_sample": False}}
     return {
+        "seed_llama": assemble_system("seed_llama", root / "assembled", parts, settings),
         "seed_x": build_seed_x(root / "seed_x", hub=True),
         "lavit": build_lavit(root / "lavit", hub=True),
     }
@@ -32,7 +37,7 @@ def load(folder: Path, **options: Any) -> Any:
     return MultimodalSystem.from_pretrained(folder, device="cpu", log=None, **options)
 
 
-@pytest.mark.parametrize("name", ["seed_x", "lavit"])
+@pytest.mark.parametrize("name", ["seed_llama", "seed_x", "lavit"])
 def test_answers_with_tokens_behind_those_of_the_text(name, folders):
     system = load(folders[name])
     assert system.describe([IMAGE, IMAGE]) == [system.describe(IMAGE)] * 2
@@ -44,6 +49,18 @@ def test_answers_with_tokens_behind_those_of_the_text(name, folders):
         # Special tokens may have any ids, so none are skipped inside images.
         assert not any(vocabulary.is_ignored_in_image(id) for id in range(vocabulary.n_text))
         return
+    if name == "seed_llama":
+        # Assembled, it has the chat template of its tokenizer.
+        assert system.config.template == "chat"
+        prompt = tokenizer.decode(system.prompt_ids([("user", "What is it?")]))
+        assert prompt == "<|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\n"
+        assert system.stop_sequences("chat") == ()
+        # Sampled answers hold no rows of padding.
+        messages = [{"role": "user", "content": [IMAGE, "What is it?"]}]
+        answer = system.chat(messages, do_sample=True, temperature=3.0, seed=3)
+        assert 0 < len(answer.ids) <= 12
+        assert max(answer.ids) < len(tokenizer)
+        return
 
     added = sorted(vocabulary.added_tokens.values())
     assert added == list(range(vocabulary.n_text, vocabulary.size))
@@ -54,6 +71,22 @@ def test_answers_with_tokens_behind_those_of_the_text(name, folders):
     assert tokenizer.decode(ids) == f"[INST] {content} [/INST]\n"
     assert ids.count(vocabulary.boxes) == 1
     assert not set(ids) & set(tokenizer.eos_token_ids)
+
+
+def train_seed_llama(folder: Path, work: Path) -> None:
+    import llm_runs
+
+    from seed_multimodal.training.llm.task import LlmTask
+
+    config = {
+        "output_dir": str(work / "out"),
+        "data": llm_runs.write_data(work / "codes", n_codes=16, per_image=32),
+        "model": {"path": str(folder / "llm"), "dtype": "fp32", "lora": {"r": 4}},
+        "tokenizer": {"pretrained_model_name_or_path": str(folder / "tokenizer")},
+        "trainer": {**llm_runs.TRAINER, "max_steps": 3},
+        "optim": llm_runs.OPTIM,
+    }
+    LlmTask.train(config)
 
 
 def tune_seed_x(folder: Path, work: Path) -> None:
@@ -87,11 +120,15 @@ def train_lavit(folder: Path, work: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("name", "train"), [("seed_x", tune_seed_x), ("lavit", train_lavit)])
+@pytest.mark.parametrize(
+    ("name", "train"),
+    [("seed_llama", train_seed_llama), ("seed_x", tune_seed_x), ("lavit", train_lavit)],
+)
 def test_checkpoint_of_three_steps_is_a_system(name, train, folders, tmp_path):
     train(folders[name], tmp_path)
     before = load(folders[name], load_decoder=False)
     trained = load(tmp_path / "out" / "checkpoint-3", load_decoder=False)
+    assert trained.stop_sequences("chat") == before.stop_sequences("chat")
     assert type(trained.tokenizer) is type(before.tokenizer)
     assert trained.tokenizer.eos_token_ids == before.tokenizer.eos_token_ids
     assert trained.describe(IMAGE) != before.describe(IMAGE)
