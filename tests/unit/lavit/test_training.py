@@ -170,38 +170,6 @@ def test_the_selector_starts_at_the_share_to_keep(features, keep, start):
             read_settings(LavitLossWeights, {"keep": wrong}, "loss")
 
 
-def test_codebook_points_are_the_queries_of_kept_patches(model, features):
-    # The codebook starts from what it will be asked for.
-    model.eval()
-    out = model(features)
-    points = model.codebook_points(features)
-    assert len(points) == out.counts_B.sum()
-    assert torch.equal(points, model.features)
-    torch.testing.assert_close(points.norm(dim=1), torch.ones(len(points)))
-
-
-def test_finished_networks_encode_and_decode_as_trained(model, features):
-    # What is exported gives the codes of the training.
-    pixels = torch.randn(2, 3, 32, 32)
-    noise = gumbel(4, 2)
-    before = model.quantize.embedding.weight.clone()
-    model.train()(features)
-    # Moving averages with their decay of 0.99: a small step, not a jump.
-    step = (model.quantize.embedding.weight - before).abs().max()
-    assert 0 < step < 0.2
-    out = model.eval()(pixels, noise=noise)
-    tokenizer, decoder = model.trained_networks()
-    assert tokenizer.vit_proj is None  # stage 2 trains one
-    codes = tokenizer.encode(pixels, noise=noise)
-    assert torch.equal(torch.cat(codes), out.codes_T)
-    rebuilt = decoder.features([tokenizer.embed_codes(row) for row in codes])
-    cosine = (1 - F.cosine_similarity(rebuilt, tokenizer.patch_features(pixels), dim=-1)).mean()
-    torch.testing.assert_close(cosine, out.loss_cosine, rtol=1e-3, atol=1e-4)
-    for network in (tokenizer, decoder):
-        assert not network.training
-        assert not any(parameter.requires_grad for parameter in network.parameters())
-
-
 # ---- the language model
 
 
