@@ -18,7 +18,6 @@ from seed_multimodal.models.seed.checkpoints import load_blip2, load_vision
 from seed_multimodal.models.seed.configuration import QFormerConfig, Seed2Config
 from seed_multimodal.models.seed.losses import Stage1Model
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
-from seed_multimodal.nn.vision.clip import load_clip_text, load_clip_vision
 from seed_multimodal.nn.vision.eva import EvaConfig, EvaVit
 from seed_multimodal.state_dicts import load_state_dict, save_state_dict
 
@@ -138,7 +137,7 @@ def test_load_blip2_leaves_the_vision_encoder(tmp_path):
     assert equal(vision, model.visual_encoder.state_dict())
 
 
-# ---- the vision encoder and CLIP
+# ---- the vision encoder
 
 
 def test_load_vision_uses_39_of_40_blocks_and_resizes_positions(tmp_path):
@@ -154,35 +153,3 @@ def test_load_vision_uses_39_of_40_blocks_and_resizes_positions(tmp_path):
     assert torch.equal(positions[:, 0], source["pos_embed"][:, 0])
     for name, value in vit.state_dict().items():
         assert name == "pos_embed" or torch.equal(value, source[name]), name
-
-
-@pytest.fixture(scope="module")
-def clip_folder(tmp_path_factory) -> Path:
-    """A whole CLIP, as in laion's folder: its vision_config has another projection."""
-    from transformers import CLIPConfig, CLIPModel
-
-    sizes = {"hidden_size": 16, "intermediate_size": 24}
-    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2}
-    config = CLIPConfig(
-        text_config={**sizes, "vocab_size": 30, "bos_token_id": 1, "eos_token_id": 2},
-        vision_config={**sizes, "image_size": 16, "patch_size": 8},
-        projection_dim=10,
-    )
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("clip")
-    CLIPModel(config).eval().save_pretrained(folder)
-    return folder
-
-
-@torch.no_grad()
-def test_load_clip_halves_of_a_whole_clip(clip_folder, images):
-    # The target of stage 2 and the texts of retrieval, from one published folder.
-    from transformers import CLIPModel
-
-    whole = CLIPModel.from_pretrained(clip_folder).eval()
-    pooled = whole.vision_model(pixel_values=images).pooler_output
-    embeds = load_clip_vision(clip_folder, log=None)(images).image_embeds
-    torch.testing.assert_close(embeds, whole.visual_projection(pooled))
-    ids = torch.tensor([[1, 5, 2]])
-    text = whole.text_projection(whole.text_model(ids).pooler_output)
-    torch.testing.assert_close(load_clip_text(clip_folder, log=None)(ids).text_embeds, text)
