@@ -218,13 +218,18 @@ def write_text_encoder(folder: Path) -> Path:
     return folder
 
 
+def write_pieces(folder: Path) -> None:
+    """The files of a CLIP tokenizer whose tokens are letters."""
+    folder.mkdir(parents=True, exist_ok=True)
+    write_json(folder / "vocab.json", {word: id for id, word in enumerate(PIECES)})
+    (folder / "merges.txt").write_text("#version: 0.2\n")
+
+
 def _clip_tokenizer(folder: Path) -> Any:
     from transformers import CLIPTokenizer
 
     tokenizer_dir = folder / "tokenizer"
-    tokenizer_dir.mkdir(parents=True, exist_ok=True)
-    write_json(tokenizer_dir / "vocab.json", {word: id for id, word in enumerate(PIECES)})
-    (tokenizer_dir / "merges.txt").write_text("#version: 0.2\n")
+    write_pieces(tokenizer_dir)
     return CLIPTokenizer.from_pretrained(tokenizer_dir, model_max_length=TEXT_TOKENS)
 
 

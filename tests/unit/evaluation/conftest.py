@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -13,15 +12,11 @@ import torch
 @pytest.fixture(scope="session")
 def clip_folder(tmp_path_factory) -> Path:
     """A tiny CLIP in transformers' layout, whose tokens are letters."""
+    from tiny.diffusion import END_ID, PIECES, START_ID, write_pieces
     from transformers import CLIPConfig, CLIPModel
 
     folder = tmp_path_factory.mktemp("clip")
-    pieces = [letter + end for letter in "abcdefghijklmnopqrstuvwxyz" for end in ("", "</w>")]
-    pieces += ["<|startoftext|>", "<|endoftext|>"]
-    (folder / "vocab.json").write_text(
-        json.dumps({piece: token for token, piece in enumerate(pieces)})
-    )
-    (folder / "merges.txt").write_text("#version: 0.2\n")
+    write_pieces(folder)
     sizes = {
         "hidden_size": 16,
         "intermediate_size": 32,
@@ -30,10 +25,10 @@ def clip_folder(tmp_path_factory) -> Path:
     }
     text = {
         **sizes,
-        "vocab_size": len(pieces),
+        "vocab_size": len(PIECES),
         "max_position_embeddings": 32,
-        "bos_token_id": len(pieces) - 2,
-        "eos_token_id": len(pieces) - 1,
+        "bos_token_id": START_ID,
+        "eos_token_id": END_ID,
     }
     vision = {**sizes, "image_size": 16, "patch_size": 8}
     torch.manual_seed(0)

@@ -7,6 +7,7 @@ import os
 
 import pytest
 import torch
+from tiny.language import random_llm
 
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_nano.train.task import SceneStream, scene_pixels, to_signed
@@ -93,19 +94,9 @@ def test_cached_recomputes_if_settings_file_or_stage_changed(tmp_path):
 
 
 def test_start_from_codebook_maps_equal_codes_to_equal_embeddings():
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     codebook = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
     codebook[1] = codebook[0]
-    llama = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=80,
-            hidden_size=32,
-            intermediate_size=32,
-            num_hidden_layers=1,
-            num_attention_heads=2,
-        )
-    )
+    llama = random_llm("llama", 80)
     init_from_codebook(llama, codebook, 1, ImageVocabulary(70, 8, 4))
     rows = llama.model.embed_tokens.weight.detach()
     assert torch.equal(rows[70], rows[71]) and not torch.equal(rows[70], rows[72])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from llm_losses import packed_loss, rows
+from tiny.language import random_llm
 from torch.utils.flop_counter import FlopCounterMode
 
 from seed_multimodal.training.llm.lora import add_lora
@@ -14,20 +15,7 @@ LENGTH = 40
 
 
 def build(lora: bool) -> torch.nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=96,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            num_key_value_heads=2,
-            max_position_embeddings=64,
-            attn_implementation="eager",
-        )
-    )
+    model = random_llm("llama", 96, num_hidden_layers=3, attn_implementation="eager")
     return add_lora(model, {"r": 4, "lora_dropout": 0.0}) if lora else model
 
 

@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from llm_losses import packed_loss, rows
+from tiny.language import random_llm
 
 from seed_multimodal.training.llm.lora import add_lora
 from seed_multimodal.training.llm.loss import LossModule, LossWeights, find_llama
@@ -20,21 +21,8 @@ LENGTHS = (7, 5, 9, 1, 10)
 
 
 def build(tied: bool = False, lora: bool = False) -> torch.nn.Module:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     torch.manual_seed(0)
-    model = LlamaForCausalLM(
-        LlamaConfig(
-            vocab_size=VOCAB_SIZE,
-            hidden_size=32,
-            intermediate_size=48,
-            num_hidden_layers=2,
-            num_attention_heads=2,
-            max_position_embeddings=64,
-            initializer_range=0.3,
-            tie_word_embeddings=tied,
-        )
-    )
+    model = random_llm("llama", VOCAB_SIZE, initializer_range=0.3, tie_word_embeddings=tied)
     if not lora:
         return model
     model = add_lora(model, {"r": 4, "lora_alpha": 32, "lora_dropout": 0.0})
