@@ -15,7 +15,6 @@ from seed_multimodal.device import (
     FP16_AS_ORIGINAL,
     FP16_WITH_8BIT,
     choose_device,
-    choose_for_images,
     peak_tflops,
     peak_tflops_by_name,
 )
@@ -79,16 +78,6 @@ def test_choose_device_of_an_unknown_name(monkeypatch, device, dtype):
     report_devices(monkeypatch, *GPU)
     with pytest.raises(ConfigError, match=f"'{device if device != 'cpu' else dtype}'"):
         choose_device(device, dtype)
-
-
-@pytest.mark.parametrize(("dtype", "n_lines"), [("auto", 1), ("float32", 0), (HALF, 0)])
-def test_choose_for_images_logs_only_another_choice(monkeypatch, dtype, n_lines):
-    report_devices(monkeypatch, *GPU)
-    language = choose_device("cuda", dtype, None)
-    logged: list[str] = []
-    images = choose_for_images("cuda", dtype, language, logged.append)
-    assert images.dtype == (HALF if dtype == "auto" else language.dtype)
-    assert len(logged) == n_lines
 
 
 def load_system(folder: Path, **options: str) -> None:

@@ -80,18 +80,6 @@ def test_tokenizer_has_what_a_llama_tokenizer_has(tokenizer):
     assert tokenizer.convert_ids_to_tokens(ids[:3]) == tokens[:3]
 
 
-def test_instantiate_a_yaml_file(tiny_folder, tmp_path):
-    # `fp16: True` of the original is half precision on GPUs only.
-    file = tmp_path / "tokenizer.yaml"
-    file.write_text(
-        "_target_: models.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained\n"
-        f"pretrained_model_name_or_path: {tiny_folder}/seed_tokenizer\nfp16: True\n"
-    )
-    tokenizer = instantiate(file, device="cpu")
-    assert isinstance(tokenizer, SeedLlamaTokenizer)
-    assert (tokenizer.fp16, tokenizer.images.model.dtype) == (True, torch.float32)
-
-
 # ---- Seed1
 
 
