@@ -10,12 +10,12 @@ first start (under a minute; needs g++ and ninja).
 from __future__ import annotations
 
 import importlib.util
-import resource
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from full_disk import file_size_limit
 from real_processes import kill_when, wait_until
 from trainers import HUB_LLMS, LAVIS, LLM, TRAINERS, TWO, Trainer
 
@@ -223,12 +223,8 @@ def test_trainer_on_a_full_disk_reports_it_and_continues(
     # The limit on the size of files stands for a full disk: writes fail in the same place.
     out = tmp_path / "out"
     arguments = trainer.arguments(parts_dir, out, 4, 2, ())
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (10_000, hard))
-    try:
+    with file_size_limit(10_000):
         assert trainer.main(arguments) == 2
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert "Traceback" not in capsys.readouterr().err
     assert not [path for path in out.rglob("checkpoint-*") if path.is_dir()]
     assert trainer.main(arguments) == 0

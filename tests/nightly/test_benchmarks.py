@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import json
 import os
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from real_processes import run_process
 from repository import ROOT
 
 pytestmark = [pytest.mark.nightly, pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(900)]
@@ -28,7 +28,7 @@ LINES = {
 def run(*command: str, folder: Path = ROOT) -> str:
     """What a program prints; without compilation."""
     environment = {**os.environ, "TORCH_COMPILE_DISABLE": "1", "VIRTUAL_ENV": sys.prefix}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    done = run_process(command, cwd=folder, env=environment)
     assert done.returncode == 0, done.stdout + done.stderr
     return done.stdout
 

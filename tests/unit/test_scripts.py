@@ -9,6 +9,7 @@ import subprocess
 import sys
 
 import pytest
+from real_processes import run_process
 from repository import ROOT
 
 FOLDERS = ("scripts", "src/lavit/scripts", "MultiModalLLM", "SEED_Tokenizer")
@@ -21,14 +22,7 @@ needs_dash = pytest.mark.skipif(shutil.which("dash") is None, reason="the sh of 
 
 
 def run(*command: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        command,
-        capture_output=True,
-        text=True,
-        cwd=ROOT,
-        env={**os.environ, **environment},
-        timeout=120,
-    )
+    return run_process(command, timeout=120, cwd=ROOT, env={**os.environ, **environment})
 
 
 @pytest.mark.process

@@ -7,11 +7,11 @@ import json
 import pkgutil
 import re
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from real_processes import run_process
 from repository import ROOT
 
 from seed_multimodal.cli.init import init
@@ -194,7 +194,7 @@ def run_steps(out: Path, length: int, *names: str) -> list[str]:
     ]
     head = f'OUT="{out}"\nLENGTH={length}\nNEEDED=\nSTEPS=" $* "\n'
     script = head + SCRIPT.read_text() + script_lines(steps)
-    done = subprocess.run(["bash", "-c", script, "run.sh", *names], capture_output=True, text=True)
+    done = run_process(["bash", "-c", script, "run.sh", *names])
     return re.findall(r"(?m)^== (\w+)$", done.stderr)
 
 
@@ -237,7 +237,7 @@ def test_run_script_that_ends_early(parts, steps, named, tmp_path):
     out = write(tmp_path / "my recipe", "--llm", parts / "llm", "--encoder", parts / "encoder")
     (out / "tokenizer").mkdir()
     script = ["bash", str(out / "run.sh"), *steps]
-    done = subprocess.run(script, capture_output=True, text=True, env=environment())
+    done = run_process(script, env=environment())
     assert done.returncode == 2
     assert named in done.stderr
     assert "== stage1" not in done.stderr and "== chats" not in done.stderr

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import os
 import subprocess
 import sys
 from collections.abc import Callable, Sequence
@@ -11,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from llm_runs import environment
 from repository import ROOT
 
 
@@ -24,7 +24,7 @@ def start_toy() -> Callable[..., subprocess.Popen]:
         toy = ROOT / "tests" / "support" / "loop_toy.py"
         return subprocess.Popen(
             [*before, str(toy), str(folder), *map(json.dumps, stages)],
-            env={**os.environ, "PYTHONPATH": str(ROOT / "src"), "OMP_NUM_THREADS": "1"},
+            env=environment(),
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
             text=True,

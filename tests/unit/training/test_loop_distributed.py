@@ -7,13 +7,13 @@ from __future__ import annotations
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
 import loop_toy as toy
 import pytest
 import torch
+from real_processes import wait_until
 
 from seed_multimodal.errors import CheckpointError
 
@@ -43,9 +43,7 @@ def test_two_processes_equal_one_with_the_double_batch_and_stop_together(
     folder = tmp_path / "two"
     process = start_toy(folder, EQUAL, ENDLESS, before=TWO)
     toy.train(tmp_path / "one", **{**EQUAL, "batch_size": 8})
-    deadline = time.monotonic() + 600
-    while time.monotonic() < deadline and process.poll() is None and lines(folder) < 24 + 5:
-        time.sleep(0.1)
+    wait_until(lambda: lines(folder) >= 24 + 5, process, 600)
     process.send_signal(signal.SIGTERM)  # to torchrun, which passes it on to both
     output = process.communicate(timeout=200)[0]
     assert output.count("refused: [single]") == 2, output  # a stage for one process

@@ -19,6 +19,8 @@ import pyarrow.parquet
 import pytest
 from data_files import jpeg, lines
 from fsspec.implementations.local import LocalFileSystem
+from real_processes import free_port
+from waiting import wait_until
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.data.formats.index import INDEX_FOLDER
@@ -72,9 +74,7 @@ def fields(name: str, **options: object) -> list[object]:
 @pytest.fixture
 def s3(tmp_path, monkeypatch) -> Iterator[subprocess.Popen]:
     """moto's S3 server in a second process, with the bucket `data` of all formats."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
+    port = free_port()
     server = subprocess.Popen(
         [sys.executable, "-m", "moto.server", "-p", str(port)],
         stdout=subprocess.DEVNULL,
@@ -90,10 +90,7 @@ def s3(tmp_path, monkeypatch) -> Iterator[subprocess.Popen]:
         ("SEED_CACHE_DIR", str(tmp_path / "copies")),
     ):
         monkeypatch.setenv(name, value)
-    end = time.monotonic() + 60
-    while socket.socket().connect_ex(("127.0.0.1", port)):
-        assert time.monotonic() < end, "moto's server did not start"
-        time.sleep(0.1)
+    wait_until(lambda: not socket.socket().connect_ex(("127.0.0.1", port)), 60)
     fsspec.get_filesystem_class("s3").clear_instance_cache()
     files = fsspec.filesystem("s3")
     files.retries = 1

@@ -17,6 +17,7 @@ import pytest
 import torch
 from data_files import jpeg, write_tar
 from real_processes import run_process
+from waiting import wait_until
 
 from seed_multimodal.data.formats.pairs import Pairs
 from seed_multimodal.data.stream.loader import StepBatches, load
@@ -196,7 +197,4 @@ def test_workers_end_with_their_program(end, code):
     assert done.returncode == code, done.stderr
     workers = done.stdout.split()
     assert len(workers) == 2
-    timeout = time.monotonic() + 30
-    while any(map(runs, workers)) and time.monotonic() < timeout:
-        time.sleep(0.2)
-    assert not any(map(runs, workers))
+    wait_until(lambda: not any(map(runs, workers)), 30)

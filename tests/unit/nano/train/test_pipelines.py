@@ -5,15 +5,14 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
+from llm_runs import environment
 from PIL import Image
-from real_processes import run_process
+from real_processes import run_process, wait_until
 from repository import NANO, ROOT
 
 from seed_multimodal import SeedLlama
@@ -25,13 +24,6 @@ from seed_nano.train.__main__ import main
 from seed_nano.world.scene import render
 from seed_nano.world.splits import scene_at
 from seed_nano.world.wide import render_wide, wide_at
-
-ENVIRONMENT = {
-    **os.environ,
-    "PYTHONPATH": str(ROOT / "src"),
-    "HF_HUB_OFFLINE": "1",
-    "OMP_NUM_THREADS": "1",
-}
 
 
 def arguments(system: str, work: Path, *options: str) -> list[str]:
@@ -46,12 +38,10 @@ def killed_and_resumed(
     run = subprocess.Popen(
         [sys.executable, "-m", "seed_nano.train", *arguments(system, work, *options)],
         cwd=ROOT,
-        env=ENVIRONMENT,
+        env=environment(),
         stdout=subprocess.DEVNULL,
     )
-    end = time.monotonic() + 300
-    while time.monotonic() < end and run.poll() is None and not list(work.glob(checkpoint)):
-        time.sleep(0.02)
+    wait_until(lambda: any(work.glob(checkpoint)), run, 300)
     assert run.poll() is None, f"ended with {run.returncode} before {checkpoint}"
     run.kill()
     run.wait()
@@ -145,7 +135,7 @@ def test_pipeline_stops_other_stages_if_one_fails(tmp_path):
     (tmp_path / "clip.checkpoints").write_text("not a folder")
     options = ("--jobs", "2", "--only", "vae,clip", "train_vae.steps=1000000")
     command = [sys.executable, "-m", "seed_nano.train", *arguments("nano", tmp_path, *options)]
-    run = run_process(command, env=ENVIRONMENT, cwd=ROOT, timeout=300)
+    run = run_process(command, env=environment(), cwd=ROOT, timeout=300)
     assert run.returncode == 2
     assert "clip.checkpoints" in run.stderr
     assert not (tmp_path / "vae.done.json").exists()
