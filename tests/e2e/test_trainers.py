@@ -16,6 +16,7 @@ from pathlib import Path
 
 import pytest
 from full_disk import file_size_limit
+from lavis_runs import require_lavis
 from real_processes import kill_when, wait_until
 from trainers import HUB_LLMS, LAVIS, LLM, TRAINERS, TWO, Trainer
 
@@ -49,8 +50,8 @@ def part_folders(tmp_path_factory) -> dict[str, Path]:
 def parts_dir(trainer: Trainer, part_folders: dict[str, Path], monkeypatch) -> Iterator[Path]:
     import torch
 
-    if trainer.application == LAVIS and importlib.util.find_spec("lavis") is None:
-        pytest.skip("salesforce-lavis is not installed: bash install.sh --lavis")
+    if trainer.application == LAVIS:
+        require_lavis()
     if trainer.name not in part_folders:
         part_folders[trainer.name] = part_folders[""] / trainer.name
         part_folders[trainer.name].mkdir()

@@ -7,7 +7,6 @@ systematic difference, as of a loss that is averaged twice, is no rounding.
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import math
 import statistics
@@ -16,6 +15,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 import pytest
+from lavis_runs import require_lavis
 from real_processes import kill_when
 from trainers import LAVIS, TRAINERS, TWO, Trainer
 
@@ -167,8 +167,8 @@ def assert_equal_trajectories(first: list[float], second: list[float], close: fl
 def test_invariant(row: Row, parts_of, tmp_path, capfd):
     trainer = BY_NAME[row.trainer]
     trainer = replace(trainer, loss=row.loss or trainer.loss)
-    if trainer.application == LAVIS and importlib.util.find_spec("lavis") is None:
-        pytest.skip("salesforce-lavis is not installed: bash install.sh --lavis")
+    if trainer.application == LAVIS:
+        require_lavis()
     parts = parts_of(trainer)
     first, second = (
         losses(trainer, parts, tmp_path / name, run, capfd)

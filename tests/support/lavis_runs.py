@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
+import importlib.util
 import json
 import random
 import shlex
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 import llm_runs
+import pytest
 from repository import ROOT
 
 APPLICATION = ROOT / "SEED_Tokenizer"
@@ -68,10 +69,17 @@ def environment(**more: str) -> dict[str, str]:
     return llm_runs.environment(VIRTUAL_ENV=sys.prefix, **more)
 
 
-def program(name: str) -> Any:
-    """A program of the application, as a module of this process."""
+def require_lavis() -> None:
+    """Put the application on the import path; the test is skipped without LAVIS."""
+    if importlib.util.find_spec("lavis") is None:
+        pytest.skip("salesforce-lavis is not installed: bash install.sh --lavis")
     if str(APPLICATION) not in sys.path:
         sys.path.append(str(APPLICATION))
+
+
+def program(name: str) -> Any:
+    """A program of the application, as a module of this process."""
+    require_lavis()
     return importlib.import_module(name)
 
 

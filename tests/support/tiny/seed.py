@@ -154,6 +154,14 @@ def loud(model: nn.Module) -> Any:
     return model
 
 
+def save_as_lavis(model: nn.Module, file: Path) -> Path:
+    """A checkpoint as LAVIS saves it: without frozen parameters, with buffers and tied copies."""
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    state = {name: value for name, value in model.state_dict().items() if name not in frozen}
+    torch.save({"model": state, "optimizer": {"state": {}}, "epoch": 0}, file)
+    return file
+
+
 def training_name(name: str) -> str:
     """Name of a weight in the original checkpoint → its name in the original training code."""
     return name.replace("Reverse_Qformer.", "Reverse_Qformer_text.").replace(

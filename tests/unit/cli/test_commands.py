@@ -17,6 +17,7 @@ import pytest
 import torch
 from PIL import Image
 from repository import ROOT
+from tensors import equal
 
 from seed_multimodal.cli.main import main
 
@@ -290,6 +291,6 @@ def test_convert_writes_safetensors_once(capsys, tmp_path):
     assert json.loads(capsys.readouterr().out)["parameters"] == 6
     loaded = load_file(tmp_path / "old.safetensors")
     assert loaded.keys() == tensors.keys()
-    assert all(torch.equal(loaded[name], tensor) for name, tensor in tensors.items())
+    assert equal(tensors, loaded)
     assert main(["convert", str(old)]) == 2 and "old.safetensors" in capsys.readouterr().err
     assert main(["convert", str(old), "--force"]) == 0

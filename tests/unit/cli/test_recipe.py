@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import json
 import pkgutil
 import re
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
+from lavis_runs import environment, require_lavis
 from real_processes import run_process
 from repository import ROOT
 
@@ -47,12 +46,7 @@ def overrides(command: str, out: Path) -> list[str]:
 
 def lavis_config(file: Path):
     """A stage's configuration, read by the application."""
-    try:
-        importlib.metadata.version("salesforce-lavis")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("salesforce-lavis is not installed: bash install.sh --lavis")
-    if str(ROOT / "SEED_Tokenizer") not in sys.path:
-        sys.path.append(str(ROOT / "SEED_Tokenizer"))
+    require_lavis()
     from seed_lavis import register
     from seed_lavis.options import load_config
 
@@ -232,8 +226,6 @@ def test_steps_whose_inputs_changed_run_again(tmp_path):
 )
 def test_run_script_that_ends_early(parts, steps, named, tmp_path):
     # It names the fault, and no later step begins.
-    from lavis_runs import environment
-
     out = write(tmp_path / "my recipe", "--llm", parts / "llm", "--encoder", parts / "encoder")
     (out / "tokenizer").mkdir()
     script = ["bash", str(out / "run.sh"), *steps]

@@ -49,7 +49,7 @@ class Stages:
 
 @pytest.fixture(scope="session")
 def stages(tmp_path_factory) -> Stages:
-    from tiny.seed import SIZES
+    from tiny.seed import SIZES, save_as_lavis
 
     from seed_multimodal.models.seed.configuration import Seed2Config
     from seed_multimodal.models.seed.losses import Stage1Model
@@ -67,9 +67,7 @@ def stages(tmp_path_factory) -> Stages:
     features = tokenizer.pre_quant(torch.randn(5, 3, 16, 16)).detach()
     tokenizer.quantize.embedding.weight.data = features.flatten(0, 1)[:50]
     tokenizer.save_pretrained(folder / "tokenizer")
-    frozen = {name for name, parameter in first.named_parameters() if not parameter.requires_grad}
-    trained = {name: value for name, value in first.state_dict().items() if name not in frozen}
-    torch.save({"model": trained}, folder / "stage1.pth")
+    save_as_lavis(first, folder / "stage1.pth")
     (folder / "bert").mkdir()
     (folder / "bert" / "vocab.txt").write_text(
         "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *vocabulary]) + "\n"

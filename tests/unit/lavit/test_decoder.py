@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from tensors import equal
 from tiny.lavit import DECODER
 
 from seed_multimodal.models.lavit.decoder import CodeDecoder
@@ -29,4 +30,4 @@ def test_from_pretrained_layouts(tmp_path):
         assert loaded.config == model.config
         state = loaded.state_dict()
         assert state.keys() == model.state_dict().keys()
-        assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+        assert equal(model.state_dict(), state)

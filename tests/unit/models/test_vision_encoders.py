@@ -9,7 +9,7 @@ import shutil
 import pytest
 import torch
 from random_images import noise
-from tiny.seed import SIZES, loud
+from tiny.seed import SIZES, loud, save_as_lavis
 from tiny.vision import KINDS, write_vision
 
 from seed_multimodal.data.pretokenize.encode import Encoder, read_transform
@@ -21,7 +21,6 @@ from seed_multimodal.models.seed.export import export_tokenizer
 from seed_multimodal.models.seed.losses import Stage1Model, Stage2Model
 from seed_multimodal.nn.vision.hub import HubVisionConfig
 from seed_multimodal.pipelines.images import open_images
-from seed_multimodal.training.checkpoint import frozen_names
 
 IMAGE = noise(1, (44, 30))  # no square, so that squashing and cropping differ
 
@@ -50,14 +49,10 @@ def test_seed_tokenizer_of_another_vision_encoder(kind, tmp_path):
     assert len(codes.unique()) > 4
 
     # 2. The exported folder needs the encoder's folder no more.
-    files = [tmp_path / f"stage{stage}.pth" for stage in (1, 2)]
-    for model, file in zip((first, second), files, strict=True):
-        state = model.state_dict()
-        for name in frozen_names(model):  # are not saved by a run
-            state.pop(name, None)
-        torch.save({"model": state}, file)
+    stage1 = save_as_lavis(first, tmp_path / "stage1.pth")
+    stage2 = save_as_lavis(second, tmp_path / "stage2.pth")
     out = tmp_path / "tokenizer"
-    export_tokenizer(files[1], out, stage1=files[0], config=config)
+    export_tokenizer(stage2, out, stage1=stage1, config=config)
     shutil.rmtree(vision)
 
     # 3. Serving and pre-tokenising see the same pixels and give the same codes.

@@ -12,8 +12,8 @@ import pytest
 import torch
 from random_images import noise
 from repository import NANO
-from tiny.seed import loud, seed1_config
-from torch import Tensor, nn
+from tiny.seed import loud, save_as_lavis, seed1_config
+from torch import Tensor
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.errors import CheckpointError
@@ -25,14 +25,6 @@ from seed_multimodal.models.seed.losses import Seed1Stage2Model, Stage1Model, St
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer
 from seed_multimodal.nn.vision.eva import EvaVit
 from seed_nano.train.words import write_files
-
-
-def save_as_lavis(model: nn.Module, file: Path) -> Path:
-    """A checkpoint as LAVIS saves it: without frozen parameters, with buffers and tied copies."""
-    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
-    state = {name: value for name, value in model.state_dict().items() if name not in frozen}
-    torch.save({"model": state, "optimizer": {"state": {}}, "epoch": 0}, file)
-    return file
 
 
 @dataclasses.dataclass

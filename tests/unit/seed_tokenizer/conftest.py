@@ -5,9 +5,7 @@ Skipped without LAVIS.
 
 from __future__ import annotations
 
-import importlib.metadata
 import subprocess
-import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -16,16 +14,10 @@ import lavis_runs
 import pytest
 from lavis_runs import APPLICATION, environment
 
-if str(APPLICATION) not in sys.path:
-    sys.path.append(str(APPLICATION))
-
 
 @pytest.fixture(scope="session", autouse=True)
 def lavis() -> None:
-    try:
-        importlib.metadata.version("salesforce-lavis")
-    except importlib.metadata.PackageNotFoundError:
-        pytest.skip("salesforce-lavis is not installed: bash install.sh --lavis")
+    lavis_runs.require_lavis()
 
 
 @pytest.fixture(autouse=True)

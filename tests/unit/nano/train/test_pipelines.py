@@ -3,13 +3,13 @@ train."""
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+from lavis_runs import require_lavis
 from llm_runs import environment
 from PIL import Image
 from real_processes import run_process, wait_until
@@ -54,8 +54,7 @@ def killed_and_resumed(
 @pytest.mark.timeout(900)
 def test_nano_is_killed_resumed_and_answers(tmp_path, capfd):
     # One pipeline of three in the suite; the others at night.
-    if importlib.util.find_spec("lavis") is None:
-        pytest.skip("salesforce-lavis is not installed: bash install.sh --lavis")
+    require_lavis()
     work = tmp_path / "work"
     system = tmp_path / "work" / "system"
     more = ("train_clip.save_every_steps=1", "train_clip.steps=30", "--only", "clip")
