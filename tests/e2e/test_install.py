@@ -73,21 +73,6 @@ def test_install_refuses_an_extra_without_constraints():
     assert done.returncode == 1 and "no versions for the extra harness" in done.stderr
 
 
-@pytest.mark.process
-def test_release_needs_the_heading_whose_date_it_sets(tmp_path):
-    (tmp_path / "scripts").mkdir()
-    shutil.copy(ROOT / "scripts" / "release.sh", tmp_path / "scripts")
-    (tmp_path / "CHANGELOG.md").write_text("## 1.0.0\n")
-    subprocess.run(
-        "git init -q && git add . && git -c user.name=a -c user.email=a@example.com commit -qm a",
-        shell=True,
-        cwd=tmp_path,
-        check=True,
-    )
-    done = run_process(["bash", "scripts/release.sh", "1.0.0"], cwd=tmp_path)
-    assert done.returncode == 1 and "no heading '## 1.0.0 (unreleased)'" in done.stderr
-
-
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """A new environment with the wheel that was built from the sdist; other packages are this
