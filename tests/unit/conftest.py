@@ -85,6 +85,19 @@ def seedx_tokenizer(tmp_path_factory) -> MultimodalTokenizer:
 
 
 @pytest.fixture(scope="session")
+def released_seed_x(tmp_path_factory) -> Path:
+    """`pretrained/` and `configs/` of a tiny SEED-X in the original layout, without sizes next to
+    the weights."""
+    from tiny.seed_x import build_released_seed_x, forget_sizes, write_seed_x_configs
+
+    folder = tmp_path_factory.mktemp("released")
+    build_released_seed_x(folder / "pretrained")
+    write_seed_x_configs(folder)
+    forget_sizes(folder / "pretrained")
+    return folder
+
+
+@pytest.fixture(scope="session")
 def lavit_tokenizer(tmp_path_factory) -> LavitTokenizer:
     """A tokenizer for LaVIT: 330 text tokens, 24 codes, at most 6 per image."""
     return train_text_tokenizer(

@@ -142,8 +142,8 @@ def random_adapter(stage: int = 1) -> SDXLAdapter:
 
 
 def write_sdxl(folder: Path, *, complete: bool = True) -> Path:
-    """SDXL's diffusers folder; without `model_index.json` and the U-Net's weights if not
-    `complete`."""
+    """SDXL's diffusers folder. If not `complete`: a system's, which draws in two steps, without
+    `model_index.json` and the U-Net's weights."""
     from diffusers import EulerDiscreteScheduler, StableDiffusionXLPipeline
 
     StableDiffusionXLPipeline(
@@ -157,6 +157,7 @@ def write_sdxl(folder: Path, *, complete: bool = True) -> Path:
         add_watermarker=False,
     ).save_pretrained(folder)
     if not complete:
+        write_json(folder / "seed_decode.json", {"num_inference_steps": 2})
         (folder / "model_index.json").unlink()
         for file in (folder / "unet").glob("*.safetensors"):
             file.unlink()

@@ -149,7 +149,6 @@ def write_pixels(folder: Path) -> None:
     DDIMScheduler(clip_sample=False, set_alpha_to_one=False, steps_offset=1).save_pretrained(
         folder / "scheduler"
     )
-    write_json(folder / "seed_decode.json", {"num_inference_steps": 2})
 
 
 def lavit_unet(head: Head, **changes: Any) -> Any:

@@ -84,7 +84,6 @@ def build_seed_x(
             "tasks": {"draw_words": 6, "edit_words": 6},
         },
     )
-    write_json(root / "sdxl" / "seed_decode.json", {"num_inference_steps": 2})
     return root
 
 

@@ -14,24 +14,12 @@ from repository import ROOT
 from seed_multimodal.errors import CheckpointError, ConfigError
 
 
-@pytest.fixture(scope="module")
-def checkout(tmp_path_factory) -> Path:
-    """`pretrained/` and `configs/` of a tiny SEED-X, without sizes next to the weights."""
-    from tiny.seed_x import build_released_seed_x, forget_sizes, write_seed_x_configs
-
-    folder = tmp_path_factory.mktemp("objects")
-    build_released_seed_x(folder / "pretrained")
-    write_seed_x_configs(folder)
-    forget_sizes(folder / "pretrained")
-    return folder
-
-
 @pytest.fixture
-def parts(checkout: Path, monkeypatch) -> dict[str, Any]:
+def parts(released_seed_x: Path, monkeypatch) -> dict[str, Any]:
     """What the programs build, by `seed_multimodal.config.instantiate`."""
     from seed_multimodal.config import instantiate
 
-    monkeypatch.chdir(checkout)
+    monkeypatch.chdir(released_seed_x)
     tokenizer = instantiate("configs/tokenizer/clm_llama_tokenizer_224loc_anyres.yaml")
     llm = instantiate("configs/clm_models/llm_seed_x_i.yaml", torch_dtype=torch.float32)
     agent = instantiate("configs/clm_models/agent_seed_x_i.yaml", llm=llm)
@@ -98,7 +86,7 @@ def test_agent_generates_an_image_after_its_opening_token(parts: dict[str, Any])
     )
 
 
-def test_agent_with_wrong_arguments(parts: dict[str, Any], checkout: Path):
+def test_agent_with_wrong_arguments(parts: dict[str, Any], released_seed_x: Path):
     from tiny.diffusion import FEATURES
     from tiny.seed_x import WORDS
     from transformers import LlamaTokenizer as Theirs
@@ -109,7 +97,7 @@ def test_agent_with_wrong_arguments(parts: dict[str, Any], checkout: Path):
     tokenizer = parts["tokenizer"]
     assert isinstance(tokenizer, LlamaTokenizer)
     theirs = Theirs.from_pretrained(
-        checkout / "pretrained" / "cvlm_llama2_tokenizer_100img_and_224loc_addpatch"
+        released_seed_x / "pretrained" / "cvlm_llama2_tokenizer_100img_and_224loc_addpatch"
     )
     image = {"image_embeds": torch.zeros(1, 16, FEATURES), "num_img_gen_tokens": WORDS}
     for arguments, named in (
@@ -122,14 +110,14 @@ def test_agent_with_wrong_arguments(parts: dict[str, Any], checkout: Path):
             agent.generate(**arguments)
 
 
-def test_lora_with_new_rows(checkout: Path):
+def test_lora_with_new_rows(released_seed_x: Path):
     # New tokens are trained, and begin near the others.
     from peft import LoraConfig
 
     from seed_multimodal.compat.lora import seed_x_lora
     from seed_multimodal.compat.seed_x import LlamaForCausalLM
 
-    llm = LlamaForCausalLM.from_pretrained(checkout / "pretrained" / "seed_x" / "llm")
+    llm = LlamaForCausalLM.from_pretrained(released_seed_x / "pretrained" / "seed_x" / "llm")
     old = llm.lm_head.weight.clone()
     with pytest.raises(ConfigError, match="peft_config"):
         seed_x_lora(llm)

@@ -17,7 +17,6 @@ import pytest
 from PIL import Image
 from random_images import noise
 from repository import ROOT
-from tiny import write_json
 
 from seed_multimodal.compat.seed_x_programs import SCRIPTS, seed_x_script
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -41,29 +40,14 @@ DEMO_IMAGES = "men.jpg men_condition.jpg cat_dog.jpeg car.jpg advisor.png ground
 SHORT = ("--device", "cpu", "--max-new-tokens", "12")
 
 
-@pytest.fixture(scope="module")
-def original(tmp_path_factory) -> Path:
-    """A folder with `pretrained/`, `configs/` and `demo_images/`."""
-    from tiny.seed_x import build_released_seed_x, forget_sizes, write_seed_x_configs
-
-    project = tmp_path_factory.mktemp("original")
-    weights = build_released_seed_x(project / "pretrained")
-    decoding = weights / "stable-diffusion-xl-base-1.0" / "seed_decode.json"
-    write_json(decoding, {"num_inference_steps": 2})
-    write_seed_x_configs(project)
-    forget_sizes(weights)
-    (project / "demo_images").mkdir()
-    for index, name in enumerate(DEMO_IMAGES.split()):
-        noise(index).save(project / "demo_images" / name)
-    return project
-
-
 @pytest.fixture
-def project(original: Path, tmp_path, monkeypatch) -> Path:
-    """The working directory: links to that folder, and a copy of `configs/`."""
-    for name in ("pretrained", "demo_images"):
-        (tmp_path / name).symlink_to(original / name)
-    shutil.copytree(original / "configs", tmp_path / "configs")
+def project(released_seed_x: Path, tmp_path, monkeypatch) -> Path:
+    """The working directory: a link to the weights, a copy of `configs/`, and `demo_images/`."""
+    (tmp_path / "pretrained").symlink_to(released_seed_x / "pretrained")
+    shutil.copytree(released_seed_x / "configs", tmp_path / "configs")
+    (tmp_path / "demo_images").mkdir()
+    for index, name in enumerate(DEMO_IMAGES.split()):
+        noise(index).save(tmp_path / "demo_images" / name)
     monkeypatch.chdir(tmp_path)
     return tmp_path
 

@@ -16,21 +16,15 @@ TEXTS = [
 
 
 @pytest.fixture(scope="session")
-def tokenizer_of(tmp_path_factory, tokenizer) -> Callable[[str], TextTokenizer]:
-    """`tokenizer_of(decoder)`: the nano tokenizer, or SEED-X's or LaVIT's of 320 text tokens."""
-    from seed_multimodal.language.tokenizer import MultimodalTokenizer
+def tokenizer_of(tmp_path_factory, tokenizer, seedx_tokenizer) -> Callable[[str], TextTokenizer]:
+    """`tokenizer_of(decoder)`: the nano tokenizer, or a tiny one of SEED-X or LaVIT."""
     from seed_multimodal.models.lavit.processing import LavitTokenizer
     from seed_nano.train.words import train_text_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizers")
-    sizes: dict[str, Any] = {"vocab_size": 320, "n_codes": 8}
-    seed_x = train_text_tokenizer(
-        MultimodalTokenizer, TEXTS, folder / "x", **sizes, tokens_per_image=4, n_locations=16
-    )
-    lavit = train_text_tokenizer(
-        LavitTokenizer, TEXTS, folder / "lavit", **sizes, tokens_per_image=16
-    )
-    families = {"seed_x": seed_x, "lavit": lavit}
+    sizes = {"vocab_size": 320, "n_codes": 8, "tokens_per_image": 16}
+    lavit = train_text_tokenizer(LavitTokenizer, TEXTS, folder, **sizes)
+    families = {"seed_x": seedx_tokenizer, "lavit": lavit}
     return lambda decoder: families.get(decoder.partition(".")[0], tokenizer)
 
 

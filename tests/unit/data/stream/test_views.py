@@ -21,22 +21,6 @@ SIDE = 28
 COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220)}
 
 
-@pytest.fixture(scope="module")
-def tokenizer(tmp_path_factory) -> MultimodalTokenizer:
-    """A tokenizer with 4 tokens per image."""
-    from seed_nano.train.words import train_text_tokenizer
-
-    return train_text_tokenizer(
-        MultimodalTokenizer,
-        ["[INST] What is it? It is red, green or blue. [/INST]\n"] * 50,
-        tmp_path_factory.mktemp("words"),
-        vocab_size=290,
-        n_codes=4,
-        tokens_per_image=4,
-        n_locations=16,
-    )
-
-
 def png(name: str, size: tuple[int, int] = (40, 30)) -> bytes:
     return image_to_bytes(Image.new("RGB", size, COLOURS[name]))
 
@@ -83,7 +67,7 @@ def check_marks(batch: LlmBatch, tokenizer: MultimodalTokenizer) -> None:
 
 
 @pytest.mark.process
-def test_next_of_several_edits(tokenizer: MultimodalTokenizer, folder: Path):
+def test_next_of_several_edits(seedx_tokenizer: MultimodalTokenizer, folder: Path):
     # All views of a source are read, in reading order and the whole last, each with its place; one
     # of a target is written, and it is read in later turns.
     wide = Image.new("RGB", (112, 56), COLOURS["red"])
@@ -98,17 +82,17 @@ def test_next_of_several_edits(tokenizer: MultimodalTokenizer, folder: Path):
     path = lines(folder / "lists/turns.jsonl", [{"messages": turns}])
     source = {"files": str(path), "decoder": "seed_x.chat", "image_dir": str(folder)}
     source |= {"max_length": 120}
-    batch = next(batches_of(tokenizer, dict(source)))
-    check_marks(batch, tokenizer)
+    batch = next(batches_of(seedx_tokenizer, dict(source)))
+    check_marks(batch, seedx_tokenizer)
     assert batch.views.is_target.tolist() == [*[False] * 3, True, False, False, True]
     assert colours(batch)[:2] == ["red", "blue"]
     assert colours(batch)[3:] == ["green", "green", "green", "blue"]
     assert batch.views.positions[:3].tolist() == [[0.25, 0.5], [0.75, 0.5], [0.5, 0.5]]
-    with batches_of(tokenizer, dict(source), workers=1) as by_worker:
+    with batches_of(seedx_tokenizer, dict(source), workers=1) as by_worker:
         assert torch.equal(next(by_worker).views.pixels, batch.views.pixels)
 
 
-def test_next_of_captions_in_tars(tokenizer: MultimodalTokenizer, tmp_path):
+def test_next_of_captions_in_tars(seedx_tokenizer: MultimodalTokenizer, tmp_path):
     # Dissimilar pairs, small images, over-long captions and broken samples are counted, not
     # replaced.
     samples: dict[str, dict[str, bytes]] = {
@@ -123,9 +107,9 @@ def test_next_of_captions_in_tars(tokenizer: MultimodalTokenizer, tmp_path):
     options = {"img_first_ratio": -1, "add_gen_prompt": False}
     options |= {"min_resolution": 20, "similarity_thr": 0.1}
     source = {"files": str(tmp_path), "decoder": "seed_x.caption", "batch_size": 6, "cycles": 1}
-    batches = batches_of(tokenizer, source | {"options": options})
+    batches = batches_of(seedx_tokenizer, source | {"options": options})
     batch = next(batches)
-    check_marks(batch, tokenizer)
+    check_marks(batch, seedx_tokenizer)
     assert (batch.sequences, colours(batch)[0]) == (1, "red")
     skipped = batches.report()["sources"]["s"]["skipped"].values()
     assert [entry["count"] for entry in skipped] == [1] * 5
