@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 import tuning_parts as parts
+from data_files import lines
 from repository import NANO
 from tensors import equal
 from tiny.language import LLM_WIDTH
@@ -86,6 +88,26 @@ def test_losses_of_packed_rows_equal_those_of_single_sequences(
         task.prepare()
         losses.append(mean_losses(task, task.data))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
+
+
+def test_gradients_reach_every_parameter_in_every_batch(config_of, parts_dir: Path, tmp_path):
+    # Processes wait for each other's gradients: none may be left out where a batch lacks images.
+    data = parts.data_of(parts_dir)
+    texts = lines(tmp_path / "texts.jsonl", [{"data": ["Say red.", "Red."]}])
+    data["sources"].append({**data["sources"][0], "name": "texts", "files": str(texts)})
+    task = task_of(config_of(tmp_path / "out", data=data))
+    task.prepare()
+    contents = set()
+    for batch in itertools.islice(task.data, 20):
+        is_target = [] if batch.views is None else batch.views.is_target.tolist()
+        contents.add(frozenset(is_target))
+        task.module.zero_grad()
+        task.module(**task.inputs(batch))["total_loss"].backward()
+        trained = (value for value in task.module.parameters() if value.requires_grad)
+        gradients = [value.grad for value in trained]
+        assert all(gradient is not None and gradient.isfinite().all() for gradient in gradients)
+    # No images, images to read, to generate, and both.
+    assert contents == {frozenset(kinds) for kinds in ([], [False], [True], [False, True])}
 
 
 def test_encoder_file_of_the_original_is_read():
