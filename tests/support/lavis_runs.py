@@ -70,11 +70,15 @@ def environment(**more: str) -> dict[str, str]:
 
 
 def require_lavis() -> None:
-    """Put the application on the import path; the test is skipped without LAVIS."""
+    """Put the application on the import path and its names into LAVIS's registry; the test is
+    skipped without LAVIS."""
     if importlib.util.find_spec("lavis") is None:
         pytest.skip("salesforce-lavis is not installed: bash install.sh --lavis")
     if str(APPLICATION) not in sys.path:
         sys.path.append(str(APPLICATION))
+    from seed_lavis import register
+
+    register()
 
 
 def program(name: str) -> Any:

@@ -47,10 +47,8 @@ def overrides(command: str, out: Path) -> list[str]:
 def lavis_config(file: Path):
     """A stage's configuration, read by the application."""
     require_lavis()
-    from seed_lavis import register
     from seed_lavis.options import load_config
 
-    register()
     return load_config(str(file), [])
 
 

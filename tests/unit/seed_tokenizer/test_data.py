@@ -24,9 +24,6 @@ PROCESSORS = {
 def build(name: str, info: dict[str, Any], valid: str = "val", **more: Any) -> dict[str, Any]:
     """The splits that LAVIS's task would build for this data set."""
     from omegaconf import OmegaConf
-    from seed_lavis import register
-
-    register()
     from seed_lavis.compat import registry
 
     run = OmegaConf.create({"seed": 3, "train_splits": ["train"], "valid_splits": [valid]})

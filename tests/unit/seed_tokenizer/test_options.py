@@ -56,13 +56,6 @@ ORIGINAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
 OF_BOTH = {"weight_decay": 0.05, "beta2": 0.999, "num_workers": 4, "seed": 42, "amp": True}
 
 
-@pytest.fixture(autouse=True)
-def registered():
-    from seed_lavis import register
-
-    register()
-
-
 @pytest.mark.parametrize("name", ORIGINAL)
 def test_load_config_of_the_original_projects(name):
     # The published recipes of both stages.

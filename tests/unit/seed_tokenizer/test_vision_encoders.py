@@ -21,10 +21,8 @@ def vit_option(folder: Path) -> str:
 
 def test_load_config_prepares_images_for_the_encoder(tmp_path):
     # Shorter side and centre crop of DINOv2, also in evaluation, whatever the YAML says.
-    from seed_lavis import register
     from seed_lavis.options import load_config
 
-    register()
     write_vision("dinov2", tmp_path)
     project = "lavis/projects/blip2/train/pretrain_codebook.yaml"
     resizing = {"interpolation": "bicubic", "image_size": 16}
