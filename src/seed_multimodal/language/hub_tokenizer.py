@@ -12,23 +12,16 @@ from __future__ import annotations
 
 import copy
 import json
-import re
 import shutil
-from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Self
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
-from seed_multimodal.language.text_tokenizer import HUB_TOKENIZER, Part, SpecialIds, TextTokenizer
-from seed_multimodal.language.tokenizer import (
-    MODEL,
-    MultimodalTokenizer,
-    plain_text,
-    read_files,
-)
-from seed_multimodal.language.vocabulary import Ids, ImageVocabulary, SeedXVocabulary
+from seed_multimodal.language.text_tokenizer import HUB_TOKENIZER, TextTokenizer
+from seed_multimodal.language.tokenizer import MODEL, MultimodalTokenizer, read_files
+from seed_multimodal.language.vocabulary import ImageVocabulary, SeedXVocabulary
 from seed_multimodal.weights.find import find_path
 
 IMAGE_TOKENS = "image_tokens.json"
@@ -39,11 +32,10 @@ GENERATION = "generation_config.json"
 FILES = (HUB_TOKENIZER, CONFIG, CHAT_TEMPLATE, "special_tokens_map.json", GENERATION)
 # Arguments of chat templates (Qwen 3, SmolLM 3, Granite): no thoughts before an answer.
 WITHOUT_THOUGHTS = {"enable_thinking": False, "thinking": False}
-_IMAGE_TOKEN = re.compile(r"<img_[0-9]{5,}>|</?img>|</?patch>|<loc-[0-9]+>|<box_start>|<box_end>")
 
 
-class HubTokenizer:
-    """Text and images → ids, as `TextTokenizer`.
+class HubTokenizer(TextTokenizer):
+    """A fast tokenizer of transformers with image tokens.
 
     end_ids: tokens that end an answer, the one of training data first.
     n_locations: of boxes; 0: without SEED-X's tokens.
@@ -73,28 +65,33 @@ class HubTokenizer:
                 f"{folder}: the tokenizer cannot be read ({first_line(error)})."
             ) from error
         self._plain.encode_special_tokens = True
-        n_text = max(self._hub.get_vocab().values()) + 1
         self._sizes = (n_codes, tokens_per_image)
         self._n_locations = n_locations
-        self.vocabulary = self._image_vocabulary(n_text)
-        self._image_ids = self.vocabulary.added_tokens
-        self._image_names = {id: name for name, id in self._image_ids.items()}
+        n_text = max(self._hub.get_vocab().values()) + 1
+        vocabulary = self._image_vocabulary(n_text)
+        added = vocabulary.added_tokens if self.names_image_tokens else {}
+        special = {
+            token.content: id
+            for id, token in self._hub.added_tokens_decoder.items()
+            if token.special
+        }
+        super().__init__(vocabulary, n_text, added, special)
 
-        # 2. Special tokens.
-        added = self._hub.added_tokens_decoder.values()
-        special = [token.content for token in added if token.special]
-        names = sorted(special, key=len, reverse=True)
-        self._special_names = re.compile("|".join([_IMAGE_TOKEN.pattern, *map(re.escape, names)]))
-        self.eos_token_ids = tuple(end_ids)
-        if not self.eos_token_ids:
-            self.eos_token_ids = self._find_end_ids()
-        self.eos_token_id = self.eos_token_ids[0]
-        self.bos_token_id: int | None = self._hub.bos_token_id
-        # Only tokens that the tokenizer itself puts before a text.
+        # 2. Special tokens; a start only if the tokenizer itself puts it before a text.
+        self.has_chat_template = bool(self._hub.chat_template)
+        self.eos_token_ids = tuple(end_ids) or self._find_end_ids()
+        self.bos_token_id = self._hub.bos_token_id
         first_ids = self._hub.backend_tokenizer.encode("").ids[:1]
         self.start_ids = tuple(id for id in first_ids if id == self.bos_token_id)
         pad = self._hub.pad_token_id
-        self.pad_token_id: int = self.eos_token_id if pad is None else pad
+        self.pad_token_id = self.eos_token_id if pad is None else pad
+        ends = list(self.eos_token_ids)
+        self.special_ids = {
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": ends if len(ends) > 1 else ends[0],
+            # A model's row of padding is not trained, so it is none of the ends of an answer.
+            "pad_token_id": None if self.pad_token_id in ends else self.pad_token_id,
+        }
 
     def _image_vocabulary(self, n_text: int) -> ImageVocabulary:
         """Image tokens behind the text tokens; families with other ones override it."""
@@ -111,7 +108,7 @@ class HubTokenizer:
             *_, after = self.render_chat(turns).split("\u241f")
             texts, names = self.split(after)
             if names and not texts[0].strip():
-                ids.append(self._token_id(names[0]))
+                ids.append(self._control_ids[names[0]])
         if self._hub.eos_token_id is not None:
             ids.append(self._hub.eos_token_id)
         if (self._folder / GENERATION).is_file():
@@ -173,37 +170,10 @@ class HubTokenizer:
         (target / IMAGE_TOKENS).write_text(json.dumps(values, indent=1) + "\n", encoding="utf-8")
         return target
 
-    # ---- special tokens
-
-    def __len__(self) -> int:
-        return self.vocabulary.size
-
-    @property
-    def special_ids(self) -> SpecialIds:
-        ids = list(self.eos_token_ids)
-        # A model's row of padding is not trained, so it is none of the tokens that end an answer.
-        pad = None if self.pad_token_id in ids else self.pad_token_id
-        return {
-            "bos_token_id": self.bos_token_id,
-            "eos_token_id": ids if len(ids) > 1 else ids[0],
-            "pad_token_id": pad,
-        }
-
-    def _token_id(self, name: str) -> int:
-        """Id of a special or image token."""
-        if name in self._image_ids:
-            return self._image_ids[name]
-        id: int = self._hub.convert_tokens_to_ids(name)
-        return id
-
-    @cached_property
-    def has_chat_template(self) -> bool:
-        """Whether the folder has a chat template."""
-        return bool(self._hub.chat_template)
+    # ---- text ⇄ ids
 
     def render_chat(self, messages: Sequence[Mapping[str, object]]) -> str:
-        """Messages (role and content) in the chat template, without thoughts; after a user's
-        message up to where the answer begins."""
+        """Without thoughts before the answer; see `TextTokenizer`."""
         if not self.has_chat_template:
             raise ConfigError(f"{self._folder}: this tokenizer has no chat template.")
         try:
@@ -219,74 +189,16 @@ class HubTokenizer:
             ) from error
         return text
 
-    # ---- text ⇄ ids
-
-    def encode(self, text: str, add_bos: bool = False) -> list[int]:
-        """A text → ids; names of special and image tokens in it become these tokens."""
-        texts, names = self.split(plain_text(text))
-        ids = list(self.start_ids) if add_bos else []
-        for segment, name in zip(texts, names, strict=False):
-            ids += [*self._encode_text(segment), self._token_id(name)]
-        return ids + self._encode_text(texts[-1])
-
     def _encode_text(self, text: str) -> list[int]:
         ids: list[int] = self._plain.encode(text, add_special_tokens=False).ids
         return ids
 
-    def split(self, text: str) -> tuple[list[str], list[str]]:
-        """The segments around the names of special tokens in a text (one more), and these names."""
-        texts: list[str] = []
-        names: list[str] = []
-        start = 0
-        for match in self._special_names.finditer(text):
-            if _IMAGE_TOKEN.fullmatch(match[0]) and match[0] not in self._image_ids:
-                continue
-            texts.append(text[start : match.start()])
-            names.append(match[0])
-            start = match.end()
-        return [*texts, text[start:]], names
-
-    def encode_parts(
-        self, parts: Sequence[Part], strip: bool = True, add_bos: bool = False
-    ) -> list[int]:
-        """Texts, codes of images and `Ids` → ids; names of special tokens are plain text.
-
-        strip: has no effect.
-        """
-        ids = list(self.start_ids) if add_bos else []
-        for part in parts:
-            if isinstance(part, str):
-                ids += self._encode_text(plain_text(part))
-            elif isinstance(part, Ids):
-                ids += part
-            else:
-                ids += self.vocabulary.image_ids(part)
-        return ids
-
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """Ids → text, with names of image tokens. Raises CodesError: an id outside."""
-        text = ""
-        segment: list[int] = []
-        for id in self.vocabulary.checked_ids(ids):
-            if id < self.vocabulary.n_text:
-                segment.append(id)
-                continue
-            text += self._decode_segment(segment, skip_special_tokens) + self._image_names[id]
-            segment = []
-        return text + self._decode_segment(segment, skip_special_tokens)
-
-    def _decode_segment(self, ids: list[int], skip_special_tokens: bool) -> str:
-        text: str = self._hub.decode(
-            ids, skip_special_tokens=skip_special_tokens, clean_up_tokenization_spaces=False
-        )
+    def _decode_text(self, ids: list[int]) -> str:
+        text: str = self._hub.decode(ids, clean_up_tokenization_spaces=False)
         return text
 
-    def tokens(self, ids: Iterable[int]) -> list[str]:
-        """Ids → the name of each token. Raises CodesError: an id outside."""
-        names: list[str] = []
-        for id in self.vocabulary.checked_ids(ids):
-            names.append(self._image_names.get(id) or str(self._hub.convert_ids_to_tokens(id)))
-        return names
+    def _text_token(self, id: int) -> str:
+        return str(self._hub.convert_ids_to_tokens(id))
 
     def __getstate__(self) -> dict[str, Any]:
         """For workers of data: the arguments, from which the tokenizer is built again."""

@@ -1,16 +1,21 @@
-"""`TextTokenizer`: what data, training and inference use of a tokenizer, of any kind."""
+"""`TextTokenizer`: texts and images → token ids and back, with the rules of a subclass."""
 
 from __future__ import annotations
 
+import itertools
+import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol, TypedDict
+from typing import TypedDict
 
-if TYPE_CHECKING:
-    from seed_multimodal.language.vocabulary import ImageVocabulary
+from seed_multimodal.errors import ConfigError, RequestError
+from seed_multimodal.language.vocabulary import Ids, ImageVocabulary
 
 Part = str | Sequence[int]  # a text, or the codes of an image
 HUB_TOKENIZER = "tokenizer.json"  # file of a tokenizer of transformers' fast kind
+# Image codes and SEED-X's locations: one pattern, since thousands of alternatives would be slow.
+_NUMBERED_TOKEN = re.compile(r"<(?:img_|loc-)[0-9]+>")
 
 
 class SpecialIds(TypedDict):
@@ -21,77 +26,199 @@ class SpecialIds(TypedDict):
     pad_token_id: int | None
 
 
-class TextTokenizer(Protocol):
-    """Texts and images → token ids and back."""
+class TextTokenizer(ABC):
+    """Texts and images → token ids and back.
 
-    @property
-    def vocabulary(self) -> ImageVocabulary:
-        """Number of tokens, and ids of the image tokens."""
+    vocabulary: number of tokens, and ids of the image tokens.
+    bos_token_id: the token before every text; None: there is none.
+    start_ids: what a sequence begins with: `bos_token_id`, or nothing.
+    eos_token_ids: all tokens that end a generated answer; the first one ends it in training data.
+    pad_token_id: in padded positions, which have no attention and no loss.
+    special_ids: those of the language model's configuration.
+    strips_at_images: whether white space next to images is dropped, at inference and in training.
+    names_image_tokens: whether image tokens have names; without, `decode` skips them.
+    joiner: between texts and image tokens in decoded texts.
+    """
 
-    # ---- special tokens
+    vocabulary: ImageVocabulary
+    bos_token_id: int | None
+    start_ids: Sequence[int]
+    eos_token_ids: Sequence[int]
+    pad_token_id: int
+    special_ids: SpecialIds
+    strips_at_images: bool
+    names_image_tokens = True
+    has_chat_template = False
+    joiner = ""
 
-    @property
-    def bos_token_id(self) -> int | None:
-        """The token before every text; None: there is none."""
+    def __init__(
+        self,
+        vocabulary: ImageVocabulary,
+        n_text: int,
+        added: Mapping[str, int],
+        special: Mapping[str, int],
+        strips: Mapping[str, tuple[bool, bool]] | None = None,
+    ) -> None:
+        """n_text: number of text tokens. added: token → id of the image tokens, if they have names.
+
+        special: token → id of the control tokens of texts, as `</s>`.
+        strips: token → whether `encode` drops the white space before and after it, where that is
+        not as next to images.
+        """
+        self.vocabulary = vocabulary
+        self._n_text = n_text
+        self._added_names = {id: name for name, id in added.items()}
+        self._special_ids = frozenset(special.values())
+        self._control_ids = {**special, **added}
+        self._strips = strips or {}
+        # The longest match counts.
+        names = [name for name in self._control_ids if not _NUMBERED_TOKEN.fullmatch(name)]
+        names.sort(key=len, reverse=True)
+        patterns = [_NUMBERED_TOKEN.pattern, *map(re.escape, names)]
+        self._control_pattern = re.compile("|".join(patterns))
+
+    # ---- a subclass defines
+
+    @abstractmethod
+    def _encode_text(self, text: str) -> list[int]:
+        """Ids of a text in which names of control tokens are letters."""
+
+    @abstractmethod
+    def _decode_text(self, ids: list[int]) -> str:
+        """The text of text tokens, special ones by their names."""
+
+    @abstractmethod
+    def _text_token(self, id: int) -> str:
+        """The name of a text token."""
+
+    @abstractmethod
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the tokenizer's files."""
+
+    def render_chat(self, messages: Sequence[Mapping[str, object]]) -> str:
+        """Messages (role and content) in the tokenizer's chat template, with names of special
+        tokens; after a user's message up to where the answer begins.
+
+        Raises ConfigError: there is no template, or it refuses the messages.
+        """
+        raise ConfigError("template chat: this tokenizer has no chat template.")
+
+    # ---- text ⇄ ids
+
+    def __len__(self) -> int:
+        return self.vocabulary.size
 
     @property
     def eos_token_id(self) -> int:
         """The token that ends an answer in training data."""
+        return self.eos_token_ids[0]
 
-    @property
-    def eos_token_ids(self) -> Sequence[int]:
-        """All tokens that end a generated answer, among them `eos_token_id`."""
+    def split(self, text: str) -> tuple[list[str], list[str]]:
+        """The segments around the control tokens of a text (one more, possibly empty), and these.
 
-    @property
-    def pad_token_id(self) -> int:
-        """The token in padded positions; its attention is masked, and it has no loss."""
+        An `<img_99999>` that is not in the vocabulary is text.
+        """
+        texts: list[str] = []
+        names: list[str] = []
+        start = 0
+        for match in self._control_pattern.finditer(text):
+            if match[0] in self._control_ids:
+                texts.append(text[start : match.start()])
+                names.append(match[0])
+                start = match.end()
+        return [*texts, text[start:]], names
 
-    @property
-    def start_ids(self) -> Sequence[int]:
-        """What a sequence begins with: `bos_token_id`, or nothing."""
+    def control_parts(self, text: str) -> list[Part]:
+        """A text with its control tokens as `Ids`."""
+        return self._with_ids(*self.split(text))
 
-    @property
-    def special_ids(self) -> SpecialIds:
-        """The ids for the configuration of the language model."""
-
-    @property
-    def strips_at_images(self) -> bool:
-        """Whether white space next to images is dropped, at inference and in training data."""
-
-    @property
-    def has_chat_template(self) -> bool:
-        """Whether `render_chat` works."""
-
-    def render_chat(self, messages: Sequence[Mapping[str, object]]) -> str:
-        """Messages (role and content) in the tokenizer's chat template, after a user's up to where
-        the answer begins; names of special tokens are in it."""
-
-    # ---- text ⇄ ids
+    def _with_ids(self, texts: Sequence[str], names: Sequence[str]) -> list[Part]:
+        """The parts of a text that was split."""
+        parts: list[Part] = []
+        for text, name in zip(texts, names, strict=False):
+            parts += [text, Ids([self._control_ids[name]])]
+        return [*parts, texts[-1]]
 
     def encode(self, text: str, add_bos: bool = False) -> list[int]:
         """A text → ids; names of special and image tokens in it become these tokens.
 
-        add_bos: prepend `start_ids`.
+        add_bos: prepend `start_ids`. Raises RequestError: text that is not Unicode.
         """
+        texts, names = self.split(text)
+        as_at_images = (self.strips_at_images, self.strips_at_images)
+        for index, name in enumerate(names):
+            strips_before, strips_after = self._strips.get(name, as_at_images)
+            if strips_before:
+                texts[index] = texts[index].rstrip()
+            if strips_after:
+                texts[index + 1] = texts[index + 1].lstrip()
+        return self.encode_parts(self._with_ids(texts, names), strip=False, add_bos=add_bos)
 
     def encode_parts(
         self, parts: Sequence[Part], strip: bool = True, add_bos: bool = False
     ) -> list[int]:
-        """Texts, codes of images and `Ids` → ids; names of special tokens are plain text.
+        """Texts, codes of images and `Ids` → ids; names of control tokens are plain text.
 
-        strip: strip white space next to images.
+        strip: drop white space next to images and ids, if `strips_at_images`.
         add_bos: prepend `start_ids`.
         Raises CodesError: not the codes of one image; RequestError: text that is not Unicode.
         """
-
-    def split(self, text: str) -> tuple[list[str], list[str]]:
-        """The segments around the names of special tokens in a text (one more), and these names."""
+        if strip and self.strips_at_images:
+            parts = _without_space_at_images(parts)
+        ids = list(self.start_ids) if add_bos else []
+        for part in parts:
+            if isinstance(part, str):
+                ids += self._encode_text(_plain_text(part))
+            elif isinstance(part, Ids):
+                ids += part
+            else:
+                ids += self.vocabulary.image_ids(part)
+        return ids
 
     def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """Ids → text. Raises CodesError: an id outside the vocabulary."""
+        """Ids → text, with names of image tokens. Raises CodesError: an id outside."""
+        # 1. What is written: names of added tokens, and text tokens.
+        hidden = self._special_ids if skip_special_tokens else ()
+        written = [
+            id
+            for id in self.vocabulary.checked_ids(ids)
+            if id not in hidden and (id < self._n_text or id in self._added_names)
+        ]
+
+        # 2. Text tokens between added tokens are decoded together.
+        texts: list[str] = []
+        for name, group in itertools.groupby(written, self._added_names.get):
+            if name is None:
+                texts.append(self._decode_text(list(group)))
+            else:
+                texts += [name for _ in group]
+        return self.joiner.join(texts)
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
-        """Ids → the name of each token. Raises CodesError: an id outside the vocabulary."""
+        """Ids → the name of each token (`▁hell`, `<0x0A>`, `<img_00005>`).
 
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write the tokenizer's files."""
+        Raises CodesError: an id outside the vocabulary.
+        """
+        names = self._added_names
+        return [names.get(id) or self._text_token(id) for id in self.vocabulary.checked_ids(ids)]
+
+
+def _plain_text(text: str) -> str:
+    """The text. Raises RequestError: lone surrogates (bytes that are not UTF-8)."""
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise RequestError("The text must be plain Unicode text.") from None
+    return text
+
+
+def _without_space_at_images(parts: Sequence[Part]) -> list[Part]:
+    """The parts without white space in texts next to images and ids."""
+    stripped: list[Part] = []
+    for previous, part, following in zip(["", *parts], parts, [*parts[1:], ""], strict=False):
+        if isinstance(part, str) and not isinstance(previous, str):
+            part = part.lstrip()
+        if isinstance(part, str) and not isinstance(following, str):
+            part = part.rstrip()
+        stripped.append(part)
+    return stripped

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -27,9 +26,9 @@ from typing import Any, Self
 import sentencepiece as spm
 
 from seed_multimodal.disk import read_json_object
-from seed_multimodal.errors import CheckpointError, ConfigError, RequestError, name_content
-from seed_multimodal.language.text_tokenizer import Part, SpecialIds
-from seed_multimodal.language.vocabulary import PATCH, Ids, ImageVocabulary, SeedXVocabulary
+from seed_multimodal.errors import CheckpointError, name_content
+from seed_multimodal.language.text_tokenizer import SpecialIds, TextTokenizer
+from seed_multimodal.language.vocabulary import PATCH, ImageVocabulary, SeedXVocabulary
 from seed_multimodal.weights.catalogue import SHIPPED_TOKENIZERS
 
 # Files of a tokenizer folder.
@@ -40,7 +39,6 @@ SPECIAL = "special_tokens_map.json"
 # Entries of `special_tokens_map.json`: LLaMA's own three tokens.
 SPECIAL_TOKENS = {"unk_token": "<unk>", "bos_token": "<s>", "eos_token": "</s>"}
 _CODE_TOKEN = re.compile(r"<img_[0-9]{5,}>")
-_NUMBERED_TOKEN = re.compile(r"<(?:img_|loc-)[0-9]+>")  # image codes and SEED-X's locations
 
 
 @dataclass
@@ -61,34 +59,28 @@ class TokenizerFiles:
     raw: dict[str, bytes]
 
 
-class MultimodalTokenizer:
+class MultimodalTokenizer(TextTokenizer):
     """A SentencePiece model with image tokens, and the original white space rules."""
 
     bos_token_id = 1
-    eos_token_id = 2
+    eos_token_ids = (2,)
     unk_token_id = 0
     pad_token_id = 0  # the original tokenizer pads with <unk>
-    eos_token_ids = (eos_token_id,)
     start_ids = (bos_token_id,)
     special_ids: SpecialIds = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     strips_at_images = True
-    has_chat_template = False
-    names_image_tokens = True  # whether image tokens have names
+    joiner = " "
 
     def __init__(self, files: TokenizerFiles) -> None:
         self._files = files
         self._sp = files.processor
-        self.vocabulary: ImageVocabulary = files.vocabulary
-        self._added_names = {id: name for name, id in files.added.items()}
-        special_ids = {token: self.token_id(token) for token in files.special}
-        self._special_ids = frozenset(special_ids.values())
-        self._control = {**files.added, **special_ids}  # control token → id
-
-        # One pattern for all numbered tokens, since thousands of alternatives would be slow.
-        others = [token for token in self._control if not _NUMBERED_TOKEN.fullmatch(token)]
-        others.sort(key=len, reverse=True)
-        patterns = [_NUMBERED_TOKEN.pattern, *map(re.escape, others)]
-        self._control_pattern = re.compile("|".join(patterns))
+        super().__init__(
+            files.vocabulary,
+            self._sp.GetPieceSize(),
+            files.added,
+            {token: self.token_id(token) for token in files.special},
+            files.special,
+        )
 
     @classmethod
     def from_pretrained(cls, folder: str | Path) -> Self:
@@ -103,93 +95,17 @@ class MultimodalTokenizer:
             (target / name).write_bytes(content)
         return target
 
-    def __len__(self) -> int:
-        return self.vocabulary.size
-
-    def render_chat(self, messages: Sequence[Mapping[str, object]]) -> str:
-        """Raises ConfigError: there is no chat template."""
-        raise ConfigError("template chat: this tokenizer has no chat template.")
-
     def token_id(self, token: str) -> int:
         """Id of a token (`▁hell`, `<img_00005>`); `unk_token_id` if unknown."""
         if token in self._files.added:
             return self._files.added[token]
         return self._sp.PieceToId(token)
 
-    def encode(self, text: str, add_bos: bool = False) -> list[int]:
-        """One string, with names of control tokens → ids; `add_bos` puts `<s>` in front."""
-        # 1. White space next to control tokens.
-        texts, names = self.split(plain_text(text))
-        for index, name in enumerate(names):
-            strip_left, strip_right = self._files.special.get(name, (True, True))
-            if strip_left:
-                texts[index] = texts[index].rstrip()
-            if strip_right:
-                texts[index + 1] = texts[index + 1].lstrip()
-
-        # 2. Ids of the texts and the tokens between them.
-        ids = list(self.start_ids) if add_bos else []
-        for segment, name in zip(texts, names, strict=False):
-            ids += self._sp.EncodeAsIds(segment)
-            ids.append(self._control[name])
-        ids += self._sp.EncodeAsIds(texts[-1])
+    def _encode_text(self, text: str) -> list[int]:
+        ids: list[int] = self._sp.EncodeAsIds(text)
         return ids
 
-    def split(self, text: str) -> tuple[list[str], list[str]]:
-        """The segments around the control tokens of a text (one more, possibly empty), and these.
-
-        An `<img_99999>` that is not in the vocabulary is text.
-        """
-        texts: list[str] = []
-        names: list[str] = []
-        start = 0
-        for match in self._control_pattern.finditer(text):
-            if match[0] in self._control:
-                texts.append(text[start : match.start()])
-                names.append(match[0])
-                start = match.end()
-        return [*texts, text[start:]], names
-
-    def encode_parts(
-        self, parts: Sequence[Part], strip: bool = True, add_bos: bool = False
-    ) -> list[int]:
-        """Texts, codes of images and `Ids` → ids.
-
-        Control tokens (`</s>`, `<img>`, …) in texts are plain text.
-        strip: strip white space next to images and ids, as the original tokenizer.
-        add_bos: prepend `<s>`.
-        Raises CodesError: not the codes of one image; RequestError: text that is not Unicode.
-        """
-        ids = list(self.start_ids) if add_bos else []
-        for part in _without_space_at_images(parts) if strip else parts:
-            if isinstance(part, str):
-                ids += self._sp.EncodeAsIds(plain_text(part))
-            elif isinstance(part, Ids):
-                ids += part
-            else:
-                ids += self.vocabulary.image_ids(part)
-        return ids
-
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = False) -> str:
-        """Ids → text, with names of image tokens. Raises CodesError: an id outside."""
-        texts: list[str] = []
-        segment: list[int] = []
-        for id in self.vocabulary.checked_ids(ids):
-            if skip_special_tokens and id in self._special_ids:
-                continue
-            if id not in self._added_names:
-                segment.append(id)
-                continue
-            if segment:
-                texts.append(self._decode_segment(segment))
-                segment = []
-            texts.append(self._added_names[id])
-        if segment:
-            texts.append(self._decode_segment(segment))
-        return " ".join(texts)
-
-    def _decode_segment(self, ids: list[int]) -> str:
-        """Ids without added tokens → text; special tokens are written by their names."""
+    def _decode_text(self, ids: list[int]) -> str:
         text = ""
         pieces: list[int] = []
         for index, id in enumerate(ids):
@@ -203,31 +119,9 @@ class MultimodalTokenizer:
         last_text: str = self._sp.DecodeIds(pieces)
         return text + last_text
 
-    def tokens(self, ids: Iterable[int]) -> list[str]:
-        """Ids → tokens (`▁hell`, `<0x0A>`, `<img_00005>`). Raises CodesError: an id outside."""
-        names = self._added_names
-        return [names.get(id) or self._sp.IdToPiece(id) for id in self.vocabulary.checked_ids(ids)]
-
-
-def plain_text(text: str) -> str:
-    """The text. Raises RequestError: lone surrogates (bytes that are not UTF-8)."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise RequestError("The text must be plain Unicode text.") from None
-    return text
-
-
-def _without_space_at_images(parts: Sequence[Part]) -> list[Part]:
-    """The parts without white space in texts next to images and ids."""
-    stripped: list[Part] = []
-    for previous, part, following in zip(["", *parts], parts, [*parts[1:], ""], strict=False):
-        if isinstance(part, str) and not isinstance(previous, str):
-            part = part.lstrip()
-        if isinstance(part, str) and not isinstance(following, str):
-            part = part.rstrip()
-        stripped.append(part)
-    return stripped
+    def _text_token(self, id: int) -> str:
+        piece: str = self._sp.IdToPiece(id)
+        return piece
 
 
 def read_files(folder: Path, names_image_tokens: bool = True) -> TokenizerFiles:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Self
@@ -27,6 +27,7 @@ from torch import Tensor
 from seed_multimodal.errors import CheckpointError, SeedWarning, install_hint
 from seed_multimodal.inference.prompt import Prompt, PromptImage
 from seed_multimodal.language.hub_tokenizer import IMAGE_TOKENS, HubTokenizer
+from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer, read_files
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.models.seed.captions import question_text
@@ -66,15 +67,21 @@ class LavitVocabulary(ImageVocabulary):
         return 1
 
 
-class LavitTokenizer(MultimodalTokenizer):
-    """A plain LLaMA tokenizer with `LavitVocabulary`: text ⇄ ids without `<s>`.
+class LavitTexts(TextTokenizer):
+    """Texts of LaVIT: image tokens have no names, so that `decode` skips them."""
 
-    Image tokens have no text: `decode` skips them.
-    """
-
-    pad_token_id = 2
     names_image_tokens = False
     vocabulary: LavitVocabulary
+
+    def text_ids(self, text: str) -> list[int]:
+        """A user's text → ids without `<s>`; names of control tokens in it are letters."""
+        return self.encode_parts([text])
+
+
+class LavitTokenizer(LavitTexts, MultimodalTokenizer):
+    """A plain LLaMA tokenizer with `LavitVocabulary`."""
+
+    pad_token_id = 2
 
     @classmethod
     def from_pretrained(cls, folder: str | Path, vocabulary: LavitVocabulary | None = None) -> Self:
@@ -104,16 +111,6 @@ class LavitTokenizer(MultimodalTokenizer):
             )
         return cls(files)
 
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Ids → text."""
-        n_pieces = self._sp.GetPieceSize()
-        text_ids = [id for id in self.vocabulary.checked_ids(ids) if id < n_pieces]
-        return super().decode(text_ids, skip_special_tokens)
-
-    def text_ids(self, text: str) -> list[int]:
-        """A user's text → ids; names of control words in it are ordinary letters."""
-        return self.encode_parts([text])
-
 
 class HubLavitVocabulary(LavitVocabulary):
     """LaVIT's ids behind those of a hub tokenizer, whose special tokens may have any ids."""
@@ -121,23 +118,11 @@ class HubLavitVocabulary(LavitVocabulary):
     ignored_below_id: ClassVar[int] = 0
 
 
-class HubLavitTokenizer(HubTokenizer):
-    """A hub tokenizer with LaVIT's image tokens, which `decode` skips."""
-
-    vocabulary: LavitVocabulary
+class HubLavitTokenizer(LavitTexts, HubTokenizer):
+    """A hub tokenizer with LaVIT's image tokens."""
 
     def _image_vocabulary(self, n_text: int) -> LavitVocabulary:
         return HubLavitVocabulary(n_text, *self._sizes)
-
-    def decode(self, ids: Iterable[int], skip_special_tokens: bool = True) -> str:
-        """Ids → text."""
-        checked = self.vocabulary.checked_ids(ids)
-        text_ids = [id for id in checked if id < self.vocabulary.n_text]
-        return super().decode(text_ids, skip_special_tokens)
-
-    def text_ids(self, text: str) -> list[int]:
-        """As `LavitTokenizer.text_ids`."""
-        return self.encode_parts([text])
 
 
 def load_lavit_tokenizer(folder: str | Path) -> LavitTokenizer | HubLavitTokenizer:
