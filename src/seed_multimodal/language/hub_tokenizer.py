@@ -85,13 +85,6 @@ class HubTokenizer(TextTokenizer):
         self.start_ids = tuple(id for id in first_ids if id == self.bos_token_id)
         pad = self._hub.pad_token_id
         self.pad_token_id = self.eos_token_id if pad is None else pad
-        ends = list(self.eos_token_ids)
-        self.special_ids = {
-            "bos_token_id": self.bos_token_id,
-            "eos_token_id": ends if len(ends) > 1 else ends[0],
-            # A model's row of padding is not trained, so it is none of the ends of an answer.
-            "pad_token_id": None if self.pad_token_id in ends else self.pad_token_id,
-        }
 
     def _image_vocabulary(self, n_text: int) -> ImageVocabulary:
         """Image tokens behind the text tokens; families with other ones override it."""
@@ -196,6 +189,11 @@ class HubTokenizer(TextTokenizer):
     def _decode_text(self, ids: list[int]) -> str:
         text: str = self._hub.decode(ids, clean_up_tokenization_spaces=False)
         return text
+
+    def token_id(self, token: str) -> int:
+        if token in self._control_ids:
+            return self._control_ids[token]
+        return self._hub.convert_tokens_to_ids(token) or 0
 
     def _text_token(self, id: int) -> str:
         return str(self._hub.convert_ids_to_tokens(id))

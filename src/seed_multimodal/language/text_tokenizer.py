@@ -34,7 +34,6 @@ class TextTokenizer(ABC):
     start_ids: what a sequence begins with: `bos_token_id`, or nothing.
     eos_token_ids: all tokens that end a generated answer; the first one ends it in training data.
     pad_token_id: in padded positions, which have no attention and no loss.
-    special_ids: those of the language model's configuration.
     strips_at_images: whether white space next to images is dropped, at inference and in training.
     names_image_tokens: whether image tokens have names; without, `decode` skips them.
     joiner: between texts and image tokens in decoded texts.
@@ -45,7 +44,6 @@ class TextTokenizer(ABC):
     start_ids: Sequence[int]
     eos_token_ids: Sequence[int]
     pad_token_id: int
-    special_ids: SpecialIds
     strips_at_images: bool
     names_image_tokens = True
     has_chat_template = False
@@ -88,6 +86,10 @@ class TextTokenizer(ABC):
         """The text of text tokens, special ones by their names."""
 
     @abstractmethod
+    def token_id(self, token: str) -> int:
+        """Id of a token by its name (`▁hell`, `<img_00005>`); of unknown ones `<unk>`'s, or 0."""
+
+    @abstractmethod
     def _text_token(self, id: int) -> str:
         """The name of a text token."""
 
@@ -112,6 +114,21 @@ class TextTokenizer(ABC):
     def eos_token_id(self) -> int:
         """The token that ends an answer in training data."""
         return self.eos_token_ids[0]
+
+    @property
+    def special_ids(self) -> SpecialIds:
+        """The ids for the configuration of the language model."""
+        ends = list(self.eos_token_ids)
+        return {
+            "bos_token_id": self.bos_token_id,
+            "eos_token_id": ends if len(ends) > 1 else ends[0],
+            # A model's row of padding is not trained, so it is none of the ends of an answer.
+            "pad_token_id": None if self.pad_token_id in ends else self.pad_token_id,
+        }
+
+    def is_special(self, id: int) -> bool:
+        """Whether `id` is a control token of texts, as `</s>`."""
+        return id in self._special_ids
 
     def split(self, text: str) -> tuple[list[str], list[str]]:
         """The segments around the control tokens of a text (one more, possibly empty), and these.

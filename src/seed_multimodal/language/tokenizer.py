@@ -96,7 +96,6 @@ class MultimodalTokenizer(TextTokenizer):
         return target
 
     def token_id(self, token: str) -> int:
-        """Id of a token (`▁hell`, `<img_00005>`); `unk_token_id` if unknown."""
         if token in self._files.added:
             return self._files.added[token]
         return self._sp.PieceToId(token)
