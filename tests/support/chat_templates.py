@@ -176,4 +176,9 @@ TEXT_TEMPLATES = {
     "mistral": MISTRAL,
     "phi3": PHI,
 }
-IMAGE_TEMPLATES = {"vision": VISION, "images first": IMAGES_FIRST}
+ALL_TEMPLATES = {
+    **TEXT_TEMPLATES,
+    "vision": VISION,
+    "images first": IMAGES_FIRST,
+    "lists": TEXT_LISTS,
+}

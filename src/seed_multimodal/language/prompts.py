@@ -17,12 +17,11 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 
 from seed_multimodal.errors import ConfigError, RequestError
 from seed_multimodal.language.text_tokenizer import Part, TextTokenizer
-from seed_multimodal.language.vocabulary import Ids
 
 CHAT = "chat"  # the chat template of the tokenizer
 # "user" or "assistant", and texts and images (as codes) in order
@@ -92,53 +91,42 @@ def merge_text(parts: Sequence[Part]) -> list[Part]:
 
 @dataclass(frozen=True)
 class ChatTemplate(PromptTemplate):
-    """The chat template of a tokenizer: it writes placeholders, which the contents then replace.
+    """The chat template of a tokenizer: it writes a mark for each content, which replaces it.
 
-    So it decides where system messages, images and empty blocks of thoughts stand, and names of
-    special tokens in contents stay text. An answer ends with a token, which the next turn begins
-    with. The fields of the base class are those of a conversation of texts.
+    So the template decides where system messages and empty blocks of thoughts stand, and names of
+    special tokens in contents stay text; images stay where their message has them. An answer ends
+    with a token, which the next turn begins with. The fields of the base class are those of a
+    conversation of texts.
 
-    answer_start: what it writes after the last question.
-    takes_texts: whether a content may be a text; image: what it writes for an image's part of a
-    content, empty if contents cannot be lists of parts: images then stand between the texts.
+    answer_start: what the template writes after the last question.
+    takes_texts: whether a content may be a text; else it is a list of one.
     """
 
     tokenizer: TextTokenizer = field(kw_only=True)
     answer_start: str = field(kw_only=True)
     takes_texts: bool = field(kw_only=True)
-    image: str = field(kw_only=True)
 
     @classmethod
     def of(cls, tokenizer: TextTokenizer) -> ChatTemplate:
         """Probe a tokenizer's template. Raises ConfigError: none, or it does not keep contents."""
         # 1. The form of contents.
-        texts = [_text_part(0), _text_part(1)]
-        with_image = [_text_part(0), {"type": "image"}, _text_part(1)]
-        image = ""
-        takes_texts = _PLACEHOLDER.search(_try_render(tokenizer, _placeholder(0))) is not None
-        plain = _try_render(tokenizer, texts)
-        if _indices(plain) == [0, 1]:
-            image = _inserted(plain, _try_render(tokenizer, with_image))
+        try:
+            text = tokenizer.render_chat([_marked_message("user", 0, takes_texts=True)])
+        except ConfigError:
+            text = ""
+        takes_texts = _MARK.search(text) is not None
 
-        # 2. What stands around the contents of a conversation.
-        messages = [
-            _text_message(role, index, takes_texts)
-            for index, role in enumerate(("user", "assistant", "user"))
-        ]
-        text = tokenizer.render_chat(messages)
-        if _indices(text) != [0, 1, 2]:
+        # 2. What stands around the contents of a conversation; `split` also returns three groups.
+        roles = ("user", "assistant", "user")
+        text = tokenizer.render_chat(
+            [_marked_message(role, index, takes_texts) for index, role in enumerate(roles)]
+        )
+        if [int(match[2]) for match in _MARK.finditer(text)] != [0, 1, 2]:
             raise ConfigError("The chat template drops, repeats or reorders messages.")
-        # The pattern has three groups, which `split` returns, too.
-        start, user_suffix, between, answer_start = _PLACEHOLDER.split(text)[::4]
+        start, user_suffix, between, answer_start = _MARK.split(text)[::4]
 
-        # 3. What opens both questions is a user's prefix, but for the token that ends an answer;
-        #    it begins at a special token, where there is one.
-        ends, names = tokenizer.split(between)
-        after_end = between[len(ends[0]) + len(names[0]) :] if names else between
-        user_prefix = os.path.commonprefix((start[::-1], after_end[::-1]))[::-1]
-        ends, names = tokenizer.split(user_prefix)
-        if names:
-            user_prefix = user_prefix[len(ends[0]) :]
+        # 3. A user's prefix is what both questions have before them.
+        user_prefix = os.path.commonprefix((start[::-1], between[::-1]))[::-1]
         return cls(
             CHAT,
             user_prefix,
@@ -147,184 +135,81 @@ class ChatTemplate(PromptTemplate):
             tokenizer=tokenizer,
             answer_start=answer_start,
             takes_texts=takes_texts,
-            image=image,
         )
 
     @property
     def stop_sequences(self) -> tuple[str, ...]:
         """None where the answer ends with one of the tokenizer's end tokens."""
-        _, names = self.tokenizer.split(self.separator)
-        ends = self.tokenizer.eos_token_ids
-        if any(self.tokenizer.encode(name)[0] in ends for name in names[:1]):
+        _, names = self.tokenizer.split(self.separator + self.user_prefix)
+        if names and self.tokenizer.token_id(names[0]) in self.tokenizer.eos_token_ids:
             return ()
         return super().stop_sequences
 
     def render_turns(self, turns: Sequence[Turn], system: str = "") -> list[tuple[str, list[Part]]]:
         """Raises RequestError: the template refuses the conversation."""
-        # 1. The template's text; a placeholder stands for a whole content or for a text in it.
-        contents = _Contents()
-        messages: list[dict[str, object]] = []
-        system_turn: list[Turn] = [("system", system)] if system else []
-        for role, content in [*system_turn, *turns]:
-            parts = merge_text([content] if isinstance(content, str) else content)
-            has_image = not all(isinstance(part, str) for part in parts)
-            if has_image and self.image:
-                messages.append({"role": role, "content": contents.add_parts(role, parts)})
-            else:
-                messages.append(
-                    _text_message(role, contents.add_whole(role, parts), self.takes_texts)
-                )
+        # 1. The template's text, with a mark for each content.
+        contents = [("system", system), *turns] if system else [*turns]
+        messages = [
+            _marked_message(role, index, self.takes_texts)
+            for index, (role, _) in enumerate(contents)
+        ]
         try:
-            text = _without_start(self.tokenizer.render_chat(messages), self.tokenizer)
+            text = self.tokenizer.render_chat(messages)
         except ConfigError as error:
             raise RequestError(str(error)) from error
-        pieces = contents.replace(text, self.image)
+        indices = [int(match[2]) for match in _MARK.finditer(text)]
+        turn_indices = [index for index in indices if contents[index][0] != "system"]
+        if sorted(indices) != [*range(len(contents))] or turn_indices != sorted(turn_indices):
+            raise RequestError("The chat template drops, repeats or reorders messages.")
 
         # 2. What precedes an answer is the user's turn. A blank that the template writes only
         #    before given answers is generated with the answer.
         rendered: list[tuple[str, list[Part]]] = []
         prompt: list[Part] = []
-        for before, role, parts in pieces:
+        position = 0
+        for match in _MARK.finditer(text):
+            before = text[position : match.start()]
+            position = match.end()
+            role, content = contents[int(match[2])]
+            parts = _stripped(content, left=not match[1], right=not match[3])
             if role != "assistant":
-                prompt += [*self._control_parts(before), *parts]
-            elif rendered and not prompt:  # further parts of the same answer
-                rendered[-1][1].extend([*self._control_parts(before), *parts])
+                prompt += [*self.tokenizer.control_parts(before), *parts]
             else:
-                blank = ""
+                length = len(before)
                 if before.startswith(self.answer_start):
-                    blank = before[len(self.answer_start) :]
-                    before = self.answer_start
-                rendered.append(("user", [*prompt, *self._control_parts(before)]))
-                rendered.append(("assistant", [*self._control_parts(blank), *parts]))
+                    length = len(self.answer_start)
+                rendered.append(("user", [*prompt, *self.tokenizer.control_parts(before[:length])]))
+                rendered.append((role, [*self.tokenizer.control_parts(before[length:]), *parts]))
                 prompt = []
         if turns[-1][0] == "user":
-            rendered.append(("user", [*prompt, *self._control_parts(contents.end)]))
+            rendered.append(("user", [*prompt, *self.tokenizer.control_parts(text[position:])]))
+
+        # 3. `add_bos` puts the start before the template's text.
+        first = rendered[0][1]
+        if first[:2] == ["", tuple(self.tokenizer.start_ids)]:
+            del first[:2]
         return [(role, merge_text(parts)) for role, parts in rendered]
 
-    def _control_parts(self, text: str) -> list[Part]:
-        """A text with its special tokens as `Ids`."""
-        texts, names = self.tokenizer.split(text)
-        parts: list[Part] = []
-        for segment, name in zip(texts, names, strict=False):
-            parts += [segment, Ids(self.tokenizer.encode(name))]
-        return [*parts, texts[-1]]
+
+# A mark is the number of a content. The white space around it is lost where a template strips
+# contents.
+_MARK = re.compile("(\x0b?)\ue000([0-9]+)\ue000(\x0b?)")
 
 
-# White space around a placeholder is lost where a template strips contents; that inside it is
-# escaped where a template takes texts only and writes a list as Python's or JSON's text.
-_SPACE = "\x0b"
-_PLACEHOLDER = re.compile("(\x0b?)\u241f([0-9]+)\x0b\u241f(\x0b?)")
+def _marked_message(role: str, index: int, takes_texts: bool) -> dict[str, object]:
+    """A message whose content is a mark."""
+    mark = f"\x0b\ue000{index}\ue000\x0b"
+    return {"role": role, "content": mark if takes_texts else [{"type": "text", "text": mark}]}
 
 
-def _placeholder(index: int) -> str:
-    return f"{_SPACE}\u241f{index}{_SPACE}\u241f{_SPACE}"
-
-
-def _text_part(index: int) -> dict[str, str]:
-    return {"type": "text", "text": _placeholder(index)}
-
-
-def _text_message(role: str, index: int, takes_texts: bool) -> dict[str, object]:
-    """A message that is one placeholder."""
-    content = _placeholder(index) if takes_texts else [_text_part(index)]
-    return {"role": role, "content": content}
-
-
-def _indices(text: str) -> list[int]:
-    """The placeholders in a text, in order."""
-    return [int(match[2]) for match in _PLACEHOLDER.finditer(text)]
-
-
-def _try_render(tokenizer: TextTokenizer, content: object) -> str:
-    """One user's message in the chat template, empty where it refuses this form of content."""
-    try:
-        return tokenizer.render_chat([{"role": "user", "content": content}])
-    except ConfigError:
-        return ""
-
-
-def _inserted(text: str, longer: str) -> str:
-    """What `longer` has in addition to a text, or nothing: it was not made by one insertion."""
-    start = len(os.path.commonprefix((text, longer)))
-    length = len(longer) - len(text)
-    inserted = longer[start : start + max(length, 0)]
-    return inserted if longer[start + length :] == text[start:] else ""
-
-
-class _Contents:
-    """The contents of a conversation's messages, for which placeholders stand in its text."""
-
-    def __init__(self) -> None:
-        self._texts: list[tuple[str, list[Part]]] = []  # role, and what a placeholder stands for
-        self._images: list[tuple[str, Part]] = []
-        self.end = ""  # the text behind the last content
-
-    def add_whole(self, role: str, parts: list[Part]) -> int:
-        """The number of a placeholder for all of a message."""
-        self._texts.append((role, parts))
-        return len(self._texts) - 1
-
-    def add_parts(self, role: str, parts: list[Part]) -> list[Mapping[str, str]]:
-        """A message as a list of images, and of placeholders for its texts."""
-        content: list[Mapping[str, str]] = []
-        for part in parts:
-            if isinstance(part, str):
-                content.append(_text_part(len(self._texts)))
-                self._texts.append((role, [part]))
-            else:
-                content.append({"type": "image"})
-                self._images.append((role, part))
-        return content
-
-    def replace(self, text: str, image: str) -> list[tuple[str, str, list[Part]]]:
-        """The text before each content, the role, and the content, in the order of the text.
-
-        image: what stands for an image. Raises RequestError: contents are lost, or reordered.
-        """
-        images = iter(self._images)
-        pattern = _PLACEHOLDER.pattern
-        if self._images:
-            pattern += "|" + re.escape(image)
-        pieces: list[tuple[str, str, list[Part]]] = []
-        indices: list[int] = []
-        position = 0
-        for match in re.finditer(pattern, text):
-            if match[2] is None:
-                role, codes = next(images, ("", []))
-                parts: list[Part] = [codes]
-            else:
-                indices.append(int(match[2]))
-                role, parts = self._texts[indices[-1]]
-                parts = _stripped(parts, left=not match[1], right=not match[3])
-            pieces.append((text[position : match.start()], role, parts))
-            position = match.end()
-        self.end = text[position:]
-
-        # A system message may stand anywhere.
-        turns = [index for index in indices if self._texts[index][0] != "system"]
-        is_complete = sorted(indices) == list(range(len(self._texts)))
-        n_images = len(pieces) - len(indices)
-        if not is_complete or turns != sorted(turns) or n_images != len(self._images):
-            raise RequestError("The chat template drops, repeats or reorders parts of messages.")
-        return pieces
-
-
-def _stripped(parts: Sequence[Part], *, left: bool, right: bool) -> list[Part]:
+def _stripped(content: str | Sequence[Part], *, left: bool, right: bool) -> list[Part]:
     """A content without the white space at its ends."""
-    stripped = list(parts)
-    if left and stripped and isinstance(stripped[0], str):
-        stripped[0] = stripped[0].lstrip()
-    if right and stripped and isinstance(stripped[-1], str):
-        stripped[-1] = stripped[-1].rstrip()
-    return stripped
-
-
-def _without_start(text: str, tokenizer: TextTokenizer) -> str:
-    """A beginning without the token that `add_bos` puts before it."""
-    texts, names = tokenizer.split(text)
-    if names and not texts[0] and tuple(tokenizer.encode(names[0])) == tuple(tokenizer.start_ids):
-        return text[len(names[0]) :]
-    return text
+    parts = merge_text([content] if isinstance(content, str) else content)
+    if left and parts and isinstance(parts[0], str):
+        parts[0] = parts[0].lstrip()
+    if right and parts and isinstance(parts[-1], str):
+        parts[-1] = parts[-1].rstrip()
+    return parts
 
 
 TEMPLATES = {
