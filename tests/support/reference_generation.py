@@ -12,7 +12,7 @@ from seed_multimodal.inference.backends.torch import TorchBackend
 from seed_multimodal.inference.image_constraints import ImageConstraints, ImageLogitsProcessor
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.inference.sampling import build_processors
-from seed_multimodal.inference.stopping import BeamStops
+from seed_multimodal.inference.stopping import StopTexts
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 BEAM_SETTINGS = ("num_beams", "num_return_sequences", "length_penalty", "early_stopping")
@@ -61,12 +61,7 @@ def _generate(
     # The context limits the answer.
     embeds = embeddings(llm, prompt, forced)
     budget = min(settings.max_new_tokens, llm.config.max_position_embeddings - len(embeds))
-    stops = BeamStops(tokenizer, settings, initial_ids)
-
-    def has_stopped(input_ids: Tensor, scores: Tensor) -> Tensor:
-        return torch.tensor(
-            [stops.ends(ids) for ids in input_ids.tolist()], device=input_ids.device
-        )
+    stops = StopTexts(tokenizer, settings, initial_ids)
 
     # The rules of images, in front of those of repetition and length.
     processors = build_processors(settings, end_ids, embeds.device)
@@ -97,7 +92,7 @@ def _generate(
             attention_mask=torch.ones(1, len(embeds), dtype=torch.long),
             generation_config=config,
             logits_processor=LogitsProcessorList(processors),
-            stopping_criteria=StoppingCriteriaList([has_stopped]),
+            stopping_criteria=StoppingCriteriaList([stops]),
             **guidance,
         ).tolist()
     answers = []

@@ -6,7 +6,7 @@ base_engine        `BaseEngine`: `submit` and `generate`, from any thread
 engine             `Engine`: continuous batching, in one thread
 prompt, request    what a caller asks, and what runs
 kv_cache           rows of keys and values, of a size that is fixed at load
-sampling, image_constraints, beam_search, stopping    the choice of the next token
+sampling, image_constraints, stopping    the choice of the next token
 backends           what computes scores
 batching           `DynamicBatcher` and `ResultCache` of the image networks
 gguf               export for llama.cpp

@@ -24,6 +24,7 @@ class BaseEngine(ABC):
     """
 
     device = torch.device("cpu")  # of the language model
+    has_beams = False
 
     def __init__(self, tokenizer: TextTokenizer, context: int, capacity: int, n_rows: int) -> None:
         self.tokenizer = tokenizer
@@ -58,7 +59,8 @@ class BaseEngine(ABC):
     ) -> Request:
         """Start an answer.
 
-        Raises GenerationError: an empty or too long prompt, or no space for a forced image.
+        Raises GenerationError: an empty or too long prompt, or no space for a forced image;
+        ConfigError: beams, which this engine does not have, or with guidance.
 
         end_ids: tokens that end it; None: `</s>`.
         states: receives hidden states (see `HiddenStates`).
@@ -132,6 +134,8 @@ class BaseEngine(ABC):
         forced_tokens: ForcedTokens | None = None,
     ) -> Request:
         """A request that fits the context and the cache; raises as `submit`."""
+        if settings.num_beams > 1 and not (self.has_beams and settings.guidance == 1):
+            raise ConfigError("Beams need the engine torch, and no guidance: leave num_beams at 1.")
         request = Request(
             prompt,
             settings,
@@ -145,9 +149,9 @@ class BaseEngine(ABC):
         )
         if request.max_rows > self.n_rows:
             raise GenerationError(
-                f"The request needs {request.max_rows} rows of the KV cache (beams, and twice as "
-                f"many with guidance), but it has {self.n_rows}: use fewer beams, or give more "
-                "memory by --kv-cache or rows by --max_running."
+                f"The request needs {request.max_rows} rows of the KV cache (beams, and two with "
+                f"guidance), but it has {self.n_rows}: use fewer beams, or give more memory by "
+                "--kv-cache or rows by --max_running."
             )
         return request
 

@@ -30,7 +30,6 @@ from torch import Tensor
 from seed_multimodal.errors import GenerationError
 from seed_multimodal.inference.backends.base import Backend, NextTokens, PromptChunk
 from seed_multimodal.inference.base_engine import BaseEngine
-from seed_multimodal.inference.beam_search import BeamSearch, Continuation
 from seed_multimodal.inference.image_constraints import ImageConstraints
 from seed_multimodal.inference.kv_cache import Slot
 from seed_multimodal.inference.likelihood import ForcedTokens, Likelihood
@@ -40,10 +39,9 @@ from seed_multimodal.inference.sampling import (
     LogitsProcessor,
     SeededSampler,
     build_processors,
-    build_warpers,
     not_finite_error,
 )
-from seed_multimodal.inference.stopping import BeamStops, StopDetector
+from seed_multimodal.inference.stopping import StopDetector
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 
 # Prompt tokens of one pass (padding included): few while other answers wait for their next token.
@@ -82,12 +80,12 @@ class Engine(BaseEngine):
         size = backend.cache_size
         super().__init__(tokenizer, backend.context, size.capacity, size.rows)
         self.backend = backend
+        self.has_beams = backend.search is not None
         self.device = backend.device
         self.constraints = ImageConstraints(self.vocabulary, original_constraints)
         self.slots = [Slot(row) for row in range(size.rows)]
         self.n_decoding = 0
         self.n_active = 0
-        self.n_reserved = 0  # rows for beams of admitted requests that have not branched yet
         self._waiting: deque[Request] = deque()
         self._inbox: queue.SimpleQueue[InboxItem] = queue.SimpleQueue()
         self._threads: list[threading.Thread] = []  # one, from the first request on
@@ -168,7 +166,6 @@ class Engine(BaseEngine):
         self.slots = [Slot(row) for row in range(self.n_rows)]
         self.n_decoding = 0
         self.n_active = 0
-        self.n_reserved = 0
 
     def _receive(self) -> None:
         """Take the requests that came since the last step."""
@@ -234,9 +231,6 @@ class Engine(BaseEngine):
         """Free a row; with `keep` its content is used for later prompts with the same beginning."""
         sequence = slot.sequence
         assert sequence is not None
-        request = sequence.request
-        self.n_reserved -= request.n_reserved  # for beams that never branched
-        request.n_reserved = 0
         slot.keys = sequence.cached_keys() if keep else NO_KEYS
         slot.sequence = None
         slot.freed_at = time.monotonic()
@@ -263,37 +257,40 @@ class Engine(BaseEngine):
         """Give rows to waiting requests, in the order of their arrival."""
         while self._waiting:
             request = self._waiting[0]
-            n_free = self.n_rows - self.n_active - self.n_reserved
-            if request.max_rows > n_free:
+            if request.max_rows > self.n_rows - self.n_active:
                 return
-            self._waiting.popleft()
+            group = self._take_group()
             try:
-                self._start(request)
+                if request.settings.num_beams > 1:
+                    self._answer_with_beams(group)
+                else:
+                    self._start(request)
             except Exception as error:  # noqa: BLE001
-                # Of this prompt alone: ids outside the vocabulary, no memory.
-                self._fail([request], error)
+                # Of these prompts alone: ids outside the vocabulary, no memory.
+                self._fail(group, error)
+
+    def _take_group(self) -> list[Request]:
+        """The oldest waiting request; with beams all that one search can answer."""
+        oldest = self._waiting[0]
+        group = [oldest]
+        # With a penalty, transformers' end of a search depends on the rest of the batch.
+        is_plain = oldest.seed is None and oldest.settings.repetition_penalty == 1
+        if oldest.settings.num_beams > 1 and is_plain:
+            group = [request for request in self._waiting if request.searches_as(oldest)]
+            group = group[: self.n_rows // oldest.settings.num_beams]
+        self._waiting = deque(request for request in self._waiting if request not in group)
+        return group
 
     def _start(self, request: Request) -> None:
-        """Prepare a request's prompts and give each a row; rows of later beams are counted."""
+        """Prepare a request's prompts and give each a row."""
         settings = request.settings
         for sequence in request.rows:
             sequence.prompt_input = self.backend.prepare(sequence.prompt)
         for sequence in request.rows:
             self._assign_slot(sequence)
-        request.n_reserved = request.max_rows - len(request.rows)
-        self.n_reserved += request.n_reserved
-        if settings.num_beams > 1:
-            request.beams = self._beam_search(request)
-        elif settings.stop:
+        if settings.stop:
             request.stop_detector = StopDetector(self.tokenizer, settings, request.initial_ids)
         request.processors = self._processors(request)
-
-    def _beam_search(self, request: Request) -> BeamSearch:
-        generator = None
-        if request.seed is not None:
-            generator = torch.Generator(self.backend.device).manual_seed(request.seed)
-        stops = BeamStops(self.tokenizer, request.settings, request.initial_ids)
-        return BeamSearch(request.settings, request.end_ids, stops, request.budget, generator)
 
     def _processors(self, request: Request) -> list[LogitsProcessor]:
         """The logits processors of a request, the sampler last."""
@@ -304,11 +301,25 @@ class Engine(BaseEngine):
         processors = build_processors(settings, request.end_ids, device)
         if request.seed is None:
             return processors
-        if request.beams is None:
-            processors.append(SeededSampler(request.seed, settings, device))
-        else:  # they sample among the continuations of all beams
-            processors += build_warpers(settings, min_tokens_to_keep=len(request.end_ids) + 1)
-        return processors
+        return [*processors, SeededSampler(request.seed, settings, device)]
+
+    def _answer_with_beams(self, requests: Sequence[Request]) -> None:
+        """The best answers, by the backend's own beam search; other requests wait for it."""
+        assert self.backend.search is not None
+
+        def all_ended() -> bool:
+            self._receive()
+            for request in requests:
+                request.stop_if_asked()
+            return all(request.ended for request in requests)
+
+        self.backend.search(requests, self.constraints, self.tokenizer, all_ended)
+        for request in requests:
+            best = request.answers[0]
+            for token in best:
+                request.deliver(token)
+            is_complete = len(best) < request.budget or best[-1] in request.end_ids
+            request.finish("stop" if is_complete else "length")
 
     def _assign_slot(self, sequence: TokenSequence) -> None:
         """Assign a row to a sequence, with the longest prefix of its prompt that any row holds."""
@@ -440,11 +451,6 @@ class Engine(BaseEngine):
         # After guidance, which makes NaN of a conditional row from NaN in either one.
         is_finite = torch.isfinite(scores.amax(dim=-1)).tolist()
 
-        # 2. Beams add up log probabilities.
-        beams = [row for row in conditional if sequences[row].request.beams is not None]
-        if beams:
-            scores[beams] = scores[beams].log_softmax(dim=-1)
-
         # 3. Images stay well-formed.
         constrained = [row for row in conditional if sequences[row].request.settings.constrain]
         if constrained:
@@ -460,18 +466,15 @@ class Engine(BaseEngine):
         # 5. The tokens.
         tokens = scores.argmax(dim=-1).tolist()
         for request in dict.fromkeys(sequences[row].request for row in conditional):
-            rows = [row_of[id(beam)] for beam in request.sequences]  # in the order of the beams
-            if not all(is_finite[row] for row in rows):
+            row = row_of[id(request.sequences[0])]
+            if not is_finite[row]:
                 self._end_damaged(request)
                 continue
             if request.ended:
                 continue
             if request.states is not None and computed.states is not None:
-                _record_states(request, [computed.states[row] for row in rows])
-            if request.beams is None:
-                self._append(request, tokens[rows[0]])
-            else:
-                self._advance_beams(request, request.beams, scores[rows])
+                _record_state(request, computed.states[row])
+            self._append(request, tokens[row])
 
     def _process(self, sequence: TokenSequence, scores: Tensor) -> None:
         """Apply a request's processors to its scores `[1, V]`, in place; an error ends it alone."""
@@ -492,79 +495,6 @@ class Engine(BaseEngine):
         for sequence in request.rows:
             self.backend.clear(self._slot_of(sequence).row)
         self._fail([request], not_finite_error())
-
-    # ---- beams
-
-    def _advance_beams(self, request: Request, search: BeamSearch, log_probs: Tensor) -> None:
-        """One step of a beam search; at its end the best answer is delivered."""
-        continuations = search.step(log_probs, request.sequences)
-        if not search.done:
-            self._branch(request, continuations)
-            return
-        best, *_ = search.hypotheses
-        request.answers = [
-            answer.ids for answer in search.hypotheses[: request.settings.num_return_sequences]
-        ]
-        if request.states is not None:
-            request.states.update(best.hidden_states)
-        for token in best.ids:
-            request.deliver(token)
-        request.finish("stop" if best.complete else "length")
-
-    def _branch(self, request: Request, continuations: Sequence[Continuation]) -> None:
-        """Continue beams: the first continuation of each stays in its row, others get new rows."""
-        parents = request.sequences
-        continued = {continuation.parent for continuation in continuations}
-        dropped = [parent for index, parent in enumerate(parents) if index not in continued]
-
-        # 1. Copy for all continuations but the first one of each beam, before tokens are added.
-        beams: list[TokenSequence] = []
-        in_place: set[int] = set()
-        for continuation in continuations:
-            parent = parents[continuation.parent]
-            if continuation.parent not in in_place:
-                in_place.add(continuation.parent)
-                beams.append(parent)
-                continue
-            beam = parent.branch()
-            replaced = dropped.pop() if dropped else None
-            self._copy_rows(parent, beam, replaced)
-            beams.append(beam)
-
-        # 2. Add the tokens.
-        for beam, continuation in zip(beams, continuations, strict=True):
-            beam.append(continuation.token, self.vocabulary)
-            if beam.unconditional is not None:
-                beam.unconditional.append(continuation.token, self.vocabulary)
-        request.sequences = beams
-
-    def _copy_rows(
-        self, parent: TokenSequence, beam: TokenSequence, replaced: TokenSequence | None
-    ) -> None:
-        """Copy the parent's row for a new beam, into the row of a dropped one or a reserved row."""
-        if replaced is None:
-            slot = self._take_reserved_row(beam.request)
-            start = 0
-        else:
-            slot = self._slot_of(replaced)
-            start = parent.n_prompt  # all beams have the same prompt
-        slot.sequence = beam
-        self.backend.copy(self._slot_of(parent).row, slot.row, start, parent.n_cached)
-        if parent.unconditional is not None and beam.unconditional is not None:
-            replaced_unconditional = None if replaced is None else replaced.unconditional
-            self._copy_rows(parent.unconditional, beam.unconditional, replaced_unconditional)
-
-    def _take_reserved_row(self, request: Request) -> Slot:
-        """An idle row, moved to those that generate."""
-        slot = self._oldest_idle_slot()
-        slot.keys = NO_KEYS
-        self._swap(slot.row, self.n_active)
-        self.n_active += 1
-        self._swap(slot.row, self.n_decoding)
-        self.n_decoding += 1
-        request.n_reserved -= 1
-        self.n_reserved -= 1
-        return slot
 
     def _slot_of(self, sequence: TokenSequence) -> Slot:
         """The row of a sequence."""
@@ -595,11 +525,11 @@ def _guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tens
     return guidance * (conditional - unconditional) + unconditional
 
 
-def _record_states(request: Request, states: Sequence[Tensor]) -> None:
-    """Store the state `[D]` of each beam, at its token before the one that is chosen."""
-    for sequence, state in zip(request.sequences, states, strict=True):
-        position = len(request.initial_ids) + len(sequence.ids) - 1
-        sequence.hidden_states[position] = state.clone()
+def _record_state(request: Request, state: Tensor) -> None:
+    """Store the state `[D]` at the token before the one that is chosen."""
+    sequence = request.sequences[0]
+    position = len(request.initial_ids) + len(sequence.ids) - 1
+    sequence.hidden_states[position] = state.clone()
 
 
 def _sequences(slots: Sequence[Slot]) -> list[TokenSequence]:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import queue
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 import numpy as np
 from torch import Tensor
 
-from seed_multimodal.inference.beam_search import BeamSearch
 from seed_multimodal.inference.likelihood import ForcedTokens
 from seed_multimodal.inference.prompt import (
     GenerationSettings,
@@ -78,16 +77,6 @@ class TokenSequence:
         keys = np.concatenate([self.prompt_keys, np.array(self.ids, dtype=np.int64)])
         return keys[: self.n_cached]
 
-    def branch(self) -> TokenSequence:
-        """Another sequence that continues the same tokens (a beam)."""
-        unconditional = None if self.unconditional is None else self.unconditional.branch()
-        return replace(
-            self,
-            ids=list(self.ids),
-            hidden_states=dict(self.hidden_states),
-            unconditional=unconditional,
-        )
-
 
 class Request:
     """A running request: iterate over its tokens, once; leaving the iteration cancels the request.
@@ -100,7 +89,6 @@ class Request:
     finish_reason: "stop" (an end token or a stop), "length" (the budget) or None (neither yet).
     forced_tokens: all that may be generated; None: anything.
     answers: with beams the best ones, when all are finished; the iteration gives the first.
-    n_reserved: rows for beams that have not branched yet.
     """
 
     def __init__(
@@ -130,18 +118,16 @@ class Request:
         self.finish_reason: str | None = None
         self.answers: list[list[int]] = []
         self.ended = False
-        # The engine sets the next four when the request starts.
-        self.beams: BeamSearch | None = None
+        # The engine sets the next two when the request starts.
         self.processors: list[LogitsProcessor] = []
         self.stop_detector: StopDetector | None = None
-        self.n_reserved = 0
         self._stream: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
 
         # The sequences in rows of the cache: one for a beam, and one more for each with guidance.
         sequence = self._sequence(prompt, forced)
         sequence.in_image = self.initial_ids[-1:] == [vocabulary.boi_id]
-        # Written while the answer is generated; of beams only at the end, those of the best one.
-        if states is not None and settings.num_beams == 1:
+        # Written while the answer is generated.
+        if states is not None:
             sequence.hidden_states = states
         if settings.guidance != 1:
             negative = Prompt(prompt.negative or [vocabulary.boi_id])
@@ -162,8 +148,12 @@ class Request:
     @property
     def max_rows(self) -> int:
         """Rows of the cache that the request needs at most."""
-        per_beam = 1 if self.settings.guidance == 1 else 2
-        return per_beam * self.settings.num_beams
+        return max(len(self.rows), self.settings.num_beams)
+
+    def searches_as(self, other: Request) -> bool:
+        """Whether one beam search can answer both."""
+        names = ("settings", "budget", "end_ids", "seed", "initial_ids")
+        return all(getattr(self, name) == getattr(other, name) for name in names)
 
     def deliver(self, token: int) -> None:
         """Hand a token to the caller."""

@@ -35,9 +35,7 @@ def build_processors(
     return processors
 
 
-def build_warpers(
-    settings: GenerationSettings, min_tokens_to_keep: int = 1
-) -> list[LogitsProcessor]:
+def build_warpers(settings: GenerationSettings) -> list[LogitsProcessor]:
     """Processors that narrow a distribution before sampling, in transformers' order."""
     from transformers import TemperatureLogitsWarper, TopKLogitsWarper, TopPLogitsWarper
 
@@ -45,11 +43,9 @@ def build_warpers(
     if settings.temperature != 1:
         warpers.append(TemperatureLogitsWarper(float(settings.temperature)))
     if settings.top_k:
-        warpers.append(TopKLogitsWarper(settings.top_k, min_tokens_to_keep=min_tokens_to_keep))
+        warpers.append(TopKLogitsWarper(settings.top_k))
     if settings.top_p < 1:
-        warpers.append(
-            TopPLogitsWarper(float(settings.top_p), min_tokens_to_keep=min_tokens_to_keep)
-        )
+        warpers.append(TopPLogitsWarper(float(settings.top_p)))
     return warpers
 
 
@@ -71,6 +67,13 @@ class SeededSampler:
             warped = warper(input_ids, warped)
         token = torch.multinomial(warped.softmax(dim=-1), 1, generator=self.generator)  # [1, 1]
         return torch.full_like(scores, float("-inf")).scatter_(1, token, 0.0)
+
+
+def refuse_damaged(input_ids: Tensor, scores: Tensor) -> Tensor:
+    """The logits processor that raises `not_finite_error` for scores `[B, V]`."""
+    if not torch.isfinite(scores.amax(dim=-1)).all():
+        raise not_finite_error()
+    return scores
 
 
 def not_finite_error() -> GenerationError:

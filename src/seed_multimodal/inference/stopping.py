@@ -4,6 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
+from torch import Tensor
+
 from seed_multimodal.inference.prompt import GenerationSettings
 from seed_multimodal.language.answer import AnswerReader
 from seed_multimodal.language.text_tokenizer import TextTokenizer
@@ -25,18 +28,24 @@ class StopDetector:
         return self._reader.finished
 
 
-class BeamStops:
-    """The same for beams, whose tokens are not known in order: `ends` reads a whole answer."""
+class StopTexts:
+    """The same for rows whose tokens are not known in order (beams), as a stopping criterion of
+    transformers' `generate`; `ends` reads a whole answer."""
 
     def __init__(
         self,
         tokenizer: TextTokenizer,
         settings: GenerationSettings,
-        initial_ids: Sequence[int],
+        initial_ids: Sequence[int] = (),
     ) -> None:
         self._tokenizer = tokenizer
         self._settings = settings
         self._initial_ids = list(initial_ids)
+
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
+        """Whether each row of generated ids `[B, n]` is complete."""
+        is_done = [self.ends(ids) for ids in input_ids.tolist()]
+        return torch.tensor(is_done, device=input_ids.device)
 
     def ends(self, ids: Sequence[int]) -> bool:
         """Whether an answer of the tokens `ids` is complete."""

@@ -25,7 +25,6 @@ from transformers import (
     GenerationMixin,
     LogitsProcessorList,
     PreTrainedModel,
-    StoppingCriteria,
     StoppingCriteriaList,
 )
 
@@ -35,7 +34,7 @@ from seed_multimodal.inference.generator import Task
 from seed_multimodal.inference.image_constraints import ImageConstraints, ImageLogitsProcessor
 from seed_multimodal.inference.opening import torch_engine
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt, PromptImage
-from seed_multimodal.inference.stopping import BeamStops
+from seed_multimodal.inference.stopping import StopTexts
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.models.registry import find_family
 from seed_multimodal.pipelines.base import DRAWING_BATCH, MultimodalSystem
@@ -298,7 +297,7 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         criteria = StoppingCriteriaList(options.pop("stopping_criteria", ()))
         if settings.stop:
             stop_settings = self.system.engine_settings(settings)
-            criteria.append(StopTexts(BeamStops(tokenizer, stop_settings, ())))
+            criteria.append(StopTexts(tokenizer, stop_settings))
 
         # 3. The ids, without what follows a stop.
         generated = self.language_model.generate(
@@ -436,17 +435,6 @@ def _quantization_name(config: Any) -> str:
         "quantization_config: only bitsandbytes with 8 bit or NF4; otherwise pass quantization="
         "'8bit', '4bit', 'int8' or 'int4' instead."
     )
-
-
-class StopTexts(StoppingCriteria):
-    """Ends rows of generated ids at a stop text."""
-
-    def __init__(self, stops: BeamStops) -> None:
-        self.stops = stops
-
-    def __call__(self, input_ids: Tensor, scores: Any, **kwargs: object) -> Tensor:
-        is_done = [self.stops.ends(ids) for ids in input_ids.tolist()]
-        return torch.tensor(is_done, device=input_ids.device)
 
 
 def _prompts(

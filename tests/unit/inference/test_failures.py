@@ -17,7 +17,7 @@ import torch
 from real_processes import run_process
 from waiting import wait_until
 
-from seed_multimodal.errors import GenerationError
+from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.inference.backends.base import NextTokens, PromptChunk
 from seed_multimodal.inference.backends.torch import TorchBackend
 from seed_multimodal.inference.engine import PREFILL_BESIDE_DECODING, Engine
@@ -155,6 +155,7 @@ BAD_REQUESTS = {
     "an empty prompt": (Prompt(), GREEDY, GenerationError),
     "a prompt beyond the context": (Prompt([5] * 600), GREEDY, GenerationError),
     "more beams than rows": (Prompt([5]), replace(GREEDY, num_beams=3), GenerationError),
+    "beams with guidance": (Prompt([5]), replace(GUIDED, num_beams=2), ConfigError),
     "an id outside the vocabulary": (Prompt([10**6]), GREEDY, IndexError),
 }
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Protocol
@@ -52,6 +52,7 @@ class Backend(Protocol):
     cache_size: CacheSize
     cheap_copies: bool
     keeps_cache: bool
+    search: Callable[..., list[list[int]]] | None  # beam search; None: it has none
 
     def ready(self) -> AbstractContextManager[None]:
         """Context with the weights on their device; outside of it the backend is idle."""

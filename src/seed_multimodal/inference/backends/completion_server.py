@@ -73,10 +73,6 @@ class CompletionServerEngine(BaseEngine):
 
     def _enqueue(self, requests: Sequence[Request]) -> None:
         for request in requests:
-            if request.settings.num_beams > 1:
-                raise ConfigError(
-                    "Beams need --engine torch; leave num_beams at 1 with a completion server."
-                )
             if request.settings.guidance != 1:
                 raise ConfigError(
                     "Guidance needs --engine torch; leave it at 1 with a completion server."

@@ -43,6 +43,7 @@ class LlamaCppBackend:
 
     cheap_copies = False  # llama.cpp copies whole sequences only
     keeps_cache = True
+    search = None
     device = torch.device("cpu")
 
     def __init__(

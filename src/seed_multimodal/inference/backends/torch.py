@@ -15,9 +15,14 @@ from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.inference.backends.attention import AttentionMasks
 from seed_multimodal.inference.backends.base import NextTokens, PromptChunk
+from seed_multimodal.inference.image_constraints import ImageConstraints, ImageLogitsProcessor
 from seed_multimodal.inference.kv_cache import KVCache, default_budget, plan_cache
 from seed_multimodal.inference.prompt import ImageFeatures, Prompt
+from seed_multimodal.inference.request import Request
+from seed_multimodal.inference.sampling import build_processors, refuse_damaged
+from seed_multimodal.inference.stopping import StopTexts
 from seed_multimodal.language.llm import head_dim, output_scores
+from seed_multimodal.language.text_tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
     from seed_multimodal.language.llm import LanguageModel, LanguageModelConfig
@@ -41,7 +46,7 @@ def joined(features: Sequence[Tensor]) -> Tensor:
 class TorchBackend:
     """Computes with `llm`, a decoder-only transformers model with `inputs_embeds`.
 
-    max_rows: sequences at once (guidance takes two, beams one each).
+    max_rows: sequences at once (guidance takes two).
     cache_bytes: for keys and values; None: see `default_budget`.
     compiled: `torch.compile` computes the tokens (on CUDA as CUDA graphs); the first token then
         takes from seconds to minutes.
@@ -184,6 +189,77 @@ class TorchBackend:
     def clear(self, row: int) -> None:
         self.cache.clear(row)
 
+    # ---- beams
+
+    def search(
+        self,
+        requests: Sequence[Request],
+        constraints: ImageConstraints,
+        tokenizer: TextTokenizer,
+        all_ended: Callable[[], bool],
+    ) -> None:
+        """Set the best answers of requests with equal settings, by transformers' beam search.
+
+        all_ended: called at each token; true ends the search.
+        """
+        # 1. What the scheduler does for other requests, in transformers' form.
+        first = requests[0]
+        settings = first.settings
+        processors = [refuse_damaged, *build_processors(settings, first.end_ids, self.device)]
+        if settings.constrain:
+            opened = first.sequences[0].in_image
+            processors.insert(1, ImageLogitsProcessor(constraints, opened, first.budget))
+
+        def is_cancelled(ids: Tensor, scores: object, **kwargs: object) -> Tensor:
+            return torch.full((len(ids),), all_ended(), device=ids.device)
+
+        criteria = [is_cancelled]
+        if settings.stop:
+            criteria.append(StopTexts(tokenizer, settings, first.initial_ids))
+        sampling: dict[str, object] = {}
+        if first.seed is not None:
+            sampling = {name: getattr(settings, name) for name in ("temperature", "top_p", "top_k")}
+
+        # 2. The search, of prompts padded at the left. Sampled beams have a seed of their own.
+        prompts = [self.prepare(request.sequences[0].prompt) for request in requests]
+        masks = [torch.ones(len(prompt), dtype=torch.long) for prompt in prompts]
+        embeddings = pad_sequence(prompts, batch_first=True, padding_side="left")  # [B, n, D]
+        mask = pad_sequence(masks, batch_first=True, padding_side="left").to(embeddings.device)
+        with torch.random.fork_rng([self.device] if self.device.type == "cuda" else []):
+            torch.manual_seed(first.seed or 0)
+            rows = self.llm.generate(
+                inputs_embeds=embeddings,
+                attention_mask=mask,
+                max_new_tokens=first.budget,
+                num_beams=settings.num_beams,
+                num_return_sequences=settings.num_return_sequences,
+                length_penalty=settings.length_penalty,
+                early_stopping=settings.early_stopping,
+                repetition_penalty=1.0,  # `processors` has it, as all that a model's files may set
+                eos_token_id=first.end_ids or None,
+                pad_token_id=tokenizer.pad_token_id,
+                logits_processor=processors,
+                stopping_criteria=criteria,
+                do_sample=first.seed is not None,
+                **sampling,
+            ).tolist()
+
+        # 3. The answers of each request, and the states of its first one.
+        n_answers = settings.num_return_sequences
+        for index, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
+            answers = rows[index * n_answers : (index + 1) * n_answers]
+            request.answers = [_up_to_end(ids, request.end_ids) for ids in answers]
+            if request.states is not None:
+                states = self._states(prompt, request.answers[0])
+                request.states.update(enumerate(states, start=len(request.initial_ids) - 1))
+
+    def _states(self, prompt: Tensor, ids: Sequence[int]) -> Tensor:
+        """The states `[len(ids), D]` from which each of these tokens was chosen."""
+        embedded = self.llm.get_input_embeddings()(torch.tensor(ids, device=prompt.device))
+        inputs = torch.cat([prompt, embedded])[None]
+        states: Tensor = self.llm.get_decoder()(inputs_embeds=inputs, use_cache=False)[0]
+        return states[0, len(prompt) - 1 : -1]
+
     # ---- one pass
 
     @property
@@ -255,6 +331,12 @@ class TorchBackend:
         rows = torch.arange(len(last), device=last.device)
         state = output.last_hidden_state[rows, last]
         return output_scores(self.llm, state), state
+
+
+def _up_to_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:
+    """Generated ids without the padding behind the token that ended them."""
+    ends = [index for index, id in enumerate(ids) if id in end_ids]
+    return ids[: ends[0] + 1] if ends else ids
 
 
 def _context(config: LanguageModelConfig) -> int:
