@@ -318,13 +318,13 @@ def _image_part(
     # 2. The first thing that is wrong.
     reason = ""
     if not opened:
-        reason = "Image words without an opening <img>."
+        reason = "Image tokens without an opening <img>."
     elif not closed and min_codes == max_codes:
         reason = f"An image broke off after {len(content)} of {max_codes} codes."
     elif not min_codes <= len(content) <= max_codes:
         reason = f"An image has {len(content)} codes instead of {max_codes}."
     elif len(codes) < len(content) or wrong_order:
-        reason = "An image holds other words than its codes in their order."
+        reason = "An image holds other tokens than its codes in their order."
     if reason:
         return BrokenImagePart(ids, reason)
     return ImagePart(codes, position=start + 1)

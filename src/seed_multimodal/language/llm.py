@@ -319,7 +319,7 @@ def check_vocab_size(n_rows: int, vocabulary: ImageVocabulary, label: str) -> No
     """Raise CheckpointError unless a model has a row for each token, and little padding."""
     if not 0 <= n_rows - vocabulary.size <= MAX_PADDING:
         raise CheckpointError(
-            f"{label}: the language model has {n_rows} words, but the tokenizer has "
+            f"{label}: the language model has {n_rows} tokens, but the tokenizer has "
             f"{vocabulary.size}; they do not belong together."
         )
 

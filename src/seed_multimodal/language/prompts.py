@@ -260,8 +260,8 @@ DEMO_QUESTIONS = (
 class TaskPrompts:
     """The sentences of one system; a `tasks` object in `system.json` overrides single ones.
 
-    Some systems write a comparison before the answer: "at the top a shark: no, at the bottom a
-    flame: yes - at the bottom". Here and in `stop_after` it is called the verdict.
+    Some systems write a verdict before the answer: "at the top a shark: no, at the bottom a flame:
+    yes - at the bottom".
 
     draw_response, edit_response: open a forced answer, before `<img>`.
     draw_words, edit_words: tokens in which the model may describe the image, before it is forced.
@@ -298,9 +298,9 @@ class TaskPrompts:
         return self.qa_prefix + question + self.qa_suffix
 
 
-def without_verdict(text: str, after: str) -> str:
-    """The text behind a verdict, else all of it; `after`: `TaskPrompts.answer_after`."""
-    answer = text.partition(after)[2] if after else ""
+def without_verdict(text: str, answer_after: str) -> str:
+    """The text behind a verdict (see `TaskPrompts`), else all of it."""
+    answer = text.partition(answer_after)[2] if answer_after else ""
     return answer or text
 
 

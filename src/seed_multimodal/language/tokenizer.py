@@ -184,7 +184,7 @@ def _vocabulary(
         else:
             vocabulary = ImageVocabulary(n_text, n_codes, int(tokens_per_image or 32))
     except (KeyError, TypeError, ValueError) as error:
-        raise CheckpointError(f"{file}: the image words cannot be read ({error!r}).") from error
+        raise CheckpointError(f"{file}: the image tokens cannot be read ({error!r}).") from error
 
     # 2. The ids.
     expected = vocabulary.added_tokens
@@ -192,7 +192,7 @@ def _vocabulary(
         tokens = {*added, *expected}
         wrong = min(token for token in tokens if added.get(token) != expected.get(token))
         raise CheckpointError(
-            f"{file}: the word {wrong!r} has id {added.get(wrong)}, but with {n_text} text pieces "
+            f"{file}: the token {wrong!r} has id {added.get(wrong)}, but with {n_text} text pieces "
             f"and {n_codes} codes it must have {expected.get(wrong)}."
         )
     return vocabulary

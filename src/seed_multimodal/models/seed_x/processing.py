@@ -167,7 +167,7 @@ def seed_x_vocabulary(tokenizer: TextTokenizer) -> SeedXVocabulary:
     """The vocabulary of SEED-X's tokenizer; raises `ConfigError` for another one's."""
     if not isinstance(tokenizer.vocabulary, SeedXVocabulary):
         raise ConfigError(
-            "The tokenizer has no words for parts of images and boxes, so it is not SEED-X's."
+            "The tokenizer has no tokens for parts of images and boxes, so it is not SEED-X's."
         )
     return tokenizer.vocabulary
 
