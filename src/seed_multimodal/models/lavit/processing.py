@@ -106,7 +106,7 @@ class LavitTokenizer(LavitTexts, MultimodalTokenizer):
         files.vocabulary = vocabulary
         if n_pieces > vocabulary.n_text:
             raise CheckpointError(
-                f"{folder}: the tokenizer has {n_pieces} pieces, but the model's image tokens begin "
+                f"{folder}: the tokenizer has {n_pieces} pieces, but the image tokens begin "
                 f"at {vocabulary.n_text}."
             )
         return cls(files)

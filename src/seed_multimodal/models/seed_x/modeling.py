@@ -89,7 +89,7 @@ class ContinuousLVLM(nn.Module):
         n_image_tokens = int(mask.sum())
         if n_image_tokens != len(replacements):
             raise DataError(
-                f"The batch has {n_image_tokens} image tokens for {len(replacements)} embeddings of "
+                f"The batch has {n_image_tokens} image tokens for {len(replacements)} rows of "
                 "its images."
             )
         return embeds.masked_scatter(mask[..., None], replacements.to(embeds))
