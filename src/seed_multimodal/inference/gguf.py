@@ -18,7 +18,15 @@ from seed_multimodal.entry import log_line
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.inference.backends.attention import AttentionMasks
 from seed_multimodal.language.hub_tokenizer import HubTokenizer, load_text_tokenizer
-from seed_multimodal.language.llm import ROTARY, check_vocab_size, head_dim, llm_config
+from seed_multimodal.language.llm import (
+    EMBEDDING,
+    HEAD,
+    ROTARY,
+    check_vocab_size,
+    head_dim,
+    llm_config,
+    warn_untied,
+)
 from seed_multimodal.language.text_tokenizer import HUB_TOKENIZER, TextTokenizer
 from seed_multimodal.language.tokenizer import TokenizerFiles, read_files
 from seed_multimodal.progress import Progress
@@ -165,8 +173,11 @@ def _write(
 
     # 1. Every tensor of the checkpoint has a name here.
     architecture = ARCHITECTURES[config.model_type]
-    tied = ("lm_head.weight",) if config.tie_word_embeddings else ()
     state = load_checkpoint(folder)
+    tied = (HEAD,) if config.tie_word_embeddings else ()
+    if tied and HEAD in state and not torch.equal(state[HEAD], state[EMBEDDING]):
+        warn_untied(folder)
+        tied = ()
     names = _tensor_names(config, tied)
     missing = [name for name in names if name not in state]
     refuse_tensors(missing, (), folder, "missing from the file")

@@ -1,6 +1,4 @@
-"""`LanguageModel`: what we use of a causal language model of transformers, and its loading.
-
-Any model of `AutoModelForCausalLM` fulfils it. Its special ids are those of the tokenizer.
+"""Loading of a causal language model of transformers, with the special ids of the tokenizer.
 
 The original 8B files have the ids of the first LLaMA conversion (bos 0, eos 1, pad -1, no cache),
 with which generation never stops and padding uses the row of `</img>`; a LLaMA without a hub
@@ -10,16 +8,22 @@ tokenizer in its folder gets bos 1, eos 2, pad 0 before it is loaded.
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Iterator
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Protocol, Self
+from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from seed_multimodal.device import return_freed_memory
 from seed_multimodal.disk import read_json_object
-from seed_multimodal.errors import CheckpointError, ConfigError, first_line, install_hint
+from seed_multimodal.errors import (
+    CheckpointError,
+    ConfigError,
+    SeedWarning,
+    first_line,
+    install_hint,
+)
 from seed_multimodal.language.text_tokenizer import HUB_TOKENIZER, SpecialIds, TextTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.progress import quiet_loading
@@ -28,7 +32,19 @@ from seed_multimodal.weights.catalogue import SHIPPED_LLMS, download_advice, par
 from seed_multimodal.weights.find import find_file
 
 if TYPE_CHECKING:
-    from transformers import BitsAndBytesConfig, GenerationConfig, PreTrainedConfig, TorchAoConfig
+    from transformers import (
+        BitsAndBytesConfig,
+        GenerationMixin,
+        PreTrainedConfig,
+        PreTrainedModel,
+        TorchAoConfig,
+    )
+
+    class LanguageModel(PreTrainedModel, GenerationMixin):
+        """A model of `AutoModelForCausalLM`; the configuration's fields are its architecture's."""
+
+        config: Any
+
 
 # Of LLaMA 1 and 2.
 BOS = 1
@@ -41,6 +57,8 @@ LLAMA_IDS: SpecialIds = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id
 MAX_PADDING = 4096
 # Of a configuration of text alone; a multimodal model has them inside, Mamba lacks some.
 SIZES = ("vocab_size", "hidden_size", "num_attention_heads", "max_position_embeddings")
+EMBEDDING = "model.embed_tokens.weight"
+HEAD = "lm_head.weight"
 # Types of layers. Others carry a state from one packed sequence to the next, or need other masks.
 FULL = "full_attention"
 SLIDING = "sliding_attention"
@@ -49,105 +67,7 @@ TORCHAO = ("int8", "int4")
 ROTARY = "*rotary_emb.inv_freq*"  # frequencies in old files; recomputed
 
 
-class LanguageModelConfig(Protocol):
-    """Sizes of a language model."""
-
-    architectures: list[str] | None
-    dtype: torch.dtype | None
-    model_type: str
-    vocab_size: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    max_position_embeddings: int
-    tie_word_embeddings: bool
-    initializer_range: float
-    bos_token_id: int | None
-    eos_token_id: int | list[int] | None
-    pad_token_id: int | None
-
-    def to_dict(self) -> dict[str, Any]:
-        """The content of `config.json`."""
-
-    def save_pretrained(self, save_directory: str | Path) -> None: ...
-
-
-class LanguageModel(Protocol):
-    """A causal language model: token embeddings, a decoder, and a head of scores."""
-
-    config: LanguageModelConfig
-    generation_config: GenerationConfig
-    name_or_path: str  # the folder or hub name it was loaded from
-
-    @property
-    def device(self) -> torch.device: ...
-
-    @property
-    def dtype(self) -> torch.dtype: ...
-
-    # ---- parts
-
-    def get_input_embeddings(self) -> nn.Module:
-        """Ids → embeddings `[B, L, D]`."""
-
-    def get_decoder(self) -> nn.Module:
-        """The layers: embeddings or ids → `last_hidden_state` `[B, L, D]`, after the final norm."""
-
-    def get_output_embeddings(self) -> nn.Module:
-        """The head: states `[…, D]` → scores `[…, V]`."""
-
-    def resize_token_embeddings(self, new_num_tokens: int, *, mean_resizing: bool) -> nn.Module:
-        """Change the rows of both embeddings."""
-
-    # ---- computation
-
-    def __call__(self, input_ids: Tensor, *, use_cache: bool) -> Any:
-        """Ids `[B, L]` → an output with `logits` `[B, L, V]`."""
-
-    def generate(
-        self,
-        inputs: Tensor | None = None,
-        *,
-        inputs_embeds: Tensor | None = None,
-        attention_mask: Tensor | None = None,
-        **generation_config: Any,
-    ) -> Tensor:
-        """Generated ids `[B, n]`; with `inputs` after these."""
-
-    def set_attn_implementation(self, attn_implementation: str) -> None:
-        """Choose the attention kernels ("sdpa", "flash_attention_2", …)."""
-
-    def gradient_checkpointing_enable(
-        self, gradient_checkpointing_kwargs: dict[str, Any] | None = None
-    ) -> None:
-        """Recompute the layers in the backward pass."""
-
-    # ---- as of `nn.Module` and `PreTrainedModel`
-
-    def to(self, *args: Any) -> Self: ...
-
-    def eval(self) -> Self: ...
-
-    def train(self, mode: bool = True) -> Self: ...
-
-    def requires_grad_(self, requires_grad: bool = True) -> Self: ...
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
-    def named_parameters(
-        self, *, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]: ...
-
-    def named_modules(self) -> Iterator[tuple[str, nn.Module]]: ...
-
-    def state_dict(self) -> dict[str, Tensor]: ...
-
-    def save_pretrained(
-        self, save_directory: str | Path, *, max_shard_size: str | int = "50GB"
-    ) -> None: ...
-
-
-def head_dim(config: LanguageModelConfig | PreTrainedConfig) -> int:
+def head_dim(config: PreTrainedConfig) -> int:
     """The width of an attention head."""
     width: int | None = getattr(config, "head_dim", None)
     return width or config.hidden_size // config.num_attention_heads
@@ -224,6 +144,10 @@ def load_llm(
 
     # 2. What they held.
     _check_loading(report, folder_or_id)
+    if config.tie_word_embeddings and not model.all_tied_weights_keys:
+        # transformers has loaded both tensors, since they differ.
+        warn_untied(folder_or_id)
+        model.config.tie_word_embeddings = False
     loaded: LanguageModel = model.eval()
     return loaded
 
@@ -244,6 +168,16 @@ def _check_loading(report: dict[str, Any], folder_or_id: str | Path) -> None:
     outside = [name for name in unknown if name not in in_layers]
     refuse_tensors(in_layers, (ROTARY,), folder_or_id, "unknown to the model of config.json")
     warn_tensors(outside, (ROTARY,), folder_or_id)
+
+
+def warn_untied(source: str | Path) -> None:
+    """Warn that a file has different values for tensors that its configuration ties."""
+    warnings.warn(
+        f"{source}: config.json ties {HEAD} to {EMBEDDING} (tie_word_embeddings), but the file has "
+        "different values for them; both are used.",
+        SeedWarning,
+        stacklevel=3,
+    )
 
 
 def force_special_ids(model: LanguageModel, tokenizer: TextTokenizer | None = None) -> None:

@@ -20,7 +20,13 @@ from torch import Tensor, nn
 from seed_multimodal.device import DTYPES
 from seed_multimodal.disk import atomic_folder, output_folder, read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.language.llm import check_vocab_size, force_special_ids, load_llm
+from seed_multimodal.language.llm import (
+    EMBEDDING,
+    HEAD,
+    check_vocab_size,
+    force_special_ids,
+    load_llm,
+)
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.state_dicts import INDEX_FILES, load_checkpoint, save_state_dict
 from seed_multimodal.weights.catalogue import ADAPTER_CONFIG, AGENT_CONFIG, VISUAL_WEIGHTS
@@ -34,8 +40,6 @@ if TYPE_CHECKING:
 ADAPTER_FILES = ("adapter_model.safetensors", "adapter_model.bin")
 LLM_FOLDER = "llm"
 AGENT_FOLDER = "agent"
-EMBEDDING = "model.embed_tokens.weight"
-HEAD = "lm_head.weight"
 PREFIX = "base_model.model."
 _AGENT = ("input_resampler.", "output_resampler.", "patch_pos_embed")
 _OUTER = re.compile(r"^(?:module\.|_orig_mod\.|llm\.)+")
@@ -346,7 +350,8 @@ def load_llm_or_adapter(
 
     # 2. The adapter.
     merge_into(llama, trained)
-    return llama.requires_grad_(False).eval()
+    llama.requires_grad_(False)
+    return llama
 
 
 def load_base(

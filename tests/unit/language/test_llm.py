@@ -134,6 +134,18 @@ def test_load_llm_names_missing_and_unknown_tensors(folder: Path, name, value, o
         load_llm(folder)
 
 
+def test_load_llm_names_tied_tensors_that_differ(tmp_path):
+    # A server or a merge that takes one of them answers otherwise than the model was trained.
+    random_llm("llama", 380, tie_word_embeddings=True).save_pretrained(tmp_path)
+    file = tmp_path / "model.safetensors"
+    state = load_file(file)
+    head = state["model.embed_tokens.weight"] + 1
+    save_file({**state, "lm_head.weight": head}, file, metadata={"format": "pt"})
+    with pytest.warns(SeedWarning, match=r"lm_head\.weight"):
+        llm = load_llm(tmp_path)
+    assert torch.equal(llm.lm_head.weight, head) and not llm.config.tie_word_embeddings
+
+
 @pytest.fixture(scope="module")
 def nano_scores() -> Tensor:
     return scores_of(load_llm(LLM))

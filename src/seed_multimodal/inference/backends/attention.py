@@ -12,8 +12,6 @@ from seed_multimodal.language.llm import FULL, SLIDING
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from seed_multimodal.language.llm import LanguageModelConfig
-
 # Of a model whose attention adds the mask to the scores; the others take a boolean one.
 ADDITIVE = "eager"
 
@@ -24,7 +22,7 @@ class AttentionMasks:
     window: how far back layers with sliding attention see; None: there are none.
     """
 
-    def __init__(self, config: LanguageModelConfig | PreTrainedConfig) -> None:
+    def __init__(self, config: PreTrainedConfig) -> None:
         layer_types = set(getattr(config, "layer_types", None) or ())
         # A decoder with layer types takes a mask for each; others have one window for all layers.
         self._by_layer_type = SLIDING in layer_types

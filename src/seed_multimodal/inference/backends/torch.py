@@ -25,7 +25,9 @@ from seed_multimodal.language.llm import head_dim, output_scores
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
-    from seed_multimodal.language.llm import LanguageModel, LanguageModelConfig
+    from transformers import PreTrainedConfig
+
+    from seed_multimodal.language.llm import LanguageModel
 
 SPAN_STEP = 16  # attention reads a multiple of so many positions
 # Compiled, it reads this number or twice, four times … as many, so that few graphs are made.
@@ -339,7 +341,7 @@ def _up_to_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:
     return ids[: ends[0] + 1] if ends else ids
 
 
-def _context(config: LanguageModelConfig) -> int:
+def _context(config: PreTrainedConfig) -> int:
     """Positions of the model. Raises ConfigError: not a transformer with attention."""
     missing = [name for name in SIZES if not hasattr(config, name)]
     if missing:

@@ -60,7 +60,9 @@ from seed_multimodal.pipelines.images import (
 from seed_multimodal.weights.find import first_file
 
 if TYPE_CHECKING:
-    from seed_multimodal.language.llm import LanguageModel, LanguageModelConfig
+    from transformers import PreTrainedConfig
+
+    from seed_multimodal.language.llm import LanguageModel
 
 MAX_BATCH = 16  # images in one pass of the vision encoder
 # Generation settings of the original programs.
@@ -407,7 +409,7 @@ def check_sizes(
     config: LavitConfig,
     images: LavitImageCodec,
     vocabulary: LavitVocabulary,
-    llm_config: LanguageModelConfig,
+    llm_config: PreTrainedConfig,
 ) -> None:
     """Raise CheckpointError if image tokenizer and language model have different sizes."""
     # Embeddings of the language model behind those of the vocabulary are padding.
