@@ -8,6 +8,7 @@ prompt, request    what a caller asks, and what runs
 kv_cache           rows of keys and values, of a size that is fixed at load
 sampling, image_constraints, stopping    the choice of the next token
 backends           what computes scores
+inbox              `InboxThread`: the thread of an engine or a batcher
 batching           `DynamicBatcher` and `ResultCache` of the image networks
 gguf               export for llama.cpp
 """

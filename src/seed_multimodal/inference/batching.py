@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import threading
+import time
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from concurrent.futures import Future
+from concurrent.futures import wait as wait_for
 from typing import Generic, TypeVar
 
 from torch import Tensor
 
 from seed_multimodal.device import is_out_of_memory
+from seed_multimodal.inference.inbox import InboxThread
 from seed_multimodal.inference.prompt import Stopped
 
 POLL_SECONDS = 0.2  # between two looks at `should_stop` while waiting
@@ -21,30 +24,24 @@ Row = TypeVar("Row")
 Result = TypeVar("Result")
 
 
-@dataclass(eq=False)
-class Job(Generic[Key, Row, Result]):
-    """One thread's work.
+class Job(Generic[Key, Row, Result], Future[list[Result]]):
+    """The rows of one thread, and their results.
 
     key: settings that must be equal in a batch.
-    results: one for each row.
     """
 
-    key: Key
-    rows: Sequence[Row]
-    results: list[Result] | None = None
-    error: BaseException | None = None
-
-    @property
-    def done(self) -> bool:
-        return self.results is not None or self.error is not None
+    def __init__(self, key: Key, rows: Sequence[Row]) -> None:
+        super().__init__()
+        self.key = key
+        self.rows = rows
 
 
-class DynamicBatcher(Generic[Key, Row, Result]):
+class DynamicBatcher(InboxThread[Job[Key, Row, Result]], Generic[Key, Row, Result]):
     """`batcher(key, rows)` returns `work(key, rows)`, a list with a result for each row.
 
-    One thread at a time works: on its rows, and on those that other threads have queued meanwhile.
-    Only the main thread computes itself. Others leave that to one thread, because matrix libraries
-    keep buffers and workers for each thread that has computed: 250 MB in nano's server.
+    Rows of several threads are computed together, by one thread, because matrix libraries keep
+    buffers and workers for each thread that has computed: 250 MB in nano's server. The main thread
+    computes its own rows itself, so that Ctrl-C ends them.
 
     max_rows: of a joint batch; halved for the rest of the run on out-of-memory.
     wait: seconds to wait for as many threads as recently; a single thread does not wait.
@@ -59,11 +56,13 @@ class DynamicBatcher(Generic[Key, Row, Result]):
         self.work = work
         self.max_rows = max_rows
         self.wait = wait
+        super().__init__("seed-images")
+
+    def _begin(self) -> None:
+        super()._begin()
         self._waiting: list[Job[Key, Row, Result]] = []
-        self._busy = False
+        self._computing = threading.Lock()
         self._expected = 1  # threads that are likely to bring work soon
-        self._changed = threading.Condition()
-        self._worker = ThreadPoolExecutor(1, "seed-images")
 
     def __call__(
         self, key: Key, rows: Sequence[Row], should_stop: Callable[[], bool] | None = None
@@ -74,41 +73,30 @@ class DynamicBatcher(Generic[Key, Row, Result]):
         """
         if not rows:
             return []
-        # Whichever thread gets its turn works for the others, too.
+        if should_stop and should_stop():
+            raise Stopped
+        if threading.current_thread() is threading.main_thread():
+            return list(self._compute(key, rows))
         job: Job[Key, Row, Result] = Job(key, rows)
-        with self._changed:
-            self._waiting.append(job)
-            self._changed.notify_all()
-        while not job.done:
-            batch = self._wait_for_turn(job, should_stop)
-            if batch:
-                self._run(batch)
-                with self._changed:
-                    self._busy = False
-                    self._changed.notify_all()
-        if job.error is not None:
-            raise job.error
-        return job.results or []
-
-    def _wait_for_turn(
-        self, job: Job[Key, Row, Result], should_stop: Callable[[], bool] | None
-    ) -> list[Job[Key, Row, Result]]:
-        """The batch that this thread has to compute: none if another one works, or did `job`."""
-        with self._changed:
-            self._changed.wait_for(lambda: job.done or not self._busy, POLL_SECONDS)
-            if should_stop and job in self._waiting and should_stop():
-                self._waiting.remove(job)
+        self._put(job)
+        while not wait_for([job], POLL_SECONDS).done:
+            if should_stop and should_stop() and job.cancel():
                 raise Stopped
-            if self._busy or job not in self._waiting:
-                return []
-            self._busy = True
-            return self._next_batch()
+        return job.result()
+
+    def serve(self) -> None:
+        self._waiting += self._take()
+        while self._waiting:
+            batch = self._next_batch()
+            self._run([job for job in batch if job.set_running_or_notify_cancel()])
+            self._waiting += self._take()
 
     def _next_batch(self) -> list[Job[Key, Row, Result]]:
         """The oldest waiting jobs with the same key."""
         # 1. Wait for the threads that brought work recently, until they have or do not come.
-        if self._expected > 1:
-            self._changed.wait_for(lambda: len(self._waiting) >= self._expected, self.wait)
+        deadline = time.monotonic() + self.wait
+        while len(self._waiting) < self._expected and time.monotonic() < deadline:
+            self._waiting += self._take(deadline - time.monotonic())
         self._expected = max(len(self._waiting), self._expected - 1)
 
         # 2. Choose jobs that fit.
@@ -132,33 +120,26 @@ class DynamicBatcher(Generic[Key, Row, Result]):
         for job in batch:
             rows += job.rows
         try:
-            results = list(self._compute(batch[0].key, rows))
+            results = list(self._compute(batch[0].key, rows)) if batch else []
         except Exception as error:  # noqa: BLE001 its thread raises it
             if len(batch) == 1:
-                batch[0].error = error
+                batch[0].set_exception(error)
                 return
             if is_out_of_memory(error):
                 self.max_rows = max(self.max_rows // 2, 1)
             for job in batch:
                 self._run([job])
             return
-        except BaseException as error:  # noqa: BLE001
-            # Ctrl-C, an exit: each thread raises it, nothing is tried again.
-            for job in batch:
-                job.error = error
-            return
 
         # 2. Each job's share of the results.
         start = 0
         for job in batch:
-            job.results = results[start : start + len(job.rows)]
+            job.set_result(results[start : start + len(job.rows)])
             start += len(job.rows)
 
     def _compute(self, key: Key, rows: Sequence[Row]) -> Sequence[Result]:
-        """The results of `work`, in the main thread or the worker."""
-        if threading.current_thread() is threading.main_thread():
+        with self._computing:
             return self.work(key, rows)
-        return self._worker.submit(self.work, key, rows).result()
 
 
 class ResultCache(Generic[Result]):
@@ -166,7 +147,7 @@ class ResultCache(Generic[Result]):
 
     def __init__(self, max_entries: int) -> None:
         self.max_entries = max_entries
-        self._results: dict[bytes, Result] = {}  # oldest use first
+        self._results: OrderedDict[bytes, Result] = OrderedDict()  # oldest use first
 
     def of(
         self, pixels: Sequence[Tensor], compute: Callable[[list[Tensor]], Sequence[Result]]
@@ -184,14 +165,14 @@ class ResultCache(Generic[Result]):
         if new:
             self._results.update(zip(new, compute(list(new.values())), strict=True))
 
-        # 2. The results become the most recently used ones, then the oldest are dropped.
-        results: dict[bytes, Result] = {}
-        for digest in dict.fromkeys(digests):
-            results[digest] = self._results.pop(digest)
-        self._results.update(results)
-        for digest in list(self._results)[: -self.max_entries]:
-            del self._results[digest]
-        return [results[digest] for digest in digests]
+        # 2. They become the most recently used ones, then the oldest are dropped.
+        results: list[Result] = []
+        for digest in digests:
+            self._results.move_to_end(digest)
+            results.append(self._results[digest])
+        while len(self._results) > self.max_entries:
+            self._results.popitem(last=False)
+        return results
 
 
 def _digest(pixels: Tensor) -> bytes:

@@ -17,10 +17,7 @@ A request whose prompts become complete gets two tokens in that step: of prefill
 
 from __future__ import annotations
 
-import queue
-import threading
 import time
-import weakref
 from collections import deque
 from collections.abc import Sequence
 
@@ -31,9 +28,10 @@ from seed_multimodal.errors import GenerationError
 from seed_multimodal.inference.backends.base import Backend, NextTokens, PromptChunk
 from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.image_constraints import ImageConstraints
+from seed_multimodal.inference.inbox import InboxThread
 from seed_multimodal.inference.kv_cache import Slot
 from seed_multimodal.inference.likelihood import ForcedTokens, Likelihood
-from seed_multimodal.inference.prompt import NO_KEYS, GenerationSettings, Prompt, Stopped
+from seed_multimodal.inference.prompt import NO_KEYS, GenerationSettings, Prompt
 from seed_multimodal.inference.request import Request, TokenSequence
 from seed_multimodal.inference.sampling import (
     LogitsProcessor,
@@ -52,15 +50,9 @@ PREFILL_ALONE = 2048
 REPLACEABLE_TAIL = 16
 # Shorter prefixes are computed again: that costs less than a copy.
 MIN_COPIED_PREFIX = 16
-# How long the end of a program waits for the pass that runs.
-CLOSE_SECONDS = 60
-
-# What the engine's thread receives: the engine, which lives until it has taken the requests, and
-# the requests. None: the engine is gone, or the program ends.
-InboxItem = tuple["Engine", Sequence[Request]] | None
 
 
-class Engine(BaseEngine):
+class Engine(BaseEngine, InboxThread[Request]):
     """Answers by a backend that computes scores.
 
     The rows of the cache are in order: first those that generate (`n_decoding`), then those whose
@@ -78,19 +70,19 @@ class Engine(BaseEngine):
         original_constraints: bool = False,
     ) -> None:
         size = backend.cache_size
-        super().__init__(tokenizer, backend.context, size.capacity, size.rows)
+        BaseEngine.__init__(self, tokenizer, backend.context, size.capacity, size.rows)
         self.backend = backend
         self.has_beams = backend.search is not None
         self.device = backend.device
         self.constraints = ImageConstraints(self.vocabulary, original_constraints)
-        self.slots = [Slot(row) for row in range(size.rows)]
+        InboxThread.__init__(self, "seed-engine")
+
+    def _begin(self) -> None:
+        super()._begin()
+        self._waiting: deque[Request] = deque()
+        self.slots = [Slot(row) for row in range(self.n_rows)]
         self.n_decoding = 0
         self.n_active = 0
-        self._waiting: deque[Request] = deque()
-        self._inbox: queue.SimpleQueue[InboxItem] = queue.SimpleQueue()
-        self._threads: list[threading.Thread] = []  # one, from the first request on
-        self._starting = threading.Lock()
-        weakref.finalize(self, _close, self._inbox, self._threads)
 
     @property
     def n_running(self) -> int:
@@ -103,14 +95,8 @@ class Engine(BaseEngine):
         return len(self._waiting) + self._inbox.qsize()
 
     def _enqueue(self, requests: Sequence[Request]) -> None:
-        with self._starting:
-            if not self._threads:
-                thread = threading.Thread(
-                    target=_engine_loop, args=(self._inbox,), name="seed-engine", daemon=True
-                )
-                self._threads.append(thread)
-                thread.start()
-        self._inbox.put((self, requests))
+        for request in requests:
+            self._put(request)
 
     def likelihoods(
         self, prompts: Sequence[Prompt], continuations: Sequence[Sequence[Sequence[int]]]
@@ -143,14 +129,16 @@ class Engine(BaseEngine):
 
     # ---- everything below is called by the engine's thread
 
-    def serve(self, requests: Sequence[Request]) -> None:
+    def serve(self) -> None:
         """Answer requests until none is left."""
-        self._waiting.extend(requests)
         try:
+            self._receive()
+            if not self._waiting:  # those of this item came earlier
+                return
             with self.backend.ready():
                 while self._waiting or self.n_active:
-                    self._receive()
                     self._step()
+                    self._receive()
             if not self.backend.keeps_cache:
                 for slot in self.slots:
                     slot.keys = NO_KEYS
@@ -169,13 +157,7 @@ class Engine(BaseEngine):
 
     def _receive(self) -> None:
         """Take the requests that came since the last step."""
-        while not self._inbox.empty():
-            item = self._inbox.get()
-            if item is None:  # the program ends
-                self._inbox.put(None)
-                raise Stopped
-            _, requests = item
-            self._waiting.extend(requests)
+        self._waiting.extend(self._take())
 
     def _step(self) -> None:
         """A piece of the prompts that are read, then one token more for every running sequence."""
@@ -499,23 +481,6 @@ class Engine(BaseEngine):
     def _slot_of(self, sequence: TokenSequence) -> Slot:
         """The row of a sequence."""
         return next(slot for slot in self.slots[: self.n_active] if slot.sequence is sequence)
-
-
-def _close(inbox: queue.SimpleQueue[InboxItem], threads: Sequence[threading.Thread]) -> None:
-    """End the engine's thread: when the engine is freed, or at the end of the program, where Python
-    would abort if the thread still computed."""
-    inbox.put(None)
-    for thread in threads:
-        if thread is not threading.current_thread():
-            thread.join(CLOSE_SECONDS)
-
-
-def _engine_loop(inbox: queue.SimpleQueue[InboxItem]) -> None:
-    """Serve requests; while there are none, neither the engine nor its model is held."""
-    while (item := inbox.get()) is not None:
-        engine, requests = item
-        engine.serve(requests)
-        del engine, requests, item
 
 
 def _guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:

@@ -43,7 +43,7 @@ class GatedWork:
             futures = []
             for index, call in enumerate(calls, start=1):
                 futures.append(pool.submit(batcher, *call))
-                while len(batcher._waiting) < index:
+                while batcher._inbox.qsize() < index:
                     pass
             self.gate.set()
             return [future.exception() or future.result() for future in futures]
