@@ -17,6 +17,7 @@ class RecordedEngine(BaseEngine):
     """Every answer is `new_ids`; `calls` has the prompt's ids and the settings of each request."""
 
     n_running = n_waiting = 0
+    has_beams = True
 
     def __init__(self, tokenizer: MultimodalTokenizer, new_ids: Sequence[int]) -> None:
         super().__init__(tokenizer, context=CONTEXT, capacity=CONTEXT, n_rows=16)

@@ -56,6 +56,7 @@ class BaseEngine(ABC):
         end_ids: Sequence[int] | None = None,
         states: dict[int, Tensor] | None = None,
         should_stop: Callable[[], bool] | None = None,
+        previews: Sequence[int] = (),
     ) -> Request:
         """Start an answer.
 
@@ -65,8 +66,9 @@ class BaseEngine(ABC):
         end_ids: tokens that end it; None: `</s>`.
         states: receives hidden states (see `HiddenStates`).
         should_stop: called before each token, also while the request waits; true raises `Stopped`.
+        previews: see `AnswerReader`.
         """
-        request = self._new_request(prompt, settings, seed, end_ids, states, should_stop)
+        request = self._new_request(prompt, settings, seed, end_ids, states, should_stop, previews)
         self._enqueue([request])
         return request
 
@@ -131,6 +133,7 @@ class BaseEngine(ABC):
         end_ids: Sequence[int] | None,
         states: dict[int, Tensor] | None,
         should_stop: Callable[[], bool] | None,
+        previews: Sequence[int] = (),
         forced_tokens: ForcedTokens | None = None,
     ) -> Request:
         """A request that fits the context and the cache; raises as `submit`."""
@@ -139,12 +142,13 @@ class BaseEngine(ABC):
         request = Request(
             prompt,
             settings,
-            vocabulary=self.vocabulary,
+            tokenizer=self.tokenizer,
             end_ids=self.tokenizer.eos_token_ids if end_ids is None else end_ids,
             budget=self._token_budget(prompt, settings),
             seed=settings.seed if seed is None else seed,
             states=states if self.vocabulary.fixed_image_order else None,
             should_stop=should_stop,
+            previews=previews,
             forced_tokens=forced_tokens,
         )
         if request.max_rows > self.n_rows:
@@ -165,11 +169,7 @@ class BaseEngine(ABC):
             sequence.unconditional.append(token, self.vocabulary)
         request.deliver(token)
 
-        # The detector reads every token, also one that ends the answer by itself.
-        completes_stop = False
-        if request.stop_detector is not None:
-            completes_stop = request.stop_detector.completes_stop(token)
-        if token in request.end_ids or completes_stop:
+        if token in request.end_ids or request.reader.found_stop:
             request.finish("stop")
         elif len(sequence.ids) == request.budget:
             request.finish("length")

@@ -39,7 +39,6 @@ from seed_multimodal.inference.sampling import (
     build_processors,
     not_finite_error,
 )
-from seed_multimodal.inference.stopping import StopDetector
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 
 # Prompt tokens of one pass (padding included): few while other answers wait for their next token.
@@ -114,7 +113,9 @@ class Engine(BaseEngine, InboxThread[Request]):
                         max_new_tokens=len(ids), do_sample=False, constrain=False
                     )
                     requests.append(
-                        self._new_request(prompt, settings, None, (), None, None, forced)
+                        self._new_request(
+                            prompt, settings, None, (), None, None, forced_tokens=forced
+                        )
                     )
                     prompt_likelihoods.append(forced.likelihood)
             self._enqueue(requests)
@@ -265,13 +266,10 @@ class Engine(BaseEngine, InboxThread[Request]):
 
     def _start(self, request: Request) -> None:
         """Prepare a request's prompts and give each a row."""
-        settings = request.settings
         for sequence in request.rows:
             sequence.prompt_input = self.backend.prepare(sequence.prompt)
         for sequence in request.rows:
             self._assign_slot(sequence)
-        if settings.stop:
-            request.stop_detector = StopDetector(self.tokenizer, settings, request.initial_ids)
         request.processors = self._processors(request)
 
     def _processors(self, request: Request) -> list[LogitsProcessor]:
@@ -300,7 +298,8 @@ class Engine(BaseEngine, InboxThread[Request]):
             best = request.answers[0]
             for token in best:
                 request.deliver(token)
-            is_complete = len(best) < request.budget or best[-1] in request.end_ids
+            has_end = best[-1] in request.end_ids
+            is_complete = len(best) < request.budget or has_end or request.reader.found_stop
             request.finish("stop" if is_complete else "length")
 
     def _assign_slot(self, sequence: TokenSequence) -> None:

@@ -6,8 +6,7 @@ prompts ─► generate ─► ids ─► AnswerReader ─► events, or the par
 from __future__ import annotations
 
 import contextlib
-import itertools
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any, ClassVar, Literal
 
@@ -176,10 +175,8 @@ class Generator:
         draw: decodes the image of an `image` or `image_preview` event.
         previews: numbers of codes after which an unfinished image is shown.
         """
-        # Beams have no unfinished images: their tokens come at the end.
-        reader = self.reader(settings, previews if settings.num_beams == 1 else ())
 
-        def draw_images(events: Sequence[Event]) -> Iterator[Event]:
+        def draw_images(events: Iterable[Event]) -> Iterator[Event]:
             for event in events:
                 if event["type"] in ("image", "image_preview"):
                     event["image"] = draw(event)
@@ -188,26 +185,19 @@ class Generator:
                     part.image = event["image"]
                 yield event
 
-        # 1. Tokens, until the answer ends or the caller has left.
-        finish_reason = "cancelled"
+        # 1. Events, until the answer ends or the caller has left. Beams have no unfinished images:
+        #    their tokens come at the end.
+        request = self.engine.submit(
+            prompt,
+            settings,
+            end_ids=self.ends(task),
+            should_stop=should_stop,
+            states=None if states is None else states[0],
+            previews=previews if settings.num_beams == 1 else (),
+        )
+        reader = request.reader
         with contextlib.suppress(Stopped):
-            request = self.engine.submit(
-                prompt,
-                settings,
-                end_ids=self.ends(task),
-                should_stop=should_stop,
-                states=None if states is None else states[0],
-            )
-            try:
-                for token in itertools.chain(request.initial_ids, request):
-                    yield from draw_images(reader.read(token))
-                    if reader.finished:
-                        break
-            finally:
-                request.cancel()  # a caller that leaves early, or a stop
-            complete = reader.finished or request.finish_reason == "stop"
-            finish_reason = "stop" if complete else "length"
-            yield from draw_images(reader.close())
+            yield from draw_images(request.events())
 
         # 2. The answer as a whole.
         answer = Answer(
@@ -216,6 +206,6 @@ class Generator:
             prompt.note,
             self.answer_after,
             prompt_tokens=len(prompt) - len(prompt.answered),  # those are in the answer's ids
-            finish_reason=finish_reason,
+            finish_reason=request.finish_reason or "cancelled",
         )
         yield {"type": "done", "answer": answer}

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import os
 import queue
 import threading
 import weakref
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
-from typing import Generic, TypeVar
+from typing import Any, Generic, Self, TypeVar
 
 import torch
 
@@ -45,6 +46,17 @@ class InboxThread(ABC, Generic[Item]):
         self._starting = threading.Lock()
         self._closing = threading.Event()
         weakref.finalize(self, _close, self._wakeups, self._threads, self._closing)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A copy with an empty inbox, and without thread."""
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        copied._begin()
+        for name, value in vars(self).items():
+            if name not in vars(copied):
+                setattr(copied, name, copy.deepcopy(value, memo))
+        _instances.add(copied)
+        return copied
 
     def _put(self, item: Item) -> None:
         """Add an item, from any thread."""

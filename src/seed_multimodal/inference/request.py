@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import queue
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -18,8 +19,12 @@ from seed_multimodal.inference.prompt import (
     random_seed,
 )
 from seed_multimodal.inference.sampling import LogitsProcessor
-from seed_multimodal.inference.stopping import StopDetector
+from seed_multimodal.language.answer import AnswerReader, Event
+from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary
+
+# What the engine hands to the caller: a token with its events, an error, or None (the end).
+StreamItem = tuple[int, list[Event]] | BaseException | None
 
 
 @dataclass(eq=False)
@@ -86,6 +91,7 @@ class Request:
 
     initial_ids: ids of the answer that the prompt holds (`Prompt.answered`, a forced `<img>`).
     budget: new tokens at most.
+    reader: parses the answer while it is generated, and finds its stops. `previews`: see there.
     finish_reason: "stop" (an end token or a stop), "length" (the budget) or None (neither yet).
     forced_tokens: all that may be generated; None: anything.
     answers: with beams the best ones, when all are finished; the iteration gives the first.
@@ -96,14 +102,16 @@ class Request:
         prompt: Prompt,
         settings: GenerationSettings,
         *,
-        vocabulary: ImageVocabulary,
+        tokenizer: TextTokenizer,
         end_ids: Sequence[int],
         budget: int,
         seed: int | None,
         states: dict[int, Tensor] | None,
         should_stop: Callable[[], bool] | None,
+        previews: Sequence[int] = (),
         forced_tokens: ForcedTokens | None = None,
     ) -> None:
+        vocabulary = tokenizer.vocabulary
         forced = [vocabulary.boi_id] if settings.forces_image else []
         self.settings = settings
         self.initial_ids = [*prompt.answered, *forced]
@@ -118,10 +126,12 @@ class Request:
         self.finish_reason: str | None = None
         self.answers: list[list[int]] = []
         self.ended = False
-        # The engine sets the next two when the request starts.
-        self.processors: list[LogitsProcessor] = []
-        self.stop_detector: StopDetector | None = None
-        self._stream: queue.SimpleQueue[int | BaseException | None] = queue.SimpleQueue()
+        self.processors: list[LogitsProcessor] = []  # the engine sets them when it starts
+        self.reader = AnswerReader(tokenizer, settings.stop, previews, settings.stop_after)
+        self._first_events: list[Event] = []
+        for token in self.initial_ids:
+            self._first_events += self.reader.read(token)
+        self._stream: queue.SimpleQueue[StreamItem] = queue.SimpleQueue()
 
         # The sequences in rows of the cache: one for a beam, and one more for each with guidance.
         sequence = self._sequence(prompt, forced)
@@ -156,9 +166,9 @@ class Request:
         return all(getattr(self, name) == getattr(other, name) for name in names)
 
     def deliver(self, token: int) -> None:
-        """Hand a token to the caller."""
+        """Hand a token to the caller, with the events that it completes."""
         if not self.ended:
-            self._stream.put(token)
+            self._stream.put((token, self.reader.read(token)))
 
     def finish(self, reason: str) -> None:
         """End a complete answer."""
@@ -187,6 +197,26 @@ class Request:
             self.end(error)
 
     def __iter__(self) -> Iterator[int]:
+        with contextlib.closing(self._items()) as items:
+            for token, _ in items:
+                yield token
+
+    def events(self) -> Iterator[Event]:
+        """The events of the answer (see `language.answer`) in place of its tokens.
+
+        Where `should_stop` ended it, the text so far is complete before `Stopped` is raised.
+        """
+        yield from self._first_events
+        with contextlib.closing(self._items()) as items:
+            try:
+                for _, events in items:
+                    yield from events
+            except Stopped:
+                yield from (event for event in self.reader.close() if event["type"] == "text")
+                raise
+        yield from self.reader.close()
+
+    def _items(self) -> Generator[tuple[int, list[Event]]]:
         try:
             while (item := self._stream.get()) is not None:
                 if isinstance(item, BaseException):

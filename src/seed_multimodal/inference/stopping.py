@@ -1,4 +1,4 @@
-"""Ends of answers by texts (`GenerationSettings.stop`), such as the opening of the next turn."""
+"""Ends of beams, and of answers by transformers, by texts (`GenerationSettings.stop`)."""
 
 from __future__ import annotations
 
@@ -12,25 +12,8 @@ from seed_multimodal.language.answer import AnswerReader
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 
 
-class StopDetector:
-    """Reads an answer token by token, and tells when one of the settings' stops is complete."""
-
-    def __init__(
-        self, tokenizer: TextTokenizer, settings: GenerationSettings, ids: Sequence[int] = ()
-    ) -> None:
-        self._reader = AnswerReader(tokenizer, settings.stop, after=settings.stop_after)
-        for token in ids:
-            self._reader.read(token)
-
-    def completes_stop(self, token: int) -> bool:
-        """Add a token: whether the answer ends with it."""
-        self._reader.read(token)
-        return self._reader.finished
-
-
 class StopTexts:
-    """The same for rows whose tokens are not known in order (beams), as a stopping criterion of
-    transformers' `generate`; `ends` reads a whole answer."""
+    """Stopping criterion of transformers' `generate`: ends rows at one of the settings' stops."""
 
     def __init__(
         self,
@@ -54,5 +37,6 @@ class StopTexts:
         text = self._tokenizer.decode([*self._initial_ids, *ids])
         if not any(stop in text for stop in self._settings.stop):  # in most steps
             return False
-        detector = StopDetector(self._tokenizer, self._settings, self._initial_ids)
-        return any(detector.completes_stop(token) for token in ids)
+        settings = self._settings
+        reader = AnswerReader(self._tokenizer, settings.stop, after=settings.stop_after)
+        return reader.read_all([*self._initial_ids, *ids]).found_stop

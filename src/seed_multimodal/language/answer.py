@@ -22,6 +22,8 @@ from seed_multimodal.language.prompts import without_verdict
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import PLACEHOLDER, ImageVocabulary
 
+_NOT_BLANK = re.compile(r"\S")
+
 
 @dataclass
 class ImagePart:
@@ -115,6 +117,41 @@ class Event(TypedDict, total=False):
     notes: list[str]  # of the server, in its last event
 
 
+class _RunningText:
+    """The text of tokens that come one by one; only the last ones are decoded again.
+
+    text: of all tokens; half a character at its end is "\ufffd".
+    lengths: of the text after each token.
+    """
+
+    def __init__(self, tokenizer: TextTokenizer) -> None:
+        self.text = ""
+        self.lengths: list[int] = []
+        self._tokenizer = tokenizer
+        # The tokens whose text is not certain, behind those that were certain last: a tokenizer
+        # may decode the beginning of a text in another way (LLaMA's drops a space).
+        self._known_ids: list[int] = []
+        self._new_ids: list[int] = []
+        self._known = ""  # the text of `_known_ids` alone
+        self._n_certain = 0  # characters
+
+    def add(self, token: int) -> None:
+        """Add a token."""
+        self._new_ids.append(token)
+        decoded = self._decode([*self._known_ids, *self._new_ids])
+        new_text = decoded[len(self._known) :]
+        self.text = self.text[: self._n_certain] + new_text
+        self.lengths.append(len(self.text))
+        if new_text and not new_text.endswith("\ufffd"):
+            self._known_ids = self._new_ids
+            self._new_ids = []
+            self._known = self._decode(self._known_ids)
+            self._n_certain = len(self.text)
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=True)
+
+
 class AnswerReader:
     """Parses an answer token by token.
 
@@ -124,6 +161,7 @@ class AnswerReader:
     after: the end of a verdict (see `TaskPrompts`), in which no stops count and no text is sent.
 
     ids: the tokens that belong to the answer so far. parts: its complete texts and images.
+    found_stop: whether one of `stops` has ended the answer.
     """
 
     def __init__(
@@ -139,7 +177,9 @@ class AnswerReader:
         self.ids: list[int] = []
         self.parts: list[AnswerPart] = []
         self.finished = False
+        self.found_stop = False
         self._run: list[int] = []  # tokens since the last change between text and image
+        self._text = _RunningText(tokenizer)  # of the run
         self._sent = 0  # characters of the run's text that were events already
 
         stops = [stop for stop in stops if stop]
@@ -149,7 +189,7 @@ class AnswerReader:
         any_stop = "|".join(map(re.escape, stops)) or "(?!)"  # without stops nothing matches
         any_prefix = "|".join(map(re.escape, prefixes))
         self._stop = re.compile(f" *(?:{any_stop})")
-        self._incomplete_end = re.compile(rf" *(?:{any_prefix})?\Z|\ufffd+\Z")
+        self._incomplete_end = re.compile(rf" *(?:{any_prefix})?\ufffd*\Z")
 
     @property
     def _in_image(self) -> bool:
@@ -184,6 +224,7 @@ class AnswerReader:
         self.ids.append(token)
         self._run.append(token)
         if not self._run_is_image:
+            self._text.add(token)
             return events + self._new_text(final=False)
         if token == vocabulary.eoi_id:
             return events + self._flush()
@@ -252,20 +293,19 @@ class AnswerReader:
         return events + self._flush()
 
     def _flush_text(self) -> list[Event]:
-        events = self._new_text(final=True) if self._run else []
-        text = self._text()
+        """End a text; its part is what the events told."""
+        events = [] if self.finished else self._new_text(final=True)
+        text = self._text.text[: self._sent]
         if text.strip():
             self.parts.append(text)
         self._run = []
+        self._text = _RunningText(self.tokenizer)
         self._sent = 0
         return events
 
-    def _text(self) -> str:
-        return self.tokenizer.decode(self._run, skip_special_tokens=True)
-
     def _new_text(self, final: bool) -> list[Event]:
         """What the run adds to the text; a stop ends the answer, and is dropped."""
-        text = self._text()
+        text = self._text.text
 
         # 1. Skip the verdict.
         start = 0
@@ -274,28 +314,40 @@ class AnswerReader:
         elif self.after and not final:
             return []
 
-        # 2. The text that is certain ends at a stop, whose tokens are dropped, or at what may
-        #    become a stop or a character.
+        # 2. The text that is certain ends at a stop, or at what may become a stop or a character.
+        #    Neither begins in what was sent.
+        unsent = max(self._sent, start)
+        stop = self._find_stop(text, start, unsent)
         end = len(text)
-        stop = self._find_stop(text, start)
         if stop is not None:
             end = stop.start()
-            while self._run and (not end or len(self._text()) > end):
-                self._run.pop()
-                self.ids.pop()
+            self._drop_run_after(end)
+            self.found_stop = True
             self.finished = True
         elif not final:
-            end = len(self._incomplete_end.sub("", text, count=1))
+            incomplete = self._incomplete_end.search(text, unsent)
+            assert incomplete is not None  # at least the empty end
+            end = incomplete.start()
 
         # 3. What of it was no event yet.
-        new_text = text[max(self._sent, start) : end]
-        self._sent = max(self._sent, end)
-        return [{"type": "text", "text": new_text}] if new_text else []
+        self._sent = max(unsent, end)
+        return [{"type": "text", "text": text[unsent:end]}] if unsent < end else []
 
-    def _find_stop(self, text: str, start: int) -> re.Match[str] | None:
-        """The first stop after `start`; line breaks before the first word are none."""
-        first_word = re.compile(r"\S").search(text, start)
-        for stop in self._stop.finditer(text, start):
+    def _drop_run_after(self, end: int) -> None:
+        """Drop the run's tokens that reach behind this length of its text."""
+        n_kept = len(self._run)
+        while n_kept and (not end or self._text.lengths[n_kept - 1] > end):
+            n_kept -= 1
+        del self.ids[len(self.ids) - len(self._run) + n_kept :]
+        del self._run[n_kept:]
+
+    def _find_stop(self, text: str, start: int, unsent: int) -> re.Match[str] | None:
+        """The first stop behind `unsent`; line breaks before the first word are none.
+
+        start: where the text begins, behind a verdict.
+        """
+        first_word = _NOT_BLANK.search(text, start)
+        for stop in self._stop.finditer(text, unsent):
             is_blank = not stop[0].strip()
             if not is_blank or (first_word and stop.start() > first_word.start()):
                 return stop

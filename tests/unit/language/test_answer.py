@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import time
 from itertools import groupby
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
+from tiny.language import write_hub_tokenizer
+from tiny.seed import SENTENCES
 
 from seed_multimodal.language.answer import AnswerReader, BrokenImagePart, Event, ImagePart
+from seed_multimodal.language.hub_tokenizer import HubTokenizer
+from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 STOP = "\nUSER:"
@@ -103,6 +108,51 @@ def test_streamed_text_ends_at_the_first_stop(tokenizer, text, stops):
     # The answer's tokens are the text's: the next turn of a chat reads them.
     assert tokenizer.decode(reader.ids) == expected
     assert reader.ids == ids[: len(reader.ids)]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tokenizer, seedx_tokenizer, tmp_path_factory) -> list[TextTokenizer]:
+    folder = write_hub_tokenizer(tmp_path_factory.mktemp("hub"), SENTENCES)
+    return [tokenizer, seedx_tokenizer, HubTokenizer.create(folder, 24, 5)]
+
+
+@given(
+    index=st.integers(0, 2),
+    shares=st.lists(st.floats(0, 1, exclude_max=True), max_size=30),
+    stop_shares=st.none() | st.tuples(st.floats(0, 1), st.integers(1, 4)),
+)
+@example(index=2, shares=[0.25, 0.5, 0.375], stop_shares=(0.0, 2))  # half a character behind
+def test_streamed_text_is_the_answers_for_any_tokens_and_stops(
+    tokenizers, index, shares, stop_shares
+):
+    # Stops begin inside of tokens, and characters in several: a page must not show what the
+    # answer has not, nor the reverse.
+    tokenizer = tokenizers[index]
+    ids = [int(share * tokenizer.vocabulary.n_text) for share in shares]
+    ids = [id for id in ids if id not in tokenizer.eos_token_ids]
+    whole = tokenizer.decode(ids, skip_special_tokens=True)
+    expected, stops = whole, []
+    if stop_shares is not None:
+        start = int(stop_shares[0] * len(whole))
+        stop = whole[start : start + stop_shares[1]]
+        if stop.strip() == stop and stop and "\ufffd" not in stop:
+            stops = [stop]
+            expected = whole[: whole.find(stop)].rstrip(" ")
+    reader, events = read_all(tokenizer, ids, *stops)
+    assert text_of(events).rstrip(" ") == expected.rstrip(" ")
+    assert reader.parts == ([text_of(events)] if expected.strip() else [])
+    assert reader.found_stop == bool(stops)
+    assert reader.ids == ids[: len(reader.ids)]
+    assert expected.startswith(tokenizer.decode(reader.ids, skip_special_tokens=True).rstrip(" "))
+
+
+def test_long_answers_are_read_in_linear_time(tokenizer):
+    # Small models with long contexts would spend most of their time on reading.
+    ids = tokenizer.encode("It is a cat. Please draw a red apple! " * 300)[:4000]
+    assert len(ids) == 4000
+    start = time.process_time()
+    read_all(tokenizer, ids, STOP)
+    assert time.process_time() - start < 0.3
 
 
 def test_read_sends_no_half_character_and_no_half_stop(tokenizer: MultimodalTokenizer):

@@ -21,7 +21,6 @@ from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import ConfigError, RequestError, first_line
 from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.request import Request
-from seed_multimodal.inference.stopping import StopDetector
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.proxies import direct
 
@@ -109,8 +108,6 @@ class CompletionServerEngine(BaseEngine):
         """All segments of an answer."""
         settings = request.settings
         sequence = request.sequences[0]
-        if settings.stop:
-            request.stop_detector = StopDetector(self.tokenizer, settings, request.initial_ids)
         while not request.ended:
             if sequence.in_image and settings.constrain:
                 self._answer_image(request)
