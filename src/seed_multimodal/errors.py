@@ -94,7 +94,11 @@ class DataError(SeedError):
 
 
 class RequestError(SeedError):
-    """An invalid request to a server or system."""
+    """An invalid request to a server or system; `field`: the wrong one of an HTTP request."""
+
+    def __init__(self, message: str, field: str = "") -> None:
+        super().__init__(f"{field}: {message}" if field else message)
+        self.field = field
 
 
 class GenerationError(SeedError):
@@ -113,8 +117,14 @@ def first_line(error: BaseException, max_length: int = 300) -> str:
     return lines[0].rstrip(".")[:max_length]
 
 
+def printable(name: str) -> str:
+    """A name in one line of a terminal: line feeds and other control characters are escaped."""
+    return re.sub(r"[\x00-\x1f\x7f-\x9f]", lambda control: repr(control[0])[1:-1], name)
+
+
 def short_name(name: str, length: int = 60) -> str:
     """A name for a message; of a long one, its beginning and end."""
+    name = printable(name)
     half = length // 2
     return name if len(name) <= length else f"{name[:half]}…{name[-half:]}"
 

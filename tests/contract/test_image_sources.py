@@ -88,6 +88,9 @@ DEPTHS: dict[str, Any] = {
     "16 bits": np.array([[0, 32768, 65535, 0, 0]], np.uint16),
     "32 bits": np.array([[0, 2**31, 2**32 - 1, 0, 0]], np.uint32),
     "an image of 16 bits": Image.fromarray(np.array([[0, 32896, 65535, 0, 0]], np.uint16)),
+    "premultiplied grey": Image.fromarray(LEVELS[..., 0].astype(np.uint8))
+    .convert("LA")
+    .convert("La"),
     "an image of integers": Image.fromarray(LEVELS[..., 0].astype(np.int32)),
 }
 BASE64 = base64.b64encode(SMALL).decode()
@@ -118,6 +121,17 @@ def test_open_image_of_every_form(source, pixels):
     # A wrong range is a black or white image. A conversation reads its images again at each turn.
     for _ in range(2):
         assert np.array_equal(open_image(source).image, pixels)
+
+
+def test_open_image_of_a_reader_without_weak_references():
+    # As open files of libraries in C.
+    class Reader:
+        __slots__ = ("read",)
+
+        def __init__(self) -> None:
+            self.read = io.BytesIO(PNG).read
+
+    assert np.array_equal(open_image(Reader()).image, PIXELS)
 
 
 @pytest.mark.slow

@@ -294,6 +294,18 @@ def test_chat_that_is_cancelled(system):
     assert 3 <= len(calls) <= 5
 
 
+@pytest.mark.parametrize(
+    "content",
+    [["What?", noise(1)], ["What?", noise(1), " "], [noise(1), "What?", noise(2)]],
+    ids=["text first", "blank last", "text between"],
+)
+def test_chat_reads_images_before_the_question(system, content):
+    # OpenAI's guide writes the text first; behind an image the models would draw another one.
+    images = [part for part in content if not isinstance(part, str)]
+    ordered = system.chat(user(*images, "What?"), **GREEDY)
+    assert system.chat(user(*content), **GREEDY).ids == ordered.ids
+
+
 def test_chat_of_several_turns(system, family: Family):
     # A conversation goes on after a drawing; too long a one loses its oldest turns.
     first = user(noise(1), "Make it red.")
@@ -417,6 +429,8 @@ def test_empty_requests_are_refused_by_number(system, family: Family):
             system.draw(texts)
         with pytest.raises(RequestError, match="1"):
             system.edit([image, image], texts)
+        with pytest.raises(RequestError, match="1"):
+            system.ask([image, image], texts)
     with pytest.raises(RequestError, match="1"):
         system.reconstruct([image, []])
     with pytest.raises(ConfigError, match="num_images"):

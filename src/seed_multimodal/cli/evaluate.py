@@ -323,6 +323,11 @@ def _ask_once(args: Namespace) -> int:
     from seed_multimodal.evaluation.tasks import PROBE
     from seed_multimodal.evaluation.vqa import PLAIN_QUESTION
 
+    if args.images is not None:
+        raise ConfigError(
+            f"{args.images}: --images is the folder of the images that --questions names; ask "
+            f"about one image with --image."
+        )
     # The flags override the settings of the original's probe.
     system = _load(args)
     system.use_plain_prompts()

@@ -31,7 +31,7 @@ from seed_multimodal.cli.common import (
 )
 from seed_multimodal.disk import JsonObject, text_stem
 from seed_multimodal.entry import log_line
-from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.errors import ConfigError, DataError, printable
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -57,7 +57,7 @@ def tokenize(args: Namespace) -> int:
         record = {"image": name, "codes": codes.tolist()}
         if lines is not None:
             print_json(record, lines)
-        emit(args, record, f"{name}: {' '.join(map(str, record['codes']))}")
+        emit(args, record, f"{printable(name)}: {' '.join(map(str, record['codes']))}")
 
     # 2. The codes; the file holds the images that did not fail.
     return run_batches(args, args.images, show, work, args.batch_size)
@@ -112,7 +112,7 @@ def reconstruct(args: Namespace) -> int:
         record: JsonObject = {"image": name}
         if codec.has_codes:
             record["codes"] = [int(code) for code in encoded]
-        emit(args, record | saved, f"{name}: {paths}")
+        emit(args, record | saved, f"{printable(name)}: {paths}")
 
     return run_batches(args, names, show, work, args.batch_size)
 
@@ -121,7 +121,7 @@ def describe(args: Namespace) -> int:
     """Print a caption for each image."""
 
     def show(name: str, text: str) -> None:
-        emit(args, {"image": name, "description": text}, f"{name}: {text}")
+        emit(args, {"image": name, "description": text}, f"{printable(name)}: {text}")
 
     return _each_image(args, "describe", args.prompt, show)
 
@@ -131,7 +131,7 @@ def ask(args: Namespace) -> int:
 
     def show(name: str, text: str) -> None:
         record = {"image": name, "question": args.question, "answer": text}
-        emit(args, record, f"{name}: {text}")
+        emit(args, record, f"{printable(name)}: {text}")
 
     return _each_image(args, "ask", args.question, show)
 
@@ -143,7 +143,7 @@ def detect(args: Namespace) -> int:
     def show(name: str, detection: Detection) -> None:
         # Malformed boxes are logged, the others drawn.
         for problem in detection.problems:
-            log_line(f"{name}: {problem}")
+            log_line(f"{printable(name)}: {problem}")
         path = None
         if detection.boxes:
             path = outputs.save(detection.drawn(), source_stem(name), "_boxes")
@@ -157,7 +157,7 @@ def detect(args: Namespace) -> int:
         }
         # As text: the boxes, else what the model answered.
         boxes = "; ".join(" ".join(map(str, box)) for box in detection.boxes)
-        line = f"{name}: {boxes or detection.text or 'not found'}"
+        line = f"{printable(name)}: {boxes or detection.text or 'not found'}"
         emit(args, record, f"{line} ({path})" if path else line)
 
     return _each_image(args, "detect", args.phrase, show)
@@ -170,7 +170,7 @@ def edit(args: Namespace) -> int:
     def show(name: str, images: Sequence[Image.Image]) -> None:
         saved, paths = _save_all(images, outputs, source_stem(name), "edited")
         record = {"image": name, "instruction": args.instruction, **saved}
-        emit(args, record, f"{name}: {paths}")
+        emit(args, record, f"{printable(name)}: {paths}")
 
     return _each_image(args, "edit", args.instruction, show, args.num_images)
 

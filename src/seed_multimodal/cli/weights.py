@@ -19,7 +19,7 @@ from seed_multimodal.disk import (
 )
 from seed_multimodal.entry import DONE, SOME_FAILED, log_line
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.pipelines.config import SystemConfig
+from seed_multimodal.pipelines.config import SHIPPED_SYSTEMS, SystemConfig
 from seed_multimodal.settings import check_value, nearest
 from seed_multimodal.weights.catalogue import Part, catalogue, part_of
 from seed_multimodal.weights.fetch import MIRRORS, fetch_parts, online, read_mirrors
@@ -104,6 +104,10 @@ def wanted_parts(name: str) -> list[Part]:
     """
     parts, systems = catalogue()
     names = list({**systems, **parts})
+    if name.lower() in SHIPPED_SYSTEMS:
+        raise ConfigError(
+            f"{name}: is not downloaded; it comes with the repository, in pretrained/."
+        )
     if name.lower() not in names:
         raise ConfigError(
             f"{name}: there is no original model or part of this name{nearest(name, names)}; "

@@ -335,9 +335,12 @@ def _stream_bytes(file: IO[bytes], name: str, limits: ImageLimits) -> bytes:
     if hasattr(file, "seekable") and file.seekable():
         file.seek(0)
         return _read_all(file, limits)
-    if file not in _read_before:
-        _read_before[file] = _read_all(file, limits)
-    return _read_before[file]
+    if file in _read_before:
+        return _read_before[file]
+    data = _read_all(file, limits)
+    with contextlib.suppress(TypeError):  # of an object without weak references
+        _read_before[file] = data
+    return data
 
 
 def _read_all(file: IO[bytes], limits: ImageLimits) -> bytes:
@@ -450,6 +453,8 @@ def to_rgb(image: Image.Image) -> Image.Image:
         image = Image.fromarray(to_8_bits(np.asarray(image)))
 
     # 2. Transparency over white.
+    if image.mode == "La":  # Pillow converts it to LA only
+        image = image.convert("LA")
     if image.has_transparency_data:
         layer = image.convert("RGBA")
         white = Image.new("RGBA", layer.size, (255, 255, 255, 255))

@@ -10,6 +10,7 @@ text: pass file names as `Path`, or in the format of transformers and OpenAI: `{
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeAlias, TypeGuard
@@ -72,6 +73,26 @@ def read_messages(messages: Sequence[object]) -> list[Message]:
             "answer."
         )
     return conversation
+
+
+def images_before_question(message: Message) -> Message:
+    """A user's message with its last images in front of the text that they follow.
+
+    Tuned models have learned questions that end with text; behind an image they draw.
+    """
+    # 1. The images at the end, and the texts before them.
+    content = message.content
+    end = len(content)
+    while end and (not isinstance(content[end - 1], str) or _is_blank(content[end - 1])):
+        end -= 1
+    start = end
+    while start and isinstance(content[start - 1], str):
+        start -= 1
+
+    # 2. The images change places with the texts.
+    if message.role != "user" or all(isinstance(item, str) for item in content[end:]):
+        return message
+    return Message("user", (*content[:start], *content[end:], *content[start:end]))
 
 
 def user_message(content: Sequence[object], index: int = 0) -> list[Message]:
@@ -155,9 +176,20 @@ def image_conversations(
 
 
 def _message(message: object, index: int) -> Message:
-    """Parse one message of a conversation."""
-    if isinstance(message, Message):
-        return message
+    """One message of a conversation, whose user's messages are not empty."""
+    parsed = message if isinstance(message, Message) else _parsed_message(message, index)
+    if parsed.role in ("user", "raw") and all(map(_is_blank, parsed.content)):
+        raise RequestError(f"Message {index} is empty.")
+    token = re.search(r"<img_\d+>", parsed.text) if parsed.role == "user" else None
+    if token:
+        raise RequestError(
+            f"Message {index} holds {token[0]} as text; send an image as codes, a list of numbers."
+        )
+    return parsed
+
+
+def _parsed_message(message: object, index: int) -> Message:
+    """Parse a mapping with `role` and `content`."""
     if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
         raise RequestError(f"Message {index} must be a mapping with 'role' and 'content'.")
     role = message["role"]
@@ -170,10 +202,7 @@ def _message(message: object, index: int) -> Message:
     # An earlier answer, or what the caller wrote.
     if isinstance(content, Answer):
         content = [part for part in content.parts if not isinstance(part, BrokenImagePart)]
-    items = tuple(_item(item, index) for item in _as_list(content))
-    if role == "user" and all(map(_is_blank, items)):
-        raise RequestError(f"Message {index} is empty.")
-    return Message(role, items)
+    return Message(role, tuple(_item(item, index) for item in _as_list(content)))
 
 
 def _is_blank(item: ContentPart) -> bool:

@@ -43,6 +43,7 @@ from seed_multimodal.language.messages import (
     Message,
     flatten_images,
     image_conversations,
+    images_before_question,
     read_messages,
     user_message,
 )
@@ -301,7 +302,9 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
 
     def chat_request(self, conversation: list[Message], task: Task) -> list[Message]:
         """The conversation as the model was trained to read it in `task`."""
-        return conversation
+        if not self.config.tuned:
+            return conversation
+        return [images_before_question(message) for message in conversation]
 
     # ---- tasks
 
@@ -334,9 +337,12 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
 
         question: one for all images, or one each.
         short: ask for one word or phrase, as the system was tuned.
+        Raises RequestError: an empty question.
         """
+        texts = _check_texts(question)
+        each = question if isinstance(question, str) else texts
         as_request = self.tasks.question if short else str
-        return self._answer_texts(images, question, "ask", batch_size, options, as_request)
+        return self._answer_texts(images, each, "ask", batch_size, options, as_request)
 
     def likelihoods(
         self,
@@ -448,6 +454,8 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
         """
         # 1. The settings.
         conversation = read_messages(messages)
+        if force_image and images == "never":
+            raise RequestError("force_image and images='never' ask for opposite things.")
         if force_image:
             images = "forced"
         task = self.task_of(conversation, images == "forced")
@@ -602,9 +610,9 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
 
 
 def _check_texts(texts: str | Sequence[str]) -> list[str]:
-    """The texts of drawings, as a list. Raises RequestError: an empty one."""
+    """The texts of requests, as a list. Raises RequestError: an empty one."""
     texts = [texts] if isinstance(texts, str) else list(texts)
     for index, text in enumerate(texts):
         if not text.strip(BLANK):
-            raise RequestError(f"Text {index} is empty: say what to draw.")
+            raise RequestError(f"Text {index} is empty.")
     return texts

@@ -103,7 +103,8 @@ def create_app(
         sentence, status = sentence_and_status(error)
         if isinstance(error, HTTPException) and error.description == type(error).description:
             sentence = sentences.get(status, sentence)  # instead of Werkzeug's
-        body = error_json(request.path.startswith("/v1"), sentence, status)
+        field = getattr(error, "field", "")
+        body = error_json(request.path.startswith("/v1"), sentence, status, field)
         headers = HEADERS.get(status, {})
         if isinstance(error, MethodNotAllowed):
             headers = {"Allow": ", ".join(error.valid_methods or ())}
@@ -135,14 +136,8 @@ def allow_origins(app: Flask, origins: Collection[str]) -> None:
             return response
         response.headers["Access-Control-Allow-Origin"] = origin
         response.vary.add("Origin")
-        # A preflight names the request's headers; X-Stainless-* are those of OpenAI's clients.
-        names = request.headers.get("Access-Control-Request-Headers", "").lower()
-        allowed = [
-            name
-            for name in names.replace(" ", "").split(",")
-            if name in ("authorization", "content-type") or name.startswith("x-stainless-")
-        ]
-        response.headers["Access-Control-Allow-Headers"] = ", ".join(allowed)
+        names = request.headers.get("Access-Control-Request-Headers", "")  # of a preflight
+        response.headers["Access-Control-Allow-Headers"] = names
         response.headers["Access-Control-Allow-Methods"] = "GET, POST"
         return response
 
@@ -295,15 +290,18 @@ def sentence_and_status(error: Exception) -> tuple[str, int]:
     return "The server failed inside; its log has the details.", 500
 
 
-def error_json(openai: bool, sentence: str, status: int) -> JsonObject:
-    """The body of an error: OpenAI's, or `error` with the keys of an answer."""
+def error_json(openai: bool, sentence: str, status: int, field: str = "") -> JsonObject:
+    """The body of an error: OpenAI's, or `error` with the keys of an answer.
+
+    field: of the request that is wrong, if it is one.
+    """
     if not openai:
         return {"error": sentence, **schema.GenerateResponse(error_msg=[sentence]).model_dump()}
     return {
         "error": {
             "message": sentence,
             "type": "server_error" if status >= 500 else "invalid_request_error",
-            "param": None,
+            "param": field or None,
             "code": None,
         }
     }

@@ -50,6 +50,7 @@ from seed_multimodal.serving.schema import (
     ImageUrl,
     Limits,
     TokensRequest,
+    contradiction,
 )
 
 if TYPE_CHECKING:
@@ -303,13 +304,15 @@ class Backend:
         notes: list[str] = []
         for role, parts in turns:
             # SEED-X's own images have no codes, but stand where the model generated some.
-            replaces_codes = role == "assistant" and self.vocabulary.fixed_image_order
+            is_answer = role == "assistant"
+            replaces_codes = is_answer and self.vocabulary.fixed_image_order
             content: list[Part | ImagePart] = []
             for part in parts:
                 if isinstance(part, list) and len(part) < self.vocabulary.min_codes:
-                    notes.append(
-                        f"An image broke off after {len(part)} of {n_codes} codes and was left out."
-                    )
+                    problem = f"An image broke off after {len(part)} of {n_codes} codes"
+                    if not is_answer:
+                        raise RequestError(f"{problem}; send all of them, or the image.")
+                    notes.append(f"{problem} and was left out.")
                 elif isinstance(part, Image.Image) and replaces_codes:
                     content.append(ImagePart(list(range(n_codes)), image=part))
                 elif part != "":
@@ -506,7 +509,8 @@ class Backend:
             return
         self.images.labels("drawn").inc(len(drawings))
         data = [{"b64_json": encoded(image, request)} for image in drawings]
-        yield {"created": int(time.time()), "data": data, "notes": notes}
+        form = form_of(drawings[0], request)
+        yield {"created": int(time.time()), "data": data, **form, "notes": notes}
 
     def _drawing_events(
         self, request: ImagesRequest, kind: str, events: Iterator[Event], notes: Sequence[str]
@@ -520,10 +524,7 @@ class Backend:
             common = {
                 "b64_json": encoded(image, request),
                 "created_at": int(time.time()),
-                "output_format": request.output_format,
-                "size": request.size or f"{image.width}x{image.height}",
-                "quality": "auto",
-                "background": "opaque",
+                **form_of(image, request),
                 "index": index,
             }
             if event["type"] == "image_preview":
@@ -549,8 +550,11 @@ class Backend:
         ratios = find_family(self.system.config.system).page_card().ratios or ("1:1",)
         if sent_ratio not in ratios or max(width, height) > MAX_SIDE:
             raise RequestError(
-                f"size: {self.name} draws in {', '.join(ratios)}, at most {MAX_SIDE} pixels a side."
+                f"{self.name} draws in {', '.join(ratios)}, at most {MAX_SIDE} pixels a side.",
+                "size",
             )
+        if ratio not in (None, sent_ratio):
+            raise contradiction("ratio", "size")
         return {} if sent_ratio == "1:1" else {"ratio": sent_ratio}
 
     def _preview_lengths(self, request: ImageOptions) -> list[int]:
@@ -565,7 +569,14 @@ class Backend:
         data: list[JsonObject]
         if request.codes:
             # Codes → images.
-            options: Options = {"codes": request.first} if request.first else {}
+            options: Options = {}
+            if request.first:
+                n_codes = self.vocabulary.tokens_per_image
+                if request.first > n_codes or not self.system.images.progressive:
+                    raise RequestError(
+                        f"{self.name} cannot draw from so many of {n_codes} codes.", "first"
+                    )
+                options["codes"] = request.first
             drawings = self.system.reconstruct(
                 request.codes, request.seed, should_stop=deadline, **options
             )
@@ -585,6 +596,16 @@ def encoded(image: Image.Image, options: ImageOptions) -> str:
         width, height = map(int, options.size.split("x"))
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     return image_to_base64(image, options.output_format, quality=options.output_compression)
+
+
+def form_of(image: Image.Image, options: ImageOptions) -> JsonObject:
+    """OpenAI's fields about the form in which an image is returned."""
+    return {
+        "output_format": options.output_format,
+        "size": options.size or f"{image.width}x{image.height}",
+        "quality": "auto",
+        "background": "opaque",
+    }
 
 
 def usage_of(answer: Answer, prompt: str, completion: str) -> JsonObject:

@@ -145,9 +145,10 @@ class GenerateRequest(Fields):
     def _count(self) -> GenerateRequest:
         count = self.text.count(PLACEHOLDER)
         if count != len(self.images):
-            raise ValueError(
+            raise RequestError(
                 f"'text' holds {count} {PLACEHOLDER} placeholders, but 'images' has "
-                f"{len(self.images)} entries; they must be equal"
+                f"{len(self.images)} entries; they must be equal.",
+                "images",
             )
         return self
 
@@ -268,9 +269,11 @@ class AnswerRequest(Fields):
     `stop`: texts that end the answer and are not in it. `ratio`: aspect ratio of LaVIT's images.
     `previews`: a stream shows images while they are made.
 
-    usage_names: how the route calls the tokens of the prompt and of the answer.
+    conversation_name, usage_names: how the route calls the conversation, and the tokens of the
+    prompt and of the answer.
     """
 
+    conversation_name: ClassVar[str] = "messages"
     usage_names: ClassVar[tuple[str, str]] = ("prompt", "completion")
 
     temperature: Temperature | None = None
@@ -300,7 +303,7 @@ class AnswerRequest(Fields):
         # 1. An empty message without an image is nothing to answer.
         *_, last = self.conversation
         if all(isinstance(part, str) and not part.strip(BLANK) for part in last.parts):
-            raise ValueError("The last message is empty")
+            raise RequestError("The last message is empty.", self.conversation_name)
 
         # 2. Images and characters of the conversation.
         n_images = 0
@@ -312,9 +315,10 @@ class AnswerRequest(Fields):
                 else:
                     n_images += 1
         if n_images > MAX_IMAGES or n_characters > MAX_TEXT:
-            raise ValueError(
+            raise RequestError(
                 f"The messages hold {n_images} images and {n_characters} characters; {MAX_IMAGES} "
-                f"and {MAX_TEXT} are allowed"
+                f"and {MAX_TEXT} are allowed.",
+                self.conversation_name,
             )
         return self
 
@@ -332,7 +336,7 @@ class ChatRequest(AnswerRequest):
     max_new_tokens: NewTokens | None = Field(
         None, validation_alias=AliasChoices("max_completion_tokens", "max_tokens")
     )
-    modalities: list[Literal["text", "image"]] | None = None
+    modalities: Annotated[list[Literal["text", "image"]], Field(min_length=1)] | None = None
     force_image: bool = False
 
     @property
@@ -342,6 +346,8 @@ class ChatRequest(AnswerRequest):
     @property
     def images(self) -> str:
         if self.force_image or self.modalities == ["image"]:
+            if self.modalities == ["text"]:
+                raise contradiction("force_image", "modalities")
             return "forced"
         return "never" if self.modalities == ["text"] else "auto"
 
@@ -356,6 +362,7 @@ class ResponsesRequest(AnswerRequest):
     """
 
     groups = ("every request", "answers", "/v1/responses")
+    conversation_name = "input"
     usage_names = ("input", "output")
 
     input: str | Annotated[list[ChatMessage | ImageCall], Field(min_length=1, max_length=256)]
@@ -421,7 +428,9 @@ class TokensRequest(Fields):
     @model_validator(mode="after")
     def _either(self) -> TokensRequest:
         if bool(self.images) == bool(self.codes):
-            raise ValueError("Send either 'images' or 'codes'")
+            raise RequestError("Send either 'images' or 'codes'.", "images")
+        if self.images and self.first:
+            raise contradiction("first", "images")
         return self
 
 
@@ -447,13 +456,18 @@ def read_request(model: type[Model], body: bytes | Mapping[str, object]) -> Mode
         # Types of a union (`ImageUrl`, `list[…]`) are no names.
         names = map(str, details["loc"])
         field = ".".join(name for name in names if not re.match(r"[A-Z]|.*\[", name))
-        message = f"{details['msg'].removeprefix('Value error, ')}."
+        message = f"{details['msg']}."
         if details["type"] == "extra_forbidden":
             values = model.ignored().get(field)
             exception = f", except {json.dumps(values)}" if values else ""
             advice = ADVICE.get(str(details["loc"][-1]), "")
             message = f"This server does not support it{exception}. {advice}".rstrip()
-        raise RequestError(f"{field}: {message}" if field else message) from None
+        raise RequestError(message, field) from None
+
+
+def contradiction(field: str, other: str) -> RequestError:
+    """The error of two fields of a request of which one can be followed."""
+    return RequestError(f"It contradicts {other!r}; send one of them.", field)
 
 
 POSTED: dict[str, type[Fields]] = {

@@ -271,6 +271,23 @@ def test_wrong_values_are_named(seed, command):
     assert (code, lines) == (2, []) and REFUSED[command] in errors.splitlines()[-1]
 
 
+@pytest.mark.parametrize(
+    "command, named", [("fetch nano", "pretrained/"), ("eval vqa --images nowhere", "nowhere:")]
+)
+def test_commands_that_would_do_something_else_are_refused(capsys, command, named):
+    # The first listed originals, the second asked about an image of ours.
+    assert main(command.split()) == 2
+    assert named in capsys.readouterr().err
+
+
+def test_names_are_printed_in_one_line(seed, tmp_path):
+    # Programs read a result a line.
+    image = tmp_path / "a\nb.png"
+    shutil.copy(FOX, image)
+    code, lines, _ = seed("tokenize", str(image))
+    assert code == 0 and len(lines) == 1 and "a\\nb.png: " in lines[0]
+
+
 def test_debug_shows_the_traceback():
     from seed_multimodal.errors import CheckpointError
 

@@ -65,6 +65,8 @@ def refusal(response: Any, status: int = 400) -> str:
     if isinstance(error, dict):
         assert error["type"] == "invalid_request_error"
         sentence = error["message"]
+        # Clients mark the field.
+        assert not error["param"] or sentence.startswith(f"{error['param']}: ")
     else:  # the original's clients read these fields of every answer
         assert (response.json["error_msg"], response.json["images"]) == ([error], [])
         sentence = error
@@ -164,7 +166,10 @@ def test_streams_of_images_are_the_images(client, route):
     kind = {DRAW: "image_generation", EDIT: "image_edit"}[route]
     names = ["partial_image", "partial_image", "completed"] * 2
     assert [event["type"] for event in streamed] == [f"{kind}.{name}" for name in names]
-    drawn = answer_of(post(client, route, **form))["data"]
+    complete = answer_of(post(client, route, **form))
+    for name in ("size", "output_format", "quality", "background"):
+        assert complete[name] == streamed[-1][name]
+    drawn = complete["data"]
     for item, event in zip(drawn, streamed[2::3], strict=True):
         # Alone and in a batch, pixels may be rounded differently.
         difference = np.int16(read(event["b64_json"])) - np.int16(read(item["b64_json"]))
@@ -235,15 +240,24 @@ REFUSED = {
     '/generate {"seed": 9223372036854775808}': "seed:",
     '/v1/chat/completions {"stop": ["a", "b", "c", "d", "e"]}': "stop",
     '/v1/chat/completions {"stop": ""}': "stop",
+    '/v1/chat/completions {"modalities": []}': "modalities:",
     '/v1/images/generations {"prompt": " "}': "prompt:",
     '/v1/images/generations {"n": 99}': "n:",
     '/v1/images/generations {"ratio": "3:2"}': "'ratio'",
     '/v1/images/generations {"response_format": "url"}': "response_format",
     '/v1/images/tokens {"first": 0}': "first:",
+    '/v1/images/tokens {"first": 99}': "first:",
+    # Fields that contradict each other.
+    '/v1/chat/completions {"modalities": ["text"], "force_image": true}': "force_image:",
+    '/v1/images/generations {"size": "64x64", "ratio": "3:2"}': "ratio:",
+    '/v1/images/tokens {"codes": null, "images": ["aGk="], "first": 3}': "first:",
     '/v1/images/tokens {"codes": [[], [1, 2]]}': "Row 0",
     # Messages.
+    '/generate {"text": ""}': "Message 0",
+    '/generate {"text": "USER: .\\nASSISTANT:"}': "Message 0",
     '/generate {"text": "<image>"}': "<image>",
-    '/v1/chat/completions {"messages": [{"role": "user", "content": " ."}]}': "last message",
+    '/v1/responses {"input": ""}': "input:",
+    '/v1/chat/completions {"messages": [{"role": "user", "content": " ."}]}': "messages:",
     '/v1/chat/completions {"messages": [{"role": "tool", "content": "12"}]}': "messages.0.role",
     # Images and codes.
     '/generate {"text": "<image>", "images": ["@@@"]}': "image 0",
@@ -284,6 +298,10 @@ REQUESTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "codes": (GENERATE, {"text": "<image>", "images": [[0] * 2000]}, "images.0"),
     "codes of an image": (GENERATE, {"text": "<image>", "images": [[0] * 33]}, "32 codes"),
     "a code": (GENERATE, {"text": "<image>", "images": [[16] * 32]}, "0 to 15"),
+    "no codes": (GENERATE, {"text": HI.replace("hi", "<image>?"), "images": [[]]}, "32 codes"),
+    "a broken image": (CHAT, {"messages": [user(CODES[:3], "What is it?")]}, "32 codes"),
+    "a code as text": (CHAT, {"messages": [user("<img><img_00001></img>?")]}, "<img_00001>"),
+    "a broken input": (RESPONSES, {"input": [user(CODES[:3], "What is it?")]}, "32 codes"),
     "characters of messages": (CHAT, {"messages": [user("x" * 33_000)]}, "characters"),
     "images of an edit": (EDIT, {"image": [b"no image"] * 17}, "image:"),
     "images of messages": (CHAT, {"messages": [user(*[CODES] * 17)]}, "17 images"),
@@ -300,7 +318,10 @@ for sent, named in REFUSED.items():
 
 @pytest.mark.parametrize("route, fields, named", REQUESTS.values(), ids=REQUESTS)
 def test_refused_fields_are_named(client, route, fields, named):
-    assert named in refusal(post(client, route, **fields))
+    response = post(client, route, **fields)
+    assert named in refusal(response)
+    if named.endswith(":") and route != GENERATE:
+        assert response.json["error"]["param"] == named.removesuffix(":")
     # A stream is refused with a status, too, not with an event.
     if route == CHAT:
         assert named in refusal(post(client, route, stream=True, **fields))

@@ -106,10 +106,10 @@ def test_generate_continues_a_text_without_template(client_of, request, name):
     assert answer["text"] == str(expected.answer)
 
 
-def test_generate_leaves_out_an_image_that_broke_off(client_of, tiny, tiny_x):
+def test_generate_leaves_out_an_image_of_an_answer_that_broke_off(client_of, tiny, tiny_x):
     # The original's clients send all images of the conversation, also unfinished ones.
     codes = [*range(16)] * 2
-    text = "<image><image> and <image> What is it?"
+    text = "USER: <image>Draw.\nASSISTANT: <image> and <image>\nUSER: What is it?\nASSISTANT:"
     answer = generate(client_of(tiny), text, codes, codes[:23], [])
     assert answer["images_ids"][:3] == [codes, codes[:23], []]
     assert len([note for note in answer["error_msg"] if "left out" in note]) == 2
