@@ -539,23 +539,25 @@ class Backend:
             n_previews = 0
 
     def _drawing_options(self, request: ImageOptions, ratio: str | None) -> Options:
-        """Settings of drawing by `size` and `ratio`. Raises RequestError: no such size."""
-        if request.size is None:
-            return {"ratio": ratio} if ratio else {}
-
-        # Drawings have the size of the model, of LaVIT in that ratio; `encoded` resizes them.
-        width, height = map(int, request.size.split("x"))
-        divisor = math.gcd(width, height)
-        sent_ratio = f"{width // divisor}:{height // divisor}"
+        """Settings of drawing by `size` and `ratio`. Raises RequestError: no such one."""
         ratios = find_family(self.system.config.system).page_card().ratios or ("1:1",)
-        if sent_ratio not in ratios or max(width, height) > MAX_SIDE:
+        field = "ratio"
+        sides: Sequence[int] = ()
+        if request.size:
+            # Drawings have the size of the model, in that ratio; `encoded` resizes them.
+            field = "size"
+            sides = [int(side) for side in request.size.split("x")]
+            divisor = math.gcd(*sides)
+            size_ratio = ":".join(str(side // divisor) for side in sides)
+            if ratio not in (None, size_ratio):
+                raise contradiction("ratio", "size")
+            ratio = size_ratio
+        if ratio not in (None, *ratios) or max(sides, default=0) > MAX_SIDE:
             raise RequestError(
                 f"{self.name} draws in {', '.join(ratios)}, at most {MAX_SIDE} pixels a side.",
-                "size",
+                field,
             )
-        if ratio not in (None, sent_ratio):
-            raise contradiction("ratio", "size")
-        return {} if sent_ratio == "1:1" else {"ratio": sent_ratio}
+        return {} if ratio in (None, "1:1") else {"ratio": ratio}
 
     def _preview_lengths(self, request: ImageOptions) -> list[int]:
         """Numbers of codes after which an image is shown, at equal distances."""

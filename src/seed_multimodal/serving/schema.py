@@ -390,7 +390,9 @@ class ResponsesRequest(AnswerRequest):
 
     @property
     def image_options(self) -> ImageOptions:
-        return self.tools[0] if self.tools else ImageOptions()
+        if self.tools:
+            return self.tools[0]
+        return self.tool_choice if isinstance(self.tool_choice, ImageTool) else ImageOptions()
 
 
 class ImagesRequest(ImageOptions):

@@ -243,7 +243,7 @@ REFUSED = {
     '/v1/chat/completions {"modalities": []}': "modalities:",
     '/v1/images/generations {"prompt": " "}': "prompt:",
     '/v1/images/generations {"n": 99}': "n:",
-    '/v1/images/generations {"ratio": "3:2"}': "'ratio'",
+    '/v1/images/generations {"ratio": "3:2"}': "ratio:",
     '/v1/images/generations {"response_format": "url"}': "response_format",
     '/v1/images/tokens {"first": 0}': "first:",
     '/v1/images/tokens {"first": 99}': "first:",
@@ -274,7 +274,8 @@ REFUSED = {
     '/v1/responses {"previous_response_id": "resp_1"}': "previous_response_id",
     '/v1/responses {"input": []}': "input",
     '/v1/images/generations {"output_format": "gif"}': "output_format",
-    '/v1/images/generations {"size": "1536x1024"}': "size",
+    '/v1/images/generations {"size": "1536x1024"}': "size:",
+    '/v1/responses {"tool_choice": {"type": "image_generation", "size": "100x3000"}}': "size:",
     '/v1/images/generations {"size": "4096x4096"}': "size",
     '/v1/images/edits {"markup": ["a file"]}': "markup",
 }
