@@ -19,10 +19,13 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import TypeVar
 
 from seed_multimodal.errors import ConfigError, RequestError
 from seed_multimodal.language.text_tokenizer import Part, TextTokenizer
+from seed_multimodal.language.vocabulary import PLACEHOLDER
 
+T = TypeVar("T")
 CHAT = "chat"  # the chat template of the tokenizer
 # "user" or "assistant", and texts and images (as codes) in order
 Turn = tuple[str, str | Sequence[Part]]
@@ -87,6 +90,24 @@ def merge_text(parts: Sequence[Part]) -> list[Part]:
         elif not isinstance(part, str) or part:
             merged.append(part)
     return merged
+
+
+def interleave(text: str, images: Sequence[T]) -> list[str | T]:
+    """Texts and images in order; images replace `<image>`, or come first in a text without it.
+
+    Raises RequestError: another number of `<image>` than images.
+    """
+    first, *texts = text.split(PLACEHOLDER)
+    if not texts:
+        return [*images, text] if text else [*images]
+    if len(texts) != len(images):
+        raise RequestError(
+            f"The text holds {len(texts)} {PLACEHOLDER} placeholders for {len(images)} images."
+        )
+    parts: list[str | T] = [first]
+    for image, text_after in zip(images, texts, strict=True):
+        parts += [image, text_after]
+    return [part for part in parts if part != ""]
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TypedDict
+from typing import Any, TypedDict
 
 from seed_multimodal.errors import ConfigError, RequestError
 from seed_multimodal.language.vocabulary import Ids, ImageVocabulary
@@ -181,7 +181,7 @@ class TextTokenizer(ABC):
         Raises CodesError: not the codes of one image; RequestError: text that is not Unicode.
         """
         if strip and self.strips_at_images:
-            parts = _without_space_at_images(parts)
+            parts = without_space_at_images(parts)
         ids = list(self.start_ids) if add_bos else []
         for part in parts:
             if isinstance(part, str):
@@ -212,12 +212,17 @@ class TextTokenizer(ABC):
         return self.joiner.join(texts)
 
     def tokens(self, ids: Iterable[int]) -> list[str]:
-        """Ids → the name of each token (`▁hell`, `<0x0A>`, `<img_00005>`).
+        """Ids → the name of each token (`▁hell`, `<0x0A>`, `<img_00005>`), else the id: `<32002>`.
 
         Raises CodesError: an id outside the vocabulary.
         """
-        names = self._added_names
-        return [names.get(id) or self._text_token(id) for id in self.vocabulary.checked_ids(ids)]
+        tokens: list[str] = []
+        for id in self.vocabulary.checked_ids(ids):
+            if id in self._added_names:
+                tokens.append(self._added_names[id])
+            else:
+                tokens.append(self._text_token(id) if id < self._n_text else f"<{id}>")
+        return tokens
 
 
 def _plain_text(text: str) -> str:
@@ -229,9 +234,9 @@ def _plain_text(text: str) -> str:
     return text
 
 
-def _without_space_at_images(parts: Sequence[Part]) -> list[Part]:
+def without_space_at_images(parts: Sequence[Any]) -> list[Any]:
     """The parts without white space in texts next to images and ids."""
-    stripped: list[Part] = []
+    stripped: list[Any] = []
     for previous, part, following in zip(["", *parts], parts, [*parts[1:], ""], strict=False):
         if isinstance(part, str) and not isinstance(previous, str):
             part = part.lstrip()

@@ -225,7 +225,10 @@ class MultimodalSystem(ConversationGenerator, HubUpload):
         return system
 
     def save_pretrained(self, folder: str | Path, *, force: bool = False) -> Path:
-        """Write the system as one folder with a model card; `force` replaces a filled folder."""
+        """Copy the system's files to one folder with a model card; `force` replaces a filled one.
+
+        Weights that were changed in memory are not in them: see the models of transformers.
+        """
         from seed_multimodal.pipelines.assemble import save_system
 
         return save_system(self.config, folder, force=force)

@@ -16,30 +16,38 @@ The classes are named after the family's system: `SeedLlamaConfig`,
 from __future__ import annotations
 
 import importlib
+from functools import cache
 
-# Ends of the names of a family's classes, and the modules that make them.
-KINDS = {
-    "Config": "configuration",
-    "ForConditionalGeneration": "modeling",
-    "Processor": "processing",
+# Ends of the names of a family's classes, and the module and class that they extend.
+BASES = {
+    "Config": ("configuration", "SeedMultimodalConfig"),
+    "ForConditionalGeneration": ("modeling", "SeedMultimodalForConditionalGeneration"),
+    "Processor": ("processing", "SeedMultimodalProcessor"),
 }
 
 
 def __getattr__(name: str) -> type:
     """The class of a family by its name, as `SeedLlamaConfig`."""
-    for suffix, module_name in KINDS.items():
-        if name.endswith(suffix):
-            return _class_of(name.removesuffix(suffix), module_name)
+    from seed_multimodal.models.registry import families
+
+    for kind in BASES:
+        for spec in families():
+            if name == f"{spec.system_name}{kind}":
+                return class_of(spec.name, kind)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
-def _class_of(system_name: str, module_name: str) -> type:
-    """A class of the family with this system. Raises AttributeError: none."""
-    from seed_multimodal.models.registry import families
+@cache
+def class_of(family: str, kind: str) -> type:
+    """The class of a family that ends in `kind` (of `BASES`)."""
+    from seed_multimodal.models.registry import find_family
 
-    for spec in families():
-        if spec.system_name == system_name:
-            module = importlib.import_module(f"{__name__}.{module_name}")
-            family_class: type = module.class_of(spec.name)
-            return family_class
-    raise AttributeError(f"no family has the system {system_name!r}")
+    spec = find_family(family)
+    module, base = BASES[kind]
+    attributes: dict[str, object] = {"__module__": __name__, "__doc__": f"Of {spec.title}."}
+    if kind == "Config":
+        attributes["model_type"] = family
+    else:
+        attributes["config_class"] = class_of(family, "Config")
+    bases = (getattr(importlib.import_module(f"{__name__}.{module}"), base),)
+    return type(f"{spec.system_name}{kind}", bases, attributes)

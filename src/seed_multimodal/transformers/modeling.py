@@ -9,15 +9,15 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
+import threading
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
-from functools import cache
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Self
 
 import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor, nn
 from transformers import (
     BitsAndBytesConfig,
@@ -36,12 +36,9 @@ from seed_multimodal.inference.opening import torch_engine
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt, PromptImage
 from seed_multimodal.inference.stopping import StopTexts
 from seed_multimodal.language.vocabulary import ImageVocabulary
-from seed_multimodal.models.registry import find_family
 from seed_multimodal.pipelines.base import DRAWING_BATCH, MultimodalSystem
 from seed_multimodal.pipelines.config import SystemConfig
-from seed_multimodal.transformers import configuration
 from seed_multimodal.transformers.configuration import SeedMultimodalConfig
-from seed_multimodal.transformers.features import GeneratedFeatures, sources_of
 from seed_multimodal.transformers.systems import remember
 
 # Arguments of `from_pretrained` for downloads and remote code, which local folders do not need.
@@ -63,6 +60,30 @@ HUB_ARGUMENTS = (
 SHARED_SETTINGS = ("max_new_tokens", "num_beams", "repetition_penalty")
 SAMPLING_SETTINGS = ("temperature", "top_p", "top_k")
 BEAM_SETTINGS = ("length_penalty", "early_stopping")
+
+
+NEED_PROMPT_IDS = ("assistant_model", "negative_prompt_ids")  # options of `generate`
+
+
+@dataclass(frozen=True)
+class GeneratedFeatures:
+    """Features `[B, N, W]` of generated images, and the images of which those are edits (or None).
+
+    Like a tensor where transformers' pipeline takes rows from a batch.
+    """
+
+    features: Tensor
+    sources: list[Image.Image | None]
+
+    @property
+    def shape(self) -> torch.Size:
+        return self.features.shape
+
+    def __getitem__(self, row: int) -> GeneratedFeatures:
+        return GeneratedFeatures(self.features[row][None], [self.sources[row]])
+
+    def to(self, *args: Any, **kwargs: Any) -> GeneratedFeatures:
+        return replace(self, features=self.features.to(*args, **kwargs))
 
 
 class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
@@ -184,12 +205,30 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if (self.device, self.dtype) != before:
             self.system.images.to(self.device)
             # The old engine's cache is freed first; weights that were moved rest there.
-            options = replace(self.system.engine_options, offload_device=None)
             del self.system.engine
-            self.system.engine = torch_engine(
-                self.language_model, self.system.tokenizer, options, self.system.embed_features
-            )
+            self._renew_engine()
         return moved
+
+    def _renew_engine(self) -> None:
+        options = replace(self.system.engine_options, offload_device=None)
+        self.system.engine = torch_engine(
+            self.language_model, self.system.tokenizer, options, self.system.embed_features
+        )
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
+        """A model with weights of its own, and an engine for them."""
+        # What has threads, or does not change, is not copied.
+        system = self.system
+        memo[id(system.engine)] = None
+        for constant in (system.config, system.tokenizer, system.log):
+            memo[id(constant)] = constant
+        memo[id(system.images._lock)] = threading.RLock()
+        copied = type(self).__new__(type(self))
+        memo[id(self)] = copied
+        for name, value in vars(self).items():
+            copied.__dict__[name] = copy.deepcopy(value, memo)
+        copied._renew_engine()
+        return copied
 
     def get_input_embeddings(self) -> nn.Module:
         embeddings: nn.Module = self.language_model.get_input_embeddings()
@@ -251,8 +290,8 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         generation_mode: "text": ids `[B, n]` of texts, and of images between `<img>` and `</img>`
         where the model writes some; `options` are those of transformers' `generate`.
-        "image": the ids of one image for each prompt (SEED-X: `GeneratedFeatures`), for
-        `decode_image_tokens`; `options` are `GenerationSettings`.
+        "image": for `decode_image_tokens` the ids of one image for each prompt, or
+        `GeneratedFeatures`, where images are features (SEED-X); `options` are `GenerationSettings`.
         """
         input_ids = inputs if input_ids is None else input_ids
         assert input_ids is not None
@@ -285,6 +324,13 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         stops = options.pop("stop_strings", None) or generation_config.stop_strings or ()
         generation_config.stop_strings = None
         options.pop("tokenizer", None)
+        refused = [name for name in NEED_PROMPT_IDS if options.get(name) is not None]
+        if generation_config.guidance_scale not in (None, 1):
+            refused.append("guidance_scale")
+        if refused:
+            raise ConfigError(
+                f"generate: {refused[0]} needs the ids of prompts, which are embeddings here."
+            )
         settings = self.system.settings(task, stop=[stops] if isinstance(stops, str) else stops)
 
         # 2. Images stay well-formed, and an answer ends before the next turn.
@@ -328,7 +374,7 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _generate_images(
         self, prompts: Sequence[Prompt], tasks: Sequence[Task | None], options: dict[str, Any]
-    ) -> Tensor:
+    ) -> Tensor | GeneratedFeatures:
         """The ids or features of one image for each prompt."""
         # 1. What the prompts ask for.
         vocabulary = self.system.tokenizer.vocabulary
@@ -360,36 +406,36 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
                 row: answer.single_image() for row, answer in zip(rows, answers, strict=True)
             }
 
-        # 3. As one tensor.
+        # 3. In the order of the prompts.
         inputs = [images[row] for row in range(len(prompts))]
         if not self.system.images.has_codes:
-            features = torch.stack(inputs)[:, None]
-            return GeneratedFeatures.of(features, [prompt.source for prompt in prompts])
+            sources = [prompt.source for prompt in prompts]
+            return GeneratedFeatures(torch.stack(inputs), sources)
         return _padded([vocabulary.image_ids(codes) for codes in inputs], vocabulary.eoi_id)
 
     @torch.no_grad()
     def decode_image_tokens(
-        self, image_tokens: Tensor, *, seed: int | None = None, **drawing: object
+        self,
+        image_tokens: Tensor | GeneratedFeatures,
+        *,
+        seed: int | None = None,
+        **drawing: object,
     ) -> Tensor | list[Tensor]:
         """Draw images from what `generate` returns: the first one of each row.
 
         drawing: settings of the de-tokenizer, over those of `self.drawing`.
-
-        SEED-X draws edits from their source images, too, which `GeneratedFeatures` have.
         Returns uint8 pixels `[B, H, W, 3]`, or of each image where their sizes differ.
         """
         settings = {**self.drawing, **drawing}
         default_seed = settings.pop("seed", 0)
         inputs: list[Any]
-        sources = sources_of(image_tokens)
-        if image_tokens.is_floating_point():
-            inputs = list(image_tokens.as_subclass(Tensor).flatten(0, 1).cpu())
-        else:
+        if isinstance(image_tokens, Tensor):
             vocabulary = self.system.tokenizer.vocabulary
             inputs = [_first_codes(ids, vocabulary) for ids in image_tokens.tolist()]
-        prompts = [Prompt() for _ in inputs]
-        for prompt, source in zip(prompts, sources or (), strict=sources is not None):
-            prompt.source = source
+            prompts = [Prompt() for _ in inputs]
+        else:
+            inputs = list(image_tokens.features.cpu())
+            prompts = [Prompt(source=source) for source in image_tokens.sources]
         images = self.system.decode_images(
             inputs,
             prompts,
@@ -482,25 +528,3 @@ def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:
     """Rows of ids as one tensor, padded at the right."""
     tensors = [torch.tensor(list(row), dtype=torch.long) for row in rows]
     return nn.utils.rnn.pad_sequence(tensors, batch_first=True, padding_value=value)
-
-
-@cache
-def class_of(family: str) -> type[SeedMultimodalForConditionalGeneration]:
-    """The model of a family, as `SeedLlamaForConditionalGeneration`."""
-    spec = find_family(family)
-    return type(
-        f"{spec.system_name}ForConditionalGeneration",
-        (SeedMultimodalForConditionalGeneration,),
-        {
-            "__module__": __package__,
-            "__doc__": f"Of {spec.title}.",
-            "config_class": configuration.class_of(family),
-        },
-    )
-
-
-def register(family: str, auto: ModuleType) -> None:
-    """Register a family in transformers' module of `AutoModelForMultimodalLM`."""
-    auto.AutoModelForMultimodalLM.register(
-        configuration.class_of(family), class_of(family), exist_ok=True
-    )

@@ -10,10 +10,10 @@ Images become codes here, not in the model: they are tokens of the prompt.
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Mapping, Sequence
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
-from types import ModuleType
 from typing import Any, Self, TypeAlias
 
 import torch
@@ -22,50 +22,36 @@ from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
 from seed_multimodal.errors import ConfigError, RequestError
+from seed_multimodal.images.io import is_image
 from seed_multimodal.inference.generator import Task
-from seed_multimodal.inference.prompt import GenerationSettings, Prompt
+from seed_multimodal.inference.prompt import GenerationSettings, Prompt, PromptImage
 from seed_multimodal.language.answer import ImagePart
+from seed_multimodal.language.llama_tokenizer import TransformersTokenizer
 from seed_multimodal.language.messages import Message, input_images, read_messages
-from seed_multimodal.language.prompts import without_verdict
-from seed_multimodal.language.text_tokenizer import TextTokenizer
-from seed_multimodal.language.vocabulary import BOI, PLACEHOLDER
-from seed_multimodal.models.registry import find_family
+from seed_multimodal.language.prompts import interleave, without_verdict
+from seed_multimodal.language.text_tokenizer import TextTokenizer, without_space_at_images
+from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.pipelines.base import DRAWING_BATCH, MultimodalSystem
 from seed_multimodal.transformers.systems import open_system
 
 Ids: TypeAlias = Tensor | Sequence[Sequence[int]]
 Conversation = Sequence[Mapping[str, object]]
 MODES = (None, "text", "image")
+TENSORS = (None, "pt", "np")
+# Options of transformers for what is done in any case, and one that is read from its mapping.
+HARMLESS = ("add_generation_prompt", "padding", "generation_mode")
 
 
-class ProcessorTokenizer:
-    """What transformers' pipelines use of a tokenizer."""
+class ProcessorTokenizer(TransformersTokenizer):
+    """The tokenizer of a processor, for streamers and pipelines."""
 
-    padding_side = "left"
-
-    def __init__(self, tokenizer: TextTokenizer) -> None:
-        self.tokenizer = tokenizer
-        self.pad_token_id = tokenizer.pad_token_id
-        self.eos_token_id = tokenizer.eos_token_id
-
-    def __len__(self) -> int:
-        return self.tokenizer.vocabulary.size
-
-    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
-        """A text → ids; names of special and image tokens in it become these tokens."""
-        return self.tokenizer.encode(text, add_bos=add_special_tokens)
-
-    def decode(self, ids: Sequence[int] | Tensor, skip_special_tokens: bool = False) -> str:
-        """Ids → text, with names of image tokens."""
-        return self.tokenizer.decode(map(int, ids), skip_special_tokens)
+    @property
+    def tokenizer(self) -> TextTokenizer:
+        return self.text
 
     def save_pretrained(self, *args: object, **kwargs: object) -> tuple[str, ...]:
         """Nothing to write: see the processor's."""
         return ()
-
-    def batch_decode(self, sequences: Ids, skip_special_tokens: bool = False) -> list[str]:
-        """`decode` of each row."""
-        return [self.decode(ids, skip_special_tokens) for ids in sequences]
 
 
 class SeedMultimodalProcessor(ProcessorMixin):
@@ -89,6 +75,10 @@ class SeedMultimodalProcessor(ProcessorMixin):
     def save_pretrained(self, save_directory: str | Path, **kwargs: object) -> None:
         """Nothing to write: the model's `save_pretrained` writes the whole system."""
 
+    def __getstate__(self) -> dict[str, object]:
+        """For workers and copies, which open the folder again when they need it."""
+        return {"folder": self.folder, "chat_template": None}
+
     def to_dict(self) -> dict[str, str]:
         return {"processor_class": type(self).__name__, "folder": self.folder}
 
@@ -99,7 +89,7 @@ class SeedMultimodalProcessor(ProcessorMixin):
 
     @cached_property
     def tokenizer(self) -> ProcessorTokenizer:
-        return ProcessorTokenizer(self.system.tokenizer)
+        return ProcessorTokenizer(self.system.tokenizer, padding_side="left")
 
     # ---- prompts
 
@@ -111,20 +101,25 @@ class SeedMultimodalProcessor(ProcessorMixin):
         return_dict: bool = False,
         continue_final_message: bool = False,
         generation_mode: str | None = None,
+        return_tensors: str | None = "pt",
         processor_kwargs: Mapping[str, Any] | None = None,
         **kwargs: object,
     ) -> Any:
         """Prompts of a conversation, or of several: a batch (form: see `language.messages`).
 
-        tokenize: False for the prompts' text, to be read: its ids may differ from the prompts'.
+        tokenize: False for the prompts' text, with `<image>` in place of input images; the
+        processor makes the same prompt of it and these images. What users type can be the name of a
+        control token there: texts that are not trusted need tokenize=True.
         return_dict: `BatchFeature` with `input_ids` and `attention_mask`, padded at the left, and
         of systems that read features their embeddings; False: `input_ids`.
         continue_final_message: the last message, a text of the assistant, begins the answer; with a
         blank at its end, if the next word is another one.
         generation_mode: "image" if an image will be generated. LaVIT needs it where a message has
         images, and SEED-X then cuts them in the views of its edits.
+        return_tensors: "pt" or "np".
         """
         # 1. One conversation, or several.
+        _check_options({**kwargs, **(processor_kwargs or {})})
         is_single = isinstance(conversation[0], Mapping | Message)
         conversations: Any = [conversation] if is_single else conversation
         mode = (processor_kwargs or {}).get("generation_mode", generation_mode)
@@ -132,16 +127,28 @@ class SeedMultimodalProcessor(ProcessorMixin):
         # 2. Their prompts.
         prompts: list[Prompt] = []
         tasks: list[Task] = []
+        texts: list[str] = []
         for messages in conversations:
-            task, prompt = self._prompt(messages, mode, continue_final_message)
+            # The text with which the answer begins.
+            opening = ""
+            if continue_final_message:
+                *messages, last = messages
+                answer = read_messages([{**last, "role": "user"}])[0]
+                if not answer.is_text:
+                    raise RequestError("Only a text of the assistant can be continued.")
+                opening = answer.text.rstrip()  # a token begins with its blank
+            parsed = read_messages(messages)
+            task = self._task(parsed, mode)
+            requests = [self.system.chat_request(parsed, task)]
             tasks.append(task)
-            prompts.append(prompt)
+            prompts += self.system.build_prompts(requests, task, opening, [0])
+            if not tokenize:
+                texts.append(self._prompt_text(prompts[-1], parsed))
 
         # 3. In the form that is asked for.
         if not tokenize:
-            texts = [self.tokenizer.decode(prompt.ids) for prompt in prompts]
             return texts[0] if is_single else texts
-        features = self._features(prompts, tasks)
+        features = self._features(prompts, tasks, return_tensors)
         return features if return_dict else features["input_ids"]
 
     def __call__(
@@ -150,60 +157,98 @@ class SeedMultimodalProcessor(ProcessorMixin):
         images: Any = None,
         *,
         generation_mode: str | None = None,
+        return_tensors: str | None = "pt",
         **kwargs: object,
     ) -> BatchFeature:
         """Texts that are continued, without a template; `<image>` in them marks their images.
 
-        Images of a text without `<image>` stand before it. images: one, a list for one text, or a
-        list of lists. Raises RequestError: a text that has images already, as names of tokens.
+        Names of control tokens are these tokens, and `<s>` is put before a text without it. Images
+        of a text without `<image>` stand before it. images: one, a list for one text, or a list of
+        lists.
         """
+        _check_options(kwargs)
         texts = [text or ""] if text is None or isinstance(text, str) else list(text)
         groups: Sequence[Any] = [[]] * len(texts)
         if images is not None:
             groups = [images] if len(texts) == 1 else images
+        if len(groups) != len(texts):
+            raise RequestError(f"{len(texts)} texts were given with {len(groups)} lists of images.")
         prompts: list[Prompt] = []
         tasks: list[Task] = []
         for single_text, group in zip(texts, groups, strict=True):
             inputs = input_images(group)
-            if inputs and BOI in single_text:
-                raise RequestError(
-                    "The text has its images already: pass tokenize=True and return_dict=True to "
-                    "apply_chat_template, and what it returns to generate."
-                )
-            message = Message("raw", _interleaved(single_text, inputs))
-            task, prompt = self._prompt([message], generation_mode, False)
+            task = self._task([Message("raw", (single_text, *inputs))], generation_mode)
             tasks.append(task)
-            prompts.append(prompt)
-        return self._features(prompts, tasks)
+            prompts.append(self._continued(single_text, inputs, task))
+        return self._features(prompts, tasks, return_tensors)
 
-    def _prompt(self, messages: Any, mode: str | None, is_prefilled: bool) -> tuple[Task, Prompt]:
-        """The task of a conversation, and its prompt."""
+    def _task(self, conversation: list[Message], mode: str | None) -> Task:
+        """The task of a conversation, as of the system's methods."""
         if mode not in MODES:
             raise ConfigError(f"generation_mode is {mode!r}; use 'text' or 'image'.")
-
-        # 1. The messages, and the text with which the answer begins.
-        opening = ""
-        if is_prefilled:
-            *messages, last = messages
-            answer = read_messages([{**last, "role": "user"}])[0]
-            if not answer.is_text:
-                raise RequestError("Only a text of the assistant can be continued.")
-            opening = answer.text.rstrip()  # a token begins with its blank
-        conversation = read_messages(messages)
-
-        # 2. The task, as of the system's methods; texts alone can only be drawn by some systems.
+        # Some systems can only draw from texts alone.
         is_text = all(message.is_text for message in conversation)
         is_drawing = mode == "image" or (is_text and self.system.answers_only_about_images)
         task = self.system.task_of(conversation, is_drawing)
         if is_drawing and task == "chat":
-            task = "draw" if is_text else "edit"
-        conversation = self.system.chat_request(conversation, task)
+            return "draw" if is_text else "edit"
+        return task
 
-        # 3. The prompt.
-        return task, self.system.build_prompts([conversation], task, opening, [0])[0]
+    def _prompt_text(self, prompt: Prompt, conversation: Sequence[Message]) -> str:
+        """The text of a prompt, with `<image>` in place of input images."""
+        # 1. Text tokens, and image tokens up to the end of each image.
+        vocabulary = self.system.tokenizer.vocabulary
+        runs: list[list[int]] = []
+        for previous, id in itertools.pairwise([vocabulary.eoi_id, *prompt.ids]):
+            was_image = vocabulary.is_image_token(previous)
+            if previous == vocabulary.eoi_id or was_image != vocabulary.is_image_token(id):
+                runs.append([])
+            runs[-1].append(id)
 
-    def _features(self, prompts: Sequence[Prompt], tasks: Sequence[Task]) -> BatchFeature:
+        # 2. The images of the conversation in order; those of earlier answers stay tokens.
+        contents = [item for message in conversation for item in message.content]
+        images = iter([item for item in contents if not isinstance(item, str)])
+        texts: list[str] = []
+        for run in runs:
+            is_input = vocabulary.is_image_token(run[0]) and is_image(next(images, None))
+            texts.append(PLACEHOLDER if is_input else self.tokenizer.decode(run))
+        return "".join(texts)
+
+    def _continued(self, text: str, images: Sequence[Any], task: Task) -> Prompt:
+        """The prompt of a text and its images, without a template."""
+        # 1. The tokens and features of each image.
+        requests = [[Message("raw", (image,))] for image in images]
+        seeds = [0] * len(images)
+        image_prompts = self.system.build_prompts(requests, task, "", seeds) if images else []
+
+        # 2. Texts and images in order, each image without the start of its own prompt.
+        tokenizer = self.system.tokenizer
+        start = list(tokenizer.start_ids)
+        parts = interleave(text, image_prompts)
+        if tokenizer.strips_at_images:
+            parts = without_space_at_images(parts)
+        ids = list(start)
+        prompt_images: list[PromptImage] = []
+        for index, part in enumerate(parts):
+            if isinstance(part, str):
+                text_ids = tokenizer.encode(part)
+                begins = index == 0 and text_ids[: len(start)] == start
+                ids += text_ids[len(start) :] if begins else text_ids
+                continue
+            offset = len(ids) - len(start)
+            for image in part.images:
+                positions = [position + offset for position in image.positions]
+                prompt_images.append(PromptImage(image.features, positions))
+            ids += part.ids[len(start) :]
+        source = image_prompts[-1].source if image_prompts else None
+        return Prompt(ids, prompt_images, source=source)
+
+    def _features(
+        self, prompts: Sequence[Prompt], tasks: Sequence[Task], return_tensors: str | None
+    ) -> BatchFeature:
         """Prompts as tensors, padded at the left."""
+        if return_tensors not in TENSORS:
+            raise ConfigError(f"return_tensors is {return_tensors!r}; use 'pt' or 'np'.")
         # 1. Ids.
         length = max(map(len, prompts))
         input_ids = torch.full((len(prompts), length), self.tokenizer.pad_token_id)
@@ -232,6 +277,9 @@ class SeedMultimodalProcessor(ProcessorMixin):
         # 3. What the prompts were built for, if not for a conversation.
         if set(tasks) != {"chat"}:
             features["task"] = list(tasks)
+        if return_tensors == "np":
+            for name, value in features.items():
+                features[name] = value.numpy() if isinstance(value, Tensor) else value
         return features
 
     # ---- answers
@@ -305,34 +353,8 @@ class SeedMultimodalProcessor(ProcessorMixin):
         return self.tokenizer.batch_decode(*args, **kwargs)
 
 
-def _interleaved(text: str, images: Sequence[Any]) -> tuple[Any, ...]:
-    """Texts and images in order; images replace `<image>`, or come first in a text without it."""
-    pieces = text.split(PLACEHOLDER)
-    if len(pieces) == 1:
-        return (*images, text) if text else tuple(images)
-    if len(pieces) != len(images) + 1:
-        raise RequestError(
-            f"The text holds {len(pieces) - 1} {PLACEHOLDER} placeholders for {len(images)} images."
-        )
-    content: list[Any] = [pieces[0]]
-    for image, piece in zip(images, pieces[1:], strict=True):
-        content += [image, piece]
-    return tuple(part for part in content if not isinstance(part, str) or part)
-
-
-@cache
-def class_of(family: str) -> type[SeedMultimodalProcessor]:
-    """The processor of a family, as `SeedLlamaProcessor`."""
-    spec = find_family(family)
-    return type(
-        f"{spec.system_name}Processor",
-        (SeedMultimodalProcessor,),
-        {"__module__": __package__, "__doc__": f"Of {spec.title}."},
-    )
-
-
-def register(family: str, auto: ModuleType) -> None:
-    """Register a family in transformers' module of `AutoProcessor`."""
-    from seed_multimodal.transformers import configuration
-
-    auto.AutoProcessor.register(configuration.class_of(family), class_of(family), exist_ok=True)
+def _check_options(options: Mapping[str, object]) -> None:
+    """Raise ConfigError: an option with a value that would have no effect."""
+    unknown = [name for name, value in options.items() if value and name not in HARMLESS]
+    if unknown:
+        raise ConfigError(f"The processor does not know the option {unknown[0]!r}.")

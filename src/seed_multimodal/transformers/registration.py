@@ -6,7 +6,6 @@ and registers when one of them was executed; those that are imported already are
 
 from __future__ import annotations
 
-import importlib
 import sys
 from collections.abc import Sequence
 from importlib.abc import MetaPathFinder
@@ -14,11 +13,14 @@ from importlib.machinery import ModuleSpec, PathFinder, SourceFileLoader
 from importlib.util import spec_from_file_location
 from types import ModuleType
 
-# Modules of transformers, and those of this package with the classes that are registered there.
+# Modules of transformers, their Auto classes, and the kind of class that is registered there.
 AUTO_MODULES = {
-    "transformers.models.auto.configuration_auto": "configuration",
-    "transformers.models.auto.modeling_auto": "modeling",
-    "transformers.models.auto.processing_auto": "processing",
+    "transformers.models.auto.configuration_auto": ("AutoConfig", "Config"),
+    "transformers.models.auto.modeling_auto": (
+        "AutoModelForMultimodalLM",
+        "ForConditionalGeneration",
+    ),
+    "transformers.models.auto.processing_auto": ("AutoProcessor", "Processor"),
 }
 
 
@@ -48,10 +50,12 @@ class _AutoModules(MetaPathFinder):
 def _register(module: ModuleType) -> None:
     """Register the classes of all families in one of `AUTO_MODULES`."""
     from seed_multimodal.models.registry import families
+    from seed_multimodal.transformers import class_of
 
-    classes = importlib.import_module(f"{__package__}.{AUTO_MODULES[module.__name__]}")
+    auto_class, kind = AUTO_MODULES[module.__name__]
     for spec in families():
-        classes.register(spec.name, module)
+        key = spec.name if kind == "Config" else class_of(spec.name, "Config")
+        getattr(module, auto_class).register(key, class_of(spec.name, kind), exist_ok=True)
     # A package that imports this one while its own family is not made yet was left out.
     families.cache_clear()
 

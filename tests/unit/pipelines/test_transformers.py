@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
 import sys
 from typing import Any
 
@@ -15,6 +17,7 @@ from repository import ROOT
 from seed_multimodal.errors import ConfigError, RequestError
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.prompts import QA_SUFFIX
+from seed_multimodal.pipelines.assemble import assemble_system
 
 MODELS = ("nano", "nano-x", "nano-lavit")
 NANO = ROOT / "pretrained" / "nano"
@@ -142,6 +145,99 @@ def test_begun_answers_and_texts_without_template_are_continued(nano):
         assert row["generated_text"] == "a fox"
 
 
+@pytest.fixture(scope="module")
+def processors(tmp_path_factory):
+    """Processors of the shipped systems, and of a tiny one with a hub tokenizer."""
+    from tiny.seed import build_seed_llama
+
+    from seed_multimodal.transformers import LavitProcessor, SeedLlamaProcessor, SeedXProcessor
+
+    root = tmp_path_factory.mktemp("hub")
+    seed = build_seed_llama(root / "seed", hub=True)
+    parts = {"llm": seed / "seed_llama", "tokenizer": seed / "seed_tokenizer"}
+    hub = assemble_system("seed_llama", root / "system", parts, {"image_size": 32})
+    classes = zip(MODELS, (SeedLlamaProcessor, SeedXProcessor, LavitProcessor), strict=True)
+    made = {name: cls.from_pretrained(ROOT / "pretrained" / name) for name, cls in classes}
+    return {**made, "hub": SeedLlamaProcessor.from_pretrained(hub)}
+
+
+ANSWER = {"role": "assistant", "content": " A fox, of course."}
+CONVERSATIONS = {
+    "an image": user(FOX, LEFT),
+    "an image behind": user("See \n", BOTH, LEFT),
+    "two images": user(FOX, BOTH, LEFT),
+    "white space": user(FOX, "  What is\n\n it?  "),
+    "turns": [*user("Hello."), ANSWER, *user("Please draw a fox.")],
+    "images in turns": [*user("See", FOX), ANSWER, *user(BOTH, LEFT)],
+    "codes of an answer": [
+        *user(FOX, "Put it at night."),
+        {"role": "assistant", "content": ["Here:", [1, 2] * 16]},
+        *user(BOTH, LEFT),
+    ],
+}
+SINGLE = ("an image", "an image behind", "two images", "white space")  # messages that LaVIT takes
+
+
+@pytest.mark.parametrize("conversation", CONVERSATIONS)
+@pytest.mark.parametrize("name", [*MODELS, "hub"])
+def test_texts_of_the_template_give_its_prompts(name, conversation, processors):
+    # The two steps of transformers' examples: a text, then its ids with the images.
+    if name == "nano-lavit" and conversation not in SINGLE:
+        pytest.skip("LaVIT answers single messages")
+    if (name, conversation) == ("nano-x", "codes of an answer"):
+        pytest.skip("images of SEED-X have no codes")
+    processor = processors[name]
+    messages = CONVERSATIONS[conversation]
+    options = {"add_generation_prompt": True}
+    inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
+    text = processor.apply_chat_template(messages, **options)
+    contents = [part for message in messages for part in message["content"]]
+    images = [part["image"] for part in contents if isinstance(part, dict) and "image" in part]
+    again = processor(text=text, images=images, return_tensors="pt")
+    assert again.keys() == inputs.keys()
+    for key in ("input_ids", "attention_mask", "image_embeds", "image_mask"):
+        assert torch.equal(again[key], inputs[key]) if key in inputs else True
+
+
+@pytest.mark.parametrize("name", [*MODELS, "hub"])
+def test_processors_are_pickled_and_copied_before_and_after_their_use(name, processors):
+    # `datasets.map(num_proc=…)` and spawned data loaders send them to workers.
+    used = processors[name]
+    messages = user(FOX, LEFT)
+    ids = used.apply_chat_template(messages, tokenize=True)
+    for processor in (type(used)(used.folder), used):
+        for copied in (pickle.loads(pickle.dumps(processor)), copy.deepcopy(processor)):  # noqa: S301
+            assert torch.equal(copied.apply_chat_template(messages, tokenize=True), ids)
+    rows = used.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="np")
+    assert isinstance(rows["attention_mask"], np.ndarray)
+    assert rows["input_ids"].tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_a_streamer_prints_the_answer(name, pipes, capsys):
+    from transformers import TextStreamer
+
+    pipe = pipes(name)
+    streamer = TextStreamer(pipe.processor.tokenizer)
+    ids = pipe.model.generate(**inputs_of(pipe, user(FOX, LEFT)), streamer=streamer, num_beams=1)
+    # LaVIT's answers are cut at a full stop, which the streamer prints.
+    printed = capsys.readouterr().out.removesuffix("\n")
+    assert printed.removesuffix(".") == pipe.processor.tokenizer.decode(ids[0]).removesuffix(".")
+
+
+def test_a_copied_model_has_weights_and_an_engine_of_its_own(nano):
+    # As TRL's reference model: trained weights must not reach it.
+    copied = copy.deepcopy(nano.model)
+    question = f"{LEFT}{QA_SUFFIX}"
+    assert copied.system.ask(BOTH, LEFT) == nano.model.system.ask(BOTH, LEFT) == "a fox"
+    with torch.no_grad():
+        copied.get_input_embeddings().weight.zero_()
+        next(copied.image_tokenizer.parameters()).zero_()
+    assert copied.system.engine is not nano.model.system.engine
+    [row] = nano(text=user(BOTH, question), return_full_text=False)
+    assert row["generated_text"] == "a fox"
+
+
 def test_generate_takes_options_of_transformers(nano):
     # Options of `generate` that our own interface has under other names, or not.
     messages = user(FOX, "Please describe it.")
@@ -182,14 +278,26 @@ def test_a_loss_trains_the_language_model(name, pipes):
             lambda pipe: pipe.processor(text="<image><image>", images=str(BOTH)),
         ),
         (
-            RequestError,
-            "return_dict",
-            lambda pipe: pipe.processor(
-                text=pipe.processor.apply_chat_template(user(FOX, LEFT)), images=[Image.open(FOX)]
-            ),
+            ConfigError,
+            "assistant_model",
+            lambda pipe: pipe(text=user("Hi."), generate_kwargs={"assistant_model": pipe.model}),
         ),
+        (
+            ConfigError,
+            "guidance_scale",
+            lambda pipe: pipe(text=user("Hi."), generate_kwargs={"guidance_scale": 1.5}),
+        ),
+        (ConfigError, "'tf'", lambda pipe: pipe.processor(text="Hi.", return_tensors="tf")),
+        (ConfigError, "truncation", lambda pipe: pipe.processor(text="Hi.", truncation=True)),
     ],
-    ids=["drawing settings", "placeholders", "template"],
+    ids=[
+        "drawing settings",
+        "placeholders",
+        "assistant",
+        "guidance",
+        "tensors of a library",
+        "an unknown option",
+    ],
 )
 def test_what_cannot_be_answered_is_named(error, named, call, nano):
     with pytest.raises(error, match=named):

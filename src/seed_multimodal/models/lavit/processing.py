@@ -73,6 +73,10 @@ class LavitTexts(TextTokenizer):
     names_image_tokens = False
     vocabulary: LavitVocabulary
 
+    def __init__(self, *arguments: Any, **options: Any) -> None:
+        super().__init__(*arguments, **options)
+        self.start_ids: Sequence[int] = ()  # prompts do not begin with `<s>`
+
     def text_ids(self, text: str) -> list[int]:
         """A user's text → ids without `<s>`; names of control tokens in it are letters."""
         return self.encode_parts([text])

@@ -20,13 +20,12 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
 from seed_multimodal.errors import ConfigError, RequestError
-from seed_multimodal.language.prompts import get_template, merge_text
+from seed_multimodal.language.prompts import get_template, interleave, merge_text
 from seed_multimodal.language.text_tokenizer import Part, TextTokenizer
 from seed_multimodal.language.vocabulary import (
     BOX,
     BOX_END,
     BOX_WORDS,
-    PLACEHOLDER,
     Ids,
     SeedXVocabulary,
 )
@@ -64,15 +63,15 @@ class SeedXPrompts:
         """The ids that the base model continues.
 
         task: "ask" and "describe": a question. "detect": a phrase whose last words name what to
-            detect; the answer begins inside a box. "draw": a caption. "chat": any text as it is.
+            detect; the answer begins inside a box. "draw": a caption. Others: any text as it is.
         """
         if task in ("ask", "describe"):
             return self._encode(["Question: ", *content, "\nAnswer:"])
-        if task == "chat":
-            return self._encode(content, check_boxes=False)
         if task == "draw":
             return self._encode(content, rstrip=True)
-        return [*self._encode([*content, " [[ "], rstrip=True), self.vocabulary.boxes]
+        if task == "detect":
+            return [*self._encode([*content, " [[ "], rstrip=True), self.vocabulary.boxes]
+        return self._encode(content, check_boxes=False)
 
     def dialogue(self, turns: Sequence[Turn], system: str = "") -> list[int]:
         """A conversation of a tuned model, up to where the next answer begins.
@@ -172,27 +171,9 @@ def seed_x_vocabulary(tokenizer: TextTokenizer) -> SeedXVocabulary:
     return tokenizer.vocabulary
 
 
-def insert_images(text: str, images: Sequence[int]) -> list[Content]:
-    """Texts and images in order; images replace `<image>`, or come first in a text without it.
-
-    images: the number of views of each.
-
-    Raises:
-        RequestError: another number of `<image>`s than images.
-    """
-    pieces = text.split(PLACEHOLDER)
-    if len(pieces) == 1:
-        return [*map(InputImage, images), text]
-    if len(pieces) != len(images) + 1:
-        raise RequestError(
-            f"The text holds {len(pieces) - 1} {PLACEHOLDER} placeholders for {len(images)} images."
-        )
-    # An image between every two pieces of the text.
-    content: list[Content] = [pieces[0]]
-    for views, piece in zip(images, pieces[1:], strict=True):
-        content.append(InputImage(views))
-        content.append(piece)
-    return [part for part in content if part != ""]
+def insert_images(text: str, views: Sequence[int]) -> list[Content]:
+    """`interleave` for images of these numbers of views."""
+    return interleave(text, [InputImage(n_views) for n_views in views])
 
 
 # ---- answers
