@@ -33,7 +33,7 @@ from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.inference.generator import Task
 from seed_multimodal.inference.image_constraints import ImageConstraints, ImageLogitsProcessor
 from seed_multimodal.inference.opening import torch_engine
-from seed_multimodal.inference.prompt import GenerationSettings, Prompt, PromptImage
+from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.inference.stopping import StopTexts
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.pipelines.base import DRAWING_BATCH, MultimodalSystem
@@ -279,14 +279,14 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         attention_mask: Tensor | None = None,
         image_embeds: Tensor | None = None,
         image_mask: Tensor | None = None,
-        sources: Sequence[Any] | None = None,
+        prompts: Sequence[Any] | None = None,
         task: Task | Sequence[Task] | None = None,
         generation_mode: str = "text",
         **options: Any,
     ) -> Any:
         """Answers to prompts of the processor, without the prompts.
 
-        image_embeds, image_mask, sources, task: what the processor returns with the ids.
+        image_embeds, image_mask, prompts, task: what the processor returns with the ids.
 
         generation_mode: "text": ids `[B, n]` of texts, and of images between `<img>` and `</img>`
         where the model writes some; `options` are those of transformers' `generate`.
@@ -299,10 +299,10 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
             attention_mask = torch.ones_like(input_ids)
         tasks = _of_rows(task, len(input_ids))
         if generation_mode == "image":
-            prompts = _prompts(input_ids, attention_mask, image_embeds, image_mask)
-            for prompt, source in zip(prompts, _of_rows(sources, len(prompts)), strict=True):
-                prompt.source = source
-            return self._generate_images(prompts, tasks, options)
+            if prompts is None:
+                masked = zip(input_ids, attention_mask.bool(), strict=True)
+                prompts = [Prompt(ids[mask].tolist()) for ids, mask in masked]
+            return self._generate_images(_of_rows(prompts, len(input_ids)), tasks, options)
         if len(set(tasks)) > 1:
             raise ConfigError(f"The prompts of a batch have different tasks: {set(tasks)}.")
         embeds = self._embed(input_ids, image_embeds, image_mask)
@@ -481,27 +481,6 @@ def _quantization_name(config: Any) -> str:
         "quantization_config: only bitsandbytes with 8 bit or NF4; otherwise pass quantization="
         "'8bit', '4bit', 'int8' or 'int4' instead."
     )
-
-
-def _prompts(
-    input_ids: Tensor,
-    attention_mask: Tensor,
-    image_embeds: Tensor | None,
-    image_mask: Tensor | None,
-) -> list[Prompt]:
-    """Prompts of padded rows."""
-    prompts: list[Prompt] = []
-    n_embedded = 0
-    for row, mask in enumerate(attention_mask.bool()):
-        prompt = Prompt(input_ids[row][mask].tolist())
-        if image_embeds is not None and image_mask is not None:
-            positions = image_mask[row][mask].nonzero().flatten().tolist()
-            if positions:
-                features = image_embeds[n_embedded : n_embedded + len(positions)]
-                prompt.images = [PromptImage(features, positions)]
-                n_embedded += len(positions)
-        prompts.append(prompt)
-    return prompts
 
 
 def _of_rows(value: Any, n_rows: int) -> list[Any]:

@@ -272,7 +272,7 @@ class SeedMultimodalProcessor(ProcessorMixin):
                         embeds.append(self.system.embed_features([image.features]).cpu())
             features["image_embeds"] = torch.cat([rows.to(embeds[-1]) for rows in embeds])
             features["image_mask"] = image_mask
-            features["sources"] = [prompt.source for prompt in prompts]
+            features["prompts"] = list(prompts)
 
         # 3. What the prompts were built for, if not for a conversation.
         if set(tasks) != {"chat"}:
@@ -343,14 +343,6 @@ class SeedMultimodalProcessor(ProcessorMixin):
     def _read(self, ids: Tensor | Sequence[int]) -> Any:
         """The answer of a row of generated ids, which `generate` has cut at its end."""
         return self.system.read_answer([int(id) for id in ids], GenerationSettings())
-
-    def decode(self, *args: Any, **kwargs: Any) -> str:
-        """`tokenizer.decode`."""
-        return self.tokenizer.decode(*args, **kwargs)
-
-    def batch_decode(self, *args: Any, **kwargs: Any) -> list[str]:
-        """`tokenizer.batch_decode`."""
-        return self.tokenizer.batch_decode(*args, **kwargs)
 
 
 def _check_options(options: Mapping[str, object]) -> None:
