@@ -74,6 +74,8 @@ class Engine(BaseEngine, InboxThread[Request]):
         self.has_beams = backend.search is not None
         self.device = backend.device
         self.constraints = ImageConstraints(self.vocabulary, original_constraints)
+        self._n_forgotten = 0
+        self._weights: object = None  # with which new rows are computed
         InboxThread.__init__(self, "seed-engine")
 
     def _begin(self) -> None:
@@ -82,6 +84,11 @@ class Engine(BaseEngine, InboxThread[Request]):
         self.slots = [Slot(row) for row in range(self.n_rows)]
         self.n_decoding = 0
         self.n_active = 0
+
+    def forget(self) -> None:
+        """Compute all later prompts anew, after a change of the weights that `Backend.weights` does
+        not show, such as other layers between an image's features and its embeddings."""
+        self._n_forgotten += 1
 
     @property
     def n_running(self) -> int:
@@ -140,9 +147,6 @@ class Engine(BaseEngine, InboxThread[Request]):
                 while self._waiting or self.n_active:
                     self._step()
                     self._receive()
-            if not self.backend.keeps_cache:
-                for slot in self.slots:
-                    slot.keys = NO_KEYS
         except Exception as error:  # noqa: BLE001 such as no memory to move the weights
             # Nothing can be answered.
             self._reset(error)
@@ -238,6 +242,8 @@ class Engine(BaseEngine, InboxThread[Request]):
 
     def _admit(self) -> None:
         """Give rows to waiting requests, in the order of their arrival."""
+        if self._waiting:
+            self._weights = (self._n_forgotten, self.backend.weights())
         while self._waiting:
             request = self._waiting[0]
             if request.max_rows > self.n_rows - self.n_active:
@@ -323,11 +329,14 @@ class Engine(BaseEngine, InboxThread[Request]):
         #    failure after it frees the row.
         slot.sequence = sequence
         slot.keys = NO_KEYS
+        slot.weights = self._weights
         sequence.n_cached = n_cached
         self.n_active += 1
 
     def _reusable_prefix(self, slot: Slot, sequence: TokenSequence) -> int:
         """Tokens of a prompt that a row holds, and that may be copied or taken over."""
+        if slot.weights != self._weights:
+            return 0
         if slot.sequence is not None and not self.backend.cheap_copies:
             return 0
         return slot.common_prefix(sequence.prompt_keys)

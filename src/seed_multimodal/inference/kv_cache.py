@@ -67,11 +67,13 @@ class Slot:
 
     sequence: what runs in it.
     keys: of the tokens that an idle row still holds (see `Prompt.prefix_keys`).
+    weights: with which they were computed (see `Backend.weights`).
     """
 
     row: int
     sequence: TokenSequence | None = None
     keys: np.ndarray = field(default_factory=lambda: NO_KEYS)
+    weights: object = None
     freed_at: float = 0.0
 
     def common_prefix(self, prompt_keys: np.ndarray) -> int:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
 
 import numpy as np
 import psutil
@@ -11,12 +14,13 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny.language import random_llm
+from torch import nn
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.inference.backends.torch import TorchBackend
 from seed_multimodal.inference.engine import Engine
 from seed_multimodal.inference.kv_cache import CacheSize, KVCache, plan_cache
-from seed_multimodal.inference.prompt import GenerationSettings, Prompt
+from seed_multimodal.inference.prompt import GenerationSettings, Prompt, PromptImage
 
 MIB = 1 << 20
 GREEDY = GenerationSettings(max_new_tokens=4, do_sample=False, constrain=False)
@@ -53,6 +57,68 @@ def test_cached_prefixes_equal_recomputed_ones(llm, tiny, waves):
     for wave in waves:
         answers = engine.generate([Prompt(ids) for ids in wave], GREEDY)
         assert answers == [greedy(llm, ids) for ids in wave]
+
+
+def step_of(optimizer: type, **options: Any) -> Callable[[nn.Module], None]:
+    def step(model: nn.Module) -> None:
+        for weight in model.parameters():
+            weight.grad = torch.randn_like(weight)
+        optimizer(model.parameters(), lr=0.1, **options).step()
+        model.zero_grad()
+
+    return step
+
+
+def add_to_data(model: nn.Module) -> None:
+    for weight in model.parameters():
+        weight.data += 0.1 * torch.randn_like(weight)  # as peft merges an adapter
+
+
+def load_other_weights(model: nn.Module) -> None:
+    model.load_state_dict(random_llm("llama", 340, seed=1).state_dict())
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        load_other_weights,
+        add_to_data,
+        step_of(torch.optim.AdamW),
+        step_of(torch.optim.AdamW, fused=True),
+        lambda model: model.to(torch.bfloat16).to(torch.float32).lm_head.weight.data.neg_(),
+    ],
+    ids=["load_state_dict", "data", "optimizer", "fused optimizer", "to"],
+)
+def test_answers_after_a_change_of_the_weights_are_those_of_a_fresh_engine(tiny, change):
+    # Training by rewards samples between two steps: old keys would give another model's answers.
+    torch.manual_seed(0)
+    model = random_llm("llama", 340)
+    engine = Engine(TorchBackend(model, max_rows=2), tiny.tokenizer)
+    asked = [Prompt([1, *TEXTS[0]]), Prompt([1, *TEXTS[0], 5])]
+    before = engine.generate(asked, GREEDY)
+    running = iter(engine.submit(asked[0], replace(GREEDY, max_new_tokens=200)))
+    next(running)
+    change(model)
+    fresh = Engine(TorchBackend(model), tiny.tokenizer).generate(asked, GREEDY)
+    assert fresh != before
+    assert engine.generate(asked, GREEDY) == fresh
+    running.close()
+    assert engine.generate(asked, GREEDY) == fresh
+
+
+def test_forget_drops_prefixes(tiny):
+    # Layers between an image and its embedding are not the language model's: `weights` has no news.
+    scale = torch.ones(())
+    model = random_llm("llama", 340)
+    backend = TorchBackend(model, embed_features=lambda features: torch.cat(features) * scale)
+    engine = Engine(backend, tiny.tokenizer)
+    features = torch.randn(40, model.config.hidden_size, generator=torch.Generator().manual_seed(0))
+    asked = [Prompt([1, *range(40), 5], [PromptImage(features, range(1, 41))])]
+    before = engine.generate(asked, GREEDY)
+    scale.fill_(-3.0)
+    engine.forget()
+    fresh = Engine(backend, tiny.tokenizer).generate(asked, GREEDY)
+    assert engine.generate(asked, GREEDY) == fresh != before
 
 
 @given(

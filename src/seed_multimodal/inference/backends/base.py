@@ -43,7 +43,6 @@ class Backend(Protocol):
 
     context: positions of the model. device: of the scores.
     cheap_copies: whether copying a prefix costs less than computing it.
-    keeps_cache: whether rows survive the end of `ready`.
     """
 
     context: int
@@ -51,11 +50,14 @@ class Backend(Protocol):
     device: torch.device
     cache_size: CacheSize
     cheap_copies: bool
-    keeps_cache: bool
     search: Callable[..., list[list[int]]] | None  # beam search; None: it has none
 
     def ready(self) -> AbstractContextManager[None]:
         """Context with the weights on their device; outside of it the backend is idle."""
+        ...
+
+    def weights(self) -> object:
+        """A value that changes with the weights: rows that were computed before are not reused."""
         ...
 
     def prepare(self, prompt: Prompt) -> PromptInput:

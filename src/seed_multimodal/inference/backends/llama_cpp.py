@@ -42,7 +42,6 @@ class LlamaCppBackend:
     """
 
     cheap_copies = False  # llama.cpp copies whole sequences only
-    keeps_cache = True
     search = None
     device = torch.device("cpu")
 
@@ -109,6 +108,9 @@ class LlamaCppBackend:
 
     def ready(self) -> AbstractContextManager[None]:
         return nullcontext()
+
+    def weights(self) -> object:
+        return None  # a file's, which stay
 
     def prepare(self, prompt: Prompt) -> list[int]:
         ids = [int(id) for id in prompt.ids]

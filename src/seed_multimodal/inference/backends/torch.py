@@ -75,7 +75,7 @@ class TorchBackend:
         self.vocab_size = int(llm.config.vocab_size)
         self.device = device or llm.device
         self._offload_device = device
-        self.keeps_cache = device is None
+        self._n_loads = 0  # of an off-loaded model
         self._embed_features = embed_features
 
         # The cache: `cache_bytes` hold rows of all layers' keys and values.
@@ -137,11 +137,20 @@ class TorchBackend:
                 return
             # Off-loading: weights and cache are on the device only while there is work.
             with on_device(self.llm, self._offload_device):
+                self._n_loads += 1
                 try:
                     self._allocate_cache()
                     yield
                 finally:
                     self.cache.release()
+
+    def weights(self) -> object:
+        # Counters of changes in place, which `.data` and fused optimizers do not count, and one
+        # number of each tensor, which they do change.
+        parameters = list(self.llm.parameters())
+        versions = [0 if tensor.is_inference() else tensor._version for tensor in parameters]
+        numbers = torch.stack([tensor[(0,) * tensor.ndim] for tensor in parameters]).tolist()
+        return self._n_loads, versions, numbers
 
     def prepare(self, prompt: Prompt) -> Tensor:
         """Embeddings `[L, D]`."""
