@@ -19,9 +19,9 @@ from seed_multimodal.disk import (
 )
 from seed_multimodal.entry import DONE, SOME_FAILED, log_line
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.pipelines.config import SHIPPED_SYSTEMS, SystemConfig
+from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.settings import check_value, nearest
-from seed_multimodal.weights.catalogue import Part, catalogue, part_of
+from seed_multimodal.weights.catalogue import SHIPPED_SYSTEMS, Part, catalogue, part_of
 from seed_multimodal.weights.fetch import MIRRORS, fetch_parts, online, read_mirrors
 from seed_multimodal.weights.find import weights_root
 
