@@ -20,7 +20,7 @@ from typing import Any, Self
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.language.text_tokenizer import HUB_TOKENIZER, TextTokenizer
-from seed_multimodal.language.tokenizer import MODEL, MultimodalTokenizer, read_files
+from seed_multimodal.language.tokenizer import MODEL, MultimodalTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary, SeedXVocabulary
 from seed_multimodal.weights.find import find_path
 
@@ -214,16 +214,6 @@ def load_text_tokenizer(folder: str | Path) -> TextTokenizer:
     if is_hub or (path / IMAGE_TOKENS).is_file():
         return HubTokenizer.from_pretrained(path)
     return MultimodalTokenizer.from_pretrained(path)
-
-
-def read_tokenizer_files(folder: Path) -> tuple[dict[str, bytes], ImageVocabulary]:
-    """The files of a text tokenizer by name, and its vocabulary. Raises CheckpointError."""
-    if not (folder / IMAGE_TOKENS).is_file():
-        files = read_files(folder)
-        return files.raw, files.vocabulary
-    names = [name for name in (*FILES, IMAGE_TOKENS) if (folder / name).is_file()]
-    contents = {name: (folder / name).read_bytes() for name in names}
-    return contents, HubTokenizer.from_pretrained(folder).vocabulary
 
 
 def has_chat_template(folder: Path) -> bool:

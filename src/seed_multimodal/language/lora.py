@@ -287,8 +287,6 @@ def merge_adapter(
         weights = read_trained(path, lora)
     agent_config = agent(weights) if agent is not None and weights.agent else None
     llama = load_base(base, weights, tokenizer, dtype="auto")  # mapped, not read
-    if tokenizer is not None:
-        force_special_ids(llama, tokenizer)
 
     # 2. Merge and write.
     with atomic_folder(target, out) as folder:

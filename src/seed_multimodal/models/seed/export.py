@@ -23,7 +23,8 @@ from torch import Tensor
 from seed_multimodal.disk import JsonObject, atomic_folder, output_folder
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.io import open_image
-from seed_multimodal.language.hub_tokenizer import read_tokenizer_files
+from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
+from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.models.seed.checkpoints import (
     ENCODER_PARTS,
@@ -69,8 +70,7 @@ def export_tokenizer(
     kind: str = AUTO,
     write_original: bool = False,
     image: Image.Image | str | Path | None = None,
-    extra_files: Mapping[str, bytes] | None = None,
-    vocabulary: ImageVocabulary | None = None,
+    text_tokenizer: TextTokenizer | None = None,
     force: bool = False,
 ) -> Export:
     """Join stage checkpoints into a tokenizer folder.
@@ -83,13 +83,12 @@ def export_tokenizer(
     kind: `seed2`, `seed1` or `auto`.
     write_original: also write the files of the original layout.
     image: the test image; None: a gradient.
-    extra_files: contents by file name, written to the folder.
-    vocabulary: of the text tokenizer in these files.
+    text_tokenizer: of the language model, written to the folder, too.
     force: replace a folder that is not empty.
 
     Raises:
         CheckpointError: a part that no file holds, tensors of another size, codes that differ, or
-            another number of codes than in the vocabulary.
+            another number of codes than the text tokenizer has tokens for.
         ConfigError: `out` exists and is not empty, holds an input, or cannot be written.
     """
     output = Path(out)
@@ -119,8 +118,8 @@ def export_tokenizer(
     # 3. The tokenizer, and the codes of the test image.
     state = {tensor_name: files[file][tensor_name] for tensor_name, file in origin.items()}
     sizes = sizes or tokenizer_class.config_class.of_original(state)
-    if vocabulary is not None:
-        _check_vocabulary(vocabulary, sizes, stage2)
+    if text_tokenizer is not None:
+        _check_vocabulary(text_tokenizer.vocabulary, sizes, stage2)
     model = tokenizer_class.from_original(sizes, state, " and ".join(files))
     test_image = (
         Image.linear_gradient("L").convert("RGB") if image is None else open_image(image).image
@@ -133,8 +132,8 @@ def export_tokenizer(
         model.save_pretrained(folder)
         if write_original:
             _write_original(model, folder)
-        for file_name, content in (extra_files or {}).items():
-            (folder / file_name).write_bytes(content)
+        if text_tokenizer is not None:
+            text_tokenizer.save_pretrained(folder)
         if not torch.equal(tokenizer_class.from_pretrained(folder).encode(pixels), codes):
             raise CheckpointError(
                 f"{output}: the written tokenizer gives other codes; nothing was kept."
@@ -175,7 +174,7 @@ def _check_vocabulary(
     if (n_codes, tokens_per_image) != (config.codebook_size, config.num_query):
         raise CheckpointError(
             f"{stage2}: has {config.codebook_size} codes, {config.num_query} to an image, but the "
-            f"text tokenizer has words for {n_codes}, {tokens_per_image} to an image."
+            f"text tokenizer has tokens for {n_codes}, {tokens_per_image} to an image."
         )
 
 
@@ -253,11 +252,8 @@ def _write_original(model: SeedTokenizer, folder: Path) -> None:
 
 def export_command(checkpoint: str, args: Namespace) -> tuple[JsonObject, str]:
     """`seed export-tokenizer --stage2`: compared with the training modules on an image."""
-    # With the language tokenizer's files the folder is complete for a language model.
-    files = None
-    vocabulary = None
-    if args.text_tokenizer:
-        files, vocabulary = read_tokenizer_files(Path(args.text_tokenizer))
+    # With the text tokenizer's files the folder is complete for a language model.
+    text_tokenizer = load_text_tokenizer(args.text_tokenizer) if args.text_tokenizer else None
     report = export_tokenizer(
         checkpoint,
         args.out,
@@ -267,8 +263,7 @@ def export_command(checkpoint: str, args: Namespace) -> tuple[JsonObject, str]:
         kind=args.kind,
         write_original=args.released,
         image=args.image,
-        extra_files=files,
-        vocabulary=vocabulary,
+        text_tokenizer=text_tokenizer,
         force=args.force,
     )
     record = {
