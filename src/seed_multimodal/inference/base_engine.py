@@ -4,12 +4,13 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from seed_multimodal.errors import ConfigError, GenerationError
-from seed_multimodal.inference.likelihood import ForcedTokens, Likelihood
+from seed_multimodal.inference.likelihood import Likelihood, SampledAnswer
 from seed_multimodal.inference.prompt import GenerationSettings, HiddenStates, Prompt
 from seed_multimodal.inference.request import Request
 from seed_multimodal.language.text_tokenizer import TextTokenizer
@@ -25,6 +26,7 @@ class BaseEngine(ABC):
 
     device = torch.device("cpu")  # of the language model
     has_beams = False
+    has_scores = False
 
     def __init__(self, tokenizer: TextTokenizer, context: int, capacity: int, n_rows: int) -> None:
         self.tokenizer = tokenizer
@@ -68,7 +70,15 @@ class BaseEngine(ABC):
         should_stop: called before each token, also while the request waits; true raises `Stopped`.
         previews: see `AnswerReader`.
         """
-        request = self._new_request(prompt, settings, seed, end_ids, states, should_stop, previews)
+        request = self._new_request(
+            prompt,
+            settings,
+            seed=seed,
+            end_ids=end_ids,
+            states=states,
+            should_stop=should_stop,
+            previews=previews,
+        )
         self._enqueue([request])
         return request
 
@@ -87,32 +97,70 @@ class BaseEngine(ABC):
         `settings.num_return_sequences` answers for each prompt: of one beam search, or with a seed
         each. Raises as `submit` and `Request`.
         """
+        requests = self._new_requests(
+            prompts, settings, seeds, states, end_ids=end_ids, should_stop=should_stop
+        )
+        answers: list[list[int]] = []
+        for request in self._finish(requests):
+            answers += [[*request.initial_ids, *ids] for ids in request.answers]
+        return answers
+
+    def sample(
+        self,
+        prompts: Sequence[Prompt],
+        settings: GenerationSettings,
+        *,
+        seeds: Sequence[int] | None = None,
+        end_ids: Sequence[int] | None = None,
+    ) -> list[SampledAnswer]:
+        """Answers as by `generate`, with the log-probabilities of their tokens.
+
+        Raises as `generate`; ConfigError: beams, or an engine in another program.
+        """
+        if settings.num_beams > 1 or not self.has_scores:
+            raise ConfigError(
+                "Log-probabilities need the engine torch or llama.cpp, without beams."
+            )
+        requests = self._new_requests(prompts, settings, seeds, end_ids=end_ids, log_probs=True)
+        answers: list[SampledAnswer] = []
+        for request in self._finish(requests):
+            assert request.chooser is not None
+            answers.append(SampledAnswer(request.answers[0], request.chooser.log_probs))
+        return answers
+
+    def _new_requests(
+        self,
+        prompts: Sequence[Prompt],
+        settings: GenerationSettings,
+        seeds: Sequence[int] | None,
+        states: HiddenStates | None = None,
+        **options: Any,
+    ) -> list[Request]:
+        """All requests of a call, before the first one runs: one that does not fit fails all."""
         n_answers = settings.num_return_sequences
         n_requests = 1 if settings.num_beams > 1 else n_answers  # of each prompt
-
-        # 1. All requests, before the first one runs: one that does not fit fails all.
         requests: list[Request] = []
         for index, prompt in enumerate(prompts):
             first_seed = settings.seed if seeds is None else seeds[index]
             for copy in range(n_requests):
                 seed = None if first_seed is None else (first_seed + copy) % 2**63
-                row = index * n_answers + copy
-                row_states = None if states is None else states[row]
+                row_states = None if states is None else states[index * n_answers + copy]
                 requests.append(
-                    self._new_request(prompt, settings, seed, end_ids, row_states, should_stop)
+                    self._new_request(prompt, settings, seed=seed, states=row_states, **options)
                 )
+        return requests
 
-        # 2. Their answers; whatever ends this call early cancels the rest.
+    def _finish(self, requests: Sequence[Request]) -> Sequence[Request]:
+        """Run requests to their ends; whatever ends this call early cancels the rest."""
         self._enqueue(requests)
-        answers: list[list[int]] = []
         try:
             for request in requests:
                 ids = list(request)
-                answers += [[*request.initial_ids, *answer] for answer in request.answers or [ids]]
+                request.answers = request.answers or [ids]
         finally:
             for request in requests:
                 request.cancel()
-        return answers
+        return requests
 
     def likelihoods(
         self, prompts: Sequence[Prompt], continuations: Sequence[Sequence[Sequence[int]]]
@@ -125,31 +173,18 @@ class BaseEngine(ABC):
             "Likelihoods are computed by the engines torch and llama.cpp, not by a server."
         )
 
-    def _new_request(
-        self,
-        prompt: Prompt,
-        settings: GenerationSettings,
-        seed: int | None,
-        end_ids: Sequence[int] | None,
-        states: dict[int, Tensor] | None,
-        should_stop: Callable[[], bool] | None,
-        previews: Sequence[int] = (),
-        forced_tokens: ForcedTokens | None = None,
-    ) -> Request:
-        """A request that fits the context and the cache; raises as `submit`."""
+    def _new_request(self, prompt: Prompt, settings: GenerationSettings, **options: Any) -> Request:
+        """A request that fits the context and the cache; `options`: of `Request`. Raises as
+        `submit`."""
         if settings.num_beams > 1 and not (self.has_beams and settings.guidance == 1):
             raise ConfigError("Beams need the engine torch, and no guidance: leave num_beams at 1.")
         request = Request(
             prompt,
             settings,
             tokenizer=self.tokenizer,
-            end_ids=self.tokenizer.eos_token_ids if end_ids is None else end_ids,
+            device=self.device,
             budget=self._token_budget(prompt, settings),
-            seed=settings.seed if seed is None else seed,
-            states=states if self.vocabulary.fixed_image_order else None,
-            should_stop=should_stop,
-            previews=previews,
-            forced_tokens=forced_tokens,
+            **options,
         )
         if request.max_rows > self.n_rows:
             raise GenerationError(

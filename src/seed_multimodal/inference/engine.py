@@ -30,12 +30,11 @@ from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.image_constraints import ImageConstraints
 from seed_multimodal.inference.inbox import InboxThread
 from seed_multimodal.inference.kv_cache import Slot
-from seed_multimodal.inference.likelihood import ForcedTokens, Likelihood
+from seed_multimodal.inference.likelihood import Likelihood
 from seed_multimodal.inference.prompt import NO_KEYS, GenerationSettings, Prompt
 from seed_multimodal.inference.request import Request, TokenSequence
 from seed_multimodal.inference.sampling import (
     LogitsProcessor,
-    SeededSampler,
     build_processors,
     not_finite_error,
 )
@@ -60,6 +59,8 @@ class Engine(BaseEngine, InboxThread[Request]):
 
     original_constraints: see `ImageConstraints`.
     """
+
+    has_scores = True
 
     def __init__(
         self,
@@ -109,30 +110,22 @@ class Engine(BaseEngine, InboxThread[Request]):
     ) -> list[list[Likelihood]]:
         likelihoods: list[list[Likelihood]] = [[] for _ in prompts]
         # The first continuations read the prompts; the others copy what the cache then holds.
-        for waves in (slice(0, 1), slice(1, None)):
+        for wave in (slice(0, 1), slice(1, None)):
             requests: list[Request] = []
-            for prompt, prompt_likelihoods, rows in zip(
-                prompts, likelihoods, continuations, strict=True
-            ):
-                for ids in rows[waves]:
-                    forced = ForcedTokens(ids)
+            for prompt, rows in zip(prompts, continuations, strict=True):
+                for ids in rows[wave]:
                     settings = GenerationSettings(
                         max_new_tokens=len(ids), do_sample=False, constrain=False
                     )
-                    requests.append(
-                        self._new_request(
-                            prompt, settings, None, (), None, None, forced_tokens=forced
-                        )
-                    )
-                    prompt_likelihoods.append(forced.likelihood)
-            self._enqueue(requests)
-            try:
-                for request in requests:
-                    if len(list(request)) < request.settings.max_new_tokens:
+                    requests.append(self._new_request(prompt, settings, end_ids=(), forced_ids=ids))
+            measured = iter(self._finish(requests))
+            for prompt_likelihoods, rows in zip(likelihoods, continuations, strict=True):
+                for ids in rows[wave]:
+                    chooser = next(measured).chooser
+                    assert chooser is not None
+                    if len(chooser.log_probs) < len(ids):
                         raise GenerationError("A continuation does not fit the KV cache.")
-            finally:
-                for request in requests:
-                    request.cancel()
+                    prompt_likelihoods.append(Likelihood(chooser.log_probs, chooser.is_greedy))
         return likelihoods
 
     # ---- everything below is called by the engine's thread
@@ -280,14 +273,11 @@ class Engine(BaseEngine, InboxThread[Request]):
 
     def _processors(self, request: Request) -> list[LogitsProcessor]:
         """The logits processors of a request, the sampler last."""
-        if request.forced_tokens is not None:
-            return [request.forced_tokens]
-        settings = request.settings
         device = self.backend.device
-        processors = build_processors(settings, request.end_ids, device)
-        if request.seed is None:
+        processors = build_processors(request.settings, request.end_ids, device)
+        if request.chooser is None:
             return processors
-        return [*processors, SeededSampler(request.seed, settings, device)]
+        return [*processors, request.chooser]
 
     def _answer_with_beams(self, requests: Sequence[Request]) -> None:
         """The best answers, by the backend's own beam search; other requests wait for it."""

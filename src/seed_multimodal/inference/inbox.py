@@ -83,7 +83,7 @@ class InboxThread(ABC, Generic[Item]):
             return items
 
 
-_instances: weakref.WeakSet[InboxThread[object]] = weakref.WeakSet()
+_instances: weakref.WeakSet[InboxThread[Any]] = weakref.WeakSet()
 
 
 def _serve(wakeups: queue.SimpleQueue[InboxThread[Item] | None]) -> None:

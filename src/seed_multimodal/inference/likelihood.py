@@ -1,15 +1,12 @@
-"""Likelihoods of given continuations: the engine generates tokens of which only one is possible."""
+"""Likelihoods: of given continuations, and of the tokens that were chosen."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-
-import torch
-from torch import Tensor
+from dataclasses import dataclass
 
 
-@dataclass
+@dataclass(frozen=True)
 class Likelihood:
     """Of a continuation after its prompt.
 
@@ -17,8 +14,8 @@ class Likelihood:
     is_greedy: whether greedy decoding would generate the continuation.
     """
 
-    log_probs: list[float] = field(default_factory=list)
-    is_greedy: bool = True
+    log_probs: Sequence[float]
+    is_greedy: bool
 
     @property
     def total(self) -> float:
@@ -31,18 +28,15 @@ class Likelihood:
         return self.total / len(self.log_probs)
 
 
-class ForcedTokens:
-    """The logits processor that leaves the next token of a continuation, and records its score."""
+@dataclass(frozen=True)
+class SampledAnswer:
+    """An answer for training by rewards.
 
-    def __init__(self, ids: Sequence[int]) -> None:
-        self.ids = ids
-        self.likelihood = Likelihood()
+    ids: the generated tokens, without those that the prompt holds.
+    log_probs: natural logarithm of each token's probability in the distribution from which it was
+    chosen: after guidance, image constraints, penalties, temperature, top-k and top-p; of greedy
+    answers the same at temperature 1.
+    """
 
-    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        token = self.ids[input_ids.shape[1]]  # input_ids [1, n]: those before
-        log_probs = scores[0].log_softmax(dim=-1)  # [V]
-        self.likelihood.log_probs.append(float(log_probs[token]))
-        self.likelihood.is_greedy &= int(log_probs.argmax()) == token
-        forced = torch.full_like(scores, -torch.inf)
-        forced[0, token] = 0.0
-        return forced
+    ids: Sequence[int]
+    log_probs: Sequence[float]

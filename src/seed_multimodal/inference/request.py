@@ -8,9 +8,9 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 
 import numpy as np
+import torch
 from torch import Tensor
 
-from seed_multimodal.inference.likelihood import ForcedTokens
 from seed_multimodal.inference.prompt import (
     GenerationSettings,
     Prompt,
@@ -18,7 +18,7 @@ from seed_multimodal.inference.prompt import (
     Stopped,
     random_seed,
 )
-from seed_multimodal.inference.sampling import LogitsProcessor
+from seed_multimodal.inference.sampling import LogitsProcessor, TokenChooser
 from seed_multimodal.language.answer import AnswerReader, Event
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary
@@ -93,7 +93,7 @@ class Request:
     budget: new tokens at most.
     reader: parses the answer while it is generated, and finds its stops. `previews`: see there.
     finish_reason: "stop" (an end token or a stop), "length" (the budget) or None (neither yet).
-    forced_tokens: all that may be generated; None: anything.
+    chooser: of sampled requests, and of those whose log-probabilities are asked for.
     answers: with beams the best ones, when all are finished; the iteration gives the first.
     """
 
@@ -103,26 +103,32 @@ class Request:
         settings: GenerationSettings,
         *,
         tokenizer: TextTokenizer,
-        end_ids: Sequence[int],
+        device: torch.device,
         budget: int,
-        seed: int | None,
-        states: dict[int, Tensor] | None,
-        should_stop: Callable[[], bool] | None,
+        end_ids: Sequence[int] | None = None,
+        seed: int | None = None,
+        states: dict[int, Tensor] | None = None,
+        should_stop: Callable[[], bool] | None = None,
         previews: Sequence[int] = (),
-        forced_tokens: ForcedTokens | None = None,
+        log_probs: bool = False,
+        forced_ids: Sequence[int] | None = None,
     ) -> None:
         vocabulary = tokenizer.vocabulary
         forced = [vocabulary.boi_id] if settings.forces_image else []
         self.settings = settings
         self.initial_ids = [*prompt.answered, *forced]
-        self.end_ids = list(end_ids)
+        self.end_ids = list(tokenizer.eos_token_ids if end_ids is None else end_ids)
         self.budget = budget
         self.should_stop = should_stop
-        self.states = states
-        self.forced_tokens = forced_tokens
+        self.states = states if vocabulary.fixed_image_order else None
         self.seed: int | None = None
         if settings.samples:
-            self.seed = random_seed() if seed is None else seed
+            self.seed = settings.seed if seed is None else seed
+            self.seed = random_seed() if self.seed is None else self.seed
+        self.chooser: TokenChooser | None = None
+        records = log_probs or forced_ids is not None
+        if settings.samples or records:
+            self.chooser = TokenChooser(settings, self.seed, device, forced_ids, records)
         self.finish_reason: str | None = None
         self.answers: list[list[int]] = []
         self.ended = False
@@ -137,8 +143,8 @@ class Request:
         sequence = self._sequence(prompt, forced)
         sequence.in_image = self.initial_ids[-1:] == [vocabulary.boi_id]
         # Written while the answer is generated.
-        if states is not None:
-            sequence.hidden_states = states
+        if self.states is not None:
+            sequence.hidden_states = self.states
         if settings.guidance != 1:
             negative = Prompt(prompt.negative or [vocabulary.boi_id])
             sequence.unconditional = self._sequence(negative, [])

@@ -49,23 +49,48 @@ def build_warpers(settings: GenerationSettings) -> list[LogitsProcessor]:
     return warpers
 
 
-class SeededSampler:
-    """The last logits processor of a sampled request: samples one token and forbids all others.
+class TokenChooser:
+    """The last logits processor of a request: chooses one token and forbids all others.
 
-    It has a generator of its own, and samples what transformers' `generate` samples after
-    `torch.manual_seed(seed)`.
+    seed: samples what transformers' `generate` samples after `torch.manual_seed(seed)`; None:
+        chooses the likeliest token.
+    forced_ids: the tokens to choose instead.
+    records: writes `log_probs`, the natural logarithm of each chosen token's probability, and
+        `is_greedy`: whether each one was the likeliest.
     """
 
-    def __init__(self, seed: int, settings: GenerationSettings, device: torch.device) -> None:
-        self.generator = torch.Generator(device).manual_seed(seed)
-        self.warpers = build_warpers(settings)
+    def __init__(
+        self,
+        settings: GenerationSettings,
+        seed: int | None,
+        device: torch.device,
+        forced_ids: Sequence[int] | None = None,
+        records: bool = False,
+    ) -> None:
+        self.records = records
+        self.forced_ids = forced_ids
+        self.generator: torch.Generator | None = None
+        self.warpers: list[LogitsProcessor] = []
+        if seed is not None:
+            self.generator = torch.Generator(device).manual_seed(seed)
+            self.warpers = build_warpers(settings)
+        self.log_probs: list[float] = []
+        self.is_greedy = True
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
-        """`scores` `[1, V]` → 0 for the sampled token, -inf for the others."""
-        warped = scores
+        """`scores` `[1, V]` → 0 for the chosen token, -inf for the others."""
         for warper in self.warpers:
-            warped = warper(input_ids, warped)
-        token = torch.multinomial(warped.softmax(dim=-1), 1, generator=self.generator)  # [1, 1]
+            scores = warper(input_ids, scores)
+        if self.forced_ids is not None:
+            forced_id = self.forced_ids[input_ids.shape[1]]
+            token = torch.tensor([[forced_id]], device=scores.device)  # [1, 1]
+        elif self.generator is not None:
+            token = torch.multinomial(scores.softmax(dim=-1), 1, generator=self.generator)
+        else:
+            token = scores.argmax(dim=-1, keepdim=True)
+        if self.records:
+            self.log_probs.append(scores.log_softmax(dim=-1)[0, token].item())
+            self.is_greedy &= bool(token == scores.argmax(dim=-1))
         return torch.full_like(scores, float("-inf")).scatter_(1, token, 0.0)
 
 

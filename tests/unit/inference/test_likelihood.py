@@ -1,16 +1,19 @@
-"""Likelihoods of continuations equal those of one pass of transformers, for every family."""
+"""Likelihoods of continuations and of sampled tokens equal those of one pass of transformers."""
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import Any
 
 import pytest
 import torch
 
-from seed_multimodal.errors import GenerationError
+from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.inference.backends.torch import TorchBackend
 from seed_multimodal.inference.engine import Engine
+from seed_multimodal.inference.image_constraints import ImageConstraints, ImageLogitsProcessor
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
+from seed_multimodal.inference.sampling import build_processors, build_warpers
 
 TEXTS = ("What is this animal?", "no", "Please draw a fish.")
 ANSWERS = (["a cat", "a red apple under the tree"], ["blue"], ["Here it is.", "a", "cat"])
@@ -44,6 +47,75 @@ def test_likelihoods_equal_those_of_one_pass(request, family, max_rows):
             assert likelihood.log_probs == pytest.approx(expected, abs=1e-3)
             assert likelihood.is_greedy == is_greedy
             assert likelihood.mean == pytest.approx(sum(expected) / len(ids), abs=1e-3)
+
+
+SAMPLED = GenerationSettings(max_new_tokens=24, temperature=2.0, top_p=0.9, top_k=40)
+SAMPLED_IMAGE = replace(SAMPLED, images="forced", max_new_tokens=70)
+LOG_PROB_SETTINGS = {
+    "sampled": SAMPLED,
+    "sampled image": SAMPLED_IMAGE,
+    "no constraints": replace(SAMPLED, constrain=False, top_k=0, top_p=1.0),
+    "penalty and minimum": replace(SAMPLED, repetition_penalty=1.5, min_new_tokens=9),
+    "guidance": replace(SAMPLED_IMAGE, guidance=2.0),
+    "greedy": replace(SAMPLED, do_sample=False),
+    "several": replace(SAMPLED, num_return_sequences=3),
+}
+
+
+def recomputed(system: Any, prompt: Prompt, ids: list[int], settings: GenerationSettings) -> list:
+    """Log-probabilities of an answer by one pass over it, and transformers' processors."""
+    vocabulary = system.tokenizer.vocabulary
+    opening = [vocabulary.boi_id] if settings.forces_image else []
+
+    def scores_after(prompt_ids: list[int]) -> torch.Tensor:
+        with torch.no_grad():
+            logits = system.llm(torch.tensor([[*prompt_ids, *ids]])).logits[0].float()
+        return logits[len(prompt_ids) - 1 : -1, : vocabulary.size]  # [L, V]
+
+    scores = scores_after([*prompt.ids, *opening])
+    if settings.guidance != 1:
+        conditional = scores.log_softmax(-1)
+        unconditional = scores_after([vocabulary.boi_id]).log_softmax(-1)
+        scores = settings.guidance * (conditional - unconditional) + unconditional
+    device = torch.device("cpu")
+    processors = build_processors(settings, system.tokenizer.eos_token_ids, device)
+    if settings.constrain:
+        constraints = ImageConstraints(vocabulary)
+        budget = settings.max_new_tokens
+        processors.insert(0, ImageLogitsProcessor(constraints, bool(opening), budget))
+    if settings.samples:
+        processors += build_warpers(settings)
+    log_probs = []
+    for position, row in enumerate(scores):
+        row = row[None]
+        for process in processors:
+            row = process(torch.tensor([ids[:position]], dtype=torch.long), row)
+        log_probs.append(float(row.log_softmax(-1)[0, ids[position]]))
+    return log_probs
+
+
+@pytest.mark.parametrize("name", LOG_PROB_SETTINGS)
+@pytest.mark.parametrize("family", ["tiny", "tiny_lavit"])
+def test_log_probs_are_those_of_the_distribution_that_was_sampled(request, family, name):
+    # Training by rewards weighs an answer by them: another distribution biases every step.
+    system = request.getfixturevalue(family)
+    settings = LOG_PROB_SETTINGS[name]
+    engine = Engine(TorchBackend(system.llm), system.tokenizer)
+    prompts = [Prompt(system.tokenizer.encode(text, add_bos=True)) for text in TEXTS]
+    answers = engine.sample(prompts, settings, seeds=[3, 4, 5])
+    n_answers = settings.num_return_sequences
+    plain = engine.generate(prompts, settings, seeds=[3, 4, 5])
+    n_initial = int(settings.forces_image)
+    assert [list(answer.ids) for answer in answers] == [ids[n_initial:] for ids in plain]
+    for index, answer in enumerate(answers):
+        expected = recomputed(system, prompts[index // n_answers], list(answer.ids), settings)
+        assert answer.log_probs == pytest.approx(expected, abs=1e-5)
+
+
+def test_log_probs_of_beams_are_refused(tiny):
+    engine = Engine(TorchBackend(tiny.llm), tiny.tokenizer)
+    with pytest.raises(ConfigError):
+        engine.sample([Prompt([1])], replace(SAMPLED, num_beams=2))
 
 
 def test_likelihoods_that_cannot_be_computed(tiny):

@@ -50,7 +50,10 @@ class Backend(Protocol):
     device: torch.device
     cache_size: CacheSize
     cheap_copies: bool
-    search: Callable[..., list[list[int]]] | None  # beam search; None: it has none
+
+    @property
+    def search(self) -> Callable[..., None] | None:
+        """Beam search (see `TorchBackend`); None: the backend has none."""
 
     def ready(self) -> AbstractContextManager[None]:
         """Context with the weights on their device; outside of it the backend is idle."""

@@ -224,7 +224,7 @@ class TorchBackend:
         def is_cancelled(ids: Tensor, scores: object, **kwargs: object) -> Tensor:
             return torch.full((len(ids),), all_ended(), device=ids.device)
 
-        criteria = [is_cancelled]
+        criteria: list[Callable[..., Tensor]] = [is_cancelled]
         if settings.stop:
             criteria.append(StopTexts(tokenizer, settings, first.initial_ids))
         sampling: dict[str, object] = {}
