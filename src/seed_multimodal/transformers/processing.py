@@ -27,7 +27,7 @@ from seed_multimodal.inference.generator import Task
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt, PromptImage
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.llama_tokenizer import TransformersTokenizer
-from seed_multimodal.language.messages import Message, input_images, read_messages
+from seed_multimodal.language.messages import Message, input_images, is_single, read_messages
 from seed_multimodal.language.prompts import interleave, without_verdict
 from seed_multimodal.language.text_tokenizer import TextTokenizer, without_space_at_images
 from seed_multimodal.language.vocabulary import PLACEHOLDER
@@ -170,7 +170,8 @@ class SeedMultimodalProcessor(ProcessorMixin):
         texts = [text or ""] if text is None or isinstance(text, str) else list(text)
         groups: Sequence[Any] = [[]] * len(texts)
         if images is not None:
-            groups = [images] if len(texts) == 1 else images
+            is_nested = isinstance(images, list) and images != [] and not is_single(images[0])
+            groups = images if is_nested or len(texts) > 1 else [images]
         if len(groups) != len(texts):
             raise RequestError(f"{len(texts)} texts were given with {len(groups)} lists of images.")
         prompts: list[Prompt] = []

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import itertools
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from seed_multimodal.language.hub_tokenizer import (
     has_chat_template,
     load_text_tokenizer,
 )
+from seed_multimodal.language.llama_tokenizer import TransformersTokenizer
 from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
@@ -56,6 +58,23 @@ def test_encode_parts_keeps_texts(hub: HubTokenizer, text):
     assert [id for id in ids if hub.vocabulary.is_image_token(id)] == hub.vocabulary.image_ids(
         CODES
     )
+
+
+def test_a_streamed_answer_of_more_ids_continues_that_of_fewer(
+    hub: HubTokenizer, tokenizer: MultimodalTokenizer
+):
+    # Streamers of transformers print what a longer text has behind the shorter one.
+    for text_tokenizer in (hub, tokenizer):
+        adapter = TransformersTokenizer(text_tokenizer)
+        end = adapter.eos_token
+        codes = [1] * text_tokenizer.vocabulary.tokens_per_image
+        image = text_tokenizer.decode(text_tokenizer.vocabulary.image_ids(codes))
+        ids = adapter.encode(f"It is a cat.{end}{image} Here it is.{end}{end}")
+        texts = [adapter.decode(ids[:n]) for n in range(len(ids) + 1)]
+        assert texts[-1].endswith(end + end)
+        for shorter, longer in itertools.pairwise(texts):
+            assert longer.startswith(shorter)
+        assert end not in adapter.decode(ids, skip_special_tokens=True)
 
 
 def test_end_ids_of_a_base_tokenizer_with_a_chat_template(tmp_path):

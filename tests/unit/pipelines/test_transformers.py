@@ -193,10 +193,13 @@ def test_texts_of_the_template_give_its_prompts(name, conversation, processors):
     text = processor.apply_chat_template(messages, **options)
     contents = [part for message in messages for part in message["content"]]
     images = [part["image"] for part in contents if isinstance(part, dict) and "image" in part]
-    again = processor(text=text, images=images, return_tensors="pt")
-    assert again.keys() == inputs.keys()
-    for key in ("input_ids", "attention_mask", "image_embeds", "image_mask"):
-        assert torch.equal(again[key], inputs[key]) if key in inputs else True
+    for again in (
+        processor(text=text, images=images, return_tensors="pt"),
+        processor(text=[text], images=[images]),
+    ):
+        assert again.keys() == inputs.keys()
+        for key in ("input_ids", "attention_mask", "image_embeds", "image_mask"):
+            assert torch.equal(again[key], inputs[key]) if key in inputs else True
 
 
 @pytest.mark.parametrize("name", [*MODELS, "hub"])
