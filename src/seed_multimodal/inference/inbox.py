@@ -51,9 +51,10 @@ class InboxThread(ABC, Generic[Item]):
         """A copy with an empty inbox, and without thread."""
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
+        vars(copied).update(vars(self))
         copied._begin()
         for name, value in vars(self).items():
-            if name not in vars(copied):
+            if vars(copied)[name] is value:  # not of `_begin`
                 setattr(copied, name, copy.deepcopy(value, memo))
         _instances.add(copied)
         return copied
