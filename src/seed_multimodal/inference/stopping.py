@@ -38,5 +38,5 @@ class StopTexts:
         if not any(stop in text for stop in self._settings.stop):  # in most steps
             return False
         settings = self._settings
-        reader = AnswerReader(self._tokenizer, settings.stop, after=settings.stop_after)
+        reader = AnswerReader(self._tokenizer, settings.stop, stop_after=settings.stop_after)
         return reader.read_all([*self._initial_ids, *ids]).found_stop

@@ -158,7 +158,7 @@ class AnswerReader:
     stops: texts that end the answer, as `</s>` does. A stop of white space only counts after the
     first word. The end of a text is held back while it may be half a character or half a stop.
     previews: numbers of codes after which there is an event with the image so far.
-    after: the end of a verdict (see `TaskPrompts`), in which no stops count and no text is sent.
+    stop_after: see `GenerationSettings`; before it no text is sent.
 
     ids: the tokens that belong to the answer so far. parts: its complete texts and images.
     found_stop: whether one of `stops` has ended the answer.
@@ -169,11 +169,11 @@ class AnswerReader:
         tokenizer: TextTokenizer,
         stops: Sequence[str] = (),
         previews: Sequence[int] = (),
-        after: str = "",
+        stop_after: str = "",
     ) -> None:
         self.tokenizer = tokenizer
         self.previews = previews
-        self.after = after
+        self.stop_after = stop_after
         self.ids: list[int] = []
         self.parts: list[AnswerPart] = []
         self.finished = False
@@ -309,9 +309,9 @@ class AnswerReader:
 
         # 1. Skip the verdict.
         start = 0
-        if self.after and self.after in text:
-            start = text.find(self.after) + len(self.after)
-        elif self.after and not final:
+        if self.stop_after and self.stop_after in text:
+            start = text.find(self.stop_after) + len(self.stop_after)
+        elif self.stop_after and not final:
             return []
 
         # 2. The text that is certain ends at a stop, or at what may become a stop or a character.
