@@ -117,7 +117,7 @@ class SDXLAdapter(adapter.SDXLAdapter):
         in float16."""
         self.to(device, dtype)
         detokenizer = SdxlDetokenizer(
-            self, vae.float(), scheduler, conditioner=self.conditioner
+            self.unet, vae.float(), scheduler, self.resampler, conditioner=self.conditioner
         ).to(device)
         # Kept out of the module's own parts, so that they are not part of its state dict.
         self.__dict__["pipe"] = detokenizer

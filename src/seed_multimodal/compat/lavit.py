@@ -33,7 +33,7 @@ from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.inference.generator import Task
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.language.messages import input_images, user_message
-from seed_multimodal.models.lavit.decoder import Conditions
+from seed_multimodal.models.lavit.decoder import DecodedCodes
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer
 from seed_multimodal.models.lavit.pipeline import Lavit, LavitImageCodec
 from seed_multimodal.models.lavit.processing import QUESTION, QuestionProcessor
@@ -410,7 +410,7 @@ class LaVITforGeneration(_Model):
         padded = [[tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in answers]
         return torch.tensor(padded)
 
-    def generate_image_embeds(self, image_tokens: Tensor) -> Conditions:
+    def generate_image_embeds(self, image_tokens: Tensor) -> DecodedCodes:
         """Input of the pixel decoder, from rows of ids `[R, L]`."""
         tokenizer = self.images.code_tokenizer
         device = self.images.device

@@ -11,8 +11,8 @@ from __future__ import annotations
 import importlib
 import inspect
 import warnings
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import (
     TYPE_CHECKING,
@@ -20,6 +20,7 @@ from typing import (
     ClassVar,
     Generic,
     Literal,
+    NamedTuple,
     Self,
     TypeVar,
 )
@@ -45,8 +46,10 @@ from seed_multimodal.diffusion.networks import (
     size_unit,
     spatial_factor,
     stored_class,
+    with_unconditional,
 )
 from seed_multimodal.diffusion.objectives import flow_shift, is_flow
+from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.disk import JsonObject, read_json_object
 from seed_multimodal.errors import (
     CheckpointError,
@@ -55,12 +58,14 @@ from seed_multimodal.errors import (
     SeedWarning,
     first_line,
 )
+from seed_multimodal.nn.pretrained import PretrainedNetwork
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.settings import nearest, read_settings, setting
 from seed_multimodal.state_dicts import (
     missing_weights,
     refuse_tensors,
 )
+from seed_multimodal.weights.find import find_folder
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -69,34 +74,64 @@ if TYPE_CHECKING:
     from seed_multimodal.diffusion.offload import OffloadHook
 
 DEFAULTS = "seed_decode.json"  # default settings of a diffusion folder
-REQUIRED_FILES = {  # of parts without weights: one of them must exist
-    "scheduler": ("scheduler_config.json",),
-    "image_noising_scheduler": ("scheduler_config.json",),
-    "tokenizer": ("vocab.json", "tokenizer.json"),
-    "feature_extractor": ("preprocessor_config.json",),
-}
 FAST_STEPS = 12  # of DPM-Solver++ 2M: as accurate as 20 of PNDM
-CLASSES = {  # of a diffusers folder's sub-folders, besides its networks
-    "text_encoder": ("transformers", "CLIPTextModel"),
-    "tokenizer": ("transformers", "CLIPTokenizer"),
-    "image_normalizer": ("diffusers.pipelines.stable_diffusion", "StableUnCLIPImageNormalizer"),
-    "safety_checker": (
-        "diffusers.pipelines.stable_diffusion.safety_checker",
-        "StableDiffusionSafetyChecker",
+STABLE_DIFFUSION = "diffusers.pipelines.stable_diffusion"
+SCHEDULER_FILES = ("scheduler_config.json",)
+TRANSFORMERS_WEIGHTS = ("model.safetensors",)
+
+
+class Part(NamedTuple):
+    """How a part of a diffusers folder is stored."""
+
+    classes: tuple[str, ...] = ()  # that its `config.json` may name; schedulers: any
+    module: str = "diffusers"  # of these classes
+    files: tuple[str, ...] = ("diffusion_pytorch_model.safetensors",)  # one of them must exist
+    optional: str = ""  # the sub-folder without which it is left out
+
+
+PARTS = {
+    "denoiser": Part(tuple(DENOISERS)),  # in `unet` or `transformer`
+    "vae": Part(AUTOENCODERS),
+    "scheduler": Part(files=SCHEDULER_FILES),
+    "text_encoder": Part(
+        ("CLIPTextModel",), "transformers", TRANSFORMERS_WEIGHTS, optional="text_encoder"
     ),
-    "feature_extractor": ("transformers", "CLIPImageProcessor"),
+    "tokenizer": Part(
+        ("CLIPTokenizer",),
+        "transformers",
+        ("vocab.json", "tokenizer.json"),
+        optional="text_encoder",
+    ),
+    "image_normalizer": Part(("StableUnCLIPImageNormalizer",), STABLE_DIFFUSION),
+    "image_noising_scheduler": Part(files=SCHEDULER_FILES),
+    "code_adapter": Part(
+        ("CodeAdapter",), "seed_multimodal.models.seed.code_adapter", TRANSFORMERS_WEIGHTS
+    ),
+    "safety_checker": Part(
+        ("StableDiffusionSafetyChecker",),
+        f"{STABLE_DIFFUSION}.safety_checker",
+        TRANSFORMERS_WEIGHTS,
+        optional="safety_checker",
+    ),
+    "feature_extractor": Part(
+        ("CLIPImageProcessor",),
+        "transformers",
+        ("preprocessor_config.json",),
+        optional="safety_checker",
+    ),
 }
-NETWORKS = {  # classes by the part's `config.json`
-    "unet": ("UNet2DConditionModel",),
-    "denoiser": tuple(DENOISERS),  # in `unet` or `transformer`
-    "vae": AUTOENCODERS,
-}
-OPTIONAL = {  # part → the sub-folder that must exist, or the part is left out
-    "text_encoder": "text_encoder",
-    "tokenizer": "text_encoder",
-    "safety_checker": "safety_checker",
-    "feature_extractor": "safety_checker",
-}
+SAFETY_PARTS = ("safety_checker", "feature_extractor")
+# Attributes of de-tokenizers with weights, in order of use.
+NETWORKS = (
+    "text_encoder",
+    "decoder",
+    "code_adapter",
+    "conditioner",
+    "resampler",
+    "denoiser",
+    "vae",
+    "safety_checker",
+)
 
 
 @dataclass(frozen=True)
@@ -112,6 +147,8 @@ class DrawingSettings:
 
 
 Settings = TypeVar("Settings", bound=DrawingSettings)
+# Of images, and what computes those without them, for guidance.
+Conditions = tuple[DenoiserConditions, Callable[[], DenoiserConditions]]
 
 
 @dataclass
@@ -119,6 +156,7 @@ class Denoising:
     """What the denoising loop reads for B images, with R runs of the denoiser a step."""
 
     start: Tensor  # noise [B, C, h, w]
+    n_runs: int
     conditions: DenoiserConditions  # R · B rows
     guide: Callable[[Tensor], Tensor]  # combines the predictions of the R runs
     concatenated: Tensor | None = None  # further input channels, R · B rows
@@ -128,68 +166,113 @@ class Denoising:
 
         step: the scheduler's time step, one for all or one each.
         """
-        runs = len(self.conditions["encoder_hidden_states"]) // len(noisy)
-        inputs = noisy.repeat(runs, 1, 1, 1)
+        inputs = noisy.repeat(self.n_runs, 1, 1, 1)
         if step.ndim:
-            step = step.repeat(runs)
+            step = step.repeat(self.n_runs)
         if self.concatenated is not None:
             inputs = torch.cat([inputs, self.concatenated.to(inputs)], dim=1)
-        prediction = predict(denoiser, inputs.to(denoiser.dtype), step, self.conditions)
-        return self.guide(prediction.float())
+        return self.guide(predict(denoiser, inputs, step, self.conditions).float())
 
 
+@dataclass(eq=False)
 class Detokenizer(Generic[Settings]):
-    """Base class; subclasses define `prepare`."""
+    """Parts of a diffusers folder that draw; families define `conditions`.
+
+    denoiser, vae, scheduler: of diffusers.
+    conditioner: starts the sampling from an embedding.
+    safety_checker: flagged images become black; with its `feature_extractor`.
+    """
+
+    denoiser: nn.Module
+    vae: nn.Module
+    scheduler: SchedulerMixin
+    _: KW_ONLY
+    defaults: Settings = None  # type: ignore[assignment]  # None: of `settings_class`
+    text_encoder: PreTrainedModel | None = None
+    tokenizer: PreTrainedTokenizerBase | None = None
+    conditioner: Conditioner | None = None
+    safety_checker: PreTrainedModel | None = None
+    feature_extractor: BaseImageProcessor | None = None
 
     label: ClassVar[str]  # in error messages
     download_hint: ClassVar[str]  # in error messages: where to get the weights
-    settings_class: type[Settings]
-    # Parts with weights, in order of use.
-    part_names: ClassVar[tuple[str, ...]] = (
-        "text_encoder",
-        "conditioner",
-        "unet",
-        "vae",
-        "safety_checker",
-    )
-    float32: ClassVar[tuple[str, ...]] = ("vae", "safety_checker")  # those that stay in float32
-    decode_batch_size: ClassVar[int] = 1  # of the VAE decoder
-    # (settings, generators, **`condition_rows`) → `Denoising`
-    prepare: Callable[..., Denoising]
-    reads_condition = False
-    embedding_dim: int
+    settings_class: ClassVar[type[DrawingSettings]]
+    folders: ClassVar[tuple[str, ...]] = ("denoiser", "vae", "scheduler")  # parts that are loaded
+    float32: ClassVar[tuple[str, ...]] = ("safety_checker",)  # parts that stay in float32
+    decode_batch_size: ClassVar[int] = 8  # of the VAE decoder
+    noise_dtype: ClassVar[torch.dtype | None] = None  # None: of the denoiser
+    # Trained networks: names in checkpoints → attributes.
+    trained: ClassVar[Mapping[str, str]] = {"denoiser": "denoiser"}
+    reads_codes = False  # whether it reads an embedding of each code
+    reads_condition = False  # whether it reads condition images
 
-    def __init__(
-        self,
-        denoiser: nn.Module,
-        vae: nn.Module,
-        scheduler: SchedulerMixin,
-        *,
-        defaults: Settings | None = None,
-        text_encoder: PreTrainedModel | None = None,
-        tokenizer: PreTrainedTokenizerBase | None = None,
-        conditioner: Conditioner | None = None,
-        safety_checker: PreTrainedModel | None = None,
-        feature_extractor: BaseImageProcessor | None = None,
-    ) -> None:
-        self.denoiser = denoiser
-        self.vae = vae
-        self.scheduler = scheduler
-        self.conditioner = conditioner
-        self.text_encoder = text_encoder
-        self.tokenizer = tokenizer
-        self.safety_checker = safety_checker
-        self.feature_extractor = feature_extractor
-        self.defaults = defaults or self.settings_class()
-        self.device = torch.device(denoiser.device)
-        self.factor = spatial_factor(vae)  # pixels of a latent's side
-        self.size_unit = size_unit(denoiser, vae)
+    def __post_init__(self) -> None:
+        if self.defaults is None:
+            self.defaults = self.settings_class()  # type: ignore[assignment]
+        self.device = torch.device(self.denoiser.device)
+        self.factor = spatial_factor(self.vae)  # pixels of a latent's side
+        self.size_unit = size_unit(self.denoiser, self.vae)
         self._hooks: list[OffloadHook] = []
 
     @property
     def unet(self) -> nn.Module:
         """The denoiser, where it is a U-Net."""
         return self.denoiser
+
+    # ---- defined by families
+
+    @property
+    def embedding_dim(self) -> int:
+        """Width of the embeddings."""
+        raise NotImplementedError
+
+    def read(self, embeds: Any) -> tuple[Any, Tensor]:
+        """What `conditions` reads, and what a conditioner reads, on the device."""
+        embeds = embeds.to(self.device)
+        return embeds, embeds
+
+    def conditions(
+        self,
+        embeds: Any,
+        negatives: Tensor | None,
+        time_ids: Tensor,
+        settings: Settings,
+        generators: Generators,
+    ) -> Conditions:
+        """What the denoiser reads of B images, and a function of what it reads without them.
+
+        embeds: of `read`.
+        negatives: unconditional embeddings, B rows; None: the family's.
+        time_ids: `[B, 6]`, see `size_ids`.
+        """
+        raise NotImplementedError
+
+    def guide(self, settings: Settings) -> tuple[int, Callable[[Tensor], Tensor]]:
+        """The denoiser's runs a step, and classifier-free guidance of their predictions.
+
+        The unconditional run is the first one.
+        """
+        scale = settings.guidance_scale
+        if scale <= 1:
+            return 1, lambda prediction: prediction
+
+        def guided(prediction: Tensor) -> Tensor:
+            unconditional, conditional = prediction.chunk(2)
+            return unconditional + scale * (conditional - unconditional)
+
+        return 2, guided
+
+    def time_ids(self, settings: Settings, count: int) -> Tensor:
+        """SDXL's size conditions `[count, 6]`."""
+        return size_ids(self.image_size(settings), count=count).to(self.device)
+
+    def condition_latents(
+        self, images: Sequence[Image.Image | None], size: tuple[int, int]
+    ) -> Tensor:
+        """Latents of condition images, where the denoiser reads them."""
+        raise NotImplementedError
+
+    # ---- settings
 
     def check_settings(self, **overrides: object) -> Settings:
         """The defaults, overridden by settings that are not None. Raises ConfigError."""
@@ -235,47 +318,92 @@ class Detokenizer(Generic[Settings]):
         batch_size: images at a time; None: all.
         settings: fields of `settings_class`.
         """
-        # 1. One row of each condition for each image.
+        # 1. Embeddings of this de-tokenizer, and unconditional ones for each image.
         checked = self.check_settings(**settings)
-        conditions = self.condition_rows(embeds, negative_embeds, checked)
-        if self.reads_condition and condition_images is not None:
-            conditions["images"] = condition_images
         n_images = len(embeds)
+        for width in {row.shape[-1] for row in embeds}:
+            if width != self.embedding_dim:
+                raise CheckpointError(
+                    f"The embeddings have width {width}, but this diffusion model needs width "
+                    f"{self.embedding_dim}: tokenizer and de-tokenizer do not belong together."
+                )
+        if negative_embeds is not None:
+            negative_embeds = negative_embeds.expand(n_images, *negative_embeds.shape[1:])
         if seeds is None:
             seeds = torch.randint(2**62, (n_images,)).tolist()
-        batch_size = batch_size or max(n_images, 1)
 
         # 2. The images, a batch at a time.
+        batch_size = batch_size or max(n_images, 1)
         images: list[Image.Image] = []
         for start in range(0, n_images, batch_size):
             batch = slice(start, start + batch_size)
             generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[batch]]
-            rows = {name: values[batch] for name, values in conditions.items()}
-            images += self.to_images(self.denoise(checked, generators, **rows))
+            latents = self.denoise(
+                checked,
+                generators,
+                embeds[batch],
+                None if negative_embeds is None else negative_embeds[batch],
+                None if condition_images is None else condition_images[batch],
+            )
+            images += self.to_images(latents)
         for hook in self._hooks:
             hook.offload()
         return images
 
-    def condition_rows(
-        self, embeds: Tensor, negatives: Tensor | None, settings: Settings
-    ) -> dict[str, Sequence[object]]:
-        """Arguments of `denoise` with one row for each image, without those that are None."""
-        if embeds.shape[-1] != self.embedding_dim:
-            raise CheckpointError(
-                f"The embeddings have width {embeds.shape[-1]}, but this diffusion model needs "
-                f"width {self.embedding_dim}: tokenizer and de-tokenizer do not belong together."
-            )
-        rows: dict[str, Sequence[object]] = {"embeds": embeds}
-        if negatives is not None:
-            rows["negatives"] = negatives.expand(len(embeds), *negatives.shape[1:])
-        return rows
-
     def denoise(
-        self, settings: Settings, generators: Generators, *conditions: object, **options: object
+        self,
+        settings: Settings,
+        generators: Generators,
+        embeds: Tensor | Sequence[Tensor],
+        negatives: Tensor | None = None,
+        images: Sequence[Image.Image | None] | None = None,
+        start: Tensor | None = None,
     ) -> Tensor:
-        """Latents `[B, C, h, w]` in float32; arguments as of `prepare`."""
-        denoising = self.prepare(settings, generators, *conditions, **options)
+        """Latents `[B, C, h, w]` in float32; for the arguments see `prepare`."""
+        denoising = self.prepare(settings, generators, embeds, negatives, images, start)
         return self.sample(denoising, settings, generators)
+
+    def prepare(
+        self,
+        settings: Settings,
+        generators: Generators,
+        embeds: Tensor | Sequence[Tensor],
+        negatives: Tensor | None = None,
+        images: Sequence[Image.Image | None] | None = None,
+        start: Tensor | None = None,
+    ) -> Denoising:
+        """What the denoising loop reads.
+
+        negatives: unconditional embeddings, B rows; None: the family's.
+        images: condition images, where `reads_condition`; None: none.
+        start: initial latents; None: by the conditioner if there is one, else noise.
+        """
+        # 1. Start and conditions. Each generator draws for a conditioner before it draws for the
+        #    conditions, and the noise after them, as stock pipelines.
+        height, width = self.image_size(settings)
+        latent_size = height // self.factor, width // self.factor
+        condition = None
+        if self.reads_condition:
+            condition = self.condition_latents(images or [None] * len(embeds), (height, width))
+        read, features = self.read(embeds)
+        if start is None and self.conditioner is not None:
+            start = self.conditioner.warm_latents(
+                features, generators, self.scheduler, condition, latent_size
+            )
+        time_ids = self.time_ids(settings, len(embeds))
+        conditions, null = self.conditions(read, negatives, time_ids, settings, generators)
+        n_runs, guide = self.guide(settings)
+        if n_runs > 1:
+            conditions = with_unconditional(conditions, null(), n_runs)
+        if start is None:
+            shape = (self.vae.config.latent_channels, *latent_size)
+            start = seeded_noise(generators, shape, self.noise_dtype or self.denoiser.dtype)
+
+        # 2. The condition images, with rows for each run of the denoiser.
+        if n_runs > 1 and condition is not None:
+            rows = [condition] * (n_runs - 1)
+            condition = torch.cat([torch.zeros_like(condition), *rows])
+        return Denoising(start, n_runs, conditions, guide, condition)
 
     def sample(self, denoising: Denoising, settings: Settings, generators: Generators) -> Tensor:
         """The denoising loop: latents `[B, C, h, w]` in float32."""
@@ -298,28 +426,6 @@ class Detokenizer(Generic[Settings]):
             prediction = denoising.predict(self.denoiser, noisy, step)
             latents = scheduler.step(prediction, step, latents, **step_options).prev_sample
         return latents
-
-    def initial_latents(
-        self,
-        generators: Generators,
-        size: tuple[int, int],
-        embeds: Tensor | None,
-        condition: Tensor | None = None,
-        dtype: torch.dtype | None = None,
-    ) -> Tensor:
-        """Initial latents `[B, C, h, w]`: noise, or those of the conditioner if there is one.
-
-        size: height and width in pixels.
-        embeds: input of the conditioner; None: noise only.
-        """
-        height = size[0] // self.factor
-        width = size[1] // self.factor
-        if self.conditioner is not None and embeds is not None:
-            return self.conditioner.warm_latents(
-                embeds.to(self.device), generators, self.scheduler, condition, (height, width)
-            )
-        shape = (self.vae.config.latent_channels, height, width)
-        return seeded_noise(generators, shape, dtype or self.denoiser.dtype)
 
     def to_images(self, latents: Tensor) -> list[Image.Image]:
         """Latents as PIL images, black where the safety checker flags them.
@@ -374,7 +480,7 @@ class Detokenizer(Generic[Settings]):
     @property
     def parts(self) -> dict[str, nn.Module]:
         """All parts with weights, in order of use."""
-        parts = {name: getattr(self, name, None) for name in self.part_names}
+        parts = {name: getattr(self, name, None) for name in NETWORKS}
         return {name: part for name, part in parts.items() if part is not None}
 
     def to(self, device: str | torch.device) -> Self:
@@ -401,16 +507,38 @@ class Detokenizer(Generic[Settings]):
     # ---- loading
 
     @classmethod
+    def from_pretrained(
+        cls,
+        folder: str | Path,
+        *,
+        device: str | torch.device = "cpu",
+        dtype: torch.dtype = torch.float32,
+        safety_checker: bool = True,
+    ) -> Self:
+        """Load a diffusers folder.
+
+        safety_checker: use the folder's, if it has one; flagged images are black.
+
+        Raises:
+            CheckpointError: missing (with download instructions), incomplete, or damaged.
+        """
+        names = (*cls.folders, *SAFETY_PARTS) if safety_checker else cls.folders
+        files = ["unet/*", "transformer/*", *(f"{name}/*" for name in names)]
+        path = find_folder(folder, files, cls.download_hint)
+        return cls(**cls.load_parts(path, dtype, *names)).to(device)
+
+    @classmethod
     def load_parts(cls, folder: Path, dtype: torch.dtype, *names: str) -> dict[str, Any]:
         """Arguments of the constructor from a diffusion folder.
 
         These are the named parts, default settings and the conditioner, as far as the folder has
-        them.
+        them. Raises CheckpointError.
         """
-        # 1. Named parts; those of `OPTIONAL` may be missing.
+        # 1. Named parts. All files must exist before the first is loaded.
+        cls.check_parts(folder, *names)
         parts: dict[str, Any] = {}
         for name in names:
-            if (folder / OPTIONAL.get(name, "")).is_dir():
+            if (folder / PARTS[name].optional).is_dir():
                 part_dtype = torch.float32 if name in cls.float32 else dtype
                 parts[name] = cls.load_part(folder, name, part_dtype)
 
@@ -426,7 +554,7 @@ class Detokenizer(Generic[Settings]):
     def check_parts(cls, folder: Path, *names: str) -> None:
         """Raise CheckpointError if a file of these parts is missing, without loading any."""
         for name in names:
-            if not (folder / OPTIONAL.get(name, "")).is_dir():
+            if not (folder / PARTS[name].optional).is_dir():
                 continue
             part_folder = _part_folder(folder, name)
             missing = _missing_path(part_folder, name)
@@ -439,27 +567,24 @@ class Detokenizer(Generic[Settings]):
 
     @classmethod
     def load_part(cls, folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Any:
-        """A scheduler, or a part of `NETWORKS` or `CLASSES`, networks in eval mode.
-
-        Raises `CheckpointError`.
-        """
+        """A part of `PARTS`, networks in eval mode. Raises `CheckpointError`."""
         # 1. A scheduler has no weights.
+        part_folder = _part_folder(folder, name)
         if name.endswith("scheduler"):
-            file = folder / name / "scheduler_config.json"
+            file = part_folder / "scheduler_config.json"
             config = read_json_object(file, CheckpointError, cls.download_hint)
             return scheduler_class(config, file).from_config(config)
 
         # 2. A folder is required: diffusers would treat its name as one of the hub.
-        part_folder = _part_folder(folder, name)
         if not part_folder.is_dir():
             raise CheckpointError(f"{part_folder}: no such folder; {cls.download_hint}.")
 
         # 3. Load it.
-        if name in NETWORKS:
-            module_name, class_name = "diffusers", stored_class(part_folder, NETWORKS[name])
-        else:
-            module_name, class_name = CLASSES[name]
-        part_class = getattr(importlib.import_module(module_name), class_name)
+        part = PARTS[name]
+        class_name = stored_class(part_folder, part.classes)
+        part_class = getattr(importlib.import_module(part.module), class_name)
+        if issubclass(part_class, PretrainedNetwork):
+            return part_class.from_pretrained(part_folder, dtype=dtype)
         is_network = issubclass(part_class, nn.Module)
         try:
             with quiet_loading("diffusers", "transformers"), warnings.catch_warnings():
@@ -477,11 +602,11 @@ class Detokenizer(Generic[Settings]):
             return loaded
 
         # 4. Missing tensors are errors; the libraries only warn.
-        part, info = loaded
+        network, info = loaded
         refuse_tensors(sorted(info["missing_keys"]), (), part_folder, "missing from the file")
-        if name in ("unet", "denoiser"):
-            part.register_to_config(_name_or_path="")  # do not save local paths
-        return part.eval()
+        if name == "denoiser":
+            network.register_to_config(_name_or_path="")  # do not save local paths
+        return network.eval()
 
 
 def scheduler_class(config: JsonObject, label: str | Path) -> Any:
@@ -511,21 +636,6 @@ def fast_scheduler(scheduler: SchedulerMixin, **settings: object) -> SchedulerMi
             "flow_shift": flow_shift(scheduler),
         }
     return DPMSolverMultistepScheduler.from_config(scheduler.config, **changes)
-
-
-def guidance(scale: float) -> Callable[[Tensor], Tensor]:
-    """Classifier-free guidance of predictions `[2 B, …]`, unconditional ones first.
-
-    Of `[B, …]` up to a scale of 1.
-    """
-
-    def guide(prediction: Tensor) -> Tensor:
-        if scale <= 1:
-            return prediction
-        unconditional, conditional = prediction.chunk(2)
-        return unconditional + scale * (conditional - unconditional)
-
-    return guide
 
 
 def empty_prompt(
@@ -573,9 +683,9 @@ def _missing_path(folder: Path, name: str) -> Path | None:
     """
     if not folder.is_dir():
         return folder
-    if name in REQUIRED_FILES:
-        files = [folder / file for file in REQUIRED_FILES[name]]
-        return None if any(file.is_file() for file in files) else files[0]
-    if name in ("text_encoder", "safety_checker", "code_adapter"):  # not of diffusers
-        return missing_weights(folder)
-    return missing_weights(folder, "diffusion_pytorch_model.safetensors")
+    files = PARTS[name].files
+    if files[0].endswith(".safetensors"):
+        return missing_weights(folder, files[0])
+    if any((folder / file).is_file() for file in files):
+        return None
+    return folder / files[0]

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import NamedTuple, Required, TypedDict
+from typing import Any, NamedTuple, Required, TypedDict
 
 import torch
 from torch import Tensor, nn
@@ -76,11 +76,17 @@ def denoiser_kind(denoiser: nn.Module) -> DenoiserKind:
 def predict(
     denoiser: nn.Module, latents: Tensor, step: Tensor, conditions: DenoiserConditions
 ) -> Tensor:
-    """A denoiser's prediction `[B, C, h, w]` for noisy latents.
+    """A denoiser's prediction `[B, C, h, w]` for noisy latents, in its precision.
 
     step: the scheduler's time step, one for all or one each.
     """
-    return denoiser_kind(denoiser).predict(denoiser, latents, step, conditions)
+    # SDXL's U-Net converts `added_cond_kwargs` itself: sizes stay exact.
+    converted = conditions.copy()
+    for name in ("encoder_hidden_states", "class_labels", "pooled_projections"):
+        if name in conditions:
+            converted[name] = conditions[name].to(denoiser.dtype)
+    latents = latents.to(denoiser.dtype)
+    return denoiser_kind(denoiser).predict(denoiser, latents, step, converted)
 
 
 def context_dim(denoiser: nn.Module) -> int:
@@ -100,19 +106,26 @@ def pooled_dim(denoiser: nn.Module) -> int:
 
 
 def conditions_of(
-    denoiser: nn.Module, tokens: Tensor, pooled: Tensor | None, time_ids: Tensor
+    denoiser: nn.Module,
+    tokens: Tensor,
+    pooled: Tensor | None = None,
+    time_ids: Tensor | None = None,
+    mask: Tensor | None = None,
 ) -> DenoiserConditions:
     """The conditions by the names that a denoiser has for them.
 
-    tokens: prompt embeddings `[B, N, D]`. pooled: `[B, pooled_dim]`, None if that is 0. time_ids:
-    sizes for SDXL `[B, 6]`, see `size_ids`.
+    tokens: prompt embeddings `[B, N, D]`; mask: those to attend to `[B, N]`, None: all.
+    pooled: `[B, pooled_dim]`, not read where that is 0.
+    time_ids: sizes for SDXL `[B, 6]`, see `size_ids`.
     """
-    conditions: DenoiserConditions = {"encoder_hidden_states": tokens.to(denoiser.dtype)}
-    if pooled is None:
+    conditions: DenoiserConditions = {"encoder_hidden_states": tokens}
+    if mask is not None:
+        conditions["encoder_attention_mask"] = mask
+    if pooled is None or not pooled_dim(denoiser):
         return conditions
-    pooled = pooled.to(denoiser.dtype)
     config = denoiser.config
     if config.get("addition_embed_type") == "text_time":
+        assert time_ids is not None
         conditions["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": time_ids}
     elif config.get("class_embed_type") == "projection":
         conditions["class_labels"] = pooled
@@ -121,19 +134,35 @@ def conditions_of(
     return conditions
 
 
-def conditions_to(conditions: DenoiserConditions, dtype: torch.dtype) -> DenoiserConditions:
-    """Conditions in the precision of a denoiser; SDXL's sizes and masks stay as they are."""
-    converted = conditions.copy()
-    converted["encoder_hidden_states"] = conditions["encoder_hidden_states"].to(dtype)
-    if "class_labels" in conditions:
-        converted["class_labels"] = conditions["class_labels"].to(dtype)
-    if "pooled_projections" in conditions:
-        converted["pooled_projections"] = conditions["pooled_projections"].to(dtype)
-    if "added_cond_kwargs" in conditions:
-        added = conditions["added_cond_kwargs"]
-        text_embeds = added["text_embeds"].to(dtype)
-        converted["added_cond_kwargs"] = {**added, "text_embeds": text_embeds}
-    return converted
+def with_unconditional(
+    conditions: DenoiserConditions, null: DenoiserConditions, n_runs: int
+) -> DenoiserConditions:
+    """Conditions of R runs for guidance: unconditional ones, and those of the images last."""
+
+    def repeat(rows: Tensor, null_rows: Tensor) -> Tensor:
+        return torch.cat([null_rows] * (n_runs - 1) + [rows])
+
+    combined: DenoiserConditions = _combine(repeat, conditions, null)
+    return combined
+
+
+def drop_conditions(
+    conditions: DenoiserConditions, null: DenoiserConditions, without: Tensor
+) -> DenoiserConditions:
+    """Conditions of training: unconditional ones in the rows where `without` `[B]` is true."""
+
+    def drop(rows: Tensor, null_rows: Tensor) -> Tensor:
+        return torch.where(without.view(-1, *[1] * (rows.ndim - 1)), null_rows, rows)
+
+    combined: DenoiserConditions = _combine(drop, conditions, null)
+    return combined
+
+
+def _combine(function: Callable[[Tensor, Tensor], Tensor], conditions: Any, null: Any) -> Any:
+    """The function of each tensor of both conditions."""
+    if isinstance(conditions, Tensor):
+        return function(conditions, null)
+    return {name: _combine(function, value, null[name]) for name, value in conditions.items()}
 
 
 def compile_blocks(denoiser: nn.Module) -> None:

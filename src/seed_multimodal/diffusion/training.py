@@ -1,13 +1,17 @@
-"""Shared training code of denoisers: size conditions, trained parameters, start."""
+"""Shared training code of denoisers: size conditions, trained parameters, dropped conditions,
+start."""
 
 from __future__ import annotations
 
 import shutil
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
 import torch
 from torch import Tensor, nn
+
+from seed_multimodal.settings import setting
 
 TrainedLayers = Literal["key_value", "all"]  # of a denoiser
 # Of all attentions; Stable Diffusion 3 has others for the conditions.
@@ -29,11 +33,42 @@ def size_ids(
     return ids.expand(count, -1)
 
 
-def train_unet(unet: nn.Module, which: TrainedLayers) -> None:
-    """Enable gradients of a whole denoiser ("all"), or of its attention keys and values."""
-    for name, parameter in unet.named_parameters():
+def reads_images(denoiser: nn.Module) -> bool:
+    """Whether a denoiser reads latents of a condition image, too, as further input channels."""
+    config = denoiser.config
+    return int(config.in_channels) > int(config.out_channels)
+
+
+def train_denoiser(denoiser: nn.Module, which: TrainedLayers) -> None:
+    """Enable gradients of a whole denoiser ("all"), or of its attention keys and values.
+
+    With these the first convolution, if it reads a condition image.
+    """
+    for name, parameter in denoiser.named_parameters():
         layer = name.rpartition(".")[0].rpartition(".")[2]
         parameter.requires_grad_(which == "all" or layer in KEY_VALUE)
+    if reads_images(denoiser):
+        denoiser.conv_in.requires_grad_(True)
+
+
+@dataclass(frozen=True)
+class ConditionDropout:
+    """Shares of samples without embeddings, without condition image, and without both.
+
+    Our choice, as in InstructPix2Pix.
+    """
+
+    embeds: float = setting(0.05, minimum=0, maximum=1)
+    image: float = setting(0.05, minimum=0, maximum=1)
+    both: float = setting(0.05, minimum=0, maximum=1)
+
+    def draw(self, count: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
+        """Samples without embeddings, and without condition image: bool `[count]`, on the CPU."""
+        uniform = torch.rand(count, generator=generator)
+        both = uniform < self.both
+        embeds = both | (uniform - self.both < self.embeds)
+        image = both | (~embeds & (uniform - self.both - self.embeds < self.image))
+        return embeds, image
 
 
 def new_diffusion(source: Path, target: Path) -> None:

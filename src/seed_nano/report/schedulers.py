@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from seed_multimodal.diffusion.base import Detokenizer
+from seed_multimodal.diffusion.conditioner import seeded_noise
 from seed_multimodal.pipelines.base import MultimodalSystem
 
 STEPS = (4, 6, 8, 10, 12, 20)
@@ -41,8 +41,9 @@ def main() -> None:
     decoder = codec.decoder
     values = [value for value in codec.encode(args.images) for _ in range(SEEDS)]
     if args.start == "noise":
-        decoder.initial_latents = lambda generators, size, *_, **options: (
-            Detokenizer.initial_latents(decoder, generators, size, None, **options)
+        channels = decoder.vae.config.latent_channels
+        decoder.conditioner.warm_latents = lambda embeds, generators, scheduler, condition, size: (
+            seeded_noise(generators, (channels, *size))
         )
 
     def draw(steps: int, preset: str) -> npt.NDArray[np.float32]:

@@ -27,7 +27,7 @@ from seed_multimodal.inference.engine import Engine
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.language.answer import AnswerReader
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.models.lavit.decoder import CodeDecoder, Conditions, Head, LavitDecoderConfig
+from seed_multimodal.models.lavit.decoder import CodeDecoder, Head, LavitDecoderConfig
 from seed_multimodal.models.lavit.diffusion import LavitDetokenizer
 from seed_multimodal.models.lavit.modeling import (
     DynamicTokenizer,
@@ -246,24 +246,26 @@ def check_images(
         torch.tensor([id - FIRST_CODE for id in ids if id >= FIRST_CODE])
         for ids in cases["image_tokens"]
     ]
-    conditions = decoder([weights["quantize.embedding.weight"][row] for row in codes])
+    rows = [weights["quantize.embedding.weight"][image_codes] for image_codes in codes]
+    conditions = decoder(rows)
     want.compare("image_embeds.", prompt=conditions.prompt_embeds, pooled=conditions.pooled)
     model = LavitDetokenizer(
         network("UNet2DConditionModel", config["unet"], weights.part("unet")),
         network("AutoencoderKL", config["vae"], weights.part("vae")),
         diffusers.DDIMScheduler.from_config(config["scheduler"]),
+        decoder=decoder,
     )
     for name, case in cases["decoder_cases"].items():
-        check_latents(model, conditions, case, f"pixels.{name}", want)
+        check_latents(model, rows, case, f"pixels.{name}", want)
 
 
 def check_latents(
-    model: LavitDetokenizer, conditions: Conditions, case: dict[str, Any], name: str, want: Tensors
+    model: LavitDetokenizer, rows: list[Tensor], case: dict[str, Any], name: str, want: Tensors
 ) -> None:
     """The recorded noise has one latent for eight pixels, independent of the tiny VAE."""
     start = want[f"{name}.initial_latents"]
     settings = model.check_settings(num_inference_steps=STEPS, guidance_scale=GUIDANCE, **case)
-    latents = model.denoise(settings, [torch.Generator()] * len(start), conditions, start=start)
+    latents = model.denoise(settings, [torch.Generator()] * len(start), rows, start=start)
     want.close(f"{name}.vae_input", latents / model.vae.config.scaling_factor, (1e-3, 1e-3))
     pixels = model.decode(latents).mul(255).round().permute(0, 2, 3, 1)
     want.close(f"{name}.image_uint8", pixels, (2, 0))

@@ -21,6 +21,7 @@ from PIL import Image
 from runner import CLOSE, Recording, Tensors, assert_close, assert_same
 from tiny.diffusion import PlainTower
 
+from seed_multimodal.diffusion.training import train_denoiser
 from seed_multimodal.models.seed_x.adapter import ResamplerXLConfig, ResamplerXLV2, SDXLAdapter
 from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer
 from seed_multimodal.nn.layers import AttentionPool, resize_square
@@ -32,6 +33,7 @@ from seed_multimodal.nn.vision.qwen import (
     sine_table,
 )
 from seed_multimodal.state_dicts import assign_strictly
+from seed_multimodal.training.pixel_decoder.task import TrainedDetokenizer
 
 # ---- vision encoder
 
@@ -122,9 +124,10 @@ def build(sizes: dict[str, Any], weights: Tensors, stage: int) -> SdxlDetokenize
     assign_strictly(adapter, state, "adapter")
     assert_same(adapter.reads_condition, stage == 2, "stage")
     return SdxlDetokenizer(
-        adapter,
+        adapter.unet,
         network("AutoencoderKL", sizes["vae"], weights.part("vae")),
         scheduler(sizes["scheduler"], "cls", "Scheduler"),
+        adapter.resampler,
     )
 
 
@@ -140,35 +143,41 @@ def check_prompts(
     for case in want.part("get_image_embeds").parts():
         embeds = inputs[case.rsplit("_", 1)[0]]
         negative = case.endswith("_neg")
-        count = len(embeds)
-        prompt, pooled = model.prompts(embeds, model.null_embeds if negative else None)
-        outputs = {"embeds": prompt[-count:], "pooled": pooled[-count:]}
-        outputs |= {"neg_embeds": prompt[:count], "neg_pooled": pooled[:count]} if negative else {}
+        sizes = torch.zeros(len(embeds), 6)
+        conditions, null = model.conditions(embeds, None, sizes, model.defaults, ())
+        outputs = {
+            "embeds": conditions["encoder_hidden_states"],
+            "pooled": conditions["added_cond_kwargs"]["text_embeds"],
+        }
+        if negative:
+            null_conditions = null()
+            outputs["neg_embeds"] = null_conditions["encoder_hidden_states"]
+            outputs["neg_pooled"] = null_conditions["added_cond_kwargs"]["text_embeds"]
         expected = want.part(f"get_image_embeds.{case}")
         assert_same(outputs.keys(), expected.keys(), f"results of {case}")
         expected.compare(**outputs)
 
 
 def check_training(
-    adapter: SDXLAdapter, name: str, meta: dict[str, Any], case_inputs: Tensors, want: Tensors
+    model: SdxlDetokenizer, name: str, meta: dict[str, Any], case_inputs: Tensors, want: Tensors
 ) -> None:
     """One step: prediction, loss, which parameters are trained, norms of their gradients."""
-    adapter.set_trainable("all" if name == "adapter.full_True" else "key_value")
+    adapter = TrainedDetokenizer(model, model.trained).requires_grad_(True)
+    train_denoiser(model.denoiser, "all" if name == "adapter.full_True" else "key_value")
     chosen = {key for key, value in adapter.named_parameters() if value.requires_grad}
     assert_same(
         sorted(chosen), sorted(meta[f"{name}.optimizer_parameters"]), f"{name}: trained parameters"
     )
     # Latents, behind them those of a condition image in the second stage.
-    channels = adapter.latent_channels
-    noisy = case_inputs["noisy_latents_8ch" if adapter.reads_condition else "noisy_latents"]
+    noisy = case_inputs["noisy_latents_8ch" if model.reads_condition else "noisy_latents"]
     adapter.zero_grad()
     with torch.enable_grad():
         prediction = adapter(
-            noisy[:, :channels],
+            noisy,
             case_inputs["timesteps"],
             case_inputs["image_embeds"],
             case_inputs["time_ids"],
-            noisy[:, channels:] if adapter.reads_condition else None,
+            torch.zeros(len(noisy), dtype=torch.bool),
         )
         loss = torch.nn.functional.mse_loss(prediction, case_inputs["noise"])
         loss.backward()
@@ -190,7 +199,7 @@ def check_images(
     for name in (name for name in want if name.startswith("pipe.")):
         _, kind, rest = name.split(".", 2)
         case, what = rest.rsplit(".", 1)
-        if (kind == "edit") != model.adapter.reads_condition:
+        if (kind == "edit") != model.reads_condition:
             continue
         if case == "from_embeds":  # with the original guidance of 7.5
             embeds = case_inputs["embeds_pooled4"]
@@ -229,14 +238,14 @@ def check_adapter(recording: Recording) -> None:
 
     # Embeddings, and one step of training of each choice of parameters.
     check_prompts(first, encoder, case_inputs, want)
-    check_training(first.adapter, "adapter.full_False", meta, case_inputs, want)
-    check_training(first.adapter, "adapter.full_True", meta, case_inputs, want)
-    check_training(second.adapter, "latent", meta, case_inputs, want)
+    check_training(first, "adapter.full_False", meta, case_inputs, want)
+    check_training(first, "adapter.full_True", meta, case_inputs, want)
+    check_training(second, "latent", meta, case_inputs, want)
 
     # The second stage starts from the first: its first convolution is widened.
-    unet = first.adapter.unet
+    unet = first.unet
     bias = unet.conv_in.bias.clone()
-    first.adapter.add_condition_channels()
+    SDXLAdapter(unet, first.resampler).add_condition_channels()
     want.close("latent.conv_in_initial", unet.conv_in.weight, (0, 0))
     assert_same(
         unet.config.in_channels, meta["latent.in_channels_config"], "latent.in_channels_config"

@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 from seed_multimodal.diffusion.base import fast_scheduler
 from seed_multimodal.diffusion.objectives import NoisyLatents, build_objective, objective_name
+from seed_multimodal.diffusion.training import ConditionDropout
 from seed_multimodal.errors import ConfigError
 
 TRAILING = {"timestep_spacing": "trailing", "clip_sample": False}
@@ -161,3 +162,12 @@ def test_objective_name_of_each_scheduler():
 def test_build_objective_of_a_scheduler_without_one(name, settings, named):
     with pytest.raises(ConfigError, match=named):
         build_objective(build_scheduler(name, settings))
+
+
+def test_condition_dropout_draws_its_shares():
+    # Drawing with guidance needs a denoiser that also saw no conditions.
+    dropout = ConditionDropout(embeds=0.2, image=0.3, both=0.1)
+    no_embeds, no_image = dropout.draw(4000, torch.Generator().manual_seed(0))
+    for pattern, share in (((True, False), 0.2), ((False, True), 0.3), ((True, True), 0.1)):
+        chosen = (no_embeds == pattern[0]) & (no_image == pattern[1])
+        assert float(chosen.float().mean()) == pytest.approx(share, abs=0.02)

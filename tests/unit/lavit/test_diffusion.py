@@ -10,10 +10,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from tiny import spread
 from tiny.diffusion import (
     CROSS,
     END_ID,
-    POOLED,
     START_ID,
     TEXT_TOKENS,
     TEXT_WIDTH,
@@ -30,7 +30,7 @@ from tiny.lavit import (
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedWarning
-from seed_multimodal.models.lavit.decoder import CodeDecoder, Conditions
+from seed_multimodal.models.lavit.decoder import CodeDecoder
 from seed_multimodal.models.lavit.diffusion import (
     EMPTY_TEXT,
     LavitDetokenizer,
@@ -49,21 +49,22 @@ def folder(tmp_path_factory) -> Path:
 
 
 def load(folder: Path, name: str = "highres_pixel_decoding", **options: Any) -> LavitDetokenizer:
-    decoder = CodeDecoder(dataclasses.replace(DECODER, tokens=CONDITION_TOKENS)).eval()
+    sizes: dict[str, Any] = {"tokens": CONDITION_TOKENS}
+    if name == "pixel_decoding":  # whose U-Net has no pooled embeddings
+        sizes |= {"head": "lowres", "prompt_dim": CROSS}
+    torch.manual_seed(0)
+    decoder = spread(CodeDecoder(dataclasses.replace(DECODER, **sizes)).eval(), 0.5)
     return LavitDetokenizer.from_pretrained(folder / name, decoder, **options)
 
 
-def conditions(pooled: bool) -> Conditions:
-    generator = torch.Generator().manual_seed(3)
-    prompt = torch.randn(1, CONDITION_TOKENS, CROSS, generator=generator)
-    return Conditions(prompt, torch.randn(1, POOLED, generator=generator) if pooled else None)
+ROWS = [torch.linspace(-1, 1, 3 * DECODER.code_dim).view(3, -1)]  # of one image
 
 
 @torch.no_grad()
 def test_denoise_of_stable_diffusion_with_the_empty_text(folder):
     # The unconditional half is masked behind the empty text; here both halves in separate calls.
     model = load(folder, "pixel_decoding")
-    prompt = conditions(pooled=False)
+    prompt = model.decoder(ROWS)
     masked = torch.full((1, CONDITION_TOKENS - EMPTY_TOKENS, CROSS), 9.0)
     without = {
         "encoder_hidden_states": torch.cat([empty_text(), masked], 1),
@@ -76,7 +77,7 @@ def test_denoise_of_stable_diffusion_with_the_empty_text(folder):
         full = model.unet(x, step, encoder_hidden_states=prompt.prompt_embeds).sample
         x = model.scheduler.step(plain + 5 * (full - plain), step, x, eta=0.0).prev_sample
     options = model.check_settings(num_inference_steps=3, guidance_scale=5.0)
-    latents = model.denoise(options, [torch.Generator().manual_seed(5)], prompt)
+    latents = model.denoise(options, [torch.Generator().manual_seed(5)], ROWS)
     torch.testing.assert_close(latents, x, rtol=1e-3, atol=1e-3)
 
 
@@ -90,7 +91,7 @@ def test_denoise_in_half_precision_has_exact_sizes(folder):
         with_kwargs=True,
     )
     options = model.check_settings(num_inference_steps=1, original_size=(375, 1333))
-    latents = model.denoise(options, [torch.Generator()], conditions(pooled=True))
+    latents = model.denoise(options, [torch.Generator()], ROWS)
     assert latents.dtype == torch.float32
     assert sizes[0].tolist() == [[375, 1333, 0, 0, 16, 16]] * 2
 

@@ -17,11 +17,11 @@ from seed_multimodal.models.lavit.losses import (
     HEADS,
     LavitLossWeights,
     LavitStage1,
-    TrainedPixels,
     UnifiedLoss,
     decoder_for,
 )
 from seed_multimodal.settings import read_settings
+from seed_multimodal.training.pixel_decoder.task import TrainedDetokenizer
 
 
 @pytest.fixture
@@ -213,7 +213,8 @@ def test_pixels_are_predicted_with_and_without_conditions(head, tmp_path):
     pixels = LavitDetokenizer.from_pretrained(write_lavit_diffusion(tmp_path, head))
     decoder, _ = decoder_for(pixels.unet, code_decoder(head).save_pretrained(tmp_path / "decoder"))
     null_embeds = pixels.null_embeds if head == "lowres" else None
-    model = TrainedPixels(pixels.unet, decoder, null_embeds).eval()
+    pixels.decoder = decoder
+    model = TrainedDetokenizer(pixels, pixels.trained).eval()
     rows = [torch.randn(count, decoder.config.code_dim) for count in (3, 5)]
     latents, steps = torch.randn(2, 4, 8, 8), torch.tensor([3, 500])
     ids = torch.randint(8, 64, (2, 6)).float()
@@ -233,19 +234,13 @@ def test_pixels_are_predicted_with_and_without_conditions(head, tmp_path):
     if read.pooled is not None:
         pooled = read.pooled * torch.tensor([[1.0], [0.0]])
         inputs["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": ids}
-    torch.testing.assert_close(predicted, model.unet(latents, steps, **inputs).sample)
-    model.set_trainable("key_value")
-    trained = {name for name, value in decoder.named_parameters() if value.requires_grad}
-    assert trained == {name for name, _ in decoder.named_parameters() if name.startswith(HEADS)}
-    denoiser = {name for name, value in model.unet.named_parameters() if value.requires_grad}
-    assert denoiser
-    assert all("to_k" in name or "to_v" in name for name in denoiser)
+    torch.testing.assert_close(predicted, pixels.unet(latents, steps, **inputs).sample)
 
 
 def test_decoder_for_a_unet_of_the_other_kind(tmp_path):
     # The stored blocks serve both U-Nets; heads that fit are kept.
     high, low = (
-        LavitDetokenizer.load_part(write_lavit_diffusion(tmp_path / head, head), "unet")
+        LavitDetokenizer.load_part(write_lavit_diffusion(tmp_path / head, head), "denoiser")
         for head in ("highres", "lowres")
     )
     folder = code_decoder().save_pretrained(tmp_path / "decoder")

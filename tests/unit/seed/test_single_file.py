@@ -81,8 +81,8 @@ def test_single_file_has_the_tensors_of_the_diffusers_folder(original: Path):
     parts = load_single_file(original / "sd-v1-4.ckpt", torch.float32, original / "tiny.yaml")
     loaded_tensors = {
         f"{part}.{name}": value
-        for part in ("unet", "vae")
-        for name, value in parts[part].state_dict().items()
+        for part, key in (("unet", "denoiser"), ("vae", "vae"))
+        for name, value in parts[key].state_dict().items()
     }
     assert loaded_tensors.keys() == names.keys()
     for name, value in loaded_tensors.items():

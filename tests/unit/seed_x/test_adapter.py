@@ -8,11 +8,10 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensors import equal
 from tiny import write_json
-from tiny.diffusion import FEATURES, RESAMPLER, random_adapter, write_sdxl
-from torch import Tensor
+from tiny.diffusion import RESAMPLER, random_adapter, write_sdxl
 
-from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.models.seed_x.adapter import SDXLAdapter
 from seed_multimodal.state_dicts import save_state_dict
 
@@ -22,21 +21,9 @@ def folder(tmp_path_factory) -> Path:
     return write_sdxl(tmp_path_factory.mktemp("sdxl") / "sdxl", complete=False)
 
 
-@pytest.fixture
-def inputs() -> dict[str, Tensor]:
-    make = torch.Generator().manual_seed(0)
-    return {
-        "noisy_latents": torch.randn(2, 4, 8, 8, generator=make),
-        "timesteps": torch.tensor([7, 900]),
-        "image_embeds": torch.randn(2, 9, FEATURES, generator=make),
-        "time_ids": size_ids((16, 16), count=2),
-    }
-
-
-@torch.no_grad()
 @pytest.mark.parametrize("name", ["a.bin", "a.safetensors", "original folder", "saved folder"])
-def test_from_pretrained_layouts(name, folder, tmp_path, inputs):
-    # Each layout of the original and ours draws the same.
+def test_from_pretrained_layouts(name, folder, tmp_path):
+    # Each layout of the original and ours has the same weights.
     adapter = random_adapter(2)
     state = adapter.state_dict()
     path = tmp_path if "folder" in name else tmp_path / name
@@ -52,4 +39,4 @@ def test_from_pretrained_layouts(name, folder, tmp_path, inputs):
     loaded = SDXLAdapter.from_pretrained(path, folder)
     assert loaded.reads_condition
     assert not loaded.training
-    torch.testing.assert_close(loaded(**inputs), adapter(**inputs))
+    assert equal(loaded.state_dict(), state)

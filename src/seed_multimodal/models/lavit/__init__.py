@@ -7,7 +7,7 @@
     processing   `LavitTokenizer`, prompts, ends of answers
     pipeline     `Lavit`: the system
     checkpoints  folders of the tokenizer, the original's and ours
-    losses       `LavitStage1`, `UnifiedLoss`, `TrainedPixels`
+    losses       `LavitStage1`, `UnifiedLoss`
     codes        codes for pre-tokenization
     data         captions, questions and compositions as training sequences
     train_*      trainer tasks: tokenizer, language model, pixel decoders

@@ -72,12 +72,12 @@ class LavitDecoderConfig:
         return self.prompt_dim + self.pooled_dim
 
 
-class Conditions(NamedTuple):
+class DecodedCodes(NamedTuple):
     """Conditions of a U-Net, and the features that they are computed from."""
 
     prompt_embeds: Tensor  # [B, N, context_dim]
-    pooled: Tensor | None = None  # [B, pooled_dim], for SDXL
-    features: Tensor | None = None  # [B, N, F]
+    pooled: Tensor | None  # [B, pooled_dim], for SDXL
+    features: Tensor  # [B, N, F]
 
 
 class DecoderBlock(nn.Module):
@@ -161,18 +161,18 @@ class CodeDecoder(PretrainedNetwork[LavitDecoderConfig]):
             x_BND = block(x_BND, rows_BLD, valid_BL)
         return self.decode_task_layer(self.norm(x_BND))
 
-    def forward(self, rows: Sequence[Tensor]) -> Conditions:
+    def forward(self, rows: Sequence[Tensor]) -> DecodedCodes:
         """Rows of each image (as for `features`) → conditions."""
         return self.conditions(self.features(rows))
 
-    def conditions(self, features_BNF: Tensor) -> Conditions:
+    def conditions(self, features_BNF: Tensor) -> DecodedCodes:
         """Features `[B, N, F]` → conditions of the head."""
         if self.config.head == "lowres":
-            return Conditions(self.unet_proj(features_BNF), None, features_BNF)
+            return DecodedCodes(self.unet_proj(features_BNF), None, features_BNF)
         first = self.unet_proj_1(features_BNF)
         second = self.unet_proj_2(features_BNF)
         prompt = torch.cat([first, second], dim=-1)
-        return Conditions(prompt, self.unet_attnpool(features_BNF), features_BNF)
+        return DecodedCodes(prompt, self.unet_attnpool(features_BNF), features_BNF)
 
     @classmethod
     def from_pretrained(

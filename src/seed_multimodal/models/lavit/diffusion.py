@@ -14,35 +14,31 @@ bfloat16 a height of 375 pixels would become 376).
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import ClassVar
 
 import torch
 from torch import Tensor, nn
 
 from seed_multimodal.diffusion.base import (
-    Denoising,
+    SAFETY_PARTS,
+    Conditions,
     Detokenizer,
     DrawingSettings,
     empty_prompt,
-    guidance,
 )
-from seed_multimodal.diffusion.conditioner import Conditioner, Generators
-from seed_multimodal.diffusion.networks import DenoiserConditions
+from seed_multimodal.diffusion.conditioner import Generators
+from seed_multimodal.diffusion.networks import DenoiserConditions, conditions_of, context_dim
 from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.errors import CheckpointError, SeedWarning
-from seed_multimodal.models.lavit.decoder import CodeDecoder, Conditions
+from seed_multimodal.models.lavit.decoder import CodeDecoder, DecodedCodes
 from seed_multimodal.models.lavit.ratios import RATIOS, ratio_size
 from seed_multimodal.settings import setting
 from seed_multimodal.state_dicts import load_state_dict
 from seed_multimodal.weights.catalogue import download_advice
 from seed_multimodal.weights.find import find_file, find_folder
-
-if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
-    from transformers import BaseImageProcessor, PreTrainedModel
 
 EMPTY_TEXT = "uncond_embeddings.bin"
 NEEDED = ("unet/*", "vae/*", "scheduler/*", EMPTY_TEXT)
@@ -65,45 +61,32 @@ class LavitSettings(DrawingSettings):
     crops_coords_top_left: tuple[int, int] = setting((0, 0), minimum=0)
 
 
+@dataclass(eq=False)
 class LavitDetokenizer(Detokenizer[LavitSettings]):
     """Rows of the codebook of each image, `[n, C]`, → images.
 
     null_embeds: the empty text's embeddings `[1, L, W]`, for Stable Diffusion 1; None: zeros.
     """
 
+    _: KW_ONLY
+    decoder: CodeDecoder | None = None
+    null_embeds: Tensor | None = None
+
     label = "LaVIT pixel decoder"
     download_hint = download_advice("lavit")
     settings_class = LavitSettings
-    part_names = ("decoder", *Detokenizer.part_names)
-    folders = ("scheduler", "unet", "vae")
+    float32 = ("vae", "safety_checker")
+    decode_batch_size = 1
+    noise_dtype = torch.float32
+    trained: ClassVar[Mapping[str, str]] = {"unet": "denoiser", "decoder": "decoder"}
 
-    def __init__(
-        self,
-        unet: nn.Module,
-        vae: nn.Module,
-        scheduler: SchedulerMixin,
-        *,
-        decoder: CodeDecoder | None = None,
-        null_embeds: Tensor | None = None,
-        defaults: LavitSettings | None = None,
-        conditioner: Conditioner | None = None,
-        safety_checker: PreTrainedModel | None = None,
-        feature_extractor: BaseImageProcessor | None = None,
-    ) -> None:
-        super().__init__(
-            unet,
-            vae,
-            scheduler,
-            defaults=defaults,
-            conditioner=conditioner,
-            safety_checker=safety_checker,
-            feature_extractor=feature_extractor,
-        )
-        self.decoder = decoder
-        self.null_embeds = null_embeds
+    @property
+    def embedding_dim(self) -> int:
+        assert self.decoder is not None
+        return self.decoder.config.code_dim
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls,
         folder: str | Path,
         decoder: CodeDecoder | None = None,
@@ -122,10 +105,9 @@ class LavitDetokenizer(Detokenizer[LavitSettings]):
         """
         # 1. U-Net, VAE and noise schedule.
         folder = find_folder(folder, NEEDED, download_advice("lavit"))
-        cls.check_parts(folder, *cls.folders)
         parts = cls.load_parts(folder, dtype, *cls.folders)
-        unet = parts["unet"]
-        width = int(unet.config.cross_attention_dim)
+        unet = parts["denoiser"]
+        width = context_dim(unet)
         if decoder is not None and decoder.config.context_dim != width:
             raise CheckpointError(
                 f"{folder}: its U-Net reads width {width}, but the decoder of codes writes width "
@@ -134,7 +116,7 @@ class LavitDetokenizer(Detokenizer[LavitSettings]):
 
         # 2. The safety checker, from another folder.
         if safety is not None and (Path(safety) / "safety_checker").is_dir():
-            for name in ("safety_checker", "feature_extractor"):
+            for name in SAFETY_PARTS:
                 parts[name] = cls.load_part(Path(safety), name)
         elif safety is not None:
             warnings.warn(
@@ -149,7 +131,7 @@ class LavitDetokenizer(Detokenizer[LavitSettings]):
 
     def ratio_size(self, ratio: str) -> tuple[int, int]:
         """Height and width of one of `RATIOS` in this U-Net's size."""
-        side = int(self.unet.config.sample_size) * self.factor
+        side = int(self.denoiser.config.sample_size) * self.factor
         return ratio_size(ratio, side, self.size_unit)
 
     def image_size(self, settings: LavitSettings) -> tuple[int, int]:
@@ -157,77 +139,52 @@ class LavitDetokenizer(Detokenizer[LavitSettings]):
             return super().image_size(settings)
         return self.ratio_size(settings.ratio)
 
-    def condition_rows(
-        self, embeds: Sequence[Tensor], negatives: Tensor | None, settings: LavitSettings
-    ) -> dict[str, Sequence[object]]:
-        return {"rows": embeds}
+    def time_ids(self, settings: LavitSettings, count: int) -> Tensor:
+        return size_ids(
+            self.image_size(settings),
+            original=settings.original_size,
+            crop=settings.crops_coords_top_left,
+            count=count,
+        ).to(self.device)
 
-    def prepare(
+    def read(self, embeds: Sequence[Tensor]) -> tuple[DecodedCodes, Tensor]:
+        assert self.decoder is not None
+        decoded = self.decoder(embeds)
+        return decoded, decoded.features
+
+    def conditions(
         self,
+        embeds: DecodedCodes,
+        negatives: Tensor | None,
+        time_ids: Tensor,
         settings: LavitSettings,
         generators: Generators,
-        rows: Sequence[Tensor] | Conditions,
-        start: Tensor | None = None,
-    ) -> Denoising:
-        """What the denoising loop reads.
+    ) -> Conditions:
+        """See `Detokenizer`; `negatives` are not read."""
+        prompt_BNW = embeds.prompt_embeds
+        pooled = embeds.pooled
+        mask_BN = None
+        if self.null_embeds is not None:
+            mask_BN = prompt_BNW.new_ones(prompt_BNW.shape[:2], dtype=torch.bool)
 
-        rows: codebook rows of each image, or what the decoder computes from them.
-        start: noise; None: of the generators.
-        """
-        decoded = rows
-        if not isinstance(decoded, Conditions):
-            assert self.decoder is not None
-            decoded = self.decoder(rows)
-        size = self.image_size(settings)
-        if start is None:
-            start = self.initial_latents(generators, size, decoded.features, dtype=torch.float32)
+        def null() -> DenoiserConditions:
+            null_prompt = torch.zeros_like(prompt_BNW)
+            null_pooled = None if pooled is None else torch.zeros_like(pooled)
+            if self.null_embeds is None:
+                return conditions_of(self.denoiser, null_prompt, null_pooled, time_ids)
+            # The empty text, and zeros that are masked.
+            length = self.null_embeds.shape[1]
+            null_prompt[:, :length] = self.null_embeds.to(prompt_BNW)
+            null_mask = torch.zeros_like(mask_BN)
+            null_mask[:, :length] = True
+            return conditions_of(self.denoiser, null_prompt, null_pooled, time_ids, null_mask)
 
-        # 1. Prompt embeddings. With guidance the unconditional rows are in front of them.
-        is_guided = settings.guidance_scale > 1
-        prompt = decoded.prompt_embeds.to(self.device, self.unet.dtype)  # [B, N, W]
-        mask = None
-        if is_guided:
-            null_prompt, mask = unconditional(prompt, self.null_embeds)
-            prompt = torch.cat([null_prompt, prompt])  # [2 B, N, W]
-        conditions: DenoiserConditions = {"encoder_hidden_states": prompt}
-        if mask is not None:
-            conditions["encoder_attention_mask"] = torch.cat([mask, torch.ones_like(mask)])
-
-        # 2. SDXL's further conditions: pooled embeddings, and sizes.
-        if is_sdxl(self.unet):
-            assert decoded.pooled is not None
-            pooled = decoded.pooled.to(prompt)
-            if is_guided:
-                pooled = torch.cat([torch.zeros_like(pooled), pooled])
-            time_ids = size_ids(
-                size,
-                original=settings.original_size,
-                crop=settings.crops_coords_top_left,
-                count=len(prompt),
-            )
-            conditions["added_cond_kwargs"] = {
-                "text_embeds": pooled,
-                "time_ids": time_ids.to(self.device),
-            }
-        guide = guidance(settings.guidance_scale)
-        return Denoising(start, conditions, guide)
+        return conditions_of(self.denoiser, prompt_BNW, pooled, time_ids, mask_BN), null
 
 
 def is_sdxl(unet: nn.Module) -> bool:
     """Whether a U-Net reads pooled embeddings and sizes, as SDXL's."""
     return unet.config.addition_embed_type == "text_time"
-
-
-def unconditional(prompt: Tensor, null_embeds: Tensor | None) -> tuple[Tensor, Tensor | None]:
-    """Unconditional prompt embeddings `[B, N, W]` for guidance, and their mask (None: all)."""
-    null_prompt = torch.zeros_like(prompt)
-    if null_embeds is None:
-        return null_prompt, None
-    # The empty text, and zeros that are masked.
-    length = null_embeds.shape[1]
-    null_prompt[:, :length] = null_embeds.to(prompt)
-    mask_N = torch.arange(prompt.shape[1], device=prompt.device) < length
-    return null_prompt, mask_N.expand(len(prompt), -1)
 
 
 def read_empty_text(folder: Path, width: int) -> Tensor:

@@ -14,10 +14,10 @@ gradient is many times the real change for a dropped patch.)
 Stage 2: the language model's loss (`training.llm.loss`) with the embeddings of the trained
 token merger at the tokens of input images.
 
-Pixel decoders: a U-Net initialized from Stable Diffusion is conditioned on a frozen code decoder's
-features of an image's codes, and trained with the noise-prediction loss. Our choices, unspecified
-in paper and repository: conditions are dropped (`dropout`), replaced by the unconditional ones;
-heads (`unet_proj*`, `unet_attnpool`) are trained with the U-Net.
+Pixel decoders (`train_pixels`): a U-Net initialized from Stable Diffusion is conditioned on a
+frozen code decoder's features of an image's codes, and trained with the noise-prediction loss. Our
+choices, unspecified in paper and repository: conditions are dropped, replaced by the unconditional
+ones; heads (`unet_proj*`, `unet_attnpool`) are trained with the U-Net.
 
 Source: arXiv 2309.04669. Shape suffixes: B images, N patches, D vision width, C code width, T kept
 rows of all images.
@@ -26,7 +26,6 @@ rows of all images.
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -36,11 +35,9 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.networks import DenoiserConditions, pooled_dim
-from seed_multimodal.diffusion.objectives import NoisyLatents, Objective
-from seed_multimodal.diffusion.training import TrainedLayers, train_unet
+from seed_multimodal.diffusion.networks import pooled_dim
 from seed_multimodal.models.lavit.decoder import CodeDecoder, Head
-from seed_multimodal.models.lavit.diffusion import is_sdxl, unconditional
+from seed_multimodal.models.lavit.diffusion import is_sdxl
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer, Generators, Selection
 from seed_multimodal.nn.layers import cosine
 from seed_multimodal.nn.quantizer import VectorQuantizer
@@ -373,84 +370,6 @@ class UnifiedLoss(LossModule):
 
 
 # ---- pixel decoders
-
-
-class TrainedPixels(nn.Module):
-    """U-Net and code decoder, whose blocks are frozen.
-
-    null_embeds: as of `LavitDetokenizer`.
-    """
-
-    null_embeds: Tensor | None
-
-    def __init__(
-        self, unet: nn.Module, decoder: CodeDecoder, null_embeds: Tensor | None = None
-    ) -> None:
-        super().__init__()
-        self.unet = unet
-        self.decoder = decoder
-        self.register_buffer("null_embeds", null_embeds, persistent=False)
-
-    def forward(
-        self,
-        noisy_latents: Tensor,
-        steps: Tensor,
-        rows: Sequence[Tensor],
-        time_ids: Tensor,
-        without: Tensor,
-    ) -> Tensor:
-        """The U-Net's prediction `[B, C, h, w]`.
-
-        rows: codebook rows `[n, C]` of each image.
-        time_ids: `[B, 6]`, see `size_ids`.
-        without: bool `[B]`, images whose conditions are the unconditional ones.
-        """
-        dtype = self.unet.dtype
-        with torch.no_grad():
-            features = self.decoder.features(rows)
-        decoded = self.decoder.conditions(features)
-        null_prompt, mask = unconditional(decoded.prompt_embeds, self.null_embeds)
-        prompt = torch.where(without[:, None, None], null_prompt, decoded.prompt_embeds)
-        conditions: DenoiserConditions = {"encoder_hidden_states": prompt.to(dtype)}
-        if mask is not None:
-            conditions["encoder_attention_mask"] = mask | ~without[:, None]
-        if decoded.pooled is not None:  # SDXL
-            pooled = decoded.pooled.masked_fill(without[:, None], 0).to(dtype)
-            conditions["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": time_ids}
-        return self.unet(noisy_latents.to(dtype), steps, **conditions).sample
-
-    def set_trainable(self, which: TrainedLayers = "all") -> None:
-        """Train the heads, and the U-Net: all, or its attentions' keys and values ("key_value")."""
-        train_unet(self.unet, which)
-        for name, parameter in self.decoder.named_parameters():
-            parameter.requires_grad_(name.startswith(HEADS))
-
-
-@dataclass(frozen=True)
-class LavitPixelLoss:
-    """The loss of a training step; dropout: share of images without conditions."""
-
-    dropout: float = 0.1
-
-    def __call__(
-        self,
-        model: nn.Module,
-        objective: Objective,
-        latents: Tensor,
-        rows: Sequence[Tensor],
-        time_ids: Tensor,
-        *,
-        generator: torch.Generator | None = None,
-    ) -> dict[str, Tensor]:
-        """Losses (`NoisyLatents.losses`) of `TrainedPixels` at random time steps.
-
-        latents: multiplied by the autoencoder's scaling factor.
-        generator: on the CPU.
-        """
-        without = torch.rand(len(latents), generator=generator) < self.dropout
-        noisy = NoisyLatents.sample(objective, latents, generator)
-        without = without.to(latents.device)
-        return noisy.losses(model(noisy.latents, noisy.steps, rows, time_ids, without))
 
 
 def decoder_for(unet: nn.Module, folder: str | Path, seed: int = 0) -> tuple[CodeDecoder, bool]:

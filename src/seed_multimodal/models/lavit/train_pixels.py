@@ -7,9 +7,7 @@ decoder's heads are trained with the U-Net. The result is OUTPUT_DIR/pixels, for
 
 from __future__ import annotations
 
-import shutil
 import zlib
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -17,9 +15,10 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.data.stream.pairs_dataset import TargetView, sample_seed
+from seed_multimodal.data.stream.pairs_dataset import sample_seed
 from seed_multimodal.device import DTYPES
 from seed_multimodal.diffusion.conditioner import CONDITIONER_FOLDERS
+from seed_multimodal.diffusion.networks import context_dim
 from seed_multimodal.models.lavit.checkpoints import load_dynamic_tokenizer
 from seed_multimodal.models.lavit.decoder import CodeDecoder
 from seed_multimodal.models.lavit.diffusion import (
@@ -28,11 +27,9 @@ from seed_multimodal.models.lavit.diffusion import (
     is_sdxl,
     read_empty_text,
 )
-from seed_multimodal.models.lavit.losses import LavitPixelLoss, TrainedPixels, decoder_for
+from seed_multimodal.models.lavit.losses import HEADS, decoder_for
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer
-from seed_multimodal.nn.layers import checkpointed
 from seed_multimodal.settings import setting
-from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.llm.config import project_path
 from seed_multimodal.training.pixel_decoder.distill import DistillableTask
@@ -40,7 +37,6 @@ from seed_multimodal.training.pixel_decoder.task import (
     NEEDED,
     CodesImages,
     CodesPixelModel,
-    EncodedImages,
     PixelRunSettings,
 )
 from seed_multimodal.weights.find import find_folder
@@ -49,8 +45,6 @@ if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
 DECODER = "decoder"  # subfolder of the result
-# From the initial folder, with the VAE.
-COPIED = ("scheduler", *CONDITIONER_FOLDERS, "seed_decode.json")
 Mode = Literal["draw", "threshold"]
 
 
@@ -68,13 +62,11 @@ class LavitPixelModel(CodesPixelModel):
         start: an earlier result to start from, instead of `diffusion` and `decoder`.
         trained: parameters of the U-Net, `all` or `key_value`; heads are always trained.
         selection, selection_seed: of patches, see `ImageCodes`.
-        dropout: see `LavitPixelLoss`.
     """
 
     decoder: Path
     selection: Mode = "draw"
     selection_seed: int = setting(0, minimum=0)
-    dropout: float = setting(0.1, minimum=0, maximum=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -115,7 +107,7 @@ class LavitPixelRunSettings(PixelRunSettings):
     data: CodesImages
 
 
-class LavitPixelTask(DistillableTask[TrainedPixels]):
+class LavitPixelTask(DistillableTask):
     """One run in one process."""
 
     run_type = LavitPixelRunSettings
@@ -124,30 +116,18 @@ class LavitPixelTask(DistillableTask[TrainedPixels]):
     detokenizer_class = LavitDetokenizer
     frozen_name = "tokenizer"
     fixed_settings = ("trained", "selection", "start")
-
-    def __init__(
-        self, run: LavitPixelRunSettings, group: ProcessGroup, device: torch.device
-    ) -> None:
-        super().__init__(run, group, device)
-        self.loss = LavitPixelLoss(self.model.dropout)
-
-    def prepare(self) -> None:
-        self.tokenizer = load_dynamic_tokenizer(
-            self.model.tokenizer, device=self.device, dtype=DTYPES[self.settings.precision]
-        )
-        super().prepare()
-
-    @property
-    def view(self) -> TargetView:
-        """Resized as by the vision encoder's preprocessing."""
-        interpolation = self.tokenizer.transform.interpolation
-        return replace(super().view, encoder_interpolation=interpolation)
+    copied = ("vae", "scheduler", *CONDITIONER_FOLDERS, "seed_decode.json")
 
     def conditions(self) -> FrozenFeatures:
         """The images' codes."""
         model = self.model
-        tokenizer = self.tokenizer
+        tokenizer = load_dynamic_tokenizer(
+            model.tokenizer, device=self.device, dtype=DTYPES[self.settings.precision]
+        )
         self.check_side(tokenizer.encoder.image_size)
+        # Resized as by the vision encoder's preprocessing.
+        interpolation = tokenizer.transform.interpolation
+        self.view = replace(self.view, encoder_interpolation=interpolation)
         self.codebook = tokenizer.quantize  # of `embeds`
 
         def codes(pixels: Tensor) -> Tensor:
@@ -155,39 +135,23 @@ class LavitPixelTask(DistillableTask[TrainedPixels]):
 
         return FrozenFeatures(tokenizer, self.device, codes)
 
-    def build(self) -> TrainedPixels:
-        """U-Net and code decoder."""
+    def new_detokenizer(self, vae: nn.Module, scheduler: SchedulerMixin) -> LavitDetokenizer:
         model = self.model
 
         # 1. The networks; an earlier result has both.
-        unet = LavitDetokenizer.load_part(self.folder, "unet")
+        unet = LavitDetokenizer.load_part(self.folder, "denoiser")
         decoder_folder = self.folder / DECODER if model.start else model.decoder
         decoder, has_new_head = decoder_for(unet, decoder_folder, model.seed)
         if has_new_head:
             self._log(f"{model.decoder} has no head for this U-Net; training a new one.")
-        self.width = decoder.config.context_dim
+        for name, parameter in decoder.named_parameters():
+            parameter.requires_grad_(name.startswith(HEADS))
 
         # 2. Unconditional embeddings: SDXL's are zeros.
         null_embeds = None
         if not is_sdxl(unet):
-            null_embeds = read_empty_text(self.folder, int(unet.config.cross_attention_dim))
-
-        module = TrainedPixels(unet, decoder, null_embeds).train()
-        module.set_trainable(model.trained)
-        if model.gradient_checkpointing:
-            unet.enable_gradient_checkpointing(checkpointed)
-        return module
-
-    def losses(
-        self,
-        model: nn.Module,
-        latents: Tensor,
-        encoded: EncodedImages,
-        time_ids: Tensor,
-        generator: torch.Generator,
-    ) -> Mapping[str, Tensor]:
-        rows = self.embeds(encoded.conditions)
-        return self.loss(model, self.objective, latents, rows, time_ids, generator=generator)
+            null_embeds = read_empty_text(self.folder, context_dim(unet))
+        return LavitDetokenizer(unet, vae, scheduler, decoder=decoder, null_embeds=null_embeds)
 
     def embeds(self, conditions: Tensor) -> list[Tensor]:
         """Codes `[B, N]` of `image_codes` → rows of the codebook of each image `[n, C]`."""
@@ -203,29 +167,10 @@ class LavitPixelTask(DistillableTask[TrainedPixels]):
         decoder = CodeDecoder.from_pretrained(decoder_folder)
         return LavitDetokenizer.from_pretrained(folder, decoder)
 
-    def detokenizer(self, scheduler: SchedulerMixin) -> LavitDetokenizer:
-        module = self.module
-        return LavitDetokenizer(
-            module.unet,
-            self.encoders.moments.model,
-            scheduler,
-            decoder=module.decoder,
-            null_embeds=module.null_embeds,
-        )
-
-    def save_result(self, module: TrainedPixels, folder: Path) -> None:
+    def save_trained(self, detokenizer: LavitDetokenizer, folder: Path) -> None:
         """For `LavitDetokenizer.from_pretrained`, with the decoder."""
-        # 1. What was trained.
-        module.unet.save_pretrained(folder / "unet")
-        module.decoder.save_pretrained(folder / DECODER)
-
-        # 2. The frozen rest, from the initial folder.
-        shutil.copytree(self.folder / "vae", folder / "vae", dirs_exist_ok=True)
-        for name in COPIED:
-            source = self.folder / name
-            if source.is_dir():
-                shutil.copytree(source, folder / name, dirs_exist_ok=True)
-            elif source.is_file():
-                shutil.copy2(source, folder / name)
-        if module.null_embeds is not None:
-            torch.save(module.null_embeds.cpu(), folder / EMPTY_TEXT)
+        assert detokenizer.decoder is not None
+        detokenizer.denoiser.save_pretrained(folder / "unet")
+        detokenizer.decoder.save_pretrained(folder / DECODER)
+        if detokenizer.null_embeds is not None:
+            torch.save(detokenizer.null_embeds.cpu(), folder / EMPTY_TEXT)

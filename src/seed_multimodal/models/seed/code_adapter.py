@@ -78,17 +78,11 @@ class CodeAdapter(PretrainedNetwork[CodeAdapterConfig]):
             nn.init.zeros_(self.pooler.weight)
             nn.init.zeros_(self.pooler.bias)
 
-    def forward(self, embeds: Tensor, without: Tensor | None = None) -> Tensor:
-        """`[B, N, W]` or, of the embedding, `[B, W]` → tokens `[B, N, D]`.
-
-        without: bool `[B]`, images whose tokens are the unconditional ones.
-        """
+    def forward(self, embeds: Tensor) -> Tensor:
+        """`[B, N, W]` or, of the embedding, `[B, W]` → tokens `[B, N, D]`."""
         rows = self.project(self.norm(embeds.to(self.positions.dtype)))
         tokens = rows.reshape(len(embeds), *self.positions.shape[1:]) + self.positions
-        tokens = self.blocks(tokens)
-        if without is None:
-            return tokens
-        return torch.where(without[:, None, None], self.null_tokens, tokens)
+        return self.blocks(tokens)
 
     def pool(self, tokens: Tensor) -> Tensor | None:
         """Tokens `[B, N, D]` → one vector each, `[B, pooled_dim]`; None: the denoiser has none."""

@@ -16,100 +16,53 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Generic, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion import base
-from seed_multimodal.diffusion.base import Denoising, Detokenizer, Settings, guidance
-from seed_multimodal.diffusion.conditioner import Conditioner, Generators, seeded_noise
-from seed_multimodal.diffusion.networks import DenoiserConditions, conditions_of
-from seed_multimodal.diffusion.training import size_ids
+from seed_multimodal.diffusion.base import (
+    Conditions,
+    Detokenizer,
+    DrawingSettings,
+    empty_prompt,
+)
+from seed_multimodal.diffusion.conditioner import Generators, seeded_noise
+from seed_multimodal.diffusion.networks import DenoiserConditions, conditions_of, context_dim
 from seed_multimodal.models.seed.code_adapter import CODE_ADAPTER, CodeAdapter
 from seed_multimodal.models.seed.single_file import SUFFIXES, load_single_file
 from seed_multimodal.settings import setting
 from seed_multimodal.weights.catalogue import download_advice
-from seed_multimodal.weights.find import find_folder
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
-    from transformers import BaseImageProcessor, PreTrainedModel, PreTrainedTokenizerBase
 
 SD_FOLDER = "pretrained/stable-diffusion-v1-4"
 SD_ADVICE = (
     f"put Stable Diffusion 1.4 there: the original's sd-v1-4.ckpt in pretrained/, or its diffusers "
     f"folder (hf download CompVis/stable-diffusion-v1-4 --local-dir {SD_FOLDER}, or a mirror of it)"
 )
-SAFETY_PARTS = ("safety_checker", "feature_extractor")
-
-
-class OptionalParts(TypedDict, Generic[Settings], total=False):
-    """Keywords of `Detokenizer`."""
-
-    defaults: Settings | None
-    text_encoder: PreTrainedModel | None
-    tokenizer: PreTrainedTokenizerBase | None
-    conditioner: Conditioner | None
-    safety_checker: PreTrainedModel | None
-    feature_extractor: BaseImageProcessor | None
-
-
-class SeedDetokenizer(Detokenizer[Settings]):
-    """Common loading code."""
-
-    reads_codes = False  # whether it reads an embedding of each code
-    float32 = ("safety_checker",)
-    decode_batch_size = 8
-    folders: tuple[str, ...] = ("unet", "vae", "scheduler", "text_encoder", "tokenizer")
-
-    @classmethod
-    def from_pretrained(
-        cls,
-        folder: str | Path,
-        *,
-        device: str | torch.device = "cpu",
-        dtype: torch.dtype = torch.float32,
-        safety_checker: bool = True,
-    ) -> Self:
-        """Load a diffusers folder.
-
-        safety_checker: use the folder's, if it has one; flagged images are black.
-
-        Raises:
-            CheckpointError: missing (with download instructions), incomplete, or damaged.
-        """
-        names = (*cls.folders, *SAFETY_PARTS) if safety_checker else cls.folders
-        # All files must exist before the first is loaded.
-        path = find_folder(folder, [f"{name}/*" for name in names], cls.download_hint)
-        cls.check_parts(path, *names)
-        return cls(**cls.load_parts(path, dtype, *names)).to(device)
 
 
 @dataclass(frozen=True)
-class StableDiffusionSettings(base.DrawingSettings):
+class StableDiffusionSettings(DrawingSettings):
     """Defaults of the original SEED-1."""
 
     num_inference_steps: int = setting(50, minimum=1, maximum=1000)
     guidance_scale: float = 7.5
 
 
-class StableDiffusionDetokenizer(SeedDetokenizer[StableDiffusionSettings]):
-    """SEED-1: embeddings `[B, n, W]` (77 of width 768) → images."""
+class StableDiffusionDetokenizer(Detokenizer[StableDiffusionSettings]):
+    """SEED-1: embeddings `[B, n, W]` (77 of width 768), in place of a text prompt's, → images."""
 
     label = "Stable Diffusion"
     download_hint = SD_ADVICE
     settings_class = StableDiffusionSettings
+    folders = (*Detokenizer.folders, "text_encoder", "tokenizer")
 
-    def __init__(
-        self,
-        unet: nn.Module,
-        vae: nn.Module,
-        scheduler: SchedulerMixin,
-        **options: Unpack[OptionalParts[StableDiffusionSettings]],
-    ) -> None:
-        super().__init__(unet, vae, scheduler, **options)
-        self.embedding_dim = int(self.unet.config.cross_attention_dim)
+    @property
+    def embedding_dim(self) -> int:
+        return context_dim(self.denoiser)
 
     @classmethod
     def from_pretrained(
@@ -123,7 +76,7 @@ class StableDiffusionDetokenizer(SeedDetokenizer[StableDiffusionSettings]):
     ) -> Self:
         """Load a diffusers folder, or the original's single file, which has no safety checker.
 
-        safety_checker: see `SeedDetokenizer`.
+        safety_checker: see `Detokenizer`.
         config: the single file's YAML; None: Stable Diffusion 1's sizes.
         """
         file = Path(folder)
@@ -133,119 +86,84 @@ class StableDiffusionDetokenizer(SeedDetokenizer[StableDiffusionSettings]):
             )
         return cls(**load_single_file(file, dtype, config)).to(device)
 
-    def prepare(
+    def conditions(
         self,
+        embeds: Tensor,
+        negatives: Tensor | None,
+        time_ids: Tensor,
         settings: StableDiffusionSettings,
         generators: Generators,
-        embeds: Tensor,
-        negatives: Tensor | None = None,
-        start: Tensor | None = None,
-    ) -> Denoising:
-        """What the denoising loop reads.
+    ) -> Conditions:
+        """See `Detokenizer`; without `negatives` the empty prompt is unconditional."""
 
-        embeds: `[B, n, W]`.
-        negatives: unconditional embeddings; None: those of the empty prompt.
-        start: initial latents; None: noise of the generators.
-        """
-        # 1. The embeddings take the place of a text prompt; the unconditional run is first.
-        prompt = embeds.to(self.device, self.unet.dtype)
-        if settings.guidance_scale > 1:
-            if negatives is None and self.text_encoder is not None:
-                negatives = base.empty_prompt(
-                    self.text_encoder, self.tokenizer, self.device, prompt.shape[1]
+        def null() -> DenoiserConditions:
+            prompt = negatives
+            if prompt is None and self.text_encoder is not None:
+                prompt = empty_prompt(
+                    self.text_encoder, self.tokenizer, self.device, embeds.shape[1]
                 )
-            if negatives is None:
-                negatives = torch.zeros_like(prompt)
-            negatives = negatives.to(prompt).expand_as(prompt)
-            prompt = torch.cat([negatives, prompt])  # [2 B, n, W]
+            if prompt is None:
+                prompt = torch.zeros_like(embeds)
+            return conditions_of(self.denoiser, prompt.to(embeds).expand_as(embeds))
 
-        # 2. Start and conditions.
-        if start is None:
-            start = self.initial_latents(generators, self.image_size(settings), embeds)
-        conditions: DenoiserConditions = {"encoder_hidden_states": prompt}
-        guide = guidance(settings.guidance_scale)
-        return Denoising(start, conditions, guide)
+        return conditions_of(self.denoiser, embeds), null
 
 
 @dataclass(frozen=True)
-class UnclipSettings(base.DrawingSettings):
+class UnclipSettings(DrawingSettings):
     """noise_level: noise that is added to the embedding, in steps of the noising schedule."""
 
     noise_level: int = setting(0, minimum=0, maximum=999)
 
 
-class UnclipDetokenizer(SeedDetokenizer[UnclipSettings]):
+@dataclass(eq=False)
+class UnclipDetokenizer(Detokenizer[UnclipSettings]):
     """SEED-2: image embeddings `[B, E]` → images."""
+
+    image_normalizer: nn.Module
+    image_noising_scheduler: SchedulerMixin
 
     label = "stable-unCLIP"
     download_hint = download_advice("unclip")
     settings_class = UnclipSettings
-    folders = (*SeedDetokenizer.folders, "image_normalizer", "image_noising_scheduler")
+    folders = (
+        *StableDiffusionDetokenizer.folders,
+        "image_normalizer",
+        "image_noising_scheduler",
+    )
 
-    def __init__(
-        self,
-        unet: nn.Module,
-        vae: nn.Module,
-        scheduler: SchedulerMixin,
-        image_normalizer: nn.Module,
-        image_noising_scheduler: SchedulerMixin,
-        **options: Unpack[OptionalParts[UnclipSettings]],
-    ) -> None:
-        super().__init__(unet, vae, scheduler, **options)
-        self.image_normalizer = image_normalizer
-        self.image_noising_scheduler = image_noising_scheduler
-        self.embedding_dim = int(image_normalizer.mean.shape[1])
+    @property
+    def embedding_dim(self) -> int:
+        return int(self.image_normalizer.mean.shape[1])
 
-    def prepare(
+    def conditions(
         self,
+        embeds: Tensor,
+        negatives: Tensor | None,
+        time_ids: Tensor,
         settings: UnclipSettings,
         generators: Generators,
-        embeds: Tensor,
-        negatives: Tensor | None = None,
-        start: Tensor | None = None,
-    ) -> Denoising:
-        """What the denoising loop reads.
-
-        embeds: `[B, E]`.
-        negatives: unconditional embeddings; None: labels of zeros.
-        start: initial latents; None: noise of the generators.
-        """
-        embeds = embeds.to(self.device)
-        size = self.image_size(settings)
-
-        # 1. Each generator draws for the conditioner before it draws for the embeddings, and the
-        #    initial noise after them, as the stock pipeline.
-        if start is None and self.conditioner is not None:
-            start = self.initial_latents(generators, size, embeds)
+    ) -> Conditions:
+        """See `Detokenizer`; without `negatives` labels of zeros are unconditional."""
         labels = self.class_labels(embeds, settings.noise_level, generators)
         prompt = self.prompt(embeds)
 
-        # 2. The unconditional run; only a conditioner's tokens are conditions.
-        if settings.guidance_scale > 1:
-            if negatives is None:
-                negative_labels = torch.zeros_like(labels)
-            else:
-                negative_labels = self.class_labels(negatives, 0, generators)
-            negative_prompt = prompt if self.conditioner is None else torch.zeros_like(prompt)
-            labels = torch.cat([negative_labels, labels])  # [2 B, 2 E]
-            prompt = torch.cat([negative_prompt, prompt])  # [2 B, n, D]
+        def null() -> DenoiserConditions:
+            null_labels = torch.zeros_like(labels)
+            if negatives is not None:
+                null_labels = self.class_labels(negatives, 0, generators)
+            # Only a conditioner's tokens are conditions.
+            null_prompt = prompt if self.conditioner is None else torch.zeros_like(prompt)
+            return conditions_of(self.denoiser, null_prompt, null_labels)
 
-        # 3. Start and conditions.
-        if start is None:
-            start = self.initial_latents(generators, size, None)
-        conditions: DenoiserConditions = {
-            "encoder_hidden_states": prompt.to(self.unet.dtype),
-            "class_labels": labels,
-        }
-        guide = guidance(settings.guidance_scale)
-        return Denoising(start, conditions, guide)
+        return conditions_of(self.denoiser, prompt, labels), null
 
     def class_labels(self, embeds: Tensor, level: int, generators: Generators) -> Tensor:
         """The U-Net's class labels `[B, 2 E]`: noisy embeddings and the sinusoid of the level."""
         from diffusers.models.embeddings import get_timestep_embedding
 
         # 1. Noise is added to normalised embeddings.
-        embeds = embeds.to(self.device, self.unet.dtype)
+        embeds = embeds.to(self.device, self.denoiser.dtype)
         width = embeds.shape[1]
         noise = seeded_noise(generators, (width,), embeds.dtype).to(self.device)
         levels = torch.full((len(embeds),), level, device=self.device)
@@ -267,80 +185,60 @@ class UnclipDetokenizer(SeedDetokenizer[UnclipSettings]):
         if self.conditioner is not None:
             return self.conditioner.tokens(embeds)
         if self.text_encoder is not None:
-            empty = base.empty_prompt(self.text_encoder, self.tokenizer, self.device)
+            empty = empty_prompt(self.text_encoder, self.tokenizer, self.device)
             return empty.expand(len(embeds), *empty.shape[1:])
-        return torch.zeros(len(embeds), 1, self.unet.config.cross_attention_dim, device=self.device)
+        return torch.zeros(len(embeds), 1, context_dim(self.denoiser), device=self.device)
 
 
 @dataclass(frozen=True)
-class CodesSettings(base.DrawingSettings):
+class CodesSettings(DrawingSettings):
     """Our choice."""
 
     guidance_scale: float = 3.0
 
 
-class CodesDetokenizer(SeedDetokenizer[CodesSettings]):
+@dataclass(eq=False)
+class CodesDetokenizer(Detokenizer[CodesSettings]):
     """Embeddings of 32 codes `[B, 32, W]`, or one of the image `[B, W]`, → images.
 
-    reads_codes: which of them, by the folder's `CodeAdapter`.
+    code_adapter: reads one or the other (`reads_codes`).
     """
+
+    code_adapter: CodeAdapter
 
     label = "codes decoder"
     download_hint = "train one (docs/how-to/train-a-tokenizer.md)"
     settings_class = CodesSettings
-    part_names = (CODE_ADAPTER, "denoiser", "vae", "safety_checker")
-    folders = ("denoiser", "vae", "scheduler", CODE_ADAPTER)
+    folders = (*Detokenizer.folders, CODE_ADAPTER)
+    trained = {"denoiser": "denoiser", CODE_ADAPTER: CODE_ADAPTER}
 
-    def __init__(
+    @property
+    def reads_codes(self) -> bool:  # type: ignore[override]
+        return self.code_adapter.config.reads == "codes"
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.code_adapter.config.width
+
+    def conditions(
         self,
-        denoiser: nn.Module,
-        vae: nn.Module,
-        scheduler: SchedulerMixin,
-        code_adapter: CodeAdapter,
-        **options: Unpack[OptionalParts[CodesSettings]],
-    ) -> None:
-        super().__init__(denoiser, vae, scheduler, **options)
-        self.code_adapter = code_adapter
-        self.reads_codes = code_adapter.config.reads == "codes"
-        self.embedding_dim = code_adapter.config.width
-
-    @classmethod
-    def load_part(cls, folder: Path, name: str, dtype: torch.dtype = torch.float32) -> Any:
-        if name == CODE_ADAPTER:
-            return CodeAdapter.from_pretrained(folder / name, dtype=dtype)
-        return super().load_part(folder, name, dtype)
-
-    def prepare(
-        self,
+        embeds: Tensor,
+        negatives: Tensor | None,
+        time_ids: Tensor,
         settings: CodesSettings,
         generators: Generators,
-        embeds: Tensor,
-        negatives: Tensor | None = None,
-        start: Tensor | None = None,
-    ) -> Denoising:
-        """What the denoising loop reads.
+    ) -> Conditions:
+        """See `Detokenizer`; without `negatives` learned tokens are unconditional."""
+        adapter = self.code_adapter
+        tokens = adapter(embeds)
 
-        embeds: `[B, 32, W]` or `[B, W]`.
-        negatives: unconditional ones; None: the learned unconditional tokens.
-        start: initial latents; None: noise of the generators.
-        """
-        # 1. Tokens of the cross-attention; the unconditional run is first.
-        tokens = self.code_adapter(embeds.to(self.device))
-        if settings.guidance_scale > 1:
-            negative_tokens = self.code_adapter.null_tokens.expand_as(tokens)
+        def null() -> DenoiserConditions:
+            null_tokens = adapter.null_tokens.expand_as(tokens)
             if negatives is not None:
-                negative_tokens = self.code_adapter(negatives.to(self.device))
-            tokens = torch.cat([negative_tokens, tokens])  # [2 B, N, D]
+                null_tokens = adapter(negatives.to(self.device))
+            return conditions_of(self.denoiser, null_tokens, adapter.pool(null_tokens), time_ids)
 
-        # 2. Start and conditions.
-        size = self.image_size(settings)
-        if start is None:
-            start = self.initial_latents(generators, size, None)
-        time_ids = size_ids(size, count=len(tokens)).to(self.device)
-        pooled = self.code_adapter.pool(tokens)
-        conditions = conditions_of(self.denoiser, tokens, pooled, time_ids)
-        guide = guidance(settings.guidance_scale)
-        return Denoising(start, conditions, guide)
+        return conditions_of(self.denoiser, tokens, adapter.pool(tokens), time_ids), null
 
 
 def detokenizer_class(folder: str | Path) -> type[UnclipDetokenizer | CodesDetokenizer]:

@@ -2,8 +2,7 @@
 
 The file is a pickle of a training program that holds more than tensors. Each object that is no
 tensor becomes an empty placeholder: no code of the file is run (`torch_files`). diffusers converts
-the U-Net and the autoencoder by the original's YAML configuration, or by `V1`, Stable
-Diffusion 1's sizes.
+the U-Net and the autoencoder by the original's YAML configuration.
 """
 
 from __future__ import annotations
@@ -31,51 +30,13 @@ FIRST_LAYER = "model.diffusion_model.input_blocks.0.0.weight"
 TEXT_PREFIX = "cond_stage_model.transformer."  # of the text encoder's tensors
 TEXT_EMBEDDINGS = "text_model.embeddings"
 TEXT_LAYERS = "text_model.encoder.layers"
-# `model.params` of the original configuration v1-inference.yaml, without its training settings.
-V1: Params = {
-    "linear_start": 0.00085,
-    "linear_end": 0.012,
-    "timesteps": 1000,
-    "scale_factor": 0.18215,
-    "unet_config": {
-        "params": {
-            "image_size": 32,
-            "in_channels": 4,
-            "out_channels": 4,
-            "model_channels": 320,
-            "num_res_blocks": 2,
-            "attention_resolutions": [4, 2, 1],
-            "channel_mult": [1, 2, 4, 4],
-            "num_heads": 8,
-            "transformer_depth": 1,
-            "use_spatial_transformer": True,
-            "context_dim": 768,
-        }
-    },
-    "first_stage_config": {
-        "params": {
-            "embed_dim": 4,
-            "ddconfig": {
-                "double_z": True,
-                "z_channels": 4,
-                "resolution": 256,
-                "in_channels": 3,
-                "out_ch": 3,
-                "ch": 128,
-                "ch_mult": [1, 2, 4, 4],
-                "num_res_blocks": 2,
-                "attn_resolutions": [],
-                "dropout": 0.0,
-            },
-        }
-    },
-}
+V1 = Path(__file__).with_name("v1-inference.yaml")  # Stable Diffusion 1's sizes
 
 
 class SingleFileParts(TypedDict):
     """The models of a file; the autoencoder is only its decoder."""
 
-    unet: ModelMixin
+    denoiser: ModelMixin
     vae: ModelMixin
     scheduler: SchedulerMixin
     text_encoder: PreTrainedModel | None  # None: the file has none
@@ -92,7 +53,9 @@ def load_single_file(
         CheckpointError: not such a file, or another model's.
         ConfigError: an unusable `config`.
     """
-    params = V1 if config is None else _read_config(Path(config))
+    params = _read_config(V1)
+    if config is not None:
+        params |= _read_config(Path(config))
     tensors = load_state_dict(file, mapped=True, placeholders=True)
     # 1. A file of a Stable Diffusion with the configuration's width.
     width = params["unet_config"]["params"]["model_channels"]
@@ -108,7 +71,7 @@ def load_single_file(
 
     # 2. Its parts.
     return {
-        "unet": _convert("UNet2DConditionModel", "unet", tensors, params, file, dtype),
+        "denoiser": _convert("UNet2DConditionModel", "unet", tensors, params, file, dtype),
         "vae": _convert("AutoencoderKL", "vae", tensors, params, file, dtype),
         "scheduler": _scheduler(params),
         "text_encoder": _text_encoder(tensors, file, dtype),
@@ -130,7 +93,7 @@ def _read_config(file: Path) -> Params:
             f"{file}: model.params must hold unet_config and first_stage_config, as "
             "v1-inference.yaml."
         )
-    return {**V1, **params}
+    return dict(params)
 
 
 def _convert(

@@ -7,7 +7,6 @@ alone suffice. The result is OUTPUT_DIR/decoder, for `CodesDetokenizer.from_pret
 from __future__ import annotations
 
 import inspect
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -16,21 +15,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.data.stream.pairs_dataset import TargetView
 from seed_multimodal.device import DTYPES
-from seed_multimodal.diffusion.base import scheduler_class
+from seed_multimodal.diffusion.base import SAFETY_PARTS, scheduler_class
 from seed_multimodal.diffusion.networks import (
     DENOISERS,
-    conditions_of,
     context_dim,
     denoiser_kind,
     pooled_dim,
-    predict,
     size_unit,
     spatial_factor,
 )
-from seed_multimodal.diffusion.objectives import NoisyLatents
-from seed_multimodal.diffusion.training import train_unet
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.models.seed.code_adapter import (
@@ -41,13 +35,11 @@ from seed_multimodal.models.seed.code_adapter import (
     stored_reads,
 )
 from seed_multimodal.models.seed.diffusion import (
-    SAFETY_PARTS,
     CodesDetokenizer,
     UnclipDetokenizer,
     detokenizer_class,
 )
 from seed_multimodal.models.seed.modeling import Seed2Tokenizer
-from seed_multimodal.nn.layers import checkpointed
 from seed_multimodal.settings import check_keys, nearest, setting
 from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.pixel_decoder.distill import DistillableTask
@@ -55,7 +47,6 @@ from seed_multimodal.training.pixel_decoder.task import (
     NEEDED,
     CodesImages,
     CodesPixelModel,
-    EncodedImages,
     PixelRunSettings,
 )
 from seed_multimodal.weights.find import find_folder
@@ -79,7 +70,6 @@ class SeedDecoderModel(CodesPixelModel):
         adapter_depth: transformer blocks between the tokenizer and the denoiser.
         start: an earlier result to start from, with its scheduler unless it is set here.
         trained: parameters of the denoiser; the adapter is always trained.
-        dropout: share of images without conditions, for guidance.
     """
 
     vision: str = ""
@@ -87,7 +77,6 @@ class SeedDecoderModel(CodesPixelModel):
     denoiser: JsonObject = setting(factory=dict)
     scheduler: JsonObject = setting(factory=dict)
     adapter_depth: int = setting(2, minimum=0)
-    dropout: float = setting(0.1, minimum=0, maximum=1)
 
 
 @dataclass(kw_only=True)
@@ -98,34 +87,7 @@ class SeedDecoderRunSettings(PixelRunSettings):
     data: CodesImages
 
 
-class CodesDecoder(nn.Module):
-    """The trained networks: denoiser and adapter."""
-
-    def __init__(self, denoiser: nn.Module, code_adapter: CodeAdapter) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-        self.code_adapter = code_adapter
-
-    def forward(
-        self,
-        noisy_latents: Tensor,
-        steps: Tensor,
-        embeds: Tensor,
-        time_ids: Tensor,
-        without: Tensor,
-    ) -> Tensor:
-        """The denoiser's prediction `[B, C, h, w]`.
-
-        embeds: what the adapter reads. time_ids: `[B, 6]`, see `size_ids`. without: bool `[B]`,
-        images whose conditions are the unconditional ones.
-        """
-        tokens = self.code_adapter(embeds, without)
-        pooled = self.code_adapter.pool(tokens)
-        conditions = conditions_of(self.denoiser, tokens, pooled, time_ids)
-        return predict(self.denoiser, noisy_latents.to(self.denoiser.dtype), steps, conditions)
-
-
-class SeedDecoderTask(DistillableTask[CodesDecoder]):
+class SeedDecoderTask(DistillableTask):
     """One run in one process."""
 
     run_type = SeedDecoderRunSettings
@@ -142,6 +104,7 @@ class SeedDecoderTask(DistillableTask[CodesDecoder]):
         "flow_times",
         "start",
     )
+    copied = ("vae", *SAFETY_PARTS)
 
     def load_scheduler(self) -> SchedulerMixin:
         if not self.model.scheduler:
@@ -149,26 +112,19 @@ class SeedDecoderTask(DistillableTask[CodesDecoder]):
         part_class = scheduler_class(self.model.scheduler, "model.scheduler")
         return new_part("model.scheduler", part_class, self.model.scheduler)
 
-    def prepare(self) -> None:
-        self.tokenizer = Seed2Tokenizer.from_pretrained(
-            self.model.tokenizer,
-            vision=self.model.vision or None,
-            device=self.device,
-            dtype=DTYPES[self.settings.precision],
-        )
-        super().prepare()
-
-    @property
-    def view(self) -> TargetView:
-        """Resized as by the vision encoder's preprocessing."""
-        interpolation = self.tokenizer.visual_encoder.preprocessing.interpolation
-        return replace(super().view, encoder_interpolation=interpolation)
-
     def conditions(self) -> FrozenFeatures:
         """What the tokenizer decodes from the images' own codes."""
         model = self.model
-        tokenizer = self.tokenizer
-        self.check_side(tokenizer.visual_encoder.image_size)
+        tokenizer = Seed2Tokenizer.from_pretrained(
+            model.tokenizer,
+            vision=model.vision or None,
+            device=self.device,
+            dtype=DTYPES[self.settings.precision],
+        )
+        preprocessing = tokenizer.visual_encoder.preprocessing
+        self.check_side(preprocessing.image_size)
+        # Resized as by the vision encoder's preprocessing.
+        self.view = replace(self.view, encoder_interpolation=preprocessing.interpolation)
         config = tokenizer.config
         self.n_codes = config.num_query
         if model.teacher:
@@ -181,12 +137,11 @@ class SeedDecoderTask(DistillableTask[CodesDecoder]):
             self.embedding_dim = config.image_features_dim
 
         def embeddings(pixels: Tensor) -> Tensor:
-            normalised = tokenizer.visual_encoder.preprocessing.normalise(pixels)
-            return decode(tokenizer.encode(normalised))
+            return decode(tokenizer.encode(preprocessing.normalise(pixels)))
 
         return FrozenFeatures(tokenizer, self.device, embeddings)
 
-    def build(self) -> CodesDecoder:
+    def new_detokenizer(self, vae: nn.Module, scheduler: SchedulerMixin) -> CodesDetokenizer:
         model = self.model
 
         # 1. The denoiser: new, or the folder's.
@@ -194,17 +149,17 @@ class SeedDecoderTask(DistillableTask[CodesDecoder]):
             denoiser = self.new_denoiser()
         else:
             denoiser = CodesDetokenizer.load_part(self.folder, "denoiser")
-        self.width = context_dim(denoiser)
+        width = context_dim(denoiser)
 
         # 2. The adapter between the tokenizer's width and the denoiser's.
         config = CodeAdapterConfig(
             reads=model.reads,
             width=self.embedding_dim,
             tokens=self.n_codes,
-            context_dim=self.width,
+            context_dim=width,
             pooled_dim=pooled_dim(denoiser),
             depth=model.adapter_depth,
-            heads=heads_of(self.width),
+            heads=heads_of(width),
         )
         if model.start:
             adapter = CodesDetokenizer.load_part(self.folder, CODE_ADAPTER)
@@ -217,13 +172,9 @@ class SeedDecoderTask(DistillableTask[CodesDecoder]):
                 torch.manual_seed(model.seed)
                 adapter = CodeAdapter(config)
 
-        # 3. What is trained.
-        module = CodesDecoder(denoiser, adapter.requires_grad_(True)).train()
-        train_unet(denoiser, model.trained)
-        if model.gradient_checkpointing:
-            denoiser.enable_gradient_checkpointing(checkpointed)
+        adapter.requires_grad_(True)
         self.check_sizes(denoiser)
-        return module
+        return CodesDetokenizer(denoiser, vae, scheduler, adapter)
 
     def new_denoiser(self) -> nn.Module:
         """A denoiser of the sizes of `model.denoiser`, those of latents and tokens by default."""
@@ -265,46 +216,17 @@ class SeedDecoderTask(DistillableTask[CodesDecoder]):
                     f"data: sizes and resolution must be multiples of {unit} pixels, not {size}."
                 )
 
-    def losses(
-        self,
-        model: nn.Module,
-        latents: Tensor,
-        encoded: EncodedImages,
-        time_ids: Tensor,
-        generator: torch.Generator,
-    ) -> Mapping[str, Tensor]:
-        without = torch.rand(len(latents), generator=generator) < self.model.dropout
-        noisy = NoisyLatents.sample(self.objective, latents, generator)
-        without = without.to(latents.device)
-        embeds = self.embeds(encoded.conditions)
-        return noisy.losses(model(noisy.latents, noisy.steps, embeds, time_ids, without))
-
-    def embeds(self, conditions: Tensor) -> Tensor:
-        return conditions.float()
-
     def load_decoder(self, path: str) -> UnclipDetokenizer | CodesDetokenizer:
         """A result of this training, or SEED-2's stable-unCLIP."""
         folder = find_folder(path, NEEDED, CodesDetokenizer.download_hint)
         return detokenizer_class(folder).from_pretrained(folder, safety_checker=False)
 
-    def detokenizer(self, scheduler: SchedulerMixin) -> CodesDetokenizer:
-        module = self.module
-        vae = self.encoders.moments.model
-        return CodesDetokenizer(module.denoiser, vae, scheduler, module.code_adapter)
-
-    def save_result(self, module: CodesDecoder, folder: Path) -> None:
-        """For `CodesDetokenizer.from_pretrained`."""
-        # 1. What was trained, and its scheduler.
-        denoiser = module.denoiser
+    def save_trained(self, detokenizer: CodesDetokenizer, folder: Path) -> None:
+        """For `CodesDetokenizer.from_pretrained`, with its scheduler."""
+        denoiser = detokenizer.denoiser
         denoiser.save_pretrained(folder / denoiser_kind(denoiser).folder)
-        module.code_adapter.save_pretrained(folder / CODE_ADAPTER)
+        detokenizer.code_adapter.save_pretrained(folder / CODE_ADAPTER)
         self.load_scheduler().save_pretrained(folder / "scheduler")
-
-        # 2. The frozen rest.
-        shutil.copytree(self.folder / "vae", folder / "vae", dirs_exist_ok=True)
-        for name in SAFETY_PARTS:
-            if (self.folder / name).is_dir():
-                shutil.copytree(self.folder / name, folder / name, dirs_exist_ok=True)
 
 
 def heads_of(width: int) -> int:

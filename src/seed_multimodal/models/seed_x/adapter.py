@@ -25,7 +25,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.training import TrainedLayers, train_unet
+from seed_multimodal.diffusion.training import reads_images
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.nn.layers import AttentionPool, heads_first, heads_last
@@ -102,6 +102,7 @@ class ResamplerXLV2(nn.Module):
         """Prompt `[B, Q, output1_dim + output2_dim]` and pooled embeddings `[B, output2_dim]`."""
         # 1. The same learned queries attend to the embeddings of each image, layer by layer.
         queries_BQD = self.latents.expand(len(embeds), -1, -1)
+        embeds = embeds.to(self.latents.dtype)
         if self.config.normalize:
             embeds = F.normalize(embeds, dim=1)
         x_BND = self.proj_in(embeds)
@@ -162,36 +163,7 @@ class SDXLAdapter(nn.Module):
     @property
     def reads_condition(self) -> bool:
         """Whether this is the second stage, which reads the latents of a condition image."""
-        return int(self.unet.config.in_channels) > self.latent_channels
-
-    def forward(
-        self,
-        noisy_latents: Tensor,
-        timesteps: Tensor,
-        image_embeds: Tensor,
-        time_ids: Tensor,
-        condition_latents: Tensor | None = None,
-    ) -> Tensor:
-        """The U-Net's prediction `[B, C, h, w]`.
-
-        time_ids: `[B, 6]`, see `size_ids`.
-        condition_latents: of the second stage; None: zeros.
-        """
-        # Under DeepSpeed the weights are in half precision.
-        noisy_latents = noisy_latents.to(self.unet.dtype)
-        prompt, pooled = self.resampler(image_embeds.to(self.resampler.latents.dtype))
-        # The condition's latents are further input channels: [B, 2 C, h, w].
-        if self.reads_condition:
-            if condition_latents is None:
-                condition_latents = torch.zeros_like(noisy_latents)
-            condition_latents = condition_latents.to(noisy_latents.dtype)
-            noisy_latents = torch.cat([noisy_latents, condition_latents], dim=1)
-        return self.unet(
-            noisy_latents,
-            timesteps,
-            encoder_hidden_states=prompt,
-            added_cond_kwargs={"text_embeds": pooled, "time_ids": time_ids},
-        ).sample
+        return reads_images(self.unet)
 
     def add_condition_channels(self) -> None:
         """Turn a first stage into a second one that does not use the condition image yet."""
@@ -215,18 +187,6 @@ class SDXLAdapter(nn.Module):
             wide.bias.copy_(narrow.bias)
         self.unet.conv_in = wide
         self.unet.register_to_config(in_channels=in_channels)
-
-    def set_trainable(self, which: TrainedLayers = "key_value") -> list[nn.Parameter]:
-        """Unfreeze the resampler and layers of the U-Net; returns the trained parameters.
-
-        which: "all" layers, as in the original second stage, or "key_value", as in the paper's
-            first stage (the original code never unfroze them), with a second stage's first
-            convolution.
-        """
-        train_unet(self.unet, which)
-        self.unet.conv_in.requires_grad_(which == "all" or self.reads_condition)
-        self.resampler.requires_grad_(True)
-        return [parameter for parameter in self.parameters() if parameter.requires_grad]
 
     @classmethod
     def from_unet(

@@ -18,38 +18,25 @@ is no watermark.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, ClassVar
 
 import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from seed_multimodal.diffusion.base import (
-    Denoising,
-    Detokenizer,
-    DrawingSettings,
-    guidance,
-)
-from seed_multimodal.diffusion.conditioner import (
-    Conditioner,
-    Generators,
-    pooled_tokens,
-)
-from seed_multimodal.diffusion.networks import DenoiserConditions
-from seed_multimodal.diffusion.training import size_ids
+from seed_multimodal.diffusion.base import Conditions, Detokenizer, DrawingSettings
+from seed_multimodal.diffusion.conditioner import Generators, pooled_tokens
+from seed_multimodal.diffusion.networks import DenoiserConditions, conditions_of
+from seed_multimodal.diffusion.training import reads_images
 from seed_multimodal.images.transforms import resize_passes, to_bytes
-from seed_multimodal.models.seed_x.adapter import ResamplerXLConfig, SDXLAdapter
+from seed_multimodal.models.seed_x.adapter import ResamplerXLConfig, ResamplerXLV2, SDXLAdapter
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.settings import setting
 from seed_multimodal.weights.catalogue import download_advice
 from seed_multimodal.weights.find import find_folder
-
-if TYPE_CHECKING:
-    from diffusers import SchedulerMixin
 
 
 @dataclass(frozen=True)
@@ -64,37 +51,37 @@ class SdxlSettings(DrawingSettings):
     image_guidance_scale: float = 1.5
 
 
+@dataclass(eq=False)
 class SdxlDetokenizer(Detokenizer[SdxlSettings]):
     """Embeddings `[B, N, W]` → images; N: 64 of a language model, 256 of the vision encoder.
 
-    null_embeds: unconditional embeddings `[1, N, W]`, those of an empty image.
+    denoiser, resampler: of an `SDXLAdapter`.
+    null_embeds: unconditional embeddings `[1, M, W]`, those of an empty image, averaged to N if M
+        is a multiple of it; None: zeros.
     """
+
+    resampler: ResamplerXLV2
+    null_embeds: Tensor | None = None
 
     label = "SDXL"
     download_hint = download_advice("sdxl")
     settings_class = SdxlSettings
-    part_names = ("conditioner", "resampler", "unet", "vae")
     folders = ("scheduler", "vae")  # of SDXL
+    float32 = ("vae",)
+    decode_batch_size = 1
+    trained: ClassVar[Mapping[str, str]] = {"unet": "denoiser", "resampler": "resampler"}
 
-    def __init__(
-        self,
-        adapter: SDXLAdapter,
-        vae: nn.Module,
-        scheduler: SchedulerMixin,
-        *,
-        null_embeds: Tensor | None = None,
-        defaults: SdxlSettings | None = None,
-        conditioner: Conditioner | None = None,
-    ) -> None:
-        super().__init__(adapter.unet, vae, scheduler, defaults=defaults, conditioner=conditioner)
-        self.adapter = adapter
-        self.resampler = adapter.resampler
-        self.null_embeds = null_embeds
-        self.embedding_dim = adapter.resampler.config.embedding_dim
-        self.reads_condition = adapter.reads_condition
+    @property
+    def reads_condition(self) -> bool:  # type: ignore[override]
+        """Whether this is the second stage, which reads the latents of a condition image."""
+        return reads_images(self.denoiser)
+
+    @property
+    def embedding_dim(self) -> int:
+        return self.resampler.config.embedding_dim
 
     @classmethod
-    def from_pretrained(
+    def from_pretrained(  # type: ignore[override]
         cls,
         folder: str | Path,
         adapter: str | Path,
@@ -113,14 +100,13 @@ class SdxlDetokenizer(Detokenizer[SdxlSettings]):
             CheckpointError: missing, incomplete or damaged.
         """
         sdxl = find_folder(folder, ("unet/config.json", "vae/*", "scheduler/*"), cls.download_hint)
-        cls.check_parts(sdxl, *cls.folders)
-        parts = cls.load_parts(sdxl, dtype, "scheduler", "vae")
+        parts = cls.load_parts(sdxl, dtype, *cls.folders)
         with quiet_loading("diffusers"):
             network = SDXLAdapter.from_pretrained(
                 adapter, sdxl, device=device, dtype=dtype, sizes=sizes
             )
         parts |= cls.adapter_parts(Path(adapter))
-        return cls(network, **parts).to(device)
+        return cls(network.unet, resampler=network.resampler, **parts).to(device)
 
     @classmethod
     def adapter_parts(cls, folder: Path) -> dict[str, Any]:
@@ -136,84 +122,47 @@ class SdxlDetokenizer(Detokenizer[SdxlSettings]):
         weight = next(encoder.parameters())
         self.null_embeds = encoder(weight.new_zeros(1, 3, image_size, image_size))
 
-    def condition_rows(
-        self, embeds: Tensor, negatives: Tensor | None, settings: SdxlSettings
-    ) -> dict[str, Sequence[object]]:
-        """See `Detokenizer`.
-
-        negatives: `[B or 1, M, W]`, averaged to N if M is a multiple of it; None: `null_embeds`.
-        """
-        if negatives is None:
-            negatives = self.null_embeds
-        return super().condition_rows(embeds, negatives, settings)
-
-    def guides(self, settings: SdxlSettings) -> bool:
-        """Whether the U-Net also runs without embeddings."""
-        if settings.guidance_scale <= 1:
-            return False
-        return not self.reads_condition or settings.image_guidance_scale >= 1
-
-    def prepare(
+    def conditions(
         self,
+        embeds: Tensor,
+        negatives: Tensor | None,
+        time_ids: Tensor,
         settings: SdxlSettings,
         generators: Generators,
-        embeds: Tensor,
-        negatives: Tensor | None = None,
-        images: Sequence[Image.Image | None] | None = None,
-        start: Tensor | None = None,
-    ) -> Denoising:
-        """What the denoising loop reads.
-
-        negatives: unconditional embeddings `[B, N, W]`, used if there is guidance.
-        images: condition images of the second stage, None for zeros.
-        start: initial latents; None: noise of the generators.
-        """
-        size = self.image_size(settings)
-        is_guided = self.guides(settings)
-
-        # 1. Latents of the condition images, and the initial latents.
-        condition = None
-        if self.reads_condition:
-            latents = [self.encode_image(image, size) for image in images or [None] * len(embeds)]
-            condition = torch.stack(latents)
-        embeds = embeds.to(self.device, self.unet.dtype)
-        if start is None:
-            start = self.initial_latents(generators, size, embeds, condition)
-
-        # 2. The U-Net's conditions, with a row for each run of each image.
-        prompt, pooled = self.prompts(embeds, negatives if is_guided else None)
-        time_ids = size_ids(size, count=len(prompt)).to(self.device)
-        conditions: DenoiserConditions = {
-            "encoder_hidden_states": prompt,
-            "added_cond_kwargs": {"text_embeds": pooled, "time_ids": time_ids},
-        }
-
-        # 3. Guidance by two runs, or by three with a condition image.
-        guide = guidance(settings.guidance_scale if is_guided else 1.0)
-        if is_guided and condition is not None:
-            condition = torch.cat([condition, condition, torch.zeros_like(condition)])
-            guide = partial(_three_way_guidance, settings)
-        return Denoising(start, conditions, guide, condition)
-
-    def prompts(self, embeds: Tensor, negatives: Tensor | None = None) -> tuple[Tensor, Tensor]:
-        """Prompt and pooled embeddings of all runs.
-
-        The runs of the second stage are both, image, none; those of the first are none, both.
-        """
-        # 1. Of the images' embeddings, and of the unconditional ones.
-        prompt, pooled = self.resampler(embeds)
+    ) -> Conditions:
+        """See `Detokenizer`; without `negatives` `null_embeds` are unconditional."""
         if negatives is None:
-            return prompt, pooled
-        negatives = pooled_tokens(negatives.to(embeds), embeds.shape[1])
-        negative_prompt, negative_pooled = self.resampler(negatives)
+            negatives = self.null_embeds
 
-        # 2. In the order of the runs.
-        if self.reads_condition:
-            return (
-                torch.cat([prompt, negative_prompt, negative_prompt]),
-                torch.cat([pooled, negative_pooled, negative_pooled]),
-            )
-        return torch.cat([negative_prompt, prompt]), torch.cat([negative_pooled, pooled])
+        def null() -> DenoiserConditions:
+            null_embeds = torch.zeros_like(embeds)
+            if negatives is not None:
+                null_embeds = pooled_tokens(negatives.to(embeds), embeds.shape[1])
+            null_prompt, null_pooled = self.resampler(null_embeds.expand_as(embeds))
+            return conditions_of(self.denoiser, null_prompt, null_pooled, time_ids)
+
+        prompt, pooled = self.resampler(embeds)
+        return conditions_of(self.denoiser, prompt, pooled, time_ids), null
+
+    def guide(self, settings: SdxlSettings) -> tuple[int, Callable[[Tensor], Tensor]]:
+        """Two runs, or with a condition image three: without both, with the image, with both."""
+        scale = settings.guidance_scale
+        image_scale = settings.image_guidance_scale
+        if not self.reads_condition or scale <= 1:
+            return super().guide(settings)
+        if image_scale < 1:
+            return 1, lambda prediction: prediction
+
+        def guided(prediction: Tensor) -> Tensor:
+            none, image, both = prediction.chunk(3)
+            return none + scale * (both - image) + image_scale * (image - none)
+
+        return 3, guided
+
+    def condition_latents(
+        self, images: Sequence[Image.Image | None], size: tuple[int, int]
+    ) -> Tensor:
+        return torch.stack([self.encode_image(image, size) for image in images])
 
     def encode_image(self, image: Image.Image | None, size: tuple[int, int]) -> Tensor:
         """Latents `[C, h, w]` of an image, which is squashed; None: zeros.
@@ -225,18 +174,10 @@ class SdxlDetokenizer(Detokenizer[SdxlSettings]):
         """
         height, width = size
         if image is None:
-            shape = (self.adapter.latent_channels, height // self.factor, width // self.factor)
+            shape = (self.vae.config.latent_channels, height // self.factor, width // self.factor)
             return torch.zeros(shape, device=self.device)
         image = resize_passes(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
         pixels = to_bytes(image) / 127.5 - 1.0
         distribution = self.vae.encode(pixels[None].to(self.device)).latent_dist
         latents: Tensor = distribution.mode()[0]
         return latents
-
-
-def _three_way_guidance(settings: SdxlSettings, prediction: Tensor) -> Tensor:
-    """Noise of the runs with both conditions, the image, and none `[3 · B, …]` → `[B, …]`."""
-    both, image, none = prediction.chunk(3)
-    towards_embeds = settings.guidance_scale * (both - image)
-    towards_image = settings.image_guidance_scale * (image - none)
-    return none + towards_embeds + towards_image

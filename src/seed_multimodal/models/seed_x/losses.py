@@ -1,7 +1,4 @@
-"""Training of SEED-X: losses of the agent and of its de-tokenizer.
-
-    instruction tuning   `TrainedAgent`    cross-entropy of tokens, distance of image features
-    de-tokenizer         `adapter_losses`  prediction of noise, with dropped conditions
+"""Training of SEED-X's agent: cross-entropy of tokens, and distance of image features.
 
 Source: SEED-X (arXiv 2404.14396) and its code (`seed_x.py`).
 """
@@ -9,16 +6,13 @@ Source: SEED-X (arXiv 2404.14396) and its code (`seed_x.py`).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from seed_multimodal.diffusion.objectives import NoisyLatents, Objective
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.models.seed_x.modeling import AgentSettings, ContinuousLVLM
-from seed_multimodal.settings import setting
 from seed_multimodal.training.llm.loss import LossParts
 
 POOLED = 4  # neighbours that are averaged to one target
@@ -148,62 +142,3 @@ def _rows_of(values: Tensor | None, mask: Tensor | None) -> Tensor | None:
     if values is None or mask is None or not bool(mask.any()):
         return None
     return values[mask.to(values.device)]
-
-
-# ---- the de-tokenizer
-
-
-@dataclass(frozen=True)
-class ConditionDropout:
-    """Shares of samples without embeddings, without condition image, and without both.
-
-    Our choice, as in InstructPix2Pix.
-    """
-
-    embeds: float = setting(0.05, minimum=0, maximum=1)
-    image: float = setting(0.05, minimum=0, maximum=1)
-    both: float = setting(0.05, minimum=0, maximum=1)
-
-    def draw(self, count: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
-        """Samples without embeddings, and without condition image: bool `[count]`, on the CPU."""
-        uniform = torch.rand(count, generator=generator)
-        both = uniform < self.both
-        embeds = both | (uniform - self.both < self.embeds)
-        image = both | (~embeds & (uniform - self.both - self.embeds < self.image))
-        return embeds, image
-
-
-def adapter_losses(
-    adapter: nn.Module,
-    objective: Objective,
-    latents: Tensor,
-    image_embeds: Tensor,
-    time_ids: Tensor,
-    *,
-    dropout: ConditionDropout,
-    empty_features: Tensor,
-    condition_latents: Tensor | None = None,
-    generator: torch.Generator | None = None,
-) -> dict[str, Tensor]:
-    """Losses (`NoisyLatents.losses`) of an `SDXLAdapter` at random time steps.
-
-    Args:
-        latents: `[B, C, h, w]`, times the VAE's scaling factor.
-        image_embeds: `[B, N, W]`.
-        time_ids: `[B, 6]`, see `size_ids`.
-        empty_features: `[1, N, W]`, of an empty image.
-        condition_latents: `[B, C, h, w]`, unscaled, for the second stage.
-        generator: on the CPU.
-    """
-    # 1. Conditions, dropped for some samples.
-    without_embeds, without_image = dropout.draw(len(latents), generator)
-    without_embeds = without_embeds.to(latents.device)[:, None, None]
-    without_image = without_image.to(latents.device)[:, None, None, None]
-    embeds = torch.where(without_embeds, empty_features.to(image_embeds), image_embeds)
-    if condition_latents is not None:
-        condition_latents = condition_latents * ~without_image
-
-    # 2. The prediction of the noise.
-    noisy = NoisyLatents.sample(objective, latents, generator)
-    prediction = adapter(noisy.latents, noisy.steps, embeds, time_ids, condition_latents)
-    return noisy.losses(prediction)

@@ -19,13 +19,11 @@ from torch import Tensor, nn
 
 from seed_multimodal.device import DTYPES
 from seed_multimodal.diffusion.conditioner import CONDITIONER_FOLDERS, pooled_tokens
-from seed_multimodal.diffusion.training import TrainedLayers
+from seed_multimodal.diffusion.training import ConditionDropout, TrainedLayers
 from seed_multimodal.disk import replace_text
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.models.seed_x.adapter import RESAMPLER_CONFIG, ResamplerXLConfig, SDXLAdapter
 from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer
-from seed_multimodal.models.seed_x.losses import ConditionDropout, adapter_losses
-from seed_multimodal.nn.layers import checkpointed
 from seed_multimodal.nn.vision.qwen import QwenVit, QwenVitConfig
 from seed_multimodal.settings import setting
 from seed_multimodal.training.distributed import ProcessGroup
@@ -33,7 +31,6 @@ from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.llm.config import project_path
 from seed_multimodal.training.pixel_decoder.distill import DistillableTask
 from seed_multimodal.training.pixel_decoder.task import (
-    EncodedImages,
     PixelModel,
     PixelRunSettings,
 )
@@ -79,6 +76,10 @@ class DetokenizerModel(PixelModel):
     def diffusion_folder(self) -> Path:
         return self.sdxl
 
+    @property
+    def condition_dropout(self) -> ConditionDropout:
+        return self.dropout
+
 
 @dataclass(kw_only=True)
 class DetokenizerRunSettings(PixelRunSettings):
@@ -87,7 +88,7 @@ class DetokenizerRunSettings(PixelRunSettings):
     model: DetokenizerModel
 
 
-class DetokenizerTask(DistillableTask[SDXLAdapter]):
+class DetokenizerTask(DistillableTask):
     """One run in one process."""
 
     run_type = DetokenizerRunSettings
@@ -127,13 +128,11 @@ class DetokenizerTask(DistillableTask[SDXLAdapter]):
 
         return FrozenFeatures(encoder, self.device, embeddings)
 
-    def build(self) -> SDXLAdapter:
+    def new_detokenizer(self, vae: nn.Module, scheduler: SchedulerMixin) -> SdxlDetokenizer:
         adapter = build_adapter(self.model)
-        self.width = adapter.resampler.config.embedding_dim
-        return adapter
-
-    def negatives(self) -> Tensor:
-        return self.null_embeds
+        return SdxlDetokenizer(
+            adapter.unet, vae, scheduler, adapter.resampler, null_embeds=self.null_embeds
+        )
 
     def load_decoder(self, path: str) -> SdxlDetokenizer:
         return SdxlDetokenizer.from_pretrained(self.folder, path)
@@ -146,40 +145,18 @@ class DetokenizerTask(DistillableTask[SDXLAdapter]):
             if source.is_dir():
                 shutil.copytree(source, folder / name)
 
-    def detokenizer(self, scheduler: SchedulerMixin) -> SdxlDetokenizer:
-        vae = self.encoders.moments.model
-        return SdxlDetokenizer(self.module, vae, scheduler, null_embeds=self.null_embeds)
-
-    def losses(
-        self,
-        model: nn.Module,
-        latents: Tensor,
-        encoded: EncodedImages,
-        time_ids: Tensor,
-        generator: torch.Generator,
-    ) -> Mapping[str, Tensor]:
-        return adapter_losses(
-            model,
-            self.objective,
-            latents,
-            encoded.conditions.float(),
-            time_ids,
-            dropout=self.model.dropout,
-            empty_features=self.null_embeds,
-            condition_latents=encoded.condition_latents,
-            generator=generator,
-        )
-
-    def save_result(self, module: SDXLAdapter, folder: Path) -> None:
+    def save_trained(self, detokenizer: SdxlDetokenizer, folder: Path) -> None:
         """Write the adapter for `SDXLAdapter.from_pretrained`."""
-        module.save_pretrained(folder)
+        SDXLAdapter(detokenizer.denoiser, detokenizer.resampler).save_pretrained(folder)
 
     def save_files(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """With the resampler's sizes: a checkpoint with frozen weights is also an adapter."""
         super().save_files(folder, weights)
-        if not isinstance(self.module, SDXLAdapter):
+        if self.model.teacher:
             return  # a student's denoiser
-        config = json.dumps(asdict(self.module.resampler.config), indent=1)
+        detokenizer = self.module.detokenizer
+        assert isinstance(detokenizer, SdxlDetokenizer)
+        config = json.dumps(asdict(detokenizer.resampler.config), indent=1)
         replace_text(folder / RESAMPLER_CONFIG, config + "\n")
 
 
@@ -199,17 +176,14 @@ def pooled_features(encoder: QwenVit, pixels: Tensor, tokens: int) -> Tensor:
 
 
 def build_adapter(settings: DetokenizerModel) -> SDXLAdapter:
-    """The initial adapter on the CPU, with `requires_grad` set. Raises CheckpointError."""
+    """The initial adapter on the CPU, its resampler trained. Raises CheckpointError."""
     sdxl = find_parts(settings.sdxl, ("unet/*",), download_advice("sdxl"))
     if settings.start:
-        adapter = SDXLAdapter.from_pretrained(settings.start, sdxl).train()
+        adapter = SDXLAdapter.from_pretrained(settings.start, sdxl)
     else:
-        unet = SdxlDetokenizer.load_part(sdxl, "unet")
+        unet = SdxlDetokenizer.load_part(sdxl, "denoiser")
         adapter = SDXLAdapter.from_unet(unet, settings.resampler, settings.seed)
-    # Before the choice of trained parameters: the new channels are trained, too.
     if settings.stage == 2:
         adapter.add_condition_channels()
-    adapter.set_trainable(settings.trained)
-    if settings.gradient_checkpointing:
-        adapter.unet.enable_gradient_checkpointing(checkpointed)
+    adapter.resampler.requires_grad_(True)
     return adapter

@@ -32,17 +32,15 @@ from seed_multimodal.diffusion.base import (
     DrawingSettings,
     fast_scheduler,
 )
-from seed_multimodal.diffusion.networks import conditions_to, context_dim, denoiser_kind
+from seed_multimodal.diffusion.networks import denoiser_kind
 from seed_multimodal.diffusion.objectives import Objective, is_flow
-from seed_multimodal.diffusion.training import train_unet
 from seed_multimodal.disk import replace_text
-from seed_multimodal.nn.layers import checkpointed
 from seed_multimodal.state_dicts import fingerprint
 from seed_multimodal.training.pixel_decoder.task import (
     EncodedImages,
-    Module,
     PixelRunSettings,
     PixelTask,
+    TrainedDetokenizer,
     condition_images,
 )
 from seed_multimodal.training.run import RunSettings, RunTask
@@ -56,19 +54,14 @@ NO_GUIDANCE = {"guidance_scale": 1.0, "image_guidance_scale": 1.0}
 WHOLE_MODELS = (".ckpt", ".safetensors")  # files next to the parts, which are not copied
 
 
-class Student(nn.Module):
+class Student(TrainedDetokenizer):
     """The trained denoiser."""
 
-    def __init__(self, denoiser: nn.Module) -> None:
-        super().__init__()
-        self.denoiser = denoiser
-
-    def forward(self, noisy: Tensor, steps: Tensor, denoising: Denoising) -> Tensor:
+    def forward(  # type: ignore[override]
+        self, noisy: Tensor, steps: Tensor, denoising: Denoising
+    ) -> Tensor:
         """The prediction `[B, C, h, w]` for noisy latents at time steps `[B]`."""
-        # Under DeepSpeed the weights are in half precision.
-        conditions = conditions_to(denoising.conditions, self.denoiser.dtype)
-        run = replace(denoising, conditions=conditions)
-        return run.predict(self.denoiser, noisy, steps)
+        return denoising.predict(self.detokenizer.denoiser, noisy, steps)
 
 
 @dataclass
@@ -106,7 +99,7 @@ class NoiseLevels:
         return self.signal[end] * clean + self.noise[end] * noise
 
 
-class DistillableTask(PixelTask[Module]):
+class DistillableTask(PixelTask):
     """Base of the families' tasks: with `model.teacher` they distil."""
 
     @classmethod
@@ -121,16 +114,12 @@ class DistillableTask(PixelTask[Module]):
         """A trained decoder, `model.teacher` or `model.start`."""
         raise NotImplementedError
 
-    def negatives(self) -> Tensor | None:
-        """Unconditional embeddings of guidance; None: the detokenizer's."""
-        return None
-
     def save_student(self, denoiser: nn.Module, teacher: Any, folder: Path) -> None:
         """Write a decoder as `teacher`, with another denoiser, without scheduler and settings."""
         save_student_folder(denoiser, self.folder, folder)
 
 
-class DistillationTask(DistillableTask[Student]):
+class DistillationTask(DistillableTask):
     """Distillation by the conditions of a family's task."""
 
     fixed_settings = ("trained", "teacher", "teacher_steps", "teacher_guidance", "student_steps")
@@ -149,17 +138,19 @@ class DistillationTask(DistillableTask[Student]):
 
     def build(self) -> Student:
         """The student."""
-        model = self.model
-        denoiser: nn.Module = self.load_decoder(model.start or model.teacher).denoiser
-        train_unet(denoiser, model.trained)
-        if model.gradient_checkpointing:
-            denoiser.enable_gradient_checkpointing(checkpointed)
-        self.width = context_dim(denoiser)
-        self.drawing_steps = model.student_steps
-
         # Levels at which the teacher makes a step; the student at every n-th of them.
+        model = self.model
+        self.drawing_steps = model.student_steps
         self.levels = NoiseLevels.of(self.load_scheduler(), model.teacher_steps, self.device)
-        return Student(denoiser).train()
+        return Student(super().build().detokenizer, {"denoiser": "denoiser"}).train()
+
+    def new_detokenizer(self, vae: nn.Module, scheduler: SchedulerMixin) -> Detokenizer[Any]:
+        """The teacher with the student's denoiser and settings."""
+        student = copy.copy(self.teacher)
+        student.denoiser = self.load_decoder(self.model.start or self.model.teacher).denoiser
+        student.scheduler = scheduler
+        student.defaults = self.defaults
+        return student
 
     def frozen_models(self) -> dict[str, list[float]]:
         return {**super().frozen_models(), "teacher": fingerprint(self.teacher.denoiser)}
@@ -234,11 +225,11 @@ class DistillationTask(DistillableTask[Student]):
         """Conditions of a batch as in drawing."""
         teacher = self.teacher
         embeds = self.embeds(encoded.conditions)
-        rows = teacher.condition_rows(embeds, self.negatives(), settings)
-        if teacher.reads_condition:
-            rows["images"] = condition_images(batch) or [None] * len(embeds)
+        negatives = self.null_embeds
+        if negatives is not None:
+            negatives = negatives.expand(len(embeds), *negatives.shape[1:])
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
-        return teacher.prepare(settings, generators, **rows)
+        return teacher.prepare(settings, generators, embeds, negatives, condition_images(batch))
 
     # ---- the result
 
@@ -252,17 +243,9 @@ class DistillationTask(DistillableTask[Student]):
             **self.unguided,
         )
 
-    def detokenizer(self, scheduler: SchedulerMixin) -> Detokenizer[Any]:
-        """The teacher with the student's denoiser and settings."""
-        student = copy.copy(self.teacher)
-        student.denoiser = self.module.denoiser
-        student.scheduler = scheduler
-        student.defaults = self.defaults
-        return student
-
-    def save_result(self, module: Student, folder: Path) -> None:
+    def save_result(self, module: TrainedDetokenizer, folder: Path) -> None:
         """A folder as the teacher's."""
-        self.save_student(module.denoiser, self.teacher, folder)
+        self.save_student(module.detokenizer.denoiser, self.teacher, folder)
         self.load_scheduler().save_pretrained(folder / "scheduler")
         replace_text(folder / DEFAULTS, json.dumps(vars(self.defaults)) + "\n")
 

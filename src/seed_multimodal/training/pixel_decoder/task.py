@@ -1,16 +1,16 @@
 """A pixel decoder's trainer task: settings, and a denoiser that learns to reconstruct images.
 
 Subclasses (`models.seed.train_detokenizer`, `models.seed_x.train_detokenizer`,
-`models.lavit.train_pixels`) define the frozen
-conditioning model, the trained modules, the loss of a batch and sampling.
+`models.lavit.train_pixels`) define the frozen conditioning model and the trained de-tokenizer.
 """
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import numpy as np
 import torch
@@ -33,12 +33,19 @@ from seed_multimodal.data.stream.pairs_dataset import (
 from seed_multimodal.data.stream.sampler import MixedOrder
 from seed_multimodal.device import copy_to
 from seed_multimodal.diffusion.base import Detokenizer
-from seed_multimodal.diffusion.networks import encode_moments, latent_scale
-from seed_multimodal.diffusion.objectives import FlowTimes, build_objective
-from seed_multimodal.diffusion.training import TrainedLayers
+from seed_multimodal.diffusion.networks import (
+    context_dim,
+    drop_conditions,
+    encode_moments,
+    latent_scale,
+    predict,
+)
+from seed_multimodal.diffusion.objectives import FlowTimes, NoisyLatents, build_objective
+from seed_multimodal.diffusion.training import ConditionDropout, TrainedLayers, train_denoiser
 from seed_multimodal.disk import JsonObject, atomic_folder
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
+from seed_multimodal.nn.layers import checkpointed
 from seed_multimodal.settings import setting
 from seed_multimodal.training.config import RunTrainerSettings
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError
@@ -56,7 +63,6 @@ if TYPE_CHECKING:
 
     from seed_multimodal.training.trainer import Trainer
 
-Module = TypeVar("Module", bound=nn.Module)  # that is trained
 NEEDED = (
     "unet/*",
     "transformer/*",
@@ -173,6 +179,11 @@ class PixelModel:
         """The diffusers folder of VAE and noise schedule."""
         raise NotImplementedError
 
+    @property
+    def condition_dropout(self) -> ConditionDropout:
+        """Shares of samples without conditions, for guidance."""
+        raise NotImplementedError
+
 
 @dataclass(kw_only=True)
 class CodesPixelModel(PixelModel):
@@ -182,10 +193,12 @@ class CodesPixelModel(PixelModel):
         diffusion: a diffusers folder, of which subclasses say what is read; with `start` or
             `teacher` not read, since these are complete.
         tokenizer: a folder.
+        dropout: share of images without conditions, for guidance.
     """
 
     diffusion: Path
     tokenizer: Path
+    dropout: float = setting(0.1, minimum=0, maximum=1)
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -195,6 +208,10 @@ class CodesPixelModel(PixelModel):
     @property
     def diffusion_folder(self) -> Path:
         return Path(self.teacher or self.start or self.diffusion)
+
+    @property
+    def condition_dropout(self) -> ConditionDropout:
+        return ConditionDropout(embeds=self.dropout, image=0.0, both=0.0)
 
 
 @dataclass
@@ -225,18 +242,56 @@ class PixelRunSettings(RunSettings):
     trainer: PixelTrainer
 
 
-class PixelTask(RunTask, Generic[Module]):
+class TrainedDetokenizer(nn.Module):
+    """The networks of a de-tokenizer that are trained.
+
+    networks: names in checkpoints → attributes of the de-tokenizer.
+    """
+
+    def __init__(self, detokenizer: Detokenizer, networks: Mapping[str, str]) -> None:
+        super().__init__()
+        self.detokenizer = detokenizer
+        for name, attribute in networks.items():
+            self.add_module(name, getattr(detokenizer, attribute))
+
+    def forward(
+        self,
+        noisy: Tensor,
+        steps: Tensor,
+        embeds: Tensor | Sequence[Tensor],
+        time_ids: Tensor,
+        without: Tensor,
+        condition_latents: Tensor | None = None,
+    ) -> Tensor:
+        """The denoiser's prediction `[B, C, h, w]` for noisy latents at time steps `[B]`.
+
+        time_ids: `[B, 6]`, see `size_ids`.
+        without: bool `[B]`, images whose conditions are the unconditional ones.
+        condition_latents: `[B, C, h, w]`, further input channels.
+        """
+        detokenizer = self.detokenizer
+        read, _ = detokenizer.read(embeds)
+        conditions, null = detokenizer.conditions(read, None, time_ids, detokenizer.defaults, ())
+        conditions = drop_conditions(conditions, null(), without)
+        if condition_latents is not None:
+            noisy = torch.cat([noisy, condition_latents], dim=1)
+        return predict(detokenizer.denoiser, noisy, steps, conditions)
+
+
+class PixelTask(RunTask):
     """One run in one process; subclasses set the class attributes without a value."""
 
     run: PixelRunSettings
-    module: Module
+    module: TrainedDetokenizer
     start_hint = "model.start"
     reads_condition = False  # whether samples have a condition image
     result: ClassVar[str]  # subfolder of the result
     detokenizer_class: ClassVar[type[Detokenizer]]  # of the result
     frozen_name: ClassVar[str]  # of the conditioning model, for messages and checkpoints
     fixed_settings: ClassVar[tuple[str, ...]]  # of the model, which must not change on resume
+    copied: ClassVar[tuple[str, ...]] = ()  # from the initial folder to the result
     drawing_steps = 20  # denoising steps of images during training
+    null_embeds: Tensor | None = None  # unconditional embeddings; None: the de-tokenizer's
 
     def __init__(self, run: PixelRunSettings, group: ProcessGroup, device: torch.device) -> None:
         """Open the sources. Raises as `RunTask.train`."""
@@ -246,6 +301,7 @@ class PixelTask(RunTask, Generic[Module]):
         if run.deepspeed and self.zero_stage not in (1, 2):
             raise ConfigError("deepspeed: pixel decoders train with ZeRO stage 1 or 2.")
         self.model = run.model
+        self.view = run.data.view  # how images are cut and resized
         self.rows = run.data.batch_size
         self.folder = find_folder(
             run.model.diffusion_folder, NEEDED, self.detokenizer_class.download_hint
@@ -257,29 +313,33 @@ class PixelTask(RunTask, Generic[Module]):
 
     # ---- defined by subclasses
 
-    @property
-    def view(self) -> TargetView:
-        """How images are cut and resized."""
-        return self.run.data.view
-
     def conditions(self) -> FrozenFeatures:
         """The frozen model that computes conditions of the encoder's images."""
         raise NotImplementedError
 
-    def build(self) -> Module:
-        """The initial module on the CPU, with `requires_grad` set."""
+    def new_detokenizer(self, vae: nn.Module, scheduler: SchedulerMixin) -> Detokenizer:
+        """The initial de-tokenizer on the CPU.
+
+        Its networks but the denoiser have `requires_grad` set.
+        """
         raise NotImplementedError
 
-    def losses(
-        self,
-        model: nn.Module,
-        latents: Tensor,
-        encoded: EncodedImages,
-        time_ids: Tensor,
-        generator: torch.Generator,
-    ) -> Mapping[str, Tensor]:
-        """`total_loss` and `mse` of samples of one size."""
+    def save_trained(self, detokenizer: Any, folder: Path) -> None:
+        """Write what was trained."""
         raise NotImplementedError
+
+    # ---- shared
+
+    def build(self) -> TrainedDetokenizer:
+        """The initial module on the CPU, with `requires_grad` set."""
+        detokenizer = self.new_detokenizer(self.encoders.moments.model, self.load_scheduler())
+        detokenizer.device = self.device
+        denoiser = detokenizer.denoiser
+        train_denoiser(denoiser, self.model.trained)
+        if self.model.gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing(checkpointed)
+        self.width = context_dim(denoiser)
+        return TrainedDetokenizer(detokenizer, detokenizer.trained).train()
 
     def batch_losses(
         self,
@@ -289,21 +349,36 @@ class PixelTask(RunTask, Generic[Module]):
         encoded: EncodedImages,
         generator: torch.Generator,
     ) -> Mapping[str, Tensor]:
-        """`losses` of a batch."""
-        time_ids = copy_to(self.device, batch["time_ids"])
-        return self.losses(model, latents, encoded, time_ids, generator)
+        """`total_loss` and `mse` of images of one size, for some without conditions."""
+        without, without_image = self.model.condition_dropout.draw(len(latents), generator)
+        noisy = NoisyLatents.sample(self.objective, latents, generator)
+        condition_latents = encoded.condition_latents
+        if condition_latents is not None:
+            without_image = without_image.to(latents.device)[:, None, None, None]
+            condition_latents = condition_latents * ~without_image
+        prediction = model(
+            noisy.latents,
+            noisy.steps,
+            self.embeds(encoded.conditions),
+            copy_to(self.device, batch["time_ids"]),
+            without.to(latents.device),
+            condition_latents,
+        )
+        return noisy.losses(prediction)
 
     def embeds(self, conditions: Tensor) -> Tensor | Sequence[Tensor]:
         """Conditions as the detokenizer's input."""
         return conditions.float()
 
-    def detokenizer(self, scheduler: SchedulerMixin) -> Detokenizer:
-        """Of the trained modules."""
-        raise NotImplementedError
-
-    def save_result(self, module: Module, folder: Path) -> None:
+    def save_result(self, module: TrainedDetokenizer, folder: Path) -> None:
         """Write the complete result."""
-        raise NotImplementedError
+        self.save_trained(module.detokenizer, folder)
+        for name in self.copied:
+            source = self.folder / name
+            if source.is_dir():
+                shutil.copytree(source, folder / name, dirs_exist_ok=True)
+            elif source.is_file():
+                shutil.copy2(source, folder / name)
 
     def load_scheduler(self) -> SchedulerMixin:
         """The scheduler that samples, which determines the objective."""
@@ -318,7 +393,14 @@ class PixelTask(RunTask, Generic[Module]):
         data = self.run.data
         self.objective = build_objective(self.load_scheduler(), self.model.flow_times)
 
-        # 1. Batches of the sources, mixed by their weights.
+        # 1. Frozen models.
+        vae = self.detokenizer_class.load_part(self.folder, "vae")
+        self.shift, self.scale = latent_scale(vae)
+        max_pixels = max(height * width for height, width in self.image_sizes())
+        moments = latent_moments(vae, self.device, max(1, SMALL**2 // max_pixels))
+        self.encoders = ImageEncoders(self.conditions(), moments)
+
+        # 2. Batches of the sources, mixed by their weights.
         datasets = [self._target_pairs(source) for source in self.sources]
         self.dataset: SampleDataset[TargetSample]
         order = None
@@ -342,13 +424,6 @@ class PixelTask(RunTask, Generic[Module]):
             order=order,
             collate=by_size,
         )
-
-        # 2. Frozen models.
-        vae = self.detokenizer_class.load_part(self.folder, "vae")
-        self.shift, self.scale = latent_scale(vae)
-        max_pixels = max(height * width for height, width in self.image_sizes())
-        moments = latent_moments(vae, self.device, max(1, SMALL**2 // max_pixels))
-        self.encoders = ImageEncoders(self.conditions(), moments)
 
         # 3. What is trained.
         self.module = self.build().to(self.device)
@@ -424,7 +499,7 @@ class PixelTask(RunTask, Generic[Module]):
         drawings: list[Image.Image] = []
         originals: list[Image.Image] = []
         self.module.eval()
-        detokenizer = self.detokenizer(self.load_scheduler())
+        detokenizer = self.module.detokenizer
         unit = detokenizer.size_unit
         for batch, encoded in self.sample_batches:
             height, width = batch["image"].shape[2:]

@@ -1,11 +1,10 @@
-"""LaVIT's pixel decoders: dropped conditions, codes of images (contract:
+"""LaVIT's pixel decoders: codes of images (contract:
 test_pixel_decoders.py)."""
 
 from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -13,11 +12,8 @@ from tiny import spread
 from tiny.lavit import SMALL, small_tokenizer
 from tiny.training import lavit_config, write_lavit_parts
 from tiny.vision import write_vision
-from torch import Tensor, nn
 
-from seed_multimodal.diffusion.objectives import build_objective
 from seed_multimodal.models.lavit.checkpoints import save_dynamic_tokenizer
-from seed_multimodal.models.lavit.losses import LavitPixelLoss
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer
 from seed_multimodal.models.lavit.train_pixels import LavitPixelTask, image_codes
 from seed_multimodal.models.seed.checkpoints import load_vision
@@ -28,28 +24,6 @@ from seed_multimodal.training.distributed import ProcessGroup
 @pytest.fixture(scope="module")
 def parts(tmp_path_factory) -> Path:
     return write_lavit_parts(tmp_path_factory.mktemp("lavit_pixels"))
-
-
-class Recorder(nn.Module):
-    """In place of `TrainedPixels`: stores which samples have no conditions."""
-
-    def forward(
-        self, noisy: Tensor, steps: Tensor, rows: Any, ids: Tensor, without: Tensor
-    ) -> Tensor:
-        self.without = without
-        return torch.zeros_like(noisy, requires_grad=True)
-
-
-def test_pixel_loss_drops_a_share_of_the_conditions():
-    from diffusers import DDPMScheduler
-
-    # Drawing with guidance needs a denoiser that also saw no conditions.
-    model = Recorder()
-    latents, sizes = torch.zeros(4000, 1, 1, 1), torch.zeros(4000, 6)
-    generator = torch.Generator().manual_seed(0)
-    objective = build_objective(DDPMScheduler())
-    LavitPixelLoss(dropout=0.2)(model, objective, latents, [], sizes, generator=generator)
-    assert float(model.without.float().mean()) == pytest.approx(0.2, abs=0.02)
 
 
 def test_image_codes_depend_on_the_image_and_the_seed_only():

@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 from tiny.training import seed_decoder_config, write_seed_decoder_parts
 
+from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 from seed_multimodal.models.seed.train_detokenizer import SeedDecoderTask
 from seed_multimodal.training.distributed import ProcessGroup
 
@@ -18,7 +19,8 @@ def test_images_are_resized_as_by_the_tokenizer(tmp_path):
     run = SeedDecoderTask.read(seed_decoder_config(parts, tmp_path / "run"))
     with contextlib.closing(SeedDecoderTask(run, ProcessGroup(), torch.device("cpu"))) as task:
         task.prepare()
-        preprocessing = task.tokenizer.visual_encoder.preprocessing
+        tokenizer = Seed2Tokenizer.from_pretrained(run.model.tokenizer)
+        preprocessing = tokenizer.visual_encoder.preprocessing
         image = Image.effect_noise((40, 40), 90).convert("RGB")
         pixels = task.view.encoder_image(image, (16, 16))
     assert torch.equal(pixels, preprocessing.read(image))
