@@ -39,7 +39,12 @@ Conversation = Sequence[Mapping[str, object]]
 MODES = (None, "text", "image")
 TENSORS = (None, "pt", "np")
 # Options of transformers for what is done in any case, and one that is read from its mapping.
-HARMLESS = ("add_generation_prompt", "padding", "generation_mode")
+ACCEPTED: dict[str, tuple[object, ...]] = {
+    "add_generation_prompt": (True,),
+    "padding": (True, "longest"),
+    "padding_side": ("left",),
+    "generation_mode": ("text", "image"),
+}
 
 
 class ProcessorTokenizer(TransformersTokenizer):
@@ -157,14 +162,15 @@ class SeedMultimodalProcessor(ProcessorMixin):
         images: Any = None,
         *,
         generation_mode: str | None = None,
+        add_special_tokens: bool = True,
         return_tensors: str | None = "pt",
         **kwargs: object,
     ) -> BatchFeature:
         """Texts that are continued, without a template; `<image>` in them marks their images.
 
-        Names of control tokens are these tokens, and `<s>` is put before a text without it. Images
-        of a text without `<image>` stand before it. images: one, a list for one text, or a list of
-        lists.
+        Names of control tokens are these tokens. Images of a text without `<image>` stand before
+        it. images: one, a list for one text, or a list of lists.
+        add_special_tokens: put `<s>` before a text without it.
         """
         _check_options(kwargs)
         texts = [text or ""] if text is None or isinstance(text, str) else list(text)
@@ -180,7 +186,7 @@ class SeedMultimodalProcessor(ProcessorMixin):
             inputs = input_images(group)
             task = self._task([Message("raw", (single_text, *inputs))], generation_mode)
             tasks.append(task)
-            prompts.append(self._continued(single_text, inputs, task))
+            prompts.append(self._continued(single_text, inputs, task, add_special_tokens))
         return self._features(prompts, tasks, return_tensors)
 
     def _task(self, conversation: list[Message], mode: str | None) -> Task:
@@ -215,7 +221,9 @@ class SeedMultimodalProcessor(ProcessorMixin):
             texts.append(PLACEHOLDER if is_input else self.tokenizer.decode(run))
         return "".join(texts)
 
-    def _continued(self, text: str, images: Sequence[Any], task: Task) -> Prompt:
+    def _continued(
+        self, text: str, images: Sequence[Any], task: Task, add_special_tokens: bool
+    ) -> Prompt:
         """The prompt of a text and its images, without a template."""
         # 1. The tokens and features of each image.
         requests = [[Message("raw", (image,))] for image in images]
@@ -228,13 +236,14 @@ class SeedMultimodalProcessor(ProcessorMixin):
         parts = interleave(text, image_prompts)
         if tokenizer.strips_at_images:
             parts = without_space_at_images(parts)
-        ids = list(start)
+        ids = list(start) if add_special_tokens else []
         prompt_images: list[PromptImage] = []
         for index, part in enumerate(parts):
             if isinstance(part, str):
                 text_ids = tokenizer.encode(part)
-                begins = index == 0 and text_ids[: len(start)] == start
-                ids += text_ids[len(start) :] if begins else text_ids
+                if index == 0 and text_ids[: len(ids)] == ids:
+                    text_ids = text_ids[len(ids) :]
+                ids += text_ids
                 continue
             offset = len(ids) - len(start)
             for image in part.images:
@@ -348,6 +357,6 @@ class SeedMultimodalProcessor(ProcessorMixin):
 
 def _check_options(options: Mapping[str, object]) -> None:
     """Raise ConfigError: an option with a value that would have no effect."""
-    unknown = [name for name, value in options.items() if value and name not in HARMLESS]
-    if unknown:
-        raise ConfigError(f"The processor does not know the option {unknown[0]!r}.")
+    for name, value in options.items():
+        if value and value not in ACCEPTED.get(name, ()):
+            raise ConfigError(f"The processor does not follow the option {name}={value!r}.")

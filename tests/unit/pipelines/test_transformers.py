@@ -196,6 +196,8 @@ def test_texts_of_the_template_give_its_prompts(name, conversation, processors):
     for again in (
         processor(text=text, images=images, return_tensors="pt"),
         processor(text=[text], images=[images]),
+        # As TRL's trainers.
+        processor(text=text, images=images, add_special_tokens=False, padding_side="left"),
     ):
         assert again.keys() == inputs.keys()
         for key in ("input_ids", "attention_mask", "image_embeds", "image_mask"):
