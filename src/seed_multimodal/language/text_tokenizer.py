@@ -41,7 +41,7 @@ class TextTokenizer(ABC):
 
     vocabulary: ImageVocabulary
     bos_token_id: int | None
-    start_ids: Sequence[int]
+    start_ids: tuple[int, ...]
     eos_token_ids: Sequence[int]
     pad_token_id: int
     strips_at_images: bool

@@ -66,7 +66,7 @@ class MultimodalTokenizer(TextTokenizer):
     eos_token_ids = (2,)
     unk_token_id = 0
     pad_token_id = 0  # the original tokenizer pads with <unk>
-    start_ids = (bos_token_id,)
+    start_ids: tuple[int, ...] = (bos_token_id,)
     special_ids: SpecialIds = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     strips_at_images = True
     joiner = " "

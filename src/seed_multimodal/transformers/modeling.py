@@ -62,9 +62,6 @@ SAMPLING_SETTINGS = ("temperature", "top_p", "top_k")
 BEAM_SETTINGS = ("length_penalty", "early_stopping")
 
 
-NEED_PROMPT_IDS = ("assistant_model", "negative_prompt_ids")  # options of `generate`
-
-
 @dataclass(frozen=True)
 class GeneratedFeatures:
     """Features `[B, N, W]` of generated images, and the images of which those are edits (or None).
@@ -324,12 +321,10 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         stops = options.pop("stop_strings", None) or generation_config.stop_strings or ()
         generation_config.stop_strings = None
         options.pop("tokenizer", None)
-        refused = [name for name in NEED_PROMPT_IDS if options.get(name) is not None]
-        if generation_config.guidance_scale not in (None, 1):
-            refused.append("guidance_scale")
-        if refused:
+        if options.get("assistant_model") or generation_config.guidance_scale not in (None, 1):
             raise ConfigError(
-                f"generate: {refused[0]} needs the ids of prompts, which are embeddings here."
+                "generate: assistant_model and guidance_scale need prompts as ids, which are "
+                "embeddings here."
             )
         settings = self.system.settings(task, stop=[stops] if isinstance(stops, str) else stops)
 
@@ -391,12 +386,8 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         # 2. The answers; `seed` is that of sampled codes, in `self.drawing` that of the drawing.
         seed = options.pop("seed", 0)
-        drawing = sorted(options.keys() & set(self.system.drawing_settings))
-        if drawing:
-            raise ConfigError(
-                f"{', '.join(drawing)}: settings of `decode_image_tokens`; for the pipeline set "
-                "model.drawing."
-            )
+        for name in options.keys() & set(self.system.drawing_settings):
+            raise ConfigError(f"{name}: set model.drawing, or pass it to `decode_image_tokens`.")
         images: dict[int, Any] = {}
         for task, rows in rows_by_task.items():
             answers = self.system.generate_image_answers(

@@ -75,7 +75,7 @@ class LavitTexts(TextTokenizer):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         super().__init__(*arguments, **options)
-        self.start_ids: Sequence[int] = ()  # prompts do not begin with `<s>`
+        self.start_ids = ()  # prompts do not begin with `<s>`
 
     def text_ids(self, text: str) -> list[int]:
         """A user's text → ids without `<s>`; names of control tokens in it are letters."""

@@ -173,7 +173,8 @@ def seed_x_vocabulary(tokenizer: TextTokenizer) -> SeedXVocabulary:
 
 def insert_images(text: str, views: Sequence[int]) -> list[Content]:
     """`interleave` for images of these numbers of views."""
-    return interleave(text, [InputImage(n_views) for n_views in views])
+    images: list[Content] = [InputImage(n_views) for n_views in views]
+    return interleave(text, images)
 
 
 # ---- answers
