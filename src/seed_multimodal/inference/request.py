@@ -23,8 +23,9 @@ from seed_multimodal.language.answer import AnswerReader, Event
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary
 
-# What the engine hands to the caller: a token with its events, an error, or None (the end).
-StreamItem = tuple[int, list[Event]] | BaseException | None
+# What the engine hands to the caller: a token with its events (None: the caller reads it), an
+# error, or None (the end).
+StreamItem = tuple[int, list[Event] | None] | BaseException | None
 
 
 @dataclass(eq=False)
@@ -172,9 +173,11 @@ class Request:
         return all(getattr(self, name) == getattr(other, name) for name in names)
 
     def deliver(self, token: int) -> None:
-        """Hand a token to the caller, with the events that it completes."""
-        if not self.ended:
-            self._stream.put((token, self.reader.read(token)))
+        """Hand a token to the caller; with stops, after it was read."""
+        if self.ended:
+            return
+        events = self.reader.read(token) if self.settings.stop else None
+        self._stream.put((token, events))
 
     def finish(self, reason: str) -> None:
         """End a complete answer."""
@@ -215,14 +218,14 @@ class Request:
         yield from self._first_events
         with contextlib.closing(self._items()) as items:
             try:
-                for _, events in items:
-                    yield from events
+                for token, events in items:
+                    yield from self.reader.read(token) if events is None else events
             except Stopped:
                 yield from (event for event in self.reader.close() if event["type"] == "text")
                 raise
         yield from self.reader.close()
 
-    def _items(self) -> Generator[tuple[int, list[Event]]]:
+    def _items(self) -> Generator[tuple[int, list[Event] | None]]:
         try:
             while (item := self._stream.get()) is not None:
                 if isinstance(item, BaseException):
