@@ -38,12 +38,13 @@ Ids: TypeAlias = Tensor | Sequence[Sequence[int]]
 Conversation = Sequence[Mapping[str, object]]
 MODES = (None, "text", "image")
 TENSORS = (None, "pt", "np")
-# Options of transformers for what is done in any case, and one that is read from its mapping.
+# Options of transformers for what is done in any case, also in `processor_kwargs`.
 ACCEPTED: dict[str, tuple[object, ...]] = {
     "add_generation_prompt": (True,),
     "padding": (True, "longest"),
     "padding_side": ("left",),
     "generation_mode": ("text", "image"),
+    "return_tensors": ("pt",),
 }
 
 
