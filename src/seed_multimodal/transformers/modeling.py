@@ -373,29 +373,27 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         """The ids or features of one image for each prompt."""
         # 1. What the prompts ask for.
         vocabulary = self.system.tokenizer.vocabulary
-        rows_by_task: dict[Task, list[int]] = {}
-        for row, (prompt, task) in enumerate(zip(prompts, tasks, strict=True)):
-            if task is None:
-                task = "edit" if _has_image(prompt, vocabulary) else "draw"
-            if task not in ("draw", "edit"):
-                raise ConfigError(
-                    f"{self.name_or_path}: the prompt was built to be answered with text; pass "
-                    "processor_kwargs={'generation_mode': 'image'}, too."
-                )
-            rows_by_task.setdefault(task, []).append(row)
+        row_tasks: list[Task] = [
+            task or ("edit" if _has_image(prompt, vocabulary) else "draw")
+            for prompt, task in zip(prompts, tasks, strict=True)
+        ]
+        if not {*row_tasks} <= {"draw", "edit"}:
+            raise ConfigError(
+                f"{self.name_or_path}: the prompt was built to be answered with text; pass "
+                "processor_kwargs={'generation_mode': 'image'}, too."
+            )
 
         # 2. The answers; `seed` is that of sampled codes, in `self.drawing` that of the drawing.
         seed = options.pop("seed", 0)
         for name in options.keys() & set(self.system.drawing_settings):
             raise ConfigError(f"{name}: set model.drawing, or pass it to `decode_image_tokens`.")
         images: dict[int, Any] = {}
-        for task, rows in rows_by_task.items():
+        for task in sorted({*row_tasks}):
+            rows = [row for row, row_task in enumerate(row_tasks) if row_task == task]
             answers = self.system.generate_image_answers(
                 [prompts[row] for row in rows], task, seeds=[seed] * len(rows), **options
             )
-            images |= {
-                row: answer.single_image() for row, answer in zip(rows, answers, strict=True)
-            }
+            images |= zip(rows, [answer.single_image() for answer in answers], strict=True)
 
         # 3. In the order of the prompts.
         inputs = [images[row] for row in range(len(prompts))]
