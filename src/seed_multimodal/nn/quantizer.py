@@ -131,7 +131,7 @@ class VectorQuantizer(nn.Module):
         # 1. Moving averages of the points of each code.
         count = add_counts(points.new_zeros(self.size), indices)
         total = torch.zeros_like(self.ema_sum).index_add_(0, indices, points)
-        if _is_distributed():
+        if dist.is_initialized():
             dist.all_reduce(count)
             dist.all_reduce(total)
         self.ema_count.lerp_(count, 1 - decay)
@@ -198,7 +198,7 @@ class VectorQuantizer(nn.Module):
         """Replace the rows marked in `which` `[K]` by those of the first process."""
         if self.unit_rows:
             rows = F.normalize(rows, dim=-1)
-        if _is_distributed():
+        if dist.is_initialized():
             dist.broadcast(rows, src=0)
         self.embedding.weight[which] = rows.to(self.embedding.weight.dtype)
         if self.ema_decay is not None:
@@ -213,7 +213,3 @@ def add_counts(counts: Tensor, codes: Tensor) -> Tensor:
     """
     codes = codes.flatten()
     return counts.scatter_add_(0, codes, counts.new_ones(()).expand(len(codes)))
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from pathlib import Path
 
 import pytest
 import torch
@@ -14,22 +15,26 @@ from tiny.vision import KINDS, write_vision
 
 from seed_multimodal.errors import CheckpointError, ConfigError, ImageError
 from seed_multimodal.images.transforms import read_preprocessing
+from seed_multimodal.models.seed.checkpoints import load_vision
+from seed_multimodal.nn.vision.base import VisionEncoder
 from seed_multimodal.nn.vision.hub import HubVisionConfig
-from seed_multimodal.nn.vision.registry import (
-    build_vision_encoder,
-    load_vision_encoder,
-    read_vision_config,
-)
+from seed_multimodal.nn.vision.registry import build_vision_encoder, read_vision_config
 
 PIXELS = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
+def load_hub_vision(folder: Path) -> VisionEncoder:
+    encoder = build_vision_encoder({"type": "hub", "path": str(folder)})
+    load_vision(encoder, folder, log=None)
+    return encoder.eval()
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @torch.no_grad()
-def test_load_vision_encoder_computes_the_models_features(kind, tmp_path):
+def test_hub_vision_computes_the_models_features(kind, tmp_path):
     # Each publisher has other patches, class tokens and pooling.
     model = write_vision(kind, tmp_path)
-    encoder = load_vision_encoder(tmp_path)
+    encoder = load_hub_vision(tmp_path)
     pixels = encoder.preprocessing(noise(0))[None]
     inputs = {"pixel_values": pixels}
     if kind == "siglip2":
@@ -45,7 +50,6 @@ def test_load_vision_encoder_computes_the_models_features(kind, tmp_path):
     torch.testing.assert_close(features, model(**inputs).last_hidden_state)
     assert features.shape == (1, encoder.n_tokens, encoder.width)
     assert (encoder.image_size, encoder.n_class_tokens) == (16, KINDS[kind][-1])
-    assert not any(parameter.requires_grad for parameter in encoder.parameters())
 
 
 PROCESSORS = {
@@ -91,7 +95,7 @@ def test_hub_config_and_weights_need_no_folder(tmp_path):
     from seed_multimodal.state_dicts import assign_strictly
 
     write_vision("dinov3", tmp_path / "dino")
-    encoder = load_vision_encoder(tmp_path / "dino")
+    encoder = load_hub_vision(tmp_path / "dino")
     config = HubVisionConfig(path=str(tmp_path / "dino"))
     values = json.loads(json.dumps(dataclasses.asdict(config)))
     (tmp_path / "dino").rename(tmp_path / "elsewhere")
@@ -115,28 +119,28 @@ def test_one_half_of_a_whole_siglip(tmp_path):
     model.save_pretrained(tmp_path)
     write_json(tmp_path / "preprocessor_config.json", KINDS["siglip"][3])
     expected = model.vision_model(pixel_values=PIXELS).last_hidden_state
-    torch.testing.assert_close(load_vision_encoder(tmp_path)(PIXELS), expected)
+    torch.testing.assert_close(load_hub_vision(tmp_path)(PIXELS), expected)
 
 
 @pytest.mark.parametrize(
     ("file", "named", "error"),
     [
-        ("config.json", "config.json", CheckpointError),
+        ("config.json", "siglip", ConfigError),
         ("model.safetensors", "siglip", CheckpointError),
         ("preprocessor_config.json", "preprocessor_config.json", ConfigError),
     ],
 )
-def test_load_vision_encoder_names_what_a_folder_lacks(file, named, error, tmp_path):
+def test_hub_vision_names_what_a_folder_lacks(file, named, error, tmp_path):
     write_vision("siglip", tmp_path / "siglip")
-    encoder = load_vision_encoder(tmp_path / "siglip")
+    encoder = load_hub_vision(tmp_path / "siglip")
     with pytest.raises(ImageError, match="24"):  # pixels, of 16
         encoder(torch.zeros(1, 3, 24, 24))
     (tmp_path / "siglip" / file).unlink()
     with pytest.raises(error, match=named):
-        load_vision_encoder(tmp_path / "siglip")
+        load_hub_vision(tmp_path / "siglip")
 
 
-def test_load_vision_encoder_of_no_vision_model(tmp_path):
+def test_hub_vision_of_no_vision_model(tmp_path):
     write_json(tmp_path / "config.json", {"model_type": "nothing"})
     with pytest.raises(ConfigError, match=tmp_path.name):
-        load_vision_encoder(tmp_path)
+        load_hub_vision(tmp_path)

@@ -164,7 +164,7 @@ class Stage1Model(SeedEncoder):
         #    belongs to column rank · B + n.
         sim_i2t = similarities(image_feats, self._gather(text_feats)) / self.temp
         sim_t2i = similarities(text_feats, self._gather(image_feats)) / self.temp
-        rank = dist.get_rank() if _is_distributed() else 0
+        rank = dist.get_rank() if dist.is_initialized() else 0
         n_images = len(image_feats)
         targets = rank * n_images + torch.arange(n_images, device=sim_i2t.device)
         loss_i2t = F.cross_entropy(sim_i2t, targets, label_smoothing=self.label_smoothing)
@@ -213,10 +213,10 @@ class Stage1Model(SeedEncoder):
         """Features of all processes in rank order `[B · processes, E]`."""
         keep_gradient = self.gather_gradient
         if keep_gradient is None:
-            keep_gradient = not _is_distributed()
+            keep_gradient = not dist.is_initialized()
         if not keep_gradient:
             features = features.detach()
-        if not _is_distributed():
+        if not dist.is_initialized():
             return features
         gathered: Tensor = _Gather.apply(features.contiguous())
         return gathered
@@ -256,10 +256,6 @@ def similarities(rows_BE: Tensor, columns_NE: Tensor) -> Tensor:
         columns_NE = columns_NE.float()
     with torch.autocast(rows_BE.device.type, enabled=False):
         return rows_BE @ columns_NE.T
-
-
-def _is_distributed() -> bool:
-    return dist.is_available() and dist.is_initialized()
 
 
 # ---- stage 2: the base of both tokenizers' models

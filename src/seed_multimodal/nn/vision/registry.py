@@ -1,7 +1,6 @@
 """Registry of vision encoders: models ask their configuration's `type` for the class.
 
     encoder = build_vision_encoder({"type": "hub", "path": "pretrained/dinov2-base"})
-    encoder = load_vision_encoder("pretrained/dinov2-base")  # with its weights
 
 Without `type` a configuration is EVA's. Another kind is a file with a `VisionConfig` that builds
 its `VisionEncoder`, and a row in `VISION_CONFIGS`.
@@ -10,22 +9,16 @@ its `VisionEncoder`, and a row in `VISION_CONFIGS`.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 from typing import Annotated, Any, cast
 
-import torch
 from pydantic import PlainValidator
 
-from seed_multimodal.disk import read_json_object
-from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.nn.pretrained import CONFIG
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.nn.vision.base import VisionConfig, VisionEncoder
-from seed_multimodal.nn.vision.eva import FILES, EvaConfig
+from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_multimodal.nn.vision.hub import HubVisionConfig
-from seed_multimodal.nn.vision.qwen import QwenEncoderConfig, QwenVit
+from seed_multimodal.nn.vision.qwen import QwenEncoderConfig
 from seed_multimodal.settings import adapter, nearest, read_settings
-from seed_multimodal.state_dicts import assign_strictly
-from seed_multimodal.weights.find import first_file
 
 VISION_CONFIGS: dict[str, type[VisionConfig]] = {
     "eva": EvaConfig,
@@ -74,29 +67,3 @@ def build_vision_encoder(config: VisionConfig | Mapping[str, Any]) -> VisionEnco
     if not isinstance(config, VisionConfig):
         config = read_vision_config(config, "vision encoder")
     return config.build()
-
-
-def load_vision_encoder(
-    folder: str | Path, *, device: str | torch.device = "cpu", dtype: torch.dtype = torch.float32
-) -> VisionEncoder:
-    """An encoder with its weights, frozen and in eval mode, by the `model_type` in config.json.
-
-    folder: of SEED-X's encoder or of a transformers vision model, or EVA's file or its folder.
-
-    Raises:
-        CheckpointError: missing or damaged weights.
-        ConfigError: not a vision model.
-    """
-    file = Path(folder) / CONFIG
-    if file.is_file() and read_json_object(file).get("model_type") == QwenVit.model_type:
-        return QwenVit.from_pretrained(folder, device=device, dtype=dtype)
-    config: VisionConfig = EvaConfig()
-    if file.is_file():
-        config = HubVisionConfig(path=str(folder))
-    elif Path(folder).is_dir() and first_file(Path(folder), FILES) is None:
-        raise CheckpointError(f"{folder}: contains neither {CONFIG} nor {' or '.join(FILES)}.")
-    # Weights first: a folder without them must not cost the time of building the network.
-    state = config.fit_weights(config.read_weights(str(folder)))
-    encoder = config.build()
-    assign_strictly(encoder, state, folder, foreign=True, allow_unexpected=config.unused)
-    return encoder.to(device, dtype).requires_grad_(False).eval()
