@@ -312,7 +312,7 @@ class Engine(BaseEngine, InboxThread[Request]):
 
         # 2. It gets the prefix, where a copy is worth it.
         if slot is not donor and prefix_length >= MIN_COPIED_PREFIX:
-            self.backend.copy(donor.row, slot.row, 0, prefix_length)
+            self.backend.copy(donor.row, slot.row, prefix_length)
             n_cached = prefix_length
 
         # 3. It is counted as soon as it has a sequence: a failure before this frees nothing, and a

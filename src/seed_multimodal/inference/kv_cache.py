@@ -128,11 +128,11 @@ class KVCache:
     def get_seq_length(self, layer: int = 0) -> int:
         return self._span
 
-    def copy(self, source: int, target: int, start: int, stop: int) -> None:
-        """Copy positions of one row to another."""
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first positions of one row to another."""
         for layer in self.layers:
             for table in layer:
-                table[target, :, start:stop] = table[source, :, start:stop]
+                table[target, :, :length] = table[source, :, :length]
 
     def swap(self, row_a: int, row_b: int, length: int) -> None:
         """Exchange the first positions of two rows, without new memory: it cannot fail half-way."""

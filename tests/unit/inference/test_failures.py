@@ -74,11 +74,11 @@ class FaultyBackend(TorchBackend):
         self._check("swap")
         super().swap(row_a, row_b, length_a, length_b)
 
-    def copy(self, source: int, target: int, start: int, stop: int) -> None:
+    def copy(self, source: int, target: int, length: int) -> None:
         if self.fails == "copy":
             self.clear(target)  # a failed copy has begun
         self._check("copy")
-        super().copy(source, target, start, stop)
+        super().copy(source, target, length)
 
 
 def faulty_engine(system: Any, max_rows: int = 4) -> tuple[Engine, FaultyBackend]:

@@ -78,8 +78,8 @@ class Backend(Protocol):
         """Read one token in each row from 0 on, at its position."""
         ...
 
-    def copy(self, source: int, target: int, start: int, stop: int) -> None:
-        """Copy positions of one row to another."""
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first positions of one row to another; called only with `cheap_copies`."""
         ...
 
     def swap(self, row_a: int, row_b: int, length_a: int, length_b: int) -> None:

@@ -127,14 +127,6 @@ class LlamaCppBackend:
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> NextTokens:
         return self._run(0, [[token] for token in tokens], positions)
 
-    def copy(self, source: int, target: int, start: int, stop: int) -> None:
-        memory = self._llama.llama_get_memory(self._context)
-        source_sequence = self._sequence_of_row[source]
-        target_sequence = self._sequence_of_row[target]
-        self._llama.llama_memory_seq_rm(memory, target_sequence, -1, -1)
-        self._llama.llama_memory_seq_cp(memory, source_sequence, target_sequence, -1, -1)
-        self._llama.llama_memory_seq_rm(memory, target_sequence, stop, -1)
-
     def swap(self, row_a: int, row_b: int, length_a: int, length_b: int) -> None:
         sequences = self._sequence_of_row
         sequence_a = sequences[row_a]

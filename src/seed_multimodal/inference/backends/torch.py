@@ -185,15 +185,15 @@ class TorchBackend:
         next_tokens = self._run(0, embed(ids[:, None]), starts, lengths, self._decode_pass)
         return NextTokens(next_tokens.scores[:n_rows], next_tokens.states)
 
-    def copy(self, source: int, target: int, start: int, stop: int) -> None:
-        self.cache.copy(source, target, start, stop)
+    def copy(self, source: int, target: int, length: int) -> None:
+        self.cache.copy(source, target, length)
 
     def swap(self, row_a: int, row_b: int, length_a: int, length_b: int) -> None:
         # Most exchanges are with a row that holds nothing.
         if length_b == 0:
-            self.cache.copy(row_a, row_b, 0, length_a)
+            self.cache.copy(row_a, row_b, length_a)
         elif length_a == 0:
-            self.cache.copy(row_b, row_a, 0, length_b)
+            self.cache.copy(row_b, row_a, length_b)
         else:
             self.cache.swap(row_a, row_b, max(length_a, length_b))
 
