@@ -32,12 +32,12 @@ from seed_multimodal.models.lavit.modeling import DynamicTokenizer
 from seed_multimodal.settings import setting
 from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.llm.config import project_path
-from seed_multimodal.training.pixel_decoder.distill import DistillableTask
 from seed_multimodal.training.pixel_decoder.task import (
     NEEDED,
     CodesImages,
     CodesPixelModel,
     PixelRunSettings,
+    PixelTask,
 )
 from seed_multimodal.weights.find import find_folder
 
@@ -107,7 +107,7 @@ class LavitPixelRunSettings(PixelRunSettings):
     data: CodesImages
 
 
-class LavitPixelTask(DistillableTask):
+class LavitPixelTask(PixelTask):
     """One run in one process."""
 
     run_type = LavitPixelRunSettings

@@ -42,12 +42,12 @@ from seed_multimodal.models.seed.diffusion import (
 from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 from seed_multimodal.settings import check_keys, nearest, setting
 from seed_multimodal.training.frozen_models import FrozenFeatures
-from seed_multimodal.training.pixel_decoder.distill import DistillableTask
 from seed_multimodal.training.pixel_decoder.task import (
     NEEDED,
     CodesImages,
     CodesPixelModel,
     PixelRunSettings,
+    PixelTask,
 )
 from seed_multimodal.weights.find import find_folder
 
@@ -87,7 +87,7 @@ class SeedDecoderRunSettings(PixelRunSettings):
     data: CodesImages
 
 
-class SeedDecoderTask(DistillableTask):
+class SeedDecoderTask(PixelTask):
     """One run in one process."""
 
     run_type = SeedDecoderRunSettings

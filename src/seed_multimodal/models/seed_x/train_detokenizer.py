@@ -29,10 +29,10 @@ from seed_multimodal.settings import setting
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.llm.config import project_path
-from seed_multimodal.training.pixel_decoder.distill import DistillableTask
 from seed_multimodal.training.pixel_decoder.task import (
     PixelModel,
     PixelRunSettings,
+    PixelTask,
 )
 from seed_multimodal.weights.catalogue import download_advice
 from seed_multimodal.weights.find import find_folder as find_parts
@@ -88,7 +88,7 @@ class DetokenizerRunSettings(PixelRunSettings):
     model: DetokenizerModel
 
 
-class DetokenizerTask(DistillableTask):
+class DetokenizerTask(PixelTask):
     """One run in one process."""
 
     run_type = DetokenizerRunSettings

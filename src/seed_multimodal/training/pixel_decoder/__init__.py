@@ -1,1 +1,1 @@
-"""Training of conditional denoisers: `task.PixelTask`, the base of SEED-X's and LaVIT's."""
+"""Training of conditional denoisers: `task.PixelTask`, the base of the families' tasks."""

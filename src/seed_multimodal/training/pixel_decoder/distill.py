@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import copy
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
@@ -32,18 +31,15 @@ from seed_multimodal.diffusion.base import (
     DrawingSettings,
     fast_scheduler,
 )
-from seed_multimodal.diffusion.networks import denoiser_kind
 from seed_multimodal.diffusion.objectives import Objective, is_flow
 from seed_multimodal.disk import replace_text
 from seed_multimodal.state_dicts import fingerprint
 from seed_multimodal.training.pixel_decoder.task import (
     EncodedImages,
-    PixelRunSettings,
     PixelTask,
     TrainedDetokenizer,
     condition_images,
 )
-from seed_multimodal.training.run import RunSettings, RunTask
 
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
@@ -51,7 +47,6 @@ if TYPE_CHECKING:
     from seed_multimodal.data.stream.pairs_dataset import TargetBatch
 
 NO_GUIDANCE = {"guidance_scale": 1.0, "image_guidance_scale": 1.0}
-WHOLE_MODELS = (".ckpt", ".safetensors")  # files next to the parts, which are not copied
 
 
 class Student(TrainedDetokenizer):
@@ -99,27 +94,7 @@ class NoiseLevels:
         return self.signal[end] * clean + self.noise[end] * noise
 
 
-class DistillableTask(PixelTask):
-    """Base of the families' tasks: with `model.teacher` they distil."""
-
-    @classmethod
-    def class_of(cls, run: RunSettings) -> type[RunTask]:
-        assert isinstance(run, PixelRunSettings)
-        if not run.model.teacher:
-            return cls
-        # Methods of distillation come before those of the family.
-        return type(f"Distillation{cls.__name__}", (DistillationTask, cls), {})
-
-    def load_decoder(self, path: str) -> Detokenizer[Any]:
-        """A trained decoder, `model.teacher` or `model.start`."""
-        raise NotImplementedError
-
-    def save_student(self, denoiser: nn.Module, teacher: Any, folder: Path) -> None:
-        """Write a decoder as `teacher`, with another denoiser, without scheduler and settings."""
-        save_student_folder(denoiser, self.folder, folder)
-
-
-class DistillationTask(DistillableTask):
+class DistillationTask(PixelTask):
     """Distillation by the conditions of a family's task."""
 
     fixed_settings = ("trained", "teacher", "teacher_steps", "teacher_guidance", "student_steps")
@@ -248,20 +223,3 @@ class DistillationTask(DistillableTask):
         self.save_student(module.detokenizer.denoiser, self.teacher, folder)
         self.load_scheduler().save_pretrained(folder / "scheduler")
         replace_text(folder / DEFAULTS, json.dumps(vars(self.defaults)) + "\n")
-
-
-def save_student_folder(denoiser: nn.Module, teacher: Path, folder: Path) -> None:
-    """Write a diffusers folder with another denoiser."""
-    # 1. All other parts.
-    denoiser_folder = denoiser_kind(denoiser).folder
-    replaced = (denoiser_folder, "scheduler", DEFAULTS)
-    for path in teacher.iterdir():
-        if path.name in replaced or path.suffix in WHOLE_MODELS:
-            continue
-        if path.is_dir():
-            shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
-        else:
-            shutil.copy2(path, folder / path.name)
-
-    # 2. The denoiser.
-    denoiser.save_pretrained(folder / denoiser_folder)

@@ -32,9 +32,10 @@ from seed_multimodal.data.stream.pairs_dataset import (
 )
 from seed_multimodal.data.stream.sampler import MixedOrder
 from seed_multimodal.device import copy_to
-from seed_multimodal.diffusion.base import Detokenizer
+from seed_multimodal.diffusion.base import DEFAULTS, Detokenizer
 from seed_multimodal.diffusion.networks import (
     context_dim,
+    denoiser_kind,
     drop_conditions,
     encode_moments,
     latent_scale,
@@ -75,6 +76,7 @@ NEEDED = (
     "uncond_embeddings.bin",
     "seed_decode.json",
 )  # files of a diffusers repository, and of our results
+WHOLE_MODELS = (".ckpt", ".safetensors")  # files next to the parts, which are not copied
 SMALL = 256  # pixels a side: the VAE encodes larger images one at a time, smaller ones in batches
 SAMPLES = 4  # images during training
 
@@ -328,7 +330,22 @@ class PixelTask(RunTask):
         """Write what was trained."""
         raise NotImplementedError
 
+    def load_decoder(self, path: str) -> Detokenizer:
+        """A trained decoder, `model.teacher` or `model.start`."""
+        raise NotImplementedError
+
     # ---- shared
+
+    @classmethod
+    def class_of(cls, run: RunSettings) -> type[RunTask]:
+        """With `model.teacher` the task distils."""
+        from seed_multimodal.training.pixel_decoder.distill import DistillationTask
+
+        assert isinstance(run, PixelRunSettings)
+        if not run.model.teacher:
+            return cls
+        # Methods of distillation come before those of the family.
+        return type(f"Distillation{cls.__name__}", (DistillationTask, cls), {})
 
     def build(self) -> TrainedDetokenizer:
         """The initial module on the CPU, with `requires_grad` set."""
@@ -379,6 +396,22 @@ class PixelTask(RunTask):
                 shutil.copytree(source, folder / name, dirs_exist_ok=True)
             elif source.is_file():
                 shutil.copy2(source, folder / name)
+
+    def save_student(self, denoiser: nn.Module, teacher: Any, folder: Path) -> None:
+        """Write a decoder as `teacher`, with another denoiser, without scheduler and settings."""
+        # 1. All other parts.
+        denoiser_folder = denoiser_kind(denoiser).folder
+        replaced = (denoiser_folder, "scheduler", DEFAULTS)
+        for path in self.folder.iterdir():
+            if path.name in replaced or path.suffix in WHOLE_MODELS:
+                continue
+            if path.is_dir():
+                shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
+            else:
+                shutil.copy2(path, folder / path.name)
+
+        # 2. The denoiser.
+        denoiser.save_pretrained(folder / denoiser_folder)
 
     def load_scheduler(self) -> SchedulerMixin:
         """The scheduler that samples, which determines the objective."""
