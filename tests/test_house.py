@@ -138,8 +138,6 @@ CIRCLES = {
     "training.checkpoint training.engine training.metrics training.task training.trainer",
     "training.config training.schedules",
     "data.stream.mixture data.stream.views",
-    "models.registry pipelines.answers pipelines.assemble pipelines.base pipelines.config "
-    "pipelines.images",
 }
 
 

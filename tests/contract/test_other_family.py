@@ -52,7 +52,7 @@ def test_pipeline_of_transformers(mosaic: Any, mosaic_folder: Path, monkeypatch)
     messages = [{"role": "user", "content": [{"type": "image", "image": noise(1)}, "What is it?"]}]
     [row] = pipe(text=messages, return_full_text=False)
     assert row["generated_text"] == mosaic.chat(messages).text
-    request = [{"role": "user", "content": mosaic.tasks.draw_request("a red apple")}]
+    request = [{"role": "user", "content": mosaic.family.tasks.draw_request("a red apple")}]
     [row] = pipe(text=request, generation_mode="image")
     assert row["generated_image"].tobytes() == mosaic.draw("a red apple").tobytes()
 

@@ -363,15 +363,15 @@ def test_ask_generates_nothing_behind_the_answer(model):
     # Behind it there may be a token for its end, or those of the next turn's opening: a model
     # that goes on would double the time of every answer.
     system = MultimodalSystem.from_pretrained(model, device="cpu", log=None, load_decoder=False)
-    opening = sum(len(system.tokenizer.encode(stop)) for stop in system.stop_sequences("chat"))
+    opening = sum(len(system.tokenizer.encode(stop)) for stop in system.settings().stop)
     questions = ("Where is the dog?", "Is there a star?", "How many are there?")
     conversations = [
-        user_message([noise(seed), system.tasks.question(question)])
+        user_message([noise(seed), system.family.tasks.question(question)])
         for seed, question in enumerate(questions)
     ]
     settings = system.settings("ask")
     answers = system.generate_answers(conversations, "ask", settings)
-    ids = system.generate(system.build_prompts(conversations, "ask"), settings, "ask")
+    ids = system.engine.generate(system.family.prompts(conversations, "ask"), settings)
     for answer, generated in zip(answers, ids, strict=True):
         assert len(generated) <= len(answer.answer.ids) + max(opening, 1) + 1
 

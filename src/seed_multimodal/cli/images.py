@@ -65,8 +65,7 @@ def tokenize(args: Namespace) -> int:
 
 def encode(args: Namespace, codec: ImageCodec, images: Sequence[ImageSource]) -> Sequence[Tensor]:
     """Codes or features of images; LaVIT's selection of patches depends on `--seed`."""
-    options = {"seed": args.seed} if codec.encodes_by_seed else {}
-    encoded: Sequence[Tensor] = codec.encode(images, **options)
+    encoded: Sequence[Tensor] = codec.encode(images, seed=args.seed)
     return encoded
 
 

@@ -30,15 +30,15 @@ from torch import Tensor, nn
 from seed_multimodal.errors import SeedWarning
 from seed_multimodal.images.io import ImageSource
 from seed_multimodal.images.transforms import seed_image_processor
-from seed_multimodal.inference.generator import Task
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.language.messages import input_images, user_message
 from seed_multimodal.models.lavit.decoder import DecodedCodes
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer
-from seed_multimodal.models.lavit.pipeline import Lavit, LavitImageCodec
+from seed_multimodal.models.lavit.pipeline import Lavit, LavitFamily, LavitImageCodec
 from seed_multimodal.models.lavit.processing import QUESTION, QuestionProcessor
 from seed_multimodal.models.lavit.spec import LavitConfig
 from seed_multimodal.pipelines.config import system_names
+from seed_multimodal.pipelines.family import Task
 from seed_multimodal.pipelines.images import open_images
 from seed_multimodal.weights.catalogue import catalogue
 from seed_multimodal.weights.find import download_part, is_hub_name, locate
@@ -204,7 +204,7 @@ class _Model(nn.Module):
 
     def _settings(self, task: Task, options: Mapping[str, object]) -> GenerationSettings:
         """Settings of a task, by the original's names or ours."""
-        values: dict[str, Any] = dict(Lavit.defaults[task])
+        values: dict[str, Any] = dict(LavitFamily.defaults[task])
         for name, value in options.items():
             values[SETTING_NAMES.get(name, name)] = value
         # The system allows one answer for each prompt, the engine any number.
@@ -285,12 +285,14 @@ class LaVITforUnderstanding(_Model):
 
         # 2. Answers, cut at their ends.
         seeds = _seeds(len(images))
-        prompts = self.system.build_prompts(conversations, task, seeds=seeds)
+        prompts = self.system.family.prompts(conversations, task, seeds=seeds)
         settings = self._settings(task, options)
         answers = []
-        for ids in self.system.generate(prompts, settings, task, seeds=seeds):
+        for ids in self.system.engine.generate(
+            prompts, [replace(settings, seed=seed) for seed in seeds]
+        ):
             answer = self.system.read_answer(ids, settings)
-            answers.append(self.system.display_text(answer, task))
+            answers.append(self.system.family.text(answer, task))
         return answers
 
 
@@ -367,7 +369,7 @@ class LaVITforGeneration(_Model):
         """
         parts = [value if kind == "text" else input_images(value)[0] for value, kind in prompts]
         conversation = user_message(parts)
-        prompt = self.system.build_prompts([conversation], "edit", seeds=[None])[0]
+        prompt = self.system.family.prompts([conversation], "edit", seeds=[None])[0]
         return self.generate_image(
             [prompt.ids], guidance_scale_for_llm=guidance_scale_for_llm, **options
         )
@@ -404,7 +406,9 @@ class LaVITforGeneration(_Model):
         seeds = _seeds(len(rows))
         options = {"guidance_scale": guidance_scale, "top_p": top_p, **options}
         settings = self._settings("draw", options)
-        answers = self.system.generate(all_prompts, settings, "draw", seeds=seeds)
+        answers = self.system.engine.generate(
+            all_prompts, [replace(settings, seed=seed) for seed in seeds]
+        )
         answers = [ids[1:] for ids in answers]
         longest = max(map(len, answers))
         padded = [[tokenizer.pad_token_id] * (longest - len(ids)) + ids for ids in answers]

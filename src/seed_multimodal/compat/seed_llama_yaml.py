@@ -127,8 +127,12 @@ def system_from_configs(
     Raises as `load_tokenizer`.
     """
     from seed_multimodal.inference.opening import EngineOptions
-    from seed_multimodal.language.prompts import template_for
-    from seed_multimodal.models.seed.pipeline import SeedLlama, check_detokenizer
+    from seed_multimodal.language.prompts import get_template, template_for
+    from seed_multimodal.models.seed.pipeline import (
+        SeedLlama,
+        SeedLlamaFamily,
+        check_detokenizer,
+    )
     from seed_multimodal.models.seed.spec import SeedLlamaConfig
     from seed_multimodal.pipelines.config import Found
 
@@ -174,4 +178,6 @@ def system_from_configs(
         offload_device=offload_device,
     )
     options.check()
-    return SeedLlama(config, seed_tokenizer.text, llm, codec, engine=options)
+    template = get_template(config.template)
+    family = SeedLlamaFamily(config, seed_tokenizer.text, llm, codec, template)
+    return SeedLlama(family, options)

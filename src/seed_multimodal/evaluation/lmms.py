@@ -123,7 +123,7 @@ class SeedModel(lmms):  # type: ignore[misc]
         )
         results: list[GenerationResult] = []
         for generated in answers:
-            text = until(self.system.display_text(generated.answer, "ask"), _ends(options))
+            text = until(self.system.family.text(generated.answer, "ask"), _ends(options))
             counts = TokenCounts(len(generated.prompt), len(generated.answer.ids))
             results.append(GenerationResult(text, counts))
         return results

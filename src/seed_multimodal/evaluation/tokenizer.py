@@ -39,9 +39,8 @@ from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 from seed_multimodal.images.transforms import ImageTransform, seed_image_processor
 from seed_multimodal.models.registry import find_family
 from seed_multimodal.nn.vision.clip import load_clip_vision
-from seed_multimodal.pipelines.code_system import CodeCodec
 from seed_multimodal.pipelines.config import SystemConfig
-from seed_multimodal.pipelines.images import Placement
+from seed_multimodal.pipelines.images import CodeCodec, Placement
 
 Log = Callable[[str], None]
 Source = str | Path | None  # a folder, a file or a hub name

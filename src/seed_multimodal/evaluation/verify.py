@@ -76,7 +76,7 @@ def run_checks(system: MultimodalSystem, images_folder: Path) -> list[Check]:
     encoded = _codes if system.images.has_codes else _features
     for image in (images_folder / name for name in IMAGES):
         checks += [
-            _check(f"codes of {image.name}", encoded, system.codes_of, [image], [0]),
+            _check(f"codes of {image.name}", encoded, system.images.encode, [image]),
             _check(f"caption of {image.name}", _text, system.describe, image, **greedy),
         ]
     return [

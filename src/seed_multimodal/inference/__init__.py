@@ -1,7 +1,6 @@
 """Generation by a language model.
 
 opening            which engine: our own with torch or llama.cpp, or a completion server
-generator          `Generator`: answers of a language model with a tokenizer and task settings
 base_engine        `BaseEngine`: `submit` and `generate`, from any thread
 engine             `Engine`: continuous batching, in one thread
 prompt, request    what a caller asks, and what runs

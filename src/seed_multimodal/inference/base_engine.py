@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -54,8 +55,6 @@ class BaseEngine(ABC):
         prompt: Prompt,
         settings: GenerationSettings,
         *,
-        seed: int | None = None,
-        end_ids: Sequence[int] | None = None,
         states: dict[int, Tensor] | None = None,
         should_stop: Callable[[], bool] | None = None,
         previews: Sequence[int] = (),
@@ -65,19 +64,12 @@ class BaseEngine(ABC):
         Raises GenerationError: an empty or too long prompt, or no space for a forced image;
         ConfigError: beams, which this engine does not have, or with guidance.
 
-        end_ids: tokens that end it; None: `</s>`.
         states: receives hidden states (see `HiddenStates`).
         should_stop: called before each token, also while the request waits; true raises `Stopped`.
         previews: see `AnswerReader`.
         """
         request = self._new_request(
-            prompt,
-            settings,
-            seed=seed,
-            end_ids=end_ids,
-            states=states,
-            should_stop=should_stop,
-            previews=previews,
+            prompt, settings, states=states, should_stop=should_stop, previews=previews
         )
         self._enqueue([request])
         return request
@@ -85,21 +77,17 @@ class BaseEngine(ABC):
     def generate(
         self,
         prompts: Sequence[Prompt],
-        settings: GenerationSettings,
+        settings: GenerationSettings | Sequence[GenerationSettings],
         *,
-        seeds: Sequence[int] | None = None,
-        end_ids: Sequence[int] | None = None,
         states: HiddenStates | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> list[list[int]]:
         """The ids of each answer, with `prompt.answered` and a forced `<img>` first.
 
-        `settings.num_return_sequences` answers for each prompt: of one beam search, or with a seed
-        each. Raises as `submit` and `Request`.
+        settings: of all prompts, or of each. `num_return_sequences` answers for each prompt: of one
+        beam search, or with a seed each. Raises as `submit` and `Request`.
         """
-        requests = self._new_requests(
-            prompts, settings, seeds, states, end_ids=end_ids, should_stop=should_stop
-        )
+        requests = self._new_requests(prompts, settings, states, should_stop=should_stop)
         answers: list[list[int]] = []
         for request in self._finish(requests):
             answers += [[*request.initial_ids, *ids] for ids in request.answers]
@@ -108,20 +96,17 @@ class BaseEngine(ABC):
     def sample(
         self,
         prompts: Sequence[Prompt],
-        settings: GenerationSettings,
-        *,
-        seeds: Sequence[int] | None = None,
-        end_ids: Sequence[int] | None = None,
+        settings: GenerationSettings | Sequence[GenerationSettings],
     ) -> list[SampledAnswer]:
         """Answers as by `generate`, with the log-probabilities of their tokens.
 
         Raises as `generate`; ConfigError: beams, or an engine in another program.
         """
-        if settings.num_beams > 1 or not self.has_scores:
+        requests = self._new_requests(prompts, settings, log_probs=True)
+        if not self.has_scores or any(request.settings.num_beams > 1 for request in requests):
             raise ConfigError(
                 "Log-probabilities need the engine torch or llama.cpp, without beams."
             )
-        requests = self._new_requests(prompts, settings, seeds, end_ids=end_ids, log_probs=True)
         answers: list[SampledAnswer] = []
         for request in self._finish(requests):
             assert request.chooser is not None
@@ -131,23 +116,26 @@ class BaseEngine(ABC):
     def _new_requests(
         self,
         prompts: Sequence[Prompt],
-        settings: GenerationSettings,
-        seeds: Sequence[int] | None,
+        settings: GenerationSettings | Sequence[GenerationSettings],
         states: HiddenStates | None = None,
         **options: Any,
     ) -> list[Request]:
         """All requests of a call, before the first one runs: one that does not fit fails all."""
-        n_answers = settings.num_return_sequences
-        n_requests = 1 if settings.num_beams > 1 else n_answers  # of each prompt
+        if isinstance(settings, GenerationSettings):
+            settings = [settings] * len(prompts)
         requests: list[Request] = []
-        for index, prompt in enumerate(prompts):
-            first_seed = settings.seed if seeds is None else seeds[index]
-            for copy in range(n_requests):
-                seed = None if first_seed is None else (first_seed + copy) % 2**63
-                row_states = None if states is None else states[index * n_answers + copy]
+        n_answers = 0
+        for prompt, prompt_settings in zip(prompts, settings, strict=True):
+            n_copies = prompt_settings.num_return_sequences
+            seed = prompt_settings.seed
+            for copy in range(1 if prompt_settings.num_beams > 1 else n_copies):
+                copy_seed = None if seed is None else (seed + copy) % 2**63
+                row_states = None if states is None else states[n_answers + copy]
+                copy_settings = replace(prompt_settings, seed=copy_seed)
                 requests.append(
-                    self._new_request(prompt, settings, seed=seed, states=row_states, **options)
+                    self._new_request(prompt, copy_settings, states=row_states, **options)
                 )
+            n_answers += n_copies
         return requests
 
     def _finish(self, requests: Sequence[Request]) -> Sequence[Request]:

@@ -115,9 +115,12 @@ class Engine(BaseEngine, InboxThread[Request]):
             for prompt, rows in zip(prompts, continuations, strict=True):
                 for ids in rows[wave]:
                     settings = GenerationSettings(
-                        max_new_tokens=len(ids), do_sample=False, constrain=False
+                        max_new_tokens=len(ids),
+                        do_sample=False,
+                        constrain=False,
+                        stop_token_ids=(),
                     )
-                    requests.append(self._new_request(prompt, settings, end_ids=(), forced_ids=ids))
+                    requests.append(self._new_request(prompt, settings, forced_ids=ids))
             measured = iter(self._finish(requests))
             for prompt_likelihoods, rows in zip(likelihoods, continuations, strict=True):
                 for ids in rows[wave]:

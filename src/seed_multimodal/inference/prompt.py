@@ -46,6 +46,7 @@ class GenerationSettings:
     num_return_sequences: answers per prompt, with `seed`, `seed` + 1, …, or the best beams.
     constrain: images are well-formed, and no image token stands outside of an image.
     stop: texts that end an answer, as the opening of the prompt template's next turn.
+    stop_token_ids: tokens that end an answer; None: `</s>`.
     stop_after: `stop` counts only behind this text, the end of a verdict (see `TaskPrompts`).
     """
 
@@ -65,6 +66,7 @@ class GenerationSettings:
     images: str = setting("auto", choices=("auto", "forced", "never"))
     constrain: bool = True
     stop: tuple[str, ...] = ()
+    stop_token_ids: tuple[int, ...] | None = None
     stop_after: str = ""
 
     def __post_init__(self) -> None:

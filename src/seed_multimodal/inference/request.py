@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 from collections.abc import Callable, Generator, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 import torch
@@ -106,8 +106,6 @@ class Request:
         tokenizer: TextTokenizer,
         device: torch.device,
         budget: int,
-        end_ids: Sequence[int] | None = None,
-        seed: int | None = None,
         states: dict[int, Tensor] | None = None,
         should_stop: Callable[[], bool] | None = None,
         previews: Sequence[int] = (),
@@ -118,14 +116,14 @@ class Request:
         forced = [vocabulary.boi_id] if settings.forces_image else []
         self.settings = settings
         self.initial_ids = [*prompt.answered, *forced]
+        end_ids = settings.stop_token_ids
         self.end_ids = list(tokenizer.eos_token_ids if end_ids is None else end_ids)
         self.budget = budget
         self.should_stop = should_stop
         self.states = states if vocabulary.fixed_image_order else None
         self.seed: int | None = None
         if settings.samples:
-            self.seed = settings.seed if seed is None else seed
-            self.seed = random_seed() if self.seed is None else self.seed
+            self.seed = random_seed() if settings.seed is None else settings.seed
         self.chooser: TokenChooser | None = None
         records = log_probs or forced_ids is not None
         if settings.samples or records:
@@ -169,8 +167,9 @@ class Request:
 
     def searches_as(self, other: Request) -> bool:
         """Whether one beam search can answer both."""
-        names = ("settings", "budget", "end_ids", "seed", "initial_ids")
-        return all(getattr(self, name) == getattr(other, name) for name in names)
+        names = ("budget", "seed", "initial_ids")
+        is_equal = all(getattr(self, name) == getattr(other, name) for name in names)
+        return is_equal and replace(self.settings, seed=None) == replace(other.settings, seed=None)
 
     def deliver(self, token: int) -> None:
         """Hand a token to the caller; with stops, after it was read."""

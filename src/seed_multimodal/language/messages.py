@@ -59,10 +59,16 @@ class Message:
         return [item for item in self.content if is_image(item)]
 
 
-def read_messages(messages: Sequence[object]) -> list[Message]:
-    """Parse the messages of a conversation. Raises RequestError: invalid messages."""
+def read_messages(messages: Sequence[object], images_first: bool = False) -> list[Message]:
+    """Parse the messages of a conversation. Raises RequestError: invalid messages.
+
+    images_first: a user's images are read before the question, see `images_before_question`;
+    content of `Message`s stays in order.
+    """
     conversation = [_message(message, index) for index, message in enumerate(messages)]
     for index, message in enumerate(conversation):
+        if images_first and message.role == "user" and not isinstance(messages[index], Message):
+            conversation[index] = Message("user", images_before_question(message.content))
         if message.role == "system" and not message.is_text:
             raise RequestError(
                 f"Message {index}: a system message is text; show images in the user's message."
@@ -75,13 +81,12 @@ def read_messages(messages: Sequence[object]) -> list[Message]:
     return conversation
 
 
-def images_before_question(message: Message) -> Message:
-    """A user's message with its last images in front of the text that they follow.
+def images_before_question(content: Sequence[Any]) -> tuple[Any, ...]:
+    """A user's content with its last images in front of the text that they follow.
 
     Tuned models have learned questions that end with text; behind an image they draw.
     """
     # 1. The images at the end, and the texts before them.
-    content = message.content
     end = len(content)
     while end and (not isinstance(content[end - 1], str) or _is_blank(content[end - 1])):
         end -= 1
@@ -90,9 +95,9 @@ def images_before_question(message: Message) -> Message:
         start -= 1
 
     # 2. The images change places with the texts.
-    if message.role != "user" or all(isinstance(item, str) for item in content[end:]):
-        return message
-    return Message("user", (*content[:start], *content[end:], *content[start:end]))
+    if all(isinstance(item, str) for item in content[end:]):
+        return tuple(content)
+    return (*content[:start], *content[end:], *content[start:end])
 
 
 def user_message(content: Sequence[object], index: int = 0) -> list[Message]:

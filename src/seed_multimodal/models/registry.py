@@ -19,17 +19,12 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from seed_multimodal.errors import ConfigError, SeedWarning
 from seed_multimodal.language.prompts import DEFAULT_TASKS, TaskPrompts
 from seed_multimodal.plugins import import_entry, registered
 from seed_multimodal.settings import nearest
-
-if TYPE_CHECKING:
-    from seed_multimodal.pipelines.base import MultimodalSystem
-    from seed_multimodal.pipelines.config import SystemConfig
-    from seed_multimodal.pipelines.images import ImageCodec, Placement
 
 T = TypeVar("T")
 BUILT_IN = (
@@ -107,8 +102,8 @@ class FamilySpec:
 
     Attributes:
         title: in messages.
-        config: class of its `system.json`: parts, settings, original models, how its folders are
-            recognised.
+        config: the `SystemConfig` class of its `system.json`: parts, settings, original models, how
+            its folders are recognised.
         system: its `MultimodalSystem`.
         images: its function (config, placement) → `ImageCodec`.
         decoders: of training records, by name.
@@ -123,7 +118,7 @@ class FamilySpec:
     """
 
     title: str
-    config: type[SystemConfig]
+    config: Any
     system: str
     images: str
     decoders: Mapping[str, str] = field(default_factory=dict)
@@ -138,7 +133,8 @@ class FamilySpec:
     @property
     def name(self) -> str:
         """`system` in system.json."""
-        return self.config.system
+        name: str = self.config.system
+        return name
 
     @property
     def system_name(self) -> str:
@@ -148,13 +144,13 @@ class FamilySpec:
     def page_card(self) -> ModelCard:
         return self.card or ModelCard(self.title)
 
-    def system_class(self) -> type[MultimodalSystem]:
-        system_class: type[MultimodalSystem] = pkgutil.resolve_name(self.system)
-        return system_class
+    def system_class(self) -> Any:
+        """The class of its `MultimodalSystem`."""
+        return pkgutil.resolve_name(self.system)
 
-    def images_loader(self) -> Callable[[Any, Placement], ImageCodec]:
-        """The function that loads its `ImageCodec`."""
-        loader: Callable[[Any, Placement], ImageCodec] = pkgutil.resolve_name(self.images)
+    def images_loader(self) -> Callable[..., Any]:
+        """The function (config, placement) → `ImageCodec`."""
+        loader: Callable[..., Any] = pkgutil.resolve_name(self.images)
         return loader
 
 

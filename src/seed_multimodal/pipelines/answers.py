@@ -1,70 +1,118 @@
-"""`ConversationGenerator`: conversations ─► prompts ─► answers, before their images are decoded."""
+"""`AnswerGenerator`: conversations ─► prompts ─► answers, before their images are decoded."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, fields, replace
+from typing import Any
 
-from seed_multimodal.inference.generator import GeneratedAnswer, Generator, Task
+from seed_multimodal.errors import ConfigError, GenerationError
+from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.likelihood import Likelihood
 from seed_multimodal.inference.prompt import GenerationSettings, HiddenStates, Prompt
-from seed_multimodal.language.answer import ImagePart
+from seed_multimodal.language.answer import Answer, AnswerReader, ImagePart
 from seed_multimodal.language.known_words import read_known_words
 from seed_multimodal.language.messages import Message, without_oldest_turn
-from seed_multimodal.language.prompts import TaskPrompts
+from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.pipelines.config import SystemConfig
-from seed_multimodal.pipelines.images import VARIATION, ImageInput, Log, Options
+from seed_multimodal.pipelines.family import Family, Task
+from seed_multimodal.pipelines.images import Log, Options
 from seed_multimodal.progress import Progress
-from seed_multimodal.settings import check_value
+from seed_multimodal.settings import check_value, nearest, read_settings
 
-BATCH = 16
 # A request: messages of which a family builds a prompt, or a prompt that was built before.
 ConversationOrPrompt = Sequence[Message] | Prompt
+
+BATCH = 16  # requests whose prompts are built together
 BAR_FROM = 32  # number of requests from which a progress bar is shown
 
 
-class ConversationGenerator(Generator):
-    """Answers to conversations, of which a family builds prompts."""
+@dataclass
+class GeneratedAnswer:
+    """An answer before image decoding.
+
+    image_inputs: codes, or features `[N, W]`, of each complete image.
+    """
+
+    answer: Answer
+    image_inputs: Sequence[Any]
+    prompt: Prompt
+
+    def single_image(self) -> Any:
+        """The input of the only image. Raises GenerationError: none, or several."""
+        if len(self.image_inputs) != 1:
+            problems = self.answer.problems
+            reason = f": {problems[0]}" if problems else "."
+            raise GenerationError(f"The model's answer has no complete image{reason}")
+        return self.image_inputs[0]
+
+
+class AnswerGenerator:
+    """Answers of a family's language model by an engine."""
 
     config: SystemConfig
-    tasks: TaskPrompts
+    tokenizer: TextTokenizer
+    engine: BaseEngine
     log: Log
 
-    # ---- defined by families
+    def __init__(self, family: Family, log: Log) -> None:
+        self.family = family
+        self.config = family.config
+        self.tokenizer = family.tokenizer
+        self.drawing_settings: tuple[str, ...] = family.images.drawing_settings
+        self.log = log
 
-    def build_prompts(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        task: Task,
-        opening: str = "",
-        seeds: Sequence[int | None] | None = None,
-    ) -> list[Prompt]:
-        """Conversations as prompts.
+    # ---- settings
 
-        opening: text with which the answers begin. seeds: of stochastic encoders (LaVIT's).
+    def settings(self, task: str = "chat", **options: Any) -> GenerationSettings:
+        """The defaults of a task, overridden by `options`; `stop` is added to the task's.
+
+        A temperature, top_p or top_k enables sampling (without beams), unless `do_sample` is set.
+        Raises ConfigError: an unknown option (with the nearest); several answers.
         """
-        raise NotImplementedError
+        # 1. Names.
+        names = [entry.name for entry in fields(GenerationSettings)]
+        for name in options:
+            if name in self.drawing_settings:
+                raise ConfigError(f"The option {name!r} is of drawing, but nothing is drawn.")
+            if name not in names:
+                suggestion = nearest(name, [*names, *self.drawing_settings])
+                raise ConfigError(f"Unknown option {name!r}{suggestion}.")
 
-    def prompts_of(
-        self,
-        requests: Sequence[ConversationOrPrompt],
-        task: Task,
-        opening: str = "",
-        seeds: Sequence[int | None] | None = None,
-    ) -> list[Prompt]:
-        """The prompts of requests, all conversations or all prompts (see `build_prompts`)."""
-        prompts = [request for request in requests if isinstance(request, Prompt)]
-        if not prompts:
-            conversations = [request for request in requests if not isinstance(request, Prompt)]
-            return self.build_prompts(conversations, task, opening, seeds)
-        answered = self.tokenizer.encode_parts([opening]) if opening else []
-        return [prompt.answered_with(answered) for prompt in prompts]
+        # 2. Values: later mappings override earlier ones.
+        if "do_sample" not in options and {"temperature", "top_p", "top_k"} & options.keys():
+            options = {"do_sample": True, "num_beams": 1, **options}
+        family_values = self.family.settings(task)
+        values = {
+            "max_new_tokens": 256,
+            "do_sample": False,
+            **self.family.defaults.get(task, {}),
+            **family_values,
+            **options,
+        }
+        settings = read_settings(GenerationSettings, values, "Generation setting")
+        if settings.num_return_sequences > 1:
+            raise ConfigError(
+                "num_return_sequences: each request gets one answer; for several, repeat the "
+                "request with other seeds (draw and edit: num_images)."
+            )
+        if "stop" in options:
+            settings = replace(settings, stop=(*family_values["stop"], *settings.stop))
+        return settings
 
-    def image_inputs(
-        self, parts: Sequence[ImagePart], states: HiddenStates, row: int
-    ) -> Sequence[ImageInput]:
-        """Input of `images.draw` for images of answer `row`."""
-        return [part.codes for part in parts]
+    def _forced(self, settings: GenerationSettings, options: Options) -> GenerationSettings:
+        """Settings that force an image; the limit is raised if it leaves too few tokens for one.
+
+        options: of the caller, whose `max_new_tokens` is not raised (ConfigError: it is too low).
+        """
+        needed = self.tokenizer.vocabulary.min_codes + 1
+        if "max_new_tokens" in options and settings.max_new_tokens < needed:
+            raise ConfigError(
+                f"An image needs {needed} new tokens, but max_new_tokens is "
+                f"{settings.max_new_tokens}."
+            )
+        limit = max(settings.max_new_tokens, needed)
+        return replace(settings, images="forced", max_new_tokens=limit)
 
     # ---- prompts
 
@@ -75,7 +123,11 @@ class ConversationGenerator(Generator):
             return ""
         return read_known_words(file).note("\n".join(message.text for message in messages))
 
-    def fitting_prompt(
+    def _log_note(self, note: str) -> None:
+        if self.log and note:
+            self.log(note)
+
+    def _fitting_prompt(
         self, conversation: list[Message], task: Task, opening: str, settings: GenerationSettings
     ) -> Prompt:
         """The prompt of a conversation; the oldest turns are dropped to fit the context."""
@@ -86,7 +138,7 @@ class ConversationGenerator(Generator):
 
         turns = conversation
         while True:
-            prompt = self.build_prompts([turns], task, opening, [settings.seed])[0]
+            prompt = self.family.prompts([turns], task, opening, [settings.seed])[0]
             shorter = without_oldest_turn(turns)
             if len(prompt) + reserved <= context or len(shorter) == len(turns):
                 break
@@ -101,50 +153,133 @@ class ConversationGenerator(Generator):
             ).rstrip()
         return prompt
 
+    def _prompts(
+        self,
+        requests: Sequence[ConversationOrPrompt],
+        task: Task,
+        opening: str,
+        seeds: Sequence[int | None],
+    ) -> list[Prompt]:
+        """The prompts of requests, all conversations or all prompts; see `Family.prompts`."""
+        prompts = [request for request in requests if isinstance(request, Prompt)]
+        if not prompts:
+            conversations = [request for request in requests if not isinstance(request, Prompt)]
+            return self.family.prompts(conversations, task, opening, seeds)
+        answered = self.tokenizer.encode_parts([opening]) if opening else []
+        return [prompt.answered_with(answered) for prompt in prompts]
+
     # ---- answers
 
     def generate_answers(
         self,
-        conversations: Sequence[ConversationOrPrompt],
+        requests: Sequence[ConversationOrPrompt],
         task: Task,
-        settings: GenerationSettings,
+        settings: GenerationSettings | Sequence[GenerationSettings],
         opening: str = "",
         *,
-        seeds: Sequence[int] | None = None,
         batch_size: int = BATCH,
         should_stop: Callable[[], bool] | None = None,
     ) -> list[GeneratedAnswer]:
-        """Answers to conversations, in batches, before image decoding."""
+        """Answers before image decoding.
+
+        settings: of all requests, or of each. opening: text with which the answers begin.
+        batch_size: so many prompts are built at once.
+        """
         check_value(int, batch_size, "batch_size", minimum=1)
-        count = len(conversations)
+        count = len(requests)
+        if isinstance(settings, GenerationSettings):
+            settings = [settings] * count
         answers: list[GeneratedAnswer] = []
-        log = self.log if count >= BAR_FROM else None
-        with Progress(task, count, "answer", log=log) as bar:
+        with Progress(task, count, "answer", log=self.log if count >= BAR_FROM else None) as bar:
             for start in range(0, count, batch_size):
                 # 1. The ids of a batch, with the hidden states of its images (SEED-X).
                 batch = slice(start, start + batch_size)
-                batch_seeds = None if seeds is None else seeds[batch]
-                turns = conversations[batch]
-                encoder_seeds: Sequence[int | None] = batch_seeds or [settings.seed] * len(turns)
-                prompts = self.prompts_of(turns, task, opening, encoder_seeds)
+                seeds = [row.seed for row in settings[batch]]
+                prompts = self._prompts(requests[batch], task, opening, seeds)
                 states = HiddenStates()
-                answer_ids = self.generate(
-                    prompts,
-                    settings,
-                    task,
-                    seeds=batch_seeds,
-                    states=states,
-                    should_stop=should_stop,
+                answer_ids = self.engine.generate(
+                    prompts, settings[batch], states=states, should_stop=should_stop
                 )
 
                 # 2. Their texts, and the inputs of their images.
-                for row, (prompt, ids) in enumerate(zip(prompts, answer_ids, strict=True)):
-                    answer = self.read_answer(ids, settings)
+                rows = zip(prompts, answer_ids, settings[batch], strict=True)
+                for row, (prompt, ids, row_settings) in enumerate(rows):
+                    answer = self.read_answer(ids, row_settings)
                     parts = [part for part in answer.parts if isinstance(part, ImagePart)]
-                    image_inputs = self.image_inputs(parts, states, row) if parts else ()
-                    answers.append(GeneratedAnswer(answer, image_inputs, prompt))
+                    inputs = self.family.image_inputs(parts, states, row) if parts else ()
+                    answers.append(GeneratedAnswer(answer, inputs, prompt))
                 bar.update(len(prompts))
         return answers
+
+    def read_answer(self, ids: Sequence[int], settings: GenerationSettings) -> Answer:
+        """The parts of an answer, cut at its end."""
+        reader = self.reader(settings).read_all(ids)
+        after = self.family.tasks.answer_after
+        return Answer(tuple(reader.parts), tuple(reader.ids), answer_after=after)
+
+    def reader(self, settings: GenerationSettings, previews: Sequence[int] = ()) -> AnswerReader:
+        """What cuts an answer at its end, and into events."""
+        return AnswerReader(self.tokenizer, settings.stop, previews, settings.stop_after)
+
+    def generate_image_answers(
+        self,
+        requests: Sequence[ConversationOrPrompt],
+        task: Task,
+        settings: Sequence[GenerationSettings],
+        options: Options,
+        *,
+        batch_size: int = BATCH,
+        should_stop: Callable[[], bool] | None = None,
+    ) -> list[GeneratedAnswer]:
+        """Answers with one image, before decoding, after an optional text (`TaskPrompts`).
+
+        settings: of each request. options: of the caller, see `_forced`.
+        """
+        # 1. The settings of an answer that is nothing but an image.
+        image_length = self.tokenizer.vocabulary.tokens_per_image + 1  # codes and `</img>`
+        forced: list[GenerationSettings] = []
+        for row_settings in settings:
+            row_forced = self._forced(row_settings, options)
+            limit = min(row_forced.max_new_tokens, image_length)
+            forced.append(replace(row_forced, max_new_tokens=limit))
+
+        # 2. A model that announces its image answers freely first, with tokens for the text.
+        answers: dict[int, GeneratedAnswer] = {}
+        text_length = self._text_tokens_before_image(task)
+        if text_length:
+            free: list[GenerationSettings] = []
+            for row_settings, row_forced in zip(settings, forced, strict=True):
+                limit = row_forced.max_new_tokens + text_length
+                if "max_new_tokens" in options:
+                    limit = row_settings.max_new_tokens
+                free.append(replace(row_forced, images="auto", max_new_tokens=limit))
+            free_answers = self.generate_answers(
+                requests, task, free, batch_size=batch_size, should_stop=should_stop
+            )
+            for row, answer in enumerate(free_answers):
+                if len(answer.image_inputs) == 1:
+                    answers[row] = answer
+
+        # 3. An image is forced where that gave none, or several.
+        missing = [row for row in range(len(requests)) if row not in answers]
+        tasks = self.family.tasks
+        forced_answers = self.generate_answers(
+            [requests[row] for row in missing],
+            task,
+            [forced[row] for row in missing],
+            tasks.edit_response if task == "edit" else tasks.draw_response,
+            batch_size=batch_size,
+            should_stop=should_stop,
+        )
+        answers |= zip(missing, forced_answers, strict=True)
+        return [answers[row] for row in sorted(answers)]
+
+    def _text_tokens_before_image(self, task: Task) -> int:
+        """Tokens in which the model may say what an image will show, before the image is forced."""
+        tasks = self.family.tasks
+        if task == "edit":
+            return tasks.edit_words
+        return tasks.draw_words if self.config.tuned else 0
 
     def answer_likelihoods(
         self,
@@ -159,14 +294,15 @@ class ConversationGenerator(Generator):
         A system that generates a verdict first (`TaskPrompts.answer_after`) answers after its own.
         """
         settings = self.settings(task, do_sample=False, num_beams=1)
+        verdict_end = self.family.tasks.answer_after.rstrip()
         likelihoods: list[list[Likelihood]] = []
         for start in range(0, len(conversations), batch_size):
             turns = conversations[start : start + batch_size]
-            prompts = self.build_prompts(turns, task, "", [settings.seed] * len(turns))
-            if self.answer_after:
-                verdicts = self.generate(prompts, settings, task)
+            prompts = self.family.prompts(turns, task, "", [settings.seed] * len(turns))
+            if verdict_end:
+                verdicts = self.engine.generate(prompts, settings)
                 for row, (prompt, ids) in enumerate(zip(prompts, verdicts, strict=True)):
-                    extended = [*prompt.ids, *self._verdict_ids(ids)]
+                    extended = [*prompt.ids, *self._verdict_ids(ids, verdict_end)]
                     prompts[row] = Prompt(extended, prompt.images)
             continuations: list[list[list[int]]] = []
             for texts in answers[start : start + batch_size]:
@@ -174,111 +310,9 @@ class ConversationGenerator(Generator):
             likelihoods += self.engine.likelihoods(prompts, continuations)
         return likelihoods
 
-    def _verdict_ids(self, answer_ids: Sequence[int]) -> Sequence[int]:
-        """The tokens of an answer up to the end of its verdict; none without one."""
-        end = self.answer_after.rstrip()
+    def _verdict_ids(self, answer_ids: Sequence[int], end: str) -> Sequence[int]:
+        """The tokens of an answer up to the `end` of its verdict; none without one."""
         for length in range(1, len(answer_ids) + 1):
             if end in self.tokenizer.decode(answer_ids[:length]):
                 return answer_ids[:length]
         return ()
-
-    def generate_image_answers(
-        self,
-        conversations: Sequence[ConversationOrPrompt],
-        task: Task,
-        *,
-        seeds: Sequence[int],
-        batch_size: int = BATCH,
-        should_stop: Callable[[], bool] | None = None,
-        **options: object,
-    ) -> list[GeneratedAnswer]:
-        """Answers with one image, before decoding, after an optional text (`TaskPrompts`)."""
-        # 1. The settings of an answer that is nothing but an image.
-        settings = self.settings(task, **options)
-        forced = self.forced(settings, options)
-        image_length = self.tokenizer.vocabulary.tokens_per_image + 1  # codes and `</img>`
-        forced = replace(forced, max_new_tokens=min(forced.max_new_tokens, image_length))
-
-        # 2. A model that announces its image answers freely first, with tokens for the text.
-        answers: dict[int, GeneratedAnswer] = {}
-        text_length = self._text_tokens_before_image(task)
-        if text_length:
-            limit = forced.max_new_tokens + text_length
-            if "max_new_tokens" in options:
-                limit = settings.max_new_tokens
-            free_answers = self.generate_answers(
-                conversations,
-                task,
-                replace(forced, images="auto", max_new_tokens=limit),
-                seeds=seeds,
-                batch_size=batch_size,
-                should_stop=should_stop,
-            )
-            for row, answer in enumerate(free_answers):
-                if len(answer.image_inputs) == 1:
-                    answers[row] = answer
-
-        # 3. An image is forced where that gave none, or several.
-        missing = [row for row in range(len(conversations)) if row not in answers]
-        forced_answers = self.generate_answers(
-            [conversations[row] for row in missing],
-            task,
-            forced,
-            self.tasks.edit_response if task == "edit" else self.tasks.draw_response,
-            seeds=[seeds[row] for row in missing],
-            batch_size=batch_size,
-            should_stop=should_stop,
-        )
-        answers |= zip(missing, forced_answers, strict=True)
-        return [answers[row] for row in sorted(answers)]
-
-    def _text_tokens_before_image(self, task: Task) -> int:
-        """Tokens in which the model may say what an image will show, before the image is forced."""
-        if task == "edit":
-            return self.tasks.edit_words
-        return self.tasks.draw_words if self.config.tuned else 0
-
-    def _generate_several(
-        self,
-        conversations: Sequence[ConversationOrPrompt],
-        task: Task,
-        num_images: int,
-        seeds: Sequence[int],
-        options: Options,
-        batch_size: int = BATCH,
-        should_stop: Callable[[], bool] | None = None,
-    ) -> list[GeneratedAnswer]:
-        """`num_images` answers to each conversation, with a seed each.
-
-        With greedy settings the first is greedy and the others are sampled (`VARIATION`), unless
-        `options` choose the decoding.
-        """
-        # 1. The rows of images that are decoded as `options` say, and of those that vary.
-        rows = range(len(conversations) * num_images)
-        plain_rows: Sequence[int] = rows
-        varied_rows: Sequence[int] = ()
-        if not self.settings(task, **options).samples:
-            plain_rows = rows[::num_images]
-            # Sampling changes codes; SEED-X's images depend only on the text before them.
-            has_codes = not self.tokenizer.vocabulary.fixed_image_order
-            can_vary = has_codes or self._text_tokens_before_image(task) > 0
-            if can_vary and not VARIATION.keys() & options.keys():
-                varied_rows = [row for row in rows if row % num_images]
-
-        # 2. Their answers.
-        answers: dict[int, GeneratedAnswer] = {}
-        for part, decoding in ((plain_rows, options), (varied_rows, {**options, **VARIATION})):
-            if not part:
-                continue
-            generated = self.generate_image_answers(
-                [conversations[row // num_images] for row in part],
-                task,
-                seeds=[seeds[row] for row in part],
-                batch_size=batch_size,
-                should_stop=should_stop,
-                **decoding,
-            )
-            answers |= zip(part, generated, strict=True)
-
-        # 3. Images that cannot vary repeat the greedy answer.
-        return [answers.get(row, answers[row - row % num_images]) for row in rows]

@@ -339,7 +339,7 @@ class SystemConfig:
 
 @dataclass(kw_only=True)
 class CodeSystemConfig(SystemConfig):
-    """Of a `CodeSystem`: images are codes in prompts of a template."""
+    """Of systems whose images are codes in prompts of a template."""
 
     template: str = "vicuna"  # of prompts, see `language.prompts`
 
@@ -349,7 +349,8 @@ def _config_of(values: JsonObject, label: str) -> SystemConfig:
     # 1. Its family.
     names = [spec.name for spec in families()]
     kind = values.pop("system", DEFAULT_FAMILY)
-    config_class = find_family(check_value(str, kind, f"{label}: system", choices=names)).config
+    family = find_family(check_value(str, kind, f"{label}: system", choices=names))
+    config_class: type[SystemConfig] = family.config
     check_keys(values, ("system", *config_class.settings(), *config_class.parts()), label)
 
     # 2. Its values.
@@ -411,7 +412,7 @@ def _recognise(folder: Path) -> SystemConfig:
     a language model, too.
     """
     for spec in reversed(families()):
-        config = spec.config.recognise(folder)
+        config: SystemConfig | None = spec.config.recognise(folder)
         if config is not None:
             return config
     raise CheckpointError(f"{folder}: {_no_system(folder)}")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import threading
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -16,10 +16,12 @@ from torch import Tensor, nn
 from seed_multimodal.device import FP16_AS_ORIGINAL, Runtime, choose_device, on_device
 from seed_multimodal.diffusion.networks import compile_blocks
 from seed_multimodal.errors import CheckpointError, CodesError
-from seed_multimodal.images.io import ImageSource, open_image
+from seed_multimodal.images.io import MIN_OVERSAMPLING, ImageSource, is_image, open_image
+from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.inference.batching import DynamicBatcher
 from seed_multimodal.inference.opening import EngineOptions
 from seed_multimodal.inference.prompt import random_seed
+from seed_multimodal.language.messages import Codes
 from seed_multimodal.models.registry import find_family
 from seed_multimodal.nn.layers import avoid_slow_bfloat16
 from seed_multimodal.pipelines.config import SystemConfig
@@ -31,16 +33,6 @@ Seed = int | Sequence[int | None] | None  # of all images, or of each; None: ran
 Options = dict[str, Any]  # generation settings and settings of the de-tokenizer, by name
 ImageInput = Tensor | Sequence[int]  # of the de-tokenizer: features [N, W], or codes
 
-# Decoding of further images of one request where the settings are greedy. The judge finds every
-# label right in 0.94 of nano's drawings (greedy: 0.93; temperature 1: 0.89) and in 0.89 of
-# nano-lavit's (greedy: 0.93; temperature 1: 0.73).
-VARIATION: Options = {
-    "do_sample": True,
-    "num_beams": 1,
-    "temperature": 0.5,
-    "top_p": 1.0,
-    "top_k": 0,
-}
 OFFLOADABLE = frozenset(("llm", "encoder", "decoder"))
 
 
@@ -108,7 +100,8 @@ class Detokenizer(Protocol):
 class ImageCodec:
     """Images ⇄ codes or features; base of the families' codecs, which define four methods.
 
-    encode(images): codes or features of images, by `encode_batch` on rows of several threads.
+    encode(images, *, seed): codes or features of images, by `encode_batch` on rows of several
+        threads; seed: of stochastic encoders.
     draw(image_inputs, *, seeds, batch_size, **settings): images from them, by `draw_batch`.
 
     A codec that draws without a de-tokenizer also has `can_draw = True`.
@@ -118,7 +111,6 @@ class ImageCodec:
     """
 
     progressive: ClassVar[bool] = False  # whether the first codes of an image can be decoded
-    encodes_by_seed: ClassVar[bool] = False  # whether `encode` takes `seed`
     drawing_settings: ClassVar[tuple[str, ...]] = ()  # keywords of `draw`
     codec_settings: ClassVar[tuple[str, ...]] = ()  # those of them not for the de-tokenizer
     name = "This system"  # for the message about a missing de-tokenizer
@@ -237,12 +229,116 @@ class ImageCodec:
         should_stop = settings.pop("should_stop", None)
         return self._draw_batcher(settings, rows, should_stop)
 
+    def reconstruct(
+        self, inputs: Sequence[Any], *, seeds: Sequence[int], batch_size: int = 8, **settings: Any
+    ) -> list[Image.Image]:
+        """Images → images from their codes or features; given codes stay."""
+        rows = [row for row, item in enumerate(inputs) if is_image(item)]
+        image_inputs = list(inputs)
+        if rows:
+            encoded = self.encode([inputs[row] for row in rows], seed=[seeds[row] for row in rows])
+            for row, codes in zip(rows, encoded, strict=True):
+                image_inputs[row] = codes
+        return self.draw(image_inputs, seeds=seeds, batch_size=batch_size, **settings)
+
     @contextlib.contextmanager
     def encoding(self) -> Iterator[None]:
         """Context with the encoder on its device, exclusively for this thread."""
         device = self.device if "encoder" in self._offload else None
         with self._lock, on_device(self.model, device):
             yield
+
+
+class CodeCodec(ImageCodec):
+    """An `ImageCodec` whose `encode` returns the codes `[n]` int64 of each image.
+
+    A family defines `draw_batch`, and the network `model` with this method:
+
+    model.encode(pixels): normalised pixels `[B, 3, S, S]` → codes `[B, n]` int64, the rows of
+        images with fewer codes padded with -1.
+
+    transform: an image → its pixels `[3, S, S]`.
+    codebook_size: codes are below it.
+    codes_per_image, min_codes: the largest and the least number of codes of an image; by default
+        equal.
+    """
+
+    fp16: bool = False  # whether codes of data sets are computed in float16 on CUDA
+
+    def __init__(
+        self,
+        model: nn.Module,
+        placement: Placement,
+        *,
+        transform: ImageTransform,
+        codebook_size: int,
+        codes_per_image: int,
+        min_codes: int | None = None,
+    ) -> None:
+        super().__init__(model, placement, min_side=MIN_OVERSAMPLING * transform.image_size)
+        self.transform = transform
+        self.codebook_size = codebook_size
+        self.codes_per_image = codes_per_image
+        self.min_codes = codes_per_image if min_codes is None else min_codes
+
+    @property
+    def network(self) -> nn.Module:
+        """The module with `encode`, for the images of whole data sets; it moves with `model`."""
+        return self.model
+
+    def encode(self, images: Sequence[ImageSource], *, seed: Seed = 0) -> Sequence[Tensor]:
+        """Images → their codes, on the CPU; `seed` has no effect."""
+        pixels = [self.transform(self.open(image)) for image in images]
+        codes: list[Tensor] = self._encode_batcher(None, pixels)
+        return codes
+
+    @torch.inference_mode()
+    def encode_batch(self, key: object, rows: Sequence[Tensor]) -> Sequence[object]:
+        """Pixels `[3, S, S]` of each image → its codes."""
+        with self.encoding():
+            codes = self.network.encode(torch.stack([*rows]).to(self.device)).cpu()
+        return [row[row >= 0] for row in codes]
+
+    def check_codes(
+        self, codes: Iterable[Codes], min_lengths: Sequence[int] | None = None
+    ) -> Sequence[Tensor]:
+        """Codes of images → `[n]` int64 each.
+
+        min_lengths: the least number of codes of each image; None: `min_codes`.
+
+        Raises:
+            CodesError: too few or too many codes, or one outside the codebook.
+        """
+        most = self.codes_per_image
+        rows: list[Tensor] = []
+        for index, image_codes in enumerate(codes):
+            row = torch.as_tensor(image_codes)
+            # 1. A row of integers, of a sufficient length.
+            is_row = row.ndim == 1 and not row.is_floating_point()
+            least = self.min_codes if min_lengths is None else min_lengths[index]
+            if not is_row or not least <= len(row) <= most:
+                allowed = str(most) if least == most else f"{least} to {most}"
+                raise CodesError(
+                    f"Image {index} must be a row of {allowed} codes, got {list(row.shape)}."
+                )
+            # 2. All in the codebook.
+            if not 0 <= int(row.min()) <= int(row.max()) < self.codebook_size:
+                last = self.codebook_size - 1
+                raise CodesError(f"Image {index} holds a code outside 0 to {last}.")
+            rows.append(row.long())
+        return rows
+
+    def draw(
+        self,
+        image_codes: Sequence[Codes],
+        *,
+        seeds: Sequence[int],
+        batch_size: int = 4,
+        **settings: Any,
+    ) -> list[Image.Image]:
+        """Codes → images. settings: `drawing_settings`."""
+        self.check_drawing(**settings)
+        return self.draw_batched(settings, batch_size, self.check_codes(image_codes), seeds)
 
 
 def seed_per_image(seed: Seed, count: int) -> list[int]:

@@ -36,7 +36,7 @@ from seed_multimodal.images.io import (
 )
 from seed_multimodal.inference.prompt import Stopped, random_seed
 from seed_multimodal.language.answer import Answer, BrokenImagePart, Event, ImagePart
-from seed_multimodal.language.messages import Message
+from seed_multimodal.language.messages import Message, images_before_question
 from seed_multimodal.language.prompts import PromptTemplate
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.models.registry import find_family
@@ -119,7 +119,7 @@ class Backend:
         self.limits = limits or Limits()
         self.name = Path(system.config.name).name
         self.vocabulary = system.tokenizer.vocabulary
-        self.template = system.template
+        self.template = system.family.template
         self.created = int(time.time())
 
         # The queue: requests that run or wait, and those that ended with an answer.
@@ -265,7 +265,7 @@ class Backend:
             for index, file in files.items():
                 images[index] = file.open(at_least=self.system.images.min_side).image
             inputs |= images
-            if images and self.system.prompts_are_ids:
+            if images and self.system.family.prompts_are_ids:
                 encoded = self.system.images.encode([*images.values()])
                 inputs |= zip(images, [codes.tolist() for codes in encoded], strict=True)
         return [*inputs.values()]
@@ -452,6 +452,8 @@ class Backend:
             content = [
                 part if isinstance(part, str) else next(next_images) for part in message.parts
             ]
+            if message.role == "user" and self.system.config.tuned:
+                content = [*images_before_question(content)]
             # An answer may be sent back in several items.
             if turns and turns[-1][0] == message.role == "assistant":
                 content = [*turns.pop()[1], *content]
@@ -476,7 +478,7 @@ class Backend:
 
     def _boxes(self, answer: Answer, n_images: int) -> tuple[list[JsonObject], list[str]]:
         """The boxes of an answer on the last image, and notes about malformed ones."""
-        edges_of_boxes, problems = self.system.find_boxes(answer)
+        edges_of_boxes, problems = self.system.family.boxes(answer)
         # Boxes of a text alone have no image to be drawn on.
         boxes = [{"image": n_images - 1, "box": edges} for edges in edges_of_boxes if n_images]
         return boxes, problems
@@ -586,8 +588,8 @@ class Backend:
         else:
             # Images → codes; `read_images` has encoded those of prompts of ids.
             rows: Any = self.read_images(request.images, deadline)
-            if not self.system.prompts_are_ids:
-                rows = self.system.codes_of(rows, [request.seed] * len(rows))
+            if not self.system.family.prompts_are_ids:
+                rows = self.system.images.encode(rows, seed=request.seed)
             data = [{"codes": [int(code) for code in row]} for row in rows]
         return {"created": int(time.time()), "data": data}
 

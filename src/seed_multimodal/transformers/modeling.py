@@ -30,7 +30,6 @@ from transformers import (
 
 from seed_multimodal.disk import replace_folder
 from seed_multimodal.errors import ConfigError, GenerationError
-from seed_multimodal.inference.generator import Task
 from seed_multimodal.inference.image_constraints import ImageConstraints, ImageLogitsProcessor
 from seed_multimodal.inference.opening import torch_engine
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
@@ -38,6 +37,7 @@ from seed_multimodal.inference.stopping import StopTexts
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.pipelines.base import DRAWING_BATCH, MultimodalSystem
 from seed_multimodal.pipelines.config import SystemConfig
+from seed_multimodal.pipelines.family import Task
 from seed_multimodal.transformers.configuration import SeedMultimodalConfig
 from seed_multimodal.transformers.systems import remember
 
@@ -111,7 +111,7 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self.language_model.requires_grad_(True)  # SEED-X freezes it
         self.image_tokenizer = system.images.model
         # Further networks of a family, as SEED-X's resamplers.
-        for name, part in vars(system).items():
+        for name, part in vars(system.family).items():
             if isinstance(part, nn.Module) and part is not system.llm:
                 self.add_module(name, part)
 
@@ -209,7 +209,7 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def _renew_engine(self) -> None:
         options = replace(self.system.engine_options, offload_device=None)
         self.system.engine = torch_engine(
-            self.language_model, self.system.tokenizer, options, self.system.embed_features
+            self.language_model, self.system.tokenizer, options, self.system.family.embed_features
         )
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Self:
@@ -336,9 +336,8 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         processors = LogitsProcessorList([constraints, *options.pop("logits_processor", ())])
         criteria = StoppingCriteriaList(options.pop("stopping_criteria", ()))
-        if settings.stop:
-            stop_settings = self.system.engine_settings(settings)
-            criteria.append(StopTexts(tokenizer, stop_settings))
+        if settings.stop and settings.num_beams == 1:
+            criteria.append(StopTexts(tokenizer, settings))
 
         # 3. The ids, without what follows a stop.
         generated = self.language_model.generate(
@@ -390,8 +389,9 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         images: dict[int, Any] = {}
         for task in sorted({*row_tasks}):
             rows = [row for row, row_task in enumerate(row_tasks) if row_task == task]
+            settings = self.system.settings(task, seed=seed, **options)
             answers = self.system.generate_image_answers(
-                [prompts[row] for row in rows], task, seeds=[seed] * len(rows), **options
+                [prompts[row] for row in rows], task, [settings] * len(rows), options
             )
             images |= zip(rows, [answer.single_image() for answer in answers], strict=True)
 
@@ -429,8 +429,8 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs,
             prompts,
             [default_seed if seed is None else seed] * len(inputs),
-            DRAWING_BATCH,
             settings,
+            DRAWING_BATCH,
         )
         pixels = [torch.from_numpy(np.array(image)) for image in images]
         if len({rows.shape for rows in pixels}) == 1:
@@ -452,7 +452,7 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return GenerationConfig(
             do_sample=settings.samples,
             bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=list(self.system.ends(task) or tokenizer.eos_token_ids),
+            eos_token_id=list(settings.stop_token_ids or tokenizer.eos_token_ids),
             pad_token_id=tokenizer.pad_token_id,
             use_cache=True,
             **values,

@@ -23,7 +23,6 @@ from transformers import BatchFeature, ProcessorMixin
 
 from seed_multimodal.errors import ConfigError, RequestError
 from seed_multimodal.images.io import is_image
-from seed_multimodal.inference.generator import Task
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt, PromptImage
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.llama_tokenizer import TransformersTokenizer
@@ -32,6 +31,7 @@ from seed_multimodal.language.prompts import interleave, without_verdict
 from seed_multimodal.language.text_tokenizer import TextTokenizer, without_space_at_images
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.pipelines.base import DRAWING_BATCH, MultimodalSystem
+from seed_multimodal.pipelines.family import Task
 from seed_multimodal.transformers.systems import open_system
 
 Ids: TypeAlias = Tensor | Sequence[Sequence[int]]
@@ -71,7 +71,7 @@ class SeedMultimodalProcessor(ProcessorMixin):
 
     def __init__(self, folder: str) -> None:
         self.folder = folder
-        self.chat_template = None  # prompts are built by `MultimodalSystem.build_prompts`
+        self.chat_template = None  # prompts are built by `Family.prompts`
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: object) -> Self:
@@ -143,11 +143,10 @@ class SeedMultimodalProcessor(ProcessorMixin):
                 if not answer.is_text:
                     raise RequestError("Only a text of the assistant can be continued.")
                 opening = answer.text.rstrip()  # a token begins with its blank
-            parsed = read_messages(messages)
-            task = self._task(parsed, mode)
-            requests = [self.system.chat_request(parsed, task)]
+            parsed = read_messages(messages, images_first=self.system.config.tuned)
+            task, request = self._read_chat(parsed, mode)
             tasks.append(task)
-            prompts += self.system.build_prompts(requests, task, opening, [0])
+            prompts += self.system.family.prompts([request], task, opening, [0])
             if not tokenize:
                 texts.append(self._prompt_text(prompts[-1], parsed))
 
@@ -185,22 +184,24 @@ class SeedMultimodalProcessor(ProcessorMixin):
         tasks: list[Task] = []
         for single_text, group in zip(texts, groups, strict=True):
             inputs = input_images(group)
-            task = self._task([Message("raw", (single_text, *inputs))], generation_mode)
+            task, _ = self._read_chat([Message("raw", (single_text, *inputs))], generation_mode)
             tasks.append(task)
             prompts.append(self._continued(single_text, inputs, task, add_special_tokens))
         return self._features(prompts, tasks, return_tensors)
 
-    def _task(self, conversation: list[Message], mode: str | None) -> Task:
-        """The task of a conversation, as of the system's methods."""
+    def _read_chat(
+        self, conversation: list[Message], mode: str | None
+    ) -> tuple[Task, list[Message]]:
+        """The task of a conversation, and how the model reads it, as of the system's methods."""
         if mode not in MODES:
             raise ConfigError(f"generation_mode is {mode!r}; use 'text' or 'image'.")
         # Some systems can only draw from texts alone.
         is_text = all(message.is_text for message in conversation)
-        is_drawing = mode == "image" or (is_text and self.system.answers_only_about_images)
-        task = self.system.task_of(conversation, is_drawing)
+        is_drawing = mode == "image" or (is_text and self.system.family.answers_only_about_images)
+        task, request = self.system.family.read_chat(conversation, is_drawing)
         if is_drawing and task == "chat":
-            return "draw" if is_text else "edit"
-        return task
+            task = "draw" if is_text else "edit"
+        return task, request
 
     def _prompt_text(self, prompt: Prompt, conversation: Sequence[Message]) -> str:
         """The text of a prompt, with `<image>` in place of input images."""
@@ -229,7 +230,7 @@ class SeedMultimodalProcessor(ProcessorMixin):
         # 1. The tokens and features of each image.
         requests = [[Message("raw", (image,))] for image in images]
         seeds = [0] * len(images)
-        image_prompts = self.system.build_prompts(requests, task, "", seeds) if images else []
+        image_prompts = self.system.family.prompts(requests, task, "", seeds) if images else []
 
         # 2. Texts and images in order, each image without the start of its own prompt.
         tokenizer = self.system.tokenizer
@@ -270,7 +271,7 @@ class SeedMultimodalProcessor(ProcessorMixin):
         features = BatchFeature({"input_ids": input_ids, "attention_mask": attention_mask})
 
         # 2. Embeddings of images, and where they stand.
-        if not self.system.prompts_are_ids:
+        if not self.system.family.prompts_are_ids:
             llm = self.system.llm
             assert llm is not None
             embeds = [torch.zeros(0, llm.config.hidden_size)]
@@ -280,7 +281,7 @@ class SeedMultimodalProcessor(ProcessorMixin):
                     positions = torch.tensor(list(image.positions)) + length - len(prompt)
                     image_mask[row, positions] = True
                     with torch.no_grad():
-                        embeds.append(self.system.embed_features([image.features]).cpu())
+                        embeds.append(self.system.family.embed_features([image.features]).cpu())
             features["image_embeds"] = torch.cat([rows.to(embeds[-1]) for rows in embeds])
             features["image_mask"] = image_mask
             features["prompts"] = list(prompts)
@@ -335,7 +336,7 @@ class SeedMultimodalProcessor(ProcessorMixin):
                 f"{self.system.config.name} draws images from hidden states, which ids do not "
                 "hold; use generation_mode='image', or `MultimodalSystem.chat`."
             )
-        answer_after = self.system.answer_after
+        answer_after = self.system.family.tasks.answer_after
         answers: list[list[dict[str, Any]]] = []
         for ids in generated_ids:
             content: list[dict[str, Any]] = []

@@ -28,6 +28,6 @@ def open_system(folder: str) -> MultimodalSystem:
     if system is not None:
         return system
     config = SystemConfig.find(folder)
-    prompts_are_ids = find_family(config.system).system_class().prompts_are_ids
+    prompts_are_ids = find_family(config.system).system_class().family_class.prompts_are_ids
     engine = NO_ENGINE if prompts_are_ids else TORCH
     return MultimodalSystem.from_pretrained(config, log=None, engine=engine)

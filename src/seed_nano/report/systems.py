@@ -161,7 +161,9 @@ class LavitSystem(System):
     def __init__(self, inner: Any, batch: int = 64, seed: int = 0) -> None:
         super().__init__(inner, batch, seed)
         inner.log = None
-        inner.lemmatizer = lambda text: " ".join(text.lower().split())  # independent of spaCy
+        inner.family.lemmatizer = lambda text: " ".join(
+            text.lower().split()
+        )  # independent of spaCy
         self.patches = inner.tokenizer.vocabulary.tokens_per_image
         self.samples = inner.images.selection == "draw"
 

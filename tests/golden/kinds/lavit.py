@@ -35,7 +35,7 @@ from seed_multimodal.models.lavit.modeling import (
     causal_mask,
     dropped_mask,
 )
-from seed_multimodal.models.lavit.pipeline import DRAWING, Lavit
+from seed_multimodal.models.lavit.pipeline import DRAWING, LavitFamily
 from seed_multimodal.models.lavit.processing import (
     ANSWER_ENDS,
     CAPTION_ENDS,
@@ -326,7 +326,8 @@ def check_case(
     handle = llm.lm_head.register_forward_hook(record)
     engine = Engine(TorchBackend(llm, max_rows=2 * len(prompts)), tokenizer)
     eoi = tokenizer.vocabulary.eoi_id
-    answers = engine.generate(prompts, settings, end_ids=[eoi])
+    settings = dataclasses.replace(settings, stop_token_ids=(eoi,))
+    answers = engine.generate(prompts, settings)
     handle.remove()
     assert 0 < len(scores) <= case["num_forward_calls"], label
     for call, actual in enumerate(scores):
@@ -370,7 +371,7 @@ def check_understanding(recording: Recording) -> None:
     # 2. What becomes of answers, and the settings of both tasks.
     check_texts(cases, MultimodalTokenizer.from_pretrained(recording.tokenizer_folder))
     for task, recorded_task in (("describe", "caption"), ("ask", "answer")):
-        settings = GenerationSettings(**Lavit.defaults[task])
+        settings = GenerationSettings(**LavitFamily.defaults[task])
         check_settings(settings, cases[f"{recorded_task}_generation_settings"], vocabulary)
 
 

@@ -78,11 +78,13 @@ def prompts(system: Any) -> list[Prompt]:
 
 def answers(system: Any) -> dict[str, Any]:
     """Descriptions and drawings (forced and free), greedily."""
-    requests = [user_message([system.tasks.draw_request(text)]) for text in TEXTS]
+    requests = [user_message([system.family.tasks.draw_request(text)]) for text in TEXTS]
     free = system.settings("draw")
-    forced = system.forced(free, {})
+    forced = system._forced(free, {})
     drawings = {
-        "forced": system.generate_answers(requests, "draw", forced, system.tasks.draw_response),
+        "forced": system.generate_answers(
+            requests, "draw", forced, system.family.tasks.draw_response
+        ),
         "free": system.generate_answers(requests, "draw", free),
     }
     ids = {name: [drawing.answer.ids for drawing in group] for name, group in drawings.items()}

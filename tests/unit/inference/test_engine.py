@@ -53,6 +53,10 @@ TEXTS = (
 SEEDS = [5, 4, 3, 2, 1]
 
 
+def seeded(settings):
+    return [replace(settings, seed=seed) for seed in SEEDS]
+
+
 def engine_of(system: Any, max_rows: int = 16, **options: Any) -> Engine:
     return Engine(TorchBackend(system.llm, max_rows=max_rows, **options), system.tokenizer)
 
@@ -82,9 +86,9 @@ def test_answers_equal_those_of_transformers(request, family, name):
         assert any(len(ids) < 30 for ids in expected)
 
     # 1. Together, and where most requests wait for rows.
-    assert engine_of(system).generate(asked, settings, seeds=SEEDS) == expected
+    assert engine_of(system).generate(asked, seeded(settings)) == expected
     engine = engine_of(system, max_rows=6)
-    assert engine.generate(asked, settings, seeds=SEEDS) == expected
+    assert engine.generate(asked, seeded(settings)) == expected
 
     # 2. Streamed to callers in threads, a third of which leave after four tokens.
     firsts = expected[:: settings.num_return_sequences]
@@ -93,7 +97,7 @@ def test_answers_equal_those_of_transformers(request, family, name):
 
     def read(caller: int) -> None:
         row = caller % 5
-        stream = engine.submit(asked[row], settings, seed=SEEDS[row])
+        stream = engine.submit(asked[row], replace(settings, seed=SEEDS[row]))
         answers[caller] = list(stream.initial_ids)
         for token in stream:
             answers[caller].append(token)
@@ -113,7 +117,7 @@ def test_answers_equal_those_of_transformers(request, family, name):
     # 3. No row is lost, and alone each answer is the same, with rows that hold its prompt.
     wait_until(lambda: (engine.n_running, engine.n_waiting) == (0, 0))
     alone = [
-        engine.generate([prompt], settings, seeds=[seed])
+        engine.generate([prompt], replace(settings, seed=seed))
         for prompt, seed in zip(asked, SEEDS, strict=True)
     ]
     assert [ids for answer in alone for ids in answer] == expected
@@ -123,9 +127,11 @@ def test_answers_beside_those_of_other_settings(tiny):
     asked = prompts(tiny)[1]
     names = ("greedy", "no constraints", "sampled", "top k", "repetition penalty")
     engine = engine_of(tiny)
-    streams = [engine.submit(asked, SETTINGS[name], seed=5) for name in names]
+    streams = [engine.submit(asked, replace(SETTINGS[name], seed=5)) for name in names]
     together = [[*stream.initial_ids, *stream] for stream in streams]
-    alone = [engine_of(tiny).generate([asked], SETTINGS[name], seeds=[5])[0] for name in names]
+    alone = [
+        engine_of(tiny).generate([asked], replace(SETTINGS[name], seed=5))[0] for name in names
+    ]
     assert together == alone
 
 
@@ -197,7 +203,7 @@ def test_answers_of_beams_end_at_their_own_context(tiny):
     [
         (replace(GREEDY, images="forced", max_new_tokens=80), None),
         # Beams that end early: their later states belong to no answer.
-        (replace(GREEDY, constrain=False, num_beams=4, length_penalty=-3.0), range(3, 60)),
+        (replace(GREEDY, constrain=False, num_beams=4, length_penalty=-3.0), tuple(range(3, 60))),
     ],
     ids=["one", "beams that end early"],
 )
@@ -206,7 +212,7 @@ def test_hidden_states_are_those_of_a_plain_pass(tiny_x, settings, end_ids):
     states = HiddenStates()
     asked = prompts(tiny_x)
     engine = engine_of(tiny_x, 4)
-    answers = engine.generate(asked, settings, states=states, end_ids=end_ids)
+    answers = engine.generate(asked, replace(settings, stop_token_ids=end_ids), states=states)
     for row, (prompt, ids) in enumerate(zip(asked, answers, strict=True)):
         positions = range(len(ids) - 1)
         assert set(states[row]) - {-1} == set(positions)  # -1: of the prompt

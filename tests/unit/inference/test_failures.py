@@ -249,7 +249,7 @@ from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 
 system = SeedLlama.from_pretrained(sys.argv[1], device="cpu", log=None)
 settings = GenerationSettings(max_new_tokens=400, min_new_tokens=400, do_sample=False)
-answer = lambda: print(len(system.generate([Prompt([1, 5, 9])], settings)[0]))
+answer = lambda: print(len(system.engine.generate([Prompt([1, 5, 9])], settings)[0]))
 threading.Thread(target=answer, daemon=sys.argv[2] == "daemon").start()
 time.sleep(0.3)
 raise SystemExit(3)

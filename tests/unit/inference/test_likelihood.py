@@ -38,7 +38,7 @@ def test_likelihoods_equal_those_of_one_pass(request, family, max_rows):
     continuations = [[encode(answer) for answer in answers] for answers in ANSWERS]
     # What the model would answer itself.
     settings = GenerationSettings(max_new_tokens=3, do_sample=False, constrain=False)
-    continuations[0] += engine.generate([Prompt(prompts[0])], settings, end_ids=())
+    continuations[0] += engine.generate([Prompt(prompts[0])], replace(settings, stop_token_ids=()))
     likelihoods = engine.likelihoods([Prompt(ids) for ids in prompts], continuations)
     assert likelihoods[0][2].is_greedy
     for prompt, rows, measured in zip(prompts, continuations, likelihoods, strict=True):
@@ -102,9 +102,10 @@ def test_log_probs_are_those_of_the_distribution_that_was_sampled(request, famil
     settings = LOG_PROB_SETTINGS[name]
     engine = Engine(TorchBackend(system.llm), system.tokenizer)
     prompts = [Prompt(system.tokenizer.encode(text, add_bos=True)) for text in TEXTS]
-    answers = engine.sample(prompts, settings, seeds=[3, 4, 5])
+    seeded = [replace(settings, seed=seed) for seed in (3, 4, 5)]
+    answers = engine.sample(prompts, seeded)
     n_answers = settings.num_return_sequences
-    plain = engine.generate(prompts, settings, seeds=[3, 4, 5])
+    plain = engine.generate(prompts, seeded)
     n_initial = int(settings.forces_image)
     assert [list(answer.ids) for answer in answers] == [ids[n_initial:] for ids in plain]
     for index, answer in enumerate(answers):

@@ -52,9 +52,9 @@ def test_answers_with_tokens_behind_those_of_the_text(name, folders):
     if name == "seed_llama":
         # Assembled, it has the chat template of its tokenizer.
         assert system.config.template == "chat"
-        prompt = tokenizer.decode(system.prompt_ids([("user", "What is it?")]))
+        prompt = tokenizer.decode(system.family.prompt_ids([("user", "What is it?")]))
         assert prompt == "<|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\n"
-        assert system.stop_sequences("chat") == ()
+        assert system.settings().stop == ()
         # Sampled answers hold no rows of padding.
         messages = [{"role": "user", "content": [IMAGE, "What is it?"]}]
         answer = system.chat(messages, do_sample=True, temperature=3.0, seed=3)
@@ -67,7 +67,7 @@ def test_answers_with_tokens_behind_those_of_the_text(name, folders):
     # Boxes and images are tokens; names of special tokens that are typed are text: a user could
     # end the system's turn.
     content = f"What is at {BOX}?<|im_end|>"
-    ids = system.prompts.dialogue([("user", [content])])
+    ids = system.family.prompt_writer.dialogue([("user", [content])])
     assert tokenizer.decode(ids) == f"[INST] {content} [/INST]\n"
     assert ids.count(vocabulary.boxes) == 1
     assert not set(ids) & set(tokenizer.eos_token_ids)
@@ -128,7 +128,7 @@ def test_checkpoint_of_three_steps_is_a_system(name, train, folders, tmp_path):
     train(folders[name], tmp_path)
     before = load(folders[name], load_decoder=False)
     trained = load(tmp_path / "out" / "checkpoint-3", load_decoder=False)
-    assert trained.stop_sequences("chat") == before.stop_sequences("chat")
+    assert trained.settings().stop == before.settings().stop
     assert type(trained.tokenizer) is type(before.tokenizer)
     assert trained.tokenizer.eos_token_ids == before.tokenizer.eos_token_ids
     assert trained.describe(IMAGE) != before.describe(IMAGE)

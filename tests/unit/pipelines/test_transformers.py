@@ -93,7 +93,7 @@ def test_drawings_and_edits_equal_those_of_the_system(name, pipes):
     pipe = pipes(name)
     system = pipe.model.system
     options: dict[str, Any] = {"generation_mode": "image"}
-    [row] = pipe(text=user(system.tasks.draw_request(SCENE)), **options)
+    [row] = pipe(text=user(system.family.tasks.draw_request(SCENE)), **options)
     assert same(row["generated_image"], system.draw(SCENE, **FAST))
     options["processor_kwargs"] = {"generation_mode": "image"}
     requests = [user(FOX, NIGHT), user(BOTH, NIGHT)]

@@ -55,16 +55,16 @@ def project(released_seed_x: Path, tmp_path, monkeypatch) -> Path:
 @pytest.fixture
 def prompts(monkeypatch) -> list[list[int]]:
     """Prompts of the language model."""
-    from seed_multimodal.pipelines.base import MultimodalSystem
+    from seed_multimodal.inference.engine import Engine
 
     recorded: list[list[int]] = []
-    real = MultimodalSystem.generate
+    real = Engine.generate
 
     def generate(self: Any, prompts: Any, *rest: Any, **more: Any) -> Any:
         recorded.extend(list(prompt.ids) for prompt in prompts)
         return real(self, prompts, *rest, **more)
 
-    monkeypatch.setattr(MultimodalSystem, "generate", generate)
+    monkeypatch.setattr(Engine, "generate", generate)
     return recorded
 
 

@@ -17,7 +17,7 @@ from seed_multimodal.device import DTYPES, choose_device, copy_to
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.transforms import PROCESSOR, ImageTransform, read_preprocessing
 from seed_multimodal.nn.layers import cast_layers
-from seed_multimodal.pipelines.code_system import CodeCodec
+from seed_multimodal.pipelines.images import CodeCodec
 
 PROCESSORS = (
     "transformers.BlipImageProcessor.from_pretrained",

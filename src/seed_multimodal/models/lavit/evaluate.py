@@ -39,5 +39,5 @@ class LavitQuestions(Questions):
             self.question = QuestionProcessor()
         # LaVIT's answers are compared with lemmatized references.
         if LEMMATISED not in (run.truth or run.annotations).stem:
-            system.lemmatizer = system.lemmatizer or Lemmatizer()
-            self.lemma = system.lemmatizer
+            system.family.lemmatizer = system.family.lemmatizer or Lemmatizer()
+            self.lemma = system.family.lemmatizer

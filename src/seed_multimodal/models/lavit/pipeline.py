@@ -21,16 +21,10 @@ from torch import Tensor, nn
 from seed_multimodal.errors import CheckpointError, RequestError
 from seed_multimodal.images.io import ImageSource, is_image
 from seed_multimodal.inference.backends.torch import joined
-from seed_multimodal.inference.base_engine import BaseEngine
-from seed_multimodal.inference.generator import Task
-from seed_multimodal.inference.opening import EngineOptions
-from seed_multimodal.inference.prompt import GenerationSettings, Prompt
+from seed_multimodal.inference.prompt import Prompt
 from seed_multimodal.language.answer import Answer, ImagePart
-from seed_multimodal.language.lora import load_llm_or_adapter
 from seed_multimodal.language.messages import (
-    Images,
     Message,
-    flatten_images,
     is_codes,
     user_message,
 )
@@ -50,9 +44,9 @@ from seed_multimodal.models.lavit.processing import (
 )
 from seed_multimodal.models.lavit.spec import LavitConfig
 from seed_multimodal.pipelines.base import MultimodalSystem
-from seed_multimodal.pipelines.code_system import CodeCodec
+from seed_multimodal.pipelines.family import Family, Task, load_language_model
 from seed_multimodal.pipelines.images import (
-    Log,
+    CodeCodec,
     Placement,
     Seed,
     seed_per_image,
@@ -62,7 +56,6 @@ from seed_multimodal.weights.find import first_file
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
 
-    from seed_multimodal.language.llm import LanguageModel
 
 MAX_BATCH = 16  # images in one pass of the vision encoder
 # Generation settings of the original programs.
@@ -90,7 +83,6 @@ class LavitImageCodec(CodeCodec):
     selection_seed: seed of `network`.
     """
 
-    encodes_by_seed = True
     drawing_settings = tuple(entry.name for entry in fields(LavitSettings))
 
     def __init__(
@@ -190,21 +182,12 @@ class LavitImageCodec(CodeCodec):
 # ---- the system
 
 
-class Lavit(MultimodalSystem):
-    """LaVIT.
+class LavitFamily(Family):
+    """What differs in LaVIT: single messages, answered about images' features or by an image."""
 
-    `chat` answers one message: with a caption of its image, an answer to the question about it, or
-    (`force_image`) an image of the message's content.
-
-    Settings of drawing: `ratio` (one of six, "3:2") or `height` and `width`, `num_inference_steps`,
-    `guidance_scale` (of the U-Net), `preset` ("fast" or "original"); `guidance` and
-    `negative_prompt` steer the language model.
-    """
-
-    config: LavitConfig
-    images: LavitImageCodec
-    answers_only_about_images = True
     tokenizer: LavitTokenizer | HubLavitTokenizer
+    prompts_are_ids = False
+    answers_only_about_images = True
     defaults = {
         "describe": {**UNDERSTANDING, "num_beams": 2, "max_new_tokens": 36, "min_new_tokens": 8},
         "ask": {
@@ -219,18 +202,8 @@ class Lavit(MultimodalSystem):
         "edit": {**DRAWING, "guidance": 5.0},
     }
 
-    def __init__(
-        self,
-        config: LavitConfig,
-        tokenizer: LavitTokenizer | HubLavitTokenizer,
-        llm: LanguageModel,
-        images: LavitImageCodec,
-        log: Log = None,
-        engine: BaseEngine | EngineOptions = EngineOptions(),  # noqa: B008 (frozen)
-    ) -> None:
-        super().__init__(config, tokenizer, llm, images, log, engine)
-        # Of short answers; None: spaCy's, loaded with the first answer.
-        self.lemmatizer: Callable[[str], str] | None = None
+    # Of short answers; None: spaCy's, loaded with the first answer.
+    lemmatizer: Callable[[str], str] | None = None
 
     @classmethod
     def check_decoder(cls, config: LavitConfig) -> None:
@@ -238,77 +211,75 @@ class Lavit(MultimodalSystem):
             LavitDetokenizer.check_parts(config.pixels, *LavitDetokenizer.folders)
 
     @classmethod
-    def load(cls, config: LavitConfig, placement: Placement, log: Log = None) -> Self:
+    def load(cls, config: LavitConfig, placement: Placement) -> Self:
         config.require("llm", "tokenizer")
         tokenizer = load_lavit_tokenizer(config.words or config.path("llm"))
         images = load_images(config, placement)  # before the language model, which takes longest
-        llm = load_llm_or_adapter(
-            config.path("llm"),
-            device=placement.llm_load_device,
-            dtype=placement.llm.dtype,
-            quantization=placement.quantization,
-            tokenizer=tokenizer,
-        )
+        llm = load_language_model(config, tokenizer, placement)
+        assert llm is not None  # prompts with features need torch
         check_sizes(config, images, tokenizer.vocabulary, llm.config)
-        return cls(config, tokenizer, llm, images, log, engine=placement.engine)
+        return cls(config, tokenizer, llm, images)
 
-    # ---- defined by families
+    # ---- answers
 
-    def settings(self, task: str = "chat", **options: object) -> GenerationSettings:
-        settings = super().settings(task, **options)
-        # The images of a small model may have fewer codes than the original's minimum.
-        max_codes = self.tokenizer.vocabulary.tokens_per_image
-        if task in ("draw", "edit") and settings.min_new_tokens > max_codes:
-            settings = replace(settings, min_new_tokens=1)
+    def settings(self, task: str) -> dict[str, Any]:
+        settings = dict(self.config.generation.get("compose" if task == "edit" else task, {}))
+        settings["stop"] = {"describe": CAPTION_ENDS, "ask": ANSWER_ENDS}.get(task, ())
+        if task == "ask":
+            settings["stop_after"] = self.tasks.answer_after
+        if task in ("draw", "edit"):
+            vocabulary = self.tokenizer.vocabulary
+            settings["stop_token_ids"] = (vocabulary.eoi_id,)
+            # The images of a small model may have fewer codes than the original's minimum.
+            if {**DRAWING, **settings}["min_new_tokens"] > vocabulary.tokens_per_image:
+                settings["min_new_tokens"] = 1
         return settings
 
-    def task_defaults(self, task: str) -> dict[str, object]:
-        key = "compose" if task == "edit" else task
-        return dict(self.config.generation.get(key, {}))
-
-    def ends(self, task: Task) -> Sequence[int] | None:  # type: ignore[override]
-        return [self.tokenizer.vocabulary.eoi_id] if task in ("draw", "edit") else None
-
-    def stop_sequences(self, task: str) -> tuple[str, ...]:
-        return {"describe": CAPTION_ENDS, "ask": ANSWER_ENDS}.get(task, ())
-
-    def stop_after(self, task: str) -> str:
-        return self.answer_after if task == "ask" else ""
-
-    def engine_settings(self, settings: GenerationSettings) -> GenerationSettings:
-        # The original's beams continue behind stop sequences; its answers are cut there.
-        return replace(settings, stop=()) if settings.num_beams > 1 else settings
-
-    def display_text(self, answer: Answer, task: Task) -> str:
+    def text(self, answer: Answer, task: Task) -> str:
         if task != "ask":
             return answer.text
         self.lemmatizer = self.lemmatizer or Lemmatizer()
         return self.lemmatizer(answer.text)
 
-    def task_of(self, conversation: Sequence[Message], force_image: bool) -> Task:
+    def read_chat(self, conversation: list[Message], draws: bool) -> tuple[Task, list[Message]]:
         if len(conversation) > 1:
             raise RequestError(
                 "LaVIT answers single messages, it was not trained to converse: start over "
                 "(/reset) and send one message."
             )
         message = conversation[0]
+        request = user_message(message.content)  # with its check for content
         # Drawings of texts alone and of other content have their own guidance.
-        if force_image:
-            return "draw" if message.is_text else "edit"
+        if draws:
+            return "draw" if message.is_text else "edit", request
         if any(is_codes(item) or isinstance(item, ImagePart) for item in message.content):
             raise RequestError(
                 "LaVIT reads images to answer; codes can only be part of what is drawn."
             )
-        return "ask" if message.text.strip() else "describe"
-
-    def chat_request(self, conversation: list[Message], task: Task) -> list[Message]:
-        message = conversation[0]
+        if not message.text.strip():
+            return "describe", request
         # A question follows its images, in the template.
-        if task == "ask":
-            return user_message([*message.images, self.tasks.question(message.text)])
-        return user_message(message.content)  # with its check for content
+        return "ask", user_message([*message.images, self.tasks.question(message.text)])
 
-    def build_prompts(
+    def drawing_requests(
+        self, conversations: Sequence[Sequence[Message]], options: dict[str, Any]
+    ) -> Sequence[Sequence[Message]]:
+        """Messages with their `negative_prompt`: one for all conversations, or one each."""
+        negatives = options.pop("negative_prompt", None)
+        if not negatives:
+            return conversations
+        if isinstance(negatives, str):
+            negatives = [negatives] * len(conversations)
+        requests: list[Sequence[Message]] = []
+        for conversation, negative in zip(conversations, negatives, strict=True):
+            message = conversation[-1]
+            content = (*message.content, NegativePrompt(negative))
+            requests.append([replace(message, content=content)])
+        return requests
+
+    # ---- prompts
+
+    def prompts(
         self,
         conversations: Sequence[Sequence[Message]],
         task: Task,
@@ -342,22 +313,6 @@ class Lavit(MultimodalSystem):
             prompts.append(read_prompt(self.tokenizer.vocabulary, message_features, text_ids))
         return prompts
 
-    def steered(
-        self, conversations: Sequence[Sequence[Message]], options: dict[str, Any]
-    ) -> Sequence[Sequence[Message]]:
-        """Messages with their `negative_prompt`: one for all conversations, or one each."""
-        negatives = options.pop("negative_prompt", None)
-        if not negatives:
-            return conversations
-        if isinstance(negatives, str):
-            negatives = [negatives] * len(conversations)
-        steered: list[Sequence[Message]] = []
-        for conversation, negative in zip(conversations, negatives, strict=True):
-            message = conversation[-1]
-            content = (*message.content, NegativePrompt(negative))
-            steered.append([replace(message, content=content)])
-        return steered
-
     def embed_features(self, features: Sequence[Tensor]) -> Tensor:
         assert self.llm is not None
         device = self.llm.get_input_embeddings().weight.device
@@ -384,22 +339,22 @@ class Lavit(MultimodalSystem):
             ids += vocabulary.code_to_id(self.images.check_codes([row])[0].tolist())
         return Prompt(ids, negative=negative)
 
-    # ---- tasks
 
-    def compose(
-        self, parts: Sequence[object], seed: Seed = 0, *, num_images: int = 1, **options: object
-    ) -> Any:
-        """Generate an image from texts (`str`), images and codes in order; raises as `draw`.
+class Lavit(MultimodalSystem):
+    """LaVIT.
 
-        num_images: with more than one the result is a list.
-        """
-        return self._draw([user_message(parts)], True, "edit", seed, num_images, 16, options)
+    `chat` answers one message: with a caption of its image, an answer to the question about it, or
+    (`force_image`) an image of the message's content.
 
-    def tokenize(self, images: Images, *, seed: Seed = 0) -> list[Tensor]:
-        return self.codes_of(flatten_images(images), seed)
+    Settings of drawing: `ratio` (one of six, "3:2") or `height` and `width`, `num_inference_steps`,
+    `guidance_scale` (of the U-Net), `preset` ("fast" or "original"); `guidance` and
+    `negative_prompt` steer the language model.
+    """
 
-    def codes_of(self, images: Sequence[ImageSource], seeds: Seed) -> list[Tensor]:
-        return self.images.encode(images, seed=seeds)
+    family_class = LavitFamily
+    family: LavitFamily
+    config: LavitConfig
+    tokenizer: LavitTokenizer | HubLavitTokenizer
 
 
 # ---- loading

@@ -23,7 +23,7 @@ def unconditional_codes(system: SeedLlama, options: Options) -> list[int]:
     for name in system.drawing_settings:
         generation.pop(name, None)
     settings = replace(system.settings(**generation), images="forced")
-    ids = system.generate([Prompt(system.tokenizer.start_ids)], settings)[0]
+    ids = system.engine.generate([Prompt(system.tokenizer.start_ids)], settings)[0]
     for part in AnswerReader(system.tokenizer).read_all(ids).parts:
         if isinstance(part, ImagePart):
             return list(part.codes)

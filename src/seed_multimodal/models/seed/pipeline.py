@@ -24,7 +24,6 @@ from seed_multimodal.images.transforms import (
     seed_image_processor,
 )
 from seed_multimodal.inference.batching import ResultCache
-from seed_multimodal.inference.opening import WITHOUT_WEIGHTS
 from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
 from seed_multimodal.language.messages import Codes, is_codes
 from seed_multimodal.models.seed.checkpoints import saved_config
@@ -41,8 +40,9 @@ from seed_multimodal.models.seed.spec import (
     DETOKENIZER_FOLDER,
     SeedLlamaConfig,
 )
-from seed_multimodal.pipelines.code_system import CodeCodec, CodeSystem
-from seed_multimodal.pipelines.images import Log, Placement
+from seed_multimodal.pipelines.base import MultimodalSystem
+from seed_multimodal.pipelines.family import Family
+from seed_multimodal.pipelines.images import CodeCodec, Placement, Seed
 from seed_multimodal.settings import check_value
 
 CACHED_IMAGES = 1024  # images in the cache of codes, about 0.5 KB each
@@ -83,8 +83,8 @@ class SeedImageCodec(CodeCodec):
         """Normalised pixels [B, 3, S, S]."""
         return torch.stack([self.transform(self.open(image)) for image in images])
 
-    def encode(self, images: Sequence[ImageSource]) -> Tensor:
-        """Images → codes [B, 32] int64 on the CPU, with a cache by content."""
+    def encode(self, images: Sequence[ImageSource], *, seed: Seed = 0) -> Tensor:
+        """Images → codes [B, 32] int64 on the CPU, with a cache by content; no effect of `seed`."""
         if not len(images):
             return torch.empty(0, self.codes_per_image, dtype=torch.long)
         return self.encode_pixels(self.pixels(images))
@@ -184,35 +184,18 @@ class SeedImageCodec(CodeCodec):
         return images
 
 
-class SeedLlama(CodeSystem):
-    """SEED-LLaMA.
-
-    Settings of drawing:
-
-    num_inference_steps, guidance_scale, height, width: of `DrawingSettings`.
-    noise_level: of `UnclipSettings`.
-    preset: "fast" or "original".
-    codes: draw from the first so many codes.
-    negative_codes: negative condition for guidance.
-    """
-
-    config: SeedLlamaConfig
-    images: SeedImageCodec
+class SeedLlamaFamily(Family):
+    """What differs in SEED-LLaMA: how its parts are loaded."""
 
     @classmethod
     def check_decoder(cls, config: SeedLlamaConfig) -> None:
         check_detokenizer(config.detokenizer)
 
     @classmethod
-    def load(cls, config: SeedLlamaConfig, placement: Placement, log: Log = None) -> Self:
+    def load(cls, config: SeedLlamaConfig, placement: Placement) -> Self:
         # 1. Tokenizers, before the language model, which takes longest.
-        required = ["tokenizer"]
-        if placement.engine.name not in WITHOUT_WEIGHTS:
-            required.append("llm")
-        config.require(*required)
         tokenizer = load_text_tokenizer(config.path("tokenizer"))
         images = load_images(config, placement)
-        llm, engine = cls.load_language_model(config, tokenizer, placement)
 
         # 2. The image tokenizer and the vocabulary belong together.
         sizes = images.model.config
@@ -224,7 +207,22 @@ class SeedLlama(CodeSystem):
                 f"{sizes.num_query} to an image, but the vocabulary has {n_codes} and "
                 f"{tokens_per_image}."
             )
-        return cls(config, tokenizer, llm, images, log, engine=engine)
+        return cls.of_parts(config, tokenizer, images, placement)
+
+
+class SeedLlama(MultimodalSystem):
+    """SEED-LLaMA.
+
+    Settings of drawing:
+
+    num_inference_steps, guidance_scale, height, width: of `DrawingSettings`.
+    noise_level: of `UnclipSettings`.
+    preset: "fast" or "original".
+    codes: draw from the first so many codes.
+    negative_codes: negative condition for guidance.
+    """
+
+    family_class = SeedLlamaFamily
 
 
 def check_detokenizer(folder: Path | None) -> None:

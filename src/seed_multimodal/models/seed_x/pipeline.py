@@ -11,7 +11,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
-from typing import Any, NoReturn, Self
+from typing import Any, Self
 
 import torch
 from PIL import Image
@@ -19,7 +19,7 @@ from torch import Tensor
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, RequestError
-from seed_multimodal.images.io import ImageSource, is_image, open_image
+from seed_multimodal.images.io import ImageSource, is_image
 from seed_multimodal.images.sheet import draw_boxes
 from seed_multimodal.images.views import (
     UNIT,
@@ -31,10 +31,7 @@ from seed_multimodal.images.views import (
     with_ratio,
 )
 from seed_multimodal.inference.backends.torch import joined
-from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.batching import ResultCache
-from seed_multimodal.inference.generator import Task
-from seed_multimodal.inference.opening import EngineOptions
 from seed_multimodal.inference.prompt import HiddenStates, Prompt, PromptImage
 from seed_multimodal.language.answer import Answer, ImagePart
 from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
@@ -44,10 +41,9 @@ from seed_multimodal.language.messages import (
     Images,
     Message,
     flatten_images,
-    image_conversations,
     is_codes,
 )
-from seed_multimodal.language.prompts import PromptTemplate, without_verdict
+from seed_multimodal.language.prompts import without_verdict
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer, SdxlSettings
@@ -73,16 +69,13 @@ from seed_multimodal.nn.vision.qwen import (
     Resampler,
     ResamplerConfig,
 )
-from seed_multimodal.pipelines.answers import BATCH
-from seed_multimodal.pipelines.base import Edges, MultimodalSystem
+from seed_multimodal.pipelines.base import MultimodalSystem
+from seed_multimodal.pipelines.family import Edges, Family, Task
 from seed_multimodal.pipelines.images import (
     ImageCodec,
-    ImageInput,
-    Log,
     Options,
     Placement,
     Seed,
-    seed_per_image,
 )
 from seed_multimodal.settings import check_value, read_settings
 
@@ -166,8 +159,10 @@ class SeedXImageCodec(ImageCodec):
         features = torch.cat(batches).split([len(views) for views in rows])
         return [image_features.cpu() for image_features in features]
 
-    def encode(self, images: Sequence[ImageSource], embeddings: int | None = None) -> Tensor:
-        """Features [B, N, K] of images, each squashed to one square view.
+    def encode(
+        self, images: Sequence[ImageSource], embeddings: int | None = None, *, seed: Seed = 0
+    ) -> Tensor:
+        """Features [B, N, K] of images, each squashed to one square view; no effect of `seed`.
 
         embeddings: so many means of neighbours instead of N; `ConfigError` if they do not divide N.
         """
@@ -184,6 +179,34 @@ class SeedXImageCodec(ImageCodec):
                 f"{embeddings}."
             )
         return features.unflatten(1, (embeddings, -1)).mean(dim=2)
+
+    def reconstruct(
+        self,
+        inputs: Sequence[Any],
+        *,
+        seeds: Sequence[int],
+        condition: Images | None = None,
+        embeddings: int | None = None,
+        **settings: Any,
+    ) -> list[Image.Image]:
+        """Images → images from their features.
+
+        condition: condition image of a second stage, one for all or one each.
+        embeddings: see `encode`; None: all features.
+        """
+        if not inputs:
+            return []
+        features = self.encode([self.open(image) for image in inputs], embeddings)
+        conditions = None
+        if condition is not None:
+            conditions = [self.open(image) for image in flatten_images(condition)]
+            if len(conditions) == 1:  # for all images
+                conditions = conditions * len(inputs)
+            if len(conditions) != len(inputs):
+                raise CodesError(
+                    f"{len(inputs)} images were given with {len(conditions)} conditions."
+                )
+        return self.draw(list(features), seeds=seeds, conditions=conditions, **settings)
 
     def check_drawing(self, **settings: object) -> None:
         check_value(Ratio, settings.get("ratio", "restore"), "ratio")
@@ -261,19 +284,11 @@ class SeedXImageCodec(ImageCodec):
         return images
 
 
-class SeedX(MultimodalSystem):
-    """SEED-X.
+class SeedXFamily(Family):
+    """What differs in SEED-X: images are features of views, answers can have boxes."""
 
-    Settings of drawing:
-
-    num_inference_steps, guidance_scale, image_guidance_scale, height, width: of `SdxlSettings`.
-    preset: "fast" or "original".
-    ratio: of edits, see `SeedXImageCodec.draw`.
-    """
-
-    config: SeedXConfig
-    images: SeedXImageCodec
-    template: PromptTemplate
+    prompts_are_ids = False
+    detects = True
 
     def __init__(
         self,
@@ -281,13 +296,10 @@ class SeedX(MultimodalSystem):
         tokenizer: TextTokenizer,
         agent: ContinuousLVLM,
         images: SeedXImageCodec,
-        log: Log = None,
-        engine: BaseEngine | EngineOptions = EngineOptions(),  # noqa: B008 (frozen)
     ) -> None:
         self.agent = agent
-        self.prompts = SeedXPrompts(tokenizer)
-        self.template = self.prompts.template
-        super().__init__(config, tokenizer, agent.llm, images, log, engine)
+        self.prompt_writer = SeedXPrompts(tokenizer)
+        super().__init__(config, tokenizer, agent.llm, images, self.prompt_writer.template)
 
     @classmethod
     def check_decoder(cls, config: SeedXConfig) -> None:
@@ -295,7 +307,7 @@ class SeedX(MultimodalSystem):
             SdxlDetokenizer.check_parts(config.sdxl, *SdxlDetokenizer.folders)
 
     @classmethod
-    def load(cls, config: SeedXConfig, placement: Placement, log: Log = None) -> Self:
+    def load(cls, config: SeedXConfig, placement: Placement) -> Self:
         config.require("llm", "agent", "tokenizer", "vision")
         tokenizer = load_text_tokenizer(config.path("tokenizer"))
         images = load_images(config, placement)  # before the language model, which takes longest
@@ -308,17 +320,58 @@ class SeedX(MultimodalSystem):
                 f"{config.vision}: its features have width {feature_width}, but {config.agent} "
                 f"reads width {input_width}; they do not belong together."
             )
-        return cls(config, tokenizer, agent, images, log, engine=placement.engine)
+        return cls(config, tokenizer, agent, images)
 
-    # ---- defined by families
+    # ---- answers
 
-    def stop_sequences(self, task: str) -> tuple[str, ...]:
-        return self.template.stop_sequences if self.config.tuned else ()
+    def settings(self, task: str) -> Options:
+        settings = super().settings(task)
+        return settings if self.config.tuned else {**settings, "stop": ()}
 
-    def display_text(self, answer: Answer, task: Task) -> str:
+    def text(self, answer: Answer, task: Task) -> str:
         return without_tags(answer.text).strip()
 
-    def build_prompts(
+    def boxes(self, answer: Answer) -> tuple[list[Edges], list[str]]:
+        n_locations = self.prompt_writer.vocabulary.n_locations
+        detection = self.detection(Image.new("1", (1, 1)), answer.ids, opened=False)
+        boxes: list[Edges] = []
+        for box in detection.grid:
+            corners = box.corners((BOX_SIDE, BOX_SIDE), n_locations)
+            boxes.append(tuple(edge / BOX_SIDE for edge in corners))
+        return boxes, detection.problems
+
+    def detection(self, image: Image.Image, ids: Sequence[int], opened: bool) -> Detection:
+        """The boxes of an answer.
+
+        opened: whether the prompt ended inside a box.
+        """
+        text = without_verdict(answer_text(ids, self.tokenizer), self.tasks.answer_after)
+        text = text.removesuffix("</s>").strip()
+        n_locations = self.prompt_writer.vocabulary.n_locations
+        boxes, problems = read_boxes(text, opened, n_locations)
+        corners = [box.corners(image.size, n_locations) for box in boxes]
+        return Detection(image, corners, boxes, text, problems)
+
+    def image_inputs(
+        self, parts: Sequence[ImagePart], states: HiddenStates, row: int
+    ) -> Sequence[Tensor]:
+        """Features [64, K] of each image of answer `row`."""
+        image_states: list[Tensor] = []
+        for part in parts:
+            positions = range(part.position, part.position + len(part.codes))
+            image_states.append(states.at(row, positions))
+        with torch.inference_mode():
+            return list(self.agent.output_features(torch.stack(image_states)).cpu())
+
+    def drawing_settings(self, prompts: Sequence[Prompt]) -> Options:
+        # A second stage also reads the image that is edited.
+        if not self.images.decoder.reads_condition:
+            return {}
+        return {"conditions": [prompt.source for prompt in prompts]}
+
+    # ---- prompts
+
+    def prompts(
         self,
         conversations: Sequence[Sequence[Message]],
         task: Task,
@@ -374,15 +427,15 @@ class SeedX(MultimodalSystem):
 
         # 2. Ids: of a dialogue, or of a text that is continued.
         if self.config.tuned and conversation[0].role != "raw":
-            ids = self.prompts.dialogue(turns, "\n".join(system))
+            ids = self.prompt_writer.dialogue(turns, "\n".join(system))
         else:
             content: list[Content] = []
             for _, turn_content in turns:
                 content += turn_content
-            ids = self.prompts.completion(content, task)
+            ids = self.prompt_writer.completion(content, task)
 
         # 3. The positions of each image's embeddings, of all its views.
-        positions = iter(self.prompts.feature_positions(ids, turns))
+        positions = iter(self.prompt_writer.feature_positions(ids, turns))
         prompt_images: list[PromptImage] = []
         for image in images:
             n_embeddings = len(image.features) * self.tokenizer.vocabulary.tokens_per_image
@@ -423,129 +476,19 @@ class SeedX(MultimodalSystem):
                 content.append(GeneratedImage())
         return content
 
-    def image_inputs(
-        self, parts: Sequence[ImagePart], states: HiddenStates, row: int
-    ) -> Sequence[Tensor]:
-        """Features [64, K] of each image of answer `row`."""
-        image_states: list[Tensor] = []
-        for part in parts:
-            positions = range(part.position, part.position + len(part.codes))
-            image_states.append(states.at(row, positions))
-        with torch.inference_mode():
-            return list(self.agent.output_features(torch.stack(image_states)).cpu())
 
-    def decode_images(
-        self,
-        image_inputs: Sequence[ImageInput],
-        prompts: Sequence[Prompt],
-        seeds: Sequence[int],
-        batch_size: int,
-        drawing: Options,
-    ) -> list[Image.Image]:
-        # A second stage also reads the image that is edited.
-        if self.images.decoder.reads_condition:
-            drawing = {**drawing, "conditions": [prompt.source for prompt in prompts]}
-        return super().decode_images(image_inputs, prompts, seeds, batch_size, drawing)
+class SeedX(MultimodalSystem):
+    """SEED-X.
 
-    # ---- tasks
+    Settings of drawing:
 
-    def detect(
-        self,
-        images: Images,
-        phrase: str | Sequence[str],
-        *,
-        batch_size: int = BATCH,
-        **options: object,
-    ) -> Any:
-        """Where `phrase` is in an image: a `Detection`; a list of them for a list of images.
+    num_inference_steps, guidance_scale, image_guidance_scale, height, width: of `SdxlSettings`.
+    preset: "fast" or "original".
+    ratio: of edits, see `SeedXImageCodec.draw`.
+    condition, embeddings: of reconstructions, see `SeedXImageCodec.reconstruct`.
+    """
 
-        A tuned model gets a request; the base model continues the phrase, so that its last words
-        must name what to detect.
-        """
-        is_tuned = self.config.tuned
-        as_request = self.tasks.detect_request if is_tuned else str
-        conversations, single = image_conversations(images, phrase, as_request)
-        settings = self.settings("detect", **options)
-        # Boxes are in pixels of the stored images, of which prompts may have smaller copies.
-        opened: list[list[Message]] = []
-        for (message,) in conversations:
-            content = [
-                open_image(part).image if is_image(part) else part for part in message.content
-            ]
-            opened.append([Message(message.role, tuple(content))])
-        answers = self.generate_answers(opened, "detect", settings, batch_size=batch_size)
-        detections: list[Detection] = []
-        for (message,), generated in zip(opened, answers, strict=True):
-            image = message.images[-1]
-            assert isinstance(image, Image.Image)  # as opened before
-            ids = generated.answer.ids
-            detections.append(self.detection(image, ids, opened=not is_tuned))
-        return detections[0] if single else detections
-
-    def find_boxes(self, answer: Answer) -> tuple[list[Edges], list[str]]:
-        n_locations = self.prompts.vocabulary.n_locations
-        detection = self.detection(Image.new("1", (1, 1)), answer.ids, opened=False)
-        boxes: list[Edges] = []
-        for box in detection.grid:
-            corners = box.corners((BOX_SIDE, BOX_SIDE), n_locations)
-            boxes.append(tuple(edge / BOX_SIDE for edge in corners))
-        return boxes, detection.problems
-
-    def detection(self, image: Image.Image, ids: Sequence[int], opened: bool) -> Detection:
-        """The boxes of an answer.
-
-        opened: whether the prompt ended inside a box.
-        """
-        text = without_verdict(answer_text(ids, self.tokenizer), self.tasks.answer_after)
-        text = text.removesuffix("</s>").strip()
-        n_locations = self.prompts.vocabulary.n_locations
-        boxes, problems = read_boxes(text, opened, n_locations)
-        for problem in problems:
-            self._log_note(problem)
-        corners = [box.corners(image.size, n_locations) for box in boxes]
-        return Detection(image, corners, boxes, text, problems)
-
-    def reconstruct(
-        self,
-        images: Images,
-        seed: Seed = 0,
-        *,
-        condition: Images | None = None,
-        embeddings: int | None = None,
-        batch_size: int = 8,
-        **drawing: Any,
-    ) -> list[Image.Image]:
-        """Reconstruct images from their features.
-
-        condition: condition image of a second stage, one for all or one each.
-        embeddings: draw from so many means of neighbours, as the language model's 64; None: from
-            all features.
-        """
-        opened = [self.images.open(image) for image in flatten_images(images)]
-        n_images = len(opened)
-        if not opened:
-            return []
-        features = self.images.encode(opened, embeddings)
-        conditions = None
-        if condition is not None:
-            conditions = [self.images.open(image) for image in flatten_images(condition)]
-            if len(conditions) == 1:  # for all images
-                conditions = conditions * n_images
-            if len(conditions) != n_images:
-                raise CodesError(f"{n_images} images were given with {len(conditions)} conditions.")
-        return self.images.draw(
-            list(features),
-            seeds=seed_per_image(seed, n_images),
-            conditions=conditions,
-            batch_size=batch_size,
-            **drawing,
-        )
-
-    def tokenize(self, images: Images) -> NoReturn:
-        raise ConfigError(
-            f"{self.config.name} reads images as features, so they have no codes; `images.encode` "
-            f"gives the features."
-        )
+    family_class = SeedXFamily
 
 
 @dataclass(frozen=True)

@@ -13,8 +13,9 @@ from torch import Tensor, nn
 from mosaic.spec import MosaicConfig
 from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.pipelines.code_system import CodeCodec, CodeSystem
-from seed_multimodal.pipelines.images import Log, Placement
+from seed_multimodal.pipelines.base import MultimodalSystem
+from seed_multimodal.pipelines.family import Family
+from seed_multimodal.pipelines.images import CodeCodec, Placement
 
 COLUMNS = 8
 ROWS = 4
@@ -61,17 +62,19 @@ class MosaicCodec(CodeCodec):
         return images
 
 
-class Mosaic(CodeSystem):
-    """The system."""
-
-    config: MosaicConfig
+class MosaicFamily(Family):
+    """How the parts of a system are loaded."""
 
     @classmethod
-    def load(cls, config: MosaicConfig, placement: Placement, log: Log = None) -> Self:
+    def load(cls, config: MosaicConfig, placement: Placement) -> Self:
         tokenizer = MultimodalTokenizer.from_pretrained(config.path("tokenizer"))
-        images = load_images(config, placement)
-        llm, engine = cls.load_language_model(config, tokenizer, placement)
-        return cls(config, tokenizer, llm, images, log, engine=engine)
+        return cls.of_parts(config, tokenizer, load_images(config, placement), placement)
+
+
+class Mosaic(MultimodalSystem):
+    """The system."""
+
+    family_class = MosaicFamily
 
 
 def load_images(config: MosaicConfig, placement: Placement) -> MosaicCodec:

@@ -68,11 +68,11 @@ def check_system(task: TuningTask, parts_dir: Path, merged: Path) -> None:
             expected = task.module(**inputs)
             trained = TrainedAgent(
                 system.llm,
-                system.agent.input_resampler,
-                system.agent.output_resampler,
-                system.agent.settings,
+                system.family.agent.input_resampler,
+                system.family.agent.output_resampler,
+                system.family.agent.settings,
             )
-            trained.patch_pos_embed = system.agent.patch_pos_embed
+            trained.patch_pos_embed = system.family.agent.patch_pos_embed
             losses = trained(**inputs)
         for name, value in expected.items():
             assert float(losses[name]) == pytest.approx(float(value), rel=1e-4, abs=1e-6), name

@@ -1,0 +1,220 @@
+"""`Family`: what a model family defines; by default its images are codes between texts.
+
+images ─► codes ─► prompt ids ─► language model ─► answer ids ─► texts and codes ─► images
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
+
+from torch import Tensor
+
+from seed_multimodal.images.io import ImageSource, is_image
+from seed_multimodal.inference.backends.torch import joined
+from seed_multimodal.inference.opening import TORCH
+from seed_multimodal.inference.prompt import HiddenStates, ImageFeatures, Prompt
+from seed_multimodal.language.answer import Answer, ImagePart
+from seed_multimodal.language.llm import check_vocab_size
+from seed_multimodal.language.lora import load_llm_or_adapter
+from seed_multimodal.language.messages import Message
+from seed_multimodal.language.prompts import (
+    PromptTemplate,
+    TaskPrompts,
+    Turn,
+    get_template,
+    merge_text,
+)
+from seed_multimodal.language.text_tokenizer import Part, TextTokenizer
+from seed_multimodal.pipelines.config import SystemConfig
+from seed_multimodal.pipelines.images import ImageInput, Options, Placement
+
+if TYPE_CHECKING:
+    from seed_multimodal.language.llm import LanguageModel
+
+Task = Literal["describe", "ask", "detect", "draw", "edit", "chat"]
+Edges = tuple[float, ...]  # of a box: left, top, right, bottom
+
+
+class Family:
+    """The parts of a loaded system, and what differs between families.
+
+    The methods are those of systems with images as codes in a prompt template: such a family only
+    defines `load`, which ends with `of_parts`.
+
+    llm: None: the engine has it, outside of torch.
+    template: of conversations; None: the system answers single messages.
+    tasks: sentences of its prompts.
+    """
+
+    # Generation settings by task, below those of `system.json`.
+    defaults: ClassVar[dict[str, Options]] = {}
+    # Whether prompts are ids without features of images, so that other engines can run them.
+    prompts_are_ids: ClassVar[bool] = True
+    # Whether texts without images can only be drawn (LaVIT).
+    answers_only_about_images: ClassVar[bool] = False
+    detects: ClassVar[bool] = False  # whether answers can have boxes (SEED-X)
+
+    def __init__(
+        self,
+        config: Any,
+        tokenizer: TextTokenizer,
+        llm: LanguageModel | None,
+        images: Any,
+        template: PromptTemplate | None = None,
+    ) -> None:
+        self.config = config
+        self.tokenizer = tokenizer
+        self.llm = llm
+        self.images = images
+        self.template = template
+        self.tasks: TaskPrompts = config.tasks
+
+    # ---- loading
+
+    @classmethod
+    def check_decoder(cls, config: Any) -> None:
+        """Raise CheckpointError if the de-tokenizer's folder is there, but lacks a file."""
+
+    @classmethod
+    def load(cls, config: Any, placement: Placement) -> Self:
+        """Load the parts of a system. Raises CheckpointError, ConfigError: missing or wrong."""
+        raise NotImplementedError
+
+    @classmethod
+    def of_parts(
+        cls, config: Any, tokenizer: TextTokenizer, images: Any, placement: Placement
+    ) -> Self:
+        """A system of codes in the template of `config`, with its language model."""
+        llm = load_language_model(config, tokenizer, placement)
+        if llm is not None:
+            check_vocab_size(llm.config.vocab_size, tokenizer.vocabulary, config.name)
+        return cls(config, tokenizer, llm, images, get_template(config.template, tokenizer))
+
+    # ---- answers
+
+    def settings(self, task: str) -> Options:
+        """Generation settings of a task, with the texts (`stop`) and tokens that end an answer."""
+        stop = self.template.stop_sequences if self.template else ()
+        return {**self.config.generation, "stop": (*stop, *self.config.generation.get("stop", ()))}
+
+    def read_chat(self, conversation: list[Message], draws: bool) -> tuple[Task, list[Message]]:
+        """A conversation as the model was trained to read it, and its task.
+
+        draws: whether the answer must be an image.
+        """
+        return "chat", conversation
+
+    def drawing_requests(
+        self, conversations: Sequence[Sequence[Message]], options: Options
+    ) -> Sequence[Sequence[Message]]:
+        """Conversations of drawings, with what a family takes out of `options` for its prompts."""
+        return conversations
+
+    def text(self, answer: Answer, task: Task) -> str:
+        """The displayed text of an answer."""
+        return answer.text
+
+    def boxes(self, answer: Answer) -> tuple[list[Edges], list[str]]:
+        """Boxes of an answer, as shares of the image's sides, and notes about malformed ones."""
+        return [], []
+
+    def detection(self, image: Any, ids: Sequence[int], opened: bool) -> Any:
+        """The boxes of an answer, if it `detects`; `opened`: the prompt ended inside a box."""
+        raise NotImplementedError
+
+    def image_inputs(
+        self, parts: Sequence[ImagePart], states: HiddenStates, row: int
+    ) -> Sequence[ImageInput]:
+        """Input of `images.draw` for images of answer `row`."""
+        return [part.codes for part in parts]
+
+    def drawing_settings(self, prompts: Sequence[Prompt]) -> Options:
+        """Further settings of `images.draw` for images that answer these prompts, one each."""
+        return {}
+
+    # ---- prompts
+
+    def prompts(
+        self,
+        conversations: Sequence[Sequence[Message]],
+        task: Task,
+        opening: str = "",
+        seeds: Sequence[int | None] | None = None,
+    ) -> list[Prompt]:
+        """Conversations as prompts.
+
+        opening: text with which the answers begin. seeds: of stochastic encoders (LaVIT's).
+        """
+        # 1. All images are encoded together; the codes are used up in the same order.
+        images: list[ImageSource] = []
+        for conversation in conversations:
+            for message in conversation:
+                images += message.images
+        rows = self.images.encode(images) if images else ()
+        codes = (row.tolist() for row in rows)
+
+        # 2. The ids of each conversation, and of the text with which its answer begins.
+        answered = self.tokenizer.encode_parts([opening]) if opening else []
+        prompts: list[Prompt] = []
+        for conversation in conversations:
+            ids = self._conversation_ids(conversation, codes)
+            prompts.append(Prompt([*ids, *answered], answered=answered))
+        return prompts
+
+    def embed_features(self, features: Sequence[ImageFeatures]) -> Tensor:
+        """Features of a prompt's images → embeddings `[n, D]`; the engine's thread calls it."""
+        return joined(features)
+
+    def prompt_ids(self, turns: Sequence[Turn], system: str = "") -> list[int]:
+        """`<s>` and a conversation, turns of texts and codes, up to where the answer begins."""
+        assert self.template is not None
+        return self.tokenizer.encode_parts(self.template.render(turns, system), add_bos=True)
+
+    def _conversation_ids(
+        self, conversation: Sequence[Message], codes: Iterator[list[int]]
+    ) -> list[int]:
+        """A conversation as ids; `codes` yields those of its input images in order."""
+        # 1. A raw message has no template.
+        first = conversation[0]
+        if first.role == "raw":
+            return self.tokenizer.encode_parts(merge_text(self._parts(first, codes)), add_bos=True)
+
+        # 2. Texts of all system messages, and the turns.
+        system: list[str] = []
+        turns: list[Turn] = []
+        for message in conversation:
+            if message.role == "system":
+                system.append(message.text)
+            else:
+                turns.append((message.role, self._parts(message, codes)))
+        return self.prompt_ids(turns, "\n".join(system))
+
+    def _parts(self, message: Message, codes: Iterator[list[int]]) -> list[Part]:
+        """A message's texts, and its images as codes; those of answers have them already."""
+        parts: list[Part] = []
+        for item in message.content:
+            if isinstance(item, str):
+                parts.append(item)
+            elif isinstance(item, ImagePart):
+                parts.append(list(item.codes))
+            elif is_image(item):
+                parts.append(next(codes))
+            else:
+                parts.append(self.images.check_codes([item])[0].tolist())
+        return parts
+
+
+def load_language_model(
+    config: SystemConfig, tokenizer: TextTokenizer, placement: Placement
+) -> LanguageModel | None:
+    """The language model of a system, a LoRA with its base; None: an engine outside has it."""
+    if placement.engine.name != TORCH:
+        return None
+    return load_llm_or_adapter(
+        config.path("llm"),
+        device=placement.llm_load_device,
+        dtype=placement.llm.dtype,
+        quantization=placement.quantization,
+        tokenizer=tokenizer,
+    )
