@@ -192,7 +192,15 @@ def test_draw_with_nan_weights_fails(case: Case):
         case.draw([0], [1])
 
 
-@pytest.mark.parametrize("family", ["sd", "unclip", "sdxl"])
+def test_sdxl_guides_without_null_embeds(models_dir: Path):
+    # Before the vision encoder gave them, zeros are unconditional.
+    case = open_case(models_dir, "sdxl")
+    case.model.null_embeds = None
+    unguided = case.draw([0], [1], guidance_scale=1.0)
+    assert np.abs(case.draw([0], [1], guidance_scale=5.0) - unguided).max() > 1
+
+
+@pytest.mark.parametrize("family", ["sd", "unclip", "sdxl", "lavit"])
 def test_draw_of_embeddings_of_another_width(models_dir: Path, family):
     shape = (1, 5) if family == "unclip" else (1, 4, 5)
     with pytest.raises(CheckpointError, match="width 5"):
