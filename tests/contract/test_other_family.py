@@ -122,20 +122,31 @@ def test_server_and_page_of_the_system(mosaic: Any):
     server = Running(mosaic)
     models = requests.get(f"{server.root}/v1/models", timeout=20).json()
     assert models["data"][0]["family"] == "mosaic"
-    client = ModelClient(f"{server.root}/generate", find_family("seed_llama").card)
+    client = ModelClient(f"{server.root}/generate", find_family("seed_llama").page_cards().family)
     updates = asyncio.run(ChatSession([client], client).on_model(0))
     assert updates[1] == "# Mosaic"
     assert [update["maximum"] for update in updates[9:11]] == [32, 32]
-    assert replace(find_family("mosaic"), card=None).page_card().title == "Mosaic"
+    assert replace(find_family("mosaic"), cards=None).page_cards().family.title == "Mosaic"
 
 
 # ---- packages that cannot be used
 
 
-def test_a_family_that_cannot_be_imported_is_left_out(other_site: Path):
+@pytest.mark.parametrize(
+    ("module", "named"),
+    [("no_such_module", "broken"), ("mistyped", "unknown key 'tab' .did you mean 'tabs'")],
+    ids=["import", "cards"],
+)
+def test_a_family_that_cannot_be_used_is_left_out(other_site: Path, module: str, named: str):
     # A broken package must not break the others.
-    install(other_site, "broken", {GROUP: {"broken": "no_such_module:SPEC"}})
-    with pytest.warns(SeedWarning, match="broken"):
+    install(other_site, "broken", {GROUP: {"broken": f"{module}:SPEC"}})
+    (other_site / "cards.yaml").write_text("family: {title: Mistyped, tab: [draw]}")
+    (other_site / "mistyped.py").write_text(
+        "from pathlib import Path\n"
+        "from seed_multimodal.models.registry import PageCards\n"
+        "SPEC = PageCards.read(Path(__file__).with_name('cards.yaml'))\n"
+    )
+    with pytest.warns(SeedWarning, match=named):
         assert families()[-1].name != "broken"
 
 

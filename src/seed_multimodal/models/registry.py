@@ -21,10 +21,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
 
+from seed_multimodal.config import load_yaml
 from seed_multimodal.errors import ConfigError, SeedWarning
 from seed_multimodal.language.prompts import DEFAULT_TASKS, TaskPrompts
 from seed_multimodal.plugins import import_entry, registered
-from seed_multimodal.settings import nearest
+from seed_multimodal.settings import nearest, read_settings
 
 T = TypeVar("T")
 BUILT_IN = (
@@ -94,6 +95,20 @@ class ModelCard:
     ratios: tuple[str, ...] = ()
 
 
+@dataclass(frozen=True)
+class PageCards:
+    """The chat page of a family's models, and of single models that differ, by the name of their
+    folder: what its `cards.yaml` holds."""
+
+    family: ModelCard
+    models: Mapping[str, ModelCard] = field(default_factory=dict)
+
+    @classmethod
+    def read(cls, file: Path) -> PageCards:
+        """Raises ConfigError: not readable, an unknown key or a missing one."""
+        return read_settings(cls, load_yaml(file), str(file))
+
+
 @dataclass(frozen=True, kw_only=True)
 class FamilySpec:
     """A model family; its module must be importable without torch.
@@ -113,8 +128,7 @@ class FamilySpec:
         trainings: by the name of their program.
         exports: what `seed export-tokenizer` reads, by its flag.
         starts: YAML file of what `seed init` makes (see there).
-        card: the chat page of its models; None: one with its title.
-        cards: of single models that differ, by the name of their folder.
+        cards: the chat page of its models; None: a card with its title.
     """
 
     title: str
@@ -127,8 +141,7 @@ class FamilySpec:
     trainings: Mapping[str, Training] = field(default_factory=dict)
     exports: Mapping[str, TokenizerExport] = field(default_factory=dict)
     starts: Path | None = None
-    card: ModelCard | None = None
-    cards: Mapping[str, ModelCard] = field(default_factory=dict)
+    cards: PageCards | None = None
 
     @property
     def name(self) -> str:
@@ -141,8 +154,8 @@ class FamilySpec:
         """The name of the system's class, as `SeedLlama`."""
         return self.system.rpartition(":")[2]
 
-    def page_card(self) -> ModelCard:
-        return self.card or ModelCard(self.title)
+    def page_cards(self) -> PageCards:
+        return self.cards or PageCards(ModelCard(self.title))
 
     def system_class(self) -> Any:
         """The class of its `MultimodalSystem`."""
@@ -186,7 +199,7 @@ def _check_names(specs: Sequence[FamilySpec]) -> None:
             "training": spec.trainings,
             "decoder": spec.decoders,
             "export": spec.exports,
-            "card": spec.cards,
+            "card": spec.page_cards().models,
         }
         for kind, kind_names in names.items():
             for name in kind_names:
@@ -229,5 +242,5 @@ def model_cards() -> dict[str, ModelCard]:
     """The chat page's models of all families, by name."""
     cards: dict[str, ModelCard] = {}
     for spec in families():
-        cards |= spec.cards
+        cards |= spec.page_cards().models
     return cards

@@ -542,7 +542,7 @@ class Backend:
 
     def _drawing_options(self, request: ImageOptions, ratio: str | None) -> Options:
         """Settings of drawing by `size` and `ratio`. Raises RequestError: no such one."""
-        ratios = find_family(self.system.config.system).page_card().ratios or ("1:1",)
+        ratios = find_family(self.system.config.system).page_cards().family.ratios or ("1:1",)
         field = "ratio"
         sides: Sequence[int] = ()
         if request.size:

@@ -44,7 +44,7 @@ class ModelClient:
         cards = model_cards()
         card = cards.get(self.name) or cards.get(f"seed-llama-{self.name}")
         if card is None and "family" in model:
-            card = find_family(model["family"]).page_card()
+            card = find_family(model["family"]).page_cards().family
         self.card = card or self.card
         self.codes_per_image = model.get("codes_per_image", 0)
 

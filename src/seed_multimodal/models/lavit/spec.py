@@ -4,18 +4,16 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal, Self
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.prompts import TaskPrompts
-from seed_multimodal.models.lavit.ratios import RATIOS
 from seed_multimodal.models.registry import (
-    Example,
     FamilySpec,
-    ModelCard,
+    PageCards,
     TokenizerExport,
     Training,
 )
@@ -126,18 +124,6 @@ class LavitConfig(SystemConfig):
         return super().parts_to_save()
 
 
-_CARD = ModelCard(
-    "LaVIT",
-    tabs=("draw",),
-    examples=(
-        Example("What is in the picture?", ("cat.jpg",)),
-        Example("", ("fox_and_snowman.png",)),
-    ),
-    keeps_aspect=True,
-    single_turn_template=("", ""),
-    ratios=tuple(RATIOS),
-)
-
 SPEC = FamilySpec(
     title="LaVIT",
     config=LavitConfig,
@@ -174,16 +160,5 @@ SPEC = FamilySpec(
         )
     },
     starts=Path(__file__).with_name("starts.yaml"),
-    card=_CARD,
-    cards={
-        "lavit": _CARD,
-        "nano-lavit": replace(
-            _CARD,
-            title="SEED nano-lavit",
-            examples=(
-                Example("What is the background?", ("fox_and_snowman.png",)),
-                Example("", ("two_crabs.png",)),
-            ),
-        ),
-    },
+    cards=PageCards.read(Path(__file__).with_name("cards.yaml")),
 )

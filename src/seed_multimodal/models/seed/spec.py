@@ -9,13 +9,11 @@ from pathlib import Path
 from typing import Any, Self
 
 from seed_multimodal.disk import JsonObject
-from seed_multimodal.language import prompts
 from seed_multimodal.language.hub_tokenizer import has_chat_template
 from seed_multimodal.language.prompts import CHAT, template_for
 from seed_multimodal.models.registry import (
-    Example,
     FamilySpec,
-    ModelCard,
+    PageCards,
     TokenizerExport,
     Training,
 )
@@ -150,30 +148,6 @@ def _template(tokenizer: Path | None, llm_sizes: JsonObject) -> str:
     return template_for(llm_sizes.get("hidden_size"))
 
 
-_SNOWMAN = ("fox_and_snowman.png",)
-# The questions of the original's scripts, then its page's examples, with images of this repository.
-_EXAMPLES = (
-    Example(prompts.DEMO_QUESTIONS[0], ("cat.jpg",), then=(prompts.DEMO_QUESTIONS[2],)),
-    Example("Add sunglasses to the animal.", ("cat.jpg",)),
-    Example("Transform this image into cartoon style", ("castle.png",)),
-    Example("Generate an image of dog on green grass."),
-    Example("Draw a painting of sunflowers in Van Gogh style."),
-    Example("How many crabs in the image?", ("two_crabs.png",)),
-    Example("Who are they?", _SNOWMAN),
-)
-_NANO_EXAMPLES = (
-    Example(
-        "Please draw a noto dog left of a tree in a meadow.",
-        then=("Swap the dog and the tree.", "Put it at night.", "What is on the left?"),
-    ),
-    Example(prompts.DESCRIBE_PROMPT, _SNOWMAN),
-    Example(f"What is on the left?{prompts.QA_SUFFIX}", _SNOWMAN),
-    Example("How many crabs are there?", ("two_crabs.png",), then=("Put it at night.",)),
-    Example("Swap the fox and the snowman.", _SNOWMAN),
-    Example("Make it green.", ("fox.png",)),
-    Example("Tell a story about a fox."),
-)
-
 SPEC = FamilySpec(
     title="SEED-LLaMA",
     config=SeedLlamaConfig,
@@ -206,15 +180,5 @@ SPEC = FamilySpec(
         )
     },
     starts=Path(__file__).with_name("starts.yaml"),
-    card=ModelCard("SEED-LLaMA", examples=_EXAMPLES),
-    cards={
-        "nano": ModelCard(
-            "SEED nano",
-            temperature=0.0,
-            max_rounds=5,
-            examples=_NANO_EXAMPLES,
-        ),
-        "seed-llama-8b": ModelCard("SEED-LLaMA 8B", examples=_EXAMPLES),
-        "seed-llama-14b": ModelCard("SEED-LLaMA 14B", examples=_EXAMPLES),
-    },
+    cards=PageCards.read(Path(__file__).with_name("cards.yaml")),
 )

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Self
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.language.prompts import SEED_X_TASKS, TaskPrompts
-from seed_multimodal.models.registry import Example, FamilySpec, ModelCard, Training
+from seed_multimodal.models.registry import FamilySpec, PageCards, Training
 from seed_multimodal.pipelines.config import SystemConfig, part
 
 
@@ -73,26 +73,6 @@ class SeedXConfig(SystemConfig):
             file.unlink()
 
 
-_SNOWMAN = ("fox_and_snowman.png",)
-_FIND = Example(SEED_X_TASKS.detect_request("the snowman"), _SNOWMAN)
-_DESCRIBE = Example(SEED_X_TASKS.describe, _SNOWMAN)
-_BASE_CARD = ModelCard(
-    "SEED-X",
-    tabs=(),
-    temperature=0.0,
-    examples=(_DESCRIBE, Example("What is this?", ("cat.jpg",))),
-    keeps_aspect=True,
-    single_turn_template=("Question: ", "\nAnswer:"),
-    tasks=SEED_X_TASKS,
-)
-_TUNED_CARD = replace(
-    _BASE_CARD,
-    title="SEED-X-I",
-    tabs=("draw", "find"),
-    examples=(_DESCRIBE, _FIND, Example("Generate an image: a dog on the green grass")),
-    single_turn_template=None,
-)
-
 SPEC = FamilySpec(
     title="SEED-X",
     config=SeedXConfig,
@@ -114,26 +94,5 @@ SPEC = FamilySpec(
         ),
     },
     starts=Path(__file__).with_name("starts.yaml"),
-    card=_TUNED_CARD,
-    cards={
-        "seed-x": _BASE_CARD,
-        "seed-x-i": _TUNED_CARD,
-        "seed-x-edit": replace(
-            _TUNED_CARD,
-            title="SEED-X-Edit",
-            tabs=("edit",),
-            examples=(_DESCRIBE, Example("Make it under the sunset", ("fox.png",))),
-        ),
-        "nano-x": replace(
-            _TUNED_CARD,
-            title="SEED nano-x",
-            tabs=("draw", "edit", "find"),
-            examples=(
-                _DESCRIBE,
-                _FIND,
-                Example("Generate an image: a noto dog left of a tree"),
-                Example("Put it at night.", ("fox.png",)),
-            ),
-        ),
-    },
+    cards=PageCards.read(Path(__file__).with_name("cards.yaml")),
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-from seed_multimodal.models.registry import FamilySpec, ModelCard, Training
+from seed_multimodal.models.registry import FamilySpec, PageCards, Training
 from seed_multimodal.pipelines.config import CodeSystemConfig, part
 
 
@@ -28,5 +28,5 @@ SPEC = FamilySpec(
     trainings={"train_mosaic": Training("train", "mosaic.train:MosaicTask")},
     evaluation={"caption": {"max_new_tokens": 4}},
     starts=Path(__file__).with_name("starts.yaml"),
-    card=ModelCard("Mosaic", tabs=("draw",)),
+    cards=PageCards.read(Path(__file__).with_name("cards.yaml")),
 )
