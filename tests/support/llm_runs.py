@@ -56,17 +56,11 @@ COLOURS = {
 }
 
 
-def write_llama(folder: Path, vocab_size: int, **sizes: int) -> None:
+def write_llama(folder: Path, vocab_size: int) -> None:
     """A random LLaMA with the special ids of the originals."""
-    import torch
-    from transformers import LlamaConfig, LlamaForCausalLM
+    from tiny.language import random_llm
 
-    from seed_multimodal.language.llm import force_special_ids
-
-    torch.manual_seed(0)
-    llm = LlamaForCausalLM(LlamaConfig(**{**SIZES, **sizes}, vocab_size=vocab_size))
-    force_special_ids(llm)
-    llm.save_pretrained(folder)
+    random_llm("llama", vocab_size, initializer_range=0.02, **SIZES).save_pretrained(folder)
 
 
 def merged(groups: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:

@@ -1,11 +1,10 @@
-"""Tiny tokenizers and a tiny random LLaMA, one per session."""
+"""Tiny tokenizers, one per session."""
 
 from __future__ import annotations
 
 from pathlib import Path
 
 import pytest
-import torch
 from hypothesis import settings
 from random_images import noise
 
@@ -40,33 +39,6 @@ def tokenizer_folder(tmp_path_factory) -> Path:
 @pytest.fixture(scope="session")
 def tokenizer(tokenizer_folder: Path) -> MultimodalTokenizer:
     return MultimodalTokenizer.from_pretrained(tokenizer_folder)
-
-
-@pytest.fixture(scope="session")
-def llm_folder(tokenizer: MultimodalTokenizer, tmp_path_factory) -> Path:
-    """A random LLaMA of two layers for the tokenizer, with the legacy special ids of the 8B."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    torch.manual_seed(0)
-    config = LlamaConfig(
-        vocab_size=tokenizer.vocabulary.size,
-        hidden_size=32,
-        intermediate_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        max_position_embeddings=96,
-        bos_token_id=0,
-        eos_token_id=1,
-        use_cache=False,
-    )
-    model = LlamaForCausalLM(config)
-    # Larger weights, so that outputs differ from prompt to prompt.
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.4)
-    folder = tmp_path_factory.mktemp("llm")
-    model.save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")

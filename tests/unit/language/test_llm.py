@@ -24,6 +24,16 @@ from seed_multimodal.language.vocabulary import ImageVocabulary
 LLM = NANO / "seed_llama"
 
 
+@pytest.fixture(scope="module")
+def llm_folder(tokenizer: MultimodalTokenizer, tmp_path_factory) -> Path:
+    """A random LLaMA for the tokenizer, with the legacy special ids of the 8B."""
+    folder = tmp_path_factory.mktemp("llm")
+    ids = {"bos_token_id": 0, "eos_token_id": 1}
+    llm = random_llm("llama", tokenizer.vocabulary.size, use_cache=False, **ids)
+    llm.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture
 def folder(llm_folder: Path, tmp_path) -> Path:
     """A copy of the model's folder."""

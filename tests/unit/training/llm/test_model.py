@@ -14,8 +14,10 @@ import pytest
 import torch
 import torch.nn.functional as F
 from llm_losses import packed_loss, rows
+from llm_runs import SIZES
 from repository import ROOT
 from tensors import equal
+from tiny.language import random_llm
 
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.llm import LLAMA_IDS
@@ -32,13 +34,6 @@ from seed_multimodal.training.llm.model import (
 )
 
 CONFIGS = ROOT / "MultiModalLLM" / "configs" / "model"
-SIZES = {
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "max_position_embeddings": 64,
-}
 TEXT = 60
 CODES = 8
 TOKENIZER = SimpleNamespace(vocabulary=ImageVocabulary(TEXT, CODES, 4), special_ids=LLAMA_IDS)
@@ -48,24 +43,15 @@ VOCAB_SIZE = TOKENIZER.vocabulary.size
 @pytest.fixture(scope="module")
 def bases(tmp_path_factory) -> dict[str, Path]:
     """Base models: with text tokens only, with all tokens, with all tokens and tied embeddings."""
-    from transformers import LlamaConfig, LlamaForCausalLM
-
     folder = tmp_path_factory.mktemp("bases")
-    torch.manual_seed(0)
+    ids = {"bos_token_id": 0, "eos_token_id": 1}
     for name, vocab_size, tied in (
         ("text", TEXT, False),
         ("all", VOCAB_SIZE, False),
         ("tied", VOCAB_SIZE, True),
     ):
-        LlamaForCausalLM(
-            LlamaConfig(
-                **SIZES,
-                vocab_size=vocab_size,
-                tie_word_embeddings=tied,
-                bos_token_id=0,
-                eos_token_id=1,
-            )
-        ).save_pretrained(folder / name)
+        fields = {**SIZES, **ids, "tie_word_embeddings": tied, "initializer_range": 0.02}
+        random_llm("llama", vocab_size, **fields).save_pretrained(folder / name)
     return {name: folder / name for name in ("text", "all", "tied")}
 
 
