@@ -22,7 +22,9 @@ import pytest
 import requests
 from PIL import Image
 from repository import NANO, ROOT
-from served import CHAT, base64_of, png_of, read, serving, user
+from served import CHAT, read, serving, user
+
+from seed_multimodal.images.io import image_to_base64, image_to_bytes
 
 pytestmark = [pytest.mark.nightly, pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(900)]
 PLAIN = [str(ROOT / "gradio_demo" / "seed_llama_flask.py")]
@@ -58,9 +60,9 @@ def requests_of(seed: int) -> list[tuple[str, dict[str, Any]]]:
     return [
         (CHAT, {"messages": ask, **sampled}),
         (CHAT, {"messages": draw, "force_image": True, "seed": seed, "max_tokens": 40}),
-        ("/generate", {"text": text, "images": [base64_of(picture)], "seed": seed}),
+        ("/generate", {"text": text, "images": [image_to_base64(picture)], "seed": seed}),
         ("/v1/images/generations", {"prompt": "a red fox on a hill", "seed": seed}),
-        ("/v1/images/tokens", {"images": [base64_of(picture)]}),
+        ("/v1/images/tokens", {"images": [image_to_base64(picture)]}),
     ]
 
 
@@ -165,7 +167,10 @@ def hostile_bodies() -> Iterator[bytes]:
     """Decompression bombs, damaged files, large and deep bodies: bodies of `/generate`."""
     rng = np.random.default_rng(0)
     noise = Image.fromarray(rng.integers(0, 255, (900, 900, 3), dtype=np.uint8))
-    files = [png_of(Image.new("1", (5600, 5600))), png_of(Image.new("P", (5600, 5600)))]
+    files = [
+        image_to_bytes(Image.new("1", (5600, 5600))),
+        image_to_bytes(Image.new("P", (5600, 5600))),
+    ]
     for kind in ("GIF", "WEBP", "TIFF", "PNG", "JPEG"):
         output = io.BytesIO()
         noise.save(output, kind)

@@ -18,7 +18,7 @@ import requests
 from PIL import Image
 from waiting import wait_until
 
-from seed_multimodal.images.io import image_to_base64, image_to_bytes
+from seed_multimodal.images.io import image_to_base64
 
 CHAT = "/v1/chat/completions"
 # The text of `/generate` for a first message, of each family.
@@ -31,14 +31,6 @@ HI = PROMPTS["seed_llama"].format("hi")
 
 
 # ---- images and messages
-
-
-def png_of(image: Image.Image) -> bytes:
-    return image_to_bytes(image)
-
-
-def base64_of(image: Image.Image) -> str:
-    return image_to_base64(image)
 
 
 def read(text: str) -> Image.Image:
@@ -56,7 +48,7 @@ def user(*content: Any) -> dict[str, Any]:
         elif isinstance(item, list):
             parts.append({"type": "image_url", "codes": item})
         else:
-            url = f"data:image/png;base64,{base64_of(item)}"
+            url = f"data:image/png;base64,{image_to_base64(item)}"
             parts.append({"type": "image_url", "image_url": {"url": url}})
     return {"role": "user", "content": parts}
 
@@ -66,7 +58,7 @@ def user(*content: Any) -> dict[str, Any]:
 
 def generate(client: Any, text: str, *images: Any, **settings: Any) -> dict[str, Any]:
     """The answer of the original's route; images may be PIL images, base64 or codes."""
-    sent = [base64_of(image) if isinstance(image, Image.Image) else image for image in images]
+    sent = [image_to_base64(image) if isinstance(image, Image.Image) else image for image in images]
     response = client.post("/generate", json={"text": text, "images": sent, **settings})
     assert response.status_code == 200, response.json
     return response.json

@@ -15,8 +15,9 @@ import numpy as np
 import pytest
 from PIL import Image
 from random_images import noise
-from served import CHAT, HI, base64_of, chat, events, figures, png_of, read, user
+from served import CHAT, HI, chat, events, figures, read, user
 
+from seed_multimodal.images.io import image_to_base64, image_to_bytes
 from seed_multimodal.serving.schema import POSTED
 
 DRAW = "/v1/images/generations"
@@ -32,7 +33,7 @@ BODIES: dict[str, dict[str, Any]] = {
     CHAT: {"messages": ASK, "max_tokens": 4, "temperature": 0},
     RESPONSES: {"input": ASK[0]["content"], "max_output_tokens": 4, "temperature": 0},
     DRAW: {"prompt": "a fish", "seed": 3},
-    EDIT: {"prompt": "Make it green.", "seed": 3, "image": [png_of(noise(0))]},
+    EDIT: {"prompt": "Make it green.", "seed": 3, "image": [image_to_bytes(noise(0))]},
     TOKENS: {"codes": [CODES]},
 }
 JSON_ROUTES = [GENERATE, CHAT, RESPONSES, DRAW, TOKENS]
@@ -139,7 +140,7 @@ IMAGE_FIELDS: dict[str, tuple[str, dict[str, Any], Any]] = {
     ),
     "several files": (
         EDIT,
-        {"image": [png_of(noise(0)), png_of(noise(1))]},
+        {"image": [image_to_bytes(noise(0)), image_to_bytes(noise(1))]},
         lambda system: system.edit([[noise(0), noise(1)]], ["Make it green."], 3),
     ),
     "codes": (
@@ -190,7 +191,7 @@ def test_streams_of_images_are_the_images(client, route):
 )
 @pytest.mark.parametrize("route, name", [(CHAT, "messages"), (RESPONSES, "input")])
 def test_images_in_messages_are_read(client, route, name, part):
-    url = f"data:image/png;base64,{base64_of(noise(0))}"
+    url = f"data:image/png;base64,{image_to_base64(noise(0))}"
     content = [json.loads(part.replace("URL", url)), {"type": "text", "text": "What is it?"}]
     answers = [
         answer_of(post(client, route, **{name: [message]}))
@@ -397,11 +398,11 @@ def test_images_with_too_many_pixels_are_refused_unread(client_of, tiny, route):
         ([Image.new("1", (700, 700))] * 3, "image 2"),
         ([Image.new("1", (1100, 1000))], "image 0"),
     ):
-        texts = [base64_of(image) for image in images]
+        texts = [image_to_base64(image) for image in images]
         fields = {
             GENERATE: {"text": "<image>" * len(images), "images": texts},
             CHAT: {"messages": [user(*images)]},
-            EDIT: {"image": [png_of(image) for image in images]},
+            EDIT: {"image": [image_to_bytes(image) for image in images]},
             TOKENS: {"codes": None, "images": texts},
         }
         assert named in refusal(post(client, route, **fields[route]))

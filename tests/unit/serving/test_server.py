@@ -23,12 +23,13 @@ from served import (
     Running,
     events,
     figures,
-    png_of,
     read,
     serving,
     user,
 )
 from waiting import wait_until
+
+from seed_multimodal.images.io import image_to_bytes
 
 PROGRAM = str(ROOT / "gradio_demo" / "seed_llama_flask.py")
 TOKEN = "a secret of nobody"
@@ -246,7 +247,9 @@ def test_the_client_of_openai_reads_every_route(tiny):
 
     # 2. Images.
     drawn = openai.images.generate(prompt="a fish", n=2, response_format="b64_json")
-    edited = openai.images.edit(image=[png_of(noise(0)), png_of(noise(1))], prompt="Mix them.")
+    edited = openai.images.edit(
+        image=[image_to_bytes(noise(0)), image_to_bytes(noise(1))], prompt="Mix them."
+    )
     assert len([read(item.b64_json) for item in (*drawn.data, *edited.data)]) == 3
     events = [*openai.images.generate(prompt="a fish", stream=True, partial_images=1)]
     assert [type(event).__name__ for event in events] == [
