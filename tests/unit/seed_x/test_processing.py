@@ -1,10 +1,8 @@
 """SEED-X's tokens, prompts and boxes (those of the original scripts: golden kind
-`seedx_inference`).
+`seedx_inference`; malformed boxes: `unit/serving/test_systems.py`).
 """
 
 from __future__ import annotations
-
-import pytest
 
 from seed_multimodal.language.vocabulary import SeedXVocabulary
 from seed_multimodal.models.seed_x.processing import (
@@ -12,7 +10,6 @@ from seed_multimodal.models.seed_x.processing import (
     InputImage,
     SeedXPrompts,
     insert_images,
-    read_boxes,
 )
 
 
@@ -47,24 +44,6 @@ def test_dialogue_of_several_images_and_turns(seedx_tokenizer):
     rest = [*encode("A cat."), *encode("\n[INST] Where? [/INST]\n")]
     system = prompts.dialogue(turns, system="Be brief.")
     assert system == [1, *encode("Be brief.\n"), *opening, *rest]
-
-
-@pytest.mark.parametrize(
-    "text",
-    [
-        "<loc-1> <loc-2> <loc-3> <box_end>",
-        "<loc-1> a <loc-2> <loc-3> <loc-4> <box_end>",
-        "<loc-1> <loc-2> <loc-3> <loc-224> <box_end>",
-        "<loc-1> <loc-2> <loc-3> <loc-4>",
-    ],
-    ids=["three", "a word", "too large", "no end"],
-)
-def test_read_boxes_next_to_a_malformed_one(text):
-    # A half-written box is a note, the others are drawn.
-    good = "<box_start> <loc-1> <loc-2>\n<loc-3> <loc-4> <box_end>"
-    boxes, problems = read_boxes(f"<box_start> {text} it {good}.")
-    assert boxes == [Box(1, 2, 3, 4)]
-    assert len(problems) == 1
 
 
 def test_box_from_corners_and_back():

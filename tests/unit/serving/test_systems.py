@@ -43,13 +43,6 @@ def test_generate_draws_as_the_library(system, family_client, prompt):
     assert generate(family_client, text, force_boi=True, max_new_tokens=4)["images"]
 
 
-def test_chat_answers_as_the_library(system, family_client):
-    answer = chat(family_client, [user(noise(0), "What is it?")], **FIELDS)
-    expected = system.chat([user_message(noise(0), "What is it?")], **SETTINGS)
-    assert answer["content"].strip() == expected.text.strip()
-    assert answer["usage"]["completion_tokens"] == len(expected.ids)
-
-
 @pytest.mark.parametrize("text", ["", "\u0000", "\U0001f600", "</s><img>", "USER: \nASSISTANT:"])
 def test_generate_answers_or_refuses_any_text(family_client, text):
     for force in (False, True):
@@ -179,19 +172,26 @@ def test_boxes_are_shares_of_the_last_image(client_of, tiny_x):
     assert "<loc-8>" in generate(client, "[INST] Where is it? [/INST]\n")["text"]
 
 
+BOX = "<box_start><loc-1><loc-2><loc-3><loc-4><box_end>"
+
+
 @pytest.mark.parametrize(
-    "answer",
+    "malformed",
     [
         "<box_start><loc-1><loc-2><loc-3><box_end>",
-        "<box_start><loc-1><loc-2><loc-3>",
+        "<box_start><loc-1> a <loc-2><loc-3><loc-4><box_end>",
+        "<box_start><loc-1><loc-2><loc-3><loc-224><box_end>",
+        "<box_start><loc-1><loc-2><loc-3><loc-4>",
         "</img> a cat",
         "<img><img_00000><img_00001>",
     ],
+    ids=["three", "a word", "too large", "no end", "no image", "half an image"],
 )
-def test_malformed_answers_have_a_note(client_of, tiny_x, answer):
-    client = client_of(answering(tiny_x, answer))
+def test_malformed_answers_have_a_note(client_of, tiny_x, malformed):
+    # The well-formed box behind it is drawn nevertheless.
+    client = client_of(answering(tiny_x, f"{malformed} it {BOX}."))
     message = chat(client, [user(noise(0), "Where is it?")])
-    assert message["boxes"] == [] and len(message["notes"]) == 1
+    assert len(message["boxes"]) == len(message["notes"]) == 1
     response = generate(client, "[INST] <image>? [/INST]\n", noise(0))
     assert response["text"].count("<image>") == len(response["images"])
 
