@@ -27,7 +27,7 @@ class RecordedEngine(BaseEngine):
     def _enqueue(self, requests: Sequence[Request]) -> None:
         for request in requests:
             settings = {name: getattr(request.settings, name) for name in SETTINGS}
-            ids = list(request.sequences[0].prompt.ids)
+            ids = list(request.prompts[0].ids)
             self.calls.append({"input_ids": [ids], "generation_config": settings})
             # Delivered at once, as no model runs.
             for token in self.new_ids:

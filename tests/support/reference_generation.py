@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.inference.backends.torch import TorchBackend
-from seed_multimodal.inference.image_constraints import ImageConstraints, ImageLogitsProcessor
+from seed_multimodal.inference.image_constraints import ImageConstraints
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.inference.sampling import build_processors
 from seed_multimodal.inference.stopping import StopTexts
@@ -67,7 +67,7 @@ def _generate(
     processors = build_processors(settings, end_ids, embeds.device)
     if settings.constrain:
         opened = initial_ids[-1:] == [vocabulary.boi_id]
-        processors.insert(0, ImageLogitsProcessor(ImageConstraints(vocabulary), opened, budget))
+        processors.insert(0, ImageConstraints(vocabulary, opened, budget))
     names = [*BEAM_SETTINGS, *(SAMPLING_SETTINGS if settings.samples else ())]
     guidance = {}
     if settings.guidance != 1:

@@ -24,7 +24,8 @@ from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.views import AnyResolution, patch_positions
 from seed_multimodal.inference.backends.torch import TorchBackend
 from seed_multimodal.inference.engine import Engine
-from seed_multimodal.inference.prompt import GenerationSettings, HiddenStates, Prompt
+from seed_multimodal.inference.prompt import GenerationSettings, Prompt
+from seed_multimodal.inference.request import Request
 from seed_multimodal.language.llama_tokenizer import LlamaTokenizer
 from seed_multimodal.language.llm import load_llm
 from seed_multimodal.models.seed_x import modeling
@@ -228,24 +229,24 @@ class ContinuousLVLM(TrainedAgent):
             assert input_ids is not None
             ids = input_ids.flatten().tolist()
         if image_embeds is None:
-            request = Prompt(ids)
+            asked = Prompt(ids)
         else:
             embeds = self._embed_images(
                 ids, ids_cmp_mask, image_embeds, embeds_cmp_mask, patch_positions
             )
-            request = Prompt.of_embeddings(embeds)
+            asked = Prompt.of_embeddings(embeds)
         if ids[-1] == vocabulary.boi_id:
-            request.answered = [vocabulary.boi_id]  # the answer begins inside an image
+            asked.answered = [vocabulary.boi_id]  # the answer begins inside an image
 
         # 3. The answer, and the features of its images.
         settings = GenerationSettings(
             do_sample=False, num_beams=num_beams, max_new_tokens=max_new_tokens
         )
-        states = HiddenStates()
         backend = TorchBackend(self.llm, max_rows=num_beams)
         engine = Engine(backend, tokenizer.text, original_constraints=True)
-        answer = engine.generate([request], settings, states=states)[0]
-        features = self._image_features(answer, states, vocabulary.run())
+        [request] = engine.run([asked], settings)
+        answer = request.answers[0]
+        features = self._image_features(request, vocabulary.run())
         return {
             "text": answer_text(answer, tokenizer.text),
             "has_img_output": bool(features),
@@ -300,19 +301,19 @@ class ContinuousLVLM(TrainedAgent):
         batch = torch.tensor([ids], device=device)  # [1, L]
         return self.embed(batch, ids_mask.bool().to(device), features, centres)[0]
 
-    def _image_features(
-        self, answer: list[int], states: HiddenStates, image_tokens: list[int]
-    ) -> list[Tensor]:
-        """Features `[1, 64, K]` of each complete image of an answer.
+    def _image_features(self, request: Request, image_tokens: list[int]) -> list[Tensor]:
+        """Features `[1, 64, K]` of each complete image of a request's answer.
 
         image_tokens: `<img>`, 64 tokens, `</img>`.
         """
         features = []
+        answer = request.answers[0]
         for end in range(len(answer)):
             start = end + 1 - len(image_tokens)
             # The features come from the states at the tokens between `<img>` and `</img>`.
             if answer[start : end + 1] == image_tokens:
-                features.append(self.output_features(states.at(0, range(start + 1, end))[None]))
+                states = request.states_at(range(start + 1, end))
+                features.append(self.output_features(states[None]))
         return features
 
 

@@ -8,11 +8,10 @@ from dataclasses import replace
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.inference.likelihood import Likelihood, SampledAnswer
-from seed_multimodal.inference.prompt import GenerationSettings, HiddenStates, Prompt
+from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.inference.request import Request
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 
@@ -55,7 +54,6 @@ class BaseEngine(ABC):
         prompt: Prompt,
         settings: GenerationSettings,
         *,
-        states: dict[int, Tensor] | None = None,
         should_stop: Callable[[], bool] | None = None,
         previews: Sequence[int] = (),
     ) -> Request:
@@ -64,13 +62,10 @@ class BaseEngine(ABC):
         Raises GenerationError: an empty or too long prompt, or no space for a forced image;
         ConfigError: beams, which this engine does not have, or with guidance.
 
-        states: receives hidden states (see `HiddenStates`).
         should_stop: called before each token, also while the request waits; true raises `Stopped`.
         previews: see `AnswerReader`.
         """
-        request = self._new_request(
-            prompt, settings, states=states, should_stop=should_stop, previews=previews
-        )
+        request = self._new_request(prompt, settings, should_stop=should_stop, previews=previews)
         self._enqueue([request])
         return request
 
@@ -79,7 +74,6 @@ class BaseEngine(ABC):
         prompts: Sequence[Prompt],
         settings: GenerationSettings | Sequence[GenerationSettings],
         *,
-        states: HiddenStates | None = None,
         should_stop: Callable[[], bool] | None = None,
     ) -> list[list[int]]:
         """The ids of each answer, with `prompt.answered` and a forced `<img>` first.
@@ -87,10 +81,9 @@ class BaseEngine(ABC):
         settings: of all prompts, or of each. `num_return_sequences` answers for each prompt: of one
         beam search, or with a seed each. Raises as `submit` and `Request`.
         """
-        requests = self._new_requests(prompts, settings, states, should_stop=should_stop)
         answers: list[list[int]] = []
-        for request in self._finish(requests):
-            answers += [[*request.initial_ids, *ids] for ids in request.answers]
+        for request in self.run(prompts, settings, should_stop=should_stop):
+            answers += request.answers
         return answers
 
     def sample(
@@ -102,41 +95,28 @@ class BaseEngine(ABC):
 
         Raises as `generate`; ConfigError: beams, or an engine in another program.
         """
-        requests = self._new_requests(prompts, settings, log_probs=True)
-        if not self.has_scores or any(request.settings.num_beams > 1 for request in requests):
-            raise ConfigError(
-                "Log-probabilities need the engine torch or llama.cpp, without beams."
-            )
-        answers: list[SampledAnswer] = []
-        for request in self._finish(requests):
-            assert request.chooser is not None
-            answers.append(SampledAnswer(request.answers[0], request.chooser.log_probs))
-        return answers
+        requests = self.run(prompts, settings, records=True)
+        return [SampledAnswer(request.ids, request.log_probs) for request in requests]
 
-    def _new_requests(
+    def run(
         self,
         prompts: Sequence[Prompt],
         settings: GenerationSettings | Sequence[GenerationSettings],
-        states: HiddenStates | None = None,
         **options: Any,
-    ) -> list[Request]:
-        """All requests of a call, before the first one runs: one that does not fit fails all."""
+    ) -> Sequence[Request]:
+        """Finished requests, as `generate` makes them; `options`: of `Request`."""
+        # All are made before the first one runs: one that does not fit fails all.
         if isinstance(settings, GenerationSettings):
             settings = [settings] * len(prompts)
         requests: list[Request] = []
-        n_answers = 0
         for prompt, prompt_settings in zip(prompts, settings, strict=True):
-            n_copies = prompt_settings.num_return_sequences
             seed = prompt_settings.seed
-            for copy in range(1 if prompt_settings.num_beams > 1 else n_copies):
+            is_one_search = prompt_settings.num_beams > 1
+            for copy in range(1 if is_one_search else prompt_settings.num_return_sequences):
                 copy_seed = None if seed is None else (seed + copy) % 2**63
-                row_states = None if states is None else states[n_answers + copy]
                 copy_settings = replace(prompt_settings, seed=copy_seed)
-                requests.append(
-                    self._new_request(prompt, copy_settings, states=row_states, **options)
-                )
-            n_answers += n_copies
-        return requests
+                requests.append(self._new_request(prompt, copy_settings, **options))
+        return self._finish(requests)
 
     def _finish(self, requests: Sequence[Request]) -> Sequence[Request]:
         """Run requests to their ends; whatever ends this call early cancels the rest."""
@@ -144,7 +124,7 @@ class BaseEngine(ABC):
         try:
             for request in requests:
                 ids = list(request)
-                request.answers = request.answers or [ids]
+                request.answers = request.answers or [[*request.initial_ids, *ids]]
         finally:
             for request in requests:
                 request.cancel()
@@ -166,17 +146,20 @@ class BaseEngine(ABC):
         `submit`."""
         if settings.num_beams > 1 and not (self.has_beams and settings.guidance == 1):
             raise ConfigError("Beams need the engine torch, and no guidance: leave num_beams at 1.")
+        if options.get("records") and not (self.has_scores and settings.num_beams == 1):
+            raise ConfigError(
+                "Log-probabilities need the engine torch or llama.cpp, without beams."
+            )
         request = Request(
             prompt,
             settings,
             tokenizer=self.tokenizer,
-            device=self.device,
             budget=self._token_budget(prompt, settings),
             **options,
         )
-        if request.max_rows > self.n_rows:
+        if request.n_rows > self.n_rows:
             raise GenerationError(
-                f"The request needs {request.max_rows} rows of the KV cache (beams, and two with "
+                f"The request needs {request.n_rows} rows of the KV cache (beams, and two with "
                 f"guidance), but it has {self.n_rows}: use fewer beams, or give more memory by "
                 "--kv-cache or rows by --max_running."
             )
@@ -186,15 +169,12 @@ class BaseEngine(ABC):
         """Add a token to an answer without beams, deliver it, and end a complete answer."""
         if request.ended:
             return
-        sequence = request.sequences[0]
-        sequence.append(token, self.vocabulary)
-        if sequence.unconditional is not None:
-            sequence.unconditional.append(token, self.vocabulary)
+        request.ids.append(token)
         request.deliver(token)
 
         if token in request.end_ids or request.reader.found_stop:
             request.finish("stop")
-        elif len(sequence.ids) == request.budget:
+        elif len(request.ids) == request.budget:
             request.finish("length")
 
     def _token_budget(self, prompt: Prompt, settings: GenerationSettings) -> int:

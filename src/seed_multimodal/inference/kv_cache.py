@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.inference.prompt import NO_KEYS
-from seed_multimodal.inference.request import TokenSequence
 
 GIB = 1 << 30
 CPU_BYTES = 4 * GIB
@@ -59,34 +57,6 @@ def default_budget(device: torch.device) -> int:
         return CPU_BYTES
     free_bytes, _ = torch.cuda.mem_get_info(device)
     return int(GPU_SHARE * free_bytes)
-
-
-@dataclass(eq=False)
-class Slot:
-    """A row of the cache, and what it holds.
-
-    sequence: what runs in it.
-    keys: of the tokens that an idle row still holds (see `Prompt.prefix_keys`).
-    weights: with which they were computed (see `Backend.weights`).
-    """
-
-    row: int
-    sequence: TokenSequence | None = None
-    keys: np.ndarray = field(default_factory=lambda: NO_KEYS)
-    weights: object = None
-    freed_at: float = 0.0
-
-    def common_prefix(self, prompt_keys: np.ndarray) -> int:
-        """Tokens at the beginning of a prompt that the row holds; the last is always computed."""
-        cached = self.keys
-        if self.sequence is not None:
-            cached = self.sequence.prompt_keys[: self.sequence.n_cached]
-        length = min(len(cached), len(prompt_keys) - 1)
-        if length <= 0:
-            return 0
-        differs = cached[:length] != prompt_keys[:length]
-        first_difference = int(differs.argmax())
-        return first_difference if differs[first_difference] else length
 
 
 class KVCache:

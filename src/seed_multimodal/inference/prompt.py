@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any, TypeAlias
@@ -13,7 +12,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seed_multimodal.errors import GenerationError
 from seed_multimodal.settings import SEEDS, check_settings, setting
 
 # Below it sampling is greedy (scores differ by more than 0.0001 of it); above the maximum scores
@@ -149,26 +147,3 @@ def _fingerprint(features: ImageFeatures) -> int:
     for tensor in tensors:
         digest.update(tensor.detach().cpu().contiguous().view(torch.uint8).numpy())
     return int.from_bytes(digest.digest(), "big")
-
-
-class HiddenStates(defaultdict[int, dict[int, Tensor]]):
-    """The language model's last hidden states `[D]` (after its final norm).
-
-    Keys: the answer, then the position in it. Pass it to `Engine.generate` and read
-    `at(row, positions)`, also while the answer is generated.
-    """
-
-    def __init__(self) -> None:
-        super().__init__(dict)
-
-    def at(self, row: int, positions: Sequence[int]) -> Tensor:
-        """States `[len(positions), D]` of answer `row`.
-
-        The state at a token is known when the next one is chosen. Raises GenerationError: nothing
-        follows a token.
-        """
-        if not self[row].keys() >= set(positions):
-            raise GenerationError(
-                "The answer ends inside an image, so there is no state at its last word."
-            )
-        return torch.stack([self[row][position] for position in positions])

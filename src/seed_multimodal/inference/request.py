@@ -1,9 +1,10 @@
-"""The running `Request`, and the token sequences that it has in rows of the KV cache."""
+"""The running `Request`, and the rows of the KV cache in which it runs."""
 
 from __future__ import annotations
 
 import contextlib
 import queue
+import time
 from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
@@ -11,17 +12,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from seed_multimodal.errors import GenerationError
 from seed_multimodal.inference.prompt import (
+    NO_KEYS,
     GenerationSettings,
     Prompt,
     PromptInput,
     Stopped,
     random_seed,
 )
-from seed_multimodal.inference.sampling import LogitsProcessor, TokenChooser
+from seed_multimodal.inference.sampling import LogitsProcessor
 from seed_multimodal.language.answer import AnswerReader, Event
 from seed_multimodal.language.text_tokenizer import TextTokenizer
-from seed_multimodal.language.vocabulary import ImageVocabulary
 
 # What the engine hands to the caller: a token with its events (None: the caller reads it), an
 # error, or None (the end).
@@ -29,59 +31,49 @@ StreamItem = tuple[int, list[Event] | None] | BaseException | None
 
 
 @dataclass(eq=False)
-class TokenSequence:
-    """Tokens in one row of the KV cache: a prompt, and what was generated after it.
+class Row:
+    """A row of the KV cache, and what it holds.
 
-    prompt_input: the backend's form of the prompt (embeddings, or ids).
+    request: what runs in it; None: the row is idle.
+    prompt_input: the backend's form of the prompt (embeddings, or ids), until it is read.
+    keys: of the prompt, of an idle row those of all its tokens (see `Prompt.prefix_keys`).
     n_cached: tokens in the cache; between two steps all but the last generated one.
-    scores, state: of the first token, while another prompt of the request is still being read.
-    unconditional: of guidance, in a row of its own; it gets the same tokens. No beam or sampling
-    of its own (`is_unconditional`): only its scores are used.
+    scores, state: of the next token, `[1, V]` and `[D]`, after the whole prompt.
+    weights: with which the tokens were computed (see `Backend.weights`).
     """
 
-    request: Request
-    prompt: Prompt
-    prompt_keys: np.ndarray
-    is_unconditional: bool = False
+    index: int
+    request: Request | None = None
     prompt_input: PromptInput | None = None
+    keys: np.ndarray = field(default_factory=lambda: NO_KEYS)
     n_cached: int = 0
-    ids: list[int] = field(default_factory=list)
     scores: Tensor | None = None
     state: Tensor | None = None
-    in_image: bool = False
-    image_tokens: int = 0  # since `<img>`
-    hidden_states: dict[int, Tensor] = field(default_factory=dict)
-    unconditional: TokenSequence | None = None
+    weights: object = None
+    freed_at: float = 0.0
 
-    @property
-    def n_prompt(self) -> int:
-        return len(self.prompt_keys)
-
-    @property
-    def prompt_is_read(self) -> bool:
-        return self.n_cached >= self.n_prompt
-
-    @property
-    def tokens_for_images(self) -> int:
-        """Tokens left for images that begin now."""
-        if self.request.settings.images == "never":
+    def common_prefix(self, prompt_keys: np.ndarray) -> int:
+        """Tokens at the beginning of a prompt that the row holds; the last is always computed."""
+        length = min(len(self.keys), self.n_cached, len(prompt_keys) - 1)
+        if length <= 0:
             return 0
-        return self.request.budget - len(self.ids)
+        differs = self.keys[:length] != prompt_keys[:length]
+        first_difference = int(differs.argmax())
+        return first_difference if differs[first_difference] else length
 
-    def append(self, token: int, vocabulary: ImageVocabulary) -> None:
-        """Add a generated token."""
-        self.ids.append(token)
-        self.image_tokens += 1
-        if token == vocabulary.boi_id:
-            self.in_image = True
-            self.image_tokens = 0
-        elif token == vocabulary.eoi_id:
-            self.in_image = False
-
-    def cached_keys(self) -> np.ndarray:
-        """The keys of all tokens in the cache, for later prompts with the same beginning."""
-        keys = np.concatenate([self.prompt_keys, np.array(self.ids, dtype=np.int64)])
-        return keys[: self.n_cached]
+    def free(self, keep: bool) -> None:
+        """End the request's use of the row; with `keep` later prompts with the same beginning use
+        its tokens."""
+        assert self.request is not None
+        self.request.rows.remove(self)
+        keys = np.concatenate([self.keys, np.array(self.request.ids, dtype=np.int64)])
+        self.n_cached = self.n_cached if keep else 0
+        self.keys = keys[: self.n_cached]
+        self.request = None
+        self.prompt_input = None
+        self.scores = None
+        self.state = None
+        self.freed_at = time.monotonic()
 
 
 class Request:
@@ -90,12 +82,20 @@ class Request:
     The iteration raises the request's error. `ended` is set by either thread: by the engine's when
     the answer is complete or failed, by the caller's when it cancels. The engine frees the rows.
 
+    prompts: with a forced `<img>`; with guidance, the unconditional one behind it.
     initial_ids: ids of the answer that the prompt holds (`Prompt.answered`, a forced `<img>`).
-    budget: new tokens at most.
+    budget: new tokens at most; `image_budget`: into which images must fit.
+    ids: the generated tokens.
+    states: last hidden states (after the final norm) of SEED-X's model, see `states_at`.
+    answers: complete ids, with `initial_ids`, when all are finished; with beams the best ones, of
+    which the iteration gives the first.
     reader: parses the answer while it is generated, and finds its stops. `previews`: see there.
     finish_reason: "stop" (an end token or a stop), "length" (the budget) or None (neither yet).
-    chooser: of sampled requests, and of those whose log-probabilities are asked for.
-    answers: with beams the best ones, when all are finished; the iteration gives the first.
+    forced_ids: the tokens to choose, whatever their scores.
+    log_probs: natural logarithm of each chosen token's probability, with `records` or forced ids;
+    `is_greedy`: each one was the likeliest.
+    rows: of the cache, one for each prompt. processors, generator: for the choice of tokens. The
+    engine sets these when the request starts.
     """
 
     def __init__(
@@ -104,66 +104,67 @@ class Request:
         settings: GenerationSettings,
         *,
         tokenizer: TextTokenizer,
-        device: torch.device,
         budget: int,
-        states: dict[int, Tensor] | None = None,
         should_stop: Callable[[], bool] | None = None,
         previews: Sequence[int] = (),
-        log_probs: bool = False,
+        records: bool = False,
         forced_ids: Sequence[int] | None = None,
     ) -> None:
+        # 1. What is asked.
         vocabulary = tokenizer.vocabulary
         forced = [vocabulary.boi_id] if settings.forces_image else []
         self.settings = settings
+        self.prompts = [Prompt([*prompt.ids, *forced], prompt.images)]
+        if settings.guidance != 1:
+            self.prompts.append(Prompt(prompt.negative or [vocabulary.boi_id]))
         self.initial_ids = [*prompt.answered, *forced]
         end_ids = settings.stop_token_ids
         self.end_ids = list(tokenizer.eos_token_ids if end_ids is None else end_ids)
         self.budget = budget
+        self.image_budget = 0 if settings.images == "never" else budget
         self.should_stop = should_stop
-        self.states = states if vocabulary.fixed_image_order else None
+        self.records = records or forced_ids is not None
+        self.forced_ids = forced_ids
         self.seed: int | None = None
         if settings.samples:
             self.seed = random_seed() if settings.seed is None else settings.seed
-        self.chooser: TokenChooser | None = None
-        records = log_probs or forced_ids is not None
-        if settings.samples or records:
-            self.chooser = TokenChooser(settings, self.seed, device, forced_ids, records)
+
+        # 2. The answer.
+        self.ids: list[int] = []
+        self.states: list[Tensor] | None = [] if vocabulary.fixed_image_order else None
+        self.log_probs: list[float] = []
+        self.is_greedy = True
         self.finish_reason: str | None = None
         self.answers: list[list[int]] = []
         self.ended = False
-        self.processors: list[LogitsProcessor] = []  # the engine sets them when it starts
         self.reader = AnswerReader(tokenizer, settings.stop, previews, settings.stop_after)
         self._first_events: list[Event] = []
         for token in self.initial_ids:
             self._first_events += self.reader.read(token)
         self._stream: queue.SimpleQueue[StreamItem] = queue.SimpleQueue()
 
-        # The sequences in rows of the cache: one for a beam, and one more for each with guidance.
-        sequence = self._sequence(prompt, forced)
-        sequence.in_image = self.initial_ids[-1:] == [vocabulary.boi_id]
-        # Written while the answer is generated.
-        if self.states is not None:
-            sequence.hidden_states = self.states
-        if settings.guidance != 1:
-            negative = Prompt(prompt.negative or [vocabulary.boi_id])
-            sequence.unconditional = self._sequence(negative, [])
-            sequence.unconditional.is_unconditional = True
-        self.sequences = [sequence]
-
-    def _sequence(self, prompt: Prompt, forced: Sequence[int]) -> TokenSequence:
-        complete = Prompt([*prompt.ids, *forced], prompt.images)
-        return TokenSequence(self, complete, complete.prefix_keys())
+        # 3. What the engine computes with.
+        self.rows: list[Row] = []
+        self.processors: list[LogitsProcessor] = []
+        self.generator: torch.Generator | None = None
 
     @property
-    def rows(self) -> list[TokenSequence]:
-        """All sequences that have or need a row of the cache now."""
-        unconditional = [sequence.unconditional for sequence in self.sequences]
-        return [*self.sequences, *(sequence for sequence in unconditional if sequence is not None)]
+    def n_rows(self) -> int:
+        """Rows of the cache that the request needs."""
+        return max(len(self.prompts), self.settings.num_beams)
 
-    @property
-    def max_rows(self) -> int:
-        """Rows of the cache that the request needs at most."""
-        return max(len(self.rows), self.settings.num_beams)
+    def states_at(self, positions: Sequence[int]) -> Tensor:
+        """States `[len(positions), D]` at these tokens of the answer, also while it is generated.
+
+        The state at a token is known when the next one is chosen. Raises GenerationError: nothing
+        follows a token.
+        """
+        first = len(self.initial_ids) - 1  # the first state is the one at the prompt's last token
+        if self.states is None or positions[-1] - first >= len(self.states):
+            raise GenerationError(
+                "The answer ends inside an image, so there is no state at its last word."
+            )
+        return torch.stack([self.states[position - first] for position in positions])
 
     def searches_as(self, other: Request) -> bool:
         """Whether one beam search can answer both."""

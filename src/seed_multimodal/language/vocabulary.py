@@ -9,6 +9,7 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import ClassVar
 
 from seed_multimodal.errors import CodesError
@@ -57,29 +58,29 @@ class ImageVocabulary:
     image_only_when_forced: ClassVar[bool] = False
     ignored_below_id: ClassVar[int] = 0
 
-    @property
+    @cached_property
     def code_start(self) -> int:
         return self.n_text
 
-    @property
+    @cached_property
     def boi_id(self) -> int:
         return self.n_text + self.n_codes
 
-    @property
+    @cached_property
     def eoi_id(self) -> int:
         return self.boi_id + 1
 
-    @property
+    @cached_property
     def size(self) -> int:
         """Total number of tokens."""
         return self.n_text + self.n_codes + 2
 
-    @property
+    @cached_property
     def image_length(self) -> int:
         """Number of ids of one image, including start and end."""
         return self.tokens_per_image + 2
 
-    @property
+    @cached_property
     def min_codes(self) -> int:
         """Minimum number of codes of an image."""
         return self.tokens_per_image
@@ -96,7 +97,7 @@ class ImageVocabulary:
         codes = {code_token(code): self.code_start + code for code in range(self.n_codes)}
         return {**codes, BOI: self.boi_id, EOI: self.eoi_id}
 
-    @property
+    @cached_property
     def input_only_ids(self) -> slice:
         """Ids that prompts have and answers do not."""
         return slice(0, 0)
@@ -112,6 +113,15 @@ class ImageVocabulary:
     def is_code_id(self, id: int) -> bool:
         """Whether `id` is an image code."""
         return self.code_start <= id < self.code_start + self.n_codes
+
+    def tokens_in_open_image(self, ids: list[int]) -> int | None:
+        """Number of tokens behind the last `<img>`; None: `ids` do not end inside an image."""
+        if self.boi_id not in ids:
+            return None
+        n_tokens = ids[::-1].index(self.boi_id)
+        if self.eoi_id in ids[len(ids) - n_tokens :]:
+            return None
+        return n_tokens
 
     def is_image_token(self, id: int) -> bool:
         """Whether `id` is an image code, image start or image end."""
@@ -165,7 +175,7 @@ class SeedXVocabulary(ImageVocabulary):
     boxes: int = 32328
     fixed_image_order: ClassVar[bool] = True
 
-    @property
+    @cached_property
     def input_only_ids(self) -> slice:
         """`<patch>` and `</patch>`."""
         return slice(self.patches, self.patches + 2)
@@ -224,15 +234,15 @@ class SeedXVocabulary(ImageVocabulary):
             BOX_END: self.boxes + 1,
         }
 
-    @property
+    @cached_property
     def code_start(self) -> int:
         return self.codes
 
-    @property
+    @cached_property
     def boi_id(self) -> int:
         return self.brackets
 
-    @property
+    @cached_property
     def size(self) -> int:
         return self.n_text + self.n_codes + self.n_locations + 6
 

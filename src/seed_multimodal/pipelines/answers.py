@@ -9,7 +9,7 @@ from typing import Any
 from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.likelihood import Likelihood
-from seed_multimodal.inference.prompt import GenerationSettings, HiddenStates, Prompt
+from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.language.answer import Answer, AnswerReader, ImagePart
 from seed_multimodal.language.known_words import read_known_words
 from seed_multimodal.language.messages import Message, without_oldest_turn
@@ -196,17 +196,13 @@ class AnswerGenerator:
                 batch = slice(start, start + batch_size)
                 seeds = [row.seed for row in settings[batch]]
                 prompts = self._prompts(requests[batch], task, opening, seeds)
-                states = HiddenStates()
-                answer_ids = self.engine.generate(
-                    prompts, settings[batch], states=states, should_stop=should_stop
-                )
+                finished = self.engine.run(prompts, settings[batch], should_stop=should_stop)
 
                 # 2. Their texts, and the inputs of their images.
-                rows = zip(prompts, answer_ids, settings[batch], strict=True)
-                for row, (prompt, ids, row_settings) in enumerate(rows):
-                    answer = self.read_answer(ids, row_settings)
+                for prompt, request in zip(prompts, finished, strict=True):
+                    answer = self.read_answer(request.answers[0], request.settings)
                     parts = [part for part in answer.parts if isinstance(part, ImagePart)]
-                    inputs = self.family.image_inputs(parts, states, row) if parts else ()
+                    inputs = self.family.image_inputs(parts, request) if parts else ()
                     answers.append(GeneratedAnswer(answer, inputs, prompt))
                 bar.update(len(prompts))
         return answers

@@ -32,7 +32,6 @@ from seed_multimodal.inference.opening import (
 )
 from seed_multimodal.inference.prompt import (
     GenerationSettings,
-    HiddenStates,
     Prompt,
     Stopped,
     random_seed,
@@ -508,7 +507,6 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         drawing: settings of its images, with `should_stop`.
         previews: numbers of codes after which an unfinished image is shown.
         """
-        states = HiddenStates()
 
         def with_images(events: Iterable[Event]) -> Iterator[Event]:
             for event in events:
@@ -518,7 +516,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
                 if part is not None:
                     event["image"] = part.image = None
                     if self.images.can_draw:
-                        inputs = self.family.image_inputs([part], states, 0)
+                        inputs = self.family.image_inputs([part], request)
                         image = self.decode_images(inputs, [prompt], [settings.seed or 0], drawing)
                         event["image"] = part.image = image[0]
                 yield event
@@ -528,7 +526,6 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         request = self.engine.submit(
             prompt,
             settings,
-            states=states[0],
             should_stop=drawing["should_stop"],
             previews=previews if settings.num_beams == 1 else (),
         )

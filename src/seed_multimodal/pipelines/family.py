@@ -13,7 +13,8 @@ from torch import Tensor
 from seed_multimodal.images.io import ImageSource, is_image
 from seed_multimodal.inference.backends.torch import joined
 from seed_multimodal.inference.opening import TORCH
-from seed_multimodal.inference.prompt import HiddenStates, ImageFeatures, Prompt
+from seed_multimodal.inference.prompt import ImageFeatures, Prompt
+from seed_multimodal.inference.request import Request
 from seed_multimodal.language.answer import Answer, ImagePart
 from seed_multimodal.language.llm import check_vocab_size
 from seed_multimodal.language.lora import load_llm_or_adapter
@@ -123,10 +124,8 @@ class Family:
         """The boxes of an answer, if it `detects`; `opened`: the prompt ended inside a box."""
         raise NotImplementedError
 
-    def image_inputs(
-        self, parts: Sequence[ImagePart], states: HiddenStates, row: int
-    ) -> Sequence[ImageInput]:
-        """Input of `images.draw` for images of answer `row`."""
+    def image_inputs(self, parts: Sequence[ImagePart], request: Request) -> Sequence[ImageInput]:
+        """Input of `images.draw` for images of a request's answer."""
         return [part.codes for part in parts]
 
     def drawing_settings(self, prompts: Sequence[Prompt]) -> Options:

@@ -30,7 +30,7 @@ from transformers import (
 
 from seed_multimodal.disk import replace_folder
 from seed_multimodal.errors import ConfigError, GenerationError
-from seed_multimodal.inference.image_constraints import ImageConstraints, ImageLogitsProcessor
+from seed_multimodal.inference.image_constraints import ImageConstraints
 from seed_multimodal.inference.opening import torch_engine
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.inference.stopping import StopTexts
@@ -331,9 +331,8 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         # 2. Images stay well-formed, and an answer ends before the next turn.
         tokenizer = self.system.tokenizer
         self._fit_context(generation_config, int(attention_mask.sum(1).max()))
-        constraints = ImageLogitsProcessor(
-            ImageConstraints(tokenizer.vocabulary), budget=generation_config.max_new_tokens
-        )
+        budget = generation_config.max_new_tokens
+        constraints = ImageConstraints(tokenizer.vocabulary, budget=budget)
         processors = LogitsProcessorList([constraints, *options.pop("logits_processor", ())])
         criteria = StoppingCriteriaList(options.pop("stopping_criteria", ()))
         if settings.stop and settings.num_beams == 1:

@@ -23,7 +23,7 @@ from runner import DEFAULT_DIR, Recording, Tensors, assert_close, assert_gradien
 
 from seed_multimodal.compat.seed_x import ContinuousLVLM, Resampler
 from seed_multimodal.images.views import AnyResolution, patch_positions
-from seed_multimodal.inference.image_constraints import ImageConstraints, ImageLogitsProcessor
+from seed_multimodal.inference.image_constraints import ImageConstraints
 from seed_multimodal.language.llama_tokenizer import LlamaTokenizer
 from seed_multimodal.language.llm import ROTARY, force_special_ids
 from seed_multimodal.language.prompts import SEED_X_TASKS
@@ -165,7 +165,7 @@ def run_watched(
 
 def check_processor(meta: dict[str, Any], inputs: Tensors, tokenizer: MultimodalTokenizer) -> None:
     """Which tokens the original's processor changes: to 0 if forbidden, else it forces them."""
-    processor = ImageLogitsProcessor(ImageConstraints(tokenizer.vocabulary, original=True))
+    processor = ImageConstraints(tokenizer.vocabulary, original=True)
     image = tokenizer.vocabulary.run()
     assert_same(image, meta["img_ids_list"], "tokens of an image")
     for case in meta["logits_processor"]:

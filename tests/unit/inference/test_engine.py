@@ -12,10 +12,10 @@ from reference_generation import embeddings, generate
 from tiny.language import ARCHITECTURES, random_llm
 from waiting import wait_until
 
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.inference.backends.torch import TorchBackend
 from seed_multimodal.inference.engine import Engine
-from seed_multimodal.inference.prompt import GenerationSettings, HiddenStates, Prompt, PromptImage
+from seed_multimodal.inference.prompt import GenerationSettings, Prompt, PromptImage
 
 GREEDY = GenerationSettings(max_new_tokens=30, do_sample=False)
 SAMPLED = GenerationSettings(max_new_tokens=30, temperature=3.0, top_p=0.9, top_k=0)
@@ -209,20 +209,21 @@ def test_answers_of_beams_end_at_their_own_context(tiny):
 )
 def test_hidden_states_are_those_of_a_plain_pass(tiny_x, settings, end_ids):
     # SEED-X draws from them: another beam's states are another image.
-    states = HiddenStates()
     asked = prompts(tiny_x)
     engine = engine_of(tiny_x, 4)
-    answers = engine.generate(asked, replace(settings, stop_token_ids=end_ids), states=states)
-    for row, (prompt, ids) in enumerate(zip(asked, answers, strict=True)):
+    requests = engine.run(asked, replace(settings, stop_token_ids=end_ids))
+    for prompt, request in zip(asked, requests, strict=True):
+        ids = request.answers[0]
         positions = range(len(ids) - 1)
-        assert set(states[row]) - {-1} == set(positions)  # -1: of the prompt
+        with pytest.raises(GenerationError):  # nothing follows the last token
+            request.states_at([len(ids) - 1])
         if not positions:
             continue
         with torch.inference_mode():
             complete = embeddings(tiny_x.llm, prompt, ids)
             passed = tiny_x.llm.model(inputs_embeds=complete[None]).last_hidden_state[0]
         expected = passed[len(prompt) : -1]
-        torch.testing.assert_close(states.at(row, positions), expected, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(request.states_at(positions), expected, rtol=1e-4, atol=1e-5)
 
 
 def test_prompts_of_other_images_share_no_more_than_their_text(tiny_x):

@@ -251,7 +251,7 @@ system = SeedLlama.from_pretrained(sys.argv[1], device="cpu", log=None)
 settings = GenerationSettings(max_new_tokens=400, min_new_tokens=400, do_sample=False)
 answer = lambda: print(len(system.engine.generate([Prompt([1, 5, 9])], settings)[0]))
 threading.Thread(target=answer, daemon=sys.argv[2] == "daemon").start()
-time.sleep(0.3)
+time.sleep(0.1)
 raise SystemExit(3)
 """
 

@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from seed_multimodal.inference.image_constraints import ImageConstraints, ImageLogitsProcessor
+from seed_multimodal.inference.image_constraints import ImageConstraints
 from seed_multimodal.language.vocabulary import ImageVocabulary
 
 PADDING = 3  # rows of the output layer behind the vocabulary
@@ -51,7 +51,7 @@ def test_any_sequence_follows_the_grammar(vocabulary, seed, budget, opened):
     # One token too many allowed, and the answer's image cannot be decoded; one too few, and the
     # model cannot say what it was trained to.
     generator = torch.Generator().manual_seed(seed)
-    process = ImageLogitsProcessor(ImageConstraints(vocabulary), opened=opened, budget=budget)
+    process = ImageConstraints(vocabulary, opened=opened, budget=budget)
     rows = torch.zeros(2, 0, dtype=torch.long)
     prefix = [vocabulary.boi_id] if opened else []
     for _ in range(budget or 20):
@@ -70,7 +70,7 @@ def test_any_sequence_follows_the_grammar(vocabulary, seed, budget, opened):
 def processed(vocabulary: ImageVocabulary, ids: list[int], **options) -> tuple[Tensor, Tensor]:
     scores = torch.randn(1, vocabulary.size)
     constraints = ImageConstraints(vocabulary, **options)
-    return scores, ImageLogitsProcessor(constraints)(torch.tensor([ids], dtype=torch.long), scores)
+    return scores, constraints(torch.tensor([ids], dtype=torch.long), scores)
 
 
 def test_allowed_tokens_keep_their_scores(vocabulary):

@@ -11,7 +11,7 @@ import torch
 from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.inference.backends.torch import TorchBackend
 from seed_multimodal.inference.engine import Engine
-from seed_multimodal.inference.image_constraints import ImageConstraints, ImageLogitsProcessor
+from seed_multimodal.inference.image_constraints import ImageConstraints
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.inference.sampling import build_processors, build_warpers
 
@@ -80,9 +80,8 @@ def recomputed(system: Any, prompt: Prompt, ids: list[int], settings: Generation
     device = torch.device("cpu")
     processors = build_processors(settings, system.tokenizer.eos_token_ids, device)
     if settings.constrain:
-        constraints = ImageConstraints(vocabulary)
-        budget = settings.max_new_tokens
-        processors.insert(0, ImageLogitsProcessor(constraints, bool(opening), budget))
+        constraints = ImageConstraints(vocabulary, bool(opening), settings.max_new_tokens)
+        processors.insert(0, constraints)
     if settings.samples:
         processors += build_warpers(settings)
     log_probs = []

@@ -58,13 +58,13 @@ def prompts(monkeypatch) -> list[list[int]]:
     from seed_multimodal.inference.engine import Engine
 
     recorded: list[list[int]] = []
-    real = Engine.generate
+    real = Engine.run
 
-    def generate(self: Any, prompts: Any, *rest: Any, **more: Any) -> Any:
+    def run(self: Any, prompts: Any, *rest: Any, **more: Any) -> Any:
         recorded.extend(list(prompt.ids) for prompt in prompts)
         return real(self, prompts, *rest, **more)
 
-    monkeypatch.setattr(Engine, "generate", generate)
+    monkeypatch.setattr(Engine, "run", run)
     return recorded
 
 

@@ -106,79 +106,66 @@ class CompletionServerEngine(BaseEngine):
 
     def _answer(self, request: Request) -> None:
         """All segments of an answer."""
-        settings = request.settings
-        sequence = request.sequences[0]
         while not request.ended:
-            if sequence.in_image and settings.constrain:
-                self._answer_image(request)
-            else:
-                self._answer_text(request)
+            n_before = len(request.ids)
+            body = self._segment(request)
+            choice = self._stream(request, body)
+            if request.ended:
+                return
 
-    def _answer_image(self, request: Request) -> None:
-        """The remaining codes of an image, and its end."""
-        sequence = request.sequences[0]
-        remaining = request.budget - len(sequence.ids)
-        n_codes = min(self.vocabulary.tokens_per_image - sequence.image_tokens, remaining)
-        limits: dict[str, object] = {
-            "allowed_token_ids": self._code_ids,
-            "min_tokens": n_codes,
-            "max_tokens": n_codes,
-        }
-        self._segment(request, (), limits)
-        self._append(request, self.vocabulary.eoi_id)
+            # The token that ended the segment; some servers leave it out of the ids.
+            if "allowed_token_ids" in body:
+                self._append(request, self.vocabulary.eoi_id)
+            elif choice["finish_reason"] == "stop":
+                last_id = request.ids[-1] if len(request.ids) > n_before else None
+                if last_id not in body["stop_token_ids"]:
+                    stop = choice.get("stop_reason", choice.get("matched_stop"))
+                    end_id = stop if isinstance(stop, int) else self.tokenizer.eos_token_id
+                    self._append(request, end_id)
 
-    def _answer_text(self, request: Request) -> None:
-        """Text up to the end of the answer or the start of an image, if that still fits."""
+    def _segment(self, request: Request) -> dict[str, Any]:
+        """The JSON that asks for the next tokens: the remaining codes of an image, or text up to
+        the end of the answer or the start of an image."""
         settings = request.settings
-        sequence = request.sequences[0]
-        n_tokens = len(sequence.ids)
+        vocabulary = self.vocabulary
+        n_tokens = len(request.ids)
         remaining = request.budget - n_tokens
-        min_tokens = max(settings.min_new_tokens - n_tokens, 0)
-        limits: dict[str, object] = {
-            "min_tokens": min(min_tokens, remaining),
-            "max_tokens": remaining,
-        }
-        stop_ids = list(request.end_ids)
-        if settings.constrain:
-            image_start = self.vocabulary.boi_id
-            stop_ids.append(image_start)
-            if sequence.tokens_for_images < self.vocabulary.image_length:
-                limits["logit_bias"] = {str(image_start): -100}
-        self._segment(request, stop_ids, limits)
-
-    def _segment_body(
-        self, request: Request, stop_ids: Sequence[int], limits: dict[str, object]
-    ) -> dict[str, object]:
-        """The JSON of a completion request that continues the answer."""
-        settings = request.settings
-        sequence = request.sequences[0]
-        body: dict[str, object] = {
+        body: dict[str, Any] = {
             "model": self.model,
-            "prompt": [*sequence.prompt.ids, *sequence.ids],
+            "prompt": [*request.prompts[0].ids, *request.ids],
             "stream": True,
             "return_token_ids": True,
-            "stop_token_ids": list(stop_ids),
+            "stop_token_ids": list(request.end_ids),
+            "min_tokens": min(max(settings.min_new_tokens - n_tokens, 0), remaining),
+            "max_tokens": remaining,
             "temperature": 0.0,
             "repetition_penalty": settings.repetition_penalty,
-            **limits,
         }
         if request.seed is not None:
             body["temperature"] = settings.temperature
             body["top_p"] = settings.top_p
             body["top_k"] = settings.top_k or -1
             # Segments of one seed would repeat the same random numbers.
-            body["seed"] = (request.seed + len(sequence.ids)) % 2**63
+            body["seed"] = (request.seed + n_tokens) % 2**63
+        if not settings.constrain:
+            return body
+
+        n_codes = vocabulary.tokens_in_open_image([*request.initial_ids, *request.ids])
+        if n_codes is not None:
+            n_missing = min(vocabulary.tokens_per_image - n_codes, remaining)
+            body["allowed_token_ids"] = self._code_ids
+            body["stop_token_ids"] = []
+            body["min_tokens"] = n_missing
+            body["max_tokens"] = n_missing
+            return body
+        body["stop_token_ids"].append(vocabulary.boi_id)
+        if request.image_budget - n_tokens < vocabulary.image_length:
+            body["logit_bias"] = {str(vocabulary.boi_id): -100}
         return body
 
-    def _segment(
-        self, request: Request, stop_ids: Sequence[int], limits: dict[str, object]
-    ) -> None:
-        """Stream one segment of an answer."""
-        sequence = request.sequences[0]
-        n_before = len(sequence.ids)
-        body = self._segment_body(request, stop_ids, limits)
-
-        # 1. The tokens, until the caller has left or the answer has ended.
+    def _stream(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+        """Append the tokens of one segment until it or the answer ends; returns the server's last
+        choice."""
         choice: dict[str, Any] = {}
         with self._response("post", "completions", body) as response:
             for line in response.iter_lines():
@@ -188,15 +175,10 @@ class CompletionServerEngine(BaseEngine):
                             self._append(request, token)
                 request.stop_if_asked()
                 if request.ended:
-                    return
+                    return choice
         if choice.get("finish_reason") is None:
             raise RequestError(f"{self.url} broke off its answer.")
-
-        # 2. The token that ended the segment, which some servers leave out of the ids.
-        last_id = sequence.ids[-1] if len(sequence.ids) > n_before else None
-        if stop_ids and choice["finish_reason"] == "stop" and last_id not in stop_ids:
-            stop = choice.get("stop_reason", choice.get("matched_stop"))
-            self._append(request, stop if isinstance(stop, int) else self.tokenizer.eos_token_id)
+        return choice
 
     @contextlib.contextmanager
     def _response(

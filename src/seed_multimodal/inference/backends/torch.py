@@ -15,11 +15,10 @@ from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.inference.backends.attention import AttentionMasks
 from seed_multimodal.inference.backends.base import NextTokens, PromptChunk
-from seed_multimodal.inference.image_constraints import ImageConstraints, ImageLogitsProcessor
 from seed_multimodal.inference.kv_cache import KVCache, default_budget, plan_cache
 from seed_multimodal.inference.prompt import ImageFeatures, Prompt
 from seed_multimodal.inference.request import Request
-from seed_multimodal.inference.sampling import build_processors, refuse_damaged
+from seed_multimodal.inference.sampling import LogitsProcessor
 from seed_multimodal.inference.stopping import StopTexts
 from seed_multimodal.language.llm import head_dim, output_scores
 from seed_multimodal.language.text_tokenizer import TextTokenizer
@@ -205,21 +204,18 @@ class TorchBackend:
     def search(
         self,
         requests: Sequence[Request],
-        constraints: ImageConstraints,
+        processors: Sequence[LogitsProcessor],
         tokenizer: TextTokenizer,
         all_ended: Callable[[], bool],
     ) -> None:
         """Set the best answers of requests with equal settings, by transformers' beam search.
 
+        processors: of their scores, without those of sampling.
         all_ended: called at each token; true ends the search.
         """
-        # 1. What the scheduler does for other requests, in transformers' form.
+        # 1. When a search ends, and how it samples.
         first = requests[0]
         settings = first.settings
-        processors = [refuse_damaged, *build_processors(settings, first.end_ids, self.device)]
-        if settings.constrain:
-            opened = first.sequences[0].in_image
-            processors.insert(1, ImageLogitsProcessor(constraints, opened, first.budget))
 
         def is_cancelled(ids: Tensor, scores: object, **kwargs: object) -> Tensor:
             return torch.full((len(ids),), all_ended(), device=ids.device)
@@ -232,7 +228,7 @@ class TorchBackend:
             sampling = {name: getattr(settings, name) for name in ("temperature", "top_p", "top_k")}
 
         # 2. The search, of prompts padded at the left. Sampled beams have a seed of their own.
-        prompts = [self.prepare(request.sequences[0].prompt) for request in requests]
+        prompts = [self.prepare(request.prompts[0]) for request in requests]
         masks = [torch.ones(len(prompt), dtype=torch.long) for prompt in prompts]
         embeddings = pad_sequence(prompts, batch_first=True, padding_side="left")  # [B, n, D]
         mask = pad_sequence(masks, batch_first=True, padding_side="left").to(embeddings.device)
@@ -249,7 +245,7 @@ class TorchBackend:
                 repetition_penalty=1.0,  # `processors` has it, as all that a model's files may set
                 eos_token_id=first.end_ids or None,
                 pad_token_id=tokenizer.pad_token_id,
-                logits_processor=processors,
+                logits_processor=list(processors),
                 stopping_criteria=criteria,
                 do_sample=first.seed is not None,
                 **sampling,
@@ -259,10 +255,10 @@ class TorchBackend:
         n_answers = settings.num_return_sequences
         for index, (request, prompt) in enumerate(zip(requests, prompts, strict=True)):
             answers = rows[index * n_answers : (index + 1) * n_answers]
-            request.answers = [_up_to_end(ids, request.end_ids) for ids in answers]
+            answers = [_up_to_end(ids, request.end_ids) for ids in answers]
+            request.answers = [[*request.initial_ids, *ids] for ids in answers]
             if request.states is not None:
-                states = self._states(prompt, request.answers[0])
-                request.states.update(enumerate(states, start=len(request.initial_ids) - 1))
+                request.states = list(self._states(prompt, answers[0]))
 
     def _states(self, prompt: Tensor, ids: Sequence[int]) -> Tensor:
         """The states `[len(ids), D]` from which each of these tokens was chosen."""

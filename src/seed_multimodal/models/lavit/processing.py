@@ -19,6 +19,7 @@ import importlib
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any, ClassVar, Self
 
@@ -51,17 +52,17 @@ class LavitVocabulary(ImageVocabulary):
     n_codes: int = 16384
     tokens_per_image: int = 256
 
-    @property
+    @cached_property
     def boi_id(self) -> int:
         """Id of an image's start."""
         return self.n_text
 
-    @property
+    @cached_property
     def code_start(self) -> int:
         """Id of code 0."""
         return self.n_text + 2
 
-    @property
+    @cached_property
     def min_codes(self) -> int:
         """The fewest codes of an image."""
         return 1

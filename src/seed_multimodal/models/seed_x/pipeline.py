@@ -32,7 +32,8 @@ from seed_multimodal.images.views import (
 )
 from seed_multimodal.inference.backends.torch import joined
 from seed_multimodal.inference.batching import ResultCache
-from seed_multimodal.inference.prompt import HiddenStates, Prompt, PromptImage
+from seed_multimodal.inference.prompt import Prompt, PromptImage
+from seed_multimodal.inference.request import Request
 from seed_multimodal.language.answer import Answer, ImagePart
 from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
 from seed_multimodal.language.llm import check_vocab_size, load_llm
@@ -352,14 +353,12 @@ class SeedXFamily(Family):
         corners = [box.corners(image.size, n_locations) for box in boxes]
         return Detection(image, corners, boxes, text, problems)
 
-    def image_inputs(
-        self, parts: Sequence[ImagePart], states: HiddenStates, row: int
-    ) -> Sequence[Tensor]:
-        """Features [64, K] of each image of answer `row`."""
+    def image_inputs(self, parts: Sequence[ImagePart], request: Request) -> Sequence[Tensor]:
+        """Features [64, K] of each image of a request's answer."""
         image_states: list[Tensor] = []
         for part in parts:
             positions = range(part.position, part.position + len(part.codes))
-            image_states.append(states.at(row, positions))
+            image_states.append(request.states_at(positions))
         with torch.inference_mode():
             return list(self.agent.output_features(torch.stack(image_states)).cpu())
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.disk import replace_text
-from seed_multimodal.inference.image_constraints import ImageConstraints, ImageLogitsProcessor
+from seed_multimodal.inference.image_constraints import ImageConstraints
 from seed_multimodal.language.answer import Answer, AnswerReader
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.training.llm.loss import use_attention
@@ -62,7 +62,7 @@ def greedy_answer(llama: LlamaForCausalLM, tokenizer: TextTokenizer, embeds: Ten
     if budget < 1:
         return []
     # Images have all their codes, and end before the budget.
-    constraints = ImageLogitsProcessor(ImageConstraints(tokenizer.vocabulary), budget=budget)
+    constraints = ImageConstraints(tokenizer.vocabulary, budget=budget)
     answer: list[int] = llama.generate(
         inputs_embeds=embeds[None],
         max_new_tokens=budget,
