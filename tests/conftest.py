@@ -16,7 +16,10 @@ import pytest
 
 import seed_multimodal  # noqa: F401  (before transformers: it sets HF_HUB_OFFLINE)
 
-os.environ.pop("PYTHONUNBUFFERED", None)  # programs flush each line when piped without it, too
+# Programs flush each line when piped without the first; pytest may itself run under torchrun.
+TORCHRUN = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
+for name in ("PYTHONUNBUFFERED", *TORCHRUN):
+    os.environ.pop(name, None)
 PROCESSES = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system")
 # Programs that reports call for the commit and the processor, in milliseconds.
 FOR_REPORTS = ("git", "uname")

@@ -10,8 +10,10 @@ from typing import Any
 import webdataset
 from random_images import noise
 
+from seed_multimodal.data.decoders.base import TrainingSequence
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.images.io import image_to_bytes
+from seed_multimodal.language.vocabulary import IGNORE_INDEX
 
 
 def jpeg(index: int, width: int = 64, height: int = 64) -> bytes:
@@ -45,3 +47,8 @@ def lines(path: Path, records: Iterable[dict[str, Any] | str]) -> Path:
     texts = [record if isinstance(record, str) else json.dumps(record) for record in records]
     path.write_text("".join(f"{text}\n" for text in texts))
     return path
+
+
+def learned(sequence: TrainingSequence) -> list[int]:
+    """Labels without those that are ignored."""
+    return [label for label in sequence.labels if label != IGNORE_INDEX]

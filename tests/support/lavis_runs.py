@@ -135,22 +135,6 @@ def write_config(stage: str, images: Path, output: Path) -> list[str]:
     return ["--cfg-path", str(file)]
 
 
-def write_clip(folder: Path, width: int = 16, side: int = 64) -> Path:
-    """A whole CLIP in transformers' layout at tiny size."""
-    import torch
-    from transformers import CLIPConfig, CLIPModel
-
-    # Both sides, of which stage 2 and the exports read that of images.
-    layers = {"num_hidden_layers": 1, "num_attention_heads": 2}
-    sizes = {"hidden_size": 32, "intermediate_size": 64, **layers}
-    text = {**sizes, "vocab_size": 99}
-    vision = {**sizes, "image_size": side, "patch_size": 16}
-    torch.manual_seed(0)
-    config = CLIPConfig(text_config=text, vision_config=vision, projection_dim=width)
-    CLIPModel(config).save_pretrained(folder)
-    return folder
-
-
 def log_of(folder: Path, stage: str) -> dict[int, dict[str, float]]:
     """Step → values of a run's log, those of evaluations included."""
     values: dict[int, dict[str, float]] = {}

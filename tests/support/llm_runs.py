@@ -121,6 +121,15 @@ def write_data(folder: Path, n_codes: int, per_image: int, records: int = 60) ->
     }
 
 
+def task_of(task_class: Any, config: dict[str, Any]) -> Any:
+    """A training's task in this process."""
+    import torch
+
+    from seed_multimodal.training.distributed import ProcessGroup
+
+    return task_class(task_class.read(config), ProcessGroup(), torch.device("cpu"))
+
+
 def write_files(folder: Path, **changes: Any) -> dict[str, Path]:
     """YAML files of all groups in `folder`; `changes` (model, data, trainer, optim) are merged into
     them."""
@@ -148,16 +157,9 @@ def overrides(files: dict[str, Path], output: Path, *more: str) -> list[str]:
 
 
 def environment(**values: str) -> dict[str, str]:
-    """The environment with one thread, without the hub, and without the variables of a process
-    group."""
-    # Pytest may itself run under torchrun.
-    inherited = {
-        key: value
-        for key, value in os.environ.items()
-        if key not in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT")
-    }
+    """The environment with one thread and without the hub."""
     return {
-        **inherited,
+        **os.environ,
         "OMP_NUM_THREADS": "1",
         "HF_HUB_OFFLINE": "1",
         "PYTHONPATH": str(ROOT / "src"),

@@ -6,12 +6,12 @@ import contextlib
 import signal
 import socket
 import subprocess
-import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import psutil
 import pytest
+import waiting
 
 STARTED: list[subprocess.Popen[str]] = []  # killed by `nothing_stays_behind`
 
@@ -56,10 +56,8 @@ def processes_with(argument: str) -> list[int]:
 def wait_until(
     true: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 200
 ) -> None:
-    """Wait until `true()`, the end of the process, or the timeout."""
-    deadline = time.monotonic() + seconds
-    while time.monotonic() < deadline and process.poll() is None and not true():
-        time.sleep(0.005)
+    """Until `true()` or the end of the process; AssertionError after the timeout."""
+    waiting.wait_until(lambda: true() or process.poll() is not None, seconds)
 
 
 def kill_when(

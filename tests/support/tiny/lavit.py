@@ -51,17 +51,6 @@ DECODER = LavitDecoderConfig(
     prompt_dim=CROSS - POOLED,
     pooled_dim=POOLED,
 )
-# Without a system: a smaller tokenizer, and conditions of a pixel decoder.
-SMALL = LavitTokenizerConfig(
-    vit=EvaConfig(image_size=SIZE, patch_size=4, width=16, depth=2, heads=2, mlp_width=24),
-    vit_head=8,
-    merger_depth=2,
-    merger_heads=2,
-    merger_mlp_width=24,
-    codebook_size=20,
-    codebook_dim=4,
-    llm_width=12,
-)
 CONDITION_TOKENS = 8
 EMPTY_TOKENS = 5  # embeddings of the empty text
 
@@ -108,7 +97,7 @@ def small_tokenizer(seed: int = 0) -> DynamicTokenizer:
     differ by image."""
     with torch.random.fork_rng():
         torch.manual_seed(seed)
-        model = DynamicTokenizer(SMALL)
+        model = DynamicTokenizer(TOKENIZER)
         with torch.no_grad():
             for layer in (model.token_predictor.in_conv[1], *model.token_predictor.out_conv[:4:2]):
                 layer.weight.mul_(3)
@@ -180,15 +169,7 @@ def write_lavit_diffusion(folder: Path, head: Head) -> Path:
 def code_decoder(head: Head = "highres") -> CodeDecoder:
     """The head in front of a pixel decoder, for codes of `small_tokenizer`."""
     torch.manual_seed(7)
-    config = dataclasses.replace(
-        DECODER,
-        head=head,
-        code_dim=SMALL.codebook_dim,
-        width=16,
-        mlp_width=24,
-        feature_dim=SMALL.vit.width,
-    )
-    model = CodeDecoder(config).eval()
+    model = CodeDecoder(dataclasses.replace(DECODER, head=head)).eval()
     with torch.no_grad():
         for parameter in model.parameters():
             parameter.normal_(std=0.3)

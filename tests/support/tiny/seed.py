@@ -17,6 +17,7 @@ from seed_multimodal.models.seed.configuration import QFormerConfig, Seed1Config
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer
 from seed_multimodal.models.seed.qformer import QFormer
 from seed_multimodal.nn.vision.eva import EvaConfig, EvaVit
+from seed_multimodal.pipelines.assemble import assemble_system
 from seed_nano.train.words import train_text_tokenizer
 from tiny import spread, write_json
 from tiny.diffusion import (
@@ -89,6 +90,15 @@ def build_seed_llama(folder: str | Path, *, seed: int = 0, hub: bool = False) ->
         },
     )
     return root
+
+
+def assemble_hub_seed_llama(root: Path) -> Path:
+    """A system with a Qwen 3 and a hub tokenizer, assembled of its parts."""
+    seed = build_seed_llama(root / "seed", hub=True)
+    parts = {"llm": seed / "seed_llama", "tokenizer": seed / "seed_tokenizer"}
+    generation = {"max_new_tokens": 12, "do_sample": False}
+    settings = {"image_size": IMAGE_SIZE, "generation": generation}
+    return assemble_system("seed_llama", root / "assembled", parts, settings)
 
 
 def write_seed2(folder: Path) -> None:

@@ -3,7 +3,6 @@ decoders, SEED's decoder of codes."""
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
@@ -13,7 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 from data_files import lines
-from llm_runs import APPLICATION, merged
+from llm_runs import APPLICATION, TRAINER, log_lines, merged
 from PIL import Image
 
 from seed_multimodal.diffusion.base import Detokenizer
@@ -27,25 +26,13 @@ from tiny.seed_x import write_tower
 CONFIGS = APPLICATION / "configs"
 RUN = {
     "optim": {"learning_rate": 3e-3, "weight_decay": 0.0, "warmup_steps": 1},
-    "trainer": {
-        "max_steps": 4,
-        "precision": "fp32",
-        "device": "cpu",
-        "dataloader_num_workers": 0,
-        "report_to": [],
-        "curves": False,
-        "logging_steps": 1,
-        "save_steps": 2,
-        "sample_steps": 0,
-    },
+    "trainer": {**TRAINER, "max_steps": 4, "save_steps": 2, "sample_steps": 0},
 }
 
 
 def read_losses(output: Path) -> list[float]:
     """The losses of the run's log, by step."""
-    return [
-        json.loads(line)["loss"] for line in (output / "train.log.jsonl").read_text().splitlines()
-    ]
+    return [line["loss"] for line in log_lines(output)]
 
 
 def write_images(folder: Path, sizes: Iterable[tuple[int, int]]) -> None:
@@ -240,6 +227,6 @@ LAVIT = Family(
     "pixels",
     load_lavit,
     # Images of several lengths.
-    lambda detokenizer: [torch.randn(length, 4) for length in (3, 9, 5)],
+    lambda detokenizer: [torch.randn(length, 8) for length in (3, 9, 5)],
     ("decoder.unet_",),
 )

@@ -75,3 +75,16 @@ def write_vision(kind: str, folder: Path, side: int = 16) -> Any:
         preprocessor = {**preprocessor, "crop_size": side, "size": {"shortest_edge": side}}
     write_json(folder / "preprocessor_config.json", preprocessor)
     return model
+
+
+def write_clip(folder: Path, width: int = 16, side: int = 64, **text: int) -> Path:
+    """A whole CLIP with embeddings of this width; `text`: further fields of its texts' side."""
+    from transformers import CLIPConfig, CLIPModel
+
+    sizes = {**SIZES, "hidden_size": 32, "num_hidden_layers": 1, "intermediate_size": 64}
+    texts = {**sizes, "vocab_size": 99, **text}
+    images = {**sizes, "image_size": side, "patch_size": 16}
+    torch.manual_seed(0)
+    config = CLIPConfig(text_config=texts, vision_config=images, projection_dim=width)
+    CLIPModel(config).save_pretrained(folder)
+    return folder

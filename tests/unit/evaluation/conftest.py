@@ -13,28 +13,12 @@ import torch
 def clip_folder(tmp_path_factory) -> Path:
     """A tiny CLIP in transformers' layout, whose tokens are letters."""
     from tiny.diffusion import END_ID, PIECES, START_ID, write_pieces
-    from transformers import CLIPConfig, CLIPModel
+    from tiny.vision import write_clip
 
     folder = tmp_path_factory.mktemp("clip")
     write_pieces(folder)
-    sizes = {
-        "hidden_size": 16,
-        "intermediate_size": 32,
-        "num_hidden_layers": 1,
-        "num_attention_heads": 2,
-    }
-    text = {
-        **sizes,
-        "vocab_size": len(PIECES),
-        "max_position_embeddings": 32,
-        "bos_token_id": START_ID,
-        "eos_token_id": END_ID,
-    }
-    vision = {**sizes, "image_size": 16, "patch_size": 8}
-    torch.manual_seed(0)
-    config = CLIPConfig(projection_dim=8, text_config=text, vision_config=vision)
-    CLIPModel(config).save_pretrained(folder)
-    return folder
+    ids = {"bos_token_id": START_ID, "eos_token_id": END_ID}
+    return write_clip(folder, 8, 16, vocab_size=len(PIECES), max_position_embeddings=32, **ids)
 
 
 @dataclass

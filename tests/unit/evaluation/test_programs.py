@@ -27,8 +27,6 @@ def image_name(number: int) -> str:
 @pytest.fixture(autouse=True)
 def data(tmp_path, monkeypatch) -> None:
     """Three COCO images in the working folder, two questions about each, and captions."""
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
     monkeypatch.chdir(tmp_path)
     questions = []
     answers = []

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny.lavit import SMALL, small_tokenizer
+from tiny.lavit import TOKENIZER, small_tokenizer
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError
@@ -45,7 +45,7 @@ def original(folder: Path) -> Path:
     for name, tensors in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         torch.save(tensors, folder / name)
-    (folder / "visual_tokenizer" / "config.json").write_text(json.dumps(asdict(SMALL)))
+    (folder / "visual_tokenizer" / "config.json").write_text(json.dumps(asdict(TOKENIZER)))
     return folder
 
 
@@ -78,7 +78,7 @@ def test_load_both_reads_each_token_merger_from_its_file(layout, tmp_path, pixel
     codes = first.encode(pixels, mode="threshold")
     for model in (load_dynamic_tokenizer(tmp_path), generator):
         assert_equal(model.encode(pixels, mode="threshold"), codes)
-        assert replace(model.config, llm_width=SMALL.llm_width) == SMALL
+        assert replace(model.config, llm_width=TOKENIZER.llm_width) == TOKENIZER
         assert not any(parameter.requires_grad for parameter in model.parameters())
         assert (model.vit_proj is None) == (layout != "saved")
     rows = second.continuous(pixels, mode="threshold")

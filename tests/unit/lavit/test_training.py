@@ -175,19 +175,19 @@ def test_the_selector_starts_at_the_share_to_keep(features, keep, start):
 
 def test_unified_loss_reads_features_in_the_place_of_tokens():
     from tiny.language import llama
-    from tiny.lavit import SMALL, small_tokenizer
+    from tiny.lavit import TOKENIZER, small_tokenizer
 
     from seed_multimodal.training.llm.loss import LossModule, LossWeights
 
     torch.manual_seed(0)
     llm = llama(40)
     merger = small_tokenizer().causal_encoder.requires_grad_(True)
-    projector = torch.nn.Linear(SMALL.vit.width, llm.config.hidden_size)
+    projector = torch.nn.Linear(TOKENIZER.vit.width, llm.config.hidden_size)
     weights = LossWeights(first_code=30)
     model = UnifiedLoss(llm, merger, projector, weights)
     ids = torch.randint(3, 30, (2, 6))
     image = {
-        "features": torch.randn(1, 16, SMALL.vit.width),
+        "features": torch.randn(1, 16, TOKENIZER.vit.width),
         "keep": torch.ones(1, 16),
         "patch_indices": torch.tensor([2, 7]),
         "token_indices": torch.tensor([7, 8]),  # of the second row

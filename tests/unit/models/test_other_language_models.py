@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+import llm_runs
 import pytest
 from random_images import noise
 
-from seed_multimodal.pipelines.assemble import assemble_system
 from seed_multimodal.pipelines.base import MultimodalSystem
 
 IMAGE = noise(1)
@@ -19,15 +19,12 @@ pytestmark = pytest.mark.filterwarnings("ignore:Answers are not lemmatised")
 @pytest.fixture(scope="module")
 def folders(tmp_path_factory) -> dict[str, Path]:
     from tiny.lavit import build_lavit
-    from tiny.seed import build_seed_llama
+    from tiny.seed import assemble_hub_seed_llama
     from tiny.seed_x import build_seed_x
 
     root = tmp_path_factory.mktemp("hub")
-    seed = build_seed_llama(root / "seed", hub=True)
-    parts = {"llm": seed / "seed_llama", "tokenizer": seed / "seed_tokenizer"}
-    settings = {"image_size": 32, "generation": {"max_new_tokens": 12, "do_sample": False}}
     return {
-        "seed_llama": assemble_system("seed_llama", root / "assembled", parts, settings),
+        "seed_llama": assemble_hub_seed_llama(root),
         "seed_x": build_seed_x(root / "seed_x", hub=True),
         "lavit": build_lavit(root / "lavit", hub=True),
     }
@@ -73,20 +70,24 @@ def test_answers_with_tokens_behind_those_of_the_text(name, folders):
     assert not set(ids) & set(tokenizer.eos_token_ids)
 
 
-def train_seed_llama(folder: Path, work: Path) -> None:
-    import llm_runs
+def parts_of(folder: Path, tokenizer: str = "tokenizer") -> dict[str, Any]:
+    """Settings of three steps with LoRA on a system's folder."""
+    return {
+        "model": {"path": str(folder / "llm"), "dtype": "fp32", "lora": {"r": 4}},
+        "tokenizer": {"pretrained_model_name_or_path": str(folder / tokenizer)},
+        "trainer": {**llm_runs.TRAINER, "max_steps": 3},
+    }
 
+
+def train_seed_llama(folder: Path, work: Path) -> None:
     from seed_multimodal.training.llm.task import LlmTask
 
     config = {
         "output_dir": str(work / "out"),
         "data": llm_runs.write_data(work / "codes", n_codes=16, per_image=32),
-        "model": {"path": str(folder / "llm"), "dtype": "fp32", "lora": {"r": 4}},
-        "tokenizer": {"pretrained_model_name_or_path": str(folder / "tokenizer")},
-        "trainer": {**llm_runs.TRAINER, "max_steps": 3},
         "optim": llm_runs.OPTIM,
     }
-    LlmTask.train(config)
+    LlmTask.train({**config, **parts_of(folder)})
 
 
 def tune_seed_x(folder: Path, work: Path) -> None:
@@ -95,12 +96,7 @@ def tune_seed_x(folder: Path, work: Path) -> None:
     from seed_multimodal.models.seed_x.train_agent import TuningTask
 
     tuning_parts.write_data(work)
-    changes = {
-        "model": {"path": str(folder / "llm"), "dtype": "fp32", "lora": {"r": 4}},
-        "tokenizer": {"pretrained_model_name_or_path": str(folder / "tokenizer")},
-        "visual_encoder": {"path": str(folder / "vision")},
-        "trainer": {"max_steps": 3},
-    }
+    changes = {"visual_encoder": {"path": str(folder / "vision")}, **parts_of(folder)}
     TuningTask.train(tuning_parts.config_of(work, work / "out", lora=True, **changes))
 
 
@@ -110,12 +106,7 @@ def train_lavit(folder: Path, work: Path) -> None:
     from seed_multimodal.models.lavit.train_llm import PretrainTask
 
     pretrain_parts.write_parts(work)
-    changes = {
-        "model": {"path": str(folder / "llm"), "dtype": "fp32", "lora": {"r": 4}},
-        "tokenizer": {"pretrained_model_name_or_path": str(folder / "llm")},
-        "visual_encoder": {"path": str(folder / "tokenizer")},
-        "trainer": {"max_steps": 3},
-    }
+    changes = {"visual_encoder": {"path": str(folder / "tokenizer")}, **parts_of(folder, "llm")}
     PretrainTask.train(pretrain_parts.config_of(work, work / "out", **changes))
 
 

@@ -9,16 +9,13 @@ import pytest
 
 
 @pytest.fixture
-def train(tmp_path, monkeypatch):
+def train(tmp_path):
     """`train(NAME, *overrides, **groups)` trains in this process in tmp_path/NAME.
 
     Returns the output folder.
     """
     from seed_multimodal.compat.training_flags import translate
     from seed_multimodal.training.cli import run
-
-    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        monkeypatch.delenv(name, raising=False)
 
     def go(name: str, *more: str, **changes) -> Path:
         folder = tmp_path / "files"

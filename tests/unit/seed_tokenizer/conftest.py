@@ -5,14 +5,12 @@ Skipped without LAVIS.
 
 from __future__ import annotations
 
-import subprocess
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import lavis_runs
 import pytest
-from lavis_runs import APPLICATION, environment
 
 
 @pytest.fixture(scope="session", autouse=True)
@@ -54,22 +52,5 @@ def run() -> Callable[[list[str]], Any]:
         runner = train.build(train.parser("").parse_args(arguments))
         runner.train()
         return runner
-
-    return do
-
-
-@pytest.fixture
-def start() -> Callable[..., subprocess.Popen[str]]:
-    """Start a command in SEED_Tokenizer/."""
-
-    def do(*command: str, **more: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            command,
-            cwd=APPLICATION,
-            env=environment(**more),
-            text=True,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-        )
 
     return do

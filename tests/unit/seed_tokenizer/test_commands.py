@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from lavis_runs import printed, write_clip
+from lavis_runs import printed
 from repository import ROOT
-from tiny.vision import write_vision
+from tiny.vision import write_clip, write_vision
 
 NIGHTLY = ("siglip", "eva trained", "seed1", "lavit eva")
 

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import sys
+from subprocess import CompletedProcess
 
 import pytest
+from lavis_runs import APPLICATION, environment
+from real_processes import run_process
 
 CODE = """
 import sys
@@ -16,27 +19,27 @@ assert "image_text_pretrain" in compat.registry.list_tasks()
 """
 
 
-def run_code(start, *command: str) -> tuple[str, str, int]:
-    process = start(sys.executable, *command)
-    output, error = process.communicate(timeout=120)
-    return output, error, process.returncode
+def run_code(code: str, *flags: str) -> CompletedProcess[str]:
+    """A program next to the application."""
+    command = [sys.executable, *flags, "-c", code]
+    return run_process(command, 120, cwd=APPLICATION, env=environment())
 
 
 @pytest.mark.process
-def test_register_in_a_fresh_process(start):
+def test_register_in_a_fresh_process():
     # Without LAVIS's heavy imports; all names of the YAML files: test_options.py, test_runs.py.
-    _, error, code = run_code(start, "-W", "error::FutureWarning", "-c", CODE)
-    assert code == 0, error
+    done = run_code(CODE, "-W", "error::FutureWarning")
+    assert done.returncode == 0, done.stderr
 
 
 @pytest.mark.process
-def test_train_without_lavis(start):
+def test_train_without_lavis():
     # One line with the command that installs it.
     project = "lavis/projects/nano/pretrain_qformer.yaml"
     code = (
         "import sys; sys.modules['lavis'] = None\n"  # makes `import lavis` fail
         f"import train; sys.exit(train.main(['--cfg-path', '{project}']))"
     )
-    _, error, code = run_code(start, "-c", code)
-    assert code == 2
-    assert "install.sh --lavis" in error and "Traceback" not in error
+    done = run_code(code)
+    assert done.returncode == 2
+    assert "install.sh --lavis" in done.stderr and "Traceback" not in done.stderr

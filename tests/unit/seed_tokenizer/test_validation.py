@@ -7,7 +7,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from lavis_runs import log_of, program
+from lavis_runs import APPLICATION, environment, log_of, program
+from real_processes import run_process
 from tensors import equal
 
 TWO = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
@@ -63,7 +64,7 @@ def test_train_is_the_same_with_and_without_validation(yaml, run, tmp_path, caps
 
 @pytest.mark.nightly
 @pytest.mark.process
-def test_train_in_two_processes_that_share_the_split(yaml, run, start, tmp_path):
+def test_train_in_two_processes_that_share_the_split(yaml, run, tmp_path):
     # Means over both, each image counted once.
     options = (
         "model.load_pretrained=False",
@@ -75,9 +76,9 @@ def test_train_in_two_processes_that_share_the_split(yaml, run, start, tmp_path)
         "run.num_workers=0",
     )
     arguments = yaml("stage2", *options, name="two")
-    process = start(sys.executable, *TWO, "train.py", *arguments)
-    _, error = process.communicate(timeout=170)
-    assert process.returncode == 0, error
+    command = [sys.executable, *TWO, "train.py", *arguments]
+    done = run_process(command, 170, cwd=APPLICATION, env=environment())
+    assert done.returncode == 0, done.stderr
     run(yaml("stage2", *options, "run.batch_size_train=16", name="one"))
     pair, single = (log_of(tmp_path / name, "stage2")[4] for name in ("two", "one"))
     keys = [key for key in single if key.startswith("valid/")]

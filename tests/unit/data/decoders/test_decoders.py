@@ -11,11 +11,11 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from data_files import jpeg, lines
+from data_files import jpeg, learned, lines
 from PIL import Image
 
 from seed_multimodal.data.decoders import decoder_names, get_decoder
-from seed_multimodal.data.decoders.base import SeededRandom, TrainingSequence
+from seed_multimodal.data.decoders.base import SeededRandom
 from seed_multimodal.data.decoders.features import ImageSequence
 from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.stream.config import read_data_settings
@@ -52,10 +52,6 @@ ODD = (
     *("", " ", "n/a", "a" * 5000, "\ud83d", "[" * 900),
     *([], [[]], [None], ["", 1], [1.5] * 4, {}, {"a": {}}, [{}], [{"role": "user"}]),
 )
-
-
-def learned(sequence: TrainingSequence) -> list[int]:
-    return [label for label in sequence.labels if label != IGNORE_INDEX]
 
 
 def test_every_decoder_has_a_record(records):

@@ -6,12 +6,12 @@ from collections.abc import Callable
 from typing import Any
 
 import pytest
+from data_files import learned
 from PIL import Image
 
 from seed_multimodal.data.decoders import get_decoder
 from seed_multimodal.data.decoders.base import SeededRandom, TrainingSequence
 from seed_multimodal.language.prompts import get_template
-from seed_multimodal.language.vocabulary import IGNORE_INDEX
 
 # Of 1x1 and 2x1 tiles.
 SQUARE, WIDE = (Image.new("RGB", size) for size in ((448, 448), (900, 450)))
@@ -30,10 +30,6 @@ def decode(tokenizer_of) -> Decode:
         return decoder.decode(fields, SeededRandom(seed), longest)
 
     return decode_it
-
-
-def learned(sequence: TrainingSequence) -> list[int]:
-    return [label for label in sequence.labels if label != IGNORE_INDEX]
 
 
 def messages(*turns: Any) -> dict[str, Any]:

@@ -8,6 +8,7 @@ from typing import Any
 import pytest
 import torch
 from data_files import lines
+from llm_runs import COLOURS
 from PIL import Image
 
 from seed_multimodal.data.formats.shards import write_shard
@@ -18,7 +19,6 @@ from seed_multimodal.images.io import image_to_bytes
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 SIDE = 28
-COLOURS = {"red": (200, 30, 30), "green": (30, 180, 40), "blue": (40, 60, 220)}
 
 
 def png(name: str, size: tuple[int, int] = (40, 30)) -> bytes:
@@ -27,7 +27,7 @@ def png(name: str, size: tuple[int, int] = (40, 30)) -> bytes:
 
 @pytest.fixture
 def folder(tmp_path) -> Path:
-    """A folder of red.png, green.png and blue.png."""
+    """A folder of red.png and so on."""
     for name in COLOURS:
         (tmp_path / f"{name}.png").write_bytes(png(name))
     return tmp_path

@@ -8,8 +8,9 @@ from pathlib import Path
 
 import pytest
 import torch
+from llm_runs import task_of
 from tiny import spread
-from tiny.lavit import SMALL, small_tokenizer
+from tiny.lavit import TOKENIZER, small_tokenizer
 from tiny.training import lavit_config, write_lavit_parts
 from tiny.vision import write_vision
 
@@ -18,7 +19,6 @@ from seed_multimodal.models.lavit.modeling import DynamicTokenizer
 from seed_multimodal.models.lavit.train_pixels import LavitPixelTask, image_codes
 from seed_multimodal.models.seed.checkpoints import load_vision
 from seed_multimodal.nn.vision.hub import HubVisionConfig
-from seed_multimodal.training.distributed import ProcessGroup
 
 
 @pytest.fixture(scope="module")
@@ -44,12 +44,11 @@ def test_codes_are_of_the_vision_encoders_preprocessing(parts: Path, tmp_path):
     write_vision("siglip2", tmp_path / "vision")
     vit = HubVisionConfig(path=str(tmp_path / "vision"))
     torch.manual_seed(0)
-    tokenizer = spread(DynamicTokenizer(dataclasses.replace(SMALL, vit=vit, vit_head=0))).eval()
+    tokenizer = spread(DynamicTokenizer(dataclasses.replace(TOKENIZER, vit=vit, vit_head=0))).eval()
     load_vision(tokenizer.encoder, tmp_path / "vision", None)
     save_dynamic_tokenizer(tokenizer, tmp_path / "tokenizer")
     model = {"tokenizer": str(tmp_path / "tokenizer"), "selection": "threshold"}
-    run = LavitPixelTask.read(lavit_config(parts, tmp_path / "run", model=model))
-    task = LavitPixelTask(run, ProcessGroup(), torch.device("cpu"))
+    task = task_of(LavitPixelTask, lavit_config(parts, tmp_path / "run", model=model))
     task.prepare()
     pixels = task.batches.at(0)[0]["encoder_image"]
     expected = tokenizer.encode(vit.preprocessing.normalise(pixels), mode="threshold")

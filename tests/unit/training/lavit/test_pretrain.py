@@ -11,7 +11,7 @@ from typing import Any
 import pretrain_parts as parts
 import pytest
 import torch
-from llm_runs import LORA
+from llm_runs import LORA, task_of
 from PIL import Image
 from repository import NANO, ROOT
 from tiny.vision import write_vision
@@ -25,11 +25,6 @@ from seed_multimodal.models.seed.checkpoints import load_vision
 from seed_multimodal.nn.vision.hub import HubVisionConfig
 from seed_multimodal.state_dicts import load_state_dict
 from seed_multimodal.training.cli import compose, parse
-from seed_multimodal.training.distributed import ProcessGroup
-
-
-def task_of(config: dict[str, Any]) -> PretrainTask:
-    return PretrainTask(PretrainTask.read(config), ProcessGroup(), torch.device("cpu"))
 
 
 def test_losses_of_packed_rows_equal_those_of_single_sequences(
@@ -42,7 +37,7 @@ def test_losses_of_packed_rows_equal_those_of_single_sequences(
         data = parts.data_of(parts_dir, length=240, packing=packing, rows=rows)
         for source in data["sources"]:
             source |= {"cycles": 1, "batch_size": 1}
-        task = task_of(config_of(tmp_path, data=data))
+        task = task_of(PretrainTask, config_of(tmp_path, data=data))
         task.prepare()
         ready = map(task.prepare_batch, task.data)
         with torch.no_grad():
@@ -70,7 +65,7 @@ def test_images_are_prepared_as_the_vision_encoder_of_the_tokenizer_says(
         data={"sources": [captions]},
         visual_encoder={"path": str(tmp_path / "visual")},
     )
-    task = task_of(config)
+    task = task_of(PretrainTask, config)
     task.prepare()
     batch = next(batch for batch in task.data if batch.views is not None)
     files = [parts.image_of(colour, index) for index, colour in enumerate(parts.COLOURS.values())]
@@ -108,7 +103,7 @@ def test_checkpoint_with_lora_opens_as_a_system(config_of, parts_dir: Path, tmp_
     PretrainTask.train(config)
     checkpoint = tmp_path / "out" / "checkpoint-2"
     lavit = Lavit.from_pretrained(checkpoint, dtype="fp32", load_decoder=False, log=None)
-    task = task_of(config)
+    task = task_of(PretrainTask, config)
     task.prepare()
     task.load_weights(checkpoint)
     understanding = lavit.images.understanding_tokenizer.causal_encoder.state_dict()
@@ -123,7 +118,9 @@ def test_checkpoint_with_lora_opens_as_a_system(config_of, parts_dir: Path, tmp_
     saved = load_state_dict(checkpoint / "visual_weight.safetensors")
     assert {name.partition(".")[0] for name in saved} == {"causal_encoder", "vit_proj"}
     bias = "causal_encoder.blocks.0.norm0.bias"
-    started = task_of(config_of(tmp_path / "new", visual_encoder={"start": str(checkpoint)}))
+    started = task_of(
+        PretrainTask, config_of(tmp_path / "new", visual_encoder={"start": str(checkpoint)})
+    )
     started.prepare()
     assert torch.equal(started.weights()[bias], saved[bias])
 
@@ -138,7 +135,7 @@ def test_checkpoint_with_lora_opens_as_a_system(config_of, parts_dir: Path, tmp_
 def test_task_with_parts_that_do_not_fit(config_of, tmp_path, changes, named):
     # By the name of the setting, before hours of reading data.
     with pytest.raises(ConfigError, match=named):
-        task_of(config_of(tmp_path, **changes)).prepare()
+        task_of(PretrainTask, config_of(tmp_path, **changes)).prepare()
 
 
 def test_configuration_is_the_published_recipe():

@@ -6,12 +6,12 @@ import itertools
 import json
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 import tuning_parts as parts
 from data_files import lines
+from llm_runs import task_of
 from repository import NANO
 from tensors import equal
 from tiny.language import LLM_WIDTH
@@ -21,11 +21,6 @@ from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.models.seed_x.modeling import load_agent
 from seed_multimodal.models.seed_x.train_agent import TuningTask, read_encoder
 from seed_multimodal.state_dicts import load_state_dict
-from seed_multimodal.training.distributed import ProcessGroup
-
-
-def task_of(config: dict[str, Any]) -> TuningTask:
-    return TuningTask(TuningTask.read(config), ProcessGroup(), torch.device("cpu"))
 
 
 @pytest.mark.process
@@ -54,13 +49,13 @@ def test_train_saves_an_agent(config_of, tmp_path):
     assert about["input_resampler"]["embed_dim"] == LLM_WIDTH
 
     start = {"agent": {"path": str(folder)}, "lora": True}
-    task = task_of(config_of(tmp_path / "new", **start))
+    task = task_of(TuningTask, config_of(tmp_path / "new", **start))
     task.prepare()
     assert equal(task.weights(), saved)
     load_agent(task.module, folder)
     other = {"lora": {**parts.LORA, "lora_alpha": 16}}
     with pytest.raises(CheckpointError, match="lora_alpha"):
-        task_of(config_of(tmp_path / "no", **start, model=other)).prepare()
+        task_of(TuningTask, config_of(tmp_path / "no", **start, model=other)).prepare()
 
 
 @torch.no_grad()
@@ -84,7 +79,7 @@ def test_losses_of_packed_rows_equal_those_of_single_sequences(
         data = parts.data_of(parts_dir, packing=packing, rows=rows)
         for source in data["sources"]:
             source |= {"cycles": 1, "batch_size": 1}
-        task = task_of(config_of(tmp_path, data=data))
+        task = task_of(TuningTask, config_of(tmp_path, data=data))
         task.prepare()
         losses.append(mean_losses(task, task.data))
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
@@ -95,7 +90,7 @@ def test_gradients_reach_every_parameter_in_every_batch(config_of, parts_dir: Pa
     data = parts.data_of(parts_dir)
     texts = lines(tmp_path / "texts.jsonl", [{"data": ["Say red.", "Red."]}])
     data["sources"].append({**data["sources"][0], "name": "texts", "files": str(texts)})
-    task = task_of(config_of(tmp_path / "out", data=data))
+    task = task_of(TuningTask, config_of(tmp_path / "out", data=data))
     task.prepare()
     contents = set()
     for batch in itertools.islice(task.data, 20):
@@ -138,7 +133,7 @@ def test_encoder_file_of_the_original_is_read():
 def test_prepare_with_parts_that_do_not_fit(config_of, tmp_path, changes, named):
     # Named before hours of training.
     with pytest.raises(ConfigError, match=named):
-        task_of(config_of(tmp_path, **changes)).prepare()
+        task_of(TuningTask, config_of(tmp_path, **changes)).prepare()
 
 
 def test_prepare_with_images_of_another_size(config_of, tmp_path):
@@ -146,4 +141,4 @@ def test_prepare_with_images_of_another_size(config_of, tmp_path):
     config = config_of(tmp_path)
     del config["data"]["sources"][3]["options"]["base_resolution"]
     with pytest.raises(ConfigError, match="source chat"):
-        task_of(config).prepare()
+        task_of(TuningTask, config).prepare()

@@ -10,12 +10,12 @@ from typing import Any
 import pytest
 import torch
 import yaml
+from llm_runs import task_of
 
 from seed_multimodal.compat.weight_programs import merge_script
 from seed_multimodal.models.seed_x.losses import TrainedAgent
 from seed_multimodal.models.seed_x.pipeline import SeedX
 from seed_multimodal.models.seed_x.train_agent import TuningTask
-from seed_multimodal.training.distributed import ProcessGroup
 
 pytestmark = pytest.mark.slow
 STEPS = 2
@@ -25,7 +25,7 @@ def tuned(config_of, output: Path) -> tuple[TuningTask, Path]:
     """A finished run with its weights loaded, and its checkpoint."""
     config = config_of(output, lora=True, trainer={"max_steps": STEPS})
     TuningTask.train(config)
-    task = TuningTask(TuningTask.read(config), ProcessGroup(), torch.device("cpu"))
+    task = task_of(TuningTask, config)
     task.prepare()
     task.load_weights(output / f"checkpoint-{STEPS}")
     task.module.eval()
