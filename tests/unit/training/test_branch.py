@@ -18,19 +18,19 @@ Run = Callable[..., str]
 
 def steps(folder: Path) -> list[int]:
     """Steps of the checkpoints in a folder, oldest first."""
-    return sorted(int(path.name[len("checkpoint-") :]) for path in folder.glob("checkpoint-*"))
+    return [step for step, _ in toy.checkpoints(folder)][::-1]
 
 
 @pytest.fixture
 def run(tmp_path, capsys) -> Run:
-    """`run(until, **settings)` trains in the same folder until a step; returns the checkpoint that
-    it resumed from."""
+    """`run(until, folder, **settings)` trains in a folder, by default the same one, until a step;
+    returns the checkpoint that it resumed from."""
 
-    def go(until: int, **settings: object) -> str:
+    def go(until: int, folder: Path = tmp_path, **settings: object) -> str:
         capsys.readouterr()
         options = {"save_steps": 2, "save_total_limit": None, **settings}
         with pytest.raises(SystemExit):
-            toy.train(tmp_path, stop_at=until - 1, **options)
+            toy.train(folder, stop_at=until - 1, **options)
         lines = [line for line in capsys.readouterr().out.splitlines() if "resumes from" in line]
         return lines[0].partition(" from ")[2].partition(" ")[0] if len(lines) > 1 else ""
 
@@ -64,8 +64,7 @@ def test_resume_from_a_folder_starts_a_branch_that_continues(run: Run, tmp_path)
 def test_resume_from_another_run_continues_after_a_stop(run: Run, tmp_path):
     # The other run's folder is only read.
     other = tmp_path / "other"
-    with pytest.raises(SystemExit):
-        toy.train(other, save_steps=2, save_total_limit=None, stop_at=3)
+    run(4, other)
     checkpoints = tmp_path / "toy.checkpoints"
     run(4)
     named = str(other / "toy.checkpoints" / "checkpoint-2")
@@ -76,19 +75,15 @@ def test_resume_from_another_run_continues_after_a_stop(run: Run, tmp_path):
     assert steps(checkpoints / "abandoned-1") == [2, 4]
 
 
-def test_resume_of_a_branch_in_a_moved_folder_continues_it(tmp_path):
+def test_resume_of_a_branch_in_a_moved_folder_continues_it(run: Run, tmp_path):
     # Clusters move finished jobs; the same command in the new place starts no further branch.
-    def stop_after(n_steps: int, folder: Path, **settings: str) -> Path:
-        options = {"save_steps": 2, "save_total_limit": None, **settings}
-        with pytest.raises(SystemExit):
-            toy.train(folder, stop_at=n_steps - 1, **options)
-        return folder / "toy.checkpoints"
-
-    checkpoints = stop_after(4, tmp_path / "first")
-    stop_after(4, tmp_path / "first", resume=str(checkpoints / "checkpoint-2"))
-    (tmp_path / "first").rename(tmp_path / "second")
-    start = tmp_path / "second" / "toy.checkpoints" / "checkpoint-2"
-    moved = stop_after(6, tmp_path / "second", resume=str(start))
+    first, second = tmp_path / "first", tmp_path / "second"
+    start = Path("toy.checkpoints", "checkpoint-2")
+    run(4, first)
+    run(4, first, resume=str(first / start))
+    first.rename(second)
+    run(6, second, resume=str(second / start))
+    moved = second / "toy.checkpoints"
     assert steps(moved) == [2, 4, 6]
     assert steps(moved / "abandoned-1") == [4]
     assert not (moved / "abandoned-2").exists()
@@ -131,8 +126,7 @@ def test_remains_of_a_killed_run(run: Run, tmp_path, remains, expected):
     run(4)
     shutil.copytree(folder / "checkpoint-2", folder / remains)
     assert run(5).endswith("checkpoint-4")
-    kept = [*expected, 5]
-    assert [step for step, _ in toy.checkpoints(folder)] == kept[::-1]
+    assert steps(folder) == [*expected, 5]
     assert (folder / remains).exists() == (not remains.startswith("."))
 
 
