@@ -103,8 +103,9 @@ class SystemConfig:
     trained_parts: ClassVar[tuple[str, ...]] = ("llm",)
 
     found: Found = field(default_factory=Found, metadata={"saved": False})
-    llm: Path | None = part("language model", "llm")
-    tokenizer: Path | None = part("tokenizer", "tokenizer")  # of text; SEED-LLaMA: of images, too
+    llm: Path | None = part("language model", "llm", flag="language model", required=True)
+    # of text; SEED-LLaMA: of images, too
+    tokenizer: Path | None = part("tokenizer", "tokenizer", flag="text tokenizer", required=True)
     # pixels a side that the tokenizer reads, if fixed; a setting of SEED-LLaMA
     image_size: int | None = field(default=None, metadata={"saved": False})
     tuned: bool = True  # instruction-tuned; otherwise it continues texts

@@ -21,7 +21,6 @@ class SeedXConfig(SystemConfig):
     shipped = "nano-x"
     trained_parts = ("agent", "tokenizer")
 
-    llm: Path | None = part("language model", "llm", flag="language model", required=True)
     agent: Path | None = part(
         "agent (resamplers)",
         "agent",

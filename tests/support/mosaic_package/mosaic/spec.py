@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from seed_multimodal.models.registry import FamilySpec, PageCards, Training
-from seed_multimodal.pipelines.config import CodeSystemConfig, part
+from seed_multimodal.pipelines.config import CodeSystemConfig
 
 
 @dataclass(kw_only=True)
@@ -15,8 +15,6 @@ class MosaicConfig(CodeSystemConfig):
 
     system = "mosaic"
 
-    llm: Path | None = part("language model", "llm", flag="language model", required=True)
-    tokenizer: Path | None = part("text tokenizer", "tokenizer", flag="words", required=True)
     tile: int = 4  # pixels a side of a drawn tile
 
 
