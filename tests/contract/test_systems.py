@@ -411,12 +411,14 @@ def test_what_a_family_cannot_do_is_refused_by_name(system, family: Family):
         ("describe", {"num_return_sequences": 2}, "num_return_sequences"),
         ("draw", {"num_inference_step": 2}, "num_inference_step"),
         ("draw", {"num_inference_steps": 0}, "num_inference_steps"),
+        ("draw", {"images": "never"}, "images"),
+        ("reconstruct", {"batch_size": 0}, "batch_size"),
         ("chat", {"num_return_sequences": 2}, "num_return_sequences"),
     ],
 )
 def test_wrong_options_are_refused_by_name(system, task, options, named):
     # A misspelt option must not be ignored: the answer would look as if it had been followed.
-    request = {"describe": noise(1), "draw": "a fish", "chat": user(noise(1))}[task]
+    request = {"draw": "a fish", "chat": user(noise(1))}.get(task, noise(1))
     with pytest.raises(ConfigError, match=named):
         getattr(system, task)(request, **options)
 

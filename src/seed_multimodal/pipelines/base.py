@@ -449,7 +449,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
             return events
         return next(event["answer"] for event in events if event["type"] == "done")
 
-    # ---- drawings
+    # ---- answers
 
     def _preview_lengths(self, previews: Sequence[int] | None) -> Sequence[int]:
         """Numbers of codes after which an unfinished image is shown; `previews`: as of `chat`."""
@@ -564,6 +564,8 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         """
         # 1. The settings; a missing de-tokenizer is reported before generation.
         check_value(int, num_images, "num_images", minimum=1)
+        if "images" in options:
+            raise ConfigError("The option 'images' is of chats; a drawing is always an image.")
         stream = options.pop("stream", False)
         previews = self._preview_lengths(options.pop("previews", None))
         conversations = self.family.drawing_requests(conversations, options)
@@ -629,7 +631,8 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
                 yield {"type": "image_preview", "codes": codes, "image": image}
             (image,) = self.decode_images([image_input], [prompt], [seed], drawing)
             answer = replace(generated.answer, prompt_tokens=len(prompt) - len(prompt.answered))
-            yield {"type": "image", "image": image, "answer": answer}
+            codes = list(image_input) if self.images.has_codes else []
+            yield {"type": "image", "image": image, "codes": codes, "answer": answer}
 
     def _preview(self, codes: Sequence[int], seed: int | None, drawing: Options) -> Image.Image:
         """What the first codes of an image show."""
@@ -648,7 +651,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         batch_size: int = 1,
     ) -> list[Image.Image]:
         """An image of each input; `prompts`: those that they answer."""
-        settings = {**drawing, **self.family.drawing_settings(prompts)}
+        settings = {**drawing, **self.family.drawing_conditions(prompts)}
         images: list[Image.Image] = self.images.draw(
             image_inputs, seeds=seeds, batch_size=batch_size, **settings
         )

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from torch import Tensor
 
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import ImageSource, is_image
 from seed_multimodal.inference.backends.torch import joined
 from seed_multimodal.inference.opening import TORCH
@@ -87,9 +88,20 @@ class Family:
         cls, config: Any, tokenizer: TextTokenizer, images: Any, placement: Placement
     ) -> Self:
         """A system of codes in the template of `config`, with its language model."""
+        # 1. The image tokenizer and the vocabulary belong together, before the longest part.
+        vocabulary = tokenizer.vocabulary
+        n_codes, length = images.codebook_size, images.codes_per_image
+        if n_codes > vocabulary.n_codes or length != vocabulary.tokens_per_image:
+            raise ConfigError(
+                f"{config.tokenizer}: the image tokenizer has {n_codes} codes, {length} to an "
+                f"image, but the vocabulary has {vocabulary.n_codes} and "
+                f"{vocabulary.tokens_per_image}."
+            )
+
+        # 2. The language model.
         llm = load_language_model(config, tokenizer, placement)
         if llm is not None:
-            check_vocab_size(llm.config.vocab_size, tokenizer.vocabulary, config.name)
+            check_vocab_size(llm.config.vocab_size, vocabulary, config.name)
         return cls(config, tokenizer, llm, images, get_template(config.template, tokenizer))
 
     # ---- answers
@@ -128,7 +140,7 @@ class Family:
         """Input of `images.draw` for images of a request's answer."""
         return [part.codes for part in parts]
 
-    def drawing_settings(self, prompts: Sequence[Prompt]) -> Options:
+    def drawing_conditions(self, prompts: Sequence[Prompt]) -> Options:
         """Further settings of `images.draw` for images that answer these prompts, one each."""
         return {}
 

@@ -223,6 +223,7 @@ class ImageCodec:
         settings: equal for all rows, with or without `should_stop`.
         columns: one value for each row in each.
         """
+        check_value(int, batch_size, "batch_size", minimum=1)
         rows = [*zip(*columns, strict=True)]
         # Rows that fit into one batch may join those of requests with another `batch_size`.
         settings = {**settings, "batch_size": batch_size if len(rows) > batch_size else None}
@@ -287,10 +288,14 @@ class CodeCodec(ImageCodec):
         return self.model
 
     def encode(self, images: Sequence[ImageSource], *, seed: Seed = 0) -> Sequence[Tensor]:
-        """Images → their codes, on the CPU; `seed` has no effect."""
+        """Images → their codes, on the CPU: [B, n], or a list where their numbers differ.
+
+        `seed` has no effect.
+        """
         pixels = [self.transform(self.open(image)) for image in images]
         codes: list[Tensor] = self._encode_batcher(None, pixels)
-        return codes
+        has_fixed_number = self.min_codes == self.codes_per_image
+        return torch.stack(codes) if codes and has_fixed_number else codes
 
     @torch.inference_mode()
     def encode_batch(self, key: object, rows: Sequence[Tensor]) -> Sequence[object]:

@@ -344,7 +344,7 @@ class Lavit(MultimodalSystem):
     """LaVIT.
 
     `chat` answers one message: with a caption of its image, an answer to the question about it, or
-    (`force_image`) an image of the message's content.
+    (`images="forced"`) an image of the message's content.
 
     Settings of drawing: `ratio` (one of six, "3:2") or `height` and `width`, `num_inference_steps`,
     `guidance_scale` (of the U-Net), `preset` ("fast" or "original"); `guidance` and

@@ -193,20 +193,8 @@ class SeedLlamaFamily(Family):
 
     @classmethod
     def load(cls, config: SeedLlamaConfig, placement: Placement) -> Self:
-        # 1. Tokenizers, before the language model, which takes longest.
         tokenizer = load_text_tokenizer(config.path("tokenizer"))
         images = load_images(config, placement)
-
-        # 2. The image tokenizer and the vocabulary belong together.
-        sizes = images.model.config
-        n_codes = tokenizer.vocabulary.n_codes
-        tokens_per_image = tokenizer.vocabulary.tokens_per_image
-        if (sizes.codebook_size, sizes.num_query) != (n_codes, tokens_per_image):
-            raise ConfigError(
-                f"{config.tokenizer}: the image tokenizer has {sizes.codebook_size} codes, "
-                f"{sizes.num_query} to an image, but the vocabulary has {n_codes} and "
-                f"{tokens_per_image}."
-            )
         return cls.of_parts(config, tokenizer, images, placement)
 
 

@@ -362,7 +362,7 @@ class SeedXFamily(Family):
         with torch.inference_mode():
             return list(self.agent.output_features(torch.stack(image_states)).cpu())
 
-    def drawing_settings(self, prompts: Sequence[Prompt]) -> Options:
+    def drawing_conditions(self, prompts: Sequence[Prompt]) -> Options:
         # A second stage also reads the image that is edited.
         if not self.images.decoder.reads_condition:
             return {}
