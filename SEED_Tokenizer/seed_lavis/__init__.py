@@ -17,11 +17,16 @@ from __future__ import annotations
 import importlib
 import os
 
+from seed_multimodal.plugins import import_entry, registered
+
 
 def register() -> None:
-    """Register models, tasks, processors, builders, schedules and the runner in LAVIS."""
+    """Register models, tasks, processors, builders, schedules and the runner in LAVIS; then what
+    other packages register, by entry points of the group `seed_multimodal.lavis`."""
     for part in ("models", "processors", "datasets", "task", "runner"):
         importlib.import_module(f"seed_lavis.{part}")
+    for entry in registered("lavis").values():
+        import_entry(entry)
 
 
 def log(text: str) -> None:

@@ -48,13 +48,11 @@ from seed_multimodal.models.seed.losses import (
     Stage1Model,
     Stage2Model,
     Stage2Weights,
-    label_divergence,
 )
 from seed_multimodal.nn.vision.base import VisionEncoder
 from seed_multimodal.nn.vision.hub import HubVision
 from seed_multimodal.settings import read_settings
-from seed_multimodal.state_dicts import fingerprint, load_state_dict
-from seed_multimodal.training.frozen_models import load_label_heads
+from seed_multimodal.state_dicts import fingerprint
 
 if TYPE_CHECKING:
     from transformers import CLIPTextModel, CLIPTokenizer
@@ -179,7 +177,6 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
     """
 
     stage = "stage2"
-    companions = ("label_heads",)
     options_type = Stage2Options
     options: Stage2Options
 
@@ -192,13 +189,6 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
             width = sizes["vit"].with_pooled_feature().pooled_width
         elif options.clip_model:
             clip = clip_target(options.clip_model, options.clip_precision, width)
-        readout = None
-        if options.readout_weight:
-            readout_tensors = load_state_dict(locate(options.readout_weight))
-            readout = next(iter(readout_tensors.values())).float()
-        label_heads = None
-        if options.label_weight:
-            label_heads = load_label_heads(locate(str(options.label_heads)))
 
         # 2. The model.
         config = Seed2Config(
@@ -213,13 +203,9 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
             config,
             weights=read_settings(Stage2Weights, options.loss_weights, "model.loss_weights"),
             clip_model=clip,
-            readout_weight=readout,
             **stage2_training(options),
         )
-        if options.scaled_start:
-            self.scale_start()
         self.options = options
-        self.__dict__["label_heads"] = label_heads  # not a submodule, so not in checkpoints
         self.prepare_codebook()
 
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -244,19 +230,18 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
         out = Stage2Model.forward(self, None, target, vit_features=vit, quantize=self.use_codes)
         self.keep_codes(out.pre_quant, out.indices)
         self.matched = None if self.training else (out.embeds.float(), out.target.float())
-        loss = out.loss
-        loss_labels = None
-        if self.label_heads is not None:
-            loss_labels = label_divergence(self.label_heads, out.embeds, out.target).mean()
-            loss = loss + self.options.label_weight * loss_labels
+        others = self.other_losses(out.embeds, out.target)
         return self.with_log(
-            loss,
+            sum(others.values(), out.loss),
             loss_embed=out.loss_embed,
             loss_recon_s=out.loss_recon_s,
             loss_distil_image=out.loss_distil,
-            loss_readout=out.loss_readout if self.readout_weight is not None else None,
-            loss_labels=loss_labels,
+            **others,
         )
+
+    def other_losses(self, embeds: Tensor, target: Tensor) -> dict[str, Tensor]:
+        """Further weighted losses of decoded embeddings `[B, E]`, by their names in the log."""
+        return {}
 
 
 @registry.register_model("seed1_codebook_text")

@@ -120,11 +120,6 @@ class Stage2Options(CodebookOptions):
     # Of the image embedding: `clip_model`'s, or the vision encoder's own pooled feature.
     alignment_target: AlignmentTarget = "clip"
     recon_s: bool = True  # reconstruct the Q-Former output, too
-    scaled_start: bool = False  # random weights that keep the size of what passes (small models)
-    readout_weight: str | None = None  # file of a linear read-out [M, E], compared by squared error
-    # Weight of the divergence between labels read from both embeddings.
-    label_weight: float = setting(0.0, minimum=0)
-    label_heads: str | None = None  # file of linear classifiers on the embedding
 
 
 @dataclass

@@ -4,7 +4,8 @@
     mine = "my_package.spec:SPEC"
 
 Groups: `families` (`models.registry`), `formats` (`data.formats.sources`), `conditioners`
-(`diffusion.conditioner`) and `detectors` (`evaluation.detection`). A checkout of this repository
+(`diffusion.conditioner`), `detectors` (`evaluation.detection`) and `lavis` (models of the LAVIS
+application, `seed_lavis.register`). A checkout of this repository
 needs no installation: the table in its own `pyproject.toml` counts as well.
 """
 

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageDraw
 
 from seed_multimodal import __version__
 from seed_multimodal.cli.common import add_common, load_system
@@ -21,7 +22,7 @@ from seed_multimodal.disk import replace_text, writable_folder, writing
 from seed_multimodal.entry import DONE, add_language_model, run_program
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import save_image
-from seed_multimodal.images.sheet import Cell, Row, code_strip, contact_sheet
+from seed_multimodal.images.sheet import PAPER, Cell, Row, contact_sheet
 from seed_multimodal.weights.find import locate_system
 from seed_nano.world.scene import render
 from seed_nano.world.splits import held_out
@@ -91,6 +92,32 @@ def image_cells(answer: Any) -> list[Cell]:
     return cells
 
 
+def code_strip(
+    codes: Sequence[int], section: int, *, columns: int = 4, cell: int = 12, gap: int = 2
+) -> Image.Image:
+    """One image's codes as coloured cells, `columns` per line.
+
+    section: codes of a section of the codebook, within which a code's index gives its colour.
+    """
+    # 1. An empty page; there is no gap after the last cell.
+    rows = math.ceil(len(codes) / columns)
+    step = cell + gap
+    width = min(columns, len(codes)) * step - gap
+    strip = Image.new("RGB", (width, rows * step - gap), PAPER)
+    draw = ImageDraw.Draw(strip)
+
+    # 2. Cells. Neighbouring codes are a golden ratio apart in hue, and differ in lightness.
+    for position, code in enumerate(codes):
+        x = position % columns * step
+        y = position // columns * step
+        index = code % section
+        hue = index * 222.492235949 % 360
+        lightness = (48, 62, 76)[index % 3]
+        colour = f"hsl({hue}, 65%, {lightness}%)"
+        draw.rectangle((x, y, x + cell - 1, y + cell - 1), fill=colour)
+    return strip
+
+
 def run_quickstart(system: Any, seed: int = 0) -> tuple[list[Row], dict[str, Any]]:
     """The rows of the sheet by `system` (a `SeedLlama`), and codes."""
     section = system.images.section
@@ -107,7 +134,7 @@ def run_quickstart(system: Any, seed: int = 0) -> tuple[list[Row], dict[str, Any
     ):
         looks += [
             Cell(original, system.ask(original, question, seed=seed), question),
-            Cell(code_strip(row, section, columns=4), f"“{system.describe(original, seed=seed)}”"),
+            Cell(code_strip(row, section), f"“{system.describe(original, seed=seed)}”"),
             Cell(again, "rebuilt"),
         ]
     drawings = [

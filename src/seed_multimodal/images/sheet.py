@@ -1,8 +1,7 @@
-"""Contact sheets: rows of captioned images on one page; codes as strips of colours; boxes."""
+"""Contact sheets: rows of captioned images on one page; boxes."""
 
 from __future__ import annotations
 
-import math
 import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -128,32 +127,6 @@ def _text_image(text: str, font: Font, width: int, max_lines: int) -> Image.Imag
     for index, line in enumerate(lines):
         draw.text((0, 4 + index * line_height), line, font=font, fill=INK)
     return page
-
-
-def code_strip(
-    codes: Sequence[int], section: int, *, columns: int = 8, cell: int = 12, gap: int = 2
-) -> Image.Image:
-    """One image's codes as coloured cells, `columns` per line.
-
-    section: codes of a section of the codebook, within which a code's index gives its colour.
-    """
-    # 1. An empty page; there is no gap after the last cell.
-    rows = math.ceil(len(codes) / columns)
-    step = cell + gap
-    width = min(columns, len(codes)) * step - gap
-    strip = Image.new("RGB", (width, rows * step - gap), PAPER)
-    draw = ImageDraw.Draw(strip)
-
-    # 2. Cells. Neighbouring codes are a golden ratio apart in hue, and differ in lightness.
-    for position, code in enumerate(codes):
-        x = position % columns * step
-        y = position // columns * step
-        index = code % section
-        hue = index * 222.492235949 % 360
-        lightness = (48, 62, 76)[index % 3]
-        colour = f"hsl({hue}, 65%, {lightness}%)"
-        draw.rectangle((x, y, x + cell - 1, y + cell - 1), fill=colour)
-    return strip
 
 
 def draw_boxes(

@@ -29,7 +29,7 @@ from seed_nano.train.lavit import load_reader, rebuilt_features
 from seed_nano.train.task import NanoTask
 from seed_nano.train.tokenizer import encode_scenes, load_tokenizer
 from seed_nano.train.vae import latents
-from seed_nano.train.vision import LABELS, READOUT_FILE, REDUCED, load_label_heads, pool_features
+from seed_nano.train.vision import LABELS, READOUT_FILE, REDUCED, pool_features, trained_label_heads
 from seed_nano.train.workspace import LavitWorkspace, Workspace, XWorkspace
 from seed_nano.world.scene import Scene, anchors
 from seed_nano.world.targets import arrangement_anchors, scene_anchors
@@ -168,7 +168,7 @@ class UnetTask(NanoTask):
             class_embed_type="projection",
             projection_class_embeddings_input_dim=2 * width,
         )
-        heads = load_label_heads(space)
+        heads = trained_label_heads(space)
         readout = load_state_dict(space.work / READOUT_FILE)
         # Latents of a layout token: the largest square that divides the grid.
         patch = next(side for side in range(max(1, grid // TOKENS), 0, -1) if grid % side == 0)
@@ -344,7 +344,7 @@ class XLayoutTask(LayoutTask):
             space,
             space.out / "detokenizer",
             features,
-            {"heads": load_label_heads(space)},
+            {"heads": trained_label_heads(space)},
             keeps=KEEPS,
         )
 

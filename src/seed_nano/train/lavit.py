@@ -22,12 +22,11 @@ from seed_multimodal.models.lavit.decoder import CodeDecoder, LavitDecoderConfig
 from seed_multimodal.models.lavit.losses import FLIP_EVERY, LavitLossWeights, LavitStage1
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
 from seed_multimodal.models.lavit.train_tokenizer import LavitTokenizerTask
-from seed_multimodal.models.seed.losses import label_divergence
-from seed_multimodal.nn.label_heads import LabelHeads
 from seed_multimodal.state_dicts import assign_strictly, load_state_dict, save_state_dict
 from seed_multimodal.training.codebook import CodebookHealth
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.schedules import batch_indices
+from seed_nano.labels import LabelHeads, label_divergence
 from seed_nano.train.task import NanoTask, map_scenes
 from seed_nano.train.vision import LABELS, label_loss, labels_right
 from seed_nano.train.workspace import LavitWorkspace

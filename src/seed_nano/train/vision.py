@@ -19,12 +19,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.images.transforms import normalise
-from seed_multimodal.nn.label_heads import LabelHeads
 from seed_multimodal.nn.vision.clip import load_clip_vision
 from seed_multimodal.nn.vision.qwen import QwenVit, QwenVitConfig
 from seed_multimodal.state_dicts import save_state_dict
-from seed_multimodal.training import frozen_models
 from seed_multimodal.training.distributed import ProcessGroup
+from seed_nano.labels import LabelHeads, load_label_heads
 from seed_nano.train.task import NanoTask, SceneStream, map_scenes, to_signed
 from seed_nano.train.vae import THINGS_WEIGHT
 from seed_nano.train.workspace import Workspace, XWorkspace
@@ -113,9 +112,9 @@ def labels_right(logits: Mapping[str, Tensor], labels_BL: Tensor) -> Tensor:
     return torch.stack([scores.argmax(1) for scores in logits.values()], 1) == labels_BL
 
 
-def load_label_heads(space: Workspace) -> LabelHeads:
+def trained_label_heads(space: Workspace) -> LabelHeads:
     """The heads that a stage has written, in the order of `CLASSES`."""
-    return frozen_models.load_label_heads(space.work / HEADS_FILE, list(CLASSES))
+    return load_label_heads(space.work / HEADS_FILE, list(CLASSES))
 
 
 def embed(vision: Any, images: Tensor) -> Tensor:

@@ -20,7 +20,6 @@ from seed_multimodal.models.seed.losses import (
     Stage1Model,
     Stage1Output,
     Stage2Model,
-    Stage2Weights,
     project_and_normalize,
     similarities,
 )
@@ -135,20 +134,6 @@ def test_stage2_with_and_without_frozen_dropout(kind, tiny, images):
     assert torch.equal(clean.encoder_output(None, features), clean.encoder_output(images))
     assert not noisy.visual_encoder.training
     assert not noisy.eval().Qformer.training
-
-
-def test_stage2_seed2_with_a_readout(tiny, images):
-    # With our readout: the target's projection that SEED-LLaMA's decoder reads.
-    readout = torch.randn(7, 10)
-    target = torch.randn(5, 10)
-    weights = Stage2Weights(1.0, 3.0, 4.0, 0.5)
-    model = Stage2Model(tiny, weights=weights, frozen_dropout=False, readout_weight=readout)
-    out = model(images, target)
-    parts = out.loss_embed + out.loss_recon_s + out.loss_distil + out.loss_readout
-    torch.testing.assert_close(out.loss, parts)
-    read = F.mse_loss(out.embeds @ readout.T, target @ readout.T)
-    torch.testing.assert_close(out.loss_readout, 0.5 * read)
-    assert "readout_weight" not in model.state_dict()
 
 
 def test_stage2_seed1_loss_is_the_weighted_sum(images):

@@ -32,7 +32,6 @@ from seed_multimodal.models.seed.modeling import (
     decode_blocks,
     keep_first_rows,
 )
-from seed_multimodal.nn.label_heads import LabelHeads
 from seed_multimodal.nn.layers import cosine
 from seed_multimodal.settings import setting
 from seed_multimodal.state_dicts import LoadReport, assign_strictly
@@ -263,13 +262,12 @@ def similarities(rows_BE: Tensor, columns_NE: Tensor) -> Tensor:
 
 @dataclass
 class Stage2Output:
-    """Losses and activations of a batch; the four weighted losses add up to `loss`."""
+    """Losses and activations of a batch; the three weighted losses add up to `loss`."""
 
     loss: Tensor  # []
     loss_embed: Tensor  # [], codebook
     loss_recon_s: Tensor  # [], Q-Former output
     loss_distil: Tensor  # [], embeddings
-    loss_readout: Tensor  # [], read-out of the embeddings
     loss_embed_raw: Tensor  # [], codebook, unweighted
     indices: Tensor | None  # codes [B, Q]; None: the quantizer was bypassed
     pre_quant: Tensor  # [B, Q, d], before the quantizer
@@ -410,13 +408,11 @@ class Stage2Base(SeedTokenizer):
         tokens = self.decoder_tokens(query_up)
         embeds = self.project(tokens)
         loss_distil = self.distil_weight * F.mse_loss(embeds.float(), target.float())
-        loss_readout = self.readout_loss(embeds, target)
         return Stage2Output(
-            loss=loss_embed + loss_recon + loss_distil + loss_readout,
+            loss=loss_embed + loss_recon + loss_distil,
             loss_embed=loss_embed,
             loss_recon_s=loss_recon,
             loss_distil=loss_distil,
-            loss_readout=loss_readout,
             loss_embed_raw=loss_embed_raw,
             indices=indices,
             pre_quant=pre_quant,
@@ -433,10 +429,6 @@ class Stage2Base(SeedTokenizer):
     def distil_weight(self) -> float:
         """Factor of the embeddings' error."""
         raise NotImplementedError
-
-    def readout_loss(self, embeds: Tensor, target: Tensor) -> Tensor:
-        """An additional loss of the embeddings; none by default."""
-        return embeds.new_zeros(())
 
     def target_of(self, images: Tensor | None, input_ids: Tensor | None) -> Tensor:
         """The frozen target encoder's output for images or captions, without gradient."""
@@ -495,35 +487,16 @@ class Stage2Base(SeedTokenizer):
         return assign_strictly(self, encoder, source, allow_missing=optional)
 
 
-def label_divergence(heads: LabelHeads, embedding: Tensor, teacher: Tensor) -> Tensor:
-    """KL divergence `[B]` of the embedding's labels from the teacher's, fp32, averaged over the
-    labels.
-
-    No gradient flows into `teacher`.
-    """
-    with torch.autocast(embedding.device.type, enabled=False):
-        with torch.no_grad():
-            targets = heads(teacher.float())
-        predictions = heads(embedding.float())
-        divergences = []
-        for label, logits in predictions.items():
-            target = targets[label].softmax(1)  # [B, classes]
-            divergence = F.kl_div(logits.log_softmax(1), target, reduction="none")
-            divergences.append(divergence.sum(1))
-        return torch.stack(divergences).mean(0)
-
-
 # ---- stage 2 of SEED-2
 
 
 @dataclass(frozen=True)
 class Stage2Weights:
-    """Factor of each loss term; `readout` has an effect with a read-out matrix only."""
+    """Factor of each loss term."""
 
     embed: float = setting(5.0, minimum=0)
     recon_s: float = setting(2.0, minimum=0)
     distil_image: float = setting(0.5, minimum=0)
-    readout: float = setting(1.0, minimum=0)
 
 
 class Stage2Model(Stage2Base, Seed2Tokenizer):
@@ -531,13 +504,10 @@ class Stage2Model(Stage2Base, Seed2Tokenizer):
 
     config: the published training code used `use_qformer_image=True, reverse_depth=4`.
     clip_model: frozen model whose `.image_embeds` are the target when `forward` gets none.
-    readout_weight: ours: `W` `[M, E]` adds the loss `mse(W ê, W e)`, for example a read-out of VAE
-        latents.
     options: see `Stage2Base`.
     """
 
     weights: Stage2Weights
-    readout_weight: Tensor | None
 
     def __init__(
         self,
@@ -545,12 +515,10 @@ class Stage2Model(Stage2Base, Seed2Tokenizer):
         *,
         weights: Stage2Weights | None = None,
         clip_model: nn.Module | None = None,
-        readout_weight: Tensor | None = None,
         **options: Unpack[Stage2TrainingOptions],
     ) -> None:
         super().__init__(config, **options)
         self.weights = weights or Stage2Weights()
-        self.register_buffer("readout_weight", readout_weight, persistent=False)
         if clip_model is not None:
             clip_model.requires_grad_(False).train()
         self.clip_model = clip_model
@@ -558,33 +526,6 @@ class Stage2Model(Stage2Base, Seed2Tokenizer):
     @property
     def distil_weight(self) -> float:
         return self.weights.distil_image
-
-    def readout_loss(self, embeds: Tensor, target: Tensor) -> Tensor:
-        if self.readout_weight is None:
-            return super().readout_loss(embeds, target)
-        error = (embeds.float() - target.float()) @ self.readout_weight.float().T
-        return self.weights.readout * error.square().mean()
-
-    @torch.no_grad()
-    def scale_start(self) -> None:
-        """Random weights around the codebook and in the decoder that preserve activations' size.
-
-        PyTorch's, as in the original, shrink activations at each layer, so codes have no effect for
-        hundreds of steps.
-        """
-        gains: list[tuple[nn.Sequential, float]] = [
-            (self.encode_task_layer, 1.0),
-            (self.decode_task_layer, 1.0),
-        ]
-        if not self.config.use_qformer_image:
-            gains.append((self.image_down, 2.0))  # ReLU halves the mean square
-        for layers, gain in gains:
-            for layer in layers:
-                if isinstance(layer, nn.Linear):
-                    nn.init.normal_(layer.weight, std=(gain / layer.in_features) ** 0.5)
-        projection = self.distill_image_proj
-        nn.init.normal_(projection.weight, std=0.3 * projection.in_features**-0.5)
-        nn.init.normal_(self.pos_embed_image, std=0.5)
 
     @torch.no_grad()
     def target_of(self, images: Tensor | None, input_ids: Tensor | None = None) -> Tensor:
