@@ -44,16 +44,9 @@ def tokenizer(tokenizer_folder: Path) -> MultimodalTokenizer:
 @pytest.fixture(scope="session")
 def seedx_tokenizer(tmp_path_factory) -> MultimodalTokenizer:
     """A tokenizer for SEED-X: 4 of 6 image tokens per image, a grid of 16 for boxes."""
-    folder = tmp_path_factory.mktemp("seedx_tokenizer")
-    return train_text_tokenizer(
-        MultimodalTokenizer,
-        TEXTS,
-        folder,
-        vocab_size=330,
-        n_codes=6,
-        tokens_per_image=4,
-        n_locations=16,
-    )
+    from tiny.seed_x import write_seed_x_tokenizer
+
+    return write_seed_x_tokenizer(tmp_path_factory.mktemp("seedx_tokenizer"))
 
 
 @pytest.fixture(scope="session")
