@@ -56,7 +56,6 @@ from seed_multimodal.serving.schema import (
 if TYPE_CHECKING:
     from seed_multimodal.pipelines.base import MultimodalSystem
 
-SETTINGS = {"temperature", "num_beams", "max_new_tokens", "top_p", "seed", "ratio", "stop"}
 # Larger requests are handled one at a time, so that few of them fill the memory.
 LARGE_BODY_BYTES = 8 << 20
 LARGE_IMAGES_PIXELS = 2_000_000
@@ -335,7 +334,7 @@ class Backend:
         turns = [(role, _with_images(text, next_images)) for role, text in texts]
 
         # 2. Settings; LaVIT's own defaults stay where the request does not set them.
-        options = request.model_dump(include=SETTINGS, exclude_unset=self.template is None)
+        options = request.model_dump(exclude_none=True, exclude_unset=self.template is None)
         if request.force_boi and "max_new_tokens" in options:
             min_new_tokens = self.vocabulary.min_codes + 1
             options["max_new_tokens"] = max(request.max_new_tokens, min_new_tokens)
@@ -387,7 +386,7 @@ class Backend:
         """Changes of an OpenAI message (`content`, …), and last `usage` and `finish_reason`."""
         # 1. The conversation, and the settings that differ from the system's.
         turns, n_images = self._read_messages(request, deadline)
-        options = request.model_dump(include=SETTINGS, exclude_none=True)
+        options = request.model_dump(exclude_none=True)
         options |= self._drawing_options(request.image_options, request.ratio)
         options |= {"images": request.images, "previews": ()}
         if request.stream:
@@ -422,7 +421,9 @@ class Backend:
 
         # 3. What is known at the end: the last event has the answer.
         answer = event["answer"]
-        boxes, problems = self._boxes(answer, n_images)
+        edges_of_boxes, problems = self.system.family.boxes(answer)
+        # They are on the last image; boxes of a text alone have none to be drawn on.
+        boxes = [{"image": n_images - 1, "box": edges} for edges in edges_of_boxes if n_images]
         n_tokens = len(answer.ids)
         needed = 0 if self.vocabulary.image_only_when_forced else self.vocabulary.image_length
         if answer.finish_reason == "length" and n_tokens < needed and not answer.codes:
@@ -475,13 +476,6 @@ class Backend:
             "codes": None if self.vocabulary.fixed_image_order else event["codes"],
             "preview": event["type"] == "image_preview",
         }
-
-    def _boxes(self, answer: Answer, n_images: int) -> tuple[list[JsonObject], list[str]]:
-        """The boxes of an answer on the last image, and notes about malformed ones."""
-        edges_of_boxes, problems = self.system.family.boxes(answer)
-        # Boxes of a text alone have no image to be drawn on.
-        boxes = [{"image": n_images - 1, "box": edges} for edges in edges_of_boxes if n_images]
-        return boxes, problems
 
     # ---- images
 

@@ -144,7 +144,7 @@ class ChatSession:
 
     def on_edit(self, edited: gr.EditData) -> None:
         """An earlier message with another text; its images stay, what followed it is dropped."""
-        index = edited.index[0] if isinstance(edited.index, list | tuple) else edited.index
+        index = message_index(edited)
         images = [part for part in self.turns[index]["content"] if "path" in part]
         with warn_about_errors():
             message = user_message(str(edited.value).strip(), images)
@@ -171,7 +171,7 @@ class ChatSession:
         self.draft = None
         if len(messages) > len(turns_before):  # a new message, which leaves the box
             self.draft = messages[-1]
-            box = gr.update(value=None, submit_btn=False, stop_btn=True)
+            box["value"] = None
         yield chatbot_messages([*messages, answer]), box
 
         complete = False
@@ -182,7 +182,7 @@ class ChatSession:
                 answer["settings"] = {**request}
                 del answer["settings"]["messages"]
                 body = {**request, "stream": True, "previews": True}
-                async for event in self.model.stream("/v1/chat/completions", body):
+                async for event in self.model.stream("/v1/chat/completions", json=body):
                     change = event["choices"][0]["delta"]
                     for image in change.get("images", ()):
                         image["path"] = self.save_image(
@@ -262,8 +262,7 @@ class ChatSession:
             # Images stand before the text, see `user_message`.
             *images, text = self.draft["content"]
             files = [image["path"] for image in images]
-            value = {"text": text["text"], "files": files}
-            box = gr.update(value=value, submit_btn=True, stop_btn=False)
+            box["value"] = {"text": text["text"], "files": files}
         self.pending = []
         self.draft = None
         return chatbot_messages(self.turns), box
@@ -277,11 +276,10 @@ class ChatSession:
 
     async def on_vote(self, vote: gr.LikeData) -> None:
         """Log a vote with the conversation up to its answer."""
-        index = vote.index[0] if isinstance(vote.index, list | tuple) else vote.index
         kinds = {True: "upvote", False: "downvote"}  # "": taken back
         with warn_about_errors():
             kind = kinds.get(vote.liked, "withdrawn")
-            await self.add_to_log(kind, self.turns[: index + 1])
+            await self.add_to_log(kind, self.turns[: message_index(vote) + 1])
 
     # ---- the conversation's other buttons
 
@@ -360,10 +358,10 @@ class ChatSession:
         self,
         captions: Sequence[str],
         route: str,
-        **request: Any,
+        **content: Any,
     ) -> Update:
-        """Images of a route, for a gallery; `request`: as of `ModelClient.stream`."""
-        response = await anext(self.model.stream(route, **request))
+        """Images of a route, for a gallery; `content`: as of `ModelClient.stream`."""
+        response = await anext(self.model.stream(route, **content))
         for note in response.get("notes", ()):
             gr.Info(html.escape(note))
         return [
@@ -382,7 +380,7 @@ class ChatSession:
                 "n": DRAWN_AT_ONCE,
                 "ratio": ratio,
             }
-            return await self.images(captions, "/v1/images/generations", body=body)
+            return await self.images(captions, "/v1/images/generations", json=body)
         return gr.skip()
 
     async def on_change(self, upload: str | None, text: str, seed: float) -> Update:
@@ -393,7 +391,7 @@ class ChatSession:
                 [text],
                 "/v1/images/edits",
                 files={"image": Path(image["path"]).read_bytes()},
-                fields={"prompt": not_empty(text), "seed": int(seed)},
+                data={"prompt": not_empty(text), "seed": int(seed)},
             )
         return gr.skip()
 
@@ -403,7 +401,7 @@ class ChatSession:
             with warn_about_errors():
                 image = await self.stored_upload(upload)
                 body = {"images": [image["image_url"]["url"]]}
-                response = await anext(self.model.stream("/v1/images/tokens", body))
+                response = await anext(self.model.stream("/v1/images/tokens", json=body))
                 codes = response["data"][0]["codes"]
                 return code_strip(codes), codes
         return "", []
@@ -429,7 +427,7 @@ class ChatSession:
             return gr.skip()
         body = {"codes": [*rows.values()], "first": int(count)}
         with warn_about_errors():
-            return await self.images([*rows], "/v1/images/tokens", body=body)
+            return await self.images([*rows], "/v1/images/tokens", json=body)
         return gr.skip()
 
     async def on_find(self, upload: str | None, phrase: str) -> Update:
@@ -444,7 +442,7 @@ class ChatSession:
                 "max_tokens": 256,
                 "temperature": 0,
             }
-            response = await anext(self.model.stream("/v1/chat/completions", body))
+            response = await anext(self.model.stream("/v1/chat/completions", json=body))
             answer = response["choices"][0]["message"]
             caption = " ".join([BOX_WORDS.sub(" ", answer["content"]), *answer["notes"]])
             return [(image_with_boxes(messages, answer["boxes"]), caption)]
@@ -459,6 +457,12 @@ def not_empty(text: str) -> str:
     if not text.strip(BLANK_INPUT):
         raise RequestError("Write a text first.")
     return text
+
+
+def message_index(event: gr.EventData) -> int:
+    """The position of the message that was edited or voted on."""
+    index = event.index
+    return int(index[0] if isinstance(index, list | tuple) else index)
 
 
 def text_part(text: str) -> Message:
@@ -501,8 +505,7 @@ def add_change(answer: Message, change: JsonObject) -> None:
 
 async def decode_image(data: str) -> Image.Image:
     """An image of base64 or a data URL, decoded in a thread."""
-    opened = await asyncio.to_thread(io.open_image, io.decode_text(data))
-    return opened.image
+    return (await asyncio.to_thread(io.open_image, data)).image
 
 
 # ---- what the page displays

@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import json
 import os
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from typing import Any
 from urllib.request import getproxies
 
 from seed_multimodal.disk import JsonObject
@@ -48,18 +49,11 @@ class ModelClient:
         self.card = card or self.card
         self.codes_per_image = model.get("codes_per_image", 0)
 
-    async def stream(
-        self,
-        route: str,
-        body: Mapping[str, object] | None = None,
-        *,
-        files: Mapping[str, bytes] | None = None,
-        fields: Mapping[str, object] | None = None,
-    ) -> AsyncIterator[JsonObject]:
+    async def stream(self, route: str, **content: Any) -> AsyncIterator[JsonObject]:
         """The JSON of each event of a route. Leaving the loop cancels the request.
 
-        body: JSON to post.
-        files, fields: a form to post. Without body and files the route is read (GET).
+        content: what is posted, as of httpx: `json`, or the `files` and `data` of a form. Without
+            it the route is read (GET).
 
         Raises:
             RequestError: no server, an error response, or another kind of server.
@@ -68,7 +62,7 @@ class ModelClient:
 
         # 1. The request.
         address = self.address.removesuffix("/generate").rstrip("/") + route
-        method = "GET" if body is None and files is None else "POST"
+        method = "POST" if content else "GET"
         headers = {}
         token = os.environ.get("SEED_TOKEN", "").strip()  # of a server with a password
         if token:
@@ -84,10 +78,7 @@ class ModelClient:
         # 2. Its events: lines of a stream, or one line of JSON.
         status = 0
         try:
-            async with (
-                client,
-                client.stream(method, address, json=body, files=files, data=fields) as response,
-            ):
+            async with client, client.stream(method, address, **content) as response:
                 status = response.status_code
                 async for line in response.aiter_lines():
                     if not line or line == "data: [DONE]":

@@ -6,6 +6,8 @@ import secrets
 import time
 from collections.abc import Iterator
 
+from pydantic_core import to_jsonable_python
+
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.serving.schema import ResponsesRequest
 
@@ -37,7 +39,7 @@ class ResponseEvents:
             "usage": None,
             "boxes": [],
             "notes": [],
-            **request.model_dump(include=ECHOED),
+            **{name: to_jsonable_python(getattr(request, name)) for name in ECHOED},
         }
         self._image_format = request.image_options.output_format
         self._item: JsonObject = {}  # the last output item until it is complete

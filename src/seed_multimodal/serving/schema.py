@@ -48,11 +48,15 @@ Beams = Annotated[int, Field(ge=1, le=8)]
 NewTokens = Annotated[int, Field(ge=1)]  # the context's end caps it
 Stop = Annotated[str, StringConstraints(min_length=1, max_length=100)]
 Model = TypeVar("Model", bound="Fields")
+Value = TypeVar("Value")
+# A field that the server reads. The dump of a request for an answer holds the others: settings,
+# which are keyword arguments of `MultimodalSystem.chat`.
+NotSetting = Annotated[Value, Field(exclude=True)]
 MessagePart: TypeAlias = "str | ImageUrl | list[int]"  # a text, an image, codes of an image
 
-# Group → field → its values that change nothing, or "any"; and advice about refused fields.
+# Group → field → its values that change nothing, or "any"; and advice about a refused field.
 IGNORED = yaml.safe_load(Path(__file__).with_name("fields.yaml").read_text(encoding="utf-8"))
-ADVICE: Mapping[str, str] = IGNORED.pop("advice")
+ADVICE = IGNORED.pop("advice")
 
 
 # ---- parts of requests
@@ -80,9 +84,9 @@ class Fields(BaseModel):
     groups: ClassVar[Sequence[str]] = ("messages",)
 
     @classmethod
-    def ignored(cls) -> dict[str, Any]:
-        """Field → its values that change nothing, or "any"."""
-        return {name: values for group in cls.groups for name, values in IGNORED[group].items()}
+    def ignored(cls, table: JsonObject = IGNORED) -> dict[str, Any]:
+        """Field → its values that change nothing, or "any"; or its advice, of the other `table`."""
+        return {name: value for group in cls.groups for name, value in table[group].items()}
 
     @model_validator(mode="before")
     @classmethod
@@ -93,7 +97,12 @@ class Fields(BaseModel):
         kept: dict[str, object] = {}
         for name, value in body.items():
             values = ignored.get(name, ())
-            if value is not None and values != "any" and value not in values:
+            # Python's True equals 1, JSON's does not.
+            is_harmless = values == "any" or any(
+                value == harmless and isinstance(value, bool) == isinstance(harmless, bool)
+                for harmless in values
+            )
+            if value is not None and not is_harmless:
                 kept[name] = value
         return kept
 
@@ -130,15 +139,15 @@ class GenerateRequest(Fields):
     An entry is base64 of an image file, or a list of codes.
     """
 
-    groups = ("every request",)
+    groups = ("every request", "/generate")
 
-    text: str = Field(max_length=MAX_TEXT)
-    images: list[str | Codes] = Field(max_length=MAX_IMAGES)
+    text: NotSetting[str] = Field(max_length=MAX_TEXT)
+    images: NotSetting[list[str | Codes]] = Field(max_length=MAX_IMAGES)
     temperature: Temperature = 0.7
     num_beams: Beams = 1
     max_new_tokens: NewTokens = 256
     top_p: Share = 0.5
-    force_boi: bool = False
+    force_boi: NotSetting[bool] = False
     seed: Seed | None = None
 
     @model_validator(mode="after")
@@ -185,11 +194,18 @@ class Part(Fields):
     type: Literal[
         "text", "input_text", "output_text", "refusal", "image_url", "input_image", "image"
     ]
-    text: str = ""
-    refusal: str = ""
+    text: str = Field("", validation_alias=AliasChoices("text", "refusal"))
     image_url: str | ImageUrl = Field("", validation_alias=AliasChoices("image_url", "image"))
     codes: Codes | None = None
     offset: int = Field(MAX_TEXT, ge=0)
+
+    @model_validator(mode="after")
+    def _no_others(self) -> Part:
+        others = ("text",) if "image" in self.type else ("image_url", "codes")
+        for name in others:
+            if getattr(self, name):
+                raise RequestError(f"A part of type {self.type!r} has no such field.", name)
+        return self
 
     @property
     def url(self) -> ImageUrl:
@@ -199,9 +215,7 @@ class Part(Fields):
 
     @property
     def value(self) -> MessagePart:
-        if "image" in self.type:
-            return self.codes or self.url
-        return self.refusal if self.type == "refusal" else self.text
+        return self.codes or self.url if "image" in self.type else self.text
 
 
 class ChatMessage(Fields):
@@ -235,13 +249,11 @@ class ChatMessage(Fields):
 class ImageCall(Fields):
     """An image of an earlier response; `codes` are read instead of `result`."""
 
+    role: ClassVar[str] = "assistant"
+
     type: Literal["image_generation_call"]
     result: str = ""
     codes: Codes | None = None
-
-    @property
-    def role(self) -> str:
-        return "assistant"
 
     @property
     def parts(self) -> list[MessagePart]:
@@ -282,8 +294,8 @@ class AnswerRequest(Fields):
     num_beams: Beams | None = None
     stop: Annotated[list[Stop], Field(max_length=4), BeforeValidator(as_list)] | None = None
     ratio: str | None = None
-    stream: bool = False
-    previews: bool = False
+    stream: NotSetting[bool] = False
+    previews: NotSetting[bool] = False
 
     @property
     def conversation(self) -> Sequence[ChatMessage | ImageCall]:
@@ -332,12 +344,12 @@ class ChatRequest(AnswerRequest):
 
     groups = ("every request", "answers", "/v1/chat/completions")
 
-    messages: list[ChatMessage] = Field(min_length=1, max_length=256)
+    messages: NotSetting[list[ChatMessage]] = Field(min_length=1, max_length=256)
     max_new_tokens: NewTokens | None = Field(
         None, validation_alias=AliasChoices("max_completion_tokens", "max_tokens")
     )
-    modalities: Annotated[list[Literal["text", "image"]], Field(min_length=1)] | None = None
-    force_image: bool = False
+    modalities: NotSetting[list[Literal["text", "image"]] | None] = Field(None, min_length=1)
+    force_image: NotSetting[bool] = False
 
     @property
     def conversation(self) -> Sequence[ChatMessage | ImageCall]:
@@ -365,13 +377,13 @@ class ResponsesRequest(AnswerRequest):
     conversation_name = "input"
     usage_names = ("input", "output")
 
-    input: str | Annotated[list[ChatMessage | ImageCall], Field(min_length=1, max_length=256)]
-    instructions: str = ""
-    max_new_tokens: NewTokens | None = Field(
-        None, validation_alias=AliasChoices("max_output_tokens")
-    )
-    tools: list[ImageTool] = Field([], max_length=1)
-    tool_choice: Literal["auto", "none", "required"] | ImageTool = "auto"
+    input: NotSetting[
+        str | Annotated[list[ChatMessage | ImageCall], Field(min_length=1, max_length=256)]
+    ]
+    instructions: NotSetting[str] = ""
+    max_new_tokens: NewTokens | None = Field(None, validation_alias="max_output_tokens")
+    tools: NotSetting[list[ImageTool]] = Field([], max_length=1)
+    tool_choice: NotSetting[Literal["auto", "none", "required"] | ImageTool] = "auto"
 
     @property
     def conversation(self) -> Sequence[ChatMessage | ImageCall]:
@@ -462,7 +474,7 @@ def read_request(model: type[Model], body: bytes | Mapping[str, object]) -> Mode
         if details["type"] == "extra_forbidden":
             values = model.ignored().get(field)
             exception = f", except {json.dumps(values)}" if values else ""
-            advice = ADVICE.get(str(details["loc"][-1]), "")
+            advice = model.ignored(ADVICE).get(str(details["loc"][-1]), "")
             message = f"This server does not support it{exception}. {advice}".rstrip()
         raise RequestError(message, field) from None
 
