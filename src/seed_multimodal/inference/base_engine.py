@@ -104,7 +104,8 @@ class BaseEngine(ABC):
         settings: GenerationSettings | Sequence[GenerationSettings],
         **options: Any,
     ) -> Sequence[Request]:
-        """Finished requests, as `generate` makes them; `options`: of `Request`."""
+        """Finished requests, as `generate` makes them, whose `reader` has read the (best) answer;
+        `options`: of `Request`."""
         # All are made before the first one runs: one that does not fit fails all.
         if isinstance(settings, GenerationSettings):
             settings = [settings] * len(prompts)
@@ -125,6 +126,7 @@ class BaseEngine(ABC):
             for request in requests:
                 ids = list(request)
                 request.answers = request.answers or [[*request.initial_ids, *ids]]
+                request.reader.close()
         finally:
             for request in requests:
                 request.cancel()

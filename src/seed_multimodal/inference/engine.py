@@ -115,7 +115,8 @@ class Engine(BaseEngine, InboxThread[Request]):
         # The first continuations read the prompts; the others copy what the cache then holds.
         for wave in (slice(0, 1), slice(1, None)):
             requests: list[Request] = []
-            for prompt, rows in zip(prompts, continuations, strict=True):
+            targets: list[list[Likelihood]] = []
+            for prompt, rows, target in zip(prompts, continuations, likelihoods, strict=True):
                 for ids in rows[wave]:
                     settings = GenerationSettings(
                         max_new_tokens=len(ids),
@@ -124,13 +125,11 @@ class Engine(BaseEngine, InboxThread[Request]):
                         stop_token_ids=(),
                     )
                     requests.append(self._new_request(prompt, settings, forced_ids=ids))
-            measured = iter(self._finish(requests))
-            for prompt_likelihoods, rows in zip(likelihoods, continuations, strict=True):
-                for ids in rows[wave]:
-                    request = next(measured)
-                    if len(request.log_probs) < len(ids):
-                        raise GenerationError("A continuation does not fit the KV cache.")
-                    prompt_likelihoods.append(Likelihood(request.log_probs, request.is_greedy))
+                    targets.append(target)
+            for request, target in zip(self._finish(requests), targets, strict=True):
+                if len(request.log_probs) < request.settings.max_new_tokens:
+                    raise GenerationError("A continuation does not fit the KV cache.")
+                target.append(Likelihood(request.log_probs, request.is_greedy))
         return likelihoods
 
     # ---- everything below is called by the engine's thread
@@ -420,21 +419,17 @@ class Engine(BaseEngine, InboxThread[Request]):
         """Choose and deliver the next token of each request."""
         for request in requests:
             try:
-                token = self._next_token(request)
+                self._append(request, self._next_token(request))
             except Exception as error:  # noqa: BLE001 of this request alone
                 # Attention multiplies masked positions by 0, so NaN in them would reach the next
                 # sequence there.
                 for row in request.rows:
                     self.backend.clear(row.index)
                 self._fail([request], error)
-                continue
-            state = request.rows[0].state
-            if request.states is not None and state is not None:
-                request.states.append(state.clone())
-            self._append(request, token)
 
     def _next_token(self, request: Request) -> int:
-        """The next token, by guidance, the request's processors, and sampling."""
+        """The next token, by guidance, the request's processors, and sampling; keeps the hidden
+        state from which it is chosen."""
         # 1. The distribution.
         scores_by_prompt = [row.scores for row in request.rows if row.scores is not None]
         scores = scores_by_prompt[0]  # [1, V]
@@ -455,4 +450,7 @@ class Engine(BaseEngine, InboxThread[Request]):
         if request.records:
             request.log_probs.append(float(scores.log_softmax(dim=-1)[0, token]))
             request.is_greedy &= token == int(scores.argmax())
+        state = request.rows[0].state
+        if request.states is not None and state is not None:
+            request.states.append(state.clone())
         return token

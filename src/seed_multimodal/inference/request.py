@@ -25,9 +25,8 @@ from seed_multimodal.inference.sampling import LogitsProcessor
 from seed_multimodal.language.answer import AnswerReader, Event
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 
-# What the engine hands to the caller: a token with its events (None: the caller reads it), an
-# error, or None (the end).
-StreamItem = tuple[int, list[Event] | None] | BaseException | None
+# What the engine hands to the caller: a token with its events, an error, or None (the end).
+StreamItem = tuple[int, list[Event]] | BaseException | None
 
 
 @dataclass(eq=False)
@@ -173,11 +172,9 @@ class Request:
         return is_equal and replace(self.settings, seed=None) == replace(other.settings, seed=None)
 
     def deliver(self, token: int) -> None:
-        """Hand a token to the caller; with stops, after it was read."""
-        if self.ended:
-            return
-        events = self.reader.read(token) if self.settings.stop else None
-        self._stream.put((token, events))
+        """Read a token, and hand it to the caller."""
+        if not self.ended:
+            self._stream.put((token, self.reader.read(token)))
 
     def finish(self, reason: str) -> None:
         """End a complete answer."""
@@ -218,14 +215,14 @@ class Request:
         yield from self._first_events
         with contextlib.closing(self._items()) as items:
             try:
-                for token, events in items:
-                    yield from self.reader.read(token) if events is None else events
+                for _, events in items:
+                    yield from events
             except Stopped:
                 yield from (event for event in self.reader.close() if event["type"] == "text")
                 raise
         yield from self.reader.close()
 
-    def _items(self) -> Generator[tuple[int, list[Event] | None]]:
+    def _items(self) -> Generator[tuple[int, list[Event]]]:
         try:
             while (item := self._stream.get()) is not None:
                 if isinstance(item, BaseException):

@@ -200,7 +200,7 @@ class AnswerGenerator:
 
                 # 2. Their texts, and the inputs of their images.
                 for prompt, request in zip(prompts, finished, strict=True):
-                    answer = self.read_answer(request.answers[0], request.settings)
+                    answer = self._answer(request.reader)
                     parts = [part for part in answer.parts if isinstance(part, ImagePart)]
                     inputs = self.family.image_inputs(parts, request) if parts else ()
                     answers.append(GeneratedAnswer(answer, inputs, prompt))
@@ -209,7 +209,10 @@ class AnswerGenerator:
 
     def read_answer(self, ids: Sequence[int], settings: GenerationSettings) -> Answer:
         """The parts of an answer, cut at its end."""
-        reader = self.reader(settings).read_all(ids)
+        return self._answer(self.reader(settings).read_all(ids))
+
+    def _answer(self, reader: AnswerReader) -> Answer:
+        """The answer that a reader has read."""
         after = self.family.tasks.answer_after
         return Answer(tuple(reader.parts), tuple(reader.ids), answer_after=after)
 

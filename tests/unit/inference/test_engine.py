@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import threading
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -92,27 +92,27 @@ def test_answers_equal_those_of_transformers(request, family, name):
 
     # 2. Streamed to callers in threads, a third of which leave after four tokens.
     firsts = expected[:: settings.num_return_sequences]
-    answers: dict[int, list[int]] = {}
-    reasons: dict[int, str | None] = {}
 
-    def read(caller: int) -> None:
+    def read(caller: int) -> tuple[list[int], str | None]:
         row = caller % 5
         stream = engine.submit(asked[row], replace(settings, seed=SEEDS[row]))
-        answers[caller] = list(stream.initial_ids)
+        ids = list(stream.initial_ids)
         for token in stream:
-            answers[caller].append(token)
-            if caller % 3 == 2 and len(answers[caller]) == 4:
+            ids.append(token)
+            if caller % 3 == 2 and len(ids) == 4:
                 break
-        reasons[caller] = stream.finish_reason
+        return ids, stream.finish_reason
 
-    run_threads(read, 15)
-    for caller, ids in answers.items():
+    with ThreadPoolExecutor(15) as pool:
+        answers = list(pool.map(read, range(15)))
+    for caller, (ids, reason) in enumerate(answers):
         complete = firsts[caller % 5]
-        assert ids == (complete[:4] if caller % 3 == 2 else complete), caller
-        if caller % 3 != 2:
-            is_cut = name == "a stop" and len(ids) < settings.max_new_tokens
-            ends = is_cut or ids[-1] in system.tokenizer.eos_token_ids
-            assert reasons[caller] == ("stop" if ends else "length"), ids
+        if caller % 3 == 2:
+            assert ids == complete[:4]
+            continue
+        is_cut = name == "a stop" and len(ids) < settings.max_new_tokens
+        ends = is_cut or ids[-1] in system.tokenizer.eos_token_ids
+        assert (ids, reason) == (complete, "stop" if ends else "length")
 
     # 3. No row is lost, and alone each answer is the same, with rows that hold its prompt.
     wait_until(lambda: (engine.n_running, engine.n_waiting) == (0, 0))
@@ -133,14 +133,6 @@ def test_answers_beside_those_of_other_settings(tiny):
         engine_of(tiny).generate([asked], replace(SETTINGS[name], seed=5))[0] for name in names
     ]
     assert together == alone
-
-
-def run_threads(work: Any, count: int) -> None:
-    threads = [threading.Thread(target=work, args=(index,)) for index in range(count)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join(60)
 
 
 @pytest.mark.parametrize(

@@ -6,7 +6,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from torch import Tensor
 
 from seed_multimodal.inference.image_constraints import ImageConstraints
 from seed_multimodal.language.vocabulary import ImageVocabulary
@@ -49,7 +48,8 @@ def allowed(vocabulary: ImageVocabulary, ids: list[int], budget: int | None) -> 
 @given(seed=st.integers(0, 10**6), budget=st.none() | st.integers(1, 40), opened=st.booleans())
 def test_any_sequence_follows_the_grammar(vocabulary, seed, budget, opened):
     # One token too many allowed, and the answer's image cannot be decoded; one too few, and the
-    # model cannot say what it was trained to.
+    # model cannot say what it was trained to. SEED-X's images get zeros: they are certain, and
+    # untrained scores must not cost a beam.
     generator = torch.Generator().manual_seed(seed)
     process = ImageConstraints(vocabulary, opened=opened, budget=budget)
     rows = torch.zeros(2, 0, dtype=torch.long)
@@ -58,37 +58,29 @@ def test_any_sequence_follows_the_grammar(vocabulary, seed, budget, opened):
         scores = torch.randn(2, vocabulary.size + PADDING, generator=generator)
         scores[:, [vocabulary.boi_id, vocabulary.eoi_id]] += 4  # images are rare otherwise
         processed = process(rows, scores)
-        for ids, row in zip(rows.tolist(), processed, strict=True):
+        for ids, before, after in zip(rows.tolist(), scores, processed, strict=True):
             # A forced `<img>` is not part of the budget.
             total = None if budget is None else budget + len(prefix)
-            finite = set(torch.isfinite(row).nonzero().flatten().tolist())
-            assert finite == allowed(vocabulary, prefix + ids, total)
+            kept = torch.isfinite(after)
+            expected = allowed(vocabulary, prefix + ids, total)
+            assert set(kept.nonzero().flatten().tolist()) == expected
+            is_certain = vocabulary.fixed_image_order and 0 not in expected  # in an image
+            assert torch.equal(after[kept], before[kept] * (not is_certain))
         chosen = processed.softmax(-1).multinomial(1, generator=generator)
         rows = torch.cat([rows, chosen], dim=1)
-
-
-def processed(vocabulary: ImageVocabulary, ids: list[int], **options) -> tuple[Tensor, Tensor]:
-    scores = torch.randn(1, vocabulary.size)
-    constraints = ImageConstraints(vocabulary, **options)
-    return scores, constraints(torch.tensor([ids], dtype=torch.long), scores)
-
-
-def test_allowed_tokens_keep_their_scores(vocabulary):
-    # Except SEED-X's placeholders: they are certain, and untrained scores must not cost a beam.
-    for ids in ([], [vocabulary.boi_id]):
-        before, after = processed(vocabulary, ids)
-        is_certain = bool(ids) and vocabulary.fixed_image_order
-        kept = torch.isfinite(after)
-        assert torch.equal(after[kept], torch.zeros(1) if is_certain else before[kept])
 
 
 def test_original_constraints_of_seed_x(seedx_tokenizer):
     # The original forbids only an image's own codes, patches and starts: answers as by its scripts.
     vocabulary = seedx_tokenizer.vocabulary
-    _, after = processed(vocabulary, [], original=True)
-    forbidden = set(torch.isinf(after[0]).nonzero().flatten().tolist())
-    image_codes = range(vocabulary.code_start, vocabulary.code_start + vocabulary.tokens_per_image)
-    assert forbidden == {*image_codes, vocabulary.eoi_id}
-    _, after = processed(vocabulary, [vocabulary.boi_id], original=True)
-    finite = torch.isfinite(after[0]).nonzero().flatten().tolist()
-    assert finite == [vocabulary.code_start]
+    process = ImageConstraints(vocabulary, original=True)
+    scores = torch.randn(1, vocabulary.size)
+
+    def finite(*ids: int) -> set[int]:
+        allowed = process(torch.tensor([ids], dtype=torch.long), scores)[0]
+        return set(torch.isfinite(allowed).nonzero().flatten().tolist())
+
+    start = vocabulary.code_start
+    image_codes = range(start, start + vocabulary.tokens_per_image)
+    assert finite() == set(range(vocabulary.size)) - {*image_codes, vocabulary.eoi_id}
+    assert finite(vocabulary.boi_id) == {start}

@@ -58,17 +58,16 @@ class CompletionServerEngine(BaseEngine):
             range(vocabulary.code_start, vocabulary.code_start + vocabulary.n_codes)
         )
         self._rows = threading.Semaphore(max_running)
-        self._counting = threading.Lock()
-        self._n_running = 0
-        self._n_waiting = 0
+        self._running: set[Request] = set()
+        self._waiting: set[Request] = set()
 
     @property
     def n_running(self) -> int:
-        return self._n_running
+        return len(self._running)
 
     @property
     def n_waiting(self) -> int:
-        return self._n_waiting
+        return len(self._waiting)
 
     def _enqueue(self, requests: Sequence[Request]) -> None:
         for request in requests:
@@ -83,26 +82,22 @@ class CompletionServerEngine(BaseEngine):
 
     def _run(self, request: Request) -> None:
         """Wait for one of the places, and answer."""
-        self._count(waiting=1)
+        self._waiting.add(request)
         while not self._rows.acquire(timeout=POLL_SECONDS):
             request.stop_if_asked()
             if request.ended:
-                self._count(waiting=-1)
+                self._waiting.remove(request)
                 return
-        self._count(waiting=-1, running=1)
+        self._running.add(request)
+        self._waiting.remove(request)
         try:
             self._answer(request)
         except Exception as error:  # noqa: BLE001
             # Of this answer alone; the caller's iteration raises it.
             request.end(error)
         finally:
-            self._count(running=-1)
+            self._running.remove(request)
             self._rows.release()
-
-    def _count(self, waiting: int = 0, running: int = 0) -> None:
-        with self._counting:
-            self._n_waiting += waiting
-            self._n_running += running
 
     def _answer(self, request: Request) -> None:
         """All segments of an answer."""

@@ -121,9 +121,9 @@ class TorchBackend:
         prompt = Prompt([id % self.vocab_size for id in PROBE_IDS])
         length = len(prompt) - 1  # of the first piece
         with self.ready():
-            embeddings = self.prepare(prompt)[None]  # [1, n, D]
-            self._run(0, embeddings[:, :length], [0], [length], self._forward)
-            scores = self._run(0, embeddings[:, length:], [length], [1], self._forward).scores
+            embeddings = self.prepare(prompt)
+            self.prefill(0, [PromptChunk(embeddings, 0, length)])
+            scores = self.prefill(0, [PromptChunk(embeddings, length, len(prompt))]).scores
             ids = torch.tensor([prompt.ids], device=embeddings.device)
             expected = self.llm(ids, use_cache=False).logits
         return scores[0], expected[0, -1].float()
@@ -144,12 +144,18 @@ class TorchBackend:
                     self.cache.release()
 
     def weights(self) -> object:
-        # Counters of changes in place, which `.data` and fused optimizers do not count, and one
-        # number of each tensor, which they do change.
-        parameters = list(self.llm.parameters())
+        # 1. Counters of changes in place, which `.data` and fused optimizers do not count, and one
+        #    number of each tensor, which they do change. Quantized weights do not change.
+        parameters = [each for each in self.llm.parameters() if type(each) is nn.Parameter]
         versions = [0 if tensor.is_inference() else tensor._version for tensor in parameters]
-        numbers = torch.stack([tensor[(0,) * tensor.ndim] for tensor in parameters]).tolist()
-        return self._n_loads, versions, numbers
+        numbers = [tensor[(0,) * tensor.ndim] for tensor in parameters]
+
+        # 2. Adapters of PEFT that are switched on.
+        adapters: list[object] = []
+        for module in self.llm.modules():
+            if hasattr(module, "disable_adapters"):
+                adapters.append((module.disable_adapters, tuple(module.active_adapters)))
+        return self._n_loads, versions, torch.stack(numbers).tolist(), adapters
 
     def prepare(self, prompt: Prompt) -> Tensor:
         """Embeddings `[L, D]`."""
