@@ -102,7 +102,7 @@ def images_before_question(content: Sequence[Any]) -> tuple[Any, ...]:
 
 def user_message(content: Sequence[object], index: int = 0) -> list[Message]:
     """A conversation of one message; `index`: its number in errors, of several requests."""
-    return [_message({"role": "user", "content": list(content)}, index)]
+    return [_message({"role": "user", "content": content}, index)]
 
 
 def without_oldest_turn(conversation: Sequence[Message]) -> list[Message]:

@@ -13,6 +13,8 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from peft import LoraConfig, inject_adapter_in_model
+from peft.tuners.tuners_utils import BaseTunerLayer
 from tiny.language import random_llm
 from torch import nn
 
@@ -74,6 +76,12 @@ def add_to_data(model: nn.Module) -> None:
         weight.data += 0.1 * torch.randn_like(weight)  # as peft merges an adapter
 
 
+def switch_adapter_off(model: nn.Module) -> None:
+    for module in model.modules():
+        if isinstance(module, BaseTunerLayer):
+            module.enable_adapters(False)
+
+
 def load_other_weights(model: nn.Module) -> None:
     model.load_state_dict(random_llm("llama", 340, seed=1).state_dict())
 
@@ -86,13 +94,16 @@ def load_other_weights(model: nn.Module) -> None:
         step_of(torch.optim.AdamW),
         step_of(torch.optim.AdamW, fused=True),
         lambda model: model.to(torch.bfloat16).to(torch.float32).lm_head.weight.data.neg_(),
+        switch_adapter_off,  # as the reference policy of training by rewards
     ],
-    ids=["load_state_dict", "data", "optimizer", "fused optimizer", "to"],
+    ids=["load_state_dict", "data", "optimizer", "fused optimizer", "to", "adapter"],
 )
 def test_answers_after_a_change_of_the_weights_are_those_of_a_fresh_engine(tiny, change):
     # Training by rewards samples between two steps: old keys would give another model's answers.
     torch.manual_seed(0)
     model = random_llm("llama", 340)
+    if change is switch_adapter_off:
+        inject_adapter_in_model(LoraConfig(init_lora_weights=False), model)
     engine = Engine(TorchBackend(model, max_rows=2), tiny.tokenizer)
     asked = [Prompt([1, *TEXTS[0]]), Prompt([1, *TEXTS[0], 5])]
     before = engine.generate(asked, GREEDY)

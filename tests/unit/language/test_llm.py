@@ -17,6 +17,8 @@ from tiny.language import random_llm
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, SeedWarning
+from seed_multimodal.inference.opening import torch_engine
+from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.language.llm import check_vocab_size, load_llm
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary
@@ -181,3 +183,6 @@ def test_load_llm_quantised_on_a_cpu(nano_scores: Tensor, quantization, largest)
         scores_of(packed), nano_scores, log_target=True, reduction="none"
     )
     assert 0 < divergence.sum(-1).mean() < largest
+    # The engine looks at the weights at each request, which few operations of packed ones can do.
+    engine = torch_engine(packed, MultimodalTokenizer.from_pretrained(NANO / "seed_tokenizer"))
+    assert engine.generate([Prompt([1, 300])], GenerationSettings(max_new_tokens=2)) != [[]]

@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from seed_multimodal.device import on_device
@@ -153,7 +153,7 @@ class TorchBackend:
         # 2. Adapters of PEFT that are switched on.
         adapters: list[object] = []
         for module in self.llm.modules():
-            if hasattr(module, "disable_adapters"):
+            if isinstance(getattr(module, "disable_adapters", None), bool):
                 adapters.append((module.disable_adapters, tuple(module.active_adapters)))
         return self._n_loads, versions, torch.stack(numbers).tolist(), adapters
 
