@@ -7,8 +7,9 @@ SEED-LLaMA's images are lists of codes, SEED-X's PIL images or `GeneratedAnswer`
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -71,7 +72,8 @@ class System:
 
     def draw(self, texts: Sequence[str]) -> list[Any]:
         """An undecoded image for each text; None if incomplete."""
-        return self.generate([[self.inner.tasks.draw_request(text)] for text in texts], "draw")
+        draw_request = self.inner.family.tasks.draw_request
+        return self.generate([[draw_request(text)] for text in texts], "draw")
 
     def edit(self, encoded: Sequence[Any], instructions: Sequence[str]) -> list[Any]:
         """Edited images, as returned by `draw`."""
@@ -81,14 +83,21 @@ class System:
 
     def generate(self, contents: Sequence[Sequence[Any]], task: str) -> list[Any]:
         """The image in the answer to each message."""
-        answers = self.inner.generate_image_answers(
+        answers = self.answers(contents, task, [self.seed] * len(contents))
+        return [answer if len(answer.image_inputs) == 1 else None for answer in answers]
+
+    def answers(
+        self, contents: Sequence[Sequence[Any]], task: str, seeds: Sequence[int]
+    ) -> list[Any]:
+        """The answer with an image to each message, by its seed."""
+        settings = self.inner.settings(task)
+        return self.inner.generate_image_answers(
             [user_message(content) for content in contents],
             task,
+            [replace(settings, seed=seed) for seed in seeds],
+            {},
             batch_size=self.batch,
-            seeds=[self.seed] * len(contents),
-            seed=self.seed,
         )
-        return [answer if len(answer.image_inputs) == 1 else None for answer in answers]
 
     def image_arguments(self, encoded: Sequence[Any]) -> tuple[Sequence[Any], dict[str, Any]]:
         """Encoded images as arguments of the library's methods, and options of answers about
@@ -126,7 +135,7 @@ class SeedXSystem(System):
         features = [answer.image_inputs[0] for answer in encoded]
         prompts = [answer.prompt for answer in encoded]
         seeds = [self.seed] * len(encoded)
-        return list(self.inner.decode_images(features, prompts, seeds, self.batch, {}))
+        return list(self.inner.decode_images(features, prompts, seeds, {}, self.batch))
 
     def detect(self, images: Images, phrases: Sequence[str]) -> list[list[tuple[int, ...]]]:
         """Boxes (left, top, right, bottom in pixels) of each phrase in its image."""
@@ -171,8 +180,16 @@ class LavitSystem(System):
         seeds = list(range(self.seed, self.seed + len(images)))
         codec = self.inner.images
         codes = [row.tolist() for row in codec.encode(images, seed=seeds)]
-        patches = codec.kept_patches(images, seed=seeds)
+        patches = codec.encode_by(self.kept_patches, images, seeds)
         return list(map(Tokens, codes, images, seeds, patches))
+
+    def kept_patches(self, pixels: Tensor, mode: str, generator: Any) -> list[Tensor]:
+        """Which patches of each image are kept, `[g, g]` bool, on the CPU."""
+        tokenizer = self.inner.images.code_tokenizer
+        features_BND = tokenizer.patch_features(pixels)
+        keep_BN = tokenizer.select(features_BND, mode=mode, generator=generator).keep_BN
+        side = math.isqrt(tokenizer.n_patches)
+        return list(keep_BN.bool().unflatten(1, (side, side)).cpu())
 
     def decode(self, encoded: Sequence[Any], ratio: str = "1:1") -> list[Image.Image]:
         """See `System`; `ratio`: of the sides."""
@@ -200,12 +217,7 @@ class LavitSystem(System):
         )
 
     def generate(self, contents: Sequence[Sequence[Any]], task: str) -> list[Any]:
-        answers = self.inner.generate_image_answers(
-            [user_message(content) for content in contents],
-            task,
-            batch_size=self.batch,
-            seeds=range(self.seed, self.seed + len(contents)),
-        )
+        answers = self.answers(contents, task, range(self.seed, self.seed + len(contents)))
         return [
             Tokens(list(answer.image_inputs[0])) if len(answer.image_inputs) == 1 else None
             for answer in answers

@@ -8,7 +8,6 @@ It is not trained for conversations: `chat` answers single messages.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import fields, replace
 from functools import partial
@@ -31,7 +30,7 @@ from seed_multimodal.language.messages import (
 from seed_multimodal.models.lavit.checkpoints import VISUAL_WEIGHT_FILES, load_tokenizer_pair
 from seed_multimodal.models.lavit.decoder import CodeDecoder
 from seed_multimodal.models.lavit.diffusion import LavitDetokenizer, LavitSettings
-from seed_multimodal.models.lavit.modeling import DynamicCodes, DynamicTokenizer, Generators
+from seed_multimodal.models.lavit.modeling import DynamicCodes, DynamicTokenizer
 from seed_multimodal.models.lavit.processing import (
     ANSWER_ENDS,
     CAPTION_ENDS,
@@ -115,7 +114,7 @@ class LavitImageCodec(CodeCodec):
 
     def encode(self, images: Sequence[ImageSource], *, seed: Seed = 0) -> list[Tensor]:
         """Codes `[n]` int64 of each image, on the CPU."""
-        return [codes.cpu() for codes in self._rows(self.code_tokenizer.encode, images, seed)]
+        return [codes.cpu() for codes in self.encode_by(self.code_tokenizer.encode, images, seed)]
 
     def features(self, images: Sequence[ImageSource], *, seed: Seed = 0) -> list[Tensor]:
         """Rows `[n, D]` of each image for the language model.
@@ -128,20 +127,9 @@ class LavitImageCodec(CodeCodec):
                 "This system has no weights for image input (token merger and projector of the "
                 "second stage), so it cannot describe images or answer."
             )
-        return self._rows(self.understanding_tokenizer.continuous, images, seed)
+        return self.encode_by(self.understanding_tokenizer.continuous, images, seed)
 
-    def kept_patches(self, images: Sequence[ImageSource], *, seed: Seed = 0) -> list[Tensor]:
-        """Which patches of each image are kept, `[g, g]` bool, on the CPU."""
-        tokenizer = self.code_tokenizer
-
-        def masks(pixels: Tensor, mode: str, generator: Generators) -> list[Tensor]:
-            features_BND = tokenizer.patch_features(pixels)
-            keep_BN = tokenizer.select(features_BND, mode=mode, generator=generator).keep_BN
-            return list(keep_BN.bool().unflatten(1, (math.isqrt(tokenizer.n_patches), -1)).cpu())
-
-        return self._rows(masks, images, seed)
-
-    def _rows(self, encode: Encode, images: Sequence[ImageSource], seed: Seed) -> list[Tensor]:
+    def encode_by(self, encode: Encode, images: Sequence[ImageSource], seed: Seed) -> list[Tensor]:
         """Results of `encode(pixels, mode=…, generator=…)`, batched with those of other threads."""
         seeds: list[int | None] = [None] * len(images)
         if seed is not None:
