@@ -435,6 +435,9 @@ def test_empty_requests_are_refused_by_number(system, family: Family):
             system.ask([image, image], texts)
     with pytest.raises(RequestError, match="1"):
         system.reconstruct([image, []])
+    for answers in ([["a"], [""]], [["a"]]):
+        with pytest.raises(RequestError, match="1"):
+            system.likelihoods([image, image], "What?", answers)
     with pytest.raises(ConfigError, match="num_images"):
         system.draw("a fish", num_images=0)
     assert len(system.draw(iter(["a cat"]))) == 1  # no text is lost to a check

@@ -6,7 +6,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
-from seed_multimodal.errors import ConfigError, GenerationError
+from seed_multimodal.errors import ConfigError, GenerationError, RequestError
 from seed_multimodal.inference.base_engine import BaseEngine
 from seed_multimodal.inference.likelihood import Likelihood
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
@@ -82,6 +82,8 @@ class AnswerGenerator:
         # 2. Values: later mappings override earlier ones.
         if "do_sample" not in options and {"temperature", "top_p", "top_k"} & options.keys():
             options = {"do_sample": True, "num_beams": 1, **options}
+        if isinstance(options.get("stop"), str):
+            options["stop"] = (options["stop"],)
         family_values = self.family.settings(task)
         values = {
             "max_new_tokens": 256,
@@ -291,7 +293,15 @@ class AnswerGenerator:
         """How likely each of the given answers to each conversation is.
 
         A system that generates a verdict first (`TaskPrompts.answer_after`) answers after its own.
+        Raises RequestError: an empty answer, or another number of lists than of conversations.
         """
+        if len(answers) != len(conversations):
+            raise RequestError(
+                f"{len(conversations)} requests were given with {len(answers)} lists of answers."
+            )
+        for row, texts in enumerate(answers):
+            if not all(texts):
+                raise RequestError(f"Request {row} has an empty answer.")
         settings = self.settings(task, do_sample=False, num_beams=1)
         verdict_end = self.family.tasks.answer_after.rstrip()
         likelihoods: list[list[Likelihood]] = []
