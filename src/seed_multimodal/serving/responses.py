@@ -6,8 +6,6 @@ import secrets
 import time
 from collections.abc import Iterator
 
-from pydantic_core import to_jsonable_python
-
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.serving.schema import ResponsesRequest
 
@@ -39,7 +37,7 @@ class ResponseEvents:
             "usage": None,
             "boxes": [],
             "notes": [],
-            **{name: to_jsonable_python(getattr(request, name)) for name in ECHOED},
+            **request.model_dump(mode="json", include=ECHOED),
         }
         self._image_format = request.image_options.output_format
         self._item: JsonObject = {}  # the last output item until it is complete

@@ -6,6 +6,7 @@ Subclasses (`models.seed.train_detokenizer`, `models.seed_x.train_detokenizer`,
 
 from __future__ import annotations
 
+import pkgutil
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -79,6 +80,9 @@ NEEDED = (
 WHOLE_MODELS = (".ckpt", ".safetensors")  # files next to the parts, which are not copied
 SMALL = 256  # pixels a side: the VAE encodes larger images one at a time, smaller ones in batches
 SAMPLES = 4  # images during training
+
+# By its name: that module has the methods of this one.
+DISTILLATION = "seed_multimodal.training.pixel_decoder.distill:DistillationTask"
 
 
 @dataclass
@@ -339,13 +343,12 @@ class PixelTask(RunTask):
     @classmethod
     def class_of(cls, run: RunSettings) -> type[RunTask]:
         """With `model.teacher` the task distils."""
-        from seed_multimodal.training.pixel_decoder.distill import DistillationTask
-
         assert isinstance(run, PixelRunSettings)
         if not run.model.teacher:
             return cls
         # Methods of distillation come before those of the family.
-        return type(f"Distillation{cls.__name__}", (DistillationTask, cls), {})
+        distillation = pkgutil.resolve_name(DISTILLATION)
+        return type(f"Distillation{cls.__name__}", (distillation, cls), {})
 
     def build(self) -> TrainedDetokenizer:
         """The initial module on the CPU, with `requires_grad` set."""
