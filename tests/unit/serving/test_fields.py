@@ -14,8 +14,9 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
+from pydantic import create_model
 from random_images import noise
-from served import CHAT, HI, chat, events, figures, read, user
+from served import CHAT, HI, PROMPTS, chat, events, figures, read, user
 
 from seed_multimodal.images.io import image_to_base64, image_to_bytes
 from seed_multimodal.serving.schema import POSTED
@@ -29,7 +30,12 @@ ASK = [{"role": "user", "content": "Tell me about the cat."}]
 CODES = [*range(16)] * 2
 # A valid body of each route, to which the rows of the tables add or change fields.
 BODIES: dict[str, dict[str, Any]] = {
-    GENERATE: {"text": HI, "images": [], "max_new_tokens": 4, "temperature": 0},
+    GENERATE: {
+        "text": PROMPTS["seed_llama"].format(ASK[0]["content"]),
+        "images": [],
+        "max_new_tokens": 4,
+        "temperature": 0,
+    },
     CHAT: {"messages": ASK, "max_tokens": 4, "temperature": 0},
     RESPONSES: {"input": ASK[0]["content"], "max_output_tokens": 4, "temperature": 0},
     DRAW: {"prompt": "a fish", "seed": 3},
@@ -77,50 +83,116 @@ def refusal(response: Any, status: int = 400) -> str:
 
 # ---- followed
 
-# What is sent → what the library is called with.
-CHAT_FIELDS = {
-    "{}": "{}",
-    '{"max_tokens": 5}': '{"max_new_tokens": 5}',
-    '{"max_completion_tokens": 5}': '{"max_new_tokens": 5}',
-    '{"max_tokens": 4096}': '{"max_new_tokens": 4096}',  # above the context
-    '{"num_beams": 2, "max_tokens": 5}': '{"num_beams": 2, "max_new_tokens": 5}',
-    '{"temperature": 5, "top_p": 1, "seed": 9223372036854775807}': (
-        '{"temperature": 5.0, "top_p": 1.0, "seed": 9223372036854775807}'
-    ),
-    '{"temperature": 5, "top_p": 1, "seed": -7}': '{"temperature": 5.0, "top_p": 1.0, "seed": -7}',
-    '{"temperature": 5, "top_p": 0}': '{"temperature": 0.0}',
-    '{"temperature": 1e-45}': '{"temperature": 0.0}',
-    '{"stop": "e"}': '{"stop": ["e"]}',
-    '{"stop": ["never", "e"]}': '{"stop": ["e"]}',
-    '{"max_tokens": -1}': "{}",  # as LM Studio's and llama.cpp's clients say "no limit"
-    '{"modalities": ["text", "image"]}': "{}",
-    '{"modalities": ["text"], "seed": 1}': '{"images": "never", "seed": 1}',
-    '{"modalities": ["image"], "seed": 1}': '{"force_image": true, "seed": 1}',
-    # The answer has a text, an image, and a text behind it.
-    '{"force_image": true, "seed": 1, "max_tokens": 60}': (
-        '{"force_image": true, "seed": 1, "max_new_tokens": 60}'
-    ),
+# What the library is called with → requests, with each field as its route names it.
+FOLLOWED = {
+    "{}": [
+        "/v1/chat/completions {}",
+        "/v1/responses {}",
+        '/v1/chat/completions {"modalities": ["text", "image"]}',
+        # As LM Studio's and llama.cpp's clients say "no limit".
+        '/v1/chat/completions {"max_tokens": -1}',
+        '/v1/responses {"max_output_tokens": -1}',
+        # Greedy.
+        '/v1/chat/completions {"temperature": 5, "top_p": 0}',
+        '/v1/responses {"temperature": 1e-45}',
+    ],
+    '{"max_new_tokens": 5}': [
+        '/generate {"max_new_tokens": 5}',
+        '/generate {"max_new_tokens": 5, "temperature": 5, "top_p": 0}',
+        '/v1/chat/completions {"max_tokens": 5}',
+        '/v1/chat/completions {"max_completion_tokens": 5}',
+        '/v1/responses {"max_output_tokens": 5}',
+    ],
+    # Above the context.
+    '{"max_new_tokens": 4096}': [
+        '/generate {"max_new_tokens": 4096}',
+        '/v1/chat/completions {"max_tokens": 4096}',
+        '/v1/responses {"max_output_tokens": 4096}',
+    ],
+    '{"num_beams": 2, "max_new_tokens": 5}': [
+        '/generate {"num_beams": 2, "max_new_tokens": 5}',
+        '/v1/chat/completions {"num_beams": 2, "max_tokens": 5}',
+        '/v1/responses {"num_beams": 2, "max_output_tokens": 5}',
+    ],
+    '{"temperature": 5, "top_p": 1, "seed": 9223372036854775807, "max_new_tokens": 5}': [
+        '/generate {"temperature": 5, "top_p": 1, "seed": 9223372036854775807, "max_new_tokens": 5}'
+    ],
+    '{"temperature": 5, "top_p": 1, "seed": -7}': [
+        '/v1/chat/completions {"temperature": 5, "top_p": 1, "seed": -7}',
+        '/v1/responses {"temperature": 5, "top_p": 1, "seed": -7}',
+    ],
+    '{"stop": ["e"]}': [
+        '/v1/chat/completions {"stop": "e"}',
+        '/v1/chat/completions {"stop": ["never", "e"]}',
+        '/v1/responses {"stop": "e"}',
+    ],
+    # Without an image, which a sampled answer would have.
+    '{"temperature": 5, "seed": 1, "max_new_tokens": 99, "images": "never"}': [
+        '/v1/chat/completions {"temperature": 5, "seed": 1, "max_tokens": 99, '
+        '"modalities": ["text"]}',
+        '/v1/responses {"temperature": 5, "seed": 1, "max_output_tokens": 99, '
+        '"tool_choice": "none"}',
+    ],
+    # A text, an image, and a text behind it.
+    '{"force_image": true, "max_new_tokens": 60}': [
+        '/generate {"force_boi": true, "max_new_tokens": 60, "seed": 0}',
+        '/v1/chat/completions {"force_image": true, "max_tokens": 60}',
+        '/v1/chat/completions {"modalities": ["image"], "max_tokens": 60}',
+        '/v1/responses {"tool_choice": "required", "max_output_tokens": 60}',
+        '/v1/responses {"tool_choice": {"type": "image_generation"}, "max_output_tokens": 60}',
+    ],
+    '{"messages": [{"role": "system", "content": "Short!"}, {"role": "user", "content": "Hi"}]}': [
+        '/v1/responses {"instructions": "Short!", "input": "Hi"}',
+    ],
 }
 
 
-@pytest.mark.parametrize("sent", CHAT_FIELDS)
-def test_chat_follows(client, tiny, sent):
-    answer = chat(client, ASK, **json.loads(sent))
-    expected = tiny.chat(ASK, **{"temperature": 0.0, **json.loads(CHAT_FIELDS[sent])})
-    assert answer["content"].split() == expected.text.split()
+def answered(client: Any, route: str, fields: dict[str, Any]) -> tuple[str, list[Any]]:
+    """The text of an answer, and its images with their codes."""
+    if route == CHAT:
+        answer = chat(client, ASK, **fields)
+        images = [(image["codes"], image["image_url"]["url"]) for image in answer["images"]]
+        return answer["content"], images
+    body = {**BODIES[route], "max_output_tokens": None, **fields}
+    answer = answer_of(client.post(route, json=body))
+    if route == GENERATE:
+        images = [*zip(answer["images_ids"], answer["images"], strict=True)]
+        return answer["text"].replace("<image>", " "), images
+    items = answer["output"]
+    text = "".join(item["content"][0]["text"] for item in items if "content" in item)
+    return text, [(item["codes"], item["result"]) for item in items if "result" in item]
+
+
+@pytest.mark.parametrize(
+    "library, sent", [(library, sent) for library in FOLLOWED for sent in FOLLOWED[library]]
+)
+def test_answers_follow(client, tiny, library, sent):
+    route, fields = sent.split(" ", 1)
+    text, images = answered(client, route, json.loads(fields))
+    expected = tiny.chat(**{"messages": ASK, "temperature": 0.0, **json.loads(library)})
+    assert text.split() == expected.text.split()
+    for (codes, image), part in zip(images, expected.parts[1::2], strict=True):
+        assert codes == part.codes and np.array_equal(read(image), part.image)
+
+
+@pytest.mark.parametrize("route", [GENERATE, CHAT, RESPONSES])
+def test_new_fields_of_the_schema_are_followed(client, monkeypatch, route):
+    # They were documented and dropped, and /generate failed without them.
+    model = create_model("Further", __base__=POSTED[route], top_k=(int | None, None))
+    monkeypatch.setitem(POSTED, route, model)
+    text = {GENERATE: "text", CHAT: "choices", RESPONSES: "output"}[route]
+    likeliest = answer_of(post(client, route, temperature=5, top_p=1, top_k=1))
+    assert likeliest[text] == answer_of(post(client, route))[text]
+
+
+def test_chat_tells_where_images_are(client, tiny):
+    answer = chat(client, ASK, force_image=True, max_tokens=60)
+    expected = tiny.chat(ASK, temperature=0.0, force_image=True, max_new_tokens=60)
     assert answer["finish_reason"] == expected.finish_reason
-    assert answer["usage"] == {
-        "prompt_tokens": expected.prompt_tokens,
-        "completion_tokens": len(expected.ids),
-        "total_tokens": expected.prompt_tokens + len(expected.ids),
-    }
-    # Images are the library's; each stands behind the text before it.
-    assert [part["codes"] for part in answer["images"]] == expected.codes
-    for part, image in zip(answer["images"], expected.images, strict=True):
-        assert np.array_equal(read(part["image_url"]["url"]), image)
-        before, after = answer["content"][: part["offset"]], answer["content"][part["offset"] :]
-        assert before == expected.parts[0].strip()
-        assert not after or after[0].isspace()
+    usage = {"prompt_tokens": expected.prompt_tokens, "completion_tokens": len(expected.ids)}
+    assert answer["usage"] == {**usage, "total_tokens": sum(usage.values())}
+    offset = answer["images"][0]["offset"]
+    assert answer["content"][:offset] == expected.parts[0].strip()
 
 
 def test_generate_has_the_defaults_of_the_original(client):
@@ -242,6 +314,9 @@ REFUSED = {
     '/v1/chat/completions {"stop": ["a", "b", "c", "d", "e"]}': "stop",
     '/v1/chat/completions {"stop": ""}': "stop",
     '/v1/chat/completions {"modalities": []}': "modalities:",
+    '/v1/chat/completions {"n": true}': "n:",
+    '/v1/chat/completions {"frequency_penalty": false}': "frequency_penalty:",
+    '/v1/responses {"top_logprobs": false}': "top_logprobs:",
     '/v1/images/generations {"prompt": " "}': "prompt:",
     '/v1/images/generations {"n": 99}': "n:",
     '/v1/images/generations {"ratio": "3:2"}': "ratio:",
@@ -271,6 +346,10 @@ REFUSED = {
     # What OpenAI's server would do otherwise.
     '/v1/chat/completions {"tools": [{"type": "function", "function": {"name": "f"}}]}': "tools",
     '/v1/chat/completions {"audio": {"voice": "alloy"}}': "audio",
+    # Names of other routes.
+    '/generate {"max_tokens": 9}': "max_new_tokens",
+    '/v1/responses {"max_tokens": 9}': "max_output_tokens",
+    '/v1/chat/completions {"max_output_tokens": 9}': "max_completion_tokens",
     '/v1/responses {"tools": [{"type": "web_search"}]}': "tools.0",
     '/v1/responses {"previous_response_id": "resp_1"}': "previous_response_id",
     '/v1/responses {"input": []}': "input",
@@ -292,6 +371,10 @@ def test_unknown_fields_and_other_values_are_refused(client, route):
             assert name in refusal(post(client, route, **{**absent, name: "other"}))
 
 
+def part(**fields: Any) -> dict[str, Any]:
+    return {"role": "user", "content": [fields]}
+
+
 # Route, fields, what the refusal names.
 REQUESTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "characters": (GENERATE, {"text": "x" * 40_000}, "text:"),
@@ -303,6 +386,8 @@ REQUESTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "no codes": (GENERATE, {"text": HI.replace("hi", "<image>?"), "images": [[]]}, "32 codes"),
     "a broken image": (CHAT, {"messages": [user(CODES[:3], "What is it?")]}, "32 codes"),
     "a code as text": (CHAT, {"messages": [user("<img><img_00001></img>?")]}, "<img_00001>"),
+    "text of an image": (CHAT, {"messages": [part(type="image", text="What?")]}, "text:"),
+    "codes of a text": (RESPONSES, {"input": [part(type="text", codes=CODES)]}, "codes:"),
     "a broken input": (RESPONSES, {"input": [user(CODES[:3], "What is it?")]}, "32 codes"),
     "characters of messages": (CHAT, {"messages": [user("x" * 33_000)]}, "characters"),
     "images of an edit": (EDIT, {"image": [b"no image"] * 17}, "image:"),
