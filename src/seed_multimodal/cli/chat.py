@@ -16,11 +16,13 @@ from seed_multimodal.cli.common import (
     Outputs,
     chosen_settings,
     emit,
+    image_sources,
     load_system,
     next_free_path,
 )
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.entry import DONE, log_line
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import open_image, save_image
 
 if TYPE_CHECKING:
@@ -107,7 +109,10 @@ class Conversation:
 def chat(args: Namespace) -> int:
     """Run the conversation; without `--message` it reads lines until /quit or end of input."""
     # Wrong flags are reported before the weights are loaded.
-    images = [open_image(file).image for file in args.image]
+    if "-" in args.image and not args.message:
+        raise ConfigError("--image -: standard input has the image; give --message for the text.")
+    sources = image_sources(args.image)
+    images = [open_image(sources[name]).image for name in args.image]
     Outputs(args.out, 2)  # a folder: answers may have several images
     conversation = Conversation(load_system(args), args)
     conversation.images = images

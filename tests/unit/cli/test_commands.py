@@ -205,7 +205,7 @@ def images_of(record: dict) -> list[dict]:
     return [part for part in record["answer"] if "image" in part]
 
 
-def test_chat_keeps_turns_and_saves_images(seed, tmp_path):
+def test_chat_keeps_turns_and_saves_images(seed, tmp_path, monkeypatch):
     out = ("--out", tmp_path)
     flags = "--num-beams 2 --max-new-tokens 40 --force-image --json".split()
     messages = ("--message", "What is this?", "--message", "Now?")
@@ -218,7 +218,8 @@ def test_chat_keeps_turns_and_saves_images(seed, tmp_path):
     assert first["image"] == f"{tmp_path}/image_0.png" != second["image"]
     # Another conversation does not overwrite these files; without --json it prints their names.
     before = len(list(tmp_path.iterdir()))
-    _, lines, _ = seed("chat", "--message", "Draw!", "--force-image", *out)
+    monkeypatch.setattr(sys, "stdin", open(CAT))  # noqa: SIM115
+    _, lines, _ = seed("chat", "--image", "-", "--message", "Draw!", "--force-image", *out)
     assert f"{tmp_path}/image_{before}.png" in "\n".join(lines)
 
 
@@ -251,6 +252,7 @@ REFUSED = {
     "draw fox fish --out -": "-",
     "chat --message fox --out a.png": "a.png",
     "chat --image nowhere.png --message x": "nowhere.png",
+    "chat --image -": "--message",
     "reconstruct {image} --codes-file nowhere.jsonl": "--codes-file",
     "reconstruct {image} --steps 0": "num_inference_steps",
     "draw apple -n 2 --codes 8": "--codes",
