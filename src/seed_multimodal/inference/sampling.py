@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -52,7 +53,7 @@ def build_warpers(settings: GenerationSettings) -> list[LogitsProcessor]:
 def refuse_damaged(input_ids: Tensor, scores: Tensor) -> Tensor:
     """The logits processor that raises GenerationError for scores `[B, V]` that are NaN, which
     would crash a CUDA process when a token is sampled."""
-    if not torch.isfinite(scores.amax(dim=-1)).all():
+    if not all(map(math.isfinite, scores.amax(dim=-1).tolist())):
         raise GenerationError(
             "The language model's scores are not numbers: its weights may be damaged, or the dtype "
             "too narrow (try --dtype float32)."
