@@ -5,10 +5,14 @@ from __future__ import annotations
 import secrets
 import time
 from collections.abc import Iterator
+from typing import Any
+
+from pydantic import TypeAdapter
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.serving.schema import ResponsesRequest
 
+PLAIN: TypeAdapter[Any] = TypeAdapter(Any)  # models of a request → what JSON has
 ECHOED = {"instructions", "temperature", "top_p", "tools", "tool_choice"}
 USAGE_DETAILS = {
     "input_tokens_details": {"cached_tokens": 0},
@@ -37,7 +41,7 @@ class ResponseEvents:
             "usage": None,
             "boxes": [],
             "notes": [],
-            **request.model_dump(mode="json", include=ECHOED),
+            **{name: PLAIN.dump_python(getattr(request, name), mode="json") for name in ECHOED},
         }
         self._image_format = request.image_options.output_format
         self._item: JsonObject = {}  # the last output item until it is complete
