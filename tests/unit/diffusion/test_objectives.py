@@ -16,26 +16,18 @@ from seed_multimodal.diffusion.training import ConditionDropout
 from seed_multimodal.errors import ConfigError
 
 TRAILING = {"timestep_spacing": "trailing", "clip_sample": False}
-# Schedulers of published folders: class, settings → the objective's name.
-SCHEDULERS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "Stable Diffusion": ("DDIMScheduler", TRAILING, "epsilon"),
-    "stable-unCLIP": (
-        "DDIMScheduler",
-        {"prediction_type": "v_prediction", **TRAILING},
-        "v_prediction",
-    ),
+V_PREDICTION = {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
+# Schedulers of published folders: class, settings.
+SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "Stable Diffusion": ("DDIMScheduler", TRAILING),
+    "stable-unCLIP": ("DDIMScheduler", {**TRAILING, **V_PREDICTION}),
     # A sampler that cannot train has the same schedule.
-    "Euler": (
-        "EulerDiscreteScheduler",
-        {"prediction_type": "v_prediction", "timestep_spacing": "trailing"},
-        "v_prediction",
-    ),
-    "Stable Diffusion 3": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}, "flow"),
-    "a flow without shift": ("FlowMatchEulerDiscreteScheduler", {}, "flow"),
+    "Euler": ("EulerDiscreteScheduler", V_PREDICTION),
+    "Stable Diffusion 3": ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+    "a flow without shift": ("FlowMatchEulerDiscreteScheduler", {}),
     "SANA": (
         "DPMSolverMultistepScheduler",
         {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": 3.0},
-        "flow",
     ),
 }
 
@@ -48,8 +40,7 @@ def build_scheduler(name: str, settings: dict[str, Any]) -> Any:
 
 @pytest.fixture(scope="module", params=SCHEDULERS)
 def scheduler(request):
-    name, settings, _ = SCHEDULERS[request.param]
-    return build_scheduler(name, settings)
+    return build_scheduler(*SCHEDULERS[request.param])
 
 
 def coefficients(scheduler, steps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -134,18 +125,13 @@ def test_sampling_with_perfect_predictions_ends_at_the_image(scheduler, preset):
     ("name", "shift"), [("Stable Diffusion 3", 3), ("SANA", 3), ("a flow without shift", 1)]
 )
 def test_time_steps_of_a_flow_are_shifted_towards_noise(name, shift, times):
-    objective = build_objective(build_scheduler(*SCHEDULERS[name][:2]), times)
+    objective = build_objective(build_scheduler(*SCHEDULERS[name]), times)
     steps = objective.sample_timesteps(4000, torch.Generator().manual_seed(0)) / 1000
     unshifted = steps / (shift - (shift - 1) * steps)
     assert 0 < float(steps.min()) and float(steps.max()) < 1
     assert float(unshifted.mean()) == pytest.approx(0.5, abs=0.02)
     deviation = 0.208 if times == "logit_normal" else 0.289
     assert float(unshifted.std()) == pytest.approx(deviation, abs=0.01)
-
-
-def test_objective_name_of_each_scheduler():
-    for name, settings, objective in SCHEDULERS.values():
-        assert objective_name(build_scheduler(name, settings)) == objective
 
 
 @pytest.mark.parametrize(

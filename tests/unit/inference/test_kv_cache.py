@@ -96,7 +96,6 @@ def load_other_weights(model: nn.Module) -> None:
         lambda model: model.to(torch.bfloat16).to(torch.float32).lm_head.weight.data.neg_(),
         switch_adapter_off,  # as the reference policy of training by rewards
     ],
-    ids=["load_state_dict", "data", "optimizer", "fused optimizer", "to", "adapter"],
 )
 def test_answers_after_a_change_of_the_weights_are_those_of_a_fresh_engine(tiny, change):
     # Training by rewards samples between two steps: old keys would give another model's answers.

@@ -65,9 +65,11 @@ def test_find_of_folders(tiny_folder, no_weights):
     assert str(agent.vision) == "pretrained/QwenViT"
 
 
-def test_find_of_folders_that_are_no_system(tiny_folder, no_weights):
-    with pytest.raises(CheckpointError, match=str(no_weights)):
-        SystemConfig.find(no_weights)
+def test_find_of_what_is_no_system(tiny_folder, no_weights):
+    # The nearest name is suggested.
+    for name, named in (("nanno", "'nano'"), (no_weights, str(no_weights))):
+        with pytest.raises(CheckpointError, match=named):
+            SystemConfig.find(name)
     # A run: its newest checkpoint is named; a language model: what makes it a system.
     for step in (8, 10, 9):
         (no_weights / "run" / f"checkpoint-{step}").mkdir(parents=True)
@@ -76,12 +78,6 @@ def test_find_of_folders_that_are_no_system(tiny_folder, no_weights):
     alone = shutil.copytree(tiny_folder / "seed_llama", no_weights / "plain")
     with pytest.raises(CheckpointError, match=f"seed assemble seed-llama --llm {alone}"):
         SystemConfig.find(alone).require("llm", "tokenizer")
-
-
-def test_find_of_a_misspelt_name(no_weights):
-    # The nearest name is suggested.
-    with pytest.raises(CheckpointError, match="'nano'"):
-        SystemConfig.find("nanno")
 
 
 @pytest.mark.parametrize(
