@@ -28,12 +28,14 @@ BASES = {
 
 def __getattr__(name: str) -> type:
     """The class of a family by its name, as `SeedLlamaConfig`."""
-    from seed_multimodal.models.registry import families
-
+    # Python asks for its submodules here, too: the families are imported for their classes alone.
     for kind in BASES:
-        for spec in families():
-            if name == f"{spec.system_name}{kind}":
-                return class_of(spec.name, kind)
+        if name.endswith(kind):
+            from seed_multimodal.models.registry import families
+
+            for spec in families():
+                if name == f"{spec.system_name}{kind}":
+                    return class_of(spec.name, kind)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 
