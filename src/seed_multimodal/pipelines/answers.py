@@ -218,9 +218,9 @@ class AnswerGenerator:
         after = self.family.tasks.answer_after
         return Answer(tuple(reader.parts), tuple(reader.ids), answer_after=after)
 
-    def reader(self, settings: GenerationSettings, previews: Sequence[int] = ()) -> AnswerReader:
-        """What cuts an answer at its end, and into events."""
-        return AnswerReader(self.tokenizer, settings.stop, previews, settings.stop_after)
+    def reader(self, settings: GenerationSettings) -> AnswerReader:
+        """What cuts ids that were generated elsewhere (by transformers) at their end."""
+        return AnswerReader(self.tokenizer, settings.stop, stop_after=settings.stop_after)
 
     def generate_image_answers(
         self,
