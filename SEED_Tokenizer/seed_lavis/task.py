@@ -166,7 +166,7 @@ class TokenizerTask(CodebookTask):
         """Seconds of waiting for data, bad samples, the last loss (`loss` is smoothed), codes."""
         status: dict[str, float] = {
             "wait_seconds": self.batches.wait_seconds,
-            "bad_samples": len(self.batches.bad_samples()),
+            "bad_samples": self.batches.dataset.bad.total,
         }
         if self.last_loss is not None:
             status["last_loss"] = float(self.last_loss)
@@ -180,16 +180,13 @@ class TokenizerTask(CodebookTask):
         last_epoch = self.options.max_epoch - 1
         if self.settings.ema and group.first:
             self.runner.save_epoch(last_epoch)
-        # Each bad sample counts once, also if several processes met it.
-        bad_samples: set[tuple[Any, ...]] = set()
-        for process in group.gather({"bad": self.batches.bad_samples()}):
-            bad_samples |= {tuple(sample) for sample in process["bad"]}
+        gathered = group.gather({"bad": self.batches.dataset.bad.total})
         losses = {name: round(float(value), 6) for name, value in self.runner.model.latest.items()}
         return {
             **super().finish(group),
             "checkpoint": str(self.runner.folder / f"checkpoint_{last_epoch}.pth"),
             **losses,
-            "bad_samples": len(bad_samples),
+            "bad_samples": sum(process["bad"] for process in gathered),
         }
 
     def state_dict(self, step: int) -> dict[str, Any]:
@@ -243,6 +240,8 @@ def mean_losses(runner: RunnerBase, split: str) -> dict[str, float]:
     sums: dict[str, Tensor] = {}
     before = {name: getattr(model, name) for name in LAST_OUTPUTS if hasattr(model, name)}
 
+    bad_before = data.bad.total
+
     # 2. Losses and codes of each batch.
     dtype = torch.float16 if runner.precision == "fp16" else torch.bfloat16
     with (
@@ -268,7 +267,6 @@ def mean_losses(runner: RunnerBase, split: str) -> dict[str, float]:
             codes = getattr(model, "codes", None)
             if codes is not None:
                 uses += torch.bincount(codes.flatten(), minlength=codebook_size)
-        n_bad = len(batches.bad_samples())
     for name, value in before.items():
         setattr(model, name, value)
 
@@ -283,5 +281,5 @@ def mean_losses(runner: RunnerBase, split: str) -> dict[str, float]:
         "samples": n_batches * size * runner.world,
         **means,
         **codebook_use(uses),
-        "bad_samples": n_bad,
+        "bad_samples": data.bad.total - bad_before,
     }

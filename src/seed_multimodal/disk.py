@@ -1,4 +1,4 @@
-"""Atomic file writes, locks between processes, disk error messages."""
+"""Atomic file writes, locks between processes, repeated reads, disk error messages."""
 
 from __future__ import annotations
 
@@ -14,15 +14,39 @@ import time
 import uuid
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any, BinaryIO, TypeVar
 
-from seed_multimodal.errors import CheckpointError, ConfigError, SeedError, first_line
+from seed_multimodal.errors import (
+    CheckpointError,
+    ConfigError,
+    ReadError,
+    SeedError,
+    first_line,
+)
 
+T = TypeVar("T")
 JsonObject = dict[str, Any]  # an object of a JSON file, a state, or a record
 
 # Errors of a file system without locks, and of a full one.
 _NO_LOCKS = (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+# Errors that a path or its file causes; all others are faults of the machine.
+_OF_THE_FILE = (
+    errno.EACCES,
+    errno.EINVAL,
+    errno.EISDIR,
+    errno.ELOOP,
+    errno.ENAMETOOLONG,
+    errno.ENODEV,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ENXIO,
+    errno.EPERM,
+)
+BUSY = (408, 429, 500, 502, 503, 504)  # answers after which the same request may succeed
+READ_PAUSES = (
+    "1 2 4 8 16 32"  # seconds before a read is tried again; SEED_READ_PAUSES replaces them
+)
 MAX_STEM = 200  # bytes of 255; tags, numbers and suffixes take the others
 
 
@@ -77,6 +101,68 @@ def folder_lock(
         with contextlib.suppress(OSError):
             fcntl.flock(handle, fcntl.LOCK_UN)
         os.close(handle)
+
+
+def status_of(error: Exception) -> int | None:
+    """HTTP status of a failed request; None: there was no answer."""
+    # Of httpx and requests, of aiohttp, and of Google's client.
+    response = getattr(error, "response", None)
+    statuses = (getattr(response, "status_code", None), getattr(error, "status", None))
+    for status in (*statuses, getattr(error, "code", None)):
+        if isinstance(status, int):
+            return status
+    return None
+
+
+def is_machine_fault(error: Exception) -> bool:
+    """Whether reading the same file may succeed later: a busy server, a lost connection, no free
+    file handle, an I/O error."""
+    status = status_of(error)
+    if status is not None:
+        return status in BUSY
+    if isinstance(error, ConnectionError | TimeoutError):
+        return True
+    if isinstance(error, OSError):
+        return error.errno is not None and error.errno not in (*_OF_THE_FILE, *_FULL)
+    # Else of a client library, whose errors of connections have no common base.
+    return not isinstance(
+        error, ImportError | LookupError | NotImplementedError | TypeError | ValueError
+    )
+
+
+def read_patiently(
+    path: str | Path,
+    read: Callable[[], T],
+    failures: type[Exception] = OSError,
+    before_retry: Callable[[], None] = lambda: None,
+) -> T:
+    """The result of `read`, which is repeated after pauses at faults of the machine.
+
+    failures: errors of reading. Those of the file itself are raised as they are.
+
+    Raises ReadError: the fault remains.
+    """
+    pauses = os.environ.get("SEED_READ_PAUSES", READ_PAUSES).split()
+    while True:
+        try:
+            return read()
+        except SeedError:
+            raise
+        except failures as error:
+            if not is_machine_fault(error):
+                raise
+            message = f"{path}: cannot be read ({reading_reason(error)})"
+            if not pauses:
+                raise ReadError(f"{message}; this is not a fault of the data.") from error
+            pause = float(pauses.pop(0))
+            sys.stderr.write(f"{message}; again in {pause:g} s\n")
+            before_retry()
+            time.sleep(pause)
+
+
+def reading_reason(error: Exception) -> str:
+    """Why a file could not be read."""
+    return getattr(error, "strerror", None) or first_line(error)
 
 
 def disk_reason(error: OSError) -> str:

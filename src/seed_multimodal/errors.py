@@ -93,6 +93,11 @@ class DataError(SeedError):
     """An invalid record, shard or annotation file."""
 
 
+class ReadError(SeedError):
+    """A file that the machine or the network could not read, after all attempts; never the fault of
+    a record."""
+
+
 class RequestError(SeedError):
     """An invalid request to a server or system; `field`: the wrong one of an HTTP request."""
 

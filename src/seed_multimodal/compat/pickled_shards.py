@@ -281,7 +281,7 @@ def _samples(tar: TarFile, skipped: list[str]) -> Iterator[tuple[str, dict[str, 
 
     skipped: receives the messages of samples that cannot be converted.
     """
-    files = OpenFiles(limit=1)
+    files = OpenFiles()
     n_converted = 0
     for row in range(sum(tar.sizes)):
         record = tar.locate(row)

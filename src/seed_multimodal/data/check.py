@@ -16,7 +16,7 @@ import numpy as np
 from seed_multimodal.config import load_yaml
 from seed_multimodal.data.decoders import find_decoder
 from seed_multimodal.data.decoders.base import Decoder, SeededRandom
-from seed_multimodal.data.formats.record import JsonObject
+from seed_multimodal.data.formats.record import BadRecords, JsonObject
 from seed_multimodal.data.stream.config import LlmDataSettings, read_data_settings
 from seed_multimodal.data.stream.mixture import BROKEN, Mixture, OpenedSource, SkippedRecord
 from seed_multimodal.entry import log_line
@@ -25,7 +25,6 @@ from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.progress import Progress
 from seed_multimodal.weights.find import locate_or_same
 
-LISTED_RECORDS = 3  # for each kind of problem
 # Decoders that keep control words as plain text, or read them as image codes.
 PLAIN_TEXT_DECODERS = ("chat", "sft.interleaved")
 
@@ -39,15 +38,24 @@ class SourceReport:
     records: int
     too_long: int = 0  # sequences longer than the run's rows
     lengths: list[int] = field(default_factory=list)  # tokens of each sequence
-    skipped: Counter[tuple[str, str]] = field(default_factory=Counter)  # by kind and reason
-    first: list[str] = field(default_factory=list)  # messages of the first skipped records
+    skipped: dict[str, BadRecords] = field(default_factory=dict)  # by kind
     # Control words in texts; all image codes count as one.
     control_words: Counter[str] = field(default_factory=Counter)
 
     @property
     def broken(self) -> int:
         """How many records cannot be read or decoded."""
-        return sum(count for (kind, _), count in self.skipped.items() if kind == BROKEN)
+        return self.skipped[BROKEN].total if BROKEN in self.skipped else 0
+
+    @property
+    def first(self) -> list[str]:
+        """Reasons and messages of the first skipped records."""
+        return [
+            f"{reason}: {message}"
+            for records in self.skipped.values()
+            for reason, entry in records.counts.items()
+            for message in entry["first"]
+        ]
 
     @property
     def tokens(self) -> dict[str, int]:
@@ -63,7 +71,7 @@ class SourceReport:
         """All counts, for `--json`."""
         skipped = [
             {"kind": kind, "reason": reason, "count": count}
-            for (kind, reason), count in self.skipped.items()
+            for kind, reason, count in self._counts()
         ]
         return {
             "name": self.name,
@@ -78,6 +86,14 @@ class SourceReport:
             "control_words": dict(self.control_words),
         }
 
+    def _counts(self) -> list[tuple[str, str, int]]:
+        """Kind, reason and number of skipped records."""
+        return [
+            (kind, reason, entry["count"])
+            for kind, records in self.skipped.items()
+            for reason, entry in records.counts.items()
+        ]
+
     def lines(self) -> list[str]:
         """The report as lines of text."""
         tokens = ", ".join(f"{name[1:]} % {length:,}" for name, length in self.tokens.items())
@@ -86,7 +102,7 @@ class SourceReport:
             f"{len(self.lengths):,} sequences",
             f"  tokens: {tokens}; too long: {self.too_long:,}",
         ]
-        for (kind, reason), count in self.skipped.most_common():
+        for kind, reason, count in self._counts():
             lines.append(f"  {kind}: {reason} {count:,}")
         lines += [f"    {message}" for message in self.first]
         if self.control_words:
@@ -148,10 +164,8 @@ def _check_record(
     """Decode a record, and add it to the report."""
     decoded = source.decode(index, SeededRandom(source.mixture_seed, source.index, index))
     if isinstance(decoded, SkippedRecord):
-        key = (decoded.kind, decoded.reason)
-        report.skipped[key] += 1
-        if report.skipped[key] <= LISTED_RECORDS:
-            report.first.append(f"{decoded.reason}: {decoded.location}")
+        records = report.skipped.setdefault(decoded.kind, BadRecords())
+        records.count(decoded.reason, decoded.location)
         return
     n_tokens = len(decoded.sequence)
     report.lengths.append(n_tokens)

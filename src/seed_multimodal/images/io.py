@@ -28,7 +28,7 @@ from urllib.parse import unquote_to_bytes
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
 
-from seed_multimodal.disk import atomic_open, writing
+from seed_multimodal.disk import atomic_open, read_patiently, writing
 from seed_multimodal.errors import ImageError, SeedError, first_line, name_bytes, short_name
 
 # HEIF is read where the plug-in pillow-heif is installed.
@@ -318,10 +318,14 @@ def _is_data_url(text: str) -> bool:
 
 
 def _path_bytes(path: Path, name: str, limits: ImageLimits) -> bytes:
-    """The bytes of a file or pipe."""
-    try:
+    """The bytes of a file or pipe. Raises ImageError, or ReadError: a fault of the machine."""
+
+    def read() -> bytes:
         with open(path, "rb") as file:
             return _read_all(file, limits)
+
+    try:
+        return read_patiently(path, read)
     except OSError as error:
         reason = str(error.strerror).lower()
         full_path = "" if name == str(path) else f" ({short_name(str(path), 200)})"

@@ -27,7 +27,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import TypeVar
 
-from seed_multimodal.disk import disk_is_full, flush, folder_lock
+from seed_multimodal.disk import BUSY, disk_is_full, flush, folder_lock, status_of
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.progress import Progress
@@ -37,9 +37,8 @@ from seed_multimodal.weights.catalogue import Part, catalogue
 Result = TypeVar("Result")
 MIRRORS = "SEED_MIRRORS"  # environment: NAME=SOURCE pairs, separated by spaces
 TIMEOUT = 30  # seconds for the answer of a server
-# Answers after which the same request may succeed, how often it is repeated without progress, and
-# after how many seconds at most (the hub counts requests in windows of five minutes).
-BUSY = (408, 429, 500, 502, 503, 504)
+# How often a request to a busy server is repeated without progress, and after how many seconds at
+# most (the hub counts requests in windows of five minutes).
 N_RETRIES = 4
 MAX_PAUSE = 300
 CHUNK = 2**23  # bytes
@@ -118,12 +117,6 @@ def failure_reason(error: Exception) -> str:
         server = str(error.request.url).split("/")[2]  # type: ignore[attr-defined]
         return f"no connection to {server} ({first_line(error)})"
     return first_line(error).rstrip(".")
-
-
-def status_of(error: Exception) -> int | None:
-    """HTTP status of a failed request; None: there was no answer."""
-    status: int | None = getattr(getattr(error, "response", None), "status_code", None)
-    return status
 
 
 # ---- files of servers

@@ -222,11 +222,11 @@ def test_distil_with_steps_that_do_not_divide(tmp_path):
 
 @pytest.mark.slow
 def test_train_skips_unreadable_images(tmp_path):
-    # They are counted; only unreadable ones end the run.
+    # Each use is counted; only unreadable ones end the run.
     run = Run("lavit-highres", tmp_path)
     (run.parts / "pictures" / "3.png").write_bytes(b"no image")
     run("run", trainer={"max_steps": 4, "save_steps": 0})
-    assert json.loads((tmp_path / "run" / "summary.json").read_text())["bad_samples"] == 1
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["bad_samples"] == 2
     for path in (run.parts / "pictures").iterdir():
         path.write_bytes(b"")
     with pytest.raises(DataError):

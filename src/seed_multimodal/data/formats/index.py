@@ -15,7 +15,7 @@ from pathlib import Path
 
 import numpy as np
 
-from seed_multimodal.data.formats.storage import is_remote, read_all, stat
+from seed_multimodal.data.formats.storage import is_remote, read_safely, stat
 from seed_multimodal.disk import atomic_open, disk_reason
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import DataError
@@ -37,7 +37,7 @@ class IndexedFile:
         self.path = str(path)
 
     def scan(self) -> Arrays:
-        """Build the index from the file's content. Raises DataError."""
+        """Build the index from the file's content. Raises DataError, or an error of reading."""
         raise NotImplementedError
 
     def write_index(self) -> None:
@@ -47,7 +47,7 @@ class IndexedFile:
         if _read(path, head) is not None:
             return
         try:
-            _write(path, {"head": head, **self.scan()})
+            _write(path, {"head": head, **read_safely(self.path, self.scan)})
         except OSError as error:
             raise DataError(f"{path}: cannot be written ({disk_reason(error)}).") from None
 
@@ -65,7 +65,7 @@ class IndexedFile:
         stored = _read(path, head)
         if stored is not None:
             return stored
-        arrays = {"head": head, **self.scan()}
+        arrays = {"head": head, **read_safely(self.path, self.scan)}
         has_folder = bool(os.environ.get("SEED_INDEX_DIR")) or is_remote(self.path)
         if has_folder or int(head[2]) >= MIN_STORED_BYTES:
             try:
@@ -105,8 +105,8 @@ def _write(path: Path, arrays: Arrays) -> None:
 def _read(path: Path, head: np.ndarray) -> Arrays | None:
     """The stored index if it is undamaged and has this header, else None."""
     try:
-        content = read_all(path)
-    except (DataError, OSError):
+        content = path.read_bytes()
+    except OSError:
         return None
     zipped = content[:-DIGEST_BYTES]
     if content[-DIGEST_BYTES:] != _digest(zipped):

@@ -13,7 +13,7 @@ import numpy as np
 
 from seed_multimodal.data.formats.index import Arrays, IndexedFile
 from seed_multimodal.data.formats.record import BadRecord, ByteRange, Record
-from seed_multimodal.data.formats.storage import open_binary, read_all, read_errors
+from seed_multimodal.data.formats.storage import open_binary, read_all
 from seed_multimodal.errors import first_line
 
 
@@ -29,7 +29,7 @@ class JsonLines(IndexedFile):
         lengths = array("q")
         line_numbers = array("q")
         position = 0
-        with read_errors(self.path), open_binary(self.path) as file:
+        with open_binary(self.path) as file:
             for line_number, line in enumerate(file, 1):
                 if line.strip():
                     starts.append(position)

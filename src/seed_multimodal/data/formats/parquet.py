@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from seed_multimodal.data.formats.record import (
     BadRecord,
@@ -17,13 +16,15 @@ from seed_multimodal.data.formats.record import (
     TableRow,
     find_part,
 )
-from seed_multimodal.data.formats.storage import EXACT_READS, is_remote, open_ranges
-from seed_multimodal.errors import SeedError, first_line
+from seed_multimodal.data.formats.storage import EXACT_READS, LOCAL_FILES, is_remote, open_ranges
+from seed_multimodal.disk import read_patiently
+from seed_multimodal.errors import SeedError, first_line, name_content
 
 if TYPE_CHECKING:
     import pyarrow
     from pyarrow.parquet import ParquetFile as ArrowFile
 
+T = TypeVar("T")
 GROUP_CACHE_BYTES = 512 << 20  # of row groups that a data worker caches for each source
 
 
@@ -36,10 +37,9 @@ class ParquetFile:
     @cached_property
     def _ends(self) -> list[int]:
         """The end of each row group, in rows."""
-        with open_parquet(self.path) as file:
-            metadata = file.metadata
-            groups = range(metadata.num_row_groups)
-            return list(accumulate(metadata.row_group(group).num_rows for group in groups))
+        metadata = read_parquet(self.path, lambda file: file.metadata)
+        groups = range(metadata.num_row_groups)
+        return list(accumulate(metadata.row_group(group).num_rows for group in groups))
 
     @property
     def sizes(self) -> Sequence[int]:
@@ -74,17 +74,15 @@ class RowGroups:
             ) from None
         return {key: value for key, value in row.items() if value is not None}
 
-    def clear(self) -> None:
-        """Drop the cache."""
-        self._groups.clear()
-        self.cached_bytes = 0
+    def __reduce__(self) -> tuple[type[RowGroups], tuple[int]]:
+        # A data worker starts without the tables.
+        return RowGroups, (self.limit_bytes,)
 
     def _group(self, path: str, group: int) -> pyarrow.Table:
         """A row group as an Arrow table."""
         if (path, group) not in self._groups:
-            with open_parquet(path) as file:
-                # Without threads: Arrow's pool does not survive a fork.
-                table = file.read_row_group(group, use_threads=False)
+            # Without threads: Arrow's pool does not survive a fork.
+            table = read_parquet(path, lambda file: file.read_row_group(group, use_threads=False))
             # Drop the ones used longest ago; a group that is larger than the cache is alone in it.
             self.cached_bytes += table.nbytes
             while self._groups and self.cached_bytes > self.limit_bytes:
@@ -95,18 +93,24 @@ class RowGroups:
         return self._groups[path, group]
 
 
-@contextmanager
-def open_parquet(path: str) -> Iterator[ArrowFile]:
-    """Open a parquet file; errors of Arrow and the connection become BadRecord."""
+def read_parquet(path: str, read: Callable[[ArrowFile], T]) -> T:
+    """What `read` returns of a parquet file.
+
+    Raises BadRecord: no such file, or damaged; ReadError: a fault of the machine.
+    """
     import pyarrow.parquet
 
-    try:
+    def read_file() -> T:
         source = open_ranges(path, EXACT_READS) if is_remote(path) else path
         with pyarrow.parquet.ParquetFile(source) as file:
-            yield file
+            return read(file)
+
+    try:
+        return read_patiently(path, read_file, Exception, LOCAL_FILES.close_half)
     except SeedError:
         raise
     except Exception as error:  # noqa: BLE001 of Arrow, the OS or the connection
         raise BadRecord(
-            "damaged file", f"{path}: cannot be read as parquet ({first_line(error)})."
+            "damaged file",
+            f"{path}: cannot be read as parquet ({name_content(path) or first_line(error)}).",
         ) from None

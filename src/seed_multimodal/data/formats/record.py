@@ -8,7 +8,7 @@ from __future__ import annotations
 import json
 import os
 from bisect import bisect_right
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -38,7 +38,9 @@ class TableRow(NamedTuple):
 
 
 # Errors of an unusable record: it is named, skipped and counted; only many in a row end a run.
+# ReadError, a fault of the machine, is none of them.
 RECORD_FAULTS = (CodesError, DataError, ImageError)
+LISTED_RECORDS = 5  # for each reason
 # What unexpected values of a record raise in the code that uses them; `bad_values` converts them.
 VALUE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
@@ -108,6 +110,71 @@ class BadRecord(DataError):
     def __reduce__(self) -> tuple[type[BadRecord], tuple[str, str]]:
         # For pickling between processes.
         return BadRecord, (self.kind, str(self))
+
+
+class BadRecords:
+    """Counts unusable records by reason, with the first few of each.
+
+    limit: consecutive ones that end the run.
+    log: receives a line, which begins with `label`, for each record that is listed.
+
+    counts: reason → {"count", "first": messages}, for JSON; it does not grow with their number.
+    """
+
+    def __init__(
+        self, limit: int = 20, log: Callable[[str], None] | None = None, label: str = ""
+    ) -> None:
+        self.limit = limit
+        self.log = log
+        self.label = label
+        self.counts: JsonObject = {}
+        self.in_a_row = 0
+
+    @property
+    def total(self) -> int:
+        """Number of counted records."""
+        return sum(entry["count"] for entry in self.counts.values())
+
+    def usable(self) -> None:
+        """A usable record ends a row of bad ones."""
+        self.in_a_row = 0
+
+    def add(self, error: Exception, location: str = "") -> None:
+        """Count a record with one of `RECORD_FAULTS`.
+
+        Raises DataError: as many in a row as the limit.
+        """
+        message = str(error)
+        if location not in message:
+            message = f"{location}: {message}"
+        self.count(fault_name(error), message)
+        self.in_a_row += 1
+        if self.in_a_row >= self.limit:
+            raise DataError(
+                f"{self.label}{self.in_a_row} records in a row cannot be used; the last: {message}"
+            ) from error
+
+    def count(self, reason: str, message: str) -> None:
+        """Count a record, also one that is used in part."""
+        self.merge({reason: {"count": 1, "first": [message]}}, self.log)
+
+    def merge(self, counts: RecordFields, log: Callable[[str], None] | None = None) -> None:
+        """Add the counts of another process or run; records listed anew are logged."""
+        for reason, added in counts.items():
+            entry = self.counts.setdefault(reason, {"count": 0, "first": []})
+            entry["count"] += added["count"]
+            for message in added["first"]:
+                if len(entry["first"]) == LISTED_RECORDS or message in entry["first"]:
+                    continue
+                entry["first"].append(message)
+                if log is not None:
+                    log(f"{self.label}{reason}: {message}")
+
+
+def fault_name(error: Exception) -> str:
+    """Short name of one of `RECORD_FAULTS`, for counts."""
+    default = "unreadable image" if isinstance(error, ImageError) else "broken record"
+    return getattr(error, "kind", default)
 
 
 def unusable_value(error: BaseException, location: str) -> BadRecord:

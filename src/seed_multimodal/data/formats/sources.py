@@ -42,7 +42,7 @@ from seed_multimodal.data.formats.record import (
     find_part,
     unusable_value,
 )
-from seed_multimodal.data.formats.storage import filesystem, is_remote, read_errors
+from seed_multimodal.data.formats.storage import filesystem, is_remote, read_safely
 from seed_multimodal.data.formats.tar import JsonTar
 from seed_multimodal.entry import end_with_parent, log_line
 from seed_multimodal.errors import ConfigError, DataError
@@ -335,9 +335,17 @@ def _matches(name: str) -> list[str]:
         return [path for path in paths if os.path.isfile(path) or os.path.isdir(path)]
     if not _WILDCARD.search(name):
         return [name]
-    files, pattern = filesystem(name)
-    with read_errors(name):
-        return sorted(map(files.unstrip_protocol, files.glob(pattern)))
+    return _remote_files(name, "glob")
+
+
+def _remote_files(url: str, method: str) -> list[str]:
+    """The files that a URL's file system finds, sorted."""
+
+    def find() -> list[str]:
+        files, name = filesystem(url)
+        return sorted(map(files.unstrip_protocol, getattr(files, method)(name)))
+
+    return read_safely(url, find)
 
 
 def _is_folder(path: str) -> bool:
@@ -350,9 +358,7 @@ def _is_folder(path: str) -> bool:
 def _listing(folder: str) -> list[str]:
     """The files below a folder, without hidden ones, sorted."""
     if is_remote(folder):
-        files, name = filesystem(folder)
-        with read_errors(folder):
-            paths = sorted(map(files.unstrip_protocol, files.find(name)))
+        paths = _remote_files(folder, "find")
     else:
         paths = [str(path) for path in sorted(Path(folder).glob("**/*")) if path.is_file()]
     return [path for path in paths if not path.rpartition("/")[2].startswith(".")]

@@ -9,18 +9,29 @@ from __future__ import annotations
 
 import hashlib
 import os
+import resource
 import shutil
-from collections.abc import Mapping
-from contextlib import AbstractContextManager
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from functools import cached_property
+from io import FileIO
 from pathlib import Path
-from typing import IO, TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any, TypeVar
 
-from seed_multimodal.disk import atomic_path, folder_lock, writing
-from seed_multimodal.errors import DataError, SeedError, first_line
+from seed_multimodal.disk import (
+    atomic_path,
+    folder_lock,
+    read_patiently,
+    reading_reason,
+    writing,
+)
+from seed_multimodal.errors import DataError, SeedError
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
 
+T = TypeVar("T")
 BLOCK_BYTES = 1 << 16  # of a block in fsspec's cache
 CACHED_BLOCKS = 64  # of each remote file
 RESERVED_SHARE = 0.05  # share of a disk that copies in the default folder leave free
@@ -33,6 +44,9 @@ RANDOM_READS: dict[str, object] = {
 }
 SEQUENTIAL_READS: dict[str, object] = {"block_size": SCAN_BLOCK_BYTES, "cache_type": "readahead"}
 EXACT_READS: dict[str, object] = {"cache_type": "none"}
+MAX_LOCAL = 8192  # open files, if the system's limit allows twice as many
+MAX_REMOTE = 128  # each with up to 4 MiB of cached blocks
+Key = tuple[str, bool]  # path or URL, and whether it is read in order
 # What object stores and file systems call the version of a file, in fsspec's `info`.
 VERSION_KEYS = ("ETag", "etag", "mtime", "LastModified", "last_modified", "created")
 
@@ -46,69 +60,131 @@ def filesystem(url: str) -> tuple[AbstractFileSystem, str]:
     """The fsspec file system of a URL, and the path in it."""
     import fsspec
 
-    with read_errors(url):
-        files, path = fsspec.core.url_to_fs(url)
-        return files, path
+    files, path = fsspec.core.url_to_fs(url)
+    return files, path
 
 
-class read_errors(AbstractContextManager[None]):
-    """Converts errors of the OS or of fsspec's client libraries into DataError."""
+class HandleCache:
+    """The files that this process used last, at most `limit`."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = path
+    def __init__(self, limit: int | None = None) -> None:
+        self._limit = limit
+        self._files: OrderedDict[Key, IO[bytes]] = OrderedDict()  # the last used one last
 
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        expected = Exception if is_remote(self.path) else OSError
-        if isinstance(error, SeedError) or not isinstance(error, expected):
-            return
-        if isinstance(error, FileNotFoundError):
-            raise DataError(f"{self.path}: no such file.") from None
-        reason = first_line(error)
-        if isinstance(error, OSError) and error.strerror:
-            reason = error.strerror
-        raise DataError(f"{self.path}: cannot be read ({reason}).") from error
+    @cached_property
+    def limit(self) -> int:
+        """By default half of what the system allows, after raising its soft limit."""
+        if self._limit is not None:
+            return self._limit
+        _, allowed = resource.getrlimit(resource.RLIMIT_NOFILE)
+        with suppress(ValueError, OSError):  # macOS allows less than it says
+            resource.setrlimit(resource.RLIMIT_NOFILE, (allowed, allowed))
+        allowed, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        return MAX_LOCAL if allowed == resource.RLIM_INFINITY else min(MAX_LOCAL, allowed // 2)
+
+    def take(self, key: Key) -> IO[bytes]:
+        """The file, opened if necessary; nobody else has it until `put`."""
+        file = self._files.pop(key, None)
+        if file is not None:
+            return file
+        path, in_order = key
+        if is_remote(path):
+            return open_ranges(path, SEQUENTIAL_READS if in_order else RANDOM_READS)
+        return open(path, "rb", buffering=0)
+
+    def put(self, key: Key, file: IO[bytes]) -> None:
+        """Keep a file that was read without an error."""
+        replaced = self._files.pop(key, None)  # opened by another thread
+        if replaced is not None:
+            replaced.close()
+        self._files[key] = file
+        self.close_oldest(self.limit)
+
+    def close_oldest(self, n_left: int) -> None:
+        """Close all but the last used files."""
+        while len(self._files) > n_left:
+            _, oldest = self._files.popitem(last=False)
+            oldest.close()
+
+    def close_half(self) -> None:
+        """Free handles that the process lacks elsewhere."""
+        self.close_oldest(len(self._files) // 2)
+
+    def forget(self) -> None:
+        """Drop the files, whose connections belong to the parent process."""
+        self._files = OrderedDict()
+
+
+LOCAL_FILES = HandleCache()
+REMOTE_FILES = HandleCache(MAX_REMOTE)
+os.register_at_fork(after_in_child=REMOTE_FILES.forget)
+
+
+def read_safely(path: str | Path, read: Callable[[], T]) -> T:
+    """The result of `read`, tried again at faults of the machine (`disk.read_patiently`).
+
+    Raises DataError: the file is missing or cannot be read; ReadError: the fault remains.
+    """
+    failures = Exception if is_remote(path) else OSError  # of any client library
+    try:
+        return read_patiently(path, read, failures, LOCAL_FILES.close_half)
+    except SeedError:
+        raise
+    except FileNotFoundError:
+        raise DataError(f"{path}: no such file.") from None
+    except failures as error:
+        raise DataError(f"{path}: cannot be read ({reading_reason(error)}).") from error
 
 
 def open_binary(path: str | Path) -> IO[bytes]:
-    """A file for sequential reads. Raises DataError."""
-    if is_remote(path):
-        return open_ranges(str(path), SEQUENTIAL_READS)
-    with read_errors(path):
-        return open(path, "rb")
+    """A file for sequential reads. Raises as `open`."""
+    return open_ranges(str(path), SEQUENTIAL_READS) if is_remote(path) else open(path, "rb")
 
 
 def open_ranges(url: str, reads: Mapping[str, object] = RANDOM_READS) -> IO[bytes]:
-    """A remote file for range requests. Raises DataError."""
+    """A remote file for range requests. Raises errors of its client library."""
     files, name = filesystem(url)
-    with read_errors(url):
-        handle: IO[bytes] = files.open(name, "rb", **reads)
-        return handle
+    handle: IO[bytes] = files.open(name, "rb", **reads)
+    return handle
 
 
 def read_range(file: Any, offset: int, size: int) -> bytes:
-    """Bytes of a local file, or of one of `open_ranges`.
+    """Bytes of a local file, or of one of `open_ranges`; fewer at its end.
 
     As many as a block or more are read by one exact request, unless in order.
     """
+    if isinstance(file, FileIO):  # a local file, whose position forked processes share
+        data = os.pread(file.fileno(), size, offset)
+        while len(data) < size:  # at most 2 GiB at once
+            more = os.pread(file.fileno(), size - len(data), offset + len(data))
+            if not more:
+                break
+            data += more
+        return data
+    cache = getattr(getattr(file, "cache", None), "name", "")
     # The block cache would fetch all blocks of a large range one after another.
-    cache = getattr(getattr(file, "cache", None), "name", "")  # a local file has none
     if size >= BLOCK_BYTES and cache == RANDOM_READS["cache_type"]:
         part: bytes = file.fs.cat_file(file.path, start=offset, end=offset + size)
         return part
     file.seek(offset)
-    data: bytes = file.read(size)
-    return data
+    content: bytes = file.read(size)
+    return content
 
 
 def read_all(path: str | Path) -> bytes:
-    """The content of a file. Raises DataError: not readable."""
-    with read_errors(path), open_binary(path) as file:
-        return file.read()
+    """The content of a file. Raises as `read_safely`."""
+
+    def read() -> bytes:
+        with open_binary(path) as file:
+            return file.read()
+
+    return read_safely(path, read)
 
 
 def stat(path: str | Path) -> tuple[int, str]:
-    """Size in bytes and version (modification time or ETag). Raises DataError: missing file."""
-    with read_errors(path):
+    """Size in bytes and version (modification time or ETag). Raises as `read_safely`."""
+
+    def read() -> tuple[int, str]:
         if not is_remote(path):
             status = os.stat(path)
             return status.st_size, str(status.st_mtime_ns)
@@ -116,6 +192,8 @@ def stat(path: str | Path) -> tuple[int, str]:
         info = files.info(name)
         versions = filter(None, map(info.get, VERSION_KEYS))
         return int(info["size"]), str(next(versions, ""))
+
+    return read_safely(path, read)
 
 
 def default_cache() -> Path:
@@ -129,7 +207,7 @@ def local_copy(url: str, folder: str | Path, reserve: float = 0.0) -> str | None
 
     reserve: share of the disk that must stay free; None is returned if it would not.
 
-    Raises DataError: not readable, or not writable.
+    Raises DataError: not readable, or not writable; ReadError.
     """
     size, version = stat(url)
     digest = hashlib.sha256(f"{url} {size} {version}".encode()).hexdigest()[:16]
@@ -145,8 +223,12 @@ def local_copy(url: str, folder: str | Path, reserve: float = 0.0) -> str | None
         if disk.free - size < reserve * disk.total:
             return None
         files, name = filesystem(url)
-        with writing(copy, DataError), atomic_path(copy) as temporary, read_errors(url):
+
+        def download() -> None:
             files.get_file(name, str(temporary))
             if temporary.stat().st_size != size:
-                raise DataError(f"{url}: the connection was lost while copying.")
+                raise ConnectionError("the connection was lost while copying")
+
+        with writing(copy, DataError), atomic_path(copy) as temporary:
+            read_safely(url, download)
     return str(copy)

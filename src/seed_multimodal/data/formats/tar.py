@@ -12,7 +12,7 @@ import numpy as np
 
 from seed_multimodal.data.formats.index import Arrays, IndexedFile
 from seed_multimodal.data.formats.record import ByteRange, Record
-from seed_multimodal.data.formats.storage import open_binary, read_errors
+from seed_multimodal.data.formats.storage import open_binary
 
 PICKLED = ("pkl", "pickle")
 
@@ -44,7 +44,7 @@ class TarFile(IndexedFile):
         sizes = array("q")
         last_key = ""
         damage = ""
-        with read_errors(self.path), open_binary(self.path) as file:
+        with open_binary(self.path) as file:
             try:
                 for key, extension, member in _sample_members(file):
                     if key != last_key:

@@ -17,7 +17,7 @@ import sys
 import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import contextmanager
 from functools import partial
 from multiprocessing.queues import Queue
@@ -26,8 +26,9 @@ from typing import Any, Generic, Self, TypeVar
 import numpy as np
 import torch
 from torch._C import _error_if_any_worker_fails
-from torch.utils.data import default_collate, get_worker_info
+from torch.utils.data import default_collate
 
+from seed_multimodal.data.formats.record import BadRecords, JsonObject, RecordFields
 from seed_multimodal.data.stream.sampler import EpochIndices, EpochOrder, MixedOrder
 from seed_multimodal.entry import kill_with_parent
 from seed_multimodal.errors import DataError, SeedError, first_line
@@ -36,7 +37,7 @@ Job = TypeVar("Job")
 Result = TypeVar("Result")
 Sample = TypeVar("Sample")
 Batch = TypeVar("Batch")
-BadSamples = list[tuple[str, str]]  # key and reason
+Fault = tuple[str, str]  # name and message
 
 
 def load(
@@ -161,16 +162,18 @@ def _end_worker(error: Exception, result: object) -> None:
 class SampleDataset(Generic[Sample]):
     """Training samples by (index, epoch), for `StepBatches`; subclasses define `len` and `get`.
 
-    log: receives a line for each unusable sample, except in data workers, whose `StepBatches`
-        collects.
+    log: receives a line for the first unusable samples of each kind.
+
+    bad: samples that were replaced, of this process and its data workers.
+    faults: those of the batch that is being read, as (name, message).
     """
 
     # Samples of each shard, int64 [shards]: the order keeps reads local. None: no shards.
     shard_sizes: np.ndarray | None = None
 
     def __init__(self, log: Callable[[str], None] | None = print) -> None:
-        self.log = log
-        self.bad: dict[tuple[str, str], None] = {}  # (key, reason) of unusable samples, in order
+        self.bad = BadRecords(log=log, label="skipped: ")
+        self.faults: list[Fault] = []
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -179,21 +182,13 @@ class SampleDataset(Generic[Sample]):
         """One sample, or one in its place. Raises SeedError."""
         raise NotImplementedError
 
-    def note_bad(self, key: str, reason: str) -> None:
-        """Count and log a bad sample, unless already counted."""
-        if (key, reason) in self.bad:
-            return
-        self.bad[key, reason] = None
-        if self.log is not None and get_worker_info() is None:
-            self.log(f"skipped: {reason}")
+    def state_dict(self) -> JsonObject:
+        """Counts of the bad samples so far, JSON-serializable."""
+        return {"bad": self.bad.counts}
 
-    def state_dict(self) -> dict[str, list[list[str]]]:
-        """The bad samples so far, JSON-serializable."""
-        return {"bad": [list(pair) for pair in self.bad]}
-
-    def load_state_dict(self, state: Mapping[str, Sequence[Sequence[str]]]) -> None:
+    def load_state_dict(self, state: RecordFields) -> None:
         """Add the bad samples of an earlier run, without logging them again."""
-        self.bad.update(dict.fromkeys((key, reason) for key, reason in state["bad"]))
+        self.bad.merge(state["bad"])
 
 
 class StepBatches(Generic[Batch]):
@@ -229,7 +224,7 @@ class StepBatches(Generic[Batch]):
         self.wait_seconds = 0.0  # time spent in `at`
         self._fetch = partial(_batch, dataset, collate)
         self._next_step = -1  # of the running workers
-        self._loaded: Generator[tuple[Batch, BadSamples], None, None] | None = None
+        self._loaded: Generator[tuple[Batch, list[Fault]], None, None] | None = None
 
     def at(self, step: int) -> Batch:
         """The batch of this rank at a (micro) step, from 0. Raises as `load`."""
@@ -239,20 +234,16 @@ class StepBatches(Generic[Batch]):
             jobs = map(self._parts, itertools.count(step))
             self._loaded = load(self._fetch, jobs, self.workers)
         self._next_step = -1  # after an error
-        batch, bad = next(self._loaded)
+        batch, faults = next(self._loaded)
         self._next_step = step + 1
-        for key, reason in bad:
-            self.dataset.note_bad(key, reason)
+        for name, message in faults:
+            self.dataset.bad.count(name, message)
         self.wait_seconds += time.perf_counter() - started
         return batch
 
     def _parts(self, step: int) -> list[EpochIndices]:
         start = (step * self.world + self.rank) * self.batch_size
         return self.order.parts(start, self.batch_size)
-
-    def bad_samples(self) -> BadSamples:
-        """(key, reason) of each replaced sample of this rank."""
-        return list(self.dataset.bad)
 
     def close(self) -> None:
         """Stop the workers; the next `at` starts new ones."""
@@ -271,8 +262,8 @@ def _batch(
     dataset: SampleDataset[Sample],
     collate: Callable[[list[Sample]], Batch],
     parts: list[EpochIndices],
-) -> tuple[Batch, BadSamples]:
-    """One step's batch, and the bad samples that reading it added."""
-    n_before = len(dataset.bad)
+) -> tuple[Batch, list[Fault]]:
+    """One step's batch, and the faults of samples that were replaced in it."""
+    dataset.faults.clear()
     samples = [dataset.get(int(index), epoch) for epoch, indices in parts for index in indices]
-    return collate(samples), list(dataset.bad)[n_before:]
+    return collate(samples), list(dataset.faults)

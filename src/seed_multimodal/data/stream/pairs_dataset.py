@@ -1,8 +1,8 @@
 """Training samples from stored pairs: an image with one of its captions, or targets of a pixel
 decoder.
 
-Randomness of a sample is determined by (seed, epoch, index). An unusable sample is logged once,
-counted and replaced by the next usable one; `max_bad_in_a_row` consecutive ones stop the run.
+Randomness of a sample is determined by (seed, epoch, index). An unusable sample is counted
+and replaced by the next usable one; `max_bad_in_a_row` consecutive ones stop the run.
 """
 
 from __future__ import annotations
@@ -21,11 +21,17 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from seed_multimodal.data.formats.pairs import Pair, Pairs, open_pairs
-from seed_multimodal.data.formats.record import RECORD_FAULTS, bad_values, find_part
+from seed_multimodal.data.formats.record import (
+    RECORD_FAULTS,
+    BadRecords,
+    bad_values,
+    fault_name,
+    find_part,
+)
 from seed_multimodal.data.formats.sources import registered_formats
 from seed_multimodal.data.stream.loader import Sample, SampleDataset
 from seed_multimodal.diffusion.training import size_ids
-from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import INTERPOLATIONS, plain_rgb, resize_passes, to_bytes
 
@@ -60,21 +66,18 @@ class SourceDataset(SampleDataset[Sample]):
         # Seeded by the requested index, so a replacement differs from its regular use in this
         # epoch.
         seed = sample_seed(self.seed, epoch, index)
-        last_error = None
-        tries = min(self.max_bad_in_a_row, len(self.source))
-        for offset in range(tries):
-            candidate = (index + offset) % len(self.source)
+        limit = min(self.max_bad_in_a_row, len(self.source))
+        in_a_row = BadRecords(limit)
+        candidate = index
+        while True:
             try:
                 pair = self.source.read(candidate)
                 with bad_values(pair.location):
                     return self.sample(pair, candidate, seed)
             except RECORD_FAULTS as error:
-                self.note_bad(self.source.key(candidate), str(error))
-                last_error = error
-        raise DataError(
-            f"{tries} consecutive samples from index {index} on are unusable; the last is "
-            f"{last_error}"
-        ) from last_error
+                self.faults.append((fault_name(error), str(error)))
+                in_a_row.add(error)
+            candidate = (candidate + 1) % len(self.source)
 
     def sample(self, pair: Pair, index: int, seed: int) -> Sample:
         """The sample of the pair at `index`; its randomness comes only from `seed`."""
@@ -135,11 +138,11 @@ class JoinedPairs(SampleDataset[Sample]):
     """Concatenated data sets with one list of bad samples."""
 
     def __init__(self, parts: Sequence[SourceDataset[Sample]]) -> None:
-        super().__init__(log=parts[0].log)
+        super().__init__(log=parts[0].bad.log)
         self.parts = parts
         self._ends = list(itertools.accumulate(map(len, parts)))
         for part in parts:
-            part.bad = self.bad
+            part.faults = self.faults
         if any(part.shard_sizes is not None for part in parts):
             # A set without shards counts as one shard.
             sizes = [

@@ -576,7 +576,7 @@ class PixelTask(RunTask):
     def status(self) -> Mapping[str, float]:
         return {
             "wait_seconds": self.batches.wait_seconds,
-            "bad_samples": len(self.batches.bad_samples()),
+            "bad_samples": self.dataset.bad.total,
         }
 
     def finish(self, group: ProcessGroup) -> Mapping[str, object]:
@@ -597,7 +597,7 @@ class PixelTask(RunTask):
         return {
             "processes": group.world,
             "samples_per_step": self._samples_per_step(group.world),
-            "bad_samples": len(self.batches.bad_samples()),
+            "bad_samples": self.dataset.bad.total,
             self.result: str(folder),
             **{key: round(value, 6) for key, value in self.meter.smooth.items()},
         }

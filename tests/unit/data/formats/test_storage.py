@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import multiprocessing
 import os
@@ -19,7 +20,7 @@ import pyarrow.parquet
 import pytest
 from data_files import jpeg, lines
 from fsspec.implementations.local import LocalFileSystem
-from real_processes import free_port
+from real_processes import free_port, run_process
 from waiting import wait_until
 
 from seed_multimodal.cli.main import main
@@ -27,11 +28,11 @@ from seed_multimodal.data.formats.index import INDEX_FOLDER
 from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.formats.sources import open_records
-from seed_multimodal.data.formats.storage import local_copy
+from seed_multimodal.data.formats.storage import REMOTE_FILES, local_copy
 from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.data.stream.loader import load
 from seed_multimodal.data.stream.pairs_dataset import PairDataset
-from seed_multimodal.errors import DataError
+from seed_multimodal.errors import DataError, ReadError
 from seed_multimodal.images.transforms import seed_image_processor
 
 COUNT = 60
@@ -104,7 +105,7 @@ def s3(tmp_path, monkeypatch) -> Iterator[subprocess.Popen]:
 
 
 @pytest.mark.process
-def test_read_of_s3_until_the_connection_is_lost(s3: subprocess.Popen, tmp_path):
+def test_read_of_s3_until_the_connection_is_lost(s3: subprocess.Popen, monkeypatch):
     for name in ("tars", "a.parquet"):
         assert fields(f"s3://data/{name}", cache=False) == TEXTS
     cached = open_records("s3://data/tars")
@@ -123,17 +124,112 @@ def test_read_of_s3_until_the_connection_is_lost(s3: subprocess.Popen, tmp_path)
     with pytest.raises(DataError, match=r"s3://data/1\.jpg"):
         listed.read(1)
 
-    # Without a connection samples are bad, and copies are still read.
+    # Without a connection the run ends, and copies are still read.
     s3.kill()
     s3.wait()
+    monkeypatch.setenv("SEED_READ_PAUSES", "0")
     assert cached.read(6).fields == TEXTS[6]
-    data = PairDataset(pairs, seed_image_processor(16), None, log=None, max_bad_in_a_row=2)
-    with pytest.raises(DataError):
+    data = PairDataset(pairs, seed_image_processor(16), None, log=None)
+    with pytest.raises(ReadError, match="s3://data/pairs/1.tar"):
         data.get(10)
-    assert len(data.bad) == 2
-    assert all("s3://data/pairs/1.tar" in reason for _, reason in data.bad)
-    with pytest.raises(DataError, match="s3://data/tars"):
+    with pytest.raises(ReadError, match="s3://data/tars"):
         len(open_records("s3://data/tars"))
+
+
+# ---- faults of the machine
+
+
+class FaultyFiles(LocalFileSystem):
+    """Local files as `faulty://`; the first `n_faults` reads of all files raise `fault`."""
+
+    protocol = "faulty"
+    fault: Exception
+    n_faults = 0
+
+    @classmethod
+    def _strip_protocol(cls, path: str) -> str:
+        return super()._strip_protocol(path.removeprefix("faulty://"))
+
+    def open(self, *arguments: object, **options: object) -> object:
+        if FaultyFiles.n_faults:
+            FaultyFiles.n_faults -= 1
+            raise FaultyFiles.fault
+        return super().open(*arguments, **options)
+
+
+class Answer(Exception):
+    """A client's error with an HTTP status."""
+
+    def __init__(self, status: int) -> None:
+        super().__init__(f"answer {status}")
+        self.status = status
+
+
+@pytest.mark.parametrize(
+    ("fault", "is_of_machine"),
+    [
+        *[(OSError(code, "x"), True) for code in (errno.EMFILE, errno.ENFILE, errno.EIO)],
+        *[(OSError(code, "x"), True) for code in (errno.ESTALE, errno.ENOMEM, errno.EBUSY)],
+        *[(Answer(status), True) for status in (408, 429, 500, 503)],
+        (TimeoutError(), True),
+        (ConnectionResetError(), True),
+        (RuntimeError("Session is closed"), True),
+        (Answer(403), False),
+        (PermissionError(errno.EACCES, "x"), False),
+        (FileNotFoundError(errno.ENOENT, "x"), False),
+    ],
+)
+def test_faults_of_the_machine_are_not_those_of_records(
+    tmp_path, monkeypatch, fault: Exception, is_of_machine: bool
+):
+    # Else valid records are skipped without a word, and other ones by a resumed run.
+    fsspec.register_implementation("faulty", FaultyFiles, clobber=True)
+    monkeypatch.setenv("SEED_READ_PAUSES", "0 0")
+    monkeypatch.setenv("SEED_INDEX_DIR", str(tmp_path / "index"))
+    url = f"faulty://{write_texts(tmp_path / 'a.tar')}"
+    source = open_records(url, cache=False)
+    len(source)
+    FaultyFiles.fault = fault
+    FaultyFiles.n_faults = 2
+    if is_of_machine:
+        assert source.read(3).fields == TEXTS[3]
+        REMOTE_FILES.close_oldest(0)
+        FaultyFiles.n_faults = 3
+    with pytest.raises(ReadError if is_of_machine else DataError, match=url):
+        source.read(4)
+    FaultyFiles.n_faults = 0
+
+
+MANY_FILES = """
+import os, resource, sys
+resource.setrlimit(resource.RLIMIT_NOFILE, (64, int(sys.argv[2])))
+from seed_multimodal.data.formats.sources import open_records
+sources = [open_records(f"{sys.argv[1]}/*.{kind}") for kind in ("tar", "jsonl", "parquet")]
+for index in range(len(sources[0])):
+    for source in sources:
+        source.read(index)
+spare = [os.open(sys.argv[1], os.O_RDONLY) for _ in range(25)]
+for source in sources:
+    source.read(0)
+"""
+
+
+@pytest.mark.process
+@pytest.mark.parametrize("hard", [64, 4096])
+def test_reads_of_more_files_than_the_system_opens(tmp_path, hard):
+    # Three sources share the limit, and give way to other files.
+    for part in range(60):
+        texts = TEXTS[:2]
+        lines(tmp_path / f"{part}.jsonl", texts)
+        write_texts(tmp_path / f"{part}.tar", texts)
+        table = pyarrow.Table.from_pylist(texts)
+        pyarrow.parquet.write_table(table, tmp_path / f"{part}.parquet")
+    done = run_process(
+        [sys.executable, "-c", MANY_FILES, str(tmp_path), str(hard)],
+        timeout=120,
+        env={**os.environ, "PYTHONPATH": os.pathsep.join(sys.path), "SEED_READ_PAUSES": "0"},
+    )
+    assert done.returncode == 0, done.stderr
 
 
 # ---- copies
