@@ -16,7 +16,7 @@ SETTINGS = ("temperature", "num_beams", "top_p", "max_new_tokens", "do_sample")
 class RecordedEngine(BaseEngine):
     """Every answer is `new_ids`; `calls` has the prompt's ids and the settings of each request."""
 
-    n_running = n_waiting = 0
+    n_waiting = 0
     has_beams = True
 
     def __init__(self, tokenizer: MultimodalTokenizer, new_ids: Sequence[int]) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import pkgutil
 from argparse import ArgumentParser, Namespace
-from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -180,34 +179,21 @@ def export_llm(args: Namespace) -> int:
 
 
 def check_language_model(args: Namespace) -> int:
-    """Print what a completion server reads, and the command that starts it."""
-    from seed_multimodal.inference.serving_check import (
-        check_llm,
-        serve_command,
-        write_server_tokenizer,
-    )
+    """Print whether a completion server reads the tokenizer, and the command that starts it."""
+    from seed_multimodal.inference.serving_check import server_problem, write_server_tokenizer
     from seed_multimodal.pipelines.config import CodeSystemConfig
 
-    # 1. The folders that a server gets.
     config = CodeSystemConfig.find(args.model).require("llm", "tokenizer")
-    llm = config.path("llm")
     tokenizer = config.path("tokenizer")
-    served_tokenizer = tokenizer
+    served = tokenizer
     if args.tokenizer_out:
-        served_tokenizer = output_folder(args.tokenizer_out, force=False, label="the tokenizer")
-        write_server_tokenizer(tokenizer, served_tokenizer)
-
-    # 2. What it finds there.
-    findings = check_llm(llm, tokenizer, served_tokenizer)
-    lines: list[str] = []
-    for finding in findings:
-        state = "PROBLEM" if finding.problem else "ok"
-        lines.append(f"{finding.what:<11} {state:<8} {finding.problem or finding.note}")
-    is_readable = not any(finding.problem for finding in findings)
-    if is_readable:
-        lines.append(f"Next: {serve_command(llm, served_tokenizer)}")
-    emit(args, {"readable": is_readable, "findings": list(map(asdict, findings))}, "\n".join(lines))
-    return DONE if is_readable else SOME_FAILED
+        served = output_folder(args.tokenizer_out, force=False, label="the tokenizer")
+        write_server_tokenizer(tokenizer, served)
+    problem = server_problem(tokenizer, served)
+    command = f"vllm serve {config.llm} --tokenizer {served} --generation-config vllm"
+    text = f"PROBLEM: {problem}" if problem else f"Next: {command}"
+    emit(args, {"readable": not problem, "problem": problem}, text)
+    return SOME_FAILED if problem else DONE
 
 
 def assemble(args: Namespace) -> int:

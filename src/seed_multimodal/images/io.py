@@ -529,6 +529,6 @@ def chat_image(image: Image.Image) -> Image.Image:
     return crop_to_aspect(fit_longer_side(image.convert("RGB"), 512), 1.3)
 
 
-def request_image(image: Image.Image, size: int = 256) -> Image.Image:
-    """A stored image as the original chat demo sends it: squashed to `size` x `size`."""
-    return image.resize((size, size), Image.Resampling.BICUBIC)
+def request_image(image: Image.Image) -> Image.Image:
+    """A stored image as the original chat demo sends it: squashed to 256 x 256."""
+    return image.resize((256, 256), Image.Resampling.BICUBIC)

@@ -3,17 +3,52 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Sequence
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
 
 from seed_multimodal.errors import ConfigError, GenerationError
-from seed_multimodal.inference.likelihood import Likelihood, SampledAnswer
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.inference.request import Request
 from seed_multimodal.language.text_tokenizer import TextTokenizer
+
+
+@dataclass(frozen=True)
+class Likelihood:
+    """Of a continuation after its prompt.
+
+    log_probs: natural logarithm of each token's probability, given all tokens before it.
+    is_greedy: whether greedy decoding would generate the continuation.
+    """
+
+    log_probs: Sequence[float]
+    is_greedy: bool
+
+    @property
+    def total(self) -> float:
+        """The log-likelihood."""
+        return sum(self.log_probs)
+
+    @property
+    def mean(self) -> float:
+        """The log-likelihood of a token: long continuations are compared with short ones."""
+        return self.total / len(self.log_probs)
+
+
+@dataclass(frozen=True)
+class SampledAnswer:
+    """An answer for training by rewards.
+
+    ids: the generated tokens, without those that the prompt holds.
+    log_probs: natural logarithm of each token's probability in the distribution from which it was
+    chosen: after guidance, image constraints, penalties, temperature, top-k and top-p; of greedy
+    answers the same at temperature 1.
+    """
+
+    ids: Sequence[int]
+    log_probs: Sequence[float]
 
 
 class BaseEngine(ABC):
@@ -37,11 +72,6 @@ class BaseEngine(ABC):
 
     @property
     @abstractmethod
-    def n_running(self) -> int:
-        """Requests that have rows."""
-
-    @property
-    @abstractmethod
     def n_waiting(self) -> int:
         """Requests that wait for rows."""
 
@@ -53,19 +83,15 @@ class BaseEngine(ABC):
         self,
         prompt: Prompt,
         settings: GenerationSettings,
-        *,
-        should_stop: Callable[[], bool] | None = None,
         previews: Sequence[int] = (),
     ) -> Request:
-        """Start an answer.
+        """Start an answer; `should_stop` of its settings raises `Stopped` in its iteration.
 
+        previews: see `AnswerReader`.
         Raises GenerationError: an empty or too long prompt, or no space for a forced image;
         ConfigError: beams, which this engine does not have, or with guidance.
-
-        should_stop: called before each token, also while the request waits; true raises `Stopped`.
-        previews: see `AnswerReader`.
         """
-        request = self._new_request(prompt, settings, should_stop=should_stop, previews=previews)
+        request = self._new_request(prompt, settings, previews=previews)
         self._enqueue([request])
         return request
 
@@ -73,8 +99,6 @@ class BaseEngine(ABC):
         self,
         prompts: Sequence[Prompt],
         settings: GenerationSettings | Sequence[GenerationSettings],
-        *,
-        should_stop: Callable[[], bool] | None = None,
     ) -> list[list[int]]:
         """The ids of each answer, with `prompt.answered` and a forced `<img>` first.
 
@@ -82,7 +106,7 @@ class BaseEngine(ABC):
         beam search, or with a seed each. Raises as `submit` and `Request`.
         """
         answers: list[list[int]] = []
-        for request in self.run(prompts, settings, should_stop=should_stop):
+        for request in self.run(prompts, settings):
             answers += request.answers
         return answers
 

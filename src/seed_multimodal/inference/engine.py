@@ -26,10 +26,9 @@ import torch
 
 from seed_multimodal.errors import GenerationError
 from seed_multimodal.inference.backends.base import Backend, NextTokens, PromptChunk
-from seed_multimodal.inference.base_engine import BaseEngine
+from seed_multimodal.inference.base_engine import BaseEngine, Likelihood
 from seed_multimodal.inference.image_constraints import ImageConstraints
 from seed_multimodal.inference.inbox import InboxThread
-from seed_multimodal.inference.likelihood import Likelihood
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.inference.request import Request, Row
 from seed_multimodal.inference.sampling import (
@@ -95,10 +94,6 @@ class Engine(BaseEngine, InboxThread[Request]):
         """Compute all later prompts anew, after a change of the weights that `Backend.weights` does
         not show, such as other layers between an image's features and its embeddings."""
         self._n_forgotten += 1
-
-    @property
-    def n_running(self) -> int:
-        return len(self._requests(list(self.rows)))  # a copy: the engine's thread changes the order
 
     @property
     def n_waiting(self) -> int:

@@ -16,7 +16,7 @@ from torch import Tensor
 from seed_multimodal.disk import atomic_path, read_json_object, writing
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.inference.backends.attention import AttentionMasks
+from seed_multimodal.inference.backends.torch import AttentionMasks
 from seed_multimodal.language.hub_tokenizer import HubTokenizer, load_text_tokenizer
 from seed_multimodal.language.llm import (
     EMBEDDING,

@@ -1,4 +1,4 @@
-"""`InboxThread`: a daemon thread that serves what other threads put into its inbox."""
+"""`InboxThread`: a daemon thread that serves what other threads put into its inbox; `ForkLock`."""
 
 from __future__ import annotations
 
@@ -84,7 +84,27 @@ class InboxThread(ABC, Generic[Item]):
             return items
 
 
-_instances: weakref.WeakSet[InboxThread[Any]] = weakref.WeakSet()
+class ForkLock:
+    """A lock that its thread may take again; a forked child and a copy get a free one."""
+
+    def __init__(self) -> None:
+        self._begin()
+        _instances.add(self)
+
+    def _begin(self) -> None:
+        self._lock = threading.RLock()
+
+    def __enter__(self) -> None:
+        self._lock.acquire()
+
+    def __exit__(self, *_: object) -> None:
+        self._lock.release()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> ForkLock:
+        return ForkLock()
+
+
+_instances: weakref.WeakSet[InboxThread[Any] | ForkLock] = weakref.WeakSet()
 
 
 def _serve(wakeups: queue.SimpleQueue[InboxThread[Item] | None]) -> None:
@@ -112,10 +132,10 @@ def _close(
 def _begin_in_child() -> None:
     """In a forked child: no thread was copied, neither ours nor those of OpenMP, for which torch
     would wait for ever if it computed with several."""
-    for served in list(_instances):
-        if served._threads:
+    for instance in list(_instances):
+        if isinstance(instance, InboxThread) and instance._threads:
             torch.set_num_threads(1)
-        served._begin()
+        instance._begin()
 
 
 if hasattr(os, "register_at_fork"):  # not on Windows

@@ -41,7 +41,6 @@ COMPILED_OFFLOAD = (
 class NoEngine(BaseEngine):
     """Of a system that was loaded without its language model."""
 
-    n_running = 0
     n_waiting = 0
 
     def __init__(self, tokenizer: TextTokenizer) -> None:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import secrets
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any, TypeAlias
 
 import numpy as np
@@ -46,6 +46,8 @@ class GenerationSettings:
     stop: texts that end an answer, as the opening of the prompt template's next turn.
     stop_token_ids: tokens that end an answer; None: `</s>`.
     stop_after: `stop` counts only behind this text, the end of a verdict (see `TaskPrompts`).
+    should_stop: called before each token, also while the request waits, and before each drawing;
+    true ends the answer.
     """
 
     max_new_tokens: int = setting(512, minimum=1)
@@ -66,6 +68,7 @@ class GenerationSettings:
     stop: tuple[str, ...] = ()
     stop_token_ids: tuple[int, ...] | None = None
     stop_after: str = ""
+    should_stop: Callable[[], bool] | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
         check_settings(self, "Generation setting")

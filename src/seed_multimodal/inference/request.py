@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import queue
 import time
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 
 import numpy as np
@@ -81,7 +81,7 @@ class Request:
     The iteration raises the request's error. `ended` is set by either thread: by the engine's when
     the answer is complete or failed, by the caller's when it cancels. The engine frees the rows.
 
-    prompts: with a forced `<img>`; with guidance, the unconditional one behind it.
+    prompts: `prompt` with a forced `<img>`; with guidance, the unconditional one behind it.
     initial_ids: ids of the answer that the prompt holds (`Prompt.answered`, a forced `<img>`).
     budget: new tokens at most; `image_budget`: into which images must fit.
     ids: the generated tokens.
@@ -89,7 +89,7 @@ class Request:
     answers: complete ids, with `initial_ids`, when all are finished; with beams the best ones, of
     which the iteration gives the first.
     reader: parses the answer while it is generated, and finds its stops. `previews`: see there.
-    finish_reason: "stop" (an end token or a stop), "length" (the budget) or None (neither yet).
+    finish_reason: "stop" (an end token or a stop), "length" (the budget); else "cancelled".
     forced_ids: the tokens to choose, whatever their scores.
     log_probs: natural logarithm of each chosen token's probability, with `records` or forced ids;
     `is_greedy`: each one was the likeliest.
@@ -104,7 +104,6 @@ class Request:
         *,
         tokenizer: TextTokenizer,
         budget: int,
-        should_stop: Callable[[], bool] | None = None,
         previews: Sequence[int] = (),
         records: bool = False,
         forced_ids: Sequence[int] | None = None,
@@ -112,6 +111,7 @@ class Request:
         # 1. What is asked.
         vocabulary = tokenizer.vocabulary
         forced = [vocabulary.boi_id] if settings.forces_image else []
+        self.prompt = prompt
         self.settings = settings
         self.prompts = [Prompt([*prompt.ids, *forced], prompt.images)]
         if settings.guidance != 1:
@@ -121,7 +121,6 @@ class Request:
         self.end_ids = list(tokenizer.eos_token_ids if end_ids is None else end_ids)
         self.budget = budget
         self.image_budget = 0 if settings.images == "never" else budget
-        self.should_stop = should_stop
         self.records = records or forced_ids is not None
         self.forced_ids = forced_ids
         self.seed: int | None = None
@@ -133,7 +132,7 @@ class Request:
         self.states: list[Tensor] | None = [] if vocabulary.fixed_image_order else None
         self.log_probs: list[float] = []
         self.is_greedy = True
-        self.finish_reason: str | None = None
+        self.finish_reason = "cancelled"
         self.answers: list[list[int]] = []
         self.ended = False
         self.reader = AnswerReader(tokenizer, settings.stop, previews, settings.stop_after)
@@ -194,10 +193,11 @@ class Request:
 
     def stop_if_asked(self) -> None:
         """End the request if its caller's `should_stop` is true, or raises."""
-        if self.ended or self.should_stop is None:
+        should_stop = self.settings.should_stop
+        if self.ended or should_stop is None:
             return
         try:
-            if self.should_stop():
+            if should_stop():
                 self.end(Stopped())
         except BaseException as error:  # noqa: BLE001 its error must not end the engine's thread
             self.end(error)
@@ -208,18 +208,11 @@ class Request:
                 yield token
 
     def events(self) -> Iterator[Event]:
-        """The events of the answer (see `language.answer`) in place of its tokens.
-
-        Where `should_stop` ended it, the text so far is complete before `Stopped` is raised.
-        """
+        """The events of the answer (see `language.answer`) in place of its tokens."""
         yield from self._first_events
         with contextlib.closing(self._items()) as items:
-            try:
-                for _, events in items:
-                    yield from events
-            except Stopped:
-                yield from (event for event in self.reader.close() if event["type"] == "text")
-                raise
+            for _, events in items:
+                yield from events
         yield from self.reader.close()
 
     def _items(self) -> Generator[tuple[int, list[Event]]]:

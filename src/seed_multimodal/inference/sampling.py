@@ -1,4 +1,4 @@
-"""Logits processors for the choice of the next token, and guidance."""
+"""Choice of the next token (logits processors, guidance), and ends of answers at texts."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from torch import Tensor
 
 from seed_multimodal.errors import GenerationError
 from seed_multimodal.inference.prompt import GenerationSettings
+from seed_multimodal.language.answer import AnswerReader
+from seed_multimodal.language.text_tokenizer import TextTokenizer
 
 
 class LogitsProcessor(Protocol):
@@ -66,3 +68,41 @@ def guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tenso
     conditional = conditional.log_softmax(dim=-1)
     unconditional = unconditional.log_softmax(dim=-1)
     return guidance * (conditional - unconditional) + unconditional
+
+
+# ---- ends at texts
+
+
+def read_answer(
+    tokenizer: TextTokenizer, ids: Sequence[int], settings: GenerationSettings
+) -> AnswerReader:
+    """The reader of a complete answer, which ends at the stops of `settings`."""
+    reader = AnswerReader(tokenizer, settings.stop, stop_after=settings.stop_after)
+    return reader.read_all(ids)
+
+
+class StopTexts:
+    """Stopping criterion of transformers' `generate`: ends rows at one of the settings' stops."""
+
+    def __init__(
+        self,
+        tokenizer: TextTokenizer,
+        settings: GenerationSettings,
+        initial_ids: Sequence[int] = (),
+    ) -> None:
+        self._tokenizer = tokenizer
+        self._settings = settings
+        self._initial_ids = list(initial_ids)
+
+    def __call__(self, input_ids: Tensor, scores: object, **kwargs: object) -> Tensor:
+        """Whether each row of generated ids `[B, n]` is complete."""
+        is_done = [self.ends(ids) for ids in input_ids.tolist()]
+        return torch.tensor(is_done, device=input_ids.device)
+
+    def ends(self, ids: Sequence[int]) -> bool:
+        """Whether an answer of the tokens `ids` is complete."""
+        answer = [*self._initial_ids, *ids]
+        text = self._tokenizer.decode(answer)
+        if not any(stop in text for stop in self._settings.stop):  # in most steps
+            return False
+        return read_answer(self._tokenizer, answer, self._settings).found_stop

@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
 from seed_multimodal.errors import ConfigError, GenerationError, RequestError
-from seed_multimodal.inference.base_engine import BaseEngine
-from seed_multimodal.inference.likelihood import Likelihood
+from seed_multimodal.inference.base_engine import BaseEngine, Likelihood
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
+from seed_multimodal.inference.sampling import read_answer
 from seed_multimodal.language.answer import Answer, AnswerReader, ImagePart
 from seed_multimodal.language.known_words import read_known_words
 from seed_multimodal.language.messages import Message, without_oldest_turn
-from seed_multimodal.language.text_tokenizer import TextTokenizer
-from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.pipelines.family import Family, Task
 from seed_multimodal.pipelines.images import Log, Options
 from seed_multimodal.progress import Progress
@@ -50,17 +48,31 @@ class GeneratedAnswer:
 class AnswerGenerator:
     """Answers of a family's language model by an engine."""
 
-    config: SystemConfig
-    tokenizer: TextTokenizer
     engine: BaseEngine
-    log: Log
 
     def __init__(self, family: Family, log: Log) -> None:
         self.family = family
-        self.config = family.config
-        self.tokenizer = family.tokenizer
-        self.drawing_settings: tuple[str, ...] = family.images.drawing_settings
         self.log = log
+
+    # The family's parts, which the engine and the prompts use, too: assigning to them is an error.
+
+    @property
+    def config(self) -> Any:
+        return self.family.config
+
+    @property
+    def tokenizer(self) -> Any:
+        return self.family.tokenizer
+
+    @property
+    def llm(self) -> Any:
+        """The language model; None: the engine has it, outside of torch."""
+        return self.family.llm
+
+    @property
+    def images(self) -> Any:
+        """The `ImageCodec`."""
+        return self.family.images
 
     # ---- settings
 
@@ -72,11 +84,12 @@ class AnswerGenerator:
         """
         # 1. Names.
         names = [entry.name for entry in fields(GenerationSettings)]
+        drawing_names = self.images.drawing_settings
         for name in options:
-            if name in self.drawing_settings:
+            if name in drawing_names:
                 raise ConfigError(f"The option {name!r} is of drawing, but nothing is drawn.")
             if name not in names:
-                suggestion = nearest(name, [*names, *self.drawing_settings])
+                suggestion = nearest(name, [*names, *drawing_names])
                 raise ConfigError(f"Unknown option {name!r}{suggestion}.")
 
         # 2. Values: later mappings override earlier ones.
@@ -155,21 +168,6 @@ class AnswerGenerator:
             ).rstrip()
         return prompt
 
-    def _prompts(
-        self,
-        requests: Sequence[ConversationOrPrompt],
-        task: Task,
-        opening: str,
-        seeds: Sequence[int | None],
-    ) -> list[Prompt]:
-        """The prompts of requests, all conversations or all prompts; see `Family.prompts`."""
-        prompts = [request for request in requests if isinstance(request, Prompt)]
-        if not prompts:
-            conversations = [request for request in requests if not isinstance(request, Prompt)]
-            return self.family.prompts(conversations, task, opening, seeds)
-        answered = self.tokenizer.encode_parts([opening]) if opening else []
-        return [prompt.answered_with(answered) for prompt in prompts]
-
     # ---- answers
 
     def generate_answers(
@@ -180,10 +178,10 @@ class AnswerGenerator:
         opening: str = "",
         *,
         batch_size: int = BATCH,
-        should_stop: Callable[[], bool] | None = None,
     ) -> list[GeneratedAnswer]:
         """Answers before image decoding.
 
+        requests: all conversations, or all prompts.
         settings: of all requests, or of each. opening: text with which the answers begin.
         batch_size: so many prompts are built at once.
         """
@@ -191,36 +189,42 @@ class AnswerGenerator:
         count = len(requests)
         if isinstance(settings, GenerationSettings):
             settings = [settings] * count
+        answered = self.tokenizer.encode_parts([opening]) if opening else []
         answers: list[GeneratedAnswer] = []
         with Progress(task, count, "answer", log=self.log if count >= BAR_FROM else None) as bar:
             for start in range(0, count, batch_size):
-                # 1. The ids of a batch, with the hidden states of its images (SEED-X).
-                batch = slice(start, start + batch_size)
-                seeds = [row.seed for row in settings[batch]]
-                prompts = self._prompts(requests[batch], task, opening, seeds)
-                finished = self.engine.run(prompts, settings[batch], should_stop=should_stop)
+                # 1. The prompts of a batch.
+                batch: Any = requests[start : start + batch_size]
+                batch_settings = settings[start : start + batch_size]
+                if isinstance(batch[0], Prompt):
+                    prompts = [prompt.answered_with(answered) for prompt in batch]
+                else:
+                    seeds = [row.seed for row in batch_settings]
+                    prompts = self.family.prompts(batch, task, opening, seeds)
 
-                # 2. Their texts, and the inputs of their images.
-                for prompt, request in zip(prompts, finished, strict=True):
-                    answer = self._answer(request.reader)
+                # 2. Their answers, and the inputs of the images in them.
+                for request in self.engine.run(prompts, batch_settings):
+                    answer = self._answer(request.reader, request.prompt, request.finish_reason)
                     parts = [part for part in answer.parts if isinstance(part, ImagePart)]
                     inputs = self.family.image_inputs(parts, request) if parts else ()
-                    answers.append(GeneratedAnswer(answer, inputs, prompt))
+                    answers.append(GeneratedAnswer(answer, inputs, request.prompt))
                 bar.update(len(prompts))
         return answers
 
     def read_answer(self, ids: Sequence[int], settings: GenerationSettings) -> Answer:
-        """The parts of an answer, cut at its end."""
-        return self._answer(self.reader(settings).read_all(ids))
+        """The answer of ids that were generated elsewhere (by transformers), cut at its end."""
+        return self._answer(read_answer(self.tokenizer, ids, settings), Prompt(), "stop")
 
-    def _answer(self, reader: AnswerReader) -> Answer:
-        """The answer that a reader has read."""
-        after = self.family.tasks.answer_after
-        return Answer(tuple(reader.parts), tuple(reader.ids), answer_after=after)
-
-    def reader(self, settings: GenerationSettings) -> AnswerReader:
-        """What cuts ids that were generated elsewhere (by transformers) at their end."""
-        return AnswerReader(self.tokenizer, settings.stop, stop_after=settings.stop_after)
+    def _answer(self, reader: AnswerReader, prompt: Prompt, finish_reason: str) -> Answer:
+        """The answer to a prompt that a reader has read."""
+        return Answer(
+            tuple(reader.parts),
+            tuple(reader.ids),
+            prompt.note,
+            self.family.tasks.answer_after,
+            prompt_tokens=len(prompt) - len(prompt.answered),  # those are in the answer's ids
+            finish_reason=finish_reason,
+        )
 
     def generate_image_answers(
         self,
@@ -230,33 +234,29 @@ class AnswerGenerator:
         options: Options,
         *,
         batch_size: int = BATCH,
-        should_stop: Callable[[], bool] | None = None,
     ) -> list[GeneratedAnswer]:
         """Answers with one image, before decoding, after an optional text (`TaskPrompts`).
 
         settings: of each request. options: of the caller, see `_forced`.
         """
-        # 1. The settings of an answer that is nothing but an image.
+        # 1. The settings of an answer that is nothing but an image, and of one with a text.
         image_length = self.tokenizer.vocabulary.tokens_per_image + 1  # codes and `</img>`
+        text_length = self._text_tokens_before_image(task)
         forced: list[GenerationSettings] = []
+        free: list[GenerationSettings] = []
         for row_settings in settings:
             row_forced = self._forced(row_settings, options)
             limit = min(row_forced.max_new_tokens, image_length)
             forced.append(replace(row_forced, max_new_tokens=limit))
+            limit += text_length
+            if "max_new_tokens" in options:
+                limit = row_settings.max_new_tokens
+            free.append(replace(row_settings, images="auto", max_new_tokens=limit))
 
-        # 2. A model that announces its image answers freely first, with tokens for the text.
+        # 2. A model that announces its image answers freely first.
         answers: dict[int, GeneratedAnswer] = {}
-        text_length = self._text_tokens_before_image(task)
         if text_length:
-            free: list[GenerationSettings] = []
-            for row_settings, row_forced in zip(settings, forced, strict=True):
-                limit = row_forced.max_new_tokens + text_length
-                if "max_new_tokens" in options:
-                    limit = row_settings.max_new_tokens
-                free.append(replace(row_forced, images="auto", max_new_tokens=limit))
-            free_answers = self.generate_answers(
-                requests, task, free, batch_size=batch_size, should_stop=should_stop
-            )
+            free_answers = self.generate_answers(requests, task, free, batch_size=batch_size)
             for row, answer in enumerate(free_answers):
                 if len(answer.image_inputs) == 1:
                     answers[row] = answer
@@ -270,7 +270,6 @@ class AnswerGenerator:
             [forced[row] for row in missing],
             tasks.edit_response if task == "edit" else tasks.draw_response,
             batch_size=batch_size,
-            should_stop=should_stop,
         )
         answers |= zip(missing, forced_answers, strict=True)
         return [answers[row] for row in sorted(answers)]

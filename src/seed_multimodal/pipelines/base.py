@@ -21,8 +21,7 @@ from seed_multimodal.device import FP16_WITH_8BIT, choose_device, choose_for_ima
 from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import ConfigError, RequestError
 from seed_multimodal.images.io import is_image, open_image
-from seed_multimodal.inference.base_engine import BaseEngine
-from seed_multimodal.inference.likelihood import Likelihood
+from seed_multimodal.inference.base_engine import BaseEngine, Likelihood
 from seed_multimodal.inference.opening import (
     TORCH,
     WITHOUT_WEIGHTS,
@@ -36,7 +35,7 @@ from seed_multimodal.inference.prompt import (
     Stopped,
     random_seed,
 )
-from seed_multimodal.language.answer import Answer, Event
+from seed_multimodal.language.answer import Event
 from seed_multimodal.language.messages import (
     Images,
     Message,
@@ -98,8 +97,6 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         log: Log = None,
     ) -> None:
         super().__init__(family, log)
-        self.llm = family.llm  # None: the engine has it, outside of torch
-        self.images = family.images
         for task in ("describe", "draw", "chat"):
             self.settings(task)  # reports wrong defaults in system.json early
         self.engine = self._open_engine(engine) if isinstance(engine, EngineOptions) else engine
@@ -194,7 +191,8 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         # 3. The parts.
         options = EngineOptions(engine, url, gguf, max_running, kv_cache, compiled, offload_device)
         options.check()
-        placement = Placement(llm, images, drawing, quantization, offloaded, load_decoder, options)
+        load_llm = engine == TORCH
+        placement = Placement(llm, images, drawing, quantization, offloaded, load_llm, load_decoder)
         system: Self = system_class(family_class.load(config, placement), options, log)
         if compiled:
             system.images.compile()
@@ -273,12 +271,10 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         question: str | Sequence[str],
         answers: Sequence[Sequence[str]],
         *,
-        short: bool = True,
         batch_size: int = BATCH,
     ) -> list[list[Likelihood]]:
         """How likely each of the `answers` to the question about each image is; see `ask`."""
-        as_request = self.family.tasks.question if short else str
-        conversations, _ = image_conversations(images, question, as_request)
+        conversations, _ = image_conversations(images, question, self.family.tasks.question)
         return self.answer_likelihoods(conversations, answers, "ask", batch_size=batch_size)
 
     def detect(
@@ -405,7 +401,6 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         images: str = "auto",
         force_image: bool = False,
         previews: Sequence[int] | None = None,
-        should_stop: Callable[[], bool] | None = None,
         **options: object,
     ) -> AnswerOrEvents:
         """The `Answer` to the last message of a conversation (form: see `language.messages`).
@@ -414,7 +409,6 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         images: "auto", "forced": answer with an image, as by `force_image`; "never": without.
         previews: numbers of codes after which a stream shows an image so far; None: the defaults of
         `system.json`.
-        should_stop: called before each token and each drawing; true ends the answer.
         """
         # 1. The settings.
         if force_image and images == "never":
@@ -431,7 +425,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
             settings = replace(settings, seed=random_seed())
         if drawing and self.images.can_draw:
             self.images.check_drawing(**drawing)
-        drawing["should_stop"] = should_stop
+        drawing["should_stop"] = settings.should_stop
         preview_lengths = self._preview_lengths(previews)
 
         # 2. The prompt; a forced image follows the task's response.
@@ -458,12 +452,10 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         lengths: Sequence[int] = check_value(Sequence[int], previews, "previews", minimum=1)
         return lengths if self.images.progressive and self.images.can_draw else ()
 
-    def _pop_drawing_settings(self, options: Options, *further: str) -> Options:
-        """Take the settings of the de-tokenizer, and the `further` ones, out of `options`."""
-        names = (*self.drawing_settings, *further)
+    def _pop_drawing_settings(self, options: Options) -> Options:
+        """Take the settings of the de-tokenizer out of `options`."""
+        names = self.images.drawing_settings
         return {name: options.pop(name) for name in names if name in options}
-
-    # ---- answers
 
     def _answer_texts(
         self,
@@ -521,29 +513,13 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
                         event["image"] = part.image = image[0]
                 yield event
 
-        # 1. Events, until the answer ends or the caller has left. Beams have no unfinished images:
-        #    their tokens come at the end.
-        request = self.engine.submit(
-            prompt,
-            settings,
-            should_stop=drawing["should_stop"],
-            previews=previews if settings.num_beams == 1 else (),
-        )
-        reader = request.reader
+        # Beams have no unfinished images: their tokens come at the end.
+        request = self.engine.submit(prompt, settings, previews if settings.num_beams == 1 else ())
         try:
             yield from with_images(request.events())
-        except Stopped:
-            yield from with_images(reader.close())
-
-        # 2. The answer as a whole.
-        answer = Answer(
-            tuple(reader.parts),
-            tuple(reader.ids),
-            prompt.note,
-            self.family.tasks.answer_after,
-            prompt_tokens=len(prompt) - len(prompt.answered),  # those are in the answer's ids
-            finish_reason=request.finish_reason or "cancelled",
-        )
+        except Stopped:  # before a token, or before the drawing of an image
+            yield from (event for event in request.reader.close() if event["type"] == "text")
+        answer = self._answer(request.reader, prompt, request.finish_reason)
         yield {"type": "done", "answer": answer}
 
     # ---- drawings
@@ -569,8 +545,9 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         stream = options.pop("stream", False)
         previews = self._preview_lengths(options.pop("previews", None))
         conversations = self.family.drawing_requests(conversations, options)
-        drawing = self._pop_drawing_settings(options, "should_stop")
+        drawing = self._pop_drawing_settings(options)
         self.images.check_drawing(**drawing)
+        drawing["should_stop"] = options.get("should_stop")
         seeds: list[int] = []
         for first_seed in seed_per_image(seed, len(conversations)):
             seeds += [(first_seed + index) % 2**63 for index in range(num_images)]
@@ -598,7 +575,6 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
             row_settings,
             options,
             batch_size=batch_size,
-            should_stop=drawing.get("should_stop"),
         )
         answers = [generated[row // rows.step] for row in range(len(seeds))]
 
@@ -630,8 +606,8 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
                 image = self._preview(codes, seed, drawing)
                 yield {"type": "image_preview", "codes": codes, "image": image}
             (image,) = self.decode_images([image_input], [prompt], [seed], drawing)
-            answer = replace(generated.answer, prompt_tokens=len(prompt) - len(prompt.answered))
             codes = list(image_input) if self.images.has_codes else []
+            answer = generated.answer
             yield {"type": "image", "image": image, "codes": codes, "answer": answer}
 
     def _preview(self, codes: Sequence[int], seed: int | None, drawing: Options) -> Image.Image:

@@ -13,7 +13,6 @@ from torch import Tensor
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import ImageSource, is_image
 from seed_multimodal.inference.backends.torch import joined
-from seed_multimodal.inference.opening import TORCH
 from seed_multimodal.inference.prompt import ImageFeatures, Prompt
 from seed_multimodal.inference.request import Request
 from seed_multimodal.language.answer import Answer, ImagePart
@@ -220,7 +219,7 @@ def load_language_model(
     config: SystemConfig, tokenizer: TextTokenizer, placement: Placement
 ) -> LanguageModel | None:
     """The language model of a system, a LoRA with its base; None: an engine outside has it."""
-    if placement.engine.name != TORCH:
+    if not placement.load_llm:
         return None
     return load_llm_or_adapter(
         config.path("llm"),

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,7 @@ from seed_multimodal.errors import CheckpointError, CodesError
 from seed_multimodal.images.io import MIN_OVERSAMPLING, ImageSource, is_image, open_image
 from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.inference.batching import DynamicBatcher
-from seed_multimodal.inference.opening import EngineOptions
+from seed_multimodal.inference.inbox import ForkLock
 from seed_multimodal.inference.prompt import random_seed
 from seed_multimodal.language.messages import Codes
 from seed_multimodal.models.registry import find_family
@@ -42,6 +41,7 @@ class Placement:
 
     llm: of the language model. images: of the image encoder. drawing: of the de-tokenizer.
     offload: those of `OFFLOADABLE` that stay on the CPU while idle.
+    load_llm: False: the engine has the language model, outside of torch.
     """
 
     llm: Runtime
@@ -49,8 +49,8 @@ class Placement:
     drawing: Runtime
     quantization: str | None = None
     offload: Collection[str] = ()
+    load_llm: bool = True
     load_decoder: bool = True
-    engine: EngineOptions = EngineOptions()
 
     @property
     def llm_load_device(self) -> torch.device:
@@ -130,7 +130,7 @@ class ImageCodec:
         self.drawing_device = placement.drawing.device
         self.min_side = min_side
         self._decoder: Detokenizer | None = None
-        self._lock = threading.RLock()  # held during encoding and loading of the de-tokenizer
+        self._lock = ForkLock()  # held during encoding and loading of the de-tokenizer
         self._encode_batcher = DynamicBatcher(self.encode_batch, max_rows=32, wait=0.005)
         self._draw_batcher = DynamicBatcher(self.draw_batch)
         self.offload(placement.offload)

@@ -353,7 +353,7 @@ def loading(sock: socket.socket) -> Iterator[None]:
         server.server_close()
 
 
-def serve(app: Flask, sock: socket.socket, log: Callable[[str], None] = print) -> None:
+def serve(app: Flask, sock: socket.socket) -> None:
     """Serve with waitress until interrupted or ended by SIGTERM."""
     backend: Backend = app.extensions["seed_backend"]
     limits = backend.limits
@@ -387,7 +387,7 @@ def serve(app: Flask, sock: socket.socket, log: Callable[[str], None] = print) -
         max_request_body_size=2 * limits.max_body_bytes,  # up to there Flask answers with JSON
         channel_request_lookahead=1,
     )
-    log(f"Init Done... answering at http://{host}:{port}/generate (Ctrl-C stops).")
+    print(f"Init Done... answering at http://{host}:{port}/generate (Ctrl-C stops).")
 
     # 4. `run` ends at KeyboardInterrupt; running drawings end before Python does, which would
     #    abort under their threads.

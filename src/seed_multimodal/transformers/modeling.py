@@ -9,7 +9,6 @@ from __future__ import annotations
 import copy
 import os
 import tempfile
-import threading
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -33,7 +32,7 @@ from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.inference.image_constraints import ImageConstraints
 from seed_multimodal.inference.opening import torch_engine
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
-from seed_multimodal.inference.stopping import StopTexts
+from seed_multimodal.inference.sampling import StopTexts, read_answer
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.pipelines.base import DRAWING_BATCH, MultimodalSystem
 from seed_multimodal.pipelines.config import SystemConfig
@@ -219,7 +218,6 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         memo[id(system.engine)] = None
         for constant in (system.config, system.tokenizer, system.log):
             memo[id(constant)] = constant
-        memo[id(system.images._lock)] = threading.RLock()
         copied = type(self).__new__(type(self))
         memo[id(self)] = copied
         for name, value in vars(self).items():
@@ -349,7 +347,7 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         )
         if not isinstance(generated, Tensor):
             return generated
-        rows = [self.system.reader(settings).read_all(ids).ids for ids in generated.tolist()]
+        rows = [read_answer(tokenizer, ids, settings).ids for ids in generated.tolist()]
         return _padded(rows, tokenizer.eos_token_id).to(generated.device)
 
     def _fit_context(self, generation_config: GenerationConfig, length: int) -> None:
@@ -383,7 +381,7 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
         # 2. The answers; `seed` is that of sampled codes, in `self.drawing` that of the drawing.
         seed = options.pop("seed", 0)
-        for name in options.keys() & set(self.system.drawing_settings):
+        for name in options.keys() & set(self.system.images.drawing_settings):
             raise ConfigError(f"{name}: set model.drawing, or pass it to `decode_image_tokens`.")
         images: dict[int, Any] = {}
         for task in sorted({*row_tasks}):

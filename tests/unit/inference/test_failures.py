@@ -103,7 +103,7 @@ def outcome(request: Request) -> Any:
 
 
 def wait_until_idle(engine: Engine) -> None:
-    wait_until(lambda: (engine.n_running, engine.n_waiting) == (0, 0))
+    wait_until(lambda: (engine.n_active, engine.n_waiting) == (0, 0))
 
 
 @pytest.mark.parametrize("settings", [GREEDY, GUIDED], ids=["plain", "guided"])
@@ -196,7 +196,7 @@ def test_should_stop_ends_its_own_request(tiny, waits):
     first = next(running)
     n_prefills = sum(map(bool, backend.passes))
     with pytest.raises(Stopped):
-        list(engine.submit(prompt(1), LONG, should_stop=lambda: True))
+        list(engine.submit(prompt(1), replace(LONG, should_stop=lambda: True)))
     assert [first, *running] == expected
     if waits:  # it never got a row
         assert sum(map(bool, backend.passes)) == n_prefills

@@ -58,12 +58,7 @@ class CompletionServerEngine(BaseEngine):
             range(vocabulary.code_start, vocabulary.code_start + vocabulary.n_codes)
         )
         self._rows = threading.Semaphore(max_running)
-        self._running: set[Request] = set()
         self._waiting: set[Request] = set()
-
-    @property
-    def n_running(self) -> int:
-        return len(self._running)
 
     @property
     def n_waiting(self) -> int:
@@ -88,7 +83,6 @@ class CompletionServerEngine(BaseEngine):
             if request.ended:
                 self._waiting.remove(request)
                 return
-        self._running.add(request)
         self._waiting.remove(request)
         try:
             self._answer(request)
@@ -96,7 +90,6 @@ class CompletionServerEngine(BaseEngine):
             # Of this answer alone; the caller's iteration raises it.
             request.end(error)
         finally:
-            self._running.remove(request)
             self._rows.release()
 
     def _answer(self, request: Request) -> None:

@@ -13,14 +13,12 @@ from torch.nn.utils.rnn import pad_sequence
 from seed_multimodal.device import on_device
 from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import ConfigError, first_line
-from seed_multimodal.inference.backends.attention import AttentionMasks
 from seed_multimodal.inference.backends.base import NextTokens, PromptChunk
 from seed_multimodal.inference.kv_cache import KVCache, default_budget, plan_cache
 from seed_multimodal.inference.prompt import ImageFeatures, Prompt
 from seed_multimodal.inference.request import Request
-from seed_multimodal.inference.sampling import LogitsProcessor
-from seed_multimodal.inference.stopping import StopTexts
-from seed_multimodal.language.llm import head_dim, output_scores
+from seed_multimodal.inference.sampling import LogitsProcessor, StopTexts
+from seed_multimodal.language.llm import FULL, SLIDING, head_dim, output_scores
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
@@ -37,6 +35,8 @@ SIZES = ("max_position_embeddings", "vocab_size", "num_hidden_layers", "num_atte
 CHECKED_ARCHITECTURES = ("llama",)
 PROBE_IDS = (3, 5, 4, 6, 3, 7)
 MAX_DIFFERENCE = 0.05  # of the check's scores, in their standard deviations
+# Of a model whose attention adds the mask to the scores; the others take a boolean one.
+ADDITIVE = "eager"
 
 
 def joined(features: Sequence[Tensor]) -> Tensor:
@@ -344,6 +344,46 @@ class TorchBackend:
         rows = torch.arange(len(last), device=last.device)
         state = output.last_hidden_state[rows, last]
         return output_scores(self.llm, state), state
+
+
+class AttentionMasks:
+    """Builds what `config`'s decoder takes as `attention_mask`.
+
+    window: how far back layers with sliding attention see; None: there are none.
+    """
+
+    def __init__(self, config: PreTrainedConfig) -> None:
+        layer_types = set(getattr(config, "layer_types", None) or ())
+        # A decoder with layer types takes a mask for each; others have one window for all layers.
+        self._by_layer_type = SLIDING in layer_types
+        self.window: int | None = None
+        if self._by_layer_type or not layer_types:
+            self.window = getattr(config, "sliding_window", None)
+        self._config = config  # the implementation of attention may be changed later
+
+    def __call__(
+        self, positions: Tensor, span_positions: Tensor, dtype: torch.dtype
+    ) -> Tensor | dict[str, Tensor]:
+        """Masks `[B, 1, n, span]` of tokens at `positions` `[B, n]`.
+
+        span_positions: those of the keys `[span]`.
+        dtype: of the model.
+        """
+        queries = positions[:, None, :, None]  # [B, 1, n, 1]
+        full = span_positions <= queries
+        sliding = full
+        if self.window is not None:
+            sliding = full & (span_positions > queries - self.window)
+        if not self._by_layer_type:
+            return self._form(sliding, dtype)
+        return {FULL: self._form(full, dtype), SLIDING: self._form(sliding, dtype)}
+
+    def _form(self, visible: Tensor, dtype: torch.dtype) -> Tensor:
+        """The mask as the attention implementation takes it."""
+        if getattr(self._config, "_attn_implementation", None) != ADDITIVE:
+            return visible
+        hidden = torch.finfo(dtype).min
+        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, hidden)
 
 
 def _up_to_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:

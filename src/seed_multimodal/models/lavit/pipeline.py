@@ -341,8 +341,6 @@ class Lavit(MultimodalSystem):
 
     family_class = LavitFamily
     family: LavitFamily
-    config: LavitConfig
-    tokenizer: LavitTokenizer | HubLavitTokenizer
 
 
 # ---- loading

@@ -20,7 +20,7 @@ def unconditional_codes(system: SeedLlama, options: Options) -> list[int]:
     options: of generation; those of drawing are left out.
     """
     generation = dict(options)
-    for name in system.drawing_settings:
+    for name in system.images.drawing_settings:
         generation.pop(name, None)
     settings = replace(system.settings(**generation), images="forced")
     ids = system.engine.generate([Prompt(system.tokenizer.start_ids)], settings)[0]
