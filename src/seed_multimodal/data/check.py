@@ -18,7 +18,13 @@ from seed_multimodal.data.decoders import find_decoder
 from seed_multimodal.data.decoders.base import Decoder, SeededRandom
 from seed_multimodal.data.formats.record import BadRecords, JsonObject
 from seed_multimodal.data.stream.config import LlmDataSettings, read_data_settings
-from seed_multimodal.data.stream.mixture import BROKEN, Mixture, OpenedSource, SkippedRecord
+from seed_multimodal.data.stream.mixture import (
+    BROKEN,
+    REPAIRED,
+    Mixture,
+    OpenedSource,
+    SkippedRecord,
+)
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.text_tokenizer import TextTokenizer
@@ -41,6 +47,10 @@ class SourceReport:
     skipped: dict[str, BadRecords] = field(default_factory=dict)  # by kind
     # Control words in texts; all image codes count as one.
     control_words: Counter[str] = field(default_factory=Counter)
+
+    def add(self, note: SkippedRecord) -> None:
+        """Count a record that was skipped or repaired, and list the first few."""
+        self.skipped.setdefault(note.kind, BadRecords()).count(note.reason, note.location)
 
     @property
     def broken(self) -> int:
@@ -164,9 +174,10 @@ def _check_record(
     """Decode a record, and add it to the report."""
     decoded = source.decode(index, SeededRandom(source.mixture_seed, source.index, index))
     if isinstance(decoded, SkippedRecord):
-        records = report.skipped.setdefault(decoded.kind, BadRecords())
-        records.count(decoded.reason, decoded.location)
+        report.add(decoded)
         return
+    if decoded.sequence.repaired:
+        report.add(SkippedRecord(REPAIRED, decoded.sequence.repaired, decoded.location))
     n_tokens = len(decoded.sequence)
     report.lengths.append(n_tokens)
     report.too_long += n_tokens > source.length

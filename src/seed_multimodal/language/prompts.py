@@ -19,7 +19,7 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from seed_multimodal.errors import ConfigError, RequestError
 from seed_multimodal.language.text_tokenizer import Part, TextTokenizer
@@ -48,12 +48,17 @@ class PromptTemplate:
         return self.separator + self.user_prefix.rstrip()
 
     @property
+    def has_end_token(self) -> bool:
+        """Whether answers end with a token, which the next turn begins with."""
+        return False
+
+    @property
     def stop_sequences(self) -> tuple[str, ...]:
         """Texts that end an answer: the opening of the next turn.
 
         The original models saw no end token between turns, so they continue with a question.
         """
-        return (self.turn_marker,) if self.turn_marker else ()
+        return (self.turn_marker,) if self.turn_marker and not self.has_end_token else ()
 
     def render(self, turns: Sequence[Turn], system: str = "") -> list[Part]:
         """Segments of a dialogue; after a user turn it ends where the answer starts."""
@@ -81,9 +86,9 @@ class PromptTemplate:
         return merge_text(parts)
 
 
-def merge_text(parts: Sequence[Part]) -> list[Part]:
+def merge_text(parts: Sequence[T]) -> list[T]:
     """Join adjacent texts and drop empty ones."""
-    merged: list[Part] = []
+    merged: list[Any] = []
     for part in parts:
         if isinstance(part, str) and merged and isinstance(merged[-1], str):
             merged[-1] = merged[-1] + part
@@ -159,12 +164,9 @@ class ChatTemplate(PromptTemplate):
         )
 
     @property
-    def stop_sequences(self) -> tuple[str, ...]:
-        """None where the answer ends with one of the tokenizer's end tokens."""
+    def has_end_token(self) -> bool:
         _, names = self.tokenizer.split(self.separator + self.user_prefix)
-        if names and self.tokenizer.token_id(names[0]) in self.tokenizer.eos_token_ids:
-            return ()
-        return super().stop_sequences
+        return bool(names) and self.tokenizer.token_id(names[0]) in self.tokenizer.eos_token_ids
 
     def render_turns(self, turns: Sequence[Turn], system: str = "") -> list[tuple[str, list[Part]]]:
         """Raises RequestError: the template refuses the conversation."""

@@ -1,8 +1,8 @@
 """Record → training sequence: seeded random choices, field checks, segments as ids and labels.
 
-As in the original data code, each segment of texts and images is encoded separately; `<s>` and
-segments with `learned=False` have the label -100. Decoders with `learns_all` learn every other
-token except `<unk>`, the original's padding.
+A decoder cuts a record into segments, which say what is learned; `Decoder._join` encodes them, and
+is the only place that knows `<s>`, `</s>` and white space next to images. As in the original, each
+segment is encoded separately.
 """
 
 from __future__ import annotations
@@ -16,9 +16,11 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
+from seed_multimodal.data.formats.conversations import NO_ANSWER, REPAIRED
 from seed_multimodal.data.formats.record import BadRecord, JsonObject, RecordFields, shorten
+from seed_multimodal.errors import RequestError
 from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
-from seed_multimodal.language.prompts import merge_text
+from seed_multimodal.language.prompts import PromptTemplate, merge_text
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX, Ids
 from seed_multimodal.settings import read_settings
@@ -28,6 +30,7 @@ T = TypeVar("T")
 Codes = list[int]  # of one image
 # A text, or an image in the form that the decoder's `image_ids` encodes: codes or an opened image.
 SegmentPart = Any
+Turn = tuple[str, Sequence[SegmentPart]]  # "user" or "assistant", and the content
 OptionValues = Mapping[str, Any]  # options of a decoder, as configured
 
 
@@ -37,6 +40,7 @@ class TrainingSequence:
 
     extra: further values that the original returns (`text`).
     drop_reason: why the sample is skipped, or empty.
+    repaired: what was left out or joined to make the record usable, or empty.
     n_truncated: tokens removed at the end.
     """
 
@@ -44,6 +48,7 @@ class TrainingSequence:
     labels: list[int]
     extra: JsonObject = field(default_factory=dict)
     drop_reason: str = ""
+    repaired: str = ""
     n_truncated: int = 0
 
     def __len__(self) -> int:
@@ -68,19 +73,29 @@ class SeededRandom:
 
 @dataclass(frozen=True)
 class Segment:
-    """Neighbouring texts and images, encoded together."""
+    """Neighbouring texts and images, encoded together.
+
+    learned: its tokens have a loss.
+    ends_turn: `</s>` is learned as what follows it, where the next turn begins.
+    """
 
     parts: Sequence[SegmentPart]
     learned: bool = True
+    ends_turn: bool = False
 
 
 @dataclass
 class SegmentList:
-    """The segments of a record; `extra` and `drop_reason` as in `TrainingSequence`."""
+    """The segments of a record; `extra`, `drop_reason` and `repaired` as in `TrainingSequence`.
+
+    has_end: `</s>` follows the last segment.
+    """
 
     segments: Sequence[Segment]
     extra: JsonObject = field(default_factory=dict)
     drop_reason: str = ""
+    repaired: str = ""
+    has_end: bool = True
 
 
 @dataclass(frozen=True)
@@ -89,11 +104,23 @@ class DecoderOptions:
 
 
 class Decoder:
-    """Base of all decoders; subclasses define `_segment`."""
+    """Base of all decoders; subclasses define `_segment`.
+
+    learns_all: `<s>` is learned, but no `<unk>`, which is the original's padding.
+    has_start: sequences begin with the tokenizer's start tokens.
+    joins_segments: white space next to an image of a neighbouring segment is stripped, too.
+    has_plain_texts: control words in texts stay text; else they become special tokens.
+    learns_turn_ends: with every prompt template; else with those that end answers with a token.
+    """
 
     name: ClassVar[str]
-    learns_all: ClassVar[bool] = False  # every token is learned
+    learns_all: ClassVar[bool] = False
+    has_start: ClassVar[bool] = True
+    joins_segments: ClassVar[bool] = False
+    has_plain_texts: ClassVar[bool] = False
+    learns_turn_ends: ClassVar[bool] = False
     Options: ClassVar[type[DecoderOptions]] = DecoderOptions
+    Result: ClassVar[type[TrainingSequence]] = TrainingSequence
     options: DecoderOptions  # an instance of `Options`
 
     def __init__(self, tokenizer: TextTokenizer, options: OptionValues) -> None:
@@ -123,19 +150,22 @@ class Decoder:
         """
         # 1. Texts and images; a dropped record may have none.
         segmented = self._segment(fields, rng)
-        ids: list[int] = []
-        labels: list[int] = []
-        if segmented.segments:
-            ids, labels = self._join(segmented)
-
-        # 2. The beginning that fits.
-        return TrainingSequence(
-            ids[:max_length],
-            labels[:max_length],
-            extra=segmented.extra,
-            drop_reason=segmented.drop_reason or self._nothing_learned(segmented),
-            n_truncated=len(ids) - len(ids[:max_length]),
+        sequence = self.Result(
+            [],
+            [],
+            segmented.extra,
+            segmented.drop_reason or self._nothing_learned(segmented),
+            segmented.repaired or fields.get(REPAIRED, ""),
         )
+
+        # 2. Their ids and labels, of which the beginning is used.
+        for part, ids, labels in self._join(segmented) if segmented.segments else ():
+            self._add(sequence, part, ids, labels)
+        self._limit(sequence, max_length)
+        if not sequence.drop_reason and set(sequence.labels) == {IGNORE_INDEX}:
+            sequence.drop_reason = f"there is nothing to learn within {max_length} tokens"
+            sequence.ids, sequence.labels = [], []
+        return sequence
 
     def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
         raise NotImplementedError
@@ -147,51 +177,112 @@ class Decoder:
                 return ""
         return "there is nothing to learn"
 
-    def _join(self, segmented: SegmentList) -> tuple[list[int], list[int]]:
-        """Ids and labels of the segments between `<s>` and `</s>`."""
+    def _add(
+        self, sequence: TrainingSequence, part: SegmentPart, ids: list[int], labels: list[int]
+    ) -> None:
+        """Append a part of the segments."""
+        sequence.ids += ids
+        sequence.labels += labels
+
+    def _limit(self, sequence: TrainingSequence, max_length: int | None) -> None:
+        """Truncate the sequence, or set `drop_reason`."""
+        n_tokens = len(sequence)
+        sequence.ids = sequence.ids[:max_length]
+        sequence.labels = sequence.labels[:max_length]
+        sequence.n_truncated = n_tokens - len(sequence)
+
+    # ---- segments → ids and labels
+
+    def _join(self, segmented: SegmentList) -> Iterator[tuple[SegmentPart, list[int], list[int]]]:
+        """The texts and images of the segments, each with its ids and labels."""
+        # 1. The start; a sequence of which all is learned includes it.
         eos = self.tokenizer.eos_token_id
-        ids = list(self.tokenizer.start_ids)
-        labels = list(ids) if self.learns_all else [IGNORE_INDEX] * len(ids)
-        for segment in segmented.segments:
-            segment_ids = self.encode(segment.parts)
-            ids += segment_ids
-            labels += segment_labels(segment, segment_ids)
-        # As in the original, which pads with `<unk>`.
-        if self.learns_all:
-            pad = self.tokenizer.pad_token_id
-            labels = [IGNORE_INDEX if label == pad else label for label in labels]
-        return [*ids, eos], [*labels, eos]
+        start = Ids(self.tokenizer.start_ids if self.has_start else ())
+        learns_start = self.learns_all and segmented.segments[0].learned
+        yield start, list(start), self.labels(start, list(start), learns_start)
 
-    def encode(self, parts: Sequence[SegmentPart]) -> list[int]:
-        """Ids of texts and images as if written as one string."""
-        ids: list[int] = []
-        for _, part_ids in self.encode_each(parts):
-            ids += part_ids
-        return ids
+        # 2. The segments. The first token of the next turn is in the position of `</s>`.
+        items = [
+            (part, segment) for segment in segmented.segments for part in merge_text(segment.parts)
+        ]
+        answer_ended = False
+        for index, (part, segment) in enumerate(items):
+            ids = self._part_ids(items, index)
+            labels = self.labels(part, ids, segment.learned)
+            if segment.ends_turn:
+                answer_ended = True
+            elif answer_ended and ids:
+                answer_ended = False
+                labels[0] = eos
+            yield part, ids, labels
 
-    def encode_each(self, parts: Sequence[SegmentPart]) -> Iterator[tuple[SegmentPart, list[int]]]:
-        """Texts and images with their ids.
+        # 3. The end.
+        if segmented.has_end:
+            yield Ids([eos]), [eos], [eos]
 
-        White space next to an image is stripped; control words in texts become special tokens.
+    def _part_ids(self, items: Sequence[tuple[SegmentPart, Segment]], index: int) -> list[int]:
+        """Ids of a part of segments."""
+        part, segment = items[index]
+        if isinstance(part, Ids):
+            return list(part)
+        if not isinstance(part, str):
+            return self.image_ids(part)
+
+        # White space next to an image is stripped, but not at the end of a prompt whose answer
+        # begins with an image, as at inference.
+        if self.tokenizer.strips_at_images:
+            before, segment_before = items[index - 1] if index else ("", segment)
+            after, segment_after = items[index + 1] if index + 1 < len(items) else ("", segment)
+            if not isinstance(before, str) and (segment_before is segment or self.joins_segments):
+                part = part.lstrip()
+            ends_prompt = segment_after.learned and not segment.learned
+            if not isinstance(after, str) and (
+                segment_after is segment or (self.joins_segments and not ends_prompt)
+            ):
+                part = part.rstrip()
+        if self.has_plain_texts:
+            return self.tokenizer.encode_parts([part], strip=False)
+        return self.tokenizer.encode(part)
+
+    def labels(self, part: SegmentPart, ids: list[int], learned: bool) -> list[int]:
+        """The labels of a part's ids."""
+        if not learned:
+            return [IGNORE_INDEX] * len(ids)
+        ignored = self.tokenizer.pad_token_id if self.learns_all else None
+        return [IGNORE_INDEX if id == ignored else id for id in ids]
+
+    def dialogue(
+        self, template: PromptTemplate, turns: Sequence[Turn], system: str = ""
+    ) -> SegmentList:
+        """Turns of "user" and "assistant" in a prompt template; only answers are learned.
+
+        A question after the last answer is left out.
         """
-        merged = merge_text(parts)
-        for index, part in enumerate(merged):
-            if not isinstance(part, str):
-                yield part, self.image_ids(part)
-                continue
-            if not self.tokenizer.strips_at_images:
-                yield part, self.tokenizer.encode(part)
-                continue
-            # Neighbours of a merged text are images.
-            text = part.lstrip() if index else part
-            is_last = index + 1 == len(merged)
-            yield part, self.tokenizer.encode(text if is_last else text.rstrip())
+        n_turns = len(turns)
+        while n_turns and turns[n_turns - 1][0] == "user":
+            n_turns -= 1
+        if not n_turns:
+            return SegmentList([])
+        try:
+            rendered = template.render_turns(turns[:n_turns], system)
+        except RequestError as error:
+            raise BadRecord("refused by the chat template", str(error)) from error
+
+        ends = bool(template.turn_marker) if self.learns_turn_ends else template.has_end_token
+        segments: list[Segment] = []
+        for role, parts in rendered:
+            is_answer = role == "assistant"
+            segments.append(Segment(parts, learned=is_answer, ends_turn=is_answer and ends))
+        return SegmentList(segments, repaired=NO_ANSWER if n_turns < len(turns) else "")
 
     def image_ids(self, image: SegmentPart) -> list[int]:
-        """Tokens of an image, with image start and end; `Ids` are tokens already."""
-        if isinstance(image, Ids):
-            return list(image)
+        """Tokens of an image, with image start and end."""
         return [self.vocabulary.boi_id, *self.vocabulary.code_to_id(image), self.vocabulary.eoi_id]
+
+    def split_image(self, image: SegmentPart) -> tuple[Ids, Ids]:
+        """The image start, and the other tokens of an image."""
+        start, *others = self.image_ids(image)
+        return Ids([start]), Ids(others)
 
     def as_text(self, segments: Sequence[Segment]) -> str:
         """The segments as text, images as the names of their tokens."""
@@ -201,7 +292,8 @@ class Decoder:
                 if isinstance(part, str):
                     texts.append(part)
                 else:
-                    texts += self.tokenizer.tokens(self.image_ids(part))
+                    ids = part if isinstance(part, Ids) else self.image_ids(part)
+                    texts += self.tokenizer.tokens(ids)
         return "".join(texts)
 
     # ---- fields
@@ -287,11 +379,6 @@ def system_segment(message: str, separator: str) -> Segment:
     """A system message, without loss, that ends with the separator of turns."""
     ending = "" if message.endswith(separator) else separator
     return Segment([message + ending], learned=False)
-
-
-def segment_labels(segment: Segment, ids: list[int]) -> list[int]:
-    """The labels of a segment's ids."""
-    return ids if segment.learned else [IGNORE_INDEX] * len(ids)
 
 
 def _is_blank(part: SegmentPart) -> bool:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
@@ -11,15 +11,13 @@ from PIL import Image
 from seed_multimodal.data.decoders.base import (
     Decoder,
     DecoderOptions,
-    SeededRandom,
-    SegmentList,
+    SegmentPart,
     TrainingSequence,
 )
 from seed_multimodal.data.formats.conversations import NO_IMAGE
 from seed_multimodal.data.formats.record import JsonObject, RecordFields
 from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.images.views import Grid, patch_positions
-from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.settings import setting
 
 OpenImage = Callable[[Any, str], Image.Image]  # value and name of a field → opened image
@@ -67,6 +65,7 @@ class FeatureDecoder(Decoder):
 
     Options: ClassVar[type[DecoderOptions]] = FeatureDecoderOptions
     image_fields: ClassVar[tuple[str, ...]] = ("image", "source_image", "target_image")
+    Result = ImageSequence
     options: FeatureDecoderOptions
 
     def open_images(self, fields: RecordFields, open_image_field: OpenImage) -> JsonObject:
@@ -77,44 +76,22 @@ class FeatureDecoder(Decoder):
                 opened[name] = open_image_field(fields[name], name)
         return opened
 
-    def decode(
-        self, fields: RecordFields, rng: SeededRandom, max_length: int | None = None
-    ) -> ImageSequence:
-        """As `Decoder.decode`, but images are never truncated."""
-        # Ids are computed only of records that are used.
-        segmented = self._segment(fields, rng)
-        drop_reason = segmented.drop_reason or self._nothing_learned(segmented)
-        sequence = ImageSequence([], [], segmented.extra, drop_reason)
-        if not sequence.drop_reason:
-            self._fill(sequence, segmented)
-            self._limit(sequence, max_length)
-        if not sequence.drop_reason and set(sequence.labels) == {IGNORE_INDEX}:
-            sequence.drop_reason = f"there is nothing to learn within {max_length} tokens"
-        return sequence
-
-    def _fill(self, sequence: ImageSequence, segmented: SegmentList) -> None:
-        """Add ids and labels of the segments to the sequence."""
-        raise NotImplementedError
-
-    def add(
-        self,
-        sequence: ImageSequence,
-        ids: Sequence[int],
-        labels: Sequence[int],
-        image: OpenedImage | None = None,
+    def _add(
+        self, sequence: TrainingSequence, part: SegmentPart, ids: list[int], labels: list[int]
     ) -> None:
-        """Add a text, or the tokens of an image."""
-        if image is not None:
-            positions = sequence.target_positions if image.is_target else sequence.input_positions
+        """Append a text, or the tokens of an image."""
+        assert isinstance(sequence, ImageSequence)
+        if isinstance(part, OpenedImage):
+            positions = sequence.target_positions if part.is_target else sequence.input_positions
             for position, id in enumerate(ids, len(sequence)):
                 if self.vocabulary.is_code_id(id):
                     positions.append(position)
-            sequence.images.append(image)
-        sequence.ids += ids
-        sequence.labels += labels
+            sequence.images.append(part)
+        super()._add(sequence, part, ids, labels)
 
-    def _limit(self, sequence: ImageSequence, max_length: int | None) -> None:
+    def _limit(self, sequence: TrainingSequence, max_length: int | None) -> None:
         """Truncate an over-long sequence; drop it if that cuts an image or ends in one."""
+        assert isinstance(sequence, ImageSequence)
         if max_length is None or len(sequence) <= max_length:
             return
         # Tokens of an image cannot be missing: its features have a position each.
@@ -124,6 +101,4 @@ class FeatureDecoder(Decoder):
         if image_end >= max_length or ends_in_image:
             sequence.drop_reason = f"its images do not fit into {max_length} tokens"
             return
-        sequence.n_truncated = len(sequence) - max_length
-        sequence.ids = sequence.ids[:max_length]
-        sequence.labels = sequence.labels[:max_length]
+        super()._limit(sequence, max_length)

@@ -21,14 +21,12 @@ from seed_multimodal.data.decoders.base import (
     Segment,
     SegmentList,
     SegmentPart,
-    TrainingSequence,
     metadata_of,
 )
 from seed_multimodal.data.decoders.phrases import EDIT_PREFIX
 from seed_multimodal.data.formats.record import BadRecord, RecordFields, as_list
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.text_tokenizer import TextTokenizer
-from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.settings import setting
 
 
@@ -42,6 +40,7 @@ class Caption(Decoder):
 
     name = "pretrain.caption"
     learns_all = True
+    joins_segments = True
 
     @dataclass(frozen=True)
     class Options(DecoderOptions):
@@ -76,7 +75,13 @@ class Caption(Decoder):
         caption = self._caption(fields, rng)
         text = template.format(caption)
         parts: list[SegmentPart] = [image, text] if image_first else [text, image]
-        return SegmentList([Segment(parts)], {"text": caption}, blank_problem(caption))
+        segments = [Segment(parts)]
+        if self.options.mask_left_label and image_first:
+            segments = [Segment([image], learned=False), Segment([text])]
+        elif self.options.mask_left_label:
+            start, codes = self.split_image(image)
+            segments = [Segment([text, start], learned=False), Segment([codes])]
+        return SegmentList(segments, {"text": caption}, blank_problem(caption))
 
     def _caption(self, fields: RecordFields, rng: SeededRandom) -> str:
         if self.options.use_caption_in_metadata:
@@ -88,23 +93,6 @@ class Caption(Decoder):
         if self.options.first_text and rng.uniform() < self.options.first_text:
             return texts[0]
         return rng.choice(texts)
-
-    def decode(
-        self, fields: RecordFields, rng: SeededRandom, max_length: int | None = None
-    ) -> TrainingSequence:
-        """As `Decoder.decode`; drops a sample whose left part (without loss) was truncated."""
-        sequence = super().decode(fields, rng, max_length)
-        if not self.options.mask_left_label:
-            return sequence
-        # The left part ends with the image, or where it starts.
-        image_first = sequence.ids[1:2] == [self.vocabulary.boi_id]
-        last = self.vocabulary.eoi_id if image_first else self.vocabulary.boi_id
-        if last in sequence.ids:
-            end = sequence.ids.index(last) + 1
-            sequence.labels[:end] = [IGNORE_INDEX] * end
-        else:
-            sequence.drop_reason = f"the left part does not end within {max_length} tokens"
-        return sequence
 
 
 class Interleaved(Decoder):
@@ -219,19 +207,17 @@ class Edit(Decoder):
     """
 
     name = "pretrain.edit"
-    learns_all = True
 
     def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
         source = self.codes(fields.get("source_image_ids"), "source_image_ids")
         target = self.codes(fields.get("target_image_ids"), "target_image_ids")
         instruction = self.require(fields, "instruction", str).replace(EDIT_PREFIX, "")
-        return SegmentList([Segment([source, instruction, target])])
-
-    def _join(self, segmented: SegmentList) -> tuple[list[int], list[int]]:
-        ids, labels = super()._join(segmented)
-        # No loss on `<s>`, the source image and the instruction. As in the original, the tokens are
-        # those of the instruction alone: where blanks next to an image were stripped, the mask
-        # covers `<img>` of the target, too.
-        _, instruction, _ = segmented.segments[0].parts
-        n_masked = 1 + self.vocabulary.image_length + len(self.tokenizer.encode(instruction))
-        return ids, [IGNORE_INDEX] * min(n_masked, len(ids)) + labels[n_masked:]
+        start, codes = self.split_image(target)
+        # As in the original, where blanks of the instruction next to an image are stripped, the
+        # image start of the target has no loss.
+        has_blanks = self.tokenizer.strips_at_images and instruction != instruction.strip()
+        prompt: list[SegmentPart] = [source, instruction]
+        answer: list[SegmentPart] = [start, codes]
+        if has_blanks:
+            prompt, answer = [*prompt, start], [codes]
+        return SegmentList([Segment(prompt, learned=False), Segment(answer)])

@@ -21,16 +21,22 @@ from seed_multimodal.data.decoders.base import (
     Decoder,
     DecoderOptions,
     SeededRandom,
-    Segment,
     SegmentList,
     SegmentPart,
+    Turn,
     system_segment,
 )
+from seed_multimodal.data.formats.conversations import ROLE_ORDER
 from seed_multimodal.data.formats.record import BadRecord, RecordFields
-from seed_multimodal.language.prompts import CHAT, TUNED_TEMPLATES, PromptTemplate, get_template
+from seed_multimodal.language.prompts import (
+    TUNED_TEMPLATES,
+    ChatTemplate,
+    PromptTemplate,
+    get_template,
+)
 from seed_multimodal.settings import setting
 
-Turn = tuple[Sequence[SegmentPart], Sequence[SegmentPart]]  # question and answer
+QuestionAnswerParts = tuple[Sequence[SegmentPart], Sequence[SegmentPart]]
 
 
 def with_full_stop(answer: str) -> str:
@@ -52,48 +58,36 @@ class ReversibleOptions(TemplateOptions):
     reverse_ratio: float = setting(0.0, minimum=-1, maximum=1)
 
 
-class TemplateDecoder(Decoder):
+class TunedDecoder(Decoder):
     """Base of decoders with a `template`."""
+
+    Options: ClassVar[type[DecoderOptions]] = TemplateOptions
+    options: TemplateOptions
 
     @cached_property
     def template(self) -> PromptTemplate:
-        assert isinstance(self.options, TemplateOptions)
         return get_template(self.options.template, self.tokenizer)
 
-    def template_segments(
-        self, contents: Sequence[Sequence[SegmentPart]], system: str = ""
-    ) -> list[Segment]:
-        """Questions and answers in turn, in the prompt template."""
-        turns: list[tuple[str, Sequence[SegmentPart]]] = []
-        for index, parts in enumerate(contents):
-            turns.append(("assistant" if index % 2 else "user", parts))
-        segments: list[Segment] = []
-        for role, parts in self.template.render_turns(turns, system):
-            segments.append(Segment(parts, learned=role == "assistant"))
-        return segments
-
-
-class TunedDecoder(TemplateDecoder):
-    """Base of the decoders of this module."""
-
-    Options = TemplateOptions
-    options: TemplateOptions
-
-    def dialogue(self, turns: Iterable[Turn], opening: Sequence[SegmentPart] = ()) -> SegmentList:
+    def turns(
+        self,
+        questions_and_answers: Iterable[QuestionAnswerParts],
+        opening: Sequence[SegmentPart] = (),
+    ) -> SegmentList:
         """Questions in the prompt template, and answers.
 
         opening: what precedes the first question.
         """
-        contents: list[Sequence[SegmentPart]] = []
-        for question, answer in turns:
-            contents += [question if contents else [*opening, *question], answer]
-        return SegmentList(self.template_segments(contents) if contents else [])
+        turns: list[Turn] = []
+        for question, answer in questions_and_answers:
+            turns += [("user", [*opening, *question]), ("assistant", answer)]
+            opening = ()
+        return self.dialogue(self.template, turns)
 
     def single_turn(
         self, question: Sequence[SegmentPart], answer: Sequence[SegmentPart]
     ) -> SegmentList:
         """One question in the prompt template, and its answer."""
-        return self.dialogue([(question, answer)])
+        return self.turns([(question, answer)])
 
     def numbered_texts(self, fields: RecordFields, prefix: str, minimum: int) -> list[str]:
         """The texts `prefix0`, `prefix1`, …"""
@@ -178,10 +172,10 @@ class MultiEdit(TunedDecoder):
         instructions = self.numbered_texts(fields, "instruction", minimum=1)
         response = sample_edit_response(rng)
         source, *targets = self.exact_images(fields, len(instructions) + 1)
-        turns: list[Turn] = []
+        turns: list[QuestionAnswerParts] = []
         for instruction, target in zip(instructions, targets, strict=True):
             turns.append(([instruction], [response, target]))
-        return self.dialogue(turns, opening=[source])
+        return self.turns(turns, opening=[source])
 
 
 class Story(TunedDecoder):
@@ -208,11 +202,11 @@ class Story(TunedDecoder):
 
         # One turn per further image.
         if by_turns:
-            turns: list[Turn] = []
+            turns: list[QuestionAnswerParts] = []
             for caption, image in continuation:
                 request = f"{caption} {phrases.NEXT_IMAGE_REQUEST}"
                 turns.append(([request], [phrases.NEXT_IMAGE_RESPONSE, image]))
-            return self.dialogue(turns, opening)
+            return self.turns(turns, opening)
 
         # One request, answered with the rest of the story.
         answer: list[SegmentPart] = [phrases.STORY_RESPONSES[phrase_index]]
@@ -280,10 +274,10 @@ class Conversation(TunedDecoder):
         answers = self._answers(_split_at(answer_text, "Answer: "), questions)
         # The images belong to the first question.
         images = self._images(fields, rng)
-        turns: list[Turn] = []
+        turns: list[QuestionAnswerParts] = []
         for question, answer in zip(questions, answers, strict=False):
             turns.append(([question], [answer]))
-        return self.dialogue(turns, opening=images)
+        return self.turns(turns, opening=images)
 
     def _answers(self, answers: list[str], questions: list[str]) -> list[str]:
         return [with_full_stop(answer) for answer in answers]
@@ -340,7 +334,7 @@ class TunedTurnOptions(TurnOptions, TemplateOptions):
     """Turn options with a `template`."""
 
 
-class TextConversation(TemplateDecoder):
+class TextConversation(Decoder):
     """A conversation without images: `data`, alternating questions and answers."""
 
     name = "pretrain.text_conversation"
@@ -348,49 +342,44 @@ class TextConversation(TemplateDecoder):
     Options: ClassVar[type[DecoderOptions]] = TurnOptions
     options: TurnOptions
 
+    @cached_property
+    def template(self) -> PromptTemplate:
+        options = self.options
+        separator = options.sep
+        if not isinstance(options, TunedTurnOptions):
+            user, assistant = options.roles
+            return PromptTemplate("", f"{user}: ", f"{separator}{assistant}: ", separator)
+        if options.template == "vicuna":
+            return PromptTemplate("", "USER: ", f"{separator}ASSISTANT:", separator)
+        return get_template(options.template, self.tokenizer)
+
     def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
         turns = self.texts(fields, "data")
         return self.alternate(turns, turns[:1], self.options.system_message)
 
     def alternate(
-        self, turns: Sequence[str], first: Sequence[SegmentPart], system: str
+        self, texts: Sequence[str], first: Sequence[SegmentPart], system: str
     ) -> SegmentList:
-        """Questions and answers with their markers.
+        """Questions and answers in the template.
 
         first: the content of the first question, including images.
         """
-        # 1. The markers.
-        options = self.options
-        user, assistant = options.roles
-        separator = options.sep
-        before = f"{user}: "
-        after = f"{separator}{assistant}: "
-        if self.tuned:
-            before = "USER: "
-            after = f"{separator}ASSISTANT:"
-        if isinstance(options, TunedTurnOptions) and options.template == CHAT:
-            contents = [first, *([text] for text in turns[1:])]
-            segments = self.template_segments(contents, system)
-            return SegmentList(segments, {"text": self.as_text(segments)})
-        if isinstance(options, TunedTurnOptions) and options.template != "vicuna":
-            template = self.template
-            before = template.user_prefix
-            after = template.user_suffix
-            separator = template.separator
-            system = template.opening(system)
-
-        # 2. The turns.
-        segments = []
-        if system:
-            segments.append(system_segment(system, separator))
-        for index, text in enumerate(turns):
-            if index % 2:
-                segments.append(Segment([text]))
-            elif index:
-                segments.append(Segment([separator + before, text, after], learned=False))
-            else:
-                segments.append(Segment([before, *first, after], learned=False))
-        return SegmentList(segments, {"text": self.as_text(segments)})
+        turns: list[Turn] = [
+            (ROLE_ORDER[index % 2], [text] if index else first) for index, text in enumerate(texts)
+        ]
+        # A hub template decides where the system message is; else it comes first, by itself.
+        if isinstance(self.template, ChatTemplate):
+            result = self.dialogue(self.template, turns, system)
+        else:
+            result = self.dialogue(self.template, turns)
+            system = self.template.opening(system)
+            if system and result.segments:
+                result.segments = [
+                    system_segment(system, self.template.separator),
+                    *result.segments,
+                ]
+        result.extra = {"text": self.as_text(result.segments)}
+        return result
 
 
 class TextConversationTuned(TextConversation):

@@ -6,18 +6,22 @@
 
 | format | images | position of an image |
 | --- | --- | --- |
-| `conversations: [{from, value}]` (LLaVA) | `image`, or `image_ids` if tokenized | each `<image>` |
-| `messages: [{role, content}]` | in `content`, or as above, or `images` | there or each `<image>` |
-| `data: [question, answer, ...]` (SEED-X) | `image` | each `<image>`, else before the question |
+| `conversations: [{from, value}]` (LLaVA) | `image`, or `image_ids` if tokenized | placeholders |
+| `messages: [{role, content}]` | in `content`, or as above, or `images` | there or placeholders |
+| `texts: [{user, assistant}]` (the_cauldron) | `images` | placeholders, else first |
+| `data: [question, answer, ...]` (SEED-X) | `image` | placeholders, else first |
 | `source_image`, `target_image`, `instruction` (SEED-X) | these | input first, target last |
 
-Other fields stay unchanged; a system message goes to `fields["system"]`. Records of other kinds are
-returned as is.
+Placeholders have any spelling of `_MARKUP`. Turns in another order are repaired as by LLaVA's and
+FastChat's readers, and `fields[REPAIRED]` says how. Other fields stay unchanged; a system message
+goes to `fields["system"]`. Records of other kinds are returned as is.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import chain
 
 from seed_multimodal.data.formats.record import (
@@ -30,7 +34,7 @@ from seed_multimodal.data.formats.record import (
     shorten,
 )
 from seed_multimodal.errors import pluralize
-from seed_multimodal.language.vocabulary import PLACEHOLDER
+from seed_multimodal.language.prompts import merge_text
 
 ROLES = {
     "user": "user",
@@ -44,55 +48,66 @@ ROLES = {
 }
 ROLE_ORDER = ("user", "assistant")
 NO_IMAGE = (None, "", "none", "None", "null")
+OTHER_MEDIA = ("video", "videos", "audio", "audios")  # fields
 ContentPart = str | JsonObject  # a text, or `{"codes": …}`, `{"image": …}`
-Turn = tuple[str, list[ContentPart]]  # role and content
+
+REPAIRED = "repaired turns"  # field: how the turns were repaired, as text
+NO_QUESTION = "an answer without a question was left out"
+NO_ANSWER = "a question without an answer was left out"
+JOINED = "neighbouring turns of one author were joined"
+
+# Markup of an image: `<image>`, `<image1>`, `<|image_1|>`, `<ImageHere>`, `[IMG]`, …; a path in it
+# (Qwen-VL), or the names of SEED's codes; with the marks that some models put around it.
+_NAME = "(?:image|img)(?:_?(?:here|placeholder|token|pad|soft_token|context))?|start_of_image"
+_PAIR = r"<(?P<tag>image|img)>(?P<content>(?:<\w+>)+|[^<>\n]*)</(?P=tag)>"
+_TAG = rf"<\|?(?:{_NAME})[ _-]?(?P<number>[0-9]*)\|? ?/?>"
+_BRACKETS = r"(?-i:\[(?:IMG|IMAGE)[ _-]?(?P<bracketed>[0-9]*)\])"
+_BORDER = "(?:<[|]vision_(?:start|end)[|]>|<fake_token_around_image>)?"
+_MARKUP = re.compile(f"{_BORDER}(?:{_PAIR}|{_TAG}|{_BRACKETS}){_BORDER}", re.IGNORECASE)
+_CODE = re.compile("<img_([0-9]+)>")
+
+
+@dataclass(frozen=True)
+class Placeholder:
+    """The place of an image; `number`: which one; None: the next one."""
+
+    text: str
+    number: int | None = None
+
+
+RawPart = ContentPart | Placeholder
+Turn = tuple[str, list[RawPart]]  # role and content
 
 
 def with_messages(item: RecordFields, location: str) -> JsonObject:
     """The fields of a record, with `messages` if it is a conversation.
 
-    Raises BadRecord: a turn lacks role or text, roles do not alternate, or the number of `<image>`
-    placeholders differs from the number of images.
+    Raises BadRecord: a turn lacks role or text, no question has an answer, there are more or fewer
+    placeholders than images, or other media.
     """
     fields = dict(item)
-    if fields.keys().isdisjoint(("messages", "conversations", "data", "source_image")):
+    if fields.keys().isdisjoint(("messages", "conversations", "texts", "data", "source_image")):
         return fields
 
     # 1. The turns, with placeholders of images.
     _parse_json_texts(fields, location)
     turns = _find_turns(fields, location)
     if turns is None:
-        if _is_edit(fields):
-            fields["messages"] = _edit_messages(fields, location)
         return fields
+    for name in OTHER_MEDIA:
+        if fields.get(name):
+            raise BadRecord("other media", f"{location}: has {name!r}; only images are read.")
 
-    # 2. Their images, at the placeholders.
-    images: list[ContentPart] = []
-    parts = list(chain.from_iterable(content for _, content in turns))
-    texts = [part for part in parts if isinstance(part, str)]
-    n_placeholders = sum(text.count(PLACEHOLDER) for text in texts)
-    if n_placeholders or len(texts) == len(parts):
-        # Else images are in the turns, and a field `image` only names their source.
-        images = _field_images(fields, n_placeholders, location)
-    if "data" in fields and not n_placeholders:
-        _, first_question = turns[0]
-        first_question[:0] = [PLACEHOLDER] * len(images)
-        n_placeholders = len(images)
-    if n_placeholders != len(images):
-        raise BadRecord(
-            "images and placeholders",
-            f"{location}: {pluralize(n_placeholders, f'{PLACEHOLDER} placeholder')} for "
-            f"{pluralize(len(images), 'image')}.",
-        )
-    remaining = iter(images)
-    turns = [(role, _insert_images(content, remaining)) for role, content in turns]
+    # 2. Their images; turns that are left out in the next step take theirs along.
+    _place_images(turns, fields, location)
 
     # 3. The system message, then question and answer in turn.
-    if turns and turns[0][0] == "system":
-        _, content = turns.pop(0)
-        fields["system"] = "".join(part for part in content if isinstance(part, str))
-    _check_order(turns, location)
-    fields["messages"] = [{"role": role, "content": content} for role, content in turns]
+    system, turns, repairs = _repaired(turns, location)
+    if system:
+        fields["system"] = system
+    if repairs:
+        fields[REPAIRED] = ", ".join(repairs)
+    fields["messages"] = [{"role": role, "content": merge_text(parts)} for role, parts in turns]
     return fields
 
 
@@ -108,17 +123,28 @@ def _parse_json_texts(fields: JsonObject, location: str) -> None:
 
 
 def _find_turns(fields: RecordFields, location: str) -> list[Turn] | None:
-    """The turns of a conversation in one of the formats of lists; None: it is none."""
+    """The turns of a conversation in one of the formats; None: it is none."""
     for key in ("messages", "conversations"):
-        if key in fields:
+        if fields.get(key) is not None:
             return _read_turns(fields[key], key, location)
-    # SEED-X's alternating texts; other data sets have fields of this name, too.
-    data = fields.get("data")
-    if "image_ids" in fields or not isinstance(data, list) or not data or len(data) % 2:
+    if _is_edit(fields):
+        return _edit_turns(fields, location)
+
+    # Question and answer in turn; other data sets have fields of these names, too.
+    pairs = fields.get("texts")
+    texts = fields.get("data")
+    if isinstance(pairs, list) and pairs and all(map(_is_pair, pairs)):
+        texts = [text for pair in pairs for text in (pair["user"], pair["assistant"])]
+    if "image_ids" in fields or not isinstance(texts, list) or len(texts) < 2:
         return None
-    if not all(isinstance(text, str) for text in data):
+    if not all(isinstance(text, str) for text in texts):
         return None
-    return [(ROLE_ORDER[index % 2], [text]) for index, text in enumerate(data)]
+    return [(ROLE_ORDER[index % 2], split_images(text)) for index, text in enumerate(texts)]
+
+
+def _is_pair(value: object) -> bool:
+    """Whether it is a question with its answer (the_cauldron)."""
+    return isinstance(value, Mapping) and {"user", "assistant"} <= value.keys()
 
 
 def _read_turns(turns: FieldValue, key: str, location: str) -> list[Turn]:
@@ -142,33 +168,55 @@ def _read_turns(turns: FieldValue, key: str, location: str) -> list[Turn]:
         content = turn.get("content")
         if content is None:
             content = turn.get("value")
-        parts = [content] if isinstance(content, str) else _list(content, turn_location)
-        converted.append((role, [_convert_part(part, turn_location) for part in parts]))
+        parts: list[RawPart] = []
+        for part in [content] if isinstance(content, str) else _list(content, turn_location):
+            parts += _read_part(part, turn_location)
+        converted.append((role, parts))
     return converted
 
 
-def _convert_part(part: object, location: str) -> ContentPart:
+def _read_part(part: object, location: str) -> list[RawPart]:
     """A part of a turn, converted from a chat API's form (`{"type": "text", "text": …}`)."""
     if isinstance(part, str):
-        return part
+        return split_images(part)
     if isinstance(part, Mapping):
+        kind = str(part.get("type") or "")
         if part.get("codes") is not None:
-            return {"codes": _list(part["codes"], location)}
-        if part.get("text") is not None:
-            return str(part["text"])
-        # `{"image_url": {"url": …}}` of a chat API.
-        image = part.get("image")
-        if image is None:
-            image = part.get("image_url")
-        if isinstance(image, Mapping):
-            image = image.get("url", image)
-        if image not in NO_IMAGE:
-            return {"image": image}
-        if part.get("type") == "image":  # its image is in `images`
-            return PLACEHOLDER
+            return [{"codes": _list(part["codes"], location)}]
+        if "text" in kind or (not kind and part.get("text") is not None):
+            return split_images(str(part.get("text") or ""))
+        # The image itself, in one of the forms of chat APIs, or its place.
+        for key in ("image", "image_url", "url", "path", "base64", "source"):
+            image = part.get(key)
+            if isinstance(image, Mapping):
+                image = image.get("url") or image.get("data") or image
+            if image not in NO_IMAGE and (not kind or "image" in kind):
+                return [{"image": image}]
+        if "image" in kind:
+            index = part.get("index")
+            return [Placeholder(shorten(part), index if isinstance(index, int) else None)]
     raise BadRecord(
         "missing key", f"{location}: a part has neither text, 'codes' nor 'image': {shorten(part)}."
     )
+
+
+def split_images(text: str) -> list[RawPart]:
+    """A text as texts with an image or a placeholder between them."""
+    parts: list[RawPart] = []
+    start = 0
+    for match in _MARKUP.finditer(text):
+        parts.append(text[start : match.start()])
+        start = match.end()
+        number = match["number"] or match["bracketed"]
+        content = match["content"] or ""
+        codes = _CODE.findall(content)
+        if codes:
+            parts.append({"codes": [int(code) for code in codes]})
+        elif content.strip("./ ") and "<" not in content:  # `./`: MiniCPM's
+            parts.append({"image": content.strip()})
+        else:
+            parts.append(Placeholder(match[0], int(number) if number else None))
+    return [*parts, text[start:]]
 
 
 def _is_edit(fields: RecordFields) -> bool:
@@ -178,32 +226,65 @@ def _is_edit(fields: RecordFields) -> bool:
     return fields.get("source_image_ids") is None and fields.get("target_image_ids") is None
 
 
-def _edit_messages(fields: RecordFields, location: str) -> list[JsonObject]:
+def _edit_turns(fields: RecordFields, location: str) -> list[Turn]:
     """An edit as a question with the source image, and an answer with the target image."""
     # Rewritten texts replace the instruction only together.
     instruction = fields.get("instruction")
-    response: list[str] = []
+    response = ""
     if fields.get("instruction_new") is not None and fields.get("response") is not None:
         instruction = fields["instruction_new"]
-        response = [fields["response"]] if fields["response"] else []
+        response = fields["response"]
     if not isinstance(instruction, str):
         raise BadRecord(
             "missing key", f"{location}: 'instruction' must be a text, not {shorten(instruction)}."
         )
-    return [
-        {"role": "user", "content": [{"image": fields["source_image"]}, instruction]},
-        {"role": "assistant", "content": [*response, {"image": fields["target_image"]}]},
-    ]
+    question: list[RawPart] = [{"image": fields["source_image"]}]
+    first_text, *others = split_images(instruction)
+    # A placeholder is the source's.
+    question = [first_text, *question, *others[1:]] if others else [*question, first_text]
+    return [("user", question), ("assistant", [response, {"image": fields["target_image"]}])]
 
 
-def _field_images(fields: RecordFields, n_placeholders: int, location: str) -> list[ContentPart]:
-    """The images outside the turns, which replace the placeholders, in order."""
+def _place_images(turns: Sequence[Turn], fields: RecordFields, location: str) -> None:
+    """Put the images of other fields into the turns."""
+    # 1. Where images are in the turns, a field `image` only names their source.
+    parts = list(chain.from_iterable(content for _, content in turns))
+    placeholders = [part for part in parts if isinstance(part, Placeholder)]
+    numbers = [part.number for part in placeholders]
+    written = {number for number in numbers if number is not None}
+    if not placeholders and any(isinstance(part, Mapping) for part in parts):
+        return
+    images = _field_images(fields, len(written) or len(placeholders), location)
+    if not placeholders and fields.keys().isdisjoint(("messages", "conversations")):
+        turns[0][1][:0] = images
+        return
+
+    # 2. Placeholders take the next image, or that of their number, from 0 or 1 on.
+    indices = [*range(len(numbers))]
+    if written and None not in numbers and min(written) <= 1:
+        indices = [number - min(written) for number in numbers if number is not None]
+    if {*indices} != {*range(len(images))} or (written and None in numbers):
+        names = ", ".join(dict.fromkeys(part.text for part in placeholders))
+        raise BadRecord(
+            "images and placeholders",
+            f"{location}: {pluralize(len(placeholders), 'image placeholder')} "
+            f"{f'({names}) ' if names else ''}for {pluralize(len(images), 'image')}.",
+        )
+    remaining = iter(indices)
+    for _, content in turns:
+        for index, part in enumerate(content):
+            if isinstance(part, Placeholder):
+                content[index] = images[next(remaining)]
+
+
+def _field_images(fields: RecordFields, n_images: int, location: str) -> list[ContentPart]:
+    """The images outside the turns; `n_images`: by the placeholders, to divide joined codes."""
     codes = fields.get("image_ids")
     if codes is not None:
         codes = _list(codes, f"{location}: 'image_ids'")
         if codes and not isinstance(codes[0], list):
             # One flat list, of equal numbers of codes for each image.
-            size = -(-len(codes) // max(1, n_placeholders))
+            size = -(-len(codes) // max(1, n_images))
             codes = [codes[start : start + size] for start in range(0, len(codes), size)]
         return [{"codes": image_codes} for image_codes in codes]
 
@@ -218,35 +299,38 @@ def _is_image(value: object) -> bool:
     return isinstance(value, Mapping | bytes) or value not in NO_IMAGE
 
 
-def _insert_images(
-    content: Sequence[ContentPart], images: Iterator[ContentPart]
-) -> list[ContentPart]:
-    """The parts of a turn with its images; empty texts are dropped."""
-    parts: list[ContentPart] = []
-    for part in content:
-        if not isinstance(part, str):
-            parts.append(part)
-            continue
-        # Each placeholder takes the next image.
-        first_text, *texts = part.split(PLACEHOLDER)
-        parts.append(first_text)
-        for text in texts:
-            parts += [next(images), text]
-    return [part for part in parts if part != ""]
+def _repaired(turns: Sequence[Turn], location: str) -> tuple[str, list[Turn], list[str]]:
+    """The system message, questions and answers in turn, and what was repaired.
 
-
-def _check_order(turns: Sequence[Turn], location: str) -> None:
-    """Raise BadRecord unless questions and answers that are not empty alternate."""
-    for index, (role, content) in enumerate(turns):
-        if role != ROLE_ORDER[index % 2]:
-            raise BadRecord(
-                "wrong role",
-                f"{location}: turn {index + 1} is the {role}'s; user and assistant alternate.",
-            )
-        if all(isinstance(part, str) and not part.strip() for part in content):
-            raise BadRecord("empty text", f"{location}: turn {index + 1} (the {role}'s) is empty.")
-    if len(turns) % 2 or not turns:
-        raise BadRecord("wrong role", f"{location}: the conversation ends without an answer.")
+    Raises BadRecord: an empty turn, a later system message, or no question with an answer.
+    """
+    system: list[str] = []
+    dialogue: list[Turn] = []
+    repairs: list[str] = []
+    for number, (role, content) in enumerate(turns, 1):
+        turn_location = f"{location}: turn {number} (the {role}'s)"
+        texts = [part for part in content if isinstance(part, str)]
+        is_text = len(texts) == len(content)
+        if role == "system":
+            if not is_text or dialogue or repairs:
+                reason = "a system message is text, before all other turns"
+                raise BadRecord("wrong role", f"{turn_location}: {reason}.")
+            system += texts
+        elif is_text and not "".join(texts).strip():
+            raise BadRecord("empty text", f"{turn_location} is empty.")
+        elif dialogue and dialogue[-1][0] == role:
+            dialogue[-1][1].extend(["\n", *content])
+            repairs.append(JOINED)
+        elif role == "user" or dialogue:
+            dialogue.append((role, [*content]))
+        else:
+            repairs.append(NO_QUESTION)
+    if dialogue and dialogue[-1][0] == "user":
+        dialogue.pop()
+        repairs.append(NO_ANSWER)
+    if not dialogue:
+        raise BadRecord("wrong role", f"{location}: no question has an answer.")
+    return "\n".join(system), dialogue, [*dict.fromkeys(repairs)]
 
 
 def _list(value: object, location: str) -> list[FieldValue]:

@@ -37,6 +37,7 @@ from seed_multimodal.data.stream.config import LlmDataSettings
 from seed_multimodal.data.stream.loader import load
 from seed_multimodal.data.stream.mixture import (
     BROKEN,
+    REPAIRED,
     TOO_LONG,
     Mixture,
     Piece,
@@ -475,7 +476,7 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         name = self.settings.sources[source].name
         is_listed = add_skipped(counts["skipped"], note.reason, 1, [note.location])
         if is_listed and self.log:
-            action = "" if note.kind == TOO_LONG else "skipped: "
+            action = "" if note.kind in (TOO_LONG, REPAIRED) else "skipped: "
             self.log(f"{name}: {action}{note.reason}: {note.location}")
         self.broken[source] += note.kind == BROKEN
         if self.broken[source] >= self.settings.max_bad_in_a_row:

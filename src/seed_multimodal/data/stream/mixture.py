@@ -35,6 +35,7 @@ SPLIT_DECODERS = ("pretrain.text", "pretrain.interleaved")
 BROKEN = "broken"
 DROPPED = "dropped"
 TOO_LONG = "too long"
+REPAIRED = "repaired"
 LISTED_RECORDS = 5  # per skip reason
 _TOO_LONG_REASONS = {
     "skip": "too long, skipped",
@@ -45,9 +46,9 @@ _64_BITS = (1 << 64) - 1
 
 
 class SkippedRecord(NamedTuple):
-    """A record that was skipped, truncated or split."""
+    """A record that was skipped, truncated, split, or is used without some of its turns."""
 
-    kind: str  # BROKEN, DROPPED or TOO_LONG
+    kind: str  # BROKEN, DROPPED, TOO_LONG or REPAIRED
     reason: str
     location: str  # file and line or sample, or the error message of a broken record
 
@@ -182,6 +183,8 @@ class OpenedSource:
         sequence, location = decoded
         n_tokens = len(sequence) + sequence.n_truncated
         note = None
+        if sequence.repaired:
+            note = SkippedRecord(REPAIRED, sequence.repaired, location)
         if n_tokens > self.length:
             detail = f"{location} ({n_tokens} tokens, rows have {self.length})"
             note = SkippedRecord(TOO_LONG, _TOO_LONG_REASONS[self.too_long], detail)

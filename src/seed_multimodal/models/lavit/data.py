@@ -26,17 +26,15 @@ from seed_multimodal.data.decoders.base import (
     SeededRandom,
     Segment,
     SegmentList,
-    SegmentPart,
-    segment_labels,
 )
 from seed_multimodal.data.decoders.features import (
     FeatureDecoder,
     FeatureDecoderOptions,
-    ImageSequence,
     OpenedImage,
 )
 from seed_multimodal.data.formats.record import RecordFields
 from seed_multimodal.language.text_tokenizer import TextTokenizer
+from seed_multimodal.language.vocabulary import Ids
 from seed_multimodal.models.lavit.processing import QUESTION, load_lavit_tokenizer
 from seed_multimodal.settings import setting
 
@@ -46,10 +44,13 @@ MAX_SEED = 2**62
 class LavitDecoder(FeatureDecoder):
     """Base of these decoders."""
 
+    has_start = False
+    has_plain_texts = True
+
     def __init__(self, tokenizer: TextTokenizer, options: OptionValues) -> None:
         super().__init__(tokenizer, options)
-        self.start = self.vocabulary.boi_id
-        self.end = self.vocabulary.eoi_id
+        self.start = Ids([self.vocabulary.boi_id])
+        self.end = Ids([self.vocabulary.eoi_id])
         n_patches = self.vocabulary.tokens_per_image
         self.code_counts = list(range(1, n_patches + 1))
         # Placeholders of an image: 3/8 of its patches (the token selector aims at a third).
@@ -79,28 +80,19 @@ class LavitDecoder(FeatureDecoder):
             return self.codes(fields[ids_name], ids_name)
         return self.feature_image(fields, name, rng, is_target=True)
 
-    def target_segments(self, image: OpenedImage | Codes) -> list[Segment]:
-        """A target image: its start token has no loss, codes and end have."""
-        return [Segment([self.start], learned=False), Segment([image, self.end])]
+    def target(self, prompt: list[Segment], image: OpenedImage | Codes, text: str) -> SegmentList:
+        """A target image after a prompt: its start token has no loss, codes and end have; there is
+        no `</s>` after it.
+        """
+        start = Segment([self.start], learned=False)
+        answer = Segment([image, self.end])
+        return SegmentList([*prompt, start, answer], {"text": text}, has_end=False)
 
-    def _fill(self, sequence: ImageSequence, segmented: SegmentList) -> None:
-        for segment in segmented.segments:
-            for part in segment.parts:
-                ids = self._part_ids(part)
-                image = part if isinstance(part, OpenedImage) else None
-                self.add(sequence, ids, segment_labels(segment, ids), image)
-        if sequence.ids[-1] != self.end:  # no `</s>` after an image
-            self.add(sequence, [self.tokenizer.eos_token_id], [self.tokenizer.eos_token_id])
-
-    def _part_ids(self, part: SegmentPart) -> list[int]:
-        """Ids of a text, an image start or end, codes, or placeholders of an image."""
-        if isinstance(part, str):
-            return self.tokenizer.encode_parts([part])
-        if isinstance(part, int):
-            return [part]
-        if isinstance(part, OpenedImage):
+    def image_ids(self, image: OpenedImage | Codes) -> list[int]:
+        """Codes, or placeholders of an image, without image start and end."""
+        if isinstance(image, OpenedImage):
             return [self.vocabulary.code_start] * self.n_placeholders
-        return self.vocabulary.code_to_id(part)
+        return self.vocabulary.code_to_id(image)
 
 
 class Caption(LavitDecoder):
@@ -128,15 +120,12 @@ class Caption(LavitDecoder):
         has_only_codes = fields.get("image") is None and fields.get("image_ids") is not None
         if as_input and not has_only_codes:
             image = self.feature_image(fields, "image", rng, is_target=False)
-            prompt = Segment([self.start, image, self.end], learned=False)
-            return SegmentList([prompt, Segment([text])], {"text": text})
+            question = Segment([self.start, image, self.end], learned=False)
+            return SegmentList([question, Segment([text])], {"text": text})
 
         # The image is the target.
-        segments: list[Segment] = []
-        if not drops_text:
-            segments.append(Segment([text], learned=False))
-        segments += self.target_segments(self.code_image(fields, "image", rng))
-        return SegmentList(segments, {"text": text})
+        prompt = [] if drops_text else [Segment([text], learned=False)]
+        return self.target(prompt, self.code_image(fields, "image", rng), text)
 
 
 class Question(LavitDecoder):
@@ -179,8 +168,7 @@ class Compose(LavitDecoder):
     def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
         text = self.text(fields, "instruction", rng)
         source = self.code_image(fields, "source_image", rng)
-        segments: list[Segment] = []
+        prompt: list[Segment] = []
         if rng.uniform() >= self.options.text_dropout:
-            segments.append(Segment([source, text], learned=False))
-        segments += self.target_segments(self.code_image(fields, "target_image", rng))
-        return SegmentList(segments, {"text": text})
+            prompt = [Segment([source, text], learned=False)]
+        return self.target(prompt, self.code_image(fields, "target_image", rng), text)

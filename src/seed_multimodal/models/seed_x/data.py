@@ -19,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 from PIL import Image
 
@@ -29,18 +30,24 @@ from seed_multimodal.data.decoders.base import (
     Segment,
     SegmentList,
     SegmentPart,
+    TrainingSequence,
+    Turn,
     metadata_of,
-    segment_labels,
     system_segment,
 )
 from seed_multimodal.data.decoders.features import (
     FeatureDecoder,
     FeatureDecoderOptions,
-    ImageSequence,
     OpenedImage,
     OpenImage,
 )
-from seed_multimodal.data.formats.conversations import NO_IMAGE, ContentPart
+from seed_multimodal.data.formats.conversations import (
+    NO_IMAGE,
+    ROLE_ORDER,
+    ContentPart,
+    Placeholder,
+    split_images,
+)
 from seed_multimodal.data.formats.pairs import shape_problem, similarity_problem
 from seed_multimodal.data.formats.record import JsonObject, RecordFields
 from seed_multimodal.images.views import (
@@ -48,12 +55,21 @@ from seed_multimodal.images.views import (
     choose_grid,
     read_grids,
 )
+from seed_multimodal.language.prompts import PromptTemplate
 from seed_multimodal.language.text_tokenizer import TextTokenizer
-from seed_multimodal.language.vocabulary import IGNORE_INDEX, PLACEHOLDER, SeedXVocabulary
+from seed_multimodal.language.vocabulary import IGNORE_INDEX, SeedXVocabulary
 from seed_multimodal.models.seed_x.processing import seed_x_vocabulary
 from seed_multimodal.settings import setting
 
 INSTRUCTION = "{instruction}"
+
+
+def find_placeholder(text: str) -> str:
+    """The first placeholder in a text, or ""; `<img>` is a token, as in the original."""
+    for part in split_images(text):
+        if isinstance(part, Placeholder) and part.text != "<img>":
+            return part.text
+    return ""
 
 
 @dataclass(frozen=True)
@@ -100,47 +116,38 @@ class SeedXDecoder(FeatureDecoder):
             grid = choose_grid(image.size, self.grids, self.options.base_resolution)
         return OpenedImage(image, grid, is_target)
 
+    @cached_property
+    def template(self) -> PromptTemplate:
+        prefix, _, suffix = self.options.instruction_prompt.partition(INSTRUCTION)
+        return PromptTemplate("", prefix, suffix, self.options.turn_sep)
+
     def question_parts(
         self, text: str, image: OpenedImage | None, image_first: bool
     ) -> list[SegmentPart]:
-        """A user's text with an image at `<image>`, else before or after it."""
+        """A user's text with an image at its placeholder, else before or after it."""
         if image is None:
             return [text]
-        left, placeholder, right = text.partition(PLACEHOLDER)
-        parts: list[SegmentPart] = [text, image]
+        placeholder = find_placeholder(text)
         if placeholder:
-            parts = [left, image, right]
-        elif image_first:
-            parts = [image, text]
-        return [part for part in parts if part != ""]
+            left, _, right = text.partition(placeholder)
+            return [left, image, right]
+        return [image, text] if image_first else [text, image]
 
-    def instruct(self, content: Sequence[SegmentPart], is_first: bool = True) -> Segment:
-        """A user's turn, without loss."""
-        prefix, _, suffix = self.options.instruction_prompt.partition(INSTRUCTION)
-        separator = "" if is_first else self.options.turn_sep
-        return Segment([separator + prefix, *content, suffix], learned=False)
+    def turns(self, turns: Sequence[Turn]) -> SegmentList:
+        """The turns after the system message."""
+        result = self.dialogue(self.template, turns)
+        if self.options.system_message and result.segments:
+            system = system_segment(self.options.system_message, "\n")
+            result.segments = [system, *result.segments]
+        result.extra = {"text": self.as_text(result.segments)}
+        return result
 
-    def dialogue(self, segments: Sequence[Segment]) -> SegmentList:
-        """The segments after the system message."""
-        message = self.options.system_message
-        if message:
-            segments = [system_segment(message, "\n"), *segments]
-        return SegmentList(segments, {"text": self.as_text(segments)})
-
-    def _fill(self, sequence: ImageSequence, segmented: SegmentList) -> None:
-        eos = self.tokenizer.eos_token_id
-        start = self.tokenizer.start_ids
-        self.add(sequence, start, [IGNORE_INDEX] * len(start))
-        for segment in segmented.segments:
-            for part, ids in self.encode_each(segment.parts):
-                if isinstance(part, str):
-                    self.add(sequence, ids, segment_labels(segment, ids))
-                    continue
-                # Of images, only the start of a target has a token loss.
-                learned = self.vocabulary.boi_id if part.is_target else None
-                labels = [id if id == learned else IGNORE_INDEX for id in ids]
-                self.add(sequence, ids, labels, part)
-        self.add(sequence, [eos], [eos])
+    def labels(self, part: SegmentPart, ids: list[int], learned: bool) -> list[int]:
+        """As the base; of images, only the start of a target has a token loss."""
+        if not isinstance(part, OpenedImage):
+            return super().labels(part, ids, learned)
+        learned_id = self.vocabulary.boi_id if part.is_target else None
+        return [id if id == learned_id else IGNORE_INDEX for id in ids]
 
     def image_ids(self, image: OpenedImage) -> list[int]:
         """Tokens of an input or target image."""
@@ -167,16 +174,13 @@ class Conversation(SeedXDecoder):
 
         # The turn of the image: the first question with a placeholder, else the first one.
         questions = range(0, len(turns), 2)
-        image_turn = next((index for index in questions if PLACEHOLDER in turns[index]), 0)
-        segments: list[Segment] = []
+        image_turn = next((index for index in questions if find_placeholder(turns[index])), 0)
+        messages: list[Turn] = []
         for index, text in enumerate(turns):
-            if index % 2:
-                segments.append(Segment([text]))
-                continue
             turn_image = image if index == image_turn else None
             content = self.question_parts(text, turn_image, image_first)
-            segments.append(self.instruct(content, is_first=index == 0))
-        return self.dialogue(segments)
+            messages.append((ROLE_ORDER[index % 2], content))
+        return self.turns(messages)
 
 
 class FilteredDecoder(SeedXDecoder):
@@ -228,10 +232,10 @@ class Edit(FilteredDecoder):
         if rng.uniform() < self.options.prompt_drop_ratio:
             instruction = ""
         image_first = rng.uniform() < 0.5
-        question = self.instruct(self.question_parts(instruction, source, image_first))
-        return self.dialogue([question, Segment([response, target])])
+        question = self.question_parts(instruction, source, image_first)
+        return self.turns([("user", question), ("assistant", [response, target])])
 
-    def _limit(self, sequence: ImageSequence, max_length: int | None) -> None:
+    def _limit(self, sequence: TrainingSequence, max_length: int | None) -> None:
         if max_length is not None and len(sequence) >= max_length:
             sequence.drop_reason = f"not fewer than {max_length} tokens"  # as in the original
 
@@ -312,10 +316,10 @@ class Chat(SeedXDecoder):
         return {**fields, "messages": messages}
 
     def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
-        segments: list[Segment] = []
+        turns: list[Turn] = []
         last_target: ContentPart | None = None  # of the answer before a question
-        for index, message in enumerate(self.require(fields, "messages", list)):
-            is_answer = index % 2 == 1
+        for message in self.require(fields, "messages", list):
+            is_answer = message["role"] == "assistant"
             content = message["content"]
             # A question without images is about the last target.
             images = [part for part in content if not isinstance(part, str)]
@@ -327,9 +331,6 @@ class Chat(SeedXDecoder):
                 if not isinstance(part, str):
                     part = self.opened_image(part, "image", is_target=is_answer)
                 parts.append(part)
-            if is_answer:
-                segments.append(Segment(parts))
-            else:
-                segments.append(self.instruct(parts, is_first=index == 0))
+            turns.append((message["role"], parts))
             last_target = images[-1] if is_answer and images else None
-        return self.dialogue(segments)
+        return self.turns(turns)

@@ -77,15 +77,18 @@ def test_decode_of_a_good_record(tokenizer_of, records, name):
     # Truncated: the beginning, with all of its images; else the record is dropped.
     for longest in range(1, len(complete) + 1):
         cut = decoder.decode(record, SeededRandom(3, 1), longest)
+        learns = set(complete.labels[:longest]) != {IGNORE_INDEX}
         if isinstance(complete, ImageSequence):
             first = complete.input_positions + complete.target_positions
             fits = max(first, default=-1) + 1 < longest
-            learns = set(complete.labels[:longest]) != {IGNORE_INDEX}
             assert not cut.drop_reason or not (fits and learns) or longest >= len(complete) - 1
             if cut.drop_reason:
                 continue
             assert fits
             assert cut.input_positions + cut.target_positions == first
+        elif not learns:
+            assert cut.drop_reason
+            continue
         assert (cut.ids, cut.labels) == (complete.ids[:longest], complete.labels[:longest])
 
 

@@ -39,6 +39,23 @@ CONVERSATIONS: dict[str, tuple[dict[str, Any], list[Any]]] = {
     "seed-x": ({"image": "a.jpg", "data": ["q", "a", "q", "b"]}, [[A, "q"], ["a"], ["q"], ["b"]]),
     "chat with images": ({"messages": CHAT, "images": ["a.jpg"]}, [[A, "q"], ["a"]]),
     "ours": ({"messages": OURS, "image": "its source.jpg"}, [turn["content"] for turn in OURS]),
+    "the_cauldron": (
+        {"images": ["a.jpg"], "texts": [{"user": "q", "assistant": "a"}]},
+        [[A, "q"], ["a"]],
+    ),
+    "qwen-vl": (
+        llava("Picture 1: <img>a.jpg</img>\nq", "<img><img_00001><img_00002></img>"),
+        [["Picture 1: ", A, "\nq"], [{"codes": [1, 2]}]],
+    ),
+    "chat api": (
+        {
+            "messages": [
+                {"role": "user", "content": [{"image_url": {"url": "a.jpg"}, "type": "image_url"}]},
+                {"role": "assistant", "content": [{"type": "output_text", "text": "a"}]},
+            ]
+        },
+        [[A], ["a"]],
+    ),
     "edit with an answer": (
         EDIT | {"instruction_new": "Please, red.", "response": "Here."},
         [[{"image": "s.jpg"}, "Please, red."], ["Here.", {"image": "t.jpg"}]],
@@ -79,7 +96,11 @@ def test_with_messages_of_other_records(item):
     ("item", "kind", "named"),
     [
         ({"conversations": [{"from": "cat", "value": "a"}]}, "wrong role", "'cat'"),
-        (llava("a"), "wrong role", ""),
+        (
+            {"conversations": [{"from": "gpt", "value": "<image>a"}], "video": "a.mp4"},
+            "other media",
+            "",
+        ),
         (llava("a", " \n"), "empty text", "turn 2"),
         ({"conversations": "not json"}, "malformed json", "'conversations'"),
         (llava("<image>q", "a", image=["a", "b"]), "images and placeholders", "1 .* 2"),

@@ -1,0 +1,136 @@
+"""Turns in every order, with every markup of images, in every prompt template."""
+
+from __future__ import annotations
+
+import itertools
+from typing import Any
+
+import pytest
+from chat_templates import TEXT_TEMPLATES
+from data_files import learned
+from tiny.language import write_hub_tokenizer
+
+from seed_multimodal.data.decoders import get_decoder
+from seed_multimodal.data.decoders.base import SeededRandom
+from seed_multimodal.data.formats.conversations import JOINED, NO_ANSWER, NO_QUESTION, with_messages
+from seed_multimodal.data.formats.record import BadRecord
+from seed_multimodal.language.hub_tokenizer import HubTokenizer
+
+ROLES = {"u": "user", "a": "assistant", "s": "system"}
+# Authors of the turns → numbers of the turns that are used, joined ones together; None: refused.
+ORDERS: dict[str, tuple[list[str] | None, set[str]]] = {
+    "ua": (["0", "1"], set()),
+    "uaua": (["0", "1", "2", "3"], set()),
+    "aua": (["1", "2"], {NO_QUESTION}),
+    "uau": (["0", "1"], {NO_ANSWER}),
+    "uua": (["01", "2"], {JOINED}),
+    "auuaau": (["12", "34"], {NO_QUESTION, JOINED, NO_ANSWER}),
+    "a": (None, set()),
+    "uu": (None, set()),
+    "uasua": (None, set()),
+}
+# The first image of a record, and the second one.
+MARKUP = [
+    ("<image>", "<image>"),
+    ("<img>", "<img>"),
+    ("<image1>", "<image2>"),
+    ("<|image_1|>", "<|image_2|>"),
+    ("<image_0>", "<image_1>"),
+    ("[IMG]", "[IMG]"),
+    ("<ImageHere>", "<Image>"),
+    ("<image_placeholder>", "<|vision_start|><|image_pad|><|vision_end|>"),
+    ("(<image>./</image>)", "<Image><ImageHere></Image>"),
+    ({"type": "image", "text": ""}, {"type": "image"}),
+    ({"type": "image", "index": 0, "text": None}, {"type": "image", "index": 1, "text": None}),
+]
+
+
+@pytest.fixture(scope="module")
+def tokenizers(tokenizer, tmp_path_factory) -> dict[str, tuple[Any, str]]:
+    """Template → tokenizer, and the template's name in options."""
+    tokenizers: dict[str, tuple[Any, str]] = {
+        name: (tokenizer, name) for name in ("vicuna", "llama2")
+    }
+    for name, case in TEXT_TEMPLATES.items():
+        folder = write_hub_tokenizer(tmp_path_factory.mktemp(name), ["a question, an answer"], case)
+        tokenizers[name] = (HubTokenizer.create(folder, 8192, 32), "chat")
+    tokenizers["hub, vicuna"] = (tokenizers["qwen3"][0], "vicuna")
+    return tokenizers
+
+
+def answers(sequence: Any, tokenizer: Any) -> list[str]:
+    """The learned texts, each with what is learned as its end."""
+    runs = itertools.groupby(sequence.labels, lambda label: label != -100)
+    return [tokenizer.decode(list(run)) for is_learned, run in runs if is_learned]
+
+
+@pytest.mark.parametrize("markup", MARKUP, ids=str)
+@pytest.mark.parametrize("order", ORDERS)
+def test_turns(tokenizers, codes, order, markup):
+    # Each question and each answer that is left out has an image, too.
+    used, repairs = ORDERS[order]
+    turns = []
+    for index, author in enumerate(order):
+        mark = markup[min(index, 1)] if index < 2 else ""
+        parts = [part for part in (mark, f"text {index}") if part]
+        content = parts if any(isinstance(part, dict) for part in parts) else "\n".join(parts)
+        turns.append({"role": ROLES[author], "content": content})
+    record = {"messages": turns, "image_ids": [codes(index) for index in range(min(2, len(order)))]}
+    if used is None:
+        with pytest.raises(BadRecord, match="line 3"):
+            with_messages(record, "line 3")
+        return
+
+    fields = with_messages(record, "line 3")
+    kept = [int(number) for number in "".join(used)]
+    for name, (tokenizer, template) in tokenizers.items():
+        decoder = get_decoder("chat", tokenizer, {"template": template})
+        sequence = decoder.decode(fields, SeededRandom(0))
+        assert set(filter(None, sequence.repaired.split(", "))) == repairs, name
+        # The images of the used turns, with all of their codes; no markup stays text.
+        vocabulary = tokenizer.vocabulary
+        images = [index for index in (0, 1) if index in kept]
+        image_codes = vocabulary.code_to_id([code for index in images for code in codes(index)])
+        assert [id for id in sequence.ids if vocabulary.is_code_id(id)] == image_codes, name
+        texts = [tokenizer.decode([id]) for id in sequence.ids if not vocabulary.is_image_token(id)]
+        assert "mage" not in "".join(texts) and "IMG" not in "".join(texts), name
+        # The end of every answer is learned, and nothing of a question.
+        end = tokenizer.decode([tokenizer.eos_token_id])
+        parts = answers(sequence, tokenizer)
+        assert len(parts) == len(used) // 2, name
+        for part, numbers in zip(parts, used[1::2], strict=True):
+            assert part.endswith(end) and part.count(end) == 1, name
+            assert all(f"text {number}" in part.replace("\n", " ") for number in numbers), name
+
+
+@pytest.mark.parametrize("name", ["sft.text_conversation", "pretrain.text_conversation"])
+@pytest.mark.parametrize("texts", [["a", "yes", "b", "no"], ["a", "yes", "b"], ["a"]], ids=len)
+def test_turn_ends(tokenizers, name, texts):
+    # With a template that ends turns by a token each end is learned, else as in the original. A
+    # question without an answer teaches nothing.
+    for tokenizer, template in tokenizers.values():
+        options = {"template": template} if name.startswith("sft.") else {}
+        decoder = get_decoder(name, tokenizer, options)
+        sequence = decoder.decode({"data": texts}, SeededRandom(0))
+        if len(texts) == 1:
+            assert sequence.drop_reason
+            continue
+        assert bool(sequence.repaired) == (len(texts) == 3)
+        n_ends = len(texts) // 2 if options.get("template") == "chat" else 1
+        assert sequence.labels.count(tokenizer.eos_token_id) == n_ends, template
+
+
+def test_masked_images(tokenizers, codes):
+    # Nothing of the masked side is learned, and all of the other one, `<img>` of an edit included;
+    # also without a start token.
+    for tokenizer, _ in tokenizers.values():
+        image = tokenizer.vocabulary.image_ids(codes(0))
+        end = tokenizer.eos_token_id
+        for ratio, target in ((1.0, tokenizer.encode("a cat")), (0.0, image[1:])):
+            options = {"mask_left_label": True, "reverse_ratio": ratio}
+            fields = {"image_ids": codes(0), "text": "a cat"}
+            decoder = get_decoder("pretrain.caption", tokenizer, options)
+            assert learned(decoder.decode(fields, SeededRandom(0))) == [*target, end]
+        edit = {"source_image_ids": codes(1), "target_image_ids": codes(0), "instruction": "blue"}
+        sequence = get_decoder("pretrain.edit", tokenizer).decode(edit, SeededRandom(0))
+        assert learned(sequence) == [*image, end]
