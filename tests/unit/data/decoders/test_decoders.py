@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import pytest
-from data_files import jpeg, learned, lines
+from data_files import jpeg, lines
 from PIL import Image
 
 from seed_multimodal.data.decoders import decoder_names, get_decoder
@@ -25,7 +25,6 @@ from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 
 NAMES = sorted(decoder_names())
-TEMPLATED = [name for name in NAMES if name.startswith("sft.") or name == "chat"]
 IMAGE = Image.new("RGB", (448, 448))
 # Fields that records may have, too.
 OPTIONAL = {
@@ -193,18 +192,6 @@ def test_read_of_records_with_odd_values(tokenizer_of, records, tmp_path, name):
 def test_get_decoder_with_an_option_of_another_decoder(tokenizer):
     with pytest.raises(ConfigError, match="reverse_ratio"):
         get_decoder("sft.difference", tokenizer, {"reverse_ratio": 0.5})
-
-
-@pytest.mark.parametrize("name", TEMPLATED)
-def test_decode_with_template(tokenizer, records, name):
-    # The template changes prompts only, not what is learned.
-    record = records(IMAGE)[name]
-    plain, templated = (
-        get_decoder(name, tokenizer, options).decode(record, SeededRandom(3, 1))
-        for options in ({}, {"template": "llama2"})
-    )
-    assert templated.ids != plain.ids
-    assert learned(templated) == learned(plain)
 
 
 def test_decode_encodes_the_prompt_as_at_inference(tokenizer, codes):
