@@ -58,13 +58,10 @@ from seed_multimodal.errors import (
     SeedWarning,
     first_line,
 )
-from seed_multimodal.nn.pretrained import PretrainedNetwork
+from seed_multimodal.nn.pretrained import PretrainedNetwork, load_library_model
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.settings import nearest, read_settings, setting
-from seed_multimodal.state_dicts import (
-    missing_weights,
-    refuse_tensors,
-)
+from seed_multimodal.state_dicts import missing_weights
 from seed_multimodal.weights.find import find_folder
 
 if TYPE_CHECKING:
@@ -585,28 +582,20 @@ class Detokenizer(Generic[Settings]):
         part_class = getattr(importlib.import_module(part.module), class_name)
         if issubclass(part_class, PretrainedNetwork):
             return part_class.from_pretrained(part_folder, dtype=dtype)
-        is_network = issubclass(part_class, nn.Module)
+        label = f"{cls.label} folder"
+        if issubclass(part_class, nn.Module):
+            network = load_library_model(
+                part_class, part_folder, label, cls.download_hint, torch_dtype=dtype
+            )
+            if name == "denoiser":
+                network.register_to_config(_name_or_path="")  # do not save local paths
+            return network
         try:
-            with quiet_loading("diffusers", "transformers"), warnings.catch_warnings():
-                warnings.simplefilter("ignore", FutureWarning)
-                options: dict[str, Any] = {"local_files_only": True}
-                if is_network:
-                    options |= {"torch_dtype": dtype, "output_loading_info": True}
-                loaded = part_class.from_pretrained(part_folder, **options)
+            return part_class.from_pretrained(part_folder, local_files_only=True)
         except Exception as error:  # noqa: BLE001  (damaged files end in errors of a dozen classes)
             raise CheckpointError(
-                f"{folder}: not a complete {cls.label} folder ({first_line(error)}); "
-                f"{cls.download_hint}."
+                f"{part_folder}: not a complete {label} ({first_line(error)}); {cls.download_hint}."
             ) from error
-        if not is_network:
-            return loaded
-
-        # 4. Missing tensors are errors; the libraries only warn.
-        network, info = loaded
-        refuse_tensors(sorted(info["missing_keys"]), (), part_folder, "missing from the file")
-        if name == "denoiser":
-            network.register_to_config(_name_or_path="")  # do not save local paths
-        return network.eval()
 
 
 def scheduler_class(config: JsonObject, label: str | Path) -> Any:

@@ -154,7 +154,7 @@ def clip_texts(source: str | Path, device: torch.device) -> TextEncoder:
     from transformers import CLIPTokenizer
 
     folder = Path(source)
-    encoder = load_clip_text(folder, device=device, log=None)
+    encoder = load_clip_text(folder, device)
     if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
         raise CheckpointError(f"{folder}: holds no CLIP tokenizer (vocab.json and merges.txt).")
     tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)

@@ -7,21 +7,24 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import ClassVar, Generic, Self, TypeVar
+from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from seed_multimodal.disk import read_json_object, replace_text
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.nn.layers import Network
+from seed_multimodal.progress import quiet_loading
 from seed_multimodal.settings import DataclassInstance, read_settings
 from seed_multimodal.state_dicts import (
     LoadReport,
     assign_strictly,
     load_state_dict,
+    refuse_tensors,
     save_state_dict,
 )
 
@@ -123,6 +126,34 @@ class PretrainedNetwork(nn.Module, HubUpload, Generic[Config]):
         values |= dataclasses.asdict(self.config)
         replace_text(folder / CONFIG, json.dumps(values, indent=2) + "\n")
         return folder
+
+
+def load_library_model(
+    model_class: Any, folder: Path, label: str, advice: str, **options: Any
+) -> Any:
+    """A network of transformers or diffusers from a folder, in eval mode.
+
+    label, advice: for messages. options: of the library's `from_pretrained`.
+
+    Raises CheckpointError: damaged, or a tensor is missing or of another size.
+    """
+    try:
+        with quiet_loading("diffusers", "transformers"), warnings.catch_warnings():
+            warnings.simplefilter("ignore", FutureWarning)
+            network, info = model_class.from_pretrained(
+                folder, local_files_only=True, output_loading_info=True, **options
+            )
+    except Exception as error:  # noqa: BLE001  (damaged and unsafe files raise many types)
+        raise CheckpointError(
+            f"{folder}: not a complete {label} ({first_line(error)}); {advice}."
+        ) from error
+
+    # The libraries fill such tensors with random values.
+    misshapen = sorted(name for name, *_ in info["mismatched_keys"])
+    refuse_tensors(misshapen, (), folder, f"of another size than in {CONFIG}")
+    missing = sorted(info["missing_keys"])
+    refuse_tensors(missing, ("*position_ids",), folder, f"missing from the file ({advice})")
+    return network.eval()
 
 
 def fill_buffers(network: Network, device: str | torch.device) -> Network:

@@ -127,14 +127,14 @@ def test_tiny_parts_of_the_classes_of_folders(parts, tmp_path):
     # A model of the same class, the tokenizer's files, and the images' mean.
     from seed_multimodal.language.llm import llm_config
     from seed_multimodal.models.seed.checkpoints import load_vision
-    from seed_multimodal.nn.vision.registry import build_vision_encoder
+    from seed_multimodal.nn.vision.registry import read_vision_config
 
     flags = ["--size", "tiny", "--llm", parts / "llm", "--encoder", parts / "encoder"]
     out = write(tmp_path / "mine", *flags)
     tokenizer = (out / "parts/llm/tokenizer.json").read_bytes()
     assert tokenizer == (parts / "llm/tokenizer.json").read_bytes()
     assert llm_config(out / "parts/llm").model_type == "mistral"
-    encoder = build_vision_encoder({"type": "hub", "path": str(out / "parts/encoder")})
+    encoder = read_vision_config({"type": "hub", "path": str(out / "parts/encoder")}, "vit").build()
     load_vision(encoder, out / "parts/encoder", log=None)
     assert encoder.config.network["model_type"] == "dinov2"
     assert encoder.preprocessing.mean == CLIP_MEAN

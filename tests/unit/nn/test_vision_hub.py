@@ -18,13 +18,13 @@ from seed_multimodal.images.transforms import read_preprocessing
 from seed_multimodal.models.seed.checkpoints import load_vision
 from seed_multimodal.nn.vision.base import VisionEncoder
 from seed_multimodal.nn.vision.hub import HubVisionConfig
-from seed_multimodal.nn.vision.registry import build_vision_encoder, read_vision_config
+from seed_multimodal.nn.vision.registry import read_vision_config
 
 PIXELS = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
 
 
 def load_hub_vision(folder: Path) -> VisionEncoder:
-    encoder = build_vision_encoder({"type": "hub", "path": str(folder)})
+    encoder = read_vision_config({"type": "hub", "path": str(folder)}, "vit").build()
     load_vision(encoder, folder, log=None)
     return encoder.eval()
 
@@ -83,7 +83,7 @@ def test_patches_of_a_network_that_merges_them():
     config = SwinConfig(image_size=32, patch_size=4, embed_dim=8, depths=[1, 1], num_heads=[1, 2])
     network = {**config.to_dict(), "window_size": 4}
     values = {"type": "hub", "network": network, "preprocessing": {"image_size": 32}}
-    encoder = build_vision_encoder(values)
+    encoder = read_vision_config(values, "vit").build()
     assert (encoder.n_class_tokens, encoder.n_patches) == (0, 16)
     assert encoder.patch_features(torch.randn(1, 3, 32, 32)).shape == (1, 16, encoder.width)
 
@@ -101,7 +101,7 @@ def test_hub_config_and_weights_need_no_folder(tmp_path):
     (tmp_path / "dino").rename(tmp_path / "elsewhere")
     assert read_vision_config(values, "vit") == config
     with torch.device("meta"):
-        again = build_vision_encoder(values)
+        again = read_vision_config(values, "vit").build()
     assign_strictly(again, encoder.state_dict(), "the encoder")
     fill_buffers(again, "cpu")
     torch.testing.assert_close(again.eval()(PIXELS), encoder(PIXELS))

@@ -43,7 +43,7 @@ from seed_multimodal.nn.layers import (
 from seed_multimodal.nn.pretrained import PretrainedNetwork
 from seed_multimodal.nn.quantizer import VectorQuantizer
 from seed_multimodal.nn.vision.eva import EvaConfig
-from seed_multimodal.nn.vision.registry import AnyVisionConfig, build_vision_encoder
+from seed_multimodal.nn.vision.registry import AnyVisionConfig
 from seed_multimodal.settings import setting
 
 MODES = ("draw", "threshold")  # of the token selection, see `choose`
@@ -313,7 +313,7 @@ class DynamicTokenizer(PretrainedNetwork[LavitTokenizerConfig]):
         super().__init__()
         self.config = config
         # Names are those of the original's state dict.
-        self.encoder = build_vision_encoder(config.vit)
+        self.encoder = config.vit.build()
         width = self.encoder.width
         if config.vit_head:
             self.encoder.add_module("norm", LayerNorm(width, eps=1e-6))

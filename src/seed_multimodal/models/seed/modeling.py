@@ -35,7 +35,6 @@ from seed_multimodal.nn.layers import Block, LayerNorm
 from seed_multimodal.nn.pretrained import PretrainedNetwork
 from seed_multimodal.nn.quantizer import VectorQuantizer
 from seed_multimodal.nn.vision.base import VisionEncoder
-from seed_multimodal.nn.vision.registry import build_vision_encoder
 
 DOWN_WIDTHS = (256, 128, 32)
 # Names of SEED-1's decoder in the published training code.
@@ -61,7 +60,7 @@ class SeedEncoder(nn.Module):
 
     def add_encoder(self, vocab_size: int | None = None, lm_head: bool = False) -> None:
         """Vision encoder and Q-Former; `vocab_size`, `lm_head`: with a text path."""
-        self.visual_encoder = build_vision_encoder(self.config.vit)
+        self.visual_encoder = self.config.vit.build()
         width = self.visual_encoder.width
         self.ln_vision = LayerNorm(width)
         self.Qformer = QFormer(self.config.qformer, width, vocab_size, lm_head)

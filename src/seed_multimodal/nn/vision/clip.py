@@ -14,10 +14,7 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.disk import read_json_object
-from seed_multimodal.errors import CheckpointError, first_line
-from seed_multimodal.nn.pretrained import CONFIG
-from seed_multimodal.progress import quiet_loading
-from seed_multimodal.state_dicts import refuse_tensors
+from seed_multimodal.nn.pretrained import CONFIG, load_library_model
 from seed_multimodal.weights.find import find_folder
 
 if TYPE_CHECKING:
@@ -114,20 +111,17 @@ def load_clip_vision(
     """
     from transformers import CLIPVisionModelWithProjection
 
-    return _load_clip(CLIPVisionModelWithProjection, source, device, dtype, log)
+    model = _load_clip(CLIPVisionModelWithProjection, source, device, dtype)
+    if log is not None:
+        log(f"{source}: CLIP's vision encoder loaded.")
+    return model
 
 
-def load_clip_text(
-    source: str | Path,
-    *,
-    device: str | torch.device = "cpu",
-    dtype: torch.dtype = torch.float32,
-    log: Log = print,
-) -> PreTrainedModel:
+def load_clip_text(source: str | Path, device: str | torch.device = "cpu") -> PreTrainedModel:
     """The frozen text encoder of a CLIP folder or hub id; see `load_clip_vision`."""
     from transformers import CLIPTextModelWithProjection
 
-    return _load_clip(CLIPTextModelWithProjection, source, device, dtype, log)
+    return _load_clip(CLIPTextModelWithProjection, source, device, torch.float32)
 
 
 def _load_clip(
@@ -135,34 +129,19 @@ def _load_clip(
     source: str | Path,
     device: str | torch.device,
     dtype: torch.dtype,
-    log: Log,
 ) -> PreTrainedModel:
     folder = find_folder(source, (CONFIG, "*.safetensors", "*.bin", "*.index.json"), CLIP_ADVICE)
+    # A complete CLIP states its width outside of vision_config, where a default would be read.
     values = read_json_object(folder / CONFIG, advice=CLIP_ADVICE)
-    try:
-        config = model_class.config_class.from_pretrained(folder)
-        # A complete CLIP states its width outside of vision_config, where a default would be read.
-        config.projection_dim = values.get("projection_dim", config.projection_dim)
-        with quiet_loading("transformers"):
-            model, info = model_class.from_pretrained(
-                folder,
-                config=config,
-                dtype=dtype,
-                local_files_only=True,
-                ignore_mismatched_sizes=True,
-                output_loading_info=True,
-            )
-    except Exception as error:  # noqa: BLE001  (damaged and unsafe files raise many types)
-        raise CheckpointError(
-            f"{folder}: not a complete CLIP ({first_line(error)}); {CLIP_ADVICE}."
-        ) from error
-
-    # transformers fills missing tensors with random values, which is an error here.
-    misshapen = sorted(name for name, *_ in info["mismatched_keys"])
-    refuse_tensors(misshapen, (), folder, f"of another size than in {CONFIG}")
-    missing = sorted(info["missing_keys"])
-    refuse_tensors(missing, ("*position_ids",), folder, f"missing ({CLIP_ADVICE})")
-    if log is not None:
-        log(f"{folder}: {model_class.__name__} loaded.")
-    frozen: PreTrainedModel = model.to(device).requires_grad_(False).eval()
-    return frozen
+    config = model_class.config_class.from_pretrained(folder)
+    config.projection_dim = values.get("projection_dim", config.projection_dim)
+    model: PreTrainedModel = load_library_model(
+        model_class,
+        folder,
+        "CLIP",
+        CLIP_ADVICE,
+        config=config,
+        dtype=dtype,
+        ignore_mismatched_sizes=True,
+    )
+    return model.to(device).requires_grad_(False)

@@ -19,13 +19,11 @@ from typing import TYPE_CHECKING, Any, Self
 import torch
 from torch import Tensor
 
-from seed_multimodal.errors import CheckpointError, ConfigError, ImageError, first_line
+from seed_multimodal.errors import ConfigError, ImageError, first_line
 from seed_multimodal.images.transforms import PROCESSOR, ImageTransform, read_preprocessing
-from seed_multimodal.nn.pretrained import CONFIG
+from seed_multimodal.nn.pretrained import CONFIG, load_library_model
 from seed_multimodal.nn.vision.base import State, VisionConfig, VisionEncoder
-from seed_multimodal.progress import quiet_loading
 from seed_multimodal.settings import setting
-from seed_multimodal.state_dicts import refuse_tensors
 from seed_multimodal.weights.find import find_folder
 
 if TYPE_CHECKING:
@@ -95,8 +93,6 @@ class HubVisionConfig(VisionConfig):
 
     @property
     def pooled_width(self) -> int:
-        if self.network["model_type"] == PATCHED:
-            return int(self.network["hidden_size"])
         pooled = self.meta_output().pooler_output
         if pooled is None:
             raise ConfigError(f"{self.network['model_type']} has no pooled feature of an image.")
@@ -113,12 +109,30 @@ class HubVisionConfig(VisionConfig):
         try:
             with torch.device("meta"), torch.no_grad():
                 network = AutoModel.from_config(self.transformers_config())
-                return network(pixel_values=torch.zeros(1, 3, side, side))
+                return network(**self.network_inputs(torch.zeros(1, 3, side, side)))
         except (AttributeError, RuntimeError, TypeError, ValueError) as error:
             raise ConfigError(
                 f"{self.network['model_type']} encodes no images of {side} x {side} pixels "
                 f"({first_line(error)})."
             ) from error
+
+    def network_inputs(self, images: Tensor) -> dict[str, Tensor | None]:
+        """Normalised pixels `[B, 3, S, S]` as the network's arguments."""
+        if self.network["model_type"] != PATCHED:
+            return {"pixel_values": images}
+
+        # Patches in raster order, the values of each as (row, column, channel).
+        size = self.network["patch_size"]
+        patches = images.unfold(2, size, size).unfold(3, size, size)  # [B, 3, g, g, P, P]
+        rows = patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)  # [B, g², 3 P²]
+        # Their values are read also where those of the pixels are not (`meta_output`).
+        device = "cpu" if images.is_meta else images.device
+        grid = torch.tensor([patches.shape[2:4]], device=device)
+        return {
+            "pixel_values": rows,
+            "pixel_attention_mask": None,  # no padding
+            "spatial_shapes": grid.expand(len(rows), -1),
+        }
 
     def build(self) -> HubVision:
         return HubVision(self)
@@ -128,21 +142,14 @@ class HubVisionConfig(VisionConfig):
         from transformers import AutoModel
 
         folder = find_folder(source, (CONFIG, "*.safetensors", "*.bin", "*.index.json"), ADVICE)
-        try:
-            with quiet_loading("transformers"):
-                network, info = AutoModel.from_pretrained(
-                    folder,
-                    config=self.transformers_config(),
-                    dtype="auto",
-                    local_files_only=True,
-                    output_loading_info=True,
-                )
-        except Exception as error:  # noqa: BLE001  (damaged and unsafe files raise many types)
-            raise CheckpointError(
-                f"{folder}: no complete vision model ({first_line(error)})."
-            ) from error
-        # transformers fills missing tensors with random values, which is an error here.
-        refuse_tensors(sorted(info["missing_keys"]), (), folder, "missing from the file")
+        network = load_library_model(
+            AutoModel,
+            folder,
+            "vision model",
+            ADVICE,
+            config=self.transformers_config(),
+            dtype="auto",
+        )
         return {NETWORK + name: value for name, value in network.state_dict().items()}
 
 
@@ -178,23 +185,15 @@ class HubVision(VisionEncoder):
         if not isinstance(patch_size, int):
             raise ConfigError(f"{sizes.model_type}: patches of {patch_size} pixels are not read.")
         self.patch_size = patch_size
-        self._init_sizes(sizes)
-        self._init_buffers(sizes)
-
-    def _init_sizes(self, sizes: PreTrainedConfig) -> None:
-        """Number and width of the tokens, as a pass without values gives them."""
-        self._n_tokens = (self.image_size // self.patch_size) ** 2
-        self._width = int(getattr(sizes, "hidden_size", 0))
-        if self.network.config.model_type == PATCHED:
-            return
-        features = self.config.meta_output().last_hidden_state
+        # Number and width of the tokens, as a pass without values gives them.
+        features = config.meta_output().last_hidden_state
         if features.ndim != 3:
             raise ConfigError(
-                f"{self.network.config.model_type}: its features {tuple(features.shape)} are no "
-                "row of tokens for each image."
+                f"{sizes.model_type}: its features {tuple(features.shape)} are no row of tokens "
+                "for each image."
             )
-        self._n_tokens = features.shape[1]
-        self._width = features.shape[2]
+        _, self._n_tokens, self._width = features.shape
+        self._init_buffers(sizes)
 
     def _init_buffers(self, sizes: PreTrainedConfig) -> None:
         """Values of the buffers that no checkpoint holds, which `fill_buffers` needs."""
@@ -243,14 +242,4 @@ class HubVision(VisionEncoder):
                 f"The vision encoder reads images of {self.image_size} x {self.image_size} pixels, "
                 f"not {images.shape[-1]} x {images.shape[-2]}."
             )
-        if self.network.config.model_type != PATCHED:
-            return self.network(pixel_values=images)
-
-        # Patches in raster order, the values of each as (row, column, channel).
-        side = self.image_size // self.patch_size
-        patches = images.unfold(2, self.patch_size, self.patch_size)
-        patches = patches.unfold(3, self.patch_size, self.patch_size)  # [B, 3, g, g, P, P]
-        patches = patches.permute(0, 2, 3, 4, 5, 1).flatten(3).flatten(1, 2)  # [B, g², 3 P²]
-        mask = torch.ones(patches.shape[:2], dtype=torch.long, device=images.device)
-        shapes = torch.tensor([[side, side]], device=images.device).expand(len(images), -1)
-        return self.network(pixel_values=patches, pixel_attention_mask=mask, spatial_shapes=shapes)
+        return self.network(**self.config.network_inputs(images))

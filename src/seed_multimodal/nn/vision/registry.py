@@ -1,6 +1,7 @@
 """Registry of vision encoders: models ask their configuration's `type` for the class.
 
-    encoder = build_vision_encoder({"type": "hub", "path": "pretrained/dinov2-base"})
+    config = read_vision_config({"type": "hub", "path": "pretrained/dinov2-base"}, "vision encoder")
+    encoder = config.build()  # with random weights
 
 Without `type` a configuration is EVA's. Another kind is a file with a `VisionConfig` that builds
 its `VisionEncoder`, and a row in `VISION_CONFIGS`.
@@ -14,7 +15,7 @@ from typing import Annotated, Any, cast
 from pydantic import PlainValidator
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.nn.vision.base import VisionConfig, VisionEncoder
+from seed_multimodal.nn.vision.base import VisionConfig
 from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_multimodal.nn.vision.hub import HubVisionConfig
 from seed_multimodal.nn.vision.qwen import QwenEncoderConfig
@@ -32,8 +33,7 @@ def read_vision_config(values: Mapping[str, Any], label: str) -> VisionConfig:
 
     Raises ConfigError: an unknown type (with the nearest), or as `read_settings`.
     """
-    config_class, values = _by_type(values)
-    config: VisionConfig = read_settings(config_class, values, label)
+    config: VisionConfig = read_settings(*_by_type(values), label)
     return config
 
 
@@ -60,10 +60,3 @@ def _parse(values: Any) -> VisionConfig:
 
 
 AnyVisionConfig = Annotated[VisionConfig, PlainValidator(_parse)]  # a field of a model's sizes
-
-
-def build_vision_encoder(config: VisionConfig | Mapping[str, Any]) -> VisionEncoder:
-    """An encoder with random weights. Raises ConfigError."""
-    if not isinstance(config, VisionConfig):
-        config = read_vision_config(config, "vision encoder")
-    return config.build()
