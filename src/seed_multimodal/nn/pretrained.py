@@ -30,6 +30,7 @@ from seed_multimodal.state_dicts import (
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+CODEBOOK_STATE = "quantize.ema_"  # moving averages
 
 Config = TypeVar("Config", bound=DataclassInstance)
 
@@ -106,7 +107,7 @@ class PretrainedNetwork(nn.Module, HubUpload, Generic[Config]):
         """
         # Without memory of its own the network takes over the tensors themselves.
         with torch.device("meta"):
-            network = cls(config).to(dtype)
+            network = cls(config).cast(dtype)
         network.load_report = assign_strictly(
             network,
             state,
@@ -118,10 +119,16 @@ class PretrainedNetwork(nn.Module, HubUpload, Generic[Config]):
         )
         return fill_buffers(network, device).requires_grad_(False).eval()
 
+    def cast(self, dtype: torch.dtype) -> Self:
+        """Convert the weights, in place; those that a subclass keeps stay in float32."""
+        return self.to(dtype)
+
     def save_pretrained(self, folder: str | Path) -> Path:
-        """Write both files."""
+        """Write both files, without the state of a codebook's training."""
         folder = Path(folder)
-        save_state_dict(self.state_dict(), folder / WEIGHTS)
+        state = self.state_dict()
+        weights = {name: state[name] for name in state if not name.startswith(CODEBOOK_STATE)}
+        save_state_dict(weights, folder / WEIGHTS)
         values = {"model_type": self.model_type} if self.model_type else {}
         values |= dataclasses.asdict(self.config)
         replace_text(folder / CONFIG, json.dumps(values, indent=2) + "\n")

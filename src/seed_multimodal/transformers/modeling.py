@@ -55,9 +55,12 @@ HUB_ARGUMENTS = (
     "trust_remote_code",
     "use_safetensors",
 )
+LLM = "language_model."  # before the names of its weights
 # Settings of `GenerationSettings` with the same name in `GenerationConfig`.
 SHARED_SETTINGS = ("max_new_tokens", "num_beams", "repetition_penalty")
 SAMPLING_SETTINGS = ("temperature", "top_p", "top_k")
+# Options of transformers that read the ids of prompts.
+NEED_IDS = ("assistant_model", "guidance_scale", "negative_prompt_ids", "prompt_lookup_num_tokens")
 BEAM_SETTINGS = ("length_penalty", "early_stopping")
 
 
@@ -90,7 +93,7 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
     """
 
     config: SeedMultimodalConfig
-    base_model_prefix = "language_model"
+    base_model_prefix = LLM[:-1]
     input_modalities = ("image", "text")
     output_modalities = ("image", "text")
     supports_gradient_checkpointing = True
@@ -175,16 +178,13 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
             written = self.system.save_pretrained(Path(temporary) / folder.name)
-            weights = None
-            if state_dict is not None:
-                prefix = f"{self.base_model_prefix}."
-                weights = {
-                    name.removeprefix(prefix): tensor
-                    for name, tensor in state_dict.items()
-                    if name.startswith(prefix)
-                }
+            weights = {
+                name.removeprefix(LLM): tensor
+                for name, tensor in (state_dict or {}).items()
+                if name.startswith(LLM)
+            }
             self.language_model.save_pretrained(
-                SystemConfig.read(written).path("llm"), state_dict=weights
+                SystemConfig.read(written).path("llm"), state_dict=weights or None
             )
 
             # 2. Its parts into the folder.
@@ -238,30 +238,29 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         input_ids: Tensor | None = None,
         *,
         inputs_embeds: Tensor | None = None,
-        image_embeds: Tensor | None = None,
-        image_mask: Tensor | None = None,
+        prompts: Sequence[Prompt] = (),
         **kwargs: Any,
     ) -> Any:
         """The language model's output (`loss` with `labels`).
 
-        image_embeds: of the positions that are true in `image_mask`, of all rows.
+        prompts: those of the processor, of systems that read images as features.
         """
         if inputs_embeds is None:
-            inputs_embeds = self._embed(input_ids, image_embeds, image_mask)
+            assert input_ids is not None
+            inputs_embeds = self._embed(input_ids, prompts)
         return self.language_model(inputs_embeds=inputs_embeds, **kwargs)
 
-    def _embed(
-        self, input_ids: Tensor | None, image_embeds: Tensor | None, image_mask: Tensor | None
-    ) -> Tensor:
-        """Embeddings `[B, L, D]` of prompts."""
-        assert input_ids is not None
+    def _embed(self, input_ids: Tensor, prompts: Sequence[Prompt]) -> Tensor:
+        """Embeddings `[B, L, D]` of prompts, which are padded at the left."""
         embed = self.get_input_embeddings()
         embeds: Tensor = embed(input_ids.to(embed.weight.device))
-        if image_embeds is None or image_mask is None:
-            return embeds
-        return embeds.masked_scatter(
-            image_mask.to(embeds.device)[..., None], image_embeds.to(embeds)
-        )
+        for row, prompt in enumerate(prompts):
+            padding = input_ids.shape[1] - len(prompt)
+            for image in prompt.images:
+                rows = self.system.family.embed_features([image.features]).to(embeds)
+                positions = torch.tensor(list(image.positions)) + padding
+                embeds = embeds.index_put((torch.tensor(row), positions), rows)
+        return embeds
 
     # ---- generation
 
@@ -272,16 +271,14 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         *,
         input_ids: Tensor | None = None,
         attention_mask: Tensor | None = None,
-        image_embeds: Tensor | None = None,
-        image_mask: Tensor | None = None,
-        prompts: Sequence[Any] | None = None,
+        prompts: Sequence[Any] = (),
         task: Task | Sequence[Task] | None = None,
         generation_mode: str = "text",
         **options: Any,
     ) -> Any:
         """Answers to prompts of the processor, without the prompts.
 
-        image_embeds, image_mask, prompts, task: what the processor returns with the ids.
+        prompts, task: what the processor returns with the ids.
 
         generation_mode: "text": ids `[B, n]` of texts, and of images between `<img>` and `</img>`
         where the model writes some; `options` are those of transformers' `generate`.
@@ -293,14 +290,15 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if attention_mask is None:
             attention_mask = torch.ones_like(input_ids)
         tasks = _of_rows(task, len(input_ids))
+        prompts = _of_rows(prompts, len(prompts))
         if generation_mode == "image":
-            if prompts is None:
+            if not prompts:
                 masked = zip(input_ids, attention_mask.bool(), strict=True)
                 prompts = [Prompt(ids[mask].tolist()) for ids, mask in masked]
-            return self._generate_images(_of_rows(prompts, len(input_ids)), tasks, options)
+            return self._generate_images(prompts, tasks, options)
         if len(set(tasks)) > 1:
             raise ConfigError(f"The prompts of a batch have different tasks: {set(tasks)}.")
-        embeds = self._embed(input_ids, image_embeds, image_mask)
+        embeds = self._embed(input_ids, prompts)
         return self._generate_texts(embeds, attention_mask, tasks[0] or "chat", options)
 
     def _generate_texts(
@@ -319,11 +317,10 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         stops = options.pop("stop_strings", None) or generation_config.stop_strings or ()
         generation_config.stop_strings = None
         options.pop("tokenizer", None)
-        if options.get("assistant_model") or generation_config.guidance_scale not in (None, 1):
-            raise ConfigError(
-                "generate: assistant_model and guidance_scale need prompts as ids, which are "
-                "embeddings here."
-            )
+        for name in NEED_IDS:
+            value = options.get(name, getattr(generation_config, name, None))
+            if value is not None and value != 1:  # no guidance
+                raise ConfigError(f"generate: {name} needs prompts as ids; here are embeddings.")
         settings = self.system.settings(task, stop=[stops] if isinstance(stops, str) else stops)
 
         # 2. Images stay well-formed, and an answer ends before the next turn.

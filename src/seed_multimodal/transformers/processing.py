@@ -117,7 +117,7 @@ class SeedMultimodalProcessor(ProcessorMixin):
         processor makes the same prompt of it and these images. What users type can be the name of a
         control token there: texts that are not trusted need tokenize=True.
         return_dict: `BatchFeature` with `input_ids` and `attention_mask`, padded at the left, and
-        of systems that read features their embeddings; False: `input_ids`.
+        of systems that read features the `prompts` with them; False: `input_ids`.
         continue_final_message: the last message, a text of the assistant, begins the answer; with a
         blank at its end, if the next word is another one.
         generation_mode: "image" if an image will be generated. LaVIT needs it where a message has
@@ -270,20 +270,8 @@ class SeedMultimodalProcessor(ProcessorMixin):
             attention_mask[row, length - len(prompt) :] = 1
         features = BatchFeature({"input_ids": input_ids, "attention_mask": attention_mask})
 
-        # 2. Embeddings of images, and where they stand.
+        # 2. Features of images, and where they stand.
         if not self.system.family.prompts_are_ids:
-            llm = self.system.llm
-            assert llm is not None
-            embeds = [torch.zeros(0, llm.config.hidden_size)]
-            image_mask = torch.zeros_like(input_ids, dtype=torch.bool)
-            for row, prompt in enumerate(prompts):
-                for image in prompt.images:
-                    positions = torch.tensor(list(image.positions)) + length - len(prompt)
-                    image_mask[row, positions] = True
-                    with torch.no_grad():
-                        embeds.append(self.system.family.embed_features([image.features]).cpu())
-            features["image_embeds"] = torch.cat([rows.to(embeds[-1]) for rows in embeds])
-            features["image_mask"] = image_mask
             features["prompts"] = list(prompts)
 
         # 3. What the prompts were built for, if not for a conversation.

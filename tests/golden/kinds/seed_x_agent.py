@@ -26,12 +26,12 @@ from seed_multimodal.images.views import AnyResolution, patch_positions
 from seed_multimodal.inference.image_constraints import ImageConstraints
 from seed_multimodal.language.llama_tokenizer import LlamaTokenizer
 from seed_multimodal.language.llm import ROTARY, force_special_ids
-from seed_multimodal.language.prompts import SEED_X_TASKS
+from seed_multimodal.language.prompts import SEED_X_TASKS, interleave
+from seed_multimodal.language.text_tokenizer import Part
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.models.seed_x.processing import (
     Box,
     SeedXPrompts,
-    insert_images,
     read_boxes,
     without_tags,
 )
@@ -242,13 +242,16 @@ def check_inference(recording: Recording) -> None:
 def prompts_of(script: str, prompts: SeedXPrompts, views: list[int]) -> list[list[int]]:
     """The ids of each call of a script; `views`: of its image."""
 
+    def with_images(text: str, views: list[int]) -> list[Part]:
+        return interleave(text, [prompts.image(n_views) for n_views in views])
+
     def tuned(text: str, views: list[int]) -> list[int]:
-        return prompts.dialogue([("user", insert_images(text, views))])
+        return prompts.dialogue([("user", with_images(text, views))])
 
     match script:
         case "eval_img2text_seed_x.py":
-            question = prompts.completion(insert_images(QUESTION, views))
-            return [question, prompts.completion(insert_images(PHRASE, views), "detect")]
+            question = prompts.completion(with_images(QUESTION, views))
+            return [question, prompts.completion(with_images(PHRASE, views), "detect")]
         case "eval_img2text_seed_x_i.py":
             return [tuned(text, views) for text in TUNED]
         case "eval_img2edit_seed_x_edit.py":

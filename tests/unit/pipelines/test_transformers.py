@@ -194,8 +194,10 @@ def test_texts_of_the_template_give_its_prompts(name, conversation, processors):
         processor(text=text, images=images, add_special_tokens=False, padding_side="left"),
     ):
         assert again.keys() == inputs.keys()
-        for key in ("input_ids", "attention_mask", "image_embeds", "image_mask"):
-            assert torch.equal(again[key], inputs[key]) if key in inputs else True
+        for key in ("input_ids", "attention_mask"):
+            assert torch.equal(again[key], inputs[key])
+        for made, expected in zip(again.get("prompts", ()), inputs.get("prompts", ()), strict=True):
+            assert made.prefix_keys().tolist() == expected.prefix_keys().tolist()
 
 
 @pytest.mark.parametrize("name", [*MODELS, "hub"])
@@ -281,6 +283,10 @@ REFUSED: dict[str, tuple[str, Any]] = {
     "guidance": (
         "guidance_scale",
         lambda pipe: pipe(text=user("Hi."), generate_kwargs={"guidance_scale": 1.5}),
+    ),
+    "a negative prompt": (
+        "negative_prompt_ids",
+        lambda pipe: pipe(text=user("Hi."), generate_kwargs={"negative_prompt_ids": [[1]]}),
     ),
     "tensors of a library": (
         "'tf'",

@@ -4,13 +4,9 @@
 
 from __future__ import annotations
 
+from seed_multimodal.language.prompts import interleave
 from seed_multimodal.language.vocabulary import SeedXVocabulary
-from seed_multimodal.models.seed_x.processing import (
-    Box,
-    InputImage,
-    SeedXPrompts,
-    insert_images,
-)
+from seed_multimodal.models.seed_x.processing import Box, SeedXPrompts, box_parts
 
 
 def test_vocabulary_has_the_original_ids():
@@ -22,9 +18,9 @@ def test_vocabulary_has_the_original_ids():
     assert ids == [32000, 32099, 32100, 32101, 32102, 32103, 32104, 32327]
 
     # The car of the authors' own image.
-    car = Box(114, 174, 115, 56)
-    assert list(car.ids(vocabulary)) == [32328, 32218, 32278, 32219, 32160, 32329]
-    assert car.corners((1200, 1200)) == (302, 782, 918, 1082)
+    box = "<box_start><loc-114><loc-174><loc-115><loc-56><box_end>"
+    assert box_parts(box, vocabulary) == [(32328, 32218, 32278, 32219, 32160, 32329)]
+    assert Box(114, 174, 115, 56).corners((1200, 1200)) == (302, 782, 918, 1082)
 
 
 def test_dialogue_of_several_images_and_turns(seedx_tokenizer):
@@ -34,12 +30,12 @@ def test_dialogue_of_several_images_and_turns(seedx_tokenizer):
     second = prompts.vocabulary.read_ids(2)
 
     # Images stand at their placeholders.
-    content = insert_images("A <image> B<image>C", [1, 2])
+    content = interleave("A <image> B<image>C", [prompts.image(1), prompts.image(2)])
     parts = [*encode("[INST] A"), *first, *encode("B"), *second, *encode("C [/INST]\n")]
     assert prompts.dialogue([("user", content)]) == [1, *parts]
 
     # Every turn is encoded separately, as in training.
-    turns = [("user", [InputImage(1), "What?"]), ("assistant", ["A cat."]), ("user", ["Where?"])]
+    turns = [("user", [prompts.image(1), "What?"]), ("assistant", ["A cat."]), ("user", ["Where?"])]
     opening = [*encode("[INST]"), *first, *encode("What? [/INST]\n")]
     rest = [*encode("A cat."), *encode("\n[INST] Where? [/INST]\n")]
     system = prompts.dialogue(turns, system="Be brief.")

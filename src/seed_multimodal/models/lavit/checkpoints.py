@@ -18,26 +18,20 @@ the original ones.
 from __future__ import annotations
 
 import copy
-import json
 from collections.abc import Mapping
-from dataclasses import asdict, replace
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.disk import replace_text
 from seed_multimodal.models.lavit.modeling import (
     DynamicTokenizer,
     LavitTokenizerConfig,
     TokenMerger,
 )
 from seed_multimodal.nn.layers import cast_layers
-from seed_multimodal.nn.pretrained import (
-    CONFIG,
-    WEIGHTS,
-    fill_buffers,
-)
+from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS
 from seed_multimodal.state_dicts import assign_strictly, load_state_dict, save_state_dict
 from seed_multimodal.weights.catalogue import VISUAL_WEIGHTS, download_advice
 from seed_multimodal.weights.find import find_file, first_file
@@ -78,8 +72,8 @@ def load_dynamic_tokenizer(
         codec_file = folder / WEIGHTS
     else:
         # The original's folder of this part, or its whole repository.
-        whole = folder / "visual_tokenizer"
-        original = whole if whole.is_dir() else folder
+        inner = folder / "visual_tokenizer"
+        original = inner if inner.is_dir() else folder
         config_file = original / CONFIG
         codec_file = find_file(original, CODEC_FILES, download_advice("lavit"))
         encoder_file = find_file(original, ENCODER_FILES, download_advice("lavit"))
@@ -97,17 +91,15 @@ def load_dynamic_tokenizer(
     # 3. The network. Weights that only make codes have no projector.
     if "vit_proj.weight" not in state:
         config = replace(config, llm_width=0)
-    with torch.device("meta"):
-        model = DynamicTokenizer(config)
-    assign_strictly(
-        cast_layers(model, dtype),
+    return DynamicTokenizer.from_state_dict(
+        config,
         state,
         folder,
         allow_unexpected=TRAINING_STATE,
         foreign=True,
         device=device,
+        dtype=dtype,
     )
-    return fill_buffers(model, device).requires_grad_(False).eval()
 
 
 def load_tokenizer_pair(
@@ -170,23 +162,13 @@ def save_dynamic_tokenizer(
     folder: str | Path,
     understanding: DynamicTokenizer | None = None,
 ) -> Path:
-    """Write our folder, without training state.
+    """Write our folder.
 
     understanding: its token merger and projector are written into a file of their own.
     """
-    # 1. All tensors but the training state.
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    state = model.state_dict()
-    state = {name: value for name, value in state.items() if not name.startswith("quantize.ema_")}
-    save_state_dict(state, folder / WEIGHTS)
-
-    # 2. The second token merger and its projector, and the sizes.
     if understanding is not None:
-        save_state_dict(visual_weight_state(understanding), folder / VISUAL_WEIGHTS)
-    config = {"model_type": model.model_type, **asdict(model.config)}
-    replace_text(folder / CONFIG, json.dumps(config, indent=2) + "\n")
-    return folder
+        save_state_dict(visual_weight_state(understanding), Path(folder) / VISUAL_WEIGHTS)
+    return model.save_pretrained(folder)
 
 
 def visual_weight_state(model: DynamicTokenizer) -> State:

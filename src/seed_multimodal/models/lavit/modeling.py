@@ -343,6 +343,10 @@ class DynamicTokenizer(PretrainedNetwork[LavitTokenizerConfig]):
         """Device of the weights."""
         return self.encode_task_layer[0].weight.device
 
+    def cast(self, dtype: torch.dtype) -> Self:
+        """Convert linear and convolution layers; the others stay as stored."""
+        return cast_layers(self, dtype)
+
     def patch_features(self, pixels_B3HW: Tensor) -> Tensor:
         """Normalised pixels `[B, 3, S, S]` → features of the patches `[B, N, D]`, fp32."""
         with self.precision():
@@ -431,7 +435,7 @@ class DynamicCodes(nn.Module):
 
     def to(self, dtype: torch.dtype) -> Self:  # type: ignore[override]
         """Convert the layers to a dtype; other parameters stay fp32."""
-        cast_layers(self.tokenizer, dtype)
+        self.tokenizer.cast(dtype)
         return self
 
     @torch.no_grad()

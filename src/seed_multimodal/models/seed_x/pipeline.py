@@ -7,7 +7,6 @@ The agent is LLaMA with two resamplers; output features are at 64 placeholder to
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -44,20 +43,15 @@ from seed_multimodal.language.messages import (
     flatten_images,
     is_codes,
 )
-from seed_multimodal.language.prompts import without_verdict
-from seed_multimodal.language.text_tokenizer import TextTokenizer
-from seed_multimodal.language.vocabulary import PLACEHOLDER
+from seed_multimodal.language.prompts import Turn, interleave, without_verdict
+from seed_multimodal.language.text_tokenizer import Part, TextTokenizer
+from seed_multimodal.language.vocabulary import PLACEHOLDER, Ids
 from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer, SdxlSettings
 from seed_multimodal.models.seed_x.modeling import AgentSettings, ContinuousLVLM, load_agent
 from seed_multimodal.models.seed_x.processing import (
     Box,
-    Content,
-    GeneratedImage,
-    InputImage,
     SeedXPrompts,
-    Turn,
     answer_text,
-    insert_images,
     read_boxes,
     seed_x_vocabulary,
     without_tags,
@@ -254,15 +248,9 @@ class SeedXImageCodec(ImageCodec):
         for size, rows in rows_by_size.items():
             size_settings = settings
             if size is not None:
-                width, height = size
-                size_settings = {**settings, "width": width, "height": height}
-            size_images = self.draw_batched(
-                size_settings,
-                batch_size,
-                [values[row] for row in rows],
-                [conditions[row] for row in rows],
-                [seeds[row] for row in rows],
-            )
+                size_settings = {**settings, "width": size[0], "height": size[1]}
+            columns = [[column[row] for row in rows] for column in (values, conditions, seeds)]
+            size_images = self.draw_batched(size_settings, batch_size, *columns)
             images |= zip(rows, size_images, strict=True)
 
         # 3. Stretched to the ratios of the conditions.
@@ -421,25 +409,20 @@ class SeedXFamily(Family):
             if message.role == "system":
                 system.append(message.text)
             else:
-                n_views = [len(image.features) for image in message_images]
-                turns.append((message.role, self._turn_content(message, n_views)))
+                turns.append((message.role, self._turn_content(message, message_images)))
 
         # 2. Ids: of a dialogue, or of a text that is continued.
         if self.config.tuned and conversation[0].role != "raw":
             ids = self.prompt_writer.dialogue(turns, "\n".join(system))
         else:
-            content: list[Content] = []
+            content: list[Part] = []
             for _, turn_content in turns:
                 content += turn_content
             ids = self.prompt_writer.completion(content, task)
 
         # 3. The positions of each image's embeddings, of all its views.
-        positions = iter(self.prompt_writer.feature_positions(ids, turns))
-        prompt_images: list[PromptImage] = []
-        for image in images:
-            n_embeddings = len(image.features) * self.tokenizer.vocabulary.tokens_per_image
-            image_positions = list(itertools.islice(positions, n_embeddings))
-            prompt_images.append(PromptImage(image, image_positions))
+        positions = self.prompt_writer.feature_positions(ids, turns)
+        prompt_images = list(map(PromptImage, images, positions))
         source = sources[-1] if sources else None
         return Prompt([*ids, *answered], prompt_images, answered=answered, source=source)
 
@@ -450,29 +433,27 @@ class SeedXFamily(Family):
             [image.features for image in features], [image.positions for image in features]
         )
 
-    def _turn_content(self, message: Message, n_views: list[int]) -> list[Content]:
-        """A message's texts and images.
-
-        n_views: of each input image.
-        """
+    def _turn_content(self, message: Message, images: Sequence[EncodedImage]) -> list[Part]:
+        """A message's texts, and its images as ids."""
         # 1. `<image>` in a user's text is replaced by an image.
+        inputs = [self.prompt_writer.image(len(image.features)) for image in images]
         texts = [item for item in message.content if isinstance(item, str)]
         if message.role != "assistant" and any(PLACEHOLDER in text for text in texts):
-            return insert_images("".join(texts), n_views)
+            return interleave("".join(texts), inputs)
 
         # 2. Otherwise they are in order; codes are the image tokens of an earlier answer.
-        remaining = iter(n_views)
-        image_tokens = list(range(self.tokenizer.vocabulary.tokens_per_image))
-        content: list[Content] = []
+        remaining = iter(inputs)
+        vocabulary = self.tokenizer.vocabulary
+        content: list[Part] = []
         for item in message.content:
-            if is_codes(item) and [int(code) for code in item] != image_tokens:
+            if is_codes(item) and [*map(int, item)] != [*range(vocabulary.tokens_per_image)]:
                 raise RequestError("Images of SEED-X have no codes; give the image itself.")
             if isinstance(item, str):
                 content.append(item)
             elif is_image(item):
-                content.append(InputImage(next(remaining)))
+                content.append(next(remaining))
             else:
-                content.append(GeneratedImage())
+                content.append(Ids(self.prompt_writer.vocabulary.run()))
         return content
 
 

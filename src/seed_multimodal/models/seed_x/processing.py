@@ -15,12 +15,13 @@ Source: SEED-X's original code (inference scripts, `decode_llava_data`).
 
 from __future__ import annotations
 
+import itertools
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from seed_multimodal.errors import ConfigError, RequestError
-from seed_multimodal.language.prompts import get_template, interleave, merge_text
+from seed_multimodal.language.prompts import Turn, get_template, merge_text
 from seed_multimodal.language.text_tokenizer import Part, TextTokenizer
 from seed_multimodal.language.vocabulary import (
     BOX,
@@ -35,43 +36,37 @@ _LOCATION = re.compile(r"<loc-(\d+)>")
 _TAG = re.compile(r"<[^>]*>")
 
 
-@dataclass(frozen=True)
-class InputImage:
-    """An image that the model reads, as a part of a turn."""
-
-    views: int  # those of its parts, and of the complete image
-
-
-@dataclass(frozen=True)
-class GeneratedImage:
-    """An image of an earlier answer: its tokens, without features."""
-
-
-Content = str | InputImage | GeneratedImage
-Turn = tuple[str, Sequence[Content]]  # role, and texts and images in order
+class InputImage(Ids):
+    """The tokens of an image that the model reads; those of earlier answers are other `Ids`."""
 
 
 class SeedXPrompts:
-    """Prompts as token ids, starting with `<s>`."""
+    """Prompts as token ids, starting with `<s>`, of texts and images as `Ids`."""
 
     def __init__(self, tokenizer: TextTokenizer) -> None:
         self.tokenizer = tokenizer
         self.vocabulary = seed_x_vocabulary(tokenizer)
         self.template = get_template("llama2")
 
-    def completion(self, content: Sequence[Content], task: str = "ask") -> list[int]:
+    def image(self, n_views: int) -> InputImage:
+        """An input image; n_views: those of its parts, and of the complete image."""
+        return InputImage(self.vocabulary.read_ids(n_views))
+
+    def completion(self, content: Sequence[Part], task: str = "ask") -> list[int]:
         """The ids that the base model continues.
 
         task: "ask" and "describe": a question. "detect": a phrase whose last words name what to
             detect; the answer begins inside a box. "draw": a caption. Others: any text as it is.
         """
         if task in ("ask", "describe"):
-            return self._encode(["Question: ", *content, "\nAnswer:"])
-        if task == "draw":
-            return self._encode(content, rstrip=True)
-        if task == "detect":
-            return [*self._encode([*content, " [[ "], rstrip=True), self.vocabulary.boxes]
-        return self._encode(content, check_boxes=False)
+            content = ["Question: ", *content, "\nAnswer:"]
+        elif task == "detect":
+            content = [*content, " [[ "]
+        parts = merge_text(self._parts(content, task in ("ask", "describe", "draw", "detect")))
+        if task in ("draw", "detect") and parts and isinstance(parts[-1], str):
+            parts[-1] = parts[-1].rstrip()  # a control token follows
+        ids = self.tokenizer.encode_parts(parts, add_bos=True)
+        return [*ids, self.vocabulary.boxes] if task == "detect" else ids
 
     def dialogue(self, turns: Sequence[Turn], system: str = "") -> list[int]:
         """A conversation of a tuned model, up to where the next answer begins.
@@ -85,54 +80,37 @@ class SeedXPrompts:
         separator = ""
         # Turns are tokenized one by one, so that no token crosses their borders.
         for role, content in turns:
-            parts = list(self._parts(content, check_boxes=role == "user"))
-            turn = self.template.render_turn(role, parts, separator)
-            ids += self.tokenizer.encode_parts(turn)
+            parts = self._parts(content, check_boxes=role == "user")
+            ids += self.tokenizer.encode_parts(self.template.render_turn(role, parts, separator))
             separator = self.template.separator
         return ids
 
-    def feature_positions(self, ids: Sequence[int], turns: Sequence[Turn]) -> list[int]:
-        """Indices of the placeholder tokens of input images, not of generated ones."""
-        # 1. Which views are input: a generated image has one, and no features.
-        is_input: list[bool] = []
+    def feature_positions(self, ids: Sequence[int], turns: Sequence[Turn]) -> list[list[int]]:
+        """Indices of the placeholder tokens of each input image."""
+        positions = iter(self.vocabulary.placeholder_positions(ids))
+        features: list[list[int]] = []
         for _, content in turns:
             for part in content:
+                if isinstance(part, str):
+                    continue
+                count = len(self.vocabulary.placeholder_positions(part))
+                image_positions = list(itertools.islice(positions, count))
                 if isinstance(part, InputImage):
-                    is_input += [True] * part.views
-                elif isinstance(part, GeneratedImage):
-                    is_input.append(False)
+                    features.append(image_positions)
+        return features
 
-        # 2. The placeholders of these views; every view has equally many.
-        positions: list[int] = []
-        for index, position in enumerate(self.vocabulary.placeholder_positions(ids)):
-            if is_input[index // self.vocabulary.tokens_per_image]:
-                positions.append(position)
-        return positions
-
-    def _encode(
-        self, content: Sequence[Content], rstrip: bool = False, check_boxes: bool = True
-    ) -> list[int]:
-        parts = merge_text(list(self._parts(content, check_boxes)))
-        if rstrip and parts and isinstance(parts[-1], str):  # a control token follows
-            parts[-1] = parts[-1].rstrip()
-        return self.tokenizer.encode_parts(parts, add_bos=True)
-
-    def _parts(self, content: Sequence[Content], check_boxes: bool = True) -> Iterator[Part]:
-        """Texts, with their boxes as ids, and images as ids.
-
-        check_boxes: malformed boxes raise `RequestError`.
-        """
+    def _parts(self, content: Sequence[Part], check_boxes: bool) -> list[Part]:
+        """The content with boxes in its texts as ids; malformed ones may raise RequestError."""
+        parts: list[Part] = []
         for part in content:
-            if isinstance(part, str):
-                if check_boxes:
-                    _, problems = read_boxes(part, grid=self.vocabulary.n_locations)
-                    if problems:
-                        raise RequestError(problems[0])
-                yield from box_parts(part, self.vocabulary)
-            elif isinstance(part, GeneratedImage):
-                yield Ids(self.vocabulary.run())
-            else:
-                yield self.vocabulary.read_ids(part.views)
+            if not isinstance(part, str):
+                parts.append(part)
+                continue
+            _, problems = read_boxes(part, grid=self.vocabulary.n_locations)
+            if check_boxes and problems:
+                raise RequestError(problems[0])
+            parts += box_parts(part, self.vocabulary)
+        return parts
 
 
 def box_parts(text: str, vocabulary: SeedXVocabulary) -> list[str | Ids]:
@@ -141,24 +119,19 @@ def box_parts(text: str, vocabulary: SeedXVocabulary) -> list[str | Ids]:
     Raises:
         RequestError: a location outside the grid.
     """
-    if not BOX_WORDS.search(text):
-        return [text] if text else []
-    token_ids = vocabulary.added_tokens
     parts: list[str | Ids] = []
-    end = 0  # of the last box
-    for match in BOX_WORDS.finditer(text):
-        ids: list[int] = []
-        for name in re.findall("<[^>]+>", match[0]):
+    for index, piece in enumerate(re.split(f"({BOX_WORDS.pattern})", text)):
+        if index % 2 == 0:  # between boxes
+            parts.append(piece)
+            continue
+        token_ids = vocabulary.added_tokens
+        names = re.findall("<[^>]+>", piece)
+        for name in names:
             if name not in token_ids:
                 raise RequestError(
                     f"{name} lies outside the grid of {vocabulary.n_locations} places."
                 )
-            ids.append(token_ids[name])
-        # The text since the last box, and this one.
-        parts.append(text[end : match.start()])
-        parts.append(Ids(ids))
-        end = match.end()
-    parts.append(text[end:])
+        parts.append(Ids(token_ids[name] for name in names))
     return [part for part in parts if part]
 
 
@@ -169,12 +142,6 @@ def seed_x_vocabulary(tokenizer: TextTokenizer) -> SeedXVocabulary:
             "The tokenizer has no tokens for parts of images and boxes, so it is not SEED-X's."
         )
     return tokenizer.vocabulary
-
-
-def insert_images(text: str, views: Sequence[int]) -> list[Content]:
-    """`interleave` for images of these numbers of views."""
-    images: list[Content] = [InputImage(n_views) for n_views in views]
-    return interleave(text, images)
 
 
 # ---- answers
@@ -252,12 +219,6 @@ class Box:
         if clip:
             return max(0, left), max(0, top), min(width, right), min(height, bottom)
         return left, top, right, bottom
-
-    def ids(self, vocabulary: SeedXVocabulary) -> Ids:
-        """The box as tokens."""
-        values = (self.x, self.y, self.width, self.height)
-        locations = [vocabulary.locations + value for value in values]
-        return Ids([vocabulary.boxes, *locations, vocabulary.boxes + 1])
 
 
 def read_boxes(text: str, opened: bool = False, grid: int = GRID) -> tuple[list[Box], list[str]]:

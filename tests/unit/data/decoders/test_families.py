@@ -87,13 +87,11 @@ def prompts(tokenizer_of) -> Any:
 
 def test_seed_x_puts_images_at_their_placeholders(decode, prompts, tokenizer_of):
     # Else a question about an image is learned with the image elsewhere.
-    from seed_multimodal.models.seed_x.processing import InputImage
-
     tokenizer = tokenizer_of("seed_x")
     data = ["This <image>is what?", "A cat."]
     first = decode("seed_x.conversation", {"image": SQUARE, "data": data})
     end = first.input_positions[-1] + 2
-    expected = prompts.dialogue([("user", ["This ", InputImage(2), "is what?"])])
+    expected = prompts.dialogue([("user", ["This ", prompts.image(2), "is what?"])])
     assert first.ids[:end] == expected[:end]
 
     data = ["Say red.", "Red.", "<image>And this?", "A cat."]
@@ -109,8 +107,6 @@ def test_seed_x_puts_images_at_their_placeholders(decode, prompts, tokenizer_of)
 
 
 def test_seed_x_chat_of_several_edits(decode, prompts, tokenizer_of):
-    from seed_multimodal.models.seed_x.processing import InputImage
-
     first, second = ["here.", {"image": SQUARE}], ["here.", {"image": WIDE}]
     turns = [[{"image": WIDE}, "red"], first, "blue", second, "What?", "a cat.", "And?", "no."]
     sequence = decode("seed_x.chat", messages(*turns))
@@ -127,7 +123,7 @@ def test_seed_x_chat_of_several_edits(decode, prompts, tokenizer_of):
     # Features of each view are read; of a target only the whole image is learned.
     assert (len(sequence.input_positions), len(sequence.target_positions)) == (32, 8)
     # The prompt as at inference.
-    prompt_ids = prompts.dialogue([("user", [InputImage(3), "red"])])
+    prompt_ids = prompts.dialogue([("user", [prompts.image(3), "red"])])
     assert sequence.ids[: len(prompt_ids)] == prompt_ids
 
 
