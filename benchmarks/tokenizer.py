@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
     pixels = torch.stack([*map(transform, input_images(max(COMPARED, *options.batches)))]).to(
         runtime.device
     )
-    exact = master.encode(pixels, batch_size=32)
+    exact = torch.cat([*map(master.encode, pixels.split(32))])
     pixels = pixels.to(runtime.dtype)
 
     def encoding(variant: str, batch: int) -> Timed:

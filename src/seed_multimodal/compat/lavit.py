@@ -369,7 +369,7 @@ class LaVITforGeneration(_Model):
         """
         parts = [value if kind == "text" else input_images(value)[0] for value, kind in prompts]
         conversation = user_message(parts)
-        prompt = self.system.family.prompts([conversation], "edit", seeds=[None])[0]
+        prompt = self.system.family.prompts([conversation], "edit", seeds=_seeds(1))[0]
         return self.generate_image(
             [prompt.ids], guidance_scale_for_llm=guidance_scale_for_llm, **options
         )

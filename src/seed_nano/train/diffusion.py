@@ -270,7 +270,10 @@ class UnetOfCodesTask(UnetTask):
         swap = torch.rand(codes.shape, generator=generator) < share
         swapped = torch.where(swap, codes[torch.randperm(len(codes), generator=generator)], codes)
         return torch.stack(
-            [tokenizer.decode(kind, batch_size=512).half().cpu() for kind in (codes, swapped)]
+            [
+                torch.cat([tokenizer.decode(batch).half().cpu() for batch in kind.split(512)])
+                for kind in (codes, swapped)
+            ]
         )
 
     def start(self, space: Workspace) -> tuple[Any, LayoutDecoder]:

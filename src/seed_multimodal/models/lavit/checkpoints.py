@@ -115,13 +115,14 @@ def load_tokenizer_pair(
     They share all but token merger and projector. Without `visual_weight` the first serves for
     both; without a projector the second is None.
 
-    language_model: the folder of an original `visual_weight`; None: `folder`.
+    language_model: an original's folder, or a run's checkpoint, which may have a `visual_weight`.
     """
     code_tokenizer = load_dynamic_tokenizer(folder, device=device, dtype=dtype, config=config)
-    file = first_file(Path(language_model or folder).expanduser(), VISUAL_WEIGHT_FILES)
-    if file is not None:
-        state = load_state_dict(file, mapped=True)
-        return code_tokenizer, with_merger(code_tokenizer, state, file)
+    for source in (language_model, folder):
+        file = source and first_file(Path(source).expanduser(), VISUAL_WEIGHT_FILES)
+        if file:
+            state = load_state_dict(file, mapped=True)
+            return code_tokenizer, with_merger(code_tokenizer, state, file)
     if code_tokenizer.vit_proj is None:
         return code_tokenizer, None
     return code_tokenizer, code_tokenizer

@@ -27,7 +27,7 @@ from seed_multimodal.language.messages import (
     is_codes,
     user_message,
 )
-from seed_multimodal.models.lavit.checkpoints import VISUAL_WEIGHT_FILES, load_tokenizer_pair
+from seed_multimodal.models.lavit.checkpoints import load_tokenizer_pair
 from seed_multimodal.models.lavit.decoder import CodeDecoder
 from seed_multimodal.models.lavit.diffusion import LavitDetokenizer, LavitSettings
 from seed_multimodal.models.lavit.modeling import DynamicCodes, DynamicTokenizer
@@ -50,7 +50,6 @@ from seed_multimodal.pipelines.images import (
     Seed,
     seed_per_image,
 )
-from seed_multimodal.weights.find import first_file
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -74,7 +73,7 @@ class NegativePrompt(str):
 class LavitImageCodec(CodeCodec):
     """Images ⇄ codes, 1 to 256 each; and images → rows for the language model.
 
-    `seed` determines which patches are kept; None: torch's global generator does.
+    `seed` determines which patches are kept; None: a random one.
 
     code_tokenizer: computes codes.
     understanding_tokenizer: computes the language model's input; None: no image input.
@@ -131,28 +130,20 @@ class LavitImageCodec(CodeCodec):
 
     def encode_by(self, encode: Encode, images: Sequence[ImageSource], seed: Seed) -> list[Tensor]:
         """Results of `encode(pixels, mode=…, generator=…)`, batched with those of other threads."""
-        seeds: list[int | None] = [None] * len(images)
-        if seed is not None:
-            seeds = [*seed_per_image(seed, len(images))]
+        seeds = seed_per_image(seed, len(images))
         pixels = [self.transform(self.open(image)) for image in images]
-        # Images with and without seeds do not share a batch.
-        return self._encode_batcher((encode, seed is None), [*zip(pixels, seeds, strict=True)])
+        return self._encode_batcher(encode, [*zip(pixels, seeds, strict=True)])
 
     @torch.inference_mode()
-    def encode_batch(
-        self, key: tuple[Encode, bool], rows: Sequence[tuple[Tensor, int | None]]
-    ) -> list[Tensor]:
-        """Pixels and seed of each image → what the key's function computes, or (True) unseeded."""
-        encode, is_unseeded = key
+    def encode_batch(self, key: Encode, rows: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
+        """Pixels and seed of each image → what the key computes."""
         results: list[Tensor] = []
         with self.encoding():
             for start in range(0, len(rows), MAX_BATCH):
                 pixels, seeds = zip(*rows[start : start + MAX_BATCH], strict=True)
-                generators = None
-                if not is_unseeded:
-                    generators = [torch.Generator().manual_seed(seed) for seed in seeds]
+                generators = [torch.Generator().manual_seed(seed) for seed in seeds]
                 batch = torch.stack(pixels).to(self.device)
-                results += encode(batch, mode=self.selection, generator=generators)
+                results += key(batch, mode=self.selection, generator=generators)
         return results
 
     @torch.inference_mode()
@@ -281,18 +272,17 @@ class LavitFamily(Family):
         for message, seed in zip(messages, seeds or [0] * len(messages), strict=True):
             images += message.images
             image_seeds += [seed] * len(message.images)
-        all_seeds = None if None in image_seeds else image_seeds
 
         # 2. Prompts for an image hold codes, prompts for a text hold features.
         if task in ("draw", "edit"):
-            codes = iter(self.images.encode(images, seed=all_seeds))
+            codes = iter(self.images.encode(images, seed=image_seeds))
             return [self._drawing_prompt(message, codes) for message in messages]
         if not all(message.images for message in messages):
             raise RequestError(
                 "LaVIT answers about images: show one with the message, or ask for an image as the "
                 "answer."
             )
-        features = iter(self.images.features(images, seed=all_seeds))
+        features = iter(self.images.features(images, seed=image_seeds))
         prompts = []
         for message in messages:
             message_features = [next(features) for _ in message.images]
@@ -373,13 +363,9 @@ def check_sizes(
 
 def load_images(config: LavitConfig, placement: Placement) -> LavitImageCodec:
     """The tokenizers of a system now, its decoders when they are first needed."""
-    # An original's second token merger is next to its language model, as in a run's checkpoint.
-    has_llm_merger = (
-        config.llm is not None and first_file(config.llm, VISUAL_WEIGHT_FILES) is not None
-    )
     code_tokenizer, understanding_tokenizer = load_tokenizer_pair(
         config.path("tokenizer"),
-        config.llm if config.found.original or has_llm_merger else None,
+        config.llm,
         device=placement.encoder_load_device,
         dtype=placement.images.dtype,
         config=config.found.sizes.get("tokenizer"),

@@ -179,77 +179,45 @@ class SeedTokenizer(SeedEncoder, PretrainedNetwork[TokenizerConfig]):
         return self.encode_task_layer(self.query_features(images))
 
     @torch.no_grad()
-    def encode(self, images: Tensor, *, batch_size: int | None = None) -> Tensor:
+    def encode(self, images: Tensor) -> Tensor:
         """Pixels as of the encoder's preprocessing `[B, 3, S, S]` → codes `[B, 32]` int64.
 
         The codes are on the model's device. Raises `ImageError` for another image size. One image
         may be `[3, S, S]`.
-
-        batch_size: images per forward pass; None: all.
         """
-        # 1. A batch, which may be empty.
         if images.ndim == 3:
             images = images[None]
-        if len(images) == 0:
-            return torch.empty(0, self.config.num_query, dtype=torch.long, device=self.device)
-
-        # 2. Without dropout, or the same image would get different codes.
-        codes: list[Tensor] = []
+        # Without dropout, or the same image would get different codes.
         with evaluating(self):
-            for batch in images.split(batch_size or len(images)):
-                features = self.pre_quant(batch.to(self.device, self.dtype))
-                codes.append(self.quantize.nearest(features))
-        return torch.cat(codes)
+            features = self.pre_quant(images.to(self.device, self.dtype))
+            return self.quantize.nearest(features)
 
     # ---- codes → embeddings
 
     @torch.no_grad()
-    def decode(
-        self, codes: Tensor, lengths: Tensor | None = None, *, batch_size: int | None = None
-    ) -> Tensor:
+    def decode(self, codes: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Codes `[B, 32]` → embeddings `[B, E]` (SEED-2) or `[B, 77, E]` (SEED-1).
 
         lengths: `[B]`, decode each image from its first codes only. The rows of the others are
             zeros, as in a stage 2 trained with `nested`; the original weights were not trained for
             this and need not give a similar image.
-        batch_size: images per forward pass; None: all.
         """
-        return self._decode_by(self.decode_embeddings, codes, lengths, batch_size)
+        with evaluating(self):
+            return self.decode_embeddings(self.codebook_rows(codes, lengths))
 
     @torch.no_grad()
-    def decode_tokens(
-        self, codes: Tensor, lengths: Tensor | None = None, *, batch_size: int | None = None
-    ) -> Tensor:
-        """Codes `[B, 32]` → an embedding of each, before they are pooled, `[B, 32, D]`.
-
-        Arguments as of `decode`.
-        """
-
-        def decode_rows(quant_BQd: Tensor) -> Tensor:
-            return self.decoder_tokens(self.decode_task_layer(quant_BQd))
-
-        return self._decode_by(decode_rows, codes, lengths, batch_size)
-
-    def _decode_by(
-        self,
-        decode_rows: Callable[[Tensor], Tensor],
-        codes: Tensor,
-        lengths: Tensor | None,
-        batch_size: int | None,
-    ) -> Tensor:
-        """The output of `decode_rows` for the codebook rows of codes, in batches."""
-        size = batch_size or max(1, len(codes))
-        embeddings: list[Tensor] = []
+    def decode_tokens(self, codes: Tensor, lengths: Tensor | None = None) -> Tensor:
+        """As `decode`, an embedding of each code, before they are pooled: `[B, 32, D]`."""
         with evaluating(self):
-            for start in range(0, len(codes) or 1, size):  # without codes one empty batch
-                batch = slice(start, start + size)
-                batch_codes = codes[batch].to(self.device)
-                quant_BQd = self.quantize.lookup(batch_codes)
-                if lengths is not None:
-                    batch_lengths = lengths[batch].to(self.device)
-                    quant_BQd = keep_first_rows(quant_BQd, batch_lengths)
-                embeddings.append(decode_rows(quant_BQd))
-        return torch.cat(embeddings)
+            up_BQD = self.decode_task_layer(self.codebook_rows(codes, lengths))
+            return self.decoder_tokens(up_BQD)
+
+    def codebook_rows(self, codes: Tensor, lengths: Tensor | None) -> Tensor:
+        """Codes `[B, 32]` → codebook rows `[B, 32, d]`, zeros after the first `lengths` `[B]`."""
+        quant_BQd = self.quantize.lookup(codes.to(self.device))
+        if lengths is None:
+            return quant_BQd
+        return keep_first_rows(quant_BQd, lengths.to(self.device))
 
     def decode_embeddings(self, quant_BQd: Tensor) -> Tensor:
         """Codebook rows `[B, 32, d]`, also straight-through ones, → embeddings, with gradients."""

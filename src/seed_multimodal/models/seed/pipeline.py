@@ -17,7 +17,6 @@ from PIL import Image
 from torch import Tensor, nn
 
 from seed_multimodal.errors import CodesError, ConfigError
-from seed_multimodal.images.io import ImageSource
 from seed_multimodal.images.transforms import (
     ImageTransform,
     get_transform,
@@ -42,7 +41,7 @@ from seed_multimodal.models.seed.spec import (
 )
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.family import Family
-from seed_multimodal.pipelines.images import CodeCodec, Placement, Seed
+from seed_multimodal.pipelines.images import CodeCodec, Placement
 from seed_multimodal.settings import check_value
 
 CACHED_IMAGES = 1024  # images in the cache of codes, about 0.5 KB each
@@ -72,35 +71,20 @@ class SeedImageCodec(CodeCodec):
             codebook_size=model.config.codebook_size,
             codes_per_image=model.config.num_query,
         )
-        self._cache: ResultCache[list[int]] = ResultCache(CACHED_IMAGES)
+        self._cache: ResultCache[Tensor] = ResultCache(CACHED_IMAGES)
 
     @property
     def section(self) -> int:
         """Codes of one section of the codebook."""
         return self.codebook_size // self.model.config.codebook_sections
 
-    def pixels(self, images: Sequence[ImageSource]) -> Tensor:
-        """Normalised pixels [B, 3, S, S]."""
-        return torch.stack([self.transform(self.open(image)) for image in images])
-
-    def encode(self, images: Sequence[ImageSource], *, seed: Seed = 0) -> Tensor:
-        """Images → codes [B, 32] int64 on the CPU, with a cache by content; no effect of `seed`."""
-        if not len(images):
-            return torch.empty(0, self.codes_per_image, dtype=torch.long)
-        return self.encode_pixels(self.pixels(images))
-
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Normalised pixels [B, 3, S, S] → codes [B, 32] int64 on the CPU."""
-        return torch.tensor(self._encode_batcher(None, list(pixels.float())), dtype=torch.long)
+        return torch.stack(self._encode_batcher(None, list(pixels.float())))
 
-    def encode_batch(self, key: None, rows: Sequence[Tensor]) -> list[list[int]]:
-        """Pixels [3, S, S] of each image → its codes."""
-        return self._cache.of(rows, self._encode_new)
-
-    def _encode_new(self, rows: list[Tensor]) -> list[list[int]]:
-        with self.encoding():
-            codes: list[list[int]] = self.model.encode(torch.stack(rows).to(self.device)).tolist()
-        return codes
+    def encode_batch(self, key: object, rows: Sequence[Tensor]) -> Sequence[Tensor]:
+        """Pixels [3, S, S] of each image → its codes, with a cache by content."""
+        return self._cache.of(rows, partial(super().encode_batch, key))
 
     def check_codes(
         self, codes: Iterable[Codes], min_lengths: Sequence[int] | None = None
