@@ -69,9 +69,24 @@ def original(tmp_path_factory) -> Path:
     """`sd-v1-4.ckpt`, and the YAML of its sizes."""
     folder = tmp_path_factory.mktemp("single")
     save_as_original(folder / "sd-v1-4.ckpt", golden_tensors())
-    sizes = json.loads((GOLDEN / "config.json").read_text())["compvis"]
-    (folder / "tiny.yaml").write_text(yaml.safe_dump({"model": {"params": sizes}}))
+    write_sizes(folder / "tiny.yaml", hidden_size=32, num_attention_heads=1)
     return folder
+
+
+def write_sizes(file: Path, **text_sizes: int) -> dict[str, int]:
+    """The YAML of the recorded sizes; returns those of the text encoder."""
+    text_encoder = {
+        "vocab_size": 18,
+        "intermediate_size": 48,
+        "num_hidden_layers": 2,
+        "bos_token_id": 16,
+        "eos_token_id": 17,
+        **text_sizes,
+    }
+    sizes = json.loads((GOLDEN / "config.json").read_text())["compvis"]
+    params = {**sizes, "text_encoder": text_encoder}
+    file.write_text(yaml.safe_dump({"model": {"params": params}}))
+    return text_encoder
 
 
 def test_single_file_has_the_tensors_of_the_diffusers_folder(original: Path):
@@ -95,14 +110,8 @@ def test_single_file_has_the_text_encoder(tmp_path, original: Path):
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(0)
-    config = CLIPTextConfig(
-        vocab_size=18,
-        hidden_size=128,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        max_position_embeddings=77,
-    )
+    sizes = write_sizes(tmp_path / "wide.yaml", hidden_size=128, num_attention_heads=2)
+    config = CLIPTextConfig(**sizes)
     clip = CLIPTextModel(config).eval()
     tensors = golden_tensors()
     without = {name: tensors[name] for name in tensors if not name.startswith("cond_stage")}
@@ -111,7 +120,7 @@ def test_single_file_has_the_text_encoder(tmp_path, original: Path):
         for name, value in clip.state_dict().items()
     }
     file = save_as_original(tmp_path / "other.ckpt", without | encoder)
-    loaded = load_single_file(file, torch.float32, original / "tiny.yaml")["text_encoder"]
+    loaded = load_single_file(file, torch.float32, tmp_path / "wide.yaml")["text_encoder"]
     expected = clip(torch.tensor([[16, *[17] * 76]]))[0]
     assert torch.allclose(empty_prompt(loaded, None, torch.device("cpu"), 77), expected, atol=1e-6)
     save_as_original(file, without)

@@ -27,9 +27,8 @@ Params = dict[str, Any]  # `model.params` of an original YAML file
 SUFFIXES = (".ckpt", ".safetensors")
 # The U-Net's first layer: its number of rows is the width of the U-Net.
 FIRST_LAYER = "model.diffusion_model.input_blocks.0.0.weight"
-TEXT_PREFIX = "cond_stage_model.transformer."  # of the text encoder's tensors
-TEXT_EMBEDDINGS = "text_model.embeddings"
-TEXT_LAYERS = "text_model.encoder.layers"
+TEXT_PREFIX = "cond_stage_model.transformer.text_model."  # of the text encoder's tensors
+PARAMS = "model.params"  # of the sizes in a YAML file
 V1 = Path(__file__).with_name("v1-inference.yaml")  # Stable Diffusion 1's sizes
 
 
@@ -57,6 +56,7 @@ def load_single_file(
     if config is not None:
         params |= _read_config(Path(config))
     tensors = load_state_dict(file, mapped=True, placeholders=True)
+
     # 1. A file of a Stable Diffusion with the configuration's width.
     width = params["unet_config"]["params"]["model_channels"]
     first_layer = tensors.get(FIRST_LAYER)
@@ -69,12 +69,16 @@ def load_single_file(
             "YAML)."
         )
 
-    # 2. Its parts.
+    # 2. Its parts; the autoencoder only draws.
+    unet = _convert("UNet2DConditionModel", "unet", tensors, params, file, dtype)
+    vae = _convert("AutoencoderKL", "vae", tensors, params, file, dtype)
+    vae.encoder = None
+    vae.quant_conv = None
     return {
-        "denoiser": _convert("UNet2DConditionModel", "unet", tensors, params, file, dtype),
-        "vae": _convert("AutoencoderKL", "vae", tensors, params, file, dtype),
+        "denoiser": unet,
+        "vae": vae,
         "scheduler": _scheduler(params),
-        "text_encoder": _text_encoder(tensors, file, dtype),
+        "text_encoder": _text_encoder(tensors, params, file, dtype),
     }
 
 
@@ -84,16 +88,14 @@ def _read_config(file: Path) -> Params:
 
     from seed_multimodal.config import load_yaml
 
-    values = OmegaConf.to_container(load_yaml(file), resolve=True)
-    model = values.get("model") if isinstance(values, dict) else None
-    params = model.get("params") if isinstance(model, dict) else None
+    params = OmegaConf.select(load_yaml(file), PARAMS)
     sections = {"unet_config", "first_stage_config"}
-    if not isinstance(params, Mapping) or not sections <= params.keys():
+    if not OmegaConf.is_dict(params) or not sections <= params.keys():
         raise ConfigError(
-            f"{file}: model.params must hold unet_config and first_stage_config, as "
-            "v1-inference.yaml."
+            f"{file}: {PARAMS} must hold unet_config and first_stage_config, as v1-inference.yaml."
         )
-    return dict(params)
+    sizes: Params = OmegaConf.to_container(params)
+    return sizes
 
 
 def _convert(
@@ -104,7 +106,7 @@ def _convert(
     file: Path,
     dtype: torch.dtype,
 ) -> ModelMixin:
-    """The U-Net or the autoencoder, whose encoder is left out."""
+    """The U-Net or the autoencoder."""
     import diffusers
 
     try:
@@ -117,9 +119,6 @@ def _convert(
         is_incomplete = isinstance(error, NotImplementedError)
         reason = "tensors are missing" if is_incomplete else first_line(error)
         raise CheckpointError(f"{file}: not Stable Diffusion 1's {name} ({reason}).") from error
-    if name == "vae":
-        model.encoder = None
-        model.quant_conv = None
     return model.eval()
 
 
@@ -139,38 +138,17 @@ def _scheduler(params: Params) -> SchedulerMixin:
 
 
 def _text_encoder(
-    tensors: Mapping[str, Tensor], file: Path, dtype: torch.dtype
+    tensors: Mapping[str, Tensor], params: Params, file: Path, dtype: torch.dtype
 ) -> PreTrainedModel | None:
-    """CLIP's text model, with the sizes of its tensors; None: the file has no text encoder."""
+    """CLIP's text model; None: the file has no text encoder."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    # 1. Its tensors.
     state: dict[str, Tensor] = {}
     for name, value in tensors.items():
         if name.startswith(TEXT_PREFIX):
             state[name.removeprefix(TEXT_PREFIX)] = value
-    token_embeddings = state.get(f"{TEXT_EMBEDDINGS}.token_embedding.weight")
-    if token_embeddings is None:
+    if not state:
         return None
-
-    # 2. Sizes by their shapes; the last two tokens of CLIP's vocabulary begin and end a text.
-    vocab_size, width = token_embeddings.shape
-    layers = [int(name.split(".")[3]) for name in state if name.startswith(f"{TEXT_LAYERS}.")]
-    config = CLIPTextConfig(
-        vocab_size=vocab_size,
-        hidden_size=width,
-        num_hidden_layers=1 + max(layers),
-        num_attention_heads=max(width // 64, 1),
-        intermediate_size=len(state[f"{TEXT_LAYERS}.0.mlp.fc1.bias"]),
-        max_position_embeddings=len(state[f"{TEXT_EMBEDDINGS}.position_embedding.weight"]),
-        bos_token_id=vocab_size - 2,
-        eos_token_id=vocab_size - 1,
-        pad_token_id=vocab_size - 1,
-    )
-    model = CLIPTextModel(config).to(dtype)
-
-    # 3. Loading; the names of transformers 5 have no prefix.
-    if not any(name.startswith("text_model.") for name in model.state_dict()):
-        state = {name.removeprefix("text_model."): value for name, value in state.items()}
+    model = CLIPTextModel(CLIPTextConfig(**params["text_encoder"])).to(dtype)
     assign_strictly(model, state, file, allow_unexpected=["*position_ids"])
     return model.eval()
