@@ -12,7 +12,7 @@ and are exported as SEED-2 unless `seed1` is set.
 from __future__ import annotations
 
 from argparse import Namespace
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,37 +94,39 @@ def export_tokenizer(
     output = Path(out)
     target = output_folder(out, force=force, label="the tokenizer", inputs=[stage1, stage2, vision])
 
-    # 1. Checkpoints and sizes.
+    # 1. Checkpoints and sizes: given ones, those next to a checkpoint, or the original ones.
     stage2_file = str(stage2)
     files = {str(file): load_state_dict(file) for file in (stage1, stage2) if file is not None}
-    name, tokenizer_class = _choose(kind, files[stage2_file], stage2)
-    sizes = _find_sizes(config, tokenizer_class, files)
+    kind = _choose(kind, files[stage2_file], stage2)
+    tokenizer_class = KINDS[kind]
+    config_class = tokenizer_class.config_class
     files[stage2_file] = tokenizer_class.original_names(files[stage2_file])
+    sizes: TokenizerConfig | None
+    sizes = tokenizer_class.read_config(config) if isinstance(config, (str, Path)) else config
+    for file in reversed(files):  # stage 2's count first
+        sizes = sizes or saved_config(config_class, Path(file).parent)
+    sizes = sizes or config_class.of_original(files[stage2_file])
+    if text_tokenizer is not None:
+        _check_vocabulary(text_tokenizer.vocabulary, sizes, stage2)
 
     # 2. Each tensor's file.
     origin = _latest(files, stage2_file)
-    if not any(tensor_name.startswith(VISION) for tensor_name in origin):
-        vit = EvaConfig() if sizes is None else sizes.vit
-        vision_file = str(vision or vit.default_weights or "")
+    if not any(name.startswith(VISION) for name in origin):
+        vision_file = str(vision or sizes.vit.default_weights or "")
         if not vision_file:
             raise CheckpointError(
                 f"{stage2}: no stage holds the frozen vision encoder; give its file as the "
                 f"vision file ({download_advice('tokenizer')})."
             )
-        vision_tensors = vit.read_weights(vision_file)
+        vision_tensors = sizes.vit.read_weights(vision_file)
         files[vision_file] = {VISION + key: value for key, value in vision_tensors.items()}
         origin |= dict.fromkeys(files[vision_file], vision_file)
 
     # 3. The tokenizer, and the codes of the test image.
-    state = {tensor_name: files[file][tensor_name] for tensor_name, file in origin.items()}
-    sizes = sizes or tokenizer_class.config_class.of_original(state)
-    if text_tokenizer is not None:
-        _check_vocabulary(text_tokenizer.vocabulary, sizes, stage2)
+    state = {name: files[file][name] for name, file in origin.items()}
     model = tokenizer_class.from_original(sizes, state, " and ".join(files))
-    test_image = (
-        Image.linear_gradient("L").convert("RGB") if image is None else open_image(image).image
-    )
-    pixels = model.visual_encoder.preprocessing(test_image)[None]
+    test_image = Image.linear_gradient("L") if image is None else open_image(image).image
+    pixels = model.visual_encoder.preprocessing(test_image.convert("RGB"))
     codes = model.encode(pixels)
 
     # 4. The folder, which is only kept if its tokenizer computes the same codes.
@@ -139,30 +141,12 @@ def export_tokenizer(
                 f"{output}: the written tokenizer gives other codes; nothing was kept."
             )
     parts = {part_of(key): origin[key] for key in model.state_dict() if key in origin}
-    return Export(output, name, parts, codes[0].tolist())
+    return Export(output, kind, parts, codes[0].tolist())
 
 
 def part_of(name: str) -> str:
     """The first part of a tensor's name."""
     return name.split(".")[0]
-
-
-def _find_sizes(
-    config: TokenizerConfig | str | Path | None,
-    tokenizer_class: type[SeedTokenizer],
-    files: Iterable[str],
-) -> TokenizerConfig | None:
-    """The sizes of `config`, else those next to a checkpoint, of stage 2 first; None: neither."""
-    if isinstance(config, TokenizerConfig):
-        return config
-    if config is not None:
-        return tokenizer_class.read_config(config)
-    # Stage 2 is the last file, and the one whose sizes count.
-    for file in reversed(list(files)):
-        sizes = saved_config(tokenizer_class.config_class, Path(file).parent)
-        if sizes is not None:
-            return sizes
-    return None
 
 
 def _check_vocabulary(
@@ -178,25 +162,20 @@ def _check_vocabulary(
         )
 
 
-def _choose(
-    kind: str, state: Mapping[str, Tensor], file: str | Path
-) -> tuple[str, type[SeedTokenizer]]:
-    """Name and class of a stage-2 checkpoint's tokenizer."""
+def _choose(kind: str, state: Mapping[str, Tensor], file: str | Path) -> str:
+    """The kind of a stage-2 checkpoint's tokenizer."""
     # A file has the decoder of one tokenizer, or of both.
-    candidates = [name for name, tokenizer in KINDS.items() if tokenizer.layout.decoder in state]
-    if "quantize.embedding.weight" not in state or not candidates:
+    kinds = [name for name, tokenizer in KINDS.items() if tokenizer.layout.decoder in state]
+    if "quantize.embedding.weight" not in state or not kinds:
         raise CheckpointError(
             f"{file}: not a stage-2 checkpoint: it holds no codebook with a decoder (its first "
             f"tensor is {next(iter(state))!r})."
         )
-    if kind == AUTO:
-        kind = candidates[0]
-    elif kind not in candidates:
+    if kind not in (AUTO, *kinds):
         raise CheckpointError(
-            f"{file}: a stage-2 checkpoint of {candidates[0]}; export it as {candidates[0]} or "
-            f"{AUTO}."
+            f"{file}: a stage-2 checkpoint of {kinds[0]}; export it as {kinds[0]} or {AUTO}."
         )
-    return kind, KINDS[kind]
+    return kinds[0] if kind == AUTO else kind
 
 
 def _latest(files: Mapping[str, Mapping[str, Tensor]], stage2: str) -> dict[str, str]:
@@ -228,26 +207,18 @@ def _write_original(model: SeedTokenizer, folder: Path) -> None:
     """Write the files of a tokenizer's original layout, which is EVA's."""
     if not isinstance(model.config.vit, EvaConfig):
         raise ConfigError("The original layout has no place for another vision encoder than EVA.")
-    layout = model.layout
-    encoder_file = layout.files[0]
-    decoder_file = layout.files[-1]
-    vision_file = VISION_FILES[-1]
-
-    # 1. The tensors of each file. SEED-2's encoder and decoder are in one file.
-    files: dict[str, dict[str, Tensor]] = {name: {} for name in (*layout.files, vision_file)}
+    # SEED-2's encoder and decoder are in one file.
+    files: dict[str, dict[str, Tensor]] = {}
     for name, value in model.state_dict().items():
-        tensor = value.clone()
+        file = model.layout.files[-1]
         if name.startswith(VISION):
-            files[vision_file][name.removeprefix(VISION)] = tensor
+            file = VISION_FILES[-1]
         elif part_of(name) in ENCODER_PARTS:
-            files[encoder_file][name] = tensor
-        else:
-            files[decoder_file][name] = tensor
-
-    # 2. The files.
-    for file_name, tensors in files.items():
-        is_wrapped = layout.wrapped and file_name != vision_file
-        save_torch({"model": tensors} if is_wrapped else tensors, folder / file_name)
+            file = model.layout.files[0]
+        files.setdefault(file, {})[name.removeprefix(VISION)] = value.clone()
+    for file, tensors in files.items():
+        is_wrapped = model.layout.wrapped and file in model.layout.files
+        save_torch({"model": tensors} if is_wrapped else tensors, folder / file)
 
 
 def export_command(checkpoint: str, args: Namespace) -> tuple[JsonObject, str]:

@@ -94,7 +94,7 @@ def _read_config(file: Path) -> Params:
         raise ConfigError(
             f"{file}: {PARAMS} must hold unet_config and first_stage_config, as v1-inference.yaml."
         )
-    sizes: Params = OmegaConf.to_container(params)
+    sizes: Params = OmegaConf.to_container(params)  # type: ignore[assignment]
     return sizes
 
 
