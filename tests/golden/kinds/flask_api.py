@@ -62,6 +62,9 @@ class RecordedImages(SeedImageCodec):
         self.drawn = list[list[list[int]]]()
         self.encoded: dict[bytes, torch.Tensor] = {}
 
+    def encode(self, images: Any, **seed: Any) -> torch.Tensor:
+        return self.encode_pixels(torch.stack([self.transform(self.open(row)) for row in images]))
+
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """The same codes for a batch that was encoded before."""
         batch = pixels.numpy().tobytes()

@@ -73,7 +73,7 @@ class NegativePrompt(str):
 class LavitImageCodec(CodeCodec):
     """Images ⇄ codes, 1 to 256 each; and images → rows for the language model.
 
-    `seed` determines which patches are kept; None: a random one.
+    `seed` determines which patches are kept; None: torch's global generator gives one.
 
     code_tokenizer: computes codes.
     understanding_tokenizer: computes the language model's input; None: no image input.
@@ -130,7 +130,10 @@ class LavitImageCodec(CodeCodec):
 
     def encode_by(self, encode: Encode, images: Sequence[ImageSource], seed: Seed) -> list[Tensor]:
         """Results of `encode(pixels, mode=…, generator=…)`, batched with those of other threads."""
-        seeds = seed_per_image(seed, len(images))
+        # Without a seed torch's global generator gives one, as it draws in the original.
+        per_image = seed if isinstance(seed, Sequence) else [seed] * len(images)
+        drawn = [int(torch.randint(2**62, ())) if given is None else given for given in per_image]
+        seeds = seed_per_image(drawn, len(images))
         pixels = [self.transform(self.open(image)) for image in images]
         return self._encode_batcher(encode, [*zip(pixels, seeds, strict=True)])
 
