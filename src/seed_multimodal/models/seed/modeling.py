@@ -203,16 +203,16 @@ class SeedTokenizer(SeedEncoder, PretrainedNetwork[TokenizerConfig]):
             this and need not give a similar image.
         """
         with evaluating(self):
-            return self.decode_embeddings(self.codebook_rows(codes, lengths))
+            return self.decode_embeddings(self._codebook_rows(codes, lengths))
 
     @torch.no_grad()
     def decode_tokens(self, codes: Tensor, lengths: Tensor | None = None) -> Tensor:
         """As `decode`, an embedding of each code, before they are pooled: `[B, 32, D]`."""
         with evaluating(self):
-            up_BQD = self.decode_task_layer(self.codebook_rows(codes, lengths))
+            up_BQD = self.decode_task_layer(self._codebook_rows(codes, lengths))
             return self.decoder_tokens(up_BQD)
 
-    def codebook_rows(self, codes: Tensor, lengths: Tensor | None) -> Tensor:
+    def _codebook_rows(self, codes: Tensor, lengths: Tensor | None) -> Tensor:
         """Codes `[B, 32]` → codebook rows `[B, 32, d]`, zeros after the first `lengths` `[B]`."""
         quant_BQd = self.quantize.lookup(codes.to(self.device))
         if lengths is None:
