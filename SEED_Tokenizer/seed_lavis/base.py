@@ -54,6 +54,7 @@ class SeedModel(BaseModel):
     latest: Mapping[str, Tensor] = MappingProxyType({})  # losses of the last `forward`
     companions: tuple[str, ...] = ()  # names of frozen modules that are not submodules
     reads_captions = True
+    contrasts = False  # an image with those of the other images in its batch
     vision_file = ""  # empty: the vision encoder is in a checkpoint, or random
     shares_encoder = False  # with the target CLIP: computed once
 
@@ -104,18 +105,18 @@ class SeedModel(BaseModel):
         return features.float(), pooled.float()
 
     def with_log(self, loss: Tensor, **losses: Tensor | None) -> dict[str, Tensor]:
-        """LAVIS's output mapping; stores the losses for the log."""
-        self.latest = {name: value.detach() for name, value in losses.items() if value is not None}
-        return {"loss": loss, **self.latest}
+        """LAVIS's output mapping; stores the losses of a training batch for the log."""
+        values = {name: value.detach() for name, value in losses.items() if value is not None}
+        if self.training:
+            self.latest = values
+        return {"loss": loss, **values}
 
 
 class CodebookMixin:
-    """Interface of stage-2 models to `CodebookTask`: codes and features of the last batch."""
+    """Interface of stage-2 models to `CodebookTask`."""
 
     options: CodebookOptions
     use_codes = True
-    codes: Tensor | None = None
-    features: Tensor | None = None
 
     def prepare_codebook(self) -> None:
         """Count a moving-average codebook as trained, so that it is saved."""
@@ -138,11 +139,6 @@ class CodebookMixin:
         """Features of a batch before the quantizer `[B, 32, d]`."""
         query_output = self.encoder_output(batch["image"])
         return self.encode_task_layer(query_output)  # type: ignore[attr-defined]
-
-    def keep_codes(self, pre_quant: Tensor, indices: Tensor | None) -> None:
-        """Store the last batch's codes and features."""
-        self.features = pre_quant.detach().float()
-        self.codes = indices
 
 
 def stage2_sizes(options: CodebookOptions) -> dict[str, Any]:
@@ -175,7 +171,13 @@ def stage2_training(options: CodebookOptions) -> Stage2TrainingOptions:
 def qformer_sizes(options: ModelOptions) -> QFormerConfig:
     """The Q-Former's sizes; `qformer` of the YAML overrides some of them."""
     values = {"cross_attention_freq": options.cross_attention_freq, **options.qformer}
-    return read_settings(QFormerConfig, values, "model.qformer")
+    sizes = read_settings(QFormerConfig, values, "model.qformer")
+    if sizes.causal_queries not in (None, 0, options.num_query_token):
+        raise ConfigError(
+            f"model.qformer.causal_queries is {sizes.causal_queries}, so attention would not be "
+            f"causal with model.num_query_token={options.num_query_token}: leave it out."
+        )
+    return sizes
 
 
 # ---- initial weights

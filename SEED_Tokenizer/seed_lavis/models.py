@@ -71,6 +71,7 @@ class Blip2Casual(SeedModel, Stage1Model):
 
     stage = "stage1"
     companions = ("clip",)
+    contrasts = True
     options_type = Stage1Options
     options: Stage1Options
 
@@ -228,7 +229,6 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
 
         # 2. Losses; `matched` is for the contact sheets of held-out images.
         out = Stage2Model.forward(self, None, target, vit_features=vit, quantize=self.use_codes)
-        self.keep_codes(out.pre_quant, out.indices)
         self.matched = None if self.training else (out.embeds.float(), out.target.float())
         others = self.other_losses(out.embeds, out.target)
         return self.with_log(
@@ -285,7 +285,6 @@ class Seed1CodebookText(CodebookMixin, SeedModel, Seed1Stage2Model):
             with torch.autocast(self.device.type, enabled=False):
                 target = self.target_of(None, ids).float()
         out = Seed1Stage2Model.forward(self, samples["image"], target, quantize=self.use_codes)
-        self.keep_codes(out.pre_quant, out.indices)
         return self.with_log(
             out.loss,
             loss_embed=out.loss_embed,

@@ -117,7 +117,17 @@ class RunnerSeed(RunnerBase):
             self.datasets, options.train_splits, options.train_dataset_ratios, options.seed
         )
 
-        # 2. Training; another run's checkpoint is only read if this run has none.
+        # 2. In a contrast an image must not be its own negative.
+        if self.model.contrasts and len(data) < options.batch_size_train * self.world:
+            options.batch_size_train = len(data) // self.world
+            if not options.batch_size_train:
+                raise ConfigError(f"{len(data)} images are too few for {self.world} processes.")
+            log(
+                f"The training set has {len(data)} images: a batch contrasts "
+                f"{options.batch_size_train} of each process, and none twice."
+            )
+
+        # 3. Training; another run's checkpoint is only read if this run has none.
         with StepBatches(
             data,
             options.batch_size_train,
@@ -126,14 +136,15 @@ class RunnerSeed(RunnerBase):
             world=self.world,
             workers=options.num_workers,
             order=order,
-        ) as self.batches:
-            task = TokenizerTask(self, self.batches)
+            distinct=self.model.contrasts,
+        ) as batches:
+            task = TokenizerTask(self, batches)
             if options.resume_ckpt_path and not checkpoints(self.folder / task.checkpoint_folder):
                 n_epochs = self._resume(Path(locate(options.resume_ckpt_path)))
                 task.first_step = self.steps_per_epoch * n_epochs
             record = train_stage(task, self.folder)
 
-        # 3. The report.
+        # 4. The report.
         losses = ", ".join(
             f"{name} {value:.4g}" for name, value in record.items() if name.startswith("loss")
         )

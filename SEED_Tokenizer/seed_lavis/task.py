@@ -8,10 +8,11 @@ epoch), log.txt and the content of `checkpoint_N.pth`. An "epoch" is `iters_per_
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.distributed as dist
@@ -27,6 +28,9 @@ from seed_multimodal.evaluation.tokenizer import save_neighbours
 from seed_multimodal.training.codebook import CodebookTask, codebook_use, evaluation_mode
 from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.distributed import ProcessGroup
+
+if TYPE_CHECKING:
+    from seed_multimodal.training.trainer import Trainer
 
 # Settings that change no result of the training: not reported when they differ at a resume.
 QUIET_KEYS = (
@@ -49,7 +53,6 @@ QUIET_KEYS = (
     "run.distributed",
     "run.dist_url",
 )
-LAST_OUTPUTS = ("latest", "codes", "features")  # attributes of the models that `forward` sets
 
 
 @registry.register_task("image_gen_pretrain")
@@ -100,6 +103,7 @@ class TokenizerTask(CodebookTask):
             settings,
             runner.model.options,
             optimizer=runner.optimizer,
+            n_images=len(batches.dataset),
         )
         self.config = OmegaConf.to_container(runner.config.config)
 
@@ -114,8 +118,9 @@ class TokenizerTask(CodebookTask):
         """One batch on the device."""
         return to_device(self.batches.at(micro_step), self.runner.device, self.runner.preprocessing)
 
-    def before_training(self, run: Any) -> None:
+    def before_training(self, trainer: Trainer) -> None:
         """All checks have passed: write the run's settings."""
+        self.trainer = trainer
         if self.runner.rank == 0:
             folder = self.runner.folder
             with writing(folder):
@@ -133,7 +138,8 @@ class TokenizerTask(CodebookTask):
         return loss, self.runner.model.latest
 
     def after_step(self, step: int) -> dict[str, float]:
-        """Codebook restarts; at the end of an epoch its checkpoint, held-out losses and samples.
+        """The codebook's update; at the end of an epoch its checkpoint, held-out losses and samples,
+        with averaged weights if the run averages.
 
         Returns the held-out losses as `valid/SPLIT/NAME`.
         """
@@ -141,9 +147,11 @@ class TokenizerTask(CodebookTask):
         n_epochs, step_of_epoch = divmod(step, self.runner.steps_per_epoch)
         if step_of_epoch != 0:
             return {}
+        with self.trainer.averaged_weights():
+            return self._end_epoch(n_epochs - 1)
 
+    def _end_epoch(self, epoch: int) -> dict[str, float]:
         # 1. The checkpoint.
-        epoch = n_epochs - 1
         if self.runner.rank == 0:
             self.runner.save_epoch(epoch)
             losses = {name: float(value) for name, value in self.runner.model.latest.items()}
@@ -173,18 +181,12 @@ class TokenizerTask(CodebookTask):
         return {**status, **super().status()}
 
     def finish(self, group: ProcessGroup) -> dict[str, Any]:
-        """The record of the run.
-
-        With averaged weights the last checkpoint is written again, since they are the result.
-        """
-        last_epoch = self.options.max_epoch - 1
-        if self.settings.ema and group.first:
-            self.runner.save_epoch(last_epoch)
+        """The record of the run."""
         gathered = group.gather({"bad": self.batches.dataset.bad.total})
         losses = {name: round(float(value), 6) for name, value in self.runner.model.latest.items()}
         return {
             **super().finish(group),
-            "checkpoint": str(self.runner.folder / f"checkpoint_{last_epoch}.pth"),
+            "checkpoint": str(self.runner.folder / f"checkpoint_{self.options.max_epoch - 1}.pth"),
             **losses,
             "bad_samples": sum(process["bad"] for process in gathered),
         }
@@ -233,18 +235,25 @@ def mean_losses(runner: RunnerBase, split: str) -> dict[str, float]:
             f"Split {split!r} has {len(data)} images, too few for {runner.world} processes."
         )
 
-    # 1. Batches, sums, and what the training's last `forward` left on the model.
+    # 1. Batches and sums.
     size, n_batches = share_out(len(data), options.batch_size_eval, runner.world)
     codebook_size = model.quantize.size if hasattr(model, "quantize") else 0
     uses = torch.zeros(codebook_size, dtype=torch.long, device=runner.device)  # of each code
     sums: dict[str, Tensor] = {}
-    before = {name: getattr(model, name) for name in LAST_OUTPUTS if hasattr(model, name)}
+
+    def count_codes(module: nn.Module, inputs: Any, outputs: tuple[Tensor, ...]) -> None:
+        codes = outputs[2].flatten()
+        uses.add_(codes.bincount(minlength=codebook_size))
 
     bad_before = data.bad.total
 
     # 2. Losses and codes of each batch.
     dtype = torch.float16 if runner.precision == "fp16" else torch.bfloat16
+    counting: Any = contextlib.nullcontext()
+    if codebook_size:
+        counting = model.quantize.register_forward_hook(count_codes)
     with (
+        counting,
         evaluation_mode(model),
         StepBatches(
             data,
@@ -264,11 +273,6 @@ def mean_losses(runner: RunnerBase, split: str) -> dict[str, float]:
                 sums[name] = sums.get(name, 0) + losses[name].detach().float()
             if step == 0:
                 runner.samples = samples["image"], getattr(model, "matched", None)
-            codes = getattr(model, "codes", None)
-            if codes is not None:
-                uses += torch.bincount(codes.flatten(), minlength=codebook_size)
-    for name, value in before.items():
-        setattr(model, name, value)
 
     # 3. Means over all processes.
     if runner.world > 1:

@@ -24,10 +24,14 @@ class VectorQuantizer(nn.Module):
     unit_rows: the stored rows are on the unit sphere; only features are normalised (LaVIT).
     ema_decay: codes follow a moving average of their features instead of the gradient.
     sections: position q chooses among rows `[q · K/sections, (q + 1) · K/sections)` only.
+
+    In training, `forward` collects what it has quantized. Codes change between steps only, by
+    `update`, `restart` and `init_from`, which all processes call together.
     """
 
     ema_count: Tensor
     ema_sum: Tensor
+    features: Tensor  # of the last training batch, `[..., d]`
 
     def __init__(
         self,
@@ -63,6 +67,9 @@ class VectorQuantizer(nn.Module):
             self.embedding.weight.requires_grad_(False)
             self.register_buffer("ema_count", torch.zeros(size))
             self.register_buffer("ema_sum", torch.zeros(size, dim))
+
+        # Uses of each code since the last `update`, and the sum of its features: `[K, 1 + d]`.
+        self.collected: Tensor | None = None
 
     def prepare(self, z: Tensor) -> Tensor:
         """Features `[..., d]`, normalized for comparison."""
@@ -111,39 +118,50 @@ class VectorQuantizer(nn.Module):
         The codes have the features' gradient (straight through).
         """
         indices = self.nearest(z)
-        z = self.prepare(z)
+        features = self.prepare(z)
         rows = self.lookup(indices)
 
-        # Commitment draws features to codes; the codebook term, or the average, codes to features.
-        loss = F.mse_loss(z, rows.detach())
-        if self.ema_decay is None:
-            loss = loss + CODEBOOK_WEIGHT * F.mse_loss(rows, z.detach())
-        elif self.training:
-            points = z.detach().reshape(-1, self.dim).float()
-            self._update_codes(points, indices.flatten(), self.ema_decay)
+        # Activation checkpointing repeats `forward` in the backward pass.
+        in_backward = torch._C._current_graph_task_id() != -1
+        if self.training and not in_backward:
+            self.features = z.detach()
+            points = F.pad(features.detach().float(), (1, 0), value=1.0).flatten(0, -2)
+            if self.collected is None:
+                self.collected = points.new_zeros(self.size, 1 + self.dim)
+            self.collected.index_add_(0, indices.flatten(), points)
 
-        straight_through = z + (rows - z).detach()
+        # Commitment draws features to codes; the codebook term, or the average, codes to features.
+        loss = F.mse_loss(features, rows.detach())
+        if self.ema_decay is None:
+            loss = loss + CODEBOOK_WEIGHT * F.mse_loss(rows, features.detach())
+        straight_through = features + (rows - features).detach()
         return straight_through, loss, indices
 
     @torch.no_grad()
-    def _update_codes(self, points: Tensor, indices: Tensor, decay: float) -> None:
-        """Update the moving averages and the codes from points `[P, d]` of all processes."""
-        # 1. Moving averages of the points of each code.
-        count = add_counts(points.new_zeros(self.size), indices)
-        total = torch.zeros_like(self.ema_sum).index_add_(0, indices, points)
-        if dist.is_initialized():
-            dist.all_reduce(count)
-            dist.all_reduce(total)
-        self.ema_count.lerp_(count, 1 - decay)
-        self.ema_sum.lerp_(total, 1 - decay)
+    def update(self) -> Tensor:
+        """End a step: returns how often all processes have used each code in it, int64 `[K]`.
 
-        # 2. Their means are the new codes; a code that no point has used stays.
-        means = self.ema_sum / self.ema_count.clamp_min(1e-3)[:, None]
-        if self.unit_rows:
-            means = F.normalize(means, dim=-1)
-        rows = self.embedding.weight
-        is_used = (self.ema_count > 1e-3)[:, None]  # [K, 1]
-        rows.copy_(torch.where(is_used, means.to(rows.dtype), rows))
+        A codebook with moving averages takes over the means of its features.
+        """
+        if self.collected is None:
+            return torch.zeros_like(self.embedding.weight[:, 0], dtype=torch.long)
+        collected = self.collected
+        self.collected = None
+        if dist.is_initialized():
+            dist.all_reduce(collected)
+        count, total = collected[:, 0], collected[:, 1:]
+
+        if self.ema_decay is not None:
+            self.ema_count.lerp_(count, 1 - self.ema_decay)
+            self.ema_sum.lerp_(total, 1 - self.ema_decay)
+            means = self.ema_sum / self.ema_count.clamp_min(1e-3)[:, None]
+            if self.unit_rows:
+                means = F.normalize(means, dim=-1)
+            # A code that no feature has used stays.
+            rows = self.embedding.weight
+            is_used = (self.ema_count > 1e-3)[:, None]  # [K, 1]
+            rows.copy_(torch.where(is_used, means.to(rows.dtype), rows))
+        return count.long()
 
     @torch.no_grad()
     def init_from(self, data: Tensor, iterations: int = 10) -> None:
@@ -154,7 +172,7 @@ class VectorQuantizer(nn.Module):
         # 1. The first centres are random features.
         points = self._by_section(data)  # [N, S, d]
         all_rows = torch.ones(self.size, dtype=torch.bool, device=points.device)
-        self._set_rows(all_rows, self._sample(points, all_rows))
+        self._set_rows(all_rows, self._sample(self.embedding.weight, all_rows, points))
 
         # 2. Means of the features nearest to each; a centre without any moves to a random feature.
         for _ in range(iterations):
@@ -164,34 +182,46 @@ class VectorQuantizer(nn.Module):
             total.index_add_(0, indices, points.flatten(0, 1))
             means = total / count.clamp_min(1)[:, None]
             is_empty = count == 0
-            means[is_empty] = self._sample(points, is_empty)
+            means[is_empty] = self._sample(means, is_empty, points)
             self._set_rows(all_rows, means)
 
     @torch.no_grad()
     def restart(self, dead: Tensor, data: Tensor) -> None:
-        """Move the codes marked in `dead` `[K]` onto random features `[..., d]`.
-
-        Every process must call it.
-        """
+        """Move the codes marked in `dead` `[K]` onto random features `[..., d]`."""
         if bool(dead.any()):
-            self._set_rows(dead, self._sample(self._by_section(data), dead))
+            rows = self._sample(self.embedding.weight, dead, self._by_section(data))
+            self._set_rows(dead, rows)
 
     def _by_section(self, data: Tensor) -> Tensor:
         """Features `[..., d]` → `[N, sections, d]`, as compared."""
         return self.prepare(data.detach().float()).reshape(-1, self.sections, self.dim)
 
-    def _sample(self, points: Tensor, which: Tensor) -> Tensor:
-        """A random feature of its section for each row marked in `which` `[K]`."""
-        samples = []
-        n_points = len(points)
-        counts = which.reshape(self.sections, -1).sum(1).tolist()  # marked rows of each section
-        for section, count in enumerate(counts):
-            permutation = torch.randperm(n_points, device=points.device)
-            order = permutation.repeat(count // n_points + 1)[:count]
-            rows = points[order, section]
-            # Features that are used more than once get noise, so that their codes differ.
-            noise = 0.01 * points.std() if count > n_points else 0.0
-            samples.append(rows + noise * torch.randn_like(rows))
+    def _sample(self, rows: Tensor, which: Tensor, points: Tensor) -> Tensor:
+        """A random feature of its section for each row marked in `which` `[K]`.
+
+        No other row has it, as long as there are enough features `[N, S, d]`.
+        """
+        samples = [points[:0, 0]]
+        for section, is_marked in enumerate(which.unflatten(0, (self.sections, -1))):
+            count = int(is_marked.sum())
+            if not count:
+                continue
+
+            # 1. Features in random order, the first of equal ones, without those of other rows.
+            permutation = torch.randperm(len(points), device=points.device)
+            shuffled = points[permutation, section]
+            kept = rows.unflatten(0, (self.sections, -1))[section][~is_marked]
+            candidates = torch.cat([kept, shuffled])
+            _, groups = candidates.unique(dim=0, return_inverse=True)
+            order = groups.argsort(stable=True)
+            is_first = groups[order].diff(prepend=groups.new_tensor([-1])) != 0
+            firsts = order[is_first].sort().values
+            distinct = candidates[firsts[firsts >= len(kept)]][:count]
+
+            # 2. The rest are features with noise, so that codes differ.
+            repeats = shuffled.repeat(count // len(points) + 1, 1)[: count - len(distinct)]
+            noise = 0.01 * points.std() * torch.randn_like(repeats)
+            samples += [distinct, repeats + noise]
         return torch.cat(samples)
 
     def _set_rows(self, which: Tensor, rows: Tensor) -> None:
@@ -204,12 +234,3 @@ class VectorQuantizer(nn.Module):
         if self.ema_decay is not None:
             self.ema_count[which] = 1.0  # as if one feature had been there
             self.ema_sum[which] = rows
-
-
-def add_counts(counts: Tensor, codes: Tensor) -> Tensor:
-    """Add how often each code occurs to `counts` `[K]`.
-
-    Unlike `torch.bincount` without waiting for the GPU.
-    """
-    codes = codes.flatten()
-    return counts.scatter_add_(0, codes, counts.new_ones(()).expand(len(codes)))

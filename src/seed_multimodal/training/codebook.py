@@ -14,16 +14,16 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.nn.quantizer import add_counts
 from seed_multimodal.settings import setting
 from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.metrics import Metrics
 from seed_multimodal.training.task import StageTask
+
+USES_PER_CODE = 10  # mean number without which no code counts as dead
 
 
 @dataclass
@@ -33,8 +33,9 @@ class CodebookHealth:
     Attributes:
         codebook_warmup: optimizer steps without codes.
         kmeans_start: initialize the codebook by k-means of features of at least `kmeans_images`
-            images.
-        restart_every: optimizer steps between restarts of dead codes (0: none).
+            images, or of the complete training set.
+        restart_every: optimizer steps between restarts of dead codes (0: none); one is put off
+            until codes were used `USES_PER_CODE` times on average since the last.
         restart_until: share of the run after which no codes are restarted.
     """
 
@@ -49,11 +50,11 @@ class CodebookTask(StageTask):
     """A stage of a model with an optional codebook.
 
     The model has `codebook_points` (features of a batch to quantize, `[..., d]`, for the k-means
-    start), `quantize`, `use_codes` (whether codes are used yet), and of its last batch `codes` (or
-    None) and `features`.
+    start), `quantize` (a `VectorQuantizer`) and `use_codes` (whether codes are used yet).
 
     Args:
         health: a `CodebookHealth`, or settings with its fields.
+        n_images: size of the training set; None: endless.
     """
 
     def __init__(
@@ -64,11 +65,12 @@ class CodebookTask(StageTask):
         health: Any,
         *,
         optimizer: torch.optim.Optimizer | None = None,
+        n_images: int | None = None,
     ) -> None:
         self.model: Any = model
         self.health = health
-        # Use counts of each code, `[K]`: over all processes since the last restart and the last log
-        # line, and in this process since `sum_counts`.
+        self.n_images = n_images
+        # Uses of each code by all processes since the last restart and the last log line, `[K]`.
         self.since_restart: Tensor | None = None
         if hasattr(model, "codebook_points"):
             if health.codebook_warmup and not health.kmeans_start:
@@ -83,7 +85,6 @@ class CodebookTask(StageTask):
                 self.model.quantize.size, dtype=torch.long, device=device
             )
             self.since_log = self.since_restart.clone()
-            self.uncounted = self.since_restart.clone()
         super().__init__(name, model, settings, optimizer=optimizer)
         self.ddp_options = {
             **self.ddp_options,
@@ -99,51 +100,41 @@ class CodebookTask(StageTask):
         raise NotImplementedError
 
     def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Metrics]:
-        """The loss; counts codes, and starts the codebook at the end of the warm-up."""
+        """The loss; the codebook starts at the end of the warm-up."""
         step, index = divmod(micro_step, self.settings.gradient_accumulation_steps)
-        if self.since_restart is None:
-            return self.loss(model, self.batch(micro_step))
-
-        # The codebook changes only between steps.
-        if index == 0:
+        if self.since_restart is not None and index == 0:
             self.model.use_codes = step >= self.health.codebook_warmup
             if step == self.health.codebook_warmup and self.health.kmeans_start:
                 self.start_codes()
-        loss, metrics = self.loss(model, self.batch(micro_step))
-        if self.model.codes is not None:
-            add_counts(self.uncounted, self.model.codes)
-        return loss, metrics
+        return self.loss(model, self.batch(micro_step))
 
     def start_codes(self) -> None:
         """Initialize the codebook by k-means of features of the run's first batches."""
+        n_images = self.health.kmeans_images
+        if self.n_images is not None:
+            n_images = min(n_images, self.n_images)
+        n_batches = math.ceil(n_images / self.settings.batch_size)
         # In fp32: k-means compares small distances.
-        n_batches = max(1, math.ceil(self.health.kmeans_images / self.settings.batch_size))
         device = next(self.model.parameters()).device
         with evaluation_mode(self.model), torch.autocast(device.type, enabled=False):
             features = [self.model.codebook_points(self.batch(index)) for index in range(n_batches)]
             self.model.quantize.init_from(torch.cat(features).float())
 
-    def sum_counts(self) -> None:
-        """Sum the counts over processes (collective): before a log line, a checkpoint, a restart of
-        codes."""
-        if self.since_restart is not None:
-            if dist.is_initialized():
-                dist.all_reduce(self.uncounted)
-            self.since_restart += self.uncounted
-            self.since_log += self.uncounted
-            self.uncounted.zero_()
-
     def after_step(self, step: int) -> Mapping[str, float] | None:
-        """Restart dead codes from features of the last batch, when due."""
-        if self.since_restart is None or not self.health.restart_every:
+        """Update the codebook; restart dead codes from features of the last batch, when due."""
+        if self.since_restart is None:
             return None
+        uses = self.model.quantize.update()
+        self.since_log += uses
+        self.since_restart += uses
+
+        # A code is dead if many features have missed it, whatever the number of steps.
         steps_with_codes = step - self.health.codebook_warmup
         last_step = self.health.restart_until * self.settings.max_steps
-        is_restart = steps_with_codes > 0 and steps_with_codes % self.health.restart_every == 0
-        if is_restart and step <= last_step:
-            # Codes that no process has used since the last restart are dead.
-            self.sum_counts()
-            self.model.quantize.restart(self.since_restart < 1, self.model.features)
+        every = self.health.restart_every
+        is_due = every and steps_with_codes > 0 and steps_with_codes % every == 0
+        if is_due and step <= last_step and self.since_restart.double().mean() >= USES_PER_CODE:
+            self.model.quantize.restart(self.since_restart == 0, self.model.quantize.features)
             self.since_restart.zero_()
         return None
 
@@ -151,14 +142,12 @@ class CodebookTask(StageTask):
         """Code usage since the last log line."""
         if self.since_restart is None:
             return {}
-        self.sum_counts()
         use = codebook_use(self.since_log)
         self.since_log.zero_()
         return use
 
     def state_dict(self, step: int) -> JsonObject:
         """Use counts of codes since the last restart of dead codes."""
-        self.sum_counts()
         return {} if self.since_restart is None else {"since_restart": self.since_restart.tolist()}
 
     def load_state_dict(self, states: list[JsonObject], rank: int) -> None:

@@ -67,7 +67,7 @@ def test_recipe_of_full_size(parts, decoder, reads, tmp_path, capsys):
     for stage in (1, 2):
         config = lavis_config(out / f"stage{stage}.yaml")
         assert config.run_cfg.iters_per_epoch == 5000
-        assert config.model_cfg.num_query_token == config.model_cfg.qformer.causal_queries == 16
+        assert config.model_cfg.num_query_token == 16
         assert config.model_cfg.vit == {"type": "hub", "path": str(parts / "encoder")}
         dataset = config.datasets_cfg.conceptual_caption_3m
         assert dataset.vis_processor.train.image_size == 64

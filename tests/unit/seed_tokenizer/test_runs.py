@@ -45,12 +45,14 @@ OPTIONS = [
     ("stage1", "gather_gradient=True", "gather_gradient", True),
     ("stage1", "label_smoothing=0.2", "label_smoothing", 0.2),
     ("stage1", "embed_dim=12", "text_proj.out_features", 12),
+    ("stage1", "num_query_token=64", "config.qformer.causal_queries", 64),
     ("stage2", "loss_weights={embed: 7}", "weights.embed", 7),
     ("stage2", "corrupt=0.1", "corrupt", 0.1),
     ("stage2", "nested=0.2", "nested", 0.2),
     ("stage2", "ema_decay=0.9", "quantize.ema_decay", 0.9),
     ("stage2", "normalize_codes=True", "quantize.normalize", True),
-    ("stage2", "codebook_sections=32", "quantize.sections", 32),
+    ("stage2", "num_query_token=16", "config.qformer.causal_queries", 16),
+    ("stage2", "codebook_sections=16", "quantize.sections", 16),
     ("stage2", "frozen_dropout=False", "frozen_dropout", False),
 ]
 
@@ -127,10 +129,13 @@ def test_train_again_longer_and_from_a_checkpoint(yaml, run, tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_train_with_averaged_weights(yaml, run, tmp_path):
-    # The checkpoint has the average, of the last epoch and of those that are kept.
-    epochs = ("run.max_epoch=3", "run.iters_per_epoch=2")
-    run(yaml("stage1", "run.ema=0.5", "run.keep_checkpoints=1", *epochs))
+def test_train_with_averaged_weights(yaml, run, tmp_path, capsys):
+    # Checkpoints have the average, and held-out losses are its. The batch contrasts 24 images,
+    # not some of them twice.
+    epochs = ("run.max_epoch=3", "run.iters_per_epoch=2", "run.batch_size_train=64")
+    options = ("run.ema=0.5", "run.keep_checkpoints=1", "run.valid_splits=[val]")
+    run(yaml("stage1", *options, *epochs))
+    assert "has 24 images" in capsys.readouterr().out
     folder = tmp_path / "stage1"
     files = {file.name for file in folder.glob("checkpoint_*")}
     assert files == {"checkpoint_0.pth", "checkpoint_2.pth"}
@@ -142,6 +147,9 @@ def test_train_with_averaged_weights(yaml, run, tmp_path):
     name = "text_proj.weight"
     assert torch.equal(saved["model"][name], averaged[name])
     assert not torch.equal(saved["model"][name], trained[name])
+    result = ("model.load_finetuned=True", f"model.finetuned={folder}/checkpoint_2.pth")
+    again = built(yaml("stage1", *result, "run.test_splits=[val]")).evaluate()
+    assert again["val"]["loss"] == log_of(folder, "stage1")[6]["valid/val/loss"]
 
 
 @pytest.mark.slow
@@ -168,6 +176,7 @@ def test_train_with_codebook_options(yaml, run, tmp_path, options):
     [
         ("stage2", "model.pretrained=log/nothing.pth", "log/nothing.pth"),
         ("stage2", "model.n_embd=3", "'n_embed'"),
+        ("stage1", "model.qformer.causal_queries=16", "model.num_query_token=32"),
         ("stage1", "datasets.coco_caption.build_info.storage=/nowhere/*.tar", "/nowhere/*.tar"),
     ],
 )

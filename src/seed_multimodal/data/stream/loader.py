@@ -29,7 +29,12 @@ from torch._C import _error_if_any_worker_fails
 from torch.utils.data import default_collate
 
 from seed_multimodal.data.formats.record import BadRecords, JsonObject, RecordFields
-from seed_multimodal.data.stream.sampler import EpochIndices, EpochOrder, MixedOrder
+from seed_multimodal.data.stream.sampler import (
+    EpochIndices,
+    EpochOrder,
+    MixedOrder,
+    distinct_samples,
+)
 from seed_multimodal.entry import kill_with_parent
 from seed_multimodal.errors import DataError, SeedError, first_line
 
@@ -196,6 +201,7 @@ class StepBatches(Generic[Batch]):
 
     collate: samples -> batch, in the worker.
     order: replaces the default epoch order.
+    distinct: no sample twice in a step of all ranks, also at an epoch's end.
     """
 
     def __init__(
@@ -210,6 +216,7 @@ class StepBatches(Generic[Batch]):
         collate: Callable[[list[Sample]], Batch] = default_collate,
         shuffle: bool = True,
         order: EpochOrder | MixedOrder | None = None,
+        distinct: bool = False,
     ) -> None:
         if not len(dataset):
             raise DataError("The training set is empty.")
@@ -221,6 +228,7 @@ class StepBatches(Generic[Batch]):
         self.rank = rank
         self.world = world
         self.workers = workers
+        self.distinct = distinct
         self.wait_seconds = 0.0  # time spent in `at`
         self._fetch = partial(_batch, dataset, collate)
         self._next_step = -1  # of the running workers
@@ -242,8 +250,15 @@ class StepBatches(Generic[Batch]):
         return batch
 
     def _parts(self, step: int) -> list[EpochIndices]:
-        start = (step * self.world + self.rank) * self.batch_size
-        return self.order.parts(start, self.batch_size)
+        rank_start = self.rank * self.batch_size
+        start = step * self.world * self.batch_size
+        if not self.distinct:
+            return self.order.parts(start + rank_start, self.batch_size)
+        samples = distinct_samples(self.order, start, self.world * self.batch_size)
+        return [
+            (epoch, np.array([index]))
+            for epoch, index in samples[rank_start : rank_start + self.batch_size]
+        ]
 
     def close(self) -> None:
         """Stop the workers; the next `at` starts new ones."""

@@ -91,6 +91,24 @@ class EpochOrder:
         return order
 
 
+def distinct_samples(
+    order: EpochOrder | MixedOrder, start: int, count: int
+) -> list[tuple[int, int]]:
+    """Epoch and sample of `count` positions from `start` on, without a sample twice.
+
+    A second one, behind an epoch's end, is replaced by the next of the order. There must be `count`
+    different samples.
+    """
+    epochs: dict[int, int] = {}  # by sample
+    while len(epochs) < count:
+        missing = count - len(epochs)
+        for epoch, indices in order.parts(start, missing):
+            for index in indices.tolist():
+                epochs.setdefault(index, epoch)
+        start += missing
+    return [(epoch, index) for index, epoch in epochs.items()]
+
+
 class _BlockPermutation:
     """An epoch shuffled in blocks, computed on access: a full array would take GBs in each data
     worker.

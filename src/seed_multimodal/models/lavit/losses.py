@@ -97,7 +97,7 @@ class LavitStage1(nn.Module):
     """A dynamic tokenizer and its decoder, with the loss of stage 1.
 
     Encoder, projector and U-Net heads are frozen. The tokenizer's quantizer is replaced by one with
-    moving averages. `use_codes`, `codes` and `features` are for `training.codebook.CodebookTask`.
+    moving averages. `use_codes` is for `training.codebook.CodebookTask`.
 
     freeze_selector: the token selector is not trained once codes are used.
     """
@@ -117,8 +117,6 @@ class LavitStage1(nn.Module):
         self.weights = weights or LavitLossWeights()
         self.freeze_selector = freeze_selector
         self.use_codes = True
-        self.codes: Tensor | None = None
-        self.features: Tensor | None = None
         tokenizer.quantize = ema_codebook(tokenizer.quantize, ema_decay)
         for name, parameter in self.named_parameters():
             if name.startswith(FROZEN):
@@ -189,8 +187,6 @@ class LavitStage1(nn.Module):
                 errors_B.detach()[::FLIP_EVERY],
                 quantize,
             )
-        self.features = queries_TC.detach().float()
-        self.codes = codes_T
         return LavitStage1Output(
             loss=loss,
             loss_cosine=cosine_B.mean(),

@@ -19,7 +19,8 @@ AlignmentTarget = Literal["clip", "encoder"]
 class QFormerConfig:
     """Sizes of a Q-Former.
 
-    causal_queries: with exactly so many queries the self-attention among them is causal.
+    causal_queries: with exactly so many queries the self-attention among them is causal; None: with
+        all of the tokenizer's.
     """
 
     width: int = setting(768, minimum=1)
@@ -29,7 +30,7 @@ class QFormerConfig:
     cross_attention_freq: int = setting(2, minimum=1)  # every so many layers read the image
     max_positions: int = setting(512, minimum=1)  # of the text
     dropout: float = setting(0.1, minimum=0, maximum=1)
-    causal_queries: int = setting(32, minimum=0)
+    causal_queries: int | None = setting(None, minimum=0)
 
     def __post_init__(self) -> None:
         if self.width % self.heads:
@@ -66,6 +67,9 @@ class TokenizerConfig:
                 f"codebook_sections must be 1 or num_query ({self.num_query}), got "
                 f"{self.codebook_sections}."
             )
+        if self.qformer.causal_queries is None:
+            qformer = dataclasses.replace(self.qformer, causal_queries=self.num_query)
+            object.__setattr__(self, "qformer", qformer)
 
     def to_dict(self) -> dict[str, object]:
         """Plain values for `config.json`."""

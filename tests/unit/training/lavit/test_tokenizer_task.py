@@ -41,17 +41,26 @@ def test_train_lowers_the_loss_before_and_with_codes(tmp_path):
     assert log[-1]["loss_cosine"] < 0.5 * log[0]["loss_cosine"]
 
 
-def test_start_codes_uses_the_whole_codebook():
-    # k-means from features: codes that start at random stay unused.
-    data, _ = toy.images(128)
-    model = toy.stage1()
-    task = LavitTokenizerTask(
+@pytest.fixture
+def data() -> torch.Tensor:
+    return toy.images(128)[0]
+
+
+@pytest.fixture
+def task(data) -> LavitTokenizerTask:
+    return LavitTokenizerTask(
         "codes",
-        model,
-        StageSettings(max_steps=5, batch_size=16),
+        toy.stage1(),
+        StageSettings(max_steps=50, batch_size=16),
         lambda step: data[16 * step : 16 * step + 16],
-        CodebookHealth(kmeans_start=True, kmeans_images=128),
+        CodebookHealth(kmeans_start=True, kmeans_images=1000, restart_every=1),
     )
+
+
+def test_start_codes_uses_the_whole_codebook(task, data):
+    # k-means from features, of each image once: codes that start at random stay unused.
+    model = task.model
+    task.n_images = len(data)
     used = []
     for _ in range(2):
         counts = measure(model, data).codes_T.bincount(minlength=toy.CODES)
@@ -60,6 +69,20 @@ def test_start_codes_uses_the_whole_codebook():
     assert used[1] == 1 > used[0]
     rows = model.quantize.embedding.weight
     torch.testing.assert_close(rows.norm(dim=1), torch.ones(toy.CODES))
+
+
+def test_dead_codes_are_those_that_many_features_missed(task, data):
+    # With small batches a step misses most codes, also those in use.
+    uses = [0]
+    for step in range(1, 16):
+        counts = task.model.train()(data[8 * step : 8 * step + 8]).codes_T.bincount(minlength=32)
+        before = uses[-1] + counts.sum().item()
+        task.after_step(step)
+        uses.append(task.since_restart.sum().item())
+        assert uses[-1] == (before if before < 10 * toy.CODES else 0)
+    assert 0 in uses[1:]
+    # Codes that moved onto features are used.
+    assert len(measure(task.model, data).codes_T.unique()) > toy.CODES / 2
 
 
 @pytest.mark.nightly
