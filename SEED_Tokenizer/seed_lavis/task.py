@@ -138,8 +138,7 @@ class TokenizerTask(CodebookTask):
         return loss, self.runner.model.latest
 
     def after_step(self, step: int) -> dict[str, float]:
-        """The codebook's update; at the end of an epoch its checkpoint, held-out losses and samples,
-        with averaged weights if the run averages.
+        """Updates the codebook; ends an epoch, with averaged weights if the run averages.
 
         Returns the held-out losses as `valid/SPLIT/NAME`.
         """
@@ -151,6 +150,7 @@ class TokenizerTask(CodebookTask):
             return self._end_epoch(n_epochs - 1)
 
     def _end_epoch(self, epoch: int) -> dict[str, float]:
+        """Checkpoint, held-out losses and samples of an epoch."""
         # 1. The checkpoint.
         if self.runner.rank == 0:
             self.runner.save_epoch(epoch)

@@ -123,22 +123,6 @@ def test_decisions_have_the_change_of_the_loss_as_gradient(model, features, quan
     assert not any(part.grad is not None and part.grad.any() for part in model.parameters())
 
 
-def test_every_second_image_trains_the_selector(features):
-    # Each flipped decision costs a forward pass; in evaluation there are none.
-    model = toy.stage1(weights=LavitLossWeights(ratio=0.0))
-    outputs: list[Tensor] = []
-    predictor = model.tokenizer.token_predictor
-    predictor.register_forward_hook(lambda module, inputs, output: outputs.append(output))
-    for is_training in (True, False):
-        out = model.train(is_training)(features, noise=gumbel(2))
-        if is_training:
-            [gradient] = torch.autograd.grad(out.loss, outputs[-1])
-            assert gradient.abs().amax((1, 2)).bool().tolist() == [True, False] * 3
-        else:
-            [gradient] = torch.autograd.grad(out.loss, outputs[-1], allow_unused=True)
-            assert gradient is None or not gradient.any()
-
-
 def test_gradients_reach_the_trained_parts_only(model, features):
     # `freeze_selector` holds once codes are used.
     frozen = toy.stage1(freeze_selector=True)

