@@ -9,7 +9,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import json
-import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -51,11 +50,13 @@ def build(args: argparse.Namespace) -> Any:
     from seed_lavis.compat import registry
     from seed_lavis.options import load_config
 
-    from seed_multimodal.training.distributed import join_processes
+    from seed_multimodal.training.agreement import agree
+    from seed_multimodal.training.distributed import ProcessGroup, join_processes
 
     config = load_config(args.cfg_path, args.options)
     run = config.run_cfg
     run.device = str(join_processes(run.device, run.timeout_minutes))
+    agree(ProcessGroup(run.timeout_minutes), config.to_dict(), Path(run.output_dir))
     # All ranks build the same model; the trainer seeds every step itself.
     torch.manual_seed(run.seed)
     task = registry.get_task_class(run.task).setup_task(cfg=config)
@@ -87,10 +88,7 @@ def train(args: argparse.Namespace) -> int:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run; returns the exit code (2: an error, with one sentence on stderr)."""
     args = parser(str(__doc__)).parse_args(argv)
-    rank = os.environ.get("RANK", "0")
-    return run_guarded(
-        "train.py" if rank == "0" else f"train.py (rank {rank})", args.debug, lambda: train(args)
-    )
+    return run_guarded("train.py", args.debug, lambda: train(args))
 
 
 if __name__ == "__main__":

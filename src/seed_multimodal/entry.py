@@ -9,6 +9,7 @@ import io
 import logging
 import multiprocessing
 import os
+import platform
 import signal
 import sys
 import threading
@@ -44,7 +45,9 @@ def log_line(text: str) -> None:
 
 def run_guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
     """Run `work` and return its exit code; user-facing errors are logged (`COMMAND_FAILED`) unless
-    `debug`."""
+    `debug`. One of several processes names its rank and host."""
+    if os.environ.get("WORLD_SIZE", "1") != "1":
+        program += f" (rank {os.environ.get('RANK', 0)} on {platform.node()})"
 
     def format_warning(message: Any, category: type[Warning], *args: Any, **kwargs: Any) -> str:
         if issubclass(category, SeedWarning):

@@ -269,8 +269,8 @@ def changed_settings(
     before: Mapping[str, object], now: Mapping[str, object], silent: Sequence[str] = ()
 ) -> list[str]:
     """`key: before -> now` for each differing setting, except dotted keys below `silent`."""
-    old = dict(_leaves(before))
-    new = dict(_leaves(now))
+    old = dict(leaves(before))
+    new = dict(leaves(now))
     changes = []
     for key in sorted(old.keys() | new):
         # `a` silences `a` and `a.b`, not `ab`.
@@ -280,14 +280,14 @@ def changed_settings(
     return changes
 
 
-def _leaves(value: object, key: str = "") -> Iterator[tuple[str, object]]:
+def leaves(value: object, key: str = "") -> Iterator[tuple[str, object]]:
     """Every leaf with its dotted key; list items with a name are keyed by it, not by position."""
     if isinstance(value, Mapping):
         for name, inner in value.items():
-            yield from _leaves(inner, f"{key}.{name}" if key else str(name))
+            yield from leaves(inner, f"{key}.{name}" if key else str(name))
     # A list of mappings, such as the data sources.
     elif isinstance(value, list) and value and all(isinstance(item, Mapping) for item in value):
         for index, inner in enumerate(value):
-            yield from _leaves(inner, f"{key}.{inner.get('name', index)}")
+            yield from leaves(inner, f"{key}.{inner.get('name', index)}")
     else:
         yield key, value

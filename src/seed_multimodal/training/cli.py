@@ -158,11 +158,10 @@ def main(
     """Compose the configuration and train; returns the exit code (2: error, printed to stderr; 143:
     SIGTERM)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    # Errors of other processes name their rank.
-    rank = os.environ.get("RANK", "0")
-    name = f"{program}.py" if rank == "0" else f"{program}.py (rank {rank})"
     return run_guarded(
-        name, "--debug" in arguments, lambda: run(program, Path(configs), parser(arguments))
+        f"{program}.py",
+        "--debug" in arguments,
+        lambda: run(program, Path(configs), parser(arguments)),
     )
 
 

@@ -9,6 +9,7 @@ import json
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
@@ -126,6 +127,7 @@ def join_processes(
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
 
     # 2. A single process needs no launcher and no network.
+    warnings.filterwarnings("ignore", ".*broadcast_buffers", FutureWarning)  # of torch's DDP
     timeout = timedelta(minutes=timeout_minutes)
     if not dist.is_initialized():
         if world > 1:
@@ -191,9 +193,10 @@ def translate_errors(activity: str, checkpoint: str) -> Iterator[None]:
             ) from error
         text = str(error)
         if isinstance(error, RuntimeError) and any(lost in text for lost in LOST_PROCESS_TEXTS):
+            reason, _, _ = first_line(error).partition(" Check the logs of")  # gloo's advice
             raise TrainingError(
-                f"Another process died or did not answer at {activity} ({first_line(error)}); "
-                f"{checkpoint}; the same command resumes from there."
+                f"Another process died or did not answer at {activity} ({reason}); {checkpoint}. "
+                "The same command resumes from the last checkpoint, if there is one."
             ) from error
         if "Current loss scale already at minimum" in text:  # DeepSpeed's plain Exception
             raise TrainingError(

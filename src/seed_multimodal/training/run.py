@@ -16,6 +16,7 @@ from seed_multimodal.disk import JsonObject, replace_text, writing
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.progress import quiet_libraries
 from seed_multimodal.settings import check_keys, check_value, read_settings
+from seed_multimodal.training.agreement import agree
 from seed_multimodal.training.config import (
     ConfigNode,
     OptimSettings,
@@ -182,6 +183,7 @@ class RunTask(Task):
                     single_process_group=run.deepspeed is not None,
                 )
                 group = ProcessGroup(timeout_minutes)
+                agree(group, config, run.output_dir)
                 task = cls.class_of(run)(run, group, device)
             with contextlib.closing(task):
                 return train(task, task.settings, run.output_dir, group=group, device=device)

@@ -8,14 +8,19 @@ It accepts torchrun's arguments.
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import signal
+import socket
 import subprocess
 import sys
 import time
+from argparse import Namespace
 from collections.abc import Sequence
+from datetime import timedelta
 from typing import Any
 
+from torch.distributed import DistError, Store, TCPStore
 from torch.distributed.elastic.agent.server.local_elastic_agent import LocalElasticAgent
 from torch.distributed.elastic.multiprocessing.api import SignalException
 from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -23,7 +28,14 @@ from torch.distributed.launcher import api as launcher
 from torch.distributed.run import parse_args, run
 
 from seed_multimodal.entry import SOME_FAILED, log_line, run_guarded
-from seed_multimodal.training.distributed import STOPPED
+from seed_multimodal.errors import ConfigError, first_line
+from seed_multimodal.training.distributed import STOPPED, TrainingError
+from seed_multimodal.training.rendezvous import meeting
+
+FAILURE = "seed/failure"  # key of the nodes' store: which node failed first
+CHECK_SECONDS = 1.0  # between two looks at it
+# Processes that notice the failure themselves say more about it.
+NOTICE_SECONDS = 5.0
 
 
 class ProcessesStopped(SignalException):
@@ -36,16 +48,52 @@ class ProcessesStopped(SignalException):
 
 
 class SavingAgent(LocalElasticAgent):
-    """torchrun's agent, which would kill the processes 30 s after SIGTERM; this one waits until
-    they have saved."""
+    """torchrun's agent, which waits until the processes have saved after SIGTERM (torchrun kills
+    them after 30 s), and ends them soon after another node has failed (torchrun: never)."""
+
+    failure = ""  # of another node
+    next_check = 0.0
+    end_at = float("inf")
+
+    def _monitor_workers(self, worker_group: Any) -> Any:
+        """As torchrun's; publishes a failure of this node, and watches for those of others."""
+        result = super()._monitor_workers(worker_group)
+        now = time.monotonic()
+        if worker_group.group_world_size > 1 and (result.is_failed() or now >= self.next_check):
+            self.next_check = now + CHECK_SECONDS
+            # Without its store node 0 has ended, which the processes notice.
+            with contextlib.suppress(DistError):
+                self._exchange_failures(worker_group, result, now)
+        if now >= self.end_at and not result.is_failed():
+            raise TrainingError(f"{self.failure}; its output says why. This node ends, too.")
+        return result
+
+    def _exchange_failures(self, worker_group: Any, result: Any, now: float) -> None:
+        store = worker_group.store
+        if not self.failure and store.check([FAILURE]):
+            self.failure = store.get(FAILURE).decode()
+            self.end_at = now + NOTICE_SECONDS
+            if result.is_failed():
+                log_line(f"torchrun: {self.failure}.")
+        codes = {failure.exitcode for failure in result.failures.values()}
+        if self.failure or codes <= {STOPPED}:
+            return
+        node = worker_group.group_rank
+        store.set(
+            FAILURE, f"node {node} ({socket.gethostname()}) failed first ({_describe(codes)})"
+        )
+        if node == 0:
+            # The store ends with this process: the others must have read it.
+            time.sleep(2 * CHECK_SECONDS)
 
     def _invoke_run(self, role: str = "default") -> Any:
         try:
             return super()._invoke_run(role)
         except SignalException as error:
-            if error.sigval != signal.SIGTERM:
-                raise  # Ctrl-C: torchrun's 30 seconds
+            if error.sigval not in (signal.SIGTERM, signal.SIGINT):
+                raise
         # A second SIGTERM must not shorten the wait: Slurm, srun and a shell may each pass it on.
+        # A second Ctrl-C does.
         signal.signal(signal.SIGTERM, signal.SIG_IGN)
         context: Any = self._pcontext
         processes: list[subprocess.Popen[bytes]] = []
@@ -67,28 +115,58 @@ def run_torchrun(arguments: Sequence[str]) -> int:
     its error.
 
     After SIGTERM: `STOPPED` if all processes of this node saved.
+
+    Raises ConfigError: the nodes do not find each other. TrainingError: another node failed.
     """
-    logging.getLogger("torch.distributed").setLevel(logging.CRITICAL)
+    # The agent's own log lines, some with tracebacks of successful runs.
+    logging.disable(logging.CRITICAL)
     # torch has no setting for the agent.
     launcher.LocalElasticAgent = SavingAgent  # type: ignore[misc]
+    args = parse_args(list(arguments))
     try:
-        run(parse_args(list(arguments)))
+        store = _meet_nodes(args)
+        run(args)
+        del store
     except ProcessesStopped as stopped:
         if not stopped.codes:
             log_line("torchrun: stopped by SIGTERM before the processes were started.")
-            return SOME_FAILED
-        return _exit_code(stopped.codes)
+            return STOPPED
+        return _exit_code(stopped.codes, by_sigterm=True)
     except SignalException as error:  # torchrun forwarded the signal, and the processes ended
         return 128 + error.sigval
     except ChildFailedError as error:
-        # A rendezvous error has no process.
-        return _exit_code(
-            [failure.exitcode for failure in error.failures.values()] or [SOME_FAILED]
-        )
+        return _exit_code([failure.exitcode for failure in error.failures.values()])
+    except DistError as error:
+        raise ConfigError(
+            f"node {args.node_rank} ({socket.gethostname()}) lost the other nodes at "
+            f"{args.master_addr}:{args.master_port} while they were starting ({first_line(error)})."
+        ) from error
     return 0
 
 
-def _exit_code(codes: list[int]) -> int:
+def _meet_nodes(args: Namespace) -> Store | None:
+    """Wait for all nodes of torch's static rendezvous; returns node 0's store, for torch to use."""
+    is_static = args.rdzv_backend == "static" and not args.rdzv_endpoint and not args.standalone
+    if not is_static or args.nnodes == "1" or not args.nnodes.isdigit():
+        return None
+    address = args.master_addr
+    port = int(args.master_port)
+    with meeting(address, port, int(args.node_rank), int(args.nnodes)) as seconds:
+        args.rdzv_conf = args.rdzv_conf or f"timeout={seconds:.0f}"
+        if int(args.node_rank) != 0:
+            return None
+        # Open before the others look for it; torch's rendezvous in this process uses the same one.
+        return TCPStore(
+            address,
+            port,
+            is_master=True,
+            timeout=timedelta(seconds=seconds),
+            wait_for_workers=False,
+            multi_tenant=True,
+        )
+
+
+def _exit_code(codes: list[int], by_sigterm: bool = False) -> int:
     """torchrun's exit code from those of its processes, negative ones being signals."""
     if set(codes) <= {0, STOPPED}:
         return max(codes)
@@ -96,18 +174,25 @@ def _exit_code(codes: list[int]) -> int:
     failures = [code for code in codes if code not in (0, STOPPED, -signal.SIGTERM)]
     if not failures:
         log_line(
-            "torchrun: a process was ended by SIGTERM before it could save a checkpoint; the same "
-            "command resumes from the last one."
+            "torchrun: SIGTERM ended the processes before their first step, so they saved nothing; "
+            "the same command starts again, from a checkpoint if there is an earlier one."
         )
-        return SOME_FAILED
+        return STOPPED if by_sigterm else SOME_FAILED
     code = failures[0]
     if code > 0:
         return code
     log_line(
-        f"torchrun: a process was killed by signal {-code} (9 often means that memory ran out), "
-        "and the others with it; the same command resumes from the last checkpoint."
+        f"torchrun: a process of {socket.gethostname()} was {_describe({code})} (9 often means "
+        "that memory ran out), and the others with it; the same command resumes from the last "
+        "checkpoint, if there is one."
     )
     return 128 - code
+
+
+def _describe(codes: set[int]) -> str:
+    """Exit codes of processes in words."""
+    code = max(codes)
+    return f"exit code {code}" if code > 0 else f"killed by signal {-code}"
 
 
 if __name__ == "__main__":

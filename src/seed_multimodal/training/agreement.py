@@ -1,0 +1,138 @@
+"""Handshake of the processes of a training, before anything is built.
+
+Processes with other settings, data, code or another output folder would train on without an error,
+with a wrong result.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import itertools
+import json
+import os
+import platform
+import socket
+import time
+import uuid
+from collections.abc import Iterator, Mapping
+from importlib.metadata import version
+from pathlib import Path
+
+import seed_multimodal
+from seed_multimodal.data.formats.sources import expand_pattern
+from seed_multimodal.disk import JsonObject, replace_text, writing
+from seed_multimodal.entry import COMMAND_FAILED
+from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.settings import changed_settings, leaves
+from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.weights.find import locate
+
+# Settings that may differ between processes.
+OWN_SETTINGS = ("trainer.device", "trainer.dataloader_num_workers", "run.device", "run.num_workers")
+COMPARED_FILES = 20_000  # of a folder
+SHOWN_DIFFERENCES = 5
+FOLDER_SECONDS = 5.0  # in which a new file appears on all nodes of a shared disk
+
+
+def agree(group: ProcessGroup, config: Mapping[str, object], output_dir: Path) -> None:
+    """Check that all processes make the same run: before anything is built, by every training.
+
+    config: the resolved configuration. The files that it names are compared by name and size.
+
+    Raises ConfigError: settings, versions, code or files differ, or the output folder is not the
+        same one.
+    """
+    if group.world == 1:
+        return
+    settings = {key: value for key, value in leaves(config) if key not in OWN_SETTINGS}
+    values: JsonObject = {
+        "settings": settings,
+        "versions": {name: version(name) for name in ("torch", "transformers")},
+        "Python": platform.python_version(),
+        "code of seed_multimodal": _code_checksum(),
+        "files": dict(_file_sizes(settings, output_dir)),
+        "output folder": "shared" if _sees_folder(group, output_dir) else "not the same",
+    }
+
+    # 1. Usually all are equal, and checksums suffice.
+    text = json.dumps(values, sort_keys=True, default=str)
+    checksum = hashlib.sha256(text.encode()).hexdigest()
+    if len({process["checksum"] for process in group.gather({"checksum": checksum})}) == 1:
+        return
+
+    # 2. What differs from the first process, and where.
+    first, *others = group.gather({"host": socket.gethostname(), "values": json.loads(text)})
+    for rank, process in enumerate(others, start=1):
+        changes = changed_settings(first["values"], process["values"])
+        if changes:
+            if os.environ.get("LOCAL_RANK", "0") != "0":
+                raise SystemExit(COMMAND_FAILED)  # the first process of each node prints it
+            more = len(changes) - SHOWN_DIFFERENCES
+            raise ConfigError(
+                f"The processes must make the same run. rank 0 on {first['host']} -> rank {rank} "
+                f"on {process['host']}: {'; '.join(changes[:SHOWN_DIFFERENCES])}"
+                f"{f'; and {more} more' if more > 0 else ''}."
+            )
+
+
+def _sees_folder(group: ProcessGroup, folder: Path) -> bool:
+    """Whether this process sees a file that the first one has just written into the folder."""
+    name = ""
+    if group.first:
+        name = f".processes-{uuid.uuid4().hex}"
+        with writing(folder, ConfigError):
+            folder.mkdir(parents=True, exist_ok=True)
+            replace_text(folder / name, "")
+    name = group.gather({"name": name})[0]["name"]
+    deadline = time.monotonic() + FOLDER_SECONDS
+    while not (folder / name).exists() and time.monotonic() < deadline:
+        time.sleep(0.1)
+    seen = (folder / name).exists()
+    group.sum([seen])  # all have looked
+    if group.first:
+        (folder / name).unlink()
+    return seen
+
+
+def _file_sizes(config: Mapping[str, object], output_dir: Path) -> Iterator[tuple[str, int]]:
+    """Path and size of each file that a configuration names, also in folders and by patterns."""
+    texts: list[object] = []
+    for _, value in leaves(config):
+        texts += value if isinstance(value, list) else [value]
+    for text in dict.fromkeys(str(text) for text in texts if "/" in str(text)):
+        for path in _paths(text):
+            is_parent = Path(os.path.abspath(output_dir)).is_relative_to(path.absolute())
+            if path.is_file():
+                yield str(path), path.stat().st_size
+            elif not is_parent:
+                yield from itertools.islice(_folder_sizes(path), COMPARED_FILES)
+
+
+def _paths(text: str) -> list[Path]:
+    """Existing files and folders that a setting may mean."""
+    path = locate(text)
+    if path is not None:
+        return [path]
+    with contextlib.suppress(DataError, OSError, ValueError):  # no pattern of files
+        return [path for path in map(Path, expand_pattern([text])) if path.exists()]
+    return []
+
+
+def _folder_sizes(folder: Path) -> Iterator[tuple[str, int]]:
+    """Path and size of the files below a folder, without hidden ones, sorted."""
+    for parent, folders, names in os.walk(folder):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        for name in sorted(names):
+            path = os.path.join(parent, name)
+            if not name.startswith(".") and os.path.isfile(path):
+                yield path, os.path.getsize(path)
+
+
+def _code_checksum() -> str:
+    """Of this package's source files."""
+    root = Path(seed_multimodal.__file__).parent
+    checksum = hashlib.sha256()
+    for file in sorted(root.rglob("*.py")):
+        checksum.update(file.read_bytes())
+    return checksum.hexdigest()[:12]
