@@ -1,0 +1,170 @@
+"""Nodes that find each other, or say in one sentence why not; processes that agree on one run."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import socket
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from llm_runs import environment
+from real_processes import STARTED, free_port, nothing_stays_behind, run_process
+
+__all__ = ["nothing_stays_behind"]
+pytestmark = pytest.mark.process
+
+MEET = """
+import sys
+from seed_multimodal.entry import run_guarded
+from seed_multimodal.training.rendezvous import meeting
+def meet():
+    with meeting(sys.argv[1], *map(int, sys.argv[2:])):
+        pass
+    print("met", flush=True)
+    return 0
+sys.exit(run_guarded("torchrun", False, meet))
+"""
+# Who is started (node, NNODES, MASTER_ADDR), with another listener or not → what node sees.
+LOCAL = "127.0.0.1"
+CASES = {
+    "all": ([(0, 3, LOCAL), (1, 3, LOCAL), (2, 3, LOCAL)], None, ["met", "met", "met"]),
+    "only node 0": ([(0, 2, LOCAL)], None, ["node 1 did not come"]),
+    "only node 1": ([(1, 2, LOCAL)], None, ["node 0 did not come"]),
+    "one is missing": (
+        [(0, 3, LOCAL), (2, 3, LOCAL)],
+        None,
+        ["node 1 did not come", "ended before"],
+    ),
+    "other NNODES": ([(0, 2, LOCAL), (1, 3, LOCAL)], None, ["node 1 did not", "NNODES=2"]),
+    "unknown address": ([(1, 2, "no-such-host.invalid")], None, ["no-such-host.invalid"]),
+    "port in use": ([(0, 2, LOCAL)], b"", ["cannot be opened"]),
+    "silent listener": ([(1, 2, LOCAL)], b"", ["is not node 0 of this run"]),
+    "other server": ([(1, 2, LOCAL)], b"HTTP/1.1 400\r\n", ["is not node 0 of this run"]),
+}
+
+
+@contextlib.contextmanager
+def listener(port: int, answer: bytes | None) -> Iterator[None]:
+    """Another program at the port, which sends this answer; None: there is none."""
+    if answer is None:
+        yield
+        return
+    program = (
+        "import socket, sys, time; server = socket.create_server(('127.0.0.1', int(sys.argv[1])))\n"
+        f"print('open', flush=True); peer, _ = server.accept(); peer.sendall({answer!r})\n"
+        "time.sleep(60)"
+    )
+    process = start(["-c", program, str(port)])
+    assert process.stdout is not None and process.stdout.readline() == "open\n"
+    yield
+
+
+def start(arguments: list[str], **variables: str) -> subprocess.Popen[str]:
+    process = subprocess.Popen(
+        [sys.executable, *arguments],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env=environment(**variables),
+    )
+    STARTED.append(process)
+    return process
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_nodes_meet_or_name_who_is_missing(case):
+    nodes, answer, expected = CASES[case]
+    port = free_port()
+    with listener(port, answer):
+        processes = [
+            start(["-c", MEET, address, str(port), str(node), str(count)], SEED_RDZV_MINUTES="0.05")
+            for node, count, address in nodes
+        ]
+        for process, text in zip(processes, expected, strict=True):
+            output, _ = process.communicate(timeout=60)
+            last = output.splitlines()[-1]
+            assert text in last and "Traceback" not in output, output
+            assert process.returncode == (0 if text == "met" else 2)
+            if text != "met":
+                assert socket.gethostname() in last and ("MASTER" in last or "node 0" in last)
+
+
+def test_failed_node_ends_the_others(tmp_path):
+    # It fails before it joins; alone the other would wait half an hour for it.
+    programs = {"0": "import time; time.sleep(300)", "1": "import sys; sys.exit(3)"}
+    port = free_port()
+    processes = []
+    for node, code in programs.items():
+        (tmp_path / f"{node}.py").write_text(code)
+        flags = f"--nnodes=2 --node_rank={node} --master_addr={LOCAL} --master_port={port}"
+        module = "-m seed_multimodal.training.torchrun --nproc_per_node=1"
+        processes.append(start([*module.split(), *flags.split(), str(tmp_path / f"{node}.py")]))
+    outputs = [process.communicate(timeout=100)[0] for process in processes]
+    assert [process.returncode for process in processes] == [2, 3], outputs
+    host = socket.gethostname()
+    assert outputs[0].startswith(f"torchrun: node 1 ({host}) failed first (exit code 3)")
+    assert len(outputs[0].splitlines()) == 1
+
+
+AGREE = """
+import json, os, sys
+from pathlib import Path
+import torch.distributed as dist
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.training import agreement
+from seed_multimodal.training.distributed import ProcessGroup
+dist.init_process_group("gloo")
+os.environ["LOCAL_RANK"] = "0"  # as the first process of a node
+rank = dist.get_rank()
+agreement.FOLDER_SECONDS = 0.2
+for config, folder, torch_version in json.loads(sys.argv[1 + rank]):
+    agreement.version = lambda name: torch_version
+    try:
+        agreement.agree(ProcessGroup(), config, Path(folder))
+        print(f"{rank}: equal", flush=True)
+    except ConfigError as error:
+        print(f"{rank}: {error}", flush=True)
+"""
+
+
+def test_processes_that_do_not_agree_are_refused(tmp_path):
+    for number in "01":
+        (tmp_path / number / "shards").mkdir(parents=True)
+        (tmp_path / number / "shards" / "a.tar").write_text("a" * 10)
+    (tmp_path / "0" / "shards" / "b.tar").write_text("b")
+    base = {
+        "optim": {"rate": 0.1},
+        "trainer": {"device": "cpu"},
+        "model": {"path": "pretrained/nano"},
+    }
+
+    # What the two processes have, and what the sentence names.
+    def run(folder: str = "0", torch: str = "2.13", **changes: object) -> list[object]:
+        return [{**base, **changes}, str(tmp_path / folder / "out"), torch]
+
+    shards = [{"data": {"files": f"{tmp_path}/{number}/shards"}} for number in "01"]
+    cases = [
+        (run(), run(trainer={"device": "cuda"}), "equal"),
+        (run(**shards[0]), run(**shards[0]), "equal"),
+        (run(), run(optim={"rate": 0.2}), "optim.rate: 0.1 -> 0.2"),
+        (run(**shards[0]), run(**shards[1]), "b.tar: 1 -> not given"),
+        (run(), run(torch="2.12"), "versions.torch: 2.13 -> 2.12"),
+        (run(), run("1"), "output folder: shared -> not the same"),
+    ]
+    program = tmp_path / "agree.py"
+    program.write_text(AGREE)
+    launcher = "-m torch.distributed.run --standalone --nproc-per-node 2"
+    arguments = [json.dumps([case[rank] for case in cases]) for rank in (0, 1)]
+    command = [sys.executable, *launcher.split(), str(program), *arguments]
+    done = run_process(command, timeout=200, env=environment())
+    for rank in "01":
+        sentences = [line[3:] for line in done.stdout.splitlines() if line.startswith(f"{rank}: ")]
+        assert len(sentences) == len(cases), done
+        for sentence, (_, _, expected) in zip(sentences, cases, strict=True):
+            assert expected in sentence
+            assert expected == "equal" or sentence.count(socket.gethostname()) == 2
+    assert not list(Path(tmp_path).rglob(".processes-*"))
