@@ -64,6 +64,19 @@ class Limits(TypedDict, total=False):
     below: float
 
 
+class SettingOptions(Limits, total=False):
+    """Keywords of `setting`: limits, and how the flag of a command reads (`cli.common`).
+
+    help: a setting with a help text is a flag. flag: instead of the setting's name. const: the
+    value of a flag that is followed by none.
+    """
+
+    help: str
+    metavar: str
+    flag: str
+    const: object
+
+
 # Range of the seeds of torch's generators.
 SEEDS: Limits = {"minimum": -(2**63), "maximum": 2**64 - 1}
 # Name of a limit -> its words in messages, and the comparison that a value must pass.
@@ -82,12 +95,12 @@ def setting(
     default: object = dataclasses.MISSING,
     *,
     factory: Callable[[], object] | None = None,
-    **limits: Unpack[Limits],
+    **options: Unpack[SettingOptions],
 ) -> Any:
     """A dataclass field with limits, applied to each item of a list or mapping and not to None."""
     if factory is not None:
-        return dataclasses.field(default_factory=factory, metadata=limits)
-    return dataclasses.field(default=default, metadata=limits)
+        return dataclasses.field(default_factory=factory, metadata=options)
+    return dataclasses.field(default=default, metadata=options)
 
 
 # ---- reading

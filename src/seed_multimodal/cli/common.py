@@ -16,6 +16,7 @@ import sys
 import unicodedata
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter, _SubParsersAction
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import MISSING, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, TypeVar
 
@@ -37,6 +38,7 @@ from seed_multimodal.images.io import save_image
 from seed_multimodal.models.registry import model_cards
 from seed_multimodal.pipelines.config import system_names
 from seed_multimodal.progress import quiet_libraries
+from seed_multimodal.settings import Dataclass
 
 if TYPE_CHECKING:
     from seed_multimodal.images.io import ImageSource
@@ -153,6 +155,32 @@ def add_common(
         parser.add_argument(
             "--preset", choices=("original", "fast"), help="scheduler of image generation"
         )
+
+
+def add_settings(parser: ArgumentParser, kind: Dataclass) -> None:
+    """A flag for each setting of a dataclass that has a help text; values are those of the text."""
+    for field in fields(kind):
+        options = {
+            name: field.metadata[name]
+            for name in ("help", "metavar", "choices", "const")
+            if name in field.metadata
+        }
+        if "help" not in options:
+            continue
+        if "const" in options:
+            options["action"] = "store_const"
+        elif "list" in str(field.type):
+            options["nargs"] = "+"
+        if field.default is MISSING:
+            options["required"] = True
+        flag = field.metadata.get("flag", "--" + field.name.replace("_", "-"))
+        parser.add_argument(flag, dest=field.name, **options)
+
+
+def set_flags(args: Namespace, kind: Dataclass) -> Options:
+    """The settings of a dataclass that flags have set."""
+    values = _values_of(args, *(field.name for field in fields(kind)))
+    return {name: value for name, value in values.items() if value is not None}
 
 
 def add_json(parser: ArgumentParser) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
@@ -21,6 +21,7 @@ from seed_multimodal.disk import text_stem
 from seed_multimodal.entry import DONE, add_language_model, bounded_int, run_program
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import open_image
+from seed_multimodal.settings import check_value
 
 if TYPE_CHECKING:
     from seed_multimodal.models.lavit.pipeline import Lavit
@@ -45,6 +46,15 @@ DATA = {
         "data/vizwiz/images",
     ),
     ("text2image", "coco"): ("data/coco/annotations/coco_t2i_eval.json", COCO),
+}
+# Their ground truth, which the authors have lemmatized; others have it in the annotations.
+TRUTH = {
+    ("vqa", "vqav2"): "v2_mscoco_val2014_annotations_lemm.json",
+    ("vqa", "okvqa"): "mscoco_val2014_annotations_lemm.json",
+    ("vqa", "vizwiz"): "vizwiz_val_annotations_lemm.json",
+    ("caption", "coco"): "data/coco_gt/coco_karpathy_test_gt.json",
+    ("caption", "nocaps"): "data/nocaps/nocaps_val_4500_captions.json",
+    ("caption", "flickr"): "data/flickr30k/flickr30k_test_gt.json",
 }
 
 
@@ -303,38 +313,59 @@ def _find_data(args: Namespace, dataset: str) -> None:
 
 def _evaluate(args: Namespace) -> int:
     """One of the published evaluations; the summary goes to stdout."""
-    from seed_multimodal.cli.evaluate import new_run, run_task
+    from seed_multimodal.cli.evaluate import run_benchmark
     from seed_multimodal.compat.lavit import original_config, original_device
-    from seed_multimodal.evaluation.drawing import find_clip
+    from seed_multimodal.evaluation.benchmark import benchmark_class, open_benchmark
     from seed_multimodal.evaluation.openai_clip import NAME
-    from seed_multimodal.evaluation.tasks import TASKS, find_truth
+    from seed_multimodal.evaluation.text2image import find_clip
 
     # 1. The data.
-    draws = args.task_name == "text2image"
-    dataset = args.dataset or next(iter(TASKS[args.task_name]))
-    args.out = args.out or f"tmp/{args.task_name}/{dataset}"
+    task = args.task_name
+    draws = task == "text2image"
+    datasets = [dataset for kind, dataset in DATA if kind == task]
+    dataset = args.dataset or datasets[0]
+    check_value(str, dataset, f"--dataset of {task}", choices=datasets)
+    args.out = args.out or f"tmp/{task}/{dataset}"
     _find_data(args, dataset)
 
     # 2. The original's settings of the task.
+    args.device = args.device or original_device(None)
+    args.dtype = args.model_dtype
     config = original_config(args.model_path, head="lowres" if draws else None, check_safety=False)
-    run = new_run(args, args.annopath, args.task_name, dataset)
-    run = replace(run, resolution=args.resolution, inception=args.inception)
+    values = {
+        **common.set_flags(args, benchmark_class(task).settings_class),
+        "file": args.annopath,
+        "truth": args.truth or _find_truth(task, dataset, Path(args.annopath)),
+    }
     if draws:
         # The original keeps CLIP's weights in the model's folder.
-        clip = args.clip
+        clip = args.clip and Path(args.clip)
         for folder in (Path(args.model_path), config.tokenizer):
             if not clip and folder is not None and (folder / NAME).is_file():
                 clip = folder / NAME
         clip = find_clip(clip, alternative=f"put the original's {NAME} into --model_path")
-        run = replace(run, best_of=4, clip=clip)
-    else:
-        truth = args.truth or find_truth(run.task, run.annotations)
-        run = replace(run, truth=truth, options={"seed": 42})
+        values |= {"best_of": 4, "clip": clip, "seed": 0}
+    elif task == "vqa":
+        values["dataset"] = dataset
 
     # 3. The evaluation, which loads the system after the samples.
-    args.device = args.device or original_device(None)
-    args.dtype = args.model_dtype
-    return run_task(args, run, load=partial(common.load_system, args, config, load_decoder=draws))
+    load = partial(common.load_system, args, config, load_decoder=draws)
+    return run_benchmark(open_benchmark(task, **values), load)
+
+
+def _find_truth(task: str, dataset: str, annotations: Path) -> Path | None:
+    """The ground-truth file of a data set: at its path, else next to the annotations.
+
+    The official file if the lemmatized one is missing. None: the annotations contain it.
+    """
+    truth = TRUTH.get((task, dataset))
+    if truth is None:
+        return None
+    for name in (truth, truth.replace("_lemm", "")):
+        for file in (Path(name), annotations.parent / Path(name).name):
+            if file.is_file():
+                return file
+    return None
 
 
 SCRIPTS = {

@@ -1,19 +1,19 @@
 """Readers of benchmark annotation files, as `Sample`s.
 
-VQA (v1, v2, OK-VQA)    {"questions": [{image_id, question, question_id}]}
-                        {"annotations": [{question_id, answers: [{answer}], answer_type,
-                        question_type}]}
-VizWiz                  [{image, question, answers: [{answer}], answer_type}]: image name as id
-GQA                     {ID: {imageId, question, answer, types}}
-COCO captions           {"images": [{id, file_name}], "annotations": [{image_id, caption}]}; NoCaps,
-                        Flickr30k too
-Karpathy's split        {"images": [{filepath, filename, cocoid, split, sentences: [{raw}]}]}
-lists, as LAVIS's       [{image, question, question_id, answer: text or list}], [{image, caption:
-                        text or list, image_id or img_id}], [{image, text}] or [{text}] to draw;
-                        also .jsonl
-texts                   a .txt with one caption per line
+vqa         {"questions": [{image_id, question, question_id}]} (VQA v1 and v2, OK-VQA), and
+            {"annotations": [{question_id, answers: [{answer}], answer_type, question_type}]}
+vizwiz      [{image, question, answers: [{answer}], answer_type}]: the image's name is the id
+gqa         {ID: {imageId, question, answer, types}}
+coco        {"images": [{id, file_name}], "annotations": [{image_id, caption}]}; NoCaps and
+            Flickr30k too
+karpathy    {"images": [{filepath, filename, cocoid, split, sentences: [{raw}]}]}
+questions   LAVIS's list: [{image, question, question_id, answer: text or list}]; also .jsonl
+captions    LAVIS's list: [{image, caption: text or list, image_id or img_id}]; to draw [{image,
+            text}] or [{text}]; also .jsonl
+text        a .txt with one caption per line
 
-Images are named by path or COCO id. An unusable item is a sample with a `problem`.
+The format of a file is recognised once, by the keys of its items. Images are named by path or COCO
+id. An unusable item is a sample with a `problem`.
 """
 
 from __future__ import annotations
@@ -23,15 +23,18 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple, TypeVar
 
-from seed_multimodal.data.formats.record import find_image
+from pydantic import BaseModel, ValidationError
+
+from seed_multimodal.data.formats.record import as_list, find_image
 from seed_multimodal.data.formats.sources import nearest_path
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import DataError, ImageError, first_line
 
 Key = int | str
 Json = Any  # a value of a file, whose type is unknown
+Model = TypeVar("Model", bound=BaseModel)
 # File names of COCO ids; optionally in a folder named after the split.
 _COCO_NAMES = (
     "COCO_val2014_{:012d}.jpg",
@@ -65,6 +68,128 @@ class Sample:
         return next(text.strip() for text in self.references if text.strip())
 
 
+# ---- formats
+
+
+class Format(NamedTuple):
+    """The fields of an item: of its id, of the image's name, of answers or captions.
+
+    Of several names an item has one.
+    """
+
+    key: tuple[str, ...]
+    image: tuple[str, ...]
+    references: tuple[str, ...]
+
+
+READERS = {
+    "vqa": Format(("question_id",), ("image_id",), ("answers",)),
+    "vizwiz": Format(("image",), ("image",), ("answers",)),
+    "gqa": Format(("question_id",), ("imageId",), ("answer",)),
+    "coco": Format(("image_id",), ("image_id",), ("caption",)),
+    "karpathy": Format(("cocoid", "imgid"), ("filename",), ("sentences",)),
+    "questions": Format(("question_id",), ("image", "file_name"), ("answers", "answer")),
+    "captions": Format(
+        ("image_id", "img_id"), ("image", "file_name"), ("captions", "caption", "text")
+    ),
+}
+
+
+def _format_of(items: Sequence[Json], are_questions: bool) -> str:
+    """The name of the format of a file's items, by the keys that they have."""
+    objects = [item for item in items if isinstance(item, dict)]
+    keys = set().union(*objects)
+    if "imageId" in keys:
+        return "gqa"
+    if "sentences" in keys:
+        return "karpathy"
+    # Lists name files; the official files of VQA and COCO only have ids.
+    if not keys & {"image", "file_name", "text"}:
+        return "vqa" if are_questions else "coco"
+    if not are_questions:
+        return "captions"
+    is_vizwiz = all(str(item.get("image")).startswith("VizWiz_") for item in objects)
+    return "vizwiz" if is_vizwiz and "question_id" not in keys else "questions"
+
+
+def _samples(items: Sequence[tuple[str, Json]], needed: Sequence[str]) -> list[Sample]:
+    """A sample for each item with its location; one without `needed` fields has a problem."""
+    name = _format_of([item for _, item in items], "question_id" in needed)
+    return [_sample(location, item, name, needed) for location, item in items]
+
+
+def _sample(location: str, item: Json, name: str, needed: Sequence[str]) -> Sample:
+    if not isinstance(item, dict):
+        item = {}
+
+    # 1. The image; GQA and Karpathy name it by parts of its path.
+    fields = READERS[name]
+    image = _first(item, *fields.image)
+    if name == "gqa" and image:
+        image = f"{image}.jpg"
+    elif name == "karpathy" and image and item.get("filepath"):
+        image = f"{item['filepath']}/{image}"
+
+    # 2. The key, which images have in their names, too; GQA has an object of types.
+    key = _first(item, *fields.key)
+    if key is None and "question_id" not in needed:
+        key = _coco_id(image)
+    types = {**(item.get("types") or {}), **item}
+    sample = Sample(
+        key,
+        location,
+        image,
+        question=_text(item, "question"),
+        references=_texts(_first(item, *fields.references)),
+        answer_type=_text(types, "answer_type", "structural"),
+        question_type=_text(types, "question_type", "semantic"),
+    )
+
+    # 3. What is missing.
+    values = {**vars(sample), "question_id": key}
+    missing = [name for name in needed if values[name] in (None, "", [])]
+    if missing:
+        problem = f"{location}: has no {' and no '.join(missing)}."
+        return replace(sample, key=location.rpartition(": ")[2], problem=problem)
+    return sample
+
+
+def _first(item: JsonObject, *names: str) -> Json:
+    """The first of these values that is there, or None."""
+    for name in names:
+        if item.get(name) not in (None, ""):
+            return item[name]
+    return None
+
+
+def _text(item: JsonObject, *names: str) -> str:
+    """The first of these values that is there, as a text."""
+    return str(_first(item, *names) or "").strip()
+
+
+def _texts(value: Json) -> list[str]:
+    """The texts of a string, a list of strings, or of objects with one each; else an empty list."""
+    texts: list[str] = []
+    for item in as_list(value):
+        if isinstance(item, dict):  # an annotator's answer, or a caption of Karpathy's file
+            item = item.get("answer", item.get("raw"))
+        if not isinstance(item, str):
+            return []
+        texts.append(item)
+    return texts if "".join(texts).strip() else []
+
+
+def _coco_id(image: Json) -> Json:
+    """The number at the end of a COCO file name, used as key of results; else the name."""
+    if not isinstance(image, str):
+        return image
+    match = re.fullmatch(r"(?:.*_)?0*(\d+)", Path(image).stem)
+    return int(match[1]) if match else image
+
+
+# ---- questions and captions
+
+
 def read_questions(path: str | Path, annotations: str | Path | None = None) -> list[Sample]:
     """The questions of a file, with answers from `annotations` or the file itself (or none).
 
@@ -73,8 +198,7 @@ def read_questions(path: str | Path, annotations: str | Path | None = None) -> l
             annotation.
     """
     # 1. The questions, each once.
-    items = read_items(path, "questions")
-    samples = _samples(items, ("question", "image"), is_question=True)
+    samples = _samples(read_items(path, "questions"), ("question", "image", "question_id"))
     keys = {sample.key for sample in samples}
     if len(keys) < len(samples):
         raise DataError(f"{path}: several questions have one question_id.")
@@ -82,8 +206,7 @@ def read_questions(path: str | Path, annotations: str | Path | None = None) -> l
         return samples
 
     # 2. Their answers.
-    items = read_items(annotations, "annotations")
-    answers = _samples(items, ("references",), is_question=True)
+    answers = _samples(read_items(annotations, "annotations"), ("references", "question_id"))
     return _annotated(samples, answers, path, annotations)
 
 
@@ -162,14 +285,12 @@ def _items_of_split(
 
 def _with_unique_keys(samples: Sequence[Sample]) -> list[Sample]:
     """Samples whose keys were used before, or are missing, get their index as key."""
-    # The first sample of a key keeps it.
-    first_index: dict[Key, int] = {}
-    unique: list[Sample] = []
+    used: set[Key | None] = {None}
     for index, sample in enumerate(samples):
-        if sample.key is None or first_index.setdefault(sample.key, index) != index:
-            sample = replace(sample, key=f"item {index}")
-        unique.append(sample)
-    return unique
+        if sample.key in used:
+            sample.key = f"item {index}"
+        used.add(sample.key)
+    return list(samples)
 
 
 def _annotated(
@@ -177,79 +298,19 @@ def _annotated(
 ) -> list[Sample]:
     """Samples of one file with the references of another."""
     references = {sample.key: sample for sample in truth if not sample.problem}
-    annotated: list[Sample] = []
-    missing: list[Key] = []
-    for sample in samples:
-        reference = references.get(sample.key)
-        if sample.problem:
-            annotated.append(sample)
-        elif reference is None:
-            missing.append(sample.key)
-        else:
-            # All fields of the truth, but the image and the question of the sample.
-            merged = replace(
-                reference, location=sample.location, image=sample.image, question=sample.question
-            )
-            annotated.append(merged)
+    usable = [sample for sample in samples if not sample.problem]
+    missing = [sample.key for sample in usable if sample.key not in references]
     if missing:
         raise DataError(
             f"{truth_path}: has nothing about {len(missing):,} of {len(samples):,} samples of "
             f"{path}, first {missing[0]}: they belong to different sets."
         )
-    return annotated
-
-
-def _samples(
-    items: Iterable[tuple[str, Json]], needed: Sequence[str], is_question: bool = False
-) -> list[Sample]:
-    """A sample for each item with its location; see `_sample`."""
-    return [_sample(location, item, needed, is_question) for location, item in items]
-
-
-def _sample(location: str, item: Json, needed: Sequence[str], is_question: bool) -> Sample:
-    """A sample from an item in any layout, with a problem if `needed` fields are missing.
-
-    is_question: the key is the question's, not the image's.
-    """
-    if not isinstance(item, dict):
-        item = {}
-
-    # 1. The image; GQA and Karpathy name it by parts of its path.
-    image = _first(item, "image", "file_name", "image_id")
-    if "imageId" in item:
-        image = f"{item['imageId']}.jpg"
-    elif "filename" in item:
-        image = "/".join(filter(None, (item.get("filepath"), item["filename"])))
-
-    # 2. The key of the results: an id of the file, VizWiz's image name, or the number in a name.
-    key = _first(item, "image_id", "img_id", "cocoid", "imgid")
-    if is_question:
-        vizwiz_key = image if str(image).startswith("VizWiz_") else None
-        key = item.get("question_id", vizwiz_key)
-    elif key is None:
-        key = _coco_id(image)
-
-    # 3. The texts, and the types; GQA has an object of them.
-    texts = _first(item, "answers", "answer", "captions", "caption", "text", "sentences")
-    types = {**(item.get("types") or {}), **item}
-    sample = Sample(
-        key,
-        location,
-        image,
-        question=_text(item, "question"),
-        references=_texts(texts),
-        answer_type=_text(types, "answer_type", "structural"),
-        question_type=_text(types, "question_type", "semantic"),
-    )
-
-    # 4. What is missing.
-    missing = [name for name in needed if getattr(sample, name) in (None, "", [])]
-    if is_question and key is None:
-        missing.append("question_id")
-    if missing:
-        problem = f"{location}: has no {' and no '.join(missing)}."
-        return replace(sample, key=location.rpartition(": ")[2], problem=problem)
-    return sample
+    for sample in usable:
+        reference = references[sample.key]
+        sample.references = reference.references
+        sample.answer_type = reference.answer_type
+        sample.question_type = reference.question_type
+    return list(samples)
 
 
 def _grouped(samples: Iterable[Sample]) -> list[Sample]:
@@ -268,6 +329,19 @@ def _grouped(samples: Iterable[Sample]) -> list[Sample]:
         if group is not sample:
             group.references.extend(sample.references)
     return list(by_key.values())
+
+
+# ---- files
+
+
+def parse_item(model: type[Model], location: str, item: Json) -> Model:
+    """An item as an object of a pydantic class. Raises DataError: another layout."""
+    try:
+        return model.model_validate(item)
+    except ValidationError as error:
+        fault = error.errors()[0]
+        names = ": ".join(map(str, fault["loc"]))
+        raise DataError(f"{location}: {names}: {fault['msg']}.") from None
 
 
 def read_items(path: str | Path, key: str) -> list[tuple[str, Json]]:
@@ -307,39 +381,6 @@ def _items(content: Json, path: str | Path, key: str) -> list[tuple[str, Json]]:
     if not isinstance(items, list) or not items:
         raise DataError(f"{path}: holds no json list, by itself or under {key!r}.")
     return [(f"{path}: item {index}", item) for index, item in enumerate(items)]
-
-
-def _first(item: JsonObject, *names: str) -> Json:
-    """The first of these values that is there, or None."""
-    for name in names:
-        if item.get(name) not in (None, ""):
-            return item[name]
-    return None
-
-
-def _text(item: JsonObject, *names: str) -> str:
-    """The first of these values that is there, as a text."""
-    return str(_first(item, *names) or "").strip()
-
-
-def _texts(value: Json) -> list[str]:
-    """The texts of a string, a list of strings, or of objects with one each; else an empty list."""
-    texts: list[str] = []
-    for item in value if isinstance(value, list) else [value]:
-        if isinstance(item, dict):  # an annotator's answer, or a caption of Karpathy's file
-            item = item.get("answer", item.get("raw"))
-        if not isinstance(item, str):
-            return []
-        texts.append(item)
-    return texts if "".join(texts).strip() else []
-
-
-def _coco_id(image: Json) -> Json:
-    """The number at the end of a COCO file name, used as key of results; else the name."""
-    if not isinstance(image, str):
-        return image
-    match = re.fullmatch(r"(?:.*_)?0*(\d+)", Path(image).stem)
-    return int(match[1]) if match else image
 
 
 def find_image_file(image: int | str, root: Path | None, annotations: Path, location: str) -> Path:

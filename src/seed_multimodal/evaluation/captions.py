@@ -3,39 +3,63 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
 
 from seed_multimodal.disk import JsonObject
-from seed_multimodal.evaluation.annotations import Key, Sample
-from seed_multimodal.evaluation.answers import Images, Line, Run, Scores
+from seed_multimodal.evaluation.annotations import Key, Sample, read_captions
+from seed_multimodal.evaluation.benchmark import Benchmark, Images, Line, Scores, Settings
 from seed_multimodal.evaluation.caption_scores import caption_scores
-from seed_multimodal.pipelines.base import MultimodalSystem
+from seed_multimodal.settings import setting
 
 
-class Captions:
-    """The task "caption" with a system."""
+@dataclass(kw_only=True)
+class CaptionFile(Settings):
+    """Settings of benchmarks that read captions."""
 
-    def __init__(self, system: MultimodalSystem, run: Run, samples: Sequence[Sample]) -> None:
-        self.system = system
-        self.run = run
+    file: Path = setting(
+        flag="--captions",
+        metavar="FILE",
+        help="COCO's captions, Karpathy's file dataset_coco.json, or a list with image and "
+        "caption; to draw also a list of texts, or a .txt",
+    )
+    split: str = setting("test", help="of Karpathy's file (default: test)")
+
+
+@dataclass(kw_only=True)
+class CaptionSettings(CaptionFile):
+    """Settings of captions."""
+
+    truth: Path | None = setting(
+        None, metavar="JSON", help="captions to compare with (NoCaps, Flickr30k)"
+    )
+
+
+class Captions(Benchmark[CaptionSettings, Sample]):
+    """Captions of images."""
+
+    title = "captions of images: CIDEr and others"
+    kind = options_of = "caption"
+    settings_class = CaptionSettings
+
+    def samples(self) -> list[Sample]:
+        settings = self.settings
+        return read_captions(settings.file, settings.split, settings.truth)
 
     def answer(self, samples: Sequence[Sample], images: Images) -> list[Line]:
-        """Caption a batch."""
-        captions = self.system.describe(images, batch_size=self.run.batch, **self.run.options)
-        return [{"caption": self.run.cut(text)} for text in captions]
+        captions = self.system.describe(images, **self.text_options())
+        return [{"caption": self.cut(text)} for text in captions]
 
     def score(self, samples: Sequence[Sample], lines: Sequence[Line]) -> Scores:
         """Results in COCO's format, and scores; an image without caption gets an empty one."""
-        # 1. Results.
         captions: dict[Key, str] = {}
         references: dict[Key, list[str]] = {}
+        results: list[JsonObject] = []
         for sample, line in zip(samples, lines, strict=True):
-            captions[sample.key] = line.get("caption", "")
+            caption = line.get("caption", "")
+            captions[sample.key] = caption
             references[sample.key] = sample.references
-        results: list[JsonObject] = [
-            {"image_id": key, "caption": caption} for key, caption in captions.items()
-        ]
-
-        # 2. Scores, if there are any captions.
+            results.append({"image_id": sample.key, "caption": caption})
         if not captions:
             return Scores(results, {})
         scores, notes = caption_scores(captions, references)

@@ -12,15 +12,33 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import BaseModel, StringConstraints
 
 from seed_multimodal.disk import JsonObject, read_json_object
 from seed_multimodal.errors import DataError
-from seed_multimodal.evaluation.annotations import Sample, read_items
-from seed_multimodal.evaluation.answers import Images, Line, Run, Scores
+from seed_multimodal.evaluation.annotations import Key, Sample, parse_item, read_items
+from seed_multimodal.evaluation.benchmark import Benchmark, Images, Line, Scores, Settings
 from seed_multimodal.evaluation.vqa import accuracies
-from seed_multimodal.pipelines.base import MultimodalSystem
+from seed_multimodal.settings import setting
 
 LETTERS = "ABCD"
+ChoiceText = Annotated[str, StringConstraints(strip_whitespace=True, min_length=1)]
+
+
+class Item(BaseModel, coerce_numbers_to_str=True):
+    """A question of the file."""
+
+    question_id: Key | None = None
+    question: str
+    data_id: str
+    choice_a: ChoiceText
+    choice_b: ChoiceText
+    choice_c: ChoiceText
+    choice_d: ChoiceText
+    answer: Literal["A", "B", "C", "D"]
+    question_type_id: object = None
 
 
 @dataclass
@@ -32,29 +50,22 @@ class ChoiceSample(Sample):
 
 def read_choices(path: str | Path) -> list[ChoiceSample]:
     """The questions about images. Raises DataError: no such file, or another layout."""
-    items = read_items(path, "questions")
     type_ids = read_json_object(Path(path), DataError).get("question_type", {})
     type_names = {identifier: name for name, identifier in type_ids.items()}
     samples: list[ChoiceSample] = []
-    for location, item in items:
-        if not isinstance(item, dict) or "question" not in item or "data_id" not in item:
-            raise DataError(f"{location}: has no question, or no data_id.")
-        if item.get("data_type", "image") != "image":
+    for location, value in read_items(path, "questions"):
+        if isinstance(value, dict) and value.get("data_type", "image") != "image":
             continue
-        choices = [item.get(f"choice_{letter.lower()}") for letter in LETTERS]
-        answer = item.get("answer")
-        is_blank = any(choice is None or not str(choice).strip() for choice in choices)
-        if is_blank or answer not in tuple(LETTERS):
-            raise DataError(f"{location}: needs choice_a to choice_d, and an answer of A to D.")
+        item = parse_item(Item, location, value)
         samples.append(
             ChoiceSample(
-                item.get("question_id", location),
+                location if item.question_id is None else item.question_id,
                 location,
-                item["data_id"],
-                question=item["question"],
-                references=[answer],
-                question_type=type_names.get(item.get("question_type_id"), ""),
-                choices=[str(choice) for choice in choices],
+                item.data_id,
+                question=item.question,
+                references=[item.answer],
+                question_type=type_names.get(item.question_type_id, ""),
+                choices=[item.choice_a, item.choice_b, item.choice_c, item.choice_d],
             )
         )
     if not samples:
@@ -62,18 +73,29 @@ def read_choices(path: str | Path) -> list[ChoiceSample]:
     return samples
 
 
-class Choices:
-    """The task "choices" with a system."""
+@dataclass(kw_only=True)
+class ChoiceSettings(Settings):
+    """Settings of SEED-Bench."""
 
-    def __init__(self, system: MultimodalSystem, run: Run, samples: Sequence[ChoiceSample]) -> None:
-        self.system = system
-        self.run = run
+    file: Path = setting(flag="--questions", metavar="JSON", help="SEED-Bench.json")
+
+
+class Choices(Benchmark[ChoiceSettings, ChoiceSample]):
+    """SEED-Bench."""
+
+    title = "multiple choice by likelihood: SEED-Bench"
+    kind = options_of = "choices"
+    settings_class = ChoiceSettings
+
+    def samples(self) -> list[ChoiceSample]:
+        return read_choices(self.settings.file)
 
     def answer(self, samples: Sequence[ChoiceSample], images: Images) -> list[Line]:
         """The likeliest choice of each question of a batch."""
         questions = [sample.question for sample in samples]
         choices = [sample.choices for sample in samples]
-        rows = self.system.likelihoods(images, questions, choices, batch_size=self.run.batch)
+        batch_size = self.settings.batch_size
+        rows = self.system.likelihoods(images, questions, choices, batch_size=batch_size)
         lines: list[Line] = []
         for row in rows:
             means = [likelihood.mean for likelihood in row]
@@ -83,14 +105,13 @@ class Choices:
 
     def score(self, samples: Sequence[ChoiceSample], lines: Sequence[Line]) -> Scores:
         """Results in the format of the leaderboard; accuracy in percent, also by kind."""
-        answers = [line.get("answer") for line in lines]
         results: list[JsonObject] = []
-        for sample, answer in zip(samples, answers, strict=True):
-            results.append({"question_id": sample.key, "prediction": answer or ""})
+        for sample, line in zip(samples, lines, strict=True):
+            results.append({"question_id": sample.key, "prediction": line.get("answer", "")})
 
         def is_right(answer: str, sample: Sample) -> float:
             return float(answer == sample.references[0])
 
-        values = accuracies(samples, answers, is_right)
+        values = accuracies(samples, lines, is_right)
         del values["per_answer_type"]
         return Scores(results, values)

@@ -3,29 +3,34 @@
     detector = load_detector("owlv2-base-patch16-ensemble", device)
     detector.detect(images, [["dog", "traffic light"], ["cat"]])
 
-A folder of transformers is a zero-shot detector (OWLv2, Grounding DINO), a detector of fixed
-classes (DETR) or an instance segmentation (Mask2Former, whose masks the colours are read in).
-Other packages register theirs by an entry point of the group `seed_multimodal.detectors`, a
-function of a device.
+A folder of transformers runs in the pipeline of its task: a zero-shot detector (OWLv2, Grounding
+DINO), a detector of fixed classes (DETR) or an instance segmentation (Mask2Former, whose masks the
+colours are read in). Other packages register theirs by an entry point of the group
+`seed_multimodal.detectors`, a function of a device.
 """
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, Protocol
 
-import numpy as np
 import torch
 import torch.nn.functional as F
-from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
+from transformers import ImageSegmentationPipeline, pipeline
+from transformers.models.auto.modeling_auto import (
+    MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
+    MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES,
+    MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES,
+)
 
+from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.evaluation.drawing import ClipScores
+from seed_multimodal.evaluation.metrics import finite
 from seed_multimodal.plugins import import_entry, registered
 from seed_multimodal.settings import nearest
 
@@ -44,6 +49,12 @@ COCO_NAMES = {
     "tvmonitor": "tv",
 }
 LOWEST_SCORE = 0.05  # of what a detector returns
+# Task of transformers' pipelines → the types of its models, and its outputs without scores.
+TASKS = {
+    "zero-shot-object-detection": MODEL_FOR_ZERO_SHOT_OBJECT_DETECTION_MAPPING_NAMES,
+    "object-detection": MODEL_FOR_OBJECT_DETECTION_MAPPING_NAMES,
+    "image-segmentation": MODEL_FOR_UNIVERSAL_SEGMENTATION_MAPPING_NAMES,
+}
 # Of GenEval: what the colour classifier distinguishes, and how it writes them.
 COLOURS = (
     "red",
@@ -65,14 +76,14 @@ BACKGROUND = "#999"  # around an object whose mask is known
 class Detection:
     """An object in an image.
 
-    colour: empty if the detector does not know it. mask: its pixels [H, W]; None: the whole box.
+    colour: empty if the detector does not know it. mask: its pixels; None: the whole box.
     """
 
     label: str
     score: float
     box: Box
     colour: str = ""
-    mask: NDArray[np.bool_] | None = None
+    mask: Image.Image | None = None
 
     def to_json(self) -> dict[str, Any]:
         """Its fields without the mask, numbers rounded."""
@@ -124,188 +135,112 @@ class Detector(Protocol):
         ...
 
 
-def load_detector(name: str | Path, device: torch.device) -> Detector:
+def load_detector(name: str, device: torch.device) -> Detector:
     """A registered detector, or that of a folder of transformers.
 
     Raises CheckpointError: no such folder, or no detector in it.
     """
     entries = registered("detectors")
-    if str(name) in entries:
-        open_detector: Callable[[torch.device], Detector] = import_entry(entries[str(name)])
+    if name in entries:
+        open_detector: Callable[[torch.device], Detector] = import_entry(entries[name])
         return open_detector(device)
     folder = Path(name)
     if not (folder / "config.json").is_file():
         raise CheckpointError(
-            f"{name}: no folder of a detector (config.json){nearest(str(name), entries)}."
+            f"{name}: no folder of a detector (config.json){nearest(name, entries)}."
         )
-    return detector_class(folder)(folder, device)
-
-
-def detector_class(folder: Path) -> type[HubDetector]:
-    """The kind of a folder's detector. Raises CheckpointError: none."""
-    import transformers
-
-    try:
-        config = transformers.AutoConfig.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False
-        )
-    except (OSError, ValueError, KeyError) as error:
-        raise CheckpointError(f"{folder}: no detector ({first_line(error)}).") from error
-    for kind in (ZeroShotDetector, BoxDetector, MaskDetector):
-        models = getattr(transformers, kind.auto_model)._model_mapping
-        if type(config) in models:
-            return kind
-    names = "zero-shot object detection, object detection, instance segmentation"
-    raise CheckpointError(f"{folder}: {config.model_type} is no model for {names}.")
+    return HubDetector(folder, device)
 
 
 class HubDetector:
-    """A detector of transformers, in fp32.
+    """A detector of transformers, in fp32."""
 
-    auto_model, auto_processor: its classes in transformers.
-    """
-
-    auto_model: ClassVar[str]
-    auto_processor: ClassVar[str] = "AutoImageProcessor"
-    limits = GENEVAL_LIMITS
     knows_colours = False
 
     def __init__(self, folder: Path, device: torch.device) -> None:
-        import transformers
-
+        model_type = str(read_json_object(folder / "config.json").get("model_type"))
+        tasks = [task for task, names in TASKS.items() if model_type in names]
+        if not tasks:
+            raise CheckpointError(f"{folder}: {model_type} is no model for {', '.join(TASKS)}.")
+        is_segmentation = tasks[0] == "image-segmentation"
+        self.is_zero_shot = tasks[0] == "zero-shot-object-detection"
+        self.limits = ZERO_SHOT_LIMITS if self.is_zero_shot else GENEVAL_LIMITS
         try:
-            self.processor: Any = getattr(transformers, self.auto_processor).from_pretrained(
-                folder, local_files_only=True
-            )
-            model: Any = getattr(transformers, self.auto_model).from_pretrained(
-                folder, local_files_only=True, use_safetensors=True, dtype=torch.float32
+            self.pipeline: Any = pipeline(
+                tasks[0],
+                str(folder),
+                device=device,
+                dtype=torch.float32,
+                pipeline_class=InstanceSegmentation if is_segmentation else None,
+                model_kwargs={"use_safetensors": True},
             )
         except (OSError, ValueError) as error:
             raise CheckpointError(f"{folder}: no detector ({first_line(error)}).") from error
-        self.model = model.to(device).eval()
-        self.device = device
-        names: dict[int, str] = model.config.id2label
-        self.names = {index: COCO_NAMES.get(name, name) for index, name in names.items()}
+
+        # A model that computes NaN finds nothing, which is no score.
+        def check(module: object, inputs: object, outputs: Any) -> None:
+            boxes = outputs.get("pred_boxes", outputs.get("masks_queries_logits"))
+            finite(boxes.cpu(), str(folder))
+
+        self.pipeline.model.register_forward_hook(check)
+        # OWL's texts are those of CLIP, Grounding DINO's end with a full stop.
+        self.template = "a photo of a {}" if model_type.startswith("owl") else "a {}."
 
     @property
     def labels(self) -> frozenset[str] | None:
-        return frozenset(self.names.values())
+        if self.is_zero_shot:
+            return None
+        names = self.pipeline.model.config.id2label.values()
+        return frozenset(COCO_NAMES.get(name, name) for name in names)
 
-    @torch.inference_mode()
     def detect(
         self, images: Sequence[Image.Image], labels: Sequence[Sequence[str]]
     ) -> list[list[Detection]]:
         """Objects in each image, of its labels; images one by one, since their labels differ."""
         detections: list[list[Detection]] = []
         for image, image_labels in zip(images, labels, strict=True):
-            objects = self.objects(image.convert("RGB"), image_labels)
-            detections.append([item for item in objects if item.label in image_labels])
+            # 1. What the model finds; a zero-shot detector is asked for each label.
+            inputs: dict[str, Any] = {"inputs": image.convert("RGB")}
+            names = COCO_NAMES
+            if self.is_zero_shot:
+                names = {self.template.format(label): label for label in image_labels}
+                inputs = {"image": image.convert("RGB"), "candidate_labels": list(names)}
+            objects = self.pipeline(**inputs, threshold=LOWEST_SCORE)
+
+            # 2. Its labels in GenEval's words.
+            detections.append([])
+            for item in objects:
+                label = names.get(item["label"], item["label"])
+                if label in image_labels:
+                    left, top, right, bottom = map(float, item["box"].values())
+                    box = (left, top, right, bottom)
+                    found = Detection(label, item["score"], box, mask=item.get("mask"))
+                    detections[-1].append(found)
         return detections
 
-    def objects(self, image: Image.Image, labels: Sequence[str]) -> list[Detection]:
-        """Objects in an image; `labels`: those that are searched for."""
-        raise NotImplementedError
 
+class InstanceSegmentation(ImageSegmentationPipeline):  # type: ignore[misc]
+    """Instances with masks that may overlap, and the boxes around them (Mask2Former)."""
 
-class ZeroShotDetector(HubDetector):
-    """Objects that a text describes (OWLv2, Grounding DINO)."""
-
-    auto_model = "AutoModelForZeroShotObjectDetection"
-    auto_processor = "AutoProcessor"
-    limits = ZERO_SHOT_LIMITS
-
-    @property
-    def labels(self) -> None:
-        return None
-
-    def objects(self, image: Image.Image, labels: Sequence[str]) -> list[Detection]:
-        # OWL's texts are those of CLIP. Grounding DINO finds parts of one text: a label at a time.
-        if self.model.config.model_type.startswith("owl"):
-            return self._described(image, {f"a photo of a {label}": label for label in labels})
-        detections: list[Detection] = []
-        for label in labels:
-            detections += self._described(image, {f"a {label}": label})
-        return detections
-
-    def _described(self, image: Image.Image, labels: Mapping[str, str]) -> list[Detection]:
-        """Objects that one of several texts describes; `labels`: text → label."""
-        texts = list(labels)
-        inputs = self.processor(images=image, text=[texts], return_tensors="pt")
-        outputs = self.model(**inputs.to(self.device))
-        post_process = self.processor.post_process_grounded_object_detection
-        options: dict[str, Any] = {}
-        if "input_ids" in inspect.signature(post_process).parameters:
-            options["input_ids"] = inputs.input_ids
-        [result] = post_process(
-            outputs,
-            threshold=LOWEST_SCORE,
-            target_sizes=[image.size[::-1]],
-            text_labels=[texts],
-            **options,
-        )
-        names = [labels[texts[0]]] * len(result["scores"])
-        if len(texts) > 1:
-            names = [labels[text] for text in result["text_labels"]]
-        return _detections(names, result["scores"], result["boxes"])
-
-
-class BoxDetector(HubDetector):
-    """Objects of fixed classes (DETR, RT-DETR, YOLOS)."""
-
-    auto_model = "AutoModelForObjectDetection"
-
-    def objects(self, image: Image.Image, labels: Sequence[str]) -> list[Detection]:
-        inputs = self.processor(images=image, return_tensors="pt")
-        outputs = self.model(**inputs.to(self.device))
-        [result] = self.processor.post_process_object_detection(
-            outputs, threshold=LOWEST_SCORE, target_sizes=[image.size[::-1]]
-        )
-        names = [self.names[index] for index in result["labels"].tolist()]
-        return _detections(names, result["scores"], result["boxes"])
-
-
-class MaskDetector(HubDetector):
-    """Instances of fixed classes with their masks (Mask2Former)."""
-
-    auto_model = "AutoModelForUniversalSegmentation"
-
-    def objects(self, image: Image.Image, labels: Sequence[str]) -> list[Detection]:
-        # 1. The instances.
-        inputs = self.processor(images=image, return_tensors="pt")
-        outputs = self.model(**inputs.to(self.device))
-        [result] = self.processor.post_process_instance_segmentation(
-            outputs,
-            threshold=LOWEST_SCORE,
-            target_sizes=[image.size[::-1]],
+    def postprocess(self, model_outputs: Any, threshold: float) -> list[dict[str, Any]]:
+        [result] = self.image_processor.post_process_instance_segmentation(
+            model_outputs,
+            threshold=threshold,
+            target_sizes=model_outputs["target_size"],
             return_binary_maps=True,
         )
-        segments = result["segments_info"]
-        if not segments:
-            return []  # the result has no masks then
-
-        # 2. Their boxes are those of their masks.
-        detections: list[Detection] = []
-        for segment, pixels in zip(segments, result["segmentation"], strict=True):
-            mask = pixels.bool().cpu().numpy()
-            if not mask.any():
-                continue
-            rows = np.flatnonzero(mask.any(axis=1))
-            columns = np.flatnonzero(mask.any(axis=0))
-            left, top = float(columns[0]), float(rows[0])
-            right, bottom = float(columns[-1] + 1), float(rows[-1] + 1)
-            label = self.names[segment["label_id"]]
-            box = (left, top, right, bottom)
-            detections.append(Detection(label, float(segment["score"]), box, mask=mask))
-        return detections
-
-
-def _detections(names: Sequence[str], scores: Tensor, boxes: Tensor) -> list[Detection]:
-    """Detections of names with scores [N] and boxes [N, 4]."""
-    detections: list[Detection] = []
-    for name, score, edges in zip(names, scores.tolist(), boxes.tolist(), strict=True):
-        left, top, right, bottom = edges
-        detections.append(Detection(name, score, (left, top, right, bottom)))
-    return detections
+        instances: list[dict[str, Any]] = []
+        # Without segments the result has no masks.
+        for segment, pixels in zip(result["segments_info"], result["segmentation"], strict=False):
+            mask = Image.fromarray(pixels.bool().cpu().numpy())
+            edges = mask.getbbox()
+            if edges is not None:
+                label = self.model.config.id2label[segment["label_id"]]
+                box = dict(enumerate(edges))
+                instances.append(
+                    {"label": label, "score": segment["score"], "box": box, "mask": mask}
+                )
+        return instances
 
 
 class ColourClassifier:
@@ -318,8 +253,7 @@ class ColourClassifier:
     def with_colour(self, image: Image.Image, item: Detection) -> Detection:
         """A detection with its colour."""
         crop = _crop(image.convert("RGB"), item)
-        features = F.normalize(self.clip.images.embed([crop]), dim=-1)  # [1, E]
-        scores = features @ self._colour_features(item.label).T  # [1, colours]
+        scores = self.clip.similarity([crop], self._colour_features(item.label))  # [1, colours]
         return replace(item, colour=COLOURS[int(scores.argmax())])
 
     def _colour_features(self, label: str) -> Tensor:
@@ -337,7 +271,7 @@ def _crop(image: Image.Image, item: Detection) -> Image.Image:
     """The box of an object; what is around its mask is grey."""
     if item.mask is not None:
         blank = Image.new("RGB", image.size, BACKGROUND)
-        image = Image.composite(image, blank, Image.fromarray(item.mask))
+        image = Image.composite(image, blank, item.mask)
     # Boxes of floats may be empty.
     left, top, right, bottom = map(round, item.box)
     return image.crop((left, top, max(right, left + 1), max(bottom, top + 1)))

@@ -14,64 +14,59 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, fields, replace
 from pathlib import Path
+from typing import TYPE_CHECKING, Literal
 
 from PIL import Image
+from pydantic import BaseModel, Field
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError, DataError
-from seed_multimodal.evaluation.annotations import Json, read_items
-from seed_multimodal.evaluation.answers import Judging, Line, Run, Scores
-from seed_multimodal.evaluation.detection import (
-    ColourClassifier,
-    Detection,
-    Detector,
-    Limits,
-    load_detector,
-)
-from seed_multimodal.evaluation.drawing import find_clip
-from seed_multimodal.evaluation.judged import (
-    JudgedDrawings,
-    JudgedPrompt,
-    most_images,
-    score_values,
-)
-from seed_multimodal.evaluation.metrics import bootstrap
-from seed_multimodal.pipelines.base import MultimodalSystem
+from seed_multimodal.evaluation.annotations import parse_item, read_items
+from seed_multimodal.evaluation.benchmark import Line, Scores
+from seed_multimodal.evaluation.judged import JudgedDrawings, JudgedPrompt, JudgedSettings
+from seed_multimodal.evaluation.metrics import bootstrap, mean_of_means, plain
+from seed_multimodal.evaluation.text2image import find_clip
+from seed_multimodal.settings import setting
+
+if TYPE_CHECKING:
+    from seed_multimodal.evaluation.detection import ColourClassifier, Detection
 
 COUNTING = "counting"  # the tag whose detections need the higher confidence
 MAX_OBJECTS = 16  # of a class
 MARGIN = 0.1  # of both objects' sides, by which centres must differ
-RELATIONS = ("left of", "right of", "above", "below")
 
 
-@dataclass(frozen=True)
-class Requirement:
-    """Objects of an image; `relation` to the objects of the requirement with index `target`."""
+class Requirement(BaseModel):
+    """Objects of an image; `position`: relation to the objects of an earlier requirement."""
 
-    label: str
-    count: int
-    colour: str = ""
-    relation: str = ""
-    target: int = 0
+    label: str = Field(alias="class")
+    count: int = Field(strict=True, ge=1)
+    colour: str = Field("", alias="color")
+    position: tuple[Literal["left of", "right of", "above", "below"], int] | None = None
 
 
-@dataclass
+class Item(BaseModel):
+    """A line of the file."""
+
+    tag: str
+    prompt: str
+    include: list[Requirement] = []
+    exclude: list[Requirement] = []
+
+
+@dataclass(kw_only=True)
 class ObjectPrompt(JudgedPrompt):
-    """A line of the benchmark."""
+    """A prompt with its objects."""
 
-    include: list[Requirement] = field(default_factory=list)
-    exclude: list[Requirement] = field(default_factory=list)
-
-    @property
-    def tag(self) -> str:
-        return self.answer_type
+    item: Item
 
     @property
     def labels(self) -> list[str]:
         """Classes that have to be detected."""
-        return list(dict.fromkeys(item.label for item in [*self.include, *self.exclude]))
+        objects = [*self.item.include, *self.item.exclude]
+        return list(dict.fromkeys(requirement.label for requirement in objects))
 
 
 def read_object_prompts(path: str | Path) -> list[ObjectPrompt]:
@@ -80,51 +75,18 @@ def read_object_prompts(path: str | Path) -> list[ObjectPrompt]:
     Raises DataError: no such file, or an item of another layout.
     """
     prompts: list[ObjectPrompt] = []
-    for index, (location, item) in enumerate(read_items(path, "prompts")):
-        prompts.append(_object_prompt(index, location, item))
+    for index, (location, metadata) in enumerate(read_items(path, "prompts")):
+        item = parse_item(Item, location, metadata)
+        for n_before, requirement in enumerate(item.include):
+            if requirement.position and requirement.position[1] not in range(n_before):
+                raise DataError(
+                    f"{location}: the position of {requirement.label!r} is to no earlier object."
+                )
+        prompt = ObjectPrompt(
+            index, location, references=[item.prompt], metadata=metadata, item=item
+        )
+        prompts.append(prompt)
     return prompts
-
-
-def _object_prompt(index: int, location: str, item: Json) -> ObjectPrompt:
-    if not isinstance(item, dict) or not isinstance(item.get("prompt"), str):
-        raise DataError(f"{location}: has no text 'prompt'.")
-    if not isinstance(item.get("tag"), str):
-        raise DataError(f"{location}: has no 'tag', the kind of prompt.")
-    prompt = ObjectPrompt(
-        index, location, references=[item["prompt"]], answer_type=item["tag"], metadata=item
-    )
-    for name in ("include", "exclude"):
-        requirements = item.get(name, [])
-        if not isinstance(requirements, list):
-            raise DataError(f"{location}: {name!r} is no list of objects.")
-        for position, requirement in enumerate(requirements):
-            getattr(prompt, name).append(_requirement(location, requirement, position))
-    return prompt
-
-
-def _requirement(location: str, item: Json, n_before: int) -> Requirement:
-    """An object of a prompt; `n_before`: objects of the list before it."""
-    if not isinstance(item, dict) or not isinstance(item.get("class"), str):
-        raise DataError(f"{location}: an object has no 'class'.")
-    label = item["class"]
-    count = item.get("count")
-    if not isinstance(count, int) or count < 1:
-        raise DataError(f"{location}: the count of {label!r} is no positive number.")
-
-    # GenEval writes [relation, index].
-    relation = ""
-    target = 0
-    if "position" in item:
-        try:
-            relation, target = item["position"]
-        except (TypeError, ValueError):
-            raise DataError(f"{location}: the position of {label!r} is no pair.") from None
-        if relation not in RELATIONS or target not in range(n_before):
-            raise DataError(
-                f"{location}: the position of {label!r} is no relation ({', '.join(RELATIONS)}) to "
-                "an earlier object."
-            )
-    return Requirement(label, count, str(item.get("color", "")), relation, target)
 
 
 # ---- rules
@@ -163,7 +125,7 @@ def rule_faults(prompt: ObjectPrompt, detections: Sequence[Detection]) -> list[s
     # 1. What must be there; objects of a failed requirement cannot be a target.
     faults: list[str] = []
     groups: list[list[Detection] | None] = []
-    for requirement in prompt.include:
+    for requirement in prompt.item.include:
         group = by_label.get(requirement.label, [])[: requirement.count]
         fault = _group_fault(requirement, group, groups)
         if fault:
@@ -171,7 +133,7 @@ def rule_faults(prompt: ObjectPrompt, detections: Sequence[Detection]) -> list[s
         groups.append(None if fault else group)
 
     # 2. What must not be there.
-    for requirement in prompt.exclude:
+    for requirement in prompt.item.exclude:
         n_objects = len(by_label.get(requirement.label, []))
         if n_objects >= requirement.count:
             faults.append(f"expected {requirement.label}<{requirement.count}, found {n_objects}")
@@ -194,17 +156,18 @@ def _group_fault(
         return f"expected {requirement.colour} {label}>={count}, found {', '.join(colours)}"
 
     # 2. Position: each object to each object of the target.
-    if not requirement.relation:
+    if requirement.position is None:
         return ""
-    targets = earlier[requirement.target]
+    relation, index = requirement.position
+    targets = earlier[index]
     if targets is None:
-        return f"no target for {label} to be {requirement.relation}"
+        return f"no target for {label} to be {relation}"
     for item in group:
         for target in targets:
             relations = spatial_relations(item, target)
-            if requirement.relation not in relations:
+            if relation not in relations:
                 actual = " and ".join(sorted(relations)) or "no relation to"
-                return f"expected {label} {requirement.relation} target, found {actual} target"
+                return f"expected {label} {relation} target, found {actual} target"
     return ""
 
 
@@ -238,124 +201,135 @@ def spatial_relations(item: Detection, target: Detection) -> set[str]:
 
 def _overlap(first: Detection, second: Detection) -> float:
     """Intersection over union of two boxes, of pixels as in GenEval's program."""
-    left, top = map(max, zip(first.box[:2], second.box[:2], strict=True))
-    right, bottom = map(min, zip(first.box[2:], second.box[2:], strict=True))
-    intersection = _area((left, top, right, bottom))
-    union = _area(first.box) + _area(second.box) - intersection
-    return intersection / union
+    import torch
+    from torchvision.ops import box_iou
 
-
-def _area(box: tuple[float, float, float, float]) -> float:
-    left, top, right, bottom = box
-    return max(right - left + 1, 0) * max(bottom - top + 1, 0)
+    edges = torch.tensor([first.box, second.box], dtype=torch.float64)
+    boxes = edges + torch.tensor([0, 0, 1, 1])
+    return float(box_iou(boxes[:1], boxes[1:]))
 
 
 # ---- evaluation
 
 
-class GenEval(JudgedDrawings):
-    """The task "geneval": a detector finds the objects of prompts."""
+@dataclass(kw_only=True)
+class GenEvalSettings(JudgedSettings):
+    """Settings of GenEval; limits of detections, by default the detector's."""
 
-    def __init__(
-        self, system: MultimodalSystem | None, run: Run, samples: Sequence[ObjectPrompt]
-    ) -> None:
-        super().__init__(system, run, samples)
-        self.detector = load_detector(self.judging.model, self.device)
-        check_labels(self.detector, samples)
-        self.limits = _limits(self.judging, self.detector.limits)
-        self.colours: ColourClassifier | None = None
-        has_colours = any(item.colour for sample in samples for item in sample.include)
+    judge: Path = setting(
+        metavar="MODEL",
+        help="folder of a detector of transformers (OWLv2, Mask2Former, DETR …), or nano",
+    )
+    clip: Path | None = setting(None, metavar="DIR", help="CLIP that names the colours of objects")
+    threshold: float | None = setting(
+        None, minimum=0, maximum=1, help="score of detections that count"
+    )
+    counting_threshold: float | None = setting(
+        None, minimum=0, maximum=1, help="of prompts that count objects"
+    )
+    max_overlap: float | None = setting(
+        None, minimum=0, maximum=1, help="of detections of a class (1: any)"
+    )
+
+
+class GenEval(JudgedDrawings[GenEvalSettings, ObjectPrompt]):
+    """A detector finds the objects of prompts."""
+
+    title = "objects of prompts in drawings, by a detector"
+    kind = "geneval"
+    settings_class = GenEvalSettings
+    file_name = "evaluation_metadata.jsonl"
+    num_images = 4
+    verdicts = "detections"
+    colours: ColourClassifier | None = None
+
+    def samples(self) -> list[ObjectPrompt]:
+        return read_object_prompts(self.settings.file)
+
+    def prepare(self, samples: Sequence[ObjectPrompt]) -> None:
+        from seed_multimodal.evaluation.detection import ColourClassifier, load_detector
+
+        # 1. The detector, which must know all classes; the limits of the run override its own.
+        super().prepare(samples)
+        device = self.judge_device
+        self.detector = load_detector(str(self.settings.judge), device)
+        if self.detector.labels is not None:
+            needed = {label for sample in samples for label in sample.labels}
+            unknown = sorted(needed - self.detector.labels)
+            if unknown:
+                raise ConfigError(
+                    f"The detector has no class for {', '.join(unknown)}, of which the prompts "
+                    "ask; use a zero-shot detector (OWLv2)."
+                )
+        self.limits = self.detector.limits
+        for limit in fields(self.limits):
+            value = getattr(self.settings, limit.name)
+            if value is not None:
+                self.limits = replace(self.limits, **{limit.name: value})
+
+        # 2. What names colours.
+        has_colours = any(item.colour for sample in samples for item in sample.item.include)
         if has_colours and not self.detector.knows_colours:
-            clip = find_clip(
-                run.clip, "to name the colours of objects", "use a detector that knows colours"
-            )
-            self.colours = ColourClassifier(clip, self.device)
+            advice = "use a detector that knows colours"
+            clip = find_clip(self.settings.clip, "to name the colours of objects", advice)
+            self.colours = ColourClassifier(clip, device)
 
-    def line_of(self, sample: JudgedPrompt, images: Sequence[Image.Image]) -> Line:
+    def judge(self, sample: ObjectPrompt, images: Sequence[Image.Image]) -> list[list[JsonObject]]:
         """The detections that count, of each image."""
-        assert isinstance(sample, ObjectPrompt)
         threshold = self.limits.threshold
-        if sample.tag == COUNTING:
+        if sample.item.tag == COUNTING:
             threshold = self.limits.counting_threshold
-        coloured = {item.label for item in sample.include if item.colour}
-        detections_by_image = self.detector.detect(images, [sample.labels] * len(images))
-        line: Line = {"caption": sample.caption, "detections": []}
-        for image, detections in zip(images, detections_by_image, strict=True):
-            kept = kept_detections(detections, threshold, self.limits.max_overlap)
-            if self.colours is not None:
-                for position, item in enumerate(kept):
-                    if item.label in coloured:
-                        kept[position] = self.colours.with_colour(image, item)
-            line["detections"].append([item.to_json() for item in kept])
-        return line
+        coloured = {item.label for item in sample.item.include if item.colour}
+        verdicts: list[list[JsonObject]] = []
+        found = self.detector.detect(images, [sample.labels] * len(images))
+        for image, detections in zip(images, found, strict=True):
+            verdict: list[JsonObject] = []
+            for item in kept_detections(detections, threshold, self.limits.max_overlap):
+                if self.colours is not None and item.label in coloured:
+                    item = self.colours.with_colour(image, item)
+                verdict.append(item.to_json())
+            verdicts.append(verdict)
+        return verdicts
 
     def score(self, samples: Sequence[ObjectPrompt], lines: Sequence[Line]) -> Scores:
         """GenEval's results for each image; the mean over kinds of prompts, and each of them."""
-        # 1. The verdict of each image; a prompt without images counts as a wrong one.
+        from seed_multimodal.evaluation.detection import Detection
+
+        # 1. The verdict of each image.
         results: list[JsonObject] = []
         hits: dict[str, list[bool]] = {}  # of each kind
         prompts: dict[str, list[int]] = {}
-        captions: list[list[str]] = []
-        n_solved = 0
-        n_images = most_images(line["detections"] for line in lines if "detections" in line)
-        for index, (sample, line) in enumerate(zip(samples, lines, strict=True)):
-            faults = _line_faults(sample, line, n_images)
-            hits.setdefault(sample.tag, []).extend(not fault for fault in faults)
-            prompts.setdefault(sample.tag, []).extend(index for _ in faults)
-            n_solved += "" in faults
-            captions.append([fault or "correct" for fault in faults] if "bad" not in line else [])
-            for number, fault in enumerate(faults):
-                results.append(
-                    {
-                        "filename": f"{self.indices[sample.key]:05d}/samples/{number:04d}.png",
-                        "tag": sample.tag,
-                        "prompt": sample.caption,
-                        "correct": not fault,
-                        "reason": fault,
-                        "metadata": json.dumps(sample.metadata),
-                    }
-                )
+        images = self.judged_images(samples, lines)
+        for image in images:
+            sample: ObjectPrompt = image.sample
+            fault = lines[image.index].get("bad", "")
+            if image.exists:
+                detections = [Detection.from_json(row) for row in image.verdict]
+                fault = "\n".join(rule_faults(sample, detections))
+            hits.setdefault(sample.item.tag, []).append(not fault)
+            prompts.setdefault(sample.item.tag, []).append(image.index)
+            results.append(
+                {
+                    "filename": f"{self.indices[sample.key]:05d}/samples/{image.number:04d}.png",
+                    "tag": sample.item.tag,
+                    "prompt": sample.caption,
+                    "correct": not fault,
+                    "reason": fault,
+                    "metadata": json.dumps(sample.metadata),
+                }
+            )
         if not results:
             return Scores(results, {})
 
         # 2. The scores; images of a prompt are resampled together.
         kinds = {tag: bootstrap(hits[tag], prompts[tag]) for tag in hits}
-        values = score_values(kinds)
-        values["images"] = len(results)
-        values["prompts_correct"] = round(n_solved / len(samples), 4)
-        self.write_sheet(samples, captions, [sample.answer_type for sample in samples])
+        solved = {image.index for image, row in zip(images, results, strict=True) if row["correct"]}
+        values = {
+            "score": plain(mean_of_means(list(kinds.values()))),
+            "kinds": plain(kinds),
+            "images": len(results),
+            "prompts_correct": round(len(solved) / len(samples), 4),
+        }
+        captions = [row["reason"] or "correct" for row in results]
+        self.write_sheet(images, captions, [row["tag"] for row in results])
         return Scores(results, values)
-
-
-def check_labels(detector: Detector, prompts: Sequence[ObjectPrompt]) -> None:
-    """Raise ConfigError: the detector does not know all classes of the prompts."""
-    if detector.labels is None:
-        return
-    needed = {label for prompt in prompts for label in prompt.labels}
-    unknown = sorted(needed - detector.labels)
-    if unknown:
-        raise ConfigError(
-            f"The detector has no class for {', '.join(unknown)}, of which the prompts ask; use a "
-            "zero-shot detector (OWLv2)."
-        )
-
-
-def _line_faults(sample: ObjectPrompt, line: Line, n_images: int) -> list[str]:
-    """The fault of each image of a line, empty where it is correct; `n_images`: if it has none."""
-    if "bad" in line:
-        return [line["bad"]] * n_images
-    faults: list[str] = []
-    for rows in line["detections"]:
-        detections = [Detection.from_json(row) for row in rows]
-        faults.append("\n".join(rule_faults(sample, detections)))
-    return faults
-
-
-def _limits(judging: Judging, defaults: Limits) -> Limits:
-    """The limits of a detector; those of the run override its own."""
-    chosen = {
-        "threshold": judging.threshold,
-        "counting_threshold": judging.counting_threshold,
-        "max_overlap": judging.max_overlap,
-    }
-    return replace(defaults, **{name: value for name, value in chosen.items() if value is not None})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
@@ -11,12 +12,30 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from seed_multimodal.disk import JsonObject
+from seed_multimodal.errors import DataError
 
 FloatArray: TypeAlias = NDArray[np.floating]
 RESAMPLES = 1000
 LARGE = 100_000  # above this number of groups the normal interval is used
 INDICES_PER_CHUNK = 1 << 22  # sampled at a time
 PREFIXES = (1, 2, 4, 8, 16, 32)
+
+
+def finite(values: ArrayLike, label: str) -> None:
+    """Raise DataError for numbers that are not finite, which compare as nothing does."""
+    if not np.isfinite(np.asarray(values, dtype=np.float64).sum()):
+        raise DataError(
+            f"{label}: numbers are not finite; the weights are damaged, or need a wider --dtype."
+        )
+
+
+def finite_json(value: object, label: str, indent: int | None = None) -> str:
+    """Scores as JSON. Raises DataError as `finite`."""
+    try:
+        return json.dumps(value, ensure_ascii=False, indent=indent, allow_nan=False)
+    except ValueError:
+        finite(math.nan, label)
+        raise
 
 
 @dataclass(frozen=True)
@@ -74,6 +93,15 @@ def bootstrap(values: ArrayLike, groups: Iterable[Hashable] | None = None) -> Es
         means.append(sums[sampled].sum(1) / counts[sampled].sum(1))
     low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
     return Estimate(mean, float(low), float(high), int(data.size))
+
+
+def group_means(values: Sequence[float], groups: Sequence[str]) -> dict[str, float]:
+    """The mean of the values of each group, rounded; those of the group "" are left out."""
+    by_group: dict[str, list[float]] = {}
+    for value, group in zip(values, groups, strict=True):
+        if group:
+            by_group.setdefault(group, []).append(value)
+    return {name: round(sum(row) / len(row), 2) for name, row in sorted(by_group.items())}
 
 
 def mean_of_means(estimates: Sequence[Estimate]) -> Estimate:

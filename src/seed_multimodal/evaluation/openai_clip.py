@@ -11,9 +11,7 @@ from __future__ import annotations
 
 import gzip
 import importlib.util
-import json
 import re
-import tempfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -81,32 +79,20 @@ def load_openai_clip(
     # 2. The models, whose sizes are those of their tensors.
     patches = len(state["visual.positional_embedding"]) - 1
     width, _, patch, _ = state["visual.conv1.weight"].shape
-    vision = CLIPVisionModelWithProjection(
-        CLIPVisionConfig(
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=_layers(state, "visual."),
-            num_attention_heads=max(width // 64, 1),
-            patch_size=patch,
-            image_size=patch * int(patches**0.5 + 0.5),
-            projection_dim=state["visual.proj"].shape[1],
-        )
-    )
+    image_size = patch * int(patches**0.5 + 0.5)
+    sizes = _sizes(state, "visual.", "visual.proj", width)
+    vision_config = CLIPVisionConfig(**sizes, patch_size=patch, image_size=image_size)
     vocab_size, width = state["token_embedding.weight"].shape
-    text = CLIPTextModelWithProjection(
-        CLIPTextConfig(
-            hidden_size=width,
-            intermediate_size=4 * width,
-            num_hidden_layers=_layers(state, ""),
-            vocab_size=vocab_size,
-            num_attention_heads=max(width // 64, 1),
-            max_position_embeddings=len(state["positional_embedding"]),
-            projection_dim=state["text_projection"].shape[1],
-            bos_token_id=vocab_size - 2,
-            eos_token_id=vocab_size - 1,
-            pad_token_id=vocab_size - 1,
-        )
+    text_config = CLIPTextConfig(
+        **_sizes(state, "", "text_projection", width),
+        vocab_size=vocab_size,
+        max_position_embeddings=len(state["positional_embedding"]),
+        bos_token_id=vocab_size - 2,
+        eos_token_id=vocab_size - 1,
+        pad_token_id=vocab_size - 1,
     )
+    vision = CLIPVisionModelWithProjection(vision_config)
+    text = CLIPTextModelWithProjection(text_config)
 
     # 3. The weights in them.
     for model, prefix in ((vision, "vision_model."), (text, "text_model.")):
@@ -115,12 +101,17 @@ def load_openai_clip(
     return vision, text_embedder(text, read_pieces(Path(file).parent), device)
 
 
-def _layers(state: Mapping[str, Tensor], part: str) -> int:
-    """The number of Transformer blocks of a part."""
-    start = f"{part}transformer.resblocks."
-    return 1 + max(
-        int(name.removeprefix(start).split(".")[0]) for name in state if name.startswith(start)
-    )
+def _sizes(state: Mapping[str, Tensor], part: str, projection: str, width: int) -> dict[str, int]:
+    """Sizes of a Transformer that transformers' configurations have in common."""
+    pattern = re.compile(rf"{re.escape(part)}transformer\.resblocks\.(\d+)")
+    blocks = {match[1] for match in map(pattern.match, state) if match}
+    return {
+        "hidden_size": width,
+        "intermediate_size": 4 * width,
+        "num_hidden_layers": len(blocks),
+        "num_attention_heads": max(width // 64, 1),
+        "projection_dim": state[projection].shape[1],
+    }
 
 
 def _renamed(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
@@ -150,6 +141,7 @@ def _renamed(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
 def read_pieces(folder: Path) -> CLIPTokenizer:
     """CLIP's tokenizer of transformers. Raises CheckpointError: no file of word pieces."""
     from transformers import CLIPTokenizer
+    from transformers.convert_slow_tokenizer import bytes_to_unicode
 
     # 1. The file, in the folder or in the package.
     folders = [folder]
@@ -166,7 +158,7 @@ def read_pieces(folder: Path) -> CLIPTokenizer:
 
     # 2. The vocabulary in CLIP's order: bytes, bytes that end a word, merges, special tokens.
     merges = gzip.decompress(files[0].read_bytes()).decode().split("\n")[1 : MERGES + 1]
-    letters = list(_byte_letters())
+    letters = list(bytes_to_unicode().values())
     pieces = [
         *letters,
         *(f"{letter}</w>" for letter in letters),
@@ -174,19 +166,5 @@ def read_pieces(folder: Path) -> CLIPTokenizer:
         "<|startoftext|>",
         "<|endoftext|>",
     ]
-    with tempfile.TemporaryDirectory() as scratch:
-        vocabulary = {piece: id for id, piece in enumerate(pieces)}
-        (Path(scratch) / "vocab.json").write_text(json.dumps(vocabulary))
-        (Path(scratch) / "merges.txt").write_text("\n".join(["#version: 0.2", *merges]))
-        return CLIPTokenizer.from_pretrained(scratch, local_files_only=True)
-
-
-def _byte_letters() -> list[str]:
-    """The letter for each byte in the pieces, in CLIP's order: printable ones are themselves."""
-    printable = [
-        *range(ord("!"), ord("~") + 1),
-        *range(ord("¡"), ord("¬") + 1),
-        *range(ord("®"), ord("ÿ") + 1),
-    ]
-    others = [byte for byte in range(256) if byte not in printable]
-    return [chr(byte) for byte in printable] + [chr(256 + index) for index in range(len(others))]
+    vocabulary = {piece: id for id, piece in enumerate(pieces)}
+    return CLIPTokenizer(vocabulary, [tuple(line.split()) for line in merges])

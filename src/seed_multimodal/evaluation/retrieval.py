@@ -24,7 +24,7 @@ from torch import Tensor
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.evaluation.metrics import bootstrap
+from seed_multimodal.evaluation.metrics import bootstrap, finite
 from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.nn.vision.clip import load_clip_text
 
@@ -53,6 +53,8 @@ def ranks(queries: Tensor, gallery: Tensor, pairs: Ints, counts: Ints | None = N
         queries, gallery: features [Q, E] and [G, E] on one device; scores are dot products.
         pairs: [P, 2] of query and right item, sorted by query; each query has one or more.
         counts: how often each item stands in the gallery [G]; None: once.
+
+    Raises DataError: features that are not finite, which would rank first.
     """
     device = gallery.device
     wrong_above = np.empty(len(queries), np.int64)
@@ -62,6 +64,7 @@ def ranks(queries: Tensor, gallery: Tensor, pairs: Ints, counts: Ints | None = N
     for start in range(0, len(queries), block_rows):
         # 1. Scores of a block of queries, and of their right items.
         scores = queries[start : start + block_rows] @ gallery.T  # [b, G]
+        finite(scores.sum().cpu(), "embeddings")
         block = slice(*np.searchsorted(pairs[:, 0], [start, start + len(scores)]))
         query, item = torch.from_numpy(pairs[block]).to(device).unbind(1)
         row = query - start
@@ -87,12 +90,11 @@ def retrieval(images: Tensor, texts: TextEncoder, captions: Sequence[Sequence[st
     """
     # 1. Image and text of each caption; distinct texts are embedded and scored once.
     index_of: dict[str, int] = {}
-    text_indices: list[int] = []
-    for image_captions in captions:
+    pairs_of_captions: list[tuple[int, int]] = []
+    for index, image_captions in enumerate(captions):
         for caption in image_captions:
-            text_indices.append(index_of.setdefault(caption, len(index_of)))
-    text = np.array(text_indices, np.int64)
-    image = np.repeat(np.arange(len(captions)), [len(row) for row in captions])
+            pairs_of_captions.append((index, index_of.setdefault(caption, len(index_of))))
+    image, text = np.array(pairs_of_captions, np.int64).T
 
     # 2. Embeddings of the texts.
     distinct = list(index_of)

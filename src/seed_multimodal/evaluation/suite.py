@@ -7,29 +7,33 @@ missing) is a row with the reason.
 
 from __future__ import annotations
 
+import functools
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import yaml
 
 from seed_multimodal.disk import JsonObject, replace_text, writing
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError, first_line
-from seed_multimodal.evaluation.answers import Run
-from seed_multimodal.evaluation.benchmarks import JUDGED
-from seed_multimodal.evaluation.tasks import evaluate, find_task, read_samples
-from seed_multimodal.pipelines.base import MultimodalSystem
-from seed_multimodal.settings import read_settings
+from seed_multimodal.evaluation.benchmark import (
+    BENCHMARKS,
+    benchmark_class,
+    open_benchmark,
+    run,
+)
+from seed_multimodal.evaluation.tokenizer_settings import TokenizerSettings
+from seed_multimodal.settings import check_value, read_settings, setting
+
+if TYPE_CHECKING:
+    from seed_multimodal.pipelines.base import MultimodalSystem
 
 ROWS = Path(__file__).with_name("suite.yaml")
 TOKENIZER = "tokenizer"
-DRAWN = "text2image"
-CLIP_KINDS = (DRAWN, "geneval")  # which read `Run.clip`
 RESULTS = "suite.json"
-NOT_RUN = "not run"
 
 
 @dataclass(frozen=True)
@@ -40,7 +44,7 @@ class SuiteRow:
     kind: str
     file: str
     metric: str
-    dataset: str = ""
+    dataset: str | None = None
     truth: str = ""
     images: str = ""
     scale: float = 1.0
@@ -53,31 +57,32 @@ class SuiteRow:
         return "_".join([self.kind, *Path(self.file).with_suffix("").parts])
 
 
-@dataclass(frozen=True)
-class SuiteResult:
-    """A row's figure, or why there is none (`reason`); `bad`: samples that could not be used."""
+@dataclass(kw_only=True)
+class SuiteSettings:
+    """Settings of all runs; options: of drawings."""
 
-    row: SuiteRow
-    value: float | None
-    samples: int = 0
-    bad: int = 0
-    reason: str = ""
-
-
-@dataclass(frozen=True)
-class Suite:
-    """The models that run the rows.
-
-    model: name of the system. load: the system, which is loaded for the first row that needs it.
-    measure_tokenizer: a row and its folder → the report.
-    run: settings of all runs; `judging` only of drawings that are judged.
-    """
-
+    data: Path = setting(metavar="DIR", help="folder of the benchmarks (see the docs)")
+    compare: str | None = setting(
+        None, metavar="MODEL", help="published figures (default: --model's)"
+    )
+    only: list[str] | None = setting(None, metavar="KIND", help="caption, vqa, choices, …")
+    clip: Path | None = setting(None, metavar="DIR", help="CLIP that compares and ranks drawings")
+    clip_text: str | None = setting(
+        None, metavar="DIR", help="CLIP whose embeddings the tokenizer decodes to"
+    )
+    best_of: int = setting(1, minimum=1, help="drawings, of which CLIP keeps one")
+    judge: Path | None = setting(None, metavar="MODEL", help="detector of GenEval")
+    limit: int | None = setting(None, minimum=1, metavar="N", help="the first N samples of each")
+    max_bad: int = setting(
+        20, minimum=1, help="end after so many bad samples in a row", flag="--max_bad"
+    )
     model: str
-    data: Path
-    load: Callable[[], MultimodalSystem]
-    measure_tokenizer: Callable[[SuiteRow, Path], JsonObject]
-    run: Run
+    out: Path
+    seed: int
+    batch_size: int
+    device: str
+    dtype: str
+    options: JsonObject
 
 
 def read_suite(path: Path = ROWS) -> list[SuiteRow]:
@@ -89,155 +94,133 @@ def read_suite(path: Path = ROWS) -> list[SuiteRow]:
     return rows
 
 
-def run_suite(
-    suite: Suite, rows: Sequence[SuiteRow], only: Sequence[str] | None = None
-) -> list[SuiteResult]:
-    """Run the rows in their order, in one process.
+def commands() -> dict[str, str]:
+    """The kind of a benchmark → its command."""
+    return {benchmark_class(command).kind: command for command in BENCHMARKS}
 
-    only: kinds that are run; figures of others are those of an earlier call. None: all.
+
+def run_suite(settings: SuiteSettings, load: Callable[[], MultimodalSystem]) -> list[JsonObject]:
+    """Run the rows in their order, in one process; write and return what suite.json has of them.
+
+    Of kinds that are not among `settings.only` it has the figures of an earlier call with this
+    model and limit.
+
+    load: the system, which is loaded for the first row that needs it.
     """
+    rows = read_suite()
+    if not settings.data.is_dir():
+        raise ConfigError(f"{settings.data}: no such folder.")
+    kinds = sorted({row.kind for row in rows})
+    check_value(list[str], settings.only or [], "--only", choices=kinds)
+
+    # 1. What earlier calls have written, by the rows' names.
+    file = settings.out / RESULTS
+    same_run = {"model": settings.model, "limit": settings.limit}
+    earlier: dict[str, JsonObject] = {}
+    if settings.only and file.is_file():
+        for entry in json.loads(file.read_text(encoding="utf-8")):
+            if entry.items() >= same_run.items():
+                earlier[entry["benchmark"]] = entry
+
+    # 2. The rows; runs that several share are done once.
     outcomes: dict[str, JsonObject | str] = {}  # of a run: its summary, or the reason
-    results: list[SuiteResult] = []
-    systems: list[MultimodalSystem] = []
-    earlier = _earlier_entries(suite) if only else {}
+    load = functools.cache(load)
+    entries: list[JsonObject] = []
+    compared = settings.compare or settings.model
     for row in rows:
-        if only and row.kind not in only:
-            results.append(_earlier_result(row, earlier.get(row.name)))
-            continue
-        if row.run_name not in outcomes:
-            log_line(f"{row.name}: {row.kind} on {suite.data / row.file}")
-            outcomes[row.run_name] = _outcome(suite, row, systems)
-        outcome = outcomes[row.run_name]
-        results.append(_result(row, outcome))
-    return results
+        if settings.only and row.kind not in settings.only:
+            figure = earlier.get(row.name, _figure(row, "not asked for"))
+        else:
+            if row.run_name not in outcomes:
+                log_line(f"{row.name}: {row.kind} on {settings.data / row.file}")
+                outcomes[row.run_name] = _outcome(settings, row, load)
+            figure = _figure(row, outcomes[row.run_name])
+        published, source = row.published.get(compared, (None, None))
+        labels = {"benchmark": row.name, **same_run, "metric": row.metric}
+        entries.append({**labels, **figure, "published": published, "source": source})
+
+    # 3. The table.
+    with writing(settings.out, DataError):
+        settings.out.mkdir(parents=True, exist_ok=True)
+        replace_text(settings.out / "suite.md", suite_table(entries))
+        replace_text(file, json.dumps(entries, indent=1) + "\n")
+    return entries
 
 
-def _outcome(suite: Suite, row: SuiteRow, systems: list[MultimodalSystem]) -> JsonObject | str:
-    """The summary of a run, or why there is none; the first system is kept in `systems`."""
+def _outcome(
+    settings: SuiteSettings, row: SuiteRow, load: Callable[[], MultimodalSystem]
+) -> JsonObject | str:
+    """The summary of a run, or why there is none."""
     # 1. Its files.
-    for name in (row.file, row.truth):
-        if not (suite.data / name).exists():
-            return f"{suite.data / name} is missing"
+    files = {"file": settings.data / row.file, "images": settings.data / row.images}
+    if row.truth:
+        files["truth"] = settings.data / row.truth
+    for path in files.values():
+        if not path.exists():
+            return f"{path} is missing"
 
     # 2. The run, whose errors end only this one.
-    out = suite.run.out / row.run_name
+    out = settings.out / row.run_name
+    common = {**vars(settings), **files, "out": out, "dataset": row.dataset}
     try:
         if row.kind == TOKENIZER:
-            return suite.measure_tokenizer(row, out)
-        task = find_task(row.kind, row.dataset)
-        if task.is_judged and suite.run.judging is None:
-            return "needs --judge"
-        run = replace(
-            suite.run,
-            task=task,
-            annotations=suite.data / row.file,
-            out=out,
-            images=suite.data / row.images,
-            truth=suite.data / row.truth if row.truth else None,
-            best_of=_num_images(row.kind, suite.run.best_of),
-            # Settings that a kind does not read must not keep it from resuming.
-            clip=suite.run.clip if row.kind in CLIP_KINDS else None,
-            judging=suite.run.judging if task.is_judged else None,
-        )
-        samples = read_samples(run)
-        if not systems:
-            systems.append(suite.load())
-        summary = evaluate(systems[0], run, samples)
+            from seed_multimodal.evaluation.tokenizer import evaluate_tokenizer
+
+            common |= {"data": str(files["file"]), "image_root": str(files["images"])}
+            common |= {"out": str(out), "seed": 0, "clip": None}
+            values = _fields_of(TokenizerSettings, common)
+            return evaluate_tokenizer(read_settings(TokenizerSettings, values, row.name), log_line)
+        command = commands()[row.kind]
+        kind = benchmark_class(command)
+        if not kind.draws:
+            common["options"] = {}
+        values = _fields_of(kind.settings_class, common)
+        summary = run(open_benchmark(command, **values), load)
     except (CheckpointError, ConfigError, DataError, ImportError) as error:
         return first_line(error)
     assert summary is not None  # no other process works on this run
     return summary
 
 
-def _num_images(kind: str, best_of: int) -> int:
-    """Drawings of a text; 1 where nothing is drawn."""
-    if kind in JUDGED:
-        return JUDGED[kind].num_images
-    return best_of if kind == DRAWN else 1
+def _fields_of(kind: Any, values: Mapping[str, object]) -> dict[str, Any]:
+    """The values of the fields of a settings class, without None."""
+    names = [field.name for field in fields(kind)]
+    return {name: values[name] for name in names if values.get(name) is not None}
 
 
-def _earlier_entries(suite: Suite) -> dict[str, JsonObject]:
-    """What an earlier call with this model and limit has written, by the rows' names."""
-    file = suite.run.out / RESULTS
-    if not file.is_file():
-        return {}
-    entries: dict[str, JsonObject] = {}
-    for entry in json.loads(file.read_text(encoding="utf-8")):
-        if (entry["model"], entry["limit"]) == (suite.model, suite.run.limit):
-            entries[entry["benchmark"]] = entry
-    return entries
-
-
-def _earlier_result(row: SuiteRow, entry: JsonObject | None) -> SuiteResult:
-    """The result of a row that is not run."""
-    if entry is None:
-        return SuiteResult(row, None, reason="not asked for")
-    return SuiteResult(row, entry["ours"], entry["samples"], entry["bad"], entry["not_run"])
-
-
-def _result(row: SuiteRow, outcome: JsonObject | str) -> SuiteResult:
-    """The figure of a row in the summary of its run."""
+def _figure(row: SuiteRow, outcome: JsonObject | str) -> JsonObject:
+    """The figure of a row in the summary of its run: `ours`, or why there is none: `not_run`."""
+    figure: JsonObject = {"ours": None, "samples": 0, "bad": 0, "not_run": ""}
     if isinstance(outcome, str):
-        return SuiteResult(row, None, reason=outcome)
+        return {**figure, "not_run": outcome}
 
     # 1. Without usable samples there is no figure.
-    samples: int = outcome.get("samples") or outcome.get("n", 0)
-    bad: int = outcome.get("bad", 0)
-    if bad and bad == samples:
-        reason = f"no sample is usable: {outcome['bad_first'][0]}"
-        return SuiteResult(row, None, samples, bad, reason)
+    figure["samples"] = outcome.get("samples") or outcome.get("n", 0)
+    figure["bad"] = outcome.get("bad", 0)
+    if figure["bad"] and figure["bad"] == figure["samples"]:
+        return {**figure, "not_run": f"no sample is usable: {outcome['bad_first'][0]}"}
 
     # 2. The figure.
     value: Any = outcome
     for key in row.metric.split("."):
         if not isinstance(value, Mapping) or value.get(key) is None:
             missing = row.needs or f"{row.metric} in the summary"
-            return SuiteResult(row, None, reason=f"needs {missing}")
+            return {**figure, "samples": 0, "bad": 0, "not_run": f"needs {missing}"}
         value = value[key]
-    return SuiteResult(row, round(float(value) * row.scale, 2), samples, bad)
+    return {**figure, "ours": round(float(value) * row.scale, 2)}
 
 
-def suite_table(results: Sequence[SuiteResult], model: str) -> str:
-    """The results next to the published figures of a model, as a Markdown table."""
+def suite_table(entries: Sequence[JsonObject]) -> str:
+    """The results next to the published figures, as a Markdown table."""
     lines = ["| benchmark | metric | ours | samples | published | source |", "| --- " * 6 + "|"]
-    for result in results:
-        row = result.row
-        ours = f"{NOT_RUN}: {result.reason}"
-        if result.value is not None:
-            ours = f"{result.value:g}"
-        published, source = row.published.get(model, ("", ""))
-        samples = str(result.samples or "")
-        if result.bad:
-            samples += f", {result.bad} of them unusable"
-        cells = (row.name, row.metric, ours, samples, published, source)
+    for entry in entries:
+        ours = f"not run: {entry['not_run']}"
+        if entry["ours"] is not None:
+            ours = f"{entry['ours']:g}"
+        samples = str(entry["samples"] or "")
+        if entry["bad"]:
+            samples += f", {entry['bad']} of them unusable"
+        published = [entry[name] or "" for name in ("published", "source")]
+        cells = (entry["benchmark"], entry["metric"], ours, samples, *published)
         lines.append("| " + " | ".join(map(str, cells)) + " |")
     return "\n".join(lines) + "\n"
-
-
-def write_suite(suite: Suite, results: Sequence[SuiteResult], compared: str) -> None:
-    """Write OUT/suite.md and OUT/suite.json; `compared`: model of the published figures.
-
-    Raises DataError: the disk refuses.
-    """
-    out = suite.run.out
-    entries: list[JsonObject] = []
-    for result in results:
-        published = result.row.published.get(compared)
-        entries.append(
-            {
-                "benchmark": result.row.name,
-                "model": suite.model,
-                "limit": suite.run.limit,
-                "metric": result.row.metric,
-                "ours": result.value,
-                "samples": result.samples,
-                "bad": result.bad,
-                "published": published and published[0],
-                "source": published and published[1],
-                "not_run": result.reason,
-            }
-        )
-    with writing(out, DataError):
-        out.mkdir(parents=True, exist_ok=True)
-        replace_text(out / "suite.md", suite_table(results, compared))
-        replace_text(out / RESULTS, json.dumps(entries, indent=1) + "\n")

@@ -6,7 +6,8 @@ right answer: its arithmetic mean over a prompt's questions (AM), and its geomet
 
 DPG-Bench (Hu et al. 2024, arXiv:2403.05135): `dpg_bench.csv`, a row a question with its item, the
 questions that it depends on and its category; a prompt is in `prompts/ITEM.txt` or the column
-`text`. A question counts only if those that it depends on are answered by yes.
+`text`. A question counts only if those that it depends on are answered by yes. Its images lie at
+FOLDER/ITEM.png: one image, or up to four as two rows of two.
 """
 
 from __future__ import annotations
@@ -14,38 +15,34 @@ from __future__ import annotations
 import csv
 import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
-from typing import ClassVar
+from typing import TYPE_CHECKING, Annotated, ClassVar, TypeVar
 
 from PIL import Image
+from pydantic import BaseModel, BeforeValidator, Field
 
 from seed_multimodal.disk import JsonObject
-from seed_multimodal.errors import DataError, ImageError, first_line
-from seed_multimodal.evaluation.annotations import Json, read_items
-from seed_multimodal.evaluation.answers import Line, Run, Scores
+from seed_multimodal.errors import ConfigError, DataError, ImageError, first_line
+from seed_multimodal.evaluation.annotations import parse_item, read_items
+from seed_multimodal.evaluation.benchmark import Line, Scores
 from seed_multimodal.evaluation.judged import (
-    GridFiles,
-    ImageLayout,
+    IMAGE_SUFFIXES,
     JudgedDrawings,
+    JudgedImage,
     JudgedPrompt,
-    SampleFolders,
-    most_images,
+    JudgedSettings,
 )
-from seed_multimodal.evaluation.judges import Question, answer_forms, load_judge
-from seed_multimodal.evaluation.metrics import Estimate, bootstrap, plain
-from seed_multimodal.pipelines.base import MultimodalSystem
+from seed_multimodal.evaluation.metrics import bootstrap, group_means, plain
+from seed_multimodal.images.io import open_image, save_image
 
-DPG_COLUMNS = (
-    "item_id",
-    "text",
-    "proposition_id",
-    "dependency",
-    "tuple",
-    "question_natural_language",
-)
+if TYPE_CHECKING:
+    from seed_multimodal.evaluation.judges import QuestionJudge
+
+Value = TypeVar("Value")
+MAX_GRID = 4
 # Instead of 0, which has no logarithm (as in GenEval 2's program).
 LOWEST_PROBABILITY = 1e-300
 
@@ -58,7 +55,7 @@ class DrawingQuestion:
     answer: str
     category: str
     number: int = 0
-    parents: tuple[int, ...] = ()
+    parents: frozenset[int] = frozenset()
 
 
 @dataclass
@@ -68,53 +65,119 @@ class QuestionPrompt(JudgedPrompt):
     questions: list[DrawingQuestion] = field(default_factory=list)
 
 
+class AskedDrawings(JudgedDrawings[JudgedSettings, QuestionPrompt]):
+    """A benchmark whose judge answers questions.
+
+    wrong_answers: whose probabilities the right one is compared with.
+    """
+
+    verdicts = "probabilities"
+    wrong_answers: ClassVar[tuple[str, ...]] = ()
+
+    def prepare(self, samples: Sequence[QuestionPrompt]) -> None:
+        from seed_multimodal.evaluation.judges import load_judge
+
+        super().prepare(samples)
+        self.judge_model: QuestionJudge = load_judge(
+            str(self.settings.judge), str(self.judge_device)
+        )
+
+    def judge(self, sample: QuestionPrompt, images: Sequence[Image.Image]) -> list[list[float]]:
+        """The probability of the right answer to each question about each image."""
+        from seed_multimodal.evaluation.judges import Question, answer_forms
+
+        questions: list[Question] = []
+        for question in sample.questions:
+            answers = (question.answer, *self.wrong_answers)
+            questions.append(Question(question.text, [answer_forms(text) for text in answers]))
+        verdicts: list[list[float]] = []
+        for image in images:
+            rows = self.judge_model.probabilities(image, questions)
+            verdicts.append([self.right_share(row) for row in rows])
+        return verdicts
+
+    def right_share(self, row: Sequence[float]) -> float:
+        """The probability of the right answer, of those of all answers if there are several."""
+        total = sum(row) if self.wrong_answers else 1.0
+        return row[0] / total if total else 0.0
+
+
 # ---- GenEval 2
+
+
+class GenEval2Item(BaseModel):
+    """A line of the file."""
+
+    prompt: str
+    vqa_list: list[tuple[str, str]] = Field(min_length=1)
+    skills: list[str]
+    atom_count: int | None = None
 
 
 def read_geneval2(path: str | Path) -> list[QuestionPrompt]:
     """The prompts of `geneval2_data.jsonl`. Raises DataError: no such file, or another layout."""
     prompts: list[QuestionPrompt] = []
-    for index, (location, item) in enumerate(read_items(path, "prompts")):
-        prompts.append(_geneval2_prompt(index, location, item))
+    for index, (location, metadata) in enumerate(read_items(path, "prompts")):
+        item = parse_item(GenEval2Item, location, metadata)
+        if len(item.vqa_list) != len(item.skills):
+            raise DataError(f"{location}: needs as many 'skills' as questions in 'vqa_list'.")
+        prompt = QuestionPrompt(index, location, references=[item.prompt], metadata=metadata)
+        prompt.answer_type = str(item.atom_count or len(item.skills))
+        for (question, answer), skill in zip(item.vqa_list, item.skills, strict=True):
+            prompt.questions.append(DrawingQuestion(question, answer, skill))
+        prompts.append(prompt)
     return prompts
 
 
-def _geneval2_prompt(index: int, location: str, item: Json) -> QuestionPrompt:
-    if not isinstance(item, dict) or not isinstance(item.get("prompt"), str):
-        raise DataError(f"{location}: has no text 'prompt'.")
-    pairs = item.get("vqa_list")
-    skills = item.get("skills")
-    if not isinstance(pairs, list) or not isinstance(skills, list) or len(pairs) != len(skills):
-        raise DataError(f"{location}: needs as many 'skills' as questions in 'vqa_list'.")
-    questions: list[DrawingQuestion] = []
-    for pair, skill in zip(pairs, skills, strict=True):
-        if not isinstance(pair, list) or [type(text) for text in pair] != [str, str]:
-            raise DataError(f"{location}: 'vqa_list' holds pairs of a question and its answer.")
-        questions.append(DrawingQuestion(pair[0], pair[1], str(skill)))
-    if not questions:
-        raise DataError(f"{location}: 'vqa_list' is empty.")
-    return QuestionPrompt(
-        index,
-        location,
-        references=[item["prompt"]],
-        answer_type=str(item.get("atom_count", len(questions))),
-        metadata=item,
-        questions=questions,
-    )
+class GenEval2(AskedDrawings):
+    """GenEval 2; `--image-folder` may be the JSON file of its program: prompt → image."""
 
+    title = "questions about drawings: Soft-TIFA"
+    kind = "geneval2"
+    file_name = "geneval2_data.jsonl"
 
-class GenEval2Images(SampleFolders):
-    """GenEval's layout, or the JSON file of GenEval 2's program: prompt → image."""
+    def samples(self) -> list[QuestionPrompt]:
+        return read_geneval2(self.settings.file)
 
-    def files(self, folder: Path, index: int, sample: JudgedPrompt, count: int) -> list[Path]:
-        if not folder.is_file():
-            return super().files(folder, index, sample, count)
-        files = _image_files(folder)
+    def files(self, sample: QuestionPrompt) -> list[Path]:
+        if not self.folder.is_file():
+            return super().files(sample)
+        files = _image_files(self.folder)
         if sample.caption not in files:
-            raise ImageError(f"{folder} has no image of this prompt.")
+            raise ImageError(f"{self.folder} has no image of this prompt.")
         # Below the working folder, as GenEval 2's program reads them, or below the file's.
         file = Path(files[sample.caption])
-        return [file if file.is_file() else folder.parent / file]
+        return [file if file.is_file() else self.folder.parent / file]
+
+    def score(self, samples: Sequence[QuestionPrompt], lines: Sequence[Line]) -> Scores:
+        """Soft-TIFA in percent; AM also by skill, GM by number of atoms; without image: 0."""
+        # 1. Values of each image.
+        images = self.judged_images(samples, lines)
+        if not images:
+            return Scores([], {})
+        rows = [probabilities(image) for image in images]
+        arithmetic = [100 * sum(row) / len(row) for row in rows]
+        geometric = [100 * _geometric_mean(row) for row in rows]
+
+        # 2. Their means, also by the kinds of questions.
+        prompts = [image.index for image in images]
+        skills = [item.category for image in images for item in image.sample.questions]
+        atoms = [image.sample.answer_type for image in images]
+        values: JsonObject = {
+            "soft_tifa_am": plain(bootstrap(arithmetic, prompts)),
+            "soft_tifa_gm": plain(bootstrap(geometric, prompts)),
+            "am_per_skill": group_means([100 * value for row in rows for value in row], skills),
+            "gm_per_atoms": group_means(geometric, atoms),
+        }
+
+        # 3. The results of prompts, and the drawings with their values.
+        captions = [f"{value / 100:.2f}" for value in geometric]
+        self.write_sheet(images, captions, [f"{count} atoms" for count in atoms])
+        results: list[JsonObject] = [
+            {"prompt": sample.caption, "scores": scores}
+            for sample, scores in zip(samples, by_prompt(images, rows), strict=True)
+        ]
+        return Scores(results, values)
 
 
 @cache
@@ -127,87 +190,18 @@ def _image_files(file: Path) -> dict[str, str]:
     return files
 
 
-class AskedDrawings(JudgedDrawings):
-    """A benchmark whose judge answers questions."""
-
-    def __init__(
-        self, system: MultimodalSystem | None, run: Run, samples: Sequence[QuestionPrompt]
-    ) -> None:
-        super().__init__(system, run, samples)
-        self.judge = load_judge(self.judging.model, str(self.device))
-
-    def line_of(self, sample: JudgedPrompt, images: Sequence[Image.Image]) -> Line:
-        """The probability of the right answer to each question about each image."""
-        assert isinstance(sample, QuestionPrompt)
-        questions = [Question(item.text, self.answers(item)) for item in sample.questions]
-        line: Line = {"caption": sample.caption, "probabilities": []}
-        for image in images:
-            rows = self.judge.probabilities(image, questions)
-            line["probabilities"].append([self.probability(row) for row in rows])
-        return line
-
-    def answers(self, question: DrawingQuestion) -> list[list[str]]:
-        """The answers whose probabilities are needed, each in several forms."""
-        raise NotImplementedError
-
-    def probability(self, probabilities: Sequence[float]) -> float:
-        """The probability of the right answer, from those of `answers`."""
-        raise NotImplementedError
+def probabilities(image: JudgedImage) -> list[float]:
+    """The probability of the right answer to each question; without image: 0."""
+    row: list[float] = image.verdict or [0.0] * len(image.sample.questions)
+    return row
 
 
-class GenEval2(AskedDrawings):
-    """The task "geneval2"."""
-
-    layout: ClassVar[ImageLayout] = GenEval2Images()
-
-    def answers(self, question: DrawingQuestion) -> list[list[str]]:
-        return [answer_forms(question.answer)]
-
-    def probability(self, probabilities: Sequence[float]) -> float:
-        return probabilities[0]
-
-    def score(self, samples: Sequence[QuestionPrompt], lines: Sequence[Line]) -> Scores:
-        """Soft-TIFA in percent; AM also by skill, GM by number of atoms; without image: 0."""
-        means: list[float] = []
-        geometric: list[float] = []
-        by_skill: dict[str, list[float]] = {}
-        by_atoms: dict[str, list[float]] = {}
-        prompts: list[int] = []
-        results: list[JsonObject] = []
-        captions: list[list[str]] = []
-        # 1. Values of each image, also by the kinds of its questions.
-        for index, (sample, line, rows) in enumerate(judged_images(samples, lines)):
-            results.append({"prompt": sample.caption, "scores": rows})
-            captions.append([] if "bad" in line else [f"{_geometric_mean(rows[0]):.2f}"])
-            for row in rows:
-                prompts.append(index)
-                means.append(100 * sum(row) / len(row))
-                geometric.append(100 * _geometric_mean(row))
-                by_atoms.setdefault(sample.answer_type, []).append(geometric[-1])
-                for question, value in zip(sample.questions, row, strict=True):
-                    by_skill.setdefault(question.category, []).append(100 * value)
-        if not means:
-            return Scores(results, {})
-
-        # 2. Their means, and the drawings with their values.
-        self.write_sheet(samples, captions, [f"{sample.answer_type} atoms" for sample in samples])
-        values: JsonObject = {
-            "soft_tifa_am": plain(bootstrap(means, prompts)),
-            "soft_tifa_gm": plain(bootstrap(geometric, prompts)),
-            "am_per_skill": _means(by_skill),
-            "gm_per_atoms": _means(by_atoms),
-        }
-        return Scores(results, values)
-
-
-def judged_images(
-    samples: Sequence[QuestionPrompt], lines: Sequence[Line]
-) -> Iterator[tuple[QuestionPrompt, Line, list[list[float]]]]:
-    """Each prompt with its line, and the probabilities of each image; without image: 0."""
-    n_images = most_images(line["probabilities"] for line in lines if "probabilities" in line)
-    for sample, line in zip(samples, lines, strict=True):
-        missing = [[0.0] * len(sample.questions)] * n_images
-        yield sample, line, line.get("probabilities", missing)
+def by_prompt(images: Sequence[JudgedImage], values: Sequence[Value]) -> list[list[Value]]:
+    """The values of images in a list for each prompt."""
+    groups: dict[int, list[Value]] = {}
+    for image, value in zip(images, values, strict=True):
+        groups.setdefault(image.index, []).append(value)
+    return list(groups.values())
 
 
 def _geometric_mean(row: Sequence[float]) -> float:
@@ -215,12 +209,18 @@ def _geometric_mean(row: Sequence[float]) -> float:
     return math.exp(sum(logarithms) / len(logarithms))
 
 
-def _means(groups: dict[str, list[float]]) -> dict[str, float]:
-    means = {name: sum(values) / len(values) for name, values in sorted(groups.items())}
-    return {name: round(value, 2) for name, value in means.items()}
-
-
 # ---- DPG-Bench
+
+
+class DpgRow(BaseModel):
+    """A row of the file; `dependency`: numbers, 0 for none."""
+
+    item_id: str
+    text: str
+    proposition_id: int
+    dependency: Annotated[list[int], BeforeValidator(lambda text: text.split(","))]
+    tuple: str
+    question_natural_language: str
 
 
 def read_dpg(path: str | Path) -> list[QuestionPrompt]:
@@ -228,18 +228,21 @@ def read_dpg(path: str | Path) -> list[QuestionPrompt]:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file.")
+    prompts: dict[str, QuestionPrompt] = {}
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
-        missing = [name for name in DPG_COLUMNS if name not in (reader.fieldnames or ())]
-        if missing:
-            raise DataError(f"{path}: has no column {missing[0]!r}.")
-        prompts: dict[str, QuestionPrompt] = {}
-        for row in reader:
+        for values in reader:
             location = f"{path}: line {reader.line_num}"
-            key = row["item_id"]
-            if key not in prompts:
-                prompts[key] = _dpg_prompt(path, location, row)
-            prompts[key].questions.append(_dpg_question(location, row))
+            row = parse_item(DpgRow, location, values)
+            if row.item_id not in prompts:
+                prompts[row.item_id] = _dpg_prompt(path, location, row)
+            category = row.tuple.partition("(")[0].strip()
+            parents = frozenset(row.dependency) - {0}
+            prompts[row.item_id].questions.append(
+                DrawingQuestion(
+                    row.question_natural_language, "yes", category, row.proposition_id, parents
+                )
+            )
     if not prompts:
         raise DataError(f"{path}: has no rows.")
 
@@ -247,7 +250,7 @@ def read_dpg(path: str | Path) -> list[QuestionPrompt]:
     for prompt in prompts.values():
         numbers = {question.number for question in prompt.questions}
         for question in prompt.questions:
-            if not numbers.issuperset(question.parents):
+            if not question.parents <= numbers:
                 raise DataError(
                     f"{prompt.location}: question {question.number} of {prompt.key} depends on one "
                     "that is missing."
@@ -255,74 +258,93 @@ def read_dpg(path: str | Path) -> list[QuestionPrompt]:
     return list(prompts.values())
 
 
-def _dpg_prompt(path: Path, location: str, row: dict[str, str]) -> QuestionPrompt:
+def _dpg_prompt(path: Path, location: str, row: DpgRow) -> QuestionPrompt:
     """An item without questions; its prompt is in a file, or in the row."""
-    file = path.parent / "prompts" / f"{row['item_id']}.txt"
-    text = row["text"]
+    file = path.parent / "prompts" / f"{row.item_id}.txt"
+    text = row.text
     if file.is_file():
         text = file.read_text(encoding="utf-8").strip()
-    return QuestionPrompt(row["item_id"], location, references=[text], metadata={"prompt": text})
-
-
-def _dpg_question(location: str, row: dict[str, str]) -> DrawingQuestion:
-    """The question of a row."""
-    try:
-        number = int(row["proposition_id"])
-        parents = [int(parent) for parent in row["dependency"].split(",")]
-    except ValueError:
-        raise DataError(
-            f"{location}: proposition_id and dependency are no numbers "
-            f"({row['proposition_id']!r}, {row['dependency']!r})."
-        ) from None
-    category = row["tuple"].partition("(")[0].strip()
-    needed = tuple(parent for parent in parents if parent)  # 0: none
-    return DrawingQuestion(row["question_natural_language"], "yes", category, number, needed)
+    return QuestionPrompt(row.item_id, location, references=[text], metadata={"prompt": text})
 
 
 class DpgBench(AskedDrawings):
-    """The task "dpg"."""
+    """DPG-Bench; several images are tiles of a grid."""
 
-    layout: ClassVar[ImageLayout] = GridFiles()
+    title = "questions about drawings of long prompts: DPG-Bench"
+    kind = "dpg"
+    file_name = "dpg_bench.csv"
+    num_images = MAX_GRID
+    wrong_answers = ("no",)
 
-    def answers(self, question: DrawingQuestion) -> list[list[str]]:
-        return [answer_forms("yes"), answer_forms("no")]
+    def samples(self) -> list[QuestionPrompt]:
+        if self.count > MAX_GRID:
+            raise ConfigError(f"A grid holds {MAX_GRID} images at most, not {self.count}.")
+        return read_dpg(self.settings.file)
 
-    def probability(self, probabilities: Sequence[float]) -> float:
-        yes, no = probabilities
-        return yes / (yes + no) if yes + no else 0.0
+    def save(self, sample: QuestionPrompt, images: Sequence[Image.Image]) -> None:
+        image = images[0]
+        if len(images) > 1:
+            width, height = image.size
+            image = Image.new("RGB", (2 * width, 2 * height))
+            for number, tile in enumerate(images):
+                image.paste(tile, (number % 2 * width, number // 2 * height))
+        save_image(image, self.folder / f"{sample.key}.png", DataError)
+
+    def files(self, sample: QuestionPrompt) -> list[Path]:
+        names = [self.folder / f"{sample.key}{suffix}" for suffix in IMAGE_SUFFIXES]
+        files = [name for name in names if name.is_file()]
+        if not files:
+            raise ImageError(f"there is no image {names[0]}.")
+        return files[:1]
+
+    def read(self, sample: QuestionPrompt) -> list[Image.Image]:
+        [image] = [open_image(file).image for file in self.files(sample)]
+        if self.count == 1:
+            return [image]
+        width, height = (side // 2 for side in image.size)
+        tiles: list[Image.Image] = []
+        for number in range(self.count):
+            left, top = number % 2 * width, number // 2 * height
+            tiles.append(image.crop((left, top, left + width, top + height)))
+        return tiles
 
     def score(self, samples: Sequence[QuestionPrompt], lines: Sequence[Line]) -> Scores:
         """The score in percent, and the questions of each category; without image: 0."""
-        image_scores: list[float] = []
-        prompts: list[int] = []
-        broad: dict[str, list[float]] = {}
-        detailed: dict[str, list[float]] = {}
-        results: list[JsonObject] = []
-        captions: list[list[str]] = []
-        for index, (sample, line, rows) in enumerate(judged_images(samples, lines)):
-            scores = [dpg_score(sample.questions, row) for row in rows]
-            results.append({"item_id": sample.key, "scores": scores, "probabilities": rows})
-            captions.append([] if "bad" in line else [f"{scores[0]:.2f}"])
-            image_scores += [100 * value for value in scores]
-            prompts += [index] * len(scores)
-            # Categories count answers without what they depend on, as in the original program.
-            for row in rows:
-                for question, value in zip(sample.questions, row, strict=True):
-                    answer = 100.0 * (value > 0.5)
-                    detailed.setdefault(question.category, []).append(answer)
-                    group = question.category.partition("-")[0].strip()
-                    broad.setdefault(group, []).append(answer)
-        if not image_scores:
-            return Scores(results, {})
+        # 1. Values of each image.
+        images = self.judged_images(samples, lines)
+        if not images:
+            return Scores([], {})
+        rows = [probabilities(image) for image in images]
+        scores: list[float] = []
+        for image, row in zip(images, rows, strict=True):
+            scores.append(dpg_score(image.sample.questions, row))
 
-        # 2. Their means, and the drawings with their values.
-        self.write_sheet(samples, captions, ["drawings"] * len(samples))
-        score: Estimate = bootstrap(image_scores, prompts)
-        values = {"dpg": plain(score), "per_category": _means(broad), "detailed": _means(detailed)}
+        # 2. Their means. Categories count answers without what they depend on, as in the original
+        #    program.
+        prompts = [image.index for image in images]
+        answers = [100.0 * (value > 0.5) for row in rows for value in row]
+        detailed = [item.category for image in images for item in image.sample.questions]
+        broad = [category.partition("-")[0].strip() for category in detailed]
+        values = {
+            "dpg": plain(bootstrap([100 * score for score in scores], prompts)),
+            "per_category": group_means(answers, broad),
+            "detailed": group_means(answers, detailed),
+        }
+
+        # 3. The results of items, and the drawings with their values.
+        captions = [f"{score:.2f}" for score in scores]
+        self.write_sheet(images, captions, ["drawings"] * len(images))
+        results: list[JsonObject] = []
+        for sample, item_scores, item_rows in zip(
+            samples, by_prompt(images, scores), by_prompt(images, rows), strict=True
+        ):
+            results.append(
+                {"item_id": sample.key, "scores": item_scores, "probabilities": item_rows}
+            )
         return Scores(results, values)
 
 
-def dpg_score(questions: Sequence[DrawingQuestion], probabilities: Iterable[float]) -> float:
+def dpg_score(questions: Sequence[DrawingQuestion], probabilities: Sequence[float]) -> float:
     """The share of questions that are answered by yes, as those that they depend on."""
     values: dict[int, float] = {}  # by the questions' numbers
     for question, probability in zip(questions, probabilities, strict=True):

@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import json
 import pkgutil
+import shlex
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -21,12 +23,20 @@ from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor
 
-from seed_multimodal.data.formats.pairs import Pairs
+from seed_multimodal.data.formats.pairs import Pairs, open_pairs
 from seed_multimodal.data.formats.record import RECORD_FAULTS
-from seed_multimodal.device import Runtime
+from seed_multimodal.device import FP16_AS_ORIGINAL, Runtime, choose_device
 from seed_multimodal.disk import JsonObject, atomic_open, replace_text, writable_folder, writing
 from seed_multimodal.errors import ConfigError, DataError
-from seed_multimodal.evaluation.metrics import Estimate, bootstrap, codebook_statistics, plain
+from seed_multimodal.evaluation.machine import circumstances
+from seed_multimodal.evaluation.metrics import (
+    Estimate,
+    bootstrap,
+    codebook_statistics,
+    finite,
+    finite_json,
+    plain,
+)
 from seed_multimodal.evaluation.retrieval import (
     ClipEncoder,
     TextEncoder,
@@ -34,6 +44,7 @@ from seed_multimodal.evaluation.retrieval import (
     ranks,
     retrieval,
 )
+from seed_multimodal.evaluation.tokenizer_settings import TokenizerSettings
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 from seed_multimodal.images.transforms import ImageTransform, seed_image_processor
@@ -43,7 +54,6 @@ from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.pipelines.images import CodeCodec, Placement
 
 Log = Callable[[str], None]
-Source = str | Path | None  # a folder, a file or a hub name
 MAX_BAD_IN_A_ROW = 20
 # The contact sheet: images, columns, and the side of a cell in pixels.
 SHEET_IMAGES = 24
@@ -60,24 +70,6 @@ class Route:
     features: str  # of `Pass`
     text_encoder: str  # of `OpenedTokenizer.texts`
     description: str
-
-
-@dataclass(frozen=True)
-class TokenizerOptions:
-    """Models for the evaluation of a tokenizer; each a folder, a file or a hub name.
-
-    decoder: the de-tokenizer; None: the system's; "none": no drawings.
-    clip: CLIP folder of the target embedding; None: the family's, if any; "none": no target.
-    clip_text: CLIP folder with a text encoder.
-    stage1: SEED's stage-1 checkpoint with the text path.
-    text_tokenizer: word pieces of stage 1.
-    """
-
-    decoder: Source = None
-    clip: Source = None
-    clip_text: Source = None
-    stage1: Source = None
-    text_tokenizer: Source = None
 
 
 class TargetEncoder(Protocol):
@@ -100,9 +92,9 @@ class OpenedTokenizer:
     }
 
     def __init__(
-        self, config: SystemConfig, codec: CodeCodec, runtime: Runtime, options: TokenizerOptions
+        self, config: SystemConfig, codec: CodeCodec, runtime: Runtime, settings: TokenizerSettings
     ) -> None:
-        if not self.has_stage1 and (options.stage1 or options.text_tokenizer) is not None:
+        if not self.has_stage1 and (settings.stage1 or settings.text_tokenizer) is not None:
             raise ConfigError(
                 f"{config.name}: --stage1 and --text-tokenizer are for SEED-2's tokenizers; "
                 "--clip and --clip-text find images of any tokenizer by text."
@@ -113,7 +105,7 @@ class OpenedTokenizer:
         # CLIP's embeddings of images and texts.
         self.target: TargetEncoder | None = None
         self.target_source = ""
-        folder = self.default_clip() if options.clip is None else options.clip
+        folder = settings.clip or self.default_clip()
         if folder is not None and str(folder) != NONE:
             vision = load_clip_vision(folder, device=runtime.device, dtype=runtime.dtype, log=None)
             # It sees what the tokenizer sees.
@@ -122,8 +114,8 @@ class OpenedTokenizer:
             self.target = ClipEncoder(vision, processor.with_resizing_of(view))
             self.target_source = str(folder)
         self.texts: dict[str, TextEncoder] = {}
-        if options.clip_text is not None:
-            self.texts["clip"] = clip_texts(options.clip_text, runtime.device)
+        if settings.clip_text is not None:
+            self.texts["clip"] = clip_texts(settings.clip_text, runtime.device)
 
     def default_clip(self) -> Path | None:
         """The CLIP folder whose embeddings the tokenizer was trained with."""
@@ -141,80 +133,68 @@ class OpenedTokenizer:
         return features
 
 
-def open_tokenizer(
-    model: str | Path, runtime: Runtime, options: TokenizerOptions | None = None
-) -> OpenedTokenizer:
+def open_tokenizer(settings: TokenizerSettings, runtime: Runtime) -> OpenedTokenizer:
     """Load a system's or a separate tokenizer, with the models for its evaluation.
-
-    model: see `SystemConfig.find`.
 
     Raises:
         CheckpointError: no such tokenizer, or a missing or mismatched part.
         ConfigError: its images are features, or an option that it does not have.
     """
     # 1. The tokenizer, with its de-tokenizer.
-    options = options or TokenizerOptions()
-    config = SystemConfig.find(model)
-    has_decoder = str(options.decoder) != NONE
-    if options.decoder is not None and has_decoder:
+    config = SystemConfig.find(settings.model)
+    has_decoder = settings.decoder != NONE
+    if settings.decoder is not None and has_decoder:
         decoder_parts = config.decoder_parts()
         if len(decoder_parts) != 1:
             count = len(decoder_parts) or "no"
             raise ConfigError(
-                f"{model}: --decoder replaces one part, but its drawings need {count}."
+                f"{config.name}: --decoder replaces one part, but its drawings need {count}."
             )
-        config.override(**{decoder_parts[0]: options.decoder})
+        config.override(**{decoder_parts[0]: settings.decoder})
     spec = find_family(config.system)
     placement = Placement(runtime, runtime, runtime, load_decoder=has_decoder)
     codec = spec.images_loader()(config, placement)
     if not isinstance(codec, CodeCodec):
-        raise ConfigError(f"{model}: its images are features, they have no codes.")
+        raise ConfigError(f"{config.name}: its images are features, they have no codes.")
 
     # 2. What its family compares it with.
     opened_class: type[OpenedTokenizer] = OpenedTokenizer
     if "tokenizer" in spec.evaluators:
         opened_class = pkgutil.resolve_name(spec.evaluators["tokenizer"])
-    return opened_class(config, codec, runtime, options)
+    return opened_class(config, codec, runtime, settings)
 
 
-def evaluate_tokenizer(
-    source: Pairs,
-    opened: OpenedTokenizer,
-    out: str | Path,
-    conditions: JsonObject,
-    *,
-    limit: int | None = None,
-    rebuild: int = 128,
-    batch: int = 64,
-    seed: int = 0,
-    log: Log = print,
-) -> JsonObject:
-    """Evaluate, write to `out`, and return the report as JSON values.
-
-    Args:
-        conditions: the beginning of the report.
-        limit: number of images, sampled by `seed`; None: all.
-        rebuild: how many of them are rebuilt as images.
+def evaluate_tokenizer(settings: TokenizerSettings, log: Log = print) -> JsonObject:
+    """Evaluate, write to `settings.out`, and return the report as JSON values.
 
     Raises:
         DataError: see `run_pass`. ConfigError: the folder cannot be written.
     """
-    folder = writable_folder(out, ConfigError)
-    rows = np.random.default_rng(seed).permutation(len(source))[:limit].tolist()
+    # 1. The data and the model.
+    source = open_pairs(settings.pairs())
+    runtime = choose_device(settings.device, settings.dtype, log=log, fp16=FP16_AS_ORIGINAL)
+    opened = open_tokenizer(settings, runtime)
+    folder = writable_folder(settings.out, ConfigError)
+    rows = np.random.default_rng(settings.seed).permutation(len(source))[: settings.limit].tolist()
 
-    # 1. Features of all images, and reconstructions of the first ones.
-    encoded = run_pass(source, rows, opened, batch=batch, log=log)
+    # 2. Features of all images, and reconstructions of the first ones.
+    encoded = run_pass(source, rows, opened, batch=settings.batch, log=log)
     rebuilt: list[Image.Image] = []
-    if rebuild and opened.codec.can_draw:
-        codes = [row[row >= 0] for row in torch.from_numpy(encoded.features["codes"][:rebuild])]
-        seeds = [seed] * len(codes)
-        rebuilt = opened.codec.draw(codes, seeds=seeds, batch_size=min(batch, DRAW_BATCH))
+    if settings.rebuild and opened.codec.can_draw:
+        first_codes = torch.from_numpy(encoded.features["codes"][: settings.rebuild])
+        codes = [row[row >= 0] for row in first_codes]
+        seeds = [settings.seed] * len(codes)
+        rebuilt = opened.codec.draw(codes, seeds=seeds, batch_size=min(settings.batch, DRAW_BATCH))
 
-    # 2. The report.
+    # 3. The report.
     report: JsonObject = plain(
         {
-            **conditions,
-            "n": len(encoded.rows),
+            "model": settings.model,
+            "data": settings.pairs(),
+            "settings": vars(settings),
+            "runtime": str(runtime),
+            **circumstances(runtime.device, shlex.join(["seed", *sys.argv[1:]])),
+            "n": len(encoded.captions),
             "captions": sum(map(len, encoded.captions)),
             "left_out": encoded.bad,
             "retrieval": _retrieval(encoded, opened),
@@ -223,19 +203,16 @@ def evaluate_tokenizer(
         }
     )
 
-    # 3. Its files, with LAVIS's lines, one for each route.
-    lines = []
-    for name, route in report["retrieval"].items():
-        line = {"features": name, "route": route["route"], "model": report.get("model")}
-        lines.append({**line, "n": route["n"], **route["lavis"]})
+    # 4. Its files, with LAVIS's lines, one for each route.
+    text = finite_json(report, str(folder), indent=1)
     with writing(folder, ConfigError):
-        replace_text(
-            folder / "report.json", json.dumps(report, indent=1, ensure_ascii=False) + "\n"
-        )
+        replace_text(folder / "report.json", text + "\n")
         with atomic_open(folder / "reconstructions.jpg") as file:
-            _sheet(source, encoded, rebuilt).save(file, "JPEG", quality=88)
+            _sheet(encoded, rebuilt).save(file, "JPEG", quality=88)
         with open(folder / "evaluate.txt", "a", encoding="utf-8") as handle:
-            handle.writelines(json.dumps(line) + "\n" for line in lines)
+            for name, route in report["retrieval"].items():
+                line = {"features": name, "route": route["route"], "model": settings.model}
+                handle.write(json.dumps({**line, "n": route["n"], **route["lavis"]}) + "\n")
     return report
 
 
@@ -246,6 +223,7 @@ def evaluate_tokenizer(
 class Pass:
     """Values computed once for each image; row i of each array is image i.
 
+    images: the first ones.
     features:
         codes [N, n]: rows of images with fewer codes are padded with -1
         target [N, E]: unit embeddings of CLIP
@@ -254,8 +232,8 @@ class Pass:
         and those of the family's routes
     """
 
-    rows: list[int] = field(default_factory=list)  # indices in the source
     captions: list[list[str]] = field(default_factory=list)
+    images: list[Image.Image] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)  # errors of unusable samples
     features: dict[str, NDArray[np.number]] = field(default_factory=dict)
 
@@ -274,27 +252,16 @@ def run_pass(
         DataError: no usable sample, too many consecutive unusable ones, or non-finite numbers.
     """
     encoded = Pass()
-    n_done = 0
+    batches: dict[str, list[NDArray[np.number]]] = {}
     for images in read_images(source, rows, batch, encoded, log):
+        encoded.images += images[: SHEET_IMAGES - len(encoded.images)]
         for name, features in opened.features(images).items():
             values = features.cpu().numpy()
-            if not np.isfinite(values).all():
-                raise DataError(
-                    f"{source.key(encoded.rows[n_done])} or the images after it: {name!r} holds "
-                    "numbers that are not finite; the weights are damaged, or need a wider --dtype."
-                )
-            # Preallocated, since concatenation would need the memory twice.
-            if name not in encoded.features:
-                shape = (len(rows), *values.shape[1:])
-                encoded.features[name] = np.empty(shape, values.dtype)
-            encoded.features[name][n_done : n_done + len(values)] = values
-        n_done += len(images)
-    if not n_done:
+            finite(values, f"{name!r} of the last of {len(encoded.captions)} images")
+            batches.setdefault(name, []).append(values)
+    if not batches:
         raise DataError(f"none of the {len(rows)} samples could be used.")
-
-    # Unusable samples left rows at the end empty.
-    for name, values in encoded.features.items():
-        encoded.features[name] = values[:n_done]
+    encoded.features = {name: np.concatenate(values) for name, values in batches.items()}
     return encoded
 
 
@@ -307,7 +274,11 @@ def read_images(
     n_bad_in_a_row = 0
     for row in rows:
         try:
-            captions, image = _read(source, row)
+            pair = source.read(row)
+            name = pair.location
+            if isinstance(pair.image, Path):
+                name += f" ({pair.image})"
+            images.append(open_image(pair.image, name=name).image)
         except RECORD_FAULTS as error:
             encoded.bad.append(str(error))
             log(f"left out: {error}")
@@ -318,20 +289,12 @@ def read_images(
                 ) from error
             continue
         n_bad_in_a_row = 0
-        encoded.rows.append(row)
-        encoded.captions.append(captions)
-        images.append(image)
+        encoded.captions.append(list(pair.captions))
         if len(images) == batch:
             yield images
             images = []
     if images:
         yield images
-
-
-def _read(source: Pairs, row: int) -> tuple[list[str], Image.Image]:
-    pair = source.read(row)
-    name = f"{pair.location} ({pair.image})" if isinstance(pair.image, Path) else pair.location
-    return list(pair.captions), open_image(pair.image, name=name).image
 
 
 # ---- sections of the report
@@ -427,18 +390,14 @@ def save_neighbours(
     contact_sheet(rows, file.stem, CELL, COLUMNS).save(file)
 
 
-def _sheet(source: Pairs, encoded: Pass, rebuilt: Sequence[Image.Image]) -> Image.Image:
+def _sheet(encoded: Pass, rebuilt: Sequence[Image.Image]) -> Image.Image:
     """The first images with their caption (if any), above their reconstructions."""
-    # 1. Images are read again, since a pass keeps none.
     originals: list[Cell] = []
-    for row, captions in zip(encoded.rows[:SHEET_IMAGES], encoded.captions, strict=False):
-        _, image = _read(source, row)
+    for image, captions in zip(encoded.images, encoded.captions, strict=False):
         originals.append(Cell(image, "".join(captions[:1])))
     reconstructions = [Cell(image) for image in rebuilt[:SHEET_IMAGES]]
-
-    # 2. Rows of images in turn with their reconstructions.
     rows: list[Row] = []
     for start in range(0, len(originals), COLUMNS):
         rows.append(Row("image", originals[start : start + COLUMNS]))
         rows.append(Row("from its codes", reconstructions[start : start + COLUMNS]))
-    return contact_sheet(rows, f"{len(encoded.rows)} images", CELL, COLUMNS, 4)
+    return contact_sheet(rows, f"{len(encoded.captions)} images", CELL, COLUMNS, 4)

@@ -12,17 +12,19 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-
-import numpy as np
+from dataclasses import dataclass
+from pathlib import Path
 
 from seed_multimodal.disk import JsonObject
-from seed_multimodal.evaluation.annotations import Sample
-from seed_multimodal.evaluation.answers import Images, Line, Run, Scores
-from seed_multimodal.evaluation.metrics import FloatArray
-from seed_multimodal.pipelines.base import MultimodalSystem
+from seed_multimodal.evaluation.annotations import Sample, read_questions
+from seed_multimodal.evaluation.benchmark import Benchmark, Images, Line, Scores, Settings
+from seed_multimodal.evaluation.metrics import group_means
+from seed_multimodal.language.prompts import DEMO_QUESTIONS
+from seed_multimodal.settings import setting
 
 Rule = Callable[[str], str]  # text → normalized text
 PLAIN_QUESTION = "Question: {}\nAnswer:"  # of the pretrained SEED-LLaMA
+ANSWERABLE = 'Is the question: "{}" answerable?'  # of LaVIT's program for VizWiz
 
 _MARKS = ';/[]"{}()=+\\_-><@`,?!'
 # The official pattern has (?!<=\d) instead of (?<!\d), so it strips full stops not followed by a
@@ -68,6 +70,15 @@ def _contractions() -> dict[str, str]:
 
 _CONTRACTIONS = _contractions()
 UNANSWERABLE = "unanswerable"
+# Of the original's program for one question.
+PROBE: JsonObject = {
+    "do_sample": True,
+    "temperature": 1.0,
+    "top_p": 0.5,
+    "num_beams": 5,
+    "max_new_tokens": 512,
+    "seed": 42,
+}
 
 
 def without_marks(text: str) -> str:
@@ -124,50 +135,69 @@ def vqa_accuracy(answer: str, annotated: Sequence[str], rule: Rule = vqa_answer)
 
 
 def accuracies(
-    samples: Sequence[Sample],
-    answers: Sequence[str | None],
-    accuracy: Callable[[str, Sample], float],
-) -> dict[str, float | dict[str, float]]:
-    """Mean accuracies in percent, also by answer and question type; None counts as wrong."""
-    # Accuracy of each sample.
-    percents = np.zeros(len(samples))
-    for index, (sample, answer) in enumerate(zip(samples, answers, strict=True)):
-        if answer is not None:
-            percents[index] = 100 * accuracy(answer, sample)
-
+    samples: Sequence[Sample], lines: Sequence[Line], accuracy: Callable[[str, Sample], float]
+) -> JsonObject:
+    """Mean accuracies in percent, also by answer and question type; no answer counts as wrong."""
+    percents: list[float] = []
+    for sample, line in zip(samples, lines, strict=True):
+        answered = "answer" in line
+        percents.append(100 * accuracy(line["answer"], sample) if answered else 0.0)
     return {
-        "accuracy": round(float(percents.mean()), 2),
-        "per_answer_type": _means(percents, [sample.answer_type for sample in samples]),
-        "per_question_type": _means(percents, [sample.question_type for sample in samples]),
+        "accuracy": round(sum(percents) / len(percents), 2),
+        "per_answer_type": group_means(percents, [sample.answer_type for sample in samples]),
+        "per_question_type": group_means(percents, [sample.question_type for sample in samples]),
     }
 
 
-def _means(percents: FloatArray, types: Sequence[str]) -> dict[str, float]:
-    """The mean of the percents [N] of each type, without those of samples that have none."""
-    means: dict[str, float] = {}
-    for name in sorted(set(types) - {""}):
-        means[name] = round(float(percents[np.array(types) == name].mean()), 2)
-    return means
+@dataclass(kw_only=True)
+class QuestionSettings(Settings):
+    """Settings of questions; without a file `--question` is asked about `--image`."""
+
+    file: Path = setting(
+        Path("none"),
+        flag="--questions",
+        metavar="JSON",
+        help="VQA's file of questions (or a list with image, question, question_id); without it "
+        "--question about --image is asked, as the original does",
+    )
+    truth: Path | None = setting(
+        None,
+        flag="--annotations",
+        metavar="JSON",
+        help="VQA's file of answers (default: --questions)",
+    )
+    dataset: str = setting(
+        "vqav2",
+        choices=("vqav2", "okvqa", "vizwiz", "gqa"),
+        help="gqa: an answer is right or wrong; vizwiz: the system is first asked whether there is "
+        "an answer",
+    )
+    image: str | None = setting(None, help="for one question (default: images/cat.jpg)")
+    question: str = setting(DEMO_QUESTIONS[0], help="for one image")
+    keep_ratio: bool = setting(
+        False, flag="--keep_ratio", const=True, help="resize and crop, as the original's probe does"
+    )
 
 
-class Questions:
-    """The task "vqa" with a system."""
+class Questions(Benchmark[QuestionSettings, Sample]):
+    """Questions about images, with annotators' answers."""
 
-    def __init__(self, system: MultimodalSystem, run: Run, samples: Sequence[Sample]) -> None:
-        self.system = system
-        self.run = run
-        self.rule: Rule = vqa_answer
-        self.question: Rule = str  # a question as the prompt has it
-        self.lemma: Rule = str  # a reference as answers are compared with it
+    title = "questions about images: accuracy"
+    kind = options_of = "vqa"
+    settings_class = QuestionSettings
+    rule: Rule = staticmethod(vqa_answer)
+    question: Rule = str  # a question as the prompt has it
+    lemma: Rule = str  # a reference as answers are compared with it
+
+    def samples(self) -> list[Sample]:
+        return read_questions(self.settings.file, self.settings.truth)
 
     def answer(self, samples: Sequence[Sample], images: Images) -> list[Line]:
-        """Answer a batch."""
         lines: list[Line] = [{} for _ in samples]
 
-        # 1. Some benchmarks first ask whether the question can be answered.
-        first_question = self.run.task.first
-        if first_question:
-            replies = self._ask(samples, images, first_question)
+        # 1. Whether the question can be answered; a "no" is the answer.
+        if self.settings.dataset == "vizwiz":
+            replies = self._ask(samples, images, ANSWERABLE)
             for line, text in zip(lines, replies, strict=True):
                 line["answerable"] = text
                 if re.search(r"\bno\b", text.lower()):
@@ -187,7 +217,7 @@ class Questions:
         for sample, line in zip(samples, lines, strict=True):
             answer = line.get("answer", "")
             result: JsonObject = {"question_id": sample.key, "answer": answer}
-            if self.run.task.exact:  # GQA's program
+            if self.settings.dataset == "gqa":  # its program
                 result |= {"questionId": sample.key, "prediction": answer}
             elif sample.key == sample.image:  # VizWiz's server
                 result["image"] = sample.key
@@ -196,21 +226,20 @@ class Questions:
         # 2. Scores.
         if not samples or not all(sample.references for sample in samples):
             return Scores(results, {})
-        answers = [line.get("answer") for line in lines]
-        return Scores(results, accuracies(samples, answers, self._accuracy))
+        return Scores(results, accuracies(samples, lines, self._accuracy))
 
     def _ask(self, samples: Sequence[Sample], images: Images, template: str = "{}") -> list[str]:
         """The answers to the questions of samples, in a template."""
         # The template is of the benchmark, the plain prompt of the model.
         texts = [template.format(self.question(sample.question)) for sample in samples]
-        if self.run.prompts == "plain":
+        if self.settings.prompts == "plain":
             texts = [PLAIN_QUESTION.format(text) for text in texts]
-        answers = self.system.ask(images, texts, batch_size=self.run.batch, **self.run.options)
-        return [self.run.cut(text) for text in answers]
+        answers = self.system.ask(images, texts, **self.text_options())
+        return [self.cut(text) for text in answers]
 
     def _accuracy(self, answer: str, sample: Sample) -> float:
         # GQA has one right answer.
         references = [self.lemma(reference) for reference in sample.references]
-        if self.run.task.exact:
+        if self.settings.dataset == "gqa":
             references = references[:1]
         return vqa_accuracy(answer, references, self.rule)

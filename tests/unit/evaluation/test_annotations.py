@@ -20,7 +20,7 @@ from seed_multimodal.evaluation.annotations import (
 )
 from seed_multimodal.evaluation.choices import read_choices
 from seed_multimodal.evaluation.geneval import read_object_prompts
-from seed_multimodal.evaluation.tifa import DPG_COLUMNS, read_dpg, read_geneval2
+from seed_multimodal.evaluation.tifa import read_dpg, read_geneval2
 from seed_nano.report import prompts
 
 COCO_NAME = "val2014/COCO_val2014_000000000007.jpg"
@@ -175,7 +175,14 @@ CHOICE = {
     **{f"choice_{letter}": letter for letter in "abcd"},
     "answer": "A",
 }
-DPG = dict(zip(DPG_COLUMNS, ("a", "text", "1", "0", "entity (fox)", "A fox?"), strict=True))
+DPG = {
+    "item_id": "a",
+    "text": "text",
+    "proposition_id": "1",
+    "dependency": "0",
+    "tuple": "entity (fox)",
+    "question_natural_language": "A fox?",
+}
 
 
 def of_objects(**changes: Any) -> list[Any]:
@@ -188,7 +195,7 @@ def choices(**changes: Any) -> dict[str, Any]:
 
 def write_dpg(path: Path, rows: list[dict[str, str]]) -> Path:
     with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, DPG_COLUMNS)
+        writer = csv.DictWriter(file, list(DPG))
         writer.writeheader()
         writer.writerows(rows)
     return path
@@ -201,9 +208,9 @@ BAD_FILES = {
     "geneval: no prompt": (read_object_prompts, [{**GENEVAL, "prompt": 1}], "item 0.*prompt"),
     "geneval: no tag": (read_object_prompts, [{**GENEVAL, "tag": None}], "item 0.*tag"),
     "geneval: one object": (read_object_prompts, [{**GENEVAL, "include": {}}], "include"),
-    "geneval: count": (read_object_prompts, of_objects(count=0), "cup"),
-    "geneval: no pair": (read_object_prompts, of_objects(position="left"), "cup"),
-    "geneval: relation": (read_object_prompts, of_objects(position=["in", 0]), "cup.*left of"),
+    "geneval: count": (read_object_prompts, of_objects(count=0), "item 0.*count"),
+    "geneval: no pair": (read_object_prompts, of_objects(position="left"), "position"),
+    "geneval: relation": (read_object_prompts, of_objects(position=["in", 0]), "position.*left of"),
     "geneval: itself": (read_object_prompts, of_objects(position=["above", 0]), "cup"),
     "geneval2: skills": (read_geneval2, [{**GENEVAL2, "skills": []}], "item 0.*skills"),
     "seedbench: blank choice": (read_choices, choices(choice_d=" "), "item 0.*choice_d"),
@@ -243,7 +250,7 @@ def test_read_dpg_takes_prompts_of_files_and_numbers_of_any_order(tmp_path):
     (tmp_path / "prompts" / "a.txt").write_text("A long text about a fox.\n")
     first, second = read_dpg(write_dpg(tmp_path / "dpg_bench.csv", rows))
     assert (first.caption, second.caption) == ("A long text about a fox.", "text")
-    assert [(item.number, item.parents) for item in first.questions] == [(2, (1,)), (1, ())]
+    assert [(item.number, item.parents) for item in first.questions] == [(2, {1}), (1, set())]
     assert first.questions[0].category == "entity - part"
 
 

@@ -159,30 +159,47 @@ def as_text(name: str, content: Any) -> str:
     return "\n".join(map(json.dumps, items))
 
 
-@pytest.mark.parametrize("case", BENCHMARKS.values(), ids=BENCHMARKS)
-def test_eval_scores_recorded_answers(case, tiny_folder, tmp_path, monkeypatch, capsys):
-    # Figures next to the papers' must be computed as theirs.
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setenv("PATH", "")  # without Java
+def evaluate(case: Recorded, lines: list[dict[str, Any]], model: Path) -> int:
+    """The command with these answers, in the working folder."""
     for name, content in case.files.items():
         Path(name).write_text(as_text(name, content))
     out = Path("out")
     out.mkdir()
-    (out / "samples-0.jsonl").write_text(as_text(".jsonl", case.lines))
+    (out / "samples-0.jsonl").write_text(as_text(".jsonl", lines))
     # Drawings whose judgement is recorded are still there, as the two benchmarks name them.
-    for index, line in enumerate(case.lines):
+    for index, line in enumerate(lines):
         for number in range(case.n_images):
             file = out / "images" / f"{index:05d}" / "samples" / f"{number:04d}.png"
             file.parent.mkdir(parents=True, exist_ok=True)
             noise(number, (8, 8)).save(file)
             shutil.copy(file, out / "images" / f"{line['id']}.png")
-
     argv = ["eval", *case.command.split(), "--out", "out", "--device", "cpu"]
-    assert main([*argv, "--model", str(tiny_folder)]) == case.status
+    return main([*argv, "--model", str(model)])
+
+
+@pytest.fixture(autouse=True)
+def working_folder(tmp_path, monkeypatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("PATH", "")  # without Java
+
+
+@pytest.mark.parametrize("case", BENCHMARKS.values(), ids=BENCHMARKS)
+def test_eval_scores_recorded_answers(case, tiny_folder, capsys):
+    # Figures next to the papers' must be computed as theirs.
+    assert evaluate(case, case.lines, tiny_folder) == case.status
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
-    summary = json.loads((out / "summary.json").read_text())
+    summary = json.loads(Path("out/summary.json").read_text())
     assert printed == summary
     assert {name: summary[name] for name in case.summary} == case.summary
-    results = json.loads((out / "results.json").read_text())
+    results = json.loads(Path("out/results.json").read_text())
     columns = {name: [result[name] for result in results] for name in case.results}
     assert columns == case.results
+
+
+@pytest.mark.parametrize("case", BENCHMARKS.values(), ids=BENCHMARKS)
+def test_eval_refuses_numbers_that_are_not_finite(case, tiny_folder, capsys):
+    # NaN compares as nothing does: a diverged model would get some score, often a perfect one.
+    lines = [{**line, "probabilities": [[float("nan")] * 4]} for line in case.lines]
+    assert evaluate(case, lines, tiny_folder) == 2
+    assert "not finite" in capsys.readouterr().err
+    assert not Path("out/summary.json").exists()

@@ -13,7 +13,7 @@ from PIL import Image
 from random_images import noise
 
 from seed_multimodal.cli.main import main
-from seed_multimodal.errors import CheckpointError
+from seed_multimodal.errors import CheckpointError, DataError
 from seed_multimodal.evaluation.detection import (
     COLOURS,
     GENEVAL_LIMITS,
@@ -112,20 +112,25 @@ DETECTORS = {
 def test_detect_returns_the_labels_of_each_image(write, limits, beds, clip_folder, tmp_path):
     # Every detector of transformers can judge: each kind has other outputs.
     write(tmp_path / "model", clip_folder)
-    detector = load_detector(tmp_path / "model", CPU)
+    detector = load_detector(str(tmp_path / "model"), CPU)
     assert detector.limits == limits
     first, second = detector.detect([IMAGE, IMAGE], [["tv remote", "couch"], ["bed"]])
     assert first
     assert {item.label for item in first} <= {"tv remote", "couch"}
     assert {item.label for item in second} == beds
+    for weight in detector.pipeline.model.parameters():
+        weight.detach().fill_(float("nan"))
+    with pytest.raises(DataError, match="not finite"):  # not: it finds nothing
+        detector.detect([IMAGE], [["bed"]])
     for item in first:
         assert 0 < item.score < 1
         if write is write_mask2former:
             # The box is the smallest around the mask.
             left, top, right, bottom = map(int, item.box)
-            inside = item.mask[top:bottom, left:right]
-            assert item.mask.shape == (40, 60)
-            assert inside.sum() == item.mask.sum()
+            mask = np.array(item.mask)
+            inside = mask[top:bottom, left:right]
+            assert mask.shape == (40, 60)
+            assert inside.sum() == mask.sum()
             edges = (inside[0], inside[-1], inside[:, 0], inside[:, -1])
             assert all(edge.any() for edge in edges)
 
@@ -163,7 +168,7 @@ def test_geneval_by_a_detector_without_a_class_of_the_prompts(clip_folder, tmp_p
 def test_load_detector_of_a_folder_without_one(tmp_path, clip_folder):
     for folder in (tmp_path, clip_folder):
         with pytest.raises(CheckpointError, match=folder.name):
-            load_detector(folder, CPU)
+            load_detector(str(folder), CPU)
 
 
 def test_colour_is_the_most_similar_text(clip_folder):
@@ -182,7 +187,7 @@ def test_colour_is_the_most_similar_text(clip_folder):
         feature = torch.nn.functional.normalize(mean, dim=0)
         scores[colour] = float(feature @ classifier.clip.images.embed([crop])[0])
     assert len(set(scores.values())) == len(COLOURS)
-    item = Detection("cup", 0.9, (4, 4, 12, 12), mask=mask)
+    item = Detection("cup", 0.9, (4, 4, 12, 12), mask=Image.fromarray(mask))
     assert classifier.with_colour(image, item).colour == max(scores, key=lambda name: scores[name])
     # An empty box is a pixel.
     assert classifier.with_colour(image, Detection("cup", 0.9, (3.2, 3.2, 3.3, 3.3))).colour

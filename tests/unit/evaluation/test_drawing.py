@@ -8,9 +8,7 @@ import torch
 from PIL import Image
 from random_images import noise
 
-from seed_multimodal.errors import CheckpointError
-from seed_multimodal.evaluation.annotations import Sample
-from seed_multimodal.evaluation.answers import Run, Task
+from seed_multimodal.errors import CheckpointError, DataError
 from seed_multimodal.evaluation.drawing import ClipScores, fid, fid_metric
 from seed_multimodal.images.transforms import ImageTransform
 
@@ -23,17 +21,24 @@ def test_cosines_equal_those_of_transformers(clip_folder):
 
     clip = ClipScores(clip_folder, CPU)
     images = [noise(1), noise(2), noise(3)]
-    first, second = clip.cosines(["ab c", "d"], [images[:2], images[2:]])
+    first = clip.cosines("ab c", images[:2])
     tokens = CLIPTokenizer.from_pretrained(clip_folder)(["ab c"], return_tensors="pt")
     pixels = ImageTransform(16, interpolation="bicubic").batch(images[:2])
     out = CLIPModel.from_pretrained(clip_folder)(**tokens, pixel_values=pixels)
     expected = (out.image_embeds @ out.text_embeds.T)[:, 0].tolist()
     assert first == pytest.approx(expected, abs=1e-5)
-    assert len(second) == 1
     # Longer texts are truncated.
-    assert clip.cosines(["a " * 40], [[noise(1)]])
+    assert clip.cosines("a " * 40, [noise(1)])
     assert clip.image_cosine(noise(1), noise(1)) == pytest.approx(1)
     assert clip.image_cosine(noise(1), noise(2)) < 0.9999
+
+
+def test_cosines_refuse_a_model_that_computes_nan(clip_folder):
+    # Any drawing would be the best one, and any colour the most similar.
+    clip = ClipScores(clip_folder, CPU)
+    clip.images.model.visual_projection.weight.fill_(float("nan"))
+    with pytest.raises(DataError, match="not finite"):
+        clip.cosines("ab c", [noise(1)])
 
 
 class Colours(torch.nn.Module):
@@ -51,23 +56,23 @@ def test_fid_equals_that_of_all_images_at_once(tmp_path):
     from torchmetrics.image.fid import FrechetInceptionDistance
 
     n_images = 33  # more than one batch
-    samples = []
+    images = []
     files = []
     expected = FrechetInceptionDistance(Colours(), normalize=True)
     for index in range(n_images):
         real, drawn = noise(index), noise(100 + index, (8, 8))
         files.append(tmp_path / f"drawn{index}.png")
         drawn.save(files[-1])
-        real.save(tmp_path / f"real{index}.png")
-        samples.append(Sample(index, "", f"real{index}.png"))
+        images.append(real)
         # Real images are made as large as drawings.
         square = real.resize((8, 8), Image.Resampling.BICUBIC)
         for image, is_real in ((square, True), (drawn, False)):
             pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1) / 255
             expected.update(pixels[None], real=is_real)
-    run = Run(Task("text2image"), tmp_path / "t.json", tmp_path, resolution=8)
     metric = FrechetInceptionDistance(Colours(), normalize=True)
-    assert fid(metric, run, samples, files) == pytest.approx(float(expected.compute()), rel=1e-3)
+    assert fid(metric, images, files, resolution=8) == pytest.approx(
+        float(expected.compute()), rel=1e-3
+    )
 
 
 def test_fid_metric_with_missing_or_unsafe_weights(tmp_path, monkeypatch):
@@ -75,6 +80,6 @@ def test_fid_metric_with_missing_or_unsafe_weights(tmp_path, monkeypatch):
     monkeypatch.setenv("TORCH_HOME", str(tmp_path))
     with pytest.raises(CheckpointError, match="--inception"):
         fid_metric(None)
-    torch.save({"weight": Run}, tmp_path / "inception.pth")  # a class, not a tensor
+    torch.save({"weight": Colours}, tmp_path / "inception.pth")  # a class, not a tensor
     with pytest.raises(CheckpointError, match=r"inception\.pth"):
         fid_metric(tmp_path / "inception.pth")

@@ -27,7 +27,7 @@ def test_rules_on_recorded_detections(case, tmp_path):
     # The verdicts of GenEval's own rules.
     [prompt] = read_object_prompts(write_lines(tmp_path / "p.jsonl", case["line"]))
     limit = GENEVAL_LIMITS.threshold
-    if prompt.tag == "counting":
+    if prompt.item.tag == "counting":
         limit = GENEVAL_LIMITS.counting_threshold
     # Class, score, box, and the colour if there is one.
     detections = [Detection(*row) for row in case["detections"]]

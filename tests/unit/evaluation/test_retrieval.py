@@ -8,7 +8,7 @@ import pytest
 import torch
 from repository import NANO
 
-from seed_multimodal.errors import CheckpointError
+from seed_multimodal.errors import CheckpointError, DataError
 from seed_multimodal.evaluation.retrieval import clip_texts, retrieval
 
 
@@ -64,6 +64,17 @@ def test_retrieval_of_a_caption_of_several_images():
     # Ties are wrong: a model whose features are all equal finds nothing.
     same = retrieval(torch.ones(3, 4) / 2, encoder(captions, torch.ones(4, 4) / 2), captions)
     assert same["txt_r1"].value == same["img_r1"].value == 0.0
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_retrieval_refuses_embeddings_that_are_not_finite(value):
+    # No text scores as high as NaN, so that recall would be perfect.
+    captions = [["a"], ["b"]]
+    features = torch.eye(2)
+    broken = torch.tensor([[1.0, 0.0], [value, 0.0]])
+    for images, texts in ((features, broken), (broken, features)):
+        with pytest.raises(DataError, match="not finite"):
+            retrieval(images, encoder(captions, texts), captions)
 
 
 def test_stage1_texts_reads_captions_as_in_training(stages):

@@ -15,7 +15,8 @@ from repository import NANO
 from seed_multimodal.cli.main import main
 from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.device import Runtime
-from seed_multimodal.evaluation.tokenizer import TokenizerOptions, open_tokenizer, run_pass
+from seed_multimodal.evaluation.tokenizer import open_tokenizer, run_pass
+from seed_multimodal.evaluation.tokenizer_settings import TokenizerSettings
 from seed_multimodal.images.io import image_to_bytes
 from seed_multimodal.images.transforms import seed_image_processor
 
@@ -59,12 +60,17 @@ def images_of(listed: Path, *colours: str) -> list[Image.Image]:
 @torch.no_grad()
 def test_run_pass_equals_the_models_features(stages, listed):
     # Features in batches are those of the models on the same images.
-    options = TokenizerOptions(
-        "none", "none", stage1=stages.stage1, text_tokenizer=stages.vocabulary
+    settings = TokenizerSettings(
+        model=str(stages.tokenizer),
+        data=str(listed),
+        out="",
+        decoder="none",
+        clip="none",
+        stage1=str(stages.stage1),
+        text_tokenizer=str(stages.vocabulary),
     )
-    opened = open_tokenizer(stages.tokenizer, CPU, options)
+    opened = open_tokenizer(settings, CPU)
     encoded = run_pass(source_of(listed), [4, 0, 1], opened, batch=2)
-    assert encoded.rows == [4, 0, 1]
     assert encoded.captions[0] == ["A grey square.", "a square of grey"]
 
     # The same with the models, in one batch.

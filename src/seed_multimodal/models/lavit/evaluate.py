@@ -5,13 +5,13 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 from seed_multimodal.evaluation.annotations import Sample
-from seed_multimodal.evaluation.answers import LEMMATISED, Run
 from seed_multimodal.evaluation.vqa import DIGITS, UNANSWERABLE, Questions, vqa_answer
 from seed_multimodal.models.lavit.pipeline import Lavit
 from seed_multimodal.models.lavit.processing import Lemmatizer, QuestionProcessor
 
 # LaVIT's rule: prefixes of answers that are removed in this order, each once.
 _OPENINGS = ("it is", "this is", "she's", "very", "for", "to", "in", "on", "at", "a", "an", "the")
+LEMMATISED = "_lemm"  # suffix of ground-truth files lemmatized by LaVIT's authors
 _NO_ANSWERS = ("i don't know", "i do n't know", "i need to know", "")
 
 
@@ -29,15 +29,17 @@ def lavit_answer(text: str) -> str:
 
 
 class LavitQuestions(Questions):
-    """The task "vqa"."""
+    """Questions about images."""
 
-    def __init__(self, system: Lavit, run: Run, samples: Sequence[Sample]) -> None:
-        super().__init__(system, run, samples)
-        self.rule = lavit_answer
+    rule = staticmethod(lavit_answer)
+
+    def prepare(self, samples: Sequence[Sample]) -> None:
+        system = self.system
+        assert isinstance(system, Lavit)
         # nano-lavit uses its training prompt, the unchanged question.
         if system.config.found.original:
             self.question = QuestionProcessor()
         # LaVIT's answers are compared with lemmatized references.
-        if LEMMATISED not in (run.truth or run.annotations).stem:
+        if LEMMATISED not in (self.settings.truth or self.settings.file).stem:
             system.family.lemmatizer = system.family.lemmatizer or Lemmatizer()
             self.lemma = system.family.lemmatizer

@@ -5,16 +5,16 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import GenerationError
 from seed_multimodal.evaluation.annotations import Sample
-from seed_multimodal.evaluation.answers import Options, Run
-from seed_multimodal.evaluation.drawing import Drawings
+from seed_multimodal.evaluation.text2image import Drawings
 from seed_multimodal.inference.prompt import Prompt
 from seed_multimodal.language.answer import AnswerReader, ImagePart
 from seed_multimodal.models.seed.pipeline import SeedLlama
 
 
-def unconditional_codes(system: SeedLlama, options: Options) -> list[int]:
+def unconditional_codes(system: SeedLlama, options: JsonObject) -> list[int]:
     """The codes generated after `<s><img>`, the original script's negative condition.
 
     options: of generation; those of drawing are left out.
@@ -31,10 +31,15 @@ def unconditional_codes(system: SeedLlama, options: Options) -> list[int]:
 
 
 class SeedDrawings(Drawings):
-    """The task "text2image"."""
+    """Drawings of captions."""
 
-    def __init__(self, system: SeedLlama, run: Run, samples: Sequence[Sample]) -> None:
-        super().__init__(system, run, samples)
+    def prepare(self, samples: Sequence[Sample]) -> None:
+        super().prepare(samples)
         # The original script's guidance is against the image without caption.
-        if run.original:
-            self.drawer.options["negative_codes"] = unconditional_codes(system, run.options)
+        settings = self.settings
+        if settings.original:
+            assert isinstance(self.system, SeedLlama)
+            negative = unconditional_codes(self.system, settings.options)
+            self.settings = replace(
+                settings, options={**settings.options, "negative_codes": negative}
+            )

@@ -18,7 +18,8 @@ from torch import Tensor
 from seed_multimodal.device import Runtime
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.evaluation.retrieval import ClipEncoder, TextEncoder
-from seed_multimodal.evaluation.tokenizer import NONE, OpenedTokenizer, Route, TokenizerOptions
+from seed_multimodal.evaluation.tokenizer import NONE, OpenedTokenizer, Route
+from seed_multimodal.evaluation.tokenizer_settings import TokenizerSettings
 from seed_multimodal.models.seed.captions import caption_text, load_caption_tokenizer
 from seed_multimodal.models.seed.checkpoints import VISION
 from seed_multimodal.models.seed.losses import Stage1Model
@@ -79,19 +80,19 @@ class OpenedSeed2(OpenedTokenizer):
         config: SeedLlamaConfig,
         codec: SeedImageCodec,
         runtime: Runtime,
-        options: TokenizerOptions,
+        settings: TokenizerSettings,
     ) -> None:
         if not isinstance(codec.model, Seed2Tokenizer):
             raise CheckpointError(f"{config.name}: is a SEED-1 tokenizer; this measures SEED-2's.")
         sizes = codec.model.config
         aims_at_encoder = sizes.alignment_target == "encoder"
-        has_clip = options.clip not in (None, NONE) or options.clip_text is not None
+        has_clip = settings.clip not in (None, NONE) or settings.clip_text is not None
         if aims_at_encoder and has_clip:
             raise CheckpointError(
                 f"{config.name}: decodes to embeddings of its vision encoder, not of a CLIP: leave "
                 "out --clip and --clip-text."
             )
-        super().__init__(config, codec, runtime, options)
+        super().__init__(config, codec, runtime, settings)
 
         # 1. The target's embeddings have the width of the decoded ones.
         width = sizes.image_features_dim
@@ -101,19 +102,19 @@ class OpenedSeed2(OpenedTokenizer):
         elif isinstance(self.target, ClipEncoder):
             clip_width = self.target.model.config.projection_dim
             _check_width(self.target_source, "image", clip_width, width)
-        if options.clip_text is not None:
+        if settings.clip_text is not None:
             text_width = self.texts["clip"](["a"]).shape[1]
-            _check_width(options.clip_text, "text", text_width, width)
+            _check_width(settings.clip_text, "text", text_width, width)
 
         # 2. Stage 1, by default with the word pieces in the tokenizer's folder, else BERT's.
         self.stage1: Stage1Model | None = None
-        if options.stage1 is not None:
+        if settings.stage1 is not None:
             folder = config.path("tokenizer")
             pieces: str | Path = BERT if BERT.is_dir() else BERT.name
             if (folder / "tokenizer.model").is_file():
                 pieces = folder
-            self.stage1 = load_stage1(options.stage1, self.network)
-            self.texts["stage1"] = stage1_texts(self.stage1, options.text_tokenizer or pieces)
+            self.stage1 = load_stage1(settings.stage1, self.network)
+            self.texts["stage1"] = stage1_texts(self.stage1, settings.text_tokenizer or pieces)
 
     def default_clip(self) -> Path | None:
         """The CLIP encoder in the de-tokenizer's folder, else the original one."""

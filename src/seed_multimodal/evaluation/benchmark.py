@@ -1,0 +1,442 @@
+"""Evaluation of a system on a benchmark: settings, samples, answers, scores.
+
+    benchmark = open_benchmark("vqa", file=Path("val.json"), out=Path("outputs"), dataset="vizwiz")
+    summary = run(benchmark, load_system)
+
+OUT/settings.json      what determines the answers; a run with other settings is refused
+OUT/samples-0.jsonl    one line per sample, appended by process 0 (-1 by process 1, …)
+OUT/results.json       in the benchmark's format, and summary.json: written when all samples are
+                       answered
+
+To add a benchmark, write a module with a subclass of `Benchmark` and name the class in
+`BENCHMARKS`: `seed eval` gets a command whose flags are the settings with a help text. Modules
+import torch where they use it, so that `seed eval --help` is fast.
+
+Processes (torchrun's RANK and WORLD_SIZE) work on samples[rank::world]; their number may change on
+resume. Unusable samples are logged, counted and retried by the next run; `max_bad` consecutive ones
+stop the run.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import pkgutil
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
+
+from PIL import Image
+
+from seed_multimodal.disk import JsonObject, folder_lock, read_json_object, replace_text, writing
+from seed_multimodal.entry import log_line
+from seed_multimodal.errors import DataError, GenerationError, ImageError, pluralize
+from seed_multimodal.evaluation.annotations import Key, Sample, find_image_file
+from seed_multimodal.evaluation.metrics import finite_json
+from seed_multimodal.images.io import open_image
+from seed_multimodal.models.registry import find_family
+from seed_multimodal.progress import Progress
+from seed_multimodal.settings import changed_settings, read_settings, setting
+
+if TYPE_CHECKING:
+    from seed_multimodal.pipelines.base import MultimodalSystem
+
+# The command of `seed eval` → its class.
+BENCHMARKS = {
+    "vqa": "seed_multimodal.evaluation.vqa:Questions",
+    "caption": "seed_multimodal.evaluation.captions:Captions",
+    "seedbench": "seed_multimodal.evaluation.choices:Choices",
+    "text2image": "seed_multimodal.evaluation.text2image:Drawings",
+    "geneval": "seed_multimodal.evaluation.geneval:GenEval",
+    "geneval2": "seed_multimodal.evaluation.tifa:GenEval2",
+    "dpg": "seed_multimodal.evaluation.tifa:DpgBench",
+}
+# Settings that may change when a run resumes: places, amounts, and what only scores depend on. Of
+# the file of samples the contents count.
+MAY_CHANGE = ("out", "file", "truth", "images", "split", "limit", "batch_size", "max_bad", "device")
+SCORING_ONLY = ("resolution", "inception")
+# Settings whose values are digests or long: their names in messages.
+NO_VALUES = {
+    "samples": "the contents of the file of samples",
+    "weights": "the weights",
+    "transform": "the image preprocessing",
+}
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+Line = JsonObject  # of a file of answers: a sample's id, and its answer or why there is none (bad)
+Images = Sequence[Image.Image | None]  # None: a caption without image
+
+
+@dataclass(kw_only=True)
+class Settings:
+    """Settings of every benchmark; those with a help text are flags.
+
+    Attributes:
+        file: of the samples.
+        truth: file of reference answers or captions.
+        options: of the system's methods, which override the family's.
+        seed: of texts, and of the first image; image n has seed + n.
+        device: of a model that judges.
+    """
+
+    file: Path
+    out: Path
+    truth: Path | None = None
+    options: JsonObject = field(default_factory=dict)
+    seed: int = 42
+    batch_size: int = setting(16, minimum=1)
+    device: str = "auto"
+    prompts: str = setting(
+        "chat", choices=("chat", "plain"), help="plain: of pretrained SEED-LLaMA"
+    )
+    images: Path | None = setting(None, help="folder of the images", metavar="DIR")
+    limit: int | None = setting(None, minimum=1, help="the first N samples only", metavar="N")
+    max_bad: int = setting(
+        20, minimum=1, help="end after so many bad samples in a row", flag="--max_bad"
+    )
+
+
+@dataclass(frozen=True)
+class Scores:
+    """Scores of an evaluation, with the results that they are computed from.
+
+    Attributes:
+        results: in the format of the benchmark's program.
+        values: name → score, or type of sample → score.
+        notes: logged and kept in the summary.
+    """
+
+    results: list[JsonObject]
+    values: JsonObject
+    notes: list[str] = field(default_factory=list)
+
+
+SettingsT = TypeVar("SettingsT", bound=Settings)
+SampleT = TypeVar("SampleT", bound=Sample)
+
+
+class Benchmark(Generic[SettingsT, SampleT]):
+    """A benchmark, made from its settings; `run` calls its methods in the order below.
+
+    Attributes:
+        title: help of its command.
+        kind: in the suite, and of `FamilySpec.evaluators`.
+        options_of: key of `FamilySpec.evaluation`.
+        draws: whether the system draws.
+        settings_class: its settings.
+    """
+
+    title: ClassVar[str]
+    kind: ClassVar[str]
+    options_of: ClassVar[str]
+    draws: ClassVar[bool] = False
+    settings_class: ClassVar[type[Settings]]
+    system: MultimodalSystem
+
+    def __init__(self, settings: SettingsT) -> None:
+        self.settings = settings
+
+    def samples(self) -> Sequence[SampleT]:
+        """All samples. Raises DataError: no such file, or another layout."""
+        raise NotImplementedError
+
+    def prepare(self, samples: Sequence[SampleT]) -> None:
+        """Load what answers need besides `self.system`."""
+
+    def is_current(self, line: Line) -> bool:
+        """Whether an earlier answer still counts, because what it was made from is the same."""
+        return True
+
+    def answer(self, samples: Sequence[SampleT], images: Images) -> list[Line]:
+        """The lines of a batch, without ids."""
+        raise NotImplementedError
+
+    def score(self, samples: Sequence[SampleT], lines: Sequence[Line]) -> Scores:
+        """Results in the benchmark's format, and scores, of samples with their lines."""
+        raise NotImplementedError
+
+    # ---- for subclasses
+
+    def text_options(self) -> JsonObject:
+        """Keywords of the methods that answer in text."""
+        settings = self.settings
+        return {"seed": settings.seed, "batch_size": settings.batch_size, **settings.options}
+
+    def cut(self, text: str) -> str:
+        """The answer; with plain prompts its first line.
+
+        The pretrained model continues with another question.
+        """
+        if self.settings.prompts == "plain":
+            text = text.partition("\n")[0]
+        return text.strip()
+
+    def open_image(self, sample: Sample) -> Image.Image | None:
+        """The image of a sample, or None. Raises DataError, ImageError: unusable."""
+        if sample.problem:
+            raise DataError(sample.problem)
+        if sample.image is None:
+            return None
+        folder = self.settings.images
+        return open_image(
+            find_image_file(sample.image, folder, self.settings.file, sample.location)
+        ).image
+
+
+AnyBenchmark = Benchmark[Any, Any]
+
+
+def benchmark_class(command: str) -> type[AnyBenchmark]:
+    """The class of a command of `seed eval`."""
+    found: type[AnyBenchmark] = pkgutil.resolve_name(BENCHMARKS[command])
+    return found
+
+
+def open_benchmark(command: str, **settings: object) -> AnyBenchmark:
+    """A benchmark with these settings; None: the default. Raises ConfigError: a wrong value."""
+    kind = benchmark_class(command)
+    chosen = {name: value for name, value in settings.items() if value is not None}
+    return kind(read_settings(kind.settings_class, chosen, command))
+
+
+# ---- a run
+
+
+def run(
+    benchmark: AnyBenchmark,
+    load: Callable[[], MultimodalSystem | None],
+    samples: Sequence[Sample] | None = None,
+) -> JsonObject | None:
+    """Evaluate a system, also under torchrun; the same call resumes.
+
+    load: called after the samples were read; None: drawings of a folder are judged.
+    samples: instead of those of the file.
+
+    Returns the summary to the process that finishes last, else None.
+
+    Raises:
+        DataError: the folder belongs to another run, a process with this rank is running, disk
+            error, `max_bad` consecutive unusable samples, or a score that is not finite.
+        CheckpointError, ConfigError: missing or wrong files, weights or settings.
+    """
+    # 1. The samples, then the system with its family's settings.
+    settings = benchmark.settings
+    samples = (benchmark.samples() if samples is None else samples)[: settings.limit]
+    system = load()
+    if system is not None:
+        if settings.prompts == "plain":
+            system.use_plain_prompts()
+        family = find_family(system.config.system)
+        defaults = family.evaluation.get(benchmark.options_of, {})
+        settings = replace(settings, options={**defaults, **settings.options})
+        kind = type(benchmark)
+        if benchmark.kind in family.evaluators:
+            kind = pkgutil.resolve_name(family.evaluators[benchmark.kind])
+        benchmark = kind(settings)
+        benchmark.system = system
+    benchmark.prepare(samples)
+
+    # 2. Answers, of all processes together.
+    _check_identity(settings.out, _identity(settings, system))
+    lines = _answer_share(benchmark, samples)
+    if any(sample.key not in lines for sample in samples):
+        log_line(
+            f"{settings.out}: this share is finished; other processes still work or have to be run."
+        )
+        return None
+
+    # 3. Scores.
+    usable = [sample for sample in samples if not sample.problem]
+    usable_lines = [lines[sample.key] for sample in usable]
+    finite_json(usable_lines, str(settings.out))
+    scores = benchmark.score(usable, usable_lines)
+    return _write_summary(settings.out, [lines[sample.key] for sample in samples], scores)
+
+
+def _write_summary(out: Path, lines: Sequence[Line], scores: Scores) -> JsonObject:
+    """Write results.json and summary.json: counts, the first bad samples, scores and notes."""
+    bad = [line["bad"] for line in lines if "bad" in line]
+    summary: JsonObject = {
+        "samples": len(lines),
+        "answered": len(lines) - len(bad),
+        "bad": len(bad),
+        "bad_first": bad[:5],
+        **scores.values,
+    }
+    if scores.notes:
+        summary["notes"] = scores.notes
+    with writing(out, DataError):
+        replace_text(out / "results.json", finite_json(scores.results, str(out)))
+        replace_text(out / "summary.json", finite_json(summary, str(out), indent=1) + "\n")
+    for note in scores.notes:
+        log_line(note)
+    return summary
+
+
+# ---- answers
+
+
+def _answer_share(benchmark: AnyBenchmark, samples: Sequence[Sample]) -> dict[Key, Line]:
+    """Answer this process's unanswered samples; returns the lines of all processes."""
+    from seed_multimodal.training.distributed import rank_and_world_size
+
+    folder = benchmark.settings.out
+    rank, world_size = rank_and_world_size()
+    file = folder / f"samples-{rank}.jsonl"
+    share = samples[rank::world_size]
+    lock_name = f".{file.name}.lock"
+    with folder_lock(folder, DataError, "answering with this rank", name=lock_name):
+        # Samples that failed are tried again.
+        lines = _read_lines(benchmark)
+        todo = [sample for sample in share if "bad" in lines.get(sample.key, {"bad": ""})]
+        n_answered = len(share) - len(todo)
+        if n_answered:
+            log_line(
+                f"{folder}: {n_answered:,} of {pluralize(len(share), 'sample')} have been answered "
+                "before."
+            )
+        with Progress("evaluation", len(share), "sample", start=n_answered) as bar:
+            _append_answers(benchmark, todo, file, bar)
+        return _read_lines(benchmark)
+
+
+def _append_answers(
+    benchmark: AnyBenchmark, samples: Sequence[Sample], file: Path, bar: Progress
+) -> None:
+    """Answer in batches, each of which is appended to `file`."""
+    settings = benchmark.settings
+    bad_in_a_row = 0
+    for start in range(0, len(samples), settings.batch_size):
+        # 1. The lines. A line break comes first, since the last line may be incomplete.
+        lines = _answered(benchmark, samples[start : start + settings.batch_size])
+        text = "".join("\n" + finite_json(line, str(file)) for line in lines)
+        with (
+            writing(file, DataError),
+            open(file, "a", encoding="utf-8", errors="backslashreplace") as opened,
+        ):
+            opened.write(text)
+        bar.update(len(lines))
+
+        # 2. Unusable samples in a row are a wrong folder or file.
+        for line in lines:
+            if "bad" not in line:
+                bad_in_a_row = 0
+                continue
+            bad_in_a_row += 1
+            bar.write_line(f"skipped: {line['bad']}")
+            if bad_in_a_row >= settings.max_bad:
+                raise DataError(
+                    f"{bad_in_a_row} samples in a row cannot be used, the last: {line['bad']}"
+                )
+
+
+def _answered(benchmark: AnyBenchmark, batch: Sequence[Sample]) -> list[Line]:
+    """The lines of a batch, in its order."""
+    # 1. The images; those that cannot be opened do not fail the others.
+    lines: dict[Key, Line] = {}
+    usable: list[Sample] = []
+    images: list[Image.Image | None] = []
+    for sample in batch:
+        try:
+            images.append(benchmark.open_image(sample))
+            usable.append(sample)
+        except (DataError, ImageError) as error:
+            lines[sample.key] = {"id": sample.key, "bad": str(error)}
+
+    # 2. The answers.
+    if usable:
+        lines |= {line["id"]: line for line in _lines(benchmark, usable, images)}
+    return [lines[sample.key] for sample in batch]
+
+
+def _lines(benchmark: AnyBenchmark, samples: Sequence[Sample], images: Images) -> Iterator[Line]:
+    """The lines of samples with their images; a batch that fails is answered one by one."""
+    try:
+        lines = benchmark.answer(samples, images)
+    except (GenerationError, ImageError) as error:
+        if len(samples) == 1:
+            yield {"id": samples[0].key, "bad": f"{samples[0].location}: {error}"}
+            return
+        for sample, image in zip(samples, images, strict=True):
+            yield from _lines(benchmark, [sample], [image])
+        return
+    for sample, line in zip(samples, lines, strict=True):
+        yield {"id": sample.key, **line}
+
+
+def _read_lines(benchmark: AnyBenchmark) -> dict[Key, Line]:
+    """Each sample's line: the current answer, else the latest error."""
+    lines: dict[Key, Line] = {}
+    for path in sorted(benchmark.settings.out.glob("samples-*.jsonl")):
+        for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
+            try:
+                line = json.loads(text)
+            except ValueError:  # blank or incomplete
+                continue
+            # An error does not replace an answer.
+            if "bad" in line:
+                if "bad" in lines.get(line["id"], line):
+                    lines[line["id"]] = line
+            elif benchmark.is_current(line):
+                lines[line["id"]] = line
+    return lines
+
+
+# ---- what determines the answers
+
+
+def _identity(settings: Settings, system: MultimodalSystem | None) -> JsonObject:
+    """Settings, samples, and the weights (size and time of each file)."""
+    # 1. The settings, and the contents of the files that they name.
+    content = settings.file.read_bytes() if settings.file.is_file() else b""
+    free = (*MAY_CHANGE, *SCORING_ONLY)
+    values = {name: value for name, value in vars(settings).items() if name not in free}
+    identity = {**values, "samples": hashlib.sha256(content).hexdigest()}
+    models: list[object] = list(values.values())
+
+    # 2. The system.
+    if system is not None:
+        models += vars(system.config).values()
+        identity |= {
+            "model": system.config.name,
+            "dtype": system.dtype_name,
+            "quantization": str(getattr(system.llm, "quantization_method", None)),
+            "transform": repr(getattr(system.images, "transform", None)),
+        }
+    return {**identity, "weights": _weight_states(models)}
+
+
+def _weight_states(paths: Sequence[object]) -> list[list[int]]:
+    """Size and time of each file with weights at and below the paths among `paths`."""
+    # Parts may share files.
+    files: set[Path] = set()
+    for path in paths:
+        if isinstance(path, Path):
+            files.update([path] if path.is_file() else path.rglob("*"))
+    weights = {file.resolve() for file in files if file.suffix in WEIGHT_SUFFIXES}
+    states = [file.stat() for file in weights if file.is_file()]
+    return sorted([state.st_size, state.st_mtime_ns] for state in states)
+
+
+def _check_identity(folder: Path, identity: JsonObject) -> None:
+    """Write the folder's settings, or raise DataError if they changed."""
+    # The first process writes them, all compare.
+    file = folder / "settings.json"
+    text = json.dumps(identity, indent=1, ensure_ascii=False, default=str)
+    with folder_lock(folder, DataError, timeout=-1), writing(file, DataError):
+        if not file.exists():
+            replace_text(file, text)
+    changes = changed_settings(read_json_object(file, DataError), json.loads(text))
+    if changes:
+        changes = list(dict.fromkeys(map(_describe_change, changes)))
+        raise DataError(
+            f"{folder}: was started with other settings ({'; '.join(changes)}); use another --out "
+            "or the same settings."
+        )
+
+
+def _describe_change(change: str) -> str:
+    """A change from `changed_settings`, without digests and internal names."""
+    key, _, values = change.partition(": ")
+    label = NO_VALUES.get(key.partition(".")[0])
+    return label or f"{key.removeprefix('options.').replace('_', ' ')}: {values}"

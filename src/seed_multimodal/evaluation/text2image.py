@@ -1,0 +1,187 @@
+"""Drawings of captions: the best of several by CLIP, and FID to the captioned images."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from PIL import Image
+
+from seed_multimodal.disk import JsonObject, text_stem
+from seed_multimodal.errors import CheckpointError, DataError, first_line, install_hint
+from seed_multimodal.evaluation.annotations import Sample, read_captions
+from seed_multimodal.evaluation.benchmark import Benchmark, Images, Line, Scores, Settings
+from seed_multimodal.evaluation.captions import CaptionFile
+from seed_multimodal.images.io import save_image
+from seed_multimodal.settings import setting
+
+if TYPE_CHECKING:
+    from seed_multimodal.evaluation.drawing import ClipScores
+    from seed_multimodal.pipelines.base import MultimodalSystem
+
+CLIP_FOLDER = Path("pretrained/clip-vit-large-patch14")
+# Below about the number of Inception's features (2,048) the covariance is singular.
+FID_IMAGES = 2000
+
+
+@dataclass(kw_only=True)
+class DrawingSettings(CaptionFile):
+    """Settings of drawings.
+
+    original: .jpg files as by the original script, with negative conditioning on SEED-LLaMA's
+        captionless image; images are not compared.
+    """
+
+    best_of: int | None = setting(
+        None, minimum=1, help="drawings, of which CLIP keeps one (default: 4 or 1)"
+    )
+    clip: Path | None = setting(None, metavar="DIR", help="CLIP folder of transformers")
+    resolution: int = setting(512, minimum=1, help="of real images for FID (default: 512)")
+    inception: Path | None = setting(None, metavar="FILE", help="weights of FID's network")
+    original: bool = False
+
+
+@dataclass(kw_only=True)
+class OriginalDrawings(CaptionFile):
+    """Settings of the original program, which has captions of its own."""
+
+    file: Path = setting(
+        Path("built in"), flag="--captions", metavar="FILE", help="as of seed eval text2image"
+    )
+
+
+def find_clip(
+    path: Path | None,
+    purpose: str = "to select the best of several images",
+    alternative: str = "generate one image per text (--best-of 1)",
+) -> Path:
+    """The CLIP folder, or OpenAI's file.
+
+    path: None for the default. purpose, alternative: of the message about a missing one.
+    Raises CheckpointError: missing.
+    """
+    clip = path or CLIP_FOLDER
+    if not clip.exists():
+        raise CheckpointError(
+            f"{clip}: no CLIP {purpose}; put openai/{CLIP_FOLDER.name} of the Hugging Face hub "
+            f"there, set --clip, or {alternative}."
+        )
+    return clip
+
+
+def draw_captions(
+    system: MultimodalSystem,
+    settings: Settings,
+    samples: Sequence[Sample],
+    indices: Sequence[int],
+    num_images: int,
+) -> list[list[Image.Image]]:
+    """`num_images` drawings of each sample's caption; seeds count the `indices` of all samples."""
+    options = {**settings.options, "batch_size": settings.batch_size}
+    if settings.prompts == "plain":
+        options["verbatim"] = True
+    captions = [sample.caption for sample in samples]
+    seeds = [settings.seed + num_images * index for index in indices]
+    drawings = system.draw(captions, seeds, num_images=num_images, **options)
+    starts = range(0, len(drawings), num_images)
+    return [drawings[start : start + num_images] for start in starts]
+
+
+class Drawings(Benchmark[DrawingSettings, Sample]):
+    """Drawings of captions; file names count the samples."""
+
+    title = "the best of several drawings by CLIP: FID"
+    kind = options_of = "text2image"
+    draws = True
+    settings_class = DrawingSettings
+    clip: ClipScores | None = None
+
+    def __init__(self, settings: DrawingSettings) -> None:
+        # Several drawings need CLIP, which selects the best one.
+        best_of = settings.best_of or (4 if settings.clip or CLIP_FOLDER.is_dir() else 1)
+        clip = find_clip(settings.clip) if best_of > 1 or settings.clip else None
+        super().__init__(replace(settings, best_of=best_of, clip=clip))
+
+    def samples(self) -> list[Sample]:
+        settings = self.settings
+        samples = read_captions(settings.file, settings.split, each_text=True)
+        if settings.original:
+            samples = [replace(sample, image=None) for sample in samples]
+        return samples
+
+    def prepare(self, samples: Sequence[Sample]) -> None:
+        self.indices = {sample.key: index for index, sample in enumerate(samples)}
+        if self.settings.clip is not None:
+            from seed_multimodal.evaluation.drawing import ClipScores
+
+            self.clip = ClipScores(self.settings.clip, self.system.images.device)
+
+    def answer(self, samples: Sequence[Sample], images: Images) -> list[Line]:
+        """Generate, select and save the images of a batch."""
+        # 1. `best_of` images of each caption.
+        settings = self.settings
+        indices = [self.indices[sample.key] for sample in samples]
+        n_drawings = settings.best_of or 1
+        candidates = draw_captions(self.system, settings, samples, indices, n_drawings)
+
+        # 2. The best of each by CLIP, as INDEX_CAPTION.png; the original's are JPEG.
+        lines: list[Line] = []
+        for index, sample, image, drawings in zip(
+            indices, samples, images, candidates, strict=True
+        ):
+            best = drawings[0]
+            scores: JsonObject = {}
+            if self.clip is not None:
+                cosines = self.clip.cosines(sample.caption, drawings)
+                best = drawings[cosines.index(max(cosines))]
+                scores["clip"] = round(max(cosines), 4)
+                if image is not None:
+                    scores["clip_image"] = round(self.clip.image_cosine(best, image), 4)
+            suffix = "jpg" if settings.original else "png"
+            path = settings.out / f"{index:06d}_{text_stem(sample.caption)}.{suffix}"
+            save_image(best, path, DataError)
+            lines.append({"caption": sample.caption, "image": path.name, **scores})
+        return lines
+
+    def score(self, samples: Sequence[Sample], lines: Sequence[Line]) -> Scores:
+        """File names of the images; their mean CLIP cosine, and FID if all captions have images."""
+        # 1. Results of the captions that were drawn.
+        drawn = [pair for pair in zip(samples, lines, strict=True) if "image" in pair[1]]
+        scores = Scores([], {})
+        for sample, line in drawn:
+            scores.results.append(
+                {"id": sample.key, "caption": line["caption"], "image": line["image"]}
+            )
+
+        # 2. Scores; texts without images have no FID.
+        for name in ("clip", "clip_image"):
+            cosines = [line[name] for _, line in drawn if name in line]
+            if cosines:
+                scores.values[name] = round(sum(cosines) / len(cosines), 4)
+        if len(drawn) > 1 and all(sample.image is not None for sample, _ in drawn):
+            self._add_fid(scores, [sample for sample, _ in drawn])
+        return scores
+
+    def _add_fid(self, scores: Scores, samples: Sequence[Sample]) -> None:
+        """Add FID, or a note why there is none."""
+        from seed_multimodal.evaluation.drawing import fid, fid_metric
+
+        # Its packages and weights are optional.
+        settings = self.settings
+        files = [settings.out / result["image"] for result in scores.results]
+        try:
+            metric = fid_metric(settings.inception).to(self.system.images.device)
+        except (ImportError, CheckpointError) as error:
+            hint = install_hint("torchmetrics", "torch_fidelity")
+            reason = f"({first_line(error)}): it needs the Inception weights and {hint}."
+            scores.notes.append(f"FID is not computed {reason}")
+            return
+        real = filter(None, map(self.open_image, samples))
+        scores.values["fid"] = round(fid(metric, real, files, settings.resolution), 4)
+        if len(samples) < FID_IMAGES:
+            scores.notes.append(
+                f"FID of {len(samples):,} images is biased and not comparable with that of other "
+                f"numbers: its covariance needs {FID_IMAGES:,} or more."
+            )
