@@ -120,7 +120,6 @@ class TokenizerTask(CodebookTask):
 
     def before_training(self, trainer: Trainer) -> None:
         """All checks have passed: write the run's settings."""
-        self.trainer = trainer
         if self.runner.rank == 0:
             folder = self.runner.folder
             with writing(folder):
@@ -137,20 +136,16 @@ class TokenizerTask(CodebookTask):
         self.last_loss = loss.detach()
         return loss, self.runner.model.latest
 
-    def after_step(self, step: int) -> dict[str, float]:
-        """Updates the codebook; ends an epoch, with averaged weights if the run averages.
+    def evaluate(self, step: int, is_last: bool) -> dict[str, float]:
+        """At the end of an epoch its checkpoint, held-out losses and samples.
 
         Returns the held-out losses as `valid/SPLIT/NAME`.
         """
-        super().after_step(step)
         n_epochs, step_of_epoch = divmod(step, self.runner.steps_per_epoch)
-        if step_of_epoch != 0:
+        if is_last or step_of_epoch != 0:
             return {}
-        with self.trainer.averaged_weights():
-            return self._end_epoch(n_epochs - 1)
+        epoch = n_epochs - 1
 
-    def _end_epoch(self, epoch: int) -> dict[str, float]:
-        """Checkpoint, held-out losses and samples of an epoch."""
         # 1. The checkpoint.
         if self.runner.rank == 0:
             self.runner.save_epoch(epoch)

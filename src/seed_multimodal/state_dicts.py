@@ -221,6 +221,33 @@ def assign_strictly(
     return report
 
 
+@torch.no_grad()
+def copy_weights(weights: Mapping[str, Tensor], state: Mapping[str, Tensor], label: str) -> None:
+    """Copy tensors by name.
+
+    Raises CheckpointError: missing or unknown tensors, or of another size.
+    """
+    differences = {
+        "missing": weights.keys() - state.keys(),
+        "unknown to the model": state.keys() - weights.keys(),
+    }
+    for reason, names in differences.items():
+        if names:
+            more = " …" if len(names) > 1 else ""
+            raise CheckpointError(
+                f"{label}: {len(names)} tensors are {reason}: {min(names)!r}{more}."
+            )
+
+    # Copied into the trained parameters, which may be in another precision than the file.
+    for name, value in weights.items():
+        if value.shape != state[name].shape:
+            raise CheckpointError(
+                f"{label}: {name!r} is {tuple(state[name].shape)}, but the model needs "
+                f"{tuple(value.shape)}."
+            )
+        value.copy_(state[name])
+
+
 def _outside(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
     """Names that match no shell pattern."""
     matched: set[str] = set()

@@ -129,16 +129,23 @@ def train(
         return value, {"half": value.detach() / 2}
 
     # What a stage may do between steps: a random change, and an evaluation.
-    def on_step(step: int) -> dict[str, float] | None:
+    def change(step: int) -> None:
         if world == 1:
             move_bias(model)
-        return evaluate(step) if evaluate else None
+
+    def evaluation(step: int, is_last: bool) -> dict[str, float] | None:
+        return evaluate(step) if evaluate and not is_last else None
 
     # Equal only if every weight is, to the last bit.
     def measures() -> dict[str, Any]:
         return {"sum": sum(p.double().sum().item() for p in model.parameters()).hex()}
 
-    methods = {"measures": measures, "after_step": on_step if noise else None, "status": status}
+    methods = {
+        "measures": measures,
+        "after_step": change if noise else None,
+        "evaluate": evaluation,
+        "status": status,
+    }
     return train_stage(
         ToyTask(name, model, loss, StageSettings(**choices), methods=methods), folder
     )
@@ -165,13 +172,13 @@ def newest(folder: Path, name: str = "toy") -> Path:
 
 
 def saved(folder: Path, name: str = "toy") -> dict[str, Any]:
-    """The newest checkpoint of a stage: `model`, `ema`, and the keys of trainer_state.json and
-    optimizer.pt."""
+    """The newest checkpoint of a stage: `model` (averaged if the run averages), `trained`, and the
+    keys of trainer_state.json and optimizer.pt."""
     path = newest(folder, name)
-    ema = path / "ema.safetensors"
+    trained = path / "trained.safetensors"
     return {
         "model": load_file(path / "model.safetensors"),
-        "ema": load_file(ema) if ema.is_file() else {},
+        "trained": load_file(trained) if trained.is_file() else {},
         **json.loads((path / "trainer_state.json").read_text()),
         **torch.load(path / "optimizer.pt", weights_only=True),
     }

@@ -10,7 +10,7 @@ import re
 import shutil
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.device import DTYPES
 from seed_multimodal.disk import atomic_folder, output_folder, read_json_object, replace_text
-from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.errors import CheckpointError, ConfigError, SeedError
 from seed_multimodal.language.llm import (
     EMBEDDING,
     HEAD,
@@ -55,6 +55,49 @@ _MERGE_FIELDS = (
     "use_dora",
     "fan_in_fan_out",
 )
+# Further fields that merging follows by the names of the tensors, or that do not change the weights
+# of a trained adapter.
+_OTHER_FIELDS = (
+    "target_modules",
+    "exclude_modules",
+    "modules_to_save",
+    "layers_to_transform",
+    "layers_pattern",
+    "bias",
+    "lora_dropout",
+    "ensure_weight_tying",
+    "task_type",
+    "peft_type",
+    "peft_version",
+    "auto_mapping",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "runtime_config",
+)
+# Initial matrices that were subtracted from the base's weights.
+_CHANGED_BASE = ("pissa", "olora", "corda", "loftq", "lora_ga")
+
+
+def check_mergeable(
+    config: Mapping[str, Any], label: str, kind: type[SeedError] = CheckpointError
+) -> None:
+    """Raise `kind` for fields of `LoraConfig` with which the merged weights are not the trained
+    ones."""
+    from peft import LoraConfig
+
+    initialization = str(config.get("init_lora_weights")).lower()
+    if initialization.startswith(_CHANGED_BASE):
+        raise kind(
+            f"{label}: init_lora_weights {initialization} is not supported: it changes the base's "
+            "weights, and the adapter does not fit the base on the disk."
+        )
+    supported = (*_MERGE_FIELDS, *_OTHER_FIELDS, "init_lora_weights")
+    for item in fields(LoraConfig):
+        # Null, false and empty switch a field off.
+        value = config.get(item.name)
+        if item.name not in supported and value and value != item.default:
+            raise kind(f"{label}: {item.name} is not supported, since merging does not follow it.")
 
 
 @dataclass
@@ -112,6 +155,7 @@ def read_trained(source: str | Path, lora: Mapping[str, Any] | None = None) -> T
         trained.config = read_json_object(folder / ADAPTER_CONFIG)
     else:
         trained.config = dict(trained.agent_config.get("lora") or lora or {})
+    check_mergeable(trained.config, str(path))
     return trained
 
 
@@ -172,15 +216,15 @@ def _add_lora(llama: LanguageModel, trained: TrainedWeights) -> PeftModel:
             f"{trained.source}: has LoRA matrices, but no r and lora_alpha "
             f"({ADAPTER_CONFIG}, or peft_config of the model's configuration)."
         )
-    fields = {key: config[key] for key in _MERGE_FIELDS if key in config}
-    fields["target_modules"] = sorted({name.rpartition(".lora_")[0] for name in trained.lora})
+    values = {key: config[key] for key in _MERGE_FIELDS if key in config}
+    values["target_modules"] = sorted({name.rpartition(".lora_")[0] for name in trained.lora})
     state = {PREFIX + name: value for name, value in trained.lora.items()}
 
     # 2. The model with its matrices, all of which must be in the checkpoint.
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # tied embeddings, deprecated names in transformers
         try:
-            model = get_peft_model(llama, LoraConfig(**fields)).eval()
+            model = get_peft_model(llama, LoraConfig(**values)).eval()
             report = set_peft_model_state_dict(model, state)
         except (TypeError, ValueError, RuntimeError) as error:
             reason = str(error).strip().splitlines()[-1].strip().rstrip(".")

@@ -29,7 +29,7 @@ TRAINING_FILES = shutil.ignore_patterns(
     "optimizer*",
     "trainer_state.json",
     "data_state.json",
-    "ema.safetensors",
+    "trained.safetensors",
     "manifest.json",
     SYSTEM,
     ".*",

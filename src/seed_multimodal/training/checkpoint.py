@@ -2,7 +2,8 @@
 
     checkpoint-1000/
         model.safetensors                weights; language models' tasks write other files instead
-        ema.safetensors                  their moving average, if enabled
+        trained.safetensors              with `trainer.ema`: the trained weights; all other files
+                                         hold the averaged ones, which are the result
         optimizer.pt                     optimizer and loss scale (tensors, plain containers)
         latest, global_step1000/         DeepSpeed instead of optimizer.pt: shards of all processes
         data_state.json                  data position of each process
@@ -18,7 +19,6 @@ from __future__ import annotations
 import glob
 import json
 import os
-import re
 import shutil
 from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -28,18 +28,11 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from seed_multimodal.disk import (
-    JsonObject,
-    disk_reason,
-    flush,
-    read_json_object,
-    replace_folder,
-    writing,
-)
+from seed_multimodal.disk import JsonObject, disk_reason, flush
 from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.settings import changed_settings
 from seed_multimodal.state_dicts import (
-    assign_strictly,
+    copy_weights,
     fingerprint,
     load_state_dict,
     same_fingerprint,
@@ -49,13 +42,13 @@ from seed_multimodal.state_dicts import (
 from seed_multimodal.training.config import ConfigNode, TrainerSettings
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError
 from seed_multimodal.training.engine import OPTIMIZER_FILE, Engine, ZeroEngine
-from seed_multimodal.training.optimizers import Ema
+from seed_multimodal.training.optimizers import Ema, averaged_weights
 from seed_multimodal.training.task import Task
 
 TRAINER_STATE = "trainer_state.json"
 DATA_STATE = "data_state.json"
-EMA_FILE = "ema.safetensors"
-FROZEN = "set of frozen weights"
+TRAINED_FILE = "trained.safetensors"
+BASE = "base (set of frozen weights)"
 MAX_LISTED_CHANGES = 8
 Tree = TypeVar("Tree")
 
@@ -75,8 +68,7 @@ class CheckpointStore:
 
     Attributes:
         last_step, last_folder: of the checkpoint written or resumed from last.
-        branch: the checkpoint named by `resume` from which this branch of the run started, or "".
-        starts_branch: whether this process starts the branch.
+        branch: the checkpoint of another run that this run was started from by `resume`, or "".
     """
 
     def __init__(self, folder: Path, group: ProcessGroup, settings: TrainerSettings) -> None:
@@ -86,77 +78,49 @@ class CheckpointStore:
         self.last_step: int | None = None
         self.last_folder: Path | None = None
         self.branch = ""
-        self.starts_branch = False
         self._pool = ThreadPoolExecutor(1, "checkpoint")
+        # The step of the checkpoint in writing, equal in all processes, and the writing itself, in
+        # the first one.
+        self._step: int | None = None
         self._pending: Future[None] | None = None
-        if group.first:
-            _remove_incomplete(folder)
+        if group.first:  # of a killed run
+            for path in folder.glob(".checkpoint-*"):
+                shutil.rmtree(path, ignore_errors=True)
 
     # ------------------------------------------------------------------------------------- resuming
 
     def find(self) -> tuple[JsonObject, list[JsonObject]]:
-        """The states (as `read_states`) of the checkpoint to resume from, or empty: the newest one
-        of this branch.
+        """The states (as `read_states`) of the checkpoint to resume from, or empty.
 
-        Raises CheckpointError: `never` but checkpoints exist, or processes see different files.
+        Raises CheckpointError: checkpoints of another run exist, or `never` and any exist.
         """
-        resume = self.settings.resume
+        # All processes use the first one's choice.
         newest = next((path for _, path in checkpoints(self.folder)), None)
-        if resume == "never" and newest is not None:
+        folder = self.group.gather({"folder": str(newest or "")})[0]["folder"]
+        resume = self.settings.resume
+        if resume == "never" and folder:
             raise CheckpointError(
                 f"{self.folder}: contains checkpoints of an earlier run (the newest is "
-                f"{newest.name}); resume from them (resume=auto) or use another folder."
+                f"{Path(folder).name}); resume from them (resume=auto) or use another folder."
             )
-        choice: JsonObject = {"folder": str(newest or ""), "branch": "", "is_new": False}
-        if resume not in ("auto", "never"):
-            choice["branch"] = self._branch_name(Path(resume))
-            # The same command again continues the branch that it has started.
-            if newest is None or read_states(newest)[0].get("branch") != choice["branch"]:
-                choice["folder"] = resume
-                choice["is_new"] = True
-
-        # All processes use the first one's choice.
-        choice = self.group.gather(choice)[0]
-        if not choice["folder"]:
+        if resume not in ("auto", "never") and Path(resume).resolve() != Path(folder).resolve():
+            # The same command again continues the run that it has started.
+            self.branch = str(Path(resume).resolve())
+            if not folder:
+                folder = resume
+            elif read_states(Path(folder))[0].get("branch") != self.branch:
+                raise CheckpointError(
+                    f"{self.folder}: contains checkpoints that {resume} is not continued by (the "
+                    f"newest is {Path(folder).name}); set another output folder."
+                )
+        if not folder:
             return {}, []
-        self.last_folder = Path(choice["folder"])
+
+        self.last_folder = Path(folder)
         trainer_state, process_states = read_states(self.last_folder)
         self.last_step = int(trainer_state["global_step"])
-        self.branch = choice["branch"] or trainer_state.get("branch", "")
-        self.starts_branch = choice["is_new"]
+        self.branch = self.branch or trainer_state.get("branch", "")
         return trainer_state, process_states
-
-    def _branch_name(self, start: Path) -> str:
-        """The checkpoint that a branch starts from: its name if it is one of this run, else its
-        path."""
-        start = start.resolve()
-        return start.name if start.parent == self.folder.resolve() else str(start)
-
-    def set_aside(self) -> str:
-        """At the start of a branch, move the checkpoints that are not before it to a folder
-        `abandoned-N`.
-
-        Returns a sentence about them, or "". Raises CheckpointError: disk error.
-        """
-        if not (self.starts_branch and self.group.first and self.last_step is not None):
-            return ""
-        # A branch that starts from another run's checkpoint abandons all checkpoints of this
-        # folder.
-        start = self.folder / f"checkpoint-{self.last_step}"
-        last_common_step = self.last_step if self.branch == self._branch_name(start) else -1
-        abandoned = [path for step, path in checkpoints(self.folder) if step > last_common_step]
-        if not abandoned:
-            return ""
-        index = 1
-        while (self.folder / f"abandoned-{index}").exists():
-            index += 1
-        target = self.folder / f"abandoned-{index}"
-        with writing(target):
-            target.mkdir()
-            for path in abandoned:
-                os.replace(path, target / path.name)
-        names = ", ".join(path.name for path in reversed(abandoned))
-        return f"starts a branch; {names} were moved to {target}."
 
     def description(self) -> str:
         """The last checkpoint, for error messages."""
@@ -181,48 +145,65 @@ class CheckpointStore:
         """
         self.finish()
         states = {DATA_STATE: self.group.gather(process_state), TRAINER_STATE: trainer_state}
+        self._step = step
         if isinstance(engine, ZeroEngine):
-            self._write(step, lambda folder: self._write_shards(folder, step, task, engine), states)
-            return
-        if not self.group.first:
-            self._set_last(step)
-            return
+            # Every process writes its shard.
+            self._pending = Future()
+            try:
+                self._write(
+                    step, lambda folder: self._fill_shards(folder, step, task, engine), states
+                )
+                self._pending.set_result(None)
+            except TrainingError as error:
+                self._pending.set_exception(error)
+            self.finish()
+        elif self.group.first:
+            # Copies, since a thread may write while the next steps update the weights.
+            trained: dict[str, Tensor] = {}
+            if ema is not None:
+                trained = _copy_to_cpu(ema.parameters(task.module))
+            with averaged_weights(ema, task.module):
+                weights = _copy_to_cpu(saved_weights(task, self.settings.save_frozen))
+            optimizer = _copy_to_cpu(engine.state_dict())
 
-        # 1. Copy everything, since a thread may write while the next steps update the weights.
-        weights = task.weights()
-        if not self.settings.save_frozen:
-            for name in frozen_names(task.module):
-                weights.pop(name, None)
-        weights = _copy_to_cpu(weights)
-        shadow = _copy_to_cpu(ema.shadow if ema else {})
-        optimizer = _copy_to_cpu(engine.state_dict())
+            def fill(folder: Path) -> None:
+                task.save_files(folder, weights)
+                if trained:
+                    save_state_dict(trained, folder / TRAINED_FILE)
+                save_torch(optimizer, folder / OPTIMIZER_FILE)
 
-        # 2. Write the copies.
-        def fill(folder: Path) -> None:
-            task.save_files(folder, weights)
-            if shadow:
-                save_state_dict(shadow, folder / EMA_FILE)
-            save_torch(optimizer, folder / OPTIMIZER_FILE)
-
-        self._pending = self._pool.submit(self._write, step, fill, states)
+            self._pending = self._pool.submit(self._write, step, fill, states)
         if not self.settings.async_save:
             self.finish()
 
+    def is_written(self) -> bool:
+        """Whether the writing has ended that `finish` would wait for."""
+        return self._pending is not None and self._pending.done()
+
     def finish(self) -> None:
-        """Wait for the checkpoint being written. Raises TrainingError: writing failed."""
-        pending = self._pending
-        self._pending = None
-        if pending is not None:
-            pending.result()
+        """Wait in all processes until the checkpoint is written; collective.
 
-    def check(self) -> None:
-        """Raise as `finish`, without waiting."""
-        if self._pending is not None and self._pending.done():
-            self.finish()
-
-    def _set_last(self, step: int) -> None:
+        Raises TrainingError: writing failed.
+        """
+        if self._step is None:
+            return
+        step, self._step = self._step, None
+        pending, self._pending = self._pending, None
+        error = pending.exception() if pending is not None else None
+        failed = self.group.agree(error is not None)[0]
+        if error is not None:
+            raise error
+        if failed:
+            raise TrainingError(
+                f"The first process could not write the checkpoint of step {step}; "
+                f"{self.description()}."
+            )
         self.last_step = step
         self.last_folder = self.folder / f"checkpoint-{step}"
+
+    def close(self) -> None:
+        """Wait for the writing in this process, whatever its end."""
+        self._pool.shutdown()
 
     def _write(self, step: int, fill: Callable[[Path], None], states: Mapping[str, object]) -> None:
         """Fill a folder and rename it; in all processes if the engine is sharded, else in the
@@ -246,15 +227,22 @@ class CheckpointStore:
                 f"The checkpoint of step {step} cannot be written: {reason} ({free_mib:,.0f} MiB "
                 f"of the disk are free); {self.description()}."
             ) from error
-        self._set_last(step)
 
-    def _write_shards(self, folder: Path, step: int, task: Task, engine: ZeroEngine) -> None:
+    def _fill_shards(self, folder: Path, step: int, task: Task, engine: ZeroEngine) -> None:
         self.group.agree(False)  # wait until the folder exists
         engine.save_shards(folder, step)
         weights = engine.weights()
         if self.group.first:
             task.save_files(folder, task.weights(weights))
         self.group.agree(False)  # wait until all shards are written
+
+        # A node whose disk is not the shared one has written elsewhere.
+        n_shards = len(list(folder.glob(f"global_step{step}/*optim_states.pt")))
+        if self.group.first and n_shards != self.group.world:
+            raise OSError(
+                f"the folder has the shards of {n_shards} of {self.group.world} processes; all "
+                "nodes must write to one shared folder"
+            )
 
     def _publish(self, folder: Path, step: int, states: Mapping[str, object]) -> None:
         """Flush a complete folder, rename it, and remove the oldest."""
@@ -263,16 +251,18 @@ class CheckpointStore:
         for path in folder.rglob("*"):
             if path.is_file():
                 flush(path)
-        replace_folder(folder, self.folder / f"checkpoint-{step}")
+        os.replace(folder, self.folder / f"checkpoint-{step}")
         flush(self.folder)
 
         # Of the earlier ones keep the newest that `save_steps` scheduled; this one counts, too.
+        save_steps = self.settings.save_steps
         limit = self.settings.save_total_limit
         n_retained = 1
         for saved_step, path in checkpoints(self.folder):
             if saved_step >= step:
                 continue
-            if not _is_interim(path) and (limit is None or n_retained < limit):
+            is_scheduled = save_steps == 0 or saved_step % save_steps == 0
+            if is_scheduled and (limit is None or n_retained < limit):
                 n_retained += 1
                 continue
             # Renamed first, so that a partly removed folder is not a checkpoint.
@@ -297,24 +287,6 @@ def _is_write_error(error: RuntimeError) -> bool:
     return "write" in str(error) or "inline_container" in str(error)
 
 
-def _is_interim(checkpoint: Path) -> bool:
-    return bool(read_json_object(checkpoint / TRAINER_STATE).get("interim"))
-
-
-def _remove_incomplete(folder: Path) -> None:
-    """Remove incomplete checkpoints of a killed run, and restore one that was being replaced."""
-    for path in sorted(folder.glob(".checkpoint-*")):
-        match = re.fullmatch(r"\.(checkpoint-\d+)\.(tmp|(\d+\.)?old)", path.name)
-        if match is None:
-            continue
-        # `.checkpoint-N.PID.old` was being replaced by a new checkpoint of the same step.
-        name, _, was_replaced = match.groups()
-        if was_replaced and not (folder / name).exists():
-            os.replace(path, folder / name)
-        else:
-            shutil.rmtree(path, ignore_errors=True)
-
-
 # ----------------------------------------------------------------------------------------- resuming
 
 
@@ -335,10 +307,33 @@ def _read_state(file: Path) -> Any:
         ) from error
 
 
+def resume_remarks(folder: Path, saved: JsonObject, current: JsonObject, task: Task) -> list[str]:
+    """Remarks on allowed differences between a checkpoint's and this run's identity and settings.
+
+    Raises CheckpointError: this run cannot resume from it.
+    """
+    for key, noun in task.fixed_on_resume.items():
+        if key in current and saved.get(key) != current[key]:
+            saved_value = json.dumps(saved.get(key))[:200]
+            current_value = json.dumps(current[key])[:200]
+            raise CheckpointError(
+                f"{folder}: was saved with {noun} {saved_value}, this run has {current_value}; "
+                f"use the same, or start from its weights ({task.start_hint}) in a new folder."
+            )
+    remarks = []
+    for key, noun in task.reported_on_resume.items():
+        if key in current and saved.get(key) != current[key]:
+            remarks.append(
+                f"the checkpoint was saved with {saved.get(key)} {noun}, this run has "
+                f"{current[key]}."
+            )
+    return [*remarks, settings_remark(saved["config"], task.config, task.quiet_keys)]
+
+
 def settings_remark(
     saved: ConfigNode | None, current: ConfigNode | None, quiet_keys: Sequence[str]
 ) -> str:
-    """A message without full stop about the differences that `changed_settings` finds, or ""."""
+    """A sentence about the differences that `changed_settings` finds, or ""."""
     if not saved or not current:
         return ""
     changes = changed_settings(saved, current, quiet_keys)
@@ -347,55 +342,71 @@ def settings_remark(
     listed = changes[:MAX_LISTED_CHANGES]
     if len(changes) > MAX_LISTED_CHANGES:
         listed.append(f"{len(changes) - MAX_LISTED_CHANGES} more")
-    return f"settings changed since the checkpoint: {'; '.join(listed)}"
+    return f"settings changed since the checkpoint: {'; '.join(listed)}."
 
 
-def load_task(folder: Path, saved: JsonObject, task: Task) -> None:
-    """Load a checkpoint's weights into a task's module before the engine wraps it; frozen weights
-    must be set.
+# -------------------------------------------------------------------------- what is saved of a task
+
+
+def saved_weights(task: Task, save_frozen: bool) -> dict[str, Tensor]:
+    """The weights of a checkpoint, which share their memory with the module's."""
+    weights = task.weights()
+    if not save_frozen and not task.saves_frozen:
+        for name in frozen_names(task.module):
+            weights.pop(name, None)
+    return weights
+
+
+def check_all_saved(task: Task, save_frozen: bool) -> None:
+    """Raise CheckpointError if a checkpoint would lack a parameter that the optimizer changes."""
+    saved = {weight.data_ptr() for weight in saved_weights(task, save_frozen).values()}
+    names = {parameter: name for name, parameter in task.module.named_parameters()}
+    for group in task.optimizer.param_groups:
+        for parameter in group["params"]:
+            if parameter.data_ptr() not in saved:
+                raise CheckpointError(
+                    f"{names.get(parameter, 'a parameter')}: is trained, but would not be saved "
+                    f"in the checkpoints of {task.name}."
+                )
+
+
+def frozen_state(task: Task) -> dict[str, Sequence[float]]:
+    """Name → fingerprint of all that the training reads and does not change."""
+    return {BASE: fingerprint(task.module, frozen=True), **task.frozen_models()}
+
+
+def load_task(
+    folder: Path, saved: JsonObject, task: Task, frozen: Mapping[str, Sequence[float]]
+) -> None:
+    """Load a checkpoint's weights into a task's module before the engine wraps it.
+
+    frozen: this run's `frozen_state`.
 
     Raises CheckpointError: another model, or other frozen weights or models.
     """
-    _load_weights(folder, saved, task)
-    current = frozen_state(task, save_frozen=False)
-    for name, saved_fingerprint in saved["frozen"].items():
-        if name in current and not same_fingerprint(saved_fingerprint, current[name]):
+    for name, values in frozen.items():
+        saved_values = saved["frozen"].get(name)
+        if saved_values is not None and not same_fingerprint(saved_values, values):
             raise CheckpointError(
                 f"{folder}: was trained with another {name}; use the same one, or "
                 f"start from its weights in a new folder ({task.start_hint})."
             )
+    _load_weights(folder, task)
 
 
-def frozen_state(task: Task, save_frozen: bool) -> dict[str, Sequence[float]]:
-    """Name -> fingerprint of the frozen weights that checkpoints do not contain."""
-    state = dict(task.frozen_models())
-    if not save_frozen:
-        state[FROZEN] = fingerprint(task.module, frozen=True)
-    return state
+def _load_weights(folder: Path, task: Task) -> None:
+    task.load_weights(folder, [glob.escape(name) for name in frozen_names(task.module)])
 
 
-def _load_weights(folder: Path, saved: JsonObject, task: Task) -> None:
-    allow_missing: list[str] = []
-    if FROZEN in saved["frozen"]:
-        allow_missing = [glob.escape(name) for name in frozen_names(task.module)]
-    task.load_weights(folder, allow_missing)
+def load_trained(folder: Path, module: nn.Module) -> None:
+    """Load the trained weights of a run with `trainer.ema`, whose other files hold averaged ones.
 
-
-def load_ema(folder: Path, ema: Ema) -> None:
-    """Load a moving average; without its file it starts from the current weights.
-
-    Raises CheckpointError.
+    Raises CheckpointError: of other parameters.
     """
-    if not (folder / EMA_FILE).is_file():
-        return
-    saved = load_state_dict(folder / EMA_FILE)
-    if saved.keys() != ema.shadow.keys():
-        raise CheckpointError(
-            f"{folder}: its averaged weights are of other trained parameters ({len(saved)} "
-            f"tensors, this run trains {len(ema.shadow)})."
-        )
-    for name, value in saved.items():
-        ema.shadow[name].copy_(value)
+    file = folder / TRAINED_FILE
+    if file.is_file():
+        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+        copy_weights(trained, load_state_dict(file), str(file))
 
 
 def warm_start(path: Path, task: Task) -> int:
@@ -407,13 +418,8 @@ def warm_start(path: Path, task: Task) -> int:
     folder = next((checkpoint for _, checkpoint in checkpoints(path)), path)
     if not (folder / TRAINER_STATE).is_file():
         raise CheckpointError(f"{path}: no such checkpoint to start from.")
-    saved, _ = read_states(folder)
-    _load_weights(folder, saved, task)
-    ema_file = folder / EMA_FILE
-    if ema_file.is_file():
-        # The average has trained weights only.
-        assign_strictly(task.module, load_state_dict(ema_file), ema_file, allow_missing=["*"])
-    return int(saved["global_step"])
+    _load_weights(folder, task)
+    return int(read_states(folder)[0]["global_step"])
 
 
 def frozen_names(module: nn.Module) -> list[str]:

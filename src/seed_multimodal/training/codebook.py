@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -120,10 +120,10 @@ class CodebookTask(StageTask):
             features = [self.model.codebook_points(self.batch(index)) for index in range(n_batches)]
             self.model.quantize.init_from(torch.cat(features).float())
 
-    def after_step(self, step: int) -> Mapping[str, float] | None:
+    def after_step(self, step: int) -> None:
         """Update the codebook; restart dead codes from features of the last batch, when due."""
         if self.since_restart is None:
-            return None
+            return
         uses = self.model.quantize.update()
         self.since_log += uses
         self.since_restart += uses
@@ -136,7 +136,6 @@ class CodebookTask(StageTask):
         if is_due and step <= last_step and self.since_restart.double().mean() >= USES_PER_CODE:
             self.model.quantize.restart(self.since_restart == 0, self.model.quantize.features)
             self.since_restart.zero_()
-        return None
 
     def status(self) -> dict[str, float]:
         """Code usage since the last log line."""

@@ -23,7 +23,8 @@ class TrainerSettings:
         max_steps: optimizer steps, of `gradient_accumulation_steps` micro-steps in each process.
         precision: autocast dtype; trained weights are kept in fp32.
         max_grad_norm: 0 only measures the norm.
-        ema: decay of the averaged weights, which become the result (0: none; not with DeepSpeed).
+        ema: decay of the averaged weights, which are evaluated, sampled and saved as the result (0:
+            none; not with DeepSpeed).
         device, dataloader_num_workers: only for programs that use them.
         report_to: any of tensorboard and wandb; the JSON log is always written.
         curves: plot `curves.png` from the log at the end.
@@ -31,12 +32,12 @@ class TrainerSettings:
         save_seconds: seconds between checkpoints (0: off); next to `save_steps` only the newest of
             these is kept.
         save_total_limit: number of newest checkpoints to keep; none: all.
-        save_frozen: include frozen parameters in checkpoints; otherwise the caller loads them from
-            the same files before resuming.
+        save_frozen: include frozen parameters in checkpoints. A run resumes only with the same ones
+            in any case.
         async_save: write checkpoints in a thread during the next steps (not with DeepSpeed).
         resume: `auto` (the newest complete checkpoint of the output folder), `never`, or a
-            checkpoint's folder, which starts a branch: checkpoints after it are moved to
-            `abandoned-N`; the same command again continues the branch.
+            checkpoint's folder, from which a new output folder continues; the same command again
+            resumes from this folder's own newest.
         start: a checkpoint, or a folder of them, to initialize the weights (not the optimizer)
             from.
         timeout_minutes: timeout of steps and collective operations.
@@ -116,6 +117,7 @@ class OptimSettings:
         part_rates: peak rate by parameter name prefix, instead of `learning_rate` (names as in
             `Task.module`; LaVIT: `{causal_encoder: 1.0e-4, vit_proj: 1.0e-4}`). Not with muon. With
             `learning_rate: 0` only these parts move.
+        adam_beta1, adam_beta2, adam_epsilon: of muon's AdamW, too.
         warmup_steps: if above 0, replaces `warmup_ratio` (rounded up).
         min_lr_ratio: the last step's rate over the peak.
         schedule_per_micro_batch: as in SEED-X, see `schedules.optim_learning_rate`.

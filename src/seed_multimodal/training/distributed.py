@@ -22,7 +22,8 @@ from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError, SeedError, first_line
 from seed_multimodal.training.config import DEFAULT_TIMEOUT_MINUTES
 
-STOPPED = 143  # exit code after SIGTERM: the step was finished and saved
+STOPPED = 143  # exit code after SIGTERM or Ctrl-C: the step was finished and saved
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT)
 # Texts of torch's errors after another process has ended; they have no class of their own.
 LOST_PROCESS_TEXTS = (
     "Connection closed by peer",
@@ -163,14 +164,25 @@ def process_group_cleanup() -> Iterator[None]:
 
 @contextmanager
 def stop_request() -> Iterator[threading.Event]:
-    """Context in which SIGTERM only sets the event; the loop then finishes its step and saves."""
+    """Context in which SIGTERM and the first Ctrl-C only set the event; the loop then finishes its
+    step and saves. A second Ctrl-C ends the process at once."""
     requested = threading.Event()
-    previous = signal.signal(signal.SIGTERM, lambda *_: requested.set())
+
+    def request(number: int, frame: object) -> None:
+        requested.set()
+        if number == signal.SIGINT:
+            print(
+                "Stopping: the step is finished and saved; Ctrl-C again ends at once.", flush=True
+            )
+            signal.signal(signal.SIGINT, signal.default_int_handler)
+
+    previous = {number: signal.signal(number, request) for number in STOP_SIGNALS}
     try:
         yield requested
     finally:
-        # None: a handler that was not set from Python.
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
+        for number, handler in previous.items():
+            # None: a handler that was not set from Python.
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 @contextmanager

@@ -57,7 +57,7 @@ class Engine:
         self.settings = settings
         self.group = group
         self.device = device
-        self.module = task.wrapped_module
+        self.module = task.module
         self.optimizer = task.optimizer
         # Parameters of the optimizer, in the module's order.
         optimized: set[nn.Parameter] = set()

@@ -142,11 +142,8 @@ class RunLog:
         group: ProcessGroup,
         device: torch.device,
         saved_step: int,
-        starts_branch: bool = False,
     ) -> None:
         """Open the logs and drop lines of a killed run after step `saved_step`.
-
-        starts_branch: a branch is another run of wandb.
 
         Raises ConfigError: no wandb.
         """
@@ -173,7 +170,7 @@ class RunLog:
             with writing(board_dir):
                 self.board = SummaryWriter(str(board_dir), purge_step=step + 1)
         if "wandb" in settings.report_to:
-            self.wandb = _open_wandb(settings, output_dir, task.name, starts_branch)
+            self.wandb = _open_wandb(settings, output_dir, task.name)
 
     def add(self, step: int, evaluation: Mapping[str, float] | None = None) -> None:
         """Write a log line when due, and the metrics of an evaluation."""
@@ -289,7 +286,7 @@ def drop_lines_after(step: int, log: Path) -> None:
             replace_text(log, "".join(valid))
 
 
-def _open_wandb(settings: TrainerSettings, output_dir: Path, name: str, is_new_run: bool) -> Any:
+def _open_wandb(settings: TrainerSettings, output_dir: Path, name: str) -> Any:
     """The run of wandb that a file in the output folder names, so that a restart continues it."""
     if importlib.util.find_spec("wandb") is None:
         raise ConfigError(
@@ -297,7 +294,7 @@ def _open_wandb(settings: TrainerSettings, output_dir: Path, name: str, is_new_r
         )
     wandb = importlib.import_module("wandb")  # not a dependency
     file = output_dir / f"{name}.wandb_id"
-    if is_new_run or not file.is_file():
+    if not file.is_file():
         with writing(file):
             output_dir.mkdir(parents=True, exist_ok=True)
             replace_text(file, uuid.uuid4().hex)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -11,7 +12,7 @@ from torch import Tensor, nn
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import nearest
 from seed_multimodal.training.config import OptimSettings
-from seed_multimodal.training.schedules import peak_rate
+from seed_multimodal.training.schedules import check_schedule, peak_rate
 
 MUON_MOMENTUM = 0.95
 ParameterGroup = dict[str, Any]  # `params` and hyperparameters, as in torch.optim
@@ -43,17 +44,23 @@ def build_optimizer(
 
     device: on which it runs; None: that of the parameters.
 
-    Raises ConfigError: no parameter is trained, or none has a prefix of `part_rates`.
+    Raises ConfigError: no parameter is trained or has a prefix of `part_rates`, or a setting that
+        optimizer or schedule do not read.
     """
+    check_schedule(settings, "optim")
     trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
     if not trained:
         raise ConfigError("Nothing to train: every parameter is frozen.")
+    betas = (settings.adam_beta1, settings.adam_beta2)
     if settings.name == "muon":
-        return MuonWithAdamW(module, settings.learning_rate, settings.weight_decay)
+        if settings.part_rates:
+            raise ConfigError("optim: muon does not read part_rates; use adamw, or leave them out.")
+        return MuonWithAdamW(
+            module, settings.learning_rate, settings.weight_decay, betas, settings.adam_epsilon
+        )
 
     # AdamW, with one group for each rate.
     groups = _rate_groups(trained, settings)
-    betas = (settings.adam_beta1, settings.adam_beta2)
     if settings.name == "adamw_hf":
         return AdamWHf(groups, settings.learning_rate, betas, settings.adam_epsilon)
     devices = {(device or p.device).type for p in trained.values()}
@@ -149,7 +156,15 @@ class MuonWithAdamW(torch.optim.AdamW):
 
     param_groups: list[ParameterGroup]
 
-    def __init__(self, module: nn.Module, lr: float, weight_decay: float) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        lr: float,
+        weight_decay: float,
+        betas: tuple[float, float] = (0.9, 0.99),
+        eps: float = 1e-8,
+    ) -> None:
+        """betas, eps: of AdamW."""
         hidden: list[Tensor] = []
         others: list[Tensor] = []
         for name, parameter in module.named_parameters():
@@ -162,7 +177,7 @@ class MuonWithAdamW(torch.optim.AdamW):
                 others.append(parameter)
         groups = [{"params": hidden, "weight_decay": weight_decay}]
         groups += parameter_groups(others, weight_decay)
-        super().__init__(groups, lr=lr, betas=(0.9, 0.99))
+        super().__init__(groups, lr=lr, betas=betas, eps=eps)
 
     @torch.no_grad()
     def step(self, closure: None = None) -> None:
@@ -222,15 +237,31 @@ class Ema:
     def update(self, module: nn.Module, step: int) -> None:
         """Update the average; the decay is lower in the first steps."""
         decay = min(self.decay, (1 + step) / (10 + step))
+        for name, parameter in self.parameters(module).items():
+            self.shadow[name].lerp_(parameter.detach().float(), 1.0 - decay)
+
+    def parameters(self, module: nn.Module) -> dict[str, Tensor]:
+        """The parameters that are averaged."""
         parameters = dict(module.named_parameters())
-        for name, average in self.shadow.items():
-            average.lerp_(parameters[name].detach().float(), 1.0 - decay)
+        return {name: parameters[name] for name in self.shadow}
 
     @torch.no_grad()
     def swap(self, module: nn.Module) -> None:
         """Exchange the averages and the module's parameters, which are trained in fp32."""
-        parameters = dict(module.named_parameters())
-        for name, average in self.shadow.items():
-            weights = parameters[name].clone()
-            parameters[name].copy_(average)
+        for name, parameter in self.parameters(module).items():
+            average = self.shadow[name]
+            weights = parameter.clone()
+            parameter.copy_(average)
             average.copy_(weights)
+
+
+@contextmanager
+def averaged_weights(ema: Ema | None, module: nn.Module) -> Iterator[None]:
+    """Context in which a module has its averaged weights, if there are any."""
+    if ema is not None:
+        ema.swap(module)
+    try:
+        yield
+    finally:
+        if ema is not None:
+            ema.swap(module)

@@ -128,7 +128,6 @@ class RunTask(Task):
     reported_on_resume: Mapping[str, str] = MappingProxyType(
         {
             "world_size": "processes",
-            "rows_per_step": "rows a step",
             "max_steps": "steps in all (the schedule follows)",
         }
     )
@@ -237,7 +236,7 @@ class RunTask(Task):
         """Log the number of trained parameters, device and output folder, after a title."""
         trained = 0
         total = 0
-        for parameter in self.wrapped_module.parameters():
+        for parameter in self.module.parameters():
             # ZeRO-3 leaves an empty tensor and the number of elements in `ds_numel`.
             size = getattr(parameter, "ds_numel", parameter.numel())
             total += size

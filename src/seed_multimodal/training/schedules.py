@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -11,9 +12,13 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.data.stream.sampler import EpochOrder
+from seed_multimodal.errors import ConfigError
 
 if TYPE_CHECKING:
     from seed_multimodal.training.config import OptimSettings, StageSettings
+
+
+INVERSE_SQRT_STEPS = 10_000  # scale of this schedule without warm-up, as in transformers
 
 
 def _cosine(progress: float, floor: float) -> float:
@@ -29,14 +34,36 @@ def _constant(progress: float, floor: float) -> float:
     return 1.0
 
 
-# Name → share of the peak rate after the warm-up: a function of the progress (0: end of the
-# warm-up, 1: `max_steps`) and of the last share.
+# Name (as in transformers) → share of the peak rate after the warm-up: a function of the progress
+# (0: end of the warm-up, 1: `max_steps`) and of the last share. Defaults of transformers: one cycle
+# and the power 1.
 DECAYS: dict[str, Callable[[float, float], float]] = {
     "cosine": _cosine,
+    "cosine_with_restarts": _cosine,
     "linear": _linear,
+    "polynomial": _linear,
+    "inverse_sqrt": _constant,
     "constant": _constant,
     "constant_with_warmup": _constant,
 }
+# Settings that a schedule does not read.
+UNREAD = {
+    "constant": ("warmup_steps", "warmup_ratio", "min_lr_ratio"),
+    "constant_with_warmup": ("min_lr_ratio",),
+    "inverse_sqrt": ("min_lr_ratio",),
+}
+
+
+def check_schedule(settings: OptimSettings | StageSettings, label: str) -> None:
+    """Raise ConfigError for a setting that the chosen schedule would not read."""
+    for item in fields(settings):
+        if item.name in UNREAD.get(settings.lr_scheduler_type, ()):
+            value = getattr(settings, item.name)
+            if value not in (0, item.default):
+                raise ConfigError(
+                    f"{label}: {item.name} is {value}, but lr_scheduler_type "
+                    f"{settings.lr_scheduler_type} does not read it; leave it out."
+                )
 
 
 def scheduled_rate(
@@ -64,6 +91,9 @@ def scheduled_rate(
         return peak
     if position < warmup:
         return peak * position / warmup
+    if kind == "inverse_sqrt":
+        scale = warmup or INVERSE_SQRT_STEPS
+        return peak * math.sqrt(scale / (position - warmup + scale))
     progress = (position - warmup) / max(1, max_steps - warmup)
     if clamp:
         progress = min(1.0, progress)

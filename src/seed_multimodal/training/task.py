@@ -21,7 +21,7 @@ from seed_multimodal.training.config import ConfigNode, StageSettings
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.metrics import Meter, Metrics
 from seed_multimodal.training.optimizers import parameter_groups
-from seed_multimodal.training.schedules import learning_rate
+from seed_multimodal.training.schedules import check_schedule, learning_rate
 
 if TYPE_CHECKING:
     from seed_multimodal.training.trainer import Trainer
@@ -67,11 +67,6 @@ class Task:
     start_hint: str = "`start`"
 
     @property
-    def wrapped_module(self) -> nn.Module:
-        """The module that the engine wraps and `micro_step` calls."""
-        return self.module
-
-    @property
     def record_file(self) -> str:
         """File name of the completed run's record."""
         return f"{self.name}.done.json"
@@ -83,8 +78,7 @@ class Task:
 
     @property
     def saves_frozen(self) -> bool:
-        """Whether `weights` needs the frozen weights of `wrapped_module`, too, from a sharded
-        engine."""
+        """Whether checkpoints always have the frozen weights of `module`, too."""
         return False
 
     def prepare(self) -> None:
@@ -107,23 +101,26 @@ class Task:
         return True
 
     def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Metrics]:
-        """Loss of one micro-batch by `model` (the engine's `wrapped_module`), and numbers to log.
+        """Loss of one micro-batch by `model` (the engine's `module`), and numbers to log.
 
         micro_step: step · gradient_accumulation_steps + index in the step. torch's generators are
             seeded from (seed, micro_step, rank) before each call.
         """
         raise NotImplementedError
 
-    def after_step(self, step: int) -> Mapping[str, float] | None:
+    def after_step(self, step: int) -> None:
         """Called after each optimizer step with the number of completed steps.
 
-        Weights may be changed if equally in all processes. Returned (evaluation) numbers are
-        logged; the time of the call does not count in the speed.
+        Weights may be changed if equally in all processes.
         """
-        return None
 
-    def after_last_step(self, step: int) -> Mapping[str, float] | None:
-        """As `after_step`, after the last step of a run that was not stopped."""
+    def evaluate(self, step: int, is_last: bool) -> Mapping[str, float] | None:
+        """Evaluation numbers to log, and samples, when due after a step; with the averaged weights
+        if the run averages.
+
+        is_last: called once more at the end of a run that was not stopped. The time of the call
+            does not count in the speed.
+        """
         return None
 
     def status(self) -> Mapping[str, float]:
@@ -144,35 +141,12 @@ class Task:
         return [f"done: {json.dumps(record)}"]
 
     def identity(self, world: int) -> JsonObject:
-        """Values for trainer_state.json, for `check_resume`."""
+        """Values for trainer_state.json, for `checkpoint.resume_remarks`."""
         return {"world_size": world}
 
     def frozen_models(self) -> Mapping[str, Sequence[float]]:
         """Name -> `weights.fingerprint` of frozen models outside of `module`."""
         return {}
-
-    def check_resume(self, folder: Path, saved: JsonObject, current: JsonObject) -> list[str]:
-        """Remarks without full stop on allowed differences between a checkpoint's and this run's
-        `identity`.
-
-        Raises CheckpointError: this run cannot resume from it.
-        """
-        for key, noun in self.fixed_on_resume.items():
-            if key in current and saved.get(key) != current[key]:
-                saved_value = json.dumps(saved.get(key))[:200]
-                current_value = json.dumps(current[key])[:200]
-                raise CheckpointError(
-                    f"{folder}: was saved with {noun} {saved_value}, this run has {current_value}; "
-                    f"use the same, or start from its weights ({self.start_hint}) in a new folder."
-                )
-        remarks = []
-        for key, noun in self.reported_on_resume.items():
-            if key in current and saved.get(key) != current[key]:
-                remarks.append(
-                    f"the checkpoint was saved with {saved.get(key)} {noun}, this run has "
-                    f"{current[key]}"
-                )
-        return remarks
 
     def state_dict(self, step: int) -> JsonObject:
         """State of this process (data position, bad samples), JSON-serializable."""
@@ -184,7 +158,7 @@ class Task:
     def weights(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
         """The module's weights in a checkpoint.
 
-        gathered: trained weights of `wrapped_module` from a sharded engine (with the frozen ones if
+        gathered: trained weights of `module` from a sharded engine (with the frozen ones if
             `saves_frozen`).
         """
         return dict(self.module.state_dict() if gathered is None else gathered)
@@ -222,6 +196,7 @@ class StageTask(Task):
         parallel: bool = True,
     ) -> None:
         check_settings(settings, f"[{name}]")
+        check_schedule(settings, f"[{name}]")
         self.name = name
         self.module = module
         self.settings = settings

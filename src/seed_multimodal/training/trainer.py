@@ -10,7 +10,7 @@ import contextlib
 import json
 import math
 import time
-from collections.abc import Iterator
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -20,11 +20,13 @@ from seed_multimodal.errors import CheckpointError
 from seed_multimodal.settings import check_settings
 from seed_multimodal.training.checkpoint import (
     CheckpointStore,
+    check_all_saved,
     checkpoints,
     frozen_state,
-    load_ema,
     load_task,
+    load_trained,
     read_states,
+    resume_remarks,
     settings_remark,
     warm_start,
 )
@@ -38,7 +40,7 @@ from seed_multimodal.training.distributed import (
 )
 from seed_multimodal.training.engine import build_engine
 from seed_multimodal.training.metrics import Metrics, RunLog
-from seed_multimodal.training.optimizers import Ema
+from seed_multimodal.training.optimizers import Ema, averaged_weights
 from seed_multimodal.training.task import StageTask, Task
 
 
@@ -103,37 +105,38 @@ class Trainer:
         self.output_dir = output_dir
         self.group = group
         self.store = CheckpointStore(output_dir / task.checkpoint_folder, group, settings)
-        stack.callback(self.store.finish)
+        stack.callback(self.store.close)
 
         # 1. Compare the checkpoint's settings with this run's before anything is built.
         self.identity = task.identity(group.world)
         saved, process_states = self.store.find()
         checkpoint = self.store.last_folder
         if checkpoint is not None:
-            self._check_resume(checkpoint, saved)
+            self.log_line(*resume_remarks(checkpoint, saved, self.identity, task))
         self.step = int(saved.get("global_step", task.first_step))
 
         # 2. Load the weights before the engine wraps or shards the module, and the optimizer after
         #    that.
         with translate_errors("the start", self.store.description()):
             task.prepare()
+            check_all_saved(task, settings.save_frozen)
+            self.frozen = frozen_state(task)
             if checkpoint is not None:
-                load_task(checkpoint, saved, task)
+                load_task(checkpoint, saved, task, self.frozen)
             elif settings.start:
                 start_step = warm_start(Path(settings.start), task)
                 self.log_line(f"weights loaded from {settings.start} (step {start_step}).")
-            self.frozen = frozen_state(task, settings.save_frozen)
+            # A checkpoint's weights are the averaged ones.
             self.ema = Ema(task.module, settings.ema) if settings.ema else None
+            if checkpoint is not None:
+                load_trained(checkpoint, task.module)
             self.device = device or next(task.module.parameters()).device
             self.engine = build_engine(task, settings, group, self.device)
             stack.callback(self.engine.close)
             if checkpoint is not None:
                 self.engine.load(checkpoint, self.step)
-                if self.ema is not None:
-                    load_ema(checkpoint, self.ema)
 
-        # 3. Restore metrics and data positions. Abandon later checkpoints only now, since a command
-        #    that fails must not move anything.
+        # 3. Restore metrics and data positions.
         if checkpoint is not None:
             task.meter.load_state_dict(saved)
             process_meters = saved.get("meters", [])
@@ -141,7 +144,6 @@ class Trainer:
                 task.meter.load_state_dict(process_meters[group.rank])
             task.load_state_dict(process_states, group.rank)
             self.log_line(f"resumes from {checkpoint} (step {self.step}).")
-            self.log_line(self.store.set_aside())
 
         # 4. Open the logs.
         self.start_time = time.monotonic() - saved.get("seconds", 0.0)
@@ -154,10 +156,10 @@ class Trainer:
             group,
             self.device,
             saved_step=saved.get("global_step", 0),
-            starts_branch=self.store.starts_branch,
         )
         stack.callback(self.log.close)
         task.before_training(self)
+        self.log_line(self._idle_reason())
 
     def train(self) -> JsonObject:
         """Run the remaining steps; returns the record."""
@@ -172,13 +174,14 @@ class Trainer:
                 with translate_errors(f"step {self.step + 1}", self.store.description()):
                     # Before each step, so that SIGTERM during an evaluation or a checkpoint costs
                     # no further step.
-                    stopped, save = self.group.agree(
-                        stop_event.is_set(), self._save_seconds_passed()
+                    stopped, save, is_written = self.group.agree(
+                        stop_event.is_set(), self._save_seconds_passed(), self.store.is_written()
                     )
+                    if is_written:
+                        self.store.finish()
                     if stopped or data_ended or self.step >= self.settings.max_steps:
                         break
                     data_ended = not self._train_step()
-                    self.store.check()
                     if not data_ended:
                         self._after_step(save)
 
@@ -197,18 +200,6 @@ class Trainer:
     def stop_requested(self) -> bool:
         """Whether a process received SIGTERM; collective. Long evaluations call it to end early."""
         return self.group.agree(self.stop_event.is_set())[0]
-
-    @contextlib.contextmanager
-    def averaged_weights(self) -> Iterator[None]:
-        """Context in which the task's module has the averaged weights, if the run averages."""
-        if self.ema is None:
-            yield
-            return
-        self.ema.swap(self.task.module)
-        try:
-            yield
-        finally:
-            self.ema.swap(self.task.module)
 
     def log_line(self, *texts: str) -> None:
         """As `ProcessGroup.log`."""
@@ -280,9 +271,9 @@ class Trainer:
 
         # 1. Evaluate.
         start = time.monotonic()
-        evaluation = self.task.after_step(self.step)
+        self.task.after_step(self.step)
+        evaluation = self._evaluate(is_last=False)
         if evaluation:
-            self.evaluation = {"step": self.step, **evaluation}
             self.log.pause(time.monotonic() - start)
         self.log.add(self.step, evaluation)
 
@@ -290,38 +281,29 @@ class Trainer:
         save_steps = self.settings.save_steps
         if save or (save_steps and self.step % save_steps == 0):
             start = time.monotonic()
-            self._save(interim=self._is_between_checkpoints())
+            self._save()
             self.log.pause(time.monotonic() - start)
 
+    def _evaluate(self, is_last: bool) -> Mapping[str, float] | None:
+        """The task's evaluation and samples, of the averaged weights if the run averages."""
+        with averaged_weights(self.ema, self.task.module):
+            evaluation = self.task.evaluate(self.step, is_last)
+        if evaluation:
+            self.evaluation = {"step": self.step, **evaluation}
+        return evaluation
+
     # ---------------------------------------------------------------------------------- checkpoints
-
-    def _check_resume(self, checkpoint: Path, saved: JsonObject) -> None:
-        """Log how this run differs from a checkpoint.
-
-        Raises CheckpointError: it cannot resume from it.
-        """
-        remarks = self.task.check_resume(checkpoint, saved, self.identity)
-        changes = settings_remark(saved["config"], self.task.config, self.task.quiet_keys)
-        self.log_line(*[f"{remark}." for remark in [*remarks, changes] if remark])
 
     def _save_seconds_passed(self) -> bool:
         """Whether the first process's last checkpoint is `save_seconds` old."""
         seconds = time.monotonic() - self.last_save_time
         return self.group.first and 0 < self.settings.save_seconds < seconds
 
-    def _is_between_checkpoints(self) -> bool:
-        """Whether this step is no multiple of `save_steps`; False without `save_steps`."""
-        save_steps = self.settings.save_steps
-        if save_steps == 0 or self.step >= self.settings.max_steps:
-            return False
-        return self.step % save_steps != 0
-
-    def _save(self, interim: bool) -> None:
-        """Write a checkpoint; an `interim` one is removed when the next is complete."""
+    def _save(self) -> None:
+        """Write a checkpoint."""
         # `identity` and the settings are compared when a run resumes; sums of metrics continue.
         state = {
             "global_step": self.step,
-            "interim": interim,
             "branch": self.store.branch,
             **self.identity,
             "seconds": time.monotonic() - self.start_time,
@@ -338,6 +320,17 @@ class Trainer:
 
     # -------------------------------------------------------------------------------------- the end
 
+    def _idle_reason(self) -> str:
+        """Why the run cannot change anything, or ""."""
+        max_steps = self.settings.max_steps
+        if self.step >= max_steps:
+            return f"nothing is left to train: step {self.step} of max_steps {max_steps}."
+        rates = map(self.task.learning_rate, range(self.step, max_steps))
+        scales = [group.get("lr_scale", 1.0) for group in self.task.optimizer.param_groups]
+        if not any(scales) or not any(rates):
+            return "warning: the learning rate is 0 at every step, so no weight will change."
+        return ""
+
     def _end(self, stopped: bool, data_ended: bool) -> None:
         """Last evaluation and checkpoint."""
         # 1. Data that ended before `max_steps`.
@@ -352,20 +345,18 @@ class Trainer:
 
         # 2. The evaluation, only of a run that was not stopped.
         if not stopped:
-            evaluation = self.task.after_last_step(self.step)
-            if evaluation:
-                self.evaluation = {"step": self.step, **evaluation}
+            if self._evaluate(is_last=True):
                 self.log.write(self.evaluation)
 
         # 3. The checkpoint. Wait first: one of this step may still be in writing.
         self.store.finish()
         if self.store.last_step != self.step and (self.step or stopped):
-            self._save(interim=stopped and self._is_between_checkpoints())
+            self._save()
         self.store.finish()
 
     def _record(self) -> JsonObject:
         """Finish the task and write the record (first process); returned by every process."""
-        # 1. The final weights.
+        # 1. The final weights, which stay in the module.
         if self.ema is not None:
             self.ema.swap(self.task.module)
         self.task.module.eval()

@@ -4,20 +4,15 @@ precision, errors, other checkpoints."""
 from __future__ import annotations
 
 import shutil
-import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import loop_toy as toy
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 from torch import nn
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.state_dicts import save_state_dict
 from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.distributed import TrainingError
 from seed_multimodal.training.optimizers import Ema, parameter_groups
@@ -116,23 +111,6 @@ def test_fp16_skips_steps_that_overflow(tmp_path):
         run_square(tmp_path / "hot", model, lambda step: 1e36, max_steps=100, precision="fp16")
 
 
-def test_train_stage_with_another_optimizer_and_schedule(tmp_path):
-    # The rate of a group is the schedule's times its scale.
-    model = nn.Linear(3, 2, bias=False)
-    start = model.weight.detach().clone()
-    groups = [{"params": [model.weight], "lr_scale": 0.5}]
-    toy.run_stage(
-        "sgd",
-        model,
-        lambda step: (model.weight.sum(), {}),
-        StageSettings(max_steps=2, max_grad_norm=0, precision="fp32"),
-        tmp_path,
-        optimizer=torch.optim.SGD(groups, lr=9.0),
-        methods={"learning_rate": lambda step: 0.1 * (step + 1)},
-    )
-    torch.testing.assert_close(model.weight.detach(), start - 0.5 * (0.1 + 0.2))
-
-
 @pytest.mark.parametrize("bad", ["loss", "gradient"])
 def test_train_stage_stops_at_a_loss_that_is_not_finite(tmp_path, bad):
     # The weights of a user's run are kept, those of the last checkpoint and those in memory.
@@ -171,7 +149,7 @@ def frozen(model: nn.Sequential) -> dict[str, Any]:
         (None, {"batch_size": 16}, "16"),
         (None, {"gradient_accumulation_steps": 3}, "24"),
         (wide, {}, "0.weight"),
-        (frozen, {}, "averaged"),
+        (frozen, {}, "trained"),
     ],
     ids=["batch", "accumulation", "sizes", "frozen"],
 )
@@ -203,42 +181,14 @@ def test_resume_from_a_torn_file_names_it(tmp_path):
     toy.train(tmp_path, batch_size=4, gradient_accumulation_steps=2)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("async_save", [False, True])
-def test_async_save_does_not_stop_the_training(tmp_path, async_save):
-    # Checkpoints of large models take minutes; without it no step begins before they are written.
-    events: list[str] = []
-
-    def scale(step: int) -> float:
-        events.append(f"step {step}")
-        return 1.0
-
-    def save_files(folder: Path, weights: dict[str, torch.Tensor]) -> None:
-        time.sleep(0.3)
-        events.append("saved")
-        save_state_dict(weights, folder / "model.safetensors")
-
-    run_square(
-        tmp_path,
-        nn.Linear(3, 1),
-        scale,
-        methods={"save_files": save_files},
-        max_steps=2,
-        precision="fp32",
-        save_steps=1,
-        async_save=async_save,
-    )
-    assert (events.index("saved") > events.index("step 1")) == async_save
-
-
 def test_ema_starts_at_a_resume(tmp_path):
     # From the weights of the checkpoint, not from random ones.
     with pytest.raises(SystemExit):
         toy.train(tmp_path, stop_at=6, ema=0.0)
-    assert toy.saved(tmp_path)["ema"] == {}
+    assert toy.saved(tmp_path)["trained"] == {}
     toy.train(tmp_path, ema=0.999, learning_rate=0.0, noise=0)
     after = toy.saved(tmp_path)
-    torch.testing.assert_close(after["ema"], dict(after["model"]))
+    torch.testing.assert_close(after["trained"], dict(after["model"]))
 
 
 def test_checkpoints_without_frozen_weights(tmp_path):
@@ -272,17 +222,3 @@ def test_warm_start_loads_averaged_weights(tmp_path):
     for model, start in ((nn.Linear(3, 4), settings["start"]), (second, str(tmp_path))):
         with pytest.raises(CheckpointError):
             run_square(tmp_path / "third", model, **{**settings, "start": start})
-
-
-@given(
-    batch=st.integers(1, 9),
-    total=st.integers(1, 30),
-    seed=st.integers(0, 5),
-    micro_steps=st.integers(1, 40),
-)
-def test_batch_indices_are_permutations_of_the_epochs(batch, total, seed, micro_steps):
-    # No sample twice before each was seen.
-    steps = [batch_indices(step, batch, total, seed) for step in range(micro_steps)]
-    indices = torch.cat(steps).tolist()
-    for start in range(0, len(indices) - total + 1, total):
-        assert sorted(indices[start : start + total]) == list(range(total))

@@ -63,7 +63,7 @@ def compare_with_one(folder: Path, output: str) -> None:
     """States, losses and log lines are those of one process with the double batch."""
     assert (folder / "two" / "equal.done.json").is_file(), output
     single, double = (toy.saved(folder / run, "equal") for run in ("one", "two"))
-    for part in ("model", "ema"):
+    for part in ("model", "trained"):
         torch.testing.assert_close(double[part], single[part], rtol=1e-5, atol=1e-6)
     assert [state["processes"] for state in (single, double)] == [1, 2]
     assert [state["samples_per_step"] for state in (single, double)] == [16, 16]

@@ -35,28 +35,6 @@ def test_log_lines_hold_losses_speed_and_status(tmp_path, capsys):
     assert "4/10" in output[0] and "perplexity 12.5" in output[0]
 
 
-@pytest.mark.slow
-def test_evaluation_is_logged_at_once_and_not_timed_as_training(tmp_path):
-    # Else each evaluation looks like a slow training step.
-    def evaluate(step: int) -> dict[str, float]:
-        if step % 3:
-            return {}
-        time.sleep(1.0)
-        return {"valid/loss": float(step)}
-
-    toy.train(tmp_path / "with", evaluate=evaluate, max_steps=8)
-    toy.train(tmp_path / "without", max_steps=8)
-    lines = toy.log_lines(tmp_path / "with")
-    evaluated = [line for line in lines if "valid/loss" in line]
-    assert evaluated == [{"step": step, "valid/loss": step} for step in (3, 6)]
-    trained = [line for line in lines if "valid/loss" not in line]
-    assert [line["step"] for line in trained] == [4, 8]
-    assert max(line["seconds_per_step"] for line in trained) < 0.2
-    assert [line["loss"] for line in trained] == [
-        line["loss"] for line in toy.log_lines(tmp_path / "without")
-    ]
-
-
 def test_resume_drops_log_lines_after_the_checkpoint(tmp_path):
     # A curve has one value for each step, also after a kill in the middle of a line.
     with pytest.raises(SystemExit):

@@ -113,17 +113,38 @@ def test_checkpoints_by_time_are_replaced_by_the_next(tmp_path):
     assert steps(tmp_path / "toy.checkpoints") == [8, 6]
 
 
-def test_sigterm_during_an_evaluation_starts_no_further_step(tmp_path):
-    # An evaluation may take minutes; the cluster waits for seconds.
+@pytest.mark.parametrize(
+    ("signals", "ends"),
+    [
+        ([signal.SIGTERM], SystemExit),
+        ([signal.SIGINT], SystemExit),
+        ([signal.SIGINT, signal.SIGINT], KeyboardInterrupt),
+    ],
+)
+def test_signal_during_an_evaluation_starts_no_further_step(tmp_path, signals, ends):
+    # An evaluation may take minutes; the cluster waits for seconds, and a user at the second Ctrl-C
+    # not at all.
     def evaluate(step: int) -> dict[str, float]:
-        if step == 3:
-            os.kill(os.getpid(), signal.SIGTERM)
+        for number in signals if step == 3 else ():
+            os.kill(os.getpid(), number)
         return {"eval_loss": 1.0}
 
-    with pytest.raises(SystemExit) as stopped:
+    with pytest.raises(ends) as stopped:
         toy.train(tmp_path, evaluate=evaluate)
-    assert stopped.value.code == 143
-    assert len(toy.read_losses(tmp_path)) == toy.saved(tmp_path)["global_step"] == 3
+    if ends is SystemExit:
+        assert stopped.value.code == 143
+        assert toy.saved(tmp_path)["global_step"] == 3
+    assert len(toy.read_losses(tmp_path)) == 3
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"max_steps": 0}, "max_steps 0"), ({"learning_rate": 0.0}, "learning rate is 0")],
+)
+def test_run_that_cannot_change_anything_says_so(tmp_path, capsys, settings, named):
+    # Else a wrong setting looks like a finished training.
+    toy.train(tmp_path, noise=0, **settings)
+    assert named in capsys.readouterr().out
 
 
 def start_under_torchrun(start_toy: Start, folder: Path, pause: float) -> subprocess.Popen:

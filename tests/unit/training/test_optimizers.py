@@ -11,9 +11,14 @@ import pytest
 import torch
 from torch import nn
 
-from seed_multimodal.training.config import OptimSettings, StageSettings
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.training.config import OptimSettings
 from seed_multimodal.training.optimizers import AdamWHf, MuonWithAdamW, build_optimizer
-from seed_multimodal.training.schedules import learning_rate, optim_learning_rate
+from seed_multimodal.training.schedules import (
+    DECAYS,
+    UNREAD,
+    optim_learning_rate,
+)
 
 
 def toy() -> nn.Module:
@@ -93,24 +98,6 @@ def test_adamw_hf_is_the_published_update():
     torch.testing.assert_close(parameter.detach(), value, rtol=1e-12, atol=0)
 
 
-def test_learning_rate_of_a_stage_with_warmup_and_floor():
-    # Schedules of the originals are recorded (golden/lr_schedule).
-    stage = StageSettings(max_steps=110, learning_rate=1.0, warmup_steps=10, min_lr_ratio=0.02)
-    rates = [learning_rate(step, stage) for step in (0, 9, 10, 60, 110)]
-    assert rates == pytest.approx([0.1, 1.0, 1.0, 0.51, 0.02])
-
-
-def test_muon_updates_hidden_matrices_only():
-    # Embeddings, the head and biases are AdamW's, as Muon's authors say.
-    layers = {"embed": nn.Embedding(11, 8), "inner": nn.Linear(8, 8)}
-    model = nn.ModuleDict({**layers, "lm_head": nn.Linear(8, 11, bias=False)})
-    optimizer = MuonWithAdamW(model, lr=0.01, weight_decay=0.1)
-    groups = optimizer.param_groups
-    assert [id(value) for value in groups[0]["params"]] == [id(layers["inner"].weight)]
-    everything = [id(value) for group in groups for value in group["params"]]
-    assert sorted(everything) == sorted(id(value) for value in model.parameters())
-
-
 def test_muon_updates_as_torchs_does_in_bfloat16():
     # Newton and Schulz's iteration in another precision differs a little.
     ours = nn.Linear(24, 40, bias=False)
@@ -129,3 +116,40 @@ def test_muon_updates_as_torchs_does_in_bfloat16():
             model.weight.grad = gradient.clone()
             optimizer.step()
     assert (ours.weight - theirs.weight).norm() < 0.03 * (theirs.weight - start).norm()
+
+
+@pytest.mark.parametrize("name", DECAYS)
+def test_schedules_are_those_of_transformers(name):
+    # By all names that the original's flag takes; only the cosine of SEED has a last rate.
+    from transformers import get_scheduler
+
+    settings = OptimSettings(lr_scheduler_type=name, warmup_ratio=0, warmup_steps=0)
+    if name != "constant":
+        settings.warmup_steps = 3
+    if "min_lr_ratio" not in UNREAD.get(name, ()):
+        settings.min_lr_ratio = 0.0
+    optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=settings.learning_rate)
+    schedule = get_scheduler(name, optimizer, settings.warmup_steps, 12)
+    for step in range(12):
+        rate = optim_learning_rate(step, settings, 12)
+        assert rate == pytest.approx(schedule.get_last_lr()[0], rel=1e-2)
+        optimizer.step()
+        schedule.step()
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"name": "muon", "part_rates": {"0": 1e-3}},
+        {"lr_scheduler_type": "constant", "warmup_steps": 3},
+        {"lr_scheduler_type": "constant", "warmup_ratio": 0.1},
+        {"lr_scheduler_type": "inverse_sqrt", "min_lr_ratio": 0.1},
+        {"part_rates": {"9": 1e-3}},
+    ],
+)
+def test_setting_that_is_not_read_is_an_error(settings):
+    # By its name, not by a training that ignores it.
+    with pytest.raises(ConfigError, match=list(settings)[-1]):
+        build_optimizer(toy(), OptimSettings(**settings))
+    muon = build_optimizer(toy(), OptimSettings(name="muon", adam_beta2=0.5, adam_epsilon=0.1))
+    assert (muon.defaults["betas"][1], muon.defaults["eps"]) == (0.5, 0.1)

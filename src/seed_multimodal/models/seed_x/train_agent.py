@@ -38,7 +38,7 @@ from seed_multimodal.nn.vision.qwen import (
 )
 from seed_multimodal.pipelines.config import write_checkpoint_system
 from seed_multimodal.settings import read_settings, setting
-from seed_multimodal.state_dicts import load_state_dict, save_state_dict
+from seed_multimodal.state_dicts import copy_weights, load_state_dict, save_state_dict
 from seed_multimodal.training.config import ConfigNode
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_models import FrozenFeatures
@@ -47,7 +47,6 @@ from seed_multimodal.training.llm.lora import (
     RECORDED_FIELDS,
     adapter_settings,
     check_same_scale,
-    copy_weights,
     is_lora,
 )
 from seed_multimodal.training.llm.loss import LossParts, find_llama, use_attention

@@ -19,9 +19,9 @@ from torch import Tensor, nn
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
-from seed_multimodal.language.lora import ADAPTER_FILES
+from seed_multimodal.language.lora import ADAPTER_FILES, check_mergeable
 from seed_multimodal.settings import check_keys
-from seed_multimodal.state_dicts import load_state_dict, save_state_dict
+from seed_multimodal.state_dicts import copy_weights, load_state_dict, save_state_dict
 from seed_multimodal.weights.catalogue import ADAPTER_CONFIG
 from seed_multimodal.weights.find import first_file
 
@@ -37,13 +37,14 @@ RECORDED_FIELDS = (
     "lora_alpha",
     "lora_dropout",
     "bias",
-    "lora_bias",
     "target_modules",
     "exclude_modules",
     "layers_to_transform",
     "layers_pattern",
     *SCALE_FIELDS,
 )
+# Initial matrices that leave the base's weights as they are.
+INITIALIZATIONS = (True, False, "gaussian", "orthogonal")
 # Names in adapter files.
 ADAPTER_EMBEDDING = "base_model.model.model.embed_tokens.weight"
 ADAPTER_HEAD = "base_model.model.lm_head.weight"
@@ -61,11 +62,18 @@ def add_lora(llama: LlamaForCausalLM, fields: Mapping[str, Any], seed: int = 0) 
     Missing `fields` of `peft.LoraConfig` have the original's values; models other than LLaMA get
     matrices at all linear layers, and trained copies of the embeddings.
 
-    Raises ConfigError: unknown or invalid fields.
+    Raises ConfigError: unknown or invalid fields, or some that would be trained but not merged.
     """
     from peft import LoraConfig, get_peft_model
 
     check_keys(fields, inspect.signature(LoraConfig).parameters, "lora")
+    check_mergeable(fields, "lora", ConfigError)
+    initialization = fields.get("init_lora_weights", True)
+    if initialization not in INITIALIZATIONS:
+        raise ConfigError(
+            f"lora: init_lora_weights {initialization!r} is not supported, since it changes the "
+            "base's weights or needs data; use true, false, gaussian or orthogonal."
+        )
     values: dict[str, Any] = {
         "r": 16,
         "lora_alpha": 32,
@@ -106,16 +114,20 @@ def is_lora(model: nn.Module) -> bool:
 
 
 def adapter_state(model: PeftModel) -> dict[str, Tensor]:
-    """Trained weights of a `PeftModel` with the names of PEFT 0.4; no copies, tied tensors once."""
-    from peft import get_peft_model_state_dict
+    """All trained weights of a `PeftModel` with the names of PEFT 0.4; tied tensors once."""
+    return {
+        adapter_name(name): parameter.detach()
+        for name, parameter in model.named_parameters()
+        if parameter.requires_grad
+    }
 
-    state = get_peft_model_state_dict(model, save_embedding_layers=False)
-    base = model.get_base_model()
-    # One parameter for embeddings and head: keep that of the embeddings.
-    is_tied = base.config.tie_word_embeddings
-    if is_tied and base.lm_head.weight is base.model.embed_tokens.weight:
-        state.pop(ADAPTER_HEAD, None)
-    return {name: value.detach() for name, value in state.items()}
+
+def adapter_name(name: str) -> str:
+    """A parameter's name in PEFT 0.4's files: without the adapter's name and PEFT's wrappers."""
+    name = name.replace(".modules_to_save.default.", ".").removesuffix(".default")
+    # DoRA's magnitudes were parameters.
+    name = name.replace("lora_magnitude_vector.default.weight", "lora_magnitude_vector")
+    return name.replace(".default.", ".")
 
 
 def adapter_settings(model: PeftModel) -> dict[str, Any]:
@@ -166,38 +178,12 @@ def load_adapter(model: PeftModel, folder: Path) -> None:
     copy_weights(weights, state, str(folder))
 
 
-@torch.no_grad()
-def copy_weights(weights: Mapping[str, Tensor], state: Mapping[str, Tensor], label: str) -> None:
-    """Copy tensors by name.
-
-    Raises CheckpointError: missing or unknown tensors, or of another size.
-    """
-    differences = {
-        "missing": weights.keys() - state.keys(),
-        "unknown to the model": state.keys() - weights.keys(),
-    }
-    for reason, names in differences.items():
-        if names:
-            more = " …" if len(names) > 1 else ""
-            raise CheckpointError(
-                f"{label}: {len(names)} tensors are {reason}: {min(names)!r}{more}."
-            )
-
-    # Copied into the trained parameters, which may be in another precision than the file.
-    for name, value in weights.items():
-        if value.shape != state[name].shape:
-            raise CheckpointError(
-                f"{label}: {name!r} is {tuple(state[name].shape)}, but the model needs "
-                f"{tuple(value.shape)}."
-            )
-        value.copy_(state[name])
-
-
 def recorded_lora(folder: Path) -> dict[str, Any] | None:
     """The LoRA fields of a trained adapter's folder; None if it has no adapter."""
     if not (folder / ADAPTER_CONFIG).is_file():
         return None
     config = read_json_object(folder / ADAPTER_CONFIG)
+    check_mergeable(config, str(folder / ADAPTER_CONFIG), CheckpointError)
     fields = {key: config[key] for key in RECORDED_FIELDS if config.get(key) is not None}
     fields["modules_to_save"] = config.get("modules_to_save") or []  # [] differs from unset
     return fields

@@ -28,7 +28,7 @@ from seed_multimodal.language.llm import (
 )
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.settings import check_keys
-from seed_multimodal.state_dicts import load_state_dict
+from seed_multimodal.state_dicts import copy_weights, load_state_dict
 from seed_multimodal.training.llm.config import (
     ATTENTIONS,
     LlmModelSettings,
@@ -38,7 +38,6 @@ from seed_multimodal.training.llm.config import (
 from seed_multimodal.training.llm.lora import (
     adapter_state,
     add_lora,
-    copy_weights,
     is_lora,
     load_adapter,
     recorded_lora,
@@ -206,7 +205,7 @@ def _set_attention(llama: LlamaForCausalLM, name: str, device: torch.device, is_
 def _train_embeddings(llama: LlamaForCausalLM, train: bool, has_new_rows: bool) -> None:
     """With LoRA: train embeddings and head, unless PEFT trains a copy of them (`modules_to_save`).
 
-    Raises ConfigError: rows of new tokens would not be trained.
+    Raises ConfigError: rows of new tokens would not be trained, or a table would be trained twice.
     """
     # PEFT's wrapper of a copied module has `modules_to_save`.
     tables = {
@@ -214,6 +213,10 @@ def _train_embeddings(llama: LlamaForCausalLM, train: bool, has_new_rows: bool) 
         "lm_head": llama.get_output_embeddings(),
     }
     for name, table in tables.items():
+        if train and hasattr(table, "lora_embedding_A"):
+            raise ConfigError(
+                f"{name}: is in lora.target_modules, so train_embeddings cannot train it, too."
+            )
         if train and not hasattr(table, "modules_to_save"):
             table.requires_grad_(True)
         is_trained = any(parameter.requires_grad for parameter in table.parameters())

@@ -7,6 +7,7 @@ the first backward pass. Otherwise the micro-batches' means are averaged, as in 
 from __future__ import annotations
 
 import itertools
+import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -42,7 +43,7 @@ from seed_multimodal.training.llm.config import (
     read_tokenizer,
     template_of,
 )
-from seed_multimodal.training.llm.lora import is_lora
+from seed_multimodal.training.llm.lora import adapter_name, is_lora
 from seed_multimodal.training.llm.loss import (
     LossModule,
     LossParts,
@@ -93,6 +94,7 @@ class LlmTask(RunTask):
     loss_reduction = "sum"
     meter: TokenMeter
     start_hint = "model.adapter, or model.path"
+    fixed_on_resume = {**RunTask.fixed_on_resume, "tokenizer": "tokenizer (checksum)"}
     family = DEFAULT_FAMILY  # of systems with its checkpoints
     run_type: ClassVar[type[RunSettings]] = LlmRunSettings
     settings_readers: ClassVar[Mapping[str, Callable[[ConfigNode, str], object]]] = {
@@ -105,6 +107,13 @@ class LlmTask(RunTask):
     def __init__(self, run: LlmRunSettings, group: ProcessGroup, device: torch.device) -> None:
         """Open data and tokenizer. Raises as `RunTask.train`."""
         super().__init__(run, group, device)
+        # Another number of rows is another mean gradient at the same rate.
+        rows = {"rows_per_step": "rows a step"}
+        if self.settings.resume in ("auto", "never"):
+            self.fixed_on_resume = {**self.fixed_on_resume, **rows}
+            self.start_hint += ", or trainer.resume=CHECKPOINT to keep the optimizer"
+        else:
+            self.reported_on_resume = {**self.reported_on_resume, **rows}
         if self.settings.precision == "fp16" and device.type == "cpu":
             raise ConfigError("trainer: fp16 needs a GPU; use bf16 or fp32 on a CPU.")
         self.tokenizer = self.load_tokenizer(run.tokenizer.folder)
@@ -261,19 +270,15 @@ class LlmTask(RunTask):
         batch = batch.to(self.device)
         return model(batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask)
 
-    def after_step(self, step: int) -> Mapping[str, float] | None:
-        """Write samples and evaluate when due."""
-        if self.zero_stage < 3 and self.should_write_samples(step):
-            self._write_samples(step)
-        if self.evaluation_batches and step % self.settings.eval_steps == 0:
-            return self._evaluate()
-        return None
-
-    def after_last_step(self, step: int) -> Mapping[str, float] | None:
-        """Evaluate, unless done after this step."""
-        if self.evaluation_batches and self.trainer.evaluation.get("step") != step:
-            return self._evaluate()
-        return None
+    def evaluate(self, step: int, is_last: bool) -> Mapping[str, float] | None:
+        """Write samples and evaluate when due; at the end evaluate unless done after this step."""
+        if is_last:
+            is_due = self.trainer.evaluation.get("step") != step
+        else:
+            if self.zero_stage < 3 and self.should_write_samples(step):
+                self._write_samples(step)
+            is_due = bool(self.evaluation_batches) and step % self.settings.eval_steps == 0
+        return self._evaluate() if is_due and self.evaluation_batches else None
 
     def status(self) -> Mapping[str, float]:
         return {"wait_seconds": self.data.wait_seconds}
@@ -393,6 +398,7 @@ class LlmTask(RunTask):
                 "lora": self.run.model.lora,
                 "words": self.tokenizer.vocabulary.size,
             },
+            "tokenizer": tokenizer_checksum(self.tokenizer),
             "rows_per_step": world * self.settings.gradient_accumulation_steps * self.rows,
         }
 
@@ -406,13 +412,10 @@ class LlmTask(RunTask):
         if gathered is None:
             return trained_state(self.llm)
         weights = {name.removeprefix("llm."): value for name, value in gathered.items()}
-        if not is_lora(self.llm):
-            return weights
-        # Names of PEFT 0.4, as in `trained_state`.
-        adapter = {}
-        for name, value in weights.items():
-            adapter[name.replace(".default", "").replace(".modules_to_save", "")] = value
-        return {name: adapter[name] for name in trained_state(self.llm)}
+        if is_lora(self.llm):
+            weights = {adapter_name(name): value for name, value in weights.items()}
+        # Of tied weights one.
+        return {name: weights[name] for name in trained_state(self.llm)}
 
     @property
     def saves_frozen(self) -> bool:
@@ -439,6 +442,12 @@ class LlmTask(RunTask):
 
     def load_weights(self, folder: Path, allow_missing: Sequence[str] = ()) -> None:
         load_trained(self.llm, folder)
+
+
+def tokenizer_checksum(tokenizer: TextTokenizer) -> int:
+    """A checksum of all tokens."""
+    tokens = tokenizer.tokens(range(tokenizer.vocabulary.size))
+    return zlib.crc32("\n".join(tokens).encode())
 
 
 def blank_batch() -> LlmBatch:

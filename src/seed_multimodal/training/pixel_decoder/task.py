@@ -521,11 +521,10 @@ class PixelTask(RunTask):
         return loss, {"mse": mse}
 
     @torch.no_grad()
-    def after_step(self, step: int) -> None:
+    def evaluate(self, step: int, is_last: bool) -> None:
         """Reconstruct held-out images next to the originals, with fixed noise."""
-        if self.should_write_samples(step):
-            with self.trainer.averaged_weights():
-                self._write_samples(step)
+        if not is_last and self.should_write_samples(step):
+            self._write_samples(step)
 
     def _write_samples(self, step: int) -> None:
         if not self.sample_batches:

@@ -21,6 +21,7 @@ from tiny.language import random_llm
 
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.llm import LLAMA_IDS
+from seed_multimodal.language.lora import load_llm_or_adapter
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.state_dicts import load_state_dict, save_state_dict
 from seed_multimodal.training.llm.config import LlmModelSettings
@@ -29,6 +30,7 @@ from seed_multimodal.training.llm.loss import find_llama
 from seed_multimodal.training.llm.model import (
     attention_kind,
     build_llm,
+    load_trained,
     save_trained,
     trained_state,
 )
@@ -201,6 +203,57 @@ def test_trained_saved_and_loaded(kind, bases: dict[str, Path], tmp_path):
         with torch.no_grad():
             logits = stock.eval()(input_ids=batch().input_ids).logits
             torch.testing.assert_close(logits, model.eval()(input_ids=batch().input_ids).logits)
+
+
+# Fields of LoRA or of the model → whether they are trained; all others are refused.
+LORA_FIELDS: list[tuple[dict[str, Any], bool]] = [
+    ({"bias": "all", "use_rslora": True}, True),
+    ({"use_dora": True, "target_modules": "all-linear"}, True),
+    ({"init_lora_weights": "gaussian", "rank_pattern": {"q_proj": 2}}, True),
+    ({"modules_to_save": [], "train_embeddings": True}, True),
+    ({"modules_to_save": ["lm_head"], "target_modules": ["embed_tokens", "q_proj"]}, True),
+    (
+        {
+            "modules_to_save": ["lm_head"],
+            "target_modules": ["q_proj"],
+            "layers_to_transform": [0],
+            "train_embeddings": True,
+        },
+        True,
+    ),
+    *(({"init_lora_weights": name}, False) for name in ("pissa_niter_4", "olora", "loftq", "eva")),
+    ({"lora_bias": True}, False),
+    ({"trainable_token_indices": {"embed_tokens": [3]}, "modules_to_save": []}, False),
+    ({"layer_replication": [[0, 2], [1, 2]], "modules_to_save": []}, False),
+    ({"target_parameters": ["q_proj.weight"]}, False),
+    ({"modules_to_save": [], "target_modules": ["embed_tokens"], "train_embeddings": True}, False),
+]
+
+
+@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
+@pytest.mark.parametrize(("fields", "is_trained"), LORA_FIELDS)
+def test_lora_fields_are_merged_as_trained_or_refused(architecture, fields, is_trained, tmp_path):
+    # A field that training follows and merging does not would serve another model.
+    base = tmp_path / "base"
+    sizes = {**SIZES, "initializer_range": 0.02, "tie_word_embeddings": architecture == "qwen2"}
+    random_llm(architecture, VOCAB_SIZE, **sizes).save_pretrained(base)
+    lora = {"r": 4, "lora_dropout": 0.0, **fields}
+    options = {"train_embeddings": lora.pop("train_embeddings", False), "lora": lora}
+    if not is_trained:
+        with pytest.raises(ConfigError, match=r"lora"):
+            build(base, **options)
+        return
+    model = build(base, **options)
+    for _ in range(2):
+        step(model)
+    folder = save_trained(model, tmp_path / "saved")
+    again = build(base, **options)
+    load_trained(again, folder)
+    for loaded in (again.eval(), load_llm_or_adapter(folder)):
+        ids = batch().input_ids
+        with torch.no_grad():
+            logits = loaded(input_ids=ids).logits
+            torch.testing.assert_close(logits, model.eval()(input_ids=ids).logits)
 
 
 def test_lora_on_a_base_in_half_precision(bases: dict[str, Path]):
