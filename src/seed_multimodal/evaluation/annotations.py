@@ -228,16 +228,17 @@ def read_captions(
     Raises:
         DataError: no such file, unknown layout, empty split, or images missing in `truth`.
     """
-    content = _load(path)
-    if Path(path).suffix == ".txt":
-        return _caption_lines(content, path)
-
     # 1. The items: Karpathy's file lists images with their captions, others captions of images.
+    content = _load(path)
     images: list[JsonObject] = []
     if isinstance(content, dict):
         images = content.get("images") or []
     if any("sentences" in image for image in images):
-        items = _items_of_split(images, path, split)
+        items = _items(images, path, "images")
+        items = [(location, image) for location, image in items if image.get("split") == split]
+        if not items:
+            splits = ", ".join(sorted({str(image.get("split")) for image in images}))
+            raise DataError(f"{path}: has no image of the split {split!r}; there are {splits}.")
     else:
         items = _items(content, path, "annotations")
 
@@ -257,30 +258,6 @@ def read_captions(
     if truth is None or each_text:
         return samples
     return _annotated(samples, read_captions(truth, split), path, truth)
-
-
-def _caption_lines(lines: Sequence[str], path: str | Path) -> list[Sample]:
-    """The captions of a text file, one a line."""
-    samples: list[Sample] = []
-    for line_number, line in enumerate(lines, 1):
-        if line.strip():
-            location = f"{path}: line {line_number}"
-            samples.append(Sample(line_number, location, references=[line.strip()]))
-    return samples
-
-
-def _items_of_split(
-    images: Sequence[JsonObject], path: str | Path, split: str
-) -> list[tuple[str, Json]]:
-    """The items of a split of Karpathy's file. Raises DataError: none."""
-    items: list[tuple[str, Json]] = []
-    for location, image in _items(images, path, "images"):
-        if image.get("split") == split:
-            items.append((location, image))
-    if not items:
-        splits = ", ".join(sorted({str(image.get("split")) for image in images}))
-        raise DataError(f"{path}: has no image of the split {split!r}; there are {splits}.")
-    return items
 
 
 def _with_unique_keys(samples: Sequence[Sample]) -> list[Sample]:
@@ -353,7 +330,7 @@ def read_items(path: str | Path, key: str) -> list[tuple[str, Json]]:
 
 
 def _load(path: str | Path) -> Json:
-    """A file's JSON; for .txt and .jsonl a list of its lines."""
+    """A file's JSON; for .jsonl a list of its lines, for .txt captions with numbers of lines."""
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file{nearest_path(path)}.")
@@ -361,7 +338,10 @@ def _load(path: str | Path) -> Json:
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".txt":
-            return text.split("\n")
+            lines = enumerate(text.split("\n"), 1)
+            return [
+                {"image_id": number, "text": line.strip()} for number, line in lines if line.strip()
+            ]
         if path.suffix == ".jsonl":
             return [json.loads(line) for line in text.split("\n") if line]
         return json.loads(text)

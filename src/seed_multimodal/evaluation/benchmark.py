@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from PIL import Image
 
+from seed_multimodal.data.formats.record import BadRecords
 from seed_multimodal.disk import JsonObject, folder_lock, read_json_object, replace_text, writing
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import DataError, GenerationError, ImageError, pluralize
@@ -56,12 +57,6 @@ BENCHMARKS = {
 # the file of samples the contents count.
 MAY_CHANGE = ("out", "file", "truth", "images", "split", "limit", "batch_size", "max_bad", "device")
 SCORING_ONLY = ("resolution", "inception")
-# Settings whose values are digests or long: their names in messages.
-NO_VALUES = {
-    "samples": "the contents of the file of samples",
-    "weights": "the weights",
-    "transform": "the image preprocessing",
-}
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 Line = JsonObject  # of a file of answers: a sample's id, and its answer or why there is none (bad)
 Images = Sequence[Image.Image | None]  # None: a caption without image
@@ -304,11 +299,11 @@ def _append_answers(
     benchmark: AnyBenchmark, samples: Sequence[Sample], file: Path, bar: Progress
 ) -> None:
     """Answer in batches, each of which is appended to `file`."""
-    settings = benchmark.settings
-    bad_in_a_row = 0
-    for start in range(0, len(samples), settings.batch_size):
+    batch_size = benchmark.settings.batch_size
+    bad = BadRecords(benchmark.settings.max_bad, bar.write_line, "skipped: ")
+    for start in range(0, len(samples), batch_size):
         # 1. The lines. A line break comes first, since the last line may be incomplete.
-        lines = _answered(benchmark, samples[start : start + settings.batch_size])
+        lines = _answered(benchmark, samples[start : start + batch_size])
         text = "".join("\n" + finite_json(line, str(file)) for line in lines)
         with (
             writing(file, DataError),
@@ -319,15 +314,10 @@ def _append_answers(
 
         # 2. Unusable samples in a row are a wrong folder or file.
         for line in lines:
-            if "bad" not in line:
-                bad_in_a_row = 0
-                continue
-            bad_in_a_row += 1
-            bar.write_line(f"skipped: {line['bad']}")
-            if bad_in_a_row >= settings.max_bad:
-                raise DataError(
-                    f"{bad_in_a_row} samples in a row cannot be used, the last: {line['bad']}"
-                )
+            if "bad" in line:
+                bad.add(DataError(line["bad"]))
+            else:
+                bad.usable()
 
 
 def _answered(benchmark: AnyBenchmark, batch: Sequence[Sample]) -> list[Line]:
@@ -391,7 +381,7 @@ def _identity(settings: Settings, system: MultimodalSystem | None) -> JsonObject
     content = settings.file.read_bytes() if settings.file.is_file() else b""
     free = (*MAY_CHANGE, *SCORING_ONLY)
     values = {name: value for name, value in vars(settings).items() if name not in free}
-    identity = {**values, "samples": hashlib.sha256(content).hexdigest()}
+    identity = {**values, "contents of the file of samples": _digest(content)}
     models: list[object] = list(values.values())
 
     # 2. The system.
@@ -403,7 +393,8 @@ def _identity(settings: Settings, system: MultimodalSystem | None) -> JsonObject
             "quantization": str(getattr(system.llm, "quantization_method", None)),
             "transform": repr(getattr(system.images, "transform", None)),
         }
-    return {**identity, "weights": _weight_states(models)}
+    states = str(_weight_states(models)).encode()
+    return {**identity, "size and time of weights": _digest(states)}
 
 
 def _weight_states(paths: Sequence[object]) -> list[list[int]]:
@@ -418,6 +409,10 @@ def _weight_states(paths: Sequence[object]) -> list[list[int]]:
     return sorted([state.st_size, state.st_mtime_ns] for state in states)
 
 
+def _digest(content: bytes) -> str:
+    return hashlib.sha256(content).hexdigest()[:12]
+
+
 def _check_identity(folder: Path, identity: JsonObject) -> None:
     """Write the folder's settings, or raise DataError if they changed."""
     # The first process writes them, all compare.
@@ -428,15 +423,7 @@ def _check_identity(folder: Path, identity: JsonObject) -> None:
             replace_text(file, text)
     changes = changed_settings(read_json_object(file, DataError), json.loads(text))
     if changes:
-        changes = list(dict.fromkeys(map(_describe_change, changes)))
         raise DataError(
             f"{folder}: was started with other settings ({'; '.join(changes)}); use another --out "
             "or the same settings."
         )
-
-
-def _describe_change(change: str) -> str:
-    """A change from `changed_settings`, without digests and internal names."""
-    key, _, values = change.partition(": ")
-    label = NO_VALUES.get(key.partition(".")[0])
-    return label or f"{key.removeprefix('options.').replace('_', ' ')}: {values}"

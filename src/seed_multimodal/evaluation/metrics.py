@@ -16,8 +16,6 @@ from seed_multimodal.errors import DataError
 
 FloatArray: TypeAlias = NDArray[np.floating]
 RESAMPLES = 1000
-LARGE = 100_000  # above this number of groups the normal interval is used
-INDICES_PER_CHUNK = 1 << 22  # sampled at a time
 PREFIXES = (1, 2, 4, 8, 16, 32)
 
 
@@ -59,40 +57,32 @@ class Estimate:
 def bootstrap(values: ArrayLike, groups: Iterable[Hashable] | None = None) -> Estimate:
     """Mean of `values` [N] and its percentile bootstrap interval.
 
-    Of more than `LARGE` groups the normal interval.
-
     Args:
         groups: a name for each value; whole groups are resampled (questions about the same image
             are not independent). The mean stays the mean over values.
+
+    Raises DataError: not finite.
     """
     data = np.asarray(values, dtype=np.float64)
+    finite(data, "scores")
     if data.size == 0:
         return Estimate(math.nan, math.nan, math.nan, 0)
 
     # 1. Sum and number of the values of each group.
-    sums: FloatArray = data
-    counts: FloatArray = np.ones_like(data)
-    if groups is not None:
-        index_of: dict[Hashable, int] = {}
-        indices = [index_of.setdefault(name, len(index_of)) for name in groups]
-        sums = np.bincount(indices, weights=data).astype(float)
-        counts = np.bincount(indices).astype(float)
+    index_of: dict[Hashable, int] = {}
+    names = range(data.size) if groups is None else groups
+    indices = [index_of.setdefault(name, len(index_of)) for name in names]
+    sums = np.bincount(indices, weights=data)
+    counts = np.bincount(indices)
 
-    # 2. Many groups: the normal approximation.
-    mean = float(data.mean())
-    if sums.size > LARGE:
-        half_width = 1.96 * math.sqrt(float(np.square(sums - mean * counts).sum())) / data.size
-        return Estimate(mean, mean - half_width, mean + half_width, int(data.size))
-
-    # 3. Others: means of resampled groups, a bounded number of indices at a time.
+    # 2. Means of resampled groups.
     rng = np.random.default_rng(0)
-    means: list[FloatArray] = []
-    n_chunks = -(-RESAMPLES * sums.size // INDICES_PER_CHUNK)
-    for chunk in np.array_split(np.arange(RESAMPLES), n_chunks):
-        sampled = rng.integers(0, sums.size, size=(len(chunk), sums.size))
-        means.append(sums[sampled].sum(1) / counts[sampled].sum(1))
-    low, high = np.quantile(np.concatenate(means), [0.025, 0.975])
-    return Estimate(mean, float(low), float(high), int(data.size))
+    means: list[float] = []
+    for _ in range(RESAMPLES):
+        sampled = rng.integers(0, sums.size, size=sums.size)
+        means.append(sums[sampled].sum() / counts[sampled].sum())
+    low, high = np.quantile(means, [0.025, 0.975])
+    return Estimate(float(data.mean()), float(low), float(high), int(data.size))
 
 
 def group_means(values: Sequence[float], groups: Sequence[str]) -> dict[str, float]:

@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.data.formats.pairs import Pairs, open_pairs
-from seed_multimodal.data.formats.record import RECORD_FAULTS
+from seed_multimodal.data.formats.record import RECORD_FAULTS, BadRecords
 from seed_multimodal.device import FP16_AS_ORIGINAL, Runtime, choose_device
 from seed_multimodal.disk import JsonObject, atomic_open, replace_text, writable_folder, writing
 from seed_multimodal.errors import ConfigError, DataError
@@ -271,7 +271,7 @@ def read_images(
     """Images in batches; captions and unusable samples are added to `encoded`."""
     # A few unusable samples are left out, many in a row are a wrong folder or key.
     images: list[Image.Image] = []
-    n_bad_in_a_row = 0
+    bad = BadRecords(MAX_BAD_IN_A_ROW, log, "left out: ")
     for row in rows:
         try:
             pair = source.read(row)
@@ -281,14 +281,9 @@ def read_images(
             images.append(open_image(pair.image, name=name).image)
         except RECORD_FAULTS as error:
             encoded.bad.append(str(error))
-            log(f"left out: {error}")
-            n_bad_in_a_row += 1
-            if n_bad_in_a_row >= MAX_BAD_IN_A_ROW:
-                raise DataError(
-                    f"{n_bad_in_a_row} samples in a row cannot be used, the last: {error}"
-                ) from error
+            bad.add(error)
             continue
-        n_bad_in_a_row = 0
+        bad.usable()
         encoded.captions.append(list(pair.captions))
         if len(images) == batch:
             yield images

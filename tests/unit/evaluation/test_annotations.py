@@ -128,7 +128,7 @@ def test_read_captions_of_each_format(content, expected, tmp_path):
 
 def test_read_captions_of_texts_to_draw(tmp_path):
     # Lines keep their numbers, so that drawings are found again.
-    texts = read_captions(write(tmp_path / "t.txt", "\ufeffa fox\n\n a hill \n"))
+    texts = read_captions(write(tmp_path / "t.txt", "\ufeffa fox\n\n a hill \n"), each_text=True)
     assert [(sample.key, sample.caption) for sample in texts] == [(1, "a fox"), (3, "a hill")]
     # Each text is a sample, also the second one of an image, or one without.
     lines = [{"image": "9.jpg", "text": "a"}, {"image": "9.jpg", "text": "b"}, {"text": "c"}]
