@@ -30,7 +30,6 @@ from seed_multimodal.device import limit_threads
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import DataError, GenerationError, ImageError, RequestError
-from seed_multimodal.evaluation.answers import Options
 from seed_multimodal.images.io import save_image
 from seed_multimodal.inference.prompt import GenerationSettings
 from seed_multimodal.language.answer import Answer
@@ -181,9 +180,9 @@ class SeedModel(lmms):  # type: ignore[misc]
 
     # ---- requests
 
-    def _options(self, request: Instance) -> Options:
+    def _options(self, request: Instance) -> JsonObject:
         """A request's `generation_kwargs`."""
-        options: Options = request.args[2]
+        options: JsonObject = request.args[2]
         return options
 
     def _conversation(self, request: Instance) -> list[Message]:
@@ -246,8 +245,8 @@ class SimpleSeedModel(SeedModel):
             continuation = continuation(self.task_dict[task][split][index])
         return str(continuation).strip()
 
-    def _options(self, request: Instance) -> Options:
-        options: Options = request.args[1]
+    def _options(self, request: Instance) -> JsonObject:
+        options: JsonObject = request.args[1]
         return options
 
     def _conversation(self, request: Instance) -> list[Message]:
@@ -265,13 +264,13 @@ def _edits(conversation: Sequence[Message]) -> bool:
     return not conversation[0].is_text
 
 
-def _ends(task_options: Options) -> str | Sequence[str]:
+def _ends(task_options: JsonObject) -> str | Sequence[str]:
     """Texts that end an answer."""
     ends: str | Sequence[str] = task_options.get("until") or ()
     return ends
 
 
-def generation_settings(task_options: Options) -> Options:
+def generation_settings(task_options: JsonObject) -> JsonObject:
     """A task's `generation_kwargs` as options of a system; greedy unless the task samples."""
     has_temperature = (task_options.get("temperature") or 0) > 0
     samples = bool(task_options.get("do_sample", has_temperature))

@@ -45,7 +45,7 @@ CAPTION = "a fox left of a tree"
 INABILITIES = (CheckpointError, CodesError, ConfigError, GenerationError, RequestError)
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".model")
 # Tolerances between processors.
-MIN_EQUAL_CODES = 0.9
+MAX_CODE_ERROR = 0.1
 MAX_FEATURE_ERROR = 0.02  # of the features' standard deviation
 MAX_THUMBNAIL_ERROR = 4.0  # of 255, on average
 THUMBNAIL = 16  # pixels a side
@@ -173,35 +173,32 @@ def compare(value: JsonObject, reference: JsonObject | None) -> str:
         return "none"
     if value == reference:
         return "equal"
-    if value.keys() != reference.keys():
-        return "differs: another kind of result"
-    if "codes" in value:
-        return _compare_codes(value["codes"], reference["codes"])
+    measured = None
+    if value.keys() == reference.keys():
+        measured = _error(value, reference)
+    if measured is None:
+        return f"differs: “{reference['text']}”" if "text" in reference else "differs"
+    error, limit, unit = measured
+    return f"{'close' if error <= limit else 'differs'}: {error:.3g} {unit} (limit {limit:g})"
+
+
+def _error(value: JsonObject, reference: JsonObject) -> tuple[float, float, str] | None:
+    """How far two results are apart, the limit and the unit; None: they have no distance."""
+    if "codes" in value and len(value["codes"]) == len(reference["codes"]):
+        differing = np.not_equal(value["codes"], reference["codes"])
+        return float(differing.mean()), MAX_CODE_ERROR, "of the codes"
     if "features" in value and value["shape"] == reference["shape"]:
         errors = np.abs(np.subtract(value["features"], reference["features"]))
         error = float(errors.mean()) / reference["std"]
-        return _within(error, MAX_FEATURE_ERROR, "of the deviation on average", 3)
+        return error, MAX_FEATURE_ERROR, "of the deviation on average"
     if "thumbnail" in value and value["size"] == reference["size"]:
         thumbnails = []
         for drawing in (value, reference):
             content = base64.b64decode(drawing["thumbnail"])
             thumbnails.append(np.frombuffer(content, np.uint8).astype(float))
         error = float(np.abs(thumbnails[0] - thumbnails[1]).mean())
-        return _within(error, MAX_THUMBNAIL_ERROR, "of 255 between thumbnails", 1)
-    if "text" in value:
-        return f"differs: “{reference['text']}”"
-    return "differs"
-
-
-def _compare_codes(codes: list[int], reference: list[int]) -> str:
-    n_equal = sum(code == expected for code, expected in zip(codes, reference, strict=False))
-    is_close = len(codes) == len(reference) and n_equal >= MIN_EQUAL_CODES * len(codes)
-    return f"{'close' if is_close else 'differs'}: {n_equal} of {len(reference)} codes are equal"
-
-
-def _within(error: float, limit: float, unit: str, digits: int) -> str:
-    kind = "close" if error <= limit else "differs"
-    return f"{kind}: {error:.{digits}f} {unit} (limit {limit:g})"
+        return error, MAX_THUMBNAIL_ERROR, "of 255 between thumbnails"
+    return None
 
 
 # ---- report
@@ -229,21 +226,21 @@ def report(
         name = portable_path(name)
     device = system.images.device
     conditions = circumstances(device)
-    dtype = str(next(system.images.model.parameters()).dtype).removeprefix("torch.")
-    memory = f"{peak_memory_mib(device) / 1024:.1f} GiB"
-    hardware = ", ".join(f"{name} {value}" for name, value in conditions["hardware"].items())
-    versions = ", ".join(f"{name} {value}" for name, value in conditions["versions"].items())
-    lines += [
-        "",
-        f"{name} on {device}, {dtype}; peak memory {memory}; {hardware}; {versions}; "
-        f"commit {conditions['commit'][:12]}, {conditions['date']}.",
-    ]
     record: JsonObject = {
         "model": name,
         "device": str(device),
-        "dtype": dtype,
+        "dtype": str(next(system.images.model.parameters()).dtype).removeprefix("torch."),
         "hardware": conditions["hardware"],
         "versions": conditions["versions"],
         "checks": {check.name: check.value for check in checks},
     }
+    details = [
+        f"{key} {value}" for part in ("hardware", "versions") for key, value in record[part].items()
+    ]
+    lines += [
+        "",
+        f"{name} on {device}, {record['dtype']}; peak memory "
+        f"{peak_memory_mib(device) / 1024:.1f} GiB; {', '.join(details)}; "
+        f"commit {conditions['commit'][:12]}, {conditions['date']}.",
+    ]
     return record, "\n".join(lines), n_differing

@@ -123,8 +123,8 @@ class FamilySpec:
         images: its function (config, placement) → `ImageCodec`.
         decoders: of training records, by name.
         evaluation: default options of the tasks of `seed eval`, by kind.
-        evaluators: evaluations that differ from the library's, by kind: classes of
-            `evaluation.tasks.Evaluation`, and for "tokenizer" of `evaluation.tokenizer`.
+        evaluators: evaluations that differ from the library's, by kind: subclasses of those in
+            `evaluation.benchmark.BENCHMARKS`, and for "tokenizer" of `evaluation.tokenizer`.
         trainings: by the name of their program.
         exports: what `seed export-tokenizer` reads, by its flag.
         starts: YAML file of what `seed init` makes (see there).

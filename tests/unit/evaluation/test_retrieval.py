@@ -66,13 +66,11 @@ def test_retrieval_of_a_caption_of_several_images():
     assert same["txt_r1"].value == same["img_r1"].value == 0.0
 
 
-@pytest.mark.parametrize("value", [float("nan"), float("inf")])
-def test_retrieval_refuses_embeddings_that_are_not_finite(value):
+def test_retrieval_refuses_embeddings_that_are_not_finite():
     # No text scores as high as NaN, so that recall would be perfect.
     captions = [["a"], ["b"]]
     features = torch.eye(2)
-    broken = torch.tensor([[1.0, 0.0], [value, 0.0]])
-    for images, texts in ((features, broken), (broken, features)):
+    for images, texts in ((features, features * float("nan")), (features * float("inf"), features)):
         with pytest.raises(DataError, match="not finite"):
             retrieval(images, encoder(captions, texts), captions)
 
