@@ -122,12 +122,16 @@ class BadRecords:
     """
 
     def __init__(
-        self, limit: int = 20, log: Callable[[str], None] | None = None, label: str = ""
+        self,
+        limit: int = 20,
+        log: Callable[[str], None] | None = None,
+        label: str = "",
+        counts: JsonObject | None = None,
     ) -> None:
         self.limit = limit
         self.log = log
         self.label = label
-        self.counts: JsonObject = {}
+        self.counts: JsonObject = {} if counts is None else counts
         self.in_a_row = 0
 
     @property
@@ -139,23 +143,24 @@ class BadRecords:
         """A usable record ends a row of bad ones."""
         self.in_a_row = 0
 
-    def add(self, error: Exception, location: str = "") -> None:
-        """Count a record with one of `RECORD_FAULTS`.
+    def add(self, error: Exception) -> None:
+        """As `broken`, for one of `RECORD_FAULTS`."""
+        self.broken(fault_name(error), str(error))
+
+    def broken(self, reason: str, message: str) -> None:
+        """Count a record that cannot be used.
 
         Raises DataError: as many in a row as the limit.
         """
-        message = str(error)
-        if location not in message:
-            message = f"{location}: {message}"
-        self.count(fault_name(error), message)
+        self.count(reason, message)
         self.in_a_row += 1
         if self.in_a_row >= self.limit:
             raise DataError(
                 f"{self.label}{self.in_a_row} records in a row cannot be used; the last: {message}"
-            ) from error
+            )
 
     def count(self, reason: str, message: str) -> None:
-        """Count a record, also one that is used in part."""
+        """Count a record that was left out on purpose, or used in part."""
         self.merge({reason: {"count": 1, "first": [message]}}, self.log)
 
     def merge(self, counts: RecordFields, log: Callable[[str], None] | None = None) -> None:

@@ -7,55 +7,53 @@ resumable.
             ...
         mine = batches.state()                       # position after the last batch, for JSON
 
-A chunk is what is read from a source at once: one record when packing, else the records of a padded
-micro-batch. Chunk n of a rank comes from a source that is chosen by (seed, n · world + rank), at
-this rank's next positions in the source's endless order. A rank's positions are runs of neighbours
-(`RunLayout`), so that ranks read different parts of the shards.
+Sources are drawn for what is delivered (`order.Order`): a packed sequence, or a padded micro-batch
+of usable records. The records of each source are read in their own order, ahead of their use.
 
 The state holds a few integers and the pieces not yet packed. With the same number of processes,
-rows after `restore` are bit-equal; with another number, pending chunks are distributed over the new
-ranks: no sample is lost or used twice.
+rows after `restore` are bit-equal; with another number, unread positions are distributed over the
+new ranks: no sample is lost or used twice.
 """
 
 from __future__ import annotations
 
-import itertools
 import time
-from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
-from contextlib import AbstractContextManager, closing
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from copy import deepcopy
-from dataclasses import dataclass, field, replace
-from functools import cached_property, partial
-from typing import Any, NamedTuple, Self
+from dataclasses import dataclass
+from functools import partial
+from itertools import chain
+from typing import Any, Self
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from seed_multimodal.data.formats.record import JsonObject
+from seed_multimodal.data.formats.record import BadRecords, JsonObject
 from seed_multimodal.data.stream.config import LlmDataSettings
 from seed_multimodal.data.stream.loader import load
 from seed_multimodal.data.stream.mixture import (
     BROKEN,
-    REPAIRED,
-    TOO_LONG,
     Mixture,
     Piece,
     ReadResult,
-    add_skipped,
     merge_counts,
 )
+from seed_multimodal.data.stream.order import Chunks, Span, share, unread
 from seed_multimodal.data.stream.packing import best_fit, make_row
 from seed_multimodal.data.stream.views import BatchViews, join_views, on_device
-from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 from seed_multimodal.settings import changed_settings
 
-CHUNKS_PER_JOB = {True: 128, False: 8}  # read by a worker at once, by `packing`
-CHUNKS_PER_JOB_WITH_PIXELS = {True: 8, False: 1}
+RECORDS_PER_JOB = 128  # read by a worker at once
+PIXEL_RECORDS_PER_JOB = 8  # with images
 LOOK_AHEAD = 2  # rows of tokens that packing selects from
 State = Mapping[str, Any]
+Job = tuple[int, list[Span]]  # source and positions
 
 
 @dataclass
@@ -78,227 +76,6 @@ class LlmBatch:
     def to(self, device: str | torch.device) -> Self:
         """Copy the batch to a device."""
         return on_device(self, device)
-
-
-class ChunkRange(NamedTuple):
-    """Neighbouring chunks of a source."""
-
-    source: int
-    start: int  # position of the first record
-    pieces: list[int] | None = None  # pieces of its record to use; None: all
-    size: int = 1  # number of chunks
-
-
-ReadChunk = tuple[ChunkRange, list[ReadResult]]  # a single chunk, and its records
-
-
-@dataclass(frozen=True)
-class RunLayout:
-    """Positions of all ranks' chunks of one source: runs of `length` neighbouring chunks, rank
-    after rank.
-
-    Before the end of the data, where no full round of runs is left, each rank's run is a single
-    chunk.
-    """
-
-    source: int
-    first: int  # position of the first chunk
-    limit: int  # position of the end of the data
-    rows: int  # positions of a chunk
-    length: int
-    world: int
-
-    @cached_property
-    def full(self) -> int:
-        """Chunks of a rank in full rounds of runs."""
-        n_chunks = -(-max(0, self.limit - self.first) // self.rows)
-        return n_chunks // (self.world * self.length) * self.length
-
-    def start(self, count: int, rank: int) -> int:
-        """First position of a rank's chunk number `count`."""
-        if count < self.full:
-            run, offset = divmod(count, self.length)
-            chunk = (run * self.world + rank) * self.length + offset
-        else:
-            chunk = count * self.world + rank
-        return self.first + chunk * self.rows
-
-    def end_of_round(self, count: int) -> int:
-        """The number of chunks of a rank up to the end of its current run."""
-        return count if count >= self.full else -(-count // self.length) * self.length
-
-    def between(self, rank: int, count: int, end: int) -> list[ChunkRange]:
-        """A rank's chunks from number `count` to `end`, neighbouring ones as one range."""
-        ranges = []
-        while count < end:
-            remaining = self.length - count % self.length if count < self.full else 1
-            size = min(remaining, end - count)
-            start = self.start(count, rank)
-            if start < self.limit:
-                ranges.append(ChunkRange(self.source, start, None, size))
-            count += size
-        return ranges
-
-
-@dataclass
-class SourceCursor:
-    """A rank's position in the chunks of one source.
-
-    pending: chunks left by another number of processes, read before the regular ones.
-    """
-
-    runs: RunLayout
-    rank: int
-    count: int = 0  # regular chunks so far
-    taken: int = 0  # pending chunks so far
-    pending: list[ChunkRange] = field(default_factory=list)
-
-    def next_chunk(self) -> ChunkRange | None:
-        """The next chunk; None: the source is exhausted."""
-        if self.pending:
-            return self.pending[0]._replace(size=1)
-        start = self.runs.start(self.count, self.rank)
-        return ChunkRange(self.runs.source, start) if start < self.runs.limit else None
-
-    def advance(self) -> None:
-        """Pass the next chunk."""
-        if not self.pending:
-            self.count += 1
-            return
-        first, *remaining = self.pending
-        self.taken += 1
-        if first.size > 1:
-            start = first.start + self.runs.rows
-            remaining.insert(0, ChunkRange(first.source, start, None, first.size - 1))
-        self.pending = remaining
-
-
-class ChunkOrder:
-    """The chunks of one rank; `cursors` has its position in each source."""
-
-    def __init__(self, mixture: Mixture, rank: int, world: int) -> None:
-        self.mixture = mixture
-        self.rank = rank
-        self.world = world
-        self.begin([0] * len(mixture.sizes))
-
-    def begin(self, firsts: Sequence[int]) -> None:
-        """Start the regular chunks of the sources at these positions."""
-        self.cursors = [
-            SourceCursor(runs, self.rank) for runs in _run_layouts(self.mixture, firsts, self.world)
-        ]
-
-    def following(self) -> Iterator[ChunkRange]:
-        """The chunks to come, until all sources are exhausted."""
-        # Copies, because only `take` advances this order: chunks are read ahead.
-        cursors = [replace(cursor) for cursor in self.cursors]
-        chunks = [cursor.next_chunk() for cursor in cursors]
-        totals = [cursor.count + cursor.taken for cursor in cursors]
-
-        # Chunks of all ranks and sources are numbered, so that no two ranks use the same random
-        # number.
-        n_chunks = sum(cursor.runs.first for cursor in cursors) + sum(totals)
-        while True:
-            available = [chunk is not None for chunk in chunks]
-            index = n_chunks * self.world + self.rank
-            source = self.mixture.choose_source(totals, available, index)
-            if source is None:
-                return
-            chunk = chunks[source]
-            assert chunk is not None
-            yield chunk
-            cursors[source].advance()
-            chunks[source] = cursors[source].next_chunk()
-            totals[source] += 1
-            n_chunks += 1
-
-    def take(self, chunk: ChunkRange) -> None:
-        """Pass the next chunk of `following`."""
-        self.cursors[chunk.source].advance()
-
-    def state(self) -> dict[str, list[Any]]:
-        """The position, JSON-serializable; each list but `left` has one entry for each source."""
-        left = itertools.chain.from_iterable(cursor.pending for cursor in self.cursors)
-        return {
-            "firsts": [cursor.runs.first for cursor in self.cursors],
-            "counts": [cursor.count for cursor in self.cursors],
-            "taken": [cursor.taken for cursor in self.cursors],
-            "left": [list(chunks) for chunks in left],
-        }
-
-    def restore(self, state: State) -> None:
-        """Resume from this rank's state."""
-        self.begin(state["firsts"])
-        for cursor, count, taken in zip(self.cursors, state["counts"], state["taken"], strict=True):
-            cursor.count = count
-            cursor.taken = taken
-        for saved in state["left"]:
-            chunks = ChunkRange(*saved)
-            self.cursors[chunks.source].pending.append(chunks)
-
-    def redistribute(self, states: Sequence[State]) -> None:
-        """Resume from the states of another number of processes.
-
-        Pieces that were not packed, and chunks of the runs that were begun but not read, are
-        distributed over the ranks.
-        """
-        firsts: list[int] = []
-        shares: list[list[ChunkRange]] = []
-        for runs in _run_layouts(self.mixture, states[0]["firsts"], len(states)):
-            # 1. What earlier changes of the number of processes left, and the unread part of each
-            #    rank's current run. The new ranks' runs start behind the longest.
-            source = runs.source
-            end = runs.end_of_round(max(state["counts"][source] for state in states))
-            ranges: list[ChunkRange] = []
-            waiting: list[tuple[int, int]] = []  # position and index of pieces not packed
-            for rank, state in enumerate(states):
-                ranges += [ChunkRange(*saved) for saved in state["left"] if saved[0] == source]
-                ranges += runs.between(rank, state["counts"][source], end)
-                waiting += [tuple(piece[1:]) for piece in state["waiting"] if piece[0] == source]
-
-            # 2. Pieces that were read but not packed, by their record.
-            for start, pieces in itertools.groupby(sorted(waiting), lambda piece: piece[0]):
-                ranges.append(ChunkRange(source, start, [index for _, index in pieces]))
-
-            # 3. This rank's share.
-            ranges.sort(key=lambda chunk: chunk.start)
-            shares.append(_share(ranges, runs.rows, self.rank, self.world))
-            firsts.append(runs.start(end, 0))
-        self.begin(firsts)
-        for cursor, share in zip(self.cursors, shares, strict=True):
-            cursor.pending = share
-
-
-def _run_layouts(mixture: Mixture, firsts: Sequence[int], world: int) -> list[RunLayout]:
-    """The positions of each source's chunks."""
-    return [
-        RunLayout(
-            source.index,
-            first,
-            source.limit,
-            source.rows,
-            source.run_length(world),
-            world,
-        )
-        for source, first in zip(mixture.sources, firsts, strict=True)
-    ]
-
-
-def _share(ranges: Sequence[ChunkRange], rows: int, rank: int, world: int) -> list[ChunkRange]:
-    """A rank's share of chunks, neighbouring ones together; `rows`: positions of a chunk."""
-    total = sum(chunks.size for chunks in ranges)
-    begin = total * rank // world
-    end = total * (rank + 1) // world
-    share = []
-    n_before = 0  # chunks before this range
-    for chunks in ranges:
-        skipped = max(0, begin - n_before)
-        stop = min(chunks.size, end - n_before)
-        if skipped < stop:
-            start = chunks.start + skipped * rows
-            share.append(ChunkRange(chunks.source, start, chunks.pieces, stop - skipped))
-        n_before += chunks.size
-    return share
 
 
 class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
@@ -327,25 +104,22 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         self.mixture = Mixture(settings, tokenizer)
         self.mixture.check_usable()
         self.pad_id = tokenizer.pad_token_id
-        self.order = ChunkOrder(self.mixture, rank, world)
-        self.broken = [0] * len(settings.sources)  # consecutive broken records per source
+        self.order = self.mixture.order
+        self.chunks = self.order.chunks(rank, world)  # what this rank has yet to use
+        self.delivered = [0] * len(settings.sources)  # sequences or micro-batches of each source
+        self.skipped = [
+            BadRecords(settings.max_bad_in_a_row, log, f"source {source.name}: ")
+            for source in settings.sources
+        ]
         self.waiting: list[Piece] = []  # look-ahead of packing, oldest first
         self.positions = 0
         # Counts of each source, see `report`.
         self.sources: list[JsonObject] = [
-            {"sequences": 0, "tokens": 0, "draws": 0, "skipped": {}} for _ in settings.sources
+            {"sequences": 0, "tokens": 0, "draws": 0, "skipped": skipped.counts}
+            for skipped in self.skipped
         ]
         self.wait_seconds = 0.0  # time spent in `next`
-        self._chunks: Generator[ReadChunk, None, None] | None = None  # None: workers are stopped
-
-    def _load_chunks(self) -> Generator[ReadChunk, None, None]:
-        """The chunks to come, read by the workers; `close` stops them."""
-        has_pixels = any(source.reader for source in self.mixture.sources)
-        sizes = CHUNKS_PER_JOB_WITH_PIXELS if has_pixels else CHUNKS_PER_JOB
-        jobs = _jobs(self.order.following(), sizes[self.settings.packing])
-        with closing(load(partial(_read_job, self.mixture), jobs, self.workers)) as results:
-            for chunks in results:
-                yield from chunks
+        self._reader: RecordQueues | None = None  # None: workers are stopped
 
     def __next__(self) -> LlmBatch:
         """The next batch; ranks may end some steps apart.
@@ -356,7 +130,7 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         if self.settings.packing:
             rows = [self._packed_row() for _ in range(self.settings.rows)]
         else:
-            rows = [[piece] for piece in self._next_usable_chunk()]
+            rows = [[piece] for piece in self._next_unit()]
         if not any(rows):
             raise StopIteration
         batch = self._batch(rows)
@@ -365,41 +139,44 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
 
     def close(self) -> None:
         """Stop the workers; the next batch starts new ones."""
-        if self._chunks is not None:
-            self._chunks.close()
-        self._chunks = None
+        if self._reader is not None:
+            self._reader.close()
+        self._reader = None
 
     def __exit__(self, *error: object) -> None:
         self.close()
 
-    def _next_chunk(self) -> list[Piece] | None:
-        """The sequences of the next chunk; None at the end of the data."""
-        if self._chunks is None:
-            self._chunks = self._load_chunks()
-        chunk, results = next(self._chunks, (None, []))
-        if chunk is None:
-            return None
-        self.order.take(chunk)
-        pieces = []
-        for result in results:
-            self._count(chunk.source, result)
-            for piece in result.pieces:
-                if chunk.pieces is None or piece.index in chunk.pieces:
-                    pieces.append(piece)
+    def _next_unit(self) -> list[Piece]:
+        """The sequences of the next record or padded micro-batch; empty at the end of the data."""
+        while True:
+            number = sum(self.delivered) * self.world + self.rank
+            available = [chunks.next_span() is not None for chunks in self.chunks]
+            source = self.order.choose(number, self.delivered, available)
+            if source is None:
+                return []
+            pieces = self._usable_records(source)
+            if pieces:
+                self.delivered[source] += 1
+                return pieces
 
-        # Pixels from workers are copied, since each shared tensor keeps a file open.
-        if self.workers:
-            for piece in pieces:
-                if piece.views is not None:
-                    piece.views.pixels = piece.views.pixels.clone()
+    def _usable_records(self, source: int) -> list[Piece]:
+        """The sequences of the next usable records of a source: one, or the rows of a micro-batch.
+
+        Fewer at the source's end.
+        """
+        if self._reader is None:
+            self._reader = RecordQueues(self.mixture, self.chunks, self.workers)
+        pieces: list[Piece] = []
+        n_usable = 0
+        while n_usable < self.mixture.sources[source].rows:
+            result = self._reader.next(source)
+            if result is None:
+                break
+            self.chunks[source].take()
+            self._count(source, result)
+            pieces += result.pieces
+            n_usable += bool(result.pieces)
         return pieces
-
-    def _next_usable_chunk(self) -> list[Piece]:
-        """The sequences of the next chunk that has any; empty at the end of the data."""
-        pieces = self._next_chunk()
-        while pieces is not None and not pieces:
-            pieces = self._next_chunk()
-        return pieces or []
 
     def _packed_row(self) -> list[Piece]:
         """The sequences of the next row, oldest first; empty at the end of the data."""
@@ -407,8 +184,8 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         length = self.settings.length
         tokens = sum(map(len, self.waiting))
         while tokens < LOOK_AHEAD * length:
-            pieces = self._next_chunk()
-            if pieces is None:
+            pieces = self._next_unit()
+            if not pieces:
                 break
             self.waiting += pieces
             tokens += sum(map(len, pieces))
@@ -425,7 +202,7 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
     def _batch(self, rows: list[list[Piece]]) -> LlmBatch:
         """The batch of B rows of pieces."""
         packing = self.settings.packing
-        pieces = list(itertools.chain.from_iterable(rows))
+        pieces = list(chain.from_iterable(rows))
         lengths = list(map(len, pieces))
         for piece in pieces:
             counts = self.sources[piece.source]
@@ -466,24 +243,17 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
 
         Raises DataError: too many consecutive broken records.
         """
-        counts = self.sources[source]
-        counts["draws"] += 1
+        self.sources[source]["draws"] += 1
+        skipped = self.skipped[source]
         if result.pieces:
-            self.broken[source] = 0
+            skipped.usable()
         note = result.note
         if note is None:
             return
-        name = self.settings.sources[source].name
-        is_listed = add_skipped(counts["skipped"], note.reason, 1, [note.location])
-        if is_listed and self.log:
-            action = "" if note.kind in (TOO_LONG, REPAIRED) else "skipped: "
-            self.log(f"{name}: {action}{note.reason}: {note.location}")
-        self.broken[source] += note.kind == BROKEN
-        if self.broken[source] >= self.settings.max_bad_in_a_row:
-            raise DataError(
-                f"{self.broken[source]} consecutive records of source {name} are broken, "
-                f"the last: {note.location}"
-            )
+        if note.kind == BROKEN:
+            skipped.broken(note.reason, note.location)
+        else:
+            skipped.count(note.reason, note.location)
 
     def report(self) -> JsonObject:
         """Counts of this rank: `{"positions", "tokens", "sources": {name: counts}}`.
@@ -506,9 +276,12 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
             "rank": self.rank,
             "world": self.world,
             "data": self._fingerprint(),
-            **self.order.state(),
+            "firsts": [chunks.first for chunks in self.chunks],
+            "counts": [chunks.count for chunks in self.chunks],
+            "left": [chunks.left for chunks in self.chunks],
+            "delivered": list(self.delivered),
             "waiting": [[piece.source, piece.position, piece.index] for piece in self.waiting],
-            "broken": list(self.broken),
+            "broken": [skipped.in_a_row for skipped in self.skipped],
             "positions": self.positions,
             "sources": deepcopy(self.sources),
         }
@@ -522,11 +295,12 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         states = sorted(states, key=lambda state: int(state["rank"]))
         self._check_states(states)
 
-        # 1. The order, and the look-ahead of the same number of ranks.
+        # 1. The positions, and the look-ahead of the same number of ranks.
+        self.close()
         if len(states) == self.world:
             self._restore_own(states[self.rank])
         else:
-            self.order.redistribute(states)
+            self._redistribute(states)
 
         # 2. Counts: each saved rank's go to one of the new ranks.
         counted = states[self.rank :: self.world]
@@ -534,7 +308,6 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         for state in counted:
             for counts, saved in zip(self.sources, state["sources"], strict=True):
                 merge_counts(counts, saved)
-        self.close()
 
     def _check_states(self, states: Sequence[State]) -> None:
         """Raise ConfigError: missing states, or other data or settings."""
@@ -550,8 +323,10 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
 
     def _restore_own(self, state: State) -> None:
         """Resume from this rank's state; the pieces that were not packed are read again."""
-        self.order.restore(state)
-        self.broken = list(state["broken"])
+        self.chunks = self._saved_chunks(state)
+        self.delivered = list(state["delivered"])
+        for skipped, in_a_row in zip(self.skipped, state["broken"], strict=True):
+            skipped.in_a_row = in_a_row
 
         pieces: dict[tuple[int, int], list[Piece]] = {}  # by source and position
         self.waiting = []
@@ -560,6 +335,40 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
                 pieces[source, position] = self.mixture.sources[source].read(position).pieces
             # A record that cannot be read any more has none.
             self.waiting += pieces[source, position][index : index + 1]
+
+    def _redistribute(self, states: Sequence[State]) -> None:
+        """Resume from the states of another number of ranks: what they have not used is divided."""
+        before = [self._saved_chunks(state) for state in states]
+        waiting: dict[tuple[int, int], list[int]] = {}  # pieces by source and position
+        for state in states:
+            for source, position, index in state["waiting"]:
+                waiting.setdefault((source, position), []).append(index)
+
+        firsts = []
+        shares = []
+        for source in range(len(self.chunks)):
+            read = [
+                Span(position, position + 1, pieces)
+                for (piece_source, position), pieces in waiting.items()
+                if piece_source == source
+            ]
+            first, spans = unread([chunks[source] for chunks in before], read)
+            firsts.append(first)
+            shares.append(share(spans, self.rank, self.world))
+        self.chunks = self.order.chunks(self.rank, self.world, firsts)
+        for chunks, spans in zip(self.chunks, shares, strict=True):
+            chunks.left = spans
+        # Equal in all ranks, whose units are numbered together.
+        counts = np.sum([state["delivered"] for state in states], axis=0)
+        self.delivered = (counts // self.world).tolist()
+
+    def _saved_chunks(self, state: State) -> list[Chunks]:
+        """The positions of the rank that saved a state."""
+        saved = self.order.chunks(state["rank"], state["world"], state["firsts"])
+        for chunks, count, left in zip(saved, state["counts"], state["left"], strict=True):
+            chunks.count = count
+            chunks.left = [Span(*span) for span in left]
+        return saved
 
     def _fingerprint(self) -> JsonObject:
         """Settings that must not change on resume; weights may."""
@@ -579,14 +388,78 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         return fingerprint
 
 
-def _jobs(chunks: Iterator[ChunkRange], size: int) -> Iterator[list[ChunkRange]]:
-    """Up to `size` chunks for each job of a worker."""
-    job = list(itertools.islice(chunks, size))
-    while job:
-        yield job
-        job = list(itertools.islice(chunks, size))
+class RecordQueues:
+    """The records of each source, in order, which workers read ahead of their use.
+
+    The order in which sources are read ahead changes no result, only how long `next` waits.
+    """
+
+    def __init__(self, mixture: Mixture, chunks: Sequence[Chunks], workers: int) -> None:
+        self.mixture = mixture
+        self.workers = workers
+        self.unread = deepcopy(list(chunks))
+        self.queues: list[deque[ReadResult]] = [deque() for _ in chunks]
+        # Of each source: records that are read or being read, and those used so far.
+        self.n_ahead = [0] * len(chunks)
+        self.n_used = [1] * len(chunks)
+        self.n_usable = [1] * len(chunks)
+        self.wanted = 0  # source of the record that is waited for
+        self.weights = mixture.order.weights
+        if mixture.order.turns != "sample":
+            self.weights = [1.0] * len(chunks)
+        has_pixels = any(source.reader for source in mixture.sources)
+        self.job_size = PIXEL_RECORDS_PER_JOB if has_pixels else RECORDS_PER_JOB
+        self.results = load(partial(_read_job, mixture), self._jobs(), workers)
+
+    def next(self, source: int) -> ReadResult | None:
+        """The next record of a source; None: there is none."""
+        queue = self.queues[source]
+        while not queue:
+            self.wanted = source
+            if not self.n_ahead[source] and self.unread[source].next_span() is None:
+                return None
+            job_source, results = next(self.results)
+            # Pixels from workers are copied, since each shared tensor keeps a file open.
+            if self.workers:
+                for piece in chain.from_iterable(result.pieces for result in results):
+                    if piece.views is not None:
+                        piece.views.pixels = piece.views.pixels.clone()
+            self.queues[job_source] += results
+        result = queue.popleft()
+        self.n_ahead[source] -= 1
+        self.n_used[source] += 1
+        self.n_usable[source] += bool(result.pieces)
+        return result
+
+    def close(self) -> None:
+        """Stop the workers."""
+        self.results.close()
+
+    def _jobs(self) -> Iterator[Job]:
+        """Jobs of the workers, until all sources are read."""
+        while True:
+            sources = [
+                source
+                for source, chunks in enumerate(self.unread)
+                if chunks.next_span() is not None
+            ]
+            if not sources:
+                return
+            source = min(sources, key=self._supply)
+            if self.wanted in sources and not self.n_ahead[self.wanted]:
+                source = self.wanted
+            spans = self.unread[source].take_all(self.job_size)
+            self.n_ahead[source] += sum(span.size for span in spans)
+            yield source, spans
+
+    def _supply(self, source: int) -> tuple[float, float]:
+        """How long the records of a source last that were read ahead; of equals, the most used."""
+        share_of_usable = self.n_usable[source] / self.n_used[source]
+        need = self.weights[source] * self.mixture.sources[source].rows / share_of_usable
+        return self.n_ahead[source] / need, -need
 
 
-def _read_job(mixture: Mixture, chunks: list[ChunkRange]) -> list[ReadChunk]:
-    """A worker's job: the records of its chunks."""
-    return [(chunk, mixture.read_chunk(chunk.source, chunk.start)) for chunk in chunks]
+def _read_job(mixture: Mixture, job: Job) -> tuple[int, list[ReadResult]]:
+    """A worker's job: the records at some positions of a source."""
+    source, spans = job
+    return source, list(chain.from_iterable(mixture.read(source, span) for span in spans))

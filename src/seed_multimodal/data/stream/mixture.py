@@ -1,5 +1,4 @@
-"""Mixture of an LLM's training sources: selection of a source for each chunk, sequences by
-position.
+"""Mixture of an LLM's training sources: sequences by source and position.
 
 Positions run through a source's epochs endlessly; randomness in decoding is determined by (seed,
 source, position).
@@ -8,7 +7,6 @@ source, position).
 from __future__ import annotations
 
 import zlib
-from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
@@ -18,9 +16,17 @@ import numpy as np
 from seed_multimodal.data.decoders import get_decoder, opens_images
 from seed_multimodal.data.decoders.base import SeededRandom, TrainingSequence
 from seed_multimodal.data.decoders.features import FeatureDecoder, ImageSequence
-from seed_multimodal.data.formats.record import RECORD_FAULTS, JsonObject, RecordFields, bad_values
+from seed_multimodal.data.formats.record import (
+    RECORD_FAULTS,
+    BadRecords,
+    JsonObject,
+    RecordFields,
+    bad_values,
+    fault_name,
+)
 from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.stream.config import LlmDataSettings
+from seed_multimodal.data.stream.order import Order, Span
 from seed_multimodal.data.stream.packing import split_long
 from seed_multimodal.data.stream.sampler import EpochOrder, even_block
 from seed_multimodal.data.stream.views import ImageReader, SequenceViews
@@ -29,20 +35,16 @@ from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 
 USABLE_WITHIN = 100  # records tried before a source is rejected
-ENDLESS = 2**62
-RUNS_PER_EPOCH = 4  # of each rank, at least
 SPLIT_DECODERS = ("pretrain.text", "pretrain.interleaved")
 BROKEN = "broken"
 DROPPED = "dropped"
 TOO_LONG = "too long"
 REPAIRED = "repaired"
-LISTED_RECORDS = 5  # per skip reason
 _TOO_LONG_REASONS = {
     "skip": "too long, skipped",
     "truncate": "too long, cut",
     "split": "too long, split",
 }
-_64_BITS = (1 << 64) - 1
 
 
 class SkippedRecord(NamedTuple):
@@ -78,7 +80,7 @@ class ReadResult(NamedTuple):
 def _broken_record(error: Exception, location: str) -> SkippedRecord:
     """A broken record, by the error of reading or decoding it."""
     message = str(error) if str(error).startswith(location) else f"{location}: {error}"
-    return SkippedRecord(BROKEN, getattr(error, "kind", "broken record"), message)
+    return SkippedRecord(BROKEN, fault_name(error), message)
 
 
 class DecodedRecord(NamedTuple):
@@ -127,11 +129,6 @@ class OpenedSource:
         """Records of an epoch; the first use indexes the files. Raises DataError: not readable."""
         return len(self.records)
 
-    @property
-    def limit(self) -> int:
-        """Positions of all cycles."""
-        return (self.settings.cycles or ENDLESS) * self.size
-
     @cached_property
     def order(self) -> EpochOrder:
         """The order of the records; those of a single shard are shuffled among each other."""
@@ -140,13 +137,6 @@ class OpenedSource:
             return EpochOrder(self.size, self.seed)
         block = even_block(self.size)
         return EpochOrder(self.size, self.seed, shard_sizes=shard_sizes, block=block)
-
-    def run_length(self, world: int) -> int:
-        """Neighbouring chunks of a rank: about a shuffled block, so that few ranks read the same
-        data.
-        """
-        longest = self.size // (RUNS_PER_EPOCH * world * self.rows)
-        return max(1, min(self.order.block_size // self.rows, longest))
 
     def decode(
         self, index: int, rng: SeededRandom, max_length: int | None = None
@@ -220,48 +210,33 @@ class OpenedSource:
 
 
 class Mixture:
-    """The opened sources of an LLM's data, and the selection of one for each chunk."""
+    """The opened sources of an LLM's data."""
 
     def __init__(self, settings: LlmDataSettings, tokenizer: TextTokenizer) -> None:
         """Raises ConfigError: unknown decoder or option; DataError: missing or unreadable files."""
         self.settings = settings
-        self.weights = settings.sampling_weights()
         self.sources = [
             OpenedSource(settings, index, tokenizer) for index in range(len(settings.sources))
         ]
         # The files are indexed here, before workers are forked.
-        self.sizes = [source.size for source in self.sources]
+        self.order = Order(
+            settings.sampling_weights(),
+            [source.size for source in self.sources],
+            settings.seed,
+            [source.settings.cycles for source in self.sources],
+            [source.order.block_size for source in self.sources],
+            settings.concat_type,
+        )
 
-    def read_chunk(self, source: int, start: int) -> list[ReadResult]:
-        """The records of a chunk; fewer at the end of a source's cycles."""
-        opened = self.sources[source]
-        end = min(start + opened.rows, opened.limit)
-        return [opened.read(position) for position in range(start, end)]
-
-    def choose_source(
-        self, counts: Sequence[int], available: Sequence[bool], index: int
-    ) -> int | None:
-        """The source of chunk `index`; None: none is available.
-
-        counts: chunks of each source before this one.
-        available: sources that are not exhausted.
-        """
-        candidates = [source for source, is_available in enumerate(available) if is_available]
-        if not candidates:
-            return None
-        if self.settings.concat_type == "concat":
-            return candidates[0]
-        if self.settings.concat_type == "mux_longest":
-            return min(candidates, key=lambda source: counts[source])  # the first of the rarest
-
-        # Weighted sampling: walk along the weights to a random point.
-        total = sum(self.weights[source] for source in candidates)
-        point = uniform(self.settings.seed, index) * total
-        for source in candidates:
-            point -= self.weights[source]
-            if point < 0:
-                return source
-        return candidates[-1]
+    def read(self, source: int, span: Span) -> list[ReadResult]:
+        """The records at some positions of a source."""
+        results = []
+        for position in range(span.start, span.stop):
+            pieces, note = self.sources[source].read(position)
+            if span.pieces is not None:
+                pieces = [piece for piece in pieces if piece.index in span.pieces]
+            results.append(ReadResult(pieces, note))
+        return results
 
     def check_usable(self) -> None:
         """Raise DataError if none of a source's first records is usable."""
@@ -278,29 +253,10 @@ class Mixture:
             )
 
 
-def uniform(seed: int, index: int) -> float:
-    """A float in [0, 1) determined by two integers (SplitMix64 mixing)."""
-    state = seed & _64_BITS
-    for value in (index, 0x5EED):
-        state = ((state ^ value) + 0x9E3779B97F4A7C15) & _64_BITS
-        state = ((state ^ (state >> 30)) * 0xBF58476D1CE4E5B9) & _64_BITS
-        state = ((state ^ (state >> 27)) * 0x94D049BB133111EB) & _64_BITS
-        state ^= state >> 31
-    return (state >> 11) / (1 << 53)
-
-
 def merge_counts(into: JsonObject, counts: RecordFields) -> None:
     """Add a source's counts from another process or run."""
-    for reason, skipped in counts["skipped"].items():
-        add_skipped(into["skipped"], reason, skipped["count"], skipped["first"])
+    skipped = BadRecords(counts=into["skipped"])
+    skipped.merge(counts["skipped"])
     for key in into:
         if key != "skipped":
             into[key] += counts[key]
-
-
-def add_skipped(group: JsonObject, reason: str, count: int, locations: list[str]) -> bool:
-    """Count skipped records and list the first few; returns whether one was added to the list."""
-    before = group.get(reason, {"count": 0, "first": []})
-    listed = [*dict.fromkeys([*before["first"], *locations])][:LISTED_RECORDS]
-    group[reason] = {"count": before["count"] + count, "first": listed}
-    return len(listed) > len(before["first"])

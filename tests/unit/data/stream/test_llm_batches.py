@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from data_files import lines
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,8 +23,8 @@ from seed_multimodal.errors import ConfigError
 
 pytestmark = pytest.mark.filterwarnings("ignore:This DataLoader will create")  # few cores
 # max_length and batch_size of padded micro-batches
-SIZES = {"captions": (48, 6), "documents": (80, 3), "texts": (70, 5)}
-RECORDS = [*range(66), *range(1000, 1030), *range(2000, 2035)]
+SIZES = {"captions": (48, 6), "documents": (80, 3), "texts": (70, 5), "filtered": (48, 4)}
+RECORDS = [*range(66), *range(1000, 1030), *range(2000, 2035), *range(3000, 3050, 5)]
 
 
 def same(left: LlmBatch, right: LlmBatch) -> bool:
@@ -41,13 +42,17 @@ def saved(batches: LlmBatches) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def read_settings(mixed: Callable) -> Callable[..., LlmDataSettings]:
-    """`read_settings(packing, cycles, **settings)`: the three sets, padded in micro-batches of
-    their own sizes.
+def read_settings(mixed: Callable, tmp_path_factory) -> Callable[..., LlmDataSettings]:
+    """`read_settings(packing, cycles, **settings)`: the three sets, and one of which four of five
+    records are dropped, padded in micro-batches of their own sizes.
     """
+    texts = [{"text": "" if n % 5 else f"number {n}"} for n in range(3000, 3050)]
+    path = lines(tmp_path_factory.mktemp("filtered") / "a.jsonl", texts)
+    filtered = {"name": "filtered", "files": str(path), "decoder": "pretrain.text", "weight": 2}
 
     def make(packing: bool, cycles: tuple[int, ...] = (), **options: Any) -> LlmDataSettings:
         config = mixed(packing=packing, **options)
+        config["sources"].append(dict(filtered))
         for source in config["sources"]:
             source["max_length"], source["batch_size"] = SIZES[source["name"]]
         for source, count in zip(config["sources"], cycles, strict=False):
@@ -90,7 +95,7 @@ def test_next_padded(read_settings, tokenizer, record_numbers):
         assert batch.position_ids.tolist() == [list(range(length))] * size
         assert (batch.tokens, batch.sequences) == (int(batch.attention_mask.sum()), size)
         kinds[kind] += 1
-    assert set(kinds) == {0, 1, 2}
+    assert set(kinds) == {0, 1, 2, 3}
     cut = batches.report()["sources"]["documents"]["skipped"]["too long, cut"]
     assert cut["count"] > 3
     assert "documents/0000000.tar: sample" in cut["first"][0]
@@ -101,7 +106,7 @@ def test_next_padded(read_settings, tokenizer, record_numbers):
 @given(st.booleans(), st.integers(1, 2), st.integers(0, 90))
 def test_restore_continues_exactly(read_settings, tokenizer, packing, world, stop):
     # Stopped anywhere, also behind the end, a rank reads what it would have read.
-    options = read_settings(packing, (1, 2, 1), too_long="truncate")
+    options = read_settings(packing, (1, 2, 1, 1), too_long="truncate")
     straight, first, second = (
         LlmBatches(options, tokenizer, rank=world - 1, world=world) for _ in range(3)
     )
@@ -131,7 +136,7 @@ def test_restore_in_any_number_of_processes(
     read_settings, tokenizer, record_numbers, packing, phases, last_world
 ):
     # Over all changes of the number of processes each record is used as often as its cycles.
-    options = read_settings(packing, (1, 2, 1), too_long="truncate")
+    options = read_settings(packing, (1, 2, 1, 1), too_long="truncate")
     reads = Counter[int]()
     states: list[dict[str, Any]] = []
     for world, steps in [*phases, (last_world, 1000)]:
@@ -143,7 +148,7 @@ def test_restore_in_any_number_of_processes(
             for batch in itertools.islice(batches, steps + batches.rank):
                 reads.update(record_numbers(batch))
         states = [saved(batches) for batches in ranks]
-    assert reads == {number: (1, 2, 1)[number // 1000] for number in RECORDS}
+    assert reads == {number: (1, 2, 1, 1)[number // 1000] for number in RECORDS}
     counted = sum(counts["sequences"] for state in states for counts in state["sources"])
     assert counted == reads.total()
 
@@ -189,9 +194,9 @@ def test_restore_with_other_data(mixed, tokenizer):
 
 
 @pytest.mark.parametrize("packing", [True, False])
-def test_held_out_data_is_read_once(mixed, tokenizer, record_numbers, packing):
+def test_held_out_data_is_read_once(read_settings, tokenizer, record_numbers, packing):
     # By any number of processes, whatever the cycles of its sources: else a loss is biased.
-    options = read_once(read_data_settings(mixed(packing=packing)))
+    options = read_once(read_settings(packing))
     learned = set()
     for world in (1, 2, 3):
         ranks = [LlmBatches(options, tokenizer, rank=rank, world=world) for rank in range(world)]

@@ -62,6 +62,27 @@ def test_weights_count_micro_batches(mixed, tokenizer, packing):
         assert count / sum(counts) == pytest.approx(share, abs=0.1)
 
 
+@pytest.mark.process
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("packing", [True, False])
+def test_weights_hold_whatever_is_dropped(tmp_path, tokenizer, packing, workers):
+    # As in the original, where filters are before batches: 1 : 1, in full micro-batches.
+    sources = []
+    for name, is_kept in (("clean", lambda n: True), ("filtered", lambda n: n % 10 < 3)):
+        texts = [{"text": f"number {n}" if is_kept(n) else ""} for n in range(500)]
+        path = str(lines(tmp_path / f"{name}.jsonl", texts))
+        source = {"name": name, "files": path, "decoder": "pretrain.text"}
+        sources.append({**source, "batch_size": 8, "max_length": 40})
+    config = {"sources": sources, "packing": packing, "length": 128}
+    with LlmBatches(read_data_settings(config), tokenizer, workers=workers) as batches:
+        sizes = {len(batch.input_ids) for batch in itertools.islice(batches, 300)}
+        report = batches.report()["sources"]
+    assert sizes == {1 if packing else 8}
+    clean, filtered = (report[name]["sequences"] for name in ("clean", "filtered"))
+    assert clean / filtered == pytest.approx(1, abs=0.2)
+    assert report["filtered"]["draws"] / filtered == pytest.approx(10 / 3, abs=0.2)
+
+
 @pytest.mark.parametrize(
     ("concat_type", "order"),
     [
@@ -168,7 +189,7 @@ def test_next_after_many_broken_records(tmp_path, tokenizer, workers, packing):
     logged: list[str] = []
     options = read_data_settings(config)
     batches = LlmBatches(options, tokenizer, workers=workers, log=logged.append)
-    with batches, pytest.raises(DataError, match=r"130 .*source c .*c\.jsonl: line \d+"):
+    with batches, pytest.raises(DataError, match=r"source c: 130 .*c\.jsonl: line \d+"):
         for _ in batches:
             pass
     counts = batches.report()["sources"]["c"]["skipped"]
