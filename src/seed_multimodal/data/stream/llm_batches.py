@@ -106,6 +106,7 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         self.pad_id = tokenizer.pad_token_id
         self.order = self.mixture.order
         self.chunks = self.order.chunks(rank, world)  # what this rank has yet to use
+        self.available = [True] * len(settings.sources)
         self.delivered = [0] * len(settings.sources)  # sequences or micro-batches of each source
         self.skipped = [
             BadRecords(settings.max_bad_in_a_row, log, f"source {source.name}: ")
@@ -150,11 +151,11 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         """The sequences of the next record or padded micro-batch; empty at the end of the data."""
         while True:
             number = sum(self.delivered) * self.world + self.rank
-            available = [chunks.next_span() is not None for chunks in self.chunks]
-            source = self.order.choose(number, self.delivered, available)
+            source = self.order.choose(number, self.delivered, self.available)
             if source is None:
                 return []
             pieces = self._usable_records(source)
+            self.available[source] = not self.chunks[source].ended
             if pieces:
                 self.delivered[source] += 1
                 return pieces
@@ -301,6 +302,7 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
             self._restore_own(states[self.rank])
         else:
             self._redistribute(states)
+        self.available = [not chunks.ended for chunks in self.chunks]
 
         # 2. Counts: each saved rank's go to one of the new ranks.
         counted = states[self.rank :: self.world]
@@ -416,7 +418,7 @@ class RecordQueues:
         queue = self.queues[source]
         while not queue:
             self.wanted = source
-            if not self.n_ahead[source] and self.unread[source].next_span() is None:
+            if not self.n_ahead[source] and self.unread[source].ended:
                 return None
             job_source, results = next(self.results)
             # Pixels from workers are copied, since each shared tensor keeps a file open.
@@ -438,11 +440,7 @@ class RecordQueues:
     def _jobs(self) -> Iterator[Job]:
         """Jobs of the workers, until all sources are read."""
         while True:
-            sources = [
-                source
-                for source, chunks in enumerate(self.unread)
-                if chunks.next_span() is not None
-            ]
+            sources = [source for source, chunks in enumerate(self.unread) if not chunks.ended]
             if not sources:
                 return
             source = min(sources, key=self._supply)

@@ -60,6 +60,11 @@ class Chunks:
         """Positions of a process in full rounds of runs."""
         return max(0, self.limit - self.first) // (self.world * self.run) * self.run
 
+    @property
+    def ended(self) -> bool:
+        """Whether all positions were taken."""
+        return self.next_span() is None
+
     def next_span(self) -> Span | None:
         """The positions up to the end of the current run; None: all were taken."""
         if self.left:

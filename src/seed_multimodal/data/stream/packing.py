@@ -77,6 +77,8 @@ def split_long(
     text token is a target once. Raises
     BadRecord: an image does not fit into a row.
     """
+    if len(ids) <= length:
+        return [(ids, labels)]
     starts = _segment_starts(ids, vocabulary)
     pieces: list[Arrays] = []
     start = 0
