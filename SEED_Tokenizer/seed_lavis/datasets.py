@@ -27,7 +27,7 @@ from seed_multimodal.images.transforms import ImageTransform, seed_image_process
 from seed_multimodal.settings import check_keys
 
 PAIR_KEYS = ("image_key", "caption_key", "captioned", "cache")  # of `open_pairs`
-BUILD_KEYS = ("format", "annotations", "images", "storage", "splits", *PAIR_KEYS)
+BUILD_KEYS = ("format", "annotations", "images", "storage", "files", "splits", *PAIR_KEYS)
 DATASET_KEYS = (
     "type",
     "data_type",
@@ -130,12 +130,12 @@ class PairBuilder(BaseDatasetBuilder):
             if info.get(key) is not None:
                 common[key] = info[key]
 
-        # 2. The files of each: by `splits`, by `storage`, or as LAVIS by `annotations`.
+        # 2. The files of each: by `splits`, by `files` or LAVIS's `storage`, or by `annotations`.
         names_by_split: dict[str, Any] = {}
         if info.get("splits"):
             names_by_split = info["splits"]
-        elif info.get("storage"):
-            names_by_split = {"train": info["storage"]}
+        elif info.get("files") or info.get("storage"):
+            names_by_split = {"train": info.get("files") or info["storage"]}
         else:
             for split, annotation in (info.get("annotations") or {"train": {}}).items():
                 names_by_split[split] = annotation.get("storage")

@@ -62,6 +62,10 @@ def add_command(commands: Commands) -> None:
     command.add_argument("--llm", metavar="FOLDER|ID", help="language model of transformers")
     command.add_argument("--encoder", metavar="FOLDER|ID", help="vision encoder of transformers")
     command.add_argument(
+        "--data", metavar="FOLDER|TAR|LIST", help="images with captions (default: named in README)"
+    )
+    command.add_argument("--chats", metavar="FILE", help="conversations about images (likewise)")
+    command.add_argument(
         "--decoder", choices=("flow", "unclip"), default="flow", help="default: %(default)s"
     )
     command.add_argument(
@@ -82,8 +86,11 @@ def add_command(commands: Commands) -> None:
 def init(args: Namespace) -> int:
     """A small model to train on your own data, or the recipe of a SEED on other parts."""
     if args.like is not None:
-        if args.llm or args.encoder or args.size == "full":
-            raise ConfigError("--like has parts of its own: no --llm, --encoder or --size full.")
+        if args.llm or args.encoder or args.data or args.chats or args.size == "full":
+            raise ConfigError(
+                "--like has parts and data of its own: no --llm, --encoder, --data, --chats or "
+                "--size full."
+            )
         return init_like(args)
     from seed_multimodal.cli.recipe import describe, write_recipe
 

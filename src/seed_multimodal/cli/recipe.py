@@ -6,7 +6,9 @@ first writes small random parts of the same classes.
 
 from __future__ import annotations
 
+import os
 from argparse import Namespace
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -17,7 +19,7 @@ from omegaconf import OmegaConf
 from seed_multimodal.cli.tiny_parts import write_tiny_encoder, write_tiny_llm
 from seed_multimodal.config import read_yaml
 from seed_multimodal.data.formats.sources import open_file
-from seed_multimodal.data.pretokenize.inputs import read_input_settings
+from seed_multimodal.data.pretokenize.inputs import InputSettings, find_inputs, read_input_settings
 from seed_multimodal.disk import JsonObject, atomic_folder, output_folder
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.hub_tokenizer import HubTokenizer
@@ -69,6 +71,8 @@ def write_recipe(args: Namespace) -> tuple[Path, list[Step]]:
             "decoder": args.decoder,
             "adapter": args.adapter,
         }
+        data, data_sections = data_values(args, out)
+        values |= data
         if args.size == "tiny":
             llm = folder / "parts/llm"
             encoder = folder / "parts/encoder"
@@ -83,7 +87,7 @@ def write_recipe(args: Namespace) -> tuple[Path, list[Step]]:
         values |= sizes
 
         # 2. The files.
-        recipe = compose(values, args.size or "full")
+        recipe = compose(values, args.size or "full", data_sections)
         for name, content in recipe["files"].items():
             text = yaml.safe_dump(content, sort_keys=False, width=100)
             (folder / f"{name}.yaml").write_text(text, encoding="utf-8")
@@ -136,18 +140,49 @@ def read_parts(
 
 def tiny_texts() -> list[str]:
     """Captions of the small recipe's data, on which its tokenizer is trained."""
-    settings = read_input_settings(read_yaml(RECIPE)["tiny"]["captions"])
+    settings = read_input_settings(read_yaml(RECIPE)["pair scenes"]["captions"])
     captions = open_file(None, settings.format, options=settings.format_options)
     return [str(captions.locate(row).fields["text"]) for row in range(sum(captions.sizes))]
 
 
-def compose(values: JsonObject, size: str) -> JsonObject:
+def data_values(args: Namespace, out: Path) -> tuple[JsonObject, list[str]]:
+    """Values of the recipe about its data, and the sections that read them.
+
+    Raises DataError: `--data` or `--chats` names nothing that can be read.
+    """
+    values: JsonObject = {"chat_images": None}
+    sections: list[str] = []
+    needed: list[str] = []  # to be put into the folder
+    for name, given, place, scenes in (
+        ("pairs", args.data, "data/pairs", "pair scenes"),
+        ("chats", args.chats, "data/chats.jsonl", "chat scenes"),
+    ):
+        if given is not None:
+            # Paths of the YAML files are read in other folders.
+            files = os.path.abspath(given) if locate(given) else given
+            find_inputs(InputSettings(files=files))
+            values[name] = files
+            sections.append(name)
+        elif args.size == "tiny":
+            values[name] = "scenes of nano, drawn as they are read"
+            sections.append(scenes)
+        else:
+            values[name] = f"{out}/{place}"
+            sections.append(name)
+            needed.append(place)
+    if "data/chats.jsonl" in needed:
+        values["chat_images"] = f"{out}/data/images"
+    values["needed_data"] = " ".join(needed)
+    return values, sections
+
+
+def compose(values: JsonObject, size: str, data_sections: Sequence[str]) -> JsonObject:
     """The recipe's `files`, `steps`, `head` of run.sh and `readme` with all values.
 
     size: full or tiny.
     """
     recipe = read_yaml(RECIPE)
-    names = ("shared", size, values["adapter"], f"{size} {values['decoder']}")
+    names = ("shared", size, values["adapter"], f"{size} {values['decoder']}", *data_sections)
     sections = [recipe[name] for name in names]
 
     # 1. Each file: its base, and the sections' changes.
@@ -167,8 +202,8 @@ def compose(values: JsonObject, size: str) -> JsonObject:
 
 
 def script_lines(steps: list[Step]) -> str:
-    """The steps as lines of run.sh, after a check of its arguments."""
-    lines = [f"check_arguments {' '.join(step.name for step in steps)}\n"]
+    """The steps as lines of run.sh, after a check of its folder and arguments."""
+    lines = ['follow_folder "$@"\n', f"check_arguments {' '.join(step.name for step in steps)}\n"]
     for step in steps:
         # Paths may have spaces.
         words = [f'"{word}"' if "$" in word else word for word in step.command.split()]

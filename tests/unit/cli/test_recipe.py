@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import pkgutil
 import re
 import shutil
@@ -58,7 +59,15 @@ def test_recipe_of_full_size(parts, decoder, reads, tmp_path, capsys):
     from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
     from seed_multimodal.training.cli import compose, parse
 
+    # With own data, and with those to be put into the folder.
     flags = ["--llm", parts / "llm", "--encoder", parts / "encoder", "--qlora", "--json"]
+    pairs, chats = "data/pairs", "data/chats.jsonl"
+    if decoder == "flow":
+        pairs, chats = (
+            str(ROOT / "images"),
+            str(ROOT / "MultiModalLLM/examples/own_data/talk.json"),
+        )
+        flags += ["--data", pairs, "--chats", chats]
     sizes = ["--decoder", decoder, "--codes", 16, "--codebook", 64]
     out = write(tmp_path / "mine", *flags, *sizes)
     steps = {step["name"]: step for step in json.loads(capsys.readouterr().out)["steps"]}
@@ -71,6 +80,7 @@ def test_recipe_of_full_size(parts, decoder, reads, tmp_path, capsys):
         assert config.model_cfg.vit == {"type": "hub", "path": str(parts / "encoder")}
         dataset = config.datasets_cfg.conceptual_caption_3m
         assert dataset.vis_processor.train.image_size == 64
+        assert dataset.build_info.files == str(out / pairs)
     assert config.model_cfg.n_embed == 64
 
     # 2. The language model and the decoder, as their programs read them.
@@ -87,13 +97,21 @@ def test_recipe_of_full_size(parts, decoder, reads, tmp_path, capsys):
         if step == "decoder":
             assert run.model.reads == reads
             assert run.data.encoder_size == 64
+            assert [str(source.files) for source in run.data.sources] == [str(out / pairs)]
         else:
             assert run.model.lora["r"] == 16
             assert run.model.quantization == "4bit"
             assert run.data.length == 512  # of the base's positions
 
     # 3. What is encoded.
-    assert read_input_settings(out / "chats.yaml").image_root == f"{out}/data/images"
+    assert read_input_settings(out / "captions.yaml").files == str(out / pairs)
+    settings = read_input_settings(out / "chats.yaml")
+    assert settings.files == str(out / chats)
+    assert settings.image_root == (None if decoder == "flow" else f"{out}/data/images")
+    needed = re.search(r"(?m)^NEEDED=(.*)", (out / "run.sh").read_text())
+    for path in (pairs, chats):
+        assert path in (out / "README.md").read_text()
+        assert needed is not None and (path in needed[1]) == (decoder == "unclip")
     assert load_text_tokenizer(out / "llm_tokenizer").vocabulary.n_codes == 64
 
 
@@ -103,6 +121,8 @@ REFUSED = {
     "--llm nowhere/at/all": "nowhere/at/all",
     "--llm Qwen/Qwen3-0.6B": "HF_HUB_OFFLINE",
     "--encoder pretrained/siglip2": "pretrained/siglip2",
+    "--data nowhere/pairs": "nowhere/pairs",
+    "--chats nowhere.json": "nowhere.json",
     # Classes of transformers that have no small network, or none that fits.
     "--size tiny --llm bert": "bert",
     "--size tiny --llm qwen3_5": "vocab_size",
@@ -179,17 +199,24 @@ def test_small_unclip_decoder_trains_and_reads_the_embedding(tmp_path, capsys):
 
 def run_steps(out: Path, length: int, *names: str) -> list[str]:
     """Call run.sh of a training, a step that reads its result, and a training from that result;
-    returns the steps that ran."""
+    returns the steps that ran, and warnings about files."""
     steps = [
         Step("first", "", "first/$LENGTH", "mkdir -p $OUT/first/$LENGTH"),
         Step("merge", "first/$LENGTH", "merged", "cp -r $OUT/first/$LENGTH $OUT/merged"),
-        Step("second", "merged", "second/2", "mkdir -p $OUT/second/2"),
+        Step("second", "merged", "second/2", "make_second data=$OUT/second.yaml"),
         Step("other", "", "codes/other/done", "mkdir -p $OUT/codes/other/done"),
     ]
-    head = f'OUT="{out}"\nLENGTH={length}\nNEEDED=\nSTEPS=" $* "\n'
-    script = head + SCRIPT.read_text() + script_lines(steps)
-    done = run_process(["bash", "-c", script, "run.sh", *names])
-    return re.findall(r"(?m)^== (\w+)$", done.stderr)
+    script = out / "run.sh"
+    if not script.is_file():
+        (out / "second.yaml").write_text(f"rate: 1\npath: {out}/data\n")
+        head = (
+            f'OUT="{out}"\nNEEDED=\nSTEPS=" $* "\nmake_second() {{ mkdir -p "$OUT/second/2"; }}\n'
+        )
+        script.write_text(head + SCRIPT.read_text() + script_lines(steps))
+    options = {"env": {**os.environ, "LENGTH": str(length)}, "cwd": out.parent}
+    done = run_process(["bash", str(script), *names], **options)
+    lines = re.findall(r"(?m)^== (\w+)$|(\S+ changed since)", done.stderr)
+    return [step or warning for step, warning in lines]
 
 
 @pytest.mark.process
@@ -212,6 +239,26 @@ def test_steps_whose_inputs_changed_run_again(tmp_path):
     assert run_steps(tmp_path, 7, "merge") == []
     (tmp_path / ".steps" / "other.unfinished").touch()
     assert run_steps(tmp_path, 5) == ["other"]
+
+
+@pytest.mark.process
+def test_copied_folder_is_finished_and_an_edited_file_is_named(tmp_path):
+    out = tmp_path / "first place"
+    out.mkdir()
+    assert run_steps(out, 5) == ["first", "merge", "second", "other"]
+
+    # 1. All files are as new as the copy, and paths in them are those of the copy.
+    copy = shutil.copytree(out, tmp_path / "second place", copy_function=shutil.copyfile)
+    shutil.rmtree(out)
+    assert run_steps(copy, 5) == []
+    assert f"{copy}/data" in (copy / "second.yaml").read_text()
+
+    # 2. An edited file is named; a finished step stays until its result is moved away.
+    (copy / "second.yaml").write_text("rate: 2\n")
+    assert run_steps(copy, 5) == ["second.yaml changed since"]
+    shutil.rmtree(copy / "second")
+    assert run_steps(copy, 5) == ["second.yaml changed since", "second"]
+    assert run_steps(copy, 5) == []
 
 
 @pytest.mark.process

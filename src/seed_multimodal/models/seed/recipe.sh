@@ -17,6 +17,18 @@ run() { # ARGUMENTS…
     PYTHONPATH=$REPOSITORY/src exec "$PYTHON" "$@"
 }
 
+follow_folder() { # ARGUMENTS…: after a move or copy the YAML files and this script name the folder in which they are now
+    folder=$(cd "$(dirname "$0")" && pwd)
+    [ "$folder" != "$OUT" ] || return 0
+    echo "run.sh: this folder was $OUT; its YAML files and run.sh now say $folder" >&2
+    for file in "$folder"/*.yaml "$folder/run.sh"; do
+        sed "s|$OUT|$folder|g" "$file" >"$file.new"
+        cat "$file.new" >"$file"
+        rm "$file.new"
+    done
+    exec bash "$folder/run.sh" "$@"
+}
+
 check_arguments() { # NAMES…: the arguments of run.sh must be some of them
     for name in $STEPS; do
         case " $* " in
@@ -33,14 +45,36 @@ check_arguments() { # NAMES…: the arguments of run.sh must be some of them
     done
 }
 
-# Whether the step began with other inputs, or before they were made: inputs_file names those that it began with, and is as
-# old as its beginning.
-is_outdated() {
-    [ "$(cat "$inputs_file")" = "$inputs" ] || return 0
-    for input in $inputs; do
-        [ ! "$OUT/$input" -nt "$inputs_file" ] || return 0
-    done
-    return 1
+# .steps/NAME holds what step NAME last ran with: `runs` (how often it was started), `inputs` (PATH@RUNS of the step that makes
+# it) and `files` (NAME:CHECKSUM of its YAML files). No times, so that a copied folder is as finished as the first one.
+recorded() { # NAME KEY
+    sed -n "s/^$2 //p" "$OUT/.steps/$1" 2>/dev/null || true
+}
+
+inputs_with_runs() { # PATHS…
+    for input in "$@"; do
+        maker=${MADE##* "$input"=}
+        echo "$input@$(recorded "${maker%% *}" runs)"
+    done | paste -s -d " " -
+}
+
+yaml_checksums() { # COMMAND…
+    for word in "$@"; do
+        file=${word#*=}
+        case $file in
+            "$OUT"/*/*) ;; # written by a training
+            "$OUT"/*.yaml) echo "${file##*/}:$(sed "s|$OUT|OUT|g" "$file" | cksum | cut -d " " -f 1)" ;;
+        esac
+    done | paste -s -d " " -
+}
+
+changed_files() { # NAME CHECKSUMS: the YAML files that have changed since the step ran
+    for file in $2; do
+        case " $(recorded "$1" files) " in
+            *" $file "*) ;;
+            *) echo "${file%:*}" ;;
+        esac
+    done | paste -s -d " " -
 }
 
 set_aside() { # FOLDER: rename it to FOLDER-1, or the next number that is free
@@ -53,15 +87,20 @@ set_aside() { # FOLDER: rename it to FOLDER-1, or the next number that is free
     echo "== $name: what it reads has changed; its earlier files are in $1-$number" >&2
 }
 
+MADE= # " RESULT=NAME …" of the steps so far
 step() { # NAME INPUTS RESULT COMMAND…
-    name=$1 inputs=$2 result=$3
+    name=$1 result=$3
+    # shellcheck disable=SC2086
+    inputs=$(inputs_with_runs $2)
+    paths=$2
+    MADE="$MADE $result=$name"
     shift 3
     case $STEPS in
         "  ") [ -n "$result" ] || return 0 ;;
         *" $name "*) ;;
         *) return 0 ;;
     esac
-    for input in $inputs; do
+    for input in $paths; do
         if [ ! -e "$OUT/$input" ]; then
             echo "run.sh: step $name reads $OUT/$input, which does not exist; run the steps before it" >&2
             exit 2
@@ -70,27 +109,33 @@ step() { # NAME INPUTS RESULT COMMAND…
 
     # 1. A finished step is skipped; one with other inputs begins again.
     mkdir -p "$OUT/.steps"
-    inputs_file=$OUT/.steps/$name
-    [ -e "$inputs_file" ] || echo "$inputs" >"$inputs_file"
+    record=$OUT/.steps/$name
     node=${NODE_RANK:-${INDEX:-0}} # the first one writes for all
-    if [ -n "$result" ] && is_outdated; then
-        if [ "$node" = 0 ]; then
-            set_aside "$OUT/${result%/*}"
-            echo "$inputs" >"$inputs_file"
-        fi
-    elif [ -n "$result" ] && [ -e "$OUT/$result" ] && [ ! -e "$inputs_file.unfinished" ]; then
+    files=$(yaml_checksums "$@")
+    changed=
+    [ ! -e "$record" ] || changed=$(changed_files "$name" "$files")
+    if [ -n "$result" ] && [ -e "$record" ] && [ "$(recorded "$name" inputs)" != "$inputs" ]; then
+        [ "$node" != 0 ] || set_aside "$OUT/${result%/*}"
+    elif [ -n "$result" ] && [ -e "$OUT/$result" ] && [ ! -e "$record.unfinished" ]; then
         echo "== $name: finished ($OUT/$result)" >&2
+        [ -z "$changed" ] || echo "== $name: $changed changed since; to make it again, move $OUT/${result%/*} away" >&2
         return 0
     fi
+    [ -z "$changed" ] || echo "== $name: $changed changed since it was last started" >&2
 
     # 2. SIGTERM and Ctrl-C also end the command, and are waited for: a training saves a checkpoint at SIGTERM.
     echo "== $name" >&2
-    [ "$node" != 0 ] || touch "$inputs_file.unfinished"
+    if [ "$node" = 0 ]; then
+        touch "$record.unfinished"
+        runs=$(recorded "$name" runs)
+        printf 'runs %s\ninputs %s\nfiles %s\n' "$((${runs:-0} + 1))" "$inputs" "$files" >"$record.new"
+        mv "$record.new" "$record"
+    fi
     "$@" &
     child=$!
     trap 'kill "$child"; wait "$child"; exit' INT TERM
     wait "$child"
-    [ "$node" != 0 ] || rm -f "$inputs_file.unfinished"
+    [ "$node" != 0 ] || rm -f "$record.unfinished"
 
     # 3. A training that was longer before ends without its new result.
     if [ -n "$result" ] && [ ! -e "$OUT/$result" ]; then
