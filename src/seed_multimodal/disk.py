@@ -51,6 +51,40 @@ MAX_STEM = 200  # bytes of 255; tags, numbers and suffixes take the others
 
 
 @contextlib.contextmanager
+def try_lock(folder: Path, kind: type[SeedError], name: str = ".lock") -> Iterator[bool | None]:
+    """Hold the lock of a folder (`flock` of the file `name` in it), created if missing.
+
+    Yields False: another process has it; None: the file system has no locks, such as Lustre
+    mounted without `flock`. The kernel releases the lock when the process ends, on whichever
+    machine. Raises `kind`: the file cannot be created or locked.
+    """
+    import fcntl  # not on Windows
+
+    with writing(folder, kind):
+        folder.mkdir(parents=True, exist_ok=True)
+        handle = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666)
+    is_held: bool | None = True
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            is_held = False
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                reason = disk_reason(error)
+                raise kind(f"{folder / name}: cannot be locked ({reason}).") from error
+            is_held = None
+        yield is_held
+    finally:
+        # The file stays: removing it would let a third process lock a new file of this name next to
+        # a waiting one. Closing is not enough while a forked process has the handle, too.
+        if is_held:
+            with contextlib.suppress(OSError):
+                fcntl.flock(handle, fcntl.LOCK_UN)
+        os.close(handle)
+
+
+@contextlib.contextmanager
 def folder_lock(
     folder: Path,
     kind: type[SeedError],
@@ -59,10 +93,7 @@ def folder_lock(
     name: str = ".lock",
     on_wait: Callable[[], None] = lambda: None,
 ) -> Iterator[None]:
-    """Hold the lock of a folder (`flock` of the file `name` in it), created if missing.
-
-    The kernel releases it when the process ends, on whichever machine. On a file system without
-    locks, such as Lustre mounted without `flock`, nothing is locked.
+    """Hold `try_lock` of a folder; without locks nothing is locked.
 
     busy: what the other run does, for the message.
     timeout: seconds to wait; negative: forever.
@@ -70,37 +101,19 @@ def folder_lock(
 
     Raises `kind`: locked by another run.
     """
-    import fcntl  # not on Windows
-
-    with writing(folder, kind):
-        folder.mkdir(parents=True, exist_ok=True)
-        handle = os.open(folder / name, os.O_RDWR | os.O_CREAT, 0o666)
-    try:
-        deadline = math.inf if timeout < 0 else time.monotonic() + timeout
-        waits = False
-        while True:
-            try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if time.monotonic() >= deadline:
-                    raise kind(f"{folder}: another run is {busy}; wait until it ends.") from None
-                if not waits:
-                    on_wait()
-                waits = True
-                time.sleep(0.05)
-            except OSError as error:
-                if error.errno in _NO_LOCKS:
-                    break
-                reason = disk_reason(error)
-                raise kind(f"{folder / name}: cannot be locked ({reason}).") from error
-        yield
-    finally:
-        # The file stays: removing it would let a third process lock a new file of this name next to
-        # a waiting one. Closing is not enough while a forked process has the handle, too.
-        with contextlib.suppress(OSError):
-            fcntl.flock(handle, fcntl.LOCK_UN)
-        os.close(handle)
+    deadline = math.inf if timeout < 0 else time.monotonic() + timeout
+    waits = False
+    while True:
+        with try_lock(folder, kind, name) as is_held:
+            if is_held is not False:
+                yield
+                return
+        if time.monotonic() >= deadline:
+            raise kind(f"{folder}: another run is {busy}; wait until it ends.")
+        if not waits:
+            on_wait()
+        waits = True
+        time.sleep(0.05)
 
 
 def status_of(error: Exception) -> int | None:

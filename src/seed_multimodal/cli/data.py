@@ -192,7 +192,12 @@ def extraction_parser(program: str, description: str) -> ArgumentParser:
     parser.add_argument(
         "--tokenizer", metavar="YAML", required=True, help="or a folder of seed export-tokenizer"
     )
-    parser.add_argument("--data", metavar="YAML", required=True, help="the input")
+    parser.add_argument(
+        "--data",
+        metavar="YAML | FILES",
+        required=True,
+        help="the input: its description, or a folder, tar, list or table",
+    )
     parser.add_argument("--save_dir", required=True)
     parser.add_argument(
         "--gpus",
@@ -207,7 +212,11 @@ def extraction_parser(program: str, description: str) -> ArgumentParser:
     )
     # Ours.
     parser.add_argument(
-        "--shard", type=_shard, default=(0, 1), metavar="I/N", help="every N-th shard from I on"
+        "--shard",
+        type=_shard,
+        default=(0, 1),
+        metavar="I/N",
+        help="begin with every N-th shard from I on; all take shards that no other run has begun",
     )
     parser.add_argument(
         "--fields", metavar="NAME | A=B,…", help="a preset, or which keys of the input hold what"

@@ -21,7 +21,7 @@ from pyarrow import parquet
 
 from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.data.formats.shards import ShardWriter
-from seed_multimodal.data.pretokenize.dataset import TaskDataset, decode_shards
+from seed_multimodal.data.pretokenize.dataset import TaskDecoder, decode_shards
 from seed_multimodal.data.pretokenize.inputs import InputSettings, list_shards
 from seed_multimodal.data.pretokenize.record_types import RECORD_TYPES
 from seed_multimodal.data.stream.config import read_data_settings
@@ -199,12 +199,13 @@ def evaluate(folder: Path) -> Used:
 def extract(folder: Path) -> Used:
     """An extraction, up to its images."""
     settings = InputSettings(files=str(folder))
-    dataset = TaskDataset(RECORD_TYPES["caption"], settings, seed_image_processor(16))
+    decoder = TaskDecoder(RECORD_TYPES["caption"], settings, seed_image_processor(16))
     used = []
     bad = []
-    for result in decode_shards(list_shards(settings, 5), dataset, 5, 0):
-        used += [sample.fields.get("text") for sample in result.samples if sample.fields]
-        bad += [sample.error for sample in result.samples if not sample.fields]
+    for result in decode_shards(list_shards(settings, 5), decoder, 5, 0):
+        used += [sample.record["text"] for sample in result.samples if sample.record]
+        errors = [(sample.location, sample.error) for sample in result.samples if sample.error]
+        bad += [f"{location}: {error}" for location, error in errors]
     return used, bad
 
 

@@ -45,7 +45,10 @@ class ShardWriter:
 
 @contextmanager
 def open_shard(path: str | Path) -> Iterator[ShardWriter]:
-    """A writer that creates the shard atomically; leftovers of killed runs are removed."""
+    """A writer that creates the shard atomically; leftovers of killed runs are removed.
+
+    Only one process may write it at a time.
+    """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     for leftover in path.parent.glob(f".{glob.escape(path.name)}.*.tmp"):

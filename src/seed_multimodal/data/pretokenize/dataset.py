@@ -1,4 +1,4 @@
-"""Decoding of samples in DataLoader workers: records → resized images as bytes.
+"""Decoding of samples in worker processes: records → resized images as bytes.
 
 A task has the offsets of its records, so workers need no indexes.
 """
@@ -6,36 +6,47 @@ A task has the offsets of its records, so workers need no indexes.
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
 
 from seed_multimodal.data.formats.open_files import OpenFiles
 from seed_multimodal.data.formats.pairs import shape_problem, similarity_problem
-from seed_multimodal.data.formats.record import RECORD_FAULTS, Record, bad_values
+from seed_multimodal.data.formats.record import RECORD_FAULTS, JsonObject, Record, bad_values
 from seed_multimodal.data.pretokenize.frames import augmented_view
 from seed_multimodal.data.pretokenize.inputs import InputSettings, Shard
-from seed_multimodal.data.pretokenize.record_types import Dropped, RecordType, Sample, SourceImage
+from seed_multimodal.data.pretokenize.record_types import (
+    Dropped,
+    RecordType,
+    Sample,
+    SourceImage,
+    replace_images,
+)
+from seed_multimodal.data.stream.loader import load
 from seed_multimodal.errors import ImageError
 from seed_multimodal.images.transforms import ImageTransform
 
-Rows = dict[tuple[str, bool], list[int]]  # (image key, is input) → pixel rows of the image's views
+
+@dataclass(frozen=True)
+class EncodedViews:
+    """The views of an image in a record, by their rows in `Task.pixels`."""
+
+    rows: list[int]
 
 
 @dataclass
 class DecodedSample:
-    """Decoded fields and pixel rows of the images; or the reason for skipping."""
+    """The output record with `EncodedViews` for images; or why the sample is skipped."""
 
     index: int  # in the file
-    fields: dict[str, Any] = field(default_factory=dict)
-    rows: list[list[int] | None] = field(default_factory=list)  # of views; None: unreadable image
+    location: str
+    record: JsonObject = field(default_factory=dict)
     lost_images: list[str] = field(default_factory=list)  # errors of unreadable optional images
-    error: str = ""  # broken
+    repaired: str = ""
+    error: Exception | None = None  # broken
     drop_reason: str = ""  # filtered
 
 
@@ -43,6 +54,7 @@ class DecodedSample:
 class Task:
     """Records decoded together, from index `first` of the file; then the decoded samples."""
 
+    shard: str  # its name
     first: int
     records: list[Record]
     share: float  # fraction of the shard
@@ -51,8 +63,8 @@ class Task:
     pixels: Tensor | None = None  # of the images' views, uint8 [rows, 3, S, S]
 
 
-class TaskDataset(Dataset[Task]):
-    """`dataset[task]` is the decoded task. Equal images of a task are encoded once.
+class TaskDecoder:
+    """`decoder(task)` is the decoded task. Equal images of a task are encoded once.
 
     views: views of each input image, augmented from `seed`.
     """
@@ -73,70 +85,67 @@ class TaskDataset(Dataset[Task]):
         self._keys = record_type.keys(settings.fields)
         self._files = OpenFiles(group_cache_bytes=0, in_order=True)
 
-    def __getitem__(self, task: Task) -> Task:
+    def __call__(self, task: Task) -> Task:
         pixels: list[np.ndarray] = []  # uint8 [3, S, S] of each row
-        rows: Rows = {}
-        samples = [
-            self._decode(task.first + offset, record, pixels, rows)
-            for offset, record in enumerate(task.records)
-        ]
+        views: dict[tuple[str, bool], EncodedViews] = {}  # by image and whether it is an input
+        samples: list[DecodedSample] = []
+        for index, record in enumerate(task.records, task.first):
+            decoded = DecodedSample(index, record.location)
+            try:
+                with bad_values(record.location):
+                    self._decode(decoded, record, pixels, views)
+            except Dropped as reason:
+                decoded = DecodedSample(index, record.location, drop_reason=str(reason))
+            except RECORD_FAULTS as error:
+                decoded = DecodedSample(index, record.location, error=error)
+            samples.append(decoded)
         stacked = np.stack(pixels) if pixels else np.empty(0, np.uint8)
         return replace(task, records=[], samples=samples, pixels=torch.from_numpy(stacked))
 
     def _decode(
-        self, index: int, record: Record, pixels: list[np.ndarray], rows: Rows
-    ) -> DecodedSample:
-        try:
-            with bad_values(record.location):
-                return self._read(index, record, pixels, rows)
-        except Dropped as reason:
-            return DecodedSample(index, drop_reason=str(reason))
-        except RECORD_FAULTS as error:
-            message = str(error)
-            if record.location not in message:
-                message = f"{record.location}: {message}"
-            return DecodedSample(index, error=message)
-
-    def _read(
-        self, index: int, record: Record, pixels: list[np.ndarray], rows: Rows
-    ) -> DecodedSample:
-        # 1. Fields, filtered by their similarity.
-        decoded = DecodedSample(index)
+        self,
+        decoded: DecodedSample,
+        record: Record,
+        pixels: list[np.ndarray],
+        views: dict[tuple[str, bool], EncodedViews],
+    ) -> None:
+        # 1. The output record, filtered by its similarity.
         sample = Sample(record, self._files, self.settings, self._keys)
-        decoded.fields, images = self.record_type.read(sample)
-        metadata = decoded.fields.get("metadata", sample.fields)
-        if not isinstance(metadata, dict):
-            metadata = {}
-        reason = similarity_problem(metadata, self.settings.similarity_thr)
+        output = self.record_type.read(sample)
+        decoded.repaired = sample.repaired
+        metadata = output.get("metadata", sample.fields)
+        reason = similarity_problem(
+            metadata if isinstance(metadata, dict) else {}, self.settings.similarity_thr
+        )
         if reason:
             raise Dropped(reason)
 
-        # 2. Images; a document may lose some of them.
-        for image_index, image in enumerate(images):
-            name = image.key or f"{record.location} {image_index}"
+        # 2. Its images, of which a document may lose some.
+        names: list[str] = []
+
+        def read_image(image: SourceImage) -> EncodedViews | None:
+            names.append(image.key or f"{record.location} {len(names)}")
+            key = (names[-1], image.is_input)
             try:
-                decoded.rows.append(self._view_rows(image, name, pixels, rows))
+                if key not in views:
+                    views[key] = self._read_views(image, names[-1], pixels)
             except ImageError as error:
                 if not image.optional:
                     raise
                 decoded.lost_images.append(str(error))
-                decoded.rows.append(None)
-        if decoded.lost_images and not any(decoded.rows):
+                return None
+            return views[key]
+
+        decoded.record = replace_images(output, SourceImage, read_image)
+        if decoded.lost_images and len(decoded.lost_images) == len(names):
             first_error = decoded.lost_images[0].removesuffix(".")
             raise ImageError(f"{first_error}; none of its images is readable.")
-        return decoded
 
-    def _view_rows(
-        self, source: SourceImage, name: str, pixels: list[np.ndarray], rows: Rows
-    ) -> list[int]:
-        """The rows of an image's views, appended to `pixels` if new."""
-        key = (name, source.is_input)
-        if key in rows:
-            return rows[key]
-        image = source.load(self.settings.image_root)
-        reason = shape_problem(
-            image.size, self.settings.min_resolution, self.settings.min_aspect_ratio
-        )
+    def _read_views(self, source: SourceImage, name: str, pixels: list[np.ndarray]) -> EncodedViews:
+        """Append the views of an image to `pixels`."""
+        settings = self.settings
+        image = source.load(settings.image_root)
+        reason = shape_problem(image.size, settings.min_resolution, settings.min_aspect_ratio)
         if reason:
             raise Dropped(reason)
         image = self.transform.resize(image)
@@ -144,22 +153,20 @@ class TaskDataset(Dataset[Task]):
         for view_index in range(self.views if source.is_input else 1):
             view = augmented_view(image, view_index, self.seed, name)
             pixels.append(np.asarray(view, np.uint8).transpose(2, 0, 1))
-        rows[key] = list(range(first, len(pixels)))
-        return rows[key]
+        return EncodedViews(list(range(first, len(pixels))))
 
 
 def decode_shards(
-    shards: Sequence[Shard], dataset: TaskDataset, size: int, workers: int
-) -> Iterator[Task]:
+    shards: Iterable[Shard], decoder: TaskDecoder, size: int, workers: int
+) -> Generator[Task, None, None]:
     """Decoded tasks of shards in order, at most `size` samples each, at least one per shard.
 
-    Raises DataError: a file cannot be opened.
+    Raises as `load`.
     """
-    tasks: Any = _tasks(shards, size)
-    yield from DataLoader(dataset, sampler=tasks, batch_size=None, num_workers=workers)
+    return load(decoder, _tasks(shards, size), workers)
 
 
-def _tasks(shards: Sequence[Shard], size: int) -> Iterator[Task]:
+def _tasks(shards: Iterable[Shard], size: int) -> Iterator[Task]:
     for shard in shards:
         file = copy.copy(shard.file)  # so that a tar's index is freed afterwards
         indices = range(shard.start, sum(file.sizes) if shard.stop is None else shard.stop)
@@ -167,6 +174,7 @@ def _tasks(shards: Sequence[Shard], size: int) -> Iterator[Task]:
         for start in range(0, n_records, size):
             batch = indices[start : start + size]
             yield Task(
+                shard=shard.name,
                 first=indices.start + start,
                 records=[file.locate(index) for index in batch],
                 share=len(batch) / n_records,

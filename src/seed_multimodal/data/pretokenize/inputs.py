@@ -53,14 +53,16 @@ class InputSettings:
 def read_input_settings(
     config: RecordFields | str | Path, fields: str | dict[str, str] | None = None
 ) -> InputSettings:
-    """Settings from a mapping or a YAML file, ours or original, overridden by `fields` of the
-    command line. Raises ConfigError: an unknown target, key or value.
+    """Settings from a mapping, a YAML file (ours or original), or the name of a folder, file or
+    pattern; overridden by `fields` of the command line.
+
+    Raises ConfigError: an unknown target, key or value.
     """
     label = "data"
     plain: FieldValue = config
     if isinstance(config, str | Path):
         label = str(config)
-        plain = load_yaml(config)
+        plain = load_yaml(config) if label.endswith((".yaml", ".yml")) else {"files": label}
     values: FieldValue = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
     if "_target_" in values:
         values = from_compat("data_files:input_keys")(values, label)

@@ -12,17 +12,22 @@
 
 With several views of an image, caption and qa records also have `views`, of which the first is the
 image itself; in chats only images of the user have views.
+
+A type reads a record of the input as its output record with `SourceImage`s. These are replaced by
+codes (a list of lists: of several views; None: unreadable and optional), then `join` finishes it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from itertools import chain
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
-from seed_multimodal.data.formats.conversations import with_messages
+from seed_multimodal.data.formats.conversations import REPAIRED, with_messages
 from seed_multimodal.data.formats.images import (
     IMAGE_KEYS,
     captions,
@@ -50,8 +55,6 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import open_image
 from seed_multimodal.language.prompts import DESCRIBE_PROMPT, DESCRIBE_VIDEO_PROMPT, QA_SUFFIX
 from seed_multimodal.settings import check_keys, nearest
-
-Codes = Sequence[list[list[int]] | None]  # views of each image; None: an unreadable optional image
 
 
 class Dropped(Exception):
@@ -83,9 +86,21 @@ class SourceImage:
         return open_image(image, name=name).image
 
 
+def replace_images(value: Any, kind: type, replacement: Callable[[Any], Any]) -> Any:
+    """A record with each object of this type replaced, in order."""
+    if isinstance(value, kind):
+        return replacement(value)
+    if isinstance(value, Mapping):
+        return {key: replace_images(item, kind, replacement) for key, item in value.items()}
+    if isinstance(value, list):
+        return [replace_images(item, kind, replacement) for item in value]
+    return value
+
+
 class Sample:
     """Access to a record's content through `keys` (content -> field).
 
+    repaired: what was repaired, to be counted.
     Its methods raise BadRecord.
     """
 
@@ -98,8 +113,9 @@ class Sample:
         self.keys = keys
         self.location = record.location
         self.fields = self.record.fields
+        self.repaired = ""
 
-    def image(self, name: str = "image") -> FieldValue:
+    def image_value(self, name: str) -> FieldValue:
         """The image's bytes in a tar, else the value under its key."""
         image: FieldValue = self.record.member(*IMAGE_KEYS, files=self.files)
         if image is None:
@@ -107,6 +123,10 @@ class Sample:
         if image is None:
             raise missing_image(self.record, self.keys[name])
         return image
+
+    def image(self, name: str = "image", *, is_input: bool = True) -> SourceImage:
+        """The image of `image_value`."""
+        return SourceImage(self.image_value(name), self.record, is_input)
 
     def text(self, name: str, *, required: bool = True) -> str | None:
         """The text under a key.
@@ -134,19 +154,14 @@ class Sample:
         return None
 
 
-FieldsAndImages = tuple[JsonObject, list[SourceImage]]
-
-
-def joined_record(fields: JsonObject, codes: Codes) -> JsonObject:
-    """`image_ids` (concatenated), `views` of an image if there are several, and the fields."""
-    images = list(filter(None, codes))
-    image_ids: list[int] = []
-    for views in images:
-        image_ids += views[0]
-    record: JsonObject = {"image_ids": image_ids}
-    if len(images) == 1 and len(images[0]) > 1:
-        record["views"] = images[0]
-    return {**record, **fields}
+def joined(record: JsonObject) -> JsonObject:
+    """`image_ids`, if any, as one list; with several views of the only image also `views`."""
+    if "image_ids" not in record:
+        return record
+    views = record["image_ids"][0]
+    if isinstance(views[0], list):
+        return {**record, "image_ids": views[0], "views": views}
+    return {**record, "image_ids": [*chain.from_iterable(record["image_ids"])]}
 
 
 @dataclass(frozen=True)
@@ -154,15 +169,14 @@ class RecordType:
     """One type of records."""
 
     name: str
-    # JsonObject and images of a sample, in a decode worker.
-    read: Callable[[Sample], FieldsAndImages]
+    # The output record with `SourceImage`s, in a decode worker.
+    read: Callable[[Sample], JsonObject]
     # Content -> key; `ask`: a fixed question, `suffix`: appended to each question.
     fields: dict[str, str]
     # The first is the default.
     presets: dict[str, dict[str, str]] = field(default_factory=lambda: {"plain": {}})
     views: bool = False  # input images may have several views
-    # The output record, from the fields and the images' codes.
-    record: Callable[[JsonObject, Codes], JsonObject] = joined_record
+    join: Callable[[JsonObject], JsonObject] = joined
 
     def keys(self, overrides: str | Mapping[str, str]) -> dict[str, str]:
         """The keys of a preset, or of a mapping over the type's defaults.
@@ -186,7 +200,7 @@ class RecordType:
 # ---- caption, qa, video, story
 
 
-def _read_caption(sample: Sample) -> FieldsAndImages:
+def _read_caption(sample: Sample) -> JsonObject:
     # 1. Captions: the tar's text, or one or more under a key.
     settings = sample.settings
     text = None
@@ -200,8 +214,11 @@ def _read_caption(sample: Sample) -> FieldsAndImages:
     metadata = sample.fields
     if not in_tar(sample.record):
         metadata = {key: metadata[key] for key in ("image_id", "id") if key in metadata}
-    fields = {"text": texts if len(texts) > 1 else texts[0], "metadata": metadata}
-    return fields, [SourceImage(sample.image(), sample.record)]
+    return {
+        "image_ids": [sample.image()],
+        "text": texts if len(texts) > 1 else texts[0],
+        "metadata": metadata,
+    }
 
 
 def _question(sample: Sample, *, required: bool = True) -> JsonObject:
@@ -217,7 +234,7 @@ def _question(sample: Sample, *, required: bool = True) -> JsonObject:
     return {"question": question}
 
 
-def _read_qa(sample: Sample) -> FieldsAndImages:
+def _read_qa(sample: Sample) -> JsonObject:
     fields = sample.fields
     has_caption = fields.get("caption") is not None
     has_question = fields.get("question") is not None
@@ -227,24 +244,26 @@ def _read_qa(sample: Sample) -> FieldsAndImages:
             f"{sample.location}: has a question, but no 'caption', which --fields journeydb "
             "(the default, as in the original) reads; use --fields vqa for questions with answers.",
         )
-    fields = {**_question(sample), "answer": sample.text("answer")}
-    values = as_list(sample.image())
+    question = _question(sample)
+    answer = sample.text("answer")
+    values = as_list(sample.image_value("image"))
     has_views = len(values) == 1  # several images are concatenated
-    return fields, [SourceImage(value, sample.record, is_input=has_views) for value in values]
+    images = [SourceImage(value, sample.record, is_input=has_views) for value in values]
+    return {"image_ids": images, **question, "answer": answer}
 
 
-def _read_video(sample: Sample) -> FieldsAndImages:
+def _read_video(sample: Sample) -> JsonObject:
     count = sample.settings.num_frames
     name = str(sample.text("video"))
     path = find_image(name, sample.settings.image_root, sample.record.file)
     if path is None:
         raise BadRecord("missing image", f"{sample.location}: no such video {name}.")
-    fields = {**_question(sample, required=False), "answer": sample.text("answer")}
-    frames = [Frame(str(path), count, index) for index in range(count)]
-    return fields, [SourceImage(frame, sample.record) for frame in frames]
+    frames = [SourceImage(Frame(str(path), count, index), sample.record) for index in range(count)]
+    question = _question(sample, required=False)
+    return {"image_ids": frames, **question, "answer": sample.text("answer")}
 
 
-def _read_story(sample: Sample) -> FieldsAndImages:
+def _read_story(sample: Sample) -> JsonObject:
     images = sample.fields.get(sample.keys["images"]) or []
     captions = sample.fields.get(sample.keys["captions"]) or []
     count = sample.settings.num_images
@@ -257,39 +276,35 @@ def _read_story(sample: Sample) -> FieldsAndImages:
             f"{sample.location}: has {len(images)} images and {len(captions)} "
             f"captions; expected {count} of each.",
         )
-    fields = {f"caption{index}": text for index, text in enumerate(captions)}
-    return fields, [SourceImage(image, sample.record) for image in images]
+    texts = {f"caption{index}": text for index, text in enumerate(captions)}
+    return {"image_ids": [SourceImage(image, sample.record) for image in images], **texts}
 
 
 # ---- edit, interleaved, chat
 
 
-def _read_edit(sample: Sample) -> FieldsAndImages:
+def _read_edit(sample: Sample) -> JsonObject:
     keys = sample.keys
-    fields = {}
+    texts = {}
     for name in ("instruction", "instruction_gpt", "response"):
         text = sample.text(name, required=False)
         if text is not None:
-            fields[name] = text
-    if "instruction" not in fields and not {"instruction_gpt", "response"} <= fields.keys():
+            texts[name] = text
+    if "instruction" not in texts and not {"instruction_gpt", "response"} <= texts.keys():
         raise BadRecord(
             "missing key",
             f"{sample.location}: has no text under {keys['instruction']!r} or under both "
             f"{keys['instruction_gpt']!r} and {keys['response']!r}.",
         )
-    source = SourceImage(sample.image("source"), sample.record)
-    target = SourceImage(sample.image("target"), sample.record, is_input=False)
-    return fields, [source, target]
+    return {
+        "source_image_ids": sample.image("source"),
+        "target_image_ids": sample.image("target", is_input=False),
+        **texts,
+    }
 
 
-def _edit_record(fields: JsonObject, codes: Codes) -> JsonObject:
-    source, target = (views[0] for views in codes if views)
-    return {"source_image_ids": source, "target_image_ids": target, **fields}
-
-
-def _read_interleaved(sample: Sample) -> FieldsAndImages:
-    """A document; unreadable images are dropped with their index, as in the original."""
-    # 1. Parallel lists of images and texts, one of which is None at each index.
+def _read_interleaved(sample: Sample) -> JsonObject:
+    """A document: parallel lists of images and texts, one of which is None at each index."""
     images: FieldValue
     texts: FieldValue
     if "text_list" in sample.fields and "image_info" in sample.fields:
@@ -303,14 +318,14 @@ def _read_interleaved(sample: Sample) -> FieldsAndImages:
             f"{sample.location}: {sample.keys['images']!r} and {sample.keys['texts']!r} "
             "must be lists of equal length, with None in one of them at each index.",
         )
-
-    # 2. The images.
     sources = [
-        SourceImage(image, sample.record, optional=True) for image in images if image is not None
+        None if image is None else SourceImage(image, sample.record, optional=True)
+        for image in images
     ]
-    if not sources:
+    if not any(sources):
         raise Dropped("no image")
-    return {"texts": texts, "metadata": sample.fields.get("metadata") or {}}, sources
+    metadata = sample.fields.get("metadata") or {}
+    return {"image_ids": sources, "texts": texts, "metadata": metadata}
 
 
 def _are_parallel(images: FieldValue, texts: FieldValue) -> bool:
@@ -359,25 +374,18 @@ def _mmc4_lists(fields: RecordFields, location: str) -> tuple[list[FieldValue], 
     return images, texts
 
 
-def _interleaved_record(fields: JsonObject, codes: Codes) -> JsonObject:
-    """The lists without unreadable images."""
-    image_codes = iter(codes)
-    image_ids: list[list[int] | None] = []
-    texts: list[str | None] = []
-    for text in fields["texts"]:
-        if text is not None:
-            image_ids.append(None)
-            texts.append(text)
-            continue
-        views = next(image_codes)
-        if views:
-            image_ids.append(views[0])
-            texts.append(None)
-    return {"image_ids": image_ids, "texts": texts, "metadata": fields["metadata"]}
+def _without_lost_images(record: JsonObject) -> JsonObject:
+    """A document without unreadable images and their index, as in the original."""
+    elements = zip(record["image_ids"], record["texts"], strict=True)
+    kept = [(codes, text) for codes, text in elements if codes is not None or text is not None]
+    return {
+        **record,
+        "image_ids": [codes for codes, _ in kept],
+        "texts": [text for _, text in kept],
+    }
 
 
-def _read_chat(sample: Sample) -> FieldsAndImages:
-    """A conversation; None in a message's content stands for its next image."""
+def _read_chat(sample: Sample) -> JsonObject:
     # 1. Messages of any known format; in a tar, the image is a member.
     fields = sample.fields
     image = sample.record.member(*IMAGE_KEYS, files=sample.files)
@@ -386,38 +394,20 @@ def _read_chat(sample: Sample) -> FieldsAndImages:
     fields = with_messages(fields, sample.location)
     if "messages" not in fields:
         raise BadRecord("missing key", f"{sample.location}: is not a conversation.")
+    sample.repaired = fields.get(REPAIRED, "")
 
-    # 2. Images of the messages; only those of the user have views.
-    images: list[SourceImage] = []
+    # 2. Their images; only those of the user have views.
     messages = []
     for message in fields["messages"]:
-        role = message["role"]
         content: list[FieldValue] = []
         for part in message["content"]:
             if isinstance(part, Mapping) and "image" in part:
-                images.append(SourceImage(part["image"], sample.record, is_input=role == "user"))
-                part = None
+                is_input = message["role"] == "user"
+                part = {"codes": SourceImage(part["image"], sample.record, is_input)}
             content.append(part)
-        messages.append({"role": role, "content": content})
-    chat: JsonObject = {"messages": messages}
-    if fields.get("system"):
-        chat["system"] = fields["system"]
-    return chat, images
-
-
-def _chat_record(fields: JsonObject, codes: Codes) -> JsonObject:
-    """The messages with the codes of each image, or of each of its views."""
-    image_codes = filter(None, codes)
-    messages = []
-    for message in fields["messages"]:
-        content = []
-        for part in message["content"]:
-            if part is None:
-                views = next(image_codes)
-                part = {"codes": views if len(views) > 1 else views[0]}
-            content.append(part)
-        messages.append({**message, "content": content})
-    return {**fields, "messages": messages}
+        messages.append({"role": message["role"], "content": content})
+    system = {"system": fields["system"]} if fields.get("system") else {}
+    return {"messages": messages, **system}
 
 
 _TEXTS = {"question": "question", "answer": "answer", "ask": "", "suffix": ""}
@@ -459,15 +449,14 @@ RECORD_TYPES = {
                 "instruction_gpt": "instruction_gpt",
                 "response": "response",
             },
-            record=_edit_record,
         ),
         RecordType("story", _read_story, {"images": "images", "captions": "captions"}),
         RecordType(
             "interleaved",
             _read_interleaved,
             {"images": "images", "texts": "texts"},
-            record=_interleaved_record,
+            join=_without_lost_images,
         ),
-        RecordType("chat", _read_chat, {}, views=True, record=_chat_record),
+        RecordType("chat", _read_chat, {}, views=True),
     )
 }

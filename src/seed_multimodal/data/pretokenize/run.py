@@ -1,8 +1,9 @@
 """Pre-tokenize a data set: each input shard becomes one output shard of JSON records with codes.
 
 `SAVE_DIR/NAME.tar` is written atomically, with its counts in `NAME.counts.json`; existing shards
-are skipped. Under torchrun each process handles every WORLD_SIZE-th shard, in a job array (`shard`)
-each task every N-th. Batches do not cross shards, so equal input gives equal records.
+are skipped. Any number of processes may work on a folder: each writes the next shard whose lock is
+free, and begins with its share (`shard`, and its rank under torchrun). Batches do not cross shards,
+so equal input gives equal records.
 """
 
 from __future__ import annotations
@@ -10,15 +11,24 @@ from __future__ import annotations
 import json
 import os
 from collections import Counter
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from dataclasses import asdict, dataclass
+from functools import partial
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from seed_multimodal.data.formats.record import BadRecords
 from seed_multimodal.data.formats.shards import ShardWriter, open_shard
-from seed_multimodal.data.pretokenize.dataset import Task, TaskDataset, decode_shards
+from seed_multimodal.data.pretokenize.dataset import (
+    EncodedViews,
+    Task,
+    TaskDecoder,
+    decode_shards,
+)
 from seed_multimodal.data.pretokenize.encode import Encoder, read_transform
 from seed_multimodal.data.pretokenize.inputs import (
     InputSettings,
@@ -26,13 +36,19 @@ from seed_multimodal.data.pretokenize.inputs import (
     list_shards,
     read_input_settings,
 )
-from seed_multimodal.data.pretokenize.record_types import RECORD_TYPES, RecordType
+from seed_multimodal.data.pretokenize.record_types import (
+    RECORD_TYPES,
+    RecordType,
+    replace_images,
+)
 from seed_multimodal.device import DTYPES
-from seed_multimodal.disk import read_json_object, replace_text, writable_folder
+from seed_multimodal.disk import read_json_object, replace_text, try_lock, writable_folder
 from seed_multimodal.entry import DONE, SOME_FAILED, log_line
 from seed_multimodal.errors import ConfigError, DataError, pluralize
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import changed_settings, check_settings, setting
+
+Codes = list[int]  # of an image
 
 
 @dataclass(frozen=True)
@@ -47,7 +63,8 @@ class RunSettings:
     dtype: str = setting("auto", choices=("auto", *sorted(DTYPES)))
     compile: bool = False  # compilation takes minutes
     fields: str | dict[str, str] | None = None  # overrides that of the data
-    shard: tuple[int, int] = (0, 1)  # (index, count): every count-th shard, from `index` on
+    # (index, count): begin with every count-th shard, from `index` on
+    shard: tuple[int, int] = (0, 1)
     image_transform: str | None = None  # YAML file; None: the tokenizer's transform
     # samples decoded and images encoded per batch
     batch_size: int | None = setting(None, minimum=1)
@@ -60,7 +77,7 @@ class RunSettings:
 
 
 def run(settings: RunSettings) -> int:
-    """Write this process's share of the shards; returns 1 if all shards exist and have no record.
+    """Write the shards that nobody else writes; returns 1 if all shards exist and have no record.
 
     Raises SeedError.
     """
@@ -74,26 +91,28 @@ def run(settings: RunSettings) -> int:
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
     prefix = f"[{rank} of {world}] " if world > 1 else ""
 
-    # 2. Its share of the shards.
+    # 2. The shards, its share first, then those of the others.
     record_type, source = read_input(settings)
     save_dir = writable_folder(settings.save_dir, DataError)
     shards = list_shards(source, settings.block)
     job, n_jobs = settings.shard
-    share = shards[job::n_jobs][rank::world]
-    missing = [shard for shard in share if not (save_dir / f"{shard.name}.tar").exists()]
+    index, count = job + n_jobs * rank, n_jobs * world
+    shares = [shards[(index + offset) % count :: count] for offset in range(count)]
+    queue = ShardQueue(save_dir, [*chain.from_iterable(shares)], len(shares[0]))
+    n_missing = sum(map(queue.is_missing, shards))
     log_line(
         f"{prefix}{pluralize(len(shards), 'shard')} of {source.files or source.format} as "
-        f"{record_type.name} records to {save_dir}: {len(share):,} in this share, "
-        f"{len(share) - len(missing):,} of them exist already."
+        f"{record_type.name} records to {save_dir}: {len(shares[0]):,} in this share, "
+        f"{len(shards) - n_missing:,} of all exist already."
     )
 
     # 3. The encoder; existing shards must have been written with the same settings.
     encoder = Encoder(settings.tokenizer, device, settings.dtype, settings.compile)
     transform = read_transform(settings.image_transform, encoder.transform)
-    dataset = TaskDataset(record_type, source, transform, settings.views, settings.seed)
+    decoder = TaskDecoder(record_type, source, transform, settings.views, settings.seed)
     used = {
         "kind": record_type.name,
-        "views": dataset.views,
+        "views": decoder.views,
         "seed": settings.seed,
         "block": settings.block,
         "input": {
@@ -108,19 +127,79 @@ def run(settings: RunSettings) -> int:
     _check_unchanged(save_dir, used)
 
     # 4. Write the missing shards.
-    if missing:
+    if n_missing:
         # 256 as in the original.
         batch_size = settings.batch_size or (32 if encoder.device.type == "cpu" else 256)
-        tasks = decode_shards(missing, dataset, batch_size, settings.workers)
-        with Progress(f"{prefix}extraction", len(missing), "shard") as progress:
+        with (
+            closing(queue),
+            closing(decode_shards(queue, decoder, batch_size, settings.workers)) as tasks,
+            Progress(f"{prefix}extraction", n_missing, "shard") as progress,
+        ):
             progress.unit_scale = True  # show fractions of shards with two digits
             writer = _RecordWriter(record_type, encoder, batch_size, settings.max_bad, progress)
-            for shard in missing:
-                writer.write_shard(save_dir / f"{shard.name}.tar", tasks)
-    if all((save_dir / f"{shard.name}.tar").exists() for shard in shards):
+            for task in tasks:
+                writer.write_shard(queue.path(task.shard), chain([task], tasks))
+                queue.release(task.shard)
+    if not any(map(queue.is_missing, shards)):
         return _summarise(save_dir, shards)
-    log_line(f"{prefix}{save_dir}: this share is finished; shards of others are missing.")
+    log_line(f"{prefix}{save_dir}: this share is finished; other processes write the rest.")
     return DONE
+
+
+class ShardQueue:
+    """The shards that are not written yet, each locked until `release` or `close`.
+
+    n_own: first ones, which are written also where the file system has no locks.
+    """
+
+    def __init__(self, save_dir: Path, shards: Sequence[Shard], n_own: int) -> None:
+        self.save_dir = save_dir
+        self.shards = shards
+        self.n_own = n_own
+        self._locks: dict[str, ExitStack] = {}  # of shards that this process has begun
+
+    def path(self, name: str) -> Path:
+        """The file of a shard."""
+        return self.save_dir / f"{name}.tar"
+
+    def is_missing(self, shard: Shard) -> bool:
+        """Whether the shard is not written yet."""
+        return not self.path(shard.name).exists()
+
+    def __iter__(self) -> Iterator[Shard]:
+        # Again from the start, because a process that had a shard may have been killed.
+        n_before = -1
+        while len(self._locks) > n_before:
+            n_before = len(self._locks)
+            for index, shard in enumerate(self.shards):
+                if shard.name not in self._locks and self.is_missing(shard):
+                    if self._begin(shard, is_own=index < self.n_own):
+                        yield shard
+
+    def _begin(self, shard: Shard, is_own: bool) -> bool:
+        """Lock a shard; False: another process writes it, or has just written it."""
+        with ExitStack() as stack:
+            lock = self._lock_file(shard.name)
+            is_held = stack.enter_context(try_lock(lock.parent, DataError, lock.name))
+            if is_held and not self.is_missing(shard):
+                lock.unlink(missing_ok=True)
+            elif is_held or (is_held is None and is_own):
+                self._locks[shard.name] = stack.pop_all()
+        return shard.name in self._locks
+
+    def _lock_file(self, name: str) -> Path:
+        path = self.path(name)
+        return path.with_name(f".{path.name}.lock")
+
+    def release(self, name: str) -> None:
+        """Unlock a shard that is written; who locks it later sees that."""
+        self._lock_file(name).unlink(missing_ok=True)
+        self._locks[name].close()
+
+    def close(self) -> None:
+        """Unlock all shards."""
+        for lock in self._locks.values():
+            lock.close()
 
 
 def read_input(settings: RunSettings) -> tuple[RecordType, InputSettings]:
@@ -158,10 +237,9 @@ class _RecordWriter:
         self.record_type = record_type
         self.encoder = encoder
         self.batch_size = batch_size
-        self.max_bad = max_bad
         self.progress = progress
         self.images = 0
-        self._bad_in_a_row = 0
+        self.bad = BadRecords(max_bad, progress.write_line, "skipped: ")
 
     def write_shard(self, path: Path, tasks: Iterator[Task]) -> None:
         """Write a shard and its counts. Raises DataError: too many broken samples in a row."""
@@ -178,7 +256,7 @@ class _RecordWriter:
 
     def _write_task(self, task: Task, shard: ShardWriter, counts: Counter[str]) -> None:
         # 1. Encode all images of the task.
-        codes: list[list[int]] = []  # of each pixel row
+        codes: list[Codes] = []  # of each pixel row
         if task.pixels is not None and len(task.pixels):
             for batch in task.pixels.split(self.batch_size):
                 codes += self.encoder(batch)
@@ -190,29 +268,26 @@ class _RecordWriter:
             counts["lost images"] += len(sample.lost_images)
             for message in sample.lost_images:
                 self.progress.write_line(f"dropped from its document: {message}")
-            if sample.error:
-                self._count_broken(sample.error, counts)
+            if sample.error is not None:
+                counts["bad"] += 1
+                self.bad.add(sample.error, sample.location)
                 continue
-            self._bad_in_a_row = 0
+            self.bad.usable()
             if sample.drop_reason:
                 counts[f"dropped: {sample.drop_reason}"] += 1
                 continue
-            view_codes: list[list[list[int]] | None] = []  # of each image
-            for rows in sample.rows:
-                if rows is None:
-                    view_codes.append(None)
-                else:
-                    view_codes.append([codes[row] for row in rows])
-            record = self.record_type.record(sample.fields, view_codes)
-            shard.add(f"{sample.index:07d}", {"json": _strict_json(record)})
+            if sample.repaired:
+                counts[f"repaired: {sample.repaired}"] += 1
+            record = replace_images(sample.record, EncodedViews, partial(_view_codes, codes))
+            content = _strict_json(self.record_type.join(record))
+            shard.add(f"{sample.index:07d}", {"json": content})
             counts["samples"] += 1
 
-    def _count_broken(self, error: str, counts: Counter[str]) -> None:
-        self._bad_in_a_row += 1
-        counts["bad"] += 1
-        self.progress.write_line(f"skipped: {error}")
-        if self._bad_in_a_row >= self.max_bad:
-            raise DataError(f"{error} ({pluralize(self._bad_in_a_row, 'broken sample')} in a row)")
+
+def _view_codes(codes: Sequence[Codes], views: EncodedViews) -> Codes | list[Codes]:
+    """The codes of an image; of several views, a list for each."""
+    view_codes = [codes[row] for row in views.rows]
+    return view_codes if len(view_codes) > 1 else view_codes[0]
 
 
 def _check_unchanged(save_dir: Path, settings: Mapping[str, Any]) -> None:

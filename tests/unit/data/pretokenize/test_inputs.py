@@ -15,7 +15,7 @@ from repository import ROOT
 
 from seed_multimodal.config import load_yaml
 from seed_multimodal.data.formats.shards import write_shard
-from seed_multimodal.data.pretokenize.dataset import DecodedSample, TaskDataset, decode_shards
+from seed_multimodal.data.pretokenize.dataset import DecodedSample, TaskDecoder, decode_shards
 from seed_multimodal.data.pretokenize.encode import read_transform
 from seed_multimodal.data.pretokenize.inputs import (
     InputSettings,
@@ -81,8 +81,8 @@ def test_keys_of_presets_and_mappings():
 
 def decode(settings: InputSettings) -> DecodedSample:
     """The only sample of captions."""
-    dataset = TaskDataset(RECORD_TYPES["caption"], settings, ImageTransform(16))
-    (task,) = decode_shards(list_shards(settings, 4), dataset, 3, workers=0)
+    decoder = TaskDecoder(RECORD_TYPES["caption"], settings, ImageTransform(16))
+    (task,) = decode_shards(list_shards(settings, 4), decoder, 3, workers=0)
     (sample,) = task.samples
     return sample
 
@@ -98,13 +98,13 @@ def test_decode_shards_of_text_or_metadata(tmp_path, members, text, top):
     write_shard(tmp_path / "a.tar", [("000", {"jpg": jpeg(0), **members})])
     settings = InputSettings(files=str(tmp_path / "a.tar"))
     sample = decode(settings)
-    assert sample.fields["text"] == text
+    assert sample.record["text"] == text
     settings.use_caption_in_metadata = True
     sample = decode(settings)
     if top is None:
-        assert "a.tar: sample 000" in sample.error
+        assert "a.tar: sample 000" in str(sample.error)
     else:
-        assert sample.fields["text"] == top
+        assert sample.record["text"] == top
 
 
 def test_list_shards(tmp_path):

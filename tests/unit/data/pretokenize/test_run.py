@@ -11,6 +11,7 @@ import subprocess
 import sys
 import tarfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -23,6 +24,7 @@ from seed_multimodal.cli.data import extraction_script
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.pretokenize.run import RunSettings, run
+from seed_multimodal.disk import try_lock
 from seed_multimodal.errors import DataError
 
 APP = ROOT / "MultiModalLLM"
@@ -108,18 +110,41 @@ def test_run_counts_bad_samples(finished_run: Path):
 
 
 @pytest.mark.process
-def test_run_in_shares_of_torchrun_and_job_arrays(
-    finished_run, start, tmp_path, monkeypatch, capfd
-):
-    # Shares add up to what one process writes.
+def test_run_beside_others(finished_run, start, tmp_path, monkeypatch, capfd):
+    # Job arrays, torchrun, a second start of the same command: each takes the shards that no other
+    # process writes, and its share first.
     out = tmp_path / "out"
-    assert start(out, shard=(0, 2), workers=2) == 0
-    assert "this share is finished" in capfd.readouterr().err and len(list(out.glob("*.tar"))) == 4
-    for rank in ("0", "1"):
-        monkeypatch.setenv("RANK", rank)
+    out.mkdir()
+    living = out / ".s-001.tar.12.tmp"
+    living.touch()
+    with ExitStack() as others:
+        for name in ("s-001", "s-006"):
+            others.enter_context(try_lock(out, DataError, f".{name}.tar.lock"))
+        monkeypatch.setenv("RANK", "1")
         monkeypatch.setenv("WORLD_SIZE", "2")
-        assert start(out, shard=(1, 2)) == 0
+        assert start(out, shard=(1, 2), workers=2) == 0
+        log = capfd.readouterr().err
+        assert "2 in this share" in log and "other processes write the rest" in log
+        tars = sorted(out.glob("*.tar"), key=lambda path: path.stat().st_mtime_ns)
+        names = ["s-003", "s-007", "s-000", "s-004", "s-005", "s-002"]
+        assert sorted(path.stem for path in tars) == sorted(names)
+        assert [path.stem for path in tars[:2]] == names[:2]
+        assert living.exists()
+    # They were killed.
+    assert start(out) == 0
     assert content(out) == content(finished_run)
+
+
+@pytest.mark.process
+def test_run_started_twice(data, finished_run, tmp_path):
+    command = [
+        *(sys.executable, "src/tools/extract_image_ids_to_torchdata_parallel.py"),
+        *("--tokenizer", "configs/tokenizer/nano.yaml", "--data", data["files"]),
+        *("--save_dir", str(tmp_path / "out"), "--num_workers", "0", "--device", "cpu"),
+    ]
+    processes = [subprocess.Popen([*command, "--batch_size", size], cwd=APP) for size in "11"]
+    assert [process.wait(120) for process in processes] == [0, 0]
+    assert content(tmp_path / "out") == content(finished_run)
 
 
 @pytest.mark.nightly
@@ -211,7 +236,7 @@ def test_run_ends_after_many_broken_samples_in_a_row(start, tmp_path, capfd):
     with pytest.raises(DataError, match=r"1\.tar: sample 2"):
         start(tmp_path / "out", max_bad=3, data=images)
     # The finished shard stays, and the next run goes on behind it.
-    names = sorted(path.name for path in (tmp_path / "out").iterdir())
+    names = sorted(path.name for path in (tmp_path / "out").glob("[!.]*"))
     assert names == ["0.counts.json", "0.tar", "settings.json"]
     assert "0.tar: sample 1" in capfd.readouterr().err
     assert start(tmp_path / "out", max_bad=5, data=images) == 0
