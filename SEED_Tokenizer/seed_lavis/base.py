@@ -8,6 +8,7 @@ with `loss`.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -21,7 +22,6 @@ from seed_lavis.compat import BaseModel
 from seed_lavis.options import APPLICATION, CodebookOptions, ModelOptions, locate, vit_sizes
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.models.seed.checkpoints import (
     VISION,
     load_blip2,
@@ -52,28 +52,28 @@ class SeedModel(BaseModel):
     options_type: type[ModelOptions] = ModelOptions
     options: ModelOptions
     latest: Mapping[str, Tensor] = MappingProxyType({})  # losses of the last `forward`
-    companions: tuple[str, ...] = ()  # names of frozen modules that are not submodules
     reads_captions = True
     contrasts = False  # an image with those of the other images in its batch
     vision_file = ""  # empty: the vision encoder is in a checkpoint, or random
+    clip_model: CLIPVisionModelWithProjection | None  # whose image embeddings are the target
     shares_encoder = False  # with the target CLIP: computed once
 
     @classmethod
     def from_config(cls, cfg: Mapping[str, Any] | DictConfig) -> SeedModel:
         """LAVIS's constructor: sizes and initial weights from the section `model` of the YAML."""
-        model = cls(read_settings(cls.options_type, cfg, "model"))
+        model: Any = cls(read_settings(cls.options_type, cfg, "model"))
+        if getattr(model.options, "ema_decay", None) is not None:
+            # Updated without gradient; counts as trained, so that it is saved.
+            model.quantize.embedding.weight.requires_grad_(True)
         load_initial(model)
         return model
 
     def place(self, device: torch.device) -> SeedModel:
         """Move to `device` in the configured precisions, after loading; compile if configured."""
         self.to(device)
-        for name in self.companions:
-            module = getattr(self, name)
-            if module is not None:
-                module.to(device)
         if self.options.freeze_vit:
-            cast_layers(self.visual_encoder, self.vision_dtype(device))
+            dtype = frozen_dtype(self.options.vit_precision, device.type == "cuda")
+            cast_layers(self.visual_encoder, dtype)
         if self.options.use_grad_checkpoint:
             checkpoint_layers(self)
         if self.options.compile:
@@ -82,27 +82,41 @@ class SeedModel(BaseModel):
                     getattr(self, name).compile()
         return self
 
-    def vision_dtype(self, device: torch.device) -> torch.dtype:
-        """The frozen vision encoder's precision; on a CPU fp32 instead of the slow fp16."""
-        dtype = DTYPES[self.options.vit_precision]
-        if dtype == torch.float16 and device.type != "cuda":
-            return torch.float32
-        return dtype
+    def vit_autocast(self, device: torch.device) -> AbstractContextManager[object]:
+        """Context in which the vision encoder computes in `vit_precision`."""
+        dtype = frozen_dtype(self.options.vit_precision, device.type == "cuda")
+        return nullcontext() if dtype == torch.float32 else torch.autocast(device.type, dtype)
 
-    def encode_vision(self, images: Tensor) -> Tensor:
-        """Pixels `[B, 3, S, S]` → output of the vision encoder `[B, N, W]`, in `vit_precision`."""
-        dtype = self.vision_dtype(images.device)
-        if dtype == torch.float32:
-            return self.visual_encoder(images)
-        with torch.autocast(images.device.type, dtype):
+    def vit_features(self, images: Tensor) -> Tensor:
+        """As the library's, in `vit_precision`."""
+        with self.vit_autocast(images.device):
             return self.visual_encoder(images).float()
 
-    def encode_pooled(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """As `encode_vision`, and the encoder's own feature of each image `[B, P]`."""
-        dtype = self.vision_dtype(images.device)
-        with torch.autocast(images.device.type, dtype, enabled=dtype != torch.float32):
-            features, pooled = self.visual_encoder.features_and_pooled(images)
-        return features.float(), pooled.float()
+    def features_and_target(self, images: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Pixels → output of the vision encoder `[B, N, W]`, and the target embedding `[B, E]`.
+
+        The target is the encoder's own feature, or that of the CLIP, if there is one.
+        """
+        # 1. The encoder's own.
+        if self.options.alignment_target == "encoder":
+            with self.vit_autocast(images.device):
+                features, pooled = self.visual_encoder.features_and_pooled(images)
+            return features.float(), pooled.detach().float()
+
+        # 2. The CLIP's, in its precision.
+        features = self.vit_features(images)
+        clip = self.clip_model
+        if clip is None:
+            return features, None
+        with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
+            if self.shares_encoder:
+                pooled = clip.vision_model.post_layernorm(features[:, 0].to(clip.dtype))
+                target = clip.visual_projection(pooled)
+            else:
+                preprocessing = self.visual_encoder.preprocessing
+                pixels = preprocessing.convert(images, clip_preprocessing(clip))
+                target = clip(pixels.to(clip.dtype)).image_embeds
+        return features, target.float()
 
     def with_log(self, loss: Tensor, **losses: Tensor | None) -> dict[str, Tensor]:
         """LAVIS's output mapping; stores the losses of a training batch for the log."""
@@ -118,27 +132,14 @@ class CodebookMixin:
     options: CodebookOptions
     use_codes = True
 
-    def prepare_codebook(self) -> None:
-        """Count a moving-average codebook as trained, so that it is saved."""
-        if self.options.ema_decay is not None:
-            self.quantize.embedding.weight.requires_grad_(True)  # type: ignore[attr-defined]
-
     @property
     def skips_parameters(self) -> bool:
         """Whether some trained parameters get no gradient in some steps (an option of DDP)."""
         return self.options.ema_decay is not None or self.options.codebook_warmup > 0
 
-    def encoder_output(self, images: Tensor | None, vit_features: Tensor | None = None) -> Tensor:
-        """As the library's, with the vision encoder in `vit_precision`."""
-        if vit_features is None:
-            with torch.no_grad():
-                vit_features = self.encode_vision(images)  # type: ignore[attr-defined]
-        return super().encoder_output(None, vit_features)  # type: ignore[misc]
-
     def codebook_points(self, batch: Mapping[str, Any]) -> Tensor:
         """Features of a batch before the quantizer `[B, 32, d]`."""
-        query_output = self.encoder_output(batch["image"])
-        return self.encode_task_layer(query_output)  # type: ignore[attr-defined]
+        return self.pre_quant(batch["image"])  # type: ignore[attr-defined]
 
 
 def stage2_sizes(options: CodebookOptions) -> dict[str, Any]:
@@ -231,7 +232,7 @@ def load_initial(model: Any) -> None:
         log(report.describe())
 
     # 4. The target CLIP may have the same vision encoder, which then runs once.
-    clip = getattr(model, "clip", None) or getattr(model, "clip_model", None)
+    clip = getattr(model, "clip_model", None)
     model.shares_encoder = options.freeze_vit and is_encoder_of(model.visual_encoder, clip)
 
 
@@ -259,7 +260,8 @@ def clip_target(
     """
     if not source:
         raise ConfigError("The target embedding needs a CLIP folder: give it as model.clip_model.")
-    clip = load_clip_vision(locate(source), dtype=frozen_dtype(precision), log=log)
+    dtype = frozen_dtype(precision, torch.cuda.is_available())
+    clip = load_clip_vision(locate(source), dtype=dtype, log=log)
     if width not in (None, clip.config.projection_dim):
         raise ConfigError(
             f"model.clip_model: {source} has embeddings {clip.config.projection_dim} wide, not "
@@ -268,28 +270,6 @@ def clip_target(
     return clip
 
 
-def frozen_dtype(precision: str) -> torch.dtype:
-    """The precision of a frozen target model; fp16 only on a GPU."""
-    if precision == "fp16" and not torch.cuda.is_available():
-        return torch.float32
-    return DTYPES[precision]
-
-
-def target_embeddings(
-    clip: CLIPVisionModelWithProjection,
-    images: Tensor,
-    preprocessing: ImageTransform,
-    vit: Tensor | None = None,
-) -> Tensor:
-    """Pixels → image embeddings `[B, E]` of the frozen CLIP, in its precision, without gradient.
-
-    preprocessing: that of the images.
-    vit: output `[B, N, W]` of CLIP's vision encoder, which then does not run again.
-    """
-    dtype = next(clip.parameters()).dtype
-    with torch.no_grad(), torch.autocast(images.device.type, enabled=False):
-        if vit is None:
-            pixels = preprocessing.convert(images, clip_preprocessing(clip))
-            return clip(pixels.to(dtype)).image_embeds.float()
-        pooled = clip.vision_model.post_layernorm(vit[:, 0].to(dtype))
-        return clip.visual_projection(pooled).float()
+def frozen_dtype(precision: str, on_gpu: bool) -> torch.dtype:
+    """The precision of a frozen model; on a CPU fp32 instead of the slow fp16."""
+    return torch.float32 if precision == "fp16" and not on_gpu else DTYPES[precision]

@@ -21,7 +21,6 @@ from seed_lavis.base import (
     qformer_sizes,
     stage2_sizes,
     stage2_training,
-    target_embeddings,
 )
 from seed_lavis.compat import registry
 from seed_lavis.options import (
@@ -70,7 +69,6 @@ class Blip2Casual(SeedModel, Stage1Model):
     """
 
     stage = "stage1"
-    companions = ("clip",)
     contrasts = True
     options_type = Stage1Options
     options: Stage1Options
@@ -118,49 +116,29 @@ class Blip2Casual(SeedModel, Stage1Model):
         )
         self.options = options
         self.caption_tokenizer = tokenizer
-        self.__dict__["clip"] = clip  # not a submodule, so not in checkpoints
+        self.clip_model = clip
 
     @property
     def skips_parameters(self) -> bool:
         """Whether some trained parameters get no gradient: those behind a hub encoder's tokens."""
         return not self.freeze_vit and isinstance(self.visual_encoder, HubVision)
 
-    def vit_features(self, images: Tensor | None) -> Tensor:
-        """As the library's, with the vision encoder in `vit_precision`."""
-        assert images is not None
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vit):
-            return self.encode_vision(images)
-
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
         """Losses of a batch of pairs; `loss_itc` and `loss_embedding` are unweighted."""
-        images = samples["image"]
         if self.caption_tokenizer is None:
             ids = samples["input_ids"]
             mask = samples["attention_mask"]
         else:
             ids, mask = self.caption_tokenizer(samples["caption"])
-        target = samples.get("target") if self.embedding_head is not None else None
-        needs_target = self.embedding_head is not None and target is None
-        if needs_target and self.options.alignment_target == "encoder":
-            with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vit):
-                vit, pooled = self.encode_pooled(images)
-            target = pooled.detach()
-        else:
-            vit = self.vit_features(images)
-        if target is None and self.clip is not None:
-            target = target_embeddings(
-                self.clip,
-                images,
-                self.visual_encoder.preprocessing,
-                vit if self.shares_encoder else None,
-            )
+        vit, target = self.features_and_target(samples["image"])
+        target = samples.get("target", target)
         out = Stage1Model.forward(
             self,
             None,
             copy_to(self.device, ids),
             copy_to(self.device, mask),
             vit_features=vit,
-            target_embedding=target,
+            target_embedding=None if self.embedding_head is None else target,
         )
         loss = out.loss
         if self.options.itc_weight != 1.0:  # the loss has the contrast once
@@ -207,28 +185,13 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
             **stage2_training(options),
         )
         self.options = options
-        self.prepare_codebook()
 
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
         """Weighted losses of a batch, and the unweighted codebook loss."""
-        # 1. The vision encoder, which may also give the target, or be the target CLIP's.
-        images = samples["image"]
-        target = samples.get("target")
-        with torch.no_grad():
-            if target is None and self.config.alignment_target == "encoder":
-                vit, target = self.encode_pooled(images)
-            else:
-                vit = self.encode_vision(images)
-        if target is None and self.clip_model is not None:
-            target = target_embeddings(
-                self.clip_model,
-                images,
-                self.visual_encoder.preprocessing,
-                vit if self.shares_encoder else None,
-            )
-
-        # 2. Losses; `matched` is for the contact sheets of held-out images.
+        vit, target = self.features_and_target(samples["image"])
+        target = samples.get("target", target)
         out = Stage2Model.forward(self, None, target, vit_features=vit, quantize=self.use_codes)
+        # For the contact sheets of held-out images.
         self.matched = None if self.training else (out.embeds.float(), out.target.float())
         others = self.other_losses(out.embeds, out.target)
         return self.with_log(
@@ -275,7 +238,6 @@ class Seed1CodebookText(CodebookMixin, SeedModel, Seed1Stage2Model):
         )
         self.options = options
         self.text_tokenizer = tokenizer
-        self.prepare_codebook()
 
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
         """Weighted losses of a batch."""
@@ -313,7 +275,7 @@ def text_encoder(options: Seed1Options) -> tuple[CLIPTextModel, CLIPTokenizer]:
     from transformers import CLIPTextModel, CLIPTokenizer
 
     folder = Path(locate(str(options.text_encoder)))
-    dtype = frozen_dtype(options.clip_precision)
+    dtype = frozen_dtype(options.clip_precision, torch.cuda.is_available())
     try:
         encoder = CLIPTextModel.from_pretrained(
             folder / "text_encoder", dtype=dtype, local_files_only=True
@@ -364,8 +326,6 @@ class LavitTokenizer(SeedModel, LavitStage1):
         self.options = options
         self.config = Stage1Sizes(tokenizer.config, decoder_sizes)
         self.init_keep_share()
-        # Updated without gradient; counts as trained, so that it is saved.
-        self.quantize.embedding.weight.requires_grad_(True)
         # Parts of later trainings: random values would differ between seeds.
         for name, parameter in self.named_parameters():
             if name.startswith(("tokenizer.vit_proj.", "decoder.unet_")):
@@ -390,7 +350,7 @@ class LavitTokenizer(SeedModel, LavitStage1):
     def patch_features(self, batch: Tensor) -> Tensor:
         """As the library's, with the vision encoder in `vit_precision`."""
         with torch.no_grad():
-            return self.encode_vision(batch)[:, self.visual_encoder.n_class_tokens :].float()
+            return self.vit_features(batch)[:, self.visual_encoder.n_class_tokens :]
 
     def codebook_points(self, batch: Mapping[str, Any]) -> Tensor:  # type: ignore[override]
         """As the library's, of a batch of samples."""

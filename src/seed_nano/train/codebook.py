@@ -31,7 +31,6 @@ class NanoCodebook(Blip2CodebookAllImage):
     """Stage 2 with the errors of label heads and of a read-out in its loss; both are frozen and not
     saved."""
 
-    companions = ("label_heads",)
     options_type = NanoCodebookOptions
     options: NanoCodebookOptions
 
@@ -41,7 +40,7 @@ class NanoCodebook(Blip2CodebookAllImage):
         super().__init__(options)
         self.scale_start()
         self.register_buffer("readout", readout.float(), persistent=False)
-        self.__dict__["label_heads"] = label_heads  # not a submodule, so not in checkpoints
+        self.label_heads = label_heads
 
     @torch.no_grad()
     def scale_start(self) -> None:

@@ -50,7 +50,7 @@ def test_train_towards_the_encoders_own_feature(kind, yaml, run, tmp_path):
     encoder = model.visual_encoder
     assert any(weight.dtype == torch.bfloat16 for weight in encoder.parameters())
     pixels = torch.randn(2, 3, 16, 16)
-    features, pooled = model.encode_pooled(pixels)
+    features, pooled = model.features_and_target(pixels)
     assert features.dtype == pooled.dtype == torch.float32
     if kind != "siglip2":  # which reads patches
         with torch.no_grad():

@@ -262,7 +262,13 @@ def load_blip2(model: nn.Module, source: str | Path, log: Log = print) -> LoadRe
         file,
         foreign=True,
         allow_unexpected=unused,
-        allow_missing=(f"{VISION}*", "embedding_head.*", "*position_ids", "Qformer.cls.*"),
+        allow_missing=(
+            f"{VISION}*",
+            "clip_model.*",
+            "embedding_head.*",
+            "*position_ids",
+            "Qformer.cls.*",
+        ),
     )
     if log is not None:
         log(report.describe())

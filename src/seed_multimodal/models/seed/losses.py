@@ -122,11 +122,6 @@ class Stage1Model(SeedEncoder):
             self.visual_encoder.eval()
         return self
 
-    def vit_features(self, images: Tensor) -> Tensor:
-        """Pixels `[B, 3, S, S]` → output of the vision encoder `[B, N, W]`."""
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_vit):
-            return self.visual_encoder(images)
-
     def text_features(self, input_ids: Tensor, attention_mask: Tensor | None = None) -> Tensor:
         """Word pieces `[B, T]` that begin with `[CLS]` → normalised features `[B, embed_dim]`."""
         states_BTD = self.Qformer(input_ids=input_ids, attention_mask=attention_mask)
@@ -351,14 +346,6 @@ class Stage2Base(SeedTokenizer):
                 child.eval()
         return self
 
-    def encoder_output(self, images: Tensor | None, vit_features: Tensor | None = None) -> Tensor:
-        """Pixels, or output of the vision encoder `[B, N, W]`, → Q-Former output `[B, 32, D]`."""
-        if vit_features is None:
-            with torch.no_grad():
-                vit_features = self.visual_encoder(images)
-        with torch.set_grad_enabled(torch.is_grad_enabled() and not self.freeze_qformer):
-            return self.query_features_from(vit_features)
-
     def forward(
         self,
         images: Tensor | None,
@@ -379,7 +366,9 @@ class Stage2Base(SeedTokenizer):
         generator: samples corrupted codes and prefixes.
         """
         # 1. Encoder and target.
-        query_output = self.encoder_output(images, vit_features)
+        if vit_features is None:
+            vit_features = self.vit_features(images)
+        query_output = self.query_features_from(vit_features)
         if target is None:
             target = self.target_of(images, input_ids)
         pre_quant = self.encode_task_layer(query_output)

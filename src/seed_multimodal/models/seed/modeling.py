@@ -65,6 +65,10 @@ class SeedEncoder(nn.Module):
         self.ln_vision = LayerNorm(width)
         self.Qformer = QFormer(self.config.qformer, width, vocab_size, lm_head)
 
+    def vit_features(self, images: Tensor) -> Tensor:
+        """Normalised pixels `[B, 3, S, S]` → output of the vision encoder `[B, N, W]`."""
+        return self.visual_encoder(images)
+
     def query_features_from(self, vision_BNW: Tensor) -> Tensor:
         """Output of the vision encoder `[B, N, W]` → Q-Former output `[B, 32, D]`."""
         queries_BQD = self.query_tokens.expand(len(vision_BNW), -1, -1)
@@ -172,7 +176,7 @@ class SeedTokenizer(SeedEncoder, PretrainedNetwork[TokenizerConfig]):
 
     def query_features(self, images: Tensor) -> Tensor:
         """Normalised pixels `[B, 3, S, S]` → Q-Former output `[B, 32, D]`."""
-        return self.query_features_from(self.visual_encoder(images))
+        return self.query_features_from(self.vit_features(images))
 
     def pre_quant(self, images: Tensor) -> Tensor:
         """Normalised pixels `[B, 3, S, S]` → features to quantise `[B, 32, d]`, with gradients."""
