@@ -25,7 +25,8 @@ from seed_multimodal.data.stream.loader import StepBatches
 from seed_multimodal.disk import replace_text, writing
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation.tokenizer import save_neighbours
-from seed_multimodal.training.codebook import CodebookTask, codebook_use, evaluation_mode
+from seed_multimodal.nn.layers import evaluating
+from seed_multimodal.training.codebook import CodebookTask, codebook_use
 from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.distributed import ProcessGroup
 
@@ -230,26 +231,22 @@ def mean_losses(runner: RunnerBase, split: str) -> dict[str, float]:
             f"Split {split!r} has {len(data)} images, too few for {runner.world} processes."
         )
 
-    # 1. Batches and sums.
     size, n_batches = share_out(len(data), options.batch_size_eval, runner.world)
-    codebook_size = model.quantize.size if hasattr(model, "quantize") else 0
-    uses = torch.zeros(codebook_size, dtype=torch.long, device=runner.device)  # of each code
-    sums: dict[str, Tensor] = {}
-
-    def count_codes(module: nn.Module, inputs: Any, outputs: tuple[Tensor, ...]) -> None:
-        codes = outputs[2].flatten()
-        uses.add_(codes.bincount(minlength=codebook_size))
-
     bad_before = data.bad.total
 
-    # 2. Losses and codes of each batch.
-    dtype = torch.float16 if runner.precision == "fp16" else torch.bfloat16
+    # 1. Losses and codes of each batch.
+    sums: dict[str, Tensor] = {}
+    codes: list[Tensor] = []
     counting: Any = contextlib.nullcontext()
-    if codebook_size:
-        counting = model.quantize.register_forward_hook(count_codes)
+    if hasattr(model, "quantize"):
+        counting = model.quantize.register_forward_hook(
+            lambda module, inputs, outputs: codes.append(outputs[2].flatten())
+        )
+    dtype = torch.float16 if runner.precision == "fp16" else torch.bfloat16
     with (
+        torch.no_grad(),
+        evaluating(model),
         counting,
-        evaluation_mode(model),
         StepBatches(
             data,
             size,
@@ -269,12 +266,13 @@ def mean_losses(runner: RunnerBase, split: str) -> dict[str, float]:
             if step == 0:
                 runner.samples = samples["image"], getattr(model, "matched", None)
 
-    # 3. Means over all processes.
+    # 2. Means over all processes.
+    uses = torch.zeros(1, dtype=torch.long, device=runner.device)
+    if codes:
+        uses = torch.cat(codes).bincount(minlength=model.quantize.size)
     if runner.world > 1:
-        for total in sums.values():
+        for total in (*sums.values(), uses):
             dist.all_reduce(total)
-        if codebook_size:
-            dist.all_reduce(uses)
     means = {name: float(value) / (n_batches * runner.world) for name, value in sums.items()}
     return {
         "samples": n_batches * size * runner.world,

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MethodType
 from typing import TypeVar
 
@@ -21,6 +21,19 @@ from torch.utils.checkpoint import checkpoint
 
 Network = TypeVar("Network", bound=nn.Module)
 FEW_ROWS = 32  # of a linear layer, for which its conversion to float32 takes longer than it saves
+
+
+@contextmanager
+def evaluating(module: nn.Module) -> Iterator[None]:
+    """Eval mode (no dropout) inside; every submodule's own mode is restored after."""
+    training = [submodule for submodule in module.modules() if submodule.training]
+    for submodule in training:
+        submodule.training = False
+    try:
+        yield
+    finally:
+        for submodule in training:
+            submodule.training = True
 
 
 class LayerNorm(nn.LayerNorm):

@@ -7,9 +7,7 @@ broadcast.
 
 from __future__ import annotations
 
-import contextlib
 import math
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,6 +16,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.nn.layers import evaluating
 from seed_multimodal.settings import setting
 from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.metrics import Metrics
@@ -116,7 +115,8 @@ class CodebookTask(StageTask):
         n_batches = math.ceil(n_images / self.settings.batch_size)
         # In fp32: k-means compares small distances.
         device = next(self.model.parameters()).device
-        with evaluation_mode(self.model), torch.autocast(device.type, enabled=False):
+        autocast = torch.autocast(device.type, enabled=False)
+        with torch.no_grad(), evaluating(self.model), autocast:
             features = [self.model.codebook_points(self.batch(index)) for index in range(n_batches)]
             self.model.quantize.init_from(torch.cat(features).float())
 
@@ -164,15 +164,3 @@ def codebook_use(counts: Tensor) -> dict[str, float]:
         "codebook_used": float((counts > 0).double().mean()),
         "perplexity": float(entropy.exp()),
     }
-
-
-@contextlib.contextmanager
-def evaluation_mode(model: nn.Module) -> Iterator[None]:
-    """Context with eval mode and no gradients."""
-    training = model.training
-    model.eval()
-    try:
-        with torch.no_grad():
-            yield
-    finally:
-        model.train(training)

@@ -13,8 +13,7 @@ Shape suffixes: B images, N patches, Q queries (32), D width of the Q-Former, d 
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -31,7 +30,7 @@ from seed_multimodal.models.seed.checkpoints import (
 )
 from seed_multimodal.models.seed.configuration import Seed1Config, Seed2Config, TokenizerConfig
 from seed_multimodal.models.seed.qformer import QFormer
-from seed_multimodal.nn.layers import Block, LayerNorm
+from seed_multimodal.nn.layers import Block, LayerNorm, evaluating
 from seed_multimodal.nn.pretrained import PretrainedNetwork
 from seed_multimodal.nn.quantizer import VectorQuantizer
 from seed_multimodal.nn.vision.base import VisionEncoder
@@ -364,16 +363,3 @@ def keep_first_rows(quant_BQd: Tensor, lengths_B: Tensor) -> Tensor:
     positions_Q = torch.arange(quant_BQd.shape[1], device=lengths_B.device)
     mask_BQ = positions_Q < lengths_B[:, None]
     return quant_BQd * mask_BQ.to(quant_BQd)[..., None]
-
-
-@contextlib.contextmanager
-def evaluating(module: nn.Module) -> Iterator[None]:
-    """Eval mode (no dropout) inside; every submodule's own mode is restored after."""
-    training = [submodule for submodule in module.modules() if submodule.training]
-    for submodule in training:
-        submodule.training = False
-    try:
-        yield
-    finally:
-        for submodule in training:
-            submodule.training = True

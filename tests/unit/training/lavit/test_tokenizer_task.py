@@ -8,7 +8,8 @@ import torch
 
 from seed_multimodal.models.lavit.losses import LavitStage1, LavitStage1Output
 from seed_multimodal.models.lavit.train_tokenizer import LavitTokenizerTask
-from seed_multimodal.training.codebook import CodebookHealth, codebook_use, evaluation_mode
+from seed_multimodal.nn.layers import evaluating
+from seed_multimodal.training.codebook import CodebookHealth, codebook_use
 from seed_multimodal.training.config import StageSettings
 
 CODES = {"codebook_warmup": 4, "kmeans_start": True, "kmeans_images": 64, "restart_every": 3}
@@ -17,7 +18,7 @@ CODES = {"codebook_warmup": 4, "kmeans_start": True, "kmeans_images": 64, "resta
 def measure(
     model: LavitStage1, images: torch.Tensor, quantize: bool | None = None
 ) -> LavitStage1Output:
-    with evaluation_mode(model):
+    with torch.no_grad(), evaluating(model):
         return model(images, quantize=quantize)
 
 
