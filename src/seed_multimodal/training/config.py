@@ -2,17 +2,39 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, fields
 from typing import Any
 
-from seed_multimodal.settings import setting
-from seed_multimodal.training.schedules import DECAYS
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.settings import DataclassInstance, setting
+from seed_multimodal.training.schedules import DECAYS, UNREAD
 
 PRECISIONS = ("bf16", "fp16", "fp32")
 SCHEDULES = tuple(DECAYS)
 DEFAULT_TIMEOUT_MINUTES = 30.0  # default of `timeout_minutes`
 ConfigNode = Mapping[str, Any]  # a mapping of a resolved configuration (YAML, JSON)
+
+
+def refuse_unread(
+    settings: DataclassInstance, names: Sequence[str], label: str, reason: str
+) -> None:
+    """Raise ConfigError for one of these settings that is neither 0 nor its default.
+
+    reason: why nothing reads them.
+    """
+    for item in fields(settings):
+        value = getattr(settings, item.name)
+        if item.name in names and value not in (0, item.default):
+            raise ConfigError(
+                f"{label}: {item.name} is {value}, but is not read {reason}; leave it out."
+            )
+
+
+def check_schedule(settings: OptimSettings | StageSettings, label: str) -> None:
+    """Raise ConfigError for a setting that the chosen schedule would not read."""
+    schedule = settings.lr_scheduler_type
+    refuse_unread(settings, UNREAD.get(schedule, ()), label, f"by lr_scheduler_type {schedule}")
 
 
 @dataclass(kw_only=True)

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import nearest
-from seed_multimodal.training.config import OptimSettings
-from seed_multimodal.training.schedules import check_schedule, peak_rate
+from seed_multimodal.training.config import OptimSettings, check_schedule
+from seed_multimodal.training.schedules import peak_rate
 
 MUON_MOMENTUM = 0.95
 ParameterGroup = dict[str, Any]  # `params` and hyperparameters, as in torch.optim

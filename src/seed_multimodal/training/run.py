@@ -160,11 +160,6 @@ class RunTask(Task):
         return cls.run_type(output_dir=Path(str(config["output_dir"])), config=config, **groups)
 
     @classmethod
-    def class_of(cls, run: RunSettings) -> type[RunTask]:
-        """The task for these settings."""
-        return cls
-
-    @classmethod
     def train(cls, config: ConfigNode) -> JsonObject:
         """Train with a resolved configuration; under torchrun every process calls it.
 
@@ -183,7 +178,7 @@ class RunTask(Task):
                 )
                 group = ProcessGroup(timeout_minutes)
                 agree(group, config, run.output_dir)
-                task = cls.class_of(run)(run, group, device)
+                task = cls(run, group, device)
             with contextlib.closing(task):
                 return train(task, task.settings, run.output_dir, group=group, device=device)
 

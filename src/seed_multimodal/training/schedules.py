@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from dataclasses import fields
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -12,7 +11,6 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.data.stream.sampler import EpochOrder
-from seed_multimodal.errors import ConfigError
 
 if TYPE_CHECKING:
     from seed_multimodal.training.config import OptimSettings, StageSettings
@@ -52,18 +50,6 @@ UNREAD = {
     "constant_with_warmup": ("min_lr_ratio",),
     "inverse_sqrt": ("min_lr_ratio",),
 }
-
-
-def check_schedule(settings: OptimSettings | StageSettings, label: str) -> None:
-    """Raise ConfigError for a setting that the chosen schedule would not read."""
-    for item in fields(settings):
-        if item.name in UNREAD.get(settings.lr_scheduler_type, ()):
-            value = getattr(settings, item.name)
-            if value not in (0, item.default):
-                raise ConfigError(
-                    f"{label}: {item.name} is {value}, but lr_scheduler_type "
-                    f"{settings.lr_scheduler_type} does not read it; leave it out."
-                )
 
 
 def scheduled_rate(

@@ -17,11 +17,11 @@ from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.settings import check_settings
 from seed_multimodal.state_dicts import assign_strictly, load_state_dict, save_state_dict
-from seed_multimodal.training.config import ConfigNode, StageSettings
+from seed_multimodal.training.config import ConfigNode, StageSettings, check_schedule
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.metrics import Meter, Metrics
 from seed_multimodal.training.optimizers import parameter_groups
-from seed_multimodal.training.schedules import check_schedule, learning_rate
+from seed_multimodal.training.schedules import learning_rate
 
 if TYPE_CHECKING:
     from seed_multimodal.training.trainer import Trainer

@@ -118,6 +118,8 @@ def check_model_settings(settings: LlmModelSettings, label: str = "model") -> Ll
         raise ConfigError(f"{label}: quantization needs a trained base (path), not random weights.")
     if settings.quantization is not None and settings.lora is None and settings.adapter is None:
         raise ConfigError(f"{label}: a {settings.quantization} base cannot be trained; set lora.")
+    if settings.train_embeddings and settings.lora is None and settings.adapter is None:
+        raise ConfigError(f"{label}: train_embeddings is for lora; without it all weights train.")
     if settings.freeze_embeddings and settings.lora is not None:
         raise ConfigError(
             f"{label}: freeze_embeddings is for full training; with lora, leave embed_tokens out "

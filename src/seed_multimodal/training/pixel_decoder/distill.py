@@ -37,6 +37,7 @@ from seed_multimodal.state_dicts import fingerprint
 from seed_multimodal.training.pixel_decoder.task import (
     EncodedImages,
     PixelTask,
+    Reconstruction,
     TrainedDetokenizer,
     condition_images,
 )
@@ -94,43 +95,41 @@ class NoiseLevels:
         return self.signal[end] * clean + self.noise[end] * noise
 
 
-class DistillationTask(PixelTask):
-    """Distillation by the conditions of a family's task."""
+class Distillation(Reconstruction):
+    """A student that learns from a teacher, by the conditions of a family's task."""
 
-    fixed_settings = ("trained", "teacher", "teacher_steps", "teacher_guidance", "student_steps")
+    def __init__(self, task: PixelTask) -> None:
+        super().__init__(task)
+        self.model = task.model
+        self.drawing_steps = self.model.student_steps
+        teacher_settings = ("teacher", "teacher_steps", "teacher_guidance", "student_steps")
+        self.fixed_settings = ("trained", *teacher_settings)
 
     @cached_property
     def teacher(self) -> Detokenizer[Any]:
         """The decoder that is distilled."""
-        teacher = self.load_decoder(self.model.teacher).to(self.device)
+        teacher = self.task.load_decoder(self.model.teacher).to(self.task.device)
         for part in teacher.parts.values():
             part.requires_grad_(False).eval()
+        self.frozen_models = {"teacher": fingerprint(teacher.denoiser)}
         return teacher
 
-    def load_scheduler(self) -> SchedulerMixin:
+    def scheduler(self) -> SchedulerMixin:
         """The student's scheduler, which steps as DDIM or Euler's method."""
         return fast_scheduler(self.teacher.scheduler, solver_order=1, use_karras_sigmas=False)
 
     def build(self) -> Student:
-        """The student."""
-        # Levels at which the teacher makes a step; the student at every n-th of them.
-        model = self.model
-        self.drawing_steps = model.student_steps
-        self.levels = NoiseLevels.of(self.load_scheduler(), model.teacher_steps, self.device)
-        return Student(super().build().detokenizer, {"denoiser": "denoiser"}).train()
-
-    def new_detokenizer(self, vae: nn.Module, scheduler: SchedulerMixin) -> Detokenizer[Any]:
         """The teacher with the student's denoiser and settings."""
+        # Levels at which the teacher makes a step; the student at every n-th of them.
+        scheduler = self.scheduler()
+        self.levels = NoiseLevels.of(scheduler, self.model.teacher_steps, self.task.device)
         student = copy.copy(self.teacher)
-        student.denoiser = self.load_decoder(self.model.start or self.model.teacher).denoiser
+        student.denoiser = self.task.load_decoder(self.model.start or self.model.teacher).denoiser
         student.scheduler = scheduler
         student.defaults = self.defaults
-        return student
+        return Student(student, {"denoiser": "denoiser"})
 
-    def frozen_models(self) -> dict[str, list[float]]:
-        return {**super().frozen_models(), "teacher": fingerprint(self.teacher.denoiser)}
-
-    def batch_losses(
+    def losses(
         self,
         model: nn.Module,
         batch: TargetBatch,
@@ -140,6 +139,7 @@ class DistillationTask(PixelTask):
     ) -> Mapping[str, Tensor]:
         """How far the student's step ends from the teacher's steps."""
         levels = self.levels
+        objective = self.task.objective
         n_images = len(latents)
 
         # 1. Conditions of both, by the same random numbers.
@@ -168,12 +168,12 @@ class DistillationTask(PixelTask):
                 prediction = teacher_run.predict(
                     self.teacher.denoiser, target, levels.steps[current]
                 )
-                target = levels.move(self.objective, target, prediction, current, current + 1)
+                target = levels.move(objective, target, prediction, current, current + 1)
 
         # 4. The student's step.
         prediction = model(noisy, levels.steps[start], student_run)
         end = start + teacher_per_student
-        reached = levels.move(self.objective, noisy, prediction.float(), start, end)
+        reached = levels.move(objective, noisy, prediction.float(), start, end)
         loss = F.mse_loss(reached, target)
         return {"total_loss": loss, "mse": loss.detach()}
 
@@ -199,8 +199,8 @@ class DistillationTask(PixelTask):
     ) -> Denoising:
         """Conditions of a batch as in drawing."""
         teacher = self.teacher
-        embeds = self.embeds(encoded.conditions)
-        negatives = self.null_embeds
+        embeds = self.task.embeds(encoded.conditions)
+        negatives = self.task.null_embeds
         if negatives is not None:
             negatives = negatives.expand(len(embeds), *negatives.shape[1:])
         generators = [torch.Generator().manual_seed(seed) for seed in seeds]
@@ -218,8 +218,8 @@ class DistillationTask(PixelTask):
             **self.unguided,
         )
 
-    def save_result(self, module: TrainedDetokenizer, folder: Path) -> None:
-        """A folder as the teacher's."""
-        self.save_student(module.detokenizer.denoiser, self.teacher, folder)
-        self.load_scheduler().save_pretrained(folder / "scheduler")
+    def save(self, module: TrainedDetokenizer, folder: Path) -> None:
+        """Write a folder as the teacher's."""
+        self.task.save_student(module.detokenizer.denoiser, self.teacher, folder)
+        self.scheduler().save_pretrained(folder / "scheduler")
         replace_text(folder / DEFAULTS, json.dumps(vars(self.defaults)) + "\n")

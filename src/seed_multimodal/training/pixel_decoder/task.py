@@ -6,7 +6,6 @@ Subclasses (`models.seed.train_detokenizer`, `models.seed_x.train_detokenizer`,
 
 from __future__ import annotations
 
-import pkgutil
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -49,7 +48,7 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 from seed_multimodal.nn.layers import checkpointed
 from seed_multimodal.settings import setting
-from seed_multimodal.training.config import RunTrainerSettings
+from seed_multimodal.training.config import RunTrainerSettings, refuse_unread
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError
 from seed_multimodal.training.engine import gather_full_weights
 from seed_multimodal.training.frozen_models import FrozenFeatures
@@ -80,9 +79,6 @@ NEEDED = (
 WHOLE_MODELS = (".ckpt", ".safetensors")  # files next to the parts, which are not copied
 SMALL = 256  # pixels a side: the VAE encodes larger images one at a time, smaller ones in batches
 SAMPLES = 4  # images during training
-
-# By its name: that module has the methods of this one.
-DISTILLATION = "seed_multimodal.training.pixel_decoder.distill:DistillationTask"
 
 
 @dataclass
@@ -174,6 +170,9 @@ class PixelModel:
     def __post_init__(self) -> None:
         self.start = str(project_path(self.start)) if self.start else ""
         self.teacher = str(project_path(self.teacher)) if self.teacher else ""
+        if not self.teacher:
+            names = ("teacher_steps", "teacher_guidance", "student_steps")
+            refuse_unread(self, names, "model", "without model.teacher")
         if self.teacher_steps % self.student_steps:
             raise ConfigError(
                 f"model: teacher_steps must be a multiple of student_steps, not "
@@ -284,6 +283,60 @@ class TrainedDetokenizer(nn.Module):
         return predict(detokenizer.denoiser, noisy, steps, conditions)
 
 
+class Reconstruction:
+    """A denoiser that learns to reconstruct images from their conditions."""
+
+    drawing_steps = 20  # of the images that are sampled
+
+    def __init__(self, task: PixelTask) -> None:
+        self.task = task
+        self.fixed_settings = task.fixed_settings
+        self.frozen_models: dict[str, list[float]] = {}  # fingerprints
+
+    def scheduler(self) -> SchedulerMixin:
+        """The scheduler that determines the objective."""
+        return self.task.load_scheduler()
+
+    def build(self) -> TrainedDetokenizer:
+        """The initial module on the CPU."""
+        vae = self.task.encoders.moments.model
+        detokenizer = self.task.new_detokenizer(vae, self.scheduler())
+        return TrainedDetokenizer(detokenizer, detokenizer.trained)
+
+    def losses(
+        self,
+        model: nn.Module,
+        batch: TargetBatch,
+        latents: Tensor,
+        encoded: EncodedImages,
+        generator: torch.Generator,
+    ) -> Mapping[str, Tensor]:
+        """`total_loss` and `mse` of images of one size, for some without conditions."""
+        task = self.task
+        dropout = task.model.condition_dropout
+        without, without_image = dropout.draw(len(latents), generator)
+        noisy = NoisyLatents.sample(task.objective, latents, generator)
+        condition_latents = encoded.condition_latents
+        if condition_latents is not None:
+            without_image = without_image.to(latents.device)[:, None, None, None]
+            condition_latents = condition_latents * ~without_image
+        prediction = model(
+            noisy.latents,
+            noisy.steps,
+            task.embeds(encoded.conditions),
+            copy_to(task.device, batch["time_ids"]),
+            without.to(latents.device),
+            condition_latents,
+        )
+        return noisy.losses(prediction)
+
+    def save(self, module: TrainedDetokenizer, folder: Path) -> None:
+        """Write the complete result."""
+        self.task.save_trained(module.detokenizer, folder)
+        for name in self.task.copied:
+            copy_part(self.task.folder / name, folder / name)
+
+
 class PixelTask(RunTask):
     """One run in one process; subclasses set the class attributes without a value."""
 
@@ -296,7 +349,6 @@ class PixelTask(RunTask):
     frozen_name: ClassVar[str]  # of the conditioning model, for messages and checkpoints
     fixed_settings: ClassVar[tuple[str, ...]]  # of the model, which must not change on resume
     copied: ClassVar[tuple[str, ...]] = ()  # from the initial folder to the result
-    drawing_steps = 20  # denoising steps of images during training
     null_embeds: Tensor | None = None  # unconditional embeddings; None: the de-tokenizer's
 
     def __init__(self, run: PixelRunSettings, group: ProcessGroup, device: torch.device) -> None:
@@ -314,6 +366,11 @@ class PixelTask(RunTask):
         )
         self.sources = [source.open() for source in run.data.sources]
         self.meter = Meter(run.data.batch_size * self.settings.gradient_accumulation_steps)
+        self.learner: Reconstruction = Reconstruction(self)
+        if run.model.teacher:
+            from seed_multimodal.training.pixel_decoder.distill import Distillation
+
+            self.learner = Distillation(self)
         # Batches of the images that are sampled, from the first samples on.
         self.sample_batches: list[tuple[TargetBatch, EncodedImages]] = []
 
@@ -340,80 +397,17 @@ class PixelTask(RunTask):
 
     # ---- shared
 
-    @classmethod
-    def class_of(cls, run: RunSettings) -> type[RunTask]:
-        """With `model.teacher` the task distils."""
-        assert isinstance(run, PixelRunSettings)
-        if not run.model.teacher:
-            return cls
-        # Methods of distillation come before those of the family.
-        distillation = pkgutil.resolve_name(DISTILLATION)
-        return type(f"Distillation{cls.__name__}", (distillation, cls), {})
-
-    def build(self) -> TrainedDetokenizer:
-        """The initial module on the CPU, with `requires_grad` set."""
-        detokenizer = self.new_detokenizer(self.encoders.moments.model, self.load_scheduler())
-        detokenizer.device = self.device
-        denoiser = detokenizer.denoiser
-        train_denoiser(denoiser, self.model.trained)
-        if self.model.gradient_checkpointing:
-            denoiser.enable_gradient_checkpointing(checkpointed)
-        self.width = context_dim(denoiser)
-        return TrainedDetokenizer(detokenizer, detokenizer.trained).train()
-
-    def batch_losses(
-        self,
-        model: nn.Module,
-        batch: TargetBatch,
-        latents: Tensor,
-        encoded: EncodedImages,
-        generator: torch.Generator,
-    ) -> Mapping[str, Tensor]:
-        """`total_loss` and `mse` of images of one size, for some without conditions."""
-        without, without_image = self.model.condition_dropout.draw(len(latents), generator)
-        noisy = NoisyLatents.sample(self.objective, latents, generator)
-        condition_latents = encoded.condition_latents
-        if condition_latents is not None:
-            without_image = without_image.to(latents.device)[:, None, None, None]
-            condition_latents = condition_latents * ~without_image
-        prediction = model(
-            noisy.latents,
-            noisy.steps,
-            self.embeds(encoded.conditions),
-            copy_to(self.device, batch["time_ids"]),
-            without.to(latents.device),
-            condition_latents,
-        )
-        return noisy.losses(prediction)
-
     def embeds(self, conditions: Tensor) -> Tensor | Sequence[Tensor]:
         """Conditions as the detokenizer's input."""
         return conditions.float()
 
-    def save_result(self, module: TrainedDetokenizer, folder: Path) -> None:
-        """Write the complete result."""
-        self.save_trained(module.detokenizer, folder)
-        for name in self.copied:
-            source = self.folder / name
-            if source.is_dir():
-                shutil.copytree(source, folder / name, dirs_exist_ok=True)
-            elif source.is_file():
-                shutil.copy2(source, folder / name)
-
     def save_student(self, denoiser: nn.Module, teacher: Any, folder: Path) -> None:
         """Write a decoder as `teacher`, with another denoiser, without scheduler and settings."""
-        # 1. All other parts.
         denoiser_folder = denoiser_kind(denoiser).folder
-        replaced = (denoiser_folder, "scheduler", DEFAULTS)
         for path in self.folder.iterdir():
-            if path.name in replaced or path.suffix in WHOLE_MODELS:
-                continue
-            if path.is_dir():
-                shutil.copytree(path, folder / path.name, dirs_exist_ok=True)
-            else:
-                shutil.copy2(path, folder / path.name)
-
-        # 2. The denoiser.
+            is_replaced = path.name in (denoiser_folder, "scheduler", DEFAULTS)
+            if not is_replaced and path.suffix not in WHOLE_MODELS:
+                copy_part(path, folder / path.name)
         denoiser.save_pretrained(folder / denoiser_folder)
 
     def load_scheduler(self) -> SchedulerMixin:
@@ -427,7 +421,7 @@ class PixelTask(RunTask):
         """Build data, models and optimizer."""
         super().prepare()
         data = self.run.data
-        self.objective = build_objective(self.load_scheduler(), self.model.flow_times)
+        self.objective = build_objective(self.learner.scheduler(), self.model.flow_times)
 
         # 1. Frozen models.
         vae = self.detokenizer_class.load_part(self.folder, "vae")
@@ -462,8 +456,19 @@ class PixelTask(RunTask):
         )
 
         # 3. What is trained.
-        self.module = self.build().to(self.device)
+        self.module = self.new_module().to(self.device)
         self.optimizer = build_optimizer(self.module, self.run.optim)
+
+    def new_module(self) -> TrainedDetokenizer:
+        """The initial module on the CPU, with `requires_grad` set."""
+        module = self.learner.build()
+        module.detokenizer.device = self.device
+        denoiser = module.detokenizer.denoiser
+        train_denoiser(denoiser, self.model.trained)
+        if self.model.gradient_checkpointing:
+            denoiser.enable_gradient_checkpointing(checkpointed)
+        self.width = context_dim(denoiser)
+        return module.train()
 
     def image_sizes(self) -> Sequence[Size]:
         """Height and width of the targets."""
@@ -514,7 +519,7 @@ class PixelTask(RunTask):
             for batch in batches:
                 encoded = self.encoders(batch)
                 latents = sample_latents(encoded.moments, self.scale, generator, self.shift)
-                losses = self.batch_losses(model, batch, latents, encoded, generator)
+                losses = self.learner.losses(model, batch, latents, encoded, generator)
                 share = len(batch["key"]) / n_images
                 loss = loss + share * losses["total_loss"]
                 mse = mse + share * losses["mse"]
@@ -545,7 +550,7 @@ class PixelTask(RunTask):
                 width=max(unit, width // unit * unit),
                 seeds=range(len(batch["key"])),
                 batch_size=1,
-                num_inference_steps=self.drawing_steps,
+                num_inference_steps=self.learner.drawing_steps,
             )
             originals += map(_image, batch["image"])
         self.module.train()
@@ -585,14 +590,14 @@ class PixelTask(RunTask):
         if self.run.deepspeed is not None:
             trained = gather_full_weights(module)
             if group.first:
-                module = self.build()
+                module = self.new_module()
                 module.load_state_dict(trained, strict=False)
 
         # 2. The result. All its parts are replaced together.
         folder = self.run.output_dir / self.result
         if group.first:
             with atomic_folder(folder, folder, TrainingError) as new_folder:
-                self.save_result(module, new_folder)
+                self.learner.save(module, new_folder)
         return {
             "processes": group.world,
             "samples_per_step": self._samples_per_step(group.world),
@@ -608,6 +613,7 @@ class PixelTask(RunTask):
         return {
             self.frozen_name: self.encoders.conditions.fingerprint,
             "autoencoder": self.encoders.moments.fingerprint,
+            **self.learner.frozen_models,
         }
 
     def identity(self, world: int) -> JsonObject:
@@ -615,7 +621,7 @@ class PixelTask(RunTask):
         model = asdict(self.model)
         return {
             **super().identity(world),
-            "model": {name: model[name] for name in self.fixed_settings},
+            "model": {name: model[name] for name in self.learner.fixed_settings},
             "samples_per_step": self._samples_per_step(world),
         }
 
@@ -629,6 +635,14 @@ class PixelTask(RunTask):
 
     def _samples_per_step(self, world: int) -> int:
         return self.run.data.batch_size * self.settings.gradient_accumulation_steps * world
+
+
+def copy_part(source: Path, target: Path) -> None:
+    """Copy a file or folder of a decoder, if it exists."""
+    if source.is_dir():
+        shutil.copytree(source, target, dirs_exist_ok=True)
+    elif source.is_file():
+        shutil.copy2(source, target)
 
 
 # ---- frozen models
