@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -43,41 +43,50 @@ BAR_WIDTH = 20  # characters of the progress bar
 
 
 Metrics = Mapping[str, Tensor | float]  # scalars to log
+# A language model's metrics, summed over micro-steps and processes.
+SUMMED = (
+    "loss",
+    "text_sum",
+    "text_count",
+    "image_sum",
+    "image_count",
+    "tokens",
+    "positions",
+    "squares",
+)
+
+
+class TokenFlops(NamedTuple):
+    """Training FLOP per token; `attention` is for each position of the token's sequence."""
+
+    body: float
+    head: float  # of learned tokens only
+    attention: float
 
 
 class Meter:
-    """Exponentially smoothed metrics of each step, averaged over processes at log lines, and
-    samples per second.
+    """Numbers of a run's steps, the same in all processes; saved in checkpoints, so that a resumed
+    run writes the same lines.
 
-    `llm.metrics.TokenMeter` uses sums over all tokens of a line's steps instead.
+    This one smooths the means of each step; `TokenMeter` sums over the tokens of a line's steps.
+
+    Attributes:
+        samples: per step and process.
+        smooth: the numbers since the last line, or smoothed.
     """
 
     def __init__(self, samples: int) -> None:
-        """samples: per step and process."""
         self.samples = samples
         self.smooth: dict[str, float] = {}
 
-    def combine(
-        self, micro_metrics: Sequence[Metrics], grad_norm: Tensor | None, lr: float
-    ) -> dict[str, float]:
-        """Metrics of a step from those of its micro-steps.
+    def combine(self, micro_metrics: Sequence[Metrics], world: int) -> dict[str, Tensor | float]:
+        """This process's share of a step's numbers, from those of its micro-steps; their sum over
+        the processes goes to `add`."""
+        count = len(micro_metrics) * world
+        return {key: sum_of(micro_metrics, key) / count for key in micro_metrics[0]}
 
-        Means (including `loss`), `grad` (if the gradient norm is known) and `lr`.
-        """
-        count = len(micro_metrics)
-        # In the order of the console's line: loss, gradient norm and rate first.
-        means = {key: sum_of(micro_metrics, key) / count for key in micro_metrics[0]}
-        metrics = {"loss": means.pop("loss")}
-        if grad_norm is not None:
-            metrics["grad"] = grad_norm
-        return to_floats({**metrics, "lr": lr, **means})
-
-    def shared(self, metrics: Mapping[str, float]) -> list[float]:
-        """Metrics of a step to be summed over processes immediately; by default none."""
-        return []
-
-    def add(self, metrics: Mapping[str, float], sums: Sequence[float]) -> None:
-        """Add a step; `sums`: the values of `shared`, summed over processes."""
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """Add a step: the numbers of all processes, `lr` and `grad`."""
         for key, value in metrics.items():
             # fp16 often starts with an overflow, so a finite value replaces one that is not.
             if key in UNSMOOTHED or not math.isfinite(self.smooth.get(key, math.nan)):
@@ -85,14 +94,9 @@ class Meter:
             elif math.isfinite(value):  # a skipped fp16 step has no norm
                 self.smooth[key] = 0.95 * self.smooth[key] + 0.05 * value
 
-    def line_metrics(self) -> dict[str, float]:
-        """This process's smoothed metrics for a log line, to be merged over processes."""
-        return dict(self.smooth)
-
-    def rates(self, step: int, steps: int, seconds: float, world: int) -> dict[str, float]:
-        """Global metrics for a log line about the last `steps` steps in `seconds`: samples per
-        second."""
-        return {"samples_per_s": self.samples * world * steps / seconds}
+    def line(self, steps: int, seconds: float, world: int) -> dict[str, float]:
+        """Numbers of a log line about the last `steps` steps."""
+        return {"samples_per_s": self.samples * world * steps / seconds, **self.smooth}
 
     def text(self, line: Mapping[str, float]) -> tuple[str, str]:
         """The line as text: (metrics, speed)."""
@@ -100,16 +104,105 @@ class Meter:
         return " ".join(listed), f"{line['samples_per_s']:.0f} samples/s"
 
     def state_dict(self) -> JsonObject:
-        """The smoothed metrics."""
         return {"smooth": dict(self.smooth)}
-
-    def process_state(self) -> JsonObject:
-        """The part of the state that differs between processes."""
-        return self.state_dict()
 
     def load_state_dict(self, state: JsonObject) -> None:
         """Inverse of `state_dict`."""
         self.smooth.update(state.get("smooth", {}))
+
+
+class TokenMeter(Meter):
+    """Sums over the tokens since the last log line, of a language model's run.
+
+    Losses of a line are means over its steps, rates use those steps' seconds. `tokens` are useful
+    (non-padding) positions, `positions` all positions including padding. Attention is within
+    sequences, so its FLOP are proportional to the sum of squared lengths.
+
+    Attributes:
+        flops: of sequences of length 1.
+        peak: of one device, in TFLOP/s.
+        divisor: of the loss summed over processes; set before each step.
+        total: sums over the run.
+        timed: sums since the last line, without those of a resumed run's checkpoint.
+        last: loss, learning rate and gradient norm of the last line or step.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(samples=0)
+        self.flops = TokenFlops(0.0, 0.0, 0.0)
+        self.peak: float | None = None
+        self.divisor = 1.0
+        self.total = {"tokens": 0.0, "positions": 0.0}
+        self.timed = dict.fromkeys(SUMMED, 0.0)
+        self.last: dict[str, float] = {}
+
+    def combine(self, micro_metrics: Sequence[Metrics], world: int) -> dict[str, Tensor | float]:
+        """Sums over the micro-steps."""
+        return {key: sum_of(micro_metrics, key) for key in SUMMED}
+
+    def add(self, metrics: Mapping[str, float]) -> None:
+        """Add a step."""
+        self.last["learning_rate"] = metrics["lr"]
+        self.last["grad_norm"] = metrics["grad"]
+        step = {key: metrics[key] for key in SUMMED}
+        step["loss"] /= max(self.divisor, 1e-8)
+        # Sums since the last line, of the run, and since the last line in this process.
+        for key, value in {**step, "steps": 1.0}.items():
+            self.smooth[key] = self.smooth.get(key, 0.0) + value
+        for key in self.total:
+            self.total[key] += step[key]
+        for key in self.timed:
+            self.timed[key] += step[key]
+
+    def line(self, steps: int, seconds: float, world: int) -> dict[str, float]:
+        # 1. Mean losses; by token type only if there are image tokens.
+        sums = self.smooth
+        self.last["loss"] = sums["loss"] / sums["steps"]
+        line = dict(self.last)
+        for kind in ("text", "image"):
+            if sums[f"{kind}_count"] and sums["image_count"]:
+                line[f"{kind}_loss"] = sums[f"{kind}_sum"] / sums[f"{kind}_count"]
+
+        # 2. Speed of all processes; TFLOP/s of one.
+        timed = self.timed
+        learned = timed["text_count"] + timed["image_count"]
+        work = (
+            timed["tokens"] * self.flops.body
+            + timed["squares"] * self.flops.attention
+            + learned * self.flops.head
+        )
+        tflops = work / seconds / world / 1e12
+        line["tokens_per_s"] = timed["positions"] / seconds
+        line["useful_tokens_per_s"] = timed["tokens"] / seconds
+        line["tflops"] = tflops
+        line["fill"] = sums["tokens"] / max(1.0, sums["positions"])
+        line["tokens"] = self.total["tokens"]
+        if self.peak:
+            line["mfu"] = tflops / self.peak
+
+        # 3. The next line starts from zero.
+        self.smooth.clear()
+        self.timed = dict.fromkeys(SUMMED, 0.0)
+        return line
+
+    def text(self, line: Mapping[str, float]) -> tuple[str, str]:
+        losses = [key for key in ("loss", "text_loss", "image_loss") if key in line]
+        metrics = [f"{key} {line[key]:.4g}" for key in losses]
+        metrics += [f"lr {line['learning_rate']:.3g}", f"grad {line['grad_norm']:.3g}"]
+        speed = (
+            f"{line['useful_tokens_per_s']:,.0f} useful of {line['tokens_per_s']:,.0f} tokens/s, "
+            f"fill {100 * line['fill']:.1f} %"
+        )
+        return " ".join(metrics), speed
+
+    def state_dict(self) -> JsonObject:
+        """Sums since the last log line and of the run, and the last loss."""
+        return {**super().state_dict(), "total": dict(self.total), "last": self.last}
+
+    def load_state_dict(self, state: JsonObject) -> None:
+        super().load_state_dict(state)
+        self.total.update(state.get("total", {}))
+        self.last.update(state.get("last", {}))
 
 
 def sum_of(micro_metrics: Sequence[Metrics], key: str) -> Tensor | float:
@@ -194,8 +287,7 @@ class RunLog:
             share = max(0.0, waited - self.mark_waited) / seconds
             process_line["wait_share"] = min(1.0, share)
             self.mark_waited = waited
-        process_line |= {**self.meter.line_metrics(), **status}
-        merged = merge(self.group.gather(process_line))
+        merged = merge(self.group.gather({**process_line, **status}))
 
         # 2. The line, with the speed since the last one.
         self.mark_time = now
@@ -203,7 +295,7 @@ class RunLog:
         self.write(
             {
                 "step": step,
-                **self.meter.rates(step, steps, seconds, self.group.world),
+                **self.meter.line(steps, seconds, self.group.world),
                 "seconds_per_step": seconds / steps,
                 "eta_seconds": (self.settings.max_steps - step) * seconds / steps,
                 **merged,

@@ -39,7 +39,7 @@ from seed_multimodal.training.distributed import (
     translate_errors,
 )
 from seed_multimodal.training.engine import build_engine
-from seed_multimodal.training.metrics import Metrics, RunLog
+from seed_multimodal.training.metrics import Metrics, RunLog, to_floats
 from seed_multimodal.training.optimizers import Ema, averaged_weights
 from seed_multimodal.training.task import StageTask, Task
 
@@ -139,9 +139,6 @@ class Trainer:
         # 3. Restore metrics and data positions.
         if checkpoint is not None:
             task.meter.load_state_dict(saved)
-            process_meters = saved.get("meters", [])
-            if len(process_meters) == group.world:
-                task.meter.load_state_dict(process_meters[group.rank])
             task.load_state_dict(process_states, group.rank)
             self.log_line(f"resumes from {checkpoint} (step {self.step}).")
 
@@ -221,26 +218,33 @@ class Trainer:
         # 1. Accumulate the gradients of all micro-batches.
         n_micro_steps = self.settings.gradient_accumulation_steps
         micro_metrics = [self._micro_step(index, n_micro_steps) for index in range(n_micro_steps)]
-        metrics = task.meter.combine(micro_metrics, self.engine.clip(), lr)
+        shares = task.meter.combine(micro_metrics, self.group.world)
+        norm = self.engine.clip()
+        metrics = to_floats(shares if norm is None else {**shares, "grad": norm})
+        grad = metrics.pop("grad", None)
 
         # 2. If a number is not finite in one process, all of them leave the weights unchanged and
         #    stop.
-        error = self.engine.gradient_error(metrics.get("grad"))
+        error = self.engine.gradient_error(grad)
         if not math.isfinite(metrics["loss"]):
             error = f"The loss became {metrics['loss']}"
-        n_failed, *sums = self.group.sum([bool(error), *task.meter.shared(metrics)])
+        n_failed, *sums = self.group.sum([bool(error), *metrics.values()])
+        # In the order of the console's line: loss, gradient norm and rate first.
+        loss, *others = zip(metrics, sums, strict=True)
+        step_metrics = dict([loss, ("grad", math.nan if grad is None else grad), ("lr", lr)])
+        step_metrics.update(others)
 
         # 3. Update the weights. DeepSpeed returns the gradient norm only then.
         if not n_failed:
-            metrics |= self.engine.update()
-            error = self.engine.gradient_error(metrics["grad"])
+            step_metrics |= self.engine.update()
+            error = self.engine.gradient_error(step_metrics["grad"])
         if n_failed or error:
             self.store.finish()
             raise TrainingError(
                 f"{error or 'Another process had a non-finite number'} at step "
                 f"{self.step + 1}; {self.store.description()}."
             )
-        task.meter.add(metrics, sums)
+        task.meter.add(step_metrics)
         if self.ema is not None:
             self.ema.update(task.module, self.step)
         return True
@@ -310,7 +314,6 @@ class Trainer:
             "frozen": self.frozen,
             "evaluation": self.evaluation,
             **self.task.meter.state_dict(),
-            "meters": self.group.gather(self.task.meter.process_state()),
             "config": self.task.config,
         }
         with translate_errors(f"saving step {self.step}", self.store.description()):

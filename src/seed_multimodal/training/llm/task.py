@@ -51,15 +51,10 @@ from seed_multimodal.training.llm.loss import (
     find_llama,
     round_residual,
 )
-from seed_multimodal.training.llm.metrics import (
-    TokenMeter,
-    join_reports,
-    summary_lines,
-    token_flops,
-)
+from seed_multimodal.training.llm.metrics import join_reports, summary_lines, token_flops
 from seed_multimodal.training.llm.model import build_llm, load_trained, save_trained, trained_state
 from seed_multimodal.training.llm.samples import record_embeds, write_samples
-from seed_multimodal.training.metrics import Metrics
+from seed_multimodal.training.metrics import Metrics, TokenMeter
 from seed_multimodal.training.optimizers import build_optimizer
 from seed_multimodal.training.run import RunSettings, RunTask
 from seed_multimodal.training.trainer import Trainer
