@@ -204,8 +204,7 @@ def extract(folder: Path) -> Used:
     bad = []
     for result in decode_shards(list_shards(settings, 5), decoder, 5, 0):
         used += [sample.record["text"] for sample in result.samples if sample.record]
-        errors = [(sample.location, sample.error) for sample in result.samples if sample.error]
-        bad += [f"{location}: {error}" for location, error in errors]
+        bad += [sample.fault[1] for sample in result.samples if sample.fault]
     return used, bad
 
 

@@ -21,7 +21,7 @@ from seed_multimodal.data.formats.record import BadRecord, JsonObject, RecordFie
 from seed_multimodal.errors import RequestError
 from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
 from seed_multimodal.language.prompts import PromptTemplate, merge_text
-from seed_multimodal.language.text_tokenizer import TextTokenizer
+from seed_multimodal.language.text_tokenizer import TextTokenizer, without_space_at_images
 from seed_multimodal.language.vocabulary import IGNORE_INDEX, Ids
 from seed_multimodal.settings import read_settings
 
@@ -202,44 +202,44 @@ class Decoder:
         yield start, list(start), self.labels(start, list(start), learns_start)
 
         # 2. The segments. The first token of the next turn is in the position of `</s>`.
-        items = [
-            (part, segment) for segment in segmented.segments for part in merge_text(segment.parts)
-        ]
         answer_ended = False
-        for index, (part, segment) in enumerate(items):
-            ids = self._part_ids(items, index)
-            labels = self.labels(part, ids, segment.learned)
-            if segment.ends_turn:
-                answer_ended = True
-            elif answer_ended and ids:
-                answer_ended = False
-                labels[0] = eos
-            yield part, ids, labels
+        for segment, parts in self._stripped(segmented.segments):
+            for part in parts:
+                ids = self._part_ids(part)
+                labels = self.labels(part, ids, segment.learned)
+                if segment.ends_turn:
+                    answer_ended = True
+                elif answer_ended and ids:
+                    answer_ended = False
+                    labels[0] = eos
+                yield part, ids, labels
 
         # 3. The end.
         if segmented.has_end:
             yield Ids([eos]), [eos], [eos]
 
-    def _part_ids(self, items: Sequence[tuple[SegmentPart, Segment]], index: int) -> list[int]:
-        """Ids of a part of segments."""
-        part, segment = items[index]
+    def _stripped(self, segments: Sequence[Segment]) -> Iterator[tuple[Segment, list[SegmentPart]]]:
+        """The merged parts of segments, without white space next to images."""
+        merged = [merge_text(segment.parts) or [""] for segment in segments]
+        for index, (segment, parts) in enumerate(zip(segments, merged, strict=True)):
+            before: SegmentPart = ""
+            after: SegmentPart = ""
+            if self.joins_segments and index:
+                before = merged[index - 1][-1]
+            # White space at the end of a prompt stays, as at inference.
+            if self.joins_segments and index + 1 < len(merged):
+                ends_prompt = segments[index + 1].learned and not segment.learned
+                after = "" if ends_prompt else merged[index + 1][0]
+            if self.tokenizer.strips_at_images:
+                parts = without_space_at_images([before, *parts, after])[1:-1]
+            yield segment, parts
+
+    def _part_ids(self, part: SegmentPart) -> list[int]:
+        """Ids of a part of a segment."""
         if isinstance(part, Ids):
             return list(part)
         if not isinstance(part, str):
             return self.image_ids(part)
-
-        # White space next to an image is stripped, but not at the end of a prompt whose answer
-        # begins with an image, as at inference.
-        if self.tokenizer.strips_at_images:
-            before, segment_before = items[index - 1] if index else ("", segment)
-            after, segment_after = items[index + 1] if index + 1 < len(items) else ("", segment)
-            if not isinstance(before, str) and (segment_before is segment or self.joins_segments):
-                part = part.lstrip()
-            ends_prompt = segment_after.learned and not segment.learned
-            if not isinstance(after, str) and (
-                segment_after is segment or (self.joins_segments and not ends_prompt)
-            ):
-                part = part.rstrip()
         if self.has_plain_texts:
             return self.tokenizer.encode_parts([part], strip=False)
         return self.tokenizer.encode(part)
@@ -292,8 +292,7 @@ class Decoder:
                 if isinstance(part, str):
                     texts.append(part)
                 else:
-                    ids = part if isinstance(part, Ids) else self.image_ids(part)
-                    texts += self.tokenizer.tokens(ids)
+                    texts += self.tokenizer.tokens(self._part_ids(part))
         return "".join(texts)
 
     # ---- fields

@@ -15,7 +15,13 @@ from torch import Tensor
 
 from seed_multimodal.data.formats.open_files import OpenFiles
 from seed_multimodal.data.formats.pairs import shape_problem, similarity_problem
-from seed_multimodal.data.formats.record import RECORD_FAULTS, JsonObject, Record, bad_values
+from seed_multimodal.data.formats.record import (
+    RECORD_FAULTS,
+    JsonObject,
+    Record,
+    bad_values,
+    fault_name,
+)
 from seed_multimodal.data.pretokenize.frames import augmented_view
 from seed_multimodal.data.pretokenize.inputs import InputSettings, Shard
 from seed_multimodal.data.pretokenize.record_types import (
@@ -42,11 +48,10 @@ class DecodedSample:
     """The output record with `EncodedViews` for images; or why the sample is skipped."""
 
     index: int  # in the file
-    location: str
     record: JsonObject = field(default_factory=dict)
     lost_images: list[str] = field(default_factory=list)  # errors of unreadable optional images
     repaired: str = ""
-    error: Exception | None = None  # broken
+    fault: tuple[str, str] | None = None  # broken: its name, and the message
     drop_reason: str = ""  # filtered
 
 
@@ -90,14 +95,17 @@ class TaskDecoder:
         views: dict[tuple[str, bool], EncodedViews] = {}  # by image and whether it is an input
         samples: list[DecodedSample] = []
         for index, record in enumerate(task.records, task.first):
-            decoded = DecodedSample(index, record.location)
+            decoded = DecodedSample(index)
             try:
                 with bad_values(record.location):
                     self._decode(decoded, record, pixels, views)
             except Dropped as reason:
-                decoded = DecodedSample(index, record.location, drop_reason=str(reason))
+                decoded = DecodedSample(index, drop_reason=str(reason))
             except RECORD_FAULTS as error:
-                decoded = DecodedSample(index, record.location, error=error)
+                message = str(error)
+                if record.location not in message:
+                    message = f"{record.location}: {message}"
+                decoded = DecodedSample(index, fault=(fault_name(error), message))
             samples.append(decoded)
         stacked = np.stack(pixels) if pixels else np.empty(0, np.uint8)
         return replace(task, records=[], samples=samples, pixels=torch.from_numpy(stacked))

@@ -268,9 +268,9 @@ class _RecordWriter:
             counts["lost images"] += len(sample.lost_images)
             for message in sample.lost_images:
                 self.progress.write_line(f"dropped from its document: {message}")
-            if sample.error is not None:
+            if sample.fault is not None:
                 counts["bad"] += 1
-                self.bad.add(sample.error, sample.location)
+                self.bad.broken(*sample.fault)
                 continue
             self.bad.usable()
             if sample.drop_reason:
