@@ -22,7 +22,7 @@ from __future__ import annotations
 import hashlib
 import json
 import pkgutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
@@ -63,31 +63,40 @@ Images = Sequence[Image.Image | None]  # None: a caption without image
 
 
 @dataclass(kw_only=True)
-class Settings:
-    """Settings of every benchmark; those with a help text are flags.
+class RunSettings:
+    """Settings of a benchmark and of the suite; those with a help text are flags.
 
     Attributes:
-        file: of the samples.
-        truth: file of reference answers or captions.
         options: of the system's methods, which override the family's.
         seed: of texts, and of the first image; image n has seed + n.
         device: of a model that judges.
     """
 
-    file: Path
     out: Path
-    truth: Path | None = None
     options: JsonObject = field(default_factory=dict)
     seed: int = 42
     batch_size: int = setting(16, minimum=1)
     device: str = "auto"
-    prompts: str = setting(
-        "chat", choices=("chat", "plain"), help="plain: of pretrained SEED-LLaMA"
-    )
-    images: Path | None = setting(None, help="folder of the images", metavar="DIR")
     limit: int | None = setting(None, minimum=1, help="the first N samples only", metavar="N")
     max_bad: int = setting(
         20, minimum=1, help="end after so many bad samples in a row", flag="--max_bad"
+    )
+
+
+@dataclass(kw_only=True)
+class Settings(RunSettings):
+    """Settings of every benchmark.
+
+    Attributes:
+        file: of the samples.
+        truth: file of reference answers or captions.
+    """
+
+    file: Path
+    truth: Path | None = None
+    images: Path | None = setting(None, help="folder of the images", metavar="DIR")
+    prompts: str = setting(
+        "chat", choices=("chat", "plain"), help="plain: of pretrained SEED-LLaMA"
     )
 
 
@@ -167,9 +176,9 @@ class Benchmark(Generic[SettingsT, SampleT]):
         return text.strip()
 
     def open_image(self, sample: Sample) -> Image.Image | None:
-        """The image of a sample, or None. Raises DataError, ImageError: unusable."""
+        """The image of a sample, or None. Raises ImageError: unusable."""
         if sample.problem:
-            raise DataError(sample.problem)
+            raise ImageError(sample.problem)
         if sample.image is None:
             return None
         folder = self.settings.images
@@ -321,37 +330,19 @@ def _append_answers(
 
 
 def _answered(benchmark: AnyBenchmark, batch: Sequence[Sample]) -> list[Line]:
-    """The lines of a batch, in its order."""
-    # 1. The images; those that cannot be opened do not fail the others.
-    lines: dict[Key, Line] = {}
-    usable: list[Sample] = []
-    images: list[Image.Image | None] = []
-    for sample in batch:
-        try:
-            images.append(benchmark.open_image(sample))
-            usable.append(sample)
-        except (DataError, ImageError) as error:
-            lines[sample.key] = {"id": sample.key, "bad": str(error)}
-
-    # 2. The answers.
-    if usable:
-        lines |= {line["id"]: line for line in _lines(benchmark, usable, images)}
-    return [lines[sample.key] for sample in batch]
-
-
-def _lines(benchmark: AnyBenchmark, samples: Sequence[Sample], images: Images) -> Iterator[Line]:
-    """The lines of samples with their images; a batch that fails is answered one by one."""
+    """The lines of a batch; one that fails is answered one by one."""
     try:
-        lines = benchmark.answer(samples, images)
+        images = [benchmark.open_image(sample) for sample in batch]
+        lines = benchmark.answer(batch, images)
     except (GenerationError, ImageError) as error:
-        if len(samples) == 1:
-            yield {"id": samples[0].key, "bad": f"{samples[0].location}: {error}"}
-            return
-        for sample, image in zip(samples, images, strict=True):
-            yield from _lines(benchmark, [sample], [image])
-        return
-    for sample, line in zip(samples, lines, strict=True):
-        yield {"id": sample.key, **line}
+        if len(batch) > 1:
+            return [line for sample in batch for line in _answered(benchmark, [sample])]
+        [sample] = batch
+        message = str(error)
+        if sample.location not in message:
+            message = f"{sample.location}: {message}"
+        return [{"id": sample.key, "bad": message}]
+    return [{"id": sample.key, **line} for sample, line in zip(batch, lines, strict=True)]
 
 
 def _read_lines(benchmark: AnyBenchmark) -> dict[Key, Line]:

@@ -11,34 +11,15 @@ import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
-from typing import NotRequired, TypedDict
 
 import torch
+
+from seed_multimodal.disk import JsonObject
 
 PACKAGES = ("torch", "transformers", "diffusers", "numpy", "pillow", "safetensors", "sentencepiece")
 
 
-class Hardware(TypedDict):
-    """What a measurement ran on; None: the operating system does not tell."""
-
-    cpu: str
-    cores: int | None  # usable by this process
-    threads: int  # of torch
-    memory_gib: float | None
-    gpu: NotRequired[str]  # if the device is one
-
-
-class Circumstances(TypedDict):
-    """Conditions of a measurement."""
-
-    hardware: Hardware
-    versions: dict[str, str]
-    commit: str
-    command: str
-    date: str
-
-
-def circumstances(device: torch.device | str, command: str = "") -> Circumstances:
+def circumstances(device: torch.device | str, command: str = "") -> JsonObject:
     """Hardware, versions, commit, command and date of a measurement.
 
     command: empty for the Python command as typed.
@@ -52,8 +33,9 @@ def circumstances(device: torch.device | str, command: str = "") -> Circumstance
     }
 
 
-def hardware(device: torch.device | str = "cpu") -> Hardware:
-    """The hardware that computes on `device`."""
+def hardware(device: torch.device | str = "cpu") -> JsonObject:
+    """The hardware that computes on `device`: cpu, cores that this process may use, threads of
+    torch, memory_gib, gpu if the device is one; None: the operating system does not tell."""
     # 1. Processor and cores; a container may use fewer than there are.
     cpu = platform.processor() or platform.machine()
     cpu_info = Path("/proc/cpuinfo")
@@ -71,9 +53,12 @@ def hardware(device: torch.device | str = "cpu") -> Hardware:
         memory_gib = round(n_bytes / 2**30, 1)
 
     # 3. The GPU.
-    conditions = Hardware(
-        cpu=cpu, cores=cores, threads=torch.get_num_threads(), memory_gib=memory_gib
-    )
+    conditions: JsonObject = {
+        "cpu": cpu,
+        "cores": cores,
+        "threads": torch.get_num_threads(),
+        "memory_gib": memory_gib,
+    }
     device = torch.device(device)
     if device.type == "cuda":
         conditions["gpu"] = torch.cuda.get_device_name(device)

@@ -21,6 +21,7 @@ from seed_multimodal.entry import log_line
 from seed_multimodal.errors import CheckpointError, ConfigError, DataError, first_line
 from seed_multimodal.evaluation.benchmark import (
     BENCHMARKS,
+    RunSettings,
     benchmark_class,
     open_benchmark,
     run,
@@ -58,9 +59,11 @@ class SuiteRow:
 
 
 @dataclass(kw_only=True)
-class SuiteSettings:
+class SuiteSettings(RunSettings):
     """Settings of all runs; options: of drawings."""
 
+    model: str
+    dtype: str
     data: Path = setting(metavar="DIR", help="folder of the benchmarks (see the docs)")
     compare: str | None = setting(
         None, metavar="MODEL", help="published figures (default: --model's)"
@@ -72,17 +75,6 @@ class SuiteSettings:
     )
     best_of: int = setting(1, minimum=1, help="drawings, of which CLIP keeps one")
     judge: Path | None = setting(None, metavar="MODEL", help="detector of GenEval")
-    limit: int | None = setting(None, minimum=1, metavar="N", help="the first N samples of each")
-    max_bad: int = setting(
-        20, minimum=1, help="end after so many bad samples in a row", flag="--max_bad"
-    )
-    model: str
-    out: Path
-    seed: int
-    batch_size: int
-    device: str
-    dtype: str
-    options: JsonObject
 
 
 def read_suite(path: Path = ROWS) -> list[SuiteRow]:
