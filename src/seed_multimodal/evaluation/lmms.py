@@ -14,7 +14,7 @@ force_image    false: the system decides whether it draws (default: every answer
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
 from pathlib import Path
@@ -79,50 +79,43 @@ class SeedModel(lmms):  # type: ignore[misc]
 
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """Each answer, in the order of `requests`."""
-        answer = self._answers if self.image_dir is None else self._image_answers
-        answers: dict[int, GenerationResult] = {}
-        with Progress("answer", len(requests), "sample") as bar:
-            for indices in self._batches(requests):
-                batch = [requests[index] for index in indices]
-                results = self._answered(batch, answer)
-                answers |= zip(indices, results, strict=True)
-                bar.update(len(batch))
-        return [answers[index] for index in range(len(requests))]
-
-    def _batches(self, requests: Sequence[Instance]) -> Iterator[list[int]]:
-        """Indices of requests with equal settings, which are answered together."""
+        # Requests with equal settings are answered together.
         by_settings: dict[str, list[int]] = {}
         for index, request in enumerate(requests):
             by_settings.setdefault(str(self._options(request)), []).append(index)
-        for _, indices in sorted(by_settings.items()):
-            for start in range(0, len(indices), self.batch):
-                yield indices[start : start + self.batch]
+        results: dict[int, GenerationResult] = {}
+        with Progress("answer", len(requests), "sample") as bar:
+            for indices in by_settings.values():
+                for start in range(0, len(indices), self.batch):
+                    batch = indices[start : start + self.batch]
+                    answers = self._answered([requests[index] for index in batch])
+                    results |= zip(batch, answers, strict=True)
+                    bar.update(len(batch))
+        return [results[index] for index in range(len(requests))]
 
-    def _answered(self, requests: Sequence[Instance], answer: Any) -> list[GenerationResult]:
+    def _answered(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """Answers of a batch; one that fails is answered one by one."""
         try:
-            results: list[GenerationResult] = answer(requests)
-            return results
+            if self.image_dir is None:
+                return self._answers(requests)
+            return self._image_answers(requests)
         except (GenerationError, ImageError, RequestError) as error:
             if len(requests) > 1:
-                results = []
-                for request in requests:
-                    results += self._answered([request], answer)
-                return results
+                return [self._answered([request])[0] for request in requests]
             log_line(f"{requests[0].task_name} {requests[0].doc_id}: {error}")
             return [GenerationResult("")]
 
     def _answers(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """Texts, up to the task's end."""
-        options = self._options(requests[0])
-        settings = self.system.settings("ask", **generation_settings(options))
+        options = generation_settings(self._options(requests[0]))
+        settings = self.system.settings("ask", **options)
         conversations = [self._conversation(request) for request in requests]
         answers = self.system.generate_answers(
             conversations, "ask", settings, batch_size=self.batch
         )
         results: list[GenerationResult] = []
         for generated in answers:
-            text = until(self.system.family.text(generated.answer, "ask"), _ends(options))
+            text = self.system.family.text(generated.answer, "ask").strip()
             counts = TokenCounts(len(generated.prompt), len(generated.answer.ids))
             results.append(GenerationResult(text, counts))
         return results
@@ -264,26 +257,14 @@ def _edits(conversation: Sequence[Message]) -> bool:
     return not conversation[0].is_text
 
 
-def _ends(task_options: JsonObject) -> str | Sequence[str]:
-    """Texts that end an answer."""
-    ends: str | Sequence[str] = task_options.get("until") or ()
-    return ends
-
-
 def generation_settings(task_options: JsonObject) -> JsonObject:
     """A task's `generation_kwargs` as options of a system; greedy unless the task samples."""
     has_temperature = (task_options.get("temperature") or 0) > 0
     samples = bool(task_options.get("do_sample", has_temperature))
-    options = {"do_sample": samples}
+    ends = task_options.get("until") or ()
+    options = {"do_sample": samples, "stop": (ends,) if isinstance(ends, str) else tuple(ends)}
     for name, value in task_options.items():
         applies = samples or name not in SAMPLING
         if name in SETTINGS and applies and value is not None:
             options[name] = value
     return options
-
-
-def until(text: str, ends: str | Sequence[str]) -> str:
-    """A text up to the first of `ends`."""
-    for end in [ends] if isinstance(ends, str) else ends:
-        text = text.partition(end)[0] if end else text
-    return text.strip()
