@@ -28,13 +28,9 @@ NO_PARSER = (
 
 
 def caption_scores(
-    captions: Mapping[Key, str], references: Mapping[Key, Sequence[str]], java: bool | None = None
+    captions: Mapping[Key, str], references: Mapping[Key, Sequence[str]]
 ) -> tuple[dict[str, float], list[str]]:
-    """Corpus scores of one caption per image against its references, and notes on missing scores.
-
-    Args:
-        java: whether to run the Java programs; None: if Java is installed.
-    """
+    """Corpus scores of one caption per image, and notes on missing scores."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.meteor.meteor import Meteor
@@ -42,8 +38,7 @@ def caption_scores(
     from pycocoevalcap.spice import spice
 
     # 1. The texts as the scorers read them.
-    if java is None:
-        java = shutil.which("java") is not None
+    java = shutil.which("java") is not None
     expected = _tokenized({key: references[key] for key in captions}, java)
     answers = _tokenized({key: [caption] for key, caption in captions.items()}, java)
 

@@ -56,28 +56,23 @@ def ranks(queries: Tensor, gallery: Tensor, pairs: Ints, counts: Ints | None = N
 
     Raises DataError: features that are not finite, which would rank first.
     """
-    device = gallery.device
     wrong_above = np.empty(len(queries), np.int64)
     copies = torch.ones(len(gallery)) if counts is None else torch.from_numpy(counts)
     copies = copies.to(gallery)  # [G]
     block_rows = max(1, BLOCK // len(gallery))
     for start in range(0, len(queries), block_rows):
-        # 1. Scores of a block of queries, and of their right items.
+        # 1. Scores of a block of queries, and which items are right.
         scores = queries[start : start + block_rows] @ gallery.T  # [b, G]
         finite(scores.sum().cpu(), "embeddings")
         block = slice(*np.searchsorted(pairs[:, 0], [start, start + len(scores)]))
-        query, item = torch.from_numpy(pairs[block]).to(device).unbind(1)
-        row = query - start
-        right = scores[row, item]
+        query, item = torch.from_numpy(pairs[block]).to(scores.device).unbind(1)
+        is_right = torch.zeros_like(scores, dtype=torch.bool)
+        is_right[query - start, item] = True
 
-        # 2. The best right item of each query, and how many right items score as high.
-        lowest = torch.full_like(scores[:, 0], -torch.inf)
-        best = lowest.scatter_reduce_(0, row, right, "amax")  # [b]
-        right_hits = torch.zeros_like(best).index_add_(0, row, (right >= best[row]) * copies[item])
-
-        # 3. All items that score at least as high, without the right ones.
-        hits = scores.ge_(best[:, None]) @ copies
-        wrong_above[start : start + len(scores)] = (hits - right_hits).cpu()
+        # 2. All wrong items that score at least as high as the best right one.
+        best = scores.masked_fill(~is_right, -torch.inf).amax(1, keepdim=True)  # [b, 1]
+        is_above = (scores >= best) & ~is_right
+        wrong_above[start : start + len(scores)] = (is_above.to(copies) @ copies).cpu()
     return wrong_above
 
 
@@ -107,27 +102,23 @@ def retrieval(images: Tensor, texts: TextEncoder, captions: Sequence[Sequence[st
     pairs = np.unique(np.stack([image, text], 1), axis=0)
     to_text = ranks(images, embedded, pairs, np.bincount(text))
     to_image = ranks(embedded, images, np.unique(pairs[:, ::-1], axis=0))[text]
-    return {
-        "n": len(images),
-        "texts": len(text),
-        **{f"txt_r{k}": bootstrap(to_text < k) for k in LEVELS},
-        **{f"img_r{k}": bootstrap(to_image < k, image) for k in LEVELS},
-        "lavis": lavis_metrics(to_text, to_image),
-    }
+    recalls: JsonObject = {}
+    for k in LEVELS:
+        recalls[f"txt_r{k}"] = bootstrap(to_text < k)
+        recalls[f"img_r{k}"] = bootstrap(to_image < k, image)
+    percent = {name: 100.0 * recall.value for name, recall in recalls.items()}
+    return {"n": len(images), "texts": len(text), **recalls, "lavis": _with_means(percent)}
 
 
-def lavis_metrics(to_text: Ints, to_image: Ints) -> dict[str, float]:
+def _with_means(recalls: dict[str, float]) -> dict[str, float]:
     """The dictionary that LAVIS's retrieval task reports, in percent."""
     # LAVIS selects checkpoints by `agg_metrics`.
-    result: dict[str, float] = {}
-    for direction, order in (("txt", to_text), ("img", to_image)):
-        recalls = [100.0 * float((order < level).mean()) for level in LEVELS]
-        for level, recall in zip(LEVELS, recalls, strict=True):
-            result[f"{direction}_r{level}"] = recall
-        result[f"{direction}_r_mean"] = float(np.mean(recalls))
-    result["r_mean"] = (result["txt_r_mean"] + result["img_r_mean"]) / 2
-    result["agg_metrics"] = result["txt_r_mean"]
-    return result
+    for direction in ("txt", "img"):
+        levels = [recalls[f"{direction}_r{level}"] for level in LEVELS]
+        recalls[f"{direction}_r_mean"] = float(np.mean(levels))
+    recalls["r_mean"] = (recalls["txt_r_mean"] + recalls["img_r_mean"]) / 2
+    recalls["agg_metrics"] = recalls["txt_r_mean"]
+    return recalls
 
 
 # ---- encoders

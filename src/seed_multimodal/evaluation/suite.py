@@ -77,12 +77,9 @@ class SuiteSettings(RunSettings):
     judge: Path | None = setting(None, metavar="MODEL", help="detector of GenEval")
 
 
-def read_suite(path: Path = ROWS) -> list[SuiteRow]:
-    """The rows of a table. Raises ConfigError: a row of another form."""
-    rows: list[SuiteRow] = []
-    for index, values in enumerate(yaml.safe_load(path.read_text(encoding="utf-8"))):
-        row: SuiteRow = read_settings(SuiteRow, dict(values), f"{path}: row {index}")
-        rows.append(row)
+def read_suite() -> list[SuiteRow]:
+    """The rows of the table. Raises ConfigError: a row of another form."""
+    rows: list[SuiteRow] = check_value(list[SuiteRow], yaml.safe_load(ROWS.read_text()), str(ROWS))
     return rows
 
 
