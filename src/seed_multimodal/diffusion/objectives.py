@@ -14,9 +14,8 @@ The scheduler of a diffusion folder determines its objective, so training and sa
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 import torch
 import torch.nn.functional as F
@@ -31,24 +30,11 @@ if TYPE_CHECKING:
 FlowTimes = Literal["logit_normal", "uniform"]  # distribution of a flow's t, before its shift
 
 
-class Objective(Protocol):
-    """Time steps are as a scheduler gives them to the denoiser; latents are `[B, C, h, w]`."""
-
-    def sample_timesteps(self, count: int, generator: torch.Generator | None) -> Tensor:
-        """Random time steps of training `[count]`, on the CPU."""
-
-    def add_noise(self, latents: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
-        """Noisy latents at time steps `[B]`."""
-
-    def target(self, latents: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
-        """What the denoiser should predict from them."""
-
-    def clean(self, noisy: Tensor, prediction: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
-        """The latents x that a prediction means, where `noisy` is `signal · x + noise · e`."""
-
-
 class EpsilonObjective:
-    """Predicts the noise of a variance-preserving schedule."""
+    """Predicts the noise of a variance-preserving schedule.
+
+    Time steps are as a scheduler gives them to the denoiser; latents are `[B, C, h, w]`.
+    """
 
     def __init__(self, scheduler: SchedulerMixin) -> None:
         from diffusers import DDPMScheduler
@@ -57,17 +43,21 @@ class EpsilonObjective:
         self.schedule = DDPMScheduler.from_config(scheduler.config)
 
     def sample_timesteps(self, count: int, generator: torch.Generator | None) -> Tensor:
+        """Random time steps of training `[count]`, on the CPU."""
         n_steps = self.schedule.config.num_train_timesteps
         return torch.randint(n_steps, (count,), generator=generator)
 
     def add_noise(self, latents: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
+        """Noisy latents at time steps `[B]`."""
         noisy: Tensor = self.schedule.add_noise(latents, noise, steps)
         return noisy
 
     def target(self, latents: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
+        """What the denoiser should predict from them."""
         return noise
 
     def clean(self, noisy: Tensor, prediction: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
+        """The latents x that a prediction means, where `noisy` is `signal · x + noise · e`."""
         return (noisy - noise * prediction) / signal
 
 
@@ -117,12 +107,9 @@ class FlowObjective:
         return noisy - noise * prediction
 
 
-# name → class of (scheduler)
-OBJECTIVES: dict[str, Callable[[SchedulerMixin], Objective]] = {
-    "epsilon": EpsilonObjective,
-    "v_prediction": VelocityObjective,
-    "flow": FlowObjective,
-}
+Objective = EpsilonObjective | FlowObjective
+# By a scheduler's `prediction_type`; those of flows have others.
+OBJECTIVES = {"epsilon": EpsilonObjective, "v_prediction": VelocityObjective}
 
 
 def is_flow(scheduler: SchedulerMixin) -> bool:
@@ -138,22 +125,16 @@ def flow_shift(scheduler: SchedulerMixin) -> float:
     return float(config.get("shift", config.get("flow_shift", 1.0)))
 
 
-def objective_name(scheduler: SchedulerMixin) -> str:
-    """A key of `OBJECTIVES`. Raises ConfigError: a prediction type without objective."""
-    name = "flow" if is_flow(scheduler) else str(scheduler.config.get("prediction_type"))
+def build_objective(scheduler: SchedulerMixin, flow_times: FlowTimes = "logit_normal") -> Objective:
+    """The objective of a folder's scheduler. Raises ConfigError: a prediction type without one."""
+    if is_flow(scheduler):
+        return FlowObjective(scheduler, flow_times)
+    name = str(scheduler.config.get("prediction_type"))
     if name not in OBJECTIVES:
         raise ConfigError(
             f"scheduler/scheduler_config.json: there is no training objective for prediction_type "
-            f"{name!r}{nearest(name, OBJECTIVES)}; there are {', '.join(OBJECTIVES)}."
+            f"{name!r}{nearest(name, OBJECTIVES)}; there are {', '.join(OBJECTIVES)} and flows."
         )
-    return name
-
-
-def build_objective(scheduler: SchedulerMixin, flow_times: FlowTimes = "logit_normal") -> Objective:
-    """The objective of a folder's scheduler. Raises ConfigError."""
-    name = objective_name(scheduler)
-    if name == "flow":
-        return FlowObjective(scheduler, flow_times)
     return OBJECTIVES[name](scheduler)
 
 

@@ -11,7 +11,7 @@ import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from types import MethodType
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -87,15 +87,10 @@ class Attention(nn.Module):
             qkv = F.linear(x_BND, self.qkv.weight, bias)
         else:
             qkv = self.qkv(x_BND)
-        query, key, value = qkv.chunk(3, dim=-1)  # [B, N, D] each
 
         # 2. Attention of each head.
-        attended = F.scaled_dot_product_attention(
-            heads_first(query, self.heads),
-            heads_first(key, self.heads),
-            heads_first(value, self.heads),
-        )
-        return self.proj(heads_last(attended))
+        query, key, value = qkv.chunk(3, dim=-1)
+        return self.proj(multi_head(query, key, value, self.heads))
 
 
 class Block(nn.Module):
@@ -134,11 +129,45 @@ class AttentionPool(nn.Module):
         mean_B1D = x_BQD.mean(dim=1, keepdim=True)
         x = torch.cat([mean_B1D, x_BQD], dim=1) + self.positional_embedding  # [B, 1 + Q, D]
         # The mean is the only query.
-        query = heads_first(self.q_proj(x[:, :1]), self.heads)
-        key = heads_first(self.k_proj(x), self.heads)
-        value = heads_first(self.v_proj(x), self.heads)
-        pooled = F.scaled_dot_product_attention(query, key, value)  # [B, heads, 1, D / heads]
-        return self.c_proj(heads_last(pooled)).squeeze(1)
+        pooled = multi_head(self.q_proj(x[:, :1]), self.k_proj(x), self.v_proj(x), self.heads)
+        return self.c_proj(pooled).squeeze(1)
+
+
+class SdxlHead(nn.Module):
+    """Base of networks whose outputs have the form of those of SDXL's two text encoders."""
+
+    def add_head(self, length: int, width: int, heads: int, prompt: int, pooled: int) -> None:
+        """length, width: of the features. prompt, pooled: widths of the encoders' outputs."""
+        self.unet_proj_1 = nn.Linear(width, prompt)
+        self.unet_proj_2 = nn.Linear(width, pooled)
+        self.unet_attnpool = AttentionPool(length, width, heads, pooled)
+
+    def head(self, x_BQD: Tensor) -> tuple[Tensor, Tensor]:
+        """Features → hidden states side by side, `[B, Q, prompt + pooled]`, and the second's pooled
+        output."""
+        prompt = torch.cat([self.unet_proj_1(x_BQD), self.unet_proj_2(x_BQD)], dim=-1)
+        return prompt, self.unet_attnpool(x_BQD)
+
+
+def task_layer(width: int, output: int) -> nn.Sequential:
+    """The layers around a codebook."""
+    return nn.Sequential(nn.Linear(width, width), nn.Tanh(), nn.Linear(width, output))
+
+
+def multi_head(
+    query_BQD: Tensor,
+    key_BND: Tensor,
+    value_BND: Tensor,
+    heads: int,
+    attend: Callable[..., Tensor] = F.scaled_dot_product_attention,
+    **options: Any,
+) -> Tensor:
+    """Attention of each head: `[B, Q, D]`.
+
+    options: of `attend`, which gets `[B, heads, N, D / heads]`.
+    """
+    rows = [heads_first(x_BND, heads) for x_BND in (query_BQD, key_BND, value_BND)]
+    return heads_last(attend(*rows, **options))
 
 
 def heads_first(x_BND: Tensor, heads: int) -> Tensor:

@@ -25,7 +25,14 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
 from seed_multimodal.models.lavit.modeling import CrossAttention
-from seed_multimodal.nn.layers import Attention, AttentionPool, LayerNorm, Mlp, checkpoint_layers
+from seed_multimodal.nn.layers import (
+    Attention,
+    LayerNorm,
+    Mlp,
+    SdxlHead,
+    checkpoint_layers,
+    task_layer,
+)
 from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS, PretrainedNetwork
 from seed_multimodal.settings import setting
 from seed_multimodal.state_dicts import load_state_dict
@@ -100,7 +107,7 @@ class DecoderBlock(nn.Module):
         return x_BND + self.mlp(self.norm2(x_BND))
 
 
-class CodeDecoder(PretrainedNetwork[LavitDecoderConfig]):
+class CodeDecoder(PretrainedNetwork[LavitDecoderConfig], SdxlHead):
     """Codebook rows of each image → patch features (`features`) → conditions (`forward`)."""
 
     config_class = LavitDecoderConfig
@@ -118,16 +125,12 @@ class CodeDecoder(PretrainedNetwork[LavitDecoderConfig]):
         self.in_proj = nn.Linear(config.code_dim, width)
         self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.depth))
         self.norm = LayerNorm(width, eps=EPS)
-        self.decode_task_layer = nn.Sequential(
-            nn.Linear(width, width), nn.Tanh(), nn.Linear(width, features)
-        )
+        self.decode_task_layer = task_layer(width, features)
 
         # 2. Features → conditions.
         if config.head == "highres":
-            self.unet_proj_1 = nn.Linear(features, config.prompt_dim)
-            self.unet_proj_2 = nn.Linear(features, config.pooled_dim)
-            self.unet_attnpool = AttentionPool(
-                config.tokens, features, config.heads, config.pooled_dim
+            self.add_head(
+                config.tokens, features, config.heads, config.prompt_dim, config.pooled_dim
             )
         else:
             self.unet_proj = nn.Linear(features, config.prompt_dim)
@@ -169,10 +172,7 @@ class CodeDecoder(PretrainedNetwork[LavitDecoderConfig]):
         """Features `[B, N, F]` → conditions of the head."""
         if self.config.head == "lowres":
             return DecodedCodes(self.unet_proj(features_BNF), None, features_BNF)
-        first = self.unet_proj_1(features_BNF)
-        second = self.unet_proj_2(features_BNF)
-        prompt = torch.cat([first, second], dim=-1)
-        return DecodedCodes(prompt, self.unet_attnpool(features_BNF), features_BNF)
+        return DecodedCodes(*self.head(features_BNF), features_BNF)
 
     @classmethod
     def from_pretrained(

@@ -37,8 +37,8 @@ from seed_multimodal.nn.layers import (
     Mlp,
     cast_layers,
     checkpoint_layers,
-    heads_first,
-    heads_last,
+    multi_head,
+    task_layer,
 )
 from seed_multimodal.nn.pretrained import PretrainedNetwork
 from seed_multimodal.nn.quantizer import VectorQuantizer
@@ -190,11 +190,11 @@ def masked_softmax(scores_BHQK: Tensor, allowed: Tensor) -> Tensor:
     return weights.to(scores_BHQK.dtype)
 
 
-def masked_attention(q_BHNd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, allowed: Tensor) -> Tensor:
+def masked_attention(q_BHNd: Tensor, k_BHNd: Tensor, v_BHNd: Tensor, attn_mask: Tensor) -> Tensor:
     """Attention with `masked_softmax`."""
     scale = q_BHNd.shape[-1] ** -0.5
     scores_BHQK = (q_BHNd * scale) @ k_BHNd.transpose(-1, -2)
-    return masked_softmax(scores_BHQK, allowed).to(v_BHNd.dtype) @ v_BHNd
+    return masked_softmax(scores_BHQK, attn_mask).to(v_BHNd.dtype) @ v_BHNd
 
 
 def causal_mask(keep_BN: Tensor) -> Tensor:
@@ -220,12 +220,13 @@ class CausalAttention(nn.Module):
 
     def forward(self, x_BND: Tensor, allowed: Tensor) -> Tensor:
         """`[B, N, D]`, `causal_mask` → `[B, N, D]`."""
-        q, k, v = (heads_first(part, self.heads) for part in self.qkv(x_BND).chunk(3, dim=-1))
-        return self.proj(heads_last(masked_attention(q, k, v, allowed)))
+        query, key, value = self.qkv(x_BND).chunk(3, dim=-1)
+        attended = multi_head(query, key, value, self.heads, masked_attention, attn_mask=allowed)
+        return self.proj(attended)
 
 
 class CrossAttention(nn.Module):
-    """Attention to other tokens; `attend(q, k, v, mask)` on `[B, H, N, d]`."""
+    """Attention to other tokens; `attend(q, k, v, attn_mask)` on `[B, H, N, d]`."""
 
     def __init__(
         self, width: int, heads: int, attend: Callable[..., Tensor] = masked_attention
@@ -240,10 +241,8 @@ class CrossAttention(nn.Module):
 
     def forward(self, x_BND: Tensor, source_BND: Tensor, mask: Tensor) -> Tensor:
         """Queries `[B, N, D]`, sources `[B, K, D]` → `[B, N, D]`."""
-        q = heads_first(self.query(x_BND), self.heads)
-        k = heads_first(self.key(source_BND), self.heads)
-        v = heads_first(self.value(source_BND), self.heads)
-        return self.proj(heads_last(self.attend(q, k, v, mask)))
+        rows = self.query(x_BND), self.key(source_BND), self.value(source_BND)
+        return self.proj(multi_head(*rows, self.heads, self.attend, attn_mask=mask))
 
 
 class MergerBlock(nn.Module):
@@ -321,9 +320,7 @@ class DynamicTokenizer(PretrainedNetwork[LavitTokenizerConfig]):
         self.token_predictor = TokenSelector(width)
         self.causal_encoder = TokenMerger(config, width)
         self.quantize = VectorQuantizer(config.codebook_size, config.codebook_dim, unit_rows=True)
-        self.encode_task_layer = nn.Sequential(
-            nn.Linear(width, width), nn.Tanh(), nn.Linear(width, config.codebook_dim)
-        )
+        self.encode_task_layer = task_layer(width, config.codebook_dim)
         self.vit_proj: nn.Linear | None
         projector = nn.Linear(width, config.llm_width) if config.llm_width else None
         self.register_module("vit_proj", projector)

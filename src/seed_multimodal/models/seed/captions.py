@@ -13,7 +13,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+from torch.nn.utils.rnn import pad_sequence
 
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.language.tokenizer import MODEL, MultimodalTokenizer
@@ -114,16 +116,15 @@ class MultimodalCaptionTokenizer:
         self.size = self.end + 1
 
     def __call__(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
-        rows: list[list[int]] = []
+        rows: list[Tensor] = []
         for caption in captions:
             # `<s>` and the end take two of the positions.
             pieces = self.tokenizer.encode_parts([caption])[: self.max_length - 2]
-            rows.append([self.tokenizer.bos_token_id, *pieces, self.end])
+            rows.append(torch.tensor([self.tokenizer.bos_token_id, *pieces, self.end]))
         # Shorter captions are padded with 0.
-        length = self.max_length if self.full else max(map(len, rows))
-        ids = torch.zeros(len(rows), length, dtype=torch.long)
-        for index, row in enumerate(rows):
-            ids[index, : len(row)] = torch.tensor(row)
+        ids = pad_sequence(rows, batch_first=True)
+        if self.full:
+            ids = F.pad(ids, (0, self.max_length - ids.shape[1]))
         return ids, (ids > 0).long()
 
 

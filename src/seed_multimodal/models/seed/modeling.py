@@ -30,7 +30,7 @@ from seed_multimodal.models.seed.checkpoints import (
 )
 from seed_multimodal.models.seed.configuration import Seed1Config, Seed2Config, TokenizerConfig
 from seed_multimodal.models.seed.qformer import QFormer
-from seed_multimodal.nn.layers import Block, LayerNorm, evaluating
+from seed_multimodal.nn.layers import Block, LayerNorm, evaluating, task_layer
 from seed_multimodal.nn.pretrained import PretrainedNetwork
 from seed_multimodal.nn.quantizer import VectorQuantizer
 from seed_multimodal.nn.vision.base import VisionEncoder
@@ -98,12 +98,8 @@ class SeedTokenizer(SeedEncoder, PretrainedNetwork[TokenizerConfig]):
             sections=config.codebook_sections,
         )
         # Between the widths of the Q-Former and of the codes.
-        self.encode_task_layer = nn.Sequential(
-            nn.Linear(width, width), nn.Tanh(), nn.Linear(width, code_dim)
-        )
-        self.decode_task_layer = nn.Sequential(
-            nn.Linear(code_dim, code_dim), nn.Tanh(), nn.Linear(code_dim, width)
-        )
+        self.encode_task_layer = task_layer(width, code_dim)
+        self.decode_task_layer = task_layer(code_dim, width)
 
     @classmethod
     def from_pretrained(

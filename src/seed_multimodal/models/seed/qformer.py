@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.models.seed.configuration import QFormerConfig
-from seed_multimodal.nn.layers import LayerNorm, heads_first, heads_last
+from seed_multimodal.nn.layers import LayerNorm, multi_head
 
 MASKED = -10000.0
 
@@ -33,15 +33,15 @@ class _Projections(nn.Module):
         self.value = nn.Linear(source_width, config.width)
 
     def forward(self, x: Tensor, source: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        # [B, heads, N, D / heads]
-        query = heads_first(self.query(x), self.heads)
-        key = heads_first(self.key(source), self.heads)
-        value = heads_first(self.value(source), self.heads)
-        dropout = self.dropout if self.training else 0.0
-        attended = F.scaled_dot_product_attention(
-            query, key, value, attn_mask=mask, dropout_p=dropout, is_causal=causal
+        return multi_head(
+            self.query(x),
+            self.key(source),
+            self.value(source),
+            self.heads,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=causal,
         )
-        return heads_last(attended)
 
 
 class _Residual(nn.Module):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 from seed_multimodal.diffusion.training import reads_images
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.nn.layers import AttentionPool, heads_first, heads_last
+from seed_multimodal.nn.layers import SdxlHead, multi_head
 from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.state_dicts import (
     LoadReport,
@@ -70,7 +70,7 @@ class ResamplerXLConfig:
     normalize: bool = False
 
 
-class ResamplerXLV2(nn.Module):
+class ResamplerXLV2(SdxlHead):
     """Visual embeddings `[B, N, embedding_dim]` → prompt and pooled embeddings; N: 64 or 256."""
 
     def __init__(self, config: ResamplerXLConfig | None = None) -> None:
@@ -91,11 +91,9 @@ class ResamplerXLV2(nn.Module):
                 nn.Linear(config.ff_mult * width, width, bias=False),
             )
             self.layers.append(nn.ModuleList([attention, feed_forward]))
-        # 2. Outputs in the form of SDXL's two text encoders.
-        self.unet_proj_1 = nn.Linear(width, config.output1_dim)
-        self.unet_proj_2 = nn.Linear(width, config.output2_dim)
-        self.unet_attnpool = AttentionPool(
-            config.num_queries, width, config.heads, config.output2_dim
+        # 2. Outputs.
+        self.add_head(
+            config.num_queries, width, config.heads, config.output1_dim, config.output2_dim
         )
 
     def forward(self, embeds: Tensor) -> tuple[Tensor, Tensor]:
@@ -110,10 +108,8 @@ class ResamplerXLV2(nn.Module):
             queries_BQD = queries_BQD + attention(x_BND, queries_BQD)
             queries_BQD = queries_BQD + feed_forward(queries_BQD)
 
-        # 2. As of SDXL's text encoders: hidden states side by side, and the second's pooled output.
-        queries_BQD = self.norm_out(queries_BQD)
-        prompt = torch.cat([self.unet_proj_1(queries_BQD), self.unet_proj_2(queries_BQD)], dim=-1)
-        return prompt, self.unet_attnpool(queries_BQD)
+        # 2. Outputs.
+        return self.head(self.norm_out(queries_BQD))
 
 
 class PerceiverAttention(nn.Module):
@@ -134,12 +130,7 @@ class PerceiverAttention(nn.Module):
         queries_BQD = self.norm2(queries_BQD)
         sources = torch.cat([self.norm1(x_BND), queries_BQD], dim=1)  # [B, N + Q, D]
         key, value = self.to_kv(sources).chunk(2, dim=-1)
-        out_BHQd = F.scaled_dot_product_attention(
-            heads_first(self.to_q(queries_BQD), self.heads),
-            heads_first(key, self.heads),
-            heads_first(value, self.heads),
-        )
-        return self.to_out(heads_last(out_BHQd))
+        return self.to_out(multi_head(self.to_q(queries_BQD), key, value, self.heads))
 
 
 class SDXLAdapter(nn.Module):
