@@ -103,6 +103,13 @@ def load_checkpoint(source: str | Path) -> dict[str, Tensor]:
     return tensors
 
 
+def tensors_below(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
+    """The tensors of a part of a model, by its own names."""
+    return {
+        name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)
+    }
+
+
 def missing_weights(folder: Path, name: str = "model.safetensors") -> Path | None:
     """The first file that a model's folder lacks: `config.json`, a shard that an index lists, or
     any weights (then `name`)."""

@@ -75,6 +75,14 @@ class PretrainedNetwork(nn.Module, HubUpload, Generic[Config]):
         return read_settings(cls.config_class, values, str(file))
 
     @classmethod
+    def saved_config(cls, folder: Path) -> Config | None:
+        """Sizes in a folder's `config.json`; None without it, or if it is another model's."""
+        file = folder / CONFIG
+        if file.is_file() and read_json_object(file).get("model_type") == cls.model_type:
+            return cls.read_config(file)
+        return None
+
+    @classmethod
     def from_pretrained(
         cls,
         folder: str | Path,

@@ -37,6 +37,7 @@ from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.pipelines.base import DRAWING_BATCH, MultimodalSystem
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.pipelines.family import Task
+from seed_multimodal.state_dicts import tensors_below
 from seed_multimodal.transformers.configuration import SeedMultimodalConfig
 from seed_multimodal.transformers.systems import remember
 
@@ -178,11 +179,7 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".") as temporary:
             written = self.system.save_pretrained(Path(temporary) / folder.name)
-            weights = {
-                name.removeprefix(LLM): tensor
-                for name, tensor in (state_dict or {}).items()
-                if name.startswith(LLM)
-            }
+            weights = tensors_below(state_dict or {}, LLM)
             self.language_model.save_pretrained(
                 SystemConfig.read(written).path("llm"), state_dict=weights or None
             )

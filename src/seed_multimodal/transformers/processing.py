@@ -28,7 +28,7 @@ from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.llama_tokenizer import TransformersTokenizer
 from seed_multimodal.language.messages import Message, input_images, is_single, read_messages
 from seed_multimodal.language.prompts import interleave, without_verdict
-from seed_multimodal.language.text_tokenizer import TextTokenizer, without_space_at_images
+from seed_multimodal.language.text_tokenizer import without_space_at_images
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.pipelines.base import DRAWING_BATCH, MultimodalSystem
 from seed_multimodal.pipelines.family import Task
@@ -46,18 +46,6 @@ ACCEPTED: dict[str, tuple[object, ...]] = {
     "generation_mode": ("text", "image"),
     "return_tensors": ("pt",),
 }
-
-
-class ProcessorTokenizer(TransformersTokenizer):
-    """The tokenizer of a processor, for streamers and pipelines."""
-
-    @property
-    def tokenizer(self) -> TextTokenizer:
-        return self.text
-
-    def save_pretrained(self, *args: object, **kwargs: object) -> tuple[str, ...]:
-        """Nothing to write: see the processor's."""
-        return ()
 
 
 class SeedMultimodalProcessor(ProcessorMixin):
@@ -94,8 +82,8 @@ class SeedMultimodalProcessor(ProcessorMixin):
         return open_system(self.folder)
 
     @cached_property
-    def tokenizer(self) -> ProcessorTokenizer:
-        return ProcessorTokenizer(self.system.tokenizer, padding_side="left")
+    def tokenizer(self) -> TransformersTokenizer:
+        return TransformersTokenizer(self.system.tokenizer, padding_side="left")
 
     # ---- prompts
 

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.progress import quiet_loading
-from seed_multimodal.state_dicts import assign_strictly, load_state_dict
+from seed_multimodal.state_dicts import assign_strictly, load_state_dict, tensors_below
 
 if TYPE_CHECKING:
     from diffusers import ModelMixin, SchedulerMixin
@@ -143,10 +143,7 @@ def _text_encoder(
     """CLIP's text model; None: the file has no text encoder."""
     from transformers import CLIPTextConfig, CLIPTextModel
 
-    state: dict[str, Tensor] = {}
-    for name, value in tensors.items():
-        if name.startswith(TEXT_PREFIX):
-            state[name.removeprefix(TEXT_PREFIX)] = value
+    state = tensors_below(tensors, TEXT_PREFIX)
     if not state:
         return None
     model = CLIPTextModel(CLIPTextConfig(**params["text_encoder"])).to(dtype)

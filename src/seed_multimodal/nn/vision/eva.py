@@ -18,7 +18,7 @@ from seed_multimodal.nn.layers import Block, LayerNorm, checkpoint_layers, resiz
 from seed_multimodal.nn.vision.base import State, VisionConfig, VisionEncoder
 from seed_multimodal.nn.vision.clip import eva_from_clip, is_clip, load_clip_vision
 from seed_multimodal.settings import setting
-from seed_multimodal.state_dicts import load_state_dict
+from seed_multimodal.state_dicts import load_state_dict, tensors_below
 from seed_multimodal.weights.catalogue import download_advice
 from seed_multimodal.weights.find import find_file
 
@@ -82,12 +82,7 @@ class EvaConfig(VisionConfig):
         # 2. A file of EVA, or a checkpoint around it.
         file = find_file(source, FILES, f"{download_advice('tokenizer')}, or give its path")
         state = load_state_dict(file, mapped=True)
-        vision: State = {}
-        for name, value in state.items():
-            if name.startswith(PREFIX):
-                vision[name.removeprefix(PREFIX)] = value
-        if not vision:
-            vision = state
+        vision = tensors_below(state, PREFIX) or state
         if "patch_embed.proj.weight" not in vision:
             raise CheckpointError(
                 f"{file}: not an EVA vision encoder: it holds no 'patch_embed.proj.weight' "

@@ -30,10 +30,15 @@ from seed_multimodal.disk import read_json_object, writing
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.images.transforms import ImageTransform, seed_image_processor
 from seed_multimodal.nn.layers import LayerNorm, heads_last, resize_square
-from seed_multimodal.nn.pretrained import CONFIG, PretrainedNetwork
+from seed_multimodal.nn.pretrained import PretrainedNetwork
 from seed_multimodal.nn.vision.base import State, VisionConfig, VisionEncoder
 from seed_multimodal.settings import setting
-from seed_multimodal.state_dicts import INDEX_FILES, load_state_dict, save_torch
+from seed_multimodal.state_dicts import (
+    INDEX_FILES,
+    load_state_dict,
+    save_torch,
+    tensors_below,
+)
 from seed_multimodal.weights.find import find_file, first_file
 
 FILES = ("model.safetensors", "qwen_vit_G.safetensors", "qwen_vit_G.pt")
@@ -50,24 +55,17 @@ def extract(target: Path, qwen_vl: Path) -> int:
 
     Raises CheckpointError: no shards, or the file cannot be written.
     """
-    # 1. The names of its tensors in each shard that holds some.
     index = first_file(qwen_vl, INDEX_FILES)
     if index is None:
         raise CheckpointError(
             f"{qwen_vl}: there is no {' or '.join(INDEX_FILES)}; download Qwen/Qwen-VL-Chat to "
             "pretrained/Qwen-VL-Chat (seed fetch qwen-vl), or name its folder with --source."
         )
-    names_of: dict[str, list[str]] = {}
-    for name, file in read_json_object(index)["weight_map"].items():
-        if IN_QWEN_VL in name:
-            names_of.setdefault(file, []).append(name)
-
-    # 2. The tensors; shards are memory-mapped, so that the language model's are not read.
+    # Its shards, memory-mapped, so that the language model's tensors in them are not read.
+    files = read_json_object(index)["weight_map"].items()
     tensors: State = {}
-    for file in sorted(names_of):
-        shard = load_state_dict(qwen_vl / file, mapped=True)
-        for name in names_of[file]:
-            tensors[name.removeprefix(IN_QWEN_VL)] = shard[name]
+    for shard in sorted({file for name, file in files if name.startswith(IN_QWEN_VL)}):
+        tensors |= tensors_below(load_state_dict(qwen_vl / shard, mapped=True), IN_QWEN_VL)
     if not target.suffix:
         target = target / FILES[-1]
     with writing(target):
@@ -194,11 +192,7 @@ class QwenEncoderConfig(QwenVitConfig):
 def read_qwen_vit(file: Path) -> State:
     """The tensors of the encoder; in Qwen-VL's own checkpoints they are a part of the model's."""
     state = load_state_dict(file, mapped=True)
-    part: State = {}
-    for name, value in state.items():
-        if name.startswith(IN_QWEN_VL):
-            part[name.removeprefix(IN_QWEN_VL)] = value
-    return part or state
+    return tensors_below(state, IN_QWEN_VL) or state
 
 
 class QwenAttention(nn.Module):
@@ -327,17 +321,10 @@ class QwenVit(PretrainedNetwork[QwenVitConfig], VisionEncoder):
         Raises:
             CheckpointError: no file, a damaged or unsafe one, missing tensors or another size.
         """
-        # 1. Weights.
         file = find_file(Path(folder).expanduser(), FILES, ADVICE)
-        state = read_qwen_vit(file)
-
-        # 2. Sizes.
-        config_file = file.with_name(CONFIG)
-        if config is None and config_file.is_file():
-            if read_json_object(config_file).get("model_type") == cls.model_type:
-                config = cls.read_config(config_file)
+        config = config or cls.saved_config(file.parent) or QwenVitConfig()
         encoder = cls.from_state_dict(
-            config or QwenVitConfig(), state, file, device=device, dtype=dtype, foreign=True
+            config, read_qwen_vit(file), file, device=device, dtype=dtype, foreign=True
         )
         if log is not None and encoder.load_report is not None:
             log(encoder.load_report.describe())
