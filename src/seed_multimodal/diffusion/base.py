@@ -40,12 +40,13 @@ from seed_multimodal.diffusion.networks import (
     AUTOENCODERS,
     DENOISERS,
     DenoiserConditions,
+    check_class,
+    context_dim,
     denoiser_folder,
     latent_scale,
     predict,
     size_unit,
     spatial_factor,
-    stored_class,
     with_unconditional,
 )
 from seed_multimodal.diffusion.objectives import flow_shift, is_flow
@@ -60,7 +61,7 @@ from seed_multimodal.errors import (
 )
 from seed_multimodal.nn.pretrained import PretrainedNetwork, load_library_model
 from seed_multimodal.progress import quiet_loading
-from seed_multimodal.settings import nearest, read_settings, setting
+from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.state_dicts import missing_weights
 from seed_multimodal.weights.find import find_folder
 
@@ -268,6 +269,15 @@ class Detokenizer(Generic[Settings]):
     ) -> Tensor:
         """Latents of condition images, where the denoiser reads them."""
         raise NotImplementedError
+
+    def empty_prompt(self, length: int | None = None) -> Tensor:
+        """The text encoder's embeddings of the empty prompt, `[1, length, W]`; without one zeros.
+
+        length: None: the tokenizer's own.
+        """
+        if self.text_encoder is None:
+            return torch.zeros(1, length or 1, context_dim(self.denoiser), device=self.device)
+        return empty_prompt(self.text_encoder, self.tokenizer, self.device, length)
 
     # ---- settings
 
@@ -578,7 +588,10 @@ class Detokenizer(Generic[Settings]):
 
         # 3. Load it.
         part = PARTS[name]
-        class_name = stored_class(part_folder, part.classes)
+        config_file = part_folder / "config.json"
+        values = read_json_object(config_file, CheckpointError) if config_file.is_file() else {}
+        stored_name = values.get("_class_name", part.classes[0])
+        class_name = check_class(stored_name, part.classes, config_file)
         part_class = getattr(importlib.import_module(part.module), class_name)
         if issubclass(part_class, PretrainedNetwork):
             return part_class.from_pretrained(part_folder, dtype=dtype)
@@ -602,14 +615,8 @@ def scheduler_class(config: JsonObject, label: str | Path) -> Any:
     """The class in a scheduler's configuration. Raises CheckpointError."""
     import diffusers
 
-    name = str(config.get("_class_name"))
     names = [name for name in dir(diffusers) if name.endswith("Scheduler")]
-    if name not in names:
-        raise CheckpointError(
-            f"{label}: _class_name is {name!r}{nearest(name, names)}, which is no scheduler of "
-            "diffusers."
-        )
-    return getattr(diffusers, name)
+    return getattr(diffusers, check_class(config.get("_class_name"), names, label))
 
 
 def fast_scheduler(scheduler: SchedulerMixin, **settings: object) -> SchedulerMixin:

@@ -8,14 +8,13 @@ Classes that read packed latents (Flux) need more: sizes and unit of their image
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Required, TypedDict
 
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.disk import JsonObject, read_json_object
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.settings import nearest
 
@@ -220,19 +219,11 @@ def size_unit(denoiser: nn.Module, vae: nn.Module) -> int:
     return max(8, spatial_factor(vae) * patch)
 
 
-def stored_class(folder: Path, allowed: tuple[str, ...]) -> str:
-    """The class of diffusers in a part's `config.json`, the first that is allowed without one.
-
-    Raises CheckpointError: another class.
-    """
-    file = folder / "config.json"
-    values: JsonObject = {}
-    if file.is_file():
-        values = read_json_object(file, CheckpointError)
-    name = str(values.get("_class_name", allowed[0]))
+def check_class(name: object, allowed: Sequence[str], label: str | Path) -> str:
+    """The name of a class in a configuration. Raises CheckpointError: not one of these."""
     if name not in allowed:
         raise CheckpointError(
-            f"{file}: _class_name is {name!r}{nearest(name, allowed)}; {', '.join(allowed)} can be "
-            "loaded."
+            f"{label}: _class_name is {name!r}{nearest(str(name), allowed)}; "
+            f"{', '.join(allowed)} can be loaded."
         )
-    return name
+    return str(name)

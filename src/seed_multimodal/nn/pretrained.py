@@ -75,14 +75,6 @@ class PretrainedNetwork(nn.Module, HubUpload, Generic[Config]):
         return read_settings(cls.config_class, values, str(file))
 
     @classmethod
-    def saved_config(cls, folder: Path) -> Config | None:
-        """Sizes in a folder's `config.json`; None without it, or if it is another model's."""
-        file = folder / CONFIG
-        if file.is_file() and read_json_object(file).get("model_type") == cls.model_type:
-            return cls.read_config(file)
-        return None
-
-    @classmethod
     def from_pretrained(
         cls,
         folder: str | Path,
@@ -141,6 +133,15 @@ class PretrainedNetwork(nn.Module, HubUpload, Generic[Config]):
         values |= dataclasses.asdict(self.config)
         replace_text(folder / CONFIG, json.dumps(values, indent=2) + "\n")
         return folder
+
+
+def saved_config(config_class: type[Config], model_type: str, folder: Path) -> Config | None:
+    """Sizes in a folder's `config.json`; None without it, or if it is another model's."""
+    file = folder / CONFIG
+    values = dict(read_json_object(file)) if file.is_file() else {}
+    if values.pop("model_type", None) != model_type:
+        return None
+    return read_settings(config_class, values, str(file))
 
 
 def load_library_model(

@@ -20,14 +20,12 @@ from pathlib import Path
 import torch
 from torch import nn
 
-from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.models.seed.configuration import Seed1Config, Seed2Config, TokenizerConfig
-from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS
+from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS, saved_config
 from seed_multimodal.nn.vision.base import State, VisionEncoder
 from seed_multimodal.nn.vision.clip import Log
 from seed_multimodal.nn.vision.eva import FILES, PREFIX
-from seed_multimodal.settings import read_settings
 from seed_multimodal.state_dicts import LoadReport, assign_strictly, load_state_dict
 from seed_multimodal.weights.catalogue import catalogue, download_advice
 from seed_multimodal.weights.find import download_part, find_file, find_folder, first_file
@@ -89,6 +87,10 @@ class Layout:
     sources: str  # where the files can be downloaded
     wrapped: bool = False  # the files, but for the vision encoder's, hold `{"model": tensors}`
 
+    def saved_config(self, folder: Path) -> TokenizerConfig | None:
+        """Sizes in a folder's `config.json`, if it is this tokenizer's."""
+        return saved_config(self.config_class, self.config_class.model_type, folder)
+
     def find(self, folder: Path) -> list[Path]:
         """Those of the files that are in a folder, as safetensors or as in the original."""
         names = [(str(Path(name).with_suffix(".safetensors")), name) for name in self.files]
@@ -140,7 +142,7 @@ def read_tokenizer(
         )
 
     # 2. Sizes.
-    config = config or saved_config(layout.config_class, files[0].parent)
+    config = config or layout.saved_config(files[0].parent)
     config = config or layout.config_class.of_original(state)
 
     # 3. The vision encoder, in a file of its own unless the tokenizer's file holds it.
@@ -173,7 +175,7 @@ def find_files(source: str | Path, layout: Layout) -> list[Path]:
 
     # 3. A folder: ours, even next to original files if its config.json is a tokenizer's.
     if (folder / WEIGHTS).is_file():
-        if saved_config(layout.config_class, folder) or not is_complete:
+        if layout.saved_config(folder) or not is_complete:
             return [folder / WEIGHTS]
     if not is_complete:
         raise CheckpointError(
@@ -181,17 +183,6 @@ def find_files(source: str | Path, layout: Layout) -> list[Path]:
             f"{layout.advice(folder)}."
         )
     return originals
-
-
-def saved_config(config_class: type[TokenizerConfig], folder: Path) -> TokenizerConfig | None:
-    """Sizes in a folder's `config.json`; None without it, or if it is another model's."""
-    file = folder / CONFIG
-    if not file.is_file():
-        return None
-    values = dict(read_json_object(file))
-    if values.pop("model_type", None) != config_class.model_type:
-        return None
-    return read_settings(config_class, values, str(file))
 
 
 # ---- the vision encoder

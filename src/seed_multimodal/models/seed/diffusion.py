@@ -25,7 +25,6 @@ from seed_multimodal.diffusion.base import (
     Conditions,
     Detokenizer,
     DrawingSettings,
-    empty_prompt,
 )
 from seed_multimodal.diffusion.conditioner import Generators, seeded_noise
 from seed_multimodal.diffusion.networks import DenoiserConditions, conditions_of, context_dim
@@ -98,12 +97,8 @@ class StableDiffusionDetokenizer(Detokenizer[StableDiffusionSettings]):
 
         def null() -> DenoiserConditions:
             prompt = negatives
-            if prompt is None and self.text_encoder is not None:
-                prompt = empty_prompt(
-                    self.text_encoder, self.tokenizer, self.device, embeds.shape[1]
-                )
             if prompt is None:
-                prompt = torch.zeros_like(embeds)
+                prompt = self.empty_prompt(embeds.shape[1])
             return conditions_of(self.denoiser, prompt.to(embeds).expand_as(embeds))
 
         return conditions_of(self.denoiser, embeds), null
@@ -184,10 +179,7 @@ class UnclipDetokenizer(Detokenizer[UnclipSettings]):
         """
         if self.conditioner is not None:
             return self.conditioner.tokens(embeds)
-        if self.text_encoder is not None:
-            empty = empty_prompt(self.text_encoder, self.tokenizer, self.device)
-            return empty.expand(len(embeds), *empty.shape[1:])
-        return torch.zeros(len(embeds), 1, context_dim(self.denoiser), device=self.device)
+        return self.empty_prompt().expand(len(embeds), -1, -1)
 
 
 @dataclass(frozen=True)

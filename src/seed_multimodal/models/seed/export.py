@@ -30,7 +30,6 @@ from seed_multimodal.models.seed.checkpoints import (
     ENCODER_PARTS,
     VISION,
     VISION_FILES,
-    saved_config,
 )
 from seed_multimodal.models.seed.configuration import TokenizerConfig
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
@@ -99,13 +98,12 @@ def export_tokenizer(
     files = {str(file): load_state_dict(file) for file in (stage1, stage2) if file is not None}
     kind = _choose(kind, files[stage2_file], stage2)
     tokenizer_class = KINDS[kind]
-    config_class = tokenizer_class.config_class
     files[stage2_file] = tokenizer_class.original_names(files[stage2_file])
     sizes: TokenizerConfig | None
     sizes = tokenizer_class.read_config(config) if isinstance(config, (str, Path)) else config
     for file in reversed(files):  # stage 2's count first
-        sizes = sizes or saved_config(config_class, Path(file).parent)
-    sizes = sizes or config_class.of_original(files[stage2_file])
+        sizes = sizes or tokenizer_class.layout.saved_config(Path(file).parent)
+    sizes = sizes or tokenizer_class.config_class.of_original(files[stage2_file])
     if text_tokenizer is not None:
         _check_vocabulary(text_tokenizer.vocabulary, sizes, stage2)
 

@@ -25,8 +25,8 @@ from seed_multimodal.images.transforms import (
 from seed_multimodal.inference.batching import ResultCache
 from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
 from seed_multimodal.language.messages import Codes, is_codes
-from seed_multimodal.models.seed.checkpoints import saved_config
-from seed_multimodal.models.seed.configuration import Seed1Config, Seed2Config
+from seed_multimodal.models.seed.checkpoints import SEED1
+from seed_multimodal.models.seed.configuration import Seed2Config
 from seed_multimodal.models.seed.diffusion import (
     UnclipDetokenizer,
     UnclipSettings,
@@ -229,7 +229,7 @@ def load_images(config: SeedLlamaConfig, placement: Placement) -> SeedImageCodec
     """
     # 1. The network.
     folder = config.path("tokenizer")
-    is_seed1 = saved_config(Seed1Config, folder) is not None
+    is_seed1 = SEED1.saved_config(folder) is not None
     tokenizer_class = Seed1Tokenizer if is_seed1 else Seed2Tokenizer
     model = tokenizer_class.from_pretrained(
         folder,

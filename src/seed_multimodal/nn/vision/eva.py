@@ -126,19 +126,15 @@ class EvaVit(VisionEncoder):
     def _init_weights(self) -> None:
         nn.init.trunc_normal_(self.cls_token, std=0.02)
         nn.init.trunc_normal_(self.pos_embed, std=0.02)
-        for depth, block in enumerate(self.blocks, start=1):
-            # Output projections shrink with depth, so that the residual stream does not grow.
-            layers: tuple[tuple[nn.Linear, int], ...] = (
-                (block.attn.qkv, 1),
-                (block.attn.proj, 2 * depth),
-                (block.mlp.fc1, 1),
-                (block.mlp.fc2, 2 * depth),
-            )
-            for layer, scale in layers:
+        for layer in self.blocks.modules():
+            if isinstance(layer, nn.Linear):
                 nn.init.trunc_normal_(layer.weight, std=0.02)
-                layer.weight.data.div_(math.sqrt(scale))
                 if layer.bias is not None:
                     nn.init.zeros_(layer.bias)
+        # Output projections shrink with depth, so that the residual stream does not grow.
+        for depth, block in enumerate(self.blocks, start=1):
+            for layer in (block.attn.proj, block.mlp.fc2):
+                layer.weight.data.div_(math.sqrt(2 * depth))
 
     @property
     def width(self) -> int:

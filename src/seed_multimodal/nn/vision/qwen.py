@@ -30,7 +30,7 @@ from seed_multimodal.disk import read_json_object, writing
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.images.transforms import ImageTransform, seed_image_processor
 from seed_multimodal.nn.layers import LayerNorm, heads_last, resize_square
-from seed_multimodal.nn.pretrained import PretrainedNetwork
+from seed_multimodal.nn.pretrained import PretrainedNetwork, saved_config
 from seed_multimodal.nn.vision.base import State, VisionConfig, VisionEncoder
 from seed_multimodal.settings import setting
 from seed_multimodal.state_dicts import (
@@ -322,7 +322,9 @@ class QwenVit(PretrainedNetwork[QwenVitConfig], VisionEncoder):
             CheckpointError: no file, a damaged or unsafe one, missing tensors or another size.
         """
         file = find_file(Path(folder).expanduser(), FILES, ADVICE)
-        config = config or cls.saved_config(file.parent) or QwenVitConfig()
+        config = (
+            config or saved_config(QwenVitConfig, cls.model_type, file.parent) or QwenVitConfig()
+        )
         encoder = cls.from_state_dict(
             config, read_qwen_vit(file), file, device=device, dtype=dtype, foreign=True
         )
