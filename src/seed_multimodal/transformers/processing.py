@@ -16,7 +16,6 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Self, TypeAlias
 
-import torch
 from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
@@ -249,25 +248,14 @@ class SeedMultimodalProcessor(ProcessorMixin):
         """Prompts as tensors, padded at the left."""
         if return_tensors not in TENSORS:
             raise ConfigError(f"return_tensors is {return_tensors!r}; use 'pt' or 'np'.")
-        # 1. Ids.
-        length = max(map(len, prompts))
-        input_ids = torch.full((len(prompts), length), self.tokenizer.pad_token_id)
-        attention_mask = torch.zeros_like(input_ids)
-        for row, prompt in enumerate(prompts):
-            input_ids[row, length - len(prompt) :] = torch.tensor(list(prompt.ids))
-            attention_mask[row, length - len(prompt) :] = 1
-        features = BatchFeature({"input_ids": input_ids, "attention_mask": attention_mask})
-
-        # 2. Features of images, and where they stand.
+        rows = {"input_ids": [list(prompt.ids) for prompt in prompts]}
+        features = BatchFeature(self.tokenizer.pad(rows, return_tensors=return_tensors or "pt"))
+        # Features of images, and where they stand.
         if not self.system.family.prompts_are_ids:
             features["prompts"] = list(prompts)
-
-        # 3. What the prompts were built for, if not for a conversation.
+        # What the prompts were built for, if not for a conversation.
         if set(tasks) != {"chat"}:
             features["task"] = list(tasks)
-        if return_tensors == "np":
-            for name, value in features.items():
-                features[name] = value.numpy() if isinstance(value, Tensor) else value
         return features
 
     # ---- answers
@@ -289,12 +277,6 @@ class SeedMultimodalProcessor(ProcessorMixin):
         if not skip_special_tokens:
             return self.tokenizer.batch_decode(generated_outputs)
         return [self._read(ids).text for ids in generated_outputs]
-
-    def post_process_image_text_to_text(
-        self, generated_outputs: Ids, skip_special_tokens: bool = True, **kwargs: object
-    ) -> list[str]:
-        """Texts of generated ids."""
-        return self.post_process_multimodal_output(generated_outputs, skip_special_tokens)
 
     def post_process_interleaved_output(
         self, generated_ids: Ids, seed: int = 0, **drawing: object

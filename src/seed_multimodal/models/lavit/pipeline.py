@@ -194,7 +194,6 @@ class LavitFamily(Family):
 
     @classmethod
     def load(cls, config: LavitConfig, placement: Placement) -> Self:
-        config.require("llm", "tokenizer")
         tokenizer = load_lavit_tokenizer(config.words or config.path("llm"))
         images = load_images(config, placement)  # before the language model, which takes longest
         llm = load_language_model(config, tokenizer, placement)

@@ -162,8 +162,7 @@ class SeedXImageCodec(ImageCodec):
         embeddings: so many means of neighbours instead of N; `ConfigError` if they do not divide N.
         """
         # The last view is that of the complete image.
-        views = AnyResolution(self.views.image_size, ("1x1",))
-        squares = [views.cut(self.open(image))[-1:] for image in images]
+        squares = [self.views.cut(self.open(image))[-1:] for image in images]
         features = torch.cat(self._encode_batcher(None, squares))
         if embeddings is None:
             return features
