@@ -215,9 +215,7 @@ def find_family(name: str) -> FamilySpec:
 
 def find_training(program: str) -> Training:
     """The training of a program of any family. Raises ConfigError: unknown (with the nearest)."""
-    trainings: dict[str, Training] = {}
-    for spec in families():
-        trainings |= spec.trainings
+    trainings = {name: task for spec in families() for name, task in spec.trainings.items()}
     return _find(trainings, program, "training")
 
 
@@ -232,15 +230,9 @@ def _find(table: Mapping[str, T], name: str, kind: str) -> T:
 
 def tokenizer_exports() -> dict[str, TokenizerExport]:
     """What `seed export-tokenizer` reads of all families, by flag."""
-    exports: dict[str, TokenizerExport] = {}
-    for spec in families():
-        exports |= spec.exports
-    return exports
+    return {name: export for spec in families() for name, export in spec.exports.items()}
 
 
 def model_cards() -> dict[str, ModelCard]:
     """The chat page's models of all families, by name."""
-    cards: dict[str, ModelCard] = {}
-    for spec in families():
-        cards |= spec.page_cards().models
-    return cards
+    return {name: card for spec in families() for name, card in spec.page_cards().models.items()}

@@ -144,10 +144,8 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         if isinstance(device_map, Mapping):
             if len(device_map) != 1:
                 raise ConfigError("device_map: a system's language model is on one device.")
-            device_map = next(iter(device_map.values()))
-        device = "auto" if device_map is None else str(device_map)
-        if isinstance(device_map, int):
-            device = f"cuda:{device_map}"
+            (device_map,) = device_map.values()
+        device = f"cuda:{device_map}" if isinstance(device_map, int) else str(device_map or "auto")
         if quantization_config is not None:
             options["quantization"] = _quantization_name(quantization_config)
         options.setdefault("log", None)

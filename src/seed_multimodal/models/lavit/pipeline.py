@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from seed_multimodal.errors import CheckpointError, RequestError
-from seed_multimodal.images.io import ImageSource, is_image
+from seed_multimodal.images.io import ImageSource
 from seed_multimodal.inference.backends.torch import joined
 from seed_multimodal.inference.prompt import Prompt
 from seed_multimodal.language.answer import Answer, ImagePart
@@ -277,7 +277,7 @@ class LavitFamily(Family):
 
         # 2. Prompts for an image hold codes, prompts for a text hold features.
         if task in ("draw", "edit"):
-            codes = iter(self.images.encode(images, seed=image_seeds))
+            codes = (row.tolist() for row in self.images.encode(images, seed=image_seeds))
             return [self._drawing_prompt(message, codes) for message in messages]
         if not all(message.images for message in messages):
             raise RequestError(
@@ -298,25 +298,18 @@ class LavitFamily(Family):
         device = self.llm.get_input_embeddings().weight.device
         return joined([rows.to(device) for rows in features])
 
-    def _drawing_prompt(self, message: Message, codes: Iterator[Tensor]) -> Prompt:
+    def _drawing_prompt(self, message: Message, codes: Iterator[list[int]]) -> Prompt:
         """codes: of the images, of this message and later ones."""
         vocabulary = self.tokenizer.vocabulary
         ids: list[int] = []
         negative = None
-        for item in message.content:
-            if isinstance(item, NegativePrompt):
-                negative = [*self.tokenizer.text_ids(item), vocabulary.boi_id]
-                continue
-            if isinstance(item, str):
-                ids += self.tokenizer.text_ids(item.strip())
-                continue
-            if is_image(item):
-                row = next(codes)
-            elif isinstance(item, ImagePart):
-                row = item.codes
+        for part in self._parts(message, codes):
+            if isinstance(part, NegativePrompt):
+                negative = [*self.tokenizer.text_ids(part), vocabulary.boi_id]
+            elif isinstance(part, str):
+                ids += self.tokenizer.text_ids(part.strip())
             else:
-                row = item
-            ids += vocabulary.code_to_id(self.images.check_codes([row])[0].tolist())
+                ids += vocabulary.code_to_id(part)
         return Prompt(ids, negative=negative)
 
 
