@@ -19,15 +19,23 @@ from torch import Tensor
 
 from seed_lavis import log
 from seed_lavis.compat import BaseModel
-from seed_lavis.options import APPLICATION, CodebookOptions, ModelOptions, locate, vit_sizes
+from seed_lavis.options import (
+    APPLICATION,
+    CodebookOptions,
+    ModelOptions,
+    locate,
+    vit_sizes,
+    with_derived,
+)
 from seed_multimodal.device import DTYPES
+from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.models.seed.checkpoints import (
     VISION,
     load_blip2,
     load_vision,
 )
-from seed_multimodal.models.seed.configuration import QFormerConfig
+from seed_multimodal.models.seed.configuration import QFormerConfig, TokenizerConfig
 from seed_multimodal.models.seed.losses import Stage2TrainingOptions, clip_preprocessing
 from seed_multimodal.nn.layers import cast_layers, checkpoint_layers
 from seed_multimodal.nn.vision.base import VisionEncoder
@@ -172,13 +180,24 @@ def stage2_training(options: CodebookOptions) -> Stage2TrainingOptions:
 def qformer_sizes(options: ModelOptions) -> QFormerConfig:
     """The Q-Former's sizes; `qformer` of the YAML overrides some of them."""
     values = {"cross_attention_freq": options.cross_attention_freq, **options.qformer}
-    sizes = read_settings(QFormerConfig, values, "model.qformer")
-    if sizes.causal_queries not in (None, 0, options.num_query_token):
-        raise ConfigError(
-            f"model.qformer.causal_queries is {sizes.causal_queries}, so attention would not be "
-            f"causal with model.num_query_token={options.num_query_token}: leave it out."
-        )
-    return sizes
+    if values.get("causal_queries") != 0:  # 0: not causal
+        values = with_derived(values, {"causal_queries": options.num_query_token}, "model.qformer")
+    return read_settings(QFormerConfig, values, "model.qformer")
+
+
+def check_stage1_sizes(file: str, config: TokenizerConfig) -> None:
+    """Raise ConfigError if stage 1 had other sizes that no tensor's shape shows."""
+    stage1_config = Path(file).with_name("config.json")
+    if not stage1_config.is_file():
+        return
+    stage1 = read_json_object(stage1_config)
+    stage2 = config.to_dict()
+    for part, key in (("qformer", "heads"), ("qformer", "causal_queries"), ("vit", "heads")):
+        trained, wanted = (sizes.get(part, {}).get(key) for sizes in (stage1, stage2))
+        if trained != wanted:
+            raise ConfigError(
+                f"model.{part}.{key} is {wanted}, but {file} was trained with {trained}."
+            )
 
 
 # ---- initial weights
@@ -203,6 +222,7 @@ def load_initial(model: Any) -> None:
                 f"{file}: no such stage-1 checkpoint; train stage 1 first "
                 "(sh train_scripts/causal_qformer.sh), or give model.pretrained=FILE."
             )
+        check_stage1_sizes(file, model.config)
         state = load_state_dict(file)
         has_vision = any(name.startswith(VISION) for name in state)
         report = model.load_stage1(state, file)

@@ -23,7 +23,7 @@ from seed_multimodal.data.stream.pairs_dataset import JoinedPairs, PairDataset
 from seed_multimodal.data.stream.sampler import MixedOrder
 from seed_multimodal.device import copy_to
 from seed_multimodal.errors import ConfigError, DataError
-from seed_multimodal.images.transforms import ImageTransform, seed_image_processor
+from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.settings import check_keys
 
 PAIR_KEYS = ("image_key", "caption_key", "captioned", "cache")  # of `open_pairs`
@@ -104,9 +104,6 @@ class PairBuilder(BaseDatasetBuilder):
             raise ConfigError(
                 f"datasets.{self.name}.vis_processor.train is not given (blip2_image_train)."
             )
-        if not image:
-            size = self.config.vis_processor.train.get("image_size", 224)
-            image = Processor(seed_image_processor(size))
         if not self.config.get("text_processor"):
             return image, None
         return image, text or self.text_processors["train"]

@@ -31,10 +31,11 @@ from seed_lavis.options import (
     Stage2Options,
     locate,
     vit_sizes,
+    with_derived,
 )
 from seed_lavis.processors import caption_tokenizer
 from seed_multimodal.device import copy_to
-from seed_multimodal.errors import CheckpointError, first_line
+from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.models.lavit.decoder import CodeDecoder, LavitDecoderConfig
 from seed_multimodal.models.lavit.export import Stage1Sizes
 from seed_multimodal.models.lavit.losses import LavitLossWeights, LavitStage1
@@ -88,6 +89,12 @@ class Blip2Casual(SeedModel, Stage1Model):
             num_query=options.num_query_token,
             alignment_target=options.alignment_target,
         )
+
+        if options.max_txt_len > config.qformer.max_positions:
+            raise ConfigError(
+                f"model.max_txt_len ({options.max_txt_len}) is more than "
+                f"model.qformer.max_positions ({config.qformer.max_positions})."
+            )
 
         # 3. The target embedding: the encoder's own, a CLIP's, or that of the samples.
         clip = None
@@ -305,16 +312,13 @@ class LavitTokenizer(SeedModel, LavitStage1):
 
     def __init__(self, options: LavitOptions) -> None:
         tokenizer = DynamicTokenizer(lavit_sizes(options))
-        decoder_sizes = read_settings(
-            LavitDecoderConfig,
-            {
-                "tokens": tokenizer.n_patches,
-                "code_dim": options.codebook_embed_dim,
-                "feature_dim": tokenizer.encoder.width,
-                **options.decoder,
-            },
-            "model.decoder",
-        )
+        derived = {
+            "tokens": tokenizer.n_patches,
+            "code_dim": tokenizer.config.codebook_dim,
+            "feature_dim": tokenizer.encoder.width,
+        }
+        values = with_derived(options.decoder, derived, "model.decoder")
+        decoder_sizes = read_settings(LavitDecoderConfig, values, "model.decoder")
         LavitStage1.__init__(
             self,
             tokenizer,

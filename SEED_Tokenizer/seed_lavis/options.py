@@ -19,7 +19,6 @@ from seed_lavis import log
 from seed_multimodal.config import load_yaml
 from seed_multimodal.device import choose_device
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.models.seed.configuration import AlignmentTarget
 from seed_multimodal.nn.vision.base import VisionConfig
 from seed_multimodal.nn.vision.eva import EvaConfig
@@ -238,10 +237,12 @@ def load_config(cfg_path: str, options: Sequence[str]) -> Any:
         run.train_dataset_ratios, list(config.datasets_cfg), f"{file}: run.train_dataset_ratios"
     )
 
-    # 3. Images as the vision encoder reads them; EVA's are prepared by the YAML, as the original.
+    # 3. Images as the vision encoder reads them; of EVA's only the size, since the YAML resizes.
     vit = vit_sizes(model)
-    if not isinstance(vit, EvaConfig):
-        _prepare_images(config.datasets_cfg, vit.preprocessing)
+    values = asdict(vit.preprocessing)
+    if isinstance(vit, EvaConfig):
+        values = {"image_size": vit.image_size}
+    _prepare_images(config.datasets_cfg, values)
 
     # 4. Our defaults of the run, so that LAVIS's own code gets them, too.
     run.output_dir = str(Path(run.output_dir).absolute())
@@ -263,6 +264,19 @@ def vit_sizes(options: ModelOptions, **eva_sizes: int) -> VisionConfig:
     return read_vision_config(values, "model.vit")
 
 
+def with_derived(values: dict[str, Any], derived: dict[str, Any], key: str) -> dict[str, Any]:
+    """A section of the YAML with the sizes that follow from others.
+
+    Raises ConfigError: it has another value of one.
+    """
+    for name, value in derived.items():
+        if values.get(name, value) != value:
+            raise ConfigError(
+                f"{key}.{name} is {values[name]}, but other keys give {value}: leave it out."
+            )
+    return {**values, **derived}
+
+
 def _replace_vision_encoder(model: DictConfig, project: Any, overrides: Any) -> None:
     """Of `--options`, a `vit` with a `type` replaces the YAML's; LAVIS merges their keys.
 
@@ -279,11 +293,10 @@ def _replace_vision_encoder(model: DictConfig, project: Any, overrides: Any) -> 
         model.vit_weights = None
 
 
-def _prepare_images(datasets: DictConfig, preprocessing: ImageTransform) -> None:
-    """Set size and resizing of all image processors; their augmentation stays the YAML's."""
+def _prepare_images(datasets: DictConfig, values: dict[str, Any]) -> None:
+    """Set values of all image processors; their augmentation stays the YAML's."""
     from seed_lavis.compat import registry
 
-    values = asdict(preprocessing)
     for dataset in datasets.values():
         processors = dataset.get("vis_processor") or {}
         if "train" in processors and not processors.get("eval"):
@@ -292,10 +305,7 @@ def _prepare_images(datasets: DictConfig, preprocessing: ImageTransform) -> None
             make = registry.get_processor_class(processor.name).make
             keys = values.keys() & inspect.signature(make).parameters
             processor.update({key: values[key] for key in keys})
-    log(
-        f"Images are prepared for the vision encoder: {preprocessing.image_size} pixels a side, "
-        f"{preprocessing.interpolation}."
-    )
+    log(f"Images are prepared for the vision encoder: {values}.")
 
 
 def _check_names(file: Path, user: Any) -> None:

@@ -19,6 +19,8 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.checkpoint import checkpoint
 
+from seed_multimodal.errors import ConfigError
+
 Network = TypeVar("Network", bound=nn.Module)
 FEW_ROWS = 32  # of a linear layer, for which its conversion to float32 takes longer than it saves
 
@@ -171,7 +173,9 @@ def multi_head(
 
 
 def heads_first(x_BND: Tensor, heads: int) -> Tensor:
-    """`[B, N, D]` → `[B, heads, N, D / heads]`."""
+    """`[B, N, D]` → `[B, heads, N, D / heads]`. Raises ConfigError: D does not divide so."""
+    if x_BND.shape[-1] % heads:
+        raise ConfigError(f"A width of {x_BND.shape[-1]} does not divide into {heads} heads.")
     return x_BND.unflatten(-1, (heads, -1)).transpose(1, 2)
 
 

@@ -16,7 +16,10 @@ from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.images.io import image_to_bytes
 
 PROCESSORS = {
-    "vis_processor": {"train": {"name": "blip2_image_train", "image_size": 32}},
+    "vis_processor": {
+        "train": {"name": "blip2_image_train", "image_size": 32},
+        "eval": {"name": "blip_image_eval", "image_size": 32},
+    },
     "text_processor": {"train": {"name": "blip_caption", "max_words": 3}},
 }
 

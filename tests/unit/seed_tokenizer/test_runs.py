@@ -151,6 +151,8 @@ def test_train_with_averaged_weights(yaml, run, tmp_path, capsys):
     result = ("model.load_finetuned=True", f"model.finetuned={folder}/checkpoint_2.pth")
     assert program("evaluate").main(yaml("stage1", *result, "run.test_splits=[val]")) == 0
     means = json.loads(capsys.readouterr().out.splitlines()[-1])["val"]
+    stage2 = yaml("stage2", f"model.pretrained={folder}/checkpoint_2.pth", "model.qformer.heads=4")
+    assert program("train").main(stage2) == 2  # shapes do not show the number of heads
     assert means["samples"] == 24
     assert means["loss"] == log_of(folder, "stage1")[6]["valid/val/loss"]
 
@@ -174,13 +176,17 @@ def test_train_with_codebook_options(yaml, run, tmp_path):
     [
         ("stage2", "model.pretrained=log/nothing.pth", "log/nothing.pth"),
         ("stage2", "model.n_embd=3", "'n_embed'"),
-        ("stage1", "model.qformer.causal_queries=16", "model.num_query_token=32"),
+        ("stage1", "model.qformer.causal_queries=16", "model.qformer.causal_queries"),
+        ("stage1", "model.max_txt_len=100", "model.qformer.max_positions"),
+        ("stage2", "model.decode_heads=12", "12 heads"),
+        ("lavit", "model.decoder.tokens=5", "model.decoder.tokens"),
         ("stage1", "datasets.coco_caption.build_info.storage=/nowhere/*.tar", "/nowhere/*.tar"),
     ],
 )
 def test_main_with_wrong_settings_or_files(yaml, tmp_path, capsys, stage, option, named):
     # Exit code 2, one line on stderr, no checkpoint.
-    assert program("train").main(yaml(stage, option, name="wrong")) == 2
+    start = () if option.startswith("model.pretrained") else RANDOM[:1]
+    assert program("train").main(yaml(stage, *start, option, name="wrong")) == 2
     error = capsys.readouterr().err
     assert named in error
     assert error.count("\n") == 1, error

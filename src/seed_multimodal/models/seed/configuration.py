@@ -32,12 +32,6 @@ class QFormerConfig:
     dropout: float = setting(0.1, minimum=0, maximum=1)
     causal_queries: int | None = setting(None, minimum=0)
 
-    def __post_init__(self) -> None:
-        if self.width % self.heads:
-            raise ConfigError(
-                f"The Q-Former width {self.width} does not divide into {self.heads} heads."
-            )
-
 
 @dataclass(frozen=True)
 class TokenizerConfig:
