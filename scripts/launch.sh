@@ -4,6 +4,7 @@
 #   NNODES (HOST_NUM)                        nodes; default 1
 #   NODE_RANK (INDEX)                        this node's number; default 0
 #   MASTER_ADDR (CHIEF_IP), MASTER_PORT      node 0's address and a free port on it
+#   SEED_RDZV_MINUTES                        how long the nodes wait for each other; default 1
 # NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and the like are used if they are set. On several nodes GLOO_SOCKET_IFNAME is by
 # default the interface that leads to node 0.
 ROOT=..

@@ -102,3 +102,10 @@ def test_codes_then_language_model_on_two_nodes(sbatch, tmp_path):
         out = tmp_path / script
         sbatch(script, *small, "trainer.max_steps=2", f"output_dir={out}")
         assert (out / "checkpoint-2").is_dir()
+
+
+def test_any_training_script_on_two_nodes(sbatch, tmp_path):
+    small = "model=nano data=nano optim=nano trainer=nano data.batch_size=2 trainer.max_steps=1"
+    flags = f"{small} trainer.sample_steps=0 output_dir={tmp_path / 'out'}"
+    sbatch("train", "MultiModalLLM/scripts/train_seed_decoder.sh", *flags.split())
+    assert (tmp_path / "out" / "checkpoint-1").is_dir()

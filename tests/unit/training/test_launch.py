@@ -112,15 +112,31 @@ def test_launch_chooses_the_interface_of_gloo(variables, interface, launch: Laun
     assert launch(SCRIPTS[0], **variables)["GLOO_SOCKET_IFNAME"] == interface
 
 
+# srun's exit code, the job's state then → whether it is queued again.
+ENDS = {(143, "RUNNING"): True, (143, "COMPLETING"): False, (2, "RUNNING"): False}
+
+
+@pytest.mark.parametrize(("code", "state"), ENDS)
 @pytest.mark.parametrize(
     ("variables", "cores"), [({"SLURM_CPUS_PER_TASK": "64"}, "64"), ({}, "unset")]
 )
-def test_srun_gets_the_cores_of_the_job(tmp_path, variables, cores):
-    # Since Slurm 22.05 srun does not inherit them, and a node would train on one core.
-    write_program(tmp_path / "srun", '#!/bin/sh\necho "${SRUN_CPUS_PER_TASK:-unset}"\n')
-    write_program(tmp_path / "scontrol", "#!/bin/sh\necho first\n")
+def test_job_of_slurm(tmp_path, variables, cores, code, state):
+    # Since Slurm 22.05 srun does not inherit the cores, and a node would train on one of them. A
+    # job that saved before its time limit goes on; one that failed or was cancelled does not.
+    write_program(
+        tmp_path / "srun", f'#!/bin/sh\necho "${{SRUN_CPUS_PER_TASK:-unset}}"\nexit {code}\n'
+    )
+    write_program(tmp_path / "scontrol", '#!/bin/sh\necho "$1 $2"\n')
+    write_program(tmp_path / "squeue", f"#!/bin/sh\necho {state}\n")
     job = {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_ID": "7", "SLURM_JOB_NODELIST": "a,b"}
     command = f". {ROOT}/scripts/slurm/cluster.sh; on_every_node true"
     environment = {"PATH": f"{tmp_path}:{os.environ['PATH']}", **job, **variables}
     done = run_process([SHELL, "-euc", command], cwd=tmp_path, timeout=60, env=environment)
-    assert done.stdout == f"{cores}\n", done.stderr
+    assert done.returncode == code, done.stderr
+    assert done.stdout.splitlines() == [cores, *["requeue 7"][: ENDS[code, state]]]
+
+
+def test_logs_of_slurm_need_no_folder():
+    # Slurm opens them before the script runs, and makes no folder.
+    for file in (ROOT / "scripts" / "slurm").glob("*.sbatch"):
+        assert "\n#SBATCH --output=%x-%" in file.read_text(), file
