@@ -17,8 +17,8 @@ from seed_lavis import log
 from seed_lavis.compat import BaseDatasetBuilder, registry
 from seed_lavis.options import APPLICATION, locate
 from seed_lavis.processors import Processor
+from seed_multimodal.data.formats.contents import registered_formats
 from seed_multimodal.data.formats.pairs import open_pairs
-from seed_multimodal.data.formats.sources import registered_formats
 from seed_multimodal.data.stream.pairs_dataset import JoinedPairs, PairDataset
 from seed_multimodal.data.stream.sampler import MixedOrder
 from seed_multimodal.device import copy_to

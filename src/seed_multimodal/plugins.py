@@ -3,7 +3,7 @@
     [project.entry-points."seed_multimodal.families"]
     mine = "my_package.spec:SPEC"
 
-Groups: `families` (`models.registry`), `formats` (`data.formats.sources`), `conditioners`
+Groups: `families` (`models.registry`), `formats` (`data.formats.contents`), `conditioners`
 (`diffusion.conditioner`), `detectors` (`evaluation.detection`) and `lavis` (models of the LAVIS
 application, `seed_lavis.register`). A checkout of this repository
 needs no installation: the table in its own `pyproject.toml` counts as well.

@@ -21,10 +21,11 @@ from typing import Any
 
 import numpy as np
 
+from seed_multimodal.data.formats.contents import find_files
 from seed_multimodal.data.formats.open_files import OpenFiles
 from seed_multimodal.data.formats.record import BadRecord, JsonObject
 from seed_multimodal.data.formats.shards import write_shard
-from seed_multimodal.data.formats.sources import find_files, run_in_processes
+from seed_multimodal.data.formats.sources import run_in_processes
 from seed_multimodal.data.formats.tar import PICKLED, TarFile
 from seed_multimodal.disk import writable_folder, writing
 from seed_multimodal.errors import DataError, SeedError, first_line

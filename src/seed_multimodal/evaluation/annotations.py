@@ -27,8 +27,8 @@ from typing import Any, NamedTuple, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
+from seed_multimodal.data.formats.contents import nearest_path
 from seed_multimodal.data.formats.record import as_list, find_image
-from seed_multimodal.data.formats.sources import nearest_path
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import DataError, ImageError, first_line
 

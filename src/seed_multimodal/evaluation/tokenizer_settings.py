@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from seed_multimodal.config import load_yaml
-from seed_multimodal.data.formats.sources import registered_formats
+from seed_multimodal.data.formats.contents import registered_formats
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.settings import setting
 

@@ -20,7 +20,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import seed_multimodal
-from seed_multimodal.data.formats.sources import expand_pattern
+from seed_multimodal.data.formats.contents import expand_pattern
 from seed_multimodal.disk import JsonObject, replace_text, writing
 from seed_multimodal.entry import COMMAND_FAILED
 from seed_multimodal.errors import ConfigError, DataError

@@ -17,7 +17,7 @@ from seed_multimodal.data.formats.record import (
     find_image,
     shorten,
 )
-from seed_multimodal.data.formats.storage import is_remote, read_all
+from seed_multimodal.data.formats.storage import is_remote, list_files, read_all
 from seed_multimodal.errors import ImageError
 from seed_multimodal.images.io import ImageFunction, read_string
 from seed_multimodal.settings import nearest
@@ -53,7 +53,7 @@ def _field(fields: RecordFields, key: str | None, defaults: Iterable[str]) -> Fi
 def missing_image(record: Record, key: str | None = None) -> BadRecord:
     """The error for a record without an image."""
     if in_tar(record):
-        reason = f"no .{', .'.join(IMAGE_KEYS)} member"
+        reason = f"no .{', .'.join(IMAGE_KEYS)} member, but .{', .'.join(record.members)}"
     else:
         reason = missing_key_text(key or "image", record.fields)
     return BadRecord("missing image", f"{record.location}: has no image: {reason}.")
@@ -171,9 +171,9 @@ class ImageFolder:
         self.path = Path(path)
 
     @cached_property
-    def images(self) -> list[Path]:
+    def images(self) -> list[str]:
         """All images, sorted by name."""
-        return sorted(filter(_is_image_file, self.path.glob("**/*")))
+        return [path for path in list_files(self.path) if path.lower().endswith(IMAGE_SUFFIXES)]
 
     @property
     def sizes(self) -> Sequence[int]:
@@ -185,16 +185,12 @@ class ImageFolder:
 
         It has members `txt` and `json` if these files exist.
         """
-        path = self.images[row]
+        path = Path(self.images[row])
         key = path.relative_to(self.path).as_posix()
         record = Record(key, str(path), {"image": str(path.resolve())}, file=str(path))
-        for extension in ("txt", "json"):
+        for extension in ("TXT", "JSON", "txt", "json"):
             file = path.with_suffix(f".{extension}")
             if file.is_file():
-                record.members[extension] = ByteRange(str(file), 0, file.stat().st_size)
+                content = ByteRange(str(file), 0, file.stat().st_size)
+                record.members[extension.lower()] = content
         return record
-
-
-def _is_image_file(path: Path) -> bool:
-    has_suffix = path.suffix.lower() in IMAGE_SUFFIXES
-    return has_suffix and not path.name.startswith(".") and path.is_file()

@@ -22,7 +22,7 @@ from seed_multimodal.errors import DataError
 
 INDEX_FOLDER = ".seed-index"
 MIN_STORED_BYTES = 1 << 20  # no index is written for smaller files
-VERSION = "3"
+VERSION = "4"
 DIGEST_BYTES = 16  # of the content, at the end of the file: zip's checksums leave its names out
 
 Arrays = Mapping[str, np.ndarray]

@@ -1,9 +1,12 @@
-"""Records of .jsonl and .json files by index: lines are read by offset, lists are in memory."""
+"""Records of .jsonl, .json and .csv files: lines are read by offset, lists are in memory."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
 from array import array
+from collections import Counter
 from collections.abc import Sequence
 from functools import cached_property
 from itertools import accumulate
@@ -11,10 +14,20 @@ from pathlib import Path
 
 import numpy as np
 
+from seed_multimodal.data.formats.contents import BOM, QUESTIONS, check_readable
 from seed_multimodal.data.formats.index import Arrays, IndexedFile
-from seed_multimodal.data.formats.record import BadRecord, ByteRange, Record
+from seed_multimodal.data.formats.record import (
+    BadRecord,
+    ByteRange,
+    FieldValue,
+    JsonObject,
+    Record,
+    bad_values,
+)
 from seed_multimodal.data.formats.storage import open_binary, read_all
-from seed_multimodal.errors import first_line
+from seed_multimodal.errors import DataError, first_line
+
+ANNOTATED = {"annotations", "questions"}  # keys of COCO's and VQA's files
 
 
 class JsonLines(IndexedFile):
@@ -30,6 +43,8 @@ class JsonLines(IndexedFile):
         line_numbers = array("q")
         position = 0
         with open_binary(self.path) as file:
+            check_readable(self.path, file.read(512))
+            file.seek(0)
             for line_number, line in enumerate(file, 1):
                 if line.strip():
                     starts.append(position)
@@ -57,7 +72,7 @@ class JsonLines(IndexedFile):
 
 
 class JsonList:
-    """The items of a .json list, or an object per line, by index.
+    """The items of a .json list, an object per line, or the rows of a .csv, by index.
 
     They are one buffer, which forked workers share.
     """
@@ -68,13 +83,20 @@ class JsonList:
     @cached_property
     def _items(self) -> tuple[bytes, np.ndarray]:
         """The encoded items, and their offsets, int64 [N + 1]."""
-        items = self._read_items()
+        content = read_all(self.path)
+        check_readable(self.path, content[:512])
+        content = content.removeprefix(BOM)
+        if self.path.lower().endswith(".csv"):
+            text = content.decode("utf-8", "surrogateescape")
+            rows = csv.DictReader(io.StringIO(text, newline=""))
+            items = [json.dumps(row).encode() for row in rows]
+        else:
+            items = self._json_items(content)
         offsets = np.array([0, *accumulate(map(len, items))], np.int64)
         return b"".join(items), offsets
 
-    def _read_items(self) -> list[bytes]:
+    def _json_items(self, content: bytes) -> list[bytes]:
         """Each item as JSON. Raises BadRecord."""
-        content = read_all(self.path)
         try:
             value = json.loads(content)
         except (ValueError, RecursionError) as error:
@@ -88,13 +110,51 @@ class JsonList:
         if isinstance(value, dict):
             # Records under a key, as COCO's captions; or a file of one line.
             one_line = b"\n" not in content.strip()
-            value = value.get("annotations", [value] if one_line else None)
-        if not isinstance(value, list):
+            value = self._annotations(value) if ANNOTATED & value.keys() else [value] * one_line
+        if not isinstance(value, list) or (not value and content.lstrip().startswith(b"{")):
             raise BadRecord(
                 "malformed json",
                 f"{self.path}: must have a list of records, or one object per line.",
             )
         return [json.dumps(item).encode() for item in value]
+
+    def _annotations(self, content: JsonObject) -> FieldValue:
+        """The annotations of an official file, with the fields of their images and questions."""
+        items = content.get("annotations")
+        if items is None:
+            raise DataError(
+                f"{self.path}: has questions without answers; give the file of their annotations."
+            )
+        with bad_values(self.path):
+            images = {image["id"]: image for image in content.get("images", ())}
+            if images:
+                columns = ("file_name", "width", "height")
+                for item in items:
+                    image = images[item["image_id"]]
+                    item.update({key: image[key] for key in columns if key in image})
+            elif items and "question_id" in items[0] and "question" not in items[0]:
+                self._add_questions(items, content["data_subtype"])
+        return items
+
+    def _add_questions(self, items: list[JsonObject], subset: str) -> None:
+        """Add VQA's question, commonest answer and image to each annotation.
+
+        Raises DataError: the folder does not have the file of questions.
+        """
+        pattern = f"*{subset}{QUESTIONS}"
+        files = sorted(Path(self.path).parent.glob(pattern))
+        if len(files) != 1:
+            raise DataError(
+                f"{self.path}: has answers without questions; its folder needs one {pattern}, but "
+                f"has {len(files)}."
+            )
+        entries = json.loads(read_all(files[0]))["questions"]
+        questions = {entry["question_id"]: entry["question"] for entry in entries}
+        for item in items:
+            answers = Counter(answer["answer"] for answer in item["answers"])
+            item["question"] = questions[item["question_id"]]
+            item["answer"] = item.get("multiple_choice_answer") or answers.most_common(1)[0][0]
+            item["image"] = f"COCO_{subset}_{item['image_id']:012d}.jpg"
 
     @property
     def sizes(self) -> Sequence[int]:

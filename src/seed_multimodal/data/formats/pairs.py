@@ -12,6 +12,7 @@ from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
 
+from seed_multimodal.data.formats.contents import registered_formats
 from seed_multimodal.data.formats.images import (
     IMAGE_KEYS,
     RecordImage,
@@ -31,7 +32,7 @@ from seed_multimodal.data.formats.record import (
     bad_values,
     shorten,
 )
-from seed_multimodal.data.formats.sources import open_records, registered_formats
+from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.errors import DataError, ImageError
 from seed_multimodal.settings import check_keys

@@ -1,4 +1,4 @@
-"""Rows of parquet files by index, read by row group."""
+"""Rows of parquet files, read by row group, and of Arrow files by index."""
 
 from __future__ import annotations
 
@@ -22,9 +22,10 @@ from seed_multimodal.errors import SeedError, first_line, name_content
 
 if TYPE_CHECKING:
     import pyarrow
-    from pyarrow.parquet import ParquetFile as ArrowFile
+    from pyarrow.parquet import ParquetFile as ArrowParquet
 
 T = TypeVar("T")
+WHOLE_FILE = -1  # row group of Arrow's rows
 GROUP_CACHE_BYTES = 512 << 20  # of row groups that a data worker caches for each source
 
 
@@ -49,6 +50,19 @@ class ParquetFile:
     def locate(self, row: int) -> Record:
         """An unread record."""
         table_row = TableRow(self.path, *find_part(self._ends, row))
+        return Record(f"row {row}", f"{self.path}: row {row}", file=self.path, row=table_row)
+
+
+class ArrowFile(ParquetFile):
+    """The rows of an Arrow file or stream, as `save_to_disk` of Hugging Face's datasets writes."""
+
+    @cached_property
+    def _ends(self) -> list[int]:
+        return [read_arrow(self.path).num_rows]
+
+    def locate(self, row: int) -> Record:
+        """An unread record."""
+        table_row = TableRow(self.path, WHOLE_FILE, row)
         return Record(f"row {row}", f"{self.path}: row {row}", file=self.path, row=table_row)
 
 
@@ -80,24 +94,23 @@ class RowGroups:
 
     def _group(self, path: str, group: int) -> pyarrow.Table:
         """A row group as an Arrow table."""
-        if (path, group) not in self._groups:
+        if (path, group) not in self._groups and group == WHOLE_FILE:
+            self._groups[path, group] = read_arrow(path)  # mapped into memory
+        elif (path, group) not in self._groups:
             # Without threads: Arrow's pool does not survive a fork.
             table = read_parquet(path, lambda file: file.read_row_group(group, use_threads=False))
             # Drop the ones used longest ago; a group that is larger than the cache is alone in it.
             self.cached_bytes += table.nbytes
             while self._groups and self.cached_bytes > self.limit_bytes:
-                _, oldest = self._groups.popitem(last=False)
-                self.cached_bytes -= oldest.nbytes
+                (_, group_index), oldest = self._groups.popitem(last=False)
+                self.cached_bytes -= 0 if group_index == WHOLE_FILE else oldest.nbytes
             self._groups[path, group] = table
         self._groups.move_to_end((path, group))
         return self._groups[path, group]
 
 
-def read_parquet(path: str, read: Callable[[ArrowFile], T]) -> T:
-    """What `read` returns of a parquet file.
-
-    Raises BadRecord: no such file, or damaged; ReadError: a fault of the machine.
-    """
+def read_parquet(path: str, read: Callable[[ArrowParquet], T]) -> T:
+    """What `read` returns of a parquet file. Raises as `_read_table`."""
     import pyarrow.parquet
 
     def read_file() -> T:
@@ -105,12 +118,32 @@ def read_parquet(path: str, read: Callable[[ArrowFile], T]) -> T:
         with pyarrow.parquet.ParquetFile(source) as file:
             return read(file)
 
+    return _read_table(path, "parquet", read_file)
+
+
+def read_arrow(path: str) -> pyarrow.Table:
+    """The table of an Arrow file or stream; a local one stays on the disk."""
+    import pyarrow
+
+    def read_file() -> pyarrow.Table:
+        source = open_ranges(path) if is_remote(path) else pyarrow.memory_map(path)
+        try:
+            return pyarrow.ipc.open_stream(source).read_all()
+        except pyarrow.ArrowInvalid:
+            return pyarrow.ipc.open_file(source).read_all()
+
+    return _read_table(path, "Arrow", read_file)
+
+
+def _read_table(path: str, kind: str, read: Callable[[], T]) -> T:
+    """What `read` returns.
+
+    Raises BadRecord: no such file, or damaged; ReadError: a fault of the machine.
+    """
     try:
-        return read_patiently(path, read_file, Exception, LOCAL_FILES.close_half)
+        return read_patiently(path, read, Exception, LOCAL_FILES.close_half)
     except SeedError:
         raise
     except Exception as error:  # noqa: BLE001 of Arrow, the OS or the connection
-        raise BadRecord(
-            "damaged file",
-            f"{path}: cannot be read as parquet ({name_content(path) or first_line(error)}).",
-        ) from None
+        reason = name_content(path) or first_line(error)
+        raise BadRecord("damaged file", f"{path}: cannot be read as {kind} ({reason}).") from None

@@ -11,6 +11,7 @@ from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -245,16 +246,44 @@ def find_image(
     As in SEED-X's lists, a leading slash may mean that folder.
     """
     if root is not None:
-        folders = [Path(root)]
+        folders = [Path(root).expanduser()]
     else:
         folders = [Path(list_file).parent if list_file else Path(), Path()]
-    candidates = [folder / path.lstrip("/") for folder in folders]
-    if Path(path).is_absolute():
-        candidates.insert(0, Path(path))
-    for candidate in candidates:
-        if os.path.isfile(candidate):
-            return candidate
-    return None
+    path = os.path.expanduser(path)
+    # Lists of Windows have backslashes.
+    for name in dict.fromkeys((path, path.replace("\\", "/"))):
+        candidates = [folder / name.lstrip("/") for folder in folders]
+        if Path(name).is_absolute():
+            candidates.insert(0, Path(name))
+        for candidate in candidates:
+            if os.path.isfile(candidate):
+                return candidate
+    # Windows and macOS ignore case. An image as base64 text has no full stop.
+    if "." not in path:
+        return None
+    matches = filter(None, map(_ignoring_case, candidates))
+    return next(filter(os.path.isfile, matches), None)
+
+
+def _ignoring_case(path: Path) -> Path | None:
+    """The path whose names differ at most in case."""
+    found = Path(path.anchor)
+    for name in path.relative_to(path.anchor).parts:
+        if not os.path.exists(found / name):
+            name = _names(found).get(name.lower(), "")
+            if not name:
+                return None
+        found /= name
+    return found
+
+
+@lru_cache(64)
+def _names(folder: Path) -> dict[str, str]:
+    """The names in a folder by their lower-case form."""
+    try:
+        return {name.lower(): name for name in os.listdir(folder)}
+    except OSError:
+        return {}
 
 
 def find_part(ends: Sequence[int], index: int) -> tuple[int, int]:

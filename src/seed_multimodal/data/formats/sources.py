@@ -10,30 +10,27 @@ Other packages register formats by entry points of the group `seed_multimodal.fo
 
 from __future__ import annotations
 
-import glob
 import inspect
 import multiprocessing
 import os
 import random
-import re
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
-from functools import cache, cached_property
-from importlib.metadata import EntryPoint
+from functools import cached_property
 from itertools import accumulate, chain
 from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-from braceexpand import braceexpand
 
+from seed_multimodal.data.formats.contents import FOLDER, find_files, registered_formats
 from seed_multimodal.data.formats.conversations import with_messages
-from seed_multimodal.data.formats.images import IMAGE_SUFFIXES, ImageFolder
+from seed_multimodal.data.formats.images import ImageFolder
 from seed_multimodal.data.formats.index import IndexedFile
 from seed_multimodal.data.formats.jsonl import JsonLines, JsonList
 from seed_multimodal.data.formats.open_files import OpenFiles
-from seed_multimodal.data.formats.parquet import ParquetFile
+from seed_multimodal.data.formats.parquet import ArrowFile, ParquetFile
 from seed_multimodal.data.formats.record import (
     VALUE_ERRORS,
     JsonObject,
@@ -42,45 +39,26 @@ from seed_multimodal.data.formats.record import (
     find_part,
     unusable_value,
 )
-from seed_multimodal.data.formats.storage import filesystem, is_remote, read_safely
+from seed_multimodal.data.formats.storage import is_remote
 from seed_multimodal.data.formats.tar import JsonTar
 from seed_multimodal.entry import end_with_parent, log_line
-from seed_multimodal.errors import ConfigError, DataError
-from seed_multimodal.plugins import import_entry, registered
+from seed_multimodal.errors import DataError
+from seed_multimodal.plugins import import_entry
 from seed_multimodal.progress import Progress
-from seed_multimodal.settings import check_keys, nearest
+from seed_multimodal.settings import check_keys
 
 J = TypeVar("J")
 R = TypeVar("R")
-SUFFIXES = {
-    "tar": (".tar",),
-    "jsonl": (".jsonl", ".ndjson"),
-    "json": (".json",),
-    "parquet": (".parquet",),
-}
 _OPENERS: dict[str, Callable[..., RecordFile]] = {
     "tar": JsonTar,
     "jsonl": JsonLines,
     "json": JsonList,
+    "csv": JsonList,
     "parquet": ParquetFile,
-    "folder": ImageFolder,
-}
-# Configured format -> formats of the files that are read, by their suffixes.
-_ACCEPTED = {
-    "auto": tuple(SUFFIXES),
-    "tar": ("tar",),
-    "jsonl": ("jsonl",),
-    "json": ("json", "jsonl"),
-    "parquet": ("parquet",),
+    "arrow": ArrowFile,
+    FOLDER: ImageFolder,
 }
 REMOTE_THREADS = 16  # that read indexes of remote files
-_WILDCARD = re.compile(r"[*?\[]")
-
-
-@cache
-def registered_formats() -> dict[str, EntryPoint]:
-    """Formats of other packages."""
-    return registered("formats")
 
 
 def open_file(
@@ -137,7 +115,7 @@ def open_records(
         for pattern in patterns or (None,):
             record_files.append(open_file(pattern, format, options=options))
     else:
-        for path, file_format in find_files(patterns, format, images=images or format == "folder"):
+        for path, file_format in find_files(patterns, format, images=images or format == FOLDER):
             file = open_file(path, file_format, needs_json=needs_json, options=options)
             record_files.append(file)
     default_name = ", ".join(map(str, patterns)) or format
@@ -251,156 +229,3 @@ def run_in_processes(
             raise DataError(
                 "A process was killed (often because memory ran out); the same command resumes."
             ) from None
-
-
-def find_files(
-    patterns: Sequence[str | Path], format: str = "auto", *, images: bool = False
-) -> list[tuple[str, str]]:
-    """(file, format) of each distinct file that matches the patterns and folders.
-
-    format: auto: by suffix.
-    images: a folder of images without lists or tables has format `folder`.
-
-    Raises ConfigError: unknown format; DataError: nothing matches, or a folder has files of several
-    formats.
-    """
-    # 1. The format must be one of these.
-    formats = [*SUFFIXES]
-    if images:
-        formats.append("folder")
-    formats += registered_formats()
-    if format not in ("auto", *formats):
-        raise ConfigError(
-            f"{', '.join(map(str, patterns))}: format must be auto, {', '.join(formats)}, not "
-            f"{format!r}{nearest(format, formats)}."
-        )
-    if not patterns:
-        raise DataError("The list of files is empty.")
-
-    # 2. The format of each file; a dictionary, since patterns may overlap.
-    format_of: dict[str, str] = {}
-    for path in expand_pattern(patterns):
-        suffix_format = _suffix_format(path)
-        if _is_folder(path):
-            format_of.update(_in_folder(path, format, images))
-        elif suffix_format in _ACCEPTED.get(format, ()):
-            format_of[path] = suffix_format
-        elif format == "auto":
-            raise DataError(
-                f"{path}: unknown suffix (known: {', '.join(SUFFIXES)}); set the format."
-            )
-        else:
-            format_of[path] = format
-    return list(format_of.items())
-
-
-def expand_pattern(patterns: Sequence[str | Path]) -> list[str]:
-    """Distinct files matching patterns, in order (wildcards sorted); folders where no file matches.
-
-    Raises DataError: a pattern matches nothing, or a file named by braces is missing.
-    """
-    matches: dict[str, None] = {}
-    for pattern in patterns:
-        for name in braceexpand(str(pattern), escape=False):
-            paths = _matches(name)
-            if not paths:
-                reason = f"no such file or folder{nearest_path(name)}"
-                if _WILDCARD.search(name):
-                    reason = "no file matches this pattern"
-                raise DataError(f"{name[:200]}: {reason}.")
-            # Folders are used only where no file matches.
-            files = [path for path in paths if not _is_folder(path)]
-            matches.update(dict.fromkeys(files or paths))
-    return list(matches)
-
-
-def nearest_path(path: str | Path) -> str:
-    """` (did you mean 'nano'?)`: the most similar name in the folder of a missing path."""
-    folder, name = os.path.split(path)
-    folder = folder or "."
-    if not os.path.isdir(folder):
-        return ""
-    return nearest(name, os.listdir(folder)[:2000])
-
-
-def _matches(name: str) -> list[str]:
-    """Paths with this name or matching its wildcards.
-
-    Whether remote files exist is not checked.
-    """
-    if not is_remote(name):
-        # A file whose name has wildcards is itself.
-        paths = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
-        # Without broken links, sockets and devices.
-        return [path for path in paths if os.path.isfile(path) or os.path.isdir(path)]
-    if not _WILDCARD.search(name):
-        return [name]
-    return _remote_files(name, "glob")
-
-
-def _remote_files(url: str, method: str) -> list[str]:
-    """The files that a URL's file system finds, sorted."""
-
-    def find() -> list[str]:
-        files, name = filesystem(url)
-        return sorted(map(files.unstrip_protocol, getattr(files, method)(name)))
-
-    return read_safely(url, find)
-
-
-def _is_folder(path: str) -> bool:
-    """Whether it is a folder; URLs are classified by suffix."""
-    if is_remote(path):
-        return not _suffix_format(path)
-    return os.path.isdir(path)
-
-
-def _listing(folder: str) -> list[str]:
-    """The files below a folder, without hidden ones, sorted."""
-    if is_remote(folder):
-        paths = _remote_files(folder, "find")
-    else:
-        paths = [str(path) for path in sorted(Path(folder).glob("**/*")) if path.is_file()]
-    return [path for path in paths if not path.rpartition("/")[2].startswith(".")]
-
-
-def _in_folder(folder: str, format: str, images: bool) -> dict[str, str]:
-    """The format of each data file below a folder; or of the folder, if it has only images."""
-    # 1. Data files by format. With images, a .json with the name of an image is its caption.
-    files = _listing(folder)
-    image_names: set[str] = set()
-    if images:
-        image_files = [path for path in files if path.lower().endswith(IMAGE_SUFFIXES)]
-        image_names = {os.path.splitext(path)[0] for path in image_files}
-    paths_of: dict[str, list[str]] = {}
-    for path in files:
-        file_format = _suffix_format(path)
-        is_caption = file_format == "json" and os.path.splitext(path)[0] in image_names
-        if file_format in _ACCEPTED.get(format, ()) and not is_caption:
-            paths_of.setdefault(file_format, []).append(path)
-    if "tar" in paths_of:
-        paths_of.pop("json", None)  # next to shards: counts, settings and statistics
-
-    # 2. They must have one format; with `json` some may be .jsonl.
-    if format in ("auto", "folder") and image_names and not paths_of:
-        return {folder: "folder"}
-    if not paths_of:
-        formats = ", ".join(SUFFIXES) if format == "auto" else format
-        or_images = " or images" if images else ""
-        raise DataError(f"{folder}: contains no {formats} files{or_images}, at any depth.")
-    if len(paths_of) > 1 and format == "auto":
-        raise DataError(
-            f"{folder}: contains {' and '.join(paths_of)} files; set the format or list the files."
-        )
-    format_of: dict[str, str] = {}
-    for file_format, paths in paths_of.items():
-        format_of.update(dict.fromkeys(paths, file_format))
-    return format_of
-
-
-def _suffix_format(path: str) -> str:
-    """The format that a file's suffix tells, or ""."""
-    for format, suffixes in SUFFIXES.items():
-        if path.lower().endswith(suffixes):
-            return format
-    return ""

@@ -181,6 +181,36 @@ def read_all(path: str | Path) -> bytes:
     return read_safely(path, read)
 
 
+def list_files(folder: str | Path) -> list[str]:
+    """The files at any depth below a folder, without hidden ones, sorted.
+
+    Links to folders are followed, to each folder once.
+    """
+    if is_remote(folder):
+        return [path for path in remote_files(str(folder), "find") if "/." not in path]
+    paths = []
+    visited = set()
+    for parent, folders, names in os.walk(folder, followlinks=True):
+        target = os.path.realpath(parent)
+        if target in visited:
+            folders.clear()
+            continue
+        visited.add(target)
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        paths += [os.path.join(parent, name) for name in names if not name.startswith(".")]
+    return sorted(filter(os.path.isfile, paths), key=lambda path: path.split(os.sep))
+
+
+def remote_files(url: str, method: str) -> list[str]:
+    """The files that `glob` or `find` of a URL's file system returns, sorted."""
+
+    def find() -> list[str]:
+        files, name = filesystem(url)
+        return sorted(map(files.unstrip_protocol, getattr(files, method)(name)))
+
+    return read_safely(url, find)
+
+
 def stat(path: str | Path) -> tuple[int, str]:
     """Size in bytes and version (modification time or ETag). Raises as `read_safely`."""
 

@@ -5,16 +5,20 @@ from __future__ import annotations
 import tarfile
 from array import array
 from collections.abc import Iterator, Sequence
+from itertools import groupby
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
+from seed_multimodal.data.formats.contents import check_readable
+from seed_multimodal.data.formats.images import IMAGE_KEYS
 from seed_multimodal.data.formats.index import Arrays, IndexedFile
 from seed_multimodal.data.formats.record import ByteRange, Record
 from seed_multimodal.data.formats.storage import open_binary
 
 PICKLED = ("pkl", "pickle")
+KNOWN_EXTENSIONS = {"json", "txt", *PICKLED, *IMAGE_KEYS}
 
 
 class TarFile(IndexedFile):
@@ -45,6 +49,7 @@ class TarFile(IndexedFile):
         last_key = ""
         damage = ""
         with open_binary(self.path) as file:
+            check_readable(self.path, file.read(512))
             try:
                 for key, extension, member in _sample_members(file):
                     if key != last_key:
@@ -58,26 +63,22 @@ class TarFile(IndexedFile):
                 damage = str(error)
         firsts.append(len(offsets))
 
-        # 2. After damage, members of the last sample may be missing.
-        if damage and keys:
-            keys.pop()
-            firsts.pop()
+        # 2. The sample at the damage was not returned, since members may be missing.
         if damage:
             position = "in its first sample"
             if keys:
                 position = f"after sample {keys[-1].decode('utf-8', 'replace')}"
             damage = f"torn or damaged {position} ({damage})."
 
-        # 3. Of complete samples.
-        n_members = firsts[-1]
+        # 3. Small types.
         id_type = np.uint8 if len(extension_ids) <= 256 else np.int64
         return {
             "keys": np.array(keys, bytes),
             "first": np.array(firsts),
             "extensions": np.array(list(extension_ids), str),
-            "extension": np.array(extensions[:n_members], id_type),
-            "offset": np.array(offsets[:n_members]),
-            "size": np.array(sizes[:n_members]),
+            "extension": np.array(extensions, id_type),
+            "offset": np.array(offsets),
+            "size": np.array(sizes),
             "damage": np.array(damage),
         }
 
@@ -137,6 +138,33 @@ def _sample_members(file: IO[bytes]) -> Iterator[tuple[str, str, tarfile.TarInfo
 
     Raises tarfile.TarError, ValueError, OverflowError: damaged.
     """
+    for _, group in groupby(_members(file), lambda member: split_name(member.name)[0]):
+        members = list(group)
+        split = (
+            split_last
+            if _has_dots([split_name(member.name)[1] for member in members])
+            else split_name
+        )
+        for member in members:
+            key, extension = split(member.name)
+            if key:
+                yield key, extension, member
+
+
+def _has_dots(extensions: list[str]) -> bool:
+    """Whether keys have dots ("Figure 1.0 fox.jpg"), by the extensions after the first dot.
+
+    Not so are samples with a plain extension, or with names of their members ("seg.png").
+    """
+    if KNOWN_EXTENSIONS.intersection(extensions):
+        return False
+    names = [extension.rpartition(".")[0] for extension in extensions]
+    is_shared = len(set(names)) < len(names)
+    return is_shared or not all(name.replace(".", "").isidentifier() for name in names if name)
+
+
+def _members(file: IO[bytes]) -> Iterator[tarfile.TarInfo]:
+    """The headers of all files, also of archives that were joined (`cat a.tar b.tar`)."""
     tar = tarfile.open(fileobj=file, mode="r:")
     end = 0
     while True:
@@ -146,13 +174,27 @@ def _sample_members(file: IO[bytes]) -> Iterator[tuple[str, str, tarfile.TarInfo
             # Not `tar.next()`, which stops silently at invalid headers.
             member = tarfile.TarInfo.fromtarfile(tar)
         except tarfile.EOFHeaderError:  # type: ignore[attr-defined]  # end marker
-            return
+            next_archive = _end_of_zeros(file, start)
+            if next_archive is None:
+                return
+            end = next_archive
+            continue
         end = tar.offset
         if end <= start:
             raise tarfile.ReadError("a header has a size below 0")
-        key, extension = split_name(member.name)
-        if key and member.isreg():
-            yield key, extension, member
+        if member.isreg():
+            yield member
+
+
+def _end_of_zeros(file: IO[bytes], start: int) -> int | None:
+    """The next block of 512 bytes that is not zero; None: there is none."""
+    file.seek(start)
+    while data := file.read(1 << 16):
+        n_zeros = len(data) - len(data.lstrip(b"\0"))
+        if n_zeros < len(data):
+            return start + n_zeros // 512 * 512
+        start += len(data)
+    return None
 
 
 def split_name(name: str) -> tuple[str, str]:
@@ -165,3 +207,10 @@ def split_name(name: str) -> tuple[str, str]:
     if not stem or not extension:
         return "", ""
     return folder + slash + stem, extension.lower()
+
+
+def split_last(name: str) -> tuple[str, str]:
+    """As `split_name`, at the last dot if a known extension follows."""
+    stem, _, extension = name.rpartition(".")
+    known = stem.rpartition("/")[2] and extension.lower() in KNOWN_EXTENSIONS
+    return (stem, extension.lower()) if known else split_name(name)

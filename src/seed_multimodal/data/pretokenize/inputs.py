@@ -12,6 +12,7 @@ from pathlib import Path
 from omegaconf import OmegaConf
 
 from seed_multimodal.config import from_compat, load_yaml
+from seed_multimodal.data.formats.contents import find_files, registered_formats
 from seed_multimodal.data.formats.record import (
     FieldValue,
     JsonObject,
@@ -19,7 +20,7 @@ from seed_multimodal.data.formats.record import (
     RecordFile,
     as_list,
 )
-from seed_multimodal.data.formats.sources import find_files, open_file, registered_formats
+from seed_multimodal.data.formats.sources import open_file
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.settings import read_settings, setting
 

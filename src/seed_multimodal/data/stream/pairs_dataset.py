@@ -20,6 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
+from seed_multimodal.data.formats.contents import registered_formats
 from seed_multimodal.data.formats.pairs import Pair, Pairs, open_pairs
 from seed_multimodal.data.formats.record import (
     RECORD_FAULTS,
@@ -28,7 +29,6 @@ from seed_multimodal.data.formats.record import (
     fault_name,
     find_part,
 )
-from seed_multimodal.data.formats.sources import registered_formats
 from seed_multimodal.data.stream.loader import Sample, SampleDataset
 from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.errors import ConfigError

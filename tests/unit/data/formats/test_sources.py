@@ -18,10 +18,11 @@ from pyarrow import parquet
 from real_processes import run_process
 from repository import ROOT
 
+from seed_multimodal.data.formats.contents import expand_pattern
 from seed_multimodal.data.formats.open_files import OpenFiles
 from seed_multimodal.data.formats.record import BadRecord, find_image
 from seed_multimodal.data.formats.shards import write_shard
-from seed_multimodal.data.formats.sources import FileRecords, expand_pattern, open_records
+from seed_multimodal.data.formats.sources import FileRecords, open_records
 from seed_multimodal.errors import ConfigError, DataError
 
 ITEMS = [

@@ -1,0 +1,318 @@
+"""What users' files and folders hold.
+
+`find_files`         patterns and folders → files with their formats
+`folder_contents`    a folder → its files by format
+`sniff`              first bytes of a file → what it is
+"""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Mapping, Sequence
+from fnmatch import fnmatch
+from functools import cache
+from importlib.metadata import EntryPoint
+from pathlib import Path
+
+from braceexpand import braceexpand
+
+from seed_multimodal.data.formats.images import IMAGE_SUFFIXES
+from seed_multimodal.data.formats.storage import (
+    is_remote,
+    list_files,
+    open_binary,
+    read_safely,
+    remote_files,
+)
+from seed_multimodal.errors import ConfigError, DataError, pluralize
+from seed_multimodal.plugins import registered
+from seed_multimodal.settings import nearest
+
+FOLDER = "folder"  # format of a folder of images
+SUFFIXES = {
+    "tar": (".tar",),
+    "jsonl": (".jsonl", ".ndjson"),
+    "json": (".json",),
+    "parquet": (".parquet",),
+    "arrow": (".arrow",),
+    "csv": (".csv",),
+}
+# Configured format → formats of the files that are read, by their suffixes.
+_ACCEPTED = {
+    "auto": tuple(SUFFIXES),
+    **{name: (name,) for name in SUFFIXES},
+    "json": ("json", "jsonl"),
+}
+# First bytes of a file → what it is.
+_CONTENTS = {
+    b"\x1f\x8b": "gzip",
+    b"\x28\xb5\x2f\xfd": "zstd",
+    b"\xfd7zXZ": "xz",
+    b"BZh": "bzip2",
+    b"PK\x03\x04": "zip",
+    b"\xff\xfe": "utf-16",
+    b"\xfe\xff": "utf-16",
+    b"PAR1": "parquet",
+    b"ARROW1": "arrow",
+    b"\xff\xff\xff\xff": "arrow",
+}
+BOM = b"\xef\xbb\xbf"
+# What is never read, by content or suffix → what to do.
+CURES = {
+    "gzip": "is compressed; unpack it once: gzip -d",
+    "zstd": "is compressed; unpack it once: zstd -d",
+    "xz": "is compressed; unpack it once: xz -d",
+    "bzip2": "is compressed; unpack it once: bzip2 -d",
+    "zip": "is compressed; unpack it once: unzip",
+    "utf-16": "is text in UTF-16; convert it once: iconv -f UTF-16 -t UTF-8",
+    "tsv": "is a table with tabs; write it as .jsonl, or as .csv with a header; if it lists URLs "
+    "(CC3M, CC12M), download its images first, for example by img2dataset",
+}
+_UNREAD_SUFFIXES = {
+    ".gz": "gzip",
+    ".tgz": "gzip",
+    ".zst": "zstd",
+    ".xz": "xz",
+    ".bz2": "bzip2",
+    ".zip": "zip",
+    ".tsv": "tsv",
+}
+# Files that other tools write beside records.
+SIDE_FILES = (
+    "dataset_info.json",  # of Hugging Face's datasets
+    "dataset_infos.json",
+    "dataset_dict.json",
+    "state.json",
+    "*_stats.json",  # of img2dataset
+    "counts.json",  # of pre-tokenising
+    "*.counts.json",
+    "settings.json",
+)
+QUESTIONS, ANNOTATIONS = "_questions.json", "_annotations.json"  # of VQA, which are joined
+_WILDCARD = re.compile(r"[*?\[]")
+
+
+def sniff(head: bytes) -> str:
+    """What a file is by its first 512 bytes: a format, a key of `CURES`, or ""."""
+    for start, content in _CONTENTS.items():
+        if head.startswith(start):
+            return content
+    if head[257:262] == b"ustar":
+        return "tar"
+    is_json = head.removeprefix(BOM).lstrip()[:1] in (b"{", b"[")
+    return "json" if is_json else ""
+
+
+def check_readable(path: str | Path, head: bytes) -> None:
+    """Raise DataError, with the cure, if a file is compressed or its text is not UTF-8."""
+    cure = CURES.get(sniff(head))
+    if cure is not None:
+        raise DataError(f"{path}: {cure}.")
+
+
+@cache
+def registered_formats() -> dict[str, EntryPoint]:
+    """Formats of other packages."""
+    return registered("formats")
+
+
+# ---- files
+
+
+def find_files(
+    patterns: Sequence[str | Path], format: str = "auto", *, images: bool = False
+) -> list[tuple[str, str]]:
+    """(file, format) of each distinct file that matches the patterns and folders.
+
+    format: auto: by suffix, else by content.
+    images: a folder of images without lists or tables has format `folder`.
+
+    Raises ConfigError: unknown format; DataError: nothing matches, a folder has files of several
+    formats, or a file is not read as it is.
+    """
+    # 1. The format must be one of these.
+    formats = [*SUFFIXES]
+    if images:
+        formats.append(FOLDER)
+    formats += registered_formats()
+    if format not in ("auto", *formats):
+        raise ConfigError(
+            f"{', '.join(map(str, patterns))}: format must be auto, {', '.join(formats)}, not "
+            f"{format!r}{nearest(format, formats)}."
+        )
+    if not patterns:
+        raise DataError("The list of files is empty.")
+
+    # 2. The format of each file; a dictionary, since patterns may overlap.
+    format_of: dict[str, str] = {}
+    for path in expand_pattern(patterns):
+        suffix_format = _suffix_format(path)
+        if _is_folder(path):
+            format_of.update(_in_folder(path, format, images))
+        elif suffix_format in _ACCEPTED.get(format, ()):
+            format_of[path] = suffix_format
+        else:
+            format_of[path] = _content_format(path) if format == "auto" else format
+
+    # 3. Questions are read with their annotations.
+    if any(path.endswith(ANNOTATIONS) for path in format_of):
+        format_of = {path: name for path, name in format_of.items() if not path.endswith(QUESTIONS)}
+    return list(format_of.items())
+
+
+def _content_format(path: str) -> str:
+    """The format of a file whose suffix says none. Raises DataError: it is not read."""
+    content = _UNREAD_SUFFIXES.get(os.path.splitext(path)[1].lower())
+    if content is None:
+        content = sniff(read_safely(path, lambda: _head(path)))
+    if content in SUFFIXES:
+        return content
+    reason = f"unknown suffix (known: {', '.join(SUFFIXES)}); set the format"
+    raise DataError(f"{path}: {CURES.get(content, reason)}.")
+
+
+def _head(path: str) -> bytes:
+    with open_binary(path) as file:
+        return file.read(512)
+
+
+def expand_pattern(patterns: Sequence[str | Path]) -> list[str]:
+    """Distinct files matching patterns, in order (wildcards sorted); folders where no file matches.
+
+    Raises DataError: a pattern matches nothing, or a file named by braces is missing.
+    """
+    matches: dict[str, None] = {}
+    for pattern in patterns:
+        for name in braceexpand(os.path.expanduser(pattern), escape=False):
+            paths = _matches(name)
+            if not paths:
+                reason = f"no such file or folder{nearest_path(name)}"
+                if _WILDCARD.search(name):
+                    reason = "no file matches this pattern"
+                raise DataError(f"{name[:200]}: {reason}.")
+            # Folders are used only where no file matches.
+            files = [path for path in paths if not _is_folder(path)]
+            matches.update(dict.fromkeys(files or paths))
+    return list(matches)
+
+
+def nearest_path(path: str | Path) -> str:
+    """` (did you mean 'nano'?)`: the most similar name in the folder of a missing path."""
+    folder, name = os.path.split(path)
+    folder = folder or "."
+    if not os.path.isdir(folder):
+        return ""
+    return nearest(name, os.listdir(folder)[:2000])
+
+
+def _matches(name: str) -> list[str]:
+    """Paths with this name or matching its wildcards.
+
+    Whether remote files exist is not checked.
+    """
+    if not is_remote(name):
+        # A file whose name has wildcards is itself.
+        paths = [name] if os.path.exists(name) else sorted(glob.glob(name, recursive=True))
+        # Without broken links, sockets and devices.
+        return [path for path in paths if os.path.isfile(path) or os.path.isdir(path)]
+    if not _WILDCARD.search(name):
+        return [name]
+    return remote_files(name, "glob")
+
+
+def _suffix_format(path: str) -> str:
+    """The format that a file's suffix tells, or ""."""
+    for format, suffixes in SUFFIXES.items():
+        if path.lower().endswith(suffixes):
+            return format
+    return ""
+
+
+# ---- folders
+
+
+def _is_folder(path: str) -> bool:
+    """Whether it is a folder; URLs are classified by suffix."""
+    if is_remote(path):
+        suffix = os.path.splitext(path)[1].lower()
+        return not _suffix_format(path) and suffix not in _UNREAD_SUFFIXES
+    return os.path.isdir(path)
+
+
+def folder_contents(folder: str) -> dict[str, list[str]]:
+    """The files at any depth below a folder by format, images under `folder`, others by suffix.
+
+    Side files of other tools are left out.
+    """
+    # 1. Each file by its suffix.
+    files = list_files(folder)
+    contents: dict[str, list[str]] = {}
+    for path in files:
+        format = _suffix_format(path)
+        if path.lower().endswith(IMAGE_SUFFIXES):
+            format = FOLDER
+        contents.setdefault(format or os.path.splitext(path)[1].lower(), []).append(path)
+
+    # 2. Without side files.
+    stems = {
+        format: {os.path.splitext(path)[0] for path in contents.get(format, ())}
+        for format in ("tar", FOLDER)
+    }
+    stems["parent"] = set(map(os.path.dirname, files))
+    kept: dict[str, list[str]] = {}
+    for format, paths in contents.items():
+        records = [path for path in paths if not _is_side_file(path, format, stems)]
+        if records:
+            kept[format] = records
+    return kept
+
+
+def _is_side_file(path: str, format: str, stems: Mapping[str, set[str]]) -> bool:
+    """Whether a file describes others.
+
+    stems: paths without suffix of tars and images, and all folders.
+    """
+    stem, name = os.path.splitext(path)[0], os.path.basename(path)
+    if format == "json":
+        # Beside shards: counts, settings and statistics; beside an image: its caption.
+        is_listed = any(fnmatch(name, pattern) for pattern in SIDE_FILES)
+        return is_listed or bool(stems["tar"]) or stem in stems[FOLDER]
+    if format == "parquet":  # img2dataset's list of a shard, or of a folder of images
+        return stem in stems["tar"] or stem in stems["parent"]
+    return format == "csv" and name != "metadata.csv"
+
+
+def _in_folder(folder: str, format: str, images: bool) -> dict[str, str]:
+    """The format of each data file below a folder; or of the folder, if it has only images."""
+    contents = folder_contents(folder)
+    paths_of = {name: contents[name] for name in _ACCEPTED.get(format, ()) if name in contents}
+    if images and format in ("auto", FOLDER) and FOLDER in contents and not paths_of:
+        return {folder: FOLDER}
+    if not paths_of:
+        formats = ", ".join(SUFFIXES) if format == "auto" else format
+        or_images = " or images" if images else ""
+        raise DataError(
+            f"{folder}: contains no {formats} files{or_images}, at any depth"
+            f"{_other_contents(contents)}."
+        )
+    # They must have one format; with `json` some may be .jsonl.
+    if len(paths_of) > 1 and format == "auto":
+        raise DataError(
+            f"{folder}: contains {' and '.join(paths_of)} files; set the format or list the files."
+        )
+    return {path: name for name, paths in paths_of.items() for path in paths}
+
+
+def _other_contents(contents: Mapping[str, list[str]]) -> str:
+    """What a folder holds instead, and what to do."""
+    if FOLDER in contents:
+        return f"; it holds {pluralize(len(contents[FOLDER]), 'image')}: set format: folder"
+    for name, paths in contents.items():
+        if name in _UNREAD_SUFFIXES:
+            cure = CURES[_UNREAD_SUFFIXES[name]]
+            return f"; it holds {pluralize(len(paths), f'{name} file')}, each of which {cure}"
+        if name in SUFFIXES:
+            return f"; it holds {pluralize(len(paths), f'{name} file')}: set format: {name}"
+    return ""

@@ -1,0 +1,224 @@
+"""Users' files as they really are: each is read, or refused with what to do."""
+
+from __future__ import annotations
+
+import gzip
+import json
+import os
+import zipfile
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow
+import pyarrow.parquet
+import pytest
+from data_files import jpeg, lines
+
+from seed_multimodal.data.formats.pairs import Pairs
+from seed_multimodal.data.formats.shards import write_shard
+from seed_multimodal.data.formats.sources import open_records
+from seed_multimodal.errors import DataError
+
+JPEG = jpeg(0, 16, 16)
+PAIRS = [("k0", {"jpg": JPEG, "txt": b"a 0"}), ("k1", {"jpg": JPEG, "txt": b"a 1"})]
+ROWS = [{"image": f"{n}.jpg", "caption": f"a {n}"} for n in range(2)]
+
+
+def write(path: Path, content: str | bytes) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
+def images(folder: Path, *names: str) -> None:
+    for name in names or ("0.jpg", "1.jpg"):
+        write(folder / name, JPEG)
+
+
+def captioned(folder: Path) -> None:
+    """Two images with captions beside them."""
+    images(folder)
+    for index in range(2):
+        write(folder / f"{index}.txt", f"a {index}")
+
+
+def listed(folder: Path, name: str, content: object) -> None:
+    """Two images and a list of them."""
+    images(folder)
+    write(folder / name, content if isinstance(content, bytes | str) else json.dumps(content))
+
+
+def tars(folder: Path, *others: str) -> None:
+    write_shard(folder / "00000.tar", PAIRS)
+    for name in others:
+        write(folder / name, "{}")
+
+
+def joined(folder: Path) -> None:
+    write_shard(folder / "a", PAIRS[:1])
+    write_shard(folder / "b", PAIRS[1:])
+    write(folder / "c.tar", (folder / "a").read_bytes() + (folder / "b").read_bytes())
+
+
+def table(folder: Path, name: str = "data/train.parquet") -> None:
+    rows = [{"image": {"bytes": JPEG, "path": None}, "text": f"a {n}"} for n in range(2)]
+    columns = pyarrow.Table.from_pylist(rows)
+    (folder / name).parent.mkdir(parents=True, exist_ok=True)
+    if name.endswith(".parquet"):
+        pyarrow.parquet.write_table(columns, folder / name)
+        return
+    with pyarrow.ipc.new_stream(str(folder / name), columns.schema) as stream:
+        stream.write_table(columns)
+
+
+def saved_to_disk(folder: Path) -> None:
+    table(folder, "data-00000-of-00001.arrow")
+    for name in ("state.json", "dataset_info.json"):
+        write(folder / name, "{}")
+
+
+def hub_clone(folder: Path) -> None:
+    table(folder)
+    write(folder / "dataset_infos.json", "{}")
+    write(folder / ".git/config.json", "{}")
+
+
+def linked(folder: Path) -> None:
+    captioned(folder / "elsewhere")
+    (folder / "set").mkdir()
+    (folder / "set/link").symlink_to(folder / "elsewhere")
+    (folder / "set/loop").symlink_to(folder / "set")
+
+
+def coco(folder: Path) -> None:
+    entries = [{"id": 7 + n, "file_name": f"{n}.jpg", "license": 1} for n in range(2)]
+    annotations = [{"image_id": 7 + n, "id": n, "caption": f"a {n}"} for n in range(2)]
+    listed(folder, "captions.json", {"images": entries, "annotations": annotations})
+
+
+def dotted(folder: Path) -> None:
+    members = {"jpg": JPEG, "txt": b"a 0"}
+    names = [f"Figure 1.{n} fox" for n in range(2)]
+    records = [(name, {**members, "txt": f"a {n}".encode()}) for n, name in enumerate(names)]
+    write_shard(folder / "a.tar", records)
+
+
+UTF_16 = "\n".join(map(json.dumps, ROWS)).encode("utf-16")
+METADATA = "file_name,text\n0.jpg,a 0\n1.jpg,a 1\n"
+CC3M = "a 0\thttp://x/0.jpg\n"
+# What a user gives → who writes it, the path in the folder, and None (two pairs) or what is said.
+FILES: dict[str, tuple[Callable[[Path], object], str, str | None]] = {
+    "capital suffixes": (
+        lambda f: [write(f / f"{n}.JPG", JPEG) and write(f / f"{n}.TXT", f"a {n}") for n in (0, 1)],
+        "",
+        None,
+    ),
+    "ImageFolder's metadata.csv": (lambda f: listed(f, "metadata.csv", METADATA), "", None),
+    "save_to_disk": (saved_to_disk, "", None),
+    "clone of the hub": (hub_clone, "", None),
+    "COCO's captions": (coco, "captions.json", None),
+    "img2dataset's shards": (lambda f: tars(f, "00000.parquet", "00000_stats.json"), "", None),
+    "img2dataset's files": (
+        lambda f: (
+            captioned(f / "00000"),
+            write(f / "00000.parquet", ""),
+            write(f / "0_stats.json", ""),
+        ),
+        "",
+        None,
+    ),
+    "dots in keys": (dotted, "a.tar", None),
+    "joined tars": (joined, "c.tar", None),
+    "links to folders": (linked, "set", None),
+    "home": (captioned, "~", None),
+    "tar without suffix": (lambda f: write_shard(f / "shard", PAIRS), "shard", None),
+    "lines in a .json with BOM": (
+        lambda f: listed(f, "a.json", b"\xef\xbb\xbf" + UTF_16.decode("utf-16").encode()),
+        "a.json",
+        None,
+    ),
+    "list of Windows": (
+        lambda f: (
+            images(f / "Img", "0.JPG", "1.jpg"),
+            write(
+                f / "a.json", json.dumps([{**row, "image": f"img\\{row['image']}"} for row in ROWS])
+            ),
+        ),
+        "a.json",
+        None,
+    ),
+    "UTF-16": (lambda f: write(f / "a.jsonl", UTF_16), "a.jsonl", "iconv -f UTF-16"),
+    "gzipped tar": (
+        lambda f: (tars(f), write(f / "a.tar.gz", gzip.compress(b"x"))),
+        "a.tar.gz",
+        "gzip -d",
+    ),
+    "gzipped tar in a .tar": (
+        lambda f: write(f / "a.tar", gzip.compress(b"x")),
+        "a.tar",
+        "gzip -d",
+    ),
+    "zstd": (lambda f: write(f / "a", b"\x28\xb5\x2f\xfd" * 9), "a", "zstd -d"),
+    "zip": (lambda f: zipfile.ZipFile(f / "a.zip", "w").close(), "a.zip", "unzip"),
+    "folder of gzipped tars": (lambda f: write(f / "a.tar.gz", b"x"), "", "1 .gz file, .* gzip -d"),
+    "CC3M": (lambda f: write(f / "Train.tsv", CC3M), "Train.tsv", "img2dataset"),
+    "folder of CC3M": (lambda f: write(f / "Train.tsv", CC3M), "", "img2dataset"),
+    "two formats": (
+        lambda f: (tars(f), lines(f / "a.jsonl", ROWS)),
+        "",
+        "jsonl and tar|tar and jsonl",
+    ),
+    "pointer of Git LFS": (
+        lambda f: write(f / "a.parquet", "version https://git-lfs.github.com/spec/v1\n"),
+        "",
+        "git lfs pull",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_users_files_are_read_or_refused_with_the_cure(tmp_path, monkeypatch, name):
+    make, path, problem = FILES[name]
+    make(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    source = path if path == "~" else tmp_path / path
+    if problem is not None:
+        with pytest.raises(DataError, match=problem):
+            len(Pairs(source))
+        return
+    pairs = Pairs(source)
+    read = [pairs.read(index) for index in range(len(pairs))]
+    assert [pair.captions for pair in read] == [["a 0"], ["a 1"]]
+    for pair in read:
+        content = (
+            pair.image if isinstance(pair.image, bytes) else Path(str(pair.image)).read_bytes()
+        )
+        assert content == JPEG
+
+
+def test_a_folder_of_images_where_records_are_expected(tmp_path):
+    images(tmp_path)
+    with pytest.raises(DataError, match=r"2 images: set format: folder"):
+        open_records(tmp_path)
+
+
+def test_vqa_of_two_official_files(tmp_path):
+    # Questions and their commonest answers, for training of visual question answering.
+    questions = [{"question_id": 10 + n, "image_id": n, "question": f"q {n}?"} for n in range(2)]
+    answers = [{"answer": "red"}, {"answer": "blue"}, {"answer": "red"}]
+    annotations = [{"question_id": 11 - n, "image_id": 1 - n, "answers": answers} for n in range(2)]
+    subset = {"data_subtype": "train2014"}
+    for name, content in (
+        ("v2_mscoco_train2014_annotations.json", {"annotations": annotations, **subset}),
+        ("v2_OpenEnded_mscoco_train2014_questions.json", {"questions": questions, **subset}),
+    ):
+        write(tmp_path / name, json.dumps(content))
+    names = sorted(os.listdir(tmp_path))
+    for files in (tmp_path, [tmp_path / name for name in names]):
+        records = open_records(files)
+        first = records.read(0).fields
+        assert len(records) == 2
+        assert (first["question"], first["answer"]) == ("q 1?", "red")
+        assert first["image"] == "COCO_train2014_000000000001.jpg"
+    with pytest.raises(DataError, match="annotations"):
+        len(open_records(tmp_path / names[0]))
