@@ -15,7 +15,6 @@ from seed_multimodal.disk import atomic_open, writing
 from seed_multimodal.errors import ConfigError, DataError, first_line
 
 if TYPE_CHECKING:
-    from matplotlib.axes import Axes
     from matplotlib.figure import Figure
 
 SUFFIX = ".log.jsonl"
@@ -36,8 +35,8 @@ UNPLOTTED = (
     "loss_scale",
     "bad_samples",
 )
-# (quantity, split of an evaluation or "") -> {step: value}
-Series = dict[tuple[str, str], dict[int, float]]
+# Quantity → split of an evaluation ("": training) → {step: value}
+Series = dict[str, dict[str, dict[int, float]]]
 
 
 def save_curves(folder: str | Path, log: Callable[[str], None] = print) -> None:
@@ -90,7 +89,7 @@ def read_log(log: Path) -> Series:
         for key, value in line.items():
             quantity, split = _quantity_and_split(key)
             if quantity not in UNPLOTTED and isinstance(value, int | float):
-                series.setdefault((quantity, split), {})[step] = value
+                series.setdefault(quantity, {}).setdefault(split, {})[step] = value
     if not series:
         raise DataError(f"{log}: contains no line with a step and numbers.")
     return series
@@ -110,43 +109,31 @@ def _figure(runs: dict[str, Series]) -> Figure:
     """A matplotlib figure with a panel for each quantity, the losses first."""
     from matplotlib.figure import Figure
 
-    # 1. The panels.
-    all_quantities = {quantity for series in runs.values() for quantity, _ in series}
-    losses = sorted(quantity for quantity in all_quantities if "loss" in quantity)
-    quantities = losses + sorted(all_quantities.difference(losses))
-    rows = math.ceil(len(quantities) / COLUMNS)
-    columns = min(COLUMNS, len(quantities))
-    figure = Figure(figsize=(3.6 * columns + 0.3, 2.5 * rows + 0.7), dpi=110, layout="constrained")
-    panels = list(figure.subplots(rows, columns, squeeze=False).flat)
-
-    # 2. The curves.
-    for axes, quantity in zip(panels, quantities, strict=False):
+    quantities = {quantity for series in runs.values() for quantity in series}
+    panels = sorted(quantities, key=lambda name: ("loss" not in name, name))
+    n_columns = min(COLUMNS, len(panels))
+    n_rows = math.ceil(len(panels) / COLUMNS)
+    size = (3.6 * n_columns + 0.3, 2.5 * n_rows + 0.7)
+    figure = Figure(figsize=size, dpi=110, layout="constrained")
+    for index, quantity in enumerate(panels, start=1):
+        axes = figure.add_subplot(n_rows, n_columns, index)
         axes.set_title(quantity, fontsize=9, loc="left")
         axes.grid(alpha=0.4)
-        for index, series in enumerate(runs.values()):
-            _plot_quantity(axes, quantity, series, color=f"C{index}")
+        for color, (name, series) in enumerate(runs.items()):
+            for split, values in series.get(quantity, {}).items():
+                # A run's training is a line, each split's evaluations are dots.
+                steps = sorted(values)
+                is_dotted = bool(split) or len(steps) == 1  # a line needs two points
+                axes.plot(
+                    steps,
+                    [values[step] for step in steps],
+                    color=f"C{color}",
+                    linestyle=":" if split else "-",
+                    marker="o" if is_dotted else None,
+                    label=split or None,
+                )
+            if index == 1:  # of all panels, from an empty line
+                axes.plot([], [], color=f"C{color}", label=name)
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7)
-    for axes in panels[len(quantities) :]:
-        axes.remove()
-
-    # 3. The legend of the runs' colours, from empty lines of the first panel.
-    handles = [panels[0].plot([], [], color=f"C{index}")[0] for index in range(len(runs))]
-    figure.legend(handles, list(runs), loc="outside upper center", fontsize=8)
     return figure
-
-
-def _plot_quantity(axes: Axes, quantity: str, series: Series, color: str) -> None:
-    """Plot a run's values of a quantity: training as a line, each split's evaluations as dots."""
-    for (name, split), values in series.items():
-        if name != quantity:
-            continue
-        steps = sorted(values)
-        axes.plot(
-            steps,
-            [values[step] for step in steps],
-            color=color,
-            linestyle=":" if split else "-",
-            marker="o" if split or len(steps) == 1 else None,  # a line needs two points
-            label=split or None,
-        )

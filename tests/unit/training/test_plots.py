@@ -41,10 +41,9 @@ def test_read_log_skips_torn_lines_and_separates_evaluations(tmp_path):
         ],
     )
     assert read_log(log) == {
-        ("loss", ""): {1: 4.0, 3: 1.0},
-        ("lr", ""): {1: 0.1},
-        ("loss", "val"): {2: 3.5},
-        ("text_loss", "evaluation"): {3: 1.5},
+        "loss": {"": {1: 4.0, 3: 1.0}, "val": {2: 3.5}},
+        "lr": {"": {1: 0.1}},
+        "text_loss": {"evaluation": {3: 1.5}},
     }
 
 

@@ -9,11 +9,9 @@ that attention is compiled for few lengths; otherwise they grow by eighths.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -40,25 +38,6 @@ class ReadyBatch(LlmBatch):
     token_indices: Tensor | None = None
 
 
-class _Row(NamedTuple):
-    """A row without padding."""
-
-    ids: np.ndarray
-    labels: np.ndarray
-    positions: np.ndarray
-    feature_indices: np.ndarray  # tokens that features replace
-    squares: int  # sum of squared sequence lengths
-
-
-class _Image(NamedTuple):
-    """Placeholders of a row, and what replaces them."""
-
-    start: int  # index of the first placeholder
-    n_placeholders: int
-    n_tokens: int
-    codes: Sequence[int] | None  # of a target image; None: input features
-
-
 def fill_rows(
     batch: LlmBatch,
     counts: Sequence[int],
@@ -73,122 +52,83 @@ def fill_rows(
         codes: of a target image; None for an input image, whose ids are placeholders
             (`code_start`).
     """
-    # 1. Rows without padding, with the actual images.
+    n_rows, planned = batch.input_ids.shape
     is_packed = batch.attention_mask is None
-    rows = []
-    for index, images in enumerate(_images_of_rows(batch, counts, codes)):
-        rows.append(_fill_row(batch, index, images, code_start))
 
-    # 2. Their common length.
-    planned = batch.input_ids.shape[1]
-    length = max(len(row.ids) for row in rows)
+    # 1. How often each planned token occurs `[R · L]`: padding never, and the first placeholder of
+    #    an image as often as the image has tokens.
+    repeats = _is_used(batch).long().flatten()
+    starts = []  # of the images' placeholders, which are consecutive and in the images' order
+    if batch.views is not None:
+        indices = batch.views.marks.flatten().cpu().nonzero().flatten()
+        position = 0
+        for n_placeholders, count in zip(batch.views.tokens_per_view, counts, strict=True):
+            start = int(indices[position])
+            repeats[start : start + n_placeholders] = 0
+            repeats[start] = count
+            starts.append(start)
+            position += n_placeholders
+    source = torch.arange(len(repeats)).repeat_interleave(repeats)  # planned token of each token
+    ends = repeats.cumsum(0)
+
+    # 2. Codes of target images, which are learned where the placeholders are.
+    ids = batch.input_ids.flatten()[source]
+    labels = batch.labels.flatten()[source]
+    features = torch.zeros(len(source), dtype=torch.bool)  # tokens that features replace
+    for start, image_codes in zip(starts, codes, strict=True):
+        image = slice(int(ends[start] - repeats[start]), int(ends[start]))
+        if image_codes is None:
+            features[image] = True
+            continue
+        ids[image] = code_start + torch.tensor(image_codes, dtype=torch.int64)
+        labels[image] = torch.where(labels[image] == IGNORE_INDEX, IGNORE_INDEX, ids[image])
+
+    # 3. Positions begin at 0 in each sequence.
+    sequences = (batch.position_ids.flatten() == 0).cumsum(0)[source]
+    _, lengths = sequences.unique_consecutive(return_counts=True)
+    first_tokens = lengths.cumsum(0) - lengths
+    positions = torch.arange(len(source)) - first_tokens.repeat_interleave(lengths)
+
+    # 4. Where each token is in rows of a common length.
+    rows = source // planned
+    n_tokens = torch.bincount(rows, minlength=n_rows)
+    length = int(n_tokens.max())
     if is_packed:
         step = math.ceil(planned / _EIGHTH)
         length = max(planned, math.ceil(length / step) * step)
+    row_starts = n_tokens.cumsum(0) - n_tokens
+    target = rows * length + torch.arange(len(source)) - row_starts[rows]
 
-    # 3. The batch, padded to it.
-    padded = [_pad(row, length, pad_id, is_packed) for row in rows]
-    ids, labels, positions = (
-        torch.from_numpy(np.stack(column)).long() for column in zip(*padded, strict=True)
-    )
-    n_tokens = torch.tensor([len(row.ids) for row in rows])
-    attention_mask = None
-    if not is_packed:
-        attention_mask = (torch.arange(length)[None] < n_tokens[:, None]).long()
+    # 5. The batch. Positions of padded rows go on in their padding; that of packed rows is a new
+    #    sequence.
+    columns = torch.arange(length).expand(n_rows, -1)
+    padding_positions = columns - n_tokens[:, None] if is_packed else columns
+
+    def in_rows(values: Tensor, padding: Tensor) -> Tensor:
+        return padding.flatten().scatter(0, target, values).view(n_rows, length)
+
+    labels = in_rows(labels, torch.full_like(columns, IGNORE_INDEX))
     filled = replace(
         batch,
-        input_ids=ids,
+        input_ids=in_rows(ids, torch.full_like(columns, pad_id)),
         labels=labels,
-        position_ids=positions,
-        tokens=int(n_tokens.sum()),
-        attention_mask=attention_mask,
+        position_ids=in_rows(positions, padding_positions),
+        attention_mask=None if is_packed else (columns < n_tokens[:, None]).long(),
+        tokens=len(source),
         learned=int((labels[:, 1:] != IGNORE_INDEX).sum()),
-        squares=sum(row.squares for row in rows),
+        squares=int((lengths * lengths).sum()),
         views=None,
     )
-    token_indices = []
-    for index, row in enumerate(rows):
-        token_indices.append(torch.from_numpy(row.feature_indices) + index * length)
-    return filled, torch.cat(token_indices)
+    return filled, target[features]
 
 
-def _images_of_rows(
-    batch: LlmBatch, counts: Sequence[int], codes: Sequence[Sequence[int] | None]
-) -> Iterator[list[_Image]]:
-    """The images of each row, by the marks of their placeholders."""
-    if batch.views is None:
-        yield from ([] for _ in batch.input_ids)
-        return
-    # Images are in the order of their placeholders, which are consecutive.
-    views = batch.views
-    images = iter(zip(views.tokens_per_view, counts, codes, strict=True))
-    for marks in views.marks.cpu().numpy():
-        row_images = []
-        indices = np.flatnonzero(marks)
-        while len(indices):
-            n_placeholders, n_tokens, image_codes = next(images)
-            start = int(indices[0])
-            row_images.append(_Image(start, n_placeholders, n_tokens, image_codes))
-            indices = indices[n_placeholders:]
-        yield row_images
-
-
-def _fill_row(batch: LlmBatch, index: int, images: Sequence[_Image], code_start: int) -> _Row:
-    """One row with its images."""
-    ids = batch.input_ids[index].numpy()
-    labels = batch.labels[index].numpy()
-    positions = batch.position_ids[index].numpy()
-
-    # 1. The row without its padding, which in packed rows is a last sequence without loss.
+def _is_used(batch: LlmBatch) -> Tensor:
+    """Bool `[R, L]`: no padding, which in packed rows is a last sequence without loss."""
     if batch.attention_mask is not None:
-        length = int(batch.attention_mask[index].sum())
-    else:
-        length = len(ids)
-        last_start = int(np.flatnonzero(positions == 0)[-1])
+        return batch.attention_mask.bool()
+    is_used = torch.ones_like(batch.input_ids, dtype=torch.bool)
+    for row, (labels, positions) in enumerate(zip(batch.labels, batch.position_ids, strict=True)):
+        last_start = int((positions == 0).nonzero()[-1])
         if not (labels[last_start:] != IGNORE_INDEX).any():
-            length = last_start
-
-    # 2. How often each planned token occurs: the first placeholder of an image stands for all its
-    #    tokens. `source`: the planned token of each token.
-    repeats = (np.arange(len(ids)) < length).astype(np.int64)
-    for image in images:
-        repeats[image.start : image.start + image.n_placeholders] = 0
-        repeats[image.start] = image.n_tokens
-    source = np.repeat(np.arange(len(ids)), repeats)
-    ends = np.cumsum(repeats)
-
-    # 3. Positions begin at 0 in each sequence.
-    sequence = np.cumsum(positions == 0)[source]
-    starts = np.flatnonzero(np.diff(sequence, prepend=-1))
-    lengths = np.diff(starts, append=len(source))
-    new_positions = np.arange(len(source)) - np.repeat(starts, lengths)
-
-    # 4. Codes of target images, which are learned where the placeholders are.
-    ids = ids[source]
-    labels = labels[source]
-    feature_indices = [np.zeros(0, np.int64)]
-    for image in images:
-        end = ends[image.start]
-        indices = np.arange(end - image.n_tokens, end)
-        if image.codes is None:
-            feature_indices.append(indices)
-            continue
-        ids[indices] = code_start + np.asarray(image.codes, np.int64)
-        is_ignored = labels[indices] == IGNORE_INDEX
-        labels[indices] = np.where(is_ignored, IGNORE_INDEX, ids[indices])
-    squares = int((lengths * lengths).sum())
-    return _Row(ids, labels, new_positions, np.concatenate(feature_indices), squares)
-
-
-def _pad(
-    row: _Row, length: int, pad_id: int, is_packed: bool
-) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Ids, labels and positions of a row of this length; packed rows' padding is a new sequence."""
-    # Positions of padded rows go on; a new sequence begins at 0.
-    n_padding = length - len(row.ids)
-    first_position = 0 if is_packed else len(row.ids)
-    return (
-        np.pad(row.ids, (0, n_padding), constant_values=pad_id),
-        np.pad(row.labels, (0, n_padding), constant_values=IGNORE_INDEX),
-        np.concatenate([row.positions, np.arange(n_padding) + first_position]),
-    )
+            is_used[row, last_start:] = False
+    return is_used
