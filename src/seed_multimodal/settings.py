@@ -21,6 +21,7 @@ import math
 import operator
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import (
     TYPE_CHECKING,
     Any,
@@ -36,7 +37,14 @@ from typing import (
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from seed_multimodal.errors import ConfigError, first_line
+from seed_multimodal.disk import (
+    JsonObject,
+    folder_lock,
+    read_json_object,
+    replace_text,
+    writing,
+)
+from seed_multimodal.errors import ConfigError, DataError, first_line
 
 if TYPE_CHECKING:
     from pydantic import TypeAdapter
@@ -291,6 +299,24 @@ def changed_settings(
         if old.get(key) != new.get(key) and not is_silent:
             changes.append(f"{key}: {old.get(key, 'not given')} -> {new.get(key, 'not given')}")
     return changes
+
+
+def check_identity(folder: Path, identity: JsonObject, flag: str) -> None:
+    """Write what determines a folder's content as its `settings.json`, or compare it with that.
+
+    The first of several processes writes, all compare. Raises DataError: it changed.
+    """
+    file = folder / "settings.json"
+    text = json.dumps(identity, indent=1, ensure_ascii=False, default=str)
+    with folder_lock(folder, DataError, timeout=-1), writing(file, DataError):
+        if not file.exists():
+            replace_text(file, text)
+    changes = changed_settings(read_json_object(file, DataError), json.loads(text))
+    if changes:
+        raise DataError(
+            f"{folder}: was started with other settings ({'; '.join(changes)}); use another "
+            f"{flag} or the same settings."
+        )
 
 
 def leaves(value: object, key: str = "") -> Iterator[tuple[str, object]]:

@@ -30,7 +30,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 from PIL import Image
 
 from seed_multimodal.data.formats.record import BadRecords
-from seed_multimodal.disk import JsonObject, folder_lock, read_json_object, replace_text, writing
+from seed_multimodal.disk import JsonObject, folder_lock, replace_text, writing
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import DataError, GenerationError, ImageError, pluralize
 from seed_multimodal.evaluation.annotations import Key, Sample, find_image_file
@@ -38,7 +38,7 @@ from seed_multimodal.evaluation.metrics import finite_json
 from seed_multimodal.images.io import open_image
 from seed_multimodal.models.registry import find_family
 from seed_multimodal.progress import Progress
-from seed_multimodal.settings import changed_settings, read_settings, setting
+from seed_multimodal.settings import check_identity, read_settings, setting
 
 if TYPE_CHECKING:
     from seed_multimodal.pipelines.base import MultimodalSystem
@@ -241,7 +241,7 @@ def run(
     benchmark.prepare(samples)
 
     # 2. Answers, of all processes together.
-    _check_identity(settings.out, _identity(settings, system))
+    check_identity(settings.out, _identity(settings, system), "--out")
     lines = _answer_share(benchmark, samples)
     if any(sample.key not in lines for sample in samples):
         log_line(
@@ -402,19 +402,3 @@ def _weight_states(paths: Sequence[object]) -> list[list[int]]:
 
 def _digest(content: bytes) -> str:
     return hashlib.sha256(content).hexdigest()[:12]
-
-
-def _check_identity(folder: Path, identity: JsonObject) -> None:
-    """Write the folder's settings, or raise DataError if they changed."""
-    # The first process writes them, all compare.
-    file = folder / "settings.json"
-    text = json.dumps(identity, indent=1, ensure_ascii=False, default=str)
-    with folder_lock(folder, DataError, timeout=-1), writing(file, DataError):
-        if not file.exists():
-            replace_text(file, text)
-    changes = changed_settings(read_json_object(file, DataError), json.loads(text))
-    if changes:
-        raise DataError(
-            f"{folder}: was started with other settings ({'; '.join(changes)}); use another --out "
-            "or the same settings."
-        )

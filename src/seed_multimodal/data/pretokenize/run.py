@@ -46,7 +46,7 @@ from seed_multimodal.disk import read_json_object, replace_text, try_lock, writa
 from seed_multimodal.entry import DONE, SOME_FAILED, log_line
 from seed_multimodal.errors import ConfigError, DataError, pluralize
 from seed_multimodal.progress import Progress
-from seed_multimodal.settings import changed_settings, check_settings, setting
+from seed_multimodal.settings import check_identity, check_settings, setting
 
 Codes = list[int]  # of an image
 
@@ -124,7 +124,7 @@ def run(settings: RunSettings) -> int:
         "transform": transform.describe(),
         "tokenizer": encoder.fingerprint,
     }
-    _check_unchanged(save_dir, used)
+    check_identity(save_dir, used, "--save_dir")
 
     # 4. Write the missing shards.
     if n_missing:
@@ -288,23 +288,6 @@ def _view_codes(codes: Sequence[Codes], views: EncodedViews) -> Codes | list[Cod
     """The codes of an image; of several views, a list for each."""
     view_codes = [codes[row] for row in views.rows]
     return view_codes if len(view_codes) > 1 else view_codes[0]
-
-
-def _check_unchanged(save_dir: Path, settings: Mapping[str, Any]) -> None:
-    """Write the folder's settings, or compare them with the stored ones.
-
-    Raises DataError: changed settings.
-    """
-    file = save_dir / "settings.json"
-    if not file.exists():
-        replace_text(file, json.dumps(settings, indent=1))
-    changes = changed_settings(read_json_object(file, DataError), json.loads(json.dumps(settings)))
-    if changes:
-        raise DataError(
-            f"{save_dir}: was started with other settings ({'; '.join(changes)}); use another "
-            "--save_dir "
-            "or the same settings."
-        )
 
 
 def _summarise(save_dir: Path, shards: list[Shard]) -> int:
