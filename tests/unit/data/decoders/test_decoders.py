@@ -21,7 +21,6 @@ from seed_multimodal.data.formats.record import BadRecord
 from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.mixture import BROKEN, Mixture
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 
 NAMES = sorted(decoder_names())
@@ -192,19 +191,6 @@ def test_read_of_records_with_odd_values(tokenizer_of, records, tmp_path, name):
 def test_get_decoder_with_an_option_of_another_decoder(tokenizer):
     with pytest.raises(ConfigError, match="reverse_ratio"):
         get_decoder("sft.difference", tokenizer, {"reverse_ratio": 0.5})
-
-
-def test_decode_encodes_the_prompt_as_at_inference(tokenizer, codes):
-    # Else a model answers worse than it was trained to.
-    record = {"image_ids": codes(1), "question": "What is it?", "answer": "a cat"}
-    sequence = get_decoder("sft.qa", tokenizer, {"template": "llama2"}).decode(
-        record, SeededRandom(3, 1)
-    )
-    turns = [("user", [codes(1), "What is it?"])]
-    prompt = tokenizer.encode_parts(get_template("llama2").render(turns), add_bos=True)
-    assert sequence.ids[: len(prompt)] == prompt
-    assert sequence.labels[: len(prompt)] == [IGNORE_INDEX] * len(prompt)
-    assert sequence.labels[len(prompt)] != IGNORE_INDEX
 
 
 def test_decode_of_views_and_several_captions(tokenizer, codes):

@@ -67,14 +67,6 @@ def test_chat_encodes_the_prompt_as_at_inference(decode, tokenizer, codes, templ
     assert learned(sequence) == [*tokenizer.encode("a cat"), *end, *answer]
 
 
-def test_chat_with_a_system_message(decode, tokenizer):
-    # It is read, not learned.
-    plain = decode("chat", messages("q", "a"))
-    brief = decode("chat", {**messages("q", "a"), "system": "Be brief."})
-    assert learned(brief) == learned(plain)
-    assert tokenizer.decode(brief.ids).replace(" ", "").startswith("<s>Bebrief.\nUSER:q")
-
-
 # ---- SEED-X
 
 

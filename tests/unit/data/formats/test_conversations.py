@@ -17,8 +17,6 @@ def llava(*texts: str, **fields: Any) -> dict[str, Any]:
     return {"conversations": turns, **fields}
 
 
-PARTS = [{"type": "image"}, {"type": "text", "text": "q"}]
-CHAT = [{"role": "user", "content": PARTS}, {"role": "assistant", "content": "a"}]
 OURS = [
     {"role": "user", "content": [{"codes": [[1, 2], [3, 4]]}, "q"]},
     {"role": "assistant", "content": ["a", {"codes": [5, 6]}]},
@@ -37,7 +35,6 @@ CONVERSATIONS: dict[str, tuple[dict[str, Any], list[Any]]] = {
         [[{"codes": [1, 2]}, {"codes": [3, 4]}, "q"], ["a"]],
     ),
     "seed-x": ({"image": "a.jpg", "data": ["q", "a", "q", "b"]}, [[A, "q"], ["a"], ["q"], ["b"]]),
-    "chat with images": ({"messages": CHAT, "images": ["a.jpg"]}, [[A, "q"], ["a"]]),
     "ours": ({"messages": OURS, "image": "its source.jpg"}, [turn["content"] for turn in OURS]),
     "the_cauldron": (
         {"images": ["a.jpg"], "texts": [{"user": "q", "assistant": "a"}]},
@@ -70,13 +67,6 @@ def test_with_messages(name):
     messages = with_messages(item, "f")["messages"]
     assert [turn["content"] for turn in messages] == contents
     assert [turn["role"] for turn in messages] == ["user", "assistant"] * (len(contents) // 2)
-
-
-def test_with_messages_of_a_system_message():
-    item = {"messages": [{"role": "system", "content": "Be kind."}, *CHAT], "images": ["x.png"]}
-    fields = with_messages(item, "f")
-    assert fields["system"] == "Be kind."
-    assert len(fields["messages"]) == 2
 
 
 @pytest.mark.parametrize(
