@@ -16,7 +16,6 @@ from omegaconf import OmegaConf
 from seed_lavis import log
 from seed_lavis.compat import BaseDatasetBuilder, registry
 from seed_lavis.options import APPLICATION, locate
-from seed_lavis.processors import Processor
 from seed_multimodal.data.formats.contents import registered_formats
 from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.data.stream.pairs_dataset import JoinedPairs, PairDataset
@@ -80,21 +79,19 @@ class PairBuilder(BaseDatasetBuilder):
             log(f"{self.name}: {len(source):,} images in split {split!r}.")
 
             # 2. Its samples, by the processors of training or evaluation.
-            seed = int(run.get("seed", 42))
-            max_bad = int(run.get("max_bad_in_a_row", 20))
-            if split in train:
-                image, text = self.transforms(training=True)
-                datasets[split] = PairDataset(
-                    source, image, text, seed=seed, max_bad_in_a_row=max_bad
-                )
-            if split in held_out:
-                image, text = self.transforms(training=False)
-                datasets[f"{split}:eval"] = PairDataset(
-                    source, image, text, seed=seed, max_bad_in_a_row=max_bad
-                )
+            for name, splits in ((split, train), (f"{split}:eval", held_out)):
+                if split in splits:
+                    image, text = self.transforms(training=name == split)
+                    datasets[name] = PairDataset(
+                        source,
+                        image,
+                        text,
+                        seed=int(run.get("seed", 42)),
+                        max_bad_in_a_row=int(run.get("max_bad_in_a_row", 20)),
+                    )
         return datasets
 
-    def transforms(self, training: bool) -> tuple[Processor, Processor | None]:
+    def transforms(self, training: bool) -> tuple[Any, Any]:
         """Image and text processor; evaluation's default to those of training."""
         self.build_processors()
         name = "train" if training else "eval"

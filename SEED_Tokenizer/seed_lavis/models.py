@@ -363,7 +363,7 @@ class LavitTokenizer(SeedModel, LavitStage1):
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:  # type: ignore[override]
         """Loss of a batch, its parts, and the share of patches that are kept."""
         out = LavitStage1.forward(self, samples["image"])
-        return self.with_log(out.loss, **out.scalars())
+        return self.with_log(out.loss, **out.metrics)
 
 
 def lavit_sizes(options: LavitOptions) -> LavitTokenizerConfig:

@@ -25,11 +25,13 @@ from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_multimodal.nn.vision.registry import read_vision_config
 from seed_multimodal.settings import check_keys, nearest, read_settings, setting
 from seed_multimodal.training.codebook import CodebookHealth
-from seed_multimodal.training.config import DEFAULT_TIMEOUT_MINUTES
+from seed_multimodal.training.config import DEFAULT_TIMEOUT_MINUTES, SCHEDULES
 
 APPLICATION = Path(__file__).resolve().parents[1]
 PRECISIONS = ("fp16", "bf16", "fp32")
 SECTIONS = ("model", "datasets", "run")
+# Schedules by iteration, unlike LAVIS's own → the library's.
+STEP_SCHEDULES = {"linear_warmup_cosine_steps": "cosine", **{kind: kind for kind in SCHEDULES}}
 
 
 @dataclass
@@ -332,6 +334,8 @@ def _check_names(file: Path, user: Any) -> None:
     # 2. All are registered.
     for kind, key, name in names:
         registered = registry.mapping[f"{kind}_name_mapping"]
+        if kind == "lr_scheduler":
+            registered = {**registered, **STEP_SCHEDULES}
         if name not in registered:
             raise ConfigError(
                 f"{file}: {key}: there is no {name!r}{nearest(str(name), registered)}; known are "

@@ -12,15 +12,11 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
 from omegaconf import DictConfig, OmegaConf
-from PIL import Image
-from torch import Tensor
 
 from seed_lavis.compat import BaseProcessor, registry
 from seed_lavis.options import locate
 from seed_multimodal.images.augment import TrainTransform
-from seed_multimodal.images.io import ImageSource
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.models.seed.captions import (
     BertCaptionTokenizer,
@@ -32,39 +28,17 @@ from seed_multimodal.settings import check_keys
 
 
 class Processor(BaseProcessor):
-    """One of the library's transforms; `make` builds it from the keys of the YAML's section."""
+    """Builds one of the library's transforms from the keys of the YAML's section."""
 
     make: Callable[..., Any]
 
-    def __init__(self, transform: Any) -> None:
-        self.transform = transform
-
     @classmethod
-    def from_config(cls, cfg: DictConfig) -> Processor:
-        """Built from its section; an unknown key is a `ConfigError`."""
+    def from_config(cls, cfg: DictConfig) -> Any:
+        """The transform; an unknown key is a `ConfigError`."""
         keys: Any = OmegaConf.to_container(cfg, resolve=True)
         name = keys.pop("name")
         check_keys(keys, inspect.signature(cls.make).parameters, f"processor {name}")
-        return Processor(cls.make(**keys))
-
-    def read(
-        self,
-        source: ImageSource,
-        *,
-        name: str | None = None,
-        generator: torch.Generator | None = None,
-    ) -> Tensor:
-        """A stored image → uint8 `[3, S, S]`, for the data workers.
-
-        generator: samples the view.
-        """
-        return self.transform.read(source, name=name, generator=generator)
-
-    def __call__(self, item: Image.Image | str, generator: torch.Generator | None = None) -> Any:
-        """An image → float32 `[3, S, S]`; a caption → a caption."""
-        if generator is None:
-            return self.transform(item)
-        return self.transform(item, generator)
+        return cls.make(**keys)
 
 
 @registry.register_processor("blip2_image_train")

@@ -30,8 +30,6 @@ from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.settings import read_settings
 from seed_multimodal.state_dicts import assign_strictly, read_training_state, save_torch
 from seed_multimodal.training.checkpoint import checkpoints, frozen_names
-from seed_multimodal.training.config import SCHEDULES, StageSettings
-from seed_multimodal.training.schedules import learning_rate
 from seed_multimodal.training.trainer import train_stage
 
 
@@ -249,45 +247,3 @@ def _absolute(source: str) -> str:
 
 def _epoch_of(file: Path) -> int:
     return int(file.stem.rpartition("_")[2])
-
-
-class StepSchedule:
-    """A schedule by iteration and not by epoch, with the interface of LAVIS's schedules.
-
-    Linear warm-up, then a cosine (`linear_warmup_cosine_steps`) or another of the trainer's.
-    """
-
-    kind = "cosine"
-
-    def __init__(
-        self,
-        optimizer: torch.optim.Optimizer,
-        max_epoch: int,
-        min_lr: float,
-        init_lr: float,
-        warmup_steps: int = 0,
-        **_: Any,
-    ) -> None:
-        run = registry.get("configuration").run_cfg
-        self.optimizer = optimizer
-        self.iterations = int(run.iters_per_epoch)
-        self.settings = StageSettings(
-            max_steps=max_epoch * self.iterations,
-            learning_rate=init_lr,
-            warmup_steps=warmup_steps,
-            min_lr_ratio=min_lr / init_lr if init_lr else 0.0,
-            lr_scheduler_type=self.kind,
-        )
-
-    def step(self, cur_epoch: int, cur_step: int) -> None:
-        """Set the rate of iteration `cur_step` of epoch `cur_epoch`."""
-        rate = learning_rate(cur_epoch * self.iterations + cur_step, self.settings)
-        for group in self.optimizer.param_groups:
-            group["lr"] = rate
-
-
-for _name, _kind in {
-    "linear_warmup_cosine_steps": "cosine",
-    **{kind: kind for kind in SCHEDULES},
-}.items():
-    registry.register_lr_scheduler(_name)(type(f"Steps_{_name}", (StepSchedule,), {"kind": _kind}))

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from seed_lavis.compat import ImageTextPretrainTask, RunnerBase, registry
 from seed_lavis.datasets import split_of, to_device
+from seed_lavis.options import STEP_SCHEDULES
 from seed_multimodal.data.stream.loader import StepBatches
 from seed_multimodal.disk import replace_text, writing
 from seed_multimodal.errors import ConfigError
@@ -29,6 +30,7 @@ from seed_multimodal.nn.layers import evaluating
 from seed_multimodal.training.codebook import CodebookTask, codebook_use
 from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.schedules import learning_rate
 
 if TYPE_CHECKING:
     from seed_multimodal.training.trainer import Trainer
@@ -109,11 +111,21 @@ class TokenizerTask(CodebookTask):
         self.config = OmegaConf.to_container(runner.config.config)
 
     def learning_rate(self, step: int) -> float:
-        """LAVIS's schedule as a function of the optimizer step: that of its last iteration."""
+        """The rate of the optimizer step's last iteration."""
+        run = self.options
         last_iteration = (step + 1) * self.settings.gradient_accumulation_steps - 1
-        epoch, iteration = divmod(last_iteration, self.options.iters_per_epoch)
-        self.runner.lr_scheduler.step(cur_epoch=epoch, cur_step=iteration)
-        return float(self.runner.optimizer.param_groups[0]["lr"])
+        if run.lr_sched not in STEP_SCHEDULES:  # LAVIS's
+            epoch, iteration = divmod(last_iteration, run.iters_per_epoch)
+            self.runner.lr_scheduler.step(cur_epoch=epoch, cur_step=iteration)
+            return float(self.runner.optimizer.param_groups[0]["lr"])
+        schedule = StageSettings(
+            max_steps=run.max_epoch * run.iters_per_epoch,
+            learning_rate=run.init_lr,
+            warmup_steps=run.warmup_steps,
+            min_lr_ratio=run.min_lr / run.init_lr if run.init_lr else 0.0,
+            lr_scheduler_type=STEP_SCHEDULES[run.lr_sched],
+        )
+        return learning_rate(last_iteration, schedule)
 
     def batch(self, micro_step: int) -> dict[str, Any]:
         """One batch on the device."""

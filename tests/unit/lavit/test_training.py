@@ -67,16 +67,16 @@ def test_forward_as_published(model, features, quantize):
         codes = [torch.cdist(row, table).argmin(1) for row in rows]
         assert torch.equal(torch.cat(codes), out.codes_T)
         commitment = F.mse_loss(torch.cat(rows), table[torch.cat(codes)])
-        torch.testing.assert_close(out.loss_commitment, commitment)
+        torch.testing.assert_close(out.metrics["loss_commitment"], commitment)
         expected = expected + commitment
         rows = [table[row] for row in codes]
     cosine = cosine_errors(model, features, rows).mean()
-    torch.testing.assert_close(out.loss_cosine, cosine, rtol=1e-3, atol=1e-4)
-    torch.testing.assert_close(out.loss, out.loss_cosine + expected)
+    torch.testing.assert_close(out.metrics["loss_cosine"], cosine, rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(out.loss, out.metrics["loss_cosine"] + expected)
 
     # What the log shows.
     counts = keep.sum(1).float()
-    log = {name: value.item() for name, value in out.scalars().items()}
+    log = {name: value.item() for name, value in out.metrics.items()}
     assert ("loss_commitment" in log) == quantize
     assert log["kept"] == pytest.approx(share.item())
     assert log["tokens"] == pytest.approx(counts.mean().item())

@@ -65,32 +65,16 @@ class LavitLossWeights:
     commitment: float = setting(1.0, minimum=0)
 
 
-@dataclass(kw_only=True)
+@dataclass
 class LavitStage1Output:
-    """Losses of a batch (scalars), and what it was reconstructed from."""
+    """Loss of a batch, and what it was reconstructed from.
 
-    loss: Tensor  # the weighted sum of the others
-    loss_cosine: Tensor
-    loss_ratio: Tensor
-    loss_commitment: Tensor | None  # None: without codes
-    keep_share: Tensor  # of the patches of all processes
-    counts_B: Tensor  # kept patches of each image
-    codes_T: Tensor | None
+    metrics: for the log: the parts of the loss, the share of kept patches, tokens of an image.
+    """
 
-    def scalars(self) -> dict[str, Tensor]:
-        """Values for a log; `tokens`: of an image."""
-        counts_B = self.counts_B.float()
-        values = {
-            "loss_cosine": self.loss_cosine,
-            "loss_ratio": self.loss_ratio,
-            "loss_commitment": self.loss_commitment,
-            "kept": self.keep_share,
-            "tokens": counts_B.mean(),
-            "tokens_deviation": counts_B.std(correction=0),
-            "tokens_least": counts_B.min(),
-            "tokens_most": counts_B.max(),
-        }
-        return {name: value.detach() for name, value in values.items() if value is not None}
+    loss: Tensor
+    metrics: dict[str, Tensor]
+    codes_T: Tensor | None  # None: without codes
 
 
 class LavitStage1(nn.Module):
@@ -187,15 +171,22 @@ class LavitStage1(nn.Module):
                 errors_B.detach()[::FLIP_EVERY],
                 quantize,
             )
-        return LavitStage1Output(
-            loss=loss,
-            loss_cosine=cosine_B.mean(),
-            loss_ratio=loss_ratio,
-            loss_commitment=commitment,
-            keep_share=share.detach(),
-            counts_B=mask_BN.sum(1),
-            codes_T=codes_T,
-        )
+
+        # 5. The log.
+        counts_B = mask_BN.sum(1).float()
+        metrics = {
+            "loss_cosine": cosine_B.mean(),
+            "loss_ratio": loss_ratio,
+            "kept": share,
+            "tokens": counts_B.mean(),
+            "tokens_deviation": counts_B.std(correction=0),
+            "tokens_least": counts_B.min(),
+            "tokens_most": counts_B.max(),
+        }
+        if commitment is not None:
+            metrics["loss_commitment"] = commitment
+        metrics = {name: value.detach() for name, value in metrics.items()}
+        return LavitStage1Output(loss, metrics, codes_T)
 
     def select(
         self,

@@ -56,7 +56,7 @@ class LavitTokenizerTask(CodebookTask):
 
     def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, Metrics]:
         output = model(batch)
-        self.latest = output.scalars()
+        self.latest = output.metrics
         return output.loss, self.latest
 
     def finish(self, group: ProcessGroup) -> Mapping[str, object]:

@@ -33,8 +33,9 @@ def test_train_lowers_the_loss_before_and_with_codes(tmp_path):
     # What is reached without seeing the image.
     mean = test_images.mean(0, keepdim=True).expand_as(test_images)
     blind = 1 - torch.cosine_similarity(test_images, mean, dim=-1).mean()
-    assert after.loss_cosine < 0.8 * blind < 0.3 * before.loss_cosine
-    assert 0.2 < after.counts_B.sum() / test_images[..., 0].numel() < 0.5
+    loss, start = (output.metrics["loss_cosine"] for output in (after, before))
+    assert loss < 0.8 * blind < 0.3 * start
+    assert 0.2 < after.metrics["kept"] < 0.5
     assert len(after.codes_T.unique()) > 0.5 * toy.CODES
 
 
