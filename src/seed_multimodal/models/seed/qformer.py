@@ -11,6 +11,8 @@ Parameter names are the original ones (`bert.encoder.layer.N.attention.self.quer
 
 from __future__ import annotations
 
+from collections import OrderedDict
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -71,15 +73,10 @@ class _AttentionLayer(nn.Module):
         return self.output(self.self(x, source, mask, causal), x)
 
 
-class _Intermediate(nn.Module):
-    """First half of a feed-forward layer with exact GELU."""
-
-    def __init__(self, config: QFormerConfig) -> None:
-        super().__init__()
-        self.dense = nn.Linear(config.width, config.mlp_width)
-
-    def forward(self, x: Tensor) -> Tensor:
-        return F.gelu(self.dense(x))
+def _intermediate(config: QFormerConfig) -> nn.Sequential:
+    """First half of a feed-forward layer, with exact GELU."""
+    dense = nn.Linear(config.width, config.mlp_width)
+    return nn.Sequential(OrderedDict(dense=dense, gelu=nn.GELU()))
 
 
 class QFormerLayer(nn.Module):
@@ -95,9 +92,9 @@ class QFormerLayer(nn.Module):
         self.attention = _AttentionLayer(config, config.width)
         self.crossattention = _AttentionLayer(config, encoder_width) if has_cross else None
         if has_text:
-            self.intermediate = _Intermediate(config)
+            self.intermediate = _intermediate(config)
             self.output = _Residual(config.mlp_width, config)
-        self.intermediate_query = _Intermediate(config)
+        self.intermediate_query = _intermediate(config)
         self.output_query = _Residual(config.mlp_width, config)
 
     def forward(
@@ -155,26 +152,6 @@ class _Embeddings(nn.Module):
         return self.dropout(self.LayerNorm(torch.cat(parts, dim=1)))
 
 
-class _Encoder(nn.Module):
-    """The layers, below BERT's name."""
-
-    def __init__(self, config: QFormerConfig, encoder_width: int, has_text: bool) -> None:
-        super().__init__()
-        self.layer = nn.ModuleList()
-        for index in range(config.depth):
-            has_cross = index % config.cross_attention_freq == 0
-            self.layer.append(QFormerLayer(config, encoder_width, has_cross, has_text))
-
-
-class _Bert(nn.Module):
-    """Embeddings and layers, below BERT's names."""
-
-    def __init__(self, config: QFormerConfig, encoder_width: int, vocab_size: int | None) -> None:
-        super().__init__()
-        self.embeddings = _Embeddings(config, vocab_size)
-        self.encoder = _Encoder(config, encoder_width, has_text=vocab_size is not None)
-
-
 class _Predictions(nn.Module):
     """The masked-LM head of BERT: unused by the contrastive stage, present in its checkpoints."""
 
@@ -210,7 +187,13 @@ class QFormer(nn.Module):
     ) -> None:
         super().__init__()
         self.config = config
-        self.bert = _Bert(config, encoder_width, vocab_size)
+        # Below BERT's names.
+        self.bert = nn.ModuleDict({"embeddings": _Embeddings(config, vocab_size)})
+        layers = nn.ModuleList()
+        for index in range(config.depth):
+            has_cross = index % config.cross_attention_freq == 0
+            layers.append(QFormerLayer(config, encoder_width, has_cross, vocab_size is not None))
+        self.bert.encoder = nn.ModuleDict({"layer": layers})
         self.apply(_init_bert)
         # The head shares the word table, so it is not initialised again.
         if lm_head:
