@@ -395,17 +395,15 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
     def decode_image_tokens(
         self,
         image_tokens: Tensor | GeneratedFeatures,
-        *,
-        seed: int | None = None,
         **drawing: object,
     ) -> Tensor | list[Tensor]:
         """Draw images from what `generate` returns: the first one of each row.
 
-        drawing: settings of the de-tokenizer, over those of `self.drawing`.
+        drawing: `seed` and settings of the de-tokenizer, over those of `self.drawing`.
         Returns uint8 pixels `[B, H, W, 3]`, or of each image where their sizes differ.
         """
-        settings = {**self.drawing, **drawing}
-        default_seed = settings.pop("seed", 0)
+        settings: dict[str, Any] = {"seed": 0, **self.drawing, **drawing}
+        seed = settings.pop("seed")
         inputs: list[Any]
         if isinstance(image_tokens, Tensor):
             vocabulary = self.system.tokenizer.vocabulary
@@ -415,11 +413,7 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
             inputs = list(image_tokens.features.cpu())
             prompts = [Prompt(source=source) for source in image_tokens.sources]
         images = self.system.decode_images(
-            inputs,
-            prompts,
-            [default_seed if seed is None else seed] * len(inputs),
-            settings,
-            DRAWING_BATCH,
+            inputs, prompts, [seed] * len(inputs), settings, DRAWING_BATCH
         )
         pixels = [torch.from_numpy(np.array(image)) for image in images]
         if len({rows.shape for rows in pixels}) == 1:
