@@ -7,7 +7,6 @@ and for the preprocessing of its images. Its parameters, device and precision ar
 
 from __future__ import annotations
 
-from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Self
 
@@ -58,13 +57,20 @@ class VisionConfig:
         return dict(state)
 
 
-class VisionEncoder(nn.Module, ABC):
-    """Normalised pixels → features of an image's tokens.
+class VisionEncoder(nn.Module):
+    """Normalised pixels → features of an image's tokens; subclasses set the sizes and `forward`.
 
     A base class and not a `Protocol`, which mypy would accept any `nn.Module` for.
+
+    width: W of the features.
+    n_tokens: N of an image of `image_size`, those before the patches' included.
+    n_class_tokens: those before the patches': 0, a class token, or also registers.
     """
 
     config: VisionConfig
+    width: int
+    n_tokens: int
+    n_class_tokens: int
 
     @property
     def preprocessing(self) -> ImageTransform:
@@ -77,28 +83,13 @@ class VisionEncoder(nn.Module, ABC):
         return self.preprocessing.image_size
 
     @property
-    @abstractmethod
-    def width(self) -> int:
-        """Width W of the features."""
-
-    @property
-    @abstractmethod
-    def n_tokens(self) -> int:
-        """Tokens N of an image of `image_size`, the class token included."""
-
-    @property
-    @abstractmethod
-    def n_class_tokens(self) -> int:
-        """Tokens before those of the patches: 0, a class token, or also registers."""
-
-    @property
     def n_patches(self) -> int:
         """Tokens of patches, the last ones, in raster order: a square."""
         return self.n_tokens - self.n_class_tokens
 
-    @abstractmethod
     def forward(self, images: Tensor) -> Tensor:
         """Normalised pixels `[B, 3, S, S]` → features `[B, N, W]`."""
+        raise NotImplementedError
 
     def features_and_pooled(self, images: Tensor) -> tuple[Tensor, Tensor]:
         """As `forward`, and the encoder's own feature of each image `[B, P]`, by one pass.

@@ -5,7 +5,6 @@ EVA's network with `pre_norm` computes the same as CLIP's vision encoder, up to 
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -32,54 +31,42 @@ CLIP_ADVICE = (
 # ---- names
 
 CLIP_PREFIX = "vision_model."
-_CLIP_NAMES = (  # CLIP's -> ours
-    ("embeddings.class_embedding", "cls_token"),
-    ("embeddings.position_embedding.weight", "pos_embed"),
-    ("embeddings.patch_embedding", "patch_embed.proj"),
-    ("encoder.layers.", "blocks."),
-    ("pre_layrnorm", "norm_pre"),
-    ("layer_norm1", "norm1"),
-    ("layer_norm2", "norm2"),
-    ("self_attn.out_proj", "attn.proj"),
-    ("self_attn.q_proj.bias", "attn.q_bias"),
-    ("self_attn.v_proj.bias", "attn.v_bias"),
-)
-
-
-# CLIP's tensors that EVA does not have as such; the key bias cancels in the softmax.
-_NOT_IN_EVA = re.compile(
-    r"embeddings\.position_ids|post_layernorm\..*|visual_projection\..*|.*attn\.k_proj\.bias"
-    r"|.*attn\.[qkv]_proj\.weight"
-)
+_LAYERS = {  # of a block: EVA's name → CLIP's
+    "norm1": "layer_norm1",
+    "attn.proj": "self_attn.out_proj",
+    "norm2": "layer_norm2",
+    "mlp.fc1": "mlp.fc1",
+    "mlp.fc2": "mlp.fc2",
+}
 
 
 def eva_from_clip(clip: Mapping[str, Tensor], depth: int, pre_norm: bool = True) -> State:
     """EVA's tensors, with `depth` blocks, from a CLIP vision encoder."""
-    # 1. Fuse the projections of queries, keys and values.
+    # 1. What is before the blocks; CLIP's patches have no bias.
     clip = {name.removeprefix(CLIP_PREFIX): value for name, value in clip.items()}
-    for i in range(depth):
-        layer = f"encoder.layers.{i}"
-        if f"{layer}.self_attn.q_proj.weight" not in clip:
-            break
-        weights = [clip[f"{layer}.self_attn.{part}_proj.weight"] for part in "qkv"]
-        clip[f"{layer}.attn.qkv.weight"] = torch.cat(weights)
+    patches = clip["embeddings.patch_embedding.weight"]
+    state = {
+        "cls_token": clip["embeddings.class_embedding"].view(1, 1, -1),
+        "pos_embed": clip["embeddings.position_embedding.weight"][None],
+        "patch_embed.proj.weight": patches,
+        "patch_embed.proj.bias": torch.zeros(len(patches)),
+    }
+    layers = {"norm_pre": "pre_layrnorm"} if pre_norm else {}
 
-    # 2. Rename, without what EVA does not have and the layers behind its last block.
-    state = {}
-    for name, value in clip.items():
-        match = re.match(r"encoder\.layers\.(\d+)\.", name)
-        if _NOT_IN_EVA.fullmatch(name) or (match and int(match[1]) >= depth):
-            continue
-        if name.startswith("pre_layrnorm") and not pre_norm:
-            continue
-        for clip_name, eva_name in _CLIP_NAMES:
-            name = name.replace(clip_name, eva_name)
-        state[name] = value
-
-    # 3. Give class token, positions and the missing bias EVA's shapes.
-    state["cls_token"] = state["cls_token"].view(1, 1, -1)
-    state["pos_embed"] = state["pos_embed"][None]
-    state["patch_embed.proj.bias"] = torch.zeros(len(state["patch_embed.proj.weight"]))
+    # 2. The blocks, with fused projections; the bias of keys cancels in the softmax.
+    for index in range(depth):
+        block, layer = f"blocks.{index}", f"encoder.layers.{index}"
+        attention = f"{layer}.self_attn"
+        if f"{attention}.q_proj.weight" not in clip:
+            break  # a CLIP of fewer blocks
+        weights = [clip[f"{attention}.{part}_proj.weight"] for part in "qkv"]
+        state[f"{block}.attn.qkv.weight"] = torch.cat(weights)
+        for part in "qv":
+            state[f"{block}.attn.{part}_bias"] = clip[f"{attention}.{part}_proj.bias"]
+        layers |= {f"{block}.{ours}": f"{layer}.{theirs}" for ours, theirs in _LAYERS.items()}
+    for eva_name, clip_name in layers.items():
+        for kind in ("weight", "bias"):
+            state[f"{eva_name}.{kind}"] = clip[f"{clip_name}.{kind}"]
     return state
 
 

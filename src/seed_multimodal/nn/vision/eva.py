@@ -108,6 +108,9 @@ class EvaVit(VisionEncoder):
     def __init__(self, config: EvaConfig) -> None:
         super().__init__()
         self.config = config
+        self.width = config.width
+        self.n_tokens = config.tokens
+        self.n_class_tokens = 1
         # Names are those of the original's state dict.
         self.cls_token = nn.Parameter(torch.zeros(1, 1, config.width))
         self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, config.width))
@@ -135,18 +138,6 @@ class EvaVit(VisionEncoder):
         for depth, block in enumerate(self.blocks, start=1):
             for layer in (block.attn.proj, block.mlp.fc2):
                 layer.weight.data.div_(math.sqrt(2 * depth))
-
-    @property
-    def width(self) -> int:
-        return self.config.width
-
-    @property
-    def n_tokens(self) -> int:
-        return self.config.tokens
-
-    @property
-    def n_class_tokens(self) -> int:
-        return 1
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised pixels `[B, 3, S, S]` → tokens `[B, 1 + (S / patch)², W]`."""

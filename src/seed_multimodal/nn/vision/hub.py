@@ -184,7 +184,6 @@ class HubVision(VisionEncoder):
         patch_size = getattr(sizes, "patch_size", None)
         if not isinstance(patch_size, int):
             raise ConfigError(f"{sizes.model_type}: patches of {patch_size} pixels are not read.")
-        self.patch_size = patch_size
         # Number and width of the tokens, as a pass without values gives them.
         features = config.meta_output().last_hidden_state
         if features.ndim != 3:
@@ -192,7 +191,9 @@ class HubVision(VisionEncoder):
                 f"{sizes.model_type}: its features {tuple(features.shape)} are no row of tokens "
                 "for each image."
             )
-        _, self._n_tokens, self._width = features.shape
+        _, self.n_tokens, self.width = features.shape
+        # A network that merges patches (Swin) has fewer tokens than patches.
+        self.n_class_tokens = max(0, self.n_tokens - (self.image_size // patch_size) ** 2)
         self._init_buffers(sizes)
 
     def _init_buffers(self, sizes: PreTrainedConfig) -> None:
@@ -209,19 +210,6 @@ class HubVision(VisionEncoder):
         for name, buffer in network.named_buffers():
             if name not in saved:
                 self.start_buffers[NETWORK + name] = buffer
-
-    @property
-    def width(self) -> int:
-        return self._width
-
-    @property
-    def n_tokens(self) -> int:
-        return self._n_tokens
-
-    @property
-    def n_class_tokens(self) -> int:
-        # A network that merges patches (Swin) has fewer tokens than patches.
-        return max(0, self.n_tokens - (self.image_size // self.patch_size) ** 2)
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised pixels `[B, 3, S, S]` → features `[B, N, W]`.

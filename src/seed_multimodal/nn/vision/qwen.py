@@ -245,7 +245,9 @@ class QwenVit(PretrainedNetwork[QwenVitConfig], VisionEncoder):
         super().__init__()
         self.config = config
         width = config.width
-        output_dim = config.output_dim
+        self.width = output_dim = config.output_dim
+        self.n_tokens = config.n_queries
+        self.n_class_tokens = 0
         scale = output_dim**-0.5
 
         # 1. Parameters that are no layers.
@@ -270,18 +272,6 @@ class QwenVit(PretrainedNetwork[QwenVitConfig], VisionEncoder):
         )
         self.attn_pool = Resampler(pool_config)
         self.ln_post = LayerNorm(output_dim, eps=1e-6)
-
-    @property
-    def width(self) -> int:
-        return self.config.output_dim
-
-    @property
-    def n_tokens(self) -> int:
-        return self.config.n_queries
-
-    @property
-    def n_class_tokens(self) -> int:
-        return 0
 
     def forward(self, images: Tensor, patch_positions: Tensor | None = None) -> Tensor:
         """Normalised pixels `[B, 3, S, S]` → features `[B, n_queries, output_dim]`.
