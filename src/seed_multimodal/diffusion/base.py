@@ -558,6 +558,12 @@ class Detokenizer(Generic[Settings]):
         return parts
 
     @classmethod
+    def check_folder(cls, folder: Path | None) -> None:
+        """Raise CheckpointError if a folder is there, but lacks a file."""
+        if folder is not None and folder.is_dir():
+            cls.check_parts(folder, *cls.folders)
+
+    @classmethod
     def check_parts(cls, folder: Path, *names: str) -> None:
         """Raise CheckpointError if a file of these parts is missing, without loading any."""
         for name in names:

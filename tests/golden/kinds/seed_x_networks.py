@@ -21,7 +21,7 @@ from PIL import Image
 from runner import CLOSE, Recording, Tensors, assert_close, assert_same
 from tiny.diffusion import PlainTower
 
-from seed_multimodal.diffusion.training import train_denoiser
+from seed_multimodal.diffusion.training import reads_images, train_denoiser
 from seed_multimodal.models.seed_x.adapter import ResamplerXLConfig, ResamplerXLV2, SDXLAdapter
 from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer
 from seed_multimodal.nn.layers import AttentionPool, resize_square
@@ -122,7 +122,7 @@ def build(sizes: dict[str, Any], weights: Tensors, stage: int) -> SdxlDetokenize
         ResamplerXLV2(ResamplerXLConfig(**sizes["resampler"])),
     ).eval()
     assign_strictly(adapter, state, "adapter")
-    assert_same(adapter.reads_condition, stage == 2, "stage")
+    assert_same(reads_images(adapter.unet), stage == 2, "stage")
     return SdxlDetokenizer(
         adapter.unet,
         network("AutoencoderKL", sizes["vae"], weights.part("vae")),

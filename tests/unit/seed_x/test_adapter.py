@@ -12,6 +12,7 @@ from tensors import equal
 from tiny import write_json
 from tiny.diffusion import RESAMPLER, random_adapter, write_sdxl
 
+from seed_multimodal.diffusion.training import reads_images
 from seed_multimodal.models.seed_x.adapter import SDXLAdapter
 from seed_multimodal.state_dicts import save_state_dict
 
@@ -37,6 +38,6 @@ def test_from_pretrained_layouts(name, folder, tmp_path):
     else:
         torch.save({"module": state}, tmp_path / "pytorch_model.bin")
     loaded = SDXLAdapter.from_pretrained(path, folder)
-    assert loaded.reads_condition
+    assert reads_images(loaded.unet)
     assert not loaded.training
     assert equal(loaded.state_dict(), state)

@@ -132,8 +132,9 @@ class LavitImageCodec(CodeCodec):
         """Results of `encode(pixels, mode=…, generator=…)`, batched with those of other threads."""
         # Without a seed torch's global generator gives one, as it draws in the original.
         per_image = seed if isinstance(seed, Sequence) else [seed] * len(images)
-        drawn = [int(torch.randint(2**62, ())) if given is None else given for given in per_image]
-        seeds = seed_per_image(drawn, len(images))
+        global_seeds = (int(torch.randint(2**62, ())) for _ in images)
+        seeds = [next(global_seeds) if row is None else row for row in per_image]
+        seeds = seed_per_image(seeds, len(images))
         pixels = [self.transform(self.open(image)) for image in images]
         return self._encode_batcher(encode, [*zip(pixels, seeds, strict=True)])
 
@@ -189,8 +190,7 @@ class LavitFamily(Family):
 
     @classmethod
     def check_decoder(cls, config: LavitConfig) -> None:
-        if config.pixels is not None and config.pixels.is_dir():
-            LavitDetokenizer.check_parts(config.pixels, *LavitDetokenizer.folders)
+        LavitDetokenizer.check_folder(config.pixels)
 
     @classmethod
     def load(cls, config: LavitConfig, placement: Placement) -> Self:

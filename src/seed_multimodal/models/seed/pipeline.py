@@ -119,15 +119,12 @@ class SeedImageCodec(CodeCodec):
 
         # 1. The number of codes of each image.
         n_codes = self.codes_per_image
-        if codes is None:
-            codes = n_codes
-        if isinstance(codes, int):
-            codes = [codes] * n_images
-        lengths = list(codes)
-        if len(lengths) != n_images:
-            raise CodesError(f"{n_images} images were given with {len(lengths)} numbers of codes.")
+        if codes is None or isinstance(codes, int):
+            codes = [n_codes if codes is None else codes] * n_images
+        if len(codes) != n_images:
+            raise CodesError(f"{n_images} images were given with {len(codes)} numbers of codes.")
         lengths = [
-            check_value(int, length, "codes", minimum=1, maximum=n_codes) for length in lengths
+            check_value(int, length, "codes", minimum=1, maximum=n_codes) for length in codes
         ]
 
         # 2. Codes, and the negative ones; all images of a batch have them, or none.
@@ -199,9 +196,8 @@ class SeedLlama(MultimodalSystem):
 
 def check_detokenizer(folder: Path | None) -> None:
     """Raise CheckpointError if a diffusion folder exists, but lacks a file."""
-    if folder is not None and folder.is_dir():
-        decoder_class = detokenizer_class(folder)
-        decoder_class.check_parts(folder, *decoder_class.folders)
+    if folder is not None:
+        detokenizer_class(folder).check_folder(folder)
 
 
 def image_transform(model: SeedTokenizer, config: SeedLlamaConfig) -> ImageTransform:

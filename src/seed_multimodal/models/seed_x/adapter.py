@@ -151,14 +151,9 @@ class SDXLAdapter(nn.Module):
         """Channels C of the latents that are drawn."""
         return int(self.unet.config.out_channels)
 
-    @property
-    def reads_condition(self) -> bool:
-        """Whether this is the second stage, which reads the latents of a condition image."""
-        return reads_images(self.unet)
-
     def add_condition_channels(self) -> None:
         """Turn a first stage into a second one that does not use the condition image yet."""
-        if self.reads_condition:
+        if reads_images(self.unet):
             return
         narrow = self.unet.conv_in
         in_channels = 2 * self.latent_channels

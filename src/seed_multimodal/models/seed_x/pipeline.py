@@ -291,8 +291,7 @@ class SeedXFamily(Family):
 
     @classmethod
     def check_decoder(cls, config: SeedXConfig) -> None:
-        if config.sdxl is not None and config.sdxl.is_dir():
-            SdxlDetokenizer.check_parts(config.sdxl, *SdxlDetokenizer.folders)
+        SdxlDetokenizer.check_folder(config.sdxl)
 
     @classmethod
     def load(cls, config: SeedXConfig, placement: Placement) -> Self:
