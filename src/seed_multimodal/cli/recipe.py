@@ -153,23 +153,22 @@ def data_values(args: Namespace, out: Path) -> tuple[JsonObject, list[str]]:
     values: JsonObject = {"chat_images": None}
     sections: list[str] = []
     needed: list[str] = []  # to be put into the folder
-    for name, given, place, scenes in (
+    for section, files, default, scenes in (
         ("pairs", args.data, "data/pairs", "pair scenes"),
         ("chats", args.chats, "data/chats.jsonl", "chat scenes"),
     ):
-        if given is not None:
-            # Paths of the YAML files are read in other folders.
-            files = os.path.abspath(given) if locate(given) else given
-            find_inputs(InputSettings(files=files))
-            values[name] = files
-            sections.append(name)
-        elif args.size == "tiny":
-            values[name] = "scenes of nano, drawn as they are read"
+        if files is None and args.size == "tiny":
+            values[section] = "scenes of nano, drawn as they are read"
             sections.append(scenes)
+            continue
+        sections.append(section)
+        if files is None:
+            values[section] = f"{out}/{default}"
+            needed.append(default)
         else:
-            values[name] = f"{out}/{place}"
-            sections.append(name)
-            needed.append(place)
+            # The YAML files are read in other folders.
+            values[section] = os.path.abspath(files) if os.path.exists(files) else files
+            find_inputs(InputSettings(files=files))
     if "data/chats.jsonl" in needed:
         values["chat_images"] = f"{out}/data/images"
     values["needed_data"] = " ".join(needed)

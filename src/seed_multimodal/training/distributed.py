@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import signal
 import threading
 import warnings
@@ -35,6 +36,8 @@ LOST_PROCESS_TEXTS = (
     "remote process",
     "no response from",
 )
+# gloo's source line before its reason, and advice behind it.
+GLOO_EXTRAS = r"^\[[^]]*\] |\. This is typically .*|\.? Check the logs .*"
 
 
 class TrainingError(SeedError):
@@ -205,10 +208,10 @@ def translate_errors(activity: str, checkpoint: str) -> Iterator[None]:
             ) from error
         text = str(error)
         if isinstance(error, RuntimeError) and any(lost in text for lost in LOST_PROCESS_TEXTS):
-            reason, _, _ = first_line(error).partition(" Check the logs of")  # gloo's advice
+            reason = re.sub(GLOO_EXTRAS, "", first_line(error))
             raise TrainingError(
-                f"Another process died or did not answer at {activity} ({reason}); {checkpoint}. "
-                "The same command resumes from the last checkpoint, if there is one."
+                f"Another process died or did not answer at {activity} ({reason}); {checkpoint}; "
+                "start the same command again."
             ) from error
         if "Current loss scale already at minimum" in text:  # DeepSpeed's plain Exception
             raise TrainingError(

@@ -99,7 +99,9 @@ def out_of_memory() -> None:
 
 
 def closed_by_peer() -> None:
-    raise RuntimeError("[gloo] Connection closed by peer [127.0.0.1]:9")
+    raise RuntimeError(
+        "[gloo.cc:5] Connection closed by peer [127.0.0.1]:9. Check the logs of it. GLHF!"
+    )
 
 
 @pytest.mark.parametrize(
@@ -114,7 +116,8 @@ def test_errors_of_torch_become_errors_of_the_run(fails, named):
         translate_errors("step 3", "checkpoint-2"),
     ):
         fails()
-    assert "step 3" in str(caught.value)
+    assert "step 3" in str(caught.value) and "gloo" not in str(caught.value).lower()
+    assert "GLHF" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
