@@ -45,6 +45,7 @@ ROLES = {
     "chatgpt": "assistant",
     "bot": "assistant",
     "system": "system",
+    "developer": "system",
 }
 ROLE_ORDER = ("user", "assistant")
 NO_IMAGE = (None, "", "none", "None", "null")
@@ -58,11 +59,12 @@ JOINED = "neighbouring turns of one author were joined"
 
 # Markup of an image: `<image>`, `<image1>`, `<|image_1|>`, `<ImageHere>`, `[IMG]`, …; a path in it
 # (Qwen-VL), or the names of SEED's codes; with the marks that some models put around it.
-_NAME = "(?:image|img)(?:_?(?:here|placeholder|token|pad|soft_token|context))?|start_of_image"
+_SUFFIX = "here|content|placeholder|token|pad|soft_token|context"
+_NAME = f"(?:image|img)(?:_?(?:{_SUFFIX}))?|start_of_image"
 _PAIR = r"<(?P<tag>image|img)>(?P<content>(?:<\w+>)+|[^<>\n]*)</(?P=tag)>"
-_TAG = rf"<\|?(?:{_NAME})[ _-]?(?P<number>[0-9]*)\|? ?/?>"
+_TAG = rf"<\|?(?:{_NAME})[ _:-]?(?P<number>[0-9]*)\|? ?/?>"
 _BRACKETS = r"(?-i:\[(?:IMG|IMAGE)[ _-]?(?P<bracketed>[0-9]*)\])"
-_BORDER = "(?:<[|]vision_(?:start|end)[|]>|<fake_token_around_image>)?"
+_BORDER = "(?:<[|]?(?:im|image|vision)_(?:start|end)[|]?>|<fake_token_around_image>)?"
 _MARKUP = re.compile(f"{_BORDER}(?:{_PAIR}|{_TAG}|{_BRACKETS}){_BORDER}", re.IGNORECASE)
 _CODE = re.compile("<img_([0-9]+)>")
 
@@ -329,7 +331,7 @@ def _repaired(turns: Sequence[Turn], location: str) -> tuple[str, list[Turn], li
         dialogue.pop()
         repairs.append(NO_ANSWER)
     if not dialogue:
-        raise BadRecord("wrong role", f"{location}: no question has an answer.")
+        raise BadRecord("no answer", f"{location}: no question has an answer.")
     return "\n".join(system), dialogue, [*dict.fromkeys(repairs)]
 
 
