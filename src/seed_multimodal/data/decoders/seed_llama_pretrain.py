@@ -117,7 +117,7 @@ class Interleaved(Decoder):
         images = self.require(fields, "image_ids", list)
         texts = self.require(fields, "texts", list)
         swaps = rng.uniform() < self.options.reverse_ratio
-        if not _is_interleaved(images, texts):
+        if not is_interleaved(images, texts):
             return SegmentList(
                 [], drop_reason="an element of the document is not either an image or a text"
             )
@@ -133,19 +133,20 @@ class Interleaved(Decoder):
                 n_left -= 1
                 continue
             if images[index] is None:
-                name = f"texts[{index}]"
-                parts.append(self.require({name: texts[index]}, name, str))
+                parts.append(texts[index])
             if not n_left:
                 break
         return SegmentList([Segment(parts)])
 
 
-def _is_interleaved(images: Sequence[object], texts: Sequence[object]) -> bool:
-    """Whether each element is either an image or a text."""
-    if len(images) != len(texts):
+def is_interleaved(images: object, texts: object) -> bool:
+    """Whether these are lists of equal length, with either an image or a text at each index."""
+    if not isinstance(images, list) or not isinstance(texts, list) or len(images) != len(texts):
         return False
-    elements = zip(images, texts, strict=True)
-    return all((image is None) != (text is None) for image, text in elements)
+    return all(
+        (image is None) != (text is None) and isinstance(text, str | None)
+        for image, text in zip(images, texts, strict=True)
+    )
 
 
 def _swapped(images: Sequence[object]) -> list[int]:

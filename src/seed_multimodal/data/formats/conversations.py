@@ -294,11 +294,7 @@ def _field_images(fields: RecordFields, n_images: int, location: str) -> list[Co
     images = fields.get("images")
     if images is None:
         images = fields.get("image")
-    return [{"image": image} for image in as_list(images) if _is_image(image)]
-
-
-def _is_image(value: object) -> bool:
-    return isinstance(value, Mapping | bytes) or value not in NO_IMAGE
+    return [{"image": image} for image in as_list(images) if image not in NO_IMAGE]
 
 
 def _repaired(turns: Sequence[Turn], location: str) -> tuple[str, list[Turn], list[str]]:

@@ -6,21 +6,22 @@ Each tar, or block of records of other formats, becomes one output shard.
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from omegaconf import OmegaConf
 
 from seed_multimodal.config import from_compat, load_yaml
-from seed_multimodal.data.formats.contents import find_files, registered_formats
+from seed_multimodal.data.formats.contents import registered_formats
 from seed_multimodal.data.formats.record import (
     FieldValue,
     JsonObject,
     RecordFields,
     RecordFile,
-    as_list,
 )
-from seed_multimodal.data.formats.sources import open_file
+from seed_multimodal.data.formats.sources import open_records
+from seed_multimodal.data.formats.tar import JsonTar
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.settings import read_settings, setting
 
@@ -102,13 +103,12 @@ def list_shards(settings: InputSettings, block: int) -> list[Shard]:
 
     Raises DataError: no record; and as `find_inputs`.
     """
-    inputs = find_inputs(settings)
-    base = os.path.commonpath([os.path.dirname(os.path.abspath(path)) for path, _ in inputs])
+    files = find_inputs(settings)
+    base = os.path.commonpath([os.path.dirname(os.path.abspath(file.path)) for file in files])
     shards = []
-    for path, format in inputs:
-        name = os.path.relpath(path, base).replace(":", "-")
-        file = open_file(path, format, needs_json=False, options=settings.format_options)
-        if format == "tar":
+    for file in files:
+        name = os.path.relpath(file.path, base).replace(":", "-")
+        if isinstance(file, JsonTar):
             shards.append(Shard(os.path.splitext(name)[0], file))
             continue
         total = sum(file.sizes)
@@ -120,16 +120,13 @@ def list_shards(settings: InputSettings, block: int) -> list[Shard]:
     return shards
 
 
-def find_inputs(settings: InputSettings) -> list[tuple[str, str]]:
-    """Files (or folders of images) with their format.
-
-    Raises DataError: nothing matches, or several formats.
-    """
-    patterns = as_list(settings.files or [])
-    if settings.format not in registered_formats():
-        return find_files(patterns, settings.format, images=True)
-    inputs = []
-    for path in patterns or (None,):  # a registered format may need no path
-        file = open_file(path, settings.format, options=settings.format_options)
-        inputs.append((str(file.path), settings.format))
-    return inputs
+def find_inputs(settings: InputSettings) -> Sequence[RecordFile]:
+    """The files, or folders of images. Raises DataError: nothing matches, or several formats."""
+    records = open_records(
+        settings.files,
+        format=settings.format,
+        needs_json=False,
+        images=True,
+        options=settings.format_options,
+    )
+    return records.record_files

@@ -27,6 +27,7 @@ from typing import Any
 
 from PIL import Image
 
+from seed_multimodal.data.decoders.seed_llama_pretrain import is_interleaved
 from seed_multimodal.data.formats.conversations import REPAIRED, with_messages
 from seed_multimodal.data.formats.images import (
     IMAGE_KEYS,
@@ -312,7 +313,7 @@ def _read_interleaved(sample: Sample) -> JsonObject:
     else:
         images = sample.fields.get(sample.keys["images"])
         texts = sample.fields.get(sample.keys["texts"])
-    if not _are_parallel(images, texts):
+    if not is_interleaved(images, texts):
         raise BadRecord(
             "images and texts",
             f"{sample.location}: {sample.keys['images']!r} and {sample.keys['texts']!r} "
@@ -326,16 +327,6 @@ def _read_interleaved(sample: Sample) -> JsonObject:
         raise Dropped("no image")
     metadata = sample.fields.get("metadata") or {}
     return {"image_ids": sources, "texts": texts, "metadata": metadata}
-
-
-def _are_parallel(images: FieldValue, texts: FieldValue) -> bool:
-    """Whether two lists have equal length, and an image or a text at each index."""
-    if not isinstance(images, list) or not isinstance(texts, list) or len(texts) != len(images):
-        return False
-    return all(
-        (image is None) != (text is None) and isinstance(text, str | None)
-        for image, text in zip(images, texts, strict=True)
-    )
 
 
 def _mmc4_lists(fields: RecordFields, location: str) -> tuple[list[FieldValue], list[str | None]]:
