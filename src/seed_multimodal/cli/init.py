@@ -14,6 +14,7 @@ parts are random. A family's `starts` (YAML) has an entry for each kind of train
 
 from __future__ import annotations
 
+import os
 import pkgutil
 import shutil
 from argparse import Namespace
@@ -85,6 +86,7 @@ def add_command(commands: Commands) -> None:
 
 def init(args: Namespace) -> int:
     """A small model to train on your own data, or the recipe of a SEED on other parts."""
+    os.environ.setdefault("DS_ACCELERATOR", "cpu")  # DeepSpeed warns of a missing GPU
     if args.like is not None:
         if args.llm or args.encoder or args.data or args.chats or args.size == "full":
             raise ConfigError(
