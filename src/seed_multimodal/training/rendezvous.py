@@ -152,7 +152,10 @@ def _join(
 
     # 3. Node 0 knows how long to wait for the others.
     connection.settimeout(None)
-    if not answer.endswith("start") and not connection.recv(100):
+    started = answer.endswith("start")
+    with contextlib.suppress(ConnectionError):
+        started = started or bool(connection.recv(100))
+    if not started:
         raise ConfigError(
             f"{waiting.name}: node 0 at {waiting.target} ended before all nodes had come; its "
             "output says why."

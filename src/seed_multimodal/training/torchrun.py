@@ -75,14 +75,18 @@ class SavingAgent(LocalElasticAgent):
             self.end_at = now + NOTICE_SECONDS
             if result.is_failed():
                 log_line(f"torchrun: {self.failure}.")
-        codes = {failure.exitcode for failure in result.failures.values()}
-        if self.failure or codes <= {STOPPED}:
+        if not self.failure:
+            self._publish([failure.exitcode for failure in result.failures.values()])
+
+    def _publish(self, codes: Sequence[int]) -> None:
+        """Tell the other nodes, unless the processes with these exit codes have saved."""
+        group = self._worker_group
+        failures = set(codes) - {0, STOPPED}
+        if group.group_world_size in (None, 1) or not failures:
             return
-        node = worker_group.group_rank
-        store.set(
-            FAILURE, f"node {node} ({socket.gethostname()}) failed first ({_describe(codes)})"
-        )
-        if node == 0:
+        name = f"node {group.group_rank} ({socket.gethostname()})"
+        group.store.set(FAILURE, f"{name} failed first ({_describe(failures)})")
+        if group.group_rank == 0:
             # The store ends with this process: the others must have read it.
             time.sleep(2 * CHECK_SECONDS)
 
@@ -107,7 +111,10 @@ class SavingAgent(LocalElasticAgent):
                 break  # the others would wait for it; torchrun kills them after its 30 seconds
             time.sleep(0.2)
             codes = [process.poll() for process in processes]
-        raise ProcessesStopped([code for code in codes if code is not None])
+        ended = [code for code in codes if code is not None]
+        with contextlib.suppress(DistError):
+            self._publish(ended)
+        raise ProcessesStopped(ended)
 
 
 def run_torchrun(arguments: Sequence[str]) -> int:
