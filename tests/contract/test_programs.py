@@ -159,6 +159,7 @@ REFUSED: dict[str, str] = {
     f"seed eval geneval {NO_JUDGE}": "absent",
     f"seed eval geneval2 {NO_JUDGE}": "absent",
     f"seed eval dpg {NO_JUDGE}": "absent",
+    f"seed eval dpg {NO_JUDGE} --image-folder no_drawings": "no_drawings",
     "seed data check absent.jsonl": "--decoder",
     "seed data convert absent.tar --out out": "absent.tar",
     "seed data index absent.jsonl": "absent.jsonl",

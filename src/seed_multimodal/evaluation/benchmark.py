@@ -197,10 +197,9 @@ def benchmark_class(command: str) -> type[AnyBenchmark]:
 
 
 def open_benchmark(command: str, **settings: object) -> AnyBenchmark:
-    """A benchmark with these settings; None: the default. Raises ConfigError: a wrong value."""
+    """A benchmark with these settings. Raises ConfigError: a wrong value."""
     kind = benchmark_class(command)
-    chosen = {name: value for name, value in settings.items() if value is not None}
-    return kind(read_settings(kind.settings_class, chosen, command))
+    return kind(read_settings(kind.settings_class, settings, command))
 
 
 # ---- a run

@@ -18,9 +18,10 @@ from typing import Any, NamedTuple, Protocol
 import torch
 from PIL import Image
 from torch import Tensor
+from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
 from seed_multimodal.disk import read_json_object
-from seed_multimodal.errors import CheckpointError, ConfigError, first_line
+from seed_multimodal.errors import CheckpointError, first_line
 from seed_multimodal.evaluation.vqa import DIGITS
 from seed_multimodal.pipelines.base import MultimodalSystem
 
@@ -56,21 +57,12 @@ def answer_forms(answer: str) -> list[str]:
 
 def load_judge(name: str, device: str) -> QuestionJudge:
     """The judge of a name or folder. Raises CheckpointError, ConfigError: no such model."""
-    folder = Path(name)
-    if (folder / "system.json").is_file() or not (folder / "config.json").is_file():
-        return SystemJudge(name, device)
-
-    from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
-
-    model_type = read_json_object(folder / "config.json").get("model_type")
-    if model_type in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-        return HubJudge(folder, torch.device(device))
-    try:
-        return SystemJudge(name, device)  # of a training's checkpoint
-    except (CheckpointError, ConfigError) as error:
-        raise CheckpointError(
-            f"{folder}: {model_type} is no image-text model, and no system ({first_line(error)})"
-        ) from error
+    # A folder of transformers; other folders are systems, a training's checkpoint, too.
+    config = Path(name) / "config.json"
+    if config.is_file() and not config.with_name("system.json").is_file():
+        if read_json_object(config).get("model_type") in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
+            return HubJudge(Path(name), torch.device(device))
+    return SystemJudge(name, device)
 
 
 class SystemJudge:

@@ -203,12 +203,20 @@ def evaluate_tokenizer(settings: TokenizerSettings, log: Log = print) -> JsonObj
         }
     )
 
-    # 4. Its files, with LAVIS's lines, one for each route.
+    # 4. A sheet of the first images with their caption, if any, above their reconstructions.
+    cells = [
+        Cell(image, "".join(captions[:1]))
+        for image, captions in zip(encoded.images, encoded.captions, strict=False)
+    ]
+    rebuilt_cells = [Cell(image) for image in rebuilt[: len(cells)]]
+    sheet = _sheet(cells, rebuilt_cells, "from its codes", f"{report['n']} images")
+
+    # 5. Its files, with LAVIS's lines, one for each route.
     text = finite_json(report, str(folder), indent=1)
     with writing(folder, ConfigError):
         replace_text(folder / "report.json", text + "\n")
         with atomic_open(folder / "reconstructions.jpg") as file:
-            _sheet(encoded, rebuilt).save(file, "JPEG", quality=88)
+            sheet.save(file, "JPEG", quality=88)
         with open(folder / "evaluate.txt", "a", encoding="utf-8") as handle:
             for name, route in report["retrieval"].items():
                 line = {"features": name, "route": route["route"], "model": settings.model}
@@ -381,18 +389,13 @@ def save_neighbours(
     cells = [Cell(preprocessing.to_image(image)) for image in images[: len(nearest)]]
     nearest_cells = [Cell(preprocessing.to_image(images[index])) for index in nearest]
     file.parent.mkdir(parents=True, exist_ok=True)
-    rows = [Row("image", cells), Row("nearest to its codes", nearest_cells)]
-    contact_sheet(rows, file.stem, CELL, COLUMNS).save(file)
+    _sheet(cells, nearest_cells, "nearest to its codes", file.stem).save(file)
 
 
-def _sheet(encoded: Pass, rebuilt: Sequence[Image.Image]) -> Image.Image:
-    """The first images with their caption (if any), above their reconstructions."""
-    originals: list[Cell] = []
-    for image, captions in zip(encoded.images, encoded.captions, strict=False):
-        originals.append(Cell(image, "".join(captions[:1])))
-    reconstructions = [Cell(image) for image in rebuilt[:SHEET_IMAGES]]
+def _sheet(images: list[Cell], others: list[Cell], label: str, title: str) -> Image.Image:
+    """Rows of images, each above a row of what belongs to them."""
     rows: list[Row] = []
-    for start in range(0, len(originals), COLUMNS):
-        rows.append(Row("image", originals[start : start + COLUMNS]))
-        rows.append(Row("from its codes", reconstructions[start : start + COLUMNS]))
-    return contact_sheet(rows, f"{len(encoded.captions)} images", CELL, COLUMNS, 4)
+    for start in range(0, len(images), COLUMNS):
+        rows.append(Row("image", images[start : start + COLUMNS]))
+        rows.append(Row(label, others[start : start + COLUMNS]))
+    return contact_sheet(rows, title, CELL, COLUMNS, 4)

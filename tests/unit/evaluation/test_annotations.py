@@ -185,8 +185,7 @@ DPG = {
 }
 
 
-def of_objects(**changes: Any) -> list[Any]:
-    return [{**GENEVAL, "include": [{"class": "cup", "count": 1, **changes}]}]
+ABOVE_ITSELF = {"class": "cup", "count": 1, "position": ["above", 0]}
 
 
 def choices(**changes: Any) -> dict[str, Any]:
@@ -206,9 +205,7 @@ BAD_FILES = {
     "no questions": (read_questions, {"questions": []}, "questions"),
     "equal ids": (read_questions, [QUESTION, QUESTION], "question_id"),
     "geneval: no prompt": (read_object_prompts, [{**GENEVAL, "prompt": 1}], "item 0.*prompt"),
-    "geneval: one object": (read_object_prompts, [{**GENEVAL, "include": {}}], "include"),
-    "geneval: no pair": (read_object_prompts, of_objects(position="left"), "position"),
-    "geneval: itself": (read_object_prompts, of_objects(position=["above", 0]), "cup"),
+    "geneval: itself": (read_object_prompts, [{**GENEVAL, "include": [ABOVE_ITSELF]}], "cup"),
     "geneval2: skills": (read_geneval2, [{**GENEVAL2, "skills": []}], "item 0.*skills"),
     "seedbench: blank choice": (read_choices, choices(choice_d=" "), "item 0.*choice_d"),
     "seedbench: answer": (read_choices, choices(answer="E"), "item 0.*answer"),

@@ -147,10 +147,3 @@ def test_geneval_judges_replaced_drawings_again(nano_set):
     summary = read(nano_set, "summary.json")
     assert (summary["bad"], summary["images"]) == (1, 4)
     assert summary["kinds"]["counting"]["value"] == 0
-
-
-def test_a_folder_that_is_not_there_is_no_run(nano_set, capsys):
-    folder = str(nano_set / "nothing")
-    assert geneval(nano_set, "--image-folder", folder) == 2
-    assert folder in capsys.readouterr().err
-    assert not (nano_set / "out").exists()
