@@ -52,7 +52,7 @@ class VectorQuantizer(nn.Module):
         self.dim = dim
         self.normalize = normalize
         self.unit_rows = unit_rows
-        self.ema_decay = ema_decay
+        self.ema_decay: float | None = None
         self.sections = sections
 
         # The codes start small, as in the original, or as unit vectors.
@@ -62,14 +62,19 @@ class VectorQuantizer(nn.Module):
         else:
             nn.init.uniform_(self.embedding.weight, -1.0 / size, 1.0 / size)
 
-        # Moving averages of the number and of the sum of each code's features.
         if ema_decay is not None:
-            self.embedding.weight.requires_grad_(False)
-            self.register_buffer("ema_count", torch.zeros(size))
-            self.register_buffer("ema_sum", torch.zeros(size, dim))
+            self.start_averages(ema_decay)
 
         # Uses of each code since the last `update`, and the sum of its features: `[K, 1 + d]`.
         self.collected: Tensor | None = None
+
+    def start_averages(self, decay: float) -> None:
+        """Codes follow a moving average of their features instead of the gradient."""
+        rows = self.embedding.weight.requires_grad_(False)
+        self.ema_decay = decay
+        # Moving averages of the number and of the sum of each code's features.
+        self.register_buffer("ema_count", torch.zeros_like(rows[:, 0]))
+        self.register_buffer("ema_sum", torch.zeros_like(rows))
 
     def prepare(self, z: Tensor) -> Tensor:
         """Features `[..., d]`, normalized for comparison."""

@@ -19,7 +19,6 @@ from seed_multimodal.models.lavit.checkpoints import (
     save_dynamic_tokenizer,
     visual_weight_state,
 )
-from seed_multimodal.models.lavit.losses import ema_codebook
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer
 from seed_multimodal.state_dicts import load_state_dict, save_state_dict
 
@@ -103,7 +102,7 @@ def test_load_names_a_missing_projector(tmp_path):
 def test_save_without_training_state_and_projector(tmp_path):
     # Moving averages are of the training; stage 2 adds the projector.
     saved = small_tokenizer()
-    saved.quantize = ema_codebook(saved.quantize, 0.9)
+    saved.quantize.start_averages(0.9)
     saved.vit_proj = None
     save_dynamic_tokenizer(saved, tmp_path)
     names = load_state_dict(tmp_path / "model.safetensors")

@@ -80,8 +80,8 @@ class LavitStage1Output:
 class LavitStage1(nn.Module):
     """A dynamic tokenizer and its decoder, with the loss of stage 1.
 
-    Encoder, projector and U-Net heads are frozen. The tokenizer's quantizer is replaced by one with
-    moving averages. `use_codes` is for `training.codebook.CodebookTask`.
+    Encoder, projector and U-Net heads are frozen; the codebook follows moving averages. `use_codes`
+    is for `training.codebook.CodebookTask`.
 
     freeze_selector: the token selector is not trained once codes are used.
     """
@@ -101,7 +101,10 @@ class LavitStage1(nn.Module):
         self.weights = weights or LavitLossWeights()
         self.freeze_selector = freeze_selector
         self.use_codes = True
-        tokenizer.quantize = ema_codebook(tokenizer.quantize, ema_decay)
+        # The averages start as if each code had had one feature.
+        self.quantize.start_averages(ema_decay)
+        self.quantize.ema_count.fill_(1.0)
+        self.quantize.ema_sum.copy_(self.quantize.embedding.weight)
         for name, parameter in self.named_parameters():
             if name.startswith(FROZEN):
                 parameter.requires_grad_(False)
@@ -240,7 +243,7 @@ class LavitStage1(nn.Module):
         """
         # 1. Flip the decision about a patch; an image's only kept patch stays.
         n_patches = mask_BN.shape[1]
-        patch_B = self.flipped_patches(features_BND)
+        patch_B = torch.randint(n_patches, (len(mask_BN),), device=features_BND.device)
         flipped_BN = mask_BN ^ F.one_hot(patch_B, n_patches).bool()
         flipped_BN = torch.where(flipped_BN.any(1, keepdim=True), flipped_BN, mask_BN)
 
@@ -260,11 +263,6 @@ class LavitStage1(nn.Module):
         expected = n_patches * (cost_of_keeping_B * p_keep_B).mean()
         return expected - expected.detach()
 
-    def flipped_patches(self, features_BND: Tensor) -> Tensor:
-        """The patch of each image whose decision is flipped, int64 `[B]`."""
-        n_images, n_patches = features_BND.shape[:2]
-        return torch.randint(n_patches, (n_images,), device=features_BND.device)
-
     def codebook_points(self, batch: Tensor) -> Tensor:
         """Queries of a batch's kept patches `[T, C]`, for the codebook's start."""
         features_BND = self.patch_features(batch)
@@ -279,25 +277,10 @@ class LavitStage1(nn.Module):
 
     def trained_networks(self) -> tuple[DynamicTokenizer, CodeDecoder]:
         """The networks in eval mode, without the projector, which stage 2 trains."""
-        # The codebook without its moving averages.
-        trained = self.quantize
-        codebook = VectorQuantizer(trained.size, trained.dim, unit_rows=True)
-        codebook.embedding.weight = nn.Parameter(trained.embedding.weight.detach())
-        self.tokenizer.quantize = codebook.to(trained.embedding.weight.device)
         self.tokenizer.vit_proj = None
         self.tokenizer.requires_grad_(False).eval()
         self.decoder.requires_grad_(False).eval()
         return self.tokenizer, self.decoder
-
-
-def ema_codebook(start: VectorQuantizer, decay: float) -> VectorQuantizer:
-    """A quantizer on the unit sphere with moving averages, and the rows of `start`."""
-    quantizer = VectorQuantizer(start.size, start.dim, unit_rows=True, ema_decay=decay)
-    with torch.no_grad():
-        quantizer.embedding.weight.copy_(F.normalize(start.embedding.weight.float(), dim=-1))
-        quantizer.ema_sum.copy_(quantizer.embedding.weight)
-        quantizer.ema_count.fill_(1.0)
-    return quantizer.to(start.embedding.weight.device)
 
 
 def mean_of_all(value: Tensor) -> Tensor:

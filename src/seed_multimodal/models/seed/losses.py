@@ -135,7 +135,6 @@ class Stage1Model(SeedEncoder):
         *,
         vit_features: Tensor | None = None,
         target_embedding: Tensor | None = None,
-        generator: torch.Generator | None = None,
     ) -> Stage1Output:
         """Contrastive loss of a batch of pairs, plus the embedding loss if there is a target.
 
@@ -144,7 +143,6 @@ class Stage1Model(SeedEncoder):
         attention_mask: `[B, T]`, 0 for padding.
         vit_features: output of the vision encoder `[B, N, W]`, before `ln_vision`.
         target_embedding: `[B, embedding_dim]`.
-        generator: samples how many queries the regression reads.
         """
         # 1. Features; an image's are those of its last query.
         if vit_features is None:
@@ -169,7 +167,7 @@ class Stage1Model(SeedEncoder):
         loss = loss_itc
         loss_embedding = None
         if target_embedding is not None:
-            loss_embedding = self._embedding_loss(query_output, target_embedding, generator)
+            loss_embedding = self._embedding_loss(query_output, target_embedding)
             loss = loss + self.embedding_weight * loss_embedding
         return Stage1Output(
             loss=loss,
@@ -183,9 +181,7 @@ class Stage1Model(SeedEncoder):
             text_feats=text_feats,
         )
 
-    def _embedding_loss(
-        self, query_BQD: Tensor, target: Tensor, generator: torch.Generator | None
-    ) -> Tensor:
+    def _embedding_loss(self, query_BQD: Tensor, target: Tensor) -> Tensor:
         """Squared error of the embedding that the head reads from the first k queries.
 
         In training k is uniform in 1..32 for each image, so that early codes carry the most.
@@ -195,11 +191,8 @@ class Stage1Model(SeedEncoder):
         )
         if self.training:
             n_images, n_queries, _ = query_BQD.shape
-            device = query_BQD.device if generator is None else generator.device
-            lengths = torch.randint(
-                1, n_queries + 1, (n_images,), generator=generator, device=device
-            )
-            query_BQD = keep_first_rows(query_BQD, lengths.to(query_BQD.device))
+            lengths = torch.randint(1, n_queries + 1, (n_images,), device=query_BQD.device)
+            query_BQD = keep_first_rows(query_BQD, lengths)
         embedding = self.embedding_head(query_BQD.flatten(1))
         return F.mse_loss(embedding.float(), target.float())
 
@@ -318,7 +311,9 @@ class Stage2Base(SeedTokenizer):
         corrupt: float = 0.0,
         nested: float = 0.0,
     ) -> None:
-        super().__init__(config, ema_decay=ema_decay)  # type: ignore[call-arg]
+        super().__init__(config)
+        if ema_decay is not None:
+            self.quantize.start_averages(ema_decay)
         self.freeze_qformer = freeze_qformer
         self.frozen_dropout = frozen_dropout
         self.corrupt = corrupt
@@ -354,7 +349,6 @@ class Stage2Base(SeedTokenizer):
         input_ids: Tensor | None = None,
         vit_features: Tensor | None = None,
         quantize: bool = True,
-        generator: torch.Generator | None = None,
     ) -> Stage2Output:
         """Losses and activations of a batch.
 
@@ -363,7 +357,6 @@ class Stage2Base(SeedTokenizer):
         input_ids: captions `[B, T]`, for `target_of`.
         vit_features: output of the vision encoder `[B, N, W]`, before `ln_vision`.
         quantize: False decodes the features themselves (warm-up before `quantize.init_from`).
-        generator: samples corrupted codes and prefixes.
         """
         # 1. Encoder and target.
         if vit_features is None:
@@ -376,8 +369,8 @@ class Stage2Base(SeedTokenizer):
         # 2. Codebook.
         if quantize:
             quant, loss_embed_raw, indices = self.quantize(pre_quant)
-            quant = self.corrupt_codes(quant, generator)
-            quant = self.keep_prefix(quant, generator)
+            quant = self.corrupt_codes(quant)
+            quant = self.keep_prefix(quant)
         else:
             quant = self.quantize.prepare(pre_quant)
             loss_embed_raw = pre_quant.new_zeros(())
@@ -423,41 +416,40 @@ class Stage2Base(SeedTokenizer):
         """The frozen target encoder's output for images or captions, without gradient."""
         raise NotImplementedError
 
-    def corrupt_codes(self, quant: Tensor, generator: torch.Generator | None) -> Tensor:
+    def corrupt_codes(self, quant: Tensor) -> Tensor:
         """Codebook rows `[B, 32, d]`, in training some of them replaced (see `corrupt`)."""
         if not (self.training and self.corrupt):
             return quant
-        device = quant.device if generator is None else generator.device
+        device = quant.device
         n_images, n_codes, _ = quant.shape
         shape = (n_images, n_codes)
 
         # 1. Which codes are replaced: of each image another fraction.
-        fraction = self.corrupt * torch.rand(n_images, 1, generator=generator, device=device)
-        is_replaced = torch.rand(shape, generator=generator, device=device) < fraction  # [B, Q]
+        fraction = self.corrupt * torch.rand(n_images, 1, device=device)
+        is_replaced = torch.rand(shape, device=device) < fraction  # [B, Q]
 
         # 2. By which: with sections by others of the same position, because these are the codes
         #    that a language model confuses.
-        codes = torch.randint(self.quantize.size, shape, generator=generator, device=device)
-        codes = codes.to(quant.device)
+        codes = torch.randint(self.quantize.size, shape, device=device)
         n_sections = self.quantize.sections
         if n_sections > 1:
             section_size = self.quantize.size // n_sections
-            section_starts = section_size * torch.arange(n_sections, device=codes.device)
+            section_starts = section_size * torch.arange(n_sections, device=device)
             codes = codes % section_size + section_starts
         replacements = self.quantize.lookup(codes).detach().to(quant.dtype)
-        return torch.where(is_replaced.to(quant.device)[..., None], replacements, quant)
+        return torch.where(is_replaced[..., None], replacements, quant)
 
-    def keep_prefix(self, quant: Tensor, generator: torch.Generator | None) -> Tensor:
+    def keep_prefix(self, quant: Tensor) -> Tensor:
         """Codebook rows `[B, 32, d]`, in training of some images only the first (see `nested`)."""
         if not (self.training and self.nested):
             return quant
         n_images, n_codes, _ = quant.shape
-        device = quant.device if generator is None else generator.device
+        device = quant.device
         # A prefix of each image, and which images are decoded from all of their codes anyway.
-        prefixes = torch.randint(1, n_codes + 1, (n_images,), generator=generator, device=device)
-        is_complete = torch.rand(n_images, generator=generator, device=device) >= self.nested
+        prefixes = torch.randint(1, n_codes + 1, (n_images,), device=device)
+        is_complete = torch.rand(n_images, device=device) >= self.nested
         lengths = torch.where(is_complete, n_codes, prefixes)
-        return keep_first_rows(quant, lengths.to(quant.device))
+        return keep_first_rows(quant, lengths)
 
     def load_stage1(
         self, state: Mapping[str, Tensor], source: str = "the stage-1 model"

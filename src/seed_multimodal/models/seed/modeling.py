@@ -84,7 +84,7 @@ class SeedTokenizer(SeedEncoder, PretrainedNetwork[TokenizerConfig]):
         super().__init__()
         self.add_query_tokens(config)
 
-    def add_codebook(self, ema_decay: float | None) -> None:
+    def add_codebook(self) -> None:
         """Encoder, codebook and the layers around it, in the original order."""
         config = self.config
         width = config.qformer.width
@@ -94,7 +94,6 @@ class SeedTokenizer(SeedEncoder, PretrainedNetwork[TokenizerConfig]):
             config.codebook_size,
             code_dim,
             normalize=config.normalize_codes,
-            ema_decay=ema_decay,
             sections=config.codebook_sections,
         )
         # Between the widths of the Q-Former and of the codes.
@@ -252,7 +251,7 @@ class Seed2Tokenizer(SeedTokenizer):
     model_type = Seed2Config.model_type
     config: Seed2Config
 
-    def __init__(self, config: Seed2Config, *, ema_decay: float | None = None) -> None:
+    def __init__(self, config: Seed2Config) -> None:
         super().__init__(config)
         width = config.qformer.width
         # 1. Parameters, as everything here in the order of the original state dict.
@@ -263,7 +262,7 @@ class Seed2Tokenizer(SeedTokenizer):
             self.reverse_tokens = nn.Parameter(torch.zeros(1, 1, width).normal_(std=0.02))
 
         # 2. Encoder and codebook, then the decoder's blocks.
-        self.add_codebook(ema_decay)
+        self.add_codebook()
         if config.recon_s:
             self.blocks = decode_blocks(config)
         self.blocks_image = decode_blocks(config)
@@ -302,7 +301,7 @@ class Seed1Tokenizer(SeedTokenizer):
     model_type = Seed1Config.model_type
     config: Seed1Config
 
-    def __init__(self, config: Seed1Config, *, ema_decay: float | None = None) -> None:
+    def __init__(self, config: Seed1Config) -> None:
         super().__init__(config)
         width = config.qformer.width
         # In the order of the original state dict.
@@ -310,7 +309,7 @@ class Seed1Tokenizer(SeedTokenizer):
         self.reverse_tokens = nn.Parameter(
             torch.zeros(1, config.text_tokens, width).normal_(std=0.02)
         )
-        self.add_codebook(ema_decay)
+        self.add_codebook()
         self.blocks_text = decode_blocks(config)
         self.Reverse_Qformer = QFormer(config.reverse_qformer, width)
         self.distill_text_proj = nn.Linear(width, config.text_features_dim)
