@@ -3,8 +3,9 @@
     python benchmarks/generation.py --model pretrained/nano-x         any system
 
 `plain`: transformers' `generate` with a key-value cache, one request after another; `engine`: so
-many at once, of different lengths, in `Engine`; `compiled`: the same with compiled decoding;
-`int8`: and with torchao's 8-bit weights.
+many at once, of different lengths, in `Engine`; `generate_batch`: the same by transformers'
+continuous batching, its start included; `compiled`: `engine` with compiled decoding; `int8`: and
+with torchao's 8-bit weights.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from shared import Timed, benchmark_parser, compare, load_system, start
+from transformers import GenerationConfig
 
 from seed_multimodal.device import choose_device
 from seed_multimodal.inference.backends.torch import TorchBackend
@@ -59,7 +61,23 @@ def run(options: argparse.Namespace) -> None:
         backend = TorchBackend(model, max_rows=batch, compiled=compiled)
         engine = Engine(backend, system.tokenizer)
         prompts = [Prompt(ids) for ids in random_prompts(llm, batch, options.prompt)]
-        return Timed(lambda: engine.generate(prompts, settings), batch * options.new)
+
+        def generate() -> Any:
+            engine.forget()  # every prompt is read
+            return engine.generate(prompts, settings)
+
+        return Timed(generate, batch * options.new)
+
+    def generate_batch(batch: int) -> Timed:
+        config = GenerationConfig(
+            max_new_tokens=options.new, do_sample=False, eos_token_id=-1, pad_token_id=0
+        )
+        prompts = random_prompts(llm, batch, options.prompt)
+
+        def generate() -> Any:
+            return llm.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
+
+        return Timed(generate, batch * options.new)
 
     def int8(batch: int) -> Timed:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_
@@ -71,6 +89,7 @@ def run(options: argparse.Namespace) -> None:
     variants = {
         "plain": plain,
         "engine": lambda batch: engine(batch, llm),
+        "generate_batch": generate_batch,
         "compiled": lambda batch: engine(batch, llm, compiled=True),
         "int8": int8,
     }

@@ -38,9 +38,12 @@ def run(options: argparse.Namespace) -> None:
         # 1. The scores after each prompt, alone and with the others.
         with backend.ready():
             inputs = [backend.prepare(prompt) for prompt in prompts]
-            chunks = [PromptChunk(prompt_input, 0, len(prompt_input)) for prompt_input in inputs]
-            together = backend.prefill(0, chunks).scores
-            alone = torch.cat([backend.prefill(0, [chunk]).scores for chunk in chunks])
+            chunks = [
+                PromptChunk(row, prompt_input, 0, len(prompt_input))
+                for row, prompt_input in enumerate(inputs)
+            ]
+            together = backend.prefill(chunks).scores
+            alone = torch.cat([backend.prefill([chunk]).scores for chunk in chunks])
         difference = float((together - alone).abs().max())
 
         # 2. The time, after one run to warm up.

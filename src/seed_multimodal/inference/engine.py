@@ -19,10 +19,10 @@ A request whose prompts become complete gets two tokens in that step: of prefill
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 
-import numpy as np
 import torch
+from torch import Tensor
 
 from seed_multimodal.errors import GenerationError
 from seed_multimodal.inference.backends.base import Backend, NextTokens, PromptChunk
@@ -33,16 +33,19 @@ from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.inference.request import Request, Row
 from seed_multimodal.inference.sampling import (
     LogitsProcessor,
+    are_numbers,
     build_processors,
     build_warpers,
+    damaged_scores,
     guided,
     refuse_damaged,
 )
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 
-# Prompt tokens of one pass (padding included): few while other answers wait for their next token.
+# Prompt tokens of one pass: few while other answers wait for their next token. Prompts share a
+# pass, whose attention computes all pairs of tokens: longer ones would cost more than they save.
 PREFILL_BESIDE_DECODING = 256
-PREFILL_ALONE = 2048
+PREFILL_ALONE = 512
 # The end of a conversation that its next turn may replace (an end token, a verdict): a row that
 # holds no more than this behind a common prefix is taken over instead of copied.
 REPLACEABLE_TAIL = 16
@@ -53,9 +56,8 @@ MIN_COPIED_PREFIX = 16
 class Engine(BaseEngine, InboxThread[Request]):
     """Answers by a backend that computes scores.
 
-    The rows of the cache are in order: first those that generate (`n_decoding`), then those whose
-    request still reads a prompt (up to `n_active`), then idle ones, which keep what they hold for
-    prompts with the same beginning.
+    The first `n_decoding` rows of the cache generate. Of the others, some read a prompt (`reading`,
+    in the order of arrival); idle ones keep what they hold for prompts with the same beginning.
 
     original_constraints: see `ImageConstraints`.
     """
@@ -88,12 +90,17 @@ class Engine(BaseEngine, InboxThread[Request]):
         self._waiting: deque[Request] = deque()
         self.rows = [Row(index) for index in range(self.n_rows)]
         self.n_decoding = 0
-        self.n_active = 0
+        self.reading: list[Row] = []
 
     def forget(self) -> None:
         """Compute all later prompts anew, after a change of the weights that `Backend.weights` does
         not show, such as other layers between an image's features and its embeddings."""
         self._n_forgotten += 1
+
+    @property
+    def n_active(self) -> int:
+        """Rows that generate or read a prompt."""
+        return self.n_decoding + len(self.reading)
 
     @property
     def n_waiting(self) -> int:
@@ -153,16 +160,15 @@ class Engine(BaseEngine, InboxThread[Request]):
         self._waiting = deque(request for request in self._waiting if not request.ended)
         self._release_ended()
 
-        # 2. New requests, then prompts; a failure ends only the requests of the pass. Few prompt
-        #    tokens are read while other answers wait for their next token.
+        # 2. New requests, then prompts; a failure ends only the requests of the pass.
         self._admit()
-        budget = PREFILL_BESIDE_DECODING if self.n_decoding else PREFILL_ALONE
-        reading = self._plan_prefill(budget)
-        if reading:
+        chunks = self._next_chunks()
+        if chunks:
+            rows = [self.rows[chunk.row] for chunk in chunks]
             try:
-                self._prefill(reading, budget)
+                self._prefill(rows, chunks)
             except Exception as error:  # noqa: BLE001 such as out of memory
-                self._fail(self._requests(reading), error)
+                self._fail(self._requests(rows), error)
         self._release_ended()
 
         # 3. The next token of all running sequences.
@@ -190,20 +196,18 @@ class Engine(BaseEngine, InboxThread[Request]):
 
     def _release_ended(self) -> None:
         """Free the rows of ended requests."""
-        # The last row first: rows that end together then leave no gaps.
-        for row in reversed(self.rows[: self.n_active]):
-            if row.request is not None and row.request.ended:
-                self._release(row)
+        ended = [row for row in self.rows if row.request is not None and row.request.ended]
+        for row in reversed(ended):  # rows at the end of those that generate leave no gap
+            self._release(row)
 
     def _release(self, row: Row, keep: bool = True) -> None:
         """Free a row; with `keep` its content is used for later prompts with the same beginning."""
         row.free(keep)
-        # Close the gap: the last decoding row moves here, then the last active one to its place.
-        if row.index < self.n_decoding:
-            self.n_decoding -= 1
-            self._swap(row, self.n_decoding)
-        self.n_active -= 1
-        self._swap(row, self.n_active)
+        if row in self.reading:
+            self.reading.remove(row)
+            return
+        self.n_decoding -= 1
+        self._swap(row, self.n_decoding)
 
     def _swap(self, row: Row, index: int) -> None:
         """Exchange a row with the one at `index`, with their content."""
@@ -247,7 +251,7 @@ class Engine(BaseEngine, InboxThread[Request]):
     def _processors(self, request: Request) -> list[LogitsProcessor]:
         """The logits processors of a request, without those of sampling."""
         settings = request.settings
-        processors: list[LogitsProcessor] = [refuse_damaged]
+        processors: list[LogitsProcessor] = []
         if settings.constrain:
             vocabulary = self.vocabulary
             opened = request.initial_ids[-1:] == [vocabulary.boi_id]
@@ -259,52 +263,42 @@ class Engine(BaseEngine, InboxThread[Request]):
         return [*processors, *build_processors(settings, request.end_ids, self.device)]
 
     def _assign_row(self, request: Request, prompt: Prompt) -> None:
-        """Assign a row to a prompt, with the longest prefix of it that any row holds."""
+        """Assign an idle row to a prompt, with the longest prefix of it that any row holds."""
+        # 1. The row that holds most of the prompt.
         prompt_input = self.backend.prepare(prompt)
         keys = prompt.prefix_keys()
-        prefix_lengths = [self._reusable_prefix(row, keys) for row in self.rows]
-        prefix_length = max(prefix_lengths)
-        donor = self.rows[prefix_lengths.index(prefix_length)]
+        prefix_length = 0
+        for candidate in self.rows:
+            is_usable = candidate.request is None or self.backend.cheap_copies
+            if is_usable and candidate.weights == self._weights:
+                length = candidate.common_prefix(keys)
+                if length > prefix_length:
+                    prefix_length = length
+                    donor = candidate
 
-        # 1. An idle row becomes the last active one, with what is kept of it.
-        row = self._choose_row(donor, prefix_length)
-        row.n_cached = prefix_length if row is donor else 0
-        row.keys = keys[: row.n_cached]
-        self._swap(row, self.n_active)
-
-        # 2. It gets the prefix, where a copy is worth it.
-        if row is not donor and prefix_length >= MIN_COPIED_PREFIX:
+        # 2. It is taken over, unless another conversation may still need what else it holds;
+        #    otherwise the row that has been idle for the longest time gets a copy.
+        row = min((row for row in self.rows if row.request is None), key=lambda row: row.freed_at)
+        row_length = 0
+        if prefix_length:
+            tail = donor.n_cached - prefix_length
+            is_replaceable = not self.backend.cheap_copies or tail <= REPLACEABLE_TAIL
+            if donor is row or (donor.request is None and is_replaceable):
+                row = donor
+                row_length = prefix_length
+        row.n_cached = row_length
+        row.keys = keys[:row_length]
+        if row_length < prefix_length and prefix_length >= MIN_COPIED_PREFIX:
             self.backend.copy(donor.index, row.index, prefix_length)
             row.n_cached = prefix_length
 
-        # 3. It is counted as soon as it has a request: a failure before this frees nothing, and a
-        #    failure after it frees the row.
+        # 3. A failure before this frees nothing, a failure after it frees the row.
         row.request = request
         row.prompt_input = prompt_input
         row.keys = keys
         row.weights = self._weights
         request.rows.append(row)
-        self.n_active += 1
-
-    def _reusable_prefix(self, row: Row, keys: np.ndarray) -> int:
-        """Tokens of a prompt that a row holds, and that may be copied or taken over."""
-        if row.weights != self._weights:
-            return 0
-        if row.request is not None and not self.backend.cheap_copies:
-            return 0
-        return row.common_prefix(keys)
-
-    def _choose_row(self, donor: Row, prefix_length: int) -> Row:
-        """The idle row for a prompt, of which `donor` holds the first `prefix_length` tokens.
-
-        The donor itself, unless it holds much more, which another conversation may still need;
-        otherwise the row that has been idle for the longest time.
-        """
-        if donor.request is None and prefix_length:
-            tail = donor.n_cached - prefix_length
-            if not self.backend.cheap_copies or tail <= REPLACEABLE_TAIL:
-                return donor
-        return min(self.rows[self.n_active :], key=lambda row: row.freed_at)
+        self.reading.append(row)
 
     # ---- beams
 
@@ -328,7 +322,8 @@ class Engine(BaseEngine, InboxThread[Request]):
         # 2. The search.
         assert self.backend.search is not None
         try:
-            self.backend.search(requests, self._processors(oldest), self.tokenizer, all_ended)
+            processors = [refuse_damaged, *self._processors(oldest)]
+            self.backend.search(requests, processors, self.tokenizer, all_ended)
         except Exception as error:  # noqa: BLE001 of these prompts alone
             self._fail(requests, error)
             return
@@ -344,77 +339,76 @@ class Engine(BaseEngine, InboxThread[Request]):
 
     # ---- passes
 
-    def _plan_prefill(self, budget: int) -> list[Row]:
-        """The rows whose prompts are read next: adjacent ones, as many as fit a pass.
-
-        A row may have nothing to read, and wait for the other prompt of its request: no pass begins
-        with it; between others it takes part with an empty chunk.
-        """
-        chosen: list[Row] = []
-        longest = 0
-        for row in self.rows[self.n_decoding : self.n_active]:
-            n_unread = len(row.keys) - row.n_cached
-            if not chosen and n_unread == 0:
-                continue
-            longest = max(longest, n_unread)
-            if chosen and (len(chosen) + 1) * longest > budget:
-                break
-            chosen.append(row)
-        return chosen
-
-    def _prefill(self, rows: Sequence[Row], budget: int) -> None:
-        """Read a piece of each row's prompt; after its last one a request gets its first token."""
-        # 1. The pass.
+    def _next_chunks(self) -> list[PromptChunk]:
+        """The pieces of prompts that are read next, in the order of arrival."""
+        budget = PREFILL_BESIDE_DECODING if self.n_decoding else PREFILL_ALONE
         chunks: list[PromptChunk] = []
-        for row in rows:
-            stop = min(len(row.keys), row.n_cached + budget)
-            chunks.append(PromptChunk(row.prompt_input, row.n_cached, stop))
-        computed = self.backend.prefill(rows[0].index, chunks)
-        for index, (row, chunk) in enumerate(zip(rows, chunks, strict=True)):
-            row.n_cached = chunk.stop
-            if chunk.stop == len(row.keys) and row.scores is None:
-                self._store(row, computed, index)
+        for row in self.reading:
+            start = row.n_cached
+            stop = min(len(row.keys), start + budget)
+            if start < stop and row.prompt_input is not None:
+                chunks.append(PromptChunk(row.index, row.prompt_input, start, stop))
+                budget -= stop - start
+        return chunks
 
-        # 2. Requests whose prompts are complete move to the rows that generate; with guidance the
-        #    first token needs the scores after two prompts.
+    def _prefill(self, rows: Sequence[Row], chunks: Sequence[PromptChunk]) -> None:
+        """Read a piece of each row's prompt; after its last one a request gets its first token."""
+        computed = self.backend.prefill(chunks)
+        for row, chunk in zip(rows, chunks, strict=True):
+            row.n_cached = chunk.stop
+        self._store(rows, computed)
+
+        # Requests whose prompts are complete move to the rows that generate; with guidance they
+        # need the scores after two prompts.
         started: list[Request] = []
         for request in self._requests(rows):
-            if all(row.scores is not None for row in request.rows):
+            if all(row.is_read for row in request.rows):
                 started.append(request)
         for request in started:
             for row in request.rows:
                 row.prompt_input = None
                 self._swap(row, self.n_decoding)
+                self.reading.remove(row)
                 self.n_decoding += 1
         self._select(started)
 
     def _decode(self, rows: Sequence[Row]) -> None:
         """Read the last token of each running sequence, and choose the next one."""
-        requests: list[Request] = []
         tokens: list[int] = []
         for row in rows:
             assert row.request is not None
-            requests.append(row.request)
             tokens.append(row.request.ids[-1])
         computed = self.backend.decode(tokens, [row.n_cached for row in rows])
-        for index, row in enumerate(rows):
+        for row in rows:
             row.n_cached += 1
-            self._store(row, computed, index)
-        self._select(dict.fromkeys(requests))
+        self._store(rows, computed)
+        self._select(self._requests(rows))
 
-    def _store(self, row: Row, computed: NextTokens, index: int) -> None:
-        """Keep what a pass computed for a row, until the next token is chosen."""
-        scores = computed.scores[index : index + 1]
-        row.scores = scores[:, : self.vocabulary.size]  # without rows of padding
-        row.state = None if computed.states is None else computed.states[index]
+    def _store(self, rows: Sequence[Row], computed: NextTokens) -> None:
+        """Keep what a pass computed for each row, until the next token is chosen."""
+        for index, row in enumerate(rows):
+            scores = computed.scores[index : index + 1]
+            row.scores = scores[:, : self.vocabulary.size]  # without rows of padding
+            row.state = None if computed.states is None else computed.states[index]
 
     # ---- choice of the next tokens
 
-    def _select(self, requests: Iterable[Request]) -> None:
+    def _select(self, requests: Sequence[Request]) -> None:
         """Choose and deliver the next token of each request."""
+        if not requests:
+            return
+
+        # 1. The choices; a request whose scores are damaged ends alone.
+        rows = [row for request in requests for row in request.rows]
+        is_sound = dict(
+            zip(rows, are_numbers(torch.cat([row.scores for row in rows])), strict=True)
+        )
+        tokens: dict[Request, Tensor] = {}
         for request in requests:
             try:
-                self._append(request, self._next_token(request))
+                if not all(is_sound[row] for row in request.rows):
+                    raise damaged_scores()
+                tokens[request] = self._next_token(request)
             except Exception as error:  # noqa: BLE001 of this request alone
                 # Attention multiplies masked positions by 0, so NaN in them would reach the next
                 # sequence there.
@@ -422,30 +416,36 @@ class Engine(BaseEngine, InboxThread[Request]):
                     self.backend.clear(row.index)
                 self._fail([request], error)
 
-    def _next_token(self, request: Request) -> int:
-        """The next token, by guidance, the request's processors, and sampling; keeps the hidden
-        state from which it is chosen."""
+        # 2. One transfer from the device for all.
+        if tokens:
+            chosen = torch.cat([*tokens.values()]).tolist()
+            for request, token in zip(tokens, chosen, strict=True):
+                self._append(request, token)
+
+    def _next_token(self, request: Request) -> Tensor:
+        """The next token `[1]`, by guidance, the request's processors, and sampling; keeps the
+        hidden state from which it is chosen."""
         # 1. The distribution.
-        scores_by_prompt = [row.scores for row in request.rows if row.scores is not None]
-        scores = scores_by_prompt[0]  # [1, V]
-        if len(scores_by_prompt) > 1:
-            scores = guided(scores, scores_by_prompt[1], request.settings.guidance)
+        row = request.rows[0]
+        scores = row.scores  # [1, V]
+        if len(request.rows) > 1:
+            scores = guided(scores, request.rows[1].scores, request.settings.guidance)
         ids = torch.tensor([request.ids], dtype=torch.long, device=scores.device)
         for process in request.processors:
             scores = process(ids, scores)
 
         # 2. The choice.
         if request.forced_ids is not None:
-            token = request.forced_ids[len(request.ids)]
+            next_id = request.forced_ids[len(request.ids)]
+            token = torch.tensor([next_id], device=scores.device)
         elif request.generator is not None:
             probabilities = scores.softmax(dim=-1)
-            token = int(torch.multinomial(probabilities, 1, generator=request.generator))
+            token = torch.multinomial(probabilities, 1, generator=request.generator)[0]
         else:
-            token = int(scores.argmax())
+            token = scores.argmax(dim=-1)
         if request.records:
             request.log_probs.append(float(scores.log_softmax(dim=-1)[0, token]))
-            request.is_greedy &= token == int(scores.argmax())
-        state = request.rows[0].state
-        if request.states is not None and state is not None:
-            request.states.append(state.clone())
+            request.is_greedy &= bool(token == scores.argmax(dim=-1))
+        if request.states is not None and row.state is not None:
+            request.states.append(row.state.clone())
         return token

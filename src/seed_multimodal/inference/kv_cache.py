@@ -62,8 +62,8 @@ def default_budget(device: torch.device) -> int:
 class KVCache:
     """Keys and values of every layer, `[rows, heads, length, head_dim]` each.
 
-    `allocate` makes the tables, once. `first_row` and `begin` set where the next pass reads and
-    writes. transformers' models call `update`.
+    `allocate` makes the tables, once. `begin` sets where the next pass writes and reads;
+    transformers' models call `update`.
     """
 
     is_compileable = False  # asked by transformers; the engine compiles its own step
@@ -72,13 +72,16 @@ class KVCache:
         self.size = size
         self.layers: list[tuple[Tensor, Tensor]] = []
         self._spare_row = torch.zeros(0)  # [heads, length, head_dim]
-        self.first_row = 0
-        self._span = 0
-        self._positions = torch.zeros(0)
+        self._written: tuple[Tensor, Tensor] = (torch.zeros(0), torch.zeros(0))
+        self._span: int | tuple[Tensor, Tensor] = 0
 
-    def begin(self, positions: Tensor, span: int) -> None:
-        """Set the positions `[B, n]` of the next pass's tokens, and how many they see."""
-        self._positions = positions
+    def begin(self, rows: Tensor, positions: Tensor, span: int | tuple[Tensor, Tensor]) -> None:
+        """Set the rows and positions `[B, n]` of the next pass's tokens, and what they see.
+
+        span: so many positions of each of the first rows, or the rows and positions `[1, K]` of
+        tokens for a single sequence of several prompts.
+        """
+        self._written = (rows, positions)
         self._span = span
 
     def update(
@@ -86,17 +89,19 @@ class KVCache:
     ) -> tuple[Tensor, Tensor]:
         """Store new keys and values `[B, heads, n, head_dim]`; returns those of the span."""
         # Rows and positions are indexed together, so heads come behind them: [B, n, heads, D].
-        key_table, value_table = self.layers[layer]
-        last_row = self.first_row + len(keys)
-        rows = torch.arange(self.first_row, last_row, device=keys.device)
-        rows = rows[:, None]  # [B, 1], with positions [B, n]
-        key_table[rows, :, self._positions] = keys.transpose(1, 2).to(key_table.dtype)
-        value_table[rows, :, self._positions] = values.transpose(1, 2).to(value_table.dtype)
-        span = (slice(self.first_row, last_row), slice(None), slice(0, self._span))
-        return key_table[span], value_table[span]
+        rows, positions = self._written
+        seen: list[Tensor] = []
+        for table, new in zip(self.layers[layer], (keys, values), strict=True):
+            table[rows, :, positions] = new.transpose(1, 2).to(table.dtype)
+            if isinstance(self._span, int):
+                seen.append(table[: len(new), :, : self._span])
+            else:
+                seen_rows, seen_positions = self._span
+                seen.append(table[seen_rows, :, seen_positions].transpose(1, 2))
+        return seen[0], seen[1]
 
     def get_seq_length(self, layer: int = 0) -> int:
-        return self._span
+        return self._span if isinstance(self._span, int) else self._span[0].shape[1]
 
     def copy(self, source: int, target: int, length: int) -> None:
         """Copy the first positions of one row to another."""

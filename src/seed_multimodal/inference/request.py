@@ -25,6 +25,7 @@ from seed_multimodal.inference.sampling import LogitsProcessor
 from seed_multimodal.language.answer import AnswerReader, Event
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 
+NO_SCORES = torch.zeros(0)
 # What the engine hands to the caller: a token with its events, an error, or None (the end).
 StreamItem = tuple[int, list[Event]] | BaseException | None
 
@@ -37,7 +38,7 @@ class Row:
     prompt_input: the backend's form of the prompt (embeddings, or ids), until it is read.
     keys: of the prompt, of an idle row those of all its tokens (see `Prompt.prefix_keys`).
     n_cached: tokens in the cache; between two steps all but the last generated one.
-    scores, state: of the next token, `[1, V]` and `[D]`, after the whole prompt.
+    scores, state: of the next token, `[1, V]` and `[D]`.
     weights: with which the tokens were computed (see `Backend.weights`).
     """
 
@@ -46,10 +47,15 @@ class Row:
     prompt_input: PromptInput | None = None
     keys: np.ndarray = field(default_factory=lambda: NO_KEYS)
     n_cached: int = 0
-    scores: Tensor | None = None
+    scores: Tensor = NO_SCORES
     state: Tensor | None = None
     weights: object = None
     freed_at: float = 0.0
+
+    @property
+    def is_read(self) -> bool:
+        """Whether the cache holds the whole prompt."""
+        return self.n_cached >= len(self.keys)
 
     def common_prefix(self, prompt_keys: np.ndarray) -> int:
         """Tokens at the beginning of a prompt that the row holds; the last is always computed."""
@@ -70,7 +76,7 @@ class Row:
         self.keys = keys[: self.n_cached]
         self.request = None
         self.prompt_input = None
-        self.scores = None
+        self.scores = NO_SCORES
         self.state = None
         self.freed_at = time.monotonic()
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from typing import Protocol
 
@@ -52,15 +51,25 @@ def build_warpers(settings: GenerationSettings) -> list[LogitsProcessor]:
     return warpers
 
 
+def are_numbers(scores: Tensor) -> list[bool]:
+    """Whether each row of scores `[B, V]` has a finite maximum: NaN would crash a CUDA process when
+    a token is sampled."""
+    is_finite: list[bool] = scores.amax(dim=-1).isfinite().tolist()
+    return is_finite
+
+
 def refuse_damaged(input_ids: Tensor, scores: Tensor) -> Tensor:
-    """The logits processor that raises GenerationError for scores `[B, V]` that are NaN, which
-    would crash a CUDA process when a token is sampled."""
-    if not all(map(math.isfinite, scores.amax(dim=-1).tolist())):
-        raise GenerationError(
-            "The language model's scores are not numbers: its weights may be damaged, or the dtype "
-            "too narrow (try --dtype float32)."
-        )
+    """The logits processor that raises `damaged_scores` for one of the rows."""
+    if not all(are_numbers(scores)):
+        raise damaged_scores()
     return scores
+
+
+def damaged_scores() -> GenerationError:
+    return GenerationError(
+        "The language model's scores are not numbers: its weights may be damaged, or the dtype "
+        "too narrow (try --dtype float32)."
+    )
 
 
 def guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:

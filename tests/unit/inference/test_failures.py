@@ -41,7 +41,7 @@ class FaultyBackend(TorchBackend):
         self.on_decode: Callable[[torch.Tensor], object] | None = None
         self.gate = threading.Event()
         self.gate.set()
-        self.passes: list[int] = []  # padded prompt tokens; 0: a decoding pass
+        self.passes: list[int] = []  # prompt tokens; 0: a decoding pass
 
     def _check(self, step: str) -> None:
         if self.fails == step:
@@ -55,11 +55,11 @@ class FaultyBackend(TorchBackend):
         with super().ready():
             yield
 
-    def prefill(self, first_row: int, chunks: Sequence[PromptChunk]) -> NextTokens:
+    def prefill(self, chunks: Sequence[PromptChunk]) -> NextTokens:
         self.gate.wait(30)
         self._check("prefill")
-        self.passes.append(len(chunks) * max(chunk.stop - chunk.start for chunk in chunks))
-        return super().prefill(first_row, chunks)
+        self.passes.append(sum(chunk.stop - chunk.start for chunk in chunks))
+        return super().prefill(chunks)
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> NextTokens:
         computed = super().decode(tokens, positions)

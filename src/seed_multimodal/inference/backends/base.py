@@ -16,11 +16,12 @@ from seed_multimodal.inference.prompt import Prompt, PromptInput
 
 @dataclass(frozen=True)
 class PromptChunk:
-    """Tokens `start` to `stop` of a prompt, for one row.
+    """Tokens `start` to `stop` of a prompt, for one row of the cache, which holds those before.
 
-    prompt_input: what `Backend.prepare` returned.
+    row: its index. prompt_input: what `Backend.prepare` returned.
     """
 
+    row: int
     prompt_input: PromptInput
     start: int
     stop: int
@@ -67,11 +68,8 @@ class Backend(Protocol):
         """The form in which chunks of a prompt are read."""
         ...
 
-    def prefill(self, first_row: int, chunks: Sequence[PromptChunk]) -> NextTokens:
-        """Read a piece of a prompt into each row from `first_row` on.
-
-        An empty one changes nothing.
-        """
+    def prefill(self, chunks: Sequence[PromptChunk]) -> NextTokens:
+        """Read pieces of prompts; the scores are those after each one's last token."""
         ...
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> NextTokens:

@@ -120,12 +120,12 @@ class LlamaCppBackend:
             )
         return ids
 
-    def prefill(self, first_row: int, chunks: Sequence[PromptChunk]) -> NextTokens:
+    def prefill(self, chunks: Sequence[PromptChunk]) -> NextTokens:
         tokens = [chunk.prompt_input[chunk.start : chunk.stop] for chunk in chunks]
-        return self._run(first_row, tokens, [chunk.start for chunk in chunks])
+        return self._run([chunk.row for chunk in chunks], tokens, [chunk.start for chunk in chunks])
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> NextTokens:
-        return self._run(0, [[token] for token in tokens], positions)
+        return self._run(range(len(tokens)), [[token] for token in tokens], positions)
 
     def swap(self, row_a: int, row_b: int, length_a: int, length_b: int) -> None:
         sequences = self._sequence_of_row
@@ -138,16 +138,16 @@ class LlamaCppBackend:
         self._llama.llama_memory_seq_rm(memory, self._sequence_of_row[row], -1, -1)
 
     def _run(
-        self, first_row: int, tokens: Sequence[Sequence[int]], starts: Sequence[int]
+        self, rows: Sequence[int], tokens: Sequence[Sequence[int]], starts: Sequence[int]
     ) -> NextTokens:
-        """Read tokens of each row from `first_row` on; the scores are those after the last ones."""
+        """Read tokens into each of the rows; the scores are those after the last ones."""
         memory = self._llama.llama_get_memory(self._context)
 
         # 1. What the rows hold behind the starts is forgotten; the new tokens of all rows are put
         #    in one line: token, position, sequence, index of the row (-1: no scores).
         inputs: list[tuple[int, int, int, int]] = []
-        for index, (row_tokens, start) in enumerate(zip(tokens, starts, strict=True)):
-            sequence = self._sequence_of_row[first_row + index]
+        for index, (row, row_tokens, start) in enumerate(zip(rows, tokens, starts, strict=True)):
+            sequence = self._sequence_of_row[row]
             self._llama.llama_memory_seq_rm(memory, sequence, start, -1)
             last = len(row_tokens) - 1
             for offset, token in enumerate(row_tokens):

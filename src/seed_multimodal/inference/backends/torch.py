@@ -91,9 +91,9 @@ class TorchBackend:
         self.cache = KVCache(self.cache_size)
         if self._offload_device is None:
             self._allocate_cache()
-        self._decode_pass = self._forward
+        self._decode_pass = self._decode
         if compiled:
-            self._decode_pass = torch.compile(self._forward, mode="reduce-overhead")
+            self._decode_pass = torch.compile(self._decode, mode="reduce-overhead")
         if llm.config.model_type not in CHECKED_ARCHITECTURES:
             self._check_scores()
 
@@ -122,8 +122,8 @@ class TorchBackend:
         length = len(prompt) - 1  # of the first piece
         with self.ready():
             embeddings = self.prepare(prompt)
-            self.prefill(0, [PromptChunk(embeddings, 0, length)])
-            scores = self.prefill(0, [PromptChunk(embeddings, length, len(prompt))]).scores
+            self.prefill([PromptChunk(0, embeddings, 0, length)])
+            scores = self.prefill([PromptChunk(0, embeddings, length, len(prompt))]).scores
             ids = torch.tensor([prompt.ids], device=embeddings.device)
             expected = self.llm(ids, use_cache=False).logits
         return scores[0], expected[0, -1].float()
@@ -170,25 +170,51 @@ class TorchBackend:
             embeddings[torch.tensor(positions, device=device)] = features.to(embeddings)
         return embeddings
 
-    def prefill(self, first_row: int, chunks: Sequence[PromptChunk]) -> NextTokens:
+    def prefill(self, chunks: Sequence[PromptChunk]) -> NextTokens:
+        # 1. All pieces are one sequence, without padding; each token sees those before it in its
+        #    own row of the cache.
+        rows: list[int] = []  # of each token
+        positions: list[int] = []
+        seen_rows: list[int] = []
+        seen_positions: list[int] = []
+        last: list[int] = []  # token of each piece
+        for chunk in chunks:
+            rows += [chunk.row] * (chunk.stop - chunk.start)
+            positions += range(chunk.start, chunk.stop)
+            seen_rows += [chunk.row] * chunk.stop
+            seen_positions += range(chunk.stop)
+            last.append(len(rows) - 1)
         pieces = [chunk.prompt_input[chunk.start : chunk.stop] for chunk in chunks]
-        embeddings = pad_sequence(pieces, batch_first=True)  # [B, n, D]
-        starts = [chunk.start for chunk in chunks]
-        lengths = [chunk.stop - chunk.start for chunk in chunks]
-        return self._run(first_row, embeddings, starts, lengths, self._forward)
+        embeddings = torch.cat(pieces)[None]  # [1, n, D]
+        table = torch.tensor([rows, positions], device=embeddings.device)[:, None]  # [2, 1, n]
+        seen = torch.tensor([seen_rows, seen_positions], device=embeddings.device)[:, None]
+
+        # 2. The model.
+        self.cache.begin(table[0], table[1], (seen[0], seen[1]))
+        is_own = table[0, 0, :, None] == seen[0]  # [n, K]
+        states = self._states_of(embeddings, table[1], seen[1, 0], is_own)[0, last]
+        return NextTokens(output_scores(self.llm, states), states)
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> NextTokens:
-        embed = self.llm.get_input_embeddings()
         n_rows = len(tokens)
         n_padding = 0
         if self.compiled:  # few numbers of rows are compiled: powers of two
             n_padding = min(1 << (n_rows - 1).bit_length(), self.cache_size.rows) - n_rows
-        padding = [0] * n_padding
-        ids = torch.tensor([*tokens, *padding], device=embed.weight.device)
-        starts = [*positions, *(self._scratch_position for _ in padding)]
-        lengths = [1] * len(starts)
-        next_tokens = self._run(0, embed(ids[:, None]), starts, lengths, self._decode_pass)
-        return NextTokens(next_tokens.scores[:n_rows], next_tokens.states)
+        embed = self.llm.get_input_embeddings()
+        device = embed.weight.device
+        ids = torch.tensor([*tokens, *([0] * n_padding)], device=device)
+        # Keys and values of padding are written to the last position, which no token sees.
+        padding = [self.cache_size.length - 1] * n_padding
+        arguments = (
+            embed(ids[:, None]),
+            torch.tensor([*positions, *padding], device=device)[:, None],
+            torch.arange(self._span(max(positions) + 1), device=device),
+        )
+        if self.compiled:  # one graph for any number of rows and positions
+            for tensor in arguments:
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        scores, states = self._decode_pass(*arguments)
+        return NextTokens(scores[:n_rows], states)
 
     def copy(self, source: int, target: int, length: int) -> None:
         self.cache.copy(source, target, length)
@@ -275,45 +301,6 @@ class TorchBackend:
 
     # ---- one pass
 
-    @property
-    def _scratch_position(self) -> int:
-        """Where the keys and values of padding are written; no token sees it."""
-        return self.cache_size.length - 1
-
-    def _run(
-        self,
-        first_row: int,
-        embeddings: Tensor,
-        starts: Sequence[int],
-        lengths: Sequence[int],
-        forward: Callable[..., tuple[Tensor, Tensor]],
-    ) -> NextTokens:
-        """A pass over `embeddings` `[B, n, D]`.
-
-        starts: the position of each row's first token.
-        lengths: the tokens of each row; the rest is padding.
-        """
-        # 1. Positions; those of padding may lie behind the row.
-        device = embeddings.device
-        first_positions = torch.tensor(starts, device=device)[:, None]
-        positions = first_positions + torch.arange(embeddings.shape[1], device=device)
-        positions = positions.clamp(max=self._scratch_position)  # [B, n]
-        last = torch.tensor(lengths, device=device).sub(1).clamp(min=0)  # [B]
-
-        # 2. What attention reads: as far as the longest sequence reaches, without rows of padding.
-        real_ends = [start + length for start, length in zip(starts, lengths, strict=True)]
-        end = max(end for end in real_ends if end <= self._scratch_position)
-        span_positions = torch.arange(self._span(end), device=device)
-
-        # 3. The model.
-        arguments = (embeddings, positions, last, span_positions)
-        if self.compiled:  # one graph for any number of rows and positions
-            for tensor in arguments:
-                torch._dynamo.maybe_mark_dynamic(tensor, 0)
-        self.cache.first_row = first_row
-        scores, states = forward(*arguments)
-        return NextTokens(scores, states)
-
     def _span(self, end: int) -> int:
         """Positions that attention reads, for sequences that end before `end`."""
         if self.compiled:
@@ -324,26 +311,34 @@ class TorchBackend:
             span = -(-end // SPAN_STEP) * SPAN_STEP
         return min(span, self.cache_size.length)
 
-    def _forward(
-        self, embeddings: Tensor, positions: Tensor, last: Tensor, span_positions: Tensor
-    ) -> tuple[Tensor, Tensor]:
-        """Scores `[B, V]` and last hidden states `[B, D]` at the tokens `last` `[B]`.
+    def _decode(self, embeddings: Tensor, positions: Tensor, span: Tensor) -> tuple[Tensor, Tensor]:
+        """Scores `[B, V]` and last hidden states `[B, D]` of a token in each of the first rows.
 
-        Tokens (`embeddings` `[B, n, D]`) see the cache up to their own `positions` `[B, n]`.
+        embeddings: `[B, 1, D]`. positions: theirs `[B, 1]`; they see the `span` `[K]` up to these.
         """
         # Set here, where it is traced: outside, torch.compile would make a graph for each value.
-        self.cache.begin(positions, len(span_positions))
+        rows = torch.arange(len(positions), device=positions.device)[:, None]
+        self.cache.begin(rows, positions, len(span))
+        states = self._states_of(embeddings, positions, span)[:, -1]
+        return output_scores(self.llm, states), states
+
+    def _states_of(
+        self, embeddings: Tensor, positions: Tensor, seen: Tensor, is_own: Tensor | None = None
+    ) -> Tensor:
+        """Last hidden states `[B, n, D]` of tokens, whose keys and values are cached.
+
+        seen, is_own: see `AttentionMasks`.
+        """
         output = self.llm.get_decoder()(
             None,
-            self._masks(positions, span_positions, embeddings.dtype),
+            self._masks(positions, seen, embeddings.dtype, is_own),
             positions,
             self.cache,  # by position: its name changed in transformers 5.24
             inputs_embeds=embeddings,
             use_cache=True,
         )
-        rows = torch.arange(len(last), device=last.device)
-        state = output.last_hidden_state[rows, last]
-        return output_scores(self.llm, state), state
+        states: Tensor = output.last_hidden_state
+        return states
 
 
 class AttentionMasks:
@@ -362,18 +357,25 @@ class AttentionMasks:
         self._config = config  # the implementation of attention may be changed later
 
     def __call__(
-        self, positions: Tensor, span_positions: Tensor, dtype: torch.dtype
+        self,
+        positions: Tensor,
+        seen: Tensor,
+        dtype: torch.dtype,
+        is_own: Tensor | None = None,
     ) -> Tensor | dict[str, Tensor]:
-        """Masks `[B, 1, n, span]` of tokens at `positions` `[B, n]`.
+        """Masks `[B, 1, n, K]` of tokens at `positions` `[B, n]`.
 
-        span_positions: those of the keys `[span]`.
+        seen: positions of the keys `[K]`. is_own `[n, K]`: which keys are of a token's own prompt;
+        None: all.
         dtype: of the model.
         """
         queries = positions[:, None, :, None]  # [B, 1, n, 1]
-        full = span_positions <= queries
+        full = seen <= queries
+        if is_own is not None:
+            full = full & is_own
         sliding = full
         if self.window is not None:
-            sliding = full & (span_positions > queries - self.window)
+            sliding = full & (seen > queries - self.window)
         if not self._by_layer_type:
             return self._form(sliding, dtype)
         return {FULL: self._form(full, dtype), SLIDING: self._form(sliding, dtype)}
