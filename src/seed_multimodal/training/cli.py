@@ -176,7 +176,7 @@ def run(program: str, configs: Path, command: CommandLine) -> int:
 
     # Only print, if asked for.
     if "help" in command.options:
-        print(help_text(folder / f"{name}.yaml", task_type.run_type.group_types()))
+        print(help_text(folder / f"{name}.yaml", task_type.run_type.groups()))
         return 0
     only_print = "cfg" in command.options
     config = compose(command, folder, name, require_all=not only_print)
@@ -191,7 +191,7 @@ def run(program: str, configs: Path, command: CommandLine) -> int:
     return 0
 
 
-def help_text(file: Path, group_types: Mapping[str, type]) -> str:
+def help_text(file: Path, groups: Mapping[str, tuple[Any, bool]]) -> str:
     """The configuration's header comment, its groups' files, and the keys with their defaults."""
     # 1. The header.
     lines: list[str] = []
@@ -214,8 +214,9 @@ def help_text(file: Path, group_types: Mapping[str, type]) -> str:
         "Keys and defaults (overridden by a group's file; ???: required):",
         "  output_dir=???",
     ]
-    for group, group_type in group_types.items():
-        lines += [f"  {line}" for line in describe_settings(group_type, group)]
+    for group, (group_type, is_required) in groups.items():
+        if is_required:
+            lines += [f"  {line}" for line in describe_settings(group_type, group)]
     return "\n".join(lines)
 
 

@@ -165,9 +165,12 @@ def build_engine(
     task: Task, settings: TrainerSettings, group: ProcessGroup, device: torch.device
 ) -> Engine:
     """The engine of a prepared task: DeepSpeed if it has a configuration, else plain torch."""
-    config = task.deepspeed_config(group.world)
-    if config is None:
+    if task.deepspeed is None:
         return Engine(task, settings, group, device)
+    config, remarks = resolve_deepspeed_config(
+        task.deepspeed, settings, world=group.world, rows=task.rows, hidden_size=task.width
+    )
+    group.log(task.name, *remarks)
     return ZeroEngine(task, settings, group, device, config)
 
 

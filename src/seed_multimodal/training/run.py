@@ -28,7 +28,6 @@ from seed_multimodal.training.distributed import (
     process_group_cleanup,
     translate_errors,
 )
-from seed_multimodal.training.engine import resolve_deepspeed_config
 from seed_multimodal.training.schedules import optim_learning_rate
 from seed_multimodal.training.task import Task
 from seed_multimodal.training.trainer import train
@@ -87,19 +86,14 @@ class RunSettings:
     deepspeed: ConfigNode | None = None
 
     @classmethod
-    def group_types(cls) -> dict[str, type]:
-        """The type of each required group."""
+    def groups(cls) -> dict[str, tuple[Any, bool]]:
+        """Group → its type, and whether it is required."""
         types = get_type_hints(cls)
         return {
-            field.name: types[field.name]
-            for field in fields(cls)
-            if field.default is MISSING and field.name not in ("output_dir", "config")
+            item.name: (types[item.name], item.default is MISSING)
+            for item in fields(cls)
+            if item.name not in ("output_dir", "config")
         }
-
-    @classmethod
-    def optional_groups(cls) -> list[str]:
-        """Names of the other groups."""
-        return [field.name for field in fields(cls) if field.default is not MISSING]
 
 
 class RunTask(Task):
@@ -108,8 +102,6 @@ class RunTask(Task):
     Attributes:
         run_type: groups of the configuration.
         settings_readers: custom readers of groups: (mapping, name for errors) → settings.
-        rows: sequences of a micro-step in each process.
-        width: of the model, for DeepSpeed's `auto` values.
     """
 
     name = "train"
@@ -133,31 +125,28 @@ class RunTask(Task):
     )
     run_type: ClassVar[type[RunSettings]]
     settings_readers: ClassVar[Mapping[str, Callable[[ConfigNode, str], object]]] = {}
-    rows: int
-    width: int
 
     @classmethod
     def read(cls, config: ConfigNode) -> RunSettings:
         """Parse a resolved configuration. Raises ConfigError."""
-        group_types = cls.run_type.group_types()
-        required = ("output_dir", *group_types)
-        optional = cls.run_type.optional_groups()
-        check_keys(config, (*required, *optional), "configuration")
-        for key in required:
+        groups = cls.run_type.groups()
+        required = [name for name, (_, is_required) in groups.items() if is_required]
+        check_keys(config, ("output_dir", *groups), "configuration")
+        for key in ("output_dir", *required):
             if config.get(key) in (None, ""):
                 raise ConfigError(f"configuration: {key} is required.")
 
         # All groups are mappings; check that before any of them is read.
-        groups: JsonObject = {}
-        for key in (*group_types, *optional):
+        settings: JsonObject = {}
+        for key in groups:
             if config.get(key) is not None:
-                groups[key] = check_value(dict[str, Any], config[key], f"configuration: {key}")
-        for key, values in groups.items():
+                settings[key] = check_value(dict[str, Any], config[key], f"configuration: {key}")
+        for key, values in settings.items():
             if key in cls.settings_readers:
-                groups[key] = cls.settings_readers[key](values, key)
-            elif key in group_types:
-                groups[key] = read_settings(group_types[key], values, key)
-        return cls.run_type(output_dir=Path(str(config["output_dir"])), config=config, **groups)
+                settings[key] = cls.settings_readers[key](values, key)
+            elif key in required:
+                settings[key] = read_settings(groups[key][0], values, key)
+        return cls.run_type(output_dir=Path(str(config["output_dir"])), config=config, **settings)
 
     @classmethod
     def train(cls, config: ConfigNode) -> JsonObject:
@@ -188,6 +177,7 @@ class RunTask(Task):
         self.group = group
         self.device = device
         self.config = run.config
+        self.deepspeed = run.deepspeed
         self.zero_stage = 0
         if run.deepspeed is not None:
             zero = run.deepspeed.get("zero_optimization") or {}
@@ -206,16 +196,6 @@ class RunTask(Task):
 
     def close(self) -> None:
         """Close the data; called at the end of the run, also after an error."""
-
-    def deepspeed_config(self, world: int) -> ConfigNode | None:
-        """The configuration's DeepSpeed block, with "auto" resolved."""
-        if self.run.deepspeed is None:
-            return None
-        config, remarks = resolve_deepspeed_config(
-            self.run.deepspeed, self.settings, world=world, rows=self.rows, hidden_size=self.width
-        )
-        self._log(*remarks)
-        return config
 
     def should_write_samples(self, step: int) -> bool:
         """Whether this process writes samples after a step.

@@ -44,6 +44,8 @@ class Task:
         ddp_options: of DistributedDataParallel. Buffers are not broadcast: they are constants or
             kept equal by the task, and processes may make unequal numbers of forward passes in a
             step.
+        deepspeed: DeepSpeed's configuration, for its engine; with `rows`, the sequences of a
+            micro-step in each process, and `width` of the model for "auto" values.
         config: the resolved configuration.
         quiet_keys: keys of the configuration whose change is not reported on resume.
         fixed_on_resume: values of `identity` that must be those of the checkpoint → nouns for
@@ -60,6 +62,9 @@ class Task:
     parallel: bool = True
     loss_reduction: Literal["mean", "sum"] = "mean"
     ddp_options: Mapping[str, bool] = MappingProxyType({"broadcast_buffers": False})
+    deepspeed: ConfigNode | None = None
+    rows: int
+    width: int
     config: ConfigNode | None = None
     quiet_keys: Sequence[str] = ()
     fixed_on_resume: Mapping[str, str] = MappingProxyType({})
@@ -83,10 +88,6 @@ class Task:
 
     def prepare(self) -> None:
         """Build `module` and `optimizer`; called after the resume checks."""
-
-    def deepspeed_config(self, world: int) -> ConfigNode | None:
-        """Result of `engine.resolve_deepspeed_config` to use DeepSpeed; called after `prepare`."""
-        return None
 
     def before_training(self, trainer: Trainer) -> None:
         """Called with the `Trainer` after restoring, before the first step."""

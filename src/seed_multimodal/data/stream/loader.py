@@ -151,6 +151,7 @@ def _init_worker(worker: int) -> None:
     sent.
     """
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # Python's own hook prints a traceback and drops the result, for which the parent would wait
     # forever.
     Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
