@@ -330,6 +330,20 @@ class Decoder:
             raise BadRecord("empty text", f"{name}: is an empty list.")
         return texts
 
+    def messages(
+        self, fields: RecordFields, read_image: Callable[[JsonObject, str], Any]
+    ) -> list[Turn]:
+        """The turns of `messages`, with `read_image(part, name)` for each image."""
+        turns: list[Turn] = []
+        for turn_index, message in enumerate(self.require(fields, "messages", list)):
+            parts: list[SegmentPart] = []
+            for part_index, part in enumerate(message["content"]):
+                if not isinstance(part, str):
+                    part = read_image(part, f"messages[{turn_index}].content[{part_index}]")
+                parts.append(part)
+            turns.append((message["role"], parts))
+        return turns
+
     # ---- images
 
     def codes(self, value: object, name: str) -> Codes:

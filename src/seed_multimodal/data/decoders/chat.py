@@ -14,14 +14,13 @@ from dataclasses import dataclass
 from functools import cached_property
 
 from seed_multimodal.data.decoders.base import (
+    Codes,
     Decoder,
     DecoderOptions,
     SeededRandom,
     SegmentList,
-    SegmentPart,
 )
-from seed_multimodal.data.formats.conversations import ContentPart
-from seed_multimodal.data.formats.record import BadRecord, RecordFields, shorten
+from seed_multimodal.data.formats.record import BadRecord, JsonObject, RecordFields, shorten
 from seed_multimodal.language.prompts import CHAT, TEMPLATES, PromptTemplate, get_template
 from seed_multimodal.settings import setting
 
@@ -48,20 +47,11 @@ class Chat(Decoder):
         return get_template(self.options.template, self.tokenizer)
 
     def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
-        # One view of each image.
-        turns: list[tuple[str, list[SegmentPart]]] = []
-        for turn_index, message in enumerate(self.require(fields, "messages", list)):
-            parts: list[SegmentPart] = []
-            for part_index, part in enumerate(message["content"]):
-                name = f"messages[{turn_index}].content[{part_index}]"
-                parts.append(self._text_or_codes(part, name, rng))
-            turns.append((message["role"], parts))
+        turns = self.messages(fields, lambda part, name: self._codes(part, name, rng))
         return self.dialogue(self.template, turns, fields.get("system") or "")
 
-    def _text_or_codes(self, part: ContentPart, name: str, rng: SeededRandom) -> SegmentPart:
-        """A part of a message; of several views of an image one is chosen."""
-        if isinstance(part, str):
-            return part
+    def _codes(self, part: JsonObject, name: str, rng: SeededRandom) -> Codes:
+        """The codes of an image; of several views one is chosen."""
         codes = part.get("codes")
         if not codes:
             raise BadRecord(

@@ -44,7 +44,6 @@ from seed_multimodal.data.decoders.features import (
 from seed_multimodal.data.formats.conversations import (
     NO_IMAGE,
     ROLE_ORDER,
-    ContentPart,
     Placeholder,
     split_images,
 )
@@ -302,35 +301,32 @@ class Chat(SeedXDecoder):
 
     def open_images(self, fields: RecordFields, open_image_field: OpenImage) -> JsonObject:
         """The fields, with the images of the messages opened."""
-        messages: list[JsonObject] = []
-        for turn_index, message in enumerate(self.require(fields, "messages", list)):
-            content: list[ContentPart] = []
-            for part_index, part in enumerate(message["content"]):
-                if isinstance(part, str):
-                    content.append(part)
-                    continue
-                value = self.require(part, "image", object)
-                name = f"messages[{turn_index}].content[{part_index}]"
-                content.append({"image": open_image_field(value, name)})
-            messages.append({**message, "content": content})
-        return {**fields, "messages": messages}
+
+        def open_part(part: JsonObject, name: str) -> JsonObject:
+            return {"image": open_image_field(self.require(part, "image", object), name)}
+
+        turns = self.messages(fields, open_part)
+        return {
+            **fields,
+            "messages": [{"role": role, "content": content} for role, content in turns],
+        }
 
     def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
         turns: list[Turn] = []
-        last_target: ContentPart | None = None  # of the answer before a question
-        for message in self.require(fields, "messages", list):
-            is_answer = message["role"] == "assistant"
-            content = message["content"]
-            # A question without images is about the last target.
-            images = [part for part in content if not isinstance(part, str)]
-            if not is_answer and last_target and not images:
-                content = [last_target, *content]
-            # Images of questions are inputs, those of answers targets.
-            parts: list[SegmentPart] = []
-            for part in content:
-                if not isinstance(part, str):
-                    part = self.opened_image(part, "image", is_target=is_answer)
-                parts.append(part)
-            turns.append((message["role"], parts))
-            last_target = images[-1] if is_answer and images else None
+        last_target: OpenedImage | None = None  # of the answer before a question
+        opened = self.messages(fields, lambda part, name: self.opened_image(part, "image"))
+        for role, content in opened:
+            images = [part for part in content if isinstance(part, OpenedImage)]
+            parts = [*content]
+            if role == "assistant":
+                # Images of answers are targets.
+                parts = [
+                    replace(part, is_target=True) if isinstance(part, OpenedImage) else part
+                    for part in content
+                ]
+            elif last_target and not images:
+                # A question without images is about the last target.
+                parts = [last_target, *content]
+            turns.append((role, parts))
+            last_target = images[-1] if role == "assistant" and images else None
         return self.turns(turns)
