@@ -95,6 +95,8 @@ def _machine_error_sentence(error: Exception) -> str:
         hint = install_hint(module)
         if hint:
             return f"the package {package_of(module)} is not installed, which this needs: {hint}."
+    if str(error).startswith("DataLoader worker"):  # raised by torch's signal handler, anywhere
+        return f"{first_line(error)}, often because memory ran out; resume with fewer workers."
     if disk_is_full(error):
         file = getattr(error, "filename", None) or "a file"
         return f"{file} cannot be written: the disk or quota is full."

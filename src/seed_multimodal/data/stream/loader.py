@@ -11,21 +11,16 @@ from __future__ import annotations
 
 import atexit
 import itertools
-import os
 import signal
-import sys
-import threading
 import time
 import warnings
-from collections.abc import Callable, Generator, Iterable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Generator, Iterable
 from functools import partial
-from multiprocessing.queues import Queue
+from multiprocessing.reduction import ForkingPickler
 from typing import Any, Generic, Self, TypeVar
 
 import numpy as np
 import torch
-from torch._C import _error_if_any_worker_fails
 from torch.utils.data import default_collate
 
 from seed_multimodal.data.formats.record import BadRecords, JsonObject, RecordFields
@@ -36,12 +31,17 @@ from seed_multimodal.data.stream.sampler import (
     distinct_samples,
 )
 from seed_multimodal.entry import kill_with_parent
-from seed_multimodal.errors import DataError, SeedError, first_line
+from seed_multimodal.errors import DataError, SeedError
 
 Job = TypeVar("Job")
 Result = TypeVar("Result")
 Sample = TypeVar("Sample")
 Batch = TypeVar("Batch")
+WORKER_KILLED = (
+    "A data worker process was killed (often because memory ran out, in a container that of "
+    "/dev/shm: docker run --shm-size=16g or --ipc=host); resume from the last checkpoint, with "
+    "fewer workers if it happens again."
+)
 Fault = tuple[str, str]  # name and message
 
 
@@ -61,7 +61,6 @@ def load(
 
     # 1. Start the workers. They have a separate generator, so that training's random numbers do not
     #    change.
-    handler = signal.getsignal(signal.SIGCHLD)
     with warnings.catch_warnings():
         # Of torchdata 0.11 with newer torch, and of more workers than cores.
         warnings.filterwarnings("ignore", "'set_vital' is deprecated")
@@ -76,54 +75,24 @@ def load(
             generator=torch.Generator(),
             snapshot_every_n_steps=None,
         )
-        results = iter(loader)
+        results = [iter(loader)]
+    del loader
 
-    # 2. Restore the signal handler, since torch's would raise anywhere; stop workers at exit,
-    #    because they ignore SIGTERM and exit would hang.
-    if signal.getsignal(signal.SIGCHLD) is not handler:
-        signal.signal(signal.SIGCHLD, handler)
-    stop = results._shutdown_workers
-    atexit.register(stop)
-
-    # 3. Results, or the error of a worker.
-    end: Any = object()
+    # 2. Results, or the error of a worker. Without their iterator workers end, also at exit, where
+    #    they ignore SIGTERM.
+    atexit.register(results.clear)
     try:
-        while True:
-            with failed_workers_raise():
-                result = next(results, end)
-            if result is end:
-                return
+        while (result := next(results[0], None)) is not None:
             if isinstance(result, SeedError):
                 raise result
-            yield result
+            yield ForkingPickler.loads(result)
     except (RuntimeError, OSError, EOFError) as error:
         if "in DataLoader worker process" in str(error):  # raised by `fetch`
             raise
-        raise DataError(
-            "A data worker process was killed (often because memory ran out, in a container that "
-            "of /dev/shm: docker run --shm-size=16g or --ipc=host); resume from the last "
-            "checkpoint, with fewer workers if it happens again."
-        ) from error
+        raise DataError(WORKER_KILLED) from error
     finally:
-        stop()
-        atexit.unregister(stop)
-
-
-@contextmanager
-def failed_workers_raise() -> Iterator[None]:
-    """Raise RuntimeError when a worker was killed: the rest of a half-written result never comes.
-
-    In the main thread only, as all handlers of signals.
-    """
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    handler = signal.signal(signal.SIGCHLD, lambda *_: _error_if_any_worker_fails())
-    try:
-        _error_if_any_worker_fails()  # one may have ended before this handler was set
-        yield
-    finally:
-        signal.signal(signal.SIGCHLD, handler)
+        results.clear()
+        atexit.unregister(results.clear)
 
 
 class _Fetch(Generic[Job, Result]):
@@ -135,11 +104,16 @@ class _Fetch(Generic[Job, Result]):
     def __init__(self, fetch: Callable[[Job], Result]) -> None:
         self.fetch = fetch
 
-    def __getitem__(self, job: Job) -> Result | SeedError:
+    def __getitem__(self, job: Job) -> bytes | SeedError:
         try:
-            return self.fetch(job)
+            result = self.fetch(job)
         except SeedError as error:
             return error
+        try:
+            # Here, since the thread that sends results drops those that fail.
+            return bytes(ForkingPickler.dumps(result))
+        except (RuntimeError, OSError):  # no room in shared memory
+            return DataError(WORKER_KILLED)
 
 
 def _identity(value: Result) -> Result:
@@ -147,22 +121,10 @@ def _identity(value: Result) -> Result:
 
 
 def _init_worker(worker: int) -> None:
-    """Make a worker ignore torchrun's SIGTERM, and end when its parent dies or a result cannot be
-    sent.
-    """
+    """Make a worker ignore torchrun's SIGTERM and Ctrl-C, and end when its parent dies."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # Python's own hook prints a traceback and drops the result, for which the parent would wait
-    # forever.
-    Queue._on_queue_feeder_error = staticmethod(_end_worker)  # type: ignore[attr-defined]
     kill_with_parent()  # elsewhere than on Linux torch's workers watch their parent themselves
-
-
-def _end_worker(error: Exception, result: object) -> None:
-    """End a worker whose result cannot be sent, usually because /dev/shm is full."""
-    sys.stderr.write(f"data worker: {first_line(error)}\n")
-    sys.stderr.flush()
-    os._exit(1)
 
 
 class SampleDataset(Generic[Sample]):
