@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import gzip
 import json
 import os
 import sys
@@ -12,7 +11,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from data_files import lines, shard
+from data_files import lines
 from installed_package import install
 from pyarrow import parquet
 from real_processes import run_process
@@ -112,9 +111,7 @@ def empty_table() -> bytes:
 FAULTS = {
     "text.tar": b"not a tar " * 200,
     "empty.tar": b"",
-    "packed.tar": gzip.compress(bytes(10240)),
     "empty.jsonl": b"",
-    "bytes.jsonl": b"\xff\xfe\n",
     "no-list.json": b"[]",
     "value.json": b'[{"a": 1},\n {"a": }]',
     "object.json": b'{"a": [1]\n}',
@@ -144,33 +141,7 @@ def test_open_records_of_a_pickled_sample(tmp_path):
     assert error.value.kind == "pickled"
 
 
-def test_open_records_of_an_image_folder(tmp_path):
-    (tmp_path / "sub").mkdir()
-    for name in ("b.jpg", "sub/a.PNG", ".hidden.jpg", "notes.md"):
-        write(tmp_path / name, "x")
-    write(tmp_path / "b.txt", "a caption")
-    source = open_records(tmp_path, format="folder")
-    images = [str((tmp_path / name).resolve()) for name in ("b.jpg", "sub/a.PNG")]
-    assert [record["image"] for record in fields(source)] == images
-    first, second = source.read(0), source.read(1)
-    assert first.location == str(tmp_path / "b.jpg")
-    assert first.member("txt", files=source.open_files) == b"a caption"
-    assert second.member("txt", files=source.open_files) is None
-
-
 # ---- which files are read
-
-
-def test_open_records_of_a_mixed_folder(tmp_path):
-    # Never a part of the files silently.
-    lines(tmp_path / "a.jsonl", [{"text": "a"}])
-    shard(tmp_path / "a.tar", [{"text": "b"}])
-    write(tmp_path / "counts.json", "{\n}")  # next to shards: no data
-    with pytest.raises(DataError, match="tar"):
-        open_records(tmp_path)
-    assert fields(open_records(tmp_path, format="jsonl")) == [{"text": "a"}]
-    both = open_records([tmp_path / "a.tar", tmp_path / "a.jsonl"])
-    assert [both.read(n).key for n in (0, 1)] == ["00000", "line 1"]
 
 
 @pytest.mark.parametrize(

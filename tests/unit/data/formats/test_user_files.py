@@ -36,8 +36,10 @@ def images(folder: Path, *names: str) -> None:
 
 
 def captioned(folder: Path) -> None:
-    """Two images with captions beside them."""
+    """Two images with captions beside them, and other files."""
     images(folder)
+    for name in (".hidden.jpg", "notes.md"):
+        write(folder / name, "x")
     for index in range(2):
         write(folder / f"{index}.txt", f"a {index}")
 
@@ -200,6 +202,10 @@ def test_a_folder_of_images_where_records_are_expected(tmp_path):
     images(tmp_path)
     with pytest.raises(DataError, match=r"2 images: set format: folder"):
         open_records(tmp_path)
+    # With several formats one is chosen.
+    tars(tmp_path)
+    lines(tmp_path / "a.jsonl", ROWS)
+    assert open_records(tmp_path, format="jsonl").read(0).fields == ROWS[0]
 
 
 def test_vqa_of_two_official_files(tmp_path):

@@ -49,38 +49,26 @@ def test_weights_hold(mixed, tokenizer, record_numbers):
     assert chosen_sources(tokenizer, record_numbers, config, 50) != chosen[:50]
 
 
-@pytest.mark.parametrize("packing", [True, False])
-def test_weights_count_micro_batches(mixed, tokenizer, packing):
-    # As in the original, shares of sequences are weight x batch_size.
-    config = mixed(packing=packing, max_bad_in_a_row=1)
-    for source, size in zip(config["sources"], (1, 8, 2), strict=True):
-        source["batch_size"] = size
-    batches = LlmBatches(read_data_settings(config), tokenizer)
-    assert len(list(itertools.islice(batches, 300))) == 300
-    counts = [source["sequences"] for source in batches.report()["sources"].values()]
-    for count, share in zip(counts, (0.25, 0.5, 0.25), strict=True):
-        assert count / sum(counts) == pytest.approx(share, abs=0.1)
-
-
 @pytest.mark.process
 @pytest.mark.parametrize("workers", [0, 2])
 @pytest.mark.parametrize("packing", [True, False])
 def test_weights_hold_whatever_is_dropped(tmp_path, tokenizer, packing, workers):
-    # As in the original, where filters are before batches: 1 : 1, in full micro-batches.
+    # As in the original, where filters are before batches: full micro-batches of 8 and 4, twice as
+    # many of the source with two fifths of its records.
     sources = []
-    for name, is_kept in (("clean", lambda n: True), ("filtered", lambda n: n % 10 < 3)):
-        texts = [{"text": f"number {n}" if is_kept(n) else ""} for n in range(500)]
+    for name, n_kept, size in (("all", 5, 8), ("filtered", 2, 4)):
+        texts = [{"text": f"number {n}" if n % 5 < n_kept else ""} for n in range(500)]
         path = str(lines(tmp_path / f"{name}.jsonl", texts))
-        source = {"name": name, "files": path, "decoder": "pretrain.text"}
-        sources.append({**source, "batch_size": 8, "max_length": 40})
+        source = {"name": name, "files": path, "decoder": "pretrain.text", "weight": 8 / size}
+        sources.append({**source, "batch_size": size, "max_length": 40})
     config = {"sources": sources, "packing": packing, "length": 128}
     with LlmBatches(read_data_settings(config), tokenizer, workers=workers) as batches:
         sizes = {len(batch.input_ids) for batch in itertools.islice(batches, 300)}
         report = batches.report()["sources"]
-    assert sizes == {1 if packing else 8}
-    clean, filtered = (report[name]["sequences"] for name in ("clean", "filtered"))
-    assert clean / filtered == pytest.approx(1, abs=0.2)
-    assert report["filtered"]["draws"] / filtered == pytest.approx(10 / 3, abs=0.2)
+    assert sizes == ({1} if packing else {8, 4})
+    complete, filtered = (report[name]["sequences"] for name in ("all", "filtered"))
+    assert complete / filtered == pytest.approx(1, abs=0.2)
+    assert report["filtered"]["draws"] / filtered == pytest.approx(5 / 2, abs=0.2)
 
 
 @pytest.mark.parametrize(

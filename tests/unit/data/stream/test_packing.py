@@ -35,19 +35,6 @@ def test_best_fit_fills_the_row_best(capacity, data):
     assert filled == max(total for total in totals if total <= capacity)
 
 
-@pytest.mark.parametrize(
-    ("lengths", "capacity", "chosen"),
-    [
-        ([5, 3, 3, 3, 3], 11, [0, 1, 2]),
-        ([10, 1, 1], 10, [0]),
-        ([4, 9, 6, 6], 10, [0, 2]),
-        ([1, 2, 3, 1], 3, [0, 1]),
-    ],
-)
-def test_best_fit_prefers_older_sequences(lengths, capacity, chosen):
-    assert best_fit(lengths, capacity) == chosen
-
-
 @given(st.lists(st.integers(1, 9), max_size=6), st.integers(0, 5), st.booleans())
 def test_make_row_loses_and_doubles_no_token(lengths, n_padding, packed):
     # Labels differ from ids, and each token is another one.

@@ -8,7 +8,6 @@ from repository import ROOT
 from seed_multimodal.compat.data_files import BUILDERS
 from seed_multimodal.config import load_yaml
 from seed_multimodal.data.decoders import decoder_names
-from seed_multimodal.data.pretokenize.inputs import read_input_settings
 from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.errors import ConfigError
 
@@ -101,17 +100,3 @@ def test_read_data_settings_with_wrong_keys(change, named):
     pipe = {"_target_": CAPTION, "data_dir": "a", **change}
     with pytest.raises(ConfigError, match=named):
         read_data_settings({"datapipes": [pipe], "sample_weights": [1.0]})
-
-
-@pytest.mark.parametrize(
-    "target",
-    [
-        "torchdata_eval.build_edit_datapipes",
-        "torchdata_train.build_caption_datapipes_with_pixels",
-    ],
-)
-def test_read_input_settings_of_other_pipes(target):
-    settings = read_input_settings(
-        {"_target_": f"src.data.{target}", "data_dir": "a", "max_length": 77}
-    )
-    assert (settings.files, settings.format) == ("a", "auto")
