@@ -8,6 +8,7 @@ import json
 import math
 import os
 import shutil
+import stat
 import sys
 import tempfile
 import time
@@ -171,6 +172,15 @@ def read_patiently(
             sys.stderr.write(f"{message}; again in {pause:g} s\n")
             before_retry()
             time.sleep(pause)
+
+
+def is_file(path: str | Path) -> bool:
+    """Whether a file exists. Raises ReadError, where `os.path.isfile` returns False."""
+    try:
+        status = read_patiently(path, lambda: os.stat(path))
+    except (OSError, ValueError):  # no such file, or no valid name
+        return False
+    return stat.S_ISREG(status.st_mode)
 
 
 def reading_reason(error: Exception) -> str:

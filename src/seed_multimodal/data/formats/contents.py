@@ -18,7 +18,6 @@ from pathlib import Path
 
 from braceexpand import braceexpand
 
-from seed_multimodal.data.formats.images import IMAGE_SUFFIXES
 from seed_multimodal.data.formats.storage import (
     is_remote,
     list_files,
@@ -30,6 +29,9 @@ from seed_multimodal.errors import ConfigError, DataError, pluralize
 from seed_multimodal.plugins import registered
 from seed_multimodal.settings import nearest
 
+# Image members of shards, and image files.
+IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
+IMAGE_SUFFIXES = tuple(f".{key}" for key in IMAGE_KEYS)
 FOLDER = "folder"  # format of a folder of images
 SUFFIXES = {
     "tar": (".tar",),
@@ -170,6 +172,8 @@ def _content_format(path: str) -> str:
     if content in SUFFIXES:
         return content
     reason = f"unknown suffix (known: {', '.join(SUFFIXES)}); set the format"
+    if path.lower().endswith(IMAGE_SUFFIXES):
+        reason = "is an image; give the folder of the images, or a list"
     raise DataError(f"{path}: {CURES.get(content, reason)}.")
 
 

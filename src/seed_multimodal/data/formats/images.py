@@ -6,6 +6,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 
+from seed_multimodal.data.formats.contents import IMAGE_KEYS as IMAGE_KEYS
+from seed_multimodal.data.formats.contents import IMAGE_SUFFIXES, sniff
 from seed_multimodal.data.formats.record import (
     BadRecord,
     ByteRange,
@@ -24,9 +26,6 @@ from seed_multimodal.settings import nearest
 
 # An unread image: file content, path, or a function that renders it.
 RecordImage = bytes | Path | ImageFunction
-# Image members of shards.
-IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
-IMAGE_SUFFIXES = tuple(f".{key}" for key in IMAGE_KEYS)  # image files in folders
 # Default keys of an image and its caption: ours first, then those of Hugging Face's tables.
 IMAGE_FIELDS = ("image", "file_name", *IMAGE_KEYS)
 CAPTION_FIELDS = ("caption", "text")
@@ -154,7 +153,7 @@ def text_member(record: Record, files: FileReader, *, keep_whitespace: bool = Fa
     if data is None:
         return None
     try:
-        text = data.decode("utf-8-sig")
+        text = data.decode("utf-16" if sniff(data) == "utf-16" else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise BadRecord(
             "malformed text", f"{record.location}: its .txt is not UTF-8 ({error.reason})."

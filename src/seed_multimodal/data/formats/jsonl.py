@@ -87,9 +87,11 @@ class JsonList:
         check_readable(self.path, content[:512])
         content = content.removeprefix(BOM)
         if self.path.lower().endswith(".csv"):
-            text = content.decode("utf-8", "surrogateescape")
-            rows = csv.DictReader(io.StringIO(text, newline=""))
-            items = [json.dumps(row).encode() for row in rows]
+            try:
+                text = io.StringIO(content.decode(), newline="")
+            except UnicodeDecodeError as error:
+                raise DataError(f"{self.path}: is not UTF-8 ({error.reason}).") from None
+            items = [json.dumps(row).encode() for row in csv.DictReader(text)]
         else:
             items = self._json_items(content)
         offsets = np.array([0, *accumulate(map(len, items))], np.int64)
@@ -130,7 +132,7 @@ class JsonList:
             if images:
                 columns = ("file_name", "width", "height")
                 for item in items:
-                    image = images[item["image_id"]]
+                    image = images.get(item.get("image_id"), {})
                     item.update({key: image[key] for key in columns if key in image})
             elif items and "question_id" in items[0] and "question" not in items[0]:
                 self._add_questions(items, content["data_subtype"])

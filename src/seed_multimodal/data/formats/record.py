@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 from seed_multimodal.disk import JsonObject as JsonObject
+from seed_multimodal.disk import is_file, read_patiently
 from seed_multimodal.errors import CodesError, DataError, ImageError, first_line
 
 FieldValue = Any  # of JSON or YAML, bytes of tables, or a function that renders an image
@@ -256,13 +257,13 @@ def find_image(
         if Path(name).is_absolute():
             candidates.insert(0, Path(name))
         for candidate in candidates:
-            if os.path.isfile(candidate):
+            if is_file(candidate):
                 return candidate
     # Windows and macOS ignore case. An image as base64 text has no full stop.
     if "." not in path:
         return None
     matches = filter(None, map(_ignoring_case, candidates))
-    return next(filter(os.path.isfile, matches), None)
+    return next(filter(is_file, matches), None)
 
 
 def _ignoring_case(path: Path) -> Path | None:
@@ -281,7 +282,8 @@ def _ignoring_case(path: Path) -> Path | None:
 def _names(folder: Path) -> dict[str, str]:
     """The names in a folder by their lower-case form."""
     try:
-        return {name.lower(): name for name in os.listdir(folder)}
+        names = read_patiently(folder, lambda: os.listdir(folder))
+        return {name.lower(): name for name in names}
     except OSError:
         return {}
 

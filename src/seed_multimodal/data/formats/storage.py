@@ -22,6 +22,8 @@ from typing import IO, TYPE_CHECKING, Any, TypeVar
 from seed_multimodal.disk import (
     atomic_path,
     folder_lock,
+    is_file,
+    is_machine_fault,
     read_patiently,
     reading_reason,
     writing,
@@ -188,9 +190,13 @@ def list_files(folder: str | Path) -> list[str]:
     """
     if is_remote(folder):
         return [path for path in remote_files(str(folder), "find") if "/." not in path]
+    return read_safely(folder, lambda: _local_files(folder))
+
+
+def _local_files(folder: str | Path) -> list[str]:
     paths = []
     visited = set()
-    for parent, folders, names in os.walk(folder, followlinks=True):
+    for parent, folders, names in os.walk(folder, onerror=_refuse, followlinks=True):
         target = os.path.realpath(parent)
         if target in visited:
             folders.clear()
@@ -198,7 +204,14 @@ def list_files(folder: str | Path) -> list[str]:
         visited.add(target)
         folders[:] = [name for name in folders if not name.startswith(".")]
         paths += [os.path.join(parent, name) for name in names if not name.startswith(".")]
-    return sorted(filter(os.path.isfile, paths), key=lambda path: path.split(os.sep))
+    return sorted(filter(is_file, paths), key=lambda path: path.split(os.sep))
+
+
+def _refuse(error: OSError) -> None:
+    """Raise the error of a folder, which `os.walk` would leave out."""
+    if is_machine_fault(error):
+        raise error
+    raise DataError(f"{error.filename}: cannot be read ({reading_reason(error)}).")
 
 
 def remote_files(url: str, method: str) -> list[str]:

@@ -11,8 +11,7 @@ from typing import IO
 
 import numpy as np
 
-from seed_multimodal.data.formats.contents import check_readable
-from seed_multimodal.data.formats.images import IMAGE_KEYS
+from seed_multimodal.data.formats.contents import IMAGE_KEYS, check_readable
 from seed_multimodal.data.formats.index import Arrays, IndexedFile
 from seed_multimodal.data.formats.record import ByteRange, Record
 from seed_multimodal.data.formats.storage import open_binary
@@ -138,17 +137,17 @@ def _sample_members(file: IO[bytes]) -> Iterator[tuple[str, str, tarfile.TarInfo
 
     Raises tarfile.TarError, ValueError, OverflowError: damaged.
     """
-    for _, group in groupby(_members(file), lambda member: split_name(member.name)[0]):
+    for first_key, group in groupby(_members(file), lambda member: split_name(member.name)[0]):
         members = list(group)
+        if not first_key:  # hidden, or without extension
+            continue
         split = (
             split_last
             if _has_dots([split_name(member.name)[1] for member in members])
             else split_name
         )
         for member in members:
-            key, extension = split(member.name)
-            if key:
-                yield key, extension, member
+            yield *split(member.name), member
 
 
 def _has_dots(extensions: list[str]) -> bool:

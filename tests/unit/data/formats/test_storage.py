@@ -26,9 +26,10 @@ from waiting import wait_until
 from seed_multimodal.cli.main import main
 from seed_multimodal.data.formats.index import INDEX_FOLDER
 from seed_multimodal.data.formats.pairs import open_pairs
+from seed_multimodal.data.formats.record import find_image
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.formats.sources import open_records
-from seed_multimodal.data.formats.storage import REMOTE_FILES, local_copy
+from seed_multimodal.data.formats.storage import REMOTE_FILES, list_files, local_copy
 from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.data.stream.loader import load
 from seed_multimodal.data.stream.pairs_dataset import PairDataset
@@ -197,6 +198,25 @@ def test_faults_of_the_machine_are_not_those_of_records(
     with pytest.raises(ReadError if is_of_machine else DataError, match=url):
         source.read(4)
     FaultyFiles.n_faults = 0
+
+
+@pytest.mark.parametrize("call", ["scandir", "stat"])
+def test_faults_of_the_machine_hide_no_file(tmp_path, monkeypatch, call):
+    # Else a folder or a listed image is missed without a word.
+    monkeypatch.setenv("SEED_READ_PAUSES", "")
+    image = tmp_path / "set/images/0.jpg"
+    image.parent.mkdir(parents=True)
+    image.write_bytes(jpeg(0))
+    original = getattr(os, call)
+
+    def faulty(path: object, *arguments: object, **options: object) -> object:
+        if "images" in str(path):
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return original(path, *arguments, **options)
+
+    monkeypatch.setattr(os, call, faulty)
+    with pytest.raises(ReadError, match="Input/output error"):
+        find_image("0.jpg", image.parent) if call == "stat" else list_files(tmp_path)
 
 
 MANY_FILES = """

@@ -99,10 +99,10 @@ def coco(folder: Path) -> None:
 
 
 def dotted(folder: Path) -> None:
-    members = {"jpg": JPEG, "txt": b"a 0"}
     names = [f"Figure 1.{n} fox" for n in range(2)]
-    records = [(name, {**members, "txt": f"a {n}".encode()}) for n, name in enumerate(names)]
-    write_shard(folder / "a.tar", records)
+    records = [(name, {"jpg": JPEG, "txt": f"a {n}".encode()}) for n, name in enumerate(names)]
+    hidden = ("._Figure 1", {"jpg": b"x", "txt": b"x"})  # of macOS
+    write_shard(folder / "a.tar", [hidden, *records])
 
 
 UTF_16 = "\n".join(map(json.dumps, ROWS)).encode("utf-16")
@@ -149,6 +149,12 @@ FILES: dict[str, tuple[Callable[[Path], object], str, str | None]] = {
         "a.json",
         None,
     ),
+    "captions in UTF-16": (
+        lambda f: (images(f), [write(f / f"{n}.txt", f"a {n}".encode("utf-16")) for n in (0, 1)]),
+        "",
+        None,
+    ),
+    "image": (images, "0.jpg", "is an image; give the folder"),
     "UTF-16": (lambda f: write(f / "a.jsonl", UTF_16), "a.jsonl", "iconv -f UTF-16"),
     "gzipped tar": (
         lambda f: (tars(f), write(f / "a.tar.gz", gzip.compress(b"x"))),
