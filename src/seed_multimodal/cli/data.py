@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 
-from seed_multimodal.cli.common import add_json, emit, program_parser
+from seed_multimodal.cli.common import add_json, emit, program_parser, set_flags
 from seed_multimodal.entry import DONE, SOME_FAILED, add_device, bounded_int, log_line, run_program
 from seed_multimodal.errors import ConfigError, pluralize
 
@@ -184,7 +184,10 @@ def extraction_parser(program: str, description: str) -> ArgumentParser:
     # The original's.
     transform = parser.add_mutually_exclusive_group()
     transform.add_argument(
-        "--image_processor", metavar="YAML", help="images as a processor of transformers makes them"
+        "--image_processor",
+        dest="image_transform",
+        metavar="YAML",
+        help="images as a processor of transformers makes them",
     )
     transform.add_argument(
         "--image_transform", metavar="YAML", help="default: squash to the tokenizer's size"
@@ -208,7 +211,11 @@ def extraction_parser(program: str, description: str) -> ArgumentParser:
         "--batch_size", type=int, help="images encoded at once (default: 256, on a CPU 32)"
     )
     parser.add_argument(
-        "--num_workers", type=int, default=4, help="decode workers of each process (default: 4)"
+        "--num_workers",
+        dest="workers",
+        type=int,
+        default=4,
+        help="decode workers of each process (default: 4)",
     )
     # Ours.
     parser.add_argument(
@@ -248,24 +255,8 @@ def _pretokenize(kind: str, args: Namespace) -> int:
     from seed_multimodal.data.pretokenize.inputs import find_inputs, parse_fields
     from seed_multimodal.data.pretokenize.run import RunSettings, read_input, run
 
-    settings = RunSettings(
-        kind=kind,
-        data=args.data,
-        save_dir=args.save_dir,
-        tokenizer=args.tokenizer,
-        device=args.device,
-        dtype=args.dtype,
-        compile=args.compile,
-        fields=parse_fields(args.fields),
-        shard=args.shard,
-        batch_size=args.batch_size,
-        workers=args.num_workers,
-        image_transform=args.image_transform or args.image_processor,
-        views=args.views,
-        seed=args.seed,
-        block=args.block,
-        max_bad=args.max_bad,
-    )
+    args.fields = parse_fields(args.fields)
+    settings = RunSettings(kind=kind, **set_flags(args, RunSettings))
     # One process, or one of those that torchrun has started.
     n_processes = 1 if "RANK" in os.environ else _n_processes(args)
     if n_processes == 1:

@@ -36,7 +36,6 @@ from seed_multimodal.errors import ConfigError, DataError, printable
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from seed_multimodal.images.io import ImageSource
     from seed_multimodal.models.seed_x.pipeline import Detection
     from seed_multimodal.pipelines.base import MultimodalSystem
     from seed_multimodal.pipelines.images import ImageCodec
@@ -51,7 +50,9 @@ def tokenize(args: Namespace) -> int:
     lines = open_lines(args.out) if args.out else None
 
     def work(names: Sequence[str]) -> Sequence[Tensor]:
-        return encode(args, codec, [sources[name] for name in names])
+        # LaVIT's selection of patches depends on the seed.
+        codes: Sequence[Tensor] = codec.encode([sources[name] for name in names], seed=args.seed)
+        return codes
 
     def show(name: str, codes: Tensor) -> None:
         record = {"image": name, "codes": codes.tolist()}
@@ -61,12 +62,6 @@ def tokenize(args: Namespace) -> int:
 
     # 2. The codes; the file holds the images that did not fail.
     return run_batches(args, args.images, show, work, args.batch_size)
-
-
-def encode(args: Namespace, codec: ImageCodec, images: Sequence[ImageSource]) -> Sequence[Tensor]:
-    """Codes or features of images; LaVIT's selection of patches depends on `--seed`."""
-    encoded: Sequence[Tensor] = codec.encode(images, seed=args.seed)
-    return encoded
 
 
 def reconstruct(args: Namespace) -> int:
@@ -95,7 +90,7 @@ def reconstruct(args: Namespace) -> int:
         if stored:
             encoded = [stored[name] for name in names]
         else:
-            encoded = encode(args, codec, [sources[name] for name in names])
+            encoded = codec.encode([sources[name] for name in names], seed=args.seed)
         # Each image from the same seed, so that one item is drawn as in any batch.
         options = {**settings, "seeds": [args.seed] * len(encoded), "batch_size": args.batch_size}
         if condition is not None:
