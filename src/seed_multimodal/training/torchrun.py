@@ -126,7 +126,8 @@ def run_torchrun(arguments: Sequence[str]) -> int:
     Raises ConfigError: the nodes do not find each other. TrainingError: another node failed.
     """
     # The agent's own log lines, some with tracebacks of successful runs.
-    logging.disable(logging.CRITICAL)
+    if "--debug" not in arguments:
+        logging.disable(logging.CRITICAL)
     # torch has no setting for the agent.
     launcher.LocalElasticAgent = SavingAgent  # type: ignore[misc]
     args = parse_args(list(arguments))
