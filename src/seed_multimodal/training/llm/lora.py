@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import warnings
 from collections.abc import Mapping
 from pathlib import Path
@@ -20,7 +21,7 @@ from torch import Tensor, nn
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.language.lora import ADAPTER_FILES, check_mergeable
-from seed_multimodal.settings import check_keys
+from seed_multimodal.settings import check_keys, nearest
 from seed_multimodal.state_dicts import copy_weights, load_state_dict, save_state_dict
 from seed_multimodal.weights.catalogue import ADAPTER_CONFIG
 from seed_multimodal.weights.find import first_file
@@ -95,6 +96,7 @@ def add_lora(llama: LlamaForCausalLM, fields: Mapping[str, Any], seed: int = 0) 
     saves_embeddings = bool({"embed_tokens", "lm_head"}.intersection(modules_to_save))
     is_tied = bool(llama.config.tie_word_embeddings and saves_embeddings)
     values["ensure_weight_tying"] = is_tied
+    _check_modules(llama, values)
     try:
         config = LoraConfig(**values)
         with torch.random.fork_rng(devices=[]), warnings.catch_warnings():
@@ -106,6 +108,23 @@ def add_lora(llama: LlamaForCausalLM, fields: Mapping[str, Any], seed: int = 0) 
     if is_tied:
         config.modules_to_save = modules_to_save
     return model
+
+
+def _check_modules(llama: LlamaForCausalLM, values: Mapping[str, Any]) -> None:
+    """Raise ConfigError for a name of a module that PEFT would ignore."""
+    names = [name for name, _ in llama.named_modules() if name]
+    patterns = {
+        "modules_to_save": r".*{}",
+        "rank_pattern": r"(.*\.)?({})",
+        "alpha_pattern": r"(.*\.)?({})",
+    }
+    for key, pattern in patterns.items():
+        for entry in values.get(key) or ():
+            if not any(re.fullmatch(pattern.format(entry), name) for name in names):
+                last_parts = {name.rpartition(".")[2] for name in names}
+                raise ConfigError(
+                    f"lora: {key}: no module is named {entry}{nearest(entry, last_parts)}."
+                )
 
 
 def is_lora(model: nn.Module) -> bool:
@@ -190,7 +209,9 @@ def recorded_lora(folder: Path) -> dict[str, Any] | None:
 
 
 def check_same_scale(model: PeftModel, recorded: Mapping[str, Any], label: Path) -> None:
-    """Raise CheckpointError if recorded LoRA fields scale B · A differently from the model's."""
+    """Raise CheckpointError if recorded LoRA fields scale B · A differently from the model's, or
+    are of another base."""
+    check_mergeable(recorded, str(label))
     config = model.peft_config["default"]
     for key in ("r", "lora_alpha", *SCALE_FIELDS):
         if (recorded.get(key) or None) != (getattr(config, key) or None):

@@ -306,6 +306,8 @@ class LlmTask(RunTask):
         passes are collective under DDP and ZeRO-3.
         """
         if self.run.eval_data is None or not self.settings.eval_steps:
+            if self.run.eval_data is not None or self.settings.eval_steps:
+                self._log("nothing is evaluated: this needs eval_data and trainer.eval_steps.")
             return []
 
         # This process's batches.

@@ -223,6 +223,8 @@ LORA_FIELDS: list[tuple[dict[str, Any], bool]] = [
     ),
     *(({"init_lora_weights": name}, False) for name in ("pissa_niter_4", "olora", "loftq", "eva")),
     ({"lora_bias": True}, False),
+    ({"modules_to_save": ["lm_heads"]}, False),
+    ({"rank_pattern": {"q_prj": 2}}, False),
     ({"trainable_token_indices": {"embed_tokens": [3]}, "modules_to_save": []}, False),
     ({"layer_replication": [[0, 2], [1, 2]], "modules_to_save": []}, False),
     ({"target_parameters": ["q_proj.weight"]}, False),
