@@ -7,6 +7,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import tempfile
+import threading
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
@@ -30,6 +31,7 @@ from seed_multimodal.state_dicts import (
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
+_BUILDING = threading.RLock()
 CODEBOOK_STATE = "quantize.ema_"  # moving averages
 
 Config = TypeVar("Config", bound=DataclassInstance)
@@ -106,8 +108,7 @@ class PretrainedNetwork(nn.Module, HubUpload, Generic[Config]):
         The last three arguments and the errors are those of `assign_strictly`.
         """
         # Without memory of its own the network takes over the tensors themselves.
-        with torch.device("meta"):
-            network = cls(config).cast(dtype)
+        network = without_memory(lambda: cls(config)).cast(dtype)
         network.load_report = assign_strictly(
             network,
             state,
@@ -117,11 +118,11 @@ class PretrainedNetwork(nn.Module, HubUpload, Generic[Config]):
             foreign=foreign,
             device=device,
         )
-        return fill_buffers(network, device).requires_grad_(False).eval()
+        return network.to(device).requires_grad_(False).eval()
 
     def cast(self, dtype: torch.dtype) -> Self:
-        """Convert the weights, in place; those that a subclass keeps stay in float32."""
-        return self.to(dtype)
+        """Convert parameters without memory; those that a subclass keeps stay in float32."""
+        return self._apply(lambda tensor: tensor.to(dtype) if tensor.is_meta else tensor)
 
     def save_pretrained(self, folder: str | Path) -> Path:
         """Write both files, without the state of a codebook's training."""
@@ -172,25 +173,10 @@ def load_library_model(
     return network.eval()
 
 
-def fill_buffers(network: Network, device: str | torch.device) -> Network:
-    """Give buffers that are still on the meta device their start values: those of a module's
-    `start_buffers`; else position ids count and all others are zero.
-    """
-    # 1. Values that a module knows, by dotted names.
-    for module in network.modules():
-        for dotted_name, start in getattr(module, "start_buffers", {}).items():
-            path, _, name = dotted_name.rpartition(".")
-            owner = module.get_submodule(path)
-            if owner._buffers[name].is_meta:
-                owner._buffers[name] = start.to(device)
+def without_memory(build: Callable[[], Network]) -> Network:
+    """A network whose parameters have no memory yet; its buffers have their start values."""
+    from accelerate import init_empty_weights
 
-    # 2. All others.
-    for module in network.modules():
-        for name, buffer in module._buffers.items():
-            if buffer is None or not buffer.is_meta:
-                continue
-            values = torch.zeros_like(buffer, device=device)
-            if name == "position_ids":
-                values = values + torch.arange(values.shape[-1], device=device)
-            module._buffers[name] = values
-    return network
+    # accelerate changes `nn.Module` meanwhile.
+    with _BUILDING, torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
+        return build()

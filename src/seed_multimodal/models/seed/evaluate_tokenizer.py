@@ -26,7 +26,7 @@ from seed_multimodal.models.seed.losses import Stage1Model
 from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 from seed_multimodal.models.seed.pipeline import SeedImageCodec
 from seed_multimodal.models.seed.spec import SeedLlamaConfig
-from seed_multimodal.nn.pretrained import fill_buffers
+from seed_multimodal.nn.pretrained import without_memory
 from seed_multimodal.nn.vision.clip import CLIP_FOLDER
 from seed_multimodal.state_dicts import assign_strictly, load_state_dict
 from seed_multimodal.weights.find import locate
@@ -209,13 +209,14 @@ def load_stage1(file: str | Path, tokenizer: Seed2Tokenizer) -> Stage1Model:
     for name in (WORDS_TABLE, "text_proj.weight", "vision_proj.weight"):
         if name not in state:
             raise CheckpointError(f"{file}: not a stage-1 checkpoint: it holds no {name!r}.")
-    with torch.device("meta"):
-        model = Stage1Model(
+    model = without_memory(
+        lambda: Stage1Model(
             tokenizer.config,
             vocab_size=len(state[WORDS_TABLE]),
             lm_head=False,
             embed_dim=len(state["vision_proj.weight"]),
         )
+    )
     has_vision = any(name.startswith(VISION) for name in state)
     if not has_vision:
         model.visual_encoder = tokenizer.visual_encoder
@@ -230,5 +231,4 @@ def load_stage1(file: str | Path, tokenizer: Seed2Tokenizer) -> Stage1Model:
         allow_unexpected=[*STAGE1_IGNORED, *(VISION + name for name in vit.unused)],
         foreign=True,
     )
-    fill_buffers(model, "cpu")
     return model.to(tokenizer.device, tokenizer.dtype).requires_grad_(False).eval()

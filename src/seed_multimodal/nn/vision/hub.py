@@ -194,22 +194,6 @@ class HubVision(VisionEncoder):
         _, self.n_tokens, self.width = features.shape
         # A network that merges patches (Swin) has fewer tokens than patches.
         self.n_class_tokens = max(0, self.n_tokens - (self.image_size // patch_size) ** 2)
-        self._init_buffers(sizes)
-
-    def _init_buffers(self, sizes: PreTrainedConfig) -> None:
-        """Values of the buffers that no checkpoint holds, which `fill_buffers` needs."""
-        from transformers import AutoModel
-        from transformers.initialization import no_init_weights
-
-        self.start_buffers: dict[str, Tensor] = {}
-        if not any(buffer.is_meta for buffer in self.network.buffers()):
-            return
-        with torch.device("cpu"), no_init_weights():
-            network = AutoModel.from_config(sizes)
-        saved = network.state_dict()
-        for name, buffer in network.named_buffers():
-            if name not in saved:
-                self.start_buffers[NETWORK + name] = buffer
 
     def forward(self, images: Tensor) -> Tensor:
         """Normalised pixels `[B, 3, S, S]` → features `[B, N, W]`.
