@@ -1,4 +1,4 @@
-"""Vision encoders: sizes, tokens, CLIP's weights, gradient checkpointing, half precision."""
+"""Vision encoders: sizes, tokens, CLIP's weights, gradient checkpointing."""
 
 from __future__ import annotations
 
@@ -41,10 +41,6 @@ def test_eva_from_clip_gives_clips_output():
     images = torch.randn(5, 3, 16, 16)
     expected = clip.vision_model(images).last_hidden_state
     torch.testing.assert_close(vit(images), expected, rtol=1e-4, atol=1e-4)
-    # Without the norm before the first layer the features are others.
-    without = EvaVit(SMALL)
-    without.load_state_dict(eva_from_clip(state, 3, pre_norm=False))
-    assert (without(images) - expected).abs().max() > 0.1
 
 
 @pytest.mark.parametrize("kernel", [None, SDPBackend.MATH], ids=str)
@@ -63,13 +59,3 @@ def test_gradient_checkpointing_changes_no_gradient(kernel):
     assert (runs[plain], runs[saving]) == (1, 2)
     for got, expected in zip(saving.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(got.grad, expected.grad)
-
-
-@torch.no_grad()
-def test_forward_in_half_precision():
-    # As on a GPU: no sum overflows.
-    vit = EvaVit(SMALL).eval()
-    image = torch.randn(2, 3, 16, 16)
-    expected = vit(image)
-    half = vit.half()(image.half())
-    assert (half.float() - expected).abs().max() < 0.05
