@@ -15,6 +15,7 @@ from typing import Any, ClassVar, Generic, Self, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from seed_multimodal.disk import read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
@@ -31,7 +32,6 @@ from seed_multimodal.state_dicts import (
 
 CONFIG = "config.json"
 WEIGHTS = "model.safetensors"
-_BUILDING = threading.RLock()
 CODEBOOK_STATE = "quantize.ema_"  # moving averages
 
 Config = TypeVar("Config", bound=DataclassInstance)
@@ -175,8 +175,17 @@ def load_library_model(
 
 def without_memory(build: Callable[[], Network]) -> Network:
     """A network whose parameters have no memory yet; its buffers have their start values."""
-    from accelerate import init_empty_weights
+    thread = threading.get_ident()
 
-    # accelerate changes `nn.Module` meanwhile.
-    with _BUILDING, torch.random.fork_rng(devices=[]), init_empty_weights(include_buffers=False):
-        return build()
+    def to_meta(module: nn.Module, name: str, parameter: nn.Parameter) -> nn.Parameter | None:
+        # Tied parameters and networks of other threads stay as they are.
+        if parameter.is_meta or threading.get_ident() != thread:
+            return None
+        return nn.Parameter(parameter.to("meta"), parameter.requires_grad)
+
+    hook = register_module_parameter_registration_hook(to_meta)
+    try:
+        with torch.random.fork_rng(devices=[]):
+            return build()
+    finally:
+        hook.remove()
