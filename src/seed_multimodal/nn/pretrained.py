@@ -65,6 +65,11 @@ class PretrainedNetwork(nn.Module, HubUpload, Generic[Config]):
     config: Config
     load_report: LoadReport | None = None
 
+    @property
+    def device(self) -> torch.device:
+        """Device of the weights."""
+        return next(self.parameters()).device
+
     @classmethod
     def read_config(cls, file: str | Path) -> Config:
         """Sizes from a `config.json`.

@@ -335,11 +335,6 @@ class DynamicTokenizer(PretrainedNetwork[LavitTokenizerConfig]):
         """Patches N of an image, the most tokens that it can have."""
         return self.encoder.n_patches
 
-    @property
-    def device(self) -> torch.device:
-        """Device of the weights."""
-        return self.encode_task_layer[0].weight.device
-
     def cast(self, dtype: torch.dtype) -> Self:
         """Convert linear and convolution layers; the others stay as stored."""
         return cast_layers(self, dtype)

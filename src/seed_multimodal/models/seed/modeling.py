@@ -157,11 +157,6 @@ class SeedTokenizer(SeedEncoder, PretrainedNetwork[TokenizerConfig]):
         return dict(state)
 
     @property
-    def device(self) -> torch.device:
-        """Device of the weights."""
-        return self.query_tokens.device
-
-    @property
     def dtype(self) -> torch.dtype:
         """Dtype of the weights; images are cast to it."""
         return self.query_tokens.dtype
