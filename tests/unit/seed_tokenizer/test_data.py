@@ -75,7 +75,7 @@ def test_build_datasets_of_shards_with_another_caption_key(tmp_path):
         shard(tmp_path / f"{index:05d}.tar", 3, top_caption="A Red FIELD, far away")
     built = build(
         "laion_coco",
-        {"storage": str(tmp_path / "{00000..00001}.tar"), "cache": str(tmp_path / "copies")},
+        {"files": str(tmp_path / "{00000..00001}.tar"), "cache": str(tmp_path / "copies")},
     )
     assert len(built["train"]) == 6
     assert built["train"].get(4)["caption"] == "a red field,"
