@@ -5,17 +5,19 @@ A new family is tested by its entry in `FAMILIES`, with a fixture of a tiny syst
 
 from __future__ import annotations
 
+import sys
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from PIL import Image
 from random_images import noise, same
 
+import seed_multimodal
 from seed_multimodal.errors import (
     CheckpointError,
     ConfigError,
@@ -181,29 +183,33 @@ def test_results_in_threads_equal_those_alone(system, family: Family):
         assert answer == expected if isinstance(answer, str) else same(answer, expected)
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("model", NANO)
-def test_draw_of_threads_in_common_batches(model):
-    # Equal to drawing one by one, with fewer calls of the U-Net.
-    images = MultimodalSystem.from_pretrained(model, device="cpu", log=None).images
-    seeds = range(8)
-    values = list(images.encode([noise(seed) for seed in seeds]))
-    batches: list[int] = []
-    images.decoder.unet.register_forward_pre_hook(lambda module, args: batches.append(len(args[0])))
-    alone = [
-        images.draw([value], seeds=[seed])[0] for seed, value in zip(seeds, values, strict=True)
-    ]
-    n_calls = len(batches)
-    batches.clear()
-    barrier = threading.Barrier(len(seeds))
+@pytest.mark.parametrize(
+    ("task", "request_", "functions", "files"),
+    [("describe", noise(1), 189, 35), ("draw", "a fox", 192, 35)],
+)
+def test_a_request_crosses_few_functions(task, request_, functions, files):
+    # What must be read to follow one request, in all threads, once everything is loaded.
+    library = str(Path(seed_multimodal.__file__).parent)
+    systems = [MultimodalSystem.from_pretrained("nano", device="cpu", log=None) for _ in "ab"]
+    entered: set[tuple[str, str]] = set()
 
-    def draw(seed: int, value: Any) -> Image.Image:
-        barrier.wait()
-        return images.draw([value], seeds=[seed])[0]
+    def profile(frame: Any, event: str, _: object) -> None:
+        code = frame.f_code
+        is_ours = code.co_filename.startswith(library) and not code.co_name.startswith("<")
+        if event == "call" and is_ours:
+            entered.add((code.co_filename, code.co_qualname))
 
-    with ThreadPoolExecutor(len(seeds)) as pool:
-        assert all(map(same, pool.map(draw, seeds, values), alone))
-    assert len(batches) <= n_calls // 2
+    getattr(systems[0], task)(request_)
+    systems[1].images.prepare_drawing()
+    threading.setprofile(profile)
+    sys.setprofile(profile)
+    try:
+        getattr(systems[1], task)(request_)
+    finally:
+        sys.setprofile(None)
+        threading.setprofile(None)
+    assert len(entered) <= functions
+    assert len({file for file, _ in entered}) <= files
 
 
 # ---- conversations and streams

@@ -24,12 +24,11 @@ class RecordedEngine(BaseEngine):
         self.new_ids = list(new_ids)
         self.calls: list[dict[str, Any]] = []
 
-    def _enqueue(self, requests: Sequence[Request]) -> None:
-        for request in requests:
-            settings = {name: getattr(request.settings, name) for name in SETTINGS}
-            ids = list(request.prompts[0].ids)
-            self.calls.append({"input_ids": [ids], "generation_config": settings})
-            # Delivered at once, as no model runs.
-            for token in self.new_ids:
-                request.deliver(token)
-            request.finish("stop")
+    def _put(self, request: Request) -> None:
+        settings = {name: getattr(request.settings, name) for name in SETTINGS}
+        ids = list(request.prompts[0].ids)
+        self.calls.append({"input_ids": [ids], "generation_config": settings})
+        # Delivered at once, as no model runs.
+        for token in self.new_ids:
+            request.deliver(token)
+        request.end("stop")

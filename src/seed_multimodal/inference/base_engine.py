@@ -76,8 +76,8 @@ class BaseEngine(ABC):
         """Requests that wait for rows."""
 
     @abstractmethod
-    def _enqueue(self, requests: Sequence[Request]) -> None:
-        """Start requests, now or as soon as rows are free."""
+    def _put(self, request: Request) -> None:
+        """Start a request, now or as soon as rows are free."""
 
     def submit(
         self,
@@ -92,7 +92,7 @@ class BaseEngine(ABC):
         ConfigError: beams, which this engine does not have, or with guidance.
         """
         request = self._new_request(prompt, settings, previews=previews)
-        self._enqueue([request])
+        self._put(request)
         return request
 
     def generate(
@@ -145,8 +145,9 @@ class BaseEngine(ABC):
 
     def _finish(self, requests: Sequence[Request]) -> Sequence[Request]:
         """Run requests to their ends; whatever ends this call early cancels the rest."""
-        self._enqueue(requests)
         try:
+            for request in requests:
+                self._put(request)
             for request in requests:
                 ids = list(request)
                 request.answers = request.answers or [[*request.initial_ids, *ids]]
@@ -190,18 +191,6 @@ class BaseEngine(ABC):
                 "--kv-cache or rows by --max_running."
             )
         return request
-
-    def _append(self, request: Request, token: int) -> None:
-        """Add a token to an answer without beams, deliver it, and end a complete answer."""
-        if request.ended:
-            return
-        request.ids.append(token)
-        request.deliver(token)
-
-        if token in request.end_ids or request.reader.found_stop:
-            request.finish("stop")
-        elif len(request.ids) == request.budget:
-            request.finish("length")
 
     def _token_budget(self, prompt: Prompt, settings: GenerationSettings) -> int:
         """New tokens that fit; a forced image needs its codes and `</img>`."""

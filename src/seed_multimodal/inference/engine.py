@@ -53,7 +53,7 @@ REPLACEABLE_TAIL = 16
 MIN_COPIED_PREFIX = 16
 
 
-class Engine(BaseEngine, InboxThread[Request]):
+class Engine(InboxThread[Request], BaseEngine):
     """Answers by a backend that computes scores.
 
     The first `n_decoding` rows of the cache generate. Of the others, some read a prompt (`reading`,
@@ -105,10 +105,6 @@ class Engine(BaseEngine, InboxThread[Request]):
     @property
     def n_waiting(self) -> int:
         return len(self._waiting) + self._inbox.qsize()
-
-    def _enqueue(self, requests: Sequence[Request]) -> None:
-        for request in requests:
-            self._put(request)
 
     def likelihoods(
         self, prompts: Sequence[Prompt], continuations: Sequence[Sequence[Sequence[int]]]
@@ -233,20 +229,16 @@ class Engine(BaseEngine, InboxThread[Request]):
                 continue
             self._waiting.popleft()
             try:
-                self._start(request)
+                request.processors = self._processors(request)
+                if request.seed is not None:
+                    # It samples what transformers' `generate` samples after `torch.manual_seed`.
+                    request.generator = torch.Generator(self.device).manual_seed(request.seed)
+                    request.processors += build_warpers(request.settings)
+                for prompt in request.prompts:
+                    self._assign_row(request, prompt)
             except Exception as error:  # noqa: BLE001
                 # Of this prompt alone: ids outside the vocabulary, no memory.
                 self._fail([request], error)
-
-    def _start(self, request: Request) -> None:
-        """Give each prompt of a request a row."""
-        for prompt in request.prompts:
-            self._assign_row(request, prompt)
-        request.processors = self._processors(request)
-        if request.seed is not None:
-            # It samples what transformers' `generate` samples after `torch.manual_seed`.
-            request.generator = torch.Generator(self.device).manual_seed(request.seed)
-            request.processors += build_warpers(request.settings)
 
     def _processors(self, request: Request) -> list[LogitsProcessor]:
         """The logits processors of a request, without those of sampling."""
@@ -330,12 +322,9 @@ class Engine(BaseEngine, InboxThread[Request]):
 
         # 3. The best answer of each.
         for request in requests:
-            best = request.answers[0][len(request.initial_ids) :]
-            for token in best:
-                request.deliver(token)
-            has_end = best[-1] in request.end_ids
-            is_complete = len(best) < request.budget or has_end or request.reader.found_stop
-            request.finish("stop" if is_complete else "length")
+            for token in request.answers[0][len(request.initial_ids) :]:
+                request.append(token)
+            request.end("stop")  # unless its tokens have ended it
 
     # ---- passes
 
@@ -420,7 +409,7 @@ class Engine(BaseEngine, InboxThread[Request]):
         if tokens:
             chosen = torch.cat([*tokens.values()]).tolist()
             for request, token in zip(tokens, chosen, strict=True):
-                self._append(request, token)
+                request.append(token)
 
     def _next_token(self, request: Request) -> Tensor:
         """The next token `[1]`, by guidance, the request's processors, and sampling; keeps the

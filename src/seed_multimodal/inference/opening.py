@@ -46,7 +46,7 @@ class NoEngine(BaseEngine):
     def __init__(self, tokenizer: TextTokenizer) -> None:
         super().__init__(tokenizer, sys.maxsize, sys.maxsize, sys.maxsize)  # nothing is too long
 
-    def _enqueue(self, requests: Sequence[Request]) -> None:
+    def _put(self, request: Request) -> None:
         raise ConfigError("This system was loaded without its language model.")
 
 

@@ -181,16 +181,27 @@ class Request:
         if not self.ended:
             self._stream.put((token, self.reader.read(token)))
 
-    def finish(self, reason: str) -> None:
-        """End a complete answer."""
-        self.finish_reason = reason
-        self.end()
+    def append(self, token: int) -> None:
+        """Add a token to the answer, and end it where it is complete."""
+        if self.ended:
+            return
+        self.ids.append(token)
+        self.deliver(token)
+        if token in self.end_ids or self.reader.found_stop:
+            self.end("stop")
+        elif len(self.ids) == self.budget:
+            self.end("length")
 
-    def end(self, error: BaseException | None = None) -> None:
-        """End the answer; the caller's iteration stops, or raises `error`."""
-        if not self.ended:
-            self.ended = True
-            self._stream.put(error)
+    def end(self, result: str | BaseException) -> None:
+        """End the answer by its `finish_reason`, or an error that the caller's iteration raises."""
+        if self.ended:
+            return
+        self.ended = True
+        if isinstance(result, str):
+            self.finish_reason = result
+            self._stream.put(None)
+        else:
+            self._stream.put(result)
 
     def cancel(self) -> None:
         """Deliver nothing more: the iteration stops, and the engine soon frees the rows."""

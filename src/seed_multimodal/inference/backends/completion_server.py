@@ -14,7 +14,7 @@ import contextlib
 import json
 import os
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 from seed_multimodal.entry import MAX_RUNNING
@@ -64,16 +64,14 @@ class CompletionServerEngine(BaseEngine):
     def n_waiting(self) -> int:
         return len(self._waiting)
 
-    def _enqueue(self, requests: Sequence[Request]) -> None:
-        for request in requests:
-            if request.settings.guidance != 1:
-                raise ConfigError(
-                    "Guidance needs --engine torch; leave it at 1 with a completion server."
-                )
-        for request in requests:
-            threading.Thread(
-                target=self._run, args=(request,), name="seed-completion", daemon=True
-            ).start()
+    def _put(self, request: Request) -> None:
+        if request.settings.guidance != 1:
+            raise ConfigError(
+                "Guidance needs --engine torch; leave it at 1 with a completion server."
+            )
+        threading.Thread(
+            target=self._run, args=(request,), name="seed-completion", daemon=True
+        ).start()
 
     def _run(self, request: Request) -> None:
         """Wait for one of the places, and answer."""
@@ -103,13 +101,13 @@ class CompletionServerEngine(BaseEngine):
 
             # The token that ended the segment; some servers leave it out of the ids.
             if "allowed_token_ids" in body:
-                self._append(request, self.vocabulary.eoi_id)
+                request.append(self.vocabulary.eoi_id)
             elif choice["finish_reason"] == "stop":
                 last_id = request.ids[-1] if len(request.ids) > n_before else None
                 if last_id not in body["stop_token_ids"]:
                     stop = choice.get("stop_reason", choice.get("matched_stop"))
                     end_id = stop if isinstance(stop, int) else self.tokenizer.eos_token_id
-                    self._append(request, end_id)
+                    request.append(end_id)
 
     def _segment(self, request: Request) -> dict[str, Any]:
         """The JSON that asks for the next tokens: the remaining codes of an image, or text up to
@@ -160,7 +158,7 @@ class CompletionServerEngine(BaseEngine):
                 if line.startswith(b"data: {"):
                     for choice in json.loads(line[len(b"data: ") :]).get("choices", ()):
                         for token in choice["token_ids"] or ():
-                            self._append(request, token)
+                            request.append(token)
                 request.stop_if_asked()
                 if request.ended:
                     return choice
