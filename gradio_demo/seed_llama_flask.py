@@ -271,7 +271,7 @@ def run(args: argparse.Namespace) -> int:
 
     # 1. The port is taken before the weights are loaded, which takes minutes.
     token = read_token(args.token_file)
-    EngineOptions(args.engine, args.url, args.gguf).check()
+    EngineOptions(args.engine, args.url, args.gguf)  # raises for flags that exclude each other
     sock = listen(args.host, args.port, token)
     quiet_libraries(args.debug)
 

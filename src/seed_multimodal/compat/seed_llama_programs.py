@@ -103,7 +103,7 @@ def _original_files(args: Namespace) -> dict[str, Path] | None:
         )
     from seed_multimodal.inference.opening import EngineOptions  # imports torch
 
-    EngineOptions(args.engine, args.url, args.gguf).check()
+    EngineOptions(args.engine, args.url, args.gguf)  # raises for flags that exclude each other
     # 2. The files that the flags name, else the originals'.
     files = {}
     for part, default in FILES.items():

@@ -177,7 +177,6 @@ def system_from_configs(
         compiled=compiled,
         offload_device=offload_device,
     )
-    options.check()
     template = get_template(config.template)
     family = SeedLlamaFamily(config, seed_tokenizer.text, llm, codec, template)
     return SeedLlama(family, options)

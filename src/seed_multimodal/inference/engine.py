@@ -32,11 +32,11 @@ from seed_multimodal.inference.inbox import InboxThread
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.inference.request import Request, Row
 from seed_multimodal.inference.sampling import (
+    DAMAGED,
     LogitsProcessor,
     are_numbers,
     build_processors,
     build_warpers,
-    damaged_scores,
     guided,
     refuse_damaged,
 )
@@ -396,7 +396,7 @@ class Engine(InboxThread[Request], BaseEngine):
         for request in requests:
             try:
                 if not all(is_sound[row] for row in request.rows):
-                    raise damaged_scores()
+                    raise GenerationError(DAMAGED)
                 tokens[request] = self._next_token(request)
             except Exception as error:  # noqa: BLE001 of this request alone
                 # Attention multiplies masked positions by 0, so NaN in them would reach the next

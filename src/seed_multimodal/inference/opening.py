@@ -52,7 +52,8 @@ class NoEngine(BaseEngine):
 
 @dataclass(frozen=True)
 class EngineOptions:
-    """Which engine, and its limits.
+    """Which engine, and its limits. Raises ConfigError: options out of range, or that exclude each
+    other; ImportError: llama.cpp is missing.
 
     name: "torch", "llama.cpp", "openai" or "none".
     url: of the completion server.
@@ -71,9 +72,7 @@ class EngineOptions:
     compiled: bool = False
     offload_device: torch.device | None = None
 
-    def check(self) -> None:
-        """Raises ConfigError: options out of range, or that exclude each other. Raises ImportError:
-        llama.cpp is missing."""
+    def __post_init__(self) -> None:
         check_settings(self, "engine")
         if self.url is not None and self.name != COMPLETION_SERVER:
             raise ConfigError(f"--url is for --engine {COMPLETION_SERVER}, not for {self.name}.")

@@ -13,6 +13,11 @@ from seed_multimodal.inference.prompt import GenerationSettings
 from seed_multimodal.language.answer import AnswerReader
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 
+DAMAGED = (
+    "The language model's scores are not numbers: its weights may be damaged, or the dtype too "
+    "narrow (try --dtype float32)."
+)
+
 
 class LogitsProcessor(Protocol):
     """Changes the scores `[B, V]` of the tokens after `input_ids` `[B, n]`, as in transformers."""
@@ -59,17 +64,10 @@ def are_numbers(scores: Tensor) -> list[bool]:
 
 
 def refuse_damaged(input_ids: Tensor, scores: Tensor) -> Tensor:
-    """The logits processor that raises `damaged_scores` for one of the rows."""
+    """The logits processor that raises GenerationError where a row's scores are not numbers."""
     if not all(are_numbers(scores)):
-        raise damaged_scores()
+        raise GenerationError(DAMAGED)
     return scores
-
-
-def damaged_scores() -> GenerationError:
-    return GenerationError(
-        "The language model's scores are not numbers: its weights may be damaged, or the dtype "
-        "too narrow (try --dtype float32)."
-    )
 
 
 def guided(conditional: Tensor, unconditional: Tensor, guidance: float) -> Tensor:

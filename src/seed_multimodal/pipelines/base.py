@@ -190,7 +190,6 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
 
         # 3. The parts.
         options = EngineOptions(engine, url, gguf, max_running, kv_cache, compiled, offload_device)
-        options.check()
         load_llm = engine == TORCH
         placement = Placement(llm, images, drawing, quantization, offloaded, load_llm, load_decoder)
         system: Self = system_class(family_class.load(config, placement), options, log)

@@ -211,9 +211,9 @@ class ImageCodec:
             return
         self.decoder.check_settings(**settings)
 
-    def open(self, image: ImageSource, name: str | None = None) -> Image.Image:
+    def open(self, image: ImageSource) -> Image.Image:
         """An image from a file, bytes, PIL or an array, as RGB; raises `ImageError` naming it."""
-        return open_image(image, name=name, at_least=self.min_side).image
+        return open_image(image, at_least=self.min_side).image
 
     def draw_batched(
         self, settings: Options, batch_size: int, *columns: Sequence[object]

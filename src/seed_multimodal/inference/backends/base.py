@@ -47,7 +47,6 @@ class Backend(Protocol):
     """
 
     context: int
-    vocab_size: int
     device: torch.device
     cache_size: CacheSize
     cheap_copies: bool

@@ -71,7 +71,6 @@ class TorchBackend:
         self.compiled = compiled
         self._masks = AttentionMasks(llm.config)
         self.context = _context(llm.config)
-        self.vocab_size = int(llm.config.vocab_size)
         self.device = device or llm.device
         self._offload_device = device
         self._n_loads = 0  # of an off-loaded model
@@ -118,7 +117,7 @@ class TorchBackend:
 
     def _probe(self) -> tuple[Tensor, Tensor]:
         """Scores `[V]` after a short prompt, ours and transformers'."""
-        prompt = Prompt([id % self.vocab_size for id in PROBE_IDS])
+        prompt = Prompt([id % self.llm.config.vocab_size for id in PROBE_IDS])
         length = len(prompt) - 1  # of the first piece
         with self.ready():
             embeddings = self.prepare(prompt)
