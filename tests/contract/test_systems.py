@@ -185,10 +185,11 @@ def test_results_in_threads_equal_those_alone(system, family: Family):
 
 @pytest.mark.parametrize(
     ("task", "request_", "functions", "files"),
-    [("describe", noise(1), 189, 35), ("draw", "a fox", 192, 35)],
+    [("describe", noise(1), 192, 35), ("draw", "a fox", 195, 35)],
 )
 def test_a_request_crosses_few_functions(task, request_, functions, files):
-    # What must be read to follow one request, in all threads, once everything is loaded.
+    # What must be read to follow one request, in all threads, once everything is loaded; three
+    # depend on when threads run and objects are freed.
     library = str(Path(seed_multimodal.__file__).parent)
     systems = [MultimodalSystem.from_pretrained("nano", device="cpu", log=None) for _ in "ab"]
     entered: set[tuple[str, str]] = set()
