@@ -155,7 +155,7 @@ class TokenizerTask(CodebookTask):
         Returns the held-out losses as `valid/SPLIT/NAME`.
         """
         n_epochs, step_of_epoch = divmod(step, self.runner.steps_per_epoch)
-        if is_last or step_of_epoch != 0:
+        if step_of_epoch != 0:
             return {}
         epoch = n_epochs - 1
 

@@ -134,7 +134,7 @@ def train(
             move_bias(model)
 
     def evaluation(step: int, is_last: bool) -> dict[str, float] | None:
-        return evaluate(step) if evaluate and not is_last else None
+        return evaluate(step) if evaluate else None
 
     # Equal only if every weight is, to the last bit.
     def measures() -> dict[str, Any]:

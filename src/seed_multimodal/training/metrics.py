@@ -330,16 +330,6 @@ class RunLog:
         """Exclude time spent outside of steps (saving, evaluation) from the rates."""
         self.mark_time += seconds
 
-    def last_line_with(self, key: str) -> dict[str, float]:
-        """The last line of the first process's log with a key of this prefix; equal in all
-        processes."""
-        # Read by the first process, which writes the file.
-        match: dict[str, float] = {}
-        if self.group.first and self.file.is_file():
-            lines = self.file.read_text(encoding="utf-8").splitlines()
-            match = next((json.loads(line) for line in reversed(lines) if f'"{key}' in line), {})
-        return self.group.gather(match)[0]
-
     def close(self) -> None:
         """Close TensorBoard and wandb."""
         if self.board is not None:

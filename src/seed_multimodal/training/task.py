@@ -119,8 +119,8 @@ class Task:
         """Evaluation numbers to log, and samples, when due after a step; with the averaged weights
         if the run averages.
 
-        is_last: called once more at the end of a run that was not stopped. The time of the call
-            does not count in the speed.
+        The time of the call does not count in the speed.
+        is_last: after the run's last step; once more if the data have ended.
         """
         return None
 

@@ -276,7 +276,7 @@ class Trainer:
         # 1. Evaluate.
         start = time.monotonic()
         self.task.after_step(self.step)
-        evaluation = self._evaluate(is_last=False)
+        evaluation = self._evaluate(is_last=self.step >= self.settings.max_steps)
         if evaluation:
             self.log.pause(time.monotonic() - start)
         self.log.add(self.step, evaluation)
@@ -345,13 +345,10 @@ class Trainer:
         if data_ended:
             self.log.finish(self.step)
             self.log_line(f"all sources are exhausted after step {self.step}; the run ends.")
-
-        # 2. The evaluation, only of a run that was not stopped.
-        if not stopped:
             if self._evaluate(is_last=True):
                 self.log.write(self.evaluation)
 
-        # 3. The checkpoint. Wait first: one of this step may still be in writing.
+        # 2. The checkpoint. Wait first: one of this step may still be in writing.
         self.store.finish()
         if self.store.last_step != self.step and (self.step or stopped):
             self._save()

@@ -181,16 +181,6 @@ def test_resume_from_a_torn_file_names_it(tmp_path):
     toy.train(tmp_path, batch_size=4, gradient_accumulation_steps=2)
 
 
-def test_ema_starts_at_a_resume(tmp_path):
-    # From the weights of the checkpoint, not from random ones.
-    with pytest.raises(SystemExit):
-        toy.train(tmp_path, stop_at=6, ema=0.0)
-    assert toy.saved(tmp_path)["trained"] == {}
-    toy.train(tmp_path, ema=0.999, learning_rate=0.0, noise=0)
-    after = toy.saved(tmp_path)
-    torch.testing.assert_close(after["trained"], dict(after["model"]))
-
-
 def test_checkpoints_without_frozen_weights(tmp_path):
     # Frozen weights of hundreds of millions of parameters are in their own files.
     def run(name: str, seed: int, steps: int, **settings: Any) -> set[str]:

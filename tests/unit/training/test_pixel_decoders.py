@@ -183,6 +183,7 @@ WRONG: list[tuple[str, str, str, Any, type[Exception], str]] = [
         ConfigError,
         "num_layers",
     ),
+    ("seed-sana", "model", "student_steps", 2, ConfigError, "teacher"),
     ("seed_x-2", "data", "encoder_size", 32, ConfigError, "encoder_size"),
     ("seed_x-2", "model", "tokens", 5, ConfigError, "5"),
     ("seed_x-2", "model", "sdxl", "/nowhere", CheckpointError, "/nowhere"),

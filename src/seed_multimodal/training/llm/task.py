@@ -189,8 +189,6 @@ class LlmTask(RunTask):
     def before_training(self, trainer: Trainer) -> None:
         """Log the trained parameters."""
         self.trainer = trainer
-        # The last evaluation may be newer than the checkpoint of its step.
-        trainer.evaluation = trainer.log.last_line_with("eval_") or trainer.evaluation
         batch_kind = "padded rows"
         if self.run.data.packing:
             batch_kind = f"{self.rows} packed rows of {self.run.data.length:,}"
@@ -266,13 +264,12 @@ class LlmTask(RunTask):
         return model(batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask)
 
     def evaluate(self, step: int, is_last: bool) -> Mapping[str, float] | None:
-        """Write samples and evaluate when due; at the end evaluate unless done after this step."""
-        if is_last:
-            is_due = self.trainer.evaluation.get("step") != step
-        else:
-            if self.zero_stage < 3 and self.should_write_samples(step):
-                self._write_samples(step)
-            is_due = bool(self.evaluation_batches) and step % self.settings.eval_steps == 0
+        """Write samples and evaluate when due, and after the last step."""
+        if self.trainer.evaluation.get("step") == step:  # the data have ended
+            return None
+        if self.zero_stage < 3 and self.should_write_samples(step):
+            self._write_samples(step)
+        is_due = is_last or step % (self.settings.eval_steps or 1) == 0
         return self._evaluate() if is_due and self.evaluation_batches else None
 
     def status(self) -> Mapping[str, float]:

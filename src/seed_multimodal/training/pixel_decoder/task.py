@@ -528,7 +528,7 @@ class PixelTask(RunTask):
     @torch.no_grad()
     def evaluate(self, step: int, is_last: bool) -> None:
         """Reconstruct held-out images next to the originals, with fixed noise."""
-        if not is_last and self.should_write_samples(step):
+        if self.should_write_samples(step):
             self._write_samples(step)
 
     def _write_samples(self, step: int) -> None:
