@@ -7,11 +7,12 @@ It is in SEED_INDEX_DIR, else of local files in FOLDER/.seed-index/NAME.npz, of 
 from __future__ import annotations
 
 import hashlib
-import io
 import os
+import zlib
 from collections.abc import Mapping
 from functools import cached_property
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 
@@ -22,8 +23,7 @@ from seed_multimodal.errors import DataError
 
 INDEX_FOLDER = ".seed-index"
 MIN_STORED_BYTES = 1 << 20  # no index is written for smaller files
-VERSION = "4"
-DIGEST_BYTES = 16  # of the content, at the end of the file: zip's checksums leave its names out
+VERSION = "5"
 
 Arrays = Mapping[str, np.ndarray]
 
@@ -95,27 +95,16 @@ def _index_path(path: str, head: np.ndarray) -> Path:
 
 def _write(path: Path, arrays: Arrays) -> None:
     """Write an index atomically. Raises OSError."""
-    buffer = io.BytesIO()
-    np.savez(buffer, **arrays)  # type: ignore[arg-type]
     path.parent.mkdir(parents=True, exist_ok=True)
     with atomic_open(path) as file:
-        file.write(buffer.getvalue() + _digest(buffer.getvalue()))
+        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def _read(path: Path, head: np.ndarray) -> Arrays | None:
     """The stored index if it is undamaged and has this header, else None."""
     try:
-        content = path.read_bytes()
-    except OSError:
+        with np.load(path, allow_pickle=False) as stored:
+            arrays = {name: stored[name] for name in stored.files}
+        return arrays if arrays["head"].tolist() == head.tolist() else None
+    except (OSError, ValueError, LookupError, EOFError, BadZipFile, zlib.error):
         return None
-    zipped = content[:-DIGEST_BYTES]
-    if content[-DIGEST_BYTES:] != _digest(zipped):
-        return None
-    with np.load(io.BytesIO(zipped), allow_pickle=False) as stored:
-        if stored["head"].tolist() != head.tolist():
-            return None
-        return {name: stored[name] for name in stored.files}
-
-
-def _digest(content: bytes) -> bytes:
-    return hashlib.blake2b(content, digest_size=DIGEST_BYTES).digest()
