@@ -48,15 +48,18 @@ def qformer_config(bert: dict[str, Any], frequency: int = 2, **more: Any) -> QFo
     )
 
 
+def causal_queries(sizes: dict[str, Any]) -> int | None:
+    """The original is causal with 32 queries only."""
+    return None if sizes.get("causal_queries", True) else 0
+
+
 def seed1_config(sizes: dict[str, Any]) -> Seed1Config:
     reverse = sizes["reverse_qformer"]
     blocks = sizes["blocks_text"]
-    queries = sizes["num_query_token"]
-    causal = queries if sizes["causal_queries"] else 0
     return Seed1Config(
         vit=vit_config(sizes["vit"]),
-        qformer=qformer_config(sizes["qformer"], causal_queries=causal),
-        num_query=queries,
+        qformer=qformer_config(sizes["qformer"], causal_queries=causal_queries(sizes)),
+        num_query=sizes["num_query_token"],
         decode_depth=blocks["depth"],
         decode_heads=blocks["num_heads"],
         reverse_depth=reverse["num_hidden_layers"],
@@ -75,7 +78,7 @@ def seed2_config(sizes: dict[str, Any], heads: int, reverse_depth: int) -> Seed2
     )
     return Seed2Config(
         vit=vit_config(sizes["vit"]),
-        qformer=qformer_config(sizes["bert"]),
+        qformer=qformer_config(sizes["bert"], causal_queries=causal_queries(sizes)),
         num_query=sizes["num_query_token"],
         decode_heads=heads,
         reverse_depth=reverse_depth,
