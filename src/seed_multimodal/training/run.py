@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Callable, Mapping
 from dataclasses import MISSING, dataclass, fields
+from functools import partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, ClassVar, get_type_hints
@@ -177,6 +178,12 @@ class RunTask(Task):
         self.group = group
         self.device = device
         self.config = run.config
+        self.learning_rate = partial(  # type: ignore[method-assign]
+            optim_learning_rate,
+            settings=run.optim,
+            max_steps=run.trainer.max_steps,
+            micro_batches=run.trainer.gradient_accumulation_steps,
+        )
         self.deepspeed = run.deepspeed
         self.zero_stage = 0
         if run.deepspeed is not None:
@@ -221,11 +228,6 @@ class RunTask(Task):
             f"{title}{trained:,} of {total:,} parameters are trained in {self.settings.precision}, "
             f"processes: {self.group.world} on {self.device.type}; output in {self.run.output_dir}."
         )
-
-    def learning_rate(self, step: int) -> float:
-        """By `OptimSettings`."""
-        micro_steps = self.settings.gradient_accumulation_steps
-        return optim_learning_rate(step, self.run.optim, self.settings.max_steps, micro_steps)
 
     def identity(self, world: int) -> JsonObject:
         """Engine, optimizer and counts; subclasses add their model and the step size."""

@@ -6,6 +6,7 @@ Subclasses (`models.seed.train_detokenizer`, `models.seed_x.train_detokenizer`,
 
 from __future__ import annotations
 
+import pkgutil
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
@@ -79,6 +80,8 @@ NEEDED = (
 WHOLE_MODELS = (".ckpt", ".safetensors")  # files next to the parts, which are not copied
 SMALL = 256  # pixels a side: the VAE encodes larger images one at a time, smaller ones in batches
 SAMPLES = 4  # images during training
+# By its name, since its base class is here.
+DISTILLATION = "seed_multimodal.training.pixel_decoder.distill:Distillation"
 
 
 @dataclass
@@ -368,9 +371,7 @@ class PixelTask(RunTask):
         self.meter = Meter(run.data.batch_size * self.settings.gradient_accumulation_steps)
         self.learner: Reconstruction = Reconstruction(self)
         if run.model.teacher:
-            from seed_multimodal.training.pixel_decoder.distill import Distillation
-
-            self.learner = Distillation(self)
+            self.learner = pkgutil.resolve_name(DISTILLATION)(self)
         # Batches of the images that are sampled, from the first samples on.
         self.sample_batches: list[tuple[TargetBatch, EncodedImages]] = []
 
