@@ -88,14 +88,12 @@ def read_yaml(file: Path) -> DictConfig:
 
 def instantiate(
     config: Mapping[str, object] | str | Path,
-    aliases: Mapping[str, str] | None = None,
     /,
     **overrides: object,
 ) -> Any:
     """Call the `_target_` of a configuration with its keys, nested nodes first.
 
     config: a node, or a YAML file.
-    aliases: as of `find_target`.
     overrides: replace keys of the top node.
 
     Raises ConfigError: no `_target_`, one not allowed, unknown or missing keys.
@@ -107,21 +105,17 @@ def instantiate(
     if "_target_" not in config:
         raise ConfigError(f"{label}: has no _target_, so there is nothing to build.")
     node: dict[Any, object] = {**config, **overrides}
-    return _build(node, label, aliases)
+    return _build(node, label)
 
 
-def find_target(
-    name: str, label: str = "configuration", aliases: Mapping[str, str] | None = None
-) -> Callable[..., Any]:
+def find_target(name: str, label: str = "configuration") -> Callable[..., Any]:
     """The callable behind a `_target_`.
 
     label: prefix of error messages.
-    aliases: the originals' names → ours; None: `compat.targets.ALIASES`.
 
     Raises ConfigError: neither an alias nor a public object of this package.
     """
-    if aliases is None:
-        aliases = from_compat(ALIASES)
+    aliases: Mapping[str, str] = from_compat(ALIASES)
     full_name = aliases.get(name, name).replace(":", ".")
     if not full_name.startswith(PREFIX):
         raise ConfigError(
@@ -140,12 +134,12 @@ def find_target(
     return target
 
 
-def _build(value: object, label: str, aliases: Mapping[str, str] | None) -> Any:
+def _build(value: object, label: str) -> Any:
     """A value of a configuration, with everything below it that has a `_target_` built."""
     if isinstance(value, DictConfig | ListConfig):
         value = OmegaConf.to_container(value, resolve=True)
     if isinstance(value, list):
-        return [_build(item, f"{label}[{index}]", aliases) for index, item in enumerate(value)]
+        return [_build(item, f"{label}[{index}]") for index, item in enumerate(value)]
     if not isinstance(value, dict):
         return check_value(Any, value, label)
 
@@ -153,12 +147,12 @@ def _build(value: object, label: str, aliases: Mapping[str, str] | None) -> Any:
     arguments: dict[str, Any] = {}
     for key, item in value.items():
         if key not in _RESERVED:
-            arguments[key] = _build(item, f"{label}: {key}", aliases)
+            arguments[key] = _build(item, f"{label}: {key}")
     if "_target_" not in value:
         return arguments
 
     # A wrong key is reported before the call, whose TypeError would not name the file.
-    target = find_target(str(value["_target_"]), label, aliases)
+    target = find_target(str(value["_target_"]), label)
     signature = inspect.signature(target)
     parameters = signature.parameters
     if not any(parameter.kind is parameter.VAR_KEYWORD for parameter in parameters.values()):

@@ -87,6 +87,7 @@ class SettingOptions(Limits, total=False):
 
 # Range of the seeds of torch's generators.
 SEEDS: Limits = {"minimum": -(2**63), "maximum": 2**64 - 1}
+_UNKNOWN_KEY = "unexpected_keyword_argument"  # type of pydantic's error
 # Name of a limit -> its words in messages, and the comparison that a value must pass.
 _COMPARISONS = {
     "minimum": ("at least", operator.ge),
@@ -149,7 +150,9 @@ def check_value(hint: TypeHint, value: object, label: str, **limits: Unpack[Limi
     try:
         converted = adapter(hint).validate_python(value)
     except ValidationError as error:
-        raise ConfigError(_error_sentence(hint, error.errors()[0], label)) from None
+        # A key that is unknown before one that is missing, which often is the same, misspelled.
+        errors = sorted(error.errors(), key=lambda item: item["type"] != _UNKNOWN_KEY)
+        raise ConfigError(_error_sentence(hint, errors[0], label)) from None
     # pydantic accepts true and false as numbers.
     if isinstance(value, Mapping):
         for name, item in value.items():
@@ -176,7 +179,7 @@ def adapter(hint: TypeHint) -> TypeAdapter[object]:
 def _error_sentence(hint: TypeHint, error: ErrorDetails, label: str) -> str:
     """The message of one of pydantic's validation errors."""
     *path, last = error["loc"] or ("",)  # keys from the outermost mapping to the value
-    if error["type"] == "unexpected_keyword_argument":
+    if error["type"] == _UNKNOWN_KEY:
         parent = ": ".join([label, *map(str, path)])
         near = nearest(str(last), sorted(_field_names(hint)))
         return f"{parent}: unknown key {last!r}{near}."

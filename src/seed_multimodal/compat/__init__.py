@@ -10,8 +10,8 @@ Objects with the names, arguments and results of the originals' classes, around 
 
 Files:
 
-* `seed_llama_yaml`, `seed_x_yaml`: systems from their YAML files
-* `data_files`, `training_files`: data and models of a training
+* `part_files`: models and parts, of a training or a SEED-X; `seed_llama_yaml`: a SEED-LLaMA
+* `data_files`: data of a training
 * `targets`: names of `_target_`s; `pickled_shards`: the restricted reader of pickles
 
 Command lines:

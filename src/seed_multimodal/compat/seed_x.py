@@ -18,7 +18,7 @@ from PIL import Image
 from torch import Tensor, nn
 from transformers import PreTrainedModel
 
-from seed_multimodal.compat import seed_x_yaml as original
+from seed_multimodal.compat.part_files import without_stray_key
 from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.views import AnyResolution, patch_positions
@@ -32,6 +32,7 @@ from seed_multimodal.models.seed_x import modeling
 from seed_multimodal.models.seed_x.losses import TrainedAgent
 from seed_multimodal.models.seed_x.processing import answer_text, seed_x_vocabulary
 from seed_multimodal.nn.vision import qwen as vision
+from seed_multimodal.settings import read_settings
 from seed_multimodal.weights.find import find_path, locate_or_same
 
 TOKENIZER_FILE = "configs/tokenizer/clm_llama_tokenizer_224loc_anyres.yaml"
@@ -66,8 +67,8 @@ class VisionTransformerWithAttnPool(vision.QwenVit):
     ) -> Self:
         """The encoder in float32 on the CPU; a `config.json` next to the weights overrides the
         sizes."""
-        part = original.vision_encoder(str(pretrained_model_path), **sizes)
-        return super().from_pretrained(locate_or_same(part.path), config=part.sizes)
+        config = read_settings(vision.QwenVitConfig, without_stray_key(sizes), "vision encoder")
+        return super().from_pretrained(locate_or_same(pretrained_model_path), config=config)
 
 
 class DiscreteModleIdentity(nn.Module):

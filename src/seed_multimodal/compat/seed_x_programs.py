@@ -234,7 +234,7 @@ def _config(args: Namespace, script: Script) -> str | SeedXConfig:
     """What `--model` names: a system, or the original parts that the YAML files describe."""
     if args.model != "released":
         return args.model
-    from seed_multimodal.compat.seed_x_yaml import config_of_files
+    from seed_multimodal.compat.part_files import config_of_files
 
     # The original's parts, of which flags replace some.
     files = {flag: getattr(args, flag) or file for flag, file in script.files.items()}

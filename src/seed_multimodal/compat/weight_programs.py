@@ -121,7 +121,7 @@ def _load_tokenizer(file: str) -> TextTokenizer:
 
 def _agent_config(file: str | None, trained: TrainedWeights) -> JsonObject:
     """`agent/config.json` of a SEED-X agent: its sizes."""
-    from seed_multimodal.compat.seed_x_yaml import RESAMPLERS, split_agent
+    from seed_multimodal.compat.part_files import split_agent
     from seed_multimodal.models.seed_x.pipeline import AgentConfig
     from seed_multimodal.settings import read_settings
 
@@ -129,7 +129,9 @@ def _agent_config(file: str | None, trained: TrainedWeights) -> JsonObject:
 
     losses, others = split_agent(values)
     sizes: JsonObject = {"settings": losses}
-    sizes |= {name: others[name] for name in RESAMPLERS if name in others}
+    for name in ("input_resampler", "output_resampler"):
+        if name in others:
+            sizes[name] = others[name]
     return asdict(read_settings(AgentConfig, sizes, file or str(trained.source)))
 
 

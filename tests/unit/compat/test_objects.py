@@ -31,7 +31,6 @@ def parts(released_seed_x: Path, monkeypatch) -> dict[str, Any]:
 
 def test_every_import_path_has_what_a_yaml_file_names(monkeypatch):
     # hydra imports a `_target_`; ours and hydra's objects are the same.
-    from seed_multimodal.compat.seed_x_yaml import TARGETS
     from seed_multimodal.compat.targets import ALIASES
     from seed_multimodal.config import find_target
 
@@ -46,8 +45,6 @@ def test_every_import_path_has_what_a_yaml_file_names(monkeypatch):
         if name.endswith(".from_pretrained"):
             target = target.from_pretrained
         assert target == find_target(name), name
-    for name in TARGETS:
-        assert callable(find_target(name, aliases=TARGETS)), name
 
 
 def test_lavits_package_of_the_same_name_wins_in_its_folder(monkeypatch):

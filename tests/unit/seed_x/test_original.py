@@ -197,7 +197,7 @@ def assert_equal_logits(system: Any, agent: Any) -> None:
 @pytest.mark.slow
 def test_a_tuned_agent_by_its_yaml_files(project, capsys):
     # As in the original: llm_seed_x_lora.yaml, and the checkpoint in an agent's YAML.
-    from seed_multimodal.compat.seed_x_yaml import config_of_files
+    from seed_multimodal.compat.part_files import config_of_files
     from seed_multimodal.errors import ConfigError
     from seed_multimodal.models.seed_x.pipeline import SeedX
 

@@ -491,13 +491,13 @@ def read_agent_config(config: SeedXConfig) -> tuple[AgentConfig, Mapping[str, An
     sizes = config.found.sizes
     lora = sizes.get("lora", tuning.get("lora"))
 
-    # 2. Sizes of an original YAML, of config.json, of the tuning, or the original ones.
-    if "agent" in sizes:
-        return sizes["agent"], lora
+    # 2. Sizes of config.json, of an original YAML, of the tuning, or the original ones.
     config_file = folder / "config.json"
     if config_file.is_file():
         values = read_json_object(config_file, ConfigError)
         return read_settings(AgentConfig, values, str(config_file)), lora
+    if "agent" in sizes:
+        return sizes["agent"], lora
     values = {key: tuning[key] for key in ("input_resampler", "output_resampler") if key in tuning}
     values["settings"] = tuning.get("losses", {})
     return read_settings(AgentConfig, values, str(tuning_file)), lora

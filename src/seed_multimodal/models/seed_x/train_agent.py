@@ -82,7 +82,7 @@ class EncoderModel:
 
     Attributes:
         path: its weights, as `QwenVit.from_pretrained`.
-        sizes: None: those stored with the weights, or the original ones.
+        sizes: where none are stored with the weights; None: the original ones.
         at_once: views per forward pass.
     """
 
@@ -98,7 +98,7 @@ def read_agent(config: ConfigNode, label: str = "agent") -> AgentModel:
     """Settings from a mapping: ours, or the original's with its `_target_`. Raises ConfigError."""
     values = {str(key): value for key, value in config.items()}
     if "_target_" in values:
-        values = from_compat("training_files:agent_keys")(values, label)
+        values = from_compat("part_files:agent_keys")(values, label)
     agent = read_settings(AgentModel, values, label)
 
     # Sizes that are stored with the weights.
@@ -115,7 +115,7 @@ def read_encoder(config: ConfigNode, label: str = "visual_encoder") -> EncoderMo
     """Settings from a mapping: ours, or the original's with its `_target_`. Raises ConfigError."""
     values = {str(key): value for key, value in config.items()}
     if "_target_" in values:
-        values = from_compat("training_files:encoder_keys")(values, label)
+        values = from_compat("part_files:encoder_keys")(values, label)
     if not values.get("path"):
         raise ConfigError(
             f"{label}: path (in the original's files pretrained_model_path) is required: the "

@@ -305,16 +305,15 @@ class QwenVit(PretrainedNetwork[QwenVitConfig], VisionEncoder):
         """A vision encoder in eval mode, frozen.
 
         folder: folder of weights, or their file (`qwen_vit_G.pt`, safetensors, or Qwen-VL's).
-        config: sizes; None: of `config.json` with the weights, else the original ones.
+        config: sizes, where no `config.json` is next to the weights; None: the original ones.
         log: receives one line about what was loaded.
 
         Raises:
             CheckpointError: no file, a damaged or unsafe one, missing tensors or another size.
         """
         file = find_file(Path(folder).expanduser(), FILES, ADVICE)
-        config = (
-            config or saved_config(QwenVitConfig, cls.model_type, file.parent) or QwenVitConfig()
-        )
+        stored = saved_config(QwenVitConfig, cls.model_type, file.parent)
+        config = stored or config or QwenVitConfig()
         encoder = cls.from_state_dict(
             config, read_qwen_vit(file), file, device=device, dtype=dtype, foreign=True
         )

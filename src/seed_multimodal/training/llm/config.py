@@ -1,6 +1,6 @@
 """Settings of a language model's run: model, trainer and prompt template.
 
-A model's YAML is ours or an original one (`compat.training_files`).
+A model's YAML is ours or an original one (`compat.part_files`).
 """
 
 from __future__ import annotations
@@ -102,7 +102,7 @@ def read_model_settings(config: ConfigNode, label: str = "model") -> LlmModelSet
         group = ours if key in LlmModelSettings.__dataclass_fields__ else original
         group[str(key)] = value
     if "_target_" in original:
-        original = from_compat("training_files:model_keys")(original, label)
+        original = from_compat("part_files:model_keys")(original, label)
     settings = read_settings(LlmModelSettings, {**original, **ours}, label)
     return check_model_settings(settings, label)
 
