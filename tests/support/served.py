@@ -16,7 +16,6 @@ from typing import Any
 
 import requests
 from PIL import Image
-from waiting import wait_until
 
 from seed_multimodal.images.io import image_to_base64
 
@@ -109,14 +108,11 @@ class Running:
         from seed_multimodal.serving.app import create_app, listen, serve
         from seed_multimodal.serving.schema import Limits
 
-        # Any free port: the log tells which.
-        logged: list[str] = []
         app = create_app(system, limits=Limits(**limits), token=token)
-        arguments = (app, listen("127.0.0.1", 0), logged.append)
-        threading.Thread(target=serve, args=arguments, daemon=True).start()
-        wait_until(lambda: logged)
-        self.address = logged[-1].split("answering at ")[1].split()[0]
-        self.port = int(self.address.split(":")[2].split("/")[0])
+        sock = listen("127.0.0.1", 0)  # any free port, which queues connections until it is served
+        self.port = sock.getsockname()[1]
+        self.address = f"http://127.0.0.1:{self.port}/generate"
+        threading.Thread(target=serve, args=(app, sock), daemon=True).start()
         self.root = self.address.removesuffix("/generate")
 
     def ask(self, text: str = HI, **more: Any) -> requests.Response:

@@ -13,6 +13,7 @@ from seed_multimodal.inference.sampling import read_answer
 from seed_multimodal.language.answer import Answer, AnswerReader, ImagePart
 from seed_multimodal.language.known_words import read_known_words
 from seed_multimodal.language.messages import Message, without_oldest_turn
+from seed_multimodal.language.prompts import TaskPrompts
 from seed_multimodal.pipelines.family import Family, Task
 from seed_multimodal.pipelines.images import Log, Options
 from seed_multimodal.progress import Progress
@@ -63,6 +64,11 @@ class AnswerGenerator:
     @property
     def tokenizer(self) -> Any:
         return self.family.tokenizer
+
+    @property
+    def tasks(self) -> TaskPrompts:
+        """The sentences of its requests."""
+        return self.family.tasks
 
     @property
     def llm(self) -> Any:
