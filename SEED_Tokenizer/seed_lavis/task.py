@@ -149,15 +149,15 @@ class TokenizerTask(CodebookTask):
         self.last_loss = loss.detach()
         return loss, self.runner.model.latest
 
+    def is_evaluation_due(self, step: int, is_last: bool) -> bool:
+        return step % self.runner.steps_per_epoch == 0
+
     def evaluate(self, step: int, is_last: bool) -> dict[str, float]:
         """At the end of an epoch its checkpoint, held-out losses and samples.
 
         Returns the held-out losses as `valid/SPLIT/NAME`.
         """
-        n_epochs, step_of_epoch = divmod(step, self.runner.steps_per_epoch)
-        if step_of_epoch != 0:
-            return {}
-        epoch = n_epochs - 1
+        epoch = step // self.runner.steps_per_epoch - 1
 
         # 1. The checkpoint.
         if self.runner.rank == 0:

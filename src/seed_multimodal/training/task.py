@@ -115,12 +115,17 @@ class Task:
         Weights may be changed if equally in all processes.
         """
 
+    def is_evaluation_due(self, step: int, is_last: bool) -> bool:
+        """Whether `evaluate` is called after a step.
+
+        is_last: after the run's last step; once more if the data have ended.
+        """
+        return False
+
     def evaluate(self, step: int, is_last: bool) -> Mapping[str, float] | None:
-        """Evaluation numbers to log, and samples, when due after a step; with the averaged weights
-        if the run averages.
+        """Evaluation numbers to log, and samples; with the averaged weights if the run averages.
 
         The time of the call does not count in the speed.
-        is_last: after the run's last step; once more if the data have ended.
         """
         return None
 

@@ -290,6 +290,8 @@ class Trainer:
 
     def _evaluate(self, is_last: bool) -> Mapping[str, float] | None:
         """The task's evaluation and samples, of the averaged weights if the run averages."""
+        if not self.task.is_evaluation_due(self.step, is_last):
+            return None
         with averaged_weights(self.ema, self.task.module):
             evaluation = self.task.evaluate(self.step, is_last)
         if evaluation:

@@ -263,14 +263,23 @@ class LlmTask(RunTask):
         batch = batch.to(self.device)
         return model(batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask)
 
+    def is_evaluation_due(self, step: int, is_last: bool) -> bool:
+        return self._samples_are_due(step) or self._losses_are_due(step, is_last)
+
     def evaluate(self, step: int, is_last: bool) -> Mapping[str, float] | None:
-        """Write samples and evaluate when due, and after the last step."""
-        if self.trainer.evaluation.get("step") == step:  # the data have ended
-            return None
-        if self.zero_stage < 3 and self.should_write_samples(step):
+        """Write samples and evaluate."""
+        if self._samples_are_due(step):
             self._write_samples(step)
-        is_due = is_last or step % (self.settings.eval_steps or 1) == 0
-        return self._evaluate() if is_due and self.evaluation_batches else None
+        return self._evaluate() if self._losses_are_due(step, is_last) else None
+
+    def _samples_are_due(self, step: int) -> bool:
+        return self.zero_stage < 3 and self.should_write_samples(step)
+
+    def _losses_are_due(self, step: int, is_last: bool) -> bool:
+        # Already evaluated if the data have ended after this step.
+        if not self.evaluation_batches or self.trainer.evaluation.get("step") == step:
+            return False
+        return is_last or step % self.settings.eval_steps == 0
 
     def status(self) -> Mapping[str, float]:
         return {"wait_seconds": self.data.wait_seconds}
