@@ -64,6 +64,12 @@ DRAWN: dict[str, dict[str, tuple[int, int]]] = {
     "seed draw cat --model {lavit} --steps 1 --height 32 --width 40": {"outputs/cat.png": (40, 32)},
     "seed edit image.png green --model {seed} --steps 1": {"outputs/image_edited.png": (16, 16)},
     "seed edit image.png green --model {seed_x} --steps 1": {"outputs/image_edited.png": (20, 13)},
+    "seed edit image.png green --model {seed_x} --ratio square": {
+        "outputs/image_edited.png": (16, 16)
+    },
+    "seed reconstruct image.png --model {seed_x} --condition image.png --image-guidance-scale 2": {
+        "outputs/image_rebuilt.png": (20, 13)
+    },
 }
 # Commands → what they print.
 PRINTED: dict[str, str] = {

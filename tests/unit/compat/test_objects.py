@@ -67,22 +67,6 @@ def test_seed_1_has_its_class_and_names_missing_weights(tmp_path, monkeypatch):
 # ---- SEED-X
 
 
-def test_agent_generates_an_image_after_its_opening_token(parts: dict[str, Any]):
-    from tiny.seed_x import WORDS
-
-    tokenizer = parts["tokenizer"]
-    agent = parts["agent"]
-    output = agent.generate(
-        tokenizer=tokenizer, prompt="a small house<img>", num_img_gen_tokens=WORDS
-    )
-    assert output["has_img_output"] and "</img>" in output["text"]
-    ids = torch.tensor([[1, *tokenizer.encode("a small house<img>", add_special_tokens=False)]])
-    same = agent.generate(tokenizer=tokenizer, input_ids=ids, num_img_gen_tokens=WORDS)
-    assert same["text"] == output["text"] and torch.equal(
-        same["img_gen_feat"], output["img_gen_feat"]
-    )
-
-
 def test_agent_with_wrong_arguments(parts: dict[str, Any], released_seed_x: Path):
     from tiny.diffusion import FEATURES
     from tiny.seed_x import WORDS

@@ -115,23 +115,6 @@ def test_merge_adapter_equals_peft(trained: Trained, tokenizer: MultimodalTokeni
     assert list(tmp_path.iterdir()) == [out]
 
 
-@pytest.mark.parametrize(
-    ("config", "lora"),
-    [
-        ({"tie_word_embeddings": True}, {"ensure_weight_tying": True}),
-        ({"tie_word_embeddings": True}, {}),  # trained apart, the matrices stay so
-        ({"attention_bias": True}, {"bias": "lora_only"}),
-    ],
-)
-def test_merge_adapter_of_other_configurations(config, lora, tmp_path):
-    trained = train(tmp_path, N_ALL, lora, **config)
-    out = tmp_path / "out"
-    merge_adapter(trained.base, trained.adapter, out)
-    check_logits(trained.logits, load_llm(out))
-    is_tied = "ensure_weight_tying" in lora
-    assert ("lm_head.weight" not in load_file(out / "model.safetensors")) == is_tied
-
-
 def as_zero_checkpoint(trained: Trained, folder: Path) -> Path:
     """As `zero_to_fp32.py` writes what was trained."""
     folder.mkdir()

@@ -6,7 +6,6 @@ import json
 from pathlib import Path
 
 import pytest
-from PIL import Image
 
 
 @pytest.fixture
@@ -27,16 +26,6 @@ def test_ask_with_placeholders_of_images(seed, image):
     code, _, errors = seed("ask", image, "<image> or <image>?")
     assert code == 1
     assert "<image>" in errors
-
-
-def test_edit_and_reconstruct_in_the_ratio_of_the_source(seed, image):
-    # An edited photograph keeps its shape unless a square is asked for.
-    condition = ("--condition", image, "--image-guidance-scale", "2")
-    for more, size in (((), (20, 13)), (("--ratio", "square"), (16, 16))):
-        _, [record], _ = seed("edit", image, "Make it red.", *more)
-        assert Image.open(record["edited"]).size == size
-        _, [record], _ = seed("reconstruct", image, *condition, *more)
-        assert Image.open(record["rebuilt"]).size == size
 
 
 def test_encode_of_a_number_of_embeddings(tiny_x, image):

@@ -132,6 +132,8 @@ def test_decode_of_a_broken_record(tokenizer_of, records, name, change, named):
         ("sft.conversation", {}, {"question": "Image Descriptions Question: a?"}),
         ("sft.interleaved", {}, {"response": ""}),
         ("seed_x.caption", {"min_aspect_ratio": 0.6}, {"image": IMAGE.resize((900, 450))}),
+        ("seed_x.caption", {"min_resolution": 20}, {"image": IMAGE.resize((10, 40))}),
+        ("seed_x.caption", {"similarity_thr": 0.1}, {"similarity": 0.05}),
     ],
 )
 def test_decode_drops_unusable_records(tokenizer_of, records, name, options, change):

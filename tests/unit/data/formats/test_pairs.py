@@ -3,50 +3,29 @@
 from __future__ import annotations
 
 import json
-from pathlib import Path
 from typing import Any
 
 import pytest
 from data_files import jpeg, write_tar
 
 from seed_multimodal.data.formats.pairs import Pairs, open_pairs, shape_problem
-from seed_multimodal.data.stream.loader import load
 from seed_multimodal.errors import ConfigError, DataError
 
 
-@pytest.mark.process
-def test_pairs_in_forked_processes(shards: Path):
-    # A data worker opens files again: positions of inherited handles are shared with its parent.
-    pairs = Pairs(f"{shards}/*.tar")
-    pairs.read(0)
-    captions = load(lambda index: pairs.read(index).captions, range(40), workers=2)
-    for index, read in enumerate(captions):
-        assert read == pairs.read(index).captions == [f"Picture {index}."]
-
-
 def test_pairs_of_lists(tmp_path):
-    # Images are next to the list or below `image_root`; texts that are cut in an emoji are used.
-    (tmp_path / "sub").mkdir()
-    for name in ("0.jpg", "sub/1.jpg"):
-        (tmp_path / name).write_bytes(jpeg(0))
-    rows = [
-        {"image": "0.jpg", "caption": "one – eins"},
-        {"image": f"{tmp_path}/sub/1.jpg", "caption": ["two", "cut \ud83d"]},
-    ]
-    (tmp_path / "a.json").write_text(json.dumps(rows))
-    (tmp_path / "lists").mkdir()
-    (tmp_path / "lists/b.json").write_text(json.dumps(rows[:1]))
-    for pairs in (
-        Pairs(tmp_path / "a.json"),
-        Pairs([tmp_path / "a.json", tmp_path / "lists/b.json"], image_root=tmp_path),
-    ):
-        read = [pairs.read(index) for index in range(len(pairs))]
-        captions = [["one – eins"], ["two", "cut ?"], ["one – eins"]]
-        assert [pair.captions for pair in read] == captions[: len(read)]
-        images = [tmp_path / name for name in ("0.jpg", "sub/1.jpg", "0.jpg")]
-        assert [pair.image for pair in read] == images[: len(read)]
-    locations = ["a.json: item 0", "a.json: item 1", "lists/b.json: item 0"]
-    assert [pair.location for pair in read] == [f"{tmp_path}/{name}" for name in locations]
+    # Images are below `image_root`; texts that are cut in an emoji are used.
+    (tmp_path / "images").mkdir()
+    image = tmp_path / "images/0.jpg"
+    image.write_bytes(jpeg(0))
+    for name, path in (("a.json", "0.jpg"), ("b.json", str(image))):
+        row = {"image": path, "caption": [name, "cut \ud83d"]}
+        (tmp_path / name).write_text(json.dumps([row]))
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    pairs = Pairs(files, image_root=image.parent)
+    for index, file in enumerate(files):
+        pair = pairs.read(index)
+        assert (pair.image, pair.captions) == (image, [file.name, "cut ?"])
+        assert pair.location == f"{file}: item 0"
 
 
 @pytest.mark.parametrize(

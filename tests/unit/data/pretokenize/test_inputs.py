@@ -26,7 +26,7 @@ from seed_multimodal.data.pretokenize.inputs import (
 from seed_multimodal.data.pretokenize.record_types import RECORD_TYPES
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.transforms import ImageTransform, get_transform
-from seed_multimodal.language.prompts import DESCRIBE_PROMPT, QA_SUFFIX
+from seed_multimodal.language.prompts import QA_SUFFIX
 
 CONFIGS = ROOT / "MultiModalLLM" / "configs"
 
@@ -59,12 +59,8 @@ def test_read_input_settings_of_the_repository(path):
 def test_keys_of_presets_and_mappings():
     # Which fields of a published list are the question and the answer.
     qa = RECORD_TYPES["qa"]
-    defaults = {"image": "", "question": "question", "answer": "caption", "suffix": ""}
-    assert qa.keys({}) == defaults | {"ask": DESCRIBE_PROMPT}
     assert qa.keys("vqa")["suffix"] == QA_SUFFIX
     assert qa.keys(parse_fields("image=file_name,answer=a"))["image"] == "file_name"
-    # The defaults of a mapping are those of plain questions.
-    assert qa.keys({"image": "file_name"})["ask"] == ""
     for wrong, named in (("vqaa", "'vqa'"), ({"answers": "a"}, "'answer'")):
         with pytest.raises(ConfigError, match=named):
             qa.keys(wrong)

@@ -96,13 +96,19 @@ def batches_of(tokenizer, path: Path, decoder: str, **settings: Any) -> LlmBatch
 
 
 @pytest.mark.parametrize(
-    ("too_long", "reason", "sequences"),
-    [("skip", "skipped", 6), ("truncate", "cut", 8), ("split", "split", 36)],
+    ("too_long", "packing", "reason", "sequences"),
+    [
+        ("skip", True, "skipped", 6),
+        ("truncate", True, "cut", 8),
+        ("split", True, "split", 36),
+        ("split", False, "cut", 8),  # as in the original
+    ],
 )
-def test_report_of_long_sequences(tmp_path, tokenizer, too_long, reason, sequences):
+def test_report_of_long_sequences(tmp_path, tokenizer, too_long, packing, reason, sequences):
     texts = [f"number {n} " + "many words follow " * (80 if n in (3, 5) else 1) for n in range(8)]
     path = lines(tmp_path / "t.jsonl", [{"text": text} for text in texts])
-    batches = batches_of(tokenizer, path, "pretrain.text", length=40, too_long=too_long)
+    options = {"length": 40, "too_long": too_long, "packing": packing}
+    batches = batches_of(tokenizer, path, "pretrain.text", **options)
     assert list(batches)
     report = batches.report()["sources"]["s"]
     assert (report["draws"], report["epochs"]) == (8, 1)
@@ -123,32 +129,6 @@ def test_long_captions_are_not_split(tmp_path, tokenizer):
     assert sum(batch.sequences for batch in batches) == 1
     (entry,) = batches.report()["sources"]["s"]["skipped"].values()
     assert entry["count"] == 1
-
-
-def test_long_documents_are_split_at_images(tmp_path, tokenizer, codes, sequences):
-    # Every text token and image of a long document is learned; images are never cut.
-    texts = [None, "many words " * 300, None, "b", "c"]
-    record = {"image_ids": [codes(1), None, codes(2), None, None], "texts": texts}
-    path = lines(tmp_path / "d.jsonl", [record])
-
-    def learned(length: int, packing: bool) -> list[list[int]]:
-        options = {"length": length, "too_long": "split", "packing": packing}
-        batches = batches_of(tokenizer, path, "pretrain.interleaved", **options)
-        return [ids for batch in batches for ids, _ in sequences(batch)]
-
-    (complete,) = learned(4000, packing=True)
-    pieces = learned(128, packing=True)
-    joined = list(pieces[0])
-    for piece in pieces[1:]:
-        # A piece that continues a text begins with the last token before it.
-        joined += piece[joined[-1] == piece[0] :]
-    assert len(pieces) > 3
-    assert joined == complete
-    vocabulary = tokenizer.vocabulary
-    for piece in pieces:
-        assert piece.count(vocabulary.boi_id) == piece.count(vocabulary.eoi_id)
-    # Without packing it is cut, as in the original.
-    assert learned(128, packing=False) == [complete[:128]]
 
 
 # ---- broken records

@@ -11,7 +11,6 @@ from data_files import lines
 from llm_runs import COLOURS
 from PIL import Image
 
-from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
 from seed_multimodal.data.stream.views import INPUT_IMAGE, TARGET_IMAGE
@@ -90,29 +89,3 @@ def test_next_of_several_edits(seedx_tokenizer: MultimodalTokenizer, folder: Pat
     assert batch.views.positions[:3].tolist() == [[0.25, 0.5], [0.75, 0.5], [0.5, 0.5]]
     with batches_of(seedx_tokenizer, dict(source), workers=1) as by_worker:
         assert torch.equal(next(by_worker).views.pixels, batch.views.pixels)
-
-
-def test_next_of_captions_in_tars(seedx_tokenizer: MultimodalTokenizer, tmp_path):
-    # Dissimilar pairs, small images, over-long captions and broken samples are counted, not
-    # replaced.
-    samples: dict[str, dict[str, bytes]] = {
-        "a": {"png": png("red"), "txt": b"red"},
-        "b": {"png": png("blue"), "txt": b"blue", "json": b'{"similarity": 0.05}'},
-        "c": {"png": png("green", (10, 40)), "txt": b"green"},
-        "d": {"png": png("green"), "txt": b"green " * 60},
-        "e": {"txt": b"nothing"},
-        "f": {"png": b"no image", "txt": b"red"},
-    }
-    write_shard(tmp_path / "0.tar", list(samples.items()))
-    options = {"img_first_ratio": -1, "add_gen_prompt": False}
-    options |= {"min_resolution": 20, "similarity_thr": 0.1}
-    source = {"files": str(tmp_path), "decoder": "seed_x.caption", "batch_size": 6, "cycles": 1}
-    batches = batches_of(seedx_tokenizer, source | {"options": options})
-    batch = next(batches)
-    check_marks(batch, seedx_tokenizer)
-    assert (batch.sequences, colours(batch)[0]) == (1, "red")
-    skipped = batches.report()["sources"]["s"]["skipped"].values()
-    assert [entry["count"] for entry in skipped] == [1] * 5
-    locations = " ".join(location for entry in skipped for location in entry["first"])
-    for key in "bcdef":
-        assert f"sample {key}" in locations
