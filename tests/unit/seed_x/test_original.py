@@ -160,19 +160,14 @@ def test_programs_with_the_stray_key_of_the_original(project):
 def tuned_agent(project: Path) -> tuple[Any, Path]:
     """An agent whose language model has a LoRA, as the original saves it, and its file."""
     import torch
-    from omegaconf import OmegaConf
-    from peft import LoraConfig, get_peft_model
     from tiny.seed_x import random_agent
 
-    from seed_multimodal.config import load_yaml
-    from seed_multimodal.language.llm import load_llm
+    from seed_multimodal.config import instantiate
 
-    node = load_yaml(project / "configs" / "clm_models" / "llm_seed_x_lora.yaml")
-    peft_config = OmegaConf.to_container(node.peft_config)
-    fields = {key: value for key, value in peft_config.items() if not key.startswith("_")}
     torch.manual_seed(5)
-    base = load_llm(Path(node.model.pretrained_model_name_or_path))
-    agent = random_agent(get_peft_model(base, LoraConfig(**fields)), seed=9)
+    file = "configs/clm_models/llm_seed_x_lora.yaml"
+    llm = instantiate(file, torch_dtype="fp32", vocab_size=None)
+    agent = random_agent(llm, seed=9)
     with torch.no_grad():
         for name, parameter in agent.named_parameters():
             if "lora_B" in name or "modules_to_save" in name:

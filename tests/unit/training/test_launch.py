@@ -1,4 +1,5 @@
-"""Shell scripts that start trainings, by dash: the command and the variables that Python gets."""
+"""Shell scripts that start trainings and evaluations, by dash: the command and the variables that
+Python gets."""
 
 from __future__ import annotations
 
@@ -110,6 +111,18 @@ FIRST_OF_TWO = {"NNODES": "2", "MASTER_ADDR": "first"}
 def test_launch_chooses_the_interface_of_gloo(variables, interface, launch: Launch):
     # That of the route between the nodes: gloo alone takes the hosts file's, and hangs.
     assert launch(SCRIPTS[0], **variables)["GLOO_SOCKET_IFNAME"] == interface
+
+
+def test_retrieval_script_reads_its_variables(launch: Launch):
+    from seed_multimodal.cli.main import build_parser
+
+    variables = {"MODEL": "m", "DATA": "d", "STAGE1": "s", "IMAGES": "i", "OUT": "o"}
+    script = ROOT / "SEED_Tokenizer" / "eval_scripts" / "retrieval_flickr.sh"
+    *arguments, last = launch(script, **variables)["command"].split()
+    assert (arguments[:2], last) == (["-m", "seed_multimodal"], "--last")
+    read = vars(build_parser().parse_args(arguments[2:]))
+    names = ("model", "data", "stage1", "image_root", "out")
+    assert [str(read[name]) for name in names] == list(variables.values())
 
 
 # srun's exit code, the job's state then → whether it is queued again.

@@ -14,6 +14,8 @@ import numpy as np
 import pytest
 import torch
 from tensors import equal
+from tiny.diffusion import write_unclip
+from tiny.seed import write_code_decoder
 from tiny.training import APPLICATION, LAVIT, SEED, SEED_X, Family, read_losses
 
 from seed_multimodal.diffusion.base import Detokenizer
@@ -201,6 +203,42 @@ def test_distil_with_steps_that_do_not_divide(tmp_path):
     run = Run("seed", tmp_path)
     with pytest.raises(ConfigError, match="student_steps"):
         run("run", model={"teacher": "any", "teacher_steps": 4, "student_steps": 3})
+
+
+# Schedulers that predict noise, a velocity and a flow.
+SCHEDULERS: list[tuple[str, dict[str, Any]]] = [
+    ("DDIMScheduler", {}),
+    ("DDIMScheduler", {"prediction_type": "v_prediction"}),
+    ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),
+]
+
+
+@pytest.mark.parametrize(("name", "settings"), SCHEDULERS)
+def test_student_of_as_many_steps_has_nothing_to_learn(tmp_path, name, settings):
+    # Without guidance, its steps are the teacher's.
+    import diffusers
+
+    run = Run("seed", tmp_path)
+    teacher = write_code_decoder(tmp_path / "teacher")
+    getattr(diffusers, name)(**settings).save_pretrained(teacher / "scheduler")
+    model = {**FEW_STEPS, "teacher": str(teacher), "teacher_steps": 2, "teacher_guidance": 1.0}
+    run("run", model=model, optim=STILL)
+    assert max(run.losses("run")) < 1e-9
+
+
+@pytest.mark.nightly
+def test_student_of_stable_unclip_learns_guidance(tmp_path):
+    # A teacher with two runs a step and a conditioner.
+    run = Run("seed", tmp_path)
+    write_unclip(tmp_path / "teacher")
+    run(
+        "run",
+        model={**FEW_STEPS, "teacher": str(tmp_path / "teacher"), "teacher_guidance": 6.0},
+        optim={"learning_rate": 1e-3},
+        trainer={"max_steps": 40, "save_steps": 0},
+    )
+    losses = run.losses("run")
+    assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
 
 
 # Program, its groups, what they train or read.

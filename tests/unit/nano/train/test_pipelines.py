@@ -9,7 +9,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from lavis_runs import require_lavis
+import torch
+from lavis_runs import log_of, require_lavis
 from llm_runs import environment
 from PIL import Image
 from real_processes import run_process, wait_until
@@ -62,6 +63,7 @@ def test_nano_is_killed_resumed_and_answers(tmp_path, capfd):
 
     settings = [
         "train_clip.steps=30",
+        "train_stage1.accumulate=2",
         *(f"train_{name}.save_every_steps=4" for name in ("pretrain", "sft")),
     ]
     assert main(arguments("nano", work, "--jobs", "2", "--no-report", *settings)) == 0
@@ -76,6 +78,15 @@ def test_nano_is_killed_resumed_and_answers(tmp_path, capfd):
     assert seed.reconstruct([image], num_inference_steps=2)[0].size == (64, 64)
     assert isinstance(seed.describe(image, max_new_tokens=8), str)
     assert seed.draw("a red square", num_inference_steps=2).size == (64, 64)
+
+    # The loss of stage 2 has two parts that the originals' has not; their networks are not saved.
+    assert max(log_of(work / "stage1", "stage1")) == 4  # steps, each of two micro-steps
+    lines = log_of(work / "stage2", "stage2")
+    line = lines[max(lines)]
+    parts = [line[f"loss_{name}"] for name in ("embed", "distil_image", "readout", "labels")]
+    assert line["loss"] == pytest.approx(sum(parts), rel=1e-4)
+    saved = torch.load(work / "stage2" / "checkpoint_0.pth", weights_only=True)["model"]
+    assert not any(name.startswith(("label_heads", "readout")) for name in saved)
 
     # Finished stages are skipped; without its record a training resumes from its last checkpoint.
     vae = system / "seed_tokenizer/diffusion_model/vae/diffusion_pytorch_model.safetensors"
