@@ -13,8 +13,10 @@ import json
 import math
 import os
 import pickletools
+import re
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from pickle import Unpickler, UnpicklingError
 from typing import Any
@@ -53,9 +55,8 @@ def read_pickle(data: bytes, location: str) -> JsonObject:
     """
     try:
         _check_memo(data)
-        unpickled = _PlainUnpickler(io.BytesIO(data)).load()
-        value = _PlainValues().convert(unpickled, "")
-        if type(value) is not dict:
+        value = _PlainValues().convert(_PlainUnpickler(io.BytesIO(data)).load(), "")
+        if not isinstance(value, dict):
             raise BadRecord("wrong type", f"contains a {type(value).__name__}, not a dict.")
         return value
     except BadRecord as error:
@@ -88,90 +89,63 @@ class _PlainUnpickler(Unpickler):
                 f"refers to {module}.{name}; only plain values and integer NumPy arrays "
                 "are supported.",
             )
-        return stand_in
-
-
-class _StandIn:
-    """A callable whose state pickles cannot change."""
-
-    __slots__ = ("_call",)
-
-    def __init__(self, call: Callable[..., Any]) -> None:
-        self._call = call
-
-    def __call__(self, *arguments: Any) -> Any:
-        return self._call(*arguments)
-
-    def __setstate__(self, state: object) -> None:
-        raise UnpicklingError("it changes a function")
+        # A pickle can change the objects that it gets, so each is a new one.
+        return partial(stand_in)
 
 
 class _Dtype:
     """An integer type by its code ("i8") and byte order."""
 
-    __slots__ = ("code", "order")
-
     def __init__(self, code: object, *_: object) -> None:
-        is_integer = (
-            isinstance(code, str) and code.lstrip("<>|=")[:1] in ("i", "u", "b") and len(code) <= 4
-        )
-        if not isinstance(code, str) or not is_integer:
+        if not re.fullmatch("[<>|=]?[iub][1248]", str(code)):
             raise BadRecord(
                 "wrong type",
                 f"contains an array of numpy type {str(code)[:20]!r}, not of integers.",
             )
-        self.code = code.lstrip("<>|=")
+        self.code = str(code)[-2:]
         self.order = "<"
 
     def __setstate__(self, state: Any) -> None:
-        if state[1] not in ("<", ">", "|", "="):
-            raise UnpicklingError("a numpy type has another state")
-        self.order = state[1].replace("|", "=")
+        self.order = {"<": "<", ">": ">", "=": "=", "|": "="}[state[1]]
 
 
 class _Array:
     """An integer array under construction: nested lists of ints (an int for shape ())."""
 
-    __slots__ = ("value", "n_bytes")
+    value: object
+    size: int
+
+    def __init__(self, *_: object) -> None:
+        """The arguments are those of NumPy's `_reconstruct`."""
 
     def __setstate__(self, state: Any) -> None:
         # The state of a NumPy array: version, shape, type, order, content.
         _, shape, dtype, is_fortran, data = state
-        is_data = isinstance(data, bytes | bytearray)
-        if not isinstance(dtype, _Dtype) or not is_data or not isinstance(shape, tuple):
-            raise UnpicklingError("a numpy array has another state")
+        # Rows without numbers are not in the file, but take memory.
+        self.size = math.prod(max(side, 1) for side in shape)
+        if self.size > MAX_NODES:
+            raise ValueError("an array is too large")
         # Numbers only: the type is one of integers, so nothing is executed or resolved.
-        flat = np.frombuffer(bytes(data), dtype.order + dtype.code)
-        if len(shape) > 8 or math.prod(shape) != len(flat) or min(shape, default=0) < 0:
-            raise UnpicklingError("an array's shape does not fit its numbers")
+        flat = np.frombuffer(data, dtype.order + dtype.code)
         self.value = flat.reshape(shape, order="F" if is_fortran else "C").tolist()
-        self.n_bytes = len(data)
 
 
-def _ndarray() -> None:
-    """The type argument of `_reconstruct`, which is only passed on."""
-
-
-def _reconstruct(*_: object) -> _Array:
-    return _Array()
-
-
-def _from_buffer(data: object, dtype: object, shape: object, order: Any = "C", *_: Any) -> _Array:
+def _from_buffer(data: object, dtype: object, shape: object, order: str = "C") -> _Array:
     array = _Array()
     array.__setstate__((1, shape, dtype, order == "F", data))
     return array
 
 
-def _scalar(dtype: object, data: object) -> Any:
+def _scalar(dtype: object, data: object) -> object:
     return _from_buffer(data, dtype, ()).value
 
 
-STAND_INS: dict[tuple[str, str], _StandIn] = {
-    ("numpy", "ndarray"): _StandIn(_ndarray),
-    ("numpy", "dtype"): _StandIn(_Dtype),
-    ("numpy.core.multiarray", "_reconstruct"): _StandIn(_reconstruct),
-    ("numpy.core.multiarray", "scalar"): _StandIn(_scalar),
-    ("numpy.core.numeric", "_frombuffer"): _StandIn(_from_buffer),
+STAND_INS: dict[tuple[str, str], Callable[..., object]] = {
+    ("numpy", "ndarray"): _Array,  # an argument of `_reconstruct`
+    ("numpy", "dtype"): _Dtype,
+    ("numpy.core.multiarray", "_reconstruct"): _Array,
+    ("numpy.core.multiarray", "scalar"): _scalar,
+    ("numpy.core.numeric", "_frombuffer"): _from_buffer,
 }
 
 
@@ -183,38 +157,35 @@ class _PlainValues:
 
     def convert(self, value: Any, path: str) -> Any:
         """The value at `path` in JSON types. Raises BadRecord: another type, or too many values."""
-        self._add(value)
-        # Exact types: subclasses come from code.
-        value_type = type(value)
-        if value is None or value_type is str or value_type is bool:
-            return value
-        if value_type is int and abs(value) < 1 << 64:
-            return value
-        if value_type is float:
-            # JSON has no NaN; LAION's metadata does.
-            return value if math.isfinite(value) else None
-        if value_type is list or value_type is tuple:
-            return [self.convert(item, f"{path}[{index}]") for index, item in enumerate(value)]
-        if value_type is dict and all(type(key) is str for key in value):
-            return {key: self.convert(item, f"{path}.{key}") for key, item in value.items()}
-        if value_type is _Array:
-            return value.value
-        if value_type is bytes:
-            return value.decode("utf-8")
-        raise BadRecord(
-            "wrong type",
-            f"{path[1:] or 'it'} contains a {value_type.__name__}, not a plain value.",
-        )
-
-    def _add(self, value: Any) -> None:
-        """Count a value; 256 bytes of a text or 1 byte of an array count as one more."""
+        # 1. 256 bytes of a text, and a number of an array, count as one more.
         self.count += 1
         if isinstance(value, str | bytes):
             self.count += len(value) >> 8
         elif isinstance(value, _Array):
-            self.count += value.n_bytes
+            self.count += value.size
         if self.count > MAX_NODES:
             raise BadRecord("wrong type", f"has more than {MAX_NODES:,} values.")
+
+        # 2. Its conversion; JSON has no NaN, which is in LAION's metadata.
+        match value:
+            case str() | None:
+                return value
+            case int() if abs(value) < 1 << 64:
+                return value
+            case float():
+                return value if math.isfinite(value) else None
+            case bytes():
+                return value.decode("utf-8")
+            case _Array():
+                return value.value
+            case list() | tuple():
+                return [self.convert(item, f"{path}[{index}]") for index, item in enumerate(value)]
+            case dict() if all(isinstance(key, str) for key in value):
+                return {key: self.convert(item, f"{path}.{key}") for key, item in value.items()}
+        raise BadRecord(
+            "wrong type",
+            f"{path[1:] or 'it'} contains a {type(value).__name__}, not a plain value.",
+        )
 
 
 # ---- conversion of shards

@@ -136,7 +136,8 @@ def test_read_pickle_bombs(monkeypatch):
     loop: list = []
     loop.append(loop)
     arrays = [np.zeros(10_000, np.int64)] * 1000
-    for value in (bomb, loop, arrays):
+    no_numbers = np.empty((1_000_000, 0), np.int64)
+    for value in (bomb, loop, arrays, no_numbers):
         started = time.process_time()
         with pytest.raises(BadRecord):
             read_pickle(pickle.dumps({"a": value}), "w")
