@@ -3,8 +3,8 @@
     _target_: src.data.torchdata_train.build_multi_datapipes    the data of a training
     _target_: src.data.torchdata_preprocess.build_…             the input of pre-tokenization
 
-They are read without importing anything. Those of a training have the batch layout of
-`ORIGINAL_DEFAULTS`; keys unused by the original code are dropped, and our keys may be added.
+They are read without importing anything. Those of a training have the originals' batch layout;
+keys unused by the original code are dropped, and our keys may be added.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ from __future__ import annotations
 import re
 from dataclasses import fields
 
+from seed_multimodal.compat.targets import arguments_of
 from seed_multimodal.data.decoders import find_decoder, opens_images
 from seed_multimodal.data.formats.record import JsonObject, RecordFields
 from seed_multimodal.data.stream.config import LlmDataSettings, as_mapping
@@ -20,47 +21,64 @@ from seed_multimodal.settings import check_keys, nearest
 
 # ---- the data of a training
 
-_TRAIN = "src.data.torchdata_train.build_"
-_SFT = "src.data.torchdata_sft.build_"
-_SEED_X = "src.data.sft_clm.build_"
-BUILDERS: dict[str, tuple[str, str]] = {  # original builder -> our decoder and file suffixes
-    _TRAIN + "caption_datapipes_for_llm": ("pretrain.caption", "tar"),
-    _TRAIN + "mmc4_datapipes_for_llm": ("pretrain.interleaved", "tar"),
-    _TRAIN + "video_caption_datapipes_for_llm": ("pretrain.video", "tar"),
-    _TRAIN + "text_pretrain_datapipes_for_llm": ("pretrain.text", "jsonl"),
-    _TRAIN + "edit_datapipes_for_llm": ("pretrain.edit", "tar"),
-    _TRAIN + "visual_question_datapipes_for_llm": ("pretrain.visual_question", "tar"),
-    _TRAIN + "text_conversation_datapipes_for_llm": ("pretrain.text_conversation", "jsonl"),
-    _SFT + "qa_datapipes_for_llm": ("sft.qa", "tar"),
-    _SFT + "edit_datapipes_for_llm": ("sft.edit", "tar"),
-    _SFT + "edit_multi_datapipes_for_llm": ("sft.multi_edit", "tar"),
-    _SFT + "story_datapipes_for_llm": ("sft.story", "tar"),
-    _SFT + "difference_datapipes_for_llm": ("sft.difference", "tar"),
-    _SFT + "conversation_datapipes_for_llm": ("sft.conversation", "tar"),
-    _SFT + "video_datapipes_for_llm": ("sft.video", "tar"),
-    _SFT + "video_conversation_datapipes_for_llm": ("sft.video_conversation", "tar"),
-    _SFT + "visual_question_datapipes_for_llm": ("sft.visual_question", "tar"),
-    _SFT + "interleaved_datapipes_for_llm": ("sft.interleaved", "tar"),
-    _SFT + "text_conversation_datapipes_for_llm": ("sft.text_conversation", "jsonl"),
-    _SEED_X + "llava_jsonl_datapipes": ("seed_x.conversation", "jsonl"),
-    _SEED_X + "single_turn_edit_datapipes": ("seed_x.edit", "jsonl"),
-    "src.data.image_text_pairs_clm.build_caption_datapipes_with_pixels": ("seed_x.caption", "tar"),
-    "src.data.mmc4.build_mmc4_datapipes_for_llm": ("pretrain.interleaved", "tar"),
-    "src.data.mmc4.build_obelisc_datapipes_for_llm": ("pretrain.interleaved", "tar"),
+# Module below `src.data` → name of a builder after `build_` → our decoder.
+_SOURCES = {
+    "torchdata_train": {
+        "caption_datapipes_for_llm": "pretrain.caption",
+        "mmc4_datapipes_for_llm": "pretrain.interleaved",
+        "video_caption_datapipes_for_llm": "pretrain.video",
+        "text_pretrain_datapipes_for_llm": "pretrain.text",
+        "edit_datapipes_for_llm": "pretrain.edit",
+        "visual_question_datapipes_for_llm": "pretrain.visual_question",
+        "text_conversation_datapipes_for_llm": "pretrain.text_conversation",
+    },
+    "torchdata_sft": {
+        "qa_datapipes_for_llm": "sft.qa",
+        "edit_datapipes_for_llm": "sft.edit",
+        "edit_multi_datapipes_for_llm": "sft.multi_edit",
+        "story_datapipes_for_llm": "sft.story",
+        "difference_datapipes_for_llm": "sft.difference",
+        "conversation_datapipes_for_llm": "sft.conversation",
+        "video_datapipes_for_llm": "sft.video",
+        "video_conversation_datapipes_for_llm": "sft.video_conversation",
+        "visual_question_datapipes_for_llm": "sft.visual_question",
+        "interleaved_datapipes_for_llm": "sft.interleaved",
+        "text_conversation_datapipes_for_llm": "sft.text_conversation",
+    },
+    "mmc4": {
+        "mmc4_datapipes_for_llm": "pretrain.interleaved",
+        "obelisc_datapipes_for_llm": "pretrain.interleaved",
+    },
+    "sft_clm": {
+        "llava_jsonl_datapipes": "seed_x.conversation",
+        "single_turn_edit_datapipes": "seed_x.edit",
+    },
+    "image_text_pairs_clm": {"caption_datapipes_with_pixels": "seed_x.caption"},
 }
-# What the original's files leave to its code, by the module of their builders. Six packed rows hold
-# about the useful tokens of an original micro-batch of SEED-LLaMA; SEED-X has padded micro-batches.
+BUILDERS = {
+    f"src.data.{module}.build_{name}": decoder
+    for module, decoders in _SOURCES.items()
+    for name, decoder in decoders.items()
+}
+MIXERS = (
+    "src.data.torchdata_train.build_multi_datapipes",
+    "src.data.torchdata_sft.build_multi_datapipes",
+    "src.data.sft_clm.build_multi_datapipes",
+)
+# What the original's files leave to its code. Six packed rows hold about the useful tokens of an
+# original micro-batch of SEED-LLaMA; SEED-X has padded micro-batches.
 _PACKED: JsonObject = {"packing": True, "length": 2048, "rows": 6, "too_long": "split"}
-ORIGINAL_DEFAULTS: dict[str, JsonObject] = {
-    "src.data.torchdata_train": _PACKED,
-    "src.data.torchdata_sft": _PACKED,
-    "src.data.mmc4": _PACKED,
-    "src.data.sft_clm": {"packing": False},
-    "src.data.image_text_pairs_clm": {"packing": False},
-}
-MIXERS = (_TRAIN + "multi_datapipes", _SFT + "multi_datapipes", _SEED_X + "multi_datapipes")
-_HYDRA_KEYS = ("_target_", "_recursive_", "_convert_")
-_SOURCE_KEYS = ("data_dir", "max_length", "batch_size", "cycle_count", "recursive", *_HYDRA_KEYS)
+_PADDED: JsonObject = {"packing": False}
+_PADDED_MODULES = ("src.data.sft_clm.", "src.data.image_text_pairs_clm.")
+# Decoders of JSON lines; the others read tar files.
+_OF_LINES = (
+    "pretrain.text",
+    "pretrain.text_conversation",
+    "sft.text_conversation",
+    "seed_x.conversation",
+    "seed_x.edit",
+)
+_SOURCE_KEYS = ("data_dir", "max_length", "batch_size", "cycle_count", "recursive")
 _UNUSED_KEYS = (  # by the original code
     "caption_prompt",
     "reverse_ratio",
@@ -85,8 +103,8 @@ def mixture_keys(config: RecordFields, label: str) -> JsonObject:
     # 1. The batch layout: the original's defaults, and keys of ours.
     our_keys = [entry.name for entry in fields(LlmDataSettings) if entry.name != "sources"]
     target = str(config.get("_target_", MIXERS[0]))
-    defaults = ORIGINAL_DEFAULTS.get(target.rpartition(".")[0], {})
-    layout = {**defaults, **{key: config[key] for key in our_keys if key in config}}
+    layout = dict(_PADDED if target.startswith(_PADDED_MODULES) else _PACKED)
+    layout |= {key: config[key] for key in our_keys if key in config}
 
     # 2. A single source.
     if target in BUILDERS:
@@ -96,8 +114,8 @@ def mixture_keys(config: RecordFields, label: str) -> JsonObject:
     # 3. A mixture.
     if target not in MIXERS:
         raise _unknown_target(target, label)
-    mixer_keys = ["datapipes", "sample_weights", "tokenizer", "image_transform"]
-    check_keys(config, [*mixer_keys, *_HYDRA_KEYS, *our_keys], label)
+    mixer_keys = ("datapipes", "sample_weights", "tokenizer", "image_transform")
+    check_keys(arguments_of(config), [*mixer_keys, *our_keys], label)
     pipes = config.get("datapipes") or []
     weights = config.get("sample_weights") or [1.0] * len(pipes)
     if len(weights) != len(pipes):
@@ -117,13 +135,14 @@ def _source_keys(pipe: RecordFields, weight: float, label: str) -> JsonObject:
     target = pipe.get("_target_")
     if target not in BUILDERS:
         raise _unknown_target(target, label)
-    name, format = BUILDERS[target]
+    name = BUILDERS[target]
+    format = "jsonl" if name in _OF_LINES else "tar"
     decoder = find_decoder(name)
     assert decoder is not None  # `BUILDERS` names ours
     options = decoder.option_names()
     unused = [key for key in _UNUSED_KEYS if key not in options]
     feature_keys = ["image_dir", "dataset_name"] if opens_images(name) else []
-    check_keys(pipe, [*_SOURCE_KEYS, *options, *unused, *feature_keys], label)
+    check_keys(arguments_of(pipe), [*_SOURCE_KEYS, *options, *unused, *feature_keys], label)
 
     # 2. The files: the original searches folders for one suffix.
     folders = pipe.get("data_dir")
@@ -166,15 +185,7 @@ PIPES: dict[str, JsonObject] = {
     },
     "src.data.torchdata_eval.build_question_answer_datapipes": {"format": "json"},
 }
-_UNUSED_INPUT_KEYS = (  # `data_dir` becomes `files`
-    "_target_",
-    "data_dir",
-    "max_length",
-    "mask",
-    "recursive",
-    "_recursive_",
-    "_convert_",
-)
+_UNUSED_INPUT_KEYS = ("data_dir", "max_length", "mask", "recursive")  # the first becomes `files`
 # Other input pipes: the tool decides which fields are read, the suffix the file's format.
 ENCODED = re.compile(
     r"src\.data\.torchdata_(eval|preprocess|train)\.build_"
@@ -191,11 +202,8 @@ def input_keys(config: JsonObject, label: str) -> JsonObject:
             f"{label}: _target_ {target!r} is not one of the original input pipes"
             f"{_advice(target) or nearest(target, PIPES)}."
         )
-    converted = dict(PIPES.get(target, {}))
-    for key, value in config.items():
-        if key not in _UNUSED_INPUT_KEYS:
-            converted[key] = value
-    return {**converted, "files": config.get("data_dir")}
+    converted = {**PIPES.get(target, {}), **arguments_of(config), "files": config.get("data_dir")}
+    return {key: value for key, value in converted.items() if key not in _UNUSED_INPUT_KEYS}
 
 
 # ---- pipes without counterpart

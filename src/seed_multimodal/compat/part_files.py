@@ -16,7 +16,7 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
-from seed_multimodal.compat.targets import TARGETS, check_target
+from seed_multimodal.compat.targets import TARGETS, arguments_of, check_target
 from seed_multimodal.config import instantiate, load_yaml
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError
@@ -79,7 +79,7 @@ def llm_keys(node: ConfigNode, label: str) -> JsonObject:
     if node.get("_target_") not in TARGETS["changed_llm"]:
         return _base_keys(node, label)
     known_keys = ("model", "peft_config", "model_id", "tokenizer", "torch_dtype", "vocab_size")
-    check_keys(_arguments(node), known_keys, label)
+    check_keys(arguments_of(node), known_keys, label)
     settings = {
         "dtype": node.get("torch_dtype"),
         **_base_keys(node.get("model") or {}, f"{label}.model"),
@@ -87,7 +87,7 @@ def llm_keys(node: ConfigNode, label: str) -> JsonObject:
     lora = node.get("peft_config")
     if lora:
         check_target(lora, "peft_config", f"{label}.peft_config")
-        settings["lora"] = _arguments(lora)
+        settings["lora"] = arguments_of(lora)
     return settings
 
 
@@ -95,7 +95,7 @@ def _base_keys(node: ConfigNode, label: str) -> JsonObject:
     """Our settings for the original's base model."""
     check_target(node, "llm", label)
     bits = {"load_in_8bit": "8bit", "load_in_4bit": "4bit"}  # the first wins
-    check_keys(_arguments(node), (LLM_PATH, "torch_dtype", "low_cpu_mem_usage", *bits), label)
+    check_keys(arguments_of(node), (LLM_PATH, "torch_dtype", "low_cpu_mem_usage", *bits), label)
     if node.get(LLM_PATH) in UNSET:
         raise ConfigError(f"{label}: {LLM_PATH} is required: the folder of a LLaMA.")
     settings = {"path": str(node[LLM_PATH])}
@@ -123,7 +123,7 @@ def split_agent(values: ConfigNode) -> tuple[JsonObject, JsonObject]:
 
     The originals' files have those settings at the top; ours, which win, have them below `losses`.
     """
-    others = _arguments(values)
+    others = arguments_of(values)
     losses: JsonObject = {}
     for field in fields(AgentSettings):
         if field.name in others:
@@ -136,7 +136,7 @@ def encoder_keys(node: ConfigNode, label: str) -> JsonObject:
     """Our settings for the original's vision encoder. Raises ConfigError."""
     check_target(node, "visual_encoder", label)
     # It has the sizes next to the path; `at_once` is ours, from an override.
-    sizes = without_stray_key(_arguments(node))
+    sizes = without_stray_key(arguments_of(node))
     settings: JsonObject = {"path": sizes.pop(PATH, None), "sizes": sizes}
     if "at_once" in sizes:
         settings["at_once"] = sizes.pop("at_once")
@@ -146,15 +146,6 @@ def encoder_keys(node: ConfigNode, label: str) -> JsonObject:
 def without_stray_key(values: Mapping[str, Any]) -> JsonObject:
     """The keys of a vision encoder's file."""
     return {key: value for key, value in values.items() if not key.startswith(STRAY_KEY)}
-
-
-def _arguments(node: ConfigNode) -> JsonObject:
-    """The keys of a node, without Hydra's (which begin with an underscore) at any depth."""
-    arguments: JsonObject = {}
-    for key, value in node.items():
-        if not str(key).startswith("_"):
-            arguments[str(key)] = _arguments(value) if isinstance(value, Mapping) else value
-    return arguments
 
 
 # ---- the parts of a SEED-X
@@ -194,7 +185,7 @@ def config_of_files(
                 raise ConfigError(f"{file}: SEED-X reads squares: set keep_ratio to False.")
         elif part != "discrete_model":
             key, path_key, read_sizes = _PARTS[part]
-            arguments = _arguments(node)
+            arguments = arguments_of(node)
             paths[key] = arguments.pop(path_key, None)
             if not paths[key]:
                 raise ConfigError(f"{label}: {path_key} is required.")

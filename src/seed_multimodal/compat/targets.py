@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 
+from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import nearest
 
@@ -101,3 +102,12 @@ def check_target(node: Mapping[str, object], part: str, label: str) -> None:
             f"{label}: _target_ {target!r} is not allowed{nearest(str(target), names)}; known "
             f"are {', '.join(names)}."
         )
+
+
+def arguments_of(node: Mapping[str, object]) -> JsonObject:
+    """The keys of a node, without Hydra's (which begin with an underscore) at any depth."""
+    arguments: JsonObject = {}
+    for key, value in node.items():
+        if not str(key).startswith("_"):
+            arguments[str(key)] = arguments_of(value) if isinstance(value, Mapping) else value
+    return arguments
