@@ -8,6 +8,8 @@ images = adapter.generate(image_embeds=output["img_gen_feat"], num_inference_ste
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Self
 
@@ -30,37 +32,23 @@ if TYPE_CHECKING:
     from seed_multimodal.images.transforms import ImageTransform
 
 
-class ResamplerXLV2(adapter.ResamplerXLV2):
-    """`src.models.detokenizer.resampler.ResamplerXLV2`, with its defaults (the YAML files name
-    other sizes)."""
+@dataclass(frozen=True)
+class _ResamplerSizes(adapter.ResamplerXLConfig):
+    """The arguments of the original class with its defaults; the YAML files name other sizes."""
 
-    def __init__(
-        self,
-        dim: int = 1024,
-        depth: int = 8,
-        dim_head: int = 64,
-        heads: int = 16,
-        num_queries: int = 8,
-        embedding_dim: int = 768,
-        output1_dim: int = 768,
-        output2_dim: int = 1280,
-        ff_mult: int = 4,
-        normalize: bool = True,
-    ) -> None:
-        super().__init__(
-            adapter.ResamplerXLConfig(
-                dim,
-                depth,
-                dim_head,
-                heads,
-                num_queries,
-                embedding_dim,
-                output1_dim,
-                output2_dim,
-                ff_mult,
-                normalize,
-            )
-        )
+    depth: int = 8
+    num_queries: int = 8
+    embedding_dim: int = 768
+    normalize: bool = True
+
+
+class ResamplerXLV2(adapter.ResamplerXLV2):
+    """`src.models.detokenizer.resampler.ResamplerXLV2`."""
+
+    __signature__ = signature(_ResamplerSizes)
+
+    def __init__(self, *args: Any, **sizes: Any) -> None:
+        super().__init__(_ResamplerSizes(*args, **sizes))
 
 
 class SDXLAdapter(adapter.SDXLAdapter):

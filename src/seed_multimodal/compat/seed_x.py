@@ -10,6 +10,8 @@ output = agent.generate(tokenizer=tokenizer, input_ids=ids, …)
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from inspect import signature
 from pathlib import Path
 from typing import Any, Self, TypedDict
 
@@ -44,15 +46,10 @@ TOKENIZER_FILE = "configs/tokenizer/clm_llama_tokenizer_224loc_anyres.yaml"
 class Resampler(vision.Resampler):
     """`src.models.tokenizer.qwen_visual.Resampler`; `norm_eps` is an addition."""
 
-    def __init__(
-        self,
-        grid_size: int,
-        embed_dim: int,
-        num_heads: int,
-        kv_dim: int | None = None,
-        norm_eps: float = 1e-5,
-    ) -> None:
-        super().__init__(vision.ResamplerConfig(grid_size, embed_dim, num_heads, kv_dim, norm_eps))
+    __signature__ = signature(vision.ResamplerConfig)
+
+    def __init__(self, *args: Any, **sizes: Any) -> None:
+        super().__init__(vision.ResamplerConfig(*args, **sizes))
 
 
 class VisionTransformerWithAttnPool(vision.QwenVit):
@@ -128,8 +125,7 @@ class LlamaForCausalLM:
                 f"{pretrained_model_name_or_path}: no such language model; pretrained/README.md "
                 f"lists the original ones."
             )
-        dtype = torch_dtype if isinstance(torch_dtype, torch.dtype) else DTYPES[torch_dtype]
-        return load_llm(folder, dtype=dtype)
+        return load_llm(folder, dtype=DTYPES.get(torch_dtype, torch_dtype))
 
 
 class AgentAnswer(TypedDict):
@@ -141,6 +137,16 @@ class AgentAnswer(TypedDict):
     img_gen_feat: Tensor | None  # [n, 64, K]
 
 
+@dataclass(frozen=True)
+class _AgentSettings(modeling.AgentSettings):
+    """The arguments of the original class with its defaults; the YAML files name other values."""
+
+    rec_loss_scale: float = 1.0
+    add_patch_pos: bool = False
+    vit_down: bool = False
+    mse: bool = False
+
+
 class ContinuousLVLM(TrainedAgent):
     """`src.models.mllm.seed_x.ContinuousLVLM`, the agent."""
 
@@ -149,16 +155,10 @@ class ContinuousLVLM(TrainedAgent):
         llm: PreTrainedModel,
         input_resampler: nn.Module,
         output_resampler: nn.Module,
-        lm_loss_scale: float = 1.0,
-        rec_loss_scale: float = 1.0,
-        add_patch_pos: bool = False,
-        vit_down: bool = False,
-        mse: bool = False,
+        *args: Any,
+        **settings: Any,
     ) -> None:
-        settings = modeling.AgentSettings(
-            lm_loss_scale, rec_loss_scale, add_patch_pos, vit_down, mse
-        )
-        super().__init__(llm, input_resampler, output_resampler, settings)
+        super().__init__(llm, input_resampler, output_resampler, _AgentSettings(*args, **settings))
 
     @classmethod
     def from_pretrained(
@@ -214,21 +214,32 @@ class ContinuousLVLM(TrainedAgent):
                 `patch_positions`.
             DataError: other numbers of features and tokens.
         """
-        # 1. What cannot be answered.
-        self._check_request(tokenizer, prompt, input_ids, num_img_gen_tokens)
+        # 1. The prompt's ids, and what cannot be answered.
+        if not isinstance(tokenizer, LlamaTokenizer):
+            raise ConfigError(
+                f"generate needs the tokenizer of {TOKENIZER_FILE}, because "
+                f"{type(tokenizer).__name__} splits text next to images differently than the model "
+                f"was trained with."
+            )
+        if prompt is not None and input_ids is None:
+            ids = tokenizer.encode(prompt)
+        elif prompt is None and input_ids is not None:
+            ids = input_ids.flatten().tolist()
+        else:
+            raise ConfigError("generate needs either prompt or input_ids.")
+        vocabulary = seed_x_vocabulary(tokenizer.text)
+        if num_img_gen_tokens != vocabulary.tokens_per_image:
+            raise ConfigError(
+                f"num_img_gen_tokens is {num_img_gen_tokens}, but an image of this tokenizer has "
+                f"{vocabulary.tokens_per_image}."
+            )
         if image_embeds is not None and patch_positions is None and self.settings.add_patch_pos:
             raise ConfigError(
                 "generate needs patch_positions, the centre (x, y) of each view in its image, with "
                 "image_embeds: [0.5, 0.5] for a whole image."
             )
-        vocabulary = seed_x_vocabulary(tokenizer.text)
 
-        # 2. The prompt: ids, or embeddings with the images' features in them.
-        if prompt is not None:
-            ids = tokenizer.encode(prompt)
-        else:
-            assert input_ids is not None
-            ids = input_ids.flatten().tolist()
+        # 2. The prompt: these ids, or embeddings with the images' features in them.
         if image_embeds is None:
             asked = Prompt(ids)
         else:
@@ -254,30 +265,6 @@ class ContinuousLVLM(TrainedAgent):
             "num_gen_imgs": len(features),
             "img_gen_feat": torch.cat(features) if features else None,
         }
-
-    @staticmethod
-    def _check_request(
-        tokenizer: LlamaTokenizer,
-        prompt: str | None,
-        input_ids: Tensor | None,
-        num_img_gen_tokens: int,
-    ) -> None:
-        """Raise ConfigError for arguments of `generate` that exclude each other."""
-        if not isinstance(tokenizer, LlamaTokenizer):
-            raise ConfigError(
-                f"generate needs the tokenizer of {TOKENIZER_FILE}, because "
-                f"{type(tokenizer).__name__} splits text next to images differently than the model "
-                f"was trained with."
-            )
-        if (prompt is None) == (input_ids is None):
-            raise ConfigError("generate needs either prompt or input_ids.")
-        # The tokenizer determines the length of an image.
-        vocabulary = seed_x_vocabulary(tokenizer.text)
-        if num_img_gen_tokens != vocabulary.tokens_per_image:
-            raise ConfigError(
-                f"num_img_gen_tokens is {num_img_gen_tokens}, but an image of this tokenizer has "
-                f"{vocabulary.tokens_per_image}."
-            )
 
     def _embed_images(
         self,
