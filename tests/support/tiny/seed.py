@@ -8,12 +8,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from random_images import noise
 from torch import Tensor, nn
 
+from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.language.hub_tokenizer import HubTokenizer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.models.seed.code_adapter import CODE_ADAPTER, CodeAdapter, CodeAdapterConfig
 from seed_multimodal.models.seed.configuration import QFormerConfig, Seed1Config, Seed2Config
+from seed_multimodal.models.seed.losses import Seed1Stage2Model, Stage1Model, Stage2Model
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer
 from seed_multimodal.models.seed.qformer import QFormer
 from seed_multimodal.nn.vision.eva import EvaConfig, EvaVit
@@ -170,6 +173,32 @@ def save_as_lavis(model: nn.Module, file: Path) -> Path:
     state = {name: value for name, value in model.state_dict().items() if name not in frozen}
     torch.save({"model": state, "optimizer": {"state": {}}, "epoch": 0}, file)
     return file
+
+
+def write_stages(
+    config: Any, folder: Path, *, vocab_size: int = 40, freeze_vit: bool = True, **options: Any
+) -> Any:
+    """`stage1.pth`, `stage2.pth` and `eva_vit_g.pth` of random weights; returns the second stage.
+
+    options: of the second stage.
+    """
+    sizes = Seed2Config(vit=config.vit, qformer=config.qformer)
+    first = loud(Stage1Model(sizes, vocab_size=vocab_size, embed_dim=8, freeze_vit=freeze_vit))
+    stage2 = Stage2Model if isinstance(config, Seed2Config) else Seed1Stage2Model
+    second: Any = loud(stage2(config, **options)).eval()
+    if second.freeze_qformer:
+        second.load_stage1(first.state_dict())
+    else:
+        second.visual_encoder.load_state_dict(first.visual_encoder.state_dict())
+    # Rows of the codebook at the features of an image, so that its codes differ.
+    pixels = seed_image_processor(config.vit.image_size)(noise(1))[None]
+    with torch.no_grad():
+        second.quantize.embedding.weight[: config.num_query] = second.pre_quant(pixels)[0]
+    deeper = EvaVit(dataclasses.replace(config.vit, depth=3)).state_dict()
+    torch.save(deeper | first.visual_encoder.state_dict(), folder / "eva_vit_g.pth")
+    save_as_lavis(first, folder / "stage1.pth")
+    save_as_lavis(second, folder / "stage2.pth")
+    return second
 
 
 def training_name(name: str) -> str:

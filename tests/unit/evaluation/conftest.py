@@ -33,25 +33,18 @@ class Stages:
 
 @pytest.fixture(scope="session")
 def stages(tmp_path_factory) -> Stages:
-    from tiny.seed import SIZES, save_as_lavis
+    from tiny.seed import SIZES, write_stages
 
     from seed_multimodal.models.seed.configuration import Seed2Config
-    from seed_multimodal.models.seed.losses import Stage1Model
-    from seed_multimodal.models.seed.modeling import Seed2Tokenizer
+    from seed_multimodal.models.seed.export import export_tokenizer
 
     folder = tmp_path_factory.mktemp("stages")
     vocabulary = "a red green blue grey square of".split()
     config = Seed2Config(**SIZES, image_features_dim=10)
     torch.manual_seed(0)
-    first = Stage1Model(config, vocab_size=len(vocabulary) + 6, embed_dim=8)
-    torch.nn.init.normal_(first.query_tokens)
-    tokenizer = Seed2Tokenizer(config).eval()
-    shared = tokenizer.state_dict().keys() & first.state_dict().keys()
-    tokenizer.load_state_dict({name: first.state_dict()[name] for name in shared}, strict=False)
-    features = tokenizer.pre_quant(torch.randn(5, 3, 16, 16)).detach()
-    tokenizer.quantize.embedding.weight.data = features.flatten(0, 1)[:50]
-    tokenizer.save_pretrained(folder / "tokenizer")
-    save_as_lavis(first, folder / "stage1.pth")
+    write_stages(config, folder, vocab_size=len(vocabulary) + 6)
+    files = {"stage1": folder / "stage1.pth", "vision": folder / "eva_vit_g.pth"}
+    export_tokenizer(folder / "stage2.pth", folder / "tokenizer", config=config, **files)
     (folder / "bert").mkdir()
     (folder / "bert" / "vocab.txt").write_text(
         "\n".join(["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *vocabulary]) + "\n"

@@ -12,7 +12,7 @@ import pytest
 import torch
 from random_images import noise
 from repository import NANO
-from tiny.seed import loud, save_as_lavis, seed1_config
+from tiny.seed import seed1_config, write_stages
 from torch import Tensor
 
 from seed_multimodal.cli.main import main
@@ -21,9 +21,7 @@ from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.language.tokenizer import MODEL
 from seed_multimodal.models.seed.configuration import Seed2Config, TokenizerConfig
 from seed_multimodal.models.seed.export import Export, export_tokenizer
-from seed_multimodal.models.seed.losses import Seed1Stage2Model, Stage1Model, Stage2Model
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer
-from seed_multimodal.nn.vision.eva import EvaVit
 from seed_nano.train.words import write_files
 
 
@@ -43,27 +41,13 @@ class Trained:
         return export_tokenizer(self.folder / "stage2.pth", out, **{**files, **options})
 
 
-def train(config: Any, folder: Path, *, freeze_vit: bool = True, **options: Any) -> Trained:
+def train(config: Any, folder: Path, **options: Any) -> Trained:
     """Random weights in the place of trained ones."""
     folder.mkdir()
-    sizes = Seed2Config(vit=config.vit, qformer=config.qformer)
-    first = loud(Stage1Model(sizes, vocab_size=40, embed_dim=8, freeze_vit=freeze_vit))
-    stage2 = Stage2Model if isinstance(config, Seed2Config) else Seed1Stage2Model
-    second: Any = loud(stage2(config, **options))
-    if second.freeze_qformer:
-        second.load_stage1(first.state_dict())
-    else:
-        second.visual_encoder.load_state_dict(first.visual_encoder.state_dict())
+    second = write_stages(config, folder, **options)
     image = noise(1)
     image.save(folder / "image.png")
     pixels = seed_image_processor(config.vit.image_size)(image)[None]
-    with torch.no_grad():
-        # Rows of the codebook at the features of the image, so that its codes differ.
-        second.quantize.embedding.weight[: config.num_query] = second.eval().pre_quant(pixels)[0]
-    deeper = EvaVit(dataclasses.replace(config.vit, depth=3)).state_dict()
-    torch.save(deeper | first.visual_encoder.state_dict(), folder / "eva_vit_g.pth")
-    save_as_lavis(first, folder / "stage1.pth")
-    save_as_lavis(second, folder / "stage2.pth")
     codes = second.encode(pixels)
     return Trained(config, folder, pixels, codes, second.decode(codes))
 

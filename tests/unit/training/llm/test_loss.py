@@ -20,9 +20,9 @@ VOCAB_SIZE = 70
 LENGTHS = (7, 5, 9, 1, 10)
 
 
-def build(tied: bool = False, lora: bool = False) -> torch.nn.Module:
+def build(tied: bool = False, lora: bool = False, architecture: str = "llama") -> torch.nn.Module:
     torch.manual_seed(0)
-    model = random_llm("llama", VOCAB_SIZE, initializer_range=0.3, tie_word_embeddings=tied)
+    model = random_llm(architecture, VOCAB_SIZE, initializer_range=0.3, tie_word_embeddings=tied)
     if not lora:
         return model
     model = add_lora(model, {"r": 4, "lora_alpha": 32, "lora_dropout": 0.0})
@@ -92,11 +92,17 @@ def separate(model: torch.nn.Module, times: int = 1) -> tuple[torch.Tensor, int]
     return times * sum(p.sum for p in parts), times * int(sum(p.count for p in parts))
 
 
-@pytest.mark.parametrize("attention", ["eager", "sdpa"])
+OTHERS = ("qwen3", "smollm3", "mistral", "phi3", "mistral sliding", "qwen3 sliding")
+
+
+@pytest.mark.parametrize(
+    ("architecture", "attention"),
+    [("llama", "eager"), ("llama", "sdpa"), *((name, "sdpa") for name in OTHERS)],
+)
 @pytest.mark.parametrize("count", [1, 2])
-def test_packed_equals_separate_sequences(attention, count):
+def test_packed_equals_separate_sequences(architecture, attention, count):
     # A token that sees another sequence is the fault that nobody notices in a curve.
-    model = build(lora=True)
+    model = build(lora=True, architecture=architecture)
     find_llama(model).set_attn_implementation(attention)
     expected, n_tokens = separate(model, count)
     expected_gradients = gradients(model, expected)
