@@ -28,7 +28,7 @@ from seed_multimodal.data.formats.open_files import OpenFiles
 from seed_multimodal.data.formats.record import BadRecord, JsonObject
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.formats.sources import run_in_processes
-from seed_multimodal.data.formats.tar import PICKLED, TarFile
+from seed_multimodal.data.formats.tar import IS_PICKLED, PICKLED, TarFile
 from seed_multimodal.disk import writable_folder, writing
 from seed_multimodal.errors import DataError, SeedError, first_line
 
@@ -240,8 +240,9 @@ def _convert(job: tuple[Path, Path]) -> tuple[int, list[str], str]:
     path, target = job
     skipped: list[str] = []
     try:
+        samples = _samples(TarFile(path, needs_json=False), skipped)
         with writing(target, DataError):
-            return write_shard(target, _samples(TarFile(path), skipped)), skipped, ""
+            return write_shard(target, samples), skipped, ""
     except SeedError as error:  # the shard cannot be read or written
         return 0, [], str(error)
     except ValueError as error:  # a name too long for a tar header
@@ -258,7 +259,7 @@ def _samples(tar: TarFile, skipped: list[str]) -> Iterator[tuple[str, dict[str, 
     for row in range(sum(tar.sizes)):
         record = tar.locate(row)
         try:
-            if record.problem is not None:
+            if record.problem is not None and record.problem[0] != IS_PICKLED:
                 raise BadRecord(*record.problem)
             members: dict[str, bytes] = {}
             for extension in record.members:

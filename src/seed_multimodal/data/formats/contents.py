@@ -33,18 +33,24 @@ from seed_multimodal.settings import nearest
 IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
 IMAGE_SUFFIXES = tuple(f".{key}" for key in IMAGE_KEYS)
 FOLDER = "folder"  # format of a folder of images
+FORMATS = ("tar", "jsonl", "json", "parquet", "arrow", "csv")
+# Suffix of a file → what it is: a format, an image, or what `CURES` is for.
 SUFFIXES = {
-    "tar": (".tar",),
-    "jsonl": (".jsonl", ".ndjson"),
-    "json": (".json",),
-    "parquet": (".parquet",),
-    "arrow": (".arrow",),
-    "csv": (".csv",),
+    **{f".{format}": format for format in FORMATS},
+    ".ndjson": "jsonl",
+    **dict.fromkeys(IMAGE_SUFFIXES, FOLDER),
+    ".gz": "gzip",
+    ".tgz": "gzip",
+    ".zst": "zstd",
+    ".xz": "xz",
+    ".bz2": "bzip2",
+    ".zip": "zip",
+    ".tsv": "tsv",
 }
 # Configured format → formats of the files that are read, by their suffixes.
 _ACCEPTED = {
-    "auto": tuple(SUFFIXES),
-    **{name: (name,) for name in SUFFIXES},
+    "auto": FORMATS,
+    **{name: (name,) for name in FORMATS},
     "json": ("json", "jsonl"),
 }
 # First bytes of a file → what it is.
@@ -71,15 +77,6 @@ CURES = {
     "utf-16": "is text in UTF-16; convert it once: iconv -f UTF-16 -t UTF-8",
     "tsv": "is a table with tabs; write it as .jsonl, or as .csv with a header; if it lists URLs "
     "(CC3M, CC12M), download its images first, for example by img2dataset",
-}
-_UNREAD_SUFFIXES = {
-    ".gz": "gzip",
-    ".tgz": "gzip",
-    ".zst": "zstd",
-    ".xz": "xz",
-    ".bz2": "bzip2",
-    ".zip": "zip",
-    ".tsv": "tsv",
 }
 # Files that other tools write beside records.
 SIDE_FILES = (
@@ -135,7 +132,7 @@ def find_files(
     formats, or a file is not read as it is.
     """
     # 1. The format must be one of these.
-    formats = [*SUFFIXES]
+    formats = [*FORMATS]
     if images:
         formats.append(FOLDER)
     formats += registered_formats()
@@ -150,11 +147,10 @@ def find_files(
     # 2. The format of each file; a dictionary, since patterns may overlap.
     format_of: dict[str, str] = {}
     for path in expand_pattern(patterns):
-        suffix_format = _suffix_format(path)
         if _is_folder(path):
             format_of.update(_in_folder(path, format, images))
-        elif suffix_format in _ACCEPTED.get(format, ()):
-            format_of[path] = suffix_format
+        elif _by_suffix(path) in _ACCEPTED.get(format, ()):
+            format_of[path] = _by_suffix(path)
         else:
             format_of[path] = _content_format(path) if format == "auto" else format
 
@@ -166,13 +162,11 @@ def find_files(
 
 def _content_format(path: str) -> str:
     """The format of a file whose suffix says none. Raises DataError: it is not read."""
-    content = _UNREAD_SUFFIXES.get(os.path.splitext(path)[1].lower())
-    if content is None:
-        content = sniff(read_safely(path, lambda: _head(path)))
-    if content in SUFFIXES:
+    content = _by_suffix(path) or sniff(read_safely(path, lambda: _head(path)))
+    if content in FORMATS:
         return content
-    reason = f"unknown suffix (known: {', '.join(SUFFIXES)}); set the format"
-    if path.lower().endswith(IMAGE_SUFFIXES):
+    reason = f"unknown suffix (known: {', '.join(FORMATS)}); set the format"
+    if content == FOLDER:
         reason = "is an image; give the folder of the images, or a list"
     raise DataError(f"{path}: {CURES.get(content, reason)}.")
 
@@ -226,12 +220,13 @@ def _matches(name: str) -> list[str]:
     return remote_files(name, "glob")
 
 
-def _suffix_format(path: str) -> str:
-    """The format that a file's suffix tells, or ""."""
-    for format, suffixes in SUFFIXES.items():
-        if path.lower().endswith(suffixes):
-            return format
-    return ""
+def _suffix(path: str) -> str:
+    return os.path.splitext(path)[1].lower()
+
+
+def _by_suffix(path: str) -> str:
+    """What a file is by its suffix, or ""."""
+    return SUFFIXES.get(_suffix(path), "")
 
 
 # ---- folders
@@ -239,10 +234,7 @@ def _suffix_format(path: str) -> str:
 
 def _is_folder(path: str) -> bool:
     """Whether it is a folder; URLs are classified by suffix."""
-    if is_remote(path):
-        suffix = os.path.splitext(path)[1].lower()
-        return not _suffix_format(path) and suffix not in _UNREAD_SUFFIXES
-    return os.path.isdir(path)
+    return not _by_suffix(path) if is_remote(path) else os.path.isdir(path)
 
 
 def folder_contents(folder: str) -> dict[str, list[str]]:
@@ -254,10 +246,9 @@ def folder_contents(folder: str) -> dict[str, list[str]]:
     files = list_files(folder)
     contents: dict[str, list[str]] = {}
     for path in files:
-        format = _suffix_format(path)
-        if path.lower().endswith(IMAGE_SUFFIXES):
-            format = FOLDER
-        contents.setdefault(format or os.path.splitext(path)[1].lower(), []).append(path)
+        content = _by_suffix(path)
+        is_read = content in (*FORMATS, FOLDER)
+        contents.setdefault(content if is_read else _suffix(path), []).append(path)
 
     # 2. Without side files.
     stems = {
@@ -295,7 +286,7 @@ def _in_folder(folder: str, format: str, images: bool) -> dict[str, str]:
     if images and format in ("auto", FOLDER) and FOLDER in contents and not paths_of:
         return {folder: FOLDER}
     if not paths_of:
-        formats = ", ".join(SUFFIXES) if format == "auto" else format
+        formats = ", ".join(FORMATS) if format == "auto" else format
         or_images = " or images" if images else ""
         raise DataError(
             f"{folder}: contains no {formats} files{or_images}, at any depth"
@@ -314,9 +305,9 @@ def _other_contents(contents: Mapping[str, list[str]]) -> str:
     if FOLDER in contents:
         return f"; it holds {pluralize(len(contents[FOLDER]), 'image')}: set format: folder"
     for name, paths in contents.items():
-        if name in _UNREAD_SUFFIXES:
-            cure = CURES[_UNREAD_SUFFIXES[name]]
-            return f"; it holds {pluralize(len(paths), f'{name} file')}, each of which {cure}"
+        held = f"; it holds {pluralize(len(paths), f'{name} file')}"
+        if name in FORMATS:
+            return f"{held}: set format: {name}"
         if name in SUFFIXES:
-            return f"; it holds {pluralize(len(paths), f'{name} file')}: set format: {name}"
+            return f"{held}, each of which {CURES[SUFFIXES[name]]}"
     return ""

@@ -31,17 +31,8 @@ IMAGE_FIELDS = ("image", "file_name", *IMAGE_KEYS)
 CAPTION_FIELDS = ("caption", "text")
 
 
-def image_field(fields: RecordFields, key: str | None) -> FieldValue:
-    """The value under `key`, by default under the first of `IMAGE_FIELDS` that is set; or None."""
-    return _field(fields, key, IMAGE_FIELDS)
-
-
-def caption_field(fields: RecordFields, key: str | None) -> FieldValue:
-    """As `image_field`, by default of `CAPTION_FIELDS`."""
-    return _field(fields, key, CAPTION_FIELDS)
-
-
-def _field(fields: RecordFields, key: str | None, defaults: Iterable[str]) -> FieldValue:
+def first_value(fields: RecordFields, key: str | None, defaults: Iterable[str]) -> FieldValue:
+    """The value under `key`, by default under the first of `defaults` that is set; or None."""
     for name in (key,) if key else defaults:
         value = fields.get(name)
         if value is not None:
@@ -49,13 +40,25 @@ def _field(fields: RecordFields, key: str | None, defaults: Iterable[str]) -> Fi
     return None
 
 
-def missing_image(record: Record, key: str | None = None) -> BadRecord:
-    """The error for a record without an image."""
+def image_value(record: Record, key: str | None, files: FileReader | None) -> FieldValue:
+    """The image's bytes in a tar, else the value under `key`, by default of `IMAGE_FIELDS`.
+
+    files: None: a member is not read.
+
+    Raises BadRecord: there is none.
+    """
+    value: FieldValue = None
+    if files is not None:
+        value = record.member(*IMAGE_KEYS, files=files)
+    if value is None:
+        value = first_value(record.fields, key, IMAGE_FIELDS)
+    if value is not None:
+        return value
     if in_tar(record):
         reason = f"no .{', .'.join(IMAGE_KEYS)} member, but .{', .'.join(record.members)}"
     else:
         reason = missing_key_text(key or "image", record.fields)
-    return BadRecord("missing image", f"{record.location}: has no image: {reason}.")
+    raise BadRecord("missing image", f"{record.location}: has no image: {reason}.")
 
 
 def in_tar(record: Record) -> bool:
@@ -125,11 +128,11 @@ def record_image(value: FieldValue, record: Record, root: str | Path | None = No
 
 
 def captions(fields: RecordFields, key: str | None, location: str) -> list[str]:
-    """The text or texts of `caption_field`.
+    """The text or texts under `key`, by default of `CAPTION_FIELDS`.
 
     Raises BadRecord: missing, blank or of another type.
     """
-    value = caption_field(fields, key)
+    value = first_value(fields, key, CAPTION_FIELDS)
     if value is None or value == []:
         missing = missing_key_text(key or CAPTION_FIELDS[0], fields)
         raise BadRecord("missing key", f"{location}: has no caption: no .txt, and {missing}.")

@@ -42,39 +42,39 @@ class IndexedFile:
 
     def write_index(self) -> None:
         """Write the index, unless it exists. Raises DataError."""
-        head = self._head()
-        path = _index_path(self.path, head)
-        if _read(path, head) is not None:
-            return
-        try:
-            _write(path, {"head": head, **read_safely(self.path, self.scan)})
-        except OSError as error:
-            raise DataError(f"{path}: cannot be written ({disk_reason(error)}).") from None
-
-    def _head(self) -> np.ndarray:
-        """What an index must have in common with the file: kind, version of this module, size, and
-        version of the file."""
-        size, version = stat(self.path)
-        return np.array([self.kind, VERSION, str(size), version])
+        self._read_index(must_store=True)
 
     @cached_property
     def arrays(self) -> Arrays:
         """The stored index, else a new one, which is stored."""
-        head = self._head()
+        return self._read_index()
+
+    def _read_index(self, must_store: bool = False) -> Arrays:
+        # 1. The stored index must have the file's size and version, and those of this module.
+        size, version = stat(self.path)
+        head = np.array([self.kind, VERSION, str(size), version])
         path = _index_path(self.path, head)
         stored = _read(path, head)
         if stored is not None:
             return stored
+
+        # 2. A new one.
         arrays = {"head": head, **read_safely(self.path, self.scan)}
         has_folder = bool(os.environ.get("SEED_INDEX_DIR")) or is_remote(self.path)
-        if has_folder or int(head[2]) >= MIN_STORED_BYTES:
-            try:
-                _write(path, arrays)
-            except OSError as error:
-                log_line(
-                    f"{self.path}: its index cannot be stored ({disk_reason(error)}), so every "
-                    "process rebuilds it; set SEED_INDEX_DIR to a writable folder."
-                )
+        if not (must_store or has_folder or size >= MIN_STORED_BYTES):
+            return arrays
+        try:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            with atomic_open(path) as file:
+                np.savez(file, **arrays)  # type: ignore[arg-type]
+        except OSError as error:
+            reason = f"{path}: cannot be written ({disk_reason(error)})"
+            if must_store:
+                raise DataError(f"{reason}.") from None
+            log_line(
+                f"{reason}, so every process rebuilds the index of {self.path}; set "
+                "SEED_INDEX_DIR to a writable folder."
+            )
         return arrays
 
 
@@ -91,13 +91,6 @@ def _index_path(path: str, head: np.ndarray) -> Path:
     readable = path.rpartition("/")[2][:50]
     default = Path.home() / ".cache/seed-multimodal/index"
     return Path(folder or default) / f"{readable}.{digest}.npz"
-
-
-def _write(path: Path, arrays: Arrays) -> None:
-    """Write an index atomically. Raises OSError."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with atomic_open(path) as file:
-        np.savez(file, **arrays)  # type: ignore[arg-type]
 
 
 def _read(path: Path, head: np.ndarray) -> Arrays | None:

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import os
+from collections import OrderedDict
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from seed_multimodal.data.formats.parquet import GROUP_CACHE_BYTES, RowGroups
-from seed_multimodal.data.formats.record import JsonObject
+from seed_multimodal.data.formats.parquet import WHOLE_FILE, read_group
+from seed_multimodal.data.formats.record import BadRecord, JsonObject
 from seed_multimodal.data.formats.storage import (
     LOCAL_FILES,
     REMOTE_FILES,
@@ -19,27 +21,31 @@ from seed_multimodal.data.formats.storage import (
     stat,
 )
 from seed_multimodal.entry import log_line
-from seed_multimodal.errors import DataError
+from seed_multimodal.errors import DataError, first_line
+
+if TYPE_CHECKING:
+    import pyarrow
+
+GROUP_CACHE_BYTES = 512 << 20  # of row groups that a data worker caches for each source
 
 
 class OpenFiles:
     """Reads byte ranges and table rows of records.
 
-    group_cache_bytes: bytes of cached row groups.
     cache: as of `sources.open_records`.
-    in_order: remote files are read once from begin to end, without copies.
+    in_order: files are read once from begin to end, remote ones without copies.
     """
 
-    def __init__(
-        self,
-        group_cache_bytes: int = GROUP_CACHE_BYTES,
-        cache: str | bool | None = None,
-        in_order: bool = False,
-    ) -> None:
+    def __init__(self, cache: str | bool | None = None, in_order: bool = False) -> None:
         self.cache = False if in_order else cache
         self.in_order = in_order
-        self.tables = RowGroups(group_cache_bytes)
+        self.group_cache_bytes = 0 if in_order else GROUP_CACHE_BYTES
         self._copies: dict[str, str] = {}  # by URL
+        self._groups: OrderedDict[tuple[str, int], pyarrow.Table] = OrderedDict()
+
+    def __getstate__(self) -> JsonObject:
+        # A data worker starts without the tables.
+        return {**self.__dict__, "_groups": OrderedDict()}
 
     def read(self, path: str | Path, offset: int, size: int) -> bytes:
         """`size` bytes of a file from `offset`.
@@ -65,8 +71,29 @@ class OpenFiles:
         return data
 
     def row(self, path: str | Path, group: int, offset: int, location: str) -> JsonObject:
-        """The fields of a row of a table. Raises BadRecord: not readable; ReadError."""
-        return self.tables.row(self._source(path), group, offset, location)
+        """The fields of a row of a table, without nulls. Raises BadRecord: not readable."""
+        try:
+            (row,) = self._group(self._source(path), group).slice(offset, 1).to_pylist()
+        except (ValueError, OverflowError, LookupError) as error:
+            # No UTF-8, a date after 9999, an unknown time zone.
+            raise BadRecord(
+                "wrong type", f"{location}: a value cannot be read ({first_line(error)})."
+            ) from None
+        return {key: value for key, value in row.items() if value is not None}
+
+    def _group(self, path: str, group: int) -> pyarrow.Table:
+        """A row group as an Arrow table; the ones used longest ago are dropped."""
+        if (path, group) not in self._groups:
+            self._groups[path, group] = read_group(path, group)
+            while len(self._groups) > 1 and self._cached_bytes() > self.group_cache_bytes:
+                self._groups.popitem(last=False)
+        self._groups.move_to_end((path, group))
+        return self._groups[path, group]
+
+    def _cached_bytes(self) -> int:
+        # Whole files are mapped into memory.
+        groups = self._groups.items()
+        return sum(table.nbytes for (_, group), table in groups if group != WHOLE_FILE)
 
     def _source(self, path: str | Path) -> str:
         """The path or URL to read from: a remote file's copy, unless `cache` is False."""

@@ -14,12 +14,11 @@ from omegaconf import DictConfig, OmegaConf
 
 from seed_multimodal.data.formats.contents import registered_formats
 from seed_multimodal.data.formats.images import (
-    IMAGE_KEYS,
+    CAPTION_FIELDS,
     RecordImage,
-    caption_field,
     captions,
-    image_field,
-    missing_image,
+    first_value,
+    image_value,
     record_image,
     text_member,
 )
@@ -114,25 +113,18 @@ class Pairs:
     def _pair(self, record: Record) -> Pair:
         keys = self.keys
         captions = self._captions(record) if keys.captioned else []
-        # A member of a shard, else what a field names.
-        image: RecordImage | None = record.member(*IMAGE_KEYS, files=self._records.open_files)
-        if image is None:
-            image = self._field_image(record, keys.image_key)
+        value = image_value(record, keys.image_key, self._records.open_files)
+        image = record_image(value, record, keys.image_root)
         condition = None
         if keys.condition_key is not None:
-            condition = self._field_image(record, keys.condition_key)
+            value = image_value(record, keys.condition_key, files=None)
+            condition = record_image(value, record, keys.image_root)
         return Pair(record.key, record.location, image, captions, condition)
-
-    def _field_image(self, record: Record, key: str | None) -> RecordImage:
-        value = image_field(record.fields, key)
-        if value is None:
-            raise missing_image(record, key)
-        return record_image(value, record, self.keys.image_root)
 
     def _captions(self, record: Record) -> list[str]:
         """Captions of the record's fields, else of its .txt."""
         caption_key = self.keys.caption_key
-        if caption_field(record.fields, caption_key) is None:
+        if first_value(record.fields, caption_key, CAPTION_FIELDS) is None:
             text = text_member(record, self._records.open_files)
             if text is not None:
                 return [text]

@@ -2,20 +2,13 @@
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from functools import cached_property
 from itertools import accumulate
 from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from seed_multimodal.data.formats.record import (
-    BadRecord,
-    JsonObject,
-    Record,
-    TableRow,
-    find_part,
-)
+from seed_multimodal.data.formats.record import BadRecord, Record, TableRow, find_part
 from seed_multimodal.data.formats.storage import EXACT_READS, LOCAL_FILES, is_remote, open_ranges
 from seed_multimodal.disk import read_patiently
 from seed_multimodal.errors import SeedError, first_line, name_content
@@ -26,7 +19,6 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 WHOLE_FILE = -1  # row group of Arrow's rows
-GROUP_CACHE_BYTES = 512 << 20  # of row groups that a data worker caches for each source
 
 
 class ParquetFile:
@@ -66,47 +58,12 @@ class ArrowFile(ParquetFile):
         return Record(f"row {row}", f"{self.path}: row {row}", file=self.path, row=table_row)
 
 
-class RowGroups:
-    """Reads rows, and caches the last used row groups of all files.
-
-    limit_bytes: size of the cache; it has at least one group.
-    """
-
-    def __init__(self, limit_bytes: int = GROUP_CACHE_BYTES) -> None:
-        self.limit_bytes = limit_bytes
-        self.cached_bytes = 0
-        self._groups: OrderedDict[tuple[str, int], pyarrow.Table] = OrderedDict()
-
-    def row(self, path: str, group: int, offset: int, location: str) -> JsonObject:
-        """The values of a row of a group, without nulls. Raises BadRecord: not readable."""
-        try:
-            (row,) = self._group(path, group).slice(offset, 1).to_pylist()
-        except (ValueError, OverflowError, LookupError) as error:
-            # No UTF-8, a date after 9999, an unknown time zone.
-            raise BadRecord(
-                "wrong type", f"{location}: a value cannot be read ({first_line(error)})."
-            ) from None
-        return {key: value for key, value in row.items() if value is not None}
-
-    def __reduce__(self) -> tuple[type[RowGroups], tuple[int]]:
-        # A data worker starts without the tables.
-        return RowGroups, (self.limit_bytes,)
-
-    def _group(self, path: str, group: int) -> pyarrow.Table:
-        """A row group as an Arrow table."""
-        if (path, group) not in self._groups and group == WHOLE_FILE:
-            self._groups[path, group] = read_arrow(path)  # mapped into memory
-        elif (path, group) not in self._groups:
-            # Without threads: Arrow's pool does not survive a fork.
-            table = read_parquet(path, lambda file: file.read_row_group(group, use_threads=False))
-            # Drop the ones used longest ago; a group that is larger than the cache is alone in it.
-            self.cached_bytes += table.nbytes
-            while self._groups and self.cached_bytes > self.limit_bytes:
-                (_, group_index), oldest = self._groups.popitem(last=False)
-                self.cached_bytes -= 0 if group_index == WHOLE_FILE else oldest.nbytes
-            self._groups[path, group] = table
-        self._groups.move_to_end((path, group))
-        return self._groups[path, group]
+def read_group(path: str, group: int) -> pyarrow.Table:
+    """A row group of a parquet file, or `WHOLE_FILE` of Arrow."""
+    if group == WHOLE_FILE:
+        return read_arrow(path)
+    # Without threads: Arrow's pool does not survive a fork.
+    return read_parquet(path, lambda file: file.read_row_group(group, use_threads=False))
 
 
 def read_parquet(path: str, read: Callable[[ArrowParquet], T]) -> T:

@@ -40,7 +40,7 @@ from seed_multimodal.data.formats.record import (
     unusable_value,
 )
 from seed_multimodal.data.formats.storage import is_remote
-from seed_multimodal.data.formats.tar import JsonTar
+from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.entry import end_with_parent, log_line
 from seed_multimodal.errors import DataError
 from seed_multimodal.plugins import import_entry
@@ -50,7 +50,7 @@ from seed_multimodal.settings import check_keys
 J = TypeVar("J")
 R = TypeVar("R")
 _OPENERS: dict[str, Callable[..., RecordFile]] = {
-    "tar": JsonTar,
+    "tar": TarFile,
     "jsonl": JsonLines,
     "json": JsonList,
     "csv": JsonList,

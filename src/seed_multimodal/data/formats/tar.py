@@ -16,7 +16,8 @@ from seed_multimodal.data.formats.index import Arrays, IndexedFile
 from seed_multimodal.data.formats.record import ByteRange, Record
 from seed_multimodal.data.formats.storage import open_binary
 
-PICKLED = ("pkl", "pickle")
+PICKLED = ("pkl", "pickle")  # extensions
+IS_PICKLED = "pickled"  # problem
 KNOWN_EXTENSIONS = {"json", "txt", *PICKLED, *IMAGE_KEYS}
 
 
@@ -24,9 +25,15 @@ class TarFile(IndexedFile):
     """The samples of a plain tar by index: consecutive members with the same key are one sample.
 
     A damaged tar yields the samples before the damage, and one last record with a `problem`.
+
+    needs_json: samples without a .json have a `problem`; those with a pickle always have.
     """
 
     kind = "tar"
+
+    def __init__(self, path: str | Path, needs_json: bool = True) -> None:
+        super().__init__(path)
+        self.needs_json = needs_json
 
     def scan(self) -> Arrays:
         """Build the index from the headers of all M members.
@@ -106,27 +113,14 @@ class TarFile(IndexedFile):
             offset = arrays["offset"].item(member)
             size = arrays["size"].item(member)
             record.members[extension] = ByteRange(path, offset, size)
-        return record
-
-
-class JsonTar(TarFile):
-    """A tar that rejects pickles, and with `needs_json` samples without a .json."""
-
-    def __init__(self, path: str | Path, needs_json: bool = True) -> None:
-        super().__init__(path)
-        self.needs_json = needs_json
-
-    def locate(self, row: int) -> Record:
-        """An unread sample, with a `problem` if it has no .json or a pickle instead."""
-        record = super().locate(row)
         if record.problem is not None or "json" in record.members:
             return record
         if not record.members.keys().isdisjoint(PICKLED):
             message = (
                 f"{record.location} is a pickle, which may hold code; convert the shards "
-                f"once: seed data convert {self.path} --out FOLDER."
+                f"once: seed data convert {path} --out FOLDER."
             )
-            record.problem = ("pickled", message)
+            record.problem = (IS_PICKLED, message)
         elif self.needs_json:
             record.problem = ("missing member", f"{record.location}: has no .json member.")
         return record

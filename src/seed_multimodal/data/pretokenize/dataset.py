@@ -88,7 +88,7 @@ class TaskDecoder:
         self.views = views if record_type.views else 1
         self.seed = seed
         self._keys = record_type.keys(settings.fields)
-        self._files = OpenFiles(group_cache_bytes=0, in_order=True)
+        self._files = OpenFiles(in_order=True)
 
     def __call__(self, task: Task) -> Task:
         pixels: list[np.ndarray] = []  # uint8 [3, S, S] of each row

@@ -21,7 +21,7 @@ from seed_multimodal.data.formats.record import (
     RecordFile,
 )
 from seed_multimodal.data.formats.sources import open_records
-from seed_multimodal.data.formats.tar import JsonTar
+from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.settings import read_settings, setting
 
@@ -108,7 +108,7 @@ def list_shards(settings: InputSettings, block: int) -> list[Shard]:
     shards = []
     for file in files:
         name = os.path.relpath(file.path, base).replace(":", "-")
-        if isinstance(file, JsonTar):
+        if isinstance(file, TarFile):
             shards.append(Shard(os.path.splitext(name)[0], file))
             continue
         total = sum(file.sizes)

@@ -32,9 +32,8 @@ from seed_multimodal.data.formats.conversations import REPAIRED, with_messages
 from seed_multimodal.data.formats.images import (
     IMAGE_KEYS,
     captions,
-    image_field,
+    image_value,
     in_tar,
-    missing_image,
     missing_key_text,
     record_image,
     text_member,
@@ -118,12 +117,7 @@ class Sample:
 
     def image_value(self, name: str) -> FieldValue:
         """The image's bytes in a tar, else the value under its key."""
-        image: FieldValue = self.record.member(*IMAGE_KEYS, files=self.files)
-        if image is None:
-            image = image_field(self.fields, self.keys[name])
-        if image is None:
-            raise missing_image(self.record, self.keys[name])
-        return image
+        return image_value(self.record, self.keys[name], self.files)
 
     def image(self, name: str = "image", *, is_input: bool = True) -> SourceImage:
         """The image of `image_value`."""

@@ -85,8 +85,8 @@ def test_open_records_of_parquet(tmp_path):
     assert "text" not in source.read(3).fields
 
     # In any order, also if a row group does not fit into the cache.
-    for group_cache_bytes in (1 << 20, 0):
-        files = OpenFiles(group_cache_bytes=group_cache_bytes)
+    for in_order in (False, True):
+        files = OpenFiles(in_order=in_order)
         for index in np.random.default_rng(0).permutation(7).tolist():
             fields = source.locate(index).parsed(files).fields
             assert fields["image_ids"] == rows[index]["image_ids"]
