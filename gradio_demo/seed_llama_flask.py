@@ -14,7 +14,7 @@ import os
 import re
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 # Runs from a checkout that is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
@@ -33,6 +33,7 @@ from seed_multimodal.pipelines.config import system_names  # noqa: E402
 
 if TYPE_CHECKING:
     from seed_multimodal.pipelines.base import MultimodalSystem
+    from seed_multimodal.pipelines.config import SystemConfig
 
 
 def boolean(text: str) -> bool:
@@ -203,7 +204,7 @@ def load_system(args: argparse.Namespace) -> MultimodalSystem:
                 f"--system names all that is served, --{named_parts[0]} a part of it; give one of "
                 "them."
             )
-        return load_named(args)
+        return load_named(args, args.system)
 
     # 2. Or the files of all parts; a tokenizer's folder has its image transform.
     if args.engine != "torch":
@@ -214,8 +215,10 @@ def load_system(args: argparse.Namespace) -> MultimodalSystem:
     raise ConfigError(f"Name what to serve: --system nano, or the missing {lacking}.")
 
 
-def load_named(args: argparse.Namespace) -> MultimodalSystem:
-    """The system that `--system` names."""
+def load_named(
+    args: argparse.Namespace, system: str | SystemConfig, **options: object
+) -> MultimodalSystem:
+    """A system by its name or parts; `options` replace what the flags set."""
     from seed_multimodal.pipelines.base import MultimodalSystem
 
     # Parts that wait on the CPU until they work.
@@ -224,8 +227,7 @@ def load_named(args: argparse.Namespace) -> MultimodalSystem:
         "encoder": args.offload_encoder,
         "decoder": args.offload_decoder,
     }
-    return MultimodalSystem.from_pretrained(
-        args.system,
+    settings = dict[str, Any](
         device=args.llm_device,
         image_device=args.tokenizer_device,
         offload=[name for name, chosen in parts.items() if chosen],
@@ -238,27 +240,20 @@ def load_named(args: argparse.Namespace) -> MultimodalSystem:
         kv_cache=args.kv_cache,
         max_running=args.max_running,
     )
+    return MultimodalSystem.from_pretrained(system, **settings | options)
 
 
 def load_parts(args: argparse.Namespace) -> MultimodalSystem:
     """SEED-LLaMA from the original's YAML files."""
-    from seed_multimodal.compat.seed_llama_yaml import system_from_configs
+    from seed_multimodal.compat.seed_llama_yaml import parts_of_files, use_transform
 
-    return system_from_configs(
-        model=args.model,
-        tokenizer=args.tokenizer,
-        image_transform=args.image_transform,
-        llm_device=args.llm_device,
-        tokenizer_device=args.tokenizer_device,
-        offload_encoder=args.offload_encoder,
-        offload_decoder=args.offload_decoder,
-        offload_llm=args.offload_llm,
-        dtype=args.dtype,
-        quantization=args.quantization,
-        compiled=args.compiled,
-        kv_cache=args.kv_cache,
-        max_running=args.max_running,
+    config, options = parts_of_files(
+        args.tokenizer, args.model, dtype=args.dtype, quantization=args.quantization
     )
+    system = load_named(args, config, **options)
+    if args.image_transform:
+        use_transform(system.images, args.image_transform)
+    return system
 
 
 def run(args: argparse.Namespace) -> int:

@@ -124,7 +124,8 @@ def test_dtypes_on_a_gpu(
 
 def test_dtype_and_quantization_override_yaml_files(tiny_folder: Path, tmp_path):
     pytest.importorskip("bitsandbytes")
-    from seed_multimodal.compat.seed_llama_yaml import system_from_configs
+    from seed_multimodal import MultimodalSystem
+    from seed_multimodal.compat.seed_llama_yaml import parts_of_files, use_transform
 
     texts = {
         "tokenizer": "_target_: models.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained\n"
@@ -141,7 +142,9 @@ def test_dtype_and_quantization_override_yaml_files(tiny_folder: Path, tmp_path)
 
     def dtypes_of(**options: str) -> list[torch.dtype]:
         """Of a quantized layer, the embedding and the images."""
-        system = system_from_configs(**files, llm_device="cpu", tokenizer_device="cpu", **options)
+        config, loading = parts_of_files(files["tokenizer"], files["model"], **options)
+        system = MultimodalSystem.from_pretrained(config, device="cpu", **loading)
+        use_transform(system.images, files["image_transform"])
         language = system.llm.model
         layer = language.layers[0].mlp.up_proj
         return [layer.weight.dtype, language.embed_tokens.weight.dtype, system.images.model.dtype]

@@ -59,6 +59,7 @@ ITEM_ERRORS = (ImageError, CodesError, GenerationError, RequestError)
 # `open_images`.
 LOADING_FLAGS = ("device", "dtype", "offload")
 LANGUAGE_MODEL_FLAGS = (
+    "image_dtype",
     "quantization",
     "compiled",
     "kv_cache",

@@ -12,7 +12,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from omegaconf import OmegaConf
 
@@ -55,6 +55,11 @@ STRAY_KEY = "image_start_id"
 # ---- parts of a training
 
 
+def read_part(file: str | Path) -> JsonObject:
+    """A YAML file, in the current folder or below the repository root. Raises ConfigError."""
+    return cast("JsonObject", OmegaConf.to_container(load_yaml(locate_or_same(file))))
+
+
 def model_keys(node: ConfigNode, label: str) -> JsonObject:
     """Our settings for an original model, or for a builder that changes one. Raises ConfigError."""
     target = str(node["_target_"])
@@ -77,12 +82,12 @@ def model_keys(node: ConfigNode, label: str) -> JsonObject:
 def llm_keys(node: ConfigNode, label: str) -> JsonObject:
     """Path, precision and LoRA of an original language model."""
     if node.get("_target_") not in TARGETS["changed_llm"]:
-        return _base_keys(node, label)
+        return base_keys(node, label)
     known_keys = ("model", "peft_config", "model_id", "tokenizer", "torch_dtype", "vocab_size")
     check_keys(arguments_of(node), known_keys, label)
     settings = {
         "dtype": node.get("torch_dtype"),
-        **_base_keys(node.get("model") or {}, f"{label}.model"),
+        **base_keys(node.get("model") or {}, f"{label}.model"),
     }
     lora = node.get("peft_config")
     if lora:
@@ -91,8 +96,8 @@ def llm_keys(node: ConfigNode, label: str) -> JsonObject:
     return settings
 
 
-def _base_keys(node: ConfigNode, label: str) -> JsonObject:
-    """Our settings for the original's base model."""
+def base_keys(node: ConfigNode, label: str) -> JsonObject:
+    """Our settings for the original's base model. Raises ConfigError."""
     check_target(node, "llm", label)
     bits = {"load_in_8bit": "8bit", "load_in_4bit": "4bit"}  # the first wins
     check_keys(arguments_of(node), (LLM_PATH, "torch_dtype", "low_cpu_mem_usage", *bits), label)
@@ -172,7 +177,7 @@ def config_of_files(
     sizes: dict[str, Any] = {}
     for part, file in files.items():
         label = str(file)
-        node: Any = OmegaConf.to_container(load_yaml(locate_or_same(file)))
+        node = read_part(file)
         if part == "llm":
             keys = llm_keys(node, label)
             paths["llm"] = keys["path"]

@@ -45,6 +45,23 @@ Codes = Tensor | Sequence[int] | Sequence[Sequence[int]]
 DIFFUSION_NAMES = (DETOKENIZER_FOLDER, "stable-diffusion-v1-4", "sd-v1-4.ckpt")
 
 
+def tokenizer_config(
+    tokenizer: str | Path, diffusion_path: str | Path | None = None
+) -> SeedLlamaConfig:
+    """The original SEED-LLaMA with another tokenizer and diffusion model, folders or hub names.
+
+    diffusion_path: None, or that of the original: a copy in the tokenizer's folder, else
+        `pretrained/stable-diffusion-2-1-unclip`.
+    """
+    unclip = catalogue().parts["unclip"]
+    if diffusion_path in (unclip.folder, unclip.hub):
+        diffusion_path = None
+    config = SeedLlamaConfig.find("8b", tokenizer=tokenizer, detokenizer=diffusion_path)
+    config.override(detokenizer=config.detokenizer)
+    config.image_size = None
+    return config
+
+
 class ImageTokenizer:
     """`SeedLlamaTokenizer.image_tokenizer`: images ⇄ codes, by `model` and `diffusion_model`."""
 
@@ -140,23 +157,15 @@ class SeedLlamaTokenizer(LlamaTokenizer):
         fp16: float16 on CUDA devices; False: float32.
         load_diffusion: load the de-tokenizer now rather than when the first image is drawn.
         encoder_url: without effect; `seed_quantizer.pt` of the folder is read.
-        diffusion_path: a folder or hub name; None: `pretrained/stable-diffusion-2-1-unclip`, or its
-            copy `diffusion_model` in the tokenizer's folder.
+        diffusion_path: see `tokenizer_config`.
         dtype: a precision, which overrides `fp16`.
 
         Raises:
             CheckpointError: a missing part, with download instructions.
         """
-        # 1. Folders; the original's diffusion model may be in the tokenizer's.
-        unclip = catalogue().parts["unclip"]
-        if diffusion_path in (unclip.folder, unclip.hub):
-            diffusion_path = None
-        config = SeedLlamaConfig.find(
-            "8b", tokenizer=pretrained_model_name_or_path, detokenizer=diffusion_path
-        )
+        # 1. Folders.
+        config = tokenizer_config(pretrained_model_name_or_path, diffusion_path)
         folder = config.path("tokenizer")
-        config.override(detokenizer=config.detokenizer)
-        config.image_size = None
 
         # 2. Device and precision.
         if dtype == "auto" and not fp16:

@@ -9,7 +9,7 @@ on other prompts.
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -17,20 +17,18 @@ from PIL import Image
 
 from seed_multimodal.cli import common
 from seed_multimodal.cli.common import cat_image
-from seed_multimodal.config import load_yaml
 from seed_multimodal.disk import writable_folder
 from seed_multimodal.entry import DONE, add_device, bounded_int, log_line, run_program
-from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import save_image
 from seed_multimodal.language.prompts import DEMO_QUESTIONS
-from seed_multimodal.models.seed.spec import DETOKENIZER_FOLDER
-from seed_multimodal.weights.catalogue import part_of
-from seed_multimodal.weights.find import find_path, locate_or_same, missing_weights_message
+from seed_multimodal.weights.find import locate_or_same
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from seed_multimodal.compat.seed_llama import Seed1
+    from seed_multimodal.models.seed.spec import SeedLlamaConfig
     from seed_multimodal.pipelines.base import MultimodalSystem
     from seed_multimodal.pipelines.images import ImageCodec
 
@@ -112,45 +110,15 @@ def _original_files(args: Namespace) -> dict[str, Path] | None:
     return files
 
 
-def _check_weights(*files: Path) -> None:
-    """Raise `CheckpointError` that names all original weights which the files name and which are
-    not on this disk."""
-    missing: list[str] = []
-    for file in files:
-        config = load_yaml(file)
-        for key in ("pretrained_model_name_or_path", "diffusion_path"):
-            path = str(config.get(key) or "")
-            if part_of(path) is None:
-                continue
-            # A tokenizer's folder may hold its own copy of the diffusion model.
-            folder = find_path(str(config.get("pretrained_model_name_or_path")))
-            has_copy = folder is not None and (folder / DETOKENIZER_FOLDER).is_dir()
-            if key == "diffusion_path" and has_copy:
-                continue
-            if find_path(path) is None:
-                missing.append(path)
-    if missing:
-        raise CheckpointError(
-            f"{missing_weights_message(missing)}, or take --model nano, which runs now."
-        )
-
-
 def _load_images(args: Namespace) -> ImageCodec:
     """The image tokenizer alone."""
     files = _original_files(args)
     if files is None:
         return common.load_images(args)
-    # The original's; missing weights are reported before any are read.
-    _check_weights(files["tokenizer"])
-    with common.loading(args):
-        from seed_multimodal.compat.seed_llama_yaml import load_tokenizer
-
-        tokenizer = load_tokenizer(
-            files["tokenizer"], files["image_transform"], device=args.device, dtype=args.dtype
-        )
-    codec: ImageCodec = tokenizer.images
-    if args.offload:
-        codec.offload(("encoder", "decoder"))
+    config = _read_files(args, files["tokenizer"])
+    args.dtype = args.image_dtype
+    codec = common.load_images(args, config)
+    _use_transform(codec, files)
     return codec
 
 
@@ -159,29 +127,25 @@ def _load_system(args: Namespace) -> MultimodalSystem:
     files = _original_files(args)
     if files is None:
         return common.load_system(args)
-    # The original's, from its YAML files.
-    _check_weights(files["tokenizer"], files["llm"])
-    with common.loading(args):
-        from seed_multimodal.compat.seed_llama_yaml import system_from_configs
-        from seed_multimodal.device import limit_threads
-
-        system = system_from_configs(
-            model=files["llm"],
-            tokenizer=files["tokenizer"],
-            image_transform=files["image_transform"],
-            llm_device=args.device,
-            tokenizer_device=args.device,
-            offload_llm=args.offload,
-            offload_encoder=args.offload,
-            offload_decoder=args.offload,
-            dtype=args.dtype,
-            quantization=args.quantization,
-            compiled=args.compiled,
-            kv_cache=args.kv_cache,
-            max_running=args.max_running,
-        )
-        limit_threads(system.llm, system.images.model)
+    system = common.load_system(args, _read_files(args, files["tokenizer"], files["llm"]))
+    _use_transform(system.images, files)
     return system
+
+
+def _read_files(args: Namespace, *files: Path) -> SeedLlamaConfig:
+    """The original's parts; the flags get what the files set. Raises CheckpointError that names all
+    missing weights before any are read."""
+    from seed_multimodal.compat.seed_llama_yaml import parts_of_files
+
+    config, options = parts_of_files(*files, dtype=args.dtype, quantization=args.quantization)
+    vars(args).update(options)
+    return config.require(*(key for key in config.parts() if getattr(config, key) is not None))
+
+
+def _use_transform(codec: ImageCodec, files: Mapping[str, Path]) -> None:
+    from seed_multimodal.compat.seed_llama_yaml import use_transform
+
+    use_transform(codec, files["image_transform"])
 
 
 def _round_trip(args: Namespace) -> int:

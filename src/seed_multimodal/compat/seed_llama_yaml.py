@@ -4,21 +4,29 @@ system."""
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from seed_multimodal.compat.part_files import LLM_PATH, base_keys, read_part
+from seed_multimodal.compat.seed_llama import SeedLlamaTokenizer, tokenizer_config
+from seed_multimodal.compat.targets import arguments_of, check_target
 from seed_multimodal.config import instantiate
-from seed_multimodal.entry import MAX_RUNNING
+from seed_multimodal.device import FP16_WITH_8BIT, choose_device
+from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.language.lora import load_llm_or_adapter
+from seed_multimodal.models.seed.pipeline import SeedImageCodec
+from seed_multimodal.models.seed.spec import BICUBIC, SeedLlamaConfig
+from seed_multimodal.pipelines.config import Found
+from seed_multimodal.pipelines.images import ImageCodec
+from seed_multimodal.settings import check_keys
 from seed_multimodal.weights.find import find_path
 
 if TYPE_CHECKING:
     from torch import dtype as TorchDtype
 
-    from seed_multimodal.compat.seed_llama import SeedLlamaTokenizer
     from seed_multimodal.language.llm import LanguageModel
-    from seed_multimodal.models.seed.pipeline import SeedLlama
 
 
 def language_model(
@@ -33,9 +41,6 @@ def language_model(
 ) -> LanguageModel:
     """A LLaMA from a folder or hub name, as `get_pretrained_llama_causal_model` and
     `from_pretrained` of the originals; `device_map` (`"cuda:0"`) is the originals' `device`."""
-    from seed_multimodal.device import FP16_WITH_8BIT, choose_device
-    from seed_multimodal.language.lora import load_llm_or_adapter
-
     # 1. The originals' flags by our names.
     if load_in_8bit and load_in_4bit:
         raise ConfigError("load_in_8bit and load_in_4bit exclude each other.")
@@ -58,125 +63,67 @@ def language_model(
     )
 
 
-def load_tokenizer(
+def parts_of_files(
     tokenizer: str | Path,
-    image_transform: str | Path | None = None,
+    model: str | Path | None = None,
     *,
-    device: str = "auto",
-    dtype: str = "auto",
-) -> SeedLlamaTokenizer:
-    """The `SeedLlamaTokenizer` of a YAML file or folder.
-
-    image_transform: YAML file of the transform by which it reads images; None: its own.
-
-    Raises CheckpointError: missing weights. Raises ConfigError: a missing file, one that builds
-    something else, or a transform of another image size.
-    """
-    from seed_multimodal.compat.seed_llama import SeedLlamaTokenizer
-    from seed_multimodal.language.tokenizer import MultimodalTokenizer
-    from seed_multimodal.pipelines.images import open_images
-
-    if os.path.isdir(tokenizer):
-        codec = open_images(tokenizer, device=device, dtype=dtype)
-        loaded: object = SeedLlamaTokenizer(MultimodalTokenizer.from_pretrained(tokenizer), codec)
-    else:
-        overrides = {} if dtype == "auto" else {"dtype": dtype}
-        loaded = instantiate(tokenizer, device=device, **overrides)
-    if not isinstance(loaded, SeedLlamaTokenizer):
-        raise ConfigError(
-            f"{tokenizer}: describes a {type(loaded).__name__}, not a SEED tokenizer."
-        )
-
-    # The transform of the file replaces the codec's own.
-    if image_transform is not None:
-        codec = loaded.images
-        transform = instantiate(image_transform)
-        preprocessing = codec.model.visual_encoder.preprocessing
-        expected_size = preprocessing.image_size
-        if transform.image_size != expected_size:
-            raise ConfigError(
-                f"{image_transform}: image_size is {transform.image_size}, but the tokenizer reads "
-                f"images of {expected_size} pixels a side."
-            )
-        codec.transform = preprocessing.with_resizing_of(transform)
-    return loaded
-
-
-def system_from_configs(
-    *,
-    model: str | Path,
-    tokenizer: str | Path,
-    image_transform: str | Path | None = None,
-    llm_device: str = "auto",
-    tokenizer_device: str = "auto",
-    offload_encoder: bool = False,
-    offload_decoder: bool = True,
-    offload_llm: bool = False,
     dtype: str = "auto",
     quantization: str | None = None,
-    compiled: bool = False,
-    max_running: int = MAX_RUNNING,
-    kv_cache: float | None = None,
-) -> SeedLlama:
-    """A `SeedLlama` from the original demo's three YAML files.
+) -> tuple[SeedLlamaConfig, JsonObject]:
+    """The parts that the original demo's YAML files (or folders) name, and the keywords of
+    `SeedLlama.from_pretrained` that they set.
 
-    model, tokenizer, image_transform: the files, as the flags of the demo's server; the first two
-        may be folders.
-    dtype, quantization: override the files.
+    model: None: the image tokenizer alone.
+    dtype, quantization: override those of the files.
 
-    Raises as `load_tokenizer`.
+    Raises ConfigError: a missing file, or one that describes another part.
     """
-    from seed_multimodal.inference.opening import EngineOptions
-    from seed_multimodal.language.prompts import get_template, template_for
-    from seed_multimodal.models.seed.pipeline import (
-        SeedLlama,
-        SeedLlamaFamily,
-        check_detokenizer,
-    )
-    from seed_multimodal.models.seed.spec import SeedLlamaConfig
-    from seed_multimodal.pipelines.config import Found
+    # 1. The image tokenizer; where its images are resized, the file of the transform says how.
+    label = str(tokenizer)
+    keys: JsonObject = {LLM_PATH: tokenizer}
+    if not os.path.isdir(tokenizer):
+        node = read_part(tokenizer)
+        check_target(node, "seed_tokenizer", label)
+        keys = arguments_of(node)
+    check_keys(keys, signature(SeedLlamaTokenizer.from_pretrained).parameters, label)
+    config = tokenizer_config(keys[LLM_PATH], keys.get("diffusion_path"))
+    if os.path.isdir(tokenizer):
+        config.transform = dict(BICUBIC)
+    if not keys.get("diffusion_path") and not config.has("detokenizer"):
+        config.detokenizer = None  # such a system reads images
+    image_dtype = keys.get("dtype", "auto" if keys.get("fp16", True) else "float32")
 
-    # 1. The image tokenizer; a missing diffusion model is reported before the language model is
-    # read.
-    seed_tokenizer = load_tokenizer(
-        tokenizer, image_transform, device=tokenizer_device, dtype=dtype
-    )
-    codec = seed_tokenizer.images
-    check_detokenizer(codec.decoder_folder)
-    offloaded = {"encoder": offload_encoder, "decoder": offload_decoder}
-    codec.offload([part for part, chosen in offloaded.items() if chosen])
+    # 2. The language model; its device is that of a flag.
+    config.llm = None
+    llm: JsonObject = {}
+    if model is not None:
+        llm = {"path": model}
+        if not os.path.isdir(model):
+            node = read_part(model)
+            devices = ("device_map", "device")
+            node = {key: value for key, value in node.items() if key not in devices}
+            llm = base_keys(node, str(model))
+        config.llm = find_path(llm["path"]) or Path(llm["path"])
+        if config.has("llm"):
+            config.template = SeedLlamaConfig.find(config.llm).template
+        config.found = Found(Path(model).name.removesuffix(".yaml"))
 
-    # 2. The language model.
-    overrides: dict[str, str] = {"device_map": llm_device}
-    if dtype != "auto":
-        overrides["torch_dtype"] = dtype
-    if quantization is not None:
-        overrides["quantization"] = quantization
-    build: Callable[..., LanguageModel] = instantiate
-    if os.path.isdir(model):
-        build = language_model
-    llm = build(str(model), **overrides)
-    original = SeedLlamaConfig.of_original("8b")
-    config = SeedLlamaConfig(
-        found=Found(Path(model).name.removesuffix(".yaml")),
-        tokenizer=Path(tokenizer),
-        llm=Path(model),
-        tasks=original.tasks,
-        template=template_for(llm.config.hidden_size),
-        generation=original.generation,
-    )
+    # 3. Precision.
+    options: JsonObject = {"dtype": dtype, "image_dtype": dtype}
+    if dtype == "auto":
+        options = {"dtype": llm.get("dtype", "auto"), "image_dtype": image_dtype}
+    options["quantization"] = quantization or llm.get("quantization")
+    return config, options
 
-    # 3. Its engine. Quantised weights cannot be moved.
-    offload_device = None
-    if offload_llm and getattr(llm, "hf_quantizer", None) is None:
-        offload_device = llm.device
-        llm.to("cpu")
-    options = EngineOptions(
-        max_running=max_running,
-        kv_cache=kv_cache,
-        compiled=compiled,
-        offload_device=offload_device,
-    )
-    template = get_template(config.template)
-    family = SeedLlamaFamily(config, seed_tokenizer.text, llm, codec, template)
-    return SeedLlama(family, options)
+
+def use_transform(images: ImageCodec, file: str | Path) -> None:
+    """Resize images as a YAML file's transform. Raises ConfigError: it is of another size."""
+    assert isinstance(images, SeedImageCodec)  # of `parts_of_files`
+    transform = instantiate(file)
+    preprocessing = images.model.visual_encoder.preprocessing
+    if transform.image_size != preprocessing.image_size:
+        raise ConfigError(
+            f"{file}: image_size is {transform.image_size}, but the tokenizer reads images of "
+            f"{preprocessing.image_size} pixels a side."
+        )
+    images.transform = preprocessing.with_resizing_of(transform)

@@ -127,6 +127,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         dtype: str | torch.dtype = "auto",
         quantization: str | None = None,
         image_device: str | None = None,
+        image_dtype: str | torch.dtype | None = None,
         drawing_device: str | None = None,
         offload: bool | Collection[str] = False,
         log: Log = print,
@@ -144,6 +145,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         device, dtype: see `choose_device`.
         quantization: of `load_llm`.
         image_device, drawing_device: of the image encoder and the de-tokenizer.
+        image_dtype: of both; None: `dtype`.
         offload: each part is on its device only while it works, or these of "llm", "encoder" and
         "decoder".
         load_decoder: False for a system that never draws; else the de-tokenizer is loaded on first
@@ -181,8 +183,9 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         # 2. The devices; a quantized language model cannot be moved.
         fp16_reason = FP16_WITH_8BIT if quantization == "8bit" else ""
         llm = choose_device(device, dtype, log=log, fp16=fp16_reason)
-        images = choose_for_images(image_device or llm.device, dtype, llm, log)
-        drawing = choose_for_images(drawing_device or images.device, dtype, images, log)
+        image_dtype = image_dtype or dtype
+        images = choose_for_images(image_device or llm.device, image_dtype, llm, log)
+        drawing = choose_for_images(drawing_device or images.device, image_dtype, images, log)
         offloaded = set(OFFLOADABLE if offload is True else offload or ())
         if quantization:
             offloaded.discard("llm")
