@@ -26,15 +26,15 @@ def test_read_gives_the_sources_the_template_of_the_model(
     # That of the 7B or 13B by its width, unless the model, the data or the source names one;
     # captions have none.
     (tmp_path / "config.json").write_text(json.dumps({"hidden_size": width}))
-    source = {"name": "qa", "files": "qa.jsonl", "decoder": "sft.qa", "options": options}
-    captions = {"name": "captions", "files": "c.jsonl", "decoder": "pretrain.caption"}
+    data = {**runs.write_data(tmp_path, runs.CODES, runs.PER_IMAGE), **data}
+    data["sources"][1]["options"] = options
     config = {
         "output_dir": "x",
-        "optim": {"learning_rate": 1e-4},
-        "trainer": {"device": "cpu"},
+        "optim": runs.OPTIM,
+        "trainer": runs.TRAINER,
         "model": {"path": str(tmp_path), "template": template},
         "tokenizer": {"pretrained_model_name_or_path": str(runs.TOKENIZER)},
-        "data": {"sources": [source, captions], "length": 160, "rows": 1, **data},
+        "data": data,
     }
     sources = LlmTask.read(config).data.sources
-    assert [source.options.get("template") for source in sources] == [expected, None]
+    assert [source.options.get("template") for source in sources] == [None, expected]

@@ -10,7 +10,7 @@ from lavis_runs import printed
 from repository import ROOT
 from tiny.vision import write_clip, write_vision
 
-NIGHTLY = ("siglip", "eva trained", "seed1", "lavit eva")
+NIGHTLY = ("siglip", "eva trained", "seed1")
 
 
 def write_eva(file: Path) -> Path:
@@ -49,24 +49,19 @@ def test_export_by_the_printed_commands(case, yaml, run, tmp_path, capsys, monke
         weights = write_clip(tmp_path / "clip") if is_clip else write_eva(tmp_path / "eva.pth")
         sizes = f"patch_size: 16, width: 32, depth: 1, heads: 2, mlp_width: 64, pre_norm: {is_clip}"
         options = [f"model.vit_weights={weights}", f"model.vit={{{sizes}}}"]
-    if "lavit" in case:
-        sizes = "merger_depth: 1, merger_heads: 2, merger_mlp_width: 64, llm_width: 8"
-        run(yaml("lavit", *options, f"model.merger={{{sizes}}}"))
-    else:
-        options.append("run.max_epoch=1")
-        run(yaml("stage1", *options, f"model.freeze_vit={'trained' not in case}"))
-        script, _, config, _, *start = printed(capsys.readouterr().out)[1:]
-        assert Path(script).name == "codebook.sh" and config == "YOUR_STAGE_2.yaml"
-        if case == "siglip":
-            options.append("model.alignment_target=encoder")
-        if case == "seed1":
-            text_encoder = write_text_encoder(tmp_path / "diffusion")
-            options.append(f"model.text_encoder={text_encoder}")
-        run(yaml("seed1" if case == "seed1" else "stage2", *start, *options))
+    options.append("run.max_epoch=1")
+    run(yaml("stage1", *options, f"model.freeze_vit={'trained' not in case}"))
+    script, _, config, _, *start = printed(capsys.readouterr().out)[1:]
+    assert Path(script).name == "codebook.sh" and config == "YOUR_STAGE_2.yaml"
+    if case == "siglip":
+        options.append("model.alignment_target=encoder")
+    if case == "seed1":
+        text_encoder = write_text_encoder(tmp_path / "diffusion")
+        options.append(f"model.text_encoder={text_encoder}")
+    run(yaml("seed1" if case == "seed1" else "stage2", *start, *options))
     export = printed(capsys.readouterr().out)
     assert export[0] == "seed" and main(export[1:]) == 0
-    if "lavit" not in case:
-        image = ROOT / "images" / "cat.jpg"
-        capsys.readouterr()
-        assert main(["tokenize", str(image), "--model", export[-1]]) == 0
-        assert sum(code.isdigit() for code in capsys.readouterr().out.split()) >= 32
+    image = ROOT / "images" / "cat.jpg"
+    capsys.readouterr()
+    assert main(["tokenize", str(image), "--model", export[-1]]) == 0
+    assert sum(code.isdigit() for code in capsys.readouterr().out.split()) >= 32

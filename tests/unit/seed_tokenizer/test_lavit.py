@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import pytest
 import torch
-from lavis_runs import log_of, program
+from lavis_runs import log_of, printed, program
 from repository import ROOT
 
 VISION = ROOT / "pretrained" / "nano" / "seed_tokenizer" / "diffusion_model" / "image_encoder"
@@ -29,14 +30,14 @@ def test_train_and_export_of_lavit(yaml, run, images, tmp_path, capsys):
     assert 0 < lines[6]["kept"] < 1
     assert {"valid/val/loss_cosine", "valid/val/perplexity"} <= set(lines[6])
 
-    checkpoint = tmp_path / "lavit" / "checkpoint_2.pth"
-    out = tmp_path / "tokenizer"
-    export = f"export-tokenizer --lavit {checkpoint} --out {out}".split()
-    assert main(export) == 2  # the frozen vision encoder is not in the checkpoint
+    # The command that the run printed; the frozen vision encoder is not in the checkpoint.
+    seed, *export = printed(capsys.readouterr().out)
+    *without, _, vision, _, out = export
+    assert main([*without, "--out", out]) == 2
     assert "tokenizer.encoder" in capsys.readouterr().err
-    assert main([*export, "--vision", str(VISION)]) == 0
-    tokenizer = load_dynamic_tokenizer(out / "tokenizer")
-    decoder = CodeDecoder.from_pretrained(out / "decoder")
+    assert (seed, vision) == ("seed", str(VISION)) and main(export) == 0
+    tokenizer = load_dynamic_tokenizer(Path(out, "tokenizer"))
+    decoder = CodeDecoder.from_pretrained(Path(out, "decoder"))
     files = sorted(images.glob("*.png"))[:3]
     pixels = tokenizer.transform.batch([open_image(file).image for file in files])
     noise = torch.randn(3, 16, 2)

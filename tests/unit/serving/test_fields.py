@@ -14,7 +14,6 @@ from typing import Any
 import numpy as np
 import pytest
 from PIL import Image
-from pydantic import create_model
 from random_images import noise
 from served import CHAT, HI, PROMPTS, chat, events, figures, read, user
 
@@ -177,16 +176,6 @@ def test_answers_follow(client, tiny, library, sent):
     assert text.split() == expected.text.split()
     for (codes, image), part in zip(images, expected.parts[1::2], strict=True):
         assert codes == part.codes and np.array_equal(read(image), part.image)
-
-
-@pytest.mark.parametrize("route", [GENERATE, CHAT, RESPONSES])
-def test_new_fields_of_the_schema_are_followed(client, monkeypatch, route):
-    # They were documented and dropped, and /generate failed without them.
-    model = create_model("Further", __base__=POSTED[route], top_k=(int | None, None))
-    monkeypatch.setitem(POSTED, route, model)
-    text = {GENERATE: "text", CHAT: "choices", RESPONSES: "output"}[route]
-    likeliest = answer_of(post(client, route, temperature=5, top_p=1, top_k=1))
-    assert likeliest[text] == answer_of(post(client, route))[text]
 
 
 def test_chat_tells_where_images_are(client, tiny):

@@ -7,11 +7,8 @@ import os
 
 import pytest
 import torch
-from tiny.language import random_llm
 
-from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_nano.train.task import SceneStream, scene_pixels, to_signed
-from seed_nano.train.tokenizer import init_from_codebook
 from seed_nano.train.vae import VaeTask, normalise_latents, reconstruction_loss
 from seed_nano.train.workspace import PRESETS, Workspace, load_settings
 from seed_nano.world.splits import scene_at
@@ -91,13 +88,3 @@ def test_cached_recomputes_if_settings_file_or_stage_changed(tmp_path):
     later = file.stat().st_mtime_ns + 10**9
     os.utime(record, ns=(later, later))
     assert value(seed=3) == 5
-
-
-def test_start_from_codebook_maps_equal_codes_to_equal_embeddings():
-    codebook = torch.randn(8, 6, generator=torch.Generator().manual_seed(0))
-    codebook[1] = codebook[0]
-    llama = random_llm("llama", 80)
-    init_from_codebook(llama, codebook, 1, ImageVocabulary(70, 8, 4))
-    rows = llama.model.embed_tokens.weight.detach()
-    assert torch.equal(rows[70], rows[71]) and not torch.equal(rows[70], rows[72])
-    assert rows[70:78].std() == pytest.approx(rows[:70].std().item(), rel=1e-3)

@@ -81,13 +81,6 @@ def check_system(task: TuningTask, parts_dir: Path, merged: Path) -> None:
     )
 
 
-def test_merge_of_a_checkpoint(run: tuple[TuningTask, Path], parts_dir: Path, tmp_path):
-    # The merged system has the tuned module's losses, else weeks of training are lost in it.
-    task, checkpoint = run
-    merged = merge(parts_dir, tmp_path, checkpoint, path=str(parts_dir / "llm"))
-    check_system(task, parts_dir, merged)
-
-
 def test_merge_of_an_original_export(run: tuple[TuningTask, Path], parts_dir: Path, tmp_path):
     # Written by `zero_to_fp32.py`: one file with the tensor names of an old peft, no settings next
     # to it.
