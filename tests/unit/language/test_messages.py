@@ -18,7 +18,6 @@ from seed_multimodal.images.io import image_to_base64
 from seed_multimodal.language.answer import Answer, BrokenImagePart, ImagePart
 from seed_multimodal.language.messages import (
     Message,
-    flatten_images,
     image_conversations,
     read_messages,
     without_oldest_turn,
@@ -119,31 +118,6 @@ def test_without_oldest_turn_drops_a_question_and_its_answers(turns, system):
     kept = drawn[1:] if len(drawn) > 1 else drawn
     expected = conversation[:system] + [message for turn in kept for message in turn]
     assert without_oldest_turn(conversation) == expected
-
-
-@pytest.mark.parametrize(
-    ("images", "groups", "is_single"),
-    [
-        (IMAGE, [[IMAGE]], True),
-        ("cat.png", [[CAT]], True),
-        (CODES, [[CODES]], True),
-        ([IMAGE, "cat.png"], [[IMAGE], [CAT]], False),
-        ([[IMAGE, "cat.png"], CODES], [[IMAGE, CAT], [CODES]], False),
-        (np.array(["cat.png"]), [[CAT]], False),
-    ],
-)
-def test_image_conversations_pairs_images_and_texts(images, groups, is_single):
-    assert flatten_images(images) == [image for group in groups for image in group]
-    # One text each, one for all, or none: then there are images only.
-    for texts in (["one?", "two?"][: len(groups)], "all?", ""):
-        given = texts if isinstance(texts, str) else iter(texts)
-        conversations, single = image_conversations(images, given, as_request=str.upper)
-        requests = [texts] * len(groups) if isinstance(texts, str) else texts
-        assert single is is_single
-        assert conversations == [
-            [Message("user", (*group, *([request.upper()] if request else [])))]
-            for group, request in zip(groups, requests, strict=True)
-        ]
 
 
 @pytest.mark.parametrize(

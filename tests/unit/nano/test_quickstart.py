@@ -7,7 +7,6 @@ import json
 import pytest
 from PIL import Image
 
-from seed_multimodal.language.answer import Answer, ImagePart
 from seed_nano import quickstart
 from seed_nano.world.splits import held_out
 from seed_nano.world.words import scene_of
@@ -28,14 +27,6 @@ def test_quickstart_writes_sheets_images_and_json(tiny_folder, tmp_path, capsys)
             assert (out / f"{name}_{index + 1}.png").is_file()
     assert Image.open(out / "contact_sheet.png").width > 1000
     assert "contact_sheet.png" in capsys.readouterr().out
-
-
-def test_image_cells_captions_each_image_with_the_text_before_it():
-    # A sheet would show images next to texts of others.
-    image = ImagePart([0] * 32, image=Image.new("RGB", (8, 8), (9, 200, 9)))
-    cells = quickstart.image_cells(Answer(("One.", image, "Two.", "Three.", image)))
-    assert [cell.caption for cell in cells] == ["One.", "Two. Three."]
-    assert quickstart.image_cells(Answer(("One.",))) == []
 
 
 def test_never_trained_on_names_the_held_out_part():

@@ -101,20 +101,6 @@ def test_start_script_starts_any_system(named, argument, tmp_path):
 
 
 @pytest.mark.process
-@pytest.mark.slow
-def test_page_and_help_need_no_torch():
-    # The page runs on machines without it, and `seed --help` does not wait for it.
-    lines = (
-        "import sys, seed_multimodal.serving.page",
-        "from seed_multimodal.cli.main import build_parser",
-        "build_parser()",
-        "assert not {'torch', 'transformers'} & sys.modules.keys()",
-    )
-    done = run_process([sys.executable, "-c", "\n".join(lines)], cwd=ROOT / "src")
-    assert done.returncode == 0, done.stderr
-
-
-@pytest.mark.process
 @pytest.mark.nightly
 def test_an_image_holds_what_the_backend_needs(tmp_path):
     # The files of the COPY steps in an empty folder, started as CMD does (but on loopback, on a
