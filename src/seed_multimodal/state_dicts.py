@@ -7,12 +7,12 @@ unknown tensors raise an error in our own files and are ignored with a warning i
 from __future__ import annotations
 
 import errno
-import fnmatch
 import math
 import os
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
 
@@ -202,13 +202,7 @@ def assign_strictly(
         )
 
     # 2. Errors, before anything is changed.
-    resized = [name for name in report.loaded if expected[name].shape != state[name].shape]
-    if resized:
-        name = resized[0]
-        raise CheckpointError(
-            f"{source}: {len(resized)} tensors have another size, first {name!r}: the file has "
-            f"{tuple(state[name].shape)}, the model needs {tuple(expected[name].shape)}."
-        )
+    _check_sizes(expected, state, source)
     refuse_tensors(report.missing, allow_missing, source, "missing from the file")
     if foreign:
         warn_tensors(report.ignored, allow_unexpected, source)
@@ -234,34 +228,32 @@ def copy_weights(weights: Mapping[str, Tensor], state: Mapping[str, Tensor], lab
 
     Raises CheckpointError: missing or unknown tensors, or of another size.
     """
-    differences = {
-        "missing": weights.keys() - state.keys(),
-        "unknown to the model": state.keys() - weights.keys(),
-    }
-    for reason, names in differences.items():
-        if names:
-            more = " …" if len(names) > 1 else ""
-            raise CheckpointError(
-                f"{label}: {len(names)} tensors are {reason}: {min(names)!r}{more}."
-            )
-
+    refuse_tensors(sorted(weights.keys() - state), (), label, "missing from the file")
+    refuse_tensors(sorted(state.keys() - weights), (), label, "unknown to the model")
+    _check_sizes(weights, state, label)
     # Copied into the trained parameters, which may be in another precision than the file.
     for name, value in weights.items():
-        if value.shape != state[name].shape:
-            raise CheckpointError(
-                f"{label}: {name!r} is {tuple(state[name].shape)}, but the model needs "
-                f"{tuple(value.shape)}."
-            )
         value.copy_(state[name])
+
+
+def _check_sizes(
+    expected: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str | Path
+) -> None:
+    """Raise CheckpointError for tensors of another size than the model's."""
+    names = expected.keys() & state
+    resized = [name for name in names if expected[name].shape != state[name].shape]
+    if resized:
+        name = min(resized)
+        raise CheckpointError(
+            f"{source}: {len(resized)} tensors have another size, first {name!r}: the file has "
+            f"{tuple(state[name].shape)}, the model needs {tuple(expected[name].shape)}."
+        )
 
 
 def _outside(names: Iterable[str], patterns: Iterable[str]) -> list[str]:
     """Names that match no shell pattern."""
-    matched: set[str] = set()
-    names = list(names)
-    for pattern in patterns:
-        matched |= set(fnmatch.filter(names, pattern))
-    return [name for name in names if name not in matched]
+    patterns = [*patterns]
+    return [name for name in names if not any(fnmatch(name, pattern) for pattern in patterns)]
 
 
 def warn_tensors(names: Iterable[str], allowed: Iterable[str], source: str | Path) -> None:

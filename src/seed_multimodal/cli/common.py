@@ -180,8 +180,7 @@ def add_settings(parser: ArgumentParser, kind: Dataclass) -> None:
 
 def set_flags(args: Namespace, kind: Dataclass) -> Options:
     """The settings of a dataclass that flags have set."""
-    values = _values_of(args, *(field.name for field in fields(kind)))
-    return {name: value for name, value in values.items() if value is not None}
+    return _values_of(args, *(field.name for field in fields(kind)))
 
 
 def add_json(parser: ArgumentParser) -> None:
@@ -220,8 +219,7 @@ def add_condition_flags(parser: ArgumentParser) -> None:
 
 def chosen_settings(args: Namespace) -> Options:
     """The flags of generation and drawing that were set."""
-    settings = _values_of(args, *SETTINGS)
-    return {name: value for name, value in settings.items() if value is not None}
+    return _values_of(args, *SETTINGS)
 
 
 # ---- loading
@@ -269,8 +267,9 @@ def load_images(args: Namespace, name: str | SystemConfig | None = None) -> Imag
 
 
 def _values_of(args: Namespace, *flags: str) -> Options:
-    """The values of those flags that the program has."""
-    return {flag: getattr(args, flag) for flag in flags if hasattr(args, flag)}
+    """The values of those flags that the program has and that are set."""
+    values = vars(args)
+    return {flag: values[flag] for flag in flags if values.get(flag) is not None}
 
 
 @contextlib.contextmanager

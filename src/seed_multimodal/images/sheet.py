@@ -6,7 +6,7 @@ import textwrap
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw, ImageFont, ImageOps
 
 # Colours, and distances in pixels.
 INK = (24, 24, 28)
@@ -48,51 +48,36 @@ def contact_sheet(
     small = ImageFont.load_default(size=max(11, cell // 10))
     large = ImageFont.load_default(size=max(15, cell // 7))
 
-    # 1. Rows with more cells than columns are broken into lines; the first one has the label.
-    lines: list[Row] = []
-    for row in rows:
-        lines.append(Row(row.label, row.cells[:columns]))
-        for start in range(columns, len(row.cells), columns):
-            lines.append(Row("", row.cells[start : start + columns]))
-
-    # 2. The width of the page.
+    # 1. The width of the page.
     label_width = 0
     if any(row.label for row in rows):
         label_width = max(cell, _MIN_LABEL_WIDTH) + _GAP
-    n_columns = max((len(line.cells) for line in lines), default=1)
+    n_columns = min(columns, max((len(row.cells) for row in rows), default=1))
     width = max(label_width + n_columns * (cell + _GAP), _MIN_WIDTH)
 
-    # 3. The title and the lines, each as an image of that width.
-    parts: list[Image.Image] = []
+    # 2. Images at their left edges, line by line: the title, then each row, whose cells continue in
+    #    further lines.
+    lines: list[list[tuple[int, Image.Image]]] = []
     if title:
-        parts.append(_text_image(title, large, width, max_lines))
-    for line in lines:
-        blocks = []
-        if label_width:
-            label_image = _text_image(line.label, small, label_width - _GAP, max_lines)
-            blocks.append((label_image, 0))
-        for column, item in enumerate(line.cells):
-            left = label_width + column * (cell + _GAP)
-            blocks.append((_cell_image(item, small, cell, max_lines), left))
-        parts.append(_paste_side_by_side(blocks, width))
+        lines.append([(0, _text_image(title, large, width, max_lines))])
+    for row in rows:
+        label = _text_image(row.label, small, max(cell, _MIN_LABEL_WIDTH), max_lines)
+        for start in range(0, max(1, len(row.cells)), columns):
+            line = [] if start or not row.label else [(0, label)]
+            for column, item in enumerate(row.cells[start : start + columns]):
+                left = label_width + column * (cell + _GAP)
+                line.append((left, _cell_image(item, small, cell, max_lines)))
+            lines.append(line)
 
-    # 4. One below the other.
-    height = sum(part.height + _GAP for part in parts)
-    sheet = Image.new("RGB", (width + 2 * _MARGIN, height + 2 * _MARGIN), PAPER)
+    # 3. One line below the other.
+    heights = [max((image.height for _, image in line), default=1) + _GAP for line in lines]
+    sheet = Image.new("RGB", (width + 2 * _MARGIN, sum(heights) + 2 * _MARGIN), PAPER)
     top = _MARGIN
-    for part in parts:
-        sheet.paste(part, (_MARGIN, top))
-        top += part.height + _GAP
+    for line, height in zip(lines, heights, strict=True):
+        for left, image in line:
+            sheet.paste(image, (_MARGIN + left, top))
+        top += height
     return sheet
-
-
-def _paste_side_by_side(blocks: Sequence[tuple[Image.Image, int]], width: int) -> Image.Image:
-    """Images at their left edges on an image of this width."""
-    height = max((block.height for block, _ in blocks), default=1)
-    line = Image.new("RGB", (width, height), PAPER)
-    for block, left in blocks:
-        line.paste(block, (left, 0))
-    return line
 
 
 def _cell_image(item: Cell, font: Font, cell: int, max_lines: int) -> Image.Image:
@@ -102,11 +87,8 @@ def _cell_image(item: Cell, font: Font, cell: int, max_lines: int) -> Image.Imag
     block = Image.new("RGB", (cell, cell + text_image.height), PAPER)
     if item.image is not None:
         # Centred, its longer side as long as the box.
-        scale = cell / max(item.image.size)
-        width = max(1, round(item.image.width * scale))
-        height = max(1, round(item.image.height * scale))
-        resized = item.image.convert("RGB").resize((width, height), Image.Resampling.BICUBIC)
-        block.paste(resized, ((cell - width) // 2, (cell - height) // 2))
+        image = item.image.convert("RGB")
+        block.paste(ImageOps.pad(image, (cell, cell), Image.Resampling.BICUBIC, PAPER))
     ImageDraw.Draw(block).rectangle((0, 0, cell - 1, cell - 1), outline=FRAME)
     block.paste(text_image, (0, cell))
     return block

@@ -47,11 +47,8 @@ if TYPE_CHECKING:
 
 
 # Of LLaMA 1 and 2.
-BOS = 1
-EOS = 2
-PAD = 0
 LLAMA = "llama"
-LLAMA_IDS: SpecialIds = {"bos_token_id": BOS, "eos_token_id": EOS, "pad_token_id": PAD}
+LLAMA_IDS: SpecialIds = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 # Rows behind the vocabulary with which embedding tables are padded to round sizes: up to 2,385 in
 # DeepSeek's. Tokenizers of other codebooks differ by more (8,192 codes from 1,024: 7,168 rows).
 MAX_PADDING = 4096

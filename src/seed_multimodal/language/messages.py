@@ -143,17 +143,8 @@ def input_images(images: Images) -> list[Any]:
 
 def flatten_images(images: Images) -> list[Any]:
     """The images of all requests. Raises RequestError: a request without any, or something else."""
-    items: list[Any] = []
-    for index, request_images in enumerate(_as_list(images)):
-        request_items = input_images(request_images)
-        if not request_items:
-            raise RequestError(f"Row {index} is empty: it has neither an image nor codes.")
-        for item in request_items:
-            if not is_image(item) and not is_codes(item):
-                kind = type(item).__name__
-                raise RequestError(f"Row {index} holds a {kind}, neither an image nor codes.")
-        items += request_items
-    return items
+    conversations, _ = image_conversations(images, "")
+    return [item for (message,) in conversations for item in message.content]
 
 
 def image_conversations(
@@ -168,7 +159,7 @@ def image_conversations(
     groups = [input_images(group) for group in _as_list(images)]
     texts = [texts] * len(groups) if isinstance(texts, str) else list(texts)
     if not all(groups):
-        raise RequestError(f"Request {groups.index([])} has no image.")
+        raise RequestError(f"Request {groups.index([])} has neither an image nor codes.")
     if len(texts) != len(groups):
         raise RequestError(f"{len(groups)} images were given with {len(texts)} texts.")
 

@@ -19,9 +19,11 @@ import os
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any, TypeVar
 
 from seed_multimodal.errors import ConfigError, RequestError
+from seed_multimodal.language.hub_tokenizer import has_chat_template
 from seed_multimodal.language.text_tokenizer import Part, TextTokenizer
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 
@@ -246,8 +248,11 @@ TEMPLATES = {
 TUNED_TEMPLATES = ("vicuna", "llama2", CHAT)  # of instruction-tuned models
 
 
-def template_for(hidden_size: int | None) -> str:
-    """LLaMA-2's template for the 14B (built on LLaMA-2-chat 13B), Vicuna's for all others."""
+def template_for(hidden_size: int | None, tokenizer: Path | None = None) -> str:
+    """The chat template of a hub tokenizer's folder; else LLaMA-2's template for the 14B (built on
+    LLaMA-2-chat 13B), Vicuna's for all others."""
+    if tokenizer is not None and has_chat_template(tokenizer):
+        return CHAT
     return "llama2" if hidden_size == 5120 else "vicuna"
 
 

@@ -27,7 +27,7 @@ import sentencepiece as spm
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, name_content
-from seed_multimodal.language.text_tokenizer import SpecialIds, TextTokenizer
+from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import PATCH, ImageVocabulary, SeedXVocabulary
 from seed_multimodal.weights.catalogue import SHIPPED_TOKENIZERS
 
@@ -64,10 +64,8 @@ class MultimodalTokenizer(TextTokenizer):
 
     bos_token_id = 1
     eos_token_ids = (2,)
-    unk_token_id = 0
     pad_token_id = 0  # the original tokenizer pads with <unk>
     start_ids: tuple[int, ...] = (bos_token_id,)
-    special_ids: SpecialIds = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
     strips_at_images = True
     joiner = " "
 

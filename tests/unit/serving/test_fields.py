@@ -312,7 +312,7 @@ REFUSED = {
     '/v1/chat/completions {"modalities": ["text"], "force_image": true}': "force_image:",
     '/v1/images/generations {"size": "64x64", "ratio": "3:2"}': "ratio:",
     '/v1/images/tokens {"codes": null, "images": ["aGk="], "first": 3}': "first:",
-    '/v1/images/tokens {"codes": [[], [1, 2]]}': "Row 0",
+    '/v1/images/tokens {"codes": [[], [1, 2]]}': "Request 0",
     # Messages.
     '/generate {"text": ""}': "Message 0",
     '/generate {"text": "USER: .\\nASSISTANT:"}': "Message 0",

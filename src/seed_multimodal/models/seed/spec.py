@@ -9,8 +9,7 @@ from pathlib import Path
 from typing import Any, Self
 
 from seed_multimodal.disk import JsonObject
-from seed_multimodal.language.hub_tokenizer import has_chat_template
-from seed_multimodal.language.prompts import CHAT, template_for
+from seed_multimodal.language.prompts import template_for
 from seed_multimodal.models.registry import (
     FamilySpec,
     PageCards,
@@ -99,7 +98,9 @@ class SeedLlamaConfig(CodeSystemConfig):
         config = cls.of_original("8b")
         sizes = read_sizes(paths.get("llm", checkpoint))
         if sizes:
-            config.template = _template(paths.get("tokenizer", config.tokenizer), sizes)
+            config.template = template_for(
+                sizes.get("hidden_size"), paths.get("tokenizer", config.tokenizer)
+            )
         return config
 
     @classmethod
@@ -108,7 +109,7 @@ class SeedLlamaConfig(CodeSystemConfig):
         llm_sizes = read_sizes(paths.get("llm"))
         vit = read_sizes(paths.get("tokenizer")).get("vit", {})
         return {
-            "template": _template(paths.get("tokenizer"), llm_sizes),
+            "template": template_for(llm_sizes.get("hidden_size"), paths.get("tokenizer")),
             "transform": dict(BICUBIC),
             "image_size": vit.get("preprocessing", vit).get("image_size", 224),
         }
@@ -139,13 +140,6 @@ def _is_image_tokenizer(path: Path, model_type: str | None) -> bool:
     if path.suffix in (".pt", ".pth", ".bin", ".safetensors"):
         return True
     return any(any(path.glob(f"{name}.*")) for name in ("seed_quantizer", "causal_qformer"))
-
-
-def _template(tokenizer: Path | None, llm_sizes: JsonObject) -> str:
-    """The chat template of a hub tokenizer, else by the width of the language model."""
-    if tokenizer is not None and has_chat_template(tokenizer):
-        return CHAT
-    return template_for(llm_sizes.get("hidden_size"))
 
 
 SPEC = FamilySpec(

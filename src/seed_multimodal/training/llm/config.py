@@ -13,9 +13,8 @@ from seed_multimodal.config import from_compat, project_root
 from seed_multimodal.device import DTYPES
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.language.hub_tokenizer import has_chat_template
 from seed_multimodal.language.llm import BITSANDBYTES
-from seed_multimodal.language.prompts import CHAT, TUNED_TEMPLATES, template_for
+from seed_multimodal.language.prompts import TUNED_TEMPLATES, template_for
 from seed_multimodal.settings import check_settings, read_settings, setting
 from seed_multimodal.training.config import ConfigNode, RunTrainerSettings
 
@@ -160,10 +159,8 @@ def template_of(model: LlmModelSettings, tokenizer: Path | None = None) -> str:
     by the model's width."""
     if model.template:
         return model.template
-    if tokenizer is not None and has_chat_template(tokenizer):
-        return CHAT
     sizes = model.sizes or {}
     config = project_path(str(model.path)) / "config.json"
     if model.path is not None and config.is_file():
         sizes = read_json_object(config, ConfigError)
-    return template_for(sizes.get("hidden_size"))
+    return template_for(sizes.get("hidden_size"), tokenizer)
