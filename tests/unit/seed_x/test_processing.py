@@ -1,12 +1,11 @@
-"""SEED-X's tokens, prompts and boxes (those of the original scripts: golden kind
-`seedx_inference`; malformed boxes: `unit/serving/test_systems.py`).
+"""SEED-X's tokens and boxes (prompts: `unit/data/decoders/test_families.py`; malformed boxes:
+`unit/serving/test_systems.py`).
 """
 
 from __future__ import annotations
 
-from seed_multimodal.language.prompts import interleave
 from seed_multimodal.language.vocabulary import SeedXVocabulary
-from seed_multimodal.models.seed_x.processing import Box, SeedXPrompts, box_parts
+from seed_multimodal.models.seed_x.processing import Box, box_parts
 
 
 def test_vocabulary_has_the_original_ids():
@@ -21,25 +20,6 @@ def test_vocabulary_has_the_original_ids():
     box = "<box_start><loc-114><loc-174><loc-115><loc-56><box_end>"
     assert box_parts(box, vocabulary) == [(32328, 32218, 32278, 32219, 32160, 32329)]
     assert Box(114, 174, 115, 56).corners((1200, 1200)) == (302, 782, 918, 1082)
-
-
-def test_dialogue_of_several_images_and_turns(seedx_tokenizer):
-    encode = seedx_tokenizer.encode
-    prompts = SeedXPrompts(seedx_tokenizer)
-    first = prompts.vocabulary.read_ids(1)
-    second = prompts.vocabulary.read_ids(2)
-
-    # Images stand at their placeholders.
-    content = interleave("A <image> B<image>C", [prompts.image(1), prompts.image(2)])
-    parts = [*encode("[INST] A"), *first, *encode("B"), *second, *encode("C [/INST]\n")]
-    assert prompts.dialogue([("user", content)]) == [1, *parts]
-
-    # Every turn is encoded separately, as in training.
-    turns = [("user", [prompts.image(1), "What?"]), ("assistant", ["A cat."]), ("user", ["Where?"])]
-    opening = [*encode("[INST]"), *first, *encode("What? [/INST]\n")]
-    rest = [*encode("A cat."), *encode("\n[INST] Where? [/INST]\n")]
-    system = prompts.dialogue(turns, system="Be brief.")
-    assert system == [1, *encode("Be brief.\n"), *opening, *rest]
 
 
 def test_box_from_corners_and_back():

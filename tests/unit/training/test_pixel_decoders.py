@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from tensors import equal
 from tiny.diffusion import write_unclip
 from tiny.seed import write_code_decoder
@@ -168,6 +169,19 @@ def test_samples_and_average_do_not_change_the_losses(run: Run):
     )
     first, second = (run.folder / name / "samples" / "step-3.png" for name in ("averaged", "still"))
     assert first.read_bytes() == second.read_bytes()
+
+
+@pytest.mark.slow
+def test_stage_2_of_seed_x_starts_from_the_adapter_of_stage_1(tmp_path):
+    # With eight input channels it predicts the same; the resampler's sizes are the adapter's.
+    one, two = Run("seed_x-1", tmp_path / "1"), Run("seed_x-2", tmp_path / "2")
+    start = one("run")
+    result = two("run", one.parts, model={"start": str(start), "trained": "all"}, optim=STILL)
+    first, second = (one.load(folder) for folder in (start, result))
+    embeds = one.family.inputs(first)[:1]
+    options = {"seeds": [1], "num_inference_steps": 2, "guidance_scale": 1.0}
+    drawn = second(embeds, condition_images=[Image.effect_noise((16, 16), 90)], **options)
+    assert np.array_equal(np.asarray(first(embeds, **options)), np.asarray(drawn))
 
 
 # Variant, group, key, wrong value, what the error names.

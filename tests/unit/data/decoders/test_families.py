@@ -88,7 +88,12 @@ def test_seed_x_puts_images_at_their_placeholders(decode, prompts, tokenizer_of)
 
     data = ["Say red.", "Red.", "<image>And this?", "A cat."]
     later = decode("seed_x.conversation", {"image": SQUARE, "data": data})
-    assert later.input_positions[0] > len(tokenizer.encode("[INST] Say red. [/INST]\n Red."))
+    question = ("user", [prompts.image(2), "And this?"])
+    turns = [("user", ["Say red."]), ("assistant", ["Red."]), question]
+    prompt = prompts.dialogue(turns)
+    assert later.ids[: len(prompt)] == prompt
+    system = tokenizer.encode("Be brief.\n")
+    assert prompts.dialogue(turns, system="Be brief.") == [prompt[0], *system, *prompt[1:]]
 
     edit = {"source_image": SQUARE, "target_image": SQUARE, "instruction": "Make <image> red"}
     edited = decode("seed_x.edit", edit)

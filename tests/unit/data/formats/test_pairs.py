@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from typing import Any
 
 import pytest
 from data_files import jpeg, write_tar
@@ -12,20 +11,23 @@ from seed_multimodal.data.formats.pairs import Pairs, open_pairs, shape_problem
 from seed_multimodal.errors import ConfigError, DataError
 
 
-def test_pairs_of_lists(tmp_path):
-    # Images are below `image_root`; texts that are cut in an emoji are used.
+def test_open_pairs_of_lists(tmp_path):
+    # Of other names, with images below `image_root`; texts that are cut in an emoji are used.
     (tmp_path / "images").mkdir()
     image = tmp_path / "images/0.jpg"
     image.write_bytes(jpeg(0))
-    for name, path in (("a.json", "0.jpg"), ("b.json", str(image))):
-        row = {"image": path, "caption": [name, "cut \ud83d"]}
-        (tmp_path / name).write_text(json.dumps([row]))
     files = [tmp_path / "a.json", tmp_path / "b.json"]
-    pairs = Pairs(files, image_root=image.parent)
+    for file, path in zip(files, ("0.jpg", str(image)), strict=True):
+        file.write_text(json.dumps([{"photo": path, "title": [file.name, "cut \ud83d"]}]))
+    keys = {"image_key": "photo", "caption_key": "title", "image_root": str(image.parent)}
+    pairs = open_pairs({"files": list(map(str, files)), "format": "json", **keys})
     for index, file in enumerate(files):
         pair = pairs.read(index)
         assert (pair.image, pair.captions) == (image, [file.name, "cut ?"])
         assert pair.location == f"{file}: item 0"
+    for wrong, named in (({"format": "tarr", "files": "x"}, "tarr"), ({"file": "x"}, "'files'")):
+        with pytest.raises(ConfigError, match=named):
+            open_pairs(wrong)
 
 
 @pytest.mark.parametrize(
@@ -45,19 +47,6 @@ def test_pairs_without_a_usable_sample(tmp_path, sample, named):
         path.write_text(json.dumps([sample]))
     with pytest.raises(DataError, match=f"^{path}: .*{named}"):
         Pairs(path)
-
-
-def test_open_pairs_with_keys(tmp_path):
-    # A list of other names is used without rewriting it.
-    path = tmp_path / "a.json"
-    path.write_text('[{"photo": "a.jpg", "title": "b"}]')
-    (tmp_path / "a.jpg").write_bytes(jpeg(0))
-    keys: dict[str, Any] = {"image_key": "photo", "caption_key": "title", "image_root": None}
-    pair = open_pairs({"files": str(path), "format": "json", **keys}).read(0)
-    assert (pair.image, pair.captions) == (tmp_path / "a.jpg", ["b"])
-    for wrong, named in (({"format": "tarr", "files": "x"}, "tarr"), ({"file": "x"}, "'files'")):
-        with pytest.raises(ConfigError, match=named):
-            open_pairs(wrong)
 
 
 @pytest.mark.parametrize(

@@ -32,16 +32,8 @@ def test_train_saves_an_agent(config_of, tmp_path):
     TuningTask.train(config_of(tmp_path / "out", lora=True, trainer=trainer))
     folder = tmp_path / "out" / "checkpoint-2"
     saved = load_state_dict(folder / "model.safetensors")
-    stem = "llm.base_model.model.model."
-    assert {
-        "patch_pos_embed",
-        "input_resampler.query",
-        "output_resampler.attn.in_proj_weight",
-        f"{stem}embed_tokens.weight",
-        "llm.base_model.model.lm_head.weight",
-        f"{stem}layers.1.self_attn.q_proj.lora_A.default.weight",
-        f"{stem}layers.0.input_layernorm.modules_to_save.default.weight",
-    } <= saved.keys()
+    assert "llm.base_model.model.model.layers.1.self_attn.q_proj.lora_A.default.weight" in saved
+    assert {"patch_pos_embed", "output_resampler.attn.in_proj_weight"} < saved.keys()
     not_saved = (".base_layer.", "original_module", "resampler.pos_embed")
     assert not [name for name in saved if any(part in name for part in not_saved)]
     about = json.loads((folder / "agent.json").read_text())
