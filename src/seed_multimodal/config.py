@@ -108,6 +108,17 @@ def instantiate(
     return _build(node, label)
 
 
+def as_mapping(value: object, label: str) -> dict[str, Any]:
+    """A value that must be a mapping, interpolations resolved. Raises ConfigError."""
+    if isinstance(value, DictConfig):
+        value = OmegaConf.to_container(value, resolve=True)
+    if not isinstance(value, Mapping):
+        raise ConfigError(
+            f"{label}: must be a mapping of keys to values, not a {type(value).__name__}."
+        )
+    return {str(key): item for key, item in value.items()}
+
+
 def find_target(name: str, label: str = "configuration") -> Callable[..., Any]:
     """The callable behind a `_target_`.
 

@@ -13,9 +13,10 @@ import re
 from dataclasses import fields
 
 from seed_multimodal.compat.targets import arguments_of
+from seed_multimodal.config import as_mapping
 from seed_multimodal.data.decoders import find_decoder, opens_images
 from seed_multimodal.data.formats.record import JsonObject, RecordFields
-from seed_multimodal.data.stream.config import LlmDataSettings, as_mapping
+from seed_multimodal.data.stream.config import LlmDataSettings
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import check_keys, nearest
 

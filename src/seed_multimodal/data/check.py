@@ -18,13 +18,7 @@ from seed_multimodal.data.decoders import find_decoder
 from seed_multimodal.data.decoders.base import Decoder, SeededRandom
 from seed_multimodal.data.formats.record import BadRecords, JsonObject
 from seed_multimodal.data.stream.config import LlmDataSettings, read_data_settings
-from seed_multimodal.data.stream.mixture import (
-    BROKEN,
-    REPAIRED,
-    Mixture,
-    OpenedSource,
-    SkippedRecord,
-)
+from seed_multimodal.data.stream.mixture import BROKEN, Mixture, OpenedSource, SkippedRecord
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.text_tokenizer import TextTokenizer
@@ -44,26 +38,34 @@ class SourceReport:
     records: int
     too_long: int = 0  # sequences longer than the run's rows
     lengths: list[int] = field(default_factory=list)  # tokens of each sequence
-    skipped: dict[str, BadRecords] = field(default_factory=dict)  # by kind
+    skipped: BadRecords = field(default_factory=BadRecords)  # by `KIND: REASON`
     # Control words in texts; all image codes count as one.
     control_words: Counter[str] = field(default_factory=Counter)
 
     def add(self, note: SkippedRecord) -> None:
         """Count a record that was skipped or repaired, and list the first few."""
-        self.skipped.setdefault(note.kind, BadRecords()).count(note.reason, note.location)
+        self.skipped.count(f"{note.kind}: {note.reason}", note.location)
+
+    @property
+    def counts(self) -> list[JsonObject]:
+        """Kind, reason and number of skipped records."""
+        counts = []
+        for name, entry in self.skipped.counts.items():
+            kind, _, reason = name.partition(": ")
+            counts.append({"kind": kind, "reason": reason, "count": entry["count"]})
+        return counts
 
     @property
     def broken(self) -> int:
         """How many records cannot be read or decoded."""
-        return self.skipped[BROKEN].total if BROKEN in self.skipped else 0
+        return sum(entry["count"] for entry in self.counts if entry["kind"] == BROKEN)
 
     @property
     def first(self) -> list[str]:
         """Reasons and messages of the first skipped records."""
         return [
-            f"{reason}: {message}"
-            for records in self.skipped.values()
-            for reason, entry in records.counts.items()
+            f"{name.partition(': ')[2]}: {message}"
+            for name, entry in self.skipped.counts.items()
             for message in entry["first"]
         ]
 
@@ -79,10 +81,6 @@ class SourceReport:
 
     def as_json(self) -> JsonObject:
         """All counts, for `--json`."""
-        skipped = [
-            {"kind": kind, "reason": reason, "count": count}
-            for kind, reason, count in self._counts()
-        ]
         return {
             "name": self.name,
             "size": self.size,
@@ -92,17 +90,9 @@ class SourceReport:
             "too_long": self.too_long,
             "broken": self.broken,
             "first": self.first,
-            "skipped": skipped,
+            "skipped": self.counts,
             "control_words": dict(self.control_words),
         }
-
-    def _counts(self) -> list[tuple[str, str, int]]:
-        """Kind, reason and number of skipped records."""
-        return [
-            (kind, reason, entry["count"])
-            for kind, records in self.skipped.items()
-            for reason, entry in records.counts.items()
-        ]
 
     def lines(self) -> list[str]:
         """The report as lines of text."""
@@ -112,8 +102,8 @@ class SourceReport:
             f"{len(self.lengths):,} sequences",
             f"  tokens: {tokens}; too long: {self.too_long:,}",
         ]
-        for kind, reason, count in self._counts():
-            lines.append(f"  {kind}: {reason} {count:,}")
+        for name, entry in self.skipped.counts.items():
+            lines.append(f"  {name} {entry['count']:,}")
         lines += [f"    {message}" for message in self.first]
         if self.control_words:
             counts = [f"{word} {count:,}" for word, count in self.control_words.most_common()]
@@ -173,11 +163,10 @@ def _check_record(
 ) -> None:
     """Decode a record, and add it to the report."""
     decoded = source.decode(index, SeededRandom(source.mixture_seed, source.index, index))
-    if isinstance(decoded, SkippedRecord):
-        report.add(decoded)
+    if decoded.note is not None:
+        report.add(decoded.note)
+    if decoded.sequence is None:
         return
-    if decoded.sequence.repaired:
-        report.add(SkippedRecord(REPAIRED, decoded.sequence.repaired, decoded.location))
     n_tokens = len(decoded.sequence)
     report.lengths.append(n_tokens)
     report.too_long += n_tokens > source.length

@@ -10,8 +10,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
-
+from seed_multimodal.config import as_mapping
 from seed_multimodal.data.formats.contents import registered_formats
 from seed_multimodal.data.formats.images import (
     CAPTION_FIELDS,
@@ -151,10 +150,7 @@ def open_pairs(spec: Mapping[str, Any]) -> Pairs:
 
     Raises ConfigError, DataError.
     """
-    if isinstance(spec, DictConfig):
-        options: Any = OmegaConf.to_container(spec, resolve=True)
-    else:
-        options = dict(spec)
+    options = as_mapping(spec, "data")
     format = options.pop("format", "auto")
     files = options.pop("files", None)
     if format in registered_formats():

@@ -10,12 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from omegaconf import OmegaConf
-
-from seed_multimodal.config import from_compat, load_yaml
-from seed_multimodal.data.formats.contents import registered_formats
+from seed_multimodal.config import as_mapping, from_compat, load_yaml
 from seed_multimodal.data.formats.record import (
-    FieldValue,
     JsonObject,
     RecordFields,
     RecordFile,
@@ -35,9 +31,7 @@ class InputSettings:
 
     # folders, patterns with braces; optional for a registered format
     files: str | list[str] | None = None
-    format: str = setting(
-        "auto", choices=("auto", "tar", "json", "jsonl", "parquet", "folder", *registered_formats())
-    )
+    format: str = "auto"  # as in `formats.sources.open_records`
     format_options: JsonObject = setting(factory=dict)  # of a registered format
     # folder of the listed images; None: that of the list, then the current one
     image_root: str | None = None
@@ -61,11 +55,11 @@ def read_input_settings(
     Raises ConfigError: an unknown target, key or value.
     """
     label = "data"
-    plain: FieldValue = config
+    plain: object = config
     if isinstance(config, str | Path):
         label = str(config)
         plain = load_yaml(config) if label.endswith((".yaml", ".yml")) else {"files": label}
-    values: FieldValue = OmegaConf.to_container(OmegaConf.create(plain), resolve=True)
+    values = as_mapping(plain, label)
     if "_target_" in values:
         values = from_compat("data_files:input_keys")(values, label)
     if fields is not None:

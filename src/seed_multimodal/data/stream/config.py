@@ -20,9 +20,9 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig
 
-from seed_multimodal.config import from_compat
+from seed_multimodal.config import as_mapping, from_compat
 from seed_multimodal.data.decoders import find_decoder
 from seed_multimodal.data.formats.record import FieldValue, JsonObject, RecordFields
 from seed_multimodal.errors import ConfigError
@@ -88,16 +88,13 @@ class LlmDataSettings:
         total = sum(weights)
         return [weight / total for weight in weights]
 
-    def padded_shape(self, source: int) -> tuple[int, int]:
-        """Rows and positions of a source's padded micro-batch."""
-        settings = self.sources[source]
-        length = settings.max_length or self.length
-        rows = settings.batch_size or max(1, self.rows * self.length // length)
-        return rows, length
-
     def chunk_shape(self, source: int) -> tuple[int, int]:
         """Sequences that are read at once from a source, and their maximum length."""
-        return (1, self.length) if self.packing else self.padded_shape(source)
+        if self.packing:
+            return 1, self.length
+        settings = self.sources[source]
+        length = settings.max_length or self.length
+        return settings.batch_size or max(1, self.rows * self.length // length), length
 
 
 def read_data_settings(config: RecordFields | DictConfig, label: str = "data") -> LlmDataSettings:
@@ -107,24 +104,21 @@ def read_data_settings(config: RecordFields | DictConfig, label: str = "data") -
 
     label: name of the mapping in errors.
     """
-    if isinstance(config, DictConfig):
-        values = as_mapping(OmegaConf.to_container(config, resolve=True), label)
-    else:
-        values = as_mapping(config, label)
+    values = as_mapping(config, label)
     if "datapipes" in values or "_target_" in values:
         values = from_compat("data_files:mixture_keys")(values, label)
     values = {**values, "sources": _read_sources(values.get("sources"), label)}
     settings = read_settings(LlmDataSettings, values, label)
-    return with_template(settings, settings.template)
-
-
-def with_template(settings: LlmDataSettings, template: str | None) -> LlmDataSettings:
-    """As `with_option`; None: the settings as they are."""
-    return settings if template is None else with_option(settings, "template", template)
+    return with_option(settings, "template", settings.template)
 
 
 def with_option(settings: LlmDataSettings, name: str, value: FieldValue) -> LlmDataSettings:
-    """The settings, with an option in the sources whose decoder has it and that do not set it."""
+    """The settings, with an option in the sources whose decoder has it and that do not set it.
+
+    value: None: the settings as they are.
+    """
+    if value is None:
+        return settings
     sources = []
     for source in settings.sources:
         decoder = find_decoder(source.decoder)
@@ -170,12 +164,3 @@ def _default_name(files: str | list[str] | None, taken: Iterable[str]) -> str:
     stem = Path(files if isinstance(files, str) else files[0]).name
     n_equal = sum(stem in (name, name.rpartition("-")[0]) for name in taken)
     return f"{stem}-{n_equal + 1}" if n_equal else stem
-
-
-def as_mapping(value: FieldValue, label: str) -> JsonObject:
-    """A value that must be a mapping. Raises ConfigError."""
-    if not isinstance(value, Mapping):
-        raise ConfigError(
-            f"{label}: must be a mapping of keys to values, not a {type(value).__name__}."
-        )
-    return {str(key): item for key, item in value.items()}

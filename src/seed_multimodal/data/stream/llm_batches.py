@@ -106,7 +106,6 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         self.pad_id = tokenizer.pad_token_id
         self.order = self.mixture.order
         self.chunks = self.order.chunks(rank, world)  # what this rank has yet to use
-        self.available = [True] * len(settings.sources)
         self.delivered = [0] * len(settings.sources)  # sequences or micro-batches of each source
         self.skipped = [
             BadRecords(settings.max_bad_in_a_row, log, f"source {source.name}: ")
@@ -151,11 +150,11 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         """The sequences of the next record or padded micro-batch; empty at the end of the data."""
         while True:
             number = sum(self.delivered) * self.world + self.rank
-            source = self.order.choose(number, self.delivered, self.available)
+            available = [not chunks.ended for chunks in self.chunks]
+            source = self.order.choose(number, self.delivered, available)
             if source is None:
                 return []
             pieces = self._usable_records(source)
-            self.available[source] = not self.chunks[source].ended
             if pieces:
                 self.delivered[source] += 1
                 return pieces
@@ -302,7 +301,6 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
             self._restore_own(states[self.rank])
         else:
             self._redistribute(states)
-        self.available = [not chunks.ended for chunks in self.chunks]
 
         # 2. Counts: each saved rank's go to one of the new ranks.
         counted = states[self.rank :: self.world]
@@ -401,10 +399,7 @@ class RecordQueues:
         self.workers = workers
         self.unread = deepcopy(list(chunks))
         self.queues: list[deque[ReadResult]] = [deque() for _ in chunks]
-        # Of each source: records that are read or being read, and those used so far.
-        self.n_ahead = [0] * len(chunks)
-        self.n_used = [1] * len(chunks)
-        self.n_usable = [1] * len(chunks)
+        self.n_ahead = [0] * len(chunks)  # records of each source that are read or being read
         self.wanted = 0  # source of the record that is waited for
         self.weights = mixture.order.weights
         if mixture.order.turns != "sample":
@@ -429,8 +424,6 @@ class RecordQueues:
             self.queues[job_source] += results
         result = queue.popleft()
         self.n_ahead[source] -= 1
-        self.n_used[source] += 1
-        self.n_usable[source] += bool(result.pieces)
         return result
 
     def close(self) -> None:
@@ -452,8 +445,7 @@ class RecordQueues:
 
     def _supply(self, source: int) -> tuple[float, float]:
         """How long the records of a source last that were read ahead; of equals, the most used."""
-        share_of_usable = self.n_usable[source] / self.n_used[source]
-        need = self.weights[source] * self.mixture.sources[source].rows / share_of_usable
+        need = self.weights[source] * self.mixture.sources[source].rows
         return self.n_ahead[source] / need, -need
 
 

@@ -84,10 +84,14 @@ def _broken_record(error: Exception, location: str) -> SkippedRecord:
 
 
 class DecodedRecord(NamedTuple):
-    """The sequence of a record, and the record's location for messages."""
+    """The sequence of a record; None: it was skipped.
 
-    sequence: TrainingSequence
-    location: str
+    note: why it was skipped, or how it was repaired.
+    """
+
+    sequence: TrainingSequence | None
+    note: SkippedRecord | None
+    location: str  # for messages
 
 
 class OpenedSource:
@@ -138,10 +142,8 @@ class OpenedSource:
         block = even_block(self.size)
         return EpochOrder(self.size, self.seed, shard_sizes=shard_sizes, block=block)
 
-    def decode(
-        self, index: int, rng: SeededRandom, max_length: int | None = None
-    ) -> DecodedRecord | SkippedRecord:
-        """A record's sequence, truncated as by the original decoder, or why it was skipped."""
+    def decode(self, index: int, rng: SeededRandom, max_length: int | None = None) -> DecodedRecord:
+        """A record's sequence, truncated as by the original decoder."""
         location = ""
         try:
             record = self.records.read(index)
@@ -150,31 +152,25 @@ class OpenedSource:
                 fields = record.fields if self.reader is None else self.reader.fields(record)
                 sequence = self.decoder.decode(fields, rng, max_length)
         except RECORD_FAULTS as error:
-            return _broken_record(error, location)
+            return DecodedRecord(None, _broken_record(error, location), location)
         if sequence.drop_reason or not sequence.ids:
-            return SkippedRecord(DROPPED, sequence.drop_reason or "empty", location)
-        return DecodedRecord(sequence, location)
-
-    def sequence(
-        self, position: int, max_length: int | None = None
-    ) -> DecodedRecord | SkippedRecord:
-        """`decode` of the record at a position of the endless order."""
-        ((_, indices),) = self.order.parts(position, 1)
-        rng = SeededRandom(self.mixture_seed, self.seed, position)
-        return self.decode(int(indices[0]), rng, max_length)
-
-    def read(self, position: int) -> ReadResult:
-        """The sequence at a position, as pieces that fit into rows."""
-        # 1. Read and decode the record.
-        max_length = None if self.too_long == "split" else self.length
-        decoded = self.sequence(position, max_length)
-        if isinstance(decoded, SkippedRecord):
-            return ReadResult([], decoded)
-        sequence, location = decoded
-        n_tokens = len(sequence) + sequence.n_truncated
+            reason = sequence.drop_reason or "empty"
+            return DecodedRecord(None, SkippedRecord(DROPPED, reason, location), location)
         note = None
         if sequence.repaired:
             note = SkippedRecord(REPAIRED, sequence.repaired, location)
+        return DecodedRecord(sequence, note, location)
+
+    def read(self, position: int) -> ReadResult:
+        """The sequence at a position of the endless order, as pieces that fit into rows."""
+        # 1. Read and decode the record.
+        ((_, (index,)),) = self.order.parts(position, 1)
+        rng = SeededRandom(self.mixture_seed, self.seed, position)
+        max_length = None if self.too_long == "split" else self.length
+        sequence, note, location = self.decode(int(index), rng, max_length)
+        if sequence is None:
+            return ReadResult([], note)
+        n_tokens = len(sequence) + sequence.n_truncated
         if n_tokens > self.length:
             detail = f"{location} ({n_tokens} tokens, rows have {self.length})"
             note = SkippedRecord(TOO_LONG, _TOO_LONG_REASONS[self.too_long], detail)
@@ -224,7 +220,7 @@ class Mixture:
             [source.size for source in self.sources],
             settings.seed,
             [source.settings.cycles for source in self.sources],
-            [source.order.block_size for source in self.sources],
+            [source.order.block for source in self.sources],
             settings.concat_type,
         )
 

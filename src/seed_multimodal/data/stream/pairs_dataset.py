@@ -35,11 +35,9 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import INTERPOLATIONS, plain_rgb, resize_passes, to_bytes
 
-Log = Callable[[str], None]
-
 
 class SourceDataset(SampleDataset[Sample]):
-    """Training samples of stored pairs; subclasses define `sample`."""
+    """Training samples of stored pairs; subclasses define `sample`, and pass these options on."""
 
     def __init__(
         self,
@@ -47,7 +45,7 @@ class SourceDataset(SampleDataset[Sample]):
         *,
         seed: int = 0,
         max_bad_in_a_row: int = 20,
-        log: Log | None = print,
+        log: Callable[[str], None] | None = print,
     ) -> None:
         super().__init__(log)
         self.source = source
@@ -106,12 +104,9 @@ class PairDataset(SourceDataset[CaptionedImage]):
         source: Pairs,
         image_transform: Callable[..., Tensor],
         text_transform: Callable[[str], str] | None = None,
-        *,
-        seed: int = 0,
-        max_bad_in_a_row: int = 20,
-        log: Log | None = print,
+        **options: Any,
     ) -> None:
-        super().__init__(source, seed=seed, max_bad_in_a_row=max_bad_in_a_row, log=log)
+        super().__init__(source, **options)
         self.image_transform = image_transform
         self.text_transform = text_transform
 
@@ -282,11 +277,9 @@ class TargetPairs(SourceDataset[TargetSample]):
         view: TargetView,
         *,
         reads_condition: bool = False,
-        seed: int = 0,
-        max_bad_in_a_row: int = 20,
-        log: Log | None = print,
+        **options: Any,
     ) -> None:
-        super().__init__(source, seed=seed, max_bad_in_a_row=max_bad_in_a_row, log=log)
+        super().__init__(source, **options)
         self.view = view
         self.reads_condition = reads_condition
 

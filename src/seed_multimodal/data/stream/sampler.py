@@ -48,13 +48,6 @@ class EpochOrder:
         self.block = block if shuffle and shard_sizes is not None else 0
         self._cache: dict[int, np.ndarray | _BlockPermutation] = {}  # by epoch
 
-    @property
-    def block_size(self) -> int:
-        """Mean number of samples of a block; 0: not shuffled in blocks."""
-        if not self.block:
-            return 0
-        return math.ceil(self.total / math.ceil(self.total / self.block))
-
     def parts(self, start: int, count: int) -> list[EpochIndices]:
         """Positions `start` .. `start + count` of the order, split at epoch ends."""
         parts: list[EpochIndices] = []

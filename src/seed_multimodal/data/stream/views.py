@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -32,16 +32,22 @@ TARGET_IMAGE = 2
 T = TypeVar("T")
 
 
+class View(NamedTuple):
+    """What is known of a view without its pixels."""
+
+    position: list[float]  # its centre (x, y) in its image
+    is_target: bool  # else an input
+    seed: int  # of its image
+    n_tokens: int
+
+
 @dataclass
 class SequenceViews:
     """The n views of a sequence's images, in token order."""
 
     pixels: Tensor  # uint8 [n, 3, S, S]
-    positions: list[list[float]]  # centre (x, y) of each view in its image
-    is_target: list[bool]  # else an input
+    views: list[View]
     marks: np.ndarray  # INPUT_IMAGE or TARGET_IMAGE at the tokens of views, else 0: int8 [tokens]
-    seeds: list[int]  # of each view's image
-    tokens_per_view: int
 
 
 @dataclass
@@ -110,29 +116,25 @@ class ImageReader:
         """The views of a sequence, or None."""
         if not sequence.images:
             return None
+        n_views = sum(1 if image.is_target else image.views for image in sequence.images)
+        n_tokens = len(sequence.input_positions) + len(sequence.target_positions)
         pixels = []
-        positions = []
-        is_target = []
-        seeds = []
+        views = []
         for image in sequence.images:
             # [views, 3, S, S]; the last view is the complete image, the only one of a target.
             if image.grid is None:
-                views = self._resize.read(image.image)[None]
+                image_pixels = self._resize.read(image.image)[None]
             else:
-                views = self._tiles.cut(image.image)
+                image_pixels = self._tiles.cut(image.image)
             used = slice(-1, None) if image.is_target else slice(None)
-            views = views[used]
-            pixels.append(views)
-            positions += image.positions[used]
-            is_target += [image.is_target] * len(views)
-            seeds += [image.seed] * len(views)
+            pixels.append(image_pixels[used])
+            for position in image.positions[used]:
+                views.append(View(position, image.is_target, image.seed, n_tokens // n_views))
 
         marks = np.zeros(len(sequence), np.int8)
         marks[sequence.input_positions] = INPUT_IMAGE
         marks[sequence.target_positions] = TARGET_IMAGE
-        n_tokens = len(sequence.input_positions) + len(sequence.target_positions)
-        tokens_per_view = n_tokens // len(seeds)
-        return SequenceViews(torch.cat(pixels), positions, is_target, marks, seeds, tokens_per_view)
+        return SequenceViews(torch.cat(pixels), views, marks)
 
 
 def join_views(rows: Sequence[Sequence[Piece]], length: int) -> BatchViews | None:
@@ -141,26 +143,20 @@ def join_views(rows: Sequence[Sequence[Piece]], length: int) -> BatchViews | Non
     rows: the sequences of each row, left to right.
     """
     pixels: list[Tensor] = []
-    positions: list[list[float]] = []
-    is_target: list[bool] = []
-    seeds: list[int] = []
-    tokens_per_view: list[int] = []
+    views: list[View] = []
     marks = np.zeros((len(rows), length), np.int8)
     for row_marks, row in zip(marks, rows, strict=True):
         start = 0  # of the sequence in its row
         for piece in row:
-            views = piece.views
             end = start + len(piece)
-            if views is not None:
-                pixels.append(views.pixels)
-                positions += views.positions
-                is_target += views.is_target
-                seeds += views.seeds
-                tokens_per_view += [views.tokens_per_view] * len(views.seeds)
-                row_marks[start:end] = views.marks
+            if piece.views is not None:
+                pixels.append(piece.views.pixels)
+                views += piece.views.views
+                row_marks[start:end] = piece.views.marks
             start = end
     if not pixels:
         return None
+    positions, is_target, seeds, tokens_per_view = map(list, zip(*views, strict=True))
     return BatchViews(
         torch.cat(pixels),
         torch.tensor(positions),

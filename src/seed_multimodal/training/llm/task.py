@@ -21,7 +21,7 @@ from seed_multimodal.data.stream.config import (
     LlmDataSettings,
     read_data_settings,
     read_once,
-    with_template,
+    with_option,
 )
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
 from seed_multimodal.device import DTYPES, peak_tflops
@@ -76,9 +76,9 @@ class LlmRunSettings(RunSettings):
     def __post_init__(self) -> None:
         self.model = adapt_to_run(self.model, self.trainer, self.deepspeed is not None)
         template = template_of(self.model, self.tokenizer.folder)
-        self.data = with_template(self.data, template)
+        self.data = with_option(self.data, "template", template)
         if self.eval_data is not None:
-            self.eval_data = with_template(self.eval_data, template)
+            self.eval_data = with_option(self.eval_data, "template", template)
 
 
 class LlmTask(RunTask):

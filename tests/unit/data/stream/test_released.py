@@ -60,7 +60,7 @@ def test_read_data_settings_of_options_and_files():
 
 def test_read_data_settings_of_every_builder():
     # A user's own data file may name any of the original's functions.
-    assert {decoder for decoder, _ in BUILDERS.values()} <= {*decoder_names()}
+    assert {*BUILDERS.values()} <= {*decoder_names()}
     keys = {"data_dir": "a", "max_length": 64, "batch_size": 2, "cycle_count": 3}
     unused = {"reverse_ratio": 0.0, "caption_prompt": None, "recursive": True}
     for target in BUILDERS:
