@@ -79,6 +79,7 @@ class TokenizerTask(CodebookTask):
         self.batches = batches
         self.options = run
         self.last_loss: Tensor | None = None
+        self.eval_steps = runner.steps_per_epoch
         # The trainer's settings from LAVIS's keys; a completed run continues with a higher
         # max_epoch.
         settings = StageSettings(
@@ -149,10 +150,7 @@ class TokenizerTask(CodebookTask):
         self.last_loss = loss.detach()
         return loss, self.runner.model.latest
 
-    def is_evaluation_due(self, step: int, is_last: bool) -> bool:
-        return step % self.runner.steps_per_epoch == 0
-
-    def evaluate(self, step: int, is_last: bool) -> dict[str, float]:
+    def evaluate(self, step: int) -> dict[str, float]:
         """At the end of an epoch its checkpoint, held-out losses and samples.
 
         Returns the held-out losses as `valid/SPLIT/NAME`.

@@ -101,5 +101,7 @@ def test_stopped_script_stops_its_training(recipe, nothing_stays_behind):
         output, _ = process.communicate(timeout=60)
         assert process.returncode == 143, output
         assert "== stage1: finished" in output
-        assert re.search(r"\] resumes from .*stopped by SIGTERM after step", output, re.DOTALL)
+        assert re.search(
+            r"\] resumes from .*stopped by SIGTERM or Ctrl-C after step", output, re.DOTALL
+        )
         assert not processes_with(str(recipe))

@@ -133,9 +133,6 @@ def train(
         if world == 1:
             move_bias(model)
 
-    def evaluation(step: int, is_last: bool) -> dict[str, float] | None:
-        return evaluate(step) if evaluate else None
-
     # Equal only if every weight is, to the last bit.
     def measures() -> dict[str, Any]:
         return {"sum": sum(p.double().sum().item() for p in model.parameters()).hex()}
@@ -143,8 +140,8 @@ def train(
     methods = {
         "measures": measures,
         "after_step": change if noise else None,
-        "evaluate": evaluation,
-        "is_evaluation_due": lambda step, is_last: True,
+        "evaluate": evaluate,
+        "eval_steps": 1 if evaluate else 0,
         "status": status,
     }
     return train_stage(

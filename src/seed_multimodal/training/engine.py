@@ -45,16 +45,14 @@ class Engine:
     kind = "plain"
     sharded = False
 
-    def __init__(
-        self, task: Task, settings: TrainerSettings, group: ProcessGroup, device: torch.device
-    ) -> None:
+    def __init__(self, task: Task, group: ProcessGroup, device: torch.device) -> None:
         """Wrap a task's module. Raises ConfigError: several processes for a single-process task."""
         if group.world > 1 and not task.parallel:
             raise ConfigError(
                 f"[{task.name}] this stage supports a single process, not {group.world}."
             )
         self.task = task
-        self.settings = settings
+        self.settings = task.settings
         self.group = group
         self.device = device
         self.module = task.module
@@ -66,7 +64,7 @@ class Engine:
         self.trained = [p for p in task.module.parameters() if p in optimized]
         self.model = self._prepare()
         # DeepSpeed scales the loss itself.
-        scales_loss = settings.precision == "fp16" and not self.sharded
+        scales_loss = self.settings.precision == "fp16" and not self.sharded
         self.scaler = torch.amp.GradScaler(device.type, enabled=scales_loss)
 
     def _prepare(self) -> nn.Module:
@@ -161,17 +159,15 @@ def keeping_hyperparameters(optimizer: torch.optim.Optimizer) -> Iterator[None]:
         group.update(values)
 
 
-def build_engine(
-    task: Task, settings: TrainerSettings, group: ProcessGroup, device: torch.device
-) -> Engine:
+def build_engine(task: Task, group: ProcessGroup, device: torch.device) -> Engine:
     """The engine of a prepared task: DeepSpeed if it has a configuration, else plain torch."""
     if task.deepspeed is None:
-        return Engine(task, settings, group, device)
+        return Engine(task, group, device)
     config, remarks = resolve_deepspeed_config(
-        task.deepspeed, settings, world=group.world, rows=task.rows, hidden_size=task.width
+        task.deepspeed, task.settings, world=group.world, rows=task.rows, hidden_size=task.width
     )
     group.log(task.name, *remarks)
-    return ZeroEngine(task, settings, group, device, config)
+    return ZeroEngine(task, group, device, config)
 
 
 # ---------------------------------------------------------------------------------------- DeepSpeed
@@ -251,12 +247,7 @@ class ZeroEngine(Engine):
     sharded = True
 
     def __init__(
-        self,
-        task: Task,
-        settings: TrainerSettings,
-        group: ProcessGroup,
-        device: torch.device,
-        config: ConfigNode,
+        self, task: Task, group: ProcessGroup, device: torch.device, config: ConfigNode
     ) -> None:
         """Wrap a task's module; `config`: from `resolve_deepspeed_config`.
 
@@ -264,11 +255,11 @@ class ZeroEngine(Engine):
         """
         if isinstance(task.optimizer, MuonWithAdamW):  # ZeRO flattens the matrices that it needs
             raise ConfigError("optim: muon is not supported with DeepSpeed; use adamw or adamw_hf.")
-        if settings.ema:
+        if task.settings.ema:
             raise ConfigError("trainer: ema is not supported with DeepSpeed.")
         self.config = config
         self.stage = int(config["zero_optimization"]["stage"])
-        super().__init__(task, settings, group, device)
+        super().__init__(task, group, device)
 
     def _prepare(self) -> nn.Module:
         """DeepSpeed's engine, made by accelerate."""

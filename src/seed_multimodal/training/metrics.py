@@ -229,20 +229,18 @@ class RunLog:
     def __init__(
         self,
         task: Task,
-        settings: TrainerSettings,
         step: int,
         output_dir: Path,
         group: ProcessGroup,
         device: torch.device,
-        saved_step: int,
     ) -> None:
-        """Open the logs and drop lines of a killed run after step `saved_step`.
+        """Open the logs and drop lines of a killed run after `step`, at which this one starts.
 
         Raises ConfigError: no wandb.
         """
         self.task = task
         self.meter = task.meter
-        self.settings = settings
+        self.settings = settings = task.settings
         self.file = output_dir / f"{task.name}.log.jsonl"
         self.group = group
         self.device = device
@@ -254,7 +252,7 @@ class RunLog:
         self.wandb: Any = None  # not a dependency
         if not group.first:
             return
-        drop_lines_after(saved_step, self.file)
+        drop_lines_after(step, self.file)
         if "tensorboard" in settings.report_to:
             from torch.utils.tensorboard import SummaryWriter
 

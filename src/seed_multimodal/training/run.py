@@ -124,6 +124,7 @@ class RunTask(Task):
             "max_steps": "steps in all (the schedule follows)",
         }
     )
+    settings: RunTrainerSettings
     run_type: ClassVar[type[RunSettings]]
     settings_readers: ClassVar[Mapping[str, Callable[[ConfigNode, str], object]]] = {}
 
@@ -170,11 +171,14 @@ class RunTask(Task):
                 agree(group, config, run.output_dir)
                 task = cls(run, group, device)
             with contextlib.closing(task):
-                return train(task, task.settings, run.output_dir, group=group, device=device)
+                return train(task, run.output_dir, group=group, device=device)
 
     def __init__(self, run: RunSettings, group: ProcessGroup, device: torch.device) -> None:
         self.run = run
-        self.settings: RunTrainerSettings = run.trainer
+        self.settings = run.trainer
+        self.sample_steps = self.settings.save_steps or self.settings.max_steps
+        if self.settings.sample_steps is not None:
+            self.sample_steps = self.settings.sample_steps
         self.group = group
         self.device = device
         self.config = run.config
@@ -203,16 +207,6 @@ class RunTask(Task):
 
     def close(self) -> None:
         """Close the data; called at the end of the run, also after an error."""
-
-    def should_write_samples(self, step: int) -> bool:
-        """Whether this process writes samples after a step.
-
-        The first process does, every `sample_steps`, by default every `save_steps`.
-        """
-        interval = self.settings.sample_steps
-        if interval is None:
-            interval = self.settings.save_steps or self.settings.max_steps
-        return self.group.first and interval > 0 and step % interval == 0
 
     def log_sizes(self, title: str) -> None:
         """Log the number of trained parameters, device and output folder, after a title."""

@@ -17,7 +17,12 @@ from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.settings import check_settings
 from seed_multimodal.state_dicts import assign_strictly, load_state_dict, save_state_dict
-from seed_multimodal.training.config import ConfigNode, StageSettings, check_schedule
+from seed_multimodal.training.config import (
+    ConfigNode,
+    StageSettings,
+    TrainerSettings,
+    check_schedule,
+)
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.metrics import Meter, Metrics
 from seed_multimodal.training.optimizers import parameter_groups
@@ -34,12 +39,15 @@ class Task:
 
     Attributes:
         name: prefix of console lines and of the files NAME.log.jsonl and NAME.done.json.
+        settings: of the trainer.
         module: the trained and saved module.
         optimizer: of (some of) the module's parameters.
         meter: aggregates numbers of steps into log lines.
         first_step: steps of an earlier run in another format, whose weights and optimizer are
             already loaded.
         parallel: whether several processes may train it.
+        sample_steps, eval_steps: steps between samples and between evaluations (0: none); there is
+            also an evaluation at the end.
         loss_reduction: how a step's loss follows from those of its micro-steps.
         ddp_options: of DistributedDataParallel. Buffers are not broadcast: they are constants or
             kept equal by the task, and processes may make unequal numbers of forward passes in a
@@ -55,11 +63,14 @@ class Task:
     """
 
     name: str
+    settings: TrainerSettings
     module: nn.Module
     optimizer: torch.optim.Optimizer
     meter: Meter
     first_step: int = 0
     parallel: bool = True
+    sample_steps: int = 0
+    eval_steps: int = 0
     loss_reduction: Literal["mean", "sum"] = "mean"
     ddp_options: Mapping[str, bool] = MappingProxyType({"broadcast_buffers": False})
     deepspeed: ConfigNode | None = None
@@ -115,19 +126,15 @@ class Task:
         Weights may be changed if equally in all processes.
         """
 
-    def is_evaluation_due(self, step: int, is_last: bool) -> bool:
-        """Whether `evaluate` is called after a step.
+    def write_samples(self, step: int) -> None:
+        """Called in the first process when samples are due; as `evaluate`."""
 
-        is_last: after the run's last step; once more if the data have ended.
-        """
-        return False
-
-    def evaluate(self, step: int, is_last: bool) -> Mapping[str, float] | None:
-        """Evaluation numbers to log, and samples; with the averaged weights if the run averages.
+    def evaluate(self, step: int) -> Mapping[str, float]:
+        """Evaluation numbers to log; with the averaged weights if the run averages.
 
         The time of the call does not count in the speed.
         """
-        return None
+        return {}
 
     def status(self) -> Mapping[str, float]:
         """Further numbers of a log line.
@@ -191,6 +198,7 @@ class StageTask(Task):
 
     fixed_on_resume = MappingProxyType({"samples_per_step": "samples per step"})
     reported_on_resume = MappingProxyType({"processes": "processes"})
+    settings: StageSettings
 
     def __init__(
         self,

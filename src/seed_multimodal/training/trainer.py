@@ -17,7 +17,6 @@ import torch
 
 from seed_multimodal.disk import JsonObject, folder_lock, read_json_object, replace_text, writing
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.settings import check_settings
 from seed_multimodal.training.checkpoint import (
     CheckpointStore,
     check_all_saved,
@@ -30,7 +29,6 @@ from seed_multimodal.training.checkpoint import (
     settings_remark,
     warm_start,
 )
-from seed_multimodal.training.config import TrainerSettings
 from seed_multimodal.training.distributed import (
     STOPPED,
     ProcessGroup,
@@ -46,14 +44,12 @@ from seed_multimodal.training.task import StageTask, Task
 
 def train(
     task: Task,
-    settings: TrainerSettings,
     folder: str | Path,
     *,
     group: ProcessGroup | None = None,
     device: torch.device | None = None,
 ) -> JsonObject:
-    """Train a task for `settings.max_steps` steps, from its newest checkpoint in `folder` if there
-    is one.
+    """Train a task for `settings.max_steps` steps, from its newest checkpoint in `folder` if any.
 
     Under torchrun every process calls it with the same shared folder.
     group: by default torch.distributed's default group, or this process.
@@ -65,12 +61,11 @@ def train(
     Raises:
         ConfigError: conflicting settings. CheckpointError: a checkpoint of another run.
         TrainingError: non-finite loss or gradient, disk error, dead process.
-        SystemExit: 143 after SIGTERM, with the step saved.
+        SystemExit: 143 after SIGTERM or Ctrl-C, with the step saved.
     """
-    check_settings(settings, task.name)
     output_dir = Path(folder)
     with contextlib.ExitStack() as stack:
-        group = group or ProcessGroup(settings.timeout_minutes)
+        group = group or ProcessGroup(task.settings.timeout_minutes)
         if group.first:
             lock = folder_lock(
                 output_dir / task.checkpoint_folder,
@@ -80,7 +75,7 @@ def train(
                 ".run.lock",
             )
             stack.enter_context(lock)
-        return Trainer(task, settings, output_dir, group, device, stack).train()
+        return Trainer(task, output_dir, group, device, stack).train()
 
 
 class Trainer:
@@ -89,7 +84,6 @@ class Trainer:
     def __init__(
         self,
         task: Task,
-        settings: TrainerSettings,
         output_dir: Path,
         group: ProcessGroup,
         device: torch.device | None,
@@ -101,7 +95,7 @@ class Trainer:
         stack: closes what the trainer opens.
         """
         self.task = task
-        self.settings = settings
+        self.settings = settings = task.settings
         self.output_dir = output_dir
         self.group = group
         self.store = CheckpointStore(output_dir / task.checkpoint_folder, group, settings)
@@ -131,7 +125,7 @@ class Trainer:
             if checkpoint is not None:
                 load_trained(checkpoint, task.module)
             self.device = device or next(task.module.parameters()).device
-            self.engine = build_engine(task, settings, group, self.device)
+            self.engine = build_engine(task, group, self.device)
             stack.callback(self.engine.close)
             if checkpoint is not None:
                 self.engine.load(checkpoint, self.step)
@@ -145,15 +139,7 @@ class Trainer:
         # 4. Open the logs.
         self.start_time = time.monotonic() - saved.get("seconds", 0.0)
         self.evaluation: dict[str, float] = saved.get("evaluation", {})  # the latest one
-        self.log = RunLog(
-            task,
-            settings,
-            self.step,
-            output_dir,
-            group,
-            self.device,
-            saved_step=saved.get("global_step", 0),
-        )
+        self.log = RunLog(task, self.step, output_dir, group, self.device)
         stack.callback(self.log.close)
         task.before_training(self)
         self.log_line(self._idle_reason())
@@ -188,14 +174,15 @@ class Trainer:
                 if stopped or self.stop_requested():
                     checkpoint = self.store.folder / f"checkpoint-{self.step}"
                     self.log_line(
-                        f"stopped by SIGTERM after step {self.step} of {self.settings.max_steps}; "
-                        f"the same command resumes from {checkpoint}."
+                        f"stopped by SIGTERM or Ctrl-C after step {self.step} of "
+                        f"{self.settings.max_steps}; the same command resumes from {checkpoint}."
                     )
                     raise SystemExit(STOPPED)
                 return self._record()
 
     def stop_requested(self) -> bool:
-        """Whether a process received SIGTERM; collective. Long evaluations call it to end early."""
+        """Whether a process received SIGTERM or Ctrl-C; collective. Long evaluations call it to end
+        early."""
         return self.group.agree(self.stop_event.is_set())[0]
 
     def log_line(self, *texts: str) -> None:
@@ -288,12 +275,25 @@ class Trainer:
             self._save()
             self.log.pause(time.monotonic() - start)
 
-    def _evaluate(self, is_last: bool) -> Mapping[str, float] | None:
-        """The task's evaluation and samples, of the averaged weights if the run averages."""
-        if not self.task.is_evaluation_due(self.step, is_last):
-            return None
-        with averaged_weights(self.ema, self.task.module):
-            evaluation = self.task.evaluate(self.step, is_last)
+    def _evaluate(self, is_last: bool) -> Mapping[str, float]:
+        """The task's samples and evaluation when due, of the averaged weights if the run averages.
+
+        is_last: after the run's last step; once more if the data have ended.
+        """
+        task = self.task
+        is_sampled = task.sample_steps > 0 and self.step % task.sample_steps == 0
+        is_evaluated = task.eval_steps > 0 and (is_last or self.step % task.eval_steps == 0)
+        if self.evaluation.get("step") == self.step:
+            is_evaluated = False
+        if not (is_sampled or is_evaluated):
+            return {}
+
+        evaluation: Mapping[str, float] = {}
+        with averaged_weights(self.ema, task.module):
+            if is_sampled and self.group.first:
+                task.write_samples(self.step)
+            if is_evaluated:
+                evaluation = task.evaluate(self.step)
         if evaluation:
             self.evaluation = {"step": self.step, **evaluation}
         return evaluation
@@ -397,7 +397,7 @@ def train_stage(
     is_done = group.agree(record_file.is_file())[0]
     record = read_json_object(record_file) if is_done else {}
     if not record or (settings.further and record["steps"] < settings.max_steps and saved):
-        return train(task, settings, folder, group=group)
+        return train(task, folder, group=group)
 
     # The stage is complete: only report changed settings.
     if group.first:

@@ -42,7 +42,7 @@ def test_zero_engine_leaves_the_process_as_it_was(lone_group: ProcessGroup, stag
     config, _ = resolve_deepspeed_config(
         {"zero_optimization": {"stage": stage}}, SETTINGS, world=1, rows=2, hidden_size=4
     )
-    engine = ZeroEngine(StageTask("toy", module, SETTINGS), SETTINGS, lone_group, CPU, config)
+    engine = ZeroEngine(StageTask("toy", module, SETTINGS), lone_group, CPU, config)
     try:
         assert module[0].weight.dtype == torch.bfloat16
     finally:
@@ -56,4 +56,4 @@ def test_zero_engine_refuses_muon(lone_group: ProcessGroup):
     task = StageTask("toy", toy.toy_model()[0], SETTINGS)
     task.optimizer = MuonWithAdamW(task.module, 1e-3, 0.0)
     with pytest.raises(ConfigError, match="muon"):
-        ZeroEngine(task, SETTINGS, lone_group, CPU, {"zero_optimization": {"stage": 2}})
+        ZeroEngine(task, lone_group, CPU, {"zero_optimization": {"stage": 2}})

@@ -132,6 +132,10 @@ class LlmTask(RunTask):
         )
         self.rows = run.data.rows
         self.evaluation_batches = self._read_evaluation_batches()
+        if self.evaluation_batches:
+            self.eval_steps = self.settings.eval_steps
+        if self.zero_stage == 3:  # no process has the weights
+            self.sample_steps = 0
         self.meter = TokenMeter()
         self.trainer: Trainer
         self.llm: nn.Module
@@ -158,7 +162,10 @@ class LlmTask(RunTask):
             self.settings.precision,
             sharded=self.zero_stage == 3,
         )
-        self.width = int(find_llama(self.llm).config.hidden_size)
+        config = find_llama(self.llm).config
+        if self.run.model.freeze_embeddings and config.tie_word_embeddings:
+            self._log("freeze_embeddings: the head is frozen, too, since it is the embeddings.")
+        self.width = int(config.hidden_size)
         self.module = self.make_module()
         self.optimizer = build_optimizer(self.module, self.run.optim, self.device)
         self.meter.flops = token_flops(self.llm, 1.0)  # before ZeRO-3 shards the weights
@@ -263,24 +270,6 @@ class LlmTask(RunTask):
         batch = batch.to(self.device)
         return model(batch.input_ids, batch.labels, batch.position_ids, batch.attention_mask)
 
-    def is_evaluation_due(self, step: int, is_last: bool) -> bool:
-        return self._samples_are_due(step) or self._losses_are_due(step, is_last)
-
-    def evaluate(self, step: int, is_last: bool) -> Mapping[str, float] | None:
-        """Write samples and evaluate."""
-        if self._samples_are_due(step):
-            self._write_samples(step)
-        return self._evaluate() if self._losses_are_due(step, is_last) else None
-
-    def _samples_are_due(self, step: int) -> bool:
-        return self.zero_stage < 3 and self.should_write_samples(step)
-
-    def _losses_are_due(self, step: int, is_last: bool) -> bool:
-        # Already evaluated if the data have ended after this step.
-        if not self.evaluation_batches or self.trainer.evaluation.get("step") == step:
-            return False
-        return is_last or step % self.settings.eval_steps == 0
-
     def status(self) -> Mapping[str, float]:
         return {"wait_seconds": self.data.wait_seconds}
 
@@ -330,20 +319,20 @@ class LlmTask(RunTask):
         longest = max(count["batches"] for count in counts)
         return batches + [blank_batch()] * (longest - len(batches))
 
-    def _evaluate(self) -> dict[str, float]:
-        """Mean losses of the evaluation data of all processes; empty without targets or after
-        SIGTERM."""
+    def evaluate(self, step: int) -> Mapping[str, float]:
+        """Mean losses of the evaluation data of all processes; empty without targets, or if the run
+        is stopped."""
         trainer = self.trainer
         model = trainer.engine.model
         sums = torch.zeros(len(LossParts._fields), dtype=torch.float64)
-        activity = f"the evaluation after step {trainer.step}"
+        activity = f"the evaluation after step {step}"
         with translate_errors(activity, trainer.store.description()):
-            # 1. This process's batches; SIGTERM in any process ends the evaluation in all.
+            # 1. This process's batches; a signal in any process ends the evaluation in all.
             model.eval()
             with torch.no_grad():
                 for batch in self.evaluation_batches:
                     if trainer.stop_requested():
-                        self._log("the evaluation is skipped because of SIGTERM.")
+                        self._log("the evaluation is skipped, since the run is stopped.")
                         model.train()
                         return {}
                     with trainer.engine.autocast():
@@ -357,7 +346,7 @@ class LlmTask(RunTask):
             return self.evaluation_line(LossParts(*all_sums))
 
     @torch.no_grad()
-    def _write_samples(self, step: int) -> None:
+    def write_samples(self, step: int) -> None:
         """Write answers to the same prompts every time, to `samples/` and TensorBoard.
 
         Nothing without evaluation data when this process's training data have ended.

@@ -526,11 +526,8 @@ class PixelTask(RunTask):
                 mse = mse + share * losses["mse"]
         return loss, {"mse": mse}
 
-    def is_evaluation_due(self, step: int, is_last: bool) -> bool:
-        return self.should_write_samples(step)
-
     @torch.no_grad()
-    def evaluate(self, step: int, is_last: bool) -> None:
+    def write_samples(self, step: int) -> None:
         """Reconstruct held-out images next to the originals, with fixed noise."""
         if not self.sample_batches:
             self.sample_batches = self._held_out_batches()
