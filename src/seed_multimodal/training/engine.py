@@ -1,5 +1,5 @@
 """Training engines: plain torch (one process or DistributedDataParallel), and DeepSpeed ZeRO 1, 2,
-3 through accelerate, with the original's JSON files.
+3, with the original's JSON files.
 
 Trained weights are kept in fp32; forward passes use autocast.
 """
@@ -11,7 +11,7 @@ import os
 from collections.abc import Iterator, Mapping
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,9 +25,6 @@ from seed_multimodal.training.config import ConfigNode, TrainerSettings
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.optimizers import MuonWithAdamW
 from seed_multimodal.training.task import Task
-
-if TYPE_CHECKING:
-    from accelerate import Accelerator
 
 OPTIMIZER_FILE = "optimizer.pt"
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -262,33 +259,24 @@ class ZeroEngine(Engine):
         super().__init__(task, group, device)
 
     def _prepare(self) -> nn.Module:
-        """DeepSpeed's engine, made by accelerate."""
-        if self.device.type == "cpu":
-            _prepare_deepspeed_for_cpu()
+        """DeepSpeed's engine."""
         self._environment = {name: os.environ.get(name) for name in LAUNCHER_VARIABLES}
         os.environ.setdefault("LOCAL_RANK", "0")  # DeepSpeed reads it at every step
         self._linear = nn.functional.linear
+        if self.device.type == "cpu":
+            os.environ.setdefault("DS_ACCELERATOR", "cpu")
+        import deepspeed
+
+        # gloo does as well as a shared-memory collective, which needs a C++ compiler.
+        deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+        # The process group that exists.
+        deepspeed.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False)
         if self.stage == 3:
             shard_parameters(self.module, self.device, DTYPES[self.settings.precision], self.config)
-        model, self.optimizer = self._accelerator().prepare(self.module, self.optimizer)
-        return model
-
-    def _accelerator(self) -> Accelerator:
-        """accelerate's interface to DeepSpeed, independent of the environment's ACCELERATE_
-        variables."""
-        from accelerate import Accelerator, DeepSpeedPlugin, PartialState
-
-        _reset_accelerate()
-        # An `Accelerator` for DeepSpeed must not get `cpu=True`, but without it and without a GPU
-        # it would ignore other processes: `PartialState` is created first.
-        os.environ["ACCELERATE_TORCH_DEVICE"] = str(self.device)
-        PartialState(cpu=self.device.type == "cpu")
-        precision = self.settings.precision
-        return Accelerator(
-            deepspeed_plugin=DeepSpeedPlugin(hf_ds_config=dict(self.config), zero3_init_flag=False),
-            mixed_precision="no" if precision == "fp32" else precision,
-            gradient_accumulation_steps=self.settings.gradient_accumulation_steps,
+        model, self.optimizer, _, _ = deepspeed.initialize(
+            model=self.module, optimizer=self.optimizer, config=dict(self.config)
         )
+        return model
 
     def autocast(self) -> AbstractContextManager[object]:
         """No context: DeepSpeed casts itself."""
@@ -300,8 +288,7 @@ class ZeroEngine(Engine):
         return nullcontext()
 
     def backward(self, loss: Tensor, last: bool) -> None:
-        """Accumulate the gradients of a micro-step (accelerate's `backward` would also step the
-        optimizer)."""
+        """Accumulate the gradients of a micro-step."""
         self.model.backward(loss, scale_wrt_gas=False)
         if not last:
             self.model.step()  # no update, counts the micro-step
@@ -332,8 +319,7 @@ class ZeroEngine(Engine):
         }
 
     def close(self) -> None:
-        """Reset accelerate's state and the environment, for another run in this process."""
-        _reset_accelerate()
+        """Reset the environment, for another run in this process."""
         # ZeRO-3 has replaced it for the whole process; quantised weights do not work with its own.
         nn.functional.linear = self._linear
         # Without a launcher, DeepSpeed has set the launcher's variables.
@@ -395,8 +381,6 @@ def shard_parameters(
     """
     import deepspeed
 
-    # DeepSpeed uses the process group that exists.
-    deepspeed.init_distributed(torch.distributed.get_backend(), auto_mpi_discovery=False)
     for buffer in module.buffers():
         buffer.data = buffer.data.to(device)
 
@@ -411,27 +395,6 @@ def shard_parameters(
             first = parameter
         else:
             first.convert_to_zero_parameters(param_list=[parameter])
-
-
-def _reset_accelerate() -> None:
-    """Reset accelerate's state of this process (through its private function), and remove its
-    variables."""
-    from accelerate.state import AcceleratorState, GradientState
-
-    AcceleratorState._reset_state(True)
-    GradientState._reset_state()
-    for name in list(os.environ):
-        if name.startswith("ACCELERATE_"):
-            del os.environ[name]
-
-
-def _prepare_deepspeed_for_cpu() -> None:
-    """Skip DeepSpeed's compilation of a shared-memory collective (needs a C++ compiler; gloo does
-    as well)."""
-    os.environ.setdefault("DS_ACCELERATOR", "cpu")
-    import deepspeed
-
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 
 @contextmanager
