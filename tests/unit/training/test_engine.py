@@ -1,5 +1,4 @@
-"""Training engines: independence of accelerate's variables, what DeepSpeed leaves behind
-(micro-steps with unequal numbers of forward passes: e2e/test_trainers.py)."""
+"""What DeepSpeed leaves behind (unequal numbers of forward passes: e2e/test_trainers.py)."""
 
 from __future__ import annotations
 
