@@ -17,7 +17,7 @@ Files:
 Command lines:
 
 * `seed_llama_programs`, `seed_x_programs`, `lavit_programs`: inference and evaluation
-* `training_flags`: flags of the trainings
+* `part_flags`: their flags for YAML files; `training_flags`: flags of the trainings
 
 The folders `models/`, `src/models`, `src/processer`, `src/data` and those of the same names in
 `MultiModalLLM/src` give these objects the originals' import paths, for programs that start with

@@ -17,10 +17,10 @@ from __future__ import annotations
 import functools
 import os
 import warnings
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NotRequired, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Any, NotRequired, Self, TypedDict
 
 import torch
 import torch.nn.functional as F
@@ -76,17 +76,6 @@ class Samples(TypedDict):
     image: ImagesOrPixels
     prompt: NotRequired[Texts]
     text_input: NotRequired[Texts]
-
-
-class DrawingOptions(TypedDict, total=False):
-    """Settings of the pixel decoder, see `LavitSettings`."""
-
-    height: int
-    width: int
-    num_inference_steps: int
-    guidance_scale: float
-    original_size: tuple[int, int] | None
-    crops_coords_top_left: tuple[int, int] | None
 
 
 def build_model(
@@ -166,28 +155,17 @@ class _Model(nn.Module):
         height, width = self.images.decoder.ratio_size(ratio)
         return height, width
 
-    def _load(
-        self,
-        config: LavitConfig,
-        device_id: int | None,
-        dtype: str,
-        *,
-        load_decoder: bool,
-        offload: Collection[str] = (),
-    ) -> None:
-        """Load the language model and the image tokenizer, and the pixel decoder."""
+    def _load(self, config: LavitConfig, device_id: int | None, dtype: str, **options: Any) -> None:
+        """Load the language model and the image tokenizer; options of `Lavit.from_pretrained`."""
         self.system = Lavit.from_pretrained(
             config,
             device=original_device(device_id),
             dtype=dtype,
-            offload=offload,
             log=None,
-            load_decoder=load_decoder,
+            **options,
         )
         self.images = self.system.images
         self.llama_model = self.system.llm
-        if load_decoder:
-            self._add_decoder()
 
     def _add_decoder(self) -> None:
         """Load the pixel decoder now, as the original; it draws from codes."""
@@ -197,9 +175,7 @@ class _Model(nn.Module):
         self.unet = decoder.unet
         self.vae = decoder.vae
 
-    def _draw(
-        self, codes: Sequence[Tensor], **options: Unpack[DrawingOptions]
-    ) -> list[Image.Image]:
+    def _draw(self, codes: Sequence[Tensor], **options: Any) -> list[Image.Image]:
         return self.images.draw(codes, seeds=_seeds(len(codes)), **options)
 
     def _settings(self, task: Task, options: Mapping[str, object]) -> GenerationSettings:
@@ -314,7 +290,8 @@ class LaVITforGeneration(_Model):
         super().__init__()
         config = original_config(model_path, model_sub_dir, pixel_decoding, check_safety)
         offload = () if load_tokenizer else ("encoder",)
-        self._load(config, device_id, model_dtype, load_decoder=True, offload=offload)
+        self._load(config, device_id, model_dtype, offload=offload)
+        self._add_decoder()
 
     def generate_image(
         self,
@@ -334,7 +311,7 @@ class LaVITforGeneration(_Model):
     ) -> list[Image.Image]:
         """Images of texts; options: of `generate_image_tokenids`."""
         # 1. The settings of the pixel decoder.
-        drawing: DrawingOptions = {
+        drawing: dict[str, Any] = {
             "height": height,
             "width": width,
             "num_inference_steps": num_inference_steps,

@@ -9,29 +9,28 @@ on other prompts.
 from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from PIL import Image
 
 from seed_multimodal.cli import common
 from seed_multimodal.cli.common import cat_image
+from seed_multimodal.compat.part_flags import ORIGINAL, add_part_flags, original_files
 from seed_multimodal.disk import writable_folder
 from seed_multimodal.entry import DONE, add_device, bounded_int, log_line, run_program
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import save_image
 from seed_multimodal.language.prompts import DEMO_QUESTIONS
-from seed_multimodal.weights.find import locate_or_same
 
 if TYPE_CHECKING:
     from torch import Tensor
 
     from seed_multimodal.compat.seed_llama import Seed1
-    from seed_multimodal.models.seed.spec import SeedLlamaConfig
     from seed_multimodal.pipelines.base import MultimodalSystem
-    from seed_multimodal.pipelines.images import ImageCodec
 
+Loaded = TypeVar("Loaded")  # a system, or an image codec
 QUESTION, DRAWING, EDITING = DEMO_QUESTIONS
 # The originals' YAML files: parts of the model that the programs load without --model.
 FILES = {
@@ -72,87 +71,48 @@ def _parser(program: str, text: str, out: str, size: str) -> ArgumentParser:
         "--prompt", metavar="TEXT", help="ask this instead (about --image, if one is given)"
     )
     # The model: the original's parts, or `--model`.
-    common.add_common(parser, model="released", out=out, language=True)
-    for part, file in FILES.items():
-        parser.add_argument(
-            f"--{part}",
-            metavar="YAML",
-            help=f"part of the original model (default: {file.format(size)})",
-        )
+    common.add_common(parser, model=ORIGINAL, out=out, language=True)
+    add_part_flags(parser, {part: file.format(size) for part, file in FILES.items()})
     parser.set_defaults(size=size)
     return parser
 
 
-def _original_files(args: Namespace) -> dict[str, Path] | None:
-    """The YAML files of the original model's parts; None: `--model` names a system."""
-    # 1. Either a system, or parts.
-    overrides = {part: getattr(args, part) for part in FILES if getattr(args, part) is not None}
-    if args.model != "released":
-        if overrides:
-            raise ConfigError(
-                f"--{next(iter(overrides))} names a part of the original model, --model all of "
-                f"another one; give one of them."
-            )
-        return None
+def _load(args: Namespace, load: Callable[..., Loaded], *parts: str) -> Loaded:
+    """What `load` of `cli.common` makes of the original model's parts, or of `--model`."""
+    files = original_files(args)
+    if files is None:
+        return load(args)
     if args.engine != "torch":
         raise ConfigError(
             f"--engine {args.engine} needs --model {args.size}: YAML files describe PyTorch's "
             f"model."
         )
-    from seed_multimodal.inference.opening import EngineOptions  # imports torch
+    from seed_multimodal.compat.seed_llama_yaml import parts_of_files, use_transform
+    from seed_multimodal.inference.opening import EngineOptions
 
     EngineOptions(args.engine, args.url, args.gguf)  # raises for flags that exclude each other
-    # 2. The files that the flags name, else the originals'.
-    files = {}
-    for part, default in FILES.items():
-        file = overrides.get(part, default.format(args.size))
-        files[part] = locate_or_same(file)
-    return files
 
-
-def _load_images(args: Namespace) -> ImageCodec:
-    """The image tokenizer alone."""
-    files = _original_files(args)
-    if files is None:
-        return common.load_images(args)
-    config = _read_files(args, files["tokenizer"])
-    args.dtype = args.image_dtype
-    codec = common.load_images(args, config)
-    _use_transform(codec, files)
-    return codec
+    # The parts; all missing weights are reported before any are read.
+    config, options = parts_of_files(
+        *(files[part] for part in parts), dtype=args.dtype, quantization=args.quantization
+    )
+    config.require(*(key for key in config.parts() if getattr(config, key) is not None))
+    args = Namespace(**vars(args) | options)
+    loaded = load(args, config)
+    codec: Any = getattr(loaded, "images", loaded)
+    use_transform(codec, files["image_transform"])
+    return loaded
 
 
 def _load_system(args: Namespace) -> MultimodalSystem:
-    """The system with its language model."""
-    files = _original_files(args)
-    if files is None:
-        return common.load_system(args)
-    system = common.load_system(args, _read_files(args, files["tokenizer"], files["llm"]))
-    _use_transform(system.images, files)
-    return system
-
-
-def _read_files(args: Namespace, *files: Path) -> SeedLlamaConfig:
-    """The original's parts; the flags get what the files set. Raises CheckpointError that names all
-    missing weights before any are read."""
-    from seed_multimodal.compat.seed_llama_yaml import parts_of_files
-
-    config, options = parts_of_files(*files, dtype=args.dtype, quantization=args.quantization)
-    vars(args).update(options)
-    return config.require(*(key for key in config.parts() if getattr(config, key) is not None))
-
-
-def _use_transform(codec: ImageCodec, files: Mapping[str, Path]) -> None:
-    from seed_multimodal.compat.seed_llama_yaml import use_transform
-
-    use_transform(codec, files["image_transform"])
+    return _load(args, common.load_system, "tokenizer", "llm")
 
 
 def _round_trip(args: Namespace) -> int:
     """Encode an image, draw it again, and ask about its codes."""
     # 1. Without a decoder nothing is encoded.
     outputs = common.Outputs(args.out)
-    codec = _load_images(args)
+    codec = _load(args, common.load_images, "tokenizer")
     codec.check_drawing()
 
     # 2. Image → codes → image.
@@ -162,7 +122,8 @@ def _round_trip(args: Namespace) -> int:
 
     # 3. The language model reads the codes.
     if args.prompt:
-        print(_load_system(args).ask(codes[0].tolist(), args.prompt, seed=args.seed))
+        system = _load_system(args)
+        print(system.ask(codes[0].tolist(), args.prompt, seed=args.seed))
     return DONE
 
 
@@ -174,7 +135,7 @@ def _demonstrate(args: Namespace) -> int:
         # The user's request.
         images = [Path(args.image)] if args.image else []
         _answer(args, system, [*images, args.prompt or QUESTION], outputs, "answer")
-    elif args.model == "released" or system.config.found.original:
+    elif args.model == ORIGINAL or system.config.found.original:
         # The original's three requests, as it makes them.
         _answer(args, system, [cat_image(), QUESTION], outputs, "answer")
         _answer(args, system, [DRAWING], outputs, "dog")

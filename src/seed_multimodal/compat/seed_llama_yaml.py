@@ -21,7 +21,7 @@ from seed_multimodal.models.seed.spec import BICUBIC, SeedLlamaConfig
 from seed_multimodal.pipelines.config import Found
 from seed_multimodal.pipelines.images import ImageCodec
 from seed_multimodal.settings import check_keys
-from seed_multimodal.weights.find import find_path
+from seed_multimodal.weights.find import find_path, locate_or_same
 
 if TYPE_CHECKING:
     from torch import dtype as TorchDtype
@@ -95,7 +95,7 @@ def parts_of_files(
 
     # 2. The language model; its device is that of a flag.
     config.llm = None
-    llm: JsonObject = {}
+    llm: JsonObject = {"dtype": image_dtype}
     if model is not None:
         llm = {"path": model}
         if not os.path.isdir(model):
@@ -119,7 +119,7 @@ def parts_of_files(
 def use_transform(images: ImageCodec, file: str | Path) -> None:
     """Resize images as a YAML file's transform. Raises ConfigError: it is of another size."""
     assert isinstance(images, SeedImageCodec)  # of `parts_of_files`
-    transform = instantiate(file)
+    transform = instantiate(locate_or_same(file))
     preprocessing = images.model.visual_encoder.preprocessing
     if transform.image_size != preprocessing.image_size:
         raise ConfigError(

@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 from PIL import Image
 
 from seed_multimodal.cli import common
+from seed_multimodal.compat.part_flags import ORIGINAL, add_part_flags, original_files
 from seed_multimodal.config import project_root
 from seed_multimodal.entry import DONE, bounded_int, run_program
 from seed_multimodal.errors import ConfigError
@@ -106,7 +107,7 @@ def seed_x_script(name: str, argv: Sequence[str] | None = None) -> int:
     # 2. Loading, generation and drawing.
     common.add_common(
         parser,
-        model="released",
+        model=ORIGINAL,
         seed=SEED,
         out="vis",
         language=bool(script.model),
@@ -124,10 +125,7 @@ def seed_x_script(name: str, argv: Sequence[str] | None = None) -> int:
         common.add_condition_flags(parser)
 
     # 3. Parts of the original model.
-    for flag, file in script.files.items():
-        parser.add_argument(
-            f"--{flag}", metavar="YAML", help=f"part of the original model (default: {file})"
-        )
+    add_part_flags(parser, script.files)
     if script.adapter:
         parser.add_argument(
             "--diffusion_model_path", help="SDXL base 1.0 (default: in pretrained/)"
@@ -201,7 +199,7 @@ def _draw(args: Namespace, script: Script) -> int:
     outputs = common.Outputs(args.out)
     system = _load(args, script)
     # The original models get the original programs' prompts.
-    is_original = args.model == "released"
+    is_original = args.model == ORIGINAL
     text = caption
     if is_original and script.model != "seed_x":
         text = f"Generate an image: {caption}"
@@ -232,12 +230,11 @@ def _edit(args: Namespace, script: Script) -> int:
 
 def _config(args: Namespace, script: Script) -> str | SeedXConfig:
     """What `--model` names: a system, or the original parts that the YAML files describe."""
-    if args.model != "released":
+    files = original_files(args)
+    if files is None:
         return args.model
     from seed_multimodal.compat.part_files import config_of_files
 
-    # The original's parts, of which flags replace some.
-    files = {flag: getattr(args, flag) or file for flag, file in script.files.items()}
     sdxl = getattr(args, "diffusion_model_path", None)
     options = {"sdxl": sdxl} if sdxl else {}
     return config_of_files(files, tuned=script.model != "seed_x", **options)
