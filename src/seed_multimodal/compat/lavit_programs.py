@@ -10,7 +10,6 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, cast
 
@@ -25,36 +24,51 @@ from seed_multimodal.settings import check_value
 
 if TYPE_CHECKING:
     from seed_multimodal.models.lavit.pipeline import Lavit
+    from seed_multimodal.pipelines.base import MultimodalSystem
 
 QUESTIONS = ("What is in the picture?", "What color is it?", "Where is it?")
 PROMPT = "a sculpture of a duck made of wool"
 INSTRUCTION = "It is running in the snow"
 COCO = "data/coco/images"
-# Annotations and images of each task and data set, where the original's scripts expect them.
-DATA = {
-    ("caption", "coco"): ("data/coco/annotations/coco_karpathy_test.json", COCO),
-    ("caption", "nocaps"): ("data/nocaps/annotations/nocaps_val.json", "data/nocaps/images"),
-    ("caption", "flickr"): (
-        "data/flickr30k/annotations/flickr30k_test.json",
-        "data/flickr30k/images",
-    ),
-    ("vqa", "vqav2"): ("data/coco/annotations/vqa_val_eval.json", COCO),
-    ("vqa", "okvqa"): ("data/okvqa/annotations/vqa_val_eval.json", COCO),
-    ("vqa", "gqa"): ("data/gqa/annotations/testdev_balanced_questions.json", "data/gqa/images"),
-    ("vqa", "vizwiz"): (
-        "data/vizwiz/annotations/full_set/val_answerable.json",
-        "data/vizwiz/images",
-    ),
-    ("text2image", "coco"): ("data/coco/annotations/coco_t2i_eval.json", COCO),
-}
-# Their ground truth, which the authors have lemmatized; others have it in the annotations.
-TRUTH = {
-    ("vqa", "vqav2"): "v2_mscoco_val2014_annotations_lemm.json",
-    ("vqa", "okvqa"): "mscoco_val2014_annotations_lemm.json",
-    ("vqa", "vizwiz"): "vizwiz_val_annotations_lemm.json",
-    ("caption", "coco"): "data/coco_gt/coco_karpathy_test_gt.json",
-    ("caption", "nocaps"): "data/nocaps/nocaps_val_4500_captions.json",
-    ("caption", "flickr"): "data/flickr30k/flickr30k_test_gt.json",
+# Task → data set → annotations, images and ground truth, where the original's scripts expect them.
+# The authors have lemmatized the truth of VQA; None: it is in the annotations.
+DATA: dict[str, dict[str, tuple[str, str, str | None]]] = {
+    "vqa": {
+        "vqav2": (
+            "data/coco/annotations/vqa_val_eval.json",
+            COCO,
+            "v2_mscoco_val2014_annotations_lemm.json",
+        ),
+        "okvqa": (
+            "data/okvqa/annotations/vqa_val_eval.json",
+            COCO,
+            "mscoco_val2014_annotations_lemm.json",
+        ),
+        "gqa": ("data/gqa/annotations/testdev_balanced_questions.json", "data/gqa/images", None),
+        "vizwiz": (
+            "data/vizwiz/annotations/full_set/val_answerable.json",
+            "data/vizwiz/images",
+            "vizwiz_val_annotations_lemm.json",
+        ),
+    },
+    "caption": {
+        "coco": (
+            "data/coco/annotations/coco_karpathy_test.json",
+            COCO,
+            "data/coco_gt/coco_karpathy_test_gt.json",
+        ),
+        "nocaps": (
+            "data/nocaps/annotations/nocaps_val.json",
+            "data/nocaps/images",
+            "data/nocaps/nocaps_val_4500_captions.json",
+        ),
+        "flickr": (
+            "data/flickr30k/annotations/flickr30k_test.json",
+            "data/flickr30k/images",
+            "data/flickr30k/flickr30k_test_gt.json",
+        ),
+    },
+    "text2image": {"coco": ("data/coco/annotations/coco_t2i_eval.json", COCO, None)},
 }
 
 
@@ -159,7 +173,7 @@ def evaluate_script(program: str, description: str, argv: Sequence[str] | None =
     """`evaluate.py`: the published evaluations, alone or under torchrun; returns the exit code."""
     parser = common.program_parser(program, description)
     # The original's.
-    parser.add_argument("--task_name", choices=("vqa", "caption", "text2image"), default="vqa")
+    parser.add_argument("--task_name", choices=DATA, default="vqa")
     parser.add_argument("--model_path", default="./", help="default: pretrained/LaVIT-7B-v2")
     parser.add_argument("--model_dtype", default="bf16", help="bf16, fp16 or fp32 (default: bf16)")
     parser.add_argument(
@@ -290,27 +304,6 @@ def _infer(args: Namespace) -> int:
     return DONE
 
 
-def _find_data(args: Namespace, dataset: str) -> None:
-    """Set the default paths of annotations and images.
-
-    Raises ConfigError, which names the flag: no such file or folder.
-    """
-    # 1. The flags, else the original's paths.
-    annotations, images = DATA.get((args.task_name, dataset), (None, None))
-    args.annopath = args.annopath or annotations or "./"
-    args.images = Path(args.imagepath or images or "./")
-    # 2. Both must be there before the weights are loaded.
-    if not Path(args.annopath).is_file():
-        raise ConfigError(
-            f"--annopath {args.annopath}: no such file; it is the list of {dataset}'s samples for "
-            f"{args.task_name} (LaVIT's README links the original's)."
-        )
-    if not args.images.is_dir():
-        raise ConfigError(
-            f"--imagepath {args.images}: no such folder; it holds {dataset}'s images."
-        )
-
-
 def _evaluate(args: Namespace) -> int:
     """One of the published evaluations; the summary goes to stdout."""
     from seed_multimodal.cli.evaluate import run_benchmark
@@ -319,14 +312,16 @@ def _evaluate(args: Namespace) -> int:
     from seed_multimodal.evaluation.openai_clip import NAME
     from seed_multimodal.evaluation.text2image import find_clip
 
-    # 1. The data.
+    # 1. The data: by the flags, else at the original's paths.
     task = args.task_name
     draws = task == "text2image"
-    datasets = [dataset for kind, dataset in DATA if kind == task]
+    datasets = [*DATA[task]]
     dataset = args.dataset or datasets[0]
     check_value(str, dataset, f"--dataset of {task}", choices=datasets)
+    annotations, images, truth = DATA[task][dataset]
+    annotations = args.annopath or annotations
+    args.images = Path(args.imagepath or images)
     args.out = args.out or f"tmp/{task}/{dataset}"
-    _find_data(args, dataset)
 
     # 2. The original's settings of the task.
     args.device = args.device or original_device(None)
@@ -334,8 +329,8 @@ def _evaluate(args: Namespace) -> int:
     config = original_config(args.model_path, head="lowres" if draws else None, check_safety=False)
     values = {
         **common.set_flags(args, benchmark_class(task).settings_class),
-        "file": args.annopath,
-        "truth": args.truth or _find_truth(task, dataset, Path(args.annopath)),
+        "file": annotations,
+        "truth": args.truth or _find_truth(truth, Path(annotations).parent),
     }
     if draws:
         # The original keeps CLIP's weights in the model's folder.
@@ -349,20 +344,25 @@ def _evaluate(args: Namespace) -> int:
         values["dataset"] = dataset
 
     # 3. The evaluation, which loads the system after the samples.
-    load = partial(common.load_system, args, config, load_decoder=draws)
+    def load() -> MultimodalSystem:
+        if not args.images.is_dir():
+            raise ConfigError(
+                f"--imagepath {args.images}: no such folder; it holds {dataset}'s images."
+            )
+        return common.load_system(args, config, load_decoder=draws)
+
     return run_benchmark(open_benchmark(task, **values), load)
 
 
-def _find_truth(task: str, dataset: str, annotations: Path) -> Path | None:
-    """The ground-truth file of a data set: at its path, else next to the annotations.
+def _find_truth(truth: str | None, folder: Path) -> Path | None:
+    """The ground-truth file of a data set: at its path, else in the folder of the annotations.
 
     The official file if the lemmatized one is missing. None: the annotations contain it.
     """
-    truth = TRUTH.get((task, dataset))
     if truth is None:
         return None
     for name in (truth, truth.replace("_lemm", "")):
-        for file in (Path(name), annotations.parent / Path(name).name):
+        for file in (Path(name), folder / Path(name).name):
             if file.is_file():
                 return file
     return None

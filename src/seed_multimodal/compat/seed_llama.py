@@ -112,17 +112,9 @@ class ImageTokenizer:
         # Both may be None, for the folder's defaults. An image has 32 codes.
         settings |= {"guidance_scale": guidance_scale, "num_inference_steps": num_inference_steps}
         rows = torch.as_tensor(indices).reshape(-1, 32)
-        seeds = seed_per_image(seed, len(rows))
-        if negative_indices is None:
-            return self.images.draw(rows, seeds=seeds, **settings)
-        # With negative codes images are drawn one by one.
-        negatives = torch.as_tensor(negative_indices).reshape(-1, 32).expand(len(rows), -1)
-        images: list[Image.Image] = []
-        for row, negative, image_seed in zip(rows, negatives, seeds, strict=True):
-            images += self.images.draw(
-                [row], seeds=[image_seed], negative_codes=negative, **settings
-            )
-        return images
+        if negative_indices is not None:
+            settings["negative_codes"] = torch.as_tensor(negative_indices).reshape(-1, 32)
+        return self.images.draw(rows, seeds=seed_per_image(seed, len(rows)), **settings)
 
 
 class SeedLlamaTokenizer(LlamaTokenizer):

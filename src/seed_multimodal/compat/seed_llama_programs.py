@@ -128,40 +128,37 @@ def _round_trip(args: Namespace) -> int:
 
 
 def _demonstrate(args: Namespace) -> int:
+    # 1. The user's request, or the original's three as it makes them; by the names of their images.
+    requests: dict[str, list[str | Path]]
     single = bool(args.prompt or args.image)
+    if single:
+        images = [Path(args.image)] if args.image else []
+        requests = {"answer": [*images, args.prompt or QUESTION]}
+    else:
+        requests = {
+            "answer": [cat_image(), QUESTION],
+            "dog": [DRAWING],
+            "cat_sunglasses": [cat_image(), EDITING],
+        }
     outputs = common.Outputs(args.out, 1 if single else 2)
     system = _load_system(args)
-    if single:
-        # The user's request.
-        images = [Path(args.image)] if args.image else []
-        _answer(args, system, [*images, args.prompt or QUESTION], outputs, "answer")
-    elif args.model == ORIGINAL or system.config.found.original:
-        # The original's three requests, as it makes them.
-        _answer(args, system, [cat_image(), QUESTION], outputs, "answer")
-        _answer(args, system, [DRAWING], outputs, "dog")
-        _answer(args, system, [cat_image(), EDITING], outputs, "cat_sunglasses")
-    else:
-        # The same by the tasks of another system.
+
+    # 2. Another system answers the three by its tasks.
+    if not (single or args.model == ORIGINAL or system.config.found.original):
         print(system.ask(cat_image(), QUESTION, seed=args.seed))
         drawing = system.draw("a dog on the green grass", seed=args.seed)
         print(outputs.save(drawing, "dog", suffix=".jpg"))
         edited = system.edit(cat_image(), EDITING, seed=args.seed)
         print(outputs.save(edited, "cat_sunglasses", suffix=".jpg"))
+        return DONE
+
+    # 3. The text and the images of each answer.
+    for name, content in requests.items():
+        answer = system.chat([{"role": "user", "content": content}], seed=args.seed)
+        print(answer.text)
+        for image in answer.images:
+            print(outputs.save(image, name, suffix=".jpg"))
     return DONE
-
-
-def _answer(
-    args: Namespace,
-    system: MultimodalSystem,
-    content: Sequence[str | Path],
-    outputs: common.Outputs,
-    name: str,
-) -> None:
-    """One request: print the answer's text, save its images."""
-    answer = system.chat([{"role": "user", "content": content}], seed=args.seed)
-    print(answer.text)
-    for image in answer.images:
-        print(outputs.save(image, name, suffix=".jpg"))
 
 
 # ---- SEED-1
