@@ -110,10 +110,10 @@ class TrainTransform:
         image = torch.empty(1, height, width, device="meta")
         scales = [self.min_scale, self.max_scale]
         # It samples from the global generator, which gets the state of `generator` meanwhile.
-        with torch.random.fork_rng(devices=[], enabled=generator is not None):
-            if generator is not None:
-                torch.set_rng_state(generator.get_state())
+        generator = generator or torch.default_generator
+        with torch.random.fork_rng(devices=[]):
+            torch.set_rng_state(generator.get_state())
             top, left, h, w = RandomResizedCrop.get_params(image, scales, [*RATIO])
-            if generator is not None:
-                generator.set_state(torch.get_rng_state())
+            state = torch.get_rng_state()
+        generator.set_state(state)
         return left, top, left + w, top + h

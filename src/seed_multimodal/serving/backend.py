@@ -12,6 +12,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -37,7 +38,7 @@ from seed_multimodal.images.io import (
 from seed_multimodal.inference.prompt import Stopped, random_seed
 from seed_multimodal.language.answer import Answer, BrokenImagePart, Event, ImagePart
 from seed_multimodal.language.messages import Message, images_before_question
-from seed_multimodal.language.prompts import PromptTemplate
+from seed_multimodal.language.prompts import PromptTemplate, interleave
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.models.registry import find_family
 from seed_multimodal.serving.schema import (
@@ -331,7 +332,10 @@ class Backend:
             text = request.text.rstrip() if request.force_boi else request.text
             texts = [("raw" if self.template else "user", text)]
         next_images = iter(images)
-        turns = [(role, _with_images(text, next_images)) for role, text in texts]
+        turns: list[Turn] = []
+        for role, text in texts:
+            turn_images = islice(next_images, text.count(PLACEHOLDER))
+            turns.append((role, interleave(text, [*turn_images])))
 
         # 2. Settings; LaVIT's own defaults stay where the request does not set them.
         options = request.model_dump(exclude_none=True, exclude_unset=self.template is None)
@@ -614,15 +618,6 @@ def usage_of(answer: Answer, prompt: str, completion: str) -> JsonObject:
         f"{completion}_tokens": n_tokens,
         "total_tokens": answer.prompt_tokens + n_tokens,
     }
-
-
-def _with_images(text: str, images: Iterator[Image.Image | list[int]]) -> list[Part]:
-    """A text with placeholders → texts and images in turn."""
-    first, *texts = text.split(PLACEHOLDER)
-    parts: list[Part] = [first]
-    for text_after in texts:
-        parts += [next(images), text_after]
-    return parts
 
 
 def read_turns(text: str, template: PromptTemplate) -> list[tuple[str, str]]:
