@@ -5,9 +5,12 @@ from __future__ import annotations
 import json
 import os
 import random
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import pytest
 import yaml
 from data_files import lines
 from repository import ROOT
@@ -128,6 +131,23 @@ def task_of(task_class: Any, config: dict[str, Any]) -> Any:
     from seed_multimodal.training.distributed import ProcessGroup
 
     return task_class(task_class.read(config), ProcessGroup(), torch.device("cpu"))
+
+
+def fixtures_of(parts: Any) -> tuple[Any, Any]:
+    """Fixtures of a module of tiny parts: `parts_dir`, a folder for the session, and
+    `config_of(output, **changes)`, a whole configuration on it."""
+
+    @pytest.fixture(scope="session")
+    def parts_dir(tmp_path_factory) -> Path:
+        folder = tmp_path_factory.mktemp("parts")
+        parts.write_parts(folder)
+        return folder
+
+    @pytest.fixture(scope="session")
+    def config_of(parts_dir: Path) -> Callable[..., dict[str, Any]]:
+        return partial(parts.config_of, parts_dir)
+
+    return parts_dir, config_of
 
 
 def write_files(folder: Path, **changes: Any) -> dict[str, Path]:

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from llm_runs import COLOURS
 from PIL import Image
 from repository import NANO
 
@@ -21,12 +22,6 @@ from seed_multimodal.images.io import image_to_bytes
 from seed_multimodal.images.transforms import seed_image_processor
 
 CPU = Runtime(torch.device("cpu"), torch.float32)
-COLOURS = {
-    "red": (220, 30, 30),
-    "green": (30, 160, 40),
-    "blue": (30, 40, 220),
-    "grey": (128, 128, 128),
-}
 
 
 def drawing(colour: str) -> bytes:

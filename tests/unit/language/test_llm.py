@@ -12,6 +12,7 @@ import pytest
 import torch
 from repository import NANO
 from safetensors.torch import load_file, save_file
+from tensors import equal
 from tiny import write_json
 from tiny.language import random_llm
 from torch import Tensor
@@ -43,10 +44,8 @@ def folder(llm_folder: Path, tmp_path) -> Path:
 
 
 def check_weights(llm: Any, state: dict[str, Tensor]) -> None:
-    loaded = llm.state_dict()
-    assert loaded.keys() == state.keys()
-    for name, value in state.items():
-        assert torch.equal(loaded[name], value), name
+    assert llm.state_dict().keys() == state.keys()
+    assert equal(state, llm.state_dict())
 
 
 def test_load_llm_sets_special_ids_and_keeps_weights(

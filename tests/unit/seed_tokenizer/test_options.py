@@ -8,8 +8,6 @@ from typing import Any
 import pytest
 from lavis_runs import APPLICATION
 
-from seed_multimodal.errors import SeedError
-
 # Values of the original's YAML files: run, model.
 ORIGINAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
     "pretrain_qformer.yaml": (
@@ -83,19 +81,3 @@ def test_load_config_of_every_project_and_data_set():
         assert load_config(str(file), []).model_cfg.arch in registry.list_models()
     for name, builder in registry.mapping["builder_name_mapping"].items():
         assert builder().config.build_info, name
-
-
-@pytest.mark.parametrize(
-    "options, named",
-    [
-        (["run.max_epok=1"], "'max_epoch'"),
-        (["run.iters_per_epoch=5", "run.accum_grad_iters=2"], "run.accum_grad_iters"),
-        (["model.arch=blip2_causal"], "'blip2_casual'"),
-        (["datasets.nano.vis_processor.train.name=blip2_image"], "blip2_image"),
-    ],
-)
-def test_load_config_with_a_wrong_option(options, named):
-    from seed_lavis.options import load_config
-
-    with pytest.raises(SeedError, match=named):
-        load_config(str(APPLICATION / "lavis/projects/nano/pretrain_qformer.yaml"), options)

@@ -181,6 +181,10 @@ def test_train_with_codebook_options(yaml, run, tmp_path):
         ("stage2", "model.decode_heads=12", "12 heads"),
         ("lavit", "model.decoder.tokens=5", "model.decoder.tokens"),
         ("stage1", "datasets.coco_caption.build_info.storage=/nowhere/*.tar", "/nowhere/*.tar"),
+        ("stage1", "datasets.coco_caption.vis_processor.train.name=blip2_image", "blip2_image"),
+        ("stage1", "run.max_epok=1", "'max_epoch'"),
+        ("stage1", "run.accum_grad_iters=3", "run.accum_grad_iters"),
+        ("stage1", "model.arch=blip2_causal", "'blip2_casual'"),
     ],
 )
 def test_main_with_wrong_settings_or_files(yaml, tmp_path, capsys, stage, option, named):

@@ -1,25 +1,6 @@
-"""One folder of the tiny parts of `pretrain_parts.py` per session, and configurations over it."""
-
-from __future__ import annotations
-
-from collections.abc import Callable
-from functools import partial
-from pathlib import Path
-from typing import Any
+"""Tokenizers, language model and data of LaVIT."""
 
 import pretrain_parts
-import pytest
+from llm_runs import fixtures_of
 
-
-@pytest.fixture(scope="session")
-def parts_dir(tmp_path_factory) -> Path:
-    """Tokenizers, language model and data."""
-    folder = tmp_path_factory.mktemp("lavit")
-    pretrain_parts.write_parts(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
-def config_of(parts_dir: Path) -> Callable[..., dict[str, Any]]:
-    """`config_of(output, **changes)`: a whole configuration on these parts."""
-    return partial(pretrain_parts.config_of, parts_dir)
+parts_dir, config_of = fixtures_of(pretrain_parts)

@@ -14,6 +14,7 @@ import torch
 from llm_runs import LORA, task_of
 from PIL import Image
 from repository import NANO, ROOT
+from tensors import equal
 from tiny.vision import write_vision
 
 from seed_multimodal.errors import CheckpointError, ConfigError
@@ -106,9 +107,9 @@ def test_checkpoint_with_lora_opens_as_a_system(config_of, parts_dir: Path, tmp_
     task = task_of(PretrainTask, config)
     task.prepare()
     task.load_weights(checkpoint)
-    understanding = lavit.images.understanding_tokenizer.causal_encoder.state_dict()
-    for name, value in task.module.causal_encoder.state_dict().items():
-        assert torch.equal(value, understanding[name]), name
+    understanding = lavit.images.understanding_tokenizer
+    expected = task.module.causal_encoder.state_dict()
+    assert equal(expected, understanding.causal_encoder.state_dict())
     ids = torch.tensor([[1, 20, 30, 40]])
     with torch.no_grad():
         expected = task.module.llm.eval()(ids).logits
