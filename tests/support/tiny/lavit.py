@@ -14,11 +14,14 @@ from seed_multimodal.models.lavit.checkpoints import save_dynamic_tokenizer
 from seed_multimodal.models.lavit.decoder import CodeDecoder, Head, LavitDecoderConfig
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
 from seed_multimodal.models.lavit.processing import HubLavitTokenizer, LavitTokenizer
+from seed_multimodal.models.seed.checkpoints import load_vision
 from seed_multimodal.nn.vision.eva import EvaConfig
+from seed_multimodal.nn.vision.hub import HubVisionConfig
 from seed_nano.train.words import train_text_tokenizer
 from tiny import spread, write_json
 from tiny.diffusion import CROSS, POOLED, SCHEDULE, SDXL_VAE, kl, safety_checker, unet, write_sdxl
 from tiny.language import LLM_WIDTH, llama, random_llm, write_hub_tokenizer
+from tiny.vision import write_vision
 
 CODES = 24
 PATCHES = 16
@@ -109,6 +112,17 @@ def small_tokenizer(seed: int = 0) -> DynamicTokenizer:
             lead = model.token_predictor(features)
             last.bias[0] = -(lead[..., 0] - lead[..., 1]).median()
     return model.requires_grad_(False).eval()
+
+
+def write_tokenizer_of(kind: str, folder: Path, config: Any, **sizes: int) -> DynamicTokenizer:
+    """`folder/tokenizer` of one of transformers' vision encoders (`folder/vision`)."""
+    write_vision(kind, folder / "vision", **sizes)
+    vit = HubVisionConfig(path=str(folder / "vision"))
+    torch.manual_seed(0)
+    model = spread(DynamicTokenizer(dataclasses.replace(config, vit=vit, vit_head=0))).eval()
+    load_vision(model.encoder, folder / "vision", None)
+    save_dynamic_tokenizer(model, folder / "tokenizer")
+    return model
 
 
 def write_hub_language(folder: Path, seed: int) -> HubLavitTokenizer:

@@ -8,11 +8,9 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from tiny.diffusion import clip_text_encoder
 from tiny.seed import loud, seed1_config
 from torch import Tensor, nn
 
-from seed_multimodal.errors import ConfigError
 from seed_multimodal.models.seed.configuration import QFormerConfig, Seed2Config
 from seed_multimodal.models.seed.losses import (
     Seed1Stage2Model,
@@ -144,20 +142,6 @@ def test_stage2_seed1_loss_is_the_weighted_sum(images):
     torch.testing.assert_close(out.loss_embed, 1.25 * codebook)
     torch.testing.assert_close(out.loss_distil, 4.0 * F.mse_loss(out.embeds, target))
     torch.testing.assert_close(out.embeds.detach(), model.decode(out.indices), atol=1e-4, rtol=1e-4)
-
-
-def test_stage2_seed1_with_a_text_encoder(images):
-    encoder = clip_text_encoder()
-    model = stage2("seed1", TINY, text_encoder=encoder, frozen_dropout=False)
-    ids = torch.tensor([[2, 0, 1, 3, 3, 3, 3], [2, 1, 3, 3, 3, 3, 3]] * 2 + [[2, 3, 3, 3, 3, 3, 3]])
-    out = model.train()(images, input_ids=ids)
-    out.loss.backward()
-    with torch.no_grad():
-        torch.testing.assert_close(out.target, encoder(ids).last_hidden_state)
-    assert not encoder.training
-    assert trained_parts(model) == set(DECODERS["seed1"].split())
-    with pytest.raises(ConfigError):
-        model(images)
 
 
 def test_stage2_warm_up_without_quantizer(kind, tiny, images, target):

@@ -100,6 +100,7 @@ def test_train_stage2_of_seed1(yaml, run, tmp_path):
     # <start> a</w> c a t</w> <end> and padding by <end>
     ids = [52, 26, 2, 0, 45, 53, 53]
     assert runner.model.caption_ids(["a cat"]).tolist() == [ids]
+    assert not runner.model.train().text_encoder.training
     saved = torch.load(tmp_path / "seed1" / "checkpoint_0.pth", weights_only=True)["model"]
     assert "reverse_tokens" in saved
     assert not any(name.startswith(("text_encoder", "visual_encoder")) for name in saved)

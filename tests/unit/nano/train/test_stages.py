@@ -8,7 +8,7 @@ import os
 import pytest
 import torch
 
-from seed_nano.train.task import SceneStream, scene_pixels, to_signed
+from seed_nano.train.task import scene_pixels, to_signed
 from seed_nano.train.vae import VaeTask, normalise_latents
 from seed_nano.train.workspace import PRESETS, Workspace, load_settings
 from seed_nano.world.splits import scene_at
@@ -33,16 +33,6 @@ def test_normalise_latents_keeps_the_round_trip(tmp_path):
     torch.testing.assert_close(vae.decode(means).sample, before, atol=1e-4, rtol=1e-4)
     torch.testing.assert_close(means.mean((0, 2, 3)), torch.zeros(4), atol=1e-3, rtol=0)
     torch.testing.assert_close(means.std((0, 2, 3)), torch.ones(4), atol=1e-2, rtol=0)
-
-
-def test_get_batch_of_any_samples():
-    # A sample does not depend on its batch.
-    stream = SceneStream(32, seed=3)
-    batch = stream.get_batch(range(10, 15))
-    alone = stream.get_batch([12])
-    assert all(torch.equal(batch[name][2:3], alone[name]) for name in alone) and batch[
-        "mask"
-    ].shape == (5, 1, 32, 32)
 
 
 def test_cached_recomputes_if_settings_file_or_stage_changed(tmp_path):

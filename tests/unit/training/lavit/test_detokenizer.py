@@ -3,22 +3,15 @@ test_pixel_decoders.py)."""
 
 from __future__ import annotations
 
-import dataclasses
 from pathlib import Path
 
 import pytest
 import torch
 from llm_runs import task_of
-from tiny import spread
-from tiny.lavit import TOKENIZER, small_tokenizer
+from tiny.lavit import TOKENIZER, small_tokenizer, write_tokenizer_of
 from tiny.training import lavit_config, write_lavit_parts
-from tiny.vision import write_vision
 
-from seed_multimodal.models.lavit.checkpoints import save_dynamic_tokenizer
-from seed_multimodal.models.lavit.modeling import DynamicTokenizer
 from seed_multimodal.models.lavit.train_pixels import LavitPixelTask, image_codes
-from seed_multimodal.models.seed.checkpoints import load_vision
-from seed_multimodal.nn.vision.hub import HubVisionConfig
 
 
 @pytest.fixture(scope="module")
@@ -41,16 +34,13 @@ def test_image_codes_depend_on_the_image_and_the_seed_only():
 
 def test_codes_are_of_the_vision_encoders_preprocessing(parts: Path, tmp_path):
     # Else a decoder learns other codes than those it gets when it draws.
-    write_vision("siglip2", tmp_path / "vision")
-    vit = HubVisionConfig(path=str(tmp_path / "vision"))
-    torch.manual_seed(0)
-    tokenizer = spread(DynamicTokenizer(dataclasses.replace(TOKENIZER, vit=vit, vit_head=0))).eval()
-    load_vision(tokenizer.encoder, tmp_path / "vision", None)
-    save_dynamic_tokenizer(tokenizer, tmp_path / "tokenizer")
+    tokenizer = write_tokenizer_of("siglip2", tmp_path, TOKENIZER)
     model = {"tokenizer": str(tmp_path / "tokenizer"), "selection": "threshold"}
     task = task_of(LavitPixelTask, lavit_config(parts, tmp_path / "run", model=model))
     task.prepare()
     pixels = task.batches.at(0)[0]["encoder_image"]
-    expected = tokenizer.encode(vit.preprocessing.normalise(pixels), mode="threshold")
+    expected = tokenizer.encode(
+        tokenizer.config.vit.preprocessing.normalise(pixels), mode="threshold"
+    )
     for row, expected_row in zip(task.encoders.conditions(pixels), expected, strict=True):
         assert row[row >= 0].tolist() == expected_row.tolist()

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,15 +14,13 @@ from llm_runs import LORA, task_of
 from PIL import Image
 from repository import NANO, ROOT
 from tensors import equal
-from tiny.vision import write_vision
+from tiny.lavit import write_tokenizer_of
 
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.models.lavit.checkpoints import save_dynamic_tokenizer
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer
 from seed_multimodal.models.lavit.pipeline import Lavit
 from seed_multimodal.models.lavit.train_llm import PretrainTask
-from seed_multimodal.models.seed.checkpoints import load_vision
-from seed_multimodal.nn.vision.hub import HubVisionConfig
 from seed_multimodal.state_dicts import load_state_dict
 from seed_multimodal.training.cli import compose, parse
 
@@ -53,25 +50,20 @@ def test_images_are_prepared_as_the_vision_encoder_of_the_tokenizer_says(
     config_of, parts_dir: Path, tmp_path
 ):
     # Cropped and with its mean, as in a system; EVA's are squashed.
-    write_vision("dinov2", tmp_path / "vision", side=32)
-    vit = HubVisionConfig(path=str(tmp_path / "vision"))
-    torch.manual_seed(0)
-    model = DynamicTokenizer(replace(parts.SIZES, vit=vit))
-    load_vision(model.encoder, tmp_path / "vision", None)
-    save_dynamic_tokenizer(model, tmp_path / "visual")
+    model = write_tokenizer_of("dinov2", tmp_path, parts.SIZES, side=32)
     captions = parts.data_of(parts_dir)["sources"][0]
     captions["options"]["base_resolution"] = 32
     config = config_of(
         tmp_path / "out",
         data={"sources": [captions]},
-        visual_encoder={"path": str(tmp_path / "visual")},
+        visual_encoder={"path": str(tmp_path / "tokenizer")},
     )
     task = task_of(PretrainTask, config)
     task.prepare()
     batch = next(batch for batch in task.data if batch.views is not None)
     files = [parts.image_of(colour, index) for index, colour in enumerate(parts.COLOURS.values())]
     images = [Image.open(io.BytesIO(file)).convert("RGB") for file in files]
-    expected = [vit.preprocessing.read(image) for image in images]
+    expected = [model.config.vit.preprocessing.read(image) for image in images]
     for pixels in batch.views.pixels:
         assert any(torch.equal(pixels, image) for image in expected)
 
