@@ -134,14 +134,22 @@ def short_name(name: str, length: int = 60) -> str:
     return name if len(name) <= length else f"{name[:half]}…{name[-half:]}"
 
 
-def name_bytes(head: bytes) -> str:
-    """What the first bytes of a file that cannot be read are, and what to do; "": unknown."""
-    if not head:
-        return "empty (0 bytes)"
+def foreign_content(head: bytes) -> str:
+    """What the first bytes of a file are if they are never data, and what to do; else ""."""
     head = head.removeprefix(b"\xef\xbb\xbf")
     for pattern, description in _CONTENTS:
         if re.match(pattern, head, re.IGNORECASE | re.DOTALL):
             return description
+    return ""
+
+
+def name_bytes(head: bytes) -> str:
+    """What the first bytes of a file that cannot be read are, and what to do; "": unknown."""
+    if not head:
+        return "empty (0 bytes)"
+    content = foreign_content(head)
+    if content:
+        return content
     # A character may be cut at the end.
     text = head.decode("utf-8", errors="replace").removesuffix("�")
     is_text = "�" not in text and all(letter.isprintable() or letter.isspace() for letter in text)

@@ -25,12 +25,15 @@ from seed_multimodal.data.formats.storage import (
     read_safely,
     remote_files,
 )
-from seed_multimodal.errors import ConfigError, DataError, pluralize
+from seed_multimodal.errors import ConfigError, DataError, foreign_content, pluralize
 from seed_multimodal.plugins import registered
 from seed_multimodal.settings import nearest
 
 # Image members of shards, and image files.
-IMAGE_KEYS = ("jpg", "jpeg", "png", "webp", "bmp", "gif", "tif", "tiff", "avif")
+IMAGE_KEYS = (
+    *("jpg", "jpeg", "jfif", "png", "webp", "bmp", "gif", "tif", "tiff", "avif"),
+    *("heic", "heif"),  # read where pillow-heif is installed
+)
 IMAGE_SUFFIXES = tuple(f".{key}" for key in IMAGE_KEYS)
 FOLDER = "folder"  # format of a folder of images
 FORMATS = ("tar", "jsonl", "json", "parquet", "arrow", "csv")
@@ -111,6 +114,14 @@ def check_readable(path: str | Path, head: bytes) -> None:
         raise DataError(f"{path}: {cure}.")
 
 
+def check_text(path: str | Path, head: bytes) -> None:
+    """As `check_readable`; also if a file has come in place of a text."""
+    check_readable(path, head)
+    content = foreign_content(head)
+    if content:
+        raise DataError(f"{path}: is {content}.")
+
+
 @cache
 def registered_formats() -> dict[str, EntryPoint]:
     """Formats of other packages."""
@@ -183,7 +194,10 @@ def expand_pattern(patterns: Sequence[str | Path]) -> list[str]:
     """
     matches: dict[str, None] = {}
     for pattern in patterns:
-        for name in braceexpand(os.path.expanduser(pattern), escape=False):
+        expanded = os.path.expanduser(pattern)
+        # A file or folder whose name has braces is itself.
+        names = [expanded] if os.path.exists(expanded) else braceexpand(expanded, escape=False)
+        for name in names:
             paths = _matches(name)
             if not paths:
                 reason = f"no such file or folder{nearest_path(name)}"
@@ -276,7 +290,9 @@ def _is_side_file(path: str, format: str, stems: Mapping[str, set[str]]) -> bool
         return is_listed or bool(stems["tar"]) or stem in stems[FOLDER]
     if format == "parquet":  # img2dataset's list of a shard, or of a folder of images
         return stem in stems["tar"] or stem in stems["parent"]
-    return format == "csv" and name != "metadata.csv"
+    # Beside records a table is a log or the like.
+    has_records = bool(stems["tar"] or stems[FOLDER])
+    return format == "csv" and name != "metadata.csv" and has_records
 
 
 def _in_folder(folder: str, format: str, images: bool) -> dict[str, str]:

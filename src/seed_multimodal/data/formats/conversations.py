@@ -291,9 +291,7 @@ def _field_images(fields: RecordFields, n_images: int, location: str) -> list[Co
         return [{"codes": image_codes} for image_codes in codes]
 
     # Paths or contents.
-    images = fields.get("images")
-    if images is None:
-        images = fields.get("image")
+    images = fields.get("images") or fields.get("image")  # joined tables have empty columns
     return [{"image": image} for image in as_list(images) if image not in NO_IMAGE]
 
 

@@ -122,20 +122,31 @@ def record_image(value: FieldValue, record: Record, root: str | Path | None = No
     elif root is not None:
         reason = f"not found below {root}"
     else:
-        reason = "not found next to its list or in the current folder"
+        reason = (
+            "not found next to its list or in the current folder; set image_root (in training of "
+            "language models image_dir) to its folder"
+        )
     printable = value[:200].encode("utf-8", "replace").decode()
     raise ImageError(f"{record.location}: image {printable} {reason}.")
 
 
-def captions(fields: RecordFields, key: str | None, location: str) -> list[str]:
-    """The text or texts under `key`, by default of `CAPTION_FIELDS`.
+def captions(record: Record, key: str | None) -> list[str]:
+    """The text or texts under `key` of a record, by default of `CAPTION_FIELDS`.
 
     Raises BadRecord: missing, blank or of another type.
     """
-    value = first_value(fields, key, CAPTION_FIELDS)
+    location = record.location
+    value = first_value(record.fields, key, CAPTION_FIELDS)
     if value is None or value == []:
-        missing = missing_key_text(key or CAPTION_FIELDS[0], fields)
-        raise BadRecord("missing key", f"{location}: has no caption: no .txt, and {missing}.")
+        reason = f"no .txt, and {missing_key_text(key or CAPTION_FIELDS[0], record.fields)}"
+        if in_tar(record) and not record.fields:
+            reason = (
+                f"no .txt or .json member, but .{', .'.join(record.members)}; the members of a "
+                "sample must follow each other (tar --sort=name)"
+            )
+        elif location == record.file:  # of a folder
+            reason = "no .txt or .json beside it; a table of captions must be named metadata.csv"
+        raise BadRecord("missing key", f"{location}: has no caption: {reason}.")
     texts = as_list(value)
     if not all(isinstance(text, str) for text in texts):
         raise BadRecord(

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 
-from seed_multimodal.data.formats.contents import BOM, QUESTIONS, check_readable
+from seed_multimodal.data.formats.contents import BOM, QUESTIONS, check_text
 from seed_multimodal.data.formats.index import Arrays, IndexedFile
 from seed_multimodal.data.formats.record import (
     BadRecord,
@@ -43,7 +43,10 @@ class JsonLines(IndexedFile):
         line_numbers = array("q")
         position = 0
         with open_binary(self.path) as file:
-            check_readable(self.path, file.read(512))
+            head = file.read(512)
+            check_text(self.path, head)
+            if head.removeprefix(BOM).lstrip().startswith(b"["):
+                raise DataError(f"{self.path}: is one JSON list; rename it to .json.")
             file.seek(0)
             for line_number, line in enumerate(file, 1):
                 if line.strip():
@@ -72,7 +75,7 @@ class JsonLines(IndexedFile):
 
 
 class JsonList:
-    """The items of a .json list, an object per line, or the rows of a .csv, by index.
+    """The items of a .json list, or an object per line, by index.
 
     They are one buffer, which forked workers share.
     """
@@ -84,20 +87,12 @@ class JsonList:
     def _items(self) -> tuple[bytes, np.ndarray]:
         """The encoded items, and their offsets, int64 [N + 1]."""
         content = read_all(self.path)
-        check_readable(self.path, content[:512])
-        content = content.removeprefix(BOM)
-        if self.path.lower().endswith(".csv"):
-            try:
-                text = io.StringIO(content.decode(), newline="")
-            except UnicodeDecodeError as error:
-                raise DataError(f"{self.path}: is not UTF-8 ({error.reason}).") from None
-            items = [json.dumps(row).encode() for row in csv.DictReader(text)]
-        else:
-            items = self._json_items(content)
+        check_text(self.path, content[:512])
+        items = self._encoded_items(content.removeprefix(BOM))
         offsets = np.array([0, *accumulate(map(len, items))], np.int64)
         return b"".join(items), offsets
 
-    def _json_items(self, content: bytes) -> list[bytes]:
+    def _encoded_items(self, content: bytes) -> list[bytes]:
         """Each item as JSON. Raises BadRecord."""
         try:
             value = json.loads(content)
@@ -170,3 +165,27 @@ class JsonList:
         key = f"item {row}"
         members: dict[str, bytes | ByteRange] = {"json": data[offsets[row] : offsets[row + 1]]}
         return Record(key, f"{self.path}: {key}", {}, members, self.path)
+
+
+class CsvTable(JsonList):
+    """The rows of a .csv with a header, by index."""
+
+    def _encoded_items(self, content: bytes) -> list[bytes]:
+        """Each row as JSON. Raises DataError: not UTF-8, or more cells in a row than columns."""
+        csv.field_size_limit(2**31 - 1)  # a cell may be an image as base64
+        items: list[bytes] = []
+        try:
+            rows = csv.DictReader(io.StringIO(content.decode(), newline=""))
+            for row in rows:
+                if None in row:  # cells beyond the header
+                    raise DataError(
+                        f"{self.path}: line {rows.line_num} has more cells than the header; put "
+                        "texts with commas in quotes."
+                    )
+                items.append(json.dumps(row).encode())
+        except UnicodeDecodeError as error:
+            raise DataError(
+                f"{self.path}: is not UTF-8 ({error.reason}); convert it once, for example: "
+                "iconv -f WINDOWS-1252 -t UTF-8."
+            ) from None
+        return items

@@ -127,7 +127,7 @@ class Pairs:
             text = text_member(record, self._records.open_files)
             if text is not None:
                 return [text]
-        return captions(record.fields, caption_key, record.location)
+        return captions(record, caption_key)
 
     def _check_usable(self) -> None:
         """Raise the first sample's error if none of the first `N_PROBED` samples is usable."""

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import unicodedata
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager
@@ -271,7 +272,7 @@ def _ignoring_case(path: Path) -> Path | None:
     found = Path(path.anchor)
     for name in path.relative_to(path.anchor).parts:
         if not os.path.exists(found / name):
-            name = _names(found).get(name.lower(), "")
+            name = _names(found).get(_comparable(name), "")
             if not name:
                 return None
         found /= name
@@ -280,12 +281,17 @@ def _ignoring_case(path: Path) -> Path | None:
 
 @lru_cache(64)
 def _names(folder: Path) -> dict[str, str]:
-    """The names in a folder by their lower-case form."""
+    """The names in a folder by their `_comparable` form."""
     try:
         names = read_patiently(folder, lambda: os.listdir(folder))
-        return {name.lower(): name for name in names}
+        return {_comparable(name): name for name in names}
     except OSError:
         return {}
+
+
+def _comparable(name: str) -> str:
+    """A name in lower case; macOS writes accents as characters of their own."""
+    return unicodedata.normalize("NFC", name.lower())
 
 
 def find_part(ends: Sequence[int], index: int) -> tuple[int, int]:

@@ -28,7 +28,7 @@ from seed_multimodal.data.formats.contents import FOLDER, find_files, registered
 from seed_multimodal.data.formats.conversations import with_messages
 from seed_multimodal.data.formats.images import ImageFolder
 from seed_multimodal.data.formats.index import IndexedFile
-from seed_multimodal.data.formats.jsonl import JsonLines, JsonList
+from seed_multimodal.data.formats.jsonl import CsvTable, JsonLines, JsonList
 from seed_multimodal.data.formats.open_files import OpenFiles
 from seed_multimodal.data.formats.parquet import ArrowFile, ParquetFile
 from seed_multimodal.data.formats.record import (
@@ -53,7 +53,7 @@ _OPENERS: dict[str, Callable[..., RecordFile]] = {
     "tar": TarFile,
     "jsonl": JsonLines,
     "json": JsonList,
-    "csv": JsonList,
+    "csv": CsvTable,
     "parquet": ParquetFile,
     "arrow": ArrowFile,
     FOLDER: ImageFolder,

@@ -15,6 +15,7 @@ from seed_multimodal.data.formats.contents import IMAGE_KEYS, check_readable
 from seed_multimodal.data.formats.index import Arrays, IndexedFile
 from seed_multimodal.data.formats.record import ByteRange, Record
 from seed_multimodal.data.formats.storage import open_binary
+from seed_multimodal.errors import foreign_content
 
 PICKLED = ("pkl", "pickle")  # extensions
 IS_PICKLED = "pickled"  # problem
@@ -55,7 +56,8 @@ class TarFile(IndexedFile):
         last_key = ""
         damage = ""
         with open_binary(self.path) as file:
-            check_readable(self.path, file.read(512))
+            head = file.read(512)
+            check_readable(self.path, head)
             try:
                 for key, extension, member in _sample_members(file):
                     if key != last_key:
@@ -66,7 +68,7 @@ class TarFile(IndexedFile):
                     offsets.append(member.offset_data)
                     sizes.append(member.size)
             except (tarfile.TarError, ValueError, OverflowError) as error:
-                damage = str(error)
+                damage = foreign_content(head) or str(error)
         firsts.append(len(offsets))
 
         # 2. The sample at the damage was not returned, since members may be missing.

@@ -203,7 +203,7 @@ def _read_caption(sample: Sample) -> JsonObject:
     if not settings.use_caption_in_metadata:
         text = text_member(sample.record, sample.files)
         key = sample.keys["caption"]
-    texts = captions(sample.fields, key, sample.location) if text is None else [text]
+    texts = captions(sample.record, key) if text is None else [text]
 
     # 2. Metadata: all fields of a tar's record, else only its name.
     metadata = sample.fields

@@ -107,6 +107,7 @@ def dotted(folder: Path) -> None:
 
 UTF_16 = "\n".join(map(json.dumps, ROWS)).encode("utf-16")
 METADATA = "file_name,text\n0.jpg,a 0\n1.jpg,a 1\n"
+ACCENTED = [{"image": "é.jpg", "caption": f"a {n}"} for n in range(2)]
 CC3M = "a 0\thttp://x/0.jpg\n"
 # What a user gives → who writes it, the path in the folder, and None (two pairs) or what is said.
 FILES: dict[str, tuple[Callable[[Path], object], str, str | None]] = {
@@ -169,18 +170,51 @@ FILES: dict[str, tuple[Callable[[Path], object], str, str | None]] = {
     "zstd": (lambda f: write(f / "a", b"\x28\xb5\x2f\xfd" * 9), "a", "zstd -d"),
     "zip": (lambda f: zipfile.ZipFile(f / "a.zip", "w").close(), "a.zip", "unzip"),
     "folder of gzipped tars": (lambda f: write(f / "a.tar.gz", b"x"), "", "1 .gz file, .* gzip -d"),
-    "CC3M": (lambda f: write(f / "Train.tsv", CC3M), "Train.tsv", "img2dataset"),
     "folder of CC3M": (lambda f: write(f / "Train.tsv", CC3M), "", "img2dataset"),
     "two formats": (
         lambda f: (tars(f), lines(f / "a.jsonl", ROWS)),
         "",
         "jsonl and tar|tar and jsonl",
     ),
-    "pointer of Git LFS": (
-        lambda f: write(f / "a.parquet", "version https://git-lfs.github.com/spec/v1\n"),
-        "",
-        "git lfs pull",
+    "accents of macOS": (
+        lambda f: (images(f, "e\u0301.jpg"), lines(f / "a.jsonl", ACCENTED)),
+        "a.jsonl",
+        None,
     ),
+    "braces in names": (lambda f: captioned(f / "{a,b}"), "{a,b}", None),
+    "large cell": (
+        lambda f: listed(
+            f, "a.csv", METADATA.replace("a 1", f"a 1,{'x' * 200_000}").replace("text", "text,x")
+        ),
+        "a.csv",
+        None,
+    ),
+    "comma without quotes": (
+        lambda f: listed(f, "a.csv", f"{METADATA}2.jpg,a, 2"),
+        "a.csv",
+        "line 4 .* quotes",
+    ),
+    "members by type": (
+        lambda f: write_shard(f / "a.tar", [("k0", {"jpg": JPEG}), ("k1", {"jpg": JPEG})]),
+        "a.tar",
+        "tar --sort=name",
+    ),
+    "other keys": (
+        lambda f: listed(f, "a.json", [{"caption": "a", "img": "0.jpg"}]),
+        "a.json",
+        "item 0: .*'img'",
+    ),
+    "list in a .jsonl": (lambda f: listed(f, "a.jsonl", ROWS), "a.jsonl", "rename it to .json"),
+    **{
+        f"pointer of Git LFS in a {name}": (
+            lambda f, name=name: write(
+                f / f"a.{name}", "version https://git-lfs.github.com/spec/v1"
+            ),
+            "",
+            "git lfs pull",
+        )
+        for name in ("parquet", "tar", "jsonl", "csv")
+    },
 }
 
 
