@@ -130,9 +130,7 @@ REFUSED: dict[str, str] = {
     "scripts/seed_llama_inference_8B.py --model {seed} --gguf x.gguf": "--gguf",
     "scripts/seed_llama_inference_8B.py --engine openai": "--model 8b",
     "scripts/seed_llama_inference_8B.py --url http://127.0.0.1:1": "--url",
-    "src/inference/eval_text2img_seed_x.py --model absent": "absent",
     "src/inference/eval_text2img_seed_x.py --model {seed_x} --llm a.yaml": "--llm",
-    "src/lavit/text2image_synthesis.py --model absent --prompt cat": "absent",
     "src/lavit/evaluate.py --model_path {lavit} --annopath absent.json": "absent.json",
     # Data lie in the original's folders.
     "src/lavit/evaluate.py --model_path {lavit} --task_name caption --dataset nocaps": (

@@ -496,7 +496,7 @@ def original_config(
         download_part(replace(catalogue().parts["lavit"], folder=str(folder)))
     config = LavitConfig.find(name)
     if config.found.original and head is not None:
-        config = LavitConfig.find(name, head="lowres" if head == "lowres" else "highres")
+        config.override(head="lowres" if head == "lowres" else "highres")
 
     # 2. Its language model and safety checker.
     if model_sub_dir != LLM and config.llm is not None:

@@ -25,7 +25,7 @@ import numpy as np
 
 from seed_multimodal.data.formats.contents import find_files
 from seed_multimodal.data.formats.open_files import OpenFiles
-from seed_multimodal.data.formats.record import BadRecord, JsonObject
+from seed_multimodal.data.formats.record import BadRecord, JsonObject, Record
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.formats.sources import run_in_processes
 from seed_multimodal.data.formats.tar import IS_PICKLED, PICKLED, TarFile
@@ -259,12 +259,7 @@ def _samples(tar: TarFile, skipped: list[str]) -> Iterator[tuple[str, dict[str, 
     for row in range(sum(tar.sizes)):
         record = tar.locate(row)
         try:
-            if record.problem is not None and record.problem[0] != IS_PICKLED:
-                raise BadRecord(*record.problem)
-            members: dict[str, bytes] = {}
-            for extension in record.members:
-                members[extension] = record.member(extension, files=files) or b""
-            yield record.key, _converted(members, record.location)
+            yield record.key, _members(record, files)
             n_converted += 1
         except BadRecord as error:
             if error.kind == "damaged file":  # of the shard, not of a sample
@@ -274,16 +269,19 @@ def _samples(tar: TarFile, skipped: list[str]) -> Iterator[tuple[str, dict[str, 
         raise DataError(f"{tar.path}: has no convertible sample; the first: {skipped[0]}")
 
 
-def _converted(members: dict[str, bytes], location: str) -> dict[str, bytes]:
-    """The members of a sample with a .json in place of the pickle."""
+def _members(record: Record, files: OpenFiles) -> dict[str, bytes]:
+    """The members of a sample with a .json in place of the pickle. Raises BadRecord."""
+    if record.problem is not None and record.problem[0] != IS_PICKLED:
+        raise BadRecord(*record.problem)
     # A sample has one pickle, and images that are copied.
-    pickles = [extension for extension in members if extension in PICKLED]
-    if len(pickles) != 1 or "json" in members:
+    pickles = [extension for extension in record.members if extension in PICKLED]
+    if len(pickles) != 1 or "json" in record.members:
         raise BadRecord(
             "missing member",
-            f"{location}: has {', '.join(sorted(members))}; expected one .pkl member.",
+            f"{record.location}: has {', '.join(sorted(record.members))}; expected one .pkl "
+            "member.",
         )
-    extension = pickles[0]
-    value = read_pickle(members.pop(extension), f"{location}.{extension}")
+    members = {name: record.member(name, files=files) or b"" for name in record.members}
+    value = read_pickle(members.pop(pickles[0]), f"{record.location}.{pickles[0]}")
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return {"json": text.encode("utf-8", "replace"), **members}

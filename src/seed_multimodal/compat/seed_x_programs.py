@@ -11,6 +11,7 @@ from __future__ import annotations
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -59,7 +60,7 @@ class Script:
     """
 
     text: str
-    work: Callable[[Namespace, Script], int]
+    work: Callable[..., int]
     model: str = ""
     adapter: str = ""
     image: str = ""
@@ -131,10 +132,7 @@ def seed_x_script(name: str, argv: Sequence[str] | None = None) -> int:
             "--diffusion_model_path", help="SDXL base 1.0 (default: in pretrained/)"
         )
 
-    def work(args: Namespace) -> int:
-        return script.work(args, script)
-
-    return run_program(parser, work, argv)
+    return run_program(parser, partial(script.work, script=script), argv)
 
 
 # ---- the programs
