@@ -24,7 +24,12 @@ from seed_multimodal.errors import (
     first_line,
     install_hint,
 )
-from seed_multimodal.language.text_tokenizer import HUB_TOKENIZER, SpecialIds, TextTokenizer
+from seed_multimodal.language.text_tokenizer import (
+    HUB_TOKENIZER,
+    LLAMA_IDS,
+    SpecialIds,
+    TextTokenizer,
+)
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.state_dicts import refuse_tensors, warn_tensors
@@ -46,9 +51,7 @@ if TYPE_CHECKING:
         config: Any
 
 
-# Of LLaMA 1 and 2.
 LLAMA = "llama"
-LLAMA_IDS: SpecialIds = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}
 # Rows behind the vocabulary with which embedding tables are padded to round sizes: up to 2,385 in
 # DeepSeek's. Tokenizers of other codebooks differ by more (8,192 codes from 1,024: 7,168 rows).
 MAX_PADDING = 4096

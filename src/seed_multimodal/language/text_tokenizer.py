@@ -26,6 +26,9 @@ class SpecialIds(TypedDict):
     pad_token_id: int | None
 
 
+LLAMA_IDS: SpecialIds = {"bos_token_id": 1, "eos_token_id": 2, "pad_token_id": 0}  # LLaMA 1 and 2
+
+
 class TextTokenizer(ABC):
     """Texts and images → token ids and back.
 

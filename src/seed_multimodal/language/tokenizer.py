@@ -27,7 +27,7 @@ import sentencepiece as spm
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, name_content
-from seed_multimodal.language.text_tokenizer import TextTokenizer
+from seed_multimodal.language.text_tokenizer import LLAMA_IDS, SpecialIds, TextTokenizer
 from seed_multimodal.language.vocabulary import PATCH, ImageVocabulary, SeedXVocabulary
 from seed_multimodal.weights.catalogue import SHIPPED_TOKENIZERS
 
@@ -66,6 +66,7 @@ class MultimodalTokenizer(TextTokenizer):
     eos_token_ids = (2,)
     pad_token_id = 0  # the original tokenizer pads with <unk>
     start_ids: tuple[int, ...] = (bos_token_id,)
+    special_ids: SpecialIds = LLAMA_IDS  # LaVIT's too, which pads with `</s>`
     strips_at_images = True
     joiner = " "
 
