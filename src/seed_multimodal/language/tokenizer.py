@@ -64,6 +64,7 @@ class MultimodalTokenizer(TextTokenizer):
 
     bos_token_id = 1
     eos_token_ids = (2,)
+    unk_token_id = 0
     pad_token_id = 0  # the original tokenizer pads with <unk>
     start_ids: tuple[int, ...] = (bos_token_id,)
     special_ids: SpecialIds = LLAMA_IDS  # LaVIT's too, which pads with `</s>`
