@@ -21,7 +21,6 @@ from seed_multimodal.diffusion.conditioner import Conditioner, load_conditioner
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.models.seed_x import adapter
 from seed_multimodal.models.seed_x.diffusion import SdxlDetokenizer
-from seed_multimodal.state_dicts import assign_strictly, load_state_dict
 from seed_multimodal.weights.catalogue import download_advice
 from seed_multimodal.weights.find import find_file, locate_or_same
 
@@ -81,12 +80,7 @@ class SDXLAdapter(adapter.SDXLAdapter):
             return model
         path = locate_or_same(pretrained_model_path)
         file = find_file(path, adapter.FILES, download_advice("seed-x"))
-        state = load_state_dict(file, mapped=True)
-        # The second stage's U-Net has further input channels, for the condition image.
-        first_layer = state.get(adapter.FIRST_LAYER)
-        if first_layer is not None and first_layer.shape[1] > model.latent_channels:
-            model.add_condition_channels()
-        model.load_report = assign_strictly(model, state, file, foreign=True)
+        model.load(file)
         # Kept out of the module's parts, because it is no part of the checkpoint.
         model.__dict__["conditioner"] = load_conditioner(file.parent)
         return model

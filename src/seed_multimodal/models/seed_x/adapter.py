@@ -216,17 +216,22 @@ class SDXLAdapter(nn.Module):
         config = read_json_object(
             Path(sdxl) / "unet" / "config.json", CheckpointError, download_advice("sdxl")
         )
-        state = load_state_dict(file, mapped=True)
 
-        # 2. The network, whose stage follows from the weights' input channels.
-        first_layer = state.get(FIRST_LAYER)
-        if first_layer is not None:
-            config = {**config, "in_channels": first_layer.shape[1]}
+        # 2. The network, and its weights.
         with torch.device("meta"):
             unet = UNet2DConditionModel.from_config(config)
             adapter = cls(unet, ResamplerXLV2(sizes)).to(dtype)
-        adapter.load_report = assign_strictly(adapter, state, file, foreign=True, device=device)
+        adapter.load(file, device)
         return adapter.eval()
+
+    def load(self, file: Path, device: str | torch.device = "cpu") -> None:
+        """Read a checkpoint; the U-Net of a second stage has more input channels. Raises
+        CheckpointError: damaged or incomplete weights, or tensors of another size."""
+        state = load_state_dict(file, mapped=True)
+        first_layer = state.get(FIRST_LAYER)
+        if first_layer is not None and first_layer.shape[1] > self.latent_channels:
+            self.add_condition_channels()
+        self.load_report = assign_strictly(self, state, file, foreign=True, device=device)
 
     def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
         """Write the weights, in `dtype`, and the resampler's sizes."""
