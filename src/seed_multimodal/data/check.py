@@ -16,9 +16,9 @@ import numpy as np
 from seed_multimodal.config import load_yaml
 from seed_multimodal.data.decoders import find_decoder
 from seed_multimodal.data.decoders.base import Decoder, SeededRandom
-from seed_multimodal.data.formats.record import BadRecords, JsonObject
+from seed_multimodal.data.formats.record import BROKEN, BadRecords, JsonObject, RecordNote
 from seed_multimodal.data.stream.config import LlmDataSettings, read_data_settings
-from seed_multimodal.data.stream.mixture import BROKEN, Mixture, OpenedSource, SkippedRecord
+from seed_multimodal.data.stream.mixture import Mixture, OpenedSource
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.text_tokenizer import TextTokenizer
@@ -42,7 +42,7 @@ class SourceReport:
     # Control words in texts; all image codes count as one.
     control_words: Counter[str] = field(default_factory=Counter)
 
-    def add(self, note: SkippedRecord) -> None:
+    def add(self, note: RecordNote) -> None:
         """Count a record that was skipped or repaired, and list the first few."""
         self.skipped.count(f"{note.kind}: {note.reason}", note.location)
 

@@ -6,7 +6,6 @@ import math
 from collections.abc import Callable
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -139,5 +138,5 @@ def warmup_count(max_steps: int, ratio: float = 0.0, steps: int = 0) -> int:
 
 def batch_indices(step: int, batch_size: int, total: int, seed: int) -> Tensor:
     """Sample indices of a step, int64 `[batch_size]`, by seeded permutations of `range(total)`."""
-    epoch_parts = EpochOrder(total, seed).parts(step * batch_size, batch_size)
-    return torch.from_numpy(np.concatenate([indices for _, indices in epoch_parts]))
+    samples = EpochOrder(total, seed).samples(step * batch_size, batch_size)
+    return torch.tensor([index for _, index in samples])

@@ -204,7 +204,7 @@ def extract(folder: Path) -> Used:
     bad = []
     for result in decode_shards(list_shards(settings, 5), decoder, 5, 0):
         used += [sample.record["text"] for sample in result.samples if sample.record]
-        bad += [sample.fault[1] for sample in result.samples if sample.fault]
+        bad += [sample.note.location for sample in result.samples if sample.note]
     return used, bad
 
 

@@ -20,24 +20,13 @@ import pkgutil
 
 from seed_multimodal.data.decoders import seed_llama_pretrain as pretrain
 from seed_multimodal.data.decoders import seed_llama_sft as sft
-from seed_multimodal.data.decoders.base import Decoder, OptionValues, SeededRandom, TrainingSequence
+from seed_multimodal.data.decoders.base import Decoder, OptionValues
 from seed_multimodal.data.decoders.chat import Chat
 from seed_multimodal.data.decoders.features import FeatureDecoder
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.models.registry import families
 from seed_multimodal.settings import nearest
-
-__all__ = [
-    "DECODERS",
-    "Decoder",
-    "SeededRandom",
-    "TrainingSequence",
-    "decoder_names",
-    "find_decoder",
-    "get_decoder",
-    "opens_images",
-]
 
 # Images are codes.
 DECODERS: dict[str, type[Decoder]] = {

@@ -384,7 +384,10 @@ class Decoder:
     def images(self, fields: RecordFields) -> list[Codes]:
         """The images of `image_ids`: one long list of codes, or a list for each image."""
         values = self.require(fields, "image_ids", list)
-        images = split_codes(values, self.vocabulary.tokens_per_image)
+        images = values
+        if not any(isinstance(item, list) for item in values):
+            size = self.vocabulary.tokens_per_image
+            images = [values[start : start + size] for start in range(0, len(values), size)]
         return [self.codes(codes, f"image_ids[{index}]") for index, codes in enumerate(images)]
 
 
@@ -396,13 +399,6 @@ def system_segment(message: str, separator: str) -> Segment:
 
 def _is_blank(part: SegmentPart) -> bool:
     return not part.strip() if isinstance(part, str) else not part
-
-
-def split_codes(codes: list[Any], size: int) -> list[Any]:
-    """One list per image, from a flat list of codes or a list of lists."""
-    if any(isinstance(item, list) for item in codes):
-        return codes
-    return [codes[start : start + size] for start in range(0, len(codes), size)]
 
 
 def metadata_of(fields: RecordFields) -> RecordFields:

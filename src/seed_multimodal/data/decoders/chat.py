@@ -11,21 +11,15 @@ end of a prompt before a learned answer, as at inference.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import cached_property
 
-from seed_multimodal.data.decoders.base import (
-    Codes,
-    Decoder,
-    DecoderOptions,
-    SeededRandom,
-    SegmentList,
-)
+from seed_multimodal.data.decoders.base import Codes, SeededRandom, SegmentList
+from seed_multimodal.data.decoders.seed_llama_sft import TemplateOptions, TunedDecoder
 from seed_multimodal.data.formats.record import BadRecord, JsonObject, RecordFields, shorten
-from seed_multimodal.language.prompts import CHAT, TEMPLATES, PromptTemplate, get_template
+from seed_multimodal.language.prompts import CHAT, TEMPLATES
 from seed_multimodal.settings import setting
 
 
-class Chat(Decoder):
+class Chat(TunedDecoder):
     """A conversation of texts and images.
 
     Fields: `messages` from `formats.conversations.with_messages`, and the `system` message.
@@ -37,14 +31,8 @@ class Chat(Decoder):
     learns_turn_ends = True
 
     @dataclass(frozen=True)
-    class Options(DecoderOptions):
+    class Options(TemplateOptions):
         template: str = setting("vicuna", choices=(*TEMPLATES, CHAT))
-
-    options: Options
-
-    @cached_property
-    def template(self) -> PromptTemplate:
-        return get_template(self.options.template, self.tokenizer)
 
     def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
         turns = self.messages(fields, lambda part, name: self._codes(part, name, rng))

@@ -11,22 +11,3 @@ conversations      fields of a conversation → `messages`
 images             fields of an image and its caption → content, path, texts
 index, storage, open_files    stored indexes, remote files, open files
 """
-
-from seed_multimodal.data.formats.pairs import Pair, PairKeys, Pairs, open_pairs
-from seed_multimodal.data.formats.record import BadRecord, Record, RecordFile
-from seed_multimodal.data.formats.shards import open_shard, write_shard
-from seed_multimodal.data.formats.sources import FileRecords, open_records
-
-__all__ = [
-    "BadRecord",
-    "FileRecords",
-    "Pair",
-    "PairKeys",
-    "Pairs",
-    "Record",
-    "RecordFile",
-    "open_pairs",
-    "open_records",
-    "open_shard",
-    "write_shard",
-]

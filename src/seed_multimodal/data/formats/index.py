@@ -23,7 +23,7 @@ from seed_multimodal.errors import DataError
 
 INDEX_FOLDER = ".seed-index"
 MIN_STORED_BYTES = 1 << 20  # no index is written for smaller files
-VERSION = "5"
+VERSION = "6"
 
 Arrays = Mapping[str, np.ndarray]
 

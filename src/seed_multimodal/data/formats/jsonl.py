@@ -36,11 +36,9 @@ class JsonLines(IndexedFile):
     kind = "jsonl"
 
     def scan(self) -> Arrays:
-        """Offset, length and line number (from 1) of each record, int64 [N]."""
-        # Arrays of C integers: a file may have millions of lines.
-        starts = array("q")
-        lengths = array("q")
-        line_numbers = array("q")
+        """Offset, length and line number (from 1) of each record, int64 [N, 3]."""
+        # An array of C integers: a file may have millions of lines.
+        lines = array("q")
         position = 0
         with open_binary(self.path) as file:
             head = file.read(512)
@@ -50,26 +48,19 @@ class JsonLines(IndexedFile):
             file.seek(0)
             for line_number, line in enumerate(file, 1):
                 if line.strip():
-                    starts.append(position)
-                    lengths.append(len(line))
-                    line_numbers.append(line_number)
+                    lines.extend((position, len(line), line_number))
                 position += len(line)
-        return {
-            "start": np.array(starts),
-            "length": np.array(lengths),
-            "line": np.array(line_numbers),
-        }
+        return {"lines": np.array(lines).reshape(-1, 3)}
 
     @property
     def sizes(self) -> Sequence[int]:
         """One shard with all records."""
-        return [len(self.arrays["start"])]
+        return [len(self.arrays["lines"])]
 
     def locate(self, row: int) -> Record:
         """An unread record."""
-        start = self.arrays["start"].item(row)
-        length = self.arrays["length"].item(row)
-        key = f"line {self.arrays['line'].item(row)}"
+        start, length, line_number = self.arrays["lines"][row].tolist()
+        key = f"line {line_number}"
         members: dict[str, bytes | ByteRange] = {"json": ByteRange(self.path, start, length)}
         return Record(key, f"{self.path}: {key}", {}, members, self.path)
 

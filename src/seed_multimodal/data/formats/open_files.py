@@ -110,18 +110,13 @@ class OpenFiles:
         Without a configured folder, the URL if the copy cannot be kept.
         """
         if isinstance(self.cache, str):
-            return str(local_copy(url, os.path.expanduser(self.cache)))
-        reason = f"it would leave less than {RESERVED_SHARE:.0%} of the disk free"
+            return local_copy(url, os.path.expanduser(self.cache))
         try:
-            copy = local_copy(url, default_cache(), RESERVED_SHARE)
+            return local_copy(url, default_cache(), RESERVED_SHARE)
         except DataError as error:
-            copy = None
-            reason = str(error).rstrip(".")
-        if copy is not None:
-            return copy
-        stat(url)  # raises if the file itself is the reason
-        log_line(
-            f"{url}: is read by range requests, not copied ({reason}); set cache to a folder with "
-            "space."
-        )
-        return url
+            stat(url)  # raises if the file itself is the reason
+            log_line(
+                f"{url}: is read by range requests, not copied ({str(error).rstrip('.')}); set "
+                "cache to a folder with space."
+            )
+            return url

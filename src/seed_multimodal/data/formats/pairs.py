@@ -143,10 +143,11 @@ class Pairs:
         raise errors[0]
 
 
-def open_pairs(spec: Mapping[str, Any]) -> Pairs:
+def open_pairs(spec: Mapping[str, Any], captioned: bool = True) -> Pairs:
     """Open a configured source.
 
     spec: `format`, `files`, `cache` and `PairKeys`, or options of a registered format.
+    captioned: default of this key.
 
     Raises ConfigError, DataError.
     """
@@ -157,7 +158,7 @@ def open_pairs(spec: Mapping[str, Any]) -> Pairs:
         return Pairs(files, format, options=options)
     keys = [key.name for key in fields(PairKeys)]
     check_keys(options, ["files", "cache", *keys], f"data of format {format}")
-    return Pairs(files, format, **options)
+    return Pairs(files, format, **{"captioned": captioned, **options})
 
 
 # ---- filters of web-scale pairs; as in the original, an unknown value never drops a sample

@@ -44,6 +44,10 @@ class TableRow(NamedTuple):
 # ReadError, a fault of the machine, is none of them.
 RECORD_FAULTS = (CodesError, DataError, ImageError)
 LISTED_RECORDS = 5  # for each reason
+BROKEN = "broken"  # this and the next three: kinds of `RecordNote`
+DROPPED = "dropped"
+REPAIRED = "repaired"
+TOO_LONG = "too long"
 # What unexpected values of a record raise in the code that uses them; `bad_values` converts them.
 VALUE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 
@@ -177,6 +181,20 @@ class BadRecords:
                 entry["first"].append(message)
                 if log is not None:
                     log(f"{self.label}{reason}: {message}")
+
+
+class RecordNote(NamedTuple):
+    """Why a record was left out, or how it was changed."""
+
+    kind: str  # BROKEN, DROPPED, REPAIRED or TOO_LONG
+    reason: str
+    location: str  # file and line or sample, or the error message of a broken record
+
+
+def broken_note(error: Exception, location: str) -> RecordNote:
+    """A broken record, by one of `RECORD_FAULTS`."""
+    message = str(error) if location in str(error) else f"{location}: {error}"
+    return RecordNote(BROKEN, fault_name(error), message)
 
 
 def fault_name(error: Exception) -> str:

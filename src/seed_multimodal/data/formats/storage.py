@@ -156,13 +156,7 @@ def read_range(file: Any, offset: int, size: int) -> bytes:
     As many as a block or more are read by one exact request, unless in order.
     """
     if isinstance(file, FileIO):  # a local file, whose position forked processes share
-        data = os.pread(file.fileno(), size, offset)
-        while len(data) < size:  # at most 2 GiB at once
-            more = os.pread(file.fileno(), size - len(data), offset + len(data))
-            if not more:
-                break
-            data += more
-        return data
+        return os.pread(file.fileno(), size, offset)  # at most 2 GiB
     cache = getattr(getattr(file, "cache", None), "name", "")
     # The block cache would fetch all blocks of a large range one after another.
     if size >= BLOCK_BYTES and cache == RANDOM_READS["cache_type"]:
@@ -245,12 +239,12 @@ def default_cache() -> Path:
     return Path(folder or Path.home() / ".cache/seed-multimodal/files")
 
 
-def local_copy(url: str, folder: str | Path, reserve: float = 0.0) -> str | None:
+def local_copy(url: str, folder: str | Path, reserve: float = 0.0) -> str:
     """The copy of the current version of a remote file, downloaded on first use.
 
-    reserve: share of the disk that must stay free; None is returned if it would not.
+    reserve: share of the disk that must stay free.
 
-    Raises DataError: not readable, or not writable; ReadError.
+    Raises DataError: not readable, not writable, or too large; ReadError.
     """
     size, version = stat(url)
     digest = hashlib.sha256(f"{url} {size} {version}".encode()).hexdigest()[:16]
@@ -264,7 +258,7 @@ def local_copy(url: str, folder: str | Path, reserve: float = 0.0) -> str | None
             return str(copy)
         disk = shutil.disk_usage(copy.parent)
         if disk.free - size < reserve * disk.total:
-            return None
+            raise DataError(f"{copy}: would leave less than {reserve:.0%} of the disk free.")
         files, name = filesystem(url)
 
         def download() -> None:

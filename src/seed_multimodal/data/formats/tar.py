@@ -42,17 +42,15 @@ class TarFile(IndexedFile):
         keys         bytes [N]: of the complete samples
         first        int64 [N + 1]: index of each sample's first member; the last one is M
         extensions   str [E]: all extensions
-        extension    uint8 or int64 [M]: of each member, index into `extensions`
-        offset, size int64 [M]: of each member's content
+        members      int64 [M, 3]: index into `extensions`, offset and size of the content
         damage       str: error message of a damaged tar, else empty
         """
         # 1. The members; arrays of C integers, since a shard may have millions.
         keys: list[bytes] = []
         extension_ids: dict[str, int] = {}
         firsts = array("q")
-        extensions = array("q")
-        offsets = array("q")
-        sizes = array("q")
+        members = array("q")
+        n_members = 0
         last_key = ""
         damage = ""
         with open_binary(self.path) as file:
@@ -62,14 +60,14 @@ class TarFile(IndexedFile):
                 for key, extension, member in _sample_members(file):
                     if key != last_key:
                         keys.append(key.encode("utf-8", "surrogateescape"))
-                        firsts.append(len(offsets))
+                        firsts.append(n_members)
                         last_key = key
-                    extensions.append(extension_ids.setdefault(extension, len(extension_ids)))
-                    offsets.append(member.offset_data)
-                    sizes.append(member.size)
+                    extension_id = extension_ids.setdefault(extension, len(extension_ids))
+                    members.extend((extension_id, member.offset_data, member.size))
+                    n_members += 1
             except (tarfile.TarError, ValueError, OverflowError) as error:
                 damage = foreign_content(head) or str(error)
-        firsts.append(len(offsets))
+        firsts.append(n_members)
 
         # 2. The sample at the damage was not returned, since members may be missing.
         if damage:
@@ -78,15 +76,11 @@ class TarFile(IndexedFile):
                 position = f"after sample {keys[-1].decode('utf-8', 'replace')}"
             damage = f"torn or damaged {position} ({damage})."
 
-        # 3. Small types.
-        id_type = np.uint8 if len(extension_ids) <= 256 else np.int64
         return {
             "keys": np.array(keys, bytes),
             "first": np.array(firsts),
             "extensions": np.array(list(extension_ids), str),
-            "extension": np.array(extensions, id_type),
-            "offset": np.array(offsets),
-            "size": np.array(sizes),
+            "members": np.array(members).reshape(-1, 3),
             "damage": np.array(damage),
         }
 
@@ -107,13 +101,12 @@ class TarFile(IndexedFile):
         # A complete sample: the byte ranges of its members.
         key = arrays["keys"].item(row).decode("utf-8", "surrogateescape")
         record = Record(key, f"{path}: sample {key}", file=path)
-        for member in range(arrays["first"].item(row), arrays["first"].item(row + 1)):
-            extension = arrays["extensions"].item(arrays["extension"].item(member))
+        first, end = arrays["first"][row : row + 2].tolist()
+        for extension_id, offset, size in arrays["members"][first:end].tolist():
+            extension = arrays["extensions"].item(extension_id)
             if extension in record.members:
                 message = f"{record.location} has two .{extension} members."
                 record.problem = ("duplicate id", message)
-            offset = arrays["offset"].item(member)
-            size = arrays["size"].item(member)
             record.members[extension] = ByteRange(path, offset, size)
         if record.problem is not None or "json" in record.members:
             return record

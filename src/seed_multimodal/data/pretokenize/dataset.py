@@ -16,11 +16,14 @@ from torch import Tensor
 from seed_multimodal.data.formats.open_files import OpenFiles
 from seed_multimodal.data.formats.pairs import shape_problem, similarity_problem
 from seed_multimodal.data.formats.record import (
+    DROPPED,
     RECORD_FAULTS,
+    REPAIRED,
     JsonObject,
     Record,
+    RecordNote,
     bad_values,
-    fault_name,
+    broken_note,
 )
 from seed_multimodal.data.pretokenize.frames import augmented_view
 from seed_multimodal.data.pretokenize.inputs import InputSettings, Shard
@@ -45,14 +48,12 @@ class EncodedViews:
 
 @dataclass
 class DecodedSample:
-    """The output record with `EncodedViews` for images; or why the sample is skipped."""
+    """The output record with `EncodedViews` for images; None: it is skipped."""
 
     index: int  # in the file
-    record: JsonObject = field(default_factory=dict)
+    record: JsonObject | None = None
+    note: RecordNote | None = None  # why it is skipped, or how it was repaired
     lost_images: list[str] = field(default_factory=list)  # errors of unreadable optional images
-    repaired: str = ""
-    fault: tuple[str, str] | None = None  # broken: its name, and the message
-    drop_reason: str = ""  # filtered
 
 
 @dataclass
@@ -100,12 +101,10 @@ class TaskDecoder:
                 with bad_values(record.location):
                     self._decode(decoded, record, pixels, views)
             except Dropped as reason:
-                decoded = DecodedSample(index, drop_reason=str(reason))
+                note = RecordNote(DROPPED, str(reason), record.location)
+                decoded = DecodedSample(index, note=note)
             except RECORD_FAULTS as error:
-                message = str(error)
-                if record.location not in message:
-                    message = f"{record.location}: {message}"
-                decoded = DecodedSample(index, fault=(fault_name(error), message))
+                decoded = DecodedSample(index, note=broken_note(error, record.location))
             samples.append(decoded)
         stacked = np.stack(pixels) if pixels else np.empty(0, np.uint8)
         return replace(task, records=[], samples=samples, pixels=torch.from_numpy(stacked))
@@ -120,7 +119,8 @@ class TaskDecoder:
         # 1. The output record, filtered by its similarity.
         sample = Sample(record, self._files, self.settings, self._keys)
         output = self.record_type.read(sample)
-        decoded.repaired = sample.repaired
+        if sample.repaired:
+            decoded.note = RecordNote(REPAIRED, sample.repaired, record.location)
         metadata = output.get("metadata", sample.fields)
         reason = similarity_problem(
             metadata if isinstance(metadata, dict) else {}, self.settings.similarity_thr

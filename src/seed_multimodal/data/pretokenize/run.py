@@ -21,7 +21,7 @@ from typing import Any
 
 import torch
 
-from seed_multimodal.data.formats.record import BadRecords
+from seed_multimodal.data.formats.record import BROKEN, BadRecords
 from seed_multimodal.data.formats.shards import ShardWriter, open_shard
 from seed_multimodal.data.pretokenize.dataset import (
     EncodedViews,
@@ -268,16 +268,16 @@ class _RecordWriter:
             counts["lost images"] += len(sample.lost_images)
             for message in sample.lost_images:
                 self.progress.write_line(f"dropped from its document: {message}")
-            if sample.fault is not None:
+            note = sample.note
+            if note is not None and note.kind == BROKEN:
                 counts["bad"] += 1
-                self.bad.broken(*sample.fault)
+                self.bad.broken(note.reason, note.location)
                 continue
             self.bad.usable()
-            if sample.drop_reason:
-                counts[f"dropped: {sample.drop_reason}"] += 1
+            if note is not None:
+                counts[f"{note.kind}: {note.reason}"] += 1
+            if sample.record is None:
                 continue
-            if sample.repaired:
-                counts[f"repaired: {sample.repaired}"] += 1
             record = replace_images(sample.record, EncodedViews, partial(_view_codes, codes))
             content = _strict_json(self.record_type.join(record))
             shard.add(f"{sample.index:07d}", {"json": content})

@@ -31,11 +31,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seed_multimodal.data.formats.record import BadRecords, JsonObject
+from seed_multimodal.data.formats.record import BROKEN, BadRecords, JsonObject
 from seed_multimodal.data.stream.config import LlmDataSettings
 from seed_multimodal.data.stream.loader import load
 from seed_multimodal.data.stream.mixture import (
-    BROKEN,
     Mixture,
     Piece,
     ReadResult,

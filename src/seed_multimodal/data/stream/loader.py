@@ -25,8 +25,8 @@ from torch.utils.data import default_collate
 
 from seed_multimodal.data.formats.record import BadRecords, JsonObject, RecordFields
 from seed_multimodal.data.stream.sampler import (
-    EpochIndices,
     EpochOrder,
+    EpochSample,
     MixedOrder,
     distinct_samples,
 )
@@ -202,7 +202,7 @@ class StepBatches(Generic[Batch]):
         started = time.perf_counter()
         if self._loaded is None or step != self._next_step:
             self.close()
-            jobs = map(self._parts, itertools.count(step))
+            jobs = map(self._samples, itertools.count(step))
             self._loaded = load(self._fetch, jobs, self.workers)
         self._next_step = -1  # after an error
         batch, faults = next(self._loaded)
@@ -212,16 +212,13 @@ class StepBatches(Generic[Batch]):
         self.wait_seconds += time.perf_counter() - started
         return batch
 
-    def _parts(self, step: int) -> list[EpochIndices]:
+    def _samples(self, step: int) -> list[EpochSample]:
         rank_start = self.rank * self.batch_size
         start = step * self.world * self.batch_size
         if not self.distinct:
-            return self.order.parts(start + rank_start, self.batch_size)
+            return self.order.samples(start + rank_start, self.batch_size)
         samples = distinct_samples(self.order, start, self.world * self.batch_size)
-        return [
-            (epoch, np.array([index]))
-            for epoch, index in samples[rank_start : rank_start + self.batch_size]
-        ]
+        return samples[rank_start : rank_start + self.batch_size]
 
     def close(self) -> None:
         """Stop the workers; the next `at` starts new ones."""
@@ -239,9 +236,9 @@ class StepBatches(Generic[Batch]):
 def _batch(
     dataset: SampleDataset[Sample],
     collate: Callable[[list[Sample]], Batch],
-    parts: list[EpochIndices],
+    samples: list[EpochSample],
 ) -> tuple[Batch, list[Fault]]:
     """One step's batch, and the faults of samples that were replaced in it."""
     dataset.faults.clear()
-    samples = [dataset.get(int(index), epoch) for epoch, indices in parts for index in indices]
-    return collate(samples), list(dataset.faults)
+    batch = collate([dataset.get(index, epoch) for epoch, index in samples])
+    return batch, list(dataset.faults)

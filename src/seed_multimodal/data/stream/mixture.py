@@ -17,12 +17,17 @@ from seed_multimodal.data.decoders import get_decoder, opens_images
 from seed_multimodal.data.decoders.base import SeededRandom, TrainingSequence
 from seed_multimodal.data.decoders.features import FeatureDecoder, ImageSequence
 from seed_multimodal.data.formats.record import (
+    BROKEN,
+    DROPPED,
     RECORD_FAULTS,
+    REPAIRED,
+    TOO_LONG,
     BadRecords,
     JsonObject,
     RecordFields,
+    RecordNote,
     bad_values,
-    fault_name,
+    broken_note,
 )
 from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.stream.config import LlmDataSettings
@@ -36,23 +41,11 @@ from seed_multimodal.language.vocabulary import IGNORE_INDEX
 
 USABLE_WITHIN = 100  # records tried before a source is rejected
 SPLIT_DECODERS = ("pretrain.text", "pretrain.interleaved")
-BROKEN = "broken"
-DROPPED = "dropped"
-TOO_LONG = "too long"
-REPAIRED = "repaired"
 _TOO_LONG_REASONS = {
     "skip": "too long, skipped",
     "truncate": "too long, cut",
     "split": "too long, split",
 }
-
-
-class SkippedRecord(NamedTuple):
-    """A record that was skipped, truncated, split, or is used without some of its turns."""
-
-    kind: str  # BROKEN, DROPPED, TOO_LONG or REPAIRED
-    reason: str
-    location: str  # file and line or sample, or the error message of a broken record
 
 
 @dataclass
@@ -74,13 +67,7 @@ class ReadResult(NamedTuple):
     """The pieces at a position, and a note if the record was skipped or shortened."""
 
     pieces: list[Piece]
-    note: SkippedRecord | None = None
-
-
-def _broken_record(error: Exception, location: str) -> SkippedRecord:
-    """A broken record, by the error of reading or decoding it."""
-    message = str(error) if str(error).startswith(location) else f"{location}: {error}"
-    return SkippedRecord(BROKEN, fault_name(error), message)
+    note: RecordNote | None = None
 
 
 class DecodedRecord(NamedTuple):
@@ -90,7 +77,7 @@ class DecodedRecord(NamedTuple):
     """
 
     sequence: TrainingSequence | None
-    note: SkippedRecord | None
+    note: RecordNote | None
     location: str  # for messages
 
 
@@ -152,28 +139,28 @@ class OpenedSource:
                 fields = record.fields if self.reader is None else self.reader.fields(record)
                 sequence = self.decoder.decode(fields, rng, max_length)
         except RECORD_FAULTS as error:
-            return DecodedRecord(None, _broken_record(error, location), location)
+            return DecodedRecord(None, broken_note(error, location), location)
         if sequence.drop_reason or not sequence.ids:
             reason = sequence.drop_reason or "empty"
-            return DecodedRecord(None, SkippedRecord(DROPPED, reason, location), location)
+            return DecodedRecord(None, RecordNote(DROPPED, reason, location), location)
         note = None
         if sequence.repaired:
-            note = SkippedRecord(REPAIRED, sequence.repaired, location)
+            note = RecordNote(REPAIRED, sequence.repaired, location)
         return DecodedRecord(sequence, note, location)
 
     def read(self, position: int) -> ReadResult:
         """The sequence at a position of the endless order, as pieces that fit into rows."""
         # 1. Read and decode the record.
-        ((_, (index,)),) = self.order.parts(position, 1)
+        ((_, index),) = self.order.samples(position, 1)
         rng = SeededRandom(self.mixture_seed, self.seed, position)
         max_length = None if self.too_long == "split" else self.length
-        sequence, note, location = self.decode(int(index), rng, max_length)
+        sequence, note, location = self.decode(index, rng, max_length)
         if sequence is None:
             return ReadResult([], note)
         n_tokens = len(sequence) + sequence.n_truncated
         if n_tokens > self.length:
             detail = f"{location} ({n_tokens} tokens, rows have {self.length})"
-            note = SkippedRecord(TOO_LONG, _TOO_LONG_REASONS[self.too_long], detail)
+            note = RecordNote(TOO_LONG, _TOO_LONG_REASONS[self.too_long], detail)
             if self.too_long == "skip":
                 return ReadResult([], note)
 
@@ -182,9 +169,9 @@ class OpenedSource:
             with bad_values(location):
                 pieces = self._pieces(position, sequence)
         except RECORD_FAULTS as error:
-            return ReadResult([], _broken_record(error, location))
+            return ReadResult([], broken_note(error, location))
         if not pieces:
-            return ReadResult([], SkippedRecord(DROPPED, "nothing to learn in it", location))
+            return ReadResult([], RecordNote(DROPPED, "nothing to learn in it", location))
         return ReadResult(pieces, note)
 
     def _pieces(self, position: int, sequence: TrainingSequence) -> list[Piece]:

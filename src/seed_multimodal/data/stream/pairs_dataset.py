@@ -10,7 +10,7 @@ from __future__ import annotations
 import itertools
 import math
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NotRequired, TypedDict
 
@@ -20,8 +20,7 @@ from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
 
-from seed_multimodal.data.formats.contents import registered_formats
-from seed_multimodal.data.formats.pairs import Pair, Pairs, open_pairs
+from seed_multimodal.data.formats.pairs import Pair, Pairs
 from seed_multimodal.data.formats.record import (
     RECORD_FAULTS,
     BadRecords,
@@ -315,10 +314,3 @@ def by_size(samples: Sequence[TargetSample]) -> list[TargetBatch]:
     for sample in samples:
         groups.setdefault(sample["image"].shape, []).append(sample)
     return [default_collate(group) for group in groups.values()]
-
-
-def open_images(spec: Mapping[str, Any]) -> Pairs:
-    """`formats.pairs.open_pairs` without captions; with `condition_key` edits."""
-    if spec.get("format") in registered_formats():
-        return open_pairs(spec)
-    return open_pairs({"captioned": False, **spec})

@@ -1,6 +1,6 @@
 """Sample order: a pure function of (seed, position).
 
-    EpochOrder(len(dataset), seed=0).parts(start=1000, count=64)       # [(epoch, indices), ...]
+    EpochOrder(len(dataset), seed=0).samples(start=1000, count=64)     # [(epoch, index), ...]
     MixedOrder([len(a), len(b)], [3.0, 1.0], seed=0)                   # several sets by weights
 
 An epoch is a seeded permutation. Data in shards is shuffled in blocks to keep reads local: pieces
@@ -13,7 +13,7 @@ block    `SHUFFLE_BLOCK` samples
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 import numpy as np
 import torch
@@ -22,7 +22,7 @@ SHUFFLE_BLOCK = 10_000
 SHARES = 1_000_000  # resolution of weights
 LARGE_EPOCH = 100_000  # samples; of larger epochs only two permutations are cached, else 16
 CACHED_BLOCKS = 8
-EpochIndices = tuple[int, np.ndarray]  # epoch and sample indices int64 [n]
+EpochSample = tuple[int, int]  # epoch and index of a sample
 
 
 class EpochOrder:
@@ -48,20 +48,19 @@ class EpochOrder:
         self.block = block if shuffle and shard_sizes is not None else 0
         self._cache: dict[int, np.ndarray | _BlockPermutation] = {}  # by epoch
 
-    def parts(self, start: int, count: int) -> list[EpochIndices]:
-        """Positions `start` .. `start + count` of the order, split at epoch ends."""
-        parts: list[EpochIndices] = []
+    def samples(self, start: int, count: int) -> list[EpochSample]:
+        """Positions `start` .. `start + count` of the order."""
+        samples: list[EpochSample] = []
         end = start + count
         while start < end:
             epoch, offset = divmod(start, self.total)
             stop = min(offset + end - start, self.total)
+            indices: Iterable[int] = range(offset, stop)
             if self.shuffle:
-                indices = self._permutation(epoch)[offset:stop].astype(np.int64)
-            else:
-                indices = np.arange(offset, stop)
-            parts.append((epoch, indices))
+                indices = self._permutation(epoch)[offset:stop].tolist()
+            samples += [(epoch, index) for index in indices]
             start += stop - offset
-        return parts
+        return samples
 
     def _permutation(self, epoch: int) -> np.ndarray | _BlockPermutation:
         """The order of an epoch; near its end, several epochs are in use."""
@@ -84,9 +83,7 @@ class EpochOrder:
         return order
 
 
-def distinct_samples(
-    order: EpochOrder | MixedOrder, start: int, count: int
-) -> list[tuple[int, int]]:
+def distinct_samples(order: EpochOrder | MixedOrder, start: int, count: int) -> list[EpochSample]:
     """Epoch and sample of `count` positions from `start` on, without a sample twice.
 
     A second one, behind an epoch's end, is replaced by the next of the order. There must be `count`
@@ -95,9 +92,8 @@ def distinct_samples(
     epochs: dict[int, int] = {}  # by sample
     while len(epochs) < count:
         missing = count - len(epochs)
-        for epoch, indices in order.parts(start, missing):
-            for index in indices.tolist():
-                epochs.setdefault(index, epoch)
+        for epoch, index in order.samples(start, missing):
+            epochs.setdefault(index, epoch)
         start += missing
     return [(epoch, index) for index, epoch in epochs.items()]
 
@@ -224,26 +220,18 @@ class MixedOrder:
             remaining = before
         return np.stack([remaining, *counts[::-1]])
 
-    def parts(self, start: int, count: int) -> list[EpochIndices]:
-        """Positions `start` .. `start + count`, split where set or epoch changes."""
+    def samples(self, start: int, count: int) -> list[EpochSample]:
+        """Positions `start` .. `start + count` of the order."""
         # 1. Set of each position: the one whose count grows there.
         totals = self.sample_counts(np.arange(start, start + count + 1, dtype=np.int64))
         chosen = np.diff(totals).argmax(axis=0)  # [count]
 
-        # 2. Epoch and sample of each position, set by set.
-        epochs = np.empty(count, np.int64)
-        indices = np.empty(count, np.int64)
-        for set_index, order in enumerate(self._orders):
-            positions = np.flatnonzero(chosen == set_index)
-            if not len(positions):
-                continue
-            parts = order.parts(int(totals[set_index, 0]), len(positions))
-            set_epochs = [np.full(len(samples), epoch) for epoch, samples in parts]
-            epochs[positions] = np.concatenate(set_epochs)
-            samples = np.concatenate([samples for _, samples in parts])
-            indices[positions] = samples + self._set_starts[set_index]
-
-        # 3. Cut into runs of one set and epoch.
-        cuts = np.flatnonzero((np.diff(chosen) != 0) | (np.diff(epochs) != 0)) + 1
-        runs = np.split(np.arange(count), cuts)
-        return [(int(epochs[run[0]]), indices[run]) for run in runs]
+        # 2. The samples of each set, taken in turn.
+        sets = []
+        for order, (first, end) in zip(self._orders, totals[:, [0, -1]].tolist(), strict=True):
+            sets.append(iter(order.samples(first, end - first)))
+        samples = []
+        for set_index in chosen.tolist():
+            epoch, index = next(sets[set_index])
+            samples.append((epoch, index + int(self._set_starts[set_index])))
+        return samples

@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from seed_multimodal.data.formats.pairs import Pairs
+from seed_multimodal.data.formats.pairs import Pairs, open_pairs
 from seed_multimodal.data.stream.loader import SampleDataset, StepBatches
 from seed_multimodal.data.stream.pairs_dataset import (
     JoinedPairs,
@@ -28,7 +28,6 @@ from seed_multimodal.data.stream.pairs_dataset import (
     TargetSample,
     TargetView,
     by_size,
-    open_images,
     sample_seed,
 )
 from seed_multimodal.data.stream.sampler import MixedOrder
@@ -106,10 +105,10 @@ class ImageSource:
     options: dict[str, Any] = setting(factory=dict)
 
     def open(self) -> Pairs:
-        """Open the images. Raises as `open_images`."""
+        """Open the images. Raises as `open_pairs`."""
         keys = ("files", "format", "image_root", "image_key", "condition_key")
         settings = {key: getattr(self, key) for key in keys if getattr(self, key)}
-        return open_images(settings | self.options)
+        return open_pairs(settings | self.options, captioned=False)
 
 
 @dataclass

@@ -17,9 +17,9 @@ from PIL import Image
 from seed_multimodal.data.decoders import decoder_names, get_decoder
 from seed_multimodal.data.decoders.base import SeededRandom
 from seed_multimodal.data.decoders.features import ImageSequence
-from seed_multimodal.data.formats.record import BadRecord
+from seed_multimodal.data.formats.record import BROKEN, BadRecord
 from seed_multimodal.data.stream.config import read_data_settings
-from seed_multimodal.data.stream.mixture import BROKEN, Mixture
+from seed_multimodal.data.stream.mixture import Mixture
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 

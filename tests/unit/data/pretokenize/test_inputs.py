@@ -92,7 +92,7 @@ def test_decode_shards_of_text_or_metadata(tmp_path, members, text, top):
     settings.use_caption_in_metadata = True
     sample = decode(settings)
     if top is None:
-        assert "a.tar: sample 000" in str(sample.fault)
+        assert "a.tar: sample 000" in str(sample.note)
     else:
         assert sample.record["text"] == top
 

@@ -14,12 +14,6 @@ SHARDS = st.lists(st.integers(0, 60), min_size=1, max_size=6).filter(any)
 SETS = st.lists(st.tuples(st.integers(1, 40), st.floats(0.01, 100)), min_size=1, max_size=4)
 
 
-def flat(order: EpochOrder | MixedOrder, start: int, count: int) -> list[tuple[int, int]]:
-    """(epoch, sample) of each position."""
-    parts = order.parts(start, count)
-    return [(epoch, sample) for epoch, samples in parts for sample in samples.tolist()]
-
-
 @given(SHARDS, st.integers(0, 40), st.data())
 def test_epoch_order_is_a_permutation(sizes, block, data):
     total = sum(sizes)
@@ -28,7 +22,7 @@ def test_epoch_order_is_a_permutation(sizes, block, data):
         return EpochOrder(total, seed, shard_sizes=np.array(sizes), block=block)
 
     # Each epoch has each sample once.
-    expected = flat(order(), 0, 3 * total)
+    expected = order().samples(0, 3 * total)
     for epoch in range(3):
         samples = [sample for at_epoch, sample in expected if at_epoch == epoch]
         assert sorted(samples) == list(range(total))
@@ -38,21 +32,23 @@ def test_epoch_order_is_a_permutation(sizes, block, data):
     for _ in range(3):
         start = data.draw(st.integers(0, 3 * total - 1))
         end = data.draw(st.integers(start + 1, 3 * total))
-        assert flat(resumed, start, end - start) == expected[start:end]
+        assert resumed.samples(start, end - start) == expected[start:end]
 
 
 def test_epoch_order_depends_on_seed_and_epoch():
     # The same order in each epoch trains worse.
     sizes = np.array([400, 300])
-    first, second = EpochOrder(700, 1, shard_sizes=sizes).parts(0, 1400)
-    ((_, other),) = EpochOrder(700, 2, shard_sizes=sizes).parts(0, 700)
-    for order in (second[1], other):
-        assert np.mean(order == first[1]) < 0.05
+    samples = EpochOrder(700, 1, shard_sizes=sizes).samples(0, 1400)
+    _, order = np.array(samples).reshape(2, 700, 2).T
+    others = EpochOrder(700, 2, shard_sizes=sizes).samples(0, 700)
+    for other in (order[:, 1], np.array(others)[:, 1]):
+        assert np.mean(order[:, 0] == other) < 0.05
 
 
 def test_epoch_order_in_blocks():
     sizes = np.full(50, 1000)
-    ((_, order),) = EpochOrder(50_000, 0, shard_sizes=sizes, block=2000).parts(0, 50_000)
+    samples = EpochOrder(50_000, 0, shard_sizes=sizes, block=2000).samples(0, 50_000)
+    order = np.array(samples)[:, 1]
     for start in range(0, 50_000, 2000):
         block = order[start : start + 2000]
         # Few reads of a shard: ten pieces of 200 neighbours, and a good mixture: of many shards.
@@ -67,7 +63,7 @@ def test_epoch_order_memory_of_100_million_samples():
     tracemalloc.start()
     order = EpochOrder(100_000_000, 0, shard_sizes=np.full(10_000, 10_000))
     for position in (0, 1_000_000, 100_000_000, 100_500_000):
-        assert len(order.parts(position, 50)[0][1]) == 50
+        assert len(order.samples(position, 50)) == 50
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 40e6, peak
@@ -76,7 +72,7 @@ def test_epoch_order_memory_of_100_million_samples():
 @given(SETS, st.integers(0, 10**12), st.integers(1, 300))
 def test_mixed_order_follows_the_weights(sets, start, count):
     totals, weights = map(list, zip(*sets, strict=True))
-    indices = [index for _, index in flat(MixedOrder(totals, weights, 0), start, count)]
+    indices = [index for _, index in MixedOrder(totals, weights, 0).samples(start, count)]
     drawn = np.searchsorted(np.cumsum(totals), indices, side="right")
     counts = np.bincount(drawn, minlength=len(sets))
     assert np.abs(counts - count * np.array(weights) / sum(weights)).max() <= 2
@@ -85,7 +81,7 @@ def test_mixed_order_follows_the_weights(sets, start, count):
 @given(SETS, st.integers(0, 300), st.integers(1, 100))
 def test_mixed_order_reads_each_set_epoch_by_epoch(sets, start, count):
     totals, weights = map(list, zip(*sets, strict=True))
-    order = flat(MixedOrder(totals, weights, 3), 0, 400)
+    order = MixedOrder(totals, weights, 3).samples(0, 400)
     first = 0
     for total in totals:
         of_set = [
@@ -98,5 +94,5 @@ def test_mixed_order_reads_each_set_epoch_by_epoch(sets, start, count):
         first += total
 
     # From any position, as after a resume.
-    resumed = flat(MixedOrder(totals, weights, 3), start, count)
+    resumed = MixedOrder(totals, weights, 3).samples(start, count)
     assert resumed == order[start : start + count]

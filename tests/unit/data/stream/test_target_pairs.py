@@ -11,8 +11,9 @@ import torch
 from data_files import lines
 from PIL import Image
 
+from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.data.formats.shards import write_shard
-from seed_multimodal.data.stream.pairs_dataset import TargetPairs, TargetView, by_size, open_images
+from seed_multimodal.data.stream.pairs_dataset import TargetPairs, TargetView, by_size
 from seed_multimodal.errors import DataError, ImageError
 
 VIEW = TargetView(resolution=16, encoder_size=8)
@@ -69,11 +70,11 @@ def test_squashed_images_are_not_cropped():
 
 
 def pairs_of(path: Any, view: TargetView = VIEW, condition: bool = False, **keys: Any) -> Any:
-    source = open_images({"files": str(path), **keys})
+    source = open_pairs({"files": str(path), **keys}, captioned=False)
     return TargetPairs(source, view, reads_condition=condition, log=None)
 
 
-def test_open_images_without_captions(tmp_path):
+def test_open_pairs_without_captions(tmp_path):
     # A de-tokenizer learns from images alone.
     half("red", "blue").save(tmp_path / "a.png")
     (tmp_path / "b.png").write_bytes(b"")
@@ -87,7 +88,7 @@ def test_open_images_without_captions(tmp_path):
         assert sample["encoder_image"].shape == (3, 8, 8)
         assert not sample["conditioned"]
     with pytest.raises(DataError):
-        open_images({"files": str(shard), "captioned": True})
+        open_pairs({"files": str(shard)})
     # The next image replaces a bad one.
     assert folder.get(1)["key"] == "a.png"
     ((_, message),) = folder.faults
