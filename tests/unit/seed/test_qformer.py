@@ -10,12 +10,11 @@ from seed_multimodal.models.seed.qformer import QFormer
 CONFIG = QFormerConfig(width=24, depth=3, heads=3, mlp_width=40, max_positions=20, dropout=0.1)
 
 
-def test_copy_text_to_query_and_cross_attention_in_every_second_layer():
+def test_copy_text_to_query():
     # Stage 1 starts from BERT's text layers in both branches.
     model = QFormer(CONFIG, 16, vocab_size=30, lm_head=True)
-    layers = model.bert.encoder.layer
-    assert [layer.crossattention is not None for layer in layers] == [True, False, True]
     model.copy_text_to_query()
-    copied, text = layers[1].intermediate_query, layers[1].intermediate
+    layer = model.bert.encoder.layer[1]
+    copied, text = layer.intermediate_query, layer.intermediate
     assert torch.equal(copied.dense.weight, text.dense.weight)
     assert model.cls.predictions.decoder.weight is model.bert.embeddings.word_embeddings.weight

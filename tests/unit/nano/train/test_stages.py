@@ -1,5 +1,4 @@
-"""Components of nano's stages: batches, losses, normalised latents, the layout decoder, cached
-tensors."""
+"""Components of nano's stages: presets, normalised latents, cached tensors."""
 
 from __future__ import annotations
 
