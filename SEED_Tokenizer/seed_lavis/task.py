@@ -12,7 +12,7 @@ import contextlib
 import json
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -31,9 +31,6 @@ from seed_multimodal.training.codebook import CodebookTask, codebook_use
 from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.schedules import learning_rate
-
-if TYPE_CHECKING:
-    from seed_multimodal.training.trainer import Trainer
 
 # Settings that change no result of the training: not reported when they differ at a resume.
 QUIET_KEYS = (
@@ -132,7 +129,7 @@ class TokenizerTask(CodebookTask):
         """One batch on the device."""
         return to_device(self.batches.at(micro_step), self.runner.device, self.runner.preprocessing)
 
-    def before_training(self, trainer: Trainer) -> None:
+    def before_training(self) -> None:
         """All checks have passed: write the run's settings."""
         if self.runner.rank == 0:
             folder = self.runner.folder

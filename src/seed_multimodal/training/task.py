@@ -60,6 +60,7 @@ class Task:
             messages.
         reported_on_resume: values whose change is reported → nouns.
         start_hint: option that initializes a new run from another run's weights.
+        trainer: set when all is restored, before the first step.
     """
 
     name: str
@@ -81,6 +82,7 @@ class Task:
     fixed_on_resume: Mapping[str, str] = MappingProxyType({})
     reported_on_resume: Mapping[str, str] = MappingProxyType({})
     start_hint: str = "`start`"
+    trainer: Trainer
 
     @property
     def record_file(self) -> str:
@@ -100,8 +102,8 @@ class Task:
     def prepare(self) -> None:
         """Build `module` and `optimizer`; called after the resume checks."""
 
-    def before_training(self, trainer: Trainer) -> None:
-        """Called with the `Trainer` after restoring, before the first step."""
+    def before_training(self) -> None:
+        """Called after restoring, before the first step."""
 
     def learning_rate(self, step: int) -> float:
         """Rate of optimizer step `step` (from 0); multiplied by a group's `lr_scale`."""

@@ -141,7 +141,8 @@ class Trainer:
         self.evaluation: dict[str, float] = saved.get("evaluation", {})  # the latest one
         self.log = RunLog(task, self.step, output_dir, group, self.device)
         stack.callback(self.log.close)
-        task.before_training(self)
+        task.trainer = self
+        task.before_training()
         self.log_line(self._idle_reason())
 
     def train(self) -> JsonObject:

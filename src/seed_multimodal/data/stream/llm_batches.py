@@ -22,7 +22,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager
 from copy import deepcopy
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from itertools import chain
 from typing import Any, Self
@@ -42,7 +42,8 @@ from seed_multimodal.data.stream.mixture import (
 )
 from seed_multimodal.data.stream.order import Chunks, Span, share, unread
 from seed_multimodal.data.stream.packing import best_fit, make_row
-from seed_multimodal.data.stream.views import BatchViews, join_views, on_device
+from seed_multimodal.data.stream.views import BatchViews, join_views
+from seed_multimodal.device import copy_to
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
@@ -72,9 +73,14 @@ class LlmBatch:
     squares: int  # sum of squared sequence lengths (cost of attention)
     views: BatchViews | None = None  # images that are input or target features (SEED-X)
 
-    def to(self, device: str | torch.device) -> Self:
-        """Copy the batch to a device."""
-        return on_device(self, device)
+    def to(self, device: torch.device) -> Self:
+        """Copy the batch, without its views, to a device."""
+        tensors = {
+            name: copy_to(device, value)
+            for name, value in vars(self).items()
+            if isinstance(value, Tensor)
+        }
+        return replace(self, **tensors, views=None)
 
 
 class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):

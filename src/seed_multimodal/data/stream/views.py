@@ -7,8 +7,8 @@ training device, so data workers return pixels (uint8), not features.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields, is_dataclass, replace
-from typing import TYPE_CHECKING, Any, NamedTuple, TypeVar
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
@@ -18,7 +18,6 @@ from torch import Tensor
 from seed_multimodal.data.decoders.features import FeatureDecoder, ImageSequence
 from seed_multimodal.data.formats.images import IMAGE_KEYS, record_image, text_member
 from seed_multimodal.data.formats.record import FieldValue, FileReader, JsonObject, Record
-from seed_multimodal.device import copy_to
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.images.views import AnyResolution
@@ -29,7 +28,6 @@ if TYPE_CHECKING:
 # Marks of tokens that stand for views.
 INPUT_IMAGE = 1
 TARGET_IMAGE = 2
-T = TypeVar("T")
 
 
 class View(NamedTuple):
@@ -60,18 +58,6 @@ class BatchViews:
     marks: Tensor  # int8 [B, L]
     seeds: list[int]  # of each view's image
     tokens_per_view: list[int]  # of each view
-
-
-def on_device(batch: T, device: str | torch.device) -> T:
-    """Copy the tensors of a dataclass, recursively, to a device."""
-    moved: dict[str, Any] = {}
-    for entry in fields(batch):  # type: ignore[arg-type]
-        value = getattr(batch, entry.name)
-        if isinstance(value, Tensor):
-            moved[entry.name] = copy_to(torch.device(device), value)
-        elif is_dataclass(value):
-            moved[entry.name] = on_device(value, device)
-    return replace(batch, **moved)  # type: ignore[type-var]
 
 
 class ImageReader:

@@ -117,6 +117,11 @@ class LavitStage1(nn.Module):
         return self
 
     @property
+    def skips_parameters(self) -> bool:
+        """A frozen token selector has no gradients once codes are used."""
+        return self.freeze_selector
+
+    @property
     def quantize(self) -> VectorQuantizer:
         """The codebook in training."""
         return self.tokenizer.quantize

@@ -47,8 +47,6 @@ class LavitTokenizerTask(CodebookTask):
         groups = stage1_groups(model, settings.weight_decay, selector_lr_scale)
         optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.99))
         super().__init__(name, model, settings, health or CodebookHealth(), optimizer=optimizer)
-        # A frozen token selector has no gradients once codes are used.
-        self.ddp_options = {**self.ddp_options, "find_unused_parameters": model.freeze_selector}
         self.latest: dict[str, Tensor] = {}
 
     def batch(self, micro_step: int) -> Tensor:

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
 import torch
@@ -236,7 +236,7 @@ class TuningTask(LlmTask):
         """
         # 1. Features of the images, and where they are in the batch.
         views = batch.views
-        batch = replace(batch, views=None).to(self.device)
+        batch = batch.to(self.device)
         images: dict[str, Tensor | None] = dict.fromkeys(
             ("image_embeds", "embeds_cmp_mask", "embeds_gen_mask", "patch_positions")
         )

@@ -56,6 +56,28 @@ class LlmModelSettings:
     gradient_checkpointing: bool = False
     compile: bool = False  # torch.compile of each layer
 
+    def __post_init__(self) -> None:
+        """Raise ConfigError: a limit, or settings that contradict each other."""
+        check_settings(self, "model")
+        if (self.path is None) == (self.sizes is None):
+            raise ConfigError(
+                "model: set either path (the folder of a LLaMA) or sizes (for random weights)."
+            )
+        has_adapter = self.lora is not None or self.adapter is not None
+        if self.quantization is not None and self.path is None:
+            raise ConfigError(
+                "model: quantization needs a trained base (path), not random weights."
+            )
+        if self.quantization is not None and not has_adapter:
+            raise ConfigError(f"model: a {self.quantization} base cannot be trained; set lora.")
+        if self.train_embeddings and not has_adapter:
+            raise ConfigError("model: train_embeddings is for lora; without it all weights train.")
+        if self.freeze_embeddings and self.lora is not None:
+            raise ConfigError(
+                "model: freeze_embeddings is for full training; with lora, leave embed_tokens out "
+                "of lora.modules_to_save."
+            )
+
 
 @dataclass(kw_only=True)
 class LlmTrainerSettings(RunTrainerSettings):
@@ -102,29 +124,7 @@ def read_model_settings(config: ConfigNode, label: str = "model") -> LlmModelSet
         group[str(key)] = value
     if "_target_" in original:
         original = from_compat("part_files:model_keys")(original, label)
-    settings = read_settings(LlmModelSettings, {**original, **ours}, label)
-    return check_model_settings(settings, label)
-
-
-def check_model_settings(settings: LlmModelSettings, label: str = "model") -> LlmModelSettings:
-    """The settings, after consistency checks. Raises ConfigError."""
-    check_settings(settings, label)
-    if (settings.path is None) == (settings.sizes is None):
-        raise ConfigError(
-            f"{label}: set either path (the folder of a LLaMA) or sizes (for random weights)."
-        )
-    if settings.quantization is not None and settings.path is None:
-        raise ConfigError(f"{label}: quantization needs a trained base (path), not random weights.")
-    if settings.quantization is not None and settings.lora is None and settings.adapter is None:
-        raise ConfigError(f"{label}: a {settings.quantization} base cannot be trained; set lora.")
-    if settings.train_embeddings and settings.lora is None and settings.adapter is None:
-        raise ConfigError(f"{label}: train_embeddings is for lora; without it all weights train.")
-    if settings.freeze_embeddings and settings.lora is not None:
-        raise ConfigError(
-            f"{label}: freeze_embeddings is for full training; with lora, leave embed_tokens out "
-            "of lora.modules_to_save."
-        )
-    return settings
+    return read_settings(LlmModelSettings, {**original, **ours}, label)
 
 
 def adapt_to_run(

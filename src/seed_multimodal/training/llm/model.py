@@ -32,7 +32,6 @@ from seed_multimodal.state_dicts import copy_weights, load_state_dict
 from seed_multimodal.training.llm.config import (
     ATTENTIONS,
     LlmModelSettings,
-    check_model_settings,
     project_path,
 )
 from seed_multimodal.training.llm.lora import (
@@ -67,7 +66,6 @@ def build_llm(
     Raises:
         ConfigError: inconsistent settings or tokenizer. CheckpointError: mismatched weights.
     """
-    check_model_settings(settings)
     settings = _with_adapter(settings)
     device = torch.device(device)
     load_device = torch.device("cpu") if sharded else device
@@ -118,10 +116,8 @@ def _with_adapter(settings: LlmModelSettings) -> LlmModelSettings:
         return settings
     lora = recorded_lora(project_path(settings.adapter))
     if lora is None:
-        settings = replace(settings, path=settings.adapter, sizes=None, adapter=None)
-    else:
-        settings = replace(settings, lora=lora)
-    return check_model_settings(settings)
+        return replace(settings, path=settings.adapter, sizes=None, adapter=None)
+    return replace(settings, lora=lora)
 
 
 def _load_base(

@@ -57,7 +57,6 @@ from seed_multimodal.training.llm.samples import record_embeds, write_samples
 from seed_multimodal.training.metrics import Metrics, TokenMeter
 from seed_multimodal.training.optimizers import build_optimizer
 from seed_multimodal.training.run import RunSettings, RunTask
-from seed_multimodal.training.trainer import Trainer
 
 MIN_DIVISOR = 1e-8  # of a step without targets
 
@@ -137,7 +136,6 @@ class LlmTask(RunTask):
         if self.zero_stage == 3:  # no process has the weights
             self.sample_steps = 0
         self.meter = TokenMeter()
-        self.trainer: Trainer
         self.llm: nn.Module
 
         # 3. Of the current step: this process's micro-batches, their mean number per process, the
@@ -193,15 +191,15 @@ class LlmTask(RunTask):
         """The trained module, around `llm`."""
         return LossModule(self.llm, self.loss_weights)
 
-    def before_training(self, trainer: Trainer) -> None:
+    def before_training(self) -> None:
         """Log the trained parameters."""
-        self.trainer = trainer
         batch_kind = "padded rows"
         if self.run.data.packing:
             batch_kind = f"{self.rows} packed rows of {self.run.data.length:,}"
         averaged = "tokens" if self.equal_token_weights else "micro-batches"
         self.log_sizes(
-            f"{trainer.engine.kind}, micro-steps of {batch_kind}, the loss a mean over {averaged}; "
+            f"{self.trainer.engine.kind}, micro-steps of {batch_kind}, the loss a mean over "
+            f"{averaged}; "
         )
 
     def begin_step(self, step: int) -> bool:

@@ -62,7 +62,6 @@ from seed_multimodal.weights.find import find_folder
 if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
-    from seed_multimodal.training.trainer import Trainer
 
 NEEDED = (
     "unet/*",
@@ -494,9 +493,8 @@ class PixelTask(RunTask):
             log=self._log,
         )
 
-    def before_training(self, trainer: Trainer) -> None:
+    def before_training(self) -> None:
         """Log what is trained."""
-        self.trainer = trainer
         n_images = sum(map(len, self.sources))
         n_samples = self._samples_per_step(self.group.world)
         self.log_sizes(f"{self.result}: {n_images:,} images, {n_samples} a step; ")
