@@ -80,19 +80,6 @@ def _channels(values: Channels, device: torch.device) -> Tensor:
         return torch.tensor(values).view(3, 1, 1).to(device)
 
 
-def denormalise(
-    pixels: Tensor, mean: Channels = CLIP_MEAN, std: Channels = CLIP_STD
-) -> Image.Image:
-    """float [3, H, W] as of `normalise` → RGB image.
-
-    Values outside the 8-bit range are clipped.
-    """
-    cpu = torch.device("cpu")
-    values = pixels.detach().float().cpu() * _channels(std, cpu) + _channels(mean, cpu)
-    levels = values.mul(255).round().clamp(0, 255).byte()  # [3, H, W]
-    return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
-
-
 def resize_passes(
     image: Image.Image, size: tuple[int, int], filter: Image.Resampling
 ) -> Image.Image:
@@ -131,8 +118,12 @@ class ImageTransform:
         return normalise(pixels, self.mean, self.std)
 
     def to_image(self, pixels: Tensor) -> Image.Image:
-        """Normalised pixels [3, H, W] → RGB image."""
-        return denormalise(pixels, self.mean, self.std)
+        """Normalised pixels [3, H, W] → RGB image; values outside the 8-bit range are clipped."""
+        cpu = torch.device("cpu")
+        pixels = pixels.detach().float().cpu()
+        values = pixels * _channels(self.std, cpu) + _channels(self.mean, cpu)
+        levels = values.mul(255).round().clamp(0, 255).byte()  # [3, H, W]
+        return Image.fromarray(levels.permute(1, 2, 0).contiguous().numpy())
 
     def uncropped(self, image: Image.Image) -> Image.Image:
         """An image of S x S pixels with a border, so that `resize` gives exactly this image."""
