@@ -105,7 +105,6 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         self.rank = rank
         self.world = world
         self.workers = workers
-        self.log = log
         self.mixture = Mixture(settings, tokenizer)
         self.mixture.check_usable()
         self.pad_id = tokenizer.pad_token_id

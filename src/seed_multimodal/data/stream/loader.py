@@ -15,9 +15,10 @@ import signal
 import time
 import warnings
 from collections.abc import Callable, Generator, Iterable
+from contextlib import AbstractContextManager
 from functools import partial
 from multiprocessing.reduction import ForkingPickler
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 import numpy as np
 import torch
@@ -70,7 +71,6 @@ def load(
             batch_size=None,
             sampler=jobs,
             num_workers=workers,
-            collate_fn=_identity,
             worker_init_fn=_init_worker,
             generator=torch.Generator(),
             snapshot_every_n_steps=None,
@@ -116,10 +116,6 @@ class _Fetch(Generic[Job, Result]):
             return DataError(WORKER_KILLED)
 
 
-def _identity(value: Result) -> Result:
-    return value
-
-
 def _init_worker(worker: int) -> None:
     """Make a worker ignore torchrun's SIGTERM and Ctrl-C, and end when its parent dies."""
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
@@ -159,7 +155,7 @@ class SampleDataset(Generic[Sample]):
         self.bad.merge(state["bad"])
 
 
-class StepBatches(Generic[Batch]):
+class StepBatches(AbstractContextManager["StepBatches[Batch]"], Generic[Batch]):
     """Batches of one rank by step number; together, ranks see the batch of a single process.
 
     collate: samples -> batch, in the worker.
@@ -225,9 +221,6 @@ class StepBatches(Generic[Batch]):
         if self._loaded is not None:
             self._loaded.close()
         self._loaded = None
-
-    def __enter__(self) -> Self:
-        return self
 
     def __exit__(self, *error: object) -> None:
         self.close()
