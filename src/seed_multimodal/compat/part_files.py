@@ -20,6 +20,7 @@ from seed_multimodal.compat.targets import TARGETS, arguments_of, check_target
 from seed_multimodal.config import instantiate, load_yaml
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.models.seed_x.adapter import ResamplerXLConfig
 from seed_multimodal.models.seed_x.modeling import AgentSettings
 from seed_multimodal.models.seed_x.pipeline import AgentConfig
@@ -52,12 +53,19 @@ NO_COUNTERPART = (
 STRAY_KEY = "image_start_id"
 
 
-# ---- parts of a training
-
-
 def read_part(file: str | Path) -> JsonObject:
     """A YAML file, in the current folder or below the repository root. Raises ConfigError."""
     return cast("JsonObject", OmegaConf.to_container(load_yaml(locate_or_same(file))))
+
+
+def read_transform(file: str | Path) -> ImageTransform:
+    """The transform that a YAML file describes. Raises ConfigError."""
+    check_target(read_part(file), "image_transform", str(file))
+    transform: ImageTransform = instantiate(locate_or_same(file))
+    return transform
+
+
+# ---- parts of a training
 
 
 def model_keys(node: ConfigNode, label: str) -> JsonObject:
@@ -186,7 +194,7 @@ def config_of_files(
             continue
         check_target(node, part, label)
         if part == "image_transform":
-            if instantiate(node).keep_ratio:
+            if read_transform(file).keep_ratio:
                 raise ConfigError(f"{file}: SEED-X reads squares: set keep_ratio to False.")
         elif part != "discrete_model":
             key, path_key, read_sizes = _PARTS[part]

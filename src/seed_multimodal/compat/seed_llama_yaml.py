@@ -1,5 +1,5 @@
-"""Builders for the original YAML files (see `targets.ALIASES`): the language model, and the demo's
-system."""
+"""SEED-LLaMA from the original YAML files: the language model that one builds (`targets.ALIASES`),
+and the parts of the demo's system."""
 
 from __future__ import annotations
 
@@ -8,10 +8,9 @@ from inspect import signature
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from seed_multimodal.compat.part_files import LLM_PATH, base_keys, read_part
+from seed_multimodal.compat.part_files import LLM_PATH, base_keys, read_part, read_transform
 from seed_multimodal.compat.seed_llama import SeedLlamaTokenizer, tokenizer_config
 from seed_multimodal.compat.targets import arguments_of, check_target
-from seed_multimodal.config import instantiate
 from seed_multimodal.device import FP16_WITH_8BIT, choose_device
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError
@@ -21,7 +20,7 @@ from seed_multimodal.models.seed.spec import BICUBIC, SeedLlamaConfig
 from seed_multimodal.pipelines.config import Found
 from seed_multimodal.pipelines.images import ImageCodec
 from seed_multimodal.settings import check_keys
-from seed_multimodal.weights.find import find_path, locate_or_same
+from seed_multimodal.weights.find import find_path
 
 if TYPE_CHECKING:
     from torch import dtype as TorchDtype
@@ -78,7 +77,7 @@ def parts_of_files(
 
     Raises ConfigError: a missing file, or one that describes another part.
     """
-    # 1. The image tokenizer; where its images are resized, the file of the transform says how.
+    # 1. The image tokenizer; a folder alone resizes images as in its evaluation.
     label = str(tokenizer)
     keys: JsonObject = {LLM_PATH: tokenizer}
     if not os.path.isdir(tokenizer):
@@ -86,6 +85,8 @@ def parts_of_files(
         check_target(node, "seed_tokenizer", label)
         keys = arguments_of(node)
     check_keys(keys, signature(SeedLlamaTokenizer.from_pretrained).parameters, label)
+    if not keys.get(LLM_PATH):
+        raise ConfigError(f"{label}: {LLM_PATH} is required: the folder of a SEED-2 tokenizer.")
     config = tokenizer_config(keys[LLM_PATH], keys.get("diffusion_path"))
     if os.path.isdir(tokenizer):
         config.transform = dict(BICUBIC)
@@ -119,7 +120,7 @@ def parts_of_files(
 def use_transform(images: ImageCodec, file: str | Path) -> None:
     """Resize images as a YAML file's transform. Raises ConfigError: it is of another size."""
     assert isinstance(images, SeedImageCodec)  # of `parts_of_files`
-    transform = instantiate(locate_or_same(file))
+    transform = read_transform(file)
     preprocessing = images.model.visual_encoder.preprocessing
     if transform.image_size != preprocessing.image_size:
         raise ConfigError(
