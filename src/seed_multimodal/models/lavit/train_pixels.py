@@ -31,7 +31,6 @@ from seed_multimodal.models.lavit.losses import HEADS, decoder_for
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer
 from seed_multimodal.settings import setting
 from seed_multimodal.training.frozen_models import FrozenFeatures
-from seed_multimodal.training.llm.config import project_path
 from seed_multimodal.training.pixel_decoder.task import (
     NEEDED,
     CodesImages,
@@ -67,10 +66,6 @@ class LavitPixelModel(CodesPixelModel):
     decoder: Path
     selection: Mode = "draw"
     selection_seed: int = setting(0, minimum=0)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.decoder = project_path(self.decoder)
 
 
 def image_codes(

@@ -28,7 +28,6 @@ from seed_multimodal.nn.vision.qwen import QwenVit, QwenVitConfig
 from seed_multimodal.settings import setting
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_models import FrozenFeatures
-from seed_multimodal.training.llm.config import project_path
 from seed_multimodal.training.pixel_decoder.task import (
     PixelModel,
     PixelRunSettings,
@@ -66,11 +65,6 @@ class DetokenizerModel(PixelModel):
     trained: TrainedLayers = "key_value"
     tokens: int = setting(64, minimum=0)
     dropout: ConditionDropout = setting(factory=ConditionDropout)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.sdxl = project_path(self.sdxl)
-        self.visual_encoder = project_path(self.visual_encoder)
 
     @property
     def diffusion_folder(self) -> Path:

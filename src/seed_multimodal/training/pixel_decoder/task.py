@@ -9,7 +9,7 @@ from __future__ import annotations
 import pkgutil
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -144,7 +144,7 @@ class ImageData:
 
 @dataclass(kw_only=True)
 class PixelModel:
-    """Trained and frozen models; subclasses add their folders.
+    """Trained and frozen models; subclasses add their folders, which may be below the project root.
 
     Attributes:
         start: an earlier result to start from, or "".
@@ -169,6 +169,10 @@ class PixelModel:
     flow_times: FlowTimes = "logit_normal"
 
     def __post_init__(self) -> None:
+        for item in fields(self):
+            value = getattr(self, item.name)
+            if isinstance(value, Path):
+                setattr(self, item.name, project_path(value))
         self.start = str(project_path(self.start)) if self.start else ""
         self.teacher = str(project_path(self.teacher)) if self.teacher else ""
         if not self.teacher:
@@ -205,11 +209,6 @@ class CodesPixelModel(PixelModel):
     diffusion: Path
     tokenizer: Path
     dropout: float = setting(0.1, minimum=0, maximum=1)
-
-    def __post_init__(self) -> None:
-        super().__post_init__()
-        self.diffusion = project_path(self.diffusion)
-        self.tokenizer = project_path(self.tokenizer)
 
     @property
     def diffusion_folder(self) -> Path:
