@@ -82,6 +82,12 @@ def test_train_is_the_same_with_and_without_evaluation(train, tmp_path):
     assert summary(evaluated)["evaluation"] == evaluations(evaluated)[-1]
 
 
+def test_train_with_frozen_tied_embeddings_logs_that_the_head_is_frozen(train, capsys):
+    sizes = {**runs.SIZES, "tie_word_embeddings": True}
+    train("out", "trainer.max_steps=1", model={"sizes": sizes, "freeze_embeddings": True})
+    assert "head is frozen" in capsys.readouterr().out
+
+
 @pytest.mark.slow
 def test_train_in_the_output_folder_of_a_running_run(train, tmp_path):
     from seed_multimodal.disk import folder_lock

@@ -19,7 +19,7 @@ from seed_multimodal.training.optimizers import MuonWithAdamW
 from seed_multimodal.training.task import StageTask
 
 CPU = torch.device("cpu")
-SETTINGS = StageSettings(max_steps=4, batch_size=2, learning_rate=1e-2, precision="bf16")
+SETTINGS = StageSettings(max_steps=4, precision="bf16")
 
 
 @pytest.fixture(scope="module")
