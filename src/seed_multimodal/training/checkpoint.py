@@ -314,11 +314,10 @@ def resume_remarks(folder: Path, saved: JsonObject, current: JsonObject, task: T
     """
     for key, noun in task.fixed_on_resume.items():
         if key in current and saved.get(key) != current[key]:
-            saved_value = json.dumps(saved.get(key))[:200]
-            current_value = json.dumps(current[key])[:200]
+            changes = changed_settings({noun: saved.get(key)}, {noun: current[key]})
             raise CheckpointError(
-                f"{folder}: was saved with {noun} {saved_value}, this run has {current_value}; "
-                f"use the same, or start from its weights ({task.start_hint}) in a new folder."
+                f"{folder}: changed since it was saved: {'; '.join(changes)}; use the same, or "
+                f"start from its weights ({task.start_hint}) in a new folder."
             )
     remarks = []
     for key, noun in task.reported_on_resume.items():

@@ -52,5 +52,5 @@ def test_check_of_files_with_bad_records(codes, tmp_path, capsys):
         and "3 broken records" in out
         and "</s> 1, <img_…> 1" in out
     )
-    assert f"{file}: line 3: answer" in out
+    assert f"{file}: line 3: nothing under key 'answer'" in out
     assert f"{file}: line 5" in out

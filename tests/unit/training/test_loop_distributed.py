@@ -49,7 +49,7 @@ def test_two_processes_equal_one_with_the_double_batch_and_stop_together(
     assert output.count("refused: [single]") == 2, output  # a stage for one process
     compare_with_one(tmp_path, output)
     assert_stopped_together(folder, output)
-    with pytest.raises(CheckpointError, match="samples per step"):
+    with pytest.raises(CheckpointError, match="samples per step: 8 -> 4"):
         toy.train(folder, **ENDLESS)
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
 from seed_multimodal.data.formats.conversations import NO_ANSWER, REPAIRED
+from seed_multimodal.data.formats.images import missing_key_text
 from seed_multimodal.data.formats.record import BadRecord, JsonObject, RecordFields, shorten
 from seed_multimodal.errors import RequestError
 from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
@@ -301,7 +302,8 @@ class Decoder:
         """A field of this type. Raises BadRecord: missing or of another type."""
         value = fields.get(name)
         if value is None:
-            raise BadRecord("missing key", f"{name}: missing; decoder {self.name} needs it.")
+            problem = missing_key_text(name, fields)
+            raise BadRecord("missing key", f"{problem}; decoder {self.name} needs it.")
         if not isinstance(value, kind):
             raise BadRecord(
                 "wrong type", f"{name}: must be a {kind.__name__}, not {shorten(value)}."
