@@ -39,7 +39,7 @@ def test_check_of_files_with_bad_records(codes, tmp_path, capsys):
         [
             good,
             {**good, "answer": "see </s> and <img_00001>"},
-            {"image_ids": codes(2)},
+            {"image_ids": codes(2), "answer": None},
             {**good, "image_ids": codes(1)[1:]},
             "{",
         ],
@@ -52,5 +52,5 @@ def test_check_of_files_with_bad_records(codes, tmp_path, capsys):
         and "3 broken records" in out
         and "</s> 1, <img_…> 1" in out
     )
-    assert f"{file}: line 3: nothing under key 'answer'" in out
+    assert f"{file}: line 3: 'answer' is empty" in out
     assert f"{file}: line 5" in out

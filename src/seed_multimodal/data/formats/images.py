@@ -67,7 +67,9 @@ def in_tar(record: Record) -> bool:
 
 
 def missing_key_text(key: str, fields: RecordFields) -> str:
-    """Error text with the nearest key, or the existing keys."""
+    """Error text about a key without a value: the nearest key, or the existing keys."""
+    if key in fields:
+        return f"{key!r} is empty"
     suggestion = nearest(key, set(fields) - {key})
     if not suggestion:
         keys = ", ".join(sorted(map(str, fields))[:8])
