@@ -107,16 +107,18 @@ def llm_keys(node: ConfigNode, label: str) -> JsonObject:
 def base_keys(node: ConfigNode, label: str) -> JsonObject:
     """Our settings for the original's base model. Raises ConfigError."""
     check_target(node, "llm", label)
-    bits = {"load_in_8bit": "8bit", "load_in_4bit": "4bit"}  # the first wins
+    bits = {"load_in_8bit": "8bit", "load_in_4bit": "4bit"}
     check_keys(arguments_of(node), (LLM_PATH, "torch_dtype", "low_cpu_mem_usage", *bits), label)
     if node.get(LLM_PATH) in UNSET:
         raise ConfigError(f"{label}: {LLM_PATH} is required: the folder of a LLaMA.")
     settings = {"path": str(node[LLM_PATH])}
     if node.get("torch_dtype"):
         settings["dtype"] = node["torch_dtype"]
-    for key, quantization in bits.items():
-        if node.get(key):
-            settings.setdefault("quantization", quantization)
+    chosen = [bits[key] for key in bits if node.get(key)]
+    if len(chosen) > 1:
+        raise ConfigError(f"{label}: load_in_8bit and load_in_4bit exclude each other.")
+    if chosen:
+        settings["quantization"] = chosen[0]
     return settings
 
 

@@ -45,12 +45,12 @@ from seed_multimodal.diffusion.networks import (
     denoiser_folder,
     latent_scale,
     predict,
+    size_ids,
     size_unit,
     spatial_factor,
     with_unconditional,
 )
 from seed_multimodal.diffusion.objectives import flow_shift, is_flow
-from seed_multimodal.diffusion.training import size_ids
 from seed_multimodal.disk import JsonObject, read_json_object
 from seed_multimodal.errors import (
     CheckpointError,

@@ -104,6 +104,21 @@ def pooled_dim(denoiser: nn.Module) -> int:
     return int(config.get("pooled_projection_dim") or 0)
 
 
+def size_ids(
+    size: tuple[int, int],
+    *,
+    original: tuple[int, int] | None = None,
+    crop: tuple[int, int] = (0, 0),
+    count: int = 1,
+) -> Tensor:
+    """SDXL's conditions `[count, 6]` (Podell et al.
+
+    2023, 2.2): original size, crop (top, left), target size.
+    """
+    ids = torch.tensor([[*(original or size), *crop, *size]], dtype=torch.float32)
+    return ids.expand(count, -1)
+
+
 def conditions_of(
     denoiser: nn.Module,
     tokens: Tensor,

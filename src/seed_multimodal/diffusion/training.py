@@ -1,5 +1,4 @@
-"""Shared training code of denoisers: size conditions, trained parameters, dropped conditions,
-start."""
+"""Shared training code of denoisers: trained parameters, dropped conditions, start."""
 
 from __future__ import annotations
 
@@ -16,21 +15,6 @@ from seed_multimodal.settings import setting
 TrainedLayers = Literal["key_value", "all"]  # of a denoiser
 # Of all attentions; Stable Diffusion 3 has others for the conditions.
 KEY_VALUE = ("to_k", "to_v", "add_k_proj", "add_v_proj")
-
-
-def size_ids(
-    size: tuple[int, int],
-    *,
-    original: tuple[int, int] | None = None,
-    crop: tuple[int, int] = (0, 0),
-    count: int = 1,
-) -> Tensor:
-    """SDXL's conditions `[count, 6]` (Podell et al.
-
-    2023, 2.2): original size, crop (top, left), target size.
-    """
-    ids = torch.tensor([[*(original or size), *crop, *size]], dtype=torch.float32)
-    return ids.expand(count, -1)
 
 
 def reads_images(denoiser: nn.Module) -> bool:

@@ -29,7 +29,7 @@ from seed_multimodal.data.formats.record import (
     find_part,
 )
 from seed_multimodal.data.stream.loader import Sample, SampleDataset
-from seed_multimodal.diffusion.training import size_ids
+from seed_multimodal.diffusion.networks import size_ids
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import INTERPOLATIONS, plain_rgb, resize_passes, to_bytes

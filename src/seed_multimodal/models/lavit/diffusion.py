@@ -30,8 +30,12 @@ from seed_multimodal.diffusion.base import (
     empty_prompt,
 )
 from seed_multimodal.diffusion.conditioner import Generators
-from seed_multimodal.diffusion.networks import DenoiserConditions, conditions_of, context_dim
-from seed_multimodal.diffusion.training import size_ids
+from seed_multimodal.diffusion.networks import (
+    DenoiserConditions,
+    conditions_of,
+    context_dim,
+    size_ids,
+)
 from seed_multimodal.errors import CheckpointError, SeedWarning
 from seed_multimodal.models.lavit.decoder import CodeDecoder, DecodedCodes
 from seed_multimodal.models.lavit.ratios import RATIOS, ratio_size
