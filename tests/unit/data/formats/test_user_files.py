@@ -157,11 +157,6 @@ FILES: dict[str, tuple[Callable[[Path], object], str, str | None]] = {
     ),
     "image": (images, "0.jpg", "is an image; give the folder"),
     "UTF-16": (lambda f: write(f / "a.jsonl", UTF_16), "a.jsonl", "iconv -f UTF-16"),
-    "gzipped tar": (
-        lambda f: (tars(f), write(f / "a.tar.gz", gzip.compress(b"x"))),
-        "a.tar.gz",
-        "gzip -d",
-    ),
     "gzipped tar in a .tar": (
         lambda f: write(f / "a.tar", gzip.compress(b"x")),
         "a.tar",
