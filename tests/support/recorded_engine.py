@@ -28,7 +28,7 @@ class RecordedEngine(BaseEngine):
         settings = {name: getattr(request.settings, name) for name in SETTINGS}
         ids = list(request.prompts[0].ids)
         self.calls.append({"input_ids": [ids], "generation_config": settings})
-        # Delivered at once, as no model runs.
+        # At once, as no model runs.
         for token in self.new_ids:
-            request.deliver(token)
+            request.append(token)
         request.end("stop")

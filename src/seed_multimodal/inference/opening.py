@@ -55,7 +55,6 @@ class EngineOptions:
     """Which engine, and its limits. Raises ConfigError: options out of range, or that exclude each
     other; ImportError: llama.cpp is missing.
 
-    name: "torch", "llama.cpp", "openai" or "none".
     url: of the completion server.
     gguf: llama.cpp's file; None: the only one in the folder.
     max_running: sequences at once: rows of the KV cache.
@@ -64,7 +63,7 @@ class EngineOptions:
     offload_device: where a torch model computes that rests on the CPU.
     """
 
-    name: str = TORCH
+    name: str = setting(TORCH, choices=(TORCH, LLAMA_CPP, COMPLETION_SERVER, NO_ENGINE))
     url: str | None = None
     gguf: str | Path | None = None
     max_running: int = setting(MAX_RUNNING, minimum=1)

@@ -176,17 +176,12 @@ class Request:
         is_equal = all(getattr(self, name) == getattr(other, name) for name in names)
         return is_equal and replace(self.settings, seed=None) == replace(other.settings, seed=None)
 
-    def deliver(self, token: int) -> None:
-        """Read a token, and hand it to the caller."""
-        if not self.ended:
-            self._stream.put((token, self.reader.read(token)))
-
     def append(self, token: int) -> None:
-        """Add a token to the answer, and end it where it is complete."""
+        """Add a token to the answer, hand it to the caller, and end where it is complete."""
         if self.ended:
             return
         self.ids.append(token)
-        self.deliver(token)
+        self._stream.put((token, self.reader.read(token)))
         if token in self.end_ids or self.reader.found_stop:
             self.end("stop")
         elif len(self.ids) == self.budget:

@@ -151,15 +151,20 @@ class AnswerGenerator:
     def _fitting_prompt(
         self, conversation: list[Message], task: Task, opening: str, settings: GenerationSettings
     ) -> Prompt:
-        """The prompt of a conversation; the oldest turns are dropped to fit the context."""
+        """The prompt of a conversation; the oldest turns are dropped to fit the context.
+
+        opening: text with which the answer begins.
+        """
         context = self.engine.capacity
         # Tokens for the answer: a quarter of the context, and at least an image.
         reserved = max(context // 4, self.tokenizer.vocabulary.min_codes + 2)
         reserved = min(settings.max_new_tokens, reserved)
 
+        answered = self.tokenizer.encode_parts([opening])
         turns = conversation
         while True:
-            prompt = self.family.prompts([turns], task, opening, [settings.seed])[0]
+            (prompt,) = self.family.prompts([turns], task, [settings.seed])
+            prompt = prompt.answered_with(answered)
             shorter = without_oldest_turn(turns)
             if len(prompt) + reserved <= context or len(shorter) == len(turns):
                 break
@@ -195,18 +200,17 @@ class AnswerGenerator:
         count = len(requests)
         if isinstance(settings, GenerationSettings):
             settings = [settings] * count
-        answered = self.tokenizer.encode_parts([opening]) if opening else []
+        answered = self.tokenizer.encode_parts([opening])
         answers: list[GeneratedAnswer] = []
         with Progress(task, count, "answer", log=self.log if count >= BAR_FROM else None) as bar:
             for start in range(0, count, batch_size):
                 # 1. The prompts of a batch.
-                batch: Any = requests[start : start + batch_size]
+                prompts: Any = requests[start : start + batch_size]
                 batch_settings = settings[start : start + batch_size]
-                if isinstance(batch[0], Prompt):
-                    prompts = [prompt.answered_with(answered) for prompt in batch]
-                else:
+                if not isinstance(prompts[0], Prompt):
                     seeds = [row.seed for row in batch_settings]
-                    prompts = self.family.prompts(batch, task, opening, seeds)
+                    prompts = self.family.prompts(prompts, task, seeds)
+                prompts = [prompt.answered_with(answered) for prompt in prompts]
 
                 # 2. Their answers, and the inputs of the images in them.
                 for request in self.engine.run(prompts, batch_settings):
@@ -312,7 +316,7 @@ class AnswerGenerator:
         likelihoods: list[list[Likelihood]] = []
         for start in range(0, len(conversations), batch_size):
             turns = conversations[start : start + batch_size]
-            prompts = self.family.prompts(turns, task, "", [settings.seed] * len(turns))
+            prompts = self.family.prompts(turns, task, [settings.seed] * len(turns))
             if verdict_end:
                 verdicts = self.engine.generate(prompts, settings)
                 for row, (prompt, ids) in enumerate(zip(prompts, verdicts, strict=True)):

@@ -501,6 +501,8 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         drawing: settings of its images, with `should_stop`.
         previews: numbers of codes after which an unfinished image is shown.
         """
+        # Beams have no unfinished images: their tokens come at the end.
+        request = self.engine.submit(prompt, settings, previews if settings.num_beams == 1 else ())
 
         def with_images(events: Iterable[Event]) -> Iterator[Event]:
             for event in events:
@@ -515,8 +517,6 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
                         event["image"] = part.image = image[0]
                 yield event
 
-        # Beams have no unfinished images: their tokens come at the end.
-        request = self.engine.submit(prompt, settings, previews if settings.num_beams == 1 else ())
         try:
             yield from with_images(request.events())
         except Stopped:  # before a token, or before the drawing of an image
@@ -563,7 +563,8 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         # Sampling changes codes; SEED-X's images depend only on the text before them.
         has_codes = not self.tokenizer.vocabulary.fixed_image_order
         can_vary = varied.samples and (has_codes or self._text_tokens_before_image(task) > 0)
-        rows = range(0, len(seeds), 1 if can_vary else num_images)
+        images_per_answer = 1 if can_vary else num_images
+        rows = range(0, len(seeds), images_per_answer)  # those that get an answer of their own
         row_settings: list[GenerationSettings] = []
         for row in rows:
             base = varied if row % num_images else settings
@@ -578,7 +579,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
             options,
             batch_size=batch_size,
         )
-        answers = [generated[row // rows.step] for row in range(len(seeds))]
+        answers = [generated[row // images_per_answer] for row in range(len(seeds))]
 
         # 4. Their images.
         if stream:

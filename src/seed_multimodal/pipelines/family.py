@@ -149,12 +149,11 @@ class Family:
         self,
         conversations: Sequence[Sequence[Message]],
         task: Task,
-        opening: str = "",
         seeds: Sequence[int | None] | None = None,
     ) -> list[Prompt]:
         """Conversations as prompts.
 
-        opening: text with which the answers begin. seeds: of stochastic encoders (LaVIT's).
+        seeds: of stochastic encoders (LaVIT's).
         """
         # 1. All images are encoded together; the codes are used up in the same order.
         images: list[ImageSource] = []
@@ -164,13 +163,8 @@ class Family:
         rows = self.images.encode(images) if images else ()
         codes = (row.tolist() for row in rows)
 
-        # 2. The ids of each conversation, and of the text with which its answer begins.
-        answered = self.tokenizer.encode_parts([opening]) if opening else []
-        prompts: list[Prompt] = []
-        for conversation in conversations:
-            ids = self._conversation_ids(conversation, codes)
-            prompts.append(Prompt([*ids, *answered], answered=answered))
-        return prompts
+        # 2. The ids of each conversation.
+        return [Prompt(self._conversation_ids(turns, codes)) for turns in conversations]
 
     def embed_features(self, features: Sequence[ImageFeatures]) -> Tensor:
         """Features of a prompt's images → embeddings `[n, D]`; the engine's thread calls it."""

@@ -133,7 +133,8 @@ class SeedMultimodalProcessor(ProcessorMixin):
             parsed = read_messages(messages, images_first=self.system.config.tuned)
             task, request = self._read_chat(parsed, mode)
             tasks.append(task)
-            prompts += self.system.family.prompts([request], task, opening, [0])
+            (prompt,) = self.system.family.prompts([request], task, [0])
+            prompts.append(prompt.answered_with(self.system.tokenizer.encode_parts([opening])))
             if not tokenize:
                 texts.append(self._prompt_text(prompts[-1], parsed))
 
@@ -217,7 +218,7 @@ class SeedMultimodalProcessor(ProcessorMixin):
         # 1. The tokens and features of each image.
         requests = [[Message("raw", (image,))] for image in images]
         seeds = [0] * len(images)
-        image_prompts = self.system.family.prompts(requests, task, "", seeds) if images else []
+        image_prompts = self.system.family.prompts(requests, task, seeds) if images else []
 
         # 2. Texts and images in order, each image without the start of its own prompt.
         tokenizer = self.system.tokenizer

@@ -76,10 +76,19 @@ def add_to_data(model: nn.Module) -> None:
         weight.data += 0.1 * torch.randn_like(weight)  # as peft merges an adapter
 
 
-def switch_adapter_off(model: nn.Module) -> None:
-    for module in model.modules():
-        if isinstance(module, BaseTunerLayer):
-            module.enable_adapters(False)
+def adapter(method: str, *arguments: Any) -> Callable[[nn.Module], None]:
+    def change(model: nn.Module) -> None:
+        for module in model.modules():
+            if isinstance(module, BaseTunerLayer):
+                getattr(module, method)(*arguments)
+
+    return change
+
+
+ADAPTER_CHANGES = [
+    adapter("enable_adapters", False),  # as the reference policy of training by rewards
+    adapter("set_scale", "default", 50.0),
+]
 
 
 def load_other_weights(model: nn.Module) -> None:
@@ -94,14 +103,14 @@ def load_other_weights(model: nn.Module) -> None:
         step_of(torch.optim.AdamW),
         step_of(torch.optim.AdamW, fused=True),
         lambda model: model.to(torch.bfloat16).to(torch.float32).lm_head.weight.data.neg_(),
-        switch_adapter_off,  # as the reference policy of training by rewards
+        *ADAPTER_CHANGES,
     ],
 )
 def test_answers_after_a_change_of_the_weights_are_those_of_a_fresh_engine(tiny, change):
     # Training by rewards samples between two steps: old keys would give another model's answers.
     torch.manual_seed(0)
     model = random_llm("llama", 340)
-    if change is switch_adapter_off:
+    if change in ADAPTER_CHANGES:
         inject_adapter_in_model(LoraConfig(init_lora_weights=False), model)
     engine = Engine(TorchBackend(model, max_rows=2), tiny.tokenizer)
     asked = [Prompt([1, *TEXTS[0]]), Prompt([1, *TEXTS[0], 5])]

@@ -132,11 +132,15 @@ def test_interleaved_answers_in_several_turns_equal_the_systems(nano):
 # ---- forms of requests
 
 
-def test_begun_answers_and_texts_without_template_are_continued(nano):
-    question = f"{LEFT}{QA_SUFFIX}"
-    [row] = nano(text=[*user(BOTH, question), {"role": "assistant", "content": "a "}])
-    assert row["generated_text"][-1]["content"] == "a fox"
-    prompt = f"USER: <image>{question}\nASSISTANT:"
+@pytest.mark.parametrize("name", MODELS)
+def test_begun_answers_are_continued(name, pipes):
+    begun = {"role": "assistant", "content": "A very large "}
+    [row] = pipes(name)(text=[*user(FOX, LEFT), begun])
+    assert row["generated_text"][-1]["content"].startswith("A very large twemoji fox")
+
+
+def test_texts_without_template_are_continued(nano):
+    prompt = f"USER: <image>{LEFT}{QA_SUFFIX}\nASSISTANT:"
     for image in (str(BOTH), Image.open(BOTH)):
         [row] = nano(text=prompt, images=image, return_full_text=False)
         assert row["generated_text"] == "a fox"

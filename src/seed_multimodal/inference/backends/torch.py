@@ -149,11 +149,13 @@ class TorchBackend:
         versions = [0 if tensor.is_inference() else tensor._version for tensor in parameters]
         numbers = [tensor[(0,) * tensor.ndim] for tensor in parameters]
 
-        # 2. Adapters of PEFT that are switched on.
+        # 2. Adapters of PEFT that are switched on, and their scales.
         adapters: list[object] = []
         for module in self.llm.modules():
             if isinstance(getattr(module, "disable_adapters", None), bool):
-                adapters.append((module.disable_adapters, tuple(module.active_adapters)))
+                active = tuple(module.active_adapters)
+                scales = dict(getattr(module, "scaling", {}))  # of LoRA
+                adapters.append((module.disable_adapters, active, scales))
         return self._n_loads, versions, torch.stack(numbers).tolist(), adapters
 
     def prepare(self, prompt: Prompt) -> Tensor:

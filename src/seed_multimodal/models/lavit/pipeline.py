@@ -264,7 +264,6 @@ class LavitFamily(Family):
         self,
         conversations: Sequence[Sequence[Message]],
         task: Task,
-        opening: str = "",
         seeds: Sequence[int | None] | None = None,
     ) -> list[Prompt]:
         # 1. The images of all messages, which are encoded together, each with its message's seed.

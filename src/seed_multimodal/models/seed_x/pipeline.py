@@ -360,7 +360,6 @@ class SeedXFamily(Family):
         self,
         conversations: Sequence[Sequence[Message]],
         task: Task,
-        opening: str = "",
         seeds: Sequence[int | None] | None = None,
     ) -> list[Prompt]:
         if not self.config.tuned and task == "edit":
@@ -374,23 +373,14 @@ class SeedXFamily(Family):
             for message in conversation:
                 images += message.images
         encoded = iter(self.images.read(images, editing=task == "edit"))
-        answered = self.tokenizer.encode_parts([opening]) if opening else []
-        return [
-            self._build_prompt(conversation, task, encoded, answered)
-            for conversation in conversations
-        ]
+        return [self._build_prompt(turns, task, encoded) for turns in conversations]
 
     def _build_prompt(
-        self,
-        conversation: Sequence[Message],
-        task: Task,
-        encoded: Iterator[EncodedImage],
-        answered: list[int],
+        self, conversation: Sequence[Message], task: Task, encoded: Iterator[EncodedImage]
     ) -> Prompt:
         """The prompt of a conversation.
 
         encoded: yields the input images of the conversations in order.
-        answered: ids with which the answer begins.
         """
         # 1. Turns, input images, and all images that an edit may start from.
         system: list[str] = []
@@ -422,7 +412,7 @@ class SeedXFamily(Family):
         positions = self.prompt_writer.feature_positions(ids, turns)
         prompt_images = list(map(PromptImage, images, positions))
         source = sources[-1] if sources else None
-        return Prompt([*ids, *answered], prompt_images, answered=answered, source=source)
+        return Prompt(ids, prompt_images, source=source)
 
     def embed_features(self, features: Sequence[EncodedImage | Tensor]) -> Tensor:
         if isinstance(features[0], Tensor):  # embedded before
