@@ -28,7 +28,8 @@ class RecordedEngine(BaseEngine):
         settings = {name: getattr(request.settings, name) for name in SETTINGS}
         ids = list(request.prompts[0].ids)
         self.calls.append({"input_ids": [ids], "generation_config": settings})
-        # At once, as no model runs.
+        # At once, as no model runs, and whatever the settings.
+        request.budget = len(self.new_ids) + 1
         for token in self.new_ids:
             request.append(token)
         request.end("stop")

@@ -181,13 +181,10 @@ def test_completion_server_that_disconnects(nano, server: CompletionServer, remo
         remote.engine.generate(prompts(nano), GREEDY)
 
 
-@pytest.mark.parametrize(
-    ("name", "engine", "message"),
-    [("nano-x", "llama.cpp", "SEED-LLaMA"), ("nano", "vllm", "torch, llama.cpp, openai")],
-)
-def test_from_pretrained_with_an_engine_that_does_not_fit(name, engine, message):
-    with pytest.raises(ConfigError, match=message):
-        MultimodalSystem.from_pretrained(name, device="cpu", log=None, engine=engine)
+def test_from_pretrained_with_an_engine_that_does_not_fit():
+    for name, engine, named in (("nano-x", "llama.cpp", "SEED-LLaMA"), ("nano", "vllm", "openai")):
+        with pytest.raises(ConfigError, match=named):
+            MultimodalSystem.from_pretrained(name, device="cpu", log=None, engine=engine)
 
 
 def test_guidance_with_a_completion_server_fails(remote):

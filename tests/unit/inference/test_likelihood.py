@@ -105,14 +105,10 @@ def test_log_probs_are_those_of_the_distribution_that_was_sampled(request, famil
         assert answer.log_probs == pytest.approx(expected, abs=1e-5)
 
 
-def test_log_probs_of_beams_are_refused(tiny):
-    engine = Engine(TorchBackend(tiny.llm), tiny.tokenizer)
-    with pytest.raises(ConfigError):
-        engine.sample([Prompt([1])], replace(SAMPLED, num_beams=2))
-
-
 def test_likelihoods_that_cannot_be_computed(tiny):
     engine = Engine(TorchBackend(tiny.llm, max_rows=2), tiny.tokenizer)
     prompt = Prompt([1] * (engine.capacity - 2))
     with pytest.raises(GenerationError):
         engine.likelihoods([prompt], [[[5, 6, 7]]])
+    with pytest.raises(ConfigError):
+        engine.sample([prompt], replace(SAMPLED, num_beams=2))
