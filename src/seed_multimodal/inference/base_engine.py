@@ -128,8 +128,10 @@ class BaseEngine(ABC):
         settings: GenerationSettings | Sequence[GenerationSettings],
         **options: Any,
     ) -> Sequence[Request]:
-        """Finished requests, as `generate` makes them, whose `reader` has read the (best) answer;
-        `options`: of `Request`."""
+        """The finished requests of `generate`; the `reader` of each has read its (best) answer.
+
+        options: keywords of `Request`.
+        """
         # All are made before the first one runs: one that does not fit fails all.
         if isinstance(settings, GenerationSettings):
             settings = [settings] * len(prompts)
@@ -169,8 +171,10 @@ class BaseEngine(ABC):
         )
 
     def _new_request(self, prompt: Prompt, settings: GenerationSettings, **options: Any) -> Request:
-        """A request that fits the context and the cache; `options`: of `Request`. Raises as
-        `submit`."""
+        """A request that fits the context and the cache.
+
+        options: keywords of `Request`. Raises the errors of `submit`.
+        """
         if settings.num_beams > 1 and not (self.has_beams and settings.guidance == 1):
             raise ConfigError("Beams need the engine torch, and no guidance: leave num_beams at 1.")
         if options.get("records") and not (self.has_scores and settings.num_beams == 1):

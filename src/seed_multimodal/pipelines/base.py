@@ -629,7 +629,10 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         drawing: Options,
         batch_size: int = 1,
     ) -> list[Image.Image]:
-        """An image of each input; `prompts`: those that they answer."""
+        """An image of each input.
+
+        prompts: those that the images answer. drawing: settings of the de-tokenizer.
+        """
         settings = {**drawing, **self.family.drawing_conditions(prompts)}
         images: list[Image.Image] = self.images.draw(
             image_inputs, seeds=seeds, batch_size=batch_size, **settings
