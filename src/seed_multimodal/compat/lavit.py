@@ -35,7 +35,7 @@ from seed_multimodal.language.messages import input_images, user_message
 from seed_multimodal.models.lavit.decoder import DecodedCodes
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer
 from seed_multimodal.models.lavit.pipeline import Lavit, LavitFamily, LavitImageCodec
-from seed_multimodal.models.lavit.processing import QUESTION, QuestionProcessor
+from seed_multimodal.models.lavit.processing import QUESTION, LavitTokenizer, QuestionProcessor
 from seed_multimodal.models.lavit.spec import LavitConfig
 from seed_multimodal.pipelines.config import system_names
 from seed_multimodal.pipelines.family import Task
@@ -164,7 +164,7 @@ class _Model(nn.Module):
             log=None,
             **options,
         )
-        self.images = self.system.images
+        self.images = self.system.family.images
         self.llama_model = self.system.llm
 
     def _add_decoder(self) -> None:
@@ -371,6 +371,7 @@ class LaVITforGeneration(_Model):
         """
         # 1. Prompts, each with its unconditional one.
         tokenizer = self.system.tokenizer
+        assert isinstance(tokenizer, LavitTokenizer)
         rows: list[list[int]] = []
         for prompt in [prompts] if isinstance(prompts, str) else prompts:
             rows.append(tokenizer.text_ids(prompt) if isinstance(prompt, str) else list(prompt))

@@ -14,8 +14,9 @@ from seed_multimodal.language.answer import Answer, AnswerReader, ImagePart
 from seed_multimodal.language.known_words import read_known_words
 from seed_multimodal.language.messages import Message, without_oldest_turn
 from seed_multimodal.language.prompts import TaskPrompts
+from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.pipelines.family import Family, Task
-from seed_multimodal.pipelines.images import Log, Options
+from seed_multimodal.pipelines.images import ImageCodec, Log, Options
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import check_value, nearest, read_settings
 
@@ -62,7 +63,7 @@ class AnswerGenerator:
         return self.family.config
 
     @property
-    def tokenizer(self) -> Any:
+    def tokenizer(self) -> TextTokenizer:
         return self.family.tokenizer
 
     @property
@@ -76,9 +77,9 @@ class AnswerGenerator:
         return self.family.llm
 
     @property
-    def images(self) -> Any:
-        """The `ImageCodec`."""
-        return self.family.images
+    def images(self) -> ImageCodec:
+        codec: ImageCodec = self.family.images
+        return codec
 
     # ---- settings
 
