@@ -240,10 +240,11 @@ def _check_sizes(
     expected: Mapping[str, Tensor], state: Mapping[str, Tensor], source: str | Path
 ) -> None:
     """Raise CheckpointError for tensors of another size than the model's."""
-    names = expected.keys() & state
-    resized = [name for name in names if expected[name].shape != state[name].shape]
+    resized = [
+        name for name in expected if name in state and expected[name].shape != state[name].shape
+    ]
     if resized:
-        name = min(resized)
+        name = resized[0]
         raise CheckpointError(
             f"{source}: {len(resized)} tensors have another size, first {name!r}: the file has "
             f"{tuple(state[name].shape)}, the model needs {tuple(expected[name].shape)}."

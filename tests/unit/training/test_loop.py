@@ -148,7 +148,7 @@ def frozen(model: nn.Sequential) -> dict[str, Any]:
     [
         (None, {"batch_size": 16}, "16"),
         (None, {"gradient_accumulation_steps": 3}, "24"),
-        (wide, {}, "0.bias"),
+        (wide, {}, "0.weight"),
         (frozen, {}, "trained"),
     ],
     ids=["batch", "accumulation", "sizes", "frozen"],
