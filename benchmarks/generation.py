@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import copy
+from functools import partial
 from typing import Any
 
 import torch
@@ -41,21 +42,12 @@ def run(options: argparse.Namespace) -> None:
     llm = system.llm
     settings = GenerationSettings(options.new, options.new, do_sample=False, constrain=False)
 
+    llm.generation_config.eos_token_id = None  # no token ends an answer of transformers
+    config = GenerationConfig(max_new_tokens=options.new, do_sample=False, pad_token_id=0)
+
     def plain(_: int) -> Timed:
         ids = torch.tensor(random_prompts(llm, 1, options.prompt), device=llm.device)
-
-        def generate() -> Any:
-            return llm.generate(
-                ids,
-                min_new_tokens=options.new,
-                max_new_tokens=options.new,
-                do_sample=False,
-                use_cache=True,
-                pad_token_id=0,
-                eos_token_id=2,
-            )
-
-        return Timed(generate, options.new)
+        return Timed(lambda: llm.generate(ids, generation_config=config), options.new)
 
     def engine(batch: int, model: Any, compiled: bool = False) -> Timed:
         backend = TorchBackend(model, max_rows=batch, compiled=compiled)
@@ -69,15 +61,9 @@ def run(options: argparse.Namespace) -> None:
         return Timed(generate, batch * options.new)
 
     def generate_batch(batch: int) -> Timed:
-        config = GenerationConfig(
-            max_new_tokens=options.new, do_sample=False, eos_token_id=-1, pad_token_id=0
-        )
         prompts = random_prompts(llm, batch, options.prompt)
-
-        def generate() -> Any:
-            return llm.generate_batch(inputs=prompts, generation_config=config, progress_bar=False)
-
-        return Timed(generate, batch * options.new)
+        run = partial(llm.generate_batch, prompts, config, progress_bar=False)
+        return Timed(run, batch * options.new)
 
     def int8(batch: int) -> Timed:
         from torchao.quantization import Int8WeightOnlyConfig, quantize_

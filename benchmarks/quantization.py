@@ -38,10 +38,7 @@ def run(options: argparse.Namespace) -> None:
         # 1. The scores after each prompt, alone and with the others.
         with backend.ready():
             inputs = [backend.prepare(prompt) for prompt in prompts]
-            chunks = [
-                PromptChunk(row, prompt_input, 0, len(prompt_input))
-                for row, prompt_input in enumerate(inputs)
-            ]
+            chunks = [PromptChunk(row, ids, 0, len(ids)) for row, ids in enumerate(inputs)]
             together = backend.prefill(chunks).scores
             alone = torch.cat([backend.prefill([chunk]).scores for chunk in chunks])
         difference = float((together - alone).abs().max())

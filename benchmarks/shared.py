@@ -83,17 +83,10 @@ def load_system(options: argparse.Namespace, **settings: Any) -> MultimodalSyste
 
 
 def input_images(count: int) -> list[Image.Image]:
-    """Different images: random crops of `images/*.png`."""
+    """Different images: `images/*.png`, each time turned by another angle."""
     rng = random.Random(0)
-    images = []
     files = [Image.open(file).convert("RGB") for file in sorted((ROOT / "images").glob("*.png"))]
-    for index in range(count):
-        image = files[index % len(files)]
-        side = rng.randint(min(image.size) * 3 // 4, min(image.size))
-        left = rng.randint(0, image.width - side)
-        top = rng.randint(0, image.height - side)
-        images.append(image.crop((left, top, left + side, top + side)))
-    return images
+    return [files[index % len(files)].rotate(rng.uniform(-9, 9)) for index in range(count)]
 
 
 def median_seconds(work: Callable[[], Any], device: torch.device, repeats: int) -> float:

@@ -56,7 +56,7 @@ def run(options: argparse.Namespace) -> None:
     pixels = torch.stack([*map(transform, input_images(max(COMPARED, *options.batches)))]).to(
         runtime.device
     )
-    exact = torch.cat([*map(master.encode, pixels.split(32))])
+    exact = master.encode(pixels)
     pixels = pixels.to(runtime.dtype)
 
     def encoding(variant: str, batch: int) -> Timed:
