@@ -43,11 +43,17 @@ def log_line(text: str) -> None:
     sys.stderr.flush()
 
 
+def rank_and_world_size() -> tuple[int, int]:
+    """torchrun's RANK and WORLD_SIZE; default 0 of 1."""
+    return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
+
+
 def run_guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
     """Run `work` and return its exit code; user-facing errors are logged (`COMMAND_FAILED`) unless
     `debug`. One of several processes names its rank and host."""
-    if os.environ.get("WORLD_SIZE", "1") != "1":
-        program += f" (rank {os.environ.get('RANK', 0)} on {platform.node()})"
+    rank, world_size = rank_and_world_size()
+    if world_size > 1:
+        program += f" (rank {rank} on {platform.node()})"
 
     def format_warning(message: Any, category: type[Warning], *args: Any, **kwargs: Any) -> str:
         if issubclass(category, SeedWarning):
@@ -120,7 +126,7 @@ def run_and_exit(work: Callable[[], int]) -> NoReturn:
         code = stopped.code
     except Exception:  # noqa: BLE001 (a bug; torchrun must see this process end)
         traceback.print_exc()
-    if os.environ.get("WORLD_SIZE") in (None, "", "0", "1"):
+    if rank_and_world_size()[1] <= 1:
         sys.exit(code)  # type: ignore[arg-type]
     # One of several processes ends without Python's tear-down, which after a run over gloo may
     # abort in C++ (torch 2.13), so that torchrun would report a failure.

@@ -25,7 +25,15 @@ from seed_multimodal.cli.common import (
     program_parser,
     set_flags,
 )
-from seed_multimodal.entry import DONE, SOME_FAILED, add_debug, add_device, log_line, run_program
+from seed_multimodal.entry import (
+    DONE,
+    SOME_FAILED,
+    add_debug,
+    add_device,
+    log_line,
+    rank_and_world_size,
+    run_program,
+)
 from seed_multimodal.errors import ConfigError, pluralize
 from seed_multimodal.evaluation.annotations import Sample
 from seed_multimodal.evaluation.benchmark import (
@@ -216,7 +224,7 @@ def measure_tokenizer(args: Namespace) -> int:
 
 def run_tables(args: Namespace) -> int:
     """`seed eval suite`: every benchmark whose files are there; prints and writes the table."""
-    if int(os.environ.get("WORLD_SIZE", "1")) > 1:
+    if rank_and_world_size()[1] > 1:
         raise ConfigError("seed eval suite runs in one process; the single commands share work.")
     values = {**set_flags(args, SuiteSettings), "options": chosen_settings(args)}
     entries = run_suite(read_settings(SuiteSettings, values, "suite"), partial(_load, args))

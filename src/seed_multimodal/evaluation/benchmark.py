@@ -31,7 +31,7 @@ from PIL import Image
 
 from seed_multimodal.data.formats.record import BadRecords
 from seed_multimodal.disk import JsonObject, folder_lock, replace_text, writing
-from seed_multimodal.entry import log_line
+from seed_multimodal.entry import log_line, rank_and_world_size
 from seed_multimodal.errors import DataError, GenerationError, ImageError, pluralize
 from seed_multimodal.evaluation.annotations import Key, Sample, find_image_file
 from seed_multimodal.evaluation.metrics import finite_json
@@ -281,8 +281,6 @@ def _write_summary(out: Path, lines: Sequence[Line], scores: Scores) -> JsonObje
 
 def _answer_share(benchmark: AnyBenchmark, samples: Sequence[Sample]) -> dict[Key, Line]:
     """Answer this process's unanswered samples; returns the lines of all processes."""
-    from seed_multimodal.training.distributed import rank_and_world_size
-
     folder = benchmark.settings.out
     rank, world_size = rank_and_world_size()
     file = folder / f"samples-{rank}.jsonl"

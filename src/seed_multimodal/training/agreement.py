@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import hashlib
-import itertools
 import json
 import os
 import platform
@@ -21,6 +20,7 @@ from pathlib import Path
 
 import seed_multimodal
 from seed_multimodal.data.formats.contents import expand_pattern
+from seed_multimodal.data.formats.storage import list_files
 from seed_multimodal.disk import JsonObject, replace_text, writing
 from seed_multimodal.entry import COMMAND_FAILED
 from seed_multimodal.errors import ConfigError, DataError
@@ -106,7 +106,8 @@ def _file_sizes(config: Mapping[str, object], output_dir: Path) -> Iterator[tupl
             if path.is_file():
                 yield str(path), path.stat().st_size
             elif not is_parent:
-                yield from itertools.islice(_folder_sizes(path), COMPARED_FILES)
+                for name in list_files(path)[:COMPARED_FILES]:
+                    yield name, os.path.getsize(name)
 
 
 def _paths(text: str) -> list[Path]:
@@ -117,16 +118,6 @@ def _paths(text: str) -> list[Path]:
     with contextlib.suppress(DataError, OSError, ValueError):  # no pattern of files
         return [path for path in map(Path, expand_pattern([text])) if path.exists()]
     return []
-
-
-def _folder_sizes(folder: Path) -> Iterator[tuple[str, int]]:
-    """Path and size of the files below a folder, without hidden ones, sorted."""
-    for parent, folders, names in os.walk(folder):
-        folders[:] = sorted(name for name in folders if not name.startswith("."))
-        for name in sorted(names):
-            path = os.path.join(parent, name)
-            if not name.startswith(".") and os.path.isfile(path):
-                yield path, os.path.getsize(path)
 
 
 def _code_checksum() -> str:

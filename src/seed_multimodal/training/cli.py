@@ -15,7 +15,6 @@ runs it.
 
 from __future__ import annotations
 
-import os
 import pkgutil
 import sys
 from collections.abc import Callable, Collection, Mapping, Sequence
@@ -27,7 +26,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from seed_multimodal.config import read_yaml, resolve
 from seed_multimodal.disk import read_json_object
-from seed_multimodal.entry import run_and_exit, run_guarded
+from seed_multimodal.entry import rank_and_world_size, run_and_exit, run_guarded
 from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.models.registry import find_training
 from seed_multimodal.settings import describe_settings, nearest
@@ -185,7 +184,7 @@ def run(program: str, configs: Path, command: CommandLine) -> int:
         return 0
 
     # Train.
-    if command.ignored and os.environ.get("RANK", "0") == "0":
+    if command.ignored and rank_and_world_size()[0] == 0:
         print(f"[train] ignored: {', '.join(command.ignored)}.", flush=True)
     task_type.train(config)
     return 0

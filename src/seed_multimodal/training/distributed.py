@@ -20,6 +20,7 @@ import torch.distributed as dist
 
 from seed_multimodal.device import choose_device, is_out_of_memory
 from seed_multimodal.disk import JsonObject
+from seed_multimodal.entry import rank_and_world_size
 from seed_multimodal.errors import ConfigError, SeedError, first_line
 from seed_multimodal.training.config import DEFAULT_TIMEOUT_MINUTES
 
@@ -141,11 +142,6 @@ def join_processes(
                 backend, store=dist.HashStore(), rank=0, world_size=1, timeout=timeout
             )
     return process_device
-
-
-def rank_and_world_size() -> tuple[int, int]:
-    """torchrun's RANK and WORLD_SIZE; default 0 of 1."""
-    return int(os.environ.get("RANK") or 0), int(os.environ.get("WORLD_SIZE") or 1)
 
 
 @contextmanager

@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import inspect
 import multiprocessing
-import os
 import random
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
@@ -41,7 +40,7 @@ from seed_multimodal.data.formats.record import (
 )
 from seed_multimodal.data.formats.storage import is_remote
 from seed_multimodal.data.formats.tar import TarFile
-from seed_multimodal.entry import end_with_parent, log_line
+from seed_multimodal.entry import end_with_parent, log_line, rank_and_world_size
 from seed_multimodal.errors import DataError
 from seed_multimodal.plugins import import_entry
 from seed_multimodal.progress import Progress
@@ -135,7 +134,7 @@ class FileRecords:
     @cached_property
     def _sizes(self) -> list[list[int]]:
         """Number of records of each shard of each file."""
-        is_main = os.environ.get("RANK", "0") == "0"
+        is_main = rank_and_world_size()[0] == 0
         order = _indexing_order(len(self.record_files))
         ordered_files = [self.record_files[index] for index in order]
         sizes: list[list[int]] = [[] for _ in order]
@@ -195,8 +194,7 @@ def _indexing_order(n_files: int) -> list[int]:
     First its share of them; then the others at random, most of which other processes have indexed
     by then.
     """
-    rank = int(os.environ.get("RANK", 0))
-    world_size = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world_size = rank_and_world_size()
     share = range(n_files * rank // world_size, n_files * (rank + 1) // world_size)
     others = [index for index in range(n_files) if index not in share]
     random.Random(rank).shuffle(others)

@@ -43,7 +43,7 @@ from seed_multimodal.data.pretokenize.record_types import (
 )
 from seed_multimodal.device import DTYPES
 from seed_multimodal.disk import read_json_object, replace_text, try_lock, writable_folder
-from seed_multimodal.entry import DONE, SOME_FAILED, log_line
+from seed_multimodal.entry import DONE, SOME_FAILED, log_line, rank_and_world_size
 from seed_multimodal.errors import ConfigError, DataError, pluralize
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import check_identity, check_settings, setting
@@ -84,8 +84,7 @@ def run(settings: RunSettings) -> int:
     check_settings(settings, "extraction")
 
     # 1. This process and its GPU.
-    rank = int(os.environ.get("RANK", 0))
-    world = int(os.environ.get("WORLD_SIZE", 1))
+    rank, world = rank_and_world_size()
     device = settings.device
     if world > 1 and device in ("auto", "cuda") and torch.cuda.is_available():
         device = f"cuda:{os.environ.get('LOCAL_RANK', 0)}"
