@@ -22,6 +22,8 @@ from torch.utils.checkpoint import checkpoint
 from seed_multimodal.errors import ConfigError
 
 Network = TypeVar("Network", bound=nn.Module)
+Attend = Callable[..., Tensor]  # queries, keys, values `[B, heads, N, d]` and `attn_mask`
+SCALED_DOT_PRODUCT: Attend = F.scaled_dot_product_attention
 FEW_ROWS = 32  # of a linear layer, for which its conversion to float32 takes longer than it saves
 
 
@@ -69,19 +71,25 @@ class Mlp(nn.Module):
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention with one fused projection; EVA's has no bias of the keys."""
+    """Multi-head self-attention with one fused projection; EVA's has no bias of the keys.
 
-    def __init__(self, width: int, heads: int, key_bias: bool = True) -> None:
+    attend: computes it, see `multi_head`.
+    """
+
+    def __init__(
+        self, width: int, heads: int, key_bias: bool = True, attend: Attend = SCALED_DOT_PRODUCT
+    ) -> None:
         super().__init__()
         self.heads = heads
+        self.attend = attend
         if not key_bias:
             self.q_bias = nn.Parameter(torch.zeros(width))
             self.v_bias = nn.Parameter(torch.zeros(width))
         self.qkv = nn.Linear(width, 3 * width, bias=key_bias)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x_BND: Tensor) -> Tensor:
-        """`[B, N, D]` → `[B, N, D]`."""
+    def forward(self, x_BND: Tensor, mask: Tensor | None = None) -> Tensor:
+        """`[B, N, D]` → `[B, N, D]`; mask: broadcast to `[B, heads, N, N]`."""
         # 1. Projections; EVA stores the biases of queries and values apart.
         if self.qkv.bias is None:
             k_bias = torch.zeros_like(self.v_bias, requires_grad=False)
@@ -92,7 +100,7 @@ class Attention(nn.Module):
 
         # 2. Attention of each head.
         query, key, value = qkv.chunk(3, dim=-1)
-        return self.proj(multi_head(query, key, value, self.heads))
+        return self.proj(multi_head(query, key, value, self.heads, self.attend, attn_mask=mask))
 
 
 class Block(nn.Module):
@@ -161,7 +169,7 @@ def multi_head(
     key_BND: Tensor,
     value_BND: Tensor,
     heads: int,
-    attend: Callable[..., Tensor] = F.scaled_dot_product_attention,
+    attend: Attend = SCALED_DOT_PRODUCT,
     **options: Any,
 ) -> Tensor:
     """Attention of each head: `[B, Q, D]`.

@@ -20,15 +20,12 @@ from pathlib import Path
 from typing import Literal, NamedTuple
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
 
-from seed_multimodal.models.lavit.modeling import CrossAttention
+from seed_multimodal.models.lavit.modeling import NORM_EPSILON, CrossBlock
 from seed_multimodal.nn.layers import (
-    Attention,
     LayerNorm,
-    Mlp,
     SdxlHead,
     checkpoint_layers,
     task_layer,
@@ -45,7 +42,6 @@ ORIGINAL_FILES: dict[Head, str] = {
     "highres": "highres_tokenizer_decoder.bin",
     "lowres": "tokenizer_decoder.bin",
 }
-EPS = 1e-5  # of the norms
 INIT_STD = 0.02
 
 
@@ -87,26 +83,6 @@ class DecodedCodes(NamedTuple):
     features: Tensor  # [B, N, F]
 
 
-class DecoderBlock(nn.Module):
-    """`x += self(norm0 x); x += cross(norm1 x, rows); x += mlp(norm2 x)`; no norm of the rows."""
-
-    def __init__(self, config: LavitDecoderConfig) -> None:
-        super().__init__()
-        width = config.width
-        self.norm0 = LayerNorm(width, eps=EPS)
-        self.self_attn = Attention(width, config.heads)
-        self.norm1 = LayerNorm(width, eps=EPS)
-        self.cross_attn = CrossAttention(width, config.heads, F.scaled_dot_product_attention)
-        self.norm2 = LayerNorm(width, eps=EPS)
-        self.mlp = Mlp(width, config.mlp_width)
-
-    def forward(self, x_BND: Tensor, rows_BLD: Tensor, valid_BL: Tensor) -> Tensor:
-        """`[B, N, D]`, `[B, L, D]` → `[B, N, D]`."""
-        x_BND = x_BND + self.self_attn(self.norm0(x_BND))
-        x_BND = x_BND + self.cross_attn(self.norm1(x_BND), rows_BLD, valid_BL[:, None, None])
-        return x_BND + self.mlp(self.norm2(x_BND))
-
-
 class CodeDecoder(PretrainedNetwork[LavitDecoderConfig], SdxlHead):
     """Codebook rows of each image → patch features (`features`) → conditions (`forward`)."""
 
@@ -123,8 +99,10 @@ class CodeDecoder(PretrainedNetwork[LavitDecoderConfig], SdxlHead):
         self.pos_embed = nn.Parameter(torch.zeros(1, config.tokens, width))
         self.query_embed = nn.Parameter(torch.zeros(1, config.tokens, width))
         self.in_proj = nn.Linear(config.code_dim, width)
-        self.blocks = nn.ModuleList(DecoderBlock(config) for _ in range(config.depth))
-        self.norm = LayerNorm(width, eps=EPS)
+        self.blocks = nn.ModuleList(
+            CrossBlock(width, config.heads, config.mlp_width) for _ in range(config.depth)
+        )
+        self.norm = LayerNorm(width, eps=NORM_EPSILON)
         self.decode_task_layer = task_layer(width, features)
 
         # 2. Features → conditions.
@@ -161,7 +139,7 @@ class CodeDecoder(PretrainedNetwork[LavitDecoderConfig], SdxlHead):
         # 2. The queries, which are the same for all images.
         x_BND = self.query_embed.expand(len(rows), -1, -1)
         for block in self.blocks:
-            x_BND = block(x_BND, rows_BLD, valid_BL)
+            x_BND = block(x_BND, rows_BLD, None, valid_BL[:, None, None])
         return self.decode_task_layer(self.norm(x_BND))
 
     def forward(self, rows: Sequence[Tensor]) -> DecodedCodes:

@@ -21,10 +21,10 @@ width.
 from __future__ import annotations
 
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
-from typing import NamedTuple, Self, TypedDict, Unpack
+from typing import ClassVar, NamedTuple, Self, TypedDict, Unpack
 
 import torch
 import torch.nn.functional as F
@@ -33,6 +33,9 @@ from torch import Tensor, nn
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.nn.layers import (
+    SCALED_DOT_PRODUCT,
+    Attend,
+    Attention,
     LayerNorm,
     Mlp,
     cast_layers,
@@ -48,6 +51,7 @@ from seed_multimodal.settings import setting
 
 MODES = ("draw", "threshold")  # of the token selection, see `choose`
 EPSILON = 1e-6  # of `masked_softmax`
+NORM_EPSILON = 1e-5
 # One for the batch, one for each image, or None: torch's global one.
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -209,28 +213,10 @@ def dropped_mask(keep_BN: Tensor) -> Tensor:
     return 1 - keep_BN[:, None, None, :]
 
 
-class CausalAttention(nn.Module):
-    """Self-attention over the kept patches so far."""
-
-    def __init__(self, width: int, heads: int) -> None:
-        super().__init__()
-        self.heads = heads
-        self.qkv = nn.Linear(width, 3 * width)
-        self.proj = nn.Linear(width, width)
-
-    def forward(self, x_BND: Tensor, allowed: Tensor) -> Tensor:
-        """`[B, N, D]`, `causal_mask` → `[B, N, D]`."""
-        query, key, value = self.qkv(x_BND).chunk(3, dim=-1)
-        attended = multi_head(query, key, value, self.heads, masked_attention, attn_mask=allowed)
-        return self.proj(attended)
-
-
 class CrossAttention(nn.Module):
-    """Attention to other tokens; `attend(q, k, v, attn_mask)` on `[B, H, N, d]`."""
+    """Attention to other tokens by `attend`, see `multi_head`."""
 
-    def __init__(
-        self, width: int, heads: int, attend: Callable[..., Tensor] = masked_attention
-    ) -> None:
+    def __init__(self, width: int, heads: int, attend: Attend) -> None:
         super().__init__()
         self.heads = heads
         self.attend = attend
@@ -239,29 +225,46 @@ class CrossAttention(nn.Module):
         self.value = nn.Linear(width, width)
         self.proj = nn.Linear(width, width)
 
-    def forward(self, x_BND: Tensor, source_BND: Tensor, mask: Tensor) -> Tensor:
+    def forward(self, x_BND: Tensor, source_BKD: Tensor, mask: Tensor) -> Tensor:
         """Queries `[B, N, D]`, sources `[B, K, D]` → `[B, N, D]`."""
-        rows = self.query(x_BND), self.key(source_BND), self.value(source_BND)
+        rows = self.query(x_BND), self.key(source_BKD), self.value(source_BKD)
         return self.proj(multi_head(*rows, self.heads, self.attend, attn_mask=mask))
 
 
-class MergerBlock(nn.Module):
-    """Attention to kept patches so far, attention to dropped patches, MLP; pre-norm."""
+class CrossBlock(nn.Module):
+    """Self-attention, attention to other tokens without a norm of theirs, MLP; pre-norm.
+
+    names: original ones of the two attentions. attend: of both.
+    """
+
+    names: ClassVar[tuple[str, str]] = ("self_attn", "cross_attn")
+    attend: ClassVar[Attend] = staticmethod(SCALED_DOT_PRODUCT)
 
     def __init__(self, width: int, heads: int, mlp_width: int) -> None:
         super().__init__()
-        self.norm0 = LayerNorm(width, eps=1e-5)
-        self.token_causal_attn = CausalAttention(width, heads)
-        self.norm1 = LayerNorm(width, eps=1e-5)
-        self.token_cross_attn = CrossAttention(width, heads)
-        self.norm2 = LayerNorm(width, eps=1e-5)
+        self_name, cross_name = self.names
+        self.norm0 = LayerNorm(width, eps=NORM_EPSILON)
+        self.add_module(self_name, Attention(width, heads, attend=self.attend))
+        self.norm1 = LayerNorm(width, eps=NORM_EPSILON)
+        self.add_module(cross_name, CrossAttention(width, heads, self.attend))
+        self.norm2 = LayerNorm(width, eps=NORM_EPSILON)
         self.mlp = Mlp(width, mlp_width)
 
-    def forward(self, x_BND: Tensor, source_BND: Tensor, causal: Tensor, dropped: Tensor) -> Tensor:
-        """`[B, N, D]` → `[B, N, D]`."""
-        x_BND = x_BND + self.token_causal_attn(self.norm0(x_BND), causal)
-        x_BND = x_BND + self.token_cross_attn(self.norm1(x_BND), source_BND, dropped)
+    def forward(
+        self, x_BND: Tensor, source_BKD: Tensor, self_mask: Tensor | None, cross_mask: Tensor
+    ) -> Tensor:
+        """`[B, N, D]`, other tokens `[B, K, D]` → `[B, N, D]`."""
+        self_attention, cross_attention = map(self.get_submodule, self.names)
+        x_BND = x_BND + self_attention(self.norm0(x_BND), self_mask)
+        x_BND = x_BND + cross_attention(self.norm1(x_BND), source_BKD, cross_mask)
         return x_BND + self.mlp(self.norm2(x_BND))
+
+
+class MergerBlock(CrossBlock):
+    """Attention to kept patches so far, and to dropped patches."""
+
+    names = ("token_causal_attn", "token_cross_attn")
+    attend = staticmethod(masked_attention)
 
 
 class TokenMerger(nn.Module):
@@ -277,8 +280,8 @@ class TokenMerger(nn.Module):
             MergerBlock(width, config.merger_heads, config.merger_mlp_width)
             for _ in range(config.merger_depth)
         )
-        self.ln_vision = LayerNorm(width, eps=1e-5)
-        self.norm = LayerNorm(width, eps=1e-5)
+        self.ln_vision = LayerNorm(width, eps=NORM_EPSILON)
+        self.norm = LayerNorm(width, eps=NORM_EPSILON)
         if config.grad_checkpoint:
             checkpoint_layers(self)
 
@@ -411,7 +414,7 @@ def kept_rows(merged_BND: Tensor, keep_BN: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class DynamicCodes(nn.Module):
-    """`encode`: normalized pixels `[B, 3, S, S]` → codes `[B, N]`, padded with -1.
+    """`encode`: normalized pixels `[B, 3, S, S]` → codes `[B, N]` in raster order, padded with -1.
 
     Token selection depends only on pixels and seed, so codes of data sets are reproducible.
     """
@@ -438,4 +441,5 @@ class DynamicCodes(nn.Module):
             image_seed = zlib.crc32(image.numpy().tobytes(), self.seed)
             generators.append(torch.Generator().manual_seed(image_seed))
         codes = self.tokenizer.encode(pixels, mode=self.selection, generator=generators)
-        return nn.utils.rnn.pad_sequence(codes, batch_first=True, padding_value=-1)
+        rows = nn.utils.rnn.pad_sequence(codes, batch_first=True, padding_value=-1)
+        return F.pad(rows, (0, self.tokenizer.n_patches - rows.shape[1]), value=-1)

@@ -7,7 +7,6 @@ decoder's heads are trained with the U-Net. The result is OUTPUT_DIR/pixels, for
 
 from __future__ import annotations
 
-import zlib
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -15,7 +14,6 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.data.stream.pairs_dataset import sample_seed
 from seed_multimodal.device import DTYPES
 from seed_multimodal.diffusion.conditioner import CONDITIONER_FOLDERS
 from seed_multimodal.diffusion.networks import context_dim
@@ -28,7 +26,7 @@ from seed_multimodal.models.lavit.diffusion import (
     read_empty_text,
 )
 from seed_multimodal.models.lavit.losses import HEADS, decoder_for
-from seed_multimodal.models.lavit.modeling import DynamicTokenizer
+from seed_multimodal.models.lavit.modeling import DynamicCodes
 from seed_multimodal.settings import setting
 from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.pixel_decoder.task import (
@@ -60,38 +58,12 @@ class LavitPixelModel(CodesPixelModel):
             U-Net is replaced by a new one (`seed`).
         start: an earlier result to start from, instead of `diffusion` and `decoder`.
         trained: parameters of the U-Net, `all` or `key_value`; heads are always trained.
-        selection, selection_seed: of patches, see `ImageCodes`.
+        selection, selection_seed: of patches, see `DynamicCodes`.
     """
 
     decoder: Path
     selection: Mode = "draw"
     selection_seed: int = setting(0, minimum=0)
-
-
-def image_codes(
-    tokenizer: DynamicTokenizer, pixels: Tensor, selection: Mode = "draw", seed: int = 0
-) -> Tensor:
-    """Pixels of the tokenizer's size → codes int32 `[B, N]` in raster order, padded with -1.
-
-    selection: of patches, see `modeling.choose`; determined by the image and `seed`, so that
-        an image always has the same codes.
-    """
-    # 1. A generator for each image, seeded by its pixels.
-    generators = None
-    if selection == "draw":
-        generators = []
-        for image in pixels.cpu():
-            image_seed = sample_seed(seed, 0, zlib.crc32(image.numpy().tobytes()))
-            generators.append(torch.Generator().manual_seed(image_seed))
-
-    # 2. The codes, as many as the image has selected patches.
-    normalised = tokenizer.transform.normalise(pixels)
-    all_codes = tokenizer.encode(normalised, mode=selection, generator=generators)
-    shape = (len(all_codes), tokenizer.n_patches)
-    padded = torch.full(shape, -1, dtype=torch.int32, device=pixels.device)
-    for row, codes in zip(padded, all_codes, strict=True):
-        row[: len(codes)] = codes
-    return padded
 
 
 @dataclass(kw_only=True)
@@ -125,8 +97,10 @@ class LavitPixelTask(PixelTask):
         self.view = replace(self.view, encoder_interpolation=interpolation)
         self.codebook = tokenizer.quantize  # of `embeds`
 
+        network = DynamicCodes(tokenizer, model.selection, model.selection_seed)
+
         def codes(pixels: Tensor) -> Tensor:
-            return image_codes(tokenizer, pixels, model.selection, model.selection_seed)
+            return network.encode(tokenizer.transform.normalise(pixels))
 
         return FrozenFeatures(tokenizer, self.device, codes)
 
@@ -149,9 +123,9 @@ class LavitPixelTask(PixelTask):
         return LavitDetokenizer(unet, vae, scheduler, decoder=decoder, null_embeds=null_embeds)
 
     def embeds(self, conditions: Tensor) -> list[Tensor]:
-        """Codes `[B, N]` of `image_codes` → rows of the codebook of each image `[n, C]`."""
+        """Codes `[B, N]` of `DynamicCodes` → rows of the codebook of each image `[n, C]`."""
         # -1 is padding.
-        return [self.codebook.lookup(codes[codes >= 0].long()).float() for codes in conditions]
+        return [self.codebook.lookup(codes[codes >= 0]).float() for codes in conditions]
 
     def load_decoder(self, path: str) -> LavitDetokenizer:
         """A result of this training, or the original's with the decoder of the settings."""

@@ -11,7 +11,8 @@ from llm_runs import task_of
 from tiny.lavit import TOKENIZER, small_tokenizer, write_tokenizer_of
 from tiny.training import lavit_config, write_lavit_parts
 
-from seed_multimodal.models.lavit.train_pixels import LavitPixelTask, image_codes
+from seed_multimodal.models.lavit.modeling import DynamicCodes
+from seed_multimodal.models.lavit.train_pixels import LavitPixelTask
 
 
 @pytest.fixture(scope="module")
@@ -19,17 +20,17 @@ def parts(tmp_path_factory) -> Path:
     return write_lavit_parts(tmp_path_factory.mktemp("lavit_pixels"))
 
 
-def test_image_codes_depend_on_the_image_and_the_seed_only():
+def test_codes_depend_on_the_image_and_the_seed_only():
     # Not on the batch; another seed or selection rule gives other codes.
-    generator = torch.Generator().manual_seed(3)
-    pixels = torch.randint(0, 256, (5, 3, 16, 16), dtype=torch.uint8, generator=generator)
+    pixels = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(3))
     tokenizer = small_tokenizer()
-    codes = image_codes(tokenizer, pixels)
+    network = DynamicCodes(tokenizer, "draw", 0)
+    codes = network.encode(pixels)
     counts = (codes >= 0).sum(1)
     assert 1 <= counts.min() < counts.max()
-    assert torch.equal(image_codes(tokenizer, pixels.flip(0)).flip(0), codes)
-    assert not torch.equal(image_codes(tokenizer, pixels, seed=1), codes)
-    assert not torch.equal(image_codes(tokenizer, pixels, "threshold"), codes)
+    assert torch.equal(network.encode(pixels.flip(0)).flip(0), codes)
+    for selection, seed in (("draw", 2), ("threshold", 0)):
+        assert not torch.equal(DynamicCodes(tokenizer, selection, seed).encode(pixels), codes)
 
 
 def test_codes_are_of_the_vision_encoders_preprocessing(parts: Path, tmp_path):
