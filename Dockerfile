@@ -2,7 +2,7 @@
 #     docker build -t seed-multimodal .
 # For NVIDIA GPUs (run it with --gpus all):
 #     docker build -t seed-multimodal:cuda --build-arg TORCH_INDEX=https://download.pytorch.org/whl/cu130 .
-# nano, nano-x and nano-lavit are in the image; other weights are mounted at /app/pretrained. compose.yaml starts both.
+# nano, nano-x and nano-lavit are in the image; other weights are mounted at /app/pretrained.
 FROM python:3.12-slim
 
 ARG TORCH_INDEX=https://download.pytorch.org/whl/cpu

@@ -1,10 +1,10 @@
 #!/usr/bin/env bash
 # Resolve the oldest and the newest versions that pyproject.toml allows, for all systems and Python 3.11 to 3.13,
-# into constraints/oldest.txt and constraints/newest.txt (for install.sh --constraints). Needs uv (pip install uv).
+# into constraints/oldest.txt and constraints/newest.txt (pip install --require-hashes -r FILE). Needs uv (pip install uv).
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-EXTRAS=(train demo eval lavit laptop docs dev)
+EXTRAS=(train demo eval lavit docs dev)  # laptop is compiled, harness wants an environment of its own
 
 for stack in oldest newest; do
     resolution=highest

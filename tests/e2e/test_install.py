@@ -66,13 +66,6 @@ def test_install_takes_the_cpu_build_and_lavis_without_its_pins(tmp_path):
     assert "already installed" in subprocess.run(["bash", "install.sh", "--lavis"], **run).stdout
 
 
-@pytest.mark.process
-def test_install_refuses_an_extra_without_constraints():
-    command = "bash install.sh --constraints constraints/newest.txt --extras demo,harness"
-    done = run_process(command.split(), cwd=ROOT)
-    assert done.returncode == 1 and "no versions for the extra harness" in done.stderr
-
-
 @pytest.fixture(scope="module")
 def installed(tmp_path_factory):
     """A new environment with the wheel that was built from the sdist; other packages are this

@@ -3,7 +3,7 @@
 Errors are JSON with one sentence, below `/v1` in OpenAI's form (statuses: docs/how-to/serve.md).
 Another address than loopback needs a token.
 
-Run `bash scripts/start_backend_nano.sh`, or in Python
+Run `bash scripts/start_backend.sh nano`, or in Python
 `serve(create_app(system), listen("127.0.0.1", 7890))`.
 """
 

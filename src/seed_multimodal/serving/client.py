@@ -93,7 +93,7 @@ class ModelClient:
             by_proxy = "" if is_direct or not getproxies() else " by the environment's proxy"
             raise RequestError(
                 f"No model answers at {address}{by_proxy} ({_reason(error)}): start the backend "
-                f"(bash scripts/start_backend_nano.sh) and try again."
+                f"(bash scripts/start_backend.sh nano) and try again."
             ) from error
         except (ValueError, TypeError) as error:
             raise RequestError(

@@ -1,4 +1,4 @@
-"""Dockerfile, compose file, systemd units and start scripts: what they name exists, and what an
+"""Dockerfile, systemd units and start scripts: what they name exists, and what an
 image holds is enough to serve.
 """
 
@@ -14,7 +14,6 @@ from pathlib import Path
 
 import pytest
 import requests
-import yaml
 from real_processes import run_process
 from repository import ROOT
 from served import serving
@@ -55,18 +54,6 @@ def test_dockerfile_runs_as_a_user_and_takes_no_secrets():
     allowed = {line.removeprefix("!").split("/")[0] for line in ignored if line[0] == "!"}
     sources = {source for line in arguments("COPY") for source in line.split()[:-1]}
     assert first == "*" and sources == allowed
-
-
-def test_compose_starts_both_programs_on_loopback_with_a_token():
-    services = yaml.safe_load((ROOT / "compose.yaml").read_text())["services"]
-    for name, script in (("backend", "start_backend.sh"), ("page", "start_frontend.sh")):
-        service = services[name]
-        assert service["command"][0] == f"scripts/{script}"
-        assert (ROOT / "scripts" / script).is_file()
-        assert service["environment"]["SEED_TOKEN"].startswith("${SEED_TOKEN:?")
-        assert service["read_only"]
-        assert all(port.startswith("127.0.0.1:") for port in service["ports"])
-    assert services["page"]["command"][-1] == "http://backend:7890/generate"
 
 
 def test_systemd_units_name_scripts_that_exist():

@@ -1,3 +1,0 @@
-#!/bin/sh
-# The demo's model server for nano on http://127.0.0.1:7890/generate.
-exec bash "$(dirname "$0")/start_backend.sh" nano "$@"

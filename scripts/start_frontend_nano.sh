@@ -1,3 +1,0 @@
-#!/bin/sh
-# The demo's web page for nano on http://127.0.0.1:7860; start its backend first.
-exec bash "$(dirname "$0")/start_frontend.sh" nano "$@"
