@@ -155,16 +155,27 @@ class Family:
 
         seeds: of stochastic encoders (LaVIT's).
         """
-        # 1. All images are encoded together; the codes are used up in the same order.
+        # All images are encoded together; the prompts use them up in the same order.
         images: list[ImageSource] = []
-        for conversation in conversations:
+        image_seeds: list[int | None] = []
+        for conversation, seed in zip(
+            conversations, seeds or [0] * len(conversations), strict=True
+        ):
             for message in conversation:
                 images += message.images
-        rows = self.images.encode(images) if images else ()
-        codes = (row.tolist() for row in rows)
+                image_seeds += [seed] * len(message.images)
+        encoded = iter(self.encode(images, task, image_seeds) if images else ())
+        return [self.prompt(conversation, task, encoded) for conversation in conversations]
 
-        # 2. The ids of each conversation.
-        return [Prompt(self._conversation_ids(turns, codes)) for turns in conversations]
+    def encode(
+        self, images: Sequence[ImageSource], task: Task, seeds: Sequence[int | None]
+    ) -> Sequence[Any]:
+        """Images as `prompt` reads them: codes, or features."""
+        return [codes.tolist() for codes in self.images.encode(images, seed=seeds)]
+
+    def prompt(self, conversation: Sequence[Message], task: Task, encoded: Iterator[Any]) -> Prompt:
+        """A conversation as a prompt; `encoded` yields its images in order."""
+        return Prompt(self._conversation_ids(conversation, encoded))
 
     def embed_features(self, features: Sequence[ImageFeatures]) -> Tensor:
         """Features of a prompt's images → embeddings `[n, D]`; the engine's thread calls it."""

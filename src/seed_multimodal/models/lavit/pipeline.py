@@ -59,6 +59,7 @@ MAX_BATCH = 16  # images in one pass of the vision encoder
 # Generation settings of the original programs.
 UNDERSTANDING = {"do_sample": False, "top_p": 1.0, "seed": 0}
 DRAWING = {"do_sample": True, "top_p": 1.0, "seed": 0, "max_new_tokens": 200, "min_new_tokens": 20}
+DRAWING_TASKS = ("draw", "edit")
 
 Encode = Callable[..., list[Tensor]]  # pixels, `mode` and `generator` → a tensor of each image
 
@@ -208,7 +209,7 @@ class LavitFamily(Family):
         settings["stop"] = {"describe": CAPTION_ENDS, "ask": ANSWER_ENDS}.get(task, ())
         if task == "ask":
             settings["stop_after"] = self.tasks.answer_after
-        if task in ("draw", "edit"):
+        if task in DRAWING_TASKS:
             vocabulary = self.tokenizer.vocabulary
             settings["stop_token_ids"] = (vocabulary.eoi_id,)
             # The images of a small model may have fewer codes than the original's minimum.
@@ -260,49 +261,31 @@ class LavitFamily(Family):
 
     # ---- prompts
 
-    def prompts(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        task: Task,
-        seeds: Sequence[int | None] | None = None,
-    ) -> list[Prompt]:
-        # 1. The images of all messages, which are encoded together, each with its message's seed.
-        messages = [conversation[-1] for conversation in conversations]
-        images: list[ImageSource] = []
-        image_seeds: list[int | None] = []
-        for message, seed in zip(messages, seeds or [0] * len(messages), strict=True):
-            images += message.images
-            image_seeds += [seed] * len(message.images)
+    def encode(
+        self, images: Sequence[ImageSource], task: Task, seeds: Sequence[int | None]
+    ) -> Sequence[Any]:
+        if task in DRAWING_TASKS:
+            return super().encode(images, task, seeds)
+        return self.images.features(images, seed=seeds)
 
-        # 2. Prompts for an image hold codes, prompts for a text hold features.
-        if task in ("draw", "edit"):
-            codes = (row.tolist() for row in self.images.encode(images, seed=image_seeds))
-            return [self._drawing_prompt(message, codes) for message in messages]
-        if not all(message.images for message in messages):
-            raise RequestError(
-                "LaVIT answers about images: show one with the message, or ask for an image as the "
-                "answer."
-            )
-        features = iter(self.images.features(images, seed=image_seeds))
-        prompts = []
-        for message in messages:
-            message_features = [next(features) for _ in message.images]
-            text = message.text.strip()
-            text_ids = self.tokenizer.text_ids(text) if text else []
-            prompts.append(read_prompt(self.tokenizer.vocabulary, message_features, text_ids))
-        return prompts
-
-    def embed_features(self, features: Sequence[Tensor]) -> Tensor:
-        assert self.llm is not None
-        device = self.llm.get_input_embeddings().weight.device
-        return joined([rows.to(device) for rows in features])
-
-    def _drawing_prompt(self, message: Message, codes: Iterator[list[int]]) -> Prompt:
-        """codes: of the images, of this message and later ones."""
+    def prompt(self, conversation: Sequence[Message], task: Task, encoded: Iterator[Any]) -> Prompt:
         vocabulary = self.tokenizer.vocabulary
+        message = conversation[-1]
+
+        # 1. Prompts for a text hold features.
+        if task not in DRAWING_TASKS:
+            if not message.images:
+                raise RequestError(
+                    "LaVIT answers about images: show one with the message, or ask for an image as "
+                    "the answer."
+                )
+            features = [next(encoded) for _ in message.images]
+            return read_prompt(vocabulary, features, self.tokenizer.text_ids(message.text.strip()))
+
+        # 2. Prompts for an image hold codes.
         ids: list[int] = []
         negative = None
-        for part in self._parts(message, codes):
+        for part in self._parts(message, encoded):
             if isinstance(part, NegativePrompt):
                 negative = [*self.tokenizer.text_ids(part), vocabulary.boi_id]
             elif isinstance(part, str):
@@ -310,6 +293,11 @@ class LavitFamily(Family):
             else:
                 ids += vocabulary.code_to_id(part)
         return Prompt(ids, negative=negative)
+
+    def embed_features(self, features: Sequence[Tensor]) -> Tensor:
+        assert self.llm is not None
+        device = self.llm.get_input_embeddings().weight.device
+        return joined([rows.to(device) for rows in features])
 
 
 class Lavit(MultimodalSystem):

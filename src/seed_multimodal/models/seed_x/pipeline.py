@@ -356,32 +356,19 @@ class SeedXFamily(Family):
 
     # ---- prompts
 
-    def prompts(
-        self,
-        conversations: Sequence[Sequence[Message]],
-        task: Task,
-        seeds: Sequence[int | None] | None = None,
-    ) -> list[Prompt]:
+    def encode(
+        self, images: Sequence[ImageSource], task: Task, seeds: Sequence[int | None]
+    ) -> list[EncodedImage]:
+        return self.images.read(images, editing=task == "edit")
+
+    def prompt(
+        self, conversation: Sequence[Message], task: Task, encoded: Iterator[EncodedImage]
+    ) -> Prompt:
         if not self.config.tuned and task == "edit":
             raise ConfigError(
                 f"{self.config.name} continues texts and was not tuned to follow instructions; "
                 f"SEED-X-Edit edits."
             )
-        # All images are encoded together.
-        images: list[ImageSource] = []
-        for conversation in conversations:
-            for message in conversation:
-                images += message.images
-        encoded = iter(self.images.read(images, editing=task == "edit"))
-        return [self._build_prompt(turns, task, encoded) for turns in conversations]
-
-    def _build_prompt(
-        self, conversation: Sequence[Message], task: Task, encoded: Iterator[EncodedImage]
-    ) -> Prompt:
-        """The prompt of a conversation.
-
-        encoded: yields the input images of the conversations in order.
-        """
         # 1. Turns, input images, and all images that an edit may start from.
         system: list[str] = []
         turns: list[Turn] = []
