@@ -35,7 +35,6 @@ from seed_multimodal.entry import (
     run_program,
 )
 from seed_multimodal.errors import ConfigError, pluralize
-from seed_multimodal.evaluation.annotations import Sample
 from seed_multimodal.evaluation.benchmark import (
     BENCHMARKS,
     AnyBenchmark,
@@ -44,7 +43,7 @@ from seed_multimodal.evaluation.benchmark import (
     run,
 )
 from seed_multimodal.evaluation.suite import SuiteSettings, run_suite, suite_table
-from seed_multimodal.evaluation.text2image import OriginalDrawings
+from seed_multimodal.evaluation.text2image import BUILT_IN, OriginalDrawings
 from seed_multimodal.evaluation.tokenizer_settings import TokenizerSettings
 from seed_multimodal.evaluation.vqa import PLAIN_QUESTION, PROBE, Questions
 from seed_multimodal.settings import read_settings
@@ -53,13 +52,6 @@ if TYPE_CHECKING:
     from seed_multimodal.cli.common import Commands, Options
     from seed_multimodal.pipelines.base import MultimodalSystem
 
-# For `eval_caption_to_images.py` without a file.
-CAPTIONS = (
-    "A small wooden house on a snowy hill in the evening",
-    "A lighthouse at the sea in a storm, oil painting",
-    "Three sailing boats on a calm lake at sunrise",
-    "The word HELLO written in the sand of a beach",
-)
 # The program → its benchmark.
 PROGRAMS = {"eval_vqa.py": "vqa", "eval_caption.py": "caption"}
 
@@ -70,11 +62,13 @@ def eval_program(program: str, description: str, argv: Sequence[str] | None = No
     if program in PROGRAMS:
         _add_benchmark(parser, PROGRAMS[program], f"outputs/{Path(program).stem}", "8b")
         return run_program(parser, evaluate, argv)
-    # Drawing, with the prompts of the pretrained model.
+    # Drawings without scores, with the prompts of the pretrained model.
     add_settings(parser, OriginalDrawings)
     _add_system(parser, "generated_images", "8b", draws=True)
-    parser.set_defaults(prompts="plain")
-    return run_program(parser, _draw_as_original, argv)
+    parser.set_defaults(
+        benchmark="text2image", file=BUILT_IN, original=True, best_of=1, prompts="plain"
+    )
+    return run_program(parser, evaluate, argv)
 
 
 def add_commands(kinds: Commands) -> None:
@@ -129,13 +123,9 @@ def evaluate(args: Namespace) -> int:
     return run_benchmark(benchmark, partial(_load, args))
 
 
-def run_benchmark(
-    benchmark: AnyBenchmark,
-    load: Callable[[], MultimodalSystem | None],
-    samples: Sequence[Sample] | None = None,
-) -> int:
+def run_benchmark(benchmark: AnyBenchmark, load: Callable[[], MultimodalSystem | None]) -> int:
     """Evaluate a system and print the summary; returns the exit code. Arguments: see `run`."""
-    summary = run(benchmark, load, samples)
+    summary = run(benchmark, load)
     if summary is None:  # other processes still work
         return DONE
     # Unusable samples are no error, but the exit code tells.
@@ -147,21 +137,6 @@ def run_benchmark(
         f"{summary['samples']:,} could not be used; the same command tries them again."
     )
     return SOME_FAILED
-
-
-def _draw_as_original(args: Namespace) -> int:
-    """Drawings as the original script makes them, without scores."""
-    # The captions of a file, or of this program.
-    _use_local_gpu(args)
-    values = {**set_flags(args, OriginalDrawings), "options": _options(args)}
-    values |= {"original": True, "best_of": 1}
-    samples: list[Sample] | None = None
-    if args.file is None:
-        values["file"] = "built in"
-        samples = []
-        for index, text in enumerate(CAPTIONS, 1):
-            samples.append(Sample(index, f"caption {index}", references=[text]))
-    return run_benchmark(open_benchmark("text2image", **values), partial(_load, args), samples)
 
 
 def _ask_once(args: Namespace) -> int:

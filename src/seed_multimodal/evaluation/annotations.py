@@ -12,8 +12,8 @@ captions    LAVIS's list: [{image, caption: text or list, image_id or img_id}]; 
             text}] or [{text}]; also .jsonl
 text        a .txt with one caption per line
 
-The format of a file is recognised once, by the keys of its items. Images are named by path or COCO
-id. An unusable item is a sample with a `problem`.
+The formats name a field differently: `read_sample` knows all names. Images are named by path or
+COCO id. An unusable item is a sample with a `problem`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any, NamedTuple, TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ValidationError
 
@@ -61,6 +61,7 @@ class Sample:
     answer_type: str = ""
     question_type: str = ""
     problem: str = ""  # why it is unusable
+    index: int = 0  # among all samples of a run
 
     @property
     def caption(self) -> str:
@@ -68,90 +69,57 @@ class Sample:
         return next(text.strip() for text in self.references if text.strip())
 
 
-# ---- formats
+# ---- items
 
 
-class Format(NamedTuple):
-    """The fields of an item: of its id, of the image's name, of answers or captions.
-
-    Of several names an item has one.
-    """
-
-    key: tuple[str, ...]
-    image: tuple[str, ...]
-    references: tuple[str, ...]
-
-
-READERS = {
-    "vqa": Format(("question_id",), ("image_id",), ("answers",)),
-    "vizwiz": Format(("image",), ("image",), ("answers",)),
-    "gqa": Format(("question_id",), ("imageId",), ("answer",)),
-    "coco": Format(("image_id",), ("image_id",), ("caption",)),
-    "karpathy": Format(("cocoid", "imgid"), ("filename",), ("sentences",)),
-    "questions": Format(("question_id",), ("image", "file_name"), ("answers", "answer")),
-    "captions": Format(
-        ("image_id", "img_id"), ("image", "file_name"), ("captions", "caption", "text")
-    ),
-}
-
-
-def _format_of(items: Sequence[Json], are_questions: bool) -> str:
-    """The name of the format of a file's items, by the keys that they have."""
-    objects = [item for item in items if isinstance(item, dict)]
-    keys = set().union(*objects)
-    if "imageId" in keys:
-        return "gqa"
-    if "sentences" in keys:
-        return "karpathy"
-    # Lists name files; the official files of VQA and COCO only have ids.
-    if not keys & {"image", "file_name", "text"}:
-        return "vqa" if are_questions else "coco"
-    if not are_questions:
-        return "captions"
-    is_vizwiz = all(str(item.get("image")).startswith("VizWiz_") for item in objects)
-    return "vizwiz" if is_vizwiz and "question_id" not in keys else "questions"
-
-
-def _samples(items: Sequence[tuple[str, Json]], needed: Sequence[str]) -> list[Sample]:
-    """A sample for each item with its location; one without `needed` fields has a problem."""
-    name = _format_of([item for _, item in items], "question_id" in needed)
-    return [_sample(location, item, name, needed) for location, item in items]
-
-
-def _sample(location: str, item: Json, name: str, needed: Sequence[str]) -> Sample:
+def read_sample(location: str, item: Json, needed: Sequence[str]) -> Sample:
+    """The sample of an item; without one of the `needed` fields it has a problem."""
     if not isinstance(item, dict):
         item = {}
 
-    # 1. The image; GQA and Karpathy name it by parts of its path.
-    fields = READERS[name]
-    image = _first(item, *fields.image)
-    if name == "gqa" and image:
+    # 1. The image: GQA and Karpathy have parts of its path, VQA and COCO its id.
+    image = _first(item, "image", "file_name", "filename", "imageId")
+    if "imageId" in item:
         image = f"{image}.jpg"
-    elif name == "karpathy" and image and item.get("filepath"):
+    elif item.get("filepath"):
         image = f"{item['filepath']}/{image}"
+    elif image is None and "text" not in item:
+        image = item.get("image_id")
 
-    # 2. The key, which images have in their names, too; GQA has an object of types.
-    key = _first(item, *fields.key)
-    if key is None and "question_id" not in needed:
-        key = _coco_id(image)
+    # 2. The key: of a question (VizWiz names it by its image), or of the image.
+    if "question_id" in needed:
+        key = _first(item, "question_id")
+        if key is None and str(image).startswith("VizWiz_"):
+            key = image
+    else:
+        key = _first(item, "cocoid", "image_id", "img_id", "imgid")
+        if key is None:
+            key = _coco_id(image)
+
+    # 3. The texts; GQA has an object of types.
     types = {**(item.get("types") or {}), **item}
+    references = _first(item, "answers", "answer", "captions", "caption", "sentences", "text")
     sample = Sample(
         key,
         location,
         image,
         question=_text(item, "question"),
-        references=_texts(_first(item, *fields.references)),
+        references=_texts(references),
         answer_type=_text(types, "answer_type", "structural"),
         question_type=_text(types, "question_type", "semantic"),
     )
 
-    # 3. What is missing.
+    # 4. What is missing.
     values = {**vars(sample), "question_id": key}
     missing = [name for name in needed if values[name] in (None, "", [])]
     if missing:
         problem = f"{location}: has no {' and no '.join(missing)}."
         return replace(sample, key=location.rpartition(": ")[2], problem=problem)
     return sample
+
+
+def _samples(items: Iterable[tuple[str, Json]], needed: Sequence[str]) -> list[Sample]:
+    return [read_sample(location, item, needed) for location, item in items]
 
 
 def _first(item: JsonObject, *names: str) -> Json:

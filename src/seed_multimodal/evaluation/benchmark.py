@@ -34,7 +34,7 @@ from seed_multimodal.disk import JsonObject, folder_lock, replace_text, writing
 from seed_multimodal.entry import log_line, rank_and_world_size
 from seed_multimodal.errors import DataError, GenerationError, ImageError, pluralize
 from seed_multimodal.evaluation.annotations import Key, Sample, find_image_file
-from seed_multimodal.evaluation.metrics import finite_json
+from seed_multimodal.evaluation.metrics import finite_json, plain
 from seed_multimodal.images.io import open_image
 from seed_multimodal.models.registry import find_family
 from seed_multimodal.progress import Progress
@@ -55,8 +55,19 @@ BENCHMARKS = {
 }
 # Settings that may change when a run resumes: places, amounts, and what only scores depend on. Of
 # the file of samples the contents count.
-MAY_CHANGE = ("out", "file", "truth", "images", "split", "limit", "batch_size", "max_bad", "device")
-SCORING_ONLY = ("resolution", "inception")
+MAY_CHANGE = (
+    "out",
+    "file",
+    "truth",
+    "images",
+    "split",
+    "limit",
+    "batch_size",
+    "max_bad",
+    "device",
+    "resolution",
+    "inception",
+)
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 Line = JsonObject  # of a file of answers: a sample's id, and its answer or why there is none (bad)
 Images = Sequence[Image.Image | None]  # None: a caption without image
@@ -106,7 +117,7 @@ class Scores:
 
     Attributes:
         results: in the format of the benchmark's program.
-        values: name → score, or type of sample → score.
+        values: name → score or `Estimate`, or type of sample → score.
         notes: logged and kept in the summary.
     """
 
@@ -147,7 +158,7 @@ class Benchmark(Generic[SettingsT, SampleT]):
     def prepare(self, samples: Sequence[SampleT]) -> None:
         """Load what answers need besides `self.system`."""
 
-    def is_current(self, line: Line) -> bool:
+    def is_current(self, sample: SampleT, line: Line) -> bool:
         """Whether an earlier answer still counts, because what it was made from is the same."""
         return True
 
@@ -156,7 +167,7 @@ class Benchmark(Generic[SettingsT, SampleT]):
         raise NotImplementedError
 
     def score(self, samples: Sequence[SampleT], lines: Sequence[Line]) -> Scores:
-        """Results in the benchmark's format, and scores, of samples with their lines."""
+        """Results in the benchmark's format, and scores, of samples (at least one) and lines."""
         raise NotImplementedError
 
     # ---- for subclasses
@@ -165,6 +176,18 @@ class Benchmark(Generic[SettingsT, SampleT]):
         """Keywords of the methods that answer in text."""
         settings = self.settings
         return {"seed": settings.seed, "batch_size": settings.batch_size, **settings.options}
+
+    def draw(self, samples: Sequence[SampleT], num_images: int) -> list[list[Image.Image]]:
+        """`num_images` drawings of each sample's caption; seeds count those of all samples."""
+        settings = self.settings
+        options = {**settings.options, "batch_size": settings.batch_size}
+        if settings.prompts == "plain":
+            options["verbatim"] = True
+        captions = [sample.caption for sample in samples]
+        seeds = [settings.seed + num_images * sample.index for sample in samples]
+        drawings = self.system.draw(captions, seeds, num_images=num_images, **options)
+        starts = range(0, len(drawings), num_images)
+        return [drawings[start : start + num_images] for start in starts]
 
     def cut(self, text: str) -> str:
         """The answer; with plain prompts its first line.
@@ -205,15 +228,10 @@ def open_benchmark(command: str, **settings: object) -> AnyBenchmark:
 # ---- a run
 
 
-def run(
-    benchmark: AnyBenchmark,
-    load: Callable[[], MultimodalSystem | None],
-    samples: Sequence[Sample] | None = None,
-) -> JsonObject | None:
+def run(benchmark: AnyBenchmark, load: Callable[[], MultimodalSystem | None]) -> JsonObject | None:
     """Evaluate a system, also under torchrun; the same call resumes.
 
     load: called after the samples were read; None: drawings of a folder are judged.
-    samples: instead of those of the file.
 
     Returns the summary to the process that finishes last, else None.
 
@@ -224,7 +242,9 @@ def run(
     """
     # 1. The samples, then the system with its family's settings.
     settings = benchmark.settings
-    samples = (benchmark.samples() if samples is None else samples)[: settings.limit]
+    samples: Sequence[Sample] = benchmark.samples()[: settings.limit]
+    for index, sample in enumerate(samples):
+        sample.index = index
     system = load()
     if system is not None:
         if settings.prompts == "plain":
@@ -252,7 +272,7 @@ def run(
     usable = [sample for sample in samples if not sample.problem]
     usable_lines = [lines[sample.key] for sample in usable]
     finite_json(usable_lines, str(settings.out))
-    scores = benchmark.score(usable, usable_lines)
+    scores = benchmark.score(usable, usable_lines) if usable else Scores([], {})
     return _write_summary(settings.out, [lines[sample.key] for sample in samples], scores)
 
 
@@ -266,6 +286,7 @@ def _write_summary(out: Path, lines: Sequence[Line], scores: Scores) -> JsonObje
         "bad_first": bad[:5],
         **scores.values,
     }
+    summary = plain(summary)
     if scores.notes:
         summary["notes"] = scores.notes
     with writing(out, DataError):
@@ -288,7 +309,7 @@ def _answer_share(benchmark: AnyBenchmark, samples: Sequence[Sample]) -> dict[Ke
     lock_name = f".{file.name}.lock"
     with folder_lock(folder, DataError, "answering with this rank", name=lock_name):
         # Samples that failed are tried again.
-        lines = _read_lines(benchmark)
+        lines = _read_lines(benchmark, samples)
         todo = [sample for sample in share if "bad" in lines.get(sample.key, {"bad": ""})]
         n_answered = len(share) - len(todo)
         if n_answered:
@@ -298,7 +319,7 @@ def _answer_share(benchmark: AnyBenchmark, samples: Sequence[Sample]) -> dict[Ke
             )
         with Progress("evaluation", len(share), "sample", start=n_answered) as bar:
             _append_answers(benchmark, todo, file, bar)
-        return _read_lines(benchmark)
+        return _read_lines(benchmark, samples)
 
 
 def _append_answers(
@@ -342,8 +363,9 @@ def _answered(benchmark: AnyBenchmark, batch: Sequence[Sample]) -> list[Line]:
     return [{"id": sample.key, **line} for sample, line in zip(batch, lines, strict=True)]
 
 
-def _read_lines(benchmark: AnyBenchmark) -> dict[Key, Line]:
+def _read_lines(benchmark: AnyBenchmark, samples: Sequence[Sample]) -> dict[Key, Line]:
     """Each sample's line: the current answer, else the latest error."""
+    by_key = {sample.key: sample for sample in samples}
     lines: dict[Key, Line] = {}
     for path in sorted(benchmark.settings.out.glob("samples-*.jsonl")):
         for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
@@ -351,12 +373,14 @@ def _read_lines(benchmark: AnyBenchmark) -> dict[Key, Line]:
                 line = json.loads(text)
             except ValueError:  # blank or incomplete
                 continue
-            # An error does not replace an answer.
+            # An error does not replace an answer. A larger --limit had further samples.
+            key = line["id"]
             if "bad" in line:
-                if "bad" in lines.get(line["id"], line):
-                    lines[line["id"]] = line
-            elif benchmark.is_current(line):
-                lines[line["id"]] = line
+                counts = "bad" in lines.get(key, line)
+            else:
+                counts = key in by_key and benchmark.is_current(by_key[key], line)
+            if counts:
+                lines[key] = line
     return lines
 
 
@@ -367,8 +391,7 @@ def _identity(settings: Settings, system: MultimodalSystem | None) -> JsonObject
     """Settings, samples, and the weights (size and time of each file)."""
     # 1. The settings, and the contents of the files that they name.
     content = settings.file.read_bytes() if settings.file.is_file() else b""
-    free = (*MAY_CHANGE, *SCORING_ONLY)
-    values = {name: value for name, value in vars(settings).items() if name not in free}
+    values = {name: value for name, value in vars(settings).items() if name not in MAY_CHANGE}
     identity = {**values, "contents of the file of samples": _digest(content)}
     models: list[object] = list(values.values())
 

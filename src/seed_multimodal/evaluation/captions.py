@@ -60,7 +60,5 @@ class Captions(Benchmark[CaptionSettings, Sample]):
             captions[sample.key] = caption
             references[sample.key] = sample.references
             results.append({"image_id": sample.key, "caption": caption})
-        if not captions:
-            return Scores(results, {})
         scores, notes = caption_scores(captions, references)
         return Scores(results, {name: round(value, 4) for name, value in scores.items()}, notes)

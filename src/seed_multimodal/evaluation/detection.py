@@ -11,7 +11,7 @@ colours are read in). Other packages register theirs by an entry point of the gr
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -86,18 +86,12 @@ class Detection:
     mask: Image.Image | None = None
 
     def to_json(self) -> dict[str, Any]:
-        """Its fields without the mask, numbers rounded."""
+        """Its fields but the mask, numbers rounded."""
         fields: dict[str, Any] = {"label": self.label, "score": round(self.score, 4)}
         fields["box"] = [round(edge, 1) for edge in self.box]
         if self.colour:
             fields["colour"] = self.colour
         return fields
-
-    @classmethod
-    def from_json(cls, fields: Mapping[str, Any]) -> Detection:
-        left, top, right, bottom = fields["box"]
-        box = (left, top, right, bottom)
-        return cls(fields["label"], fields["score"], box, fields.get("colour", ""))
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Iterable, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -96,15 +97,13 @@ def fid(
     resolution: int,
 ) -> float:
     """FID of two drawings or more from real images, which are made squares first."""
-    # One batch at a time; the metric keeps sums of features only.
-    real = iter(images)
-    for start in range(0, len(drawings), BATCH):
-        drawn = [open_image(path).image for path in drawings[start : start + BATCH]]
-        squares = []
-        for _, image in zip(drawn, real, strict=False):
-            size = (resolution, resolution)
-            squares.append(resize_passes(plain_rgb(image), size, Image.Resampling.BICUBIC))
-        for are_real, batch in ((True, squares), (False, drawn)):
+    size = (resolution, resolution)
+    squares = (resize_passes(plain_rgb(image), size, Image.Resampling.BICUBIC) for image in images)
+    drawn = (open_image(path).image for path in drawings)
+    for are_real, stream in ((True, squares), (False, drawn)):
+        # One batch at a time; the metric keeps sums of features only.
+        for _ in range(0, len(drawings), BATCH):
+            batch = islice(stream, BATCH)
             pixels = torch.stack([to_bytes(image) for image in batch])  # uint8 [B, 3, S, S]
             metric.update(pixels.to(metric.device).float() / 255, real=are_real)
     return float(metric.compute())

@@ -12,12 +12,12 @@ and each must stand in the relation to each target.
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
+import numpy as np
 from PIL import Image
 from pydantic import BaseModel, Field
 
@@ -25,8 +25,8 @@ from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.evaluation.annotations import parse_item, read_items
 from seed_multimodal.evaluation.benchmark import Line, Scores
-from seed_multimodal.evaluation.judged import JudgedDrawings, JudgedPrompt, JudgedSettings
-from seed_multimodal.evaluation.metrics import bootstrap, mean_of_means, plain
+from seed_multimodal.evaluation.judged import JudgedDrawings, JudgedPrompt, JudgedSettings, estimate
+from seed_multimodal.evaluation.metrics import Estimate, grouped, mean_of_means
 from seed_multimodal.evaluation.text2image import find_clip
 from seed_multimodal.settings import setting
 
@@ -82,9 +82,9 @@ def read_object_prompts(path: str | Path) -> list[ObjectPrompt]:
                 raise DataError(
                     f"{location}: the position of {requirement.label!r} is to no earlier object."
                 )
-        prompt = ObjectPrompt(
-            index, location, references=[item.prompt], metadata=metadata, item=item
-        )
+        prompt = ObjectPrompt(index, location, references=[item.prompt], item=item)
+        prompt.metadata = metadata
+        prompt.group = item.tag
         prompts.append(prompt)
     return prompts
 
@@ -172,25 +172,19 @@ def _group_fault(
 
 
 def spatial_relations(item: Detection, target: Detection) -> set[str]:
-    """Relations of an object to another, of `RELATIONS`.
+    """Relations of an object to another.
 
     The offset of the centres is reduced by `MARGIN` of both sizes; each component of what is left
     counts if it is more than half of the whole offset's length.
     """
-    reduced: list[float] = []
-    offsets: list[float] = []
-    for axis in (0, 1):
-        start, end = item.box[axis], item.box[axis + 2]
-        target_start, target_end = target.box[axis], target.box[axis + 2]
-        offset = (start + end - target_start - target_end) / 2
-        margin = MARGIN * (abs(end - start) + abs(target_end - target_start))
-        offsets.append(offset)
-        reduced.append(math.copysign(max(abs(offset) - margin, 0.0), offset))
-    length = math.hypot(*offsets)
-    if max(map(abs, reduced)) < 1e-3:
+    corners = np.reshape([item.box, target.box], (2, 2, 2))  # box, corner, axis
+    offset = corners[0].mean(0) - corners[1].mean(0)
+    sides = np.abs(corners[:, 1] - corners[:, 0])
+    reduced = np.sign(offset) * np.maximum(np.abs(offset) - MARGIN * sides.sum(0), 0)
+    if np.abs(reduced).max() < 1e-3:
         return set()
 
-    right, down = (component / length for component in reduced)
+    right, down = reduced / np.linalg.norm(offset)
     relations: set[str] = set()
     if abs(right) > 0.5:
         relations.add("right of" if right > 0 else "left of")
@@ -297,39 +291,35 @@ class GenEval(JudgedDrawings[GenEvalSettings, ObjectPrompt]):
 
         # 1. The verdict of each image.
         results: list[JsonObject] = []
-        hits: dict[str, list[bool]] = {}  # of each kind
-        prompts: dict[str, list[int]] = {}
         images = self.judged_images(samples, lines)
         for image in images:
-            sample: ObjectPrompt = image.sample
-            fault = lines[image.index].get("bad", "")
-            if image.exists:
-                detections = [Detection.from_json(row) for row in image.verdict]
-                fault = "\n".join(rule_faults(sample, detections))
-            hits.setdefault(sample.item.tag, []).append(not fault)
-            prompts.setdefault(sample.item.tag, []).append(image.index)
+            fault = image.fault
+            if not fault:
+                detections = [Detection(**row) for row in image.verdict]
+                fault = "\n".join(rule_faults(image.sample, detections))
+            image.score = float(not fault)
+            image.caption = fault or "correct"
             results.append(
                 {
-                    "filename": f"{self.indices[sample.key]:05d}/samples/{image.number:04d}.png",
-                    "tag": sample.item.tag,
-                    "prompt": sample.caption,
+                    "filename": f"{image.sample.index:05d}/samples/{image.number:04d}.png",
+                    "tag": image.sample.group,
+                    "prompt": image.sample.caption,
                     "correct": not fault,
                     "reason": fault,
-                    "metadata": json.dumps(sample.metadata),
+                    "metadata": json.dumps(image.sample.metadata),
                 }
             )
-        if not results:
-            return Scores(results, {})
+        self.write_sheet(images)
 
-        # 2. The scores; images of a prompt are resampled together.
-        kinds = {tag: bootstrap(hits[tag], prompts[tag]) for tag in hits}
-        solved = {image.index for image, row in zip(images, results, strict=True) if row["correct"]}
+        # 2. The scores; a prompt counts as correct if one of its images is.
+        kinds: dict[str, Estimate] = {}
+        for tag, of_tag in grouped(images, [row["tag"] for row in results]).items():
+            kinds[tag] = estimate(of_tag, [image.score for image in of_tag])
+        solved = {image.sample.index for image in images if image.score}
         values = {
-            "score": plain(mean_of_means(list(kinds.values()))),
-            "kinds": plain(kinds),
+            "score": mean_of_means(list(kinds.values())),
+            "kinds": kinds,
             "images": len(results),
             "prompts_correct": round(len(solved) / len(samples), 4),
         }
-        captions = [row["reason"] or "correct" for row in results]
-        self.write_sheet(images, captions, [row["tag"] for row in results])
         return Scores(results, values)

@@ -10,7 +10,7 @@ import json
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from PIL import Image
 
@@ -18,13 +18,10 @@ from seed_multimodal.disk import JsonObject, replace_text, writing
 from seed_multimodal.errors import ConfigError, DataError, ImageError
 from seed_multimodal.evaluation.annotations import Sample
 from seed_multimodal.evaluation.benchmark import Benchmark, Images, Line, Settings
-from seed_multimodal.evaluation.text2image import draw_captions
+from seed_multimodal.evaluation.metrics import Estimate, bootstrap
 from seed_multimodal.images.io import open_image, save_image
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 from seed_multimodal.settings import setting
-
-if TYPE_CHECKING:
-    import torch
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SHEET_COLUMNS = 8
@@ -51,24 +48,38 @@ class JudgedSettings(Settings):
 
 @dataclass
 class JudgedPrompt(Sample):
-    """A prompt of such a benchmark: its only reference; `metadata`: its item in the file."""
+    """A prompt of such a benchmark: its only reference.
+
+    metadata: its item in the file. group: its row of the sheet.
+    """
 
     metadata: JsonObject = field(default_factory=dict)
+    group: str = "drawings"
 
 
 SettingsT = TypeVar("SettingsT", bound=JudgedSettings)
 PromptT = TypeVar("PromptT", bound=JudgedPrompt)
 
 
-@dataclass(frozen=True)
+@dataclass
 class JudgedImage:
-    """What the judge says about image `number` of the prompt with this index, if it is there."""
+    """What the judge says about image `number` of a prompt.
 
-    index: int
-    number: int
+    fault: why there is no image.
+    score, caption: of the benchmark, for its figures and the sheet.
+    """
+
     sample: Any
+    number: int
     verdict: Any
-    exists: bool
+    fault: str
+    score: float = 0.0
+    caption: str = ""
+
+
+def estimate(images: Sequence[JudgedImage], values: Sequence[float]) -> Estimate:
+    """The mean of a value of each image; those of a prompt are resampled together."""
+    return bootstrap(values, [image.sample.index for image in images])
 
 
 class JudgedDrawings(Benchmark[SettingsT, PromptT]):
@@ -97,35 +108,26 @@ class JudgedDrawings(Benchmark[SettingsT, PromptT]):
             raise ConfigError(f"{folder}: no such folder.")
         self.folder = folder or settings.out / "images"
 
-    @property
-    def judge_device(self) -> torch.device:
-        """The device of the judge."""
+    def prepare(self, samples: Sequence[PromptT]) -> None:
         from seed_multimodal.device import choose_device
 
-        return choose_device(self.settings.device, log=None).device
-
-    def prepare(self, samples: Sequence[PromptT]) -> None:
-        self.prompts = {sample.key: sample for sample in samples}
-        self.indices = {sample.key: index for index, sample in enumerate(samples)}
+        self.judge_device = choose_device(self.settings.device, log=None).device
 
     def answer(self, samples: Sequence[PromptT], images: Images) -> list[Line]:
-        """Draw or open the images of a batch, and judge them."""
-        # 1. The images of each prompt.
-        are_drawn = self.settings.image_folder is None
-        drawings: list[list[Image.Image]] = []
-        if are_drawn:
-            indices = [self.indices[sample.key] for sample in samples]
-            drawings = draw_captions(self.system, self.settings, samples, indices, self.count)
+        """Draw the images of a batch, unless they are there, and judge them."""
+        # 1. The drawings, in their files.
+        settings = self.settings
+        if settings.image_folder is None:
+            drawings = self.draw(samples, self.count)
             for sample, of_prompt in zip(samples, drawings, strict=True):
                 self.save(sample, of_prompt)
-        else:
-            drawings = [self.read(sample) for sample in samples]
 
         # 2. What the judge says about them, and which images of a folder these were.
         lines: list[Line] = []
-        for sample, of_prompt in zip(samples, drawings, strict=True):
-            line = {"caption": sample.caption, self.verdicts: self.judge(sample, of_prompt)}
-            if not are_drawn:
+        for sample in samples:
+            verdicts = self.judge(sample, self.read(sample))
+            line = {"caption": sample.caption, self.verdicts: verdicts}
+            if settings.image_folder is not None:
                 line["files"] = self.file_states(sample)
             lines.append(line)
         return lines
@@ -134,16 +136,13 @@ class JudgedDrawings(Benchmark[SettingsT, PromptT]):
         """What the judge says about each image of a prompt."""
         raise NotImplementedError
 
-    def is_current(self, line: Line) -> bool:
+    def is_current(self, sample: PromptT, line: Line) -> bool:
         """Whether the images that a line of an earlier run judges are still there."""
-        sample = self.prompts.get(line["id"])
-        if sample is None:
-            return True
         try:
             states = self.file_states(sample)
         except (ImageError, OSError):
             return False
-        return self.settings.image_folder is None or line.get("files") == states
+        return bool(line.get("files", states) == states)
 
     def file_states(self, sample: PromptT) -> list[list[object]]:
         """Name, size and time of the files of a prompt. Raises ImageError: none."""
@@ -157,7 +156,7 @@ class JudgedDrawings(Benchmark[SettingsT, PromptT]):
 
     def save(self, sample: PromptT, images: Sequence[Image.Image]) -> None:
         """Write drawings. Raises DataError: the disk refuses."""
-        target = self.folder / f"{self.indices[sample.key]:05d}"
+        target = self.folder / f"{sample.index:05d}"
         with writing(target, DataError):
             target.mkdir(parents=True, exist_ok=True)
             replace_text(target / "metadata.jsonl", json.dumps(sample.metadata) + "\n")
@@ -166,7 +165,7 @@ class JudgedDrawings(Benchmark[SettingsT, PromptT]):
 
     def files(self, sample: PromptT) -> list[Path]:
         """The files with the images of a prompt. Raises ImageError: none."""
-        folder = self.folder / f"{self.indices[sample.key]:05d}" / "samples"
+        folder = self.folder / f"{sample.index:05d}" / "samples"
         files = sorted(file for file in folder.glob("*") if file.suffix in IMAGE_SUFFIXES)
         if not files:
             raise ImageError(f"there is no image in {folder}.")
@@ -182,23 +181,20 @@ class JudgedDrawings(Benchmark[SettingsT, PromptT]):
         """All images; a prompt without images has as many wrong ones as others have images."""
         n_missing = max((len(line.get(self.verdicts, [])) for line in lines), default=0) or 1
         images: list[JudgedImage] = []
-        for index, (sample, line) in enumerate(zip(samples, lines, strict=True)):
-            exists = self.verdicts in line
-            verdicts = line[self.verdicts] if exists else [None] * n_missing
+        for sample, line in zip(samples, lines, strict=True):
+            verdicts = line.get(self.verdicts, [None] * n_missing)
             for number, verdict in enumerate(verdicts):
-                images.append(JudgedImage(index, number, sample, verdict, exists))
+                images.append(JudgedImage(sample, number, verdict, line.get("bad", "")))
         return images
 
-    def write_sheet(
-        self, images: Sequence[JudgedImage], captions: Sequence[str], groups: Sequence[str]
-    ) -> None:
+    def write_sheet(self, images: Sequence[JudgedImage]) -> None:
         """Write OUT/sheet.png: of each group the first images, with their captions."""
         rows: dict[str, Row] = {}
-        for image, caption, group in zip(images, captions, groups, strict=True):
-            row = rows.setdefault(group, Row(group))
-            if image.number == 0 and image.exists and len(row.cells) < SHEET_COLUMNS:
-                first = self.read(image.sample)[0]
-                row.cells.append(Cell(first, caption, image.sample.caption))
+        for image in images:
+            sample = image.sample
+            row = rows.setdefault(sample.group, Row(sample.group))
+            if image.number == 0 and not image.fault and len(row.cells) < SHEET_COLUMNS:
+                row.cells.append(Cell(self.read(sample)[0], image.caption, sample.caption))
         out = self.settings.out
         sheet = contact_sheet(list(rows.values()), str(out), columns=SHEET_COLUMNS)
         save_image(sheet, out / "sheet.png", DataError)

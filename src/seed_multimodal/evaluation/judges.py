@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
@@ -55,22 +56,22 @@ def answer_forms(answer: str) -> list[str]:
     return list(dict.fromkeys(forms))  # digits have one form
 
 
-def load_judge(name: str, device: str) -> QuestionJudge:
+def load_judge(name: str, device: torch.device) -> QuestionJudge:
     """The judge of a name or folder. Raises CheckpointError, ConfigError: no such model."""
     # A folder of transformers; other folders are systems, a training's checkpoint, too.
     config = Path(name) / "config.json"
     if config.is_file() and not config.with_name("system.json").is_file():
         if read_json_object(config).get("model_type") in MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES:
-            return HubJudge(Path(name), torch.device(device))
+            return HubJudge(Path(name), device)
     return SystemJudge(name, device)
 
 
 class SystemJudge:
     """A system of this library, which is asked for one word or phrase."""
 
-    def __init__(self, name: str, device: str) -> None:
+    def __init__(self, name: str, device: torch.device) -> None:
         self.system = MultimodalSystem.from_pretrained(
-            name, device=device, load_decoder=False, log=None
+            name, device=str(device), load_decoder=False, log=None
         )
 
     def probabilities(self, image: Image.Image, questions: Sequence[Question]) -> list[list[float]]:
@@ -82,12 +83,12 @@ class SystemJudge:
 
         # 2. The forms of an answer together.
         probabilities: list[list[float]] = []
-        for item, item_forms, row in zip(questions, forms, likelihoods, strict=True):
-            by_form = {
-                form: math.exp(likelihood.total)
-                for form, likelihood in zip(item_forms, row, strict=True)
-            }
-            probabilities.append([sum(by_form[form] for form in answer) for answer in item.answers])
+        for item, row in zip(questions, likelihoods, strict=True):
+            of_forms = iter(row)
+            probabilities.append([])
+            for answer in item.answers:
+                of_answer = islice(of_forms, len(answer))
+                probabilities[-1].append(sum(math.exp(form.total) for form in of_answer))
         return probabilities
 
 

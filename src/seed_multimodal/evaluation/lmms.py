@@ -14,11 +14,12 @@ force_image    false: the system decides whether it draws (default: every answer
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import fields
+from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from lmms_eval.api.instance import GenerationResult, Instance, TokenCounts
 from lmms_eval.api.model import lmms
@@ -30,13 +31,14 @@ from seed_multimodal.device import limit_threads
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import DataError, GenerationError, ImageError, RequestError
+from seed_multimodal.evaluation.metrics import grouped
 from seed_multimodal.images.io import save_image
 from seed_multimodal.inference.prompt import GenerationSettings
-from seed_multimodal.language.answer import Answer
 from seed_multimodal.language.messages import Message, read_messages
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.progress import Progress
 
+T = TypeVar("T")
 MODEL = ModelManifest(
     "seed",
     simple_class_path=f"{__name__}.SimpleSeedModel",
@@ -80,18 +82,21 @@ class SeedModel(lmms):  # type: ignore[misc]
     def generate_until(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """Each answer, in the order of `requests`."""
         # Requests with equal settings are answered together.
-        by_settings: dict[str, list[int]] = {}
-        for index, request in enumerate(requests):
-            by_settings.setdefault(str(self._options(request)), []).append(index)
+        settings = [str(self._options(request)) for request in requests]
         results: dict[int, GenerationResult] = {}
-        with Progress("answer", len(requests), "sample") as bar:
-            for indices in by_settings.values():
-                for start in range(0, len(indices), self.batch):
-                    batch = indices[start : start + self.batch]
-                    answers = self._answered([requests[index] for index in batch])
-                    results |= zip(batch, answers, strict=True)
-                    bar.update(len(batch))
+        for batch in self._batches(grouped(range(len(requests)), settings), "answer"):
+            answers = self._answered([requests[index] for index in batch])
+            results |= zip(batch, answers, strict=True)
         return [results[index] for index in range(len(requests))]
+
+    def _batches(self, groups: Mapping[str, list[T]], label: str) -> Iterator[list[T]]:
+        """Batches of items of one group each, with a progress bar."""
+        with Progress(label, sum(map(len, groups.values())), "sample") as bar:
+            for group in groups.values():
+                for start in range(0, len(group), self.batch):
+                    batch = group[start : start + self.batch]
+                    yield batch
+                    bar.update(len(batch))
 
     def _answered(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """Answers of a batch; one that fails is answered one by one."""
@@ -125,39 +130,30 @@ class SeedModel(lmms):  # type: ignore[misc]
     def _image_answers(self, requests: Sequence[Instance]) -> list[GenerationResult]:
         """JSON with the texts and the files of images."""
         conversations = [self._conversation(request) for request in requests]
+
+        # 1. The system decides what it draws; the engine batches answers of several threads.
         if not self.force_image:
-            return self._free_answers(requests, conversations)
+            options = generation_settings(self._options(requests[0]))
+            with ThreadPoolExecutor(self.batch) as pool:
+                answers = pool.map(lambda turns: self.system.chat(turns, **options), conversations)
+            return [
+                self._saved(request, answer.text, answer.images)
+                for request, answer in zip(requests, answers, strict=True)
+            ]
 
-        # A text is drawn; an instruction with images edits them.
-        drawn: dict[int, Image.Image] = {}
-        for edits in (False, True):
-            rows = [row for row, turns in enumerate(conversations) if _edits(turns) == edits]
-            texts = [conversations[row][0].text for row in rows]
-            images: list[Image.Image] = []
-            if edits and rows:
-                sources = [conversations[row][0].images for row in rows]
+        # 2. A text is drawn; an instruction with images edits them.
+        results: dict[int, GenerationResult] = {}
+        for edits, rows in grouped(range(len(requests)), map(_edits, conversations)).items():
+            messages = [conversations[row][0] for row in rows]
+            texts = [message.text for message in messages]
+            if edits:
+                sources = [message.images for message in messages]
                 images = self.system.edit(sources, texts, batch_size=self.batch)
-            elif rows:
+            else:
                 images = self.system.draw(texts, batch_size=self.batch)
-            drawn |= zip(rows, images, strict=True)
-        return [self._saved(request, "", [drawn[row]]) for row, request in enumerate(requests)]
-
-    def _free_answers(
-        self, requests: Sequence[Instance], conversations: Sequence[Sequence[Message]]
-    ) -> list[GenerationResult]:
-        """Answers of text and images; the engine batches those of several threads."""
-        options = generation_settings(self._options(requests[0]))
-
-        def reply(turns: Sequence[Message]) -> Answer:
-            answer: Answer = self.system.chat(turns, **options)
-            return answer
-
-        with ThreadPoolExecutor(self.batch) as pool:
-            answers = list(pool.map(reply, conversations))
-        return [
-            self._saved(request, answer.text, answer.images)
-            for request, answer in zip(requests, answers, strict=True)
-        ]
+            for row, image in zip(rows, images, strict=True):
+                results[row] = self._saved(requests[row], "", [image])
+        return [results[row] for row in range(len(requests))]
 
     def _saved(
         self, request: Instance, text: str, images: Sequence[Image.Image]
@@ -204,30 +200,27 @@ class SimpleSeedModel(SeedModel):
         makes a text of any result that is no `GenerationResult`, also of a pair.
         """
         # 1. Requests about the same sample share a prompt.
-        samples: dict[tuple[Any, ...], list[int]] = {}
-        for index, request in enumerate(requests):
+        samples: list[tuple[Any, ...]] = []
+        for request in requests:
             if len(request.args) == 2:
                 raise NotImplementedError("Unconditional likelihoods are not supported.")
             context, _, _, *sample = request.args
-            samples.setdefault((context, *sample), []).append(index)
+            samples.append((context, *sample))
+        indices_of_samples = list(grouped(range(len(requests)), samples).values())
 
         # 2. Their likelihoods.
         results: dict[int, GenerationResult] = {}
-        rows = list(samples.values())
-        with Progress("likelihood", len(requests), "answer") as bar:
-            for start in range(0, len(rows), self.batch):
-                batch = rows[start : start + self.batch]
-                likelihoods = self.system.answer_likelihoods(
-                    [self._conversation(requests[indices[0]]) for indices in batch],
-                    [[self._answer(requests[index]) for index in indices] for indices in batch],
-                    "ask",
-                    batch_size=self.batch,
-                )
-                for indices, of_sample in zip(batch, likelihoods, strict=True):
-                    for index, likelihood in zip(indices, of_sample, strict=True):
-                        pair = (-likelihood.mean, likelihood.is_greedy)
-                        results[index] = GenerationResult(pair)
-                    bar.update(len(indices))
+        for batch in self._batches({"": indices_of_samples}, "likelihood"):
+            rows = self.system.answer_likelihoods(
+                [self._conversation(requests[indices[0]]) for indices in batch],
+                [[self._answer(requests[index]) for index in indices] for indices in batch],
+                "ask",
+                batch_size=self.batch,
+            )
+            likelihoods = chain.from_iterable(rows)
+            for index, likelihood in zip(chain.from_iterable(batch), likelihoods, strict=True):
+                pair = (-likelihood.mean, likelihood.is_greedy)
+                results[index] = GenerationResult(pair)
         return [results[index] for index in range(len(requests))]
 
     def _answer(self, request: Instance) -> str:

@@ -6,7 +6,7 @@ import json
 import math
 from collections.abc import Hashable, Iterable, Sequence
 from dataclasses import asdict, dataclass
-from typing import Any, TypeAlias
+from typing import Any, TypeAlias, TypeVar
 
 import numpy as np
 from numpy.typing import ArrayLike, NDArray
@@ -15,6 +15,8 @@ from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import DataError
 
 FloatArray: TypeAlias = NDArray[np.floating]
+Value = TypeVar("Value")
+Group = TypeVar("Group", bound=Hashable)
 RESAMPLES = 1000
 PREFIXES = (1, 2, 4, 8, 16, 32)
 
@@ -47,11 +49,9 @@ class Estimate:
 
     def to_json(self) -> dict[str, float | int | None]:
         """The fields, rounded; None values for an empty estimate."""
-        fields: dict[str, float | int | None] = {}
-        for name, value in asdict(self).items():
-            is_nan = isinstance(value, float) and math.isnan(value)
-            fields[name] = None if is_nan else round(value, 4)
-        return fields
+        if not self.n:
+            return {"value": None, "low": None, "high": None, "n": 0}
+        return {name: round(value, 4) for name, value in asdict(self).items()}
 
 
 def bootstrap(values: ArrayLike, groups: Iterable[Hashable] | None = None) -> Estimate:
@@ -69,11 +69,9 @@ def bootstrap(values: ArrayLike, groups: Iterable[Hashable] | None = None) -> Es
         return Estimate(math.nan, math.nan, math.nan, 0)
 
     # 1. Sum and number of the values of each group.
-    index_of: dict[Hashable, int] = {}
-    names = range(data.size) if groups is None else groups
-    indices = [index_of.setdefault(name, len(index_of)) for name in names]
-    sums = np.bincount(indices, weights=data)
-    counts = np.bincount(indices)
+    rows = grouped(data.tolist(), range(data.size) if groups is None else groups).values()
+    sums = np.array([sum(row) for row in rows])
+    counts = np.array([len(row) for row in rows])
 
     # 2. Means of resampled groups.
     rng = np.random.default_rng(0)
@@ -85,13 +83,18 @@ def bootstrap(values: ArrayLike, groups: Iterable[Hashable] | None = None) -> Es
     return Estimate(float(data.mean()), float(low), float(high), int(data.size))
 
 
+def grouped(values: Iterable[Value], groups: Iterable[Group]) -> dict[Group, list[Value]]:
+    """The values of each group, in their order."""
+    by_group: dict[Group, list[Value]] = {}
+    for value, group in zip(values, groups, strict=True):
+        by_group.setdefault(group, []).append(value)
+    return by_group
+
+
 def group_means(values: Sequence[float], groups: Sequence[str]) -> dict[str, float]:
     """The mean of the values of each group, rounded; those of the group "" are left out."""
-    by_group: dict[str, list[float]] = {}
-    for value, group in zip(values, groups, strict=True):
-        if group:
-            by_group.setdefault(group, []).append(value)
-    return {name: round(sum(row) / len(row), 2) for name, row in sorted(by_group.items())}
+    rows = sorted(grouped(values, groups).items())
+    return {name: round(sum(row) / len(row), 2) for name, row in rows if name}
 
 
 def mean_of_means(estimates: Sequence[Estimate]) -> Estimate:

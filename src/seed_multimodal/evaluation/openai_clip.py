@@ -30,16 +30,20 @@ NAME = "openai_clip_ViT-L-14.bin"
 PIECES = "bpe_simple_vocab_16e6.txt.gz"
 # Those that CLIP uses; two pieces for each byte come before, two special ones after.
 MERGES = 49_152 - 256 - 2
-# OpenAI's names → transformers', in a vision or text model.
+# OpenAI's names → transformers', one after another.
 RENAMED = (
-    (r"^visual\.class_embedding$", "embeddings.class_embedding"),
-    (r"^visual\.conv1", "embeddings.patch_embedding"),
-    (r"^(visual\.)?positional_embedding$", "embeddings.position_embedding.weight"),
-    (r"^token_embedding", "embeddings.token_embedding"),
-    (r"^visual\.ln_pre", "pre_layrnorm"),
-    (r"^visual\.ln_post", "post_layernorm"),
-    (r"^ln_final", "final_layer_norm"),
-    (r"^(visual\.)?transformer\.resblocks", "encoder.layers"),
+    (r"^visual\.proj$", "visual_projection.weight"),
+    (r"^text_projection$", "text_projection.weight"),
+    (r"^visual\.", "vision_model."),
+    (r"^(?!vis|text_)", "text_model."),
+    (r"\.class_embedding$", ".embeddings.class_embedding"),
+    (r"\.conv1", ".embeddings.patch_embedding"),
+    (r"\.positional_embedding$", ".embeddings.position_embedding.weight"),
+    (r"\.token_embedding", ".embeddings.token_embedding"),
+    (r"\.ln_pre", ".pre_layrnorm"),
+    (r"\.ln_post", ".post_layernorm"),
+    (r"\.ln_final", ".final_layer_norm"),
+    (r"\.transformer\.resblocks", ".encoder.layers"),
     (r"\.attn\.out_proj", ".self_attn.out_proj"),
     (r"\.ln_(\d)\.", r".layer_norm\1."),
     (r"\.mlp\.c_fc", ".mlp.fc1"),
@@ -95,8 +99,9 @@ def load_openai_clip(
     text = CLIPTextModelWithProjection(text_config)
 
     # 3. The weights in them.
-    for model, prefix in ((vision, "vision_model."), (text, "text_model.")):
-        assign_strictly(model, _renamed(state, prefix), file, allow_unexpected=["*position_ids"])
+    renamed = _renamed(state)
+    for model, others in ((vision, "text_*"), (text, "vis*")):
+        assign_strictly(model, renamed, file, allow_unexpected=["*position_ids", others])
         model.to(device).requires_grad_(False).eval()
     return vision, text_embedder(text, read_pieces(Path(file).parent), device)
 
@@ -114,27 +119,22 @@ def _sizes(state: Mapping[str, Tensor], part: str, projection: str, width: int) 
     }
 
 
-def _renamed(state: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
-    """Tensors of the vision or text model by transformers' names."""
-    # 1. The projection, which OpenAI multiplies from the right.
-    is_vision = prefix == "vision_model."
-    projection = "visual.proj" if is_vision else "text_projection"
-    new_projection = "visual_projection.weight" if is_vision else "text_projection.weight"
-    renamed = {new_projection: state[projection].float().T.contiguous()}
-
-    # 2. All other tensors of this model, without scalars of the file (such as `logit_scale`).
+def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Tensors by transformers' names, without the file's scalars (such as `logit_scale`)."""
+    renamed: dict[str, Tensor] = {}
     for name, value in state.items():
-        is_scalar = "." not in name and name != "positional_embedding"
-        if name.startswith("visual.") != is_vision or name == projection or is_scalar:
+        if not value.ndim:
             continue
         for pattern, new in RENAMED:
             name = re.sub(pattern, new, name)
         block, separator, kind = name.partition(".attn.in_proj_")
         if separator:  # queries, keys and values in one
             for letter, part in zip("qkv", value.float().chunk(3), strict=True):
-                renamed[f"{prefix}{block}.self_attn.{letter}_proj.{kind}"] = part
+                renamed[f"{block}.self_attn.{letter}_proj.{kind}"] = part
+        elif name.endswith("projection.weight"):  # OpenAI multiplies from the right
+            renamed[name] = value.float().T.contiguous()
         else:
-            renamed[prefix + name] = value.float()
+            renamed[name] = value.float()
     return renamed
 
 

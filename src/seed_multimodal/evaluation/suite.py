@@ -35,6 +35,7 @@ if TYPE_CHECKING:
 ROWS = Path(__file__).with_name("suite.yaml")
 TOKENIZER = "tokenizer"
 RESULTS = "suite.json"
+NO_FIGURE: JsonObject = {"ours": None, "samples": 0, "bad": 0, "not_run": ""}
 
 
 @dataclass(frozen=True)
@@ -107,26 +108,26 @@ def run_suite(settings: SuiteSettings, load: Callable[[], MultimodalSystem]) -> 
     same_run = {"model": settings.model, "limit": settings.limit}
     earlier: dict[str, JsonObject] = {}
     if settings.only and file.is_file():
-        for entry in json.loads(file.read_text(encoding="utf-8")):
-            if entry.items() >= same_run.items():
-                earlier[entry["benchmark"]] = entry
+        for figure in json.loads(file.read_text(encoding="utf-8")):
+            if figure.items() >= same_run.items():
+                earlier[figure["benchmark"]] = figure
 
     # 2. The rows; runs that several share are done once.
     outcomes: dict[str, JsonObject | str] = {}  # of a run: its summary, or the reason
     load = functools.cache(load)
     entries: list[JsonObject] = []
-    compared = settings.compare or settings.model
     for row in rows:
+        entry: JsonObject = {"benchmark": row.name, **same_run, "metric": row.metric, **NO_FIGURE}
         if settings.only and row.kind not in settings.only:
-            figure = earlier.get(row.name, _figure(row, "not asked for"))
+            entry |= earlier.get(row.name, {"not_run": "not asked for"})
         else:
             if row.run_name not in outcomes:
                 log_line(f"{row.name}: {row.kind} on {settings.data / row.file}")
                 outcomes[row.run_name] = _outcome(settings, row, load)
-            figure = _figure(row, outcomes[row.run_name])
-        published, source = row.published.get(compared, (None, None))
-        labels = {"benchmark": row.name, **same_run, "metric": row.metric}
-        entries.append({**labels, **figure, "published": published, "source": source})
+            entry |= _figure(row, outcomes[row.run_name])
+        compared = settings.compare or settings.model
+        entry["published"], entry["source"] = row.published.get(compared, (None, None))
+        entries.append(entry)
 
     # 3. The table.
     with writing(settings.out, DataError):
@@ -141,9 +142,10 @@ def _outcome(
 ) -> JsonObject | str:
     """The summary of a run, or why there is none."""
     # 1. Its files.
-    files = {"file": settings.data / row.file, "images": settings.data / row.images}
-    if row.truth:
-        files["truth"] = settings.data / row.truth
+    files: dict[str, Path] = {}
+    for name in ("file", "truth", "images"):
+        if getattr(row, name):
+            files[name] = settings.data / getattr(row, name)
     for path in files.values():
         if not path.exists():
             return f"{path} is missing"
@@ -179,24 +181,24 @@ def _fields_of(kind: Any, values: Mapping[str, object]) -> dict[str, Any]:
 
 def _figure(row: SuiteRow, outcome: JsonObject | str) -> JsonObject:
     """The figure of a row in the summary of its run: `ours`, or why there is none: `not_run`."""
-    figure: JsonObject = {"ours": None, "samples": 0, "bad": 0, "not_run": ""}
     if isinstance(outcome, str):
-        return {**figure, "not_run": outcome}
+        return {"not_run": outcome}
 
     # 1. Without usable samples there is no figure.
-    figure["samples"] = outcome.get("samples") or outcome.get("n", 0)
-    figure["bad"] = outcome.get("bad", 0)
-    if figure["bad"] and figure["bad"] == figure["samples"]:
-        return {**figure, "not_run": f"no sample is usable: {outcome['bad_first'][0]}"}
+    counts = {
+        "samples": outcome.get("samples") or outcome.get("n", 0),
+        "bad": outcome.get("bad", 0),
+    }
+    if counts["bad"] and counts["bad"] == counts["samples"]:
+        return {**counts, "not_run": f"no sample is usable: {outcome['bad_first'][0]}"}
 
     # 2. The figure.
     value: Any = outcome
     for key in row.metric.split("."):
-        if not isinstance(value, Mapping) or value.get(key) is None:
-            missing = row.needs or f"{row.metric} in the summary"
-            return {**figure, "samples": 0, "bad": 0, "not_run": f"needs {missing}"}
-        value = value[key]
-    return {**figure, "ours": round(float(value) * row.scale, 2)}
+        value = value.get(key) if isinstance(value, Mapping) else None
+    if value is None:
+        return {"not_run": f"needs {row.needs or row.metric}"}
+    return {**counts, "ours": round(float(value) * row.scale, 2)}
 
 
 def suite_table(entries: Sequence[JsonObject]) -> str:
@@ -209,7 +211,8 @@ def suite_table(entries: Sequence[JsonObject]) -> str:
         samples = str(entry["samples"] or "")
         if entry["bad"]:
             samples += f", {entry['bad']} of them unusable"
-        published = [entry[name] or "" for name in ("published", "source")]
-        cells = (entry["benchmark"], entry["metric"], ours, samples, *published)
-        lines.append("| " + " | ".join(map(str, cells)) + " |")
+        published = f"{entry['published'] or ''} | {entry['source'] or ''}"
+        lines.append(
+            f"| {entry['benchmark']} | {entry['metric']} | {ours} | {samples} | {published} |"
+        )
     return "\n".join(lines) + "\n"

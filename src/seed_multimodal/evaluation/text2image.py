@@ -7,20 +7,24 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from PIL import Image
-
 from seed_multimodal.disk import JsonObject, text_stem
 from seed_multimodal.errors import CheckpointError, DataError, first_line, install_hint
 from seed_multimodal.evaluation.annotations import Sample, read_captions
-from seed_multimodal.evaluation.benchmark import Benchmark, Images, Line, Scores, Settings
+from seed_multimodal.evaluation.benchmark import Benchmark, Images, Line, Scores
 from seed_multimodal.evaluation.captions import CaptionFile
 from seed_multimodal.images.io import save_image
 from seed_multimodal.settings import setting
 
 if TYPE_CHECKING:
     from seed_multimodal.evaluation.drawing import ClipScores
-    from seed_multimodal.pipelines.base import MultimodalSystem
 
+BUILT_IN = Path("built in")  # instead of a file: the captions of the original program
+CAPTIONS = (
+    "A small wooden house on a snowy hill in the evening",
+    "A lighthouse at the sea in a storm, oil painting",
+    "Three sailing boats on a calm lake at sunrise",
+    "The word HELLO written in the sand of a beach",
+)
 CLIP_FOLDER = Path("pretrained/clip-vit-large-patch14")
 # Below about the number of Inception's features (2,048) the covariance is singular.
 FID_IMAGES = 2000
@@ -48,7 +52,7 @@ class OriginalDrawings(CaptionFile):
     """Settings of the original program, which has captions of its own."""
 
     file: Path = setting(
-        Path("built in"), flag="--captions", metavar="FILE", help="as of seed eval text2image"
+        BUILT_IN, flag="--captions", metavar="FILE", help="as of seed eval text2image"
     )
 
 
@@ -71,24 +75,6 @@ def find_clip(
     return clip
 
 
-def draw_captions(
-    system: MultimodalSystem,
-    settings: Settings,
-    samples: Sequence[Sample],
-    indices: Sequence[int],
-    num_images: int,
-) -> list[list[Image.Image]]:
-    """`num_images` drawings of each sample's caption; seeds count the `indices` of all samples."""
-    options = {**settings.options, "batch_size": settings.batch_size}
-    if settings.prompts == "plain":
-        options["verbatim"] = True
-    captions = [sample.caption for sample in samples]
-    seeds = [settings.seed + num_images * index for index in indices]
-    drawings = system.draw(captions, seeds, num_images=num_images, **options)
-    starts = range(0, len(drawings), num_images)
-    return [drawings[start : start + num_images] for start in starts]
-
-
 class Drawings(Benchmark[DrawingSettings, Sample]):
     """Drawings of captions; file names count the samples."""
 
@@ -106,13 +92,17 @@ class Drawings(Benchmark[DrawingSettings, Sample]):
 
     def samples(self) -> list[Sample]:
         settings = self.settings
+        if settings.file == BUILT_IN:
+            return [
+                Sample(index, f"caption {index}", references=[text])
+                for index, text in enumerate(CAPTIONS, 1)
+            ]
         samples = read_captions(settings.file, settings.split, each_text=True)
         if settings.original:
             samples = [replace(sample, image=None) for sample in samples]
         return samples
 
     def prepare(self, samples: Sequence[Sample]) -> None:
-        self.indices = {sample.key: index for index, sample in enumerate(samples)}
         if self.settings.clip is not None:
             from seed_multimodal.evaluation.drawing import ClipScores
 
@@ -122,15 +112,11 @@ class Drawings(Benchmark[DrawingSettings, Sample]):
         """Generate, select and save the images of a batch."""
         # 1. `best_of` images of each caption.
         settings = self.settings
-        indices = [self.indices[sample.key] for sample in samples]
-        n_drawings = settings.best_of or 1
-        candidates = draw_captions(self.system, settings, samples, indices, n_drawings)
+        candidates = self.draw(samples, settings.best_of or 1)
 
         # 2. The best of each by CLIP, as INDEX_CAPTION.png; the original's are JPEG.
         lines: list[Line] = []
-        for index, sample, image, drawings in zip(
-            indices, samples, images, candidates, strict=True
-        ):
+        for sample, image, drawings in zip(samples, images, candidates, strict=True):
             best = drawings[0]
             scores: JsonObject = {}
             if self.clip is not None:
@@ -140,7 +126,7 @@ class Drawings(Benchmark[DrawingSettings, Sample]):
                 if image is not None:
                     scores["clip_image"] = round(self.clip.image_cosine(best, image), 4)
             suffix = "jpg" if settings.original else "png"
-            path = settings.out / f"{index:06d}_{text_stem(sample.caption)}.{suffix}"
+            path = settings.out / f"{sample.index:06d}_{text_stem(sample.caption)}.{suffix}"
             save_image(best, path, DataError)
             lines.append({"caption": sample.caption, "image": path.name, **scores})
         return lines

@@ -13,19 +13,18 @@ FOLDER/ITEM.png: one image, or up to four as two rows of two.
 from __future__ import annotations
 
 import csv
-import json
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, ClassVar, TypeVar
+from statistics import fmean, geometric_mean
+from typing import Annotated, ClassVar
 
 from PIL import Image
 from pydantic import BaseModel, BeforeValidator, Field
 
-from seed_multimodal.disk import JsonObject
-from seed_multimodal.errors import ConfigError, DataError, ImageError, first_line
+from seed_multimodal.disk import JsonObject, read_json_object
+from seed_multimodal.errors import ConfigError, DataError, ImageError
 from seed_multimodal.evaluation.annotations import parse_item, read_items
 from seed_multimodal.evaluation.benchmark import Line, Scores
 from seed_multimodal.evaluation.judged import (
@@ -34,14 +33,11 @@ from seed_multimodal.evaluation.judged import (
     JudgedImage,
     JudgedPrompt,
     JudgedSettings,
+    estimate,
 )
-from seed_multimodal.evaluation.metrics import bootstrap, group_means, plain
+from seed_multimodal.evaluation.metrics import group_means, grouped
 from seed_multimodal.images.io import open_image, save_image
 
-if TYPE_CHECKING:
-    from seed_multimodal.evaluation.judges import QuestionJudge
-
-Value = TypeVar("Value")
 MAX_GRID = 4
 # Instead of 0, which has no logarithm (as in GenEval 2's program).
 LOWEST_PROBABILITY = 1e-300
@@ -78,9 +74,7 @@ class AskedDrawings(JudgedDrawings[JudgedSettings, QuestionPrompt]):
         from seed_multimodal.evaluation.judges import load_judge
 
         super().prepare(samples)
-        self.judge_model: QuestionJudge = load_judge(
-            str(self.settings.judge), str(self.judge_device)
-        )
+        self.judge_model = load_judge(str(self.settings.judge), self.judge_device)
 
     def judge(self, sample: QuestionPrompt, images: Sequence[Image.Image]) -> list[list[float]]:
         """The probability of the right answer to each question about each image."""
@@ -100,6 +94,30 @@ class AskedDrawings(JudgedDrawings[JudgedSettings, QuestionPrompt]):
         """The probability of the right answer, of those of all answers if there are several."""
         total = sum(row) if self.wrong_answers else 1.0
         return row[0] / total if total else 0.0
+
+    def score(self, samples: Sequence[QuestionPrompt], lines: Sequence[Line]) -> Scores:
+        """Results of the prompts, and means over images; questions without image count 0."""
+        images = self.judged_images(samples, lines)
+        for image in images:
+            image.verdict = image.verdict or [0.0] * len(image.sample.questions)
+            image.score = self.image_score(image.sample.questions, image.verdict)
+            image.caption = f"{image.score:.2f}"
+        self.write_sheet(images)
+        of_prompts = grouped(images, [image.sample.index for image in images])
+        results = [self.result(of_prompts[sample.index]) for sample in samples]
+        return Scores(results, self.means(images))
+
+    def image_score(self, questions: Sequence[DrawingQuestion], shares: Sequence[float]) -> float:
+        """The score of an image by the shares of the right answers, 0 to 1."""
+        raise NotImplementedError
+
+    def result(self, images: Sequence[JudgedImage]) -> JsonObject:
+        """The result of a prompt with these images."""
+        raise NotImplementedError
+
+    def means(self, images: Sequence[JudgedImage]) -> JsonObject:
+        """The figures of the paper, in percent."""
+        raise NotImplementedError
 
 
 # ---- GenEval 2
@@ -123,6 +141,7 @@ def read_geneval2(path: str | Path) -> list[QuestionPrompt]:
             raise DataError(f"{location}: needs as many 'skills' as questions in 'vqa_list'.")
         prompt = QuestionPrompt(index, location, references=[item.prompt], metadata=metadata)
         prompt.answer_type = str(item.atom_count or len(item.skills))
+        prompt.group = f"{prompt.answer_type} atoms"
         for (question, answer), skill in zip(item.vqa_list, item.skills, strict=True):
             prompt.questions.append(DrawingQuestion(question, answer, skill))
         prompts.append(prompt)
@@ -139,74 +158,43 @@ class GenEval2(AskedDrawings):
     def samples(self) -> list[QuestionPrompt]:
         return read_geneval2(self.settings.file)
 
+    @cached_property
+    def file_names(self) -> JsonObject:
+        """Prompt → image of the program's JSON file."""
+        return read_json_object(self.folder, DataError)
+
     def files(self, sample: QuestionPrompt) -> list[Path]:
         if not self.folder.is_file():
             return super().files(sample)
-        files = _image_files(self.folder)
-        if sample.caption not in files:
+        if sample.caption not in self.file_names:
             raise ImageError(f"{self.folder} has no image of this prompt.")
         # Below the working folder, as GenEval 2's program reads them, or below the file's.
-        file = Path(files[sample.caption])
+        file = Path(self.file_names[sample.caption])
         return [file if file.is_file() else self.folder.parent / file]
 
-    def score(self, samples: Sequence[QuestionPrompt], lines: Sequence[Line]) -> Scores:
-        """Soft-TIFA in percent; AM also by skill, GM by number of atoms; without image: 0."""
-        # 1. Values of each image.
-        images = self.judged_images(samples, lines)
-        if not images:
-            return Scores([], {})
-        rows = [probabilities(image) for image in images]
-        arithmetic = [100 * sum(row) / len(row) for row in rows]
-        geometric = [100 * _geometric_mean(row) for row in rows]
+    def image_score(self, questions: Sequence[DrawingQuestion], shares: Sequence[float]) -> float:
+        """Soft-TIFA GM."""
+        return geometric_mean([max(share, LOWEST_PROBABILITY) for share in shares])
 
-        # 2. Their means, also by the kinds of questions.
-        prompts = [image.index for image in images]
-        skills = [item.category for image in images for item in image.sample.questions]
-        atoms = [image.sample.answer_type for image in images]
-        values: JsonObject = {
-            "soft_tifa_am": plain(bootstrap(arithmetic, prompts)),
-            "soft_tifa_gm": plain(bootstrap(geometric, prompts)),
-            "am_per_skill": group_means([100 * value for row in rows for value in row], skills),
-            "gm_per_atoms": group_means(geometric, atoms),
+    def result(self, images: Sequence[JudgedImage]) -> JsonObject:
+        prompt = images[0].sample.caption
+        return {"prompt": prompt, "scores": [image.verdict for image in images]}
+
+    def means(self, images: Sequence[JudgedImage]) -> JsonObject:
+        """Soft-TIFA; AM also by skill, GM by number of atoms."""
+        scores = [100 * image.score for image in images]
+        shares = [100 * share for image in images for share in image.verdict]
+        return {
+            "soft_tifa_am": estimate(images, [100 * fmean(image.verdict) for image in images]),
+            "soft_tifa_gm": estimate(images, scores),
+            "am_per_skill": group_means(shares, categories(images)),
+            "gm_per_atoms": group_means(scores, [image.sample.answer_type for image in images]),
         }
 
-        # 3. The results of prompts, and the drawings with their values.
-        captions = [f"{value / 100:.2f}" for value in geometric]
-        self.write_sheet(images, captions, [f"{count} atoms" for count in atoms])
-        results: list[JsonObject] = [
-            {"prompt": sample.caption, "scores": scores}
-            for sample, scores in zip(samples, by_prompt(images, rows), strict=True)
-        ]
-        return Scores(results, values)
 
-
-@cache
-def _image_files(file: Path) -> dict[str, str]:
-    """Prompt → image of GenEval 2's JSON file. Raises DataError: not json."""
-    try:
-        files: dict[str, str] = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise DataError(f"{file}: is not json ({first_line(error)}).") from None
-    return files
-
-
-def probabilities(image: JudgedImage) -> list[float]:
-    """The probability of the right answer to each question; without image: 0."""
-    row: list[float] = image.verdict or [0.0] * len(image.sample.questions)
-    return row
-
-
-def by_prompt(images: Sequence[JudgedImage], values: Sequence[Value]) -> list[list[Value]]:
-    """The values of images in a list for each prompt."""
-    groups: dict[int, list[Value]] = {}
-    for image, value in zip(images, values, strict=True):
-        groups.setdefault(image.index, []).append(value)
-    return list(groups.values())
-
-
-def _geometric_mean(row: Sequence[float]) -> float:
-    logarithms = [math.log(max(value, LOWEST_PROBABILITY)) for value in row]
-    return math.exp(sum(logarithms) / len(logarithms))
+def categories(images: Sequence[JudgedImage]) -> list[str]:
+    """The category of each question about each image."""
+    return [question.category for image in images for question in image.sample.questions]
 
 
 # ---- DPG-Bench
@@ -228,43 +216,43 @@ def read_dpg(path: str | Path) -> list[QuestionPrompt]:
     path = Path(path)
     if not path.is_file():
         raise DataError(f"{path}: no such file.")
-    prompts: dict[str, QuestionPrompt] = {}
+    rows: dict[str, list[DpgRow]] = {}
+    locations: dict[str, str] = {}
     with path.open(encoding="utf-8-sig", newline="") as file:
         reader = csv.DictReader(file)
         for values in reader:
             location = f"{path}: line {reader.line_num}"
             row = parse_item(DpgRow, location, values)
-            if row.item_id not in prompts:
-                prompts[row.item_id] = _dpg_prompt(path, location, row)
-            category = row.tuple.partition("(")[0].strip()
-            parents = frozenset(row.dependency) - {0}
-            prompts[row.item_id].questions.append(
-                DrawingQuestion(
-                    row.question_natural_language, "yes", category, row.proposition_id, parents
-                )
-            )
-    if not prompts:
+            rows.setdefault(row.item_id, []).append(row)
+            locations.setdefault(row.item_id, location)
+    if not rows:
         raise DataError(f"{path}: has no rows.")
-
-    # Questions may depend on later ones.
-    for prompt in prompts.values():
-        numbers = {question.number for question in prompt.questions}
-        for question in prompt.questions:
-            if not question.parents <= numbers:
-                raise DataError(
-                    f"{prompt.location}: question {question.number} of {prompt.key} depends on one "
-                    "that is missing."
-                )
-    return list(prompts.values())
+    return [_dpg_prompt(path, locations[item], of_item) for item, of_item in rows.items()]
 
 
-def _dpg_prompt(path: Path, location: str, row: DpgRow) -> QuestionPrompt:
-    """An item without questions; its prompt is in a file, or in the row."""
-    file = path.parent / "prompts" / f"{row.item_id}.txt"
-    text = row.text
+def _dpg_prompt(path: Path, location: str, rows: Sequence[DpgRow]) -> QuestionPrompt:
+    """An item with its questions; its prompt is in a file, or in the rows."""
+    item = rows[0].item_id
+    text = rows[0].text
+    file = path.parent / "prompts" / f"{item}.txt"
     if file.is_file():
         text = file.read_text(encoding="utf-8").strip()
-    return QuestionPrompt(row.item_id, location, references=[text], metadata={"prompt": text})
+    prompt = QuestionPrompt(item, location, references=[text], metadata={"prompt": text})
+
+    # Questions may depend on later ones.
+    numbers = {row.proposition_id for row in rows}
+    for row in rows:
+        parents = frozenset(row.dependency) - {0}
+        number = row.proposition_id
+        if not parents <= numbers:
+            raise DataError(
+                f"{location}: question {number} of {item} depends on one that is missing."
+            )
+        category = row.tuple.partition("(")[0].strip()
+        prompt.questions.append(
+            DrawingQuestion(row.question_natural_language, "yes", category, number, parents)
+        )
+    return prompt
 
 
 class DpgBench(AskedDrawings):
@@ -308,48 +296,33 @@ class DpgBench(AskedDrawings):
             tiles.append(image.crop((left, top, left + width, top + height)))
         return tiles
 
-    def score(self, samples: Sequence[QuestionPrompt], lines: Sequence[Line]) -> Scores:
-        """The score in percent, and the questions of each category; without image: 0."""
-        # 1. Values of each image.
-        images = self.judged_images(samples, lines)
-        if not images:
-            return Scores([], {})
-        rows = [probabilities(image) for image in images]
-        scores: list[float] = []
-        for image, row in zip(images, rows, strict=True):
-            scores.append(dpg_score(image.sample.questions, row))
+    def image_score(self, questions: Sequence[DrawingQuestion], shares: Sequence[float]) -> float:
+        """The share of questions that are answered by yes, as those that they depend on."""
+        values: dict[int, float] = {}  # by the questions' numbers
+        for question, share in zip(questions, shares, strict=True):
+            values[question.number] = float(share > 0.5)
+        for question in questions:
+            if any(values[parent] == 0 for parent in question.parents):
+                values[question.number] = 0.0
+        return sum(values.values()) / len(values)
 
-        # 2. Their means. Categories count answers without what they depend on, as in the original
-        #    program.
-        prompts = [image.index for image in images]
-        answers = [100.0 * (value > 0.5) for row in rows for value in row]
-        detailed = [item.category for image in images for item in image.sample.questions]
+    def result(self, images: Sequence[JudgedImage]) -> JsonObject:
+        return {
+            "item_id": images[0].sample.key,
+            "scores": [image.score for image in images],
+            "probabilities": [image.verdict for image in images],
+        }
+
+    def means(self, images: Sequence[JudgedImage]) -> JsonObject:
+        """The score, and the questions of each category.
+
+        Categories count answers without what they depend on, as in the original program.
+        """
+        answers = [100.0 * (share > 0.5) for image in images for share in image.verdict]
+        detailed = categories(images)
         broad = [category.partition("-")[0].strip() for category in detailed]
-        values = {
-            "dpg": plain(bootstrap([100 * score for score in scores], prompts)),
+        return {
+            "dpg": estimate(images, [100 * image.score for image in images]),
             "per_category": group_means(answers, broad),
             "detailed": group_means(answers, detailed),
         }
-
-        # 3. The results of items, and the drawings with their values.
-        captions = [f"{score:.2f}" for score in scores]
-        self.write_sheet(images, captions, ["drawings"] * len(images))
-        results: list[JsonObject] = []
-        for sample, item_scores, item_rows in zip(
-            samples, by_prompt(images, scores), by_prompt(images, rows), strict=True
-        ):
-            results.append(
-                {"item_id": sample.key, "scores": item_scores, "probabilities": item_rows}
-            )
-        return Scores(results, values)
-
-
-def dpg_score(questions: Sequence[DrawingQuestion], probabilities: Sequence[float]) -> float:
-    """The share of questions that are answered by yes, as those that they depend on."""
-    values: dict[int, float] = {}  # by the questions' numbers
-    for question, probability in zip(questions, probabilities, strict=True):
-        values[question.number] = float(probability > 0.5)
-    for question in questions:
-        if any(values[parent] == 0 for parent in question.parents):
-            values[question.number] = 0.0
-    return sum(values.values()) / len(values)

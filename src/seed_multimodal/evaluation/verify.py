@@ -44,10 +44,12 @@ CAPTION = "a fox left of a tree"
 # What a system cannot do is a result, too.
 INABILITIES = (CheckpointError, CodesError, ConfigError, GenerationError, RequestError)
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".model")
-# Tolerances between processors.
-MAX_CODE_ERROR = 0.1
-MAX_FEATURE_ERROR = 0.02  # of the features' standard deviation
-MAX_THUMBNAIL_ERROR = 4.0  # of 255, on average
+# Kind of a result → the largest mean difference between processors, and its unit.
+TOLERANCES = {
+    "codes": (0.1, "of the codes"),
+    "features": (0.02, "of the deviation on average"),
+    "thumbnail": (4.0, "of 255 between thumbnails"),
+}
 THUMBNAIL = 16  # pixels a side
 N_FEATURES = 64  # that are recorded, evenly spaced
 
@@ -173,32 +175,27 @@ def compare(value: JsonObject, reference: JsonObject | None) -> str:
         return "none"
     if value == reference:
         return "equal"
-    measured = None
-    if value.keys() == reference.keys():
-        measured = _error(value, reference)
-    if measured is None:
-        return f"differs: “{reference['text']}”" if "text" in reference else "differs"
-    error, limit, unit = measured
-    return f"{'close' if error <= limit else 'differs'}: {error:.3g} {unit} (limit {limit:g})"
+    now, before = (_size(item) for item in (value, reference))
+    for kind, (limit, unit) in TOLERANCES.items():
+        if kind in value and kind in reference and now == before:
+            error = _difference(kind, value[kind], reference[kind]) / reference.get("std", 1.0)
+            verdict = "close" if error <= limit else "differs"
+            return f"{verdict}: {error:.3g} {unit} (limit {limit:g})"
+    return f"differs: “{reference['text']}”" if "text" in reference else "differs"
 
 
-def _error(value: JsonObject, reference: JsonObject) -> tuple[float, float, str] | None:
-    """How far two results are apart, the limit and the unit; None: they have no distance."""
-    if "codes" in value and len(value["codes"]) == len(reference["codes"]):
-        differing = np.not_equal(value["codes"], reference["codes"])
-        return float(differing.mean()), MAX_CODE_ERROR, "of the codes"
-    if "features" in value and value["shape"] == reference["shape"]:
-        errors = np.abs(np.subtract(value["features"], reference["features"]))
-        error = float(errors.mean()) / reference["std"]
-        return error, MAX_FEATURE_ERROR, "of the deviation on average"
-    if "thumbnail" in value and value["size"] == reference["size"]:
-        thumbnails = []
-        for drawing in (value, reference):
-            content = base64.b64decode(drawing["thumbnail"])
-            thumbnails.append(np.frombuffer(content, np.uint8).astype(float))
-        error = float(np.abs(thumbnails[0] - thumbnails[1]).mean())
-        return error, MAX_THUMBNAIL_ERROR, "of 255 between thumbnails"
-    return None
+def _size(value: JsonObject) -> tuple[object, ...]:
+    """Number of codes, shape of features, size of an image."""
+    return len(value.get("codes", ())), value.get("shape"), value.get("size")
+
+
+def _difference(kind: str, value: Any, reference: Any) -> float:
+    """The mean difference of two results of one size; codes are equal or not."""
+    if kind == "codes":
+        return float(np.not_equal(value, reference).mean())
+    if kind == "thumbnail":
+        value, reference = (list(base64.b64decode(content)) for content in (value, reference))
+    return float(np.abs(np.subtract(value, reference)).mean())
 
 
 # ---- report

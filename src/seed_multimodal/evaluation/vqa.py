@@ -224,7 +224,7 @@ class Questions(Benchmark[QuestionSettings, Sample]):
             results.append(result)
 
         # 2. Scores.
-        if not samples or not all(sample.references for sample in samples):
+        if not all(sample.references for sample in samples):
             return Scores(results, {})
         return Scores(results, accuracies(samples, lines, self._accuracy))
 

@@ -73,7 +73,7 @@ def write_llava(folder: Path) -> None:
 def test_hub_judge_adds_up_first_tokens(tmp_path):
     # `--judge` takes image-text models of transformers.
     write_llava(tmp_path)
-    judge = load_judge(str(tmp_path), "cpu")
+    judge = load_judge(str(tmp_path), torch.device("cpu"))
     assert isinstance(judge, HubJudge)
     image = noise(1, (40, 30))
     answers = [["yes"], ["no"], ["yes", "no"]]
