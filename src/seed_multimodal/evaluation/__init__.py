@@ -1,11 +1,16 @@
 """Evaluation of systems on benchmarks, and of image tokenizers.
 
-tasks             the benchmarks, and `evaluate`: a system on one of them
-annotations       their files → samples; answers: samples → answer files, resumable
-vqa, captions, drawing    a system's answers and scores by kind of benchmark
+benchmark         what a benchmark is, and `run`: a system on one of them, resumable, shared by
+                  processes; `BENCHMARKS`, a row for each
+annotations       published files of questions and captions → samples
+vqa, captions, choices    benchmarks whose answers are texts
+text2image        drawings of captions, compared by CLIP and FID (`drawing`)
+judged            drawings that another model judges: geneval (`detection`), tifa (`judges`)
+suite             the papers' tables, of several benchmarks
 tokenizer         a tokenizer's report: retrieval, reconstruction, codebook
-retrieval, caption_scores, metrics    the figures themselves
+metrics, retrieval, caption_scores    the figures themselves
 openai_clip       OpenAI's CLIP in one file
+verify            what a model computes of fixed inputs, compared with a reference
 machine           measurement conditions for reports
 lmms              systems as a model of lmms-eval
 """

@@ -29,7 +29,7 @@ from transformers.models.auto.modeling_auto import (
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, first_line
-from seed_multimodal.evaluation.drawing import ClipScores
+from seed_multimodal.evaluation.drawing import Clip
 from seed_multimodal.evaluation.metrics import finite
 from seed_multimodal.plugins import import_entry, registered
 from seed_multimodal.settings import nearest
@@ -241,13 +241,13 @@ class ColourClassifier:
     """The colour of an object, by CLIP's texts about its crop (GenEval)."""
 
     def __init__(self, clip: Path, device: torch.device) -> None:
-        self.clip = ClipScores(clip, device, keep_ratio=True)
+        self.clip = Clip(clip, device, keep_ratio=True)
         self._texts: dict[str, Tensor] = {}
 
     def with_colour(self, image: Image.Image, item: Detection) -> Detection:
         """A detection with its colour."""
         crop = _crop(image.convert("RGB"), item)
-        scores = self.clip.similarity([crop], self._colour_features(item.label))  # [1, colours]
+        scores = self.clip.images([crop]) @ self._colour_features(item.label).T  # [1, colours]
         return replace(item, colour=COLOURS[int(scores.argmax())])
 
     def _colour_features(self, label: str) -> Tensor:

@@ -1,4 +1,4 @@
-"""Measures of drawings: CLIP's cosines with texts and images, and FID."""
+"""Measures of drawings: CLIP's features, whose products are cosines, and FID."""
 
 from __future__ import annotations
 
@@ -30,9 +30,10 @@ INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 BATCH = 32
 
 
-class ClipScores:
+class Clip:
     """Image and text encoder of a CLIP folder (transformers) or of OpenAI's file, in fp32.
 
+    texts: texts, which are truncated to CLIP's length → unit features [T, E].
     keep_ratio: images are cropped to squares, as by CLIP's own preprocessing; False: squashed.
     Raises CheckpointError: a part is missing.
     """
@@ -47,23 +48,13 @@ class ClipScores:
         transform = ImageTransform(
             vision.config.image_size, keep_ratio=keep_ratio, interpolation="bicubic"
         )
-        self.images = ClipEncoder(vision, transform)
+        self.encoder = ClipEncoder(vision, transform)
 
-    def similarity(self, images: Sequence[Image.Image], features: Tensor) -> Tensor:
-        """Cosines [N, T] of images and unit features [T, E]. Raises DataError: not finite."""
-        cosines = F.normalize(self.images.embed(images), dim=-1) @ features.T
-        finite(cosines.cpu(), str(self.path))
-        return cosines
-
-    def cosines(self, text: str, images: Sequence[Image.Image]) -> list[float]:
-        """Cosines of a text, which is truncated to CLIP's length, with images."""
-        cosines: list[float] = self.similarity(images, self.texts([text]))[:, 0].tolist()
-        return cosines
-
-    def image_cosine(self, image: Image.Image, other: Image.Image) -> float:
-        """The cosine of two images (CLIP-I)."""
-        features = F.normalize(self.images.embed([other]), dim=-1)
-        return float(self.similarity([image], features))
+    def images(self, images: Sequence[Image.Image]) -> Tensor:
+        """Unit features [N, E]. Raises DataError: not finite."""
+        features = F.normalize(self.encoder.embed(images), dim=-1)
+        finite(features.cpu(), str(self.path))
+        return features
 
 
 def fid_metric(inception: Path | None) -> FrechetInceptionDistance:

@@ -16,7 +16,7 @@ from seed_multimodal.images.io import save_image
 from seed_multimodal.settings import setting
 
 if TYPE_CHECKING:
-    from seed_multimodal.evaluation.drawing import ClipScores
+    from seed_multimodal.evaluation.drawing import Clip
 
 BUILT_IN = Path("built in")  # instead of a file: the captions of the original program
 CAPTIONS = (
@@ -82,7 +82,7 @@ class Drawings(Benchmark[DrawingSettings, Sample]):
     kind = options_of = "text2image"
     draws = True
     settings_class = DrawingSettings
-    clip: ClipScores | None = None
+    clip: Clip | None = None
 
     def __init__(self, settings: DrawingSettings) -> None:
         # Several drawings need CLIP, which selects the best one.
@@ -104,9 +104,9 @@ class Drawings(Benchmark[DrawingSettings, Sample]):
 
     def prepare(self, samples: Sequence[Sample]) -> None:
         if self.settings.clip is not None:
-            from seed_multimodal.evaluation.drawing import ClipScores
+            from seed_multimodal.evaluation.drawing import Clip
 
-            self.clip = ClipScores(self.settings.clip, self.system.images.device)
+            self.clip = Clip(self.settings.clip, self.system.images.device)
 
     def answer(self, samples: Sequence[Sample], images: Images) -> list[Line]:
         """Generate, select and save the images of a batch."""
@@ -120,11 +120,14 @@ class Drawings(Benchmark[DrawingSettings, Sample]):
             best = drawings[0]
             scores: JsonObject = {}
             if self.clip is not None:
-                cosines = self.clip.cosines(sample.caption, drawings)
-                best = drawings[cosines.index(max(cosines))]
-                scores["clip"] = round(max(cosines), 4)
+                features = self.clip.images(drawings)
+                cosines = features @ self.clip.texts([sample.caption])[0]
+                index = int(cosines.argmax())
+                best = drawings[index]
+                scores["clip"] = round(float(cosines[index]), 4)
                 if image is not None:
-                    scores["clip_image"] = round(self.clip.image_cosine(best, image), 4)
+                    cosine = float(features[index] @ self.clip.images([image])[0])
+                    scores["clip_image"] = round(cosine, 4)
             suffix = "jpg" if settings.original else "png"
             path = settings.out / f"{sample.index:06d}_{text_stem(sample.caption)}.{suffix}"
             save_image(best, path, DataError)

@@ -185,7 +185,7 @@ def test_colour_is_the_most_similar_text(clip_folder):
     for colour in COLOURS:
         mean = classifier.clip.texts([text.format(colour) for text in texts]).mean(0)
         feature = torch.nn.functional.normalize(mean, dim=0)
-        scores[colour] = float(feature @ classifier.clip.images.embed([crop])[0])
+        scores[colour] = float(feature @ classifier.clip.images([crop])[0])
     assert len(set(scores.values())) == len(COLOURS)
     item = Detection("cup", 0.9, (4, 4, 12, 12), mask=Image.fromarray(mask))
     assert classifier.with_colour(image, item).colour == max(scores, key=lambda name: scores[name])
