@@ -97,7 +97,7 @@ def add_commands(kinds: Commands) -> None:
 def _add_benchmark(parser: ArgumentParser, command: str, out: str, model: str) -> None:
     """Flags of a benchmark and of the system."""
     kind = benchmark_class(command)
-    add_settings(parser, kind.settings_class)
+    add_settings(parser, kind)
     _add_system(parser, out, model, kind.draws)
     parser.set_defaults(work=evaluate, benchmark=command)
 
@@ -116,7 +116,7 @@ def evaluate(args: Namespace) -> int:
     if args.benchmark == "vqa" and args.file is None:
         return _ask_once(args)
     kind = benchmark_class(args.benchmark)
-    values = {**set_flags(args, kind.settings_class), "options": _options(args)}
+    values = {**set_flags(args, kind), "options": _options(args)}
     benchmark = open_benchmark(args.benchmark, **values)
     if values.get("image_folder") is not None:
         return run_benchmark(benchmark, lambda: None)
@@ -133,7 +133,7 @@ def run_benchmark(benchmark: AnyBenchmark, load: Callable[[], MultimodalSystem |
     if not summary["bad"]:
         return DONE
     log_line(
-        f"{benchmark.settings.out}: {pluralize(summary['bad'], 'sample')} of "
+        f"{benchmark.out}: {pluralize(summary['bad'], 'sample')} of "
         f"{summary['samples']:,} could not be used; the same command tries them again."
     )
     return SOME_FAILED
@@ -149,7 +149,7 @@ def _ask_once(args: Namespace) -> int:
     # The flags override the settings of the original's probe.
     system = _load(args)
     system.use_plain_prompts()
-    question = args.question or Questions.settings_class.question
+    question = args.question or Questions.question
     answer = system.ask(
         args.image or cat_image(),
         PLAIN_QUESTION.format(question),

@@ -328,7 +328,7 @@ def _evaluate(args: Namespace) -> int:
     args.dtype = args.model_dtype
     config = original_config(args.model_path, head="lowres" if draws else None, check_safety=False)
     values = {
-        **common.set_flags(args, benchmark_class(task).settings_class),
+        **common.set_flags(args, benchmark_class(task)),
         "file": annotations,
         "truth": args.truth or _find_truth(truth, Path(annotations).parent),
     }

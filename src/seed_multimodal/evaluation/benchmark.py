@@ -8,9 +8,9 @@ OUT/samples-0.jsonl    one line per sample, appended by process 0 (-1 by process
 OUT/results.json       in the benchmark's format, and summary.json: written when all samples are
                        answered
 
-To add a benchmark, write a module with a subclass of `Benchmark` and name the class in
-`BENCHMARKS`: `seed eval` gets a command whose flags are the settings with a help text. Modules
-import torch where they use it, so that `seed eval --help` is fast.
+To add a benchmark, write a module with a dataclass derived from `Benchmark` and name it in
+`BENCHMARKS`: `seed eval` gets a command whose flags are the fields with a help text. Modules import
+torch where they use it, so that `seed eval --help` is fast.
 
 Processes (torchrun's RANK and WORLD_SIZE) work on samples[rank::world]; their number may change on
 resume. Unusable samples are logged, counted and retried by the next run; `max_bad` consecutive ones
@@ -23,7 +23,7 @@ import hashlib
 import json
 import pkgutil
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
@@ -94,23 +94,6 @@ class RunSettings:
     )
 
 
-@dataclass(kw_only=True)
-class Settings(RunSettings):
-    """Settings of every benchmark.
-
-    Attributes:
-        file: of the samples.
-        truth: file of reference answers or captions.
-    """
-
-    file: Path
-    truth: Path | None = None
-    images: Path | None = setting(None, help="folder of the images", metavar="DIR")
-    prompts: str = setting(
-        "chat", choices=("chat", "plain"), help="plain: of pretrained SEED-LLaMA"
-    )
-
-
 @dataclass(frozen=True)
 class Scores:
     """Scores of an evaluation, with the results that they are computed from.
@@ -126,30 +109,37 @@ class Scores:
     notes: list[str] = field(default_factory=list)
 
 
-SettingsT = TypeVar("SettingsT", bound=Settings)
 SampleT = TypeVar("SampleT", bound=Sample)
 
 
-class Benchmark(Generic[SettingsT, SampleT]):
-    """A benchmark, made from its settings; `run` calls its methods in the order below.
+@dataclass(kw_only=True)
+class Benchmark(RunSettings, Generic[SampleT]):
+    """A benchmark, whose fields are its settings; `run` calls its methods in the order below.
 
     Attributes:
         title: help of its command.
         kind: in the suite, and of `FamilySpec.evaluators`.
         options_of: key of `FamilySpec.evaluation`.
         draws: whether the system draws.
-        settings_class: its settings.
+        file: of the samples.
+        truth: file of reference answers or captions.
     """
 
     title: ClassVar[str]
     kind: ClassVar[str]
     options_of: ClassVar[str]
     draws: ClassVar[bool] = False
-    settings_class: ClassVar[type[Settings]]
-    system: MultimodalSystem
 
-    def __init__(self, settings: SettingsT) -> None:
-        self.settings = settings
+    file: Path
+    truth: Path | None = None
+    images: Path | None = setting(None, help="folder of the images", metavar="DIR")
+    prompts: str = setting(
+        "chat", choices=("chat", "plain"), help="plain: of pretrained SEED-LLaMA"
+    )
+
+    def use(self, system: MultimodalSystem) -> None:
+        """Set the system that answers."""
+        self.system = system
 
     def samples(self) -> Sequence[SampleT]:
         """All samples. Raises DataError: no such file, or another layout."""
@@ -174,17 +164,15 @@ class Benchmark(Generic[SettingsT, SampleT]):
 
     def text_options(self) -> JsonObject:
         """Keywords of the methods that answer in text."""
-        settings = self.settings
-        return {"seed": settings.seed, "batch_size": settings.batch_size, **settings.options}
+        return {"seed": self.seed, "batch_size": self.batch_size, **self.options}
 
     def draw(self, samples: Sequence[SampleT], num_images: int) -> list[list[Image.Image]]:
         """`num_images` drawings of each sample's caption; seeds count those of all samples."""
-        settings = self.settings
-        options = {**settings.options, "batch_size": settings.batch_size}
-        if settings.prompts == "plain":
+        options = {**self.options, "batch_size": self.batch_size}
+        if self.prompts == "plain":
             options["verbatim"] = True
         captions = [sample.caption for sample in samples]
-        seeds = [settings.seed + num_images * sample.index for sample in samples]
+        seeds = [self.seed + num_images * sample.index for sample in samples]
         drawings = self.system.draw(captions, seeds, num_images=num_images, **options)
         starts = range(0, len(drawings), num_images)
         return [drawings[start : start + num_images] for start in starts]
@@ -194,7 +182,7 @@ class Benchmark(Generic[SettingsT, SampleT]):
 
         The pretrained model continues with another question.
         """
-        if self.settings.prompts == "plain":
+        if self.prompts == "plain":
             text = text.partition("\n")[0]
         return text.strip()
 
@@ -204,13 +192,11 @@ class Benchmark(Generic[SettingsT, SampleT]):
             raise ImageError(sample.problem)
         if sample.image is None:
             return None
-        folder = self.settings.images
-        return open_image(
-            find_image_file(sample.image, folder, self.settings.file, sample.location)
-        ).image
+        file = find_image_file(sample.image, self.images, self.file, sample.location)
+        return open_image(file).image
 
 
-AnyBenchmark = Benchmark[Any, Any]
+AnyBenchmark = Benchmark[Any]
 
 
 def benchmark_class(command: str) -> type[AnyBenchmark]:
@@ -221,8 +207,7 @@ def benchmark_class(command: str) -> type[AnyBenchmark]:
 
 def open_benchmark(command: str, **settings: object) -> AnyBenchmark:
     """A benchmark with these settings. Raises ConfigError: a wrong value."""
-    kind = benchmark_class(command)
-    return kind(read_settings(kind.settings_class, settings, command))
+    return read_settings(benchmark_class(command), settings, command)
 
 
 # ---- a run
@@ -241,39 +226,39 @@ def run(benchmark: AnyBenchmark, load: Callable[[], MultimodalSystem | None]) ->
         CheckpointError, ConfigError: missing or wrong files, weights or settings.
     """
     # 1. The samples, then the system with its family's settings.
-    settings = benchmark.settings
-    samples: Sequence[Sample] = benchmark.samples()[: settings.limit]
+    samples: Sequence[Sample] = benchmark.samples()[: benchmark.limit]
     for index, sample in enumerate(samples):
         sample.index = index
     system = load()
     if system is not None:
-        if settings.prompts == "plain":
+        if benchmark.prompts == "plain":
             system.use_plain_prompts()
         family = find_family(system.config.system)
-        defaults = family.evaluation.get(benchmark.options_of, {})
-        settings = replace(settings, options={**defaults, **settings.options})
         kind = type(benchmark)
         if benchmark.kind in family.evaluators:
             kind = pkgutil.resolve_name(family.evaluators[benchmark.kind])
-        benchmark = kind(settings)
-        benchmark.system = system
+        values = _settings(benchmark)
+        values["options"] = {**family.evaluation.get(benchmark.options_of, {}), **benchmark.options}
+        benchmark = kind(**values)
+        benchmark.use(system)
     benchmark.prepare(samples)
 
     # 2. Answers, of all processes together.
-    check_identity(settings.out, _identity(settings, system), "--out")
+    check_identity(benchmark.out, _identity(benchmark, system), "--out")
     lines = _answer_share(benchmark, samples)
     if any(sample.key not in lines for sample in samples):
         log_line(
-            f"{settings.out}: this share is finished; other processes still work or have to be run."
+            f"{benchmark.out}: this share is finished; other processes still work or have to be "
+            "run."
         )
         return None
 
     # 3. Scores.
     usable = [sample for sample in samples if not sample.problem]
     usable_lines = [lines[sample.key] for sample in usable]
-    finite_json(usable_lines, str(settings.out))
+    finite_json(usable_lines, str(benchmark.out))
     scores = benchmark.score(usable, usable_lines) if usable else Scores([], {})
-    return _write_summary(settings.out, [lines[sample.key] for sample in samples], scores)
+    return _write_summary(benchmark.out, [lines[sample.key] for sample in samples], scores)
 
 
 def _write_summary(out: Path, lines: Sequence[Line], scores: Scores) -> JsonObject:
@@ -302,7 +287,7 @@ def _write_summary(out: Path, lines: Sequence[Line], scores: Scores) -> JsonObje
 
 def _answer_share(benchmark: AnyBenchmark, samples: Sequence[Sample]) -> dict[Key, Line]:
     """Answer this process's unanswered samples; returns the lines of all processes."""
-    folder = benchmark.settings.out
+    folder = benchmark.out
     rank, world_size = rank_and_world_size()
     file = folder / f"samples-{rank}.jsonl"
     share = samples[rank::world_size]
@@ -326,8 +311,8 @@ def _append_answers(
     benchmark: AnyBenchmark, samples: Sequence[Sample], file: Path, bar: Progress
 ) -> None:
     """Answer in batches, each of which is appended to `file`."""
-    batch_size = benchmark.settings.batch_size
-    bad = BadRecords(benchmark.settings.max_bad, bar.write_line, "skipped: ")
+    batch_size = benchmark.batch_size
+    bad = BadRecords(benchmark.max_bad, bar.write_line, "skipped: ")
     for start in range(0, len(samples), batch_size):
         # 1. The lines. A line break comes first, since the last line may be incomplete.
         lines = _answered(benchmark, samples[start : start + batch_size])
@@ -367,7 +352,7 @@ def _read_lines(benchmark: AnyBenchmark, samples: Sequence[Sample]) -> dict[Key,
     """Each sample's line: the current answer, else the latest error."""
     by_key = {sample.key: sample for sample in samples}
     lines: dict[Key, Line] = {}
-    for path in sorted(benchmark.settings.out.glob("samples-*.jsonl")):
+    for path in sorted(benchmark.out.glob("samples-*.jsonl")):
         for text in path.read_text(encoding="utf-8", errors="replace").split("\n"):
             try:
                 line = json.loads(text)
@@ -387,11 +372,16 @@ def _read_lines(benchmark: AnyBenchmark, samples: Sequence[Sample]) -> dict[Key,
 # ---- what determines the answers
 
 
-def _identity(settings: Settings, system: MultimodalSystem | None) -> JsonObject:
+def _settings(benchmark: AnyBenchmark) -> JsonObject:
+    return {item.name: getattr(benchmark, item.name) for item in fields(benchmark)}
+
+
+def _identity(benchmark: AnyBenchmark, system: MultimodalSystem | None) -> JsonObject:
     """Settings, samples, and the weights (size and time of each file)."""
     # 1. The settings, and the contents of the files that they name.
-    content = settings.file.read_bytes() if settings.file.is_file() else b""
-    values = {name: value for name, value in vars(settings).items() if name not in MAY_CHANGE}
+    content = benchmark.file.read_bytes() if benchmark.file.is_file() else b""
+    settings = _settings(benchmark).items()
+    values = {name: value for name, value in settings if name not in MAY_CHANGE}
     identity = {**values, "contents of the file of samples": _digest(content)}
     models: list[object] = list(values.values())
 

@@ -8,14 +8,14 @@ from pathlib import Path
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.evaluation.annotations import Key, Sample, read_captions
-from seed_multimodal.evaluation.benchmark import Benchmark, Images, Line, Scores, Settings
+from seed_multimodal.evaluation.benchmark import Benchmark, Images, Line, Scores
 from seed_multimodal.evaluation.caption_scores import caption_scores
 from seed_multimodal.settings import setting
 
 
 @dataclass(kw_only=True)
-class CaptionFile(Settings):
-    """Settings of benchmarks that read captions."""
+class CaptionFile(Benchmark[Sample]):
+    """A benchmark that reads captions."""
 
     file: Path = setting(
         flag="--captions",
@@ -27,24 +27,18 @@ class CaptionFile(Settings):
 
 
 @dataclass(kw_only=True)
-class CaptionSettings(CaptionFile):
-    """Settings of captions."""
+class Captions(CaptionFile):
+    """Captions of images."""
+
+    title = "captions of images: CIDEr and others"
+    kind = options_of = "caption"
 
     truth: Path | None = setting(
         None, metavar="JSON", help="captions to compare with (NoCaps, Flickr30k)"
     )
 
-
-class Captions(Benchmark[CaptionSettings, Sample]):
-    """Captions of images."""
-
-    title = "captions of images: CIDEr and others"
-    kind = options_of = "caption"
-    settings_class = CaptionSettings
-
     def samples(self) -> list[Sample]:
-        settings = self.settings
-        return read_captions(settings.file, settings.split, settings.truth)
+        return read_captions(self.file, self.split, self.truth)
 
     def answer(self, samples: Sequence[Sample], images: Images) -> list[Line]:
         captions = self.system.describe(images, **self.text_options())

@@ -19,7 +19,7 @@ from pydantic import BaseModel, StringConstraints
 from seed_multimodal.disk import JsonObject, read_json_object
 from seed_multimodal.errors import DataError
 from seed_multimodal.evaluation.annotations import Key, Sample, parse_item, read_items
-from seed_multimodal.evaluation.benchmark import Benchmark, Images, Line, Scores, Settings
+from seed_multimodal.evaluation.benchmark import Benchmark, Images, Line, Scores
 from seed_multimodal.evaluation.vqa import accuracies
 from seed_multimodal.settings import setting
 
@@ -74,28 +74,22 @@ def read_choices(path: str | Path) -> list[ChoiceSample]:
 
 
 @dataclass(kw_only=True)
-class ChoiceSettings(Settings):
-    """Settings of SEED-Bench."""
-
-    file: Path = setting(flag="--questions", metavar="JSON", help="SEED-Bench.json")
-
-
-class Choices(Benchmark[ChoiceSettings, ChoiceSample]):
+class Choices(Benchmark[ChoiceSample]):
     """SEED-Bench."""
 
     title = "multiple choice by likelihood: SEED-Bench"
     kind = options_of = "choices"
-    settings_class = ChoiceSettings
+
+    file: Path = setting(flag="--questions", metavar="JSON", help="SEED-Bench.json")
 
     def samples(self) -> list[ChoiceSample]:
-        return read_choices(self.settings.file)
+        return read_choices(self.file)
 
     def answer(self, samples: Sequence[ChoiceSample], images: Images) -> list[Line]:
         """The likeliest choice of each question of a batch."""
         questions = [sample.question for sample in samples]
         choices = [sample.choices for sample in samples]
-        batch_size = self.settings.batch_size
-        rows = self.system.likelihoods(images, questions, choices, batch_size=batch_size)
+        rows = self.system.likelihoods(images, questions, choices, batch_size=self.batch_size)
         lines: list[Line] = []
         for row in rows:
             means = [likelihood.mean for likelihood in row]

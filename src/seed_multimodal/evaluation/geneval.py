@@ -25,7 +25,7 @@ from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.evaluation.annotations import parse_item, read_items
 from seed_multimodal.evaluation.benchmark import Line, Scores
-from seed_multimodal.evaluation.judged import JudgedDrawings, JudgedPrompt, JudgedSettings, estimate
+from seed_multimodal.evaluation.judged import JudgedDrawings, JudgedPrompt, estimate
 from seed_multimodal.evaluation.metrics import Estimate, grouped, mean_of_means
 from seed_multimodal.evaluation.text2image import find_clip
 from seed_multimodal.settings import setting
@@ -207,8 +207,14 @@ def _overlap(first: Detection, second: Detection) -> float:
 
 
 @dataclass(kw_only=True)
-class GenEvalSettings(JudgedSettings):
-    """Settings of GenEval; limits of detections, by default the detector's."""
+class GenEval(JudgedDrawings[ObjectPrompt]):
+    """A detector finds the objects of prompts; limits of detections are by default its own."""
+
+    title = "objects of prompts in drawings, by a detector"
+    kind = "geneval"
+    file_name = "evaluation_metadata.jsonl"
+    images_per_prompt = 4
+    verdicts = "detections"
 
     judge: Path = setting(
         metavar="MODEL",
@@ -225,20 +231,8 @@ class GenEvalSettings(JudgedSettings):
         None, minimum=0, maximum=1, help="of detections of a class (1: any)"
     )
 
-
-class GenEval(JudgedDrawings[GenEvalSettings, ObjectPrompt]):
-    """A detector finds the objects of prompts."""
-
-    title = "objects of prompts in drawings, by a detector"
-    kind = "geneval"
-    settings_class = GenEvalSettings
-    file_name = "evaluation_metadata.jsonl"
-    num_images = 4
-    verdicts = "detections"
-    colours: ColourClassifier | None = None
-
     def samples(self) -> list[ObjectPrompt]:
-        return read_object_prompts(self.settings.file)
+        return read_object_prompts(self.file)
 
     def prepare(self, samples: Sequence[ObjectPrompt]) -> None:
         from seed_multimodal.evaluation.detection import ColourClassifier, load_detector
@@ -246,7 +240,7 @@ class GenEval(JudgedDrawings[GenEvalSettings, ObjectPrompt]):
         # 1. The detector, which must know all classes; the limits of the run override its own.
         super().prepare(samples)
         device = self.judge_device
-        self.detector = load_detector(str(self.settings.judge), device)
+        self.detector = load_detector(str(self.judge), device)
         if self.detector.labels is not None:
             needed = {label for sample in samples for label in sample.labels}
             unknown = sorted(needed - self.detector.labels)
@@ -257,18 +251,19 @@ class GenEval(JudgedDrawings[GenEvalSettings, ObjectPrompt]):
                 )
         self.limits = self.detector.limits
         for limit in fields(self.limits):
-            value = getattr(self.settings, limit.name)
+            value = getattr(self, limit.name)
             if value is not None:
                 self.limits = replace(self.limits, **{limit.name: value})
 
         # 2. What names colours.
+        self.colours: ColourClassifier | None = None
         has_colours = any(item.colour for sample in samples for item in sample.item.include)
         if has_colours and not self.detector.knows_colours:
             advice = "use a detector that knows colours"
-            clip = find_clip(self.settings.clip, "to name the colours of objects", advice)
+            clip = find_clip(self.clip, "to name the colours of objects", advice)
             self.colours = ColourClassifier(clip, device)
 
-    def judge(self, sample: ObjectPrompt, images: Sequence[Image.Image]) -> list[list[JsonObject]]:
+    def judged(self, sample: ObjectPrompt, images: Sequence[Image.Image]) -> list[list[JsonObject]]:
         """The detections that count, of each image."""
         threshold = self.limits.threshold
         if sample.item.tag == COUNTING:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, TypeVar
 
@@ -17,7 +17,7 @@ from PIL import Image
 from seed_multimodal.disk import JsonObject, replace_text, writing
 from seed_multimodal.errors import ConfigError, DataError, ImageError
 from seed_multimodal.evaluation.annotations import Sample
-from seed_multimodal.evaluation.benchmark import Benchmark, Images, Line, Settings
+from seed_multimodal.evaluation.benchmark import Benchmark, Images, Line
 from seed_multimodal.evaluation.metrics import Estimate, bootstrap
 from seed_multimodal.images.io import open_image, save_image
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
@@ -25,25 +25,6 @@ from seed_multimodal.settings import setting
 
 IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp")
 SHEET_COLUMNS = 8
-
-
-@dataclass(kw_only=True)
-class JudgedSettings(Settings):
-    """Settings of judged drawings."""
-
-    file: Path = setting(
-        flag="--data", metavar="PATH", help="the benchmark's file of prompts or its folder"
-    )
-    judge: Path = setting(
-        metavar="MODEL",
-        help="folder of an image-text model of transformers, or a system (nano, seed-x-i …)",
-    )
-    image_folder: Path | None = setting(
-        None, metavar="DIR", help="judge these drawings; no model is loaded"
-    )
-    num_images: int | None = setting(
-        None, minimum=1, metavar="N", help="drawings of a prompt (default: the paper's)"
-    )
 
 
 @dataclass
@@ -57,7 +38,6 @@ class JudgedPrompt(Sample):
     group: str = "drawings"
 
 
-SettingsT = TypeVar("SettingsT", bound=JudgedSettings)
 PromptT = TypeVar("PromptT", bound=JudgedPrompt)
 
 
@@ -82,42 +62,55 @@ def estimate(images: Sequence[JudgedImage], values: Sequence[float]) -> Estimate
     return bootstrap(values, [image.sample.index for image in images])
 
 
-class JudgedDrawings(Benchmark[SettingsT, PromptT]):
+@dataclass(kw_only=True)
+class JudgedDrawings(Benchmark[PromptT]):
     """Drawings of prompts, in GenEval's layout; subclasses judge them.
 
     Attributes:
         file_name: of the published file of prompts.
-        num_images: drawings of a prompt in the paper.
+        images_per_prompt: in the paper.
         verdicts: field of a line: what the judge says about each image.
     """
 
     options_of = "text2image"
     draws = True
-    settings_class = JudgedSettings
     file_name: ClassVar[str]
-    num_images: ClassVar[int] = 1
+    images_per_prompt: ClassVar[int] = 1
     verdicts: ClassVar[str]
 
-    def __init__(self, settings: SettingsT) -> None:
-        if settings.file.is_dir():
-            settings = replace(settings, file=settings.file / self.file_name)
-        self.count = settings.num_images or self.num_images
-        super().__init__(replace(settings, num_images=self.count))
-        folder = settings.image_folder
-        if folder is not None and not folder.exists():
-            raise ConfigError(f"{folder}: no such folder.")
-        self.folder = folder or settings.out / "images"
+    file: Path = setting(
+        flag="--data", metavar="PATH", help="the benchmark's file of prompts or its folder"
+    )
+    judge: Path = setting(
+        metavar="MODEL",
+        help="folder of an image-text model of transformers, or a system (nano, seed-x-i …)",
+    )
+    image_folder: Path | None = setting(
+        None, metavar="DIR", help="judge these drawings; no model is loaded"
+    )
+    num_images: int | None = setting(
+        None, minimum=1, metavar="N", help="drawings of a prompt (default: the paper's)"
+    )
+
+    def __post_init__(self) -> None:
+        if self.file.is_dir():
+            self.file = self.file / self.file_name
+        if self.num_images is None:
+            self.num_images = self.images_per_prompt
+        self.count = self.num_images
+        self.folder = self.image_folder or self.out / "images"
+        if self.image_folder is not None and not self.folder.exists():
+            raise ConfigError(f"{self.folder}: no such folder.")
 
     def prepare(self, samples: Sequence[PromptT]) -> None:
         from seed_multimodal.device import choose_device
 
-        self.judge_device = choose_device(self.settings.device, log=None).device
+        self.judge_device = choose_device(self.device, log=None).device
 
     def answer(self, samples: Sequence[PromptT], images: Images) -> list[Line]:
         """Draw the images of a batch, unless they are there, and judge them."""
         # 1. The drawings, in their files.
-        settings = self.settings
-        if settings.image_folder is None:
+        if self.image_folder is None:
             drawings = self.draw(samples, self.count)
             for sample, of_prompt in zip(samples, drawings, strict=True):
                 self.save(sample, of_prompt)
@@ -125,14 +118,14 @@ class JudgedDrawings(Benchmark[SettingsT, PromptT]):
         # 2. What the judge says about them, and which images of a folder these were.
         lines: list[Line] = []
         for sample in samples:
-            verdicts = self.judge(sample, self.read(sample))
+            verdicts = self.judged(sample, self.read(sample))
             line = {"caption": sample.caption, self.verdicts: verdicts}
-            if settings.image_folder is not None:
+            if self.image_folder is not None:
                 line["files"] = self.file_states(sample)
             lines.append(line)
         return lines
 
-    def judge(self, sample: PromptT, images: Sequence[Image.Image]) -> Any:
+    def judged(self, sample: PromptT, images: Sequence[Image.Image]) -> Any:
         """What the judge says about each image of a prompt."""
         raise NotImplementedError
 
@@ -195,6 +188,5 @@ class JudgedDrawings(Benchmark[SettingsT, PromptT]):
             row = rows.setdefault(sample.group, Row(sample.group))
             if image.number == 0 and not image.fault and len(row.cells) < SHEET_COLUMNS:
                 row.cells.append(Cell(self.read(sample)[0], image.caption, sample.caption))
-        out = self.settings.out
-        sheet = contact_sheet(list(rows.values()), str(out), columns=SHEET_COLUMNS)
-        save_image(sheet, out / "sheet.png", DataError)
+        sheet = contact_sheet(list(rows.values()), str(self.out), columns=SHEET_COLUMNS)
+        save_image(sheet, self.out / "sheet.png", DataError)

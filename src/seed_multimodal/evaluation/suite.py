@@ -165,7 +165,7 @@ def _outcome(
         kind = benchmark_class(command)
         if not kind.draws:
             common["options"] = {}
-        values = _fields_of(kind.settings_class, common)
+        values = _fields_of(kind, common)
         summary = run(open_benchmark(command, **values), load)
     except (CheckpointError, ConfigError, DataError, ImportError) as error:
         return first_line(error)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from seed_multimodal.disk import JsonObject, text_stem
 from seed_multimodal.errors import CheckpointError, DataError, first_line, install_hint
 from seed_multimodal.evaluation.annotations import Sample, read_captions
-from seed_multimodal.evaluation.benchmark import Benchmark, Images, Line, Scores
+from seed_multimodal.evaluation.benchmark import Images, Line, Scores
 from seed_multimodal.evaluation.captions import CaptionFile
 from seed_multimodal.images.io import save_image
 from seed_multimodal.settings import setting
@@ -28,32 +28,6 @@ CAPTIONS = (
 CLIP_FOLDER = Path("pretrained/clip-vit-large-patch14")
 # Below about the number of Inception's features (2,048) the covariance is singular.
 FID_IMAGES = 2000
-
-
-@dataclass(kw_only=True)
-class DrawingSettings(CaptionFile):
-    """Settings of drawings.
-
-    original: .jpg files as by the original script, with negative conditioning on SEED-LLaMA's
-        captionless image; images are not compared.
-    """
-
-    best_of: int | None = setting(
-        None, minimum=1, help="drawings, of which CLIP keeps one (default: 4 or 1)"
-    )
-    clip: Path | None = setting(None, metavar="DIR", help="CLIP folder of transformers")
-    resolution: int = setting(512, minimum=1, help="of real images for FID (default: 512)")
-    inception: Path | None = setting(None, metavar="FILE", help="weights of FID's network")
-    original: bool = False
-
-
-@dataclass(kw_only=True)
-class OriginalDrawings(CaptionFile):
-    """Settings of the original program, which has captions of its own."""
-
-    file: Path = setting(
-        BUILT_IN, flag="--captions", metavar="FILE", help="as of seed eval text2image"
-    )
 
 
 def find_clip(
@@ -75,61 +49,71 @@ def find_clip(
     return clip
 
 
-class Drawings(Benchmark[DrawingSettings, Sample]):
-    """Drawings of captions; file names count the samples."""
+@dataclass(kw_only=True)
+class Drawings(CaptionFile):
+    """Drawings of captions; file names count the samples.
+
+    original: .jpg files as by the original script, with negative conditioning on SEED-LLaMA's
+        captionless image; images are not compared.
+    """
 
     title = "the best of several drawings by CLIP: FID"
     kind = options_of = "text2image"
     draws = True
-    settings_class = DrawingSettings
-    clip: Clip | None = None
 
-    def __init__(self, settings: DrawingSettings) -> None:
+    best_of: int | None = setting(
+        None, minimum=1, help="drawings, of which CLIP keeps one (default: 4 or 1)"
+    )
+    clip: Path | None = setting(None, metavar="DIR", help="CLIP folder of transformers")
+    resolution: int = setting(512, minimum=1, help="of real images for FID (default: 512)")
+    inception: Path | None = setting(None, metavar="FILE", help="weights of FID's network")
+    original: bool = False
+
+    def __post_init__(self) -> None:
         # Several drawings need CLIP, which selects the best one.
-        best_of = settings.best_of or (4 if settings.clip or CLIP_FOLDER.is_dir() else 1)
-        clip = find_clip(settings.clip) if best_of > 1 or settings.clip else None
-        super().__init__(replace(settings, best_of=best_of, clip=clip))
+        if self.best_of is None:
+            self.best_of = 4 if self.clip or CLIP_FOLDER.is_dir() else 1
+        self.clip = find_clip(self.clip) if self.best_of > 1 or self.clip else None
+        self.scorer: Clip | None = None
 
     def samples(self) -> list[Sample]:
-        settings = self.settings
-        if settings.file == BUILT_IN:
+        if self.file == BUILT_IN:
             return [
                 Sample(index, f"caption {index}", references=[text])
                 for index, text in enumerate(CAPTIONS, 1)
             ]
-        samples = read_captions(settings.file, settings.split, each_text=True)
-        if settings.original:
+        samples = read_captions(self.file, self.split, each_text=True)
+        if self.original:
             samples = [replace(sample, image=None) for sample in samples]
         return samples
 
     def prepare(self, samples: Sequence[Sample]) -> None:
-        if self.settings.clip is not None:
+        if self.clip is not None:
             from seed_multimodal.evaluation.drawing import Clip
 
-            self.clip = Clip(self.settings.clip, self.system.images.device)
+            self.scorer = Clip(self.clip, self.system.images.device)
 
     def answer(self, samples: Sequence[Sample], images: Images) -> list[Line]:
         """Generate, select and save the images of a batch."""
         # 1. `best_of` images of each caption.
-        settings = self.settings
-        candidates = self.draw(samples, settings.best_of or 1)
+        candidates = self.draw(samples, self.best_of or 1)
 
         # 2. The best of each by CLIP, as INDEX_CAPTION.png; the original's are JPEG.
         lines: list[Line] = []
         for sample, image, drawings in zip(samples, images, candidates, strict=True):
             best = drawings[0]
             scores: JsonObject = {}
-            if self.clip is not None:
-                features = self.clip.images(drawings)
-                cosines = features @ self.clip.texts([sample.caption])[0]
+            if self.scorer is not None:
+                features = self.scorer.images(drawings)
+                cosines = features @ self.scorer.texts([sample.caption])[0]
                 index = int(cosines.argmax())
                 best = drawings[index]
                 scores["clip"] = round(float(cosines[index]), 4)
                 if image is not None:
-                    cosine = float(features[index] @ self.clip.images([image])[0])
+                    cosine = float(features[index] @ self.scorer.images([image])[0])
                     scores["clip_image"] = round(cosine, 4)
-            suffix = "jpg" if settings.original else "png"
-            path = settings.out / f"{sample.index:06d}_{text_stem(sample.caption)}.{suffix}"
+            suffix = "jpg" if self.original else "png"
+            path = self.out / f"{sample.index:06d}_{text_stem(sample.caption)}.{suffix}"
             save_image(best, path, DataError)
             lines.append({"caption": sample.caption, "image": path.name, **scores})
         return lines
@@ -158,19 +142,27 @@ class Drawings(Benchmark[DrawingSettings, Sample]):
         from seed_multimodal.evaluation.drawing import fid, fid_metric
 
         # Its packages and weights are optional.
-        settings = self.settings
-        files = [settings.out / result["image"] for result in scores.results]
+        files = [self.out / result["image"] for result in scores.results]
         try:
-            metric = fid_metric(settings.inception).to(self.system.images.device)
+            metric = fid_metric(self.inception).to(self.system.images.device)
         except (ImportError, CheckpointError) as error:
             hint = install_hint("torchmetrics", "torch_fidelity")
             reason = f"({first_line(error)}): it needs the Inception weights and {hint}."
             scores.notes.append(f"FID is not computed {reason}")
             return
         real = filter(None, map(self.open_image, samples))
-        scores.values["fid"] = round(fid(metric, real, files, settings.resolution), 4)
+        scores.values["fid"] = round(fid(metric, real, files, self.resolution), 4)
         if len(samples) < FID_IMAGES:
             scores.notes.append(
                 f"FID of {len(samples):,} images is biased and not comparable with that of other "
                 f"numbers: its covariance needs {FID_IMAGES:,} or more."
             )
+
+
+@dataclass(kw_only=True)
+class OriginalDrawings(CaptionFile):
+    """The flags of the original program, which has captions of its own."""
+
+    file: Path = setting(
+        BUILT_IN, flag="--captions", metavar="FILE", help="as of seed eval text2image"
+    )

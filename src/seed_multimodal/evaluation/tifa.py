@@ -32,7 +32,6 @@ from seed_multimodal.evaluation.judged import (
     JudgedDrawings,
     JudgedImage,
     JudgedPrompt,
-    JudgedSettings,
     estimate,
 )
 from seed_multimodal.evaluation.metrics import group_means, grouped
@@ -61,7 +60,7 @@ class QuestionPrompt(JudgedPrompt):
     questions: list[DrawingQuestion] = field(default_factory=list)
 
 
-class AskedDrawings(JudgedDrawings[JudgedSettings, QuestionPrompt]):
+class AskedDrawings(JudgedDrawings[QuestionPrompt]):
     """A benchmark whose judge answers questions.
 
     wrong_answers: whose probabilities the right one is compared with.
@@ -74,9 +73,9 @@ class AskedDrawings(JudgedDrawings[JudgedSettings, QuestionPrompt]):
         from seed_multimodal.evaluation.judges import load_judge
 
         super().prepare(samples)
-        self.judge_model = load_judge(str(self.settings.judge), self.judge_device)
+        self.judge_model = load_judge(str(self.judge), self.judge_device)
 
-    def judge(self, sample: QuestionPrompt, images: Sequence[Image.Image]) -> list[list[float]]:
+    def judged(self, sample: QuestionPrompt, images: Sequence[Image.Image]) -> list[list[float]]:
         """The probability of the right answer to each question about each image."""
         from seed_multimodal.evaluation.judges import Question, answer_forms
 
@@ -156,7 +155,7 @@ class GenEval2(AskedDrawings):
     file_name = "geneval2_data.jsonl"
 
     def samples(self) -> list[QuestionPrompt]:
-        return read_geneval2(self.settings.file)
+        return read_geneval2(self.file)
 
     @cached_property
     def file_names(self) -> JsonObject:
@@ -261,13 +260,13 @@ class DpgBench(AskedDrawings):
     title = "questions about drawings of long prompts: DPG-Bench"
     kind = "dpg"
     file_name = "dpg_bench.csv"
-    num_images = MAX_GRID
+    images_per_prompt = MAX_GRID
     wrong_answers = ("no",)
 
     def samples(self) -> list[QuestionPrompt]:
         if self.count > MAX_GRID:
             raise ConfigError(f"A grid holds {MAX_GRID} images at most, not {self.count}.")
-        return read_dpg(self.settings.file)
+        return read_dpg(self.file)
 
     def save(self, sample: QuestionPrompt, images: Sequence[Image.Image]) -> None:
         image = images[0]

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.evaluation.annotations import Sample, read_questions
-from seed_multimodal.evaluation.benchmark import Benchmark, Images, Line, Scores, Settings
+from seed_multimodal.evaluation.benchmark import Benchmark, Images, Line, Scores
 from seed_multimodal.evaluation.metrics import group_means
 from seed_multimodal.language.prompts import DEMO_QUESTIONS
 from seed_multimodal.settings import setting
@@ -150,8 +150,14 @@ def accuracies(
 
 
 @dataclass(kw_only=True)
-class QuestionSettings(Settings):
-    """Settings of questions; without a file `--question` is asked about `--image`."""
+class Questions(Benchmark[Sample]):
+    """Questions about images, with annotators' answers.
+
+    Without a file `question` is asked about `image`.
+    """
+
+    title = "questions about images: accuracy"
+    kind = options_of = "vqa"
 
     file: Path = setting(
         Path("none"),
@@ -178,25 +184,19 @@ class QuestionSettings(Settings):
         False, flag="--keep_ratio", const=True, help="resize and crop, as the original's probe does"
     )
 
-
-class Questions(Benchmark[QuestionSettings, Sample]):
-    """Questions about images, with annotators' answers."""
-
-    title = "questions about images: accuracy"
-    kind = options_of = "vqa"
-    settings_class = QuestionSettings
-    rule: Rule = staticmethod(vqa_answer)
-    question: Rule = str  # a question as the prompt has it
-    lemma: Rule = str  # a reference as answers are compared with it
+    def __post_init__(self) -> None:
+        self.rule: Rule = vqa_answer
+        self.as_asked: Rule = str  # a question as the prompt has it
+        self.lemma: Rule = str  # a reference as answers are compared with it
 
     def samples(self) -> list[Sample]:
-        return read_questions(self.settings.file, self.settings.truth)
+        return read_questions(self.file, self.truth)
 
     def answer(self, samples: Sequence[Sample], images: Images) -> list[Line]:
         lines: list[Line] = [{} for _ in samples]
 
         # 1. Whether the question can be answered; a "no" is the answer.
-        if self.settings.dataset == "vizwiz":
+        if self.dataset == "vizwiz":
             replies = self._ask(samples, images, ANSWERABLE)
             for line, text in zip(lines, replies, strict=True):
                 line["answerable"] = text
@@ -217,7 +217,7 @@ class Questions(Benchmark[QuestionSettings, Sample]):
         for sample, line in zip(samples, lines, strict=True):
             answer = line.get("answer", "")
             result: JsonObject = {"question_id": sample.key, "answer": answer}
-            if self.settings.dataset == "gqa":  # its program
+            if self.dataset == "gqa":  # its program
                 result |= {"questionId": sample.key, "prediction": answer}
             elif sample.key == sample.image:  # VizWiz's server
                 result["image"] = sample.key
@@ -231,8 +231,8 @@ class Questions(Benchmark[QuestionSettings, Sample]):
     def _ask(self, samples: Sequence[Sample], images: Images, template: str = "{}") -> list[str]:
         """The answers to the questions of samples, in a template."""
         # The template is of the benchmark, the plain prompt of the model.
-        texts = [template.format(self.question(sample.question)) for sample in samples]
-        if self.settings.prompts == "plain":
+        texts = [template.format(self.as_asked(sample.question)) for sample in samples]
+        if self.prompts == "plain":
             texts = [PLAIN_QUESTION.format(text) for text in texts]
         answers = self.system.ask(images, texts, **self.text_options())
         return [self.cut(text) for text in answers]
@@ -240,6 +240,6 @@ class Questions(Benchmark[QuestionSettings, Sample]):
     def _accuracy(self, answer: str, sample: Sample) -> float:
         # GQA has one right answer.
         references = [self.lemma(reference) for reference in sample.references]
-        if self.settings.dataset == "gqa":
+        if self.dataset == "gqa":
             references = references[:1]
         return vqa_accuracy(answer, references, self.rule)

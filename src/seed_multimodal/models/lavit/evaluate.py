@@ -31,15 +31,14 @@ def lavit_answer(text: str) -> str:
 class LavitQuestions(Questions):
     """Questions about images."""
 
-    rule = staticmethod(lavit_answer)
-
     def prepare(self, samples: Sequence[Sample]) -> None:
+        self.rule = lavit_answer
         system = self.system
         assert isinstance(system, Lavit)
         # nano-lavit uses its training prompt, the unchanged question.
         if system.config.found.original:
-            self.question = QuestionProcessor()
+            self.as_asked = QuestionProcessor()
         # LaVIT's answers are compared with lemmatized references.
-        if LEMMATISED not in (self.settings.truth or self.settings.file).stem:
+        if LEMMATISED not in (self.truth or self.file).stem:
             system.family.lemmatizer = system.family.lemmatizer or Lemmatizer()
             self.lemma = system.family.lemmatizer

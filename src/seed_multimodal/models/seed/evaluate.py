@@ -36,10 +36,7 @@ class SeedDrawings(Drawings):
     def prepare(self, samples: Sequence[Sample]) -> None:
         super().prepare(samples)
         # The original script's guidance is against the image without caption.
-        settings = self.settings
-        if settings.original:
+        if self.original:
             assert isinstance(self.system, SeedLlama)
-            negative = unconditional_codes(self.system, settings.options)
-            self.settings = replace(
-                settings, options={**settings.options, "negative_codes": negative}
-            )
+            negative = unconditional_codes(self.system, self.options)
+            self.options = {**self.options, "negative_codes": negative}
