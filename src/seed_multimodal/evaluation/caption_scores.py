@@ -10,11 +10,10 @@ import contextlib
 import re
 import shutil
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
-Key = TypeVar("Key", int, str, int | str)
 NO_JAVA = (
     "Scores were computed without Java: words were split at blanks and punctuation instead of by "
     "the Penn Treebank tokenizer, so they differ slightly from published ones; METEOR and SPICE "
@@ -28,9 +27,9 @@ NO_PARSER = (
 
 
 def caption_scores(
-    captions: Mapping[Key, str], references: Mapping[Key, Sequence[str]]
+    captions: Sequence[str], references: Sequence[Sequence[str]]
 ) -> tuple[dict[str, float], list[str]]:
-    """Corpus scores of one caption per image, and notes on missing scores."""
+    """Corpus scores of a caption of each image, by its references, and notes on missing scores."""
     from pycocoevalcap.bleu.bleu import Bleu
     from pycocoevalcap.cider.cider import Cider
     from pycocoevalcap.meteor.meteor import Meteor
@@ -39,8 +38,8 @@ def caption_scores(
 
     # 1. The texts as the scorers read them.
     java = shutil.which("java") is not None
-    expected = _tokenized({key: references[key] for key in captions}, java)
-    answers = _tokenized({key: [caption] for key, caption in captions.items()}, java)
+    expected = _tokenized(references, java)
+    answers = _tokenized([[caption] for caption in captions], java)
 
     # 2. The scorers that can run; Spice() would download its parser.
     scorers: dict[str, Any] = {"ROUGE_L": Rouge, "CIDEr": Cider}
@@ -64,20 +63,20 @@ def caption_scores(
     return scores, notes
 
 
-def _tokenized(texts: Mapping[Key, Sequence[str]], java: bool) -> dict[Key, list[str]]:
+def _tokenized(texts: Sequence[Sequence[str]], java: bool) -> dict[int, list[str]]:
     """The texts of each image with blanks between their tokens."""
     # Words by a pattern.
+    tokens: dict[int, list[str]] = {}
     if not java:
-        split: dict[Key, list[str]] = {}
-        for key, of_image in texts.items():
-            split[key] = [" ".join(re.findall(r"[\w'-]+", text.lower())) for text in of_image]
-        return split
+        for index, of_image in enumerate(texts):
+            tokens[index] = [" ".join(re.findall(r"[\w'-]+", text.lower())) for text in of_image]
+        return tokens
 
     # Stanford's program reads a line for each text.
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    lines: dict[Key, list[dict[str, str]]] = {}
-    for key, of_image in texts.items():
-        lines[key] = [{"caption": " ".join(text.split())} for text in of_image]
-    tokens: dict[Key, list[str]] = PTBTokenizer().tokenize(lines)
+    lines: dict[int, list[dict[str, str]]] = {}
+    for index, of_image in enumerate(texts):
+        lines[index] = [{"caption": " ".join(text.split())} for text in of_image]
+    tokens = PTBTokenizer().tokenize(lines)
     return tokens

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from seed_multimodal.disk import JsonObject
-from seed_multimodal.evaluation.annotations import Key, Sample, read_captions
+from seed_multimodal.evaluation.annotations import Sample, read_captions
 from seed_multimodal.evaluation.benchmark import Benchmark, Images, Line, Scores
 from seed_multimodal.evaluation.caption_scores import caption_scores
 from seed_multimodal.settings import setting
@@ -46,13 +46,9 @@ class Captions(CaptionFile):
 
     def score(self, samples: Sequence[Sample], lines: Sequence[Line]) -> Scores:
         """Results in COCO's format, and scores; an image without caption gets an empty one."""
-        captions: dict[Key, str] = {}
-        references: dict[Key, list[str]] = {}
+        captions = [line.get("caption", "") for line in lines]
         results: list[JsonObject] = []
-        for sample, line in zip(samples, lines, strict=True):
-            caption = line.get("caption", "")
-            captions[sample.key] = caption
-            references[sample.key] = sample.references
+        for sample, caption in zip(samples, captions, strict=True):
             results.append({"image_id": sample.key, "caption": caption})
-        scores, notes = caption_scores(captions, references)
+        scores, notes = caption_scores(captions, [sample.references for sample in samples])
         return Scores(results, {name: round(value, 4) for name, value in scores.items()}, notes)

@@ -11,6 +11,7 @@ colours are read in). Other packages register theirs by an entry point of the gr
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -34,7 +35,7 @@ from seed_multimodal.evaluation.metrics import finite
 from seed_multimodal.plugins import import_entry, registered
 from seed_multimodal.settings import nearest
 
-Box = tuple[float, float, float, float]  # left, top, right, bottom in pixels
+Box = Sequence[float]  # left, top, right, bottom in pixels
 # COCO's names of objects that GenEval calls otherwise.
 COCO_NAMES = {
     "mouse": "computer mouse",
@@ -206,8 +207,7 @@ class HubDetector:
             for item in objects:
                 label = names.get(item["label"], item["label"])
                 if label in image_labels:
-                    left, top, right, bottom = map(float, item["box"].values())
-                    box = (left, top, right, bottom)
+                    box = list(map(float, item["box"].values()))
                     found = Detection(label, item["score"], box, mask=item.get("mask"))
                     detections[-1].append(found)
         return detections
@@ -242,23 +242,21 @@ class ColourClassifier:
 
     def __init__(self, clip: Path, device: torch.device) -> None:
         self.clip = Clip(clip, device, keep_ratio=True)
-        self._texts: dict[str, Tensor] = {}
+        self.colour_features = functools.cache(self._colour_features)
 
     def with_colour(self, image: Image.Image, item: Detection) -> Detection:
         """A detection with its colour."""
         crop = _crop(image.convert("RGB"), item)
-        scores = self.clip.images([crop]) @ self._colour_features(item.label).T  # [1, colours]
+        scores = self.clip.images([crop]) @ self.colour_features(item.label).T  # [1, colours]
         return replace(item, colour=COLOURS[int(scores.argmax())])
 
     def _colour_features(self, label: str) -> Tensor:
         """Features [colours, E] of an object in each colour, the mean of all texts."""
-        if label not in self._texts:
-            rows: list[Tensor] = []
-            for colour in COLOURS:
-                texts = [text.format(colour, label) for text in COLOUR_TEXTS]
-                rows.append(F.normalize(self.clip.texts(texts).mean(0), dim=0))
-            self._texts[label] = torch.stack(rows)
-        return self._texts[label]
+        rows: list[Tensor] = []
+        for colour in COLOURS:
+            texts = [text.format(colour, label) for text in COLOUR_TEXTS]
+            rows.append(F.normalize(self.clip.texts(texts).mean(0), dim=0))
+        return torch.stack(rows)
 
 
 def _crop(image: Image.Image, item: Detection) -> Image.Image:

@@ -26,7 +26,10 @@ def circumstances(device: torch.device | str, command: str = "") -> JsonObject:
     """
     return {
         "hardware": hardware(device),
-        "versions": versions(),
+        "versions": {
+            "python": platform.python_version(),
+            **{name: metadata.version(name) for name in PACKAGES},
+        },
         "commit": commit(),
         "command": command or shlex.join(["python", *sys.orig_argv[1:]]),
         "date": datetime.datetime.now(datetime.UTC).strftime("%Y-%m-%d %H:%M UTC"),
@@ -65,14 +68,6 @@ def hardware(device: torch.device | str = "cpu") -> JsonObject:
     elif device.type != "cpu":
         conditions["gpu"] = device.type
     return conditions
-
-
-def versions() -> dict[str, str]:
-    """Versions of Python and of the packages that compute."""
-    return {
-        "python": platform.python_version(),
-        **{name: metadata.version(name) for name in PACKAGES},
-    }
 
 
 def commit(folder: str | Path = Path(__file__).parent) -> str:

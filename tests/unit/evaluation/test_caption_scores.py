@@ -9,19 +9,13 @@ import pytest
 from seed_multimodal.evaluation.caption_scores import caption_scores
 
 pytest.importorskip("pycocoevalcap")
-CAPTIONS = {
-    1: "A man rides a horse on the beach.",
-    2: "two dogs play",
-    3: "a bowl of soup and a spoon",
-    4: "",
-}
-REFERENCES = {
-    1: ["a man is riding a horse on a beach", "A man rides a brown horse\u2028along the beach."],
-    2: ["two dogs are playing in the snow", "dogs playing", "two brown dogs play with a ball"],
-    3: ["a bowl of soup", "soup in a bowl next to a spoon"],
-    4: ["a red bus", "the bus in the street"],
-    5: ["of an image without caption"],
-}
+CAPTIONS = ["A man rides a horse on the beach.", "two dogs play", "a bowl of soup and a spoon", ""]
+REFERENCES = [
+    ["a man is riding a horse on a beach", "A man rides a brown horse\u2028along the beach."],
+    ["two dogs are playing in the snow", "dogs playing", "two brown dogs play with a ball"],
+    ["a bowl of soup", "soup in a bowl next to a spoon"],
+    ["a red bus", "the bus in the street"],
+]
 # Of pycocoevalcap 1.2 (its PTBTokenizer, Bleu(4), Rouge, Cider) on these captions, in whose words
 # both tokenizers agree.
 RECORDED = {
