@@ -309,7 +309,7 @@ def _evaluate(args: Namespace) -> int:
     from seed_multimodal.cli.evaluate import run_benchmark
     from seed_multimodal.compat.lavit import original_config, original_device
     from seed_multimodal.evaluation.benchmark import benchmark_class, open_benchmark
-    from seed_multimodal.evaluation.openai_clip import NAME
+    from seed_multimodal.evaluation.clip import NAME
     from seed_multimodal.evaluation.text2image import find_clip
 
     # 1. The data: by the flags, else at the original's paths.

@@ -4,12 +4,11 @@ benchmark         what a benchmark is, and `run`: a system on one of them, resum
                   processes; `BENCHMARKS`, a row for each
 annotations       published files of questions and captions → samples
 vqa, captions, choices    benchmarks whose answers are texts
-text2image        drawings of captions, compared by CLIP and FID (`drawing`)
+text2image        drawings of captions, compared by CLIP (`clip`) and FID (`fid`)
 judged            drawings that another model judges: geneval (`detection`), tifa (`judges`)
 suite             the papers' tables, of several benchmarks
 tokenizer         a tokenizer's report: retrieval, reconstruction, codebook
-metrics, retrieval, caption_scores    the figures themselves
-openai_clip       OpenAI's CLIP in one file
+metrics, retrieval    the figures themselves
 verify            what a model computes of fixed inputs, compared with a reference
 machine           measurement conditions for reports
 lmms              systems as a model of lmms-eval

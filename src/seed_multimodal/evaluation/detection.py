@@ -30,7 +30,7 @@ from transformers.models.auto.modeling_auto import (
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, first_line
-from seed_multimodal.evaluation.drawing import Clip
+from seed_multimodal.evaluation.clip import Clip
 from seed_multimodal.evaluation.metrics import finite
 from seed_multimodal.plugins import import_entry, registered
 from seed_multimodal.settings import nearest

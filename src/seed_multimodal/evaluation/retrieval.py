@@ -10,36 +10,22 @@ captions several images is correct for each, and ties count as errors.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from pathlib import Path
-from typing import TYPE_CHECKING, TypeAlias
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from numpy.typing import NDArray
-from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.disk import JsonObject
-from seed_multimodal.errors import CheckpointError
+from seed_multimodal.evaluation.clip import TextEncoder
 from seed_multimodal.evaluation.metrics import bootstrap, finite
-from seed_multimodal.images.transforms import ImageTransform
-from seed_multimodal.nn.vision.clip import load_clip_text
-
-if TYPE_CHECKING:
-    from transformers import (
-        CLIPTextModelWithProjection,
-        CLIPTokenizer,
-        CLIPVisionModelWithProjection,
-    )
 
 LEVELS = (1, 5, 10)
 BLOCK = 1 << 26  # scores at a time: 256 MB
 TEXT_BATCH = 256
 Ints: TypeAlias = NDArray[np.int64]
-TextEncoder = Callable[[Sequence[str]], Tensor]  # texts → unit features [T, E]
 
 
 # ---- ranks
@@ -119,52 +105,3 @@ def _with_means(recalls: dict[str, float]) -> dict[str, float]:
     recalls["r_mean"] = (recalls["txt_r_mean"] + recalls["img_r_mean"]) / 2
     recalls["agg_metrics"] = recalls["txt_r_mean"]
     return recalls
-
-
-# ---- encoders
-
-
-@dataclass(frozen=True)
-class ClipEncoder:
-    """A frozen CLIP vision encoder with the transform of its images."""
-
-    model: CLIPVisionModelWithProjection
-    transform: ImageTransform
-
-    @torch.no_grad()
-    def embed(self, images: Sequence[Image.Image]) -> Tensor:
-        """Embeddings of images of any sizes, float32 [N, E]."""
-        pixels = self.transform.batch(images).to(self.model.device, self.model.dtype)
-        embeddings: Tensor = self.model(pixel_values=pixels).image_embeds.float()
-        return embeddings
-
-
-def clip_texts(source: str | Path, device: torch.device) -> TextEncoder:
-    """The text encoder of a CLIP folder.
-
-    Raises CheckpointError: no folder, no text encoder, or no tokenizer.
-    """
-    from transformers import CLIPTokenizer
-
-    folder = Path(source)
-    encoder = load_clip_text(folder, device)
-    if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
-        raise CheckpointError(f"{folder}: holds no CLIP tokenizer (vocab.json and merges.txt).")
-    tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
-    return text_embedder(encoder, tokenizer, device)
-
-
-def text_embedder(
-    encoder: CLIPTextModelWithProjection, tokenizer: CLIPTokenizer, device: torch.device
-) -> TextEncoder:
-    """Texts → normalised embeddings, by a CLIP text model and its tokenizer."""
-    max_length = encoder.config.max_position_embeddings
-
-    @torch.no_grad()
-    def embed(texts: Sequence[str]) -> Tensor:
-        inputs = tokenizer(
-            list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="pt"
-        )
-        return F.normalize(encoder(**inputs.to(device)).text_embeds.float(), dim=-1)
-
-    return embed

@@ -16,7 +16,7 @@ from seed_multimodal.images.io import save_image
 from seed_multimodal.settings import setting
 
 if TYPE_CHECKING:
-    from seed_multimodal.evaluation.drawing import Clip
+    from seed_multimodal.evaluation.clip import Clip
 
 BUILT_IN = Path("built in")  # instead of a file: the captions of the original program
 CAPTIONS = (
@@ -89,7 +89,7 @@ class Drawings(CaptionFile):
 
     def prepare(self, samples: Sequence[Sample]) -> None:
         if self.clip is not None:
-            from seed_multimodal.evaluation.drawing import Clip
+            from seed_multimodal.evaluation.clip import Clip
 
             self.scorer = Clip(self.clip, self.system.images.device)
 
@@ -138,7 +138,7 @@ class Drawings(CaptionFile):
 
     def _add_fid(self, scores: Scores, samples: Sequence[Sample]) -> None:
         """Add FID, or a note why there is none."""
-        from seed_multimodal.evaluation.drawing import fid, fid_metric
+        from seed_multimodal.evaluation.fid import fid, fid_metric
 
         # Its packages and weights are optional.
         files = [self.out / result["image"] for result in scores.results]

@@ -28,6 +28,7 @@ from seed_multimodal.data.formats.record import RECORD_FAULTS, BadRecords
 from seed_multimodal.device import FP16_AS_ORIGINAL, Runtime, choose_device
 from seed_multimodal.disk import JsonObject, atomic_open, replace_text, writable_folder, writing
 from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.evaluation.clip import ClipEncoder, TextEncoder, clip_texts
 from seed_multimodal.evaluation.machine import circumstances
 from seed_multimodal.evaluation.metrics import (
     Estimate,
@@ -37,13 +38,7 @@ from seed_multimodal.evaluation.metrics import (
     finite_json,
     plain,
 )
-from seed_multimodal.evaluation.retrieval import (
-    ClipEncoder,
-    TextEncoder,
-    clip_texts,
-    ranks,
-    retrieval,
-)
+from seed_multimodal.evaluation.retrieval import ranks, retrieval
 from seed_multimodal.evaluation.tokenizer_settings import TokenizerSettings
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet

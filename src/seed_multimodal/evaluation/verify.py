@@ -13,9 +13,11 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
+from PIL import Image
+from torch import Tensor
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import (
@@ -26,16 +28,11 @@ from seed_multimodal.errors import (
     RequestError,
 )
 from seed_multimodal.evaluation.machine import circumstances
+from seed_multimodal.pipelines.base import MultimodalSystem
+from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.training.metrics import peak_memory_mib
 from seed_multimodal.weights.fetch import file_digest
 from seed_multimodal.weights.find import portable_path
-
-if TYPE_CHECKING:
-    from PIL import Image
-    from torch import Tensor
-
-    from seed_multimodal.pipelines.base import MultimodalSystem
-    from seed_multimodal.pipelines.config import SystemConfig
 
 REFERENCE = "verify.json"  # in a system's folder
 IMAGES = ("cat.jpg", "fox_and_snowman.png")

@@ -6,7 +6,7 @@ import shutil
 
 import pytest
 
-from seed_multimodal.evaluation.caption_scores import caption_scores
+from seed_multimodal.evaluation.captions import caption_scores
 
 pytest.importorskip("pycocoevalcap")
 CAPTIONS = ["A man rides a horse on the beach.", "two dogs play", "a bowl of soup and a spoon", ""]

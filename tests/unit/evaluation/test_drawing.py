@@ -9,7 +9,8 @@ from PIL import Image
 from random_images import noise
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.evaluation.drawing import Clip, fid, fid_metric
+from seed_multimodal.evaluation.clip import Clip
+from seed_multimodal.evaluation.fid import fid, fid_metric
 from seed_multimodal.images.transforms import ImageTransform
 
 CPU = torch.device("cpu")

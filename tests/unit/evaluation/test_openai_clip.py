@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.evaluation.openai_clip import NAME, load_openai_clip
+from seed_multimodal.evaluation.clip import NAME, load_openai_clip
 
 WORDS = 49_408
 OPENAI_NAMES = {

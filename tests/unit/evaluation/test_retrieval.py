@@ -9,7 +9,8 @@ import torch
 from repository import NANO
 
 from seed_multimodal.errors import CheckpointError, DataError
-from seed_multimodal.evaluation.retrieval import clip_texts, retrieval
+from seed_multimodal.evaluation.clip import clip_texts
+from seed_multimodal.evaluation.retrieval import retrieval
 
 
 def lavis_ranks(scores: np.ndarray, k_test: int) -> np.ndarray:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from seed_multimodal.device import Runtime
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.evaluation.retrieval import ClipEncoder, TextEncoder
+from seed_multimodal.evaluation.clip import ClipEncoder, TextEncoder
 from seed_multimodal.evaluation.tokenizer import NONE, OpenedTokenizer, Route
 from seed_multimodal.evaluation.tokenizer_settings import TokenizerSettings
 from seed_multimodal.models.seed.captions import caption_text, load_caption_tokenizer

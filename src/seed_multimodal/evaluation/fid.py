@@ -1,4 +1,4 @@
-"""Measures of drawings: CLIP's features, whose products are cosines, and FID."""
+"""FID of drawings (Heusel et al. 2017) by torchmetrics."""
 
 from __future__ import annotations
 
@@ -9,17 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
-import torch.nn.functional as F
 from PIL import Image
-from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.evaluation.metrics import finite
-from seed_multimodal.evaluation.openai_clip import load_openai_clip
-from seed_multimodal.evaluation.retrieval import ClipEncoder, clip_texts
 from seed_multimodal.images.io import open_image
-from seed_multimodal.images.transforms import ImageTransform, plain_rgb, resize_passes, to_bytes
-from seed_multimodal.nn.vision.clip import load_clip_vision
+from seed_multimodal.images.transforms import plain_rgb, resize_passes, to_bytes
 from seed_multimodal.state_dicts import load_state_dict
 
 if TYPE_CHECKING:
@@ -28,33 +22,6 @@ if TYPE_CHECKING:
 # Of github.com/toshas/torch-fidelity, release v0.2.0.
 INCEPTION = "weights-inception-2015-12-05-6726825d.pth"
 BATCH = 32
-
-
-class Clip:
-    """Image and text encoder of a CLIP folder (transformers) or of OpenAI's file, in fp32.
-
-    texts: texts, which are truncated to CLIP's length → unit features [T, E].
-    keep_ratio: images are cropped to squares, as by CLIP's own preprocessing; False: squashed.
-    Raises CheckpointError: a part is missing.
-    """
-
-    def __init__(self, path: Path, device: torch.device, *, keep_ratio: bool = False) -> None:
-        self.path = path
-        if path.is_file():
-            vision, self.texts = load_openai_clip(path, device)
-        else:
-            vision = load_clip_vision(path, device=device, log=None)
-            self.texts = clip_texts(path, device)
-        transform = ImageTransform(
-            vision.config.image_size, keep_ratio=keep_ratio, interpolation="bicubic"
-        )
-        self.encoder = ClipEncoder(vision, transform)
-
-    def images(self, images: Sequence[Image.Image]) -> Tensor:
-        """Unit features [N, E]. Raises DataError: not finite."""
-        features = F.normalize(self.encoder.embed(images), dim=-1)
-        finite(features.cpu(), str(self.path))
-        return features
 
 
 def fid_metric(inception: Path | None) -> FrechetInceptionDistance:

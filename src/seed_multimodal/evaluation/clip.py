@@ -1,10 +1,11 @@
-"""OpenAI's CLIP in one file, as LaVIT's folder holds it (`openai_clip_ViT-L-14.bin`).
+"""CLIP, by which images and texts are compared: a folder of transformers, or OpenAI's weights in
+one file, as LaVIT's folder holds them (`openai_clip_ViT-L-14.bin`).
 
-    file = "pretrained/LaVIT-7B-v2/openai_clip_ViT-L-14.bin"
-    vision, texts = load_openai_clip(file, device)
+    clip = Clip(Path("pretrained/LaVIT-7B-v2/openai_clip_ViT-L-14.bin"), device)
+    cosines = clip.images(drawings) @ clip.texts(["a fox"]).T
 
-The file holds weights only. The word pieces are those of `bpe_simple_vocab_16e6.txt.gz`, next to it
-or in the package salesforce-lavis.
+The word pieces of OpenAI's file are those of `bpe_simple_vocab_16e6.txt.gz`, next to it or in the
+package salesforce-lavis.
 """
 
 from __future__ import annotations
@@ -12,20 +13,30 @@ from __future__ import annotations
 import gzip
 import importlib.util
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
+from transformers import (
+    CLIPTextConfig,
+    CLIPTextModelWithProjection,
+    CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
+)
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.evaluation.retrieval import TextEncoder, text_embedder
+from seed_multimodal.evaluation.metrics import finite
+from seed_multimodal.images.transforms import ImageTransform
+from seed_multimodal.nn.vision.clip import load_clip_text, load_clip_vision
 from seed_multimodal.state_dicts import assign_strictly, load_state_dict
 
-if TYPE_CHECKING:
-    from transformers import CLIPTokenizer, CLIPVisionModelWithProjection
-
+TextEncoder = Callable[[Sequence[str]], Tensor]  # texts → unit features [T, E]
 NAME = "openai_clip_ViT-L-14.bin"
 PIECES = "bpe_simple_vocab_16e6.txt.gz"
 # Those that CLIP uses; two pieces for each byte come before, two special ones after.
@@ -51,6 +62,83 @@ RENAMED = (
 )
 
 
+class Clip:
+    """Image and text encoder of a CLIP folder (transformers) or of OpenAI's file, in fp32.
+
+    texts: texts, which are truncated to CLIP's length → unit features [T, E].
+    keep_ratio: images are cropped to squares, as by CLIP's own preprocessing; False: squashed.
+    Raises CheckpointError: a part is missing.
+    """
+
+    def __init__(self, path: Path, device: torch.device, *, keep_ratio: bool = False) -> None:
+        self.path = path
+        if path.is_file():
+            vision, self.texts = load_openai_clip(path, device)
+        else:
+            vision = load_clip_vision(path, device=device, log=None)
+            self.texts = clip_texts(path, device)
+        transform = ImageTransform(
+            vision.config.image_size, keep_ratio=keep_ratio, interpolation="bicubic"
+        )
+        self.encoder = ClipEncoder(vision, transform)
+
+    def images(self, images: Sequence[Image.Image]) -> Tensor:
+        """Unit features [N, E]. Raises DataError: not finite."""
+        features = F.normalize(self.encoder.embed(images), dim=-1)
+        finite(features.cpu(), str(self.path))
+        return features
+
+
+# ---- encoders
+
+
+@dataclass(frozen=True)
+class ClipEncoder:
+    """A frozen CLIP vision encoder with the transform of its images."""
+
+    model: CLIPVisionModelWithProjection
+    transform: ImageTransform
+
+    @torch.no_grad()
+    def embed(self, images: Sequence[Image.Image]) -> Tensor:
+        """Embeddings of images of any sizes, float32 [N, E]."""
+        pixels = self.transform.batch(images).to(self.model.device, self.model.dtype)
+        embeddings: Tensor = self.model(pixel_values=pixels).image_embeds.float()
+        return embeddings
+
+
+def clip_texts(source: str | Path, device: torch.device) -> TextEncoder:
+    """The text encoder of a CLIP folder.
+
+    Raises CheckpointError: no folder, no text encoder, or no tokenizer.
+    """
+    folder = Path(source)
+    encoder = load_clip_text(folder, device)
+    if not any((folder / name).is_file() for name in ("vocab.json", "tokenizer.json")):
+        raise CheckpointError(f"{folder}: holds no CLIP tokenizer (vocab.json and merges.txt).")
+    tokenizer = CLIPTokenizer.from_pretrained(str(folder), local_files_only=True)
+    return text_embedder(encoder, tokenizer, device)
+
+
+def text_embedder(
+    encoder: CLIPTextModelWithProjection, tokenizer: CLIPTokenizer, device: torch.device
+) -> TextEncoder:
+    """Texts → normalised embeddings, by a CLIP text model and its tokenizer."""
+    max_length = encoder.config.max_position_embeddings
+
+    @torch.no_grad()
+    def embed(texts: Sequence[str]) -> Tensor:
+        inputs = tokenizer(
+            list(texts), padding=True, truncation=True, max_length=max_length, return_tensors="pt"
+        )
+        return F.normalize(encoder(**inputs.to(device)).text_embeds.float(), dim=-1)
+
+    return embed
+
+
+# ---- OpenAI's file
+
+
 def load_openai_clip(
     file: str | Path, device: torch.device
 ) -> tuple[CLIPVisionModelWithProjection, TextEncoder]:
@@ -58,13 +146,6 @@ def load_openai_clip(
 
     Raises CheckpointError: another file, or no word pieces.
     """
-    from transformers import (
-        CLIPTextConfig,
-        CLIPTextModelWithProjection,
-        CLIPVisionConfig,
-        CLIPVisionModelWithProjection,
-    )
-
     # 1. The weights; torch reads TorchScript archives, which are programs, by torch.jit.load only.
     try:
         state = load_state_dict(file)
@@ -140,9 +221,6 @@ def _renamed(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 def read_pieces(folder: Path) -> CLIPTokenizer:
     """CLIP's tokenizer of transformers. Raises CheckpointError: no file of word pieces."""
-    from transformers import CLIPTokenizer
-    from transformers.convert_slow_tokenizer import bytes_to_unicode
-
     # 1. The file, in the folder or in the package.
     folders = [folder]
     lavis = importlib.util.find_spec("lavis")
