@@ -16,7 +16,6 @@ from tiny.lavit import CODES, PATCHES, SIZE, TOKENIZER
 
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.images.io import image_to_bytes
-from seed_multimodal.models.lavit.checkpoints import save_dynamic_tokenizer
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer
 from seed_multimodal.models.lavit.processing import LavitTokenizer
 from seed_nano.train.words import train_text_tokenizer
@@ -49,7 +48,7 @@ def write_parts(folder: Path) -> None:
     )
     torch.manual_seed(0)
     model = spread(DynamicTokenizer(SIZES))  # so that patches differ
-    save_dynamic_tokenizer(model, folder / "visual")
+    model.save_pretrained(folder / "visual")
     write_llama(folder / "llm", tokenizer.vocabulary.n_text)
     # Images with captions.
     write_shard(

@@ -12,6 +12,7 @@ from PIL import Image, ImageDraw, ImageFont, ImageOps
 INK = (24, 24, 28)
 PAPER = (255, 255, 255)
 FRAME = (226, 226, 230)
+GREEN = (0, 255, 0)
 _MARGIN = 16
 _GAP = 10
 _MIN_LABEL_WIDTH = 110
@@ -111,12 +112,7 @@ def _text_image(text: str, font: Font, width: int, max_lines: int) -> Image.Imag
     return page
 
 
-def draw_boxes(
-    image: Image.Image,
-    boxes: Iterable[Sequence[int]],
-    colour: tuple[int, int, int] = (0, 255, 0),
-    width: int = 2,
-) -> Image.Image:
+def draw_boxes(image: Image.Image, boxes: Iterable[Sequence[int]], width: int = 2) -> Image.Image:
     """A copy with rectangles, green and two pixels wide as in the original.
 
     boxes: left, top, right and bottom in pixels.
@@ -124,5 +120,5 @@ def draw_boxes(
     copy = image.convert("RGB").copy()
     draw = ImageDraw.Draw(copy)
     for left, top, right, bottom in boxes:
-        draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=colour, width=width)
+        draw.rectangle((left, top, max(left, right), max(top, bottom)), outline=GREEN, width=width)
     return copy

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.images.transforms import normalise
-from seed_multimodal.models.lavit.checkpoints import load_dynamic_tokenizer, save_dynamic_tokenizer
+from seed_multimodal.models.lavit.checkpoints import load_dynamic_tokenizer
 from seed_multimodal.models.lavit.decoder import CodeDecoder, LavitDecoderConfig
 from seed_multimodal.models.lavit.losses import FLIP_EVERY, LavitLossWeights, LavitStage1
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
@@ -241,7 +241,7 @@ class NarrowTask(TokenizerTask):
 
     def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
         tokenizer, decoder = (part.cpu() for part in self.model.trained_networks())
-        save_dynamic_tokenizer(tokenizer, self.lavit.out / "tokenizer")
+        tokenizer.save_pretrained(self.lavit.out / "tokenizer")
         decoder.save_pretrained(self.lavit.out / "decoder")
         return super().finish(group)
 

@@ -10,13 +10,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from seed_multimodal.models.lavit.checkpoints import save_dynamic_tokenizer
 from seed_multimodal.models.lavit.decoder import CodeDecoder, Head, LavitDecoderConfig
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
 from seed_multimodal.models.lavit.processing import HubLavitTokenizer, LavitTokenizer
 from seed_multimodal.models.seed.checkpoints import load_vision
 from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_multimodal.nn.vision.hub import HubVisionConfig
+from seed_multimodal.state_dicts import save_state_dict
+from seed_multimodal.weights.catalogue import VISUAL_WEIGHTS
 from seed_nano.train.words import train_text_tokenizer
 from tiny import spread, write_json
 from tiny.diffusion import CROSS, POOLED, SCHEDULE, SDXL_VAE, kl, safety_checker, unet, write_sdxl
@@ -58,6 +59,12 @@ CONDITION_TOKENS = 8
 EMPTY_TOKENS = 5  # embeddings of the empty text
 
 
+def visual_weight(model: DynamicTokenizer) -> dict[str, Tensor]:
+    """Tensors of `visual_weight`: token merger and projector."""
+    names = ("causal_encoder.", "vit_proj.")
+    return {key: value for key, value in model.state_dict().items() if key.startswith(names)}
+
+
 def build_lavit(folder: str | Path, seed: int = 0, hub: bool = False) -> Path:
     """Write a system folder and return it; `hub`: with a Qwen 3 and a hub tokenizer."""
     root = Path(folder)
@@ -65,7 +72,8 @@ def build_lavit(folder: str | Path, seed: int = 0, hub: bool = False) -> Path:
     text_tokenizer = write(root / "llm", seed)
     # Understanding has a merger of its own, trained with the language model.
     second = dynamic_tokenizer(seed, merger=seed + 1)
-    save_dynamic_tokenizer(dynamic_tokenizer(seed), root / "tokenizer", second)
+    dynamic_tokenizer(seed).save_pretrained(root / "tokenizer")
+    save_state_dict(visual_weight(second), root / "tokenizer" / VISUAL_WEIGHTS)
     torch.manual_seed(seed)
     spread(CodeDecoder(DECODER)).eval().save_pretrained(root / "decoder")
     write_pixels(root / "pixels")
@@ -121,7 +129,7 @@ def write_tokenizer_of(kind: str, folder: Path, config: Any, **sizes: int) -> Dy
     torch.manual_seed(0)
     model = spread(DynamicTokenizer(dataclasses.replace(config, vit=vit, vit_head=0))).eval()
     load_vision(model.encoder, folder / "vision", None)
-    save_dynamic_tokenizer(model, folder / "tokenizer")
+    model.save_pretrained(folder / "tokenizer")
     return model
 
 

@@ -16,7 +16,6 @@ from llm_runs import APPLICATION, TRAINER, log_lines, merged
 from PIL import Image
 
 from seed_multimodal.diffusion.base import Detokenizer
-from seed_multimodal.models.lavit.checkpoints import save_dynamic_tokenizer
 from seed_multimodal.models.lavit.decoder import Head
 from tiny.diffusion import DENOISER_SIZES, FLOW, RESAMPLER, autoencoder, unet, write_sdxl
 from tiny.lavit import code_decoder, small_tokenizer, write_lavit_diffusion
@@ -102,7 +101,7 @@ def write_lavit_parts(root: Path) -> Path:
     # Both heads, so that a configuration chooses one.
     for head in heads:
         write_lavit_diffusion(root / head, head)
-    save_dynamic_tokenizer(small_tokenizer(), root / "tokenizer")
+    small_tokenizer().save_pretrained(root / "tokenizer")
     code_decoder().save_pretrained(root / "decoder")
     write_images(
         root / "pictures",

@@ -9,18 +9,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny.lavit import TOKENIZER, small_tokenizer
+from tiny.lavit import TOKENIZER, small_tokenizer, visual_weight
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.models.lavit.checkpoints import (
-    load_dynamic_tokenizer,
-    load_tokenizer_pair,
-    save_dynamic_tokenizer,
-    visual_weight_state,
-)
+from seed_multimodal.models.lavit.checkpoints import load_dynamic_tokenizer, load_tokenizer_pair
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer
 from seed_multimodal.state_dicts import load_state_dict, save_state_dict
+from seed_multimodal.weights.catalogue import VISUAL_WEIGHTS
 
 
 @pytest.fixture
@@ -39,7 +35,7 @@ def original(folder: Path) -> Path:
         "visual_tokenizer/tokenizer_encoder.bin": {
             name: value for name, value in state.items() if not name.startswith("vit_proj.")
         },
-        "language_model/visual_weight.bin": visual_weight_state(small_tokenizer(1)),
+        "language_model/visual_weight.bin": visual_weight(small_tokenizer(1)),
     }
     for name, tensors in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -67,7 +63,8 @@ def test_load_both_reads_each_token_merger_from_its_file(layout, tmp_path, pixel
     first, second = two_stages()
     language_model = None
     if layout == "saved":
-        save_dynamic_tokenizer(first, tmp_path, second)
+        first.save_pretrained(tmp_path)
+        save_state_dict(visual_weight(second), tmp_path / VISUAL_WEIGHTS)
     else:
         language_model = original(tmp_path) / "language_model"
     for file in tmp_path.rglob("*.bin") if layout == "safetensors" else ():
@@ -104,7 +101,7 @@ def test_save_without_training_state_and_projector(tmp_path):
     saved = small_tokenizer()
     saved.quantize.start_averages(0.9)
     saved.vit_proj = None
-    save_dynamic_tokenizer(saved, tmp_path)
+    saved.save_pretrained(tmp_path)
     names = load_state_dict(tmp_path / "model.safetensors")
     assert not any("ema" in name or "vit_proj" in name for name in names)
     assert load_tokenizer_pair(tmp_path)[1] is None

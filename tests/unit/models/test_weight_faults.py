@@ -33,10 +33,7 @@ def networks(tmp_path_factory) -> dict[str, tuple[Callable[[Path], object], ...]
     from tiny.diffusion import random_adapter, write_sdxl
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
-    from seed_multimodal.models.lavit.checkpoints import (
-        load_dynamic_tokenizer,
-        save_dynamic_tokenizer,
-    )
+    from seed_multimodal.models.lavit.checkpoints import load_dynamic_tokenizer
     from seed_multimodal.models.lavit.decoder import CodeDecoder
     from seed_multimodal.models.seed.checkpoints import load_blip2, load_vision
     from seed_multimodal.models.seed.configuration import Seed2Config
@@ -85,7 +82,7 @@ def networks(tmp_path_factory) -> dict[str, tuple[Callable[[Path], object], ...]
             lambda folder: SDXLAdapter.from_pretrained(folder, sdxl),
         ),
         "lavit_tokenizer": (
-            lambda folder: save_dynamic_tokenizer(lavit.small_tokenizer(), folder),
+            lavit.small_tokenizer().save_pretrained,
             load_dynamic_tokenizer,
         ),
         "lavit_decoder": (

@@ -32,13 +32,12 @@ from seed_multimodal.models.lavit.modeling import (
 )
 from seed_multimodal.nn.layers import cast_layers
 from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS
-from seed_multimodal.state_dicts import assign_strictly, load_state_dict, save_state_dict
+from seed_multimodal.state_dicts import assign_strictly, load_state_dict
 from seed_multimodal.weights.catalogue import VISUAL_WEIGHTS, download_advice
 from seed_multimodal.weights.find import find_file, first_file
 
 State = dict[str, Tensor]
 ENCODER = "encoder."  # beginning of the vision encoder's names
-VISUAL_WEIGHT_PREFIXES = ("causal_encoder.", "vit_proj.")
 CODEC_FILES = ("tokenizer_encoder.safetensors", "tokenizer_encoder.bin")
 ENCODER_FILES = ("eva_vitg_psz14.safetensors", "eva_vitg_psz14.bin")
 VISUAL_WEIGHT_FILES = (VISUAL_WEIGHTS, "visual_weight.bin")
@@ -50,13 +49,11 @@ def load_dynamic_tokenizer(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-    config: LavitTokenizerConfig | None = None,
 ) -> DynamicTokenizer:
     """The tokenizer that computes codes, in eval mode and frozen, from an original folder or ours.
 
     Args:
         dtype: of linear and convolution layers; the others stay as stored (fp32 in the original).
-        config: sizes if there is no config.json; None: the original ones.
 
     Raises:
         CheckpointError: missing, unsafe or damaged files, or tensors that are missing or of another
@@ -77,9 +74,9 @@ def load_dynamic_tokenizer(
         config_file = original / CONFIG
         codec_file = find_file(original, CODEC_FILES, download_advice("lavit"))
         encoder_file = find_file(original, ENCODER_FILES, download_advice("lavit"))
+    config = LavitTokenizerConfig()
     if is_ours or config_file.is_file():
         config = DynamicTokenizer.read_config(config_file)
-    config = config or LavitTokenizerConfig()
 
     # 2. Their tensors, under our names.
     state: State = {}
@@ -108,7 +105,6 @@ def load_tokenizer_pair(
     *,
     device: str | torch.device = "cpu",
     dtype: torch.dtype = torch.float32,
-    config: LavitTokenizerConfig | None = None,
 ) -> tuple[DynamicTokenizer, DynamicTokenizer | None]:
     """The tokenizers for codes and for understanding.
 
@@ -117,7 +113,7 @@ def load_tokenizer_pair(
 
     language_model: an original's folder, or a run's checkpoint, which may have a `visual_weight`.
     """
-    code_tokenizer = load_dynamic_tokenizer(folder, device=device, dtype=dtype, config=config)
+    code_tokenizer = load_dynamic_tokenizer(folder, device=device, dtype=dtype)
     for source in (language_model, folder):
         file = source and first_file(Path(source).expanduser(), VISUAL_WEIGHT_FILES)
         if file:
@@ -158,26 +154,6 @@ def with_merger(
     return sharing
 
 
-def save_dynamic_tokenizer(
-    model: DynamicTokenizer,
-    folder: str | Path,
-    understanding: DynamicTokenizer | None = None,
-) -> Path:
-    """Write our folder.
-
-    understanding: its token merger and projector are written into a file of their own.
-    """
-    if understanding is not None:
-        save_state_dict(visual_weight_state(understanding), Path(folder) / VISUAL_WEIGHTS)
-    return model.save_pretrained(folder)
-
-
-def visual_weight_state(model: DynamicTokenizer) -> State:
-    """Tensors of `visual_weight`: the token merger and the projector."""
-    state = model.state_dict()
-    return {name: state[name] for name in state if name.startswith(VISUAL_WEIGHT_PREFIXES)}
-
-
 def copy_stage1_tokenizer(source: Path, target: Path) -> None:
     """Write our folder of a tokenizer as stage 1 leaves it, without the trained token merger."""
-    save_dynamic_tokenizer(load_dynamic_tokenizer(source), target)
+    load_dynamic_tokenizer(source).save_pretrained(target)

@@ -11,7 +11,6 @@ import torch
 
 from seed_multimodal.disk import JsonObject, atomic_folder, output_folder, read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.models.lavit.checkpoints import save_dynamic_tokenizer
 from seed_multimodal.models.lavit.decoder import CodeDecoder, LavitDecoderConfig
 from seed_multimodal.models.lavit.losses import LavitStage1
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
@@ -95,7 +94,7 @@ def export_stage1(
     # 3. One folder with both, complete or not at all.
     tokenizer, decoder = model.trained_networks()
     with atomic_folder(target, out, ConfigError) as folder:
-        save_dynamic_tokenizer(tokenizer, folder / "tokenizer")
+        tokenizer.save_pretrained(folder / "tokenizer")
         decoder.save_pretrained(folder / "decoder")
     return target / "tokenizer", target / "decoder"
 

@@ -350,7 +350,6 @@ def load_images(config: LavitConfig, placement: Placement) -> LavitImageCodec:
         config.llm,
         device=placement.encoder_load_device,
         dtype=placement.images.dtype,
-        config=config.found.sizes.get("tokenizer"),
     )
     codec = LavitImageCodec(code_tokenizer, understanding_tokenizer, placement, config.selection)
     if placement.load_decoder:
@@ -364,7 +363,6 @@ def _load_decoder(config: LavitConfig, placement: Placement) -> LavitDetokenizer
     decoder = CodeDecoder.from_pretrained(
         config.path("decoder"),
         head=config.head,
-        config=config.found.sizes.get("decoder"),
         dtype=dtype,
     )
     return LavitDetokenizer.from_pretrained(

@@ -175,15 +175,15 @@ class Lemmatizer:
     Without spaCy or its model it warns once, and words keep their form.
     """
 
-    def __init__(self, model: str = SPACY_MODEL) -> None:
+    def __init__(self) -> None:
         self._parse: Any = None
         try:
-            self._parse = importlib.import_module("spacy").load(model)
+            self._parse = importlib.import_module("spacy").load(SPACY_MODEL)
         except (ImportError, OSError):  # the package, the model
             warnings.warn(
                 f"Answers are not lemmatised as the original model's are, because spaCy or its "
-                f"model {model} is not there ({install_hint('spacy')}, then python -m spacy "
-                f"download {model}); scores can be lower by a little.",
+                f"model {SPACY_MODEL} is not there ({install_hint('spacy')}, then python -m spacy "
+                f"download {SPACY_MODEL}); scores can be lower by a little.",
                 SeedWarning,
                 stacklevel=2,
             )

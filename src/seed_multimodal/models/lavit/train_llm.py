@@ -282,9 +282,4 @@ def load_visual(parts: Mapping[str, nn.Module], path: Path) -> None:
         raise CheckpointError(
             f"{path}: no {VISUAL_WEIGHTS} (token merger and projector of a language model)."
         )
-    state = load_state_dict(file)
-    for name, part in parts.items():
-        # The part's tensors, without its name. The file may have others.
-        prefix = f"{name}."
-        keys = [key for key in state if key.startswith(prefix)]
-        assign_strictly(part, {key.removeprefix(prefix): state[key] for key in keys}, file)
+    assign_strictly(nn.ModuleDict(parts), load_state_dict(file), file, foreign=True)

@@ -170,7 +170,8 @@ class SeedLlamaFamily(Family):
 
     @classmethod
     def check_decoder(cls, config: SeedLlamaConfig) -> None:
-        check_detokenizer(config.detokenizer)
+        if config.detokenizer is not None:
+            detokenizer_class(config.detokenizer).check_folder(config.detokenizer)
 
     @classmethod
     def load(cls, config: SeedLlamaConfig, placement: Placement) -> Self:
@@ -192,12 +193,6 @@ class SeedLlama(MultimodalSystem):
     """
 
     family_class = SeedLlamaFamily
-
-
-def check_detokenizer(folder: Path | None) -> None:
-    """Raise CheckpointError if a diffusion folder exists, but lacks a file."""
-    if folder is not None:
-        detokenizer_class(folder).check_folder(folder)
 
 
 def image_transform(model: SeedTokenizer, config: SeedLlamaConfig) -> ImageTransform:

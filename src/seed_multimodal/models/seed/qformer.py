@@ -152,24 +152,6 @@ class _Embeddings(nn.Module):
         return self.dropout(self.LayerNorm(torch.cat(parts, dim=1)))
 
 
-class _Predictions(nn.Module):
-    """The masked-LM head of BERT: unused by the contrastive stage, present in its checkpoints."""
-
-    def __init__(self, config: QFormerConfig, word_embeddings: nn.Embedding) -> None:
-        super().__init__()
-        vocab_size = word_embeddings.num_embeddings
-        self.bias = nn.Parameter(torch.zeros(vocab_size))
-        self.transform = nn.ModuleDict(
-            {
-                "dense": nn.Linear(config.width, config.width),
-                "LayerNorm": LayerNorm(config.width, eps=1e-12),
-            }
-        )
-        self.decoder = nn.Linear(config.width, vocab_size)
-        self.decoder.weight = word_embeddings.weight
-        self.decoder.bias = self.bias
-
-
 class QFormer(nn.Module):
     """The Q-Former.
 
@@ -195,12 +177,16 @@ class QFormer(nn.Module):
             layers.append(QFormerLayer(config, encoder_width, has_cross, vocab_size is not None))
         self.bert.encoder = nn.ModuleDict({"layer": layers})
         self.apply(_init_bert)
-        # The head shares the word table, so it is not initialised again.
+        # Unused by the contrastive stage, present in its checkpoints; it shares the word table.
         if lm_head:
-            predictions = _Predictions(config, self.bert.embeddings.word_embeddings)
-            _init_bert(predictions.transform["dense"])
-            self.cls = nn.Module()
-            self.cls.predictions = predictions
+            from transformers import BertConfig
+            from transformers.models.bert.modeling_bert import BertOnlyMLMHead
+
+            self.cls = BertOnlyMLMHead(BertConfig(vocab_size=vocab_size, hidden_size=config.width))
+            predictions = self.cls.predictions
+            _init_bert(predictions.transform.dense)
+            predictions.decoder.weight = self.bert.embeddings.word_embeddings.weight
+            predictions.decoder.bias = predictions.bias
 
     def forward(
         self,

@@ -233,13 +233,10 @@ class SDXLAdapter(nn.Module):
             self.add_condition_channels()
         self.load_report = assign_strictly(self, state, file, foreign=True, device=device)
 
-    def save_pretrained(self, folder: str | Path, dtype: torch.dtype | None = None) -> Path:
-        """Write the weights, in `dtype`, and the resampler's sizes."""
+    def save_pretrained(self, folder: str | Path) -> Path:
+        """Write the weights and the resampler's sizes."""
         path = Path(folder)
-        state = self.state_dict()
-        if dtype is not None:
-            state = {name: value.to(dtype) for name, value in state.items()}
-        save_state_dict(state, path / WEIGHTS)
+        save_state_dict(self.state_dict(), path / WEIGHTS)
         sizes = dataclasses.asdict(self.resampler.config)
         replace_text(path / RESAMPLER_CONFIG, json.dumps(sizes, indent=1) + "\n")
         return path

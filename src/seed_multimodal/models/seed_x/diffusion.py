@@ -21,7 +21,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from PIL import Image
@@ -105,16 +105,12 @@ class SdxlDetokenizer(Detokenizer[SdxlSettings]):
             network = SDXLAdapter.from_pretrained(
                 adapter, sdxl, device=device, dtype=dtype, sizes=sizes
             )
-        parts |= cls.adapter_parts(Path(adapter))
-        return cls(network.unet, resampler=network.resampler, **parts).to(device)
 
-    @classmethod
-    def adapter_parts(cls, folder: Path) -> dict[str, Any]:
-        """Conditioner of an adapter's folder, scheduler and settings of a student's."""
-        parts = cls.load_parts(folder, torch.float32)
-        if (folder / "scheduler").is_dir():
-            parts["scheduler"] = cls.load_part(folder, "scheduler")
-        return {name: part for name, part in parts.items() if part is not None}
+        # An adapter's folder may have a conditioner, a student's also its scheduler and settings.
+        names = ["scheduler"] if (Path(adapter) / "scheduler").is_dir() else []
+        own_parts = cls.load_parts(Path(adapter), torch.float32, *names)
+        parts |= {name: part for name, part in own_parts.items() if part is not None}
+        return cls(network.unet, resampler=network.resampler, **parts).to(device)
 
     @torch.no_grad()
     def set_null_embeds(self, encoder: nn.Module, image_size: int) -> None:

@@ -75,7 +75,6 @@ from seed_multimodal.pipelines.images import (
 from seed_multimodal.settings import check_value, read_settings
 
 BOX_SIDE = 10**6  # pixels of a square on which boxes are computed and then divided by
-GREEN = (0, 255, 0)  # of boxes, as in the original
 CACHED_IMAGES = 16  # images in the cache of features: about 10 MB each in float16
 ENCODER_BATCH_SIZE = 8  # views in one pass of the vision encoder
 
@@ -99,9 +98,9 @@ class Detection:
     text: str  # the answer with its box tokens
     problems: list[str]  # a message for each malformed box
 
-    def drawn(self, colour: tuple[int, int, int] = GREEN, width: int = 2) -> Image.Image:
+    def drawn(self, width: int = 2) -> Image.Image:
         """The image with the boxes on it; width: of their lines, in pixels."""
-        return draw_boxes(self.image, self.boxes, colour, width)
+        return draw_boxes(self.image, self.boxes, width)
 
 
 class SeedXImageCodec(ImageCodec):

@@ -17,7 +17,6 @@ from tensors import equal
 from tiny.lavit import write_tokenizer_of
 
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.models.lavit.checkpoints import save_dynamic_tokenizer
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer
 from seed_multimodal.models.lavit.pipeline import Lavit
 from seed_multimodal.models.lavit.train_llm import PretrainTask
@@ -84,7 +83,7 @@ def test_resume_with_another_visual_tokenizer_fails(config_of, parts_dir: Path, 
     train(1, tmp_path / "visual")
     assert train(2, parts_dir / "visual")["steps"] == 2
     torch.manual_seed(9)
-    save_dynamic_tokenizer(DynamicTokenizer(parts.SIZES), tmp_path / "visual")
+    DynamicTokenizer(parts.SIZES).save_pretrained(tmp_path / "visual")
     with pytest.raises(CheckpointError, match="visual tokenizer"):
         train(3, tmp_path / "visual")
 
