@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypedDict
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -32,19 +32,11 @@ PARAMS = "model.params"  # of the sizes in a YAML file
 V1 = Path(__file__).with_name("v1-inference.yaml")  # Stable Diffusion 1's sizes
 
 
-class SingleFileParts(TypedDict):
-    """The models of a file; the autoencoder is only its decoder."""
-
-    denoiser: ModelMixin
-    vae: ModelMixin
-    scheduler: SchedulerMixin
-    text_encoder: PreTrainedModel | None  # None: the file has none
-
-
 def load_single_file(
     file: Path, dtype: torch.dtype, config: str | Path | None = None
-) -> SingleFileParts:
-    """The parts of Stable Diffusion, as arguments of `StableDiffusionDetokenizer`.
+) -> dict[str, Any]:
+    """The parts of Stable Diffusion, as arguments of `StableDiffusionDetokenizer`; the autoencoder
+    is only its decoder, and a file may have no text encoder.
 
     config: the original's YAML file; None: `V1`.
 
