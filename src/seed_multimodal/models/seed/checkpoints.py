@@ -13,8 +13,7 @@ memory-mapped: weights on the CPU in the file's precision stay views of the file
 
 from __future__ import annotations
 
-import os
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -28,7 +27,7 @@ from seed_multimodal.nn.vision.clip import Log
 from seed_multimodal.nn.vision.eva import FILES, PREFIX
 from seed_multimodal.state_dicts import LoadReport, assign_strictly, load_state_dict
 from seed_multimodal.weights.catalogue import catalogue, download_advice
-from seed_multimodal.weights.find import download_part, find_file, find_folder, first_file
+from seed_multimodal.weights.find import find_file, find_folder, first_file
 
 VISION = PREFIX
 ENCODER_PARTS = ("visual_encoder", "ln_vision", "Qformer", "query_tokens")
@@ -189,19 +188,13 @@ def find_files(source: str | Path, layout: Layout) -> list[Path]:
 
 
 def _vision_file(folder: Path, vision: str | Path | None) -> Path:
-    # The original programs download the file to torch's cache.
-    cache = Path(torch.hub.get_dir()) / "checkpoints"
-    file = Path(vision) if vision is not None else first_file(folder, VISION_FILES)
-    file = file or first_file(cache, VISION_FILES)
-    if file is None:
-        only_vision = replace(catalogue().parts["tokenizer"], hub="", folder=str(cache))
-        file = download_part(only_vision) and cache / VISION_FILES[-1]
-    if file is None or not os.path.isfile(file):
-        raise CheckpointError(
-            f"{file or folder / VISION_FILES[-1]}: no such vision-encoder file; "
-            f"{download_advice('tokenizer')}."
-        )
-    return file
+    """The given file, one in the folder or in torch's cache, where the original programs put it, or
+    the original's."""
+    folders = (folder, Path(torch.hub.get_dir()) / "checkpoints")
+    files = (first_file(path, VISION_FILES) for path in folders)
+    file = vision or next(filter(None, files), None)
+    original = Path(catalogue().parts["tokenizer"].folder) / VISION_FILES[-1]
+    return find_file(file or original, VISION_FILES, download_advice("tokenizer"))
 
 
 def load_vision(encoder: VisionEncoder, source: str | Path, log: Log = print) -> LoadReport:
