@@ -603,7 +603,7 @@ class Detokenizer(Generic[Settings]):
             return part_class.from_pretrained(part_folder, dtype=dtype)
         label = f"{cls.label} folder"
         if issubclass(part_class, nn.Module):
-            network = load_library_model(
+            network, _ = load_library_model(
                 part_class, part_folder, label, cls.download_hint, torch_dtype=dtype
             )
             if name == "denoiser":

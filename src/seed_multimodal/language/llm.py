@@ -31,7 +31,7 @@ from seed_multimodal.language.text_tokenizer import (
     TextTokenizer,
 )
 from seed_multimodal.language.vocabulary import ImageVocabulary
-from seed_multimodal.progress import quiet_loading
+from seed_multimodal.nn.pretrained import load_library_model
 from seed_multimodal.state_dicts import refuse_tensors, warn_tensors
 from seed_multimodal.weights.catalogue import SHIPPED_LLMS, download_advice, part_of
 from seed_multimodal.weights.find import find_file
@@ -122,52 +122,30 @@ def load_llm(
     generation_config = GenerationConfig(use_cache=True)
     for name in LLAMA_IDS:
         setattr(generation_config, name, getattr(config, name, None))
-    model: Any
-    try:
-        with quiet_loading("transformers"):
-            model, report = AutoModelForCausalLM.from_pretrained(
-                folder_or_id,
-                config=config,
-                dtype=dtype,
-                generation_config=generation_config,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                device_map=device_map,
-                **quantized,
-            )
-    except torch.cuda.OutOfMemoryError:
-        raise
-    except Exception as error:  # noqa: BLE001  (damaged files raise many error types)
-        raise CheckpointError(
-            f"{folder_or_id}: the weights cannot be read ({first_line(error)})."
-        ) from error
+    model, unknown = load_library_model(
+        AutoModelForCausalLM,
+        folder_or_id,
+        "language model",
+        "download its files again",
+        config=config,
+        dtype=dtype,
+        generation_config=generation_config,
+        ignore_mismatched_sizes=True,
+        device_map=device_map,
+        **quantized,
+    )
 
-    # 2. What they held.
-    _check_loading(report, folder_or_id)
-    if config.tie_word_embeddings and not model.all_tied_weights_keys:
-        # transformers has loaded both tensors, since they differ.
-        warn_untied(folder_or_id)
-        model.config.tie_word_embeddings = False
-    loaded: LanguageModel = model.eval()
-    return loaded
-
-
-def _check_loading(report: dict[str, Any], folder_or_id: str | Path) -> None:
-    """Raise CheckpointError unless the file has all tensors of the model, in their size.
-
-    report: transformers' `loading_info`. Unknown tensors outside of the layers are ignored.
-    """
-    resized = [
-        f"{name} (file {tuple(stored)}, model {tuple(expected)})"
-        for name, stored, expected in report["mismatched_keys"]
-    ]
-    refuse_tensors(sorted(resized), (), folder_or_id, "of another size")
-    refuse_tensors(sorted(report["missing_keys"]), (), folder_or_id, "missing from the file")
-    unknown = sorted(report["unexpected_keys"])
+    # 2. What the file holds besides: other layers are those of another model.
     in_layers = [name for name in unknown if name.startswith("model.layers.")]
     outside = [name for name in unknown if name not in in_layers]
     refuse_tensors(in_layers, (ROTARY,), folder_or_id, "unknown to the model of config.json")
     warn_tensors(outside, (ROTARY,), folder_or_id)
+    if config.tie_word_embeddings and not model.all_tied_weights_keys:
+        # transformers has loaded both tensors, since they differ.
+        warn_untied(folder_or_id)
+        model.config.tie_word_embeddings = False
+    loaded: LanguageModel = model
+    return loaded
 
 
 def warn_untied(source: str | Path) -> None:

@@ -151,31 +151,41 @@ def saved_config(config_class: type[Config], model_type: str, folder: Path) -> C
 
 
 def load_library_model(
-    model_class: Any, folder: Path, label: str, advice: str, **options: Any
-) -> Any:
-    """A network of transformers or diffusers from a folder, in eval mode.
+    model_class: Any, source: str | Path, label: str, advice: str, **options: Any
+) -> tuple[Any, list[str]]:
+    """A network of transformers or diffusers in eval mode, and names of tensors it does not read.
 
+    source: a folder or hub id.
     label, advice: for messages. options: of the library's `from_pretrained`.
 
     Raises CheckpointError: damaged, or a tensor is missing or of another size.
     """
     try:
-        with quiet_loading("diffusers", "transformers"), warnings.catch_warnings():
+        library = model_class.__module__.partition(".")[0]
+        with quiet_loading(library), warnings.catch_warnings():
             warnings.simplefilter("ignore", FutureWarning)
             network, info = model_class.from_pretrained(
-                folder, local_files_only=True, output_loading_info=True, **options
+                source,
+                local_files_only=Path(source).is_dir(),
+                output_loading_info=True,
+                **options,
             )
+    except torch.cuda.OutOfMemoryError:
+        raise
     except Exception as error:  # noqa: BLE001  (damaged and unsafe files raise many types)
         raise CheckpointError(
-            f"{folder}: not a complete {label} ({first_line(error)}); {advice}."
+            f"{source}: not a complete {label} ({first_line(error)}); {advice}."
         ) from error
 
     # The libraries fill such tensors with random values.
-    misshapen = sorted(name for name, *_ in info["mismatched_keys"])
-    refuse_tensors(misshapen, (), folder, f"of another size than in {CONFIG}")
+    misshapen = sorted(
+        f"{name} (file {tuple(stored)}, model {tuple(expected)})"
+        for name, stored, expected in info["mismatched_keys"]
+    )
+    refuse_tensors(misshapen, (), source, f"of another size than in {CONFIG}")
     missing = sorted(info["missing_keys"])
-    refuse_tensors(missing, ("*position_ids",), folder, f"missing from the file ({advice})")
-    return network.eval()
+    refuse_tensors(missing, ("*position_ids",), source, f"missing from the file ({advice})")
+    return network.eval(), sorted(info["unexpected_keys"])
 
 
 def without_memory(build: Callable[[], Network]) -> Network:

@@ -122,7 +122,7 @@ def _load_clip(
     values = read_json_object(folder / CONFIG, advice=CLIP_ADVICE)
     config = model_class.config_class.from_pretrained(folder)
     config.projection_dim = values.get("projection_dim", config.projection_dim)
-    model: PreTrainedModel = load_library_model(
+    model, _ = load_library_model(
         model_class,
         folder,
         "CLIP",
@@ -131,4 +131,5 @@ def _load_clip(
         dtype=dtype,
         ignore_mismatched_sizes=True,
     )
-    return model.to(device).requires_grad_(False)
+    frozen: PreTrainedModel = model.to(device).requires_grad_(False)
+    return frozen

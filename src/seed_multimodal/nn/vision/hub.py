@@ -142,7 +142,7 @@ class HubVisionConfig(VisionConfig):
         from transformers import AutoModel
 
         folder = find_folder(source, (CONFIG, "*.safetensors", "*.bin", "*.index.json"), ADVICE)
-        network = load_library_model(
+        network, _ = load_library_model(
             AutoModel,
             folder,
             "vision model",
