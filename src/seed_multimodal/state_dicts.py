@@ -289,6 +289,15 @@ def same_fingerprint(before: Sequence[float], now: Sequence[float]) -> bool:
     return len(before) == len(now) and all(map(is_close, before, now))
 
 
+def require_tensor(state: Mapping[str, Tensor], name: str, source: str | Path, what: str) -> None:
+    """Raise CheckpointError "SOURCE: not WHAT: …" without a tensor that every such file has."""
+    if name not in state:
+        raise CheckpointError(
+            f"{source}: not {what}: it holds no {name!r} (its first tensor is "
+            f"{next(iter(state), 'none')!r})."
+        )
+
+
 def refuse_tensors(
     names: Iterable[str], allowed: Iterable[str], source: str | Path, what: str
 ) -> None:

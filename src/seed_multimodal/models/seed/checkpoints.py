@@ -25,7 +25,7 @@ from seed_multimodal.nn.pretrained import CONFIG, WEIGHTS, saved_config
 from seed_multimodal.nn.vision.base import State, VisionEncoder
 from seed_multimodal.nn.vision.clip import Log
 from seed_multimodal.nn.vision.eva import FILES, PREFIX
-from seed_multimodal.state_dicts import LoadReport, assign_strictly, load_state_dict
+from seed_multimodal.state_dicts import LoadReport, assign_strictly, load_state_dict, require_tensor
 from seed_multimodal.weights.catalogue import catalogue, download_advice
 from seed_multimodal.weights.find import find_file, find_folder, first_file
 
@@ -134,11 +134,7 @@ def read_tokenizer(
     state: State = {}
     for file in files:
         state |= load_state_dict(file, mapped=True)
-    if layout.decoder not in state:
-        raise CheckpointError(
-            f"{files[-1]}: not a {layout.name} tokenizer: it holds no {layout.decoder!r} "
-            f"(its first tensor is {next(iter(state))!r})."
-        )
+    require_tensor(state, layout.decoder, files[-1], f"a {layout.name} tokenizer")
 
     # 2. Sizes.
     config = config or layout.saved_config(files[0].parent)
@@ -231,11 +227,7 @@ def load_blip2(model: nn.Module, source: str | Path, log: Log = print) -> LoadRe
     """
     file = find_file(source, BLIP2_FILES, BLIP2_ADVICE)
     state = load_state_dict(file)
-    if "query_tokens" not in state:
-        raise CheckpointError(
-            f"{file}: not a BLIP-2 stage-1 checkpoint: it holds no 'query_tokens' (its first "
-            f"tensor is {next(iter(state))!r}); {BLIP2_ADVICE}."
-        )
+    require_tensor(state, "query_tokens", file, f"{BLIP2_FILES[-1]} of BLIP-2's stage 1")
     # The image-text matching head is not used; BERT's prediction head only if the model has it.
     unused = ["itm_head.*"]
     if not hasattr(model.Qformer, "cls"):

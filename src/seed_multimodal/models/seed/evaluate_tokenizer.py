@@ -28,7 +28,7 @@ from seed_multimodal.models.seed.pipeline import SeedImageCodec
 from seed_multimodal.models.seed.spec import SeedLlamaConfig
 from seed_multimodal.nn.pretrained import without_memory
 from seed_multimodal.nn.vision.clip import CLIP_FOLDER
-from seed_multimodal.state_dicts import assign_strictly, load_state_dict
+from seed_multimodal.state_dicts import assign_strictly, load_state_dict, require_tensor
 from seed_multimodal.weights.find import locate
 
 BERT = Path("pretrained/bert-base-uncased")
@@ -207,8 +207,7 @@ def load_stage1(file: str | Path, tokenizer: Seed2Tokenizer) -> Stage1Model:
     #    encoder of its own it gets the tokenizer's.
     state = load_state_dict(file)
     for name in (WORDS_TABLE, "text_proj.weight", "vision_proj.weight"):
-        if name not in state:
-            raise CheckpointError(f"{file}: not a stage-1 checkpoint: it holds no {name!r}.")
+        require_tensor(state, name, file, "a stage-1 checkpoint")
     model = without_memory(
         lambda: Stage1Model(
             tokenizer.config,

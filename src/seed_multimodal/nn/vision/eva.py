@@ -12,13 +12,13 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.transforms import ImageTransform, seed_image_processor
 from seed_multimodal.nn.layers import Block, LayerNorm, checkpoint_layers, resize_square
 from seed_multimodal.nn.vision.base import State, VisionConfig, VisionEncoder
 from seed_multimodal.nn.vision.clip import eva_from_clip, is_clip, load_clip_vision
 from seed_multimodal.settings import setting
-from seed_multimodal.state_dicts import load_state_dict, tensors_below
+from seed_multimodal.state_dicts import load_state_dict, require_tensor, tensors_below
 from seed_multimodal.weights.catalogue import download_advice
 from seed_multimodal.weights.find import find_file
 
@@ -83,11 +83,7 @@ class EvaConfig(VisionConfig):
         file = find_file(source, FILES, f"{download_advice('tokenizer')}, or give its path")
         state = load_state_dict(file, mapped=True)
         vision = tensors_below(state, PREFIX) or state
-        if "patch_embed.proj.weight" not in vision:
-            raise CheckpointError(
-                f"{file}: not an EVA vision encoder: it holds no 'patch_embed.proj.weight' "
-                f"(its first tensor is {next(iter(state))!r})."
-            )
+        require_tensor(vision, "patch_embed.proj.weight", file, "an EVA vision encoder")
         return vision
 
     def fit_weights(self, state: Mapping[str, Tensor], prefix: str = "") -> State:
