@@ -11,7 +11,7 @@ from pathlib import Path
 # Runs from a checkout that is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parent / "src"))
 
-from seed_multimodal.compat.seed_llama_programs import recon_script  # noqa: E402
+from seed_multimodal.compat.demo_recon import recon_script  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(recon_script())
+    sys.exit(recon_script(__doc__))

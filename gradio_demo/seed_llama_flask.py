@@ -245,15 +245,15 @@ def load_named(
 
 def load_parts(args: argparse.Namespace) -> MultimodalSystem:
     """SEED-LLaMA from the original's YAML files."""
-    from seed_multimodal.compat.seed_llama_yaml import parts_of_files, use_transform
+    from seed_multimodal.compat.part_files import seed_llama_of_files
 
-    config, options = parts_of_files(
-        args.tokenizer, args.model, dtype=args.dtype, quantization=args.quantization
-    )
-    system = load_named(args, config, **options)
-    if args.image_transform:
-        use_transform(system.images, args.image_transform)
-    return system
+    files = {
+        "tokenizer": args.tokenizer,
+        "llm": args.model,
+        "image_transform": args.image_transform,
+    }
+    config, options = seed_llama_of_files(files, args.dtype, args.quantization)
+    return load_named(args, config, **options)
 
 
 def run(args: argparse.Namespace) -> int:

@@ -15,7 +15,7 @@ from pathlib import Path
 # Runs from a checkout that is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))
 
-from seed_multimodal.compat.seed_llama_programs import llama_script  # noqa: E402
+from seed_multimodal.compat.programs import run_original  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(llama_script("14b"))
+    sys.exit(run_original(__file__, __doc__))

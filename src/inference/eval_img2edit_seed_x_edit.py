@@ -11,7 +11,7 @@ from pathlib import Path
 # Runs from a checkout that is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from seed_multimodal.compat.seed_x_programs import seed_x_script  # noqa: E402
+from seed_multimodal.compat.programs import run_original  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(seed_x_script("eval_img2edit_seed_x_edit"))
+    sys.exit(run_original(__file__, __doc__))

@@ -15,7 +15,7 @@ from pathlib import Path
 # Runs from a checkout that is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from seed_multimodal.compat.lavit_programs import evaluate_script  # noqa: E402
+from seed_multimodal.compat.lavit_evaluate import evaluate_script  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(evaluate_script(Path(__file__).name, str(__doc__)))
+    sys.exit(evaluate_script(__doc__))

@@ -10,7 +10,7 @@ from pathlib import Path
 # Runs from a checkout that is not installed.
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 
-from seed_multimodal.compat.lavit_programs import lavit_script  # noqa: E402
+from seed_multimodal.compat.programs import run_original  # noqa: E402
 
 if __name__ == "__main__":
-    sys.exit(lavit_script(Path(__file__).name, str(__doc__)))
+    sys.exit(run_original(__file__, __doc__))

@@ -75,8 +75,8 @@ class Limits(TypedDict, total=False):
 class SettingOptions(Limits, total=False):
     """Keywords of `setting`: limits, and how the flag of a command reads (`cli.common`).
 
-    help: a setting with a help text is a flag. flag: instead of the setting's name. const: the
-    value of a flag that is followed by none.
+    help: a setting with a help text is a flag. flag: its names, instead of the setting's. const:
+    the value of a flag that is followed by none.
     """
 
     help: str

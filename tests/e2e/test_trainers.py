@@ -176,12 +176,13 @@ def check_conversion(
     import torch
     from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
 
+    from seed_multimodal.compat.training_flags import translate
     from seed_multimodal.models.seed_x.modeling import load_agent
     from seed_multimodal.models.seed_x.train_agent import TuningTask
-    from seed_multimodal.training.cli import compose, parse
+    from seed_multimodal.training.cli import compose
     from seed_multimodal.training.distributed import ProcessGroup
 
-    settings = TuningTask.read(compose(parse(arguments), LLM / "configs", "train_seed_x_sft"))
+    settings = TuningTask.read(compose(translate(arguments), LLM / "configs", "train_seed_x_sft"))
     task = TuningTask(settings, ProcessGroup(), torch.device("cpu"))
     task.prepare()
     kinds = {"one": {}, "shards": {"max_shard_size": "40KB"}, "safe": {"safe_serialization": True}}

@@ -125,13 +125,13 @@ def test_dtypes_on_a_gpu(
 def test_dtype_and_quantization_override_yaml_files(tiny_folder: Path, tmp_path):
     pytest.importorskip("bitsandbytes")
     from seed_multimodal import MultimodalSystem
-    from seed_multimodal.compat.seed_llama_yaml import parts_of_files, use_transform
+    from seed_multimodal.compat.part_files import seed_llama_of_files
 
     texts = {
         "tokenizer": "_target_: models.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained\n"
         f"pretrained_model_name_or_path: {tiny_folder}/seed_tokenizer\nfp16: True\n"
         "load_diffusion: True\n",
-        "model": "_target_: transformers.LlamaForCausalLM.from_pretrained\n"
+        "llm": "_target_: transformers.LlamaForCausalLM.from_pretrained\n"
         f"pretrained_model_name_or_path: {tiny_folder}/seed_llama\nload_in_8bit: True\n",
         "image_transform": "_target_: models.transforms.get_transform\nimage_size: 32\n",
     }
@@ -142,9 +142,8 @@ def test_dtype_and_quantization_override_yaml_files(tiny_folder: Path, tmp_path)
 
     def dtypes_of(**options: str) -> list[torch.dtype]:
         """Of a quantized layer, the embedding and the images."""
-        config, loading = parts_of_files(files["tokenizer"], files["model"], **options)
+        config, loading = seed_llama_of_files(files, **options)
         system = MultimodalSystem.from_pretrained(config, device="cpu", **loading)
-        use_transform(system.images, files["image_transform"])
         language = system.llm.model
         layer = language.layers[0].mlp.up_proj
         return [layer.weight.dtype, language.embed_tokens.weight.dtype, system.images.model.dtype]

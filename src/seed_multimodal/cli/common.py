@@ -38,7 +38,7 @@ from seed_multimodal.images.io import save_image
 from seed_multimodal.models.registry import model_cards
 from seed_multimodal.pipelines.config import system_names
 from seed_multimodal.progress import quiet_libraries
-from seed_multimodal.settings import Dataclass
+from seed_multimodal.settings import Dataclass, DataclassInstance, read_settings
 
 if TYPE_CHECKING:
     from seed_multimodal.images.io import ImageSource
@@ -158,8 +158,11 @@ def add_common(
         )
 
 
-def add_settings(parser: ArgumentParser, kind: Dataclass) -> None:
-    """A flag for each setting of a dataclass that has a help text; values are those of the text."""
+def add_settings(parser: ArgumentParser, kind: Dataclass, separator: str = "-") -> None:
+    """A flag for each setting of a dataclass that has a help text; values are those of the text.
+
+    separator: of words in flags.
+    """
     for field in fields(kind):
         options = {
             name: field.metadata[name]
@@ -171,11 +174,17 @@ def add_settings(parser: ArgumentParser, kind: Dataclass) -> None:
         if "const" in options:
             options["action"] = "store_const"
         elif "list" in str(field.type):
-            options["nargs"] = "+"
+            options |= {"action": "extend", "nargs": "+"}
         if field.default is MISSING:
             options["required"] = True
-        flag = field.metadata.get("flag", "--" + field.name.replace("_", "-"))
-        parser.add_argument(flag, dest=field.name, **options)
+        flags = field.metadata.get("flag", "--" + field.name.replace("_", separator))
+        parser.add_argument(*flags.split(), dest=field.name, **options)
+
+
+def read_flags(args: Namespace, kind: type[DataclassInstance]) -> None:
+    """Replace the flags of `add_settings` by settings with types and defaults. Raises
+    ConfigError."""
+    vars(args).update(vars(read_settings(kind, set_flags(args, kind), "flags")))
 
 
 def set_flags(args: Namespace, kind: Dataclass) -> Options:

@@ -10,14 +10,15 @@ Objects with the names, arguments and results of the originals' classes, around 
 
 Files:
 
-* `part_files`: models and parts, of a training or a SEED-X; `seed_llama_yaml`: a SEED-LLaMA
+* `part_files`: models and parts, of a training, a SEED-X or a SEED-LLaMA
 * `data_files`: data of a training
 * `targets`: names of `_target_`s; `pickled_shards`: the restricted reader of pickles
 
 Command lines:
 
-* `seed_llama_programs`, `seed_x_programs`, `lavit_programs`: inference and evaluation
-* `part_flags`: their flags for YAML files; `training_flags`: flags of the trainings
+* `programs`: a row for each program that loads a system
+* `demo_recon`, `lavit_evaluate`, `weight_programs`: programs with flags of their own
+* `training_flags`: flags of the trainings
 
 The folders `models/`, `src/models`, `src/processer`, `src/data` and those of the same names in
 `MultiModalLLM/src` give these objects the originals' import paths, for programs that start with

@@ -32,7 +32,7 @@ from seed_multimodal.data.formats.tar import IS_PICKLED, PICKLED, TarFile
 from seed_multimodal.disk import writable_folder, writing
 from seed_multimodal.errors import DataError, SeedError, first_line
 
-MAX_NODES = 5_000_000  # values of one record: a small pickle can expand to any size
+MAX_LENGTH = 50_000_000  # of one record as JSON: a small pickle can expand to any size
 # What unpickling of damaged data raises.
 _DAMAGE_ERRORS = (
     UnpicklingError,
@@ -55,7 +55,11 @@ def read_pickle(data: bytes, location: str) -> JsonObject:
     """
     try:
         _check_memo(data)
-        value = _PlainValues().convert(_PlainUnpickler(io.BytesIO(data)).load(), "")
+        value = json.loads(
+            _json_text(_PlainUnpickler(io.BytesIO(data)).load()),
+            parse_constant=lambda name: None,  # NaN, which is in LAION's metadata
+            parse_int=_integer,
+        )
         if not isinstance(value, dict):
             raise BadRecord("wrong type", f"contains a {type(value).__name__}, not a dict.")
         return value
@@ -63,8 +67,36 @@ def read_pickle(data: bytes, location: str) -> JsonObject:
         raise BadRecord(error.kind, f"{location}: {error}") from None
     except _DAMAGE_ERRORS as error:
         raise BadRecord(
-            "damaged pickle", f"{location}: cannot be read as a pickle ({first_line(error)})."
+            "damaged pickle", f"{location}: cannot be read as plain values ({first_line(error)})."
         ) from None
+
+
+def _json_text(value: object) -> str:
+    """A value as JSON, NaN included. Raises ValueError: longer than `MAX_LENGTH`."""
+    chunks: list[str] = []
+    length = 0
+    for chunk in json.JSONEncoder(default=_plain).iterencode(value):
+        length += len(chunk)
+        if length > MAX_LENGTH:
+            raise ValueError(f"longer than {MAX_LENGTH:,} letters")
+        chunks.append(chunk)
+    return "".join(chunks)
+
+
+def _plain(value: object) -> object:
+    """What JSON does not have: texts in UTF-8, and arrays."""
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, _Array):
+        return value.value
+    raise TypeError(f"a {type(value).__name__}")
+
+
+def _integer(text: str) -> int:
+    value = int(text)
+    if abs(value) >= 1 << 64:
+        raise ValueError("an integer of more than 64 bits")
+    return value
 
 
 def _check_memo(data: bytes) -> None:
@@ -113,7 +145,6 @@ class _Array:
     """An integer array under construction: nested lists of ints (an int for shape ())."""
 
     value: object
-    size: int
 
     def __init__(self, *_: object) -> None:
         """The arguments are those of NumPy's `_reconstruct`."""
@@ -122,8 +153,7 @@ class _Array:
         # The state of a NumPy array: version, shape, type, order, content.
         _, shape, dtype, is_fortran, data = state
         # Rows without numbers are not in the file, but take memory.
-        self.size = math.prod(max(side, 1) for side in shape)
-        if self.size > MAX_NODES:
+        if math.prod(max(side, 1) for side in shape) > MAX_LENGTH // 10:
             raise ValueError("an array is too large")
         # Numbers only: the type is one of integers, so nothing is executed or resolved.
         flat = np.frombuffer(data, dtype.order + dtype.code)
@@ -147,45 +177,6 @@ STAND_INS: dict[tuple[str, str], Callable[..., object]] = {
     ("numpy.core.multiarray", "scalar"): _scalar,
     ("numpy.core.numeric", "_frombuffer"): _from_buffer,
 }
-
-
-class _PlainValues:
-    """Converts the values of one record to JSON types, and counts them."""
-
-    def __init__(self) -> None:
-        self.count = 0
-
-    def convert(self, value: Any, path: str) -> Any:
-        """The value at `path` in JSON types. Raises BadRecord: another type, or too many values."""
-        # 1. 256 bytes of a text, and a number of an array, count as one more.
-        self.count += 1
-        if isinstance(value, str | bytes):
-            self.count += len(value) >> 8
-        elif isinstance(value, _Array):
-            self.count += value.size
-        if self.count > MAX_NODES:
-            raise BadRecord("wrong type", f"has more than {MAX_NODES:,} values.")
-
-        # 2. Its conversion; JSON has no NaN, which is in LAION's metadata.
-        match value:
-            case str() | None:
-                return value
-            case int() if abs(value) < 1 << 64:
-                return value
-            case float():
-                return value if math.isfinite(value) else None
-            case bytes():
-                return value.decode("utf-8")
-            case _Array():
-                return value.value
-            case list() | tuple():
-                return [self.convert(item, f"{path}[{index}]") for index, item in enumerate(value)]
-            case dict() if all(isinstance(key, str) for key in value):
-                return {key: self.convert(item, f"{path}.{key}") for key, item in value.items()}
-        raise BadRecord(
-            "wrong type",
-            f"{path[1:] or 'it'} contains a {type(value).__name__}, not a plain value.",
-        )
 
 
 # ---- conversion of shards

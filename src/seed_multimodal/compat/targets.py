@@ -33,12 +33,10 @@ TARGETS: dict[str, dict[str, str]] = {
         "src.model.llama_xformer.LlamaForCausalLM.from_pretrained": (
             f"{_COMPAT}.seed_x:LlamaForCausalLM.from_pretrained"
         ),
-        "transformers.LlamaForCausalLM.from_pretrained": (
-            f"{_COMPAT}.seed_llama_yaml:language_model"
-        ),
+        "transformers.LlamaForCausalLM.from_pretrained": (f"{_COMPAT}.part_files:language_model"),
         "transformers.AutoModelForCausalLM.from_pretrained": "",
         "models.model_tools.get_pretrained_llama_causal_model": (
-            f"{_COMPAT}.seed_llama_yaml:language_model"
+            f"{_COMPAT}.part_files:language_model"
         ),
         "src.model.model_tools.get_pretrained_llama_causal_model": "",
         "src.models.mllm.modeling_llama_xformer.LlamaForCausalLM.from_pretrained": (
@@ -93,9 +91,9 @@ TARGETS: dict[str, dict[str, str]] = {
 ALIASES = {name: target for names in TARGETS.values() for name, target in names.items() if target}
 
 
-def check_target(node: Mapping[str, object], part: str, label: str) -> None:
-    """Raise ConfigError for a `_target_` that is no original name of a part."""
-    names = TARGETS[part]
+def check_target(node: Mapping[str, object], label: str, *parts: str) -> None:
+    """Raise ConfigError for a `_target_` that is no original name of one of the parts."""
+    names = [name for part in parts for name in TARGETS[part]]
     target = node.get("_target_")
     if target not in names:
         raise ConfigError(

@@ -190,7 +190,7 @@ _NEW_FLAGS = ("resume", "device")  # they do not activate the original's default
 def main_process(program: str | Path) -> NoReturn:
     """Run the training `MultiModalLLM/src/train/PROGRAM.py` as a program."""
     file = Path(program).resolve()
-    run_and_exit(lambda: main(file.stem, file.parents[2] / "configs", parser=translate))
+    run_and_exit(lambda: main(file.stem, file.parents[2] / "configs"))
 
 
 def translate(arguments: Sequence[str]) -> CommandLine:

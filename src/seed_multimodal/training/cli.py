@@ -5,7 +5,7 @@
 
 A group (model, data, …) is set to the name of one of its configurations or the path of a file.
 Overrides apply in command-line order; the last one wins, and a group's file replaces earlier
-settings of the group. The programs translate the original's flags before
+settings of the group. The original's flags are translated into overrides
 (`compat.training_flags`).
 
 Further options: `--config-path DIR` (`-cp`), `--config-name NAME` (`-cn`), `--cfg` (print the
@@ -17,14 +17,14 @@ from __future__ import annotations
 
 import pkgutil
 import sys
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from seed_multimodal.config import read_yaml, resolve
+from seed_multimodal.config import from_compat, read_yaml, resolve
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.entry import rank_and_world_size, run_and_exit, run_guarded
 from seed_multimodal.errors import ConfigError, first_line
@@ -84,21 +84,6 @@ class CommandLine(NamedTuple):
     original: bool = False
 
 
-def parse(arguments: Sequence[str]) -> CommandLine:
-    """Overrides and `OPTIONS`. Raises ConfigError: an unknown option."""
-    remaining = list(arguments)
-    overrides: list[str] = []
-    options: dict[str, str] = {}
-    while remaining:
-        argument = remaining.pop(0)
-        if is_flag(argument):
-            flag, value = read_flag(argument, remaining, OPTIONS, SWITCHES)
-            options[OPTIONS[flag]] = value
-        else:
-            overrides.append(argument)
-    return CommandLine(overrides, options)
-
-
 def is_flag(argument: str) -> bool:
     """Whether an argument is a flag, not an override or a negative number."""
     return argument.startswith("-") and not argument[1:2].isdigit()
@@ -148,19 +133,14 @@ def read_flag(
 # ------------------------------------------------------------------------------------ the program
 
 
-def main(
-    program: str,
-    configs: str | Path,
-    argv: Sequence[str] | None = None,
-    parser: Callable[[Sequence[str]], CommandLine] = parse,
-) -> int:
+def main(program: str, configs: str | Path, argv: Sequence[str] | None = None) -> int:
     """Compose the configuration and train; returns the exit code (2: error, printed to stderr; 143:
     SIGTERM)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     return run_guarded(
         f"{program}.py",
         "--debug" in arguments,
-        lambda: run(program, Path(configs), parser(arguments)),
+        lambda: run(program, Path(configs), from_compat("training_flags:translate")(arguments)),
     )
 
 

@@ -22,7 +22,7 @@ import numpy as np
 import torch
 from runner import Recording, Tensors, assert_close, assert_same
 
-from seed_multimodal.compat.seed_llama_programs import make_grid
+from seed_multimodal.compat.demo_recon import make_grid
 from seed_multimodal.models.seed.diffusion import StableDiffusionDetokenizer, UnclipDetokenizer
 from seed_multimodal.state_dicts import assign_strictly
 

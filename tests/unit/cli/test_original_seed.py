@@ -10,7 +10,7 @@ from PIL import Image
 from random_images import noise
 from repository import NANO, ROOT
 
-from seed_multimodal.compat.seed_llama_programs import llama_script, tokenizer_script
+from seed_multimodal.compat.programs import run_original
 
 pytestmark = pytest.mark.slow
 TOKENIZER = "configs/tokenizer/seed_llama_tokenizer_hf.yaml"
@@ -44,13 +44,15 @@ def test_tokenizer_script_with_an_edited_transform(checkout, capsys):
     codes = []
     for keep_ratio in ("False", "True"):
         edit(TRANSFORM, "keep_ratio: False", f"keep_ratio: {keep_ratio}")
-        assert tokenizer_script([*ON_CPU, "--image", "wide.png"]) == 0
+        assert (
+            run_original("seed_tokenizer_inference.py", "", [*ON_CPU, "--image", "wide.png"]) == 0
+        )
         codes.append(capsys.readouterr().out.splitlines()[0].split())
     assert len(codes[0]) == 32 and codes[0] != codes[1]
     # The tokenizer reads images of one size.
     edit(TRANSFORM, "image_size: 64", "image_size: 32")
-    assert tokenizer_script(ON_CPU) == 2
-    assert f"{TRANSFORM}: image_size" in capsys.readouterr().err
+    assert run_original("seed_tokenizer_inference.py", "", ON_CPU) == 2
+    assert "image_size is 32" in capsys.readouterr().err
 
 
 def test_tokenizer_script_with_an_edited_diffusion_path(checkout, capsys):
@@ -60,18 +62,18 @@ def test_tokenizer_script_with_an_edited_diffusion_path(checkout, capsys):
     drawings = []
     for path in (DIFFUSION, "mirror"):
         edit(TOKENIZER, f"diffusion_path: {DIFFUSION}", f"diffusion_path: {path}")
-        assert tokenizer_script(ON_CPU) == 0
+        assert run_original("seed_tokenizer_inference.py", "", ON_CPU) == 0
         drawings.append(Image.open("cat.jpg").tobytes())
     assert drawings[0] != drawings[1]
     edit(TOKENIZER, "diffusion_path: mirror", "diffusion_path: nowhere/at-all")
-    assert tokenizer_script(ON_CPU) == 2
+    assert run_original("seed_tokenizer_inference.py", "", ON_CPU) == 2
     assert "nowhere/at-all" in capsys.readouterr().err
 
 
 def test_llama_script_with_edited_files(checkout, capsys):
     question = ["--image", str(ROOT / "images" / "fox.png"), "--prompt", "What is it?"]
-    assert llama_script("8b", [*ON_CPU, *question]) == 0
+    assert run_original("seed_llama_inference_8B.py", "", [*ON_CPU, *question]) == 0
     assert capsys.readouterr().out.strip()
     edit("configs/llm/seed_llama_8b.yaml", "seed_llama\n", "no_such_llm\n")
-    assert llama_script("8b", ON_CPU) == 2
+    assert run_original("seed_llama_inference_8B.py", "", ON_CPU) == 2
     assert "no_such_llm" in capsys.readouterr().err

@@ -129,7 +129,7 @@ def test_read_pickle_broken(code):
 
 def test_read_pickle_bombs(monkeypatch):
     # A file of some bytes may stand for values that fill the memory.
-    monkeypatch.setattr(pickled_shards, "MAX_NODES", 200_000)
+    monkeypatch.setattr(pickled_shards, "MAX_LENGTH", 1_000_000)
     bomb: list = ["x"] * 10
     for _ in range(12):
         bomb = [bomb] * 10

@@ -14,7 +14,7 @@ from random_images import noise
 
 from seed_multimodal.cli.evaluate import eval_program
 from seed_multimodal.cli.main import main
-from seed_multimodal.compat.lavit_programs import evaluate_script
+from seed_multimodal.compat.lavit_evaluate import evaluate_script
 
 N_IMAGES = 3
 N_QUESTIONS = 2 * N_IMAGES
@@ -189,7 +189,7 @@ def test_evaluate_of_vizwiz_asks_first_if_a_question_is_answerable(tiny_lavit_fo
         f"--task_name vqa --dataset vizwiz --model_path {tiny_lavit_folder} --model_dtype fp32 "
         "--device cpu --imagepath . --annopath v.json --out out"
     )
-    assert evaluate_script("evaluate.py", "", flags.split()) == 0
+    assert evaluate_script("", flags.split()) == 0
     [line] = answered(Path("out/samples-0.jsonl"))
     image = Image.open(image_name(3))
     first = tiny_lavit.ask(image, 'Is the question: "What?" answerable?', seed=42)

@@ -7,14 +7,14 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from seed_multimodal.compat.seed_llama_programs import recon_script
+from seed_multimodal.compat.demo_recon import recon_script
 
 
 def run(folder: Path, out: Path, flags: str) -> int:
     """The exit code; `0.png` and so on are images of the folder."""
     common = f"--model {folder} --device cpu --out {out} --ddim_steps 2"
     words = [str(folder / word) if word.endswith(".png") else word for word in flags.split()]
-    return recon_script([*common.split(), *words])
+    return recon_script("", [*common.split(), *words])
 
 
 def pixels(folder: Path, count: int) -> np.ndarray:

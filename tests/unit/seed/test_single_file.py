@@ -16,7 +16,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from tiny.seed import loud, seed1_config
 
-from seed_multimodal.compat.seed_llama_programs import recon_script
+from seed_multimodal.compat.demo_recon import recon_script
 from seed_multimodal.diffusion.base import empty_prompt
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer
@@ -148,5 +148,5 @@ def test_recon_finds_the_original_file(original: Path, tmp_path):
     Image.new("RGB", (20, 20), "red").save(tmp_path / "red.png")
     flags = f"--model {tmp_path / 'pretrained'} --config {original / 'tiny.yaml'} --device cpu"
     flags += f" --image {tmp_path / 'red.png'} --ddim_steps 2 --n_samples 1 --H 16 --W 16"
-    assert recon_script([*flags.split(), "--out", str(tmp_path / "out")]) == 0
+    assert recon_script("", [*flags.split(), "--out", str(tmp_path / "out")]) == 0
     assert Image.open(tmp_path / "out" / "samples" / "0000.png").size == (16, 16)

@@ -16,12 +16,13 @@ from repository import NANO, ROOT
 from tensors import equal
 from tiny.lavit import write_tokenizer_of
 
+from seed_multimodal.compat.training_flags import translate
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer
 from seed_multimodal.models.lavit.pipeline import Lavit
 from seed_multimodal.models.lavit.train_llm import PretrainTask
 from seed_multimodal.state_dicts import load_state_dict
-from seed_multimodal.training.cli import compose, parse
+from seed_multimodal.training.cli import compose
 
 
 def test_losses_of_packed_rows_equal_those_of_single_sequences(
@@ -134,7 +135,7 @@ def test_configuration_is_the_published_recipe():
     # Two parts text and one part images.
     arguments = ["output_dir=x", "deepspeed=configs/deepspeed/stage2_bf16.json"]
     settings = PretrainTask.read(
-        compose(parse(arguments), ROOT / "MultiModalLLM" / "configs", "train_lavit")
+        compose(translate(arguments), ROOT / "MultiModalLLM" / "configs", "train_lavit")
     )
     assert settings.visual_encoder.selection == "draw"
     assert settings.optim.learning_rate == 1e-5

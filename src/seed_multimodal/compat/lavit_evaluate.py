@@ -1,0 +1,168 @@
+"""LaVIT's `evaluate.py`: the published evaluations, alone or under torchrun."""
+
+from __future__ import annotations
+
+from argparse import Namespace
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from seed_multimodal.cli import common
+from seed_multimodal.entry import add_language_model, run_program
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.settings import check_value, setting
+
+if TYPE_CHECKING:
+    from seed_multimodal.pipelines.base import MultimodalSystem
+
+COCO = "data/coco/images"
+# Task → data set → annotations, images and ground truth, where the original's scripts expect them.
+# The authors have lemmatized the truth of VQA; None: it is in the annotations.
+DATA: dict[str, dict[str, tuple[str, str, str | None]]] = {
+    "vqa": {
+        "vqav2": (
+            "data/coco/annotations/vqa_val_eval.json",
+            COCO,
+            "v2_mscoco_val2014_annotations_lemm.json",
+        ),
+        "okvqa": (
+            "data/okvqa/annotations/vqa_val_eval.json",
+            COCO,
+            "mscoco_val2014_annotations_lemm.json",
+        ),
+        "gqa": ("data/gqa/annotations/testdev_balanced_questions.json", "data/gqa/images", None),
+        "vizwiz": (
+            "data/vizwiz/annotations/full_set/val_answerable.json",
+            "data/vizwiz/images",
+            "vizwiz_val_annotations_lemm.json",
+        ),
+    },
+    "caption": {
+        "coco": (
+            "data/coco/annotations/coco_karpathy_test.json",
+            COCO,
+            "data/coco_gt/coco_karpathy_test_gt.json",
+        ),
+        "nocaps": (
+            "data/nocaps/annotations/nocaps_val.json",
+            "data/nocaps/images",
+            "data/nocaps/nocaps_val_4500_captions.json",
+        ),
+        "flickr": (
+            "data/flickr30k/annotations/flickr30k_test.json",
+            "data/flickr30k/images",
+            "data/flickr30k/flickr30k_test_gt.json",
+        ),
+    },
+    "text2image": {"coco": ("data/coco/annotations/coco_t2i_eval.json", COCO, None)},
+}
+
+
+@dataclass
+class EvaluationFlags:
+    """The original's flags, then ours."""
+
+    task_name: str = setting("vqa", choices=tuple(DATA), help="default: vqa")
+    model_path: str = setting("./", help="default: pretrained/LaVIT-7B-v2")
+    dtype: str = setting("bf16", help="bf16, fp16 or fp32 (default: bf16)", flag="--model_dtype")
+    annopath: str | None = setting(
+        None,
+        help="file of questions, images to describe, or captions (default: the original's place of "
+        "--dataset below data/)",
+    )
+    images: Path | None = setting(
+        None, help="folder of the images (default: the original's place)", flag="--imagepath"
+    )
+    dataset: str | None = setting(
+        None, help="vqa: vqav2 (default), okvqa, gqa, vizwiz; caption: coco, nocaps, flickr"
+    )
+    batch_size: int = setting(2, minimum=1, help="default: 2")
+    resolution: int = setting(224, minimum=1, help="of real images for FID (default: 224)")
+    truth: Path | None = setting(
+        None, help="answers or captions to compare with (default: found by name)"
+    )
+    out: str | None = setting(None, help="folder of the results (default: tmp/TASK/DATASET)")
+    limit: int | None = setting(None, minimum=1, help="the first LIMIT samples only")
+    clip: Path | None = setting(
+        None,
+        help="CLIP ViT-L/14: a folder, or OpenAI's file (default: openai_clip_ViT-L-14.bin in "
+        "--model_path, else pretrained/clip-vit-large-patch14)",
+    )
+    inception: Path | None = setting(None, help="weights of FID's network")
+    device: str | None = setting(
+        None, help="auto, cpu, cuda, cuda:N or mps (default: that of the process)"
+    )
+
+
+def evaluate_script(description: str | None, argv: Sequence[str] | None = None) -> int:
+    """Run the program; returns its exit code."""
+    parser = common.program_parser("evaluate.py", str(description))
+    common.add_settings(parser, EvaluationFlags, "_")
+    add_language_model(parser)
+    parser.set_defaults(max_bad=20, prompts="chat")
+    return run_program(parser, _evaluate, argv)
+
+
+def _evaluate(args: Namespace) -> int:
+    """One of the published evaluations; the summary goes to stdout."""
+    from seed_multimodal.cli.evaluate import run_benchmark
+    from seed_multimodal.compat.lavit import original_config, original_device
+    from seed_multimodal.evaluation.benchmark import benchmark_class, open_benchmark
+    from seed_multimodal.evaluation.clip import NAME
+    from seed_multimodal.evaluation.text2image import find_clip
+
+    # 1. The data: by the flags, else at the original's paths.
+    common.read_flags(args, EvaluationFlags)
+    task = args.task_name
+    draws = task == "text2image"
+    datasets = [*DATA[task]]
+    dataset = args.dataset or datasets[0]
+    check_value(str, dataset, f"--dataset of {task}", choices=datasets)
+    annotations, images, truth = DATA[task][dataset]
+    annotations = args.annopath or annotations
+    args.images = args.images or Path(images)
+    args.out = args.out or f"tmp/{task}/{dataset}"
+
+    # 2. The original's settings of the task.
+    args.device = args.device or original_device(None)
+    config = original_config(args.model_path, head="lowres" if draws else None, check_safety=False)
+    values = {
+        **common.set_flags(args, benchmark_class(task)),
+        "file": annotations,
+        "truth": args.truth or _find_truth(truth, Path(annotations).parent),
+    }
+    if draws:
+        # The original keeps CLIP's weights in the model's folder.
+        clip = args.clip
+        for folder in (Path(args.model_path), config.tokenizer):
+            if not clip and folder is not None and (folder / NAME).is_file():
+                clip = folder / NAME
+        clip = find_clip(clip, alternative=f"put the original's {NAME} into --model_path")
+        values |= {"best_of": 4, "clip": clip, "seed": 0}
+    elif task == "vqa":
+        values["dataset"] = dataset
+
+    # 3. The evaluation, which loads the system after the samples.
+    def load() -> MultimodalSystem:
+        if not args.images.is_dir():
+            raise ConfigError(
+                f"--imagepath {args.images}: no such folder; it holds {dataset}'s images."
+            )
+        return common.load_system(args, config, load_decoder=draws)
+
+    return run_benchmark(open_benchmark(task, **values), load)
+
+
+def _find_truth(truth: str | None, folder: Path) -> Path | None:
+    """The ground-truth file of a data set: at its path, else in the folder of the annotations.
+
+    The official file if the lemmatized one is missing. None: the annotations contain it.
+    """
+    if truth is None:
+        return None
+    for name in (truth, truth.replace("_lemm", "")):
+        for file in (Path(name), folder / Path(name).name):
+            if file.is_file():
+                return file
+    return None

@@ -1,0 +1,605 @@
+"""The originals' programs that load a system: `PROGRAMS` has a row for each.
+
+A row has the requests that were hard-coded in the original, its YAML files, and the defaults of its
+flags. Without flags a program repeats the original with its weights. Another `--model` (nano, a
+folder) gets the same requests through its own tasks.
+"""
+
+from __future__ import annotations
+
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from PIL import Image
+
+from seed_multimodal.cli import common
+from seed_multimodal.config import project_root
+from seed_multimodal.disk import text_stem
+from seed_multimodal.entry import DONE, bounded_int, run_program
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.language.prompts import DEMO_QUESTIONS
+from seed_multimodal.weights.find import locate
+
+if TYPE_CHECKING:
+    from seed_multimodal.pipelines.base import MultimodalSystem
+    from seed_multimodal.pipelines.config import SystemConfig
+    from seed_multimodal.pipelines.images import ImageCodec
+
+ORIGINAL = "released"  # the default of --model: the model that the YAML files describe
+PARTS = "parts"  # the positional argument of images and texts
+# For SEED-X's images, which belong into demo_images/.
+REPLACEMENT_IMAGE = "fox_and_snowman.png"
+FLAGS: dict[str, Any] = {
+    "--device_2": {"help": "where images are encoded and drawn (default: --device)"},
+    "--condition": {"help": "default: the original's for its image, else the image itself"},
+    "--embeddings": {"type": bounded_int(1), "help": "draw from means of so many (default: all)"},
+    "--diffusion_model_path": {"help": "SDXL base 1.0 (default: in pretrained/)"},
+    "--pixel_decoding": {
+        "choices": ("highres", "lowres"),
+        "help": "of the original (default: highres)",
+    },
+    "--check_safety": {"action": "store_true", "help": "flagged drawings become black"},
+    "--guidance_scale_for_llm": {
+        "dest": "guidance",
+        "type": float,
+        "help": "default: 4, with an image 5",
+    },
+    "--top_k": {"type": bounded_int(0), "help": "codes to draw from (default: 50)"},
+    "--num_return_images": {"type": bounded_int(1), "default": 1, "help": "of each text"},
+}
+
+# Values of flags that a program does not have.
+NO_FLAGS = {
+    **dict.fromkeys(
+        ("image", "device_2", "condition", "embeddings", "diffusion_model_path", "check_safety")
+    ),
+    "num_return_images": 1,
+}
+
+
+@dataclass(frozen=True)
+class Request:
+    """A request of a program.
+
+    work: the function below that makes it.
+    image: the original's image. images: files of the run.
+    texts: the original's texts, or those of the run. flag: of the user's; "": none.
+    name: of the file of its drawing, made of {image} (the source's stem), {text}, {stem} (the
+        text without blanks) and {index} (of the source).
+    prompt: the original's complete prompt of a text {}.
+    condition: the condition image of the original's image.
+    text_alone: the user's texts have no image unless there is one of the user.
+    """
+
+    work: Callable[[Run, Request], int]
+    image: str = ""
+    texts: Sequence[str] = ()
+    flag: str = ""
+    name: str = ""
+    prompt: str = ""
+    condition: str = ""
+    text_alone: bool = False
+    images: Sequence[str] = ()
+
+
+@dataclass(frozen=True)
+class Program:
+    """A program of the originals.
+
+    requests: what it asks for.
+    find: the original system, from the flags and whether it needs a language model.
+    options: of `common.add_common`.
+    flags: of `FLAGS`. add_flags: adds more.
+    defaults: of flags, and what `find` reads.
+    files: part → the original's YAML file.
+    alternatives: an image or a text of the user replaces all requests but that of the flag, or the
+        first one.
+    others: the requests without flags of systems that are no original.
+    """
+
+    requests: Sequence[Request]
+    find: Callable[[Namespace, bool], SystemConfig]
+    options: Mapping[str, Any]
+    flags: Sequence[str] = ()
+    add_flags: Callable[[ArgumentParser], None] | None = None
+    defaults: Mapping[str, Any] = field(default_factory=dict)
+    files: Mapping[str, str] = field(default_factory=dict)
+    alternatives: bool = False
+    others: Sequence[Request] = ()
+
+
+def run_original(file: str, description: str | None, argv: Sequence[str] | None = None) -> int:
+    """Run the program with the name of a file, a key of `PROGRAMS`; returns its exit code."""
+    name = Path(file).stem
+    program = PROGRAMS[name]
+    parser = common.program_parser(f"{name}.py", str(description))
+    parser.set_defaults(**NO_FLAGS)
+
+    # 1. The requests' texts, and the program's flags.
+    for request in program.requests:
+        text = f"default: {', '.join(request.texts)}"
+        if request.flag == PARTS:
+            parser.add_argument(PARTS, nargs="*", metavar="IMAGE|TEXT", help=text)
+        elif request.flag:
+            parser.add_argument(f"--{request.flag}", nargs="+", action="extend", help=text)
+    if any(request.image and request.flag != PARTS for request in program.requests):
+        parser.add_argument("--image", nargs="+", action="extend", help="default: the original's")
+    for flag in program.flags:
+        parser.add_argument(flag, **FLAGS[flag])
+    if program.add_flags is not None:
+        program.add_flags(parser)
+
+    # 2. The system, and the parts of the original one.
+    common.add_common(parser, **program.options)
+    for part, default in program.files.items():
+        parser.add_argument(
+            f"--{part}", metavar="YAML", help=f"part of the original model (default: {default})"
+        )
+    parser.set_defaults(**program.defaults)
+    return run_program(parser, partial(_work, program), argv)
+
+
+def _work(program: Program, args: Namespace) -> int:
+    """Make the requests of a program; returns the exit code."""
+    requests = _requests(program, args)
+    run = Run(program, args, requests)
+    if program.others and len(requests) > 1:
+        if not (run.is_original or run.system.config.found.original):
+            requests = _resolve(program.others, args)
+    return max(request.work(run, request) for request in requests)
+
+
+def _requests(program: Program, args: Namespace) -> list[Request]:
+    """The requests that the flags choose."""
+    requests = _resolve(program.requests, args)
+    if not program.alternatives:
+        return requests
+    of_user = [request for request in requests if request.flag and getattr(args, request.flag)]
+    return of_user or (requests[:1] if args.image else requests)
+
+
+def _resolve(requests: Sequence[Request], args: Namespace) -> list[Request]:
+    """Requests with images and texts, without those that have no text for their flag."""
+    resolved = []
+    for request in requests:
+        texts = getattr(args, request.flag) if request.flag else None
+        images = args.image
+        if images is None and request.image and not (texts and request.text_alone):
+            images = [_default_image(request.image)]
+        texts = texts or request.texts
+        if texts or not request.flag:
+            resolved.append(replace(request, images=images or (), texts=texts))
+    return resolved
+
+
+def _default_image(name: str) -> str:
+    """The image in images/ or demo_images/, or `REPLACEMENT_IMAGE`."""
+    images = project_root(Path(__file__).parent) / "images"
+    if (images / name).is_file():
+        return str(images / name)
+    return str(locate(f"demo_images/{name}") or images / REPLACEMENT_IMAGE)
+
+
+class Run:
+    """The system of a program, or its image codec, with settings and outputs.
+
+    Raises ConfigError: `--model` names another system, and a flag a part of the original one.
+    """
+
+    system: MultimodalSystem
+    codec: ImageCodec
+
+    def __init__(self, program: Program, args: Namespace, requests: Sequence[Request]) -> None:
+        self.args = args
+        self.is_original = args.model == ORIGINAL
+        self.settings = common.chosen_settings(args)
+        self.options = {"seed": args.seed, **self.settings}
+
+        # 1. What is wrong is reported before the weights are loaded.
+        drawn = [request for request in requests if request.name]
+        if drawn:
+            count = sum(len(item.images or "1") * len(item.texts or "1") for item in drawn)
+            self.outputs = common.Outputs(args.out, count * args.num_return_images)
+        files = {part: getattr(args, part) for part in program.files if getattr(args, part)}
+        if files and not self.is_original:
+            raise ConfigError(
+                f"--{next(iter(files))} names a part of the original model, --model all of "
+                "another one; give one of them."
+            )
+        args.files = {**program.files, **files}
+
+        # 2. The system, or its codec alone.
+        works = {request.work for request in requests}
+        needs_llm = works != {_reconstruct}
+        is_named = program.files and not self.is_original
+        config = args.model if is_named else program.find(args, needs_llm)
+        if needs_llm:
+            self.system = common.load_system(
+                args,
+                config,
+                image_device=args.device_2,
+                load_decoder=not works <= {_ask, _detect, _understand},
+            )
+            self.codec = self.system.images
+        else:
+            args.device = args.device_2 or args.device
+            self.codec = common.load_images(args, config)
+
+    def save(self, request: Request, image: Image.Image, source: str = "", text: str = "") -> None:
+        """Save a drawing of an image's file and a text, and print its path."""
+        suffix = Path(request.name).suffix
+        stem = request.name.removesuffix(suffix).format(
+            image=common.source_stem(source),
+            text=text.replace(".", "").replace("/", "_"),
+            stem=text_stem(text),
+            index=[*request.images, source].index(source) + 1,
+        )
+        print(self.outputs.save(image, stem, suffix=suffix))
+
+
+# ---- requests
+
+
+def _chat(run: Run, request: Request) -> int:
+    """A message in the original's words: the text and the images of its answer."""
+    message = {"role": "user", "content": [*map(Path, request.images), *request.texts]}
+    answer = run.system.chat([message], seed=run.args.seed)
+    print(answer.text)
+    for image in answer.images:
+        run.save(request, image)
+    return DONE
+
+
+def _ask(run: Run, request: Request) -> int:
+    """Questions about all images at once."""
+    images = [Path(file) for file in request.images]
+    for question in request.texts:
+        print(run.system.ask([images], question, **run.options)[0])
+    return DONE
+
+
+def _understand(run: Run, request: Request) -> int:
+    """A caption of each image, and answers to the questions."""
+
+    def answer(name: str, image: Image.Image) -> None:
+        print(f"{name}: {run.system.describe(image, seed=run.args.seed)}")
+        for question in request.texts:
+            print(f"  {question} {run.system.ask(image, question, seed=run.args.seed)}")
+
+    return common.run_each(run.args, request.images, answer, run.codec.open)
+
+
+def _detect(run: Run, request: Request) -> int:
+    """What is looked for in each image, and the image with boxes."""
+    for file in request.images:
+        for phrase in request.texts:
+            detection = run.system.detect(Path(file), phrase, **run.options)
+            print(detection.text)
+            run.save(request, detection.drawn(), file)
+    return DONE
+
+
+def _draw(run: Run, request: Request) -> int:
+    """Images of each text."""
+    options = {**run.options, "num_images": run.args.num_return_images}
+    template = "{}"
+    if request.prompt and run.is_original:
+        template = request.prompt
+        options["verbatim"] = True
+
+    def draw(text: str) -> Sequence[Image.Image]:
+        images: Sequence[Image.Image] = run.system.draw([template.format(text)], **options)
+        return images
+
+    def save(text: str, images: Sequence[Image.Image]) -> None:
+        for image in images:
+            run.save(request, image, text=text)
+
+    return common.run_each(run.args, request.texts, save, draw)
+
+
+def _edit(run: Run, request: Request) -> int:
+    """Each image changed by each instruction."""
+
+    def edit(name: str, image: Image.Image) -> None:
+        for text in request.texts:
+            run.save(request, run.system.edit(image, text, **run.options), name, text)
+
+    return common.run_each(run.args, request.images, edit, run.codec.open)
+
+
+def _compose(run: Run, request: Request) -> int:
+    """An image of images and texts in order; texts with the suffix of an image are files."""
+    content: list[str | Path] = []
+    for part in [*request.images, *request.texts]:
+        is_file = Path(part).suffix.lower() in Image.registered_extensions()
+        content.append(Path(part) if is_file else part)
+    image = run.system.compose(content, **run.options)
+    stems = [part.stem if isinstance(part, Path) else part for part in content]
+    run.save(request, image, text="_".join(stems))
+    return DONE
+
+
+def _reconstruct(run: Run, request: Request) -> int:
+    """Each image drawn again from its codes or features."""
+    args, codec = run.args, run.codec
+    is_seed_x = "conditions" in codec.codec_settings
+    if not is_seed_x and (request.condition or args.embeddings):
+        raise ConfigError(
+            f"{args.model} is not a SEED-X: its images have neither --embeddings nor a condition "
+            "image; take --model nano-x."
+        )
+    codec.check_drawing(**run.settings)
+
+    def rebuild(name: str, image: Image.Image) -> None:
+        settings = dict(run.settings)
+        if request.condition:
+            # By flag, else the original's for the original's image, else the image itself.
+            condition = args.condition
+            if not condition and not args.image:
+                condition = locate(f"demo_images/{request.condition}")
+            settings["conditions"] = [codec.open(condition or image)]
+        means = {"embeddings": args.embeddings} if args.embeddings else {}
+        # The selection of patches and the noise have the same seed.
+        encoded = list(codec.encode([image], seed=args.seed, **means))
+        if codec.has_codes:
+            print(*encoded[0].tolist())
+        run.save(request, codec.draw(encoded, seeds=[args.seed], **settings)[0], name)
+
+    return common.run_each(args, request.images, rebuild, codec.open)
+
+
+# ---- systems
+
+
+def _find_seed_llama(args: Namespace, needs_llm: bool) -> SystemConfig:
+    if args.engine != "torch":
+        raise ConfigError(
+            f"--engine {args.engine} needs --model {args.size}: YAML files describe PyTorch's "
+            "model."
+        )
+    from seed_multimodal.compat.part_files import seed_llama_of_files
+    from seed_multimodal.inference.opening import EngineOptions
+
+    EngineOptions(args.engine, args.url, args.gguf)  # raises for flags that exclude each other
+    files = dict(args.files)
+    if not needs_llm:
+        files.pop("llm")
+    config, options = seed_llama_of_files(files, args.dtype, args.quantization)
+    vars(args).update(options)
+    # All missing weights are reported before any are read.
+    return config.require(*(key for key in config.parts() if getattr(config, key) is not None))
+
+
+def _find_seed_x(args: Namespace, needs_llm: bool) -> SystemConfig:
+    from seed_multimodal.compat.part_files import SDXL, config_of_files
+
+    sdxl = args.diffusion_model_path or SDXL
+    return config_of_files(args.files, tuned=args.tuned, sdxl=sdxl)
+
+
+def _find_lavit(args: Namespace, needs_llm: bool) -> SystemConfig:
+    from seed_multimodal.models.lavit.spec import LavitConfig
+
+    config = LavitConfig.find(args.model, head=args.pixel_decoding)
+    # The safety checker's default folder is that of the pixel decoder.
+    config.safety = (config.safety or config.pixels) if args.check_safety else None
+    return config
+
+
+# ---- the table
+
+CAT = "cat.jpg"
+QUESTION, DRAWING, EDITING = DEMO_QUESTIONS
+
+
+def _seed_llama(size: str, out: str, *requests: Request, **more: Any) -> Program:
+    """A program of SEED-LLaMA; `size`: of its language model."""
+    files = {
+        "tokenizer": "configs/tokenizer/seed_llama_tokenizer_hf.yaml",
+        "image_transform": "configs/transform/clip_transform.yaml",
+        "llm": f"configs/llm/seed_llama_{size}.yaml",
+    }
+    options = {"model": ORIGINAL, "out": out, "language": True}
+    defaults = {"size": size}
+    return Program(requests, _find_seed_llama, options, defaults=defaults, files=files, **more)
+
+
+def _llama_demo(size: str) -> Program:
+    return _seed_llama(
+        size,
+        ".",
+        Request(_chat, CAT, [QUESTION], "prompt", "answer.jpg", text_alone=True),
+        Request(_chat, "", [DRAWING], name="dog.jpg"),
+        Request(_chat, CAT, [EDITING], name="cat_sunglasses.jpg"),
+        alternatives=True,
+        others=(
+            Request(_ask, CAT, [QUESTION]),
+            Request(_draw, "", ["a dog on the green grass"], name="dog.jpg"),
+            Request(_edit, CAT, [EDITING], name="cat_sunglasses.jpg"),
+        ),
+    )
+
+
+FIRST_STAGE = "sdxl_qwen_vit_resampler_l4_q64_pretrain_no_normalize"
+SECOND_STAGE = "sdxl_qwen_vit_resampler_l4_q64_full_with_latent_image_pretrain_no_normalize"
+
+
+def _seed_x(llm: str, adapter: str, *requests: Request, flags: Sequence[str] = ()) -> Program:
+    """A program of SEED-X.
+
+    llm: name of the language model; "": none.
+    adapter: YAML file of the stage that draws; "": none.
+    """
+    files = {
+        "image_transform": "configs/processer/qwen_448_transform.yaml",
+        "visual_encoder": "configs/visual_encoder/qwen_vitg_448.yaml",
+    }
+    flags = [*flags, "--device_2"]
+    if llm:
+        files |= {
+            "tokenizer": "configs/tokenizer/clm_llama_tokenizer_224loc_anyres.yaml",
+            "llm": f"configs/clm_models/llm_{llm}.yaml",
+            "agent": f"configs/clm_models/agent_{llm}.yaml",
+        }
+    else:
+        flags.append("--embeddings")
+    if adapter:
+        files["adapter"] = f"configs/sdxl_adapter/{adapter}.yaml"
+        flags.append("--diffusion_model_path")
+    if adapter == FIRST_STAGE:
+        files["discrete_model"] = "configs/discrete_model/discrete_identity.yaml"
+    options = {
+        "model": ORIGINAL,
+        "seed": 42,
+        "out": "vis",
+        "language": bool(llm),
+        "generation": bool(llm),
+        "drawing": bool(adapter),
+    }
+    return Program(
+        requests,
+        _find_seed_x,
+        options,
+        flags,
+        common.add_condition_flags if adapter == SECOND_STAGE else None,
+        defaults={"tuned": llm != "seed_x"},
+        files=files,
+        alternatives=True,
+    )
+
+
+DUCK = "a sculpture of a duck made of wool"
+RUNNING = "It is running in the snow"
+QUESTIONS = ("What is in the picture?", "What color is it?", "Where is it?")
+GUIDANCE = ("--guidance_scale_for_llm", "--top_k")
+
+
+def _lavit(
+    *requests: Request,
+    seed: int = 1234,
+    draws: bool = True,
+    flags: Sequence[str] = (),
+    **defaults: Any,
+) -> Program:
+    """A program of LaVIT; the defaults are those of the notebooks."""
+    options = {"model": "lavit", "seed": seed, "language": True, "drawing": draws}
+    flags = [*flags, "--pixel_decoding"]
+    if draws:
+        options["out"] = "output"
+        flags.append("--check_safety")
+    add_flags = common.add_size if draws else None
+    return Program(requests, _find_lavit, options, flags, add_flags, defaults)
+
+
+# Program → its row.
+PROGRAMS: dict[str, Program] = {
+    "seed_tokenizer_inference": _seed_llama(
+        "8b", CAT, Request(_reconstruct, CAT, name=CAT), Request(_ask, CAT, flag="prompt")
+    ),
+    "seed_llama_inference_8B": _llama_demo("8b"),
+    "seed_llama_inference_14B": _llama_demo("14b"),
+    "eval_seed_x_detokenizer": _seed_x(
+        "",
+        FIRST_STAGE,
+        Request(_reconstruct, "men.jpg", name="{image}_recon.jpg"),
+    ),
+    "eval_seed_x_detokenizer_with_condition": _seed_x(
+        "",
+        SECOND_STAGE,
+        Request(
+            _reconstruct,
+            "men.jpg",
+            name="{image}_recon_with_condition.jpg",
+            condition="men_condition.jpg",
+        ),
+        flags=["--condition"],
+    ),
+    "eval_img2text_seed_x": _seed_x(
+        "seed_x",
+        "",
+        Request(_ask, "cat_dog.jpeg", ["Describe this image briefly."], "prompt"),
+        Request(
+            _detect,
+            "car.jpg",
+            ["In ths background with a blue sky on the road, there is a car"],  # its spelling
+            "detect",
+            "{image}.png",
+        ),
+    ),
+    "eval_text2img_seed_x": _seed_x(
+        "seed_x",
+        FIRST_STAGE,
+        Request(
+            _draw,
+            "",
+            ["A super math wizard cat, richly textured oil painting."],
+            "prompt",
+            "{text}.png",
+            prompt="{}",
+        ),
+    ),
+    "eval_img2text_seed_x_i": _seed_x(
+        "seed_x_i",
+        "",
+        Request(_ask, "advisor.png", ["Can I conntect with an advisor on Sunday?"], "prompt"),
+        Request(
+            _detect,
+            "ground.png",
+            [
+                "Is there anything in the image that can protect me from catching the flu virus "
+                "when I go out? Show me the location."
+            ],
+            "detect",
+            "{image}.png",
+        ),
+    ),
+    "eval_text2img_seed_x_i": _seed_x(
+        "seed_x_i",
+        FIRST_STAGE,
+        Request(
+            _draw,
+            "",
+            [
+                "A cybernetic soldier, enhanced with advanced weapons systems and tactical "
+                "analysis software, on a mission behind enemy lines."
+            ],
+            "prompt",
+            "{text}.png",
+            prompt="Generate an image: {}",
+        ),
+    ),
+    "eval_img2edit_seed_x_edit": _seed_x(
+        "seed_x_edit",
+        SECOND_STAGE,
+        Request(_edit, "car.jpg", ["Make it under the sunset"], "prompt", "{index}_{text}.jpg"),
+    ),
+    "understanding": _lavit(Request(_understand, CAT, QUESTIONS, "question"), seed=42, draws=False),
+    "text2image_synthesis": _lavit(
+        Request(_draw, "", [DUCK], "prompt", "{stem}.png"),
+        flags=[*GUIDANCE, "--num_return_images"],
+        guidance=4.0,
+    ),
+    "multimodal_synthesis": _lavit(
+        Request(_compose, CAT, [RUNNING], PARTS, "{stem}.png", text_alone=True),
+        flags=GUIDANCE,
+        guidance=5.0,
+        num_inference_steps=50,
+    ),
+    "image_detokenize": _lavit(
+        Request(_reconstruct, CAT, name="{image}_rebuilt.png"),
+        seed=42,
+        num_inference_steps=50,
+        guidance_scale=7.0,
+    ),
+    "inference": _lavit(
+        Request(_understand, CAT, QUESTIONS[:1], "question"),
+        Request(_draw, "", [DUCK], "prompt", "t2i_output.jpg"),
+        Request(_compose, CAT, [RUNNING], "words", "it2i_output.jpg"),
+        flags=GUIDANCE,
+    ),
+}
