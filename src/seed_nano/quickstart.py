@@ -18,13 +18,15 @@ from PIL import Image, ImageDraw
 
 from seed_multimodal import __version__
 from seed_multimodal.cli.common import add_common, load_system
-from seed_multimodal.disk import replace_text, writable_folder, writing
+from seed_multimodal.disk import JsonObject, replace_text, writable_folder, writing
 from seed_multimodal.entry import DONE, add_language_model, run_program
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import save_image
 from seed_multimodal.images.sheet import PAPER, Cell, Row, contact_sheet
+from seed_multimodal.language.answer import Answer, ImagePart
+from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.weights.find import locate_system
-from seed_nano.world.scene import render
+from seed_nano.world.scene import scene_image
 from seed_nano.world.splits import held_out
 from seed_nano.world.things import BACKGROUND_PHRASES
 from seed_nano.world.words import noun_phrase, scene_of
@@ -68,25 +70,24 @@ def never_trained_on(caption: str) -> str:
     """The held-out compositions of a scene, as text."""
     scene = scene_of(caption)
     name = scene.things[0]
-    count = scene.counts[0]
     compositions = {
         "pairs": " with ".join(scene.things),
         "places": f"{name} {BACKGROUND_PHRASES[scene.background][0]}",
-        "counts": noun_phrase(count, name),
+        "counts": noun_phrase(scene.counts[0], name),
         "styles": f"{name} in {scene.style} style",
         "val": "this very scene",
     }
     return "never trained on: " + ", ".join(compositions[split] for split in held_out(scene))
 
 
-def image_cells(answer: Any) -> list[Cell]:
+def image_cells(answer: Answer) -> list[Cell]:
     """The images of an answer, with the text before each."""
-    cells = list[Cell]()
+    cells: list[Cell] = []
     text = ""
     for part in answer.parts:
         if isinstance(part, str):
             text = f"{text} {part}".strip()
-        elif part.image is not None:
+        elif isinstance(part, ImagePart) and part.image is not None:
             cells.append(Cell(part.image, text))
             text = ""
     return cells
@@ -110,43 +111,41 @@ def code_strip(
     for position, code in enumerate(codes):
         x = position % columns * step
         y = position // columns * step
-        index = code % section
-        hue = index * 222.492235949 % 360
-        lightness = (48, 62, 76)[index % 3]
+        hue = code % section * 222.492235949 % 360
+        lightness = (48, 62, 76)[code % section % 3]
         colour = f"hsl({hue}, 65%, {lightness}%)"
         draw.rectangle((x, y, x + cell - 1, y + cell - 1), fill=colour)
     return strip
 
 
-def run_quickstart(system: Any, seed: int = 0) -> tuple[list[Row], dict[str, Any]]:
-    """The rows of the sheet by `system` (a `SeedLlama`), and codes."""
-    section = system.images.section
+def run_quickstart(system: MultimodalSystem, seed: int = 0) -> tuple[list[Row], JsonObject]:
+    """The rows of the sheet, and codes."""
+    codec: Any = system.images
+    size = system.config.image_size
 
-    def image(caption: str) -> Image.Image:
-        return Image.fromarray(render(scene_of(caption), system.config.image_size))
-
-    images = list(map(image, QUESTIONS_BY_CAPTION))
-    looks = list[Cell]()
-    codes = system.tokenize(images).tolist()
+    # 1. Scenes, their codes, descriptions, answers and reconstructions.
+    looks: list[Cell] = []
+    images = [scene_image(scene_of(caption), size) for caption in QUESTIONS_BY_CAPTION]
+    codes = [row.tolist() for row in system.tokenize(images)]
     rebuilt = system.reconstruct(codes, seed=seed)
-    for original, question, row, again in zip(
-        images, QUESTIONS_BY_CAPTION.values(), codes, rebuilt, strict=True
-    ):
-        looks += [
-            Cell(original, system.ask(original, question, seed=seed), question),
-            Cell(code_strip(row, section), f"“{system.describe(original, seed=seed)}”"),
-            Cell(again, "rebuilt"),
-        ]
-    drawings = [
-        Cell(system.draw(request, seed=seed), never_trained_on(request), request)
-        for request in DRAW_CAPTIONS
-    ]
-    edits = [Cell(image(EDIT_CAPTION))]
+    questions = QUESTIONS_BY_CAPTION.values()
+    for original, question, row, again in zip(images, questions, codes, rebuilt, strict=True):
+        looks.append(Cell(original, system.ask(original, question, seed=seed), question))
+        caption = system.describe(original, seed=seed)
+        looks.append(Cell(code_strip(row, codec.section), f"“{caption}”"))
+        looks.append(Cell(again, "rebuilt"))
+
+    # 2. Drawings, and successive edits.
+    drawings = []
+    for caption in DRAW_CAPTIONS:
+        drawings.append(Cell(system.draw(caption, seed=seed), never_trained_on(caption), caption))
+    edits = [Cell(scene_image(scene_of(EDIT_CAPTION), size))]
     for request in EDITS:
         edits.append(Cell(system.edit(edits[-1].image, request, seed=seed), "", request))
-    # A conversation: answers stay in it, with images as codes.
-    messages = list[dict[str, Any]]()
-    turns = list[Cell]()
+
+    # 3. A conversation: answers stay in it, with images as codes. A story.
+    messages: list[JsonObject] = []
+    turns: list[Cell] = []
     for request in CHAT:
         messages.append({"role": "user", "content": [request]})
         answer = system.chat(messages, seed=seed)
@@ -155,9 +154,11 @@ def run_quickstart(system: Any, seed: int = 0) -> tuple[list[Row], dict[str, Any
         cells[-1].prompt = request
         turns += cells
     story = system.chat([{"role": "user", "content": [STORY]}], seed=seed, max_new_tokens=300)
-    first = system.tokenize(image(GROW_CAPTION))[0].tolist()
-    grown = [Cell(image(GROW_CAPTION), "the image")]
-    # Reconstructions from growing prefixes of the codes.
+
+    # 4. Reconstructions from growing prefixes of the codes.
+    growing = scene_image(scene_of(GROW_CAPTION), size)
+    first = system.tokenize(growing)[0].tolist()
+    grown = [Cell(growing, "the image")]
     steps = system.reconstruct([first] * len(COUNTS), seed, codes=COUNTS)
     for count, step in zip(COUNTS, steps, strict=True):
         grown.append(Cell(step, "", f"{count} codes"))
@@ -175,9 +176,9 @@ def run_quickstart(system: Any, seed: int = 0) -> tuple[list[Row], dict[str, Any
     ], {"codes": codes, "grown_codes": first}
 
 
-def find(seed_x: Any, seed: int) -> Row:
+def find(seed_x: MultimodalSystem, seed: int) -> Row:
     """Detection and an edit by a SEED-X."""
-    image = Image.fromarray(render(scene_of(DRAW_CAPTIONS[1])))
+    image = scene_image(scene_of(DRAW_CAPTIONS[1]))
     boxed = seed_x.detect(image, "the balloons", seed=seed).drawn(width=1)
     changed = seed_x.edit(image, EDITS[3], seed=seed)
     return Row(

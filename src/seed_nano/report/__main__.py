@@ -13,8 +13,8 @@ import time
 from collections.abc import Sequence
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
 
+from seed_multimodal.cli.common import load_system, program_parser
 from seed_multimodal.disk import writable_folder
 from seed_multimodal.entry import (
     DONE,
@@ -31,8 +31,9 @@ from seed_multimodal.progress import Progress
 from seed_multimodal.settings import check_keys
 from seed_nano.report.judge import Judge, find_judge
 from seed_nano.report.samples import Sizes, make_samples
+from seed_nano.report.scoring import Section
 from seed_nano.report.sections import Run, sections_of
-from seed_nano.report.systems import load_system
+from seed_nano.report.systems import System
 from seed_nano.report.write import aims, write_card, write_report
 from seed_nano.world.splits import HELD_OUT_SPLITS
 
@@ -48,28 +49,19 @@ def report(options: argparse.Namespace) -> int:
     writable_folder(options.out, ConfigError)
     # 2. Load the judge and the system.
     judge = Judge.from_pretrained(find_judge(options.model, options.judge))
-    system = load_system(
-        options.model,
-        batch=options.batch,
-        seed=options.seed,
-        device=options.device,
-        log=log_line,
-        dtype=options.dtype,
-        quantization=options.quantization,
-        compiled=options.compiled,
-    )
-    device = system.inner.images.device
+    system = System(load_system(options), options.batch, options.seed)
+    device = system.codec.device
     judge.to(device)
     # 3. Measure every section of every split.
     runs: list[Run] = []
-    sections: dict[str, dict[str, Any]] = {}
+    figures: dict[str, Section] = {}
     total = sum(len(sections_of(kind, split)) for split in splits)
     with Progress("report", total, "section", every=0, log=log_line) as progress:
         for split in splits:
             runs.append(Run(system, judge, make_samples(split, sizes)))
-            sections[split] = {}
+            figures[split] = {}
             for section in sections_of(kind, split):
-                sections[split][section.__name__] = section(runs[-1])
+                figures[split][section.__name__] = section(runs[-1])
                 progress.update(1, **{split: section.__name__})
     # 4. Write the report and, after a training, the model card.
     write_report(
@@ -80,8 +72,8 @@ def report(options: argparse.Namespace) -> int:
             "system": system.facts(),
             "settings": {**asdict(sizes), "seed": options.seed, "batch": options.batch},
             "judge": judge.config.training,
-            "aims": aims(kind, sections),
-            "splits": sections,
+            "aims": aims(kind, figures),
+            "splits": figures,
         },
         runs,
         options.out,
@@ -94,11 +86,7 @@ def report(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m seed_nano.report",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = program_parser("python -m seed_nano.report", __doc__ or "")
     parser.add_argument("--model", default="pretrained/nano", help="folder of the system")
     parser.add_argument(
         "--judge", help="folder of the judge (default: MODEL/judge, or the shipped one)"

@@ -11,6 +11,7 @@ from seed_multimodal.evaluation.detection import Detection, Limits
 from seed_nano.report.judge import Judge, find_judge
 from seed_nano.report.scoring import image_labels
 from seed_nano.world.scene import anchors
+from seed_nano.world.targets import ARRANGEMENTS
 from seed_nano.world.things import THINGS
 
 
@@ -32,14 +33,10 @@ class NanoDetector:
         for image, read, names in zip(
             images, image_labels(self.judge, images), labels, strict=True
         ):
-            # 1. The labels of the scene; the judge reads every label of every image.
-            values = [value or "" for value in read]
-            first, second, style, _, arrangement = values
-            layout, counts = _layout(arrangement)
-
-            # 2. Its drawings, at their places.
+            # The drawings of the arrangement that the judge sees; it reads every label.
+            first, second, style, _, arrangement = [value or "" for value in read]
             found: list[Detection] = []
-            for kind, x, y, side in anchors(layout, counts):
+            for kind, x, y, side in anchors(*ARRANGEMENTS[arrangement]):
                 name = (first, second)[kind]
                 box = (
                     (x - side / 2) * image.width,
@@ -51,14 +48,6 @@ class NanoDetector:
                     found.append(Detection(name, 1.0, box, style))
             detections.append(found)
         return detections
-
-
-def _layout(arrangement: str) -> tuple[str, tuple[int, ...]]:
-    """`two kinds 1 2` → the layout and its counts."""
-    words = arrangement.split()
-    counts = tuple(int(word) for word in words if word.isdigit())
-    layout = " ".join(word for word in words if not word.isdigit())
-    return layout, counts
 
 
 def open_detector(device: torch.device) -> NanoDetector:

@@ -13,12 +13,11 @@ thing; both share one classifier.
 from __future__ import annotations
 
 import argparse
-import json
 import random
-from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -29,23 +28,22 @@ from torchvision.models.resnet import BasicBlock
 from torchvision.transforms import v2
 
 from seed_multimodal.device import choose_device
-from seed_multimodal.disk import read_json_object, replace_text
+from seed_multimodal.disk import JsonObject
 from seed_multimodal.entry import DONE, run_program
-from seed_multimodal.errors import CheckpointError
-from seed_multimodal.state_dicts import assign_strictly, load_state_dict, save_state_dict
+from seed_multimodal.nn.pretrained import PretrainedNetwork
 from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.metrics import Metrics
 from seed_multimodal.training.task import StageTask
 from seed_multimodal.training.trainer import train_stage
 from seed_multimodal.weights.find import locate, locate_system
-from seed_nano.world.scene import Scene, render
+from seed_nano.world.scene import Scene, scene_image
 from seed_nano.world.splits import HELD_OUT_SPLITS, draw_scene
 from seed_nano.world.splits import scenes as listed
 from seed_nano.world.targets import JUDGE_CLASSES, NOTHING, label_tensor
 from seed_nano.world.things import HELD_OUT, NAMES
 
 SHIPPED = "pretrained/nano/judge"
-WEIGHTS = "model.safetensors"
 SHARPNESS = 10.0  # scale of the cell weights, so that they train as fast as the rest
 TWO_KINDS = ("left of", "above", "two kinds")
 
@@ -62,20 +60,22 @@ class JudgeConfig:
     widths: tuple[int, ...] = (48, 64, 128)
     blocks: tuple[int, ...] = (0, 2, 3)
     layout_width: int = 16
-    training: dict[str, Any] = field(default_factory=dict)
+    training: JsonObject = field(default_factory=dict)
 
 
 def residual_block(inputs: int, outputs: int, stride: int = 1) -> BasicBlock:
     """Two 3x3 convolutions with batch norm, and a shortcut without."""
-    same = stride == 1 and inputs == outputs
-    return BasicBlock(
-        inputs, outputs, stride, None if same else nn.Conv2d(inputs, outputs, 1, stride, bias=False)
-    )
+    shortcut = None
+    if stride != 1 or inputs != outputs:
+        shortcut = nn.Conv2d(inputs, outputs, 1, stride, bias=False)
+    return BasicBlock(inputs, outputs, stride, shortcut)
 
 
-class Judge(nn.Module):
+class Judge(PretrainedNetwork[JudgeConfig]):
     """ResNet, layout head, cell weights for each layout, one classifier of things; see the module's
     docstring."""
+
+    config_class = JudgeConfig
 
     def __init__(self, config: JudgeConfig) -> None:
         super().__init__()
@@ -121,13 +121,11 @@ class Judge(nn.Module):
         attended = torch.einsum("bkp,bcp->bkc", weights, grid.flatten(2))
         things = self.thing(attended).float()
         mean = grid.mean((2, 3))
-        nothing = F.one_hot(
-            torch.tensor(self.config.labels["second"].index(NOTHING)), things.shape[2]
-        )
-        second = torch.where(self.alone[look][:, None], 1e3 * nothing.to(things), things[:, 1])
+        nothing = torch.zeros_like(things[:, 1])
+        nothing[:, self.config.labels["second"].index(NOTHING)] = 1e3
         logits = {
             "first": things[:, 0, : len(self.config.labels["first"])],
-            "second": second,
+            "second": torch.where(self.alone[look][:, None], nothing, things[:, 1]),
             "style": self.style(torch.cat([attended[:, 0], mean], 1)),
             "background": self.background(mean),
             "layout": layouts,
@@ -139,47 +137,28 @@ class Judge(nn.Module):
         )
 
     @classmethod
-    def from_pretrained(cls, folder: str | Path) -> Judge:
-        """Load `config.json` and `model.safetensors`, in fp32 and eval mode. Raises
-        CheckpointError: missing or other weights."""
-        file = Path(folder) / "config.json"
-        hint = "no judge in this folder; train one by `python -m seed_nano.report.judge`"
-        judge = cls(JudgeConfig(**read_json_object(file, CheckpointError, hint)))
-        source = file.parent / WEIGHTS
-        # the shipped weights have other names than torchvision's blocks
-        state = {
-            name.replace("norm", "bn").replace("shortcut", "downsample"): value.float()
-            for name, value in load_state_dict(source).items()
-            if value.is_floating_point()
-        }
-        assign_strictly(judge, state, source, allow_missing=["*num_batches_tracked"])
-        return judge.to(memory_format=torch.channels_last).eval().requires_grad_(False)
-
-    def save_pretrained(self, folder: str | Path) -> Path:
-        """Write `config.json` and `model.safetensors` (fp16), the weights first."""
-        target = Path(folder)
-        state = {
-            name: value.half()
-            for name, value in self.state_dict().items()
-            if value.is_floating_point()
-        }
-        save_state_dict(state, target / WEIGHTS)
-        replace_text(
-            target / "config.json", json.dumps(asdict(self.config), ensure_ascii=False) + "\n"
-        )
-        return target
+    def from_state_dict(
+        cls, config: JudgeConfig, state: Mapping[str, Tensor], source: str | Path, **options: Any
+    ) -> Self:
+        # The shipped weights have other names than torchvision's blocks, and no counts of batches.
+        weights = {}
+        for name, value in state.items():
+            weights[name.replace("norm", "bn").replace("shortcut", "downsample")] = value
+        options["allow_missing"] = ["*num_batches_tracked"]
+        judge = super().from_state_dict(config, weights, source, **options)
+        return judge.to(memory_format=torch.channels_last)
 
     @torch.inference_mode()
     def read(self, images: Sequence[Image.Image], batch: int = 256) -> tuple[Tensor, Tensor]:
         """Images of any size → class indices int64 [N, 5], in the order of `config.labels`, and
         unit vectors for retrieval float32 [N, D]."""
         labels = [torch.zeros(0, len(self.config.labels), dtype=torch.long)]
-        vectors = list[Tensor]()
+        vectors: list[Tensor] = []
         # Empty first rows keep the result's shape without images.
         for start in range(0, len(images), batch):
             rows = images[start : start + batch]
             pixels = torch.cat([pixels_of(image, self.config.image_size) for image in rows])
-            logits, features = self(pixels.to(self.where.device, memory_format=torch.channels_last))
+            logits, features = self(pixels.to(self.device, memory_format=torch.channels_last))
             labels.append(torch.stack([scores.argmax(1) for scores in logits.values()], 1).cpu())
             vectors.append(F.normalize(features, dim=1).cpu())
         return torch.cat(labels), torch.cat(vectors or labels)
@@ -220,18 +199,14 @@ def augmentations(size: int) -> v2.Transform:
         v2.RandomAffine(3, (0.02, 0.02), (0.94, 1.06)),
         v2.CenterCrop(size),
     ]
-    # Changes and the share of images that get each.
-    random_changes = [
-        (moved, 0.3),
-        ([v2.ColorJitter(brightness=0.08, contrast=0.1)], 0.4),
-        ([v2.GaussianBlur(3, (0.1, 1.0))], 0.3),
-        ([v2.Resize(size // 2), v2.Resize(size)], 0.2),
-        ([v2.RandomPosterize(4, 1.0)], 0.2),
-    ]
     return v2.Compose(
         [
             v2.PILToTensor(),
-            *(v2.RandomApply(changes, share) for changes, share in random_changes),
+            v2.RandomApply(moved, 0.3),
+            v2.RandomApply([v2.ColorJitter(brightness=0.08, contrast=0.1)], 0.4),
+            v2.RandomApply([v2.GaussianBlur(3, (0.1, 1.0))], 0.3),
+            v2.RandomApply([v2.Resize(size // 2), v2.Resize(size)], 0.2),
+            v2.RandomApply([v2.RandomPosterize(4, 1.0)], 0.2),
             v2.ToDtype(torch.float32, scale=True),
             v2.RandomApply([v2.GaussianNoise(sigma=0.05)], 0.2),
             v2.Normalize([0.5] * 3, [0.5] * 3),
@@ -249,7 +224,7 @@ class JudgeTask(StageTask):
         out: Path,
         device: torch.device,
         config: JudgeConfig | None = None,
-        scenes: Any = judge_scene,
+        scenes: Callable[[int, int], Scene] = judge_scene,
         probes: int = 1000,
     ) -> None:
         torch.manual_seed(settings.seed)
@@ -257,37 +232,37 @@ class JudgeTask(StageTask):
         self.out = out
         self.scenes = scenes
         self.probes = probes
-        self.augment = augmentations(self.judge.config.image_size)
+        self.size = self.judge.config.image_size
+        self.augment = augmentations(self.size)
         super().__init__("judge", self.judge, settings, parallel=False)
 
-    def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
-        judge = self.judge
+    def images(self, scenes: Sequence[Scene]) -> list[Image.Image]:
+        """Images of scenes in the judge's size."""
+        return [scene_image(scene, self.size) for scene in scenes]
+
+    def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Metrics]:
         batch = self.settings.batch_size
+        device = self.judge.device
         # 1. Draw and augment the scenes of this step.
-        scenes = [self.scenes(self.settings.seed, micro_step * batch + row) for row in range(batch)]
-        images = [Image.fromarray(render(scene, judge.config.image_size)) for scene in scenes]
-        pixels = torch.stack([self.augment(image) for image in images])
-        labels = label_tensor(scenes, JUDGE_CLASSES).to(judge.where.device)
-        order = list(judge.config.labels)
+        first = micro_step * batch
+        scenes = [self.scenes(self.settings.seed, first + row) for row in range(batch)]
+        pixels = torch.stack([self.augment(image) for image in self.images(scenes)])
+        pixels = pixels.to(device, memory_format=torch.channels_last)
+        columns = label_tensor(scenes, JUDGE_CLASSES).to(device).unbind(1)
+        labels = dict(zip(JUDGE_CLASSES, columns, strict=True))
         # 2. The true layout selects the cell weights, so that things are learned from the start.
-        logits = judge(
-            pixels.to(labels.device, memory_format=torch.channels_last),
-            labels[:, order.index("layout")],
-        )[0]
-        losses = [
-            F.cross_entropy(logits[name], labels[:, column]) for column, name in enumerate(order)
-        ]
-        right = logits["first"].argmax(1) == labels[:, order.index("first")]
+        logits = self.judge(pixels, labels["layout"])[0]
+        losses = [F.cross_entropy(scores, labels[name]) for name, scores in logits.items()]
+        right = logits["first"].argmax(1) == labels["first"]
         return torch.stack(losses).sum(), {"first_right": right.float().mean()}
 
-    def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
+    def finish(self, group: ProcessGroup) -> Mapping[str, object]:
         judge = self.judge.eval()
-        accuracy = dict[str, float]()
+        accuracy: dict[str, float] = {}
         # Accuracy over all labels of each split's real images.
         for split in HELD_OUT_SPLITS:
             scenes = listed(split)[: self.probes]
-            images = [Image.fromarray(render(scene, judge.config.image_size)) for scene in scenes]
-            right = judge.labels(images) == label_tensor(scenes, JUDGE_CLASSES)
+            right = judge.labels(self.images(scenes)) == label_tensor(scenes, JUDGE_CLASSES)
             accuracy[split] = float(right.all(1).float().mean())
         judge.config.training = {
             "steps": self.settings.max_steps,
@@ -295,7 +270,7 @@ class JudgeTask(StageTask):
             "seed": self.settings.seed,
             "real_pictures": accuracy,
         }
-        judge.save_pretrained(self.out)
+        judge.half().save_pretrained(self.out)
         return {**super().finish(group), **accuracy}
 
 

@@ -18,6 +18,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from seed_multimodal.cli.common import program_parser
 from seed_multimodal.disk import JsonObject, replace_text, writable_folder, writing
 from seed_multimodal.entry import DONE, bounded_int, run_program
 from seed_multimodal.errors import ConfigError
@@ -59,15 +60,6 @@ DPG_COLUMNS = (
 
 
 @dataclass(frozen=True)
-class Atom:
-    """One thing that a prompt says, as a question with its answer; `skill`: of GenEval 2."""
-
-    skill: str
-    question: str
-    answer: str
-
-
-@dataclass(frozen=True)
 class NanoPrompt:
     """A prompt with GenEval's objects."""
 
@@ -84,60 +76,59 @@ class NanoPrompt:
         return line | {"prompt": self.text}
 
     def questions(self) -> JsonObject:
-        """The line of `geneval2_data.jsonl`."""
-        atoms: list[Atom] = []
+        """The line of `geneval2_data.jsonl`: what the prompt says, as questions and answers."""
+        skills: list[str] = []
+        questions: list[list[str]] = []
+
+        def add(skill: str, kind: str, thing: str, answer: str) -> None:
+            wording: str = VOCABULARY["questions"][kind][0]
+            skills.append(skill)
+            questions.append([wording.format(thing), answer])
+
+        # Is the thing there, how many, in which style?
         for item in self.include:
-            name, count = item["class"], item["count"]
-            atoms.append(Atom("object", _question("yesno", noun_phrase(1, name)), "Yes"))
-            number = NUMBERS.get(count, "one")
-            atoms.append(Atom("count", _question("count", plural(name)), number))
+            name = item["class"]
+            add("object", "yesno", noun_phrase(1, name), "Yes")
+            add("count", "count", plural(name), NUMBERS.get(item["count"], "one"))
         if "color" in self.include[0]:
-            atoms.append(Atom("attribute", _question("style"), self.include[0]["color"]))
+            add("attribute", "style", "", self.include[0]["color"])
         return {
             "prompt": self.text,
-            "atom_count": len(atoms),
-            "vqa_list": [[atom.question, atom.answer] for atom in atoms],
-            "skills": [atom.skill for atom in atoms],
+            "atom_count": len(skills),
+            "vqa_list": questions,
+            "skills": skills,
         }
-
-
-def _question(kind: str, thing: str = "") -> str:
-    """Nano's first wording of a question."""
-    wording: str = VOCABULARY["questions"][kind][0]
-    return wording.format(thing)
 
 
 def make_prompt(tag: str, rng: random.Random) -> NanoPrompt:
     """A prompt of one of `KINDS`."""
     first, second = rng.sample(NAMES, 2)
     style = rng.choice(STYLES)
+
+    def objects(name: str, count: int = 1, **more: object) -> JsonObject:
+        return {"class": name, "count": count, **more}
+
     if tag == "single_object":
-        return NanoPrompt(tag, noun_phrase(1, first), [{"class": first, "count": 1}])
+        return NanoPrompt(tag, noun_phrase(1, first), [objects(first)])
     if tag == "colors":
-        thing = {"class": first, "count": 1, "color": style}
-        return NanoPrompt(tag, noun_phrase(1, first, style), [thing])
+        return NanoPrompt(tag, noun_phrase(1, first, style), [objects(first, color=style)])
     if tag == "counting":
         count = rng.choice((2, 3, 4))
-        more = {"class": first, "count": count + 1}
-        counted = {"class": first, "count": count}
-        return NanoPrompt(tag, noun_phrase(count, first), [counted], [more])
+        too_many = [objects(first, count + 1)]
+        return NanoPrompt(tag, noun_phrase(count, first), [objects(first, count)], too_many)
     if tag == "position":
         relation = rng.choice(tuple(RELATIONS))
         text = f"{noun_phrase(1, first)} {relation} {noun_phrase(1, second)}"
-        target = {"class": second, "count": 1}
-        thing = {"class": first, "count": 1, "position": [relation, 0]}
-        return NanoPrompt(tag, text, [target, thing])
+        return NanoPrompt(tag, text, [objects(second), objects(first, position=[relation, 0])])
 
     # Two things, of which the text gives the style in one of the kinds.
-    counts = rng.choice(TWO_KINDS)
+    n_first, n_second = rng.choice(TWO_KINDS)
     adjective = style if tag == "color_attr" else ""
-    text = f"{noun_phrase(counts[0], first, adjective)} and {noun_phrase(counts[1], second)}"
+    text = f"{noun_phrase(n_first, first, adjective)} and {noun_phrase(n_second, second)}"
     colour = {"color": style} if adjective else {}
-    things = [
-        {"class": name, "count": count, **colour}
-        for name, count in zip((first, second), counts, strict=True)
-    ]
-    return NanoPrompt(tag, text, things)
+    return NanoPrompt(
+        tag, text, [objects(first, n_first, **colour), objects(second, n_second, **colour)]
+    )
 
 
 def make_prompts(seed: int) -> list[NanoPrompt]:
@@ -153,32 +144,18 @@ def make_prompts(seed: int) -> list[NanoPrompt]:
 
 
 def dpg_rows(item: str, scene: Scene) -> list[tuple[str, ...]]:
-    """The rows of a scene in DPG-Bench's file: things, then their numbers, style and background."""
-    # Questions with the question that each depends on; 0: none.
-    questions: list[tuple[int, str, str]] = []
-    for name, count in zip(scene.things, scene.counts, strict=True):
-        questions.append((0, "entity - whole", f"Is there {article(name)} {name} in the picture?"))
-        parent = len(questions)
-        noun = plural(name) if count > 1 else name
-        counted = f"Is there {NUMBERS.get(count, 'one')} {noun} in the picture?"
-        questions.append((parent, "other - count", counted))
+    """The rows of a scene in DPG-Bench's file: each thing, then its number, which depends on it."""
     rows: list[tuple[str, ...]] = []
-    caption = describe(scene)
-    for number, (parent, category, question) in enumerate(questions, 1):
-        broad, _, detailed = category.partition(" - ")
-        rows.append(
-            (
-                item,
-                caption,
-                "",
-                str(number),
-                str(parent),
-                broad,
-                detailed,
-                f"{category} ({question})",
-                question,
-            )
-        )
+
+    def add(parent: int, broad: str, detailed: str, phrase: str) -> None:
+        question = f"Is there {phrase} in the picture?"
+        names = (broad, detailed, f"{broad} - {detailed} ({question})", question)
+        rows.append((item, describe(scene), "", str(len(rows) + 1), str(parent), *names))
+
+    for name, count in zip(scene.things, scene.counts, strict=True):
+        add(0, "entity", "whole", f"{article(name)} {name}")
+        noun = plural(name) if count > 1 else name
+        add(len(rows), "other", "count", f"{NUMBERS.get(count, 'one')} {noun}")
     return rows
 
 
@@ -191,11 +168,12 @@ def write_prompts(options: argparse.Namespace) -> int:
     writer.writerow(DPG_COLUMNS)
     for index, scene in enumerate(scenes("val")[:ITEMS]):
         writer.writerows(dpg_rows(f"nano{index:04d}", scene))
-    metadata = [json.dumps(prompt.metadata()) for prompt in prompts]
-    questions = [json.dumps(prompt.questions()) for prompt in prompts]
+    # One prompt a line.
+    metadata = "".join(f"{json.dumps(prompt.metadata())}\n" for prompt in prompts)
+    questions = "".join(f"{json.dumps(prompt.questions())}\n" for prompt in prompts)
     with writing(out, ConfigError):
-        replace_text(out / "evaluation_metadata.jsonl", "\n".join(metadata) + "\n")
-        replace_text(out / "geneval2_data.jsonl", "\n".join(questions) + "\n")
+        replace_text(out / "evaluation_metadata.jsonl", metadata)
+        replace_text(out / "geneval2_data.jsonl", questions)
         replace_text(out / "dpg_bench.csv", table.getvalue())
     print(f"Wrote {len(prompts)} prompts to {out}.")
     return DONE
@@ -203,11 +181,7 @@ def write_prompts(options: argparse.Namespace) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Command line; see the module's docstring."""
-    parser = argparse.ArgumentParser(
-        prog="python -m seed_nano.report.prompts",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-    )
+    parser = program_parser("python -m seed_nano.report.prompts", __doc__ or "")
     parser.add_argument("--out", type=Path, default=Path("outputs/nano_prompts"))
     parser.add_argument("--seed", type=bounded_int(0), default=0)
     return run_program(parser, write_prompts, arguments, "prompts")

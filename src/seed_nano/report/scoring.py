@@ -9,22 +9,23 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Sequence
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
+from numpy.typing import ArrayLike, NDArray
 from PIL import Image
 from torchvision.ops import box_iou
 
-from seed_multimodal.evaluation.metrics import Estimate, FloatArray, bootstrap
+from seed_multimodal.disk import JsonObject
+from seed_multimodal.evaluation.metrics import RESAMPLES, Estimate, FloatArray, bootstrap
 from seed_multimodal.evaluation.vqa import vqa_answer
 from seed_nano.report.judge import Judge
 from seed_nano.world.scene import Scene, render, thing_mask
-from seed_nano.world.targets import JUDGE_CLASSES, NOTHING, label_ids
-from seed_nano.world.words import Labels, parse_caption
+from seed_nano.world.targets import JUDGE_CLASSES, label_names
+from seed_nano.world.words import parse_caption
 
-Section = dict[str, Any]
+Section: TypeAlias = JsonObject
 OptionalImages = Sequence[Image.Image | None]
 BoolArray: TypeAlias = NDArray[np.bool_]
 LabelNames = tuple[str | None, ...]
@@ -32,32 +33,17 @@ LabelNames = tuple[str | None, ...]
 NO_LABELS: LabelNames = (None,) * len(JUDGE_CLASSES)
 UNCHANGED = 0.05  # minimum share of unchanged pixels for their PSNR
 OVERLAP = 0.5  # minimum intersection over union of a detected box
-RESAMPLES = 1000
 
 
 def true_labels(scenes: Sequence[Scene]) -> list[LabelNames]:
     """The true labels of scenes."""
-    return [
-        tuple(JUDGE_CLASSES[name][index] for name, index in label_ids(scene, JUDGE_CLASSES).items())
-        for scene in scenes
-    ]
+    return [tuple(label_names(scene).values()) for scene in scenes]
 
 
 def caption_labels(text: str) -> LabelNames:
     """The labels in a caption."""
-    labels = parse_caption(text) or Labels()
-    if not labels.things:
-        return NO_LABELS
-    layout = labels.layout
-    if layout in ("many", "two kinds"):
-        layout = " ".join([layout, *map(str, labels.counts)])
-    return (
-        labels.things[0],
-        labels.things[1] if len(labels.things) == 2 else NOTHING,
-        labels.style,
-        labels.background,
-        layout,
-    )
+    labels = parse_caption(text)
+    return tuple(label_names(labels).values()) if labels else NO_LABELS
 
 
 def image_labels(judge: Judge, images: OptionalImages) -> list[LabelNames]:
@@ -69,17 +55,14 @@ def image_labels(judge: Judge, images: OptionalImages) -> list[LabelNames]:
         if image is None:
             labels.append(NO_LABELS)
         else:
-            indices = next(rows)
-            labels.append(tuple(names[i] for names, i in zip(classes, indices, strict=True)))
+            labels.append(tuple(names[i] for names, i in zip(classes, next(rows), strict=True)))
     return labels
 
 
 def label_matches(predicted: Sequence[LabelNames], wanted: Sequence[LabelNames]) -> BoolArray:
     """[N, 5] label correctness."""
-    matches = []
-    for row, target_row in zip(predicted, wanted, strict=True):
-        matches.append([a == b for a, b in zip(row, target_row, strict=True)])
-    return np.array(matches, dtype=bool).reshape(-1, len(JUDGE_CLASSES))
+    shape = (-1, len(JUDGE_CLASSES))
+    return np.array(predicted, object).reshape(shape) == np.array(wanted, object).reshape(shape)
 
 
 def score(predicted: Sequence[LabelNames], wanted: Sequence[LabelNames]) -> Section:
@@ -92,7 +75,7 @@ def score(predicted: Sequence[LabelNames], wanted: Sequence[LabelNames]) -> Sect
 
 
 def means_by_kind(
-    hits: Any, kinds: Sequence[str], groups: Sequence[Hashable]
+    hits: ArrayLike, kinds: Sequence[str], groups: Sequence[Hashable]
 ) -> dict[str, Estimate]:
     """Means by kind; intervals resample `groups`."""
     means = {}
@@ -123,29 +106,27 @@ def similarities(images: Sequence[Image.Image], scenes: Sequence[Scene]) -> dict
     """
     from torchmetrics.functional.image import structural_similarity_index_measure as ssim
 
-    rows = []
+    columns: dict[str, list[float]] = {"psnr": [], "psnr_things": [], "ssim": []}
     for image, scene in zip(images, scenes, strict=True):
         pixels = np.array(image.convert("RGB"), np.float64)
         reference = render(scene, image.width).astype(np.float64)
         error = np.square(pixels - reference).mean(2)
         mask = thing_mask(scene, image.width)
+        # SSIM at each pixel; margins, where a window is cut off, do not count.
+        drawn = torch.from_numpy(pixels).movedim(2, 0)[None]
+        wanted = torch.from_numpy(reference).movedim(2, 0)[None]
         _, ssim_map = ssim(
-            torch.from_numpy(pixels).permute(2, 0, 1)[None],
-            torch.from_numpy(reference).permute(2, 0, 1)[None],
+            drawn,
+            wanted,
             gaussian_kernel=False,
             kernel_size=7,
             data_range=255.0,
             return_full_image=True,
         )
-        rows.append(
-            (
-                _psnr(error.mean()),
-                _psnr((error * mask).sum() / max(mask.sum(), 1e-6)),
-                float(ssim_map[..., 3:-3, 3:-3].mean()),  # whole windows only
-            )
-        )
-    columns = np.array(rows).reshape(-1, 3).T
-    return dict(zip(("psnr", "psnr_things", "ssim"), columns, strict=True))
+        columns["psnr"].append(_psnr(error.mean()))
+        columns["psnr_things"].append(_psnr((error * mask).sum() / max(mask.sum(), 1e-6)))
+        columns["ssim"].append(float(ssim_map[..., 3:-3, 3:-3].mean()))
+    return {name: np.array(column) for name, column in columns.items()}
 
 
 def unchanged_psnr(
@@ -157,6 +138,7 @@ def unchanged_psnr(
     for image, source, target in zip(images, before, targets, strict=True):
         before_pixels = np.array(source, np.float64)
         target_pixels = np.array(target, np.float64)
+        # Pixels that the edit does not change.
         same = (before_pixels == target_pixels).all(2)
         if same.mean() < UNCHANGED:
             continue
@@ -174,7 +156,7 @@ def _psnr(error: float) -> float:
     return 10 * math.log10(255**2 / max(float(error), 0.1))
 
 
-def ratio(above: Any, below: Any, paired: bool = False) -> Estimate:
+def ratio(above: ArrayLike, below: ArrayLike, paired: bool = False) -> Estimate:
     """Sum of `above` over sum of `below` if `paired`, else mean over mean; the interval resamples
     both."""
     rng = np.random.default_rng(0)
@@ -197,10 +179,11 @@ def ratio(above: Any, below: Any, paired: bool = False) -> Estimate:
 
 def box_rates(hits: Sequence[int], n_found: Sequence[int], n_wanted: Sequence[int]) -> Section:
     """Precision, recall and F1 over all boxes, with intervals over images."""
-    both = [(a + b) / 2 for a, b in zip(n_found, n_wanted, strict=True)]
+    both = (np.array(n_found) + np.array(n_wanted)) / 2
     return {
-        name: ratio(hits, over, paired=True)
-        for name, over in (("precision", n_found), ("recall", n_wanted), ("f1", both))
+        "precision": ratio(hits, n_found, paired=True),
+        "recall": ratio(hits, n_wanted, paired=True),
+        "f1": ratio(hits, both, paired=True),
     }
 
 

@@ -16,14 +16,22 @@ from typing import Any
 from huggingface_hub import ModelCard
 from torch import Tensor
 
-from seed_multimodal.disk import atomic_open, read_json_object, replace_text, writing
+from seed_multimodal.disk import (
+    JsonObject,
+    atomic_open,
+    read_json_object,
+    replace_text,
+    writing,
+)
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.evaluation import machine
 from seed_multimodal.evaluation.metrics import plain
 from seed_multimodal.images.io import image_to_bytes
 from seed_multimodal.images.sheet import Row, contact_sheet
 from seed_multimodal.state_dicts import load_state_dict
+from seed_nano.report.scoring import Section
 from seed_nano.report.sections import AIMS, AT_MOST, TABLE, Run
+from seed_nano.world.splits import HELD_OUT_SPLITS
 
 MAX_BYTES = 140_000  # of a sheet
 TITLES = {  # of keys; {}: nested key
@@ -50,17 +58,18 @@ REPORT, CARD = (
 )
 
 
-def write_report(report: Mapping[str, Any], runs: Sequence[Run], out: Path) -> None:
+def write_report(report: JsonObject, runs: Sequence[Run], out: Path) -> None:
     """Write all files to `out`. Raises ConfigError: a file cannot be written."""
+    values = plain(report)
+    answers = {run.samples.split: run.answers for run in runs}
+    text = json.dumps(answers, ensure_ascii=False) + "\n"
     with writing(out, ConfigError):
         out.mkdir(parents=True, exist_ok=True)
-        figures = json.dumps(plain(report), indent=1, ensure_ascii=False)
+        figures = json.dumps(values, indent=1, ensure_ascii=False)
         replace_text(out / "report.json", f"{figures}\n")
-        answers = {run.samples.split: run.answers for run in runs}
-        text = json.dumps(answers, ensure_ascii=False) + "\n"
         with atomic_open(out / "answers.json.gz") as file:
             file.write(gzip.compress(text.encode(), mtime=0))
-        replace_text(out / "report.md", markdown(plain(report), _save_sheets(runs, out)))
+        replace_text(out / "report.md", markdown(values, _save_sheets(runs, out)))
 
 
 def write_card(model: Path, work: Path, out: Path) -> None:
@@ -92,54 +101,51 @@ def write_card(model: Path, work: Path, out: Path) -> None:
     ).save(model / "README.md")
 
 
-def aims(kind: str, splits: Mapping[str, Any]) -> list[dict[str, Any]]:
+def aims(kind: str, splits: Mapping[str, Section]) -> list[JsonObject]:
     """The targets of the measured splits, each with value, the judge's ceiling and whether it is
     met."""
-    rows = []
+    rows: list[JsonObject] = []
+    figures = plain(splits)
     for path, wanted in AIMS[kind].items():
         # A path names a section and one of its figures.
         section, _, figure = path.partition(".")
-        for split, aim in wanted.items():
-            value = _number(splits, split, section, figure)
-            if value is not None:
-                ceiling = _number(splits, split, section, "ceiling") if figure == "all" else None
-                rows.append(
-                    {
-                        "what": f"{_label(section)}, {_label(figure)}",
-                        "split": split,
-                        "aim": aim,
-                        "value": value,
-                        "ceiling": ceiling,
-                        "at_most": path in AT_MOST,
-                        "met": value <= aim if path in AT_MOST else value >= aim,
-                    }
-                )
+        for split, aim in zip(HELD_OUT_SPLITS, wanted, strict=False):
+            numbers = figures.get(split, {}).get(section, {})
+            value = _value(numbers.get(figure))
+            if value is None:
+                continue
+            at_most = path in AT_MOST
+            rows.append(
+                {
+                    "what": f"{_label(section)}, {_label(figure)}",
+                    "split": split,
+                    "aim": aim,
+                    "value": value,
+                    "ceiling": _value(numbers.get("ceiling")) if figure == "all" else None,
+                    "at_most": at_most,
+                    "met": value <= aim if at_most else value >= aim,
+                }
+            )
     return rows
 
 
-def markdown(report: Mapping[str, Any], images: Sequence[str]) -> str:
+def markdown(report: JsonObject, images: Sequence[str]) -> str:
     """The report (JSON values) as Markdown; `images`: names of the sheets."""
-    splits = report["splits"]
-    parts = list[str]()
+    parts: list[str] = []
     for section, *_ in TABLE:
         # A table for each measured section: a column for each split, a row for each figure.
         name = section.__name__
         above = "{} pixels:" if name == "sizes" else ""
-        columns = {
-            split: dict(_leaves(sections[name], above))
-            for split, sections in splits.items()
-            if name in sections
-        }
-        if not columns:
-            continue
-        rows: dict[str, list[str]] = {}
-        for label in chain.from_iterable(columns.values()):
-            rows[label] = [_show(column.get(label)) for column in columns.values()]
-        parts += [
-            f"## {_label(name).capitalize()}\n",
-            f"{getdoc(section)}\n",
-            table(("", *columns), [(label, *cells) for label, cells in rows.items()]),
-        ]
+        columns: dict[str, JsonObject] = {}
+        for split, figures in report["splits"].items():
+            if name in figures:
+                columns[split] = dict(_leaves(figures[name], above))
+        if columns:
+            rows = []
+            for label in dict.fromkeys(chain.from_iterable(columns.values())):
+                rows.append((label, *(_show(column.get(label)) for column in columns.values())))
+            parts += [f"## {_label(name).capitalize()}\n", f"{getdoc(section)}\n"]
+            parts.append(table(("", *columns), rows))
     parts += [f"![{name}]({name})\n" for name in images]
     # The template's fields: those of the report, some of them as texts.
     fields = dict(report)
@@ -156,17 +162,17 @@ def table(head: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
     return "\n".join(f"| {' | '.join(line)} |" for line in lines) + "\n"
 
 
-def _listed(values: Mapping[str, Any]) -> str:
+def _listed(values: JsonObject) -> str:
     return ", ".join(
         f"{key} {value}" for key, value in values.items() if not isinstance(value, Mapping)
     )
 
 
-def _leaves(value: Mapping[str, Any], above: str = "") -> Iterator[tuple[str, Any]]:
+def _leaves(value: JsonObject, above: str = "") -> Iterator[tuple[str, object]]:
     """Label -> number for all values of a section."""
     for key, inner in value.items():
         label = above.format(key) if "{}" in above else f"{above} {_label(key)}".strip()
-        if isinstance(inner, Mapping) and "low" not in inner:
+        if isinstance(inner, dict) and "low" not in inner:
             yield from _leaves(inner, label)
         else:
             yield label, inner
@@ -185,30 +191,22 @@ def _label(key: str) -> str:
     return TITLES.get(key, key.replace("_", " "))
 
 
-def _number(splits: Mapping[str, Any], *path: str) -> float | None:
-    """The value at `path`, or None if not measured."""
-    value: Any = splits
-    for key in path:
-        value = value.get(key, {})
-    value = plain(value)
-    return value.get("value") if isinstance(value, Mapping) else value
+def _value(figure: Any) -> Any:
+    """The number of an estimate, or the figure itself."""
+    return figure["value"] if isinstance(figure, Mapping) else figure
 
 
-def _aims_table(aims: Sequence[Mapping[str, Any]]) -> str:
+def _aims_table(aims: Sequence[JsonObject]) -> str:
+    """Value / aim (ceiling); values that miss the aim are bold."""
+    splits = list(dict.fromkeys(aim["split"] for aim in aims))
     cells: dict[str, dict[str, str]] = {}
     for aim in aims:
         value = f"{aim['value']:.3f}" if aim["met"] else f"**{aim['value']:.3f}**"
         ceiling = "" if aim["ceiling"] is None else f" ({aim['ceiling']:.3f})"
         at_most = "≤ " if aim["at_most"] else ""
-        # Value / aim (ceiling); values that miss the aim are bold.
-        cells.setdefault(aim["what"], {})[aim["split"]] = (
-            f"{value} / {at_most}{aim['aim']:.2f}{ceiling}"
-        )
-    splits = list(dict.fromkeys(aim["split"] for aim in aims))
-    return table(
-        ("", *splits),
-        [(what, *(row.get(split, "–") for split in splits)) for what, row in cells.items()],
-    )
+        row = cells.setdefault(aim["what"], dict.fromkeys(splits, "–"))
+        row[aim["split"]] = f"{value} / {at_most}{aim['aim']:.2f}{ceiling}"
+    return table(("", *splits), [(what, *row.values()) for what, row in cells.items()])
 
 
 def _save_sheets(runs: Sequence[Run], out: Path) -> list[str]:
@@ -219,6 +217,7 @@ def _save_sheets(runs: Sequence[Run], out: Path) -> list[str]:
             rows_of.setdefault(name, []).extend(rows)
     names = []
     for name, rows in rows_of.items():
+        # The best quality that is small enough.
         sheet = contact_sheet(rows, _label(name).capitalize(), 72, 12, 8)
         for quality in (85, 75, 60, 45):
             content = image_to_bytes(sheet, "WEBP", quality=quality, method=6)

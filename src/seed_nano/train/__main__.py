@@ -40,12 +40,14 @@ def main(arguments: list[str] | None = None) -> int:
         default="gpu",
         help="pico (minutes), cpu (hours on two cores), gpu (default) or a YAML file of settings",
     )
-    parser.add_argument(
-        "--pico", dest="preset", action="store_const", const="pico", help="--preset pico"
-    )
-    parser.add_argument(
-        "--cpu", dest="preset", action="store_const", const="cpu", help="--preset cpu"
-    )
+    for preset in ("pico", "cpu"):
+        parser.add_argument(
+            f"--{preset}",
+            dest="preset",
+            action="store_const",
+            const=preset,
+            help=f"--preset {preset}",
+        )
     parser.add_argument(
         "--work", type=Path, help="checkpoints, caches and logs (default: runs/SYSTEM-PRESET)"
     )
@@ -66,16 +68,17 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _run(overrides: Sequence[str], options: argparse.Namespace) -> int:
     system = options.system.replace("-", "_")
-    kind, stages = PIPELINES[system]
+    kind, rows = PIPELINES[system]
+    stages = {stage.name: stage for stage in rows}
     config = load_settings(system, options.preset, overrides)
     name = Path(options.preset).stem
     work = options.work or Path("runs") / (name if system == "nano" else f"{system}-{name}")
     out = options.out or work / "system"
     # 1. The stages to run.
     wanted = [stage.strip() for stage in options.only.split(",") if stage.strip()]
-    check_keys(wanted, [stage.name for stage in stages], "--only")
+    check_keys(wanted, stages, "--only")
     if not wanted:
-        wanted = [stage.name for stage in stages]
+        wanted = list(stages)
         if options.no_report:
             wanted.remove("report")
     # 2. Write the settings, which child processes read.
@@ -89,7 +92,7 @@ def _run(overrides: Sequence[str], options: argparse.Namespace) -> int:
     space = kind(config, work, out)
     started = time.monotonic()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 0)) or torch.get_num_threads())
-    Pipeline(space, stages, wanted, options.jobs, child).run()
+    Pipeline(space, stages, options.jobs, child).run(wanted)
     if not options.child:
         minutes = (time.monotonic() - started) / 60
         hint = f"; try: seed chat --model {out}" if "assemble" in wanted else ""

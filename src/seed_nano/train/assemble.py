@@ -5,12 +5,13 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
-from typing import Any
 
 import torch
 from safetensors import safe_open
 
-from seed_multimodal.disk import read_json_object, replace_text
+from seed_multimodal.disk import JsonObject, read_json_object, replace_text
+from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal.models.lavit.processing import LavitTokenizer
 from seed_multimodal.models.lavit.spec import LavitConfig
 from seed_multimodal.models.seed.spec import SeedLlamaConfig
 from seed_multimodal.models.seed_x.spec import SeedXConfig
@@ -21,22 +22,70 @@ from seed_multimodal.weights.catalogue import AGENT_CONFIG, VISUAL_WEIGHTS
 from seed_nano.train.diffusion import write_successor_unet
 from seed_nano.train.lavit import decoder_sizes
 from seed_nano.train.pipeline import TEMPLATES
+from seed_nano.train.words import train_text_tokenizer
 from seed_nano.train.workspace import LavitWorkspace, Workspace, XWorkspace
+from seed_nano.world.records import X_KINDS, sentences, texts_of, x_record_at
+from seed_nano.world.source import open_nano
 from seed_nano.world.things import write_known_words
 
+# Records of each kind that the text tokenizers are trained on.
+X_TEXTS = 60
+LAVIT_TEXTS = 400
 
-def start(space: Any) -> None:
-    """The text tokenizer; for nano-x and nano-lavit an untrained U-Net, and nano's VAE."""
-    space.train_text_tokenizer()
+
+def start_nano(space: Workspace) -> None:
+    """The text tokenizer."""
     config = space.config
-    if space.system == "nano_x":
-        width, seed = config.unet.prompt, config.seed + 4
-        write_successor_unet(space, width, width // 2, seed)
-    elif space.system == "nano_lavit":
-        width, seed = decoder_sizes(space).context_dim, config.seed + 5
-        write_successor_unet(space, width, config.unet.pooled, seed)
-    if space.system != "nano":
-        shutil.copytree(space.autoencoder, space.decoder_folder / "vae", dirs_exist_ok=True)
+    train_text_tokenizer(
+        MultimodalTokenizer,
+        sentences(),
+        space.tokenizer_folder,
+        config.llm.text_vocabulary,
+        config.tokenizer.codes,
+    )
+
+
+def start_x(space: XWorkspace) -> None:
+    """The text tokenizer, in which an image's tokens are only placeholders; an untrained U-Net, and
+    nano's autoencoder."""
+    config = space.config
+    texts = sentences()
+    for kind in X_KINDS:
+        for index in range(X_TEXTS):
+            texts += [text for text in texts_of(x_record_at(kind, 0, index)) if "<" not in text]
+    tokens = config.vision.grid**2
+    train_text_tokenizer(
+        MultimodalTokenizer,
+        texts,
+        space.tokenizer_folder,
+        config.llm.text_vocabulary,
+        n_codes=tokens,
+        tokens_per_image=tokens,
+        n_locations=config.llm.locations,
+    )
+    width = config.unet.prompt
+    write_successor_unet(space, width, width // 2, config.seed + 4)
+
+
+def start_lavit(space: LavitWorkspace) -> None:
+    """The text tokenizer, an untrained U-Net, and nano's autoencoder."""
+    config = space.config
+    texts = sentences()
+    for content, fields in (("qa", ("question", "answer")), ("edits", ("instruction",))):
+        records = open_nano(None, content=content, number=LAVIT_TEXTS)
+        for row in range(LAVIT_TEXTS):
+            record = records.locate(row).fields
+            texts += [str(record[name]) for name in fields]
+    train_text_tokenizer(
+        LavitTokenizer,
+        texts,
+        space.tokenizer_folder,
+        config.llm.text_vocabulary,
+        config.tokenizer.codes,
+        space.encoder_sizes.grid**2,
+    )
+    context = decoder_sizes(space).context_dim
+    write_successor_unet(space, context, config.unet.pooled, config.seed + 5)
 
 
 def trained_folder(space: Workspace, stage: str) -> Path:
@@ -44,25 +93,29 @@ def trained_folder(space: Workspace, stage: str) -> Path:
     return space.work / stage / f"checkpoint-{read_json_object(space.record(stage))['steps']}"
 
 
-def install_llm(space: Workspace) -> dict[str, Any]:
-    """Stage `llm` of nano and nano-lavit: the trained model into the system; returns nano's
-    held-out losses."""
-    lavit = space.system == "nano_lavit"
-    stage = "language" if lavit else "llm_sft"
-    target = space.out / ("llm" if lavit else "seed_llama")
-    trained = trained_folder(space, stage)
-    target.mkdir(parents=True, exist_ok=True)
-    for name in ("config.json", "generation_config.json", "model.safetensors"):
-        shutil.copy(trained / name, target)
-    if lavit:
-        shutil.copy(trained / VISUAL_WEIGHTS, space.out / "tokenizer")
-    # Held-out losses of the training's record.
-    losses = read_json_object(space.record(stage)).get("evaluation", {})
+def install_llm(space: Workspace) -> JsonObject:
+    """Stage `llm` of nano: the trained model into the system; returns the held-out losses."""
+    copy_llm(trained_folder(space, "llm_sft"), space.out / "seed_llama")
+    losses = read_json_object(space.record("llm_sft")).get("evaluation", {})
     held_out = {}
     for key in ("text_loss", "image_loss"):
         if f"eval_{key}" in losses:
             held_out[key] = round(losses[f"eval_{key}"], 4)
     return held_out
+
+
+def install_lavit_llm(space: Workspace) -> None:
+    """Stage `llm` of nano-lavit: the trained model and its part of the tokenizer."""
+    trained = trained_folder(space, "language")
+    copy_llm(trained, space.out / "llm")
+    shutil.copy(trained / VISUAL_WEIGHTS, space.out / "tokenizer")
+
+
+def copy_llm(trained: Path, target: Path) -> None:
+    """The files of a language model, without those of its training."""
+    target.mkdir(parents=True, exist_ok=True)
+    for name in ("config.json", "generation_config.json", "model.safetensors"):
+        shutil.copy(trained / name, target)
 
 
 def install_agent(space: Workspace) -> None:
@@ -77,53 +130,49 @@ def install_agent(space: Workspace) -> None:
     agent = build_agent(llm, read_agent({**parts, "losses": about["losses"], "path": str(folder)}))
     llm.save_pretrained(space.out / "llm")
     state = agent.state_dict()
-    state = {name: value for name, value in state.items() if not name.startswith("llm.")}
+    for name in list(state):
+        if name.startswith("llm."):
+            del state[name]
     save_state_dict(state, space.out / "agent" / "model.safetensors")
     settings = json.dumps({**parts, "settings": about["losses"]}, indent=1)
     replace_text(space.out / "agent" / "config.json", settings)
 
 
-def assemble_nano(space: Workspace) -> dict[str, Any]:
+def assemble_nano(space: Workspace) -> JsonObject:
     """Half precision, the pipeline's index, `system.json`."""
     from transformers import CLIPImageProcessor
 
     decoder = space.decoder_folder
-    templates = TEMPLATES / "nano"
     size = space.config.image_size
     CLIPImageProcessor(size=size, crop_size=size).save_pretrained(decoder / "feature_extractor")
-    shutil.copy(templates / "model_index.json", decoder)
-    replace_text(
-        space.out / "system.json",
-        json.dumps({**read_json_object(templates / "system.json"), "image_size": size}, indent=1),
-    )
+    shutil.copy(TEMPLATES / "nano" / "model_index.json", decoder)
+    settings = {**system_settings(space), "image_size": size}
+    replace_text(space.out / "system.json", json.dumps(settings, indent=1))
     write_hub_files(SeedLlamaConfig, space.out)
-    return _finished(space.out)
+    return finish(space.out)
 
 
-def assemble_x(space: XWorkspace) -> dict[str, Any]:
+def assemble_x(space: Workspace) -> JsonObject:
     """The de-tokenizer, half precision, `system.json`."""
-    join(
-        SeedXConfig,
-        space.out,
-        {"detokenizer": space.work / "second" / "adapter"},
-        read_json_object(TEMPLATES / "nano_x" / "system.json"),
-    )
-    return _finished(space.out)
+    parts = {"detokenizer": space.work / "second" / "adapter"}
+    join(SeedXConfig, space.out, parts, system_settings(space))
+    return finish(space.out)
 
 
-def assemble_lavit(space: LavitWorkspace) -> dict[str, Any]:
+def assemble_lavit(space: Workspace) -> JsonObject:
     """Pixel decoder and code decoder, half precision, `system.json`."""
     trained = space.work / "pixels" / "pixels"
-    join(
-        LavitConfig,
-        space.out,
-        {"pixels/unet": trained / "unet", "decoder": trained / "decoder"},
-        read_json_object(TEMPLATES / "nano_lavit" / "system.json"),
-    )
-    return _finished(space.out)
+    parts = {"pixels/unet": trained / "unet", "decoder": trained / "decoder"}
+    join(LavitConfig, space.out, parts, system_settings(space))
+    return finish(space.out)
 
 
-def _finished(out: Path) -> dict[str, Any]:
+def system_settings(space: Workspace) -> JsonObject:
+    """The template of the system's `system.json`."""
+    return read_json_object(TEMPLATES / space.system / "system.json")
+
+
+def finish(out: Path) -> JsonObject:
     """Write the known words and float32 weights as float16 (loaders compute in float32 again);
     returns the MB."""
     write_known_words(out / "known_words.json")

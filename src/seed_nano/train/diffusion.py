@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
 from itertools import pairwise
@@ -22,15 +23,13 @@ from torch import Tensor, nn
 
 from seed_multimodal.diffusion.objectives import NoisyLatents, build_objective
 from seed_multimodal.state_dicts import load_state_dict
-from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.schedules import batch_indices
 from seed_nano.layout import LAYOUT, LayoutConfig, LayoutDecoder
 from seed_nano.train.lavit import load_reader, rebuilt_features
-from seed_nano.train.task import NanoTask
+from seed_nano.train.task import Loss, NanoTask
 from seed_nano.train.tokenizer import encode_scenes, load_tokenizer
 from seed_nano.train.vae import latents
 from seed_nano.train.vision import LABELS, READOUT_FILE, REDUCED, pool_features, trained_label_heads
-from seed_nano.train.workspace import LavitWorkspace, Workspace, XWorkspace
+from seed_nano.train.workspace import LavitWorkspace, SuccessorWorkspace, Workspace, XWorkspace
 from seed_nano.world.scene import Scene, anchors
 from seed_nano.world.targets import arrangement_anchors, scene_anchors
 
@@ -39,11 +38,8 @@ TRAIN_STEPS = 1000
 FINAL_SIGNAL = 0.95
 SUCCESSORS_SIGNAL = 0.98
 LAYOUT_SHARE = 3  # layout decoder's batch relative to the U-Net's; it costs a quarter per scene
-CONDITIONS = (
-    0.15,
-    0.6,
-    0.25,
-)  # of unet2: shares of true embeddings, from codes, from corrupted codes
+# Of unet2: shares of true embeddings, from codes, from corrupted codes.
+CONDITIONS = (0.15, 0.6, 0.25)
 CORRUPTED = 0.15  # maximum share of corrupted codes of an image
 # Side of the grid of layout tokens; attention on the latents' own grid of 16 costs four times more.
 TOKENS = 8
@@ -59,13 +55,10 @@ def new_unet(channels: Sequence[int], attends: Sequence[bool], **sizes: Any) -> 
     """An untrained `UNet2DConditionModel` with attention on some levels and in the middle."""
     from diffusers import UNet2DConditionModel
 
+    kinds = ["CrossAttn" if level else "" for level in attends]
     return UNet2DConditionModel(
-        down_block_types=tuple(
-            "CrossAttnDownBlock2D" if level else "DownBlock2D" for level in attends
-        ),
-        up_block_types=tuple(
-            "CrossAttnUpBlock2D" if level else "UpBlock2D" for level in reversed(attends)
-        ),
+        down_block_types=tuple(f"{kind}DownBlock2D" for kind in kinds),
+        up_block_types=tuple(f"{kind}UpBlock2D" for kind in reversed(kinds)),
         block_out_channels=tuple(channels),
         norm_num_groups=8,
         use_linear_projection=True,
@@ -91,18 +84,19 @@ def new_scheduler(final_signal: float) -> Any:
     )
 
 
-def write_successor_unet(space: Any, context: int, pooled: int, seed: int) -> None:
+def write_successor_unet(space: SuccessorWorkspace, context: int, pooled: int, seed: int) -> None:
     """An untrained U-Net of SDXL's kind (`context`, `pooled`: widths of the prompt's embeddings),
-    the scheduler and decoding defaults, to `{decoder}`."""
+    the scheduler, decoding defaults and nano's autoencoder, to `{decoder}`."""
     from diffusers import AutoencoderKL
 
     vae: Any = AutoencoderKL.load_config(space.autoencoder, local_files_only=True)
     sizes = space.config.unet
     folder = space.decoder_folder
     latent = vae["latent_channels"]
+    levels = len(sizes.channels)
     torch.manual_seed(seed)
     # Attention at the second level only, or everywhere if there is only one.
-    attends = [level == 1 or len(sizes.channels) == 1 for level in range(len(sizes.channels))]
+    attends = [level == 1 or levels == 1 for level in range(levels)]
     new_unet(
         sizes.channels,
         attends,
@@ -119,6 +113,7 @@ def write_successor_unet(space: Any, context: int, pooled: int, seed: int) -> No
     new_scheduler(SUCCESSORS_SIGNAL).save_pretrained(folder / "scheduler")
     image_guidance = {"image_guidance_scale": 1.0} if space.system == "nano_x" else {}
     (folder / "seed_decode.json").write_text(json.dumps({**DECODE_DEFAULTS, **image_guidance}))
+    shutil.copytree(space.autoencoder, folder / "vae", dirs_exist_ok=True)
 
 
 class UnetTask(NanoTask):
@@ -135,11 +130,8 @@ class UnetTask(NanoTask):
         self.embeddings = pool_features(space)
         self.spots = scene_anchors(space.pool)
         torch.manual_seed(space.config.seed + 3)
-        unet, layout = self.start(space)
-        layout.heads.requires_grad_(False)  # labels keep the vision encoder's meaning
-        self.unet = unet
-        self.layout = layout
-        module = nn.ModuleDict({"unet": unet, "layout": layout}).to(space.device)
+        self.unet, self.layout = self.start(space)
+        self.layout.heads.requires_grad_(False)  # labels keep the vision encoder's meaning
         self.scheduler = new_scheduler(FINAL_SIGNAL)
         self.objective = build_objective(self.scheduler)
         self.noising = DDPMScheduler(beta_schedule="squaredcos_cap_v2")
@@ -148,7 +140,7 @@ class UnetTask(NanoTask):
         self.normaliser.mean.data = embeddings.mean(0, keepdim=True)
         self.normaliser.std.data = embeddings.std(0, keepdim=True).clamp_min(1e-4)
         self.normaliser.to(space.device)
-        super().__init__(space, name, module)
+        super().__init__(space, name, nn.ModuleDict({"unet": self.unet, "layout": self.layout}))
 
     def start(self, space: Workspace) -> tuple[Any, LayoutDecoder]:
         """Untrained U-Net, and layout decoder whose heads and coarse image are those of stage
@@ -172,18 +164,17 @@ class UnetTask(NanoTask):
         readout = load_state_dict(space.work / READOUT_FILE)
         # Latents of a layout token: the largest square that divides the grid.
         patch = next(side for side in range(max(1, grid // TOKENS), 0, -1) if grid % side == 0)
-        layout = LayoutDecoder(
-            LayoutConfig(
-                width,
-                channels,
-                grid,
-                sizes.cross_dim,
-                heads.classes,
-                arrangement_anchors(),
-                coarse=REDUCED,
-                patch=patch,
-            )
+        config = LayoutConfig(
+            width,
+            channels,
+            grid,
+            sizes.cross_dim,
+            heads.classes,
+            arrangement_anchors(),
+            coarse=REDUCED,
+            patch=patch,
         )
+        layout = LayoutDecoder(config)
         # The heads and the coarse image are known from stage `clip`.
         layout.heads.load_state_dict(heads.state_dict())
         layout.coarse[0].load_state_dict({"weight": readout["readout"]})
@@ -199,55 +190,48 @@ class UnetTask(NanoTask):
         from diffusers.models.embeddings import get_timestep_embedding
 
         scaled = self.normaliser.scale(embedding)
-        noised = self.normaliser.unscale(
-            self.noising.add_noise(scaled, torch.randn_like(scaled), level)
-        )
+        noised = self.noising.add_noise(scaled, torch.randn_like(scaled), level)
         sinusoid = get_timestep_embedding(
             level, embedding.shape[1], flip_sin_to_cos=True, downscale_freq_shift=0
         )
-        return torch.cat([noised, sinusoid], 1)
+        return torch.cat([self.normaliser.unscale(noised), sinusoid], 1)
 
-    def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
-        settings = self.settings
+    def step_loss(self, model: nn.Module, micro_step: int) -> Loss:
         device = self.space.device
-        count = settings.batch_size
-        chosen = batch_indices(micro_step, LAYOUT_SHARE * count, len(self.latents), settings.seed)
+        count = self.settings.batch_size
+        chosen = self.indices(micro_step, len(self.latents), LAYOUT_SHARE * count)
         wanted = self.latents[chosen].float().to(device)
         embedding = self.conditions(chosen).to(device)
         # 1. The layout decoder predicts the latents of the whole batch.
         mean, tokens = self.layout(embedding, self.spots[chosen].to(device))
         layout_error = F.mse_loss(mean.float(), wanted)
-        x0 = wanted[:count]
-        embedding = embedding[:count]
-        tokens = tokens[:count]
         # 2. A quarter of the embeddings is noised, a tenth of the conditions dropped.
-        level = torch.randint(0, 300, (count,), device=device) * (
-            torch.rand(count, device=device) < 0.25
-        )
-        labels = self.class_labels(embedding, level)
+        level = torch.randint(0, 300, (count,), device=device)
+        level = level * (torch.rand(count, device=device) < 0.25)
+        labels = self.class_labels(embedding[:count], level)
         keep = (torch.rand(count, device=device) >= 0.1).float()
-        noised = NoisyLatents.sample(self.objective, x0)
+        noised = NoisyLatents.sample(self.objective, wanted[:count])
         output = self.unet(
             noised.latents,
             noised.steps,
-            encoder_hidden_states=tokens * keep[:, None, None],
+            encoder_hidden_states=tokens[:count] * keep[:, None, None],
             class_labels=labels * keep[:, None],
         )
         error = noised.losses(output.sample)["total_loss"]
         return error + layout_error, {"v": error.detach(), "layout": layout_error.detach()}
 
-    def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
+    def save(self) -> None:
         self.module.cpu()
-        for model, folder in (
-            (self.unet, "unet"),
-            (self.scheduler, "scheduler"),
-            (self.layout, "layout"),
-            (self.noising, "image_noising_scheduler"),
-            (self.normaliser.cpu(), "image_normalizer"),
-        ):
-            model.save_pretrained(self.out / folder)
+        parts = {
+            "unet": self.unet,
+            "scheduler": self.scheduler,
+            "layout": self.layout,
+            "image_noising_scheduler": self.noising,
+            "image_normalizer": self.normaliser.cpu(),
+        }
+        for folder, part in parts.items():
+            part.save_pretrained(self.out / folder)
         (self.out / "seed_decode.json").write_text(json.dumps(DECODE_DEFAULTS))
-        return super().finish(group)
 
 
 class UnetOfCodesTask(UnetTask):
@@ -269,20 +253,18 @@ class UnetOfCodesTask(UnetTask):
         share = CORRUPTED * torch.rand(len(codes), 1, generator=generator)
         swap = torch.rand(codes.shape, generator=generator) < share
         swapped = torch.where(swap, codes[torch.randperm(len(codes), generator=generator)], codes)
-        return torch.stack(
-            [
-                torch.cat([tokenizer.decode(batch).half().cpu() for batch in kind.split(512)])
-                for kind in (codes, swapped)
-            ]
-        )
+        # Decoded in batches, each kind on its own.
+        kinds = []
+        for kind in (codes, swapped):
+            batches = [tokenizer.decode(batch).half().cpu() for batch in kind.split(512)]
+            kinds.append(torch.cat(batches))
+        return torch.stack(kinds)
 
     def start(self, space: Workspace) -> tuple[Any, LayoutDecoder]:
         from diffusers import UNet2DConditionModel
 
         unet: Any = UNet2DConditionModel.from_pretrained(self.out / "unet", local_files_only=True)
-        unet.register_to_config(
-            _name_or_path=""
-        )  # else this machine's path is saved with the model
+        unet.register_to_config(_name_or_path="")  # else this machine's path is saved
         return unet, LayoutDecoder.from_pretrained(self.out / "layout").requires_grad_(True)
 
     def conditions(self, chosen: Tensor) -> Tensor:
@@ -292,35 +274,34 @@ class UnetOfCodesTask(UnetTask):
 
 
 class LayoutTask(NanoTask):
-    """Train a layout decoder (expected latents of an image), saved to `folder`. Parts in `known`
+    """Train a layout decoder (expected latents of an image), saved to `folder`. Parts in `frozen`
     keep their weights."""
 
     latents: Tensor
 
     def __init__(
         self,
-        space: Any,
+        space: Workspace,
         folder: Path,
         features: Tensor,
         frozen: Mapping[str, nn.Module],
         **sizes: Any,
     ) -> None:
+        self.spots = scene_anchors(space.pool[: len(features)])
         self.folder = folder / LAYOUT
         self.features = features.flatten(1)
-        layout = space.config.layout
-        self.layout = LayoutDecoder(
-            LayoutConfig(
-                self.features.shape[1],
-                self.latents.shape[1],
-                self.latents.shape[2],
-                0,
-                LABELS,
-                arrangement_anchors(),
-                patch=1,
-                **asdict(layout),
-                **sizes,
-            )
-        ).to(space.device)
+        config = LayoutConfig(
+            self.features.shape[1],
+            self.latents.shape[1],
+            self.latents.shape[2],
+            0,
+            LABELS,
+            arrangement_anchors(),
+            patch=1,
+            **asdict(space.config.layout),
+            **sizes,
+        )
+        self.layout = LayoutDecoder(config)
         # Parts that an earlier stage trained keep their weights.
         for name, part in frozen.items():
             submodule = getattr(self.layout, name)
@@ -328,9 +309,8 @@ class LayoutTask(NanoTask):
             submodule.requires_grad_(False)
         super().__init__(space, "layout", self.layout)
 
-    def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
+    def save(self) -> None:
         self.layout.cpu().save_pretrained(self.folder)
-        return super().finish(group)
 
 
 class XLayoutTask(LayoutTask):
@@ -340,23 +320,16 @@ class XLayoutTask(LayoutTask):
     def __init__(self, space: XWorkspace) -> None:
         self.latents = latents(space)
         features = pool_features(space)
-        self.spots = scene_anchors(space.pool)
         self.kept = edit_anchors(space.edits)
         torch.manual_seed(space.config.seed + 3)
-        super().__init__(
-            space,
-            space.out / "detokenizer",
-            features,
-            {"heads": trained_label_heads(space)},
-            keeps=KEEPS,
-        )
+        heads = {"heads": trained_label_heads(space)}
+        super().__init__(space, space.out / "detokenizer", features, heads, keeps=KEEPS)
 
-    def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
+    def step_loss(self, model: nn.Module, micro_step: int) -> Loss:
         """Half of the samples unconditional, half conditioned on the image before the edit."""
-        settings = self.settings
         device = self.space.device
-        count = settings.batch_size
-        rows = batch_indices(micro_step, count, len(self.features), settings.seed)
+        rows = self.indices(micro_step, len(self.features))
+        count = len(rows)
         after = rows[: count // 2] | 1  # an edit's result has the odd number
         before = torch.where(torch.rand(len(after)) < ITSELF, after, after - 1)
         rows = torch.cat([after, rows[len(after) :]])
@@ -380,17 +353,14 @@ class LavitLayoutTask(LayoutTask):
     def __init__(self, space: LavitWorkspace) -> None:
         self.latents = latents(space)
         features = rebuilt_features(space)
-        self.spots = scene_anchors(space.pool[: len(features)])
         torch.manual_seed(space.config.seed + 4)
         frozen = dict(load_reader(space).named_children())
         reading = (features.shape[2], space.config.tokenizer.reading)
         super().__init__(space, space.decoder_folder, features, frozen, reading=reading)
 
-    def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
+    def step_loss(self, model: nn.Module, micro_step: int) -> Loss:
         device = self.space.device
-        rows = batch_indices(
-            micro_step, self.settings.batch_size, len(self.features), self.settings.seed
-        )
+        rows = self.indices(micro_step, len(self.features))
         mean = model(self.features[rows].to(device).float(), self.spots[rows].to(device))[0]
         error = F.mse_loss(mean.float(), self.latents[rows].to(device).float())
         return error, {"error": error.detach()}
@@ -401,15 +371,17 @@ def edit_anchors(edits: Sequence[tuple[Scene, Scene]]) -> Tensor:
     anchors, since the condition image shows their positions."""
     spots = scene_anchors([after for _, after in edits])
     for row, (before, after) in enumerate(edits):
-        if before.style != after.style:
-            continue
-        # Slots of the source by thing and anchor, without jitter.
-        unchanged = set()
-        before_anchors = anchors(before.layout, before.counts)
-        for slot, (_, x, y, side) in zip(before.slots(), before_anchors, strict=True):
-            unchanged.add((slot.thing, x, y, side))
-        # Things at the same anchor in the target keep it.
-        for index, (kind, x, y, side) in enumerate(anchors(after.layout, after.counts)):
-            if (after.things[kind], x, y, side) in unchanged:
-                spots[row, index] = torch.tensor([kind, x, y, side])
+        if before.style == after.style:
+            # Slots without jitter, by thing; those of both images keep their anchor.
+            unchanged = set(_named_anchors(before))
+            for index, anchor in enumerate(_named_anchors(after)):
+                if anchor in unchanged:
+                    kind = after.things.index(anchor[0])
+                    spots[row, index] = torch.tensor([kind, *anchor[1:]])
     return spots
+
+
+def _named_anchors(scene: Scene) -> list[tuple[str, float, float, float]]:
+    """`anchors` with the names of things."""
+    rows = anchors(scene.layout, scene.counts)
+    return [(scene.things[kind], x, y, side) for kind, x, y, side in rows]

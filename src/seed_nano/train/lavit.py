@@ -9,9 +9,8 @@ more tokens than needed; `narrow` continues with fewer.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,10 +23,8 @@ from seed_multimodal.models.lavit.modeling import DynamicTokenizer, LavitTokeniz
 from seed_multimodal.models.lavit.train_tokenizer import LavitTokenizerTask
 from seed_multimodal.state_dicts import assign_strictly, load_state_dict, save_state_dict
 from seed_multimodal.training.codebook import CodebookHealth
-from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.schedules import batch_indices
 from seed_nano.labels import LabelHeads, label_divergence
-from seed_nano.train.task import NanoTask, map_scenes
+from seed_nano.train.task import Loss, NanoTask, map_scenes
 from seed_nano.train.vision import LABELS, label_loss, labels_right
 from seed_nano.train.workspace import LavitWorkspace
 from seed_nano.world.scene import empty_images
@@ -128,25 +125,20 @@ class ReaderTask(NanoTask):
         self.features = pool_features(space)
         self.labels = label_tensor(space.pool)
         torch.manual_seed(space.config.seed + 2)
-        self.reader = Reader(space).to(space.device)
+        self.reader = Reader(space)
         super().__init__(space, "reader", self.reader)
 
-    def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
-        rows = batch_indices(
-            micro_step, self.settings.batch_size, len(self.features), self.settings.seed
-        )
-        labels = self.labels[rows].to(self.space.device)
-        read = model(self.features[rows].to(self.space.device))
-        logits = self.reader.heads(read)
+    def step_loss(self, model: nn.Module, micro_step: int) -> Loss:
+        device = self.space.device
+        rows = self.indices(micro_step, len(self.features))
+        labels = self.labels[rows].to(device)
+        logits = self.reader.heads(model(self.features[rows].to(device)))
         right = labels_right(logits, labels).float()
-        return label_loss(logits, labels), {
-            "first": right[:, 0].mean(),
-            "all": right.amin(1).mean(),
-        }
+        metrics = {"first": right[:, 0].mean(), "all": right.amin(1).mean()}
+        return label_loss(logits, labels), metrics
 
-    def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
+    def save(self) -> None:
         save_state_dict(self.reader.state_dict(), self.space.work / READER_FILE)
-        return super().finish(group)
 
 
 class ReadStage1(LavitStage1):
@@ -157,19 +149,16 @@ class ReadStage1(LavitStage1):
             trained on.
     """
 
-    def __init__(self, reader: Reader, *args: Any, **options: Any) -> None:
-        super().__init__(*args, **options)
-        self.reader = [reader]  # in a list, so that it is not a submodule
-        self.readable_B = torch.ones(1, dtype=torch.bool)
+    reader: Sequence[Reader]  # in a sequence, so that it is not a submodule
+    readable_B = torch.ones(1, dtype=torch.bool)
 
     def other_errors(self, features_BND: Tensor, rebuilt_BND: Tensor) -> Tensor:
         """See the base; without gradients a decision is tried on every `FLIP_EVERY`-th image."""
         reader = self.reader[0]
         misread_B = label_divergence(reader.heads, reader(rebuilt_BND), reader(features_BND))
         if self.training:
-            misread_B = misread_B * (
-                self.readable_B if torch.is_grad_enabled() else self.readable_B[::FLIP_EVERY]
-            )
+            every = 1 if torch.is_grad_enabled() else FLIP_EVERY
+            misread_B = misread_B * self.readable_B[::every]
         return READ_WEIGHT * misread_B
 
 
@@ -179,54 +168,47 @@ class TokenizerTask(NanoTask, LavitTokenizerTask):
     model: ReadStage1
 
     def __init__(self, space: LavitWorkspace, name: str = "tokenizer") -> None:
-        self.lavit = space
         self.pool = pool_features(space)
         config = space.config
-        first = name == "tokenizer"
-        # The first stage begins without codes, which then start from k-means of the features.
         settings = getattr(config, f"train_{name}")
-        start: dict[str, Any] = (
-            {
-                "codebook_warmup": int(WITHOUT_CODES * settings.max_steps),
-                "kmeans_start": True,
-                "kmeans_images": 1024,
-            }
-            if first
-            else {}
-        )
+        health = CodebookHealth(restart_every=max(1, settings.max_steps // 80))
+        keep = config.tokenizer.keep
+        if name == "tokenizer":
+            # The first stage begins without codes, which then start from k-means of the features.
+            health.codebook_warmup = int(WITHOUT_CODES * settings.max_steps)
+            health.kmeans_start = True
+            health.kmeans_images = 1024
+            keep = config.tokenizer.first_keep
         tokenizer = new_tokenizer(space)
         torch.manual_seed(config.seed + 3)
-        model = ReadStage1(
-            load_reader(space),
-            tokenizer,
-            CodeDecoder(decoder_sizes(space)).to(space.device),
-            weights=LavitLossWeights(
-                config.tokenizer.first_keep if first else config.tokenizer.keep,
-                config.tokenizer.ratio,
-            ),
-        )
+        reader = load_reader(space)
+        decoder = CodeDecoder(decoder_sizes(space)).to(space.device)
+        weights = LavitLossWeights(keep, config.tokenizer.ratio)
+        model = ReadStage1(tokenizer, decoder, weights=weights)
+        model.reader = (reader,)
         model.init_keep_share()
         # Features of the empty scenes, which `batch` mixes in.
         empty_pixels = torch.from_numpy(empty_images(config.image_size)).permute(0, 3, 1, 2)
         self.empty = tokenizer.patch_features(normalise(empty_pixels.to(space.device))).half().cpu()
-        health = CodebookHealth(restart_every=max(1, settings.max_steps // 80), **start)
         LavitTokenizerTask.__init__(self, name, model, settings, self.batch, health)
         self.enter(space)
 
     def batch(self, micro_step: int) -> Tensor:
         """Features of scenes of the pool and of empty ones, `[B, N, D]`."""
-        pool = self.pool
-        n_rows = len(self.pool) + round(EMPTY * len(self.pool))
-        rows = batch_indices(micro_step, self.settings.batch_size, n_rows, self.settings.seed)
+        n_pool = len(self.pool)
+        rows = self.indices(micro_step, n_pool + round(EMPTY * n_pool))
         # Rows beyond the pool are empty scenes.
-        readable_B = rows < len(pool)
-        self.model.readable_B = readable_B.to(self.lavit.device)
+        readable_B = rows < n_pool
+        self.model.readable_B = readable_B.to(self.space.device)
         features = torch.where(
             readable_B[:, None, None],
-            pool[rows.clamp(max=len(pool) - 1)],
+            self.pool[rows.clamp(max=n_pool - 1)],
             self.empty[rows % len(self.empty)],
         )
-        return features.to(self.lavit.device).float()
+        return features.to(self.space.device).float()
+
+    def save(self) -> None:
+        """Nothing: `narrow` starts from the checkpoint."""
 
 
 class NarrowTask(TokenizerTask):
@@ -235,15 +217,13 @@ class NarrowTask(TokenizerTask):
 
     def __init__(self, space: LavitWorkspace) -> None:
         super().__init__(space, "narrow")
-        self.settings = replace(
-            self.settings, start=self.settings.start or str(space.work / "tokenizer.checkpoints")
-        )
+        start = self.settings.start or str(space.work / "tokenizer.checkpoints")
+        self.settings = replace(self.settings, start=start)
 
-    def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
+    def save(self) -> None:
         tokenizer, decoder = (part.cpu() for part in self.model.trained_networks())
-        tokenizer.save_pretrained(self.lavit.out / "tokenizer")
-        decoder.save_pretrained(self.lavit.out / "decoder")
-        return super().finish(group)
+        tokenizer.save_pretrained(self.space.out / "tokenizer")
+        decoder.save_pretrained(self.space.out / "decoder")
 
 
 def rebuilt_features(space: LavitWorkspace) -> Tensor:
@@ -258,16 +238,12 @@ def rebuilt_features(space: LavitWorkspace) -> Tensor:
         for part in pool_features(space)[: space.config.drawn].split(1024):
             features_BND = part.to(space.device).float()
             # Select patches as in use, with a fixed seed; then merge, quantize and decode them.
-            keep_BN = tokenizer.select(
-                features_BND, generator=torch.Generator().manual_seed(0)
-            ).keep_BN
-            rows_TD = tokenizer.merge(features_BND, keep_BN)[keep_BN > 0.5]
-            counts = (keep_BN > 0.5).sum(1).tolist()
-            parts.append(
-                decoder.features(list(tokenizer.quantize_rows(rows_TD)[1].split(counts)))
-                .half()
-                .cpu()
-            )
+            generator = torch.Generator().manual_seed(0)
+            keep_BN = tokenizer.select(features_BND, generator=generator).keep_BN
+            kept_BN = keep_BN > 0.5
+            rows_TD = tokenizer.merge(features_BND, keep_BN)[kept_BN]
+            codes = tokenizer.quantize_rows(rows_TD)[1].split(kept_BN.sum(1).tolist())
+            parts.append(decoder.features(list(codes)).half().cpu())
         return torch.cat(parts)
 
     return space.cached("rebuilt", "narrow", make, drawn=space.config.drawn)

@@ -14,23 +14,22 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
 from omegaconf import OmegaConf
 
-from seed_multimodal.disk import folder_lock, read_json_object, replace_text
+from seed_multimodal.disk import JsonObject, folder_lock, read_json_object, replace_text
 from seed_multimodal.entry import ended_by_sigterm, kill_with_parent
 from seed_multimodal.errors import ConfigError, SeedError
 from seed_multimodal.models.seed.configuration import Seed2Config
 from seed_multimodal.settings import changed_settings
 from seed_multimodal.training.trainer import train_stage
-from seed_nano.train.task import QUIET
-from seed_nano.train.workspace import ROOT, Workspace, resolve_path
+from seed_nano.train.workspace import QUIET, ROOT, TRAIN, Workspace, resolve_path
 from seed_nano.world.scene import find_drawings
 
 TEMPLATES = Path(__file__).resolve().parents[1] / "templates"
@@ -57,33 +56,32 @@ def render(space: Workspace, name: str, settings: str) -> Path:
     replaces keys if the stage's `start` is set.
     """
     config = space.config
-    stage = getattr(space.config, settings)
+    stage = getattr(config, settings)
     start = resolve_path(stage.start)
-    steps = stage.save_steps
-    tokenizer = getattr(config, "tokenizer", None)
     if stage.start and not start.exists():
         raise ConfigError(f"{settings}.start: {start} does not exist.")
     # 1. Everything that a template may name: settings, folders, what follows from them.
     compiled = config.llm.compile
     if compiled is None:
         compiled = bool(shutil.which("g++"))
-    stage_values = {
-        **asdict(stage),
-        "start": str(start.absolute()),
-        "run_seed": config.seed + stage.seed,
-        "fifth": stage.max_steps // 5,
-        "fifth_or_set": steps or max(1, stage.max_steps // 5),
-        "tenth_or_set": steps or max(1, stage.max_steps // 10),
-        "samples": stage.max_steps * stage.gradient_accumulation_steps * stage.batch_size,
-        "tensorboard": "tensorboard" in stage.report_to,
-    }
+    steps = stage.max_steps
+    sections = getattr(getattr(config, "tokenizer", None), "sections", False)
     values = {
         **asdict(config),
         **space.folders,
         "world": str(find_drawings().absolute()),
         "compile": compiled,
-        "sections": Seed2Config.num_query if getattr(tokenizer, "sections", False) else 1,
-        "stage": stage_values,
+        "sections": Seed2Config.num_query if sections else 1,
+        "stage": {
+            **asdict(stage),
+            "start": str(start.absolute()),
+            "run_seed": config.seed + stage.seed,
+            "fifth": steps // 5,
+            "fifth_or_set": stage.save_steps or max(1, steps // 5),
+            "tenth_or_set": stage.save_steps or max(1, steps // 10),
+            "samples": steps * stage.gradient_accumulation_steps * stage.batch_size,
+            "tensorboard": "tensorboard" in stage.report_to,
+        },
         "recipe": OmegaConf.load(TEMPLATES / space.system / f"{name}.yaml"),
     }
     # 2. Resolve the template, then apply the keys for a run that starts from weights.
@@ -93,40 +91,31 @@ def render(space: Workspace, name: str, settings: str) -> Path:
         for section, keys in with_start.items():
             recipe[section] |= keys
     file = space.work / f"{name}.yaml"
-    replace_text(
-        file, f"# Written from {space.work.absolute()}/config.yaml\n{OmegaConf.to_yaml(recipe)}"
-    )
-    return file
+    source = space.work.absolute() / "config.yaml"
+    replace_text(file, f"# Written from {source}\n{OmegaConf.to_yaml(recipe)}")
+    return file.absolute()
 
 
 @dataclass(frozen=True)
 class Application:
-    """A training by a script of the repository, configured by the template of the stage's name and
-    the settings `settings`."""
+    """A stage in a process of its own.
 
-    script: str
-    settings: str
+    Attributes:
+        arguments: of Python; they may name settings and folders, and `file`, the configuration.
+        section: the settings of a training, whose configuration is the template of the stage's
+            name; empty: no training.
+    """
+
+    arguments: tuple[str, ...]
+    section: str = ""
 
     def command(self, space: Workspace, stage: str) -> list[str]:
         """The arguments of Python; writes the configuration."""
-        file = render(space, stage, self.settings).absolute()
-        script = str(ROOT / self.script)
-        if self.script.startswith("SEED_Tokenizer"):
-            return [script, "--cfg-path", str(file)]
-        return [script, "--config-path", str(file.parent), "--config-name", stage]
-
-
-@dataclass(frozen=True)
-class Program:
-    """A module's command; its arguments may name settings and folders."""
-
-    module: str
-    arguments: tuple[str, ...]
-
-    def command(self, space: Workspace, stage: str) -> list[str]:
-        """The arguments of Python."""
-        values = asdict(space.config) | space.folders
-        return ["-m", self.module, *(argument.format(**values) for argument in self.arguments)]
+        values = {**asdict(space.config), **space.folders, "root": ROOT, "stage": stage}
+        if self.section:
+            file = render(space, stage, self.section)
+            values |= {"file": file, "folder": file.parent}
+        return [argument.format(**values) for argument in self.arguments]
 
 
 @dataclass(frozen=True)
@@ -135,25 +124,29 @@ class Stage:
 
     Attributes:
         run: a `NanoTask` class, a function of the workspace that may return numbers for the record,
-            or a command.
+            or an `Application`.
         needs: stages before it. reads: settings it depends on, besides seed, image_size, start and
             its own `train_*`.
     """
 
     name: str
-    run: Any
+    run: Callable[[Any], Any] | Application
     needs: tuple[str, ...] = ()
     reads: tuple[str, ...] = ()
 
     @property
     def trained(self) -> bool:
         """Whether the stage is a training."""
-        return isinstance(self.run, Application | type)
+        if isinstance(self.run, Application):
+            return bool(self.run.section)
+        return isinstance(self.run, type)
 
-    def settings(self, space: Workspace) -> dict[str, Any]:
+    def settings(self, space: Workspace) -> JsonObject:
         """Settings that the stage depends on."""
         values = asdict(space.config)
-        section = self.run.settings if isinstance(self.run, Application) else f"train_{self.name}"
+        section = TRAIN + self.name
+        if isinstance(self.run, Application) and self.run.section:
+            section = self.run.section
         train = {key: value for key, value in values.get(section, {}).items() if key not in QUIET}
         settings = {section: train}
         for key in ("seed", "image_size", "start", *self.reads):
@@ -193,53 +186,33 @@ class Stage:
         return True
 
 
+@dataclass
 class Pipeline:
     """A run of some stages of a table, up to `jobs` at a time.
 
-    Args:
+    Attributes:
         child: the command that runs a single stage, whose name is appended.
     """
 
-    def __init__(
-        self,
-        space: Workspace,
-        stages: Sequence[Stage],
-        wanted: Sequence[str],
-        jobs: int,
-        child: Sequence[str],
-    ) -> None:
-        self.space = space
-        self.jobs = jobs
-        self.child = child
-        self.wanted = [stage for stage in stages if stage.name in wanted]
-        self.before: dict[str, set[str]] = {}  # transitive requirements of a stage
-        for stage in stages:
-            self.before[stage.name] = set(stage.needs).union(
-                *(self.before.get(need, ()) for need in stage.needs)
-            )
-        self.processes: list[subprocess.Popen[bytes]] = []
+    space: Workspace
+    stages: Mapping[str, Stage]
+    jobs: int
+    child: Sequence[str]
+    processes: list[subprocess.Popen[bytes]] = field(default_factory=list)
 
-    def run(self) -> None:
-        """Run the stages; if one fails or this process is stopped, the others get SIGTERM."""
-        waiting = list(self.wanted)
-        running = dict[Future[None], str]()
+    def run(self, wanted: Collection[str]) -> None:
+        """Run these stages; if one fails or this process is stopped, the others get SIGTERM."""
+        waiting = [name for name in self.stages if name in wanted]
+        running: dict[Future[None], str] = {}
         with ended_by_sigterm(), ThreadPoolExecutor(self.jobs) as pool:
             try:
                 while waiting or running:
-                    pending = {stage.name for stage in waiting} | set(running.values())
-                    ready = [stage for stage in waiting if not self.before[stage.name] & pending]
-                    for stage in ready[: self.jobs - len(running)]:
-                        waiting.remove(stage)
-                        if stage.is_finished(self.space):
-                            continue
-                        if self.jobs == 1:  # in the main thread, which gets the signals
-                            self._run(stage)
-                        elif isinstance(stage.run, Application | Program):
-                            running[pool.submit(self._run, stage)] = stage.name
-                        else:
-                            running[pool.submit(self._process, [*self.child, stage.name])] = (
-                                stage.name
-                            )
+                    pending = {*waiting, *running.values()}
+                    ready = [name for name in waiting if not self.before(name) & pending]
+                    for name in ready[: self.jobs - len(running)]:
+                        waiting.remove(name)
+                        if not self.stages[name].is_finished(self.space):
+                            self._start(self.stages[name], pool, running)
                     for future in wait(running, return_when=FIRST_COMPLETED).done:
                         del running[future]
                         future.result()
@@ -251,17 +224,32 @@ class Pipeline:
                         process.wait(30)
                     process.kill()
 
+    def before(self, name: str) -> set[str]:
+        """All stages that a stage requires, the requirements of these included."""
+        needs = self.stages[name].needs
+        return set(needs).union(*map(self.before, needs))
+
+    def _start(
+        self, stage: Stage, pool: ThreadPoolExecutor, running: dict[Future[None], str]
+    ) -> None:
+        if self.jobs == 1:  # in the main thread, which gets the signals
+            self._run(stage)
+        elif isinstance(stage.run, Application):
+            running[pool.submit(self._run, stage)] = stage.name
+        else:
+            running[pool.submit(self._process, [*self.child, stage.name])] = stage.name
+
     def _run(self, stage: Stage) -> None:
         space = self.space
         name = stage.name
         started = time.monotonic()
-        results: Mapping[str, Any] = {}
+        results: JsonObject = {}
         print(f"== {name}", flush=True)
         # One process at a time runs a stage in a work folder.
         with folder_lock(
             space.work, SeedError, f"at stage {name} in this work folder", 3.0, f".{name}.lock"
         ):
-            if isinstance(stage.run, Application | Program):
+            if isinstance(stage.run, Application):
                 self._process(stage.run.command(space, name))
             elif stage.trained:
                 train_stage(stage.run(space), space.work)
@@ -270,10 +258,8 @@ class Pipeline:
             # Trainings write their own records.
             record = space.record(name)
             if not stage.trained and record.parent == space.work:
-                seconds = round(time.monotonic() - started, 1)
-                replace_text(
-                    record, json.dumps({"stage": name, "seconds": seconds, **results}, indent=1)
-                )
+                facts = {"stage": name, "seconds": round(time.monotonic() - started, 1), **results}
+                replace_text(record, json.dumps(facts, indent=1))
             replace_text(space.work / f"{name}.settings.json", json.dumps(stage.settings(space)))
 
     def _process(self, arguments: Sequence[str]) -> None:

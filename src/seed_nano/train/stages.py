@@ -2,43 +2,39 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
 
 from seed_nano.train import assemble as parts
 from seed_nano.train.diffusion import LavitLayoutTask, UnetOfCodesTask, UnetTask, XLayoutTask
 from seed_nano.train.lavit import NarrowTask, ReaderTask, TokenizerTask
-from seed_nano.train.pipeline import Application, Program, Stage
+from seed_nano.train.pipeline import Application, Stage
 from seed_nano.train.tokenizer import join_stages, records
 from seed_nano.train.vae import VaeTask
 from seed_nano.train.vision import ClipTask, XVisionTask
 from seed_nano.train.workspace import LavitWorkspace, Workspace, XWorkspace
 
-LAVIS = "SEED_Tokenizer/train.py"
-HYDRA = "MultiModalLLM/src/train/{}.py"
+
+def lavis(name: str, needs: str) -> Stage:
+    """A training of nano's image tokenizer by the LAVIS application."""
+    arguments = ("{root}/SEED_Tokenizer/train.py", "--cfg-path", "{file}")
+    run = Application(arguments, f"train_{name}")
+    return Stage(name, run, tuple(needs.split()), ("tokenizer",))
 
 
-def _ends(assemble: Any, *needs: str) -> tuple[Stage, ...]:
+def hydra(name: str, program: str, settings: str, needs: str, *reads: str) -> Stage:
+    """A training by a program of the Hydra application, with the settings `train_SETTINGS`."""
+    script = f"{{root}}/MultiModalLLM/src/train/{program}.py"
+    arguments = (script, "--config-path", "{folder}", "--config-name", "{stage}")
+    return Stage(name, Application(arguments, f"train_{settings}"), (needs,), reads)
+
+
+def ends(assemble: Callable[..., object], *needs: str) -> tuple[Stage, ...]:
     """The last stages of every pipeline."""
+    flags = "--model {out} --judge {judge} --out {out}/report --limit {report_scenes}"
+    report = Application(("-m", "seed_nano.report", *flags.split()))
     return (
         Stage("assemble", assemble, needs),
-        Stage(
-            "report",
-            Program(
-                "seed_nano.report",
-                (
-                    "--model",
-                    "{out}",
-                    "--judge",
-                    "{judge}",
-                    "--out",
-                    "{out}/report",
-                    "--limit",
-                    "{report_scenes}",
-                ),
-            ),
-            ("assemble",),
-            ("report_scenes", "judge"),
-        ),
+        Stage("report", report, ("assemble",), ("report_scenes", "judge")),
     )
 
 
@@ -46,81 +42,46 @@ PIPELINES: dict[str, tuple[type[Workspace], tuple[Stage, ...]]] = {
     "nano": (
         Workspace,
         (
-            Stage("start", parts.start, (), ("llm", "tokenizer")),
+            Stage("start", parts.start_nano, (), ("llm", "tokenizer")),
             Stage("vae", VaeTask, (), ("vae",)),
             Stage("clip", ClipTask, (), ("clip",)),
-            Stage("stage1", Application(LAVIS, "train_stage1"), ("start", "clip"), ("tokenizer",)),
+            lavis("stage1", "start clip"),
             Stage("unet", UnetTask, ("vae", "clip"), ("pool", "unet")),
-            Stage("stage2", Application(LAVIS, "train_stage2"), ("stage1",), ("tokenizer",)),
+            lavis("stage2", "stage1"),
             Stage("tokenizer", join_stages, ("stage2",)),
             Stage("records", records, ("tokenizer",), ("records", "pool", "held_out_scenes")),
-            Stage(
-                "llm_pretrain",
-                Application(HYDRA.format("train"), "train_pretrain"),
-                ("records",),
-                ("llm",),
-            ),
+            hydra("llm_pretrain", "train", "pretrain", "records", "llm"),
             Stage("unet2", UnetOfCodesTask, ("unet", "tokenizer"), ("pool", "unet")),
-            Stage(
-                "llm_sft",
-                Application(HYDRA.format("train"), "train_sft"),
-                ("llm_pretrain",),
-                ("llm",),
-            ),
+            hydra("llm_sft", "train", "sft", "llm_pretrain", "llm"),
             Stage("llm", parts.install_llm, ("llm_sft",)),
-            *_ends(parts.assemble_nano, "vae", "clip", "tokenizer", "unet2", "llm"),
+            *ends(parts.assemble_nano, "vae", "clip", "tokenizer", "unet2", "llm"),
         ),
     ),
     "nano_x": (
         XWorkspace,
         (
-            Stage("start", parts.start, (), ("llm", "vision", "unet")),
+            Stage("start", parts.start_x, (), ("llm", "vision", "unet")),
             Stage("vision", XVisionTask, ("start",), ("vision",)),
-            Stage(
-                "first",
-                Application(HYDRA.format("train_seed_x_detokenizer"), "train_first"),
-                ("vision",),
-                ("unet", "records"),
-            ),
-            Stage(
-                "sft",
-                Application(HYDRA.format("train_seed_x_sft"), "train_sft"),
-                ("vision",),
-                ("llm", "records"),
-            ),
-            Stage(
-                "second",
-                Application(HYDRA.format("train_seed_x_detokenizer"), "train_second"),
-                ("first",),
-                ("unet", "records"),
-            ),
+            hydra("first", "train_seed_x_detokenizer", "first", "vision", "unet", "records"),
+            hydra("sft", "train_seed_x_sft", "sft", "vision", "llm", "records"),
+            hydra("second", "train_seed_x_detokenizer", "second", "first", "unet", "records"),
             Stage("layout", XLayoutTask, ("vision",), ("pool", "layout")),
             Stage("agent", parts.install_agent, ("sft",)),
-            *_ends(parts.assemble_x, "layout", "second", "agent"),
+            *ends(parts.assemble_x, "layout", "second", "agent"),
         ),
     ),
     "nano_lavit": (
         LavitWorkspace,
         (
-            Stage("start", parts.start, (), ("llm", "tokenizer", "unet")),
+            Stage("start", parts.start_lavit, (), ("llm", "tokenizer", "unet")),
             Stage("reader", ReaderTask, ("start",), ("pool",)),
             Stage("tokenizer", TokenizerTask, ("reader",), ("pool", "tokenizer")),
             Stage("narrow", NarrowTask, ("tokenizer",), ("pool", "tokenizer")),
-            Stage(
-                "language",
-                Application(HYDRA.format("train_lavit"), "train_llm"),
-                ("narrow",),
-                ("llm", "records"),
-            ),
+            hydra("language", "train_lavit", "llm", "narrow", "llm", "records"),
             Stage("layout", LavitLayoutTask, ("narrow",), ("pool", "drawn", "layout")),
-            Stage(
-                "pixels",
-                Application(HYDRA.format("train_lavit_detokenizer"), "train_pixels"),
-                ("layout",),
-                ("unet", "records"),
-            ),
-            Stage("llm", parts.install_llm, ("language",)),
-            *_ends(parts.assemble_lavit, "narrow", "pixels", "llm"),
+            hydra("pixels", "train_lavit_detokenizer", "pixels", "layout", "unet", "records"),
+            Stage("llm", parts.install_lavit_llm, ("language",)),
+            *ends(parts.assemble_lavit, "narrow", "pixels", "llm"),
         ),
     ),
 }

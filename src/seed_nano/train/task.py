@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
-from typing import Any
+from typing import TypeAlias
 
 import numpy as np
 import torch
@@ -13,34 +13,22 @@ from torch import Tensor, nn
 
 from seed_multimodal.data.stream.loader import SampleDataset, StepBatches
 from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.metrics import Metrics
+from seed_multimodal.training.schedules import batch_indices
 from seed_multimodal.training.task import StageTask
-from seed_nano.train.workspace import Workspace
+from seed_nano.train.workspace import QUIET, Workspace
 from seed_nano.world.scene import Scene, render, thing_mask
 from seed_nano.world.splits import scene_at
 from seed_nano.world.targets import label_tensor
 
+Loss: TypeAlias = tuple[Tensor, Metrics]
 LENGTH = 2**40  # of the stream: more than any training takes
-QUIET = (
-    "report_to",
-    "run_name",
-    "logging_steps",
-    "save_seconds",
-    "save_steps",
-    "save_total_limit",
-    "async_save",
-    "resume",
-    "curves",
-    "timeout_minutes",
-)  # settings that change no number
 
 
 def scene_pixels(scenes: Sequence[Scene], size: int) -> Tensor:
     """Images of scenes, uint8 `[N, 3, size, size]`."""
-    return (
-        torch.from_numpy(np.stack([render(scene, size) for scene in scenes]))
-        .permute(0, 3, 1, 2)
-        .contiguous()
-    )
+    images = np.stack([render(scene, size) for scene in scenes])
+    return torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()
 
 
 @torch.no_grad()
@@ -49,11 +37,11 @@ def map_scenes(
 ) -> Tensor:
     """What `function` makes of the images of scenes, uint8 on the device, batch by batch; on the
     CPU."""
-    images = (
-        scene_pixels(scenes[at : at + batch], space.config.image_size)
-        for at in range(0, len(scenes), batch)
-    )
-    return torch.cat([function(part.to(space.device)).cpu() for part in images])
+    results = []
+    for start in range(0, len(scenes), batch):
+        pixels = scene_pixels(scenes[start : start + batch], space.config.image_size)
+        results.append(function(pixels.to(space.device)).cpu())
+    return torch.cat(results)
 
 
 def to_signed(images: Tensor) -> Tensor:
@@ -66,10 +54,10 @@ class SceneStream(SampleDataset[int]):
     `labels` int64 `[B, 5]` (`seed_nano.world.targets`) and `mask` float32 `[B, 1, S, S]`: how much
     of each pixel is a thing."""
 
-    def __init__(self, size: int, seed: int) -> None:
+    def __init__(self, space: Workspace) -> None:
         super().__init__()
-        self.size = size
-        self.seed = seed
+        self.size: int = space.config.image_size
+        self.seed: int = space.config.seed
 
     def __len__(self) -> int:
         return LENGTH
@@ -78,28 +66,33 @@ class SceneStream(SampleDataset[int]):
         """The number of a scene; `get_batch` draws it."""
         return index
 
-    def get_batch(self, indices: Sequence[int]) -> dict[str, Any]:
+    def get_batch(self, indices: Sequence[int]) -> dict[str, Tensor]:
         """The scenes of some numbers."""
         scenes = [scene_at(self.seed, index) for index in indices]
-        masks = torch.from_numpy(np.stack([thing_mask(scene, self.size) for scene in scenes]))[
-            :, None
-        ]
+        masks = np.stack([thing_mask(scene, self.size) for scene in scenes])
         return {
             "image": scene_pixels(scenes, self.size),
             "labels": label_tensor(scenes),
-            "mask": masks,
+            "mask": torch.from_numpy(masks)[:, None],
         }
 
 
 class NanoTask(StageTask):
     """Stage NAME with the settings `train_NAME`; its record holds the smoothed numbers of the last
-    steps."""
+    steps. Subclasses define `step_loss` and `save`.
 
-    def __init__(self, space: Any, name: str, module: nn.Module, stream: Any = None) -> None:
-        super().__init__(name, module, getattr(space.config, f"train_{name}"))
+    stream: scenes that are drawn for each step; None: the stage reads cached tensors.
+    """
+
+    scenes: StepBatches[dict[str, Tensor]] | None = None
+
+    def __init__(
+        self, space: Workspace, name: str, module: nn.Module, stream: SceneStream | None = None
+    ) -> None:
+        super().__init__(name, module.to(space.device), getattr(space.config, f"train_{name}"))
         self.enter(space)
         if stream is not None:
-            self.scenes: Any = StepBatches(
+            self.scenes = StepBatches(
                 stream,
                 self.settings.batch_size,
                 seed=0,
@@ -108,21 +101,34 @@ class NanoTask(StageTask):
                 collate=stream.get_batch,
             )
 
-    def enter(self, space: Any) -> None:
+    def enter(self, space: Workspace) -> None:
         """Take a workspace and the settings that count at a resume."""
-        self.space: Workspace = space
+        self.space = space
         self.parallel = False  # the losses call parts of the module past its `forward`
         section = f"train_{self.name}"
         settings = asdict(space.config)
         self.config = {key: settings[key] for key in ("seed", "image_size", section)}
         self.quiet_keys = [f"{section}.{key}" for key in QUIET]
 
-    def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
-        if hasattr(self, "scenes"):
+    def drawn(self, micro_step: int) -> dict[str, Tensor]:
+        """The batch of the stream, on the device."""
+        assert self.scenes is not None
+        batch = self.scenes.at(micro_step)
+        return {name: value.to(self.space.device) for name, value in batch.items()}
+
+    def indices(self, micro_step: int, n_rows: int, count: int = 0) -> Tensor:
+        """The rows of a step among cached ones; `count`: instead of the batch size."""
+        batch_size = count or self.settings.batch_size
+        return batch_indices(micro_step, batch_size, n_rows, self.settings.seed)
+
+    def save(self) -> None:
+        """Write the trained networks."""
+        raise NotImplementedError
+
+    def finish(self, group: ProcessGroup) -> Mapping[str, object]:
+        if self.scenes is not None:
             self.scenes.close()
+        self.save()
         metrics = {key: round(value, 4) for key, value in self.meter.smooth.items()}
-        return {
-            **super().finish(group),
-            "parameters": sum(p.numel() for p in self.module.parameters()),
-            **metrics,
-        }
+        parameters = sum(parameter.numel() for parameter in self.module.parameters())
+        return {**super().finish(group), "parameters": parameters, **metrics}

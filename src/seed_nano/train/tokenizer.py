@@ -7,6 +7,7 @@ import json
 import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,7 +25,7 @@ from seed_multimodal.state_dicts import load_state_dict
 from seed_multimodal.training.llm.config import LlmModelSettings
 from seed_multimodal.training.llm.model import build_llm, save_trained
 from seed_nano.train.task import map_scenes
-from seed_nano.train.workspace import Workspace
+from seed_nano.train.workspace import Settings, Workspace
 from seed_nano.world.records import Record, record_at, scenes_of, with_images
 from seed_nano.world.scene import Scene
 
@@ -33,7 +34,7 @@ CHECKPOINT = "checkpoint_0.pth"  # a LAVIS stage is one epoch
 HELD_OUT_SHARE = 0.02
 
 
-def tokenizer_config(config: Any) -> Seed2Config:
+def tokenizer_config(config: Settings) -> Seed2Config:
     """The SEED-2 configuration at nano size; its vision encoder is that of stage `clip`."""
     sizes = config.tokenizer
     vision = config.clip
@@ -95,48 +96,41 @@ def encode_scenes(space: Workspace, scenes: Sequence[Scene]) -> Tensor:
     )
 
 
-def records(space: Workspace) -> dict[str, Any]:
+def records(space: Workspace) -> dict[str, int]:
     """Stage `records`: the shards, and the language model that starts to learn them; returns how
     many training records each kind has."""
     config = space.config
     write_initial_llm(space)
-    return write_records(
-        space,
-        lambda scenes: space.cached(
-            "record_codes",
-            "tokenizer",
-            lambda: encode_scenes(space, scenes),
-            held_out_scenes=config.held_out_scenes,
-            **asdict(config.records),
-        ),
-    )
+
+    def encode(scenes: Sequence[Scene]) -> Tensor:
+        make = partial(encode_scenes, space, scenes)
+        facts = {"held_out_scenes": config.held_out_scenes, **asdict(config.records)}
+        return space.cached("record_codes", "tokenizer", make, **facts)
+
+    return write_records(space, encode)
 
 
 def write_initial_llm(space: Workspace) -> None:
     """Write `work/llm_start`: a LLaMA of random weights with the embeddings of
     `init_from_codebook`."""
     sizes = space.config.llm
-    tokenizer = MultimodalTokenizer.from_pretrained(space.tokenizer_folder)
-    llama: Any = build_llm(
-        LlmModelSettings(
-            sizes={
-                "hidden_size": sizes.width,
-                "intermediate_size": sizes.ffn,
-                "num_hidden_layers": sizes.layers,
-                "num_attention_heads": sizes.heads,
-                "max_position_embeddings": sizes.positions,
-                "tie_word_embeddings": True,
-                "rms_norm_eps": 1.0e-5,
-            },
-            seed=space.config.seed + 5,
-        ),
-        tokenizer,
-        "cpu",
+    folder = space.tokenizer_folder
+    tokenizer = MultimodalTokenizer.from_pretrained(folder)
+    settings = LlmModelSettings(
+        sizes={
+            "hidden_size": sizes.width,
+            "intermediate_size": sizes.ffn,
+            "num_hidden_layers": sizes.layers,
+            "num_attention_heads": sizes.heads,
+            "max_position_embeddings": sizes.positions,
+            "tie_word_embeddings": True,
+            "rms_norm_eps": 1.0e-5,
+        },
+        seed=space.config.seed + 5,
     )
-    codebook = load_state_dict(space.tokenizer_folder / "model.safetensors")[
-        "quantize.embedding.weight"
-    ]
-    sections = Seed2Tokenizer.read_config(space.tokenizer_folder / "config.json").codebook_sections
+    llama = build_llm(settings, tokenizer, "cpu")
+    codebook = load_state_dict(folder / "model.safetensors")["quantize.embedding.weight"]
+    sections = Seed2Tokenizer.read_config(folder / "config.json").codebook_sections
     init_from_codebook(llama, codebook, sections, tokenizer.vocabulary)
     save_trained(llama, space.work / "llm_start")
 
@@ -168,38 +162,32 @@ def write_records(space: Workspace, encode: Callable[[Sequence[Scene]], Tensor])
     """
     config = space.config
     amounts: dict[str, int] = asdict(config.records)
-    val_amounts = {kind: max(1, round(amount * HELD_OUT_SHARE)) for kind, amount in amounts.items()}
 
-    # 1. All records, with scenes in place of images.
+    # 1. All records, with scenes in place of images, and each scene once.
     records_of: dict[tuple[str, str], list[Record]] = {}
-    for split, split_amounts, pool in (
-        ("train", amounts, config.pool),
-        ("val", val_amounts, config.held_out_scenes),
-    ):
-        for kind, amount in split_amounts.items():
-            records_of[split, kind] = [
-                record_at(kind, config.seed, index, split, pool) for index in range(amount)
-            ]
+    scenes: dict[Scene, None] = {}
+    for split, pool in (("train", config.pool), ("val", config.held_out_scenes)):
+        for kind, amount in amounts.items():
+            count = amount if split == "train" else max(1, round(amount * HELD_OUT_SHARE))
+            records = [record_at(kind, config.seed, index, split, pool) for index in range(count)]
+            records_of[split, kind] = records
+            for record in records:
+                scenes |= dict.fromkeys(scenes_of(record))
 
     # 2. The codes of each scene, which is encoded once however often it occurs.
-    occurring: dict[Scene, None] = {}
-    for records in records_of.values():
-        for record in records:
-            occurring.update(dict.fromkeys(scenes_of(record)))
-    scenes = list(occurring)
-    rows = dict(zip(scenes, encode(scenes).tolist(), strict=True))
+    codes = dict(zip(scenes, encode(list(scenes)).tolist(), strict=True))
+
+    def image_part(scene: Scene) -> dict[str, list[int]]:
+        return {"codes": codes[scene]}
 
     def samples(kind: str, records: Sequence[Record]) -> Iterator[tuple[str, dict[str, bytes]]]:
-        for amount, record in enumerate(records):
-            codes_of = (
-                (lambda scene: {"codes": rows[scene]}) if "messages" in record else rows.__getitem__
-            )
-            content = json.dumps(with_images(record, codes_of), separators=(",", ":"))
-            yield f"{kind}-{amount:06d}", {"json": content.encode()}
+        for index, record in enumerate(records):
+            convert = image_part if "messages" in record else codes.__getitem__
+            content = json.dumps(with_images(record, convert), separators=(",", ":"))
+            yield f"{kind}-{index:06d}", {"json": content.encode()}
 
     # 3. A shard for each split and kind.
     for (split, kind), records in records_of.items():
-        write_shard(
-            space.work.absolute() / "records" / split / f"{kind}.tar", samples(kind, records)
-        )
+        file = space.work.absolute() / "records" / split / f"{kind}.tar"
+        write_shard(file, samples(kind, records))
     return {"images": len(scenes), **amounts}

@@ -8,15 +8,13 @@ normalized to zero mean and unit variance inside `quant_conv` and `post_quant_co
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from seed_multimodal.training.distributed import ProcessGroup
-from seed_nano.train.task import NanoTask, SceneStream, map_scenes, scene_pixels, to_signed
+from seed_nano.train.task import Loss, NanoTask, SceneStream, map_scenes, scene_pixels, to_signed
 from seed_nano.train.workspace import Workspace, has_bf16
 
 THINGS_WEIGHT = 3.0  # of a thing's pixel, added to the one of every pixel
@@ -34,9 +32,9 @@ def reconstruction_loss(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
     weight = 1.0 + THINGS_WEIGHT * mask
     pixels = ((error.abs() + 2.0 * error.square()) * weight).mean()
     # Differences of neighbours keep edges sharp.
-    edges = (error.diff(dim=2).abs() * weight[:, :, 1:]).mean() + (
-        error.diff(dim=3).abs() * weight[..., 1:]
-    ).mean()
+    rows = error.diff(dim=2).abs() * weight[:, :, 1:]
+    columns = error.diff(dim=3).abs() * weight[..., 1:]
+    edges = rows.mean() + columns.mean()
     # Means of 4×4 pixels and their colour axes keep the colours.
     coarse = F.avg_pool2d(error * weight, 4)
     colours = torch.einsum("oc,bchw->bohw", torch.tensor(OPPONENTS, device=error.device), coarse)
@@ -51,7 +49,7 @@ class VaeTask(NanoTask):
 
         torch.manual_seed(space.config.seed)
         sizes = space.config.vae
-        levels = len(space.config.vae.channels)
+        levels = len(sizes.channels)
         # Latents need no scaling: `normalise_latents` folds it into the weights.
         self.vae: Any = AutoencoderKL(
             in_channels=3,
@@ -65,32 +63,23 @@ class VaeTask(NanoTask):
             sample_size=space.config.image_size,
             scaling_factor=1.0,
             mid_block_add_attention=False,
-        )
-        self.vae.to(space.device, memory_format=torch.channels_last)
-        super().__init__(
-            space, "vae", self.vae, SceneStream(space.config.image_size, space.config.seed)
-        )
+        ).to(memory_format=torch.channels_last)
+        super().__init__(space, "vae", self.vae, SceneStream(space))
 
-    def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Mapping[str, Any]]:
-        batch = self.scenes.at(micro_step)
-        device = self.space.device
-        x = to_signed(batch["image"].to(device)).contiguous(memory_format=torch.channels_last)
+    def step_loss(self, model: nn.Module, micro_step: int) -> Loss:
+        batch = self.drawn(micro_step)
+        x = to_signed(batch["image"]).contiguous(memory_format=torch.channels_last)
         posterior = self.vae.encode(x).latent_dist
         output = self.vae.decode(posterior.sample()).sample.float()
-        value = (
-            reconstruction_loss(output, x, batch["mask"].to(device))
-            + 1e-6 * posterior.kl().float().mean()
-        )
+        error = reconstruction_loss(output, x, batch["mask"])
+        value = error + 1e-6 * posterior.kl().float().mean()
         return value, {"mse": (output.detach() - x).square().mean()}
 
-    def finish(self, group: ProcessGroup) -> Mapping[str, Any]:
+    def save(self) -> None:
         space = self.space
-        self.vae.cpu()
-        normalise_latents(
-            self.vae, to_signed(scene_pixels(space.pool[:1024], space.config.image_size))
-        )
+        images = to_signed(scene_pixels(space.pool[:1024], space.config.image_size))
+        normalise_latents(self.vae.cpu(), images)
         self.vae.save_pretrained(space.decoder_folder / "vae")
-        return super().finish(group)
 
 
 @torch.no_grad()
@@ -110,7 +99,7 @@ def normalise_latents(vae: Any, images: Tensor) -> None:
     post.weight *= std[None, :, None, None]
 
 
-def latents(space: Any) -> Tensor:
+def latents(space: Workspace) -> Tensor:
     """Posterior means of the pool, float16 `[N, C, h, w]` (nano-lavit: of its first `drawn`
     scenes); computed once."""
     from diffusers import AutoencoderKL
@@ -118,16 +107,13 @@ def latents(space: Any) -> Tensor:
     n_scenes = getattr(space.config, "drawn", None)
 
     def make() -> Tensor:
-        # nano's own autoencoder, or the one that a successor shares.
-        folder = getattr(space, "autoencoder", space.decoder_folder / "vae")
-        vae: Any = AutoencoderKL.from_pretrained(folder, local_files_only=True)
+        vae: Any = AutoencoderKL.from_pretrained(space.autoencoder, local_files_only=True)
         vae.eval().to(space.device, memory_format=torch.channels_last)
+        autocast = torch.autocast(space.device.type, torch.bfloat16, has_bf16(space.device))
 
         def encoded(images: Tensor) -> Tensor:
             x = to_signed(images).contiguous(memory_format=torch.channels_last)
-            with torch.autocast(
-                space.device.type, dtype=torch.bfloat16, enabled=has_bf16(space.device)
-            ):
+            with autocast:
                 return vae.encode(x).latent_dist.mean.half()
 
         return map_scenes(encoded, space.pool[:n_scenes], space, batch=256).contiguous()

@@ -7,24 +7,33 @@ import json
 from collections.abc import Iterable
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TypeVar
 
 import sentencepiece as spm
 
-from seed_multimodal.disk import atomic_open, replace_text
-from seed_multimodal.language.tokenizer import ADDED, CONFIG, MODEL, SPECIAL, SPECIAL_TOKENS
+from seed_multimodal.disk import JsonObject, atomic_open, replace_text
+from seed_multimodal.language.tokenizer import (
+    ADDED,
+    CONFIG,
+    MODEL,
+    SPECIAL,
+    SPECIAL_TOKENS,
+    MultimodalTokenizer,
+)
 from seed_multimodal.language.vocabulary import ImageVocabulary, SeedXVocabulary
+
+Tokenizer = TypeVar("Tokenizer", bound=MultimodalTokenizer)
 
 
 def train_text_tokenizer(
-    kind: Any,
+    kind: type[Tokenizer],
     texts: Iterable[str],
     folder: str | Path,
     vocab_size: int,
     n_codes: int,
     tokens_per_image: int = 32,
     n_locations: int = 0,
-) -> Any:
+) -> Tokenizer:
     """Learn a byte-fallback BPE model with LLaMA's settings from `texts`, write a tokenizer folder
     and return the tokenizer of class `kind`: `vocab_size` text pieces (those of bytes and control
     words included), `n_codes` image words on top, and, with `n_locations` places on a side of the
@@ -51,14 +60,8 @@ def train_text_tokenizer(
         minloglevel=2,
         max_sentence_length=1 << 16,
     )
-    write_files(
-        Path(folder),
-        model.getvalue(),
-        n_codes,
-        tokens_per_image,
-        n_locations,
-        kind.names_image_tokens,
-    )
+    names = kind.names_image_tokens
+    write_files(Path(folder), model.getvalue(), n_codes, tokens_per_image, n_locations, names)
     return kind.from_pretrained(folder)
 
 
@@ -82,7 +85,7 @@ def write_files(
     # Settings of transformers' tokenizer, and ours.
     flags = {"lstrip": False, "normalized": True, "rstrip": False, "single_word": False}
     special = {key: {"content": text, **flags} for key, text in SPECIAL_TOKENS.items()}
-    config = {
+    config: JsonObject = {
         "tokenizer_class": "LlamaTokenizer",
         "add_bos_token": True,
         "add_eos_token": False,
@@ -91,14 +94,14 @@ def write_files(
         "legacy": True,
         "sp_model_kwargs": {},
         "tokens_per_image": tokens_per_image,
-        **({} if names_image_tokens else {"image_codes": n_codes}),
-        **{key: {"__type": "AddedToken", **entry} for key, entry in special.items()},
     }
-    files = {
-        **({ADDED: vocabulary.added_tokens} if names_image_tokens else {}),
-        SPECIAL: special,
-        CONFIG: config,
-    }
+    files: dict[str, JsonObject] = {SPECIAL: special, CONFIG: config}
+    if names_image_tokens:
+        files[ADDED] = vocabulary.added_tokens
+    else:
+        config["image_codes"] = n_codes
+    for key, entry in special.items():
+        config[key] = {"__type": "AddedToken", **entry}
     folder.mkdir(parents=True, exist_ok=True)
     for name, content in files.items():
         replace_text(folder / name, json.dumps(content, indent=2, ensure_ascii=False) + "\n")

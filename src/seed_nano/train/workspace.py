@@ -1,12 +1,11 @@
-"""State shared by the stages of a run: settings, folders, text tokenizer, pool of scenes, cached
-tensors."""
+"""Settings of a run, and what its stages share: folders, pool of scenes, cached tensors."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import asdict, field, make_dataclass
+from dataclasses import field, make_dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -21,31 +20,18 @@ from yaml import YAMLError
 from seed_multimodal.config import read_yaml
 from seed_multimodal.device import choose_device
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
-from seed_multimodal.models.lavit.processing import LavitTokenizer
 from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_multimodal.settings import read_settings, setting
 from seed_multimodal.state_dicts import save_state_dict
 from seed_multimodal.training.config import StageSettings
-from seed_nano.train.words import train_text_tokenizer
-from seed_nano.world.records import X_ONLY_KINDS, from_last_image, record_at, sentences, x_record_at
+from seed_nano.world.records import from_last_image, record_at
 from seed_nano.world.scene import Scene
-from seed_nano.world.source import open_nano
 from seed_nano.world.splits import scene_at
 
 ROOT = Path(__file__).resolve().parents[3]
 PRESETS = Path(__file__).resolve().parents[1] / "presets"
-X_KINDS = (
-    "describe",
-    "questions",
-    "draw",
-    "edits",
-    "conversations",
-    "talk",
-    "asides",
-    *X_ONLY_KINDS,
-)
+TRAIN = "train_"  # beginning of the sections that are `StageSettings`
 STAGE_SETTING_NAMES = {
     "steps": "max_steps",
     "lr": "learning_rate",
@@ -56,12 +42,25 @@ STAGE_SETTING_NAMES = {
     "save_every_steps": "save_steps",
     "keep": "save_total_limit",
 }  # short names of a stage's settings
-# records of each kind that the text tokenizers are trained on
-X_TEXTS = 60
-LAVIT_TEXTS = 400
+QUIET = (
+    "report_to",
+    "run_name",
+    "logging_steps",
+    "save_seconds",
+    "save_steps",
+    "save_total_limit",
+    "async_save",
+    "resume",
+    "curves",
+    "timeout_minutes",
+)  # settings of a stage that change no number
+Settings = Any  # of a system: the keys of its defaults.yaml, see `load_settings`
 
 
-def load_settings(system: str, file: str | Path, overrides: Sequence[str] = ()) -> Any:
+# ---- settings
+
+
+def load_settings(system: str, file: str | Path, overrides: Sequence[str] = ()) -> Settings:
     """The settings of a system: its defaults.yaml, then a preset or a YAML file, then `key=value`
     overrides.
 
@@ -71,23 +70,15 @@ def load_settings(system: str, file: str | Path, overrides: Sequence[str] = ()) 
     path = Path(file) if str(file).endswith(".yaml") else PRESETS / system / f"{file}.yaml"
     if not path.is_file():
         raise ConfigError(f"{path}: no such settings file.")
-    defaults = _with_full_names(
-        OmegaConf.to_container(read_yaml(PRESETS / system / "defaults.yaml"))
-    )
-    kind = _settings_type(system, defaults)
-    # The preset or file overrides the defaults, the command line overrides both.
-    settings: Any = kind()
-    for source, read in (
-        (str(path), partial(read_yaml, path)),
-        ("command line", partial(OmegaConf.from_dotlist, list(overrides))),
-    ):
-        try:
-            values: Any = OmegaConf.merge(
-                asdict(settings), _with_full_names(OmegaConf.to_container(read()))
-            )
-        except (OmegaConfBaseException, YAMLError) as error:
-            raise ConfigError(f"{source}: {first_line(error)}.") from error
-        settings = read_settings(kind, values, source)
+    label = f"{path} and command line" if overrides else str(path)
+    try:
+        defaults = _with_full_names(read_yaml(PRESETS / system / "defaults.yaml"))
+        preset = _with_full_names(read_yaml(path))
+        command_line = _with_full_names(OmegaConf.from_dotlist(list(overrides)))
+        values: Any = OmegaConf.merge(defaults, preset, command_line)
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"{label}: {first_line(error)}.") from error
+    settings: Settings = read_settings(_settings_type(system, defaults), values, label)
     # bf16 falls back to fp32 where the hardware lacks it.
     if not has_bf16(choose_device(settings.device, torch.float32, log=None).device):
         for stage in vars(settings).values():
@@ -96,19 +87,13 @@ def load_settings(system: str, file: str | Path, overrides: Sequence[str] = ()) 
     return settings
 
 
-def _with_full_names(values: Any) -> Any:
-    """The settings with `NAMES` in the sections `train_*` replaced by those of `StageSettings`."""
-    settings = dict(values)
-    for key, section in values.items():
-        if str(key).startswith("train_") and isinstance(section, Mapping):
+def _with_full_names(values: Any) -> dict[str, Any]:
+    """The settings with the short names in the sections `train_*` replaced."""
+    settings: Any = OmegaConf.to_container(values)
+    for key, section in settings.items():
+        if key.startswith(TRAIN) and isinstance(section, Mapping):
             settings[key] = {STAGE_SETTING_NAMES.get(name, name): section[name] for name in section}
     return settings
-
-
-def has_bf16(device: torch.device) -> bool:
-    """Whether the hardware supports bf16 products; a CPU without them is ten times slower than in
-    fp32."""
-    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def _settings_type(name: str, defaults: Mapping[str, Any]) -> type[Any]:
@@ -117,27 +102,37 @@ def _settings_type(name: str, defaults: Mapping[str, Any]) -> type[Any]:
     # The default of a key determines the type of its field.
     fields: list[Any] = []
     for key, value in defaults.items():
-        if key.startswith("train_"):
-            fields.append(
-                (key, StageSettings, field(default_factory=partial(StageSettings, **value)))
-            )
+        kind: Any = type(value)
+        default: Any = value
+        if key.startswith(TRAIN):
+            kind = StageSettings
+            default = field(default_factory=partial(StageSettings, **value))
         elif isinstance(value, Mapping):
             kind = _settings_type(f"{name}.{key}", value)
-            fields.append((key, kind, field(default_factory=kind)))
+            default = field(default_factory=kind)
         elif isinstance(value, list):
-            fields.append((key, list[int], setting(factory=partial(list, value), minimum=1)))
+            kind = list[int]
+            default = setting(factory=partial(list, value), minimum=1)
         elif value is None:
-            fields.append((key, bool | None, None))
-        elif isinstance(value, bool | str):
-            fields.append((key, type(value), value))
-        else:
-            fields.append((key, type(value), setting(value, minimum=0)))
+            kind = bool | None
+        elif not isinstance(value, bool | str):
+            default = setting(value, minimum=0)
+        fields.append((key, kind, default))
     return make_dataclass(name, fields)
+
+
+def has_bf16(device: torch.device) -> bool:
+    """Whether the hardware supports bf16 products; a CPU without them is ten times slower than in
+    fp32."""
+    return device.type != "cpu" or bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
 
 
 def resolve_path(path: str) -> Path:
     """A path of the settings: as it is, or in the repository."""
     return Path(path) if Path(path).exists() else ROOT / path
+
+
+# ---- folders
 
 
 class Workspace:
@@ -148,14 +143,13 @@ class Workspace:
     tokenizer_name = "seed_tokenizer"
     decoder_name = "seed_tokenizer/diffusion_model"
 
-    def __init__(self, config: Any, work: Path, out: Path) -> None:
+    def __init__(self, config: Settings, work: Path, out: Path) -> None:
         self.config = config
         self.work = work
         self.out = out
-        self.tokenizer_folder = (
-            out / self.tokenizer_name
-        )  # of the text tokenizer (and nano's image tokenizer)
-        self.decoder_folder = out / self.decoder_name  # diffusers'
+        # Folders of the text tokenizer (and nano's image tokenizer), and of diffusers' networks.
+        self.tokenizer_folder = out / self.tokenizer_name
+        self.decoder_folder = out / self.decoder_name
         self.device = choose_device(config.device, torch.float32, log=None).device
 
     @property
@@ -170,6 +164,11 @@ class Workspace:
         }
         return {name: str(path.absolute()) for name, path in paths.items()}
 
+    @property
+    def autoencoder(self) -> Path:
+        """The folder of the autoencoder."""
+        return self.decoder_folder / "vae"
+
     def record(self, stage: str) -> Path:
         """The record of a finished stage; those of the applications lie in folders of their own."""
         candidates = (self.work / stage / f"{stage}.done.json", self.work / stage / "summary.json")
@@ -179,16 +178,6 @@ class Workspace:
     def pool(self) -> list[Scene]:
         """The first training scenes, of which latents, embeddings and codes are cached."""
         return [scene_at(self.config.seed, index) for index in range(self.config.pool)]
-
-    def train_text_tokenizer(self) -> None:
-        """Train the text tokenizer on the sentences of nano's scenes."""
-        train_text_tokenizer(
-            MultimodalTokenizer,
-            sentences(),
-            self.tokenizer_folder,
-            self.config.llm.text_vocabulary,
-            self.config.tokenizer.codes,
-        )
 
     def cached(self, name: str, stage: str, make: Callable[[], Tensor], **facts: object) -> Tensor:
         """The tensor `work/NAME.safetensors`; computed by `make` if it is absent, damaged, older
@@ -220,7 +209,7 @@ class SuccessorWorkspace(Workspace):
     @property
     def nano(self) -> Path:
         """The tokenizer folder of the finished nano."""
-        folder = resolve_path(self.config.start) / "seed_tokenizer"
+        folder = resolve_path(self.config.start) / Workspace.tokenizer_name
         if not (folder / "diffusion_model" / "vae" / "config.json").is_file():
             raise CheckpointError(
                 f"{self.config.start}: start must be the folder of a finished nano, whose vision "
@@ -230,7 +219,6 @@ class SuccessorWorkspace(Workspace):
 
     @property
     def autoencoder(self) -> Path:
-        """nano's autoencoder."""
         return self.nano / "diffusion_model" / "vae"
 
 
@@ -255,27 +243,6 @@ class XWorkspace(SuccessorWorkspace):
         """Both scenes of every edit."""
         return [scene for pair in self.edits for scene in pair]
 
-    def train_text_tokenizer(self) -> None:
-        """Train the text tokenizer on the sentences and some records; an image's tokens are only
-        placeholders."""
-        texts: list[str] = []
-        for kind in X_KINDS:
-            for index in range(X_TEXTS):
-                for message in x_record_at(kind, 0, index)["messages"]:
-                    parts = [part for part in message["content"] if isinstance(part, str)]
-                    texts += [part for part in parts if "<" not in part]
-        sizes = self.config.llm
-        tokens = self.config.vision.grid**2
-        train_text_tokenizer(
-            MultimodalTokenizer,
-            [*sentences(), *texts],
-            self.tokenizer_folder,
-            vocab_size=sizes.text_vocabulary,
-            n_codes=tokens,
-            tokens_per_image=tokens,
-            n_locations=sizes.locations,
-        )
-
 
 class LavitWorkspace(SuccessorWorkspace):
     """A run of nano-lavit."""
@@ -290,20 +257,3 @@ class LavitWorkspace(SuccessorWorkspace):
         vit = Seed2Tokenizer.read_config(self.nano / "config.json").vit
         assert isinstance(vit, EvaConfig)
         return vit
-
-    def train_text_tokenizer(self) -> None:
-        """Train the text tokenizer on the sentences, questions, answers and edits."""
-        texts = list(sentences())
-        for content, fields in (("qa", ("question", "answer")), ("edits", ("instruction",))):
-            records = open_nano(None, content=content, number=LAVIT_TEXTS)
-            for row in range(LAVIT_TEXTS):
-                texts += [str(records.locate(row).fields[name]) for name in fields]
-        patches = self.encoder_sizes.grid**2
-        train_text_tokenizer(
-            LavitTokenizer,
-            texts,
-            self.tokenizer_folder,
-            self.config.llm.text_vocabulary,
-            self.config.tokenizer.codes,
-            patches,
-        )

@@ -1,11 +1,14 @@
-"""Conversations about scenes that refer back, and stories; every scene of theirs satisfies
-`allowed`."""
+"""Dialogues about scenes, turn by turn; every scene of theirs satisfies `allowed`.
+
+A new kind of turn is a method of `Dialogue`; its wordings stand in vocabulary.yaml.
+"""
 
 from __future__ import annotations
 
 import random
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Sequence
 from itertools import chain
+from typing import TypedDict
 
 from seed_multimodal.language.prompts import (
     DESCRIBE_PROMPT,
@@ -13,9 +16,9 @@ from seed_multimodal.language.prompts import (
     DRAW_RESPONSE,
     EDIT_RESPONSE,
 )
-from seed_nano.world.scene import Scene
+from seed_nano.world.scene import Scene, WideScene
 from seed_nano.world.splits import Allowed, scene_where
-from seed_nano.world.tasks import after, ask_any, make_any_edit
+from seed_nano.world.tasks import Edit, Question, after, ask_any, make_any_edit
 from seed_nano.world.things import (
     BACKGROUND_PHRASES,
     BACKGROUNDS,
@@ -25,9 +28,10 @@ from seed_nano.world.things import (
     VOCABULARY,
     background_words,
 )
+from seed_nano.world.wide import View
 from seed_nano.world.words import describe, noun_phrase, sentence
 
-Part = str | Scene
+Part = str | Scene | WideScene | View
 
 # Requests; the first of several is the one that systems send.
 DESCRIBE_REQUESTS = (DESCRIBE_PROMPT, *VOCABULARY["describe"])
@@ -37,103 +41,118 @@ UNKNOWN = "I do not know. I only know small scenes."
 ANSWERS = {UNKNOWN, *(talk["answer"] for talk in VOCABULARY["small_talk"])}
 
 
-@dataclass
-class ConversationBuilder:
-    """A conversation under construction; `messages` of user and assistant by turns; `it` means the
-    last scene."""
+class Message(TypedDict):
+    """A turn of one side."""
 
-    rng: random.Random
-    allowed: Allowed
-    messages: list[list[Part]] = field(default_factory=list)
-    scenes: list[Scene] = field(default_factory=list)
+    role: str
+    content: list[Part]
 
-    def say(self, request: list[Part], answer: list[Part]) -> None:
+
+class Dialogue:
+    """Turns of user and assistant under construction."""
+
+    def __init__(self, rng: random.Random, allowed: Allowed) -> None:
+        self.rng = rng
+        self.allowed = allowed
+        self.messages: list[Message] = []
+
+    def say(self, request: Iterable[Part], answer: Iterable[Part]) -> None:
         """One turn of each side."""
-        self.messages += [request, answer]
-        self.scenes += [part for part in (*request, *answer) if isinstance(part, Scene)]
+        self.messages.append({"role": "user", "content": list(request)})
+        self.messages.append({"role": "assistant", "content": list(answer)})
 
-    def draw(self) -> None:
+    @property
+    def scenes(self) -> list[Scene]:
+        """All scenes so far; `it` means the last one."""
+        parts = chain.from_iterable(message["content"] for message in self.messages)
+        return [part for part in parts if isinstance(part, Scene)]
+
+    # ---- turns
+
+    def look(self, scene: Scene | None = None, request: str = "") -> None:
+        """The description of a new image."""
+        scene = scene or scene_where(self.rng, self.allowed)
+        request = request or self.rng.choice(DESCRIBE_REQUESTS)
+        self.say([scene, request], [sentence(describe(scene))])
+
+    def drawing(self) -> None:
         """A drawing from a caption."""
         scene = scene_where(self.rng, self.allowed)
         caption = describe(scene, self.rng, background_first=False)
         answer = EDIT_RESPONSE if self.scenes else DRAW_RESPONSE  # as systems open a forced image
         self.say([self.rng.choice(DRAW_REQUESTS).format(caption=caption)], [answer, scene])
 
-    def look(self) -> None:
-        """The description of a new image."""
-        scene = scene_where(self.rng, self.allowed)
-        self.say([scene, self.rng.choice(DESCRIBE_REQUESTS)], [sentence(describe(scene))])
+    def question(self, *images: Scene) -> None:
+        """A question about a new image, or the last one."""
+        question = ask_any((*self.scenes, *images)[-1], self.rng)
+        self.ask(question, *images)
 
-    def question(self) -> None:
-        """A question about the last image."""
-        question = ask_any(self.scenes[-1], self.rng)
-        self.say([question.question], [after(question.verdict, sentence(question.answer))])
+    def ask(self, question: Question, *images: Scene) -> None:
+        """A question, answered by a sentence behind its verdict."""
+        answer = after(question.verdict, sentence(question.answer))
+        self.say([*images, question.question], [answer])
 
     def edit(self) -> None:
         """An edit of the last image."""
         while True:
             edit = make_any_edit(self.scenes[-1], self.rng)
             if self.allowed(edit.target):
-                return self.say(
-                    [sentence(edit.instruction)], edit_answer(edit.target, self.rng, edit.verdict)
-                )
+                return self.say([sentence(edit.instruction)], self.edit_answer(edit))
 
     def back(self) -> None:
         """`Now the first picture again, but put it at night.`"""
-        first = self.scenes[0]
+        scenes = self.scenes
+        first = scenes[0]
         new = self.rng.choice([name for name in BACKGROUNDS if name != first.background])
         target = first.with_changes(background=new)
-        if len(self.scenes) < 2 or not self.allowed(target):
+        if len(scenes) < 2 or not self.allowed(target):
             return self.edit()
-        change = background_words(new, self.rng)
+        change = Edit("background", background_words(new, self.rng), target)
         return self.say(
-            [f"Now the first picture again, but {change}."], edit_answer(target, self.rng)
+            [f"Now the first picture again, but {change.instruction}."], self.edit_answer(change)
         )
 
-    def small(self) -> None:
-        """Small talk."""
-        request, answer = small_talk(self.rng, True)
-        self.say([request], [answer])
+    def small(self, with_image: bool = True) -> None:
+        """What people say, and the answer; after an image it is more often a question that this
+        does not answer."""
+        if self.rng.random() < (0.7 if with_image else 0.3):
+            return self.say([self.rng.choice(VOCABULARY["unanswerable"])], [UNKNOWN])
+        talk = self.rng.choice(VOCABULARY["small_talk"])
+        return self.say([self.rng.choice(talk["asked"])], [talk["answer"]])
 
-    def story(self) -> None:
-        """A story of three images."""
-        pages = story(self.rng, self.allowed, 3)
-        self.say([story_request(pages, self.rng)], list(chain.from_iterable(pages)))
+    def story(self, frames: int = 0) -> None:
+        """A story of three or four images (0: either)."""
+        pages = story(self.rng, self.allowed, frames)
+        scene = pages[1][1]
+        hero = noun_phrase(1, scene.things[0], scene.style if self.rng.random() < 0.5 else "")
+        length = f" in {NUMBERS[len(pages)]} pictures" if self.rng.random() < 0.7 else ""
+        request = f"Tell a story about {hero} and {noun_phrase(1, scene.things[1])}{length}."
+        self.say([request], chain.from_iterable(pages))
 
+    def converse(self) -> None:
+        """Two to six turns that look, ask, draw, edit and chat, and refer to what was shown before;
+        sometimes a story ends a short conversation."""
+        self.rng.choice((self.drawing, self.look))()
+        left = self.rng.randint(2, 6) - 1
+        with_story = self.rng.random() < STORIES and left > 1
+        turns = (self.question, self.edit, self.back, self.drawing, self.look, self.small)
+        for _ in range(min(left, 3) - 1 if with_story else left):
+            self.rng.choices(turns, (4, 4, 2, 1, 2, 0.5))[0]()
+        if with_story:
+            self.story(3)
 
-def small_talk(rng: random.Random, with_image: bool) -> tuple[str, str]:
-    """What people say, and the answer; `shown`: with an image, where it is more often a question
-    that it cannot answer."""
-    if rng.random() < (0.7 if with_image else 0.3):
-        return rng.choice(VOCABULARY["unanswerable"]), UNKNOWN
-    talk = rng.choice(VOCABULARY["small_talk"])
-    return rng.choice(talk["asked"]), talk["answer"]
+    # ---- answers
 
-
-def edit_answer(scene: Scene, rng: random.Random, verdict: str = "") -> list[Part]:
-    """The answer to an edit: mostly the new image in words first, behind a verdict where a thing is
-    named, so that the model combines image and change in words and draws from them; else the
-    opening of a forced image."""
-    in_words = rng.random() < (0.9 if verdict else 0.75)
-    return [after(verdict, sentence(describe(scene))) if in_words else EDIT_RESPONSE, scene]
-
-
-def conversation(rng: random.Random, allowed: Allowed) -> list[list[Part]]:
-    """Messages of two to six turns that look, ask, draw, edit and chat, and refer to what was shown
-    before; sometimes a story ends a short one."""
-    talk = ConversationBuilder(rng, allowed)
-    rng.choice((talk.draw, talk.look))()
-    left = rng.randint(2, 6) - 1
-    with_story = rng.random() < STORIES and left > 1
-    turns = (talk.question, talk.edit, talk.back, talk.draw, talk.look, talk.small)
-    for _ in range(min(left, 3) - 1 if with_story else left):
-        rng.choices(turns, (4, 4, 2, 1, 2, 0.5))[0]()
-    if with_story:
-        talk.story()
-    return talk.messages
+    def edit_answer(self, edit: Edit) -> Sequence[Part]:
+        """The answer to an edit: mostly the new image in words first, behind a verdict where a
+        thing is named, so that the model combines image and change in words and draws from them;
+        else the opening of a forced image."""
+        if self.rng.random() < (0.9 if edit.verdict else 0.75):
+            return after(edit.verdict, sentence(describe(edit.target))), edit.target
+        return EDIT_RESPONSE, edit.target
 
 
-def story(rng: random.Random, allowed: Allowed, frames: int = 0) -> list[tuple[str, Scene]]:
+def story(rng: random.Random, allowed: Allowed, frames: int) -> list[tuple[str, Scene]]:
     """Three or four frames (0: either), a sentence and a scene each: the hero is somewhere, a
     friend joins, they move on."""
     wanted = frames or rng.randint(3, 4)
@@ -156,11 +175,3 @@ def story(rng: random.Random, allowed: Allowed, frames: int = 0) -> list[tuple[s
         f"the {hero} has gone and the {friend} stays",
     ]
     return [(sentence(text), scene) for text, scene in zip(sentences, scenes, strict=False)]
-
-
-def story_request(pages: list[tuple[str, Scene]], rng: random.Random) -> str:
-    """`Tell a story about a noto dog and a cat in three pictures.`"""
-    scene = pages[1][1]
-    hero = noun_phrase(1, scene.things[0], scene.style if rng.random() < 0.5 else "")
-    length = f" in {NUMBERS[len(pages)]} pictures" if rng.random() < 0.7 else ""
-    return f"Tell a story about {hero} and {noun_phrase(1, scene.things[1])}{length}."

@@ -15,36 +15,38 @@ names).
 from __future__ import annotations
 
 import random
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from itertools import chain, count
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
-from seed_multimodal.errors import DataError
+from seed_multimodal.disk import JsonObject
 from seed_multimodal.language import prompts
 from seed_multimodal.language.vocabulary import BOX, BOX_END, location_token
 from seed_multimodal.models.seed_x.processing import Box
-from seed_multimodal.settings import nearest
-from seed_nano.world import dialogues
-from seed_nano.world.dialogues import DESCRIBE_REQUESTS, DRAW_REQUESTS, Part, edit_answer
-from seed_nano.world.scene import Scene, WideScene
-from seed_nano.world.splits import Allowed, check_split, held_out, scene_at, scene_where, trainable
-from seed_nano.world.tasks import (
-    EDITS,
-    Edit,
-    Question,
-    absent,
-    after,
-    ask,
-    ask_any,
-    make_edit,
-    verdict,
+from seed_nano.world.dialogues import (
+    ANSWERS,
+    DESCRIBE_REQUESTS,
+    DRAW_REQUESTS,
+    UNKNOWN,
+    Dialogue,
+    Part,
 )
+from seed_nano.world.scene import Scene, WideScene
+from seed_nano.world.splits import (
+    check_name,
+    check_split,
+    held_out,
+    scene_at,
+    scene_where,
+    trainable,
+)
+from seed_nano.world.tasks import EDITS, Edit, Question, absent, after, ask, make_edit, verdict
 from seed_nano.world.tasks import KINDS as QUESTIONS
 from seed_nano.world.things import BACKGROUNDS, NAMES, NUMBERS, STYLES, VOCABULARY, plural
 from seed_nano.world.wide import View, any_view, ask_wide, describe_wide, wide_at
 from seed_nano.world.words import describe, normalise, noun_phrase, sentence
 
-Record = dict[str, Any]
+Record: TypeAlias = JsonObject
 Item = TypeVar("Item")
 MAX_SCENES_PER_KIND = 200
 EDIT_CYCLE = (*EDITS, "remove", "replace")  # twice: where a named thing stands is learnt last
@@ -81,8 +83,18 @@ KINDS = (
 # Kinds of edits that examples can show.
 IN_CONTEXT = ("background", "style", "replace", "size", "number")
 GRID = 64  # places of boxes along each side
-# Kinds that only nano-x has.
+# Kinds that only nano-x has, and all on which it is trained.
 X_ONLY_KINDS = ("detect", "wide_describe", "wide_questions", "wide_detect")
+X_KINDS = (
+    "describe",
+    "questions",
+    "draw",
+    "edits",
+    "conversations",
+    "talk",
+    "asides",
+    *X_ONLY_KINDS,
+)
 
 
 def record_at(kind: str, seed: int, index: int, split: str = "train", pool: int = 0) -> Record:
@@ -97,17 +109,10 @@ def record_at(kind: str, seed: int, index: int, split: str = "train", pool: int 
         DataError: an unknown kind or split.
     """
     check_split(split)
-    _check_kind(kind, KINDS)
-    record: Record = getattr(_RecordMaker(kind, seed, index, split, pool), kind)()
-    return record
-
-
-def _check_kind(kind: str, kinds: tuple[str, ...]) -> None:
-    if kind not in kinds:
-        raise DataError(
-            f"nano: unknown kind of records {kind!r}{nearest(kind, kinds)}; "
-            f"there are {', '.join(kinds)}."
-        )
+    check_name("kind of records", kind, KINDS)
+    maker = _RecordMaker(kind, seed, index, split, pool)
+    fields: Record | None = getattr(maker, kind)()
+    return fields or {"messages": maker.messages}
 
 
 def scenes_of(record: Record) -> list[Scene]:
@@ -117,16 +122,16 @@ def scenes_of(record: Record) -> list[Scene]:
     return scenes
 
 
-def from_last_image(record: Mapping[str, Any]) -> list[dict[str, Any]]:
+def from_last_image(record: Record) -> list[Record]:
     """The messages from the user's last image on."""
-    messages: list[dict[str, Any]] = record["messages"]
-    for index in reversed(range(len(messages))):
-        if messages[index]["role"] == "user" and not _is_text(messages[index]["content"]):
+    messages: list[Record] = record["messages"]
+    for index in reversed(range(0, len(messages), 2)):
+        if not _is_text(messages[index]["content"]):
             return messages[index:]
     return messages
 
 
-def _is_text(content: Sequence[Any]) -> bool:
+def _is_text(content: Sequence[object]) -> bool:
     """Whether a message has no image."""
     return all(isinstance(part, str) for part in content)
 
@@ -165,15 +170,6 @@ def sentences(n_records: int = 500, seed: int = 0) -> list[str]:
     return [*lines, *["USER:", "ASSISTANT:"] * n_records]
 
 
-def _messages(*contents: Sequence[Any]) -> Record:
-    """A record of messages by user and assistant in turn."""
-    messages = []
-    for turn, content in enumerate(contents):
-        role = "assistant" if turn % 2 else "user"
-        messages.append({"role": role, "content": list(content)})
-    return {"messages": messages}
-
-
 def _scenes_from(start: int, seed: int, split: str, pool: int) -> Iterator[Scene]:
     """The scenes from number `start` on: those of the pool first, then the ones behind it."""
     for step in count():
@@ -181,114 +177,98 @@ def _scenes_from(start: int, seed: int, split: str, pool: int) -> Iterator[Scene
         yield scene_at(seed, index % pool if step < pool else index, split)
 
 
-class _RecordMaker:
-    """A record of nano; a method for each of `KINDS`."""
+class _RecordMaker(Dialogue):
+    """A record of nano; a method for each of `KINDS` returns its fields or says its turns."""
 
     def __init__(self, kind: str, seed: int, index: int, split: str, pool: int) -> None:
-        self.rng = random.Random(f"{seed} {split} {kind} {index}")
+        rng = random.Random(f"{seed} {split} {kind} {index}")
+        super().__init__(rng, lambda scene: held_out(scene) <= {split})
+        if split == "train":
+            self.allowed = trainable
         self.index = index
-        self.allowed: Allowed = (
-            trainable if split == "train" else lambda scene: held_out(scene) <= {split}
-        )
-        start = self.rng.randrange(pool) if pool else index
-        self.scenes = _scenes_from(start, seed, split, pool)
+        start = rng.randrange(pool) if pool else index
+        self.stream = _scenes_from(start, seed, split, pool)
 
     def captions(self) -> Record:
-        scene = next(self.scenes)
+        scene = next(self.stream)
         texts = [describe(scene), describe(scene, self.rng), describe(scene, self.rng)]
         return {"image_ids": scene, "text": texts}
 
-    def describe(self) -> Record:
-        scene = next(self.scenes)
-        description = _messages([scene, self._half(DESCRIBE_REQUESTS)], [sentence(describe(scene))])
-        return self._after_another(description)
+    def describe(self) -> None:
+        self.look(next(self.stream), self._half(DESCRIBE_REQUESTS))
+        self._begin_with_another()
 
-    def questions(self) -> Record:
-        scene, question = self._first(
-            QUESTION_CYCLE, lambda scene, kind: ask(scene, kind, self.rng, varied=True)
-        )
-        turns = self._turn(question, 0.75)
+    def questions(self) -> None:
+        def make(scene: Scene, kind: str) -> Question | None:
+            return ask(scene, kind, self.rng, varied=True)
+
+        scene, question = self._first(QUESTION_CYCLE, make)
+        self._ask(question, 0.75, scene)
         texts = {question.question}
         # Several questions to an image; first those that compare a word with the image and are
         # learnt last. After an answer that names the things they would be read off the text.
         for kind in (*self.rng.sample(COMPARISONS, 4), *self.rng.sample(QUESTIONS, 1)):
-            extra = ask(scene, kind, self.rng, varied=True)
+            extra = make(scene, kind)
             if extra is not None and extra.question not in texts:
-                turns = turns + self._turn(extra, 0.25)
-                texts = texts | {extra.question}
-        return self._after_another(_messages([scene, *turns[0]], *turns[1:]))
+                self._ask(extra, 0.25)
+                texts.add(extra.question)
+        self._begin_with_another()
 
-    def draw(self) -> Record:
-        scene = next(self.scenes)
+    def draw(self) -> None:
+        scene = next(self.stream)
         wording = None if self.rng.random() < 0.6 else self.rng
         caption = describe(scene, wording, background_first=False)
         request = self._half(DRAW_REQUESTS).format(caption=caption)
-        return _messages([request], [prompts.DRAW_RESPONSE, scene])
+        self.say([request], [prompts.DRAW_RESPONSE, scene])
 
-    def edits(self) -> Record:
+    def edits(self) -> None:
         def make(scene: Scene, kind: str) -> Edit | None:
             edit = make_edit(scene, kind, self.rng)
             return edit if edit is not None and self.allowed(edit.target) else None
 
         scene, edit = self._first(EDIT_CYCLE, make)
         instruction = sentence(edit.instruction) if self.rng.random() < 0.5 else edit.instruction
-        return self._after_another(
-            _messages([scene, instruction], edit_answer(edit.target, self.rng, edit.verdict))
-        )
+        self.say([scene, instruction], self.edit_answer(edit))
+        self._begin_with_another()
 
-    def conversations(self) -> Record:
-        return _messages(*dialogues.conversation(self.rng, self.allowed))
+    def conversations(self) -> None:
+        self.converse()
 
-    def talk(self) -> Record:
-        """Small talk, alone or after a description."""
-        request, answer = dialogues.small_talk(self.rng, bool(self.index % 2))
-        if not self.index % 2:
-            return _messages([request], [answer])
-        scene = next(self.scenes)
-        question = [scene, self.rng.choice(DESCRIBE_REQUESTS)]
-        return _messages(question, [sentence(describe(scene))], [request], [answer])
+    def talk(self) -> None:
+        """Small talk, alone or after a description; its words are drawn first."""
+        self.small(bool(self.index % 2))
+        if self.index % 2:
+            self._begin_with(lambda: self.look(next(self.stream)))
 
-    def asides(self) -> Record:
+    def asides(self) -> None:
         """An image with a question that it does not answer. Small talk comes without an image of
         its own: a request about the image must not be taken for it."""
-        return _messages(
-            [next(self.scenes), self.rng.choice(VOCABULARY["unanswerable"])], [dialogues.UNKNOWN]
-        )
+        scene = next(self.stream)
+        self.say([scene, self.rng.choice(VOCABULARY["unanswerable"])], [UNKNOWN])
 
-    def in_context(self) -> Record:
+    def in_context(self) -> None:
         """Two examples of one change (before, after, before, after) and a third scene; the answer
         is its change."""
         kind = self.rng.choice(IN_CONTEXT)
         value = ""
-        scenes = list[Scene]()
-        while len(scenes) < 6:
+        edits: list[tuple[Scene, Edit]] = []
+        while len(edits) < 3:
             scene = scene_where(self.rng, self.allowed)
             edit = make_edit(scene, kind, self.rng, value)
             # With one thing, and for `size` one direction, the examples allow no other reading.
             unambiguous = len(scene.things) == 1 and (
-                kind != "size" or not scenes or scene.layout == scenes[0].layout
+                kind != "size" or not edits or scene.layout == edits[0][0].layout
             )
             if edit is not None and unambiguous and self.allowed(edit.target):
-                scenes += [scene, edit.target]
+                edits.append((scene, edit))
                 value = edit.value
-        first, second, third, fourth, fifth, answer = scenes
-        request = [
-            first,
-            "becomes",
-            second,
-            "and",
-            third,
-            "becomes",
-            fourth,
-            "Do the same with this one:",
-            fifth,
-        ]
-        return _messages(request, edit_answer(answer, self.rng))
+        (first, changed), (second, changed_too), (third, last) = edits
+        request: list[Part] = [first, "becomes", changed.target, "and"]
+        request += [second, "becomes", changed_too.target, "Do the same with this one:", third]
+        self.say(request, self.edit_answer(Edit(kind, "", last.target)))
 
-    def stories(self) -> Record:
-        pages = dialogues.story(self.rng, self.allowed)
-        request = dialogues.story_request(pages, self.rng)
-        return _messages([request], list(chain.from_iterable(pages)))
+    def stories(self) -> None:
+        self.story()
 
     def documents(self) -> Record:
         texts: list[str | None] = []
@@ -298,12 +278,12 @@ class _RecordMaker:
             images += [None, scene]
         return {"texts": texts, "image_ids": images, "metadata": {}}
 
-    def continued(self) -> Record:
+    def continued(self) -> None:
         pages = self._pages()
         n_before = self.rng.randrange(1, len(pages))
-        before = list(chain.from_iterable(pages[:n_before]))
-        answer = list(chain.from_iterable(pages[n_before:]))
-        return _messages([*before, self.rng.choice(VOCABULARY["continue"])], answer)
+        before = chain.from_iterable(pages[:n_before])
+        request = [*before, self.rng.choice(VOCABULARY["continue"])]
+        self.say(request, chain.from_iterable(pages[n_before:]))
 
     def _pages(self) -> list[tuple[str, Scene]]:
         """Three letters (`A is for ant.`) or a thing counted (`Two ants.`), with a scene each."""
@@ -346,61 +326,61 @@ class _RecordMaker:
         """The first scene of which something of the record's sort can be made, and that; of the
         next sort after `MAX_SCENES_PER_KIND` scenes without (no scene of the split `pairs` allows
         `add`)."""
-        for attempt, scene in enumerate(self.scenes):
+        for attempt, scene in enumerate(self.stream):
             sort = sorts[(self.index + attempt // MAX_SCENES_PER_KIND) % len(sorts)]
             item = make(scene, sort)
             if item is not None:
                 return scene, item
         raise AssertionError("the stream of scenes is endless")
 
-    def _turn(self, question: Question, suffixed: float) -> list[list[Part]]:
+    def _ask(self, question: Question, suffixed: float, *images: Scene) -> None:
         """A question and its answer: short, asked for by the suffix of QA, or a sentence."""
         if self.rng.random() < suffixed:
             text = prompts.DEFAULT_TASKS.question(question.question)
-            return [[text], [after(question.verdict, question.answer)]]
-        return [[question.question], [after(question.verdict, sentence(question.answer))]]
-
-    def _after_another(self, record: Record) -> Record:
-        """In a third of the cases, the same after another image: else a model learns to look at the
-        first one only."""
-        if self.rng.random() >= 1 / 3:
-            return record
-        scene = next(self.scenes)
-        if self.rng.random() < 0.5:
-            before = _messages(
-                [scene, self.rng.choice(DESCRIBE_REQUESTS)], [sentence(describe(scene))]
-            )
+            self.say([*images, text], [after(question.verdict, question.answer)])
         else:
-            question = ask_any(scene, self.rng)
-            before = _messages(
-                [scene, question.question], [after(question.verdict, sentence(question.answer))]
-            )
-        return {"messages": before["messages"] + record["messages"]}
+            self.ask(question, *images)
+
+    def _begin_with_another(self) -> None:
+        """In a third of the cases, turns about another image before: else a model learns to look at
+        the first one only."""
+        if self.rng.random() < 1 / 3:
+            scene = next(self.stream)
+            looks = self.rng.random() < 0.5
+            self._begin_with(lambda: self.look(scene) if looks else self.question(scene))
+
+    def _begin_with(self, turn: Callable[[], None]) -> None:
+        """Say a turn before all others."""
+        later = self.messages
+        self.messages = []
+        turn()
+        self.messages += later
 
 
 def x_record_at(kind: str, seed: int, index: int, split: str = "train") -> Record:
     """Record number `index` of a kind of nano (those with messages) or of `X_ONLY_KINDS`; user
     images are views."""
-    _check_kind(kind, (*KINDS, *X_ONLY_KINDS))
+    check_name("kind of records", kind, (*KINDS, *X_ONLY_KINDS))
     rng = random.Random(f"{seed} {split} {kind} {index}")
     # Kinds of nano get SEED-X's prompts and images of many sizes.
     if kind not in X_ONLY_KINDS:
         record = _with_seed_x_prompts(record_at(kind, seed, index, split), rng)
         return _with_random_views(record, rng)
-    if kind == "detect":
-        view = any_view(_mostly_two(seed, index, split, rng), rng)
-        names = _names_to_find(list(view.scene.things), rng)
-        return _dialogue(view, [_detection_turn(view, name) for name in names])
-    # The other kinds show wide scenes.
-    scene = wide_at(seed, index, split)
-    view = any_view(scene, rng)
-    if kind == "wide_describe":
+    dialogue = Dialogue(rng, trainable)
+    wide = wide_at(seed, index, split) if kind != "detect" else None
+    view = any_view(wide or _mostly_two(seed, index, split, rng), rng)
+    if kind == "wide_describe" and wide:
         request = rng.choice((prompts.SEED_X_TASKS.describe,) * 4 + DESCRIBE_REQUESTS)
-        return _dialogue(view, [(request, sentence(describe_wide(scene)))])
-    if kind == "wide_questions":
-        return _dialogue(view, [_wide_question(scene, rng) for _ in range(4)])
-    names = _names_to_find(scene.present_things, rng)
-    return _dialogue(view, [_detection_turn(view, name) for name in names])
+        turns = [(request, sentence(describe_wide(wide)))]
+    elif kind == "wide_questions" and wide:
+        turns = [_wide_question(wide, rng) for _ in range(4)]
+    else:
+        things = [name for name in view.scene.things if name]
+        turns = [_detection_turn(view, name) for name in _names_to_find(things, rng)]
+    # The first request shows the image.
+    for turn, (request, answer) in enumerate(turns):
+        dialogue.say([view, request] if turn == 0 else [request], [answer])
+    return {"messages": dialogue.messages}
 
 
 def _mostly_two(seed: int, index: int, split: str, rng: random.Random) -> Scene:
@@ -432,7 +412,7 @@ def _detection_turn(view: View, name: str) -> tuple[str, str]:
     return request, after(verdict(view.scene, name, all_things=True), answer)
 
 
-def detect_phrase(name: str, boxes: Sequence[tuple[str, Any]]) -> str:
+def detect_phrase(name: str, boxes: Sequence[tuple[str, object]]) -> str:
     """`the tiger`, `the tigers`."""
     n_things = sum(thing == name for thing, _ in boxes)
     return f"the {plural(name) if n_things > 1 else name}"
@@ -449,43 +429,35 @@ def box_text(name: str, boxes: Sequence[tuple[str, Sequence[float]]]) -> str:
     return text
 
 
-def _dialogue(view: View, turns: Sequence[tuple[str, str]]) -> Record:
-    """Messages of some turns, of which the first shows the view."""
-    (request, answer), *later = turns
-    return _messages([view, request], [answer], *([text] for text in chain.from_iterable(later)))
-
-
 def _with_random_views(record: Record, rng: random.Random) -> Record:
     """Its users' images in any size; in any frame, too, where no image is drawn."""
-    framed = all(_is_text(message["content"]) for message in record["messages"][1::2])
-
-    def with_views(content: Sequence[Any]) -> list[Any]:
-        return [part if isinstance(part, str) else any_view(part, rng, framed) for part in content]
-
-    messages = []
-    for message in record["messages"]:
-        if message["role"] == "user":
-            message = {**message, "content": with_views(message["content"])}
-        messages.append(message)
-    return {"messages": messages}
+    messages = record["messages"]
+    framed = all(_is_text(message["content"]) for message in messages[1::2])
+    for message in messages[::2]:
+        parts = message["content"]
+        for index, part in enumerate(parts):
+            if not isinstance(part, str):
+                parts[index] = any_view(part, rng, framed)
+    return record
 
 
 def _with_seed_x_prompts(record: Record, rng: random.Random) -> Record:
     """The requests as SEED-X's systems send them: descriptions are sentences, answers to questions
     short and in lower case; nothing but a description stands before a drawing."""
-    contents: list[list[Any]] = []
-    for turn, content in enumerate(message["content"] for message in record["messages"]):
+    request: list[Part] = []
+    for message in record["messages"]:
+        parts = message["content"]
         # Requests, then short answers, then all other answers without their opening.
-        if turn % 2 == 0:
-            request = content
-            content = [_request(part, rng) if isinstance(part, str) else part for part in content]
-        elif _is_text(content) and request[-1] not in DESCRIBE_REQUESTS:
-            content = [part if part in dialogues.ANSWERS else normalise(part) for part in content]
-        else:
+        if message["role"] == "user":
+            request = parts
+            parts = [_request(part, rng) if isinstance(part, str) else part for part in parts]
+        elif not _is_text(parts):
             openings = (prompts.DRAW_RESPONSE, prompts.EDIT_RESPONSE)
-            content = [part for part in content if part not in openings]
-        contents.append(content)
-    return _messages(*contents)
+            parts = [part for part in parts if part not in openings]
+        elif request[-1] not in DESCRIBE_REQUESTS:
+            parts = [part if part in ANSWERS else normalise(part) for part in parts]
+        message["content"] = parts
+    return record
 
 
 def _request(text: str, rng: random.Random) -> str:

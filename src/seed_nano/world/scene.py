@@ -45,6 +45,7 @@ of one; n and m."""
 
 QUARTERS = ("top left", "top right", "bottom left", "bottom right")
 Box = tuple[float, float, float, float]
+Colour = tuple[int, int, int]
 
 
 @dataclass(frozen=True)
@@ -107,18 +108,12 @@ class Scene:
         """All drawings, first kind first, jitter included."""
         slots = []
         for kind, x, y, side in anchors(self.layout, self.counts):
-            rng = random.Random(
-                f"{self.jitter} {x} {y}"
-            )  # by place, so that what an edit does not name stays
+            # By place, so that what an edit does not name stays.
+            rng = random.Random(f"{self.jitter} {x} {y}")
             side *= 1 + rng.uniform(-0.07, 0.07)
-            slots.append(
-                Slot(
-                    self.things[kind],
-                    x + rng.uniform(-0.015, 0.015),
-                    y + rng.uniform(-0.015, 0.015),
-                    side,
-                )
-            )
+            x += rng.uniform(-0.015, 0.015)
+            y += rng.uniform(-0.015, 0.015)
+            slots.append(Slot(self.things[kind], x, y, side))
         return slots
 
 
@@ -189,6 +184,7 @@ def load_sprites(path: str | Path | None = None) -> dict[tuple[str, str], Image.
         with tarfile.open(file) as tar:
             for member in tar:
                 style, _, name = member.name.removesuffix(".webp").partition("-")
+                # A drawing is named STYLE-THING.webp.
                 content = tar.extractfile(member)
                 if content is not None:
                     drawing = Image.open(io.BytesIO(content.read()))
@@ -233,9 +229,8 @@ def boxes(scene: Scene | WideScene) -> list[tuple[str, Box]]:
         width, height = load_sprites()[scene.style, slot.thing].size
         half_x = slot.side * width / max(width, height) / 2
         half_y = slot.side * height / max(width, height) / 2
-        result.append(
-            (slot.thing, (slot.x - half_x, slot.y - half_y, slot.x + half_x, slot.y + half_y))
-        )
+        box = (slot.x - half_x, slot.y - half_y, slot.x + half_x, slot.y + half_y)
+        result.append((slot.thing, box))
     return result
 
 
@@ -248,6 +243,13 @@ def render(
         ConfigError: a size below 1 or above `LARGEST`.
     """
     return render_slots(scene.style, scene.background, scene.slots(), size, folder)
+
+
+def scene_image(
+    scene: Scene | WideScene, size: int = SIZE, folder: str | Path | None = None
+) -> Image.Image:
+    """As `render`, as a PIL image."""
+    return Image.fromarray(render(scene, size, folder))
 
 
 def render_slots(
@@ -292,15 +294,10 @@ def _draw(
         height = max(1, round(sprite.height * scale))
         scaled = sprite.resize((width, height), Image.Resampling.BILINEAR).convert("RGBA")
         # 2. Paste it around the centre of the slot; its alpha channel is the mask.
-        corner = (
-            round(slot.x * canvas.width - width / 2),
-            round(slot.y * canvas.width - height / 2),
-        )
-        canvas.paste(
-            255 if canvas.mode == "L" else scaled,
-            (*corner, corner[0] + width, corner[1] + height),
-            mask=scaled.getchannel("A"),
-        )
+        left = round(slot.x * canvas.width - width / 2)
+        top = round(slot.y * canvas.width - height / 2)
+        fill = 255 if canvas.mode == "L" else scaled
+        canvas.paste(fill, (left, top, left + width, top + height), scaled.getchannel("A"))
 
 
 @lru_cache(maxsize=32)
@@ -313,9 +310,13 @@ def _background(name: str, side: int) -> Image.Image:
     unit = side / 64
 
     # Coordinates are those of an image of 64 pixels; `unit` converts them.
-    def bands(
-        top: float, bottom: float, upper: tuple[int, int, int], lower: tuple[int, int, int]
-    ) -> None:
+    def scaled(*coordinates: float) -> list[float]:
+        return [value * unit for value in coordinates]
+
+    def line_width(width: float) -> int:
+        return max(1, round(width * unit))
+
+    def bands(top: float, bottom: float, upper: Colour, lower: Colour) -> None:
         rows = range(round(top * unit), round(bottom * unit))
         for row in rows:
             share = (row - rows.start) / max(1, len(rows) - 1)
@@ -327,50 +328,31 @@ def _background(name: str, side: int) -> Image.Image:
         bands(0, 38, (150, 205, 250), (215, 238, 255))
         bands(38, 64, (132, 200, 92), (84, 160, 62))
         for x, y in ((7, 46), (20, 57), (33, 44), (45, 59), (57, 49), (30, 61), (12, 61), (61, 60)):
-            draw.line(
-                [
-                    (x * unit, y * unit),
-                    ((x + 1) * unit, (y - 3) * unit),
-                    ((x + 2) * unit, y * unit),
-                ],
-                (58, 128, 48),
-                max(1, round(0.6 * unit)),
-            )
+            tuft = scaled(x, y, x + 1, y - 3, x + 2, y)
+            draw.line(tuft, (58, 128, 48), line_width(0.6))
     elif name == "sea":
         # Sky above water with waves.
         bands(0, 26, (168, 222, 250), (226, 244, 253))
         bands(26, 64, (62, 156, 208), (20, 92, 158))
         for row, y in enumerate((32, 41, 51, 60)):
             for x in range(-8 + 6 * (row % 2), 72, 14):
-                draw.arc(
-                    [x * unit, y * unit, (x + 8) * unit, (y + 4) * unit],
-                    200,
-                    340,
-                    (150, 212, 240),
-                    max(1, round(0.8 * unit)),
-                )
+                wave = scaled(x, y, x + 8, y + 4)
+                draw.arc(wave, 200, 340, (150, 212, 240), line_width(0.8))
     elif name == "night":
         # A dark sky with stars at fixed positions.
         bands(0, 64, (14, 16, 48), (52, 40, 92))
-        shake = random.Random(5)
+        rng = random.Random(5)
         for _ in range(26):
-            left = shake.uniform(1, 63)
-            top = shake.uniform(1, 63)
-            radius = shake.choice((0.4, 0.5, 0.8))
-            draw.ellipse(
-                [
-                    (left - radius) * unit,
-                    (top - radius) * unit,
-                    (left + radius) * unit,
-                    (top + radius) * unit,
-                ],
-                (255, 250, 214),
-            )
+            left = rng.uniform(1, 63)
+            top = rng.uniform(1, 63)
+            radius = rng.choice((0.4, 0.5, 0.8))
+            star = scaled(left - radius, top - radius, left + radius, top + radius)
+            draw.ellipse(star, (255, 250, 214))
     else:
         # A wall above a wooden floor.
         bands(0, 44, (250, 226, 196), (244, 214, 180))
         bands(44, 64, (176, 122, 82), (142, 94, 60))
         draw.rectangle([0, 43 * unit, side, 45 * unit], (255, 248, 238))
         for y in (50, 57):
-            draw.line([(0, y * unit), (side, y * unit)], (126, 82, 52), max(1, round(0.5 * unit)))
+            draw.line([0, y * unit, side, y * unit], (126, 82, 52), line_width(0.5))
     return canvas

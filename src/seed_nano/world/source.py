@@ -10,12 +10,12 @@ stored and any run can be resumed or repeated.
 from __future__ import annotations
 
 import random
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 from seed_multimodal.data.formats.record import Record
+from seed_multimodal.disk import JsonObject
 from seed_nano.world.records import from_last_image, record_at, with_images, x_record_at
 from seed_nano.world.scene import SIZE, Scene, WideScene, find_drawings, load_sprites
 from seed_nano.world.splits import check_split, scene_at, scenes
@@ -76,25 +76,25 @@ class NanoSource:
     def locate(self, row: int) -> Record:
         """Record number `row`, its images not drawn."""
         if self.content:
+            key = f"{self.split} {self.content} {self.seed} {row}"
             # Records of the language models.
             kind = KINDS.get(self.content, self.content)
             make = x_record_at if kind.startswith(X_KIND) else record_at
             record = make(kind.removeprefix(X_KIND), self.seed, row, self.split)
-            key = f"{self.split} {self.content} {self.seed} {row}"
             fields = _fields(with_images(record, self._view), self.content)
             return Record(key, f"{self.path}: {key}", fields, file=str(self.path))
+        # Scenes with captions.
         if self._listed:
+            key = f"scene {self.split} {row}"
             scene = self._listed[row]
-            key = f"{self.split} {row}"
             captions = [describe(scene)]
         else:
+            key = f"scene {self.split} {self.seed} {row}"
             scene = scene_at(self.seed, row)
-            key = f"{self.split} {self.seed} {row}"
             rng = random.Random(f"{self.seed} captions {row}")
             captions = [describe(scene, rng) for _ in range(CAPTIONS)]
-        # Scenes with captions.
         fields = {"image": View(scene, self.size, folder=self.path), "caption": captions}
-        return Record(f"scene {key}", f"{self.path}: scene {key}", fields, file=str(self.path))
+        return Record(key, f"{self.path}: {key}", fields, file=str(self.path))
 
     def _view(self, scene: Scene | WideScene | View) -> View:
         if isinstance(scene, View):
@@ -102,27 +102,27 @@ class NanoSource:
         return View(scene, 2 * SIZE if isinstance(scene, WideScene) else SIZE, folder=self.path)
 
 
-def _fields(record: Mapping[str, Any], content: str) -> dict[str, Any]:
+def _fields(record: JsonObject, content: str) -> JsonObject:
     if content == "captions":
         return {"image": record["image_ids"], "caption": record["text"], "text": record["text"]}
     if content == "documents":
         return {"images": record["image_ids"], "texts": record["texts"]}
-    # Messages, and the last image's turn under the keys of a user's own data.
+    # The last image's turn under the keys of a user's own data.
     request, answer = (message["content"] for message in from_last_image(record)[:2])
+    fields: JsonObject = {}
+    if content in ("qa", "describe", "asides"):
+        fields = {"image": request[0], "question": request[1], "answer": answer[0]}
+    elif content == "edits":
+        fields = {"source_image": request[0], "instruction": request[1], "target_image": answer[1]}
+    elif content == "stories":
+        fields = {"images": answer[1::2], "captions": answer[::2]}
+
+    # All messages, in which images are marked.
     messages = []
     for message in record["messages"]:
-        content_parts = [
-            {"image": part} if isinstance(part, View) else part for part in message["content"]
-        ]
-        messages.append({"role": message["role"], "content": content_parts})
-    fields: dict[str, Any] = {"messages": messages}
-    if content in ("qa", "describe", "asides"):
-        fields |= {"image": request[0], "question": request[1], "answer": answer[0]}
-    elif content == "edits":
-        fields |= {"source_image": request[0], "instruction": request[1], "target_image": answer[1]}
-    elif content == "stories":
-        fields |= {"images": answer[1::2], "captions": answer[::2]}
-    return fields
+        parts = [{"image": part} if isinstance(part, View) else part for part in message["content"]]
+        messages.append({"role": message["role"], "content": parts})
+    return {"messages": messages, **fields}
 
 
 open_nano = NanoSource

@@ -27,13 +27,18 @@ WEIGHTS = dict(zip(LAYOUTS, (3, 1.5, 1.5, 1.5, 5, 4, 4, 3), strict=True))
 """How often each layout is drawn."""
 
 
-def check_split(split: str) -> None:
-    """Raise DataError for an unknown split; the nearest is named."""
-    if split not in SPLITS:
+def check_name(label: str, name: str, names: Sequence[str]) -> None:
+    """Raise DataError for a name that is none of these; the nearest is named."""
+    if name not in names:
         raise DataError(
-            f"nano: unknown split {split!r}{nearest(str(split), SPLITS)}; "
-            f"there are {', '.join(SPLITS)}."
+            f"nano: unknown {label} {name!r}{nearest(str(name), names)}; "
+            f"there are {', '.join(names)}."
         )
+
+
+def check_split(split: str) -> None:
+    """Raise DataError for an unknown split."""
+    check_name("split", split, SPLITS)
 
 
 def _share(*parts: object) -> float:

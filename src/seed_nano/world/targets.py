@@ -14,18 +14,17 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from seed_nano.world.scene import Scene, anchors
+from seed_nano.world.scene import LAYOUTS, Scene, anchors
 from seed_nano.world.things import BACKGROUNDS, HELD_OUT, NAMES, STYLES
+from seed_nano.world.words import Labels
 
-_LAYOUTS: dict[str, tuple[str, tuple[int, ...]]] = {
-    **{
-        layout: (layout, (1,))
-        for layout in ("large", "left", "middle", "right", "left of", "above")
-    },
-    **{f"many {count}": ("many", (count,)) for count in (2, 3, 4)},
-    **{f"two kinds {n} {m}": ("two kinds", (n, m)) for n, m in ((1, 2), (2, 1), (2, 2))},
-}
-ARRANGEMENTS = tuple(_LAYOUTS)  # layouts with their counts
+COUNTS = {"many": ((2,), (3,), (4,)), "two kinds": ((1, 2), (2, 1), (2, 2))}
+"""Numbers of things in the layouts with more than one of a kind."""
+ARRANGEMENTS: dict[str, tuple[str, tuple[int, ...]]] = {}
+"""Classes of the label `layout` -> a scene's layout and counts."""
+for _layout in LAYOUTS:
+    for _counts in COUNTS.get(_layout, ((),)):
+        ARRANGEMENTS[" ".join([_layout, *map(str, _counts)])] = _layout, _counts
 NOTHING = "nothing"  # the second thing of a scene with one kind
 IGNORED = -100  # class number of a thing that is not among the classes; cross entropy leaves it out
 
@@ -34,7 +33,7 @@ CLASSES: dict[str, tuple[str, ...]] = {
     "second": (*NAMES, NOTHING),
     "style": STYLES,
     "background": BACKGROUNDS,
-    "layout": ARRANGEMENTS,
+    "layout": tuple(ARRANGEMENTS),
 }
 """Label -> its classes, as the vision encoder learns them."""
 
@@ -48,7 +47,7 @@ JUDGE_CLASSES: dict[str, tuple[str, ...]] = {
 
 def arrangement_anchors() -> list[list[tuple[int, float, float, float]]]:
     """`anchors` of each of `ARRANGEMENTS`."""
-    return [anchors(layout, counts) for layout, counts in _LAYOUTS.values()]
+    return [anchors(layout, counts) for layout, counts in ARRANGEMENTS.values()]
 
 
 def scene_anchors(scenes: Sequence[Scene]) -> Tensor:
@@ -67,24 +66,29 @@ def scene_anchors(scenes: Sequence[Scene]) -> Tensor:
     return torch.tensor(rows)
 
 
-def label_ids(scene: Scene, classes: dict[str, tuple[str, ...]] = CLASSES) -> dict[str, int]:
-    """Class number of every label; `IGNORED` where the scene's class is not among `classes`."""
-    counts = map(str, scene.counts) if scene.layout in ("many", "two kinds") else ()
-    names = {
+def label_names(scene: Scene | Labels) -> dict[str, str | None]:
+    """The class of every label, in the order of `CLASSES`; None: a caption does not say it."""
+    layout = scene.layout
+    if layout in COUNTS:
+        layout = " ".join([layout, *map(str, scene.counts)])
+    return {
         "first": scene.things[0],
         "second": scene.things[1] if len(scene.things) == 2 else NOTHING,
         "style": scene.style,
         "background": scene.background,
-        "layout": " ".join((scene.layout, *counts)),
+        "layout": layout,
     }
-    return {
-        name: classes[name].index(value) if value in classes[name] else IGNORED
-        for name, value in names.items()
-    }
+
+
+def label_ids(scene: Scene, classes: dict[str, tuple[str, ...]] = CLASSES) -> dict[str, int]:
+    """Class number of every label; `IGNORED` where the scene's class is not among `classes`."""
+    ids = {}
+    for label, value in label_names(scene).items():
+        ids[label] = classes[label].index(value) if value in classes[label] else IGNORED
+    return ids
 
 
 def label_tensor(scenes: Sequence[Scene], classes: dict[str, tuple[str, ...]] = CLASSES) -> Tensor:
     """Class numbers int64 [N, 5], in the order of `classes`."""
-    return torch.tensor(
-        [list(label_ids(scene, classes).values()) for scene in scenes], dtype=torch.long
-    )
+    rows = [list(label_ids(scene, classes).values()) for scene in scenes]
+    return torch.tensor(rows, dtype=torch.long)

@@ -8,6 +8,7 @@ after another. Small models bind names to places with this chain of thought, but
 from __future__ import annotations
 
 import random
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from seed_nano.world.scene import HORIZONTAL_CENTRES, QUARTERS, Scene, WideScene
@@ -102,12 +103,8 @@ def ask(scene: Scene, kind: str, rng: random.Random, varied: bool = False) -> Qu
     if kind == "yesno":
         is_present = rng.random() < 0.5
         name = rng.choice(scene.things) if is_present else _other_thing(scene, rng)
-        return Question(
-            kind,
-            worded(kind, noun_phrase(1, name)),
-            "yes" if is_present else "no",
-            verdict(scene, name),
-        )
+        answer = "yes" if is_present else "no"
+        return Question(kind, worded(kind, noun_phrase(1, name)), answer, verdict(scene, name))
     if kind == "absent":
         name = _other_thing(scene, rng)
         return Question(kind, worded("where", name), absent(name), verdict(scene, name))
@@ -115,12 +112,8 @@ def ask(scene: Scene, kind: str, rng: random.Random, varied: bool = False) -> Qu
     thing = scene.things[index]
     count = scene.counts[index]
     if kind == "count":
-        return Question(
-            kind,
-            worded(kind, plural(thing)),
-            NUMBERS.get(count, "one"),
-            verdict(scene, thing) if len(scene.things) > 1 else "",
-        )
+        before = verdict(scene, thing) if len(scene.things) > 1 else ""
+        return Question(kind, worded(kind, plural(thing)), NUMBERS.get(count, "one"), before)
     # Where the things are: only layouts with named positions have an exact answer.
     spots = SPOTS.get(scene.layout)
     if kind == "where":
@@ -171,92 +164,66 @@ def make_edit(scene: Scene, kind: str, rng: random.Random, value: str = "") -> E
     the same kind."""
     thing = scene.things[0]
     layout = scene.layout
+    instruction = ""
+    changes: dict[str, object] = {}
+    named: Sequence[str] = ()  # the things that the instruction names
     if kind == "replace":
-        return _replacement(scene, rng, value or _other_thing(scene, rng))
-    # One thing at a side: the new one goes to the other side.
-    if kind == "add" and layout in ("left", "right"):
-        new = _other_thing(scene, rng)
+        # Another thing in the place of one of the scene's, unless it is there already.
+        value = value or _other_thing(scene, rng)
+        if value not in scene.things:
+            name, count = rng.choice(list(zip(scene.things, scene.counts, strict=True)))
+            old = f"the {plural(name) if count > 1 else name}"
+            new = noun_phrase(count, value)
+            instruction = rng.choice((f"replace {old} with {new}", f"turn {old} into {new}"))
+            changes["things"] = tuple(value if other == name else other for other in scene.things)
+            named = (name,)
+    elif kind == "add" and layout in ("left", "right"):
+        # One thing at a side: the new one goes to the other side.
+        value = _other_thing(scene, rng)
         other = "right" if layout == "left" else "left"
-        instruction = f"add {noun_phrase(1, new)} {rng.choice(POSITION_PHRASES[other])}"
-        things = (thing, new) if other == "right" else (new, thing)
-        return Edit(
-            kind,
-            instruction,
-            scene.with_changes(layout="left of", things=things, counts=(1, 1)),
-            new,
-        )
-    # Two things: the other one stays where it was.
-    if kind == "remove" and layout == "left of":
+        instruction = f"add {noun_phrase(1, value)} {rng.choice(POSITION_PHRASES[other])}"
+        things = (thing, value) if other == "right" else (value, thing)
+        changes = {"layout": "left of", "things": things, "counts": (1, 1)}
+    elif kind == "remove" and layout == "left of":
+        # Two things: the other one stays where it was.
         index = rng.randrange(2)
-        name = scene.things[index]
-        remaining = scene.things[1 - index]
-        instruction = f"{rng.choice(('remove', 'take away'))} the {name}"
-        target = scene.with_changes(
-            layout=("right", "left")[index], things=(remaining,), counts=(1,)
-        )
-        return Edit(kind, instruction, target, verdict=verdict(scene, name, all_things=True))
-    if kind == "swap" and layout in ("left of", "above"):
-        first, second = rng.sample(scene.things, 2)
+        named = (scene.things[index],)
+        instruction = f"{rng.choice(('remove', 'take away'))} the {named[0]}"
+        remaining = (scene.things[1 - index],)
+        changes = {"layout": ("right", "left")[index], "things": remaining, "counts": (1,)}
+    elif kind == "swap" and layout in ("left of", "above"):
+        named = scene.things
+        first, second = rng.sample(named, 2)
         instruction = rng.choice((f"swap the {first} and the {second}", "swap their places"))
-        target = scene.with_changes(things=scene.things[::-1])
-        return Edit(
-            kind, instruction, target, verdict=verdict(scene, *scene.things, all_things=True)
-        )
-    if kind == "move" and layout in HORIZONTAL_CENTRES:
-        new = rng.choice([name for name in HORIZONTAL_CENTRES if name != layout])
-        return Edit(
-            kind,
-            f"move {rng.choice(('it', f'the {thing}'))} to the {new}",
-            scene.with_changes(layout=new),
-            new,
-        )
-    if kind == "size" and layout in ("large", "middle"):
-        new, size = ("middle", "smaller") if layout == "large" else ("large", "bigger")
-        return Edit(
-            kind,
-            f"make {rng.choice(('it', f'the {thing}'))} {size}",
-            scene.with_changes(layout=new),
-        )
-    if kind == "background":
-        new = value or rng.choice([name for name in BACKGROUNDS if name != scene.background])
-        if new == scene.background:
-            return None
-        return Edit(kind, background_words(new, rng), scene.with_changes(background=new), new)
-    if kind == "style":
-        new = value or rng.choice([name for name in STYLES if name != scene.style])
-        if new != scene.style:
-            return Edit(
-                kind,
-                rng.choice((f"draw it in {new} style", f"make it {new}")),
-                scene.with_changes(style=new),
-                new,
-            )
-    if kind == "number" and layout in ("many", "large"):
-        if value:
-            count = int(value)
-        else:
-            count = rng.choice([count for count in NUMBERS if count != scene.counts[0]])
-        if count == scene.counts[0]:
-            return None
-        target = scene.with_changes(layout="many", counts=(count,))
-        return Edit(kind, f"make it {noun_phrase(count, thing)}", target, str(count))
-    return None
-
-
-def _replacement(scene: Scene, rng: random.Random, new: str) -> Edit | None:
-    """Another thing in the place of one of the scene's, or None if it is there already."""
-    if new in scene.things:
+        changes["things"] = scene.things[::-1]
+    elif kind == "move" and layout in HORIZONTAL_CENTRES:
+        value = rng.choice([name for name in HORIZONTAL_CENTRES if name != layout])
+        instruction = f"move {rng.choice(('it', f'the {thing}'))} to the {value}"
+        changes["layout"] = value
+    elif kind == "size" and layout in ("large", "middle"):
+        size = "smaller" if layout == "large" else "bigger"
+        changes["layout"] = "middle" if layout == "large" else "large"
+        instruction = f"make {rng.choice(('it', f'the {thing}'))} {size}"
+    elif kind == "background":
+        value = value or rng.choice([name for name in BACKGROUNDS if name != scene.background])
+        if value != scene.background:
+            instruction = background_words(value, rng)
+            changes["background"] = value
+    elif kind == "style":
+        value = value or rng.choice([name for name in STYLES if name != scene.style])
+        if value != scene.style:
+            instruction = rng.choice((f"draw it in {value} style", f"make it {value}"))
+            changes["style"] = value
+    elif kind == "number" and layout in ("many", "large"):
+        value = value or str(rng.choice([n for n in NUMBERS if n != scene.counts[0]]))
+        count = int(value)
+        if count != scene.counts[0]:
+            instruction = f"make it {noun_phrase(count, thing)}"
+            changes = {"layout": "many", "counts": (count,)}
+    if not changes:
         return None
-    index = rng.randrange(len(scene.things))
-    name = scene.things[index]
-    count = scene.counts[index]
-    old = "the " + noun_phrase(count, name).split(" ", 1)[1]
-    new_phrase = noun_phrase(count, new)
-    instruction = rng.choice((f"replace {old} with {new_phrase}", f"turn {old} into {new_phrase}"))
-    target = scene.with_changes(
-        things=tuple(new if thing == name else thing for thing in scene.things)
-    )
-    return Edit("replace", instruction, target, new, verdict(scene, name, all_things=True))
+    before = verdict(scene, *named, all_things=True) if named else ""
+    return Edit(kind, instruction, scene.with_changes(**changes), value, before)
 
 
 def make_any_edit(scene: Scene, rng: random.Random) -> Edit:

@@ -6,13 +6,12 @@ from __future__ import annotations
 import json
 import random
 from pathlib import Path
-from typing import Any
 
 import yaml
 
-from seed_multimodal.disk import replace_text
+from seed_multimodal.disk import JsonObject, replace_text
 
-VOCABULARY: dict[str, Any] = yaml.safe_load(
+VOCABULARY: JsonObject = yaml.safe_load(
     Path(__file__).with_name("vocabulary.yaml").read_text(encoding="utf-8")
 )
 STYLES = ("noto", "twemoji", "fluent")

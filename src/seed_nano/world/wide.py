@@ -1,7 +1,7 @@
 """Wide scenes; and views: scenes as images of many sizes and shapes, like those of users.
 
     scene = WideScene("noto", "meadow", ("tiger", "", "penguin", ""))
-    render_wide(scene)                       # uint8 [128, 128, 3]
+    render(scene, 128)                       # uint8 [128, 128, 3]
     View(scene, 200, (-0.2, 0, 1.2, 1))()    # uint8 [200, 280, 3], flat margins at both sides
 
 Wide scenes of `train` show no two things of a held-out pair, and no thing on a background or in a
@@ -15,8 +15,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
-from seed_nano.world.scene import QUARTERS, SIZE, Box, Scene, WideScene, boxes, render
+from seed_nano.world.scene import QUARTERS, SIZE, Box, Scene, WideScene, boxes, scene_image
 from seed_nano.world.splits import check_split, held_out_compositions
 from seed_nano.world.things import BACKGROUND_PHRASES, BACKGROUNDS, NAMES, STYLES
 from seed_nano.world.words import noun_phrase
@@ -59,11 +60,6 @@ def held_out_wide(scene: WideScene) -> set[str]:
     return compositions
 
 
-def render_wide(scene: WideScene, size: int = 2 * SIZE) -> np.ndarray:
-    """The image, uint8 [size, size, 3]."""
-    return render(scene, size)
-
-
 def describe_wide(scene: WideScene) -> str:
     """`a noto tiger at the top left, a penguin at the bottom left, in a meadow`."""
     style = scene.style
@@ -101,33 +97,20 @@ class View:
     def __call__(self) -> np.ndarray:
         """uint8 [height, width, 3]; a whole scene has `size` pixels a side."""
         left, top, right, bottom = (round(share * self.size) for share in self.frame)
-        # 1. A canvas of the margin's grey.
-        canvas = np.full((bottom - top, right - left, 3), self.margin, np.uint8)
-        # 2. The part of the scene inside the frame, copied to its position on the canvas.
-        rows = slice(max(top, 0), min(bottom, self.size))
-        columns = slice(max(left, 0), min(right, self.size))
-        image = render(self.scene, self.size, self.folder)
-        canvas[rows.start - top : rows.stop - top, columns.start - left : columns.stop - left] = (
-            image[rows, columns]
-        )
-        return canvas
+        # The scene on a canvas of the margin's grey; what is outside of the frame is cut off.
+        canvas = Image.new("RGB", (right - left, bottom - top), (self.margin,) * 3)
+        canvas.paste(scene_image(self.scene, self.size, self.folder), (-left, -top))
+        return np.array(canvas)
 
     def boxes(self) -> list[tuple[str, Box]]:
         """(thing, (left, top, right, bottom)) in shares of the image, cut off at its edges."""
         left, top, right, bottom = self.frame
-
-        def inside(value: float, start: float, end: float) -> float:
-            return min(max((value - start) / (end - start), 0.0), 1.0)
-
+        starts = np.array([left, top, left, top])
+        sizes = np.array([right - left, bottom - top] * 2)
         result = []
-        for name, (box_left, box_top, box_right, box_bottom) in boxes(self.scene):
-            box = (
-                inside(box_left, left, right),
-                inside(box_top, top, bottom),
-                inside(box_right, left, right),
-                inside(box_bottom, top, bottom),
-            )
-            result.append((name, box))
+        for name, box in boxes(self.scene):
+            edges = ((np.array(box) - starts) / sizes).clip(0.0, 1.0).tolist()
+            result.append((name, (edges[0], edges[1], edges[2], edges[3])))
         return result
 
 

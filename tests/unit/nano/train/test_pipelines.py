@@ -24,7 +24,7 @@ from seed_multimodal.models.seed_x.pipeline import SeedX
 from seed_nano.train.__main__ import main
 from seed_nano.world.scene import render
 from seed_nano.world.splits import scene_at
-from seed_nano.world.wide import render_wide, wide_at
+from seed_nano.world.wide import wide_at
 
 
 def arguments(system: str, work: Path, *options: str) -> list[str]:
@@ -114,7 +114,7 @@ def test_nano_x_is_killed_resumed_and_answers(tmp_path, capfd):
     seed = SeedX.from_pretrained(work / "system", log=None)
     image, wide = (
         Image.fromarray(pixels)
-        for pixels in (render(scene_at(0, 0, "val")), render_wide(wide_at(0, 0, "val")))
+        for pixels in (render(scene_at(0, 0, "val")), render(wide_at(0, 0, "val"), 128))
     )
     assert isinstance(seed.describe(wide, max_new_tokens=4), str)
     assert seed.detect(image, "the dog", max_new_tokens=4).image.size == (64, 64)

@@ -3,10 +3,10 @@
 import pytest
 
 from seed_nano.world.records import X_ONLY_KINDS
-from seed_nano.world.scene import QUARTERS, Scene, boxes, render_slots
+from seed_nano.world.scene import QUARTERS, Scene, boxes, render, render_slots
 from seed_nano.world.source import open_nano
 from seed_nano.world.splits import held_out
-from seed_nano.world.wide import View, describe_wide, held_out_wide, render_wide, wide_at
+from seed_nano.world.wide import View, describe_wide, held_out_wide, wide_at
 
 
 def test_render_and_describe_wide_scenes():
@@ -14,7 +14,7 @@ def test_render_and_describe_wide_scenes():
     for index in range(40):
         scene = wide_at(0, index)
         empty = render_slots(scene.style, scene.background, [], 128)
-        image = render_wide(scene).copy()
+        image = render(scene, 128).copy()
         for name, (left, top, right, bottom) in boxes(scene):
             quarter = scene.things.index(name)
             assert left + right > 1 or quarter % 2 == 0
