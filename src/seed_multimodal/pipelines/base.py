@@ -582,15 +582,12 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         answers = [generated[row // images_per_answer] for row in range(len(seeds))]
 
         # 4. Their images.
+        batch_size = min(batch_size, DRAWING_BATCH)
+        lengths = previews if stream else ()
+        events = self._drawing_events(answers, seeds, drawing, lengths, batch_size)
         if stream:
-            return self._drawing_events(answers, seeds, drawing, previews)
-        images = self.decode_images(
-            [answer.single_image() for answer in answers],
-            [answer.prompt for answer in answers],
-            seeds,
-            drawing,
-            min(batch_size, DRAWING_BATCH),
-        )
+            return events
+        images = [event["image"] for event in events]
         return images[0] if single and num_images == 1 else images
 
     def _drawing_events(
@@ -599,19 +596,26 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         seeds: Sequence[int],
         drawing: Options,
         preview_lengths: Sequence[int],
+        batch_size: int,
     ) -> Iterator[Event]:
         """The image of each answer, behind what its first codes show."""
-        for generated, seed in zip(answers, seeds, strict=True):
-            prompt = generated.prompt
-            image_input = generated.single_image()
+        inputs = [answer.single_image() for answer in answers]
+        prompts = [answer.prompt for answer in answers]
+        images: list[Image.Image] = []
+        for index, answer in enumerate(answers):
             for length in preview_lengths:
-                codes = list(image_input[:length])
-                image = self._preview(codes, seed, drawing)
+                codes = list(inputs[index][:length])
+                image = self._preview(codes, seeds[index], drawing)
                 yield {"type": "image_preview", "codes": codes, "image": image}
-            (image,) = self.decode_images([image_input], [prompt], [seed], drawing)
-            codes = list(image_input) if self.images.has_codes else []
-            answer = generated.answer
-            yield {"type": "image", "image": image, "codes": codes, "answer": answer}
+            # All images are decoded together, when the first previews were shown.
+            images = images or self.decode_images(inputs, prompts, seeds, drawing, batch_size)
+            codes = list(inputs[index]) if self.images.has_codes else []
+            yield {
+                "type": "image",
+                "image": images[index],
+                "codes": codes,
+                "answer": answer.answer,
+            }
 
     def _preview(self, codes: Sequence[int], seed: int | None, drawing: Options) -> Image.Image:
         """What the first codes of an image show."""

@@ -15,17 +15,22 @@ import hmac
 import itertools
 import json
 import logging
-import secrets
 import socket
 import threading
-import time
 from collections.abc import Callable, Collection, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import waitress
-from flask import Flask, Response, abort, jsonify, request
+from flask import Flask, Response, abort, request
 from flask.typing import ResponseReturnValue, RouteCallable
-from werkzeug.exceptions import HTTPException, MethodNotAllowed
+from flask_cors import CORS
+from werkzeug.exceptions import (
+    BadRequest,
+    HTTPException,
+    InternalServerError,
+    MethodNotAllowed,
+    ServiceUnavailable,
+)
 from werkzeug.serving import make_server
 
 from seed_multimodal.device import is_out_of_memory, return_freed_memory, trim_memory
@@ -34,7 +39,6 @@ from seed_multimodal.entry import ended_by_sigterm
 from seed_multimodal.errors import ConfigError, SeedError, first_line
 from seed_multimodal.serving import schema
 from seed_multimodal.serving.backend import Backend, Deadline
-from seed_multimodal.serving.responses import ResponseEvents
 
 if TYPE_CHECKING:
     from seed_multimodal.pipelines.base import MultimodalSystem
@@ -42,11 +46,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 EDITS = "/v1/images/edits"  # its body is a form with files
 LOOPBACK = ("127.0.0.1", "localhost", "::1")
-HEADERS = {
-    401: {"WWW-Authenticate": "Bearer"},
-    429: {"Retry-After": "5"},
-    503: {"Retry-After": "5"},
-}
 LOADING = "The model is loading; try again later."
 
 CONNECTIONS = 512
@@ -69,12 +68,14 @@ def create_app(
     """A Flask application that serves one system.
 
     token: required as `Authorization: Bearer …`, except for `/health`.
-    origins: of web pages that may use the server, as of `allow_origins`.
+    origins: of web pages that may use the server (CORS); "*": any page.
     """
     backend = Backend(system, limits)
     app = Flask("seed_multimodal")
     app.config["MAX_CONTENT_LENGTH"] = backend.limits.max_body_bytes
     app.extensions["seed_backend"] = backend
+    if origins:
+        CORS(app, origins=origins)
     max_mib = backend.limits.max_body_bytes / 2**20
     sentences = {
         404: "There is no such route; /openapi.json lists all.",
@@ -99,16 +100,17 @@ def create_app(
         return response
 
     @app.errorhandler(Exception)
-    def error_response(error: Exception) -> ResponseReturnValue:
-        sentence, status = sentence_and_status(error)
-        if isinstance(error, HTTPException) and error.description == type(error).description:
-            sentence = sentences.get(status, sentence)  # instead of Werkzeug's
-        field = getattr(error, "field", "")
-        body = error_json(request.path.startswith("/v1"), sentence, status, field)
-        headers = HEADERS.get(status, {})
-        if isinstance(error, MethodNotAllowed):
-            headers = {"Allow": ", ".join(error.valid_methods or ())}
-        return jsonify(body), status, headers
+    def error_response(error: Exception) -> Response:
+        http = http_error(error)
+        if http.description == type(http).description:
+            http.description = sentences.get(http.code or 0, http.description)  # not Werkzeug's
+        response = app.make_response(http.get_response())
+        body = error_json(http, getattr(error, "field", ""), request.path)
+        response.set_data(json.dumps(body))
+        response.mimetype = "application/json"
+        if http.code == 401:
+            response.headers["WWW-Authenticate"] = "Bearer"
+        return response
 
     routes: dict[str, RouteCallable] = {
         "/": backend.root,
@@ -121,129 +123,62 @@ def create_app(
     }
     for rule, view in routes.items():
         app.add_url_rule(rule, view_func=view)
-    add_model_routes(app, backend)
-    allow_origins(app, origins)
+    for rule in schema.POSTED:
+        # The original's server answers GET with a JSON body, too.
+        methods = ["GET", "POST"] if rule == "/generate" else ["POST"]
+        app.add_url_rule(rule, rule, lambda: answer(app, backend), methods=methods)
     return app
 
 
-def allow_origins(app: Flask, origins: Collection[str]) -> None:
-    """Let web pages of these origins use the server (CORS); "*": any page."""
-
-    @app.after_request
-    def allow(response: Response) -> Response:
-        origin = request.headers.get("Origin", "")
-        if not {origin, "*"} & {*origins}:
-            return response
-        response.headers["Access-Control-Allow-Origin"] = origin
-        response.vary.add("Origin")
-        names = request.headers.get("Access-Control-Request-Headers", "")  # of a preflight
-        response.headers["Access-Control-Allow-Headers"] = names
-        response.headers["Access-Control-Allow-Methods"] = "GET, POST"
-        return response
+# ---- answers of the system
 
 
-def add_model_routes(app: Flask, backend: Backend) -> None:
-    """Routes that the system answers. Bodies are read when the request has a slot in the queue."""
+def answer(app: Flask, backend: Backend) -> ResponseReturnValue:
+    """The answer to a request: one object, or a stream of them."""
+    answers: dict[str, Callable[[Any, Deadline], Iterator[JsonObject]]] = {
+        "/generate": backend.generate,
+        "/v1/chat/completions": backend.complete,
+        "/v1/responses": backend.respond,
+        "/v1/images/generations": backend.draw,
+        EDITS: backend.draw,
+        "/v1/images/tokens": backend.tokenize,
+    }
+    if request.method == "GET" and not request.is_json:
+        raise MethodNotAllowed(["POST"])
 
-    def slot() -> contextlib.AbstractContextManager[Deadline]:
+    # The body is read when the request has a slot in the queue.
+    def objects() -> Generator[Any, None, None]:
         is_disconnected = request.environ.get("waitress.client_disconnected", lambda: False)
-        return backend.slot(request.path, request.content_length or 0, is_disconnected)
+        n_bytes = request.content_length or 0
+        with backend.slot(request.path, n_bytes, is_disconnected) as deadline:
+            body = read_body()
+            yield body.stream
+            yield from answers[request.path](body, deadline)
 
-    def read() -> Any:
-        """The body of a request, of the model of its route."""
-        model = schema.POSTED[request.path]
-        if request.path == EDITS:
-            if request.is_json:
-                abort(415, "An edit is a form: send it as multipart/form-data, with its images.")
-            # Other files, as a mask, are fields that nothing follows.
-            files = [*request.files.getlist("image"), *request.files.getlist("image[]")]
-            names = request.files.keys() - {"image", "image[]"}
-            fields = {**request.form.to_dict(), **dict.fromkeys(names, "a file")}
-            images = [file.read() for file in files]
-            return schema.read_request(model, {**fields, "image": images})
+    # The first object is awaited: errors of the request get a status, not an event.
+    events = objects()
+    is_stream = next(events)
+    first: JsonObject = next(events)
+    if is_stream:
+        return streamed(app, backend, first, events)
+    list(events)  # gives the slot back
+    return first
+
+
+def read_body() -> Any:
+    """The body of a request, of the model of its route."""
+    model = schema.POSTED[request.path]
+    if request.path != EDITS:
         if not request.is_json:
             abort(415, "The request body must be JSON, sent with Content-Type: application/json.")
         return schema.read_request(model, request.get_data(cache=False))
-
-    # 1. Routes that answer with one object.
-    @app.route("/generate", methods=["GET", "POST"])
-    def generate() -> JsonObject:
-        if request.method != "POST" and not request.is_json:  # the original answers GET with JSON
-            raise MethodNotAllowed(["POST"])
-        with slot() as deadline:
-            return backend.generate(read(), deadline)
-
-    @app.post("/v1/images/tokens")
-    def tokens() -> JsonObject:
-        with slot() as deadline:
-            return backend.tokenize(read(), deadline)
-
-    # 2. Routes that also answer with a stream of objects.
-    def chat(body: schema.ChatRequest, deadline: Deadline) -> Iterator[JsonObject]:
-        return completion(backend.name, body.stream, backend.chat(body, deadline))
-
-    def respond(body: schema.ResponsesRequest, deadline: Deadline) -> Iterator[JsonObject]:
-        events = ResponseEvents(body, backend.name).of_changes(backend.chat(body, deadline))
-        if body.stream:
-            return events
-        *_, last = events
-        return iter([last["response"]])
-
-    answers: dict[str, Callable[[Any, Deadline], Iterator[JsonObject]]] = {
-        "/v1/chat/completions": chat,
-        "/v1/responses": respond,
-        "/v1/images/generations": backend.draw,
-        EDITS: backend.draw,
-    }
-
-    def answer() -> ResponseReturnValue:
-        def objects() -> Generator[Any, None, None]:
-            with slot() as deadline:
-                body = read()
-                yield body.stream
-                yield from answers[request.path](body, deadline)
-
-        # The first object is awaited: errors of the request get a status, not an event.
-        events = objects()
-        is_stream = next(events)
-        first: JsonObject = next(events)
-        if is_stream:
-            return streamed(app, backend, first, events)
-        list(events)  # gives the slot back
-        return first
-
-    for path in answers:
-        app.add_url_rule(path, path, answer, methods=["POST"])
-
-
-def completion(model: str, stream: bool, changes: Iterator[JsonObject]) -> Iterator[JsonObject]:
-    """An answer as OpenAI's chunks, or as one object."""
-    # All chunks have the same head.
-    head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
-    message: JsonObject = {
-        "role": "assistant",
-        "content": "",
-        "images": [],
-        "boxes": [],
-        "notes": [],
-    }
-    role = {"role": "assistant"}  # in the first chunk
-    for change in changes:
-        # Only the last change has these two.
-        finish_reason = change.pop("finish_reason", None)
-        usage = change.pop("usage", None)
-        for name, value in change.items():
-            message[name] += value
-        if stream:
-            choice = {"index": 0, "delta": {**role, **change}, "finish_reason": finish_reason}
-            chunk = {**head, "object": "chat.completion.chunk", "choices": [choice]}
-            if usage:
-                chunk["usage"] = usage
-            yield chunk
-        role = {}
-    if not stream:
-        choice = {"index": 0, "message": message, "finish_reason": finish_reason}
-        yield {**head, "object": "chat.completion", "usage": usage, "choices": [choice]}
+    if request.is_json:
+        abort(415, "An edit is a form: send it as multipart/form-data, with its images.")
+    # Other files, as a mask, are fields that nothing follows.
+    files = [*request.files.getlist("image"), *request.files.getlist("image[]")]
+    others = request.files.keys() - {"image", "image[]"}
+    fields = {**request.form.to_dict(), **dict.fromkeys(others, "a file")}
+    return schema.read_request(model, {**fields, "image": [file.read() for file in files]})
 
 
 def streamed(
@@ -257,15 +192,16 @@ def streamed(
     rule = str(request.url_rule)
 
     def lines() -> Iterator[str]:
-        status = 200
+        status: int | None = 200
         with contextlib.closing(others):
             try:
                 for chunk in itertools.chain([first], others):
                     name = f"event: {chunk['type']}\n" if "type" in chunk else ""
                     yield f"{name}data: {json.dumps(chunk)}\n\n"
             except Exception as error:  # noqa: BLE001
-                sentence, status = sentence_and_status(error)
-                yield f"data: {json.dumps(error_json(True, sentence, status))}\n\n"
+                http = http_error(error)
+                status = http.code
+                yield f"data: {json.dumps(error_json(http))}\n\n"
             finally:
                 backend.requests.labels(rule, status).inc()
         yield "data: [DONE]\n\n"
@@ -277,30 +213,34 @@ def streamed(
 # ---- errors
 
 
-def sentence_and_status(error: Exception) -> tuple[str, int]:
-    """The sentence and status of an error; out of memory and programming errors are logged."""
+def http_error(error: Exception) -> HTTPException:
+    """An error as a status and a sentence; out of memory and programming errors are logged."""
     if isinstance(error, HTTPException):
-        return error.description or error.name, error.code or 500
+        return error
     if isinstance(error, SeedError):
-        return str(error), 400
+        return BadRequest(str(error))
     if is_out_of_memory(error):
         logger.error("A request ran out of memory: %s", first_line(error))
-        return "The server ran out of memory; try again later, or ask for less at once.", 503
+        return ServiceUnavailable(
+            "The server ran out of memory; try again later, or ask for less at once.", retry_after=5
+        )
     logger.error("A request failed inside the server", exc_info=error)
-    return "The server failed inside; its log has the details.", 500
+    return InternalServerError("The server failed inside; its log has the details.")
 
 
-def error_json(openai: bool, sentence: str, status: int, field: str = "") -> JsonObject:
-    """The body of an error: OpenAI's, or `error` with the keys of an answer.
+def error_json(error: HTTPException, field: str = "", path: str = "/v1") -> JsonObject:
+    """The body of an error: OpenAI's below `/v1`, else `error` with the keys of an answer.
 
     field: of the request that is wrong, if it is one.
     """
-    if not openai:
+    sentence = error.description or error.name
+    if not path.startswith("/v1"):
         return {"error": sentence, **schema.GenerateResponse(error_msg=[sentence]).model_dump()}
+    is_servers = (error.code or 500) >= 500
     return {
         "error": {
             "message": sentence,
-            "type": "server_error" if status >= 500 else "invalid_request_error",
+            "type": "server_error" if is_servers else "invalid_request_error",
             "param": field or None,
             "code": None,
         }
@@ -339,8 +279,8 @@ def loading(sock: socket.socket) -> Iterator[None]:
 
     @app.before_request
     def answer() -> ResponseReturnValue:
-        error = error_json(request.path.startswith("/v1"), LOADING, 503)
-        return jsonify({"status": "loading", "ready": False, **error}), 503, HEADERS[503]
+        error = error_json(ServiceUnavailable(LOADING), path=request.path)
+        return {"status": "loading", "ready": False, **error}, 503, {"Retry-After": "5"}
 
     logging.getLogger("werkzeug").setLevel("ERROR")  # not each request
     host, port = sock.getsockname()[:2]

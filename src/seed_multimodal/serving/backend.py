@@ -12,6 +12,7 @@ import math
 import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -41,8 +42,12 @@ from seed_multimodal.language.messages import Message, images_before_question
 from seed_multimodal.language.prompts import PromptTemplate, interleave
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.models.registry import find_family
+from seed_multimodal.serving.responses import ResponseEvents, completion
 from seed_multimodal.serving.schema import (
+    MAX_IMAGES,
+    MAX_TEXT,
     AnswerRequest,
+    ChatRequest,
     EditsRequest,
     GenerateRequest,
     GenerateResponse,
@@ -50,6 +55,8 @@ from seed_multimodal.serving.schema import (
     ImagesRequest,
     ImageUrl,
     Limits,
+    MessagePart,
+    ResponsesRequest,
     TokensRequest,
     contradiction,
 )
@@ -61,13 +68,26 @@ if TYPE_CHECKING:
 LARGE_BODY_BYTES = 8 << 20
 LARGE_IMAGES_PIXELS = 2_000_000
 MAX_SIDE = 2048  # of a returned image
+RETRY_SECONDS = 5  # after which a refused client may come back
 POLL_SECONDS = 0.2  # between two looks at the connection of a waiting request
 CANNOT_DRAW = "This system cannot draw."
 
 SentImage = str | bytes | list[int]  # base64 or a data URL, a file, codes
-Part = str | Image.Image | list[int]  # a text, an image, codes of an image
-Turn = tuple[str, Sequence[Part]]  # role and content
+Turn = tuple[str, Sequence[MessagePart]]  # role and content as they were sent
 Options = dict[str, Any]  # keyword arguments of a system's methods
+
+
+@dataclass(frozen=True)
+class Conversation:
+    """A conversation as the system reads it.
+
+    images: of the request, opened or as codes.
+    notes: about what is left out.
+    """
+
+    messages: list[Message]
+    images: Sequence[Image.Image | list[int]]
+    notes: list[str]
 
 
 class Deadline:
@@ -93,7 +113,10 @@ class Deadline:
 
     def raise_if_cancelled(self) -> None:
         if self.is_cancelled():
-            raise ServiceUnavailable("The server is being stopped, or the connection was closed.")
+            raise ServiceUnavailable(
+                "The server is being stopped, or the connection was closed.",
+                retry_after=RETRY_SECONDS,
+            )
 
     @contextlib.contextmanager
     def hold(
@@ -119,6 +142,7 @@ class Backend:
         self.limits = limits or Limits()
         self.name = Path(system.config.name).name
         self.vocabulary = system.tokenizer.vocabulary
+        self.has_codes = not self.vocabulary.fixed_image_order  # SEED-X's images have none
         self.template = system.family.template
         self.created = int(time.time())
 
@@ -141,10 +165,9 @@ class Backend:
         )
         self.tokens = Counter("seed_tokens", "Tokens", ["kind"], registry=registry)
         self.images = Counter("seed_images", "Images", ["kind"], registry=registry)
-        running = Gauge("seed_running", "Requests running", registry=registry)
-        running.set_function(lambda: self.health()["running"])
-        waiting = Gauge("seed_waiting", "Requests waiting", registry=registry)
-        waiting.set_function(lambda: self.health()["waiting"])
+        for name in ("running", "waiting"):
+            gauge = Gauge(f"seed_{name}", f"Requests {name}", registry=registry)
+            gauge.set_function(lambda name=name: self.health()[name])
 
     # ---- state: never waits for the model
 
@@ -205,13 +228,16 @@ class Backend:
             if self.admitted >= limits.max_running + limits.max_waiting:
                 raise TooManyRequests(
                     f"The model is busy and {limits.max_waiting} requests wait already; try again "
-                    f"later."
+                    f"later.",
+                    retry_after=RETRY_SECONDS,
                 )
             self.admitted += 1
 
-        # 2. The request waits here for its turn, and gives its slot back however it ends.
+        # 2. The request waits here for its turn, and gives its slot back however it ends. The time
+        #    of an answer is measured with that in the queue.
         try:
             with (
+                self.seconds.labels(route).time(),
                 deadline.hold(self._slots),
                 deadline.hold(self._large, n_bytes > LARGE_BODY_BYTES),
             ):
@@ -219,11 +245,9 @@ class Backend:
                 self.answered += 1
         except Stopped:
             deadline.raise_if_cancelled()
-            raise ServiceUnavailable(
-                f"The answer took more than {limits.seconds:g} seconds."
-            ) from None
+            sentence = f"The answer took more than {limits.seconds:g} seconds."
+            raise ServiceUnavailable(sentence, retry_after=RETRY_SECONDS) from None
         finally:
-            self.seconds.labels(route).observe(deadline.elapsed())  # with the time in the queue
             with self._counting:
                 self.admitted -= 1
 
@@ -237,9 +261,11 @@ class Backend:
         items: codes among them stay.
 
         Raises:
-            RequestError: not an image, or too many pixels.
+            RequestError: too many images or pixels, or not an image.
         """
         limits = ImageLimits(self.limits.max_pixels, self.limits.max_image_bytes)
+        if len(items) > MAX_IMAGES:
+            raise RequestError(f"The request has {len(items)} images; {MAX_IMAGES} are allowed.")
 
         # 1. Files, and their pixels as the headers say.
         files: dict[int, StoredImage] = {}
@@ -258,28 +284,70 @@ class Backend:
                 )
 
         # 2. Opened images, which need much more memory.
-        inputs: dict[int, Any] = dict(enumerate(items))
-        images: dict[int, Image.Image] = {}
+        inputs: list[Any] = [*items]
         with deadline.hold(self._large, n_pixels > LARGE_IMAGES_PIXELS):
             self.images.labels("read").inc(len(files))
-            for index, file in files.items():
-                images[index] = file.open(at_least=self.system.images.min_side).image
-            inputs |= images
+            images: list[Any] = []
+            for file in files.values():
+                images.append(file.open(at_least=self.system.images.min_side).image)
             if images and self.system.family.prompts_are_ids:
-                encoded = self.system.images.encode([*images.values()])
-                inputs |= zip(images, [codes.tolist() for codes in encoded], strict=True)
-        return [*inputs.values()]
+                images = self.system.images.encode(images).tolist()
+        for index, image in zip(files, images, strict=True):
+            inputs[index] = image
+        return inputs
 
     # ---- conversations
 
+    def _conversation(self, turns: Sequence[Turn], deadline: Deadline) -> Conversation:
+        """The turns of a request as messages of the system, with their images opened."""
+        # 1. Texts and images of all turns.
+        n_characters = 0
+        images: list[SentImage] = []
+        for _, parts in turns:
+            for part in parts:
+                if isinstance(part, str):
+                    n_characters += len(part)
+                else:
+                    images.append(part.url if isinstance(part, ImageUrl) else part)
+        if n_characters > MAX_TEXT:
+            raise RequestError(
+                f"The messages hold {n_characters} characters; {MAX_TEXT} are allowed."
+            )
+        conversation = Conversation([], self.read_images(images, deadline), [])
+        next_images = iter(conversation.images)
+
+        # 2. The messages. SEED-X's own images have no codes, but stand where it generated some.
+        n_codes = self.vocabulary.tokens_per_image
+        for role, parts in turns:
+            is_answer = role == "assistant"
+            content: list[Any] = []
+            for part in parts:
+                image = part if isinstance(part, str) else next(next_images)
+                if isinstance(image, list) and len(image) < self.vocabulary.min_codes:
+                    problem = f"An image broke off after {len(image)} of {n_codes} codes"
+                    if not is_answer:
+                        raise RequestError(f"{problem}; send all of them, or the image.")
+                    conversation.notes.append(f"{problem} and was left out.")
+                elif isinstance(image, Image.Image) and is_answer and not self.has_codes:
+                    content.append(ImagePart(list(range(n_codes)), image=image))
+                elif image != "":
+                    content.append(image)
+            # An answer may be sent back in several items.
+            messages = conversation.messages
+            if is_answer and messages and messages[-1].role == role:
+                content = [*messages.pop().content, *content]
+            messages.append(Message(role, tuple(content)))
+        return conversation
+
     def _events(
-        self, turns: Sequence[Turn], deadline: Deadline, options: Options
+        self, conversation: Conversation, deadline: Deadline, options: Options
     ) -> Iterator[Event]:
         """Events of the answer to a conversation, counted in the metrics; the last has `notes`."""
-        messages, notes = self._messages(turns)
         is_first = True
         # `deadline` is asked before each token.
-        for event in self.system.chat(messages, stream=True, should_stop=deadline, **options):
+        for event in self.system.chat(
+            conversation.messages, stream=True, should_stop=deadline, **options
+        ):
             if is_first:
                 self.first.observe(deadline.elapsed())
                 is_first = False
@@ -290,40 +358,14 @@ class Backend:
                 self.tokens.labels("prompt").inc(answer.prompt_tokens)
                 self.tokens.labels("completion").inc(len(answer.ids))
                 self.images.labels("drawn").inc(len(answer.images))
-                if answer.note:
-                    notes.append(answer.note)
+                event["notes"] = [*conversation.notes, *filter(None, [answer.note])]
                 if deadline.is_exceeded():
-                    notes.append(f"The answer was cut off after {self.limits.seconds:g} seconds.")
-                event["notes"] = notes
+                    sentence = f"The answer was cut off after {self.limits.seconds:g} seconds."
+                    event["notes"].append(sentence)
             yield event
 
-    def _messages(self, turns: Sequence[Turn]) -> tuple[list[Message], list[str]]:
-        """A conversation as messages of the system, and notes about what is left out."""
-        n_codes = self.vocabulary.tokens_per_image
-        messages: list[Message] = []
-        notes: list[str] = []
-        for role, parts in turns:
-            # SEED-X's own images have no codes, but stand where the model generated some.
-            is_answer = role == "assistant"
-            replaces_codes = is_answer and self.vocabulary.fixed_image_order
-            content: list[Part | ImagePart] = []
-            for part in parts:
-                if isinstance(part, list) and len(part) < self.vocabulary.min_codes:
-                    problem = f"An image broke off after {len(part)} of {n_codes} codes"
-                    if not is_answer:
-                        raise RequestError(f"{problem}; send all of them, or the image.")
-                    notes.append(f"{problem} and was left out.")
-                elif isinstance(part, Image.Image) and replaces_codes:
-                    content.append(ImagePart(list(range(n_codes)), image=part))
-                elif part != "":
-                    content.append(part)
-            messages.append(Message(role, tuple(content)))
-        return messages, notes
-
-    def generate(self, request: GenerateRequest, deadline: Deadline) -> JsonObject:
+    def generate(self, request: GenerateRequest, deadline: Deadline) -> Iterator[JsonObject]:
         """The answer of `POST /generate`."""
-        images = self.read_images(request.images, deadline)
-
         # 1. The text as a conversation, or as a text that is continued.
         texts: list[tuple[str, str]] = []
         if self.template and self.system.config.tuned:
@@ -331,11 +373,12 @@ class Backend:
         if not texts:
             text = request.text.rstrip() if request.force_boi else request.text
             texts = [("raw" if self.template else "user", text)]
-        next_images = iter(images)
+        images = iter(request.image_parts)
         turns: list[Turn] = []
         for role, text in texts:
-            turn_images = islice(next_images, text.count(PLACEHOLDER))
+            turn_images = islice(images, text.count(PLACEHOLDER))
             turns.append((role, interleave(text, [*turn_images])))
+        conversation = self._conversation(turns, deadline)
 
         # 2. Settings; LaVIT's own defaults stay where the request does not set them.
         options = request.model_dump(exclude_none=True, exclude_unset=self.template is None)
@@ -346,10 +389,9 @@ class Backend:
         options = {"images": images_option, "previews": (), **options}
 
         # 3. The last event has the answer.
-        for event in self._events(turns, deadline, options):
-            done = event
-        codes = [image if isinstance(image, list) else None for image in images]
-        return self._generate_response(done["answer"], codes, done["notes"]).model_dump()
+        *_, done = self._events(conversation, deadline, options)
+        codes = [image if isinstance(image, list) else None for image in conversation.images]
+        yield self._generate_response(done["answer"], codes, done["notes"]).model_dump()
 
     def _generate_response(
         self, answer: Answer, codes: Sequence[list[int] | None], notes: Sequence[str]
@@ -359,37 +401,52 @@ class Backend:
         codes: of the request's images, None for one without.
         """
         # The answer's images follow those of the request; a broken one has empty entries.
+        response = GenerateResponse(images_ids=[*codes], error_msg=[*notes])
         texts: list[str] = []
-        images: list[str] = []
-        all_codes = [*codes]
-        errors = [*notes]
         for part in answer.parts:
             if isinstance(part, str):  # the model may spell the placeholder in ordinary letters
                 texts.append(part.replace(PLACEHOLDER, "<image >").strip())
                 continue
             texts.append(PLACEHOLDER)
+            data = ""
             if isinstance(part, BrokenImagePart):
-                images.append("")
-                all_codes.append([])
-                errors.append(part.reason)
-            elif part.image is None:
-                images.append("")
-                all_codes.append(part.codes)
-                errors.append(CANNOT_DRAW)
+                response.images_ids.append([])
+                response.error_msg.append(part.reason)
             else:
-                images.append(image_to_base64(part.image))
-                all_codes.append(None if self.vocabulary.fixed_image_order else part.codes)
-        return GenerateResponse(
-            text=" ".join(filter(None, texts)),
-            images=images,
-            images_ids=all_codes,
-            error_msg=errors,
-        )
+                response.images_ids.append(part.codes if self.has_codes else None)
+                if part.image is None:
+                    response.error_msg.append(CANNOT_DRAW)
+                else:
+                    data = image_to_base64(part.image)
+            response.images.append(data)
+        response.text = " ".join(filter(None, texts))
+        return response
+
+    def complete(self, request: ChatRequest, deadline: Deadline) -> Iterator[JsonObject]:
+        """The answer of `POST /v1/chat/completions`, or its chunks."""
+        return completion(self.name, request.stream, self.chat(request, deadline))
+
+    def respond(self, request: ResponsesRequest, deadline: Deadline) -> Iterator[JsonObject]:
+        """The answer of `POST /v1/responses`, or its events."""
+        events = ResponseEvents(request, self.name).of_changes(self.chat(request, deadline))
+        if request.stream:
+            yield from events
+        else:
+            *_, last = events
+            yield last["response"]
 
     def chat(self, request: AnswerRequest, deadline: Deadline) -> Iterator[JsonObject]:
         """Changes of an OpenAI message (`content`, …), and last `usage` and `finish_reason`."""
-        # 1. The conversation, and the settings that differ from the system's.
-        turns, n_images = self._read_messages(request, deadline)
+        # 1. The conversation, of which LaVIT answers the last message only.
+        turns: list[Turn] = []
+        for message in request.conversation if self.template else request.conversation[-1:]:
+            parts: Sequence[MessagePart] = message.parts
+            if message.role == "user" and self.system.config.tuned:
+                parts = images_before_question(parts)
+            turns.append((message.role.replace("developer", "system"), parts))
+        conversation = self._conversation(turns, deadline)
+
+        # 2. The settings that differ from the system's.
         options = request.model_dump(exclude_none=True)
         options |= self._drawing_options(request.image_options, request.ratio)
         options |= {"images": request.images, "previews": ()}
@@ -397,11 +454,11 @@ class Backend:
             lengths = self._preview_lengths(request.image_options)
             options["previews"] = None if request.previews else lengths
 
-        # 2. Texts and images while they are generated.
+        # 3. Texts and images while they are generated.
         index = -1  # of the current image
         offset = 0  # characters of the text so far
         follows_image = False
-        for event in self._events(turns, deadline, options):
+        for event in self._events(conversation, deadline, options):
             kind = event["type"]
             if kind == "text":
                 # Without blanks at the beginning, and with one behind an image.
@@ -423,11 +480,12 @@ class Backend:
             elif kind in ("image", "image_broken"):
                 yield {"notes": [event.get("reason", CANNOT_DRAW)]}
 
-        # 3. What is known at the end: the last event has the answer.
+        # 4. What is known at the end: the last event has the answer.
         answer = event["answer"]
         edges_of_boxes, problems = self.system.family.boxes(answer)
         # They are on the last image; boxes of a text alone have none to be drawn on.
-        boxes = [{"image": n_images - 1, "box": edges} for edges in edges_of_boxes if n_images]
+        last_image = len(conversation.images) - 1
+        boxes = [{"image": last_image, "box": edges} for edges in edges_of_boxes if last_image >= 0]
         n_tokens = len(answer.ids)
         needed = 0 if self.vocabulary.image_only_when_forced else self.vocabulary.image_length
         if answer.finish_reason == "length" and n_tokens < needed and not answer.codes:
@@ -439,31 +497,6 @@ class Backend:
             "finish_reason": "stop" if answer.finish_reason == "stop" else "length",
             "usage": usage_of(answer, *request.usage_names),
         }
-
-    def _read_messages(self, request: AnswerRequest, deadline: Deadline) -> tuple[list[Turn], int]:
-        """The conversation of a request with its images opened, and their number."""
-        # LaVIT answers the last message only.
-        messages = request.conversation if self.template else request.conversation[-1:]
-        sent: list[SentImage] = []
-        for message in messages:
-            for part in message.parts:
-                if not isinstance(part, str):
-                    sent.append(part.url if isinstance(part, ImageUrl) else part)
-        next_images = iter(self.read_images(sent, deadline))
-
-        # Images stand where they were sent.
-        turns: list[Turn] = []
-        for message in messages:
-            content = [
-                part if isinstance(part, str) else next(next_images) for part in message.parts
-            ]
-            if message.role == "user" and self.system.config.tuned:
-                content = [*images_before_question(content)]
-            # An answer may be sent back in several items.
-            if turns and turns[-1][0] == message.role == "assistant":
-                content = [*turns.pop()[1], *content]
-            turns.append((message.role.replace("developer", "system"), content))
-        return turns, len(sent)
 
     def _image_part(
         self, event: Event, index: int, offset: int, options: ImageOptions
@@ -477,7 +510,7 @@ class Backend:
             "image_url": {"url": url},
             "index": index,
             "offset": offset,
-            "codes": None if self.vocabulary.fixed_image_order else event["codes"],
+            "codes": event["codes"] if self.has_codes else None,
             "preview": event["type"] == "image_preview",
         }
 
@@ -488,45 +521,35 @@ class Backend:
         # 1. The settings.
         seed = random_seed() if request.seed is None else request.seed
         options = self._drawing_options(request, request.ratio)
-        options |= {"num_images": request.n, "should_stop": deadline}
-        if request.stream:
-            options |= {"stream": True, "previews": self._preview_lengths(request)}
+        previews = self._preview_lengths(request) if request.stream else ()
+        options |= {"num_images": request.n, "stream": True, "previews": previews}
+        options["should_stop"] = deadline
 
         # 2. The images; all files belong to one request.
         kind = "image_generation"
         if isinstance(request, EditsRequest):
             kind = "image_edit"
             images = [self.read_images(request.image, deadline)]
-            drawings = self.system.edit(images, [request.prompt], seed, **options)
+            events = self.system.edit(images, [request.prompt], seed, **options)
         else:
-            drawings = self.system.draw([request.prompt], seed, **options)
+            events = self.system.draw([request.prompt], seed, **options)
 
-        # 3. The answer, with a note about words that nano was not trained on.
+        # 3. Their events, with a note about words that nano was not trained on; `index`: of the
+        #    image, where there are several. Without a stream, one object has all images.
         note = self.system.unknown_words_note(Message("user", (request.prompt,)))
         notes = [note] if note else []
-        if request.stream:
-            yield from self._drawing_events(request, kind, drawings, notes)
-            return
-        self.images.labels("drawn").inc(len(drawings))
-        data = [{"b64_json": encoded(image, request)} for image in drawings]
-        form = form_of(drawings[0], request)
-        yield {"created": int(time.time()), "data": data, **form, "notes": notes}
-
-    def _drawing_events(
-        self, request: ImagesRequest, kind: str, events: Iterator[Event], notes: Sequence[str]
-    ) -> Iterator[JsonObject]:
-        """OpenAI's events of drawings; `index`: of the image, where there are several."""
-        index = 0
+        data: list[JsonObject] = []
         n_previews = 0
         for event in events:
             image = event["image"]
-            assert image is not None
-            common = {
-                "b64_json": encoded(image, request),
-                "created_at": int(time.time()),
-                **form_of(image, request),
-                "index": index,
+            form = {
+                "output_format": request.output_format,
+                "size": request.size or f"{image.width}x{image.height}",
+                "quality": "auto",
+                "background": "opaque",
             }
+            content = {"b64_json": encoded(image, request)}
+            common = {**content, "created_at": int(time.time()), **form, "index": len(data)}
             if event["type"] == "image_preview":
                 partial = {"type": f"{kind}.partial_image", "partial_image_index": n_previews}
                 yield {**partial, **common}
@@ -534,9 +557,12 @@ class Backend:
                 continue
             self.images.labels("drawn").inc()
             usage = usage_of(event["answer"], "input", "output")
-            yield {"type": f"{kind}.completed", **common, "usage": usage, "notes": notes}
-            index += 1
+            if request.stream:
+                yield {"type": f"{kind}.completed", **common, "usage": usage, "notes": notes}
+            data.append(content)
             n_previews = 0
+        if not request.stream:
+            yield {"created": int(time.time()), "data": data, **form, "notes": notes}
 
     def _drawing_options(self, request: ImageOptions, ratio: str | None) -> Options:
         """Settings of drawing by `size` and `ratio`. Raises RequestError: no such one."""
@@ -564,9 +590,9 @@ class Backend:
         parts = request.partial_images + 1
         return [self.vocabulary.tokens_per_image * part // parts for part in range(1, parts)]
 
-    def tokenize(self, request: TokensRequest, deadline: Deadline) -> JsonObject:
+    def tokenize(self, request: TokensRequest, deadline: Deadline) -> Iterator[JsonObject]:
         """The codes of images, or the images of codes."""
-        if self.vocabulary.fixed_image_order:
+        if not self.has_codes:
             raise RequestError("The images of this model have no codes.")
         data: list[JsonObject]
         if request.codes:
@@ -589,7 +615,7 @@ class Backend:
             if not self.system.family.prompts_are_ids:
                 rows = self.system.images.encode(rows, seed=request.seed)
             data = [{"codes": [int(code) for code in row]} for row in rows]
-        return {"created": int(time.time()), "data": data}
+        yield {"created": int(time.time()), "data": data}
 
 
 def encoded(image: Image.Image, options: ImageOptions) -> str:
@@ -598,16 +624,6 @@ def encoded(image: Image.Image, options: ImageOptions) -> str:
         width, height = map(int, options.size.split("x"))
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     return image_to_base64(image, options.output_format, quality=options.output_compression)
-
-
-def form_of(image: Image.Image, options: ImageOptions) -> JsonObject:
-    """OpenAI's fields about the form in which an image is returned."""
-    return {
-        "output_format": options.output_format,
-        "size": options.size or f"{image.width}x{image.height}",
-        "quality": "auto",
-        "background": "opaque",
-    }
 
 
 def usage_of(answer: Answer, prompt: str, completion: str) -> JsonObject:

@@ -31,7 +31,7 @@ from seed_multimodal import __version__
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import RequestError
-from seed_multimodal.language.vocabulary import BLANK, PLACEHOLDER
+from seed_multimodal.language.vocabulary import PLACEHOLDER
 
 VALIDATION: Literal["validation"] = "validation"  # the schemas of requests, not of their dumps
 
@@ -39,8 +39,7 @@ MAX_IMAGES = 16  # of a request
 MAX_TEXT = 32_000  # characters of a request
 MAX_VALUES = 200_000  # of a body: parsing needs fifty times the bytes
 
-Code = Annotated[int, Field(ge=0, lt=2**31)]
-Codes = Annotated[list[Code], Field(max_length=1024)]  # of one image
+Codes = list[Annotated[int, Field(ge=0, lt=2**31)]]  # of one image
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Temperature = Annotated[float, Field(ge=0, le=5, allow_inf_nan=False)]
 Share = Annotated[float, Field(ge=0, le=1, allow_inf_nan=False)]
@@ -140,9 +139,10 @@ class GenerateRequest(Fields):
     """
 
     groups = ("every request", "/generate")
+    stream: ClassVar[bool] = False
 
-    text: NotSetting[str] = Field(max_length=MAX_TEXT)
-    images: NotSetting[list[str | Codes]] = Field(max_length=MAX_IMAGES)
+    text: NotSetting[str]
+    images: NotSetting[list[str | Codes]]
     temperature: Temperature = 0.7
     num_beams: Beams = 1
     max_new_tokens: NewTokens = 256
@@ -150,8 +150,12 @@ class GenerateRequest(Fields):
     force_boi: NotSetting[bool] = False
     seed: Seed | None = None
 
+    @property
+    def image_parts(self) -> list[MessagePart]:
+        return [ImageUrl(url=item) if isinstance(item, str) else item for item in self.images]
+
     @model_validator(mode="after")
-    def _count(self) -> GenerateRequest:
+    def _count(self) -> Self:
         count = self.text.count(PLACEHOLDER)
         if count != len(self.images):
             raise RequestError(
@@ -224,7 +228,7 @@ class ChatMessage(Fields):
     type: Literal["message"] = "message"
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[Part] | None = None
-    images: list[Part] = Field(default=[], max_length=MAX_IMAGES)
+    images: list[Part] = []
 
     @property
     def parts(self) -> list[MessagePart]:
@@ -281,11 +285,9 @@ class AnswerRequest(Fields):
     `stop`: texts that end the answer and are not in it. `ratio`: aspect ratio of LaVIT's images.
     `previews`: a stream shows images while they are made.
 
-    conversation_name, usage_names: how the route calls the conversation, and the tokens of the
-    prompt and of the answer.
+    usage_names: how the route calls the tokens of the prompt and of the answer.
     """
 
-    conversation_name: ClassVar[str] = "messages"
     usage_names: ClassVar[tuple[str, str]] = ("prompt", "completion")
 
     temperature: Temperature | None = None
@@ -310,30 +312,6 @@ class AnswerRequest(Fields):
     def image_options(self) -> ImageOptions:
         return ImageOptions()
 
-    @model_validator(mode="after")
-    def _count(self) -> Self:
-        # 1. An empty message without an image is nothing to answer.
-        *_, last = self.conversation
-        if all(isinstance(part, str) and not part.strip(BLANK) for part in last.parts):
-            raise RequestError("The last message is empty.", self.conversation_name)
-
-        # 2. Images and characters of the conversation.
-        n_images = 0
-        n_characters = 0
-        for message in self.conversation:
-            for part in message.parts:
-                if isinstance(part, str):
-                    n_characters += len(part)
-                else:
-                    n_images += 1
-        if n_images > MAX_IMAGES or n_characters > MAX_TEXT:
-            raise RequestError(
-                f"The messages hold {n_images} images and {n_characters} characters; {MAX_IMAGES} "
-                f"and {MAX_TEXT} are allowed.",
-                self.conversation_name,
-            )
-        return self
-
 
 class ChatRequest(AnswerRequest):
     """As OpenAI's, with fields for images.
@@ -344,7 +322,7 @@ class ChatRequest(AnswerRequest):
 
     groups = ("every request", "answers", "/v1/chat/completions")
 
-    messages: NotSetting[list[ChatMessage]] = Field(min_length=1, max_length=256)
+    messages: NotSetting[list[ChatMessage]]
     max_new_tokens: NewTokens | None = Field(
         None, validation_alias=AliasChoices("max_completion_tokens", "max_tokens")
     )
@@ -374,12 +352,9 @@ class ResponsesRequest(AnswerRequest):
     """
 
     groups = ("every request", "answers", "/v1/responses")
-    conversation_name = "input"
     usage_names = ("input", "output")
 
-    input: NotSetting[
-        str | Annotated[list[ChatMessage | ImageCall], Field(min_length=1, max_length=256)]
-    ]
+    input: NotSetting[str | list[ChatMessage | ImageCall]]
     instructions: NotSetting[str] = ""
     max_new_tokens: NewTokens | None = Field(None, validation_alias="max_output_tokens")
     tools: NotSetting[list[ImageTool]] = Field([], max_length=1)
@@ -423,7 +398,7 @@ class ImagesRequest(ImageOptions):
 class EditsRequest(ImagesRequest):
     """As OpenAI's for edits, a form: all files of `image` are one request."""
 
-    image: list[bytes] = Field(min_length=1, max_length=MAX_IMAGES)
+    image: list[bytes] = Field(min_length=1)
 
 
 class TokensRequest(Fields):
@@ -433,9 +408,10 @@ class TokensRequest(Fields):
     """
 
     groups = ("every request",)
+    stream: ClassVar[bool] = False
 
-    images: list[str] = Field([], max_length=MAX_IMAGES)
-    codes: list[Codes] = Field([], max_length=MAX_IMAGES)
+    images: list[str] = []
+    codes: list[Codes] = []
     seed: Seed = 0
     first: int | None = Field(None, ge=1)
 

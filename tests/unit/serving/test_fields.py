@@ -284,7 +284,7 @@ REFUSED = {
     # Missing fields and wrong types.
     '/generate {"text": 3}': "text:",
     '/generate {"text": "<image>", "images": [["a"]]}': "images.0.0:",
-    '/v1/chat/completions {"messages": []}': "messages:",
+    '/v1/chat/completions {"messages": []}': "must be the user's",
     '/v1/images/tokens {"codes": []}': "'codes'",
     '/v1/images/tokens {"images": ["aGk="]}': "'images'",
     '/v1/images/edits {"image": []}': "image:",
@@ -317,8 +317,8 @@ REFUSED = {
     '/generate {"text": ""}': "Message 0",
     '/generate {"text": "USER: .\\nASSISTANT:"}': "Message 0",
     '/generate {"text": "<image>"}': "<image>",
-    '/v1/responses {"input": ""}': "input:",
-    '/v1/chat/completions {"messages": [{"role": "user", "content": " ."}]}': "messages:",
+    '/v1/responses {"input": ""}': "Message 0",
+    '/v1/chat/completions {"messages": [{"role": "user", "content": " ."}]}': "Message 0",
     '/v1/chat/completions {"messages": [{"role": "tool", "content": "12"}]}': "messages.0.role",
     # Images and codes.
     '/generate {"text": "<image>", "images": ["@@@"]}': "image 0",
@@ -337,7 +337,7 @@ REFUSED = {
     '/v1/chat/completions {"max_output_tokens": 9}': "max_completion_tokens",
     '/v1/responses {"tools": [{"type": "web_search"}]}': "tools.0",
     '/v1/responses {"previous_response_id": "resp_1"}': "previous_response_id",
-    '/v1/responses {"input": []}': "input",
+    '/v1/responses {"input": []}': "must be the user's",
     '/v1/images/generations {"output_format": "gif"}': "output_format",
     '/v1/images/generations {"size": "1536x1024"}': "size:",
     '/v1/responses {"tool_choice": {"type": "image_generation", "size": "100x3000"}}': "size:",
@@ -362,10 +362,10 @@ def part(**fields: Any) -> dict[str, Any]:
 
 # Route, fields, what the refusal names.
 REQUESTS: dict[str, tuple[str, dict[str, Any], str]] = {
-    "characters": (GENERATE, {"text": "x" * 40_000}, "text:"),
+    "characters": (GENERATE, {"text": "x" * 40_000}, "characters"),
     "context": (GENERATE, {"text": "word " * 3000}, "context"),
     "images": (GENERATE, {"text": "<image>" * 17, "images": [CODES] * 17}, "images"),
-    "codes": (GENERATE, {"text": "<image>", "images": [[0] * 2000]}, "images.0"),
+    "codes": (GENERATE, {"text": "<image>", "images": [[0] * 2000]}, "32 codes"),
     "codes of an image": (GENERATE, {"text": "<image>", "images": [[0] * 33]}, "32 codes"),
     "a code": (GENERATE, {"text": "<image>", "images": [[16] * 32]}, "0 to 15"),
     "no codes": (GENERATE, {"text": HI.replace("hi", "<image>?"), "images": [[]]}, "32 codes"),
@@ -375,7 +375,7 @@ REQUESTS: dict[str, tuple[str, dict[str, Any], str]] = {
     "codes of a text": (RESPONSES, {"input": [part(type="text", codes=CODES)]}, "codes:"),
     "a broken input": (RESPONSES, {"input": [user(CODES[:3], "What is it?")]}, "32 codes"),
     "characters of messages": (CHAT, {"messages": [user("x" * 33_000)]}, "characters"),
-    "images of an edit": (EDIT, {"image": [b"no image"] * 17}, "image:"),
+    "images of an edit": (EDIT, {"image": [b"no image"] * 17}, "17 images"),
     "images of messages": (CHAT, {"messages": [user(*[CODES] * 17)]}, "17 images"),
     "an image of the system": (
         CHAT,
