@@ -232,8 +232,8 @@ def upload(file: Path) -> Image.Image:
     from seed_multimodal.serving.chat_session import ChatSession
 
     model: Any = SimpleNamespace(card=SimpleNamespace(keeps_aspect=True))
-    part = ChatSession([model], model).store_upload(str(file))
-    return open_image(part["image_url"]["url"]).image
+    picture = ChatSession([model], model).store_upload(str(file))
+    return open_image(picture.url).image
 
 
 @pytest.mark.slow

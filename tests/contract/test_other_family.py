@@ -123,8 +123,8 @@ def test_server_and_page_of_the_system(mosaic: Any):
     models = requests.get(f"{server.root}/v1/models", timeout=20).json()
     assert models["data"][0]["family"] == "mosaic"
     client = ModelClient(f"{server.root}/generate", find_family("seed_llama").page_cards().family)
-    updates = asyncio.run(ChatSession([client], client).on_model(0))
-    assert updates[1] == "# Mosaic"
+    updates = asyncio.run(ChatSession([client], client).on_model(0, None))
+    assert updates[1].startswith("# Mosaic")
     assert [update["maximum"] for update in updates[9:11]] == [32, 32]
     assert replace(find_family("mosaic"), cards=None).page_cards().family.title == "Mosaic"
 

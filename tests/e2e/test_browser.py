@@ -114,6 +114,8 @@ class Page:
         browser.get("about:blank")
         browser.get_log("performance")  # an earlier page's requests
         browser.get(address)
+        browser.execute_script("localStorage.clear()")  # an earlier page's conversation
+        browser.refresh()
         self.until(
             lambda: self.all("#message textarea") and self.all("#chat .example"), "the page to load"
         )
@@ -221,6 +223,17 @@ def test_a_chat_with_images_in_both_directions(page: Page):
     assert len(first) == 1 and len(observed()["images"]) >= 2, (
         "a preview in the place of the image, then the image"
     )
+
+    # A reload continues the conversation; on a phone, too, the message box is in view.
+    page.browser.set_window_size(390, 844)
+    page.browser.refresh()
+    page.until(lambda: len(page.images("#chat .bot")) == 1, "the conversation after a reload")
+    buttons = page.all("#chat button[aria-label=Retry]")
+    assert [button.is_displayed() for button in buttons].count(True) == 1
+    script = "return arguments[0].getBoundingClientRect().bottom <= innerHeight"
+    assert page.browser.execute_script(script, page.all("#message")[0])
+    page.browser.set_window_size(1360, 1000)
+    first = page.images("#chat .bot")
 
     page.click("#chat button[aria-label=Retry]")
     page.until(
@@ -362,7 +375,7 @@ def test_tabs_draw_edit_and_exchange_codes(page: Page):
     page.all("#draw-text textarea")[0].send_keys("a fluent zebra in a meadow")
     page.click("#draw")
     page.until(lambda: len(page.images("#draw-images")) == 4, "four drawings")
-    page.says("does not know 'zebra'")
+    page.until(lambda: "does not know 'zebra'" in page.text("#draw-notes"), "the note")
 
     page.tab("Edit")
     page.click("#edit")

@@ -24,7 +24,7 @@ SETTINGS = (
     64,
     0.0,
     0.5,
-    3,
+    0,
 )  # force, ratio, beams, tokens, temperature, top_p, rounds
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 

@@ -76,7 +76,8 @@ class ModelCard:
 
     Attributes:
         tabs: further tabs, of "draw", "edit", "codes" and "find".
-        temperature, max_rounds: initial values of the sliders.
+        about: a sentence below the title.
+        temperature, max_rounds: initial values of the sliders; 0 rounds: any number.
         examples: the gallery, whose messages are answered at a click.
         keeps_aspect: images are sent with their aspect ratio; otherwise as squares.
         single_turn_template: each message is sent alone, between these two texts.
@@ -85,12 +86,13 @@ class ModelCard:
     """
 
     title: str
+    about: str = ""
     tabs: tuple[str, ...] = ("draw", "edit", "codes")
     temperature: float = 1.0
     examples: tuple[Example, ...] = ()
     keeps_aspect: bool = False
     single_turn_template: tuple[str, str] | None = None
-    max_rounds: int = 3
+    max_rounds: int = 0
     tasks: TaskPrompts = DEFAULT_TASKS
     ratios: tuple[str, ...] = ()
 

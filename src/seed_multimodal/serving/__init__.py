@@ -2,9 +2,11 @@
 
     schema        requests and answers of the HTTP routes
     backend       `Backend`: one system, its queue, limits and metrics
+    responses     answers in OpenAI's two forms, whole and as events
     app           `create_app`, `listen`, `serve`: Flask routes and the server
     client        `ModelClient`, `ModelCard`: what the page knows about models, and its requests
     conversation_log  `ConversationLog`: the page's log of conversations and votes
+    turns         `Turn`, `Picture`: the page's conversations
     chat_session  `ChatSession`: a visitor's conversation, and the page's event handlers
     page          `build`, `launch`: the Gradio page
 

@@ -38,15 +38,18 @@ from seed_multimodal.images.io import (
 )
 from seed_multimodal.inference.prompt import Stopped, random_seed
 from seed_multimodal.language.answer import Answer, BrokenImagePart, Event, ImagePart
-from seed_multimodal.language.messages import Message, images_before_question
+from seed_multimodal.language.messages import (
+    Message,
+    images_before_question,
+    without_oldest_turn,
+)
 from seed_multimodal.language.prompts import PromptTemplate, interleave
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.models.registry import find_family
-from seed_multimodal.serving.responses import ResponseEvents, completion
+from seed_multimodal.serving.responses import completion, response_events
 from seed_multimodal.serving.schema import (
     MAX_IMAGES,
     MAX_TEXT,
-    AnswerRequest,
     ChatRequest,
     EditsRequest,
     GenerateRequest,
@@ -55,7 +58,6 @@ from seed_multimodal.serving.schema import (
     ImagesRequest,
     ImageUrl,
     Limits,
-    MessagePart,
     ResponsesRequest,
     TokensRequest,
     contradiction,
@@ -73,7 +75,6 @@ POLL_SECONDS = 0.2  # between two looks at the connection of a waiting request
 CANNOT_DRAW = "This system cannot draw."
 
 SentImage = str | bytes | list[int]  # base64 or a data URL, a file, codes
-Turn = tuple[str, Sequence[MessagePart]]  # role and content as they were sent
 Options = dict[str, Any]  # keyword arguments of a system's methods
 
 
@@ -165,9 +166,10 @@ class Backend:
         )
         self.tokens = Counter("seed_tokens", "Tokens", ["kind"], registry=registry)
         self.images = Counter("seed_images", "Images", ["kind"], registry=registry)
-        for name in ("running", "waiting"):
-            gauge = Gauge(f"seed_{name}", f"Requests {name}", registry=registry)
-            gauge.set_function(lambda name=name: self.health()[name])
+        running = Gauge("seed_running", "Requests running", registry=registry)
+        running.set_function(lambda: self.health()["running"])
+        waiting = Gauge("seed_waiting", "Requests waiting", registry=registry)
+        waiting.set_function(lambda: self.health()["waiting"])
 
     # ---- state: never waits for the model
 
@@ -213,6 +215,7 @@ class Backend:
             "owned_by": "seed-multimodal",
             "family": self.system.config.system,
             "codes_per_image": self.system.images.codes_per_image,
+            "notice": self.system.config.notice,
         }
 
     @contextlib.contextmanager
@@ -291,37 +294,48 @@ class Backend:
             for file in files.values():
                 images.append(file.open(at_least=self.system.images.min_side).image)
             if images and self.system.family.prompts_are_ids:
-                images = self.system.images.encode(images).tolist()
+                images = [codes.tolist() for codes in self.system.images.encode(images)]
         for index, image in zip(files, images, strict=True):
             inputs[index] = image
         return inputs
 
     # ---- conversations
 
-    def _conversation(self, turns: Sequence[Turn], deadline: Deadline) -> Conversation:
-        """The turns of a request as messages of the system, with their images opened."""
-        # 1. Texts and images of all turns.
-        n_characters = 0
-        images: list[SentImage] = []
-        for _, parts in turns:
-            for part in parts:
-                if isinstance(part, str):
-                    n_characters += len(part)
-                else:
-                    images.append(part.url if isinstance(part, ImageUrl) else part)
+    def _conversation(self, turns: Sequence[Message], deadline: Deadline) -> Conversation:
+        """The turns of a request as messages of the system, with their images opened.
+
+        turns: their content is as it was sent, see `MessagePart`.
+        """
+        # 1. The oldest turns are dropped where there is too much of them.
+        n_sent = len(turns)
+        while True:
+            parts: list[Any] = [part for turn in turns for part in turn.content]
+            n_characters = sum(len(part) for part in parts if isinstance(part, str))
+            images = [part for part in parts if not isinstance(part, str)]
+            shorter = without_oldest_turn(turns)
+            is_fitting = len(images) <= MAX_IMAGES and n_characters <= MAX_TEXT
+            if is_fitting or len(shorter) == len(turns):
+                break
+            turns = shorter
         if n_characters > MAX_TEXT:
             raise RequestError(
-                f"The messages hold {n_characters} characters; {MAX_TEXT} are allowed."
+                f"The message has {n_characters} characters; {MAX_TEXT} are allowed."
             )
-        conversation = Conversation([], self.read_images(images, deadline), [])
-        next_images = iter(conversation.images)
+        sent = [part.url if isinstance(part, ImageUrl) else part for part in images]
+        conversation = Conversation([], self.read_images(sent, deadline), [])
+        if len(turns) < n_sent:
+            conversation.notes.append(
+                f"The first {n_sent - len(turns)} messages were left out: {MAX_IMAGES} images and "
+                f"{MAX_TEXT} characters are read."
+            )
 
         # 2. The messages. SEED-X's own images have no codes, but stand where it generated some.
+        next_images = iter(conversation.images)
         n_codes = self.vocabulary.tokens_per_image
-        for role, parts in turns:
-            is_answer = role == "assistant"
+        for turn in turns:
+            is_answer = turn.role == "assistant"
             content: list[Any] = []
-            for part in parts:
+            for part in turn.content:
                 image = part if isinstance(part, str) else next(next_images)
                 if isinstance(image, list) and len(image) < self.vocabulary.min_codes:
                     problem = f"An image broke off after {len(image)} of {n_codes} codes"
@@ -334,9 +348,9 @@ class Backend:
                     content.append(image)
             # An answer may be sent back in several items.
             messages = conversation.messages
-            if is_answer and messages and messages[-1].role == role:
+            if is_answer and messages and messages[-1].role == turn.role:
                 content = [*messages.pop().content, *content]
-            messages.append(Message(role, tuple(content)))
+            messages.append(Message(turn.role, tuple(content)))
         return conversation
 
     def _events(
@@ -374,10 +388,10 @@ class Backend:
             text = request.text.rstrip() if request.force_boi else request.text
             texts = [("raw" if self.template else "user", text)]
         images = iter(request.image_parts)
-        turns: list[Turn] = []
+        turns: list[Message] = []
         for role, text in texts:
-            turn_images = islice(images, text.count(PLACEHOLDER))
-            turns.append((role, interleave(text, [*turn_images])))
+            turn_images: list[Any] = [*islice(images, text.count(PLACEHOLDER))]
+            turns.append(Message(role, tuple(interleave(text, turn_images))))
         conversation = self._conversation(turns, deadline)
 
         # 2. Settings; LaVIT's own defaults stay where the request does not set them.
@@ -428,22 +442,24 @@ class Backend:
 
     def respond(self, request: ResponsesRequest, deadline: Deadline) -> Iterator[JsonObject]:
         """The answer of `POST /v1/responses`, or its events."""
-        events = ResponseEvents(request, self.name).of_changes(self.chat(request, deadline))
+        events = response_events(request, self.name, self.chat(request, deadline))
         if request.stream:
             yield from events
         else:
             *_, last = events
             yield last["response"]
 
-    def chat(self, request: AnswerRequest, deadline: Deadline) -> Iterator[JsonObject]:
+    def chat(
+        self, request: ChatRequest | ResponsesRequest, deadline: Deadline
+    ) -> Iterator[JsonObject]:
         """Changes of an OpenAI message (`content`, …), and last `usage` and `finish_reason`."""
         # 1. The conversation, of which LaVIT answers the last message only.
-        turns: list[Turn] = []
+        turns: list[Message] = []
         for message in request.conversation if self.template else request.conversation[-1:]:
-            parts: Sequence[MessagePart] = message.parts
+            parts: Sequence[Any] = message.parts
             if message.role == "user" and self.system.config.tuned:
                 parts = images_before_question(parts)
-            turns.append((message.role.replace("developer", "system"), parts))
+            turns.append(Message(message.role.replace("developer", "system"), tuple(parts)))
         conversation = self._conversation(turns, deadline)
 
         # 2. The settings that differ from the system's.
@@ -455,12 +471,11 @@ class Backend:
             options["previews"] = None if request.previews else lengths
 
         # 3. Texts and images while they are generated.
-        index = -1  # of the current image
+        index = 0  # of the current image
         offset = 0  # characters of the text so far
         follows_image = False
         for event in self._events(conversation, deadline, options):
-            kind = event["type"]
-            if kind == "text":
+            if event["type"] == "text":
                 # Without blanks at the beginning, and with one behind an image.
                 text = event["text"]
                 if offset == 0:
@@ -473,12 +488,12 @@ class Backend:
                 continue
             # An image; previews have the index of the image that replaces them.
             follows_image = True
-            if kind == "image_start":
-                index += 1
-            elif kind in ("image", "image_preview") and event["image"] is not None:
+            is_complete = event["type"] in ("image", "image_broken")
+            if event.get("image") is not None:
                 yield {"images": [self._image_part(event, index, offset, request.image_options)]}
-            elif kind in ("image", "image_broken"):
+            elif is_complete:
                 yield {"notes": [event.get("reason", CANNOT_DRAW)]}
+            index += is_complete
 
         # 4. What is known at the end: the last event has the answer.
         answer = event["answer"]
@@ -555,33 +570,31 @@ class Backend:
                 yield {**partial, **common}
                 n_previews += 1
                 continue
-            self.images.labels("drawn").inc()
-            usage = usage_of(event["answer"], "input", "output")
-            if request.stream:
-                yield {"type": f"{kind}.completed", **common, "usage": usage, "notes": notes}
-            data.append(content)
             n_previews = 0
+            data.append(content)
+            self.images.labels("drawn").inc()
+            if request.stream:
+                usage = usage_of(event["answer"], "input", "output")
+                yield {"type": f"{kind}.completed", **common, "usage": usage, "notes": notes}
         if not request.stream:
             yield {"created": int(time.time()), "data": data, **form, "notes": notes}
 
     def _drawing_options(self, request: ImageOptions, ratio: str | None) -> Options:
         """Settings of drawing by `size` and `ratio`. Raises RequestError: no such one."""
         ratios = find_family(self.system.config.system).page_cards().family.ratios or ("1:1",)
-        field = "ratio"
-        sides: Sequence[int] = ()
+        sides = [1]
         if request.size:
             # Drawings have the size of the model, in that ratio; `encoded` resizes them.
-            field = "size"
             sides = [int(side) for side in request.size.split("x")]
             divisor = math.gcd(*sides)
             size_ratio = ":".join(str(side // divisor) for side in sides)
             if ratio not in (None, size_ratio):
                 raise contradiction("ratio", "size")
             ratio = size_ratio
-        if ratio not in (None, *ratios) or max(sides, default=0) > MAX_SIDE:
+        if ratio not in (None, *ratios) or max(sides) > MAX_SIDE:
             raise RequestError(
                 f"{self.name} draws in {', '.join(ratios)}, at most {MAX_SIDE} pixels a side.",
-                field,
+                "size" if request.size else "ratio",
             )
         return {} if ratio in (None, "1:1") else {"ratio": ratio}
 
@@ -594,7 +607,6 @@ class Backend:
         """The codes of images, or the images of codes."""
         if not self.has_codes:
             raise RequestError("The images of this model have no codes.")
-        data: list[JsonObject]
         if request.codes:
             # Codes → images.
             options: Options = {}
@@ -608,7 +620,7 @@ class Backend:
             drawings = self.system.reconstruct(
                 request.codes, request.seed, should_stop=deadline, **options
             )
-            data = [{"b64_json": image_to_base64(image)} for image in drawings]
+            data: list[JsonObject] = [{"b64_json": image_to_base64(image)} for image in drawings]
         else:
             # Images → codes; `read_images` has encoded those of prompts of ids.
             rows: Any = self.read_images(request.images, deadline)

@@ -1,8 +1,7 @@
 """The page's chat session: a visitor's conversation and images, and the page's event handlers.
 
-A conversation is a list of OpenAI's messages, which are sent as they are, with further keys:
-`path`, an image's file, and of an answer `below`, texts and images that are displayed below it, and
-`settings`, those of its request.
+The browser keeps a copy of the conversation (texts and codes of images), from which a reload
+continues.
 """
 
 from __future__ import annotations
@@ -15,7 +14,6 @@ import os
 import random
 import shutil
 import tempfile
-import time
 import uuid
 from collections.abc import AsyncIterator, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -29,25 +27,25 @@ from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import RequestError, SeedError
 from seed_multimodal.images import io
 from seed_multimodal.images.sheet import draw_boxes
-from seed_multimodal.language.vocabulary import BLANK, BOX_WORDS, PLACEHOLDER
+from seed_multimodal.language.vocabulary import BOX_WORDS
 from seed_multimodal.models.registry import Example
 from seed_multimodal.serving.client import ModelClient
 from seed_multimodal.serving.conversation_log import ConversationLog
+from seed_multimodal.serving.turns import BLANK_INPUT, Picture, Turn, restored, user_turn
 
 logger = logging.getLogger(__name__)
 
-# The original's page refuses more than its server.
-BLANK_INPUT = BLANK + "?!;/"
 IMAGES = Path(__file__).resolve().parents[3] / "images"  # of the examples
 UPLOADS = io.ImageLimits(max_bytes=64 << 20)
 LONGEST_SIDE = 1792  # of an image that is sent: four views of 448 pixels (SEED-X)
 RETRY_TEMPERATURE = 0.7  # of a second answer where the first was the likeliest one
 DRAWN_AT_ONCE = 4  # images of the Draw tab, from consecutive seeds
-WARNING_SECONDS = 10  # that a warning is displayed
+TOKENS_AT_ONCE = 16  # images of one request
 TABS = ("draw", "edit", "codes", "find")
 TOO_LONG = "Error: History exceeds maximum rounds, please clear history and restart."
 
-Message = JsonObject
+NO_UPDATES = (gr.skip(), gr.skip())
+
 Update = Any  # what a handler returns for a component: a value, `gr.update(…)` or `gr.skip()`
 
 
@@ -67,24 +65,18 @@ class ChatSession:
     Attributes:
         model: the chosen one of `models`.
         log: of conversations and votes; None: nothing is logged.
-        turns: the conversation.
-        pending: the conversation that is to be answered.
-        draft: a message for the box: one that was not answered, or the next one of an example.
-        script: messages of an example that follow, each after the answer before.
-        uploads: images of uploaded files, as parts of messages.
-        refused: files that are no images, and when the visitor was warned about each.
+        turns: the conversation; while it is answered, the last turn is the answer so far.
+        before: the conversation before that, if it is answered.
+        uploads: images of uploaded files.
         folder: of the visitor's images; "": none yet.
     """
 
     models: list[ModelClient]
     model: ModelClient
     log: ConversationLog | None = None
-    turns: list[Message] = field(default_factory=list)
-    pending: list[Message] = field(default_factory=list)
-    draft: Message | None = None
-    script: list[str] = field(default_factory=list)
-    uploads: dict[str, Message] = field(default_factory=dict)
-    refused: dict[str, float] = field(default_factory=dict)
+    turns: list[Turn] = field(default_factory=list)
+    before: list[Turn] | None = None
+    uploads: dict[str, Picture] = field(default_factory=dict)
     folder: str = ""
 
     # ---- the visitor's images
@@ -97,125 +89,124 @@ class ChatSession:
         image.save(path)
         return path
 
-    def store_upload(self, upload: str | None) -> Message:
-        """Check an uploaded image and store it in the model's size; returns a part of a message."""
+    async def save_data(self, data: str) -> str:
+        """Store an image of base64 or a data URL, which a thread decodes; returns its path."""
+        return self.save_image((await asyncio.to_thread(io.open_image, data)).image)
+
+    def store_upload(self, upload: str | None) -> Picture:
+        """Check an uploaded image and store it in the model's size."""
         if not upload:
             raise RequestError("Choose an image first.")
         if upload not in self.uploads:
             image = io.open_image(upload, limits=UPLOADS, at_least=LONGEST_SIDE).image
             # The page shows what the model sees: the image, or a square of it.
             image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
-            if self.model.card.keeps_aspect:
-                sent = image
-            else:
+            sent = image
+            if not self.model.card.keeps_aspect:
                 image = io.chat_image(image)
                 sent = io.request_image(image)
-            self.uploads[upload] = {
-                "type": "image_url",
-                "image_url": {"url": f"data:image/png;base64,{io.image_to_base64(sent)}"},
-                "path": self.save_image(image),
-            }
+            url = f"data:image/png;base64,{io.image_to_base64(sent)}"
+            self.uploads[upload] = Picture(self.save_image(image), url=url)
         return self.uploads[upload]
 
-    async def stored_upload(self, upload: str | None) -> Message:
+    async def stored_upload(self, upload: str | None) -> Picture:
         """`store_upload` in a thread: decoding an image would delay other visitors' answers."""
         return await asyncio.to_thread(self.store_upload, upload)
 
+    async def load_codes(self, picture: Picture) -> list[int]:
+        """The codes of an uploaded image."""
+        if not picture.codes:
+            response = await self.model.post("/v1/images/tokens", json={"images": [picture.url]})
+            picture.codes = response["data"][0]["codes"]
+        return picture.codes or []
+
     # ---- what is to be answered
+
+    def answer(self, turns: Sequence[Turn]) -> None:
+        """Begin the answer to a conversation, which `reply` makes."""
+        self.before = self.turns
+        self.turns = [*turns, Turn("assistant")]
 
     def on_submit(self, message: JsonObject) -> None:
         with warn_about_errors():
-            images = [self.store_upload(upload) for upload in message["files"]]
-            text = (message["text"] or "").strip()
-            self.pending = [*self.turns, user_message(text, images)]
-            # Another message than the one in the box ends an example.
-            if self.script and text == self.script[0]:
-                self.script = self.script[1:]
-            else:
-                self.script = []
+            if self.before is not None:
+                raise RequestError("An answer is being made: send the message when it is complete.")
+            pictures = [self.store_upload(upload) for upload in message["files"]]
+            self.answer([*self.turns, user_turn((message["text"] or "").strip(), pictures)])
 
     def on_example(self, chosen: gr.SelectData) -> None:
-        example = installed_examples(self.model.card.examples)[int(chosen.index)]
+        example = self.examples[int(chosen.index)]
         self.on_submit({"text": example.text, "files": example_files(example)})
-        self.script = [*example.then]
 
     def on_retry(self) -> None:
-        self.pending = self.turns[:-1]
+        self.answer(self.turns[:-1])
 
     def on_edit(self, edited: gr.EditData) -> None:
         """An earlier message with another text; its images stay, what followed it is dropped."""
-        index = message_index(edited)
-        images = [part for part in self.turns[index]["content"] if "path" in part]
+        index = self.turn_index(edited)
         with warn_about_errors():
-            message = user_message(str(edited.value).strip(), images)
-            self.pending = [*self.turns[:index], message]
+            turn = user_turn(str(edited.value).strip(), self.turns[index].pictures)
+            self.answer([*self.turns[:index], turn])
 
     # ---- the answer
 
     async def reply(self, *settings: Any) -> AsyncIterator[tuple[Update, Update]]:
-        """Conversation and message box while `pending` is answered.
-
-        If it is stopped, the answer so far stays. Without any, the conversation is as before, and
-        a new message returns to its box.
+        """Conversation and message box while the last turn is made; `on_end` follows.
 
         settings: as of `request`.
         """
         # 1. The page shows the message at once, and an empty answer.
-        turns_before = self.turns
-        messages = self.pending
-        if not messages:  # the message was refused
+        if self.before is None:  # the message was refused
             yield gr.skip(), gr.skip()
             return
-        answer: Message = {"role": "assistant", "content": [], "below": []}
+        *messages, answer = self.turns
         box = gr.update(submit_btn=False, stop_btn=True)
-        self.draft = None
-        if len(messages) > len(turns_before):  # a new message, which leaves the box
-            self.draft = messages[-1]
+        if len(messages) > len(self.before):  # a new message, which leaves the box
             box["value"] = None
-        yield chatbot_messages([*messages, answer]), box
+        yield self.displayed(), box
 
-        complete = False
+        # 2. The answer grows with each event; of one that fails nothing stays.
+        with warn_about_errors():
+            if "codes" in self.model.card.tabs:
+                for picture in messages[-1].pictures:
+                    await self.load_codes(picture)
+            request = self.request(messages, *settings)
+            answer.settings = {**request}
+            del answer.settings["messages"]
+            body = {**request, "stream": True, "previews": True}
+            async for event in self.model.stream("/v1/chat/completions", json=body):
+                await self.add_change(answer, event["choices"][0]["delta"])
+                yield self.displayed(), gr.skip()
+            self.before = None
+        if self.before is not None:
+            answer.parts = []
+            return
+
+        # 3. A full disk of the log is the operator's concern, not the visitor's.
         try:
-            # 2. The answer grows with each event.
-            with warn_about_errors():
-                request = self.request(messages, *settings)
-                answer["settings"] = {**request}
-                del answer["settings"]["messages"]
-                body = {**request, "stream": True, "previews": True}
-                async for event in self.model.stream("/v1/chat/completions", json=body):
-                    change = event["choices"][0]["delta"]
-                    for image in change.get("images", ()):
-                        image["path"] = self.save_image(
-                            await decode_image(image["image_url"]["url"])
-                        )
-                    if change.get("boxes"):
-                        marked = image_with_boxes(messages, change["boxes"])
-                        answer["below"].append({"path": self.save_image(marked)})
-                    add_change(answer, change)
-                    yield chatbot_messages([*messages, answer]), gr.skip()
-                complete = True
-            if not complete:  # it failed
-                answer["content"] = []
-        finally:
-            # 3. Also when the visitor stops it. A conversation that was begun meanwhile stays.
-            answer["content"] = without_previews(answer["content"])
-            if (complete or answer["content"]) and self.turns is turns_before:
-                if not complete:
-                    answer["below"].append({"text": "Stopped."})
-                self.turns = [*messages, answer]
-                self.draft = None
-                if complete and self.script:
-                    self.draft = user_message(self.script[0], [])
-        # 4. A full disk of the log is the operator's concern, not the visitor's.
-        if complete and self.turns and self.turns[-1] is answer:
-            try:
-                await self.add_to_log("common", self.turns)
-            except SeedError as error:
-                logger.warning("%s", error)
+            await self.add_to_log("common", [*messages, answer])
+        except SeedError as error:
+            logger.warning("%s", error)
+
+    async def add_change(self, answer: Turn, change: JsonObject) -> None:
+        """Add a change of a stream to an answer: images, text, boxes and notes."""
+        for image in change.get("images", ()):
+            url = image["image_url"]["url"]
+            picture = Picture(await self.save_data(url))
+            if not image["preview"]:
+                picture.codes = image["codes"]
+                picture.url = url
+            answer.add_picture(picture)
+        if change.get("content"):
+            answer.add_text(change["content"])
+        if change.get("boxes"):
+            marked = image_with_boxes(self.turns, change["boxes"])
+            answer.parts.append(Picture(self.save_image(marked)))
+        answer.notes += change.get("notes", ())
 
     def request(
         self,
-        messages: list[Message],
+        turns: Sequence[Turn],
         force_image: bool,
         ratio: str | None,
         beams: float,
@@ -224,20 +215,21 @@ class ChatSession:
         top_p: float,
         max_rounds: float,
     ) -> JsonObject:
-        """The body of a chat request, with a new seed. A retry is sampled even at temperature 0."""
+        """The body of a chat request, with a new seed. A retry is sampled even at temperature 0.
+
+        max_rounds: 0: any number; the backend drops the oldest turns that are too many for it.
+        """
         # 1. The conversation, or the last message in the model's template.
         card = self.model.card
-        is_retry = messages == self.turns[:-1]
         if card.single_turn_template is not None:
             opening, closing = card.single_turn_template
-            content = [text_part(opening), *messages[-1]["content"], text_part(closing)]
-            messages = [{"role": "user", "content": content}]
-        if len(messages) > 2 * max_rounds:
+            turns = [Turn("user", [opening, *turns[-1].parts, closing])]
+        if max_rounds and len(turns) > 2 * max_rounds:
             raise RequestError(TOO_LONG)
 
         # 2. Its settings.
         body = {
-            "messages": [sent_message(message) for message in messages],
+            "messages": [turn.message() for turn in turns],
             "force_image": bool(force_image),
             "seed": random.randrange(2**31),
         }
@@ -245,6 +237,7 @@ class ChatSession:
             if force_image:
                 body["ratio"] = ratio
             return body
+        is_retry = self.before is not None and len(turns) < len(self.before)
         if not temperature:
             temperature = RETRY_TEMPERATURE if is_retry else 0
         return {
@@ -255,71 +248,100 @@ class ChatSession:
             "temperature": temperature,
         }
 
-    def on_end(self) -> tuple[Update, Update]:
-        """The conversation; a message without an answer returns to its box."""
+    def on_end(self) -> tuple[Update, Update, Update]:
+        """Conversation, message box and the browser's copy, however an answer has ended.
+
+        Without any answer the conversation is as before, and a new message returns to its box.
+        """
         box = gr.update(submit_btn=True, stop_btn=False)
-        if self.draft:
-            # Images stand before the text, see `user_message`.
-            *images, text = self.draft["content"]
-            files = [image["path"] for image in images]
-            box["value"] = {"text": text["text"], "files": files}
-        self.pending = []
-        self.draft = None
-        return chatbot_messages(self.turns), box
+        draft = self.next_turn()
+        if self.before is not None:  # it failed or was stopped
+            *messages, answer = self.turns
+            draft = None
+            answer.parts = answer.sent_parts
+            if answer.parts:
+                answer.notes.append("Stopped.")
+            else:
+                if len(messages) > len(self.before):
+                    draft = messages[-1]
+                self.turns = self.before
+            self.before = None
+        if draft is not None:
+            files = [picture.path for picture in draft.pictures]
+            box["value"] = {"text": draft.text, "files": files}
+        stored = {"model": self.model.name, "turns": [turn.stored() for turn in self.turns]}
+        return self.displayed(), box, stored
 
-    # ---- the log
+    def next_turn(self) -> Turn | None:
+        """What follows in an example whose messages the conversation has."""
+        texts = [turn.text for turn in self.turns if turn.role == "user"]
+        for example in self.examples:
+            script = [example.text, *example.then]
+            if texts and texts == script[: len(texts)] and len(texts) < len(script):
+                return Turn("user", [script[len(texts)]])
+        return None
 
-    async def add_to_log(self, kind: str, messages: Sequence[Message]) -> None:
+    # ---- the conversation
+
+    @property
+    def examples(self) -> list[Example]:
+        """Those whose images are installed: a wheel has none."""
+        return [
+            example
+            for example in self.model.card.examples
+            if all(map(os.path.isfile, example_files(example)))
+        ]
+
+    def displayed(self) -> list[JsonObject]:
+        """The conversation as messages of Gradio's Chatbot."""
+        return [message for turn in self.turns for message in turn.displayed()]
+
+    def turn_index(self, event: gr.EventData) -> int:
+        """The turn of a displayed message; notes are messages of their own."""
+        index = event.index
+        position = int(index[0] if isinstance(index, list | tuple) else index)
+        messages = self.displayed()[: position + 1]
+        return sum("metadata" not in message for message in messages) - 1
+
+    async def add_to_log(self, kind: str, turns: Sequence[Turn]) -> None:
         """Log a conversation, if there is a log; in a thread. Raises DataError: disk error."""
         if self.log is not None:
-            await asyncio.to_thread(self.log.add, kind, self.model.name, messages)
+            await asyncio.to_thread(self.log.add, kind, self.model.name, turns)
 
     async def on_vote(self, vote: gr.LikeData) -> None:
         """Log a vote with the conversation up to its answer."""
         kinds = {True: "upvote", False: "downvote"}  # "": taken back
         with warn_about_errors():
             kind = kinds.get(vote.liked, "withdrawn")
-            await self.add_to_log(kind, self.turns[: message_index(vote) + 1])
-
-    # ---- the conversation's other buttons
+            await self.add_to_log(kind, self.turns[: self.turn_index(vote) + 1])
 
     def on_undo(self) -> None:
-        """Take back the last message and its answer."""
-        self.draft = self.turns[-2]
-        self.script = []
-        self.turns = self.turns[:-2]
+        """Take back the last message and its answer, as `on_end` does without an answer."""
+        self.before = self.turns[:-2]
+        self.turns[-1].parts = []
 
     def reset(self) -> None:
         """A new conversation; the visitor's images are removed."""
         shutil.rmtree(self.folder, ignore_errors=True)
         self.turns = []
-        self.draft = None
-        self.script = []
+        self.before = None
         self.uploads = {}
         self.folder = ""
-
-    @staticmethod
-    def on_clear() -> tuple[Update, Update]:
-        """An empty conversation and message box, after the last update of a cancelled answer."""
-        return [], gr.update(value=None, submit_btn=True, stop_btn=False)
 
     def on_choose(self, message: JsonObject) -> Update:
         """Warn about a chosen file that is no image, and take it out of the message."""
         files = []
         for upload in message["files"]:
-            try:
+            with warn_about_errors():
                 self.store_upload(upload)
                 files.append(upload)
-            except SeedError as error:
-                # Gradio calls this twice for a choice: the warning is displayed already.
-                warned = self.refused.get(upload, -WARNING_SECONDS)
-                if time.monotonic() - warned > WARNING_SECONDS:
-                    self.refused[upload] = time.monotonic()
-                    gr.Warning(html.escape(str(error)), WARNING_SECONDS)
         return gr.skip() if files == message["files"] else {**message, "files": files}
 
-    async def on_model(self, index: int) -> tuple[Update, ...]:
-        """Start a new conversation with a model; returns updates of the outputs in `page.build`."""
+    async def on_model(self, index: int, stored: JsonObject | None) -> tuple[Update, ...]:
+        """Show a model, and the conversation with it that the browser has kept.
+
+        Returns updates of the outputs in `page.build`.
+        """
         # 1. The models that the backends serve now.
         self.reset()
         for model in self.models:
@@ -327,6 +349,9 @@ class ChatSession:
                 await model.load_card()
         self.model = self.models[index]
         card = self.model.card
+        if stored and stored["model"] == self.model.name:
+            self.turns = restored(stored["turns"])
+            await self.draw_again()
 
         # 2. What differs between them.
         names = [(model.card.title, position) for position, model in enumerate(self.models)]
@@ -339,9 +364,9 @@ class ChatSession:
         most_codes = max(2, n_codes)  # a slider needs a range, hidden ones too
         return (
             self,
-            f"# {card.title}",
+            f"# {card.title}\n\n{self.model.notice} {card.about}",
             gr.update(choices=names),
-            gr.update(value=[], examples=chatbot_examples(card.examples)),
+            gr.update(value=self.displayed(), examples=chatbot_examples(self.examples)),
             card.temperature,
             card.max_rounds,
             False,
@@ -352,24 +377,28 @@ class ChatSession:
             *(gr.update(visible=tab in card.tabs) for tab in TABS),
         )
 
-    # ---- the other tabs
+    async def draw_again(self) -> None:
+        """Draw the images of a restored conversation from their codes."""
+        pictures = [picture for turn in self.turns for picture in turn.pictures]
+        with warn_about_errors():
+            for start in range(0, len(pictures), TOKENS_AT_ONCE):
+                batch = pictures[start : start + TOKENS_AT_ONCE]
+                body = {"codes": [picture.codes for picture in batch]}
+                response = await self.model.post("/v1/images/tokens", json=body)
+                for picture, image in zip(batch, response["data"], strict=True):
+                    picture.path = await self.save_data(image["b64_json"])
+
+    # ---- the other tabs: images and their captions for a gallery, and notes below it
 
     async def images(
-        self,
-        captions: Sequence[str],
-        route: str,
-        **content: Any,
-    ) -> Update:
-        """Images of a route, for a gallery; `content`: as of `ModelClient.stream`."""
-        response = await anext(self.model.stream(route, **content))
-        for note in response.get("notes", ()):
-            gr.Info(html.escape(note))
-        return [
-            (await decode_image(image["b64_json"]), caption)
-            for image, caption in zip(response["data"], captions, strict=False)
-        ]
+        self, captions: Sequence[str], route: str, **content: Any
+    ) -> tuple[Update, Update]:
+        """Images of a route; `content`: as of `ModelClient.stream`."""
+        response = await self.model.post(route, **content)
+        paths = [await self.save_data(image["b64_json"]) for image in response["data"]]
+        return [*zip(paths, captions, strict=False)], " ".join(response.get("notes", ()))
 
-    async def on_draw(self, text: str, seed: float, ratio: str | None) -> Update:
+    async def on_draw(self, text: str, seed: float, ratio: str | None) -> tuple[Update, Update]:
         """Images of a text, from consecutive seeds."""
         first_seed = int(seed)
         captions = [f"seed {first_seed + offset}" for offset in range(DRAWN_AT_ONCE)]
@@ -381,34 +410,31 @@ class ChatSession:
                 "ratio": ratio,
             }
             return await self.images(captions, "/v1/images/generations", json=body)
-        return gr.skip()
+        return NO_UPDATES
 
-    async def on_change(self, upload: str | None, text: str, seed: float) -> Update:
+    async def on_change(self, upload: str | None, text: str, seed: float) -> tuple[Update, Update]:
         """An image changed as a text says."""
         with warn_about_errors():
-            image = await self.stored_upload(upload)
+            picture = await self.stored_upload(upload)
             return await self.images(
                 [text],
                 "/v1/images/edits",
-                files={"image": Path(image["path"]).read_bytes()},
+                files={"image": Path(picture.path).read_bytes()},
                 data={"prompt": not_empty(text), "seed": int(seed)},
             )
-        return gr.skip()
+        return NO_UPDATES
 
     async def on_codes(self, upload: str | None) -> tuple[str, list[int]]:
         """The codes of an uploaded image, as a strip of colours and as numbers."""
         if upload:
             with warn_about_errors():
-                image = await self.stored_upload(upload)
-                body = {"images": [image["image_url"]["url"]]}
-                response = await anext(self.model.stream("/v1/images/tokens", json=body))
-                codes = response["data"][0]["codes"]
+                codes = await self.load_codes(await self.stored_upload(upload))
                 return code_strip(codes), codes
         return "", []
 
     async def on_swap(
         self, first: list[int], second: list[int], count: float, n_exchanged: float
-    ) -> Update:
+    ) -> tuple[Update, Update]:
         """Images of the first `count` codes of each image.
 
         first, second: codes of an image, or none.
@@ -420,36 +446,31 @@ class ChatSession:
             first, second = [*second[:n], *first[n:]], [*first[:n], *second[n:]]
 
         # 2. Images of the codes that there are.
-        rows = {"first": first, "second": second}
-        rows = {name: codes for name, codes in rows.items() if codes}
-        if not rows:
-            gr.Warning("Choose an image first.")
-            return gr.skip()
-        body = {"codes": [*rows.values()], "first": int(count)}
+        rows = {name: codes for name, codes in (("first", first), ("second", second)) if codes}
         with warn_about_errors():
+            if not rows:
+                raise RequestError("Choose an image first.")
+            body = {"codes": [*rows.values()], "first": int(count)}
             return await self.images([*rows], "/v1/images/tokens", json=body)
-        return gr.skip()
+        return NO_UPDATES
 
-    async def on_find(self, upload: str | None, phrase: str) -> Update:
+    async def on_find(self, upload: str | None, phrase: str) -> tuple[Update, Update]:
         """The image with boxes around what a phrase names."""
         with warn_about_errors():
             # The tuned request, greedy.
             question = self.model.card.tasks.detect_request(not_empty(phrase))
-            messages = [user_message(question, [await self.stored_upload(upload)])]
+            turn = user_turn(question, [await self.stored_upload(upload)])
             body = {
-                "messages": list(map(sent_message, messages)),
+                "messages": [turn.message()],
                 "num_beams": 1,
                 "max_tokens": 256,
                 "temperature": 0,
             }
-            response = await anext(self.model.stream("/v1/chat/completions", json=body))
+            response = await self.model.post("/v1/chat/completions", json=body)
             answer = response["choices"][0]["message"]
-            caption = " ".join([BOX_WORDS.sub(" ", answer["content"]), *answer["notes"]])
-            return [(image_with_boxes(messages, answer["boxes"]), caption)]
-        return []
-
-
-# ---- messages
+            marked = image_with_boxes([turn], answer["boxes"])
+            return [(marked, BOX_WORDS.sub(" ", answer["content"]))], " ".join(answer["notes"])
+        return [], ""
 
 
 def not_empty(text: str) -> str:
@@ -459,88 +480,14 @@ def not_empty(text: str) -> str:
     return text
 
 
-def message_index(event: gr.EventData) -> int:
-    """The position of the message that was edited or voted on."""
-    index = event.index
-    return int(index[0] if isinstance(index, list | tuple) else index)
-
-
-def text_part(text: str) -> Message:
-    return {"type": "text", "text": text}
-
-
-def sent_message(message: Message) -> Message:
-    """A message without what only the page reads, as paths of images."""
-    content: list[JsonObject] = []
-    for part in message["content"]:
-        content.append({name: value for name, value in part.items() if name != "path"})
-    return {"role": message["role"], "content": content}
-
-
-def user_message(text: str, images: Sequence[Message]) -> Message:
-    """The user's input. Raises RequestError: empty, or contains the image placeholder."""
-    if PLACEHOLDER in text:
-        raise RequestError(f"Please do not type {PLACEHOLDER}: it stands for images.")
-    if not images and not text.strip(BLANK_INPUT):
-        raise RequestError("Write a message or choose an image first.")
-    return {"role": "user", "content": [*images, text_part(text)]}
-
-
-def without_previews(content: Sequence[Message]) -> list[Message]:
-    return [part for part in content if not part.get("preview")]
-
-
-def add_change(answer: Message, change: JsonObject) -> None:
-    """Add a change of a stream to an answer: images, which replace previews, text, and notes."""
-    for image in change.get("images", ()):
-        answer["content"] = [*without_previews(answer["content"]), image]
-    text = change.get("content")
-    if text:
-        content = answer["content"]
-        if not content or "text" not in content[-1]:
-            content.append(text_part(""))
-        content[-1]["text"] += text
-    answer["below"] += [{"text": note} for note in change.get("notes", ())]
-
-
-async def decode_image(data: str) -> Image.Image:
-    """An image of base64 or a data URL, decoded in a thread."""
-    return (await asyncio.to_thread(io.open_image, data)).image
-
-
-# ---- what the page displays
-
-
-def chatbot_messages(messages: Sequence[Message]) -> list[Message]:
-    """Messages in the form of Gradio's Chatbot."""
-    displayed = []
-    for message in messages:
-        # Texts without words for boxes, which are drawn instead.
-        content: list[str | JsonObject] = []
-        for part in [*message["content"], *message.get("below", ())]:
-            if "path" in part:
-                content.append({"path": part["path"], "alt_text": "image"})
-                continue
-            text = BOX_WORDS.sub(" ", part["text"]).strip()
-            if text:
-                content.append(text)
-        displayed.append({"role": message["role"], "content": content or ["…"]})
-    return displayed
-
-
 def example_files(example: Example) -> list[str]:
     return [str(IMAGES / name) for name in example.images]
-
-
-def installed_examples(examples: Sequence[Example]) -> list[Example]:
-    """Those whose images are installed: a wheel has none."""
-    return [example for example in examples if all(map(os.path.isfile, example_files(example)))]
 
 
 def chatbot_examples(examples: Sequence[Example]) -> list[JsonObject]:
     """Examples in the form of Gradio's Chatbot."""
     displayed = []
-    for example in installed_examples(examples):
+    for example in examples:
         label = example.text or "Describe it"
         if example.then:
             label += " …"
@@ -550,20 +497,15 @@ def chatbot_examples(examples: Sequence[Example]) -> list[JsonObject]:
     return displayed
 
 
-def image_with_boxes(messages: Sequence[Message], boxes: Sequence[JsonObject]) -> Image.Image:
-    """The last image of messages with the boxes of their answer, which are shares of its sides."""
-    paths: list[str] = []
-    for message in messages:
-        paths += [part["path"] for part in message["content"] if "path" in part]
+def image_with_boxes(turns: Sequence[Turn], boxes: Sequence[JsonObject]) -> Image.Image:
+    """The last image of turns with the boxes of their answer, which are shares of its sides."""
+    pictures = [picture for turn in turns for picture in turn.pictures]
     # Shares of the sides → pixels.
-    image = io.open_image(paths[-1]).image
-    width, height = image.size
-    corners = []
-    for box in boxes:
-        left, top, right, bottom = box["box"]
-        corners.append(
-            [int(left * width), int(top * height), int(right * width), int(bottom * height)]
-        )
+    image = io.open_image(pictures[-1].path).image
+    sides = image.size * 2
+    corners = [
+        [int(share * side) for share, side in zip(box["box"], sides, strict=True)] for box in boxes
+    ]
     return draw_boxes(image, corners)
 
 

@@ -26,17 +26,18 @@ class ModelClient:
         address: of its `/generate`.
         card: of its model; a guess until `load_card`.
         codes_per_image: of its model; 0: images have no codes.
-        name: of its model, as the backend has it.
+        name, notice: of its model, as the backend has them.
     """
 
     address: str
     card: ModelCard
     codes_per_image: int = 0
     name: str = ""
+    notice: str = ""
 
     async def load_card(self) -> None:
         """Set the card of the model that the backend serves."""
-        models: JsonObject = await anext(self.stream("/v1/models"), {})
+        models: JsonObject = await self.post("/v1/models")
         if not models.get("data"):
             raise RequestError(f"{self.address} has no model: is the address right?")
         model = models["data"][0]
@@ -48,6 +49,11 @@ class ModelClient:
             card = find_family(model["family"]).page_cards().family
         self.card = card or self.card
         self.codes_per_image = model.get("codes_per_image", 0)
+        self.notice = model.get("notice", "")
+
+    async def post(self, route: str, **content: Any) -> JsonObject:
+        """The JSON of a route; arguments and errors are those of `stream`."""
+        return await anext(self.stream(route, **content), {})
 
     async def stream(self, route: str, **content: Any) -> AsyncIterator[JsonObject]:
         """The JSON of each event of a route. Leaving the loop cancels the request.

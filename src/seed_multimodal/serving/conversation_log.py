@@ -22,6 +22,7 @@ from pathlib import Path
 from seed_multimodal.disk import JsonObject, atomic_open, folder_lock, writable_folder, writing
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.language.vocabulary import PLACEHOLDER
+from seed_multimodal.serving.turns import Turn
 
 ROLES = {"user": "USER", "assistant": "ASSISTANT"}
 
@@ -35,7 +36,7 @@ class ConversationLog:
     def __post_init__(self) -> None:
         writable_folder(self.folder / "images", ConfigError)
 
-    def add(self, kind: str, model: str, messages: Sequence[JsonObject]) -> None:
+    def add(self, kind: str, model: str, turns: Sequence[Turn]) -> None:
         """Log a conversation that ends with an answer, whose `settings` are logged with it.
 
         kind: "common", "upvote", "downvote" or "withdrawn".
@@ -49,34 +50,34 @@ class ConversationLog:
             record = {
                 "tstamp": round(now, 4),
                 "type": kind,
-                "state": self._state(messages),
+                "state": self._state(turns),
                 "ip": "",
                 "model": model,
-                "settings": messages[-1].get("settings", {}),
+                "settings": turns[-1].settings,
             }
             with folder_lock(self.folder, DataError, timeout=-1):
                 append_line(file, json.dumps(record))
 
-    def _state(self, messages: Sequence[JsonObject]) -> JsonObject:
+    def _state(self, turns: Sequence[Turn]) -> JsonObject:
         """The conversation as the original's `Conversation.dict()`; stores its images."""
-        turns = []
-        for message in messages:
+        messages = []
+        for turn in turns:
             text = ""
             images = []
             codes = []
-            for part in message["content"]:
-                if "path" in part:
-                    text += PLACEHOLDER
-                    images.append(self._store_image(Path(part["path"])))
-                    codes.append(part.get("codes"))
+            for part in turn.sent_parts:
+                if isinstance(part, str):
+                    text += part
                 else:
-                    text += part["text"]
-            turn = {"text": text, "images": images, "images_ids": codes}
-            turns.append({"role": ROLES[message["role"]], "message": turn})
+                    text += PLACEHOLDER
+                    images.append(self._store_image(Path(part.path)))
+                    codes.append(part.codes)
+            message = {"text": text, "images": images, "images_ids": codes}
+            messages.append({"role": ROLES[turn.role], "message": message})
         return {
             "system": "",
             "roles": [*ROLES.values()],
-            "messages": turns,
+            "messages": messages,
             "offset": 0,
             "sep": "\n",
             "sep2": None,

@@ -27,14 +27,24 @@ MAX_SEED = 2**31 - 1
 LOG_NOTICE = "The operator of this page keeps chats, their images and votes."
 CSS = """
 .gradio-container {padding-top: 4px !important}
+:root:has(.dark) {color-scheme: dark}
 #title h1 {margin: 4px 0; font-size: 1.25rem}
-#chat {height: max(300px, calc(100dvh - 280px)) !important}
+#title p {margin: 0; font-size: .85rem; color: var(--body-text-color-subdued)}
+#chat {height: max(240px, calc(100dvh - 226px)) !important; margin-bottom: 12px}
+#message {
+    position: fixed !important; bottom: 6px; left: 0; right: 0; z-index: 5; margin: 0 auto;
+    width: min(100% - 16px, 1216px) !important
+}
 #chat .message img {width: 192px; max-width: 100%; object-fit: contain !important}
 #chat button[title="Share"], #chat button[aria-label="Share"] {display: none}
+#chat .message-buttons-left:has(+ .bot-row) button:not([aria-label="Copy message"]) {display: none}
 #chat .placeholder {padding: 0 12px; text-align: center}
 #chat .example {border: 1px solid var(--border-color-primary)}
 #chat .example-image-container {width: 96px; height: 96px}
-@media (max-width: 640px) {#chat .examples {grid-template-columns: 1fr 1fr; gap: 8px}}
+@media (max-width: 640px) {
+    #chat {height: max(240px, calc(100dvh - 266px)) !important}
+    #chat .examples {grid-template-columns: 1fr 1fr; gap: 8px}
+}
 .strip {display: flex; flex-wrap: wrap; gap: 2px}
 .strip span {
     flex: 1 0 34px; padding: 6px 0; border-radius: 4px; font-size: 11px; text-align: center;
@@ -43,24 +53,17 @@ CSS = """
 """
 
 
-class GenerationInputs(NamedTuple):
-    """Inputs of the generation settings, in the order of the arguments of `ChatSession.reply`."""
-
-    force_image: gr.Checkbox
-    ratio: gr.Dropdown
-    beams: gr.Slider
-    max_new_tokens: gr.Slider
-    temperature: gr.Slider
-    top_p: gr.Slider
-    max_rounds: gr.Slider
-
-
 class ChatTab(NamedTuple):
-    """Components of the chat."""
+    """Components of the chat.
+
+    settings: in the order of the arguments of `ChatSession.reply`.
+    browser: a copy of the conversation that survives a reload.
+    """
 
     chatbot: gr.Chatbot
     message: gr.MultimodalTextbox
-    settings: GenerationInputs
+    settings: list[gr.Component]
+    browser: gr.BrowserState
 
 
 # ---- the page
@@ -98,20 +101,20 @@ def build(models: Sequence[ModelClient], log: ConversationLog | None = None) -> 
         replies = connect_chat(session, chat)
         if log is not None:
             chat.chatbot.like(ChatSession.on_vote, [session], show_progress="hidden")
-        settings = chat.settings
+        force_image, ratio, _, _, temperature, _, max_rounds = chat.settings
         gr.on(
             [model_choice.input, page.load],
             ChatSession.on_model,
-            [session, model_choice],
+            [session, model_choice, chat.browser],
             [
                 session,
                 title,
                 model_choice,
                 chat.chatbot,
-                settings.temperature,
-                settings.max_rounds,
-                settings.force_image,
-                settings.ratio,
+                temperature,
+                max_rounds,
+                force_image,
+                ratio,
                 draw_ratio,
                 *code_sliders,
                 draw,
@@ -130,8 +133,6 @@ def header(models: Sequence[ModelClient]) -> tuple[gr.Markdown, gr.Dropdown]:
     with gr.Row():
         title = gr.Markdown(f"# {models[0].card.title}", elem_id="title")
         choice = gr.Dropdown([*range(len(models))], value=0, label="Model", visible=len(models) > 1)
-        dark = gr.Button("Light / dark", size="sm", min_width=110, scale=0)
-        dark.click(None, js="() => { document.body.classList.toggle('dark') }")
     return title, choice
 
 
@@ -148,7 +149,7 @@ def chat_tab() -> ChatTab:
         height=None,
         render_markdown=False,
         editable="user",
-        group_consecutive_messages=False,
+        group_consecutive_messages=False,  # Gradio cannot edit grouped texts and images
         placeholder="Show it images, ask about them, let it draw. Or try one of these:",
     )
     message = gr.MultimodalTextbox(
@@ -161,15 +162,18 @@ def chat_tab() -> ChatTab:
         elem_id="message",
         placeholder="Message, or drop images",
     )
-    return ChatTab(chatbot, message, generation_inputs())
+    # Neither is random: conversations also survive a new start of the page.
+    browser = gr.BrowserState(storage_key="seed-conversation", secret="of the visitor")
+    return ChatTab(chatbot, message, generation_inputs(), browser)
 
 
-def generation_inputs() -> GenerationInputs:
+def generation_inputs() -> list[gr.Component]:
     """The original demo's sliders and ranges, and ours."""
-    with gr.Row():
-        force_image = gr.Checkbox(label="Answer with an image", elem_id="force", min_width=160)
+    with gr.Sidebar(open=False, position="right", elem_id="settings"):
+        dark = gr.Button("Light / dark", size="sm")
+        dark.click(None, js="() => { document.body.classList.toggle('dark') }")
+        force_image = gr.Checkbox(label="Answer with an image", elem_id="force")
         ratio = gr.Dropdown([], label="Width : height", visible=False)
-    with gr.Accordion("Settings", open=False, elem_id="settings"):
         beams = gr.Slider(
             1, 4, 1, step=1, label="Beams", info="Answers followed at once; the likeliest is kept."
         )
@@ -183,51 +187,48 @@ def generation_inputs() -> GenerationInputs:
             0, 1, 0.5, step=0.1, label="Top P", info="Only the likeliest words up to this share."
         )
         max_rounds = gr.Slider(
-            1,
+            0,
             10,
-            3,
+            0,
             step=1,
             label="Most rounds of history",
-            info="Longer conversations are refused.",
+            info="Longer conversations are refused; 0: no limit.",
         )
-    return GenerationInputs(
-        force_image, ratio, beams, max_new_tokens, temperature, top_p, max_rounds
-    )
+    return [force_image, ratio, beams, max_new_tokens, temperature, top_p, max_rounds]
 
 
 def connect_chat(session: gr.State, chat: ChatTab) -> list[gr.events.Dependency]:
     """Event handlers of the chat; returns the events of running answers, which others cancel."""
-    chatbot, message, settings = chat
-    outputs = [chatbot, message]
+    chatbot, message, settings, browser = chat
+    hidden = {"show_progress": "hidden"}
+    outputs = [chatbot, message, browser]
 
-    # 1. Each of these sets the conversation that is to be answered.
+    # 1. Each of these begins an answer.
     starts = [
-        message.submit(ChatSession.on_submit, [session, message], show_progress="hidden"),
-        chatbot.retry(ChatSession.on_retry, [session], show_progress="hidden"),
-        chatbot.edit(ChatSession.on_edit, [session], show_progress="hidden"),
-        chatbot.example_select(ChatSession.on_example, [session], show_progress="hidden"),
+        message.submit(ChatSession.on_submit, [session, message], **hidden),
+        chatbot.retry(ChatSession.on_retry, [session], **hidden),
+        chatbot.edit(ChatSession.on_edit, [session], **hidden),
+        chatbot.example_select(ChatSession.on_example, [session], **hidden),
     ]
 
-    # 2. It is answered; `on_end` also runs after a failure.
+    # 2. It is made; `on_end` also runs after a failure.
     replies = [
-        start.success(ChatSession.reply, [session, *settings], outputs, show_progress="hidden")
+        start.success(ChatSession.reply, [session, *settings], [chatbot, message], **hidden)
         for start in starts
     ]
-    for reply in replies:
-        reply.then(ChatSession.on_end, [session], outputs, show_progress="hidden")
 
     # 3. The other buttons.
-    message.stop(None, cancels=replies)
-    undone = chatbot.undo(ChatSession.on_undo, [session], show_progress="hidden")
-    undone.then(ChatSession.on_end, [session], outputs, show_progress="hidden")
-    cleared = chatbot.clear(ChatSession.reset, [session], cancels=replies, show_progress="hidden")
-    cleared.then(ChatSession.on_clear, None, outputs, show_progress="hidden")
+    stopped = message.stop(None, cancels=replies)
+    undone = chatbot.undo(ChatSession.on_undo, [session], **hidden)
+    cleared = chatbot.clear(ChatSession.reset, [session], cancels=replies, **hidden)
+    for event in (*replies, stopped, undone, cleared):
+        event.then(ChatSession.on_end, [session], outputs, **hidden)
     message.change(
         ChatSession.on_choose,
         [session, message],
         message,
         trigger_mode="always_last",
-        show_progress="hidden",
+        **hidden,
     )
     return replies
 
@@ -344,9 +345,10 @@ def results(
             elem_id=f"{name}-images",
             buttons=["download", "fullscreen"],
         )
+        notes = gr.Markdown(elem_id=f"{name}-notes")
     # Enter in a text starts, too.
     submits = [component.submit for component in inputs if isinstance(component, gr.Textbox)]
-    run = gr.on([start.click, *submits, *triggers], handler, inputs, images)
+    run = gr.on([start.click, *submits, *triggers], handler, inputs, [images, notes])
     stop.click(None, cancels=run)
 
 

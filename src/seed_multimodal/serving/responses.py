@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import itertools
 import secrets
 import time
 from collections.abc import Iterator
+from operator import itemgetter
 from typing import Any
 
 from pydantic import TypeAdapter
@@ -46,108 +48,96 @@ def completion(model: str, stream: bool, changes: Iterator[JsonObject]) -> Itera
         yield {**head, "object": "chat.completion", "usage": usage, "choices": [choice]}
 
 
-class ResponseEvents:
-    """`POST /v1/responses`: an answer as output items (texts and images) and their events.
+def response_events(
+    request: ResponsesRequest, model: str, changes: Iterator[JsonObject]
+) -> Iterator[JsonObject]:
+    """`POST /v1/responses`: the events of an answer; the last one has the whole `response`.
 
     Events share its objects, so each must be serialised before the next one is asked for.
     """
+    response: JsonObject = {
+        "id": f"resp_{secrets.token_hex(12)}",
+        "object": "response",
+        "created_at": int(time.time()),
+        "status": "in_progress",
+        "model": model,
+        "output": [],
+        "parallel_tool_calls": False,
+        "error": None,
+        "incomplete_details": None,
+        "usage": None,
+        "boxes": [],
+        "notes": [],
+        **{name: PLAIN.dump_python(getattr(request, name), mode="json") for name in ECHOED},
+    }
+    for index, (name, fields) in enumerate(_events(response, changes)):
+        yield {"type": f"response.{name}", "sequence_number": index, **fields}
 
-    def __init__(self, request: ResponsesRequest, model: str) -> None:
-        self.output: list[JsonObject] = []
-        self.response: JsonObject = {
-            "id": f"resp_{secrets.token_hex(12)}",
-            "object": "response",
-            "created_at": int(time.time()),
-            "status": "in_progress",
-            "model": model,
-            "output": self.output,
-            "parallel_tool_calls": False,
-            "error": None,
-            "incomplete_details": None,
-            "usage": None,
-            "boxes": [],
-            "notes": [],
-            **{name: PLAIN.dump_python(getattr(request, name), mode="json") for name in ECHOED},
-        }
-        self._image_format = request.image_options.output_format
-        self._item: JsonObject = {}  # the last output item until it is complete
-        self._n_previews = 0  # of that item
 
-    def of_changes(self, changes: Iterator[JsonObject]) -> Iterator[JsonObject]:
-        """All events; the last one has the whole `response`."""
-        for index, (name, fields) in enumerate(self._events(changes)):
-            yield {"type": f"response.{name}", "sequence_number": index, **fields}
+def _events(response: JsonObject, changes: Iterator[JsonObject]) -> Iterator[NamedFields]:
+    """Names of events with their fields; fills the response."""
+    yield "created", {"response": response}
 
-    def _events(self, changes: Iterator[JsonObject]) -> Iterator[NamedFields]:
-        # 1. Texts and images.
-        yield "created", {"response": self.response}
-        for change in changes:
-            if "content" in change:
-                yield from self._add_text(change["content"])
-            for image in change.get("images", ()):
-                yield from self._add_image(image)
-            for name in ("boxes", "notes"):
-                self.response[name] += change.get(name, [])
-        yield from self._end_item()
-
-        # 2. The last change has the finish reason.
-        status = "completed"
-        if change["finish_reason"] == "length":
-            status = "incomplete"
-            self.response["incomplete_details"] = {"reason": "max_output_tokens"}
-        self.response |= {"status": status, "usage": {**change["usage"], **USAGE_DETAILS}}
-        yield status, {"response": self.response}
-
-    def _add_text(self, delta: str) -> Iterator[NamedFields]:
-        if "content" not in self._item:
-            yield from self._begin_item("msg", type="message", role="assistant", content=[])
-            part = {"type": "output_text", "text": "", "annotations": []}
-            self._item["content"].append(part)
-            yield self._of_item("content_part.added", content_index=0, part=part)
-        self._item["content"][0]["text"] += delta
-        yield self._of_item("output_text.delta", content_index=0, delta=delta, logprobs=[])
-
-    def _add_image(self, image: JsonObject) -> Iterator[NamedFields]:
-        """The events of a preview or of the image; the item begins with the first of them."""
-        if "result" not in self._item:
-            yield from self._begin_item("ig", type="image_generation_call", result=None)
-            yield self._of_item("image_generation_call.generating")
-            self._n_previews = 0
-        data = image["image_url"]["url"].partition(",")[2]
-        if image["preview"]:
-            preview = {"partial_image_index": self._n_previews, "partial_image_b64": data}
-            yield self._of_item("image_generation_call.partial_image", **preview)
-            self._n_previews += 1
-            return
-        self._item |= {"result": data, "codes": image["codes"], "output_format": self._image_format}
-        yield self._of_item("image_generation_call.completed")
-        yield from self._end_item()
-
-    # ---- output items
-
-    def _begin_item(self, prefix: str, **fields: object) -> Iterator[NamedFields]:
-        yield from self._end_item()
-        self._item = {"id": f"{prefix}_{secrets.token_hex(12)}", "status": "in_progress", **fields}
-        self.output.append(self._item)
-        yield self._of_item("output_item.added", item=self._item)
-
-    def _end_item(self) -> Iterator[NamedFields]:
-        """The events that complete the item, if there is one."""
-        item = self._item
-        if not item:
-            return
-        for part in item.get("content", ()):
-            text = part["text"]
-            yield self._of_item("output_text.done", content_index=0, text=text, logprobs=[])
-            yield self._of_item("content_part.done", content_index=0, part=part)
+    # 1. Each item of the output is made of pieces that follow each other: of a text, or of an
+    #    image (its previews and itself), which have its index.
+    output: list[JsonObject] = response["output"]
+    for index, pieces in itertools.groupby(_pieces(response, changes), itemgetter("index")):
+        prefix = "msg" if index is None else "ig"
+        item: JsonObject = {"id": f"{prefix}_{secrets.token_hex(12)}", "status": "in_progress"}
+        of_item = {"item_id": item["id"], "output_index": len(output)}
+        output.append(item)
+        events_of = _text if index is None else _image
+        for name, fields in events_of(item, pieces):
+            yield name, {**of_item, **fields}
         broke_off = item.get("result", "") is None
         item["status"] = "failed" if broke_off else "completed"
-        yield self._of_item("output_item.done", item=item)
-        self._item = {}
+        yield "output_item.done", {**of_item, "item": item}
 
-    def _of_item(self, name: str, **fields: object) -> NamedFields:
-        return name, {
-            "item_id": self._item["id"],
-            "output_index": len(self.output) - 1,
-            **fields,
-        }
+    # 2. The end.
+    response["status"] = "incomplete" if response["incomplete_details"] else "completed"
+    yield response["status"], {"response": response}
+
+
+def _pieces(response: JsonObject, changes: Iterator[JsonObject]) -> Iterator[JsonObject]:
+    """The texts and images of changes; what is no piece of the output is added to the response."""
+    for change in changes:
+        if "content" in change:
+            yield {"index": None, "text": change["content"]}
+        yield from change.get("images", ())
+        for name in ("boxes", "notes"):
+            response[name] += change.get(name, [])
+        # The last change has these two.
+        if "usage" in change:
+            response["usage"] = {**change["usage"], **USAGE_DETAILS}
+        if change.get("finish_reason") == "length":
+            response["incomplete_details"] = {"reason": "max_output_tokens"}
+
+
+def _text(item: JsonObject, pieces: Iterator[JsonObject]) -> Iterator[NamedFields]:
+    item |= {"type": "message", "role": "assistant", "content": []}
+    yield "output_item.added", {"item": item}
+    part: JsonObject = {"type": "output_text", "text": "", "annotations": []}
+    item["content"].append(part)
+    of_part = {"content_index": 0, "part": part}
+    yield "content_part.added", of_part
+    for piece in pieces:
+        part["text"] += piece["text"]
+        delta = {"content_index": 0, "delta": piece["text"], "logprobs": []}
+        yield "output_text.delta", delta
+    yield "output_text.done", {"content_index": 0, "text": part["text"], "logprobs": []}
+    yield "content_part.done", of_part
+
+
+def _image(item: JsonObject, pieces: Iterator[JsonObject]) -> Iterator[NamedFields]:
+    item |= {"type": "image_generation_call", "result": None}
+    yield "output_item.added", {"item": item}
+    yield "image_generation_call.generating", {}
+    for count, piece in enumerate(pieces):
+        head, _, data = piece["image_url"]["url"].partition(";base64,")
+        if piece["preview"]:
+            preview = {"partial_image_index": count, "partial_image_b64": data}
+            yield "image_generation_call.partial_image", preview
+        else:
+            item |= {"result": data, "codes": piece["codes"]}
+            item["output_format"] = head.removeprefix("data:image/")
+            yield "image_generation_call.completed", {}

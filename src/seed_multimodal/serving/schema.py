@@ -286,6 +286,8 @@ class AnswerRequest(Fields):
     `previews`: a stream shows images while they are made.
 
     usage_names: how the route calls the tokens of the prompt and of the answer.
+
+    Its models have a `conversation`, and `images`: as of `MultimodalSystem.chat`.
     """
 
     usage_names: ClassVar[tuple[str, str]] = ("prompt", "completion")
@@ -298,15 +300,6 @@ class AnswerRequest(Fields):
     ratio: str | None = None
     stream: NotSetting[bool] = False
     previews: NotSetting[bool] = False
-
-    @property
-    def conversation(self) -> Sequence[ChatMessage | ImageCall]:
-        raise NotImplementedError
-
-    @property
-    def images(self) -> str:
-        """Whether the answer holds images, as of `MultimodalSystem.chat`."""
-        raise NotImplementedError
 
     @property
     def image_options(self) -> ImageOptions:
@@ -483,10 +476,8 @@ def openapi() -> JsonObject:
     }
 
     # 2. Routes that are read.
-    paths: JsonObject = {
-        path: {"get": {"responses": responses}}
-        for path in ("/", "/health", "/ready", "/metrics", "/openapi.json", "/v1/models")
-    }
+    read_paths = ("/", "/health", "/ready", "/metrics", "/openapi.json", "/v1/models")
+    paths: JsonObject = dict.fromkeys(read_paths, {"get": {"responses": responses}})
     model_name = {
         "name": "name",
         "in": "path",

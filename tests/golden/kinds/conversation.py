@@ -31,9 +31,10 @@ from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import BOI, EOI, PLACEHOLDER
 from seed_multimodal.models.registry import ModelCard
-from seed_multimodal.serving.chat_session import TOO_LONG, ChatSession, Message, user_message
+from seed_multimodal.serving.chat_session import TOO_LONG, ChatSession
 from seed_multimodal.serving.client import ModelClient
 from seed_multimodal.serving.schema import ChatRequest, ImageUrl
+from seed_multimodal.serving.turns import Picture, Turn, user_turn
 
 STYLES = {"flows_8b.json": "vicuna", "flows_14b.json": "llama2"}
 AFTER_AN_ANSWER = {"vicuna": "\nASSISTANT:", "llama2": "\n"}
@@ -73,13 +74,13 @@ def check_helpers(cases: dict[str, Any]) -> None:
 def check_flow(flow: dict[str, Any], style: str, tokenizer: MultimodalTokenizer, name: str) -> None:
     """Each conversation that the original page posted, in the messages of this page."""
     images: dict[str, str] = {}  # recorded file → the data of its image in our requests
-    turns: list[Message] = []
+    turns: list[Turn] = []
     posts = iter(zip(flow["http"], flow["model_calls"], strict=True))
     for step in flow["steps"]:
         # The original crashed: here the page shows an error.
         if step["error"] is not None:
             with pytest.raises(RequestError):
-                user_message(step["argument"], [])
+                user_turn(step["argument"], [])
             return
         # An added image, in the size in which the page posts it.
         if step["step"] == "image" and step["argument"] is not None:
@@ -102,34 +103,32 @@ def check_flow(flow: dict[str, Any], style: str, tokenizer: MultimodalTokenizer,
                 check_prompt(post, call, tokenizer, name)
                 images |= zip(answer["images"], post["response"]["images"], strict=True)
         turns = [
-            page_message(ROLES[index % 2], entry["message"], images)
+            page_turn(ROLES[index % 2], entry["message"], images)
             for index, entry in enumerate(messages)
         ]
     assert next(posts, None) is None, f"{name}: not all requests were compared"
     assert_same(posted(turns, flow, style), flow["prompt_at_end"], f"{name}: prompt at the end")
 
 
-def page_message(role: str, recorded: dict[str, Any], images: Mapping[str, str]) -> Message:
+def page_turn(role: str, recorded: dict[str, Any], images: Mapping[str, str]) -> Turn:
     """A recorded message in the page's form: texts, and images with their codes if known."""
     # The text is cut at its placeholders.
     first, *texts = recorded["text"].split(PLACEHOLDER)
-    content: list[Message] = [{"type": "text", "text": first}]
+    parts: list[str | Picture] = [first]
     files = zip(recorded["images"], recorded["images_ids"], texts, strict=True)
     for file, codes, text in files:
-        url = f"data:image/png;base64,{images[file]}"
-        content.append({"type": "image_url", "image_url": {"url": url}, "codes": codes})
-        content.append({"type": "text", "text": text})
-    return {"role": role, "content": content}
+        parts += [Picture(codes=codes, url=f"data:image/png;base64,{images[file]}"), text]
+    return Turn(role, parts)
 
 
-def page_body(turns: list[Message], flow: dict[str, Any], rounds: int = 10**6) -> dict[str, Any]:
+def page_body(turns: list[Turn], flow: dict[str, Any], rounds: int = 10**6) -> dict[str, Any]:
     """The body that the page posts; raises RequestError for more rounds."""
     model = ModelClient("", ModelCard(""))
     session = ChatSession([model], model)
     return session.request(turns, flow["force_image_gen"], None, 1, 512, 1.0, 0.5, rounds)
 
 
-def posted(turns: list[Message], flow: dict[str, Any], style: str) -> dict[str, Any]:
+def posted(turns: list[Turn], flow: dict[str, Any], style: str) -> dict[str, Any]:
     """The text for the model and the images in that body, as the server reads them."""
     # As the server takes the body apart: content is a text, or a list of parts.
     messages = ChatRequest.model_validate(page_body(turns, flow)).messages

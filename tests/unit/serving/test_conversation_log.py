@@ -15,24 +15,19 @@ from PIL import Image
 
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.serving.conversation_log import ConversationLog
+from seed_multimodal.serving.turns import Picture, Turn
 
 
 @pytest.fixture()
-def messages(tmp_path) -> list[dict[str, Any]]:
+def turns(tmp_path) -> list[Turn]:
     """A question about an image, and its answer with an image."""
     for name in ("user", "drawn"):
         Image.new("RGB", (8, 8), (len(name), 0, 0)).save(tmp_path / f"{name}.png")
-    image = {"type": "image_url", "path": str(tmp_path / "user.png")}
-    drawn = {"path": str(tmp_path / "drawn.png"), "codes": [5, 6]}
-    return [
-        {"role": "user", "content": [image, {"type": "text", "text": "Put it at night."}]},
-        {
-            "role": "assistant",
-            "content": [{"type": "text", "text": "Here: "}, drawn],
-            "below": [{"text": "a note"}],
-            "settings": {"seed": 3},
-        },
-    ]
+    image = Picture(str(tmp_path / "user.png"), url="data:…")
+    drawing = Picture(str(tmp_path / "drawn.png"), [5, 6])
+    only_shown = Picture(str(tmp_path / "marked.png"))
+    answer = Turn("assistant", ["Here: ", drawing, only_shown], ["a note"], {"seed": 3})
+    return [Turn("user", [image, "Put it at night."]), answer]
 
 
 def records(folder: Path) -> list[dict[str, Any]]:
@@ -40,11 +35,11 @@ def records(folder: Path) -> list[dict[str, Any]]:
     return [json.loads(line) for line in file.read_text().splitlines()]
 
 
-def test_add_writes_the_originals_keys_and_images(messages, tmp_path):
+def test_add_writes_the_originals_keys_and_images(turns, tmp_path):
     # Tools that read the original's logs read these, too.
     log = ConversationLog(tmp_path / "log")
-    log.add("upvote", "nano", messages)
-    log.add("downvote", "nano", messages)
+    log.add("upvote", "nano", turns)
+    log.add("downvote", "nano", turns)
     assert (tmp_path / "log" / time.strftime("%Y-%m-%d-conv.json")).is_file()
     first, second = records(log.folder)
     user, drawn = (
@@ -70,26 +65,26 @@ def test_add_writes_the_originals_keys_and_images(messages, tmp_path):
     assert {path.name for path in (log.folder / "images").iterdir()} == {user, drawn}
 
 
-def test_add_from_threads_writes_whole_lines(messages, tmp_path):
+def test_add_from_threads_writes_whole_lines(turns, tmp_path):
     log = ConversationLog(tmp_path / "log")
-    messages[1]["content"][0]["text"] = "long " * 20_000
+    turns[1].parts[0] = "long " * 20_000
     kinds = [f"kind {index}" for index in range(40)]
     with ThreadPoolExecutor(8) as pool:
-        list(pool.map(lambda kind: log.add(kind, "nano", messages), kinds))
+        list(pool.map(lambda kind: log.add(kind, "nano", turns), kinds))
     assert sorted(record["type"] for record in records(log.folder)) == sorted(kinds)
 
 
-def test_add_on_a_full_disk_leaves_whole_lines(messages, tmp_path):
+def test_add_on_a_full_disk_leaves_whole_lines(turns, tmp_path):
     # A torn line would end the reading of the whole file.
     log = ConversationLog(tmp_path / "log")
-    log.add("common", "nano", messages)
+    log.add("common", "nano", turns)
     (file,) = log.folder.glob("*-conv.json")
     with (
         file_size_limit(file.stat().st_size + 100),
         pytest.raises(DataError),
     ):
-        log.add("upvote", "nano", messages)
-    log.add("downvote", "nano", messages)
+        log.add("upvote", "nano", turns)
+    log.add("downvote", "nano", turns)
     assert [record["type"] for record in records(log.folder)] == ["common", "downvote"]
 
 

@@ -257,11 +257,14 @@ def test_images_in_messages_are_read(client, route, name, part):
     assert answers[0] == answers[1] and answers[0]["usage"]["total_tokens"] > 32
 
 
-def test_chat_notes_that_an_image_does_not_fit(client):
+def test_chat_notes_what_does_not_fit(client):
     # Below an image's tokens the model cannot start one.
     notes = [chat(client, ASK, max_tokens=count)["notes"] for count in (20, 40)]
     assert [len(of_answer) for of_answer in notes] == [1, 0]
     assert "34" in notes[0][0]  # tokens of an image
+    # Conversations go on without a limit.
+    turns = [user(*[CODES] * 16), {"role": "assistant", "content": "Yes."}, user(CODES, "Hi")]
+    assert "first 2 messages" in chat(client, turns, max_tokens=40)["notes"][0]
 
 
 # ---- harmless

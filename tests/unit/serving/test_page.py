@@ -20,7 +20,7 @@ from served import Running
 from seed_multimodal.errors import RequestError
 from seed_multimodal.models.registry import model_cards
 
-PLAIN = (False, None, 1, 64, 0.0, 0.5, 3)  # force, ratio, beams, tokens, temperature, top_p, rounds
+PLAIN = (False, None, 1, 64, 0.0, 0.5, 0)  # force, ratio, beams, tokens, temperature, top_p, rounds
 FORCED = (True, *PLAIN[1:])
 
 
@@ -66,10 +66,6 @@ def event(index: Any, **values: Any) -> Any:
     return SimpleNamespace(index=index, **values)
 
 
-def images(message: Any) -> list[Any]:
-    return [part for part in message["content"] if "path" in part]
-
-
 # ---- how a backend is reached
 
 CLOSED = "127.0.0.1:9"
@@ -113,15 +109,16 @@ def test_a_backend_that_is_not_reached_says_why(
 
 @pytest.mark.slow
 def test_boxes_are_drawn_on_the_last_image_and_not_written(file):
-    from seed_multimodal.serving.chat_session import chatbot_messages, image_with_boxes
+    from seed_multimodal.serving.chat_session import image_with_boxes
+    from seed_multimodal.serving.turns import Picture, Turn
 
     box = {"image": 0, "box": [0.375, 0.1875, 0.625, 0.3125]}
-    drawing = image_with_boxes([{"content": [{"path": file}]}], [box])
+    drawing = image_with_boxes([Turn("user", [Picture(file)])], [box])
     assert drawing.getpixel((18, 5)) == drawing.getpixel((29, 9)) == (0, 255, 0)
     assert drawing.getpixel((24, 7)) == noise(0).getpixel((24, 7))
     text = "a cat <box_start><loc-8><loc-4><loc-4><loc-2><box_end>"
-    answer = {"role": "assistant", "content": [{"type": "text", "text": text}]}
-    assert chatbot_messages([answer])[0]["content"] == ["a cat"]
+    answer, note = Turn("assistant", [text], ["A note."]).displayed()
+    assert answer["content"] == ["a cat"] and note["metadata"] == {"title": "A note."}
 
 
 # ---- a conversation (retry, undo and edit: tests/e2e/test_browser.py)
@@ -138,16 +135,32 @@ def test_reply_keeps_a_conversation_with_images_both_ways(session, file):
     assert len({*paths}) >= 3, "previews, then the image"
     assert Image.open(paths[-1]).size == (16, 16)
     # Previews are replaced by their image, whose codes later turns send.
-    (drawing,) = images(session.turns[-1])
-    assert len(drawing["codes"]) == 32
+    (drawing,) = session.turns[-1].pictures
+    assert len(drawing.codes) == 32
+
+
+def test_a_reload_continues_the_conversation(session, address, file):
+    # The browser keeps texts and codes; images are drawn of them.
+    asyncio.run(session.model.load_card())
+    send(session, "What is it?", file)
+    send(session, "Make it green.", settings=FORCED)
+    chat, _, stored = session.on_end()
+    assert len(json.dumps(stored)) < 2000
+    reloaded = session_of(address, "nano")
+    asyncio.run(reloaded.on_model(0, stored))
+    assert [turn.message() for turn in reloaded.turns] == [turn.message() for turn in session.turns]
+    assert len(reloaded.displayed()) == len(chat)
+    assert all(Path(picture.path).is_file() for picture in reloaded.turns[-1].pictures)
+    asyncio.run(reloaded.on_model(0, {**stored, "model": "another"}))
+    assert reloaded.turns == []
 
 
 def test_lavit_draws_in_the_chosen_ratio(tiny_lavit, tmp_path, monkeypatch):
     monkeypatch.setenv("GRADIO_TEMP_DIR", str(tmp_path))
     session = session_of(Running(tiny_lavit).address, "nano-lavit")
     send(session, "a red apple", settings=(True, "3:2", *PLAIN[2:]))
-    (drawing,) = images(session.turns[-1])
-    assert Image.open(drawing["path"]).size == (80, 56) and drawing["codes"]
+    (drawing,) = session.turns[-1].pictures
+    assert Image.open(drawing.path).size == (80, 56) and drawing.codes
 
 
 @pytest.mark.parametrize("text", ["", " ?.", "an <image> here"])
@@ -155,15 +168,14 @@ def test_on_submit_refuses_a_message(session, text):
     with pytest.warns(UserWarning):
         updates = send(session, text)
     # Gradio empties the box without a value.
-    assert len(updates) == 1 and len(updates[0]) == 2
-    assert session.turns == session.pending == []
+    assert len(updates) == 1 and len(updates[0]) == 2 and session.turns == []
 
 
 def test_reply_gives_the_message_back_without_a_backend(session, address, file):
     session.model.address = f"http://127.0.0.1:{free_port()}/generate"
     with pytest.warns(UserWarning, match="start the backend"):
         send(session, "hello", file)
-    chat, box = session.on_end()
+    chat, box, _ = session.on_end()
     assert chat == [] and box["value"]["text"] == "hello" and len(box["value"]["files"]) == 1
     # A failed retry leaves the answer.
     session.model.address = address
@@ -176,13 +188,6 @@ def test_reply_gives_the_message_back_without_a_backend(session, address, file):
     assert session.on_end()[0] == before and len(before) == 2
 
 
-def test_reply_refuses_a_long_history(session):
-    send(session, "again", settings=(*PLAIN[:-1], 1))
-    with pytest.warns(UserWarning):
-        send(session, "again", settings=(*PLAIN[:-1], 1))
-    assert len(session.turns) == 2
-
-
 @pytest.mark.parametrize("updates, clear", [(1, False), (2, False), (2, True)])
 def test_reply_ends_where_it_is_cancelled(session, updates, clear):
     # As Gradio does it for Stop: without an answer the message returns, part of one stays.
@@ -191,17 +196,20 @@ def test_reply_ends_where_it_is_cancelled(session, updates, clear):
         reply = session.reply(*FORCED)
         for _ in range(updates):
             await anext(reply)
+        with pytest.warns(UserWarning, match="is being made"):
+            session.on_submit({"text": "Meanwhile.", "files": []})
         if clear:
             session.reset()
         await reply.aclose()
 
     asyncio.run(stopped())
-    chat, box = session.on_end()
+    chat, box, _ = session.on_end()
     assert ("value" in box) == (updates == 1)
-    assert len(chat) == (2 if updates > 1 and not clear else 0)
-    assert not chat or chat[1]["content"][-1] == "Stopped."
+    assert len(chat) == (3 if updates > 1 and not clear else 0)
+    assert not chat or chat[2]["metadata"]["title"] == "Stopped."
+    n_turns = len(session.turns)
     send(session, "Hello")
-    assert len(session.turns) == len(chat) + 2
+    assert len(session.turns) == n_turns + 2
 
 
 def test_on_choose_names_a_file_that_is_no_image(session, file, tmp_path):
@@ -224,35 +232,24 @@ def test_reset_removes_the_visitors_images(session, file, tmp_path):
 # ---- tabs and examples
 
 
-def test_tabs_name_what_is_missing(session):
-    # Their images and codes: tests/e2e/test_browser.py.
-    for handler in (
-        session.on_change(None, "Make it green.", 0),
-        session.on_swap([], [], 32, 32),
-        session.on_draw(" ", 3, None),
-    ):
-        with pytest.warns(UserWarning):
-            asyncio.run(handler)
-
-
 def test_an_example_is_answered_and_offers_what_follows(session):
-    from seed_multimodal.serving.chat_session import installed_examples
-
     # Examples without their images are not offered.
-    for card in model_cards().values():
-        assert installed_examples(card.examples) == [*card.examples] != []
-    examples = session.model.card.examples
+    for name, card in model_cards().items():
+        assert session_of("", name).examples == [*card.examples] != []
+    examples = session.examples
     index = next(n for n, example in enumerate(examples) if example.images and example.then)
     session.on_example(event(index))
     all_of(session.reply(*PLAIN))
     assert len(session.turns) == 2
-    assert len(images(session.turns[0])) == len(examples[index].images)
+    assert len(session.turns[0].pictures) == len(examples[index].images)
     box = session.on_end()[1]
     assert box["value"] == {"text": examples[index].then[0], "files": []}
     send(session, box["value"]["text"])
     assert len(session.turns) == 4 and "value" not in session.on_end()[1]
     # Another message ends the example.
+    session.reset()
     session.on_example(event(index))
+    all_of(session.reply(*PLAIN))
     send(session, "another message")
     assert "value" not in session.on_end()[1]
 
@@ -299,7 +296,7 @@ def test_build_opens_no_connection(name, monkeypatch):
     session = session_of("", name)
     card = session.model.card
     build([session.model])
-    updates = asyncio.run(session.on_model(0))
+    updates = asyncio.run(session.on_model(0, None))
     temperature, rounds, force, _, shape, _, _, *tabs = updates[4:]
     names = ("draw", "edit", "codes", "find")
     shown = [name for name, update in zip(names, tabs, strict=True) if update["visible"]]

@@ -1,0 +1,124 @@
+"""Turns of the page's conversations: texts and images in order, and their forms for the backend,
+the page, the browser's storage and the log.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+
+from seed_multimodal.disk import JsonObject
+from seed_multimodal.errors import RequestError
+from seed_multimodal.language.vocabulary import BLANK, BOX_WORDS, PLACEHOLDER
+
+# The original's page refuses more than its server.
+BLANK_INPUT = BLANK + "?!;/"
+
+
+@dataclass
+class Picture:
+    """An image of a turn.
+
+    Attributes:
+        path: of the file that the page shows; "": not drawn again yet.
+        codes: sent and stored instead of the image, where a model has them.
+        url: `data:…`, sent without codes. An image that has neither, as a preview, is only shown.
+    """
+
+    path: str = ""
+    codes: list[int] | None = None
+    url: str = ""
+
+    def sent(self) -> JsonObject:
+        """As a part of OpenAI's message."""
+        if self.codes:
+            return {"type": "image_url", "codes": self.codes}
+        return {"type": "image_url", "image_url": {"url": self.url}}
+
+
+@dataclass
+class Turn:
+    """A message of the user or an answer.
+
+    Attributes:
+        notes: sentences about an answer.
+        settings: of its request.
+    """
+
+    role: str
+    parts: list[str | Picture] = field(default_factory=list)
+    notes: list[str] = field(default_factory=list)
+    settings: JsonObject = field(default_factory=dict)
+
+    @property
+    def text(self) -> str:
+        return "".join(part for part in self.parts if isinstance(part, str))
+
+    @property
+    def pictures(self) -> list[Picture]:
+        return [part for part in self.parts if isinstance(part, Picture)]
+
+    @property
+    def sent_parts(self) -> list[str | Picture]:
+        """Without images that are only shown."""
+        return [part for part in self.parts if isinstance(part, str) or part.codes or part.url]
+
+    def add_text(self, text: str) -> None:
+        """Continue the last text."""
+        last = self.parts[-1] if self.parts else None
+        if isinstance(last, str):
+            self.parts[-1] = last + text
+        else:
+            self.parts.append(text)
+
+    def add_picture(self, picture: Picture) -> None:
+        """Add an image, which replaces a preview."""
+        self.parts = [*self.sent_parts, picture]
+
+    # ---- forms
+
+    def message(self) -> JsonObject:
+        """As OpenAI's message."""
+        content = [
+            {"type": "text", "text": part} if isinstance(part, str) else part.sent()
+            for part in self.sent_parts
+        ]
+        return {"role": self.role, "content": content}
+
+    def displayed(self) -> list[JsonObject]:
+        """As messages of Gradio's Chatbot: texts without words for boxes, and the notes."""
+        content: list[str | JsonObject] = []
+        for part in self.parts:
+            if isinstance(part, str):
+                text = BOX_WORDS.sub(" ", part).strip()
+                content += [text] if text else []
+            elif part.path:
+                content.append({"path": part.path, "alt_text": "image"})
+        messages: list[JsonObject] = [{"role": self.role, "content": content or ["…"]}]
+        if self.notes:
+            note = {"title": " ".join(self.notes)}
+            messages.append({"role": self.role, "content": "", "metadata": note})
+        return messages
+
+    def stored(self) -> JsonObject:
+        """For the browser's storage: texts and codes."""
+        parts = [part if isinstance(part, str) else part.codes for part in self.parts]
+        return {"role": self.role, "parts": [*filter(None, parts)], "notes": self.notes}
+
+
+def restored(turns: Iterable[JsonObject]) -> list[Turn]:
+    """Turns from the browser's storage, whose images have codes only."""
+    conversation: list[Turn] = []
+    for turn in turns:
+        parts = [part if isinstance(part, str) else Picture(codes=part) for part in turn["parts"]]
+        conversation.append(Turn(turn["role"], parts, turn["notes"]))
+    return conversation
+
+
+def user_turn(text: str, pictures: Sequence[Picture]) -> Turn:
+    """The user's input. Raises RequestError: empty, or contains the image placeholder."""
+    if PLACEHOLDER in text:
+        raise RequestError(f"Please do not type {PLACEHOLDER}: it stands for images.")
+    if not pictures and not text.strip(BLANK_INPUT):
+        raise RequestError("Write a message or choose an image first.")
+    return Turn("user", [*pictures, text])
