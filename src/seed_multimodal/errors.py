@@ -25,6 +25,7 @@ EXTRAS = {
         "gradio",
         "httpx",
         "flask",
+        "flask_cors",
         "werkzeug",
         "waitress",
         "requests",
@@ -45,6 +46,7 @@ PACKAGES = {
     "llama_cpp": "llama-cpp-python",
     "lmms_eval": "lmms-eval",
     "prometheus_client": "prometheus-client",
+    "flask_cors": "flask-cors",
     "werkzeug": "flask",
 }
 
