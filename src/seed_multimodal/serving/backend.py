@@ -106,11 +106,8 @@ class Deadline:
         """Seconds since the request arrived."""
         return time.monotonic() - self.started
 
-    def is_exceeded(self) -> bool:
-        return self.elapsed() > self.seconds
-
     def __call__(self) -> bool:
-        return self.is_exceeded() or self.is_cancelled()
+        return self.elapsed() > self.seconds or self.is_cancelled()
 
     def raise_if_cancelled(self) -> None:
         if self.is_cancelled():
@@ -373,7 +370,7 @@ class Backend:
                 self.tokens.labels("completion").inc(len(answer.ids))
                 self.images.labels("drawn").inc(len(answer.images))
                 event["notes"] = [*conversation.notes, *filter(None, [answer.note])]
-                if deadline.is_exceeded():
+                if deadline.elapsed() > deadline.seconds:
                     sentence = f"The answer was cut off after {self.limits.seconds:g} seconds."
                     event["notes"].append(sentence)
             yield event

@@ -196,7 +196,7 @@ class ChatSession:
             if not image["preview"]:
                 picture.codes = image["codes"]
                 picture.url = url
-            answer.add_picture(picture)
+            answer.parts = [*answer.sent_parts, picture]  # in place of a preview
         if change.get("content"):
             answer.add_text(change["content"])
         if change.get("boxes"):

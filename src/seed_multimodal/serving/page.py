@@ -83,7 +83,7 @@ def build(models: Sequence[ModelClient], log: ConversationLog | None = None) -> 
         # 1. The layout.
         title, model_choice = header(models)
         if log is not None:
-            gr.Markdown(LOG_NOTICE, elem_id="log-notice")
+            gr.Markdown(LOG_NOTICE)
         # Gradio cannot hide tabs that are visible at first: `on_model` shows those of the model.
         with gr.Tabs():
             with gr.Tab("Chat"):
@@ -169,10 +169,10 @@ def chat_tab() -> ChatTab:
 
 def generation_inputs() -> list[gr.Component]:
     """The original demo's sliders and ranges, and ours."""
-    with gr.Sidebar(open=False, position="right", elem_id="settings"):
+    with gr.Sidebar(open=False, position="right"):
         dark = gr.Button("Light / dark", size="sm")
         dark.click(None, js="() => { document.body.classList.toggle('dark') }")
-        force_image = gr.Checkbox(label="Answer with an image", elem_id="force")
+        force_image = gr.Checkbox(label="Answer with an image")
         ratio = gr.Dropdown([], label="Width : height", visible=False)
         beams = gr.Slider(
             1, 4, 1, step=1, label="Beams", info="Answers followed at once; the likeliest is kept."
@@ -335,7 +335,7 @@ def results(
     with gr.Column():
         with gr.Row():
             start = gr.Button(label, variant="primary", elem_id=name)
-            stop = gr.Button("Stop", min_width=80)
+            stop = gr.Button("Stop")
         images = gr.Gallery(
             label="Results",
             columns=2,

@@ -27,9 +27,8 @@ def completion(model: str, stream: bool, changes: Iterator[JsonObject]) -> Itera
     """`POST /v1/chat/completions`: an answer as chunks, or as one object."""
     # All chunks have the same head.
     head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
-    message: JsonObject = {"role": "assistant", "content": "", "images": [], "boxes": []}
-    message["notes"] = []
     role = {"role": "assistant"}  # in the first chunk
+    message: JsonObject = {**role, "content": "", "images": [], "boxes": [], "notes": []}
     for change in changes:
         # Only the last change has these two.
         finish_reason = change.pop("finish_reason", None)

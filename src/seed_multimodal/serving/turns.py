@@ -71,10 +71,6 @@ class Turn:
         else:
             self.parts.append(text)
 
-    def add_picture(self, picture: Picture) -> None:
-        """Add an image, which replaces a preview."""
-        self.parts = [*self.sent_parts, picture]
-
     # ---- forms
 
     def message(self) -> JsonObject:
