@@ -74,7 +74,7 @@ def train(args: argparse.Namespace) -> int:
     # The trainer translates errors of its own.
     with (
         process_group_cleanup(),
-        translate_errors("the start", "checkpoints of earlier runs are intact"),
+        translate_errors("the start", lambda: "checkpoints of earlier runs are intact"),
     ):
         if "run.evaluate=True" in args.options:
             with contextlib.redirect_stdout(sys.stderr):  # log lines of loading

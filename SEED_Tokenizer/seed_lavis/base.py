@@ -43,7 +43,7 @@ from seed_multimodal.nn.vision.clip import eva_from_clip, load_clip_vision
 from seed_multimodal.nn.vision.eva import EvaVit
 from seed_multimodal.settings import read_settings
 from seed_multimodal.state_dicts import assign_strictly, load_state_dict
-from seed_multimodal.training.checkpoint import frozen_names
+from seed_multimodal.training.task import frozen_names
 from seed_multimodal.weights.catalogue import download_advice
 
 if TYPE_CHECKING:

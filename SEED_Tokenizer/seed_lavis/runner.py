@@ -29,7 +29,8 @@ from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.settings import read_settings
 from seed_multimodal.state_dicts import assign_strictly, read_training_state, save_torch
-from seed_multimodal.training.checkpoint import checkpoints, frozen_names
+from seed_multimodal.training.checkpoint import checkpoints
+from seed_multimodal.training.task import frozen_names
 from seed_multimodal.training.trainer import train_stage
 
 

@@ -141,7 +141,9 @@ class TokenizerTask(CodebookTask):
                     json.dumps(self.runner.model.config.to_dict(), indent=2) + "\n",
                 )
 
-    def loss(self, model: nn.Module, batch: dict[str, Any]) -> tuple[Tensor, Mapping[str, Any]]:
+    def batch_loss(
+        self, model: nn.Module, batch: dict[str, Any]
+    ) -> tuple[Tensor, Mapping[str, Any]]:
         """LAVIS's training step."""
         loss = self.runner.task.train_step(model, batch)
         self.last_loss = loss.detach()
@@ -194,9 +196,9 @@ class TokenizerTask(CodebookTask):
             "bad_samples": sum(process["bad"] for process in gathered),
         }
 
-    def state_dict(self, step: int) -> dict[str, Any]:
+    def state_dict(self) -> dict[str, Any]:
         """The bad samples that this process found."""
-        return {**super().state_dict(step), **self.batches.dataset.state_dict()}
+        return {**super().state_dict(), **self.batches.dataset.state_dict()}
 
     def load_state_dict(self, states: list[dict[str, Any]], rank: int) -> None:
         """Inverse of `state_dict`; there may have been more processes, or fewer."""

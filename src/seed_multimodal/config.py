@@ -10,7 +10,8 @@ from __future__ import annotations
 import inspect
 import os
 import pkgutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -61,17 +62,25 @@ def load_yaml(path: str | Path) -> DictConfig:
 def resolve(config: DictConfig, file: Path) -> DictConfig:
     """Resolve interpolations in place; `${oc.env:PROJECT_ROOT}` is the root above `file`. Raises
     ConfigError."""
-    # OmegaConf reads the variable while it resolves; afterwards it is as the user set it.
+    with project_root_variable(file.parent):
+        try:
+            OmegaConf.resolve(config)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{file}: {first_line(error)}") from error
+    return config
+
+
+@contextmanager
+def project_root_variable(folder: Path) -> Iterator[None]:
+    """Context with the environment variable PROJECT_ROOT, which OmegaConf reads while it resolves;
+    afterwards it is as the user set it."""
     set_by_user = os.environ.get("PROJECT_ROOT")
-    os.environ["PROJECT_ROOT"] = set_by_user or str(project_root(file.parent))
+    os.environ["PROJECT_ROOT"] = set_by_user or str(project_root(folder))
     try:
-        OmegaConf.resolve(config)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"{file}: {first_line(error)}") from error
+        yield
     finally:
         if set_by_user is None:
             del os.environ["PROJECT_ROOT"]
-    return config
 
 
 def read_yaml(file: Path) -> DictConfig:

@@ -17,6 +17,7 @@ from pathlib import Path
 import pytest
 from full_disk import file_size_limit
 from lavis_runs import require_lavis
+from llm_runs import compose
 from real_processes import kill_when, wait_until
 from trainers import HUB_LLMS, LAVIS, LLM, TRAINERS, TWO, Trainer
 
@@ -176,13 +177,11 @@ def check_conversion(
     import torch
     from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
 
-    from seed_multimodal.compat.training_flags import translate
     from seed_multimodal.models.seed_x.modeling import load_agent
     from seed_multimodal.models.seed_x.train_agent import TuningTask
-    from seed_multimodal.training.cli import compose
     from seed_multimodal.training.distributed import ProcessGroup
 
-    settings = TuningTask.read(compose(translate(arguments), LLM / "configs", "train_seed_x_sft"))
+    settings = TuningTask.run_type.read(compose(arguments, name="train_seed_x_sft"))
     task = TuningTask(settings, ProcessGroup(), torch.device("cpu"))
     task.prepare()
     kinds = {"one": {}, "shards": {"max_shard_size": "40KB"}, "safe": {"safe_serialization": True}}
@@ -190,10 +189,10 @@ def check_conversion(
         convert_zero_checkpoint_to_fp32_state_dict(
             str(checkpoint), str(checkpoint / kind), **options
         )
-        for value in task.weights().values():
+        for value in task.published(task.module.state_dict()).values():
             value.data.zero_()
         load_agent(task.module, checkpoint / kind)
-        for name, value in task.weights().items():
+        for name, value in task.published(task.module.state_dict()).items():
             assert torch.equal(value, weights[f"model.{name}"]), (kind, name)
 
 

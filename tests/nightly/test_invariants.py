@@ -98,7 +98,7 @@ ROWS = [
         "8x1=1x8",
         Run(["data.batch_size=8"]),
         Run(["data.batch_size=1", f"{ACCUMULATE}=8"]),
-        defect="PixelTask.micro_step seeds its noise by the micro-batch, not by the sample",
+        defect="PixelTask.loss seeds its noise by the micro-batch, not by the sample",
     ),
     Row("seed_decoder", "0=2 workers", Run([f"{WORKERS}=0"]), Run([f"{WORKERS}=2"]), close=0.0),
     Row("seed_decoder", "1=2 processes", Run([f"{ACCUMULATE}=2"]), Run(processes=2)),

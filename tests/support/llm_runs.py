@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import os
 import random
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -124,13 +124,28 @@ def write_data(folder: Path, n_codes: int, per_image: int, records: int = 60) ->
     }
 
 
+def compose(
+    arguments: Sequence[str], configs: Path = APPLICATION / "configs", name: str = "train"
+) -> dict[str, Any]:
+    """The configuration of a command line, as the programs compose it."""
+    import hydra
+
+    from seed_multimodal.compat.training_flags import translate
+    from seed_multimodal.training.cli import configuration_errors, hydra_arguments, plain_config
+
+    file = configs / f"{name}.yaml"
+    with configuration_errors(), hydra.initialize_config_dir(str(configs), version_base="1.3"):
+        _, overrides, _ = hydra_arguments(translate(arguments), file)
+        return plain_config(hydra.compose(name, overrides), file)
+
+
 def task_of(task_class: Any, config: dict[str, Any]) -> Any:
     """A training's task in this process."""
     import torch
 
     from seed_multimodal.training.distributed import ProcessGroup
 
-    return task_class(task_class.read(config), ProcessGroup(), torch.device("cpu"))
+    return task_class(task_class.run_type.read(config), ProcessGroup(), torch.device("cpu"))
 
 
 def fixtures_of(parts: Any) -> tuple[Any, Any]:

@@ -65,7 +65,7 @@ class ToyTask(StageTask):
         **more: Any,
     ) -> None:
         super().__init__(name, module, settings, **more)
-        for method, function in {"step_loss": loss, **(methods or {})}.items():
+        for method, function in {"loss": loss, **(methods or {})}.items():
             if function is not None:
                 setattr(self, method, function)
 

@@ -8,20 +8,15 @@ Flags and overrides apply in command-line order.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NoReturn
 
 from seed_multimodal.entry import run_and_exit
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.training.cli import (
-    OPTIONS,
-    SWITCHES,
-    CommandLine,
-    is_flag,
-    main,
-    read_flag,
-)
+from seed_multimodal.settings import nearest
+from seed_multimodal.training.cli import CommandLine, main
 
 
 def _boolean(value: str) -> dict[str, str | None]:
@@ -181,9 +176,25 @@ _SWITCHES = (
     "torch_compile",
     *UNSUPPORTED_FLAGS,
     *IGNORED_FLAGS,
-    *SWITCHES,
 )
-_ALL_FLAGS = (*FLAGS, *UNSUPPORTED_FLAGS, *IGNORED_FLAGS, *OPTIONS)
+_ALL_FLAGS = (*FLAGS, *UNSUPPORTED_FLAGS, *IGNORED_FLAGS)
+# Hydra's, which are left to it.
+HYDRA_OPTIONS = (
+    "help",
+    "hydra_help",
+    "version",
+    "cfg",
+    "resolve",
+    "package",
+    "run",
+    "multirun",
+    "shell_completion",
+    "config_path",
+    "config_name",
+    "config_dir",
+    "experimental_rerun",
+    "info",
+)
 _NEW_FLAGS = ("resume", "device")  # they do not activate the original's defaults
 
 
@@ -194,50 +205,76 @@ def main_process(program: str | Path) -> NoReturn:
 
 
 def translate(arguments: Sequence[str]) -> CommandLine:
-    """Parse `--flag value`, `--flag=value`, boolean `--flag` and `--no_flag`, and overrides.
+    """`--flag value`, `--flag=value`, boolean `--flag` and `--no_flag` as overrides.
+
+    Hydra's options and overrides stay.
 
     Raises ConfigError: an unknown flag, a wrong value, or an unsupported option.
     """
     remaining = list(arguments)
     flags: dict[str, str] = {}
-    overrides: list[str] = []
+    translated: list[str] = []
     from_flags: set[str] = set()  # overrides that were translated from flags
-    options: dict[str, str] = {}
     ignored: list[str] = []
     while remaining:
         argument = remaining.pop(0)
-        if not is_flag(argument):
+        flag = argument[2:].partition("=")[0].replace("-", "_")
+        if not argument.startswith("--") or flag in HYDRA_OPTIONS:
             # A group's file replaces what earlier flags set in the group.
             prefix = f"++{argument.partition('=')[0]}."
-            overrides = [
-                override
-                for override in overrides
-                if override not in from_flags or not override.startswith(prefix)
+            translated = [
+                text for text in translated if text not in from_flags or not text.startswith(prefix)
             ]
-            overrides.append(argument)
+            translated.append(argument)
             continue
-        flag, value = read_flag(argument, remaining, _ALL_FLAGS, _SWITCHES, ("report_to",))
+        flag, value = _read_flag(argument, remaining)
         flags[flag] = value
-        if flag in OPTIONS:
-            options[OPTIONS[flag]] = value
-        elif flag in IGNORED_FLAGS:
+        if flag in IGNORED_FLAGS:
             ignored.append(f"--{flag}")
         elif flag in UNSUPPORTED_FLAGS and value.lower() not in ("false", "no", "0", "0.0", ""):
             alternative = f"; use ZeRO-3 instead: {FSDP[flag]}" if flag in FSDP else ""
             raise ConfigError(f"--{flag}: not supported{alternative}.")
         else:
-            translated = _overrides(flag, value)
-            from_flags.update(translated)
-            overrides += translated
+            overrides = _overrides(flag, value)
+            from_flags.update(overrides)
+            translated += overrides
 
     # Combinations of flags.
     if "num_train_epochs" in flags and "max_steps" not in flags:
         raise ConfigError("--num_train_epochs: not supported; use --max_steps.")
     if "eval_steps" in flags:
         default_interval = EVAL_STRATEGIES["steps"]
-        overrides = [text for text in overrides if not text.endswith(default_interval)]
-    original = any(flag not in OPTIONS and flag not in _NEW_FLAGS for flag in flags)
-    return CommandLine(overrides, options, ignored, original)
+        translated = [text for text in translated if not text.endswith(default_interval)]
+    return CommandLine(translated, ignored, any(flag not in _NEW_FLAGS for flag in flags))
+
+
+def _read_flag(argument: str, remaining: list[str]) -> tuple[str, str]:
+    """A flag's name and value, consumed from the remaining arguments.
+
+    Raises ConfigError: an unknown flag, or one without value.
+    """
+    # 1. The flag, or the negation of a switch.
+    flag, equals, value = argument[2:].partition("=")
+    flag = flag.replace("-", "_")
+    if flag not in _ALL_FLAGS:
+        positive = flag.removeprefix("no_")
+        if positive in _SWITCHES:
+            return positive, "False"
+        hint = nearest(f"--{flag}", [f"--{name}" for name in _ALL_FLAGS])
+        raise ConfigError(f"--{flag}: unknown option{hint}.")
+    if equals:
+        return flag, value
+
+    # 2. Its values. An override after a switch is not its value.
+    values: list[str] = []
+    while remaining and not re.match("-[^0-9]", remaining[0]):
+        is_override = "=" in remaining[0] or remaining[0].startswith("~")
+        if (values and flag != "report_to") or (is_override and (values or flag in _SWITCHES)):
+            break
+        values.append(remaining.pop(0))
+    if not values and flag not in _SWITCHES:
+        raise ConfigError(f"--{flag}: needs a value.")
+    return flag, ",".join(values) or "True"
 
 
 def _overrides(flag: str, typed: str) -> list[str]:

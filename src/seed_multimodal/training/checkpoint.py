@@ -16,7 +16,6 @@ process).
 
 from __future__ import annotations
 
-import glob
 import json
 import os
 import shutil
@@ -68,6 +67,7 @@ class CheckpointStore:
 
     Attributes:
         last_step, last_folder: of the checkpoint written or resumed from last.
+        writing: of a checkpoint in this process, for which `finish` waits.
         branch: the checkpoint of another run that this run was started from by `resume`, or "".
     """
 
@@ -79,10 +79,8 @@ class CheckpointStore:
         self.last_folder: Path | None = None
         self.branch = ""
         self._pool = ThreadPoolExecutor(1, "checkpoint")
-        # The step of the checkpoint in writing, equal in all processes, and the writing itself, in
-        # the first one.
-        self._step: int | None = None
-        self._pending: Future[None] | None = None
+        self._step: int | None = None  # of the checkpoint in writing, equal in all processes
+        self.writing: Future[None] | None = None
         if group.first:  # of a killed run
             for path in folder.glob(".checkpoint-*"):
                 shutil.rmtree(path, ignore_errors=True)
@@ -148,14 +146,14 @@ class CheckpointStore:
         self._step = step
         if isinstance(engine, ZeroEngine):
             # Every process writes its shard.
-            self._pending = Future()
+            self.writing = Future()
             try:
                 self._write(
                     step, lambda folder: self._fill_shards(folder, step, task, engine), states
                 )
-                self._pending.set_result(None)
+                self.writing.set_result(None)
             except TrainingError as error:
-                self._pending.set_exception(error)
+                self.writing.set_exception(error)
             self.finish()
         elif self.group.first:
             # Copies, since a thread may write while the next steps update the weights.
@@ -163,22 +161,18 @@ class CheckpointStore:
             if ema is not None:
                 trained = _copy_to_cpu(ema.parameters(task.module))
             with averaged_weights(ema, task.module):
-                weights = _copy_to_cpu(saved_weights(task, self.settings.save_frozen))
+                weights = _copy_to_cpu(task.published(engine.weights()))
             optimizer = _copy_to_cpu(engine.state_dict())
 
             def fill(folder: Path) -> None:
-                task.save_files(folder, weights)
+                task.save(folder, weights)
                 if trained:
                     save_state_dict(trained, folder / TRAINED_FILE)
                 save_torch(optimizer, folder / OPTIMIZER_FILE)
 
-            self._pending = self._pool.submit(self._write, step, fill, states)
+            self.writing = self._pool.submit(self._write, step, fill, states)
         if not self.settings.async_save:
             self.finish()
-
-    def is_written(self) -> bool:
-        """Whether the writing has ended that `finish` would wait for."""
-        return self._pending is not None and self._pending.done()
 
     def finish(self) -> None:
         """Wait in all processes until the checkpoint is written; collective.
@@ -188,7 +182,7 @@ class CheckpointStore:
         if self._step is None:
             return
         step, self._step = self._step, None
-        pending, self._pending = self._pending, None
+        pending, self.writing = self.writing, None
         error = pending.exception() if pending is not None else None
         failed = self.group.agree(error is not None)[0]
         if error is not None:
@@ -233,7 +227,7 @@ class CheckpointStore:
         engine.save_shards(folder, step)
         weights = engine.weights()
         if self.group.first:
-            task.save_files(folder, task.weights(weights))
+            task.save(folder, task.published(weights))
         self.group.agree(False)  # wait until all shards are written
 
         # A node whose disk is not the shared one has written elsewhere.
@@ -307,25 +301,25 @@ def _read_state(file: Path) -> Any:
         ) from error
 
 
-def resume_remarks(folder: Path, saved: JsonObject, current: JsonObject, task: Task) -> list[str]:
+def resume_remarks(folder: Path, saved: JsonObject, task: Task, world: int) -> list[str]:
     """Remarks on allowed differences between a checkpoint's and this run's identity and settings.
 
     Raises CheckpointError: this run cannot resume from it.
     """
-    for key, noun in task.fixed_on_resume.items():
-        if key in current and saved.get(key) != current[key]:
-            changes = changed_settings({noun: saved.get(key)}, {noun: current[key]})
+    for key, value in task.identity(world).items():
+        if saved.get(key) != value:
+            noun = key.replace("_", " ")
+            changes = changed_settings({noun: saved.get(key)}, {noun: value})
             raise CheckpointError(
                 f"{folder}: changed since it was saved: {'; '.join(changes)}; use the same, or "
                 f"start from its weights ({task.start_hint}) in a new folder."
             )
-    remarks = []
-    for key, noun in task.reported_on_resume.items():
-        if key in current and saved.get(key) != current[key]:
-            remarks.append(
-                f"the checkpoint was saved with {saved.get(key)} {noun}, this run has "
-                f"{current[key]}."
-            )
+    remarks = [
+        f"the checkpoint was saved with {saved.get(key)} {key.replace('_', ' ')}, this run has "
+        f"{value}."
+        for key, value in task.reported(world).items()
+        if saved.get(key) != value
+    ]
     return [*remarks, settings_remark(saved["config"], task.config, task.quiet_keys)]
 
 
@@ -347,18 +341,9 @@ def settings_remark(
 # -------------------------------------------------------------------------- what is saved of a task
 
 
-def saved_weights(task: Task, save_frozen: bool) -> dict[str, Tensor]:
-    """The weights of a checkpoint, which share their memory with the module's."""
-    weights = task.weights()
-    if not save_frozen and not task.saves_frozen:
-        for name in frozen_names(task.module):
-            weights.pop(name, None)
-    return weights
-
-
-def check_all_saved(task: Task, save_frozen: bool) -> None:
+def check_all_saved(task: Task) -> None:
     """Raise CheckpointError if a checkpoint would lack a parameter that the optimizer changes."""
-    saved = {weight.data_ptr() for weight in saved_weights(task, save_frozen).values()}
+    saved = {weight.data_ptr() for weight in task.published(task.module.state_dict()).values()}
     names = {parameter: name for name, parameter in task.module.named_parameters()}
     for group in task.optimizer.param_groups:
         for parameter in group["params"]:
@@ -390,11 +375,7 @@ def load_task(
                 f"{folder}: was trained with another {name}; use the same one, or "
                 f"start from its weights in a new folder ({task.start_hint})."
             )
-    _load_weights(folder, task)
-
-
-def _load_weights(folder: Path, task: Task) -> None:
-    task.load_weights(folder, [glob.escape(name) for name in frozen_names(task.module)])
+    task.load(folder)
 
 
 def load_trained(folder: Path, module: nn.Module) -> None:
@@ -417,11 +398,5 @@ def warm_start(path: Path, task: Task) -> int:
     folder = next((checkpoint for _, checkpoint in checkpoints(path)), path)
     if not (folder / TRAINER_STATE).is_file():
         raise CheckpointError(f"{path}: no such checkpoint to start from.")
-    _load_weights(folder, task)
+    task.load(folder)
     return int(read_states(folder)[0]["global_step"])
-
-
-def frozen_names(module: nn.Module) -> list[str]:
-    """Names of frozen parameters."""
-    parameters = module.named_parameters(remove_duplicate=False)
-    return [name for name, parameter in parameters if not parameter.requires_grad]

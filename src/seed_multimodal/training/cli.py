@@ -1,30 +1,39 @@
-"""The Hydra trainings of all families: a configuration composed from groups and overrides.
+"""The Hydra trainings of all families.
 
     python src/train/train.py model=nano_lora tokenizer=nano data=my_data.yaml output_dir=log/run
+    python src/train/train.py --multirun optim.learning_rate=1e-4,2e-4 output_dir=log/rates …
     python -m seed_multimodal.training.cli NAME …    # of a family in another package
 
-A group (model, data, …) is set to the name of one of its configurations or the path of a file.
-Overrides apply in command-line order; the last one wins, and a group's file replaces earlier
-settings of the group. The original's flags are translated into overrides
-(`compat.training_flags`).
+The program is Hydra's own: groups, `--help`, `--cfg job`, `--info`, `--multirun`. Before it reads
+the command line, three things are translated: a group may be set to any file (YAML, JSON), its last
+choice wins, and a key is set whether the files have it or not (`++`). The original's flags are
+translated, too (`compat.training_flags`).
 
-Further options: `--config-path DIR` (`-cp`), `--config-name NAME` (`-cn`), `--cfg` (print the
-resolved configuration and exit), `--help`, `--debug` (tracebacks). Under torchrun every process
-runs it.
+The runs of a `--multirun` go to output_dir/0, output_dir/1, … Under torchrun every process runs the
+program. `--debug` shows tracebacks.
 """
 
 from __future__ import annotations
 
+import os
 import pkgutil
+import re
 import sys
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+import hydra
+from hydra.core.config_store import ConfigStore
+from hydra.core.hydra_config import HydraConfig
+from hydra.errors import HydraException
+from hydra.types import RunMode
 from omegaconf import DictConfig, OmegaConf
-from omegaconf.errors import OmegaConfBaseException
+from omegaconf.errors import MissingMandatoryValue, OmegaConfBaseException
 
-from seed_multimodal.config import from_compat, read_yaml, resolve
+from seed_multimodal.config import from_compat, project_root_variable, read_yaml, resolve
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.entry import rank_and_world_size, run_and_exit, run_guarded
 from seed_multimodal.errors import ConfigError, first_line
@@ -47,286 +56,223 @@ GROUPS = (
     "agent",
 )
 FOLDERS = {"eval_data": "data", "agent": "clm_models"}  # groups that share another group's folder
-_SUFFIXES = (".yaml", ".yml", ".json")
-
-
-OPTIONS = {
-    "cp": "config_path",
-    "cd": "config_path",
-    "config_path": "config_path",
-    "config_dir": "config_path",
-    "cn": "config_name",
-    "config_name": "config_name",
-    "c": "cfg",
-    "cfg": "cfg",
-    "h": "help",
-    "help": "help",
-    "debug": "debug",
-}
-SWITCHES = ("c", "cfg", "h", "help", "debug")  # options whose value is optional
-
-
-# ------------------------------------------------------------------------------- the command line
+SUFFIXES = (".yaml", ".yml", ".json")
+PATH_OPTIONS = ("--config-path", "--config_path", "-cp")
+NAME_OPTIONS = ("--config-name", "--config_name", "-cn")
+# Hydra writes no folder and no log of its own.
+HYDRA_SETTINGS = (
+    "hydra.run.dir=.",
+    "hydra.sweep.dir=${output_dir}",
+    "hydra.sweep.subdir=${hydra.job.num}",
+    "hydra.output_subdir=null",
+    "hydra/job_logging=none",
+    "hydra/hydra_logging=none",
+)
 
 
 class CommandLine(NamedTuple):
-    """A parsed command line.
+    """A command line in which the original's flags are overrides.
 
-    overrides: in order.
-    options: values of `OPTIONS`.
+    arguments: Hydra's options and overrides.
     ignored: flags without effect.
     original: whether the files of groups are the original's unless chosen (`original.yaml`).
     """
 
-    overrides: list[str]
-    options: dict[str, str]
+    arguments: Sequence[str]
     ignored: Sequence[str] = ()
     original: bool = False
 
 
-def is_flag(argument: str) -> bool:
-    """Whether an argument is a flag, not an override or a negative number."""
-    return argument.startswith("-") and not argument[1:2].isdigit()
-
-
-def read_flag(
-    argument: str,
-    remaining: list[str],
-    flags: Collection[str],
-    switches: Collection[str],
-    lists: Collection[str] = (),
-) -> tuple[str, str]:
-    """A flag's name and value, consumed from the remaining arguments.
-
-    flags: all names.
-    switches: those whose value is optional. An override after one is not its value.
-    lists: those with several values.
-
-    Raises ConfigError: an unknown flag, or one without value.
-    """
-    # 1. The flag, or the negation of a switch.
-    flag, equals, value = argument.lstrip("-").partition("=")
-    flag = flag.replace("-", "_")
-    if flag not in flags:
-        positive = flag.removeprefix("no_")
-        if positive in switches:
-            return positive, "False"
-        hint = nearest(f"--{flag}", [f"--{name}" for name in flags])
-        raise ConfigError(f"--{flag}: unknown option{hint}.")
-    if equals:
-        return flag, value
-
-    # 2. Its values.
-    values: list[str] = []
-    while remaining and not is_flag(remaining[0]) and (not values or flag in lists):
-        is_override = "=" in remaining[0] or remaining[0].startswith("~")
-        if is_override and (values or flag in switches):
-            break
-        values.append(remaining.pop(0))
-    if values:
-        return flag, ",".join(values)
-    if flag not in switches:
-        raise ConfigError(f"--{flag}: needs a value.")
-    return flag, "True"
-
-
-# ------------------------------------------------------------------------------------ the program
-
-
-def main(program: str, configs: str | Path, argv: Sequence[str] | None = None) -> int:
+def main(
+    program: str,
+    configs: str | Path,
+    argv: Sequence[str] | None = None,
+) -> int:
     """Compose the configuration and train; returns the exit code (2: error, printed to stderr; 143:
     SIGTERM)."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    return run_guarded(
-        f"{program}.py",
-        "--debug" in arguments,
-        lambda: run(program, Path(configs), from_compat("training_flags:translate")(arguments)),
-    )
+    guarded = partial(run_guarded, f"{program}.py", "--debug" in arguments)
 
+    def run() -> int:
+        translate = from_compat("training_flags:translate")
+        command = translate([argument for argument in arguments if argument != "--debug"])
+        training = find_training(program)
+        task_type: type[RunTask] = pkgutil.resolve_name(training.task)
+        options, overrides, file = hydra_arguments(
+            command, Path(configs) / f"{training.config}.yaml"
+        )
+        if "--help" in options or "-h" in options:
+            overrides.append(_store_help(file, task_type.run_type.groups()))
 
-def run(program: str, configs: Path, command: CommandLine) -> int:
-    """As `main`, but raises errors."""
-    training = find_training(program)
-    file = configs / f"{training.config}.yaml"
-    folder = Path(command.options.get("config_path", file.parent))
-    name = command.options.get("config_name", file.stem).removesuffix(".yaml")
-    # Imported late, since a wrong flag should not wait for torch.
-    task_type: type[RunTask] = pkgutil.resolve_name(training.task)
+        def train(config: DictConfig) -> int:
+            if HydraConfig.get().mode == RunMode.MULTIRUN:
+                config.output_dir = HydraConfig.get().runtime.output_dir
+            settings = plain_config(config, file)
+            if command.ignored and rank_and_world_size()[0] == 0:
+                print(f"[train] ignored: {', '.join(command.ignored)}.", flush=True)
+            task_type.train(settings)
+            return 0
 
-    # Only print, if asked for.
-    if "help" in command.options:
-        print(help_text(folder / f"{name}.yaml", task_type.run_type.groups()))
+        def job(config: DictConfig) -> None:
+            code = guarded(lambda: train(config))
+            if code:  # Hydra would print the traceback of an exception
+                sys.exit(code)
+
+        sys.argv = [f"{program}.py", *options, *HYDRA_SETTINGS, *overrides]
+        hydra_main = hydra.main(
+            config_path=str(file.parent.resolve()), config_name=file.stem, version_base="1.3"
+        )
+        with project_root_variable(file.parent), configuration_errors():
+            hydra_main(job)()
         return 0
-    only_print = "cfg" in command.options
-    config = compose(command, folder, name, require_all=not only_print)
-    if only_print:
-        print(OmegaConf.to_yaml(OmegaConf.create(config)), end="")
-        return 0
 
-    # Train.
-    if command.ignored and rank_and_world_size()[0] == 0:
-        print(f"[train] ignored: {', '.join(command.ignored)}.", flush=True)
-    task_type.train(config)
-    return 0
+    sys_argv = sys.argv
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # raise errors of the configuration
+    try:
+        return guarded(run)
+    except SystemExit as stop:
+        return int(stop.code or 0)
+    finally:
+        sys.argv = sys_argv
 
 
-def help_text(file: Path, groups: Mapping[str, tuple[Any, bool]]) -> str:
-    """The configuration's header comment, its groups' files, and the keys with their defaults."""
-    # 1. The header.
-    lines: list[str] = []
-    for line in file.read_text(encoding="utf-8").splitlines():
-        if not line.startswith("#"):
-            break
-        lines.append(line[1:].removeprefix(" "))
-
-    # 2. Further options, and the files of each group.
-    further_options = str(__doc__).strip().split("\n\n")[-1].splitlines()
-    lines += ["", *further_options, "", f"Configurations in {file.parent}:"]
-    for group in GROUPS:
-        names = _configurations(group_folder(file.parent, group))
-        if names:
-            lines.append(f"  {group}: {', '.join(names)}")
-
-    # 3. The keys.
-    lines += [
-        "",
-        "Keys and defaults (overridden by a group's file; ???: required):",
-        "  output_dir=???",
-    ]
-    for group, (group_type, is_required) in groups.items():
-        if is_required:
-            lines += [f"  {line}" for line in describe_settings(group_type, group)]
-    return "\n".join(lines)
+# ----------------------------------------------------------------------- command line -> Hydra's
 
 
-# ----------------------------------------------------------------------- overrides -> configuration
+def hydra_arguments(command: CommandLine, file: Path) -> tuple[list[str], list[str], Path]:
+    """Hydra's options, its overrides, and the configuration's file (default: `file`).
 
-
-def compose(
-    command: CommandLine, folder: str | Path, name: str = "train", *, require_all: bool = True
-) -> dict[str, Any]:
-    """A command line → the resolved configuration of `NAME.yaml`, whose `defaults` or `files`
-    select groups.
-
-    Hydra only applies the overrides.
-    require_all: False: required values may be missing (`???`).
-
-    Raises ConfigError.
+    Raises ConfigError: a file that is missing.
     """
-    from hydra import compose as hydra_compose
-    from hydra import initialize
-    from hydra.core.config_store import ConfigStore
-    from hydra.errors import HydraException
-
-    configs = Path(folder).resolve()
-    file = configs / f"{name}.yaml"
+    # 1. The configuration, and options of Hydra.
+    folder, name = file.parent, file.stem
+    options: list[str] = []
+    overrides: list[str] = []
+    choices: dict[str, str] = {}
+    arguments = iter(command.arguments)
+    for argument in arguments:
+        key, equals, value = argument.partition("=")
+        if key in (*PATH_OPTIONS, *NAME_OPTIONS):
+            value = value if equals else next(arguments, "")
+            if key in PATH_OPTIONS:
+                folder = Path(value)
+            else:
+                name = value.removesuffix(".yaml")
+        elif key in GROUPS:
+            choices[key] = value
+        elif argument.startswith("-") or not (equals or argument.startswith("~")):
+            options.append(argument)
+        else:
+            is_key = key[0] not in "+~" and "@" not in key and not re.match("hydra[./]", key)
+            overrides.append(f"++{argument}" if is_key else argument)
+    file = folder / f"{name}.yaml"
     if not file.is_file():
         raise ConfigError(f"{file}: no such configuration file (--config-path, --config-name).")
-    primary = read_yaml(file)
 
-    # 1. The file of each group: by the configuration, for the original's flags its defaults, by
-    # overrides.
-    choices = _default_choices(primary)
+    # 2. The files of groups: of the original's flags, unless they are chosen.
     if command.original:
         original = "original" if name == "train" else f"{name}_original"
         for group in ("optim", "trainer"):
-            if (configs / group / f"{original}.yaml").is_file():
-                choices[group] = original
-    group_overrides, overrides = _split_overrides(command.overrides)
-    choices |= group_overrides
-    groups = {}
+            if (folder / group / f"{original}.yaml").is_file():
+                choices.setdefault(group, original)
+    # The key of a group in the configuration's defaults: `clm_models@model`.
+    keys: dict[str, str] = {}
+    for entry in read_yaml(file).get("defaults", []):
+        if isinstance(entry, Mapping):
+            keys.update((str(key).rpartition("@")[2], str(key)) for key in entry)
     for group, choice in choices.items():
+        key = keys.get(group, f"+{FOLDERS.get(group, group)}@{group}")
         if choice.lower() not in ("", "none", "null"):
-            groups[group] = _load(configs, group, choice)
-
-    # 2. Hydra applies the overrides of single keys, OmegaConf resolves references.
-    ConfigStore.instance().store(name="run", node=OmegaConf.merge(groups, primary))
-    try:
-        with initialize(version_base="1.3", config_path=None):
-            composed = hydra_compose("run", overrides=overrides)
-            config = resolve(composed, configs / "configuration")
-        plain: Any = OmegaConf.to_container(config, throw_on_missing=require_all)
-    except (HydraException, OmegaConfBaseException) as error:
-        key = getattr(error, "full_key", None)
-        if key:
-            raise ConfigError(f"configuration: {key} is required.") from error
-        raise ConfigError(
-            f"{first_line(error).rstrip('.')}; values with characters like = ( ) ' need inner "
-            f"quotes: 'key=\"value\"'."
-        ) from error
-    return {str(key): value for key, value in plain.items()}
+            names = [_stored_name(folder, key.strip("+"), part) for part in choice.split(",")]
+            overrides.append(f"{key}={','.join(names)}")
+        elif group in keys:
+            overrides.append(f"~{key}")
+    return options, overrides, file
 
 
-def _default_choices(primary: DictConfig) -> dict[str, str]:
-    """Group → configuration, removed from the primary configuration's `defaults` (Hydra's) and
-    `files`."""
-    choices: dict[str, str] = {}
-    for entry in [*primary.pop("defaults", []), primary.pop("files", {})]:
-        if entry != "_self_":
-            for group, choice in entry.items():
-                choices[str(group)] = str(choice)
-    return choices
+def _stored_name(configs: Path, key: str, choice: str) -> str:
+    """Hydra's name of a group's configuration: a file of the group, or any other, which is stored.
+
+    Raises ConfigError: no such file.
+    """
+    folder_name, _, group = key.partition("@")
+    folder = configs / folder_name
+    if (folder / f"{choice}.yaml").is_file():
+        return choice
+    content = _file_content(configs, folder_name, group or folder_name, choice)
+    name = re.sub(r"\W+", "_", str(Path(choice).absolute()))
+    ConfigStore.instance().store(name, content, folder_name)
+    return name
 
 
-def _split_overrides(overrides: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Overrides → choices of groups, and Hydra's overrides of keys. Raises ConfigError: neither."""
-    choices: dict[str, str] = {}
-    key_overrides: list[str] = []
-    for override in overrides:
-        group, equals, value = override.partition("=")
-        if not equals and not override.startswith("~"):
-            raise ConfigError(
-                f"{override!r} is neither an option (--name) nor an override (key=value)."
-            )
-        if group in GROUPS:
-            choices[group] = value
-        else:
-            # `++`: set the key, whether the configuration has it or not.
-            has_prefix = override[0] in "+~"
-            key_overrides.append(override if has_prefix else f"++{override}")
-    return choices, key_overrides
-
-
-def group_folder(configs: Path, group: str) -> Path:
-    """The folder of a group's files: below the configurations, or next to them (DeepSpeed)."""
-    name = FOLDERS.get(group, group)
-    for parent in (configs, configs.parent):
-        if (parent / name).is_dir():
-            return parent / name
-    return configs / name
-
-
-def _configurations(folder: Path) -> list[str]:
-    return sorted(file.stem for file in folder.glob("*") if file.suffix in _SUFFIXES)
-
-
-def _load(configs: Path, group: str, choice: str) -> dict[str, Any]:
-    """The content of a group's configuration, by name or file path."""
-    folder = group_folder(configs, group)
+def _file_content(configs: Path, folder_name: str, group: str, choice: str) -> Any:
+    """The content of a file by its path, or by its name in a folder of the configurations or next
+    to them (DeepSpeed); of a tokenizer's folder the setting."""
     relative = choice.removeprefix("SEED-X/")  # prefix of the original's file names
-    candidates = [
-        Path(choice),
-        *(folder / f"{choice}{suffix}" for suffix in ("", *_SUFFIXES)),
-        Path(relative),
-        configs.parent / relative,
-        configs.parent.parent / relative,
-    ]
-    file = next((candidate for candidate in candidates if candidate.is_file()), None)
+    folders = [configs / folder_name, configs.parent / folder_name]
+    roots = [Path(), *folders, configs.parent, configs.parent.parent]
+    candidates = [root / f"{relative}{suffix}" for root in roots for suffix in ("", *SUFFIXES)]
+    file = next(filter(Path.is_file, [Path(choice), *candidates]), None)
     if file is None:
         if group == "tokenizer" and (project_path(choice) / "tokenizer.model").is_file():
             return {"pretrained_model_name_or_path": choice}
-        names = _configurations(folder)
+        files = [file for folder in folders for file in folder.glob("*")]
+        names = sorted(file.stem for file in files if file.suffix in SUFFIXES)
         raise ConfigError(
-            f"{group}={choice}: no such file, and no such configuration in {folder}"
+            f"{group}={choice}: no such file, and no such configuration in {folders[0]}"
             f"{nearest(Path(choice).stem, names)}; it has {', '.join(names) or 'none'}."
         )
     if file.suffix == ".json":
         return read_json_object(file, ConfigError)
-    node: Any = OmegaConf.to_container(read_yaml(file), resolve=False)
+    content = read_yaml(file)
     # SEED-X's files of accelerate name DeepSpeed's JSON.
-    if "hf_ds_config" in node:
-        return _load(configs, group, str(node["hf_ds_config"]))
-    return node
+    if "hf_ds_config" in content:
+        return _file_content(configs, folder_name, group, str(content["hf_ds_config"]))
+    return content
+
+
+def _store_help(file: Path, groups: Mapping[str, tuple[Any, bool]]) -> str:
+    """Store the text of `--help`: the configuration's first comment, Hydra's options and groups,
+    and the keys with their defaults. Returns the override that uses it."""
+    header: list[str] = []
+    for line in file.read_text(encoding="utf-8").splitlines():
+        if not line.startswith("#"):
+            break
+        header.append(line[1:].removeprefix(" "))
+    keys = ["Keys and defaults (overridden by a group's file; ???: required):", "  output_dir=???"]
+    for group, (group_type, is_required) in groups.items():
+        if is_required:
+            keys += [f"  {line}" for line in describe_settings(group_type, group)]
+    texts = ["\n".join(header), "$FLAGS_HELP", "$APP_CONFIG_GROUPS", "\n".join(keys)]
+    ConfigStore.instance().store("training", {"template": "\n\n".join(texts)}, "hydra/help")
+    return "hydra/help=training"
+
+
+# --------------------------------------------------------------------------------- configuration
+
+
+def plain_config(config: DictConfig, file: Path) -> dict[str, Any]:
+    """A composed configuration, resolved.
+
+    file: that of the configuration. Raises ConfigError: a required value is missing.
+    """
+    with configuration_errors():
+        plain: Any = OmegaConf.to_container(resolve(config, file), throw_on_missing=True)
+    return {str(key): value for key, value in plain.items()}
+
+
+@contextmanager
+def configuration_errors() -> Iterator[None]:
+    """Convert errors of Hydra and OmegaConf into ConfigError."""
+    try:
+        yield
+    except MissingMandatoryValue as error:
+        raise ConfigError(f"configuration: {error.full_key} is required.") from error
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(
+            f"{first_line(error).rstrip('.')}; values with characters like = ( ) ' need inner "
+            f"quotes: 'key=\"value\"'."
+        ) from error
 
 
 if __name__ == "__main__":

@@ -84,6 +84,7 @@ class CodebookTask(StageTask):
                 self.model.quantize.size, dtype=torch.long, device=device
             )
             self.since_log = self.since_restart.clone()
+            self.after_step = self.update_codes
         super().__init__(name, model, settings, optimizer=optimizer)
         self.ddp_options = {
             **self.ddp_options,
@@ -94,18 +95,18 @@ class CodebookTask(StageTask):
         """This process's batch on the model's device, determined by `micro_step`."""
         raise NotImplementedError
 
-    def loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Metrics]:
+    def batch_loss(self, model: nn.Module, batch: Any) -> tuple[Tensor, Metrics]:
         """Loss of a batch, and numbers to log."""
         raise NotImplementedError
 
-    def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Metrics]:
+    def loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Metrics]:
         """The loss; the codebook starts at the end of the warm-up."""
         step, index = divmod(micro_step, self.settings.gradient_accumulation_steps)
         if self.since_restart is not None and index == 0:
             self.model.use_codes = step >= self.health.codebook_warmup
             if step == self.health.codebook_warmup and self.health.kmeans_start:
                 self.start_codes()
-        return self.loss(model, self.batch(micro_step))
+        return self.batch_loss(model, self.batch(micro_step))
 
     def start_codes(self) -> None:
         """Initialize the codebook by k-means of features of the run's first batches."""
@@ -120,10 +121,9 @@ class CodebookTask(StageTask):
             features = [self.model.codebook_points(self.batch(index)) for index in range(n_batches)]
             self.model.quantize.init_from(torch.cat(features).float())
 
-    def after_step(self, step: int) -> None:
+    def update_codes(self, step: int) -> None:
         """Update the codebook; restart dead codes from features of the last batch, when due."""
-        if self.since_restart is None:
-            return
+        assert self.since_restart is not None
         uses = self.model.quantize.update()
         self.since_log += uses
         self.since_restart += uses
@@ -145,7 +145,7 @@ class CodebookTask(StageTask):
         self.since_log.zero_()
         return use
 
-    def state_dict(self, step: int) -> JsonObject:
+    def state_dict(self) -> JsonObject:
         """Use counts of codes since the last restart of dead codes."""
         return {} if self.since_restart is None else {"since_restart": self.since_restart.tolist()}
 

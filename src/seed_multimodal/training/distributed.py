@@ -11,7 +11,7 @@ import re
 import signal
 import threading
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from datetime import timedelta
 
@@ -185,7 +185,7 @@ def stop_request() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def translate_errors(activity: str, checkpoint: str) -> Iterator[None]:
+def translate_errors(activity: str, checkpoint: Callable[[], str]) -> Iterator[None]:
     """Convert out-of-memory and lost-process errors into TrainingError.
 
     activity: what is being done (`"step 12"`).
@@ -200,18 +200,18 @@ def translate_errors(activity: str, checkpoint: str) -> Iterator[None]:
             raise TrainingError(
                 f"Out of memory at {activity} ({first_line(error)}): lower data.rows "
                 "(or data.batch_size) and raise trainer.gradient_accumulation_steps; "
-                f"{checkpoint}."
+                f"{checkpoint()}."
             ) from error
         text = str(error)
         if isinstance(error, RuntimeError) and any(lost in text for lost in LOST_PROCESS_TEXTS):
             reason = re.sub(GLOO_EXTRAS, "", first_line(error))
             raise TrainingError(
-                f"Another process died or did not answer at {activity} ({reason}); {checkpoint}; "
+                f"Another process died or did not answer at {activity} ({reason}); {checkpoint()}; "
                 "start the same command again."
             ) from error
         if "Current loss scale already at minimum" in text:  # DeepSpeed's plain Exception
             raise TrainingError(
                 f"The fp16 gradients overflow at any loss scale (use bf16 or fp32) at {activity}; "
-                f"{checkpoint}."
+                f"{checkpoint()}."
             ) from error
         raise

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
 from seed_multimodal.device import DTYPES
@@ -24,7 +25,7 @@ from seed_multimodal.state_dicts import read_training_state
 from seed_multimodal.training.config import ConfigNode, TrainerSettings
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.optimizers import MuonWithAdamW
-from seed_multimodal.training.task import Task
+from seed_multimodal.training.task import Task, frozen_names
 
 OPTIMIZER_FILE = "optimizer.pt"
 LAUNCHER_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK")
@@ -80,6 +81,12 @@ class Engine:
             return nullcontext()
         return torch.autocast(self.device.type, DTYPES[precision])
 
+    def attention(self) -> AbstractContextManager[object]:
+        """The attention kernels of the task's forward pass."""
+        if self.task.plain_attention and self.device.type == "cpu":
+            return sdpa_kernel(SDPBackend.MATH)
+        return nullcontext()
+
     def accumulating(self, last: bool) -> AbstractContextManager[object]:
         """Context of a micro-step: gradients are reduced only after a step's last one."""
         if last or not isinstance(self.model, DistributedDataParallel):
@@ -118,6 +125,13 @@ class Engine:
         if norm is None or math.isfinite(norm) or self.settings.precision == "fp16":
             return ""
         return f"The gradient norm became {norm}"
+
+    def weights(self) -> dict[str, Tensor]:
+        """The weights of a checkpoint (of the first process), by their names in the module, with
+        which they share memory."""
+        frozen = set() if self.task.saves_frozen else set(frozen_names(self.module))
+        weights = self.module.state_dict()
+        return {name: value for name, value in weights.items() if name not in frozen}
 
     def state_dict(self) -> dict[str, object]:
         """States of optimizer and loss scaler."""
@@ -302,16 +316,14 @@ class ZeroEngine(Engine):
         self.model.step()
         return {"grad": float(self.model.get_global_grad_norm() or 0.0)}
 
-    def weights(self) -> dict[str, Tensor] | None:
-        """The trained weights (and the frozen ones if the task saves them) in 16 or 32 bits.
-
-        With ZeRO-3 they are gathered, and only the first process gets them.
-        """
+    def weights(self) -> dict[str, Tensor]:
+        """As the plain engine's, in 16 or 32 bits; with ZeRO-3 gathered, by all processes."""
         with_frozen = self.task.saves_frozen
         if self.stage == 3:
-            return self.model._zero3_consolidated_16bit_state_dict(
+            gathered = self.model._zero3_consolidated_16bit_state_dict(
                 exclude_frozen_parameters=not with_frozen
             )
+            return gathered or {}
         return {
             name: parameter.detach()
             for name, parameter in self.module.named_parameters()

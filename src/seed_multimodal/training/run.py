@@ -8,7 +8,7 @@ from dataclasses import MISSING, dataclass, fields
 from functools import partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, ClassVar, get_type_hints
+from typing import Any, ClassVar, Self, get_type_hints
 
 import torch
 from omegaconf import OmegaConf
@@ -76,7 +76,10 @@ class RunSettings:
     configuration, optional if they have a default.
 
     config: the resolved configuration that they were read from.
+    readers: custom readers of groups: (mapping, name for errors) → settings.
     """
+
+    readers: ClassVar[Mapping[str, Callable[[ConfigNode, str], object]]] = MappingProxyType({})
 
     output_dir: Path
     config: ConfigNode
@@ -96,42 +99,10 @@ class RunSettings:
             if item.name not in ("output_dir", "config")
         }
 
-
-class RunTask(Task):
-    """A `Task` from a configuration with groups; one run in one process.
-
-    Attributes:
-        run_type: groups of the configuration.
-        settings_readers: custom readers of groups: (mapping, name for errors) → settings.
-    """
-
-    name = "train"
-    record_file = "summary.json"
-    checkpoint_folder = ""
-    quiet_keys = QUIET_KEYS
-    fixed_on_resume: Mapping[str, str] = MappingProxyType(
-        {
-            "engine": "engine",
-            "zero_stage": "ZeRO stage",
-            "model": "model",
-            "optimizer": "optimizer",
-            "samples_per_step": "samples per step",
-        }
-    )
-    reported_on_resume: Mapping[str, str] = MappingProxyType(
-        {
-            "world_size": "processes",
-            "max_steps": "steps in all (the schedule follows)",
-        }
-    )
-    settings: RunTrainerSettings
-    run_type: ClassVar[type[RunSettings]]
-    settings_readers: ClassVar[Mapping[str, Callable[[ConfigNode, str], object]]] = {}
-
     @classmethod
-    def read(cls, config: ConfigNode) -> RunSettings:
+    def read(cls, config: ConfigNode) -> Self:
         """Parse a resolved configuration. Raises ConfigError."""
-        groups = cls.run_type.groups()
+        groups = cls.groups()
         required = [name for name, (_, is_required) in groups.items() if is_required]
         check_keys(config, ("output_dir", *groups), "configuration")
         for key in ("output_dir", *required):
@@ -144,11 +115,26 @@ class RunTask(Task):
             if config.get(key) is not None:
                 settings[key] = check_value(dict[str, Any], config[key], f"configuration: {key}")
         for key, values in settings.items():
-            if key in cls.settings_readers:
-                settings[key] = cls.settings_readers[key](values, key)
+            if key in cls.readers:
+                settings[key] = cls.readers[key](values, key)
             elif key in required:
                 settings[key] = read_settings(groups[key][0], values, key)
-        return cls.run_type(output_dir=Path(str(config["output_dir"])), config=config, **settings)
+        return cls(output_dir=Path(str(config["output_dir"])), config=config, **settings)
+
+
+class RunTask(Task):
+    """A `Task` from a configuration with groups; one run in one process.
+
+    Attributes:
+        run_type: groups of the configuration.
+    """
+
+    name = "train"
+    record_file = "summary.json"
+    checkpoint_folder = ""
+    quiet_keys = QUIET_KEYS
+    settings: RunTrainerSettings
+    run_type: ClassVar[type[RunSettings]]
 
     @classmethod
     def train(cls, config: ConfigNode) -> JsonObject:
@@ -156,11 +142,11 @@ class RunTask(Task):
 
         Returns the run's record, also written to `output_dir/summary.json`.
         """
-        run = cls.read(config)
+        run = cls.run_type.read(config)
         quiet_libraries()
         with process_group_cleanup():
             # Join the other processes, and open the data.
-            with translate_errors("the start", "nothing was trained yet"):
+            with translate_errors("the start", lambda: "nothing was trained yet"):
                 timeout_minutes = run.trainer.timeout_minutes
                 device = join_processes(
                     run.trainer.device,
@@ -193,8 +179,6 @@ class RunTask(Task):
         if run.deepspeed is not None:
             zero = run.deepspeed.get("zero_optimization") or {}
             self.zero_stage = int(zero.get("stage", 0))
-            # Each process has its shard of a checkpoint.
-            self.fixed_on_resume = {**self.fixed_on_resume, "world_size": "number of processes"}
 
     def prepare(self) -> None:
         """Write the configuration into the output folder."""
@@ -224,14 +208,19 @@ class RunTask(Task):
         )
 
     def identity(self, world: int) -> JsonObject:
-        """Engine, optimizer and counts; subclasses add their model and the step size."""
-        return {
+        """Engine and optimizer; subclasses add their model and the step size."""
+        identity: JsonObject = {
             "engine": "plain" if self.run.deepspeed is None else "deepspeed",
             "zero_stage": self.zero_stage,
             "optimizer": self.run.optim.name,
-            "world_size": world,
-            "max_steps": self.settings.max_steps,
         }
+        if self.run.deepspeed is not None:  # each process has its shard of a checkpoint
+            identity["processes"] = world
+        return identity
+
+    def reported(self, world: int) -> JsonObject:
+        """Counts that the schedule and the sample order follow."""
+        return {**super().reported(world), "max_steps": self.settings.max_steps}
 
     def _log(self, *texts: str) -> None:
         """As `ProcessGroup.log`."""

@@ -1,17 +1,16 @@
-"""The trainer's interface to a task, and the usual task: a module and a loss per batch."""
+"""The contract of trainer and task, and the usual task: a module and a loss per batch."""
 
 from __future__ import annotations
 
+import glob
 import json
-from collections.abc import Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import CheckpointError
@@ -37,6 +36,10 @@ WEIGHTS = "model.safetensors"
 class Task:
     """Everything that differs between trainings; methods are called by the trainer.
 
+    A task defines what is trained (`prepare`: `module`, `optimizer`), what must be equal when it
+    resumes (`identity`, `frozen_models`), its data (`begin_step`, `state_dict`), the `loss`, how it
+    is evaluated (`evaluate`, `write_samples`) and saved (`published`, `save`, `load`, `finish`).
+
     Attributes:
         name: prefix of console lines and of the files NAME.log.jsonl and NAME.done.json.
         settings: of the trainer.
@@ -49,6 +52,10 @@ class Task:
         sample_steps, eval_steps: steps between samples and between evaluations (0: none); there is
             also an evaluation at the end.
         loss_reduction: how a step's loss follows from those of its micro-steps.
+        plain_attention: on a CPU attention uses plain matrix products, since the backward pass of
+            the fused bf16 kernel is several times slower.
+        after_step: called after each optimizer step with the number of completed steps; may change
+            weights if equally in all processes.
         ddp_options: of DistributedDataParallel. Buffers are not broadcast: they are constants or
             kept equal by the task, and processes may make unequal numbers of forward passes in a
             step.
@@ -56,9 +63,6 @@ class Task:
             micro-step in each process, and `width` of the model for "auto" values.
         config: the resolved configuration.
         quiet_keys: keys of the configuration whose change is not reported on resume.
-        fixed_on_resume: values of `identity` that must be those of the checkpoint → nouns for
-            messages.
-        reported_on_resume: values whose change is reported → nouns.
         start_hint: option that initializes a new run from another run's weights.
         trainer: set when all is restored, before the first step.
     """
@@ -73,14 +77,14 @@ class Task:
     sample_steps: int = 0
     eval_steps: int = 0
     loss_reduction: Literal["mean", "sum"] = "mean"
+    plain_attention: bool = True
+    after_step: Callable[[int], None] | None = None
     ddp_options: Mapping[str, bool] = MappingProxyType({"broadcast_buffers": False})
     deepspeed: ConfigNode | None = None
     rows: int
     width: int
     config: ConfigNode | None = None
     quiet_keys: Sequence[str] = ()
-    fixed_on_resume: Mapping[str, str] = MappingProxyType({})
-    reported_on_resume: Mapping[str, str] = MappingProxyType({})
     start_hint: str = "`start`"
     trainer: Trainer
 
@@ -96,8 +100,8 @@ class Task:
 
     @property
     def saves_frozen(self) -> bool:
-        """Whether checkpoints always have the frozen weights of `module`, too."""
-        return False
+        """Whether checkpoints have the frozen weights of `module`, too."""
+        return self.settings.save_frozen
 
     def prepare(self) -> None:
         """Build `module` and `optimizer`; called after the resume checks."""
@@ -114,19 +118,13 @@ class Task:
         ended."""
         return True
 
-    def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Metrics]:
+    def loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Metrics]:
         """Loss of one micro-batch by `model` (the engine's `module`), and numbers to log.
 
         micro_step: step · gradient_accumulation_steps + index in the step. torch's generators are
             seeded from (seed, micro_step, rank) before each call.
         """
         raise NotImplementedError
-
-    def after_step(self, step: int) -> None:
-        """Called after each optimizer step with the number of completed steps.
-
-        Weights may be changed if equally in all processes.
-        """
 
     def write_samples(self, step: int) -> None:
         """Called in the first process when samples are due; as `evaluate`."""
@@ -156,50 +154,49 @@ class Task:
         return [f"done: {json.dumps(record)}"]
 
     def identity(self, world: int) -> JsonObject:
-        """Values for trainer_state.json, for `checkpoint.resume_remarks`."""
-        return {"world_size": world}
+        """Values that must be those of the checkpoint when a run resumes."""
+        return {}
+
+    def reported(self, world: int) -> JsonObject:
+        """Values whose change is logged when a run resumes."""
+        return {"processes": world}
 
     def frozen_models(self) -> Mapping[str, Sequence[float]]:
         """Name -> `weights.fingerprint` of frozen models outside of `module`."""
         return {}
 
-    def state_dict(self, step: int) -> JsonObject:
+    def state_dict(self) -> JsonObject:
         """State of this process (data position, bad samples), JSON-serializable."""
         return {}
 
     def load_state_dict(self, states: list[JsonObject], rank: int) -> None:
         """Restore from the `state_dict`s of all processes, by rank."""
 
-    def weights(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        """The module's weights in a checkpoint.
+    def published(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Weights by their names in `module` → those of a checkpoint, by their names in it."""
+        return dict(weights)
 
-        gathered: trained weights of `module` from a sharded engine (with the frozen ones if
-            `saves_frozen`).
-        """
-        return dict(self.module.state_dict() if gathered is None else gathered)
-
-    def save_files(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Write the weights (and tokenizer files etc.) into a checkpoint; first process."""
+    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write `published` weights (and tokenizer files etc.) into a checkpoint; first process."""
         save_state_dict(weights, folder / WEIGHTS)
 
-    def load_weights(self, folder: Path, allow_missing: Sequence[str] = ()) -> None:
+    def load(self, folder: Path) -> None:
         """Load a checkpoint into the module. Raises CheckpointError: weights of another model."""
         file = folder / WEIGHTS
         if not file.is_file():
             raise CheckpointError(f"{folder}: contains no {WEIGHTS}.")
-        assign_strictly(self.module, load_state_dict(file), file, allow_missing=list(allow_missing))
+        allow_missing = [glob.escape(name) for name in frozen_names(self.module)]
+        assign_strictly(self.module, load_state_dict(file), file, allow_missing=allow_missing)
 
 
 class StageTask(Task):
-    """One stage; subclasses define `step_loss` and override methods of `Task`.
+    """One stage; subclasses define `loss` and override methods of `Task`.
 
     Args:
         optimizer: by default AdamW on all parameters of `module` with gradients.
         parallel: False if the loss calls submodules of `module` without its `forward`.
     """
 
-    fixed_on_resume = MappingProxyType({"samples_per_step": "samples per step"})
-    reported_on_resume = MappingProxyType({"processes": "processes"})
     settings: StageSettings
 
     def __init__(
@@ -224,18 +221,9 @@ class StageTask(Task):
         )
         self.meter = Meter(settings.batch_size * settings.gradient_accumulation_steps)
 
-    def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Metrics]:
-        """As `micro_step`."""
-        raise NotImplementedError
-
     def learning_rate(self, step: int) -> float:
         """By `StageSettings`."""
         return learning_rate(step, self.settings)
-
-    def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Metrics]:
-        """The loss, with `attention_kernel`."""
-        with attention_kernel(next(self.module.parameters()).device):
-            return self.step_loss(model, micro_step)
 
     def finish(self, group: ProcessGroup) -> Mapping[str, object]:
         """Step size; subclasses add their metrics."""
@@ -247,15 +235,12 @@ class StageTask(Task):
         return values
 
     def identity(self, world: int) -> JsonObject:
-        """Number of processes and samples per step, which determine the sample order."""
+        """The samples per step, which determine the sample order."""
         micro_steps = self.settings.gradient_accumulation_steps
-        return {
-            "processes": world,
-            "samples_per_step": self.settings.batch_size * micro_steps * world,
-        }
+        return {"samples_per_step": self.settings.batch_size * micro_steps * world}
 
 
-def attention_kernel(device: torch.device) -> AbstractContextManager[object]:
-    """Context in which attention on a CPU uses plain matrix products, since the backward pass of
-    the fused bf16 kernel is several times slower."""
-    return sdpa_kernel(SDPBackend.MATH) if device.type == "cpu" else nullcontext()
+def frozen_names(module: nn.Module) -> list[str]:
+    """Names of frozen parameters."""
+    parameters = module.named_parameters(remove_duplicate=False)
+    return [name for name, parameter in parameters if not parameter.requires_grad]

@@ -102,18 +102,18 @@ class Trainer:
         stack.callback(self.store.close)
 
         # 1. Compare the checkpoint's settings with this run's before anything is built.
-        self.identity = task.identity(group.world)
+        self.identity = {**task.reported(group.world), **task.identity(group.world)}
         saved, process_states = self.store.find()
         checkpoint = self.store.last_folder
         if checkpoint is not None:
-            self.log_line(*resume_remarks(checkpoint, saved, self.identity, task))
+            self.log_line(*resume_remarks(checkpoint, saved, task, group.world))
         self.step = int(saved.get("global_step", task.first_step))
 
         # 2. Load the weights before the engine wraps or shards the module, and the optimizer after
         #    that.
-        with translate_errors("the start", self.store.description()):
+        with translate_errors("the start", self.store.description):
             task.prepare()
-            check_all_saved(task, settings.save_frozen)
+            check_all_saved(task)
             self.frozen = frozen_state(task)
             if checkpoint is not None:
                 load_task(checkpoint, saved, task, self.frozen)
@@ -155,11 +155,14 @@ class Trainer:
             data_ended = False
             # 1. The steps.
             while True:
-                with translate_errors(f"step {self.step + 1}", self.store.description()):
+                with translate_errors(f"step {self.step + 1}", self.store.description):
                     # Before each step, so that SIGTERM during an evaluation or a checkpoint costs
                     # no further step.
+                    writing = self.store.writing
                     stopped, save, is_written = self.group.agree(
-                        stop_event.is_set(), self._save_seconds_passed(), self.store.is_written()
+                        stop_event.is_set(),
+                        self._save_seconds_passed(),
+                        writing is not None and writing.done(),
                     )
                     if is_written:
                         self.store.finish()
@@ -170,7 +173,7 @@ class Trainer:
                         self._after_step(save)
 
             # 2. Last evaluation, checkpoint and record.
-            with translate_errors(f"the end (step {self.step})", self.store.description()):
+            with translate_errors(f"the end (step {self.step})", self.store.description):
                 self._end(stopped, data_ended and not stopped)
                 if stopped or self.stop_requested():
                     checkpoint = self.store.folder / f"checkpoint-{self.step}"
@@ -246,8 +249,8 @@ class Trainer:
             self.settings.seed * 1_000_003 + micro_step + self.group.rank * 1_000_003**2
         )
         with self.engine.accumulating(is_last):
-            with self.engine.autocast():
-                loss, metrics = self.task.micro_step(self.engine.model, micro_step)
+            with self.engine.autocast(), self.engine.attention():
+                loss, metrics = self.task.loss(self.engine.model, micro_step)
             share = loss
             if self.task.loss_reduction == "mean" and n_micro_steps > 1:
                 share = loss / n_micro_steps
@@ -263,7 +266,8 @@ class Trainer:
 
         # 1. Evaluate.
         start = time.monotonic()
-        self.task.after_step(self.step)
+        if self.task.after_step is not None:
+            self.task.after_step(self.step)
         evaluation = self._evaluate(is_last=self.step >= self.settings.max_steps)
         if evaluation:
             self.log.pause(time.monotonic() - start)
@@ -319,8 +323,8 @@ class Trainer:
             **self.task.meter.state_dict(),
             "config": self.task.config,
         }
-        with translate_errors(f"saving step {self.step}", self.store.description()):
-            process_state = self.task.state_dict(self.step)
+        with translate_errors(f"saving step {self.step}", self.store.description):
+            process_state = self.task.state_dict()
             self.store.save(self.step, self.task, self.engine, self.ema, state, process_state)
         self.last_save_time = time.monotonic()
 

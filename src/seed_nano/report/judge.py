@@ -240,7 +240,7 @@ class JudgeTask(StageTask):
         """Images of scenes in the judge's size."""
         return [scene_image(scene, self.size) for scene in scenes]
 
-    def step_loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Metrics]:
+    def loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Metrics]:
         batch = self.settings.batch_size
         device = self.judge.device
         # 1. Draw and augment the scenes of this step.

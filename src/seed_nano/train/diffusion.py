@@ -196,7 +196,7 @@ class UnetTask(NanoTask):
         )
         return torch.cat([self.normaliser.unscale(noised), sinusoid], 1)
 
-    def step_loss(self, model: nn.Module, micro_step: int) -> Loss:
+    def loss(self, model: nn.Module, micro_step: int) -> Loss:
         device = self.space.device
         count = self.settings.batch_size
         chosen = self.indices(micro_step, len(self.latents), LAYOUT_SHARE * count)
@@ -220,7 +220,7 @@ class UnetTask(NanoTask):
         error = noised.losses(output.sample)["total_loss"]
         return error + layout_error, {"v": error.detach(), "layout": layout_error.detach()}
 
-    def save(self) -> None:
+    def save_result(self) -> None:
         self.module.cpu()
         parts = {
             "unet": self.unet,
@@ -309,7 +309,7 @@ class LayoutTask(NanoTask):
             submodule.requires_grad_(False)
         super().__init__(space, "layout", self.layout)
 
-    def save(self) -> None:
+    def save_result(self) -> None:
         self.layout.cpu().save_pretrained(self.folder)
 
 
@@ -325,7 +325,7 @@ class XLayoutTask(LayoutTask):
         heads = {"heads": trained_label_heads(space)}
         super().__init__(space, space.out / "detokenizer", features, heads, keeps=KEEPS)
 
-    def step_loss(self, model: nn.Module, micro_step: int) -> Loss:
+    def loss(self, model: nn.Module, micro_step: int) -> Loss:
         """Half of the samples unconditional, half conditioned on the image before the edit."""
         device = self.space.device
         rows = self.indices(micro_step, len(self.features))
@@ -358,7 +358,7 @@ class LavitLayoutTask(LayoutTask):
         reading = (features.shape[2], space.config.tokenizer.reading)
         super().__init__(space, space.decoder_folder, features, frozen, reading=reading)
 
-    def step_loss(self, model: nn.Module, micro_step: int) -> Loss:
+    def loss(self, model: nn.Module, micro_step: int) -> Loss:
         device = self.space.device
         rows = self.indices(micro_step, len(self.features))
         mean = model(self.features[rows].to(device).float(), self.spots[rows].to(device))[0]

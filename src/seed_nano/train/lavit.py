@@ -128,7 +128,7 @@ class ReaderTask(NanoTask):
         self.reader = Reader(space)
         super().__init__(space, "reader", self.reader)
 
-    def step_loss(self, model: nn.Module, micro_step: int) -> Loss:
+    def loss(self, model: nn.Module, micro_step: int) -> Loss:
         device = self.space.device
         rows = self.indices(micro_step, len(self.features))
         labels = self.labels[rows].to(device)
@@ -137,7 +137,7 @@ class ReaderTask(NanoTask):
         metrics = {"first": right[:, 0].mean(), "all": right.amin(1).mean()}
         return label_loss(logits, labels), metrics
 
-    def save(self) -> None:
+    def save_result(self) -> None:
         save_state_dict(self.reader.state_dict(), self.space.work / READER_FILE)
 
 
@@ -207,7 +207,7 @@ class TokenizerTask(NanoTask, LavitTokenizerTask):
         )
         return features.to(self.space.device).float()
 
-    def save(self) -> None:
+    def save_result(self) -> None:
         """Nothing: `narrow` starts from the checkpoint."""
 
 
@@ -220,7 +220,7 @@ class NarrowTask(TokenizerTask):
         start = self.settings.start or str(space.work / "tokenizer.checkpoints")
         self.settings = replace(self.settings, start=start)
 
-    def save(self) -> None:
+    def save_result(self) -> None:
         tokenizer, decoder = (part.cpu() for part in self.model.trained_networks())
         tokenizer.save_pretrained(self.space.out / "tokenizer")
         decoder.save_pretrained(self.space.out / "decoder")

@@ -79,7 +79,7 @@ class SceneStream(SampleDataset[int]):
 
 class NanoTask(StageTask):
     """Stage NAME with the settings `train_NAME`; its record holds the smoothed numbers of the last
-    steps. Subclasses define `step_loss` and `save`.
+    steps. Subclasses define `loss` and `save_result`.
 
     stream: scenes that are drawn for each step; None: the stage reads cached tensors.
     """
@@ -121,14 +121,14 @@ class NanoTask(StageTask):
         batch_size = count or self.settings.batch_size
         return batch_indices(micro_step, batch_size, n_rows, self.settings.seed)
 
-    def save(self) -> None:
+    def save_result(self) -> None:
         """Write the trained networks."""
         raise NotImplementedError
 
     def finish(self, group: ProcessGroup) -> Mapping[str, object]:
         if self.scenes is not None:
             self.scenes.close()
-        self.save()
+        self.save_result()
         metrics = {key: round(value, 4) for key, value in self.meter.smooth.items()}
         parameters = sum(parameter.numel() for parameter in self.module.parameters())
         return {**super().finish(group), "parameters": parameters, **metrics}

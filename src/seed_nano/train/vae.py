@@ -66,7 +66,7 @@ class VaeTask(NanoTask):
         ).to(memory_format=torch.channels_last)
         super().__init__(space, "vae", self.vae, SceneStream(space))
 
-    def step_loss(self, model: nn.Module, micro_step: int) -> Loss:
+    def loss(self, model: nn.Module, micro_step: int) -> Loss:
         batch = self.drawn(micro_step)
         x = to_signed(batch["image"]).contiguous(memory_format=torch.channels_last)
         posterior = self.vae.encode(x).latent_dist
@@ -75,7 +75,7 @@ class VaeTask(NanoTask):
         value = error + 1e-6 * posterior.kl().float().mean()
         return value, {"mse": (output.detach() - x).square().mean()}
 
-    def save(self) -> None:
+    def save_result(self) -> None:
         space = self.space
         images = to_signed(scene_pixels(space.pool[:1024], space.config.image_size))
         normalise_latents(self.vae.cpu(), images)

@@ -176,13 +176,13 @@ class ClipTask(VisionTask):
         module = nn.ModuleDict({"vision": self.vision, **self.readers})
         super().__init__(space, "clip", module, SceneStream(space))
 
-    def step_loss(self, model: nn.Module, micro_step: int) -> Loss:
+    def loss(self, model: nn.Module, micro_step: int) -> Loss:
         batch = self.drawn(micro_step)
         embedding = self.vision(pixel_values=normalise(batch["image"])).image_embeds
         naming = label_loss(self.readers["heads"](embedding), batch["labels"])
         return self.read(embedding, batch, naming)
 
-    def save(self) -> None:
+    def save_result(self) -> None:
         folder = self.space.decoder_folder / "image_encoder"
         self.save_scaled(self.vision.visual_projection.weight, folder)
 
@@ -289,7 +289,7 @@ class XVisionTask(VisionTask):
         module = nn.ModuleDict({"vision": self.vision, **self.readers})
         super().__init__(space, "vision", module, WideStream(space))
 
-    def step_loss(self, model: nn.Module, micro_step: int) -> Loss:
+    def loss(self, model: nn.Module, micro_step: int) -> Loss:
         batch = self.drawn(micro_step)
         labels = batch["labels"]
         pixels = normalise(batch["image"])
@@ -305,5 +305,5 @@ class XVisionTask(VisionTask):
         loss, metrics = self.read(features, batch, naming + 0.5 * quarters)
         return loss + IMITATION * unlike, {**metrics, "unlike": unlike.detach()}
 
-    def save(self) -> None:
+    def save_result(self) -> None:
         self.save_scaled(self.vision.proj, self.space.out / "vision")

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 from lavis_runs import environment, require_lavis
+from llm_runs import compose
 from real_processes import run_process
 from repository import ROOT
 
@@ -56,9 +57,7 @@ def lavis_config(file: Path):
 @pytest.mark.slow
 @pytest.mark.parametrize("decoder, reads", [("flow", "codes"), ("unclip", "embedding")])
 def test_recipe_of_full_size(parts, decoder, reads, tmp_path, capsys):
-    from seed_multimodal.compat.training_flags import translate
     from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
-    from seed_multimodal.training.cli import compose
 
     # With own data, and with those to be put into the folder.
     flags = ["--llm", parts / "llm", "--encoder", parts / "encoder", "--qlora", "--json"]
@@ -91,10 +90,9 @@ def test_recipe_of_full_size(parts, decoder, reads, tmp_path, capsys):
         ("decoder", "train_seed_decoder", "seed_decoder/train"),
     ):
         configs = ROOT / "MultiModalLLM" / "configs" / config_name
-        config = compose(
-            translate(overrides(steps[step]["command"], out)), configs.parent, configs.name
-        )
-        run = pkgutil.resolve_name(find_training(program).task).read(config)
+        arguments = overrides(steps[step]["command"], out)
+        config = compose(arguments, configs.parent, configs.name)
+        run = pkgutil.resolve_name(find_training(program).task).run_type.read(config)
         if step == "decoder":
             assert run.model.reads == reads
             assert run.data.encoder_size == 64
@@ -178,10 +176,8 @@ def test_small_unclip_decoder_trains_and_reads_the_embedding(tmp_path, capsys):
     # The one of `flow` is trained by tests/e2e/test_recipe.py.
     from tiny.seed import IMAGE_SIZE, write_seed2
 
-    from seed_multimodal.compat.training_flags import translate
     from seed_multimodal.models.seed.code_adapter import CODE_ADAPTER, CodeAdapter
     from seed_multimodal.models.seed.train_detokenizer import SeedDecoderTask
-    from seed_multimodal.training.cli import compose
 
     out = write(tmp_path / "mine", "--size", "tiny", "--decoder", "unclip", "--json")
     steps = json.loads(capsys.readouterr().out)["steps"]
@@ -194,7 +190,7 @@ def test_small_unclip_decoder_trains_and_reads_the_embedding(tmp_path, capsys):
         f"model.tokenizer={tmp_path / 'tokenizer'}",
     ]
     configs = ROOT / "MultiModalLLM" / "configs" / "seed_decoder"
-    SeedDecoderTask.train(compose(translate(arguments), configs))
+    SeedDecoderTask.train(compose(arguments, configs))
     adapter = CodeAdapter.from_pretrained(out / "decoder" / "decoder" / CODE_ADAPTER)
     assert adapter.config.reads == "embedding"
 

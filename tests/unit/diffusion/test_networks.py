@@ -22,7 +22,7 @@ from seed_multimodal.diffusion.networks import (
 )
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.models.seed.diffusion import CodesDetokenizer
-from seed_multimodal.training.pixel_decoder.task import sample_latents
+from seed_multimodal.training.pixel_decoder.encoders import sample_latents
 
 N_TOKENS = 5
 

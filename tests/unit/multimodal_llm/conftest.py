@@ -14,18 +14,13 @@ def train(tmp_path):
 
     Returns the output folder.
     """
-    from seed_multimodal.compat.training_flags import translate
-    from seed_multimodal.training.cli import run
+    from seed_multimodal.training.llm.task import LlmTask
 
     def go(name: str, *more: str, **changes) -> Path:
         folder = tmp_path / "files"
         folder.mkdir(exist_ok=True)
         files = runs.write_files(folder, **changes)
-        run(
-            "train",
-            runs.APPLICATION / "configs",
-            translate(runs.overrides(files, tmp_path / name, *more)),
-        )
+        LlmTask.train(runs.compose(runs.overrides(files, tmp_path / name, *more)))
         return tmp_path / name
 
     return go

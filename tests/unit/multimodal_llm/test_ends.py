@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib.util
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +83,27 @@ def test_train_is_the_same_with_and_without_evaluation(train, tmp_path):
     assert summary(evaluated)["evaluation"] == evaluations(evaluated)[-1]
 
 
+@pytest.mark.slow
+def test_step_crosses_few_files(train, monkeypatch):
+    # These are the files that a reader of the training follows.
+    from seed_multimodal.training.trainer import Trainer
+
+    files: set[str] = set()
+    train_step = Trainer._train_step
+
+    def record(frame: Any, event: str, argument: Any) -> None:
+        if "seed_multimodal" in frame.f_code.co_filename:
+            files.add(frame.f_code.co_filename)
+
+    def recorded_step(trainer: Trainer) -> bool:
+        sys.setprofile(record if trainer.step == 5 else None)
+        return train_step(trainer)
+
+    monkeypatch.setattr(Trainer, "_train_step", recorded_step)
+    train("out", "trainer.max_steps=7", "trainer.logging_steps=9")
+    assert 8 < len(files) <= 12
+
+
 def test_train_with_frozen_tied_embeddings_logs_that_the_head_is_frozen(train, capsys):
     sizes = {**runs.SIZES, "tie_word_embeddings": True}
     train("out", "trainer.max_steps=1", model={"sizes": sizes, "freeze_embeddings": True})
@@ -119,7 +141,7 @@ def test_errors_of_torch_become_errors_of_the_run(fails, named):
 
     with (
         pytest.raises(TrainingError, match=rf"{named}.*checkpoint-2") as caught,
-        translate_errors("step 3", "checkpoint-2"),
+        translate_errors("step 3", lambda: "checkpoint-2"),
     ):
         fails()
     assert "step 3" in str(caught.value) and "gloo" not in str(caught.value).lower()

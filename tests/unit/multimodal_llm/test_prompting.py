@@ -36,5 +36,5 @@ def test_read_gives_the_sources_the_template_of_the_model(
         "tokenizer": {"pretrained_model_name_or_path": str(runs.TOKENIZER)},
         "data": data,
     }
-    sources = LlmTask.read(config).data.sources
+    sources = LlmTask.run_type.read(config).data.sources
     assert [source.options.get("template") for source in sources] == [None, expected]

@@ -18,7 +18,7 @@ from seed_multimodal.compat.training_flags import translate
 from seed_multimodal.config import load_yaml
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import read_settings
-from seed_multimodal.training.cli import compose, main
+from seed_multimodal.training.cli import main
 from seed_multimodal.training.config import OptimSettings
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.engine import resolve_deepspeed_config
@@ -81,7 +81,7 @@ def test_compose_the_published_recipes(name, way, monkeypatch):
         text = Path(f"scripts/train_a100_lora_multi_node_{name}.sh").read_text()
         command = shlex.split(text.replace("\\\n", ""), comments=True)
         arguments = command[command.index("launch") + 2 : -1]  # between the port and "$@"
-    run = LlmTask.read(compose(translate(arguments), CONFIGS))
+    run = LlmTask.run_type.read(runs.compose(arguments))
     assert recipe(run, name) == {**RECIPES[name], **OF_BOTH}
     assert run.optim.name == ("adamw_hf" if way == "script" else "adamw")
     assert run.data.packing and run.data.rows == 6
@@ -94,7 +94,7 @@ def test_compose_later_arguments_win():
     zero = "configs/deepspeed/stage2_bf16.json"
     flags = ["--output_dir", "x", "--max_steps", "30000", "--deepspeed", zero]
     more = ["--max_steps", "7", "optim.learning_rate=0.5", "deepspeed=none"]
-    config = compose(translate([*flags, *more]), CONFIGS)
+    config = runs.compose([*flags, *more])
     assert config["trainer"]["max_steps"] == 7
     assert config["optim"]["learning_rate"] == 0.5
     assert config.get("deepspeed") is None
@@ -130,7 +130,7 @@ def test_compose_later_arguments_win():
 )
 def test_translate_flags_of_the_original(arguments, overrides):
     assert [
-        override.removeprefix("++") for override in translate(arguments.split()).overrides
+        override.removeprefix("++") for override in translate(arguments.split()).arguments
     ] == overrides
 
 
@@ -152,7 +152,7 @@ WRONG = [
 def test_compose_and_read_with_a_wrong_setting(arguments, named, files):
     chosen = [f"{group}={file}" for group, file in files.items()]
     with pytest.raises(ConfigError, match=named):
-        LlmTask.read(compose(translate([*chosen, "output_dir=x", *arguments.split()]), CONFIGS))
+        LlmTask.run_type.read(runs.compose([*chosen, "output_dir=x", *arguments.split()]))
 
 
 @pytest.mark.parametrize("group", ["model", "data"])
@@ -225,7 +225,7 @@ def test_dtype_of_the_base_is_that_of_the_run_or_the_file(precision, torch_dtype
     }
     files["model"].write_text(yaml.safe_dump(model))
     arguments = runs.overrides(files, Path("out"), f"trainer.precision={precision}")
-    run = LlmTask.read(compose(translate(arguments), CONFIGS))
+    run = LlmTask.run_type.read(runs.compose(arguments))
     # fp16 is allowed on a GPU; nothing is put there.
     task = LlmTask(run, ProcessGroup(), torch.device("cuda"))
     assert task.run.model.dtype == used

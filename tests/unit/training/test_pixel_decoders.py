@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from llm_runs import compose
 from PIL import Image
 from tensors import equal
 from tiny.diffusion import write_unclip
@@ -269,12 +270,9 @@ TASKS = {"seed_x_detokenizer": SEED_X, "lavit_detokenizer": LAVIT, "seed_decoder
 
 @pytest.mark.parametrize(("program", "name", "part"), PUBLISHED)
 def test_published_configurations_are_read(program, name, part):
-    from seed_multimodal.compat.training_flags import translate
-    from seed_multimodal.training.cli import compose
-
     configs = APPLICATION / "configs" / program
     groups = ["model", "data"] if program == "seed_decoder" else ["model", "data", "trainer"]
-    settings = TASKS[program].task_class.read(
-        compose(translate([*(f"{group}={name}" for group in groups), "output_dir=x"]), configs)
+    settings = TASKS[program].task_class.run_type.read(
+        compose([*(f"{group}={name}" for group in groups), "output_dir=x"], configs)
     )
     assert part in vars(settings.model).values()

@@ -36,13 +36,12 @@ from seed_multimodal.data.stream.config import LlmDataSettings
 from seed_multimodal.data.stream.loader import load
 from seed_multimodal.data.stream.mixture import (
     Mixture,
-    Piece,
     ReadResult,
     merge_counts,
 )
 from seed_multimodal.data.stream.order import Chunks, Span, share, unread
-from seed_multimodal.data.stream.packing import best_fit, make_row
-from seed_multimodal.data.stream.views import BatchViews, join_views
+from seed_multimodal.data.stream.packing import Piece, best_fit, join_views, make_row
+from seed_multimodal.data.stream.views import BatchViews
 from seed_multimodal.device import copy_to
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.text_tokenizer import TextTokenizer
@@ -74,7 +73,9 @@ class LlmBatch:
     views: BatchViews | None = None  # images that are input or target features (SEED-X)
 
     def to(self, device: torch.device) -> Self:
-        """Copy the batch, without its views, to a device."""
+        """The batch without its views, on a device."""
+        if device.type == "cpu":
+            return replace(self, views=None)
         tensors = {
             name: copy_to(device, value)
             for name, value in vars(self).items()

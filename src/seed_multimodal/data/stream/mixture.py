@@ -7,7 +7,6 @@ source, position).
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
@@ -32,9 +31,9 @@ from seed_multimodal.data.formats.record import (
 from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.stream.config import LlmDataSettings
 from seed_multimodal.data.stream.order import Order, Span
-from seed_multimodal.data.stream.packing import split_long
+from seed_multimodal.data.stream.packing import Piece, split_long
 from seed_multimodal.data.stream.sampler import EpochOrder, even_block
-from seed_multimodal.data.stream.views import ImageReader, SequenceViews
+from seed_multimodal.data.stream.views import ImageReader
 from seed_multimodal.errors import DataError, pluralize
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
@@ -46,21 +45,6 @@ _TOO_LONG_REASONS = {
     "truncate": "too long, cut",
     "split": "too long, split",
 }
-
-
-@dataclass
-class Piece:
-    """A sequence that fits into a row, and its images' views."""
-
-    source: int
-    position: int  # of its record in the source's order
-    index: int  # among the pieces of its record
-    ids: np.ndarray  # int32 [n]
-    labels: np.ndarray  # int32 [n]
-    views: SequenceViews | None = None
-
-    def __len__(self) -> int:
-        return len(self.ids)
 
 
 class ReadResult(NamedTuple):

@@ -1,15 +1,34 @@
-"""Packing of sequences into rows of fixed length; arrays of packed and padded rows."""
+"""Packing of sequences into rows of fixed length; arrays and views of packed and padded rows."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from seed_multimodal.data.formats.record import BadRecord
+from seed_multimodal.data.stream.views import BatchViews, SequenceViews, View
 from seed_multimodal.language.vocabulary import IGNORE_INDEX, ImageVocabulary
 
 Arrays = tuple[np.ndarray, np.ndarray]  # ids and labels of a sequence, int32 [n]
+
+
+@dataclass
+class Piece:
+    """A sequence that fits into a row, and its images' views."""
+
+    source: int
+    position: int  # of its record in the source's order
+    index: int  # among the pieces of its record
+    ids: np.ndarray  # int32 [n]
+    labels: np.ndarray  # int32 [n]
+    views: SequenceViews | None = None
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 def best_fit(lengths: Sequence[int], capacity: int) -> list[int]:
@@ -65,6 +84,36 @@ def make_row(
             positions[end:] -= len(ids)  # the next sequence, or the padding, starts at 0
         start = end
     return row_ids, row_labels, positions
+
+
+def join_views(rows: Sequence[Sequence[Piece]], length: int) -> BatchViews | None:
+    """The views of a batch of rows of `length` tokens, or None.
+
+    rows: the sequences of each row, left to right.
+    """
+    pixels: list[Tensor] = []
+    views: list[View] = []
+    marks = np.zeros((len(rows), length), np.int8)
+    for row_marks, row in zip(marks, rows, strict=True):
+        start = 0  # of the sequence in its row
+        for piece in row:
+            end = start + len(piece)
+            if piece.views is not None:
+                pixels.append(piece.views.pixels)
+                views += piece.views.views
+                row_marks[start:end] = piece.views.marks
+            start = end
+    if not pixels:
+        return None
+    positions, is_target, seeds, tokens_per_view = map(list, zip(*views, strict=True))
+    return BatchViews(
+        torch.cat(pixels),
+        torch.tensor(positions),
+        torch.tensor(is_target),
+        torch.from_numpy(marks),
+        seeds,
+        tokens_per_view,
+    )
 
 
 def split_long(

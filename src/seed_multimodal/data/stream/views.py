@@ -6,9 +6,8 @@ training device, so data workers return pixels (uint8), not features.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
@@ -21,9 +20,6 @@ from seed_multimodal.data.formats.record import FieldValue, FileReader, JsonObje
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.images.views import AnyResolution
-
-if TYPE_CHECKING:
-    from seed_multimodal.data.stream.mixture import Piece
 
 # Marks of tokens that stand for views.
 INPUT_IMAGE = 1
@@ -121,33 +117,3 @@ class ImageReader:
         marks[sequence.input_positions] = INPUT_IMAGE
         marks[sequence.target_positions] = TARGET_IMAGE
         return SequenceViews(torch.cat(pixels), views, marks)
-
-
-def join_views(rows: Sequence[Sequence[Piece]], length: int) -> BatchViews | None:
-    """The views of a batch of rows of `length` tokens, or None.
-
-    rows: the sequences of each row, left to right.
-    """
-    pixels: list[Tensor] = []
-    views: list[View] = []
-    marks = np.zeros((len(rows), length), np.int8)
-    for row_marks, row in zip(marks, rows, strict=True):
-        start = 0  # of the sequence in its row
-        for piece in row:
-            end = start + len(piece)
-            if piece.views is not None:
-                pixels.append(piece.views.pixels)
-                views += piece.views.views
-                row_marks[start:end] = piece.views.marks
-            start = end
-    if not pixels:
-        return None
-    positions, is_target, seeds, tokens_per_view = map(list, zip(*views, strict=True))
-    return BatchViews(
-        torch.cat(pixels),
-        torch.tensor(positions),
-        torch.tensor(is_target),
-        torch.from_numpy(marks),
-        seeds,
-        tokens_per_view,
-    )

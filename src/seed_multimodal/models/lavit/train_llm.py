@@ -13,7 +13,7 @@ a `language_model` folder of an original LaVIT. Source: LaVIT (arXiv 2309.04669)
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -231,17 +231,15 @@ class PretrainTask(LlmTask):
         """Stage 1's tokenizer."""
         return {"visual tokenizer": fingerprint(self.visual)}
 
-    def weights(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def published(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights of language model or adapter, token merger and projector; original names."""
-        parameters = dict(self.module.named_parameters()) if gathered is None else gathered
-        visual, others = _split_visual(parameters)
-        visual = {name: value.detach() for name, value in visual.items()}
-        return {**super().weights(None if gathered is None else others), **visual}
+        visual, others = _split_visual(weights)
+        return {**super().published(others), **visual}
 
-    def save_files(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """A `language_model` folder: files of LLaMA or an adapter, tokenizer, `visual_weight`."""
         visual, others = _split_visual(weights)
-        super().save_files(folder, others)
+        super().save(folder, others)
         save_state_dict(visual, folder / VISUAL_WEIGHTS)
 
     def record_base(self, folder: Path) -> None:
@@ -252,8 +250,8 @@ class PretrainTask(LlmTask):
             tokenizer=project_path(self.run.visual_encoder.path),
         )
 
-    def load_weights(self, folder: Path, allow_missing: Sequence[str] = ()) -> None:
-        super().load_weights(folder, allow_missing)
+    def load(self, folder: Path) -> None:
+        super().load(folder)
         load_visual({name: getattr(self.module, name) for name in PARTS}, folder)
 
 

@@ -29,13 +29,12 @@ from seed_multimodal.models.lavit.losses import HEADS, decoder_for
 from seed_multimodal.models.lavit.modeling import DynamicCodes
 from seed_multimodal.settings import setting
 from seed_multimodal.training.frozen_models import FrozenFeatures
-from seed_multimodal.training.pixel_decoder.task import (
-    NEEDED,
+from seed_multimodal.training.pixel_decoder.config import (
     CodesImages,
     CodesPixelModel,
     PixelRunSettings,
-    PixelTask,
 )
+from seed_multimodal.training.pixel_decoder.task import NEEDED, PixelTask
 from seed_multimodal.weights.find import find_folder
 
 if TYPE_CHECKING:

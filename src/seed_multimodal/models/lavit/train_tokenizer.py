@@ -52,7 +52,7 @@ class LavitTokenizerTask(CodebookTask):
     def batch(self, micro_step: int) -> Tensor:
         return self.batches(micro_step)
 
-    def loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, Metrics]:
+    def batch_loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, Metrics]:
         output = model(batch)
         self.latest = output.metrics
         return output.loss, self.latest

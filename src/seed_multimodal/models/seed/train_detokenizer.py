@@ -42,13 +42,12 @@ from seed_multimodal.models.seed.diffusion import (
 from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 from seed_multimodal.settings import check_keys, nearest, setting
 from seed_multimodal.training.frozen_models import FrozenFeatures
-from seed_multimodal.training.pixel_decoder.task import (
-    NEEDED,
+from seed_multimodal.training.pixel_decoder.config import (
     CodesImages,
     CodesPixelModel,
     PixelRunSettings,
-    PixelTask,
 )
+from seed_multimodal.training.pixel_decoder.task import NEEDED, PixelTask
 from seed_multimodal.weights.find import find_folder
 
 if TYPE_CHECKING:

@@ -11,7 +11,7 @@ tokens and target images of a step have equal weights.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 
@@ -131,6 +131,8 @@ def read_encoder(config: ConfigNode, label: str = "visual_encoder") -> EncoderMo
 class TuningRunSettings(LlmRunSettings):
     """With the frozen vision encoder and the agent."""
 
+    readers = {**LlmRunSettings.readers, "visual_encoder": read_encoder, "agent": read_agent}
+
     visual_encoder: EncoderModel
     agent: AgentModel
 
@@ -142,11 +144,6 @@ class TuningTask(LlmTask):
     module: TrainedAgent
     start_hint = "agent.path"
     run_type = TuningRunSettings
-    settings_readers = {
-        **LlmTask.settings_readers,
-        "visual_encoder": read_encoder,
-        "agent": read_agent,
-    }
     # Ratio of learned tokens to target images of this step, over all processes.
     tokens_per_image = 1.0
 
@@ -293,12 +290,11 @@ class TuningTask(LlmTask):
         """Checkpoints hold the trained weights."""
         return False
 
-    def weights(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
+    def published(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The trained weights, with original names."""
-        weights = self._trained() if gathered is None else gathered
-        return {name: value.detach() for name, value in weights.items()}
+        return {name: weights[name].detach() for name in self._trained() if name in weights}
 
-    def save_files(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write the trained weights, the model's settings, and the tokenizer's files."""
         save_state_dict(weights, folder / WEIGHTS)
 
@@ -329,7 +325,7 @@ class TuningTask(LlmTask):
             vision=project_path(self.run.visual_encoder.path),
         )
 
-    def load_weights(self, folder: Path, allow_missing: Sequence[str] = ()) -> None:
+    def load(self, folder: Path) -> None:
         if not (folder / WEIGHTS).is_file():
             raise CheckpointError(f"{folder}: holds no {WEIGHTS}.")
         copy_weights(self._trained(), load_state_dict(folder / WEIGHTS), str(folder))

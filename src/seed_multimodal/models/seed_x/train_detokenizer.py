@@ -28,11 +28,8 @@ from seed_multimodal.nn.vision.qwen import QwenVit, QwenVitConfig
 from seed_multimodal.settings import setting
 from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.frozen_models import FrozenFeatures
-from seed_multimodal.training.pixel_decoder.task import (
-    PixelModel,
-    PixelRunSettings,
-    PixelTask,
-)
+from seed_multimodal.training.pixel_decoder.config import PixelModel, PixelRunSettings
+from seed_multimodal.training.pixel_decoder.task import PixelTask
 from seed_multimodal.weights.catalogue import download_advice
 from seed_multimodal.weights.find import find_folder as find_parts
 
@@ -143,9 +140,9 @@ class DetokenizerTask(PixelTask):
         """Write the adapter for `SDXLAdapter.from_pretrained`."""
         SDXLAdapter(detokenizer.denoiser, detokenizer.resampler).save_pretrained(folder)
 
-    def save_files(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """With the resampler's sizes: a checkpoint with frozen weights is also an adapter."""
-        super().save_files(folder, weights)
+        super().save(folder, weights)
         if self.model.teacher:
             return  # a student's denoiser
         detokenizer = self.module.detokenizer

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import zlib
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar
@@ -66,6 +66,13 @@ class LlmRunSettings(RunSettings):
     """Settings of a language model's run: the model adapted to the engine, the data's prompts to
     the model."""
 
+    readers: ClassVar[Mapping[str, Callable[[ConfigNode, str], object]]] = {
+        "model": read_model_settings,
+        "data": read_data_settings,
+        "eval_data": read_data_settings,
+        "tokenizer": read_tokenizer,
+    }
+
     model: LlmModelSettings
     data: LlmDataSettings
     trainer: LlmTrainerSettings
@@ -86,28 +93,19 @@ class LlmTask(RunTask):
     run: LlmRunSettings
     settings: LlmTrainerSettings
     loss_reduction = "sum"
+    plain_attention = False
     meter: TokenMeter
     start_hint = "model.adapter, or model.path"
-    fixed_on_resume = {**RunTask.fixed_on_resume, "tokenizer": "tokenizer (checksum)"}
     family = DEFAULT_FAMILY  # of systems with its checkpoints
     run_type: ClassVar[type[RunSettings]] = LlmRunSettings
-    settings_readers: ClassVar[Mapping[str, Callable[[ConfigNode, str], object]]] = {
-        "model": read_model_settings,
-        "data": read_data_settings,
-        "eval_data": read_data_settings,
-        "tokenizer": read_tokenizer,
-    }
 
     def __init__(self, run: LlmRunSettings, group: ProcessGroup, device: torch.device) -> None:
         """Open data and tokenizer. Raises as `RunTask.train`."""
         super().__init__(run, group, device)
         # Another number of rows is another mean gradient at the same rate.
-        rows = {"rows_per_step": "rows a step"}
-        if self.settings.resume in ("auto", "never"):
-            self.fixed_on_resume = {**self.fixed_on_resume, **rows}
+        self.fixes_rows = self.settings.resume in ("auto", "never")
+        if self.fixes_rows:
             self.start_hint += ", or trainer.resume=CHECKPOINT to keep the optimizer"
-        else:
-            self.reported_on_resume = {**self.reported_on_resume, **rows}
         if self.settings.precision == "fp16" and device.type == "cpu":
             raise ConfigError("trainer: fp16 needs a GPU; use bf16 or fp32 on a CPU.")
         self.tokenizer = self.load_tokenizer(run.tokenizer.folder)
@@ -228,19 +226,13 @@ class LlmTask(RunTask):
             self.meter.divisor = world
         return n_batches > 0
 
-    def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Metrics]:
+    def loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Metrics]:
         """This micro-batch's share of the loss; of a blank batch if this process has fewer than
         others."""
         # 1. The batch.
         index = micro_step % self.settings.gradient_accumulation_steps
-        tokens = squares = positions = 0
-        if index < len(self.batches):
-            batch = self.batches[index]
-            tokens = batch.tokens
-            squares = batch.squares
-            positions = batch.input_ids.numel()
-        else:
-            batch = self.prepare_batch(blank_batch())
+        is_blank = index >= len(self.batches)
+        batch = self.prepare_batch(blank_batch()) if is_blank else self.batches[index]
         parts = self.loss_parts(model, batch)
 
         # 2. Its loss, a sum over tokens or a mean of the batch.
@@ -254,9 +246,9 @@ class LlmTask(RunTask):
             "text_count": parts.text_count,
             "image_sum": parts.image_sum,
             "image_count": parts.image_count,
-            "tokens": tokens,
-            "squares": squares,
-            "positions": positions,
+            "tokens": batch.tokens,
+            "squares": batch.squares,
+            "positions": 0 if is_blank else batch.input_ids.numel(),
         }
 
     def prepare_batch(self, batch: LlmBatch) -> LlmBatch:
@@ -324,7 +316,7 @@ class LlmTask(RunTask):
         model = trainer.engine.model
         sums = torch.zeros(len(LossParts._fields), dtype=torch.float64)
         activity = f"the evaluation after step {step}"
-        with translate_errors(activity, trainer.store.description()):
+        with translate_errors(activity, trainer.store.description):
             # 1. This process's batches; a signal in any process ends the evaluation in all.
             model.eval()
             with torch.no_grad():
@@ -380,7 +372,7 @@ class LlmTask(RunTask):
         return line
 
     def identity(self, world: int) -> JsonObject:
-        return {
+        identity = {
             **super().identity(world),
             "model": {
                 "path": self.run.model.path,
@@ -389,30 +381,40 @@ class LlmTask(RunTask):
                 "words": self.tokenizer.vocabulary.size,
             },
             "tokenizer": tokenizer_checksum(self.tokenizer),
-            "rows_per_step": world * self.settings.gradient_accumulation_steps * self.rows,
         }
+        return {**identity, **self._rows_per_step(world)} if self.fixes_rows else identity
 
-    def state_dict(self, step: int) -> JsonObject:
+    def reported(self, world: int) -> JsonObject:
+        reported = super().reported(world)
+        return reported if self.fixes_rows else {**reported, **self._rows_per_step(world)}
+
+    def _rows_per_step(self, world: int) -> JsonObject:
+        micro_steps = self.settings.gradient_accumulation_steps
+        return {"rows_per_step": world * micro_steps * self.rows}
+
+    def state_dict(self) -> JsonObject:
         return dict(self.data.state())
 
     def load_state_dict(self, states: list[JsonObject], rank: int) -> None:
         self.data.restore(states)
 
-    def weights(self, gathered: Mapping[str, Tensor] | None = None) -> dict[str, Tensor]:
-        if gathered is None:
-            return trained_state(self.llm)
-        weights = {name.removeprefix("llm."): value for name, value in gathered.items()}
+    def published(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The adapter with PEFT 0.4's names, or all weights; of tied ones one."""
+        names = {name.removeprefix("llm."): name for name in weights}
         if is_lora(self.llm):
-            weights = {adapter_name(name): value for name, value in weights.items()}
-        # Of tied weights one.
-        return {name: weights[name] for name in trained_state(self.llm)}
+            names = {adapter_name(published): name for published, name in names.items()}
+        return {
+            published: weights[names[published]].detach()
+            for published in trained_state(self.llm)
+            if published in names
+        }
 
     @property
     def saves_frozen(self) -> bool:
         """A plain LLaMA folder is complete; an adapter's is not."""
         return not is_lora(self.llm)
 
-    def save_files(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write an adapter or a plain LLaMA folder, with the tokenizer's files."""
         save_trained(self.llm, folder, weights)
         self.tokenizer.save_pretrained(folder)
@@ -430,7 +432,7 @@ class LlmTask(RunTask):
         path = self.run.model.path
         return None if path is None else project_path(path)
 
-    def load_weights(self, folder: Path, allow_missing: Sequence[str] = ()) -> None:
+    def load(self, folder: Path) -> None:
         load_trained(self.llm, folder)
 
 

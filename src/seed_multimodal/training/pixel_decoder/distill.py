@@ -34,12 +34,11 @@ from seed_multimodal.diffusion.base import (
 from seed_multimodal.diffusion.objectives import Objective, is_flow
 from seed_multimodal.disk import replace_text
 from seed_multimodal.state_dicts import fingerprint
+from seed_multimodal.training.pixel_decoder.encoders import EncodedImages, condition_images
 from seed_multimodal.training.pixel_decoder.task import (
-    EncodedImages,
     PixelTask,
     Reconstruction,
     TrainedDetokenizer,
-    condition_images,
 )
 
 if TYPE_CHECKING:

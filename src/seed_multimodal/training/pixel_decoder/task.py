@@ -1,4 +1,4 @@
-"""A pixel decoder's trainer task: settings, and a denoiser that learns to reconstruct images.
+"""A pixel decoder's trainer task: a denoiser that learns to reconstruct images.
 
 Subclasses (`models.seed.train_detokenizer`, `models.seed_x.train_detokenizer`,
 `models.lavit.train_pixels`) define the frozen conditioning model and the trained de-tokenizer.
@@ -9,7 +9,7 @@ from __future__ import annotations
 import pkgutil
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -18,7 +18,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 
-from seed_multimodal.data.formats.pairs import Pairs, open_pairs
+from seed_multimodal.data.formats.pairs import Pairs
 from seed_multimodal.data.stream.loader import SampleDataset, StepBatches
 from seed_multimodal.data.stream.pairs_dataset import (
     JoinedPairs,
@@ -26,7 +26,6 @@ from seed_multimodal.data.stream.pairs_dataset import (
     TargetBatch,
     TargetPairs,
     TargetSample,
-    TargetView,
     by_size,
     sample_seed,
 )
@@ -37,26 +36,32 @@ from seed_multimodal.diffusion.networks import (
     context_dim,
     denoiser_kind,
     drop_conditions,
-    encode_moments,
     latent_scale,
     predict,
 )
-from seed_multimodal.diffusion.objectives import FlowTimes, NoisyLatents, build_objective
-from seed_multimodal.diffusion.training import ConditionDropout, TrainedLayers, train_denoiser
+from seed_multimodal.diffusion.objectives import NoisyLatents, build_objective
+from seed_multimodal.diffusion.training import train_denoiser
 from seed_multimodal.disk import JsonObject, atomic_folder
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 from seed_multimodal.nn.layers import checkpointed
-from seed_multimodal.settings import setting
-from seed_multimodal.training.config import RunTrainerSettings, refuse_unread
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError
 from seed_multimodal.training.engine import gather_full_weights
 from seed_multimodal.training.frozen_models import FrozenFeatures
-from seed_multimodal.training.llm.config import project_path
 from seed_multimodal.training.metrics import Meter, Metrics
 from seed_multimodal.training.optimizers import build_optimizer
-from seed_multimodal.training.run import RunSettings, RunTask
-from seed_multimodal.training.task import attention_kernel
+from seed_multimodal.training.pixel_decoder.config import (
+    PixelRunSettings,
+)
+from seed_multimodal.training.pixel_decoder.encoders import (
+    EncodedImages,
+    ImageEncoders,
+    condition_images,
+    latent_moments,
+    sample_latents,
+    to_image,
+)
+from seed_multimodal.training.run import RunTask
 from seed_multimodal.weights.find import find_folder
 
 if TYPE_CHECKING:
@@ -80,171 +85,6 @@ SMALL = 256  # pixels a side: the VAE encodes larger images one at a time, small
 SAMPLES = 4  # images during training
 # By its name, since its base class is here.
 DISTILLATION = "seed_multimodal.training.pixel_decoder.distill:Distillation"
-
-
-@dataclass
-class ImageSource:
-    """One source of images.
-
-    Attributes:
-        files: folders of images, tars, lists (jsonl, json) or tables.
-        condition_key: for edits, the key of the image before the edit (`source_image`; `image_key`:
-            after it).
-        weight: relative share of draws.
-        options: further arguments of `formats.pairs`.
-    """
-
-    name: str
-    files: str | list[str] = ""
-    format: str = "auto"
-    image_root: str | None = None
-    image_key: str | None = None
-    condition_key: str | None = None
-    weight: float = setting(1.0, above=0)
-    options: dict[str, Any] = setting(factory=dict)
-
-    def open(self) -> Pairs:
-        """Open the images. Raises as `open_pairs`."""
-        keys = ("files", "format", "image_root", "image_key", "condition_key")
-        settings = {key: getattr(self, key) for key in keys if getattr(self, key)}
-        return open_pairs(settings | self.options, captioned=False)
-
-
-@dataclass
-class ImageData:
-    """The images of a run.
-
-    Attributes:
-        batch_size: of a micro-step in each process.
-        resolution, sizes, keep_ratio, encoder_size: see `pairs_dataset.TargetView`.
-        max_bad_in_a_row: consecutive unusable images that stop the run.
-        held_out: source of the sample images during training; None: the first source.
-    """
-
-    sources: list[ImageSource]
-    batch_size: int = setting(4, minimum=1)
-    resolution: int = setting(1024, minimum=8)
-    sizes: tuple[Size, ...] = ()
-    encoder_size: int = setting(448, minimum=1)
-    keep_ratio: bool = True
-    seed: int = setting(0, minimum=0)
-    max_bad_in_a_row: int = setting(20, minimum=1)
-    held_out: ImageSource | None = None
-
-    @property
-    def view(self) -> TargetView:
-        """Target and conditioning crops of an image."""
-        return TargetView(
-            self.resolution,
-            self.encoder_size,
-            self.keep_ratio,
-            self.sizes,
-        )
-
-
-@dataclass(kw_only=True)
-class PixelModel:
-    """Trained and frozen models; subclasses add their folders, which may be below the project root.
-
-    Attributes:
-        start: an earlier result to start from, or "".
-        trained: parameters of the denoiser.
-        seed: of new weights.
-        flow_times: distribution of times, where the scheduler samples a flow.
-        teacher: a decoder to distil, see `pixel_decoder.distill`; the student starts as it, or as
-            `start`.
-        teacher_steps: its number of steps.
-        teacher_guidance: its guidance scale; None: that of its folder.
-        student_steps: number of steps without guidance; a divisor of `teacher_steps`.
-    """
-
-    start: str = ""
-    teacher: str = ""
-    teacher_steps: int = setting(20, minimum=1)
-    teacher_guidance: float | None = None
-    student_steps: int = setting(4, minimum=1)
-    trained: TrainedLayers = "all"
-    gradient_checkpointing: bool = False
-    seed: int = setting(0, minimum=0)
-    flow_times: FlowTimes = "logit_normal"
-
-    def __post_init__(self) -> None:
-        for item in fields(self):
-            value = getattr(self, item.name)
-            if isinstance(value, Path):
-                setattr(self, item.name, project_path(value))
-        self.start = str(project_path(self.start)) if self.start else ""
-        self.teacher = str(project_path(self.teacher)) if self.teacher else ""
-        if not self.teacher:
-            names = ("teacher_steps", "teacher_guidance", "student_steps")
-            refuse_unread(self, names, "model", "without model.teacher")
-        if self.teacher_steps % self.student_steps:
-            raise ConfigError(
-                f"model: teacher_steps must be a multiple of student_steps, not "
-                f"{self.teacher_steps} and {self.student_steps}."
-            )
-
-    @property
-    def diffusion_folder(self) -> Path:
-        """The diffusers folder of VAE and noise schedule."""
-        raise NotImplementedError
-
-    @property
-    def condition_dropout(self) -> ConditionDropout:
-        """Shares of samples without conditions, for guidance."""
-        raise NotImplementedError
-
-
-@dataclass(kw_only=True)
-class CodesPixelModel(PixelModel):
-    """Of a decoder that draws a tokenizer's codes.
-
-    Attributes:
-        diffusion: a diffusers folder, of which subclasses say what is read; with `start` or
-            `teacher` not read, since these are complete.
-        tokenizer: a folder.
-        dropout: share of images without conditions, for guidance.
-    """
-
-    diffusion: Path
-    tokenizer: Path
-    dropout: float = setting(0.1, minimum=0, maximum=1)
-
-    @property
-    def diffusion_folder(self) -> Path:
-        return Path(self.teacher or self.start or self.diffusion)
-
-    @property
-    def condition_dropout(self) -> ConditionDropout:
-        return ConditionDropout(embeds=self.dropout, image=0.0, both=0.0)
-
-
-@dataclass
-class CodesImages(ImageData):
-    """The images of such a run."""
-
-    encoder_size: int = setting(224, minimum=1)
-
-
-@dataclass
-class PixelTrainer(RunTrainerSettings):
-    """Settings of the trainer.
-
-    Attributes:
-        save_frozen: False: resuming loads the frozen part of the denoiser from its original files;
-            the result of a run is complete anyway.
-    """
-
-    save_frozen: bool = False
-
-
-@dataclass(kw_only=True)
-class PixelRunSettings(RunSettings):
-    """Settings of a pixel decoder's run."""
-
-    model: PixelModel
-    data: ImageData
-    trainer: PixelTrainer
 
 
 class TrainedDetokenizer(nn.Module):
@@ -498,7 +338,7 @@ class PixelTask(RunTask):
         n_samples = self._samples_per_step(self.group.world)
         self.log_sizes(f"{self.result}: {n_images:,} images, {n_samples} a step; ")
 
-    def micro_step(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Metrics]:
+    def loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Metrics]:
         """The loss of a batch: the mean over its images, which are computed by their sizes.
 
         Randomness is determined by the sample's position, independent of the number of processes.
@@ -512,14 +352,13 @@ class PixelTask(RunTask):
         n_images = sum(len(batch["key"]) for batch in batches)
         loss = torch.zeros((), device=self.device)
         mse = torch.zeros((), device=self.device)
-        with attention_kernel(self.device):
-            for batch in batches:
-                encoded = self.encoders(batch)
-                latents = sample_latents(encoded.moments, self.scale, generator, self.shift)
-                losses = self.learner.losses(model, batch, latents, encoded, generator)
-                share = len(batch["key"]) / n_images
-                loss = loss + share * losses["total_loss"]
-                mse = mse + share * losses["mse"]
+        for batch in batches:
+            encoded = self.encoders(batch)
+            latents = sample_latents(encoded.moments, self.scale, generator, self.shift)
+            losses = self.learner.losses(model, batch, latents, encoded, generator)
+            share = len(batch["key"]) / n_images
+            loss = loss + share * losses["total_loss"]
+            mse = mse + share * losses["mse"]
         return loss, {"mse": mse}
 
     @torch.no_grad()
@@ -545,7 +384,7 @@ class PixelTask(RunTask):
                 batch_size=1,
                 num_inference_steps=self.learner.drawing_steps,
             )
-            originals += map(_image, batch["image"])
+            originals += map(to_image, batch["image"])
         self.module.train()
 
         # 2. Write one sheet with both.
@@ -618,7 +457,7 @@ class PixelTask(RunTask):
             "samples_per_step": self._samples_per_step(world),
         }
 
-    def state_dict(self, step: int) -> JsonObject:
+    def state_dict(self) -> JsonObject:
         """Bad samples of this process."""
         return self.dataset.state_dict()
 
@@ -636,93 +475,3 @@ def copy_part(source: Path, target: Path) -> None:
         shutil.copytree(source, target, dirs_exist_ok=True)
     elif source.is_file():
         shutil.copy2(source, target)
-
-
-# ---- frozen models
-
-
-def latent_moments(vae: nn.Module, device: torch.device, batch_size: int = 16) -> FrozenFeatures:
-    """Images → mean and log variance of their unscaled latents `[N, 2 C, h, w]`.
-
-    Always float32, because SDXL's VAE overflows in float16.
-    """
-
-    def moments(pixels: Tensor) -> Tensor:
-        return encode_moments(vae, pixels.float() / 127.5 - 1.0)
-
-    return FrozenFeatures(vae, device, moments, batch_size)
-
-
-@dataclass
-class EncodedImages:
-    """What frozen models compute of a batch."""
-
-    conditions: Tensor  # codes or embeddings of the encoder's images
-    moments: Tensor  # of `latent_moments`, of the targets
-    condition_latents: Tensor | None = None  # [B, C, h, w], mean latents of the condition images
-
-
-class ImageEncoders:
-    """Conditions and latents of a batch of `TargetPairs` of one size, computed on the device.
-
-    conditions: of the encoder's images.
-    moments: `latent_moments`.
-    """
-
-    def __init__(self, conditions: FrozenFeatures, moments: FrozenFeatures) -> None:
-        self.conditions = conditions
-        self.moments = moments
-        self.device = moments.device
-
-    @torch.no_grad()
-    def __call__(self, batch: TargetBatch) -> EncodedImages:
-        with torch.autocast(self.device.type, enabled=False):
-            encoded = EncodedImages(
-                conditions=self.conditions(batch["encoder_image"]),
-                moments=self.moments(batch["image"]),
-            )
-            if "condition" not in batch:
-                return encoded
-            # Samples without a condition image have zeros.
-            channels = encoded.moments.shape[1] // 2
-            latents = torch.zeros_like(encoded.moments[:, :channels])
-            rows = batch["conditioned"].nonzero().flatten()
-            if len(rows):
-                means = self.moments(batch["condition"][rows])[:, :channels]
-                latents[rows.to(self.device)] = means
-            encoded.condition_latents = latents
-        return encoded
-
-
-def sample_latents(
-    moments: Tensor,
-    scaling: float,
-    generator: torch.Generator | None = None,
-    shift: float = 0.0,
-) -> Tensor:
-    """Latents `[B, C, h, w]` sampled from `moments`, shifted and scaled as by `latent_scale`.
-
-    generator: on the CPU.
-    """
-    # The VAE's posterior; the log variance is clamped as in diffusers.
-    mean, log_variance = moments.float().chunk(2, dim=1)
-    deviation = (0.5 * log_variance.clamp(-30, 20)).exp()
-    noise = torch.randn(mean.shape, generator=generator).to(mean.device)
-    return (mean + deviation * noise - shift) * scaling
-
-
-# ---- images of samples
-
-
-def _image(pixels: Tensor) -> Image.Image:
-    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
-
-
-def condition_images(batch: TargetBatch) -> list[Image.Image | None] | None:
-    """The images before edits; None: the batch has none."""
-    if "condition" not in batch:
-        return None
-    images = []
-    for pixels, is_edit in zip(batch["condition"], batch["conditioned"], strict=True):
-        images.append(_image(pixels) if is_edit else None)
-    return images

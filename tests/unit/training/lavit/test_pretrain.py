@@ -10,19 +10,17 @@ from typing import Any
 import pretrain_parts as parts
 import pytest
 import torch
-from llm_runs import LORA, task_of
+from llm_runs import LORA, compose, task_of
 from PIL import Image
-from repository import NANO, ROOT
+from repository import NANO
 from tensors import equal
 from tiny.lavit import write_tokenizer_of
 
-from seed_multimodal.compat.training_flags import translate
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer
 from seed_multimodal.models.lavit.pipeline import Lavit
 from seed_multimodal.models.lavit.train_llm import PretrainTask
 from seed_multimodal.state_dicts import load_state_dict
-from seed_multimodal.training.cli import compose
 
 
 def test_losses_of_packed_rows_equal_those_of_single_sequences(
@@ -98,7 +96,7 @@ def test_checkpoint_with_lora_opens_as_a_system(config_of, parts_dir: Path, tmp_
     lavit = Lavit.from_pretrained(checkpoint, dtype="fp32", load_decoder=False, log=None)
     task = task_of(PretrainTask, config)
     task.prepare()
-    task.load_weights(checkpoint)
+    task.load(checkpoint)
     understanding = lavit.images.understanding_tokenizer
     expected = task.module.causal_encoder.state_dict()
     assert equal(expected, understanding.causal_encoder.state_dict())
@@ -115,7 +113,7 @@ def test_checkpoint_with_lora_opens_as_a_system(config_of, parts_dir: Path, tmp_
         PretrainTask, config_of(tmp_path / "new", visual_encoder={"start": str(checkpoint)})
     )
     started.prepare()
-    assert torch.equal(started.weights()[bias], saved[bias])
+    assert torch.equal(started.published(started.module.state_dict())[bias], saved[bias])
 
 
 @pytest.mark.parametrize(
@@ -134,9 +132,7 @@ def test_task_with_parts_that_do_not_fit(config_of, tmp_path, changes, named):
 def test_configuration_is_the_published_recipe():
     # Two parts text and one part images.
     arguments = ["output_dir=x", "deepspeed=configs/deepspeed/stage2_bf16.json"]
-    settings = PretrainTask.read(
-        compose(translate(arguments), ROOT / "MultiModalLLM" / "configs", "train_lavit")
-    )
+    settings = PretrainTask.run_type.read(compose(arguments, name="train_lavit"))
     assert settings.visual_encoder.selection == "draw"
     assert settings.optim.learning_rate == 1e-5
     assert set(settings.optim.part_rates.values()) == {1e-4}

@@ -15,7 +15,7 @@ from seed_multimodal.models.seed_x.train_detokenizer import (
 )
 from seed_multimodal.nn.vision.qwen import QwenVit
 from seed_multimodal.training.frozen_models import FrozenFeatures
-from seed_multimodal.training.pixel_decoder.task import (
+from seed_multimodal.training.pixel_decoder.encoders import (
     ImageEncoders,
     latent_moments,
 )

@@ -27,7 +27,7 @@ def tuned(config_of, output: Path) -> tuple[TuningTask, Path]:
     TuningTask.train(config)
     task = task_of(TuningTask, config)
     task.prepare()
-    task.load_weights(output / f"checkpoint-{STEPS}")
+    task.load(output / f"checkpoint-{STEPS}")
     task.module.eval()
     task.batches = list(itertools.islice(task.data, 4))  # one of each source
     return task, output / f"checkpoint-{STEPS}"

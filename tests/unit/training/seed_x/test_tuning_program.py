@@ -4,22 +4,20 @@ from __future__ import annotations
 
 import shlex
 
+import llm_runs
 import pytest
 from repository import ROOT
 
-from seed_multimodal.compat.training_flags import translate
 from seed_multimodal.models.seed_x.train_agent import AgentModel, TuningTask
-from seed_multimodal.training.cli import compose
 from seed_multimodal.training.run import RunSettings
 from seed_multimodal.training.schedules import optim_learning_rate
 
 APPLICATION = ROOT / "MultiModalLLM"
-CONFIGS = APPLICATION / "configs"
 NAME = "train_seed_x_sft"
 
 
 def read(*arguments: str, name: str = NAME) -> RunSettings:
-    return TuningTask.read(compose(translate(list(arguments)), CONFIGS, name))
+    return TuningTask.run_type.read(llm_runs.compose(arguments, name=name))
 
 
 def test_tuning_configuration_is_the_published_recipe():

@@ -1,0 +1,92 @@
+"""Frozen encoders of a pixel decoder's training: conditions and latents of images."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from PIL import Image
+from torch import Tensor, nn
+
+from seed_multimodal.data.stream.pairs_dataset import TargetBatch
+from seed_multimodal.diffusion.networks import encode_moments
+from seed_multimodal.training.frozen_models import FrozenFeatures
+
+
+def latent_moments(vae: nn.Module, device: torch.device, batch_size: int = 16) -> FrozenFeatures:
+    """Images → mean and log variance of their unscaled latents `[N, 2 C, h, w]`.
+
+    Always float32, because SDXL's VAE overflows in float16.
+    """
+
+    def moments(pixels: Tensor) -> Tensor:
+        return encode_moments(vae, pixels.float() / 127.5 - 1.0)
+
+    return FrozenFeatures(vae, device, moments, batch_size)
+
+
+@dataclass
+class EncodedImages:
+    """What frozen models compute of a batch."""
+
+    conditions: Tensor  # codes or embeddings of the encoder's images
+    moments: Tensor  # of `latent_moments`, of the targets
+    condition_latents: Tensor | None = None  # [B, C, h, w], mean latents of the condition images
+
+
+class ImageEncoders:
+    """Conditions and latents of a batch of `TargetPairs` of one size, computed on the device.
+
+    conditions: of the encoder's images.
+    moments: `latent_moments`.
+    """
+
+    def __init__(self, conditions: FrozenFeatures, moments: FrozenFeatures) -> None:
+        self.conditions = conditions
+        self.moments = moments
+        self.device = moments.device
+
+    @torch.no_grad()
+    def __call__(self, batch: TargetBatch) -> EncodedImages:
+        with torch.autocast(self.device.type, enabled=False):
+            encoded = EncodedImages(
+                conditions=self.conditions(batch["encoder_image"]),
+                moments=self.moments(batch["image"]),
+            )
+            if "condition" not in batch:
+                return encoded
+            # Samples without a condition image have zeros.
+            channels = encoded.moments.shape[1] // 2
+            latents = torch.zeros_like(encoded.moments[:, :channels])
+            rows = batch["conditioned"].nonzero().flatten()
+            if len(rows):
+                means = self.moments(batch["condition"][rows])[:, :channels]
+                latents[rows.to(self.device)] = means
+            encoded.condition_latents = latents
+        return encoded
+
+
+def sample_latents(
+    moments: Tensor, scaling: float, generator: torch.Generator, shift: float = 0.0
+) -> Tensor:
+    """Latents `[B, C, h, w]` sampled from `moments`, shifted and scaled as by `latent_scale`.
+
+    generator: on the CPU.
+    """
+    posterior = DiagonalGaussianDistribution(moments.float())
+    return (posterior.sample(generator) - shift) * scaling
+
+
+def to_image(pixels: Tensor) -> Image.Image:
+    return Image.fromarray(pixels.permute(1, 2, 0).numpy())
+
+
+def condition_images(batch: TargetBatch) -> list[Image.Image | None] | None:
+    """The images before edits; None: the batch has none."""
+    if "condition" not in batch:
+        return None
+    images = []
+    for pixels, is_edit in zip(batch["condition"], batch["conditioned"], strict=True):
+        images.append(to_image(pixels) if is_edit else None)
+    return images
