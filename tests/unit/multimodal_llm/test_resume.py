@@ -26,7 +26,7 @@ def two_steps(train):
         ("trainer.max_steps=3", {"lora": runs.LORA}, CheckpointError, "model"),
         ("optim.name=adamw_hf", {}, CheckpointError, "adamw_hf"),
         ("data.length=128", {}, ConfigError, "length: 160 -> 128"),
-        ("data.rows=1", {}, CheckpointError, "rows a step.*trainer.resume"),
+        ("data.rows=1", {}, CheckpointError, "rows per step.*trainer.resume"),
     ],
 )
 def test_resume_with_another_model_optimizer_or_data_fails(
