@@ -137,7 +137,6 @@ LATER = {
 CIRCLES = {
     "training.checkpoint training.engine training.metrics training.task training.trainer",
     "training.config training.schedules",
-    "data.stream.mixture data.stream.views",
 }
 
 

@@ -9,6 +9,7 @@ import sys
 from argparse import ArgumentParser, ArgumentTypeError, BooleanOptionalAction, Namespace
 from collections.abc import Sequence
 from functools import partial
+from itertools import chain
 from pathlib import Path
 
 from seed_multimodal.cli.common import add_json, emit, program_parser, set_flags
@@ -19,7 +20,7 @@ from seed_multimodal.errors import ConfigError, pluralize
 def check(args: Namespace) -> int:
     """Read a run's sources, or files, as training does; prints a report. Exit code 1 if a record is
     broken."""
-    from seed_multimodal.data.check import check_sources, read_run
+    from seed_multimodal.data.check import check_sources, read_run, report_lines
     from seed_multimodal.data.stream.config import read_data_settings
 
     # 1. The data of a run, or files as one source.
@@ -46,12 +47,10 @@ def check(args: Namespace) -> int:
 
     # 2. A report for each source.
     reports = check_sources(settings, tokenizer, args.records)
-    n_broken = sum(report.broken for report in reports)
-    lines: list[str] = []
-    for report in reports:
-        lines += report.lines()
+    n_broken = sum(report["broken"] for report in reports)
+    lines = list(chain.from_iterable(map(report_lines, reports)))
     lines.append(pluralize(n_broken, "broken record") if n_broken else "nothing broken")
-    record = {"sources": [report.as_json() for report in reports], "broken": n_broken}
+    record = {"sources": reports, "broken": n_broken}
     emit(args, record, "\n".join(lines))
     return SOME_FAILED if n_broken else DONE
 

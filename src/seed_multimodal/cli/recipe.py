@@ -18,7 +18,7 @@ from omegaconf import OmegaConf
 
 from seed_multimodal.cli.tiny_parts import write_tiny_encoder, write_tiny_llm
 from seed_multimodal.config import read_yaml
-from seed_multimodal.data.formats.sources import open_file
+from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.pretokenize.inputs import InputSettings, find_inputs, read_input_settings
 from seed_multimodal.disk import JsonObject, atomic_folder, output_folder
 from seed_multimodal.errors import ConfigError
@@ -141,8 +141,8 @@ def read_parts(
 def tiny_texts() -> list[str]:
     """Captions of the small recipe's data, on which its tokenizer is trained."""
     settings = read_input_settings(read_yaml(RECIPE)["pair scenes"]["captions"])
-    captions = open_file(None, settings.format, options=settings.format_options)
-    return [str(captions.locate(row).fields["text"]) for row in range(sum(captions.sizes))]
+    captions = open_records(None, format=settings.format, options=settings.format_options)
+    return [str(captions.locate(row).fields["text"]) for row in range(len(captions))]
 
 
 def data_values(args: Namespace, out: Path) -> tuple[JsonObject, list[str]]:

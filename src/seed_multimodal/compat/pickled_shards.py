@@ -24,10 +24,10 @@ from typing import Any
 import numpy as np
 
 from seed_multimodal.data.formats.contents import find_files
-from seed_multimodal.data.formats.open_files import OpenFiles
 from seed_multimodal.data.formats.record import BadRecord, JsonObject, Record
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.formats.sources import run_in_processes
+from seed_multimodal.data.formats.storage import DataFile
 from seed_multimodal.data.formats.tar import IS_PICKLED, PICKLED, TarFile
 from seed_multimodal.disk import writable_folder, writing
 from seed_multimodal.errors import DataError, SeedError, first_line
@@ -231,7 +231,7 @@ def _convert(job: tuple[Path, Path]) -> tuple[int, list[str], str]:
     path, target = job
     skipped: list[str] = []
     try:
-        samples = _samples(TarFile(path, needs_json=False), skipped)
+        samples = _samples(TarFile(DataFile(path)), skipped)
         with writing(target, DataError):
             return write_shard(target, samples), skipped, ""
     except SeedError as error:  # the shard cannot be read or written
@@ -245,12 +245,11 @@ def _samples(tar: TarFile, skipped: list[str]) -> Iterator[tuple[str, dict[str, 
 
     skipped: receives the messages of samples that cannot be converted.
     """
-    files = OpenFiles()
     n_converted = 0
     for row in range(sum(tar.sizes)):
         record = tar.locate(row)
         try:
-            yield record.key, _members(record, files)
+            yield record.key, _members(record)
             n_converted += 1
         except BadRecord as error:
             if error.kind == "damaged file":  # of the shard, not of a sample
@@ -260,7 +259,7 @@ def _samples(tar: TarFile, skipped: list[str]) -> Iterator[tuple[str, dict[str, 
         raise DataError(f"{tar.path}: has no convertible sample; the first: {skipped[0]}")
 
 
-def _members(record: Record, files: OpenFiles) -> dict[str, bytes]:
+def _members(record: Record) -> dict[str, bytes]:
     """The members of a sample with a .json in place of the pickle. Raises BadRecord."""
     if record.problem is not None and record.problem[0] != IS_PICKLED:
         raise BadRecord(*record.problem)
@@ -272,7 +271,7 @@ def _members(record: Record, files: OpenFiles) -> dict[str, bytes]:
             f"{record.location}: has {', '.join(sorted(record.members))}; expected one .pkl "
             "member.",
         )
-    members = {name: record.member(name, files=files) or b"" for name in record.members}
+    members = {name: record.member(name) or b"" for name in record.members}
     value = read_pickle(members.pop(pickles[0]), f"{record.location}.{pickles[0]}")
     text = json.dumps(value, ensure_ascii=False, allow_nan=False, separators=(",", ":"))
     return {"json": text.encode("utf-8", "replace"), **members}

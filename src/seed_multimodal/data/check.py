@@ -16,17 +16,14 @@ import numpy as np
 from seed_multimodal.config import load_yaml
 from seed_multimodal.data.decoders import find_decoder
 from seed_multimodal.data.decoders.base import Decoder, SeededRandom
-from seed_multimodal.data.formats.record import BROKEN, BadRecords, JsonObject, RecordNote
+from seed_multimodal.data.formats.record import BROKEN, BadRecords, JsonObject
 from seed_multimodal.data.stream.config import LlmDataSettings, read_data_settings
-from seed_multimodal.data.stream.mixture import Mixture, OpenedSource
+from seed_multimodal.data.stream.mixture import OpenedSource, open_sources
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.progress import Progress
 from seed_multimodal.weights.find import locate_or_same
-
-# Decoders that keep control words as plain text, or read them as image codes.
-PLAIN_TEXT_DECODERS = ("chat", "sft.interleaved")
 
 
 @dataclass
@@ -42,75 +39,51 @@ class SourceReport:
     # Control words in texts; all image codes count as one.
     control_words: Counter[str] = field(default_factory=Counter)
 
-    def add(self, note: RecordNote) -> None:
-        """Count a record that was skipped or repaired, and list the first few."""
-        self.skipped.count(f"{note.kind}: {note.reason}", note.location)
-
-    @property
-    def counts(self) -> list[JsonObject]:
-        """Kind, reason and number of skipped records."""
-        counts = []
+    def as_json(self) -> JsonObject:
+        """All counts, for `--json`; `tokens`: percentiles of the sequence lengths."""
+        # 1. Records that were skipped or repaired, and the first few of each reason.
+        skipped: list[JsonObject] = []
+        first: list[str] = []
         for name, entry in self.skipped.counts.items():
             kind, _, reason = name.partition(": ")
-            counts.append({"kind": kind, "reason": reason, "count": entry["count"]})
-        return counts
+            skipped.append({"kind": kind, "reason": reason, "count": entry["count"]})
+            first += [f"{reason}: {message}" for message in entry["first"]]
 
-    @property
-    def broken(self) -> int:
-        """How many records cannot be read or decoded."""
-        return sum(entry["count"] for entry in self.counts if entry["kind"] == BROKEN)
-
-    @property
-    def first(self) -> list[str]:
-        """Reasons and messages of the first skipped records."""
-        return [
-            f"{name.partition(': ')[2]}: {message}"
-            for name, entry in self.skipped.counts.items()
-            for message in entry["first"]
-        ]
-
-    @property
-    def tokens(self) -> dict[str, int]:
-        """Percentiles 5, 50, 95, 99 and 100 of the sequence lengths."""
+        # 2. Lengths.
         percentiles = (5, 50, 95, 99, 100)
         shares = np.array(percentiles) / 100
-        values = np.quantile(self.lengths or [0], shares, method="inverted_cdf")
-        return {
-            f"p{percent}": int(value) for percent, value in zip(percentiles, values, strict=True)
-        }
-
-    def as_json(self) -> JsonObject:
-        """All counts, for `--json`."""
+        tokens = np.quantile(self.lengths or [0], shares, method="inverted_cdf").astype(int)
         return {
             "name": self.name,
             "size": self.size,
             "records": self.records,
             "sequences": len(self.lengths),
-            "tokens": self.tokens,
+            "tokens": {f"p{p}": n for p, n in zip(percentiles, tokens.tolist(), strict=True)},
             "too_long": self.too_long,
-            "broken": self.broken,
-            "first": self.first,
-            "skipped": self.counts,
-            "control_words": dict(self.control_words),
+            "broken": sum(entry["count"] for entry in skipped if entry["kind"] == BROKEN),
+            "first": first,
+            "skipped": skipped,
+            "control_words": dict(self.control_words.most_common()),
         }
 
-    def lines(self) -> list[str]:
-        """The report as lines of text."""
-        tokens = ", ".join(f"{name[1:]} % {length:,}" for name, length in self.tokens.items())
-        lines = [
-            f"{self.name}: {self.records:,} of {self.size:,} records, "
-            f"{len(self.lengths):,} sequences",
-            f"  tokens: {tokens}; too long: {self.too_long:,}",
-        ]
-        for name, entry in self.skipped.counts.items():
-            lines.append(f"  {name} {entry['count']:,}")
-        lines += [f"    {message}" for message in self.first]
-        if self.control_words:
-            counts = [f"{word} {count:,}" for word, count in self.control_words.most_common()]
-            lines.append(
-                "  warning: control words in texts, which become real tokens: " + ", ".join(counts)
-            )
-        return lines
+
+def report_lines(report: JsonObject) -> list[str]:
+    """The report of a source, by `SourceReport.as_json`, as lines of text."""
+    tokens = ", ".join(f"{name[1:]} % {length:,}" for name, length in report["tokens"].items())
+    lines = [
+        f"{report['name']}: {report['records']:,} of {report['size']:,} records, "
+        f"{report['sequences']:,} sequences",
+        f"  tokens: {tokens}; too long: {report['too_long']:,}",
+    ]
+    for entry in report["skipped"]:
+        lines.append(f"  {entry['kind']}: {entry['reason']} {entry['count']:,}")
+    lines += [f"    {message}" for message in report["first"]]
+    if report["control_words"]:
+        counts = [f"{word} {count:,}" for word, count in report["control_words"].items()]
+        lines.append(
+            "  warning: control words in texts, which become real tokens: " + ", ".join(counts)
+        )
+    return lines
 
 
 def read_run(path: str | Path, tokenizer: str | None) -> tuple[LlmDataSettings, str]:
@@ -133,8 +106,11 @@ def read_run(path: str | Path, tokenizer: str | None) -> tuple[LlmDataSettings, 
 
 def check_sources(
     settings: LlmDataSettings, tokenizer_dir: str, records: int = 1000
-) -> list[SourceReport]:
-    """Decode `records` records of each source as training does. Raises as `Mixture`."""
+) -> list[JsonObject]:
+    """A report of each source, of which `records` records are decoded as training does.
+
+    Raises as `OpenedSource`.
+    """
     # 1. The tokenizer that the decoders need.
     load_tokenizer = Decoder.load_tokenizer
     for source_settings in settings.sources:
@@ -144,9 +120,8 @@ def check_sources(
     tokenizer = load_tokenizer(tokenizer_dir)
 
     # 2. A few records of many files: by range requests rather than from copies of whole files.
-    mixture = Mixture(replace(settings, cache=settings.cache or False), tokenizer)
     reports = []
-    for source in mixture.sources:
+    for source in open_sources(replace(settings, cache=settings.cache or False), tokenizer):
         size = source.size
         count = min(size, records)
         report = SourceReport(source.name, size, count)
@@ -154,7 +129,7 @@ def check_sources(
             for index in range(count):
                 _check_record(source, index * size // count, tokenizer, report)
                 bar.update()
-        reports.append(report)
+        reports.append(report.as_json())
     return reports
 
 
@@ -162,18 +137,21 @@ def _check_record(
     source: OpenedSource, index: int, tokenizer: TextTokenizer, report: SourceReport
 ) -> None:
     """Decode a record, and add it to the report."""
-    decoded = source.decode(index, SeededRandom(source.mixture_seed, source.index, index))
-    if decoded.note is not None:
-        report.add(decoded.note)
-    if decoded.sequence is None:
+    record = source.records.locate(index)
+    rng = SeededRandom(source.mixture_seed, source.index, index)
+    sequence, note = source.decode(record, rng)
+    if note is not None:
+        report.skipped.count(note._replace(reason=f"{note.kind}: {note.reason}"))
+    if sequence is None:
         return
-    n_tokens = len(decoded.sequence)
+    n_tokens = len(sequence)
     report.lengths.append(n_tokens)
     report.too_long += n_tokens > source.length
 
-    if source.decoder.name in PLAIN_TEXT_DECODERS:
+    # Some decoders keep control words as plain text, or read them as image codes.
+    if source.decoder.has_plain_texts or source.decoder.name == "sft.interleaved":
         return
-    for text in _texts(source.records.read(index).fields):
+    for text in _texts(source.records.complete(record).fields):
         _, names = tokenizer.split(text)
         for word in names:
             report.control_words["<img_…>" if word.startswith("<img_") else word] += 1

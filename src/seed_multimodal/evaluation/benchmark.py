@@ -29,7 +29,7 @@ from typing import TYPE_CHECKING, Any, ClassVar, Generic, TypeVar
 
 from PIL import Image
 
-from seed_multimodal.data.formats.record import BadRecords
+from seed_multimodal.data.formats.record import BROKEN, BadRecords, RecordNote
 from seed_multimodal.disk import JsonObject, folder_lock, replace_text, writing
 from seed_multimodal.entry import log_line, rank_and_world_size
 from seed_multimodal.errors import DataError, GenerationError, ImageError, pluralize
@@ -327,7 +327,7 @@ def _append_answers(
         # 2. Unusable samples in a row are a wrong folder or file.
         for line in lines:
             if "bad" in line:
-                bad.add(DataError(line["bad"]))
+                bad.add(RecordNote(BROKEN, "broken record", line["bad"]))
             else:
                 bad.usable()
 

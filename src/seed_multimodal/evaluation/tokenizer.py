@@ -283,8 +283,9 @@ def read_images(
                 name += f" ({pair.image})"
             images.append(open_image(pair.image, name=name).image)
         except RECORD_FAULTS as error:
-            encoded.bad.append(str(error))
-            bad.add(error)
+            note = source.broken(row, error)
+            encoded.bad.append(note.location)
+            bad.add(note)
             continue
         bad.usable()
         encoded.captions.append(list(pair.captions))

@@ -183,6 +183,9 @@ class ChatTemplate(PromptTemplate):
         except ConfigError as error:
             raise RequestError(str(error)) from error
         indices = [int(match[2]) for match in _MARK.finditer(text)]
+        if system and 0 not in indices and turns[-1][0] == "assistant":
+            # Mistral's has the system message in the last question, if no answer follows.
+            return [*self.render_turns(turns[:-1], system), self.render_turns(turns)[-1]]
         turn_indices = [index for index in indices if contents[index][0] != "system"]
         if sorted(indices) != [*range(len(contents))] or turn_indices != sorted(turn_indices):
             raise RequestError("The chat template drops, repeats or reorders messages.")

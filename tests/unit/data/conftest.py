@@ -5,6 +5,7 @@ Each record of the LLM's data contains its number in its text, `number N`.
 
 from __future__ import annotations
 
+import itertools
 import random
 import re
 from collections.abc import Callable
@@ -26,20 +27,13 @@ def shards(tmp_path_factory) -> Path:
     Their keys are NNNNN, their captions `Picture N.`.
     """
     folder = tmp_path_factory.mktemp("shards")
-    index = 0
+    indices = iter(range(40))
     for part, size in enumerate((13, 7, 1, 19)):
         samples = []
-        for _ in range(size):
+        for index in itertools.islice(indices, size):
             caption = f"Picture {index}."
-            samples.append(
-                {
-                    "__key__": f"{index:05d}",
-                    "jpg": jpeg(index),
-                    "json": {"caption": caption},
-                    "txt": f"{caption}\n",
-                }
-            )
-            index += 1
+            members = {"jpg": jpeg(index), "json": {"caption": caption}, "txt": f"{caption}\n"}
+            samples.append({"__key__": f"{index:05d}", **members})
         write_tar(folder / f"s-{part:03d}.tar", samples)
     return folder
 
@@ -71,31 +65,21 @@ def sets(tmp_path_factory, codes: Callable) -> Path:
     texts/        two jsonl of 20 and 15 records, 2000..2034
     """
     folder = tmp_path_factory.mktemp("sets")
-    index = 0
+    indices = iter(range(66))
     for part, size in enumerate((40, 25, 1)):
-        shard(
-            folder / "captions" / f"part-{part:04d}" / "0000000.tar",
-            [
-                {
-                    "image_ids": codes(n),
-                    "text": f"number {n}" + " and so on" * (n % 5),
-                    "metadata": {},
-                }
-                for n in range(index, index + size)
-            ],
-        )
-        index += size
-    shard(
-        folder / "documents" / "0000000.tar",
-        [
-            {
-                "image_ids": [codes(n), None, codes(n + 1), None],
-                "metadata": {},
-                "texts": [None, f"number {n}", None, "more words" * (n % 7)],
-            }
-            for n in range(1000, 1030)
-        ],
-    )
+        captions = [
+            {"image_ids": codes(n), "text": f"number {n}" + " and so on" * (n % 5)}
+            for n in itertools.islice(indices, size)
+        ]
+        shard(folder / "captions" / f"part-{part:04d}" / "0000000.tar", captions)
+    documents = [
+        {
+            "image_ids": [codes(n), None, codes(n + 1), None],
+            "texts": [None, f"number {n}", None, "more words" * (n % 7)],
+        }
+        for n in range(1000, 1030)
+    ]
+    shard(folder / "documents" / "0000000.tar", documents)
     texts = [{"text": f"number {n}" + " of them" * (n % 20)} for n in range(2000, 2035)]
     lines(folder / "texts" / "a.jsonl", texts[:20])
     lines(folder / "texts" / "b.jsonl", texts[20:])
@@ -105,34 +89,15 @@ def sets(tmp_path_factory, codes: Callable) -> Path:
 @pytest.fixture(scope="session")
 def mixed(sets: Path) -> Callable[..., dict[str, Any]]:
     """`mixed(**settings)`: a configuration of the three sets with weights 4, 1 and 2."""
+    names = ("captions", "documents", "texts")
+    decoders = ("pretrain.caption", "pretrain.interleaved", "pretrain.text")
 
     def make(**settings: Any) -> dict[str, Any]:
-        return {
-            "sources": [
-                {
-                    "name": "captions",
-                    "files": str(sets / "captions"),
-                    "decoder": "pretrain.caption",
-                    "weight": 4,
-                    "options": {"reverse_ratio": 0.5},
-                },
-                {
-                    "name": "documents",
-                    "files": str(sets / "documents"),
-                    "decoder": "pretrain.interleaved",
-                    "weight": 1,
-                    "options": {"reverse_ratio": 0.5},
-                },
-                {
-                    "name": "texts",
-                    "files": str(sets / "texts"),
-                    "decoder": "pretrain.text",
-                    "weight": 2,
-                },
-            ],
-            "length": 192,
-            **settings,
-        }
+        sources = [
+            {"name": name, "files": str(sets / name), "decoder": decoder, "weight": weight}
+            for name, decoder, weight in zip(names, decoders, (4, 1, 2), strict=True)
+        ]
+        return {"sources": sources, "length": 192, **settings}
 
     return make
 

@@ -9,9 +9,8 @@ modules', except for canned sentences that are not public (`phrases`). `chat`, `
 
 base                   `Decoder`, `SeededRandom`, `TrainingSequence`
 seed_llama_pretrain    `pretrain.*`
-seed_llama_sft         `sft.*`, and two of `pretrain.*`
-chat                   `chat`
-features               base of the decoders of families: sequences with opened images
+seed_llama_sft         `sft.*`, two of `pretrain.*`, and `chat`
+features               base of the decoders of families: sequences with opened images as views
 """
 
 from __future__ import annotations
@@ -21,7 +20,6 @@ import pkgutil
 from seed_multimodal.data.decoders import seed_llama_pretrain as pretrain
 from seed_multimodal.data.decoders import seed_llama_sft as sft
 from seed_multimodal.data.decoders.base import Decoder, OptionValues
-from seed_multimodal.data.decoders.chat import Chat
 from seed_multimodal.data.decoders.features import FeatureDecoder
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.text_tokenizer import TextTokenizer
@@ -50,7 +48,7 @@ DECODERS: dict[str, type[Decoder]] = {
         sft.VideoConversation,
         sft.VisualQuestionTuned,
         sft.TextConversationTuned,
-        Chat,
+        sft.Chat,
     )
 }
 

@@ -129,8 +129,6 @@ class Decoder:
         self.options = read_settings(self.Options, options, f"decoder {self.name}")
         self.tokenizer = tokenizer
         self.vocabulary = tokenizer.vocabulary
-        # Allowed numbers of codes of an image.
-        self.code_counts = [self.vocabulary.tokens_per_image]
 
     @staticmethod
     def load_tokenizer(folder: str | Path) -> TextTokenizer:
@@ -278,7 +276,7 @@ class Decoder:
 
     def image_ids(self, image: SegmentPart) -> list[int]:
         """Tokens of an image, with image start and end."""
-        return [self.vocabulary.boi_id, *self.vocabulary.code_to_id(image), self.vocabulary.eoi_id]
+        return self.vocabulary.image_ids(image)
 
     def split_image(self, image: SegmentPart) -> tuple[Ids, Ids]:
         """The image start, and the other tokens of an image."""
@@ -302,6 +300,12 @@ class Decoder:
         """A field of this type. Raises BadRecord: missing or of another type."""
         value = fields.get(name)
         if value is None:
+            if "image_ids" in name:
+                raise BadRecord(
+                    "not tokenised",
+                    f"{name}: there are no codes, which decoder {self.name} reads; tokenize the "
+                    "images first (extract_image_ids_to_torchdata_parallel*.py).",
+                )
             problem = missing_key_text(name, fields)
             raise BadRecord("missing key", f"{problem}; decoder {self.name} needs it.")
         if not isinstance(value, kind):
@@ -358,10 +362,9 @@ class Decoder:
                 "codes out of range",
                 f"{name}: image codes are 0 to {n_codes - 1}, not {shorten(codes)}.",
             )
-        if len(codes) not in self.code_counts:
-            expected = str(self.code_counts[0])
-            if len(self.code_counts) > 1:
-                expected += f" to {self.code_counts[-1]}"
+        minimum, maximum = self.vocabulary.min_codes, self.vocabulary.tokens_per_image
+        if not minimum <= len(codes) <= maximum:
+            expected = maximum if minimum == maximum else f"{minimum} to {maximum}"
             raise BadRecord(
                 "number of codes", f"{name}: an image has {expected} codes, not {len(codes)}."
             )

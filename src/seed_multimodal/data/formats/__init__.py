@@ -3,11 +3,11 @@
     records = open_records("shards/*.tar")     # or .jsonl, .json, .parquet, folders, URLs
     records.read(12).fields
 
-record             `Record`, and the protocol `RecordFile` of readers
+record             `Record`, `BadRecords`, and the protocol `RecordFile` of readers
 sources            `open_records`: files, patterns and folders → `FileRecords`
 pairs              `open_pairs`: image-caption pairs
 tar, jsonl, parquet, images    a reader for each format; `shards` writes tars
 conversations      fields of a conversation → `messages`
 images             fields of an image and its caption → content, path, texts
-index, storage, open_files    stored indexes, remote files, open files
+index, storage     stored indexes; data files on disk and behind URLs
 """

@@ -10,7 +10,7 @@ from __future__ import annotations
 import glob
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from fnmatch import fnmatch
 from functools import cache
 from importlib.metadata import EntryPoint
@@ -25,6 +25,7 @@ from seed_multimodal.data.formats.storage import (
     read_safely,
     remote_files,
 )
+from seed_multimodal.entry import log_line, rank_and_world_size
 from seed_multimodal.errors import ConfigError, DataError, foreign_content, pluralize
 from seed_multimodal.plugins import registered
 from seed_multimodal.settings import nearest
@@ -94,6 +95,7 @@ SIDE_FILES = (
 )
 QUESTIONS, ANNOTATIONS = "_questions.json", "_annotations.json"  # of VQA, which are joined
 _WILDCARD = re.compile(r"[*?\[]")
+_SPLIT = re.compile(r"[/_.-](train|test|val|valid|validation|dev)(?=[/_.-])")
 
 
 def sniff(head: bytes) -> str:
@@ -131,22 +133,17 @@ def registered_formats() -> dict[str, EntryPoint]:
 # ---- files
 
 
-def find_files(
-    patterns: Sequence[str | Path], format: str = "auto", *, images: bool = False
-) -> list[tuple[str, str]]:
+def find_files(patterns: Sequence[str | Path], format: str = "auto") -> list[tuple[str, str]]:
     """(file, format) of each distinct file that matches the patterns and folders.
 
     format: auto: by suffix, else by content.
-    images: a folder of images without lists or tables has format `folder`.
+        A folder of images without shards, lists and tables has format `folder`.
 
     Raises ConfigError: unknown format; DataError: nothing matches, a folder has files of several
     formats, or a file is not read as it is.
     """
     # 1. The format must be one of these.
-    formats = [*FORMATS]
-    if images:
-        formats.append(FOLDER)
-    formats += registered_formats()
+    formats = [*FORMATS, FOLDER, *registered_formats()]
     if format not in ("auto", *formats):
         raise ConfigError(
             f"{', '.join(map(str, patterns))}: format must be auto, {', '.join(formats)}, not "
@@ -159,7 +156,7 @@ def find_files(
     format_of: dict[str, str] = {}
     for path in expand_pattern(patterns):
         if _is_folder(path):
-            format_of.update(_in_folder(path, format, images))
+            format_of.update(_in_folder(path, format))
         elif _by_suffix(path) in _ACCEPTED.get(format, ()):
             format_of[path] = _by_suffix(path)
         else:
@@ -295,17 +292,17 @@ def _is_side_file(path: str, format: str, stems: Mapping[str, set[str]]) -> bool
     return format == "csv" and name != "metadata.csv" and has_records
 
 
-def _in_folder(folder: str, format: str, images: bool) -> dict[str, str]:
+def _in_folder(folder: str, format: str) -> dict[str, str]:
     """The format of each data file below a folder; or of the folder, if it has only images."""
     contents = folder_contents(folder)
     paths_of = {name: contents[name] for name in _ACCEPTED.get(format, ()) if name in contents}
-    if images and format in ("auto", FOLDER) and FOLDER in contents and not paths_of:
+    if format in ("auto", FOLDER) and FOLDER in contents and not paths_of:
+        _warn_of_splits(folder, contents[FOLDER])
         return {folder: FOLDER}
     if not paths_of:
         formats = ", ".join(FORMATS) if format == "auto" else format
-        or_images = " or images" if images else ""
         raise DataError(
-            f"{folder}: contains no {formats} files{or_images}, at any depth"
+            f"{folder}: contains no {formats} files or images, at any depth"
             f"{_other_contents(contents)}."
         )
     # They must have one format; with `json` some may be .jsonl.
@@ -313,17 +310,29 @@ def _in_folder(folder: str, format: str, images: bool) -> dict[str, str]:
         raise DataError(
             f"{folder}: contains {' and '.join(paths_of)} files; set the format or list the files."
         )
-    return {path: name for name, paths in paths_of.items() for path in paths}
+    format_of = {path: name for name, paths in paths_of.items() for path in paths}
+    _warn_of_splits(folder, format_of)
+    return format_of
+
+
+def _warn_of_splits(folder: str, paths: Iterable[str]) -> None:
+    """Log that several splits of a data set are read together."""
+    names: dict[str, None] = {}
+    for path in paths:
+        names.update(dict.fromkeys(_SPLIT.findall(path.removeprefix(folder).lower())))
+    if len(names) > 1 and rank_and_world_size()[0] == 0:
+        log_line(
+            f"{folder}: holds {' and '.join(names)} files, which are read together; name those of "
+            "one split."
+        )
 
 
 def _other_contents(contents: Mapping[str, list[str]]) -> str:
     """What a folder holds instead, and what to do."""
-    if FOLDER in contents:
-        return f"; it holds {pluralize(len(contents[FOLDER]), 'image')}: set format: folder"
     for name, paths in contents.items():
-        held = f"; it holds {pluralize(len(paths), f'{name} file')}"
-        if name in FORMATS:
-            return f"{held}: set format: {name}"
+        held = pluralize(len(paths), "image" if name == FOLDER else f"{name} file")
+        if name in (*FORMATS, FOLDER):
+            return f"; it holds {held}: set format: {name}"
         if name in SUFFIXES:
-            return f"{held}, each of which {CURES[SUFFIXES[name]]}"
+            return f"; it holds {held}, each of which {CURES[SUFFIXES[name]]}"
     return ""

@@ -167,6 +167,9 @@ def _read_turns(turns: FieldValue, key: str, location: str) -> list[Turn]:
                 "wrong role",
                 f"{turn_location}: its role is {shorten(author)}, not one of {', '.join(ROLES)}.",
             )
+        if role == "assistant" and turn.get("weight") == 0:  # in OpenAI's lists
+            message = "has weight 0, but each answer is learned; leave the conversation out"
+            raise BadRecord("unlearned answer", f"{turn_location}: {message}.")
         content = turn.get("content")
         if content is None:
             content = turn.get("value")

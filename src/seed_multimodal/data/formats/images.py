@@ -3,23 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 from seed_multimodal.data.formats.contents import IMAGE_KEYS as IMAGE_KEYS
 from seed_multimodal.data.formats.contents import IMAGE_SUFFIXES, sniff
 from seed_multimodal.data.formats.record import (
     BadRecord,
-    ByteRange,
     FieldValue,
-    FileReader,
     Record,
     RecordFields,
     as_list,
     find_image,
     shorten,
 )
-from seed_multimodal.data.formats.storage import is_remote, list_files, read_all
+from seed_multimodal.data.formats.storage import DataFile, is_remote, list_files, read_all
 from seed_multimodal.errors import ImageError
 from seed_multimodal.images.io import ImageFunction, read_string
 from seed_multimodal.settings import nearest
@@ -40,16 +38,12 @@ def first_value(fields: RecordFields, key: str | None, defaults: Iterable[str]) 
     return None
 
 
-def image_value(record: Record, key: str | None, files: FileReader | None) -> FieldValue:
+def image_value(record: Record, key: str | None, *, of_member: bool = True) -> FieldValue:
     """The image's bytes in a tar, else the value under `key`, by default of `IMAGE_FIELDS`.
-
-    files: None: a member is not read.
 
     Raises BadRecord: there is none.
     """
-    value: FieldValue = None
-    if files is not None:
-        value = record.member(*IMAGE_KEYS, files=files)
+    value: FieldValue = record.member(*IMAGE_KEYS) if of_member else None
     if value is None:
         value = first_value(record.fields, key, IMAGE_FIELDS)
     if value is not None:
@@ -160,12 +154,12 @@ def captions(record: Record, key: str | None) -> list[str]:
     return texts
 
 
-def text_member(record: Record, files: FileReader, *, keep_whitespace: bool = False) -> str | None:
+def text_member(record: Record, *, keep_whitespace: bool = False) -> str | None:
     """The text of a record's .txt, stripped unless `keep_whitespace`; None if absent.
 
     Raises BadRecord: not UTF-8, or blank.
     """
-    data = record.member("txt", files=files)
+    data = record.member("txt")
     if data is None:
         return None
     try:
@@ -182,8 +176,8 @@ def text_member(record: Record, files: FileReader, *, keep_whitespace: bool = Fa
 class ImageFolder:
     """The images below a folder by index; hidden files are skipped."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = Path(path)
+    def __init__(self, file: DataFile) -> None:
+        self.path = Path(file.path)
 
     @cached_property
     def images(self) -> list[str]:
@@ -206,6 +200,5 @@ class ImageFolder:
         for extension in ("TXT", "JSON", "txt", "json"):
             file = path.with_suffix(f".{extension}")
             if file.is_file():
-                content = ByteRange(str(file), 0, file.stat().st_size)
-                record.members[extension.lower()] = content
+                record.members[extension.lower()] = partial(read_all, file)
         return record

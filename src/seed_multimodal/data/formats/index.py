@@ -16,7 +16,7 @@ from zipfile import BadZipFile
 
 import numpy as np
 
-from seed_multimodal.data.formats.storage import is_remote, read_safely, stat
+from seed_multimodal.data.formats.storage import DataFile, is_remote, read_safely, stat
 from seed_multimodal.disk import atomic_open, disk_reason
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import DataError
@@ -33,8 +33,9 @@ class IndexedFile:
 
     kind = ""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = str(path)
+    def __init__(self, file: DataFile) -> None:
+        self.file = file
+        self.path = file.path
 
     def scan(self) -> Arrays:
         """Build the index from the file's content. Raises DataError, or an error of reading."""

@@ -8,7 +8,7 @@ import json
 from array import array
 from collections import Counter
 from collections.abc import Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
 from pathlib import Path
 
@@ -17,14 +17,14 @@ import numpy as np
 from seed_multimodal.data.formats.contents import BOM, QUESTIONS, check_text
 from seed_multimodal.data.formats.index import Arrays, IndexedFile
 from seed_multimodal.data.formats.record import (
+    VALUE_ERRORS,
     BadRecord,
-    ByteRange,
     FieldValue,
     JsonObject,
     Record,
-    bad_values,
+    unusable_value,
 )
-from seed_multimodal.data.formats.storage import open_binary, read_all
+from seed_multimodal.data.formats.storage import DataFile, open_binary, read_all
 from seed_multimodal.errors import DataError, first_line
 
 ANNOTATED = {"annotations", "questions"}  # keys of COCO's and VQA's files
@@ -61,8 +61,8 @@ class JsonLines(IndexedFile):
         """An unread record."""
         start, length, line_number = self.arrays["lines"][row].tolist()
         key = f"line {line_number}"
-        members: dict[str, bytes | ByteRange] = {"json": ByteRange(self.path, start, length)}
-        return Record(key, f"{self.path}: {key}", {}, members, self.path)
+        line = partial(self.file.read, start, length)
+        return Record(key, f"{self.path}: {key}", {}, {"json": line}, self.path)
 
 
 class JsonList:
@@ -71,8 +71,8 @@ class JsonList:
     They are one buffer, which forked workers share.
     """
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = str(path)
+    def __init__(self, file: DataFile) -> None:
+        self.path = file.path
 
     @cached_property
     def _items(self) -> tuple[bytes, np.ndarray]:
@@ -113,7 +113,7 @@ class JsonList:
             raise DataError(
                 f"{self.path}: has questions without answers; give the file of their annotations."
             )
-        with bad_values(self.path):
+        try:
             images = {image["id"]: image for image in content.get("images", ())}
             if images:
                 columns = ("file_name", "width", "height")
@@ -122,6 +122,8 @@ class JsonList:
                     item.update({key: image[key] for key in columns if key in image})
             elif items and "question_id" in items[0] and "question" not in items[0]:
                 self._add_questions(items, content["data_subtype"])
+        except VALUE_ERRORS as error:
+            raise unusable_value(error, self.path) from error
         return items
 
     def _add_questions(self, items: list[JsonObject], subset: str) -> None:
@@ -154,8 +156,8 @@ class JsonList:
         """A record."""
         data, offsets = self._items
         key = f"item {row}"
-        members: dict[str, bytes | ByteRange] = {"json": data[offsets[row] : offsets[row + 1]]}
-        return Record(key, f"{self.path}: {key}", {}, members, self.path)
+        item = data[offsets[row] : offsets[row + 1]]
+        return Record(key, f"{self.path}: {key}", {}, {"json": item}, self.path)
 
 
 class CsvTable(JsonList):

@@ -23,11 +23,13 @@ from seed_multimodal.data.formats.images import (
 )
 from seed_multimodal.data.formats.parquet import ParquetFile
 from seed_multimodal.data.formats.record import (
+    RECORD_FAULTS,
     BadRecord,
     JsonObject,
     Record,
     RecordFields,
-    bad_values,
+    RecordNote,
+    broken_note,
     shorten,
 )
 from seed_multimodal.data.formats.sources import open_records
@@ -86,9 +88,7 @@ class Pairs:
         options: JsonObject | None = None,
         **keys: Any,
     ) -> None:
-        self._records = open_records(
-            files, format=format, cache=cache, options=options, needs_json=False, images=True
-        )
+        self._records = open_records(files, format=format, cache=cache, options=options)
         record_files = self._records.record_files
         # A registered format may name its keys.
         self.keys = PairKeys(**getattr(record_files[0], "pair_keys", keys))
@@ -99,24 +99,24 @@ class Pairs:
     def __len__(self) -> int:
         return len(self._records)
 
+    def broken(self, index: int, error: Exception) -> RecordNote:
+        """A sample whose `read`, or use, raised one of `RECORD_FAULTS`."""
+        return broken_note(error, self._records.locate(index).location)
+
     def key(self, index: int) -> str:
         """The sample's key, item, line or row in its file."""
         return self._records.locate(index).key
 
     def read(self, index: int) -> Pair:
-        """One sample. Raises BadRecord, or ImageError: its image is missing."""
-        record = self._records.locate(index)
-        with bad_values(record.location):
-            return self._pair(record.parsed(self._records.open_files))
-
-    def _pair(self, record: Record) -> Pair:
+        """One sample. Raises one of `RECORD_FAULTS`; ImageError: its image is missing."""
         keys = self.keys
+        record = self._records.locate(index).parsed()
         captions = self._captions(record) if keys.captioned else []
-        value = image_value(record, keys.image_key, self._records.open_files)
+        value = image_value(record, keys.image_key)
         image = record_image(value, record, keys.image_root)
         condition = None
         if keys.condition_key is not None:
-            value = image_value(record, keys.condition_key, files=None)
+            value = image_value(record, keys.condition_key, of_member=False)
             condition = record_image(value, record, keys.image_root)
         return Pair(record.key, record.location, image, captions, condition)
 
@@ -124,23 +124,23 @@ class Pairs:
         """Captions of the record's fields, else of its .txt."""
         caption_key = self.keys.caption_key
         if first_value(record.fields, caption_key, CAPTION_FIELDS) is None:
-            text = text_member(record, self._records.open_files)
+            text = text_member(record)
             if text is not None:
                 return [text]
         return captions(record, caption_key)
 
     def _check_usable(self) -> None:
         """Raise the first sample's error if none of the first `N_PROBED` samples is usable."""
-        errors: list[DataError] = []
+        notes: list[RecordNote] = []
         for index in range(min(N_PROBED, len(self))):
             try:
                 self.read(index)
                 return
             except ImageError:
                 return  # the image may still be missing
-            except DataError as error:
-                errors.append(error)
-        raise errors[0]
+            except RECORD_FAULTS as error:
+                notes.append(self.broken(index, error))
+        raise DataError(notes[0].location)
 
 
 def open_pairs(spec: Mapping[str, Any], captioned: bool = True) -> Pairs:

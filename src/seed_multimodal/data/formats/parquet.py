@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+from collections import OrderedDict
 from collections.abc import Callable, Sequence
-from functools import cached_property
+from functools import cached_property, partial
 from itertools import accumulate
-from pathlib import Path
 from typing import TYPE_CHECKING, TypeVar
 
-from seed_multimodal.data.formats.record import BadRecord, Record, TableRow, find_part
-from seed_multimodal.data.formats.storage import EXACT_READS, LOCAL_FILES, is_remote, open_ranges
-from seed_multimodal.disk import read_patiently
-from seed_multimodal.errors import SeedError, first_line, name_content
+from seed_multimodal.data.formats.record import BadRecord, JsonObject, Record, find_part
+from seed_multimodal.data.formats.storage import (
+    EXACT_READS,
+    DataFile,
+    is_remote,
+    open_ranges,
+    read_safely,
+)
+from seed_multimodal.errors import first_line
 
 if TYPE_CHECKING:
     import pyarrow
@@ -19,13 +24,17 @@ if TYPE_CHECKING:
 
 T = TypeVar("T")
 WHOLE_FILE = -1  # row group of Arrow's rows
+CACHED_BYTES = 1 << 30  # of row groups in a process
+# By number of the file and row group, the last used one last.
+_groups: OrderedDict[tuple[int, int], pyarrow.Table] = OrderedDict()
 
 
 class ParquetFile:
     """The unread rows of a parquet file by index."""
 
-    def __init__(self, path: str | Path) -> None:
-        self.path = str(path)
+    def __init__(self, file: DataFile) -> None:
+        self.file = file
+        self.path = file.path
 
     @cached_property
     def _ends(self) -> list[int]:
@@ -41,8 +50,12 @@ class ParquetFile:
 
     def locate(self, row: int) -> Record:
         """An unread record."""
-        table_row = TableRow(self.path, *find_part(self._ends, row))
-        return Record(f"row {row}", f"{self.path}: row {row}", file=self.path, row=table_row)
+        return self._record(row, *find_part(self._ends, row))
+
+    def _record(self, row: int, group: int, offset: int) -> Record:
+        location = f"{self.path}: row {row}"
+        read = partial(read_row, self.file, group, offset, location)
+        return Record(f"row {row}", location, file=self.path, row=read)
 
 
 class ArrowFile(ParquetFile):
@@ -54,8 +67,36 @@ class ArrowFile(ParquetFile):
 
     def locate(self, row: int) -> Record:
         """An unread record."""
-        table_row = TableRow(self.path, WHOLE_FILE, row)
-        return Record(f"row {row}", f"{self.path}: row {row}", file=self.path, row=table_row)
+        return self._record(row, WHOLE_FILE, row)
+
+
+def read_row(file: DataFile, group: int, offset: int, location: str) -> JsonObject:
+    """The fields of a row, without nulls; `offset`: in its group. Raises BadRecord."""
+    try:
+        (row,) = _cached_group(file, group).slice(offset, 1).to_pylist()
+    except (ValueError, OverflowError, LookupError) as error:
+        # No UTF-8, a date after 9999, an unknown time zone.
+        raise BadRecord(
+            "wrong type", f"{location}: a value cannot be read ({first_line(error)})."
+        ) from None
+    return {key: value for key, value in row.items() if value is not None}
+
+
+def _cached_group(file: DataFile, group: int) -> pyarrow.Table:
+    """A row group; the ones used longest ago are dropped."""
+    key = (file.number, group)
+    if key not in _groups:
+        _groups[key] = read_group(file.source, group)
+        limit = 0 if file.in_order else CACHED_BYTES
+        while len(_groups) > 1 and _cached_bytes() > limit:
+            _groups.popitem(last=False)
+    _groups.move_to_end(key)
+    return _groups[key]
+
+
+def _cached_bytes() -> int:
+    # Whole files are mapped into memory.
+    return sum(table.nbytes for (_, group), table in _groups.items() if group != WHOLE_FILE)
 
 
 def read_group(path: str, group: int) -> pyarrow.Table:
@@ -67,7 +108,7 @@ def read_group(path: str, group: int) -> pyarrow.Table:
 
 
 def read_parquet(path: str, read: Callable[[ArrowParquet], T]) -> T:
-    """What `read` returns of a parquet file. Raises as `_read_table`."""
+    """What `read` returns of a parquet file. Raises as `read_safely`."""
     import pyarrow.parquet
 
     def read_file() -> T:
@@ -75,7 +116,7 @@ def read_parquet(path: str, read: Callable[[ArrowParquet], T]) -> T:
         with pyarrow.parquet.ParquetFile(source) as file:
             return read(file)
 
-    return _read_table(path, "parquet", read_file)
+    return read_safely(path, read_file, Exception)  # of Arrow
 
 
 def read_arrow(path: str) -> pyarrow.Table:
@@ -89,18 +130,4 @@ def read_arrow(path: str) -> pyarrow.Table:
         except pyarrow.ArrowInvalid:
             return pyarrow.ipc.open_file(source).read_all()
 
-    return _read_table(path, "Arrow", read_file)
-
-
-def _read_table(path: str, kind: str, read: Callable[[], T]) -> T:
-    """What `read` returns.
-
-    Raises BadRecord: no such file, or damaged; ReadError: a fault of the machine.
-    """
-    try:
-        return read_patiently(path, read, Exception, LOCAL_FILES.close_half)
-    except SeedError:
-        raise
-    except Exception as error:  # noqa: BLE001 of Arrow, the OS or the connection
-        reason = name_content(path) or first_line(error)
-        raise BadRecord("damaged file", f"{path}: cannot be read as {kind} ({reason}).") from None
+    return read_safely(path, read_file, Exception)

@@ -10,7 +10,6 @@ import os
 import unicodedata
 from bisect import bisect_right
 from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from functools import lru_cache
 from pathlib import Path
@@ -24,87 +23,61 @@ FieldValue = Any  # of JSON or YAML, bytes of tables, or a function that renders
 RecordFields = Mapping[str, FieldValue]
 
 
-class ByteRange(NamedTuple):
-    """Unread bytes of a file."""
-
-    file: str
-    offset: int
-    size: int
-
-
-class TableRow(NamedTuple):
-    """An unread row of a parquet file."""
-
-    file: str
-    group: int
-    offset: int  # rows before it in the row group
-
-
+# What unexpected values raise in the code that uses them: another type, an empty list, NaN.
+VALUE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
 # Errors of an unusable record: it is named, skipped and counted; only many in a row end a run.
 # ReadError, a fault of the machine, is none of them.
-RECORD_FAULTS = (CodesError, DataError, ImageError)
+RECORD_FAULTS = (CodesError, DataError, ImageError, *VALUE_ERRORS)
 LISTED_RECORDS = 5  # for each reason
 BROKEN = "broken"  # this and the next three: kinds of `RecordNote`
 DROPPED = "dropped"
 REPAIRED = "repaired"
 TOO_LONG = "too long"
-# What unexpected values of a record raise in the code that uses them; `bad_values` converts them.
-VALUE_ERRORS = (ArithmeticError, AttributeError, LookupError, RecursionError, TypeError, ValueError)
-
-
-class FileReader(Protocol):
-    """Reads `ByteRange` and `TableRow`; implemented by `open_files.OpenFiles`."""
-
-    def read(self, path: str | Path, offset: int, size: int) -> bytes: ...
-
-    def row(self, path: str | Path, group: int, offset: int, location: str) -> JsonObject: ...
 
 
 @dataclass
 class Record:
-    """One record: fields of its JSON object or table row, and its other members."""
+    """One record: fields of its JSON object or table row, and its other members.
+
+    What is unread is a function that reads it; it can be sent to a worker process.
+    """
 
     key: str  # sample key, else `line 12`, `item 3`, `row 3`
     location: str  # in errors and logs: `FILE: sample KEY`, `FILE: line 12`
     fields: JsonObject = field(default_factory=dict)
-    members: dict[str, bytes | ByteRange] = field(default_factory=dict)  # by extension
+    members: dict[str, bytes | Callable[[], bytes]] = field(default_factory=dict)  # by extension
     file: str = ""  # base of relative image paths
     problem: tuple[str, str] | None = None  # kind and message of a defect found before reading
-    row: TableRow | None = None  # unread fields
+    row: Callable[[], JsonObject] | None = None  # further fields, of a table
 
-    def member(self, *extensions: str, files: FileReader) -> bytes | None:
-        """Content of the first of these members that exists; None without any."""
+    def member(self, *extensions: str, files: object = None) -> bytes | None:
+        """Content of the first of these members that exists; None without any.
+
+        files: not used, since members read themselves; also of `parsed`.
+        """
         for extension in extensions:
             content = self.members.get(extension)
-            if isinstance(content, ByteRange):
-                return files.read(*content)
             if content is not None:
-                return content
+                return content if isinstance(content, bytes) else content()
         return None
 
-    def parsed(self, files: FileReader) -> Record:
+    def parsed(self, files: object = None) -> Record:
         """The record with its JSON member or table row in `fields`. Raises BadRecord."""
         if self.problem is not None:
             raise BadRecord(*self.problem)
-
-        # A row of a table.
+        fields: FieldValue = {}
+        members = self.members
         if self.row is not None:
-            row = files.row(*self.row, self.location)
-            return Record(self.key, self.location, self.fields | row, self.members, self.file)
-
-        # A sample with a .json, or without.
-        data = self.member("json", files=files)
-        if data is None:
-            return self
-        value = parse_json(data, self.location)
-        if not isinstance(value, dict):
+            fields = self.row()
+        elif "json" in members:
+            fields = parse_json(self.member("json") or b"", self.location)
+            members = {name: content for name, content in members.items() if name != "json"}
+        if not isinstance(fields, dict):
             raise BadRecord(
                 "malformed json",
-                f"{self.location}: is a JSON {type(value).__name__}, not an object.",
+                f"{self.location}: is a JSON {type(fields).__name__}, not an object.",
             )
-        members = self.members.copy()
-        del members["json"]
-        return Record(self.key, self.location, value | self.fields, members, self.file)
+        return Record(self.key, self.location, fields | self.fields, members, self.file)
 
 
 class BadRecord(DataError):
@@ -150,25 +123,24 @@ class BadRecords:
         """A usable record ends a row of bad ones."""
         self.in_a_row = 0
 
-    def add(self, error: Exception) -> None:
-        """As `broken`, for one of `RECORD_FAULTS`."""
-        self.broken(fault_name(error), str(error))
+    def add(self, note: RecordNote) -> None:
+        """Count a record that was left out or changed.
 
-    def broken(self, reason: str, message: str) -> None:
-        """Count a record that cannot be used.
-
-        Raises DataError: as many in a row as the limit.
+        Raises DataError: as many broken ones in a row as the limit.
         """
-        self.count(reason, message)
+        self.count(note)
+        if note.kind != BROKEN:
+            return
         self.in_a_row += 1
         if self.in_a_row >= self.limit:
             raise DataError(
-                f"{self.label}{self.in_a_row} records in a row cannot be used; the last: {message}"
+                f"{self.label}{self.in_a_row} records in a row cannot be used; the last: "
+                f"{note.location}"
             )
 
-    def count(self, reason: str, message: str) -> None:
-        """Count a record that was left out on purpose, or used in part."""
-        self.merge({reason: {"count": 1, "first": [message]}}, self.log)
+    def count(self, note: RecordNote) -> None:
+        """As `add`, without a limit."""
+        self.merge({note.reason: {"count": 1, "first": [note.location]}}, self.log)
 
     def merge(self, counts: RecordFields, log: Callable[[str], None] | None = None) -> None:
         """Add the counts of another process or run; records listed anew are logged."""
@@ -193,34 +165,19 @@ class RecordNote(NamedTuple):
 
 def broken_note(error: Exception, location: str) -> RecordNote:
     """A broken record, by one of `RECORD_FAULTS`."""
-    message = str(error) if location in str(error) else f"{location}: {error}"
-    return RecordNote(BROKEN, fault_name(error), message)
-
-
-def fault_name(error: Exception) -> str:
-    """Short name of one of `RECORD_FAULTS`, for counts."""
+    if isinstance(error, VALUE_ERRORS):
+        reason = f"{type(error).__name__}: {first_line(error)}"
+        message = f"{location}: has a value that cannot be used ({reason})."
+        return RecordNote(BROKEN, "unusable value", message)
     default = "unreadable image" if isinstance(error, ImageError) else "broken record"
-    return getattr(error, "kind", default)
+    message = str(error) if location in str(error) else f"{location}: {error}"
+    return RecordNote(BROKEN, getattr(error, "kind", default), message)
 
 
-def unusable_value(error: BaseException, location: str) -> BadRecord:
-    """The error of a record for one of `VALUE_ERRORS`."""
-    reason = f"{type(error).__name__}: {first_line(error)}"
-    return BadRecord("unusable value", f"{location}: has a value that cannot be used ({reason}).")
-
-
-class bad_values(AbstractContextManager[None]):
-    """Converts errors of unexpected values in a record to BadRecord.
-
-    Such values are of another type, an empty list, NaN.
-    """
-
-    def __init__(self, location: str) -> None:
-        self.location = location
-
-    def __exit__(self, kind: object, error: BaseException | None, trace: object) -> None:
-        if isinstance(error, VALUE_ERRORS):
-            raise unusable_value(error, self.location) from error
+def unusable_value(error: Exception, location: str) -> BadRecord:
+    """The error of a record, or of a file, for one of `VALUE_ERRORS`."""
+    _, kind, message = broken_note(error, location)
+    return BadRecord(kind, message)
 
 
 def parse_json(data: bytes | str, location: str) -> FieldValue:

@@ -19,7 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from functools import cached_property
 from itertools import accumulate, chain
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import numpy as np
 
@@ -28,7 +28,6 @@ from seed_multimodal.data.formats.conversations import with_messages
 from seed_multimodal.data.formats.images import ImageFolder
 from seed_multimodal.data.formats.index import IndexedFile
 from seed_multimodal.data.formats.jsonl import CsvTable, JsonLines, JsonList
-from seed_multimodal.data.formats.open_files import OpenFiles
 from seed_multimodal.data.formats.parquet import ArrowFile, ParquetFile
 from seed_multimodal.data.formats.record import (
     VALUE_ERRORS,
@@ -38,7 +37,7 @@ from seed_multimodal.data.formats.record import (
     find_part,
     unusable_value,
 )
-from seed_multimodal.data.formats.storage import is_remote
+from seed_multimodal.data.formats.storage import DataFile, is_remote
 from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.entry import end_with_parent, log_line, rank_and_world_size
 from seed_multimodal.errors import DataError
@@ -60,32 +59,9 @@ _OPENERS: dict[str, Callable[..., RecordFile]] = {
 REMOTE_THREADS = 16  # that read indexes of remote files
 
 
-def open_file(
-    path: str | Path | None,
-    format: str,
-    *,
-    needs_json: bool = True,
-    options: JsonObject | None = None,
-) -> RecordFile:
-    """Open one file or folder.
-
-    path: may be None for a registered format.
-    needs_json: samples of tars must have a .json.
-    options: of registered formats.
-
-    Raises ConfigError: unknown option of the format.
-    """
-    options = options or {}
-    opener = _OPENERS.get(format)
-    option_names: list[str] = []  # ours have none
-    if opener is None:
-        # The options of a registered format are its opener's parameters after the path.
-        opener = import_entry(registered_formats()[format])
-        _, *option_names = inspect.signature(opener).parameters
-    check_keys(options, option_names, f"options of format {format}")
-    if format == "tar":
-        return opener(path, needs_json)
-    return opener(path, **options)
+def open_file(path: str | Path, format: str, **access: Any) -> RecordFile:
+    """Open one file or folder of a format of ours; `access`: as of `storage.DataFile`."""
+    return _OPENERS[format](DataFile(path, **access))
 
 
 def open_records(
@@ -93,43 +69,40 @@ def open_records(
     *,
     format: str = "auto",
     name: str = "",
-    cache: str | bool | None = None,
-    needs_json: bool = True,
-    images: bool = False,
     options: JsonObject | None = None,
+    **access: Any,
 ) -> FileRecords:
     """The records of files, patterns (braces, wildcards), folders (recursive) and URLs, in order.
 
     format: as of `find_files`, or a registered one, with its `options`.
     name: of the source in logs and counts.
-    cache: folder for copies of remote files. None: `storage.default_cache`, where there is space;
-        False: no copies, range requests.
-    needs_json: as of `open_file`.
-    images: as of `find_files`.
+    access: `cache` and `in_order`, as of `storage.DataFile`.
+
+    Raises ConfigError: unknown format or option.
     """
     patterns = [files] if isinstance(files, str | Path) else list(files or ())
-    record_files: list[RecordFile] = []
+    options = options or {}
+    option_names: list[str] = []  # ours have none
     if format in registered_formats():
-        # It reads its own names, or none.
-        for pattern in patterns or (None,):
-            record_files.append(open_file(pattern, format, options=options))
+        # It reads its own names, or none; its options are its opener's parameters after the path.
+        opener = import_entry(registered_formats()[format])
+        _, *option_names = inspect.signature(opener).parameters
+        check_keys(options, option_names, f"options of format {format}")
+        record_files = [opener(pattern, **options) for pattern in patterns or (None,)]
     else:
-        for path, file_format in find_files(patterns, format, images=images or format == FOLDER):
-            file = open_file(path, file_format, needs_json=needs_json, options=options)
-            record_files.append(file)
-    default_name = ", ".join(map(str, patterns)) or format
-    return FileRecords(record_files, name or default_name, cache)
+        check_keys(options, option_names, f"options of format {format}")
+        record_files = [
+            open_file(path, kind, **access) for path, kind in find_files(patterns, format)
+        ]
+    return FileRecords(record_files, name or ", ".join(map(str, patterns)) or format)
 
 
 class FileRecords:
-    """The concatenated records of several files; `cache` as in `open_records`."""
+    """The concatenated records of several files."""
 
-    def __init__(
-        self, record_files: Sequence[RecordFile], name: str, cache: str | bool | None = None
-    ) -> None:
+    def __init__(self, record_files: Sequence[RecordFile], name: str) -> None:
         self.record_files = record_files
         self.name = name
-        self.open_files = OpenFiles(cache=cache)
 
     @cached_property
     def _sizes(self) -> list[list[int]]:
@@ -174,9 +147,12 @@ class FileRecords:
 
         Raises DataError: damaged or missing.
         """
-        record = self.locate(index)
-        try:  # the body of `bad_values`: as a context it would take a tenth of the time of a read
-            record = record.parsed(self.open_files)
+        return self.complete(self.locate(index))
+
+    def complete(self, record: Record) -> Record:
+        """As `read`, for a record of `locate`."""
+        try:
+            record = record.parsed()
             record.fields = with_messages(record.fields, record.location)
         except VALUE_ERRORS as error:
             raise unusable_value(error, record.location) from error

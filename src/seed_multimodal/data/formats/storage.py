@@ -8,6 +8,7 @@ cache, others exactly. Keys, end points and regions are fsspec settings, from th
 from __future__ import annotations
 
 import hashlib
+import itertools
 import os
 import resource
 import shutil
@@ -28,7 +29,8 @@ from seed_multimodal.disk import (
     reading_reason,
     writing,
 )
-from seed_multimodal.errors import DataError, SeedError
+from seed_multimodal.entry import log_line
+from seed_multimodal.errors import DataError, SeedError, name_content
 
 if TYPE_CHECKING:
     from fsspec import AbstractFileSystem
@@ -122,12 +124,74 @@ REMOTE_FILES = HandleCache(MAX_REMOTE)
 os.register_at_fork(after_in_child=REMOTE_FILES.forget)
 
 
-def read_safely(path: str | Path, read: Callable[[], T]) -> T:
+_numbers = itertools.count()
+
+
+class DataFile:
+    """A file or URL that records are read from.
+
+    cache: folder for copies of remote files. None: `default_cache`, where there is space; False: no
+        copies, range requests.
+    in_order: it is read once from begin to end, without a copy.
+    """
+
+    def __init__(
+        self, path: str | Path, cache: str | bool | None = None, in_order: bool = False
+    ) -> None:
+        self.path = str(path)
+        self.cache = False if in_order else cache
+        self.in_order = in_order
+        self.number = next(_numbers)  # of opened files in this process, also in its workers
+
+    def read(self, offset: int, size: int) -> bytes:
+        """`size` bytes from `offset`.
+
+        Raises DataError: missing, not readable, or shorter than before; ReadError.
+        """
+        key = (self.source, self.in_order)
+        files = REMOTE_FILES if is_remote(self.source) else LOCAL_FILES
+
+        def read() -> bytes:
+            # A file whose read fails is opened again.
+            file = files.take(key)
+            data = read_range(file, offset, size)
+            files.put(key, file)
+            return data
+
+        data = read_safely(self.source, read)
+        if len(data) < size:
+            raise DataError(
+                f"{self.path}: shorter than when it was indexed; do not change shards in use."
+            )
+        return data
+
+    @cached_property
+    def source(self) -> str:
+        """The path or URL to read from: a remote file's copy, if it can be kept."""
+        if self.cache is False or not is_remote(self.path):
+            return self.path
+        if isinstance(self.cache, str):
+            return local_copy(self.path, os.path.expanduser(self.cache))
+        try:
+            return local_copy(self.path, default_cache(), RESERVED_SHARE)
+        except DataError as error:
+            stat(self.path)  # raises if the file itself is the reason
+            log_line(
+                f"{self.path}: is read by range requests, not copied "
+                f"({str(error).rstrip('.')}); set cache to a folder with space."
+            )
+            return self.path
+
+
+def read_safely(path: str | Path, read: Callable[[], T], failures: type[Exception] = OSError) -> T:
     """The result of `read`, tried again at faults of the machine (`disk.read_patiently`).
+
+    failures: errors of reading; of a URL all are, of any client library.
 
     Raises DataError: the file is missing or cannot be read; ReadError: the fault remains.
     """
-    failures = Exception if is_remote(path) else OSError  # of any client library
+    if is_remote(path):
+        failures = Exception
     try:
         return read_patiently(path, read, failures, LOCAL_FILES.close_half)
     except SeedError:
@@ -135,7 +199,8 @@ def read_safely(path: str | Path, read: Callable[[], T]) -> T:
     except FileNotFoundError:
         raise DataError(f"{path}: no such file.") from None
     except failures as error:
-        raise DataError(f"{path}: cannot be read ({reading_reason(error)}).") from error
+        reason = name_content(path) or reading_reason(error)
+        raise DataError(f"{path}: cannot be read ({reason}).") from error
 
 
 def open_binary(path: str | Path) -> IO[bytes]:

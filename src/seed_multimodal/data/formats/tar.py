@@ -5,15 +5,15 @@ from __future__ import annotations
 import tarfile
 from array import array
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import groupby
-from pathlib import Path
 from typing import IO
 
 import numpy as np
 
 from seed_multimodal.data.formats.contents import IMAGE_KEYS, check_readable
 from seed_multimodal.data.formats.index import Arrays, IndexedFile
-from seed_multimodal.data.formats.record import ByteRange, Record
+from seed_multimodal.data.formats.record import Record
 from seed_multimodal.data.formats.storage import open_binary
 from seed_multimodal.errors import foreign_content
 
@@ -26,15 +26,9 @@ class TarFile(IndexedFile):
     """The samples of a plain tar by index: consecutive members with the same key are one sample.
 
     A damaged tar yields the samples before the damage, and one last record with a `problem`.
-
-    needs_json: samples without a .json have a `problem`; those with a pickle always have.
     """
 
     kind = "tar"
-
-    def __init__(self, path: str | Path, needs_json: bool = True) -> None:
-        super().__init__(path)
-        self.needs_json = needs_json
 
     def scan(self) -> Arrays:
         """Build the index from the headers of all M members.
@@ -107,17 +101,14 @@ class TarFile(IndexedFile):
             if extension in record.members:
                 message = f"{record.location} has two .{extension} members."
                 record.problem = ("duplicate id", message)
-            record.members[extension] = ByteRange(path, offset, size)
-        if record.problem is not None or "json" in record.members:
-            return record
-        if not record.members.keys().isdisjoint(PICKLED):
+            record.members[extension] = partial(self.file.read, offset, size)
+        is_pickled = "json" not in record.members and any(map(record.members.get, PICKLED))
+        if record.problem is None and is_pickled:
             message = (
                 f"{record.location} is a pickle, which may hold code; convert the shards "
                 f"once: seed data convert {path} --out FOLDER."
             )
             record.problem = (IS_PICKLED, message)
-        elif self.needs_json:
-            record.problem = ("missing member", f"{record.location}: has no .json member.")
         return record
 
 

@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seed_multimodal.data.formats.open_files import OpenFiles
 from seed_multimodal.data.formats.pairs import shape_problem, similarity_problem
 from seed_multimodal.data.formats.record import (
     DROPPED,
@@ -22,7 +21,6 @@ from seed_multimodal.data.formats.record import (
     JsonObject,
     Record,
     RecordNote,
-    bad_values,
     broken_note,
 )
 from seed_multimodal.data.pretokenize.frames import augmented_view
@@ -89,7 +87,6 @@ class TaskDecoder:
         self.views = views if record_type.views else 1
         self.seed = seed
         self._keys = record_type.keys(settings.fields)
-        self._files = OpenFiles(in_order=True)
 
     def __call__(self, task: Task) -> Task:
         pixels: list[np.ndarray] = []  # uint8 [3, S, S] of each row
@@ -98,8 +95,7 @@ class TaskDecoder:
         for index, record in enumerate(task.records, task.first):
             decoded = DecodedSample(index)
             try:
-                with bad_values(record.location):
-                    self._decode(decoded, record, pixels, views)
+                self._decode(decoded, record, pixels, views)
             except Dropped as reason:
                 note = RecordNote(DROPPED, str(reason), record.location)
                 decoded = DecodedSample(index, note=note)
@@ -117,7 +113,7 @@ class TaskDecoder:
         views: dict[tuple[str, bool], EncodedViews],
     ) -> None:
         # 1. The output record, filtered by its similarity.
-        sample = Sample(record, self._files, self.settings, self._keys)
+        sample = Sample(record, self.settings, self._keys)
         output = self.record_type.read(sample)
         if sample.repaired:
             decoded.note = RecordNote(REPAIRED, sample.repaired, record.location)

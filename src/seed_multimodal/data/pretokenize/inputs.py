@@ -119,8 +119,7 @@ def find_inputs(settings: InputSettings) -> Sequence[RecordFile]:
     records = open_records(
         settings.files,
         format=settings.format,
-        needs_json=False,
-        images=True,
         options=settings.format_options,
+        in_order=True,
     )
     return records.record_files

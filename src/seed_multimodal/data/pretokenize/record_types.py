@@ -41,7 +41,6 @@ from seed_multimodal.data.formats.images import (
 from seed_multimodal.data.formats.record import (
     BadRecord,
     FieldValue,
-    FileReader,
     JsonObject,
     Record,
     RecordFields,
@@ -104,11 +103,8 @@ class Sample:
     Its methods raise BadRecord.
     """
 
-    def __init__(
-        self, record: Record, files: FileReader, settings: InputSettings, keys: Mapping[str, str]
-    ) -> None:
-        self.record = record.parsed(files)
-        self.files = files
+    def __init__(self, record: Record, settings: InputSettings, keys: Mapping[str, str]) -> None:
+        self.record = record.parsed()
         self.settings = settings
         self.keys = keys
         self.location = record.location
@@ -117,7 +113,7 @@ class Sample:
 
     def image_value(self, name: str) -> FieldValue:
         """The image's bytes in a tar, else the value under its key."""
-        return image_value(self.record, self.keys[name], self.files)
+        return image_value(self.record, self.keys[name])
 
     def image(self, name: str = "image", *, is_input: bool = True) -> SourceImage:
         """The image of `image_value`."""
@@ -201,7 +197,7 @@ def _read_caption(sample: Sample) -> JsonObject:
     text = None
     key = settings.caption_key_in_metadata
     if not settings.use_caption_in_metadata:
-        text = text_member(sample.record, sample.files)
+        text = text_member(sample.record)
         key = sample.keys["caption"]
     texts = captions(sample.record, key) if text is None else [text]
 
@@ -373,7 +369,7 @@ def _without_lost_images(record: JsonObject) -> JsonObject:
 def _read_chat(sample: Sample) -> JsonObject:
     # 1. Messages of any known format; in a tar, the image is a member.
     fields = sample.fields
-    image = sample.record.member(*IMAGE_KEYS, files=sample.files)
+    image = sample.record.member(*IMAGE_KEYS)
     if image is not None:
         fields = {**fields, "image": image}
     fields = with_messages(fields, sample.location)

@@ -270,7 +270,7 @@ class _RecordWriter:
             note = sample.note
             if note is not None and note.kind == BROKEN:
                 counts["bad"] += 1
-                self.bad.broken(note.reason, note.location)
+                self.bad.add(note)
                 continue
             self.bad.usable()
             if note is not None:

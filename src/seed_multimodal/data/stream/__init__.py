@@ -4,7 +4,6 @@
 `sampler`        sample order by (seed, position), also of several sets
 `mixture`        sources of an LLM's data and their sequences
 `packing`        packed and padded rows, splitting of long documents
-`views`          images of sequences as pixels (SEED-X, LaVIT)
 `llm_batches`    batches of an LLM's data, resumable
 `pairs_dataset`  samples of image-text pairs and of pixel decoders
 `loader`         worker processes, batches by step

@@ -31,17 +31,18 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seed_multimodal.data.formats.record import BROKEN, BadRecords, JsonObject
+from seed_multimodal.data.decoders.features import BatchViews
+from seed_multimodal.data.formats.record import BadRecords, JsonObject
 from seed_multimodal.data.stream.config import LlmDataSettings
 from seed_multimodal.data.stream.loader import load
 from seed_multimodal.data.stream.mixture import (
-    Mixture,
+    OpenedSource,
     ReadResult,
     merge_counts,
+    open_sources,
 )
-from seed_multimodal.data.stream.order import Chunks, Span, share, unread
+from seed_multimodal.data.stream.order import Chunks, Order, Span, share, unread
 from seed_multimodal.data.stream.packing import Piece, best_fit, join_views, make_row
-from seed_multimodal.data.stream.views import BatchViews
 from seed_multimodal.device import copy_to
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.text_tokenizer import TextTokenizer
@@ -84,8 +85,39 @@ class LlmBatch:
         return replace(self, **tensors, views=None)
 
 
+class SourceProgress:
+    """What a process has read and used of a source.
+
+    chunks: what it has yet to use.
+    delivered: sequences, or micro-batches.
+    counts: see `LlmBatches.report`.
+    """
+
+    def __init__(self, chunks: Chunks, skipped: BadRecords) -> None:
+        self.chunks = chunks
+        self.skipped = skipped
+        self.delivered = 0
+        self.counts: JsonObject = {
+            "sequences": 0,
+            "tokens": 0,
+            "draws": 0,
+            "skipped": skipped.counts,
+        }
+
+    def state(self) -> JsonObject:
+        """For JSON."""
+        return {
+            "first": self.chunks.first,
+            "count": self.chunks.count,
+            "left": self.chunks.left,
+            "delivered": self.delivered,
+            "broken": self.skipped.in_a_row,
+            "counts": deepcopy(self.counts),
+        }
+
+
 class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
-    """Micro-batches of one rank until all sources are exhausted. Raises as `Mixture`.
+    """Micro-batches of one rank until all sources are exhausted. Raises as `OpenedSource`.
 
     workers: processes that read and decode (0: this one); the batches do not depend on their
         number.
@@ -106,23 +138,26 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         self.rank = rank
         self.world = world
         self.workers = workers
-        self.mixture = Mixture(settings, tokenizer)
-        self.mixture.check_usable()
+        self.sources = open_sources(settings, tokenizer)
+        for source in self.sources:
+            source.check_usable(settings.max_bad_in_a_row)
         self.pad_id = tokenizer.pad_token_id
-        self.order = self.mixture.order
-        self.chunks = self.order.chunks(rank, world)  # what this rank has yet to use
-        self.delivered = [0] * len(settings.sources)  # sequences or micro-batches of each source
-        self.skipped = [
-            BadRecords(settings.max_bad_in_a_row, log, f"source {source.name}: ")
-            for source in settings.sources
-        ]
+        self.order = Order(
+            settings.sampling_weights(),
+            [source.size for source in self.sources],
+            settings.seed,
+            [source.settings.cycles for source in self.sources],
+            [source.order.block for source in self.sources],
+            settings.concat_type,
+        )
+        self.progress: list[SourceProgress] = []  # of each source
+        for source in self.sources:
+            label = f"source {source.name}: "
+            skipped = BadRecords(settings.max_bad_in_a_row, log, label)
+            chunks = self.order.chunks(source.index, rank, world)
+            self.progress.append(SourceProgress(chunks, skipped))
         self.waiting: list[Piece] = []  # look-ahead of packing, oldest first
         self.positions = 0
-        # Counts of each source, see `report`.
-        self.sources: list[JsonObject] = [
-            {"sequences": 0, "tokens": 0, "draws": 0, "skipped": skipped.counts}
-            for skipped in self.skipped
-        ]
         self.wait_seconds = 0.0  # time spent in `next`
         self._reader: RecordQueues | None = None  # None: workers are stopped
 
@@ -154,33 +189,40 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
     def _next_unit(self) -> list[Piece]:
         """The sequences of the next record or padded micro-batch; empty at the end of the data."""
         while True:
-            number = sum(self.delivered) * self.world + self.rank
-            available = [not chunks.ended for chunks in self.chunks]
-            source = self.order.choose(number, self.delivered, available)
+            delivered = [progress.delivered for progress in self.progress]
+            available = [not progress.chunks.ended for progress in self.progress]
+            number = sum(delivered) * self.world + self.rank
+            source = self.order.choose(number, delivered, available)
             if source is None:
                 return []
             pieces = self._usable_records(source)
             if pieces:
-                self.delivered[source] += 1
+                self.progress[source].delivered += 1
                 return pieces
 
     def _usable_records(self, source: int) -> list[Piece]:
         """The sequences of the next usable records of a source: one, or the rows of a micro-batch.
 
-        Fewer at the source's end.
+        Fewer at the source's end. Raises DataError: too many consecutive broken records.
         """
         if self._reader is None:
-            self._reader = RecordQueues(self.mixture, self.chunks, self.workers)
+            chunks = [progress.chunks for progress in self.progress]
+            self._reader = RecordQueues(self.sources, chunks, self.order, self.workers)
+        progress = self.progress[source]
         pieces: list[Piece] = []
         n_usable = 0
-        while n_usable < self.mixture.sources[source].rows:
+        while n_usable < self.sources[source].rows:
             result = self._reader.next(source)
             if result is None:
                 break
-            self.chunks[source].take()
-            self._count(source, result)
+            progress.chunks.take()
+            progress.counts["draws"] += 1
+            if result.pieces:
+                n_usable += 1
+                progress.skipped.usable()
+            if result.note is not None:
+                progress.skipped.add(result.note)
             pieces += result.pieces
-            n_usable += bool(result.pieces)
         return pieces
 
     def _packed_row(self) -> list[Piece]:
@@ -210,12 +252,12 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         pieces = list(chain.from_iterable(rows))
         lengths = list(map(len, pieces))
         for piece in pieces:
-            counts = self.sources[piece.source]
+            counts = self.progress[piece.source].counts
             counts["sequences"] += 1
             counts["tokens"] += len(piece)
 
         # 1. Rows of int32 arrays [L] → int64 tensors [B, L].
-        length = self.mixture.sources[rows[0][0].source].length
+        length = self.sources[rows[0][0].source].length
         arrays = []
         for row in rows:
             sequences = [(piece.ids, piece.labels) for piece in row]
@@ -243,23 +285,6 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
             views=views,
         )
 
-    def _count(self, source: int, result: ReadResult) -> None:
-        """Update the counts for a position.
-
-        Raises DataError: too many consecutive broken records.
-        """
-        self.sources[source]["draws"] += 1
-        skipped = self.skipped[source]
-        if result.pieces:
-            skipped.usable()
-        note = result.note
-        if note is None:
-            return
-        if note.kind == BROKEN:
-            skipped.broken(note.reason, note.location)
-        else:
-            skipped.count(note.reason, note.location)
-
     def report(self) -> JsonObject:
         """Counts of this rank: `{"positions", "tokens", "sources": {name: counts}}`.
 
@@ -267,11 +292,12 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         `skipped` (also truncated or split): reason -> {"count", "first": records}.
         """
         sources = {}
-        for source, counts in zip(self.mixture.sources, self.sources, strict=True):
-            sources[source.name] = {**deepcopy(counts), "epochs": counts["draws"] / source.size}
+        for source, progress in zip(self.sources, self.progress, strict=True):
+            counts = deepcopy(progress.counts)
+            sources[source.name] = {**counts, "epochs": counts["draws"] / source.size}
         return {
             "positions": self.positions,
-            "tokens": sum(counts["tokens"] for counts in self.sources),
+            "tokens": sum(counts["tokens"] for counts in sources.values()),
             "sources": sources,
         }
 
@@ -281,14 +307,9 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
             "rank": self.rank,
             "world": self.world,
             "data": self._fingerprint(),
-            "firsts": [chunks.first for chunks in self.chunks],
-            "counts": [chunks.count for chunks in self.chunks],
-            "left": [chunks.left for chunks in self.chunks],
-            "delivered": list(self.delivered),
             "waiting": [[piece.source, piece.position, piece.index] for piece in self.waiting],
-            "broken": [skipped.in_a_row for skipped in self.skipped],
             "positions": self.positions,
-            "sources": deepcopy(self.sources),
+            "sources": [progress.state() for progress in self.progress],
         }
 
     def restore(self, states: Sequence[State]) -> None:
@@ -299,20 +320,22 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         """
         states = sorted(states, key=lambda state: int(state["rank"]))
         self._check_states(states)
-
-        # 1. The positions, and the look-ahead of the same number of ranks.
         self.close()
-        if len(states) == self.world:
-            self._restore_own(states[self.rank])
-        else:
-            self._redistribute(states)
-
-        # 2. Counts: each saved rank's go to one of the new ranks.
-        counted = states[self.rank :: self.world]
+        counted = states[self.rank :: self.world]  # each rank's counts go to one of the new ranks
         self.positions = sum(state["positions"] for state in counted)
-        for state in counted:
-            for counts, saved in zip(self.sources, state["sources"], strict=True):
-                merge_counts(counts, saved)
+        for source, progress in enumerate(self.progress):
+            for state in counted:
+                merge_counts(progress.counts, state["sources"][source]["counts"])
+            if len(states) == self.world:
+                saved = states[self.rank]["sources"][source]
+                progress.chunks = self._saved_chunks(states[self.rank], source)
+                progress.delivered = saved["delivered"]
+                progress.skipped.in_a_row = saved["broken"]
+            else:
+                self._redistribute(states, source)
+        self.waiting = []
+        if len(states) == self.world:
+            self.waiting = self._read_again(states[self.rank]["waiting"])
 
     def _check_states(self, states: Sequence[State]) -> None:
         """Raise ConfigError: missing states, or other data or settings."""
@@ -326,54 +349,40 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
                 f"The data cannot be resumed; changed settings: {'; '.join(changes)}."
             )
 
-    def _restore_own(self, state: State) -> None:
-        """Resume from this rank's state; the pieces that were not packed are read again."""
-        self.chunks = self._saved_chunks(state)
-        self.delivered = list(state["delivered"])
-        for skipped, in_a_row in zip(self.skipped, state["broken"], strict=True):
-            skipped.in_a_row = in_a_row
-
-        pieces: dict[tuple[int, int], list[Piece]] = {}  # by source and position
-        self.waiting = []
-        for source, position, index in state["waiting"]:
-            if (source, position) not in pieces:
-                pieces[source, position] = self.mixture.sources[source].read(position).pieces
+    def _read_again(self, waiting: Sequence[Sequence[int]]) -> list[Piece]:
+        """Pieces by source, position and index."""
+        results: dict[tuple[int, int], list[Piece]] = {}  # by source and position
+        pieces: list[Piece] = []
+        for source, position, index in waiting:
+            if (source, position) not in results:
+                results[source, position] = self.sources[source].read(position).pieces
             # A record that cannot be read any more has none.
-            self.waiting += pieces[source, position][index : index + 1]
+            pieces += results[source, position][index : index + 1]
+        return pieces
 
-    def _redistribute(self, states: Sequence[State]) -> None:
-        """Resume from the states of another number of ranks: what they have not used is divided."""
-        before = [self._saved_chunks(state) for state in states]
-        waiting: dict[tuple[int, int], list[int]] = {}  # pieces by source and position
+    def _redistribute(self, states: Sequence[State], source: int) -> None:
+        """Divide what another number of ranks has not used of a source."""
+        waiting: dict[int, list[int]] = {}  # pieces by position
         for state in states:
-            for source, position, index in state["waiting"]:
-                waiting.setdefault((source, position), []).append(index)
-
-        firsts = []
-        shares = []
-        for source in range(len(self.chunks)):
-            read = [
-                Span(position, position + 1, pieces)
-                for (piece_source, position), pieces in waiting.items()
-                if piece_source == source
-            ]
-            first, spans = unread([chunks[source] for chunks in before], read)
-            firsts.append(first)
-            shares.append(share(spans, self.rank, self.world))
-        self.chunks = self.order.chunks(self.rank, self.world, firsts)
-        for chunks, spans in zip(self.chunks, shares, strict=True):
-            chunks.left = spans
+            for piece_source, position, index in state["waiting"]:
+                if piece_source == source:
+                    waiting.setdefault(position, []).append(index)
+        read = [Span(position, position + 1, pieces) for position, pieces in waiting.items()]
+        first, spans = unread([self._saved_chunks(state, source) for state in states], read)
+        progress = self.progress[source]
+        progress.chunks = self.order.chunks(source, self.rank, self.world, first)
+        progress.chunks.left = share(spans, self.rank, self.world)
         # Equal in all ranks, whose units are numbered together.
-        counts = np.sum([state["delivered"] for state in states], axis=0)
-        self.delivered = (counts // self.world).tolist()
+        delivered = sum(state["sources"][source]["delivered"] for state in states)
+        progress.delivered = delivered // self.world
 
-    def _saved_chunks(self, state: State) -> list[Chunks]:
+    def _saved_chunks(self, state: State, source: int) -> Chunks:
         """The positions of the rank that saved a state."""
-        saved = self.order.chunks(state["rank"], state["world"], state["firsts"])
-        for chunks, count, left in zip(saved, state["counts"], state["left"], strict=True):
-            chunks.count = count
-            chunks.left = [Span(*span) for span in left]
-        return saved
+        saved = state["sources"][source]
+        chunks = self.order.chunks(source, state["rank"], state["world"], saved["first"])
+        chunks.count = saved["count"]
+        chunks.left = [Span(*span) for span in saved["left"]]
+        return chunks
 
     def _fingerprint(self) -> JsonObject:
         """Settings that must not change on resume; weights may."""
@@ -381,7 +390,7 @@ class LlmBatches(Iterator[LlmBatch], AbstractContextManager["LlmBatches"]):
         if self.settings.packing:
             keys += ["length", "too_long"]
         fingerprint: JsonObject = {key: getattr(self.settings, key) for key in keys}
-        for source in self.mixture.sources:
+        for source in self.sources:
             fingerprint[f"source {source.name}"] = {
                 "decoder": source.settings.decoder,
                 "cycles": source.settings.cycles,
@@ -399,25 +408,31 @@ class RecordQueues:
     The order in which sources are read ahead changes no result, only how long `next` waits.
     """
 
-    def __init__(self, mixture: Mixture, chunks: Sequence[Chunks], workers: int) -> None:
-        self.mixture = mixture
+    def __init__(
+        self,
+        sources: Sequence[OpenedSource],
+        chunks: Sequence[Chunks],
+        order: Order,
+        workers: int,
+    ) -> None:
         self.workers = workers
-        self.unread = deepcopy(list(chunks))
+        self.unread = deepcopy(chunks)
         self.queues: list[deque[ReadResult]] = [deque() for _ in chunks]
         self.n_ahead = [0] * len(chunks)  # records of each source that are read or being read
-        self.wanted = 0  # source of the record that is waited for
-        self.weights = mixture.order.weights
-        if mixture.order.turns != "sample":
-            self.weights = [1.0] * len(chunks)
-        has_pixels = any(source.reader for source in mixture.sources)
+        # How many records of each source are used, relatively.
+        self.needs: list[float] = [source.rows for source in sources]
+        if order.turns == "sample":
+            self.needs = [
+                need * weight for need, weight in zip(self.needs, order.weights, strict=True)
+            ]
+        has_pixels = any(source.has_pixels for source in sources)
         self.job_size = PIXEL_RECORDS_PER_JOB if has_pixels else RECORDS_PER_JOB
-        self.results = load(partial(_read_job, mixture), self._jobs(), workers)
+        self.results = load(partial(_read_job, sources), self._jobs(), workers)
 
     def next(self, source: int) -> ReadResult | None:
         """The next record of a source; None: there is none."""
         queue = self.queues[source]
         while not queue:
-            self.wanted = source
             if not self.n_ahead[source] and self.unread[source].ended:
                 return None
             job_source, results = next(self.results)
@@ -442,19 +457,16 @@ class RecordQueues:
             if not sources:
                 return
             source = min(sources, key=self._supply)
-            if self.wanted in sources and not self.n_ahead[self.wanted]:
-                source = self.wanted
             spans = self.unread[source].take_all(self.job_size)
             self.n_ahead[source] += sum(span.size for span in spans)
             yield source, spans
 
     def _supply(self, source: int) -> tuple[float, float]:
         """How long the records of a source last that were read ahead; of equals, the most used."""
-        need = self.weights[source] * self.mixture.sources[source].rows
-        return self.n_ahead[source] / need, -need
+        return self.n_ahead[source] / self.needs[source], -self.needs[source]
 
 
-def _read_job(mixture: Mixture, job: Job) -> tuple[int, list[ReadResult]]:
+def _read_job(sources: Sequence[OpenedSource], job: Job) -> tuple[int, list[ReadResult]]:
     """A worker's job: the records at some positions of a source."""
     source, spans = job
-    return source, list(chain.from_iterable(mixture.read(source, span) for span in spans))
+    return source, list(chain.from_iterable(map(sources[source].read_span, spans)))

@@ -24,7 +24,7 @@ import numpy as np
 import torch
 from torch.utils.data import default_collate
 
-from seed_multimodal.data.formats.record import BadRecords, JsonObject, RecordFields
+from seed_multimodal.data.formats.record import BadRecords, JsonObject, RecordFields, RecordNote
 from seed_multimodal.data.stream.sampler import (
     EpochOrder,
     EpochSample,
@@ -43,7 +43,6 @@ WORKER_KILLED = (
     "/dev/shm: docker run --shm-size=16g or --ipc=host); resume from the last checkpoint, with "
     "fewer workers if it happens again."
 )
-Fault = tuple[str, str]  # name and message
 
 
 def load(
@@ -129,7 +128,7 @@ class SampleDataset(Generic[Sample]):
     log: receives a line for the first unusable samples of each kind.
 
     bad: samples that were replaced, of this process and its data workers.
-    faults: those of the batch that is being read, as (name, message).
+    faults: those of the batch that is being read.
     """
 
     # Samples of each shard, int64 [shards]: the order keeps reads local. None: no shards.
@@ -137,7 +136,7 @@ class SampleDataset(Generic[Sample]):
 
     def __init__(self, log: Callable[[str], None] | None = print) -> None:
         self.bad = BadRecords(log=log, label="skipped: ")
-        self.faults: list[Fault] = []
+        self.faults: list[RecordNote] = []
 
     def __len__(self) -> int:
         raise NotImplementedError
@@ -191,7 +190,7 @@ class StepBatches(AbstractContextManager["StepBatches[Batch]"], Generic[Batch]):
         self.wait_seconds = 0.0  # time spent in `at`
         self._fetch = partial(_batch, dataset, collate)
         self._next_step = -1  # of the running workers
-        self._loaded: Generator[tuple[Batch, list[Fault]], None, None] | None = None
+        self._loaded: Generator[tuple[Batch, list[RecordNote]], None, None] | None = None
 
     def at(self, step: int) -> Batch:
         """The batch of this rank at a (micro) step, from 0. Raises as `load`."""
@@ -203,8 +202,8 @@ class StepBatches(AbstractContextManager["StepBatches[Batch]"], Generic[Batch]):
         self._next_step = -1  # after an error
         batch, faults = next(self._loaded)
         self._next_step = step + 1
-        for name, message in faults:
-            self.dataset.bad.count(name, message)
+        for fault in faults:
+            self.dataset.bad.count(fault)
         self.wait_seconds += time.perf_counter() - started
         return batch
 
@@ -230,7 +229,7 @@ def _batch(
     dataset: SampleDataset[Sample],
     collate: Callable[[list[Sample]], Batch],
     samples: list[EpochSample],
-) -> tuple[Batch, list[Fault]]:
+) -> tuple[Batch, list[RecordNote]]:
     """One step's batch, and the faults of samples that were replaced in it."""
     dataset.faults.clear()
     batch = collate([dataset.get(index, epoch) for epoch, index in samples])

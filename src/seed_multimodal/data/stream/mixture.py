@@ -1,4 +1,4 @@
-"""Mixture of an LLM's training sources: sequences by source and position.
+"""The sources of an LLM's training data: sequences by source and position.
 
 Positions run through a source's epochs endlessly; randomness in decoding is determined by (seed,
 source, position).
@@ -7,14 +7,16 @@ source, position).
 from __future__ import annotations
 
 import zlib
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
 
-from seed_multimodal.data.decoders import get_decoder, opens_images
+from seed_multimodal.data.decoders import get_decoder
 from seed_multimodal.data.decoders.base import SeededRandom, TrainingSequence
-from seed_multimodal.data.decoders.features import FeatureDecoder, ImageSequence
+from seed_multimodal.data.decoders.features import (
+    FeatureDecoder,
+    ImageSequence,
+)
 from seed_multimodal.data.formats.record import (
     BROKEN,
     DROPPED,
@@ -23,17 +25,16 @@ from seed_multimodal.data.formats.record import (
     TOO_LONG,
     BadRecords,
     JsonObject,
+    Record,
     RecordFields,
     RecordNote,
-    bad_values,
     broken_note,
 )
 from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.data.stream.config import LlmDataSettings
-from seed_multimodal.data.stream.order import Order, Span
+from seed_multimodal.data.stream.order import Span
 from seed_multimodal.data.stream.packing import Piece, split_long
 from seed_multimodal.data.stream.sampler import EpochOrder, even_block
-from seed_multimodal.data.stream.views import ImageReader
 from seed_multimodal.errors import DataError, pluralize
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
@@ -54,22 +55,11 @@ class ReadResult(NamedTuple):
     note: RecordNote | None = None
 
 
-class DecodedRecord(NamedTuple):
-    """The sequence of a record; None: it was skipped.
-
-    note: why it was skipped, or how it was repaired.
-    """
-
-    sequence: TrainingSequence | None
-    note: RecordNote | None
-    location: str  # for messages
-
-
 class OpenedSource:
     """One source of a mixture: files, decoder and sample order."""
 
     def __init__(self, settings: LlmDataSettings, index: int, tokenizer: TextTokenizer) -> None:
-        """Raises ConfigError: unknown decoder or option; DataError: missing files."""
+        """Raises ConfigError: unknown decoder or option; DataError: missing or unreadable files."""
         source = settings.sources[index]
         self.index = index
         self.settings = source
@@ -77,19 +67,16 @@ class OpenedSource:
         self.mixture_seed = settings.seed
         self.seed = zlib.crc32(f"{settings.seed} {source.name}".encode())
 
-        # 1. Files, their decoder, and a reader of images if it needs pixels.
+        # 1. Files and their decoder.
         self.records = open_records(
             source.files,
             format=source.format,
             name=source.name,
             cache=settings.cache,
             options=source.format_options,
-            needs_json=not opens_images(source.decoder),
         )
         self.decoder = get_decoder(source.decoder, tokenizer, source.options)
-        self.reader: ImageReader | None = None
-        if isinstance(self.decoder, FeatureDecoder):
-            self.reader = ImageReader(self.decoder, self.records.open_files, source.image_dir)
+        self.has_pixels = isinstance(self.decoder, FeatureDecoder)
 
         # 2. Chunks, and what happens to a sequence that is too long for them; only texts and
         #    interleaved documents can be split.
@@ -99,64 +86,72 @@ class OpenedSource:
         if self.too_long == "split" and source.decoder not in SPLIT_DECODERS:
             self.too_long = "skip"
 
-    @cached_property
-    def size(self) -> int:
-        """Records of an epoch; the first use indexes the files. Raises DataError: not readable."""
-        return len(self.records)
-
-    @cached_property
-    def order(self) -> EpochOrder:
-        """The order of the records; those of a single shard are shuffled among each other."""
+        # 3. The records of an epoch, and their order; those of a single shard are shuffled among
+        #    each other. The files are indexed here, before workers are forked.
+        self.size = len(self.records)
         shard_sizes = self.records.shard_sizes
         if len(shard_sizes) == 1:
-            return EpochOrder(self.size, self.seed)
-        block = even_block(self.size)
-        return EpochOrder(self.size, self.seed, shard_sizes=shard_sizes, block=block)
+            self.order = EpochOrder(self.size, self.seed)
+        else:
+            block = even_block(self.size)
+            self.order = EpochOrder(self.size, self.seed, shard_sizes=shard_sizes, block=block)
 
-    def decode(self, index: int, rng: SeededRandom, max_length: int | None = None) -> DecodedRecord:
-        """A record's sequence, truncated as by the original decoder."""
-        location = ""
+    def decode(
+        self, record: Record, rng: SeededRandom, max_length: int | None = None
+    ) -> tuple[TrainingSequence | None, RecordNote | None]:
+        """The sequence of an unread record, truncated as by the original decoder.
+
+        None: it is left out. The note says why, or how it was repaired.
+        """
         try:
-            record = self.records.read(index)
-            location = record.location
-            with bad_values(location):
-                fields = record.fields if self.reader is None else self.reader.fields(record)
-                sequence = self.decoder.decode(fields, rng, max_length)
+            record = self.records.complete(record)
+            fields = record.fields
+            if isinstance(self.decoder, FeatureDecoder):
+                fields = self.decoder.read_fields(record, self.settings.image_dir)
+            sequence = self.decoder.decode(fields, rng, max_length)
         except RECORD_FAULTS as error:
-            return DecodedRecord(None, broken_note(error, location), location)
+            return None, broken_note(error, record.location)
         if sequence.drop_reason or not sequence.ids:
-            reason = sequence.drop_reason or "empty"
-            return DecodedRecord(None, RecordNote(DROPPED, reason, location), location)
-        note = None
+            return None, RecordNote(DROPPED, sequence.drop_reason or "empty", record.location)
         if sequence.repaired:
-            note = RecordNote(REPAIRED, sequence.repaired, location)
-        return DecodedRecord(sequence, note, location)
+            return sequence, RecordNote(REPAIRED, sequence.repaired, record.location)
+        return sequence, None
 
     def read(self, position: int) -> ReadResult:
         """The sequence at a position of the endless order, as pieces that fit into rows."""
         # 1. Read and decode the record.
         ((_, index),) = self.order.samples(position, 1)
+        record = self.records.locate(index)
         rng = SeededRandom(self.mixture_seed, self.seed, position)
         max_length = None if self.too_long == "split" else self.length
-        sequence, note, location = self.decode(index, rng, max_length)
+        sequence, note = self.decode(record, rng, max_length)
         if sequence is None:
             return ReadResult([], note)
         n_tokens = len(sequence) + sequence.n_truncated
         if n_tokens > self.length:
-            detail = f"{location} ({n_tokens} tokens, rows have {self.length})"
+            detail = f"{record.location} ({n_tokens} tokens, rows have {self.length})"
             note = RecordNote(TOO_LONG, _TOO_LONG_REASONS[self.too_long], detail)
             if self.too_long == "skip":
                 return ReadResult([], note)
 
         # 2. Split it, and cut its images into views.
         try:
-            with bad_values(location):
-                pieces = self._pieces(position, sequence)
+            pieces = self._pieces(position, sequence)
         except RECORD_FAULTS as error:
-            return ReadResult([], broken_note(error, location))
+            return ReadResult([], broken_note(error, record.location))
         if not pieces:
-            return ReadResult([], RecordNote(DROPPED, "nothing to learn in it", location))
+            note = RecordNote(DROPPED, "nothing to learn in it", record.location)
         return ReadResult(pieces, note)
+
+    def read_span(self, span: Span) -> list[ReadResult]:
+        """The records at neighbouring positions."""
+        results = []
+        for position in range(span.start, span.stop):
+            pieces, note = self.read(position)
+            if span.pieces is not None:
+                pieces = [piece for piece in pieces if piece.index in span.pieces]
+            results.append(ReadResult(pieces, note))
+        return results
 
     def _pieces(self, position: int, sequence: TrainingSequence) -> list[Piece]:
         """The sequence's pieces with something to learn.
@@ -165,8 +160,8 @@ class OpenedSource:
         """
         ids = np.array(sequence.ids, np.int32)
         labels = np.array(sequence.labels, np.int32)
-        if self.reader is not None and isinstance(sequence, ImageSequence):
-            return [Piece(self.index, position, 0, ids, labels, self.reader.cut(sequence))]
+        if isinstance(self.decoder, FeatureDecoder) and isinstance(sequence, ImageSequence):
+            return [Piece(self.index, position, 0, ids, labels, self.decoder.cut(sequence))]
         arrays = split_long(ids, labels, self.length, self.decoder.vocabulary)
         if self.packing:
             arrays = [(ids, labels) for ids, labels in arrays if (labels[1:] != IGNORE_INDEX).any()]
@@ -175,49 +170,23 @@ class OpenedSource:
             for index, (ids, labels) in enumerate(arrays)
         ]
 
-
-class Mixture:
-    """The opened sources of an LLM's data."""
-
-    def __init__(self, settings: LlmDataSettings, tokenizer: TextTokenizer) -> None:
-        """Raises ConfigError: unknown decoder or option; DataError: missing or unreadable files."""
-        self.settings = settings
-        self.sources = [
-            OpenedSource(settings, index, tokenizer) for index in range(len(settings.sources))
-        ]
-        # The files are indexed here, before workers are forked.
-        self.order = Order(
-            settings.sampling_weights(),
-            [source.size for source in self.sources],
-            settings.seed,
-            [source.settings.cycles for source in self.sources],
-            [source.order.block for source in self.sources],
-            settings.concat_type,
+    def check_usable(self, max_bad_in_a_row: int) -> None:
+        """Raise DataError if none of the first records is usable."""
+        count = min(self.size, max(USABLE_WITHIN, max_bad_in_a_row))
+        if any(self.read(position).pieces for position in range(count)):
+            return
+        first = self.read(0).note
+        assert first is not None
+        reason = "" if first.kind == BROKEN else f": {first.reason}."
+        raise DataError(
+            f"Source {self.name}: no usable record ({pluralize(count, 'record')} tried); "
+            f"the first: {first.location}{reason}"
         )
 
-    def read(self, source: int, span: Span) -> list[ReadResult]:
-        """The records at some positions of a source."""
-        results = []
-        for position in range(span.start, span.stop):
-            pieces, note = self.sources[source].read(position)
-            if span.pieces is not None:
-                pieces = [piece for piece in pieces if piece.index in span.pieces]
-            results.append(ReadResult(pieces, note))
-        return results
 
-    def check_usable(self) -> None:
-        """Raise DataError if none of a source's first records is usable."""
-        for source in self.sources:
-            count = min(source.size, max(USABLE_WITHIN, self.settings.max_bad_in_a_row))
-            if any(source.read(position).pieces for position in range(count)):
-                continue
-            first = source.read(0).note
-            assert first is not None
-            reason = "" if first.kind == BROKEN else f": {first.reason}."
-            raise DataError(
-                f"Source {source.name}: no usable record ({pluralize(count, 'record')} tried); "
-                f"the first: {first.location}{reason}"
-            )
+def open_sources(settings: LlmDataSettings, tokenizer: TextTokenizer) -> list[OpenedSource]:
+    """The sources of an LLM's data, whose files are indexed. Raises as `OpenedSource`."""
+    return [OpenedSource(settings, index, tokenizer) for index in range(len(settings.sources))]
 
 
 def merge_counts(into: JsonObject, counts: RecordFields) -> None:

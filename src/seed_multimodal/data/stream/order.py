@@ -1,9 +1,9 @@
 """Which positions of which source a process of a run reads next.
 
     order = Order(weights, sizes, seed, cycles, blocks)
-    chunks = order.chunks(rank, world)                       # this process's positions, by source
+    chunks = order.chunks(source, rank, world)               # this process's positions
     source = order.choose(number, delivered, available)      # of its next unit
-    chunks[source].take()
+    chunks.take()
 
 A source is drawn for each unit that is delivered (a packed sequence or a padded micro-batch),
 whatever records were left out in between. A process has every `world`-th run of a source's
@@ -121,15 +121,12 @@ class Order:
     blocks: Sequence[int]
     turns: str = "sample"
 
-    def chunks(self, rank: int, world: int, firsts: Sequence[int] | None = None) -> list[Chunks]:
-        """The positions of a process, by source; `firsts`: where they begin."""
-        chunks = []
-        for source, size in enumerate(self.sizes):
-            first = firsts[source] if firsts else 0
-            limit = size * (self.cycles[source] or ENDLESS)
-            run = max(1, min(self.blocks[source], size // (RUNS_PER_EPOCH * world)))
-            chunks.append(Chunks(first, limit, run, rank, world))
-        return chunks
+    def chunks(self, source: int, rank: int, world: int, first: int = 0) -> Chunks:
+        """The positions of a process in a source, where all processes begin at `first`."""
+        size = self.sizes[source]
+        limit = size * (self.cycles[source] or ENDLESS)
+        run = max(1, min(self.blocks[source], size // (RUNS_PER_EPOCH * world)))
+        return Chunks(first, limit, run, rank, world)
 
     def choose(
         self, number: int, delivered: Sequence[int], available: Sequence[bool]

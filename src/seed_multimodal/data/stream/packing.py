@@ -9,8 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from seed_multimodal.data.decoders.features import BatchViews, SequenceViews, View
 from seed_multimodal.data.formats.record import BadRecord
-from seed_multimodal.data.stream.views import BatchViews, SequenceViews, View
 from seed_multimodal.language.vocabulary import IGNORE_INDEX, ImageVocabulary
 
 Arrays = tuple[np.ndarray, np.ndarray]  # ids and labels of a sequence, int32 [n]

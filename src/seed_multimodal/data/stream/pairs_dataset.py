@@ -21,13 +21,7 @@ from torch import Tensor
 from torch.utils.data import default_collate
 
 from seed_multimodal.data.formats.pairs import Pair, Pairs
-from seed_multimodal.data.formats.record import (
-    RECORD_FAULTS,
-    BadRecords,
-    bad_values,
-    fault_name,
-    find_part,
-)
+from seed_multimodal.data.formats.record import RECORD_FAULTS, BadRecords, find_part
 from seed_multimodal.data.stream.loader import Sample, SampleDataset
 from seed_multimodal.diffusion.networks import size_ids
 from seed_multimodal.errors import ConfigError
@@ -68,12 +62,11 @@ class SourceDataset(SampleDataset[Sample]):
         candidate = index
         while True:
             try:
-                pair = self.source.read(candidate)
-                with bad_values(pair.location):
-                    return self.sample(pair, candidate, seed)
+                return self.sample(self.source.read(candidate), candidate, seed)
             except RECORD_FAULTS as error:
-                self.faults.append((fault_name(error), str(error)))
-                in_a_row.add(error)
+                note = self.source.broken(candidate, error)
+                self.faults.append(note)
+                in_a_row.add(note)
             candidate = (candidate + 1) % len(self.source)
 
     def sample(self, pair: Pair, index: int, seed: int) -> Sample:

@@ -52,7 +52,6 @@ class LavitDecoder(FeatureDecoder):
         self.start = Ids([self.vocabulary.boi_id])
         self.end = Ids([self.vocabulary.eoi_id])
         n_patches = self.vocabulary.tokens_per_image
-        self.code_counts = list(range(1, n_patches + 1))
         # Placeholders of an image: 3/8 of its patches (the token selector aims at a third).
         self.n_placeholders = -(-n_patches * 3 // 8)
 
@@ -80,13 +79,13 @@ class LavitDecoder(FeatureDecoder):
             return self.codes(fields[ids_name], ids_name)
         return self.feature_image(fields, name, rng, is_target=True)
 
-    def target(self, prompt: list[Segment], image: OpenedImage | Codes, text: str) -> SegmentList:
+    def target(self, prompt: list[Segment], image: OpenedImage | Codes) -> SegmentList:
         """A target image after a prompt: its start token has no loss, codes and end have; there is
         no `</s>` after it.
         """
         start = Segment([self.start], learned=False)
         answer = Segment([image, self.end])
-        return SegmentList([*prompt, start, answer], {"text": text}, has_end=False)
+        return SegmentList([*prompt, start, answer], has_end=False)
 
     def image_ids(self, image: OpenedImage | Codes) -> list[int]:
         """Codes, or placeholders of an image, without image start and end."""
@@ -121,11 +120,11 @@ class Caption(LavitDecoder):
         if as_input and not has_only_codes:
             image = self.feature_image(fields, "image", rng, is_target=False)
             question = Segment([self.start, image, self.end], learned=False)
-            return SegmentList([question, Segment([text])], {"text": text})
+            return SegmentList([question, Segment([text])])
 
         # The image is the target.
         prompt = [] if drops_text else [Segment([text], learned=False)]
-        return self.target(prompt, self.code_image(fields, "image", rng), text)
+        return self.target(prompt, self.code_image(fields, "image", rng))
 
 
 class Question(LavitDecoder):
@@ -145,7 +144,7 @@ class Question(LavitDecoder):
         answer = self.text(fields, "answer", rng)
         image = self.feature_image(fields, "image", rng, is_target=False)
         question = Segment([self.start, image, self.end, prompt], learned=False)
-        return SegmentList([question, Segment([answer])], {"text": answer})
+        return SegmentList([question, Segment([answer])])
 
 
 class Compose(LavitDecoder):
@@ -171,4 +170,4 @@ class Compose(LavitDecoder):
         prompt: list[Segment] = []
         if rng.uniform() >= self.options.text_dropout:
             prompt = [Segment([source, text], learned=False)]
-        return self.target(prompt, self.code_image(fields, "target_image", rng), text)
+        return self.target(prompt, self.code_image(fields, "target_image", rng))

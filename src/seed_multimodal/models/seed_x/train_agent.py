@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 from seed_multimodal.config import from_compat
+from seed_multimodal.data.decoders.features import INPUT_IMAGE, TARGET_IMAGE
 from seed_multimodal.data.stream.llm_batches import LlmBatch
-from seed_multimodal.data.stream.views import INPUT_IMAGE, TARGET_IMAGE
 from seed_multimodal.device import DTYPES, copy_to
 from seed_multimodal.disk import JsonObject, read_json_object, replace_text
 from seed_multimodal.errors import CheckpointError, ConfigError

@@ -19,7 +19,7 @@ from seed_multimodal.data.decoders.base import SeededRandom
 from seed_multimodal.data.decoders.features import ImageSequence
 from seed_multimodal.data.formats.record import BROKEN, BadRecord
 from seed_multimodal.data.stream.config import read_data_settings
-from seed_multimodal.data.stream.mixture import Mixture
+from seed_multimodal.data.stream.mixture import open_sources
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.vocabulary import IGNORE_INDEX
 
@@ -109,6 +109,7 @@ BROKEN_RECORDS = [
     ("sft.edit", {"target_image_ids": [-1] * 32}, "target_image_ids"),
     ("pretrain.interleaved", {"image_ids": [[9], None], "texts": [None, "a"]}, r"image_ids\[0\]"),
     ("pretrain.video", {"image_ids": []}, "num_frames"),
+    ("sft.qa", {"image_ids": None, "image": "a.jpg"}, "tokenize the images first"),
     (
         "chat",
         {"messages": [{"role": "user", "content": ["see", {"codes": [99999]}]}]},
@@ -176,7 +177,7 @@ def test_read_of_records_with_odd_values(tokenizer_of, records, tmp_path, name):
     path = lines(tmp_path / "a.jsonl", [record, *(changed(record, rng) for _ in range(60))])
     source = {"files": str(path), "decoder": name, "options": OPTIONS.get(name, {}), "cycles": 1}
     settings = read_data_settings({"sources": [source], "length": 4000})
-    (opened,) = Mixture(settings, tokenizer_of(name)).sources
+    (opened,) = open_sources(settings, tokenizer_of(name))
     results = [opened.read(position) for position in range(61)]
     broken = [result.note for result in results if result.note and result.note.kind == BROKEN]
     assert any(result.pieces for result in results)

@@ -92,6 +92,11 @@ def test_with_messages_of_other_records(item):
             "",
         ),
         (llava("a", " \n"), "empty text", "turn 2"),
+        (
+            {"messages": [{"role": "assistant", "content": "a", "weight": 0}]},
+            "unlearned answer",
+            "turn 1",
+        ),
         ({"conversations": "not json"}, "malformed json", "'conversations'"),
         (llava("<image>q", "a", image=["a", "b"]), "images and placeholders", "1 .* 2"),
     ],

@@ -29,7 +29,7 @@ from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.data.formats.record import find_image
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.formats.sources import open_records
-from seed_multimodal.data.formats.storage import REMOTE_FILES, list_files, local_copy
+from seed_multimodal.data.formats.storage import REMOTE_FILES, DataFile, list_files, local_copy
 from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.data.stream.loader import load
 from seed_multimodal.data.stream.pairs_dataset import PairDataset
@@ -296,7 +296,7 @@ def test_read_without_a_copy(
     memory: fsspec.AbstractFileSystem, tmp_path, monkeypatch, capsys, problem
 ):
     if problem == "no space":
-        monkeypatch.setattr("seed_multimodal.data.formats.open_files.RESERVED_SHARE", 1.0)
+        monkeypatch.setattr("seed_multimodal.data.formats.storage.RESERVED_SHARE", 1.0)
     else:
         (tmp_path / "copies").write_text("a file at the folder's path")
     assert fields("memory://d/tars/0.tar") == TEXTS[:20]
@@ -411,7 +411,7 @@ def test_index_that_cannot_be_stored(large: Path, capsys):
     assert len(open_records(path)) == COUNT
     assert str(path) in capsys.readouterr().err
     with pytest.raises(DataError, match=r"a\.tar\.npz"):
-        TarFile(path).write_index()
+        TarFile(DataFile(path)).write_index()
 
 
 @pytest.mark.parametrize(("rank", "first"), [("0", "0.tar"), ("1", "2.tar")])

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 import webdataset
 
-from seed_multimodal.data.formats.open_files import OpenFiles
 from seed_multimodal.data.formats.shards import write_shard
+from seed_multimodal.data.formats.storage import DataFile
 from seed_multimodal.data.formats.tar import TarFile
 
 
@@ -30,11 +30,10 @@ def tar_of(
 
 def samples_of(path: Path) -> list[tuple[str, dict[str, bytes]]]:
     """The samples of a tar, read by its index."""
-    tar = TarFile(path)
-    files = OpenFiles()
+    tar = TarFile(DataFile(path))
     records = [tar.locate(row) for row in range(tar.sizes[0])]
     return [
-        (record.key, {name: record.member(name, files=files) or b"" for name in record.members})
+        (record.key, {name: record.member(name) or b"" for name in record.members})
         for record in records
     ]
 
@@ -105,7 +104,7 @@ def test_locate_in_a_torn_shard(tmp_path, shards: Path, damage, monkeypatch):
 
     n_samples = DAMAGES[damage]
     for _ in range(2):  # the second time by its stored index
-        tar = TarFile(path)
+        tar = TarFile(DataFile(path))
         assert tar.sizes == [n_samples + 1]
         assert tar.locate(4).key == "00004"
         kind, message = tar.locate(n_samples).problem or ("", "")
@@ -128,7 +127,7 @@ def test_write_shard_is_read_back(tmp_path):
     path = tmp_path / "x.tar"
     assert write_shard(path, RECORDS) == len(RECORDS)
     assert samples_of(path) == RECORDS
-    assert TarFile(path).locate(1).location == f"{path}: sample folder/b"
+    assert TarFile(DataFile(path)).locate(1).location == f"{path}: sample folder/b"
     # Without times and owners: equal records are equal files.
     names = [(f"{key}.{name}", data) for key, members in RECORDS for name, data in members.items()]
     assert path.read_bytes() == tar_of(tmp_path / "reference.tar", names).read_bytes()

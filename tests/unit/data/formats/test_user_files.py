@@ -14,10 +14,10 @@ import pyarrow.parquet
 import pytest
 from data_files import jpeg, lines
 
-from seed_multimodal.data.formats.pairs import Pairs
+from seed_multimodal.data.formats.pairs import Pairs, open_pairs
 from seed_multimodal.data.formats.shards import write_shard
 from seed_multimodal.data.formats.sources import open_records
-from seed_multimodal.errors import DataError
+from seed_multimodal.errors import ConfigError, DataError
 
 JPEG = jpeg(0, 16, 16)
 PAIRS = [("k0", {"jpg": JPEG, "txt": b"a 0"}), ("k1", {"jpg": JPEG, "txt": b"a 1"})]
@@ -233,10 +233,14 @@ def test_users_files_are_read_or_refused_with_the_cure(tmp_path, monkeypatch, na
         assert content == JPEG
 
 
-def test_a_folder_of_images_where_records_are_expected(tmp_path):
-    images(tmp_path)
-    with pytest.raises(DataError, match=r"2 images: set format: folder"):
-        open_records(tmp_path)
+def test_a_folder_of_images_where_shards_are_expected(tmp_path, capsys):
+    for split in ("train", "test"):
+        images(tmp_path / split)
+    with pytest.raises(DataError, match=r"4 images: set format: folder"):
+        open_records(tmp_path, format="tar")
+    # Held-out images are not trained on without a word.
+    assert len(open_records(tmp_path)) == 4
+    assert "test and train" in capsys.readouterr().err
     # With several formats one is chosen.
     tars(tmp_path)
     lines(tmp_path / "a.jsonl", ROWS)
@@ -263,3 +267,20 @@ def test_vqa_of_two_official_files(tmp_path):
         assert first["image"] == "COCO_train2014_000000000001.jpg"
     with pytest.raises(DataError, match="annotations"):
         len(open_records(tmp_path / names[0]))
+
+
+def test_open_pairs_of_lists(tmp_path):
+    # Of other names, with images below `image_root`; texts that are cut in an emoji are used.
+    image = write(tmp_path / "images/0.jpg", JPEG)
+    files = [tmp_path / "a.json", tmp_path / "b.json"]
+    for file, path in zip(files, ("0.jpg", str(image)), strict=True):
+        file.write_text(json.dumps([{"photo": path, "title": [file.name, "cut \ud83d"]}]))
+    keys = {"image_key": "photo", "caption_key": "title", "image_root": str(image.parent)}
+    pairs = open_pairs({"files": list(map(str, files)), "format": "json", **keys})
+    for index, file in enumerate(files):
+        pair = pairs.read(index)
+        assert (pair.image, pair.captions) == (image, [file.name, "cut ?"])
+        assert pair.location == f"{file}: item 0"
+    for wrong, named in (({"format": "tarr", "files": "x"}, "tarr"), ({"file": "x"}, "'files'")):
+        with pytest.raises(ConfigError, match=named):
+            open_pairs(wrong)

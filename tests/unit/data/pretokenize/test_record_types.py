@@ -87,7 +87,6 @@ class Case(NamedTuple):
     counts: dict[str, int] = {}
 
 
-ASKED = {"image": "0.png", "question": "how many?"}
 TURN_1 = {"from": "human", "value": "<image> Draw another."}
 TURN_2 = {"from": "gpt", "value": "Here: <image>"}
 MMC4 = {
@@ -102,25 +101,27 @@ CASES = {
     # JourneyDB's captions, as in the original.
     "qa": Case(
         "qa",
-        [{**ASKED, "answer": "3"}, {"image": "2.png", "caption": "a fox"}],
+        [
+            {"image": "0.png", "question": "how many?", "answer": "3"},
+            {"image": "2.png", "caption": "a fox"},
+        ],
         lambda c: [{"image_ids": c[2], "question": DESCRIBE_PROMPT, "answer": "a fox"}],
         ("sft.qa", "a fox"),
         counts={"bad": 1},
     ),
-    "qa, plain": Case(
-        "qa",
-        [{**ASKED, "answer": float("nan")}, {**ASKED, "answer": 2}],  # NaN: an empty cell
-        lambda c: [{"image_ids": c[0], "question": "how many?", "answer": "2"}],
-        ("sft.qa", "ASSISTANT: 2."),
-        {"fields": "plain"},
-        {"bad": 1},
-    ),
     "qa, own fields": Case(
         "qa",
-        [{"file": "3.png", "question": "What?", "answers": ["cat", "dog", "dog"]}],
-        lambda c: [{"image_ids": c[3], "question": f"What?{QA_SUFFIX}", "answer": "dog"}],
-        ("sft.qa", "dog"),
+        [
+            {"file": "3.png", "question": "What?", "answers": answer}
+            for answer in (float("nan"), ["cat", "dog", "dog"], 2)  # NaN: an empty cell
+        ],
+        lambda c: [
+            {"image_ids": c[3], "question": f"What?{QA_SUFFIX}", "answer": answer}
+            for answer in ("dog", "2")
+        ],
+        ("sft.qa", "ASSISTANT: 2."),
         {"fields": {"image": "file", "answer": "answers", "suffix": QA_SUFFIX}},
+        {"bad": 1},
     ),
     "edit": Case(
         "edit",

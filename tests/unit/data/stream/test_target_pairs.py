@@ -91,7 +91,7 @@ def test_open_pairs_without_captions(tmp_path):
         open_pairs({"files": str(shard)})
     # The next image replaces a bad one.
     assert folder.get(1)["key"] == "a.png"
-    ((_, message),) = folder.faults
+    ((_, _, message),) = folder.faults
     assert "b.png" in message
 
 
