@@ -5,8 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-from seed_multimodal.inference.base_engine import BaseEngine
-from seed_multimodal.inference.request import Request
+from seed_multimodal.inference.base_engine import BaseEngine, Request
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 CONTEXT = 4096

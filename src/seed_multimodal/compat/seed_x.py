@@ -25,9 +25,9 @@ from seed_multimodal.device import DTYPES
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.views import AnyResolution, patch_positions
 from seed_multimodal.inference.backends.torch import TorchBackend
+from seed_multimodal.inference.base_engine import Request
 from seed_multimodal.inference.engine import Engine
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
-from seed_multimodal.inference.request import Request
 from seed_multimodal.language.llama_tokenizer import LlamaTokenizer
 from seed_multimodal.language.llm import load_llm
 from seed_multimodal.models.seed_x import modeling

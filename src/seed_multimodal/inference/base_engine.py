@@ -1,18 +1,41 @@
-"""`BaseEngine`: what callers use of an engine, whatever computes the tokens."""
+"""What callers use of an engine, whatever computes the tokens: `BaseEngine`, and the running
+`Request`."""
 
 from __future__ import annotations
 
+import contextlib
+import queue
+import time
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Generator, Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from seed_multimodal.errors import ConfigError, GenerationError
-from seed_multimodal.inference.prompt import GenerationSettings, Prompt
-from seed_multimodal.inference.request import Request
+from seed_multimodal.inference.prompt import (
+    NO_KEYS,
+    GenerationSettings,
+    Prompt,
+    PromptInput,
+    Stopped,
+    random_seed,
+)
+from seed_multimodal.inference.sampling import (
+    ImageConstraints,
+    LogitsProcessor,
+    build_processors,
+    build_warpers,
+)
+from seed_multimodal.language.answer import AnswerReader, Event
 from seed_multimodal.language.text_tokenizer import TextTokenizer
+
+NO_SCORES = torch.zeros(0)
+# What the engine hands to the caller: a token with its events, an error, or None (the end).
+StreamItem = tuple[int, list[Event]] | BaseException | None
 
 
 @dataclass(frozen=True)
@@ -51,6 +74,213 @@ class SampledAnswer:
     log_probs: Sequence[float]
 
 
+@dataclass(eq=False)
+class Row:
+    """A row of the KV cache, and what it holds.
+
+    request: what runs in it; None: the row is idle.
+    prompt_input: the backend's form of the prompt (embeddings, or ids), until it is read.
+    keys: of the prompt, of an idle row those of all its tokens (see `Prompt.prefix_keys`).
+    n_cached: tokens in the cache; between two steps all but the last generated one.
+    scores, state: of the next token, `[1, V]` and `[D]`.
+    weights: with which the tokens were computed (see `Backend.weights`).
+    """
+
+    index: int
+    request: Request | None = None
+    prompt_input: PromptInput | None = None
+    keys: np.ndarray = field(default_factory=lambda: NO_KEYS)
+    n_cached: int = 0
+    scores: Tensor = NO_SCORES
+    state: Tensor | None = None
+    weights: object = None
+    freed_at: float = 0.0
+
+    def common_prefix(self, prompt_keys: np.ndarray) -> int:
+        """Tokens at the beginning of a prompt that the row holds; the last is always computed."""
+        length = min(len(self.keys), self.n_cached, len(prompt_keys) - 1)
+        if length <= 0:
+            return 0
+        differs = self.keys[:length] != prompt_keys[:length]
+        first_difference = int(differs.argmax())
+        return first_difference if differs[first_difference] else length
+
+    def free(self, keep: bool) -> None:
+        """End the request's use of the row; with `keep` later prompts with the same beginning use
+        its tokens."""
+        assert self.request is not None
+        self.request.rows.remove(self)
+        keys = np.concatenate([self.keys, np.array(self.request.ids, dtype=np.int64)])
+        self.n_cached = self.n_cached if keep else 0
+        self.keys = keys[: self.n_cached]
+        self.request = None
+        self.prompt_input = None
+        self.scores = NO_SCORES
+        self.state = None
+        self.freed_at = time.monotonic()
+
+
+class Request:
+    """A running request: iterate over its tokens, once; leaving the iteration cancels the request.
+
+    The iteration raises the request's error. `ended` is set by either thread: by the engine's when
+    the answer is complete or failed, by the caller's when it cancels. The engine frees the rows.
+
+    prompts: `prompt` with a forced `<img>`; with guidance, the unconditional one behind it.
+    initial_ids: ids of the answer that the prompt holds (`Prompt.answered`, a forced `<img>`).
+    budget: new tokens at most; `image_budget`: into which images must fit.
+    ids: the generated tokens.
+    states: last hidden states (after the final norm) of SEED-X's model, see `states_at`.
+    answers: complete ids, with `initial_ids`, when all are finished; with beams the best ones, of
+    which the iteration gives the first.
+    reader: parses the answer while it is generated, and finds its stops. `previews`: see there.
+    finish_reason: "stop" (an end token or a stop), "length" (the budget); else "cancelled".
+    forced_ids: the tokens to choose, whatever their scores.
+    log_probs: natural logarithm of each chosen token's probability, with `records` or forced ids;
+    `is_greedy`: each one was the likeliest.
+    n_rows: rows of the cache that the request needs. rows: those that it has, one for each prompt;
+    set by the engine.
+    processors, warpers, generator: for the choice of tokens.
+
+    Raises the errors of `BaseEngine.submit`.
+    """
+
+    def __init__(
+        self,
+        engine: BaseEngine,
+        prompt: Prompt,
+        settings: GenerationSettings,
+        *,
+        previews: Sequence[int] = (),
+        records: bool = False,
+        forced_ids: Sequence[int] | None = None,
+    ) -> None:
+        # 1. What is asked.
+        tokenizer = engine.tokenizer
+        vocabulary = tokenizer.vocabulary
+        forced = [vocabulary.boi_id] if settings.forces_image else []
+        self.prompt = prompt
+        self.settings = settings
+        self.prompts = [Prompt([*prompt.ids, *forced], prompt.images)]
+        if settings.guidance != 1:
+            self.prompts.append(Prompt(prompt.negative or [vocabulary.boi_id]))
+        self.initial_ids = [*prompt.answered, *forced]
+        end_ids = settings.stop_token_ids
+        self.end_ids = list(tokenizer.eos_token_ids if end_ids is None else end_ids)
+        self.records = records or forced_ids is not None
+        self.forced_ids = forced_ids
+        self.n_rows = max(len(self.prompts), settings.num_beams)
+        self.budget = engine.token_budget(self)
+        self.image_budget = 0 if settings.images == "never" else self.budget
+
+        # 2. The answer.
+        self.ids: list[int] = []
+        self.states: list[Tensor] | None = [] if vocabulary.fixed_image_order else None
+        self.log_probs: list[float] = []
+        self.is_greedy = True
+        self.finish_reason = "cancelled"
+        self.answers: list[list[int]] = []
+        self.ended = False
+        self.reader = AnswerReader(tokenizer, settings.stop, previews, settings.stop_after)
+        self._new_events: list[Event] = []  # of the last token that the caller's iteration gave
+        for token in self.initial_ids:
+            self._new_events += self.reader.read(token)
+        self._stream: queue.SimpleQueue[StreamItem] = queue.SimpleQueue()
+
+        # 3. How its tokens are chosen. It samples what transformers' `generate` samples after
+        #    `torch.manual_seed`.
+        self.rows: list[Row] = []
+        self.processors = build_processors(settings, self.end_ids, engine.device)
+        if settings.constrain:
+            opened = self.initial_ids[-1:] == [vocabulary.boi_id]
+            constraints = ImageConstraints(
+                vocabulary, opened, self.image_budget, engine.original_constraints
+            )
+            self.processors.insert(0, constraints)
+        self.seed: int | None = None
+        self.warpers: list[LogitsProcessor] = []
+        self.generator: torch.Generator | None = None
+        if settings.samples:
+            self.seed = random_seed() if settings.seed is None else settings.seed
+            self.warpers = build_warpers(settings)
+            self.generator = torch.Generator(engine.device).manual_seed(self.seed)
+
+    def states_at(self, positions: Sequence[int]) -> Tensor:
+        """States `[len(positions), D]` at these tokens of the answer, also while it is generated.
+
+        The state at a token is known when the next one is chosen. Raises GenerationError: nothing
+        follows a token.
+        """
+        first = len(self.initial_ids) - 1  # the first state is the one at the prompt's last token
+        if self.states is None or positions[-1] - first >= len(self.states):
+            raise GenerationError(
+                "The answer ends inside an image, so there is no state at its last word."
+            )
+        return torch.stack([self.states[position - first] for position in positions])
+
+    def searches_as(self, other: Request) -> bool:
+        """Whether one beam search can answer both."""
+        names = ("budget", "seed", "initial_ids")
+        is_equal = all(getattr(self, name) == getattr(other, name) for name in names)
+        return is_equal and replace(self.settings, seed=None) == replace(other.settings, seed=None)
+
+    def append(self, token: int) -> None:
+        """Add a token to the answer, hand it to the caller, and end where it is complete."""
+        if self.ended:
+            return
+        self.ids.append(token)
+        self._stream.put((token, self.reader.read(token)))
+        if token in self.end_ids or self.reader.found_stop:
+            self.end("stop")
+        elif len(self.ids) == self.budget:
+            self.end("length")
+
+    def end(self, result: str | BaseException) -> None:
+        """End the answer by its `finish_reason`, or an error that the caller's iteration raises."""
+        if self.ended:
+            return
+        self.ended = True
+        if isinstance(result, str):
+            self.finish_reason = result
+            self._stream.put(None)
+        else:
+            self._stream.put(result)
+
+    def cancel(self) -> None:
+        """Deliver nothing more: the iteration stops, and the engine soon frees the rows."""
+        self.ended = True
+        self._stream.put(None)
+
+    def stop_if_asked(self) -> None:
+        """End the request if its caller's `should_stop` is true, or raises."""
+        should_stop = self.settings.should_stop
+        if self.ended or should_stop is None:
+            return
+        try:
+            if should_stop():
+                self.end(Stopped())
+        except BaseException as error:  # noqa: BLE001 its error must not end the engine's thread
+            self.end(error)
+
+    def __iter__(self) -> Generator[int]:
+        try:
+            while (item := self._stream.get()) is not None:
+                if isinstance(item, BaseException):
+                    raise item
+                token, self._new_events = item
+                yield token
+        finally:
+            self.cancel()
+
+    def events(self) -> Iterator[Event]:
+        """The events of the answer (see `language.answer`) in place of its tokens."""
+        yield from self._new_events
+        with contextlib.closing(iter(self)) as tokens:
+            for _ in tokens:
+                yield from self._new_events
+        yield from self.reader.close()
+
+
 class BaseEngine(ABC):
     """What callers use: `submit` and `generate`, from any thread.
 
@@ -62,6 +292,7 @@ class BaseEngine(ABC):
     device = torch.device("cpu")  # of the language model
     has_beams = False
     has_scores = False
+    original_constraints = False  # see `ImageConstraints`
 
     def __init__(self, tokenizer: TextTokenizer, context: int, capacity: int, n_rows: int) -> None:
         self.tokenizer = tokenizer
@@ -91,7 +322,7 @@ class BaseEngine(ABC):
         Raises GenerationError: an empty or too long prompt, or no space for a forced image;
         ConfigError: beams, which this engine does not have, or with guidance.
         """
-        request = self._new_request(prompt, settings, previews=previews)
+        request = Request(self, prompt, settings, previews=previews)
         self._put(request)
         return request
 
@@ -142,7 +373,7 @@ class BaseEngine(ABC):
             for copy in range(1 if is_one_search else prompt_settings.num_return_sequences):
                 copy_seed = None if seed is None else (seed + copy) % 2**63
                 copy_settings = replace(prompt_settings, seed=copy_seed)
-                requests.append(self._new_request(prompt, copy_settings, **options))
+                requests.append(Request(self, prompt, copy_settings, **options))
         return self._finish(requests)
 
     def _finish(self, requests: Sequence[Request]) -> Sequence[Request]:
@@ -151,8 +382,10 @@ class BaseEngine(ABC):
             for request in requests:
                 self._put(request)
             for request in requests:
-                ids = list(request)
-                request.answers = request.answers or [[*request.initial_ids, *ids]]
+                for _ in request:
+                    pass  # they are in `request.ids`
+                if not request.answers:  # of beams
+                    request.answers = [[*request.initial_ids, *request.ids]]
                 request.reader.close()
         finally:
             for request in requests:
@@ -170,36 +403,19 @@ class BaseEngine(ABC):
             "Likelihoods are computed by the engines torch and llama.cpp, not by a server."
         )
 
-    def _new_request(self, prompt: Prompt, settings: GenerationSettings, **options: Any) -> Request:
-        """A request that fits the context and the cache.
-
-        options: keywords of `Request`. Raises the errors of `submit`.
-        """
+    def token_budget(self, request: Request) -> int:
+        """New tokens for a request, whose rows and prompt fit the cache and the context."""
+        # 1. What this engine can do.
+        settings = request.settings
         if settings.num_beams > 1 and not (self.has_beams and settings.guidance == 1):
             raise ConfigError("Beams need the engine torch, and no guidance: leave num_beams at 1.")
-        if options.get("records") and not (self.has_scores and settings.num_beams == 1):
+        if request.records and not (self.has_scores and settings.num_beams == 1):
             raise ConfigError(
                 "Log-probabilities need the engine torch or llama.cpp, without beams."
             )
-        request = Request(
-            prompt,
-            settings,
-            tokenizer=self.tokenizer,
-            budget=self._token_budget(prompt, settings),
-            **options,
-        )
-        if request.n_rows > self.n_rows:
-            raise GenerationError(
-                f"The request needs {request.n_rows} rows of the KV cache (beams, and two with "
-                f"guidance), but it has {self.n_rows}: use fewer beams, or give more memory by "
-                "--kv-cache or rows by --max_running."
-            )
-        return request
 
-    def _token_budget(self, prompt: Prompt, settings: GenerationSettings) -> int:
-        """New tokens that fit; a forced image needs its codes and `</img>`."""
-        # 1. The prompt, with a forced `<img>`, leaves a position for a token.
-        length = len(prompt) + int(settings.forces_image)
+        # 2. The prompt, with a forced `<img>`, leaves a position for a token.
+        length = len(request.prompts[0])
         if length == 0:
             raise GenerationError("The prompt is empty.")
         if length >= self.context:
@@ -213,12 +429,18 @@ class BaseEngine(ABC):
                 "it shorter, or give more memory by --kv-cache."
             )
 
-        # 2. A forced image fits.
+        # 3. A forced image fits, with its codes and `</img>`.
         budget = min(settings.max_new_tokens, self.capacity - length)
         needed = self.vocabulary.min_codes + 1
         if settings.forces_image and settings.constrain and budget < needed:
             raise GenerationError(
                 f"An image needs {needed} new tokens, but only {budget} are left (max_new_tokens "
                 f"{settings.max_new_tokens}, context {self.capacity})."
+            )
+        if request.n_rows > self.n_rows:
+            raise GenerationError(
+                f"The request needs {request.n_rows} rows of the KV cache (beams, and two with "
+                f"guidance), but it has {self.n_rows}: use fewer beams, or give more memory by "
+                "--kv-cache or rows by --max_running."
             )
         return budget

@@ -19,27 +19,18 @@ A request whose prompts become complete gets two tokens in that step: of prefill
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from seed_multimodal.errors import GenerationError
 from seed_multimodal.inference.backends.base import Backend, NextTokens, PromptChunk
-from seed_multimodal.inference.base_engine import BaseEngine, Likelihood
-from seed_multimodal.inference.image_constraints import ImageConstraints
-from seed_multimodal.inference.inbox import InboxThread
+from seed_multimodal.inference.base_engine import BaseEngine, Likelihood, Request, Row
+from seed_multimodal.inference.batching import InboxThread
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
-from seed_multimodal.inference.request import Request, Row
-from seed_multimodal.inference.sampling import (
-    DAMAGED,
-    LogitsProcessor,
-    are_numbers,
-    build_processors,
-    build_warpers,
-    guided,
-    refuse_damaged,
-)
+from seed_multimodal.inference.sampling import DAMAGED, guided, refuse_damaged
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 
 # Prompt tokens of one pass: few while other answers wait for their next token. Prompts share a
@@ -122,7 +113,7 @@ class Engine(InboxThread[Request], BaseEngine):
                         constrain=False,
                         stop_token_ids=(),
                     )
-                    requests.append(self._new_request(prompt, settings, forced_ids=ids))
+                    requests.append(Request(self, prompt, settings, forced_ids=ids))
                     targets.append(target)
             for request, target in zip(self._finish(requests), targets, strict=True):
                 if len(request.log_probs) < request.settings.max_new_tokens:
@@ -150,31 +141,70 @@ class Engine(InboxThread[Request], BaseEngine):
 
     def _step(self) -> None:
         """A piece of the prompts that are read, then one token more for every running sequence."""
-        # 1. Requests whose callers have left, or want to stop, give their rows back.
+        # 1. Requests whose callers have left, or want to stop, give their rows to new ones.
         for request in [*self._waiting, *self._requests(self.rows)]:
             request.stop_if_asked()
         self._waiting = deque(request for request in self._waiting if not request.ended)
         self._release_ended()
-
-        # 2. New requests, then prompts; a failure ends only the requests of the pass.
         self._admit()
-        chunks = self._next_chunks()
+
+        # 2. Prompts are read in the order of arrival, a bounded number of tokens.
+        budget = PREFILL_BESIDE_DECODING if self.n_decoding else PREFILL_ALONE
+        chunks: list[PromptChunk] = []
+        for row in self.reading:
+            start = row.n_cached
+            stop = min(len(row.keys), start + budget)
+            if start < stop and row.prompt_input is not None:
+                chunks.append(PromptChunk(row.index, row.prompt_input, start, stop))
+                budget -= stop - start
         if chunks:
             rows = [self.rows[chunk.row] for chunk in chunks]
-            try:
-                self._prefill(rows, chunks)
-            except Exception as error:  # noqa: BLE001 such as out of memory
-                self._fail(self._requests(rows), error)
-        self._release_ended()
+            stops = [chunk.stop for chunk in chunks]
+            self._compute(rows, stops, partial(self.backend.prefill, chunks))
+            self._release_ended()
 
-        # 3. The next token of all running sequences.
+        # 3. The last token of all running sequences is read.
         decoding = self.rows[: self.n_decoding]
         if decoding:
-            try:
-                self._decode(decoding)
-            except Exception as error:  # noqa: BLE001
-                # What the failed pass left in the cache is not known.
-                self._fail(self._requests(decoding), error)
+            tokens = [row.request.ids[-1] for row in decoding if row.request is not None]
+            positions = [row.n_cached for row in decoding]
+            stops = [position + 1 for position in positions]
+            self._compute(decoding, stops, partial(self.backend.decode, tokens, positions))
+
+    def _compute(
+        self, rows: Sequence[Row], stops: Sequence[int], run: Callable[[], NextTokens]
+    ) -> None:
+        """A pass in these rows, and the next token of each request whose prompts are complete.
+
+        stops: tokens in each row after the pass. A failure ends only the requests of these rows.
+        """
+        try:
+            # 1. What it computed is kept in the rows until the next token is chosen.
+            computed = run()
+            for index, (row, stop) in enumerate(zip(rows, stops, strict=True)):
+                row.n_cached = stop
+                # Without rows of padding.
+                row.scores = computed.scores[index : index + 1, : self.vocabulary.size]
+                row.state = None if computed.states is None else computed.states[index]
+
+            # 2. Requests whose prompts became complete move to the rows that generate; with
+            #    guidance they need the scores after two prompts.
+            complete: list[Request] = []
+            for request in self._requests(rows):
+                if any(row.n_cached < len(row.keys) for row in request.rows):
+                    continue
+                complete.append(request)
+                for row in request.rows:
+                    if row in self.reading:
+                        row.prompt_input = None
+                        self._swap(row, self.n_decoding)
+                        self.reading.remove(row)
+                        self.n_decoding += 1
+            if complete:
+                self._choose(complete)
+        except Exception as error:  # noqa: BLE001 such as out of memory
+            # What a failed pass left in the cache is not known.
+            self._fail(self._requests(rows), error)
 
     # ---- rows
 
@@ -229,30 +259,11 @@ class Engine(InboxThread[Request], BaseEngine):
                 continue
             self._waiting.popleft()
             try:
-                request.processors = self._processors(request)
-                if request.seed is not None:
-                    # It samples what transformers' `generate` samples after `torch.manual_seed`.
-                    request.generator = torch.Generator(self.device).manual_seed(request.seed)
-                    request.processors += build_warpers(request.settings)
                 for prompt in request.prompts:
                     self._assign_row(request, prompt)
             except Exception as error:  # noqa: BLE001
                 # Of this prompt alone: ids outside the vocabulary, no memory.
                 self._fail([request], error)
-
-    def _processors(self, request: Request) -> list[LogitsProcessor]:
-        """The logits processors of a request, without those of sampling."""
-        settings = request.settings
-        processors: list[LogitsProcessor] = []
-        if settings.constrain:
-            vocabulary = self.vocabulary
-            opened = request.initial_ids[-1:] == [vocabulary.boi_id]
-            processors.append(
-                ImageConstraints(
-                    vocabulary, opened, request.image_budget, self.original_constraints
-                )
-            )
-        return [*processors, *build_processors(settings, request.end_ids, self.device)]
 
     def _assign_row(self, request: Request, prompt: Prompt) -> None:
         """Assign an idle row to a prompt, with the longest prefix of it that any row holds."""
@@ -314,7 +325,7 @@ class Engine(InboxThread[Request], BaseEngine):
         # 2. The search.
         assert self.backend.search is not None
         try:
-            processors = [refuse_damaged, *self._processors(oldest)]
+            processors = [refuse_damaged, *oldest.processors]
             self.backend.search(requests, processors, self.tokenizer, all_ended)
         except Exception as error:  # noqa: BLE001 of these prompts alone
             self._fail(requests, error)
@@ -326,72 +337,15 @@ class Engine(InboxThread[Request], BaseEngine):
                 request.append(token)
             request.end("stop")  # unless its tokens have ended it
 
-    # ---- passes
-
-    def _next_chunks(self) -> list[PromptChunk]:
-        """The pieces of prompts that are read next, in the order of arrival."""
-        budget = PREFILL_BESIDE_DECODING if self.n_decoding else PREFILL_ALONE
-        chunks: list[PromptChunk] = []
-        for row in self.reading:
-            start = row.n_cached
-            stop = min(len(row.keys), start + budget)
-            if start < stop and row.prompt_input is not None:
-                chunks.append(PromptChunk(row.index, row.prompt_input, start, stop))
-                budget -= stop - start
-        return chunks
-
-    def _prefill(self, rows: Sequence[Row], chunks: Sequence[PromptChunk]) -> None:
-        """Read a piece of each row's prompt; after its last one a request gets its first token."""
-        computed = self.backend.prefill(chunks)
-        for row, chunk in zip(rows, chunks, strict=True):
-            row.n_cached = chunk.stop
-        self._store(rows, computed)
-
-        # Requests whose prompts are complete move to the rows that generate; with guidance they
-        # need the scores after two prompts.
-        started: list[Request] = []
-        for request in self._requests(rows):
-            if all(row.is_read for row in request.rows):
-                started.append(request)
-        for request in started:
-            for row in request.rows:
-                row.prompt_input = None
-                self._swap(row, self.n_decoding)
-                self.reading.remove(row)
-                self.n_decoding += 1
-        self._select(started)
-
-    def _decode(self, rows: Sequence[Row]) -> None:
-        """Read the last token of each running sequence, and choose the next one."""
-        tokens: list[int] = []
-        for row in rows:
-            assert row.request is not None
-            tokens.append(row.request.ids[-1])
-        computed = self.backend.decode(tokens, [row.n_cached for row in rows])
-        for row in rows:
-            row.n_cached += 1
-        self._store(rows, computed)
-        self._select(self._requests(rows))
-
-    def _store(self, rows: Sequence[Row], computed: NextTokens) -> None:
-        """Keep what a pass computed for each row, until the next token is chosen."""
-        for index, row in enumerate(rows):
-            scores = computed.scores[index : index + 1]
-            row.scores = scores[:, : self.vocabulary.size]  # without rows of padding
-            row.state = None if computed.states is None else computed.states[index]
-
     # ---- choice of the next tokens
 
-    def _select(self, requests: Sequence[Request]) -> None:
+    def _choose(self, requests: Sequence[Request]) -> None:
         """Choose and deliver the next token of each request."""
-        if not requests:
-            return
-
-        # 1. The choices; a request whose scores are damaged ends alone.
+        # 1. The choices; a request whose scores are damaged ends alone: NaN would crash a CUDA
+        #    process when a token is sampled.
         rows = [row for request in requests for row in request.rows]
-        is_sound = dict(
-            zip(rows, are_numbers(torch.cat([row.scores for row in rows])), strict=True)
-        )
+        maxima = torch.cat([row.scores for row in rows]).amax(dim=-1)
+        is_sound = dict(zip(rows, maxima.isfinite().tolist(), strict=True))
         tokens: dict[Request, Tensor] = {}
         for request in requests:
             try:
@@ -420,7 +374,7 @@ class Engine(InboxThread[Request], BaseEngine):
         if len(request.rows) > 1:
             scores = guided(scores, request.rows[1].scores, request.settings.guidance)
         ids = torch.tensor([request.ids], dtype=torch.long, device=scores.device)
-        for process in request.processors:
+        for process in (*request.processors, *request.warpers):
             scores = process(ids, scores)
 
         # 2. The choice.

@@ -14,12 +14,11 @@ from torch import Tensor
 
 from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.inference.backends.base import GIB
 from seed_multimodal.inference.backends.torch import TorchBackend, joined
-from seed_multimodal.inference.base_engine import BaseEngine
+from seed_multimodal.inference.base_engine import BaseEngine, Request
 from seed_multimodal.inference.engine import Engine
-from seed_multimodal.inference.kv_cache import GIB
 from seed_multimodal.inference.prompt import ImageFeatures
-from seed_multimodal.inference.request import Request
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.nn.layers import avoid_slow_bfloat16
 from seed_multimodal.settings import check_settings, setting

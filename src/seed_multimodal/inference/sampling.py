@@ -1,4 +1,9 @@
-"""Choice of the next token (logits processors, guidance), and ends of answers at texts."""
+"""Choice of the next token (logits processors, guidance), and ends of answers at texts.
+
+Image constraints keep generated images well-formed, for all families. An image is `<img>`, its
+codes, `</img>`; no code stands elsewhere. SEED-LLaMA: exactly 32 codes; SEED-X: the same 64 tokens
+in order, of which only the hidden states count; LaVIT: 1 to 256 codes.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +17,7 @@ from seed_multimodal.errors import GenerationError
 from seed_multimodal.inference.prompt import GenerationSettings
 from seed_multimodal.language.answer import AnswerReader
 from seed_multimodal.language.text_tokenizer import TextTokenizer
+from seed_multimodal.language.vocabulary import ImageVocabulary
 
 DAMAGED = (
     "The language model's scores are not numbers: its weights may be damaged, or the dtype too "
@@ -23,6 +29,78 @@ class LogitsProcessor(Protocol):
     """Changes the scores `[B, V]` of the tokens after `input_ids` `[B, n]`, as in transformers."""
 
     def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor: ...
+
+
+class ImageConstraints:
+    """A logits processor that forbids tokens which would break an image.
+
+    opened: the prompt ends in `<img>`.
+    budget: images fit into so many generated tokens; None: unknown.
+    original: forbid only those of SEED-X's image tokens that the original code forbids.
+    """
+
+    def __init__(
+        self,
+        vocabulary: ImageVocabulary,
+        opened: bool = False,
+        budget: int | None = None,
+        original: bool = False,
+    ) -> None:
+        self.vocabulary = vocabulary
+        self.opened = opened
+        self.budget = budget
+        self.original = original
+        n_codes = vocabulary.tokens_per_image if original else vocabulary.n_codes
+        self._codes = slice(vocabulary.code_start, vocabulary.code_start + n_codes)
+
+    def __call__(self, input_ids: Tensor, scores: Tensor) -> Tensor:
+        """Generated ids `[B, n]`, scores `[B, V]` → scores with forbidden tokens at -inf."""
+        rows: list[Tensor] = []
+        for ids, row in zip(input_ids.tolist(), scores, strict=True):
+            answer = [self.vocabulary.boi_id, *ids] if self.opened else ids
+            n_tokens = self.vocabulary.tokens_in_open_image(answer)
+            if n_tokens is None:
+                rows.append(self._outside_image(row, len(ids)))
+            else:
+                rows.append(self._in_image(row, n_tokens))
+        return torch.stack(rows)
+
+    def _outside_image(self, scores: Tensor, length: int) -> Tensor:
+        """Scores `[V]` without image tokens, but `<img>` where an image fits behind `length`
+        tokens."""
+        vocabulary = self.vocabulary
+        allowed = scores.clone()
+        forbidden: list[slice | int] = [self._codes, vocabulary.eoi_id]
+        if not self.original:
+            forbidden.append(vocabulary.input_only_ids)
+        budget = None if self.original else self.budget
+        fits = budget is None or budget - length >= vocabulary.image_length
+        if vocabulary.image_only_when_forced or not fits:
+            forbidden.append(vocabulary.boi_id)
+        forbidden.append(slice(vocabulary.size, None))  # padding rows of the output layer
+        for ids in forbidden:
+            allowed[ids] = float("-inf")
+        return allowed
+
+    def _in_image(self, scores: Tensor, n_tokens: int) -> Tensor:
+        """Scores `[V]` of codes, `</img>` and ignored tokens behind `n_tokens` tokens of an
+        image."""
+        vocabulary = self.vocabulary
+        allowed: list[slice | int] = [slice(0, vocabulary.ignored_below_id)]
+        if vocabulary.image_only_when_forced:
+            allowed.append(vocabulary.boi_id)
+        if n_tokens >= vocabulary.min_codes:
+            allowed.append(vocabulary.eoi_id)
+        if vocabulary.fixed_image_order:
+            # These tokens are certain, but not trained: they must not cost a beam anything.
+            scores = torch.zeros_like(scores)
+        if n_tokens < vocabulary.tokens_per_image:
+            next_code = vocabulary.code_start + n_tokens
+            allowed.append(next_code if vocabulary.fixed_image_order else self._codes)
+        constrained = torch.full_like(scores, float("-inf"))
+        for ids in allowed:
+            constrained[ids] = scores[ids]
+        return constrained
 
 
 def build_processors(
@@ -56,16 +134,9 @@ def build_warpers(settings: GenerationSettings) -> list[LogitsProcessor]:
     return warpers
 
 
-def are_numbers(scores: Tensor) -> list[bool]:
-    """Whether each row of scores `[B, V]` has a finite maximum: NaN would crash a CUDA process when
-    a token is sampled."""
-    is_finite: list[bool] = scores.amax(dim=-1).isfinite().tolist()
-    return is_finite
-
-
 def refuse_damaged(input_ids: Tensor, scores: Tensor) -> Tensor:
     """The logits processor that raises GenerationError where a row's scores are not numbers."""
-    if not all(are_numbers(scores)):
+    if not bool(scores.amax(dim=-1).isfinite().all()):
         raise GenerationError(DAMAGED)
     return scores
 

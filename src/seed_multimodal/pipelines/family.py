@@ -13,8 +13,8 @@ from torch import Tensor
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import ImageSource, is_image
 from seed_multimodal.inference.backends.torch import joined
+from seed_multimodal.inference.base_engine import Request
 from seed_multimodal.inference.prompt import ImageFeatures, Prompt
-from seed_multimodal.inference.request import Request
 from seed_multimodal.language.answer import Answer, ImagePart
 from seed_multimodal.language.llm import check_vocab_size
 from seed_multimodal.language.lora import load_llm_or_adapter

@@ -17,8 +17,7 @@ from seed_multimodal.diffusion.networks import compile_blocks
 from seed_multimodal.errors import CheckpointError, CodesError
 from seed_multimodal.images.io import MIN_OVERSAMPLING, ImageSource, is_image, open_image
 from seed_multimodal.images.transforms import ImageTransform
-from seed_multimodal.inference.batching import DynamicBatcher
-from seed_multimodal.inference.inbox import ForkLock
+from seed_multimodal.inference.batching import DynamicBatcher, ForkLock
 from seed_multimodal.inference.prompt import random_seed
 from seed_multimodal.language.messages import Codes
 from seed_multimodal.models.registry import find_family

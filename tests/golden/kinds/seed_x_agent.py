@@ -23,7 +23,7 @@ from runner import DEFAULT_DIR, Recording, Tensors, assert_close, assert_gradien
 
 from seed_multimodal.compat.seed_x import ContinuousLVLM, Resampler
 from seed_multimodal.images.views import AnyResolution, patch_positions
-from seed_multimodal.inference.image_constraints import ImageConstraints
+from seed_multimodal.inference.sampling import ImageConstraints
 from seed_multimodal.language.llama_tokenizer import LlamaTokenizer
 from seed_multimodal.language.llm import ROTARY, force_special_ids
 from seed_multimodal.language.prompts import SEED_X_TASKS, interleave

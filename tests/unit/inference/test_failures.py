@@ -20,9 +20,9 @@ from waiting import wait_until
 from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.inference.backends.base import NextTokens, PromptChunk
 from seed_multimodal.inference.backends.torch import TorchBackend
+from seed_multimodal.inference.base_engine import Request
 from seed_multimodal.inference.engine import PREFILL_BESIDE_DECODING, Engine
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt, Stopped
-from seed_multimodal.inference.request import Request
 
 GREEDY = GenerationSettings(max_new_tokens=20, do_sample=False, constrain=False)
 LONG = replace(GREEDY, max_new_tokens=300, min_new_tokens=300)

@@ -7,7 +7,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from seed_multimodal.inference.image_constraints import ImageConstraints
+from seed_multimodal.inference.sampling import ImageConstraints
 from seed_multimodal.language.vocabulary import ImageVocabulary
 
 PADDING = 3  # rows of the output layer behind the vocabulary

@@ -18,9 +18,9 @@ from tiny.language import random_llm
 from torch import nn
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.inference.backends.torch import TorchBackend
+from seed_multimodal.inference.backends.base import CacheSize, plan_cache
+from seed_multimodal.inference.backends.torch import KVCache, TorchBackend
 from seed_multimodal.inference.engine import Engine
-from seed_multimodal.inference.kv_cache import CacheSize, KVCache, plan_cache
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt, PromptImage
 
 MIB = 1 << 20

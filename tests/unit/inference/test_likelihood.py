@@ -11,9 +11,8 @@ import torch
 from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.inference.backends.torch import TorchBackend
 from seed_multimodal.inference.engine import Engine
-from seed_multimodal.inference.image_constraints import ImageConstraints
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
-from seed_multimodal.inference.sampling import build_processors, build_warpers
+from seed_multimodal.inference.sampling import ImageConstraints, build_processors, build_warpers
 
 TEXTS = ("What is this animal?", "no", "Please draw a fish.")
 ANSWERS = (["a cat", "a red apple under the tree"], ["blue"], ["Here it is.", "a", "cat"])

@@ -1,4 +1,4 @@
-"""The protocol between the engine (which row, which token) and what computes."""
+"""The protocol between the engine (which row, which token) and what computes; size of its cache."""
 
 from __future__ import annotations
 
@@ -10,8 +10,53 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from seed_multimodal.inference.kv_cache import CacheSize
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.inference.prompt import Prompt, PromptInput
+
+GIB = 1 << 30
+CPU_BYTES = 4 * GIB
+GPU_SHARE = 0.5  # of the memory that is free after loading; the rest is for images and activations
+MIN_LENGTH = 64  # positions of a useful row
+
+
+@dataclass(frozen=True)
+class CacheSize:
+    """Rows (sequences at once) and positions of each; the last position is for padding."""
+
+    rows: int
+    length: int
+
+    @property
+    def capacity(self) -> int:
+        """Tokens of a sequence at most."""
+        return self.length - 1
+
+
+def plan_cache(bytes_per_token: int, context: int, budget: int, max_rows: int) -> CacheSize:
+    """As many rows of a whole context as the budget holds, up to `max_rows`; else one shorter row.
+
+    Raises ConfigError: the budget holds no useful row.
+    """
+    length = context + 1
+    rows = min(max_rows, budget // (bytes_per_token * length))
+    if rows >= 1:
+        return CacheSize(rows, length)
+    length = budget // bytes_per_token
+    if length < MIN_LENGTH:
+        raise ConfigError(
+            f"The KV cache needs {bytes_per_token * MIN_LENGTH / GIB:.3g} GiB at least, but "
+            f"{budget / GIB:.3g} GiB are free for it: give more by --kv-cache, or use a smaller or "
+            "quantised model."
+        )
+    return CacheSize(1, length)
+
+
+def default_budget(device: torch.device) -> int:
+    """Bytes for keys and values: half of a GPU's free memory; a fixed number on other devices."""
+    if device.type != "cuda":
+        return CPU_BYTES
+    free_bytes, _ = torch.cuda.mem_get_info(device)
+    return int(GPU_SHARE * free_bytes)
 
 
 @dataclass(frozen=True)

@@ -19,8 +19,7 @@ from typing import Any
 
 from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import ConfigError, RequestError, first_line
-from seed_multimodal.inference.base_engine import BaseEngine
-from seed_multimodal.inference.request import Request
+from seed_multimodal.inference.base_engine import BaseEngine, Request
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.proxies import direct
 

@@ -14,9 +14,8 @@ import torch
 
 from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import CheckpointError, ConfigError, GenerationError
-from seed_multimodal.inference.backends.base import NextTokens, PromptChunk
+from seed_multimodal.inference.backends.base import CPU_BYTES, NextTokens, PromptChunk, plan_cache
 from seed_multimodal.inference.gguf import llama_cpp_config
-from seed_multimodal.inference.kv_cache import CPU_BYTES, plan_cache
 from seed_multimodal.inference.prompt import Prompt
 from seed_multimodal.language.llm import check_vocab_size, head_dim
 from seed_multimodal.language.vocabulary import ImageVocabulary

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pad_sequence
@@ -13,10 +15,16 @@ from torch.nn.utils.rnn import pad_sequence
 from seed_multimodal.device import on_device
 from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import ConfigError, first_line
-from seed_multimodal.inference.backends.base import NextTokens, PromptChunk
-from seed_multimodal.inference.kv_cache import KVCache, default_budget, plan_cache
+from seed_multimodal.inference.backends.base import (
+    GIB,
+    CacheSize,
+    NextTokens,
+    PromptChunk,
+    default_budget,
+    plan_cache,
+)
+from seed_multimodal.inference.base_engine import Request
 from seed_multimodal.inference.prompt import ImageFeatures, Prompt
-from seed_multimodal.inference.request import Request
 from seed_multimodal.inference.sampling import LogitsProcessor, StopTexts
 from seed_multimodal.language.llm import FULL, SLIDING, head_dim, output_scores
 from seed_multimodal.language.text_tokenizer import TextTokenizer
@@ -26,6 +34,8 @@ if TYPE_CHECKING:
 
     from seed_multimodal.language.llm import LanguageModel
 
+# Tables of up to this size in all are written at load: page faults would slow the first answers.
+EAGER_BYTES = GIB // 8
 SPAN_STEP = 16  # attention reads a multiple of so many positions
 # Compiled, it reads this number or twice, four times … as many, so that few graphs are made.
 COMPILED_SPAN = 128
@@ -191,25 +201,33 @@ class TorchBackend:
         seen = torch.tensor([seen_rows, seen_positions], device=embeddings.device)[:, None]
 
         # 2. The model.
-        self.cache.begin(table[0], table[1], (seen[0], seen[1]))
+        self.cache.span = (seen[0], seen[1])
         is_own = table[0, 0, :, None] == seen[0]  # [n, K]
-        states = self._states_of(embeddings, table[1], seen[1, 0], is_own)[0, last]
+        states = self._states_of(embeddings, table[0], table[1], seen[1, 0], is_own)[0, last]
         return NextTokens(output_scores(self.llm, states), states)
 
     def decode(self, tokens: Sequence[int], positions: Sequence[int]) -> NextTokens:
+        # 1. Positions that attention reads, and rows that are computed; few numbers of both are
+        #    compiled: powers of two.
+        end = max(positions) + 1
         n_rows = len(tokens)
         n_padding = 0
-        if self.compiled:  # few numbers of rows are compiled: powers of two
+        span = -(-end // SPAN_STEP) * SPAN_STEP
+        if self.compiled:
+            span = max(COMPILED_SPAN, 1 << (end - 1).bit_length())
             n_padding = min(1 << (n_rows - 1).bit_length(), self.cache_size.rows) - n_rows
+        span = min(span, self.cache_size.length)
+
+        # 2. The tokens. Keys and values of padding are written to the last position, which no token
+        #    sees.
         embed = self.llm.get_input_embeddings()
         device = embed.weight.device
         ids = torch.tensor([*tokens, *([0] * n_padding)], device=device)
-        # Keys and values of padding are written to the last position, which no token sees.
         padding = [self.cache_size.length - 1] * n_padding
         arguments = (
             embed(ids[:, None]),
             torch.tensor([*positions, *padding], device=device)[:, None],
-            torch.arange(self._span(max(positions) + 1), device=device),
+            torch.arange(span, device=device),
         )
         if self.compiled:  # one graph for any number of rows and positions
             for tensor in arguments:
@@ -302,16 +320,6 @@ class TorchBackend:
 
     # ---- one pass
 
-    def _span(self, end: int) -> int:
-        """Positions that attention reads, for sequences that end before `end`."""
-        if self.compiled:
-            span = COMPILED_SPAN
-            while span < end:
-                span *= 2
-        else:
-            span = -(-end // SPAN_STEP) * SPAN_STEP
-        return min(span, self.cache_size.length)
-
     def _decode(self, embeddings: Tensor, positions: Tensor, span: Tensor) -> tuple[Tensor, Tensor]:
         """Scores `[B, V]` and last hidden states `[B, D]` of a token in each of the first rows.
 
@@ -319,17 +327,24 @@ class TorchBackend:
         """
         # Set here, where it is traced: outside, torch.compile would make a graph for each value.
         rows = torch.arange(len(positions), device=positions.device)[:, None]
-        self.cache.begin(rows, positions, len(span))
-        states = self._states_of(embeddings, positions, span)[:, -1]
+        self.cache.span = len(span)
+        states = self._states_of(embeddings, rows, positions, span)[:, -1]
         return output_scores(self.llm, states), states
 
     def _states_of(
-        self, embeddings: Tensor, positions: Tensor, seen: Tensor, is_own: Tensor | None = None
+        self,
+        embeddings: Tensor,
+        rows: Tensor,
+        positions: Tensor,
+        seen: Tensor,
+        is_own: Tensor | None = None,
     ) -> Tensor:
-        """Last hidden states `[B, n, D]` of tokens, whose keys and values are cached.
+        """Last hidden states `[B, n, D]` of tokens, which the cache gets at rows and positions
+        `[B, n]`.
 
         seen, is_own: see `AttentionMasks`.
         """
+        self.cache.written = (rows, positions)
         output = self.llm.get_decoder()(
             None,
             self._masks(positions, seen, embeddings.dtype, is_own),
@@ -340,6 +355,97 @@ class TorchBackend:
         )
         states: Tensor = output.last_hidden_state
         return states
+
+
+class KVCache:
+    """Keys and values of every layer, `[rows, heads, length, head_dim]` each.
+
+    `allocate` makes the tables, once; transformers' models call `update`.
+
+    written: rows and positions `[B, n]` of the next pass's tokens.
+    span: what they see: so many positions of each of the first rows, or the rows and positions
+    `[1, K]` of tokens for a single sequence of several prompts.
+    """
+
+    is_compileable = False  # asked by transformers; the engine compiles its own step
+
+    def __init__(self, size: CacheSize) -> None:
+        self.size = size
+        self.layers: list[tuple[Tensor, Tensor]] = []
+        self._spare_row = torch.zeros(0)  # [heads, length, head_dim]
+        self.written: tuple[Tensor, Tensor] = (torch.zeros(0), torch.zeros(0))
+        self.span: int | tuple[Tensor, Tensor] = 0
+
+    def update(
+        self, keys: Tensor, values: Tensor, layer: int, *_: object, **__: object
+    ) -> tuple[Tensor, Tensor]:
+        """Store new keys and values `[B, heads, n, head_dim]`; returns those of the span."""
+        # Rows and positions are indexed together, so heads come behind them: [B, n, heads, D].
+        rows, positions = self.written
+        seen: list[Tensor] = []
+        for table, new in zip(self.layers[layer], (keys, values), strict=True):
+            table[rows, :, positions] = new.transpose(1, 2).to(table.dtype)
+            if isinstance(self.span, int):
+                seen.append(table[: len(new), :, : self.span])
+            else:
+                seen_rows, seen_positions = self.span
+                seen.append(table[seen_rows, :, seen_positions].transpose(1, 2))
+        return seen[0], seen[1]
+
+    def get_seq_length(self, layer: int = 0) -> int:
+        return self.span if isinstance(self.span, int) else self.span[0].shape[1]
+
+    def copy(self, source: int, target: int, length: int) -> None:
+        """Copy the first positions of one row to another."""
+        for layer in self.layers:
+            for table in layer:
+                table[target, :, :length] = table[source, :, :length]
+
+    def swap(self, row_a: int, row_b: int, length: int) -> None:
+        """Exchange the first positions of two rows, without new memory: it cannot fail half-way."""
+        content_a = self._spare_row[:, :length]
+        for layer in self.layers:
+            for table in layer:
+                content_a.copy_(table[row_a, :, :length])
+                table[row_a, :, :length] = table[row_b, :, :length]
+                table[row_b, :, :length] = content_a
+
+    def clear(self, row: int) -> None:
+        """Zero a row: NaN in masked positions would reach the next sequence there."""
+        for layer in self.layers:
+            for table in layer:
+                table[row].zero_()
+
+    def allocate(
+        self, n_layers: int, n_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        """Make the tables, of zeros: what attention masks has to be finite.
+
+        Large ones on a CPU take memory only where they are written, page by page.
+        """
+        shape = (self.size.rows, n_heads, self.size.length, head_dim)
+        n_bytes = 2 * n_layers * math.prod(shape) * dtype.itemsize
+        is_lazy = device.type == "cpu" and n_bytes > EAGER_BYTES
+        zeros = _lazy_zeros if is_lazy else torch.zeros
+        for _ in range(n_layers):
+            tables = []
+            for _ in ("keys", "values"):
+                table = zeros(shape, dtype=dtype, device=device)
+                torch._dynamo.mark_static_address(table)  # CUDA graphs write to it in place
+                tables.append(table)
+            self.layers.append((tables[0], tables[1]))
+        self._spare_row = zeros(shape[1:], dtype=dtype, device=device)
+
+    def release(self) -> None:
+        """Give the memory of the tables back."""
+        self.layers.clear()
+        self._spare_row = torch.zeros(0)
+
+
+def _lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype, device: torch.device) -> Tensor:
+    """Zeros on the CPU in memory that the kernel provides when it is first written."""
+    n_bytes = math.prod(shape) * dtype.itemsize
+    return torch.from_numpy(np.zeros(n_bytes, dtype=np.uint8)).view(dtype).view(shape)
 
 
 class AttentionMasks:
@@ -370,6 +476,7 @@ class AttentionMasks:
         None: all.
         dtype: of the model.
         """
+        # 1. True where a query sees a key.
         queries = positions[:, None, :, None]  # [B, 1, n, 1]
         full = seen <= queries
         if is_own is not None:
@@ -377,16 +484,17 @@ class AttentionMasks:
         sliding = full
         if self.window is not None:
             sliding = full & (seen > queries - self.window)
-        if not self._by_layer_type:
-            return self._form(sliding, dtype)
-        return {FULL: self._form(full, dtype), SLIDING: self._form(sliding, dtype)}
 
-    def _form(self, visible: Tensor, dtype: torch.dtype) -> Tensor:
-        """The mask as the attention implementation takes it."""
-        if getattr(self._config, "_attn_implementation", None) != ADDITIVE:
-            return visible
-        hidden = torch.finfo(dtype).min
-        return torch.zeros_like(visible, dtype=dtype).masked_fill(~visible, hidden)
+        # 2. By layer type, and as the attention implementation takes them.
+        masks = {SLIDING: sliding}
+        if self._by_layer_type:
+            masks[FULL] = full
+        if getattr(self._config, "_attn_implementation", None) == ADDITIVE:
+            hidden = torch.finfo(dtype).min
+            for name, visible in masks.items():
+                zeros = torch.zeros_like(visible, dtype=dtype)
+                masks[name] = zeros.masked_fill(~visible, hidden)
+        return masks if self._by_layer_type else masks[SLIDING]
 
 
 def _up_to_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:

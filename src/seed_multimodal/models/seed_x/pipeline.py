@@ -30,9 +30,9 @@ from seed_multimodal.images.views import (
     with_ratio,
 )
 from seed_multimodal.inference.backends.torch import joined
+from seed_multimodal.inference.base_engine import Request
 from seed_multimodal.inference.batching import ResultCache
 from seed_multimodal.inference.prompt import Prompt, PromptImage
-from seed_multimodal.inference.request import Request
 from seed_multimodal.language.answer import Answer, ImagePart
 from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
 from seed_multimodal.language.llm import check_vocab_size, load_llm

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.data.stream.llm_batches import LlmBatch
 from seed_multimodal.disk import replace_text
-from seed_multimodal.inference.image_constraints import ImageConstraints
+from seed_multimodal.inference.sampling import ImageConstraints
 from seed_multimodal.language.answer import Answer, AnswerReader
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.training.llm.loss import use_attention
