@@ -211,11 +211,8 @@ class OffloadedWeights:
 
 
 @contextlib.contextmanager
-def on_device(module: nn.Module, device: torch.device | None) -> Iterator[None]:
-    """Context in which an off-loaded module is on `device`; None: it stays where it is."""
-    if device is None:
-        yield
-        return
+def on_device(module: nn.Module, device: torch.device) -> Iterator[None]:
+    """Context in which an off-loaded module is on `device`."""
     weights = OffloadedWeights(module, device)
     weights.load()
     try:

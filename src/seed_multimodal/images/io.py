@@ -76,21 +76,23 @@ class ImageLimits:
     max_bytes: int = 200 << 20  # of the file
     max_side: int = 30_000  # pixels
 
-    def check_size(self, size: tuple[int, int], name: str) -> None:
-        """Raise ImageError for an image of `size` (width, height) outside the limits."""
+    def size_problem(self, size: tuple[int, int]) -> str:
+        """Why an image of `size` (width, height) is rejected; empty: it is not."""
         width, height = size
-        if not 0 < width * height <= self.max_pixels or max(size) > self.max_side:
-            raise ImageError(
-                f"{name}: rejected, because it has {width}x{height} pixels "
-                f"(limit: {self.max_pixels} pixels, {self.max_side} a side)."
-            )
+        if 0 < width * height <= self.max_pixels and max(size) <= self.max_side:
+            return ""
+        return (
+            f"rejected, because it has {width}x{height} pixels (limit: {self.max_pixels} pixels, "
+            f"{self.max_side} a side)."
+        )
 
-    def check_bytes(self, count: int, name: str) -> None:
-        """Raise ImageError for an empty or too long file."""
+    def bytes_problem(self, count: int) -> str:
+        """Why a file of so many bytes is rejected; empty: it is not."""
         if count == 0:
-            raise ImageError(f"{name}: is empty (0 bytes).")
+            return "is empty (0 bytes)."
         if count > self.max_bytes:
-            raise ImageError(f"{name}: rejected, because it has over {self.max_bytes} bytes.")
+            return f"rejected, because it has over {self.max_bytes} bytes."
+        return ""
 
 
 DEFAULT_LIMITS = ImageLimits()
@@ -118,7 +120,8 @@ class StoredImage:
     def __init__(
         self, source: ImageSource, name: str | None = None, limits: ImageLimits = DEFAULT_LIMITS
     ) -> None:
-        self.name = name or short_name(_name_of(source))
+        self._name = name
+        self._source = source
         self.limits = limits
         try:
             if callable(source):
@@ -129,10 +132,22 @@ class StoredImage:
             raise
         except Exception as error:  # of the caller's file, array or function
             raise ImageError(f"{self.name}: cannot be read ({first_line(error)}).") from error
-        limits.check_size(self.size, self.name)
+        problem = limits.size_problem(self.size)
+        if problem:
+            raise ImageError(f"{self.name}: {problem}")
         # A caller's own image is not changed, as the decoder's reduction would.
         is_own = self.image is not source
         self.is_jpeg = is_own and isinstance(self.image, JpegImagePlugin.JpegImageFile)
+
+    @property
+    def name(self) -> str:
+        """In error messages: as the caller says, or the name of a path or open file."""
+        if self._name:
+            return self._name
+        path = getattr(self._source, "name", self._source)
+        if isinstance(path, str | os.PathLike) and not _is_data_url(str(path)):
+            return short_name(Path(path).name or "image")
+        return "image"
 
     def _read(self, source: Any) -> Image.Image:
         """The image of which only the header is decoded, if it is a file."""
@@ -146,15 +161,42 @@ class StoredImage:
         if isinstance(source, str):
             source = read_string(source, self.name, self.limits)
         if isinstance(source, os.PathLike):
-            data = _path_bytes(Path(source), self.name, self.limits)
+            data = self._path_bytes(Path(source))
         elif hasattr(source, "read"):
             data = _stream_bytes(source, self.name, self.limits)
         elif isinstance(source, bytes | bytearray | memoryview):
             data = bytes(source)
         else:
             raise ImageError(f"{self.name}: {type(source).__name__} is no image.")
-        self.limits.check_bytes(len(data), self.name)
-        return _open_header(data, self.name)
+        problem = self.limits.bytes_problem(len(data))
+        if problem:
+            raise ImageError(f"{self.name}: {problem}")
+        return self._open_header(data)
+
+    def _path_bytes(self, path: Path) -> bytes:
+        """The bytes of a file or pipe. Raises ImageError, or ReadError: a fault of the machine."""
+        try:
+            return read_patiently(path, functools.partial(_read_all, path, self.limits))
+        except OSError as error:
+            reason = str(error.strerror).lower()
+            full_path = "" if self.name == str(path) else f" ({short_name(str(path), 200)})"
+            raise ImageError(f"{self.name}: {reason}{full_path}.") from error
+
+    def _open_header(self, data: bytes) -> Image.Image:
+        """The image of a file, not yet decoded."""
+        _register_plugins()
+        formats = [format for format in FORMATS if format in Image.OPEN]
+        try:
+            return Image.open(io.BytesIO(data), formats=formats)
+        except Image.DecompressionBombError as error:
+            raise ImageError(f"{self.name}: rejected, because it has too many pixels.") from error
+        except Exception as error:
+            # What the file is instead, by its first bytes.
+            reason = name_bytes(data[:2000])
+            if not reason and _IMAGE_START.match(data):
+                reason = "an image whose header is damaged"
+            reason = reason or f"no image in a known format ({', '.join(formats)})"
+            raise ImageError(f"{self.name}: is {reason}.") from error
 
     def orientation(self) -> int:
         """EXIF orientation, 1 for upright or damaged metadata."""
@@ -193,13 +235,22 @@ class StoredImage:
                 if self.image.size != self.size:
                     factor = 1
             self.image.load()
-            plain = _reduced(self.image, factor)
+            plain = self.image
+            # Without a second copy of a large image, if means of its levels are colours.
+            is_plain = plain.mode in ("L", "RGB", "RGBA") and "transparency" not in plain.info
+            if factor > 1 and is_plain:
+                plain = to_rgb(plain.reduce(factor))
+            else:
+                plain = to_rgb(plain)
+                plain = plain.reduce(factor) if factor > 1 else plain
         except Exception as error:
             raise ImageError(
                 f"{self.name}: the image is truncated or damaged ({first_line(error)})."
             ) from error
         # An icon may be larger than in its header.
-        self.limits.check_size(plain.size, self.name)
+        problem = self.limits.size_problem(plain.size)
+        if problem:
+            raise ImageError(f"{self.name}: {problem}")
         # The orientation is read after decoding, because Pillow rotates TIFFs itself.
         plain.getexif()[ExifTags.Base.Orientation] = self.orientation()
         ImageOps.exif_transpose(plain, in_place=True)
@@ -255,14 +306,6 @@ def is_image(value: object) -> TypeGuard[ImageSource]:
     return isinstance(value, kinds) or hasattr(value, "read") or callable(value)
 
 
-def _name_of(source: object) -> str:
-    """The name of a path or open file, else "image"."""
-    path = getattr(source, "name", source)
-    if isinstance(path, str) and not _is_data_url(path):
-        return Path(path).name or "image"
-    return "image"
-
-
 # ---- the bytes of a file
 
 
@@ -302,7 +345,9 @@ def decode_text(text: str, name: str = "image", limits: ImageLimits = DEFAULT_LI
 
     # 2. Four characters are three bytes; the limit is checked before decoding.
     body = "".join(body.split()).rstrip("=")
-    limits.check_bytes(len(body) * 3 // 4, name)
+    problem = limits.bytes_problem(len(body) * 3 // 4)
+    if problem:
+        raise ImageError(f"{name}: {problem}")
     padding = "=" * (-len(body) % 4)
     try:
         standard = body.replace("-", "+").replace("_", "/")
@@ -315,21 +360,6 @@ def decode_text(text: str, name: str = "image", limits: ImageLimits = DEFAULT_LI
 
 def _is_data_url(text: str) -> bool:
     return text.lstrip()[:5].lower() == "data:"
-
-
-def _path_bytes(path: Path, name: str, limits: ImageLimits) -> bytes:
-    """The bytes of a file or pipe. Raises ImageError, or ReadError: a fault of the machine."""
-
-    def read() -> bytes:
-        with open(path, "rb") as file:
-            return _read_all(file, limits)
-
-    try:
-        return read_patiently(path, read)
-    except OSError as error:
-        reason = str(error.strerror).lower()
-        full_path = "" if name == str(path) else f" ({short_name(str(path), 200)})"
-        raise ImageError(f"{name}: {reason}{full_path}.") from error
 
 
 def _stream_bytes(file: IO[bytes], name: str, limits: ImageLimits) -> bytes:
@@ -347,29 +377,13 @@ def _stream_bytes(file: IO[bytes], name: str, limits: ImageLimits) -> bytes:
     return data
 
 
-def _read_all(file: IO[bytes], limits: ImageLimits) -> bytes:
+def _read_all(source: Path | IO[bytes], limits: ImageLimits) -> bytes:
     """The bytes of a file, or more than the limit; a pipe gives fewer than were asked for."""
     data = bytearray()
-    while len(data) <= limits.max_bytes and (piece := file.read(PIECE)):
-        data += piece
+    with open(source, "rb") if isinstance(source, Path) else contextlib.nullcontext(source) as file:
+        while len(data) <= limits.max_bytes and (piece := file.read(PIECE)):
+            data += piece
     return bytes(data)
-
-
-def _open_header(data: bytes, name: str) -> Image.Image:
-    """The image of a file, not yet decoded."""
-    _register_plugins()
-    formats = [format for format in FORMATS if format in Image.OPEN]
-    try:
-        return Image.open(io.BytesIO(data), formats=formats)
-    except Image.DecompressionBombError as error:
-        raise ImageError(f"{name}: rejected, because it has too many pixels.") from error
-    except Exception as error:
-        # What the file is instead, by its first bytes.
-        reason = name_bytes(data[:2000])
-        if not reason and _IMAGE_START.match(data):
-            reason = "an image whose header is damaged"
-        reason = reason or f"no image in a known format ({', '.join(formats)})"
-        raise ImageError(f"{name}: is {reason}.") from error
 
 
 @functools.cache
@@ -466,16 +480,6 @@ def to_rgb(image: Image.Image) -> Image.Image:
     plain = image.convert("RGB")
     plain.info = {}
     return plain
-
-
-def _reduced(image: Image.Image, factor: int) -> Image.Image:
-    """As RGB, both sides divided by `factor`."""
-    if factor == 1:
-        return to_rgb(image)
-    # Without a second copy of a large image, if means of its levels are colours.
-    if image.mode in ("L", "RGB", "RGBA") and "transparency" not in image.info:
-        return to_rgb(image.reduce(factor))
-    return to_rgb(image).reduce(factor)
 
 
 # ---- writing

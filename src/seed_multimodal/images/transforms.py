@@ -111,7 +111,7 @@ class ImageTransform:
         check_settings(self, "image transform")
 
     def __call__(self, image: Image.Image) -> Tensor:
-        return self.normalise(to_bytes(self.resize(image)))
+        return normalise(to_bytes(self.resize(image)), self.mean, self.std)
 
     def normalise(self, pixels: Tensor) -> Tensor:
         """uint8 [..., 3, H, W] → float32 on the same device."""

@@ -1,13 +1,12 @@
 """Work of several threads that one thread does: the engine's answers, batches of images.
 
 `InboxThread`: a daemon thread that serves what other threads put into its inbox; `DynamicBatcher`:
-one for the encoding or drawing of images; `ResultCache`; `ForkLock`.
+one for the encoding or drawing of images; `ResultCache`.
 """
 
 from __future__ import annotations
 
 import contextlib
-import copy
 import hashlib
 import os
 import queue
@@ -19,7 +18,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from concurrent.futures import wait as wait_for
-from typing import Any, Generic, Self, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 from torch import Tensor
@@ -36,7 +35,33 @@ Row = TypeVar("Row")
 Result = TypeVar("Result")
 
 
-class InboxThread(ABC, Generic[Item]):
+class ThreadState(ABC):
+    """Base of objects with locks, queues and threads: a forked child, a copy and a pickle get their
+    own ones."""
+
+    def __init__(self) -> None:
+        before = set(vars(self))
+        self._begin()
+        self._own = vars(self).keys() - before  # names of what `_begin` sets
+        _instances.add(self)
+
+    @abstractmethod
+    def _begin(self) -> None:
+        """Set locks, queues and threads: at first, in a forked child, and in a copy."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {name: value for name, value in vars(self).items() if name not in self._own}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self._begin()
+        _instances.add(self)
+
+
+_instances: weakref.WeakSet[ThreadState] = weakref.WeakSet()
+
+
+class InboxThread(ThreadState, Generic[Item]):
     """Base of objects that one daemon thread serves, from the first item on.
 
     The thread holds the object only while there is work, so that a dropped one is freed. A forked
@@ -45,15 +70,13 @@ class InboxThread(ABC, Generic[Item]):
 
     def __init__(self, thread_name: str) -> None:
         self._thread_name = thread_name
-        self._begin()
-        _instances.add(self)
+        super().__init__()
 
     @abstractmethod
     def serve(self) -> None:
         """Do the work of all items (`_take`); called by the thread."""
 
     def _begin(self) -> None:
-        """Set the state without items and thread: at first, and in a forked child."""
         self._inbox: queue.SimpleQueue[Item] = queue.SimpleQueue()
         # What the thread waits for: the object, once for each item. None: it ends.
         self._wakeups: queue.SimpleQueue[InboxThread[Item] | None] = queue.SimpleQueue()
@@ -61,18 +84,6 @@ class InboxThread(ABC, Generic[Item]):
         self._starting = threading.Lock()
         self._closing = threading.Event()
         weakref.finalize(self, _close, self._wakeups, self._threads, self._closing)
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A copy with an empty inbox, and without thread."""
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        vars(copied).update(vars(self))
-        copied._begin()
-        for name, value in vars(self).items():
-            if vars(copied)[name] is value:  # not of `_begin`
-                setattr(copied, name, copy.deepcopy(value, memo))
-        _instances.add(copied)
-        return copied
 
     def _put(self, item: Item) -> None:
         """Add an item, from any thread."""
@@ -97,29 +108,6 @@ class InboxThread(ABC, Generic[Item]):
                 items.append(self._inbox.get_nowait())
         except queue.Empty:
             return items
-
-
-class ForkLock:
-    """A lock that its thread may take again; a forked child and a copy get a free one."""
-
-    def __init__(self) -> None:
-        self._begin()
-        _instances.add(self)
-
-    def _begin(self) -> None:
-        self._lock = threading.RLock()
-
-    def __enter__(self) -> None:
-        self._lock.acquire()
-
-    def __exit__(self, *_: object) -> None:
-        self._lock.release()
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> ForkLock:
-        return ForkLock()
-
-
-_instances: weakref.WeakSet[InboxThread[Any] | ForkLock] = weakref.WeakSet()
 
 
 def _serve(wakeups: queue.SimpleQueue[InboxThread[Item] | None]) -> None:
@@ -209,7 +197,8 @@ class DynamicBatcher(InboxThread[Job[Key, Row, Result]], Generic[Key, Row, Resul
         if should_stop and should_stop():
             raise Stopped
         if threading.current_thread() is threading.main_thread():
-            return list(self._compute(key, rows))
+            with self._computing:
+                return list(self.work(key, rows))
         job: Job[Key, Row, Result] = Job(key, rows)
         self._put(job)
         while not wait_for([job], POLL_SECONDS).done:
@@ -253,7 +242,8 @@ class DynamicBatcher(InboxThread[Job[Key, Row, Result]], Generic[Key, Row, Resul
         for job in batch:
             rows += job.rows
         try:
-            results = list(self._compute(batch[0].key, rows)) if batch else []
+            with self._computing:
+                results = list(self.work(batch[0].key, rows)) if batch else []
         except Exception as error:  # noqa: BLE001 its thread raises it
             if len(batch) == 1:
                 batch[0].set_exception(error)
@@ -269,10 +259,6 @@ class DynamicBatcher(InboxThread[Job[Key, Row, Result]], Generic[Key, Row, Resul
         for job in batch:
             job.set_result(results[start : start + len(job.rows)])
             start += len(job.rows)
-
-    def _compute(self, key: Key, rows: Sequence[Row]) -> Sequence[Result]:
-        with self._computing:
-            return self.work(key, rows)
 
 
 class ResultCache(Generic[Result]):
@@ -290,7 +276,10 @@ class ResultCache(Generic[Result]):
         compute: called once, with the rows that are not cached.
         """
         # 1. Compute what is new; equal rows count once.
-        digests = [_digest(row) for row in pixels]
+        digests: list[bytes] = []
+        for row in pixels:
+            content = row.contiguous().cpu().numpy()
+            digests.append(hashlib.blake2b(content, digest_size=16).digest())
         new: dict[bytes, Tensor] = {}
         for digest, row in zip(digests, pixels, strict=True):
             if digest not in self._results:
@@ -306,7 +295,3 @@ class ResultCache(Generic[Result]):
         while len(self._results) > self.max_entries:
             self._results.popitem(last=False)
         return results
-
-
-def _digest(pixels: Tensor) -> bytes:
-    return hashlib.blake2b(pixels.contiguous().cpu().numpy(), digest_size=16).digest()

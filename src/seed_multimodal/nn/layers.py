@@ -172,24 +172,16 @@ def multi_head(
     attend: Attend = SCALED_DOT_PRODUCT,
     **options: Any,
 ) -> Tensor:
-    """Attention of each head: `[B, Q, D]`.
+    """Attention of each head: `[B, Q, D]`. Raises ConfigError: D does not divide into `heads`.
 
     options: of `attend`, which gets `[B, heads, N, D / heads]`.
     """
-    rows = [heads_first(x_BND, heads) for x_BND in (query_BQD, key_BND, value_BND)]
-    return heads_last(attend(*rows, **options))
-
-
-def heads_first(x_BND: Tensor, heads: int) -> Tensor:
-    """`[B, N, D]` → `[B, heads, N, D / heads]`. Raises ConfigError: D does not divide so."""
-    if x_BND.shape[-1] % heads:
-        raise ConfigError(f"A width of {x_BND.shape[-1]} does not divide into {heads} heads.")
-    return x_BND.unflatten(-1, (heads, -1)).transpose(1, 2)
-
-
-def heads_last(x_BHNd: Tensor) -> Tensor:
-    """`[B, heads, N, d]` → `[B, N, heads · d]`."""
-    return x_BHNd.transpose(1, 2).flatten(2)
+    by_head: list[Tensor] = []  # [B, heads, N, D / heads]
+    for x_BND in (query_BQD, key_BND, value_BND):
+        if x_BND.shape[-1] % heads:
+            raise ConfigError(f"A width of {x_BND.shape[-1]} does not divide into {heads} heads.")
+        by_head.append(x_BND.unflatten(-1, (heads, -1)).transpose(1, 2))
+    return attend(*by_head, **options).transpose(1, 2).flatten(2)
 
 
 def resize_square(table_NW: Tensor, grid: int) -> Tensor:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
+import threading
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
@@ -17,7 +18,7 @@ from seed_multimodal.diffusion.networks import compile_blocks
 from seed_multimodal.errors import CheckpointError, CodesError
 from seed_multimodal.images.io import MIN_OVERSAMPLING, ImageSource, is_image, open_image
 from seed_multimodal.images.transforms import ImageTransform
-from seed_multimodal.inference.batching import DynamicBatcher, ForkLock
+from seed_multimodal.inference.batching import DynamicBatcher, ThreadState
 from seed_multimodal.inference.prompt import random_seed
 from seed_multimodal.language.messages import Codes
 from seed_multimodal.models.registry import find_family
@@ -96,7 +97,7 @@ class Detokenizer(Protocol):
     def enable_cpu_offload(self, device: torch.device) -> object: ...
 
 
-class ImageCodec:
+class ImageCodec(ThreadState):
     """Images ⇄ codes or features; base of the families' codecs, which define four methods.
 
     encode(images, *, seed): codes or features of images, by `encode_batch` on rows of several
@@ -129,10 +130,13 @@ class ImageCodec:
         self.drawing_device = placement.drawing.device
         self.min_side = min_side
         self._decoder: Detokenizer | None = None
-        self._lock = ForkLock()  # held during encoding and loading of the de-tokenizer
         self._encode_batcher = DynamicBatcher(self.encode_batch, max_rows=32, wait=0.005)
         self._draw_batcher = DynamicBatcher(self.draw_batch)
+        super().__init__()
         self.offload(placement.offload)
+
+    def _begin(self) -> None:
+        self._lock = threading.RLock()  # held during encoding and loading of the de-tokenizer
 
     @property
     def has_codes(self) -> bool:
@@ -241,11 +245,12 @@ class ImageCodec:
                 image_inputs[row] = codes
         return self.draw(image_inputs, seeds=seeds, batch_size=batch_size, **settings)
 
-    @contextlib.contextmanager
+    @contextmanager
     def encoding(self) -> Iterator[None]:
         """Context with the encoder on its device, exclusively for this thread."""
-        device = self.device if "encoder" in self._offload else None
-        with self._lock, on_device(self.model, device):
+        is_offloaded = "encoder" in self._offload
+        on_its_device = on_device(self.model, self.device) if is_offloaded else nullcontext()
+        with self._lock, on_its_device:
             yield
 
 

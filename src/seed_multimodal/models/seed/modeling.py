@@ -165,7 +165,7 @@ class SeedTokenizer(SeedEncoder, PretrainedNetwork[TokenizerConfig]):
 
     def query_features(self, images: Tensor) -> Tensor:
         """Normalised pixels `[B, 3, S, S]` → Q-Former output `[B, 32, D]`."""
-        return self.query_features_from(self.vit_features(images))
+        return self.query_features_from(self.visual_encoder(images))
 
     def pre_quant(self, images: Tensor) -> Tensor:
         """Normalised pixels `[B, 3, S, S]` → features to quantise `[B, 32, d]`, with gradients."""
@@ -182,7 +182,7 @@ class SeedTokenizer(SeedEncoder, PretrainedNetwork[TokenizerConfig]):
             images = images[None]
         # Without dropout, or the same image would get different codes.
         with evaluating(self):
-            features = self.pre_quant(images.to(self.device, self.dtype))
+            features = self.pre_quant(images.to(self.query_tokens))
             return self.quantize.nearest(features)
 
     # ---- codes → embeddings
@@ -207,10 +207,11 @@ class SeedTokenizer(SeedEncoder, PretrainedNetwork[TokenizerConfig]):
 
     def _codebook_rows(self, codes: Tensor, lengths: Tensor | None) -> Tensor:
         """Codes `[B, 32]` → codebook rows `[B, 32, d]`, zeros after the first `lengths` `[B]`."""
-        quant_BQd = self.quantize.lookup(codes.to(self.device))
+        device = self.query_tokens.device
+        quant_BQd = self.quantize.lookup(codes.to(device))
         if lengths is None:
             return quant_BQd
-        return keep_first_rows(quant_BQd, lengths.to(self.device))
+        return keep_first_rows(quant_BQd, lengths.to(device))
 
     def decode_embeddings(self, quant_BQd: Tensor) -> Tensor:
         """Codebook rows `[B, 32, d]`, also straight-through ones, → embeddings, with gradients."""

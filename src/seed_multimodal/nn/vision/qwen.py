@@ -29,7 +29,7 @@ from torch import Tensor, nn
 from seed_multimodal.disk import read_json_object, writing
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.images.transforms import ImageTransform, seed_image_processor
-from seed_multimodal.nn.layers import LayerNorm, heads_last, resize_square
+from seed_multimodal.nn.layers import LayerNorm, resize_square
 from seed_multimodal.nn.pretrained import PretrainedNetwork, saved_config
 from seed_multimodal.nn.vision.base import State, VisionConfig, VisionEncoder
 from seed_multimodal.settings import setting
@@ -208,7 +208,8 @@ class QwenAttention(nn.Module):
         """`[B, N, W]` → `[B, N, W]`."""
         fused = self.in_proj(x_BNW).unflatten(-1, (self.heads, -1)).transpose(1, 2)
         query, key, value = fused.chunk(3, dim=-1)  # [B, heads, N, W / heads]
-        return self.out_proj(heads_last(F.scaled_dot_product_attention(query, key, value)))
+        attended = F.scaled_dot_product_attention(query, key, value)  # [B, heads, N, d]
+        return self.out_proj(attended.transpose(1, 2).flatten(2))
 
 
 class QwenBlock(nn.Module):
