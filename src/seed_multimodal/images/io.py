@@ -63,6 +63,7 @@ _IMAGE_START = re.compile(
     rb"\x89PNG|\xff\xd8\xff|GIF8|BM|II\*\0|MM\0\*|RIFF....WEBP|....ftyp|\0\0\0\x0cJXL |\xff\x0a",
     re.DOTALL,
 )
+_DATA_URL = re.compile(r"\s*data:", re.IGNORECASE)
 _URL = re.compile(r"\s*\w{2,}:/")  # more letters than a drive of Windows
 # What unseekable files held: conversations read their images again at each turn.
 _read_before: weakref.WeakKeyDictionary[Any, bytes] = weakref.WeakKeyDictionary()
@@ -145,7 +146,7 @@ class StoredImage:
         if self._name:
             return self._name
         path = getattr(self._source, "name", self._source)
-        if isinstance(path, str | os.PathLike) and not _is_data_url(str(path)):
+        if isinstance(path, str | os.PathLike) and not _DATA_URL.match(str(path)):
             return short_name(Path(path).name or "image")
         return "image"
 
@@ -316,7 +317,7 @@ def read_string(
 
     Raises ImageError: an address of the internet, or damaged base64.
     """
-    is_text = not text or _is_data_url(text) or len(text) > MAX_PATH or bool(_URL.match(text))
+    is_text = not text or len(text) > MAX_PATH or bool(_DATA_URL.match(text) or _URL.match(text))
     if not is_text and not os.path.exists(text):
         # A path may look like base64 text, but not like that of an image.
         with contextlib.suppress(ImageError):
@@ -332,7 +333,7 @@ def decode_text(text: str, name: str = "image", limits: ImageLimits = DEFAULT_LI
     """
     # 1. The body of a data URL, of which "=", "+" and "/" may be percent-encoded.
     body = text
-    if _is_data_url(text):
+    if _DATA_URL.match(text):
         head, _, body = text.partition(",")
         content = unquote_to_bytes(body)
         if not re.search(r";\s*base64\s*$", head, re.IGNORECASE):
@@ -356,10 +357,6 @@ def decode_text(text: str, name: str = "image", limits: ImageLimits = DEFAULT_LI
         raise ImageError(
             f"{name}: neither base64 text nor a data URL: {short_name(text)!r}."
         ) from error
-
-
-def _is_data_url(text: str) -> bool:
-    return text.lstrip()[:5].lower() == "data:"
 
 
 def _stream_bytes(file: IO[bytes], name: str, limits: ImageLimits) -> bytes:

@@ -65,7 +65,17 @@ class Answer:
     @property
     def text(self) -> str:
         """All text, without images."""
-        return " ".join(self._texts())
+        return " ".join(part for part in self.shown if isinstance(part, str))
+
+    @property
+    def shown(self) -> list[str | ImagePart | BrokenImagePart]:
+        """The parts, with texts without verdicts and white space around them."""
+        shown: list[str | ImagePart | BrokenImagePart] = []
+        for part in self.parts:
+            if isinstance(part, str):
+                part = without_verdict(part.strip(), self.answer_after)
+            shown.append(part)
+        return shown
 
     @property
     def images(self) -> list[Image.Image]:
@@ -88,20 +98,7 @@ class Answer:
 
     def __str__(self) -> str:
         """The text with `<image>` in place of images."""
-        return " ".join(self._texts(image_text=PLACEHOLDER))
-
-    def _texts(self, image_text: str = "") -> list[str]:
-        """The texts without their verdicts.
-
-        image_text: in place of each image; empty: images are left out.
-        """
-        texts: list[str] = []
-        for part in self.parts:
-            if isinstance(part, str):
-                texts.append(without_verdict(part.strip(), self.answer_after))
-            elif image_text:
-                texts.append(image_text)
-        return texts
+        return " ".join(part if isinstance(part, str) else PLACEHOLDER for part in self.shown)
 
 
 class Event(TypedDict, total=False):
@@ -138,18 +135,16 @@ class _RunningText:
     def add(self, token: int) -> None:
         """Add a token."""
         self._new_ids.append(token)
-        decoded = self._decode([*self._known_ids, *self._new_ids])
+        ids = [*self._known_ids, *self._new_ids]
+        decoded = self._tokenizer.decode(ids, skip_special_tokens=True)
         new_text = decoded[len(self._known) :]
         self.text = self.text[: self._n_certain] + new_text
         self.lengths.append(len(self.text))
         if new_text and not new_text.endswith("\ufffd"):
             self._known_ids = self._new_ids
             self._new_ids = []
-            self._known = self._decode(self._known_ids)
+            self._known = self._tokenizer.decode(self._known_ids, skip_special_tokens=True)
             self._n_certain = len(self.text)
-
-    def _decode(self, ids: Sequence[int]) -> str:
-        return self._tokenizer.decode(ids, skip_special_tokens=True)
 
 
 class AnswerReader:
@@ -179,6 +174,8 @@ class AnswerReader:
         self.finished = False
         self.found_stop = False
         self._run: list[int] = []  # tokens since the last change between text and image
+        self._in_image = False  # whether the run is an image that is not complete
+        self._is_image = False  # whether it is an image, or image tokens without its start
         self._text = _RunningText(tokenizer)  # of the run
         self._sent = 0  # characters of the run's text that were events already
 
@@ -191,26 +188,19 @@ class AnswerReader:
         self._stop = re.compile(f" *(?:{any_stop})")
         self._incomplete_end = re.compile(rf" *(?:{any_prefix})?\ufffd*\Z")
 
-    @property
-    def _in_image(self) -> bool:
-        """Whether the run is an image that is not complete."""
-        return self._run[:1] == [self.tokenizer.vocabulary.boi_id]
-
-    @property
-    def _run_is_image(self) -> bool:
-        """Whether the run is an image, or image tokens without its start."""
-        return bool(self._run) and self.tokenizer.vocabulary.is_image_token(self._run[0])
-
     def read(self, token: int) -> list[Event]:
         """Add one token and return the events it completes; an image's has its `ImagePart`."""
         vocabulary = self.tokenizer.vocabulary
         if self.finished or (self._in_image and vocabulary.is_ignored_in_image(token)):
             return []
 
-        # 1. The token ends the answer, or the run before it.
+        # 1. The token ends the answer, or the run before it; a text inside an image waits for the
+        #    image's end.
         events: list[Event] = []
         is_end = token in self.tokenizer.eos_token_ids
-        if is_end or self._ends_run(token):
+        is_image_token = vocabulary.is_image_token(token)
+        is_change = bool(self._run) and not self._in_image and is_image_token != self._is_image
+        if is_end or is_change or token == vocabulary.boi_id:
             events += self._flush()
         if is_end:
             if not self.finished:  # else a stop has dropped the end of the answer
@@ -221,23 +211,17 @@ class AnswerReader:
             events.append({"type": "image_start"})
 
         # 2. It continues the run, and may complete a text event or an image.
+        if not self._run:
+            self._in_image = token == vocabulary.boi_id
+            self._is_image = is_image_token
         self.ids.append(token)
         self._run.append(token)
-        if not self._run_is_image:
+        if not self._is_image:
             self._text.add(token)
             return events + self._new_text(final=False)
         if token == vocabulary.eoi_id:
             return events + self._flush()
         return events + self._preview()
-
-    def _ends_run(self, token: int) -> bool:
-        """Whether the run ends before `token`; text inside an image waits for the image's end."""
-        vocabulary = self.tokenizer.vocabulary
-        if token == vocabulary.boi_id:
-            return True
-        if not self._run or self._in_image:
-            return False
-        return vocabulary.is_image_token(token) != self._run_is_image
 
     def _preview(self) -> list[Event]:
         """The unfinished image, where a preview is due."""
@@ -263,7 +247,7 @@ class AnswerReader:
 
     def _flush(self) -> list[Event]:
         """End the present run and return its content."""
-        if not self._run_is_image:
+        if not self._run or not self._is_image:
             return self._flush_text()
 
         # 1. Texts inside belong to the image only if it is closed.
@@ -280,6 +264,7 @@ class AnswerReader:
         part = _image_part(run[:end], vocabulary, start)
         self.parts.append(part)
         self._run = []
+        self._in_image = False
         self.ids = self.ids[: start + end]
         events: list[Event]
         if isinstance(part, BrokenImagePart):

@@ -65,7 +65,7 @@ def read_messages(messages: Sequence[object], images_first: bool = False) -> lis
     images_first: a user's images are read before the question, see `images_before_question`;
     content of `Message`s stays in order.
     """
-    conversation = [_message(message, index) for index, message in enumerate(messages)]
+    conversation = [_read_message(message, index) for index, message in enumerate(messages)]
     for index, message in enumerate(conversation):
         if images_first and message.role == "user" and not isinstance(messages[index], Message):
             conversation[index] = Message("user", images_before_question(message.content))
@@ -102,7 +102,9 @@ def images_before_question(content: Sequence[Any]) -> tuple[Any, ...]:
 
 def user_message(content: Sequence[object], index: int = 0) -> list[Message]:
     """A conversation of one message; `index`: its number in errors, of several requests."""
-    return [_message({"role": "user", "content": content}, index)]
+    return [
+        _checked(Message("user", tuple(_item(item, index) for item in _as_list(content))), index)
+    ]
 
 
 def without_oldest_turn(conversation: Sequence[Message]) -> list[Message]:
@@ -171,21 +173,10 @@ def image_conversations(
     return conversations, single
 
 
-def _message(message: object, index: int) -> Message:
-    """One message of a conversation, whose user's messages are not empty."""
-    parsed = message if isinstance(message, Message) else _parsed_message(message, index)
-    if parsed.role in ("user", "raw") and all(map(_is_blank, parsed.content)):
-        raise RequestError(f"Message {index} is empty.")
-    token = re.search(r"<img_\d+>", parsed.text) if parsed.role == "user" else None
-    if token:
-        raise RequestError(
-            f"Message {index} holds {token[0]} as text; send an image as codes, a list of numbers."
-        )
-    return parsed
-
-
-def _parsed_message(message: object, index: int) -> Message:
-    """Parse a mapping with `role` and `content`."""
+def _read_message(message: object, index: int) -> Message:
+    """One message of a conversation: a mapping with `role` and `content`, or a `Message`."""
+    if isinstance(message, Message):
+        return _checked(message, index)
     if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
         raise RequestError(f"Message {index} must be a mapping with 'role' and 'content'.")
     role = message["role"]
@@ -198,7 +189,20 @@ def _parsed_message(message: object, index: int) -> Message:
     # An earlier answer, or what the caller wrote.
     if isinstance(content, Answer):
         content = [part for part in content.parts if not isinstance(part, BrokenImagePart)]
-    return Message(role, tuple(_item(item, index) for item in _as_list(content)))
+    items = tuple(_item(item, index) for item in _as_list(content))
+    return _checked(Message(role, items), index)
+
+
+def _checked(message: Message, index: int) -> Message:
+    """The message. Raises RequestError: a user's that is empty, or holds codes as text."""
+    if message.role in ("user", "raw") and all(map(_is_blank, message.content)):
+        raise RequestError(f"Message {index} is empty.")
+    token = re.search(r"<img_\d+>", message.text) if message.role == "user" else None
+    if token:
+        raise RequestError(
+            f"Message {index} holds {token[0]} as text; send an image as codes, a list of numbers."
+        )
+    return message
 
 
 def _is_blank(item: ContentPart) -> bool:

@@ -188,7 +188,11 @@ class TextTokenizer(ABC):
         ids = list(self.start_ids) if add_bos else []
         for part in parts:
             if isinstance(part, str):
-                ids += self._encode_text(_plain_text(part))
+                try:
+                    part.encode()
+                except UnicodeEncodeError:  # lone surrogates: bytes that are not UTF-8
+                    raise RequestError("The text must be plain Unicode text.") from None
+                ids += self._encode_text(part)
             elif isinstance(part, Ids):
                 ids += part
             else:
@@ -226,15 +230,6 @@ class TextTokenizer(ABC):
             else:
                 tokens.append(self._text_token(id) if id < self._n_text else f"<{id}>")
         return tokens
-
-
-def _plain_text(text: str) -> str:
-    """The text. Raises RequestError: lone surrogates (bytes that are not UTF-8)."""
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        raise RequestError("The text must be plain Unicode text.") from None
-    return text
 
 
 def without_space_at_images(parts: Sequence[Any]) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
 from typing import Any
 
@@ -18,7 +19,7 @@ from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.pipelines.family import Family, Task
 from seed_multimodal.pipelines.images import ImageCodec, Log, Options
 from seed_multimodal.progress import Progress
-from seed_multimodal.settings import check_value, nearest, read_settings
+from seed_multimodal.settings import check_value, nearest
 
 # A request: messages of which a family builds a prompt, or a prompt that was built before.
 ConversationOrPrompt = Sequence[Message] | Prompt
@@ -91,7 +92,7 @@ class AnswerGenerator:
         """
         # 1. Names.
         names = [entry.name for entry in fields(GenerationSettings)]
-        drawing_names = self.images.drawing_settings
+        drawing_names = self.family.images.drawing_settings
         for name in options:
             if name in drawing_names:
                 raise ConfigError(f"The option {name!r} is of drawing, but nothing is drawn.")
@@ -112,7 +113,7 @@ class AnswerGenerator:
             **family_values,
             **options,
         }
-        settings = read_settings(GenerationSettings, values, "Generation setting")
+        settings: GenerationSettings = check_value(GenerationSettings, values, "Generation setting")
         if settings.num_return_sequences > 1:
             raise ConfigError(
                 "num_return_sequences: each request gets one answer; for several, repeat the "
@@ -127,7 +128,7 @@ class AnswerGenerator:
 
         options: of the caller, whose `max_new_tokens` is not raised (ConfigError: it is too low).
         """
-        needed = self.tokenizer.vocabulary.min_codes + 1
+        needed = self.family.tokenizer.vocabulary.min_codes + 1
         if "max_new_tokens" in options and settings.max_new_tokens < needed:
             raise ConfigError(
                 f"An image needs {needed} new tokens, but max_new_tokens is "
@@ -140,7 +141,7 @@ class AnswerGenerator:
 
     def unknown_words_note(self, *messages: Message) -> str:
         """A note about words that the system did not learn, or empty."""
-        file = self.config.known_words
+        file = self.family.config.known_words
         if file is None:
             return ""
         return read_known_words(file).note("\n".join(message.text for message in messages))
@@ -158,10 +159,10 @@ class AnswerGenerator:
         """
         context = self.engine.capacity
         # Tokens for the answer: a quarter of the context, and at least an image.
-        reserved = max(context // 4, self.tokenizer.vocabulary.min_codes + 2)
+        reserved = max(context // 4, self.family.tokenizer.vocabulary.min_codes + 2)
         reserved = min(settings.max_new_tokens, reserved)
 
-        answered = self.tokenizer.encode_parts([opening])
+        answered = self.family.tokenizer.encode_parts([opening])
         turns = conversation
         while True:
             (prompt,) = self.family.prompts([turns], task, [settings.seed])
@@ -201,9 +202,10 @@ class AnswerGenerator:
         count = len(requests)
         if isinstance(settings, GenerationSettings):
             settings = [settings] * count
-        answered = self.tokenizer.encode_parts([opening])
+        answered = self.family.tokenizer.encode_parts([opening]) if opening else ()
         answers: list[GeneratedAnswer] = []
-        with Progress(task, count, "answer", log=self.log if count >= BAR_FROM else None) as bar:
+        bar = Progress(task, count, "answer", log=self.log) if count >= BAR_FROM else None
+        with bar or nullcontext():
             for start in range(0, count, batch_size):
                 # 1. The prompts of a batch.
                 prompts: Any = requests[start : start + batch_size]
@@ -211,7 +213,8 @@ class AnswerGenerator:
                 if not isinstance(prompts[0], Prompt):
                     seeds = [row.seed for row in batch_settings]
                     prompts = self.family.prompts(prompts, task, seeds)
-                prompts = [prompt.answered_with(answered) for prompt in prompts]
+                if answered:
+                    prompts = [prompt.answered_with(answered) for prompt in prompts]
 
                 # 2. Their answers, and the inputs of the images in them.
                 for request in self.engine.run(prompts, batch_settings):
@@ -219,12 +222,13 @@ class AnswerGenerator:
                     parts = [part for part in answer.parts if isinstance(part, ImagePart)]
                     inputs = self.family.image_inputs(parts, request) if parts else ()
                     answers.append(GeneratedAnswer(answer, inputs, request.prompt))
-                bar.update(len(prompts))
+                if bar is not None:
+                    bar.update(len(prompts))
         return answers
 
     def read_answer(self, ids: Sequence[int], settings: GenerationSettings) -> Answer:
         """The answer of ids that were generated elsewhere (by transformers), cut at its end."""
-        return self._answer(read_answer(self.tokenizer, ids, settings), Prompt(), "stop")
+        return self._answer(read_answer(self.family.tokenizer, ids, settings), Prompt(), "stop")
 
     def _answer(self, reader: AnswerReader, prompt: Prompt, finish_reason: str) -> Answer:
         """The answer to a prompt that a reader has read."""
@@ -251,7 +255,7 @@ class AnswerGenerator:
         settings: of each request. options: of the caller, see `_forced`.
         """
         # 1. The settings of an answer that is nothing but an image, and of one with a text.
-        image_length = self.tokenizer.vocabulary.tokens_per_image + 1  # codes and `</img>`
+        image_length = self.family.tokenizer.vocabulary.tokens_per_image + 1  # codes and `</img>`
         text_length = self._text_tokens_before_image(task)
         forced: list[GenerationSettings] = []
         free: list[GenerationSettings] = []
@@ -290,7 +294,7 @@ class AnswerGenerator:
         tasks = self.family.tasks
         if task == "edit":
             return tasks.edit_words
-        return tasks.draw_words if self.config.tuned else 0
+        return tasks.draw_words if self.family.config.tuned else 0
 
     def answer_likelihoods(
         self,
@@ -325,13 +329,13 @@ class AnswerGenerator:
                     prompts[row] = Prompt(extended, prompt.images)
             continuations: list[list[list[int]]] = []
             for texts in answers[start : start + batch_size]:
-                continuations.append([self.tokenizer.encode(text) for text in texts])
+                continuations.append([self.family.tokenizer.encode(text) for text in texts])
             likelihoods += self.engine.likelihoods(prompts, continuations)
         return likelihoods
 
     def _verdict_ids(self, answer_ids: Sequence[int], end: str) -> Sequence[int]:
         """The tokens of an answer up to the `end` of its verdict; none without one."""
         for length in range(1, len(answer_ids) + 1):
-            if end in self.tokenizer.decode(answer_ids[:length]):
+            if end in self.family.tokenizer.decode(answer_ids[:length]):
                 return answer_ids[:length]
         return ()

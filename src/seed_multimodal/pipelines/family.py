@@ -68,8 +68,13 @@ class Family:
         self.tokenizer = tokenizer
         self.llm = llm
         self.images = images
-        self.template = template
+        self.use_template(template)
         self.tasks: TaskPrompts = config.tasks
+
+    def use_template(self, template: PromptTemplate | None) -> None:
+        """Write conversations in a template, whose texts then end answers."""
+        self.template = template
+        self.stops = template.stop_sequences if template else ()
 
     # ---- loading
 
@@ -107,8 +112,8 @@ class Family:
 
     def settings(self, task: str) -> Options:
         """Generation settings of a task, with the texts (`stop`) and tokens that end an answer."""
-        stop = self.template.stop_sequences if self.template else ()
-        return {**self.config.generation, "stop": (*stop, *self.config.generation.get("stop", ()))}
+        generation = self.config.generation
+        return {**generation, "stop": (*self.stops, *generation.get("stop", ()))}
 
     def read_chat(self, conversation: list[Message], draws: bool) -> tuple[Task, list[Message]]:
         """A conversation as the model was trained to read it, and its task.
@@ -175,7 +180,20 @@ class Family:
 
     def prompt(self, conversation: Sequence[Message], task: Task, encoded: Iterator[Any]) -> Prompt:
         """A conversation as a prompt; `encoded` yields its images in order."""
-        return Prompt(self._conversation_ids(conversation, encoded))
+        # 1. The turns, and the texts of all system messages.
+        turns: list[Turn] = []
+        system: list[str] = []
+        for message in conversation:
+            if message.role == "system":
+                system.append(message.text)
+            else:
+                turns.append((message.role, self._parts(message, encoded)))
+
+        # 2. Their ids; a raw message has no template.
+        role, parts = turns[0]
+        if role == "raw":
+            return Prompt(self.tokenizer.encode_parts(merge_text(parts), add_bos=True))
+        return Prompt(self.prompt_ids(turns, "\n".join(system)))
 
     def embed_features(self, features: Sequence[ImageFeatures]) -> Tensor:
         """Features of a prompt's images → embeddings `[n, D]`; the engine's thread calls it."""
@@ -185,25 +203,6 @@ class Family:
         """`<s>` and a conversation, turns of texts and codes, up to where the answer begins."""
         assert self.template is not None
         return self.tokenizer.encode_parts(self.template.render(turns, system), add_bos=True)
-
-    def _conversation_ids(
-        self, conversation: Sequence[Message], codes: Iterator[list[int]]
-    ) -> list[int]:
-        """A conversation as ids; `codes` yields those of its input images in order."""
-        # 1. A raw message has no template.
-        first = conversation[0]
-        if first.role == "raw":
-            return self.tokenizer.encode_parts(merge_text(self._parts(first, codes)), add_bos=True)
-
-        # 2. Texts of all system messages, and the turns.
-        system: list[str] = []
-        turns: list[Turn] = []
-        for message in conversation:
-            if message.role == "system":
-                system.append(message.text)
-            else:
-                turns.append((message.role, self._parts(message, codes)))
-        return self.prompt_ids(turns, "\n".join(system))
 
     def _parts(self, message: Message, codes: Iterator[list[int]]) -> list[Part]:
         """A message's texts, and its images as codes; those of answers have them already."""

@@ -26,7 +26,7 @@ from seed_multimodal.inference.prompt import GenerationSettings, Prompt, PromptI
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.llama_tokenizer import TransformersTokenizer
 from seed_multimodal.language.messages import Message, input_images, is_single, read_messages
-from seed_multimodal.language.prompts import interleave, without_verdict
+from seed_multimodal.language.prompts import interleave
 from seed_multimodal.language.text_tokenizer import without_space_at_images
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.pipelines.base import DRAWING_BATCH, MultimodalSystem
@@ -295,14 +295,12 @@ class SeedMultimodalProcessor(ProcessorMixin):
                 f"{self.system.config.name} draws images from hidden states, which ids do not "
                 "hold; use generation_mode='image', or `MultimodalSystem.chat`."
             )
-        answer_after = self.system.family.tasks.answer_after
         answers: list[list[dict[str, Any]]] = []
         for ids in generated_ids:
             content: list[dict[str, Any]] = []
-            for part in self._read(ids).parts:
+            for part in self._read(ids).shown:
                 if isinstance(part, str):
-                    text = without_verdict(part.strip(), answer_after)
-                    content.append({"type": "text", "text": text})
+                    content.append({"type": "text", "text": part})
                 elif isinstance(part, ImagePart):
                     image = self.system.images.draw(
                         [part.codes], seeds=[seed], batch_size=DRAWING_BATCH, **drawing
