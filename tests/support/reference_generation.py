@@ -54,7 +54,7 @@ def _generate(
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
     vocabulary = tokenizer.vocabulary
-    forced = [vocabulary.boi_id] if settings.forces_image else []
+    forced = [vocabulary.boi_id] if settings.images == "forced" else []
     initial_ids = [*prompt.answered, *forced]
     # The context limits the answer.
     embeds = embeddings(llm, prompt, forced)

@@ -158,7 +158,7 @@ class Request:
         # 1. What is asked.
         tokenizer = engine.tokenizer
         vocabulary = tokenizer.vocabulary
-        forced = [vocabulary.boi_id] if settings.forces_image else []
+        forced = [vocabulary.boi_id] if settings.images == "forced" else []
         self.prompt = prompt
         self.settings = settings
         self.prompts = [Prompt([*prompt.ids, *forced], prompt.images)]
@@ -432,7 +432,7 @@ class BaseEngine(ABC):
         # 3. A forced image fits, with its codes and `</img>`.
         budget = min(settings.max_new_tokens, self.capacity - length)
         needed = self.vocabulary.min_codes + 1
-        if settings.forces_image and settings.constrain and budget < needed:
+        if settings.images == "forced" and settings.constrain and budget < needed:
             raise GenerationError(
                 f"An image needs {needed} new tokens, but only {budget} are left (max_new_tokens "
                 f"{settings.max_new_tokens}, context {self.capacity})."

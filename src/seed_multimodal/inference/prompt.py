@@ -74,10 +74,6 @@ class GenerationSettings:
         check_settings(self, "Generation setting")
 
     @property
-    def forces_image(self) -> bool:
-        return self.images == "forced"
-
-    @property
     def samples(self) -> bool:
         """Whether tokens are sampled."""
         return self.do_sample and self.temperature >= MIN_TEMPERATURE and self.top_p > 0

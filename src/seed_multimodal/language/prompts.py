@@ -69,22 +69,22 @@ class PromptTemplate:
     def render_turns(self, turns: Sequence[Turn], system: str = "") -> list[tuple[str, list[Part]]]:
         """Role and segments of each turn: what precedes an answer is the user's."""
         rendered: list[tuple[str, list[Part]]] = []
-        opening = self.opening(system)
+        before = self.system_text(system)
         for role, content in turns:
-            rendered.append((role, self.render_turn(role, content, opening)))
+            rendered.append((role, self.render_turn(role, content, before)))
             if role == "user":
-                opening = self.separator
+                before = self.separator
         return rendered
 
-    def opening(self, system: str) -> str:
+    def system_text(self, system: str) -> str:
         """What precedes the first user's turn."""
         return f"{self.system_prefix}{system}{self.system_suffix}" if system else ""
 
-    def render_turn(self, role: str, content: str | Sequence[Part], opening: str) -> list[Part]:
-        """Segments of one turn; `opening`: prefix of a user's."""
+    def render_turn(self, role: str, content: str | Sequence[Part], before: str) -> list[Part]:
+        """Segments of one turn; `before`: what precedes a user's."""
         parts = [content] if isinstance(content, str) else content
         if role == "user":
-            parts = [opening + self.user_prefix, *parts, self.user_suffix]
+            parts = [before + self.user_prefix, *parts, self.user_suffix]
         return merge_text(parts)
 
 

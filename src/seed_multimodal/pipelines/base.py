@@ -22,7 +22,7 @@ from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import ConfigError, RequestError
 from seed_multimodal.images.io import is_image, open_image
 from seed_multimodal.inference.base_engine import BaseEngine, Likelihood
-from seed_multimodal.inference.opening import (
+from seed_multimodal.inference.engines import (
     TORCH,
     WITHOUT_WEIGHTS,
     EngineOptions,
@@ -432,7 +432,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
 
         # 2. The prompt; a forced image follows the task's response.
         opening = ""
-        if settings.forces_image:
+        if settings.images == "forced":
             is_text = all(message.is_text for message in conversation)
             tasks = self.family.tasks
             opening = tasks.draw_response if is_text else tasks.edit_response

@@ -29,7 +29,7 @@ from transformers import (
 
 from seed_multimodal.disk import replace_folder
 from seed_multimodal.errors import ConfigError, GenerationError
-from seed_multimodal.inference.opening import torch_engine
+from seed_multimodal.inference.engines import torch_engine
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.inference.sampling import ImageConstraints, StopTexts, read_answer
 from seed_multimodal.language.vocabulary import ImageVocabulary

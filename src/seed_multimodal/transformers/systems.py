@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import weakref
 
-from seed_multimodal.inference.opening import NO_ENGINE, TORCH
+from seed_multimodal.inference.engines import NO_ENGINE, TORCH
 from seed_multimodal.models.registry import find_family
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.config import SystemConfig

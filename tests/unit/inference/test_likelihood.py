@@ -57,7 +57,7 @@ LOG_PROB_SETTINGS = {
 def recomputed(system: Any, prompt: Prompt, ids: list[int], settings: GenerationSettings) -> list:
     """Log-probabilities of an answer by one pass over it, and transformers' processors."""
     vocabulary = system.tokenizer.vocabulary
-    opening = [vocabulary.boi_id] if settings.forces_image else []
+    opening = [vocabulary.boi_id] if settings.images == "forced" else []
 
     def scores_after(prompt_ids: list[int]) -> torch.Tensor:
         with torch.no_grad():
@@ -97,7 +97,7 @@ def test_log_probs_are_those_of_the_distribution_that_was_sampled(request, famil
     answers = engine.sample(prompts, seeded)
     n_answers = settings.num_return_sequences
     plain = engine.generate(prompts, seeded)
-    n_initial = int(settings.forces_image)
+    n_initial = int(settings.images == "forced")
     assert [list(answer.ids) for answer in answers] == [ids[n_initial:] for ids in plain]
     for index, answer in enumerate(answers):
         expected = recomputed(system, prompts[index // n_answers], list(answer.ids), settings)

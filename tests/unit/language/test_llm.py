@@ -18,7 +18,7 @@ from tiny.language import random_llm
 from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, SeedWarning
-from seed_multimodal.inference.opening import torch_engine
+from seed_multimodal.inference.engines import torch_engine
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.language.llm import check_vocab_size, load_llm
 from seed_multimodal.language.tokenizer import MultimodalTokenizer

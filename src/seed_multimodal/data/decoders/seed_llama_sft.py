@@ -374,7 +374,7 @@ class TextConversation(Decoder):
             result = self.dialogue(self.template, turns, system)
         else:
             result = self.dialogue(self.template, turns)
-            system = self.template.opening(system)
+            system = self.template.system_text(system)
             if system and result.segments:
                 result.segments = [
                     system_segment(system, self.template.separator),
