@@ -10,7 +10,6 @@ import functools
 import math
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from types import MethodType
 from typing import Any, TypeVar
 
 import torch
@@ -224,7 +223,7 @@ def avoid_slow_bfloat16(module: nn.Module) -> None:
         return
     for layer in module.modules():
         if type(layer) in (nn.Conv2d, nn.Linear) and type(layer.weight) is nn.Parameter:
-            layer.forward = MethodType(_float32_forward, layer)
+            layer.forward = functools.partial(_float32_forward, layer)
 
 
 def _float32_forward(layer: nn.Conv2d | nn.Linear, features: Tensor) -> Tensor:

@@ -196,28 +196,12 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
             self.system.images.to(self.device)
             # The old engine's cache is freed first; weights that were moved rest there.
             del self.system.engine
-            self._renew_engine()
+            options = replace(self.system.engine_options, offload_device=None)
+            family = self.system.family
+            self.system.engine = torch_engine(
+                self.language_model, family.tokenizer, options, family.embed_features
+            )
         return moved
-
-    def _renew_engine(self) -> None:
-        options = replace(self.system.engine_options, offload_device=None)
-        self.system.engine = torch_engine(
-            self.language_model, self.system.tokenizer, options, self.system.family.embed_features
-        )
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> Self:
-        """A model with weights of its own, and an engine for them."""
-        # What has threads, or does not change, is not copied.
-        system = self.system
-        memo[id(system.engine)] = None
-        for constant in (system.config, system.tokenizer, system.log):
-            memo[id(constant)] = constant
-        copied = type(self).__new__(type(self))
-        memo[id(self)] = copied
-        for name, value in vars(self).items():
-            copied.__dict__[name] = copy.deepcopy(value, memo)
-        copied._renew_engine()
-        return copied
 
     def get_input_embeddings(self) -> nn.Module:
         embeddings: nn.Module = self.language_model.get_input_embeddings()

@@ -97,14 +97,25 @@ class TorchBackend:
         values_per_layer = 2 * self._n_kv_heads * self._head_dim
         bytes_per_token = self._n_layers * values_per_layer * llm.dtype.itemsize
         self.cache_size = plan_cache(bytes_per_token, self.context, cache_bytes, max_rows)
+        self._open_cache()
+        if llm.config.model_type not in CHECKED_ARCHITECTURES:
+            self._check_scores()
+
+    def _open_cache(self) -> None:
         self.cache = KVCache(self.cache_size)
         if self._offload_device is None:
             self._allocate_cache()
         self._decode_pass = self._decode
-        if compiled:
+        if self.compiled:
             self._decode_pass = torch.compile(self._decode, mode="reduce-overhead")
-        if llm.config.model_type not in CHECKED_ARCHITECTURES:
-            self._check_scores()
+
+    def __getstate__(self) -> dict[str, object]:
+        """For copies and pickles, which get a cache of their own."""
+        return {**vars(self), "cache": None, "_decode_pass": None}
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        vars(self).update(state)
+        self._open_cache()
 
     def _allocate_cache(self) -> None:
         self.cache.allocate(
