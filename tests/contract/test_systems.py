@@ -185,7 +185,7 @@ def test_results_in_threads_equal_those_alone(system, family: Family):
 
 @pytest.mark.parametrize(
     ("task", "request_", "functions", "files"),
-    [("describe", noise(1), 192, 35), ("draw", "a fox", 195, 35)],
+    [("describe", noise(1), 153, 27), ("draw", "a fox", 163, 28)],
 )
 def test_a_request_crosses_few_functions(task, request_, functions, files):
     # What must be read to follow one request, in all threads, once everything is loaded; three

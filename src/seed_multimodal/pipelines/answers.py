@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, fields, replace
+from operator import attrgetter
 from typing import Any
 
 from seed_multimodal.errors import ConfigError, GenerationError, RequestError
@@ -48,39 +49,25 @@ class GeneratedAnswer:
         return self.image_inputs[0]
 
 
+def _of_family(name: str) -> Any:
+    """A property that reads an attribute of the system's family."""
+    return property(attrgetter(f"family.{name}"))
+
+
 class AnswerGenerator:
     """Answers of a family's language model by an engine."""
 
     engine: BaseEngine
+    # The family's parts, which the engine and the prompts use, too: assigning to them is an error.
+    config: Any = _of_family("config")
+    tokenizer: TextTokenizer = _of_family("tokenizer")
+    tasks: TaskPrompts = _of_family("tasks")  # the sentences of its requests
+    images: ImageCodec = _of_family("images")
+    llm: Any = _of_family("llm")  # the language model; None: the engine has it, outside of torch
 
     def __init__(self, family: Family, log: Log) -> None:
         self.family = family
         self.log = log
-
-    # The family's parts, which the engine and the prompts use, too: assigning to them is an error.
-
-    @property
-    def config(self) -> Any:
-        return self.family.config
-
-    @property
-    def tokenizer(self) -> TextTokenizer:
-        return self.family.tokenizer
-
-    @property
-    def tasks(self) -> TaskPrompts:
-        """The sentences of its requests."""
-        return self.family.tasks
-
-    @property
-    def llm(self) -> Any:
-        """The language model; None: the engine has it, outside of torch."""
-        return self.family.llm
-
-    @property
-    def images(self) -> ImageCodec:
-        codec: ImageCodec = self.family.images
-        return codec
 
     # ---- settings
 
@@ -92,7 +79,7 @@ class AnswerGenerator:
         """
         # 1. Names.
         names = [entry.name for entry in fields(GenerationSettings)]
-        drawing_names = self.family.images.drawing_settings
+        drawing_names = self.images.drawing_settings
         for name in options:
             if name in drawing_names:
                 raise ConfigError(f"The option {name!r} is of drawing, but nothing is drawn.")
@@ -128,7 +115,7 @@ class AnswerGenerator:
 
         options: of the caller, whose `max_new_tokens` is not raised (ConfigError: it is too low).
         """
-        needed = self.family.tokenizer.vocabulary.min_codes + 1
+        needed = self.tokenizer.vocabulary.min_codes + 1
         if "max_new_tokens" in options and settings.max_new_tokens < needed:
             raise ConfigError(
                 f"An image needs {needed} new tokens, but max_new_tokens is "
@@ -141,7 +128,7 @@ class AnswerGenerator:
 
     def unknown_words_note(self, *messages: Message) -> str:
         """A note about words that the system did not learn, or empty."""
-        file = self.family.config.known_words
+        file = self.config.known_words
         if file is None:
             return ""
         return read_known_words(file).note("\n".join(message.text for message in messages))
@@ -159,10 +146,10 @@ class AnswerGenerator:
         """
         context = self.engine.capacity
         # Tokens for the answer: a quarter of the context, and at least an image.
-        reserved = max(context // 4, self.family.tokenizer.vocabulary.min_codes + 2)
+        reserved = max(context // 4, self.tokenizer.vocabulary.min_codes + 2)
         reserved = min(settings.max_new_tokens, reserved)
 
-        answered = self.family.tokenizer.encode_parts([opening])
+        answered = self.tokenizer.encode_parts([opening])
         turns = conversation
         while True:
             (prompt,) = self.family.prompts([turns], task, [settings.seed])
@@ -202,7 +189,7 @@ class AnswerGenerator:
         count = len(requests)
         if isinstance(settings, GenerationSettings):
             settings = [settings] * count
-        answered = self.family.tokenizer.encode_parts([opening]) if opening else ()
+        answered = self.tokenizer.encode_parts([opening]) if opening else ()
         answers: list[GeneratedAnswer] = []
         bar = Progress(task, count, "answer", log=self.log) if count >= BAR_FROM else None
         with bar or nullcontext():
@@ -228,7 +215,7 @@ class AnswerGenerator:
 
     def read_answer(self, ids: Sequence[int], settings: GenerationSettings) -> Answer:
         """The answer of ids that were generated elsewhere (by transformers), cut at its end."""
-        return self._answer(read_answer(self.family.tokenizer, ids, settings), Prompt(), "stop")
+        return self._answer(read_answer(self.tokenizer, ids, settings), Prompt(), "stop")
 
     def _answer(self, reader: AnswerReader, prompt: Prompt, finish_reason: str) -> Answer:
         """The answer to a prompt that a reader has read."""
@@ -236,7 +223,7 @@ class AnswerGenerator:
             tuple(reader.parts),
             tuple(reader.ids),
             prompt.note,
-            self.family.tasks.answer_after,
+            self.tasks.answer_after,
             prompt_tokens=len(prompt) - len(prompt.answered),  # those are in the answer's ids
             finish_reason=finish_reason,
         )
@@ -255,7 +242,7 @@ class AnswerGenerator:
         settings: of each request. options: of the caller, see `_forced`.
         """
         # 1. The settings of an answer that is nothing but an image, and of one with a text.
-        image_length = self.family.tokenizer.vocabulary.tokens_per_image + 1  # codes and `</img>`
+        image_length = self.tokenizer.vocabulary.tokens_per_image + 1  # codes and `</img>`
         text_length = self._text_tokens_before_image(task)
         forced: list[GenerationSettings] = []
         free: list[GenerationSettings] = []
@@ -278,7 +265,7 @@ class AnswerGenerator:
 
         # 3. An image is forced where that gave none, or several.
         missing = [row for row in range(len(requests)) if row not in answers]
-        tasks = self.family.tasks
+        tasks = self.tasks
         forced_answers = self.generate_answers(
             [requests[row] for row in missing],
             task,
@@ -291,10 +278,10 @@ class AnswerGenerator:
 
     def _text_tokens_before_image(self, task: Task) -> int:
         """Tokens in which the model may say what an image will show, before the image is forced."""
-        tasks = self.family.tasks
+        tasks = self.tasks
         if task == "edit":
             return tasks.edit_words
-        return tasks.draw_words if self.family.config.tuned else 0
+        return tasks.draw_words if self.config.tuned else 0
 
     def answer_likelihoods(
         self,
@@ -317,7 +304,7 @@ class AnswerGenerator:
             if not all(texts):
                 raise RequestError(f"Request {row} has an empty answer.")
         settings = self.settings(task, do_sample=False, num_beams=1)
-        verdict_end = self.family.tasks.answer_after.rstrip()
+        verdict_end = self.tasks.answer_after.rstrip()
         likelihoods: list[list[Likelihood]] = []
         for start in range(0, len(conversations), batch_size):
             turns = conversations[start : start + batch_size]
@@ -329,13 +316,13 @@ class AnswerGenerator:
                     prompts[row] = Prompt(extended, prompt.images)
             continuations: list[list[list[int]]] = []
             for texts in answers[start : start + batch_size]:
-                continuations.append([self.family.tokenizer.encode(text) for text in texts])
+                continuations.append([self.tokenizer.encode(text) for text in texts])
             likelihoods += self.engine.likelihoods(prompts, continuations)
         return likelihoods
 
     def _verdict_ids(self, answer_ids: Sequence[int], end: str) -> Sequence[int]:
         """The tokens of an answer up to the `end` of its verdict; none without one."""
         for length in range(1, len(answer_ids) + 1):
-            if end in self.family.tokenizer.decode(answer_ids[:length]):
+            if end in self.tokenizer.decode(answer_ids[:length]):
                 return answer_ids[:length]
         return ()

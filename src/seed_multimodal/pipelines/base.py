@@ -103,7 +103,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
 
     def _open_engine(self, options: EngineOptions) -> BaseEngine:
         if self.llm is None:
-            return outside_engine(options, self.tokenizer, self.family.config.llm)
+            return outside_engine(options, self.tokenizer, self.config.llm)
         self.engine_options = replace(options, max_running=max(options.max_running, self._min_rows))
         return torch_engine(
             self.llm, self.tokenizer, self.engine_options, self.family.embed_features
@@ -208,7 +208,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         """
         from seed_multimodal.pipelines.assemble import save_system
 
-        return save_system(self.family.config, folder, force=force)
+        return save_system(self.config, folder, force=force)
 
     @property
     def dtype_name(self) -> str:
@@ -223,7 +223,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         family = self.family
         if not family.prompts_are_ids:
             raise ConfigError(
-                f"{self.family.config.name}: plain prompts are of systems of codes, as SEED-LLaMA."
+                f"{self.config.name}: plain prompts are of systems of codes, as SEED-LLaMA."
             )
         family.use_template(get_template("plain"))
         family.tasks = replace(
@@ -245,7 +245,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         prompt: replaces the default prompt.
         """
         if prompt is None:
-            prompt = self.family.tasks.describe
+            prompt = self.tasks.describe
         return self._answer_texts(images, prompt, "describe", batch_size, options)
 
     def ask(
@@ -264,7 +264,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         Raises RequestError: an empty question.
         """
         _check_texts(question)
-        as_request = self.family.tasks.question if short else str
+        as_request = self.tasks.question if short else str
         return self._answer_texts(images, question, "ask", batch_size, options, as_request)
 
     def likelihoods(
@@ -276,7 +276,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         batch_size: int = BATCH,
     ) -> list[list[Likelihood]]:
         """How likely each of the `answers` to the question about each image is; see `ask`."""
-        conversations, _ = image_conversations(images, question, self.family.tasks.question)
+        conversations, _ = image_conversations(images, question, self.tasks.question)
         return self.answer_likelihoods(conversations, answers, "ask", batch_size=batch_size)
 
     def detect(
@@ -293,9 +293,9 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         must name what to detect. Raises ConfigError: the system does not answer with boxes.
         """
         if not self.family.detects:
-            raise ConfigError(f"{self.family.config.name} does not support detection; SEED-X does.")
-        is_tuned = self.family.config.tuned
-        as_request = self.family.tasks.detect_request if is_tuned else str
+            raise ConfigError(f"{self.config.name} does not support detection; SEED-X does.")
+        is_tuned = self.config.tuned
+        as_request = self.tasks.detect_request if is_tuned else str
         conversations, single = image_conversations(images, phrase, as_request)
 
         # 1. Boxes are in pixels of the stored images, of which prompts may have smaller copies.
@@ -338,8 +338,8 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         """
         single = isinstance(text, str)
         texts = _check_texts(text)
-        if not verbatim and self.family.config.tuned:
-            texts = [self.family.tasks.draw_request(caption) for caption in texts]
+        if not verbatim and self.config.tuned:
+            texts = [self.tasks.draw_request(caption) for caption in texts]
         conversations = [user_message([request], index) for index, request in enumerate(texts)]
         return self._draw(conversations, single, "draw", seed, num_images, batch_size, options)
 
@@ -374,7 +374,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         """Reconstruct images, or decode their codes."""
         inputs = flatten_images(images)
         seeds = seed_per_image(seed, len(inputs))
-        reconstructed: list[Image.Image] = self.family.images.reconstruct(
+        reconstructed: list[Image.Image] = self.images.reconstruct(
             inputs, seeds=seeds, batch_size=batch_size, **drawing
         )
         return reconstructed
@@ -387,12 +387,12 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         An int64 tensor [B, 32], or a list of tensors [n] where the number of codes differs. Raises
         ConfigError: its images are features.
         """
-        if not self.family.images.has_codes:
+        if not self.images.has_codes:
             raise ConfigError(
-                f"{self.family.config.name} reads images as features, so they have no codes; "
+                f"{self.config.name} reads images as features, so they have no codes; "
                 "`images.encode` gives the features."
             )
-        codes: Sequence[Tensor] = self.family.images.encode(flatten_images(images), seed=seed)
+        codes: Sequence[Tensor] = self.images.encode(flatten_images(images), seed=seed)
         return codes
 
     def chat(
@@ -417,7 +417,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
             raise RequestError("force_image and images='never' ask for opposite things.")
         if force_image:
             images = "forced"
-        conversation = read_messages(messages, images_first=self.family.config.tuned)
+        conversation = read_messages(messages, images_first=self.config.tuned)
         task, conversation = self.family.read_chat(conversation, images == "forced")
         drawing = self._pop_drawing_settings(options)
         if stream:
@@ -425,8 +425,8 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         settings = self.settings(task, images=images, **options)
         if settings.seed is None and settings.samples:
             settings = replace(settings, seed=random_seed())
-        if drawing and self.family.images.can_draw:
-            self.family.images.check_drawing(**drawing)
+        if drawing and self.images.can_draw:
+            self.images.check_drawing(**drawing)
         drawing["should_stop"] = settings.should_stop
         preview_lengths = self._preview_lengths(previews)
 
@@ -434,7 +434,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         opening = ""
         if settings.images == "forced":
             is_text = all(message.is_text for message in conversation)
-            tasks = self.family.tasks
+            tasks = self.tasks
             opening = tasks.draw_response if is_text else tasks.edit_response
             settings = self._forced(settings, options)
         prompt = self._fitting_prompt(conversation, task, opening, settings)
@@ -450,13 +450,13 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
     def _preview_lengths(self, previews: Sequence[int] | None) -> Sequence[int]:
         """Numbers of codes after which an unfinished image is shown; `previews`: as of `chat`."""
         if previews is None:
-            previews = self.family.config.previews
+            previews = self.config.previews
         lengths: Sequence[int] = check_value(Sequence[int], previews, "previews", minimum=1)
-        return lengths if self.family.images.progressive and self.family.images.can_draw else ()
+        return lengths if self.images.progressive and self.images.can_draw else ()
 
     def _pop_drawing_settings(self, options: Options) -> Options:
         """Take the settings of the de-tokenizer out of `options`."""
-        names = self.family.images.drawing_settings
+        names = self.images.drawing_settings
         return {name: options.pop(name) for name in names if name in options}
 
     def _answer_texts(
@@ -511,7 +511,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
                 part = event.pop("part", None)  # of an image
                 if part is not None:
                     event["image"] = part.image = None
-                    if self.family.images.can_draw:
+                    if self.images.can_draw:
                         inputs = self.family.image_inputs([part], request)
                         image = self.decode_images(inputs, [prompt], [settings.seed or 0], drawing)
                         event["image"] = part.image = image[0]
@@ -548,7 +548,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         previews = self._preview_lengths(options.pop("previews", None))
         conversations = self.family.drawing_requests(conversations, options)
         drawing = self._pop_drawing_settings(options)
-        self.family.images.check_drawing(**drawing)
+        self.images.check_drawing(**drawing)
         drawing["should_stop"] = options.get("should_stop")
         seeds: list[int] = []
         for first_seed in seed_per_image(seed, len(conversations)):
@@ -561,7 +561,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         if num_images > 1 and not settings.samples and not VARIATION.keys() & options.keys():
             varied = self.settings(task, **{**options, **VARIATION})
         # Sampling changes codes; SEED-X's images depend only on the text before them.
-        has_codes = not self.family.tokenizer.vocabulary.fixed_image_order
+        has_codes = not self.tokenizer.vocabulary.fixed_image_order
         can_vary = varied.samples and (has_codes or self._text_tokens_before_image(task) > 0)
         images_per_answer = 1 if can_vary else num_images
         rows = range(0, len(seeds), images_per_answer)  # those that get an answer of their own
@@ -620,9 +620,9 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
     def _preview(self, codes: Sequence[int], seed: int | None, drawing: Options) -> Image.Image:
         """What the first codes of an image show."""
         settings = {**drawing, "codes": len(codes)}
-        if self.family.config.preview_inference_steps is not None:
-            settings["num_inference_steps"] = self.family.config.preview_inference_steps
-        images: list[Image.Image] = self.family.images.draw([codes], seeds=[seed or 0], **settings)
+        if self.config.preview_inference_steps is not None:
+            settings["num_inference_steps"] = self.config.preview_inference_steps
+        images: list[Image.Image] = self.images.draw([codes], seeds=[seed or 0], **settings)
         return images[0]
 
     def decode_images(
@@ -638,7 +638,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         prompts: those that the images answer. drawing: settings of the de-tokenizer.
         """
         settings = {**drawing, **self.family.drawing_conditions(prompts)}
-        images: list[Image.Image] = self.family.images.draw(
+        images: list[Image.Image] = self.images.draw(
             image_inputs, seeds=seeds, batch_size=batch_size, **settings
         )
         return images
