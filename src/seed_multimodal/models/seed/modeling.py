@@ -165,7 +165,7 @@ class SeedTokenizer(SeedEncoder, PretrainedNetwork[TokenizerConfig]):
 
     def query_features(self, images: Tensor) -> Tensor:
         """Normalised pixels `[B, 3, S, S]` → Q-Former output `[B, 32, D]`."""
-        return self.query_features_from(self.visual_encoder(images))
+        return self.query_features_from(self.vit_features(images))
 
     def pre_quant(self, images: Tensor) -> Tensor:
         """Normalised pixels `[B, 3, S, S]` → features to quantise `[B, 32, d]`, with gradients."""
