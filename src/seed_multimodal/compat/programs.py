@@ -363,7 +363,7 @@ def _find_seed_llama(args: Namespace, needs_llm: bool) -> SystemConfig:
             "model."
         )
     from seed_multimodal.compat.part_files import seed_llama_of_files
-    from seed_multimodal.inference.opening import EngineOptions
+    from seed_multimodal.inference.engines import EngineOptions
 
     EngineOptions(args.engine, args.url, args.gguf)  # raises for flags that exclude each other
     files = dict(args.files)
