@@ -583,11 +583,15 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
 
         # 4. Their images.
         batch_size = min(batch_size, DRAWING_BATCH)
-        lengths = previews if stream else ()
-        events = self._drawing_events(answers, seeds, drawing, lengths, batch_size)
         if stream:
-            return events
-        images = [event["image"] for event in events]
+            return self._drawing_events(answers, seeds, drawing, previews, batch_size)
+        images = self.decode_images(
+            [answer.single_image() for answer in answers],
+            [answer.prompt for answer in answers],
+            seeds,
+            drawing,
+            batch_size,
+        )
         return images[0] if single and num_images == 1 else images
 
     def _drawing_events(
