@@ -7,7 +7,6 @@ pages as Markdown.
 from __future__ import annotations
 
 import argparse
-import ast
 import dataclasses
 import inspect
 import json
@@ -66,35 +65,6 @@ OPTIONS = {
         },
     ),
 }
-# Public classes, and their members that users call (none: all).
-PYTHON = {
-    "pipelines.base.MultimodalSystem": (
-        "from_pretrained describe ask detect draw edit reconstruct tokenize chat save_pretrained"
-    ),
-    "language.answer.Answer": "",
-    "models.seed.pipeline.SeedLlama": "from_pretrained",
-    "models.seed_x.pipeline.SeedX": "detect reconstruct",
-    "models.lavit.pipeline.Lavit": "compose",
-    "compat.seed_llama.SeedLlamaTokenizer": "",
-    "compat.seed_llama.Seed1": "",
-    "models.seed.modeling.Seed2Tokenizer": "",
-    "models.seed.diffusion.UnclipDetokenizer": "",
-    "models.seed.diffusion.StableDiffusionDetokenizer": "",
-}
-PROGRAMS = (
-    "scripts",
-    "gradio_demo",
-    ".",
-    "src/inference",
-    "src/tools",
-    "src/lavit",
-    "SEED_Tokenizer",
-    "SEED_Tokenizer/eval",
-    "MultiModalLLM/src/train",
-    "MultiModalLLM/src/tools",
-    "MultiModalLLM/eval",
-    "benchmarks",
-)
 
 
 def on_files(files: Any, config: Any) -> Any:
@@ -110,7 +80,6 @@ def pages() -> Iterator[tuple[str, str]]:
     """Name and Markdown of each page."""
     sys.path[:0] = [str(ROOT / "src"), str(ROOT / "SEED_Tokenizer")]
     yield "cli", _commands()
-    yield "programs", _programs()
     for name, (opening, tables) in OPTIONS.items():
         kinds = {key: _kind(place) for key, place in tables.items()}
         first = next(iter(kinds.values()))
@@ -133,19 +102,6 @@ def pages() -> Iterator[tuple[str, str]]:
         )
     yield "system-json", _system_json()
     yield "http", _http()
-    yield (
-        "python",
-        "\n\n".join(
-            [
-                "# Python",
-                *(
-                    f"::: seed_multimodal.{name}\n    options: "
-                    f"{{members: {members.split() or 'null'}}}"
-                    for name, members in PYTHON.items()
-                ),
-            ]
-        ),
-    )
 
 
 def _commands() -> str:
@@ -162,28 +118,6 @@ def _helps(parser: argparse.ArgumentParser) -> Iterator[str]:
         yield f"## {parser.prog}\n\n```text\n{parser.format_help().strip()}\n```"
     for one in inner[0].choices.values() if inner else ():
         yield from _helps(one)
-
-
-def _programs() -> str:
-    rows = []
-    for folder in PROGRAMS:
-        for file in sorted((ROOT / folder).glob("*.py")):
-            summary = (ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or "").split(
-                "\n\n"
-            )[0]
-            if summary:
-                rows.append(f"| `{file.relative_to(ROOT)}` | {_cell(' '.join(summary.split()))} |")
-    return "\n".join(
-        [
-            "# Programs",
-            "",
-            "Most have the names and flags of the original repositories; `--help` lists all flags.",
-            "",
-            "| program | what it does |",
-            "| --- | --- |",
-            *rows,
-        ]
-    )
 
 
 def _kind(place: str) -> Any:
