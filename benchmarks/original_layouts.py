@@ -213,7 +213,7 @@ def write_lavit(pretrained: Path) -> None:
     """LaVIT-7B-v2 with its decoder of 1024 pixels, without safety checker."""
     from diffusers import DDIMScheduler
 
-    from seed_multimodal.models.lavit.checkpoints import ENCODER, VISUAL_WEIGHT_PREFIXES
+    from seed_multimodal.models.lavit.checkpoints import ENCODER
 
     # 1. The language model, and the second token merger.
     folder = pretrained / "LaVIT-7B-v2"
@@ -222,7 +222,8 @@ def write_lavit(pretrained: Path) -> None:
     sizes = {**LLAMA_7B, "vocab_size": LavitVocabulary().size, "rms_norm_eps": 1e-5}
     write_llm(folder / "language_model", sizes, torch.bfloat16)
     codec = recorded(keys, without=(ENCODER, "vit_proj."))
-    merger = {name: v for name, v in codec.items() if name.startswith(VISUAL_WEIGHT_PREFIXES)}
+    prefixes = ("causal_encoder.", "vit_proj.")
+    merger = {name: v for name, v in codec.items() if name.startswith(prefixes)}
     write_weights(folder / "language_model/visual_weight.bin", merger, torch.float32)
 
     # 2. The tokenizer.

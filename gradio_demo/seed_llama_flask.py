@@ -259,7 +259,7 @@ def load_parts(args: argparse.Namespace) -> MultimodalSystem:
 def run(args: argparse.Namespace) -> int:
     """Load the system and serve it."""
     from seed_multimodal.device import limit_threads
-    from seed_multimodal.inference.opening import EngineOptions
+    from seed_multimodal.inference.engines import EngineOptions
     from seed_multimodal.progress import quiet_libraries
     from seed_multimodal.serving.app import create_app, listen, loading, serve
     from seed_multimodal.serving.schema import Limits

@@ -37,7 +37,7 @@ if __name__ == "__main__":
                 "--out",
                 out,
                 "--model",
-                "released",
+                "8b",
                 "--seed",
                 "42",
                 "--dtype",

@@ -1,7 +1,7 @@
 #!/bin/sh
 # Image-text retrieval on Flickr30k's 1,000 test images, from the causal embeddings and from the codes.
 #
-#   MODEL=original STAGE1=log/Causal_Qformer/checkpoint_0.pth IMAGES=/data/flickr30k sh eval_scripts/retrieval_flickr.sh
+#   MODEL=8b STAGE1=log/Causal_Qformer/checkpoint_0.pth IMAGES=/data/flickr30k sh eval_scripts/retrieval_flickr.sh
 #
 # The variables are those of retrieval_coco.sh, which does the work.
 set -eu

@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from seed_multimodal.pipelines.config import SystemConfig
     from seed_multimodal.pipelines.images import ImageCodec
 
-ORIGINAL = "released"  # the default of --model: the model that the YAML files describe
+ORIGINAL = "original"  # the default of --model: the model that the YAML files describe
 PARTS = "parts"  # the positional argument of images and texts
 # For SEED-X's images, which belong into demo_images/.
 REPLACEMENT_IMAGE = "fox_and_snowman.png"
