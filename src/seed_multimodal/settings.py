@@ -216,9 +216,9 @@ def check_keys(keys: Iterable[str], allowed: Iterable[str], label: str) -> None:
             )
 
 
-def nearest(key: str, options: Iterable[str]) -> str:
+def nearest(key: str, options: Iterable[str], similarity: float = 0.5) -> str:
     """` (did you mean 'x'?)` for the closest option, or an empty string."""
-    close = difflib.get_close_matches(key, list(options), n=1, cutoff=0.5)
+    close = difflib.get_close_matches(key, list(options), n=1, cutoff=similarity)
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 

@@ -1,6 +1,7 @@
 """Vocabulary of a system's training data, in a file named by its `system.json`:
 
-{"about": "150 things", "names": ["dog", "dogs", "fire truck", …], "words": ["a", "draw", …]}
+{"about": "150 things", "names": ["dog", "dogs", "fire truck", …], "words": ["a", "draw", …],
+ "said": ["happy", "president", …]}
 """
 
 from __future__ import annotations
@@ -12,43 +13,67 @@ from pathlib import Path
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.settings import read_settings
+from seed_multimodal.settings import nearest, read_settings
 
 # A word in any alphabet (not the end of `2nd`), a number, or an emoji.
 _WORD = re.compile(
     r"(?<!\w)[^\W\d]+(?:'[^\W\d]+)*|(?<![\w.])\d+(?!\w|\.\d)|[\u2600-\u27bf\U0001f000-\U0001faff]"
 )
 _POSSESSIVE_OR_NEGATION = re.compile(r"'s\b|(?<=[dest])n't\b")
-MAX_NAMED = 3  # unknown words in a note
+MAX_NAMED = 12  # unknown words in a note: a pasted page would fill it
+SPELT_LIKE = 0.75  # similarity from which a known thing is suggested
 
 
 @dataclass(frozen=True)
 class KnownWords:
-    """A file of known words."""
+    """A file of known words.
+
+    names: of things. words: others that can be drawn, or do not change a drawing.
+    said: further words that questions and answers use, and that no drawing shows.
+    """
 
     about: str
     names: tuple[str, ...]
     words: tuple[str, ...]
+    said: tuple[str, ...] = ()
 
-    def unknown(self, text: str) -> list[str]:
-        """Unknown words of a text in order, each once, in lower case."""
+    def unknown(self, text: str, drawing: bool = False) -> list[str]:
+        """Unknown words of a text, each once, in lower case: nouns first, in order.
+
+        drawing: words that can only be said count as unknown.
+        """
+        # 1. The words of the text that are not in the vocabulary.
         text = text.lower().replace("\u2019", "'").replace("_", " ")
         text = _POSSESSIVE_OR_NEGATION.sub("", text)
-        vocabulary = {*self.words, *_WORD.findall(" ".join(self.names).lower())}
+        names = set(_WORD.findall(" ".join(self.names).lower()))
+        vocabulary = {*self.words, *names}
+        if not drawing:
+            vocabulary.update(self.said)
+        words = _WORD.findall(text)
         unknown: list[str] = []
-        for word in dict.fromkeys(_WORD.findall(text)):
+        for word in dict.fromkeys(words):
             is_letter = len(word) == 1 and word.isascii() and not word.isdigit()
             if word not in vocabulary and not is_letter:
                 unknown.append(word)
-        return unknown
 
-    def note(self, text: str) -> str:
-        """One sentence about unknown words, or nothing."""
-        unknown = self.unknown(text)[:MAX_NAMED]
-        if not unknown:
+        # 2. A word in front of a name or of another unknown word says something about it.
+        modifiers = set()
+        for word, next_word in zip(words, words[1:], strict=False):
+            if next_word in names or next_word in unknown:
+                modifiers.add(word)
+        return sorted(unknown, key=lambda word: word in modifiers)
+
+    def note(self, text: str, drawing: bool = False) -> str:
+        """One sentence about unknown words, or nothing; `drawing`: as of `unknown`."""
+        named = []
+        for word in self.unknown(text, drawing)[:MAX_NAMED]:
+            named.append(f"{word[:40]!r}{nearest(word, self.names, SPELT_LIKE)}")
+        if not named:
             return ""
-        listed = ", ".join(repr(word[:40]) for word in unknown)
-        return f"This system does not know {listed}: it learned {self.about}."
+        return (
+            f"This system does not know {', '.join(named)}: it learned {self.about}, which "
+            "known_words.json lists."
+        )
 
 
 @lru_cache(maxsize=8)

@@ -25,6 +25,10 @@ from seed_multimodal.language.vocabulary import BLANK
 
 ROLES = ("system", "user", "assistant")
 IMAGE_PART_TYPES = ("image", "image_url")
+# A picture that is there; `a picture`, `the picture of a dog` ask for one.
+_SHOWN_IMAGE = re.compile(
+    r"\b(?:this|that|the|my|given)\s+(?:picture|image|photo|photograph|drawing)\b(?!\s+of\b)", re.I
+)
 Codes: TypeAlias = Sequence[int] | np.ndarray | Tensor
 ContentPart: TypeAlias = str | ImageSource | Codes | ImagePart  # of a message
 # Images of requests: one, a list with one for each request, or nested lists of several for each;
@@ -115,6 +119,13 @@ def without_oldest_turn(conversation: Sequence[Message]) -> list[Message]:
         return list(conversation)
     n_system = next(index for index, role in enumerate(roles) if role != "system")
     return [*conversation[:n_system], *conversation[users[1] :]]
+
+
+def speaks_of_missing_image(conversation: Sequence[Message]) -> bool:
+    """Whether the last message speaks of an image, but no message has one."""
+    if not all(message.is_text for message in conversation):
+        return False
+    return _SHOWN_IMAGE.search(conversation[-1].text) is not None
 
 
 def is_codes(value: object) -> TypeGuard[Codes]:

@@ -14,7 +14,11 @@ from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.inference.sampling import read_answer
 from seed_multimodal.language.answer import Answer, AnswerReader, ImagePart
 from seed_multimodal.language.known_words import read_known_words
-from seed_multimodal.language.messages import Message, without_oldest_turn
+from seed_multimodal.language.messages import (
+    Message,
+    speaks_of_missing_image,
+    without_oldest_turn,
+)
 from seed_multimodal.language.prompts import TaskPrompts
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.pipelines.family import Family, Task
@@ -126,12 +130,16 @@ class AnswerGenerator:
 
     # ---- prompts
 
-    def unknown_words_note(self, *messages: Message) -> str:
-        """A note about words that the system did not learn, or empty."""
+    def unknown_words_note(self, *messages: Message, drawing: bool = False) -> str:
+        """A note about words that the system did not learn, or empty.
+
+        drawing: words count that it can say, but not draw.
+        """
         file = self.config.known_words
         if file is None:
             return ""
-        return read_known_words(file).note("\n".join(message.text for message in messages))
+        text = "\n".join(message.text for message in messages)
+        return read_known_words(file).note(text, drawing)
 
     def _log_note(self, note: str) -> None:
         if self.log and note:
@@ -159,13 +167,18 @@ class AnswerGenerator:
                 break
             turns = shorter
 
-        prompt.note = self.unknown_words_note(turns[-1])
+        notes = []
         n_dropped = len(conversation) - len(turns)
         if n_dropped:
-            prompt.note = (
+            notes.append(
                 f"The conversation is longer than the model's context of {context} tokens: its "
-                f"first {n_dropped} messages were left out. {prompt.note}"
-            ).rstrip()
+                f"first {n_dropped} messages were left out."
+            )
+        draws = settings.images == "forced"
+        if not draws and speaks_of_missing_image(turns):
+            notes.append("The message speaks of a picture, but the conversation has none.")
+        notes.append(self.unknown_words_note(turns[-1], drawing=draws))
+        prompt.note = " ".join(filter(None, notes))
         return prompt
 
     # ---- answers

@@ -571,7 +571,8 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
             row_settings.append(replace(base, seed=seeds[row]))
 
         # 3. The answers.
-        self._log_note(self.unknown_words_note(*(turns[-1] for turns in conversations)))
+        requests = [turns[-1] for turns in conversations]
+        self._log_note(self.unknown_words_note(*requests, drawing=True))
         generated = self.generate_image_answers(
             [conversations[row // num_images] for row in rows],
             task,

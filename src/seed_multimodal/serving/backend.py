@@ -548,7 +548,7 @@ class Backend:
 
         # 3. Their events, with a note about words that nano was not trained on; `index`: of the
         #    image, where there are several. Without a stream, one object has all images.
-        note = self.system.unknown_words_note(Message("user", (request.prompt,)))
+        note = self.system.unknown_words_note(Message("user", (request.prompt,)), drawing=True)
         notes = [note] if note else []
         data: list[JsonObject] = []
         n_previews = 0

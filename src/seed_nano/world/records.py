@@ -43,6 +43,7 @@ from seed_nano.world.splits import (
 from seed_nano.world.tasks import EDITS, Edit, Question, absent, after, ask, make_edit, verdict
 from seed_nano.world.tasks import KINDS as QUESTIONS
 from seed_nano.world.things import BACKGROUNDS, NAMES, NUMBERS, STYLES, VOCABULARY, plural
+from seed_nano.world.typed import REFUSALS, TypedDialogue
 from seed_nano.world.wide import View, any_view, ask_wide, describe_wide, wide_at
 from seed_nano.world.words import describe, normalise, noun_phrase, sentence
 
@@ -77,6 +78,7 @@ KINDS = (
     "continued",
     "talk",
     "asides",
+    "requests",
 )
 """Captions are pairs of an image and texts, documents are interleaved images and texts, all others
 `messages`."""
@@ -93,6 +95,7 @@ X_KINDS = (
     "conversations",
     "talk",
     "asides",
+    "requests",
     *X_ONLY_KINDS,
 )
 
@@ -177,7 +180,7 @@ def _scenes_from(start: int, seed: int, split: str, pool: int) -> Iterator[Scene
         yield scene_at(seed, index % pool if step < pool else index, split)
 
 
-class _RecordMaker(Dialogue):
+class _RecordMaker(TypedDialogue):
     """A record of nano; a method for each of `KINDS` returns its fields or says its turns."""
 
     def __init__(self, kind: str, seed: int, index: int, split: str, pool: int) -> None:
@@ -245,6 +248,9 @@ class _RecordMaker(Dialogue):
         its own: a request about the image must not be taken for it."""
         scene = next(self.stream)
         self.say([scene, self.rng.choice(VOCABULARY["unanswerable"])], [UNKNOWN])
+
+    def requests(self) -> None:
+        self.conversation()
 
     def in_context(self) -> None:
         """Two examples of one change (before, after, before, after) and a third scene; the answer
@@ -455,7 +461,8 @@ def _with_seed_x_prompts(record: Record, rng: random.Random) -> Record:
             openings = (prompts.DRAW_RESPONSE, prompts.EDIT_RESPONSE)
             parts = [part for part in parts if part not in openings]
         elif request[-1] not in DESCRIBE_REQUESTS:
-            parts = [part if part in ANSWERS else normalise(part) for part in parts]
+            kept = (*ANSWERS, *REFUSALS.values())
+            parts = [part if part in kept else normalise(part) for part in parts]
         message["content"] = parts
     return record
 

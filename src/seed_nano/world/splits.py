@@ -41,7 +41,7 @@ def check_split(split: str) -> None:
     check_name("split", split, SPLITS)
 
 
-def _share(*parts: object) -> float:
+def hash_share(*parts: object) -> float:
     """A number in 0..1 that depends on the parts only."""
     digest = hashlib.sha256("|".join(map(str, parts)).encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
@@ -50,7 +50,7 @@ def _share(*parts: object) -> float:
 def _style_held(thing: str) -> str:
     """The one style in which `thing` is held out, or nothing: so the two others are always
     known."""
-    share = _share("styles", thing) / (len(STYLES) * SHARES["styles"])
+    share = hash_share("styles", thing) / (len(STYLES) * SHARES["styles"])
     return STYLES[int(share * len(STYLES))] if share < 1 else ""
 
 
@@ -63,14 +63,14 @@ def held_out_compositions(
     # Each composition is held out by the hash of its parts, independent of all others.
     if not set(HELD_OUT).isdisjoint(things):
         splits.add("things")
-    if len(things) == 2 and _share("pairs", *sorted(things)) < SHARES["pairs"]:
+    if len(things) == 2 and hash_share("pairs", *sorted(things)) < SHARES["pairs"]:
         splits.add("pairs")
     if background and any(
-        _share("places", thing, background) < SHARES["places"] for thing in things
+        hash_share("places", thing, background) < SHARES["places"] for thing in things
     ):
         splits.add("places")
     if any(
-        count > 1 and _share("counts", thing, count) < SHARES["counts"]
+        count > 1 and hash_share("counts", thing, count) < SHARES["counts"]
         for thing, count in zip(things, counts, strict=True)
     ):
         splits.add("counts")
@@ -82,7 +82,7 @@ def held_out_compositions(
 def held_out(scene: Scene) -> frozenset[str]:
     """Every held-out composition that the scene shows (empty: it may be trained on)."""
     splits = held_out_compositions(scene.things, scene.counts, scene.style, scene.background)
-    if not splits and _share("val", *scene.key) < SHARES["val"]:
+    if not splits and hash_share("val", *scene.key) < SHARES["val"]:
         splits.add("val")
     return frozenset(splits)
 

@@ -60,15 +60,17 @@ def background_words(background: str, rng: random.Random) -> str:
 
 
 def write_known_words(file: Path) -> None:
-    """Write a system's list of known words: names, ordinary English, numbers up to four."""
+    """Write a system's list of known words: names, ordinary English, numbers up to four, and what
+    it can say but not draw."""
     vocabulary = {*VOCABULARY["plain"].split(), *COLOURS, *STYLES}
     for table in (BACKGROUND_PHRASES, POSITION_PHRASES, RELATIONS):
         for phrases in table.values():
             vocabulary.update(" ".join(phrases).split())
     forms = {*NAMES, *map(plural, NAMES)}
     content = {
-        "about": f"{len(NAMES)} things, up to four of each",
+        "about": f"{len(NAMES)} things",
         "names": sorted(forms),
         "words": sorted(vocabulary),
+        "said": sorted(set(VOCABULARY["said"].split()) - vocabulary),
     }
     replace_text(file, json.dumps(content, ensure_ascii=False))

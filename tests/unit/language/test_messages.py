@@ -20,6 +20,7 @@ from seed_multimodal.language.messages import (
     Message,
     image_conversations,
     read_messages,
+    speaks_of_missing_image,
     without_oldest_turn,
 )
 
@@ -128,3 +129,18 @@ def test_image_conversations_of_missing_images_or_texts(images, texts, named):
     # A list that is one text short must not pair texts with other images.
     with pytest.raises(RequestError, match=named):
         image_conversations(images, texts)
+
+
+@pytest.mark.parametrize(
+    ("text", "missing"),
+    [
+        ("Describe the picture.", True),
+        ("What is in my photo?", True),
+        ("Draw the picture of a dog.", False),
+        ("Make a picture.", False),
+    ],
+)
+def test_speaks_of_missing_image(text, missing):
+    assert speaks_of_missing_image([Message("user", (text,))]) is missing
+    assert not speaks_of_missing_image([Message("user", (IMAGE, text))])
+    assert not speaks_of_missing_image([Message("assistant", (CODES,)), Message("user", (text,))])

@@ -3,8 +3,11 @@
 from __future__ import annotations
 
 import pytest
+from repository import ROOT
 
 from seed_nano.world.dialogues import DESCRIBE_REQUESTS
+from seed_nano.world.records import record_at, texts_of
+from seed_nano.world.words import parse_caption
 
 
 @pytest.mark.parametrize(
@@ -22,6 +25,49 @@ def test_chat_report_of_each_kind(fixture, talks, request, capsys):
         assert f"| {text} " in table
     assert "| all requests | 0.000 |" in table and f"| {len(REQUESTS)} |" in table
     assert ("| small talk |" in table) is talks
+
+
+def test_requests_report_of_each_kind(request, monkeypatch, capsys):
+    from seed_nano.report import requests
+
+    # A request of each category; LaVIT has neither earlier turns nor refusals.
+    by_category = {row.category: row for row in requests.read_requests()}
+    monkeypatch.setattr(requests, "read_requests", lambda: list(by_category.values()))
+    for fixture, talks in (("tiny_folder", True), ("tiny_lavit_folder", False)):
+        folder = request.getfixturevalue(fixture)
+        judge = ROOT / "pretrained" / "nano" / "judge"
+        assert requests.main(f"--model {folder} --judge {judge} --device cpu".split()) == 0
+        table = capsys.readouterr().out
+        assert "| bare nouns |" in table and "| all requests |" in table
+        assert ("| no picture |" in table) is talks
+
+
+def test_typed_requests_are_in_no_training_record():
+    from seed_nano.report.requests import read_requests
+
+    # Else the table would measure memory.
+    asked = {request.asked.lower().rstrip(".!?") for request in read_requests()}
+    assert len(asked) >= 300
+    for index in range(2000):
+        texts = texts_of(record_at("requests", 1, index))
+        assert asked.isdisjoint(text.lower().rstrip(".!?") for text in texts)
+
+
+@pytest.mark.parametrize(
+    ("wanted", "shown", "right"),
+    [
+        ("a dog and a cat", ("cat", "dog", "noto", "sea", "above"), True),
+        ("a dog above a cat", ("cat", "dog", "noto", "sea", "above"), False),
+        ("a dog at night", ("dog", "nothing", "noto", "night", "left"), True),
+        ("a dog at night", ("dog", "nothing", "noto", "sea", "left"), False),
+        ("two dogs", ("dog", "nothing", "noto", "sea", "many 3"), False),
+        ("two dogs and a cat", ("cat", "dog", "noto", "sea", "two kinds 1 2"), True),
+    ],
+)
+def test_is_shown(wanted, shown, right):
+    from seed_nano.report.requests import is_shown
+
+    assert is_shown(parse_caption(wanted), shown) is right
 
 
 def test_half_of_the_requests_are_in_no_training_record():

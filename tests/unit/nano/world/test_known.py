@@ -20,6 +20,8 @@ def known(tmp_path_factory) -> KnownWords:
 def test_unknown_of_training_records(known: KnownWords):
     # `draw` would warn of words that nano was trained on.
     for kind in KINDS:
+        if kind == "requests":  # they name what cannot be drawn, too
+            continue
         for index in range(120):
             for text in texts_of(record_at(kind, 9, index)):
                 assert set(known.unknown(text)) <= {"ten", "fifty", "hundred"}, (
@@ -32,3 +34,17 @@ def test_unknown_of_training_records(known: KnownWords):
 def test_read_known_words_of_the_shipped_systems(name, known: KnownWords):
     shipped = ROOT / "pretrained" / name / "known_words.json"
     assert read_known_words(shipped) == known
+
+
+@pytest.mark.parametrize(
+    ("request_text", "unknown", "unknown_drawn"),
+    [
+        ("Draw a red car and a zebra.", ["zebra", "red"], ["zebra", "red"]),  # nouns first
+        ("A happy dog and a robot.", [], ["robot", "happy"]),  # said, but not drawn
+        ("Two cats on the grass", [], []),
+    ],
+)
+def test_unknown_of_requests(request_text, unknown, unknown_drawn, known: KnownWords):
+    assert known.unknown(request_text) == unknown
+    assert known.unknown(request_text, drawing=True) == unknown_drawn
+    assert "'pengiun' (did you mean 'penguin'?)" in known.note("A pengiun.")
