@@ -7,19 +7,15 @@
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-APPLICATION = Path(__file__).resolve().parent
-for _path in (APPLICATION.parent / "src", APPLICATION):  # runs from a checkout
-    if str(_path) not in sys.path:
-        sys.path.insert(0, str(_path))
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs from a checkout
 
-from seed_multimodal.entry import add_debug, run_and_exit, run_guarded  # noqa: E402
+from seed_multimodal.entry import add_debug, claim_stdout, run_and_exit, run_guarded  # noqa: E402
 
 
 def parser(description: str) -> argparse.ArgumentParser:
@@ -62,9 +58,7 @@ def build(args: argparse.Namespace) -> Any:
     task = registry.get_task_class(run.task).setup_task(cfg=config)
     datasets = task.build_datasets(config)
     model = task.build_model(config)
-    return registry.get_runner_class(run.runner)(
-        cfg=config, task=task, model=model, datasets=datasets, job_id=""
-    )
+    return registry.get_runner_class(run.runner)(config, task, model, datasets, "")
 
 
 def train(args: argparse.Namespace) -> int:
@@ -77,9 +71,8 @@ def train(args: argparse.Namespace) -> int:
         translate_errors("the start", lambda: "checkpoints of earlier runs are intact"),
     ):
         if "run.evaluate=True" in args.options:
-            with contextlib.redirect_stdout(sys.stderr):  # log lines of loading
-                losses = build(args).evaluate()
-            print(json.dumps(losses))
+            stdout = claim_stdout()  # from log lines
+            print(json.dumps(build(args).evaluate()), file=stdout)
         else:
             build(args).train()
     return 0

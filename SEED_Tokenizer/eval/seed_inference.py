@@ -29,20 +29,5 @@ if __name__ == "__main__":
     from seed_multimodal.disk import file_stem
 
     out = args.out or f"recon_{file_stem(source_stem(args.image))}.png"
-    sys.exit(
-        main(
-            [
-                "reconstruct",
-                args.image,
-                "--out",
-                out,
-                "--model",
-                "8b",
-                "--seed",
-                "42",
-                "--dtype",
-                "float32",
-                *more,
-            ]
-        )
-    )
+    defaults = "--model 8b --seed 42 --dtype float32".split()
+    sys.exit(main(["reconstruct", args.image, "--out", out, *defaults, *more]))

@@ -8,24 +8,19 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from seed_lavis.base import (
-    CodebookMixin,
-    SeedModel,
-    clip_target,
-    frozen_dtype,
-    qformer_sizes,
-    stage2_sizes,
-    stage2_training,
-)
+from seed_lavis import log
+from seed_lavis.base import SeedModel, clip_target
 from seed_lavis.compat import registry
 from seed_lavis.options import (
     APPLICATION,
+    CodebookOptions,
     LavitOptions,
+    ModelOptions,
     Seed1Options,
     Stage1Options,
     Stage2Options,
@@ -33,15 +28,18 @@ from seed_lavis.options import (
     vit_sizes,
     with_derived,
 )
-from seed_lavis.processors import caption_tokenizer
 from seed_multimodal.device import copy_to
-from seed_multimodal.errors import CheckpointError, ConfigError, first_line
+from seed_multimodal.disk import read_json_object
+from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.models.lavit.decoder import CodeDecoder, LavitDecoderConfig
 from seed_multimodal.models.lavit.export import Stage1Sizes
 from seed_multimodal.models.lavit.losses import LavitLossWeights, LavitStage1
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
 from seed_multimodal.models.lavit.train_tokenizer import stage1_groups
-from seed_multimodal.models.seed.configuration import Seed1Config, Seed2Config
+from seed_multimodal.models.seed.captions import load_caption_tokenizer
+from seed_multimodal.models.seed.checkpoints import VISION, load_blip2
+from seed_multimodal.models.seed.configuration import QFormerConfig, Seed1Config, Seed2Config
+from seed_multimodal.models.seed.diffusion import StableDiffusionDetokenizer
 from seed_multimodal.models.seed.losses import (
     Seed1Stage2Model,
     Seed1Stage2Weights,
@@ -51,11 +49,16 @@ from seed_multimodal.models.seed.losses import (
 )
 from seed_multimodal.nn.vision.base import VisionEncoder
 from seed_multimodal.nn.vision.hub import HubVision
-from seed_multimodal.settings import read_settings
-from seed_multimodal.state_dicts import fingerprint
+from seed_multimodal.settings import leaves, read_settings
+from seed_multimodal.state_dicts import fingerprint, load_state_dict
 
-if TYPE_CHECKING:
-    from transformers import CLIPTextModel, CLIPTokenizer
+
+def qformer_sizes(options: ModelOptions) -> QFormerConfig:
+    """The Q-Former's sizes; `qformer` of the YAML overrides some of them."""
+    values = {"cross_attention_freq": options.cross_attention_freq, **options.qformer}
+    if values.get("causal_queries") != 0:  # 0: not causal
+        values = with_derived(values, {"causal_queries": options.num_query_token}, "model.qformer")
+    return read_settings(QFormerConfig, values, "model.qformer")
 
 
 @registry.register_model("blip2_casual")
@@ -79,7 +82,8 @@ class Blip2Casual(SeedModel, Stage1Model):
         tokenizer = None
         vocab_size = options.vocab_size
         if options.text_tokenizer:
-            tokenizer = caption_tokenizer(options.text_tokenizer, options.max_txt_len)
+            source = locate(options.text_tokenizer)
+            tokenizer = load_caption_tokenizer(source, options.max_txt_len)
             vocab_size = tokenizer.size
 
         # 2. The sizes.
@@ -104,7 +108,7 @@ class Blip2Casual(SeedModel, Stage1Model):
             if options.alignment_target == "encoder":
                 width = config.vit.pooled_width
             elif options.clip_model or not width:
-                clip = clip_target(options.clip_model, options.clip_precision, width)
+                clip = clip_target(options.clip_model, width)
                 width = clip.config.projection_dim
 
         # 4. The model.
@@ -124,6 +128,12 @@ class Blip2Casual(SeedModel, Stage1Model):
         self.options = options
         self.caption_tokenizer = tokenizer
         self.clip_model = clip
+
+    def load_stage_before(self) -> bool:
+        """BLIP-2's Q-Former."""
+        if self.options.pretrained:
+            load_blip2(self, locate(self.options.pretrained), log)
+        return False
 
     @property
     def skips_parameters(self) -> bool:
@@ -155,8 +165,69 @@ class Blip2Casual(SeedModel, Stage1Model):
         )
 
 
+class Stage2Mixin(SeedModel):
+    """What both stage-2 models have in common: the start, and the interface to `CodebookTask`."""
+
+    options: CodebookOptions
+    use_codes = True
+
+    @property
+    def skips_parameters(self) -> bool:
+        """Whether some trained parameters get no gradient in some steps (an option of DDP)."""
+        return self.options.ema_decay is not None or self.options.codebook_warmup > 0
+
+    def codebook_points(self, batch: Mapping[str, Any]) -> Tensor:
+        """Features of a batch before the quantizer `[B, 32, d]`."""
+        return self.pre_quant(batch["image"])
+
+    def load_stage_before(self) -> bool:
+        """Stage 1's encoder.
+
+        Raises ConfigError: stage 1 had other sizes that no tensor's shape shows.
+        """
+        # 1. The sizes.
+        file = Path(locate(str(self.options.pretrained)))
+        if not file.is_file():
+            raise CheckpointError(
+                f"{file}: no such stage-1 checkpoint; train stage 1 first "
+                "(sh train_scripts/causal_qformer.sh), or give model.pretrained=FILE."
+            )
+        stage1_config = file.with_name("config.json")
+        if stage1_config.is_file():
+            trained = dict(leaves(read_json_object(stage1_config)))
+            sizes = dict(leaves(self.config.to_dict()))
+            for key in ("qformer.heads", "qformer.causal_queries", "vit.heads"):
+                if trained.get(key) != sizes.get(key):
+                    raise ConfigError(
+                        f"model.{key} is {sizes.get(key)}, but {file} was trained with "
+                        f"{trained.get(key)}."
+                    )
+
+        # 2. The weights.
+        state = load_state_dict(file)
+        report = self.load_stage1(state, str(file))
+        log(f"{file}: {len(report.loaded)} tensors loaded into the encoder.")
+        return any(name.startswith(VISION) for name in state)
+
+
+def stage2_sizes(options: CodebookOptions) -> dict[str, Any]:
+    """Sizes in the configurations of both stage-2 models."""
+    return {
+        "vit": vit_sizes(options),
+        "qformer": qformer_sizes(options),
+        "num_query": options.num_query_token,
+        "codebook_size": options.n_embed,
+        "codebook_dim": options.codebook_embed_dim,
+        "decode_depth": options.decode_depth,
+        "decode_heads": options.decode_heads,
+        "reverse_depth": options.reverse_depth,
+        "normalize_codes": options.normalize_codes,
+        "codebook_sections": options.codebook_sections,
+    }
+
+
 @registry.register_model("blip2_codebook_all_image")
-class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
+class Blip2CodebookAllImage(Stage2Mixin, Stage2Model):
     """Stage 2, codebook and decode head.
 
     Keys of `samples`: `image` `[B, 3, S, S]`, optionally `target` `[B, E]`.
@@ -174,7 +245,7 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
         if options.alignment_target == "encoder":
             width = sizes["vit"].with_pooled_feature().pooled_width
         elif options.clip_model:
-            clip = clip_target(options.clip_model, options.clip_precision, width)
+            clip = clip_target(options.clip_model, width)
 
         # 2. The model.
         config = Seed2Config(
@@ -189,9 +260,8 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
             config,
             weights=read_settings(Stage2Weights, options.loss_weights, "model.loss_weights"),
             clip_model=clip,
-            **stage2_training(options),
+            options=options,
         )
-        self.options = options
 
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
         """Weighted losses of a batch, and the unweighted codebook loss."""
@@ -203,6 +273,7 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
         others = self.other_losses(out.embeds, out.target)
         return self.with_log(
             sum(others.values(), out.loss),
+            out.indices,
             loss_embed=out.loss_embed,
             loss_recon_s=out.loss_recon_s,
             loss_distil_image=out.loss_distil,
@@ -215,7 +286,7 @@ class Blip2CodebookAllImage(CodebookMixin, SeedModel, Stage2Model):
 
 
 @registry.register_model("seed1_codebook_text")
-class Seed1CodebookText(CodebookMixin, SeedModel, Seed1Stage2Model):
+class Seed1CodebookText(Stage2Mixin, Seed1Stage2Model):
     """Stage 2 of SEED-1.
 
     Keys of `samples`: `image` `[B, 3, S, S]`, and `caption` or `target` `[B, text_tokens,
@@ -230,7 +301,9 @@ class Seed1CodebookText(CodebookMixin, SeedModel, Seed1Stage2Model):
         encoder = None
         tokenizer = None
         if options.text_encoder:
-            encoder, tokenizer = text_encoder(options)
+            folder = Path(locate(options.text_encoder))
+            encoder = StableDiffusionDetokenizer.load_part(folder, "text_encoder")
+            tokenizer = StableDiffusionDetokenizer.load_part(folder, "tokenizer")
         config = Seed1Config(
             **stage2_sizes(options),
             text_tokens=options.text_tokens,
@@ -241,9 +314,8 @@ class Seed1CodebookText(CodebookMixin, SeedModel, Seed1Stage2Model):
             config,
             weights=read_settings(Seed1Stage2Weights, options.loss_weights, "model.loss_weights"),
             text_encoder=encoder,
-            **stage2_training(options),
+            options=options,
         )
-        self.options = options
         self.text_tokenizer = tokenizer
 
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -256,6 +328,7 @@ class Seed1CodebookText(CodebookMixin, SeedModel, Seed1Stage2Model):
         out = Seed1Stage2Model.forward(self, samples["image"], target, quantize=self.use_codes)
         return self.with_log(
             out.loss,
+            out.indices,
             loss_embed=out.loss_embed,
             loss_recon_s=out.loss_recon_s,
             loss_distil_text=out.loss_distil,
@@ -271,30 +344,6 @@ class Seed1CodebookText(CodebookMixin, SeedModel, Seed1Stage2Model):
             return_tensors="pt",
         )
         return batch["input_ids"]
-
-
-def text_encoder(options: Seed1Options) -> tuple[CLIPTextModel, CLIPTokenizer]:
-    """Stable Diffusion's frozen text encoder and its tokenizer, from a pipeline folder.
-
-    Raises:
-        CheckpointError: one of them is missing or damaged.
-    """
-    from transformers import CLIPTextModel, CLIPTokenizer
-
-    folder = Path(locate(str(options.text_encoder)))
-    dtype = frozen_dtype(options.clip_precision, torch.cuda.is_available())
-    try:
-        encoder = CLIPTextModel.from_pretrained(
-            folder / "text_encoder", dtype=dtype, local_files_only=True
-        )
-        tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
-    except (OSError, ValueError, RuntimeError) as error:
-        raise CheckpointError(
-            f"{folder}: no complete text encoder and tokenizer ({first_line(error)}); download "
-            "text_encoder and tokenizer of Stable Diffusion 1 (CompVis/stable-diffusion-v1-4) to "
-            "pretrained/stable-diffusion-v1-4, or give their folder as model.text_encoder."
-        ) from error
-    return encoder.eval().requires_grad_(False), tokenizer
 
 
 @registry.register_model("lavit_tokenizer")
@@ -363,7 +412,7 @@ class LavitTokenizer(SeedModel, LavitStage1):
     def forward(self, samples: Mapping[str, Any]) -> dict[str, Tensor]:  # type: ignore[override]
         """Loss of a batch, its parts, and the share of patches that are kept."""
         out = LavitStage1.forward(self, samples["image"])
-        return self.with_log(out.loss, **out.metrics)
+        return self.with_log(out.loss, out.codes_T, **out.metrics)
 
 
 def lavit_sizes(options: LavitOptions) -> LavitTokenizerConfig:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -17,17 +18,25 @@ from omegaconf import DictConfig, OmegaConf
 
 from seed_lavis import log
 from seed_multimodal.config import load_yaml
-from seed_multimodal.device import choose_device
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.models.seed.configuration import AlignmentTarget
+from seed_multimodal.models.seed.losses import Stage2TrainingOptions
 from seed_multimodal.nn.vision.base import VisionConfig
 from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_multimodal.nn.vision.registry import read_vision_config
-from seed_multimodal.settings import check_keys, nearest, read_settings, setting
+from seed_multimodal.settings import check_keys, read_settings, setting
 from seed_multimodal.training.codebook import CodebookHealth
 from seed_multimodal.training.config import DEFAULT_TIMEOUT_MINUTES, SCHEDULES
 
 APPLICATION = Path(__file__).resolve().parents[1]
+REPOSITORY = APPLICATION.parent
+SEARCHED_FOLDERS = (
+    Path(),
+    APPLICATION,
+    REPOSITORY,
+    Path("pretrained"),
+    REPOSITORY / "pretrained",
+)
 PRECISIONS = ("fp16", "bf16", "fp32")
 SECTIONS = ("model", "datasets", "run")
 # Schedules by iteration, unlike LAVIS's own → the library's.
@@ -87,8 +96,8 @@ class Stage1Options(ModelOptions):
 
 
 @dataclass
-class CodebookOptions(CodebookHealth, ModelOptions):
-    """Options of both stage-2 models, with those of `CodebookHealth` (ours)."""
+class CodebookOptions(Stage2TrainingOptions, CodebookHealth, ModelOptions):
+    """Options of both stage-2 models, with those of the library's classes (ours)."""
 
     freeze_vit: bool = setting(True, choices=(True,))  # only stage 1 trains it
     codebook_embed_dim: int = setting(32, minimum=1)  # width of a code
@@ -99,13 +108,6 @@ class CodebookOptions(CodebookHealth, ModelOptions):
     reverse_depth: int = setting(4, minimum=0)  # layers of the reverse Q-Former
     # Default: `{embed: 5.0, recon_s: 2.0, distil_image: 0.5}`.
     loss_weights: dict[str, float] = setting(factory=dict)
-    freeze_qformer: bool = True  # False: trained further
-    frozen_dropout: bool = True  # dropout of the frozen Q-Former, as the original
-    corrupt: float = setting(0.0, minimum=0, maximum=1)  # largest share of codes replaced at random
-    # Share of samples decoded from their first codes only.
-    nested: float = setting(0.0, minimum=0, maximum=1)
-    # Of a moving-average codebook; None: it is trained by its loss.
-    ema_decay: float | None = setting(None, minimum=0, maximum=0.999999)
     normalize_codes: bool = False  # cosine codes
     codebook_sections: int = 1  # a part of the codebook for each position
 
@@ -207,12 +209,11 @@ class RunOptions:
 
 def load_config(cfg_path: str, options: Sequence[str]) -> Any:
     """The checked configuration of a run. Raises ConfigError."""
-    from seed_lavis.compat import Config, registry
+    from seed_lavis.compat import Config
 
-    # 1. What the user wrote.
-    file = Path(locate(cfg_path))
-    if not file.is_file():
-        raise ConfigError(f"{cfg_path}: no such configuration file.")
+    # 1. What the user wrote; LAVIS must know the names.
+    file = locate(cfg_path)
+    project = load_yaml(file)
     for option in options:
         section, _, _ = option.partition(".")
         if "=" not in option or section not in SECTIONS:
@@ -220,16 +221,29 @@ def load_config(cfg_path: str, options: Sequence[str]) -> Any:
                 f"--options takes KEY=VALUE with a key of model, datasets or run, for example "
                 f"run.max_epoch=1, not {option!r}."
             )
-    project = load_yaml(file)
     overrides = OmegaConf.from_dotlist(list(options))
-    _check_names(file, OmegaConf.merge(project, overrides))
+    merged = OmegaConf.merge(project, overrides)
+    for section in SECTIONS:
+        if not isinstance(merged.get(section), DictConfig):
+            raise ConfigError(f"{file}: has no section {section!r}.")
+    model_class = lavis_class("model", merged.model.get("arch"), f"{file}: model.arch")
+    for dataset in merged.datasets:
+        lavis_class("builder", dataset, f"{file}: datasets")
 
-    # 2. LAVIS's configuration, with its defaults for models and data sets.
-    config = Config(argparse.Namespace(cfg_path=str(file), options=list(options)))
-    _replace_vision_encoder(config.model_cfg, project, overrides)
-    options_type = registry.get_model_class(config.model_cfg.arch).options_type
-    model = read_settings(options_type, config.model_cfg, f"{file}: model")
+    # 2. LAVIS's configuration, with its defaults for models and data sets. Of `--options`, a `vit`
+    #    with a `type` replaces the YAML's, whose weights are those of its own encoder.
+    config = Config(argparse.Namespace(cfg_path=file, options=list(options)))
+    override = overrides.get("model") or {}
+    vit = override.get("vit") or {}
+    if "type" in vit:
+        config.model_cfg.vit = vit
+        if vit.type != "eva" and "vit_weights" not in override:
+            config.model_cfg.vit_weights = None
+    model = read_settings(model_class.options_type, config.model_cfg, f"{file}: model")
     run = read_settings(RunOptions, config.run_cfg, f"{file}: run")
+    lavis_class("task", run.task, f"{file}: run.task")
+    if run.lr_sched not in STEP_SCHEDULES:
+        lavis_class("lr_scheduler", run.lr_sched, f"{file}: run.lr_sched")
     if run.iters_per_epoch % run.accum_grad_iters:
         raise ConfigError(
             f"{file}: run.iters_per_epoch ({run.iters_per_epoch}) must be a multiple of "
@@ -240,17 +254,41 @@ def load_config(cfg_path: str, options: Sequence[str]) -> Any:
     )
 
     # 3. Images as the vision encoder reads them; of EVA's only the size, since the YAML resizes.
-    vit = vit_sizes(model)
-    values = asdict(vit.preprocessing)
-    if isinstance(vit, EvaConfig):
-        values = {"image_size": vit.image_size}
-    _prepare_images(config.datasets_cfg, values)
+    vision = vit_sizes(model)
+    values = asdict(vision.preprocessing)
+    if isinstance(vision, EvaConfig):
+        values = {"image_size": vision.image_size}
+    for name, dataset in config.datasets_cfg.items():
+        _prepare_processors(dataset, values, f"{file}: datasets.{name}")
+    log(f"Images are prepared for the vision encoder: {values}.")
 
     # 4. Our defaults of the run, so that LAVIS's own code gets them, too.
     run.output_dir = str(Path(run.output_dir).absolute())
-    run.device = str(choose_device(run.device, log=None).device)
     config.run_cfg.update(vars(run))
     return config
+
+
+def _prepare_processors(dataset: DictConfig, values: dict[str, Any], key: str) -> None:
+    """Set values of the image processors; their augmentation stays the YAML's."""
+    images = dataset.get("vis_processor") or {}
+    if not images.get("train"):
+        raise ConfigError(f"{key}.vis_processor.train is not given (blip2_image_train).")
+    if not images.get("eval"):
+        images.eval = {"name": "blip_image_eval"}
+    for kind in ("vis_processor", "text_processor"):
+        for split, processor in (dataset.get(kind) or {}).items():
+            make = lavis_class("processor", processor.name, f"{key}.{kind}.{split}.name").make
+            keys = values.keys() & inspect.signature(make).parameters
+            processor.update({key: values[key] for key in keys})
+
+
+def lavis_class(kind: str, name: str, key: str) -> Any:
+    """The class of a name in LAVIS's registry. Raises ConfigError, with its key in the YAML."""
+    from seed_lavis.compat import registry
+
+    classes = registry.mapping[f"{kind}_name_mapping"]
+    check_keys([name], classes, key)
+    return classes[name]
 
 
 def vit_sizes(options: ModelOptions, **eva_sizes: int) -> VisionConfig:
@@ -279,82 +317,16 @@ def with_derived(values: dict[str, Any], derived: dict[str, Any], key: str) -> d
     return {**values, **derived}
 
 
-def _replace_vision_encoder(model: DictConfig, project: Any, overrides: Any) -> None:
-    """Of `--options`, a `vit` with a `type` replaces the YAML's; LAVIS merges their keys.
-
-    model: the merged section, which is changed. project: the YAML.
-    """
-    override = overrides.get("model") or {}
-    vit = override.get("vit") or {}
-    if "type" not in vit:
-        return
-    model.vit = vit
-    # The YAML's weights are those of its own encoder.
-    project_vit = project.model.get("vit") or {}
-    if vit.type != project_vit.get("type", "eva") and "vit_weights" not in override:
-        model.vit_weights = None
-
-
-def _prepare_images(datasets: DictConfig, values: dict[str, Any]) -> None:
-    """Set values of all image processors; their augmentation stays the YAML's."""
-    from seed_lavis.compat import registry
-
-    for dataset in datasets.values():
-        processors = dataset.get("vis_processor") or {}
-        if "train" in processors and not processors.get("eval"):
-            processors.eval = {"name": "blip_image_eval"}
-        for processor in processors.values():
-            make = registry.get_processor_class(processor.name).make
-            keys = values.keys() & inspect.signature(make).parameters
-            processor.update({key: values[key] for key in keys})
-    log(f"Images are prepared for the vision encoder: {values}.")
-
-
-def _check_names(file: Path, user: Any) -> None:
-    """Raise ConfigError for a name that is not in LAVIS's registry, with its key in the YAML."""
-    from seed_lavis.compat import registry
-
-    for section in SECTIONS:
-        if not isinstance(user.get(section), DictConfig):
-            raise ConfigError(f"{file}: has no section {section!r}.")
-
-    # 1. Kind, key and value of each name.
-    names = [
-        ("model", "model.arch", user.model.get("arch")),
-        ("task", "run.task", user.run.get("task", RunOptions.task)),
-        ("lr_scheduler", "run.lr_sched", user.run.get("lr_sched", RunOptions.lr_sched)),
-    ]
-    for dataset, values in user.datasets.items():
-        names.append(("builder", "datasets", dataset))
-        for kind in ("vis_processor", "text_processor"):
-            for split, processor in (values.get(kind) or {}).items():
-                key = f"datasets.{dataset}.{kind}.{split}.name"
-                names.append(("processor", key, processor.name))
-
-    # 2. All are registered.
-    for kind, key, name in names:
-        registered = registry.mapping[f"{kind}_name_mapping"]
-        if kind == "lr_scheduler":
-            registered = {**registered, **STEP_SCHEDULES}
-        if name not in registered:
-            raise ConfigError(
-                f"{file}: {key}: there is no {name!r}{nearest(str(name), registered)}; known are "
-                f"{', '.join(sorted(registered))}."
-            )
-
-
 def locate(path: str) -> str:
-    """A path of the YAML, relative to the current folder, SEED_Tokenizer or the repository.
+    """A path of the YAML, relative to the current folder, SEED_Tokenizer, the repository or its
+    `pretrained`.
 
     The first in which it exists is used; other paths (a hub id, a missing file) are returned as
     they are.
     """
     # A pattern exists if the folder before it does.
-    plain = Path(path)
-    while any(character in str(plain) for character in "{*?["):
-        plain = plain.parent
-    if str(plain) != ".":
-        for folder in (Path(), APPLICATION, APPLICATION.parent):
-            if (folder / plain).exists():
-                return str(folder / path)
+    before_pattern = re.sub(r"[^/]*[{*?\[].*", "", path)
+    for folder in SEARCHED_FOLDERS:
+        if before_pattern and (folder / before_pattern).exists():
+            return str(folder / path)
     return path

@@ -14,22 +14,23 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 from tqdm import tqdm
 
 from seed_lavis import log
 from seed_lavis.compat import RunnerBase, registry
-from seed_lavis.datasets import mixed_order, split_of
+from seed_lavis.datasets import joined_splits
 from seed_lavis.options import APPLICATION, RunOptions, locate
 from seed_lavis.task import TokenizerTask, mean_losses
 from seed_multimodal.data.stream.loader import StepBatches
-from seed_multimodal.disk import writing
+from seed_multimodal.device import copy_to
+from seed_multimodal.disk import writable_folder, writing
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.settings import read_settings
 from seed_multimodal.state_dicts import assign_strictly, read_training_state, save_torch
 from seed_multimodal.training.checkpoint import checkpoints
+from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.task import frozen_names
 from seed_multimodal.training.trainer import train_stage
 
@@ -50,26 +51,12 @@ class RunnerSeed(RunnerBase):
     ) -> None:
         self.options = read_settings(RunOptions, cfg.run_cfg, "run")
         super().__init__(cfg, task, model, datasets, job_id)
-        self.folder = Path(self.output_dir)
-        self.rank = 0
-        self.world = 1
-        if dist.is_initialized():
-            self.rank = dist.get_rank()
-            self.world = dist.get_world_size()
+        self.group = ProcessGroup(self.options.timeout_minutes)
         self.steps_per_epoch = self.options.iters_per_epoch // self.options.accum_grad_iters
-        self.steps = self.steps_per_epoch * self.options.max_epoch
 
     def setup_output_dir(self) -> None:
-        """As LAVIS's, but a second run in one process may register its own folders."""
-        for name in ("result_dir", "output_dir"):
-            registry.mapping["paths"].pop(name, None)
-        with writing(self.options.output_dir, ConfigError):
-            super().setup_output_dir()
-
-    @property
-    def device(self) -> torch.device:
-        """This process's device."""
-        return torch.device(self.options.device)
+        """Without LAVIS's folder of results."""
+        self.output_dir = self.folder = writable_folder(self.options.output_dir, ConfigError)
 
     @property
     def preprocessing(self) -> ImageTransform:
@@ -88,11 +75,9 @@ class RunnerSeed(RunnerBase):
     def optimizer(self) -> torch.optim.Optimizer:
         """LAVIS's, or AdamW on the groups of a model that has its own."""
         if self._optimizer is None and hasattr(self._model, "optimizer_groups"):
-            model: Any = self.model
-            groups = model.optimizer_groups(self.options.weight_decay)
-            self._optimizer = torch.optim.AdamW(
-                groups, lr=self.options.init_lr, betas=(0.9, self.options.beta2)
-            )
+            run = self.options
+            groups = self.model.optimizer_groups(run.weight_decay)
+            self._optimizer = torch.optim.AdamW(groups, run.init_lr, betas=(0.9, run.beta2))
         return super().optimizer
 
     @property
@@ -104,23 +89,30 @@ class RunnerSeed(RunnerBase):
             return "fp32"
         return "bf16" if torch.cuda.is_bf16_supported() else "fp16"
 
+    def with_images(self, batch: Mapping[str, Any]) -> dict[str, Any]:
+        """A batch with its images on the device; uint8 from the workers is normalised there."""
+        images = copy_to(self.device, batch["image"])
+        if images.dtype == torch.uint8:
+            images = self.preprocessing.normalise(images)
+        return {**batch, "image": images}
+
     def train(self) -> dict[str, Any]:
         """Train to the end, from the newest checkpoint in the output folder; returns the record."""
         options = self.options
+        world = self.group.world
 
         # 1. Data; a wrong name of a validation split is an error now, not after the first epoch.
-        data = split_of(self.datasets, options.train_splits)
-        for split in options.valid_splits:
-            split_of(self.datasets, [f"{split}:eval"])
-        order = mixed_order(
+        data, order = joined_splits(
             self.datasets, options.train_splits, options.train_dataset_ratios, options.seed
         )
+        for split in options.valid_splits:
+            joined_splits(self.datasets, [f"{split}:eval"], {})
 
         # 2. In a contrast an image must not be its own negative.
-        if self.model.contrasts and len(data) < options.batch_size_train * self.world:
-            options.batch_size_train = len(data) // self.world
+        if self.model.contrasts and len(data) < options.batch_size_train * world:
+            options.batch_size_train = len(data) // world
             if not options.batch_size_train:
-                raise ConfigError(f"{len(data)} images are too few for {self.world} processes.")
+                raise ConfigError(f"{len(data)} images are too few for {world} processes.")
             log(
                 f"The training set has {len(data)} images: a batch contrasts "
                 f"{options.batch_size_train} of each process, and none twice."
@@ -131,17 +123,17 @@ class RunnerSeed(RunnerBase):
             data,
             options.batch_size_train,
             seed=options.seed,
-            rank=self.rank,
-            world=self.world,
+            rank=self.group.rank,
+            world=world,
             workers=options.num_workers,
             order=order,
             distinct=self.model.contrasts,
         ) as batches:
             task = TokenizerTask(self, batches)
             if options.resume_ckpt_path and not checkpoints(self.folder / task.checkpoint_folder):
-                n_epochs = self._resume(Path(locate(options.resume_ckpt_path)))
-                task.first_step = self.steps_per_epoch * n_epochs
-            record = train_stage(task, self.folder)
+                self._load_checkpoint(locate(options.resume_ckpt_path))
+                task.first_step = self.steps_per_epoch * self.start_epoch
+            record = train_stage(task, self.folder, self.group)
 
         # 4. The report.
         losses = ", ".join(
@@ -149,8 +141,8 @@ class RunnerSeed(RunnerBase):
         )
         duration = tqdm.format_interval(record["seconds"])
         log(
-            f"{self.model.stage}: {record['steps']:,} steps in {duration}; at the end "
-            f"{losses}; {record['bad_samples']} bad samples were replaced.\nNext: "
+            f"{task.name}: {record['steps']:,} steps in {duration}; at the end {losses}; "
+            f"{record['bad_samples']} bad samples were replaced.\nNext: "
             f"{shlex.join(self.next_command(record['checkpoint']))}"
         )
         return record
@@ -190,16 +182,18 @@ class RunnerSeed(RunnerBase):
             )
         return {split: mean_losses(self, split) for split in self.options.test_splits}
 
-    def save_epoch(self, epoch: int) -> None:
+    def log_epoch(self, split_name: str, epoch: int, values: Mapping[str, Any]) -> None:
+        """A line of log.txt."""
+        with writing(self.folder):
+            self.log_stats({"epoch": epoch, **values}, split_name)
+
+    def save_epoch(self, epoch: int, weights: Mapping[str, Tensor]) -> None:
         """Write `checkpoint_{epoch}.pth`, and remove old ones.
 
         The first and the newest `run.keep_checkpoints` ones stay.
         """
-        # 1. LAVIS's content.
-        frozen = set(frozen_names(self.model))
-        state = self.model.state_dict()
         content = {
-            "model": {name: value for name, value in state.items() if name not in frozen},
+            "model": weights,
             "optimizer": self.optimizer.state_dict(),
             "config": self.config.to_dict(),
             "scaler": None,
@@ -208,43 +202,38 @@ class RunnerSeed(RunnerBase):
         file = self.folder / f"checkpoint_{epoch}.pth"
         with writing(file):
             save_torch(content, file)
-
-        # 2. Old checkpoints.
         n_newest = self.options.keep_checkpoints
         if n_newest:
-            files = sorted(self.folder.glob("checkpoint_*.pth"), key=_epoch_of)
+            files = sorted(
+                self.folder.glob("checkpoint_*.pth"),
+                key=lambda path: int(path.stem.rpartition("_")[2]),
+            )
             for old_file in files[1:-n_newest]:
                 old_file.unlink()
         log(f"[{self.model.stage}] epoch {epoch} is done: {file}")
 
-    def _resume(self, file: Path) -> int:
-        """Load model and optimizer from a checkpoint of LAVIS; returns its number of epochs."""
-        content = read_training_state(file)
+    def _load_checkpoint(self, file: str) -> None:
+        """As LAVIS's: model, optimizer and `start_epoch` of a checkpoint without frozen weights."""
+        content: Any = read_training_state(Path(file))
+        frozen = frozen_names(self.model)
         try:
-            assign_strictly(
-                self.model, content["model"], file, allow_missing=frozen_names(self.model)
-            )
+            assign_strictly(self.model, content["model"], file, allow_missing=frozen)
             self.optimizer.load_state_dict(content["optimizer"])
-            n_epochs = int(content["epoch"]) + 1  # type: ignore[call-overload]
+            self.start_epoch = int(content["epoch"]) + 1
         except (TypeError, ValueError, KeyError) as error:
             raise CheckpointError(
                 f"{file}: not a LAVIS checkpoint with model, optimizer and epoch, or of another "
                 f"optimizer ({error}); to take its weights only, use model.finetuned."
             ) from error
-        if n_epochs >= self.options.max_epoch:
+        if self.start_epoch >= self.options.max_epoch:
             raise ConfigError(
-                f"{file}: has {n_epochs} epochs behind it, so "
+                f"{file}: has {self.start_epoch} epochs behind it, so "
                 f"run.max_epoch={self.options.max_epoch} leaves nothing to train."
             )
-        log(f"{file}: weights and optimizer loaded; continuing after {n_epochs} epochs.")
-        return n_epochs
+        log(f"{file}: weights and optimizer loaded; continuing after {self.start_epoch} epochs.")
 
 
 def _absolute(source: str) -> str:
     """The absolute path of a file or folder of the YAML; a hub id stays as it is."""
     path = Path(locate(source))
     return str(path.absolute()) if path.exists() else source
-
-
-def _epoch_of(file: Path) -> int:
-    return int(file.stem.rpartition("_")[2])

@@ -140,17 +140,21 @@ class CodebookTask(StageTask):
     def status(self) -> dict[str, float]:
         """Code usage since the last log line."""
         if self.since_restart is None:
-            return {}
+            return dict(super().status())
         use = codebook_use(self.since_log)
         self.since_log.zero_()
-        return use
+        return {**super().status(), **use}
 
     def state_dict(self) -> JsonObject:
         """Use counts of codes since the last restart of dead codes."""
-        return {} if self.since_restart is None else {"since_restart": self.since_restart.tolist()}
+        counts = (
+            {} if self.since_restart is None else {"since_restart": self.since_restart.tolist()}
+        )
+        return {**super().state_dict(), **counts}
 
     def load_state_dict(self, states: list[JsonObject], rank: int) -> None:
         """Inverse of `state_dict`."""
+        super().load_state_dict(states, rank)
         if self.since_restart is not None:
             self.since_restart.copy_(torch.tensor(states[0]["since_restart"]))
 

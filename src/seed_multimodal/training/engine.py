@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from seed_multimodal.device import DTYPES
+from seed_multimodal.device import DTYPES, autocast
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.state_dicts import read_training_state
@@ -76,10 +76,7 @@ class Engine:
 
     def autocast(self) -> AbstractContextManager[object]:
         """Autocast in the run's precision."""
-        precision = self.settings.precision
-        if precision == "fp32":
-            return nullcontext()
-        return torch.autocast(self.device.type, DTYPES[precision])
+        return autocast(self.device, self.settings.precision)
 
     def attention(self) -> AbstractContextManager[object]:
         """The attention kernels of the task's forward pass."""

@@ -7,7 +7,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -28,6 +28,7 @@ from seed_multimodal.training.optimizers import parameter_groups
 from seed_multimodal.training.schedules import learning_rate
 
 if TYPE_CHECKING:
+    from seed_multimodal.data.stream.loader import StepBatches
     from seed_multimodal.training.trainer import Trainer
 
 WEIGHTS = "model.safetensors"
@@ -46,6 +47,8 @@ class Task:
         module: the trained and saved module.
         optimizer: of (some of) the module's parameters.
         meter: aggregates numbers of steps into log lines.
+        step_batches: the data, whose bad samples and waiting are logged and saved; for another kind
+            of data the task defines `status`, `state_dict` and `load_state_dict`.
         first_step: steps of an earlier run in another format, whose weights and optimizer are
             already loaded.
         parallel: whether several processes may train it.
@@ -72,6 +75,7 @@ class Task:
     module: nn.Module
     optimizer: torch.optim.Optimizer
     meter: Meter
+    step_batches: StepBatches[Any] | None = None
     first_step: int = 0
     parallel: bool = True
     sample_steps: int = 0
@@ -142,7 +146,12 @@ class Task:
         Counts (int) are summed over processes, measures (float) averaged; `wait_seconds` is all
         time spent waiting for data, logged as `wait_share`.
         """
-        return {}
+        if self.step_batches is None:
+            return {}
+        return {
+            "wait_seconds": self.step_batches.wait_seconds,
+            "bad_samples": self.step_batches.dataset.bad.total,
+        }
 
     def finish(self, group: ProcessGroup) -> Mapping[str, object]:
         """Called at the end: save the final weights (first process); returns further values of the
@@ -167,10 +176,13 @@ class Task:
 
     def state_dict(self) -> JsonObject:
         """State of this process (data position, bad samples), JSON-serializable."""
-        return {}
+        return {} if self.step_batches is None else self.step_batches.dataset.state_dict()
 
     def load_state_dict(self, states: list[JsonObject], rank: int) -> None:
-        """Restore from the `state_dict`s of all processes, by rank."""
+        """Restore from the `state_dict`s of all processes, by rank; their number may differ."""
+        if self.step_batches is not None:
+            for state in states[rank :: self.step_batches.world]:
+                self.step_batches.dataset.load_state_dict(state)
 
     def published(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Weights by their names in `module` → those of a checkpoint, by their names in it."""

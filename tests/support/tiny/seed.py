@@ -16,7 +16,12 @@ from seed_multimodal.language.hub_tokenizer import HubTokenizer
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.models.seed.code_adapter import CODE_ADAPTER, CodeAdapter, CodeAdapterConfig
 from seed_multimodal.models.seed.configuration import QFormerConfig, Seed1Config, Seed2Config
-from seed_multimodal.models.seed.losses import Seed1Stage2Model, Stage1Model, Stage2Model
+from seed_multimodal.models.seed.losses import (
+    Seed1Stage2Model,
+    Stage1Model,
+    Stage2Model,
+    Stage2TrainingOptions,
+)
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer
 from seed_multimodal.models.seed.qformer import QFormer
 from seed_multimodal.nn.vision.eva import EvaConfig, EvaVit
@@ -185,8 +190,8 @@ def write_stages(
     sizes = Seed2Config(vit=config.vit, qformer=config.qformer)
     first = loud(Stage1Model(sizes, vocab_size=vocab_size, embed_dim=8, freeze_vit=freeze_vit))
     stage2 = Stage2Model if isinstance(config, Seed2Config) else Seed1Stage2Model
-    second: Any = loud(stage2(config, **options)).eval()
-    if second.freeze_qformer:
+    second: Any = loud(stage2(config, options=Stage2TrainingOptions(**options))).eval()
+    if second.options.freeze_qformer:
         second.load_stage1(first.state_dict())
     else:
         second.visual_encoder.load_state_dict(first.visual_encoder.state_dict())

@@ -18,6 +18,7 @@ from seed_multimodal.models.seed.losses import (
     Stage1Model,
     Stage1Output,
     Stage2Model,
+    Stage2TrainingOptions,
     project_and_normalize,
     similarities,
 )
@@ -119,14 +120,14 @@ def test_stage2_trains_the_decoder_or_the_qformer_too(kind, tiny, images, target
     # Nothing frozen is trained, nothing trained is frozen.
     decoder = set(DECODERS[kind].split())
     for frozen, parts in ((True, set()), (False, {"Qformer", "query_tokens", "ln_vision"})):
-        model = stage2(kind, tiny, freeze_qformer=frozen)
+        model = stage2(kind, tiny, options=Stage2TrainingOptions(freeze_qformer=frozen))
         model(images, target).loss.backward()
         assert trained_parts(model) == decoder | parts
 
 
 def test_stage2_with_and_without_frozen_dropout(kind, tiny, images):
     noisy = stage2(kind, tiny)
-    clean = stage2(kind, tiny, frozen_dropout=False)
+    clean = stage2(kind, tiny, options=Stage2TrainingOptions(frozen_dropout=False))
     assert not torch.equal(noisy.query_features(images), noisy.query_features(images))
     assert torch.equal(clean.query_features(images), clean.query_features(images))
     assert not noisy.visual_encoder.training
@@ -146,7 +147,7 @@ def test_stage2_seed1_loss_is_the_weighted_sum(images):
 
 def test_stage2_warm_up_without_quantizer(kind, tiny, images, target):
     # The first steps train on features; the codebook is not touched.
-    model = stage2(kind, tiny, frozen_dropout=False)
+    model = stage2(kind, tiny, options=Stage2TrainingOptions(frozen_dropout=False))
     out = model(images, target, quantize=False)
     out.loss.backward()
     assert out.indices is None
@@ -157,7 +158,7 @@ def test_stage2_warm_up_without_quantizer(kind, tiny, images, target):
 
 
 def test_corrupt_codes_swaps_up_to_the_given_fraction(tiny):
-    model = Stage2Model(tiny, corrupt=0.5)
+    model = Stage2Model(tiny, options=Stage2TrainingOptions(corrupt=0.5))
     quant = torch.full((400, 32, 6), 7.0, requires_grad=True)
     swapped = model.corrupt_codes(quant)
     # The fraction differs between samples.
@@ -170,7 +171,7 @@ def test_corrupt_codes_swaps_up_to_the_given_fraction(tiny):
 
 def test_keep_prefix_of_random_lengths(tiny):
     # Half of the images keep all codes, the others 1 to 32 of them.
-    model = Stage2Model(tiny, nested=0.5)
+    model = Stage2Model(tiny, options=Stage2TrainingOptions(nested=0.5))
     quant = torch.ones(2000, 32, 6)
     mask = model.keep_prefix(quant)[..., 0].bool()
     lengths = mask.sum(1)

@@ -27,7 +27,7 @@ def built(arguments: list[str]) -> Any:
 def test_learning_rate_with_accumulation(yaml):
     # Schedules count iterations, as the original's (golden/lr_schedule); a step has the rate of its
     # last one.
-    from seed_lavis.datasets import split_of
+    from seed_lavis.datasets import joined_splits
     from seed_lavis.task import TokenizerTask
 
     from seed_multimodal.data.stream.loader import StepBatches
@@ -35,7 +35,8 @@ def test_learning_rate_with_accumulation(yaml):
     rates = []
     for count in (1, 2):
         runner = built(yaml("stage1", "run.iters_per_epoch=8", f"run.accum_grad_iters={count}"))
-        task = TokenizerTask(runner, StepBatches(split_of(runner.datasets, ["train"]), 8, seed=0))
+        data, _ = joined_splits(runner.datasets, ["train"], {})
+        task = TokenizerTask(runner, StepBatches(data, 8, seed=0))
         rates.append([task.learning_rate(step) for step in range(task.settings.max_steps)])
     assert rates[0][1::2] == rates[1]
     assert len(set(rates[0])) > 3
@@ -48,13 +49,13 @@ OPTIONS = [
     ("stage1", "embed_dim=12", "text_proj.out_features", 12),
     ("stage1", "num_query_token=64", "config.qformer.causal_queries", 64),
     ("stage2", "loss_weights={embed: 7}", "weights.embed", 7),
-    ("stage2", "corrupt=0.1", "corrupt", 0.1),
-    ("stage2", "nested=0.2", "nested", 0.2),
+    ("stage2", "corrupt=0.1", "options.corrupt", 0.1),
+    ("stage2", "nested=0.2", "options.nested", 0.2),
     ("stage2", "ema_decay=0.9", "quantize.ema_decay", 0.9),
     ("stage2", "normalize_codes=True", "quantize.normalize", True),
     ("stage2", "num_query_token=16", "config.qformer.causal_queries", 16),
     ("stage2", "codebook_sections=16", "quantize.sections", 16),
-    ("stage2", "frozen_dropout=False", "frozen_dropout", False),
+    ("stage2", "frozen_dropout=False", "options.frozen_dropout", False),
 ]
 
 

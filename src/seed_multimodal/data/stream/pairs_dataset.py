@@ -23,6 +23,7 @@ from torch.utils.data import default_collate
 from seed_multimodal.data.formats.pairs import Pair, Pairs
 from seed_multimodal.data.formats.record import RECORD_FAULTS, BadRecords, find_part
 from seed_multimodal.data.stream.loader import Sample, SampleDataset
+from seed_multimodal.data.stream.sampler import MixedOrder
 from seed_multimodal.diffusion.networks import size_ids
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import open_image
@@ -145,6 +146,20 @@ class JoinedPairs(SampleDataset[Sample]):
         """As `SourceDataset.get`."""
         part, part_index = find_part(self._ends, index)
         return self.parts[part].get(part_index, epoch)
+
+
+def join_pairs(
+    parts: Sequence[SourceDataset[Sample]], weights: Sequence[float], seed: int
+) -> tuple[SampleDataset[Sample], MixedOrder | None]:
+    """One data set of all parts, and its order by their weights (none: by their sizes)."""
+    if len(parts) == 1:
+        return parts[0], None
+    order = None
+    if weights:
+        sizes = list(map(len, parts))
+        shard_sizes = [part.shard_sizes for part in parts]
+        order = MixedOrder(sizes, weights, seed, shard_sizes=shard_sizes)
+    return JoinedPairs(parts), order
 
 
 def sample_seed(seed: int, epoch: int, index: int) -> int:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Self, TypedDict, Unpack
+from typing import TYPE_CHECKING, Self
 
 import torch
 import torch.distributed as dist
@@ -268,14 +268,27 @@ class Stage2Output:
     target: Tensor  # target of `embeds`
 
 
-class Stage2TrainingOptions(TypedDict, total=False):
-    """Keywords of `Stage2Base`, which both models pass on."""
+@dataclass
+class Stage2TrainingOptions:
+    """Options of both models' training. Ours, off by default: all but `frozen_dropout`.
 
-    ema_decay: float | None
-    freeze_qformer: bool
-    frozen_dropout: bool
-    corrupt: float
-    nested: float
+    Attributes:
+        ema_decay: of a moving-average codebook instead of the codebook loss.
+        freeze_qformer: False trains `Qformer`, `query_tokens` and `ln_vision` too (the vision
+            encoder is always frozen).
+        frozen_dropout: leave the frozen Q-Former in train mode, as in the original.
+        corrupt: in training a fraction of each image's codes, uniform in [0, corrupt], is replaced
+            by random ones before decoding, so that the decoder is robust to a language model's
+            errors.
+        nested: in training the probability that an image is decoded from its first k codes only, k
+            uniform, so that early codes carry the most; the rows after them are zeros.
+    """
+
+    ema_decay: float | None = setting(None, minimum=0, maximum=0.999999)
+    freeze_qformer: bool = True
+    frozen_dropout: bool = True
+    corrupt: float = setting(0.0, minimum=0, maximum=1)
+    nested: float = setting(0.0, minimum=0, maximum=1)
 
 
 class Stage2Base(SeedTokenizer):
@@ -286,40 +299,23 @@ class Stage2Base(SeedTokenizer):
              + 0.5 · squared error of the decoder's embeddings
 
     As in the original, the frozen Q-Former stays in train mode, so dropout makes codes and targets
-    noisy. Ours, off by default: `freeze_qformer=False`, `corrupt`, `nested`, and warm-up without
-    quantizer.
-
-    ema_decay: moving-average codebook instead of the codebook loss.
-    freeze_qformer: False trains `Qformer`, `query_tokens` and `ln_vision` too (the vision encoder
-        is always frozen).
-    frozen_dropout: leave the frozen Q-Former in train mode, as in the original.
-    corrupt: in training a fraction of each image's codes, uniform in [0, corrupt], is replaced by
-        random ones before decoding, so that the decoder is robust to a language model's errors.
-    nested: in training the probability that an image is decoded from its first k codes only, k
-        uniform, so that early codes carry the most; the rows after them are zeros.
+    noisy. Ours, off by default: warm-up without quantizer, and most `options`.
     """
 
     weights: Stage2Weights | Seed1Stage2Weights
+    options: Stage2TrainingOptions
 
     def __init__(
         self,
         config: Seed1Config | Seed2Config,
-        *,
-        ema_decay: float | None = None,
-        freeze_qformer: bool = True,
-        frozen_dropout: bool = True,
-        corrupt: float = 0.0,
-        nested: float = 0.0,
+        options: Stage2TrainingOptions | None = None,
     ) -> None:
         super().__init__(config)
-        if ema_decay is not None:
-            self.quantize.start_averages(ema_decay)
-        self.freeze_qformer = freeze_qformer
-        self.frozen_dropout = frozen_dropout
-        self.corrupt = corrupt
-        self.nested = nested
+        self.options = options or Stage2TrainingOptions()
+        if self.options.ema_decay is not None:
+            self.quantize.start_averages(self.options.ema_decay)
         self.visual_encoder.requires_grad_(False)
-        if freeze_qformer:
+        if self.options.freeze_qformer:
             self.ln_vision.requires_grad_(False)
             self.Qformer.requires_grad_(False)
             self.query_tokens.requires_grad_(False)
@@ -333,7 +329,7 @@ class Stage2Base(SeedTokenizer):
         """
         super().train(mode)
         in_eval_mode = ["visual_encoder", "text_encoder"]
-        if self.freeze_qformer and not self.frozen_dropout:
+        if self.options.freeze_qformer and not self.options.frozen_dropout:
             in_eval_mode.append("Qformer")
         # A model need not have them all.
         for name, child in self.named_children():
@@ -418,14 +414,14 @@ class Stage2Base(SeedTokenizer):
 
     def corrupt_codes(self, quant: Tensor) -> Tensor:
         """Codebook rows `[B, 32, d]`, in training some of them replaced (see `corrupt`)."""
-        if not (self.training and self.corrupt):
+        if not (self.training and self.options.corrupt):
             return quant
         device = quant.device
         n_images, n_codes, _ = quant.shape
         shape = (n_images, n_codes)
 
         # 1. Which codes are replaced: of each image another fraction.
-        fraction = self.corrupt * torch.rand(n_images, 1, device=device)
+        fraction = self.options.corrupt * torch.rand(n_images, 1, device=device)
         is_replaced = torch.rand(shape, device=device) < fraction  # [B, Q]
 
         # 2. By which: with sections by others of the same position, because these are the codes
@@ -441,13 +437,13 @@ class Stage2Base(SeedTokenizer):
 
     def keep_prefix(self, quant: Tensor) -> Tensor:
         """Codebook rows `[B, 32, d]`, in training of some images only the first (see `nested`)."""
-        if not (self.training and self.nested):
+        if not (self.training and self.options.nested):
             return quant
         n_images, n_codes, _ = quant.shape
         device = quant.device
         # A prefix of each image, and which images are decoded from all of their codes anyway.
         prefixes = torch.randint(1, n_codes + 1, (n_images,), device=device)
-        is_complete = torch.rand(n_images, device=device) >= self.nested
+        is_complete = torch.rand(n_images, device=device) >= self.options.nested
         lengths = torch.where(is_complete, n_codes, prefixes)
         return keep_first_rows(quant, lengths)
 
@@ -485,7 +481,6 @@ class Stage2Model(Stage2Base, Seed2Tokenizer):
 
     config: the published training code used `use_qformer_image=True, reverse_depth=4`.
     clip_model: frozen model whose `.image_embeds` are the target when `forward` gets none.
-    options: see `Stage2Base`.
     """
 
     weights: Stage2Weights
@@ -496,9 +491,9 @@ class Stage2Model(Stage2Base, Seed2Tokenizer):
         *,
         weights: Stage2Weights | None = None,
         clip_model: nn.Module | None = None,
-        **options: Unpack[Stage2TrainingOptions],
+        options: Stage2TrainingOptions | None = None,
     ) -> None:
-        super().__init__(config, **options)
+        super().__init__(config, options)
         self.weights = weights or Stage2Weights()
         if clip_model is not None:
             clip_model.requires_grad_(False).train()
@@ -548,7 +543,6 @@ class Seed1Stage2Model(Stage2Base, Seed1Tokenizer):
 
     text_encoder: Stable Diffusion's frozen `CLIPTextModel`, whose `last_hidden_state` of the
         caption is the target when `forward` gets none.
-    options: see `Stage2Base`.
     """
 
     weights: Seed1Stage2Weights
@@ -559,9 +553,9 @@ class Seed1Stage2Model(Stage2Base, Seed1Tokenizer):
         *,
         weights: Seed1Stage2Weights | None = None,
         text_encoder: PreTrainedModel | None = None,
-        **options: Unpack[Stage2TrainingOptions],
+        options: Stage2TrainingOptions | None = None,
     ) -> None:
-        super().__init__(config, **options)
+        super().__init__(config, options)
         self.pos_embed = nn.Parameter(torch.zeros(1, config.num_query, config.qformer.width))
         self.blocks = decode_blocks(config)
         self.weights = weights or Seed1Stage2Weights()

@@ -19,17 +19,15 @@ from PIL import Image
 from torch import Tensor, nn
 
 from seed_multimodal.data.formats.pairs import Pairs
-from seed_multimodal.data.stream.loader import SampleDataset, StepBatches
+from seed_multimodal.data.stream.loader import StepBatches
 from seed_multimodal.data.stream.pairs_dataset import (
-    JoinedPairs,
     Size,
     TargetBatch,
     TargetPairs,
-    TargetSample,
     by_size,
+    join_pairs,
     sample_seed,
 )
-from seed_multimodal.data.stream.sampler import MixedOrder
 from seed_multimodal.device import copy_to
 from seed_multimodal.diffusion.base import DEFAULTS, Detokenizer
 from seed_multimodal.diffusion.networks import (
@@ -182,6 +180,7 @@ class PixelTask(RunTask):
 
     run: PixelRunSettings
     module: TrainedDetokenizer
+    step_batches: StepBatches[list[TargetBatch]]
     start_hint = "model.start"
     reads_condition = False  # whether samples have a condition image
     result: ClassVar[str]  # subfolder of the result
@@ -270,20 +269,10 @@ class PixelTask(RunTask):
 
         # 2. Batches of the sources, mixed by their weights.
         datasets = [self._target_pairs(source) for source in self.sources]
-        self.dataset: SampleDataset[TargetSample]
-        order = None
-        if len(datasets) == 1:
-            self.dataset = datasets[0]
-        else:
-            self.dataset = JoinedPairs(datasets)
-            order = MixedOrder(
-                [len(dataset) for dataset in datasets],
-                [source.weight for source in data.sources],
-                data.seed,
-                shard_sizes=[dataset.shard_sizes for dataset in datasets],
-            )
-        self.batches = StepBatches(
-            self.dataset,
+        weights = [source.weight for source in data.sources]
+        dataset, order = join_pairs(datasets, weights, data.seed)
+        self.step_batches = StepBatches(
+            dataset,
             data.batch_size,
             seed=data.seed,
             rank=self.group.rank,
@@ -346,7 +335,7 @@ class PixelTask(RunTask):
         # 1. The batch, and its random numbers.
         position = micro_step * self.group.world + self.group.rank
         generator = torch.Generator().manual_seed(sample_seed(self.settings.seed, 0, position))
-        batches: list[TargetBatch] = self.batches.at(micro_step)
+        batches: list[TargetBatch] = self.step_batches.at(micro_step)
 
         # 2. The mean over its images, size by size.
         n_images = sum(len(batch["key"]) for batch in batches)
@@ -406,14 +395,8 @@ class PixelTask(RunTask):
 
     def close(self) -> None:
         """Stop the data workers, if started."""
-        if hasattr(self, "batches"):
-            self.batches.close()
-
-    def status(self) -> Mapping[str, float]:
-        return {
-            "wait_seconds": self.batches.wait_seconds,
-            "bad_samples": self.dataset.bad.total,
-        }
+        if self.step_batches is not None:
+            self.step_batches.close()
 
     def finish(self, group: ProcessGroup) -> Mapping[str, object]:
         # 1. The module. DeepSpeed's has half-precision weights; its fp32 weights are sharded, and
@@ -433,7 +416,7 @@ class PixelTask(RunTask):
         return {
             "processes": group.world,
             "samples_per_step": self._samples_per_step(group.world),
-            "bad_samples": self.dataset.bad.total,
+            "bad_samples": self.step_batches.dataset.bad.total,
             self.result: str(folder),
             **{key: round(value, 6) for key, value in self.meter.smooth.items()},
         }
@@ -456,14 +439,6 @@ class PixelTask(RunTask):
             "model": {name: model[name] for name in self.learner.fixed_settings},
             "samples_per_step": self._samples_per_step(world),
         }
-
-    def state_dict(self) -> JsonObject:
-        """Bad samples of this process."""
-        return self.dataset.state_dict()
-
-    def load_state_dict(self, states: list[JsonObject], rank: int) -> None:
-        for state in states[rank :: self.group.world]:  # the number of processes may differ
-            self.dataset.load_state_dict(state)
 
     def _samples_per_step(self, world: int) -> int:
         return self.run.data.batch_size * self.settings.gradient_accumulation_steps * world

@@ -39,7 +39,7 @@ def test_codes_are_of_the_vision_encoders_preprocessing(parts: Path, tmp_path):
     model = {"tokenizer": str(tmp_path / "tokenizer"), "selection": "threshold"}
     task = task_of(LavitPixelTask, lavit_config(parts, tmp_path / "run", model=model))
     task.prepare()
-    pixels = task.batches.at(0)[0]["encoder_image"]
+    pixels = task.step_batches.at(0)[0]["encoder_image"]
     expected = tokenizer.encode(
         tokenizer.config.vit.preprocessing.normalise(pixels), mode="threshold"
     )
