@@ -175,7 +175,7 @@ class AnswerGenerator:
                 f"first {n_dropped} messages were left out."
             )
         draws = settings.images == "forced"
-        if not draws and speaks_of_missing_image(turns):
+        if not draws and speaks_of_missing_image(conversation):
             notes.append("The message speaks of a picture, but the conversation has none.")
         notes.append(self.unknown_words_note(turns[-1], drawing=draws))
         prompt.note = " ".join(filter(None, notes))
