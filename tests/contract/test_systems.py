@@ -184,10 +184,14 @@ def test_results_in_threads_equal_those_alone(system, family: Family):
 
 
 @pytest.mark.parametrize(
-    ("task", "request_", "functions", "files"),
-    [("describe", noise(1), 153, 27), ("draw", "a fox", 163, 28)],
+    ("task", "request_", "options", "functions", "files"),
+    [
+        ("describe", noise(1), {}, 153, 27),
+        ("draw", "a fox", {"read_back": False}, 163, 28),
+        ("draw", "a fox", {}, 187, 30),  # and describes it
+    ],
 )
-def test_a_request_crosses_few_functions(task, request_, functions, files):
+def test_a_request_crosses_few_functions(task, request_, options, functions, files):
     # What must be read to follow one request, in all threads, once everything is loaded; three
     # depend on when threads run and objects are freed.
     library = str(Path(seed_multimodal.__file__).parent)
@@ -200,12 +204,12 @@ def test_a_request_crosses_few_functions(task, request_, functions, files):
         if event == "call" and is_ours:
             entered.add((code.co_filename, code.co_qualname))
 
-    getattr(systems[0], task)(request_)
+    getattr(systems[0], task)(request_, **options)
     systems[1].images.prepare_drawing()
     threading.setprofile(profile)
     sys.setprofile(profile)
     try:
-        getattr(systems[1], task)(request_)
+        getattr(systems[1], task)(request_, **options)
     finally:
         sys.setprofile(None)
         threading.setprofile(None)
@@ -384,6 +388,31 @@ def test_ask_generates_nothing_behind_the_answer(model):
     ids = system.engine.generate(system.family.prompts(conversations, "ask"), settings)
     for answer, generated in zip(answers, ids, strict=True):
         assert len(generated) <= len(answer.answer.ids) + max(opening, 1) + 1
+
+
+@pytest.mark.parametrize("model", NANO)
+def test_drawings_are_read_back(model):
+    # What a user did not ask for must not be delivered as if it were right.
+    logged: list[str] = []
+    system = MultimodalSystem.from_pretrained(model, device="cpu", log=logged.append)
+    logged.clear()
+    texts = ["two cats at night", "a dog on the moon"]  # a dog, or a moon
+    images = system.draw(texts)
+    right, wrong = images
+    assert "two" in right.info["description"].lower() and "cats" in right.info["description"]
+    assert right.info["note"] == ""
+    assert "Image 1" in wrong.info["note"] and "no " in wrong.info["note"]
+    assert logged == [wrong.info["note"]]
+
+    # Without it, pixels are the same; so are those of chats, whose answers have the note.
+    without = system.draw(texts, read_back=False)
+    assert all("description" not in image.info for image in without)
+    assert same(images[0], without[0]) and same(images[1], without[1])
+    answer = system.chat(user(f"Please draw {texts[1]}."), force_image=True, seed=0)
+    (drawing,) = (part for part in answer.parts if not isinstance(part, str))
+    assert drawing.description and "no " in answer.note
+    edited = system.edit(images[0], "Put it in a meadow.")
+    assert edited.info["description"]
 
 
 @pytest.mark.parametrize("steps", [None, 1])

@@ -24,6 +24,7 @@ from seed_multimodal.disk import JsonObject
 from seed_multimodal.entry import DONE, log_line
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import open_image, save_image
+from seed_multimodal.pipelines.read_back import DESCRIPTION
 
 if TYPE_CHECKING:
     from seed_multimodal.language.answer import Answer, Event
@@ -90,6 +91,9 @@ class Conversation:
                 if image is not None:
                     path = save_image(image, next_free_path(self.folder, FILE_PATTERN))
                     part["image"] = str(path)
+                    if DESCRIPTION in image.info:
+                        part["description"] = image.info[DESCRIPTION]
+                        log_line(f"read back: {part['description']}")
                 parts.append(part)
                 self._print(f" [image: {part.get('image', 'not drawn')}] ")
             elif event["type"] == "image_broken":

@@ -32,6 +32,7 @@ from seed_multimodal.cli.common import (
 from seed_multimodal.disk import JsonObject, text_stem
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import ConfigError, DataError, printable
+from seed_multimodal.pipelines.read_back import DESCRIPTION
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -287,7 +288,12 @@ def _save_all(
     path, or a list of several) under `task` or "image", and the paths as text."""
     tag = task and f"_{task}"
     paths = [outputs.save(image, stem, tag) for image in images]
-    return {task or "image": paths[0] if len(paths) == 1 else paths}, ", ".join(paths)
+    record: JsonObject = {task or "image": paths[0] if len(paths) == 1 else paths}
+    descriptions = [image.info[DESCRIPTION] for image in images if DESCRIPTION in image.info]
+    if descriptions:
+        log_line(f"read back: {' / '.join(descriptions)}")
+        record["descriptions"] = descriptions
+    return record, ", ".join(paths)
 
 
 def _save_counts(

@@ -173,7 +173,9 @@ class Benchmark(RunSettings, Generic[SampleT]):
             options["verbatim"] = True
         captions = [sample.caption for sample in samples]
         seeds = [self.seed + num_images * sample.index for sample in samples]
-        drawings = self.system.draw(captions, seeds, num_images=num_images, **options)
+        drawings = self.system.draw(
+            captions, seeds, num_images=num_images, read_back=False, **options
+        )
         starts = range(0, len(drawings), num_images)
         return [drawings[start : start + num_images] for start in starts]
 

@@ -148,9 +148,9 @@ class SeedModel(lmms):  # type: ignore[misc]
             texts = [message.text for message in messages]
             if edits:
                 sources = [message.images for message in messages]
-                images = self.system.edit(sources, texts, batch_size=self.batch)
+                images = self.system.edit(sources, texts, batch_size=self.batch, read_back=False)
             else:
-                images = self.system.draw(texts, batch_size=self.batch)
+                images = self.system.draw(texts, batch_size=self.batch, read_back=False)
             for row, image in zip(rows, images, strict=True):
                 results[row] = self._saved(requests[row], "", [image])
         return [results[row] for row in range(len(requests))]

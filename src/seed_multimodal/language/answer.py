@@ -38,6 +38,11 @@ class ImagePart:
     position: int = field(default=0, compare=False, kw_only=True)
     image: Image.Image | None = field(default=None, compare=False, kw_only=True)
 
+    @property
+    def description(self) -> str:
+        """What the system says that it has drawn, with `read_back`; else empty."""
+        return "" if self.image is None else self.image.info.get("description", "")
+
 
 @dataclass(frozen=True)
 class BrokenImagePart:
@@ -238,6 +243,15 @@ class AnswerReader:
             self.read(int(token))
         self.close()
         return self
+
+    def text_before(self, image: ImagePart) -> str:
+        """The text between an image and the one before it."""
+        text = ""
+        for part in self.parts:
+            if part is image:
+                break
+            text = part if isinstance(part, str) else ""
+        return text
 
     def close(self) -> list[Event]:
         """The events still held back."""

@@ -7,12 +7,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
-from functools import lru_cache
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import ConfigError
+from seed_multimodal.language.phrases import ByValue, Phrases
 from seed_multimodal.settings import nearest, read_settings
 
 # A word in any alphabet (not the end of `2nd`), a number, or an emoji.
@@ -30,12 +32,19 @@ class KnownWords:
 
     names: of things. words: others that can be drawn, or do not change a drawing.
     said: further words that questions and answers use, and that no drawing shows.
+    phrases: by which descriptions of drawings are compared with requests, see `Phrases`.
     """
 
     about: str
     names: tuple[str, ...]
     words: tuple[str, ...]
     said: tuple[str, ...] = ()
+    phrases: Mapping[str, ByValue] = field(default_factory=dict)
+
+    @cached_property
+    def compared(self) -> Phrases:
+        """The phrases, ready for comparisons."""
+        return Phrases(self.phrases)
 
     def unknown(self, text: str, drawing: bool = False) -> list[str]:
         """Unknown words of a text, each once, in lower case: nouns first, in order.

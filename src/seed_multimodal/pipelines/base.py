@@ -60,6 +60,7 @@ from seed_multimodal.pipelines.images import (
     Seed,
     seed_per_image,
 )
+from seed_multimodal.pipelines.read_back import NOTE, add_descriptions, claims_of
 from seed_multimodal.settings import check_value
 
 # One result, or a list of them for a list of requests. Types cannot tell which.
@@ -333,7 +334,9 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         seed: one for all texts, or one each; image n has `seed` + n, and from the second on sampled
         codes where the settings are greedy (`VARIATION`).
         verbatim: `text` is the complete prompt.
-        options: also `stream` and `previews`, as of `chat`: events of one image after the other.
+        options: also `stream` and `previews`, as of `chat`: events of one image after the other;
+        and `read_back`: the system describes what it drew, in `info["description"]` of the image,
+        and logs what contradicts the text (`info["note"]`). By default as in `system.json`.
         Raises GenerationError: no image. RequestError: an empty text.
         """
         single = isinstance(text, str)
@@ -411,6 +414,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         images: "auto", "forced": answer with an image, as by `force_image`; "never": without.
         previews: numbers of codes after which a stream shows an image so far; None: the defaults of
         `system.json`.
+        options: also `read_back`, see `draw`.
         """
         # 1. The settings.
         if force_image and images == "never":
@@ -420,6 +424,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         conversation = read_messages(messages, images_first=self.config.tuned)
         task, conversation = self.family.read_chat(conversation, images == "forced")
         drawing = self._pop_drawing_settings(options)
+        reads_back = self._pop_read_back(options)
         if stream:
             options.setdefault("num_beams", 1)
         settings = self.settings(task, images=images, **options)
@@ -440,7 +445,8 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         prompt = self._fitting_prompt(conversation, task, opening, settings)
 
         # 3. The answer, whose images are decoded as soon as they are complete.
-        events = self._events(prompt, settings, drawing, preview_lengths)
+        turns = conversation if reads_back else None
+        events = self._events(prompt, settings, drawing, preview_lengths, turns)
         if stream:
             return events
         return next(event["answer"] for event in events if event["type"] == "done")
@@ -458,6 +464,24 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         """Take the settings of the de-tokenizer out of `options`."""
         names = self.images.drawing_settings
         return {name: options.pop(name) for name in names if name in options}
+
+    def _pop_read_back(self, options: Options) -> bool:
+        """Take out of `options` whether drawings are described."""
+        value = options.pop("read_back", None)
+        if value is None:
+            value = self.config.read_back
+        reads_back: bool = check_value(bool, value, "read_back")
+        return reads_back
+
+    def _read_back(
+        self,
+        image_inputs: Sequence[ImageInput],
+        images: Sequence[Image.Image],
+        claims: Sequence[Sequence[str]],
+    ) -> None:
+        """Describe drawings by their codes, or where prompts hold features by themselves."""
+        shown: Sequence[Any] = image_inputs if self.family.prompts_are_ids else images
+        add_descriptions(images, self.describe([*shown]), claims, self.config.known_words)
 
     def _answer_texts(
         self,
@@ -495,11 +519,13 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         settings: GenerationSettings,
         drawing: Options,
         previews: Sequence[int],
+        read_back_to: Sequence[Message] | None = None,
     ) -> Iterator[Event]:
         """Events of one answer, with decoded images; the last is `done` with the `Answer`.
 
         drawing: settings of its images, with `should_stop`.
         previews: numbers of codes after which an unfinished image is shown.
+        read_back_to: the conversation, if the images are described.
         """
         # Beams have no unfinished images: their tokens come at the end.
         request = self.engine.submit(prompt, settings, previews if settings.num_beams == 1 else ())
@@ -513,8 +539,11 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
                     event["image"] = part.image = None
                     if self.images.can_draw:
                         inputs = self.family.image_inputs([part], request)
-                        image = self.decode_images(inputs, [prompt], [settings.seed or 0], drawing)
-                        event["image"] = part.image = image[0]
+                        images = self.decode_images(inputs, [prompt], [settings.seed or 0], drawing)
+                        event["image"] = part.image = images[0]
+                        if read_back_to is not None:
+                            claims = claims_of(read_back_to, request.reader.text_before(part))
+                            self._read_back(inputs, images, [claims])
                 yield event
 
         try:
@@ -522,7 +551,8 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         except Stopped:  # before a token, or before the drawing of an image
             yield from (event for event in request.reader.close() if event["type"] == "text")
         answer = self._answer(request.reader, prompt, request.finish_reason)
-        yield {"type": "done", "answer": answer}
+        notes = [answer.note, *(image.info.get(NOTE) for image in answer.images)]
+        yield {"type": "done", "answer": replace(answer, note=" ".join(filter(None, notes)))}
 
     # ---- drawings
 
@@ -548,6 +578,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         previews = self._preview_lengths(options.pop("previews", None))
         conversations = self.family.drawing_requests(conversations, options)
         drawing = self._pop_drawing_settings(options)
+        reads_back = self._pop_read_back(options)
         self.images.check_drawing(**drawing)
         drawing["should_stop"] = options.get("should_stop")
         seeds: list[int] = []
@@ -583,16 +614,24 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         answers = [generated[row // images_per_answer] for row in range(len(seeds))]
 
         # 4. Their images.
-        batch_size = min(batch_size, DRAWING_BATCH)
+        def decode() -> list[Image.Image]:
+            inputs = [answer.single_image() for answer in answers]
+            prompts = [answer.prompt for answer in answers]
+            images = self.decode_images(
+                inputs, prompts, seeds, drawing, min(batch_size, DRAWING_BATCH)
+            )
+            if reads_back:
+                claims: list[Sequence[str]] = []
+                for row, answer in enumerate(answers):
+                    claims.append(claims_of(conversations[row // num_images], answer.answer.text))
+                self._read_back(inputs, images, claims)
+                for image in images:
+                    self._log_note(image.info[NOTE])
+            return images
+
         if stream:
-            return self._drawing_events(answers, seeds, drawing, previews, batch_size)
-        images = self.decode_images(
-            [answer.single_image() for answer in answers],
-            [answer.prompt for answer in answers],
-            seeds,
-            drawing,
-            batch_size,
-        )
+            return self._drawing_events(answers, seeds, drawing, previews, decode)
+        images = decode()
         return images[0] if single and num_images == 1 else images
 
     def _drawing_events(
@@ -601,11 +640,10 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         seeds: Sequence[int],
         drawing: Options,
         preview_lengths: Sequence[int],
-        batch_size: int,
+        decode: Callable[[], list[Image.Image]],
     ) -> Iterator[Event]:
-        """The image of each answer, behind what its first codes show."""
+        """The image of each answer, behind what its first codes show; `decode`: all images."""
         inputs = [answer.single_image() for answer in answers]
-        prompts = [answer.prompt for answer in answers]
         images: list[Image.Image] = []
         for index, answer in enumerate(answers):
             for length in preview_lengths:
@@ -613,7 +651,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
                 image = self._preview(codes, seeds[index], drawing)
                 yield {"type": "image_preview", "codes": codes, "image": image}
             # All images are decoded together, when the first previews were shown.
-            images = images or self.decode_images(inputs, prompts, seeds, drawing, batch_size)
+            images = images or decode()
             codes = list(inputs[index]) if self.images.has_codes else []
             yield {
                 "type": "image",

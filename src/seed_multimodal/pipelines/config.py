@@ -117,6 +117,7 @@ class SystemConfig:
     preview_inference_steps: int | None = setting(None, minimum=1)
     notice: str = ""  # what people should know of the weights; logged when they are loaded
     known_words: Path | None = None  # JSON file of the words that it learned
+    read_back: bool = False  # whether it describes its drawings, see `pipelines.read_back`
 
     @property
     def name(self) -> str:

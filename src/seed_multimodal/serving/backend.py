@@ -46,6 +46,7 @@ from seed_multimodal.language.messages import (
 from seed_multimodal.language.prompts import PromptTemplate, interleave
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.models.registry import find_family
+from seed_multimodal.pipelines.read_back import DESCRIPTION, NOTE
 from seed_multimodal.serving.responses import completion, response_events
 from seed_multimodal.serving.schema import (
     MAX_IMAGES,
@@ -397,7 +398,7 @@ class Backend:
             min_new_tokens = self.vocabulary.min_codes + 1
             options["max_new_tokens"] = max(request.max_new_tokens, min_new_tokens)
         images_option = "forced" if request.force_boi else "auto"
-        options = {"images": images_option, "previews": (), **options}
+        options = {"images": images_option, "previews": (), "read_back": False, **options}
 
         # 3. The last event has the answer.
         *_, done = self._events(conversation, deadline, options)
@@ -524,6 +525,7 @@ class Backend:
             "offset": offset,
             "codes": event["codes"] if self.has_codes else None,
             "preview": event["type"] == "image_preview",
+            **revised_prompt(image),
         }
 
     # ---- images
@@ -535,7 +537,7 @@ class Backend:
         options = self._drawing_options(request, request.ratio)
         previews = self._preview_lengths(request) if request.stream else ()
         options |= {"num_images": request.n, "stream": True, "previews": previews}
-        options["should_stop"] = deadline
+        options |= {"should_stop": deadline, "read_back": request.read_back}
 
         # 2. The images; all files belong to one request.
         kind = "image_generation"
@@ -546,8 +548,9 @@ class Backend:
         else:
             events = self.system.draw([request.prompt], seed, **options)
 
-        # 3. Their events, with a note about words that nano was not trained on; `index`: of the
-        #    image, where there are several. Without a stream, one object has all images.
+        # 3. Their events, with notes about words that nano was not trained on and about images that
+        #    do not show what was asked for; `index`: of the image, where there are several. Without
+        #    a stream, one object has all images.
         note = self.system.unknown_words_note(Message("user", (request.prompt,)), drawing=True)
         notes = [note] if note else []
         data: list[JsonObject] = []
@@ -560,7 +563,7 @@ class Backend:
                 "quality": "auto",
                 "background": "opaque",
             }
-            content = {"b64_json": encoded(image, request)}
+            content = {"b64_json": encoded(image, request), **revised_prompt(image)}
             common = {**content, "created_at": int(time.time()), **form, "index": len(data)}
             if event["type"] == "image_preview":
                 partial = {"type": f"{kind}.partial_image", "partial_image_index": n_previews}
@@ -569,6 +572,8 @@ class Backend:
                 continue
             n_previews = 0
             data.append(content)
+            if image.info.get(NOTE):
+                notes.append(image.info[NOTE])
             self.images.labels("drawn").inc()
             if request.stream:
                 usage = usage_of(event["answer"], "input", "output")
@@ -633,6 +638,11 @@ def encoded(image: Image.Image, options: ImageOptions) -> str:
         width, height = map(int, options.size.split("x"))
         image = ImageOps.fit(image, (width, height), Image.Resampling.LANCZOS)
     return image_to_base64(image, options.output_format, quality=options.output_compression)
+
+
+def revised_prompt(image: Image.Image) -> JsonObject:
+    """OpenAI's field with the system's description of an image that it drew, if there is one."""
+    return {"revised_prompt": image.info[DESCRIPTION]} if DESCRIPTION in image.info else {}
 
 
 def usage_of(answer: Answer, prompt: str, completion: str) -> JsonObject:

@@ -196,6 +196,7 @@ class ChatSession:
             if not image["preview"]:
                 picture.codes = image["codes"]
                 picture.url = url
+                picture.description = image.get("revised_prompt", "")
             answer.parts = [*answer.sent_parts, picture]  # in place of a preview
         if change.get("content"):
             answer.add_text(change["content"])
@@ -395,8 +396,12 @@ class ChatSession:
     ) -> tuple[Update, Update]:
         """Images of a route; `content`: as of `ModelClient.stream`."""
         response = await self.model.post(route, **content)
-        paths = [await self.save_data(image["b64_json"]) for image in response["data"]]
-        return [*zip(paths, captions, strict=False)], " ".join(response.get("notes", ()))
+        gallery = []
+        for image, caption in zip(response["data"], captions, strict=False):
+            if "revised_prompt" in image:
+                caption = f"{caption} – read back: {image['revised_prompt']}"
+            gallery.append((await self.save_data(image["b64_json"]), caption))
+        return gallery, " ".join(response.get("notes", ()))
 
     async def on_draw(self, text: str, seed: float, ratio: str | None) -> tuple[Update, Update]:
         """Images of a text, from consecutive seeds."""

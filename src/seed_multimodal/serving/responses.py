@@ -138,5 +138,7 @@ def _image(item: JsonObject, pieces: Iterator[JsonObject]) -> Iterator[NamedFiel
             yield "image_generation_call.partial_image", preview
         else:
             item |= {"result": data, "codes": piece["codes"]}
+            if "revised_prompt" in piece:
+                item["revised_prompt"] = piece["revised_prompt"]
             item["output_format"] = head.removeprefix("data:image/")
             yield "image_generation_call.completed", {}

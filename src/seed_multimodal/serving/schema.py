@@ -283,7 +283,8 @@ class AnswerRequest(Fields):
     """Settings of an answer.
 
     `stop`: texts that end the answer and are not in it. `ratio`: aspect ratio of LaVIT's images.
-    `previews`: a stream shows images while they are made.
+    `previews`: a stream shows images while they are made. `read_back`: images have a description of
+    what they show as `revised_prompt`, and notes say what of it was not asked for.
 
     usage_names: how the route calls the tokens of the prompt and of the answer.
 
@@ -298,6 +299,7 @@ class AnswerRequest(Fields):
     num_beams: Beams | None = None
     stop: Annotated[list[Stop], Field(max_length=4), BeforeValidator(as_list)] | None = None
     ratio: str | None = None
+    read_back: bool | None = None
     stream: NotSetting[bool] = False
     previews: NotSetting[bool] = False
 
@@ -376,7 +378,9 @@ class ResponsesRequest(AnswerRequest):
 
 
 class ImagesRequest(ImageOptions):
-    """As OpenAI's for generations; image n has `seed` + n. `ratio`: of LaVIT's images."""
+    """As OpenAI's for generations; image n has `seed` + n. `ratio`: of LaVIT's images. `read_back`:
+    as of an answer.
+    """
 
     prompt: Annotated[
         str, StringConstraints(strip_whitespace=True, min_length=1, max_length=MAX_TEXT)
@@ -385,6 +389,7 @@ class ImagesRequest(ImageOptions):
     response_format: Literal["b64_json"] = "b64_json"
     seed: Seed | None = None
     ratio: str | None = None
+    read_back: bool | None = None
     stream: bool = False
 
 

@@ -23,11 +23,13 @@ class Picture:
         path: of the file that the page shows; "": not drawn again yet.
         codes: sent and stored instead of the image, where a model has them.
         url: `data:…`, sent without codes. An image that has neither, as a preview, is only shown.
+        description: what its model says that it shows, of one that it drew.
     """
 
     path: str = ""
     codes: list[int] | None = None
     url: str = ""
+    description: str = ""
 
     def sent(self) -> JsonObject:
         """As a part of OpenAI's message."""
@@ -89,7 +91,9 @@ class Turn:
                 text = BOX_WORDS.sub(" ", part).strip()
                 content += [text] if text else []
             elif part.path:
-                content.append({"path": part.path, "alt_text": "image"})
+                content.append({"path": part.path, "alt_text": part.description or "image"})
+                if part.description:
+                    content.append(f"*read back: {part.description}*")
         messages: list[JsonObject] = [{"role": self.role, "content": content or ["…"]}]
         if self.notes:
             note = {"title": " ".join(self.notes)}
@@ -97,16 +101,21 @@ class Turn:
         return messages
 
     def stored(self) -> JsonObject:
-        """For the browser's storage: texts and codes."""
-        parts = [part if isinstance(part, str) else part.codes for part in self.parts]
-        return {"role": self.role, "parts": [*filter(None, parts)], "notes": self.notes}
+        """For the browser's storage: texts, and codes of images with their descriptions."""
+        parts: list[str | JsonObject] = []
+        for part in self.parts:
+            if isinstance(part, str):
+                parts.append(part)
+            elif part.codes:
+                parts.append({"codes": part.codes, "description": part.description})
+        return {"role": self.role, "parts": parts, "notes": self.notes}
 
 
 def restored(turns: Iterable[JsonObject]) -> list[Turn]:
     """Turns from the browser's storage, whose images have codes only."""
     conversation: list[Turn] = []
     for turn in turns:
-        parts = [part if isinstance(part, str) else Picture(codes=part) for part in turn["parts"]]
+        parts = [part if isinstance(part, str) else Picture(**part) for part in turn["parts"]]
         conversation.append(Turn(turn["role"], parts, turn["notes"]))
     return conversation
 

@@ -59,6 +59,33 @@ def background_words(background: str, rng: random.Random) -> str:
     return f"put it {BACKGROUND_PHRASES[background][0]}"
 
 
+def drawing_phrases() -> JsonObject:
+    """By which a system compares the description of its drawing with the request."""
+    # In requests also "a blue background", "one on the left of another".
+    backgrounds = {name: [*phrases] for name, phrases in BACKGROUND_PHRASES.items()}
+    for colour in COLOURS:
+        backgrounds[colour].append(f"{colour} background")
+    relations = {
+        "left of": [*RELATIONS["left of"], "on the left of"],
+        "above": RELATIONS["above"],
+    }
+    opposites = {
+        "left of": [*RELATIONS["right of"], "on the right of"],
+        "above": RELATIONS["below"],
+    }
+    numbers = {str(number): [name, str(number)] for number, name in NUMBERS.items()}
+    return {
+        "things": {name: [name, plural(name)] for name in NAMES},
+        "numbers": {"0": ["no", "without"], "1": ["one", "a single"], **numbers},
+        "relations": relations,
+        "opposites": opposites,
+        "style": {style: [style] for style in STYLES},
+        "background": backgrounds,
+        "size": {"large": ["large", "big"], "small": ["small", "tiny", "little"]},
+        "place": POSITION_PHRASES,
+    }
+
+
 def write_known_words(file: Path) -> None:
     """Write a system's list of known words: names, ordinary English, numbers up to four, and what
     it can say but not draw."""
@@ -72,5 +99,6 @@ def write_known_words(file: Path) -> None:
         "names": sorted(forms),
         "words": sorted(vocabulary),
         "said": sorted(set(VOCABULARY["said"].split()) - vocabulary),
+        "phrases": drawing_phrases(),
     }
     replace_text(file, json.dumps(content, ensure_ascii=False))

@@ -110,7 +110,7 @@ def test_a_backend_that_is_not_reached_says_why(
 @pytest.mark.slow
 def test_boxes_are_drawn_on_the_last_image_and_not_written(file):
     from seed_multimodal.serving.chat_session import image_with_boxes
-    from seed_multimodal.serving.turns import Picture, Turn
+    from seed_multimodal.serving.turns import Picture, Turn, restored
 
     box = {"image": 0, "box": [0.375, 0.1875, 0.625, 0.3125]}
     drawing = image_with_boxes([Turn("user", [Picture(file)])], [box])
@@ -119,6 +119,10 @@ def test_boxes_are_drawn_on_the_last_image_and_not_written(file):
     text = "a cat <box_start><loc-8><loc-4><loc-4><loc-2><box_end>"
     answer, note = Turn("assistant", [text], ["A note."]).displayed()
     assert answer["content"] == ["a cat"] and note["metadata"] == {"title": "A note."}
+    # What a drawing shows stands below it, also after a reload.
+    turn = Turn("assistant", [Picture("cat.png", [5], description="a cat")])
+    assert turn.displayed()[0]["content"][1] == "*read back: a cat*"
+    assert restored([turn.stored()])[0].pictures[0].description == "a cat"
 
 
 # ---- a conversation (retry, undo and edit: tests/e2e/test_browser.py)

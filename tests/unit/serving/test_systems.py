@@ -43,6 +43,21 @@ def test_generate_draws_as_the_library(system, family_client, prompt):
     assert generate(family_client, text, force_boi=True, max_new_tokens=4)["images"]
 
 
+def test_descriptions_of_drawings_are_revised_prompts(family_client):
+    # Systems that do not describe their drawings by themselves do so on request.
+    post = family_client.post
+    body = {"prompt": "a fish", "seed": 1}
+    (plain,) = post(DRAW, json=body).json["data"]
+    (described,) = post(DRAW, json={**body, "read_back": True}).json["data"]
+    assert described.pop("revised_prompt") and described == plain
+    message = {"messages": [user("a fish")], "force_image": True, "read_back": True}
+    (part,) = post(CHAT, json=message).json["choices"][0]["message"]["images"]
+    fields = {"input": "a fish", "tool_choice": "required", "read_back": True}
+    output = post("/v1/responses", json=fields).json["output"]
+    (call,) = (item for item in output if item["type"] == "image_generation_call")
+    assert part["revised_prompt"] and call["revised_prompt"]
+
+
 @pytest.mark.parametrize("text", ["", "\u0000", "\U0001f600", "</s><img>", "USER: \nASSISTANT:"])
 def test_generate_answers_or_refuses_any_text(family_client, text):
     for force in (False, True):

@@ -8,6 +8,8 @@ from seed_multimodal.language.prompts import SEED_X_TASKS
 from seed_nano.world.records import KINDS, record_at, texts_of
 from seed_nano.world.things import write_known_words
 
+CAT_LEFT = "relation cat left of dog, not dog left of cat"
+
 
 @pytest.fixture(scope="module")
 def known(tmp_path_factory) -> KnownWords:
@@ -48,3 +50,25 @@ def test_unknown_of_requests(request_text, unknown, unknown_drawn, known: KnownW
     assert known.unknown(request_text) == unknown
     assert known.unknown(request_text, drawing=True) == unknown_drawn
     assert "'pengiun' (did you mean 'penguin'?)" in known.note("A pengiun.")
+
+
+@pytest.mark.parametrize(
+    "request_, description, differences",
+    [
+        ("a dog and a cat", "A dog and two cats at night.", ["cat 2, not 1"]),
+        ("draw a hot dog, please", "A large noto dog.", ["no hot dog", "also dog"]),
+        ("Two cats on the sea.", "A cat at night.", ["cat 1, not 2", "background night, not sea"]),
+        ("a dog left of a cat", "a cat left of a dog", [CAT_LEFT]),
+        ("a dog left of a cat", "a noto cat to the right of a dog", []),  # seen from the other
+        (
+            "a noto dog without a cat",
+            "a fluent dog and a cat",
+            ["also cat", "style fluent, not noto"],
+        ),
+        ("a dog on the left", "a small dog on the right", ["place right, not left"]),
+        ("cats", "a cat", []),  # how many, or which style, was not said
+        ("a happy robot", "a crocodile", []),  # nothing that is known: words are noted elsewhere
+    ],
+)
+def test_contradictions_of_a_description(known: KnownWords, request_, description, differences):
+    assert known.compared.contradictions(["Here it is.", request_], description) == differences

@@ -1,0 +1,76 @@
+"""What a text says about an image, by phrases of a system's training data, and what contradicts it.
+
+phrases.contradictions(["a dog and a cat"], "A dog and two cats at night.")  # ["cat 2, not 1"]
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+
+ByValue = Mapping[str, Sequence[str]]  # a value → the phrases that mean it
+
+
+class Phrases:
+    """Phrases by what they mean.
+
+    tables: values of `things` (the first phrase is of one, others are of several), `numbers` ("0":
+    "no", "without"), `relations` (left of), `opposites` (phrases of a relation with its two things
+    exchanged), and of attributes of a whole image under any other name (style, background).
+    """
+
+    def __init__(self, tables: Mapping[str, ByValue]) -> None:
+        self.meanings: dict[str, tuple[str, str]] = {}  # a phrase → its table and value
+        for table, values in tables.items():
+            for value, phrases in values.items():
+                self.meanings |= dict.fromkeys(phrases, (table, value))
+        self.single = {phrases[0] for phrases in tables.get("things", {}).values()}
+        # The longest phrase matches: a hot dog is no dog.
+        longest_first = sorted(self.meanings, key=len, reverse=True)
+        any_phrase = "|".join(map(re.escape, longest_first)) or "(?!)"  # none matches nothing
+        self.pattern = re.compile(rf"(?<!\w)({any_phrase})(?!\w)")
+
+    def read(self, text: str) -> tuple[list[str], dict[str, str]]:
+        """The things that a text names, and its facts: the number of each thing, the relation of
+        two, and attributes; "" if it says different ones."""
+        things: list[str] = []
+        facts: dict[str, str] = {}
+        number = ""  # since the last thing
+        relation: tuple[str, str] | None = None  # behind the first thing
+        for phrase in self.pattern.findall(" ".join(text.lower().split())):
+            table, value = self.meanings[phrase]
+            if table == "numbers":
+                number = value
+            elif table in ("relations", "opposites"):
+                relation = (table, value) if len(things) == 1 else None
+            elif table != "things":
+                facts[table] = value if facts.get(table, value) == value else ""
+            else:
+                is_one = phrase in self.single and number != "0"
+                facts[value] = "" if value in things else "1" if is_one else number
+                things.append(value)
+                number = ""
+        if relation and len(things) == 2:
+            first, second = things if relation[0] == "relations" else things[::-1]
+            facts["relation"] = f"{first} {relation[1]} {second}"
+        return [thing for thing in things if facts[thing] != "0"], facts
+
+    def contradictions(self, requests: Sequence[str], description: str) -> list[str]:
+        """What a description says otherwise than the first of some texts that names a thing."""
+        shown, shown_facts = self.read(description)
+        for request in requests:
+            asked, facts = self.read(request)
+            if asked:
+                break
+        else:
+            return []
+        missing = [thing for thing in asked if thing not in shown]
+        added = [thing for thing in shown if thing not in asked]
+        found = [f"no {thing}" for thing in missing] + [f"also {thing}" for thing in added]
+        if found:
+            facts.pop("relation", None)
+        for name, value in facts.items():
+            shown_value = shown_facts.get(name) or value
+            if value and value != shown_value and name not in added:
+                found.append(f"{name} {shown_value}, not {value}")
+        return found
