@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import random
 from collections.abc import Sequence
+from dataclasses import replace
 
 from seed_multimodal.language.prompts import DRAW_RESPONSE
 from seed_nano.world.dialogues import Dialogue, Part
 from seed_nano.world.scene import Scene
 from seed_nano.world.splits import hash_share, scene_where
-from seed_nano.world.tasks import EDITS, Edit, absent, after, make_edit, verdict
+from seed_nano.world.tasks import EDITS, Edit, absent, after, ask_any, make_edit, verdict
 from seed_nano.world.things import (
     BACKGROUND_PHRASES,
     BACKGROUNDS,
@@ -46,11 +47,11 @@ class TypedDialogue(Dialogue):
     """Turns in the words that people type."""
 
     def conversation(self) -> None:
-        """One to four turns: without a picture at first, or about one."""
+        """One to four turns: without a picture at first, or about one; small talk between."""
         allowed = self.allowed
         self.allowed = lambda scene: not any(map(is_reserved, scene.things)) and allowed(scene)
 
-        # 1. The first turn; every second conversation begins without a picture.
+        # 1. The first turn; more than half of the conversations begin without a picture.
         first = self.rng.choices(
             (
                 self.typed_drawing,
@@ -58,15 +59,15 @@ class TypedDialogue(Dialogue):
                 self.no_picture,
                 self.lonely_story,
                 self.typed_look,
+                self.shown_question,
                 self.shown_change,
+                self.typed_talk,
             ),
-            (30, 9, 9, 3, 9, 40),
+            (30, 8, 8, 3, 6, 8, 29, 8),
         )[0]
-        if first in (self.typed_drawing, self.unknown_drawing) and self.rng.random() < 0.1:
-            self.small(with_image=False)
         first()
 
-        # 2. What follows; small talk stands between.
+        # 2. What follows.
         without_picture = (self.typed_drawing, self.unknown_drawing, self.no_picture)
         about_picture = (
             self.typed_edit,
@@ -74,16 +75,15 @@ class TypedDialogue(Dialogue):
             self.impossible,
             self.typed_drawing,
             self.unknown_drawing,
-            self.question,
+            self.typed_question,
             self.typed_look,
+            self.typed_talk,
         )
         for _ in range(self.rng.choice((0, 0, 1, 1, 2, 3))):
             if not self.scenes:
                 self.rng.choices(without_picture, (6, 1, 1))[0]()
                 continue
-            self.rng.choices(about_picture, (10, 3, 4, 3, 1, 2, 1))[0]()
-            if self.rng.random() < 0.2:
-                self.small()
+            self.rng.choices(about_picture, (10, 3, 3, 3, 1, 2, 1, 3))[0]()
 
     # ---- without a picture
 
@@ -151,10 +151,32 @@ class TypedDialogue(Dialogue):
         request = self._typed(self.rng.choice(TYPED["look"]))
         self.say([scene, request], [sentence(describe(scene))])
 
+    def typed_talk(self) -> None:
+        """Small talk with words around it."""
+        talk = self.rng.choice(VOCABULARY["small_talk"])
+        asked = self.rng.choice(talk["asked"]).rstrip(".!")
+        if not asked.startswith("I "):
+            asked = asked[0].lower() + asked[1:]
+        self.say([self._typed(asked)], [talk["answer"]])
+
+    def shown_question(self) -> None:
+        """A question about a new picture."""
+        self.typed_question(scene_where(self.rng, self.allowed))
+
+    def typed_question(self, *images: Scene) -> None:
+        """A question about a new picture, or the last one, with words around it."""
+        scene = (*self.scenes, *images)[-1]
+        while True:
+            question = ask_any(scene, self.rng)
+            if not any(is_reserved(name) for name in NAMES if name in question.question):
+                break
+        text = question.question[0].lower() + question.question[1:]
+        self.ask(replace(question, question=self._typed(text)), *images)
+
     def shown_change(self) -> None:
         """A new picture with an edit, or with one that cannot be made."""
         scene = scene_where(self.rng, self.allowed)
-        if self.rng.random() < 0.3:
+        if self.rng.random() < 0.25:
             self.impossible(scene)
         else:
             self.typed_edit(scene)
