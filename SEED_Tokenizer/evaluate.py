@@ -10,18 +10,14 @@ Retrieval, reconstruction and contact sheets of an exported tokenizer: `seed eva
 from __future__ import annotations
 
 import sys
-from collections.abc import Sequence
 
-from train import parser, train
-
-from seed_multimodal.entry import run_guarded
+import train
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run; returns the exit code (2: error, printed to stderr)."""
-    args = parser(str(__doc__)).parse_args(argv)
-    args.options = ["run.train_splits=[]", *args.options, "run.evaluate=True"]
-    return run_guarded("evaluate.py", args.debug, lambda: train(args))
+def main(argv: list[str] | None = None) -> int:
+    """As `train.main`."""
+    options = ["run.train_splits=[]", "run.evaluate=True"]
+    return train.main(argv, "evaluate.py", str(__doc__), options)
 
 
 if __name__ == "__main__":

@@ -6,7 +6,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import sys
 from collections.abc import Sequence
@@ -15,30 +14,12 @@ from typing import Any
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "src"))  # runs from a checkout
 
-from seed_multimodal.entry import add_debug, claim_stdout, run_and_exit, run_guarded  # noqa: E402
+from seed_multimodal.cli.common import program_parser  # noqa: E402
+from seed_multimodal.entry import claim_stdout, run_and_exit, run_program  # noqa: E402
 
 
-def parser(description: str) -> argparse.ArgumentParser:
-    """LAVIS's arguments, and `--debug`."""
-    arguments = argparse.ArgumentParser(
-        description=description, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    arguments.add_argument(
-        "--cfg-path", required=True, metavar="YAML", help="configuration of the run"
-    )
-    arguments.add_argument(
-        "--options",
-        nargs="+",
-        default=[],
-        metavar="KEY=VALUE",
-        help="keys that override the file's",
-    )
-    add_debug(arguments)
-    return arguments
-
-
-def build(args: argparse.Namespace) -> Any:
-    """The runner that the configuration describes, through LAVIS's registry."""
+def build(cfg_path: str, options: Sequence[str]) -> Any:
+    """The runner that a configuration describes, through LAVIS's registry."""
     import torch
     from seed_lavis import register
 
@@ -49,7 +30,7 @@ def build(args: argparse.Namespace) -> Any:
     from seed_multimodal.training.agreement import agree
     from seed_multimodal.training.distributed import ProcessGroup, join_processes
 
-    config = load_config(args.cfg_path, args.options)
+    config = load_config(cfg_path, options)
     run = config.run_cfg
     run.device = str(join_processes(run.device, run.timeout_minutes))
     agree(ProcessGroup(run.timeout_minutes), config.to_dict(), Path(run.output_dir))
@@ -61,7 +42,7 @@ def build(args: argparse.Namespace) -> Any:
     return registry.get_runner_class(run.runner)(config, task, model, datasets, "")
 
 
-def train(args: argparse.Namespace) -> int:
+def train(cfg_path: str, options: Sequence[str]) -> int:
     """Build and train, or (`run.evaluate`) print the held-out losses; exit code 0."""
     from seed_multimodal.training.distributed import process_group_cleanup, translate_errors
 
@@ -70,18 +51,36 @@ def train(args: argparse.Namespace) -> int:
         process_group_cleanup(),
         translate_errors("the start", lambda: "checkpoints of earlier runs are intact"),
     ):
-        if "run.evaluate=True" in args.options:
+        if "run.evaluate=True" in options:
             stdout = claim_stdout()  # from log lines
-            print(json.dumps(build(args).evaluate()), file=stdout)
+            print(json.dumps(build(cfg_path, options).evaluate()), file=stdout)
         else:
-            build(args).train()
+            build(cfg_path, options).train()
     return 0
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Run; returns the exit code (2: an error, with one sentence on stderr)."""
-    args = parser(str(__doc__)).parse_args(argv)
-    return run_guarded("train.py", args.debug, lambda: train(args))
+def main(
+    argv: Sequence[str] | None = None,
+    program: str = "train.py",
+    description: str = str(__doc__),
+    more: Sequence[str] = (),
+) -> int:
+    """Run; returns the exit code (2: an error, with one sentence on stderr).
+
+    more: options besides the user's.
+    """
+    parser = program_parser(program, description)
+    parser.add_argument(
+        "--cfg-path", required=True, metavar="YAML", help="configuration of the run"
+    )
+    parser.add_argument(
+        "--options",
+        nargs="+",
+        default=[],
+        metavar="KEY=VALUE",
+        help="keys that override the file's",
+    )
+    return run_program(parser, lambda args: train(args.cfg_path, [*args.options, *more]), argv)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ python eval/seed_inference.py --model ../outputs/tokenizer   an exported tokeniz
 
 from __future__ import annotations
 
-import argparse
 import sys
 from pathlib import Path
 
@@ -15,18 +14,15 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "src"))  # runs from a checkout that is not installed
 
 if __name__ == "__main__":
-    parser = argparse.ArgumentParser(
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        epilog="Further flags are those of `seed reconstruct`.",
-    )
+    from seed_multimodal.cli.common import program_parser, source_stem
+    from seed_multimodal.cli.main import main
+    from seed_multimodal.disk import file_stem
+
+    parser = program_parser("seed_inference.py", str(__doc__))
+    parser.epilog = "Further flags are those of `seed reconstruct`."
     parser.add_argument("--image", default=str(ROOT / "images" / "cat.jpg"))
     parser.add_argument("--out", metavar="FILE", help="default: recon_NAME.png")
     args, more = parser.parse_known_args()
-
-    from seed_multimodal.cli.common import source_stem
-    from seed_multimodal.cli.main import main
-    from seed_multimodal.disk import file_stem
 
     out = args.out or f"recon_{file_stem(source_stem(args.image))}.png"
     defaults = "--model 8b --seed 42 --dtype float32".split()

@@ -7,8 +7,6 @@ models need the transformers of 2023 (`pip install salesforce-lavis` in a separa
 import sys
 from pathlib import Path
 
-SOURCE = Path(__file__).resolve().parents[2] / "src"
-if str(SOURCE) not in sys.path:
-    sys.path.insert(0, str(SOURCE))  # runs from a checkout that is not installed
+sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "src"))  # runs from a checkout
 
 import seed_lavis.compat  # noqa: E402, F401  (puts the installed package in the place of this one)

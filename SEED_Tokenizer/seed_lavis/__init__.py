@@ -3,12 +3,9 @@
 `register()` fills LAVIS's registry.
 
 options      keys of the YAML's sections `model` and `run`
-base         what all models have in common; initial weights
-models       the models by their LAVIS names
-processors   image and caption processors
-datasets     dataset builders
-task         a stage as a task of the library's trainer; held-out losses
-runner       the runner, checkpoints in LAVIS's format, schedules by iteration
+models       the models by their LAVIS names, and their initial weights
+datasets     dataset builders; image and caption processors
+runner       the runner, a stage as a task of the library's trainer, held-out losses
 compat       the only import of LAVIS
 """
 
@@ -23,7 +20,7 @@ from seed_multimodal.plugins import import_entry, registered
 def register() -> None:
     """Register models, tasks, processors, builders, schedules and the runner in LAVIS; then what
     other packages register, by entry points of the group `seed_multimodal.lavis`."""
-    for part in ("models", "processors", "datasets", "task", "runner"):
+    for part in ("models", "datasets", "runner"):
         importlib.import_module(f"seed_lavis.{part}")
     for entry in registered("lavis").values():
         import_entry(entry)

@@ -1,18 +1,24 @@
-"""Dataset builders, one for each set of the YAMLs: lists, shards, image folders or other formats.
+"""Dataset builders and processors of the YAMLs, by their LAVIS names.
 
-`build_info` names the files, see the YAMLs in `lavis/configs/datasets`; nothing is downloaded. With
-`captioned: False` (by default for LaVIT's model) captions are not read.
+A set (lists, shards, image folders or other formats) has a YAML file in `lavis/configs/datasets`,
+whose `build_info` names the files; nothing is downloaded. With `captioned: False` (by default for
+LaVIT's model) captions are not read.
+
+blip2_image_train   random crop, flip, CLIP normalisation
+blip_image_eval     resize, normalise
+blip_caption        text clean-up
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from omegaconf import OmegaConf
+from omegaconf import DictConfig, OmegaConf
 
 from seed_lavis import log
-from seed_lavis.compat import BaseDatasetBuilder, registry
+from seed_lavis.compat import BaseDatasetBuilder, BaseProcessor, registry
 from seed_lavis.options import APPLICATION, locate
 from seed_multimodal.config import load_yaml
 from seed_multimodal.data.formats.contents import registered_formats
@@ -21,6 +27,9 @@ from seed_multimodal.data.stream.loader import SampleDataset
 from seed_multimodal.data.stream.pairs_dataset import CaptionedImage, PairDataset, join_pairs
 from seed_multimodal.data.stream.sampler import MixedOrder
 from seed_multimodal.errors import ConfigError, DataError
+from seed_multimodal.images.augment import TrainTransform
+from seed_multimodal.images.transforms import seed_image_processor
+from seed_multimodal.models.seed.captions import BlipCaption
 from seed_multimodal.settings import check_keys
 
 PAIR_KEYS = "image_key caption_key captioned cache".split()  # of `open_pairs`
@@ -30,9 +39,6 @@ DATASET_KEYS = "type data_type dataset_card vis_processor text_processor build_i
 
 class PairBuilder(BaseDatasetBuilder):
     """Builds the splits of `build_info`; randomness only from the run's seed."""
-
-    name = ""
-    train_dataset_cls = eval_dataset_cls = PairDataset
 
     def build_datasets(self) -> dict[str, PairDataset]:
         """The splits that the run uses: `SPLIT` for training, `SPLIT:eval` for evaluation."""
@@ -45,21 +51,18 @@ class PairBuilder(BaseDatasetBuilder):
         model_class = registry.get_model_class(configuration.model_cfg.arch)
         # Ending of a split's name, its splits, and the processors of its samples.
         uses = (
-            ("", run.get("train_splits", ()), "train"),
-            (":eval", (*run.get("valid_splits", ()), *run.get("test_splits", ())), "eval"),
+            ("", run.train_splits, "train"),
+            (":eval", [*run.valid_splits, *run.test_splits], "eval"),
         )
 
-        datasets: dict[str, PairDataset] = {}
+        datasets = {}
         for split, spec in self.sources().items():
             if not any(split in splits for _, splits, _ in uses):
                 continue
             try:
                 source = open_pairs(spec, captioned=model_class.reads_captions)
             except DataError as error:
-                raise DataError(
-                    f"{str(error).rstrip('.')} (set datasets.{self.name}.build_info in the YAML or "
-                    "with --options)."
-                ) from error
+                raise DataError(f"datasets.{self.name}.build_info: {error}") from error
             log(f"{self.name}: {len(source):,} images in split {split!r}.")
 
             for ending, splits, processors in uses:
@@ -68,15 +71,15 @@ class PairBuilder(BaseDatasetBuilder):
                         source,
                         self.vis_processors[processors],
                         self.text_processors[processors] or self.text_processors["train"],
-                        seed=int(run.get("seed", 42)),
-                        max_bad_in_a_row=int(run.get("max_bad_in_a_row", 20)),
+                        seed=run.seed,
+                        max_bad_in_a_row=run.max_bad_in_a_row,
                     )
         return datasets
 
-    def sources(self) -> dict[str, dict[str, Any]]:
+    def sources(self) -> dict[str, Any]:
         """Split → arguments of `open_pairs`, from `build_info`."""
         config_key = f"datasets.{self.name}.build_info"
-        build_info: Any = OmegaConf.to_container(self.config.build_info, resolve=True)
+        build_info = OmegaConf.to_container(self.config.build_info, resolve=True)
         spec = {key: value for key, value in build_info.items() if value is not None}
         splits = spec.pop("splits", None)
 
@@ -102,7 +105,7 @@ class PairBuilder(BaseDatasetBuilder):
         # 3. With what all splits have in common.
         if images.get("storage"):
             spec["image_root"] = locate(images["storage"])
-        sources: dict[str, dict[str, Any]] = {}
+        sources = {}
         for split, names in splits.items():
             if not names:
                 raise ConfigError(f"{config_key} names no files for split {split!r}.")
@@ -130,8 +133,8 @@ def joined_splits(
     ratios: how often each data set is sampled; its weight is divided among its splits by their
         sizes.
     """
-    parts: list[PairDataset] = []
-    weights: list[float] = []
+    parts = []
+    weights = []
     for owner, splits in datasets.items():
         chosen = [splits[name] for name in names if name in splits]
         total = sum(map(len, chosen))
@@ -141,3 +144,30 @@ def joined_splits(
         wanted = " or ".join(repr(name.removesuffix(":eval")) for name in names)
         raise ConfigError(f"No data set of the configuration has a split {wanted}.")
     return join_pairs(parts, weights if ratios else (), seed)
+
+
+class Processor(BaseProcessor):
+    """Builds one of the library's transforms from the keys of the YAML's section."""
+
+    @classmethod
+    def from_config(cls, cfg: DictConfig) -> Any:
+        """The transform; an unknown key is a `ConfigError`."""
+        keys = OmegaConf.to_container(cfg, resolve=True)
+        name = keys.pop("name")
+        check_keys(keys, inspect.signature(cls.make).parameters, f"processor {name}")
+        return cls.make(**keys)
+
+
+@registry.register_processor("blip2_image_train")
+class TrainImageProcessor(Processor):
+    make = TrainTransform
+
+
+@registry.register_processor("blip_image_eval")
+class EvalImageProcessor(Processor):
+    make = staticmethod(seed_image_processor)
+
+
+@registry.register_processor("blip_caption")
+class CaptionProcessor(Processor):
+    make = BlipCaption

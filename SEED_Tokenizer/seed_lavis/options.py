@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import argparse
 import inspect
+import os
 import re
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import OmegaConf
 
 from seed_lavis import log
 from seed_multimodal.config import load_yaml
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.models.seed.configuration import AlignmentTarget
-from seed_multimodal.models.seed.losses import Stage2TrainingOptions
+from seed_multimodal.models.seed.losses import Stage1TrainingOptions, Stage2TrainingOptions
 from seed_multimodal.nn.vision.base import VisionConfig
 from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_multimodal.nn.vision.registry import read_vision_config
@@ -60,7 +61,7 @@ class ModelOptions:
     vit_precision: str = setting("fp16", choices=PRECISIONS)  # of the frozen vision encoder
     freeze_vit: bool = True  # False: stage 1 trains it, too
     num_query_token: int = setting(32, minimum=1)  # tokens of an image
-    cross_attention_freq: int = setting(2, minimum=1)  # every n-th layer reads image features
+    cross_attention_freq: int = 2  # every n-th layer reads image features
     max_txt_len: int = setting(32, minimum=2)  # tokens of a caption
     # ours
     vit_weights: str | None = None  # a file, or a CLIP folder
@@ -71,25 +72,15 @@ class ModelOptions:
 
 
 @dataclass
-class Stage1Options(ModelOptions):
+class Stage1Options(Stage1TrainingOptions, ModelOptions):
     """`blip2_casual`: contrast with captions.
 
-    Ours: with `embedding_weight` > 0 also regression of an image embedding: `clip_model`'s, the
-    vision encoder's (`alignment_target`), or (with `embedding_dim` only) the samples' `target`.
+    Ours: with `embedding_weight` > 0 also regression of an image embedding: `clip_model`'s, or the
+    vision encoder's (`alignment_target`).
     """
 
-    embed_dim: int = setting(256, minimum=1)  # of the contrast
     # ours
-    text_tokenizer: str | None = "bert-base-uncased"
-    vocab_size: int = setting(30523, minimum=1)
-    temperature: float = setting(0.07, minimum=1e-6)  # at the start; learned
-    label_smoothing: float = setting(0.1, minimum=0, maximum=1)
-    lm_head: bool = True  # BERT's unused prediction head, part of the original checkpoint
-    # through other processes' features, too (None: as the original, not)
-    gather_gradient: bool | None = None
-    itc_weight: float = 1.0  # of the contrast
-    embedding_weight: float = 0.0  # of the regression
-    embedding_dim: int | None = None
+    text_tokenizer: str = "bert-base-uncased"
     clip_model: str | None = None
     # As stage 2's; "encoder" also keeps the pooling head of a vision encoder that is trained.
     alignment_target: AlignmentTarget = "clip"
@@ -103,9 +94,9 @@ class CodebookOptions(Stage2TrainingOptions, CodebookHealth, ModelOptions):
     codebook_embed_dim: int = setting(32, minimum=1)  # width of a code
     n_embed: int = setting(8192, minimum=1)  # codes
     # ours
-    decode_depth: int = setting(4, minimum=0)  # layers behind the codebook
-    decode_heads: int = setting(12, minimum=1)
-    reverse_depth: int = setting(4, minimum=0)  # layers of the reverse Q-Former
+    decode_depth: int = 4  # layers behind the codebook
+    decode_heads: int = 12
+    reverse_depth: int = 4  # layers of the reverse Q-Former
     # Default: `{embed: 5.0, recon_s: 2.0, distil_image: 0.5}`.
     loss_weights: dict[str, float] = setting(factory=dict)
     normalize_codes: bool = False  # cosine codes
@@ -117,7 +108,7 @@ class Stage2Options(CodebookOptions):
     """`blip2_codebook_all_image`: both decode heads by `use_qformer_image`."""
 
     use_qformer_image: bool = False  # False: as the original weights; True: as the published code
-    image_features_dim: int = setting(1024, minimum=1)  # of the vision encoder: its own width
+    image_features_dim: int = 1024  # of the vision encoder: its own width
     clip_model: str | None = "pretrained/CLIP-ViT-H-14-laion2B-s32B-b79K"  # of the target embedding
     # ours
     # Of the image embedding: `clip_model`'s, or the vision encoder's own pooled feature.
@@ -129,9 +120,9 @@ class Stage2Options(CodebookOptions):
 class Seed1Options(CodebookOptions):
     """`seed1_codebook_text`: SEED-1's 77 text-like embeddings."""
 
-    text_tokens: int = setting(77, minimum=1)
-    text_features_dim: int = setting(768, minimum=1)
-    text_encoder: str | None = "pretrained/stable-diffusion-v1-4"  # Stable Diffusion 1
+    text_tokens: int = 77
+    text_features_dim: int = 768
+    text_encoder: str = "pretrained/stable-diffusion-v1-4"  # Stable Diffusion 1
 
 
 @dataclass
@@ -168,15 +159,15 @@ class RunOptions:
     warmup_lr: float = -1.0
     warmup_steps: int = setting(0, minimum=0)
     lr_decay_rate: float | None = None
-    weight_decay: float = setting(0.05, minimum=0)
+    weight_decay: float = 0.05
     beta2: float = setting(0.999, minimum=0, maximum=0.999999)
     max_epoch: int = setting(1, minimum=1)  # epochs of `iters_per_epoch` iterations
     batch_size_train: int = setting(64, minimum=1)  # images of each process in an iteration
     batch_size_eval: int = setting(16, minimum=1)
     num_workers: int = setting(4, minimum=0)
     accum_grad_iters: int = setting(1, minimum=1)
-    log_freq: int = setting(50, minimum=1)
-    seed: int = setting(42, minimum=0, maximum=2**32 - 1)
+    log_freq: int = 50
+    seed: int = 42
     output_dir: str = "log/run"
     amp: bool = False  # mixed precision on a GPU where `precision` is auto
     resume_ckpt_path: str | None = None  # a LAVIS checkpoint to start a new folder from
@@ -195,11 +186,11 @@ class RunOptions:
     precision: str = setting("auto", choices=("auto", *PRECISIONS))
     clip_grad: float = setting(0.0, minimum=0)  # largest gradient norm (0: none)
     # Decay of the averaged weights (0: none).
-    ema: float = setting(0.0, minimum=0, maximum=0.999999)
+    ema: float = 0.0
     tensorboard: bool = False
     curves: bool = True  # plot `curves.png` at the end
-    save_seconds: float = setting(300.0, minimum=0)  # between checkpoints for resuming
-    save_every_steps: int = setting(0, minimum=0)
+    save_seconds: float = 300.0  # between checkpoints for resuming
+    save_every_steps: int = 0
     # How many of the newest `.pth` files stay, with the first (0: all).
     keep_checkpoints: int = setting(0, minimum=0)
     max_bad_in_a_row: int = setting(20, minimum=1)  # unusable samples that end the run
@@ -213,18 +204,11 @@ def load_config(cfg_path: str, options: Sequence[str]) -> Any:
 
     # 1. What the user wrote; LAVIS must know the names.
     file = locate(cfg_path)
-    project = load_yaml(file)
-    for option in options:
-        section, _, _ = option.partition(".")
-        if "=" not in option or section not in SECTIONS:
-            raise ConfigError(
-                f"--options takes KEY=VALUE with a key of model, datasets or run, for example "
-                f"run.max_epoch=1, not {option!r}."
-            )
     overrides = OmegaConf.from_dotlist(list(options))
-    merged = OmegaConf.merge(project, overrides)
+    check_keys(map(str, overrides), SECTIONS, "--options KEY=VALUE")
+    merged = OmegaConf.merge(load_yaml(file), overrides)
     for section in SECTIONS:
-        if not isinstance(merged.get(section), DictConfig):
+        if not merged.get(section):
             raise ConfigError(f"{file}: has no section {section!r}.")
     model_class = lavis_class("model", merged.model.get("arch"), f"{file}: model.arch")
     for dataset in merged.datasets:
@@ -263,12 +247,12 @@ def load_config(cfg_path: str, options: Sequence[str]) -> Any:
     log(f"Images are prepared for the vision encoder: {values}.")
 
     # 4. Our defaults of the run, so that LAVIS's own code gets them, too.
-    run.output_dir = str(Path(run.output_dir).absolute())
+    run.output_dir = os.path.abspath(run.output_dir)
     config.run_cfg.update(vars(run))
     return config
 
 
-def _prepare_processors(dataset: DictConfig, values: dict[str, Any], key: str) -> None:
+def _prepare_processors(dataset: Any, values: dict[str, Any], key: str) -> None:
     """Set values of the image processors; their augmentation stays the YAML's."""
     images = dataset.get("vis_processor") or {}
     if not images.get("train"):
@@ -296,11 +280,11 @@ def vit_sizes(options: ModelOptions, **eva_sizes: int) -> VisionConfig:
 
     eva_sizes: defaults of EVA.
     """
-    values = dict(options.vit)
+    if "path" in options.vit:
+        options.vit["path"] = locate(options.vit["path"])
+    values = options.vit
     if values.get("type", "eva") == "eva":
         values = {"image_size": options.image_size, **eva_sizes, **values}
-    if "path" in values:
-        values["path"] = locate(values["path"])
     return read_vision_config(values, "model.vit")
 
 
@@ -318,15 +302,14 @@ def with_derived(values: dict[str, Any], derived: dict[str, Any], key: str) -> d
 
 
 def locate(path: str) -> str:
-    """A path of the YAML, relative to the current folder, SEED_Tokenizer, the repository or its
-    `pretrained`.
+    """The absolute path of a file, folder or pattern of the YAML.
 
-    The first in which it exists is used; other paths (a hub id, a missing file) are returned as
-    they are.
+    It may be relative to the current folder, SEED_Tokenizer, the repository or its `pretrained`;
+    the first in which it exists is used. Others (a hub id, a missing file) stay as they are.
     """
     # A pattern exists if the folder before it does.
     before_pattern = re.sub(r"[^/]*[{*?\[].*", "", path)
     for folder in SEARCHED_FOLDERS:
         if before_pattern and (folder / before_pattern).exists():
-            return str(folder / path)
+            return os.path.abspath(folder / path)
     return path

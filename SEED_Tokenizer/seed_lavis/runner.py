@@ -1,4 +1,10 @@
-"""The runner `runner_seed`: LAVIS's runner around the library's trainer, and LAVIS's checkpoints.
+"""The runner `runner_seed`: LAVIS's runner, and the training of a stage as a task of the library's
+trainer.
+
+From LAVIS come the optimizer (AdamW and its rule of what decays), the learning-rate schedule (by
+epoch), log.txt and the content of `checkpoint_N.pth`. An "epoch" is `iters_per_epoch` iterations
+(the original: 5000) for any size of the data set; an iteration is a micro-step, so with
+`accum_grad_iters` there are fewer optimizer steps.
 
 `checkpoint_{epoch}.pth` holds `{"model", "optimizer", "config", "scaler", "epoch"}`, the model
 without frozen parameters; the next stage, an export or another LAVIS reads it. A killed run resumes
@@ -8,61 +14,266 @@ from the trainer's own checkpoints instead.
 from __future__ import annotations
 
 import json
+import math
 import shlex
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
+from omegaconf import OmegaConf
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from seed_lavis import log
-from seed_lavis.compat import RunnerBase, registry
+from seed_lavis.compat import ImageTextPretrainTask, RunnerBase, registry
 from seed_lavis.datasets import joined_splits
-from seed_lavis.options import APPLICATION, RunOptions, locate
-from seed_lavis.task import TokenizerTask, mean_losses
+from seed_lavis.options import APPLICATION, STEP_SCHEDULES, locate
 from seed_multimodal.data.stream.loader import StepBatches
-from seed_multimodal.device import copy_to
-from seed_multimodal.disk import writable_folder, writing
+from seed_multimodal.device import autocast, copy_to
+from seed_multimodal.disk import replace_text, writable_folder, writing
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.images.transforms import ImageTransform
-from seed_multimodal.settings import read_settings
+from seed_multimodal.evaluation.tokenizer import save_neighbours
+from seed_multimodal.nn.layers import evaluating
 from seed_multimodal.state_dicts import assign_strictly, read_training_state, save_torch
 from seed_multimodal.training.checkpoint import checkpoints
+from seed_multimodal.training.codebook import CodebookTask, codebook_use
+from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.schedules import learning_rate
 from seed_multimodal.training.task import frozen_names
 from seed_multimodal.training.trainer import train_stage
+
+# Settings that change no result of the training: not reported when they differ at a resume.
+QUIET_KEYS = """
+    output_dir resume_ckpt_path log_freq save_seconds save_every_steps keep_checkpoints num_workers
+    tensorboard curves valid_splits test_splits evaluate batch_size_eval timeout_minutes device
+    world_size distributed dist_url
+"""
+
+
+@registry.register_task("image_gen_pretrain")
+class ImageGenPretrainTask(ImageTextPretrainTask):
+    """LAVIS's `image_text_pretrain` by another name, which some of the original's files use."""
+
+
+class TokenizerTask(CodebookTask):
+    """One stage of one model.
+
+    runner: the `RunnerSeed`.
+    batches: those of its training split.
+    """
+
+    quiet_keys = [f"run.{key}" for key in QUIET_KEYS.split()]
+    start_hint = "run.resume_ckpt_path"
+    last_loss: Tensor | None = None
+
+    def __init__(self, runner: RunnerBase, batches: StepBatches) -> None:
+        run = runner.options
+        # The trainer's settings from LAVIS's keys; a completed run continues with a higher
+        # max_epoch.
+        settings = StageSettings(
+            max_steps=runner.steps_per_epoch * run.max_epoch,
+            batch_size=run.batch_size_train,
+            learning_rate=run.init_lr,
+            weight_decay=run.weight_decay,
+            max_grad_norm=run.clip_grad,
+            ema=run.ema,
+            precision=runner.precision,
+            seed=run.seed,
+            save_seconds=run.save_seconds,
+            logging_steps=run.log_freq,
+            save_steps=run.save_every_steps,
+            gradient_accumulation_steps=run.accum_grad_iters,
+            save_frozen=False,
+            report_to=["tensorboard"] if run.tensorboard else [],
+            curves=run.curves,
+            further=True,
+            timeout_minutes=run.timeout_minutes,
+        )
+        model = runner.model
+        super().__init__(
+            model.stage,
+            model,
+            settings,
+            model.options,
+            optimizer=runner.optimizer,
+            n_images=len(batches.dataset),
+        )
+        self.runner = runner
+        self.step_batches = batches
+        self.options = run
+        self.eval_steps = runner.steps_per_epoch
+        self.config = runner.config.to_dict()
+
+    def learning_rate(self, step: int) -> float:
+        """The rate of the optimizer step's last iteration."""
+        run = self.options
+        last_iteration = (step + 1) * run.accum_grad_iters - 1
+        if run.lr_sched in STEP_SCHEDULES:
+            schedule = StageSettings(
+                max_steps=run.max_epoch * run.iters_per_epoch,
+                learning_rate=run.init_lr,
+                warmup_steps=run.warmup_steps,
+                min_lr_ratio=run.min_lr / run.init_lr if run.init_lr else 0.0,
+                lr_scheduler_type=STEP_SCHEDULES[run.lr_sched],
+            )
+            return learning_rate(last_iteration, schedule)
+
+        # LAVIS's.
+        epoch, iteration = divmod(last_iteration, run.iters_per_epoch)
+        self.runner.lr_scheduler.step(cur_epoch=epoch, cur_step=iteration)
+        return self.optimizer.param_groups[0]["lr"]
+
+    def batch(self, micro_step: int) -> dict[str, Any]:
+        """One batch, its images on the device."""
+        return self.runner.with_images(self.step_batches.at(micro_step))
+
+    def codebook_points(self, batch: dict[str, Any]) -> Tensor:
+        """As the base's, of the images."""
+        return self.model.codebook_points(batch["image"])
+
+    def before_training(self) -> None:
+        """All checks have passed: write the run's settings."""
+        folder = self.runner.output_dir
+        if self.runner.group.first:
+            with writing(folder):
+                self.runner.log_config()
+                replace_text(folder / "config.yaml", OmegaConf.to_yaml(self.runner.config.config))
+                sizes = json.dumps(self.model.config.to_dict(), indent=2)
+                replace_text(folder / "config.json", sizes + "\n")
+
+    def batch_loss(
+        self, model: nn.Module, batch: dict[str, Any]
+    ) -> tuple[Tensor, Mapping[str, Any]]:
+        """As LAVIS's training step, with all of the model's losses."""
+        losses = model(batch)
+        loss = losses.pop("loss")
+        self.last_loss = loss.detach()
+        return loss, losses
+
+    def evaluate(self, step: int) -> dict[str, float]:
+        """At the end of an epoch its checkpoint, held-out losses and samples.
+
+        Returns the held-out losses as `valid/SPLIT/NAME`.
+        """
+        runner = self.runner
+        epoch = step // runner.steps_per_epoch - 1
+
+        # 1. The checkpoint.
+        if runner.group.first:
+            losses = {name: float(value) for name, value in self.latest.items()}
+            with writing(runner.output_dir):
+                runner.save_epoch(epoch, self.trainer.engine.weights())
+                runner.log_stats({"epoch": epoch, **losses}, "train")
+
+        # 2. Held-out losses.
+        validation = {}
+        for split in self.options.valid_splits:
+            means = mean_losses(runner, split)
+            if runner.group.first:
+                sheet = runner.output_dir / "samples" / f"{split}-{epoch}.png"
+                save_neighbours(sheet, *runner.samples, self.model.visual_encoder.preprocessing)
+                with writing(runner.output_dir):
+                    runner.log_stats({"epoch": epoch, "split": split, **means}, "valid")
+            for name, value in means.items():
+                if isinstance(value, float):  # a loss, not a count
+                    validation[f"valid/{split}/{name}"] = value
+        return validation
+
+    def status(self) -> dict[str, float]:
+        """As the base's, and the last loss (`loss` is smoothed)."""
+        status = super().status()
+        if self.last_loss is not None:
+            status["last_loss"] = float(self.last_loss)
+        return status
+
+    def finish(self, group: ProcessGroup) -> dict[str, Any]:
+        """The record of the run."""
+        (bad_samples,) = group.sum([self.step_batches.dataset.bad.total])
+        return {
+            **super().finish(group),
+            "checkpoint": str(
+                self.runner.output_dir / f"checkpoint_{self.options.max_epoch - 1}.pth"
+            ),
+            "bad_samples": int(bad_samples),
+        }
+
+
+def mean_losses(runner: RunnerBase, split: str) -> dict[str, float]:
+    """Mean of every loss over `samples` images of a split, and the use of the codebook by them.
+
+    runner: a `RunnerSeed`.
+    All processes call it together and get the same values.
+    """
+    model = runner.model
+    world = runner.group.world
+    data, _ = joined_splits(runner.datasets, [f"{split}:eval"], {})
+    if len(data) < world:
+        raise ConfigError(f"Split {split!r} has {len(data)} images, too few for {world} processes.")
+
+    # 1. All batches have one size, because a contrast depends on the number of images that are
+    #    compared. Fewer images remain unused than there are batches.
+    n_batches = math.ceil(len(data) / (runner.options.batch_size_eval * world))
+    n_batches = min(n_batches, len(data) // world)  # a batch has at least one image
+    size = len(data) // (n_batches * world)
+    bad_before = data.bad.total
+    batches = StepBatches(
+        data,
+        size,
+        seed=0,
+        rank=runner.group.rank,
+        world=world,
+        workers=min(runner.options.num_workers, n_batches),
+        shuffle=False,
+    )
+
+    # 2. Sums of the losses, and the codes.
+    sums = {}
+    codes = []
+    with torch.no_grad(), evaluating(model), batches:
+        for step in range(n_batches):
+            samples = runner.with_images(batches.at(step))
+            with autocast(runner.device, runner.precision):
+                losses = model(samples)
+            for name, value in losses.items():
+                sums[name] = sums.get(name, 0.0) + float(value)
+            if model.codes is not None:
+                codes.append(model.codes.flatten())
+            if step == 0:  # for the contact sheet
+                runner.samples = samples["image"], model.matched
+
+    # 3. Means over all processes, and how often each code is used.
+    uses = []
+    if codes:
+        uses = torch.cat(codes).bincount(minlength=model.quantize.size).tolist()
+    totals = runner.group.sum([*sums.values(), *uses])
+    means = {name: total / (n_batches * world) for name, total in zip(sums, totals, strict=False)}
+    return {
+        "samples": n_batches * size * world,
+        **means,
+        **codebook_use(torch.tensor(totals[len(sums) :])),
+        "bad_samples": data.bad.total - bad_before,
+    }
 
 
 @registry.register_runner("runner_seed")
 class RunnerSeed(RunnerBase):
     """Trains or evaluates one model.
 
-    cfg: the checked configuration of `options.load_config`.
+    cfg: the checked configuration of `options.load_config`, whose section `run` has all fields of
+        `RunOptions`.
+    parts: task, model, data sets and id of the run, see LAVIS's.
     """
 
-    # Held-out images `[B, 3, S, S]` for a contact sheet, and of stage 2 their decoded and target
-    # embeddings.
-    samples: tuple[Tensor, tuple[Tensor, Tensor] | None]
-
-    def __init__(
-        self, cfg: Any, task: Any, model: Any, datasets: Mapping[str, Any], job_id: str = ""
-    ) -> None:
-        self.options = read_settings(RunOptions, cfg.run_cfg, "run")
-        super().__init__(cfg, task, model, datasets, job_id)
+    def __init__(self, cfg: Any, *parts: Any) -> None:
+        self.options = cfg.run_cfg
+        super().__init__(cfg, *parts)
         self.group = ProcessGroup(self.options.timeout_minutes)
         self.steps_per_epoch = self.options.iters_per_epoch // self.options.accum_grad_iters
 
     def setup_output_dir(self) -> None:
         """Without LAVIS's folder of results."""
-        self.output_dir = self.folder = writable_folder(self.options.output_dir, ConfigError)
-
-    @property
-    def preprocessing(self) -> ImageTransform:
-        """Of the model's vision encoder."""
-        transform: ImageTransform = self._model.visual_encoder.preprocessing
-        return transform
+        self.output_dir = writable_folder(self.options.output_dir, ConfigError)
 
     @property
     def model(self) -> nn.Module:
@@ -75,9 +286,11 @@ class RunnerSeed(RunnerBase):
     def optimizer(self) -> torch.optim.Optimizer:
         """LAVIS's, or AdamW on the groups of a model that has its own."""
         if self._optimizer is None and hasattr(self._model, "optimizer_groups"):
-            run = self.options
-            groups = self.model.optimizer_groups(run.weight_decay)
-            self._optimizer = torch.optim.AdamW(groups, run.init_lr, betas=(0.9, run.beta2))
+            self._optimizer = torch.optim.AdamW(
+                self.model.optimizer_groups(self.options.weight_decay),
+                self.options.init_lr,
+                betas=(0.9, self.options.beta2),
+            )
         return super().optimizer
 
     @property
@@ -93,7 +306,7 @@ class RunnerSeed(RunnerBase):
         """A batch with its images on the device; uint8 from the workers is normalised there."""
         images = copy_to(self.device, batch["image"])
         if images.dtype == torch.uint8:
-            images = self.preprocessing.normalise(images)
+            images = self.model.visual_encoder.preprocessing.normalise(images)
         return {**batch, "image": images}
 
     def train(self) -> dict[str, Any]:
@@ -111,8 +324,6 @@ class RunnerSeed(RunnerBase):
         # 2. In a contrast an image must not be its own negative.
         if self.model.contrasts and len(data) < options.batch_size_train * world:
             options.batch_size_train = len(data) // world
-            if not options.batch_size_train:
-                raise ConfigError(f"{len(data)} images are too few for {world} processes.")
             log(
                 f"The training set has {len(data)} images: a batch contrasts "
                 f"{options.batch_size_train} of each process, and none twice."
@@ -130,35 +341,26 @@ class RunnerSeed(RunnerBase):
             distinct=self.model.contrasts,
         ) as batches:
             task = TokenizerTask(self, batches)
-            if options.resume_ckpt_path and not checkpoints(self.folder / task.checkpoint_folder):
+            if options.resume_ckpt_path and not checkpoints(
+                self.output_dir / task.checkpoint_folder
+            ):
                 self._load_checkpoint(locate(options.resume_ckpt_path))
                 task.first_step = self.steps_per_epoch * self.start_epoch
-            record = train_stage(task, self.folder, self.group)
+            record = train_stage(task, self.output_dir, self.group)
 
-        # 4. The report.
-        losses = ", ".join(
-            f"{name} {value:.4g}" for name, value in record.items() if name.startswith("loss")
-        )
-        duration = tqdm.format_interval(record["seconds"])
-        log(
-            f"{task.name}: {record['steps']:,} steps in {duration}; at the end {losses}; "
-            f"{record['bad_samples']} bad samples were replaced.\nNext: "
-            f"{shlex.join(self.next_command(record['checkpoint']))}"
-        )
+        log(f"Next: {shlex.join(self.next_command(record['checkpoint']))}")
         return record
 
     def next_command(self, checkpoint: str) -> list[str]:
         """Stage 2 after stage 1, the export after the others; from any folder."""
         model = self.model
         if model.stage == "stage1":
-            stage2 = Path(self.config.args.cfg_path).absolute().with_name("pretrain_codebook.yaml")
+            stage2 = Path(self.config.args.cfg_path).with_name("pretrain_codebook.yaml")
             config = str(stage2) if stage2.is_file() else "YOUR_STAGE_2.yaml"
             command = ["sh", str(APPLICATION / "train_scripts/codebook.sh")]
             command += ["--cfg-path", config, "--options", f"model.pretrained={checkpoint}"]
             vit = dict(model.options.vit)
             if vit.get("type", "eva") != "eva":
-                if "path" in vit:
-                    vit["path"] = _absolute(vit["path"])
                 command.append(f"model.vit={json.dumps(vit)}")
             return command
         # The last stage: its checkpoint, with what an export takes from other files.
@@ -166,26 +368,19 @@ class RunnerSeed(RunnerBase):
         if model.stage == "lavit-stage1":
             command += ["--lavit", checkpoint]
         else:
-            stage1 = _absolute(str(model.options.pretrained))
+            stage1 = locate(str(model.options.pretrained))
             command += ["--stage1", stage1, "--stage2", checkpoint]
         if model.vision_file:
-            command += ["--vision", _absolute(model.vision_file)]
-        return [*command, "--out", str(self.folder / "tokenizer")]
+            command += ["--vision", model.vision_file]
+        return [*command, "--out", str(self.output_dir / "tokenizer")]
 
-    def evaluate(
-        self, cur_epoch: str | int = "best", skip_reload: bool = False
-    ) -> dict[str, dict[str, float]]:
+    def evaluate(self) -> dict[str, Any]:
         """Mean losses over each of `run.test_splits`; stage 2 also reports its use of codes."""
         if not self.options.test_splits:
             raise ConfigError(
                 "run.test_splits names no split to evaluate: give --options run.test_splits=[val]."
             )
         return {split: mean_losses(self, split) for split in self.options.test_splits}
-
-    def log_epoch(self, split_name: str, epoch: int, values: Mapping[str, Any]) -> None:
-        """A line of log.txt."""
-        with writing(self.folder):
-            self.log_stats({"epoch": epoch, **values}, split_name)
 
     def save_epoch(self, epoch: int, weights: Mapping[str, Tensor]) -> None:
         """Write `checkpoint_{epoch}.pth`, and remove old ones.
@@ -199,13 +394,12 @@ class RunnerSeed(RunnerBase):
             "scaler": None,
             "epoch": epoch,
         }
-        file = self.folder / f"checkpoint_{epoch}.pth"
-        with writing(file):
-            save_torch(content, file)
+        file = self.output_dir / f"checkpoint_{epoch}.pth"
+        save_torch(content, file)
         n_newest = self.options.keep_checkpoints
         if n_newest:
             files = sorted(
-                self.folder.glob("checkpoint_*.pth"),
+                self.output_dir.glob("checkpoint_*.pth"),
                 key=lambda path: int(path.stem.rpartition("_")[2]),
             )
             for old_file in files[1:-n_newest]:
@@ -214,7 +408,7 @@ class RunnerSeed(RunnerBase):
 
     def _load_checkpoint(self, file: str) -> None:
         """As LAVIS's: model, optimizer and `start_epoch` of a checkpoint without frozen weights."""
-        content: Any = read_training_state(Path(file))
+        content = read_training_state(Path(file))
         frozen = frozen_names(self.model)
         try:
             assign_strictly(self.model, content["model"], file, allow_missing=frozen)
@@ -225,15 +419,4 @@ class RunnerSeed(RunnerBase):
                 f"{file}: not a LAVIS checkpoint with model, optimizer and epoch, or of another "
                 f"optimizer ({error}); to take its weights only, use model.finetuned."
             ) from error
-        if self.start_epoch >= self.options.max_epoch:
-            raise ConfigError(
-                f"{file}: has {self.start_epoch} epochs behind it, so "
-                f"run.max_epoch={self.options.max_epoch} leaves nothing to train."
-            )
         log(f"{file}: weights and optimizer loaded; continuing after {self.start_epoch} epochs.")
-
-
-def _absolute(source: str) -> str:
-    """The absolute path of a file or folder of the YAML; a hub id stays as it is."""
-    path = Path(locate(source))
-    return str(path.absolute()) if path.exists() else source

@@ -87,6 +87,11 @@ def program(name: str) -> Any:
     return importlib.import_module(name)
 
 
+def build(arguments: list[str]) -> Any:
+    """The runner of train.py's arguments `--cfg-path FILE [--options OPTION …]`."""
+    return program("train").build(arguments[1], arguments[3:])
+
+
 def write_images(folder: Path, count: int = 24) -> Path:
     """Images of nano's scenes and `pairs.json` next to them."""
     from PIL import Image

@@ -8,6 +8,7 @@ broadcast.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -19,6 +20,7 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.nn.layers import evaluating
 from seed_multimodal.settings import setting
 from seed_multimodal.training.config import StageSettings
+from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.metrics import Metrics
 from seed_multimodal.training.task import StageTask
 
@@ -69,6 +71,7 @@ class CodebookTask(StageTask):
         self.model: Any = model
         self.health = health
         self.n_images = n_images
+        self.latest: Metrics = {}  # of the last micro-step
         # Uses of each code by all processes since the last restart and the last log line, `[K]`.
         self.since_restart: Tensor | None = None
         if hasattr(model, "codebook_points"):
@@ -99,6 +102,11 @@ class CodebookTask(StageTask):
         """Loss of a batch, and numbers to log."""
         raise NotImplementedError
 
+    def codebook_points(self, batch: Any) -> Tensor:
+        """Features of a batch to quantize, `[..., d]`."""
+        points: Tensor = self.model.codebook_points(batch)
+        return points
+
     def loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Metrics]:
         """The loss; the codebook starts at the end of the warm-up."""
         step, index = divmod(micro_step, self.settings.gradient_accumulation_steps)
@@ -106,7 +114,8 @@ class CodebookTask(StageTask):
             self.model.use_codes = step >= self.health.codebook_warmup
             if step == self.health.codebook_warmup and self.health.kmeans_start:
                 self.start_codes()
-        return self.batch_loss(model, self.batch(micro_step))
+        loss, self.latest = self.batch_loss(model, self.batch(micro_step))
+        return loss, self.latest
 
     def start_codes(self) -> None:
         """Initialize the codebook by k-means of features of the run's first batches."""
@@ -118,7 +127,7 @@ class CodebookTask(StageTask):
         device = next(self.model.parameters()).device
         autocast = torch.autocast(device.type, enabled=False)
         with torch.no_grad(), evaluating(self.model), autocast:
-            features = [self.model.codebook_points(self.batch(index)) for index in range(n_batches)]
+            features = [self.codebook_points(self.batch(index)) for index in range(n_batches)]
             self.model.quantize.init_from(torch.cat(features).float())
 
     def update_codes(self, step: int) -> None:
@@ -139,18 +148,23 @@ class CodebookTask(StageTask):
 
     def status(self) -> dict[str, float]:
         """Code usage since the last log line."""
-        if self.since_restart is None:
-            return dict(super().status())
-        use = codebook_use(self.since_log)
-        self.since_log.zero_()
-        return {**super().status(), **use}
+        status = dict(super().status())
+        if self.since_restart is not None:
+            status |= codebook_use(self.since_log)
+            self.since_log.zero_()
+        return status
+
+    def finish(self, group: ProcessGroup) -> Mapping[str, object]:
+        """With the metrics of the last micro-step."""
+        latest = {name: round(float(value), 6) for name, value in self.latest.items()}
+        return {**super().finish(group), **latest}
 
     def state_dict(self) -> JsonObject:
         """Use counts of codes since the last restart of dead codes."""
-        counts = (
-            {} if self.since_restart is None else {"since_restart": self.since_restart.tolist()}
-        )
-        return {**super().state_dict(), **counts}
+        state = super().state_dict()
+        if self.since_restart is not None:
+            state["since_restart"] = self.since_restart.tolist()
+        return state
 
     def load_state_dict(self, states: list[JsonObject], rank: int) -> None:
         """Inverse of `state_dict`."""

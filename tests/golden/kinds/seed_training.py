@@ -25,7 +25,13 @@ from runner import CLOSE, EXACT, Recording, Tensors, assert_close, assert_gradie
 from torch import nn
 
 from seed_multimodal.models.seed.configuration import Seed2Config
-from seed_multimodal.models.seed.losses import Stage1Model, Stage1Output, Stage2Model, Stage2Weights
+from seed_multimodal.models.seed.losses import (
+    Stage1Model,
+    Stage1Output,
+    Stage1TrainingOptions,
+    Stage2Model,
+    Stage2Weights,
+)
 from seed_multimodal.state_dicts import assign_strictly
 
 CODEBOOK = "quantize.embedding.weight"
@@ -107,11 +113,13 @@ def build_stage1(
     n_words = weights["Qformer.bert.embeddings.word_embeddings.weight"].shape[0]
     model = Stage1Model(
         config,
+        options=Stage1TrainingOptions(
+            embed_dim=sizes["embed_dim"],
+            temperature=sizes["temp"],
+            label_smoothing=sizes["label_smoothing"],
+            gather_gradient=gather_gradient,
+        ),
         vocab_size=n_words,
-        embed_dim=sizes["embed_dim"],
-        temperature=sizes["temp"],
-        label_smoothing=sizes["label_smoothing"],
-        gather_gradient=gather_gradient,
     )
     assign_strictly(model, weights, "the fixture")
     return model.train()

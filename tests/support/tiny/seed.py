@@ -19,6 +19,7 @@ from seed_multimodal.models.seed.configuration import QFormerConfig, Seed1Config
 from seed_multimodal.models.seed.losses import (
     Seed1Stage2Model,
     Stage1Model,
+    Stage1TrainingOptions,
     Stage2Model,
     Stage2TrainingOptions,
 )
@@ -188,7 +189,8 @@ def write_stages(
     options: of the second stage.
     """
     sizes = Seed2Config(vit=config.vit, qformer=config.qformer)
-    first = loud(Stage1Model(sizes, vocab_size=vocab_size, embed_dim=8, freeze_vit=freeze_vit))
+    options1 = Stage1TrainingOptions(embed_dim=8, freeze_vit=freeze_vit)
+    first = loud(Stage1Model(sizes, options=options1, vocab_size=vocab_size))
     stage2 = Stage2Model if isinstance(config, Seed2Config) else Seed1Stage2Model
     second: Any = loud(stage2(config, options=Stage2TrainingOptions(**options))).eval()
     if second.options.freeze_qformer:

@@ -18,7 +18,7 @@ from seed_multimodal.images.transforms import ImageTransform, seed_image_process
 from seed_multimodal.models.seed.checkpoints import load_vision
 from seed_multimodal.models.seed.configuration import Seed2Config
 from seed_multimodal.models.seed.export import export_tokenizer
-from seed_multimodal.models.seed.losses import Stage1Model, Stage2Model
+from seed_multimodal.models.seed.losses import Stage1Model, Stage1TrainingOptions, Stage2Model
 from seed_multimodal.nn.vision.hub import HubVisionConfig
 from seed_multimodal.pipelines.images import open_images
 
@@ -38,7 +38,7 @@ def test_seed_tokenizer_of_another_vision_encoder(kind, tmp_path):
     preprocessing = vit.preprocessing
     pixels = preprocessing.normalise(preprocessing.read(IMAGE))[None]
     torch.manual_seed(0)
-    first = loud(Stage1Model(config, vocab_size=40, embed_dim=8))
+    first = loud(Stage1Model(config, vocab_size=40, options=Stage1TrainingOptions(embed_dim=8)))
     load_vision(first.visual_encoder, vision, None)
     second = loud(Stage2Model(config))
     second.load_stage1(first.state_dict())

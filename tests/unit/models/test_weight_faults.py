@@ -37,7 +37,7 @@ def networks(tmp_path_factory) -> dict[str, tuple[Callable[[Path], object], ...]
     from seed_multimodal.models.lavit.decoder import CodeDecoder
     from seed_multimodal.models.seed.checkpoints import load_blip2, load_vision
     from seed_multimodal.models.seed.configuration import Seed2Config
-    from seed_multimodal.models.seed.losses import Stage1Model
+    from seed_multimodal.models.seed.losses import Stage1Model, Stage1TrainingOptions
     from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer
     from seed_multimodal.models.seed_x.adapter import SDXLAdapter
     from seed_multimodal.models.seed_x.modeling import load_agent
@@ -51,7 +51,7 @@ def networks(tmp_path_factory) -> dict[str, tuple[Callable[[Path], object], ...]
     seed1 = seed.seed1_tokenizer()
     config = Seed2Config(**seed.SIZES, decode_heads=12, image_features_dim=10)
     eva = EvaVit(config.vit)
-    stage1 = Stage1Model(config, vocab_size=30, embed_dim=8)
+    stage1 = Stage1Model(config, vocab_size=30, options=Stage1TrainingOptions(embed_dim=8))
     sizes = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     clip = CLIPVisionConfig(**sizes, image_size=16, patch_size=8)
     agent = seed_x.random_agent(SimpleNamespace(config=SimpleNamespace(hidden_size=32)))

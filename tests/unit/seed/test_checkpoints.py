@@ -16,7 +16,7 @@ from tiny.seed import loud, seed1_tokenizer, training_name, write_released_seed1
 from seed_multimodal.errors import CheckpointError, SeedWarning
 from seed_multimodal.models.seed.checkpoints import load_blip2, load_vision
 from seed_multimodal.models.seed.configuration import QFormerConfig, Seed2Config
-from seed_multimodal.models.seed.losses import Stage1Model
+from seed_multimodal.models.seed.losses import Stage1Model, Stage1TrainingOptions
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
 from seed_multimodal.nn.vision.eva import EvaConfig, EvaVit
 from seed_multimodal.state_dicts import load_state_dict, save_state_dict
@@ -121,7 +121,7 @@ CONFIG = Seed2Config(
 
 
 def stage1() -> Stage1Model:
-    return Stage1Model(CONFIG, vocab_size=61, embed_dim=8)
+    return Stage1Model(CONFIG, vocab_size=61, options=Stage1TrainingOptions(embed_dim=8))
 
 
 def test_load_blip2_leaves_the_vision_encoder(tmp_path):

@@ -17,6 +17,7 @@ from seed_multimodal.models.seed.losses import (
     Seed1Stage2Weights,
     Stage1Model,
     Stage1Output,
+    Stage1TrainingOptions,
     Stage2Model,
     Stage2TrainingOptions,
     project_and_normalize,
@@ -33,9 +34,10 @@ TINY = Seed2Config(
 # ---- stage 1
 
 
-def stage1(**options: Any) -> Stage1Model:
+def stage1(embedding_dim: int | None = None, **options: Any) -> Stage1Model:
     torch.manual_seed(0)
-    return Stage1Model(TINY, vocab_size=30, embed_dim=8, **options)
+    training = Stage1TrainingOptions(embed_dim=8, **options)
+    return Stage1Model(TINY, options=training, vocab_size=30, embedding_dim=embedding_dim)
 
 
 def run(model: Stage1Model, **inputs: Any) -> Stage1Output:

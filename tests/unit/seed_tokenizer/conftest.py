@@ -47,9 +47,7 @@ def run() -> Callable[[list[str]], Any]:
     """Build a run in this process and train it; returns the runner."""
 
     def do(arguments: list[str]) -> Any:
-        import train
-
-        runner = train.build(train.parser("").parse_args(arguments))
+        runner = lavis_runs.build(arguments)
         runner.train()
         return runner
 

@@ -28,8 +28,9 @@ def build(name: str, info: dict[str, Any], valid: str = "val", **more: Any) -> d
     """The splits that LAVIS's task would build for this data set."""
     from omegaconf import OmegaConf
     from seed_lavis.compat import registry
+    from seed_lavis.options import RunOptions
 
-    run = OmegaConf.create({"seed": 3, "train_splits": ["train"], "valid_splits": [valid]})
+    run = OmegaConf.structured(RunOptions(seed=3, valid_splits=[valid]))
     registry.register(
         "configuration",
         SimpleNamespace(run_cfg=run, model_cfg=SimpleNamespace(arch="blip2_casual")),

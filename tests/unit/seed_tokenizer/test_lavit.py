@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from lavis_runs import log_of, printed, program
+from lavis_runs import build, log_of, printed
 from repository import ROOT
 
 VISION = ROOT / "pretrained" / "nano" / "seed_tokenizer" / "diffusion_model" / "image_encoder"
@@ -50,7 +50,6 @@ def test_train_and_export_of_lavit(yaml, run, images, tmp_path, capsys):
 
 def test_build_with_a_rate_of_the_token_selector(yaml):
     # Two groups each: with and without decay.
-    train = program("train")
-    runner = train.build(train.parser("").parse_args(yaml("lavit", "model.selector_lr_scale=0.5")))
+    runner = build(yaml("lavit", "model.selector_lr_scale=0.5"))
     scales = [group.get("lr_scale", 1.0) for group in runner.optimizer.param_groups]
     assert scales == [1.0, 1.0, 0.5, 0.5]

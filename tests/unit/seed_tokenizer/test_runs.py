@@ -6,11 +6,10 @@ from __future__ import annotations
 import json
 import math
 from operator import attrgetter
-from typing import Any
 
 import pytest
 import torch
-from lavis_runs import log_of, program
+from lavis_runs import build, log_of, program
 
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.state_dicts import load_state_dict
@@ -19,22 +18,17 @@ RANDOM = ("model.load_pretrained=False", "model.kmeans_start=False")
 TWO_STEPS = ("run.max_epoch=1", "run.iters_per_epoch=2")
 
 
-def built(arguments: list[str]) -> Any:
-    train = program("train")
-    return train.build(train.parser("").parse_args(arguments))
-
-
 def test_learning_rate_with_accumulation(yaml):
     # Schedules count iterations, as the original's (golden/lr_schedule); a step has the rate of its
     # last one.
     from seed_lavis.datasets import joined_splits
-    from seed_lavis.task import TokenizerTask
+    from seed_lavis.runner import TokenizerTask
 
     from seed_multimodal.data.stream.loader import StepBatches
 
     rates = []
     for count in (1, 2):
-        runner = built(yaml("stage1", "run.iters_per_epoch=8", f"run.accum_grad_iters={count}"))
+        runner = build(yaml("stage1", "run.iters_per_epoch=8", f"run.accum_grad_iters={count}"))
         data, _ = joined_splits(runner.datasets, ["train"], {})
         task = TokenizerTask(runner, StepBatches(data, 8, seed=0))
         rates.append([task.learning_rate(step) for step in range(task.settings.max_steps)])
@@ -44,8 +38,8 @@ def test_learning_rate_with_accumulation(yaml):
 
 # Stage, option, attribute of the model, value.
 OPTIONS = [
-    ("stage1", "gather_gradient=True", "gather_gradient", True),
-    ("stage1", "label_smoothing=0.2", "label_smoothing", 0.2),
+    ("stage1", "gather_gradient=True", "options.gather_gradient", True),
+    ("stage1", "label_smoothing=0.2", "options.label_smoothing", 0.2),
     ("stage1", "embed_dim=12", "text_proj.out_features", 12),
     ("stage1", "num_query_token=64", "config.qformer.causal_queries", 64),
     ("stage2", "loss_weights={embed: 7}", "weights.embed", 7),
@@ -64,7 +58,7 @@ def test_build_with_options_of_the_models(yaml, stage):
     # An option of the YAML that reaches no network would be ignored for a whole run.
     rows = [row for row in OPTIONS if row[0] == stage]
     options = [f"model.{option}" for _, option, _, _ in rows]
-    model = built(yaml(stage, *(RANDOM if stage == "stage2" else ()), *options)).model
+    model = build(yaml(stage, *(RANDOM if stage == "stage2" else ()), *options)).model
     for _, option, attribute, value in rows:
         assert attrgetter(attribute)(model) == value, option
 

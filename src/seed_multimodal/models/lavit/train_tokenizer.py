@@ -8,7 +8,7 @@ their spread, `codebook_used` and `perplexity`.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
@@ -16,7 +16,6 @@ from torch import Tensor, nn
 from seed_multimodal.models.lavit.losses import LavitStage1
 from seed_multimodal.training.codebook import CodebookHealth, CodebookTask
 from seed_multimodal.training.config import StageSettings
-from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.metrics import Metrics
 from seed_multimodal.training.optimizers import ParameterGroup, parameter_groups
 
@@ -47,20 +46,13 @@ class LavitTokenizerTask(CodebookTask):
         groups = stage1_groups(model, settings.weight_decay, selector_lr_scale)
         optimizer = torch.optim.AdamW(groups, lr=settings.learning_rate, betas=(0.9, 0.99))
         super().__init__(name, model, settings, health or CodebookHealth(), optimizer=optimizer)
-        self.latest: dict[str, Tensor] = {}
 
     def batch(self, micro_step: int) -> Tensor:
         return self.batches(micro_step)
 
     def batch_loss(self, model: nn.Module, batch: Tensor) -> tuple[Tensor, Metrics]:
         output = model(batch)
-        self.latest = output.metrics
-        return output.loss, self.latest
-
-    def finish(self, group: ProcessGroup) -> Mapping[str, object]:
-        """With the values of the last step."""
-        latest = {name: round(float(value), 4) for name, value in self.latest.items()}
-        return {**super().finish(group), **latest}
+        return output.loss, output.metrics
 
 
 def stage1_groups(

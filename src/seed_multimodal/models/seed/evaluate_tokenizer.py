@@ -22,7 +22,7 @@ from seed_multimodal.evaluation.tokenizer import NONE, OpenedTokenizer, Route
 from seed_multimodal.evaluation.tokenizer_settings import TokenizerSettings
 from seed_multimodal.models.seed.captions import caption_text, load_caption_tokenizer
 from seed_multimodal.models.seed.checkpoints import VISION
-from seed_multimodal.models.seed.losses import Stage1Model
+from seed_multimodal.models.seed.losses import Stage1Model, Stage1TrainingOptions
 from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 from seed_multimodal.models.seed.pipeline import SeedImageCodec
 from seed_multimodal.models.seed.spec import SeedLlamaConfig
@@ -211,9 +211,10 @@ def load_stage1(file: str | Path, tokenizer: Seed2Tokenizer) -> Stage1Model:
     model = without_memory(
         lambda: Stage1Model(
             tokenizer.config,
+            options=Stage1TrainingOptions(
+                embed_dim=len(state["vision_proj.weight"]), lm_head=False
+            ),
             vocab_size=len(state[WORDS_TABLE]),
-            lm_head=False,
-            embed_dim=len(state["vision_proj.weight"]),
         )
     )
     has_vision = any(name.startswith(VISION) for name in state)

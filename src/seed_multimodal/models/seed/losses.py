@@ -58,6 +58,31 @@ class Stage1Output:
     text_feats: Tensor  # [B, E], normalised
 
 
+@dataclass
+class Stage1TrainingOptions:
+    """Options of stage 1's training.
+
+    Attributes:
+        embed_dim: width in which images and captions are compared.
+        temperature: of the contrast, at the start; it is learned.
+        lm_head: keep BERT's prediction head: unused and frozen, but part of the original
+            checkpoint.
+        freeze_vit: the vision encoder is not trained.
+        gather_gradient: whether features of other processes carry gradient. None, as in the
+            original: not, and with several processes neither do a process's own.
+        itc_weight, embedding_weight: factors of the contrast and of the regressed embedding (ours).
+    """
+
+    embed_dim: int = setting(256, minimum=1)
+    temperature: float = setting(0.07, minimum=1e-6)
+    label_smoothing: float = setting(0.1, minimum=0, maximum=1)
+    lm_head: bool = True
+    freeze_vit: bool = True
+    gather_gradient: bool | None = None
+    itc_weight: float = 1.0
+    embedding_weight: float = 0.0
+
+
 class Stage1Model(SeedEncoder):
     """Stage 1: a contrastive loss trains the Q-Former to encode an image into ordered queries.
 
@@ -67,42 +92,28 @@ class Stage1Model(SeedEncoder):
 
     config: only `vit`, `qformer` and `num_query` matter.
     vocab_size: word pieces of the text tokenizer (original: BERT's 30522 and `[DEC]`).
-    embed_dim: width in which images and captions are compared.
-    lm_head: keep BERT's prediction head: unused and frozen, but part of the original checkpoint.
-    gather_gradient: whether features of other processes carry gradient. None, as in the original:
-        not, and with several processes neither do a process's own.
     embedding_dim: ours: adds a head that regresses an image embedding from the first k queries.
-    embedding_weight: factor of its loss.
     """
 
     def __init__(
         self,
         config: Seed2Config,
         *,
+        options: Stage1TrainingOptions | None = None,
         vocab_size: int = 30523,
-        embed_dim: int = 256,
-        temperature: float = 0.07,
-        label_smoothing: float = 0.1,
-        lm_head: bool = True,
-        freeze_vit: bool = True,
-        gather_gradient: bool | None = None,
         embedding_dim: int | None = None,
-        embedding_weight: float = 1.0,
     ) -> None:
         super().__init__()
-        self.label_smoothing = label_smoothing
-        self.freeze_vit = freeze_vit
-        self.gather_gradient = gather_gradient
-        self.embedding_weight = embedding_weight
+        self.options = options = options or Stage1TrainingOptions()
 
         # 1. Networks, in the order of the original state dict.
         width = config.qformer.width
         self.add_query_tokens(config)
-        self.temp = nn.Parameter(torch.tensor(float(temperature)))
-        self.add_encoder(vocab_size, lm_head)
+        self.temp = nn.Parameter(torch.tensor(float(options.temperature)))
+        self.add_encoder(vocab_size, options.lm_head)
         self.Qformer.copy_text_to_query()
-        self.text_proj = nn.Linear(width, embed_dim)
-        self.vision_proj = nn.Linear(width, embed_dim)
+        self.text_proj = nn.Linear(width, options.embed_dim)
+        self.vision_proj = nn.Linear(width, options.embed_dim)
         self.embedding_head: nn.Linear | None = None
         if embedding_dim is not None:
             self.embedding_head = nn.Linear(config.num_query * width, embedding_dim)
@@ -111,14 +122,14 @@ class Stage1Model(SeedEncoder):
         for name, parameter in self.Qformer.named_parameters():
             if "cls.predictions" in name:  # without the word table, which its decoder shares
                 parameter.requires_grad_(False)
-        if freeze_vit:
+        if options.freeze_vit:
             self.visual_encoder.requires_grad_(False)
         self.train()
 
     def train(self, mode: bool = True) -> Self:
         """As usual, except that a frozen vision encoder stays in eval mode."""
         super().train(mode)
-        if self.freeze_vit:
+        if self.options.freeze_vit:
             self.visual_encoder.eval()
         return self
 
@@ -159,16 +170,17 @@ class Stage1Model(SeedEncoder):
         rank = dist.get_rank() if dist.is_initialized() else 0
         n_images = len(image_feats)
         targets = rank * n_images + torch.arange(n_images, device=sim_i2t.device)
-        loss_i2t = F.cross_entropy(sim_i2t, targets, label_smoothing=self.label_smoothing)
-        loss_t2i = F.cross_entropy(sim_t2i, targets, label_smoothing=self.label_smoothing)
+        smoothing = self.options.label_smoothing
+        loss_i2t = F.cross_entropy(sim_i2t, targets, label_smoothing=smoothing)
+        loss_t2i = F.cross_entropy(sim_t2i, targets, label_smoothing=smoothing)
         loss_itc = (loss_i2t + loss_t2i) / 2
 
         # 3. Regression of an embedding (ours).
-        loss = loss_itc
+        loss = self.options.itc_weight * loss_itc
         loss_embedding = None
         if target_embedding is not None:
             loss_embedding = self._embedding_loss(query_output, target_embedding)
-            loss = loss + self.embedding_weight * loss_embedding
+            loss = loss + self.options.embedding_weight * loss_embedding
         return Stage1Output(
             loss=loss,
             loss_itc=loss_itc,
@@ -198,7 +210,7 @@ class Stage1Model(SeedEncoder):
 
     def _gather(self, features: Tensor) -> Tensor:
         """Features of all processes in rank order `[B · processes, E]`."""
-        keep_gradient = self.gather_gradient
+        keep_gradient = self.options.gather_gradient
         if keep_gradient is None:
             keep_gradient = not dist.is_initialized()
         if not keep_gradient:
@@ -320,6 +332,10 @@ class Stage2Base(SeedTokenizer):
             self.Qformer.requires_grad_(False)
             self.query_tokens.requires_grad_(False)
         self.train()
+
+    def codebook_points(self, images: Tensor) -> Tensor:
+        """Features before the quantizer `[B, Q, d]`, for `training.codebook.CodebookTask`."""
+        return self.pre_quant(images)
 
     def train(self, mode: bool = True) -> Self:
         """As usual, but frozen encoders stay in eval mode.
