@@ -29,7 +29,7 @@ from seed_lavis.options import (
     vit_sizes,
     with_derived,
 )
-from seed_multimodal.device import DTYPES, autocast, copy_to
+from seed_multimodal.device import DTYPES, copy_to
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.models.lavit.decoder import CodeDecoder, LavitDecoderConfig
@@ -59,6 +59,7 @@ from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_multimodal.nn.vision.hub import HubVision
 from seed_multimodal.settings import leaves, read_settings
 from seed_multimodal.state_dicts import assign_strictly, fingerprint, load_state_dict
+from seed_multimodal.training.engine import autocast
 from seed_multimodal.training.task import frozen_names
 from seed_multimodal.weights.catalogue import download_advice
 

@@ -29,7 +29,7 @@ from seed_lavis.compat import ImageTextPretrainTask, RunnerBase, registry
 from seed_lavis.datasets import joined_splits
 from seed_lavis.options import APPLICATION, STEP_SCHEDULES, locate
 from seed_multimodal.data.stream.loader import StepBatches
-from seed_multimodal.device import autocast, copy_to
+from seed_multimodal.device import copy_to
 from seed_multimodal.disk import replace_text, writable_folder, writing
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.evaluation.tokenizer import save_neighbours
@@ -39,6 +39,7 @@ from seed_multimodal.training.checkpoint import checkpoints
 from seed_multimodal.training.codebook import CodebookTask, codebook_use
 from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.distributed import ProcessGroup
+from seed_multimodal.training.engine import autocast
 from seed_multimodal.training.schedules import learning_rate
 from seed_multimodal.training.task import frozen_names
 from seed_multimodal.training.trainer import train_stage

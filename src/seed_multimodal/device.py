@@ -148,13 +148,6 @@ def copy_to(device: torch.device, tensor: Tensor) -> Tensor:
     return tensor.to(device, non_blocking=True)
 
 
-def autocast(device: torch.device, precision: str) -> contextlib.AbstractContextManager[object]:
-    """Autocast in a precision of `DTYPES`; none for fp32."""
-    if precision == "fp32":
-        return contextlib.nullcontext()
-    return torch.autocast(device.type, DTYPES[precision])
-
-
 def limit_threads(*models: nn.Module | None) -> None:
     """Use one CPU thread if all models are small (more threads mostly wait), unless the user set a
     number; None: a model outside of torch."""

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.parallel import DistributedDataParallel
 
-from seed_multimodal.device import DTYPES, autocast
+from seed_multimodal.device import DTYPES
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.state_dicts import read_training_state
@@ -34,8 +34,15 @@ MIN_LOSS_SCALE = 2.0**-20  # 36 consecutive overflows from GradScaler's initial 
 HYPERPARAMETERS = ("betas", "eps", "weight_decay", "lr_scale")
 
 
+def autocast(device: torch.device, precision: str) -> AbstractContextManager[object]:
+    """Autocast in a precision of `DTYPES`; none for fp32."""
+    if precision == "fp32":
+        return nullcontext()
+    return torch.autocast(device.type, DTYPES[precision])
+
+
 class Engine:
-    """A task's module and optimizer in one process or DDP; the task's `micro_step` calls `model`.
+    """A task's module and optimizer in one process or DDP; the task's `loss` calls `model`.
 
     sharded: each process writes its shard of a checkpoint (`ZeroEngine.save_shards`).
     """
