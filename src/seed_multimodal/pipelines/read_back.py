@@ -4,12 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from PIL import Image
 
 from seed_multimodal.language.known_words import read_known_words
-from seed_multimodal.language.messages import Message
 from seed_multimodal.language.phrases import Phrases
+
+if TYPE_CHECKING:  # the command line imports this module before torch
+    from seed_multimodal.language.messages import Message
 
 DESCRIPTION = "description"  # in `Image.info`
 NOTE = "note"
