@@ -32,9 +32,11 @@ from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.models.seed.captions import BlipCaption
 from seed_multimodal.settings import check_keys
 
-PAIR_KEYS = "image_key caption_key captioned cache".split()  # of `open_pairs`
-BUILD_KEYS = ["format", "annotations", "images", "storage", "files", "splits", *PAIR_KEYS]
-DATASET_KEYS = "type data_type dataset_card vis_processor text_processor build_info".split()
+PAIR_KEYS = ("image_key", "caption_key", "captioned", "cache")  # of `open_pairs`
+BUILD_KEYS = ("format", "annotations", "images", "storage", "files", "splits", *PAIR_KEYS)
+DATASET_KEYS = (
+    "type", "data_type", "dataset_card", "vis_processor", "text_processor", "build_info",
+)  # fmt: skip
 
 
 class PairBuilder(BaseDatasetBuilder):

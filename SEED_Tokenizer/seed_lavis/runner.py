@@ -45,11 +45,12 @@ from seed_multimodal.training.task import frozen_names
 from seed_multimodal.training.trainer import train_stage
 
 # Settings that change no result of the training: not reported when they differ at a resume.
-QUIET_KEYS = """
-    output_dir resume_ckpt_path log_freq save_seconds save_every_steps keep_checkpoints num_workers
-    tensorboard curves valid_splits test_splits evaluate batch_size_eval timeout_minutes device
-    world_size distributed dist_url
-"""
+QUIET_KEYS = (
+    "output_dir", "resume_ckpt_path", "log_freq", "save_seconds", "save_every_steps",
+    "keep_checkpoints", "num_workers", "tensorboard", "curves", "valid_splits", "test_splits",
+    "evaluate", "batch_size_eval", "timeout_minutes", "device", "world_size", "distributed",
+    "dist_url",
+)  # fmt: skip
 
 
 @registry.register_task("image_gen_pretrain")
@@ -58,17 +59,13 @@ class ImageGenPretrainTask(ImageTextPretrainTask):
 
 
 class TokenizerTask(CodebookTask):
-    """One stage of one model.
+    """One stage of one model; batches: those of the training split."""
 
-    runner: the `RunnerSeed`.
-    batches: those of its training split.
-    """
-
-    quiet_keys = [f"run.{key}" for key in QUIET_KEYS.split()]
+    quiet_keys = [f"run.{key}" for key in QUIET_KEYS]
     start_hint = "run.resume_ckpt_path"
     last_loss: Tensor | None = None
 
-    def __init__(self, runner: RunnerBase, batches: StepBatches) -> None:
+    def __init__(self, runner: RunnerSeed, batches: StepBatches) -> None:
         run = runner.options
         # The trainer's settings from LAVIS's keys; a completed run continues with a higher
         # max_epoch.
@@ -200,10 +197,9 @@ class TokenizerTask(CodebookTask):
         }
 
 
-def mean_losses(runner: RunnerBase, split: str) -> dict[str, float]:
+def mean_losses(runner: RunnerSeed, split: str) -> dict[str, float]:
     """Mean of every loss over `samples` images of a split, and the use of the codebook by them.
 
-    runner: a `RunnerSeed`.
     All processes call it together and get the same values.
     """
     model = runner.model
