@@ -6,7 +6,7 @@ A new kind of turn is a method of `Dialogue`; its wordings stand in vocabulary.y
 from __future__ import annotations
 
 import random
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import chain
 from typing import TypedDict
 
@@ -135,11 +135,23 @@ class Dialogue:
         self.rng.choice((self.drawing, self.look))()
         left = self.rng.randint(2, 6) - 1
         with_story = self.rng.random() < STORIES and left > 1
-        turns = (self.question, self.edit, self.back, self.drawing, self.look, self.small)
+        turns = {
+            self.question: 4,
+            self.edit: 4,
+            self.back: 2,
+            self.drawing: 1,
+            self.look: 2,
+            self.small: 0.5,
+        }
         for _ in range(min(left, 3) - 1 if with_story else left):
-            self.rng.choices(turns, (4, 4, 2, 1, 2, 0.5))[0]()
+            self.one_of(turns)
         if with_story:
             self.story(3)
+
+    def one_of(self, shares: Mapping[Callable[[], None], float]) -> None:
+        """Add one of these turns, drawn by its share."""
+        (turn,) = self.rng.choices([*shares], [*shares.values()])
+        turn()
 
     # ---- answers
 

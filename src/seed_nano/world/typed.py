@@ -52,38 +52,36 @@ class TypedDialogue(Dialogue):
         self.allowed = lambda scene: not any(map(is_reserved, scene.things)) and allowed(scene)
 
         # 1. The first turn; more than half of the conversations begin without a picture.
-        first = self.rng.choices(
-            (
-                self.typed_drawing,
-                self.unknown_drawing,
-                self.no_picture,
-                self.lonely_story,
-                self.typed_look,
-                self.shown_question,
-                self.shown_change,
-                self.typed_talk,
-            ),
-            (30, 8, 8, 3, 6, 8, 29, 8),
-        )[0]
-        first()
+        self.one_of(
+            {
+                self.typed_drawing: 30,
+                self.unknown_drawing: 8,
+                self.no_picture: 8,
+                self.lonely_story: 3,
+                self.typed_look: 6,
+                self.shown_question: 8,
+                self.shown_change: 29,
+                self.typed_talk: 8,
+            }
+        )
 
         # 2. What follows.
-        without_picture = (self.typed_drawing, self.unknown_drawing, self.no_picture)
-        about_picture = (
-            self.typed_edit,
-            self.another,
-            self.impossible,
-            self.typed_drawing,
-            self.unknown_drawing,
-            self.typed_question,
-            self.typed_look,
-            self.typed_talk,
-        )
+        without_picture = {self.typed_drawing: 6, self.unknown_drawing: 1, self.no_picture: 1}
+        about_picture = {
+            self.typed_edit: 10,
+            self.another: 3,
+            self.impossible: 3,
+            self.typed_drawing: 3,
+            self.unknown_drawing: 1,
+            self.typed_question: 2,
+            self.typed_look: 1,
+            self.typed_talk: 3,
+        }
         for _ in range(self.rng.choice((0, 0, 1, 1, 2, 3))):
             if not self.scenes:
-                self.rng.choices(without_picture, (6, 1, 1))[0]()
+                self.one_of(without_picture)
                 continue
-            self.rng.choices(about_picture, (10, 3, 3, 3, 1, 2, 1, 3))[0]()
+            self.one_of(about_picture)
 
     # ---- without a picture
 
