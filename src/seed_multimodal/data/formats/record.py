@@ -50,18 +50,15 @@ class Record:
     problem: tuple[str, str] | None = None  # kind and message of a defect found before reading
     row: Callable[[], JsonObject] | None = None  # further fields, of a table
 
-    def member(self, *extensions: str, files: object = None) -> bytes | None:
-        """Content of the first of these members that exists; None without any.
-
-        files: not used, since members read themselves; also of `parsed`.
-        """
+    def member(self, *extensions: str) -> bytes | None:
+        """Content of the first of these members that exists; None without any."""
         for extension in extensions:
             content = self.members.get(extension)
             if content is not None:
                 return content if isinstance(content, bytes) else content()
         return None
 
-    def parsed(self, files: object = None) -> Record:
+    def parsed(self) -> Record:
         """The record with its JSON member or table row in `fields`. Raises BadRecord."""
         if self.problem is not None:
             raise BadRecord(*self.problem)
