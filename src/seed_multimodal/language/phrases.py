@@ -57,20 +57,25 @@ class Phrases:
 
     def contradictions(self, requests: Sequence[str], description: str) -> list[str]:
         """What a description says otherwise than the first of some texts that names a thing."""
-        shown, shown_facts = self.read(description)
-        for request in requests:
-            asked, facts = self.read(request)
-            if asked:
-                break
-        else:
+        # 1. The request. Without a known thing in it there is nothing to compare.
+        readings = [self.read(request) for request in requests]
+        naming = [reading for reading in readings if reading[0]]
+        if not naming:
             return []
+        asked, asked_facts = naming[0]
+        shown, shown_facts = self.read(description)
+
+        # 2. Things that are missing, and others instead.
         missing = [thing for thing in asked if thing not in shown]
         added = [thing for thing in shown if thing not in asked]
-        found = [f"no {thing}" for thing in missing] + [f"also {thing}" for thing in added]
-        if found:
-            facts.pop("relation", None)
-        for name, value in facts.items():
-            shown_value = shown_facts.get(name) or value
-            if value and value != shown_value and name not in added:
-                found.append(f"{name} {shown_value}, not {value}")
-        return found
+        differences = [f"no {thing}" for thing in missing] + [f"also {thing}" for thing in added]
+        if differences:
+            asked_facts.pop("relation", None)  # it is one of other things
+
+        # 3. Numbers, relation and attributes that both say.
+        for name, asked_value in asked_facts.items():
+            shown_value = shown_facts.get(name)
+            is_said = asked_value and shown_value and name not in added
+            if is_said and asked_value != shown_value:
+                differences.append(f"{name} {shown_value}, not {asked_value}")
+        return differences
