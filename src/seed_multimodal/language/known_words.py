@@ -66,9 +66,10 @@ class KnownWords:
                 unknown.append(word)
 
         # 2. A word in front of a name or of another unknown word says something about it.
+        nouns = {*names, *unknown}
         modifiers = set()
         for word, next_word in zip(words, words[1:], strict=False):
-            if next_word in names or next_word in unknown:
+            if next_word in nouns:
                 modifiers.add(word)
         return sorted(unknown, key=lambda word: word in modifiers)
 
