@@ -5,8 +5,6 @@ Tests copy a system before they change it. A test that starts a process needs th
 so that `scripts/test.sh --fast` skips it.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 from collections.abc import Iterator

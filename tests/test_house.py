@@ -1,7 +1,5 @@
 """The repository's own rules: licences, what is installed, what imports what, where things lie."""
 
-from __future__ import annotations
-
 import ast
 import functools
 import re

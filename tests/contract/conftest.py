@@ -1,7 +1,5 @@
 """A family that another package registers (`support/mosaic_package`), installed for a module."""
 
-from __future__ import annotations
-
 import json
 import shutil
 import tomllib

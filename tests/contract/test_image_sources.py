@@ -4,8 +4,6 @@ the command line, HTTP and the page; what cannot be read is named at each door.
 A new form is tested by its row, a new door by its test.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import json

@@ -1,7 +1,5 @@
 """A family of another package in the library's programs and pages (its tasks: test_systems.py)."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import sys

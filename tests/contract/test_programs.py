@@ -4,8 +4,6 @@ recorded arguments; what it writes, prints and refuses.
 A new program or command is tested by its row; the last test fails until it has one.
 """
 
-from __future__ import annotations
-
 import json
 import runpy
 import sys

@@ -3,8 +3,6 @@
 A new family is tested by its entry in `FAMILIES`, with a fixture of a tiny system (conftest.py).
 """
 
-from __future__ import annotations
-
 import sys
 import threading
 from collections.abc import Callable

@@ -1,8 +1,6 @@
 """The documentation's site: a strict build, no requests to other hosts, and commands that the
 parser accepts."""
 
-from __future__ import annotations
-
 import os
 import re
 import shlex

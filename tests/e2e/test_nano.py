@@ -1,7 +1,5 @@
 """The shipped weights: size, formats, and that they do the job: see, rebuild, draw, edit, chat."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

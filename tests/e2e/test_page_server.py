@@ -1,8 +1,6 @@
 """The page as a program, by Gradio's own client: a stalled backend, uploads that are no pictures,
 SIGTERM."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket

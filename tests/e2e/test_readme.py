@@ -1,8 +1,6 @@
 """The README's commands on its images: texts and boxes are compared, drawings are labelled by the
 judge."""
 
-from __future__ import annotations
-
 import re
 import runpy
 import shlex

@@ -1,7 +1,5 @@
 """`seed init --size tiny`: from random parts to a system that answers, draws and is served."""
 
-from __future__ import annotations
-
 import re
 import signal
 import subprocess

@@ -1,8 +1,6 @@
 """The batch scripts for clusters, each on two processes of this machine that stand for two
 nodes."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -7,8 +7,6 @@ properties are tested on a toy (unit/training). DeepSpeed compiles its shared-me
 first start (under a minute; needs g++ and ninja).
 """
 
-from __future__ import annotations
-
 import importlib.util
 import shutil
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """`--golden-dir DIR` and one test per fixture folder (see runner.py)."""
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """The library agrees with every golden fixture; the runner's own functions."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -4,8 +4,6 @@ users. `interfaces.json` has them all.
     python tests/interfaces/test_interfaces.py --record    after a change that is meant
 """
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 import inspect

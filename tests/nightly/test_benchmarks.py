@@ -1,7 +1,5 @@
 """The benchmarks run at their smallest, and their figures belong together."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

@@ -1,7 +1,5 @@
 """Damaged files: no reader crashes, hangs or raises an error of another kind than SeedError."""
 
-from __future__ import annotations
-
 import json
 import random
 import shutil

@@ -5,8 +5,6 @@ Both runs of a row have equal losses within its tolerance, and the residual has 
 systematic difference, as of a loss that is averaged twice, is no rounding.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import statistics

@@ -1,7 +1,5 @@
 """Each trainer, killed in its steps and its checkpoints: the result is that of an unbroken run."""
 
-from __future__ import annotations
-
 import contextlib
 import os
 import random

@@ -1,7 +1,5 @@
 """The server of the shipped systems under faults: equal answers, no 5xx, restarts."""
 
-from __future__ import annotations
-
 import base64
 import collections
 import contextlib

@@ -4,8 +4,6 @@ Each is our own text; what it shares with its model is where texts, special toke
 white space and empty blocks of thoughts stand.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

@@ -1,7 +1,5 @@
 """A completion server on loopback that runs a language model, with vLLM's fields for ids."""
 
-from __future__ import annotations
-
 import json
 import threading
 import time

@@ -1,7 +1,5 @@
 """Files of training data: JPEG noise, shards, JSON lines."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path

@@ -5,8 +5,6 @@
 SHARE of the calls of each part fail; the other flags are the server's.
 """
 
-from __future__ import annotations
-
 import functools
 import random
 import runpy

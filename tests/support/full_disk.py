@@ -1,7 +1,5 @@
 """A limit on the size of files, whose errors are those of a full disk."""
 
-from __future__ import annotations
-
 import contextlib
 import resource
 from collections.abc import Iterator

@@ -1,7 +1,5 @@
 """Tiny configurations of SEED_Tokenizer's stages, and running the application in processes."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import random

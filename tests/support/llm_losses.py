@@ -1,7 +1,5 @@
 """Batches of a language model's training, and their loss by the training's module."""
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

@@ -1,7 +1,5 @@
 """A tiny LLaMA and tiny shards, for tests of the training application."""
 
-from __future__ import annotations
-
 import json
 import os
 import random

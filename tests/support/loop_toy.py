@@ -5,8 +5,6 @@ Under torchrun it trains with DistributedDataParallel over gloo. Every micro-ste
 FOLDER/losses.RANK.txt.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal

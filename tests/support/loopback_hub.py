@@ -1,8 +1,6 @@
 """A hub on this machine: a plain HTTP server with the endpoints of the Hugging Face hub that
 downloads use, whose repositories can be damaged."""
 
-from __future__ import annotations
-
 import contextlib
 import hashlib
 import json

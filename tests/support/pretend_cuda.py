@@ -11,8 +11,6 @@ streams, CUDA graphs, kernels of bitsandbytes and torchao.
 The library is loaded before torch and cannot be unloaded: use it in a process of its own.
 """
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import importlib

@@ -3,8 +3,6 @@
 python tests/support/pretend_cuda.py tests/support/pretend_cuda_parts.py
 """
 
-from __future__ import annotations
-
 import copy
 from pathlib import Path
 

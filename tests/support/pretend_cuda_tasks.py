@@ -6,8 +6,6 @@ Prints a line for each pair: `ok`, the error, or that the answer differs from th
 is then 1.
 """
 
-from __future__ import annotations
-
 import sys
 import threading
 import time

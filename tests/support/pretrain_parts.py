@@ -1,8 +1,6 @@
 """A tiny LaVIT with data (images with captions, codes, plain text), for tests of its unified
 pre-training."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

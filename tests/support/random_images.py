@@ -1,7 +1,5 @@
 """Images of random pixels, and comparing images."""
 
-from __future__ import annotations
-
 import numpy as np
 from PIL import Image
 

@@ -1,7 +1,5 @@
 """Start, kill and clean up processes."""
 
-from __future__ import annotations
-
 import contextlib
 import signal
 import socket

@@ -1,7 +1,5 @@
 """An engine that generates recorded ids, for tests of what is made of answers."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Answers by transformers' `generate`, the reference of the engine's."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

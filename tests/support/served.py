@@ -1,7 +1,5 @@
 """Helpers of the server's tests: bodies of requests, answers, and a server in a thread."""
 
-from __future__ import annotations
-
 import base64
 import collections
 import contextlib

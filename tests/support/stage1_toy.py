@@ -4,8 +4,6 @@ An image has one background in its 16 patches and objects in 0 to 8 of them, so 
 different numbers of tokens.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

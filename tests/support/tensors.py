@@ -1,7 +1,5 @@
 """Comparing state dicts."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 import torch

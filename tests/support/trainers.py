@@ -4,8 +4,6 @@ tests/nightly/test_kills.py and tests/nightly/test_invariants.py.
 A new trainer is tested by its entry in `TRAINERS` (invariants: by a row in that file).
 """
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from collections.abc import Callable, Sequence

@@ -1,7 +1,5 @@
 """A tiny SEED-X with images in all data formats, for tests of its instruction tuning."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

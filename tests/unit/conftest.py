@@ -1,7 +1,5 @@
 """Tiny tokenizers, one per session."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

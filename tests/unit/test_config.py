@@ -1,7 +1,5 @@
 """YAML configurations: the originals' files build our objects, and no other object can be built."""
 
-from __future__ import annotations
-
 import math
 import re
 

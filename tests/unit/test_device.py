@@ -1,7 +1,5 @@
 """The choice of device and dtype, its log line, threads of small models."""
 
-from __future__ import annotations
-
 import argparse
 import contextlib
 from collections.abc import Callable

@@ -1,7 +1,5 @@
 """Locks of folders, replacing files and folders, output folders, full disks."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 from pathlib import Path

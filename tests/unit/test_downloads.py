@@ -1,8 +1,6 @@
 """Downloads of the originals' parts from a hub on this machine: mirrors, damaged and interrupted
 files, disk space, `seed fetch`, systems that download their parts."""
 
-from __future__ import annotations
-
 import io
 import json
 import shutil

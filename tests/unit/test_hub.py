@@ -1,7 +1,5 @@
 """Names of the original weights, quiet loading, errors of programs."""
 
-from __future__ import annotations
-
 import argparse
 import errno
 import warnings

@@ -1,7 +1,5 @@
 """Shell scripts and programs as they start: on machines with another `sh`, or without torch."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import stat

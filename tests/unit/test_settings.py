@@ -1,7 +1,5 @@
 """Settings: dataclasses out of mappings, with types and limits."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass, field
 from pathlib import Path

@@ -1,8 +1,6 @@
 """Loading and saving weights: wrapped states, shared tensors, full disks. Damaged files:
 `test_torch_files.py` and `nightly/test_fuzz.py`."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from full_disk import file_size_limit

@@ -1,7 +1,5 @@
 """Torch files: tensors as they were saved, and files that are refused by name, never executed."""
 
-from __future__ import annotations
-
 import io
 import os
 import zipfile

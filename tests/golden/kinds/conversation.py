@@ -8,8 +8,6 @@ recorded messages are the inputs of this check); request headers and addresses; 
 and settings (kind `flask_api`); the prompt of no turns.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from typing import Any
 

@@ -8,8 +8,6 @@ sampler is compared too; otherwise its time steps are not those of CompVis. Not 
 here), watermarks.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 from collections import defaultdict

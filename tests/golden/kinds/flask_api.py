@@ -13,8 +13,6 @@ tokens typed by users (they are encoded as text), `prompt_text` (printed by the 
 the pages for 400, 404 and 415.
 """
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 from typing import Any
 

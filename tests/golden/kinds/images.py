@@ -13,8 +13,6 @@ positions, the plain
   of them).
 """
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

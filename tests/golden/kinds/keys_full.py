@@ -7,8 +7,6 @@ tensor of SEED-1; in SEED-X the order of the language model's keys (of transform
 buffers, which transformers no longer saves.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from typing import Any
 

@@ -11,8 +11,6 @@ lemmatising,
   generation settings, questions of the benchmarks.
 """
 
-from __future__ import annotations
-
 import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Any

@@ -13,8 +13,6 @@ Some recordings hold references to the parameters, which later steps changed:
   of the logits is compared, within what two steps of 1.5e-4 change.
 """
 
-from __future__ import annotations
-
 import json
 import tempfile
 from pathlib import Path

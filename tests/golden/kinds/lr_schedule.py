@@ -5,8 +5,6 @@ Not compared: the original's TypeError for the linear schedule with a floor (her
 floor). Rates beyond the last step are compared without the default clamp.
 """
 
-from __future__ import annotations
-
 import sys
 from pathlib import Path
 from typing import Any

@@ -8,8 +8,6 @@ model are not recorded), names of the evaluation's files (derived from captions,
 its guidance scale (an argument).
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import PurePosixPath
 from typing import Any

@@ -4,8 +4,6 @@ sizes.
 Not compared: `margin_sq_dist` (how far the recorded codes are from a tie).
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

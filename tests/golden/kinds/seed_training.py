@@ -6,8 +6,6 @@ here), its text tokenizer (the inputs are ids), `modules_in_train_mode` of the C
 no dropout).
 """
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import os

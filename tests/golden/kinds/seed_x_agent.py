@@ -10,8 +10,6 @@ original scripts. Not
   compared: names of the files that the scripts write, inputs of the de-tokenizer.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 import tempfile

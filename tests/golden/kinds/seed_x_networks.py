@@ -10,8 +10,6 @@ pipelines. Not as the
   convolution keeps its bias, 16 embeddings have 16 negative ones (`embeds16_with_vit_down` failed).
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

@@ -12,8 +12,6 @@ for the reasons in `STRICTER`.
   cases with requests and responses that are not in tests/golden/data.
 """
 
-from __future__ import annotations
-
 import io
 import itertools
 import json

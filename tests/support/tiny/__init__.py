@@ -12,8 +12,6 @@ the smallest sizes, with fixed seeds.
 | `training` | data and configurations of the trainers of pixel decoders |
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

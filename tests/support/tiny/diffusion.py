@@ -1,8 +1,6 @@
 """Parts of diffusers that draw 16 x 16 pixels, and their folders: SDXL with SEED-X's adapter,
 Stable Diffusion 1, stable-unCLIP with a layout decoder."""
 
-from __future__ import annotations
-
 import string
 from pathlib import Path
 from typing import Any

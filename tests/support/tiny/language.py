@@ -1,7 +1,5 @@
 """Language models with random weights, and a BPE tokenizer of transformers' fast kind."""
 
-from __future__ import annotations
-
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any

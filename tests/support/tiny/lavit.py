@@ -1,8 +1,6 @@
 """LaVIT in a system folder (fixture `tiny_lavit_folder`); a tokenizer and the parts of its pixel
 decoders (both kinds of the original)."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

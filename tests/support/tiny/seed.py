@@ -1,8 +1,6 @@
 """SEED-LLaMA in a system folder (fixture `tiny_folder`); tokenizers of SEED-1 and SEED-2, the files
 of SEED-1's training, and a decoder of codes."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

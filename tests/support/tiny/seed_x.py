@@ -1,7 +1,5 @@
 """SEED-X in a system folder (fixture `tiny_x_folder`) or in the original layout."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

@@ -1,8 +1,6 @@
 """Parts, data and configurations of the trainers of pixel decoders: SEED-X's de-tokenizer, LaVIT's
 decoders, SEED's decoder of codes."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module

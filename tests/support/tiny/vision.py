@@ -1,7 +1,5 @@
 """Random vision models of transformers, written to a folder as their publishers do."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

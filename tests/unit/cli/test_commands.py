@@ -3,8 +3,6 @@
 Every command with recorded arguments: tests/contract/test_programs.py.
 """
 
-from __future__ import annotations
-
 import io
 import json
 import os

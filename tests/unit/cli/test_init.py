@@ -1,7 +1,5 @@
 """`seed init --like`: the printed command trains."""
 
-from __future__ import annotations
-
 import json
 import runpy
 import sys

@@ -1,7 +1,5 @@
 """The three programs of SEED read the original's YAML files, here with nano's parts."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

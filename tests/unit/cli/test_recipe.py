@@ -1,7 +1,5 @@
 """`seed init --llm … --encoder …`: the files that it writes are those of the trainings."""
 
-from __future__ import annotations
-
 import json
 import os
 import pkgutil

@@ -1,7 +1,5 @@
 """The originals' Python objects, at tiny size."""
 
-from __future__ import annotations
-
 import importlib
 import sys
 from pathlib import Path

@@ -2,8 +2,6 @@
 nano-x's parts.
 """
 
-from __future__ import annotations
-
 import json
 import runpy
 import shutil

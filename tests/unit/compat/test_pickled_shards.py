@@ -1,7 +1,5 @@
 """The original pickled shards: read as data and converted; code in them is rejected, never run."""
 
-from __future__ import annotations
-
 import os
 import pickle
 import struct

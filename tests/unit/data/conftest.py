@@ -3,8 +3,6 @@
 Each record of the LLM's data contains its number in its text, `number N`.
 """
 
-from __future__ import annotations
-
 import itertools
 import random
 import re

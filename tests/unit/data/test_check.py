@@ -1,7 +1,5 @@
 """`seed data check`: the sources of a run, and files with a decoder."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from typing import Any

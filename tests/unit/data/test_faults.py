@@ -3,8 +3,6 @@
 Many in a row end the run.
 """
 
-from __future__ import annotations
-
 import base64
 import json
 import os

@@ -1,7 +1,5 @@
 """Conditioners: registered by packages, found in a U-Net's folder."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

@@ -1,7 +1,5 @@
 """Contract of all de-tokenizers: batches, seeds, settings, precision, devices, folders."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import shutil

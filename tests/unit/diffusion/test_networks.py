@@ -1,7 +1,5 @@
 """Denoisers and autoencoders of diffusers folders, by the class in `config.json`."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

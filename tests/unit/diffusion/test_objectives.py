@@ -1,7 +1,5 @@
 """Objectives: what noise is added, what is predicted, and what a prediction means."""
 
-from __future__ import annotations
-
 import copy
 from typing import Any
 

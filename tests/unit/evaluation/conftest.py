@@ -1,7 +1,5 @@
 """Tiny models that judge or compare, and a tiny tokenizer with its stage-1 checkpoint."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

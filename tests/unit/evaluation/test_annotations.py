@@ -1,7 +1,5 @@
 """Files of benchmarks: each published format, and the faults that its readers name."""
 
-from __future__ import annotations
-
 import csv
 import json
 from dataclasses import replace

@@ -4,8 +4,6 @@ The answers lie in OUT/samples-0.jsonl as a stopped run leaves them, so that not
 the scores are computed by hand.
 """
 
-from __future__ import annotations
-
 import json
 import shutil
 from dataclasses import dataclass, field

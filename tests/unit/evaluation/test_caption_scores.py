@@ -1,7 +1,5 @@
 """Caption scores equal those of pycocoevalcap, with and without Java."""
 
-from __future__ import annotations
-
 import shutil
 
 import pytest

@@ -1,7 +1,5 @@
 """Detectors of transformers, and the colours of what they find."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

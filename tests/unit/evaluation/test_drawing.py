@@ -1,7 +1,5 @@
 """Scores of generated images: CLIP, FID."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """GenEval: its rules on recorded detections, and the command on nano's scenes."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Bootstrap intervals and codebook statistics."""
 
-from __future__ import annotations
-
 import math
 
 import numpy as np

@@ -1,8 +1,6 @@
 """OpenAI's CLIP file: the same embeddings as transformers' model with these tensors, and CLIP's
 own word pieces."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import Tensor

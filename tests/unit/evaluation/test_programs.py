@@ -1,8 +1,6 @@
 """`seed eval` and the evaluation programs of MultiModalLLM and LaVIT: runs that are shared, stopped
 or damaged, and the originals' flags."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

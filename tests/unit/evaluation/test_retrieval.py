@@ -1,8 +1,6 @@
 """Retrieval as in LAVIS: shared captions, ties; text encoders for the tokenizer's
 evaluation."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

@@ -1,7 +1,5 @@
 """The papers' tables, and SEED-Bench by likelihood, on nano's scenes."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

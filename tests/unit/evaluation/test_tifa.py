@@ -1,7 +1,5 @@
 """What answers the questions of GenEval 2 and DPG-Bench; DPG-Bench on nano's scenes."""
 
-from __future__ import annotations
-
 import csv
 import json
 from pathlib import Path

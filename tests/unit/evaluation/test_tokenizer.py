@@ -1,7 +1,5 @@
 """`seed eval tokenizer`: features, the report, bad samples, the shipped tokenizer."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

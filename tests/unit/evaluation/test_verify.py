@@ -1,7 +1,5 @@
 """`seed verify`: the table of the shipped models, and what counts as equal."""
 
-from __future__ import annotations
-
 import base64
 import json
 

@@ -1,7 +1,5 @@
 """VQA accuracy by the official rules and by LaVIT's."""
 
-from __future__ import annotations
-
 import pytest
 
 from seed_multimodal.evaluation.vqa import vqa_accuracy, vqa_answer

@@ -1,7 +1,5 @@
 """Modes, orientations, reduction and bombs; `contract/test_image_sources.py` has the sources."""
 
-from __future__ import annotations
-
 import struct
 import tracemalloc
 import zlib

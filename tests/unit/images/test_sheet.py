@@ -1,7 +1,5 @@
 """Contact sheets, strips of codes, and boxes: layout and colours."""
 
-from __future__ import annotations
-
 import numpy as np
 from PIL import Image
 

@@ -1,7 +1,5 @@
 """Transforms: equal to torchvision's up to the order of passes, extreme shapes."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from PIL import Image

@@ -1,7 +1,5 @@
 """llama.cpp and completion servers as engines: their answers equal those of torch."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Iterator
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Rows of several threads in one batch: equal to each thread's own, whatever fails or leaves."""
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor

@@ -1,7 +1,5 @@
 """Contract of `Engine`: whatever else runs, an answer equals that of transformers' `generate`."""
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any

@@ -1,8 +1,6 @@
 """What callers see when something fails, leaves or waits: no other request loses its answer, and no
 row of the cache is lost."""
 
-from __future__ import annotations
-
 import gc
 import sys
 import threading

@@ -1,7 +1,5 @@
 """Image constraints: whatever the scores, generated images are well-formed in every family."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from hypothesis import given, settings

@@ -1,7 +1,5 @@
 """Threads of the engine and of image networks in programs that fork, and whose main part ends."""
 
-from __future__ import annotations
-
 import sys
 
 import pytest

@@ -1,7 +1,5 @@
 """The KV cache: what its rows hold, what new prompts reuse of them, and how many rows fit."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 from typing import Any

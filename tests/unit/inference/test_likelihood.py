@@ -1,7 +1,5 @@
 """Likelihoods of continuations and of sampled tokens equal those of one pass of transformers."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from typing import Any
 

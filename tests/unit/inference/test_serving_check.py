@@ -1,7 +1,5 @@
 """`seed check-llm`: what a completion server reads of a language model's folder."""
 
-from __future__ import annotations
-
 from tiny import write_json
 from tiny.language import random_llm, write_hub_tokenizer
 

@@ -1,7 +1,5 @@
 """An answer's tokens as texts and images: at once, streamed, and up to a stop."""
 
-from __future__ import annotations
-
 import time
 from itertools import groupby
 

@@ -1,7 +1,5 @@
 """`HubTokenizer` and its chat template: ids as by transformers, image tokens, files."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 from dataclasses import replace

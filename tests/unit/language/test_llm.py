@@ -1,8 +1,6 @@
 """`load_llm`: equal weights and special ids from every form of a folder, and errors that name what
 does not fit (damaged files: `models/test_weight_faults.py`, `test_torch_files.py`)."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

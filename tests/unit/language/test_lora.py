@@ -1,8 +1,6 @@
 """`merge_adapter`: equal to peft for every form of base and adapter; nothing is written after an
 error."""
 
-from __future__ import annotations
-
 import copy
 import shutil
 from collections.abc import Callable

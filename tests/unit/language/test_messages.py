@@ -1,7 +1,5 @@
 """Messages of a conversation: what is read of every format, and what is refused by its number."""
 
-from __future__ import annotations
-
 import base64
 import io
 from pathlib import Path

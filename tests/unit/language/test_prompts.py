@@ -1,8 +1,6 @@
 """Templates: a longer dialogue begins with a shorter one's ids (their strings: golden kinds
 `conversation` and `scripts`)."""
 
-from __future__ import annotations
-
 import pytest
 
 from seed_multimodal.errors import ConfigError

@@ -1,8 +1,6 @@
 """`MultimodalTokenizer`: round trips, white space, typed control tokens, damaged folders (ids:
 golden fixtures)."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

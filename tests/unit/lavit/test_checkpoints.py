@@ -1,8 +1,6 @@
 """LaVIT's tokenizer on disk: the original layout and saved folders (wrong files:
 `unit/models/test_weight_faults.py`)."""
 
-from __future__ import annotations
-
 import json
 from dataclasses import asdict, replace
 from pathlib import Path

@@ -1,8 +1,6 @@
 """`seed` commands with a LaVIT folder, and its notebooks (the programs:
 `tests/contract/test_programs.py`; its evaluation: `tests/unit/evaluation/test_programs.py`)."""
 
-from __future__ import annotations
-
 import json
 import re
 import runpy

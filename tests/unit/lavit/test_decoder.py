@@ -1,7 +1,5 @@
 """The files of LaVIT's decoder (values: golden kind `lavit_decoder`)."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import torch

@@ -1,8 +1,6 @@
 """LavitDetokenizer: the empty text, ratios, sizes, files, safety checker (images of SDXL:
 golden kind `lavit_generation`)."""
 
-from __future__ import annotations
-
 import dataclasses
 from pathlib import Path
 from typing import Any

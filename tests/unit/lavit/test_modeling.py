@@ -1,8 +1,6 @@
 """LaVIT's dynamic tokenizer at a tiny size (token merger, selector and codes as recorded: golden
 kind `lavit_tokenizer`)."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

@@ -1,7 +1,5 @@
 """LaVIT's original interface: the calls of its notebooks and README, with their arguments."""
 
-from __future__ import annotations
-
 import sys
 from collections.abc import Iterator
 from pathlib import Path

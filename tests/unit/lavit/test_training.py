@@ -1,8 +1,6 @@
 """LaVIT's losses: stage 1's value and gradients against the paper's formulas, the language model's
 embeddings, conditions and heads of pixel decoders."""
 
-from __future__ import annotations
-
 import pytest
 import stage1_toy as toy
 import torch

@@ -1,7 +1,5 @@
 """Each family on a Qwen 3 with a hub tokenizer: used, trained, and the trained model used."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,8 +1,6 @@
 """Tokenizers of SEED and LaVIT with vision encoders of transformers: equal pixels and codes
 everywhere."""
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 

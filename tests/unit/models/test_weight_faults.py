@@ -1,7 +1,5 @@
 """Wrong weights of every network are refused, and the file or tensor is named."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace

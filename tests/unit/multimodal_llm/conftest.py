@@ -1,7 +1,5 @@
 """Training runs of the application in this process."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import llm_runs as runs

@@ -1,8 +1,6 @@
 """How runs end: exhausted data, evaluations, another run in the folder;
 settings that no run starts with."""
 
-from __future__ import annotations
-
 import importlib.util
 import json
 import sys

@@ -1,7 +1,5 @@
 """Instruction tuning uses the prompt template of the model that is trained."""
 
-from __future__ import annotations
-
 import json
 
 import llm_runs as runs

@@ -1,8 +1,6 @@
 """Resuming a language model's training with other settings (killed runs: e2e/test_trainers.py;
 branches: training/test_branch.py)."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

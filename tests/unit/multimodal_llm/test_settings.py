@@ -1,7 +1,5 @@
 """Hydra overrides and the original's command line both become one validated configuration."""
 
-from __future__ import annotations
-
 import json
 import shlex
 from pathlib import Path

@@ -1,8 +1,6 @@
 """Training in two processes: the original's script on two nodes, unequal data, a killed process
 (equal losses and resuming: e2e/test_trainers.py)."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -1,7 +1,5 @@
 """The quickstart's sheet, images and JSON, on a tiny random system."""
 
-from __future__ import annotations
-
 import json
 
 import pytest

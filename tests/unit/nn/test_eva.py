@@ -1,7 +1,5 @@
 """Vision encoders: sizes, tokens, CLIP's weights, gradient checkpointing."""
 
-from __future__ import annotations
-
 import dataclasses
 from collections import Counter
 from contextlib import nullcontext

@@ -1,7 +1,5 @@
 """Layers of bfloat16 weights on CPUs without bfloat16 instructions."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

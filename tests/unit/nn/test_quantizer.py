@@ -1,7 +1,5 @@
 """Vector quantizer: nearest codes, losses and gradients, moving averages, k-means, restarts."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 import torch.nn.functional as F

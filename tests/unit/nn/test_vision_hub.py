@@ -1,7 +1,5 @@
 """Vision models of transformers as vision encoders: their features, pixels and configurations."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

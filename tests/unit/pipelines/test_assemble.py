@@ -1,8 +1,6 @@
 """`seed assemble` and `save_system`: a folder of separate parts answers as the system that they
 are from."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

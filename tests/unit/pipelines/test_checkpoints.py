@@ -1,7 +1,5 @@
 """Checkpoints of a language model's training as systems: their LoRA is merged in memory."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

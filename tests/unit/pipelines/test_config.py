@@ -1,7 +1,5 @@
 """`SystemConfig`: names and folders of systems, `system.json`, missing parts."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from pathlib import Path

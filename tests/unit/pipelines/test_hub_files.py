@@ -1,7 +1,5 @@
 """The module that saved folders hold for `trust_remote_code=True`."""
 
-from __future__ import annotations
-
 import importlib.util
 
 import pytest

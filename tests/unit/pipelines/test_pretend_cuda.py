@@ -1,7 +1,5 @@
 """All tasks on two pretended CUDA devices: placements, precisions, races while weights move."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

@@ -1,7 +1,5 @@
 """transformers' Auto classes and its pipeline "any-to-any": ids and pixels equal the system's."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 import sys

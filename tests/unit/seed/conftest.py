@@ -1,7 +1,5 @@
 """A tiny SEED-2 configuration and a tiny SEED-1 folder."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

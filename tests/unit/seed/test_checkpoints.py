@@ -1,8 +1,6 @@
 """Tokenizers in every layout, and weights that training starts from (wrong files:
 `unit/models/test_weight_faults.py`)."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """SEED-LLaMA's image codec: numbers of codes, a diffusion folder that reads their embeddings."""
 
-from __future__ import annotations
-
 import shutil
 from pathlib import Path
 

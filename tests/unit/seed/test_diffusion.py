@@ -1,8 +1,6 @@
 """SEED's de-tokenizers: sizes, negatives, safety checker, layout (images as recorded: golden
 `seed1_sd_decode`, `seed2_unclip_decode`)."""
 
-from __future__ import annotations
-
 import torch
 from tiny.diffusion import EMBEDDING, write_unclip
 from torch import Tensor

@@ -1,7 +1,5 @@
 """Export of training checkpoints to a tokenizer that gives the same codes."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

@@ -1,7 +1,5 @@
 """Both tokenizers: codes, embeddings, causality, gradients, prefixes, half precision."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 

@@ -1,8 +1,6 @@
 """The original interfaces SeedLlamaTokenizer and Seed1 on tiny random weights (its tokenization of
 texts: golden `llm_sequences`)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

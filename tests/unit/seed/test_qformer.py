@@ -1,7 +1,5 @@
 """Q-Former: the text layers that stage 1 starts from (values, causality: golden)."""
 
-from __future__ import annotations
-
 import torch
 
 from seed_multimodal.models.seed.configuration import QFormerConfig

@@ -1,7 +1,5 @@
 """demo_recon.py on a tiny SEED-1: files, seeds, sizes, samplers, missing weights, torn images."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import numpy as np

@@ -1,8 +1,6 @@
 """SEED's training modules (the originals' losses and gradients: golden `stage1_losses`,
 `stage2_losses`)."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

@@ -3,8 +3,6 @@
 Skipped without LAVIS.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """The commands that runs print: stage 2 after stage 1, the export to a tokenizer."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

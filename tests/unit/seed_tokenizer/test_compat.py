@@ -1,7 +1,5 @@
 """LAVIS next to a recent transformers, in a fresh process; the error without LAVIS."""
 
-from __future__ import annotations
-
 import sys
 from subprocess import CompletedProcess
 

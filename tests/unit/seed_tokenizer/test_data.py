@@ -1,7 +1,5 @@
 """Data sets of a YAML's section `datasets`: builders, processors, joined sets."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from types import SimpleNamespace

@@ -1,7 +1,5 @@
 """LaVIT's stage 1 on LAVIS: from image files to a tokenizer folder."""
 
-from __future__ import annotations
-
 import math
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """YAML files: the original defaults, every project and data set, wrong keys and values."""
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

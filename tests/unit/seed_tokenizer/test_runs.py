@@ -1,8 +1,6 @@
 """Runs of the stages in one process: schedule, options of the models, precision, more epochs, bad
 images, errors (killed runs: e2e/test_trainers.py)."""
 
-from __future__ import annotations
-
 import json
 import math
 from operator import attrgetter

@@ -1,7 +1,5 @@
 """Held-out losses (`run.valid_splits`, evaluate.py), which do not change the training."""
 
-from __future__ import annotations
-
 import json
 import sys
 from pathlib import Path

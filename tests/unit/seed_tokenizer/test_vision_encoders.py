@@ -1,7 +1,5 @@
 """Runs with vision encoders of transformers: from images to codes, by the printed commands."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

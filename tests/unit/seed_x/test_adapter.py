@@ -2,8 +2,6 @@
 condition channels: `unit/training/seed_x/test_detokenizer.py`).
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """`seed` commands with a SEED-X folder."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

@@ -1,8 +1,6 @@
 """The agent's weights on a tiny random LLaMA (losses: golden kind `seedx_lvlm`; gradients:
 `unit/training/seed_x/test_tuning.py`)."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from tensors import equal

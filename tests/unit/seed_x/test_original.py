@@ -4,8 +4,6 @@ The YAML files are the repository's with tiny sizes; as originally, the weights 
 to them.
 """
 
-from __future__ import annotations
-
 import re
 import shutil
 from pathlib import Path

@@ -2,8 +2,6 @@
 `unit/serving/test_systems.py`).
 """
 
-from __future__ import annotations
-
 from seed_multimodal.language.vocabulary import SeedXVocabulary
 from seed_multimodal.models.seed_x.processing import Box, box_parts
 

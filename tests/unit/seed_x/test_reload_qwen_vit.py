@@ -1,7 +1,5 @@
 """`src/tools/reload_qwen_vit.py`: the vision encoder from Qwen-VL-Chat's shards."""
 
-from __future__ import annotations
-
 import pytest
 from tensors import equal
 from tiny.seed_x import TOWER, write_qwen_vl

@@ -2,8 +2,6 @@
 `seedx_anyres`).
 """
 
-from __future__ import annotations
-
 import pytest
 import torch
 from PIL import Image

@@ -1,8 +1,6 @@
 """Files of SEED-X's vision encoder (activations: golden kind `seedx_visual`; batches:
 `contract/test_systems.py`)."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from tiny import spread

@@ -1,7 +1,5 @@
 """Fixtures of the server's tests: each family behind Flask's test client."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

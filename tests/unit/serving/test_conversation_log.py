@@ -1,7 +1,5 @@
 """The page's log of conversations and votes: the original's format, whole lines."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import time

@@ -4,8 +4,6 @@ setting), harmless (the answer does not change) or refused by its name.
 A new field or route is tested by its row in a table.
 """
 
-from __future__ import annotations
-
 import base64
 import io
 import json

@@ -2,8 +2,6 @@
 image holds is enough to serve.
 """
 
-from __future__ import annotations
-
 import configparser
 import json
 import os

@@ -1,7 +1,5 @@
 """What the page's buttons do: its handlers, called in process, against a backend on loopback."""
 
-from __future__ import annotations
-
 import asyncio
 import json
 import socket

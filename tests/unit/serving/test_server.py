@@ -2,8 +2,6 @@
 OpenAI's own client over a socket.
 """
 
-from __future__ import annotations
-
 import signal
 import sys
 import threading

@@ -1,7 +1,5 @@
 """The three families behind the server: routes answer as the library does, in both directions."""
 
-from __future__ import annotations
-
 import shutil
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The toy of loop_toy.py for the tests of the training loop, in this process or another."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

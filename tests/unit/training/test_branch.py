@@ -1,8 +1,6 @@
 """`resume=FOLDER`: a branch of a run, from one of its checkpoints or another run's; remains of a
 killed run."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable

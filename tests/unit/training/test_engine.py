@@ -1,7 +1,5 @@
 """What DeepSpeed leaves behind (unequal numbers of forward passes: e2e/test_trainers.py)."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator
 

@@ -1,8 +1,6 @@
 """Shell scripts that start trainings and evaluations, by dash: the command and the variables that
 Python gets."""
 
-from __future__ import annotations
-
 import os
 import shutil
 from collections.abc import Callable

@@ -1,8 +1,6 @@
 """The training loop on the toy of support/loop_toy.py: equal to a plain loop, accumulation,
 precision, errors, other checkpoints."""
 
-from __future__ import annotations
-
 import shutil
 from collections.abc import Callable
 from typing import Any

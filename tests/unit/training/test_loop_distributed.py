@@ -2,8 +2,6 @@
 stop together.
 """
 
-from __future__ import annotations
-
 import signal
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """The log of a training run: console lines, JSON lines."""
 
-from __future__ import annotations
-
 import time
 
 import loop_toy as toy

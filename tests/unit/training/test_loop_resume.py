@@ -1,8 +1,6 @@
 """Runs that are killed, stopped, or out of disk space: their files, and that resuming is bitwise
 equal."""
 
-from __future__ import annotations
-
 import os
 import random
 import re

@@ -2,8 +2,6 @@
 original runs.
 """
 
-from __future__ import annotations
-
 import copy
 import math
 

@@ -4,8 +4,6 @@ average, other frozen models, wrong settings.
 A new family or denoiser is tested by its entry. Killed runs: e2e/test_trainers.py.
 """
 
-from __future__ import annotations
-
 import re
 from pathlib import Path
 from typing import Any

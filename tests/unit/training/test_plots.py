@@ -1,7 +1,5 @@
 """Curves of training runs: reading logs, the plot command."""
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Nodes that find each other, or say in one sentence why not; processes that agree on one run."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import socket

@@ -1,7 +1,5 @@
 """Images ⇄ codes of tiles, and the system around a language model."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Self
 

@@ -1,7 +1,5 @@
 """What the library needs to know of the family; without torch."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """Training of the language model: the library's, for checkpoints of this family."""
 
-from __future__ import annotations
-
 from seed_multimodal.training.llm.task import LlmTask
 
 

@@ -1,7 +1,5 @@
 """A record and a tokenizer for each decoder: the table of the decoders' contract."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

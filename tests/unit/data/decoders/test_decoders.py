@@ -3,8 +3,6 @@
 Exact ids and labels: golden fixtures.
 """
 
-from __future__ import annotations
-
 import copy
 import random
 from collections.abc import Iterator

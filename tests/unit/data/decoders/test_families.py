@@ -1,7 +1,5 @@
 """Sequences that no recording shows: `chat`, SEED-X's and LaVIT's; which tokens are learned."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import Any
 

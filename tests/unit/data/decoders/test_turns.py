@@ -1,7 +1,5 @@
 """Turns in every order, with every markup of images, in every prompt template."""
 
-from __future__ import annotations
-
 import re
 from typing import Any
 

@@ -1,7 +1,5 @@
 """Conversations of every format, converted to messages."""
 
-from __future__ import annotations
-
 from typing import Any
 
 import pytest

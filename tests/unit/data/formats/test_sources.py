@@ -1,7 +1,5 @@
 """Records of tars, jsonl, json lists, parquet and folders: read by index, broken files named."""
 
-from __future__ import annotations
-
 import json
 import os
 import sys

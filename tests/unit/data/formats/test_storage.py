@@ -1,7 +1,5 @@
 """Files behind URLs, on a real S3 server on loopback and in fsspec's memory; the stored index."""
 
-from __future__ import annotations
-
 import errno
 import json
 import multiprocessing

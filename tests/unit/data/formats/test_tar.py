@@ -1,7 +1,5 @@
 """Shards: their members by index, damaged files, and the writer."""
 
-from __future__ import annotations
-
 import io
 import shutil
 import tarfile

@@ -1,7 +1,5 @@
 """Users' files as they really are: each is read, or refused with what to do."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import os

@@ -3,8 +3,6 @@
 Faulty samples: test_faults.py.
 """
 
-from __future__ import annotations
-
 import io
 import json
 

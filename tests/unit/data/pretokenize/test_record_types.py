@@ -1,7 +1,5 @@
 """Every kind of records, from images on disk to decoded sequences, with the nano tokenizer."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from pathlib import Path

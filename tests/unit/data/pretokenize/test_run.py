@@ -1,7 +1,5 @@
 """Runs of the extraction tools: shares, restarts, errors; tars of JPEGs, the nano tokenizer."""
 
-from __future__ import annotations
-
 import contextlib
 import json
 import os

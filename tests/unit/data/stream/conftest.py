@@ -1,7 +1,5 @@
 """A check that worker processes have ended."""
 
-from __future__ import annotations
-
 import multiprocessing
 from collections.abc import Iterator
 

@@ -3,8 +3,6 @@
 No sample lost or doubled with another number of processes.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections import Counter

@@ -1,7 +1,5 @@
 """`StepBatches`: equal for any number of workers, any first step and any number of ranks."""
 
-from __future__ import annotations
-
 import multiprocessing
 import os
 import shutil

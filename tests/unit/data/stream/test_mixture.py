@@ -1,7 +1,5 @@
 """The mixture of an LLM's sources: shares, skipped records, errors that end a run, settings."""
 
-from __future__ import annotations
-
 import itertools
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Packing: the sequences of a row, its arrays, and cutting of long sequences."""
 
-from __future__ import annotations
-
 import itertools
 
 import numpy as np

@@ -3,8 +3,6 @@
 Bad samples are named, counted and replaced, and many end the run.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The original data files: both mixtures, other files of that form, and errors."""
 
-from __future__ import annotations
-
 import pytest
 from repository import ROOT
 

@@ -1,7 +1,5 @@
 """Orders of samples: each once per epoch, shares by weight, equal from any position."""
 
-from __future__ import annotations
-
 import tracemalloc
 
 import numpy as np

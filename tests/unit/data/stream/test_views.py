@@ -1,7 +1,5 @@
 """Images in the LLM's stream: their views and marks, equal for any number of workers."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

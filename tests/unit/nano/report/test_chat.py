@@ -1,7 +1,5 @@
 """The measurement of answers in chat, on a tiny system of each kind."""
 
-from __future__ import annotations
-
 import pytest
 from repository import ROOT
 

@@ -1,7 +1,5 @@
 """The judge: training on a small world, labels, features, its folder."""
 
-from __future__ import annotations
-
 import json
 
 import numpy as np

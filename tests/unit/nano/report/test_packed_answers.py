@@ -1,8 +1,6 @@
 """Figures of texts computed from the packed answers of the shipped systems equal their
 report.json."""
 
-from __future__ import annotations
-
 import gzip
 import json
 from typing import Any

@@ -1,7 +1,5 @@
 """The report command on a tiny system of each kind; scores, samples, model cards."""
 
-from __future__ import annotations
-
 import gzip
 import json
 import re

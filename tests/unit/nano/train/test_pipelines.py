@@ -1,8 +1,6 @@
 """The pipelines of nano, nano-x and nano-lavit at toy size: killed, resumed, and the systems they
 train."""
 
-from __future__ import annotations
-
 import json
 import subprocess
 import sys

@@ -1,7 +1,5 @@
 """Components of nano's stages: presets, normalised latents, cached tensors."""
 
-from __future__ import annotations
-
 import os
 
 import pytest

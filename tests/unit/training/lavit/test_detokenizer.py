@@ -1,8 +1,6 @@
 """LaVIT's pixel decoders: codes of images (contract:
 test_pixel_decoders.py)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

@@ -1,7 +1,5 @@
 """LaVIT's unified pre-training: rows and losses, learning rates, resume, checkpoints."""
 
-from __future__ import annotations
-
 import io
 import shutil
 from pathlib import Path

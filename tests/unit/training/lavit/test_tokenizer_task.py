@@ -1,7 +1,5 @@
 """LaVIT's stage 1: learning, the codebook's start, several processes."""
 
-from __future__ import annotations
-
 import pytest
 import stage1_toy as toy
 import torch

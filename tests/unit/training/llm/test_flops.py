@@ -1,7 +1,5 @@
 """FLOP counts equal those of torch's FlopCounterMode."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from llm_losses import packed_loss, rows

@@ -3,8 +3,6 @@
 Chunks, attention kinds, weights.
 """
 
-from __future__ import annotations
-
 from types import SimpleNamespace
 
 import pytest

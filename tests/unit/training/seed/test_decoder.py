@@ -1,7 +1,5 @@
 """SEED's decoders (contract: ../test_pixel_decoders.py)."""
 
-from __future__ import annotations
-
 import contextlib
 
 import torch

@@ -1,7 +1,5 @@
 """SEED-X's de-tokenizer: features under autocast (contract: test_pixel_decoders.py)."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 import pytest

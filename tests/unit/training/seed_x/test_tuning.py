@@ -1,7 +1,5 @@
 """SEED-X's instruction tuning: checkpoints, losses of packed rows, evaluation, settings."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from collections.abc import Iterable

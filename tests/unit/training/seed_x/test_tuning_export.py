@@ -1,7 +1,5 @@
 """`merge_lora_weights.py` turns tuned checkpoints, ours and original ones, into systems."""
 
-from __future__ import annotations
-
 import itertools
 import json
 from pathlib import Path

@@ -1,7 +1,5 @@
 """SEED-X's tuning and pre-training programs: configurations, flags and scripts of the original."""
 
-from __future__ import annotations
-
 import shlex
 
 import llm_runs
