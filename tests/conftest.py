@@ -77,7 +77,7 @@ def tiny_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny(tiny_folder: Path):
+def tiny(tiny_folder):
     from seed_multimodal.models.seed.pipeline import SeedLlama
 
     return SeedLlama.from_pretrained(tiny_folder, device="cpu", log=None)
@@ -92,7 +92,7 @@ def tiny_x_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_x(tiny_x_folder: Path):
+def tiny_x(tiny_x_folder):
     from seed_multimodal.models.seed_x.pipeline import SeedX
 
     return SeedX.from_pretrained(tiny_x_folder, device="cpu", log=None)
@@ -106,7 +106,7 @@ def tiny_lavit_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tiny_lavit(tiny_lavit_folder: Path):
+def tiny_lavit(tiny_lavit_folder):
     from seed_multimodal.models.lavit.pipeline import Lavit
 
     return Lavit.from_pretrained(tiny_lavit_folder, device="cpu", log=None)

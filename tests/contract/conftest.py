@@ -14,7 +14,7 @@ PACKAGE = ROOT / "tests" / "support" / "mosaic_package"
 
 
 @pytest.fixture(scope="session")
-def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def site(tmp_path_factory) -> Path:
     """A folder with the installed package."""
     from installed_package import install
 
@@ -26,7 +26,7 @@ def site(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def installed(site: Path) -> Iterator[Path]:
+def installed(site) -> Iterator[Path]:
     from seed_multimodal.models.registry import families
 
     with pytest.MonkeyPatch.context() as patch:
@@ -38,9 +38,7 @@ def installed(site: Path) -> Iterator[Path]:
 
 
 @pytest.fixture(scope="module")
-def mosaic_folder(
-    installed: Path, tiny_folder: Path, tmp_path_factory: pytest.TempPathFactory
-) -> Path:
+def mosaic_folder(installed, tiny_folder, tmp_path_factory) -> Path:
     """A system that `seed assemble` made of a tiny language model and its tokenizer."""
     from seed_multimodal.cli.main import main
 
@@ -57,7 +55,7 @@ def mosaic_folder(
 
 
 @pytest.fixture(scope="module")
-def mosaic(mosaic_folder: Path) -> Any:
+def mosaic(mosaic_folder) -> Any:
     from seed_multimodal.pipelines.base import MultimodalSystem
 
     return MultimodalSystem.from_pretrained(mosaic_folder, device="cpu", log=None)

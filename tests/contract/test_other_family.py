@@ -6,7 +6,6 @@ import sys
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from installed_package import install
@@ -22,7 +21,7 @@ CONFIGS = ROOT / "MultiModalLLM" / "configs"
 
 
 @pytest.fixture
-def other_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+def other_site(tmp_path, monkeypatch) -> Iterator[Path]:
     """A folder for the metadata of a package with another family."""
     monkeypatch.syspath_prepend(tmp_path)
     families.cache_clear()
@@ -31,7 +30,7 @@ def other_site(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path
 
 
 @pytest.mark.slow
-def test_pipeline_of_transformers(mosaic: Any, mosaic_folder: Path, monkeypatch):
+def test_pipeline_of_transformers(mosaic, mosaic_folder, monkeypatch):
     from transformers import (
         CONFIG_MAPPING,
         MODEL_FOR_MULTIMODAL_LM_MAPPING,
@@ -56,9 +55,7 @@ def test_pipeline_of_transformers(mosaic: Any, mosaic_folder: Path, monkeypatch)
 
 
 @pytest.mark.slow
-def test_init_prints_a_command_whose_checkpoint_is_a_system(
-    mosaic: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-):
+def test_init_prints_a_command_whose_checkpoint_is_a_system(mosaic, tmp_path, capsys):
     # From nothing to a trained model of a family that the library does not know.
     import llm_runs
     import yaml
@@ -89,7 +86,7 @@ def test_init_prints_a_command_whose_checkpoint_is_a_system(
 
 
 @pytest.mark.slow
-def test_codes_of_a_data_set(mosaic_folder: Path, tmp_path: Path):
+def test_codes_of_a_data_set(mosaic_folder, tmp_path):
     # A tile's code is its colour: they can be told by hand.
     from seed_multimodal.data.formats.sources import open_records
     from seed_multimodal.data.pretokenize.run import RunSettings, run
@@ -109,7 +106,7 @@ def test_codes_of_a_data_set(mosaic_folder: Path, tmp_path: Path):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The use of")
-def test_server_and_page_of_the_system(mosaic: Any):
+def test_server_and_page_of_the_system(mosaic):
     # The page shows the family's card, and sliders of as many codes as an image has.
     import requests
     from served import Running
@@ -135,7 +132,7 @@ def test_server_and_page_of_the_system(mosaic: Any):
     [("no_such_module", "broken"), ("mistyped", "unknown key 'tab' .did you mean 'tabs'")],
     ids=["import", "cards"],
 )
-def test_a_family_that_cannot_be_used_is_left_out(other_site: Path, module: str, named: str):
+def test_a_family_that_cannot_be_used_is_left_out(other_site, module, named):
     # A broken package must not break the others.
     install(other_site, "broken", {GROUP: {"broken": f"{module}:SPEC"}})
     (other_site / "cards.yaml").write_text("family: {title: Mistyped, tab: [draw]}")
@@ -156,7 +153,7 @@ def test_a_family_that_cannot_be_used_is_left_out(other_site: Path, module: str,
     ],
     ids=["family", "start"],
 )
-def test_a_name_that_two_families_have(other_site: Path, monkeypatch, spec: str, named: str):
+def test_a_name_that_two_families_have(other_site, monkeypatch, spec, named):
     # Of the family, and of a start of `seed init`.
     from seed_multimodal.cli.init import templates
 
@@ -178,7 +175,7 @@ def test_a_name_that_two_families_have(other_site: Path, monkeypatch, spec: str,
 
 
 @pytest.mark.process
-def test_a_package_that_is_imported_before_the_library(installed: Path):
+def test_a_package_that_is_imported_before_the_library(installed):
     from real_processes import run_process
 
     program = (

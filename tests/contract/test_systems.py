@@ -67,12 +67,12 @@ FAMILIES = {
 
 
 @pytest.fixture(params=FAMILIES)
-def family(request: pytest.FixtureRequest) -> Family:
+def family(request) -> Family:
     return FAMILIES[request.param]
 
 
 @pytest.fixture
-def system(family: Family, request: pytest.FixtureRequest) -> Any:
+def system(family, request) -> Any:
     return request.getfixturevalue(family.fixture)
 
 
@@ -118,7 +118,7 @@ def test_texts_of_a_list_equal_those_alone(system):
     assert both[1] == system.describe(images[0], seed=1, **SAMPLING)
 
 
-def test_images_of_a_list_equal_those_alone(system, family: Family):
+def test_images_of_a_list_equal_those_alone(system, family):
     # Image n of a request is the image of its own text and seed, whatever is drawn with it.
     options = {**family.drawing, **SAMPLING}
     texts = ["a red apple", "a blue fish"]
@@ -155,7 +155,7 @@ def test_draw_of_several_images_varies_greedy_codes(mosaic):
 # ---- seeds and threads
 
 
-def test_results_depend_only_on_the_seed(system, family: Family):
+def test_results_depend_only_on_the_seed(system, family):
     # A seed repeats an answer, and the caller's own random numbers stay as they are.
     options = {"max_new_tokens": 12, **SAMPLING}
     answers = [system.describe(noise(1), seed=seed, **options) for seed in (1, 1, 2)]
@@ -165,7 +165,7 @@ def test_results_depend_only_on_the_seed(system, family: Family):
     assert torch.equal(torch.get_rng_state(), state)
 
 
-def test_results_in_threads_equal_those_alone(system, family: Family):
+def test_results_in_threads_equal_those_alone(system, family):
     # Texts are equal; images within one grey level: features of a batch differ in their last
     # digits.
     options = {**family.drawing, **SAMPLING}
@@ -318,7 +318,7 @@ def test_chat_reads_images_before_the_question(system, content):
     assert system.chat(user(*content), **GREEDY).ids == ordered.ids
 
 
-def test_chat_of_several_turns(system, family: Family):
+def test_chat_of_several_turns(system, family):
     # A conversation goes on after a drawing; too long a one loses its oldest turns.
     first = user(noise(1), "Make it red.")
     answer = system.chat(first, force_image=True)
@@ -433,7 +433,7 @@ def test_chat_previews_have_their_own_denoising_steps(tiny, monkeypatch, steps):
 # ---- settings
 
 
-def test_what_a_family_cannot_do_is_refused_by_name(system, family: Family):
+def test_what_a_family_cannot_do_is_refused_by_name(system, family):
     # Not an AttributeError in a server's log.
     for ability, call in family.refused.items():
         with pytest.raises(ConfigError, match=system.config.name):
@@ -460,7 +460,7 @@ def test_wrong_options_are_refused_by_name(system, task, options, named):
         getattr(system, task)(request, **options)
 
 
-def test_empty_requests_are_refused_by_number(system, family: Family):
+def test_empty_requests_are_refused_by_number(system, family):
     # Results stand where their requests stood: nothing is dropped, and no list gives no results.
     image = noise(1)
     for texts in (["a fish", ""], ["a fish", " ."]):
@@ -503,7 +503,7 @@ def load(system: Any, **placement: Any) -> MultimodalSystem:
     return MultimodalSystem.from_pretrained(system.config, device="cpu", log=None, **placement)
 
 
-def test_from_pretrained_without_decoder(system, family: Family):
+def test_from_pretrained_without_decoder(system, family):
     # Servers that only read save the de-tokenizer's memory.
     reader = load(system, load_decoder=False)
     assert type(reader) is type(system)
@@ -514,7 +514,7 @@ def test_from_pretrained_without_decoder(system, family: Family):
 
 
 @pytest.mark.slow
-def test_from_pretrained_with_offload(system, family: Family):
+def test_from_pretrained_with_offload(system, family):
     # Parts on the device only while they work give the same results.
     offloaded = load(system, offload=True)
     assert offloaded.describe(noise(1)) == system.describe(noise(1))
@@ -533,7 +533,7 @@ def test_from_pretrained_compiled_image_networks(tiny):
     assert same(system.draw("a fish", 1, **STEPS), tiny.draw("a fish", 1, **STEPS))
 
 
-def test_save_pretrained_and_load(system, family: Family, tmp_path):
+def test_save_pretrained_and_load(system, family, tmp_path):
     # The saved folder is the whole system, also for transformers.
     from transformers import AutoModelForCausalLM
 

@@ -35,7 +35,7 @@ def tokenizer_folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
-def tokenizer(tokenizer_folder: Path) -> MultimodalTokenizer:
+def tokenizer(tokenizer_folder) -> MultimodalTokenizer:
     return MultimodalTokenizer.from_pretrained(tokenizer_folder)
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import contextlib
-from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -108,9 +107,7 @@ LOADED = {
 
 
 @pytest.mark.parametrize(("load", "options", "dtypes"), LOADED.values(), ids=LOADED)
-def test_dtypes_on_a_gpu(
-    load: Callable[..., None], options, dtypes, tiny_folder: Path, monkeypatch, capsys
-):
+def test_dtypes_on_a_gpu(load, options, dtypes, tiny_folder, monkeypatch, capsys):
     # Those of the originals. They are logged before weights are loaded, which fails here.
     report_devices(monkeypatch, *GPU)
     with contextlib.suppress(Exception):
@@ -120,7 +117,7 @@ def test_dtypes_on_a_gpu(
     assert chosen == dtypes
 
 
-def test_dtype_and_quantization_override_yaml_files(tiny_folder: Path, tmp_path):
+def test_dtype_and_quantization_override_yaml_files(tiny_folder, tmp_path):
     pytest.importorskip("bitsandbytes")
     from seed_multimodal import MultimodalSystem
     from seed_multimodal.compat.part_files import seed_llama_of_files

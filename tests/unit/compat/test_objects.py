@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,7 +12,7 @@ from seed_multimodal.errors import CheckpointError, ConfigError
 
 
 @pytest.fixture
-def parts(released_seed_x: Path, monkeypatch) -> dict[str, Any]:
+def parts(released_seed_x, monkeypatch) -> dict[str, Any]:
     """What the programs build, by `seed_multimodal.config.instantiate`."""
     from seed_multimodal.config import instantiate
 
@@ -65,7 +64,7 @@ def test_seed_1_has_its_class_and_names_missing_weights(tmp_path, monkeypatch):
 # ---- SEED-X
 
 
-def test_agent_with_wrong_arguments(parts: dict[str, Any], released_seed_x: Path):
+def test_agent_with_wrong_arguments(parts, released_seed_x):
     from tiny.diffusion import FEATURES
     from tiny.seed_x import WORDS
     from transformers import LlamaTokenizer as Theirs
@@ -89,7 +88,7 @@ def test_agent_with_wrong_arguments(parts: dict[str, Any], released_seed_x: Path
             agent.generate(**arguments)
 
 
-def test_lora_with_new_rows(released_seed_x: Path):
+def test_lora_with_new_rows(released_seed_x):
     # New tokens are trained, and begin near the others.
     from peft import LoraConfig
 
@@ -108,7 +107,7 @@ def test_lora_with_new_rows(released_seed_x: Path):
     assert torch.allclose(embeddings[-1], embeddings[:-3].mean(0), atol=1e-5)
 
 
-def test_lora_with_the_vocabulary_of_a_tokenizer(tiny_folder: Path, tmp_path):
+def test_lora_with_the_vocabulary_of_a_tokenizer(tiny_folder, tmp_path):
     # As `src.model.peft_model` of MultiModalLLM: a new LoRA, then the trained one on the same base.
     from peft import LoraConfig
     from safetensors.torch import load_file

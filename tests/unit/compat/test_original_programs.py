@@ -58,7 +58,7 @@ def difference(checkout: Path, image: str, source: str) -> float:
     return float(np.abs(first - second).mean())
 
 
-def test_seed_llama_by_hydra(checkout: Path, run):
+def test_seed_llama_by_hydra(checkout, run):
     change(
         checkout / "configs/tokenizer/seed_llama_tokenizer_hf.yaml",
         diffusion_path=None,
@@ -76,7 +76,7 @@ def test_seed_llama_by_hydra(checkout: Path, run):
     ).size == (64, 64)
 
 
-def test_seed_x_by_hydra(checkout: Path, run):
+def test_seed_x_by_hydra(checkout, run):
     sizes = json.loads((NANO_X / "agent" / "config.json").read_text())
     resamplers = {name: sizes[name] for name in ("input_resampler", "output_resampler")}
     configs = checkout / "configs"

@@ -43,7 +43,7 @@ def tokenizer() -> MultimodalTokenizer:
 
 
 @pytest.fixture(scope="session")
-def codes(tokenizer: MultimodalTokenizer) -> Callable[[int], list[int]]:
+def codes(tokenizer) -> Callable[[int], list[int]]:
     """`codes(n)`: the codes of image n."""
 
     def make(index: int) -> list[int]:
@@ -55,7 +55,7 @@ def codes(tokenizer: MultimodalTokenizer) -> Callable[[int], list[int]]:
 
 
 @pytest.fixture(scope="session")
-def sets(tmp_path_factory, codes: Callable) -> Path:
+def sets(tmp_path_factory, codes) -> Path:
     """Folders of records, by number.
 
     captions/     three tars of 40, 25 and 1 records, 0..65
@@ -85,7 +85,7 @@ def sets(tmp_path_factory, codes: Callable) -> Path:
 
 
 @pytest.fixture(scope="session")
-def mixed(sets: Path) -> Callable[..., dict[str, Any]]:
+def mixed(sets) -> Callable[..., dict[str, Any]]:
     """`mixed(**settings)`: a configuration of the three sets with weights 4, 1 and 2."""
     names = ("captions", "documents", "texts")
     decoders = ("pretrain.caption", "pretrain.interleaved", "pretrain.text")
@@ -129,9 +129,7 @@ def sequences() -> Callable[[LlmBatch], list[tuple[list[int], list[int]]]]:
 
 
 @pytest.fixture(scope="session")
-def record_numbers(
-    tokenizer: MultimodalTokenizer, sequences: Callable
-) -> Callable[[LlmBatch], list[int]]:
+def record_numbers(tokenizer, sequences) -> Callable[[LlmBatch], list[int]]:
     """`numbers(batch)`: the record numbers of a batch's sequences, in order."""
 
     def read(batch: LlmBatch) -> list[int]:

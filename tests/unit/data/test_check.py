@@ -1,8 +1,6 @@
 """`seed data check`: the sources of a run, and files with a decoder."""
 
 import json
-from collections.abc import Callable
-from typing import Any
 
 from data_files import lines
 from repository import ROOT
@@ -12,7 +10,7 @@ from seed_multimodal.cli.main import main
 WORDS = ROOT / "pretrained" / "nano" / "seed_tokenizer"
 
 
-def test_check_of_a_run(mixed: Callable[..., dict[str, Any]], tmp_path, capsys):
+def test_check_of_a_run(mixed, tmp_path, capsys):
     # Counts and lengths of every source, compared with the row length of the run.
     run = tmp_path / "run.yaml"
     config = {"tokenizer": {"pretrained_model_name_or_path": str(WORDS)}, "data": mixed(length=60)}

@@ -33,7 +33,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def hub(folder: Path) -> HubTokenizer:
+def hub(folder) -> HubTokenizer:
     return HubTokenizer.create(folder, n_codes=16, tokens_per_image=4)
 
 
@@ -48,7 +48,7 @@ def write_case(case: TemplateCase, folder: Path) -> tuple[HubTokenizer, Any]:
 @given(text=st.text(st.characters(exclude_categories=["Cs"])))
 @example(text=" Two  words\n\nand lines ")
 @example(text="<|im_end|> <img_00001> </img>")  # typed, they are text
-def test_encode_parts_keeps_texts(hub: HubTokenizer, text):
+def test_encode_parts_keeps_texts(hub, text):
     ids = hub.encode_parts([text, CODES, text], add_bos=True)
     name = "<img>" + "".join(f"<img_{code:05d}>" for code in CODES) + "</img>"
     assert hub.decode(ids) == text + name + text
@@ -58,9 +58,7 @@ def test_encode_parts_keeps_texts(hub: HubTokenizer, text):
     )
 
 
-def test_a_streamed_answer_of_more_ids_continues_that_of_fewer(
-    hub: HubTokenizer, tokenizer: MultimodalTokenizer
-):
+def test_a_streamed_answer_of_more_ids_continues_that_of_fewer(hub, tokenizer):
     # Streamers of transformers print what a longer text has behind the shorter one.
     for text_tokenizer in (hub, tokenizer):
         adapter = TransformersTokenizer(text_tokenizer)
@@ -82,9 +80,7 @@ def test_end_ids_of_a_base_tokenizer_with_a_chat_template(tmp_path):
     assert hub.eos_token_ids == (2, 0, 7)
 
 
-def test_load_text_tokenizer_chooses_by_the_files(
-    hub: HubTokenizer, folder: Path, tokenizer_folder: Path, tmp_path
-):
+def test_load_text_tokenizer_chooses_by_the_files(hub, folder, tokenizer_folder, tmp_path):
     saved = hub.save_pretrained(tmp_path / "saved")
     loaded = load_text_tokenizer(saved)
     assert isinstance(loaded, HubTokenizer) and has_chat_template(saved)
@@ -120,7 +116,7 @@ def expected_ids(reference: Any, messages: list[dict[str, object]]) -> list[int]
 
 
 @pytest.mark.parametrize("case", TEXT_TEMPLATES.values(), ids=TEXT_TEMPLATES)
-def test_chat_template_equals_transformers(case: TemplateCase, tmp_path):
+def test_chat_template_equals_transformers(case, tmp_path):
     hub, reference = write_case(case, tmp_path)
     template = get_template("chat", hub)
     messages: list[dict[str, object]] = [{"role": role, "content": text} for role, text in TURNS]
@@ -150,7 +146,7 @@ def test_chat_template_equals_transformers(case: TemplateCase, tmp_path):
 
 
 @pytest.mark.parametrize("case", ALL_TEMPLATES.values(), ids=ALL_TEMPLATES)
-def test_chat_template_keeps_images_between_their_texts(case: TemplateCase, tmp_path):
+def test_chat_template_keeps_images_between_their_texts(case, tmp_path):
     # A template that knows texts alone, or lists alone, must not move or drop an image.
     hub, _ = write_case(case, tmp_path)
     turns = [("user", ["See", CODES, "it"]), ("assistant", [CODES[::-1]]), ("user", "Where?")]

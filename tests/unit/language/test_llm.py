@@ -26,7 +26,7 @@ LLM = NANO / "seed_llama"
 
 
 @pytest.fixture(scope="module")
-def llm_folder(tokenizer: MultimodalTokenizer, tmp_path_factory) -> Path:
+def llm_folder(tokenizer, tmp_path_factory) -> Path:
     """A random LLaMA for the tokenizer, with the legacy special ids of the 8B."""
     folder = tmp_path_factory.mktemp("llm")
     ids = {"bos_token_id": 0, "eos_token_id": 1}
@@ -36,7 +36,7 @@ def llm_folder(tokenizer: MultimodalTokenizer, tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def folder(llm_folder: Path, tmp_path) -> Path:
+def folder(llm_folder, tmp_path) -> Path:
     """A copy of the model's folder."""
     return shutil.copytree(llm_folder, tmp_path / "llm")
 
@@ -46,9 +46,7 @@ def check_weights(llm: Any, state: dict[str, Tensor]) -> None:
     assert equal(state, llm.state_dict())
 
 
-def test_load_llm_sets_special_ids_and_keeps_weights(
-    llm_folder: Path, tokenizer: MultimodalTokenizer
-):
+def test_load_llm_sets_special_ids_and_keeps_weights(llm_folder, tokenizer):
     # The legacy conversion wrote other ids: answers would not end.
     assert json.loads((llm_folder / "config.json").read_text())["eos_token_id"] == 1
     llm = load_llm(llm_folder, tokenizer=tokenizer)
@@ -73,7 +71,7 @@ def test_load_llm_of_other_architectures(architecture, tmp_path):
     check_weights(llm, saved.state_dict())
 
 
-def test_load_llm_of_torch_shards(folder: Path):
+def test_load_llm_of_torch_shards(folder):
     """With buffers that older versions of transformers saved."""
     state = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -114,7 +112,7 @@ def test_check_vocab_size():
         ({"model_type": "llama4_text"}, "chunked_attention"),
     ],
 )
-def test_load_llm_of_another_configuration(folder: Path, config, named):
+def test_load_llm_of_another_configuration(folder, config, named):
     # Each would load, and answer nonsense.
     values = json.loads((folder / "config.json").read_text())
     write_json(folder / "config.json", {**values, **config})
@@ -131,7 +129,7 @@ def test_load_llm_of_another_configuration(folder: Path, config, named):
         ("other.w", torch.ones(2), SeedWarning),
     ],
 )
-def test_load_llm_names_missing_and_unknown_tensors(folder: Path, name, value, outcome):
+def test_load_llm_names_missing_and_unknown_tensors(folder, name, value, outcome):
     file = folder / "model.safetensors"
     state = load_file(file)
     state.pop(name, None)
@@ -169,7 +167,7 @@ def scores_of(llm: Any) -> Tensor:
 @pytest.mark.parametrize(
     ("quantization", "largest"), [("8bit", 0.01), ("4bit", 0.2), ("int8", 0.01), ("int4", 0.5)]
 )
-def test_load_llm_quantised_on_a_cpu(nano_scores: Tensor, quantization, largest):
+def test_load_llm_quantised_on_a_cpu(nano_scores, quantization, largest):
     # The largest divergence from the scores of unquantised weights.
     pytest.importorskip("bitsandbytes" if quantization.endswith("bit") else "torchao")
     packed = load_llm(LLM, quantization=quantization)

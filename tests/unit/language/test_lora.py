@@ -91,7 +91,7 @@ def check_logits(expected: Tensor, llm: Any) -> None:
     torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
 
 
-def test_merge_adapter_equals_peft(trained: Trained, tokenizer: MultimodalTokenizer, tmp_path):
+def test_merge_adapter_equals_peft(trained, tokenizer, tmp_path):
     from transformers import AutoModelForCausalLM
 
     out = tmp_path / "merged"
@@ -132,7 +132,7 @@ def as_whole_model(trained: Trained, folder: Path) -> Path:
 
 
 @pytest.mark.parametrize("write", [as_zero_checkpoint, as_whole_model])
-def test_merge_adapter_of_every_checkpoint(trained: Trained, write, tmp_path):
+def test_merge_adapter_of_every_checkpoint(trained, write, tmp_path):
     checkpoint = write(trained, tmp_path / "checkpoint")
     out = tmp_path / "out"
     merge_adapter(trained.base, checkpoint, out, lora=LORA)
@@ -162,9 +162,7 @@ def without(text: str) -> Callable[[Tensors], Tensors]:
         (without("lm_head"), "330"),  # the tokenizer has 356
     ],
 )
-def test_merge_adapter_of_other_tensors_writes_nothing(
-    trained: Trained, tokenizer: MultimodalTokenizer, change, named, tmp_path
-):
+def test_merge_adapter_of_other_tensors_writes_nothing(trained, tokenizer, change, named, tmp_path):
     adapter = shutil.copytree(trained.adapter, tmp_path / "adapter")
     save_file(change(trained.tensors), adapter / "adapter_model.safetensors")
     with pytest.raises(CheckpointError, match=named):
@@ -172,7 +170,7 @@ def test_merge_adapter_of_other_tensors_writes_nothing(
     assert list(tmp_path.iterdir()) == [adapter]
 
 
-def test_merge_adapter_with_a_wrong_base_or_folder(trained: Trained, tmp_path):
+def test_merge_adapter_with_a_wrong_base_or_folder(trained, tmp_path):
     random_llm("llama", N_ALL, hidden_size=64).save_pretrained(tmp_path / "wide")
     run = shutil.copytree(trained.adapter, tmp_path / "run")
     with pytest.raises(CheckpointError, match="64"):

@@ -5,7 +5,6 @@ import pytest
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.language.prompts import TEMPLATES, get_template
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 CODES = [1, 2, 3, 4, 5]
 DIALOGUE = [
@@ -18,7 +17,7 @@ DIALOGUE = [
 
 
 @pytest.mark.parametrize("name", TEMPLATES)
-def test_render_of_each_template(name, tokenizer: MultimodalTokenizer):
+def test_render_of_each_template(name, tokenizer):
     template = get_template(name)
     # An answer ends where the model begins the next turn.
     for stop in template.stop_sequences:
@@ -29,7 +28,7 @@ def test_render_of_each_template(name, tokenizer: MultimodalTokenizer):
         assert longer[: len(shorter)] == shorter
 
 
-def test_get_template_of_an_unknown_name(tokenizer: MultimodalTokenizer):
+def test_get_template_of_an_unknown_name(tokenizer):
     with pytest.raises(ConfigError, match="vicuna"):
         get_template("alpaca")
     with pytest.raises(ConfigError):  # LLaMA's tokenizer has no chat template

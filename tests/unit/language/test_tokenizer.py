@@ -2,7 +2,6 @@
 golden fixtures)."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 from hypothesis import example, given
@@ -18,7 +17,7 @@ CODES = [3, 0, 23, 7, 7]
 @example(text="</s><img><img_00001></img><unk><s>")
 @example(text="<img_00024><img_0001><img_00001<IMG><img_０００１２>")
 @example(text="x" * 500)
-def test_decode_of_encode_parts_is_the_text(tokenizer: MultimodalTokenizer, text):
+def test_decode_of_encode_parts_is_the_text(tokenizer, text):
     # SentencePiece has no token for NUL.
     text = text.replace("\0", "")
     ids = tokenizer.encode_parts([text], strip=False)
@@ -27,7 +26,7 @@ def test_decode_of_encode_parts_is_the_text(tokenizer: MultimodalTokenizer, text
     assert all(3 <= id < tokenizer.vocabulary.n_text for id in ids)
 
 
-def test_encode_drops_white_space_next_to_images(tokenizer: MultimodalTokenizer):
+def test_encode_drops_white_space_next_to_images(tokenizer):
     image = tokenizer.vocabulary.image_ids(CODES)
     encode = tokenizer.encode
     expected = encode("USER:") + image + encode("hello")
@@ -39,7 +38,7 @@ def test_encode_drops_white_space_next_to_images(tokenizer: MultimodalTokenizer)
     assert tokenizer.encode_parts(["a ", " b"]) == encode("a ") + encode(" b")
 
 
-def test_encode_and_decode_of_wrong_codes_and_ids(tokenizer: MultimodalTokenizer):
+def test_encode_and_decode_of_wrong_codes_and_ids(tokenizer):
     for codes in ([1, 2], [0, 0, 0, 0, 24], [0] * 6):
         with pytest.raises(CodesError):
             tokenizer.encode_parts(["x", codes])
@@ -56,7 +55,7 @@ def test_encode_and_decode_of_wrong_codes_and_ids(tokenizer: MultimodalTokenizer
         ("added_tokens.json", b'{"<img_00000>": 331}'),
     ],
 )
-def test_from_pretrained_names_a_damaged_file(tokenizer_folder: Path, tmp_path, name, content):
+def test_from_pretrained_names_a_damaged_file(tokenizer_folder, tmp_path, name, content):
     folder = shutil.copytree(tokenizer_folder, tmp_path / "damaged")
     (folder / name).write_bytes(content)
     with pytest.raises(CheckpointError, match=name):

@@ -66,7 +66,7 @@ def base(tmp_path) -> Path:
     return tmp_path / "base"
 
 
-def test_resume_on_another_base_or_tokenizer_fails(train, base: Path, tmp_path):
+def test_resume_on_another_base_or_tokenizer_fails(train, base, tmp_path):
     # The same paths with another content: the adapter would belong to a model that is gone.
     tokenizer = tmp_path / "tokenizer"
     shutil.copytree(runs.TOKENIZER, tokenizer)
@@ -89,7 +89,7 @@ def test_resume_on_another_base_or_tokenizer_fails(train, base: Path, tmp_path):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("lora", [None, runs.LORA])
-def test_averaged_weights_are_evaluated_saved_and_resumed(train, base: Path, tmp_path, lora):
+def test_averaged_weights_are_evaluated_saved_and_resumed(train, base, tmp_path, lora):
     # The averages are the result everywhere: what is served is what was measured.
     model = {"path": str(base), "sizes": None, "lora": lora}
     options = ["trainer.ema=0.7", "trainer.save_steps=2", f"eval_data={tmp_path / 'data.yaml'}"]

@@ -21,7 +21,7 @@ from seed_multimodal.state_dicts import load_state_dict, save_state_dict
 
 
 @pytest.fixture
-def seed2(tiny: Seed2Config) -> Any:
+def seed2(tiny) -> Any:
     return loud(Seed2Tokenizer(tiny)).eval()
 
 

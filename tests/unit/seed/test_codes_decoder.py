@@ -1,7 +1,6 @@
 """SEED-LLaMA's image codec: numbers of codes, a diffusion folder that reads their embeddings."""
 
 import shutil
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ SETTINGS = {"num_inference_steps": 2}
 
 
 @pytest.fixture(scope="module")
-def system(tiny_folder: Path, tmp_path_factory) -> MultimodalSystem:
+def system(tiny_folder, tmp_path_factory) -> MultimodalSystem:
     folder = tmp_path_factory.mktemp("codes") / "system"
     shutil.copytree(tiny_folder, folder)
     shutil.rmtree(folder / "seed_tokenizer" / "diffusion_model")

@@ -17,7 +17,7 @@ from seed_multimodal.cli.main import main
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.language.tokenizer import MODEL
-from seed_multimodal.models.seed.configuration import Seed2Config, TokenizerConfig
+from seed_multimodal.models.seed.configuration import TokenizerConfig
 from seed_multimodal.models.seed.export import Export, export_tokenizer
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer
 from seed_nano.train.words import write_files
@@ -51,7 +51,7 @@ def train(config: Any, folder: Path, **options: Any) -> Trained:
 
 
 @pytest.fixture
-def trained(tiny: Seed2Config, tmp_path) -> Trained:
+def trained(tiny, tmp_path) -> Trained:
     return train(tiny, tmp_path / "run")
 
 

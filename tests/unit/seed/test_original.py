@@ -1,7 +1,6 @@
 """The original interfaces SeedLlamaTokenizer and Seed1 on tiny random weights (its tokenization of
 texts: golden `llm_sequences`)."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -17,7 +16,7 @@ from seed_multimodal.images.transforms import seed_image_processor
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny_folder: Path) -> Any:
+def tokenizer(tiny_folder) -> Any:
     return SeedLlamaTokenizer.from_pretrained(tiny_folder / "seed_tokenizer", device="cpu")
 
 

@@ -87,7 +87,7 @@ def write_sizes(file: Path, **text_sizes: int) -> dict[str, int]:
     return text_encoder
 
 
-def test_single_file_has_the_tensors_of_the_diffusers_folder(original: Path):
+def test_single_file_has_the_tensors_of_the_diffusers_folder(original):
     # Then it draws as recorded (golden `seed1_sd_decode`).
     names = json.loads((GOLDEN / "diffusers_key_map.json").read_text())
     tensors = golden_tensors()
@@ -103,7 +103,7 @@ def test_single_file_has_the_tensors_of_the_diffusers_folder(original: Path):
 
 
 @torch.no_grad()
-def test_single_file_has_the_text_encoder(tmp_path, original: Path):
+def test_single_file_has_the_text_encoder(tmp_path, original):
     # Without a tokenizer's files the empty prompt is one start token, then end tokens.
     from transformers import CLIPTextConfig, CLIPTextModel
 
@@ -126,7 +126,7 @@ def test_single_file_has_the_text_encoder(tmp_path, original: Path):
     assert parts["text_encoder"] is None
 
 
-def test_single_file_of_another_kind(tmp_path, original: Path):
+def test_single_file_of_another_kind(tmp_path, original):
     # Its missing part or the wrong size is named.
     tensors = golden_tensors()
     unet = {name: value for name, value in tensors.items() if "first_stage" not in name}
@@ -137,7 +137,7 @@ def test_single_file_of_another_kind(tmp_path, original: Path):
         load_single_file(original / "sd-v1-4.ckpt", torch.float32)
 
 
-def test_recon_finds_the_original_file(original: Path, tmp_path):
+def test_recon_finds_the_original_file(original, tmp_path):
     # `sd-v1-4.ckpt` next to the tokenizer, as the original demo has it: no second download.
     torch.manual_seed(0)
     wide = replace(seed1_config(), text_tokens=77, text_features_dim=32)

@@ -30,7 +30,7 @@ def images(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def yaml(images: Path, tmp_path) -> Callable[..., list[str]]:
+def yaml(images, tmp_path) -> Callable[..., list[str]]:
     """stage, options → arguments of train.py for a tiny run on `images` into `tmp_path/NAME`."""
 
     def make(stage: str, *options: str, name: str = "") -> list[str]:

@@ -37,7 +37,7 @@ SHORT = ("--device", "cpu", "--max-new-tokens", "12")
 
 
 @pytest.fixture
-def project(released_seed_x: Path, tmp_path, monkeypatch) -> Path:
+def project(released_seed_x, tmp_path, monkeypatch) -> Path:
     """The working directory: a link to the weights, a copy of `configs/`, and `demo_images/`."""
     (tmp_path / "pretrained").symlink_to(released_seed_x / "pretrained")
     shutil.copytree(released_seed_x / "configs", tmp_path / "configs")

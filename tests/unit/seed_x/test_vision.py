@@ -17,7 +17,7 @@ def encoder() -> QwenVit:
 
 
 @pytest.mark.parametrize("layout", ["file", "folder", "in Qwen-VL", "saved folder", "saved file"])
-def test_from_pretrained_layouts(encoder: QwenVit, tmp_path, layout):
+def test_from_pretrained_layouts(encoder, tmp_path, layout):
     # Our folder needs no sizes in code.
     config = None if layout.startswith("saved") else TOWER
     file = tmp_path / "qwen_vit_G.pt"
@@ -35,7 +35,7 @@ def test_from_pretrained_layouts(encoder: QwenVit, tmp_path, layout):
     assert not any(value.requires_grad for value in loaded.parameters())
 
 
-def test_from_pretrained_without_sizes_has_the_original_ones(encoder: QwenVit, tmp_path):
+def test_from_pretrained_without_sizes_has_the_original_ones(encoder, tmp_path):
     # The folder's config.json is another model's.
     torch.save(encoder.state_dict(), tmp_path / "qwen_vit_G.pt")
     (tmp_path / "config.json").write_text('{"model_type": "llama", "hidden_size": 8}')

@@ -35,7 +35,7 @@ def run(tmp_path, capsys) -> Run:
     return go
 
 
-def test_resume_from_another_run_continues_after_a_stop(run: Run, tmp_path):
+def test_resume_from_another_run_continues_after_a_stop(run, tmp_path):
     # The other run's folder is only read; the same command again continues this one.
     other = tmp_path / "other"
     run(4, other)
@@ -49,7 +49,7 @@ def test_resume_from_another_run_continues_after_a_stop(run: Run, tmp_path):
     assert steps(other / "toy.checkpoints") == [2, 4]
 
 
-def test_resume_from_a_checkpoint_that_others_follow_fails(run: Run, tmp_path):
+def test_resume_from_a_checkpoint_that_others_follow_fails(run, tmp_path):
     # Two runs in one folder would mix.
     run(4)
     for start in ("checkpoint-2", "../other/toy.checkpoints/checkpoint-2"):
@@ -58,7 +58,7 @@ def test_resume_from_a_checkpoint_that_others_follow_fails(run: Run, tmp_path):
     assert steps(tmp_path / "toy.checkpoints") == [2, 4]
 
 
-def test_resume_never_or_from_nothing_fails(run: Run, tmp_path):
+def test_resume_never_or_from_nothing_fails(run, tmp_path):
     # A new run must not mix with old checkpoints, nor begin anew by a wrong path.
     run(4)
     for resume, named in (("never", "checkpoint-4"), (str(tmp_path / "none"), "none")):
@@ -78,7 +78,7 @@ def test_resume_never_or_from_nothing_fails(run: Run, tmp_path):
         ("checkpoint-best", [2, 4]),  # a user's
     ],
 )
-def test_remains_of_a_killed_run(run: Run, tmp_path, remains, expected):
+def test_remains_of_a_killed_run(run, tmp_path, remains, expected):
     # None is resumed from half written, none is lost, none fills the disk.
     folder = tmp_path / "toy.checkpoints"
     run(4)
@@ -88,7 +88,7 @@ def test_remains_of_a_killed_run(run: Run, tmp_path, remains, expected):
     assert (folder / remains).exists() == (not remains.startswith("."))
 
 
-def test_checkpoint_holds_what_its_layout_promises(run: Run, tmp_path):
+def test_checkpoint_holds_what_its_layout_promises(run, tmp_path):
     # Users' scripts read these files.
     run(4)
     folder = tmp_path / "toy.checkpoints" / "checkpoint-4"

@@ -30,7 +30,7 @@ def lone_group() -> Iterator[ProcessGroup]:
 
 @pytest.mark.process
 @pytest.mark.parametrize("stage", [2, 3])
-def test_zero_engine_leaves_the_process_as_it_was(lone_group: ProcessGroup, stage):
+def test_zero_engine_leaves_the_process_as_it_was(lone_group, stage):
     # A second run, an evaluation or another program in the same process.
     pytest.importorskip("deepspeed")
     linear = nn.functional.linear
@@ -48,7 +48,7 @@ def test_zero_engine_leaves_the_process_as_it_was(lone_group: ProcessGroup, stag
     assert not {"RANK", "WORLD_SIZE", "LOCAL_RANK"} & set(os.environ)
 
 
-def test_zero_engine_refuses_muon(lone_group: ProcessGroup):
+def test_zero_engine_refuses_muon(lone_group):
     # It updates whole matrices, which ZeRO cuts into flat pieces.
     task = StageTask("toy", toy.toy_model()[0], SETTINGS)
     task.optimizer = MuonWithAdamW(task.module, 1e-3, 0.0)

@@ -76,7 +76,7 @@ def launch(tmp_path) -> Callable[..., dict[str, str]]:
 
 
 @pytest.mark.parametrize("script", SCRIPTS, ids=lambda script: script.name)
-def test_training_script_by_dash(script, launch: Launch):
+def test_training_script_by_dash(script, launch):
     # The shell of Debian, with the arguments of the user last.
     command = launch(script)["command"].split()
     module = "-m seed_multimodal.training.torchrun --standalone --nproc_per_node=2"
@@ -85,7 +85,7 @@ def test_training_script_by_dash(script, launch: Launch):
     assert command[-1] == "--last"
 
 
-def test_launch_divides_the_cores_of_the_job(launch: Launch):
+def test_launch_divides_the_cores_of_the_job(launch):
     # A job may have fewer than the machine.
     core = min(os.sched_getaffinity(0))
     assert launch(SCRIPTS[0], {core}, NNODES="2", NPROC="1")["OMP_NUM_THREADS"] == "1"
@@ -106,12 +106,12 @@ FIRST_OF_TWO = {"NNODES": "2", "MASTER_ADDR": "first"}
         ({**FIRST_OF_TWO, "GLOO_SOCKET_IFNAME": "mine"}, "mine"),
     ],
 )
-def test_launch_chooses_the_interface_of_gloo(variables, interface, launch: Launch):
+def test_launch_chooses_the_interface_of_gloo(variables, interface, launch):
     # That of the route between the nodes: gloo alone takes the hosts file's, and hangs.
     assert launch(SCRIPTS[0], **variables)["GLOO_SOCKET_IFNAME"] == interface
 
 
-def test_retrieval_script_reads_its_variables(launch: Launch):
+def test_retrieval_script_reads_its_variables(launch):
     from seed_multimodal.cli.main import build_parser
 
     variables = {"MODEL": "m", "DATA": "d", "STAGE1": "s", "IMAGES": "i", "OUT": "o"}

@@ -3,9 +3,7 @@ stop together.
 """
 
 import signal
-import subprocess
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import loop_toy as toy
@@ -34,9 +32,7 @@ ENDLESS = {
 
 @pytest.mark.process
 @pytest.mark.timeout(900)
-def test_two_processes_equal_one_with_the_double_batch_and_stop_together(
-    start_toy: Callable[..., subprocess.Popen], tmp_path
-):
+def test_two_processes_equal_one_with_the_double_batch_and_stop_together(start_toy, tmp_path):
     # By torchrun; a second stage in the same processes is stopped by SIGTERM to torchrun.
     folder = tmp_path / "two"
     process = start_toy(folder, EQUAL, ENDLESS, before=TWO)

@@ -40,7 +40,7 @@ def steps(folder: Path) -> list[int]:
 
 @pytest.mark.process
 @pytest.mark.timeout(600)
-def test_resume_after_sigkill_is_bitwise_equal(start_toy: Start, tmp_path):
+def test_resume_after_sigkill_is_bitwise_equal(start_toy, tmp_path):
     # With accumulation and EMA in bf16, killed at a random micro-step.
     micro_step = random.SystemRandom().randint(2, 30)
     process = start_toy(tmp_path / "killed", {**LONG, "pause": 0.05})
@@ -156,7 +156,7 @@ def start_under_torchrun(start_toy: Start, folder: Path, pause: float) -> subpro
 @pytest.mark.nightly
 @pytest.mark.process
 @pytest.mark.timeout(400)
-def test_sigterm_under_torchrun_waits_for_a_long_step(start_toy: Start, tmp_path):
+def test_sigterm_under_torchrun_waits_for_a_long_step(start_toy, tmp_path):
     # torchrun alone kills a process after 30 seconds.
     process = start_under_torchrun(start_toy, tmp_path, pause=40)
     process.send_signal(signal.SIGTERM)
@@ -168,7 +168,7 @@ def test_sigterm_under_torchrun_waits_for_a_long_step(start_toy: Start, tmp_path
 
 @pytest.mark.process
 @pytest.mark.timeout(400)
-def test_exit_code_after_sigterm_without_a_checkpoint(start_toy: Start, tmp_path):
+def test_exit_code_after_sigterm_without_a_checkpoint(start_toy, tmp_path):
     # 143 means that the step was saved.
     process = start_under_torchrun(start_toy, tmp_path, pause=8)
     process.send_signal(signal.SIGTERM)

@@ -67,7 +67,7 @@ class Run:
 
 
 @pytest.fixture
-def run(variant: str, tmp_path) -> Run:
+def run(variant, tmp_path) -> Run:
     return Run(variant, tmp_path)
 
 
@@ -93,7 +93,7 @@ def draw(detokenizer: Detokenizer, embeds: Any, rows: list[int], **settings: Any
     "variant",
     [pytest.param(name, marks=pytest.mark.nightly if name in NIGHTLY else ()) for name in VARIANTS],
 )
-def test_train_then_start_then_distil(run: Run):
+def test_train_then_start_then_distil(run):
     # What a user does with one decoder, step by step.
     first = run("first")
 
@@ -144,7 +144,7 @@ def test_train_then_start_then_distil(run: Run):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("variant", ["seed_x-2"])
-def test_samples_and_average_do_not_change_the_losses(run: Run):
+def test_samples_and_average_do_not_change_the_losses(run):
     # Looking at a run must not change it.
     steps = {"max_steps": 3, "save_steps": 1}
     run("plain", trainer=steps)
@@ -206,7 +206,7 @@ WRONG: list[tuple[str, str, str, Any, type[Exception], str]] = [
 
 
 @pytest.mark.parametrize(("variant", "group", "key", "value", "error", "named"), WRONG)
-def test_train_with_a_wrong_setting(run: Run, group, key, value, error, named):
+def test_train_with_a_wrong_setting(run, group, key, value, error, named):
     with pytest.raises(error, match=named):
         run("run", **{group: {key: value}})
 

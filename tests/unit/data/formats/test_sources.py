@@ -161,7 +161,7 @@ def test_open_records_with_a_wrong_option(tmp_path, options, named):
         (["a-08.tar"], "'a-008.tar'"),  # did you mean
     ],
 )
-def test_expand_pattern(tmp_path, patterns, names: list[str] | str):
+def test_expand_pattern(tmp_path, patterns, names):
     for name in ("a-008.tar", "a-009.tar", "a-010.tar", "b.tar", "odd[1].tar"):
         (tmp_path / name).touch()
     expand: Callable[[], list[str]] = lambda: expand_pattern([tmp_path / p for p in patterns])  # noqa: E731

@@ -104,7 +104,7 @@ def s3(tmp_path, monkeypatch) -> Iterator[subprocess.Popen]:
 
 
 @pytest.mark.process
-def test_read_of_s3_until_the_connection_is_lost(s3: subprocess.Popen, monkeypatch):
+def test_read_of_s3_until_the_connection_is_lost(s3, monkeypatch):
     for name in ("tars", "a.parquet"):
         assert fields(f"s3://data/{name}", cache=False) == TEXTS
     cached = open_records("s3://data/tars")
@@ -178,7 +178,7 @@ class Answer(Exception):
     ],
 )
 def test_faults_of_the_machine_are_not_those_of_records(
-    tmp_path, monkeypatch, fault: Exception, is_of_machine: bool
+    tmp_path, monkeypatch, fault, is_of_machine
 ):
     # Else valid records are skipped without a word, and other ones by a resumed run.
     fsspec.register_implementation("faulty", FaultyFiles, clobber=True)
@@ -271,7 +271,7 @@ def copies(folder: Path) -> list[Path]:
 
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("cache", [None, False])
-def test_read_of_remote_files(memory: fsspec.AbstractFileSystem, tmp_path, name, cache):
+def test_read_of_remote_files(memory, tmp_path, name, cache):
     before = memory.find("/d")
     assert fields(f"memory://d/{name}", cache=cache) == TEXTS
     # Lists are read whole; nothing is written next to the remote files.
@@ -280,7 +280,7 @@ def test_read_of_remote_files(memory: fsspec.AbstractFileSystem, tmp_path, name,
     assert memory.find("/d") == before
 
 
-def test_read_of_a_copy_of_a_changed_file(memory: fsspec.AbstractFileSystem):
+def test_read_of_a_copy_of_a_changed_file(memory):
     copied = open_records("memory://d/tars/0.tar")
     assert copied.read(7).fields == TEXTS[7]
     # This run goes on with its copy; the next one reads the new version.
@@ -290,9 +290,7 @@ def test_read_of_a_copy_of_a_changed_file(memory: fsspec.AbstractFileSystem):
 
 
 @pytest.mark.parametrize("problem", ["no space", "no folder"])
-def test_read_without_a_copy(
-    memory: fsspec.AbstractFileSystem, tmp_path, monkeypatch, capsys, problem
-):
+def test_read_without_a_copy(memory, tmp_path, monkeypatch, capsys, problem):
     if problem == "no space":
         monkeypatch.setattr("seed_multimodal.data.formats.storage.RESERVED_SHARE", 1.0)
     else:
@@ -333,7 +331,7 @@ def test_local_copy_is_made_once(tmp_path):
 
 
 @pytest.mark.parametrize("url", ["memory://d/none.tar", "nosuch://d/a.tar"])
-def test_open_records_of_a_wrong_url(memory: fsspec.AbstractFileSystem, url):
+def test_open_records_of_a_wrong_url(memory, url):
     with pytest.raises(DataError) as error:
         len(open_records(url))
     assert str(error.value).startswith(url)
@@ -359,7 +357,7 @@ def overwrite(path: Path) -> None:
 
 
 @pytest.mark.parametrize("index_dir", [False, True])
-def test_index_is_written_once(large: Path, index_dir, monkeypatch):
+def test_index_is_written_once(large, index_dir, monkeypatch):
     # Else each start of a run scans terabytes.
     folder = large / INDEX_FOLDER
     if index_dir:
@@ -384,7 +382,7 @@ def test_data_index_of_small_files(tmp_path, capsys):
 
 
 @pytest.mark.parametrize("change", ["shard", "torn", "no index"])
-def test_index_of_another_file_is_replaced(large: Path, change):
+def test_index_of_another_file_is_replaced(large, change):
     # A stale index would read parts of other samples.
     path = large / "a.tar"
     assert len(open_records(path)) == COUNT
@@ -401,7 +399,7 @@ def test_index_of_another_file_is_replaced(large: Path, change):
     assert len(np.load(stored)["keys"]) == COUNT
 
 
-def test_index_that_cannot_be_stored(large: Path, capsys):
+def test_index_that_cannot_be_stored(large, capsys):
     # Reading goes on, slower; `seed data index` fails.
     # Root may write anywhere, but not below a file.
     (large / INDEX_FOLDER).write_text("a file at the folder's path")

@@ -82,7 +82,7 @@ DAMAGES = {
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_locate_in_a_torn_shard(tmp_path, shards: Path, damage, monkeypatch):
+def test_locate_in_a_torn_shard(tmp_path, shards, damage, monkeypatch):
     monkeypatch.setenv("SEED_INDEX_DIR", str(tmp_path / "index"))
     path = Path(shutil.copy(shards / "s-000.tar", tmp_path / "torn.tar"))
     with tarfile.open(path) as archive:

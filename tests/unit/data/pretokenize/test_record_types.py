@@ -42,13 +42,13 @@ def images(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def codes(images: Path, encode) -> Codes:
+def codes(images, encode) -> Codes:
     """Codes of the images."""
     return [encode(images / f"{index}.png") for index in range(5)]
 
 
 @pytest.fixture
-def tokenize(tmp_path, images: Path) -> Callable[..., tuple[Records, dict[str, int]]]:
+def tokenize(tmp_path, images) -> Callable[..., tuple[Records, dict[str, int]]]:
     """`tokenize(kind, rows, data, **settings)`: the pre-tokenised records, and their counts."""
 
     def run_it(
@@ -194,7 +194,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_run(tokenize, tokenizer, codes: Codes, capfd, name):
+def test_run(tokenize, tokenizer, codes, capfd, name):
     case = CASES[name]
     records, counts = tokenize(case.kind, case.rows, **case.settings)
     expected = case.expected(codes)
@@ -216,7 +216,7 @@ def test_run(tokenize, tokenizer, codes: Codes, capfd, name):
     assert text in tokenizer.decode(sequence.ids)
 
 
-def test_run_chat_with_views(tokenize, tokenizer, codes: Codes):
+def test_run_chat_with_views(tokenize, tokenizer, codes):
     # Images to read have several views.
     row = {"image": ["1.png", "2.png"], "conversations": [TURN_1, TURN_2]}
     records, _ = tokenize("chat", [row], views=2)
@@ -229,7 +229,7 @@ def test_run_chat_with_views(tokenize, tokenizer, codes: Codes):
     assert "Draw another." in tokenizer.decode(sequence.ids)
 
 
-def test_run_caption_with_views(tokenize, codes: Codes):
+def test_run_caption_with_views(tokenize, codes):
     # Views of one image are equal in every run; the first is the image itself.
     captions: list[Any] = [["a", "b"], "c"]
     rows = [{"image": "1.png", "caption": caption} for caption in captions]

@@ -53,7 +53,7 @@ def data(tmp_path_factory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def start(data: dict[str, Any]) -> Callable[..., int]:
+def start(data) -> Callable[..., int]:
     """`start(save_dir, **settings)`: run in this process."""
 
     def run_it(save_dir: Path, **settings: Any) -> int:
@@ -76,7 +76,7 @@ def start(data: dict[str, Any]) -> Callable[..., int]:
 
 
 @pytest.fixture(scope="module")
-def finished_run(tmp_path_factory, start: Callable[..., int]) -> Path:
+def finished_run(tmp_path_factory, start) -> Path:
     """Output of an uninterrupted run."""
     folder = tmp_path_factory.mktemp("whole")
     assert start(folder) == 0
@@ -94,7 +94,7 @@ def content(folder: Path) -> dict[str, bytes]:
     }
 
 
-def test_run_of_tars(finished_run: Path):
+def test_run_of_tars(finished_run):
     # A tar of records for each tar of images, named alike, and the index in it as key.
     assert sorted(path.stem for path in finished_run.glob("*.tar")) == [
         f"s-{n:03d}" for n in range(SHARDS)

@@ -40,7 +40,7 @@ def saved(batches: LlmBatches) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def read_settings(mixed: Callable, tmp_path_factory) -> Callable[..., LlmDataSettings]:
+def read_settings(mixed, tmp_path_factory) -> Callable[..., LlmDataSettings]:
     """`read_settings(packing, cycles, **settings)`: the three sets, and one of which four of five
     records are dropped, padded in micro-batches of their own sizes.
     """
@@ -154,9 +154,7 @@ def test_restore_in_any_number_of_processes(
 
 @pytest.mark.process
 @pytest.mark.parametrize(("packing", "workers", "stop"), [(True, 3, 31), (False, 1, 7)])
-def test_restore_with_workers(
-    read_settings, tokenizer, packing, workers, stop, no_workers_left: None
-):
+def test_restore_with_workers(read_settings, tokenizer, packing, workers, stop, no_workers_left):
     options = read_settings(packing, rows=2)
     expected = list(itertools.islice(LlmBatches(options, tokenizer), stop + 9))
     with LlmBatches(options, tokenizer, workers=workers) as first:

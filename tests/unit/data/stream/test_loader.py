@@ -43,7 +43,7 @@ def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
 
 @pytest.mark.process
 @pytest.mark.parametrize("mixed", [False, True])
-def test_at_any_step_with_workers(shards: Path, mixed, no_workers_left: None):
+def test_at_any_step_with_workers(shards, mixed, no_workers_left):
     order = MixedOrder([13, 27], [2.0, 1.0], 4) if mixed else None
     alone = StepBatches(dataset(shards), 6, seed=3, order=order)
     expected = [alone.at(step) for step in range(9)]  # 54 samples of 40: into the second epoch
@@ -60,7 +60,7 @@ def test_at_any_step_with_workers(shards: Path, mixed, no_workers_left: None):
 
 
 @pytest.mark.parametrize("world", [2, 4])
-def test_at_of_several_ranks(shards: Path, world):
+def test_at_of_several_ranks(shards, world):
     # Together they see the batch of a single process; step 4 ends the first epoch.
     single = StepBatches(dataset(shards), 8, seed=2)
     ranks = [
@@ -75,7 +75,7 @@ def test_at_of_several_ranks(shards: Path, world):
 
 
 @pytest.mark.parametrize("order", [None, MixedOrder([13, 27], [1.0, 1.0], 4)])
-def test_distinct_batches_of_several_ranks(shards: Path, order):
+def test_distinct_batches_of_several_ranks(shards, order):
     # Behind an epoch's end, too: in a contrast, an image would be its own negative.
     settings = {"seed": 2, "order": order, "distinct": True}
     ranks = [StepBatches(dataset(shards), 14, rank=rank, world=2, **settings) for rank in (0, 1)]
@@ -98,7 +98,7 @@ def spoiled_shard(folder: Path, bad: set[int]) -> Path:
 
 
 @pytest.mark.process
-def test_bad_samples_of_workers(tmp_path, no_workers_left: None):
+def test_bad_samples_of_workers(tmp_path, no_workers_left):
     path = spoiled_shard(tmp_path, {4, 9})
     log_file = tmp_path / "log"
 
@@ -120,7 +120,7 @@ def test_bad_samples_of_workers(tmp_path, no_workers_left: None):
 
 
 @pytest.mark.process
-def test_at_raises_from_workers(tmp_path, no_workers_left: None):
+def test_at_raises_from_workers(tmp_path, no_workers_left):
     path = spoiled_shard(tmp_path, {5})
     data = dataset(tmp_path, max_bad_in_a_row=1)
     with StepBatches(data, 2, seed=0, shuffle=False, workers=1) as batches:
@@ -133,7 +133,7 @@ def test_at_raises_from_workers(tmp_path, no_workers_left: None):
 
 @pytest.mark.process
 @pytest.mark.timeout(60)
-def test_load_after_a_worker_was_killed(no_workers_left: None):
+def test_load_after_a_worker_was_killed(no_workers_left):
     # As by the kernel, when memory runs out: the run ends with a message instead of waiting.
     results = load(lambda job: bytes(1 << 20), range(100), workers=1)
     next(results)

@@ -3,7 +3,6 @@
 Bad samples are named, counted and replaced, and many end the run.
 """
 
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -20,7 +19,7 @@ from seed_multimodal.models.seed.captions import BlipCaption
 PLAIN = seed_image_processor(16)
 
 
-def test_get(shards: Path):
+def test_get(shards):
     # Captions as BLIP's training cleans them.
     data = PairDataset(Pairs(f"{shards}/*.tar"), PLAIN, BlipCaption("a photo of "))
     assert len(data) == sum(data.shard_sizes) == 40
@@ -32,7 +31,7 @@ def test_get(shards: Path):
 
 
 @pytest.mark.parametrize("package", ["ours", "torchvision"])
-def test_get_is_random_by_seed_epoch_index(shards: Path, package: str):
+def test_get_is_random_by_seed_epoch_index(shards, package):
     from torchvision import transforms  # slow to import
 
     transform: Any = TrainTransform(16)

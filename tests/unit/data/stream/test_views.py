@@ -1,7 +1,5 @@
 """Images in the LLM's stream: their views and marks, equal for any number of workers."""
 
-from pathlib import Path
-
 import pytest
 import torch
 from data_files import lines
@@ -11,7 +9,6 @@ from PIL import Image
 from seed_multimodal.data.decoders.features import INPUT_IMAGE, TARGET_IMAGE
 from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.data.stream.llm_batches import LlmBatch, LlmBatches
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 SIDE = 28
 
@@ -26,7 +23,7 @@ def colours(batch: LlmBatch) -> list[str]:
 
 
 @pytest.mark.process
-def test_next_of_several_edits(seedx_tokenizer: MultimodalTokenizer, tmp_path: Path):
+def test_next_of_several_edits(seedx_tokenizer, tmp_path):
     # All views of a source are read, in reading order and the whole last, each with its place; one
     # of a target is written, and it is read in later turns.
     for name, colour in COLOURS.items():

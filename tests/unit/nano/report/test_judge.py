@@ -52,7 +52,7 @@ def images(scenes: list[Scene]) -> list[Image.Image]:
 
 @pytest.mark.nightly
 @pytest.mark.slow
-def test_a_trained_judge_reads_scenes_and_finds_equal_ones(trained: Judge):
+def test_a_trained_judge_reads_scenes_and_finds_equal_ones(trained):
     drawings = images(FRESH)
     right = (trained.labels(drawings) == label_tensor(FRESH, JUDGE_CLASSES)).float().mean(0)
     assert right.min() >= 0.5

@@ -19,7 +19,7 @@ def known(tmp_path_factory) -> KnownWords:
 
 
 @pytest.mark.slow
-def test_unknown_of_training_records(known: KnownWords):
+def test_unknown_of_training_records(known):
     # `draw` would warn of words that nano was trained on.
     for kind in KINDS:
         if kind == "requests":  # they name what cannot be drawn, too
@@ -33,7 +33,7 @@ def test_unknown_of_training_records(known: KnownWords):
 
 
 @pytest.mark.parametrize("name", ["nano", "nano-x", "nano-lavit"])
-def test_read_known_words_of_the_shipped_systems(name, known: KnownWords):
+def test_read_known_words_of_the_shipped_systems(name, known):
     shipped = ROOT / "pretrained" / name / "known_words.json"
     assert read_known_words(shipped) == known
 
@@ -46,7 +46,7 @@ def test_read_known_words_of_the_shipped_systems(name, known: KnownWords):
         ("Two cats on the grass", [], []),
     ],
 )
-def test_unknown_of_requests(request_text, unknown, unknown_drawn, known: KnownWords):
+def test_unknown_of_requests(request_text, unknown, unknown_drawn, known):
     assert known.unknown(request_text) == unknown
     assert known.unknown(request_text, drawing=True) == unknown_drawn
     assert "'pengiun' (did you mean 'penguin'?)" in known.note("A pengiun.")
@@ -70,5 +70,5 @@ def test_unknown_of_requests(request_text, unknown, unknown_drawn, known: KnownW
         ("a happy robot", "a crocodile", []),  # nothing that is known: words are noted elsewhere
     ],
 )
-def test_contradictions_of_a_description(known: KnownWords, request_, description, differences):
+def test_contradictions_of_a_description(known, request_, description, differences):
     assert known.compared.contradictions(["Here it is.", request_], description) == differences

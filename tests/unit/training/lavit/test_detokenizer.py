@@ -31,7 +31,7 @@ def test_codes_depend_on_the_image_and_the_seed_only():
         assert not torch.equal(DynamicCodes(tokenizer, selection, seed).encode(pixels), codes)
 
 
-def test_codes_are_of_the_vision_encoders_preprocessing(parts: Path, tmp_path):
+def test_codes_are_of_the_vision_encoders_preprocessing(parts, tmp_path):
     # Else a decoder learns other codes than those it gets when it draws.
     tokenizer = write_tokenizer_of("siglip2", tmp_path, TOKENIZER)
     model = {"tokenizer": str(tmp_path / "tokenizer"), "selection": "threshold"}

@@ -21,9 +21,7 @@ from seed_multimodal.models.lavit.train_llm import PretrainTask
 from seed_multimodal.state_dicts import load_state_dict
 
 
-def test_losses_of_packed_rows_equal_those_of_single_sequences(
-    config_of, parts_dir: Path, tmp_path
-):
+def test_losses_of_packed_rows_equal_those_of_single_sequences(config_of, parts_dir, tmp_path):
     # Placeholders of images become as many positions as the image has tokens, drawn by each
     # sample's seed.
     sums = []
@@ -43,7 +41,7 @@ def test_losses_of_packed_rows_equal_those_of_single_sequences(
 
 
 def test_images_are_prepared_as_the_vision_encoder_of_the_tokenizer_says(
-    config_of, parts_dir: Path, tmp_path
+    config_of, parts_dir, tmp_path
 ):
     # Cropped and with its mean, as in a system; EVA's are squashed.
     model = write_tokenizer_of("dinov2", tmp_path, parts.SIZES, side=32)
@@ -64,7 +62,7 @@ def test_images_are_prepared_as_the_vision_encoder_of_the_tokenizer_says(
         assert any(torch.equal(pixels, image) for image in expected)
 
 
-def test_resume_with_another_visual_tokenizer_fails(config_of, parts_dir: Path, tmp_path):
+def test_resume_with_another_visual_tokenizer_fails(config_of, parts_dir, tmp_path):
     # The same one in another folder is accepted.
     shutil.copytree(parts_dir / "visual", tmp_path / "visual")
 
@@ -85,7 +83,7 @@ def test_resume_with_another_visual_tokenizer_fails(config_of, parts_dir: Path, 
         train(3, tmp_path / "visual")
 
 
-def test_checkpoint_with_lora_opens_as_a_system(config_of, parts_dir: Path, tmp_path):
+def test_checkpoint_with_lora_opens_as_a_system(config_of, parts_dir, tmp_path):
     # The merged language model; the trained token merger for understanding, stage 1's tokenizer for
     # codes; a new run starts from it.
     config = config_of(tmp_path / "out", model={"lora": LORA}, trainer={"max_steps": 2})

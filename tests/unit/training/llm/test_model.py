@@ -116,7 +116,7 @@ def step(model: Any, lr: float = 0.1) -> None:
 LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 
 
-def test_build_llm_for_zero_3_keeps_weights_as_in_their_files(bases: dict[str, Path], tmp_path):
+def test_build_llm_for_zero_3_keeps_weights_as_in_their_files(bases, tmp_path):
     from transformers import LlamaForCausalLM
 
     # Mapped memory, without a copy in fp32 that a node could not hold; the engine shards them.
@@ -126,7 +126,7 @@ def test_build_llm_for_zero_3_keeps_weights_as_in_their_files(bases: dict[str, P
     assert {parameter.dtype for parameter in model.parameters()} == {torch.float16}
 
 
-def test_build_llm_initialises_new_tokens_by_the_seed(bases: dict[str, Path]):
+def test_build_llm_initialises_new_tokens_by_the_seed(bases):
     # All processes of a run must have the same rows, whatever they drew before.
     old = load_state_dict(bases["text"] / "model.safetensors")
     torch.manual_seed(5)
@@ -159,7 +159,7 @@ KINDS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
-def test_trained_saved_and_loaded(kind, bases: dict[str, Path], tmp_path):
+def test_trained_saved_and_loaded(kind, bases, tmp_path):
     from peft import PeftModel
     from transformers import LlamaForCausalLM
 
@@ -275,7 +275,7 @@ def test_lora_of_other_architectures_is_merged_as_trained(architecture, tied, tm
         torch.testing.assert_close(merged(input_ids=ids).logits, expected)
 
 
-def test_lora_on_a_base_in_half_precision(bases: dict[str, Path]):
+def test_lora_on_a_base_in_half_precision(bases):
     # The originals' settings: peft would leave modules_to_save in the base's bf16.
     model = build(bases["text"], dtype="bf16", lora={"r": 4, "lora_dropout": 0.0})
     for name, parameter in model.named_parameters():
@@ -284,7 +284,7 @@ def test_lora_on_a_base_in_half_precision(bases: dict[str, Path]):
 
 
 @pytest.mark.parametrize("damage", ["missing", "unknown"])
-def test_load_adapter_of_another_model_names_the_tensor(damage, bases: dict[str, Path], tmp_path):
+def test_load_adapter_of_another_model_names_the_tensor(damage, bases, tmp_path):
     # A tensor that is silently left out makes a model that answers, but badly.
     model = build(bases["all"], lora=LORA)
     folder = save_trained(model, tmp_path)
@@ -299,7 +299,7 @@ def test_load_adapter_of_another_model_names_the_tensor(damage, bases: dict[str,
         load_adapter(build(bases["all"], lora=LORA), folder)
 
 
-def test_load_adapter_of_peft_0_4(bases: dict[str, Path], tmp_path):
+def test_load_adapter_of_peft_0_4(bases, tmp_path):
     # The published checkpoints of SEED-LLaMA.
     model = build(bases["all"], lora=LORA)
     step(model)
@@ -320,20 +320,20 @@ WRONG = [
 
 
 @pytest.mark.parametrize(("base", "settings", "named"), WRONG)
-def test_build_llm_with_a_wrong_setting(base, settings, named, bases: dict[str, Path]):
+def test_build_llm_with_a_wrong_setting(base, settings, named, bases):
     # By the name of the setting, before a model of many gigabytes is read or trained.
     with pytest.raises((ConfigError, CheckpointError), match=named):
         build(bases.get(base), **settings)
 
 
-def test_build_llm_with_another_vocabulary(bases: dict[str, Path]):
+def test_build_llm_with_another_vocabulary(bases):
     # Ids of images would be those of words.
     other = SimpleNamespace(vocabulary=ImageVocabulary(80, CODES, 4), special_ids=LLAMA_IDS)
     with pytest.raises(ConfigError, match="80"):
         build_llm(LlmModelSettings(path=str(bases["all"]), dtype="fp32"), other, "cpu")
 
 
-def test_gradient_checkpointing_computes_each_layer_again(bases: dict[str, Path]):
+def test_gradient_checkpointing_computes_each_layer_again(bases):
     # Else a user's batch does not fit into memory.
     calls: list[int] = []
     for checkpointing in (False, True):

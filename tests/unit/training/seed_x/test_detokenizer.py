@@ -26,7 +26,7 @@ def parts(tmp_path_factory) -> Path:
     return write_detokenizer_parts(tmp_path_factory.mktemp("detokenizer"))
 
 
-def test_image_features_under_autocast(parts: Path):
+def test_image_features_under_autocast(parts):
     # The VAE stays in float32, and a condition's latents are its means, not scaled.
     vae = SdxlDetokenizer.load_part(parts / "sdxl", "vae")
     encoder = QwenVit.from_pretrained(parts / "vision")

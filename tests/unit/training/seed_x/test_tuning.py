@@ -3,7 +3,6 @@
 import itertools
 import json
 from collections.abc import Iterable
-from pathlib import Path
 
 import pytest
 import torch
@@ -60,9 +59,7 @@ def mean_losses(task: TuningTask, batches: Iterable[LlmBatch]) -> list[float]:
     return [float(sums[0] / sums[1]), float(sums[2] / sums[3])]
 
 
-def test_losses_of_packed_rows_equal_those_of_single_sequences(
-    config_of, parts_dir: Path, tmp_path
-):
+def test_losses_of_packed_rows_equal_those_of_single_sequences(config_of, parts_dir, tmp_path):
     # A token that sees another sequence, or an image in another's place, shows in no curve.
     losses = []
     for packing, rows in ((True, 2), (False, 1)):
@@ -75,7 +72,7 @@ def test_losses_of_packed_rows_equal_those_of_single_sequences(
     assert losses[0] == pytest.approx(losses[1], rel=1e-5)
 
 
-def test_gradients_reach_every_parameter_in_every_batch(config_of, parts_dir: Path, tmp_path):
+def test_gradients_reach_every_parameter_in_every_batch(config_of, parts_dir, tmp_path):
     # Processes wait for each other's gradients: none may be left out where a batch lacks images.
     data = parts.data_of(parts_dir)
     texts = lines(tmp_path / "texts.jsonl", [{"data": ["Say red.", "Red."]}])

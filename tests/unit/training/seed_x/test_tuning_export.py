@@ -79,7 +79,7 @@ def check_system(task: TuningTask, parts_dir: Path, merged: Path) -> None:
     )
 
 
-def test_merge_of_an_original_export(run: tuple[TuningTask, Path], parts_dir: Path, tmp_path):
+def test_merge_of_an_original_export(run, parts_dir, tmp_path):
     # Written by `zero_to_fp32.py`: one file with the tensor names of an old peft, no settings next
     # to it.
     task, checkpoint = run
@@ -100,7 +100,7 @@ def test_merge_of_an_original_export(run: tuple[TuningTask, Path], parts_dir: Pa
     check_system(task, parts_dir, merged)
 
 
-def test_checkpoint_opens_as_a_system(run: tuple[TuningTask, Path], parts_dir: Path):
+def test_checkpoint_opens_as_a_system(run, parts_dir):
     # Its record names the base model and the vision encoder.
     task, checkpoint = run
     check_system(task, parts_dir, checkpoint)
