@@ -42,7 +42,7 @@ from seed_multimodal.training.distributed import ProcessGroup
 from seed_multimodal.training.engine import autocast
 from seed_multimodal.training.schedules import learning_rate
 from seed_multimodal.training.task import frozen_names
-from seed_multimodal.training.trainer import train_stage
+from seed_multimodal.training.trainer import Trainer, train_stage
 
 # Settings that change no result of the training: not reported when they differ at a resume.
 QUIET_KEYS = (
@@ -63,6 +63,7 @@ class TokenizerTask(CodebookTask):
 
     quiet_keys = [f"run.{key}" for key in QUIET_KEYS]
     start_hint = "run.resume_ckpt_path"
+    trainer: Trainer
     last_loss: Tensor | None = None
 
     def __init__(self, runner: RunnerSeed, batches: StepBatches) -> None:

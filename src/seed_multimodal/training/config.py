@@ -8,10 +8,18 @@ from typing import Any
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import DataclassInstance, setting
-from seed_multimodal.training.schedules import DECAYS, UNREAD
 
 PRECISIONS = ("bf16", "fp16", "fp32")
-SCHEDULES = tuple(DECAYS)
+# Schedules, named as in transformers → settings that they do not read.
+SCHEDULES: dict[str, Sequence[str]] = {
+    "cosine": (),
+    "cosine_with_restarts": (),
+    "linear": (),
+    "polynomial": (),
+    "inverse_sqrt": ("min_lr_ratio",),
+    "constant": ("warmup_steps", "warmup_ratio", "min_lr_ratio"),
+    "constant_with_warmup": ("min_lr_ratio",),
+}
 DEFAULT_TIMEOUT_MINUTES = 30.0  # default of `timeout_minutes`
 ConfigNode = Mapping[str, Any]  # a mapping of a resolved configuration (YAML, JSON)
 
@@ -34,7 +42,7 @@ def refuse_unread(
 def check_schedule(settings: OptimSettings | StageSettings, label: str) -> None:
     """Raise ConfigError for a setting that the chosen schedule would not read."""
     schedule = settings.lr_scheduler_type
-    refuse_unread(settings, UNREAD.get(schedule, ()), label, f"by lr_scheduler_type {schedule}")
+    refuse_unread(settings, SCHEDULES[schedule], label, f"by lr_scheduler_type {schedule}")
 
 
 @dataclass(kw_only=True)
@@ -116,7 +124,7 @@ class StageSettings(TrainerSettings):
     learning_rate: float = setting(1e-3, minimum=0)
     warmup_steps: int = setting(100, minimum=0)
     min_lr_ratio: float = setting(0.02, minimum=0)
-    lr_scheduler_type: str = setting("cosine", choices=SCHEDULES)
+    lr_scheduler_type: str = setting("cosine", choices=tuple(SCHEDULES))
     weight_decay: float = setting(0.01, minimum=0)
     seed: int = setting(0, minimum=0)
     logging_steps: int = setting(50, minimum=1)
@@ -152,7 +160,7 @@ class OptimSettings:
     adam_beta2: float = setting(0.95, minimum=0, below=1)
     adam_epsilon: float = setting(1e-5, minimum=0, maximum=1)
     weight_decay: float = setting(0.05, minimum=0)
-    lr_scheduler_type: str = setting("cosine", choices=SCHEDULES)
+    lr_scheduler_type: str = setting("cosine", choices=tuple(SCHEDULES))
     warmup_ratio: float = setting(0.03, minimum=0, maximum=1)
     warmup_steps: int = setting(0, minimum=0)
     min_lr_ratio: float = setting(0.05, minimum=0, maximum=1)

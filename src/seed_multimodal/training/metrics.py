@@ -11,7 +11,7 @@ import time
 import uuid
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -24,8 +24,6 @@ from seed_multimodal.training.distributed import ProcessGroup
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
-
-    from seed_multimodal.training.task import Task
 
 UNSMOOTHED = ("lr", "loss_scale")
 # Numbers of a log line that its text leaves out or formats itself.
@@ -223,12 +221,22 @@ def to_floats(metrics: Metrics) -> dict[str, float]:
     return {name: float(floats.get(name, value)) for name, value in metrics.items()}
 
 
+class Logged(Protocol):
+    """What a log reads of a `Task`."""
+
+    name: str
+    settings: TrainerSettings
+    meter: Meter
+
+    def status(self) -> Mapping[str, float]: ...
+
+
 class RunLog:
     """Writes log lines every `logging_steps` steps; every process calls it for every step."""
 
     def __init__(
         self,
-        task: Task,
+        task: Logged,
         step: int,
         output_dir: Path,
         group: ProcessGroup,

@@ -31,7 +31,7 @@ from seed_multimodal.training.distributed import (
 )
 from seed_multimodal.training.schedules import optim_learning_rate
 from seed_multimodal.training.task import Task
-from seed_multimodal.training.trainer import train
+from seed_multimodal.training.trainer import Trainer, train
 
 # Settings that do not change the training's numbers, or are reported on resume anyway.
 QUIET_KEYS = (
@@ -134,6 +134,7 @@ class RunTask(Task):
     checkpoint_folder = ""
     quiet_keys = QUIET_KEYS
     settings: RunTrainerSettings
+    trainer: Trainer
     run_type: ClassVar[type[RunSettings]]
 
     @classmethod

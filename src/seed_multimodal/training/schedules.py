@@ -4,16 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from seed_multimodal.data.stream.sampler import EpochOrder
-
-if TYPE_CHECKING:
-    from seed_multimodal.training.config import OptimSettings, StageSettings
-
+from seed_multimodal.training.config import OptimSettings, StageSettings
 
 INVERSE_SQRT_STEPS = 10_000  # scale of this schedule without warm-up, as in transformers
 
@@ -31,7 +27,7 @@ def _constant(progress: float, floor: float) -> float:
     return 1.0
 
 
-# Name (as in transformers) → share of the peak rate after the warm-up: a function of the progress
+# Each of `SCHEDULES` → share of the peak rate after the warm-up: a function of the progress
 # (0: end of the warm-up, 1: `max_steps`) and of the last share. Defaults of transformers: one cycle
 # and the power 1.
 DECAYS: dict[str, Callable[[float, float], float]] = {
@@ -42,12 +38,6 @@ DECAYS: dict[str, Callable[[float, float], float]] = {
     "inverse_sqrt": _constant,
     "constant": _constant,
     "constant_with_warmup": _constant,
-}
-# Settings that a schedule does not read.
-UNREAD = {
-    "constant": ("warmup_steps", "warmup_ratio", "min_lr_ratio"),
-    "constant_with_warmup": ("min_lr_ratio",),
-    "inverse_sqrt": ("min_lr_ratio",),
 }
 
 

@@ -29,7 +29,6 @@ from seed_multimodal.training.schedules import learning_rate
 
 if TYPE_CHECKING:
     from seed_multimodal.data.stream.loader import StepBatches
-    from seed_multimodal.training.trainer import Trainer
 
 WEIGHTS = "model.safetensors"
 
@@ -67,7 +66,8 @@ class Task:
         config: the resolved configuration.
         quiet_keys: keys of the configuration whose change is not reported on resume.
         start_hint: option that initializes a new run from another run's weights.
-        trainer: set when all is restored, before the first step.
+        trainer: set when all is restored, before the first step; a task that reads it declares it
+            as a `Trainer`.
     """
 
     name: str
@@ -90,7 +90,7 @@ class Task:
     config: ConfigNode | None = None
     quiet_keys: Sequence[str] = ()
     start_hint: str = "`start`"
-    trainer: Trainer
+    trainer: object
 
     @property
     def record_file(self) -> str:

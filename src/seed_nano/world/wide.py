@@ -18,20 +18,26 @@ import numpy as np
 from PIL import Image
 
 from seed_nano.world.scene import QUARTERS, SIZE, Box, Scene, WideScene, boxes, scene_image
-from seed_nano.world.splits import check_split, held_out_compositions
+from seed_nano.world.splits import check_name, held_out_compositions
 from seed_nano.world.things import BACKGROUND_PHRASES, BACKGROUNDS, NAMES, STYLES
 from seed_nano.world.words import noun_phrase
 
 SIZES = {64: 0.34, 96: 0.14, 128: 0.22, 160: 0.1, 200: 0.1, 256: 0.07, 400: 0.03}
 """Sides in pixels of images that are read, and how often."""
+# Of `counts` and `things` there are none: a wide scene shows one of each of the known things.
+WIDE_SPLITS = ("train", "val", "pairs", "places", "styles")
 FRAMED_SHARE = 0.3  # share of the images that are cropped or have margins
 FULL_FRAME = (0.0, 0.0, 1.0, 1.0)
 
 
 def wide_at(seed: int, index: int, split: str = "train") -> WideScene:
     """Wide scene number `index` of a split's endless stream, by `held_out_wide`; `val` has its own
-    stream of such that show nothing held out."""
-    check_split(split)
+    stream of such that show nothing held out.
+
+    Raises:
+        DataError: a split without wide scenes.
+    """
+    check_name("split of wide scenes", split, WIDE_SPLITS)
     rng = random.Random(f"{seed} wide {split} {index}")
     while True:
         count = rng.choice((2, 3, 4))

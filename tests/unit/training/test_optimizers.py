@@ -10,13 +10,9 @@ import torch
 from torch import nn
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.training.config import OptimSettings
+from seed_multimodal.training.config import SCHEDULES, OptimSettings
 from seed_multimodal.training.optimizers import AdamWHf, MuonWithAdamW, build_optimizer
-from seed_multimodal.training.schedules import (
-    DECAYS,
-    UNREAD,
-    optim_learning_rate,
-)
+from seed_multimodal.training.schedules import optim_learning_rate
 
 
 def toy() -> nn.Module:
@@ -116,7 +112,7 @@ def test_muon_updates_as_torchs_does_in_bfloat16():
     assert (ours.weight - theirs.weight).norm() < 0.03 * (theirs.weight - start).norm()
 
 
-@pytest.mark.parametrize("name", DECAYS)
+@pytest.mark.parametrize("name", SCHEDULES)
 def test_schedules_are_those_of_transformers(name):
     # By all names that the original's flag takes; only the cosine of SEED has a last rate.
     from transformers import get_scheduler
@@ -124,7 +120,7 @@ def test_schedules_are_those_of_transformers(name):
     settings = OptimSettings(lr_scheduler_type=name, warmup_ratio=0, warmup_steps=0)
     if name != "constant":
         settings.warmup_steps = 3
-    if "min_lr_ratio" not in UNREAD.get(name, ()):
+    if "min_lr_ratio" not in SCHEDULES[name]:
         settings.min_lr_ratio = 0.0
     optimizer = torch.optim.SGD(nn.Linear(1, 1).parameters(), lr=settings.learning_rate)
     schedule = get_scheduler(name, optimizer, settings.warmup_steps, 12)

@@ -2,11 +2,12 @@
 
 import pytest
 
+from seed_multimodal.errors import DataError
 from seed_nano.world.records import X_ONLY_KINDS
 from seed_nano.world.scene import QUARTERS, Scene, boxes, render, render_slots
 from seed_nano.world.source import open_nano
 from seed_nano.world.splits import held_out
-from seed_nano.world.wide import View, describe_wide, held_out_wide, wide_at
+from seed_nano.world.wide import WIDE_SPLITS, View, describe_wide, held_out_wide, wide_at
 
 
 def test_render_and_describe_wide_scenes():
@@ -34,7 +35,10 @@ def test_render_and_describe_wide_scenes():
 def test_wide_at_contains_nothing_held_out():
     # The report of unseen pairs would be of seen ones.
     assert not any(held_out_wide(wide_at(3, index)) for index in range(300))
-    assert all(held_out_wide(wide_at(3, index, "pairs")) == {"pairs"} for index in range(20))
+    for split in WIDE_SPLITS[2:]:
+        assert all(held_out_wide(wide_at(3, index, split)) == {split} for index in range(20))
+    with pytest.raises(DataError, match="'counts'"):
+        wide_at(3, 0, "counts")
 
 
 def test_view_crops_and_adds_margins():
