@@ -104,12 +104,14 @@ def choose_device(
     *,
     fp16: str = "",
     doing: str = "Running",
+    notice: str = "",
 ) -> Runtime:
     """Resolve `auto` (CUDA, then MPS, then CPU) and log the result with reasons. A GPU's device has
     its index.
 
     fp16: reason for which `auto` is float16 on CUDA; "": bfloat16 if supported.
     doing: first words of the logged line.
+    notice: its end.
 
     Raises ConfigError: an unknown name, or a missing device.
     """
@@ -121,7 +123,7 @@ def choose_device(
     if log is not None:
         reasons = "; ".join(filter(None, (device_reason, dtype_reason)))
         ending = f" ({reasons})" if reasons else ""
-        log(f"{doing} on {runtime}{ending}.")
+        log(f"{doing} on {runtime}{ending}. {notice}".rstrip())
     return runtime
 
 

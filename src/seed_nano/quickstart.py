@@ -1,7 +1,6 @@
 """Show on one sheet what nano does: tokenize, describe, ask, draw, edit, chat, tell a story.
 
-Writes `contact_sheet.png`, `contact_sheet_dark.png`, the single images and `quickstart.json` (codes
-and texts).
+Writes `contact_sheet.png`, the single images and `quickstart.json` (codes and texts).
 """
 
 from __future__ import annotations
@@ -47,8 +46,11 @@ DRAW_CAPTIONS = (
     "a large twemoji butterfly on a yellow background",
 )
 EDIT_CAPTION = "a small twemoji car on the left in a meadow"
-GROW_CAPTION = "a fluent tiger left of a tree in a meadow"
-COUNTS = (4, 8, 16, 32)  # codes
+GROW_CAPTIONS = (
+    "a noto snowman left of a cake in a room",
+    "a noto balloon left of a duck on a pink background",
+)
+COUNTS = (2, 4, 8, 16, 32)  # codes
 EDITS = (
     "Move the car to the right.",
     "Add a house at the left.",
@@ -63,7 +65,7 @@ CHAT = (
     "Please draw a noto sailboat left of a dolphin on the sea.",
     "Now the first picture again, but put it at night.",
 )
-STORY = "Tell a story about a noto fox and a penguin in three pictures."
+STORY = "Tell a story about a noto fox and a penguin in four pictures."
 
 
 def never_trained_on(caption: str) -> str:
@@ -153,15 +155,20 @@ def run_quickstart(system: MultimodalSystem, seed: int = 0) -> tuple[list[Row], 
         cells = image_cells(answer) or [Cell(turns[-1].image if turns else None, answer.text)]
         cells[-1].prompt = request
         turns += cells
-    story = system.chat([{"role": "user", "content": [STORY]}], seed=seed, max_new_tokens=300)
+    # Sampled: nano's likeliest story stays where it began.
+    story_request: JsonObject = {"role": "user", "content": [STORY]}
+    story = system.chat([story_request], seed=seed, max_new_tokens=300, temperature=1.0)
 
-    # 4. Reconstructions from growing prefixes of the codes.
-    growing = scene_image(scene_of(GROW_CAPTION), size)
-    first = system.tokenize(growing)[0].tolist()
-    grown = [Cell(growing, "the image")]
-    steps = system.reconstruct([first] * len(COUNTS), seed, codes=COUNTS)
-    for count, step in zip(COUNTS, steps, strict=True):
-        grown.append(Cell(step, "", f"{count} codes"))
+    # 4. Reconstructions from growing prefixes of the codes, and their descriptions.
+    growing = [scene_image(scene_of(caption), size) for caption in GROW_CAPTIONS]
+    growing_codes = [row.tolist() for row in system.tokenize(growing)]
+    grown: list[Cell] = []
+    for original, row in zip(growing, growing_codes, strict=True):
+        grown.append(Cell(original, "the image"))
+        steps = system.reconstruct([row] * len(COUNTS), seed, codes=COUNTS)
+        captions = system.describe(steps, seed=seed)
+        for count, step, caption in zip(COUNTS, steps, captions, strict=True):
+            grown.append(Cell(step, f"“{caption}”", f"{count} codes"))
     return [
         Row(
             "Look\nAn image becomes 32 codes. From them the model describes it and answers "
@@ -172,8 +179,12 @@ def run_quickstart(system: MultimodalSystem, seed: int = 0) -> tuple[list[Row], 
         Row("Edit\nSuccessive edits; the rest of the image stays.", edits),
         Row("Talk\nA conversation that refers to earlier images.", turns),
         Row(f"Tell\n“{STORY}” Text and images in one answer.", image_cells(story)),
-        Row("Grow\nReconstructions from the first codes, which carry most information.", grown),
-    ], {"codes": codes, "grown_codes": first}
+        Row(
+            "Grow\nReconstructions from the first codes, and how the model describes them: first "
+            "the background and where things are, then what they are.",
+            grown,
+        ),
+    ], {"codes": codes, "grown_codes": growing_codes}
 
 
 def find(seed_x: MultimodalSystem, seed: int) -> Row:

@@ -57,11 +57,11 @@ CHOICES = {
 def test_choose_device(machine, device, dtype, fp16, chosen_device, chosen_dtype, monkeypatch):
     report_devices(monkeypatch, *machine)
     logged: list[str] = []
-    runtime = choose_device(device, dtype, logged.append, fp16=fp16)
+    runtime = choose_device(device, dtype, logged.append, fp16=fp16, notice="A notice.")
     # Loaded tensors have an index, so that `cuda` would never compare equal.
     assert (runtime.device, runtime.dtype) == (torch.device(chosen_device), chosen_dtype)
     (line,) = logged
-    assert str(runtime) in line
+    assert str(runtime) in line and line.endswith(". A notice.")
     # A choice has its reasons in the log, a request none.
     assert ("(" in line) == ("auto" in (device, dtype))
 

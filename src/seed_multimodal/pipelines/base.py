@@ -183,7 +183,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
 
         # 2. The devices; a quantized language model cannot be moved.
         fp16_reason = FP16_WITH_8BIT if quantization == "8bit" else ""
-        llm = choose_device(device, dtype, log=log, fp16=fp16_reason)
+        llm = choose_device(device, dtype, log=log, fp16=fp16_reason, notice=config.notice)
         image_dtype = image_dtype or dtype
         images = choose_for_images(image_device or llm.device, image_dtype, llm, log)
         drawing = choose_for_images(drawing_device or images.device, image_dtype, images, log)
@@ -199,7 +199,6 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         system: Self = system_class(family_class.load(config, placement), options, log)
         if compiled:
             system.images.compile()
-        system._log_note(config.notice)
         return system
 
     def save_pretrained(self, folder: str | Path, *, force: bool = False) -> Path:

@@ -115,7 +115,7 @@ class SystemConfig:
     previews: tuple[int, ...] = setting((), minimum=1)
     # denoising steps of the image that a stream shows; None: as of a drawing
     preview_inference_steps: int | None = setting(None, minimum=1)
-    notice: str = ""  # what people should know of the weights; logged when they are loaded
+    notice: str = ""  # what people should know of the weights; logged with the device
     known_words: Path | None = None  # JSON file of the words that it learned
     read_back: bool = False  # whether it describes its drawings, see `pipelines.read_back`
 

@@ -1,6 +1,7 @@
 """Training curves from logs `NAME.log.jsonl`: a panel per quantity, a colour per run.
 
-Evaluations (`eval_loss`, `valid/SPLIT/loss`) are dots in the panel of their quantity.
+Evaluations (`eval_loss`, `valid/SPLIT/loss`) are dots in the panel of their quantity. A positive
+loss that changes by more than a factor of ten has a logarithmic axis.
 """
 
 from __future__ import annotations
@@ -134,6 +135,10 @@ def _figure(runs: dict[str, Series]) -> Figure:
                 )
             if index == 1:  # of all panels, from an empty line
                 axes.plot([], [], color=f"C{color}", label=name)
+        # Beside the first values of such a loss, late differences are too small to see.
+        plotted = [value for line in axes.get_lines() for value in line.get_ydata()]
+        if "loss" in quantity and 0 < 10 * min(plotted) < max(plotted):
+            axes.set_yscale("log")
         if axes.get_legend_handles_labels()[0]:
             axes.legend(fontsize=7)
     return figure
