@@ -229,7 +229,7 @@ def upload(file: Path) -> Image.Image:
     """What the page sends of an uploaded file."""
     from seed_multimodal.serving.chat_session import ChatSession
 
-    model: Any = SimpleNamespace(card=SimpleNamespace(keeps_aspect=True))
+    model = SimpleNamespace(card=SimpleNamespace(keeps_aspect=True))
     picture = ChatSession([model], model).store_upload(str(file))
     return open_image(picture.url).image
 
@@ -327,7 +327,7 @@ def test_heif_is_read_where_a_plugin_is_registered(monkeypatch):
     # As `pillow_heif.register_heif_opener()` does.
     content, _ = NO_IMAGES["HEIC"]
 
-    def accept(prefix: bytes) -> bool:
+    def accept(prefix):
         return prefix[4:12] == b"ftypheic"
 
     monkeypatch.setitem(Image.OPEN, "HEIF", (lambda file, name: PICTURE.copy(), accept))

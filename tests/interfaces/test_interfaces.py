@@ -110,7 +110,7 @@ def parameters(function: Any) -> list[str]:
 
 def flags(parser: argparse.ArgumentParser) -> list[str]:
     """All spellings of a parser's flags, and its positional arguments."""
-    names: list[str] = []
+    names = []
     for action in parser._actions:
         if not isinstance(action, argparse._SubParsersAction):
             names += action.option_strings or [action.dest]
@@ -136,7 +136,7 @@ class Parsed(BaseException):
 
 def programs() -> dict[str, list[str]]:
     """Flags of the originals' programs; each is started, and stopped where it parses them."""
-    parsers: list[argparse.ArgumentParser] = []
+    parsers = []
 
     def stop(self: argparse.ArgumentParser, *arguments: object, **options: object) -> None:
         parsers.append(self)

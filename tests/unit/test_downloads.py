@@ -71,7 +71,7 @@ def fetch(server, capsys) -> Callable[..., list[str]]:
     def run(*arguments: str) -> list[str]:
         capsys.readouterr()
         status = main(["fetch", *arguments, "--json"])
-        problems: list[str] = json.loads(capsys.readouterr().out)["problems"]
+        problems = json.loads(capsys.readouterr().out)["problems"]
         assert status == bool(problems)
         return problems
 
@@ -81,7 +81,7 @@ def fetch(server, capsys) -> Callable[..., list[str]]:
 @pytest.fixture
 def pauses(monkeypatch) -> list[float]:
     """Seconds of the pauses, which take no time here."""
-    pauses: list[float] = []
+    pauses = []
     monkeypatch.setattr("time.sleep", pauses.append)
     return pauses
 
@@ -352,7 +352,7 @@ def test_local_folder_of_a_snapshot_without_weights(server):
 
 def files_of(folder: Path, *left_out: str) -> dict[str, bytes]:
     """A folder as a repository."""
-    files: dict[str, bytes] = {}
+    files = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder).as_posix()
         if path.is_file() and not name.startswith(left_out):

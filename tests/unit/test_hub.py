@@ -54,7 +54,7 @@ ERRORS = {
 
 @pytest.mark.parametrize(("error", "named"), ERRORS.values(), ids=ERRORS)
 def test_run_program_prints_errors_without_a_traceback(error, named, capsys):
-    def work(args: argparse.Namespace) -> int:
+    def work(args):
         raise error
 
     assert run_program(argparse.ArgumentParser(prog="x"), work, []) == COMMAND_FAILED

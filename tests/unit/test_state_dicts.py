@@ -14,7 +14,7 @@ from seed_multimodal.state_dicts import load_state_dict, save_state_dict
 @pytest.mark.parametrize("wrappers", [("model",), ("module", "model"), ("module", "state_dict")])
 def test_load_state_dict_unwraps_states(wrappers, tmp_path):
     # As trainers wrap them; names that are no texts are of optimizers.
-    wrapped: dict[str, object] = {"a": torch.ones(2), 0: torch.ones(2)}
+    wrapped = {"a": torch.ones(2), 0: torch.ones(2)}
     for wrapper in wrappers:
         wrapped = {wrapper: wrapped, "epoch": 3}
     torch.save(wrapped, tmp_path / "a.pt")

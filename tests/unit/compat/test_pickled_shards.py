@@ -128,10 +128,10 @@ def test_read_pickle_broken(code):
 def test_read_pickle_bombs(monkeypatch):
     # A file of some bytes may stand for values that fill the memory.
     monkeypatch.setattr(pickled_shards, "MAX_LENGTH", 1_000_000)
-    bomb: list = ["x"] * 10
+    bomb = ["x"] * 10
     for _ in range(12):
         bomb = [bomb] * 10
-    loop: list = []
+    loop = []
     loop.append(loop)
     arrays = [np.zeros(10_000, np.int64)] * 1000
     no_numbers = np.empty((1_000_000, 0), np.int64)

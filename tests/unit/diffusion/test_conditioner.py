@@ -9,7 +9,6 @@ import torch
 from installed_package import install
 from tiny import write_json
 from tiny.diffusion import CROSS, EMBEDDING, write_unclip
-from torch import Tensor
 
 from seed_multimodal.diffusion.conditioner import load_conditioner
 from seed_multimodal.errors import CheckpointError
@@ -70,7 +69,7 @@ def test_a_conditioner_of_another_package_starts_and_conditions(
 
     # 2. Its latents and tokens reach the U-Net.
     model = UnclipDetokenizer.from_pretrained(folder)
-    inputs: list[tuple[Tensor, Tensor]] = []
+    inputs = []
     model.unet.register_forward_pre_hook(
         lambda module, args, named: inputs.append((args[0], named["encoder_hidden_states"])),
         with_kwargs=True,

@@ -159,7 +159,7 @@ def test_guidance_of_one_runs_the_denoiser_once_per_step(case: Case):
     # A scheduler with one run a step, where the folder's has several.
     if "prediction_type" in case.model.scheduler.config:
         case.model.scheduler = DDIMScheduler.from_config(case.model.scheduler.config)
-    rows: list[int] = []
+    rows = []
     hook = case.model.denoiser.register_forward_pre_hook(
         lambda module, args: rows.append(len(args[0]))
     )

@@ -31,7 +31,7 @@ OPENAI_NAMES = {
 def as_openai(model: torch.nn.Module) -> dict[str, Tensor]:
     """A transformers model's tensors under OpenAI's names."""
     state = model.state_dict()
-    renamed: dict[str, Tensor] = {}
+    renamed = {}
     for name, value in state.items():
         if ".k_proj" in name or ".v_proj" in name:
             continue

@@ -67,7 +67,7 @@ def test_every_row_names_a_task_and_a_source():
 def test_suite_runs_what_is_there(data, tiny_folder, tmp_path, capsys):
     out = tmp_path / "out"
 
-    def suite(limit: int, *more: str) -> tuple[int, str]:
+    def suite(limit, *more):
         argv = (
             f"eval suite --model {tiny_folder} --compare 8b --data {data} --out {out} --device cpu"
         )

@@ -39,7 +39,7 @@ def nano() -> Any:
 def gguf(tmp_path_factory) -> Path:
     """nano in half precision. Skipped where llama.cpp is not installed."""
     pytest.importorskip("llama_cpp")
-    file: Path = tmp_path_factory.mktemp("gguf") / "new" / "nano.gguf"
+    file = tmp_path_factory.mktemp("gguf") / "new" / "nano.gguf"
     assert main(f"export-gguf --model {NANO} --quant f16 --out {file}".split()) == 0
     return file
 

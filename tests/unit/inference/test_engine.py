@@ -91,7 +91,7 @@ def test_answers_equal_those_of_transformers(request, family, name):
     # 2. Streamed to callers in threads, a third of which leave after four tokens.
     firsts = expected[:: settings.num_return_sequences]
 
-    def read(caller: int) -> tuple[list[int], str | None]:
+    def read(caller):
         row = caller % 5
         stream = engine.submit(asked[row], replace(settings, seed=SEEDS[row]))
         ids = list(stream.initial_ids)

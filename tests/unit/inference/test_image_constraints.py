@@ -74,7 +74,7 @@ def test_original_constraints_of_seed_x(seedx_tokenizer):
     process = ImageConstraints(vocabulary, original=True)
     scores = torch.randn(1, vocabulary.size)
 
-    def finite(*ids: int) -> set[int]:
+    def finite(*ids):
         allowed = process(torch.tensor([ids], dtype=torch.long), scores)[0]
         return set(torch.isfinite(allowed).nonzero().flatten().tolist())
 

@@ -23,7 +23,7 @@ def read_all(
 ) -> tuple[AnswerReader, list[Event]]:
     """The reader, and all events in order."""
     reader = AnswerReader(tokenizer, stops)
-    events: list[Event] = []
+    events = []
     for id in ids:
         events += reader.read(id)
     return reader, events + reader.close()
@@ -44,7 +44,7 @@ def segments(draw) -> list[str | list[int]]:
 def ids_of(tokenizer: MultimodalTokenizer, parts: list[str | list[int]], ends: str) -> list[int]:
     """ends: which of `<img>` and `</img>` each image has, in turn."""
     vocabulary = tokenizer.vocabulary
-    ids: list[int] = []
+    ids = []
     for index, part in enumerate(parts):
         if isinstance(part, str):
             ids += tokenizer.encode(part)
@@ -62,7 +62,7 @@ def test_streamed_events_are_the_parts_of_the_whole_answer(tokenizer, parts, end
     # What a page has shown while it streamed must be what the answer holds.
     ids = ids_of(tokenizer, parts, ends) + [tokenizer.eos_token_id] * closes
     reader, events = read_all(tokenizer, ids)
-    streamed: list[object] = []
+    streamed = []
     shown = [event for event in events if event["type"] != "image_start"]
     for kind, group in groupby(shown, lambda event: event["type"]):
         if kind == "text":
@@ -72,7 +72,7 @@ def test_streamed_events_are_the_parts_of_the_whole_answer(tokenizer, parts, end
             streamed += [event.get("codes", event.get("reason")) for event in group]
 
     whole = AnswerReader(tokenizer).read_all(ids)
-    expected: list[object] = []
+    expected = []
     for part in whole.parts:
         if isinstance(part, ImagePart):
             start = part.position
@@ -116,7 +116,7 @@ def test_streamed_text_ends_at_the_first_stop(tokenizers, index, content, stops)
         ids = [int(share * tokenizer.vocabulary.n_text) for share in content]
         ids = [id for id in ids if id not in tokenizer.eos_token_ids]
     whole = tokenizer.decode(ids, skip_special_tokens=True)
-    texts: list[str] = []
+    texts = []
     for stop in stops:
         if isinstance(stop, tuple):  # a part of this text
             start = int(stop[0] * len(whole))

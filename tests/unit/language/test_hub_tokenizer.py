@@ -119,10 +119,10 @@ def expected_ids(reference: Any, messages: list[dict[str, object]]) -> list[int]
 def test_chat_template_equals_transformers(case, tmp_path):
     hub, reference = write_case(case, tmp_path)
     template = get_template("chat", hub)
-    messages: list[dict[str, object]] = [{"role": role, "content": text} for role, text in TURNS]
+    messages = [{"role": role, "content": text} for role, text in TURNS]
     # 1. Questions, with and without a system message, which a template may place anywhere.
     for system in ("", "Be kind."):
-        instructions: list[dict[str, object]] = [{"role": "system", "content": system}]
+        instructions = [{"role": "system", "content": system}]
         for n_turns in (1, 3):
             ids = hub.encode_parts(template.render(TURNS[:n_turns], system), add_bos=True)
             asked = [*(instructions if system else []), *messages[:n_turns]]

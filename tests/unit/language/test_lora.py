@@ -97,7 +97,7 @@ def test_merge_adapter_equals_peft(trained, tokenizer, tmp_path):
     out = tmp_path / "merged"
     merge_adapter(trained.base, trained.adapter, out, tokenizer=tokenizer, max_shard_size="40KB")
     assert (out / "model.safetensors.index.json").is_file()
-    state: dict[str, Tensor] = {}
+    state = {}
     for file in out.glob("*.safetensors"):
         state |= load_file(file)
     expected = copy.deepcopy(trained.model).merge_and_unload().state_dict()

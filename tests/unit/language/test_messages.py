@@ -109,7 +109,7 @@ def test_read_messages_names_the_message_it_refuses(messages, named):
 def test_without_oldest_turn_drops_a_question_and_its_answers(turns, system):
     """turns: the number of answers behind each question."""
     conversation = [Message("system", ("Be kind.",))] * system
-    drawn: list[list[Message]] = []
+    drawn = []
     for index, n_answers in enumerate(turns):
         answers = [Message("assistant", (f"answer {index}",))] * n_answers
         drawn.append([Message("user", (f"question {index}",)), *answers])

@@ -25,7 +25,6 @@ from tiny.lavit import (
     empty_text,
     write_lavit_diffusion,
 )
-from torch import Tensor
 
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedWarning
 from seed_multimodal.models.lavit.decoder import CodeDecoder
@@ -47,7 +46,7 @@ def folder(tmp_path_factory) -> Path:
 
 
 def load(folder: Path, name: str = "highres_pixel_decoding", **options: Any) -> LavitDetokenizer:
-    sizes: dict[str, Any] = {"tokens": CONDITION_TOKENS}
+    sizes = {"tokens": CONDITION_TOKENS}
     if name == "pixel_decoding":  # whose U-Net has no pooled embeddings
         sizes |= {"head": "lowres", "prompt_dim": CROSS}
     torch.manual_seed(0)
@@ -83,7 +82,7 @@ def test_denoise_of_stable_diffusion_with_the_empty_text(folder):
 def test_denoise_in_half_precision_has_exact_sizes(folder):
     # bf16 would round 1333 to 1336.
     model = load(folder, dtype=torch.bfloat16)
-    sizes: list[Tensor] = []
+    sizes = []
     model.unet.register_forward_pre_hook(
         lambda module, args, named: sizes.append(named["added_cond_kwargs"]["time_ids"]),
         with_kwargs=True,
@@ -120,7 +119,7 @@ def test_call_with_the_safety_checker(folder):
     model = load(folder, dtype=torch.bfloat16, safety=folder / "pixel_decoding")
     rows = [torch.randn(length, DECODER.code_dim) for length in (3, 5)]
 
-    def draw() -> list[Any]:
+    def draw():
         with torch.autocast("cpu", torch.bfloat16):
             return model(rows, seeds=[1, 2], num_inference_steps=2)
 

@@ -3,7 +3,6 @@
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -84,7 +83,7 @@ def test_calls_of_image_detokenize():
 
     from models import LaVITDetokenizer
 
-    model: Any = LaVITDetokenizer(
+    model = LaVITDetokenizer(
         model_path=NANO, model_dtype="fp32", pixel_decoding="highres", use_xformers=False
     )
     for name, module in model.named_children():

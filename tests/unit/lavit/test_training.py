@@ -94,7 +94,7 @@ def test_decisions_have_the_change_of_the_loss_as_gradient(model, features, quan
     keep[0] = False
     keep[0, 3] = True  # the last patch of an image cannot be dropped
 
-    def loss(keep: Tensor) -> Tensor:  # [B]
+    def loss(keep):  # [B]
         rows = kept_rows(model, features, keep)
         if quantize:
             table = model.quantize.embedding.weight

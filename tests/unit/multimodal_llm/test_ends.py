@@ -86,14 +86,14 @@ def test_step_crosses_few_files(train, monkeypatch):
     # These are the files that a reader of the training follows.
     from seed_multimodal.training.trainer import Trainer
 
-    files: set[str] = set()
+    files = set()
     train_step = Trainer._train_step
 
-    def record(frame: Any, event: str, argument: Any) -> None:
+    def record(frame, event, argument):
         if "seed_multimodal" in frame.f_code.co_filename:
             files.add(frame.f_code.co_filename)
 
-    def recorded_step(trainer: Trainer) -> bool:
+    def recorded_step(trainer):
         sys.setprofile(record if trainer.step == 5 else None)
         return train_step(trainer)
 

@@ -29,7 +29,7 @@ def pipes():
     """The pipeline of each model, made when it is first used."""
     from transformers import pipeline
 
-    pipes: dict[str, Any] = {}
+    pipes = {}
 
     def pipe(name: str) -> Any:
         if name not in pipes:
@@ -87,7 +87,7 @@ def test_drawings_and_edits_equal_those_of_the_system(name, pipes):
     # Edits in a batch are drawn from their own sources (SEED-X's second stage reads them).
     pipe = pipes(name)
     system = pipe.model.system
-    options: dict[str, Any] = {"generation_mode": "image"}
+    options = {"generation_mode": "image"}
     [row] = pipe(text=user(system.family.tasks.draw_request(SCENE)), **options)
     assert same(row["generated_image"], system.draw(SCENE, **FAST))
     options["processor_kwargs"] = {"generation_mode": "image"}
@@ -103,8 +103,8 @@ def test_drawings_and_edits_equal_those_of_the_system(name, pipes):
 @pytest.mark.slow
 def test_interleaved_answers_in_several_turns_equal_the_systems(nano):
     turns = [LEFT, NIGHT, "What is the background?"]
-    messages: list[dict] = []
-    expected_messages: list[dict] = []
+    messages = []
+    expected_messages = []
     for index, turn in enumerate(turns):
         request = user(*([BOTH] if index == 0 else []), turn)
         messages += request

@@ -82,7 +82,7 @@ LAYOUTS_SEED2 = ("original file", "vision in torch's cache")
 def test_from_pretrained_layouts(kind, layout, seed2, tmp_path, images):
     # Every way in which tokenizers were published or are saved gives the same codes.
     model = seed2 if kind == "seed2" else seed1_tokenizer()
-    lines: list[str] = []
+    lines = []
     source = write_layout(layout, model, tmp_path / "folder")
     config = None if layout == "saved" else model.config
     loaded = type(model).from_pretrained(source, config=config, log=lines.append)

@@ -3,7 +3,6 @@
 
 import torch
 from tiny.diffusion import EMBEDDING, write_unclip
-from torch import Tensor
 
 from seed_multimodal.models.seed.diffusion import UnclipDetokenizer
 
@@ -14,7 +13,7 @@ def test_unclip_with_layout_has_an_unconditional_half_of_zeros(tmp_path):
     write_unclip(tmp_path / "unclip")
     model = UnclipDetokenizer.from_pretrained(tmp_path / "unclip")
     embeds = torch.randn(2, EMBEDDING)
-    tokens: list[Tensor] = []
+    tokens = []
     model.unet.register_forward_pre_hook(
         lambda module, args, named: tokens.append(named["encoder_hidden_states"]),
         with_kwargs=True,

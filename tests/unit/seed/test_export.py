@@ -59,7 +59,7 @@ def trained(tiny, tmp_path) -> Trained:
 @pytest.mark.parametrize("kind", ["seed2", "seed2-reverse", "seed1"])
 def test_export_gives_the_codes_of_the_trained_modules(tiny, tmp_path, kind):
     # What was trained is what is served, in our layout and in the original's.
-    config: Any = seed1_config() if kind == "seed1" else tiny
+    config = seed1_config() if kind == "seed1" else tiny
     if kind == "seed2-reverse":
         config = dataclasses.replace(tiny, use_qformer_image=True)
     trained = train(config, tmp_path / "run")
@@ -69,7 +69,7 @@ def test_export_gives_the_codes_of_the_trained_modules(tiny, tmp_path, kind):
     assert len(set(report.codes)) > 5
 
     # Our folder, and the original files alone.
-    tokenizer: Any = Seed1Tokenizer if kind == "seed1" else Seed2Tokenizer
+    tokenizer = Seed1Tokenizer if kind == "seed1" else Seed2Tokenizer
     original = shutil.copytree(out, tmp_path / "original")
     (original / "config.json").unlink()
     (original / "model.safetensors").unlink()
@@ -121,7 +121,7 @@ def test_export_command_with_a_text_tokenizer(trained, tmp_path, capsys):
     model = (NANO / "seed_tokenizer" / MODEL).read_bytes()
     write_files(tmp_path / "texts", model, trained.config.codebook_size, 32)
 
-    def export(out: str, texts: Path) -> int:
+    def export(out, texts):
         run = trained.folder
         files = f"--stage1 {run}/stage1.pth --stage2 {run}/stage2.pth --vision {run}/eva_vit_g.pth"
         command = f"export-tokenizer {files} --config {config} --out {tmp_path / out}"

@@ -67,7 +67,7 @@ def test_stage1_contrast_is_computed_in_fp32_under_autocast():
     rows = torch.randn(64, 768)
     projection = nn.Linear(768, 256)
 
-    def contrast() -> Tensor:
+    def contrast():
         return similarities(*(project_and_normalize(projection, part) for part in (rows, -rows)))
 
     exact = contrast()

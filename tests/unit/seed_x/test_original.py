@@ -53,7 +53,7 @@ def prompts(monkeypatch) -> list[list[int]]:
     """Prompts of the language model."""
     from seed_multimodal.inference.engine import Engine
 
-    recorded: list[list[int]] = []
+    recorded = []
     real = Engine.run
 
     def run(self: Any, prompts: Any, *rest: Any, **more: Any) -> Any:

@@ -193,7 +193,7 @@ def test_reply_gives_the_message_back_without_a_backend(session, address, file):
 @pytest.mark.parametrize("updates, clear", [(1, False), (2, False), (2, True)])
 def test_reply_ends_where_it_is_cancelled(session, updates, clear):
     # As Gradio does it for Stop: without an answer the message returns, part of one stays.
-    async def stopped() -> None:
+    async def stopped():
         session.on_submit({"text": "Please draw a fish.", "files": []})
         reply = session.reply(*FORCED)
         for _ in range(updates):
@@ -291,7 +291,7 @@ def test_build_opens_no_connection(name, monkeypatch):
     # Neither to gradio's servers nor to a backend; the page has what the model's card says.
     from seed_multimodal.serving.page import build
 
-    def refuse(*args: object, **kwargs: object) -> None:
+    def refuse(*args, **kwargs):
         raise AssertionError(f"building the page opened a connection: {args}")
 
     monkeypatch.setattr(socket.socket, "connect", refuse)

@@ -131,7 +131,7 @@ def test_half_sent_and_oversized_requests_do_not_block_others(tiny):
     for index, sock in enumerate(sockets):
         sock.sendall(beginnings[index % 4])
 
-    def chunks(count: int) -> Iterator[bytes]:
+    def chunks(count):
         yield b'{"text": "USER: hi\\nASSISTANT:", "images": [], "max_new_tokens": 3'
         yield from [b" " * 65_536] * count
         yield b"}"
@@ -161,7 +161,7 @@ def test_late_answers_are_cut_off(client_of, tiny):
 @pytest.mark.parametrize("error, status", [(RuntimeError, 500), (MemoryError, 503)])
 def test_faults_hide_their_details_and_are_counted(client_of, tiny, caplog, error, status):
     # Also in a stream, where the error is the last event.
-    def fail(*_: Any) -> None:
+    def fail(*_):
         raise error("secret path /home/me")
 
     client = client_of(tiny)
@@ -204,7 +204,7 @@ def test_metrics_count_what_was_done(client_of, tiny):
 
 @pytest.mark.skipif(sys.platform != "linux", reason="glibc")
 def test_freed_memory_between_blocks_in_use_returns_to_the_system(tiny, monkeypatch):
-    def anonymous_mb() -> float:
+    def anonymous_mb():
         status = Path("/proc/self/status").read_text()
         return int(status.partition("RssAnon:")[2].split()[0]) / 1000
 
@@ -230,10 +230,10 @@ def test_the_client_of_openai_reads_every_route(tiny):
     assert [tiny.config.name.endswith(model.id) for model in openai.models.list().data] == [True]
 
     # 1. A conversation, whole and streamed; the answer is sent back as the client holds it.
-    options: Any = {"model": "any", "max_tokens": 40, "temperature": 0, "seed": 1}
+    options = {"model": "any", "max_tokens": 40, "temperature": 0, "seed": 1}
     options["extra_body"] = {"force_image": True}
     complete = openai.chat.completions.create
-    messages: list[Any] = [user("What is it?", noise(0))]
+    messages = [user("What is it?", noise(0))]
     completion = complete(**options, messages=messages)
     message = completion.choices[0].message
     assert len(message.model_extra["images"][0]["codes"]) == 32
@@ -256,18 +256,18 @@ def test_the_client_of_openai_reads_every_route(tiny):
     ]
 
     # 3. Responses, whole and streamed; the answer is sent back as the client holds it.
-    tool: Any = {"type": "image_generation", "partial_images": 1}
+    tool = {"type": "image_generation", "partial_images": 1}
     options = {"model": "any", "temperature": 0, "tools": [tool], "tool_choice": tool}
-    request: Any = {**options, "input": "Draw a fish.", "extra_body": {"seed": 1}}
+    request = {**options, "input": "Draw a fish.", "extra_body": {"seed": 1}}
     response = openai.responses.create(**request)
     with openai.responses.stream(**request) as stream:
         *events, last = stream
     kinds = {event.type for event in events}
     assert {"response.output_text.delta", "response.image_generation_call.partial_image"} <= kinds
-    items: list[Any] = [item.model_dump() for item in last.response.output]
+    items = [item.model_dump() for item in last.response.output]
     assert last.response.output_text == response.output_text
     assert [item["type"] for item in items[:2]] == ["message", "image_generation_call"]
-    message: Any = {"role": "user", "content": "And now?"}
+    message = {"role": "user", "content": "And now?"}
     again = openai.responses.create(model="any", input=[message, *items, message])
     assert again.usage.input_tokens > 32
 

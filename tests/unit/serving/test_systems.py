@@ -127,7 +127,7 @@ def test_generate_leaves_out_an_image_of_an_answer_that_broke_off(client_of, tin
 
 def test_repeated_images_are_encoded_once(client, tiny):
     # Clients send all images of a conversation with each message.
-    passes: list[int] = []
+    passes = []
     hook = tiny.images.model.visual_encoder.register_forward_hook(lambda *_: passes.append(1))
     text = "USER: <image>What is it?\nASSISTANT: a cat.\nUSER: <image>And this?\nASSISTANT:"
     try:

@@ -91,7 +91,7 @@ def test_fp16_skips_steps_that_overflow(tmp_path):
     model = nn.Linear(4, 1)
     weights = []
 
-    def scale(step: int) -> float:
+    def scale(step):
         weights.append(model.weight.detach().clone())
         return 1e30 if step == 0 else 1.0
 
@@ -113,9 +113,9 @@ def test_fp16_skips_steps_that_overflow(tmp_path):
 def test_train_stage_stops_at_a_loss_that_is_not_finite(tmp_path, bad):
     # The weights of a user's run are kept, those of the last checkpoint and those in memory.
     model = nn.Linear(3, 1, bias=False)
-    before: list[torch.Tensor] = []
+    before = []
 
-    def loss(step: int) -> tuple[torch.Tensor, dict[str, float]]:
+    def loss(step):
         value = model(torch.ones(2, 3)).square().mean()
         if step == 5:
             before.append(model.weight.detach().clone())
@@ -181,7 +181,7 @@ def test_resume_from_a_torn_file_names_it(tmp_path):
 
 def test_checkpoints_without_frozen_weights(tmp_path):
     # Frozen weights of hundreds of millions of parameters are in their own files.
-    def run(name: str, seed: int, steps: int, **settings: Any) -> set[str]:
+    def run(name, seed, steps, **settings):
         torch.manual_seed(seed)
         model = nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 1))
         model[0].requires_grad_(False)

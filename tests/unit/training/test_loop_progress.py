@@ -10,7 +10,7 @@ def test_log_lines_hold_losses_speed_and_status(tmp_path, capsys):
     # What users and dashboards read from the JSON lines and the console.
     calls = []
 
-    def status() -> dict[str, float]:
+    def status():
         calls.append(time.monotonic())
         return {"wait_seconds": 0.25 * (calls[-1] - calls[0]), "bad_samples": 3, "perplexity": 12.5}
 

@@ -83,7 +83,7 @@ def weights(folder: Path) -> dict[str, torch.Tensor]:
 def draw(detokenizer: Detokenizer, embeds: Any, rows: list[int], **settings: Any) -> np.ndarray:
     """Images of these rows as numbers."""
     chosen = [embeds[row] for row in rows] if isinstance(embeds, list) else embeds[rows]
-    options: dict[str, Any] = {"num_inference_steps": 2, "height": 16, "width": 16, **settings}
+    options = {"num_inference_steps": 2, "height": 16, "width": 16, **settings}
     images = detokenizer(chosen, seeds=rows, guidance_scale=1.0, **options)
     return np.stack([np.asarray(image, np.int32) for image in images])
 
@@ -126,7 +126,7 @@ def test_train_then_start_then_distil(run):
     folder = run("student", model={"teacher": str(first), **FEW_STEPS})
     student = run.load(folder)
     assert (student.defaults.num_inference_steps, student.defaults.guidance_scale) == (2, 1)
-    calls: list[int] = []
+    calls = []
     hook = student.denoiser.register_forward_pre_hook(
         lambda module, args, options: calls.append(len(args[0])), with_kwargs=True
     )

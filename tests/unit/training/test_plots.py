@@ -67,6 +67,6 @@ def test_plot_command_draws_several_runs(tmp_path, capsys):
 
 def test_save_curves_without_a_log_warns(tmp_path):
     # A finished training must not fail because its curves cannot be drawn.
-    messages: list[str] = []
+    messages = []
     save_curves(tmp_path, messages.append)
     assert len(messages) == 1

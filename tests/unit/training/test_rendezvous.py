@@ -125,7 +125,7 @@ def test_processes_that_do_not_agree_are_refused(tmp_path):
     }
 
     # What the two processes have, and what the sentence names.
-    def run(folder: str = "0", torch: str = "2.13", **changes: object) -> list[object]:
+    def run(folder="0", torch="2.13", **changes):
         return [{**base, **changes}, str(tmp_path / folder / "out"), torch]
 
     shards = [{"data": {"files": f"{tmp_path}/{number}/shards"}} for number in "01"]

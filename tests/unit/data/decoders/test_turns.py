@@ -47,9 +47,7 @@ MARKUP = [
 @pytest.fixture(scope="module")
 def tokenizers(tokenizer, tmp_path_factory) -> dict[str, tuple[Any, str]]:
     """Template → tokenizer, and the template's name in options."""
-    tokenizers: dict[str, tuple[Any, str]] = {
-        name: (tokenizer, name) for name in ("vicuna", "llama2")
-    }
+    tokenizers = {name: (tokenizer, name) for name in ("vicuna", "llama2")}
     for name, case in TEXT_TEMPLATES.items():
         folder = write_hub_tokenizer(tmp_path_factory.mktemp(name), ["a question, an answer"], case)
         tokenizers[name] = (HubTokenizer.create(folder, 8192, 32), "chat")
@@ -69,9 +67,9 @@ def test_turns(tokenizers, codes, order, markup):
     # Each question and each answer that is left out has an image, too.
     used, repairs = ORDERS[order]
     turns = []
-    images: list[int] = []  # turns with one
+    images = []  # turns with one
     for index, author in enumerate(order):
-        content: Any = f"text {index}"
+        content = f"text {index}"
         mark = markup[len(images)] if author != "s" and len(images) < 2 else ""
         if mark:
             images.append(index)

@@ -3,7 +3,6 @@
 import json
 import os
 import sys
-from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
@@ -164,7 +163,7 @@ def test_open_records_with_a_wrong_option(tmp_path, options, named):
 def test_expand_pattern(tmp_path, patterns, names):
     for name in ("a-008.tar", "a-009.tar", "a-010.tar", "b.tar", "odd[1].tar"):
         (tmp_path / name).touch()
-    expand: Callable[[], list[str]] = lambda: expand_pattern([tmp_path / p for p in patterns])  # noqa: E731
+    expand = lambda: expand_pattern([tmp_path / p for p in patterns])  # noqa: E731
     if isinstance(names, list):
         assert expand() == [f"{tmp_path}/{name}" for name in names]
         return

@@ -207,7 +207,7 @@ def test_faults_of_the_machine_hide_no_file(tmp_path, monkeypatch, call):
     image.write_bytes(jpeg(0))
     original = getattr(os, call)
 
-    def faulty(path: object, *arguments: object, **options: object) -> object:
+    def faulty(path, *arguments, **options):
         if "images" in str(path):
             raise OSError(errno.EIO, "Input/output error", str(path))
         return original(path, *arguments, **options)

@@ -231,7 +231,7 @@ def test_run_chat_with_views(tokenize, tokenizer, codes):
 
 def test_run_caption_with_views(tokenize, codes):
     # Views of one image are equal in every run; the first is the image itself.
-    captions: list[Any] = [["a", "b"], "c"]
+    captions = [["a", "b"], "c"]
     rows = [{"image": "1.png", "caption": caption} for caption in captions]
     records, _ = tokenize("caption", rows, views=3)
     assert [record["text"] for record in records] == captions

@@ -137,7 +137,7 @@ def test_restore_in_any_number_of_processes(
     # Over all changes of the number of processes each record is used as often as its cycles.
     options = read_settings(packing, (1, 2, 1, 1), too_long="truncate")
     reads = Counter[int]()
-    states: list[dict[str, Any]] = []
+    states = []
     for world, steps in [*phases, (last_world, 1000)]:
         ranks = [LlmBatches(options, tokenizer, rank=rank, world=world) for rank in range(world)]
         for batches in ranks:

@@ -102,7 +102,7 @@ def test_bad_samples_of_workers(tmp_path, no_workers_left):
     path = spoiled_shard(tmp_path, {4, 9})
     log_file = tmp_path / "log"
 
-    def log(line: str) -> None:  # to a file, which lines of workers reach, too
+    def log(line):  # to a file, which lines of workers reach, too
         with log_file.open("a") as out:
             out.write(line + "\n")
 

@@ -152,7 +152,7 @@ def test_next_after_many_broken_records(tmp_path, tokenizer, workers, packing):
     # Good records in between begin the count again; those of other sources do not.
     captions = [good, *[bad] * 199]
     config = caption_and_texts(tmp_path, captions, max_bad_in_a_row=130, packing=packing)
-    logged: list[str] = []
+    logged = []
     options = read_data_settings(config)
     batches = LlmBatches(options, tokenizer, workers=workers, log=logged.append)
     with batches, pytest.raises(DataError, match=r"source c: 130 .*c\.jsonl: line \d+"):

@@ -71,7 +71,7 @@ def test_split_long_learns_each_token_once(segments, length):
     ids = document(segments)
     # Labels are positions, so that each token of a piece is known.
     pieces = split_long(ids, np.arange(len(ids), dtype=np.int32), length, VOCABULARY)
-    targets: list[int] = []
+    targets = []
     for piece_ids, positions in pieces:
         assert 0 < len(piece_ids) <= length
         # Neighbours of the document, and whole images only.

@@ -3,8 +3,6 @@
 Bad samples are named, counted and replaced, and many end the run.
 """
 
-from typing import Any
-
 import pytest
 import torch
 from data_files import jpeg, write_tar
@@ -34,12 +32,12 @@ def test_get(shards):
 def test_get_is_random_by_seed_epoch_index(shards, package):
     from torchvision import transforms  # slow to import
 
-    transform: Any = TrainTransform(16)
+    transform = TrainTransform(16)
     if package == "torchvision":
         transform = transforms.Compose([transforms.RandomResizedCrop(16), transforms.ToTensor()])
     pairs = Pairs(shards / "s-000.tar")
 
-    def view(seed: int, epoch: int, index: int) -> torch.Tensor:
+    def view(seed, epoch, index):
         return PairDataset(pairs, transform, seed=seed).get(index, epoch)["image"]
 
     # The generator that a training draws from is not used.

@@ -16,7 +16,7 @@ SETS = st.lists(st.tuples(st.integers(1, 40), st.floats(0.01, 100)), min_size=1,
 def test_epoch_order_is_a_permutation(sizes, block, data):
     total = sum(sizes)
 
-    def order(seed: int = 5) -> EpochOrder:
+    def order(seed=5):
         return EpochOrder(total, seed, shard_sizes=np.array(sizes), block=block)
 
     # Each epoch has each sample once.

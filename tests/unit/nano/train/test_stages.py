@@ -36,8 +36,8 @@ def test_cached_recomputes_if_settings_file_or_stage_changed(tmp_path):
     # An old cache would train on another tokenizer's codes.
     calls = 0
 
-    def value(**changes: int) -> int:
-        def compute() -> torch.Tensor:
+    def value(**changes):
+        def compute():
             nonlocal calls
             calls += 1
             return torch.tensor([calls])

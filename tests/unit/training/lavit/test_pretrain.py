@@ -2,8 +2,6 @@
 
 import io
 import shutil
-from pathlib import Path
-from typing import Any
 
 import pretrain_parts as parts
 import pytest
@@ -66,7 +64,7 @@ def test_resume_with_another_visual_tokenizer_fails(config_of, parts_dir, tmp_pa
     # The same one in another folder is accepted.
     shutil.copytree(parts_dir / "visual", tmp_path / "visual")
 
-    def train(steps: int, folder: Path) -> dict[str, Any]:
+    def train(steps, folder):
         return PretrainTask.train(
             config_of(
                 tmp_path / "run",

@@ -44,7 +44,7 @@ def sequences() -> list[SimpleNamespace]:
 
 def packed(count: int = 1, length: int = 36) -> SimpleNamespace:
     """The sequences end to end, padded at the end; further rows hold them in another order."""
-    columns: tuple[list[torch.Tensor], ...] = ([], [], [])
+    columns = ([], [], [])
     for row in range(count):
         samples = sequences()[row:] + sequences()[:row]
         pad = (0, length - sum(LENGTHS))
@@ -138,7 +138,7 @@ def test_chunked_loss_of_tied_embeddings_never_holds_all_logits():
     batch = packed(3)
     full_loss = packed_loss(model, batch)
     expected = gradients(model, full_loss.sum)
-    chunk_sizes: list[int] = []
+    chunk_sizes = []
     find_llama(model).lm_head.register_forward_hook(
         lambda _module, args, _output: chunk_sizes.append(len(args[0]))
     )

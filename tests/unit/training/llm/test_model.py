@@ -335,7 +335,7 @@ def test_build_llm_with_another_vocabulary(bases):
 
 def test_gradient_checkpointing_computes_each_layer_again(bases):
     # Else a user's batch does not fit into memory.
-    calls: list[int] = []
+    calls = []
     for checkpointing in (False, True):
         model = build(bases["all"], lora=LORA, gradient_checkpointing=checkpointing)
         mlp = find_llama(model).model.layers[0].mlp
