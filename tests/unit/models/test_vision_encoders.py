@@ -79,6 +79,9 @@ def test_image_transform_keeps_the_encoders_mean(tmp_path):
     assert read_transform(yaml, default) == default
     with pytest.raises(ConfigError, match=r"\[0\.5, 0\.5, 0\.5\]"):
         read_transform(yaml, seed_image_processor(16))
+    (tmp_path / "preprocessor_config.json").unlink()
+    with pytest.raises(ConfigError, match="preprocessor_config"):
+        read_transform(yaml, default)
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ from tiny.seed import loud, seed1_tokenizer
 
 from seed_multimodal.data.pretokenize.encode import fast_encode
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
+from seed_multimodal.models.seed.modeling import Seed2Tokenizer, SeedTokenizer
 
 
 @pytest.fixture(params=["seed2", "seed2-reverse", "seed1"])
@@ -18,21 +18,6 @@ def model(request, tiny) -> SeedTokenizer:
         return seed1_tokenizer()
     config = dataclasses.replace(tiny, use_qformer_image=request.param == "seed2-reverse")
     return loud(Seed2Tokenizer(config)).eval()
-
-
-def test_encode_and_decode_do_not_depend_on_batches(model, images):
-    # Codes of a data set must not depend on the batch size.
-    codes = model.encode(images)
-    assert codes.shape == (5, 32)
-    assert len(codes.unique()) > 5
-    embeddings = model.decode(codes)
-    assert embeddings.shape == ((5, 7, 16) if isinstance(model, Seed1Tokenizer) else (5, 10))
-    for size in (1, 2, 64):
-        assert torch.equal(torch.cat([*map(model.encode, images.split(size))]), codes)
-        decoded = torch.cat([*map(model.decode, codes.split(size))])
-        torch.testing.assert_close(decoded, embeddings, rtol=1e-4, atol=1e-5)
-    assert torch.equal(model.encode(images[0]), codes[:1])
-    assert model.encode(images[:0]).shape == (0, 32)
 
 
 def test_encode_and_decode_in_train_mode(model, images):

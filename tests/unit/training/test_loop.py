@@ -53,19 +53,6 @@ def test_train_stage_equals_a_plain_loop_bitwise(tmp_path, precision):
     assert (record["steps"], record["batch_size"]) == (12, 8)
 
 
-def test_gradient_accumulation_equals_the_full_batch(tmp_path):
-    # A user without memory gets the same model.
-    toy.train(tmp_path / "whole", batch_size=16, noise=0)
-    toy.train(tmp_path / "parts", batch_size=4, gradient_accumulation_steps=4, noise=0)
-    full_batch = toy.read_losses(tmp_path / "whole")
-    parts = toy.read_losses(tmp_path / "parts")
-    means = [sum(parts[4 * step + m] for m in range(4)) / 4 for step in full_batch]
-    assert means == pytest.approx(list(full_batch.values()), rel=1e-5)
-    files = [toy.saved(tmp_path / run) for run in ("whole", "parts")]
-    torch.testing.assert_close(files[1]["model"], files[0]["model"], rtol=1e-4, atol=1e-6)
-    assert [file["samples_per_step"] for file in files] == [16, 16]
-
-
 def run_square(
     folder: Any,
     model: nn.Module,

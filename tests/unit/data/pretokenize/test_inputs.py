@@ -3,12 +3,8 @@
 Faulty samples: test_faults.py.
 """
 
-import io
-import json
-
 import pytest
 from data_files import jpeg, lines
-from PIL import Image
 from repository import ROOT
 
 from seed_multimodal.config import load_yaml
@@ -116,23 +112,3 @@ def test_read_transform_of_our_files():
     assert read_transform(path, ImageTransform(224)) == blip
     with pytest.raises(ConfigError, match="64 x 64 .* 224 x 224"):
         read_transform(CONFIGS / "processer" / "nano_transform.yaml", blip)
-
-
-def test_read_transform_of_a_clip_processor(tmp_path):
-    # The original's configurations name transformers' processor; pixels are its own.
-    from transformers import CLIPImageProcessor
-
-    config = tmp_path / "processor.yaml"
-    config.write_text(
-        "_target_: transformers.CLIPImageProcessor.from_pretrained\n"
-        f"pretrained_model_name_or_path: {tmp_path}\n"
-    )
-    with pytest.raises(ConfigError, match="preprocessor_config"):
-        read_transform(config, ImageTransform(64))
-    size = {"size": {"shortest_edge": 64}, "crop_size": {"height": 64, "width": 64}}
-    (tmp_path / "preprocessor_config.json").write_text(json.dumps(size))
-    transform = read_transform(config, ImageTransform(64))
-    image = Image.open(io.BytesIO(jpeg(3, 90, 60)))
-    pixels = CLIPImageProcessor(**size)(image, return_tensors="pt").pixel_values[0]
-    # Rounding by one or two grey levels.
-    assert (transform(image) - pixels).abs().max() < 0.1

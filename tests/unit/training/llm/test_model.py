@@ -18,8 +18,8 @@ from tensors import equal
 from tiny.language import random_llm
 
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.language.llm import LLAMA_IDS, load_llm
-from seed_multimodal.language.lora import load_llm_or_adapter, merge_adapter
+from seed_multimodal.language.llm import LLAMA_IDS
+from seed_multimodal.language.lora import load_llm_or_adapter
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.state_dicts import load_state_dict, save_state_dict
 from seed_multimodal.training.llm.config import LlmModelSettings
@@ -230,12 +230,19 @@ LORA_FIELDS: list[tuple[dict[str, Any], bool]] = [
 ]
 
 
-@pytest.mark.parametrize("architecture", ["llama", "qwen2"])
-@pytest.mark.parametrize(("fields", "is_trained"), LORA_FIELDS)
-def test_lora_fields_are_merged_as_trained_or_refused(architecture, fields, is_trained, tmp_path):
+TIED = ("qwen2", "qwen3", "smollm3")
+LORA_ARCHITECTURES = [
+    *itertools.product(("llama", "qwen2"), LORA_FIELDS),
+    *((name, ({}, True)) for name in ("qwen3", "smollm3", "mistral", "phi3")),
+]
+
+
+@pytest.mark.parametrize(("architecture", "row"), LORA_ARCHITECTURES)
+def test_lora_fields_are_merged_as_trained_or_refused(architecture, row, tmp_path):
     # A field that training follows and merging does not would serve another model.
+    fields, is_trained = row
     base = tmp_path / "base"
-    sizes = {**SIZES, "initializer_range": 0.02, "tie_word_embeddings": architecture == "qwen2"}
+    sizes = {**SIZES, "initializer_range": 0.02, "tie_word_embeddings": architecture in TIED}
     random_llm(architecture, VOCAB_SIZE, **sizes).save_pretrained(base)
     lora = {"r": 4, "lora_dropout": 0.0, **fields}
     options = {"train_embeddings": lora.pop("train_embeddings", False), "lora": lora}
@@ -254,25 +261,6 @@ def test_lora_fields_are_merged_as_trained_or_refused(architecture, fields, is_t
         with torch.no_grad():
             logits = loaded(input_ids=ids).logits
             torch.testing.assert_close(logits, model.eval()(input_ids=ids).logits)
-
-
-@pytest.mark.parametrize(
-    ("architecture", "tied"),
-    [("qwen3", True), ("smollm3", True), ("mistral", False), ("phi3", False)],
-)
-def test_lora_of_other_architectures_is_merged_as_trained(architecture, tied, tmp_path):
-    base = tmp_path / "base"
-    fields = {"initializer_range": 0.1, "tie_word_embeddings": tied}
-    random_llm(architecture, VOCAB_SIZE, **fields).save_pretrained(base)
-    model = build(base, lora=LORA)
-    step(model)
-    merge_adapter(base, save_trained(model, tmp_path / "adapter"), tmp_path / "merged")
-    merged = load_llm(tmp_path / "merged")
-    assert merged.config.tie_word_embeddings == tied
-    with torch.no_grad():
-        ids = batch().input_ids
-        expected = model.eval()(input_ids=ids).logits
-        torch.testing.assert_close(merged(input_ids=ids).logits, expected)
 
 
 def test_lora_on_a_base_in_half_precision(bases):
