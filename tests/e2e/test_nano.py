@@ -36,7 +36,7 @@ def test_weights_are_safetensors_and_at_most_40_mb():
 
 
 @pytest.mark.slow
-def test_rebuilt_images_are_nearest_to_their_originals(seed: SeedLlama):
+def test_rebuilt_images_are_nearest_to_their_originals(seed):
     originals = [open_image(ROOT / "images" / name).image for name in DEMO]
     codes = seed.tokenize(originals)
     assert codes.shape == (len(DEMO), 32) and codes.dtype == torch.int64
@@ -48,7 +48,7 @@ def test_rebuilt_images_are_nearest_to_their_originals(seed: SeedLlama):
 
 
 @pytest.mark.nightly
-def test_images_come_out_of_their_first_codes(seed: SeedLlama):
+def test_images_come_out_of_their_first_codes(seed):
     # The more codes, the nearer to the whole image, on average.
     counts = (4, 8, 16, 32)
     scenes = [Image.fromarray(render(scene_at(5, index, "val"))) for index in range(12)]
@@ -63,7 +63,7 @@ def test_images_come_out_of_their_first_codes(seed: SeedLlama):
 
 
 @pytest.mark.nightly
-def test_what_is_drawn_is_what_was_asked_for(seed: SeedLlama):
+def test_what_is_drawn_is_what_was_asked_for(seed):
     from seed_nano.report.judge import Judge
     from seed_nano.report.scoring import image_labels, label_matches, true_labels
 
@@ -77,7 +77,7 @@ def test_what_is_drawn_is_what_was_asked_for(seed: SeedLlama):
 
 
 @pytest.mark.slow
-def test_description_is_the_caption(seed: SeedLlama):
+def test_description_is_the_caption(seed):
     scenes = [scene_at(6, index, "val") for index in range(12)]
     captions = [normalise(seed.describe(Image.fromarray(render(scene)))) for scene in scenes]
     assert sum(map(str.__eq__, captions, map(describe, scenes))) >= 8

@@ -68,7 +68,7 @@ def page(tmp_path) -> Iterator[Page]:
         running.process.wait()
 
 
-def test_visitors_do_not_wait_for_each_other_and_sigterm_removes_their_images(page: Page, tmp_path):
+def test_visitors_do_not_wait_for_each_other_and_sigterm_removes_their_images(page, tmp_path):
     from gradio_client import handle_file
 
     Image.new("RGB", (40, 30), (9, 99, 199)).save(tmp_path / "mine.png")

@@ -67,7 +67,7 @@ def run(command: str, capsys: pytest.CaptureFixture[str]) -> str:
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_describe_names_every_image_of_the_readme(model, work_dir: Path, capsys):
+def test_describe_names_every_image_of_the_readme(model, work_dir, capsys):
     assert main(["describe", *(f"images/{name}" for name in SHOWN), "--model", model]) == 0
     lines = capsys.readouterr().out.strip().splitlines()
     descriptions = {
@@ -79,12 +79,12 @@ def test_describe_names_every_image_of_the_readme(model, work_dir: Path, capsys)
 
 
 @pytest.mark.parametrize("command", SAID)
-def test_commands_of_the_readme_answer(command, work_dir: Path, capsys):
+def test_commands_of_the_readme_answer(command, work_dir, capsys):
     assert normalise(run(command, capsys).strip().split(": ")[-1]) == SAID[command]
 
 
 @pytest.mark.parametrize("model", MODELS)
-def test_ask_binds_names_to_places(model, work_dir: Path, capsys):
+def test_ask_binds_names_to_places(model, work_dir, capsys):
     answers = {}
     for question in (
         "Where is the fox?",
@@ -104,7 +104,7 @@ def test_ask_binds_names_to_places(model, work_dir: Path, capsys):
         for command in DRAWN
     ],
 )
-def test_drawings_of_the_readme_show_what_was_asked_for(command, work_dir: Path, capsys):
+def test_drawings_of_the_readme_show_what_was_asked_for(command, work_dir, capsys):
     from seed_nano.report.judge import Judge
     from seed_nano.report.scoring import image_labels, true_labels
 
@@ -114,7 +114,7 @@ def test_drawings_of_the_readme_show_what_was_asked_for(command, work_dir: Path,
     assert image_labels(judge, [picture]) == true_labels([DRAWN[command]])
 
 
-def test_detect_boxes_the_named_thing_and_no_absent_one(work_dir: Path, capsys):
+def test_detect_boxes_the_named_thing_and_no_absent_one(work_dir, capsys):
     from seed_nano.report.scoring import count_matches
 
     corners = run(DETECT_COMMAND, capsys).split(": ")[1].split(" (")[0].split()
@@ -124,7 +124,7 @@ def test_detect_boxes_the_named_thing_and_no_absent_one(work_dir: Path, capsys):
     assert "there is no whale" in capsys.readouterr().out
 
 
-def test_the_pipeline_of_transformers_draws(work_dir: Path):
+def test_the_pipeline_of_transformers_draws(work_dir):
     (work_dir / "pretrained").symlink_to(ROOT / "pretrained")
     blocks = re.findall("```python\n(.*?)```", (ROOT / "README.md").read_text(), re.DOTALL)
     [code] = [block for block in blocks if "any-to-any" in block]

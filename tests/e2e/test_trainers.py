@@ -46,7 +46,7 @@ def part_folders(tmp_path_factory) -> dict[str, Path]:
 
 
 @pytest.fixture
-def parts_dir(trainer: Trainer, part_folders: dict[str, Path], monkeypatch) -> Iterator[Path]:
+def parts_dir(trainer, part_folders, monkeypatch) -> Iterator[Path]:
     import torch
 
     if trainer.application == LAVIS:
@@ -71,9 +71,7 @@ def forget_the_end(out: Path) -> None:
 
 
 @each(TRAINERS, "stage1", "seed_x_detokenizer")
-def test_trainer_killed_and_resumed_is_equal_to_the_last_bit(
-    trainer: Trainer, parts_dir: Path, tmp_path, capfd
-):
+def test_trainer_killed_and_resumed_is_equal_to_the_last_bit(trainer, parts_dir, tmp_path, capfd):
     from tensors import equal
 
     killed, uninterrupted = (
@@ -97,9 +95,7 @@ def test_trainer_killed_and_resumed_is_equal_to_the_last_bit(
 
 
 @each([entry for entry in TRAINERS if entry.double and entry.zero != 3])
-def test_trainer_in_two_processes_is_one_with_the_double_batch(
-    trainer: Trainer, parts_dir: Path, tmp_path
-):
+def test_trainer_in_two_processes_is_one_with_the_double_batch(trainer, parts_dir, tmp_path):
     two = trainer.arguments(parts_dir, tmp_path / "two", 4, 2, ())
     one, resumed = (
         trainer.arguments(parts_dir, tmp_path / name, 4, 2, trainer.double)
@@ -136,7 +132,7 @@ def zero_arguments(trainer: Trainer, parts_dir: Path, out: Path) -> list[str]:
 
 @needs_deepspeed
 @each(UNDER_ZERO, "llm")
-def test_trainer_under_zero_resumes_to_the_last_bit(trainer: Trainer, parts_dir: Path, tmp_path):
+def test_trainer_under_zero_resumes_to_the_last_bit(trainer, parts_dir, tmp_path):
     arguments = zero_arguments(trainer, parts_dir, tmp_path)
     trainer.run(parts_dir, arguments, *TWO)
     losses = trainer.losses(tmp_path)
@@ -147,7 +143,7 @@ def test_trainer_under_zero_resumes_to_the_last_bit(trainer: Trainer, parts_dir:
 
 @needs_deepspeed
 @each(UNDER_ZERO)
-def test_trainer_under_zero_equals_the_plain_one(trainer: Trainer, parts_dir: Path, tmp_path):
+def test_trainer_under_zero_equals_the_plain_one(trainer, parts_dir, tmp_path):
     # Checkpoints contain the gathered weights.
     import torch
 
@@ -195,9 +191,7 @@ def check_conversion(
 
 
 @each(TRAINERS)
-def test_trainer_stopped_by_sigterm_saves_and_continues(
-    trainer: Trainer, parts_dir: Path, tmp_path
-):
+def test_trainer_stopped_by_sigterm_saves_and_continues(trainer, parts_dir, tmp_path):
     out = tmp_path / "out"
     for _ in range(2):
         n_steps = len(trainer.losses(out))
@@ -216,9 +210,7 @@ ON_A_FULL_DISK = ("stage1", "llm", "seed_x_detokenizer")
 
 
 @each([entry for entry in TRAINERS if entry.name in ON_A_FULL_DISK])
-def test_trainer_on_a_full_disk_reports_it_and_continues(
-    trainer: Trainer, parts_dir: Path, tmp_path, capsys
-):
+def test_trainer_on_a_full_disk_reports_it_and_continues(trainer, parts_dir, tmp_path, capsys):
     # The limit on the size of files stands for a full disk: writes fail in the same place.
     out = tmp_path / "out"
     arguments = trainer.arguments(parts_dir, out, 4, 2, ())

@@ -8,7 +8,7 @@ from runner import assert_close, check_fixture, fixture_folders, kind_of
 
 @pytest.mark.process
 @pytest.mark.slow
-def test_fixture(golden_folder: Path):
+def test_fixture(golden_folder):
     check_fixture(golden_folder)
 
 

@@ -127,7 +127,7 @@ def damaged(content: bytes, rng: random.Random) -> bytes:
 
 
 @pytest.mark.parametrize("name", READERS)
-def test_damaged_files_raise_sentences(name: str, tmp_path: Path):
+def test_damaged_files_raise_sentences(name, tmp_path):
     write, read = READERS[name]
     file = tmp_path / name
     write(file)

@@ -107,7 +107,7 @@ ROWS = [
 @pytest.fixture(scope="module")
 def parts_of(tmp_path_factory):
     """Trainer → the folder of its parts, written when it is first used."""
-    folders: dict[str, Path] = {}
+    folders = {}
 
     def folder(trainer: Trainer) -> Path:
         if trainer.name not in folders:
@@ -162,7 +162,7 @@ def assert_equal_trajectories(first: list[float], second: list[float], close: fl
         for row in ROWS
     ],
 )
-def test_invariant(row: Row, parts_of, tmp_path, capfd):
+def test_invariant(row, parts_of, tmp_path, capfd):
     trainer = BY_NAME[row.trainer]
     trainer = replace(trainer, loss=row.loss or trainer.loss)
     if trainer.application == LAVIS:
@@ -179,7 +179,7 @@ def test_padded_rows_equal_packed_rows(parts_of, tmp_path, capfd):
     # Sequences of equal lengths, so that both have the same ones in a step.
     trainer = BY_NAME["llm"]
     parts = parts_of(trainer)
-    source: dict[str, object] = {"name": "captions", "decoder": "pretrain.caption"}
+    source = {"name": "captions", "decoder": "pretrain.caption"}
     lines = (parts / "data" / "captions.jsonl").read_text().splitlines()
     records = [{**json.loads(line), "text": "a red fox sits on the green hill"} for line in lines]
     file = parts / "equal.jsonl"

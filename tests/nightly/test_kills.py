@@ -35,7 +35,7 @@ def kill(trainer: Trainer, process: subprocess.Popen[str], output: Path, number:
 
 
 @pytest.mark.parametrize("trainer", TRAINERS, ids=lambda trainer: trainer.name)
-def test_killed_training_ends_as_an_unbroken_one(trainer: Trainer, tmp_path: Path):
+def test_killed_training_ends_as_an_unbroken_one(trainer, tmp_path):
     # Lost or doubled batches, half-written checkpoints and forgotten random states end here.
     parts = tmp_path / "parts"
     parts.mkdir()

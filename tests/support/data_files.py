@@ -39,12 +39,17 @@ def shard(path: Path, records: Iterable[dict[str, Any] | bytes]) -> Path:
     return path
 
 
+def write(path: Path, content: str | bytes) -> Path:
+    """A file of this text or these bytes."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return path
+
+
 def lines(path: Path, records: Iterable[dict[str, Any] | str]) -> Path:
     """A jsonl file; texts are written as they are."""
-    path.parent.mkdir(parents=True, exist_ok=True)
     texts = [record if isinstance(record, str) else json.dumps(record) for record in records]
-    path.write_text("".join(f"{text}\n" for text in texts))
-    return path
+    return write(path, "".join(f"{text}\n" for text in texts))
 
 
 def learned(sequence: TrainingSequence) -> list[int]:

@@ -9,7 +9,7 @@ def install(site: Path, name: str, entries: Mapping[str, Mapping[str, str]]) -> 
     info = site / f"{name}-1.0.dist-info"
     info.mkdir()
     (info / "METADATA").write_text(f"Metadata-Version: 2.1\nName: {name}\nVersion: 1.0\n")
-    lines: list[str] = []
+    lines = []
     for group, objects in entries.items():
         lines += [f"[{group}]", *(f"{key} = {value}" for key, value in objects.items())]
     (info / "entry_points.txt").write_text("\n".join(lines))

@@ -140,7 +140,7 @@ def write_config(stage: str, images: Path, output: Path) -> list[str]:
 
 def log_of(folder: Path, stage: str) -> dict[int, dict[str, float]]:
     """Step → values of a run's log, those of evaluations included."""
-    values: dict[int, dict[str, float]] = {}
+    values = {}
     for line in llm_runs.log_lines(folder, f"{stage}.log.jsonl"):
         values.setdefault(int(line["step"]), {}).update(line)
     return values

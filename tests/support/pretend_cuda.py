@@ -134,7 +134,7 @@ def _answer_questions(library: ctypes.CDLL) -> None:
         return library.pretend_current_device() if index is None else index
 
     def exchange_device(index: int) -> int:
-        before: int = library.pretend_exchange_device(index)
+        before = library.pretend_exchange_device(index)
         return before
 
     def set_device(device: Any) -> None:

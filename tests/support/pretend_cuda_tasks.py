@@ -129,7 +129,7 @@ def verdicts_of(name: str, placement: str, expected: dict[str, Any]) -> dict[str
     names = list(tasks)
 
     # Weights that move may be used by the thread only that moves them.
-    users: set[int] = set()
+    users = set()
     system.llm.get_input_embeddings().register_forward_pre_hook(
         lambda *_: users.add(threading.get_ident())
     )

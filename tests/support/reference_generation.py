@@ -32,7 +32,7 @@ def generate(
 ) -> list[list[int]]:
     """The ids of each answer, one prompt after the other, with `prompt.answered` and a forced
     `<img>` first."""
-    answers: list[list[int]] = []
+    answers = []
     for index, prompt in enumerate(prompts):
         seed = settings.seed if seeds is None else seeds[index]
         answers += _generate(

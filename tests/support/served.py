@@ -38,7 +38,7 @@ def read(text: str) -> Image.Image:
 
 def user(*content: Any) -> dict[str, Any]:
     """OpenAI's message of texts, images and codes."""
-    parts: list[dict[str, Any]] = []
+    parts = []
     for item in content:
         if isinstance(item, str):
             parts.append({"type": "text", "text": item})

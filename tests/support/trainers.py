@@ -122,7 +122,7 @@ class Trainer:
 
         from seed_multimodal.state_dicts import load_state_dict
 
-        weights: dict[str, Any] = {}
+        weights = {}
         # LAVIS keeps the model beside its optimizer.
         for file in sorted(output.glob(self.weights)):
             state = (
@@ -176,7 +176,7 @@ def _hub_llm_parts(parts_dir: Path, lora: dict[str, Any] | None) -> None:
     write_hub_tokenizer(base, llm_runs.WORDS)
     tokenizer = HubTokenizer.create(base, llm_runs.CODES, llm_runs.PER_IMAGE)
     tokenizer.save_pretrained(parts_dir / "tokenizer")
-    fields: dict[str, Any] = {"tie_word_embeddings": True, "initializer_range": 0.1}
+    fields = {"tie_word_embeddings": True, "initializer_range": 0.1}
     fields |= tokenizer.special_ids
     random_llm("qwen3", tokenizer.vocabulary.n_text + 14, **fields).save_pretrained(base)
     llm_runs.write_files(

@@ -71,8 +71,8 @@ def check_helpers(cases: dict[str, Any]) -> None:
 
 def check_flow(flow: dict[str, Any], style: str, tokenizer: MultimodalTokenizer, name: str) -> None:
     """Each conversation that the original page posted, in the messages of this page."""
-    images: dict[str, str] = {}  # recorded file → the data of its image in our requests
-    turns: list[Turn] = []
+    images = {}  # recorded file → the data of its image in our requests
+    turns = []
     posts = iter(zip(flow["http"], flow["model_calls"], strict=True))
     for step in flow["steps"]:
         # The original crashed: here the page shows an error.
@@ -112,7 +112,7 @@ def page_turn(role: str, recorded: dict[str, Any], images: Mapping[str, str]) ->
     """A recorded message in the page's form: texts, and images with their codes if known."""
     # The text is cut at its placeholders.
     first, *texts = recorded["text"].split(PLACEHOLDER)
-    parts: list[str | Picture] = [first]
+    parts = [first]
     files = zip(recorded["images"], recorded["images_ids"], texts, strict=True)
     for file, codes, text in files:
         parts += [Picture(codes=codes, url=f"data:image/png;base64,{images[file]}"), text]

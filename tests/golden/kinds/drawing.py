@@ -75,7 +75,7 @@ def text_parts(sizes: dict[str, Any], length: int, weights: Mapping[str, Any]) -
 @contextmanager
 def watched(model: Any) -> Iterator[dict[str, list[Any]]]:
     """Arguments of each call of the U-Net; prediction and result of each step of the scheduler."""
-    recorded: dict[str, list[Any]] = defaultdict(list)
+    recorded = defaultdict(list)
     step = model.scheduler.step
 
     def note(_module: Any, arguments: tuple, keywords: dict[str, Any]) -> None:
@@ -155,7 +155,7 @@ def check_seed1_case(
     model.scheduler = plms(folder_sampler.config, times)
     with watched(model) as recorded:
         latents = model.denoise(settings, [], embeds, start=start)
-    calls: Any = recorded["calls"]
+    calls = recorded["calls"]
     called = [time for _, time in calls]
     assert_same(called, [times[0], times[1], *times[1:]], f"{want.prefix}time steps of the calls")
     calls = calls if isinstance(record["unet_calls"], list) else len(calls)
@@ -283,7 +283,7 @@ def check_seed2(recording: Recording) -> None:
         want.close(f"noising.{level}.output", output, (1e-5, 1e-5))
 
     # 2. Latents of every scheduler and case.
-    steps: dict[str, int] = {}
+    steps = {}
     for case, record in recording.meta["cases"].items():
         name = case.split(".")[0]
         steps[name] = record["steps"]

@@ -41,7 +41,7 @@ class RecordedImages(SeedImageCodec):
 
     def __init__(self, vocabulary: Any) -> None:
         # Sizes are all that the codec asks of a tokenizer.
-        encoder: Any = nn.Module()
+        encoder = nn.Module()
         encoder.visual_encoder = SimpleNamespace(image_size=224)
         encoder.config = SimpleNamespace(
             num_query=vocabulary.tokens_per_image,
@@ -180,7 +180,7 @@ def check_answer(case: dict[str, Any], answer: dict[str, Any], eos: int, what: s
 
 def check_page(case: dict[str, Any], system: RecordedSystem, what: str) -> None:
     # Broken requests were recorded by name.
-    requests: dict[str, dict[str, Any]] = {
+    requests = {
         "invalid json": {"data": "{not json", "content_type": "application/json"},
         "wrong content type": {"data": "text", "content_type": "text/plain"},
         "unknown path": {"path": "/no/such/path", "method": "GET"},

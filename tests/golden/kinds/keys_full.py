@@ -122,7 +122,7 @@ def check_keys(name: str, model: nn.Module, table: dict[str, dict[str, Any]]) ->
 
 def check_summary(model: Seed1Tokenizer, summary: dict[str, Any]) -> None:
     state = model.state_dict()
-    counts: Counter[str] = Counter()
+    counts = Counter()
     for name, parameter in model.named_parameters():
         counts[name.partition(".")[0]] += parameter.numel()
     actual = {

@@ -188,14 +188,14 @@ def code_decoder(
 @torch.no_grad()
 def check_decoder(recording: Recording) -> None:
     case, weights, case_inputs, want = recording.case()
-    heads: tuple[Head, ...] = ("lowres", "highres")
+    heads = ("lowres", "highres")
     for head in heads:
         decoder = code_decoder(
             case[head], case["decoder_out_dim"], case["unet_dims"], head, weights.part(head)
         )
         # Images of several lengths lie behind one another.
         rows = case_inputs[f"{head}.x"].split(case_inputs[f"{head}.token_num"].tolist())
-        normed: list[Tensor] = []
+        normed = []
         hook = decoder.norm.register_forward_hook(
             lambda module, inputs, output, normed=normed: normed.append(output)
         )
@@ -314,7 +314,7 @@ def check_case(
     n_rows = len(prompts)
     if settings.guidance != 1:
         n_rows = 2 * n_rows
-    scores: list[Tensor] = []
+    scores = []
 
     def record(module: Any, inputs: Any, output: Tensor) -> None:
         if len(output) == n_rows:

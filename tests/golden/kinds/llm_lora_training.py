@@ -58,7 +58,7 @@ def build(case: dict[str, Any], base: Path, weights: Tensors) -> Any:
         "cpu",
     )
     # Newer peft calls q_proj.weight q_proj.base_layer.weight.
-    names: Any = {name.replace(".base_layer.", "."): name for name in model.state_dict()}
+    names = {name.replace(".base_layer.", "."): name for name in model.state_dict()}
     missing = set(names) ^ set(weights)
     assert not missing, f"weights under other names: {sorted(missing)[:3]}"
     model.load_state_dict({names[name]: value for name, value in weights.items()})

@@ -68,7 +68,7 @@ def check_steps(
     )
     # Recorded name → parameter, and the rows that are recorded: of the codebook only some.
     second = dict(want.part("step2").items())
-    places: dict[str, tuple[str, Any]] = {name: (name, ...) for name in second}
+    places = {name: (name, ...) for name in second}
     for name in second:
         if name == CODEBOOK:
             places[name] = CODEBOOK, slice(len(second[name]))

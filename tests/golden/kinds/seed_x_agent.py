@@ -119,7 +119,7 @@ def check_losses(
         model.train(mode == "train")
         model.zero_grad(set_to_none=True)
         absent = dict.fromkeys(("image_embeds", "embeds_gen_mask", "embeds_cmp_mask"))
-        batch: dict[str, Any] = {**absent, **inputs.part(name)}
+        batch = {**absent, **inputs.part(name)}
         if batch["image_embeds"] is not None and not model.settings.vit_down:
             batch["image_embeds"] = batch["image_embeds"][:, :n_queries]
         losses, activations = run_watched(model, batch)
@@ -141,7 +141,7 @@ def run_watched(
     model: ContinuousLVLM, batch: dict[str, Any]
 ) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
     """Losses, and activations by their recorded names."""
-    activations: dict[str, torch.Tensor] = {}
+    activations = {}
 
     def note_llm(_module: Any, _inputs: Any, options: dict[str, Any], output: Any) -> None:
         activations["inputs_embeds"] = options["inputs_embeds"]

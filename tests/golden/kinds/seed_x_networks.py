@@ -38,7 +38,7 @@ from seed_multimodal.training.pixel_decoder.task import TrainedDetokenizer
 
 def recorded(model: QwenVit) -> Tensors:
     """Activations by the names of the fixture, filled by hooks."""
-    outputs: Tensors = {}
+    outputs = {}
     for name in ("ln_pre", "transformer", "attn_pool", "ln_post"):
         getattr(model, name).register_forward_hook(
             lambda module, inputs, output, name=name: outputs.update(

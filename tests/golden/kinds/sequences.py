@@ -165,7 +165,7 @@ def check_llm(recording: Recording) -> None:
 
 def check_tokenization(expected: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
     vocabulary = tokenizer.vocabulary
-    actual: dict[str, Any] = {
+    actual = {
         "length": len(tokenizer),
         "bos": tokenizer.bos_token_id,
         "eos": tokenizer.eos_token_id,
@@ -230,7 +230,7 @@ def check_case(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
     assert not case.get("error"), f"{name}: the original raised {case['error']}, not {sequence}"
     other = {key: value for key, value in expected.items() if key not in (*BATCH, "filter_flag")}
     assert_same(sequence.extra, other, f"{name}: other fields")
-    actual: dict[str, Any] = {"tokens": " ".join(tokenizer.tokens(sequence.ids))}
+    actual = {"tokens": " ".join(tokenizer.tokens(sequence.ids))}
     if "labels" in expected:
         actual |= pad(sequence, max_length, tokenizer.pad_token_id)
     else:
@@ -287,7 +287,7 @@ def check_batches(
     }
     del configuration["function"]
     shapes = []
-    rows: list[tuple[list[int], ...]] = []
+    rows = []
     with LlmBatches(read_data_settings(configuration), tokenizer) as batches:
         for batch in itertools.islice(batches, len(recorded["batches"]) + 1):
             tensors = [getattr(batch, key) for key in BATCH]
@@ -392,8 +392,8 @@ def compare(decoder: SeedXDecoder, fields: Mapping[str, Any], case: dict[str, An
     if sequence is None or sequence.drop_reason:
         return
     images = sequence.images
-    read: list[bool] = []
-    drawn: list[bool] = []
+    read = []
+    drawn = []
     for image in images:
         read += [not image.is_target] * image.views
         # Of an output image only the whole is drawn, its last view.

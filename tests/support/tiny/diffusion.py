@@ -78,7 +78,7 @@ def unet(channels: int = 4, *, sdxl: bool = True, **changes: Any) -> Any:
     from diffusers import UNet2DConditionModel
 
     torch.manual_seed(1)
-    sizes: dict[str, Any] = {
+    sizes = {
         **DENOISER_SIZES["UNet2DConditionModel"],
         "sample_size": 8,
         "in_channels": channels,

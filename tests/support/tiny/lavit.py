@@ -136,7 +136,7 @@ def write_hub_language(folder: Path, seed: int) -> HubLavitTokenizer:
     hub = write_hub_tokenizer(folder, SENTENCES)
     HubLavitTokenizer.create(hub, CODES, PATCHES).save_pretrained(folder)
     tokenizer = HubLavitTokenizer.from_pretrained(folder)
-    ids: dict[str, Any] = dict(tokenizer.special_ids)
+    ids = dict(tokenizer.special_ids)
     random_llm("qwen3", len(tokenizer), seed, **ids).save_pretrained(folder)
     return tokenizer
 

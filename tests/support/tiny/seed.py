@@ -70,7 +70,7 @@ def build_seed_llama(folder: str | Path, *, seed: int = 0, hub: bool = False) ->
     tokenizer_dir = root / "seed_tokenizer"
     if hub:
         base = write_hub_tokenizer(root / "hub", SENTENCES)
-        tokenizer: Any = HubTokenizer.create(base, N_CODES, 32)
+        tokenizer = HubTokenizer.create(base, N_CODES, 32)
         tokenizer.save_pretrained(tokenizer_dir)
         llm = random_llm("qwen3", len(tokenizer) + 14, **tokenizer.special_ids)
         llm.save_pretrained(root / "seed_llama")
@@ -190,7 +190,7 @@ def write_stages(
     options1 = Stage1TrainingOptions(embed_dim=8, freeze_vit=freeze_vit)
     first = loud(Stage1Model(sizes, options=options1, vocab_size=vocab_size))
     stage2 = Stage2Model if isinstance(config, Seed2Config) else Seed1Stage2Model
-    second: Any = loud(stage2(config, options=Stage2TrainingOptions(**options))).eval()
+    second = loud(stage2(config, options=Stage2TrainingOptions(**options))).eval()
     if second.options.freeze_qformer:
         second.load_stage1(first.state_dict())
     else:

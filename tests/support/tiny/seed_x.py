@@ -184,7 +184,7 @@ def write_hub_parts(root: Path, seed: int) -> None:
     hub = write_hub_tokenizer(root / "hub", SENTENCES)
     tokenizer = HubTokenizer.create(hub, 6, WORDS, n_locations=GRID)
     tokenizer.save_pretrained(root / "tokenizer")
-    ids: dict[str, Any] = dict(tokenizer.special_ids)
+    ids = dict(tokenizer.special_ids)
     random_llm("qwen3", len(tokenizer), seed, **ids).save_pretrained(root / "llm")
 
 

@@ -70,7 +70,7 @@ def write_detokenizer_parts(root: Path) -> Path:
 def detokenizer_config(
     parts: Path, output: Path, stage: int = 1, **changes: dict[str, Any]
 ) -> dict[str, Any]:
-    sources: list[dict[str, Any]] = [{"name": "pictures", "files": str(parts / "pictures")}]
+    sources = [{"name": "pictures", "files": str(parts / "pictures")}]
     # The second stage also reads a condition image.
     if stage == 2:
         sources.append(
@@ -95,7 +95,7 @@ def detokenizer_config(
 def write_lavit_parts(root: Path) -> Path:
     """A folder with `highres`, `lowres`, `tokenizer`, `decoder` and images of several aspect
     ratios."""
-    heads: tuple[Head, ...] = ("highres", "lowres")
+    heads = ("highres", "lowres")
     # Both heads, so that a configuration chooses one.
     for head in heads:
         write_lavit_diffusion(root / head, head)
@@ -141,7 +141,7 @@ def seed_decoder_config(
     parts: Path, output: Path, vae: str = "kl", denoiser: str = "", **changes: dict[str, Any]
 ) -> dict[str, Any]:
     """denoiser: of a new one, which learns a flow."""
-    model: dict[str, Any] = {"diffusion": str(parts / vae), "tokenizer": str(parts / "tokenizer")}
+    model = {"diffusion": str(parts / vae), "tokenizer": str(parts / "tokenizer")}
     # Else the folder's U-Net goes on.
     if denoiser:
         network = {"_class_name": denoiser, **DENOISER_SIZES[denoiser]}

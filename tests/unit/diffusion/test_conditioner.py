@@ -47,14 +47,14 @@ class Flat(PretrainedNetwork[FlatConfig]):
 
 
 @pytest.fixture(scope="module")
-def unclip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def unclip(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("unclip")
     write_unclip(folder)
     return folder
 
 
 def test_a_conditioner_of_another_package_starts_and_conditions(
-    unclip: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    unclip, tmp_path, monkeypatch
 ) -> None:
     # 1. An installed package, and a folder that it wrote in place of the layout decoder's.
     (tmp_path / "flat_package.py").write_text(MODULE)
@@ -80,7 +80,7 @@ def test_a_conditioner_of_another_package_starts_and_conditions(
     assert torch.equal(tokens, torch.ones(1, 3, CROSS))
 
 
-def test_load_conditioner_of_an_unknown_type(unclip: Path, tmp_path: Path) -> None:
+def test_load_conditioner_of_an_unknown_type(unclip, tmp_path) -> None:
     shutil.copytree(unclip / "layout", tmp_path / "conditioner")
     file = tmp_path / "conditioner" / "config.json"
     write_json(file, {**json.loads(file.read_text()), "model_type": "layuot"})

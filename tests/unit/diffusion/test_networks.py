@@ -1,7 +1,6 @@
 """Denoisers and autoencoders of diffusers folders, by the class in `config.json`."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -74,7 +73,7 @@ def test_save_and_load_by_the_class_of_the_config(denoiser, tmp_path):
 
 @pytest.mark.parametrize(("name", "channels"), [("kl", 4), ("kl16", 16), ("dc", 32)])
 @torch.no_grad()
-def test_latents_of_autoencoders(name, channels, tmp_path: Path):
+def test_latents_of_autoencoders(name, channels, tmp_path):
     """Scaled and shifted as in diffusers' pipelines, and back."""
     vae = autoencoder(name).eval()
     moments = encode_moments(vae, torch.rand(1, 3, 16, 16) * 2 - 1)

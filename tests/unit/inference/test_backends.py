@@ -45,7 +45,7 @@ def gguf(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def server(nano: Any, monkeypatch) -> Iterator[CompletionServer]:
+def server(nano, monkeypatch) -> Iterator[CompletionServer]:
     # A proxy of the environment is for the internet, not for this machine.
     monkeypatch.setenv("http_proxy", "http://127.0.0.1:9")
     monkeypatch.setenv("ALL_PROXY", "socks5://127.0.0.1:9")
@@ -55,7 +55,7 @@ def server(nano: Any, monkeypatch) -> Iterator[CompletionServer]:
 
 
 @pytest.fixture
-def remote(server: CompletionServer) -> Any:
+def remote(server) -> Any:
     return open_nano(engine="openai", url=server.url)
 
 
@@ -119,7 +119,7 @@ def test_interleaved_rows_of_rotary_weights():
 # ---- completion servers
 
 
-def test_completion_server_receives_ids_and_settings(nano, server: CompletionServer, remote):
+def test_completion_server_receives_ids_and_settings(nano, server, remote):
     # vLLM's fields: a misspelt one is ignored there, and answers are others.
     sampled = GenerationSettings(
         max_new_tokens=9, temperature=0.8, top_p=0.9, top_k=0, repetition_penalty=1.3, seed=5
@@ -145,21 +145,21 @@ def test_completion_server_receives_ids_and_settings(nano, server: CompletionSer
     assert image["min_tokens"] == image["max_tokens"] == 32 and image["temperature"] == 0
 
 
-def test_completion_server_receives_the_key(nano, server: CompletionServer, monkeypatch):
+def test_completion_server_receives_the_key(nano, server, monkeypatch):
     monkeypatch.setenv("OPENAI_API_KEY", "secret")
     keyed = open_nano(engine="openai", url=f"{server.url}/v1")
     keyed.engine.generate(prompts(nano)[:1], GREEDY)
     assert server.headers[-1]["Authorization"] == "Bearer secret"
 
 
-def test_completion_server_without_stop_ids(nano, server: CompletionServer, remote):
+def test_completion_server_without_stop_ids(nano, server, remote):
     # Some servers keep the id of the end to themselves: an answer ends there all the same.
     server.trims = True
     expected = nano.engine.generate(prompts(nano), GREEDY)
     assert remote.engine.generate(prompts(nano), GREEDY) == expected
 
 
-def test_completion_server_is_left_at_a_stop(nano, server: CompletionServer, remote):
+def test_completion_server_is_left_at_a_stop(nano, server, remote):
     """The answer is cut there, and the server's generation is cancelled."""
     server.pause = 0.05
     started = time.monotonic()
@@ -168,7 +168,7 @@ def test_completion_server_is_left_at_a_stop(nano, server: CompletionServer, rem
     assert time.monotonic() - started < 5 < 200 * server.pause
 
 
-def test_completion_server_that_disconnects(nano, server: CompletionServer, remote):
+def test_completion_server_that_disconnects(nano, server, remote):
     # Half an answer would be taken for a whole one.
     server.breaks_after = 3
     with pytest.raises(RequestError):

@@ -36,7 +36,7 @@ def run(folder: Path, script: str, *arguments: str) -> None:
 
 
 @pytest.mark.timeout(600)
-def test_moves_of_weights(library_folder: Path):
+def test_moves_of_weights(library_folder):
     run(library_folder, "pretend_cuda_parts.py")
 
 
@@ -56,5 +56,5 @@ OWN = ("default precisions", "two devices", "offload")
 @pytest.mark.parametrize(
     ("system", "placements"), [("nano", ALL), ("nano-x", OWN), ("nano-lavit", OWN)]
 )
-def test_all_tasks(system, placements, library_folder: Path):
+def test_all_tasks(system, placements, library_folder):
     run(library_folder, "pretend_cuda_tasks.py", system, *placements)

@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from data_files import lines
+from data_files import lines, write
 from installed_package import install
 from pyarrow import parquet
 from real_processes import run_process
@@ -27,11 +27,6 @@ ITEMS = [
     {"text": "𝄞" * 50, "b": True},
 ]
 BOM = b"\xef\xbb\xbf"
-
-
-def write(path: Path, content: str | bytes) -> Path:
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
 
 
 def fields(source: FileRecords) -> list[dict]:

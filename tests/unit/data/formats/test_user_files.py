@@ -10,7 +10,7 @@ from pathlib import Path
 import pyarrow
 import pyarrow.parquet
 import pytest
-from data_files import jpeg, lines
+from data_files import jpeg, lines, write
 
 from seed_multimodal.data.formats.pairs import Pairs, open_pairs
 from seed_multimodal.data.formats.shards import write_shard
@@ -20,12 +20,6 @@ from seed_multimodal.errors import ConfigError, DataError
 JPEG = jpeg(0, 16, 16)
 PAIRS = [("k0", {"jpg": JPEG, "txt": b"a 0"}), ("k1", {"jpg": JPEG, "txt": b"a 1"})]
 ROWS = [{"image": f"{n}.jpg", "caption": f"a {n}"} for n in range(2)]
-
-
-def write(path: Path, content: str | bytes) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_bytes(content if isinstance(content, bytes) else content.encode())
-    return path
 
 
 def images(folder: Path, *names: str) -> None:
