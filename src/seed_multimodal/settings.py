@@ -85,6 +85,7 @@ class SettingOptions(Limits, total=False):
     const: object
 
 
+NO_LIMITS: Limits = {}
 # Range of the seeds of torch's generators.
 SEEDS: Limits = {"minimum": -(2**63), "maximum": 2**64 - 1}
 _UNKNOWN_KEY = "unexpected_keyword_argument"  # type of pydantic's error
@@ -137,12 +138,6 @@ def read_settings(kind: type[T], values: Mapping[str, object] | DictConfig, labe
     return settings
 
 
-def check_settings(settings: DataclassInstance, label: str) -> None:
-    """Check the limits of a dataclass's fields, at any depth. Raises ConfigError."""
-    for field in dataclasses.fields(settings):
-        _check_limits(field.metadata, getattr(settings, field.name), f"{label}: {field.name}")
-
-
 def check_value(hint: TypeHint, value: object, label: str, **limits: Unpack[Limits]) -> Any:
     """A value converted to the type `hint`, within limits as in `setting`. Raises ConfigError."""
     from pydantic import ValidationError
@@ -159,7 +154,7 @@ def check_value(hint: TypeHint, value: object, label: str, **limits: Unpack[Limi
             is_numeric = type(getattr(converted, name, item)) in (int, float)
             if is_numeric and isinstance(item, bool):
                 raise ConfigError(f"{label}: {name} must be a number, not {item!r}.")
-    _check_limits(limits, converted, label)
+    check_settings(converted, label, limits)
     return converted
 
 
@@ -222,18 +217,20 @@ def nearest(key: str, options: Iterable[str], similarity: float = 0.5) -> str:
     return f" (did you mean {close[0]!r}?)" if close else ""
 
 
-def _check_limits(limits: Mapping[str, Any], value: object, label: str) -> None:
+def check_settings(value: object, label: str, limits: Mapping[str, Any] = NO_LIMITS) -> None:
     """Raise ConfigError for a value that is not a choice, not finite or out of range, at any depth
     of lists, mappings and dataclasses."""
-    # 1. What holds values.
+    # 1. What holds values; fields of a dataclass have limits of their own.
     if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        check_settings(value, label)
+        for field in dataclasses.fields(value):
+            item = getattr(value, field.name)
+            check_settings(item, f"{label}: {field.name}", field.metadata)
     elif isinstance(value, Mapping):
         for key, item in value.items():
-            _check_limits(limits, item, f"{label}: {key}")
+            check_settings(item, f"{label}: {key}", limits)
     elif isinstance(value, list | tuple):
         for item in value:
-            _check_limits(limits, item, label)
+            check_settings(item, label, limits)
 
     # 2. One of some choices; None is always allowed.
     elif "choices" in limits and value not in (None, *limits["choices"]):

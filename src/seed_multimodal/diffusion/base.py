@@ -61,7 +61,7 @@ from seed_multimodal.errors import (
 )
 from seed_multimodal.nn.pretrained import PretrainedNetwork, load_library_model
 from seed_multimodal.progress import quiet_loading
-from seed_multimodal.settings import read_settings, setting
+from seed_multimodal.settings import check_value, read_settings, setting
 from seed_multimodal.state_dicts import missing_weights
 from seed_multimodal.weights.find import find_folder
 
@@ -288,7 +288,7 @@ class Detokenizer(Generic[Settings]):
             steps = min(self.defaults.num_inference_steps, FAST_STEPS)
             overrides.setdefault("num_inference_steps", steps)
         values = {**vars(self.defaults), **overrides}
-        settings = read_settings(type(self.defaults), values, "Drawing setting")
+        settings: Settings = check_value(type(self.defaults), values, "Drawing setting")
         self.image_size(settings)
         return settings
 
@@ -314,20 +314,20 @@ class Detokenizer(Generic[Settings]):
         negative_embeds: Tensor | None = None,
         condition_images: Sequence[Image.Image | None] | None = None,
         seeds: Sequence[int] | None = None,
-        batch_size: int | None = None,
         **settings: object,
     ) -> list[Image.Image]:
-        """Generate an image for each row of `embeds`. Raises ConfigError.
+        """Generate an image for each row of `embeds`, all together. Raises ConfigError.
 
         negative_embeds: unconditional embeddings for guidance, one for all or one each.
         condition_images: for SEED-X's second stage, an image or None each.
         seeds: None: random.
-        batch_size: images at a time; None: all.
         settings: fields of `settings_class`.
         """
         # 1. Embeddings of this de-tokenizer, and unconditional ones for each image.
         checked = self.check_settings(**settings)
         n_images = len(embeds)
+        if not n_images:
+            return []
         for width in {row.shape[-1] for row in embeds}:
             if width != self.embedding_dim:
                 raise CheckpointError(
@@ -339,20 +339,10 @@ class Detokenizer(Generic[Settings]):
         if seeds is None:
             seeds = torch.randint(2**62, (n_images,)).tolist()
 
-        # 2. The images, a batch at a time.
-        batch_size = batch_size or max(n_images, 1)
-        images: list[Image.Image] = []
-        for start in range(0, n_images, batch_size):
-            batch = slice(start, start + batch_size)
-            generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds[batch]]
-            latents = self.denoise(
-                checked,
-                generators,
-                embeds[batch],
-                None if negative_embeds is None else negative_embeds[batch],
-                None if condition_images is None else condition_images[batch],
-            )
-            images += self.to_images(latents)
+        # 2. The images.
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
+        latents = self.denoise(checked, generators, embeds, negative_embeds, condition_images)
+        images = self.to_images(latents)
         for hook in self._hooks:
             hook.offload()
         return images
@@ -366,9 +356,28 @@ class Detokenizer(Generic[Settings]):
         images: Sequence[Image.Image | None] | None = None,
         start: Tensor | None = None,
     ) -> Tensor:
-        """Latents `[B, C, h, w]` in float32; for the arguments see `prepare`."""
+        """The denoising loop: latents `[B, C, h, w]` in float32; arguments as of `prepare`."""
         denoising = self.prepare(settings, generators, embeds, negatives, images, start)
-        return self.sample(denoising, settings, generators)
+
+        # 1. The scheduler.
+        scheduler = self.scheduler
+        if settings.preset == "fast":
+            scheduler = fast_scheduler(scheduler)
+        scheduler.set_timesteps(settings.num_inference_steps, device=self.device)
+        step_options = {}
+        if "generator" in inspect.signature(scheduler.step).parameters:
+            step_options["generator"] = list(generators)
+
+        # 2. The loop. Flow schedulers scale neither the initial noise nor the input.
+        noise = denoising.start.to(self.device, torch.float32)
+        latents = noise * getattr(scheduler, "init_noise_sigma", 1.0)
+        for step in scheduler.timesteps:
+            noisy = latents
+            if hasattr(scheduler, "scale_model_input"):
+                noisy = scheduler.scale_model_input(latents, step)
+            prediction = denoising.predict(self.denoiser, noisy, step)
+            latents = scheduler.step(prediction, step, latents, **step_options).prev_sample
+        return latents
 
     def prepare(
         self,
@@ -411,28 +420,6 @@ class Detokenizer(Generic[Settings]):
             rows = [condition] * (n_runs - 1)
             condition = torch.cat([torch.zeros_like(condition), *rows])
         return Denoising(start, n_runs, conditions, guide, condition)
-
-    def sample(self, denoising: Denoising, settings: Settings, generators: Generators) -> Tensor:
-        """The denoising loop: latents `[B, C, h, w]` in float32."""
-        # 1. The scheduler.
-        scheduler = self.scheduler
-        if settings.preset == "fast":
-            scheduler = fast_scheduler(scheduler)
-        scheduler.set_timesteps(settings.num_inference_steps, device=self.device)
-        step_options = {}
-        if "generator" in inspect.signature(scheduler.step).parameters:
-            step_options["generator"] = list(generators)
-
-        # 2. The loop. Flow schedulers scale neither the initial noise nor the input.
-        start = denoising.start.to(self.device, torch.float32)
-        latents = start * getattr(scheduler, "init_noise_sigma", 1.0)
-        for step in scheduler.timesteps:
-            noisy = latents
-            if hasattr(scheduler, "scale_model_input"):
-                noisy = scheduler.scale_model_input(latents, step)
-            prediction = denoising.predict(self.denoiser, noisy, step)
-            latents = scheduler.step(prediction, step, latents, **step_options).prev_sample
-        return latents
 
     def to_images(self, latents: Tensor) -> list[Image.Image]:
         """Latents as PIL images, black where the safety checker flags them.

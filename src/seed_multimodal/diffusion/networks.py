@@ -1,7 +1,7 @@
 """Networks of diffusers folders: denoisers (U-Nets, transformers) and autoencoders, by the
 `_class_name` of their `config.json`.
 
-A denoiser of another class is a row of `DENOISERS`: where its folder is, and how it is called.
+A denoiser of another class is a row of `DENOISERS`: its folder, which says how it is called.
 Classes that read packed latents (Flux) need more: sizes and unit of their images, and packing in
 `predict`.
 """
@@ -32,38 +32,17 @@ class DenoiserConditions(TypedDict, total=False):
     pooled_projections: Tensor  # of Stable Diffusion 3's transformer [R·B, P]
 
 
-def predict_unet(
-    unet: nn.Module, latents: Tensor, step: Tensor, conditions: DenoiserConditions
-) -> Tensor:
-    """A U-Net's prediction `[B, C, h, w]`."""
-    prediction: Tensor = unet(latents, step, **conditions).sample
-    return prediction
-
-
-def predict_transformer(
-    transformer: nn.Module, latents: Tensor, step: Tensor, conditions: DenoiserConditions
-) -> Tensor:
-    """A transformer's prediction `[B, C, h, w]`, without its variance if it has learned one."""
-    # SANA has a scale.
-    steps = step.expand(len(latents)) * transformer.config.get("timestep_scale", 1.0)
-    prediction: Tensor = transformer(latents, timestep=steps, **conditions).sample
-    return prediction[:, : latents.shape[1]]
-
-
 class DenoiserKind(NamedTuple):
-    """How a class of diffusers is stored and called."""
+    """How a class of diffusers is stored."""
 
     folder: str
     context_dim: str  # the size of its config that is the width of `encoder_hidden_states`
-    predict: Callable[[nn.Module, Tensor, Tensor, DenoiserConditions], Tensor]
 
 
 DENOISERS = {
-    "UNet2DConditionModel": DenoiserKind("unet", "cross_attention_dim", predict_unet),
-    "SanaTransformer2DModel": DenoiserKind("transformer", "caption_channels", predict_transformer),
-    "SD3Transformer2DModel": DenoiserKind(
-        "transformer", "joint_attention_dim", predict_transformer
-    ),
+    "UNet2DConditionModel": DenoiserKind("unet", "cross_attention_dim"),
+    "SanaTransformer2DModel": DenoiserKind("transformer", "caption_channels"),
+    "SD3Transformer2DModel": DenoiserKind("transformer", "joint_attention_dim"),
 }
 
 
@@ -79,13 +58,23 @@ def predict(
 
     step: the scheduler's time step, one for all or one each.
     """
+    from diffusers import UNet2DConditionModel
+
     # SDXL's U-Net converts `added_cond_kwargs` itself: sizes stay exact.
     converted = conditions.copy()
     for name in ("encoder_hidden_states", "class_labels", "pooled_projections"):
         if name in conditions:
             converted[name] = conditions[name].to(denoiser.dtype)
     latents = latents.to(denoiser.dtype)
-    return denoiser_kind(denoiser).predict(denoiser, latents, step, converted)
+    prediction: Tensor
+    if isinstance(denoiser, UNet2DConditionModel):
+        prediction = denoiser(latents, step, **converted).sample
+        return prediction
+
+    # A transformer. SANA has a scale; a variance, if it has learned one, is left out.
+    steps = step.expand(len(latents)) * denoiser.config.get("timestep_scale", 1.0)
+    prediction = denoiser(latents, timestep=steps, **converted).sample
+    return prediction[:, : latents.shape[1]]
 
 
 def context_dim(denoiser: nn.Module) -> int:
@@ -129,21 +118,21 @@ def conditions_of(
     """The conditions by the names that a denoiser has for them.
 
     tokens: prompt embeddings `[B, N, D]`; mask: those to attend to `[B, N]`, None: all.
-    pooled: `[B, pooled_dim]`, not read where that is 0.
+    pooled: `[B, pooled_dim]`, not read by a denoiser without.
     time_ids: sizes for SDXL `[B, 6]`, see `size_ids`.
     """
     conditions: DenoiserConditions = {"encoder_hidden_states": tokens}
     if mask is not None:
         conditions["encoder_attention_mask"] = mask
-    if pooled is None or not pooled_dim(denoiser):
-        return conditions
     config = denoiser.config
+    if pooled is None:
+        return conditions
     if config.get("addition_embed_type") == "text_time":
         assert time_ids is not None
         conditions["added_cond_kwargs"] = {"text_embeds": pooled, "time_ids": time_ids}
     elif config.get("class_embed_type") == "projection":
         conditions["class_labels"] = pooled
-    else:
+    elif config.get("pooled_projection_dim"):
         conditions["pooled_projections"] = pooled
     return conditions
 

@@ -5,11 +5,9 @@ from __future__ import annotations
 
 import contextlib
 import queue
-import time
 from abc import ABC, abstractmethod
 from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
 
 import numpy as np
 import torch
@@ -104,20 +102,6 @@ class Row:
         differs = self.keys[:length] != prompt_keys[:length]
         first_difference = int(differs.argmax())
         return first_difference if differs[first_difference] else length
-
-    def free(self, keep: bool) -> None:
-        """End the request's use of the row; with `keep` later prompts with the same beginning use
-        its tokens."""
-        assert self.request is not None
-        self.request.rows.remove(self)
-        keys = np.concatenate([self.keys, np.array(self.request.ids, dtype=np.int64)])
-        self.n_cached = self.n_cached if keep else 0
-        self.keys = keys[: self.n_cached]
-        self.request = None
-        self.prompt_input = None
-        self.scores = NO_SCORES
-        self.state = None
-        self.freed_at = time.monotonic()
 
 
 class Request:
@@ -236,7 +220,8 @@ class Request:
             self.end("length")
 
     def end(self, result: str | BaseException) -> None:
-        """End the answer by its `finish_reason`, or an error that the caller's iteration raises."""
+        """End the answer by its `finish_reason`, or an error that the caller's iteration raises;
+        the engine soon frees the rows."""
         if self.ended:
             return
         self.ended = True
@@ -245,11 +230,6 @@ class Request:
             self._stream.put(None)
         else:
             self._stream.put(result)
-
-    def cancel(self) -> None:
-        """Deliver nothing more: the iteration stops, and the engine soon frees the rows."""
-        self.ended = True
-        self._stream.put(None)
 
     def stop_if_asked(self) -> None:
         """End the request if its caller's `should_stop` is true, or raises."""
@@ -270,7 +250,7 @@ class Request:
                 token, self._new_events = item
                 yield token
         finally:
-            self.cancel()
+            self.end("cancelled")
 
     def events(self) -> Iterator[Event]:
         """The events of the answer (see `language.answer`) in place of its tokens."""
@@ -357,27 +337,30 @@ class BaseEngine(ABC):
         self,
         prompts: Sequence[Prompt],
         settings: GenerationSettings | Sequence[GenerationSettings],
-        **options: Any,
+        *,
+        records: bool = False,
+        forced_ids: Sequence[Sequence[int]] | None = None,
     ) -> Sequence[Request]:
         """The finished requests of `generate`; the `reader` of each has read its (best) answer.
 
-        options: keywords of `Request`.
+        records, forced_ids: see `Request`; ids of each prompt.
         """
         # All are made before the first one runs: one that does not fit fails all.
         if isinstance(settings, GenerationSettings):
             settings = [settings] * len(prompts)
         requests: list[Request] = []
-        for prompt, prompt_settings in zip(prompts, settings, strict=True):
+        forced: Sequence[Sequence[int] | None] = forced_ids or [None] * len(prompts)
+        for prompt, prompt_settings, ids in zip(prompts, settings, forced, strict=True):
             seed = prompt_settings.seed
             is_one_search = prompt_settings.num_beams > 1
             for copy in range(1 if is_one_search else prompt_settings.num_return_sequences):
-                copy_seed = None if seed is None else (seed + copy) % 2**63
-                copy_settings = replace(prompt_settings, seed=copy_seed)
-                requests.append(Request(self, prompt, copy_settings, **options))
-        return self._finish(requests)
+                if copy and seed is not None:
+                    prompt_settings = replace(prompt_settings, seed=(seed + copy) % 2**63)
+                requests.append(
+                    Request(self, prompt, prompt_settings, records=records, forced_ids=ids)
+                )
 
-    def _finish(self, requests: Sequence[Request]) -> Sequence[Request]:
-        """Run requests to their ends; whatever ends this call early cancels the rest."""
+        # Whatever ends this call early cancels the rest.
         try:
             for request in requests:
                 self._put(request)
@@ -389,7 +372,7 @@ class BaseEngine(ABC):
                 request.reader.close()
         finally:
             for request in requests:
-                request.cancel()
+                request.end("cancelled")
         return requests
 
     def likelihoods(

@@ -18,16 +18,18 @@ A request whose prompts become complete gets two tokens in that step: of prefill
 
 from __future__ import annotations
 
+import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from functools import partial
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from seed_multimodal.errors import GenerationError
 from seed_multimodal.inference.backends.base import Backend, NextTokens, PromptChunk
-from seed_multimodal.inference.base_engine import BaseEngine, Likelihood, Request, Row
+from seed_multimodal.inference.base_engine import NO_SCORES, BaseEngine, Likelihood, Request, Row
 from seed_multimodal.inference.batching import InboxThread
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.inference.sampling import DAMAGED, guided, refuse_damaged
@@ -103,19 +105,21 @@ class Engine(InboxThread[Request], BaseEngine):
         likelihoods: list[list[Likelihood]] = [[] for _ in prompts]
         # The first continuations read the prompts; the others copy what the cache then holds.
         for wave in (slice(0, 1), slice(1, None)):
-            requests: list[Request] = []
+            wave_prompts: list[Prompt] = []
+            forced_ids: list[Sequence[int]] = []
             targets: list[list[Likelihood]] = []
             for prompt, rows, target in zip(prompts, continuations, likelihoods, strict=True):
-                for ids in rows[wave]:
-                    settings = GenerationSettings(
-                        max_new_tokens=len(ids),
-                        do_sample=False,
-                        constrain=False,
-                        stop_token_ids=(),
-                    )
-                    requests.append(Request(self, prompt, settings, forced_ids=ids))
-                    targets.append(target)
-            for request, target in zip(self._finish(requests), targets, strict=True):
+                forced_ids += rows[wave]
+                wave_prompts += [prompt] * len(rows[wave])
+                targets += [target] * len(rows[wave])
+            settings = [
+                GenerationSettings(
+                    max_new_tokens=len(ids), do_sample=False, constrain=False, stop_token_ids=()
+                )
+                for ids in forced_ids
+            ]
+            requests = self.run(wave_prompts, settings, forced_ids=forced_ids)
+            for request, target in zip(requests, targets, strict=True):
                 if len(request.log_probs) < request.settings.max_new_tokens:
                     raise GenerationError("A continuation does not fit the KV cache.")
                 target.append(Likelihood(request.log_probs, request.is_greedy))
@@ -228,7 +232,18 @@ class Engine(InboxThread[Request], BaseEngine):
 
     def _release(self, row: Row, keep: bool = True) -> None:
         """Free a row; with `keep` its content is used for later prompts with the same beginning."""
-        row.free(keep)
+        assert row.request is not None
+        row.request.rows.remove(row)
+        keys = np.concatenate([row.keys, np.array(row.request.ids, dtype=np.int64)])
+        row.n_cached = row.n_cached if keep else 0
+        row.keys = keys[: row.n_cached]
+        row.request = None
+        row.prompt_input = None
+        row.scores = NO_SCORES
+        row.state = None
+        row.freed_at = time.monotonic()
+
+        # Rows that generate stay together.
         if row in self.reading:
             self.reading.remove(row)
             return

@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from seed_multimodal.settings import SEEDS, check_settings, setting
+from seed_multimodal.settings import SEEDS, setting
 
 # Below it sampling is greedy (scores differ by more than 0.0001 of it); above the maximum scores
 # overflow.
@@ -35,6 +35,8 @@ class Stopped(Exception):  # noqa: N818 (a signal, not an error)
 @dataclass(frozen=True)
 class GenerationSettings:
     """Generation settings; defaults of SEED-LLaMA's scripts, with well-formed images.
+
+    They are checked where a system reads them (`AnswerGenerator.settings`).
 
     temperature, top_p: 0 means greedy.
     seed: None draws one from the operating system.
@@ -69,9 +71,6 @@ class GenerationSettings:
     stop_token_ids: tuple[int, ...] | None = None
     stop_after: str = ""
     should_stop: Callable[[], bool] | None = field(default=None, compare=False)
-
-    def __post_init__(self) -> None:
-        check_settings(self, "Generation setting")
 
     @property
     def samples(self) -> bool:

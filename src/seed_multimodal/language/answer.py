@@ -235,7 +235,8 @@ class AnswerReader:
         is_due = self._in_image and len(codes) in self.previews
         if not is_due or not all(map(vocabulary.is_code_id, codes)):
             return []
-        return [{"type": "image_preview", "codes": vocabulary.id_to_code(codes)}]
+        codes = [id - vocabulary.code_start for id in codes]
+        return [{"type": "image_preview", "codes": codes}]
 
     def read_all(self, tokens: Iterable[int]) -> AnswerReader:
         """Add a whole answer."""

@@ -106,9 +106,7 @@ def images_before_question(content: Sequence[Any]) -> tuple[Any, ...]:
 
 def user_message(content: Sequence[object], index: int = 0) -> list[Message]:
     """A conversation of one message; `index`: its number in errors, of several requests."""
-    return [
-        _checked(Message("user", tuple(_item(item, index) for item in _as_list(content))), index)
-    ]
+    return [_new_message("user", content, index)]
 
 
 def without_oldest_turn(conversation: Sequence[Message]) -> list[Message]:
@@ -138,20 +136,16 @@ def is_codes(value: object) -> TypeGuard[Codes]:
 
 
 def is_single(content: object) -> bool:
-    """Whether `content` is a single text, file name, image or row of codes."""
-    return isinstance(content, (str, Mapping)) or is_image(content) or is_codes(content)
-
-
-def _as_list(content: Any) -> Iterable[Any]:
+    """Whether `content` is a single text, file name, image or row of codes, not a list of them."""
     is_number = getattr(content, "ndim", None) == 0  # which looks iterable
-    if is_number or is_single(content) or not isinstance(content, Iterable):
-        return [content]
-    return content
+    is_list = isinstance(content, Iterable) and not isinstance(content, (str, Mapping))
+    return is_number or not is_list or is_image(content) or is_codes(content)
 
 
-def input_images(images: Images) -> list[Any]:
+def input_images(images: Any) -> list[Any]:
     """The images of one request, given one or a list; strings are paths, data URLs or base64."""
-    return [read_string(item) if isinstance(item, str) else item for item in _as_list(images)]
+    items = [images] if is_single(images) else images
+    return [read_string(item) if isinstance(item, str) else item for item in items]
 
 
 def flatten_images(images: Images) -> list[Any]:
@@ -169,7 +163,8 @@ def image_conversations(
     """
     # 1. The images and the text of each request.
     single = is_single(images)
-    groups = [input_images(group) for group in _as_list(images)]
+    requests: Any = [images] if single else images
+    groups = [input_images(group) for group in requests]
     texts = [texts] * len(groups) if isinstance(texts, str) else list(texts)
     if not all(groups):
         raise RequestError(f"Request {groups.index([])} has neither an image nor codes.")
@@ -180,14 +175,15 @@ def image_conversations(
     conversations: list[list[Message]] = []
     for index, (group, text) in enumerate(zip(groups, texts, strict=True)):
         request = as_request(text)
-        conversations.append(user_message([*group, request] if request else group, index))
+        content = [*group, request] if request else group
+        conversations.append([_new_message("user", content, index)])
     return conversations, single
 
 
 def _read_message(message: object, index: int) -> Message:
     """One message of a conversation: a mapping with `role` and `content`, or a `Message`."""
     if isinstance(message, Message):
-        return _checked(message, index)
+        return _new_message(message.role, message.content, index)
     if not isinstance(message, Mapping) or not {"role", "content"} <= set(message):
         raise RequestError(f"Message {index} must be a mapping with 'role' and 'content'.")
     role = message["role"]
@@ -200,15 +196,16 @@ def _read_message(message: object, index: int) -> Message:
     # An earlier answer, or what the caller wrote.
     if isinstance(content, Answer):
         content = [part for part in content.parts if not isinstance(part, BrokenImagePart)]
-    items = tuple(_item(item, index) for item in _as_list(content))
-    return _checked(Message(role, items), index)
+    return _new_message(role, content, index)
 
 
-def _checked(message: Message, index: int) -> Message:
-    """The message. Raises RequestError: a user's that is empty, or holds codes as text."""
-    if message.role in ("user", "raw") and all(map(_is_blank, message.content)):
+def _new_message(role: str, content: Any, index: int) -> Message:
+    """A checked message. Raises RequestError: a user's that is empty, or holds codes as text."""
+    items = [content] if is_single(content) else content
+    message = Message(role, tuple(_item(item, index) for item in items))
+    if role in ("user", "raw") and all(map(_is_blank, message.content)):
         raise RequestError(f"Message {index} is empty.")
-    token = re.search(r"<img_\d+>", message.text) if message.role == "user" else None
+    token = re.search(r"<img_\d+>", message.text) if role == "user" else None
     if token:
         raise RequestError(
             f"Message {index} holds {token[0]} as text; send an image as codes, a list of numbers."

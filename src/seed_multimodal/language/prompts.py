@@ -69,23 +69,18 @@ class PromptTemplate:
     def render_turns(self, turns: Sequence[Turn], system: str = "") -> list[tuple[str, list[Part]]]:
         """Role and segments of each turn: what precedes an answer is the user's."""
         rendered: list[tuple[str, list[Part]]] = []
-        before = self.system_text(system)
+        before = self.system_text(system) if system else ""
         for role, content in turns:
-            rendered.append((role, self.render_turn(role, content, before)))
+            parts = [content] if isinstance(content, str) else content
             if role == "user":
+                parts = [before + self.user_prefix, *parts, self.user_suffix]
                 before = self.separator
+            rendered.append((role, merge_text(parts)))
         return rendered
 
     def system_text(self, system: str) -> str:
-        """What precedes the first user's turn."""
-        return f"{self.system_prefix}{system}{self.system_suffix}" if system else ""
-
-    def render_turn(self, role: str, content: str | Sequence[Part], before: str) -> list[Part]:
-        """Segments of one turn; `before`: what precedes a user's."""
-        parts = [content] if isinstance(content, str) else content
-        if role == "user":
-            parts = [before + self.user_prefix, *parts, self.user_suffix]
-        return merge_text(parts)
+        """What precedes the first user's turn, if there is a system message."""
+        return f"{self.system_prefix}{system}{self.system_suffix}"
 
 
 def merge_text(parts: Sequence[T]) -> list[T]:

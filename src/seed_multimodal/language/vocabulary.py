@@ -129,19 +129,14 @@ class ImageVocabulary:
 
     def code_to_id(self, codes: Iterable[int]) -> list[int]:
         """Codes → ids. Raises CodesError: a code outside 0..n_codes-1."""
-        ids = [self.code_start + int(code) for code in codes]
-        self.id_to_code(ids)
-        return ids
-
-    def id_to_code(self, ids: Iterable[int]) -> list[int]:
-        """Ids → codes. Raises CodesError: an id that is not an image code."""
-        codes = [int(id) - self.code_start for id in ids]
+        ids: list[int] = []
         for position, code in enumerate(codes):
             if not 0 <= code < self.n_codes:
                 raise CodesError(
                     f"Image code {code} at place {position} is outside 0..{self.n_codes - 1}."
                 )
-        return codes
+            ids.append(self.code_start + int(code))
+        return ids
 
     def image_ids(self, codes: Sequence[int]) -> list[int]:
         """`<img>`, the codes, `</img>` as ids.

@@ -22,7 +22,7 @@ from seed_multimodal.language.messages import (
 from seed_multimodal.language.prompts import TaskPrompts
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.pipelines.family import Family, Task
-from seed_multimodal.pipelines.images import ImageCodec, Log, Options
+from seed_multimodal.pipelines.images import ImageCodec, Log
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import check_value, nearest
 
@@ -79,7 +79,9 @@ class AnswerGenerator:
         """The defaults of a task, overridden by `options`; `stop` is added to the task's.
 
         A temperature, top_p or top_k enables sampling (without beams), unless `do_sample` is set.
-        Raises ConfigError: an unknown option (with the nearest); several answers.
+        A forced image raises `max_new_tokens`, unless the caller sets it; it is all of a drawing.
+        Raises ConfigError: an unknown option (with the nearest); several answers; a limit below a
+        forced image.
         """
         # 1. Names.
         names = [entry.name for entry in fields(GenerationSettings)]
@@ -110,23 +112,23 @@ class AnswerGenerator:
                 "num_return_sequences: each request gets one answer; for several, repeat the "
                 "request with other seeds (draw and edit: num_images)."
             )
+        stop = settings.stop
         if "stop" in options:
-            settings = replace(settings, stop=(*family_values["stop"], *settings.stop))
-        return settings
+            stop = (*family_values["stop"], *stop)
 
-    def _forced(self, settings: GenerationSettings, options: Options) -> GenerationSettings:
-        """Settings that force an image; the limit is raised if it leaves too few tokens for one.
-
-        options: of the caller, whose `max_new_tokens` is not raised (ConfigError: it is too low).
-        """
-        needed = self.tokenizer.vocabulary.min_codes + 1
-        if "max_new_tokens" in options and settings.max_new_tokens < needed:
-            raise ConfigError(
-                f"An image needs {needed} new tokens, but max_new_tokens is "
-                f"{settings.max_new_tokens}."
-            )
-        limit = max(settings.max_new_tokens, needed)
-        return replace(settings, images="forced", max_new_tokens=limit)
+        # 3. Tokens of a forced image: its codes and `</img>`.
+        limit = settings.max_new_tokens
+        if settings.images == "forced":
+            vocabulary = self.tokenizer.vocabulary
+            needed = vocabulary.min_codes + 1
+            if "max_new_tokens" in options and limit < needed:
+                raise ConfigError(
+                    f"An image needs {needed} new tokens, but max_new_tokens is {limit}."
+                )
+            limit = max(limit, needed)
+            if task in ("draw", "edit"):
+                limit = min(limit, vocabulary.tokens_per_image + 1)
+        return replace(settings, stop=stop, max_new_tokens=limit)
 
     # ---- prompts
 
@@ -246,43 +248,35 @@ class AnswerGenerator:
         requests: Sequence[ConversationOrPrompt],
         task: Task,
         settings: Sequence[GenerationSettings],
-        options: Options,
+        limit: int | None = None,
         *,
         batch_size: int = BATCH,
     ) -> list[GeneratedAnswer]:
         """Answers with one image, before decoding, after an optional text (`TaskPrompts`).
 
-        settings: of each request. options: of the caller, see `_forced`.
+        settings: of each request, with a forced image.
+        limit: tokens of an answer with a text; None: of the image, and of a short text.
         """
-        # 1. The settings of an answer that is nothing but an image, and of one with a text.
-        image_length = self.tokenizer.vocabulary.tokens_per_image + 1  # codes and `</img>`
-        text_length = self._text_tokens_before_image(task)
-        forced: list[GenerationSettings] = []
-        free: list[GenerationSettings] = []
-        for row_settings in settings:
-            row_forced = self._forced(row_settings, options)
-            limit = min(row_forced.max_new_tokens, image_length)
-            forced.append(replace(row_forced, max_new_tokens=limit))
-            limit += text_length
-            if "max_new_tokens" in options:
-                limit = row_settings.max_new_tokens
-            free.append(replace(row_settings, images="auto", max_new_tokens=limit))
-
-        # 2. A model that announces its image answers freely first.
+        # 1. A model that announces its image answers freely first.
         answers: dict[int, GeneratedAnswer] = {}
+        text_length = self._text_tokens_before_image(task)
         if text_length:
+            free: list[GenerationSettings] = []
+            for forced in settings:
+                row_limit = limit or forced.max_new_tokens + text_length
+                free.append(replace(forced, images="auto", max_new_tokens=row_limit))
             free_answers = self.generate_answers(requests, task, free, batch_size=batch_size)
             for row, answer in enumerate(free_answers):
                 if len(answer.image_inputs) == 1:
                     answers[row] = answer
 
-        # 3. An image is forced where that gave none, or several.
+        # 2. An image is forced where that gave none, or several.
         missing = [row for row in range(len(requests)) if row not in answers]
         tasks = self.tasks
         forced_answers = self.generate_answers(
             [requests[row] for row in missing],
             task,
-            [forced[row] for row in missing],
+            [settings[row] for row in missing],
             tasks.edit_response if task == "edit" else tasks.draw_response,
             batch_size=batch_size,
         )

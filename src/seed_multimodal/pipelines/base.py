@@ -52,6 +52,7 @@ from seed_multimodal.pipelines.answers import BATCH, AnswerGenerator, GeneratedA
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.pipelines.family import Family, Task
 from seed_multimodal.pipelines.images import (
+    DRAWING_BATCH,
     OFFLOADABLE,
     ImageInput,
     Log,
@@ -67,8 +68,6 @@ from seed_multimodal.settings import check_value
 TextOrList = Any  # str
 ImageOrList = Any  # Image.Image
 AnswerOrEvents = Any  # `Answer`, or with `stream` an iterator of `Event`
-
-DRAWING_BATCH = 8  # at most so many images are decoded at once
 
 # Decoding of further images of one request where the settings are greedy. The judge finds every
 # label right in 0.94 of nano's drawings (greedy: 0.93; temperature 1: 0.89) and in 0.89 of
@@ -422,8 +421,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
             images = "forced"
         conversation = read_messages(messages, images_first=self.config.tuned)
         task, conversation = self.family.read_chat(conversation, images == "forced")
-        drawing = self._pop_drawing_settings(options)
-        reads_back = self._pop_read_back(options)
+        drawing, reads_back = self._pop_drawing_options(options)
         if stream:
             options.setdefault("num_beams", 1)
         settings = self.settings(task, images=images, **options)
@@ -440,7 +438,6 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
             is_text = all(message.is_text for message in conversation)
             tasks = self.tasks
             opening = tasks.draw_response if is_text else tasks.edit_response
-            settings = self._forced(settings, options)
         prompt = self._fitting_prompt(conversation, task, opening, settings)
 
         # 3. The answer, whose images are decoded as soon as they are complete.
@@ -459,18 +456,15 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         lengths: Sequence[int] = check_value(Sequence[int], previews, "previews", minimum=1)
         return lengths if self.images.progressive and self.images.can_draw else ()
 
-    def _pop_drawing_settings(self, options: Options) -> Options:
-        """Take the settings of the de-tokenizer out of `options`."""
+    def _pop_drawing_options(self, options: Options) -> tuple[Options, bool]:
+        """Take out of `options` the settings of the de-tokenizer, and whether drawings are
+        described."""
         names = self.images.drawing_settings
-        return {name: options.pop(name) for name in names if name in options}
-
-    def _pop_read_back(self, options: Options) -> bool:
-        """Take out of `options` whether drawings are described."""
-        value = options.pop("read_back", None)
-        if value is None:
-            value = self.config.read_back
-        reads_back: bool = check_value(bool, value, "read_back")
-        return reads_back
+        drawing = {name: options.pop(name) for name in names if name in options}
+        read_back = options.pop("read_back", None)
+        if read_back is None:
+            read_back = self.config.read_back
+        return drawing, check_value(bool, read_back, "read_back")
 
     def _read_back(
         self,
@@ -574,18 +568,21 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         if "images" in options:
             raise ConfigError("The option 'images' is of chats; a drawing is always an image.")
         stream = options.pop("stream", False)
-        previews = self._preview_lengths(options.pop("previews", None))
+        previews = options.pop("previews", None)
+        if stream:
+            previews = self._preview_lengths(previews)
         conversations = self.family.drawing_requests(conversations, options)
-        drawing = self._pop_drawing_settings(options)
-        reads_back = self._pop_read_back(options)
+        drawing, reads_back = self._pop_drawing_options(options)
         self.images.check_drawing(**drawing)
         drawing["should_stop"] = options.get("should_stop")
+        drawing["batch_size"] = min(batch_size, DRAWING_BATCH)
         seeds: list[int] = []
         for first_seed in seed_per_image(seed, len(conversations)):
             seeds += [(first_seed + index) % 2**63 for index in range(num_images)]
 
         # 2. Of greedy settings, further images are sampled; where nothing can vary, they repeat the
         # first one's answer.
+        options["images"] = "forced"
         settings = self.settings(task, **options)
         varied = settings
         if num_images > 1 and not settings.samples and not VARIATION.keys() & options.keys():
@@ -607,7 +604,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
             [conversations[row // num_images] for row in rows],
             task,
             row_settings,
-            options,
+            options.get("max_new_tokens"),
             batch_size=batch_size,
         )
         answers = [generated[row // images_per_answer] for row in range(len(seeds))]
@@ -616,9 +613,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         def decode() -> list[Image.Image]:
             inputs = [answer.single_image() for answer in answers]
             prompts = [answer.prompt for answer in answers]
-            images = self.decode_images(
-                inputs, prompts, seeds, drawing, min(batch_size, DRAWING_BATCH)
-            )
+            images = self.decode_images(inputs, prompts, seeds, drawing)
             if reads_back:
                 claims: list[Sequence[str]] = []
                 for row, answer in enumerate(answers):
@@ -673,16 +668,13 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         prompts: Sequence[Prompt],
         seeds: Sequence[int],
         drawing: Options,
-        batch_size: int = 1,
     ) -> list[Image.Image]:
         """An image of each input.
 
-        prompts: those that the images answer. drawing: settings of the de-tokenizer.
+        prompts: those that the images answer. drawing: settings of the codec's `draw`.
         """
         settings = {**drawing, **self.family.drawing_conditions(prompts)}
-        images: list[Image.Image] = self.images.draw(
-            image_inputs, seeds=seeds, batch_size=batch_size, **settings
-        )
+        images: list[Image.Image] = self.images.draw(image_inputs, seeds=seeds, **settings)
         return images
 
 

@@ -189,20 +189,18 @@ class Family:
             else:
                 turns.append((message.role, self._parts(message, encoded)))
 
-        # 2. Their ids; a raw message has no template.
-        role, parts = turns[0]
+        # 2. `<s>` and their ids, up to where the answer begins; a raw message has no template.
+        role, content = turns[0]
         if role == "raw":
-            return Prompt(self.tokenizer.encode_parts(merge_text(parts), add_bos=True))
-        return Prompt(self.prompt_ids(turns, "\n".join(system)))
+            parts = merge_text(content)
+        else:
+            assert self.template is not None
+            parts = self.template.render(turns, "\n".join(system))
+        return Prompt(self.tokenizer.encode_parts(parts, add_bos=True))
 
     def embed_features(self, features: Sequence[ImageFeatures]) -> Tensor:
         """Features of a prompt's images → embeddings `[n, D]`; the engine's thread calls it."""
         return joined(features)
-
-    def prompt_ids(self, turns: Sequence[Turn], system: str = "") -> list[int]:
-        """`<s>` and a conversation, turns of texts and codes, up to where the answer begins."""
-        assert self.template is not None
-        return self.tokenizer.encode_parts(self.template.render(turns, system), add_bos=True)
 
     def _parts(self, message: Message, codes: Iterator[list[int]]) -> list[Part]:
         """A message's texts, and its images as codes; those of answers have them already."""

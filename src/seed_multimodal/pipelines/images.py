@@ -32,6 +32,7 @@ Seed = int | Sequence[int | None] | None  # of all images, or of each; None: ran
 Options = dict[str, Any]  # generation settings and settings of the de-tokenizer, by name
 ImageInput = Tensor | Sequence[int]  # of the de-tokenizer: features [N, W], or codes
 
+DRAWING_BATCH = 8  # images that are decoded at once by default, and for a request at most
 OFFLOADABLE = frozenset(("llm", "encoder", "decoder"))
 
 
@@ -102,7 +103,8 @@ class ImageCodec(ThreadState):
 
     encode(images, *, seed): codes or features of images, by `encode_batch` on rows of several
         threads; seed: of stochastic encoders.
-    draw(image_inputs, *, seeds, batch_size, **settings): images from them, by `draw_batch`.
+    draw(image_inputs, *, seeds, **settings): images from them, by `draw_batch`; settings: of the
+        de-tokenizer, with or without `batch_size` (images at a time) and `should_stop`.
 
     A codec that draws without a de-tokenizer also has `can_draw = True`.
 
@@ -206,7 +208,7 @@ class ImageCodec(ThreadState):
 
     def check_drawing(self, **settings: object) -> None:
         """Raise early for unknown settings of `draw` and a missing de-tokenizer."""
-        not_for_decoder = (*self.codec_settings, "should_stop")
+        not_for_decoder = (*self.codec_settings, "batch_size", "should_stop")
         for name in not_for_decoder:
             settings.pop(name, None)
         if self.load_decoder is None and self.can_draw:
@@ -218,23 +220,25 @@ class ImageCodec(ThreadState):
         """An image from a file, bytes, PIL or an array, as RGB; raises `ImageError` naming it."""
         return open_image(image, at_least=self.min_side).image
 
-    def draw_batched(
-        self, settings: Options, batch_size: int, *columns: Sequence[object]
-    ) -> list[Image.Image]:
+    def draw_batched(self, settings: Options, *columns: Sequence[object]) -> list[Image.Image]:
         """Decode rows with `draw_batch`, batched with those of other threads.
 
-        settings: equal for all rows, with or without `should_stop`.
+        settings: of `draw`, equal for all rows.
         columns: one value for each row in each.
         """
-        check_value(int, batch_size, "batch_size", minimum=1)
-        rows = [*zip(*columns, strict=True)]
-        # Rows that fit into one batch may join those of requests with another `batch_size`.
-        settings = {**settings, "batch_size": batch_size if len(rows) > batch_size else None}
+        settings = dict(settings)
+        batch_size = check_value(
+            int, settings.pop("batch_size", DRAWING_BATCH), "batch_size", minimum=1
+        )
         should_stop = settings.pop("should_stop", None)
-        return self._draw_batcher(settings, rows, should_stop)
+        rows = [*zip(*columns, strict=True)]
+        images: list[Image.Image] = []
+        for start in range(0, len(rows), batch_size):
+            images += self._draw_batcher(settings, rows[start : start + batch_size], should_stop)
+        return images
 
     def reconstruct(
-        self, inputs: Sequence[Any], *, seeds: Sequence[int], batch_size: int = 8, **settings: Any
+        self, inputs: Sequence[Any], *, seeds: Sequence[int], **settings: Any
     ) -> list[Image.Image]:
         """Images → images from their codes or features; given codes stay."""
         rows = [row for row, item in enumerate(inputs) if is_image(item)]
@@ -243,7 +247,7 @@ class ImageCodec(ThreadState):
             encoded = self.encode([inputs[row] for row in rows], seed=[seeds[row] for row in rows])
             for row, codes in zip(rows, encoded, strict=True):
                 image_inputs[row] = codes
-        return self.draw(image_inputs, seeds=seeds, batch_size=batch_size, **settings)
+        return self.draw(image_inputs, seeds=seeds, **settings)
 
     @contextmanager
     def encoding(self) -> Iterator[None]:
@@ -305,7 +309,7 @@ class CodeCodec(ImageCodec):
     def encode_batch(self, key: object, rows: Sequence[Tensor]) -> Sequence[object]:
         """Pixels `[3, S, S]` of each image → its codes."""
         with self.encoding():
-            codes = self.network.encode(torch.stack([*rows]).to(self.device)).cpu()
+            codes = self.model.encode(torch.stack([*rows]).to(self.device)).cpu()
         return [row[row >= 0] for row in codes]
 
     def check_codes(
@@ -338,16 +342,11 @@ class CodeCodec(ImageCodec):
         return rows
 
     def draw(
-        self,
-        image_codes: Sequence[Codes],
-        *,
-        seeds: Sequence[int],
-        batch_size: int = 4,
-        **settings: Any,
+        self, image_codes: Sequence[Codes], *, seeds: Sequence[int], **settings: Any
     ) -> list[Image.Image]:
-        """Codes → images. settings: `drawing_settings`."""
+        """Codes → images."""
         self.check_drawing(**settings)
-        return self.draw_batched(settings, batch_size, self.check_codes(image_codes), seeds)
+        return self.draw_batched(settings, self.check_codes(image_codes), seeds)
 
 
 def seed_per_image(seed: Seed, count: int) -> list[int]:

@@ -33,7 +33,7 @@ from seed_multimodal.inference.engines import torch_engine
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.inference.sampling import ImageConstraints, StopTexts, read_answer
 from seed_multimodal.language.vocabulary import ImageVocabulary
-from seed_multimodal.pipelines.base import DRAWING_BATCH, MultimodalSystem
+from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.pipelines.family import Task
 from seed_multimodal.state_dicts import tensors_below
@@ -361,9 +361,12 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         images: dict[int, Any] = {}
         for task in sorted({*row_tasks}):
             rows = [row for row, row_task in enumerate(row_tasks) if row_task == task]
-            settings = self.system.settings(task, seed=seed, **options)
+            settings = self.system.settings(task, seed=seed, images="forced", **options)
             answers = self.system.generate_image_answers(
-                [prompts[row] for row in rows], task, [settings] * len(rows), options
+                [prompts[row] for row in rows],
+                task,
+                [settings] * len(rows),
+                options.get("max_new_tokens"),
             )
             images |= zip(rows, [answer.single_image() for answer in answers], strict=True)
 
@@ -395,9 +398,7 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         else:
             inputs = list(image_tokens.features.cpu())
             prompts = [Prompt(source=source) for source in image_tokens.sources]
-        images = self.system.decode_images(
-            inputs, prompts, [seed] * len(inputs), settings, DRAWING_BATCH
-        )
+        images = self.system.decode_images(inputs, prompts, [seed] * len(inputs), settings)
         pixels = [torch.from_numpy(np.array(image)) for image in images]
         if len({rows.shape for rows in pixels}) == 1:
             return torch.stack(pixels)
@@ -455,7 +456,7 @@ def _first_codes(ids: Sequence[int], vocabulary: ImageVocabulary) -> list[int]:
     """The codes of the first image of an answer; none raises the codec's CodesError."""
     if vocabulary.eoi_id in ids:
         ids = ids[: ids.index(vocabulary.eoi_id)]
-    return vocabulary.id_to_code(id for id in ids if vocabulary.is_code_id(id))
+    return [id - vocabulary.code_start for id in ids if vocabulary.is_code_id(id)]
 
 
 def _padded(rows: Sequence[Sequence[int]], value: int) -> Tensor:

@@ -29,7 +29,7 @@ from seed_multimodal.language.messages import Message, input_images, is_single, 
 from seed_multimodal.language.prompts import interleave
 from seed_multimodal.language.text_tokenizer import without_space_at_images
 from seed_multimodal.language.vocabulary import PLACEHOLDER
-from seed_multimodal.pipelines.base import DRAWING_BATCH, MultimodalSystem
+from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.family import Task
 from seed_multimodal.transformers.systems import open_system
 
@@ -302,9 +302,7 @@ class SeedMultimodalProcessor(ProcessorMixin):
                 if isinstance(part, str):
                     content.append({"type": "text", "text": part})
                 elif isinstance(part, ImagePart):
-                    image = self.system.images.draw(
-                        [part.codes], seeds=[seed], batch_size=DRAWING_BATCH, **drawing
-                    )[0]
+                    image = self.system.images.draw([part.codes], seeds=[seed], **drawing)[0]
                     content.append({"type": "image", "image": image, "codes": part.codes})
             answers.append(content)
         return answers

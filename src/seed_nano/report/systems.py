@@ -96,8 +96,7 @@ class System:
                 [answer.single_image() for answer in complete],
                 [answer.prompt for answer in complete],
                 [self.seed] * len(complete),
-                drawing,
-                self.batch,
+                {"batch_size": self.batch, **drawing},
             )
         )
         return [None if answer is None else next(images) for answer in answers]
@@ -161,12 +160,11 @@ class System:
         return self._generate(contents, "edit")
 
     def _generate(self, contents: Sequence[Sequence[Any]], task: Any) -> list[Any]:
-        settings = self.inner.settings(task)
+        settings = self.inner.settings(task, images="forced")
         answers = self.inner.generate_image_answers(
             [user_message(content) for content in contents],
             task,
             [replace(settings, seed=seed) for seed in self.seeds(len(contents))],
-            {},
             batch_size=self.batch,
         )
         return [answer if len(answer.image_inputs) == 1 else None for answer in answers]

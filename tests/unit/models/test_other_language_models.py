@@ -7,6 +7,7 @@ import llm_runs
 import pytest
 from random_images import noise
 
+from seed_multimodal.language.messages import user_message
 from seed_multimodal.pipelines.base import MultimodalSystem
 
 IMAGE = noise(1)
@@ -47,7 +48,8 @@ def test_answers_with_tokens_behind_those_of_the_text(name, folders):
     if name == "seed_llama":
         # Assembled, it has the chat template of its tokenizer.
         assert system.config.template == "chat"
-        prompt = tokenizer.decode(system.family.prompt_ids([("user", "What is it?")]))
+        [prompt] = system.family.prompts([user_message(["What is it?"])], "chat")
+        prompt = tokenizer.decode(prompt.ids)
         assert prompt == "<|im_start|>user\nWhat is it?<|im_end|>\n<|im_start|>assistant\n"
         assert system.settings().stop == ()
         # Sampled answers hold no rows of padding.

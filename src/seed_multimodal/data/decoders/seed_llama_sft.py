@@ -374,8 +374,8 @@ class TextConversation(Decoder):
             result = self.dialogue(self.template, turns, system)
         else:
             result = self.dialogue(self.template, turns)
-            system = self.template.system_text(system)
             if system and result.segments:
+                system = self.template.system_text(system)
                 result.segments = [
                     system_segment(system, self.template.separator),
                     *result.segments,

@@ -141,7 +141,10 @@ class UnclipDetokenizer(Detokenizer[UnclipSettings]):
     ) -> Conditions:
         """See `Detokenizer`; without `negatives` labels of zeros are unconditional."""
         labels = self.class_labels(embeds, settings.noise_level, generators)
-        prompt = self.prompt(embeds)
+        if self.conditioner is not None:
+            prompt = self.conditioner.tokens(embeds)
+        else:  # the empty prompt, without a text encoder zeros
+            prompt = self.empty_prompt().expand(len(embeds), -1, -1)
 
         def null() -> DenoiserConditions:
             null_labels = torch.zeros_like(labels)
@@ -171,15 +174,6 @@ class UnclipDetokenizer(Detokenizer[UnclipSettings]):
             levels, width, flip_sin_to_cos=True, downscale_freq_shift=0
         )
         return torch.cat([noisy, sinusoid.to(noisy)], dim=1)
-
-    def prompt(self, embeds: Tensor) -> Tensor:
-        """Input of the cross-attention `[B, n, D]`.
-
-        The conditioner's tokens; without one the empty prompt, without a text encoder zeros.
-        """
-        if self.conditioner is not None:
-            return self.conditioner.tokens(embeds)
-        return self.empty_prompt().expand(len(embeds), -1, -1)
 
 
 @dataclass(frozen=True)

@@ -99,7 +99,6 @@ class SeedImageCodec(CodeCodec):
         image_codes: Sequence[Codes],
         *,
         seeds: Sequence[int],
-        batch_size: int = 8,
         codes: int | Sequence[int] | None = None,
         negative_codes: Codes | Sequence[Codes] | None = None,
         **settings: object,
@@ -108,7 +107,7 @@ class SeedImageCodec(CodeCodec):
 
         codes: use only so many of the codes, one number for all images or one each; None: all.
         negative_codes: negative condition for guidance, one for all images or one each.
-        settings: of the de-tokenizer (see `detokenizer_class`).
+        settings: as of `ImageCodec` (of the de-tokenizer: see `detokenizer_class`).
 
         Raises:
             CodesError: codes outside the codebook.
@@ -135,7 +134,7 @@ class SeedImageCodec(CodeCodec):
             negatives = self.check_codes(negative_rows).expand(n_images, -1)
         settings["has_negatives"] = negative_codes is not None
         columns = (rows, torch.tensor(lengths), negatives, seeds)
-        return self.draw_batched(settings, batch_size, *columns)
+        return self.draw_batched(settings, *columns)
 
     @torch.inference_mode()
     def draw_batch(

@@ -23,29 +23,6 @@ from seed_multimodal.nn.layers import LayerNorm, multi_head
 MASKED = -10000.0
 
 
-class _Projections(nn.Module):
-    """Query, key and value projections and the attention itself."""
-
-    def __init__(self, config: QFormerConfig, source_width: int) -> None:
-        super().__init__()
-        self.heads = config.heads
-        self.dropout = config.dropout
-        self.query = nn.Linear(config.width, config.width)
-        self.key = nn.Linear(source_width, config.width)
-        self.value = nn.Linear(source_width, config.width)
-
-    def forward(self, x: Tensor, source: Tensor, mask: Tensor | None, causal: bool) -> Tensor:
-        return multi_head(
-            self.query(x),
-            self.key(source),
-            self.value(source),
-            self.heads,
-            attn_mask=mask,
-            dropout_p=self.dropout if self.training else 0.0,
-            is_causal=causal,
-        )
-
-
 class _Residual(nn.Module):
     """`LayerNorm(residual + dropout(dense(x)))`."""
 
@@ -64,13 +41,30 @@ class _AttentionLayer(nn.Module):
 
     def __init__(self, config: QFormerConfig, source_width: int) -> None:
         super().__init__()
-        self.self = _Projections(config, source_width)
+        self.heads = config.heads
+        self.dropout = config.dropout
+        self.self = nn.ModuleDict(
+            {
+                "query": nn.Linear(config.width, config.width),
+                "key": nn.Linear(source_width, config.width),
+                "value": nn.Linear(source_width, config.width),
+            }
+        )
         self.output = _Residual(config.width, config)
 
     def forward(
         self, x: Tensor, source: Tensor, mask: Tensor | None = None, causal: bool = False
     ) -> Tensor:
-        return self.output(self.self(x, source, mask, causal), x)
+        attended = multi_head(
+            self.self["query"](x),
+            self.self["key"](source),
+            self.self["value"](source),
+            self.heads,
+            attn_mask=mask,
+            dropout_p=self.dropout if self.training else 0.0,
+            is_causal=causal,
+        )
+        return self.output(attended, x)
 
 
 def _intermediate(config: QFormerConfig) -> nn.Sequential:

@@ -213,7 +213,6 @@ class SeedXImageCodec(ImageCodec):
         values: Sequence[Tensor],
         *,
         seeds: Sequence[int],
-        batch_size: int = 8,
         conditions: Sequence[Image.Image | None] | None = None,
         ratio: Ratio = "restore",
         **settings: object,
@@ -223,7 +222,7 @@ class SeedXImageCodec(ImageCodec):
         conditions: of a second stage, the condition image (or None) of each drawn one.
         ratio: "restore" stretches a drawn square to its condition's aspect ratio, "keep" draws in
             that ratio, "square" draws a square. Without effect if `settings` have a size.
-        settings: of `SdxlDetokenizer`.
+        settings: as of `ImageCodec`.
         """
         self.check_drawing(ratio=ratio, **settings)
         if conditions is None:
@@ -248,7 +247,7 @@ class SeedXImageCodec(ImageCodec):
             if size is not None:
                 size_settings = {**settings, "width": size[0], "height": size[1]}
             columns = [[column[row] for row in rows] for column in (values, conditions, seeds)]
-            size_images = self.draw_batched(size_settings, batch_size, *columns)
+            size_images = self.draw_batched(size_settings, *columns)
             images |= zip(rows, size_images, strict=True)
 
         # 3. Stretched to the ratios of the conditions.

@@ -77,12 +77,10 @@ class SeedXPrompts:
         ids = list(self.tokenizer.start_ids)
         if system:
             ids += self.tokenizer.encode_parts([f"{system}\n"])
-        separator = ""
+        turns = [(role, self._parts(content, role == "user")) for role, content in turns]
         # Turns are tokenized one by one, so that no token crosses their borders.
-        for role, content in turns:
-            parts = self._parts(content, check_boxes=role == "user")
-            ids += self.tokenizer.encode_parts(self.template.render_turn(role, parts, separator))
-            separator = self.template.separator
+        for _, parts in self.template.render_turns(turns):
+            ids += self.tokenizer.encode_parts(parts)
         return ids
 
     def feature_positions(self, ids: Sequence[int], turns: Sequence[Turn]) -> list[list[int]]:

@@ -364,15 +364,17 @@ class PixelTask(RunTask):
         unit = detokenizer.size_unit
         for batch, encoded in self.sample_batches:
             height, width = batch["image"].shape[2:]
-            drawings += detokenizer(
-                self.embeds(encoded.conditions),
-                condition_images=condition_images(batch),
-                height=max(unit, height // unit * unit),
-                width=max(unit, width // unit * unit),
-                seeds=range(len(batch["key"])),
-                batch_size=1,
-                num_inference_steps=self.learner.drawing_steps,
-            )
+            embeds = self.embeds(encoded.conditions)
+            conditions = condition_images(batch) or [None] * len(embeds)
+            for row, condition in enumerate(conditions):
+                drawings += detokenizer(
+                    embeds[row : row + 1],
+                    condition_images=[condition],
+                    height=max(unit, height // unit * unit),
+                    width=max(unit, width // unit * unit),
+                    seeds=[row],
+                    num_inference_steps=self.learner.drawing_steps,
+                )
             originals += map(to_image, batch["image"])
         self.module.train()
 
