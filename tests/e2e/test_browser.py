@@ -10,6 +10,7 @@ import shutil
 import signal
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -260,6 +261,13 @@ def test_a_chat_with_images_in_both_directions(page: Page):
 
     page.click("#chat button[aria-label=Clear]")  # perhaps before the answer's end
     page.until(lambda: not page.all("#chat .message"), "an empty conversation")
+    page.browser.set_window_size(390, 844)
+    page.browser.refresh()
+    page.until(lambda: page.all("#chat .example"), "the examples")
+    time.sleep(1)  # Gradio scrolls after a moment
+    first, message = page.all("#chat .example")[0].rect, page.all("#message")[0].rect
+    page.browser.set_window_size(1360, 1000)
+    assert 0 < first["y"] < message["y"] < 844 - message["height"]
 
 
 @pytest.fixture()

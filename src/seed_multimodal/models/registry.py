@@ -62,7 +62,7 @@ class Example(NamedTuple):
     """A message of the chat page's gallery.
 
     images: names of demo images, in the folder `images` of the repository.
-    then: messages that can follow it; each waits in the message box after the answer before.
+    then: messages that can follow it; each is offered below the answer before.
     """
 
     text: str
@@ -76,7 +76,7 @@ class ModelCard:
 
     Attributes:
         tabs: further tabs, of "draw", "edit", "codes" and "find".
-        about: a sentence below the title.
+        about: below the title, after the system's notice.
         temperature, max_rounds: initial values of the sliders; 0 rounds: any number.
         examples: the gallery, whose messages are answered at a click.
         keeps_aspect: images are sent with their aspect ratio; otherwise as squares.

@@ -1,7 +1,7 @@
 """The page's chat session: a visitor's conversation and images, and the page's event handlers.
 
-The browser keeps a copy of the conversation (texts and codes of images), from which a reload
-continues.
+The browser keeps a copy of the conversation (texts and codes of images, else small images), from
+which a reload continues.
 """
 
 from __future__ import annotations
@@ -31,7 +31,14 @@ from seed_multimodal.language.vocabulary import BOX_WORDS
 from seed_multimodal.models.registry import Example
 from seed_multimodal.serving.client import ModelClient
 from seed_multimodal.serving.conversation_log import ConversationLog
-from seed_multimodal.serving.turns import BLANK_INPUT, Picture, Turn, restored, user_turn
+from seed_multimodal.serving.turns import (
+    BLANK_INPUT,
+    Picture,
+    Turn,
+    restored,
+    stored_turns,
+    user_turn,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -69,6 +76,7 @@ class ChatSession:
         before: the conversation before that, if it is answered.
         uploads: images of uploaded files.
         folder: of the visitor's images; "": none yet.
+        is_open: whether a model is shown.
     """
 
     models: list[ModelClient]
@@ -78,6 +86,7 @@ class ChatSession:
     before: list[Turn] | None = None
     uploads: dict[str, Picture] = field(default_factory=dict)
     folder: str = ""
+    is_open: bool = False
 
     # ---- the visitor's images
 
@@ -137,6 +146,9 @@ class ChatSession:
     def on_example(self, chosen: gr.SelectData) -> None:
         example = self.examples[int(chosen.index)]
         self.on_submit({"text": example.text, "files": example_files(example)})
+
+    def on_option(self, chosen: gr.SelectData) -> None:
+        self.on_submit({"text": chosen.value, "files": []})
 
     def on_retry(self) -> None:
         self.answer(self.turns[:-1])
@@ -255,10 +267,9 @@ class ChatSession:
         Without any answer the conversation is as before, and a new message returns to its box.
         """
         box = gr.update(submit_btn=True, stop_btn=False)
-        draft = self.next_turn()
+        draft = None
         if self.before is not None:  # it failed or was stopped
             *messages, answer = self.turns
-            draft = None
             answer.parts = answer.sent_parts
             if answer.parts:
                 answer.notes.append("Stopped.")
@@ -270,17 +281,17 @@ class ChatSession:
         if draft is not None:
             files = [picture.path for picture in draft.pictures]
             box["value"] = {"text": draft.text, "files": files}
-        stored = {"model": self.model.name, "turns": [turn.stored() for turn in self.turns]}
+        stored = {"model": self.model.name, "turns": stored_turns(self.turns)}
         return self.displayed(), box, stored
 
-    def next_turn(self) -> Turn | None:
+    def follow_ups(self) -> list[str]:
         """What follows in an example whose messages the conversation has."""
         texts = [turn.text for turn in self.turns if turn.role == "user"]
         for example in self.examples:
             script = [example.text, *example.then]
-            if texts and texts == script[: len(texts)] and len(texts) < len(script):
-                return Turn("user", [script[len(texts)]])
-        return None
+            if texts and texts == script[: len(texts)]:
+                return script[len(texts) :][:1]
+        return []
 
     # ---- the conversation
 
@@ -294,8 +305,11 @@ class ChatSession:
         ]
 
     def displayed(self) -> list[JsonObject]:
-        """The conversation as messages of Gradio's Chatbot."""
-        return [message for turn in self.turns for message in turn.displayed()]
+        """The conversation as messages of Gradio's Chatbot; the last offers what may follow."""
+        messages = [message for turn in self.turns for message in turn.displayed()]
+        if self.before is None and (texts := self.follow_ups()):
+            messages[-1]["options"] = [{"value": text} for text in texts]
+        return messages
 
     def turn_index(self, event: gr.EventData) -> int:
         """The turn of a displayed message; notes are messages of their own."""
@@ -339,7 +353,8 @@ class ChatSession:
         return gr.skip() if files == message["files"] else {**message, "files": files}
 
     async def on_model(self, index: int, stored: JsonObject | None) -> tuple[Update, ...]:
-        """Show a model, and the conversation with it that the browser has kept.
+        """Show a model, and the conversation with it that the browser has kept. The first time, at
+        the page's load, that conversation's model.
 
         Returns updates of the outputs in `page.build`.
         """
@@ -348,6 +363,10 @@ class ChatSession:
         for model in self.models:
             with warn_about_errors():
                 await model.load_card()
+        names = [model.name for model in self.models]
+        if stored and not self.is_open and stored["model"] in names:
+            index = names.index(stored["model"])
+        self.is_open = True
         self.model = self.models[index]
         card = self.model.card
         if stored and stored["model"] == self.model.name:
@@ -355,7 +374,7 @@ class ChatSession:
             await self.draw_again()
 
         # 2. What differs between them.
-        names = [(model.card.title, position) for position, model in enumerate(self.models)]
+        titles = [(model.card.title, position) for position, model in enumerate(self.models)]
         ratios = gr.update(
             choices=list(card.ratios),
             value=next(iter(card.ratios), None),
@@ -366,7 +385,7 @@ class ChatSession:
         return (
             self,
             f"# {card.title}\n\n{self.model.notice} {card.about}",
-            gr.update(choices=names),
+            gr.update(choices=titles, value=index),
             gr.update(value=self.displayed(), examples=chatbot_examples(self.examples)),
             card.temperature,
             card.max_rounds,
@@ -379,9 +398,14 @@ class ChatSession:
         )
 
     async def draw_again(self) -> None:
-        """Draw the images of a restored conversation from their codes."""
-        pictures = [picture for turn in self.turns for picture in turn.pictures]
+        """Draw the images of a restored conversation from their codes; others are stored."""
+        pictures = []
         with warn_about_errors():
+            for picture in (picture for turn in self.turns for picture in turn.pictures):
+                if picture.codes:
+                    pictures.append(picture)
+                else:
+                    picture.path = await self.save_data(picture.url or picture.stored_url)
             for start in range(0, len(pictures), TOKENS_AT_ONCE):
                 batch = pictures[start : start + TOKENS_AT_ONCE]
                 body = {"codes": [picture.codes for picture in batch]}

@@ -27,23 +27,48 @@ MAX_SEED = 2**31 - 1
 LOG_NOTICE = "The operator of this page keeps chats, their images and votes."
 CSS = """
 .gradio-container {padding-top: 4px !important}
+.gradio-container .main {padding: 8px max(8px, min(4vw, 32px)) !important; gap: 8px}
 :root:has(.dark) {color-scheme: dark}
+#header {align-items: center; gap: 8px}
+#title {flex: 1 1 300px}
 #title h1 {margin: 4px 0; font-size: 1.25rem}
 #title p {margin: 0; font-size: .85rem; color: var(--body-text-color-subdued)}
-#chat {height: max(240px, calc(100dvh - 226px)) !important; margin-bottom: 12px}
-#message {
-    position: fixed !important; bottom: 6px; left: 0; right: 0; z-index: 5; margin: 0 auto;
-    width: min(100% - 16px, 1216px) !important
+#model {flex: 0 1 260px}
+/* The page is as high as the window; the chat has the height that the rest leaves. */
+.gradio-container:has(#chat) {height: 100dvh}
+.gradio-container :has(#chat) {
+    display: flex; flex: 1 1 auto; flex-direction: column; min-height: 0
 }
+#chat {flex: 1 1 240px; min-height: 240px}
+#message {flex: none; border: 1px solid var(--border-color-primary); border-radius: 12px}
 #chat .message img {width: 192px; max-width: 100%; object-fit: contain !important}
-#chat button[title="Share"], #chat button[aria-label="Share"] {display: none}
-#chat .message-buttons-left:has(+ .bot-row) button:not([aria-label="Copy message"]) {display: none}
+#chat button:is([title="Share"], [aria-label="Share"]) {display: none}
+#chat .message-buttons-left:has(+ .bot-row) button:not(
+    [aria-label="Copy message"], [aria-label="Download"]
+) {display: none}
+/* Read-backs and notes are no messages: small, without bubbles and buttons of their own. */
+#chat .message:has([aria-label*="message: read back: "], .thought-group) {
+    padding: 0 4px; border: none; background: none; box-shadow: none;
+    font-size: .85rem; color: var(--body-text-color-subdued)
+}
+#chat .message-row:has([aria-label*="message: read back: "], .thought-group)
++ :has(+ .message-row) {display: none}
+#chat .thought-group {
+    padding: 0 8px; border: none; border-left: 3px solid var(--color-accent); border-radius: 0;
+    background: none
+}
+#chat .thought-group :is(.arrow, .content) {display: none}
+/* Gradio scrolls to the end of what is around the examples. */
+#chat .placeholder-content {height: 100%; overflow-y: auto}
+#chat .message-wrap {padding-right: 20px}  /* beside the bin */
+#force-image {flex: none; margin: 0 !important; width: fit-content; background: none}
+#force-image input {border: 1px solid var(--body-text-color-subdued)}
 #chat .placeholder {padding: 0 12px; text-align: center}
 #chat .example {border: 1px solid var(--border-color-primary)}
 #chat .example-image-container {width: 96px; height: 96px}
 @media (max-width: 640px) {
-    #chat {height: max(240px, calc(100dvh - 266px)) !important}
     #chat .examples {grid-template-columns: 1fr 1fr; gap: 8px}
+    .column:has(#chat .message) #title p {display: none}
 }
 .strip {display: flex; flex-wrap: wrap; gap: 2px}
 .strip span {
@@ -130,9 +155,16 @@ def build(models: Sequence[ModelClient], log: ConversationLog | None = None) -> 
 
 def header(models: Sequence[ModelClient]) -> tuple[gr.Markdown, gr.Dropdown]:
     """The title and the choice among several models."""
-    with gr.Row():
+    with gr.Row(elem_id="header"):
         title = gr.Markdown(f"# {models[0].card.title}", elem_id="title")
-        choice = gr.Dropdown([*range(len(models))], value=0, label="Model", visible=len(models) > 1)
+        choice = gr.Dropdown(
+            [*range(len(models))],
+            value=0,
+            label="Model",
+            container=False,
+            visible=len(models) > 1,
+            elem_id="model",
+        )
     return title, choice
 
 
@@ -162,17 +194,17 @@ def chat_tab() -> ChatTab:
         elem_id="message",
         placeholder="Message, or drop images",
     )
+    force_image = gr.Checkbox(label="Answer with an image", container=False, elem_id="force-image")
     # Neither is random: conversations also survive a new start of the page.
     browser = gr.BrowserState(storage_key="seed-conversation", secret="of the visitor")
-    return ChatTab(chatbot, message, generation_inputs(), browser)
+    return ChatTab(chatbot, message, [force_image, *generation_inputs()], browser)
 
 
 def generation_inputs() -> list[gr.Component]:
-    """The original demo's sliders and ranges, and ours."""
+    """The original demo's sliders and ranges, and ours, behind `force_image`."""
     with gr.Sidebar(open=False, position="right"):
         dark = gr.Button("Light / dark", size="sm")
         dark.click(None, js="() => { document.body.classList.toggle('dark') }")
-        force_image = gr.Checkbox(label="Answer with an image")
         ratio = gr.Dropdown([], label="Width : height", visible=False)
         beams = gr.Slider(
             1, 4, 1, step=1, label="Beams", info="Answers followed at once; the likeliest is kept."
@@ -194,7 +226,7 @@ def generation_inputs() -> list[gr.Component]:
             label="Most rounds of history",
             info="Longer conversations are refused; 0: no limit.",
         )
-    return [force_image, ratio, beams, max_new_tokens, temperature, top_p, max_rounds]
+    return [ratio, beams, max_new_tokens, temperature, top_p, max_rounds]
 
 
 def connect_chat(session: gr.State, chat: ChatTab) -> list[gr.events.Dependency]:
@@ -209,6 +241,7 @@ def connect_chat(session: gr.State, chat: ChatTab) -> list[gr.events.Dependency]
         chatbot.retry(ChatSession.on_retry, [session], **hidden),
         chatbot.edit(ChatSession.on_edit, [session], **hidden),
         chatbot.example_select(ChatSession.on_example, [session], **hidden),
+        chatbot.option_select(ChatSession.on_option, [session], **hidden),
     ]
 
     # 2. It is made; `on_end` also runs after a failure.
@@ -398,6 +431,7 @@ def launch(
                     css=CSS,
                     show_error=True,
                     footer_links=[],
+                    run_history=False,  # it would keep all messages in the browser once more
                     max_file_size=UPLOADS.max_bytes,
                 )
         except OSError as error:

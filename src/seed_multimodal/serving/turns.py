@@ -9,10 +9,17 @@ from dataclasses import dataclass, field
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import RequestError
+from seed_multimodal.images.io import image_to_base64, open_image
 from seed_multimodal.language.vocabulary import BLANK, BOX_WORDS, PLACEHOLDER
 
 # The original's page refuses more than its server.
 BLANK_INPUT = BLANK + "?!;/"
+# Of images in the browser's storage, which holds five million characters: the longer side, and the
+# lengths of a `data:` URL that is kept as it is and of all of them.
+STORED_SIDE = 512
+SHORT_URL = 20_000
+STORED_CHARACTERS = 1_000_000
+DROPPED = "(an image too many for the browser's storage)"
 
 
 @dataclass
@@ -20,16 +27,31 @@ class Picture:
     """An image of a turn.
 
     Attributes:
-        path: of the file that the page shows; "": not drawn again yet.
+        path: of the file that the page shows; "": restored, without a file yet.
         codes: sent and stored instead of the image, where a model has them.
         url: `data:…`, sent without codes. An image that has neither, as a preview, is only shown.
         description: what its model says that it shows, of one that it drew.
+        stored_url: of an image without codes in the browser's storage.
     """
 
     path: str = ""
     codes: list[int] | None = None
     url: str = ""
     description: str = ""
+    stored_url: str = ""
+
+    def stored(self) -> JsonObject:
+        """For the browser's storage: its codes, else `url`, of a smaller image if it is long."""
+        if self.codes:
+            return {"codes": self.codes, "description": self.description}
+        if 0 < len(self.url) <= SHORT_URL:
+            self.stored_url = self.url
+        if not self.stored_url:
+            image = open_image(self.path).image
+            image.thumbnail((STORED_SIDE, STORED_SIDE))
+            self.stored_url = f"data:image/webp;base64,{image_to_base64(image, 'WEBP')}"
+        key = "url" if self.url else "stored_url"
+        return {key: self.stored_url, "description": self.description}
 
     def sent(self) -> JsonObject:
         """As a part of OpenAI's message."""
@@ -93,26 +115,36 @@ class Turn:
             elif part.path:
                 content.append({"path": part.path, "alt_text": part.description or "image"})
                 if part.description:
-                    content.append(f"*read back: {part.description}*")
+                    content.append(f"read back: {part.description}")
         messages: list[JsonObject] = [{"role": self.role, "content": content or ["…"]}]
         if self.notes:
             note = {"title": " ".join(self.notes)}
             messages.append({"role": self.role, "content": "", "metadata": note})
         return messages
 
-    def stored(self) -> JsonObject:
-        """For the browser's storage: texts, and codes of images with their descriptions."""
+
+def stored_turns(turns: Sequence[Turn]) -> list[JsonObject]:
+    """For the browser's storage: texts, and codes of images or small images.
+
+    Of more than `STORED_CHARACTERS` of small images the oldest are replaced by a text.
+    """
+    stored: list[JsonObject] = []
+    n_characters = 0
+    for turn in reversed(turns):
         parts: list[str | JsonObject] = []
-        for part in self.parts:
+        for part in reversed(turn.parts):
             if isinstance(part, str):
                 parts.append(part)
-            elif part.codes:
-                parts.append({"codes": part.codes, "description": part.description})
-        return {"role": self.role, "parts": parts, "notes": self.notes}
+                continue
+            picture = part.stored()
+            n_characters += 0 if part.codes else len(part.stored_url)
+            parts.append(picture if n_characters <= STORED_CHARACTERS else DROPPED)
+        stored.append({"role": turn.role, "parts": parts[::-1], "notes": turn.notes})
+    return stored[::-1]
 
 
 def restored(turns: Iterable[JsonObject]) -> list[Turn]:
-    """Turns from the browser's storage, whose images have codes only."""
+    """Turns from the browser's storage, whose images have no file yet."""
     conversation: list[Turn] = []
     for turn in turns:
         parts = [part if isinstance(part, str) else Picture(**part) for part in turn["parts"]]

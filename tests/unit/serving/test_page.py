@@ -17,6 +17,7 @@ from served import Running
 
 from seed_multimodal.errors import RequestError
 from seed_multimodal.models.registry import model_cards
+from seed_multimodal.serving import turns
 
 PLAIN = (False, None, 1, 64, 0.0, 0.5, 0)  # force, ratio, beams, tokens, temperature, top_p, rounds
 FORCED = (True, *PLAIN[1:])
@@ -108,7 +109,7 @@ def test_a_backend_that_is_not_reached_says_why(
 @pytest.mark.slow
 def test_boxes_are_drawn_on_the_last_image_and_not_written(file):
     from seed_multimodal.serving.chat_session import image_with_boxes
-    from seed_multimodal.serving.turns import Picture, Turn, restored
+    from seed_multimodal.serving.turns import Picture, Turn, restored, stored_turns
 
     box = {"image": 0, "box": [0.375, 0.1875, 0.625, 0.3125]}
     drawing = image_with_boxes([Turn("user", [Picture(file)])], [box])
@@ -119,8 +120,8 @@ def test_boxes_are_drawn_on_the_last_image_and_not_written(file):
     assert answer["content"] == ["a cat"] and note["metadata"] == {"title": "A note."}
     # What a drawing shows stands below it, also after a reload.
     turn = Turn("assistant", [Picture("cat.png", [5], description="a cat")])
-    assert turn.displayed()[0]["content"][1] == "*read back: a cat*"
-    assert restored([turn.stored()])[0].pictures[0].description == "a cat"
+    assert turn.displayed()[0]["content"][1] == "read back: a cat"
+    assert restored(stored_turns([turn]))[0].pictures[0].description == "a cat"
 
 
 # ---- a conversation (retry, undo and edit: tests/e2e/test_browser.py)
@@ -141,20 +142,33 @@ def test_reply_keeps_a_conversation_with_images_both_ways(session, file):
     assert len(drawing.codes) == 32
 
 
-def test_a_reload_continues_the_conversation(session, address, file):
-    # The browser keeps texts and codes; images are drawn of them.
+@pytest.mark.parametrize("system", ["tiny", "tiny_x"])
+def test_a_reload_continues_the_conversation(session, address, file, system, request, monkeypatch):
+    # The browser keeps texts and codes, of which images are drawn; else small images (SEED-X).
+    session.model.address = Running(request.getfixturevalue(system)).address
     asyncio.run(session.model.load_card())
     send(session, "What is it?", file)
     send(session, "Make it green.", settings=FORCED)
     chat, _, stored = session.on_end()
-    assert len(json.dumps(stored)) < 2000
+    assert len(json.dumps(stored)) < 10_000
+    # Not the first model's page, but that of the conversation.
     reloaded = session_of(address, "nano")
+    reloaded.models.append(session.model)
     asyncio.run(reloaded.on_model(0, stored))
     assert [turn.message() for turn in reloaded.turns] == [turn.message() for turn in session.turns]
     assert len(reloaded.displayed()) == len(chat)
-    assert all(Path(picture.path).is_file() for picture in reloaded.turns[-1].pictures)
+    pictures = [picture for turn in reloaded.turns for picture in turn.pictures]
+    assert pictures and all(Path(picture.path).is_file() for picture in pictures)
     asyncio.run(reloaded.on_model(0, {**stored, "model": "another"}))
     assert reloaded.turns == []
+    # Large images are reduced, and the oldest are left out of a full storage.
+    monkeypatch.setattr(turns, "SHORT_URL", 0)
+    session.turns[0].pictures[0].stored_url = ""
+    (part, _) = session.on_end()[2]["turns"][0]["parts"]
+    assert "codes" in part or part["url"].startswith("data:image/webp")
+    monkeypatch.setattr(turns, "STORED_CHARACTERS", 0)
+    (part, _) = session.on_end()[2]["turns"][0]["parts"]
+    assert "codes" in part or part == turns.DROPPED
 
 
 def test_lavit_draws_in_the_chosen_ratio(tiny_lavit, tmp_path, monkeypatch):
@@ -244,16 +258,17 @@ def test_an_example_is_answered_and_offers_what_follows(session):
     all_of(session.reply(*PLAIN))
     assert len(session.turns) == 2
     assert len(session.turns[0].pictures) == len(examples[index].images)
-    box = session.on_end()[1]
-    assert box["value"] == {"text": examples[index].then[0], "files": []}
-    send(session, box["value"]["text"])
-    assert len(session.turns) == 4 and "value" not in session.on_end()[1]
+    (option,) = session.on_end()[0][-1]["options"]
+    assert option["value"] == examples[index].then[0]
+    session.on_option(event(0, **option))
+    all_of(session.reply(*PLAIN))
+    assert len(session.turns) == 4 and "options" not in session.displayed()[-1]
     # Another message ends the example.
     session.reset()
     session.on_example(event(index))
     all_of(session.reply(*PLAIN))
     send(session, "another message")
-    assert "value" not in session.on_end()[1]
+    assert "options" not in session.displayed()[-1]
 
 
 # ---- the log of votes
