@@ -76,7 +76,6 @@ class ChatSession:
         before: the conversation before that, if it is answered.
         uploads: images of uploaded files.
         folder: of the visitor's images; "": none yet.
-        is_open: whether a model is shown.
     """
 
     models: list[ModelClient]
@@ -86,7 +85,6 @@ class ChatSession:
     before: list[Turn] | None = None
     uploads: dict[str, Picture] = field(default_factory=dict)
     folder: str = ""
-    is_open: bool = False
 
     # ---- the visitor's images
 
@@ -360,13 +358,13 @@ class ChatSession:
         """
         # 1. The models that the backends serve now.
         self.reset()
+        is_first = not self.model.name
         for model in self.models:
             with warn_about_errors():
                 await model.load_card()
         names = [model.name for model in self.models]
-        if stored and not self.is_open and stored["model"] in names:
+        if stored and is_first and stored["model"] in names:
             index = names.index(stored["model"])
-        self.is_open = True
         self.model = self.models[index]
         card = self.model.card
         if stored and stored["model"] == self.model.name:
