@@ -245,6 +245,10 @@ class LayoutDecoder(PretrainedNetwork[LayoutConfig]):
             embeds = pooled_tokens(embeds, n_read).flatten(1)
         return embeds.to(self.mood.weight.dtype)
 
+    def expected_latents(self, embeds: Tensor) -> Tensor:
+        """Expected latents `[B, C, g, g]` of embeddings `[B, E]` or `[B, N, W]`."""
+        return self(self.flat(embeds))[0]
+
     def warm_latents(
         self,
         embeds: Tensor,

@@ -116,12 +116,10 @@ def test_from_images_to_answers(tmp_path):
     system = tmp_path / "system"
     merge(tuned, system / "seed_llama", *[tuned.parent / "config.yaml"] * 2)  # the run's own
     (system / "seed_tokenizer").symlink_to(NANO / "seed_tokenizer")
-    settings = (NANO / "system.json").read_text().splitlines()
-    (system / "system.json").write_text(
-        "\n".join(
-            line for line in settings if '"notice"' not in line and '"known_words"' not in line
-        )
-    )
+    settings = json.loads((NANO / "system.json").read_text())
+    for key in ("notice", "known_words", "known_images"):
+        del settings[key]
+    (system / "system.json").write_text(json.dumps(settings))
     seed = SeedLlama.from_pretrained(system)
     for name, answer, expected in (
         ("fox.png", "Rusty.", "It lives in the wood."),

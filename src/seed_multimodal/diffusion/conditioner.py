@@ -40,6 +40,9 @@ class Conditioner(Protocol):
     def from_pretrained(cls, folder: str | Path) -> Self:
         """Load a folder. Raises `CheckpointError`."""
 
+    def expected_latents(self, embeds: Tensor) -> Tensor:
+        """Latents `[B, C, h, w]` without noise, in its own size, for `known_images`."""
+
     def warm_latents(
         self,
         embeds: Tensor,

@@ -147,6 +147,13 @@ class AnswerGenerator:
         if self.log and note:
             self.log(note)
 
+    def _log_image_notes(self, answers: Sequence[GeneratedAnswer]) -> None:
+        """Log which requests have images that the system does not know."""
+        for index, generated in enumerate(answers):
+            note = generated.answer.note
+            if note:
+                self._log_note(note if len(answers) == 1 else f"Request {index}: {note}")
+
     def _fitting_prompt(
         self, conversation: list[Message], task: Task, opening: str, settings: GenerationSettings
     ) -> Prompt:
@@ -180,6 +187,7 @@ class AnswerGenerator:
         if not draws and speaks_of_missing_image(conversation):
             notes.append("The message speaks of a picture, but the conversation has none.")
         notes.append(self.unknown_words_note(turns[-1], drawing=draws))
+        notes.append(prompt.note)
         prompt.note = " ".join(filter(None, notes))
         return prompt
 

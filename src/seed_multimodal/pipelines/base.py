@@ -308,6 +308,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         # 2. The answers, and the boxes in them.
         settings = self.settings("detect", **options)
         answers = self.generate_answers(opened, "detect", settings, batch_size=batch_size)
+        self._log_image_notes(answers)
         detections: list[Any] = []
         for (message,), generated in zip(opened, answers, strict=True):
             ids = generated.answer.ids
@@ -474,7 +475,11 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
     ) -> None:
         """Describe drawings by their codes, or where prompts hold features by themselves."""
         shown: Sequence[Any] = image_inputs if self.family.prompts_are_ids else images
-        add_descriptions(images, self.describe([*shown]), claims, self.config.known_words)
+        # As `describe`, without its notes.
+        conversations, _ = image_conversations([*shown], self.tasks.describe)
+        answers = self.generate_answers(conversations, "describe", self.settings("describe"))
+        descriptions = [self.family.text(generated.answer, "describe") for generated in answers]
+        add_descriptions(images, descriptions, claims, self.config.known_words)
 
     def _answer_texts(
         self,
@@ -503,6 +508,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         # 2. The answers.
         self._log_note(self.unknown_words_note(*(turns[-1] for turns in conversations)))
         answers = self.generate_answers(conversations, task, settings, batch_size=batch_size)
+        self._log_image_notes(answers)
         displayed = [self.family.text(generated.answer, task) for generated in answers]
         return displayed[0] if single else displayed
 
@@ -608,6 +614,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
             batch_size=batch_size,
         )
         answers = [generated[row // images_per_answer] for row in range(len(seeds))]
+        self._log_image_notes(answers[::num_images])
 
         # 4. Their images.
         def decode() -> list[Image.Image]:

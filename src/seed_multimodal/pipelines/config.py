@@ -92,6 +92,15 @@ class Found:
     sizes: Mapping[str, Any] = field(default_factory=dict)
 
 
+@dataclass(frozen=True)
+class KnownImages:
+    """How images unlike the training's are recognised, see `pipelines.known_images`."""
+
+    threshold: float  # distance above which an image is unknown
+    # from expected latents to red, green and blue: a weight of each channel, and a bias
+    preview: tuple[tuple[float, ...], ...]
+
+
 @dataclass(kw_only=True)
 class SystemConfig:
     """The `system.json` of a system: what families have in common."""
@@ -117,6 +126,7 @@ class SystemConfig:
     preview_inference_steps: int | None = setting(None, minimum=1)
     notice: str = ""  # what people should know of the weights; logged with the device
     known_words: Path | None = None  # JSON file of the words that it learned
+    known_images: KnownImages | None = None  # None: images are not compared with the training's
     read_back: bool = False  # whether it describes its drawings, see `pipelines.read_back`
 
     @property
@@ -265,7 +275,8 @@ class SystemConfig:
         for key in self.settings():
             value = getattr(self, key)
             if value is not None:
-                settings[key] = dataclasses.asdict(value) if key == "tasks" else value
+                is_group = isinstance(value, (TaskPrompts, KnownImages))
+                settings[key] = dataclasses.asdict(value) if is_group else value
         return settings
 
     # ---- parts on disk
@@ -489,4 +500,5 @@ def _with_checkpoint(
     # 3. These describe the base.
     config.notice = ""
     config.known_words = None
+    config.known_images = None
     return config

@@ -28,7 +28,8 @@ from seed_multimodal.language.prompts import (
 )
 from seed_multimodal.language.text_tokenizer import Part, TextTokenizer
 from seed_multimodal.pipelines.config import SystemConfig
-from seed_multimodal.pipelines.images import ImageInput, Options, Placement
+from seed_multimodal.pipelines.images import Encoded, ImageInput, Options, Placement
+from seed_multimodal.pipelines.known_images import unknown_images_note
 
 if TYPE_CHECKING:
     from seed_multimodal.language.llm import LanguageModel
@@ -169,14 +170,29 @@ class Family:
             for message in conversation:
                 images += message.images
                 image_seeds += [seed] * len(message.images)
-        encoded = iter(self.encode(images, task, image_seeds) if images else ())
-        return [self.prompt(conversation, task, encoded) for conversation in conversations]
+        encoded = self.encode(images, task, image_seeds) if images else []
+        values = iter([image.value for image in encoded])
+        distances = iter([image.distance for image in encoded])
+        prompts = [self.prompt(conversation, task, values) for conversation in conversations]
+
+        # Unknown images of a last message are noted; earlier ones were, when they were the last.
+        for conversation, prompt in zip(conversations, prompts, strict=True):
+            latest: list[float | None] = []
+            for message in conversation:
+                inputs = [item for item in message.content if not isinstance(item, str)]
+                latest = []
+                for item in inputs:
+                    is_new = is_image(item)
+                    latest.append(next(distances) if is_new else getattr(item, "distance", None))
+            prompt.note = unknown_images_note(latest, self.config.known_images, self.config.notice)
+        return prompts
 
     def encode(
         self, images: Sequence[ImageSource], task: Task, seeds: Sequence[int | None]
-    ) -> Sequence[Any]:
-        """Images as `prompt` reads them: codes, or features."""
-        return [codes.tolist() for codes in self.images.encode(images, seed=seeds)]
+    ) -> list[Encoded]:
+        """Images as `prompt` reads them: codes, or features; and their distances."""
+        encoded: list[Encoded] = self.images.read(images, seed=seeds)
+        return [image._replace(value=image.value.tolist()) for image in encoded]
 
     def prompt(self, conversation: Sequence[Message], task: Task, encoded: Iterator[Any]) -> Prompt:
         """A conversation as a prompt; `encoded` yields its images in order."""

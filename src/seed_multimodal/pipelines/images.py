@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, S
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, ClassVar, Protocol
+from typing import Any, ClassVar, NamedTuple, Protocol
 
 import torch
 from PIL import Image
@@ -24,6 +24,7 @@ from seed_multimodal.language.messages import Codes
 from seed_multimodal.models.registry import find_family
 from seed_multimodal.nn.layers import avoid_slow_bfloat16
 from seed_multimodal.pipelines.config import SystemConfig
+from seed_multimodal.pipelines.known_images import ImageFamiliarity
 from seed_multimodal.progress import quiet_loading
 from seed_multimodal.settings import SEEDS, check_keys, check_value
 
@@ -81,6 +82,25 @@ def open_images(
     return load_images(config, placement)
 
 
+class Encoded(NamedTuple):
+    """An encoded image.
+
+    value: codes or features, as prompts read them.
+    distance: of `ImageFamiliarity`; None: not measured.
+    """
+
+    value: Any
+    distance: float | None = None
+
+
+class MeasuredCodes(list[int]):
+    """Codes of an image that was encoded before its prompt is built, with its distance."""
+
+    def __init__(self, image: Encoded) -> None:
+        super().__init__(image.value.tolist())
+        self.distance = image.distance
+
+
 class Detokenizer(Protocol):
     """What `ImageCodec` needs of a family's de-tokenizer."""
 
@@ -119,10 +139,11 @@ class ImageCodec(ThreadState):
     advice = ""  # the end of that message
     compiled = False
     load_decoder: Callable[[], Detokenizer] | None = None
+    familiarity: ImageFamiliarity | None = None  # None: images are not compared with known ones
     codes_per_image: int = 0  # at most; 0: images are features
     encode: Callable[..., Sequence[Tensor]]
     draw: Callable[..., list[Image.Image]]
-    encode_batch: Callable[..., Sequence[object]]
+    encode_batch: Callable[..., Sequence[Any]]
     draw_batch: Callable[..., list[Image.Image]]
 
     def __init__(self, model: nn.Module, placement: Placement, min_side: int) -> None:
@@ -158,6 +179,17 @@ class ImageCodec(ThreadState):
                 if self.compiled:
                     compile_blocks(self._decoder.denoiser)
             return self._decoder
+
+    def measured(
+        self, values: Sequence[Any], pixels: Tensor, embed: Callable[[], Tensor]
+    ) -> list[Encoded]:
+        """Encoded images with their distances, if the system measures them.
+
+        pixels: normalised, [B, 3, S, S]. embed: what the conditioner reads of the images.
+        """
+        if self.familiarity is None:
+            return [Encoded(value) for value in values]
+        return [*map(Encoded, values, self.familiarity.distances(embed(), pixels))]
 
     def prepare_drawing(self) -> None:
         """Load the de-tokenizer now, unless images are drawn without one.
@@ -300,17 +332,26 @@ class CodeCodec(ImageCodec):
 
         `seed` has no effect.
         """
-        pixels = [self.transform(self.open(image)) for image in images]
-        codes: list[Tensor] = self._encode_batcher(None, pixels)
+        codes: list[Tensor] = [image.value for image in self.read(images, seed=seed)]
         has_fixed_number = self.min_codes == self.codes_per_image
         return torch.stack(codes) if codes and has_fixed_number else codes
 
+    def read(self, images: Sequence[ImageSource], *, seed: Seed = 0) -> list[Encoded]:
+        """As `encode`, with the images' distances."""
+        return self._encode_batcher(None, [self.transform(self.open(image)) for image in images])
+
     @torch.inference_mode()
-    def encode_batch(self, key: object, rows: Sequence[Tensor]) -> Sequence[object]:
+    def encode_batch(self, key: object, rows: Sequence[Tensor]) -> Sequence[Encoded]:
         """Pixels `[3, S, S]` of each image → its codes."""
+        pixels = torch.stack([*rows])
         with self.encoding():
-            codes = self.model.encode(torch.stack([*rows]).to(self.device)).cpu()
-        return [row[row >= 0] for row in codes]
+            codes = self.model.encode(pixels.to(self.device)).cpu()
+            values = [row[row >= 0] for row in codes]
+            return self.measured(values, pixels, lambda: self.embed(values))
+
+    def embed(self, codes: Sequence[Tensor]) -> Tensor:
+        """What the conditioner of the de-tokenizer reads, for `familiarity`."""
+        raise NotImplementedError
 
     def check_codes(
         self, codes: Iterable[Codes], min_lengths: Sequence[int] | None = None

@@ -46,6 +46,7 @@ from seed_multimodal.language.messages import (
 from seed_multimodal.language.prompts import PromptTemplate, interleave
 from seed_multimodal.language.vocabulary import PLACEHOLDER
 from seed_multimodal.models.registry import find_family
+from seed_multimodal.pipelines.images import MeasuredCodes
 from seed_multimodal.pipelines.read_back import DESCRIPTION, NOTE
 from seed_multimodal.serving.responses import completion, response_events
 from seed_multimodal.serving.schema import (
@@ -292,7 +293,7 @@ class Backend:
             for file in files.values():
                 images.append(file.open(at_least=self.system.images.min_side).image)
             if images and self.system.family.prompts_are_ids:
-                images = [codes.tolist() for codes in self.system.images.encode(images)]
+                images = [MeasuredCodes(image) for image in self.system.images.read(images)]
         for index, image in zip(files, images, strict=True):
             inputs[index] = image
         return inputs
@@ -572,8 +573,9 @@ class Backend:
                 continue
             n_previews = 0
             data.append(content)
-            if image.info.get(NOTE):
-                notes.append(image.info[NOTE])
+            for note in (event["answer"].note, image.info.get(NOTE)):
+                if note and note not in notes:
+                    notes.append(note)
             self.images.labels("drawn").inc()
             if request.stream:
                 usage = usage_of(event["answer"], "input", "output")

@@ -57,7 +57,8 @@ def test_checkpoint_answers_as_trained(base, checkpoint):
     system = load(checkpoint)
     assert system.describe(FOX, "what") != load(base).describe(FOX, "what")
     # The base's own notes are not the checkpoint's.
-    assert (system.config.notice, system.config.known_words) == ("", None)
+    config = system.config
+    assert (config.notice, config.known_words, config.known_images) == ("", None, None)
     assert system.images.can_draw
 
 

@@ -383,19 +383,29 @@ class DynamicTokenizer(PretrainedNetwork[LavitTokenizerConfig]):
         keep_BN = self.select(features_BND, **selection).keep_BN
         return kept_rows(self.merge(features_BND, keep_BN), keep_BN)
 
+    def project(self, features_BND: Tensor, keep_BN: Tensor) -> list[Tensor]:
+        """Features and kept patches → the language model's input of each image, by `vit_proj`."""
+        assert self.vit_proj is not None
+        rows_TD, counts_B = kept_rows(self.merge(features_BND, keep_BN), keep_BN)
+        with self.precision():
+            return list(self.vit_proj(rows_TD).split(counts_B.tolist()))
+
     def continuous(
         self, pixels_B3HW: Tensor, **selection: Unpack[SelectionOptions]
     ) -> list[Tensor]:
         """Pixels → the language model's input of each image `[n_b, llm_width]`, by `vit_proj`."""
-        assert self.vit_proj is not None
-        rows_TD, counts_B = self.rows(pixels_B3HW, **selection)
-        with self.precision():
-            return list(self.vit_proj(rows_TD).split(counts_B.tolist()))
+        features_BND = self.patch_features(pixels_B3HW)
+        return self.project(features_BND, self.select(features_BND, **selection).keep_BN)
 
     @torch.no_grad()
     def encode(self, pixels_B3HW: Tensor, **selection: Unpack[SelectionOptions]) -> list[Tensor]:
         """Pixels → the codes of each image `[n_b]` int64, 0 … codebook_size − 1."""
-        rows_TD, counts_B = self.rows(pixels_B3HW, **selection)
+        features_BND = self.patch_features(pixels_B3HW)
+        return self.codes(features_BND, self.select(features_BND, **selection).keep_BN)
+
+    def codes(self, features_BND: Tensor, keep_BN: Tensor) -> list[Tensor]:
+        """Features and kept patches → the codes of each image, as `encode`."""
+        rows_TD, counts_B = kept_rows(self.merge(features_BND, keep_BN), keep_BN)
         codes_T, _ = self.quantize_rows(rows_TD)
         return list(codes_T.split(counts_B.tolist()))
 

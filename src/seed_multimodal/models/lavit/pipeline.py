@@ -46,10 +46,12 @@ from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.family import Family, Task, load_language_model
 from seed_multimodal.pipelines.images import (
     CodeCodec,
+    Encoded,
     Placement,
     Seed,
     seed_per_image,
 )
+from seed_multimodal.pipelines.known_images import ImageFamiliarity
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig
@@ -61,7 +63,7 @@ UNDERSTANDING = {"do_sample": False, "top_p": 1.0, "seed": 0}
 DRAWING = {"do_sample": True, "top_p": 1.0, "seed": 0, "max_new_tokens": 200, "min_new_tokens": 20}
 DRAWING_TASKS = ("draw", "edit")
 
-Encode = Callable[..., list[Tensor]]  # pixels, `mode` and `generator` → a tensor of each image
+Encode = Callable[..., list[Any]]  # pixels, `mode` and `generator` → what it computes of each
 
 
 class NegativePrompt(str):
@@ -107,6 +109,7 @@ class LavitImageCodec(CodeCodec):
         self.understanding_tokenizer = understanding_tokenizer
         self.selection = selection
         self.selection_seed = selection_seed
+        self.familiarity_decoder: CodeDecoder | None = None  # of `familiarity`, on the CPU
 
     @property
     def network(self) -> DynamicCodes:
@@ -116,20 +119,46 @@ class LavitImageCodec(CodeCodec):
         """Codes `[n]` int64 of each image, on the CPU."""
         return [codes.cpu() for codes in self.encode_by(self.code_tokenizer.encode, images, seed)]
 
-    def features(self, images: Sequence[ImageSource], *, seed: Seed = 0) -> list[Tensor]:
-        """Rows `[n, D]` of each image for the language model.
+    def read(
+        self, images: Sequence[ImageSource], *, seed: Seed = 0, features: bool = False
+    ) -> list[Encoded]:
+        """Codes, or rows `[n, D]` for the language model, with the images' distances.
 
         Raises:
             CheckpointError: no weights of the second stage.
         """
+        if not features:
+            return self.encode_by(self._read_codes, images, seed)
         if self.understanding_tokenizer is None:
             raise CheckpointError(
                 "This system has no weights for image input (token merger and projector of the "
                 "second stage), so it cannot describe images or answer."
             )
-        return self.encode_by(self.understanding_tokenizer.continuous, images, seed)
+        return self.encode_by(self._read_features, images, seed)
 
-    def encode_by(self, encode: Encode, images: Sequence[ImageSource], seed: Seed) -> list[Tensor]:
+    def features(self, images: Sequence[ImageSource], *, seed: Seed = 0) -> list[Tensor]:
+        """Rows `[n, D]` of each image for the language model; raises as `read`."""
+        return [image.value for image in self.read(images, seed=seed, features=True)]
+
+    def _read_codes(self, pixels: Tensor, **selection: Any) -> list[Encoded]:
+        codes = self.code_tokenizer.encode(pixels, **selection)
+        return self.measured(codes, pixels, lambda: self.embed(codes))
+
+    def _read_features(self, pixels: Tensor, **selection: Any) -> list[Encoded]:
+        # Both tokenizers share the vision encoder and the selector.
+        assert self.understanding_tokenizer is not None
+        tokenizer = self.code_tokenizer
+        patches = tokenizer.patch_features(pixels)
+        keep = tokenizer.select(patches, **selection).keep_BN
+        features = self.understanding_tokenizer.project(patches, keep)
+        return self.measured(features, pixels, lambda: self.embed(tokenizer.codes(patches, keep)))
+
+    def embed(self, codes: Sequence[Tensor]) -> Tensor:
+        assert self.familiarity_decoder is not None
+        rows = [self.code_tokenizer.embed_codes(row).cpu().float() for row in codes]
+        return self.familiarity_decoder.features(rows)
+
+    def encode_by(self, encode: Encode, images: Sequence[ImageSource], seed: Seed) -> list[Any]:
         """Results of `encode(pixels, mode=…, generator=…)`, batched with those of other threads."""
         # Without a seed torch's global generator gives one, as it draws in the original.
         per_image = seed if isinstance(seed, Sequence) else [seed] * len(images)
@@ -140,9 +169,9 @@ class LavitImageCodec(CodeCodec):
         return self._encode_batcher(encode, [*zip(pixels, seeds, strict=True)])
 
     @torch.inference_mode()
-    def encode_batch(self, key: Encode, rows: Sequence[tuple[Tensor, int]]) -> list[Tensor]:
+    def encode_batch(self, key: Encode, rows: Sequence[tuple[Tensor, int]]) -> list[Any]:
         """Pixels and seed of each image → what the key computes."""
-        results: list[Tensor] = []
+        results: list[Any] = []
         with self.encoding():
             for start in range(0, len(rows), MAX_BATCH):
                 pixels, seeds = zip(*rows[start : start + MAX_BATCH], strict=True)
@@ -197,6 +226,10 @@ class LavitFamily(Family):
     def load(cls, config: LavitConfig, placement: Placement) -> Self:
         tokenizer = load_lavit_tokenizer(config.words or config.path("llm"))
         images = load_images(config, placement)  # before the language model, which takes longest
+        images.familiarity = ImageFamiliarity.load(config.known_images, config.pixels)
+        if images.familiarity is not None:
+            folder = config.path("decoder")
+            images.familiarity_decoder = CodeDecoder.from_pretrained(folder, head=config.head)
         llm = load_language_model(config, tokenizer, placement)
         assert llm is not None  # prompts with features need torch
         check_sizes(config, images, tokenizer.vocabulary, llm.config)
@@ -263,10 +296,11 @@ class LavitFamily(Family):
 
     def encode(
         self, images: Sequence[ImageSource], task: Task, seeds: Sequence[int | None]
-    ) -> Sequence[Any]:
+    ) -> list[Encoded]:
         if task in DRAWING_TASKS:
             return super().encode(images, task, seeds)
-        return self.images.features(images, seed=seeds)
+        encoded: list[Encoded] = self.images.read(images, seed=seeds, features=True)
+        return encoded
 
     def prompt(self, conversation: Sequence[Message], task: Task, encoded: Iterator[Any]) -> Prompt:
         vocabulary = self.tokenizer.vocabulary

@@ -41,7 +41,8 @@ from seed_multimodal.models.seed.spec import (
 )
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.family import Family
-from seed_multimodal.pipelines.images import CodeCodec, Placement
+from seed_multimodal.pipelines.images import CodeCodec, Encoded, Placement
+from seed_multimodal.pipelines.known_images import ImageFamiliarity
 from seed_multimodal.settings import check_value
 
 CACHED_IMAGES = 1024  # images in the cache of codes, about 0.5 KB each
@@ -71,7 +72,7 @@ class SeedImageCodec(CodeCodec):
             codebook_size=model.config.codebook_size,
             codes_per_image=model.config.num_query,
         )
-        self._cache: ResultCache[Tensor] = ResultCache(CACHED_IMAGES)
+        self._cache: ResultCache[Encoded] = ResultCache(CACHED_IMAGES)
 
     @property
     def section(self) -> int:
@@ -80,11 +81,15 @@ class SeedImageCodec(CodeCodec):
 
     def encode_pixels(self, pixels: Tensor) -> Tensor:
         """Normalised pixels [B, 3, S, S] → codes [B, 32] int64 on the CPU."""
-        return torch.stack(self._encode_batcher(None, list(pixels.float())))
+        encoded = self._encode_batcher(None, list(pixels.float()))
+        return torch.stack([image.value for image in encoded])
 
-    def encode_batch(self, key: object, rows: Sequence[Tensor]) -> Sequence[Tensor]:
+    def encode_batch(self, key: object, rows: Sequence[Tensor]) -> Sequence[Encoded]:
         """Pixels [3, S, S] of each image → its codes, with a cache by content."""
         return self._cache.of(rows, partial(super().encode_batch, key))
+
+    def embed(self, codes: Sequence[Tensor]) -> Tensor:
+        return self.model.decode(torch.stack([*codes]).to(self.device))
 
     def check_codes(
         self, codes: Iterable[Codes], min_lengths: Sequence[int] | None = None
@@ -176,6 +181,7 @@ class SeedLlamaFamily(Family):
     def load(cls, config: SeedLlamaConfig, placement: Placement) -> Self:
         tokenizer = load_text_tokenizer(config.path("tokenizer"))
         images = load_images(config, placement)
+        images.familiarity = ImageFamiliarity.load(config.known_images, config.detokenizer)
         return cls.of_parts(config, tokenizer, images, placement)
 
 

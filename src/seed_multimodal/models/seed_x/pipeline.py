@@ -67,11 +67,13 @@ from seed_multimodal.nn.vision.qwen import (
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.family import Edges, Family, Task
 from seed_multimodal.pipelines.images import (
+    Encoded,
     ImageCodec,
     Options,
     Placement,
     Seed,
 )
+from seed_multimodal.pipelines.known_images import ImageFamiliarity
 from seed_multimodal.settings import check_value, read_settings
 
 BOX_SIDE = 10**6  # pixels of a square on which boxes are computed and then divided by
@@ -125,33 +127,39 @@ class SeedXImageCodec(ImageCodec):
         super().__init__(model, placement, min_side=2 * longest_side)
         self.views = AnyResolution(size, tuple(grids))
         self.edit_views = AnyResolution(size, tuple(edit_grids))
-        self._cache: ResultCache[Tensor] = ResultCache(CACHED_IMAGES)
+        self._cache: ResultCache[Encoded] = ResultCache(CACHED_IMAGES)
 
-    def read(self, images: Sequence[ImageSource], editing: bool = False) -> list[EncodedImage]:
+    def read(self, images: Sequence[ImageSource], editing: bool = False) -> list[Encoded]:
         """Each image in its views; `ImageError` names one that cannot be read."""
         views = self.edit_views if editing else self.views
         opened = [self.open(image) for image in images]
-        features = self._encode_batcher(None, [views.cut(image) for image in opened])
-        encoded: list[EncodedImage] = []
-        for image, image_features in zip(opened, features, strict=True):
+        rows = self._encode_batcher(None, [views.cut(image) for image in opened])
+        encoded: list[Encoded] = []
+        for image, (features, distance) in zip(opened, rows, strict=True):
             positions = patch_positions(views.grid(image.size))
-            encoded.append(EncodedImage(image_features, positions, image))
+            encoded.append(Encoded(EncodedImage(features, positions, image), distance))
         return encoded
 
     @torch.inference_mode()
-    def encode_batch(self, key: None, rows: Sequence[Tensor]) -> list[Tensor]:
+    def encode_batch(self, key: None, rows: Sequence[Tensor]) -> list[Encoded]:
         """Views [V, 3, S, S] of each image → features [V, N, K] on the CPU."""
         return self._cache.of(rows, self._encode_new)
 
-    def _encode_new(self, rows: list[Tensor]) -> list[Tensor]:
+    def _encode_new(self, rows: list[Tensor]) -> list[Encoded]:
         dtype = next(self.model.parameters()).dtype
         pixels = self.model.preprocessing.normalise(torch.cat(rows))
         batches: list[Tensor] = []
         with self.encoding():
             for batch in pixels.split(ENCODER_BATCH_SIZE):
                 batches.append(self.model(batch.to(self.device, dtype)))
-        features = torch.cat(batches).split([len(views) for views in rows])
-        return [image_features.cpu() for image_features in features]
+        n_views = [len(views) for views in rows]
+        features = torch.cat(batches).cpu().split(n_views)
+
+        # The last view is that of the complete image.
+        squares = torch.stack([views[-1] for views in pixels.split(n_views)])
+        return self.measured(
+            features, squares, lambda: torch.stack([views[-1] for views in features])
+        )
 
     def encode(
         self, images: Sequence[ImageSource], embeddings: int | None = None, *, seed: Seed = 0
@@ -162,7 +170,7 @@ class SeedXImageCodec(ImageCodec):
         """
         # The last view is that of the complete image.
         squares = [self.views.cut(self.open(image))[-1:] for image in images]
-        features = torch.cat(self._encode_batcher(None, squares))
+        features = torch.cat([image.value for image in self._encode_batcher(None, squares)])
         if embeddings is None:
             return features
         check_value(int, embeddings, "embeddings", minimum=1)
@@ -296,6 +304,7 @@ class SeedXFamily(Family):
         config.require("llm", "agent", "tokenizer", "vision")
         tokenizer = load_text_tokenizer(config.path("tokenizer"))
         images = load_images(config, placement)  # before the language model, which takes longest
+        images.familiarity = ImageFamiliarity.load(config.known_images, config.detokenizer)
         agent = load_agent_model(config, tokenizer, placement)
         resampler = agent.input_resampler.config
         input_width = resampler.kv_dim or resampler.embed_dim
@@ -356,7 +365,7 @@ class SeedXFamily(Family):
 
     def encode(
         self, images: Sequence[ImageSource], task: Task, seeds: Sequence[int | None]
-    ) -> list[EncodedImage]:
+    ) -> list[Encoded]:
         return self.images.read(images, editing=task == "edit")
 
     def prompt(

@@ -1,0 +1,100 @@
+"""Images of kinds that nano's systems never learned are noted, at each door; images of their world
+are not."""
+
+import random
+from io import BytesIO
+
+import pytest
+from PIL import Image
+from repository import FOX, ROOT
+from served import chat, user
+
+from seed_multimodal import MultimodalSystem
+from seed_multimodal.images.io import image_to_bytes
+from seed_nano.known import UNKNOWN, known_images, unknown_images
+
+SAID = "unlike those that this system learned"
+# Of eight; some pages of text and charts look like one large thing.
+LEAST = {"text": 4, "chart": 4, "noise": 8, "blank": 7, "screen": 8}
+
+
+@pytest.fixture(scope="module", params=["nano", "nano-x", "nano-lavit"])
+def shipped(request):
+    lines: list[str] = []
+    system = MultimodalSystem.from_pretrained(
+        ROOT / "pretrained" / request.param, device="cpu", log=lines.append
+    )
+    system.lines = lines
+    return system
+
+
+def noted(system, images) -> int:
+    threshold = system.config.known_images.threshold
+    return sum(image.distance > threshold for image in system.images.read(images))
+
+
+@pytest.mark.parametrize("kind", UNKNOWN)
+def test_unknown_kinds_are_noted(shipped, kind):
+    assert noted(shipped, unknown_images(kind, 8)) >= LEAST[kind]
+
+
+def test_known_images_are_not_noted(shipped):
+    files = [Image.open(path) for path in sorted((ROOT / "images").glob("*.*g"))]
+    assert noted(shipped, files) == 0
+    assert noted(shipped, random.Random(0).sample(known_images(3), 100)) <= 3
+
+
+def test_notes_at_each_door(shipped, client_of):
+    (screen,) = unknown_images("screen", 1)
+    lines = shipped.lines
+    lines.clear()
+    # Python: `Answer.note`, and the log where a method returns texts or images.
+    shipped.describe([Image.open(FOX), screen])
+    assert [SAID in line for line in lines] == [True] and lines[0].startswith("Request 1: ")
+    answers = [shipped.chat([{"role": "user", "content": [image]}]) for image in (screen, FOX)]
+    assert [SAID in answer.note for answer in answers] == [True, False]
+    shipped.edit(screen, "Add a star.", num_inference_steps=1)
+    assert SAID in lines[-1]
+
+    # The server: messages, and edits.
+    client = client_of(shipped)
+    notes = [chat(client, [user(image)])["notes"] for image in (screen, Image.open(FOX))]
+    assert [SAID in " ".join(of_image) for of_image in notes] == [True, False]
+    form = {"prompt": "Add a star.", "image": (BytesIO(image_to_bytes(screen)), "screen.png")}
+    body = client.post("/v1/images/edits", data=form).json
+    assert sum(SAID in note for note in body["notes"]) == 1
+
+
+def test_command_notes_unknown_images(run_seed, tmp_path):
+    (screen,) = unknown_images("screen", 1)
+    screen.save(tmp_path / "screen.png")
+    code, _, errors = run_seed("nano", "describe", FOX, tmp_path / "screen.png")
+    assert code == 0 and errors.count(SAID) == 1
+
+
+def test_distances_are_cached_and_not_measured_of_codes(shipped, monkeypatch):
+    measured = []
+    distances = shipped.images.familiarity.distances
+    monkeypatch.setattr(
+        shipped.images.familiarity,
+        "distances",
+        lambda *inputs: measured.append(1) or distances(*inputs),
+    )
+    image = known_images(4)[0]
+    for _ in range(2):
+        shipped.images.read([image])
+    # nano-lavit has no cache of images: its codes depend on a seed.
+    assert len(measured) == (1 if hasattr(shipped.images, "_cache") else 2)
+    if shipped.family.prompts_are_ids:
+        codes = shipped.tokenize(image)[0].tolist()
+        shipped.describe([codes])
+        assert len(measured) == 1
+
+
+def test_system_without_the_key_has_no_notes(shipped):
+    (screen,) = unknown_images("screen", 1)
+    config = shipped.config
+    plain = MultimodalSystem.from_pretrained(config.name, device="cpu", log=None)
+    plain.config.known_images = plain.images.familiarity = None
+    assert plain.chat([{"role": "user", "content": [screen]}]).note == ""
+    assert plain.describe(screen) == shipped.describe(screen)
