@@ -43,6 +43,7 @@ from seed_nano.world.things import BACKGROUNDS, NAMES, STYLES
 SIDES = (64, 96, 128, 256)  # of the calibration's images, in pixels
 SCENES = 40  # of each split
 DRAWINGS = 220
+FARTHEST = 2.0  # distance of an image from its opposite
 FALSE_NOTES = 0.01  # share of known images beyond the threshold
 BATCH = 32
 CALIBRATION, HELD_OUT = 4242, 777  # seeds
@@ -81,7 +82,7 @@ def calibrate(folder: Path) -> KnownImages:
     weights = torch.linalg.lstsq(inputs, pixels).solution.T  # [3, C + 1]
     preview = tuple(tuple(round(value, 4) for value in row) for row in weights.tolist())
     codec = MultimodalSystem.from_pretrained(
-        SystemConfig.find(folder, known_images=KnownImages(0, preview)), log=None
+        SystemConfig.find(folder, known_images=KnownImages(FARTHEST, preview)), log=None
     ).images
     threshold = float(np.quantile(measure(codec, images), 1 - FALSE_NOTES))
     known = KnownImages(round(threshold, 3), preview)

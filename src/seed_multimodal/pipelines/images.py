@@ -119,10 +119,11 @@ class Detokenizer(Protocol):
 
 
 class ImageCodec(ThreadState):
-    """Images ⇄ codes or features; base of the families' codecs, which define four methods.
+    """Images ⇄ codes or features; base of the families' codecs, which define five methods.
 
     encode(images, *, seed): codes or features of images, by `encode_batch` on rows of several
         threads; seed: of stochastic encoders.
+    read(images, ...): the same for prompts, with distances.
     draw(image_inputs, *, seeds, **settings): images from them, by `draw_batch`; settings: of the
         de-tokenizer, with or without `batch_size` (images at a time) and `should_stop`.
 
@@ -142,6 +143,7 @@ class ImageCodec(ThreadState):
     familiarity: ImageFamiliarity | None = None  # None: images are not compared with known ones
     codes_per_image: int = 0  # at most; 0: images are features
     encode: Callable[..., Sequence[Tensor]]
+    read: Callable[..., list[Encoded]]
     draw: Callable[..., list[Image.Image]]
     encode_batch: Callable[..., Sequence[Any]]
     draw_batch: Callable[..., list[Image.Image]]

@@ -156,10 +156,26 @@ class SeedXImageCodec(ImageCodec):
         features = torch.cat(batches).cpu().split(n_views)
 
         # The last view is that of the complete image.
-        squares = torch.stack([views[-1] for views in pixels.split(n_views)])
-        return self.measured(
-            features, squares, lambda: torch.stack([views[-1] for views in features])
+        views = pixels.split(n_views)
+        squares = torch.stack([image_views[-1] for image_views in views])
+        encoded = self.measured(
+            features, squares, lambda: torch.stack([image_views[-1] for image_views in features])
         )
+        return [*map(self._measured_in_views, encoded, views)]
+
+    def _measured_in_views(self, image: Encoded, views: Tensor) -> Encoded:
+        """An image that is unknown as a whole can be known in its views, of which the second
+        nearest counts.
+
+        views: normalised pixels [V, 3, S, S].
+        """
+        familiarity = self.familiarity
+        if familiarity is None or image.distance is None or len(views) < 3:
+            return image
+        if image.distance <= familiarity.settings.threshold:
+            return image
+        distances = familiarity.distances(image.value[:-1], views[:-1])
+        return image._replace(distance=min(image.distance, sorted(distances)[1]))
 
     def encode(
         self, images: Sequence[ImageSource], embeddings: int | None = None, *, seed: Seed = 0
