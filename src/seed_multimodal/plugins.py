@@ -4,7 +4,8 @@
     mine = "my_package.spec:SPEC"
 
 Groups: `families` (`models.registry`), `formats` (`data.formats.contents`), `conditioners`
-(`diffusion.conditioner`), `detectors` (`evaluation.detection`) and `lavis` (models of the LAVIS
+(`diffusion.conditioner`), `detectors` (`evaluation.detection`), `rewards`
+(`training.rl.rewards`) and `lavis` (models of the LAVIS
 application, `seed_lavis.register`). A checkout of this repository
 needs no installation: the table in its own `pyproject.toml` counts as well.
 """

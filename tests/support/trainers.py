@@ -239,6 +239,26 @@ def _lavis(stage: str, *settings: str) -> Callable[[Path, Path], list[str]]:
     ]
 
 
+def _rl_parts(parts_dir: Path) -> None:
+    """Four prompts of nano, which its judge scores."""
+    from seed_nano.report.reward import prompt_records
+
+    lines(parts_dir / "prompts.jsonl", prompt_records(4, 1)[0])
+    data = {
+        "prompts": str(parts_dir / "prompts.jsonl"),
+        "rewards": [{"name": "nano", "model": "nano"}],
+        "batch_size": 2,
+        "group_size": 2,
+        "drawing": {"num_inference_steps": 1},
+    }
+    (parts_dir / "data.yaml").write_text(yaml.safe_dump(data))
+
+
+def _rl(parts_dir: Path, output: Path) -> list[str]:
+    groups = ("model", "optim", "trainer")
+    return [*(f"{group}=nano" for group in groups), f"data={parts_dir / 'data.yaml'}"]
+
+
 # ---- use of each result
 
 
@@ -361,6 +381,14 @@ TRAINERS = [
         _describes("lavit.Lavit", load_decoder=False),
         "checkpoint-*/[mv]*.safetensors",
         zero=3,
+    ),
+    Trainer(
+        "rl",
+        "src/train/train_rl.py",
+        _rl_parts,
+        _rl,
+        _describes("seed.SeedLlama"),
+        "checkpoint-*/model.safetensors",
     ),
     # Pixel decoders.
     Trainer(

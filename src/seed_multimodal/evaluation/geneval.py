@@ -74,19 +74,22 @@ def read_object_prompts(path: str | Path) -> list[ObjectPrompt]:
 
     Raises DataError: no such file, or an item of another layout.
     """
-    prompts: list[ObjectPrompt] = []
-    for index, (location, metadata) in enumerate(read_items(path, "prompts")):
-        item = parse_item(Item, location, metadata)
-        for n_before, requirement in enumerate(item.include):
-            if requirement.position and requirement.position[1] not in range(n_before):
-                raise DataError(
-                    f"{location}: the position of {requirement.label!r} is to no earlier object."
-                )
-        prompt = ObjectPrompt(index, location, references=[item.prompt], item=item)
-        prompt.metadata = metadata
-        prompt.group = item.tag
-        prompts.append(prompt)
-    return prompts
+    items = enumerate(read_items(path, "prompts"))
+    return [object_prompt(index, location, metadata) for index, (location, metadata) in items]
+
+
+def object_prompt(index: int, location: str, metadata: JsonObject) -> ObjectPrompt:
+    """The prompt of a line. Raises DataError: another layout."""
+    item = parse_item(Item, location, metadata)
+    for n_before, requirement in enumerate(item.include):
+        if requirement.position and requirement.position[1] not in range(n_before):
+            raise DataError(
+                f"{location}: the position of {requirement.label!r} is to no earlier object."
+            )
+    prompt = ObjectPrompt(index, location, references=[item.prompt], item=item)
+    prompt.metadata = metadata
+    prompt.group = item.tag
+    return prompt
 
 
 # ---- rules

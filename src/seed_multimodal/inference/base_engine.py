@@ -202,6 +202,13 @@ class Request:
             )
         return torch.stack([self.states[position - first] for position in positions])
 
+    def processed(self, ids: Tensor, scores: Tensor) -> Tensor:
+        """Scores `[1, V]` of the token after the answer's `ids` `[1, n]` → those from which it is
+        chosen."""
+        for process in (*self.processors, *self.warpers):
+            scores = process(ids, scores)
+        return scores
+
     def searches_as(self, other: Request) -> bool:
         """Whether one beam search can answer both."""
         names = ("budget", "seed", "initial_ids")

@@ -389,8 +389,7 @@ class Engine(InboxThread[Request], BaseEngine):
         if len(request.rows) > 1:
             scores = guided(scores, request.rows[1].scores, request.settings.guidance)
         ids = torch.tensor([request.ids], dtype=torch.long, device=scores.device)
-        for process in (*request.processors, *request.warpers):
-            scores = process(ids, scores)
+        scores = request.processed(ids, scores)
 
         # 2. The choice.
         if request.forced_ids is not None:

@@ -284,6 +284,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         "--work", type=Path, default=Path("runs/judge"), help="folder of checkpoint, log and record"
     )
     parser.add_argument("--steps", type=int, default=1500)
+    parser.add_argument("--seed", type=int, default=77, help="of weights and scenes (77)")
+    parser.add_argument("--widths", type=int, nargs=3, help="of the stages (48 64 128)")
 
     def work(options: argparse.Namespace) -> int:
         settings = StageSettings(
@@ -292,11 +294,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
             learning_rate=3e-3,
             warmup_steps=200,
             weight_decay=0.05,
-            seed=77,
+            seed=options.seed,
         )
-        train_stage(
-            JudgeTask(settings, options.out, choose_device("auto", "float32").device), options.work
-        )
+        config = JudgeConfig()
+        if options.widths:
+            config.widths = tuple(options.widths)
+        device = choose_device("auto", "float32").device
+        train_stage(JudgeTask(settings, options.out, device, config), options.work)
         print(f"Saved {options.out}.")
         return DONE
 

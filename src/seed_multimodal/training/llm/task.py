@@ -87,7 +87,51 @@ class LlmRunSettings(RunSettings):
             self.eval_data = with_option(self.eval_data, "template", template)
 
 
-class LlmTask(RunTask):
+class LanguageModelTask(RunTask):
+    """A run whose checkpoints are a language model's: an adapter, or all weights.
+
+    llm: the model. base_folder: that of its start; None: random weights.
+    """
+
+    family = DEFAULT_FAMILY  # of systems with its checkpoints
+    llm: nn.Module
+    tokenizer: TextTokenizer
+    tokenizer_folder: Path
+    base_folder: Path | None
+
+    def published(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """The adapter with PEFT 0.4's names, or all weights; of tied ones one."""
+        names = {name.removeprefix("llm."): name for name in weights}
+        if is_lora(self.llm):
+            names = {adapter_name(published): name for published, name in names.items()}
+        return {
+            published: weights[names[published]].detach()
+            for published in trained_state(self.llm)
+            if published in names
+        }
+
+    @property
+    def saves_frozen(self) -> bool:
+        """A plain LLaMA folder is complete; an adapter's is not."""
+        return not is_lora(self.llm)
+
+    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
+        """Write an adapter or a plain LLaMA folder, with the tokenizer's files."""
+        save_trained(self.llm, folder, weights)
+        self.tokenizer.save_pretrained(folder)
+        self.record_base(folder)
+
+    def record_base(self, folder: Path) -> None:
+        """Write which system the checkpoint belongs to, for `SystemConfig.find`."""
+        write_checkpoint_system(
+            folder, self.family, llm=self.base_folder, tokenizer=self.tokenizer_folder
+        )
+
+    def load(self, folder: Path) -> None:
+        load_trained(self.llm, folder)
+
+
+class LlmTask(LanguageModelTask):
     """One run of the language model in one process."""
 
     run: LlmRunSettings
@@ -96,7 +140,6 @@ class LlmTask(RunTask):
     plain_attention = False
     meter: TokenMeter
     start_hint = "model.adapter, or model.path"
-    family = DEFAULT_FAMILY  # of systems with its checkpoints
     run_type: ClassVar[type[RunSettings]] = LlmRunSettings
 
     def __init__(self, run: LlmRunSettings, group: ProcessGroup, device: torch.device) -> None:
@@ -108,7 +151,10 @@ class LlmTask(RunTask):
             self.start_hint += ", or trainer.resume=CHECKPOINT to keep the optimizer"
         if self.settings.precision == "fp16" and device.type == "cpu":
             raise ConfigError("trainer: fp16 needs a GPU; use bf16 or fp32 on a CPU.")
-        self.tokenizer = self.load_tokenizer(run.tokenizer.folder)
+        self.tokenizer_folder = run.tokenizer.folder
+        self.tokenizer = self.load_tokenizer(self.tokenizer_folder)
+        path = run.model.path
+        self.base_folder = None if path is None else project_path(path)
 
         # 1. The loss.
         default_average = "tokens" if run.data.packing else "batch"
@@ -134,7 +180,6 @@ class LlmTask(RunTask):
         if self.zero_stage == 3:  # no process has the weights
             self.sample_steps = 0
         self.meter = TokenMeter()
-        self.llm: nn.Module
 
         # 3. Of the current step: this process's micro-batches, their mean number per process, the
         #    factor of the loss.
@@ -397,43 +442,6 @@ class LlmTask(RunTask):
 
     def load_state_dict(self, states: list[JsonObject], rank: int) -> None:
         self.data.restore(states)
-
-    def published(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """The adapter with PEFT 0.4's names, or all weights; of tied ones one."""
-        names = {name.removeprefix("llm."): name for name in weights}
-        if is_lora(self.llm):
-            names = {adapter_name(published): name for published, name in names.items()}
-        return {
-            published: weights[names[published]].detach()
-            for published in trained_state(self.llm)
-            if published in names
-        }
-
-    @property
-    def saves_frozen(self) -> bool:
-        """A plain LLaMA folder is complete; an adapter's is not."""
-        return not is_lora(self.llm)
-
-    def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
-        """Write an adapter or a plain LLaMA folder, with the tokenizer's files."""
-        save_trained(self.llm, folder, weights)
-        self.tokenizer.save_pretrained(folder)
-        self.record_base(folder)
-
-    def record_base(self, folder: Path) -> None:
-        """Write which system the checkpoint belongs to, for `SystemConfig.find`."""
-        write_checkpoint_system(
-            folder, self.family, llm=self.base_folder, tokenizer=self.run.tokenizer.folder
-        )
-
-    @property
-    def base_folder(self) -> Path | None:
-        """The folder of the base model; None: random weights."""
-        path = self.run.model.path
-        return None if path is None else project_path(path)
-
-    def load(self, folder: Path) -> None:
-        load_trained(self.llm, folder)
 
 
 def tokenizer_checksum(tokenizer: TextTokenizer) -> int:

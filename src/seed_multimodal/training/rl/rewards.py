@@ -1,0 +1,117 @@
+"""Rewards: functions of drawings and the records that asked for them.
+
+    reward = open_reward(RewardSettings("geneval", "owlv2-base-patch16"), records, device)
+    reward(images, records)    # [1.0, 0.0, ...], one number for each image
+
+Other packages register theirs by an entry point of the group `seed_multimodal.rewards`: a function
+(model, records, device) -> reward. `records` are all that will be asked for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from PIL import Image
+
+from seed_multimodal.disk import JsonObject
+from seed_multimodal.errors import ConfigError
+from seed_multimodal.plugins import import_entry, registered
+from seed_multimodal.settings import nearest
+from seed_multimodal.training.rl.config import RewardSettings
+
+Records = Sequence[JsonObject]
+Reward = Callable[[Sequence[Image.Image], Records], Sequence[float]]
+OpenReward = Callable[[str, Records, torch.device], Reward]
+QUESTION = "Does this image show {}?"
+
+
+def open_reward(settings: RewardSettings, records: Records, device: torch.device) -> Reward:
+    """The reward of these settings. Raises ConfigError, CheckpointError: no such reward or model;
+    DataError: records that it cannot read."""
+    entries = registered("rewards")
+    if settings.name in entries:
+        open_registered: OpenReward = import_entry(entries[settings.name])
+        return open_registered(settings.model, records, device)
+    if settings.name not in BUILT_IN:
+        suggestion = nearest(settings.name, [*BUILT_IN, *entries])
+        raise ConfigError(f"data: rewards: {settings.name!r} is unknown{suggestion}.")
+    return BUILT_IN[settings.name](settings.model, records, device)
+
+
+def geneval_reward(model: str, records: Records, device: torch.device) -> Reward:
+    """1 if a detector finds what the rules of GenEval ask for, else 0.
+
+    model: a detector of `load_detector`. records: lines of `evaluation_metadata.jsonl`.
+    """
+    from seed_multimodal.evaluation.detection import load_detector
+    from seed_multimodal.evaluation.geneval import (
+        kept_detections,
+        object_prompt,
+        rule_faults,
+    )
+
+    detector = load_detector(model, device)
+    for number, record in enumerate(records, 1):
+        prompt = object_prompt(number, f"data: prompts, line {number}", record)
+        detector_labels = detector.labels
+        unknown = set(prompt.labels) - detector_labels if detector_labels is not None else set()
+        if unknown:
+            raise ConfigError(f"{prompt.location}: {model} cannot detect {', '.join(unknown)}.")
+        if any(item.colour for item in prompt.item.include) and not detector.knows_colours:
+            raise ConfigError(f"{prompt.location}: {model} does not know colours.")
+
+    def reward(images: Sequence[Image.Image], records: Records) -> list[float]:
+        prompts = [object_prompt(index, "", record) for index, record in enumerate(records)]
+        found = detector.detect(images, [prompt.labels for prompt in prompts])
+        limits = detector.limits
+        values: list[float] = []
+        for prompt, detections in zip(prompts, found, strict=True):
+            kept = kept_detections(detections, limits.threshold, limits.max_overlap)
+            values.append(float(not rule_faults(prompt, kept)))
+        return values
+
+    return reward
+
+
+def judge_reward(model: str, records: Records, device: torch.device) -> Reward:
+    """The probability of "yes" to the question whether an image shows its prompt.
+
+    model: an image-text model of transformers, or a system.
+    """
+    from seed_multimodal.evaluation.judges import Question, answer_forms, load_judge
+
+    judge = load_judge(model, device)
+    answers = [answer_forms("yes"), answer_forms("no")]
+
+    def reward(images: Sequence[Image.Image], records: Records) -> list[float]:
+        values: list[float] = []
+        for image, record in zip(images, records, strict=True):
+            question = Question(QUESTION.format(record["prompt"].rstrip(".")), answers)
+            ((yes, no),) = judge.probabilities(image, [question])
+            values.append(yes / (yes + no))
+        return values
+
+    return reward
+
+
+def clip_reward(model: str, records: Records, device: torch.device) -> Reward:
+    """The cosine of image and prompt in CLIP's space; model: its folder, or OpenAI's file."""
+    from seed_multimodal.evaluation.clip import Clip
+    from seed_multimodal.training.llm.config import project_path
+
+    clip = Clip(project_path(model), device)
+
+    def reward(images: Sequence[Image.Image], records: Records) -> list[float]:
+        texts = clip.texts([record["prompt"] for record in records])
+        cosines: list[float] = (clip.images(images) * texts).sum(-1).tolist()
+        return cosines
+
+    return reward
+
+
+BUILT_IN: dict[str, OpenReward] = {
+    "geneval": geneval_reward,
+    "judge": judge_reward,
+    "clip": clip_reward,
+}
