@@ -1,7 +1,7 @@
 """The judge as a reward of `train_rl.py`, its prompts, and what a training by it has changed.
 
     python -m seed_nano.report.reward --write log/rl_prompts
-    python -m seed_nano.report.reward --prompts FILE --judge FOLDER --model nano log/rl/checkpoint-200
+    python -m seed_nano.report.reward --prompts FILE --judge FOLDER --model nano log/rl
 
 The prompts are scenes of the split `styles`: a thing in a style in which no training showed it. The
 things of `train.jsonl` are not those of `held_out.jsonl`. A second judge (`python -m
@@ -82,12 +82,11 @@ def run(args: argparse.Namespace) -> int:
     # 1. The prompts.
     if args.write is not None:
         args.write.mkdir(parents=True, exist_ok=True)
-        for name, records in zip(
-            ("train", "held_out"), prompt_records(args.number, args.number), strict=True
-        ):
-            lines = [json.dumps(record) + "\n" for record in records]
+        parts = prompt_records(args.number, args.number)
+        for name, part in zip(("train", "held_out"), parts, strict=True):
+            lines = [json.dumps(record) + "\n" for record in part]
             replace_text(args.write / f"{name}.jsonl", "".join(lines))
-            print(f"{args.write / name}.jsonl: {len(records)} prompts")
+            print(f"{args.write / name}.jsonl: {len(part)} prompts")
         return DONE
 
     # 2. The drawings of each system, the same prompts and seeds.

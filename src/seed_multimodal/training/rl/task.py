@@ -159,7 +159,6 @@ class RlTask(LanguageModelTask):
         ]
 
         # 2. Their answers and rewards.
-        self.system.engine.forget()
         self.answers, means = self.draw_and_score(records, seeds, self.run.data.temperature)
 
         # 3. Advantages. Groups without a spread teach nothing.
