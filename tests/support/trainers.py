@@ -256,7 +256,8 @@ def _rl_parts(parts_dir: Path) -> None:
 
 def _rl(parts_dir: Path, output: Path) -> list[str]:
     groups = ("model", "optim", "trainer")
-    return [*(f"{group}=nano" for group in groups), f"data={parts_dir / 'data.yaml'}"]
+    files = [*(f"{group}=nano" for group in groups), f"data={parts_dir / 'data.yaml'}"]
+    return [*files, "trainer.logging_steps=1", "trainer.sample_steps=4", *STEADY]
 
 
 # ---- use of each result
@@ -389,6 +390,7 @@ TRAINERS = [
         _rl,
         _describes("seed.SeedLlama"),
         "checkpoint-*/model.safetensors",
+        loss="reward",
     ),
     # Pixel decoders.
     Trainer(
