@@ -257,7 +257,7 @@ def _rl_parts(parts_dir: Path) -> None:
 def _rl(parts_dir: Path, output: Path) -> list[str]:
     groups = ("model", "optim", "trainer")
     files = [*(f"{group}=nano" for group in groups), f"data={parts_dir / 'data.yaml'}"]
-    return [*files, "trainer.logging_steps=1", "trainer.sample_steps=4", *STEADY]
+    return [*files, "trainer.logging_steps=1", "trainer.sample_steps=4"]
 
 
 # ---- use of each result
