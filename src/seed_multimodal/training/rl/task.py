@@ -197,7 +197,8 @@ class RlTask(LanguageModelTask):
         for request in requests:
             (part,) = [part for part in request.reader.parts if isinstance(part, ImagePart)]
             inputs.append(part.codes[: self.run.data.rewarded_codes])
-        images = system.decode_images(inputs, prompts, seeds, self.drawing, DRAWN_AT_ONCE)
+        drawing = {**self.drawing, "batch_size": DRAWN_AT_ONCE}
+        images = system.decode_images(inputs, prompts, seeds, drawing)
 
         # 3. The weighted sum of the rewards.
         totals = torch.zeros(len(records))
