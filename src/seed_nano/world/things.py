@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 from pathlib import Path
 
 import yaml
@@ -86,6 +87,29 @@ def drawing_phrases() -> JsonObject:
     }
 
 
+UNDERSTOOD = (
+    "openers",
+    "closers",
+    "draw",
+    "remove",
+    "replace",
+    "add",
+    "swap",
+    "move",
+    "bigger",
+    "smaller",
+    "background",
+    "place",
+    "style",
+    "number",
+    "of them",
+    "another",
+    "look",
+    "story",
+)
+"""Kinds of typed requests whose every word is known."""
+
+
 def write_known_words(file: Path) -> None:
     """Write a system's list of known words: names, ordinary English, numbers up to four, and what
     it can say but not draw."""
@@ -93,6 +117,10 @@ def write_known_words(file: Path) -> None:
     for table in (BACKGROUND_PHRASES, POSITION_PHRASES, RELATIONS):
         for phrases in table.values():
             vocabulary.update(" ".join(phrases).split())
+    # Requests as people type them, without what cannot be drawn or done.
+    for kind in UNDERSTOOD:
+        for wording in VOCABULARY["typed"][kind]:
+            vocabulary.update(re.findall(r"[a-z']+", re.sub(r"\{.*?\}", "", wording.lower())))
     forms = {*NAMES, *map(plural, NAMES)}
     content = {
         "about": f"{len(NAMES)} things",
