@@ -83,6 +83,7 @@ PRINTED: dict[str, str] = {
     "MultiModalLLM/src/train/train_lavit_detokenizer.py optim.learning_rate=3 --cfg job": (
         "learning_rate: 3"
     ),
+    "MultiModalLLM/src/train/train_rl.py data.group_size=3 --cfg job": "group_size: 3",
     "MultiModalLLM/src/train/train_seed_decoder.py model.reads=embedding --cfg job": (
         "reads: embedding"
     ),

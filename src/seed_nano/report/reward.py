@@ -25,8 +25,8 @@ from seed_multimodal.disk import JsonObject, replace_text
 from seed_multimodal.entry import DONE, add_device, add_language_model, run_program
 from seed_multimodal.errors import DataError
 from seed_multimodal.evaluation.metrics import bootstrap
-from seed_multimodal.training.rl.rewards import Records, Reward
-from seed_multimodal.training.rl.task import read_prompts
+from seed_multimodal.rl.rewards import Records, Reward
+from seed_multimodal.rl.task import read_prompts
 from seed_nano.report.judge import Judge, find_judge
 from seed_nano.report.scoring import BoolArray, image_labels, label_matches, true_labels
 from seed_nano.report.write import table

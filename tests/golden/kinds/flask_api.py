@@ -30,7 +30,7 @@ from seed_multimodal.language.prompts import get_template
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.models.seed.pipeline import SeedImageCodec, SeedLlama, SeedLlamaFamily
 from seed_multimodal.models.seed.spec import SeedLlamaConfig
-from seed_multimodal.pipelines.images import Placement
+from seed_multimodal.pipelines.images import Encoded, Placement
 from seed_multimodal.serving.app import create_app
 
 TEMPLATES = {"cases_8b.json": "vicuna", "cases_14b.json": "llama2"}
@@ -60,8 +60,9 @@ class RecordedImages(SeedImageCodec):
         self.drawn = list[list[list[int]]]()
         self.encoded: dict[bytes, torch.Tensor] = {}
 
-    def encode(self, images: Any, **seed: Any) -> torch.Tensor:
-        return self.encode_pixels(torch.stack([self.transform(self.open(row)) for row in images]))
+    def read(self, images: Any, **seed: Any) -> list[Encoded]:
+        pixels = torch.stack([self.transform(self.open(row)) for row in images])
+        return [*map(Encoded, self.encode_pixels(pixels))]
 
     def encode_pixels(self, pixels: torch.Tensor) -> torch.Tensor:
         """The same codes for a batch that was encoded before."""

@@ -152,7 +152,7 @@ SPEC = FamilySpec(
         "train_seed_decoder": Training(
             "seed_decoder/train", "seed_multimodal.models.seed.train_detokenizer:SeedDecoderTask"
         ),
-        "train_rl": Training("rl/train", "seed_multimodal.training.rl.task:RlTask"),
+        "train_rl": Training("rl/train", "seed_multimodal.rl.task:RlTask"),
     },
     # Of the original scripts ("vqa" is ours: the script has one question, see `PROBE`).
     evaluation={

@@ -17,8 +17,8 @@ from PIL import Image
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.plugins import import_entry, registered
+from seed_multimodal.rl.config import RewardSettings
 from seed_multimodal.settings import nearest
-from seed_multimodal.training.rl.config import RewardSettings
 
 Records = Sequence[JsonObject]
 Reward = Callable[[Sequence[Image.Image], Records], Sequence[float]]

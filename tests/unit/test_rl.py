@@ -8,9 +8,9 @@ from data_files import lines
 from repository import ROOT
 
 from seed_multimodal.errors import SeedError
+from seed_multimodal.rl import rewards
+from seed_multimodal.rl.task import RlTask
 from seed_multimodal.training.distributed import TrainingError
-from seed_multimodal.training.rl import rewards
-from seed_multimodal.training.rl.task import RlTask
 from seed_nano.report.reward import prompt_records
 
 NANO = {"name": "nano", "model": "nano"}

@@ -34,6 +34,8 @@ from seed_multimodal.inference.prompt import GenerationSettings
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.messages import user_message
 from seed_multimodal.pipelines.base import MultimodalSystem
+from seed_multimodal.rl.config import RlRunSettings, RlTrainerSettings
+from seed_multimodal.rl.rewards import Records, open_reward
 from seed_multimodal.state_dicts import fingerprint
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError
 from seed_multimodal.training.llm.config import project_path
@@ -41,8 +43,6 @@ from seed_multimodal.training.llm.lora import add_lora
 from seed_multimodal.training.llm.task import LanguageModelTask
 from seed_multimodal.training.metrics import Meter, Metrics
 from seed_multimodal.training.optimizers import build_optimizer
-from seed_multimodal.training.rl.config import RlRunSettings, RlTrainerSettings
-from seed_multimodal.training.rl.rewards import Records, open_reward
 from seed_multimodal.training.run import RunSettings
 
 SAMPLED = {"do_sample": True, "num_beams": 1, "guidance": 1, "top_p": 1.0, "top_k": 0}
