@@ -240,6 +240,7 @@ def test_a_chat_with_images_in_both_directions(page: Page):
     page.until(
         lambda: page.images("#chat .bot") not in ([], first) and not page.waits(), "another image"
     )
+    page.answered(2)
 
     page.click("#chat button[aria-label=Undo]")
     page.until(lambda: not page.images("#chat .bot"), "the drawing to be taken back")
@@ -261,6 +262,8 @@ def test_a_chat_with_images_in_both_directions(page: Page):
 
     page.click("#chat button[aria-label=Clear]")  # perhaps before the answer's end
     page.until(lambda: not page.all("#chat .message"), "an empty conversation")
+    script = "return localStorage['seed-conversation'].length"
+    page.until(lambda: page.browser.execute_script(script) < 250, "an empty storage")
     page.browser.set_window_size(390, 844)
     page.browser.refresh()
     page.until(lambda: page.all("#chat .example"), "the examples")
