@@ -1,7 +1,7 @@
 """The judge as a reward of `train_rl.py`, its prompts, and what a training by it has changed.
 
     python -m seed_nano.report.reward --write log/rl_prompts
-    python -m seed_nano.report.reward --prompts FILE --judge FOLDER --model nano log/rl
+    python -m seed_nano.report.reward --prompts FILE --judge FOLDER --model nano CHECKPOINT
 
 The prompts are scenes of the split `styles`: a thing in a style in which no training showed it. The
 things of `train.jsonl` are not those of `held_out.jsonl`. A second judge (`python -m
