@@ -66,7 +66,7 @@ def test_trains_what_was_sampled(run, lora):
         (
             {"prompt": "a lion", "tag": "one", "include": [{"class": "sphinx", "count": 1}]},
             GENEVAL,
-            "nano cannot detect sphinx",
+            "no class for sphinx",
         ),
         (
             {"prompt": "a dog"},

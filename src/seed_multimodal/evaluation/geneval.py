@@ -31,7 +31,12 @@ from seed_multimodal.evaluation.text2image import find_clip
 from seed_multimodal.settings import setting
 
 if TYPE_CHECKING:
-    from seed_multimodal.evaluation.detection import ColourClassifier, Detection
+    from seed_multimodal.evaluation.detection import (
+        ColourClassifier,
+        Detection,
+        Detector,
+        Limits,
+    )
 
 COUNTING = "counting"  # the tag whose detections need the higher confidence
 MAX_OBJECTS = 16  # of a class
@@ -114,6 +119,29 @@ def kept_detections(
             continue
         kept.append(detection)
     return kept
+
+
+def counted_detections(
+    prompt: ObjectPrompt, detections: Sequence[Detection], limits: Limits
+) -> list[Detection]:
+    """The detections that count for a prompt, by the limits of a detector or a run."""
+    is_counting = prompt.item.tag == COUNTING
+    threshold = limits.counting_threshold if is_counting else limits.threshold
+    return kept_detections(detections, threshold, limits.max_overlap)
+
+
+def check_classes(detector: Detector, prompts: Sequence[ObjectPrompt]) -> None:
+    """Raise ConfigError for classes that a detector does not know; None of its labels: it knows
+    all."""
+    if detector.labels is None:
+        return
+    needed = {label for prompt in prompts for label in prompt.labels}
+    unknown = sorted(needed - detector.labels)
+    if unknown:
+        raise ConfigError(
+            f"The detector has no class for {', '.join(unknown)}, of which the prompts "
+            "ask; use a zero-shot detector (OWLv2)."
+        )
 
 
 def rule_faults(prompt: ObjectPrompt, detections: Sequence[Detection]) -> list[str]:
@@ -244,14 +272,7 @@ class GenEval(JudgedDrawings[ObjectPrompt]):
         super().prepare(samples)
         device = self.judge_device
         self.detector = load_detector(str(self.judge), device)
-        if self.detector.labels is not None:
-            needed = {label for sample in samples for label in sample.labels}
-            unknown = sorted(needed - self.detector.labels)
-            if unknown:
-                raise ConfigError(
-                    f"The detector has no class for {', '.join(unknown)}, of which the prompts "
-                    "ask; use a zero-shot detector (OWLv2)."
-                )
+        check_classes(self.detector, samples)
         self.limits = self.detector.limits
         for limit in fields(self.limits):
             value = getattr(self, limit.name)
@@ -268,15 +289,12 @@ class GenEval(JudgedDrawings[ObjectPrompt]):
 
     def judged(self, sample: ObjectPrompt, images: Sequence[Image.Image]) -> list[list[JsonObject]]:
         """The detections that count, of each image."""
-        threshold = self.limits.threshold
-        if sample.item.tag == COUNTING:
-            threshold = self.limits.counting_threshold
         coloured = {item.label for item in sample.item.include if item.colour}
         verdicts: list[list[JsonObject]] = []
         found = self.detector.detect(images, [sample.labels] * len(images))
         for image, detections in zip(images, found, strict=True):
             verdict: list[JsonObject] = []
-            for item in kept_detections(detections, threshold, self.limits.max_overlap):
+            for item in counted_detections(sample, detections, self.limits):
                 if self.colours is not None and item.label in coloured:
                     item = self.colours.with_colour(image, item)
                 verdict.append(item.to_json())

@@ -66,10 +66,12 @@ class RlDataSettings:
     seed: int = setting(0, minimum=0)
 
     def __post_init__(self) -> None:
-        """Raise ConfigError: a limit, or no reward."""
+        """Raise ConfigError: a limit, no reward, or two of one name."""
         check_settings(self, "data")
         if not self.rewards:
             raise ConfigError("data: rewards is empty; name one, such as {name: geneval, ...}.")
+        if len({reward.name for reward in self.rewards}) < len(self.rewards):
+            raise ConfigError("data: rewards has a name twice, but a log has one number for each.")
 
 
 @dataclass(kw_only=True)

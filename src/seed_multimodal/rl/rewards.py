@@ -46,28 +46,28 @@ def geneval_reward(model: str, records: Records, device: torch.device) -> Reward
     """
     from seed_multimodal.evaluation.detection import load_detector
     from seed_multimodal.evaluation.geneval import (
-        kept_detections,
+        check_classes,
+        counted_detections,
         object_prompt,
         rule_faults,
     )
 
     detector = load_detector(model, device)
-    for number, record in enumerate(records, 1):
-        prompt = object_prompt(number, f"data: prompts, line {number}", record)
-        detector_labels = detector.labels
-        unknown = set(prompt.labels) - detector_labels if detector_labels is not None else set()
-        if unknown:
-            raise ConfigError(f"{prompt.location}: {model} cannot detect {', '.join(unknown)}.")
+    prompts = [
+        object_prompt(number, f"data: prompts, line {number}", record)
+        for number, record in enumerate(records, 1)
+    ]
+    check_classes(detector, prompts)
+    for prompt in prompts:
         if any(item.colour for item in prompt.item.include) and not detector.knows_colours:
             raise ConfigError(f"{prompt.location}: {model} does not know colours.")
 
     def reward(images: Sequence[Image.Image], records: Records) -> list[float]:
         prompts = [object_prompt(index, "", record) for index, record in enumerate(records)]
         found = detector.detect(images, [prompt.labels for prompt in prompts])
-        limits = detector.limits
         values: list[float] = []
         for prompt, detections in zip(prompts, found, strict=True):
-            kept = kept_detections(detections, limits.threshold, limits.max_overlap)
+            kept = counted_detections(prompt, detections, detector.limits)
             values.append(float(not rule_faults(prompt, kept)))
         return values
 

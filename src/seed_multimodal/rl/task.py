@@ -55,6 +55,7 @@ MIN_SPREAD = 1e-6
 class ScoredAnswer:
     """A drawing with its weighted reward, and the answer's weight in the loss."""
 
+    prompt: str
     request: Request
     image: Image.Image
     reward: float
@@ -210,7 +211,8 @@ class RlTask(LanguageModelTask):
             totals += weight * values
             means[name] = float(values.mean())
         means["reward"] = float(totals.mean())
-        scored = map(ScoredAnswer, requests, images, totals.tolist())
+        texts = [record["prompt"] for record in records]
+        scored = map(ScoredAnswer, texts, requests, images, totals.tolist())
         return list(scored), means
 
     def loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Metrics]:
@@ -237,8 +239,8 @@ class RlTask(LanguageModelTask):
         kl = torch.zeros_like(log_probs)
         if self.settings.kl_weight:
             with torch.no_grad(), self.start_model() as start:
-                difference = token_log_probs(start, requests) - log_probs.detach()
-            gap = difference + log_probs.detach() - log_probs
+                start_log_probs = token_log_probs(start, requests)
+            gap = start_log_probs - log_probs
             kl = gap.exp() - gap - 1
             losses = losses + self.settings.kl_weight * kl
         loss = ((losses * is_used).sum(1) / lengths).mean()
@@ -264,8 +266,9 @@ class RlTask(LanguageModelTask):
 
     def evaluate(self, step: int) -> Mapping[str, float]:
         """Mean rewards of the evaluation's prompts, one drawing each with the same seeds."""
-        records = self.eval_records[self.group.rank :: self.group.world]
-        seeds = [sample_seed(0, self.group.rank, row) for row in range(len(records))]
+        rows = range(self.group.rank, len(self.eval_records), self.group.world)
+        records = [self.eval_records[row] for row in rows]
+        seeds = [sample_seed(0, 0, row) for row in rows]  # for any number of processes
         _, means = self.draw_and_score(records, seeds, self.run.data.temperature)
         counted = [len(records), *(value * len(records) for value in means.values())]
         total, *sums = self.group.sum(counted)
@@ -278,14 +281,10 @@ class RlTask(LanguageModelTask):
         for start in range(0, len(self.answers), group_size)[:SHEET_GROUPS]:
             answers = self.answers[start : start + group_size]
             cells = [Cell(answer.image, f"{answer.reward:.2f}") for answer in answers]
-            rows.append(Row(self.records_text(answers[0]), cells))
+            rows.append(Row(answers[0].prompt, cells))
         folder = self.run.output_dir / "samples"
         folder.mkdir(exist_ok=True)
         contact_sheet(rows, f"step {step}", cell=96).save(folder / f"step-{step}.png")
-
-    def records_text(self, answer: ScoredAnswer) -> str:
-        """The prompt that an answer draws."""
-        return self.tokenizer.decode(answer.request.prompt.ids[-60:])
 
     def finish(self, group: ProcessGroup) -> Mapping[str, object]:
         return {

@@ -13,7 +13,6 @@ from __future__ import annotations
 import argparse
 import json
 from collections.abc import Sequence
-from itertools import count
 from pathlib import Path
 
 import numpy as np
@@ -64,18 +63,17 @@ def prompt_records(n_train: int, n_held_out: int) -> tuple[list[JsonObject], lis
     """Records for training, and of other things for the evaluation."""
     parts: tuple[list[JsonObject], list[JsonObject]] = ([], [])
     limits = (n_train, n_held_out)
-    for index in count():
+    index = 0
+    while any(len(part) < limit for part, limit in zip(parts, limits, strict=True)):
         scene = scene_at(SEED, index, SPLIT)
+        index += 1
         sides = {hash_share("reward", name) < 0.5 for name in scene.things}
-        if len(sides) > 1:  # a thing of each part
-            continue
         side = int(sides.pop())
-        if len(parts[side]) < limits[side]:
-            labels = list(true_labels([scene])[0])
-            parts[side].append({"prompt": describe(scene), "labels": labels})
-        if all(len(part) == limit for part, limit in zip(parts, limits, strict=True)):
-            return parts
-    raise AssertionError  # the stream is endless
+        if sides or len(parts[side]) == limits[side]:  # a thing of each part, or a full part
+            continue
+        labels = list(true_labels([scene])[0])
+        parts[side].append({"prompt": describe(scene), "labels": labels})
+    return parts
 
 
 def run(args: argparse.Namespace) -> int:
