@@ -242,12 +242,16 @@ def test_a_chat_with_images_in_both_directions(page: Page):
     )
     page.answered(2)
 
+    page.click("#chat button[aria-label=Retry]")
     page.click("#chat button[aria-label=Undo]")
     page.until(lambda: not page.images("#chat .bot"), "the drawing to be taken back")
     page.until(
         lambda: page.all("#message textarea")[0].get_attribute("value") == DRAW, "the message back"
     )
 
+    page.browser.refresh()
+    page.until(lambda: page.images("#chat .user"), "the conversation after a reload")
+    assert not page.images("#chat .bot")
     page.click("#chat .message-buttons-right button[aria-label=Edit]")
     page.until(lambda: page.all("#chat textarea"), "the message to be edited")
     page.all("#chat textarea")[-1].clear()
@@ -260,10 +264,8 @@ def test_a_chat_with_images_in_both_directions(page: Page):
     )
     assert len(page.images("#chat .user")) == 1
 
-    page.click("#chat button[aria-label=Clear]")  # perhaps before the answer's end
+    page.click("#new")  # perhaps before the answer's end
     page.until(lambda: not page.all("#chat .message"), "an empty conversation")
-    script = "return localStorage['seed-conversation'].length"
-    page.until(lambda: page.browser.execute_script(script) < 250, "an empty storage")
     page.browser.set_window_size(390, 844)
     page.browser.refresh()
     page.until(lambda: page.all("#chat .example"), "the examples")

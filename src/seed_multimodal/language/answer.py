@@ -23,6 +23,12 @@ from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import PLACEHOLDER, ImageVocabulary
 
 _NOT_BLANK = re.compile(r"\S")
+LEFT_OUT = re.compile(r"The first \d+ messages were left out: [^.]*\. ?")
+
+
+def left_out_note(n_messages: int, limit: str) -> str:
+    """A note that `LEFT_OUT` matches; `limit`: what is read at most."""
+    return f"The first {n_messages} messages were left out: at most {limit} are read."
 
 
 @dataclass

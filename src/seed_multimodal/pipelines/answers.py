@@ -12,7 +12,7 @@ from seed_multimodal.errors import ConfigError, GenerationError, RequestError
 from seed_multimodal.inference.base_engine import BaseEngine, Likelihood
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.inference.sampling import read_answer
-from seed_multimodal.language.answer import Answer, AnswerReader, ImagePart
+from seed_multimodal.language.answer import Answer, AnswerReader, ImagePart, left_out_note
 from seed_multimodal.language.known_words import read_known_words
 from seed_multimodal.language.messages import (
     Message,
@@ -179,10 +179,7 @@ class AnswerGenerator:
         notes = []
         n_dropped = len(conversation) - len(turns)
         if n_dropped:
-            notes.append(
-                f"The conversation is longer than the model's context of {context} tokens: its "
-                f"first {n_dropped} messages were left out."
-            )
+            notes.append(left_out_note(n_dropped, f"{context} tokens"))
         draws = settings.images == "forced"
         if not draws and speaks_of_missing_image(conversation):
             notes.append("The message speaks of a picture, but the conversation has none.")

@@ -37,7 +37,13 @@ from seed_multimodal.images.io import (
     image_to_base64,
 )
 from seed_multimodal.inference.prompt import Stopped, random_seed
-from seed_multimodal.language.answer import Answer, BrokenImagePart, Event, ImagePart
+from seed_multimodal.language.answer import (
+    Answer,
+    BrokenImagePart,
+    Event,
+    ImagePart,
+    left_out_note,
+)
 from seed_multimodal.language.messages import (
     Message,
     images_before_question,
@@ -323,10 +329,8 @@ class Backend:
         sent = [part.url if isinstance(part, ImageUrl) else part for part in images]
         conversation = Conversation([], self.read_images(sent, deadline), [])
         if len(turns) < n_sent:
-            conversation.notes.append(
-                f"The first {n_sent - len(turns)} messages were left out: {MAX_IMAGES} images and "
-                f"{MAX_TEXT} characters are read."
-            )
+            limit = f"{MAX_IMAGES} images and {MAX_TEXT} characters"
+            conversation.notes.append(left_out_note(n_sent - len(turns), limit))
 
         # 2. The messages. SEED-X's own images have no codes, but stand where it generated some.
         next_images = iter(conversation.images)

@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import html
+import itertools
 import logging
 import os
 import random
@@ -23,10 +24,11 @@ from typing import Any
 import gradio as gr
 from PIL import Image
 
-from seed_multimodal.disk import JsonObject
+from seed_multimodal.disk import JsonObject, writing
 from seed_multimodal.errors import RequestError, SeedError
 from seed_multimodal.images import io
 from seed_multimodal.images.sheet import draw_boxes
+from seed_multimodal.language.answer import LEFT_OUT
 from seed_multimodal.language.vocabulary import BOX_WORDS
 from seed_multimodal.models.registry import Example
 from seed_multimodal.serving.client import ModelClient
@@ -51,18 +53,25 @@ TOKENS_AT_ONCE = 16  # images of one request
 TABS = ("draw", "edit", "codes", "find")
 TOO_LONG = "Error: History exceeds maximum rounds, please clear history and restart."
 
-NO_UPDATES = (gr.skip(), gr.skip())
-
 Update = Any  # what a handler returns for a component: a value, `gr.update(…)` or `gr.skip()`
+Updates = tuple[Update, Update, Update]  # of the browser's copy, the conversation, the message box
+
+NO_UPDATES = (gr.skip(), gr.skip())
 
 
 @contextlib.contextmanager
-def warn_about_errors() -> Iterator[None]:
-    """Display a `SeedError` as a warning of the page, and continue behind the block."""
+def warn_about_errors(no_answer: bool = False) -> Iterator[None]:
+    """Display a `SeedError` as a warning of the page, and continue behind the block.
+
+    no_answer: the event ends, so that no answer follows.
+    """
     try:
         yield
     except SeedError as error:
-        gr.Warning(html.escape(str(error)))
+        sentence = html.escape(str(error))
+        if no_answer:
+            raise gr.Error(sentence, title="Not sent", print_exception=False) from error
+        gr.Warning(sentence)
 
 
 @dataclass
@@ -93,7 +102,8 @@ class ChatSession:
         if not self.folder:
             self.folder = tempfile.mkdtemp(prefix="visit_", dir=os.environ["GRADIO_TEMP_DIR"])
         path = f"{self.folder}/{uuid.uuid4().hex}.png"
-        image.save(path)
+        with writing(path, RequestError):
+            image.save(path)
         return path
 
     async def save_data(self, data: str) -> str:
@@ -101,7 +111,7 @@ class ChatSession:
         return self.save_image((await asyncio.to_thread(io.open_image, data)).image)
 
     def store_upload(self, upload: str | None) -> Picture:
-        """Check an uploaded image and store it in the model's size."""
+        """Check an uploaded image and store it in the model's size; in a thread: it takes long."""
         if not upload:
             raise RequestError("Choose an image first.")
         if upload not in self.uploads:
@@ -116,10 +126,6 @@ class ChatSession:
             self.uploads[upload] = Picture(self.save_image(image), url=url)
         return self.uploads[upload]
 
-    async def stored_upload(self, upload: str | None) -> Picture:
-        """`store_upload` in a thread: decoding an image would delay other visitors' answers."""
-        return await asyncio.to_thread(self.store_upload, upload)
-
     async def load_codes(self, picture: Picture) -> list[int]:
         """The codes of an uploaded image."""
         if not picture.codes:
@@ -129,17 +135,22 @@ class ChatSession:
 
     # ---- what is to be answered
 
+    @property
+    def draft(self) -> list[Turn]:
+        """The new message that is being answered, if there is one."""
+        return [] if self.before is None else self.turns[len(self.before) : -1]
+
     def answer(self, turns: Sequence[Turn]) -> None:
-        """Begin the answer to a conversation, which `reply` makes."""
+        """Begin the answer to a conversation, which `reply` makes. Raises RequestError: busy."""
+        if self.before is not None:
+            raise RequestError("An answer is being made: try again when it is complete.")
         self.before = self.turns
         self.turns = [*turns, Turn("assistant")]
 
+    @warn_about_errors(no_answer=True)
     def on_submit(self, message: JsonObject) -> None:
-        with warn_about_errors():
-            if self.before is not None:
-                raise RequestError("An answer is being made: send the message when it is complete.")
-            pictures = [self.store_upload(upload) for upload in message["files"]]
-            self.answer([*self.turns, user_turn((message["text"] or "").strip(), pictures)])
+        pictures = [self.store_upload(upload) for upload in message["files"]]
+        self.answer([*self.turns, user_turn((message["text"] or "").strip(), pictures)])
 
     def on_example(self, chosen: gr.SelectData) -> None:
         example = self.examples[int(chosen.index)]
@@ -148,32 +159,30 @@ class ChatSession:
     def on_option(self, chosen: gr.SelectData) -> None:
         self.on_submit({"text": chosen.value, "files": []})
 
+    @warn_about_errors(no_answer=True)
     def on_retry(self) -> None:
         self.answer(self.turns[:-1])
 
+    @warn_about_errors(no_answer=True)
     def on_edit(self, edited: gr.EditData) -> None:
         """An earlier message with another text; its images stay, what followed it is dropped."""
         index = self.turn_index(edited)
-        with warn_about_errors():
-            turn = user_turn(str(edited.value).strip(), self.turns[index].pictures)
-            self.answer([*self.turns[:index], turn])
+        turn = user_turn(str(edited.value).strip(), self.turns[index].pictures)
+        self.answer([*self.turns[:index], turn])
 
     # ---- the answer
 
-    async def reply(self, *settings: Any) -> AsyncIterator[tuple[Update, Update]]:
-        """Conversation and message box while the last turn is made; `on_end` follows.
+    async def reply(self, *settings: Any) -> AsyncIterator[Updates]:
+        """Updates while the last turn is made.
 
         settings: as of `request`.
         """
         # 1. The page shows the message at once, and an empty answer.
-        if self.before is None:  # the message was refused
-            yield gr.skip(), gr.skip()
-            return
         *messages, answer = self.turns
         box = gr.update(submit_btn=False, stop_btn=True)
-        if len(messages) > len(self.before):  # a new message, which leaves the box
+        if self.draft:  # it leaves the box
             box["value"] = None
-        yield self.displayed(), box
+        yield await asyncio.to_thread(self.stored), self.displayed(), box
 
         # 2. The answer grows with each event; of one that fails nothing stays.
         with warn_about_errors():
@@ -186,10 +195,11 @@ class ChatSession:
             body = {**request, "stream": True, "previews": True}
             async for event in self.model.stream("/v1/chat/completions", json=body):
                 await self.add_change(answer, event["choices"][0]["delta"])
-                yield self.displayed(), gr.skip()
+                yield gr.skip(), self.displayed(), gr.skip()
             self.before = None
         if self.before is not None:
             answer.parts = []
+            yield self.on_stop()
             return
 
         # 3. A full disk of the log is the operator's concern, not the visitor's.
@@ -197,6 +207,7 @@ class ChatSession:
             await self.add_to_log("common", [*messages, answer])
         except SeedError as error:
             logger.warning("%s", error)
+        yield await asyncio.to_thread(self.updates)
 
     async def add_change(self, answer: Turn, change: JsonObject) -> None:
         """Add a change of a stream to an answer: images, text, boxes and notes."""
@@ -213,7 +224,10 @@ class ChatSession:
         if change.get("boxes"):
             marked = image_with_boxes(self.turns, change["boxes"])
             answer.parts.append(Picture(self.save_image(marked)))
-        answer.notes += change.get("notes", ())
+        notes = change.get("notes", [])
+        if any(map(LEFT_OUT.search, itertools.chain(*(turn.notes for turn in self.turns[:-1])))):
+            notes = [LEFT_OUT.sub("", note) for note in notes]  # once a conversation
+        answer.notes += filter(None, notes)
 
     def request(
         self,
@@ -248,9 +262,9 @@ class ChatSession:
             if force_image:
                 body["ratio"] = ratio
             return body
-        is_retry = self.before is not None and len(turns) < len(self.before)
-        if not temperature:
-            temperature = RETRY_TEMPERATURE if is_retry else 0
+        is_retry = len(turns) < len(self.before or ())
+        if is_retry and not temperature:
+            temperature = RETRY_TEMPERATURE
         return {
             **body,
             "num_beams": int(beams),
@@ -259,28 +273,49 @@ class ChatSession:
             "temperature": temperature,
         }
 
-    def on_end(self) -> tuple[Update, Update, Update]:
-        """Conversation, message box and the browser's copy, however an answer has ended.
-
-        Without any answer the conversation is as before, and a new message returns to its box.
-        """
-        box = gr.update(submit_btn=True, stop_btn=False)
-        draft = None
-        if self.before is not None:  # it failed or was stopped
-            *messages, answer = self.turns
+    def on_stop(self) -> Updates:
+        """End an answer that failed or was stopped. Without any part of it the conversation is as
+        before, and a new message returns to its box."""
+        draft: list[Turn] = []
+        if self.before is not None:
+            answer = self.turns[-1]
             answer.parts = answer.sent_parts
             if answer.parts:
                 answer.notes.append("Stopped.")
             else:
-                if len(messages) > len(self.before):
-                    draft = messages[-1]
+                draft = self.draft
                 self.turns = self.before
             self.before = None
-        if draft is not None:
-            files = [picture.path for picture in draft.pictures]
-            box["value"] = {"text": draft.text, "files": files}
-        stored = {"model": self.model.name, "turns": stored_turns(self.turns)}
-        return self.displayed(), box, stored
+        return self.updates(draft)
+
+    def on_undo(self) -> Updates:
+        """Take back the last message, which returns to its box, and its answer."""
+        draft = self.turns[-2:-1]
+        self.turns = self.turns[:-2]
+        self.before = None
+        return self.updates(draft)
+
+    def on_new(self) -> Updates:
+        """An empty conversation."""
+        self.reset()
+        return self.updates()
+
+    def updates(self, draft: Sequence[Turn] = ()) -> Updates:
+        """The browser's copy, the conversation and the message box, while nothing is answered.
+
+        What is shown is what a reload shows: one update has both.
+        draft: a message that returns to its box.
+        """
+        box = gr.update(submit_btn=True, stop_btn=False)
+        for turn in draft:
+            files = [picture.path for picture in turn.pictures]
+            box["value"] = {"text": turn.text, "files": files}
+        return self.stored(), self.displayed(), box
+
+    def stored(self) -> JsonObject:
+        """The browser's copy. A message that is being answered is its last turn."""
+        turns = self.turns if self.before is None else [*self.before, *self.draft]
+        return {"model": self.model.name, "turns": stored_turns(turns)}
 
     def follow_ups(self) -> list[str]:
         """What follows in an example whose messages the conversation has."""
@@ -328,11 +363,6 @@ class ChatSession:
             kind = kinds.get(vote.liked, "withdrawn")
             await self.add_to_log(kind, self.turns[: self.turn_index(vote) + 1])
 
-    def on_undo(self) -> None:
-        """Take back the last message and its answer, as `on_end` does without an answer."""
-        self.before = self.turns[:-2]
-        self.turns[-1].parts = []
-
     def reset(self) -> None:
         """A new conversation; the visitor's images are removed."""
         shutil.rmtree(self.folder, ignore_errors=True)
@@ -367,9 +397,13 @@ class ChatSession:
             index = names.index(stored["model"])
         self.model = self.models[index]
         card = self.model.card
+        draft: list[Turn] = []
         if stored and stored["model"] == self.model.name:
             self.turns = restored(stored["turns"])
             await self.draw_again()
+            if self.turns[-1:] and self.turns[-1].role == "user":  # a reload ended its answer
+                draft = [self.turns.pop()]
+        _, chat, box = self.updates(draft)
 
         # 2. What differs between them.
         titles = [(model.card.title, position) for position, model in enumerate(self.models)]
@@ -378,18 +412,26 @@ class ChatSession:
             value=next(iter(card.ratios), None),
             visible=bool(card.ratios),
         )
+        # Of the sliders in their order; LaVIT has its own settings.
+        values: Sequence[JsonObject] = (
+            {},
+            {},
+            {"value": card.temperature},
+            {},
+            {"value": card.max_rounds},
+        )
         n_codes = self.model.codes_per_image
         most_codes = max(2, n_codes)  # a slider needs a range, hidden ones too
         return (
             self,
             f"# {card.title}\n\n{self.model.notice} {card.about}",
             gr.update(choices=titles, value=index),
-            gr.update(value=self.displayed(), examples=chatbot_examples(self.examples)),
-            card.temperature,
-            card.max_rounds,
+            gr.update(value=chat, examples=chatbot_examples(self.examples)),
+            box,
             False,
             ratios,
-            ratios,
+            *(gr.update(visible=not card.ratios, **value) for value in values),
+            {**ratios},  # Gradio empties an update
             gr.update(maximum=most_codes, value=most_codes),
             gr.update(maximum=most_codes, value=n_codes // 2),
             *(gr.update(visible=tab in card.tabs) for tab in TABS),
@@ -419,11 +461,12 @@ class ChatSession:
         """Images of a route; `content`: as of `ModelClient.stream`."""
         response = await self.model.post(route, **content)
         gallery = []
+        lines = [" ".join(response.get("notes", ()))]
         for image, caption in zip(response["data"], captions, strict=False):
-            if "revised_prompt" in image:
-                caption = f"{caption} – read back: {image['revised_prompt']}"
             gallery.append((await self.save_data(image["b64_json"]), caption))
-        return gallery, " ".join(response.get("notes", ()))
+            if "revised_prompt" in image:
+                lines.append(f"{caption} – read back: {image['revised_prompt']}")
+        return gallery, "\n\n".join(lines)
 
     async def on_draw(self, text: str, seed: float, ratio: str | None) -> tuple[Update, Update]:
         """Images of a text, from consecutive seeds."""
@@ -442,7 +485,7 @@ class ChatSession:
     async def on_change(self, upload: str | None, text: str, seed: float) -> tuple[Update, Update]:
         """An image changed as a text says."""
         with warn_about_errors():
-            picture = await self.stored_upload(upload)
+            picture = await asyncio.to_thread(self.store_upload, upload)
             return await self.images(
                 [text],
                 "/v1/images/edits",
@@ -455,7 +498,7 @@ class ChatSession:
         """The codes of an uploaded image, as a strip of colours and as numbers."""
         if upload:
             with warn_about_errors():
-                codes = await self.load_codes(await self.stored_upload(upload))
+                codes = await self.load_codes(await asyncio.to_thread(self.store_upload, upload))
                 return code_strip(codes), codes
         return "", []
 
@@ -486,7 +529,7 @@ class ChatSession:
         with warn_about_errors():
             # The tuned request, greedy.
             question = self.model.card.tasks.detect_request(not_empty(phrase))
-            turn = user_turn(question, [await self.stored_upload(upload)])
+            turn = user_turn(question, [await asyncio.to_thread(self.store_upload, upload)])
             body = {
                 "messages": [turn.message()],
                 "num_beams": 1,

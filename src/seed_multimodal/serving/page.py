@@ -11,7 +11,6 @@ import os
 import tempfile
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
 
 import gradio as gr
 
@@ -42,7 +41,8 @@ CSS = """
 #chat {flex: 1 1 240px; min-height: 240px}
 #message {flex: none; border: 1px solid var(--border-color-primary); border-radius: 12px}
 #chat .message img {width: 192px; max-width: 100%; object-fit: contain !important}
-#chat button:is([title="Share"], [aria-label="Share"]) {display: none}
+/* Gradio's bin empties the chat before the browser's copy is removed: `new` is in its place. */
+#chat .icon-button-wrapper:has([aria-label="Clear"]) {display: none}
 #chat .message-buttons-left:has(+ .bot-row) button:not(
     [aria-label="Copy message"], [aria-label="Download"]
 ) {display: none}
@@ -59,11 +59,13 @@ CSS = """
 }
 #chat .thought-group :is(.arrow, .content) {display: none}
 /* Gradio scrolls to the end of what is around the examples. */
-#chat .placeholder-content {height: 100%; overflow-y: auto}
-#chat .message-wrap {padding-right: 20px}  /* beside the bin */
-#force-image {flex: none; margin: 0 !important; width: fit-content; background: none}
-#force-image input {border: 1px solid var(--body-text-color-subdued)}
-#chat .placeholder {padding: 0 12px; text-align: center}
+#chat .placeholder-content {height: 100%; overflow-y: auto; justify-content: safe center}
+#chat .examples {margin: 0 auto}
+#below {flex: none; align-items: center; justify-content: space-between}
+#below > * {flex: none; margin: 0 !important; min-width: 0; width: fit-content}
+#below .block {background: none}
+#below input {border: 1px solid var(--body-text-color-subdued)}
+#chat .placeholder {flex: none; height: auto; padding: 12px 12px 0; text-align: center}
 #chat .example {border: 1px solid var(--border-color-primary)}
 #chat .example-image-container {width: 96px; height: 96px}
 @media (max-width: 640px) {
@@ -76,19 +78,6 @@ CSS = """
     color: #111
 }
 """
-
-
-class ChatTab(NamedTuple):
-    """Components of the chat.
-
-    settings: in the order of the arguments of `ChatSession.reply`.
-    browser: a copy of the conversation that survives a reload.
-    """
-
-    chatbot: gr.Chatbot
-    message: gr.MultimodalTextbox
-    settings: list[gr.Component]
-    browser: gr.BrowserState
 
 
 # ---- the page
@@ -112,7 +101,7 @@ def build(models: Sequence[ModelClient], log: ConversationLog | None = None) -> 
         # Gradio cannot hide tabs that are visible at first: `on_model` shows those of the model.
         with gr.Tabs():
             with gr.Tab("Chat"):
-                chat = chat_tab()
+                chat, settings, replies = chat_tab(session)
             with gr.Tab("Draw", visible=False) as draw, gr.Row():
                 draw_ratio = draw_tab(session)
             with gr.Tab("Edit", visible=False) as edit, gr.Row():
@@ -123,23 +112,20 @@ def build(models: Sequence[ModelClient], log: ConversationLog | None = None) -> 
                 find_tab(session)
 
         # 2. A choice of the model, which ends its answers, changes what depends on it.
-        replies = connect_chat(session, chat)
+        browser, chatbot, message = chat
         if log is not None:
-            chat.chatbot.like(ChatSession.on_vote, [session], show_progress="hidden")
-        force_image, ratio, _, _, temperature, _, max_rounds = chat.settings
+            chatbot.like(ChatSession.on_vote, [session], show_progress="hidden")
         gr.on(
             [model_choice.input, page.load],
             ChatSession.on_model,
-            [session, model_choice, chat.browser],
+            [session, model_choice, browser],
             [
                 session,
                 title,
                 model_choice,
-                chat.chatbot,
-                temperature,
-                max_rounds,
-                force_image,
-                ratio,
+                chatbot,
+                message,
+                *settings,
                 draw_ratio,
                 *code_sliders,
                 draw,
@@ -171,8 +157,15 @@ def header(models: Sequence[ModelClient]) -> tuple[gr.Markdown, gr.Dropdown]:
 # ---- chat
 
 
-def chat_tab() -> ChatTab:
-    """The conversation, the box of the next message, and the settings."""
+def chat_tab(
+    session: gr.State,
+) -> tuple[list[gr.Component], list[gr.Component], list[gr.events.Dependency]]:
+    """The conversation, the box of the next message, and the settings.
+
+    Returns the outputs of events (as `chat_session.Updates`), the settings (in the order of the
+    arguments of `ChatSession.reply`) and the events of running answers, which others cancel.
+    """
+    # 1. The layout.
     chatbot = gr.Chatbot(
         label="Conversation",
         show_label=False,
@@ -194,10 +187,41 @@ def chat_tab() -> ChatTab:
         elem_id="message",
         placeholder="Message, or drop images",
     )
-    force_image = gr.Checkbox(label="Answer with an image", container=False, elem_id="force-image")
+    with gr.Row(elem_id="below"):
+        force_image = gr.Checkbox(label="Answer with an image", container=False)
+        new = gr.Button("New chat", size="sm", elem_id="new")
     # Neither is random: conversations also survive a new start of the page.
     browser = gr.BrowserState(storage_key="seed-conversation", secret="of the visitor")
-    return ChatTab(chatbot, message, [force_image, *generation_inputs()], browser)
+    outputs = [browser, chatbot, message]
+    settings = [force_image, *generation_inputs()]
+
+    hidden = {"show_progress": "hidden"}
+
+    # 2. Each of these begins an answer.
+    starts = [
+        message.submit(ChatSession.on_submit, [session, message], **hidden),
+        chatbot.retry(ChatSession.on_retry, [session], **hidden),
+        chatbot.edit(ChatSession.on_edit, [session], **hidden),
+        chatbot.example_select(ChatSession.on_example, [session], **hidden),
+        chatbot.option_select(ChatSession.on_option, [session], **hidden),
+    ]
+
+    # 3. It is made, until one of the other buttons.
+    replies = [
+        start.success(ChatSession.reply, [session, *settings], outputs, **hidden)
+        for start in starts
+    ]
+    message.stop(ChatSession.on_stop, [session], outputs, cancels=replies, **hidden)
+    chatbot.undo(ChatSession.on_undo, [session], outputs, cancels=replies, **hidden)
+    new.click(ChatSession.on_new, [session], outputs, cancels=replies, **hidden)
+    message.change(
+        ChatSession.on_choose,
+        [session, message],
+        message,
+        trigger_mode="always_last",
+        **hidden,
+    )
+    return outputs, settings, replies
 
 
 def generation_inputs() -> list[gr.Component]:
@@ -227,43 +251,6 @@ def generation_inputs() -> list[gr.Component]:
             info="Longer conversations are refused; 0: no limit.",
         )
     return [ratio, beams, max_new_tokens, temperature, top_p, max_rounds]
-
-
-def connect_chat(session: gr.State, chat: ChatTab) -> list[gr.events.Dependency]:
-    """Event handlers of the chat; returns the events of running answers, which others cancel."""
-    chatbot, message, settings, browser = chat
-    hidden = {"show_progress": "hidden"}
-    outputs = [chatbot, message, browser]
-
-    # 1. Each of these begins an answer.
-    starts = [
-        message.submit(ChatSession.on_submit, [session, message], **hidden),
-        chatbot.retry(ChatSession.on_retry, [session], **hidden),
-        chatbot.edit(ChatSession.on_edit, [session], **hidden),
-        chatbot.example_select(ChatSession.on_example, [session], **hidden),
-        chatbot.option_select(ChatSession.on_option, [session], **hidden),
-    ]
-
-    # 2. It is made; `on_end` also runs after a failure.
-    replies = [
-        start.success(ChatSession.reply, [session, *settings], [chatbot, message], **hidden)
-        for start in starts
-    ]
-
-    # 3. The other buttons.
-    stopped = message.stop(None, cancels=replies)
-    undone = chatbot.undo(ChatSession.on_undo, [session], **hidden)
-    cleared = chatbot.clear(ChatSession.reset, [session], cancels=replies, **hidden)
-    for event in (*replies, stopped, undone, cleared):
-        event.then(ChatSession.on_end, [session], outputs, **hidden)
-    message.change(
-        ChatSession.on_choose,
-        [session, message],
-        message,
-        trigger_mode="always_last",
-        **hidden,
-    )
-    return replies
 
 
 # ---- one tab for each further task

@@ -8,6 +8,7 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import gradio as gr
 import pytest
 from full_disk import file_size_limit
 from PIL import Image
@@ -16,6 +17,7 @@ from real_processes import free_port
 from served import Running
 
 from seed_multimodal.errors import RequestError
+from seed_multimodal.language.answer import left_out_note
 from seed_multimodal.models.registry import model_cards
 from seed_multimodal.serving import turns
 
@@ -128,18 +130,25 @@ def test_boxes_are_drawn_on_the_last_image_and_not_written(file):
 
 
 def test_reply_keeps_a_conversation_with_images_both_ways(session, file):
-    (chat, box), *_ = send(session, "What is it?", file, file)
-    assert box["stop_btn"] and box["value"] is None and not session.on_end()[1]["stop_btn"]
+    (_, chat, box), *_, (*_, end) = send(session, "What is it?", file, file)
+    assert box["stop_btn"] and box["value"] is None and not end["stop_btn"]
     assert [message["role"] for message in chat] == ["user", "assistant"]
     first, second, text = chat[0]["content"]
     assert first == second and Path(first["path"]).is_file() and text == "What is it?"
     updates = send(session, "Make it green.", settings=FORCED)[1:]
-    paths = [part["path"] for chat, _ in updates for part in chat[3]["content"] if "path" in part]
+    paths = [
+        part["path"] for _, chat, _ in updates for part in chat[3]["content"] if "path" in part
+    ]
     assert len({*paths}) >= 3, "previews, then the image"
     assert Image.open(paths[-1]).size == (16, 16)
     # Previews are replaced by their image, whose codes later turns send.
-    (drawing,) = session.turns[-1].pictures
-    assert len(drawing.codes) == 32
+    answer = session.turns[-1]
+    assert len(answer.pictures[0].codes) == 32
+    # That the oldest messages are left out is noted once.
+    session.turns[1].notes, answer.notes = [left_out_note(2, "8 tokens")], []
+    notes = [left_out_note(4, "8 tokens"), f"{left_out_note(4, '8 tokens')} What is a zebra?"]
+    asyncio.run(session.add_change(answer, {"notes": notes}))
+    assert answer.notes == ["What is a zebra?"]
 
 
 @pytest.mark.parametrize("system", ["tiny", "tiny_x"])
@@ -148,8 +157,7 @@ def test_a_reload_continues_the_conversation(session, address, file, system, req
     session.model.address = Running(request.getfixturevalue(system)).address
     asyncio.run(session.model.load_card())
     send(session, "What is it?", file)
-    send(session, "Make it green.", settings=FORCED)
-    chat, _, stored = session.on_end()
+    *_, (stored, chat, _) = send(session, "Make it green.", settings=FORCED)
     assert len(json.dumps(stored)) < 10_000
     # Not the first model's page, but that of the conversation.
     reloaded = session_of(address, "nano")
@@ -161,13 +169,18 @@ def test_a_reload_continues_the_conversation(session, address, file, system, req
     assert pictures and all(Path(picture.path).is_file() for picture in pictures)
     asyncio.run(reloaded.on_model(0, {**stored, "model": "another"}))
     assert reloaded.turns == []
+    # A message whose answer the reload ended returns to its box.
+    session.on_submit({"text": "And?", "files": [file]})
+    updates = asyncio.run(reloaded.on_model(1, session.stored()))
+    assert len(updates[3]["value"]) == len(chat) and updates[4]["value"]["text"] == "And?"
+    session.on_stop()
     # Large images are reduced, and the oldest are left out of a full storage.
     monkeypatch.setattr(turns, "SHORT_URL", 0)
     session.turns[0].pictures[0].stored_url = ""
-    (part, _) = session.on_end()[2]["turns"][0]["parts"]
+    (part, _) = session.stored()["turns"][0]["parts"]
     assert "codes" in part or part["url"].startswith("data:image/webp")
     monkeypatch.setattr(turns, "STORED_CHARACTERS", 0)
-    (part, _) = session.on_end()[2]["turns"][0]["parts"]
+    (part, _) = session.stored()["turns"][0]["parts"]
     assert "codes" in part or part == turns.DROPPED
 
 
@@ -181,27 +194,24 @@ def test_lavit_draws_in_the_chosen_ratio(tiny_lavit, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("text", ["", " ?.", "an <image> here"])
 def test_on_submit_refuses_a_message(session, text):
-    with pytest.warns(UserWarning):
-        updates = send(session, text)
-    # Gradio empties the box without a value.
-    assert len(updates) == 1 and len(updates[0]) == 2 and session.turns == []
+    with pytest.raises(gr.Error):
+        send(session, text)
+    assert session.turns == []
 
 
 def test_reply_gives_the_message_back_without_a_backend(session, address, file):
     session.model.address = f"http://127.0.0.1:{free_port()}/generate"
     with pytest.warns(UserWarning, match="start the backend"):
-        send(session, "hello", file)
-    chat, box, _ = session.on_end()
+        *_, (_, chat, box) = send(session, "hello", file)
     assert chat == [] and box["value"]["text"] == "hello" and len(box["value"]["files"]) == 1
     # A failed retry leaves the answer.
     session.model.address = address
-    send(session, "anybody?")
-    before = session.on_end()[0]
+    *_, (*before, _) = send(session, "anybody?")
     session.model.address = address.replace("generate", "elsewhere")
     session.on_retry()
     with pytest.warns(UserWarning, match="address"):
-        all_of(session.reply(*PLAIN))
-    assert session.on_end()[0] == before and len(before) == 2
+        *_, (*after, _) = all_of(session.reply(*PLAIN))
+    assert after == before and len(before[1]) == 2
 
 
 @pytest.mark.parametrize("updates, clear", [(1, False), (2, False), (2, True)])
@@ -212,14 +222,14 @@ def test_reply_ends_where_it_is_cancelled(session, updates, clear):
         reply = session.reply(*FORCED)
         for _ in range(updates):
             await anext(reply)
-        with pytest.warns(UserWarning, match="is being made"):
-            session.on_submit({"text": "Meanwhile.", "files": []})
-        if clear:
-            session.reset()
+        for again in (lambda: session.on_submit({"text": "Hi", "files": []}), session.on_retry):
+            with pytest.raises(gr.Error, match="is being made"):
+                again()
         await reply.aclose()
 
     asyncio.run(stopped())
-    chat, box, _ = session.on_end()
+    stored, chat, box = session.on_new() if clear else session.on_stop()
+    assert stored["turns"] == turns.stored_turns(session.turns)
     assert ("value" in box) == (updates == 1)
     assert len(chat) == (3 if updates > 1 and not clear else 0)
     assert not chat or chat[2]["metadata"]["title"] == "Stopped."
@@ -258,7 +268,7 @@ def test_an_example_is_answered_and_offers_what_follows(session):
     all_of(session.reply(*PLAIN))
     assert len(session.turns) == 2
     assert len(session.turns[0].pictures) == len(examples[index].images)
-    (option,) = session.on_end()[0][-1]["options"]
+    (option,) = session.displayed()[-1]["options"]
     assert option["value"] == examples[index].then[0]
     session.on_option(event(0, **option))
     all_of(session.reply(*PLAIN))
@@ -314,8 +324,9 @@ def test_build_opens_no_connection(name, monkeypatch):
     card = session.model.card
     build([session.model])
     updates = asyncio.run(session.on_model(0, None))
-    temperature, rounds, force, _, shape, _, _, *tabs = updates[4:]
+    force, _, beams, _, temperature, _, rounds, shape, _, _, *tabs = updates[5:]
     names = ("draw", "edit", "codes", "find")
     shown = [name for name, update in zip(names, tabs, strict=True) if update["visible"]]
     assert shown == [*card.tabs] and shape["visible"] == ("lavit" in name)
-    assert (temperature, rounds, force) == (card.temperature, card.max_rounds, False)
+    assert [temperature["value"], rounds["value"]] == [card.temperature, card.max_rounds]
+    assert not force and beams["visible"] == ("lavit" not in name)
