@@ -29,7 +29,6 @@ from seed_multimodal.errors import RequestError, SeedError
 from seed_multimodal.images import io
 from seed_multimodal.images.sheet import draw_boxes
 from seed_multimodal.language.answer import LEFT_OUT
-from seed_multimodal.language.vocabulary import BOX_WORDS
 from seed_multimodal.models.registry import Example
 from seed_multimodal.serving.client import ModelClient
 from seed_multimodal.serving.conversation_log import ConversationLog
@@ -38,6 +37,7 @@ from seed_multimodal.serving.turns import (
     Picture,
     Turn,
     restored,
+    shown_text,
     stored_turns,
     user_turn,
 )
@@ -339,7 +339,8 @@ class ChatSession:
 
     def displayed(self) -> list[JsonObject]:
         """The conversation as messages of Gradio's Chatbot; the last offers what may follow."""
-        messages = [message for turn in self.turns for message in turn.displayed()]
+        answer_after = self.model.card.tasks.answer_after
+        messages = [message for turn in self.turns for message in turn.displayed(answer_after)]
         if self.before is None and (texts := self.follow_ups()):
             messages[-1]["options"] = [{"value": text} for text in texts]
         return messages
@@ -528,7 +529,8 @@ class ChatSession:
         """The image with boxes around what a phrase names."""
         with warn_about_errors():
             # The tuned request, greedy.
-            question = self.model.card.tasks.detect_request(not_empty(phrase))
+            tasks = self.model.card.tasks
+            question = tasks.detect_request(not_empty(phrase))
             turn = user_turn(question, [await asyncio.to_thread(self.store_upload, upload)])
             body = {
                 "messages": [turn.message()],
@@ -539,7 +541,8 @@ class ChatSession:
             response = await self.model.post("/v1/chat/completions", json=body)
             answer = response["choices"][0]["message"]
             marked = image_with_boxes([turn], answer["boxes"])
-            return [(marked, BOX_WORDS.sub(" ", answer["content"]))], " ".join(answer["notes"])
+            caption = shown_text(answer["content"], tasks.answer_after) or phrase
+            return [(marked, caption)], " ".join(answer["notes"])
         return [], ""
 
 

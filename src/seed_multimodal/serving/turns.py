@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import RequestError
 from seed_multimodal.images.io import image_to_base64, open_image
+from seed_multimodal.language.prompts import without_verdict
 from seed_multimodal.language.vocabulary import BLANK, BOX_WORDS, PLACEHOLDER
 
 # The original's page refuses more than its server.
@@ -105,12 +106,15 @@ class Turn:
         ]
         return {"role": self.role, "content": content}
 
-    def displayed(self) -> list[JsonObject]:
-        """As messages of Gradio's Chatbot: texts without words for boxes, and the notes."""
+    def displayed(self, answer_after: str = "") -> list[JsonObject]:
+        """As messages of Gradio's Chatbot: the texts, images and notes.
+
+        answer_after: see `shown_text`.
+        """
         content: list[str | JsonObject] = []
         for part in self.parts:
             if isinstance(part, str):
-                text = BOX_WORDS.sub(" ", part).strip()
+                text = shown_text(part, answer_after)
                 content += [text] if text else []
             elif part.path:
                 content.append({"path": part.path, "alt_text": part.description or "image"})
@@ -121,6 +125,11 @@ class Turn:
             note = {"title": " ".join(self.notes)}
             messages.append({"role": self.role, "content": "", "metadata": note})
         return messages
+
+
+def shown_text(text: str, answer_after: str) -> str:
+    """Without words for boxes, and without a verdict; `answer_after`: as of `TaskPrompts`."""
+    return without_verdict(BOX_WORDS.sub(" ", text), answer_after).strip()
 
 
 def stored_turns(turns: Sequence[Turn]) -> list[JsonObject]:

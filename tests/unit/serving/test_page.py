@@ -120,6 +120,9 @@ def test_boxes_are_drawn_on_the_last_image_and_not_written(file):
     text = "a cat <box_start><loc-8><loc-4><loc-4><loc-2><box_end>"
     answer, note = Turn("assistant", [text], ["A note."]).displayed()
     assert answer["content"] == ["a cat"] and note["metadata"] == {"title": "A note."}
+    # A verdict is the model's own.
+    (answer,) = Turn("assistant", ["a cat: yes - A cat."]).displayed(" - ")
+    assert answer["content"] == ["A cat."]
     # What a drawing shows stands below it, also after a reload.
     turn = Turn("assistant", [Picture("cat.png", [5], description="a cat")])
     assert turn.displayed()[0]["content"][1] == "read back: a cat"
