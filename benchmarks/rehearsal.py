@@ -44,6 +44,11 @@ rows: 1
 DESCRIBE = f"{SEED} describe {ROOT}/images/cat.jpg --dtype bfloat16 --max-new-tokens 16 --model"
 RECONSTRUCT = f"{SEED} reconstruct {ROOT}/images/cat.jpg --dtype bfloat16 --steps 2 --model"
 DRAW = f'{SEED} draw "a red apple" --dtype bfloat16 --steps 2 --out apple.png --model'
+# Another autoencoder than the model's, which the next row writes again.
+SMALL = """python -c '
+from diffusers import AutoencoderTiny
+AutoencoderTiny().save_pretrained("pretrained/stable-diffusion-2-1-unclip/vae")
+' && rm finished"""
 EXPORT = f"{SEED} export-gguf --model 8b --quant q4_k_m"
 
 # Row → model, and a command, which runs in the folder of the model.
@@ -54,7 +59,7 @@ ROWS = {
     "8b-describe-8bit": ("8b", f"{DESCRIBE} 8b --quantization 8bit"),
     "8b-describe-4bit": ("8b", f"{DESCRIBE} 8b --quantization 4bit"),
     "8b-describe-int8": ("8b", f"{DESCRIBE} 8b --quantization int8"),
-    "8b-draw-4bit": ("8b", f"{DRAW} 8b --quantization 4bit"),
+    "8b-reconstruct-small": ("8b", f"{SMALL} && {RECONSTRUCT} 8b --out cat.png"),
     "8b-describe-gguf": ("8b", f"{EXPORT} && {DESCRIBE} 8b --engine llama.cpp --max-running 1"),
     "seed-x-describe-4bit": ("seed-x-i", f"{DESCRIBE} seed-x-i --quantization 4bit"),
     "seed-x-draw-4bit": (

@@ -36,6 +36,7 @@ OPTIONS = {
             "data (language models)": "data.stream.config:LlmDataSettings",
             "data.sources": "data.stream.config:SourceSettings",
             "model (SEED's decoders)": "models.seed.train_detokenizer:SeedDecoderModel",
+            "model (small autoencoders)": ("training.pixel_decoder.autoencoder:AutoencoderModel"),
             "data (pixel decoders)": "training.pixel_decoder.config:ImageData",
             "data.sources (pixel decoders)": "training.pixel_decoder.config:ImageSource",
             "agent (SEED-X)": "models.seed_x.modeling:AgentSettings",

@@ -79,6 +79,7 @@ PRINTED: dict[str, str] = {
     "gradio_demo/seed_llama_gradio.py --help": "--request_address",
     # Composed settings of the trainers.
     "MultiModalLLM/src/train/train.py trainer.max_steps=7 --cfg job": "max_steps: 7",
+    "MultiModalLLM/src/train/train_autoencoder.py data.batch_size=3 --cfg job": "batch_size: 3",
     "MultiModalLLM/src/train/train_lavit.py trainer.max_steps=7 --cfg job": "max_steps: 7",
     "MultiModalLLM/src/train/train_lavit_detokenizer.py optim.learning_rate=3 --cfg job": (
         "learning_rate: 3"

@@ -14,9 +14,12 @@ from typing import Any
 
 import lavis_runs
 import llm_runs
+import torch
 import yaml
 from data_files import lines
 from repository import NANO, ROOT
+
+from seed_multimodal.diffusion.base import Detokenizer
 
 LLM = ROOT / "MultiModalLLM"
 LAVIS = ROOT / "SEED_Tokenizer"
@@ -430,6 +433,14 @@ TRAINERS = [
         ),
         _draws("SEED"),
         "decoder/*/*.safetensors",
+    ),
+    Trainer(
+        "tiny_decoder",
+        "src/train/train_autoencoder.py",
+        _written_by("tiny.training", "write_seed_decoder_parts"),
+        _pixels("model.diffusion={}/kl"),
+        lambda _, output: Detokenizer.load_part(output, "vae").decode(torch.zeros(1, 4, 8, 8)),
+        "vae/*.safetensors",
     ),
 ]
 # The language model's trainer with a hub model, with LoRA and with all weights.

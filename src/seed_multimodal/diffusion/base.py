@@ -192,8 +192,9 @@ class Detokenizer(Generic[Settings]):
     safety_checker: PreTrainedModel | None = None
     feature_extractor: BaseImageProcessor | None = None
 
-    label: ClassVar[str]  # in error messages
-    download_hint: ClassVar[str]  # in error messages: where to get the weights
+    label: ClassVar[str] = "diffusers"  # in error messages
+    # In error messages: where to get the weights.
+    download_hint: ClassVar[str] = "give a folder of diffusers"
     settings_class: ClassVar[type[DrawingSettings]]
     folders: ClassVar[tuple[str, ...]] = ("denoiser", "vae", "scheduler")  # parts that are loaded
     float32: ClassVar[tuple[str, ...]] = ("safety_checker",)  # parts that stay in float32
@@ -465,7 +466,9 @@ class Detokenizer(Generic[Settings]):
         with torch.autocast(self.device.type, enabled=False):
             for batch in latents.split(self.decode_batch_size):
                 unscaled = batch.to(self.device) / scale + shift
-                decoded.append(vae.decode(unscaled.to(vae.dtype)).sample)
+                # Channels last: small autoencoders take half the time on CPUs.
+                unscaled = unscaled.to(vae.dtype, memory_format=torch.channels_last)
+                decoded.append(vae.decode(unscaled).sample)
         pixels = torch.cat(decoded)  # in -1…1
         return (pixels * 0.5 + 0.5).clamp(0, 1)
 

@@ -187,7 +187,7 @@ def denoiser_folder(folder: Path) -> Path:
 
 # ---- autoencoders
 
-AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC")
+AUTOENCODERS = ("AutoencoderKL", "AutoencoderDC", "AutoencoderTiny")
 NO_VARIANCE = -30.0  # log variance of latents that are not a distribution: the least of diffusers'
 
 
@@ -204,7 +204,7 @@ def encode_moments(vae: nn.Module, pixels: Tensor) -> Tensor:
     if hasattr(encoded, "latent_dist"):
         moments: Tensor = encoded.latent_dist.parameters
         return moments
-    latents: Tensor = encoded.latent
+    latents: Tensor = encoded[0]
     return torch.cat([latents, torch.full_like(latents, NO_VARIANCE)], dim=1)
 
 

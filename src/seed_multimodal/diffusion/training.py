@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import inspect
 import shutil
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from seed_multimodal.settings import setting
+from seed_multimodal.errors import ConfigError, first_line
+from seed_multimodal.settings import check_keys, setting
 
 TrainedLayers = Literal["key_value", "all"]  # of a denoiser
 # Of all attentions; Stable Diffusion 3 has others for the conditions.
@@ -71,3 +74,22 @@ def new_diffusion(source: Path, target: Path) -> None:
         set_alpha_to_one=False,
         steps_offset=1,
     ).save_pretrained(target / "scheduler")
+
+
+def new_part(label: str, part_class: Any, values: Mapping[str, Any]) -> Any:
+    """A network or scheduler of diffusers from its settings.
+
+    label: in messages.
+
+    Raises ConfigError: an unknown setting, a wrong value.
+    """
+    # Names with "_" are those that diffusers adds to a saved config.
+    settings = {key: value for key, value in values.items() if not key.startswith("_")}
+    check_keys(settings, inspect.signature(part_class.__init__).parameters, label)
+    try:
+        return part_class(**settings)
+    except (TypeError, ValueError) as error:
+        reason = first_line(error)
+        raise ConfigError(
+            f"{label}: {part_class.__name__} cannot have these sizes ({reason})."
+        ) from error

@@ -140,10 +140,11 @@ def install_agent(space: Workspace) -> None:
 
 
 def assemble_nano(space: Workspace) -> JsonObject:
-    """Half precision, the pipeline's index, `system.json`."""
+    """The small autoencoder, half precision, the pipeline's index, `system.json`."""
     from transformers import CLIPImageProcessor
 
     decoder = space.decoder_folder
+    shutil.copytree(space.work / "tiny" / "vae", decoder / "vae", dirs_exist_ok=True)
     size = space.config.image_size
     CLIPImageProcessor(size=size, crop_size=size).save_pretrained(decoder / "feature_extractor")
     shutil.copy(TEMPLATES / "nano" / "model_index.json", decoder)

@@ -22,6 +22,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from seed_multimodal.diffusion.objectives import NoisyLatents, build_objective
+from seed_multimodal.disk import read_json_object
 from seed_multimodal.state_dicts import load_state_dict
 from seed_nano.layout import LAYOUT, LayoutConfig, LayoutDecoder
 from seed_nano.train.lavit import load_reader, rebuilt_features
@@ -87,9 +88,7 @@ def new_scheduler(final_signal: float) -> Any:
 def write_successor_unet(space: SuccessorWorkspace, context: int, pooled: int, seed: int) -> None:
     """An untrained U-Net of SDXL's kind (`context`, `pooled`: widths of the prompt's embeddings),
     the scheduler, decoding defaults and nano's autoencoder, to `{decoder}`."""
-    from diffusers import AutoencoderKL
-
-    vae: Any = AutoencoderKL.load_config(space.autoencoder, local_files_only=True)
+    vae: Any = read_json_object(space.autoencoder / "config.json")
     sizes = space.config.unet
     folder = space.decoder_folder
     latent = vae["latent_channels"]

@@ -44,6 +44,7 @@ PIPELINES: dict[str, tuple[type[Workspace], tuple[Stage, ...]]] = {
         (
             Stage("start", parts.start_nano, (), ("llm", "tokenizer")),
             Stage("vae", VaeTask, (), ("vae",)),
+            hydra("tiny", "train_autoencoder", "tiny", "vae", "pool"),
             Stage("clip", ClipTask, (), ("clip",)),
             lavis("stage1", "start clip"),
             Stage("unet", UnetTask, ("vae", "clip"), ("pool", "unet")),
@@ -54,7 +55,7 @@ PIPELINES: dict[str, tuple[type[Workspace], tuple[Stage, ...]]] = {
             Stage("unet2", UnetOfCodesTask, ("unet", "tokenizer"), ("pool", "unet")),
             hydra("llm_sft", "train", "sft", "llm_pretrain", "llm"),
             Stage("llm", parts.install_llm, ("llm_sft",)),
-            *ends(parts.assemble_nano, "vae", "clip", "tokenizer", "unet2", "llm"),
+            *ends(parts.assemble_nano, "tiny", "clip", "tokenizer", "unet2", "llm"),
         ),
     ),
     "nano_x": (

@@ -14,6 +14,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from seed_multimodal.diffusion.base import Detokenizer
+from seed_multimodal.diffusion.networks import encode_moments
 from seed_nano.train.task import Loss, NanoTask, SceneStream, map_scenes, scene_pixels, to_signed
 from seed_nano.train.workspace import Workspace, has_bf16
 
@@ -42,7 +44,7 @@ def reconstruction_loss(output: Tensor, target: Tensor, mask: Tensor) -> Tensor:
 
 
 class VaeTask(NanoTask):
-    """Train on scenes; the model goes to `{decoder}/vae`."""
+    """Train on scenes; stage `tiny` distils it."""
 
     def __init__(self, space: Workspace) -> None:
         from diffusers import AutoencoderKL
@@ -79,7 +81,7 @@ class VaeTask(NanoTask):
         space = self.space
         images = to_signed(scene_pixels(space.pool[:1024], space.config.image_size))
         normalise_latents(self.vae.cpu(), images)
-        self.vae.save_pretrained(space.decoder_folder / "vae")
+        self.vae.save_pretrained(space.autoencoder)
 
 
 @torch.no_grad()
@@ -102,19 +104,17 @@ def normalise_latents(vae: Any, images: Tensor) -> None:
 def latents(space: Workspace) -> Tensor:
     """Posterior means of the pool, float16 `[N, C, h, w]` (nano-lavit: of its first `drawn`
     scenes); computed once."""
-    from diffusers import AutoencoderKL
-
     n_scenes = getattr(space.config, "drawn", None)
 
     def make() -> Tensor:
-        vae: Any = AutoencoderKL.from_pretrained(space.autoencoder, local_files_only=True)
-        vae.eval().to(space.device, memory_format=torch.channels_last)
+        vae = Detokenizer.load_part(space.autoencoder.parent, "vae")
+        vae.to(space.device, memory_format=torch.channels_last)
         autocast = torch.autocast(space.device.type, torch.bfloat16, has_bf16(space.device))
 
         def encoded(images: Tensor) -> Tensor:
             x = to_signed(images).contiguous(memory_format=torch.channels_last)
             with autocast:
-                return vae.encode(x).latent_dist.mean.half()
+                return encode_moments(vae, x).chunk(2, dim=1)[0].half()
 
         return map_scenes(encoded, space.pool[:n_scenes], space, batch=256).contiguous()
 

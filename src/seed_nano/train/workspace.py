@@ -158,6 +158,7 @@ class Workspace:
         paths = {
             "work": self.work,
             "out": self.out,
+            "autoencoder": self.autoencoder.parent,
             "words": self.tokenizer_folder,
             "decoder": self.decoder_folder,
             "judge": resolve_path(self.config.judge),
@@ -166,8 +167,8 @@ class Workspace:
 
     @property
     def autoencoder(self) -> Path:
-        """The folder of the autoencoder."""
-        return self.decoder_folder / "vae"
+        """The folder of the autoencoder whose latents are drawn."""
+        return self.work / "autoencoder" / "vae"
 
     def record(self, stage: str) -> Path:
         """The record of a finished stage; those of the applications lie in folders of their own."""

@@ -97,6 +97,14 @@ def unet(channels: int = 4, *, sdxl: bool = True, **changes: Any) -> Any:
     return UNet2DConditionModel(**{**sizes, **changes}).eval()
 
 
+TINY_AUTOENCODER = {
+    "encoder_block_out_channels": (8, 8),
+    "decoder_block_out_channels": (8, 8),
+    "num_encoder_blocks": (1, 1),
+    "num_decoder_blocks": (1, 1),
+}
+
+
 def kl(**more: Any) -> Any:
     """An autoencoder of Stable Diffusion's class."""
     from diffusers import AutoencoderKL
@@ -112,14 +120,17 @@ def kl(**more: Any) -> Any:
 
 
 def autoencoder(name: str) -> Any:
-    """`kl`: 4 channels; `kl16`: 16 with a shift, as Stable Diffusion 3's; `dc`: 32, as SANA's."""
-    from diffusers import AutoencoderDC
+    """`kl`: 4 channels; `kl16`: 16 with a shift, as Stable Diffusion 3's; `dc`: 32, as SANA's;
+    `tiny`: 4, of a small autoencoder."""
+    from diffusers import AutoencoderDC, AutoencoderTiny
 
     if name == "kl":
         return kl(scaling_factor=0.5)
     if name == "kl16":
         return kl(latent_channels=16, scaling_factor=1.5, shift_factor=0.06)
     torch.manual_seed(3)
+    if name == "tiny":
+        return AutoencoderTiny(**TINY_AUTOENCODER)
     return AutoencoderDC(
         latent_channels=32,
         encoder_block_out_channels=(8, 32),

@@ -14,13 +14,15 @@ import torch
 from llm_runs import compose
 from PIL import Image
 from tensors import equal
-from tiny.diffusion import write_unclip
+from tiny.diffusion import TINY_AUTOENCODER, write_unclip
 from tiny.seed import write_code_decoder
 from tiny.training import APPLICATION, LAVIT, SEED, SEED_X, Family, read_losses
 
 from seed_multimodal.diffusion.base import Detokenizer
+from seed_multimodal.diffusion.networks import latent_scale, spatial_factor
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.state_dicts import load_state_dict
+from seed_multimodal.training.pixel_decoder.autoencoder import AutoencoderTask
 
 SHORT = {"max_steps": 2, "save_steps": 0}
 FEW_STEPS = {"teacher_steps": 4, "student_steps": 2, "trained": "all"}
@@ -252,6 +254,25 @@ def test_student_of_stable_unclip_learns_guidance(tmp_path):
     )
     losses = run.losses("run")
     assert sum(losses[-6:]) < 0.8 * sum(losses[:6])
+
+
+@pytest.mark.parametrize("vae", ["kl", "kl16", "dc"])
+def test_small_autoencoder_learns_a_large_one(tmp_path, vae):
+    # It reads and writes the denoiser's latents, whatever the large one's scale and shift, and is
+    # loaded in its place.
+    parts = SEED.write_parts(tmp_path / "parts")
+    steps = {"max_steps": 40, "save_steps": 0, "sample_steps": 40}
+    config = SEED.config(parts, tmp_path / "run", vae=vae, trainer=steps)
+    config["model"] = {"diffusion": str(parts / vae), "student": TINY_AUTOENCODER}
+    large = Detokenizer.load_part(parts / vae, "vae")
+    folder = Path(AutoencoderTask.train(config)["vae"]).parent
+    losses = read_losses(tmp_path / "run")
+    assert sum(losses[-6:]) < 0.7 * sum(losses[:6])
+
+    small = Detokenizer.load_part(folder, "vae")
+    assert small.config.latent_channels == large.config.latent_channels
+    assert (spatial_factor(small), latent_scale(small)) == (spatial_factor(large), (0.0, 1.0))
+    assert list((tmp_path / "run" / "samples").glob("step-40.png"))
 
 
 # Program, its groups, what they train or read.

@@ -152,6 +152,10 @@ SPEC = FamilySpec(
         "train_seed_decoder": Training(
             "seed_decoder/train", "seed_multimodal.models.seed.train_detokenizer:SeedDecoderTask"
         ),
+        "train_autoencoder": Training(
+            "autoencoder/train",
+            "seed_multimodal.training.pixel_decoder.autoencoder:AutoencoderTask",
+        ),
         "train_rl": Training("rl/train", "seed_multimodal.rl.task:RlTask"),
     },
     # Of the original scripts ("vqa" is ours: the script has one question, see `PROBE`).

@@ -7,10 +7,9 @@ alone suffice. The result is OUTPUT_DIR/decoder, for `CodesDetokenizer.from_pret
 from __future__ import annotations
 
 import inspect
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -25,8 +24,9 @@ from seed_multimodal.diffusion.networks import (
     size_unit,
     spatial_factor,
 )
+from seed_multimodal.diffusion.training import new_part
 from seed_multimodal.disk import JsonObject
-from seed_multimodal.errors import ConfigError, first_line
+from seed_multimodal.errors import ConfigError
 from seed_multimodal.models.seed.code_adapter import (
     CODE_ADAPTER,
     CodeAdapter,
@@ -40,7 +40,7 @@ from seed_multimodal.models.seed.diffusion import (
     detokenizer_class,
 )
 from seed_multimodal.models.seed.modeling import Seed2Tokenizer
-from seed_multimodal.settings import check_keys, nearest, setting
+from seed_multimodal.settings import nearest, setting
 from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.pixel_decoder.config import (
     CodesImages,
@@ -234,22 +234,3 @@ def heads_of(width: int) -> int:
     while width % heads:
         heads -= 1
     return heads
-
-
-def new_part(label: str, part_class: Any, values: Mapping[str, Any]) -> Any:
-    """A network or scheduler of diffusers from its settings.
-
-    label: in messages.
-
-    Raises ConfigError: an unknown setting, a wrong value.
-    """
-    # Names with "_" are those that diffusers adds to a saved config.
-    settings = {key: value for key, value in values.items() if not key.startswith("_")}
-    check_keys(settings, inspect.signature(part_class.__init__).parameters, label)
-    try:
-        return part_class(**settings)
-    except (TypeError, ValueError) as error:
-        reason = first_line(error)
-        raise ConfigError(
-            f"{label}: {part_class.__name__} cannot have these sizes ({reason})."
-        ) from error

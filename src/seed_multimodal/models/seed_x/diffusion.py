@@ -29,7 +29,7 @@ from torch import Tensor, nn
 
 from seed_multimodal.diffusion.base import Conditions, Detokenizer, DrawingSettings
 from seed_multimodal.diffusion.conditioner import Generators, pooled_tokens
-from seed_multimodal.diffusion.networks import DenoiserConditions, conditions_of
+from seed_multimodal.diffusion.networks import DenoiserConditions, conditions_of, encode_moments
 from seed_multimodal.diffusion.training import reads_images
 from seed_multimodal.images.transforms import resize_passes, to_bytes
 from seed_multimodal.models.seed_x.adapter import ResamplerXLConfig, ResamplerXLV2, SDXLAdapter
@@ -174,6 +174,5 @@ class SdxlDetokenizer(Detokenizer[SdxlSettings]):
             return torch.zeros(shape, device=self.device)
         image = resize_passes(image.convert("RGB"), (width, height), Image.Resampling.BICUBIC)
         pixels = to_bytes(image) / 127.5 - 1.0
-        distribution = self.vae.encode(pixels[None].to(self.device)).latent_dist
-        latents: Tensor = distribution.mode()[0]
-        return latents
+        moments = encode_moments(self.vae, pixels[None].to(self.device))
+        return moments.chunk(2, dim=1)[0][0]

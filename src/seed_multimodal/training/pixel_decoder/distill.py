@@ -138,7 +138,7 @@ class Distillation(Reconstruction):
     ) -> Mapping[str, Tensor]:
         """How far the student's step ends from the teacher's steps."""
         levels = self.levels
-        objective = self.task.objective
+        objective = self.objective
         n_images = len(latents)
 
         # 1. Conditions of both, by the same random numbers.

@@ -21,7 +21,7 @@ def latent_moments(vae: nn.Module, device: torch.device, batch_size: int = 16) -
     """
 
     def moments(pixels: Tensor) -> Tensor:
-        return encode_moments(vae, pixels.float() / 127.5 - 1.0)
+        return encode_moments(vae, signed(pixels))
 
     return FrozenFeatures(vae, device, moments, batch_size)
 
@@ -76,6 +76,11 @@ def sample_latents(
     """
     posterior = DiagonalGaussianDistribution(moments.float())
     return (posterior.sample(generator) - shift) * scaling
+
+
+def signed(pixels: Tensor) -> Tensor:
+    """uint8 pixels in -1…1, as an autoencoder reads them."""
+    return pixels.float() / 127.5 - 1.0
 
 
 def to_image(pixels: Tensor) -> Image.Image:

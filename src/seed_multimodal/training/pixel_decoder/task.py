@@ -10,6 +10,7 @@ import pkgutil
 import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict
+from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -37,7 +38,7 @@ from seed_multimodal.diffusion.networks import (
     latent_scale,
     predict,
 )
-from seed_multimodal.diffusion.objectives import NoisyLatents, build_objective
+from seed_multimodal.diffusion.objectives import NoisyLatents, Objective, build_objective
 from seed_multimodal.diffusion.training import train_denoiser
 from seed_multimodal.disk import JsonObject, atomic_folder
 from seed_multimodal.errors import ConfigError
@@ -135,6 +136,11 @@ class Reconstruction:
         """The scheduler that determines the objective."""
         return self.task.load_scheduler()
 
+    @cached_property
+    def objective(self) -> Objective:
+        """What the denoiser predicts."""
+        return build_objective(self.scheduler(), self.task.model.flow_times)
+
     def build(self) -> TrainedDetokenizer:
         """The initial module on the CPU."""
         vae = self.task.encoders.moments.model
@@ -153,7 +159,7 @@ class Reconstruction:
         task = self.task
         dropout = task.model.condition_dropout
         without, without_image = dropout.draw(len(latents), generator)
-        noisy = NoisyLatents.sample(task.objective, latents, generator)
+        noisy = NoisyLatents.sample(self.objective, latents, generator)
         condition_latents = encoded.condition_latents
         if condition_latents is not None:
             without_image = without_image.to(latents.device)[:, None, None, None]
@@ -258,7 +264,6 @@ class PixelTask(RunTask):
         """Build data, models and optimizer."""
         super().prepare()
         data = self.run.data
-        self.objective = build_objective(self.learner.scheduler(), self.model.flow_times)
 
         # 1. Frozen models.
         vae = self.detokenizer_class.load_part(self.folder, "vae")
@@ -360,21 +365,8 @@ class PixelTask(RunTask):
         drawings: list[Image.Image] = []
         originals: list[Image.Image] = []
         self.module.eval()
-        detokenizer = self.module.detokenizer
-        unit = detokenizer.size_unit
         for batch, encoded in self.sample_batches:
-            height, width = batch["image"].shape[2:]
-            embeds = self.embeds(encoded.conditions)
-            conditions = condition_images(batch) or [None] * len(embeds)
-            for row, condition in enumerate(conditions):
-                drawings += detokenizer(
-                    embeds[row : row + 1],
-                    condition_images=[condition],
-                    height=max(unit, height // unit * unit),
-                    width=max(unit, width // unit * unit),
-                    seeds=[row],
-                    num_inference_steps=self.learner.drawing_steps,
-                )
+            drawings += self.draw_samples(batch, encoded)
             originals += map(to_image, batch["image"])
         self.module.train()
 
@@ -387,6 +379,24 @@ class PixelTask(RunTask):
         board = self.trainer.log.board
         if board is not None:
             board.add_image("samples", np.asarray(sheet), step, dataformats="HWC")
+
+    def draw_samples(self, batch: TargetBatch, encoded: EncodedImages) -> list[Image.Image]:
+        """Images of a batch's conditions."""
+        detokenizer = self.module.detokenizer
+        unit = detokenizer.size_unit
+        height, width = batch["image"].shape[2:]
+        embeds = self.embeds(encoded.conditions)
+        drawings: list[Image.Image] = []
+        for row, condition in enumerate(condition_images(batch) or [None] * len(embeds)):
+            drawings += detokenizer(
+                embeds[row : row + 1],
+                condition_images=[condition],
+                height=max(unit, height // unit * unit),
+                width=max(unit, width // unit * unit),
+                seeds=[row],
+                num_inference_steps=self.learner.drawing_steps,
+            )
+        return drawings
 
     def _held_out_batches(self) -> list[tuple[TargetBatch, EncodedImages]]:
         """The first images of the held-out source, by size."""

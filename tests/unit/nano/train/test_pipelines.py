@@ -87,7 +87,7 @@ def test_nano_is_killed_resumed_and_answers(tmp_path, capfd):
     assert not any(name.startswith(("label_heads", "readout")) for name in saved)
 
     # Finished stages are skipped; without its record a training resumes from its last checkpoint.
-    vae = system / "seed_tokenizer/diffusion_model/vae/diffusion_pytorch_model.safetensors"
+    vae = work / "autoencoder/vae/diffusion_pytorch_model.safetensors"
     for file in (vae, work / "vae.done.json"):
         file.unlink()
     again = ("--only", "vae,unet,llm_pretrain,records", *settings, "train_unet.lr=0.5")
