@@ -231,6 +231,8 @@ def test_a_chat_with_images_in_both_directions(page: Page):
     page.until(lambda: len(page.images("#chat .bot")) == 1, "the conversation after a reload")
     buttons = page.all("#chat button[aria-label=Retry]")
     assert [button.is_displayed() for button in buttons].count(True) == 1
+    others = page.all("#chat [aria-label=Share], #chat [title=Share], #chat [aria-label=Clear]")
+    assert not any(button.is_displayed() for button in others)
     script = "return arguments[0].getBoundingClientRect().bottom <= innerHeight"
     assert page.browser.execute_script(script, page.all("#message")[0])
     page.browser.set_window_size(1360, 1000)

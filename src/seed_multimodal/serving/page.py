@@ -43,6 +43,7 @@ CSS = """
 #chat .message img {width: 192px; max-width: 100%; object-fit: contain !important}
 /* Gradio's bin empties the chat before the browser's copy is removed: `new` is in its place. */
 #chat .icon-button-wrapper:has([aria-label="Clear"]) {display: none}
+#chat button:is([title="Share"], [aria-label="Share"]) {display: none}
 #chat .message-buttons-left:has(+ .bot-row) button:not(
     [aria-label="Copy message"], [aria-label="Download"]
 ) {display: none}
