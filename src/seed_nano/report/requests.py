@@ -36,9 +36,9 @@ from seed_nano.report.scoring import LabelNames, image_labels
 from seed_nano.report.write import table
 from seed_nano.world.scene import scene_image
 from seed_nano.world.targets import ARRANGEMENTS, NOTHING, label_names
+from seed_nano.world.typed import REQUESTS
 from seed_nano.world.words import Labels, parse_caption, scene_of
 
-LIST = Path(__file__).with_name("requests.yaml")
 REFUSAL = re.compile(r"\b(?:cannot|can't|no picture|do not know|there (?:is|are) no)\b", re.I)
 
 
@@ -89,7 +89,7 @@ class Score:
     right: bool
 
 
-def read_requests(file: Path = LIST) -> list[Request]:
+def read_requests(file: Path = REQUESTS) -> list[Request]:
     """All requests, by category."""
     rows = []
     for category, entries in yaml.safe_load(file.read_text(encoding="utf-8")).items():

@@ -79,6 +79,9 @@ KINDS = (
     "talk",
     "asides",
     "requests",
+    "typed_draw",
+    "typed_edits",
+    "typed_questions",
 )
 """Captions are pairs of an image and texts, documents are interleaved images and texts, all others
 `messages`."""
@@ -251,6 +254,20 @@ class _RecordMaker(TypedDialogue):
 
     def requests(self) -> None:
         self.conversation()
+
+    # Single requests, for systems that do not converse.
+
+    def typed_draw(self) -> None:
+        self.typed_drawing()
+
+    def typed_edits(self) -> None:
+        self.typed_edit(next(self.stream))
+
+    def typed_questions(self) -> None:
+        if self.rng.random() < 0.3:
+            self.typed_look()
+        else:
+            self.shown_question()
 
     def in_context(self) -> None:
         """Two examples of one change (before, after, before, after) and a third scene; the answer

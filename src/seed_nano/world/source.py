@@ -63,7 +63,7 @@ class NanoSource:
         self.split = split
         self.seed = seed
         self.size = size
-        self.pair_keys = EDIT_KEYS if content == "edits" else {}
+        self.pair_keys = EDIT_KEYS if content.endswith("edits") else {}
         self._listed = scenes(split, folder) if split != "train" and not content else []
         self.number = min(number or EPOCH, len(self._listed)) if self._listed else number or EPOCH
         load_sprites(self.path)  # before workers are forked, so that they share it
@@ -110,10 +110,12 @@ def _fields(record: JsonObject, content: str) -> JsonObject:
     # The last image's turn under the keys of a user's own data.
     request, answer = (message["content"] for message in from_last_image(record)[:2])
     fields: JsonObject = {}
-    if content in ("qa", "describe", "asides"):
+    if content in ("qa", "describe", "asides", "typed_questions"):
         fields = {"image": request[0], "question": request[1], "answer": answer[0]}
-    elif content == "edits":
+    elif content in ("edits", "typed_edits"):
         fields = {"source_image": request[0], "instruction": request[1], "target_image": answer[1]}
+    elif content == "typed_draw":
+        fields = {"text": request[0], "image": answer[1]}
     elif content == "stories":
         fields = {"images": answer[1::2], "captions": answer[::2]}
 

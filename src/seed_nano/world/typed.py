@@ -1,19 +1,23 @@
 """Requests as people type them: drawings, follow-ups, edits, and what cannot be done.
 
-The wordings stand in vocabulary.yaml under `typed`. Reserved things and reserved texts are in no
-request of these records: the report's list (report/requests.yaml) consists of them.
+The wordings stand in vocabulary.yaml under `typed`. Texts of requests.yaml, which the report asks,
+are in no record.
 """
 
 from __future__ import annotations
 
+import functools
 import random
 from collections.abc import Sequence
 from dataclasses import replace
+from pathlib import Path
+
+import yaml
 
 from seed_multimodal.language.prompts import DRAW_RESPONSE
 from seed_nano.world.dialogues import Dialogue, Part
 from seed_nano.world.scene import Scene
-from seed_nano.world.splits import hash_share, scene_where
+from seed_nano.world.splits import scene_where
 from seed_nano.world.tasks import EDITS, Edit, absent, after, ask_any, make_edit, verdict
 from seed_nano.world.things import (
     BACKGROUND_PHRASES,
@@ -30,17 +34,19 @@ from seed_nano.world.words import describe, noun_phrase, sentence
 
 TYPED = VOCABULARY["typed"]
 REFUSALS: dict[str, str] = TYPED["refusals"]
-RESERVED_SHARE = 0.22  # of all things, and of all texts
+REQUESTS = Path(__file__).with_name("requests.yaml")
 
 
-def is_reserved(thing: str) -> bool:
-    """Whether a thing is held out of typed requests."""
-    return hash_share("requests", thing) < RESERVED_SHARE
+def normalise_request(request: str) -> str:
+    """The form in which requests are compared: case and the last punctuation do not count."""
+    return request.lower().rstrip(".!?")
 
 
-def is_reserved_text(request: str) -> bool:
-    """Whether a request is held out; case and the last punctuation do not count."""
-    return hash_share("requests", request.lower().rstrip(".!?")) < RESERVED_SHARE
+@functools.cache
+def held_out_requests() -> frozenset[str]:
+    """Texts of the report's list, as `normalise_request` writes them."""
+    listed = yaml.safe_load(REQUESTS.read_text(encoding="utf-8"))
+    return frozenset(normalise_request(row["asked"]) for rows in listed.values() for row in rows)
 
 
 class TypedDialogue(Dialogue):
@@ -48,9 +54,6 @@ class TypedDialogue(Dialogue):
 
     def conversation(self) -> None:
         """One to four turns: without a picture at first, or about one; small talk between."""
-        allowed = self.allowed
-        self.allowed = lambda scene: not any(map(is_reserved, scene.things)) and allowed(scene)
-
         # 1. The first turn; more than half of the conversations begin without a picture.
         self.one_of(
             {
@@ -164,10 +167,7 @@ class TypedDialogue(Dialogue):
     def typed_question(self, *images: Scene) -> None:
         """A question about a new picture, or the last one, with words around it."""
         scene = (*self.scenes, *images)[-1]
-        while True:
-            question = ask_any(scene, self.rng)
-            if not any(is_reserved(name) for name in NAMES if name in question.question):
-                break
+        question = ask_any(scene, self.rng)
         text = question.question[0].lower() + question.question[1:]
         self.ask(replace(question, question=self._typed(text)), *images)
 
@@ -225,10 +225,7 @@ class TypedDialogue(Dialogue):
     # ---- wordings
 
     def _name(self, without: Sequence[str] = ()) -> str:
-        """A thing that is not reserved."""
-        return self.rng.choice(
-            [name for name in NAMES if not is_reserved(name) and name not in without]
-        )
+        return self.rng.choice([name for name in NAMES if name not in without])
 
     def _known(self) -> str:
         return noun_phrase(1, self._name())
@@ -251,7 +248,7 @@ class TypedDialogue(Dialogue):
                 request += rng.choice(TYPED["closers"])
             if rng.random() < 0.5:
                 request = request[0].upper() + request[1:]
-            if not is_reserved_text(request):
+            if normalise_request(request) not in held_out_requests():
                 return request + rng.choice(ends)
 
 
@@ -261,7 +258,7 @@ def short_caption(scene: Scene, rng: random.Random) -> str:
         return describe(scene, rng, background_first=False)
     (name, count) = (scene.things[0], scene.counts[0])
     adjective = scene.style if rng.random() < 0.1 else ""
-    if not adjective and rng.random() < 0.2:
+    if not adjective and rng.random() < 0.3:
         adjective = rng.choice(TYPED["attributes"])
     phrase = noun_phrase(count, name, adjective)
     if count == 1 and len(scene.things) == 1 and not adjective and rng.random() < 0.3:
