@@ -45,7 +45,7 @@ DESCRIBE = f"{SEED} describe {ROOT}/images/cat.jpg --dtype bfloat16 --max-new-to
 RECONSTRUCT = f"{SEED} reconstruct {ROOT}/images/cat.jpg --dtype bfloat16 --steps 2 --model"
 DRAW = f'{SEED} draw "a red apple" --dtype bfloat16 --steps 2 --out apple.png --model'
 # Another autoencoder than the model's, which the next row writes again.
-SMALL = """python -c '
+SMALL = f"""{sys.executable} -c '
 from diffusers import AutoencoderTiny
 AutoencoderTiny().save_pretrained("pretrained/stable-diffusion-2-1-unclip/vae")
 ' && rm finished"""
@@ -140,15 +140,14 @@ def run(options: argparse.Namespace) -> None:
     for name in options.only or ROWS:
         model, command = ROWS[name]
         figures = measure(command, model_folder(options.scratch, model))
-        line = {"row": name, "results": figures, **machine.circumstances("cpu", command)}
-        print(json.dumps(line), flush=True)
+        circumstances = machine.circumstances("cpu", command)
+        print(json.dumps({"row": name, "results": figures} | circumstances), flush=True)
 
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--scratch", type=Path, default=Path("rehearsal"), help="scratch folder")
-    rows = f"these rows: {', '.join(ROWS)}"
-    parser.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", help=rows)
+    parser.add_argument("--scratch", type=Path, default=Path("rehearsal"))
+    parser.add_argument("--only", nargs="+", choices=ROWS, metavar="ROW", help=", ".join(ROWS))
     start(run, parser)
