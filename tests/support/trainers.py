@@ -229,8 +229,8 @@ def _pixels(*settings: str, data: str = "tiny") -> Callable[[Path, Path], list[s
     groups = ["model=tiny", f"data={data}", "trainer=tiny", "optim=tiny"]
     return lambda parts_dir, output: [
         *groups,
-        *(setting.replace("{}", str(parts_dir)) for setting in settings),
         *FEW_SAMPLES,
+        *(setting.replace("{}", str(parts_dir)) for setting in settings),
     ]
 
 
@@ -441,6 +441,21 @@ TRAINERS = [
         _pixels("model.diffusion={}/kl"),
         lambda _, output: Detokenizer.load_part(output, "vae").decode(torch.zeros(1, 4, 8, 8)),
         "vae/*.safetensors",
+    ),
+    Trainer(
+        "recorded_codes_decoder",
+        "src/train/train_seed_decoder.py",
+        _written_by("tiny.training", "write_seed_decoder_parts"),
+        _pixels(
+            "model.diffusion={}/kl",
+            "model.tokenizer=null",
+            "model.reads=ids",
+            "+model.recorded={codebook_size: 8, codes_per_image: 16}",
+            "data.sources=[{name: recorded, files: {}/recorded.jsonl}]",
+            "++data.held_out=null",
+        ),
+        _draws("SEED"),
+        "decoder/*/*.safetensors",
     ),
 ]
 # The language model's trainer with a hub model, with LoRA and with all weights.

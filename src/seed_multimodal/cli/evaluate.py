@@ -44,7 +44,7 @@ from seed_multimodal.evaluation.benchmark import (
 )
 from seed_multimodal.evaluation.suite import SuiteSettings, run_suite, suite_table
 from seed_multimodal.evaluation.text2image import BUILT_IN, OriginalDrawings
-from seed_multimodal.evaluation.tokenizer_settings import TokenizerSettings
+from seed_multimodal.evaluation.tokenizer_settings import PrefixSettings, TokenizerSettings
 from seed_multimodal.evaluation.vqa import PLAIN_QUESTION, PROBE, Questions
 from seed_multimodal.settings import read_settings
 
@@ -78,6 +78,10 @@ def add_commands(kinds: Commands) -> None:
     add_settings(tokenizer, TokenizerSettings)
     add_device(tokenizer)
     tokenizer.set_defaults(work=measure_tokenizer)
+    prefix = kinds.add_parser("prefix", help="what the first codes of an image hold")
+    add_settings(prefix, PrefixSettings)
+    add_device(prefix)
+    prefix.set_defaults(work=measure_prefixes)
     suite = kinds.add_parser("suite", help="the papers' tables, next to published figures")
     add_settings(suite, SuiteSettings)
     add_common(
@@ -193,6 +197,17 @@ def measure_tokenizer(args: Namespace) -> int:
         from seed_multimodal.evaluation.tokenizer import evaluate_tokenizer
 
         report = evaluate_tokenizer(settings, log_line)
+    print_json(report)
+    return DONE
+
+
+def measure_prefixes(args: Namespace) -> int:
+    """`seed eval prefix`: measure, write table and figures; prints the report as a JSON line."""
+    settings = read_settings(PrefixSettings, set_flags(args, PrefixSettings), "prefix")
+    with loading(args):
+        from seed_multimodal.evaluation.prefix import evaluate_prefixes
+
+        report = evaluate_prefixes(settings, log_line)
     print_json(report)
     return DONE
 

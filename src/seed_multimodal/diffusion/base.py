@@ -202,7 +202,7 @@ class Detokenizer(Generic[Settings]):
     noise_dtype: ClassVar[torch.dtype | None] = None  # None: of the denoiser
     # Trained networks: names in checkpoints → attributes.
     trained: ClassVar[Mapping[str, str]] = {"denoiser": "denoiser"}
-    reads_codes = False  # whether it reads an embedding of each code
+    reads: ClassVar[str] = "embedding"  # of an image, "codes": of each code, "ids": codes
     reads_condition = False  # whether it reads condition images
 
     def __post_init__(self) -> None:

@@ -107,6 +107,11 @@ def mean_of_means(estimates: Sequence[Estimate]) -> Estimate:
     return Estimate(value, value - below, value + above, n_values)
 
 
+def psnr(error: float) -> float:
+    """PSNR in dB of a mean squared error of 8-bit values; 58 at most, where images are equal."""
+    return 10 * math.log10(255**2 / max(float(error), 0.1))
+
+
 def entropy_nats(counts: Sequence[int] | NDArray[np.integer]) -> float:
     """Entropy in nats of the distribution proportional to `counts`."""
     weights = np.asarray(counts, dtype=np.float64)

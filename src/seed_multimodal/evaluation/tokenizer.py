@@ -24,7 +24,7 @@ from PIL import Image
 from torch import Tensor
 
 from seed_multimodal.data.formats.pairs import Pairs, open_pairs
-from seed_multimodal.data.formats.record import RECORD_FAULTS, BadRecords
+from seed_multimodal.data.formats.record import RECORD_FAULTS, BadRecords, FieldValue
 from seed_multimodal.device import FP16_AS_ORIGINAL, Runtime, choose_device
 from seed_multimodal.disk import JsonObject, atomic_open, replace_text, writable_folder, writing
 from seed_multimodal.errors import ConfigError, DataError
@@ -39,7 +39,7 @@ from seed_multimodal.evaluation.metrics import (
     plain,
 )
 from seed_multimodal.evaluation.retrieval import ranks, retrieval
-from seed_multimodal.evaluation.tokenizer_settings import TokenizerSettings
+from seed_multimodal.evaluation.tokenizer_settings import PrefixSettings, TokenizerSettings
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 from seed_multimodal.images.transforms import ImageTransform, seed_image_processor
@@ -184,14 +184,8 @@ def evaluate_tokenizer(settings: TokenizerSettings, log: Log = print) -> JsonObj
     # 3. The report.
     report: JsonObject = plain(
         {
-            "model": settings.model,
-            "data": settings.pairs(),
-            "settings": vars(settings),
-            "runtime": str(runtime),
-            **circumstances(runtime.device, shlex.join(["seed", *sys.argv[1:]])),
-            "n": len(encoded.captions),
+            **report_head(settings, runtime, encoded),
             "captions": sum(map(len, encoded.captions)),
-            "left_out": encoded.bad,
             "retrieval": _retrieval(encoded, opened),
             "reconstruction": _reconstruction(encoded, rebuilt, opened),
             "codes": codebook_statistics(encoded.features["codes"], opened.codec.codebook_size),
@@ -219,6 +213,21 @@ def evaluate_tokenizer(settings: TokenizerSettings, log: Log = print) -> JsonObj
     return report
 
 
+def report_head(
+    settings: TokenizerSettings | PrefixSettings, runtime: Runtime, encoded: Pass
+) -> JsonObject:
+    """What was measured, and how."""
+    return {
+        "model": settings.model,
+        "data": settings.pairs(),
+        "settings": vars(settings),
+        "runtime": str(runtime),
+        **circumstances(runtime.device, shlex.join(["seed", *sys.argv[1:]])),
+        "n": len(encoded.captions),
+        "left_out": encoded.bad,
+    }
+
+
 # ---- one pass over the images
 
 
@@ -226,7 +235,7 @@ def evaluate_tokenizer(settings: TokenizerSettings, log: Log = print) -> JsonObj
 class Pass:
     """Values computed once for each image; row i of each array is image i.
 
-    images: the first ones.
+    images: the first ones, as the tokenizer sees them.
     features:
         codes [N, n]: rows of images with fewer codes are padded with -1
         target [N, E]: unit embeddings of CLIP
@@ -236,6 +245,7 @@ class Pass:
     """
 
     captions: list[list[str]] = field(default_factory=list)
+    labels: list[FieldValue] = field(default_factory=list)
     images: list[Image.Image] = field(default_factory=list)
     bad: list[str] = field(default_factory=list)  # errors of unusable samples
     features: dict[str, NDArray[np.number]] = field(default_factory=dict)
@@ -248,8 +258,9 @@ def run_pass(
     *,
     batch: int = 64,
     log: Log = print,
+    kept: int = SHEET_IMAGES,
 ) -> Pass:
-    """Encode the images `rows` of `source` in batches.
+    """Encode the images `rows` of `source` in batches, of which the first `kept` are returned.
 
     Raises:
         DataError: no usable sample, too many consecutive unusable ones, or non-finite numbers.
@@ -257,7 +268,8 @@ def run_pass(
     encoded = Pass()
     batches: dict[str, list[NDArray[np.number]]] = {}
     for images in read_images(source, rows, batch, encoded, log):
-        encoded.images += images[: SHEET_IMAGES - len(encoded.images)]
+        shown = images[: kept - len(encoded.images)]
+        encoded.images += map(opened.codec.transform.resize, shown)
         for name, features in opened.features(images).items():
             values = features.cpu().numpy()
             finite(values, f"{name!r} of the last of {len(encoded.captions)} images")
@@ -289,6 +301,7 @@ def read_images(
             continue
         bad.usable()
         encoded.captions.append(list(pair.captions))
+        encoded.labels.append(pair.labels)
         if len(images) == batch:
             yield images
             images = []
@@ -330,11 +343,18 @@ def _reconstruction(
 
     # 2. Images drawn from the codes.
     if rebuilt:
-        embeddings = []
-        for start in range(0, len(rebuilt), DRAW_BATCH):
-            embeddings.append(opened.target.embed(rebuilt[start : start + DRAW_BATCH]))
-        section["image_clip"] = _nearness(F.normalize(torch.cat(embeddings), dim=-1), target)
+        section["image_clip"] = image_nearness(rebuilt, opened.target, target)
     return section
+
+
+def image_nearness(
+    images: Sequence[Image.Image], encoder: TargetEncoder, target: Tensor
+) -> dict[str, int | Estimate]:
+    """`_nearness` of drawn images to the embeddings of the original ones."""
+    embeddings = []
+    for start in range(0, len(images), DRAW_BATCH):
+        embeddings.append(encoder.embed(images[start : start + DRAW_BATCH]))
+    return _nearness(F.normalize(torch.cat(embeddings), dim=-1), target)
 
 
 def _nearness(embeddings: Tensor, images: Tensor) -> dict[str, int | Estimate]:

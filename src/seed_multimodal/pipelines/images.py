@@ -355,6 +355,10 @@ class CodeCodec(ImageCodec):
         """What the conditioner of the de-tokenizer reads, for `familiarity`."""
         raise NotImplementedError
 
+    def decoder_inputs(self, codes: Sequence[Tensor]) -> Any:
+        """What the de-tokenizer reads of the codes of each image, without those of -1."""
+        raise NotImplementedError
+
     def check_codes(
         self, codes: Iterable[Codes], min_lengths: Sequence[int] | None = None
     ) -> Sequence[Tensor]:

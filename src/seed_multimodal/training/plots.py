@@ -67,7 +67,12 @@ def draw_runs(runs: Sequence[str | Path], out: str | Path) -> list[Path]:
         logs += run_logs
 
     # Drawn completely before the file is replaced.
-    figure = _figure({str(log).removesuffix(SUFFIX): read_log(log) for log in logs})
+    save_figure(_figure({str(log).removesuffix(SUFFIX): read_log(log) for log in logs}), out)
+    return logs
+
+
+def save_figure(figure: Figure, out: Path) -> None:
+    """Write a figure in the format of the suffix. Raises as `draw_runs`."""
     with writing(out, DataError):
         out.parent.mkdir(parents=True, exist_ok=True)
         try:
@@ -75,7 +80,6 @@ def draw_runs(runs: Sequence[str | Path], out: str | Path) -> list[Path]:
                 figure.savefig(handle, format=out.suffix[1:].lower())
         except ValueError as error:
             raise ConfigError(f"{out}: {first_line(error)}.") from error
-    return logs
 
 
 def read_log(log: Path) -> Series:

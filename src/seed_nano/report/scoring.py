@@ -7,7 +7,6 @@ grammar and a missing label count as wrong.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Hashable, Sequence
 from typing import TypeAlias
 
@@ -18,7 +17,7 @@ from PIL import Image
 from torchvision.ops import box_iou
 
 from seed_multimodal.disk import JsonObject
-from seed_multimodal.evaluation.metrics import RESAMPLES, Estimate, FloatArray, bootstrap
+from seed_multimodal.evaluation.metrics import RESAMPLES, Estimate, FloatArray, bootstrap, psnr
 from seed_multimodal.evaluation.vqa import vqa_answer
 from seed_nano.report.judge import Judge
 from seed_nano.world.scene import Scene, render, thing_mask
@@ -123,8 +122,8 @@ def similarities(images: Sequence[Image.Image], scenes: Sequence[Scene]) -> dict
             data_range=255.0,
             return_full_image=True,
         )
-        columns["psnr"].append(_psnr(error.mean()))
-        columns["psnr_things"].append(_psnr((error * mask).sum() / max(mask.sum(), 1e-6)))
+        columns["psnr"].append(psnr(error.mean()))
+        columns["psnr_things"].append(psnr((error * mask).sum() / max(mask.sum(), 1e-6)))
         columns["ssim"].append(float(ssim_map[..., 3:-3, 3:-3].mean()))
     return {name: np.array(column) for name, column in columns.items()}
 
@@ -147,13 +146,8 @@ def unchanged_psnr(
         else:
             pixels = np.array(image.convert("RGB").resize(source.size), np.float64)
             error = np.square(pixels - before_pixels).mean(2)
-            values.append(_psnr(error[same].mean()))
+            values.append(psnr(error[same].mean()))
     return bootstrap(values)
-
-
-def _psnr(error: float) -> float:
-    """At most 58 dB, since equal images have no finite value."""
-    return 10 * math.log10(255**2 / max(float(error), 0.1))
 
 
 def ratio(above: ArrayLike, below: ArrayLike, paired: bool = False) -> Estimate:

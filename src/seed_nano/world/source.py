@@ -19,6 +19,7 @@ from seed_multimodal.disk import JsonObject
 from seed_nano.world.records import from_last_image, record_at, with_images, x_record_at
 from seed_nano.world.scene import SIZE, Scene, WideScene, find_drawings, load_sprites
 from seed_nano.world.splits import check_split, scene_at, scenes
+from seed_nano.world.targets import label_names
 from seed_nano.world.wide import View
 from seed_nano.world.words import describe
 
@@ -30,8 +31,8 @@ KINDS = {"qa": "questions"}  # contents whose records have another name
 
 
 class NanoSource:
-    """Records of one split by number: a `View` under `image`, captions under `caption`; or records
-    of one kind.
+    """Records of one split by number: a `View` under `image`, captions under `caption`, classes
+    under `labels`; or records of one kind.
 
     Args:
         folder: of the drawings, see `find_drawings`.
@@ -93,7 +94,11 @@ class NanoSource:
             scene = scene_at(self.seed, row)
             rng = random.Random(f"{self.seed} captions {row}")
             captions = [describe(scene, rng) for _ in range(CAPTIONS)]
-        fields = {"image": View(scene, self.size, folder=self.path), "caption": captions}
+        fields = {
+            "image": View(scene, self.size, folder=self.path),
+            "caption": captions,
+            "labels": label_names(scene),
+        }
         return Record(key, f"{self.path}: {key}", fields, file=str(self.path))
 
     def _view(self, scene: Scene | WideScene | View) -> View:

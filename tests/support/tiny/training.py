@@ -12,9 +12,14 @@ import torch
 from data_files import lines
 from llm_runs import APPLICATION, TRAINER, log_lines, merged
 from PIL import Image
+from torch.nn.functional import avg_pool2d
 
 from seed_multimodal.diffusion.base import Detokenizer
+from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.models.lavit.decoder import Head
+from seed_multimodal.nn.quantizer import VectorQuantizer
+from seed_nano.world.scene import scene_image
+from seed_nano.world.splits import scene_at
 from tiny.diffusion import DENOISER_SIZES, FLOW, RESAMPLER, autoencoder, unet, write_sdxl
 from tiny.lavit import code_decoder, small_tokenizer, write_lavit_diffusion
 from tiny.seed import IMAGE_SIZE, write_seed2
@@ -134,7 +139,33 @@ def write_seed_decoder_parts(root: Path) -> Path:
         autoencoder(name).save_pretrained(root / name / "vae")
         DDIMScheduler(clip_sample=False).save_pretrained(root / name / "scheduler")
     unet().save_pretrained(root / "kl" / "unet")
+
+    # Scenes with codes of a tokenizer that the library does not know.
+    source = PatchTokenizer()
+    images = [scene_image(scene_at(0, index), 16) for index in range(16)]
+    codes = source.network.encode(source.transform.batch(images)).tolist()
+    for index, image in enumerate(images):
+        image.save(root / f"{index}.png")
+    records = ({"image": f"{index}.png", "image_ids": grid} for index, grid in enumerate(codes))
+    lines(root / "recorded.jsonl", records)
     return root
+
+
+class PatchTokenizer:
+    """A grid of 4 × 4 codes: the nearest of 8 colours to the mean of each patch."""
+
+    codebook_size, codes_per_image = 8, 16
+    transform = ImageTransform(16)
+
+    def __init__(self, device: torch.device | None = None) -> None:
+        self.network = Patches(8, 3)
+        corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
+        self.network.embedding.weight.data.copy_(corners)
+
+
+class Patches(VectorQuantizer):
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        return self.nearest(avg_pool2d(pixels, 4).movedim(1, 3))
 
 
 def seed_decoder_config(
@@ -147,6 +178,8 @@ def seed_decoder_config(
         network = {"_class_name": denoiser, **DENOISER_SIZES[denoiser]}
         model |= {"denoiser": network, "scheduler": FLOW}
     sources = [{"name": "scenes", "format": "nano", "options": {"number": 16}}]
+    if changes.get("model", {}).get("reads") == "ids":
+        sources = [{"name": "recorded", "files": str(parts / "recorded.jsonl")}]
     data = {"sources": sources, "resolution": 16, "encoder_size": IMAGE_SIZE}
     return _resolved(output, model, data, changes)
 
@@ -204,8 +237,12 @@ SEED = Family(
     "seed.train_detokenizer.SeedDecoderTask",
     "decoder",
     load_seed,
-    # Codes' embeddings, or the embedding of an image.
-    lambda detokenizer: torch.randn((3, 32, 24) if detokenizer.reads_codes else (3, 16)),
+    # Codes' embeddings, the embedding of an image, or codes.
+    lambda detokenizer: {
+        "codes": torch.randn(3, 32, 24),
+        "embedding": torch.randn(3, 16),
+        "ids": torch.randint(-1, 8, (3, 16)),
+    }[detokenizer.reads],
     ("code_adapter.",),
 )
 SEED_X = Family(

@@ -1,4 +1,4 @@
-"""`seed eval tokenizer`: features, the report, bad samples, the shipped tokenizer."""
+"""`seed eval tokenizer` and `prefix`: features, reports, bad samples, the shipped tokenizers."""
 
 import json
 from pathlib import Path
@@ -129,6 +129,32 @@ def test_eval_tokenizer_of_nano(tmp_path):
         section = report["reconstruction"][name]
         assert section["cosine"]["value"] > section["cosine_to_others"]["value"] + 0.2
     assert report["codes"]["distinct"] >= 54
+
+
+@pytest.mark.slow
+def test_eval_prefix_of_nano_and_its_sister(tmp_path):
+    flags = f"--model {NANO} {NANO}-lavit --data nano --out {tmp_path} --limit 8 --device cpu"
+    assert (
+        main(
+            [
+                "eval",
+                "prefix",
+                *flags.split(),
+                *"--judge nano --probe nano --probe-images 40".split(),
+            ]
+        )
+        == 0
+    )
+    rows = json.loads((tmp_path / "prefix.json").read_text())["prefixes"]
+    assert [row["codes"] for row in rows] == [1, 2, 4, 8, 16, 32] * 2 + [1, 2, 4, 8, 16]
+    # All codes hold the same in every order; a few hold more in their own.
+    assert rows[3]["judge"]["value"] > rows[9]["judge"]["value"]
+    for measure in ("psnr", "cosine", "r1", "probe", "judge"):
+        assert rows[5][measure] == rows[11][measure], measure
+        for first, last in ((0, 5), (12, 16)):
+            assert rows[first][measure]["value"] < rows[last][measure]["value"], measure
+    assert (tmp_path / "prefix.md").read_text().count("\n") == len(rows) + 2
+    assert all(Image.open(tmp_path / f"{name}.png").width > 300 for name in ("curves", "sheet"))
 
 
 @pytest.mark.parametrize(

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from installed_package import install
 from llm_runs import compose
 from PIL import Image
 from tensors import equal
@@ -20,7 +21,7 @@ from tiny.training import APPLICATION, LAVIT, SEED, SEED_X, Family, read_losses
 
 from seed_multimodal.diffusion.base import Detokenizer
 from seed_multimodal.diffusion.networks import latent_scale, spatial_factor
-from seed_multimodal.errors import CheckpointError, ConfigError
+from seed_multimodal.errors import CheckpointError, ConfigError, DataError
 from seed_multimodal.state_dicts import load_state_dict
 from seed_multimodal.training.pixel_decoder.autoencoder import AutoencoderTask
 
@@ -30,10 +31,18 @@ STILL = {"learning_rate": 0.0}
 HELD_OUT = {"name": "scenes", "format": "nano", "options": {"number": 1}}
 
 
+# Codes in the images' records.
+RECORDED = {
+    "tokenizer": None,
+    "reads": "ids",
+    "recorded": {"codebook_size": 8, "codes_per_image": 16},
+}
+
 # Name → family, arguments of its configuration.
 VARIANTS: dict[str, tuple[Family, dict[str, Any]]] = {
     "seed": (SEED, {}),
     "seed-embedding": (SEED, {"model": {"reads": "embedding"}}),
+    "seed-recorded": (SEED, {"model": RECORDED}),
     "seed-unet": (SEED, {"vae": "kl16", "denoiser": "UNet2DConditionModel"}),
     "seed-sana": (SEED, {"vae": "dc", "denoiser": "SanaTransformer2DModel"}),
     "seed-sd3": (SEED, {"vae": "kl16", "denoiser": "SD3Transformer2DModel"}),
@@ -200,6 +209,15 @@ WRONG: list[tuple[str, str, str, Any, type[Exception], str]] = [
         "num_layers",
     ),
     ("seed-sana", "model", "student_steps", 2, ConfigError, "teacher"),
+    ("seed-recorded", "model", "tokenizer", "any", ConfigError, "either tokenizer or recorded"),
+    (
+        "seed-recorded",
+        "model",
+        "recorded",
+        {"codebook_size": 8, "codes_per_image": 15},
+        DataError,
+        "1 to 15 codes",
+    ),
     ("seed_x-2", "data", "encoder_size", 32, ConfigError, "encoder_size"),
     ("seed_x-2", "model", "tokens", 5, ConfigError, "5"),
     ("seed_x-2", "model", "sdxl", "/nowhere", CheckpointError, "/nowhere"),
@@ -239,6 +257,25 @@ def test_student_of_as_many_steps_has_nothing_to_learn(tmp_path, name, settings)
     model = {**FEW_STEPS, "teacher": str(teacher), "teacher_steps": 2, "teacher_guidance": 1.0}
     run("run", model=model, optim=STILL)
     assert max(run.losses("run")) < 1e-9
+
+
+@pytest.mark.slow
+def test_a_registered_tokenizer_is_learned_as_its_recorded_codes(tmp_path, monkeypatch):
+    group = {"seed_multimodal.tokenizers": {"patches": "tiny.training:PatchTokenizer"}}
+    install(tmp_path, "patches", group)
+    monkeypatch.syspath_prepend(tmp_path)
+    run = Run("seed-recorded", tmp_path)
+    long = {"max_steps": 30, "save_steps": 0}
+    run("recorded", trainer=long)
+    run(
+        "registered",
+        trainer=long,
+        model={"tokenizer": "patches", "recorded": None},
+        data={"encoder_size": 16},
+    )
+    losses = run.losses("recorded")
+    assert losses == run.losses("registered")
+    assert sum(losses[-8:]) < 0.9 * sum(losses[:8])
 
 
 @pytest.mark.nightly

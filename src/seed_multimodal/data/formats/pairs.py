@@ -25,6 +25,7 @@ from seed_multimodal.data.formats.parquet import ParquetFile
 from seed_multimodal.data.formats.record import (
     RECORD_FAULTS,
     BadRecord,
+    FieldValue,
     JsonObject,
     Record,
     RecordFields,
@@ -37,6 +38,7 @@ from seed_multimodal.data.formats.tar import TarFile
 from seed_multimodal.errors import DataError, ImageError
 from seed_multimodal.settings import check_keys
 
+LABEL_FIELDS = ("labels", "label")
 N_PROBED = 20  # samples tried before a source is rejected
 
 
@@ -49,6 +51,8 @@ class Pair:
     image: RecordImage
     captions: list[str]  # empty for sources without captions
     condition: RecordImage | None = None  # the image before the edit
+    codes: FieldValue = None  # under `image_ids`, as of pre-tokenizing
+    labels: FieldValue = None  # under `labels` or `label`: classes by name, a list, or one class
 
 
 @dataclass(frozen=True)
@@ -118,7 +122,9 @@ class Pairs:
         if keys.condition_key is not None:
             value = image_value(record, keys.condition_key, of_member=False)
             condition = record_image(value, record, keys.image_root)
-        return Pair(record.key, record.location, image, captions, condition)
+        labels = first_value(record.fields, None, LABEL_FIELDS)
+        codes = record.fields.get("image_ids")
+        return Pair(record.key, record.location, image, captions, condition, codes, labels)
 
     def _captions(self, record: Record) -> list[str]:
         """Captions of the record's fields, else of its .txt."""

@@ -16,6 +16,7 @@ from typing import Any, NotRequired, TypedDict
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from PIL import Image
 from torch import Tensor
 from torch.utils.data import default_collate
@@ -25,9 +26,10 @@ from seed_multimodal.data.formats.record import RECORD_FAULTS, BadRecords, find_
 from seed_multimodal.data.stream.loader import Sample, SampleDataset
 from seed_multimodal.data.stream.sampler import MixedOrder
 from seed_multimodal.diffusion.networks import size_ids
-from seed_multimodal.errors import ConfigError
+from seed_multimodal.errors import CodesError, ConfigError
 from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import INTERPOLATIONS, plain_rgb, resize_passes, to_bytes
+from seed_multimodal.settings import setting
 
 
 class SourceDataset(SampleDataset[Sample]):
@@ -248,11 +250,34 @@ class TargetView:
         return to_bytes(image.resize(size[::-1], resample, box=box))
 
 
+@dataclass
+class RecordedCodes:
+    """Codes of any tokenizer that stand in the images' records, under `image_ids`: a list or grid.
+
+    codebook_size: codes are below it. codes_per_image: at most.
+    """
+
+    codebook_size: int = setting(minimum=1)
+    codes_per_image: int = setting(minimum=1)
+
+    def read(self, pair: Pair) -> Tensor:
+        """Codes int64 `[codes_per_image]`, padded with -1. Raises CodesError: others."""
+        codes = torch.tensor(pair.codes or []).flatten()
+        n_missing = self.codes_per_image - len(codes)
+        is_row = len(codes) > 0 and n_missing >= 0 and not codes.is_floating_point()
+        if not is_row or not 0 <= int(codes.min()) <= int(codes.max()) < self.codebook_size:
+            raise CodesError(
+                f"{pair.location}: image_ids must be 1 to {self.codes_per_image} codes from 0 to "
+                f"{self.codebook_size - 1}."
+            )
+        return F.pad(codes, (0, n_missing), value=-1)
+
+
 class TargetSample(TypedDict):
     """A sample of `TargetPairs`."""
 
     image: Tensor  # the target, uint8 [3, H, W]
-    encoder_image: Tensor  # uint8 [3, S, S]
+    encoder_image: Tensor  # uint8 [3, S, S]; with recorded codes these, int64 [n]
     time_ids: Tensor  # [6]
     key: str
     index: int  # in the source
@@ -264,7 +289,7 @@ class TargetBatch(TypedDict):
     """B samples of `TargetPairs` of one size."""
 
     image: Tensor  # uint8 [B, 3, H, W]
-    encoder_image: Tensor  # uint8 [B, 3, S, S]
+    encoder_image: Tensor  # uint8 [B, 3, S, S], or recorded codes int64 [B, n]
     time_ids: Tensor  # [B, 6]
     key: list[str]
     index: Tensor  # [B]
@@ -276,6 +301,7 @@ class TargetPairs(SourceDataset[TargetSample]):
     """Targets of a pixel decoder and the vision encoder's input.
 
     reads_condition: also read the image before the edit.
+    recorded: the codes in the records; None: the encoder's input is an image.
     """
 
     def __init__(
@@ -284,10 +310,12 @@ class TargetPairs(SourceDataset[TargetSample]):
         view: TargetView,
         *,
         reads_condition: bool = False,
+        recorded: RecordedCodes | None = None,
         **options: Any,
     ) -> None:
         super().__init__(source, **options)
         self.view = view
+        self.recorded = recorded
         self.reads_condition = reads_condition
 
     def sample(self, pair: Pair, index: int, seed: int) -> TargetSample:
@@ -295,9 +323,13 @@ class TargetPairs(SourceDataset[TargetSample]):
         # 1. The target and the encoder's input.
         image = open_image(pair.image, name=pair.location).image
         size = self.view.size_of(image, pair.key)
+        if self.recorded is None:
+            encoder_image = self.view.encoder_image(image, size)
+        else:
+            encoder_image = self.recorded.read(pair)
         sample: TargetSample = {
             "image": self.view.target_image(image, size),
-            "encoder_image": self.view.encoder_image(image, size),
+            "encoder_image": encoder_image,
             "time_ids": self.view.time_ids(image.size, size),
             "key": pair.key,
             "index": index,

@@ -180,6 +180,10 @@ class LavitImageCodec(CodeCodec):
                 results += key(batch, mode=self.selection, generator=generators)
         return results
 
+    def decoder_inputs(self, codes: Sequence[Tensor]) -> list[Tensor]:
+        rows = [image_codes[image_codes >= 0].to(self.device) for image_codes in codes]
+        return [self.code_tokenizer.embed_codes(row) for row in rows]
+
     @torch.inference_mode()
     def draw_batch(
         self, key: Mapping[str, object], rows: Sequence[tuple[Tensor, int]]
@@ -187,7 +191,7 @@ class LavitImageCodec(CodeCodec):
         """Codes and seed of each image → images; the key holds the settings."""
         codes, seeds = zip(*rows, strict=True)
         with self.encoding():
-            embedded = [self.code_tokenizer.embed_codes(row.to(self.device)) for row in codes]
+            embedded = self.decoder_inputs(codes)
         images: list[Image.Image] = self.decoder(embedded, seeds=seeds, **key)
         return images
 

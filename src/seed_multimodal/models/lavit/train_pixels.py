@@ -7,7 +7,7 @@ decoder's heads are trained with the U-Net. The result is OUTPUT_DIR/pixels, for
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
@@ -60,6 +60,7 @@ class LavitPixelModel(CodesPixelModel):
         selection, selection_seed: of patches, see `DynamicCodes`.
     """
 
+    tokenizer: Path
     decoder: Path
     selection: Mode = "draw"
     selection_seed: int = setting(0, minimum=0)
@@ -90,18 +91,9 @@ class LavitPixelTask(PixelTask):
         tokenizer = load_dynamic_tokenizer(
             model.tokenizer, device=self.device, dtype=DTYPES[self.settings.precision]
         )
-        self.check_side(tokenizer.encoder.image_size)
-        # Resized as by the vision encoder's preprocessing.
-        interpolation = tokenizer.transform.interpolation
-        self.view = replace(self.view, encoder_interpolation=interpolation)
         self.codebook = tokenizer.quantize  # of `embeds`
-
         network = DynamicCodes(tokenizer, model.selection, model.selection_seed)
-
-        def codes(pixels: Tensor) -> Tensor:
-            return network.encode(tokenizer.transform.normalise(pixels))
-
-        return FrozenFeatures(tokenizer, self.device, codes)
+        return self.codes_of(network, tokenizer.transform)
 
     def new_detokenizer(self, vae: nn.Module, scheduler: SchedulerMixin) -> LavitDetokenizer:
         model = self.model

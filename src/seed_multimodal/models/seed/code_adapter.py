@@ -1,7 +1,7 @@
-"""`CodeAdapter`: what a SEED tokenizer decodes from codes → what a denoiser reads.
+"""`CodeAdapter`: codes, or what a SEED tokenizer decodes from them → what a denoiser reads.
 
 Its folder `code_adapter/` in a diffusion folder says what the denoiser reads: the decoder's output
-for each code, or the one image embedding that is pooled from them.
+for each code, the one image embedding that is pooled from them, or the codes of any tokenizer.
 """
 
 from __future__ import annotations
@@ -21,16 +21,18 @@ from seed_multimodal.nn.pretrained import PretrainedNetwork
 from seed_multimodal.settings import check_value, setting
 
 CODE_ADAPTER = "code_adapter"  # sub-folder of a diffusion folder
-Reads = Literal["codes", "embedding"]
+Reads = Literal["codes", "embedding", "ids"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class CodeAdapterConfig:
     """Sizes of an adapter.
 
-    reads: output of `SeedTokenizer.decode_tokens` ("codes") or of `decode` ("embedding").
-    width: of what it reads.
-    tokens: that the denoiser reads, with "codes" one for each code; `context_dim`: their width.
+    reads: output of `SeedTokenizer.decode_tokens` ("codes") or of `decode` ("embedding"), or codes
+        themselves ("ids"), which are below `vocabulary`.
+    width: of what it reads, with "ids" of its embeddings of them.
+    tokens: that the denoiser reads, one for each code unless it is the embedding that is read;
+        `context_dim`: their width.
     pooled_dim: of the one vector that the denoiser also reads; 0: none.
     depth, heads: transformer blocks of the tokens.
     """
@@ -42,6 +44,7 @@ class CodeAdapterConfig:
     pooled_dim: int = setting(0, minimum=0)
     depth: int = setting(2, minimum=0)
     heads: int = setting(1, minimum=1)
+    vocabulary: int = setting(0, minimum=0)
 
     def __post_init__(self) -> None:
         if self.context_dim % self.heads:
@@ -64,7 +67,7 @@ class CodeAdapter(PretrainedNetwork[CodeAdapterConfig]):
         self.config = config
         width = config.context_dim
         # 1. One embedding is projected to all tokens, as IP-Adapter does (Ye et al. 2023).
-        tokens_per_row = 1 if config.reads == "codes" else config.tokens
+        tokens_per_row = config.tokens if config.reads == "embedding" else 1
         self.norm = nn.LayerNorm(config.width)
         self.project = nn.Linear(config.width, tokens_per_row * width)
         self.positions = nn.Parameter(torch.zeros(1, config.tokens, width).normal_(std=0.02))
@@ -77,6 +80,18 @@ class CodeAdapter(PretrainedNetwork[CodeAdapterConfig]):
             self.pooler = nn.Linear(width, config.pooled_dim)
             nn.init.zeros_(self.pooler.weight)
             nn.init.zeros_(self.pooler.bias)
+
+        # 3. Embeddings of codes; the last one is that of a code that is left out.
+        self.table = None
+        if config.reads == "ids":
+            self.table = nn.Embedding(config.vocabulary + 1, config.width)
+
+    def embed(self, codes: Tensor) -> Tensor:
+        """Codes `[B, N]`, -1: left out, → what `forward` reads; anything else as it is."""
+        if self.table is None:
+            return codes
+        rows: Tensor = self.table(codes.remainder(self.table.num_embeddings))
+        return rows
 
     def forward(self, embeds: Tensor) -> Tensor:
         """`[B, N, W]` or, of the embedding, `[B, W]` → tokens `[B, N, D]`."""

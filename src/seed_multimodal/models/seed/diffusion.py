@@ -8,7 +8,7 @@ unCLIP still adds a little noise to it, so it depends on the seed, too. The orig
 generate one image at a time from one noise tensor; here every image has its own noise. There is no
 watermark.
 
-`CodesDetokenizer` reads the decoded codes by cross-attention, with any denoiser of
+`CodesDetokenizer` reads codes by cross-attention, decoded or as they are, with any denoiser of
 `diffusion.networks`; `detokenizer_class` tells which class a folder is for.
 """
 
@@ -28,7 +28,7 @@ from seed_multimodal.diffusion.base import (
 )
 from seed_multimodal.diffusion.conditioner import Generators, seeded_noise
 from seed_multimodal.diffusion.networks import DenoiserConditions, conditions_of, context_dim
-from seed_multimodal.models.seed.code_adapter import CODE_ADAPTER, CodeAdapter
+from seed_multimodal.models.seed.code_adapter import CODE_ADAPTER, CodeAdapter, Reads
 from seed_multimodal.models.seed.single_file import SUFFIXES, load_single_file
 from seed_multimodal.settings import setting
 from seed_multimodal.weights.catalogue import download_advice
@@ -185,9 +185,9 @@ class CodesSettings(DrawingSettings):
 
 @dataclass(eq=False)
 class CodesDetokenizer(Detokenizer[CodesSettings]):
-    """Embeddings of 32 codes `[B, 32, W]`, or one of the image `[B, W]`, → images.
+    """Embeddings of 32 codes `[B, 32, W]`, one of the image `[B, W]`, or codes `[B, n]` → images.
 
-    code_adapter: reads one or the other (`reads_codes`).
+    code_adapter: says by its `reads` which of them.
     """
 
     code_adapter: CodeAdapter
@@ -199,12 +199,17 @@ class CodesDetokenizer(Detokenizer[CodesSettings]):
     trained = {"denoiser": "denoiser", CODE_ADAPTER: CODE_ADAPTER}
 
     @property
-    def reads_codes(self) -> bool:  # type: ignore[override]
-        return self.code_adapter.config.reads == "codes"
+    def reads(self) -> Reads:  # type: ignore[override]
+        return self.code_adapter.config.reads
 
     @property
     def embedding_dim(self) -> int:
-        return self.code_adapter.config.width
+        config = self.code_adapter.config
+        return config.tokens if self.reads == "ids" else config.width
+
+    def read(self, embeds: Tensor) -> tuple[Tensor, Tensor]:
+        rows = self.code_adapter.embed(embeds.to(self.device))
+        return rows, rows
 
     def conditions(
         self,
@@ -221,7 +226,7 @@ class CodesDetokenizer(Detokenizer[CodesSettings]):
         def null() -> DenoiserConditions:
             null_tokens = adapter.null_tokens.expand_as(tokens)
             if negatives is not None:
-                null_tokens = adapter(negatives.to(self.device))
+                null_tokens = adapter(self.read(negatives)[0])
             return conditions_of(self.denoiser, null_tokens, adapter.pool(null_tokens), time_ids)
 
         return conditions_of(self.denoiser, tokens, adapter.pool(tokens), time_ids), null

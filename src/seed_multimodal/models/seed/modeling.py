@@ -191,9 +191,9 @@ class SeedTokenizer(SeedEncoder, PretrainedNetwork[TokenizerConfig]):
     def decode(self, codes: Tensor, lengths: Tensor | None = None) -> Tensor:
         """Codes `[B, 32]` → embeddings `[B, E]` (SEED-2) or `[B, 77, E]` (SEED-1).
 
-        lengths: `[B]`, decode each image from its first codes only. The rows of the others are
-            zeros, as in a stage 2 trained with `nested`; the original weights were not trained for
-            this and need not give a similar image.
+        A code of -1 is left out: its row is zeros, as in a stage 2 trained with `nested`; the
+        original weights were not trained for this and need not give a similar image.
+        lengths: `[B]`, decode each image from its first codes only.
         """
         with evaluating(self):
             return self.decode_embeddings(self._codebook_rows(codes, lengths))
@@ -206,9 +206,12 @@ class SeedTokenizer(SeedEncoder, PretrainedNetwork[TokenizerConfig]):
             return self.decoder_tokens(up_BQD)
 
     def _codebook_rows(self, codes: Tensor, lengths: Tensor | None) -> Tensor:
-        """Codes `[B, 32]` → codebook rows `[B, 32, d]`, zeros after the first `lengths` `[B]`."""
+        """Codes `[B, 32]` → codebook rows `[B, 32, d]`; codes of -1, and those after the first
+        `lengths` `[B]`, have zeros."""
         device = self.query_tokens.device
-        quant_BQd = self.quantize.lookup(codes.to(device))
+        codes = codes.to(device)
+        quant_BQd = self.quantize.lookup(codes.clamp(min=0))
+        quant_BQd = quant_BQd.masked_fill((codes < 0)[..., None], 0)
         if lengths is None:
             return quant_BQd
         return keep_first_rows(quant_BQd, lengths.to(device))

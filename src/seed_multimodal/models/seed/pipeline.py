@@ -94,9 +94,11 @@ class SeedImageCodec(CodeCodec):
     def check_codes(
         self, codes: Iterable[Codes], min_lengths: Sequence[int] | None = None
     ) -> Tensor:
-        """Codes of images → [B, 32] int64, shorter rows padded with zeros."""
-        rows = super().check_codes(codes, min_lengths)
-        padded = [nn.functional.pad(row, (0, self.codes_per_image - len(row))) for row in rows]
+        """Codes of images → [B, 32] int64, shorter rows padded with -1."""
+        padded: list[Tensor] = []
+        for row in super().check_codes(codes, min_lengths):
+            n_missing = self.codes_per_image - len(row)
+            padded.append(nn.functional.pad(row, (0, n_missing), value=-1))
         return torch.stack(padded)
 
     def draw(
@@ -133,34 +135,41 @@ class SeedImageCodec(CodeCodec):
 
         # 2. Codes, and the negative ones; all images of a batch have them, or none.
         rows = self.check_codes(image_codes, lengths)
+        is_left_out = torch.arange(n_codes) >= torch.tensor(lengths)[:, None]
+        rows = rows.masked_fill(is_left_out, -1)
         negatives: Sequence[Tensor | None] | Tensor = [None] * n_images
         if negative_codes is not None:
             negative_rows = [negative_codes] if is_codes(negative_codes) else negative_codes
             negatives = self.check_codes(negative_rows).expand(n_images, -1)
         settings["has_negatives"] = negative_codes is not None
-        columns = (rows, torch.tensor(lengths), negatives, seeds)
-        return self.draw_batched(settings, *columns)
+        return self.draw_batched(settings, rows, negatives, seeds)
+
+    def decoder_inputs(self, codes: Sequence[Tensor]) -> Tensor:
+        rows = torch.stack([*codes]).to(self.device)
+        if self.decoder.reads == "ids":
+            return rows
+        decode = self.model.decode_tokens if self.decoder.reads == "codes" else self.model.decode
+        return decode(rows)
 
     @torch.inference_mode()
     def draw_batch(
         self,
         key: Mapping[str, object],
-        rows: Sequence[tuple[Tensor, Tensor, Tensor | None, int]],
+        rows: Sequence[tuple[Tensor, Tensor | None, int]],
     ) -> list[Image.Image]:
-        """Codes, length, negative codes and seed of each image → images.
+        """Codes, negative codes and seed of each image → images.
 
         key: settings of the de-tokenizer.
         """
         # 1. What the de-tokenizer reads; all rows have negative codes, or none.
         settings = dict(key)
         has_negatives = settings.pop("has_negatives")
-        codes, lengths, negatives, seeds = zip(*rows, strict=True)
+        codes, negatives, seeds = zip(*rows, strict=True)
         negative_embeds = None
-        decode = self.model.decode_tokens if self.decoder.reads_codes else self.model.decode
         with self.encoding():
-            embeds = decode(torch.stack(codes).to(self.device), torch.stack(lengths))
+            embeds = self.decoder_inputs(codes)
             if has_negatives:
-                negative_embeds = decode(torch.stack(negatives).to(self.device))
+                negative_embeds = self.decoder_inputs(negatives)
 
         # 2. Images.
         images: list[Image.Image] = self.decoder(

@@ -1,19 +1,25 @@
-"""A decoder for SEED's codes as a trainer task: a denoiser learns to draw images from their codes.
+"""A decoder of codes as a trainer task: a denoiser learns to draw images from their codes.
 
-The frozen tokenizer encodes an image and decodes its codes to the denoiser's conditions, so images
-alone suffice. The result is OUTPUT_DIR/decoder, for `CodesDetokenizer.from_pretrained`.
+SEED's frozen tokenizer encodes an image and decodes its codes to the denoiser's conditions, so
+images alone suffice. The codes themselves (`reads: ids`) may be of any tokenizer: of another
+family, registered by an entry point, or recorded. The result is OUTPUT_DIR/decoder, for
+`CodesDetokenizer.from_pretrained`.
+
+An entry point of the group `seed_multimodal.tokenizers` is a function of a device. It returns an
+object with `network`, `transform`, `codebook_size` and `codes_per_image` as of a `CodeCodec`.
 """
 
 from __future__ import annotations
 
 import inspect
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
 
+from seed_multimodal.data.stream.pairs_dataset import RecordedCodes
 from seed_multimodal.device import DTYPES
 from seed_multimodal.diffusion.base import SAFETY_PARTS, scheduler_class
 from seed_multimodal.diffusion.networks import (
@@ -40,6 +46,8 @@ from seed_multimodal.models.seed.diffusion import (
     detokenizer_class,
 )
 from seed_multimodal.models.seed.modeling import Seed2Tokenizer
+from seed_multimodal.pipelines.images import open_images
+from seed_multimodal.plugins import import_entry, registered
 from seed_multimodal.settings import nearest, setting
 from seed_multimodal.training.frozen_models import FrozenFeatures
 from seed_multimodal.training.pixel_decoder.config import (
@@ -54,6 +62,9 @@ if TYPE_CHECKING:
     from diffusers import SchedulerMixin
 
 
+CODE_WIDTH = 256  # of embeddings of codes that are read themselves
+
+
 @dataclass(kw_only=True)
 class SeedDecoderModel(CodesPixelModel):
     """Trained and frozen models.
@@ -61,8 +72,11 @@ class SeedDecoderModel(CodesPixelModel):
     Attributes:
         diffusion: a diffusers folder: autoencoder; denoiser and scheduler unless they are set here.
             With `start` or `teacher` not read.
-        tokenizer: of SEED-2, as `Seed2Tokenizer.from_pretrained`; `vision`: see there.
-        reads: what the denoiser reads: an embedding of each code, or the one pooled embedding.
+        tokenizer: of SEED-2, as `Seed2Tokenizer.from_pretrained`; `vision`: see there. With
+            `reads: ids` of any family, or the name of a registered one.
+        reads: what the denoiser reads: an embedding of each code, the one pooled embedding, or the
+            codes themselves.
+        recorded: sizes of codes in the images' records, instead of `tokenizer`.
         denoiser: sizes of a new denoiser, with `_class_name`, as in a `config.json` of diffusers;
             {}: the folder's.
         scheduler: settings of a new scheduler, likewise; it determines the objective.
@@ -71,11 +85,20 @@ class SeedDecoderModel(CodesPixelModel):
         trained: parameters of the denoiser; the adapter is always trained.
     """
 
+    tokenizer: Path | None = None
+    recorded: RecordedCodes | None = None
     vision: str = ""
     reads: Reads = "codes"
     denoiser: JsonObject = setting(factory=dict)
     scheduler: JsonObject = setting(factory=dict)
     adapter_depth: int = setting(2, minimum=0)
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if (self.tokenizer is None) == (self.recorded is None):
+            raise ConfigError("model: either tokenizer or recorded must be set.")
+        if self.recorded is not None and not self.teacher and self.reads != "ids":
+            raise ConfigError(f"model: recorded codes are read as ids, not as {self.reads}.")
 
 
 @dataclass(kw_only=True)
@@ -97,6 +120,7 @@ class SeedDecoderTask(PixelTask):
     fixed_settings = (
         "trained",
         "reads",
+        "recorded",
         "adapter_depth",
         "denoiser",
         "scheduler",
@@ -112,8 +136,14 @@ class SeedDecoderTask(PixelTask):
         return new_part("model.scheduler", part_class, self.model.scheduler)
 
     def conditions(self) -> FrozenFeatures:
-        """What the tokenizer decodes from the images' own codes."""
+        """What the tokenizer decodes from the images' own codes, or these codes."""
         model = self.model
+        if model.teacher:
+            model.reads = stored_reads(self.folder)
+        self.vocabulary = 0
+        if model.reads == "ids":
+            return self.any_codes()
+        assert model.tokenizer is not None
         tokenizer = Seed2Tokenizer.from_pretrained(
             model.tokenizer,
             vision=model.vision or None,
@@ -121,13 +151,9 @@ class SeedDecoderTask(PixelTask):
             dtype=DTYPES[self.settings.precision],
         )
         preprocessing = tokenizer.visual_encoder.preprocessing
-        self.check_side(preprocessing.image_size)
-        # Resized as by the vision encoder's preprocessing.
-        self.view = replace(self.view, encoder_interpolation=preprocessing.interpolation)
+        self.resize_as(preprocessing)
         config = tokenizer.config
         self.n_codes = config.num_query
-        if model.teacher:
-            model.reads = stored_reads(self.folder)
         if model.reads == "codes":
             decode = tokenizer.decode_tokens
             self.embedding_dim = config.qformer.width
@@ -139,6 +165,29 @@ class SeedDecoderTask(PixelTask):
             return decode(tokenizer.encode(preprocessing.normalise(pixels)))
 
         return FrozenFeatures(tokenizer, self.device, embeddings)
+
+    def any_codes(self) -> FrozenFeatures:
+        """Recorded codes, or those of a frozen tokenizer of any family or of a registered one."""
+        model = self.model
+        source: Any = model.recorded
+        entries = registered("tokenizers")
+        if str(model.tokenizer) in entries:
+            source = import_entry(entries[str(model.tokenizer)])(self.device)
+        elif model.tokenizer is not None:
+            dtype = DTYPES[self.settings.precision]
+            source = open_images(model.tokenizer, device=str(self.device), dtype=dtype)
+        if not source.codes_per_image:
+            raise ConfigError(f"{model.tokenizer}: its images are features, they have no codes.")
+        self.n_codes = source.codes_per_image
+        self.vocabulary = source.codebook_size
+        self.embedding_dim = CODE_WIDTH
+        self.recorded = model.recorded
+        if self.recorded is not None:
+            return FrozenFeatures(nn.Identity(), self.device, lambda codes: codes)
+        return self.codes_of(source.network, source.transform)
+
+    def embeds(self, conditions: Tensor) -> Tensor:
+        return conditions if self.model.reads == "ids" else conditions.float()
 
     def new_detokenizer(self, vae: nn.Module, scheduler: SchedulerMixin) -> CodesDetokenizer:
         model = self.model
@@ -159,6 +208,7 @@ class SeedDecoderTask(PixelTask):
             pooled_dim=pooled_dim(denoiser),
             depth=model.adapter_depth,
             heads=heads_of(width),
+            vocabulary=self.vocabulary,
         )
         if model.start:
             adapter = CodesDetokenizer.load_part(self.folder, CODE_ADAPTER)

@@ -137,12 +137,10 @@ class CodesPixelModel(PixelModel):
     Attributes:
         diffusion: a diffusers folder, of which subclasses say what is read; with `start` or
             `teacher` not read, since these are complete.
-        tokenizer: a folder.
         dropout: share of images without conditions, for guidance.
     """
 
     diffusion: Path
-    tokenizer: Path
     dropout: float = setting(0.1, minimum=0, maximum=1)
 
     @property

@@ -9,7 +9,7 @@ from __future__ import annotations
 import pkgutil
 import shutil
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from functools import cached_property
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from seed_multimodal.data.formats.pairs import Pairs
 from seed_multimodal.data.stream.loader import StepBatches
 from seed_multimodal.data.stream.pairs_dataset import (
+    RecordedCodes,
     Size,
     TargetBatch,
     TargetPairs,
@@ -43,6 +44,7 @@ from seed_multimodal.diffusion.training import train_denoiser
 from seed_multimodal.disk import JsonObject, atomic_folder
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
+from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.nn.layers import checkpointed
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError
 from seed_multimodal.training.engine import gather_full_weights
@@ -189,6 +191,7 @@ class PixelTask(RunTask):
     step_batches: StepBatches[list[TargetBatch]]
     start_hint = "model.start"
     reads_condition = False  # whether samples have a condition image
+    recorded: RecordedCodes | None = None  # conditions in the records; None: of the images
     result: ClassVar[str]  # subfolder of the result
     detokenizer_class: ClassVar[type[Detokenizer]]  # of the result
     frozen_name: ClassVar[str]  # of the conditioning model, for messages and checkpoints
@@ -315,12 +318,27 @@ class PixelTask(RunTask):
                 f"expects {side} pixels a side."
             )
 
+    def resize_as(self, transform: ImageTransform) -> None:
+        """Resize the encoder's images as by its preprocessing."""
+        self.check_side(transform.image_size)
+        self.view = replace(self.view, encoder_interpolation=transform.interpolation)
+
+    def codes_of(self, network: nn.Module, transform: ImageTransform) -> FrozenFeatures:
+        """The codes of the images by a frozen network, see `CodeCodec`."""
+        self.resize_as(transform)
+
+        def codes(pixels: Tensor) -> Tensor:
+            return network.encode(transform.normalise(pixels))
+
+        return FrozenFeatures(network, self.device, codes)
+
     def _target_pairs(self, source: Pairs) -> TargetPairs:
         data = self.run.data
         return TargetPairs(
             source,
             self.view,
             reads_condition=self.reads_condition,
+            recorded=self.recorded,
             seed=data.seed,
             max_bad_in_a_row=data.max_bad_in_a_row,
             log=self._log,
