@@ -188,33 +188,27 @@ class SeedTokenizer(SeedEncoder, PretrainedNetwork[TokenizerConfig]):
     # ---- codes → embeddings
 
     @torch.no_grad()
-    def decode(self, codes: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def decode(self, codes: Tensor) -> Tensor:
         """Codes `[B, 32]` → embeddings `[B, E]` (SEED-2) or `[B, 77, E]` (SEED-1).
 
         A code of -1 is left out: its row is zeros, as in a stage 2 trained with `nested`; the
         original weights were not trained for this and need not give a similar image.
-        lengths: `[B]`, decode each image from its first codes only.
         """
         with evaluating(self):
-            return self.decode_embeddings(self._codebook_rows(codes, lengths))
+            return self.decode_embeddings(self._codebook_rows(codes))
 
     @torch.no_grad()
-    def decode_tokens(self, codes: Tensor, lengths: Tensor | None = None) -> Tensor:
+    def decode_tokens(self, codes: Tensor) -> Tensor:
         """As `decode`, an embedding of each code, before they are pooled: `[B, 32, D]`."""
         with evaluating(self):
-            up_BQD = self.decode_task_layer(self._codebook_rows(codes, lengths))
+            up_BQD = self.decode_task_layer(self._codebook_rows(codes))
             return self.decoder_tokens(up_BQD)
 
-    def _codebook_rows(self, codes: Tensor, lengths: Tensor | None) -> Tensor:
-        """Codes `[B, 32]` → codebook rows `[B, 32, d]`; codes of -1, and those after the first
-        `lengths` `[B]`, have zeros."""
-        device = self.query_tokens.device
-        codes = codes.to(device)
+    def _codebook_rows(self, codes: Tensor) -> Tensor:
+        """Codes `[B, 32]` → codebook rows `[B, 32, d]`, zeros for codes of -1."""
+        codes = codes.to(self.query_tokens.device)
         quant_BQd = self.quantize.lookup(codes.clamp(min=0))
-        quant_BQd = quant_BQd.masked_fill((codes < 0)[..., None], 0)
-        if lengths is None:
-            return quant_BQd
-        return keep_first_rows(quant_BQd, lengths.to(device))
+        return quant_BQd.masked_fill((codes < 0)[..., None], 0)
 
     def decode_embeddings(self, quant_BQd: Tensor) -> Tensor:
         """Codebook rows `[B, 32, d]`, also straight-through ones, → embeddings, with gradients."""
