@@ -73,7 +73,8 @@ def evaluate_prefixes(settings: PrefixSettings, log: Log = print) -> JsonObject:
 
     Raises:
         DataError: see `run_pass`; images without labels.
-        ConfigError: no such judge, a tokenizer without de-tokenizer, an unusable folder.
+        CheckpointError: as `open_tokenizer`; a tokenizer without de-tokenizer.
+        ConfigError: no such judge, an unusable folder.
     """
     folder = writable_folder(settings.out, ConfigError)
     runtime = choose_device(settings.device, settings.dtype, log=log, fp16=FP16_AS_ORIGINAL)
@@ -89,8 +90,7 @@ def evaluate_prefixes(settings: PrefixSettings, log: Log = print) -> JsonObject:
         of_model = TokenizerSettings(model=name, data=settings.data, out=settings.out, clip=clip)
         opened = open_tokenizer(of_model, runtime)
         codec = opened.codec
-        if not codec.can_draw:
-            raise ConfigError(f"{name}: has no de-tokenizer, so its prefixes cannot be drawn.")
+        _ = codec.decoder  # loaded now, so that a missing one is an error now
 
         # 2. Codes of the images, and of those that train the probe.
         encoded = run_pass(source, rows, opened, batch=settings.batch, log=log, kept=len(rows))
@@ -119,7 +119,7 @@ def evaluate_prefixes(settings: PrefixSettings, log: Log = print) -> JsonObject:
             entries.append({"tokenizer": label, "codes": count, "mean_codes": n_held, **values})
             title = f"{label}, {pluralize(count, 'code')}"
             sheet.append(Row(title, list(map(Cell, images[:SHOWN]))))
-            log(f"{title}: PSNR {values['psnr'].value:.1f} dB")
+            log(title)
 
     # 4. The files.
     head = report_head(settings, runtime, encoded)

@@ -1,10 +1,12 @@
 """Parts, data and configurations of the trainers of pixel decoders: SEED-X's de-tokenizer, LaVIT's
 decoders, SEED's decoder of codes."""
 
+import json
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ from tiny.seed import IMAGE_SIZE, write_seed2
 from tiny.seed_x import write_tower
 
 CONFIGS = APPLICATION / "configs"
+RECORDED = {"codebook_size": 8, "codes_per_image": 16}
 RUN = {
     "optim": {"learning_rate": 3e-3, "weight_decay": 0.0, "warmup_steps": 1},
     "trainer": {**TRAINER, "max_steps": 4, "save_steps": 2, "sample_steps": 0},
@@ -141,31 +144,23 @@ def write_seed_decoder_parts(root: Path) -> Path:
     unet().save_pretrained(root / "kl" / "unet")
 
     # Scenes with codes of a tokenizer that the library does not know.
-    source = PatchTokenizer()
-    images = [scene_image(scene_at(0, index), 16) for index in range(16)]
-    codes = source.network.encode(source.transform.batch(images)).tolist()
-    for index, image in enumerate(images):
+    source = open_patches()
+    for index in range(16):
+        image = scene_image(scene_at(0, index))
         image.save(root / f"{index}.png")
-    records = ({"image": f"{index}.png", "image_ids": grid} for index, grid in enumerate(codes))
-    lines(root / "recorded.jsonl", records)
+        codes = source.network.encode(source.transform.batch([image]))[0].tolist()
+        with (root / "recorded.jsonl").open("a") as file:
+            file.write(json.dumps({"image": f"{index}.png", "image_ids": codes}) + "\n")
     return root
 
 
-class PatchTokenizer:
-    """A grid of 4 × 4 codes: the nearest of 8 colours to the mean of each patch."""
-
-    codebook_size, codes_per_image = 8, 16
-    transform = ImageTransform(16)
-
-    def __init__(self, device: torch.device | None = None) -> None:
-        self.network = Patches(8, 3)
-        corners = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
-        self.network.embedding.weight.data.copy_(corners)
-
-
-class Patches(VectorQuantizer):
-    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        return self.nearest(avg_pool2d(pixels, 4).movedim(1, 3))
+def open_patches(device: torch.device | None = None) -> Any:
+    """A tokenizer of 4 × 4 patches: the code of the nearest of 8 colours."""
+    network: Any = VectorQuantizer(8, 3)
+    network.embedding.weight.data = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
+    network.encode = lambda pixels: network.nearest(avg_pool2d(pixels, 4).movedim(1, 3))
+    transform = ImageTransform(16, interpolation="bicubic")
+    return SimpleNamespace(network=network, transform=transform, **RECORDED)
 
 
 def seed_decoder_config(
@@ -237,12 +232,10 @@ SEED = Family(
     "seed.train_detokenizer.SeedDecoderTask",
     "decoder",
     load_seed,
-    # Codes' embeddings, the embedding of an image, or codes.
-    lambda detokenizer: {
-        "codes": torch.randn(3, 32, 24),
-        "embedding": torch.randn(3, 16),
-        "ids": torch.randint(-1, 8, (3, 16)),
-    }[detokenizer.reads],
+    # Codes' embeddings; codes, or as many numbers of an image's embedding.
+    lambda detokenizer: (
+        torch.randn(3, 32, 24) if detokenizer.reads == "codes" else torch.randint(-1, 8, (3, 16))
+    ),
     ("code_adapter.",),
 )
 SEED_X = Family(

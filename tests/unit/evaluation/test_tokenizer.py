@@ -134,17 +134,8 @@ def test_eval_tokenizer_of_nano(tmp_path):
 @pytest.mark.slow
 def test_eval_prefix_of_nano_and_its_sister(tmp_path):
     flags = f"--model {NANO} {NANO}-lavit --data nano --out {tmp_path} --limit 8 --device cpu"
-    assert (
-        main(
-            [
-                "eval",
-                "prefix",
-                *flags.split(),
-                *"--judge nano --probe nano --probe-images 40".split(),
-            ]
-        )
-        == 0
-    )
+    flags += " --judge nano --probe nano --probe-images 40"
+    assert main(["eval", "prefix", *flags.split()]) == 0
     rows = json.loads((tmp_path / "prefix.json").read_text())["prefixes"]
     assert [row["codes"] for row in rows] == [1, 2, 4, 8, 16, 32] * 2 + [1, 2, 4, 8, 16]
     # All codes hold the same in every order; a few hold more in their own.

@@ -17,7 +17,7 @@ from PIL import Image
 from tensors import equal
 from tiny.diffusion import TINY_AUTOENCODER, write_unclip
 from tiny.seed import write_code_decoder
-from tiny.training import APPLICATION, LAVIT, SEED, SEED_X, Family, read_losses
+from tiny.training import APPLICATION, LAVIT, RECORDED, SEED, SEED_X, Family, read_losses
 
 from seed_multimodal.diffusion.base import Detokenizer
 from seed_multimodal.diffusion.networks import latent_scale, spatial_factor
@@ -31,18 +31,14 @@ STILL = {"learning_rate": 0.0}
 HELD_OUT = {"name": "scenes", "format": "nano", "options": {"number": 1}}
 
 
-# Codes in the images' records.
-RECORDED = {
-    "tokenizer": None,
-    "reads": "ids",
-    "recorded": {"codebook_size": 8, "codes_per_image": 16},
-}
-
 # Name → family, arguments of its configuration.
 VARIANTS: dict[str, tuple[Family, dict[str, Any]]] = {
     "seed": (SEED, {}),
     "seed-embedding": (SEED, {"model": {"reads": "embedding"}}),
-    "seed-recorded": (SEED, {"model": RECORDED}),
+    "seed-recorded": (
+        SEED,
+        {"model": {"tokenizer": None, "reads": "ids", "recorded": RECORDED}},
+    ),
     "seed-unet": (SEED, {"vae": "kl16", "denoiser": "UNet2DConditionModel"}),
     "seed-sana": (SEED, {"vae": "dc", "denoiser": "SanaTransformer2DModel"}),
     "seed-sd3": (SEED, {"vae": "kl16", "denoiser": "SD3Transformer2DModel"}),
@@ -209,15 +205,7 @@ WRONG: list[tuple[str, str, str, Any, type[Exception], str]] = [
         "num_layers",
     ),
     ("seed-sana", "model", "student_steps", 2, ConfigError, "teacher"),
-    ("seed-recorded", "model", "tokenizer", "any", ConfigError, "either tokenizer or recorded"),
-    (
-        "seed-recorded",
-        "model",
-        "recorded",
-        {"codebook_size": 8, "codes_per_image": 15},
-        DataError,
-        "1 to 15 codes",
-    ),
+    ("seed-recorded", "model", "recorded", {**RECORDED, "codes_per_image": 9}, DataError, "1 to 9"),
     ("seed_x-2", "data", "encoder_size", 32, ConfigError, "encoder_size"),
     ("seed_x-2", "model", "tokens", 5, ConfigError, "5"),
     ("seed_x-2", "model", "sdxl", "/nowhere", CheckpointError, "/nowhere"),
@@ -261,18 +249,14 @@ def test_student_of_as_many_steps_has_nothing_to_learn(tmp_path, name, settings)
 
 @pytest.mark.slow
 def test_a_registered_tokenizer_is_learned_as_its_recorded_codes(tmp_path, monkeypatch):
-    group = {"seed_multimodal.tokenizers": {"patches": "tiny.training:PatchTokenizer"}}
+    # Images are resized as it expects, else its codes would be others.
+    group = {"seed_multimodal.tokenizers": {"patches": "tiny.training:open_patches"}}
     install(tmp_path, "patches", group)
     monkeypatch.syspath_prepend(tmp_path)
     run = Run("seed-recorded", tmp_path)
-    long = {"max_steps": 30, "save_steps": 0}
-    run("recorded", trainer=long)
-    run(
-        "registered",
-        trainer=long,
-        model={"tokenizer": "patches", "recorded": None},
-        data={"encoder_size": 16},
-    )
+    options = {"trainer": {"max_steps": 30, "save_steps": 0}, "data": {"encoder_size": 16}}
+    run("recorded", **options)
+    run("registered", model={"tokenizer": "patches", "recorded": None}, **options)
     losses = run.losses("recorded")
     assert losses == run.losses("registered")
     assert sum(losses[-8:]) < 0.9 * sum(losses[:8])
