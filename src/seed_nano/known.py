@@ -13,7 +13,7 @@ import argparse
 import json
 import random
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,7 +29,7 @@ from seed_multimodal.entry import DONE, run_program
 from seed_multimodal.images.io import open_image
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.config import SYSTEM, KnownImages, SystemConfig
-from seed_multimodal.pipelines.known_images import ImageFamiliarity
+from seed_multimodal.pipelines.known_images import CORNERS, ImageFamiliarity
 from seed_nano.world.scene import (
     HORIZONTAL_CENTRES,
     MIDDLE,
@@ -44,7 +44,8 @@ SIDES = (64, 96, 128, 256)  # of the calibration's images, in pixels
 SCENES = 40  # of each split
 DRAWINGS = 220
 FARTHEST = 2.0  # distance of an image from its opposite
-FALSE_NOTES = 0.01  # share of known images beyond the threshold
+FALSE_NOTES = 0.0125  # share of known images beyond the threshold
+USUAL = 0.005  # least share of the corners in a usual colour
 BATCH = 32
 CALIBRATION, HELD_OUT = 4242, 777  # seeds
 
@@ -52,47 +53,59 @@ Images = list[Image.Image]
 
 
 class _Recorder(ImageFamiliarity):
-    """Collects expected latents and the pixels in their size, instead of comparing them."""
+    """Collects expected latents and pixels, instead of comparing them."""
 
     def __init__(self, conditioner: Any) -> None:
         super().__init__(KnownImages(0, ()), conditioner)
         self.pairs: list[tuple[Tensor, Tensor]] = []
 
     def distances(self, embeds: Tensor, pixels: Tensor) -> list[float]:
-        expected = self.expected_latents(embeds)
-        small = F.adaptive_avg_pool2d(pixels.cpu().float(), expected.shape[-2:])
-        self.pairs.append((expected, small))
+        self.pairs.append((self.expected_latents(embeds), pixels.cpu().float()))
         return [0.0] * len(pixels)
 
 
 def calibrate(folder: Path) -> KnownImages:
     """Write `known_images` into the `system.json` of a system of nano."""
-    # 1. Expected latents and pixels of known images, in columns of latents.
+    # 1. Expected latents and pixels of known images.
     config = SystemConfig.find(folder, known_images=KnownImages(0, ()))
     codec = MultimodalSystem.from_pretrained(config, log=None).images
     images = known_images(CALIBRATION)
     assert codec.familiarity is not None
     codec.familiarity = recorder = _Recorder(codec.familiarity.conditioner)
     measure(codec, images)
-    latents = torch.cat([expected.movedim(1, -1).flatten(0, 2) for expected, _ in recorder.pairs])
-    pixels = torch.cat([small.movedim(1, -1).flatten(0, 2) for _, small in recorder.pairs])
+    expected, pixels = map(torch.cat, zip(*recorder.pairs, strict=True))
 
-    # 2. The preview by least squares, and the threshold that it needs.
+    # 2. The preview by least squares, of columns of latents and the pixels in their size.
+    small = F.adaptive_avg_pool2d(pixels, expected.shape[-2:])
+    latents = expected.movedim(1, -1).flatten(0, 2)
     inputs = torch.cat([latents, torch.ones(len(latents), 1)], 1)
-    weights = torch.linalg.lstsq(inputs, pixels).solution.T  # [3, C + 1]
-    preview = tuple(tuple(round(value, 4) for value in row) for row in weights.tolist())
+    preview = torch.linalg.lstsq(
+        inputs, small.movedim(1, -1).flatten(0, 2)
+    ).solution.T  # [3, C + 1]
+
+    # 3. The usual colours of corners.
+    corners = pixels[CORNERS].mT.flatten(0, 1)
+    colours, counts = corners.round(decimals=1).unique(dim=0, return_counts=True)
+    usual = colours[counts >= USUAL * len(corners)]
+
+    # 4. The threshold.
+    known = KnownImages(FARTHEST, _rounded(preview), _rounded(usual))
     codec = MultimodalSystem.from_pretrained(
-        SystemConfig.find(folder, known_images=KnownImages(FARTHEST, preview)), log=None
+        SystemConfig.find(folder, known_images=known), log=None
     ).images
     threshold = float(np.quantile(measure(codec, images), 1 - FALSE_NOTES))
-    known = KnownImages(round(threshold, 3), preview)
+    known = replace(known, threshold=round(threshold, 3))
 
-    # 3. The key.
+    # 5. The key.
     content = read_json_object(folder / SYSTEM)
     content.pop("known_images", None)
     content = {"known_images": asdict(known), **content}
     replace_text(folder / SYSTEM, json.dumps(content, indent=1) + "\n")
     return known
+
+
+def _rounded(matrix: Tensor) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(round(value, 4) for value in row) for row in matrix.tolist())
 
 
 def measure(codec: Any, images: Images) -> list[float]:

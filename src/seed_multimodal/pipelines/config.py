@@ -99,6 +99,7 @@ class KnownImages:
     threshold: float  # distance above which an image is unknown
     # from expected latents to red, green and blue: a weight of each channel, and a bias
     preview: tuple[tuple[float, ...], ...]
+    corners: tuple[tuple[float, ...], ...] = ()  # usual colours of corners, normalised; (): any
 
 
 @dataclass(kw_only=True)

@@ -2,9 +2,11 @@
 
     image ─► codes or features ─► conditioner ─► expected latents ─► preview ─┐
       └──────────────────────────────► pixels ────────────────────────────────┴─► 1 − correlation
+                                          └─► corners ─► + distance from their usual colours
 
 The preview is a linear map of the latents, enlarged. Both images lose their blur, so that what is
-where counts, not a background's colour or light. Nothing is denoised, and no VAE runs.
+where counts, not a background's colour or light. For the background stand the corners, where the
+learned images have few colours. Nothing is denoised, and no VAE runs.
 """
 
 from __future__ import annotations
@@ -21,7 +23,9 @@ from seed_multimodal.diffusion.conditioner import Conditioner, load_conditioner
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.pipelines.config import KnownImages
 
-BLUR = 3 / 16  # standard deviation of the blur, in sides of the image
+BLUR = 3 / 32  # standard deviation of the blur, in sides of the image
+COLOUR = 2.0  # weight of colours against brightness
+CORNERS = (..., [0, 0, -1, -1], [0, -1, 0, -1])  # of [B, 3, S, S]: [B, 3, 4]
 SMALLEST = 1e-4  # a norm below it has no direction: an empty image is far from all
 
 
@@ -46,19 +50,25 @@ class ImageFamiliarity:
         return cls(settings, conditioner)
 
     @torch.inference_mode()
-    def distances(self, embeds: Tensor, pixels: Tensor) -> list[float]:
-        """From 0 to 2, of each image.
+    def distances(self, embeds: Tensor, pixels: Tensor, whole: Tensor | None = None) -> list[float]:
+        """Of each image: from 0 to 2, and the distance of its corners' colours from usual ones.
 
         embeds: what the conditioner reads, [B, E] or [B, N, W].
         pixels: normalised, [B, 3, S, S].
+        whole: the image of which they are views, [1, 3, S, S]; its corners count.
         """
         expected = self.expected_latents(embeds)
         weights = torch.tensor(self.settings.preview)  # [3, C + 1]
         preview = torch.einsum("bchw,kc->bkhw", expected, weights[:, :-1])
         preview = preview + weights[:, -1, None, None]
         preview = F.interpolate(preview, pixels.shape[-2:], mode="bilinear")
-        correlations = _correlations(_details(preview), _details(pixels.cpu().float()))
-        return [1 - value for value in correlations.tolist()]
+        pixels = pixels.cpu().float()
+        distances = 1 - _correlations(_details(preview), _details(pixels))
+        if self.settings.corners:
+            framed = pixels if whole is None else whole.cpu().float()
+            usual = torch.tensor(self.settings.corners)  # [K, 3]
+            distances += torch.cdist(framed[CORNERS].mT, usual).amin(2).mean(1)
+        return [*map(float, distances)]
 
     @torch.inference_mode()
     def expected_latents(self, embeds: Tensor) -> Tensor:
@@ -67,12 +77,14 @@ class ImageFamiliarity:
 
 
 def _details(images: Tensor) -> Tensor:
-    """Square images [B, C, S, S] without their blur."""
+    """Square images [B, 3, S, S] without their blur, in stronger colours."""
     side = images.shape[-1]
     steps = torch.arange(side) / side
     weights = torch.exp(-((steps[:, None] - steps) ** 2) / (2 * BLUR**2))
     weights = weights / weights.sum(1, keepdim=True)
-    return images - weights @ images @ weights.T
+    details = images - weights @ images @ weights.T
+    grey = details.mean(1, keepdim=True)
+    return grey + COLOUR * (details - grey)
 
 
 def _correlations(first: Tensor, second: Tensor) -> Tensor:

@@ -174,7 +174,7 @@ class SeedXImageCodec(ImageCodec):
             return image
         if image.distance <= familiarity.settings.threshold:
             return image
-        distances = familiarity.distances(image.value[:-1], views[:-1])
+        distances = familiarity.distances(image.value[:-1], views[:-1], views[-1:])
         return image._replace(distance=min(image.distance, sorted(distances)[1]))
 
     def encode(
