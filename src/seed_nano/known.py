@@ -60,7 +60,8 @@ class _Recorder(ImageFamiliarity):
         self.pairs: list[tuple[Tensor, Tensor]] = []
 
     def distances(self, embeds: Tensor, pixels: Tensor) -> list[float]:
-        self.pairs.append((self.expected_latents(embeds), pixels.cpu().float()))
+        expected = self.conditioner.expected_latents(embeds.cpu().float())
+        self.pairs.append((expected, pixels.cpu().float()))
         return [0.0] * len(pixels)
 
 

@@ -57,7 +57,7 @@ class ImageFamiliarity:
         pixels: normalised, [B, 3, S, S].
         whole: the image of which they are views, [1, 3, S, S]; its corners count.
         """
-        expected = self.expected_latents(embeds)
+        expected = self.conditioner.expected_latents(embeds.cpu().float())
         weights = torch.tensor(self.settings.preview)  # [3, C + 1]
         preview = torch.einsum("bchw,kc->bkhw", expected, weights[:, :-1])
         preview = preview + weights[:, -1, None, None]
@@ -69,11 +69,6 @@ class ImageFamiliarity:
             usual = torch.tensor(self.settings.corners)  # [K, 3]
             distances += torch.cdist(framed[CORNERS].mT, usual).amin(2).mean(1)
         return [*map(float, distances)]
-
-    @torch.inference_mode()
-    def expected_latents(self, embeds: Tensor) -> Tensor:
-        """[B, C, h, w], by the conditioner."""
-        return self.conditioner.expected_latents(embeds.cpu().float())
 
 
 def _details(images: Tensor) -> Tensor:

@@ -48,7 +48,7 @@ def test_known_images_are_not_noted(shipped):
 
 
 def test_unusual_colours_of_corners_are_farther():
-    class Blind(ImageFamiliarity):
+    class Blind:
         """Expects an empty image, with which nothing is correlated."""
 
         def expected_latents(self, embeds):
@@ -58,7 +58,8 @@ def test_unusual_colours_of_corners_are_farther():
     pixels[1, 0, 0, -1] = 8.0  # one of four corners, in red
     for corners, farther in (((), 1), (((0.0, 0.0, 0.0), (6.0, 0.0, 0.0)), 1.5)):
         settings = KnownImages(1, ((0.0, 0.0),) * 3, corners)
-        assert Blind(settings, None).distances(pixels, pixels) == [1, farther]
+        familiarity = ImageFamiliarity(settings, Blind())
+        assert familiarity.distances(pixels, pixels) == [1, farther]
 
 
 def test_notes_at_each_door(shipped, client_of):
