@@ -169,7 +169,7 @@ class _Measures:
         for rows in codes.split(DRAW_BATCH):
             with codec.encoding():
                 inputs = codec.decoder_inputs(rows)
-            features.append(codec.decoder.read(inputs)[1].flatten(1).double().cpu())
+            features.append(codec.decoder.read(inputs)[1].flatten(1).cpu().double())
             if draws:
                 images += codec.decoder(inputs, seeds=[self.settings.seed] * len(rows))
         return torch.cat(features), images

@@ -71,7 +71,7 @@ class PrefixSettings(MeasuredImages):
 
     model: list[str] = setting(
         factory=lambda: ["pretrained/nano"],
-        help="systems or tokenizer folders (default: nano); a row without order is the first's",
+        help="systems or tokenizer folders; the first one's codes also shuffled (default: nano)",
     )
     out: str = setting(help="folder of prefix.json, prefix.md, curves.png and sheet.png")
     judge: str | None = setting(
