@@ -44,9 +44,9 @@ CONDITIONS = (0.15, 0.6, 0.25)
 CORRUPTED = 0.15  # maximum share of corrupted codes of an image
 # Side of the grid of layout tokens; attention on the latents' own grid of 16 costs four times more.
 TOKENS = 8
-# 3 steps score as 4 on every split (docs/experiments/few-steps.md), guidance 1 as 4: sampling
-# starts near the layout.
-DECODE_DEFAULTS = {"num_inference_steps": 3, "guidance_scale": 1.0}
+# One step scores as 3 (docs/experiments/few-steps.md), guidance 1 as 4: sampling starts near the
+# layout.
+DECODE_DEFAULTS = {"num_inference_steps": 1, "guidance_scale": 1.0}
 NOISE = 0.35  # maximum noise on nano-x's unit-variance features, to imitate errors of the LLM
 ITSELF = 0.15  # share of samples conditioned on the target image
 KEEPS = 32  # width of the gate for unchanged regions
