@@ -230,12 +230,12 @@ def add_language_model(parser: _ActionsContainer, max_running: bool = True) -> N
 
 
 def add_engine(parser: _ActionsContainer) -> None:
-    """`--engine`, `--url` and `--gguf`, for programs that load a SEED-LLaMA."""
+    """`--engine`, `--url` and `--gguf`, for programs that load a system."""
     parser.add_argument(
         "--engine",
         choices=("torch", "llama.cpp", "openai"),
         default="torch",
-        help="what computes SEED-LLaMA's language model (default: torch)",
+        help="what computes the language model; llama.cpp: SEED-LLaMA's (default: torch)",
     )
     parser.add_argument(
         "--url", help="of --engine openai: the completion server, such as http://127.0.0.1:8000"

@@ -1,5 +1,7 @@
 """A completion server on loopback that runs a language model, with vLLM's fields for ids."""
 
+import base64
+import io
 import json
 import threading
 import time
@@ -8,8 +10,6 @@ from typing import Any
 
 import torch
 
-CODES = 64  # allowed tokens from which a request counts as one for an image
-
 
 class CompletionServer(ThreadingHTTPServer):
     """`bodies`: the requests; `breaks_after`: tokens after which connections are closed; `trims`:
@@ -17,11 +17,11 @@ class CompletionServer(ThreadingHTTPServer):
 
     daemon_threads = True
 
-    def __init__(self, llm: Any, breaks_after: int = 10_000, trims: bool = False) -> None:
+    def __init__(self, llm: Any) -> None:
         super().__init__(("127.0.0.1", 0), _Handler)
         self.llm = llm
-        self.breaks_after = breaks_after
-        self.trims = trims
+        self.breaks_after = 10_000
+        self.trims = False
         self.lock = threading.Lock()
         self.pause = 0.0  # seconds before each token
         self.bodies: list[dict[str, Any]] = []
@@ -35,13 +35,17 @@ class CompletionServer(ThreadingHTTPServer):
     @torch.inference_mode()
     def tokens(self, body: dict[str, Any]) -> Any:
         """Yield each id with its finish reason, or None."""
-        ids = torch.tensor([body["prompt"]])
+        if "prompt_embeds" in body:
+            file = io.BytesIO(base64.b64decode(body["prompt_embeds"]))
+            inputs = {"inputs_embeds": torch.load(file, weights_only=True)[None]}
+        else:
+            inputs = {"input_ids": torch.tensor([body["prompt"]])}
         cache = None
         generator = torch.Generator().manual_seed(body.get("seed", 0))
-        ends = [2, *body.get("stop_token_ids", [])]
+        ends = [*body["stop_token_ids"], *([] if body["ignore_eos"] else [2])]
         for count in range(1, body["max_tokens"] + 1):
             with self.lock:
-                output = self.llm(input_ids=ids, past_key_values=cache, use_cache=True)
+                output = self.llm(**inputs, past_key_values=cache, use_cache=True)
             scores = output.logits[0, -1].float()
             cache = output.past_key_values
             for id, bias in (body.get("logit_bias") or {}).items():
@@ -66,7 +70,7 @@ class CompletionServer(ThreadingHTTPServer):
             yield token, reason
             if reason:
                 return
-            ids = torch.tensor([[token]])
+            inputs = {"input_ids": torch.tensor([[token]])}
 
 
 class _Handler(BaseHTTPRequestHandler):

@@ -278,7 +278,6 @@ class BaseEngine(ABC):
 
     device = torch.device("cpu")  # of the language model
     has_beams = False
-    has_scores = False
     original_constraints = False  # see `ImageConstraints`
 
     def __init__(self, tokenizer: TextTokenizer, context: int, capacity: int, n_rows: int) -> None:
@@ -335,7 +334,7 @@ class BaseEngine(ABC):
     ) -> list[SampledAnswer]:
         """Answers as by `generate`, with the log-probabilities of their tokens.
 
-        Raises as `generate`; ConfigError: beams, or an engine in another program.
+        Raises as `generate`; ConfigError: beams, or a server that returns others.
         """
         requests = self.run(prompts, settings, records=True)
         return [SampledAnswer(request.ids, request.log_probs) for request in requests]
@@ -387,11 +386,9 @@ class BaseEngine(ABC):
     ) -> list[list[Likelihood]]:
         """The likelihood of each continuation (one token or more) of each prompt.
 
-        Raises as `generate`; ConfigError: the engine runs in another program.
+        Raises as `generate`; ConfigError: prompts with features by a server.
         """
-        raise ConfigError(
-            "Likelihoods are computed by the engines torch and llama.cpp, not by a server."
-        )
+        raise ConfigError("This engine computes no likelihoods.")
 
     def token_budget(self, request: Request) -> int:
         """New tokens for a request, whose rows and prompt fit the cache and the context."""
@@ -399,10 +396,8 @@ class BaseEngine(ABC):
         settings = request.settings
         if settings.num_beams > 1 and not (self.has_beams and settings.guidance == 1):
             raise ConfigError("Beams need the engine torch, and no guidance: leave num_beams at 1.")
-        if request.records and not (self.has_scores and settings.num_beams == 1):
-            raise ConfigError(
-                "Log-probabilities need the engine torch or llama.cpp, without beams."
-            )
+        if request.records and settings.num_beams > 1:
+            raise ConfigError("Log-probabilities are of answers without beams.")
 
         # 2. The prompt, with a forced `<img>`, leaves a position for a token.
         length = len(request.prompts[0])

@@ -55,8 +55,6 @@ class Engine(InboxThread[Request], BaseEngine):
     original_constraints: see `ImageConstraints`.
     """
 
-    has_scores = True
-
     def __init__(
         self,
         backend: Backend,

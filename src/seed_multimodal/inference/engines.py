@@ -18,7 +18,7 @@ from seed_multimodal.inference.backends.base import GIB
 from seed_multimodal.inference.backends.torch import TorchBackend, joined
 from seed_multimodal.inference.base_engine import BaseEngine, Request
 from seed_multimodal.inference.engine import Engine
-from seed_multimodal.inference.prompt import ImageFeatures
+from seed_multimodal.inference.prompt import ImageFeatures, Prompt
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.nn.layers import avoid_slow_bfloat16
 from seed_multimodal.settings import check_settings, setting
@@ -108,7 +108,10 @@ def torch_engine(
 
 
 def outside_engine(
-    options: EngineOptions, tokenizer: TextTokenizer, llm_folder: str | Path | None
+    options: EngineOptions,
+    tokenizer: TextTokenizer,
+    llm_folder: str | Path | None,
+    embed_prompt: Callable[[Prompt], Tensor],
 ) -> BaseEngine:
     """llama.cpp, with the sizes of `llm_folder`, a completion server, or none."""
     if options.name == NO_ENGINE:
@@ -116,7 +119,9 @@ def outside_engine(
     if options.name == COMPLETION_SERVER:
         from seed_multimodal.inference.backends.completion_server import CompletionServerEngine
 
-        return CompletionServerEngine(tokenizer, options.url, max_running=options.max_running)
+        return CompletionServerEngine(
+            tokenizer, options.url, embed_prompt, max_running=options.max_running
+        )
 
     # By name, since the package is in an extra of its own.
     module = importlib.import_module("seed_multimodal.inference.backends.llama_cpp")

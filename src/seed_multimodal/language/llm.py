@@ -92,6 +92,7 @@ def load_llm(
     dtype: torch.dtype | str = torch.float32,
     quantization: str | None = None,
     tokenizer: TextTokenizer | None = None,
+    layers: bool = True,
 ) -> LanguageModel:
     """Read a causal language model's folder or hub id for inference, straight to `device`.
 
@@ -100,6 +101,7 @@ def load_llm(
     is then that of the other weights.
     tokenizer: determines the special ids; None: see `llm_config`. Whether the model has a row for
     each of its tokens is checked by callers (`check_vocab_size`), since a base gets them later.
+    layers: False reads the embeddings and the output layer alone.
 
     Raises `CheckpointError` for missing, damaged, unsafe or foreign files, `ConfigError` for an
     impossible quantisation.
@@ -111,13 +113,15 @@ def load_llm(
     device_map: dict[str, str | int] = {"": str(device)}
     if device.type == "cuda":
         device_map = {"": device.index or 0}
-    quantization_config = _quantization_config(quantization, device, dtype)
+    quantization_config = _quantization_config(quantization if layers else None, device, dtype)
     quantized = {"quantization_config": quantization_config} if quantization_config else {}
     if quantized and device.type == "cpu":
         # Weights are packed as they are read, and again when bitsandbytes first uses them.
         return_freed_memory()
     ids = None if tokenizer is None else tokenizer.special_ids
     config = llm_config(folder_or_id, ids)
+    if not layers:
+        config.num_hidden_layers = 0
     # All other generation defaults of the folder are dropped.
     generation_config = GenerationConfig(use_cache=True)
     for name in LLAMA_IDS:
@@ -138,7 +142,8 @@ def load_llm(
     # 2. What the file holds besides: other layers are those of another model.
     in_layers = [name for name in unknown if name.startswith("model.layers.")]
     outside = [name for name in unknown if name not in in_layers]
-    refuse_tensors(in_layers, (ROTARY,), folder_or_id, "unknown to the model of config.json")
+    if layers:
+        refuse_tensors(in_layers, (ROTARY,), folder_or_id, "unknown to the model of config.json")
     warn_tensors(outside, (ROTARY,), folder_or_id)
     if config.tie_word_embeddings and not model.all_tied_weights_keys:
         # transformers has loaded both tensors, since they differ.

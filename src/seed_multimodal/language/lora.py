@@ -359,6 +359,7 @@ def load_llm_or_adapter(
     dtype: torch.dtype = torch.float32,
     quantization: str | None = None,
     tokenizer: TextTokenizer | None = None,
+    layers: bool = True,
 ) -> LanguageModel:
     """As `load_llm`, also of an adapter's folder.
 
@@ -372,13 +373,15 @@ def load_llm_or_adapter(
             dtype=dtype,
             quantization=quantization,
             tokenizer=tokenizer,
+            layers=layers,
         )
 
     # 1. The base.
     merge = "src/tools/merge_lora_weights.py (in MultiModalLLM) writes a merged folder"
-    if quantization is not None:
+    if quantization is not None or not layers:
         raise ConfigError(
-            f"{folder}: a LoRA cannot be merged into {quantization} weights; {merge}."
+            f"{folder}: a LoRA can be merged neither into quantised weights nor into those of a "
+            f"server; {merge}."
         )
     recorded = str(read_json_object(folder / ADAPTER_CONFIG).get("base_model_name_or_path") or "")
     base = find_path(recorded) if recorded else None

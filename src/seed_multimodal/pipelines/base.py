@@ -23,6 +23,7 @@ from seed_multimodal.errors import ConfigError, RequestError
 from seed_multimodal.images.io import is_image, open_image
 from seed_multimodal.inference.base_engine import BaseEngine, Likelihood
 from seed_multimodal.inference.engines import (
+    COMPLETION_SERVER,
     TORCH,
     WITHOUT_WEIGHTS,
     EngineOptions,
@@ -103,7 +104,9 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
 
     def _open_engine(self, options: EngineOptions) -> BaseEngine:
         if self.llm is None:
-            return outside_engine(options, self.tokenizer, self.config.llm)
+            return outside_engine(
+                options, self.tokenizer, self.config.llm, self.family.embed_prompt
+            )
         self.engine_options = replace(options, max_running=max(options.max_running, self._min_rows))
         return torch_engine(
             self.llm, self.tokenizer, self.engine_options, self.family.embed_features
@@ -151,7 +154,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         load_decoder: False for a system that never draws; else the de-tokenizer is loaded on first
         use.
         compiled: by `torch.compile`.
-        engine: "torch", or of SEED-LLaMA "llama.cpp" or "openai".
+        engine: "torch", "openai" (a completion server), or of SEED-LLaMA "llama.cpp".
         url: of the server (engine "openai"). gguf: the file (engine "llama.cpp"), if its folder
         holds several.
         max_running: rows of the KV cache, of which each answer takes one (guidance: two, beams: one
@@ -167,7 +170,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
                 f"{config.name} is a {system_class.__name__}; load it with that class or "
                 "MultimodalSystem."
             )
-        if engine != TORCH and not family_class.prompts_are_ids:
+        if engine not in (TORCH, COMPLETION_SERVER) and not family_class.prompts_are_ids:
             raise ConfigError(
                 f"{config.name}: --engine {engine} needs prompts of ids, as SEED-LLaMA's."
             )

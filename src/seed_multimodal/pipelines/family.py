@@ -8,11 +8,11 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
-from torch import Tensor
+from torch import Tensor, nn
 
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.io import ImageSource, is_image
-from seed_multimodal.inference.backends.torch import joined
+from seed_multimodal.inference.backends.torch import embed_prompt, joined
 from seed_multimodal.inference.base_engine import Request
 from seed_multimodal.inference.prompt import ImageFeatures, Prompt
 from seed_multimodal.language.answer import Answer, ImagePart
@@ -45,6 +45,7 @@ class Family:
     defines `load`, which ends with `of_parts`.
 
     llm: None: the engine has it, outside of torch.
+    embeddings: of a language model without layers, for prompts of an engine outside of torch.
     template: of conversations; None: the system answers single messages.
     tasks: sentences of its prompts.
     """
@@ -68,6 +69,10 @@ class Family:
         self.config = config
         self.tokenizer = tokenizer
         self.llm = llm
+        self.embeddings: nn.Module | None = None
+        if llm is not None and getattr(llm.config, "num_hidden_layers", None) == 0:
+            self.llm = None
+            self.embeddings = llm.get_input_embeddings()
         self.images = images
         self.use_template(template)
         self.tasks: TaskPrompts = config.tasks
@@ -218,6 +223,11 @@ class Family:
         """Features of a prompt's images → embeddings `[n, D]`; the engine's thread calls it."""
         return joined(features)
 
+    def embed_prompt(self, prompt: Prompt) -> Tensor:
+        """A prompt with features as embeddings `[L, D]`, for an engine outside of torch."""
+        assert self.embeddings is not None
+        return embed_prompt(prompt, self.embeddings, self.embed_features)
+
     def _parts(self, message: Message, codes: Iterator[list[int]]) -> list[Part]:
         """A message's texts, and its images as codes; those of answers have them already."""
         parts: list[Part] = []
@@ -234,10 +244,14 @@ class Family:
 
 
 def load_language_model(
-    config: SystemConfig, tokenizer: TextTokenizer, placement: Placement
+    config: SystemConfig,
+    tokenizer: TextTokenizer,
+    placement: Placement,
+    prompts_are_ids: bool = True,
 ) -> LanguageModel | None:
-    """The language model of a system, a LoRA with its base; None: an engine outside has it."""
-    if not placement.load_llm:
+    """The language model of a system, a LoRA with its base; if an engine outside has it, the
+    embeddings alone, or None where prompts are ids."""
+    if not placement.load_llm and prompts_are_ids:
         return None
     return load_llm_or_adapter(
         config.path("llm"),
@@ -245,4 +259,5 @@ def load_language_model(
         dtype=placement.llm.dtype,
         quantization=placement.quantization,
         tokenizer=tokenizer,
+        layers=placement.load_llm,
     )

@@ -1,5 +1,9 @@
 """llama.cpp and completion servers as engines: their answers equal those of torch."""
 
+import contextlib
+import os
+import shutil
+import subprocess
 import time
 from collections.abc import Iterator
 from dataclasses import replace
@@ -8,25 +12,41 @@ from typing import Any
 
 import pytest
 import torch
-from completion_server import CODES, CompletionServer
+from completion_server import CompletionServer
+from real_processes import free_port
 from repository import NANO, ROOT
+from served import serving
 from tiny.language import random_llm
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.errors import ConfigError, RequestError
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
+from seed_multimodal.language.messages import user_message
 from seed_multimodal.pipelines.base import MultimodalSystem
 
 LLM = NANO / "seed_llama"
 WORDS = NANO / "seed_tokenizer"
+SYSTEMS = ("nano", "nano-x", "nano-lavit")
 IMAGES = [ROOT / "images" / name for name in ("fox.png", "whale.png", "teddy_bear.png")]
 TEXTS = ("a red apple", "two blue fish", "a house under a tree")
 GREEDY = GenerationSettings(max_new_tokens=60, do_sample=False)
 
+VLLM = os.environ.get("VLLM") or shutil.which("vllm")  # of an environment of its own
+VLLM_FLAGS = (
+    "--skip-tokenizer-init --generation-config vllm --enable-prompt-embeds --dtype float32 "
+    "--logprobs-mode processed_logprobs --gpu-memory-utilization 0.2 --enforce-eager"
+)
+needs_vllm = [
+    pytest.mark.nightly,
+    pytest.mark.process,
+    pytest.mark.timeout(1800),
+    pytest.mark.skipif(VLLM is None, reason="the variable VLLM names no program vllm"),
+]
 
-def open_nano(**options: Any) -> Any:
+
+def open_nano(name: str = "nano", **options: Any) -> Any:
     return MultimodalSystem.from_pretrained(
-        NANO, device="cpu", log=None, load_decoder=False, **options
+        name, device="cpu", log=None, load_decoder=False, **options
     )
 
 
@@ -55,42 +75,86 @@ def server(nano, monkeypatch) -> Iterator[CompletionServer]:
 
 
 @pytest.fixture
-def remote(server) -> Any:
-    return open_nano(engine="openai", url=server.url)
+def remote(server, monkeypatch) -> Any:
+    monkeypatch.setenv("OPENAI_API_KEY", "secret")
+    return open_nano(engine="openai", url=f"{server.url}/v1")
 
 
-@pytest.fixture(params=[pytest.param("llama.cpp", marks=pytest.mark.nightly), "a server"])
-def other(request) -> Any:
-    """nano with another engine than torch."""
-    if request.param == "a server":
-        return request.getfixturevalue("remote")
-    return open_nano(engine="llama.cpp", gguf=request.getfixturevalue("gguf"))
+@contextlib.contextmanager
+def engine_options(engine: str, system: Any, request: Any) -> Iterator[dict[str, Any]]:
+    """Options with which a system is loaded to answer by another engine than torch."""
+    if engine == "llama.cpp":
+        yield {"engine": engine, "gguf": request.getfixturevalue("gguf")}
+    elif engine == "loopback":
+        with CompletionServer(system.llm) as running:
+            yield {"engine": "openai", "url": running.url}
+            running.shutdown()
+    else:
+        port = str(free_port())
+        command = [str(VLLM), "serve", str(system.config.llm), "--port", port, *VLLM_FLAGS.split()]
+        environment = {**os.environ, "VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_SERVER_DEV_MODE": "1"}
+        with serving(command, "startup complete", stderr=subprocess.STDOUT, env=environment):
+            yield {"engine": "openai", "url": f"http://127.0.0.1:{port}"}
 
 
 def prompts(system: Any) -> list[Prompt]:
-    encode = system.tokenizer.encode_parts
-    requests = [f"USER: Please draw {text}.\nASSISTANT:" for text in TEXTS]
-    return [Prompt(encode([request], add_bos=True)) for request in requests]
+    requests = [user_message([system.tasks.draw_request(text)]) for text in TEXTS]
+    return system.family.prompts(requests, "draw")
 
 
 def answers(system: Any) -> dict[str, Any]:
-    """Descriptions and drawings (forced and free), greedily."""
-    drawings = {
-        images: system.engine.generate(prompts(system), replace(GREEDY, images=images))
-        for images in ("forced", "auto")
-    }
-    return {"describe": system.describe(IMAGES), **drawings}
+    """The greedy answers of all tasks that the system has with any engine."""
+    results = {"describe": system.describe(IMAGES), "ask": system.ask(IMAGES, "What is it?")}
+    results["stopped"] = system.describe(IMAGES, stop=[" "])
+    if system.family.detects:  # it draws from hidden states
+        results["detect"] = [detection.grid for detection in system.detect(IMAGES, "fox")]
+        return results
+    forced = system.settings("draw", images="forced")
+    results["draw"] = system.engine.generate(prompts(system), forced)
+    if system.family.template:
+        results["free"] = system.engine.generate(prompts(system), GREEDY)
+        assert any(system.tokenizer.vocabulary.boi_id in ids for ids in results["free"])
+    return results
+
+
+def log_probs(system: Any) -> list[float]:
+    """Log-probabilities of answers about images, of drawings, and of given tokens."""
+    engine = system.engine
+    questions = [user_message([image, "What is it?"]) for image in IMAGES]
+    rows = engine.sample(system.family.prompts(questions, "ask"), system.settings("ask"))
+    if not system.family.detects:
+        rows += engine.sample(prompts(system), system.settings("draw", images="forced"))
+        likelihoods = engine.likelihoods(prompts(system)[:1], [[[5, 6, 7], [8]]])[0]
+        assert not any(likelihood.is_greedy for likelihood in likelihoods)
+        rows += likelihoods
+    return [value for row in rows for value in row.log_probs]
 
 
 @pytest.mark.slow
-def test_answers_equal_those_of_torch(nano, other):
+@pytest.mark.parametrize(
+    ("name", "engine"),
+    [
+        *((name, "loopback") for name in SYSTEMS),
+        *(pytest.param(name, "vLLM", marks=needs_vllm) for name in SYSTEMS),
+        pytest.param("nano", "llama.cpp", marks=pytest.mark.nightly),
+    ],
+)
+def test_answers_equal_those_of_torch(name, engine, request):
     # Another engine is faster, not another model: sequences and images must not change.
-    expected = answers(nano)
-    assert answers(other) == expected
-    boi = nano.tokenizer.vocabulary.boi_id
-    assert all(boi in ids for ids in expected["forced"])
-    assert any(boi in ids for ids in expected["auto"])
-    assert other.describe(IMAGES, stop=[" "]) == nano.describe(IMAGES, stop=[" "])
+    system = open_nano(name)
+    with engine_options(engine, system, request) as options:
+        other = open_nano(name, **options)
+        assert other.llm is None
+        assert answers(other) == answers(system)
+        if engine != "loopback":
+            other.engine.forget()
+            assert log_probs(other) == pytest.approx(log_probs(system), abs=0.02)
+        if name == "nano-x":
+            with pytest.raises(ConfigError, match="hidden states"):
+                other.engine.generate(prompts(other), replace(GREEDY, images="forced"))
+        if name != "nano":
+            with pytest.raises(ConfigError, match="features"):
+                other.likelihoods(IMAGES[0], "What is it?", [["a fox"]])
 
 
 # ---- llama.cpp
@@ -136,27 +200,12 @@ def test_completion_server_receives_ids_and_settings(nano, server, remote):
         "seed": 5,
     }
     assert {name: body[name] for name in expected} == expected
+    assert server.headers[-1]["Authorization"] == "Bearer secret"
     # Too few tokens for an image.
     assert str(nano.tokenizer.vocabulary.boi_id) in body["logit_bias"]
     assert remote.engine.generate(asked, sampled) == first
-
-    remote.engine.generate(asked, replace(GREEDY, images="forced"))
-    image = next(body for body in server.bodies if len(body.get("allowed_token_ids", ())) > CODES)
-    assert image["min_tokens"] == image["max_tokens"] == 32 and image["temperature"] == 0
-
-
-def test_completion_server_receives_the_key(nano, server, monkeypatch):
-    monkeypatch.setenv("OPENAI_API_KEY", "secret")
-    keyed = open_nano(engine="openai", url=f"{server.url}/v1")
-    keyed.engine.generate(prompts(nano)[:1], GREEDY)
-    assert server.headers[-1]["Authorization"] == "Bearer secret"
-
-
-def test_completion_server_without_stop_ids(nano, server, remote):
-    # Some servers keep the id of the end to themselves: an answer ends there all the same.
-    server.trims = True
-    expected = nano.engine.generate(prompts(nano), GREEDY)
-    assert remote.engine.generate(prompts(nano), GREEDY) == expected
+    with pytest.raises(ConfigError, match="--engine torch"):
+        remote.describe(IMAGES[0], guidance=2.0)
 
 
 def test_completion_server_is_left_at_a_stop(nano, server, remote):
@@ -168,8 +217,13 @@ def test_completion_server_is_left_at_a_stop(nano, server, remote):
     assert time.monotonic() - started < 5 < 200 * server.pause
 
 
-def test_completion_server_that_disconnects(nano, server, remote):
-    # Half an answer would be taken for a whole one.
+def test_completion_server_with_shorter_answers(nano, server, remote):
+    # Some servers keep the id of the end to themselves: an answer ends there all the same.
+    server.trims = True
+    assert remote.engine.generate(prompts(nano), GREEDY) == nano.engine.generate(
+        prompts(nano), GREEDY
+    )
+    # Of a connection that breaks, half an answer would be taken for a whole one.
     server.breaks_after = 3
     with pytest.raises(RequestError):
         remote.engine.generate(prompts(nano), GREEDY)
@@ -183,8 +237,3 @@ def test_from_pretrained_with_an_engine_that_does_not_fit():
     for name, engine, named in (("nano-x", "llama.cpp", "SEED-LLaMA"), ("nano", "vllm", "openai")):
         with pytest.raises(ConfigError, match=named):
             MultimodalSystem.from_pretrained(name, device="cpu", log=None, engine=engine)
-
-
-def test_guidance_with_a_completion_server_fails(remote):
-    with pytest.raises(ConfigError, match="--engine torch"):
-        remote.describe(IMAGES[0], guidance=2.0)

@@ -3,27 +3,38 @@
 A completion server samples by itself and returns tokens instead of scores, so this is an engine of
 its own, no backend of the scheduler. An answer is made in segments:
 
-    text:   prompt ids, stop_token_ids [<img>, </s>]             ─► ids up to <img>
-    image:  prompt + answer, allowed_token_ids codes,
-            min_tokens = max_tokens = 32                         ─► 32 codes, </img>; text again
+    text:   prompt, stop_token_ids [</s>, <img>]                 ─► ids up to <img>
+    image:  prompt + answer, allowed_token_ids codes and </img>,
+            min_tokens to max_tokens (SEED-LLaMA: 32, 32)        ─► codes, </img>; text again
+
+A prompt is sent as ids, or with features of images as the embeddings of all its tokens.
 """
 
 from __future__ import annotations
 
+import base64
 import contextlib
+import io
 import json
 import os
 import threading
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property, partial
 from typing import Any
+
+import torch
+from torch import Tensor
 
 from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import ConfigError, RequestError, first_line
-from seed_multimodal.inference.base_engine import BaseEngine, Request
+from seed_multimodal.inference.base_engine import BaseEngine, Likelihood, Request
+from seed_multimodal.inference.prompt import Prompt
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.proxies import direct
 
 DEFAULT_CONTEXT = 2048  # of servers that do not tell theirs
+COMPLETIONS = "v1/completions"
 POLL_SECONDS = 0.2
 CONNECT_SECONDS = 5
 READ_SECONDS = 600
@@ -33,35 +44,92 @@ class CompletionServerEngine(BaseEngine):
     """Answers by `{url}/v1/completions`, `max_running` at once.
 
     OPENAI_API_KEY is sent as the bearer token.
+    embed_prompt: a prompt with features of images → embeddings `[L, D]`.
 
     Raises ConfigError: no URL; RequestError: no server answers there.
     """
 
     def __init__(
-        self, tokenizer: TextTokenizer, url: str | None, *, max_running: int = MAX_RUNNING
+        self,
+        tokenizer: TextTokenizer,
+        url: str | None,
+        embed_prompt: Callable[[Prompt], Tensor],
+        *,
+        max_running: int = MAX_RUNNING,
     ) -> None:
         if not url:
             raise ConfigError(
                 "The engine openai needs the server's URL: --url http://127.0.0.1:8000."
             )
-        self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
+        self.url = url.rstrip("/").removesuffix("/v1")
         key = os.environ.get("OPENAI_API_KEY")
         self._headers = {"Authorization": f"Bearer {key}"} if key else {}
-        with self._response("get", "models") as response:
+        with self._response("get", "v1/models") as response:
             card = json.loads(response.content)["data"][0]
             self.model = card["id"]
             context = int(card.get("max_model_len") or DEFAULT_CONTEXT)
         super().__init__(tokenizer, context, context, max_running)
+        self._embed_prompt = embed_prompt
         vocabulary = tokenizer.vocabulary
-        self._code_ids = list(
-            range(vocabulary.code_start, vocabulary.code_start + vocabulary.n_codes)
-        )
+        self._image_ids = [
+            id
+            for id in range(vocabulary.size)
+            if vocabulary.is_code_id(id)
+            or vocabulary.is_ignored_in_image(id)
+            or id == vocabulary.eoi_id
+        ]
         self._rows = threading.Semaphore(max_running)
         self._waiting: set[Request] = set()
 
     @property
     def n_waiting(self) -> int:
         return len(self._waiting)
+
+    def forget(self) -> None:
+        """As `Engine.forget`; vLLM answers it with VLLM_SERVER_DEV_MODE=1."""
+        with self._response("post", "reset_prefix_cache"):
+            pass
+
+    def likelihoods(
+        self, prompts: Sequence[Prompt], continuations: Sequence[Sequence[Sequence[int]]]
+    ) -> list[list[Likelihood]]:
+        if any(prompt.images for prompt in prompts):
+            raise ConfigError(
+                "A completion server has no likelihoods after features of images: they need "
+                "--engine torch."
+            )
+        with ThreadPoolExecutor(self.n_rows) as threads:
+            return [
+                list(threads.map(partial(self._likelihood, prompt.ids), rows))
+                for prompt, rows in zip(prompts, continuations, strict=True)
+            ]
+
+    def _likelihood(self, prompt: Sequence[int], continuation: Sequence[int]) -> Likelihood:
+        choice = self._complete(prompt=[*prompt, *continuation], prompt_logprobs=0)
+        tokens = choice["prompt_logprobs"][len(prompt) :]
+        scored = [token[str(id)] for token, id in zip(tokens, continuation, strict=True)]
+        log_probs = [score["logprob"] for score in scored]
+        return Likelihood(log_probs, all(score["rank"] == 1 for score in scored))
+
+    def _complete(self, **fields: Any) -> dict[str, Any]:
+        """The server's choice of one token."""
+        body = {"model": self.model, "max_tokens": 1, **fields}
+        with self._response("post", COMPLETIONS, body) as response:
+            choice: dict[str, Any] = json.loads(response.content)["choices"][0]
+        return choice
+
+    @cached_property
+    def _log_prob_fields(self) -> dict[str, Any]:
+        """What asks for log-probabilities. Raises ConfigError: not those after constraints, by
+        which the only allowed token is certain."""
+        fields = {"logprobs": 0, "return_tokens_as_token_ids": True}
+        end_id = self.tokenizer.eos_token_id
+        choice = self._complete(prompt=[end_id], allowed_token_ids=[end_id], **fields)
+        if choice["logprobs"]["token_logprobs"][0] != 0:
+            raise ConfigError(
+                "Log-probabilities need vllm serve --logprobs-mode processed_logprobs."
+            )
+        return fields
 
     def _put(self, request: Request) -> None:
         if request.settings.guidance != 1:
@@ -98,33 +166,39 @@ class CompletionServerEngine(BaseEngine):
             if request.ended:
                 return
 
-            # The token that ended the segment; some servers leave it out of the ids.
-            if "allowed_token_ids" in body:
-                request.append(self.vocabulary.eoi_id)
-            elif choice["finish_reason"] == "stop":
+            # The token that ended the segment; some servers leave it out of the ids. An image that
+            # has all its codes can only end.
+            if choice["finish_reason"] == "stop":
                 last_id = request.ids[-1] if len(request.ids) > n_before else None
                 if last_id not in body["stop_token_ids"]:
                     stop = choice.get("stop_reason", choice.get("matched_stop"))
                     end_id = stop if isinstance(stop, int) else self.tokenizer.eos_token_id
                     request.append(end_id)
+            elif "allowed_token_ids" in body:
+                request.log_probs.append(0.0)
+                request.append(self.vocabulary.eoi_id)
 
     def _segment(self, request: Request) -> dict[str, Any]:
         """The JSON that asks for the next tokens: the remaining codes of an image, or text up to
         the end of the answer or the start of an image."""
         settings = request.settings
         vocabulary = self.vocabulary
+        prompt = request.prompts[0]
         n_tokens = len(request.ids)
         remaining = request.budget - n_tokens
         body: dict[str, Any] = {
             "model": self.model,
-            "prompt": [*request.prompts[0].ids, *request.ids],
+            **self._prompt(Prompt([*prompt.ids, *request.ids], prompt.images)),
             "stream": True,
             "return_token_ids": True,
-            "stop_token_ids": list(request.end_ids),
+            "stop_token_ids": [*request.end_ids, vocabulary.boi_id],
+            # Other ends of the served model's files.
+            "ignore_eos": self.tokenizer.eos_token_id not in request.end_ids,
             "min_tokens": min(max(settings.min_new_tokens - n_tokens, 0), remaining),
             "max_tokens": remaining,
             "temperature": 0.0,
             "repetition_penalty": settings.repetition_penalty,
+            **(self._log_prob_fields if request.records else {}),
         }
         if request.seed is not None:
             body["temperature"] = settings.temperature
@@ -132,31 +206,56 @@ class CompletionServerEngine(BaseEngine):
             body["top_k"] = settings.top_k or -1
             # Segments of one seed would repeat the same random numbers.
             body["seed"] = (request.seed + n_tokens) % 2**63
+        n_codes = vocabulary.tokens_in_open_image([*request.initial_ids, *request.ids])
+        if n_codes is not None and vocabulary.fixed_image_order:
+            raise ConfigError(
+                "SEED-X's images are hidden states, which a completion server does not return: "
+                "they need --engine torch."
+            )
         if not settings.constrain:
             return body
 
-        n_codes = vocabulary.tokens_in_open_image([*request.initial_ids, *request.ids])
         if n_codes is not None:
             n_missing = min(vocabulary.tokens_per_image - n_codes, remaining)
-            body["allowed_token_ids"] = self._code_ids
-            body["stop_token_ids"] = []
-            body["min_tokens"] = n_missing
+            n_required = max(vocabulary.min_codes - n_codes, body["min_tokens"])
+            body["allowed_token_ids"] = self._image_ids
+            body["stop_token_ids"] = [vocabulary.eoi_id]
+            body["min_tokens"] = min(n_required, n_missing)
             body["max_tokens"] = n_missing
             return body
-        body["stop_token_ids"].append(vocabulary.boi_id)
-        if request.image_budget - n_tokens < vocabulary.image_length:
-            body["logit_bias"] = {str(vocabulary.boi_id): -100}
+        image_fits = request.image_budget - n_tokens >= vocabulary.image_length
+        forbidden: list[int] = []
+        if vocabulary.image_only_when_forced or not image_fits:
+            forbidden.append(vocabulary.boi_id)
+        if request.records:
+            # Unlikely in a text, but part of its distribution; long lists slow the server down.
+            outside = filter(vocabulary.is_image_token, range(vocabulary.size))
+            forbidden += [id for id in outside if id != vocabulary.boi_id]
+        if forbidden:
+            body["logit_bias"] = {str(id): -100 for id in forbidden}
         return body
+
+    @torch.inference_mode()
+    def _prompt(self, prompt: Prompt) -> dict[str, Any]:
+        """The field of a prompt: ids, or base64 of a torch file with embeddings."""
+        if not prompt.images:
+            return {"prompt": list(prompt.ids)}
+        file = io.BytesIO()
+        torch.save(self._embed_prompt(prompt).cpu(), file)
+        return {"prompt_embeds": base64.b64encode(file.getvalue()).decode()}
 
     def _stream(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
         """Append the tokens of one segment until it or the answer ends; returns the server's last
         choice."""
         choice: dict[str, Any] = {}
-        with self._response("post", "completions", body) as response:
+        with self._response("post", COMPLETIONS, body) as response:
             for line in response.iter_lines():
                 if line.startswith(b"data: {"):
                     for choice in json.loads(line[len(b"data: ") :]).get("choices", ()):
-                        for token in choice["token_ids"] or ():
+                        for index, token in enumerate(choice["token_ids"] or ()):
+                            if request.records and not request.ended:
+                                log_prob = choice["logprobs"]["token_logprobs"][index]
+                                request.log_probs.append(log_prob)
                             request.append(token)
                 request.stop_if_asked()
                 if request.ended:

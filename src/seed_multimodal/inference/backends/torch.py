@@ -54,6 +54,23 @@ def joined(features: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(features))
 
 
+def embed_prompt(
+    prompt: Prompt,
+    embed: nn.Module,
+    embed_features: Callable[[Sequence[ImageFeatures]], Tensor] = joined,
+) -> Tensor:
+    """Embeddings `[L, D]` of a prompt's ids by `embed`, and of its image features."""
+    device = next(embed.parameters()).device
+    embeddings: Tensor = embed(torch.tensor(list(prompt.ids), dtype=torch.long, device=device))
+    if prompt.images:
+        positions: list[int] = []
+        for image in prompt.images:
+            positions += image.positions
+        features = embed_features([image.features for image in prompt.images])
+        embeddings[torch.tensor(positions, device=device)] = features.to(embeddings)
+    return embeddings
+
+
 class TorchBackend:
     """Computes with `llm`, a decoder-only transformers model with `inputs_embeds`.
 
@@ -180,17 +197,7 @@ class TorchBackend:
         return self._n_loads, versions, torch.stack(numbers).tolist(), adapters
 
     def prepare(self, prompt: Prompt) -> Tensor:
-        """Embeddings `[L, D]`."""
-        embed = self.llm.get_input_embeddings()
-        device = embed.weight.device
-        embeddings: Tensor = embed(torch.tensor(list(prompt.ids), dtype=torch.long, device=device))
-        if prompt.images:
-            positions: list[int] = []
-            for image in prompt.images:
-                positions += image.positions
-            features = self._embed_features([image.features for image in prompt.images])
-            embeddings[torch.tensor(positions, device=device)] = features.to(embeddings)
-        return embeddings
+        return embed_prompt(prompt, self.llm.get_input_embeddings(), self._embed_features)
 
     def prefill(self, chunks: Sequence[PromptChunk]) -> NextTokens:
         # 1. All pieces are one sequence, without padding; each token sees those before it in its

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from seed_multimodal.errors import CheckpointError, RequestError
 from seed_multimodal.images.io import ImageSource
-from seed_multimodal.inference.backends.torch import joined
 from seed_multimodal.inference.prompt import Prompt
 from seed_multimodal.language.answer import Answer, ImagePart
 from seed_multimodal.language.messages import (
@@ -234,8 +233,8 @@ class LavitFamily(Family):
         if images.familiarity is not None:
             folder = config.path("decoder")
             images.familiarity_decoder = CodeDecoder.from_pretrained(folder, head=config.head)
-        llm = load_language_model(config, tokenizer, placement)
-        assert llm is not None  # prompts with features need torch
+        llm = load_language_model(config, tokenizer, placement, cls.prompts_are_ids)
+        assert llm is not None  # its embeddings at least
         check_sizes(config, images, tokenizer.vocabulary, llm.config)
         return cls(config, tokenizer, llm, images)
 
@@ -331,11 +330,6 @@ class LavitFamily(Family):
             else:
                 ids += vocabulary.code_to_id(part)
         return Prompt(ids, negative=negative)
-
-    def embed_features(self, features: Sequence[Tensor]) -> Tensor:
-        assert self.llm is not None
-        device = self.llm.get_input_embeddings().weight.device
-        return joined([rows.to(device) for rows in features])
 
 
 class Lavit(MultimodalSystem):

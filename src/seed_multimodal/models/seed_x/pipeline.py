@@ -519,11 +519,10 @@ def load_agent_model(
     # 1. The language model, with the agent's LoRA merged into it.
     device = placement.llm_load_device
     dtype = placement.llm.dtype
-    if lora is not None and placement.quantization is not None:
+    if lora is not None and (placement.quantization or not placement.load_llm):
         raise ConfigError(
-            f"{weights}: its LoRA cannot be merged into {placement.quantization} weights: "
-            f"leave the quantisation out, or use the folder that "
-            f"src/tools/merge_lora_weights.py writes."
+            f"{weights}: its LoRA can be merged neither into quantised weights nor into those of a "
+            f"server: use the folder that src/tools/merge_lora_weights.py writes."
         )
     if lora is None:
         llm = load_llm(
@@ -532,6 +531,7 @@ def load_agent_model(
             dtype=dtype,
             quantization=placement.quantization,
             tokenizer=tokenizer,
+            layers=placement.load_llm,
         )
         check_vocab_size(llm.config.vocab_size, vocabulary, str(llm_folder))
     else:
