@@ -131,7 +131,7 @@ def printable(name: str) -> str:
 
 def short_name(name: str, length: int = 60) -> str:
     """A name for a message; of a long one, its beginning and end."""
-    name = printable(name)
+    name = printable(name) or "''"
     half = length // 2
     return name if len(name) <= length else f"{name[:half]}…{name[-half:]}"
 

@@ -93,7 +93,6 @@ class Conversation:
                     part["image"] = str(path)
                     if DESCRIPTION in image.info:
                         part["description"] = image.info[DESCRIPTION]
-                        log_line(f"read back: {part['description']}")
                 parts.append(part)
                 self._print(f" [image: {part.get('image', 'not drawn')}] ")
             elif event["type"] == "image_broken":
@@ -102,6 +101,10 @@ class Conversation:
             elif event["type"] == "done":
                 answer = event["answer"]
                 self._print(f" [{answer.note}]\n" if answer.note else "\n")
+        # Both streams share a terminal: the descriptions follow the answer's last line.
+        for part in parts:
+            if "description" in part:
+                log_line(f"read back: {part['description']}")
         assert answer is not None  # every stream ends with it
         return parts, answer
 

@@ -15,6 +15,7 @@ from pathlib import Path
 from seed_multimodal.cli.common import add_json, emit, program_parser, set_flags
 from seed_multimodal.entry import DONE, SOME_FAILED, add_device, bounded_int, log_line, run_program
 from seed_multimodal.errors import ConfigError, pluralize
+from seed_multimodal.weights.catalogue import SHIPPED_TOKENIZERS
 
 
 def check(args: Namespace) -> int:
@@ -28,7 +29,9 @@ def check(args: Namespace) -> int:
         settings, tokenizer = read_run(args.files[0], args.tokenizer)
     elif args.decoder is None or args.tokenizer is None:
         raise ConfigError(
-            "Files need --decoder NAME and --tokenizer DIR; or name the YAML file of a run."
+            "Files need --decoder NAME (images with captions: lavit.caption, seed_x.caption; "
+            f"conversations: chat, seed_x.chat) and --tokenizer DIR ({SHIPPED_TOKENIZERS}); or "
+            "name the YAML file of a run."
         )
     else:
         source = {

@@ -180,6 +180,8 @@ class StoredImage:
             return read_patiently(path, functools.partial(_read_all, path, self.limits))
         except OSError as error:
             reason = str(error.strerror).lower()
+            if path.is_dir():
+                reason += "; name its files, such as FOLDER/*"
             full_path = "" if self.name == str(path) else f" ({short_name(str(path), 200)})"
             raise ImageError(f"{self.name}: {reason}{full_path}.") from error
 

@@ -17,7 +17,6 @@ optionally `special_tokens_map.json` (white space next to special tokens) and
 
 from __future__ import annotations
 
-import os
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -131,9 +130,9 @@ def read_files(folder: Path, names_image_tokens: bool = True) -> TokenizerFiles:
     """
     # 1. The files, of which two may be missing; a LaVIT folder names no image tokens.
     needed = (MODEL, ADDED) if names_image_tokens else (MODEL,)
-    if not os.path.isdir(folder):
+    if not any((folder / name).is_file() for name in needed):
         raise CheckpointError(
-            f"{folder}: no such tokenizer folder (it must have {' and '.join(needed)}); "
+            f"{folder}: no tokenizer folder (it must have {' and '.join(needed)}); "
             f"pretrained/README.md lists the original ones; {SHIPPED_TOKENIZERS}."
         )
     raw = {

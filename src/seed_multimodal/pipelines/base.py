@@ -295,7 +295,9 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         must name what to detect. Raises ConfigError: the system does not answer with boxes.
         """
         if not self.family.detects:
-            raise ConfigError(f"{self.config.name} does not support detection; SEED-X does.")
+            raise ConfigError(
+                f"{self.config.name} does not support detection; nano-x and SEED-X do."
+            )
         is_tuned = self.config.tuned
         as_request = self.tasks.detect_request if is_tuned else str
         conversations, single = image_conversations(images, phrase, as_request)

@@ -251,6 +251,7 @@ REFUSED = {
     "chat --message fox --out a.png": "a.png",
     "chat --image nowhere.png --message x": "nowhere.png",
     "chat --image -": "--message",
+    "chat --image . --message x": "name its files",
     "reconstruct {image} --codes-file nowhere.jsonl": "--codes-file",
     "reconstruct {image} --steps 0": "num_inference_steps",
     "draw apple -n 2 --codes 8": "--codes",
@@ -272,7 +273,12 @@ def test_wrong_values_are_named(seed, command):
 
 
 @pytest.mark.parametrize(
-    "command, named", [("fetch nano", "pretrained/"), ("eval vqa --images nowhere", "nowhere:")]
+    "command, named",
+    [
+        ("fetch nano", "pretrained/"),
+        ("eval vqa --images nowhere", "nowhere:"),
+        ("data check images", "seed_x.caption"),
+    ],
 )
 def test_commands_that_would_do_something_else_are_refused(capsys, command, named):
     # The first listed originals, the second asked about an image of ours.
