@@ -195,20 +195,16 @@ class SeedTokenizer(SeedEncoder, PretrainedNetwork[TokenizerConfig]):
         original weights were not trained for this and need not give a similar image.
         """
         with evaluating(self):
-            return self.decode_embeddings(self._codebook_rows(codes))
+            return self.project(self.decode_tokens(codes))
 
     @torch.no_grad()
     def decode_tokens(self, codes: Tensor) -> Tensor:
         """As `decode`, an embedding of each code, before they are pooled: `[B, 32, D]`."""
-        with evaluating(self):
-            up_BQD = self.decode_task_layer(self._codebook_rows(codes))
-            return self.decoder_tokens(up_BQD)
-
-    def _codebook_rows(self, codes: Tensor) -> Tensor:
-        """Codes `[B, 32]` → codebook rows `[B, 32, d]`, zeros for codes of -1."""
         codes = codes.to(self.query_tokens.device)
-        quant_BQd = self.quantize.lookup(codes.clamp(min=0))
-        return quant_BQd.masked_fill((codes < 0)[..., None], 0)
+        rows_BQd = self.quantize.lookup(codes.clamp(min=0))
+        rows_BQd = rows_BQd.masked_fill((codes < 0)[..., None], 0)
+        with evaluating(self):
+            return self.decoder_tokens(self.decode_task_layer(rows_BQd))
 
     def decode_embeddings(self, quant_BQd: Tensor) -> Tensor:
         """Codebook rows `[B, 32, d]`, also straight-through ones, → embeddings, with gradients."""
