@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.settings import check_settings, describe_settings, read_settings, setting
+from seed_multimodal.settings import check_settings, read_settings, setting
 
 
 @dataclass
@@ -95,16 +95,3 @@ def test_check_settings_of_an_object():
     # Settings that Python code builds have the same limits.
     with pytest.raises(ConfigError, match="width"):
         check_settings(Example(3, inner=Inner(0)), "trainer")
-
-
-def test_describe_settings_lists_every_key_with_its_default():
-    lines = describe_settings(Example, "trainer")
-    defaults = dict(line.removeprefix("trainer.").split()[0].split("=") for line in lines)
-    assert [*defaults] == [
-        *("steps", "lr", "precision", "folder", "files", "betas"),
-        *("checkpointing", "options", "inner.width", "inner.share"),
-        *("parts", "parts[].width", "parts[].share"),
-    ]
-    assert defaults["steps"] == "???" and defaults["lr"] == "0.0001"
-    assert defaults["folder"] == "null" and defaults["inner.width"] == "8"
-    assert "fp32" in lines[2]  # the choices

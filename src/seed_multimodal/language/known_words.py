@@ -46,6 +46,13 @@ class KnownWords:
         """The phrases, ready for comparisons."""
         return Phrases(self.phrases)
 
+    @cached_property
+    def in_capitals(self) -> re.Pattern[str]:
+        """Names and styles, also in capitals, and all other words in capitals: systems learned them
+        in lower case."""
+        words = _WORD.findall(" ".join([*self.names, *self.phrases.get("style", ())]))
+        return re.compile(rf"\b(?:(?i:{'|'.join(map(re.escape, words))})|[A-Z]{{2,}})\b")
+
     def unknown(self, text: str, drawing: bool = False) -> list[str]:
         """Unknown words of a text, each once, in lower case: nouns first, in order.
 

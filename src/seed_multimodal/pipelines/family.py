@@ -6,6 +6,7 @@ images ─► codes ─► prompt ids ─► language model ─► answer ids �
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
 
 from torch import Tensor, nn
@@ -16,6 +17,7 @@ from seed_multimodal.inference.backends.torch import embed_prompt, joined
 from seed_multimodal.inference.base_engine import Request
 from seed_multimodal.inference.prompt import ImageFeatures, Prompt
 from seed_multimodal.language.answer import Answer, ImagePart
+from seed_multimodal.language.known_words import read_known_words
 from seed_multimodal.language.llm import check_vocab_size
 from seed_multimodal.language.lora import load_llm_or_adapter
 from seed_multimodal.language.messages import Message
@@ -166,7 +168,21 @@ class Family:
 
         seeds: of stochastic encoders (LaVIT's).
         """
-        # All images are encoded together; the prompts use them up in the same order.
+        # 1. Words in capitals, where the system learned them in lower case.
+        if self.config.known_words is not None:
+            capitals = read_known_words(self.config.known_words).in_capitals
+            read: list[list[Message]] = []
+            for conversation in conversations:
+                read.append([])
+                for message in conversation:
+                    content = list(message.content)
+                    for index, part in enumerate(content):
+                        if message.role == "user" and type(part) is str:
+                            content[index] = capitals.sub(lambda word: word[0].lower(), part)
+                    read[-1].append(replace(message, content=tuple(content)))
+            conversations = read
+
+        # 2. All images are encoded together; the prompts use them up in the same order.
         images: list[ImageSource] = []
         image_seeds: list[int | None] = []
         for conversation, seed in zip(
@@ -180,7 +196,7 @@ class Family:
         distances = iter([image.distance for image in encoded])
         prompts = [self.prompt(conversation, task, values) for conversation in conversations]
 
-        # Unknown images of a last message are noted; earlier ones were, when they were the last.
+        # 3. Unknown images of a last message are noted; earlier ones were, when they were the last.
         for conversation, prompt in zip(conversations, prompts, strict=True):
             latest: list[float | None] = []
             for message in conversation:

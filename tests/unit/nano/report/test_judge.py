@@ -1,13 +1,10 @@
 """The judge: training on a small world, labels, features, its folder."""
 
-import json
-
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
-from seed_multimodal.errors import CheckpointError
 from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.trainer import train
 from seed_nano.report.judge import Judge, JudgeConfig, JudgeTask
@@ -63,14 +60,3 @@ def test_a_trained_judge_reads_scenes_and_finds_equal_ones(trained):
     nearest = (resized @ features.T).argmax(1)
     same = [FRESH[int(row)].key == scene.key for row, scene in zip(nearest, FRESH, strict=True)]
     assert np.mean(same) >= 0.9
-
-
-def test_from_pretrained_of_a_folder_without_a_judge(tmp_path):
-    # The folder is named.
-    with pytest.raises(CheckpointError, match=tmp_path.name):
-        Judge.from_pretrained(tmp_path)
-    Judge(JudgeConfig(layout_width=8)).save_pretrained(tmp_path)
-    config = json.loads((tmp_path / "config.json").read_text())
-    (tmp_path / "config.json").write_text(json.dumps({**config, "layout_width": 16}))
-    with pytest.raises(CheckpointError, match="layout_width|narrow|16"):
-        Judge.from_pretrained(tmp_path)

@@ -4,7 +4,9 @@ import pytest
 from repository import ROOT
 
 from seed_multimodal.language.known_words import KnownWords, read_known_words
+from seed_multimodal.language.messages import user_message
 from seed_multimodal.language.prompts import SEED_X_TASKS
+from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_nano.world.records import KINDS, record_at, texts_of
 from seed_nano.world.things import write_known_words
 
@@ -72,3 +74,12 @@ def test_unknown_of_requests(request_text, unknown, unknown_drawn, known):
 )
 def test_contradictions_of_a_description(known, request_, description, differences):
     assert known.compared.contradictions(["Here it is.", request_], description) == differences
+
+
+@pytest.mark.parametrize("name", ["nano", "nano-x", "nano-lavit"])
+def test_names_in_capitals_are_read_as_learned(name):
+    # People type "Draw a Cat."; the models have never seen a capital there.
+    system = MultimodalSystem.from_pretrained(name, device="cpu", log=None)
+    texts = ("a Noto CAT LEFT OF a fire Truck", "a noto cat left of a fire truck")
+    first, second = system.family.prompts([*map(user_message, texts)], "draw")
+    assert first.ids == second.ids
