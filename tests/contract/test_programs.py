@@ -156,6 +156,7 @@ REFUSED: dict[str, str] = {
     f"seed assemble lavit {NO_PARTS}": "--llm",
     "seed fetch absent": "absent",
     "seed eval tokenizer --model {seed} --data absent --out out": "absent",
+    "seed eval prefix --model {seed} --data absent --out out": "absent",
     "seed eval suite --model {seed} --data absent --out out": "absent",
     "seed eval vqa --model {seed} --questions absent.json --out out": "absent.json",
     "seed eval caption --model {seed} --captions absent.json --out out": "absent.json",
