@@ -15,6 +15,7 @@ import json
 import random
 import shutil
 from collections.abc import Iterator, Sequence
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -22,6 +23,7 @@ from torch import Tensor
 
 from seed_multimodal.cli.common import program_parser
 from seed_multimodal.data.formats.shards import write_shard
+from seed_multimodal.disk import JsonObject
 from seed_multimodal.entry import DONE, run_program
 from seed_multimodal.images.transforms import normalise
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
@@ -29,6 +31,7 @@ from seed_multimodal.models.seed.modeling import Seed2Tokenizer
 from seed_multimodal.state_dicts import load_state_dict, save_state_dict
 from seed_nano.train.task import scene_pixels
 from seed_nano.world.records import record_at, scenes_of, with_images
+from seed_nano.world.scene import Scene
 
 BATCH = 256  # scenes that are encoded at once
 SEED = 32  # of the order and the records
@@ -76,6 +79,11 @@ def by_slot(rows: Tensor, order: Sequence[int]) -> Tensor:
     return rows.unflatten(0, (len(order), -1))[order].flatten(0, 1)
 
 
+def codes_part(codes: Sequence[int], scene: Scene) -> JsonObject:
+    """What stands for a scene in a record."""
+    return {"codes": list(codes)}
+
+
 @torch.no_grad()
 def write_draw_records(
     nano: Path, file: Path, order: Sequence[int], split: str, number: int
@@ -94,7 +102,7 @@ def write_draw_records(
             )
             rows = in_order(codes, order, section).tolist()
             for index, record, row in zip(indices, records, rows, strict=True):
-                content = with_images(record, lambda scene, row=row: {"codes": row})
+                content = with_images(record, partial(codes_part, row))
                 yield f"draw-{index:06d}", {"json": json.dumps(content).encode()}
 
     write_shard(file, samples())
