@@ -36,7 +36,7 @@ def trained(tmp_path_factory) -> Judge:
     config = JudgeConfig(image_size=32, widths=(16, 24), blocks=(0, 1))
     device = torch.device("cpu")
     task = JudgeTask(settings, folder / "judge", device, config, few_things, probes=4)
-    train(task, settings, folder)
+    train(task, folder)
     return Judge.from_pretrained(folder / "judge")
 
 
