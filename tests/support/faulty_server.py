@@ -25,22 +25,21 @@ ERRORS = (
     (RuntimeError, "DefaultCPUAllocator: not enough memory (injected)"),
 )
 # Functions of each part and their relative rates of failure: `decode` runs for each token.
-PARTS: tuple[tuple[Any, str, float], ...] = (
+PARTS = (
     (TorchBackend, "prefill", 1.0),
     (TorchBackend, "decode", 0.05),
-    (DynamicBatcher, "_compute", 1.0),  # encoding and drawing of images
     (StoredImage, "decode", 1.0),
 )
 
 
-def failing(function: Callable[..., Any], share: float, rng: random.Random) -> Callable[..., Any]:
+def failing(function: Callable[..., Any], share: float) -> Callable[..., Any]:
     """The function, of which this share of the calls raises an error instead."""
 
     @functools.wraps(function)
     def call(*arguments: Any, **options: Any) -> Any:
-        if rng.random() < share:
+        if random.random() < share:
             # A new error each time: one that is raised again keeps the frames of every raise.
-            kind, text = rng.choice(ERRORS)
+            kind, text = random.choice(ERRORS)
             raise kind(text)
         return function(*arguments, **options)
 
@@ -48,10 +47,15 @@ def failing(function: Callable[..., Any], share: float, rng: random.Random) -> C
 
 
 if __name__ == "__main__":
-    rng = random.Random(0)
+    random.seed(0)
     share = float(sys.argv.pop(1))
     for owner, name, weight in PARTS:
-        setattr(owner, name, failing(getattr(owner, name), share * weight, rng))
+        setattr(owner, name, failing(getattr(owner, name), share * weight))
+    # Encoding and drawing of images.
+    with_work = DynamicBatcher.__init__
+    DynamicBatcher.__init__ = lambda batcher, work, **options: with_work(
+        batcher, failing(work, share), **options
+    )
     program = str(ROOT / "gradio_demo" / "seed_llama_flask.py")
     sys.argv[0] = program
     runpy.run_path(program, run_name="__main__")
