@@ -5,6 +5,7 @@ images ─► codes ─► prompt ids ─► language model ─► answer ids �
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any, ClassVar, Literal, Self
@@ -171,16 +172,10 @@ class Family:
         # 1. Words in capitals, where the system learned them in lower case.
         if self.config.known_words is not None:
             capitals = read_known_words(self.config.known_words).in_capitals
-            read: list[list[Message]] = []
-            for conversation in conversations:
-                read.append([])
-                for message in conversation:
-                    content = list(message.content)
-                    for index, part in enumerate(content):
-                        if message.role == "user" and type(part) is str:
-                            content[index] = capitals.sub(lambda word: word[0].lower(), part)
-                    read[-1].append(replace(message, content=tuple(content)))
-            conversations = read
+            conversations = [
+                [in_lower_case(message, capitals) for message in conversation]
+                for conversation in conversations
+            ]
 
         # 2. All images are encoded together; the prompts use them up in the same order.
         images: list[ImageSource] = []
@@ -205,7 +200,9 @@ class Family:
                 for item in inputs:
                     is_new = is_image(item)
                     latest.append(next(distances) if is_new else getattr(item, "distance", None))
-            prompt.note = unknown_images_note(latest, self.config.known_images, self.config.notice)
+            if latest:
+                known = self.config.known_images
+                prompt.note = unknown_images_note(latest, known, self.config.notice)
         return prompts
 
     def encode(
@@ -257,6 +254,17 @@ class Family:
             else:
                 parts.append(self.images.check_codes([item])[0].tolist())
         return parts
+
+
+def in_lower_case(message: Message, capitals: re.Pattern[str]) -> Message:
+    """A user's message with the words of a pattern in lower case."""
+    if message.role != "user":
+        return message
+    content = [
+        capitals.sub(lambda word: word[0].lower(), part) if type(part) is str else part
+        for part in message.content
+    ]
+    return replace(message, content=tuple(content))
 
 
 def load_language_model(
