@@ -139,11 +139,12 @@ class Page:
         return " ".join(element.text for element in self.all(selector))
 
     def click(self, selector: str) -> None:
-        self.until(
-            lambda: self.all(selector) and self.all(selector)[-1].is_enabled(),
-            f"{selector} to be ready",
+        # One script: Gradio disables buttons while an answer grows.
+        script = (
+            "const last = [...document.querySelectorAll(arguments[0])].at(-1);"
+            "if (last && !last.disabled) return last.click() || true"
         )
-        self.browser.execute_script("arguments[0].click()", self.all(selector)[-1])
+        self.until(lambda: self.browser.execute_script(script, selector), f"{selector} to be ready")
 
     def tab(self, name: str) -> None:
         self.until(
@@ -244,7 +245,9 @@ def test_a_chat_with_images_in_both_directions(page: Page):
     )
     page.answered(2)
 
+    second = page.images("#chat .bot")
     page.click("#chat button[aria-label=Retry]")
+    page.until(lambda: page.images("#chat .bot") != second, "the answer to begin")
     page.click("#chat button[aria-label=Undo]")
     page.until(lambda: not page.images("#chat .bot"), "the drawing to be taken back")
     page.until(

@@ -177,6 +177,10 @@ class ChatSession:
 
         settings: as of `request`.
         """
+        if self.before is None:  # taken back before its begin
+            yield self.updates()
+            return
+
         # 1. The page shows the message at once, and an empty answer.
         *messages, answer = self.turns
         box = gr.update(submit_btn=False, stop_btn=True)

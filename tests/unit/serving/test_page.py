@@ -217,7 +217,7 @@ def test_reply_gives_the_message_back_without_a_backend(session, address, file):
     assert after == before and len(before[1]) == 2
 
 
-@pytest.mark.parametrize("updates, clear", [(1, False), (2, False), (2, True)])
+@pytest.mark.parametrize("updates, clear", [(0, False), (1, False), (2, False), (2, True)])
 def test_reply_ends_where_it_is_cancelled(session, updates, clear):
     # As Gradio does it for Stop: without an answer the message returns, part of one stays.
     async def stopped():
@@ -233,7 +233,9 @@ def test_reply_ends_where_it_is_cancelled(session, updates, clear):
     asyncio.run(stopped())
     stored, chat, box = session.on_new() if clear else session.on_stop()
     assert stored["turns"] == turns.stored_turns(session.turns)
-    assert ("value" in box) == (updates == 1)
+    assert ("value" in box) == (updates < 2)
+    if not updates:  # an answer taken back before its begin
+        assert len(all_of(session.reply(*FORCED))) == 1
     assert len(chat) == (3 if updates > 1 and not clear else 0)
     assert not chat or chat[2]["metadata"]["title"] == "Stopped."
     n_turns = len(session.turns)
@@ -250,11 +252,9 @@ def test_on_choose_names_a_file_that_is_no_image(session, file, tmp_path):
 
 
 def test_reset_removes_the_visitors_images(session, file, tmp_path):
-    # What visitors have shown does not stay on the disk.
     send(session, "What is it?", file)
     assert len(list(tmp_path.rglob("*.png"))) == 2
     session.reset()
-    # Gradio removes uploads after an hour.
     assert [*tmp_path.rglob("*.png")] == [Path(file)] and session.turns == []
 
 
@@ -262,7 +262,6 @@ def test_reset_removes_the_visitors_images(session, file, tmp_path):
 
 
 def test_an_example_is_answered_and_offers_what_follows(session):
-    # Examples without their images are not offered.
     for name, card in model_cards().items():
         assert session_of("", name).examples == [*card.examples] != []
     examples = session.examples
