@@ -252,9 +252,11 @@ def test_on_choose_names_a_file_that_is_no_image(session, file, tmp_path):
 
 
 def test_reset_removes_the_visitors_images(session, file, tmp_path):
+    # What visitors have shown does not stay on the disk.
     send(session, "What is it?", file)
     assert len(list(tmp_path.rglob("*.png"))) == 2
     session.reset()
+    # Gradio removes uploads after an hour.
     assert [*tmp_path.rglob("*.png")] == [Path(file)] and session.turns == []
 
 
@@ -262,6 +264,7 @@ def test_reset_removes_the_visitors_images(session, file, tmp_path):
 
 
 def test_an_example_is_answered_and_offers_what_follows(session):
+    # Examples without their images are not offered.
     for name, card in model_cards().items():
         assert session_of("", name).examples == [*card.examples] != []
     examples = session.examples
