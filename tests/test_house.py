@@ -2,6 +2,7 @@
 
 import ast
 import functools
+import graphlib
 import re
 import sys
 import tomllib
@@ -173,30 +174,10 @@ def import_graph(package: Path) -> dict[str, set[str]]:
     return graph
 
 
-def circles(graph: dict[str, set[str]]) -> set[str]:
-    """Names of the modules that import each other, directly or not, by circle."""
-    reached = {}
-    for start in graph:
-        modules: set[str] = set()
-        waiting = [start]
-        while waiting:
-            for module in graph[waiting.pop()] - modules:
-                modules.add(module)
-                waiting.append(module)
-        reached[start] = modules
-    found = set()
-    for name in graph:
-        circle = {module for module in reached[name] if name in reached[module]}
-        if circle:
-            found.add(" ".join(sorted(circle)))
-    return found
-
-
-@pytest.mark.slow
-def test_no_modules_import_each_other():
-    assert circles({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": {"a"}}) == {"b c"}
-    for package in (PACKAGE, ROOT / "SEED_Tokenizer" / "seed_lavis"):
-        assert circles(import_graph(package)) == set()
+@pytest.mark.parametrize("package", [PACKAGE, ROOT / "SEED_Tokenizer" / "seed_lavis"])
+def test_no_modules_import_each_other(package):
+    # A circle is a CycleError, which names its modules.
+    graphlib.TopologicalSorter(import_graph(package)).prepare()
 
 
 def rank(name: str) -> int:
