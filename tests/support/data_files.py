@@ -52,6 +52,11 @@ def lines(path: Path, records: Iterable[dict[str, Any] | str]) -> Path:
     return write(path, "".join(f"{text}\n" for text in texts))
 
 
+def fields_of(source: Any) -> list[dict[str, Any]]:
+    """The fields of all records."""
+    return [source.read(index).fields for index in range(len(source))]
+
+
 def learned(sequence: TrainingSequence) -> list[int]:
     """Labels without those that are ignored."""
     return [label for label in sequence.labels if label != IGNORE_INDEX]

@@ -180,14 +180,14 @@ def saved(folder: Path, name: str = "toy") -> dict[str, Any]:
     }
 
 
-def content(folder: Path, name: str = "toy") -> dict[str, bytes]:
-    """Every file of a stage's newest checkpoint."""
-    return {path.name: path.read_bytes() for path in newest(folder, name).iterdir()}
+def content(folder: Path) -> dict[str, bytes]:
+    """Every file of the newest checkpoint."""
+    return {path.name: path.read_bytes() for path in newest(folder).iterdir()}
 
 
-def read_losses(folder: Path, rank: int = 0) -> dict[int, float]:
+def read_losses(folder: Path) -> dict[int, float]:
     """The last loss of each micro-step (a killed run repeats its unsaved steps)."""
-    file = folder / f"losses.{rank}.txt"
+    file = folder / "losses.0.txt"
     # A line may be half written.
     pairs = [line.split() for line in file.read_text().splitlines()] if file.is_file() else []
     return {int(pair[0]): float.fromhex(pair[1]) for pair in pairs if len(pair) == 2}

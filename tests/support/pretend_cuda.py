@@ -133,9 +133,7 @@ def _answer_questions(library: ctypes.CDLL) -> None:
         index = None if device is None else torch.device(device).index
         return library.pretend_current_device() if index is None else index
 
-    def exchange_device(index: int) -> int:
-        before = library.pretend_exchange_device(index)
-        return before
+    exchange_device = library.pretend_exchange_device
 
     def set_device(device: Any) -> None:
         exchange_device(index_of(device))

@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 from data_files import lines
-from llm_runs import COLOURS, TRAINER, merged, write_llama
+from llm_runs import COLOURS, OPTIM, TRAINER, merged, write_llama
 from PIL import Image
 from tiny import spread
 from tiny.lavit import CODES, PATCHES, SIZE, TOKENIZER
@@ -105,12 +105,7 @@ def config_of(folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
             "data": data_of(folder),
             "model": {"path": str(folder / "llm"), "dtype": "fp32"},
             "trainer": {**TRAINER, "max_steps": 6},
-            "optim": {
-                "learning_rate": 5.0e-3,
-                "part_rates": VISUAL_RATES,
-                "warmup_ratio": 0.1,
-                "min_lr_ratio": 0.1,
-            },
+            "optim": {**OPTIM, "learning_rate": 5.0e-3, "part_rates": VISUAL_RATES},
             "visual_encoder": {"path": str(folder / "visual")},
         },
         changes,

@@ -58,12 +58,10 @@ def wait_until(
     waiting.wait_until(lambda: true() or process.poll() is not None, seconds)
 
 
-def kill_when(
-    true: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 200
-) -> str:
+def kill_when(true: Callable[[], bool], process: subprocess.Popen[str]) -> str:
     """Kill a process once `true()`; returns its last output (stderr, if that is a separate
     pipe)."""
-    wait_until(true, process, seconds)
+    wait_until(true, process)
     kill(process)
     output, errors = process.communicate(timeout=60)
     assert process.returncode == -signal.SIGKILL, errors or output

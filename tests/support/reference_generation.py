@@ -28,16 +28,13 @@ def generate(
     prompts: Sequence[Prompt],
     settings: GenerationSettings,
     seeds: Sequence[int] | None = None,
-    end_ids: Sequence[int] | None = None,
 ) -> list[list[int]]:
     """The ids of each answer, one prompt after the other, with `prompt.answered` and a forced
     `<img>` first."""
     answers = []
     for index, prompt in enumerate(prompts):
         seed = settings.seed if seeds is None else seeds[index]
-        answers += _generate(
-            llm, tokenizer, prompt, settings, seed, list(end_ids or [tokenizer.eos_token_id])
-        )
+        answers += _generate(llm, tokenizer, prompt, settings, seed)
     return answers
 
 
@@ -47,7 +44,6 @@ def _generate(
     prompt: Prompt,
     settings: GenerationSettings,
     seed: int | None,
-    end_ids: list[int],
 ) -> list[list[int]]:
     from transformers import GenerationConfig, LogitsProcessorList, StoppingCriteriaList
 
@@ -60,6 +56,7 @@ def _generate(
     stops = StopTexts(tokenizer, settings, initial_ids)
 
     # The rules of images, in front of those of repetition and length.
+    end_ids = [tokenizer.eos_token_id]
     processors = build_processors(settings, end_ids, embeds.device)
     if settings.constrain:
         opened = initial_ids[-1:] == [vocabulary.boi_id]

@@ -5,7 +5,7 @@ from typing import Any
 
 import torch
 from data_files import lines
-from llm_runs import COLOURS, SIZES, TRAINER, merged, write_llama
+from llm_runs import COLOURS, OPTIM, SIZES, TRAINER, merged, write_llama
 from PIL import Image
 from tiny.seed_x import READS, TOWER, VIEW, WRITES, write_seed_x_tokenizer
 
@@ -148,12 +148,7 @@ def config_of(
             "trainer": TRAINER,
             "agent": RESAMPLERS,
             "visual_encoder": {"path": str(folder / "vision")},
-            "optim": {
-                "name": "adamw",
-                "learning_rate": 1.0e-2,
-                "warmup_ratio": 0.1,
-                "min_lr_ratio": 0.1,
-            },
+            "optim": OPTIM,
         },
         changes,
     )

@@ -186,19 +186,19 @@ class PlainTower(nn.Module):
         return self.conv(pixels).flatten(2).mT
 
 
-def write_sd1(folder: Path, *, text: bool = True, checker: bool = False) -> Path:
-    """Stable Diffusion 1; `checker` adds one that flags every image."""
+def write_sd1(folder: Path) -> Path:
+    """Stable Diffusion 1 without a safety checker."""
     from diffusers import PNDMScheduler, StableDiffusionPipeline
 
-    parts = safety_checker(True) if checker else {"safety_checker": None, "feature_extractor": None}
     StableDiffusionPipeline(
         vae=kl(),
-        text_encoder=clip_text_encoder() if text else None,
-        tokenizer=_clip_tokenizer(folder) if text else None,
+        text_encoder=clip_text_encoder(),
+        tokenizer=_clip_tokenizer(folder),
         unet=unet(sdxl=False, cross_attention_dim=TEXT_WIDTH, attention_head_dim=2),
         scheduler=PNDMScheduler(**SCHEDULE, skip_prk_steps=True, set_alpha_to_one=False),
-        requires_safety_checker=checker,
-        **parts,
+        requires_safety_checker=False,
+        safety_checker=None,
+        feature_extractor=None,
     ).save_pretrained(folder)
     return folder
 
@@ -243,8 +243,8 @@ def _clip_tokenizer(folder: Path) -> Any:
     return CLIPTokenizer.from_pretrained(tokenizer_dir, model_max_length=TEXT_TOKENS)
 
 
-def safety_checker(flags: bool) -> dict[str, Any]:
-    """A safety checker that flags every image, or none, and its preprocessing."""
+def safety_checker() -> dict[str, Any]:
+    """A safety checker that flags no image, and its preprocessing."""
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPConfig, CLIPImageProcessor
 
@@ -260,8 +260,8 @@ def safety_checker(flags: bool) -> dict[str, Any]:
         CLIPConfig(text_config=sizes, vision_config=vision, projection_dim=6)
     ).eval()
     with torch.no_grad():
-        # Thresholds of cosines: each is larger than -2, none is larger than 2.
-        model.concept_embeds_weights.fill_(-2.0 if flags else 2.0)
+        # Thresholds of cosines, of which none is larger.
+        model.concept_embeds_weights.fill_(2.0)
         model.special_care_embeds_weights.fill_(2.0)
     processor = CLIPImageProcessor(size={"shortest_edge": 8}, crop_size={"height": 8, "width": 8})
     return {"safety_checker": model, "feature_extractor": processor}

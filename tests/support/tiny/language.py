@@ -65,8 +65,6 @@ def write_hub_tokenizer(
     folder: Path,
     texts: Iterable[str],
     case: TemplateCase = CHATML_CASE,
-    *,
-    vocab_size: int = 300,
 ) -> Path:
     """Train a small BPE tokenizer and write its files, with ChatML as its chat template."""
     write_bpe_tokenizer(
@@ -78,6 +76,6 @@ def write_hub_tokenizer(
         pad=case.pad,
         bos=case.bos,
         added=case.added,
-        vocab_size=vocab_size,
+        vocab_size=300,
     )
     return folder

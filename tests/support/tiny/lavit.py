@@ -63,16 +63,16 @@ def visual_weight(model: DynamicTokenizer) -> dict[str, Tensor]:
     return {key: value for key, value in model.state_dict().items() if key.startswith(names)}
 
 
-def build_lavit(folder: str | Path, seed: int = 0, hub: bool = False) -> Path:
+def build_lavit(folder: str | Path, hub: bool = False) -> Path:
     """Write a system folder and return it; `hub`: with a Qwen 3 and a hub tokenizer."""
     root = Path(folder)
     write = write_hub_language if hub else write_language
-    text_tokenizer = write(root / "llm", seed)
+    text_tokenizer = write(root / "llm")
     # Understanding has a merger of its own, trained with the language model.
-    second = dynamic_tokenizer(seed, merger=seed + 1)
-    dynamic_tokenizer(seed).save_pretrained(root / "tokenizer")
+    second = dynamic_tokenizer(merger_seed=101)
+    dynamic_tokenizer().save_pretrained(root / "tokenizer")
     save_state_dict(visual_weight(second), root / "tokenizer" / VISUAL_WEIGHTS)
-    torch.manual_seed(seed)
+    torch.manual_seed(0)
     spread(CodeDecoder(DECODER)).eval().save_pretrained(root / "decoder")
     write_pixels(root / "pixels")
     drawn = {"max_new_tokens": text_tokenizer.vocabulary.tokens_per_image, "min_new_tokens": 4}
@@ -90,12 +90,12 @@ def build_lavit(folder: str | Path, seed: int = 0, hub: bool = False) -> Path:
     return root
 
 
-def dynamic_tokenizer(seed: int = 0, merger: int | None = None) -> DynamicTokenizer:
-    """A tokenizer; `merger`: seed of a different token merger and projector."""
-    torch.manual_seed(seed)
+def dynamic_tokenizer(merger_seed: int | None = None) -> DynamicTokenizer:
+    """A tokenizer; `merger_seed`: of a different token merger and projector."""
+    torch.manual_seed(0)
     model = spread(DynamicTokenizer(TOKENIZER))
-    if merger is not None:
-        torch.manual_seed(100 + merger)
+    if merger_seed is not None:
+        torch.manual_seed(merger_seed)
         spread(model.causal_encoder)
         spread(model.vit_proj)
     return model.requires_grad_(False).eval()
@@ -131,20 +131,20 @@ def write_tokenizer_of(kind: str, folder: Path, config: Any, **sizes: int) -> Dy
     return model
 
 
-def write_hub_language(folder: Path, seed: int) -> HubLavitTokenizer:
+def write_hub_language(folder: Path) -> HubLavitTokenizer:
     """As `write_language`."""
     hub = write_hub_tokenizer(folder, SENTENCES)
     HubLavitTokenizer.create(hub, CODES, PATCHES).save_pretrained(folder)
     tokenizer = HubLavitTokenizer.from_pretrained(folder)
     ids = dict(tokenizer.special_ids)
-    random_llm("qwen3", len(tokenizer), seed, **ids).save_pretrained(folder)
+    random_llm("qwen3", len(tokenizer), **ids).save_pretrained(folder)
     return tokenizer
 
 
-def write_language(folder: Path, seed: int, patches: int = PATCHES) -> LavitTokenizer:
+def write_language(folder: Path) -> LavitTokenizer:
     """A language model with its tokenizer in the same folder."""
-    tokenizer = train_text_tokenizer(LavitTokenizer, SENTENCES, folder, 330, CODES, patches)
-    torch.manual_seed(seed)
+    tokenizer = train_text_tokenizer(LavitTokenizer, SENTENCES, folder, 330, CODES, PATCHES)
+    torch.manual_seed(0)
     llama(tokenizer.vocabulary.size, mlp_width=48, context=256).save_pretrained(folder)
     return tokenizer
 
@@ -160,12 +160,6 @@ def write_pixels(folder: Path) -> None:
     )
 
 
-def lavit_unet(head: Head, **changes: Any) -> Any:
-    """A U-Net which tells conditions apart."""
-    model = unet(sdxl=head == "highres", **changes)
-    return spread(model, 0.5, ("attn2", "add_embedding"))
-
-
 def empty_text() -> Tensor:
     return torch.randn(1, EMPTY_TOKENS, CROSS, generator=torch.Generator().manual_seed(2))
 
@@ -178,10 +172,12 @@ def write_lavit_diffusion(folder: Path, head: Head) -> Path:
     kl(**SDXL_VAE).save_pretrained(folder / "vae")
     scheduler = DDIMScheduler(**SCHEDULE, clip_sample=False, set_alpha_to_one=False)
     scheduler.save_pretrained(folder / "scheduler")
-    lavit_unet(head).save_pretrained(folder / "unet", safe_serialization=False)
+    # It tells conditions apart.
+    network = spread(unet(sdxl=head == "highres"), 0.5, ("attn2", "add_embedding"))
+    network.save_pretrained(folder / "unet", safe_serialization=False)
     if head == "lowres":
         torch.save(empty_text(), folder / "uncond_embeddings.bin")
-        for name, part in safety_checker(False).items():
+        for name, part in safety_checker().items():
             part.save_pretrained(folder / name)
     return folder
 

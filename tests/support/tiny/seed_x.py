@@ -49,27 +49,19 @@ READS = ResamplerConfig(grid_size=2, embed_dim=LLM_WIDTH, num_heads=2, kv_dim=FE
 WRITES = ResamplerConfig(grid_size=2, embed_dim=FEATURES, num_heads=2, kv_dim=LLM_WIDTH)
 
 
-def build_seed_x(
-    folder: str | Path,
-    *,
-    stage: int = 1,
-    tuned: bool = True,
-    seed: int = 0,
-    context: int = 512,
-    hub: bool = False,
-) -> Path:
+def build_seed_x(folder: str | Path, *, stage: int = 1, hub: bool = False) -> Path:
     """Write a system folder with a de-tokenizer of that stage, and return it.
 
     hub: with a Qwen 3 and a hub tokenizer.
     """
     root = Path(folder)
     if hub:
-        write_hub_parts(root, seed)
+        write_hub_parts(root)
     else:
         tokenizer = write_seed_x_tokenizer(root / "tokenizer")
-        write_llm(root / "llm", len(tokenizer), seed, context)
-    write_agent(root / "agent", seed)
-    write_tower(root / "vision", seed)
+        write_llm(root / "llm", len(tokenizer))
+    write_agent(root / "agent")
+    write_tower(root / "vision")
     write_sdxl(root / "sdxl", complete=False)
     random_adapter(stage).save_pretrained(root / "detokenizer")
     # Short answers, and drawings of a few words.
@@ -77,7 +69,7 @@ def build_seed_x(
         root / "system.json",
         {
             "system": "seed_x",
-            "tuned": tuned,
+            "tuned": True,
             "grids": ["1x1", "2x1", "1x2", "2x2"],
             "generation": {"max_new_tokens": 12, "do_sample": False},
             "tasks": {"draw_words": 6, "edit_words": 6},
@@ -100,7 +92,7 @@ def build_released_seed_x(base: str | Path) -> Path:
         write_agent(root / name / "agent", index)
         _as_torch(root / name / "agent" / "model.safetensors", "pytorch_model.bin")
     # One vision encoder, and de-tokenizers of both stages.
-    write_tower(root / "QwenViT", 0)
+    write_tower(root / "QwenViT")
     _as_torch(root / "QwenViT" / "model.safetensors", "qwen_vit_G.pt")
     write_sdxl(root / "stable-diffusion-xl-base-1.0", complete=False)
     for stage, name in enumerate(("first_stage", "second_stage"), 1):
@@ -179,20 +171,18 @@ def write_seed_x_tokenizer(folder: Path) -> MultimodalTokenizer:
     )
 
 
-def write_hub_parts(root: Path, seed: int) -> None:
+def write_hub_parts(root: Path) -> None:
     """A hub tokenizer with SEED-X's tokens, and a language model with its rows."""
     hub = write_hub_tokenizer(root / "hub", SENTENCES)
     tokenizer = HubTokenizer.create(hub, 6, WORDS, n_locations=GRID)
     tokenizer.save_pretrained(root / "tokenizer")
     ids = dict(tokenizer.special_ids)
-    random_llm("qwen3", len(tokenizer), seed, **ids).save_pretrained(root / "llm")
+    random_llm("qwen3", len(tokenizer), **ids).save_pretrained(root / "llm")
 
 
-def write_llm(
-    folder: Path, n_words: int, seed: int = 0, context: int = 512, **options: Any
-) -> None:
+def write_llm(folder: Path, n_words: int, seed: int = 0, **options: Any) -> None:
     torch.manual_seed(seed)
-    llama(n_words, context=context).save_pretrained(folder, **options)
+    llama(n_words).save_pretrained(folder, **options)
 
 
 def random_agent(llm: Any, seed: int = 0) -> ContinuousLVLM:
@@ -213,6 +203,6 @@ def write_agent(folder: Path, seed: int = 0) -> None:
     )
 
 
-def write_tower(folder: Path, seed: int = 0) -> None:
-    torch.manual_seed(20 + seed)
+def write_tower(folder: Path) -> None:
+    torch.manual_seed(20)
     spread(QwenVit(TOWER), 0.4).save_pretrained(folder)

@@ -11,9 +11,9 @@ from seed_multimodal.evaluation.clip import clip_texts
 from seed_multimodal.evaluation.retrieval import retrieval
 
 
-def lavis_ranks(scores: np.ndarray, k_test: int) -> np.ndarray:
-    """LAVIS's computation: scores below the top k_test become -100, ranks by argsort."""
-    best = np.argsort(-scores)[:, :k_test]
+def lavis_ranks(scores: np.ndarray) -> np.ndarray:
+    """LAVIS's computation: scores below the top 20 become -100, ranks by argsort."""
+    best = np.argsort(-scores)[:, :20]
     kept = np.full_like(scores, -100.0)
     np.put_along_axis(kept, best, np.take_along_axis(scores, best, 1), 1)
     return np.argsort(np.argsort(-kept, kind="stable"), kind="stable")
@@ -39,9 +39,9 @@ def test_retrieval_equals_lavis():
     scores = retrieval(images, encoder(captions, texts), captions)
 
     cosines = (images @ texts.T).numpy()
-    to_text = lavis_ranks(cosines, k_test=20)
+    to_text = lavis_ranks(cosines)
     best_text = np.array([to_text[image, owner == image].min() for image in range(60)])
-    image_rank = lavis_ranks(cosines.T, k_test=20)[np.arange(len(owner)), owner]
+    image_rank = lavis_ranks(cosines.T)[np.arange(len(owner)), owner]
     for name, order in (("txt", best_text), ("img", image_rank)):
         recalls = [100 * (order < level).mean() for level in (1, 5, 10)]
         assert [scores["lavis"][f"{name}_r{level}"] for level in (1, 5, 10)] == pytest.approx(

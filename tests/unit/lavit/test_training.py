@@ -32,9 +32,9 @@ def features() -> Tensor:
     return toy.images(6)[0]
 
 
-def gumbel(seed: int, count: int = 6) -> Tensor:
+def gumbel(seed: int) -> Tensor:
     generator = torch.Generator().manual_seed(seed)
-    return -torch.empty(count, toy.PATCHES, 2).exponential_(generator=generator).log()
+    return -torch.empty(6, toy.PATCHES, 2).exponential_(generator=generator).log()
 
 
 def kept_rows(model: LavitStage1, features: Tensor, keep: Tensor) -> list[Tensor]:

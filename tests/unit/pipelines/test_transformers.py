@@ -56,9 +56,9 @@ def user(*content: object) -> list[dict]:
     return [{"role": "user", "content": parts}]
 
 
-def inputs_of(pipe, messages, **options):
+def inputs_of(pipe, messages):
     return pipe.processor.apply_chat_template(
-        messages, tokenize=True, return_dict=True, add_generation_prompt=True, **options
+        messages, tokenize=True, return_dict=True, add_generation_prompt=True
     )
 
 

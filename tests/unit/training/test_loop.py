@@ -57,8 +57,6 @@ def run_square(
     folder: Any,
     model: nn.Module,
     scale: Callable[[int], float] = lambda step: 1.0,
-    name: str = "toy",
-    methods: Any = None,
     optimizer: Any = None,
     **settings: Any,
 ) -> None:
@@ -70,7 +68,7 @@ def run_square(
 
     choices = {"batch_size": 2, "warmup_steps": 1, "logging_steps": 1, **settings}
     stage = StageSettings(**choices)
-    toy.run_stage(name, model, loss, stage, folder, methods=methods, optimizer=optimizer)
+    toy.run_stage("toy", model, loss, stage, folder, optimizer=optimizer)
 
 
 def test_fp16_skips_steps_that_overflow(tmp_path):

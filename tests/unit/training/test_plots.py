@@ -11,9 +11,9 @@ from seed_multimodal.cli.main import main
 from seed_multimodal.training.plots import read_log, save_curves
 
 
-def write_log(folder: Path, name: str = "stage2", lines: Any = None) -> Path:
+def write_log(folder: Path, lines: Any = None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
-    log = folder / f"{name}.log.jsonl"
+    log = folder / "stage2.log.jsonl"
     values = {"loss_itc": 0.5, "lr": 1e-3, "samples_per_s": 80.0, "codebook_used": 0.4}
     lines = lines or [
         json.dumps({"step": step, "loss": 2.0 / step, **values}) for step in range(1, 9)

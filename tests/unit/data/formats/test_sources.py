@@ -8,7 +8,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow as pa
 import pytest
-from data_files import lines, write
+from data_files import fields_of, lines, write
 from installed_package import install
 from pyarrow import parquet
 from real_processes import run_process
@@ -17,7 +17,7 @@ from repository import ROOT
 from seed_multimodal.data.formats.contents import expand_pattern
 from seed_multimodal.data.formats.record import BadRecord, find_image
 from seed_multimodal.data.formats.shards import write_shard
-from seed_multimodal.data.formats.sources import FileRecords, open_records
+from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.errors import ConfigError, DataError
 
 ITEMS = [
@@ -27,10 +27,6 @@ ITEMS = [
     {"text": "𝄞" * 50, "b": True},
 ]
 BOM = b"\xef\xbb\xbf"
-
-
-def fields(source: FileRecords) -> list[dict]:
-    return [source.read(index).fields for index in range(len(source))]
 
 
 def text_lines(end: str = "\n") -> bytes:
@@ -55,7 +51,7 @@ def test_open_records_of_lines_and_lists(tmp_path, name):
     content, last = CONTENTS[name]
     path = write(tmp_path / name, content)
     source = open_records(path)
-    assert fields(source) == ITEMS
+    assert fields_of(source) == ITEMS
     record = source.read(3)
     assert (record.key, record.location) == (last, f"{path}: {last}")
 
@@ -115,7 +111,7 @@ def test_open_records_of_a_broken_file(tmp_path, name):
     # One line that begins with the file.
     path = write(tmp_path / name, FAULTS[name])
     with pytest.raises(DataError) as error:
-        fields(open_records(path))
+        fields_of(open_records(path))
     assert str(error.value).startswith(f"{path}: ")
     assert "\n" not in str(error.value)
 

@@ -16,7 +16,7 @@ import numpy as np
 import pyarrow
 import pyarrow.parquet
 import pytest
-from data_files import jpeg, lines
+from data_files import fields_of, jpeg, lines
 from fsspec.implementations.local import LocalFileSystem
 from real_processes import free_port, run_process
 from waiting import wait_until
@@ -64,8 +64,7 @@ def write_formats(folder: Path) -> None:
 
 
 def fields(name: str, **options: object) -> list[object]:
-    source = open_records(name, **options)
-    return [source.read(index).fields for index in range(len(source))]
+    return fields_of(open_records(name, **options))
 
 
 # ---- a real server

@@ -7,6 +7,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import pytest
+from data_files import fields_of
 from PIL import Image
 from random_images import noise
 from repository import ROOT
@@ -65,9 +66,8 @@ def tokenize(tmp_path, images) -> Callable[..., tuple[Records, dict[str, int]]]:
             "device": "cpu",
         }
         assert run(RunSettings(kind=kind, data=data, **options | settings)) == 0
-        source = open_records(tmp_path / "out")
         counts = json.loads((tmp_path / "out" / "counts.json").read_text())
-        return [source.read(index).fields for index in range(len(source))], counts
+        return fields_of(open_records(tmp_path / "out")), counts
 
     return run_it
 

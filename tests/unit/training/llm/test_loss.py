@@ -42,12 +42,12 @@ def sequences() -> list[SimpleNamespace]:
     return samples
 
 
-def packed(count: int = 1, length: int = 36) -> SimpleNamespace:
+def packed(count: int = 1) -> SimpleNamespace:
     """The sequences end to end, padded at the end; further rows hold them in another order."""
     columns = ([], [], [])
     for row in range(count):
         samples = sequences()[row:] + sequences()[:row]
-        pad = (0, length - sum(LENGTHS))
+        pad = (0, 36 - sum(LENGTHS))
         ids = torch.cat([sample.input_ids[0] for sample in samples])
         labels = torch.cat([sample.labels[0] for sample in samples])
         positions = [torch.arange(sample.input_ids.shape[1]) for sample in samples]

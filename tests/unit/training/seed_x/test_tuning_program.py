@@ -11,11 +11,10 @@ from seed_multimodal.training.run import RunSettings
 from seed_multimodal.training.schedules import optim_learning_rate
 
 APPLICATION = ROOT / "MultiModalLLM"
-NAME = "train_seed_x_sft"
 
 
-def read(*arguments: str, name: str = NAME) -> RunSettings:
-    return TuningTask.run_type.read(llm_runs.compose(arguments, name=name))
+def read(*arguments: str) -> RunSettings:
+    return TuningTask.run_type.read(llm_runs.compose(arguments, name="train_seed_x_sft"))
 
 
 def test_tuning_configuration_is_the_published_recipe():
