@@ -21,7 +21,7 @@ for name in ("PYTHONUNBUFFERED", *TORCHRUN):
 PROCESSES = ("subprocess.Popen", "os.fork", "os.forkpty", "os.posix_spawn", "os.system")
 # Programs that reports call for the commit and the processor, in milliseconds.
 FOR_REPORTS = ("git", "uname")
-started: list[str] = []
+started = []
 
 
 def pytest_configure() -> None:

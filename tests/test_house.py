@@ -104,7 +104,7 @@ def test_imports_are_declared_and_extras_named():
 def test_the_extra_demo_brings_what_the_server_imports():
     modules = modules_of(PACKAGE)
     waiting = [*(ROOT / "gradio_demo").glob("*.py")]
-    reached: set[Path] = set()
+    reached = set()
     while waiting:
         source = waiting.pop()
         if source not in reached:
@@ -137,8 +137,8 @@ LATER = {
 @functools.cache
 def imports(source: Path, types: bool = False) -> set[str]:
     """Modules that a file imports anywhere; `types`: also those for type checkers only."""
-    found: set[str] = set()
-    waiting: list[ast.AST] = [ast.parse(source.read_text(encoding="utf-8"))]
+    found = set()
+    waiting = [ast.parse(source.read_text(encoding="utf-8"))]
     while waiting:
         node = waiting.pop()
         if isinstance(node, ast.If) and ast.unparse(node.test) == "TYPE_CHECKING" and not types:

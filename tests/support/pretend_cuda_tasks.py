@@ -29,7 +29,7 @@ IMAGE = {"max_new_tokens": 60, **FEW}
 EXACT = {"dtype": "float32"}  # answers are compared with the CPU's
 
 # The default precisions are bfloat16 and float16, which are slow on a CPU: only once.
-PLACEMENTS: dict[str, dict[str, Any]] = {
+PLACEMENTS = {
     "default precisions": {"device": "cuda"},
     "two devices": {"device": "cuda:0", "image_device": "cuda:1", **EXACT},
     "offload": {"device": "cuda", "offload": True, **EXACT},

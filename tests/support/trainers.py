@@ -323,7 +323,7 @@ def _draws(family: str) -> Callable[[Path, Path], None]:
 # ---- the table
 
 # The image tokenizers' stages, which one program trains.
-_STAGE: dict[str, Any] = {
+_STAGE = {
     "application": LAVIS,
     "program": "train.py",
     "parts": lavis_runs.write_images,

@@ -56,7 +56,7 @@ CHOICES = {
 )
 def test_choose_device(machine, device, dtype, fp16, chosen_device, chosen_dtype, monkeypatch):
     report_devices(monkeypatch, *machine)
-    logged: list[str] = []
+    logged = []
     runtime = choose_device(device, dtype, logged.append, fp16=fp16, notice="A notice.")
     # Loaded tensors have an index, so that `cuda` would never compare equal.
     assert (runtime.device, runtime.dtype) == (torch.device(chosen_device), chosen_dtype)

@@ -196,7 +196,7 @@ def test_fetch_parts_with_known_checksums(server):
     assert [file.name for file in Path("pretrained/llm").glob("[!.]*")] == ["config.json"]
 
 
-def test_fetch_with_too_little_space_downloads_nothing(server, capsys, monkeypatch):
+def test_fetch_with_too_little_space_downloads_nothing(server, monkeypatch):
     usage = shutil.disk_usage("/")._replace(free=5000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
     assert main(["fetch", "unclip"]) == 2

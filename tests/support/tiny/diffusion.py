@@ -36,7 +36,7 @@ RESAMPLER = ResamplerXLConfig(
     ff_mult=2,
 )
 # Sizes of denoisers other than `unet`'s, and the scheduler of a flow.
-DENOISER_SIZES: dict[str, dict[str, Any]] = {
+DENOISER_SIZES = {
     "UNet2DConditionModel": {
         "block_out_channels": [8, 16],
         "down_block_types": ["DownBlock2D", "CrossAttnDownBlock2D"],

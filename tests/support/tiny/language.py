@@ -12,7 +12,7 @@ from seed_multimodal.cli.tiny_parts import CHATML, CHATML_TOKENS, write_bpe_toke
 LLM_WIDTH = 32
 CHATML_CASE = TemplateCase(CHATML, CHATML_TOKENS, eos="<|im_end|>", pad="<|endoftext|>")
 # model_type → fields of its configuration, in addition to `LLM_SIZES`.
-ARCHITECTURES: dict[str, dict[str, Any]] = {
+ARCHITECTURES = {
     "llama": {},
     "qwen3": {"head_dim": 16},
     "smollm3": {"no_rope_layers": [1, 0]},

@@ -51,7 +51,7 @@ IMAGE_SIZE = 32
 N_CODES = 16
 QFORMER_WIDTH = 24
 # Of SEED-1 and SEED-2, where a test has a tokenizer alone.
-SIZES: dict[str, Any] = {
+SIZES = {
     "vit": EvaConfig(image_size=16, patch_size=8, width=16, depth=2, heads=2, mlp_width=24),
     "qformer": QFormerConfig(
         width=QFORMER_WIDTH, depth=3, heads=2, mlp_width=32, max_positions=40, dropout=0.1

@@ -156,7 +156,7 @@ def write_seed_decoder_parts(root: Path) -> Path:
 
 def open_patches(device: torch.device | None = None) -> Any:
     """A tokenizer of 4 × 4 patches: the code of the nearest of 8 colours."""
-    network: Any = VectorQuantizer(8, 3)
+    network = VectorQuantizer(8, 3)
     network.embedding.weight.data = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
     network.encode = lambda pixels: network.nearest(avg_pool2d(pixels, 4).movedim(1, 3))
     transform = ImageTransform(16, interpolation="bicubic")

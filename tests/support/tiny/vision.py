@@ -13,7 +13,7 @@ SIZES = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 PIXELS = {"image_size": 16, "patch_size": 8}
 # Kind -> model and configuration class, its sizes, its preprocessor_config.json, and its tokens in
 # front of the patches.
-KINDS: dict[str, tuple[str, str, dict[str, Any], dict[str, Any], int]] = {
+KINDS = {
     "siglip": (
         "SiglipVisionModel",
         "SiglipVisionConfig",

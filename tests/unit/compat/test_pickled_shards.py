@@ -66,7 +66,7 @@ def test_read_pickle_of_arrays(protocol, dtype):
 
 COMMAND = "touch it_ran"  # in the working directory
 # Objects whose pickles would run code, and the global that the error must name.
-HOSTILE: list[tuple[object, str]] = [
+HOSTILE = [
     (Calls(os.system, COMMAND), "system"),
     ({"metadata": [{"deep": (1, Calls(os.system, COMMAND))}]}, "system"),
     ({"a": Calls(eval, "open('it_ran', 'w').close()")}, "eval"),
@@ -98,7 +98,7 @@ def test_read_pickle_of_code(code, named, tmp_path, monkeypatch):
     assert not [*tmp_path.iterdir()]
 
 
-BROKEN: dict[str, bytes] = {
+BROKEN = {
     "empty": b"",
     "no pickle": b"hello",
     "torn": b"\x80\x04]",

@@ -31,7 +31,7 @@ from seed_multimodal.evaluation.tokenizer import Pass, read_images
 from seed_multimodal.images.transforms import seed_image_processor
 
 # What a faulty sample has in place of its caption, of its image (...: nothing), or of its JSON.
-CAPTIONS: dict[str, Any] = {
+CAPTIONS = {
     "no caption": ...,
     "null": None,
     "empty": "",
@@ -41,7 +41,7 @@ CAPTIONS: dict[str, Any] = {
     "no list": [],
     "object": {"a": 1},
 }
-IMAGES: dict[str, Any] = {
+IMAGES = {
     "no image": ...,
     "null image": None,
     "not an image": b"<html>404</html>" * 9,
@@ -49,7 +49,7 @@ IMAGES: dict[str, Any] = {
     "0 bytes": b"",
 }
 # Values of an image's field in a list.
-PATHS: dict[str, Any] = {
+PATHS = {
     "missing image": "gone.jpg",
     "zero in a path": "a\0.jpg",
     "list of paths": ["images/000.jpg"],

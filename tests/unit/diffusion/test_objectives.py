@@ -16,7 +16,7 @@ from seed_multimodal.errors import ConfigError
 TRAILING = {"timestep_spacing": "trailing", "clip_sample": False}
 V_PREDICTION = {"prediction_type": "v_prediction", "timestep_spacing": "trailing"}
 # Schedulers of published folders: class, settings.
-SCHEDULERS: dict[str, tuple[str, dict[str, Any]]] = {
+SCHEDULERS = {
     "Stable Diffusion": ("DDIMScheduler", TRAILING),
     "stable-unCLIP": ("DDIMScheduler", {**TRAILING, **V_PREDICTION}),
     # A sampler that cannot train has the same schedule.

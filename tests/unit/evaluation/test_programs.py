@@ -15,7 +15,6 @@ from seed_multimodal.cli.main import main
 from seed_multimodal.compat.lavit_evaluate import evaluate_script
 
 N_IMAGES = 3
-N_QUESTIONS = 2 * N_IMAGES
 
 
 def image_name(number: int) -> str:

@@ -24,7 +24,6 @@ from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.language.messages import user_message
 from seed_multimodal.pipelines.base import MultimodalSystem
 
-LLM = NANO / "seed_llama"
 WORDS = NANO / "seed_tokenizer"
 SYSTEMS = ("nano", "nano-x", "nano-lavit")
 IMAGES = [ROOT / "images" / name for name in ("fox.png", "whale.png", "teddy_bear.png")]

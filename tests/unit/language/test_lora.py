@@ -20,7 +20,7 @@ from seed_multimodal.language.llm import load_llm
 from seed_multimodal.language.lora import merge_adapter
 from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
-LORA: dict[str, Any] = {
+LORA = {
     "r": 4,
     "lora_alpha": 8,
     "lora_dropout": 0.0,

@@ -101,7 +101,7 @@ def test_ratio_size_of_the_unet(folder):
         load(folder).check_settings(ratio="1:3")
 
 
-def test_read_empty_text_of_a_file_or_the_text_encoder(folder, tmp_path):
+def test_read_empty_text_of_a_file_or_the_text_encoder(tmp_path):
     # LaVIT's folder has the file, Stable Diffusion's its text encoder.
     write_sd1(tmp_path)
     empty = torch.tensor([[START_ID, *[END_ID] * (TEXT_TOKENS - 1)]])

@@ -256,7 +256,7 @@ def published_file(name: str) -> dict[str, Any]:
 
 # Configurations of models, published and of builders that no published file names, and what is
 # read from them.
-MODELS: list[tuple[str, dict[str, Any], dict[str, Any]]] = [
+MODELS = [
     ("vicuna_7b_lora", {}, {"path": "pretrained/vicuna-7b-v1.1", "dtype": None}),
     ("vicuna_7b_lora_pretrained", {"model_id": "log/x"}, {"adapter": "log/x", "lora": None}),
     (

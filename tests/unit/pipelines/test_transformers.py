@@ -267,7 +267,7 @@ def test_a_loss_trains_the_language_model(name, pipes):
 
 
 # What the error names, the call.
-REFUSED: dict[str, tuple[str, Any]] = {
+REFUSED = {
     "drawing settings": (
         r"model\.drawing",
         lambda pipe: pipe(text=user("Draw."), generation_mode="image", generate_kwargs=FAST),

@@ -1,13 +1,12 @@
 """YAML files: the original defaults, every project and data set, wrong keys and values."""
 
 from pathlib import Path
-from typing import Any
 
 import pytest
 from lavis_runs import APPLICATION
 
 # Values of the original's YAML files: run, model.
-ORIGINAL: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
+ORIGINAL = {
     "pretrain_qformer.yaml": (
         {
             "init_lr": 3e-5,

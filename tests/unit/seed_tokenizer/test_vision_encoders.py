@@ -5,12 +5,10 @@ from pathlib import Path
 import pytest
 import torch
 from lavis_runs import log_of
-from repository import ROOT
 from tiny.vision import write_vision
 
 TARGET = "model.alignment_target=encoder"
 SHORT = ("run.max_epoch=1", "run.iters_per_epoch=2")
-CAT = ROOT / "images" / "cat.jpg"
 
 
 def vit_option(folder: Path) -> str:

@@ -26,7 +26,7 @@ RESPONSES = "/v1/responses"
 ASK = [{"role": "user", "content": "Tell me about the cat."}]
 CODES = [*range(16)] * 2
 # A valid body of each route, to which the rows of the tables add or change fields.
-BODIES: dict[str, dict[str, Any]] = {
+BODIES = {
     GENERATE: {
         "text": PROMPTS["seed_llama"].format(ASK[0]["content"]),
         "images": [],
@@ -189,7 +189,8 @@ def test_chat_tells_where_images_are(client, tiny):
     assert answer["content"][:offset] == expected.parts[0].strip()
 
 
-IMAGE_FIELDS: dict[str, tuple[str, dict[str, Any], Any]] = {
+# Route, fields, the same images by the library.
+IMAGE_FIELDS = {
     "n": (DRAW, {"n": 2}, lambda system: system.draw(["a fish"], 3, num_images=2)),
     "edit": (
         EDIT,
@@ -365,7 +366,7 @@ def part(**fields: Any) -> dict[str, Any]:
 
 
 # Route, fields, what the refusal names.
-REQUESTS: dict[str, tuple[str, dict[str, Any], str]] = {
+REQUESTS = {
     "characters": (GENERATE, {"text": "x" * 40_000}, "characters"),
     "context": (GENERATE, {"text": "word " * 3000}, "context"),
     "images": (GENERATE, {"text": "<image>" * 17, "images": [CODES] * 17}, "images"),

@@ -23,7 +23,7 @@ LEAST = {"text": 5, "chart": 6, "noise": 8, "blank": 8, "screen": 8}
 
 @pytest.fixture(scope="module", params=["nano", "nano-x", "nano-lavit"])
 def shipped(request):
-    lines: list[str] = []
+    lines = []
     system = MultimodalSystem.from_pretrained(
         ROOT / "pretrained" / request.param, device="cpu", log=lines.append
     )

@@ -48,7 +48,7 @@ def write_program(file: Path, text: str) -> None:
 
 
 @pytest.fixture
-def launch(tmp_path) -> Callable[..., dict[str, str]]:
+def launch(tmp_path) -> Launch:
     """Run a script with these variables; returns what its Python printed."""
     for name, text in (("python", PYTHON), ("ip", IP), ("getent", GETENT)):
         write_program(tmp_path / "bin" / name, text)

@@ -17,7 +17,7 @@ from PIL import Image
 from tensors import equal
 from tiny.diffusion import TINY_AUTOENCODER, write_unclip
 from tiny.seed import write_code_decoder
-from tiny.training import APPLICATION, LAVIT, RECORDED, SEED, SEED_X, Family, read_losses
+from tiny.training import APPLICATION, LAVIT, RECORDED, SEED, SEED_X, read_losses
 
 from seed_multimodal.diffusion.base import Detokenizer
 from seed_multimodal.diffusion.networks import latent_scale, spatial_factor
@@ -32,7 +32,7 @@ HELD_OUT = {"name": "scenes", "format": "nano", "options": {"number": 1}}
 
 
 # Name → family, arguments of its configuration.
-VARIANTS: dict[str, tuple[Family, dict[str, Any]]] = {
+VARIANTS = {
     "seed": (SEED, {}),
     "seed-embedding": (SEED, {"model": {"reads": "embedding"}}),
     "seed-recorded": (
@@ -191,7 +191,7 @@ def test_stage_2_of_seed_x_starts_from_the_adapter_of_stage_1(tmp_path):
 
 
 # Variant, group, key, wrong value, what the error names.
-WRONG: list[tuple[str, str, str, Any, type[Exception], str]] = [
+WRONG = [
     ("seed-sana", "data", "encoder_size", 16, ConfigError, "tokenizer"),
     ("seed-sana", "data", "resolution", 20, ConfigError, "8 pixels"),
     ("seed-sana", "model", "tokenizer", "/nowhere", CheckpointError, "/nowhere"),
@@ -227,7 +227,7 @@ def test_distil_with_steps_that_do_not_divide(tmp_path):
 
 
 # Schedulers that predict noise, a velocity and a flow.
-SCHEDULERS: list[tuple[str, dict[str, Any]]] = [
+SCHEDULERS = [
     ("DDIMScheduler", {}),
     ("DDIMScheduler", {"prediction_type": "v_prediction"}),
     ("FlowMatchEulerDiscreteScheduler", {"shift": 3.0}),

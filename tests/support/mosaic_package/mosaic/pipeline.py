@@ -52,7 +52,7 @@ class MosaicCodec(CodeCodec):
 
     def draw_batch(self, key: object, rows: Sequence[tuple[Tensor, int]]) -> list[Image.Image]:
         """Codes and seed of each image → images; seeds have no effect."""
-        images: list[Image.Image] = []
+        images = []
         for codes, _ in rows:
             pixels = PALETTE[codes].reshape(ROWS, COLUMNS, 3).to(torch.uint8).numpy()
             size = (COLUMNS * self.tile, ROWS * self.tile)

@@ -16,7 +16,7 @@ from seed_multimodal.language.hub_tokenizer import HubTokenizer
 
 ROLES = {"u": "user", "a": "assistant", "s": "system"}
 # Authors of the turns → numbers of the turns that are used, joined ones together; None: refused.
-ORDERS: dict[str, tuple[list[str] | None, set[str]]] = {
+ORDERS = {
     "ua": (["0", "1"], set()),
     "uaua": (["0", "1", "2", "3"], set()),
     "aua": (["1", "2"], {NO_QUESTION}),

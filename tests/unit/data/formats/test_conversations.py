@@ -23,7 +23,7 @@ EDIT = {"source_image": "s.jpg", "target_image": "t.jpg", "instruction": "Red."}
 A, B = {"image": "a.jpg"}, {"image": "b.jpg"}
 
 # name -> a record, and the contents of its messages
-CONVERSATIONS: dict[str, tuple[dict[str, Any], list[Any]]] = {
+CONVERSATIONS = {
     "llava, two images": (
         llava("<image>q", "a", "And <image>?", "b", image=["a.jpg", "b.jpg"]),
         [[A, "q"], ["a"], ["And ", B, "?"], ["b"]],

@@ -36,7 +36,7 @@ def text_lines(end: str = "\n") -> bytes:
 
 
 # name -> its content, and the key of its last record
-CONTENTS: dict[str, tuple[bytes, str]] = {
+CONTENTS = {
     "a.jsonl": (text_lines(), "line 6"),
     "windows.jsonl": (text_lines("\r\n"), "line 6"),
     "bom.jsonl": (BOM + text_lines().strip(), "line 5"),

@@ -371,7 +371,7 @@ def test_index_is_written_once(large, index_dir, monkeypatch):
 
 
 @pytest.mark.process
-def test_data_index_of_small_files(tmp_path, capsys):
+def test_data_index_of_small_files(tmp_path):
     write_formats(tmp_path)
     paths = [tmp_path / name for name in ("tars/0.tar", "tars/1.tar", "a.jsonl")]
     assert main(["data", "index", *map(str, paths), "--procs", "2"]) == 0

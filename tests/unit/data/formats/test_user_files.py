@@ -4,7 +4,6 @@ import gzip
 import json
 import os
 import zipfile
-from collections.abc import Callable
 from pathlib import Path
 
 import pyarrow
@@ -102,7 +101,7 @@ METADATA = "file_name,text\n0.jpg,a 0\n1.jpg,a 1\n"
 ACCENTED = [{"image": "é.jpg", "caption": f"a {n}"} for n in range(2)]
 CC3M = "a 0\thttp://x/0.jpg\n"
 # What a user gives → who writes it, the path in the folder, and None (two pairs) or what is said.
-FILES: dict[str, tuple[Callable[[Path], object], str, str | None]] = {
+FILES = {
     "capital suffixes": (
         lambda f: [write(f / f"{n}.JPG", JPEG) and write(f / f"{n}.TXT", f"a {n}") for n in (0, 1)],
         "",

@@ -81,7 +81,7 @@ def test_resume_with_another_visual_tokenizer_fails(config_of, parts_dir, tmp_pa
         train(3, tmp_path / "visual")
 
 
-def test_checkpoint_with_lora_opens_as_a_system(config_of, parts_dir, tmp_path):
+def test_checkpoint_with_lora_opens_as_a_system(config_of, tmp_path):
     # The merged language model; the trained token merger for understanding, stage 1's tokenizer for
     # codes; a new run starts from it.
     config = config_of(tmp_path / "out", model={"lora": LORA}, trainer={"max_steps": 2})

@@ -13,7 +13,6 @@ import torch
 import torch.nn.functional as F
 from llm_losses import packed_loss, rows
 from llm_runs import SIZES
-from repository import ROOT
 from tensors import equal
 from tiny.language import random_llm
 
@@ -33,7 +32,6 @@ from seed_multimodal.training.llm.model import (
     trained_state,
 )
 
-CONFIGS = ROOT / "MultiModalLLM" / "configs" / "model"
 TEXT = 60
 CODES = 8
 TOKENIZER = SimpleNamespace(vocabulary=ImageVocabulary(TEXT, CODES, 4), special_ids=LLAMA_IDS)
@@ -113,7 +111,7 @@ def step(model: Any, lr: float = 0.1) -> None:
     model.zero_grad()
 
 
-LORA: dict[str, Any] = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
+LORA = {"r": 4, "lora_alpha": 8, "lora_dropout": 0.0}
 
 
 def test_build_llm_for_zero_3_keeps_weights_as_in_their_files(bases, tmp_path):
@@ -146,7 +144,7 @@ def test_build_llm_initialises_new_tokens_by_the_seed(bases):
 
 # What is trained: base, settings, and parts of names of the parameters that change.
 ALL_BUT_EMBEDDINGS = ("layers", "norm", "lm_head")
-KINDS: dict[str, tuple[str, dict[str, Any], tuple[str, ...]]] = {
+KINDS = {
     "full tied": ("tied", {}, ("",)),
     "new tokens": ("text", {}, ("",)),
     "frozen embeddings": ("all", {"freeze_embeddings": True}, ALL_BUT_EMBEDDINGS),
@@ -204,7 +202,7 @@ def test_trained_saved_and_loaded(kind, bases, tmp_path):
 
 
 # Fields of LoRA or of the model → whether they are trained; all others are refused.
-LORA_FIELDS: list[tuple[dict[str, Any], bool]] = [
+LORA_FIELDS = [
     ({"bias": "all", "use_rslora": True}, True),
     ({"use_dora": True, "target_modules": "all-linear"}, True),
     ({"init_lora_weights": "gaussian", "rank_pattern": {"q_proj": 2}}, True),
