@@ -1,7 +1,6 @@
 """Tiny configurations of SEED_Tokenizer's stages, and running the application in processes."""
 
 import importlib.util
-import json
 import random
 import shlex
 import sys
@@ -11,6 +10,7 @@ from typing import Any
 import llm_runs
 import pytest
 from repository import ROOT
+from tiny import write_json
 
 APPLICATION = ROOT / "SEED_Tokenizer"
 TINY = [
@@ -108,7 +108,7 @@ def write_images(folder: Path, count: int = 24) -> Path:
         items.append(
             {"image": name, "caption": [describe(scene), describe(scene, random.Random(index))]}
         )
-    (folder / "pairs.json").write_text(json.dumps(items))
+    write_json(folder / "pairs.json", items)
     return folder
 
 

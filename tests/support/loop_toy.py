@@ -18,6 +18,7 @@ from typing import Any
 import torch
 import torch.distributed as dist
 from safetensors.torch import load_file
+from tiny import read_json
 from torch import nn
 
 from seed_multimodal.errors import SeedError
@@ -175,7 +176,7 @@ def saved(folder: Path, name: str = "toy") -> dict[str, Any]:
     return {
         "model": load_file(path / "model.safetensors"),
         "trained": load_file(trained) if trained.is_file() else {},
-        **json.loads((path / "trainer_state.json").read_text()),
+        **read_json(path / "trainer_state.json"),
         **torch.load(path / "optimizer.pt", weights_only=True),
     }
 

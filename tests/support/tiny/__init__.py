@@ -32,3 +32,7 @@ def spread(model: Any, std: float = 0.3, parts: tuple[str, ...] = ("",)) -> Any:
 
 def write_json(file: Path, value: Any) -> None:
     file.write_text(json.dumps(value))
+
+
+def read_json(file: Path) -> Any:
+    return json.loads(file.read_text())

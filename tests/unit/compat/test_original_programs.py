@@ -2,7 +2,6 @@
 nano-x's parts.
 """
 
-import json
 import runpy
 import shutil
 import sys
@@ -13,6 +12,7 @@ import pytest
 from omegaconf import OmegaConf
 from PIL import Image
 from repository import NANO, ROOT
+from tiny import read_json
 
 NANO_X = ROOT / "pretrained" / "nano-x"
 pytestmark = pytest.mark.slow
@@ -77,7 +77,7 @@ def test_seed_llama_by_hydra(checkout, run):
 
 
 def test_seed_x_by_hydra(checkout, run):
-    sizes = json.loads((NANO_X / "agent" / "config.json").read_text())
+    sizes = read_json(NANO_X / "agent" / "config.json")
     resamplers = {name: sizes[name] for name in ("input_resampler", "output_resampler")}
     configs = checkout / "configs"
     change(
@@ -100,7 +100,7 @@ def test_seed_x_by_hydra(checkout, run):
         change(
             file,
             pretrained_model_path=str(NANO_X / "detokenizer"),
-            resampler=json.loads((NANO_X / "detokenizer" / "resampler.json").read_text()),
+            resampler=read_json(NANO_X / "detokenizer" / "resampler.json"),
         )
     write_sdxl(checkout / "pretrained" / "stable-diffusion-xl-base-1.0")
 

@@ -4,6 +4,7 @@ import json
 
 from data_files import lines
 from repository import ROOT
+from tiny import write_json
 
 from seed_multimodal.cli.main import main
 
@@ -14,7 +15,7 @@ def test_check_of_a_run(mixed, tmp_path, capsys):
     # Counts and lengths of every source, compared with the row length of the run.
     run = tmp_path / "run.yaml"
     config = {"tokenizer": {"pretrained_model_name_or_path": str(WORDS)}, "data": mixed(length=60)}
-    run.write_text(json.dumps(config))
+    write_json(run, config)
     assert main(f"data check {run} --records 1000000 --json".split()) == 0
     report = json.loads(capsys.readouterr().out)
     sources = {source["name"]: source for source in report["sources"]}

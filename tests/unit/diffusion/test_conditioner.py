@@ -1,13 +1,12 @@
 """Conditioners: registered by packages, found in a U-Net's folder."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from installed_package import install
-from tiny import write_json
+from tiny import read_json, write_json
 from tiny.diffusion import CROSS, EMBEDDING, write_unclip
 
 from seed_multimodal.diffusion.conditioner import load_conditioner
@@ -83,7 +82,7 @@ def test_a_conditioner_of_another_package_starts_and_conditions(
 def test_load_conditioner_of_an_unknown_type(unclip, tmp_path) -> None:
     shutil.copytree(unclip / "layout", tmp_path / "conditioner")
     file = tmp_path / "conditioner" / "config.json"
-    write_json(file, {**json.loads(file.read_text()), "model_type": "layuot"})
+    write_json(file, {**read_json(file), "model_type": "layuot"})
     with pytest.raises(CheckpointError, match=r"config\.json.*layuot"):
         load_conditioner(tmp_path)
     assert load_conditioner(unclip / "unet") is None

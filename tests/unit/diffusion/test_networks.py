@@ -1,10 +1,8 @@
 """Denoisers and autoencoders of diffusers folders, by the class in `config.json`."""
 
-import json
-
 import pytest
 import torch
-from tiny import spread, write_json
+from tiny import read_json, spread, write_json
 from tiny.diffusion import DENOISER_SIZES, autoencoder
 from tiny.seed import write_code_decoder
 
@@ -65,7 +63,7 @@ def test_save_and_load_by_the_class_of_the_config(denoiser, tmp_path):
     assert type(loaded) is type(denoiser)
     for name, value in denoiser.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
-    config = json.loads((folder / "config.json").read_text())
+    config = read_json(folder / "config.json")
     write_json(folder / "config.json", {**config, "_class_name": "Transformer2DModel"})
     with pytest.raises(CheckpointError, match="Transformer2DModel"):
         CodesDetokenizer.load_part(tmp_path, "denoiser")

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 from random_images import noise
+from tiny import read_json
 
 from seed_multimodal.cli.main import main
 
@@ -186,10 +187,10 @@ def test_eval_scores_recorded_answers(case, tiny_folder, capsys):
     # Figures next to the papers' must be computed as theirs.
     assert evaluate(case, case.lines, tiny_folder) == case.status
     printed = json.loads(capsys.readouterr().out.splitlines()[-1])
-    summary = json.loads(Path("out/summary.json").read_text())
+    summary = read_json(Path("out/summary.json"))
     assert printed == summary
     assert {name: summary[name] for name in case.summary} == case.summary
-    results = json.loads(Path("out/results.json").read_text())
+    results = read_json(Path("out/results.json"))
     columns = {name: [result[name] for result in results] for name in case.results}
     assert columns == case.results
 

@@ -1,6 +1,5 @@
 """Detectors of transformers, and the colours of what they find."""
 
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from random_images import noise
+from tiny import read_json, write_json
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.errors import CheckpointError, DataError
@@ -137,7 +137,7 @@ def geneval(folder: Path, judge: Path, *more: str) -> int:
     """GenEval's command on one prompt with one drawing."""
     prompt = {"tag": "colors", "prompt": "a red cup"}
     prompt["include"] = [{"class": "cup", "count": 1, "color": "red"}]
-    (folder / "p.jsonl").write_text(json.dumps(prompt))
+    write_json(folder / "p.jsonl", prompt)
     (folder / "00000" / "samples").mkdir(parents=True)
     IMAGE.save(folder / "00000" / "samples" / "0.png")
     flags = f"--data {folder}/p.jsonl --image-folder {folder} --out {folder}/out --device cpu"
@@ -150,7 +150,7 @@ def test_geneval_by_a_detector_whose_colours_clip_names(clip_folder, tmp_path):
     assert (
         geneval(tmp_path, tmp_path / "owl", "--clip", str(clip_folder), "--threshold", "0.1") == 0
     )
-    line = json.loads((tmp_path / "out" / "samples-0.jsonl").read_text())
+    line = read_json(tmp_path / "out" / "samples-0.jsonl")
     [detections] = line["detections"]
     assert detections
     assert all(item["colour"] in COLOURS for item in detections)

@@ -6,13 +6,14 @@ from typing import Any
 
 import pytest
 from PIL import Image
+from tiny import read_json
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.evaluation.detection import GENEVAL_LIMITS, Detection
 from seed_multimodal.evaluation.geneval import kept_detections, read_object_prompts, rule_faults
 from seed_nano.world.scene import Scene, render
 
-CASES = json.loads(Path(__file__).with_name("geneval_detections.json").read_text())
+CASES = read_json(Path(__file__).with_name("geneval_detections.json"))
 
 
 def write_lines(path: Path, *items: object) -> Path:
@@ -73,7 +74,7 @@ def geneval(folder: Path, *more: str) -> int:
 
 
 def read(folder: Path, name: str) -> Any:
-    return json.loads((folder / "out" / name).read_text())
+    return read_json(folder / "out" / name)
 
 
 RIGHT = {

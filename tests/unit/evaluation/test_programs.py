@@ -9,6 +9,7 @@ import pytest
 from full_disk import file_size_limit
 from PIL import Image
 from random_images import noise
+from tiny import read_json, write_json
 
 from seed_multimodal.cli.evaluate import eval_program
 from seed_multimodal.cli.main import main
@@ -42,11 +43,11 @@ def data(tmp_path, monkeypatch) -> None:
 
 
 def write(name: str, value: Any) -> None:
-    Path(name).write_text(json.dumps(value))
+    write_json(Path(name), value)
 
 
 def read(name: str) -> Any:
-    return json.loads(Path(name).read_text())
+    return read_json(Path(name))
 
 
 def answered(file: Path) -> list[dict[str, Any]]:

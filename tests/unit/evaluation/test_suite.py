@@ -1,10 +1,10 @@
 """The papers' tables, and SEED-Bench by likelihood, on nano's scenes."""
 
-import json
 from pathlib import Path
 
 import pytest
 from PIL import Image
+from tiny import read_json, write_json
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.evaluation.suite import commands, read_suite
@@ -15,7 +15,7 @@ STYLES = ["noto", "twemoji", "fluent", "a large one"]
 
 def write(path: Path, value: object) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
-    path.write_text(json.dumps(value))
+    write_json(path, value)
     return path
 
 
@@ -78,7 +78,7 @@ def test_suite_runs_what_is_there(data, tiny_folder, tmp_path, capsys):
     status, table = suite(2, "--only", "vqa", "choices")
     assert status == 1
     assert table.endswith((out / "suite.md").read_text())
-    results = {row["benchmark"]: row for row in json.loads((out / "suite.json").read_text())}
+    results = {row["benchmark"]: row for row in read_json(out / "suite.json")}
     assert (results["VQAv2"]["samples"], results["VQAv2"]["published"]) == (2, 66.2)
     assert results["SEED-Bench (images)"]["ours"] is not None
     assert (results["VizWiz"]["ours"], results["VizWiz"]["bad"]) == (None, 2)
@@ -99,5 +99,5 @@ def test_seedbench_takes_the_likeliest_choice(data, tmp_path):
     file = data / "seedbench" / "SEED-Bench.json"
     argv = f"eval seedbench --questions {file} --device cpu --out {out} --batch-size 3"
     assert main(argv.split()) == 0
-    summary = json.loads((out / "summary.json").read_text())
+    summary = read_json(out / "summary.json")
     assert (summary["accuracy"], summary["samples"]) == (100, 4)

@@ -1,13 +1,13 @@
 """What answers the questions of GenEval 2 and DPG-Bench; DPG-Bench on nano's scenes."""
 
 import csv
-import json
 from pathlib import Path
 
 import pytest
 import torch
 from PIL import Image
 from random_images import noise
+from tiny import read_json
 from tiny.language import write_hub_tokenizer
 
 from seed_multimodal.cli.main import main
@@ -94,7 +94,7 @@ def test_dpg_of_a_grid_with_a_right_and_a_wrong_drawing(tmp_path):
     out = tmp_path / "out"
     flags = f"--data {data} --judge nano --device cpu --out {out} --num-images 2"
     assert main(["eval", "dpg", *flags.split(), "--image-folder", str(grid_folder)]) == 0
-    summary = json.loads((out / "summary.json").read_text())
+    summary = read_json(out / "summary.json")
     assert (out / "sheet.png").is_file()
     assert (summary["dpg"]["value"], summary["dpg"]["n"]) == (50, 2)
     assert summary["per_category"] == {"entity": 50, "other": 50}

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from llm_runs import COLOURS
 from PIL import Image
 from repository import NANO
+from tiny import read_json, write_json
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.data.formats.pairs import open_pairs
@@ -38,7 +39,7 @@ def listed(tmp_path) -> Path:
         items.append({"image": f"{colour}.png", "caption": captions})
     (tmp_path / "broken.png").write_bytes(drawing("red")[:40])
     items.insert(2, {"image": "broken.png", "caption": "a square"})
-    (tmp_path / "list.json").write_text(json.dumps(items))
+    write_json(tmp_path / "list.json", items)
     return tmp_path / "list.json"
 
 
@@ -100,7 +101,7 @@ def test_eval_tokenizer_writes_a_report(stages, listed, tmp_path, capsys):
     assert evaluate(stages, listed, out) == 0
     printed = capsys.readouterr()
     report = json.loads(printed.out.splitlines()[-1])
-    assert report == json.loads((out / "report.json").read_text())
+    assert report == read_json(out / "report.json")
     # The broken image is named, and left out.
     assert (report["n"], report["captions"], len(report["left_out"])) == (4, 8, 1)
     assert "broken.png" in report["left_out"][0]
@@ -136,7 +137,7 @@ def test_eval_prefix_of_nano_and_its_sister(tmp_path):
     flags = f"--model {NANO} {NANO}-lavit --data nano --out {tmp_path} --limit 8 --device cpu"
     flags += " --judge nano --probe nano --probe-images 40"
     assert main(["eval", "prefix", *flags.split()]) == 0
-    rows = json.loads((tmp_path / "prefix.json").read_text())["prefixes"]
+    rows = read_json(tmp_path / "prefix.json")["prefixes"]
     assert [row["codes"] for row in rows] == [1, 2, 4, 8, 16, 32] * 2 + [1, 2, 4, 8, 16]
     # All codes hold the same in every order; a few hold more in their own.
     assert rows[3]["judge"]["value"] > rows[9]["judge"]["value"]

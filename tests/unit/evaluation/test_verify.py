@@ -1,9 +1,9 @@
 """`seed verify`: the table of the shipped models, and what counts as equal."""
 
 import base64
-import json
 
 import pytest
+from tiny import read_json, write_json
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.evaluation.verify import REFERENCE, compare
@@ -52,9 +52,9 @@ def test_verify_of_a_shipped_model(name, tmp_path, capsys):
         return
 
     # Another run as reference: a row that differs fails.
-    record = json.loads((out / REFERENCE).read_text())
+    record = read_json(out / REFERENCE)
     record["checks"]["caption of cat.jpg"] = {"text": "A dog."}
-    (tmp_path / "other.json").write_text(json.dumps(record))
+    write_json(tmp_path / "other.json", record)
     command = ["verify", name, "--device", "cpu", "--reference", str(tmp_path / "other.json")]
     assert main(command) == 1
     assert "| differs: “A dog.” |" in capsys.readouterr().out

@@ -1,7 +1,6 @@
 """`load_llm`: equal weights and special ids from every form of a folder, and errors that name what
 does not fit (damaged files: `models/test_weight_faults.py`, `test_torch_files.py`)."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -11,7 +10,7 @@ import torch
 from repository import NANO
 from safetensors.torch import load_file, save_file
 from tensors import equal
-from tiny import write_json
+from tiny import read_json, write_json
 from tiny.language import random_llm
 from torch import Tensor
 
@@ -48,7 +47,7 @@ def check_weights(llm: Any, state: dict[str, Tensor]) -> None:
 
 def test_load_llm_sets_special_ids_and_keeps_weights(llm_folder, tokenizer):
     # The legacy conversion wrote other ids: answers would not end.
-    assert json.loads((llm_folder / "config.json").read_text())["eos_token_id"] == 1
+    assert read_json(llm_folder / "config.json")["eos_token_id"] == 1
     llm = load_llm(llm_folder, tokenizer=tokenizer)
     for config in (llm.config, llm.generation_config):
         ids = (config.bos_token_id, config.eos_token_id, config.pad_token_id)
@@ -114,7 +113,7 @@ def test_check_vocab_size():
 )
 def test_load_llm_of_another_configuration(folder, config, named):
     # Each would load, and answer nonsense.
-    values = json.loads((folder / "config.json").read_text())
+    values = read_json(folder / "config.json")
     write_json(folder / "config.json", {**values, **config})
     with pytest.raises(CheckpointError, match=named):
         load_llm(folder)

@@ -1,12 +1,12 @@
 """LaVIT's tokenizer on disk: the original layout and saved folders (wrong files:
 `unit/models/test_weight_faults.py`)."""
 
-import json
 from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 import torch
+from tiny import write_json
 from tiny.lavit import TOKENIZER, small_tokenizer, visual_weight
 from torch import Tensor
 
@@ -38,7 +38,7 @@ def original(folder: Path) -> Path:
     for name, tensors in files.items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
         torch.save(tensors, folder / name)
-    (folder / "visual_tokenizer" / "config.json").write_text(json.dumps(asdict(TOKENIZER)))
+    write_json(folder / "visual_tokenizer" / "config.json", asdict(TOKENIZER))
     return folder
 
 

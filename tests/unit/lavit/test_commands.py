@@ -9,6 +9,7 @@ import sys
 import pytest
 from random_images import noise
 from repository import ROOT
+from tiny import read_json
 
 HOME = ROOT / "src" / "lavit"
 pytestmark = pytest.mark.filterwarnings("ignore:Answers are not lemmatised")
@@ -58,7 +59,7 @@ def test_tokenize_and_reconstruct_select_patches_by_seed(seed, image, tmp_path, 
 )
 def test_notebooks(name, tiny_lavit_folder, monkeypatch, tmp_path):
     # All code cells run; none has outputs.
-    notebook = json.loads((HOME / f"{name}.ipynb").read_text())
+    notebook = read_json(HOME / f"{name}.ipynb")
     monkeypatch.setenv("LAVIT_MODEL", str(tiny_lavit_folder))
     monkeypatch.chdir(HOME)
     monkeypatch.syspath_prepend(str(HOME))

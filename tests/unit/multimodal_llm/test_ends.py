@@ -2,7 +2,6 @@
 settings that no run starts with."""
 
 import importlib.util
-import json
 import sys
 from pathlib import Path
 from typing import Any
@@ -10,12 +9,13 @@ from typing import Any
 import llm_runs as runs
 import pytest
 import yaml
+from tiny import read_json
 
 from seed_multimodal.errors import CheckpointError, ConfigError
 
 
 def summary(out: Path) -> dict[str, Any]:
-    return json.loads((out / "summary.json").read_text())
+    return read_json(out / "summary.json")
 
 
 def evaluations(out: Path) -> list[dict[str, float]]:

@@ -1,9 +1,8 @@
 """Instruction tuning uses the prompt template of the model that is trained."""
 
-import json
-
 import llm_runs as runs
 import pytest
+from tiny import write_json
 
 from seed_multimodal.training.llm.task import LlmTask
 
@@ -23,7 +22,7 @@ def test_read_gives_the_sources_the_template_of_the_model(
 ):
     # That of the 7B or 13B by its width, unless the model, the data or the source names one;
     # captions have none.
-    (tmp_path / "config.json").write_text(json.dumps({"hidden_size": width}))
+    write_json(tmp_path / "config.json", {"hidden_size": width})
     data = {**runs.write_data(tmp_path, runs.CODES, runs.PER_IMAGE), **data}
     data["sources"][1]["options"] = options
     config = {

@@ -11,6 +11,7 @@ import torch
 import yaml
 from omegaconf import OmegaConf
 from repository import ROOT
+from tiny import read_json
 
 from seed_multimodal.compat.training_flags import translate
 from seed_multimodal.config import load_yaml
@@ -173,7 +174,7 @@ def test_read_settings_of_the_files_of_every_group():
 def filled(file: Path, **trainer: Any) -> tuple[dict[str, Any], list[str]]:
     """A DeepSpeed file, filled for eight processes, and the remarks about it."""
     settings = read_settings(LlmTrainerSettings, trainer, "trainer")
-    config = json.loads(file.read_text())
+    config = read_json(file)
     return resolve_deepspeed_config(config, settings, world=8, rows=3, hidden_size=64)
 
 

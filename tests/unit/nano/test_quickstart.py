@@ -1,9 +1,8 @@
 """The quickstart's sheet, images and JSON, on a tiny random system."""
 
-import json
-
 import pytest
 from PIL import Image
+from tiny import read_json
 
 from seed_nano import quickstart
 from seed_nano.world.splits import held_out
@@ -16,7 +15,7 @@ def test_quickstart_writes_sheets_images_and_json(tiny_folder, tmp_path, capsys)
     # The README's first program.
     out = tmp_path / "quick"
     assert quickstart.main(f"--model {tiny_folder} --out {out} --device cpu".split()) == 0
-    result = json.loads((out / "quickstart.json").read_text())
+    result = read_json(out / "quickstart.json")
     assert [len(codes) for codes in result["codes"]] == [32] * len(quickstart.QUESTIONS_BY_CAPTION)
     assert [cell["request"] for cell in result["draw"]] == list(quickstart.DRAW_CAPTIONS)
     assert [cell["request"] for cell in result["talk"] if cell["request"]] == list(quickstart.CHAT)

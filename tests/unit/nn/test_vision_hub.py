@@ -8,7 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from random_images import noise
-from tiny import write_json
+from tiny import read_json, write_json
 from tiny.vision import KINDS, write_vision
 
 from seed_multimodal.errors import CheckpointError, ConfigError, ImageError
@@ -64,7 +64,7 @@ def test_preprocessing_makes_the_pixels_of_transformers(kind, tmp_path):
 
     write_vision(kind, tmp_path)
     file = tmp_path / "preprocessor_config.json"
-    values = json.loads(file.read_text())
+    values = read_json(file)
     write_json(file, {**values, "image_processor_type": PROCESSORS[kind]})
     image = Image.linear_gradient("L").convert("RGB").resize((48, 32))
     processor = AutoImageProcessor.from_pretrained(tmp_path)

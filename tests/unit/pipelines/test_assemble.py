@@ -1,13 +1,13 @@
 """`seed assemble` and `save_system`: a folder of separate parts answers as the system that they
 are from."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 from random_images import same
 from repository import FOX, ROOT
+from tiny import read_json, write_json
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.pipelines.base import MultimodalSystem
@@ -59,8 +59,8 @@ def test_assemble_of_the_outputs_of_lavits_trainings(tiny_lavit_folder, tiny_lav
     merger = exported / "tokenizer" / "visual_weight.safetensors"
     merger.rename(checkpoint / merger.name)
     settings = tmp_path / "settings.json"
-    record = json.loads((source / "system.json").read_text())
-    settings.write_text(json.dumps({"generation": record["generation"]}))
+    record = read_json(source / "system.json")
+    write_json(settings, {"generation": record["generation"]})
 
     # 2. The system.
     out = tmp_path / "system"

@@ -1,6 +1,5 @@
 """Checkpoints of a language model's training as systems: their LoRA is merged in memory."""
 
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -8,6 +7,7 @@ from typing import Any
 import pytest
 from llm_runs import LORA, OPTIM, TRAINER, write_data
 from repository import ROOT
+from tiny import read_json, write_json
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.errors import ConfigError
@@ -22,10 +22,10 @@ FOX = str(ROOT / "images" / "fox.png")
 def base(tiny_folder: Path, tmp_path_factory) -> Path:
     """A system that trainings start from, with texts that describe its own weights."""
     folder = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("base") / "system")
-    settings = json.loads((folder / "system.json").read_text())
+    settings = read_json(folder / "system.json")
     settings |= {"notice": "of the base", "known_words": "known.json"}
     shutil.copy(ROOT / "pretrained" / "nano" / "known_words.json", folder / "known.json")
-    (folder / "system.json").write_text(json.dumps(settings))
+    write_json(folder / "system.json", settings)
     return folder
 
 
@@ -77,6 +77,6 @@ def test_checkpoint_of_peft_names_only_its_base(base, checkpoint, tmp_path):
     (copy / "system.json").unlink()
     assert SystemConfig.find(copy).tokenizer == base / "seed_tokenizer"
     file = copy / "adapter_config.json"
-    file.write_text(json.dumps({**json.loads(file.read_text()), "base_model_name_or_path": "/no"}))
+    write_json(file, {**read_json(file), "base_model_name_or_path": "/no"})
     with pytest.raises(ConfigError, match="adapter_config.*/no"):
         load(copy)

@@ -1,11 +1,11 @@
 """`SystemConfig`: names and folders of systems, `system.json`, missing parts."""
 
-import json
 import shutil
 from pathlib import Path
 
 import pytest
 from repository import ROOT
+from tiny import write_json
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.errors import CheckpointError, ConfigError
@@ -164,6 +164,6 @@ def test_a_missing_shard_is_reported_before_others_are_read(tiny_folder, tmp_pat
     first, second = (f"model-0000{index}-of-00002.safetensors" for index in (1, 2))
     (llm / first).write_bytes(b"damaged")
     index = {"weight_map": {"a": first, "b": second}}
-    (llm / "model.safetensors.index.json").write_text(json.dumps(index))
+    write_json(llm / "model.safetensors.index.json", index)
     with pytest.raises(CheckpointError, match=second):
         MultimodalSystem.from_pretrained(folder, device="cpu", log=None)

@@ -2,13 +2,13 @@
 `unit/models/test_weight_faults.py`)."""
 
 import dataclasses
-import json
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from tensors import equal
+from tiny import write_json
 from tiny.seed import loud, seed1_tokenizer, training_name, write_released_seed1
 
 from seed_multimodal.errors import CheckpointError, SeedWarning
@@ -38,7 +38,7 @@ def write_original(model: SeedTokenizer, folder: Path) -> Path:
     deeper = EvaVit(dataclasses.replace(model.config.vit, depth=3)).state_dict()
     torch.save(deeper | model.visual_encoder.state_dict(), folder / "eva_vit_g.pth")
     # The folder's config.json is that of a language model.
-    (folder / "config.json").write_text(json.dumps({"model_type": "llama", "vocab_size": 3}))
+    write_json(folder / "config.json", {"model_type": "llama", "vocab_size": 3})
     return folder
 
 

@@ -1,7 +1,6 @@
 """Export of training checkpoints to a tokenizer that gives the same codes."""
 
 import dataclasses
-import json
 import shutil
 from pathlib import Path
 from typing import Any
@@ -10,6 +9,7 @@ import pytest
 import torch
 from random_images import noise
 from repository import NANO
+from tiny import write_json
 from tiny.seed import seed1_config, write_stages
 from torch import Tensor
 
@@ -117,7 +117,7 @@ def test_export_with_missing_parts_writes_nothing(trained, tmp_path):
 def test_export_command_with_a_text_tokenizer(trained, tmp_path, capsys):
     # Of as many codes as the codebook has, and of others.
     config = tmp_path / "sizes.json"
-    config.write_text(json.dumps(trained.config.to_dict()))
+    write_json(config, trained.config.to_dict())
     model = (NANO / "seed_tokenizer" / MODEL).read_bytes()
     write_files(tmp_path / "texts", model, trained.config.codebook_size, 32)
 

@@ -1,10 +1,10 @@
 """Both tokenizers: codes, embeddings, causality, gradients, prefixes, half precision."""
 
 import dataclasses
-import json
 
 import pytest
 import torch
+from tiny import write_json
 from tiny.seed import loud, seed1_tokenizer
 
 from seed_multimodal.data.pretokenize.encode import fast_encode
@@ -59,6 +59,6 @@ def test_encode_in_half_precision(tiny, images, tmp_path):
 )
 def test_read_config_with_wrong_values(tmp_path, changes, named):
     # A misspelt size would be the default's without a word.
-    (tmp_path / "config.json").write_text(json.dumps(changes))
+    write_json(tmp_path / "config.json", changes)
     with pytest.raises(ConfigError, match=named):
         Seed2Tokenizer.read_config(tmp_path / "config.json")

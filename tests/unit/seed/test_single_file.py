@@ -2,7 +2,6 @@
 original was.
 """
 
-import json
 from dataclasses import replace
 from pathlib import Path
 
@@ -12,6 +11,7 @@ import torch
 import yaml
 from PIL import Image
 from safetensors.torch import load_file
+from tiny import read_json
 from tiny.seed import loud, seed1_config
 
 from seed_multimodal.compat.demo_recon import recon_script
@@ -81,7 +81,7 @@ def write_sizes(file: Path, **text_sizes: int) -> dict[str, int]:
         "eos_token_id": 17,
         **text_sizes,
     }
-    sizes = json.loads((GOLDEN / "config.json").read_text())["compvis"]
+    sizes = read_json(GOLDEN / "config.json")["compvis"]
     params = {**sizes, "text_encoder": text_encoder}
     file.write_text(yaml.safe_dump({"model": {"params": params}}))
     return text_encoder
@@ -89,7 +89,7 @@ def write_sizes(file: Path, **text_sizes: int) -> dict[str, int]:
 
 def test_single_file_has_the_tensors_of_the_diffusers_folder(original):
     # Then it draws as recorded (golden `seed1_sd_decode`).
-    names = json.loads((GOLDEN / "diffusers_key_map.json").read_text())
+    names = read_json(GOLDEN / "diffusers_key_map.json")
     tensors = golden_tensors()
     parts = load_single_file(original / "sd-v1-4.ckpt", torch.float32, original / "tiny.yaml")
     loaded_tensors = {

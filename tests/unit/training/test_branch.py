@@ -1,13 +1,13 @@
 """`resume=FOLDER`: a branch of a run, from one of its checkpoints or another run's; remains of a
 killed run."""
 
-import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import loop_toy as toy
 import pytest
+from tiny import read_json
 
 from seed_multimodal.errors import CheckpointError
 
@@ -98,5 +98,5 @@ def test_checkpoint_holds_what_its_layout_promises(run, tmp_path):
         "data_state.json",
         "trainer_state.json",
     }
-    state = json.loads((folder / "trainer_state.json").read_text())
+    state = read_json(folder / "trainer_state.json")
     assert state["global_step"] == 4

@@ -19,6 +19,7 @@ import pytest
 from data_files import fields_of, jpeg, lines
 from fsspec.implementations.local import LocalFileSystem
 from real_processes import free_port, run_process
+from tiny import write_json
 from waiting import wait_until
 
 from seed_multimodal.cli.main import main
@@ -59,7 +60,7 @@ def write_formats(folder: Path) -> None:
         samples = [(f"k{n}", {"jpg": jpeg(n), "txt": b"a fox"}) for n in range(8)]
         write_shard(folder / f"pairs/{part}.tar", samples)
     images = [{"image": f"{n}.jpg", "caption": "a"} for n in range(2)]
-    (folder / "images.json").write_text(json.dumps(images))
+    write_json(folder / "images.json", images)
     (folder / "0.jpg").write_bytes(jpeg(0))
 
 

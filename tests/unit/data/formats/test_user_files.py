@@ -10,6 +10,7 @@ import pyarrow
 import pyarrow.parquet
 import pytest
 from data_files import jpeg, lines, write
+from tiny import write_json
 
 from seed_multimodal.data.formats.pairs import Pairs, open_pairs
 from seed_multimodal.data.formats.shards import write_shard
@@ -265,7 +266,7 @@ def test_open_pairs_of_lists(tmp_path):
     image = write(tmp_path / "images/0.jpg", JPEG)
     files = [tmp_path / "a.json", tmp_path / "b.json"]
     for file, path in zip(files, ("0.jpg", str(image)), strict=True):
-        file.write_text(json.dumps([{"photo": path, "title": [file.name, "cut \ud83d"]}]))
+        write_json(file, [{"photo": path, "title": [file.name, "cut \ud83d"]}])
     keys = {"image_key": "photo", "caption_key": "title", "image_root": str(image.parent)}
     pairs = open_pairs({"files": list(map(str, files)), "format": "json", **keys})
     for index, file in enumerate(files):

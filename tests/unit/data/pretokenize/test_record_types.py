@@ -1,6 +1,5 @@
 """Every kind of records, from images on disk to decoded sequences, with the nano tokenizer."""
 
-import json
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -11,6 +10,7 @@ from data_files import fields_of
 from PIL import Image
 from random_images import noise
 from repository import ROOT
+from tiny import read_json, write_json
 
 from seed_multimodal.data.decoders import get_decoder
 from seed_multimodal.data.decoders.base import SeededRandom
@@ -56,7 +56,7 @@ def tokenize(tmp_path, images) -> Callable[..., tuple[Records, dict[str, int]]]:
         kind: str, rows: Records, data: dict[str, Any] | None = None, **settings: Any
     ) -> tuple[Records, dict[str, int]]:
         path = tmp_path / "in.json"
-        path.write_text(json.dumps(rows))
+        write_json(path, rows)
         data = {"files": str(path), "image_root": str(images), **(data or {})}
         options = {
             "tokenizer": str(CONFIGS / "tokenizer" / "nano.yaml"),
@@ -66,7 +66,7 @@ def tokenize(tmp_path, images) -> Callable[..., tuple[Records, dict[str, int]]]:
             "device": "cpu",
         }
         assert run(RunSettings(kind=kind, data=data, **options | settings)) == 0
-        counts = json.loads((tmp_path / "out" / "counts.json").read_text())
+        counts = read_json(tmp_path / "out" / "counts.json")
         return fields_of(open_records(tmp_path / "out")), counts
 
     return run_it

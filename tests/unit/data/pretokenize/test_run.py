@@ -16,6 +16,7 @@ import pytest
 from data_files import jpeg
 from real_processes import processes_with, wait_until
 from repository import ROOT
+from tiny import read_json, write_json
 
 from seed_multimodal.cli.data import extraction_script
 from seed_multimodal.data.formats.shards import write_shard
@@ -212,7 +213,7 @@ def test_run_writes_strict_json(start, tmp_path):
     write_shard(tmp_path / "in.tar", samples)
     data = {"files": str(tmp_path / "in.tar"), "similarity_thr": 0.2}
     assert start(tmp_path / "out", data=data) == 0
-    counts = json.loads((tmp_path / "out" / "counts.json").read_text())
+    counts = read_json(tmp_path / "out" / "counts.json")
     assert (counts["samples"], counts["dropped: similarity"]) == (1, 1)
     with tarfile.open(tmp_path / "out" / "in.tar") as tar:
         text = tar.extractfile(tar.getmembers()[0]).read().decode()
@@ -235,13 +236,13 @@ def test_run_ends_after_many_broken_samples_in_a_row(start, tmp_path, capfd):
     assert names == ["0.counts.json", "0.tar", "settings.json"]
     assert "0.tar: sample 1" in capfd.readouterr().err
     assert start(tmp_path / "out", max_bad=5, data=images) == 0
-    assert json.loads((tmp_path / "out" / "counts.json").read_text())["bad"] == 6
+    assert read_json(tmp_path / "out" / "counts.json")["bad"] == 6
 
 
 def test_run_without_a_usable_record(start, tmp_path, capfd):
     # Exit code 1 also of a repeated run: else a job array seems to have succeeded.
     rows = [{"image": f"{n}.jpg", "caption": "words"} for n in range(7)]
-    (tmp_path / "a.json").write_text(json.dumps(rows))
+    write_json(tmp_path / "a.json", rows)
     for _ in range(2):
         assert start(tmp_path / "out", data={"files": str(tmp_path / "a.json")}) == 1
         log = capfd.readouterr().err

@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 from repository import NANO, ROOT
+from tiny import read_json
 
 from seed_multimodal.evaluation.metrics import plain
 from seed_nano.report.samples import Sizes, make_samples
@@ -41,7 +42,7 @@ def test_sections_of_packed_answers(name):
 
     # The published figures follow from the published answers.
     folder = ROOT / "pretrained" / name / "report"
-    shipped = json.loads((folder / "report.json").read_text())
+    shipped = read_json(folder / "report.json")
     answers = json.loads(gzip.decompress((folder / "answers.json.gz").read_bytes()))["val"]
     sizes = Sizes(**{key: shipped["settings"][key] for key in vars(Sizes())})
     judge = Judge.from_pretrained(NANO / "judge")

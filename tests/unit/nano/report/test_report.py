@@ -10,6 +10,7 @@ import torch
 from huggingface_hub import ModelCard
 from PIL import Image
 from repository import ROOT
+from tiny import read_json, write_json
 
 from seed_multimodal.state_dicts import save_state_dict
 from seed_nano.report import scoring
@@ -40,7 +41,7 @@ def test_report_of_each_kind(fixture, kind, sheets, request, tmp_path):
     folder = request.getfixturevalue(fixture)
     flags = f"--model {folder} --judge {JUDGE} --out {tmp_path} --splits val,things --limit 2"
     assert main([*flags.split(), "--device", "cpu"]) == 0
-    report = json.loads((tmp_path / "report.json").read_text())
+    report = read_json(tmp_path / "report.json")
     for split in ("val", "things"):
         expected = {section.__name__ for section in sections_of(kind, split)}
         assert set(report["splits"][split]) == expected
@@ -153,7 +154,7 @@ def test_write_card_of_records_and_report(tmp_path):
     model = tmp_path / "model"
     save_state_dict({"weight": torch.zeros(3, 4)}, model / "part" / "model.safetensors")
     work.mkdir()
-    (work / "vae.done.json").write_text(json.dumps({"steps": 4, "psnr": 20.5}))
+    write_json(work / "vae.done.json", {"steps": 4, "psnr": 20.5})
     (model / "report").mkdir()
     (model / "report" / "report.md").write_text(
         "# Report of toy\n\n## Aims\n\n![drawings.webp](drawings.webp)\n"

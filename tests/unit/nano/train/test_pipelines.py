@@ -1,7 +1,6 @@
 """The pipelines of nano, nano-x and nano-lavit at toy size: killed, resumed, and the systems they
 train."""
 
-import json
 import subprocess
 import sys
 from pathlib import Path
@@ -13,6 +12,7 @@ from llm_runs import environment
 from PIL import Image
 from real_processes import run_process, wait_until
 from repository import NANO, ROOT
+from tiny import read_json
 
 from seed_multimodal import SeedLlama
 from seed_multimodal.disk import folder_lock
@@ -96,7 +96,7 @@ def test_nano_is_killed_resumed_and_answers(tmp_path, capfd):
     assert vae.is_file() and "resumes from" in output and output.count("already done") == 3
     assert "train_unet.learning_rate: 0.001 -> 0.5" in output and "vae was run again" in output
     assert main(arguments("nano", work, "--only", "records", "records.captions=13", *settings)) == 0
-    assert json.loads((work / "records.done.json").read_text())["captions"] == 13
+    assert read_json(work / "records.done.json")["captions"] == 13
 
 
 @pytest.mark.nightly

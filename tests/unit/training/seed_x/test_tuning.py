@@ -1,7 +1,6 @@
 """SEED-X's instruction tuning: checkpoints, losses of packed rows, evaluation, settings."""
 
 import itertools
-import json
 from collections.abc import Iterable
 
 import pytest
@@ -11,6 +10,7 @@ from data_files import lines
 from llm_runs import task_of
 from repository import NANO
 from tensors import equal
+from tiny import read_json
 from tiny.language import LLM_WIDTH
 
 from seed_multimodal.data.stream.llm_batches import LlmBatch
@@ -33,7 +33,7 @@ def test_train_saves_an_agent(config_of, tmp_path):
     assert {"patch_pos_embed", "output_resampler.attn.in_proj_weight"} < saved.keys()
     not_saved = (".base_layer.", "original_module", "resampler.pos_embed")
     assert not [name for name in saved if any(part in name for part in not_saved)]
-    about = json.loads((folder / "agent.json").read_text())
+    about = read_json(folder / "agent.json")
     assert parts.LORA.items() <= about["lora"].items()
     assert about["input_resampler"]["embed_dim"] == LLM_WIDTH
 

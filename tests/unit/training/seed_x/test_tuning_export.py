@@ -1,7 +1,6 @@
 """`merge_lora_weights.py` turns tuned checkpoints, ours and original ones, into systems."""
 
 import itertools
-import json
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +8,7 @@ import pytest
 import torch
 import yaml
 from llm_runs import task_of
+from tiny import read_json
 
 from seed_multimodal.compat.weight_programs import merge_script
 from seed_multimodal.models.seed_x.losses import TrainedAgent
@@ -86,7 +86,7 @@ def test_merge_of_an_original_export(run, parts_dir, tmp_path):
     state = {
         name.replace(".base_layer.", "."): value for name, value in task.module.state_dict().items()
     }
-    about = json.loads((checkpoint / "agent.json").read_text())
+    about = read_json(checkpoint / "agent.json")
     agent = {
         "_target_": "src.models.mllm.seed_x.ContinuousLVLM.from_pretrained",
         **{name: about[name] for name in ("input_resampler", "output_resampler")},
