@@ -16,13 +16,13 @@ from completion_server import CompletionServer
 from real_processes import free_port
 from repository import NANO, ROOT
 from served import serving
+from systems import load
 from tiny.language import random_llm
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.errors import ConfigError, RequestError
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.language.messages import user_message
-from seed_multimodal.pipelines.base import MultimodalSystem
 
 WORDS = NANO / "seed_tokenizer"
 SYSTEMS = ("nano", "nano-x", "nano-lavit")
@@ -44,9 +44,7 @@ needs_vllm = [
 
 
 def open_nano(name: str = "nano", **options: Any) -> Any:
-    return MultimodalSystem.from_pretrained(
-        name, device="cpu", log=None, load_decoder=False, **options
-    )
+    return load(name, load_decoder=False, **options)
 
 
 @pytest.fixture(scope="session")
@@ -227,4 +225,4 @@ def test_completion_server_with_shorter_answers(nano, server, remote):
 def test_from_pretrained_with_an_engine_that_does_not_fit():
     for name, engine, named in (("nano-x", "llama.cpp", "SEED-LLaMA"), ("nano", "vllm", "openai")):
         with pytest.raises(ConfigError, match=named):
-            MultimodalSystem.from_pretrained(name, device="cpu", log=None, engine=engine)
+            load(name, engine=engine)

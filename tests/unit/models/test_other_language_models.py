@@ -6,9 +6,9 @@ from typing import Any
 import llm_runs
 import pytest
 from random_images import noise
+from systems import load
 
 from seed_multimodal.language.messages import user_message
-from seed_multimodal.pipelines.base import MultimodalSystem
 
 IMAGE = noise(1)
 BOX = "<box_start><loc-1><loc-2><loc-3><loc-4><box_end>"
@@ -27,10 +27,6 @@ def folders(tmp_path_factory) -> dict[str, Path]:
         "seed_x": build_seed_x(root / "seed_x", hub=True),
         "lavit": build_lavit(root / "lavit", hub=True),
     }
-
-
-def load(folder: Path, **options: Any) -> Any:
-    return MultimodalSystem.from_pretrained(folder, device="cpu", log=None, **options)
 
 
 @pytest.mark.parametrize("name", ["seed_llama", "seed_x", "lavit"])

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from random_images import same
 from repository import FOX, ROOT
+from systems import load
 from tiny import read_json, write_json
 
 from seed_multimodal.cli.main import main
@@ -16,10 +17,6 @@ from seed_multimodal.pipelines.base import MultimodalSystem
 def assemble(kind: str, out: Path, **parts: Path) -> int:
     flags = [word for name, path in parts.items() for word in (f"--{name}", str(path))]
     return main(["assemble", kind, *flags, "--out", str(out)])
-
-
-def load(folder: Path) -> MultimodalSystem:
-    return MultimodalSystem.from_pretrained(folder, device="cpu", log=None)
 
 
 def assert_equal_systems(system: MultimodalSystem, expected: MultimodalSystem) -> None:

@@ -2,16 +2,15 @@
 
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 from llm_runs import LORA, OPTIM, TRAINER, write_data
 from repository import ROOT
+from systems import load
 from tiny import read_json, write_json
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.config import SystemConfig
 
 pytestmark = pytest.mark.slow
@@ -46,10 +45,6 @@ def checkpoint(base: Path, tmp_path_factory) -> Path:
         }
     )
     return folder / "out" / "checkpoint-2"
-
-
-def load(folder: Path) -> Any:
-    return MultimodalSystem.from_pretrained(folder, device="cpu", log=None)
 
 
 def test_checkpoint_answers_as_trained(base, checkpoint):

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import pytest
 from repository import ROOT
+from systems import load
 from tiny import write_json
 
 from seed_multimodal.cli.main import main
 from seed_multimodal.errors import CheckpointError, ConfigError
-from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.weights import find
 
@@ -151,9 +151,7 @@ def test_missing_files_are_reported_before_weights_are_read(
     (folder / missing).unlink()
     for needs_decoder, named in ((True, missing), (False, llm)):
         with pytest.raises(CheckpointError, match=named):
-            MultimodalSystem.from_pretrained(
-                folder, device="cpu", log=None, load_decoder=needs_decoder
-            )
+            load(folder, load_decoder=needs_decoder)
 
 
 def test_a_missing_shard_is_reported_before_others_are_read(tiny_folder, tmp_path):
@@ -166,4 +164,4 @@ def test_a_missing_shard_is_reported_before_others_are_read(tiny_folder, tmp_pat
     index = {"weight_map": {"a": first, "b": second}}
     write_json(llm / "model.safetensors.index.json", index)
     with pytest.raises(CheckpointError, match=second):
-        MultimodalSystem.from_pretrained(folder, device="cpu", log=None)
+        load(folder)

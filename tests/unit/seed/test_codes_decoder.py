@@ -5,9 +5,9 @@ import shutil
 import pytest
 import torch
 from random_images import same
+from systems import load
 from tiny.seed import N_CODES, write_code_decoder
 
-from seed_multimodal import MultimodalSystem
 from seed_multimodal.errors import CodesError
 from seed_multimodal.models.seed.diffusion import CodesDetokenizer
 
@@ -15,12 +15,12 @@ SETTINGS = {"num_inference_steps": 2}
 
 
 @pytest.fixture(scope="module")
-def system(tiny_folder, tmp_path_factory) -> MultimodalSystem:
+def system(tiny_folder, tmp_path_factory):
     folder = tmp_path_factory.mktemp("codes") / "system"
     shutil.copytree(tiny_folder, folder)
     shutil.rmtree(folder / "seed_tokenizer" / "diffusion_model")
     write_code_decoder(folder / "seed_tokenizer" / "diffusion_model")
-    return MultimodalSystem.from_pretrained(folder, device="cpu", log=None)
+    return load(folder)
 
 
 def test_draw_reads_codes(system):

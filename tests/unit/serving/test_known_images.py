@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 from repository import FOX, ROOT
 from served import chat, user
+from systems import load
 
 from seed_multimodal import MultimodalSystem
 from seed_multimodal.images.io import image_to_bytes
@@ -112,7 +113,7 @@ def test_distances_are_cached_and_not_measured_of_codes(shipped, monkeypatch):
 def test_system_without_the_key_has_no_notes(shipped):
     (screen,) = unknown_images("screen", 1)
     config = shipped.config
-    plain = MultimodalSystem.from_pretrained(config.name, device="cpu", log=None)
+    plain = load(config.name)
     plain.config.known_images = plain.images.familiarity = None
     assert plain.chat([{"role": "user", "content": [screen]}]).note == ""
     assert plain.describe(screen) == shipped.describe(screen)

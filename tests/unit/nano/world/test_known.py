@@ -2,11 +2,11 @@
 
 import pytest
 from repository import ROOT
+from systems import load
 
 from seed_multimodal.language.known_words import KnownWords, read_known_words
 from seed_multimodal.language.messages import user_message
 from seed_multimodal.language.prompts import SEED_X_TASKS
-from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_nano.world.records import KINDS, record_at, texts_of
 from seed_nano.world.things import write_known_words
 
@@ -79,7 +79,7 @@ def test_contradictions_of_a_description(known, request_, description, differenc
 @pytest.mark.parametrize("name", ["nano", "nano-x", "nano-lavit"])
 def test_names_in_capitals_are_read_as_learned(name):
     # People type "Draw a Cat."; the models have never seen a capital there.
-    system = MultimodalSystem.from_pretrained(name, device="cpu", log=None)
+    system = load(name)
     texts = ("a Noto CAT LEFT OF a fire Truck", "a noto cat left of a fire truck")
     first, second = system.family.prompts([*map(user_message, texts)], "draw")
     assert first.ids == second.ids
