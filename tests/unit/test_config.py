@@ -25,7 +25,7 @@ def test_configurations_have_the_original_keys():
     assert hub.encoder_url.endswith("seed_quantizer.pt")
 
 
-@pytest.mark.parametrize(("overrides", "side"), [({}, 224), ({"image_size": 64}, 64)])
+@pytest.mark.parametrize("overrides, side", [({}, 224), ({"image_size": 64}, 64)])
 def test_instantiate_builds_the_original_transform(overrides, side):
     transform = instantiate(TRANSFORM, **overrides)
     assert transform(Image.new("RGB", (300, 100), (255, 0, 0))).shape == (3, side, side)
@@ -64,7 +64,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("config", "named"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("config, named", REFUSED.values(), ids=REFUSED)
 def test_instantiate_refuses(config, named):
     # A YAML file from elsewhere must not run code.
     with pytest.raises(ConfigError, match=re.escape(named)):

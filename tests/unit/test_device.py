@@ -50,7 +50,7 @@ CHOICES = {
 
 
 @pytest.mark.parametrize(
-    ("machine", "device", "dtype", "fp16", "chosen_device", "chosen_dtype"),
+    "machine, device, dtype, fp16, chosen_device, chosen_dtype",
     CHOICES.values(),
     ids=CHOICES,
 )
@@ -67,7 +67,7 @@ def test_choose_device(machine, device, dtype, fp16, chosen_device, chosen_dtype
 
 
 @pytest.mark.parametrize(
-    ("device", "dtype"),
+    "device, dtype",
     [("meta", "auto"), ("xla", "auto"), ("cuda:1", "auto"), ("cpu", "float8")],
 )
 def test_choose_device_of_an_unknown_name(monkeypatch, device, dtype):
@@ -106,7 +106,7 @@ LOADED = {
 }
 
 
-@pytest.mark.parametrize(("load", "options", "dtypes"), LOADED.values(), ids=LOADED)
+@pytest.mark.parametrize("load, options, dtypes", LOADED.values(), ids=LOADED)
 def test_dtypes_on_a_gpu(load, options, dtypes, tiny_folder, monkeypatch, capsys):
     # Those of the originals. They are logged before weights are loaded, which fails here.
     report_devices(monkeypatch, *GPU)
@@ -148,7 +148,7 @@ def test_dtype_and_quantization_override_yaml_files(tiny_folder, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("name", "peak"),
+    "name, peak",
     [
         ("NVIDIA H200", 989.4),
         ("NVIDIA H100 PCIe", 756.0),
@@ -164,7 +164,7 @@ def test_peak_tflops_by_name(name, peak):
     assert peak_tflops(torch.device("cpu"), BRAIN) is None
 
 
-@pytest.mark.parametrize(("variable", "n_threads"), [("OMP_NUM_THREADS", 2), ("UNSET", 1)])
+@pytest.mark.parametrize("variable, n_threads", [("OMP_NUM_THREADS", 2), ("UNSET", 1)])
 def test_load_images_limits_threads_of_small_models(monkeypatch, variable, n_threads):
     # A number that the user has set is kept.
     from seed_multimodal.cli.common import load_images

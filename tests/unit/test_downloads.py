@@ -104,7 +104,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize(("listing", "file", "sent", "named"), FAULTS.values(), ids=FAULTS)
+@pytest.mark.parametrize("listing, file, sent, named", FAULTS.values(), ids=FAULTS)
 def test_fetch_from_a_faulty_hub(server, fetch, pauses, listing, file, sent, named):
     # A file that is not as listed never gets its name; another source replaces a broken one.
     path, local = HUB_FILE
@@ -127,7 +127,7 @@ def test_fetch_waits_as_long_as_a_busy_hub_asks(server, fetch, pauses):
 
 
 @pytest.mark.parametrize(
-    ("part", "file", "changed"),
+    "part, file, changed",
     [("unclip", HUB_FILE, False), ("tokenizer", URL_FILE, False), ("tokenizer", URL_FILE, True)],
     ids=["hub", "URL", "changed URL"],
 )
@@ -248,7 +248,7 @@ def test_fetch_names_what_it_does_not_get(server, fetch):
 
 
 @pytest.mark.parametrize(
-    ("command", "named"),
+    "command, named",
     [
         (["8c"], "'8b'"),
         (["8b", "--mirror", "unclop=a/b"], "'unclip'"),
@@ -328,7 +328,7 @@ SNAPSHOTS = {
 }
 
 
-@pytest.mark.parametrize(("names", "patterns", "expected"), SNAPSHOTS.values(), ids=SNAPSHOTS)
+@pytest.mark.parametrize("names, patterns, expected", SNAPSHOTS.values(), ids=SNAPSHOTS)
 def test_hub_fetch_of_any_repository(server, names, patterns, expected):
     # No weights twice; later without the network.
     server.repositories["me/mine"] = dict.fromkeys(names, b"{}")

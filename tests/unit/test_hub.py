@@ -52,7 +52,7 @@ ERRORS = {
 }
 
 
-@pytest.mark.parametrize(("error", "named"), ERRORS.values(), ids=ERRORS)
+@pytest.mark.parametrize("error, named", ERRORS.values(), ids=ERRORS)
 def test_run_program_prints_errors_without_a_traceback(error, named, capsys):
     def work(args):
         raise error

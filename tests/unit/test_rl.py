@@ -58,7 +58,7 @@ def test_trains_what_was_sampled(run, lora):
 
 
 @pytest.mark.parametrize(
-    ("prompt", "reward", "message"),
+    "prompt, reward, message",
     [
         ({"text": "a dog"}, NANO, "item 0: has no prompt"),
         ({"prompt": "a dog"}, NANO, "line 1: has no labels"),

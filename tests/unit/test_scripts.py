@@ -40,7 +40,7 @@ def test_shell_scripts_parse():
 @pytest.mark.process
 @needs_dash
 @pytest.mark.parametrize(
-    ("script", "text"),
+    "script, text",
     [
         ("install.sh", "--lavis"),
         ("SEED_Tokenizer/install.sh", "--lavis"),

@@ -71,7 +71,7 @@ WRONG = {
 }
 
 
-@pytest.mark.parametrize(("values", "named"), WRONG.values(), ids=WRONG)
+@pytest.mark.parametrize("values, named", WRONG.values(), ids=WRONG)
 def test_read_settings_names_wrong_values(values, named):
     with pytest.raises(ConfigError) as caught:
         read_settings(Example, values, "trainer")

@@ -69,7 +69,7 @@ def test_save_and_load_by_the_class_of_the_config(denoiser, tmp_path):
         CodesDetokenizer.load_part(tmp_path, "denoiser")
 
 
-@pytest.mark.parametrize(("name", "channels"), [("kl", 4), ("kl16", 16), ("dc", 32), ("tiny", 4)])
+@pytest.mark.parametrize("name, channels", [("kl", 4), ("kl16", 16), ("dc", 32), ("tiny", 4)])
 @torch.no_grad()
 def test_latents_of_autoencoders(name, channels, tmp_path):
     """Scaled and shifted as in diffusers' pipelines, and back."""

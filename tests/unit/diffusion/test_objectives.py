@@ -122,7 +122,7 @@ def test_sampling_with_perfect_predictions_ends_at_the_image(scheduler, preset):
 
 @pytest.mark.parametrize("times", ["logit_normal", "uniform"])
 @pytest.mark.parametrize(
-    ("name", "shift"), [("Stable Diffusion 3", 3), ("SANA", 3), ("a flow without shift", 1)]
+    "name, shift", [("Stable Diffusion 3", 3), ("SANA", 3), ("a flow without shift", 1)]
 )
 def test_time_steps_of_a_flow_are_shifted_towards_noise(name, shift, times):
     objective = build_objective(build_scheduler(*SCHEDULERS[name]), times)
@@ -135,7 +135,7 @@ def test_time_steps_of_a_flow_are_shifted_towards_noise(name, shift, times):
 
 
 @pytest.mark.parametrize(
-    ("name", "settings", "named"),
+    "name, settings, named",
     [
         ("DDIMScheduler", {"prediction_type": "sample"}, "sample"),
         (

@@ -85,7 +85,7 @@ GQA = {
 
 
 @pytest.mark.parametrize(
-    ("questions", "answers", "expected"),
+    "questions, answers, expected",
     [
         (VQA, None, Sample(0, "", 9, "Who?")),
         (VQA, VQA_ANSWERS, Sample(0, "", 9, "Who?", ["x", ""], "other", "what")),
@@ -103,7 +103,7 @@ def test_read_questions_of_each_format(questions, answers, expected, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("content", "expected"),
+    "content, expected",
     [
         (COCO, [SEVEN, Sample(0, "", "b.jpg", references=["two"])]),
         (KARPATHY, [SEVEN]),
@@ -153,7 +153,7 @@ BAD_ITEMS = {
 }
 
 
-@pytest.mark.parametrize(("read", "item", "name"), BAD_ITEMS.values(), ids=BAD_ITEMS)
+@pytest.mark.parametrize("read, item, name", BAD_ITEMS.values(), ids=BAD_ITEMS)
 def test_an_unusable_item_does_not_end_the_file(read, item, name, tmp_path):
     # One broken line of a million is counted as bad, with its number.
     good = [{**QUESTION, "question_id": id, "image": f"{id}.jpg", "caption": "a"} for id in (1, 9)]
@@ -211,7 +211,7 @@ BAD_FILES = {
 }
 
 
-@pytest.mark.parametrize(("read", "content", "name"), BAD_FILES.values(), ids=BAD_FILES)
+@pytest.mark.parametrize("read, content, name", BAD_FILES.values(), ids=BAD_FILES)
 def test_a_file_of_another_layout_is_named_with_the_fault(read, content, name, tmp_path):
     # Half of a benchmark would be scored, or all of it as wrong.
     write_file = write_dpg if read is read_dpg else write

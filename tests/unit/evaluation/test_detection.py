@@ -106,7 +106,7 @@ DETECTORS = {
 }
 
 
-@pytest.mark.parametrize(("write", "limits", "beds"), DETECTORS.values(), ids=DETECTORS)
+@pytest.mark.parametrize("write, limits, beds", DETECTORS.values(), ids=DETECTORS)
 def test_detect_returns_the_labels_of_each_image(write, limits, beds, clip_folder, tmp_path):
     # Every detector of transformers can judge: each kind has other outputs.
     write(tmp_path / "model", clip_folder)

@@ -44,7 +44,7 @@ OVERLAPS = {
 }
 
 
-@pytest.mark.parametrize(("box", "overlap"), OVERLAPS.values(), ids=OVERLAPS)
+@pytest.mark.parametrize("box, overlap", OVERLAPS.values(), ids=OVERLAPS)
 def test_kept_detections_drops_what_overlaps_a_better_one(box, overlap):
     # Zero-shot detectors find an object several times: it would be counted so often.
     better = Detection("cup", 0.9, BOX)

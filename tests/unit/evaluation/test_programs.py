@@ -113,7 +113,7 @@ def test_eval_vqa_counts_bad_samples_and_retries_them(tiny_folder, capsys):
     assert read("out/summary.json")["bad"] == 3
 
 
-@pytest.mark.parametrize(("missing", "status"), [((1, 2, 3), 2), ((1, 3), 1)])
+@pytest.mark.parametrize("missing, status", [((1, 2, 3), 2), ((1, 3), 1)])
 def test_eval_vqa_ends_after_many_bad_samples_in_a_row(missing, status, tiny_folder):
     # Two images with two questions each are missing; the one between them ends the row.
     for number in missing:
@@ -122,7 +122,7 @@ def test_eval_vqa_ends_after_many_bad_samples_in_a_row(missing, status, tiny_fol
 
 
 @pytest.mark.parametrize(
-    ("change", "name"),
+    "change, name",
     [("--prompts plain", "prompts"), ("", "samples")],
 )
 def test_eval_vqa_refuses_the_folder_of_another_run(change, name, tiny_folder, capsys):

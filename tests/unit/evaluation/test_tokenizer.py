@@ -150,7 +150,7 @@ def test_eval_prefix_of_nano_and_its_sister(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("flag", "value", "name"),
+    "flag, value, name",
     [
         # Of another width.
         ("--decoder", str(NANO / "seed_tokenizer" / "diffusion_model"), "256"),

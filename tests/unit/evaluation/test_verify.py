@@ -20,7 +20,7 @@ def features(first: float) -> dict:
 
 
 @pytest.mark.parametrize(
-    ("value", "reference", "verdict"),
+    "value, reference, verdict",
     [
         ({"text": "a fox"}, {"text": "a fox"}, "equal"),
         ({"text": "a fox"}, {"text": "a cat"}, "differs"),

@@ -7,7 +7,7 @@ from seed_multimodal.models.lavit.evaluate import lavit_answer
 
 
 @pytest.mark.parametrize(
-    ("text", "normalised"),
+    "text, normalised",
     [
         ("Two dogs.", "2 dogs"),
         ("None", "0"),
@@ -27,7 +27,7 @@ def test_vqa_answer_follows_the_official_rules(text, normalised):
 
 
 @pytest.mark.parametrize(
-    ("answer", "annotated", "accuracy"),
+    "answer, annotated, accuracy",
     [
         # Fewer references than ten.
         ("A dog.", ["a dog"], 1.0),
@@ -42,7 +42,7 @@ def test_vqa_accuracy_is_the_mean_over_the_other_annotators(answer, annotated, a
 
 
 @pytest.mark.parametrize(
-    ("text", "normalised"),
+    "text, normalised",
     [
         ("It is red.", "red"),
         ("it is very cold", "cold"),

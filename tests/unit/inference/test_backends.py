@@ -124,7 +124,7 @@ def log_probs(system: Any) -> list[float]:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "engine"),
+    "name, engine",
     [
         *((name, "loopback") for name in SYSTEMS),
         *(pytest.param(name, "vLLM", marks=needs_vllm) for name in SYSTEMS),
@@ -150,7 +150,7 @@ def test_answers_equal_those_of_torch(name, engine, request):
 
 
 @pytest.mark.parametrize(
-    ("architecture", "named"), [("mistral sliding", "sliding"), ("smollm3", "no_rope_layers")]
+    "architecture, named", [("mistral sliding", "sliding"), ("smollm3", "no_rope_layers")]
 )
 def test_export_gguf_of_what_llama_cpp_computes_otherwise(architecture, named, tmp_path):
     # llama.cpp would load the file, and answer nonsense.

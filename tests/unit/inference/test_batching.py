@@ -57,7 +57,7 @@ def test_batcher_joins_rows_of_one_key_in_their_order():
 
 
 @pytest.mark.parametrize(
-    ("error", "max_rows"), [(ValueError("broken"), 8), (MemoryError("too much"), 4)]
+    "error, max_rows", [(ValueError("broken"), 8), (MemoryError("too much"), 4)]
 )
 def test_batcher_retries_rows_of_a_failed_batch_one_by_one(error, max_rows):
     work = GatedWork(error)

@@ -74,7 +74,7 @@ def prompts(system: Any) -> list[Prompt]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("family", "name"), CASES)
+@pytest.mark.parametrize("family, name", CASES)
 def test_answers_equal_those_of_transformers(request, family, name):
     system = request.getfixturevalue(family)
     settings = SETTINGS[name]

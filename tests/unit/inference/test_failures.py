@@ -255,7 +255,7 @@ raise SystemExit(3)
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(("kind", "printed"), [("thread", "400"), ("daemon", "")])
+@pytest.mark.parametrize("kind, printed", [("thread", "400"), ("daemon", "")])
 def test_a_program_ends_after_the_answer_that_a_thread_waits_for(tiny_folder, kind, printed):
     """Python aborts if a daemon thread computes at the end: the engine stops before."""
     command = [sys.executable, "-c", PROGRAM, str(tiny_folder), kind]

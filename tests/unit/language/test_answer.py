@@ -153,7 +153,7 @@ def test_long_answers_are_read_in_linear_time(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("content", "ends", "named"),
+    "content, ends, named",
     [
         ([1] * 6, "b", "6"),
         ([], "e", "<img>"),

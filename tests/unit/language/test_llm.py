@@ -101,7 +101,7 @@ def test_check_vocab_size():
 
 
 @pytest.mark.parametrize(
-    ("config", "named"),
+    "config, named",
     [
         ({"model_type": "no-such-model"}, "no-such-model"),
         ({"vocab_size": 40194}, "40194"),
@@ -120,7 +120,7 @@ def test_load_llm_of_another_configuration(folder, config, named):
 
 
 @pytest.mark.parametrize(
-    ("name", "value", "outcome"),
+    "name, value, outcome",
     [
         ("model.norm.weight", None, CheckpointError),
         # Of a deeper model: its answers would be nonsense.
@@ -164,7 +164,7 @@ def scores_of(llm: Any) -> Tensor:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("quantization", "largest"), [("8bit", 0.01), ("4bit", 0.3), ("int8", 0.01), ("int4", 0.5)]
+    "quantization, largest", [("8bit", 0.01), ("4bit", 0.3), ("int8", 0.01), ("int4", 0.5)]
 )
 def test_load_llm_quantised_on_a_cpu(nano_scores, quantization, largest):
     # The largest divergence from the scores of unquantised weights.

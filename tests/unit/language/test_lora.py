@@ -154,7 +154,7 @@ def without(text: str) -> Callable[[Tensors], Tensors]:
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    "change, named",
     [
         (without(A), "q_proj"),
         (lambda state: {**state, A: torch.zeros(3, 32)}, "adapter"),

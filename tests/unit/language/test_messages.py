@@ -57,7 +57,7 @@ def test_read_messages_keeps_what_it_knows(item):
     assert read_messages([alone]) == [alone]
 
 
-@pytest.mark.parametrize(("part", "item"), PARTS)
+@pytest.mark.parametrize("part, item", PARTS)
 def test_read_messages_of_chat_parts(part, item):
     # A name is a file's: nothing is downloaded.
     for content in (part, [part]):
@@ -79,7 +79,7 @@ def test_read_messages_of_earlier_answers():
 
 
 @pytest.mark.parametrize(
-    ("messages", "named"),
+    "messages, named",
     [
         ([], None),
         ([user("a"), {"role": "assistant", "content": "b"}], None),
@@ -120,7 +120,7 @@ def test_without_oldest_turn_drops_a_question_and_its_answers(turns, system):
 
 
 @pytest.mark.parametrize(
-    ("images", "texts", "named"),
+    "images, texts, named",
     [([IMAGE, []], "a", "1"), ([IMAGE, IMAGE], ["a"], "2"), (IMAGE, ["a", "b"], "2")],
 )
 def test_image_conversations_of_missing_images_or_texts(images, texts, named):
@@ -130,7 +130,7 @@ def test_image_conversations_of_missing_images_or_texts(images, texts, named):
 
 
 @pytest.mark.parametrize(
-    ("text", "missing"),
+    "text, missing",
     [
         ("Describe the picture.", True),
         ("What is in my photo?", True),

@@ -48,7 +48,7 @@ def test_encode_and_decode_of_wrong_codes_and_ids(tokenizer):
 
 
 @pytest.mark.parametrize(
-    ("name", "content"),
+    "name, content",
     [
         ("tokenizer.model", b"junk"),
         ("added_tokens.json", b"{"),

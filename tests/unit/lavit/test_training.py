@@ -143,7 +143,7 @@ def test_gradients_reach_the_trained_parts_only(model, features):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize(("keep", "start"), [(1 / 3, 1 / 3), (1.0, 0.999), (0.0, 0.001)])
+@pytest.mark.parametrize("keep, start", [(1 / 3, 1 / 3), (1.0, 0.999), (0.0, 0.001)])
 def test_the_selector_starts_at_the_share_to_keep(features, keep, start):
     # Starting at one half, it would first learn to drop patches at random; at 0 or 1 never.
     model = toy.stage1(weights=read_settings(LavitLossWeights, {"keep": keep}, "loss"))

@@ -108,7 +108,7 @@ def train_lavit(folder: Path, work: Path) -> None:
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("name", "train"),
+    "name, train",
     [("seed_llama", train_seed_llama), ("seed_x", tune_seed_x), ("lavit", train_lavit)],
 )
 def test_checkpoint_of_three_steps_is_a_system(name, train, folders, tmp_path):

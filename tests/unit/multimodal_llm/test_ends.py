@@ -131,7 +131,7 @@ def closed_by_peer() -> None:
 
 
 @pytest.mark.parametrize(
-    ("fails", "named"), [(out_of_memory, "data.rows"), (closed_by_peer, "process")]
+    "fails, named", [(out_of_memory, "data.rows"), (closed_by_peer, "process")]
 )
 def test_errors_of_torch_become_errors_of_the_run(fails, named):
     # One line with the step, what to change and the last checkpoint, not a traceback of C++.
@@ -147,7 +147,7 @@ def test_errors_of_torch_become_errors_of_the_run(fails, named):
 
 
 @pytest.mark.parametrize(
-    ("more", "named"),
+    "more, named",
     [
         ("trainer.precision=fp16", "fp16"),
         ("trainer.report_to=[wandb]", "wandb"),

@@ -8,7 +8,7 @@ from seed_multimodal.training.llm.task import LlmTask
 
 
 @pytest.mark.parametrize(
-    ("width", "template", "data", "options", "expected"),
+    "width, template, data, options, expected",
     [
         (4096, None, {}, {}, "vicuna"),
         (5120, None, {}, {}, "llama2"),

@@ -19,7 +19,7 @@ def two_steps(train):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("option", "model", "error", "named"),
+    "option, model, error, named",
     [
         ("trainer.max_steps=3", {"lora": runs.LORA}, CheckpointError, "model"),
         ("optim.name=adamw_hf", {}, CheckpointError, "adamw_hf"),

@@ -100,7 +100,7 @@ def test_compose_later_arguments_win():
 
 
 @pytest.mark.parametrize(
-    ("arguments", "overrides"),
+    "arguments, overrides",
     [
         ("--bf16", ["trainer.precision=bf16"]),
         ("--bf16 False", []),
@@ -147,7 +147,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("arguments", "named"), WRONG, ids=[row[0] for row in WRONG])
+@pytest.mark.parametrize("arguments, named", WRONG, ids=[row[0] for row in WRONG])
 def test_compose_and_read_with_a_wrong_setting(arguments, named, files):
     chosen = [f"{group}={file}" for group, file in files.items()]
     with pytest.raises(ConfigError, match=named):
@@ -197,7 +197,7 @@ def test_fill_config_of_a_deepspeed_file(file):
 
 
 @pytest.mark.parametrize(
-    ("trainer", "named"),
+    "trainer, named",
     [
         ({"gradient_accumulation_steps": 4}, "gradient_accumulation_steps"),
         ({"precision": "fp32"}, "bf16"),
@@ -209,7 +209,7 @@ def test_fill_config_that_contradicts_the_trainer(trainer, named):
 
 
 @pytest.mark.parametrize(
-    ("precision", "torch_dtype", "used"),
+    "precision, torch_dtype, used",
     [
         ("bf16", None, "bf16"),  # that of the run: the original fp16 weights stay exact
         ("bf16", "fp16", "fp16"),  # that of the file
@@ -268,7 +268,7 @@ MODELS = [
 ]
 
 
-@pytest.mark.parametrize(("file", "config", "expected"), MODELS)
+@pytest.mark.parametrize("file, config, expected", MODELS)
 def test_read_model_settings_of_the_originals(file, config, expected):
     if file:
         config = {**published_file(file), **config}
@@ -279,7 +279,7 @@ def test_read_model_settings_of_the_originals(file, config, expected):
 
 
 @pytest.mark.parametrize(
-    ("config", "named"),
+    "config, named",
     [
         ({"path": "x", "atention": "eager"}, "'attention'"),
         ({}, "path"),

@@ -119,7 +119,7 @@ def test_one_half_of_a_whole_siglip(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("file", "named", "error"),
+    "file, named, error",
     [
         ("config.json", "siglip", ConfigError),
         ("model.safetensors", "siglip", CheckpointError),

@@ -27,7 +27,7 @@ def assert_equal_systems(system: MultimodalSystem, expected: MultimodalSystem) -
 
 
 @pytest.mark.parametrize(
-    ("kind", "fixture", "parts"),
+    "kind, fixture, parts",
     [
         ("seed-llama", "tiny", {"tokenizer": "seed_tokenizer", "llm": "seed_llama"}),
         ("seed-x", "tiny_x", dict.fromkeys("llm agent tokenizer vision sdxl detokenizer".split())),

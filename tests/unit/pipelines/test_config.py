@@ -28,7 +28,7 @@ def no_weights(tmp_path, monkeypatch) -> Path:
 
 
 @pytest.mark.parametrize(
-    ("name", "system", "llm"),
+    "name, system, llm",
     [
         ("NANO-X", "seed_x", "nano-x/llm"),
         ("8b", "seed_llama", "seed_llama_8b_sft"),
@@ -79,7 +79,7 @@ def test_find_of_what_is_no_system(tiny_folder, no_weights):
 
 
 @pytest.mark.parametrize(
-    ("name", "parts"),
+    "name, parts",
     [
         ("8b", ("AILab-CVC/seed-tokenizer-2", "eva_vit_g.pth", "-8b-sft", "unclip")),
         ("seed-x", ("AILab-CVC/SEED-X-17B", "QwenViT", "seed fetch seed-x qwen-vit sdxl")),
@@ -94,7 +94,7 @@ def test_require_names_all_parts_of_an_original(name, parts, no_weights):
 
 
 @pytest.mark.parametrize(
-    ("text", "named"),
+    "text, named",
     [
         ("{", r"system\.json"),
         ('{"tokeniser": "x"}', "'tokeniser'"),
@@ -113,7 +113,7 @@ def test_find_of_a_wrong_system_json(tmp_path, text, named):
 
 
 @pytest.mark.parametrize(
-    ("fixture", "parts", "has_codes"),
+    "fixture, parts, has_codes",
     [
         ("tiny_folder", ("seed_llama",), True),
         ("tiny_x_folder", ("llm", "agent"), False),
@@ -135,7 +135,7 @@ DIFFUSION = "seed_tokenizer/diffusion_model"
 
 
 @pytest.mark.parametrize(
-    ("fixture", "missing", "llm"),
+    "fixture, missing, llm",
     [
         ("tiny_folder", f"{DIFFUSION}/unet/diffusion_pytorch_model.safetensors", "seed_llama"),
         ("tiny_x_folder", "sdxl/vae/config.json", "llm"),

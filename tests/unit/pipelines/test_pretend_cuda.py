@@ -54,7 +54,7 @@ OWN = ("default precisions", "two devices", "offload")
 
 @pytest.mark.timeout(600)
 @pytest.mark.parametrize(
-    ("system", "placements"), [("nano", ALL), ("nano-x", OWN), ("nano-lavit", OWN)]
+    "system, placements", [("nano", ALL), ("nano-x", OWN), ("nano-lavit", OWN)]
 )
 def test_all_tasks(system, placements, library_folder):
     run(library_folder, "pretend_cuda_tasks.py", system, *placements)

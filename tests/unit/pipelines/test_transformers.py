@@ -299,7 +299,7 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize(("named", "call"), REFUSED.values(), ids=REFUSED)
+@pytest.mark.parametrize("named, call", REFUSED.values(), ids=REFUSED)
 def test_what_cannot_be_answered_is_named(named, call, nano):
     with pytest.raises(SeedError, match=named):
         call(nano)

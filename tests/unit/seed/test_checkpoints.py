@@ -73,7 +73,7 @@ LAYOUTS_SEED2 = ("original file", "vision in torch's cache")
 
 
 @pytest.mark.parametrize(
-    ("kind", "layout"),
+    "kind, layout",
     [
         *(("seed2", layout) for layout in (*LAYOUTS, *LAYOUTS_SEED2)),
         *(("seed1", layout) for layout in (*LAYOUTS, "training names")),

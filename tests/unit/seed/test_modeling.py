@@ -54,7 +54,7 @@ def test_encode_in_half_precision(tiny, images, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    "changes, named",
     [({"vit": {"witdh": 3}}, "'witdh'"), ({"model_type": "llama"}, "Seed2Tokenizer")],
 )
 def test_read_config_with_wrong_values(tmp_path, changes, named):

@@ -166,7 +166,7 @@ def test_train_with_codebook_options(yaml, run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("stage", "option", "named"),
+    "stage, option, named",
     [
         ("stage2", "model.pretrained=log/nothing.pth", "log/nothing.pth"),
         ("stage2", "model.n_embd=3", "'n_embed'"),

@@ -124,7 +124,7 @@ def test_detokenizers_with_a_system_of_codes(tiny_folder, tmp_path, monkeypatch,
 
 
 @pytest.mark.parametrize(
-    ("before", "after", "named"),
+    "before, after, named",
     [
         ("grid_size: 2", "grid_szie: 2", "grid_szie"),
         ("embed_dim: 32", "embed_dim: 48", "another size"),

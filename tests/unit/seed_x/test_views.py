@@ -37,7 +37,7 @@ def test_read_grids_and_cut_with_wrong_sizes():
 
 
 @pytest.mark.parametrize(
-    ("source", "expected"),
+    "source, expected",
     [((1024, 1024), (1024, 1024)), ((800, 600), (1152, 896)), ((1, 5000), (512, 2048))],
 )
 def test_drawing_size(source, expected):

@@ -71,7 +71,7 @@ def test_resume_never_or_from_nothing_fails(run, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("remains", "expected"),
+    "remains, expected",
     [
         (".checkpoint-6.tmp", [2, 4]),  # killed while it was written
         (".checkpoint-4.old", [2, 4]),  # while it was removed

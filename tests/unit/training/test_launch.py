@@ -98,7 +98,7 @@ FIRST_OF_TWO = {"NNODES": "2", "MASTER_ADDR": "first"}
 
 
 @pytest.mark.parametrize(
-    ("variables", "interface"),
+    "variables, interface",
     [
         ({**FIRST_OF_TWO, "ROUTE": NODE_0}, "ib0"),
         ({**FIRST_OF_TWO, "ROUTE": NODE_1}, "ib1"),
@@ -127,10 +127,8 @@ def test_retrieval_script_reads_its_variables(launch):
 ENDS = {(143, "RUNNING"): True, (143, "COMPLETING"): False, (2, "RUNNING"): False}
 
 
-@pytest.mark.parametrize(("code", "state"), ENDS)
-@pytest.mark.parametrize(
-    ("variables", "cores"), [({"SLURM_CPUS_PER_TASK": "64"}, "64"), ({}, "unset")]
-)
+@pytest.mark.parametrize("code, state", ENDS)
+@pytest.mark.parametrize("variables, cores", [({"SLURM_CPUS_PER_TASK": "64"}, "64"), ({}, "unset")])
 def test_job_of_slurm(tmp_path, variables, cores, code, state):
     # Since Slurm 22.05 srun does not inherit the cores, and a node would train on one of them. A
     # job that saved before its time limit goes on; one that failed or was cancelled does not.

@@ -127,7 +127,7 @@ def frozen(model: nn.Sequential) -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("change", "settings", "named"),
+    "change, settings, named",
     [
         (None, {"batch_size": 16}, "16"),
         (None, {"gradient_accumulation_steps": 3}, "24"),

@@ -112,7 +112,7 @@ def test_checkpoints_by_time_are_replaced_by_the_next(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("signals", "ends"),
+    "signals, ends",
     [
         ([signal.SIGTERM], SystemExit),
         ([signal.SIGINT], SystemExit),
@@ -136,7 +136,7 @@ def test_signal_during_an_evaluation_starts_no_further_step(tmp_path, signals, e
 
 
 @pytest.mark.parametrize(
-    ("settings", "named"),
+    "settings, named",
     [({"max_steps": 0}, "max_steps 0"), ({"learning_rate": 0.0}, "learning rate is 0")],
 )
 def test_run_that_cannot_change_anything_says_so(tmp_path, capsys, settings, named):

@@ -213,7 +213,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("variant", "group", "key", "value", "error", "named"), WRONG)
+@pytest.mark.parametrize("variant, group, key, value, error, named", WRONG)
 def test_train_with_a_wrong_setting(run, group, key, value, error, named):
     with pytest.raises(error, match=named):
         run("run", **{group: {key: value}})
@@ -234,7 +234,7 @@ SCHEDULERS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "settings"), SCHEDULERS)
+@pytest.mark.parametrize("name, settings", SCHEDULERS)
 def test_student_of_as_many_steps_has_nothing_to_learn(tmp_path, name, settings):
     # Without guidance, its steps are the teacher's.
     import diffusers
@@ -308,7 +308,7 @@ PUBLISHED = [
 TASKS = {"seed_x_detokenizer": SEED_X, "lavit_detokenizer": LAVIT, "seed_decoder": SEED}
 
 
-@pytest.mark.parametrize(("program", "name", "part"), PUBLISHED)
+@pytest.mark.parametrize("program, name, part", PUBLISHED)
 def test_published_configurations_are_read(program, name, part):
     configs = APPLICATION / "configs" / program
     groups = ["model", "data"] if program == "seed_decoder" else ["model", "data", "trainer"]

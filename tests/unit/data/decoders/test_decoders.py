@@ -118,14 +118,14 @@ BROKEN_RECORDS = [
 ]
 
 
-@pytest.mark.parametrize(("name", "change", "named"), BROKEN_RECORDS)
+@pytest.mark.parametrize("name, change, named", BROKEN_RECORDS)
 def test_decode_of_a_broken_record(tokenizer_of, records, name, change, named):
     with pytest.raises(BadRecord, match=named):
         get_decoder(name, tokenizer_of(name)).decode(records(IMAGE)[name] | change, SeededRandom(0))
 
 
 @pytest.mark.parametrize(
-    ("name", "options", "change"),
+    "name, options, change",
     [
         ("pretrain.interleaved", {}, {"texts": ["both", "then", None]}),
         ("sft.conversation", {}, {"question": "Image Descriptions Question: a?"}),

@@ -81,7 +81,7 @@ def test_with_messages_of_other_records(item):
 
 
 @pytest.mark.parametrize(
-    ("item", "kind", "named"),
+    "item, kind, named",
     [
         ({"conversations": [{"from": "cat", "value": "a"}]}, "wrong role", "'cat'"),
         (

@@ -131,7 +131,7 @@ def test_open_records_of_a_pickled_sample(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("options", "named"),
+    "options, named",
     [({"format": "jsnl"}, "'jsonl'"), ({"options": {"anon": True}}, "'anon'")],
 )
 def test_open_records_with_a_wrong_option(tmp_path, options, named):
@@ -141,7 +141,7 @@ def test_open_records_with_a_wrong_option(tmp_path, options, named):
 
 
 @pytest.mark.parametrize(
-    ("patterns", "names"),
+    "patterns, names",
     [
         (["a-{008..010}.tar"], ["a-008.tar", "a-009.tar", "a-010.tar"]),
         (["{b,a-0?9}.tar"], ["b.tar", "a-009.tar"]),

@@ -165,7 +165,7 @@ class Answer(Exception):
 
 
 @pytest.mark.parametrize(
-    ("fault", "is_of_machine"),
+    "fault, is_of_machine",
     [
         *[(OSError(code, "x"), True) for code in (errno.EMFILE, errno.EIO, errno.ESTALE)],
         *[(Answer(status), True) for status in (408, 429, 503)],
@@ -410,7 +410,7 @@ def test_index_that_cannot_be_stored(large, capsys):
         TarFile(DataFile(path)).write_index()
 
 
-@pytest.mark.parametrize(("rank", "first"), [("0", "0.tar"), ("1", "2.tar")])
+@pytest.mark.parametrize("rank, first", [("0", "0.tar"), ("1", "2.tar")])
 def test_ranks_begin_to_index_at_different_shards(tmp_path, monkeypatch, capsys, rank, first):
     # Each uses what the others have stored by then, so that a run starts N times faster.
     for part in range(4):

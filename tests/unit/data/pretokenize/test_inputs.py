@@ -72,7 +72,7 @@ def decode(settings: InputSettings) -> DecodedSample:
 
 
 @pytest.mark.parametrize(
-    ("members", "text", "top"),
+    "members, text, top",
     [
         ({"txt": b" a text \n", "json": b'{"top_caption": "a top", "n": 1}'}, "a text", "a top"),
         ({"json": b'{"caption": "only json"}'}, "only json", None),

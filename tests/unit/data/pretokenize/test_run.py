@@ -250,7 +250,7 @@ def test_run_without_a_usable_record(start, tmp_path, capfd):
 
 
 @pytest.mark.parametrize(
-    ("flags", "named"),
+    "flags, named",
     [
         (["--shard", "2/2"], "--shard"),
         (["--device", "cuda:1", "--gpus", "4"], "cuda:1"),

@@ -153,7 +153,7 @@ def test_restore_in_any_number_of_processes(
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(("packing", "workers", "stop"), [(True, 3, 31), (False, 1, 7)])
+@pytest.mark.parametrize("packing, workers, stop", [(True, 3, 31), (False, 1, 7)])
 def test_restore_with_workers(read_settings, tokenizer, packing, workers, stop, no_workers_left):
     options = read_settings(packing, rows=2)
     expected = list(itertools.islice(LlmBatches(options, tokenizer), stop + 9))

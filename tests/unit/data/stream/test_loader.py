@@ -195,7 +195,7 @@ raise KeyError("a training that fails")
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(("end", "code"), [("killed", -9), ("failed", 1)])
+@pytest.mark.parametrize("end, code", [("killed", -9), ("failed", 1)])
 def test_workers_end_with_their_program(end, code):
     # Else each stopped run leaves processes that hold memory.
     done = run_process(

@@ -70,7 +70,7 @@ def test_weights_hold_whatever_is_dropped(tmp_path, tokenizer, packing, workers)
 
 
 @pytest.mark.parametrize(
-    ("concat_type", "order"),
+    "concat_type, order",
     [
         ("concat", [0] * CAPTIONS + [1] * 2 * DOCUMENTS + [2] * TEXTS),
         (  # in turn; exhausted sources are left out
@@ -94,7 +94,7 @@ def batches_of(tokenizer, path: Path, decoder: str, **settings: Any) -> LlmBatch
 
 
 @pytest.mark.parametrize(
-    ("too_long", "packing", "reason", "sequences"),
+    "too_long, packing, reason, sequences",
     [
         ("skip", True, "skipped", 6),
         ("truncate", True, "cut", 8),
@@ -145,7 +145,7 @@ def caption_and_texts(folder: Path, captions: list[Any], **settings: Any) -> dic
 
 
 @pytest.mark.process
-@pytest.mark.parametrize(("workers", "packing"), [(1, True), (0, False)])
+@pytest.mark.parametrize("workers, packing", [(1, True), (0, False)])
 def test_next_after_many_broken_records(tmp_path, tokenizer, workers, packing):
     good = {"image_ids": [1] * 32, "text": "x", "metadata": {}}
     bad = {**good, "image_ids": [1, 2]}
@@ -166,7 +166,7 @@ def test_next_after_many_broken_records(tmp_path, tokenizer, workers, packing):
 
 
 @pytest.mark.parametrize("packing", [True, False])
-@pytest.mark.parametrize(("record", "named"), [({}, "image_ids"), ({"text": "."}, "c.jsonl")])
+@pytest.mark.parametrize("record, named", [({}, "image_ids"), ({"text": "."}, "c.jsonl")])
 def test_source_without_a_usable_record(tmp_path, tokenizer, packing, record, named):
     # A run ends before its first step, even if the source is hardly ever read.
     bad = {"image_ids": [1] * 32, **record} if record else {"image": "a.jpg"}
@@ -183,7 +183,7 @@ def test_source_without_a_usable_record(tmp_path, tokenizer, packing, record, na
 
 
 @pytest.mark.parametrize(
-    ("change", "source", "named"),
+    "change, source, named",
     [
         ({"lenght": 4}, {}, "'length'"),
         ({"too_long": "splitt"}, {}, "'split'"),

@@ -90,7 +90,7 @@ def test_split_long_learns_each_token_once(segments, length):
 
 
 @pytest.mark.parametrize(
-    ("segments", "lengths"),
+    "segments, lengths",
     [
         ([14], [16]),  # it fits
         ([3, 0, 4, 0], [14, 8]),  # the second image begins another piece, after the last text token

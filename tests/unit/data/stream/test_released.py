@@ -77,7 +77,7 @@ def test_read_data_settings_of_files_without_our_keys(name):
 
 
 @pytest.mark.parametrize(
-    ("change", "named"),
+    "change, named",
     [
         ({"_target_": "os.system"}, "'os.system'"),
         ({"reverse_ration": 0.5}, r"datapipes\[0\]: .*'reverse_ratio'"),

@@ -27,7 +27,7 @@ def half(left: str, right: str) -> Image.Image:
 
 
 @pytest.mark.parametrize(
-    ("view", "size", "target", "ids"),
+    "view, size, target, ids",
     [
         (VIEW, (48, 32), (16, 16), [32, 48, 0, 4, 16, 16]),
         (VIEW, (32, 48), (16, 16), [48, 32, 4, 0, 16, 16]),

@@ -9,7 +9,7 @@ from seed_nano.world.words import parse_caption
 
 
 @pytest.mark.parametrize(
-    ("fixture", "talks"),
+    "fixture, talks",
     [("tiny_folder", True), ("tiny_lavit_folder", False)],
 )
 def test_chat_report_of_each_kind(fixture, talks, request, capsys):
@@ -53,7 +53,7 @@ def test_typed_requests_are_in_no_training_record():
 
 
 @pytest.mark.parametrize(
-    ("wanted", "shown", "right"),
+    "wanted, shown, right",
     [
         ("a dog and a cat", ("cat", "dog", "noto", "sea", "above"), True),
         ("a dog above a cat", ("cat", "dog", "noto", "sea", "above"), False),

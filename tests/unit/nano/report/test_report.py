@@ -29,7 +29,7 @@ PAIR = Scene("noto", "blue", "left of", ("tiger", "penguin"))
 @pytest.mark.process  # the report names the commit
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("fixture", "kind", "sheets"),
+    "fixture, kind, sheets",
     [
         ("tiny_folder", "seed_llama", ()),
         ("tiny_lavit_folder", "lavit", ("kept", "wide_drawings")),
@@ -118,7 +118,7 @@ RIGHT = (0.5, 0, 1, 1)
 
 
 @pytest.mark.parametrize(
-    ("boxes", "expected", "n_matches"),
+    "boxes, expected, n_matches",
     [
         ([LEFT], [LEFT, LEFT], 1),
         ([RIGHT, LEFT], [LEFT, RIGHT], 2),

@@ -159,7 +159,7 @@ def test_main_fails_if_a_stage_is_running(tmp_path, capsys):
 
 @pytest.mark.slow
 @pytest.mark.parametrize(
-    ("system", "arguments", "named"),
+    "system, arguments, named",
     [
         ("nano", "--only vea", "'vae'"),
         ("nano", "train_vea.steps=3", "'train_vae'"),

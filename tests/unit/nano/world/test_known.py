@@ -41,7 +41,7 @@ def test_read_known_words_of_the_shipped_systems(name, known):
 
 
 @pytest.mark.parametrize(
-    ("request_text", "unknown", "unknown_drawn"),
+    "request_text, unknown, unknown_drawn",
     [
         ("Draw a red car and a zebra.", ["zebra", "red"], ["zebra", "red"]),  # nouns first
         ("A happy dog and a robot.", [], ["robot", "happy"]),  # said, but not drawn

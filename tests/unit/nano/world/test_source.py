@@ -45,7 +45,7 @@ def test_requests_to_describe_have_the_fields_of_questions():
 
 
 @pytest.mark.parametrize(
-    ("options", "error", "name"),
+    "options, error, name",
     [
         ({"split": "vall"}, DataError, "'val'"),
         ({"files": "nowhere"}, DataError, "nano"),

@@ -111,7 +111,7 @@ def test_checkpoint_with_lora_opens_as_a_system(config_of, tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    "changes, named",
     [
         ({"tokenizer": {"pretrained_model_name_or_path": str(NANO / "seed_tokenizer")}}, "codes"),
         ({"optim": {"part_rates": {"vit_prj": 1e-4}}}, "vit_prj"),

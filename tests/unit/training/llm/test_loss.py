@@ -84,7 +84,7 @@ OTHERS = ("qwen3", "smollm3", "mistral", "phi3", "mistral sliding", "qwen3 slidi
 
 
 @pytest.mark.parametrize(
-    ("architecture", "attention"),
+    "architecture, attention",
     [("llama", "eager"), ("llama", "sdpa"), *((name, "sdpa") for name in OTHERS)],
 )
 @pytest.mark.parametrize("count", [1, 2])

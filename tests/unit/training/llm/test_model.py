@@ -235,7 +235,7 @@ LORA_ARCHITECTURES = [
 ]
 
 
-@pytest.mark.parametrize(("architecture", "row"), LORA_ARCHITECTURES)
+@pytest.mark.parametrize("architecture, row", LORA_ARCHITECTURES)
 def test_lora_fields_are_merged_as_trained_or_refused(architecture, row, tmp_path):
     # A field that training follows and merging does not would serve another model.
     fields, is_trained = row
@@ -305,7 +305,7 @@ WRONG = [
 ]
 
 
-@pytest.mark.parametrize(("base", "settings", "named"), WRONG)
+@pytest.mark.parametrize("base, settings, named", WRONG)
 def test_build_llm_with_a_wrong_setting(base, settings, named, bases):
     # By the name of the setting, before a model of many gigabytes is read or trained.
     with pytest.raises((ConfigError, CheckpointError), match=named):

@@ -108,7 +108,7 @@ def test_encoder_file_of_the_original_is_read():
 
 
 @pytest.mark.parametrize(
-    ("changes", "named"),
+    "changes, named",
     [
         ({"agent": {"losses": {"rec_los_scale": 1}}}, "rec_loss_scale"),
         (
