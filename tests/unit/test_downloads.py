@@ -4,7 +4,7 @@ files, disk space, `seed fetch`, systems that download their parts."""
 import io
 import json
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import huggingface_hub
@@ -65,7 +65,7 @@ def server(tmp_path, monkeypatch) -> Iterator[LoopbackHub]:
 
 
 @pytest.fixture
-def fetch(server, capsys) -> Callable[..., list[str]]:
+def fetch(server, capsys):
     """`seed fetch` with arguments; returns its problems, which decide its exit code."""
 
     def run(*arguments: str) -> list[str]:

@@ -6,7 +6,6 @@ Each record of the LLM's data contains its number in its text, `number N`.
 import itertools
 import random
 import re
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ def tokenizer() -> MultimodalTokenizer:
 
 
 @pytest.fixture(scope="session")
-def codes(tokenizer) -> Callable[[int], list[int]]:
+def codes(tokenizer):
     """`codes(n)`: the codes of image n."""
 
     def make(index: int) -> list[int]:
@@ -85,7 +84,7 @@ def sets(tmp_path_factory, codes) -> Path:
 
 
 @pytest.fixture(scope="session")
-def mixed(sets) -> Callable[..., dict[str, Any]]:
+def mixed(sets):
     """`mixed(**settings)`: a configuration of the three sets with weights 4, 1 and 2."""
     names = ("captions", "documents", "texts")
     decoders = ("pretrain.caption", "pretrain.interleaved", "pretrain.text")
@@ -101,7 +100,7 @@ def mixed(sets) -> Callable[..., dict[str, Any]]:
 
 
 @pytest.fixture(scope="session")
-def sequences() -> Callable[[LlmBatch], list[tuple[list[int], list[int]]]]:
+def sequences():
     """`sequences(batch)`: the (ids, labels) of a batch without padding.
 
     A sequence starts at position 0.
@@ -129,7 +128,7 @@ def sequences() -> Callable[[LlmBatch], list[tuple[list[int], list[int]]]]:
 
 
 @pytest.fixture(scope="session")
-def record_numbers(tokenizer, sequences) -> Callable[[LlmBatch], list[int]]:
+def record_numbers(tokenizer, sequences):
     """`numbers(batch)`: the record numbers of a batch's sequences, in order."""
 
     def read(batch: LlmBatch) -> list[int]:

@@ -3,7 +3,6 @@
 Skipped without LAVIS.
 """
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +29,7 @@ def images(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def yaml(images, tmp_path) -> Callable[..., list[str]]:
+def yaml(images, tmp_path):
     """stage, options → arguments of train.py for a tiny run on `images` into `tmp_path/NAME`."""
 
     def make(stage: str, *options: str, name: str = "") -> list[str]:
@@ -41,7 +40,7 @@ def yaml(images, tmp_path) -> Callable[..., list[str]]:
 
 
 @pytest.fixture
-def run() -> Callable[[list[str]], Any]:
+def run():
     """Build a run in this process and train it; returns the runner."""
 
     def do(arguments: list[str]) -> Any:

@@ -3,7 +3,7 @@
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +13,7 @@ from repository import ROOT
 
 
 @pytest.fixture
-def start_toy() -> Callable[..., subprocess.Popen]:
+def start_toy():
     """start_toy(folder, stage, …, before=[command]) → the process that trains the stages."""
 
     def start(

@@ -1,11 +1,8 @@
 """A record and a tokenizer for each decoder: the table of the decoders' contract."""
 
-from collections.abc import Callable
 from typing import Any
 
 import pytest
-
-from seed_multimodal.language.text_tokenizer import TextTokenizer
 
 # Texts with few different words, for small vocabularies.
 TEXTS = [
@@ -14,7 +11,7 @@ TEXTS = [
 
 
 @pytest.fixture(scope="session")
-def tokenizer_of(tmp_path_factory, tokenizer, seedx_tokenizer) -> Callable[[str], TextTokenizer]:
+def tokenizer_of(tmp_path_factory, tokenizer, seedx_tokenizer):
     """`tokenizer_of(decoder)`: the nano tokenizer, or a tiny one of SEED-X or LaVIT."""
     from seed_multimodal.models.lavit.processing import LavitTokenizer
     from seed_nano.train.words import train_text_tokenizer
@@ -27,7 +24,7 @@ def tokenizer_of(tmp_path_factory, tokenizer, seedx_tokenizer) -> Callable[[str]
 
 
 @pytest.fixture(scope="session")
-def records(tokenizer, codes) -> Callable[[Any], dict[str, dict[str, Any]]]:
+def records(tokenizer, codes):
     """`records(image)`: decoder -> a record of required fields; `image`: opened, or a path."""
     one, two, three = codes(0), codes(1), codes(2)
     named = "".join(tokenizer.tokens(tokenizer.vocabulary.image_ids(one)))

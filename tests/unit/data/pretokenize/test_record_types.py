@@ -25,7 +25,7 @@ Codes = list[list[int]]
 
 
 @pytest.fixture(scope="module")
-def encode() -> Callable[[bytes | Path], list[int]]:
+def encode():
     """Codes of an image by the nano system."""
     from seed_multimodal.pipelines.images import open_images
 
@@ -49,7 +49,7 @@ def codes(images, encode) -> Codes:
 
 
 @pytest.fixture
-def tokenize(tmp_path, images) -> Callable[..., tuple[Records, dict[str, int]]]:
+def tokenize(tmp_path, images):
     """`tokenize(kind, rows, data, **settings)`: the pre-tokenised records, and their counts."""
 
     def run_it(

@@ -8,7 +8,6 @@ import signal
 import subprocess
 import sys
 import tarfile
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -54,7 +53,7 @@ def data(tmp_path_factory) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def start(data) -> Callable[..., int]:
+def start(data):
     """`start(save_dir, **settings)`: run in this process."""
 
     def run_it(save_dir: Path, **settings: Any) -> int:

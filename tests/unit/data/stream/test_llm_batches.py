@@ -6,7 +6,6 @@ No sample lost or doubled with another number of processes.
 import itertools
 import json
 from collections import Counter
-from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -40,7 +39,7 @@ def saved(batches: LlmBatches) -> dict[str, Any]:
 
 
 @pytest.fixture(scope="module")
-def read_settings(mixed, tmp_path_factory) -> Callable[..., LlmDataSettings]:
+def read_settings(mixed, tmp_path_factory):
     """`read_settings(packing, cycles, **settings)`: the three sets, and one of which four of five
     records are dropped, padded in micro-batches of their own sizes.
     """
