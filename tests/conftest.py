@@ -78,7 +78,7 @@ def tiny_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tiny_folder):
-    from seed_multimodal.models.seed.pipeline import SeedLlama
+    from seed_multimodal import SeedLlama
 
     return SeedLlama.from_pretrained(tiny_folder, device="cpu", log=None)
 
@@ -93,7 +93,7 @@ def tiny_x_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_x(tiny_x_folder):
-    from seed_multimodal.models.seed_x.pipeline import SeedX
+    from seed_multimodal import SeedX
 
     return SeedX.from_pretrained(tiny_x_folder, device="cpu", log=None)
 
@@ -107,13 +107,13 @@ def tiny_lavit_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_lavit(tiny_lavit_folder):
-    from seed_multimodal.models.lavit.pipeline import Lavit
+    from seed_multimodal import Lavit
 
     return Lavit.from_pretrained(tiny_lavit_folder, device="cpu", log=None)
 
 
 @pytest.fixture(scope="session")
 def nano():
-    from seed_multimodal.pipelines.base import MultimodalSystem
+    from seed_multimodal import MultimodalSystem
 
     return MultimodalSystem.from_pretrained("nano", device="cpu", log=None)

@@ -166,7 +166,7 @@ def fixtures_of(parts: Any) -> tuple[Any, Any]:
 def write_files(folder: Path, **changes: Any) -> dict[str, Path]:
     """YAML files of all groups in `folder`; `changes` (model, data, trainer, optim) are merged into
     them."""
-    from seed_multimodal.language.tokenizer import MultimodalTokenizer
+    from seed_multimodal import MultimodalTokenizer
 
     vocabulary = MultimodalTokenizer.from_pretrained(TOKENIZER).vocabulary
     contents = {

@@ -3,8 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+from seed_multimodal import MultimodalTokenizer
 from seed_multimodal.inference.base_engine import BaseEngine, Request
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 CONTEXT = 4096
 SETTINGS = ("temperature", "num_beams", "top_p", "max_new_tokens", "do_sample")

@@ -6,10 +6,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from seed_multimodal import MultimodalTokenizer
 from seed_multimodal.inference.backends.torch import TorchBackend
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.inference.sampling import ImageConstraints, StopTexts, build_processors
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 BEAM_SETTINGS = ("num_beams", "num_return_sequences", "length_penalty", "early_stopping")
 SAMPLING_SETTINGS = ("temperature", "top_p", "top_k")

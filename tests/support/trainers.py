@@ -159,7 +159,7 @@ def _llm(parts_dir: Path, output: Path) -> list[str]:
 
 def _llm_parts(parts_dir: Path) -> None:
     """A LLaMA in files, so that a checkpoint of LoRA is a system."""
-    from seed_multimodal.language.tokenizer import MultimodalTokenizer
+    from seed_multimodal import MultimodalTokenizer
 
     vocabulary = MultimodalTokenizer.from_pretrained(llm_runs.TOKENIZER).vocabulary
     llm_runs.write_llama(parts_dir / "base", vocabulary.size)

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import settings
 from random_images import noise
 
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
+from seed_multimodal import MultimodalTokenizer
 from seed_multimodal.models.lavit.processing import LavitTokenizer
 from seed_nano.train.words import train_text_tokenizer
 

@@ -84,7 +84,7 @@ def load_system(folder: Path, **options: str) -> None:
 
 
 def load_seed_2(folder: Path, **options: bool) -> None:
-    from seed_multimodal.compat.seed_llama import SeedLlamaTokenizer
+    from seed_multimodal import SeedLlamaTokenizer
 
     SeedLlamaTokenizer.from_pretrained(folder / "seed_tokenizer", **options)
 

@@ -9,9 +9,9 @@ import torch
 from random_images import noise
 from torch import Tensor, nn
 
+from seed_multimodal import MultimodalTokenizer
 from seed_multimodal.images.transforms import seed_image_processor
 from seed_multimodal.language.hub_tokenizer import HubTokenizer
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.models.seed.code_adapter import CODE_ADAPTER, CodeAdapter, CodeAdapterConfig
 from seed_multimodal.models.seed.configuration import QFormerConfig, Seed1Config, Seed2Config
 from seed_multimodal.models.seed.losses import (

@@ -8,8 +8,8 @@ import torch
 from huggingface_hub import save_torch_state_dict
 from repository import ROOT
 
+from seed_multimodal import MultimodalTokenizer
 from seed_multimodal.language.hub_tokenizer import HubTokenizer
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.models.seed_x.modeling import AgentSettings, ContinuousLVLM
 from seed_multimodal.nn.vision.qwen import (
     IN_QWEN_VL,

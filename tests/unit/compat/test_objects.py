@@ -112,8 +112,8 @@ def test_lora_with_the_vocabulary_of_a_tokenizer(tiny_folder, tmp_path):
     from peft import LoraConfig
     from safetensors.torch import load_file
 
+    from seed_multimodal import SeedLlamaTokenizer
     from seed_multimodal.compat.lora import seed_llama_lora
-    from seed_multimodal.compat.seed_llama import SeedLlamaTokenizer
     from seed_multimodal.compat.seed_x import LlamaForCausalLM
 
     tokenizer = SeedLlamaTokenizer.from_pretrained(tiny_folder / "seed_tokenizer", device="cpu")

@@ -13,8 +13,8 @@ import pytest
 from data_files import jpeg, lines, shard, write_tar
 from repository import NANO
 
+from seed_multimodal import MultimodalTokenizer
 from seed_multimodal.data.stream.llm_batches import LlmBatch
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 
 @pytest.fixture(scope="session")

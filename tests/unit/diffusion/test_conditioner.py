@@ -9,9 +9,9 @@ from installed_package import install
 from tiny import read_json, write_json
 from tiny.diffusion import CROSS, EMBEDDING, write_unclip
 
+from seed_multimodal import UnclipDetokenizer
 from seed_multimodal.diffusion.conditioner import load_conditioner
 from seed_multimodal.errors import CheckpointError
-from seed_multimodal.models.seed.diffusion import UnclipDetokenizer
 
 MODULE = """
 from dataclasses import dataclass

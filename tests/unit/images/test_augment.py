@@ -10,9 +10,9 @@ import pytest
 import torch
 from PIL import Image
 
+from seed_multimodal import open_image
 from seed_multimodal.errors import ImageError
 from seed_multimodal.images.augment import TrainTransform
-from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import (
     CLIP_MEAN,
     CLIP_STD,

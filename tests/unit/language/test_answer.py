@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from tiny.language import write_hub_tokenizer
 from tiny.seed import SENTENCES
 
+from seed_multimodal import MultimodalTokenizer
 from seed_multimodal.language.answer import AnswerReader, BrokenImagePart, Event, ImagePart
 from seed_multimodal.language.hub_tokenizer import HubTokenizer
 from seed_multimodal.language.text_tokenizer import TextTokenizer
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 STOP = "\nUSER:"
 CODES = [1, 2, 3, 4, 5]

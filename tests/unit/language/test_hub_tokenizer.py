@@ -14,6 +14,7 @@ from tiny import write_json
 from tiny.language import CHATML_CASE, write_hub_tokenizer
 from tiny.seed import SENTENCES
 
+from seed_multimodal import MultimodalTokenizer
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.hub_tokenizer import (
     HubTokenizer,
@@ -22,7 +23,6 @@ from seed_multimodal.language.hub_tokenizer import (
 )
 from seed_multimodal.language.llama_tokenizer import TransformersTokenizer
 from seed_multimodal.language.prompts import get_template
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 CODES = [3, 1, 15, 0]
 

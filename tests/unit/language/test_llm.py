@@ -14,11 +14,11 @@ from tiny import read_json, write_json
 from tiny.language import random_llm
 from torch import Tensor
 
+from seed_multimodal import MultimodalTokenizer
 from seed_multimodal.errors import CheckpointError, SeedWarning
 from seed_multimodal.inference.engines import torch_engine
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt
 from seed_multimodal.language.llm import check_vocab_size, load_llm
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
 from seed_multimodal.language.vocabulary import ImageVocabulary
 
 LLM = NANO / "seed_llama"

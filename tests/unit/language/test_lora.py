@@ -15,10 +15,10 @@ from tiny import write_json
 from tiny.language import random_llm
 from torch import Tensor
 
+from seed_multimodal import MultimodalTokenizer
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.language.llm import load_llm
 from seed_multimodal.language.lora import merge_adapter
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 LORA = {
     "r": 4,

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
+from seed_multimodal import MultimodalTokenizer
 from seed_multimodal.errors import CheckpointError, CodesError
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 CODES = [3, 0, 23, 7, 7]
 

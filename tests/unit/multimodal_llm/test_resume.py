@@ -59,7 +59,7 @@ def test_resume_with_another_weight_decay(train, two_steps, capsys):
 @pytest.fixture
 def base(tmp_path) -> Path:
     """A LLaMA in files."""
-    from seed_multimodal.language.tokenizer import MultimodalTokenizer
+    from seed_multimodal import MultimodalTokenizer
 
     vocabulary = MultimodalTokenizer.from_pretrained(runs.TOKENIZER).vocabulary
     runs.write_llama(tmp_path / "base", vocabulary.size)

@@ -10,8 +10,8 @@ from repository import FOX, ROOT
 from systems import load
 from tiny import read_json, write_json
 
+from seed_multimodal import MultimodalSystem
 from seed_multimodal.cli.main import main
-from seed_multimodal.pipelines.base import MultimodalSystem
 
 
 def assemble(kind: str, out: Path, **parts: Path) -> int:

@@ -4,7 +4,7 @@
 import torch
 from tiny.diffusion import EMBEDDING, write_unclip
 
-from seed_multimodal.models.seed.diffusion import UnclipDetokenizer
+from seed_multimodal import UnclipDetokenizer
 
 
 @torch.no_grad()

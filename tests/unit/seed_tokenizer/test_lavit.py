@@ -14,8 +14,8 @@ VISION = ROOT / "pretrained" / "nano" / "seed_tokenizer" / "diffusion_model" / "
 @pytest.mark.slow
 def test_train_and_export_of_lavit(yaml, run, images, tmp_path, capsys):
     # The exported tokenizer and decoder have the trained model's codes.
+    from seed_multimodal import open_image
     from seed_multimodal.cli.main import main
-    from seed_multimodal.images.io import open_image
     from seed_multimodal.models.lavit.checkpoints import load_dynamic_tokenizer
     from seed_multimodal.models.lavit.decoder import CodeDecoder
     from seed_multimodal.models.lavit.losses import LavitStage1

@@ -14,8 +14,8 @@ from PIL import Image
 from random_images import noise
 from repository import ROOT
 
+from seed_multimodal import MultimodalTokenizer
 from seed_multimodal.compat.programs import PROGRAMS, run_original
-from seed_multimodal.language.tokenizer import MultimodalTokenizer
 
 SOLDIER = (
     "A cybernetic soldier, enhanced with advanced weapons systems and tactical analysis software, "
@@ -185,9 +185,9 @@ def assert_equal_logits(system: Any, agent: Any) -> None:
 @pytest.mark.slow
 def test_a_tuned_agent_by_its_yaml_files(project, capsys):
     # As in the original: llm_seed_x_lora.yaml, and the checkpoint in an agent's YAML.
+    from seed_multimodal import SeedX
     from seed_multimodal.compat.part_files import config_of_files
     from seed_multimodal.errors import ConfigError
-    from seed_multimodal.models.seed_x.pipeline import SeedX
 
     agent, file = tuned_agent(project)
     text = (project / "configs" / "clm_models" / "agent_seed_x.yaml").read_text()

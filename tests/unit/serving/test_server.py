@@ -97,7 +97,7 @@ def test_too_many_requests_are_refused(tiny, gate: Gate):
 @pytest.mark.slow
 def test_health_and_seconds_include_both_queues(client_of, tiny_folder: Path):
     # A system whose KV cache has a single row, behind a server of two requests at once.
-    from seed_multimodal.models.seed.pipeline import SeedLlama
+    from seed_multimodal import SeedLlama
 
     system = SeedLlama.from_pretrained(
         tiny_folder, device="cpu", log=None, load_decoder=False, max_running=1

@@ -223,7 +223,7 @@ def test_lavit_draws_in_a_ratio(client_of, tiny_lavit):
 
 
 def test_a_folder_without_its_pixel_decoder_is_read_only(client_of, tiny_lavit_folder, tmp_path):
-    from seed_multimodal.models.lavit.pipeline import Lavit
+    from seed_multimodal import Lavit
 
     folder = shutil.copytree(tiny_lavit_folder, tmp_path / "tiny")
     shutil.rmtree(folder / "pixels")

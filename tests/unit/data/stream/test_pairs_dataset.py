@@ -7,10 +7,10 @@ import pytest
 import torch
 from data_files import jpeg, write_tar
 
+from seed_multimodal import open_image
 from seed_multimodal.data.formats.pairs import Pairs
 from seed_multimodal.data.stream.pairs_dataset import PairDataset
 from seed_multimodal.images.augment import TrainTransform
-from seed_multimodal.images.io import open_image
 from seed_multimodal.images.transforms import normalise, seed_image_processor
 from seed_multimodal.models.seed.captions import BlipCaption
 

@@ -14,11 +14,9 @@ from real_processes import run_process, wait_until
 from repository import NANO, ROOT
 from tiny import read_json
 
-from seed_multimodal import SeedLlama
+from seed_multimodal import Lavit, SeedLlama, SeedX
 from seed_multimodal.disk import folder_lock
 from seed_multimodal.errors import SeedError
-from seed_multimodal.models.lavit.pipeline import Lavit
-from seed_multimodal.models.seed_x.pipeline import SeedX
 from seed_nano.train.__main__ import main
 from seed_nano.world.scene import render
 from seed_nano.world.splits import scene_at

@@ -3,9 +3,9 @@
 import numpy as np
 import pytest
 
+from seed_multimodal import open_image
 from seed_multimodal.data.formats.pairs import open_pairs
 from seed_multimodal.errors import ConfigError, DataError
-from seed_multimodal.images.io import open_image
 from seed_nano.world.dialogues import DESCRIBE_REQUESTS
 from seed_nano.world.scene import render
 from seed_nano.world.source import open_nano

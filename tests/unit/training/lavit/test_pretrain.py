@@ -12,9 +12,9 @@ from repository import NANO
 from tensors import equal
 from tiny.lavit import write_tokenizer_of
 
+from seed_multimodal import Lavit
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer
-from seed_multimodal.models.lavit.pipeline import Lavit
 from seed_multimodal.models.lavit.train_llm import PretrainTask
 from seed_multimodal.state_dicts import load_state_dict
 

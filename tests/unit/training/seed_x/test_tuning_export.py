@@ -10,9 +10,9 @@ import yaml
 from llm_runs import task_of
 from tiny import read_json
 
+from seed_multimodal import SeedX
 from seed_multimodal.compat.weight_programs import merge_script
 from seed_multimodal.models.seed_x.losses import TrainedAgent
-from seed_multimodal.models.seed_x.pipeline import SeedX
 from seed_multimodal.models.seed_x.train_agent import TuningTask
 
 pytestmark = pytest.mark.slow
