@@ -121,8 +121,6 @@ class Trainer:
 
     def result(self, output: Path) -> dict[str, Any]:
         """The final weights of a run."""
-        import torch
-
         from seed_multimodal.state_dicts import load_state_dict
 
         weights = {}

@@ -11,6 +11,7 @@ import huggingface_hub
 import loopback_hub
 import pytest
 import torch
+from huggingface_hub import constants
 from loopback_hub import LoopbackHub
 from repository import ROOT
 
@@ -40,8 +41,6 @@ HUB_FILE = (
 def server(tmp_path, monkeypatch) -> Iterator[LoopbackHub]:
     """A hub with parts of 8b, in place of huggingface.co; the working directory is an empty
     repository."""
-    from huggingface_hub import constants
-
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(find, "REPOSITORY", tmp_path)
     monkeypatch.setattr(constants, "DOWNLOAD_CHUNK_SIZE", 1000)
@@ -174,8 +173,6 @@ def test_fetch_of_a_web_page_instead_of_a_file(server, fetch):
 
 
 def test_fetch_without_a_connection(fetch, monkeypatch):
-    from huggingface_hub import constants
-
     monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     (problem,) = fetch("unclip")
     assert "127.0.0.1:9" in problem

@@ -8,6 +8,7 @@ from typing import Any
 
 import llm_runs as runs
 import pytest
+import torch
 import yaml
 from tiny import read_json
 
@@ -119,8 +120,6 @@ def test_train_in_the_output_folder_of_a_running_run(train, tmp_path):
 
 
 def out_of_memory() -> None:
-    import torch
-
     torch.empty(2**50)
 
 
@@ -155,8 +154,6 @@ def test_errors_of_torch_become_errors_of_the_run(fails, named):
     ],
 )
 def test_train_without_a_gpu_or_an_extra(train, more, named):
-    import torch
-
     if ("wandb" in more and importlib.util.find_spec("wandb")) or torch.cuda.is_available():
         pytest.skip("this machine has a GPU or wandb")
     with pytest.raises(ConfigError, match=named):

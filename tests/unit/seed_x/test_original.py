@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from PIL import Image
 from random_images import noise
 from repository import ROOT
@@ -152,7 +153,6 @@ def test_programs_with_the_stray_key_of_the_original(project):
 
 def tuned_agent(project: Path) -> tuple[Any, Path]:
     """An agent whose language model has a LoRA, as the original saves it, and its file."""
-    import torch
     from tiny.seed_x import random_agent
 
     from seed_multimodal.config import instantiate
@@ -174,8 +174,6 @@ def tuned_agent(project: Path) -> tuple[Any, Path]:
 
 
 def assert_equal_logits(system: Any, agent: Any) -> None:
-    import torch
-
     ids = torch.tensor([[1, 5, 9, 13, 40]])
     with torch.no_grad():
         logits, expected = (part.llm(input_ids=ids).logits for part in (system, agent))

@@ -28,6 +28,7 @@ from served import (
 from waiting import wait_until
 
 from seed_multimodal.images.io import image_to_bytes
+from seed_multimodal.serving.app import create_app, listen, loading
 
 PROGRAM = str(ROOT / "gradio_demo" / "seed_llama_flask.py")
 TOKEN = "a secret of nobody"
@@ -273,8 +274,6 @@ def test_the_client_of_openai_reads_every_route(tiny):
 
 
 def test_every_route_but_health_needs_the_token(tiny):
-    from seed_multimodal.serving.app import create_app
-
     client = create_app(tiny, token=TOKEN).test_client()
     paths = client.get("/openapi.json", headers={"Authorization": f"Bearer {TOKEN}"}).json["paths"]
     for path in [*paths, "/elsewhere"]:
@@ -289,8 +288,6 @@ def test_every_route_but_health_needs_the_token(tiny):
 
 def test_pages_of_allowed_origins_use_the_server(tiny):
     # A browser asks first, without the token; without the option it gets no permission.
-    from seed_multimodal.serving.app import create_app
-
     origin = "http://localhost:3000"
     asked = {"Origin": origin, "Access-Control-Request-Method": "POST"}
     asked["Access-Control-Request-Headers"] = "authorization,content-type,x-my-client"
@@ -317,8 +314,6 @@ def test_pages_of_allowed_origins_use_the_server(tiny):
 
 def test_requests_are_answered_while_the_system_is_loaded():
     # Health checks of containers would hang, and end the server before its weights are read.
-    from seed_multimodal.serving.app import listen, loading
-
     sock = listen("127.0.0.1", 0)
     url = f"http://127.0.0.1:{sock.getsockname()[1]}"
     with loading(sock):
@@ -334,7 +329,6 @@ def test_requests_are_answered_while_the_system_is_loaded():
 def test_listen_on_a_taken_port_and_for_other_machines():
     # Before a model is loaded, which takes minutes; other machines need a token.
     from seed_multimodal.errors import ConfigError
-    from seed_multimodal.serving.app import listen
 
     sock = listen("127.0.0.1", 0)
     port = sock.getsockname()[1]

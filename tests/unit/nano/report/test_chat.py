@@ -3,6 +3,7 @@
 import pytest
 from repository import ROOT
 
+from seed_nano.report.chat import REQUESTS
 from seed_nano.world.dialogues import DESCRIBE_REQUESTS
 from seed_nano.world.records import record_at, texts_of
 from seed_nano.world.words import parse_caption
@@ -70,7 +71,5 @@ def test_is_shown(wanted, shown, right):
 
 
 def test_half_of_the_requests_are_in_no_training_record():
-    from seed_nano.report.chat import REQUESTS
-
     # Else the table would measure memory.
     assert len(REQUESTS) == 12 and len(set(REQUESTS) - set(DESCRIBE_REQUESTS)) == 6
