@@ -11,10 +11,9 @@ from typing import Any
 import pytest
 import yaml
 from data_files import lines
-from repository import ROOT
+from repository import APPLICATION, NANO, ROOT
 
-APPLICATION = ROOT / "MultiModalLLM"
-TOKENIZER = ROOT / "pretrained" / "nano" / "seed_tokenizer"
+TOKENIZER = NANO / "seed_tokenizer"
 CODES = 1024
 PER_IMAGE = 32
 SIZES = {

@@ -5,3 +5,4 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 NANO = ROOT / "pretrained" / "nano"
 FOX = ROOT / "images" / "fox.png"
+APPLICATION = ROOT / "MultiModalLLM"

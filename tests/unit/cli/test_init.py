@@ -5,7 +5,7 @@ import runpy
 import sys
 
 import pytest
-from repository import ROOT
+from repository import APPLICATION
 
 from seed_multimodal.cli.init import templates
 from seed_multimodal.cli.main import main
@@ -27,7 +27,7 @@ def test_init_prints_a_command_that_trains(kind, tmp_path, capsys, monkeypatch):
     assert main(f"init --like {kind} {tmp_path / 'mine'} --json".split()) == 0
     commands = json.loads(capsys.readouterr().out)["command"].split(" && ")
     commands[-1] += f" {SHORT} trainer.device=cpu"
-    monkeypatch.chdir(ROOT / "MultiModalLLM")
+    monkeypatch.chdir(APPLICATION)
     for command in commands:
         python, program, *arguments = command.split()
         assert python == "python"

@@ -11,7 +11,7 @@ import pytest
 from lavis_runs import environment, require_lavis
 from llm_runs import compose
 from real_processes import run_process
-from repository import ROOT
+from repository import APPLICATION, ROOT
 
 from seed_multimodal.cli.init import init
 from seed_multimodal.cli.main import build_parser, main
@@ -87,7 +87,7 @@ def test_recipe_of_full_size(parts, decoder, reads, tmp_path, capsys):
         ("sft", "train", "train"),
         ("decoder", "train_seed_decoder", "seed_decoder/train"),
     ):
-        configs = ROOT / "MultiModalLLM" / "configs" / config_name
+        configs = APPLICATION / "configs" / config_name
         arguments = overrides(steps[step]["command"], out)
         config = compose(arguments, configs.parent, configs.name)
         run = pkgutil.resolve_name(find_training(program).task).run_type.read(config)
@@ -187,7 +187,7 @@ def test_small_unclip_decoder_trains_and_reads_the_embedding(tmp_path, capsys):
         f"data.encoder_size={IMAGE_SIZE}",
         f"model.tokenizer={tmp_path / 'tokenizer'}",
     ]
-    configs = ROOT / "MultiModalLLM" / "configs" / "seed_decoder"
+    configs = APPLICATION / "configs" / "seed_decoder"
     SeedDecoderTask.train(compose(arguments, configs))
     adapter = CodeAdapter.from_pretrained(out / "decoder" / "decoder" / CODE_ADAPTER)
     assert adapter.config.reads == "embedding"

@@ -6,7 +6,7 @@ from typing import Any
 
 import pytest
 import torch
-from repository import ROOT
+from repository import APPLICATION, ROOT
 
 from seed_multimodal.errors import CheckpointError, ConfigError
 
@@ -31,7 +31,7 @@ def test_every_import_path_has_what_a_yaml_file_names(monkeypatch):
     from seed_multimodal.compat.targets import ALIASES
     from seed_multimodal.config import find_target
 
-    for folder in (ROOT / "MultiModalLLM", ROOT):
+    for folder in (APPLICATION, ROOT):
         monkeypatch.syspath_prepend(str(folder))
     for name in ALIASES:
         if not name.startswith(("models.", "src.")):  # of other libraries

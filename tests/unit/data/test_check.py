@@ -3,12 +3,12 @@
 import json
 
 from data_files import lines
-from repository import ROOT
+from repository import NANO
 from tiny import write_json
 
 from seed_multimodal.cli.main import main
 
-WORDS = ROOT / "pretrained" / "nano" / "seed_tokenizer"
+WORDS = NANO / "seed_tokenizer"
 
 
 def test_check_of_a_run(mixed, tmp_path, capsys):

@@ -10,7 +10,7 @@ import pytest
 import torch
 import yaml
 from omegaconf import OmegaConf
-from repository import ROOT
+from repository import APPLICATION
 from tiny import read_json
 
 from seed_multimodal.compat.training_flags import translate
@@ -24,7 +24,7 @@ from seed_multimodal.training.engine import resolve_deepspeed_config
 from seed_multimodal.training.llm.config import LlmTrainerSettings, read_model_settings
 from seed_multimodal.training.llm.task import LlmTask
 
-CONFIGS = ROOT / "MultiModalLLM" / "configs"
+CONFIGS = APPLICATION / "configs"
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 from llm_runs import LORA, OPTIM, TRAINER, write_data
-from repository import ROOT
+from repository import NANO, ROOT
 from systems import load
 from tiny import read_json, write_json
 
@@ -23,7 +23,7 @@ def base(tiny_folder: Path, tmp_path_factory) -> Path:
     folder = shutil.copytree(tiny_folder, tmp_path_factory.mktemp("base") / "system")
     settings = read_json(folder / "system.json")
     settings |= {"notice": "of the base", "known_words": "known.json"}
-    shutil.copy(ROOT / "pretrained" / "nano" / "known_words.json", folder / "known.json")
+    shutil.copy(NANO / "known_words.json", folder / "known.json")
     write_json(folder / "system.json", settings)
     return folder
 

@@ -6,9 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 from lavis_runs import build, log_of, printed
-from repository import ROOT
+from repository import NANO
 
-VISION = ROOT / "pretrained" / "nano" / "seed_tokenizer" / "diffusion_model" / "image_encoder"
+VISION = NANO / "seed_tokenizer" / "diffusion_model" / "image_encoder"
 
 
 @pytest.mark.slow

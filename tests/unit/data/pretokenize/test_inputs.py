@@ -5,7 +5,7 @@ Faulty samples: test_faults.py.
 
 import pytest
 from data_files import jpeg, lines
-from repository import ROOT
+from repository import APPLICATION
 
 from seed_multimodal.config import load_yaml
 from seed_multimodal.data.formats.shards import write_shard
@@ -22,7 +22,7 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.images.transforms import ImageTransform, get_transform
 from seed_multimodal.language.prompts import QA_SUFFIX
 
-CONFIGS = ROOT / "MultiModalLLM" / "configs"
+CONFIGS = APPLICATION / "configs"
 
 
 # ---- descriptions

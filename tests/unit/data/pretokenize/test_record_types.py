@@ -9,7 +9,7 @@ import pytest
 from data_files import fields_of
 from PIL import Image
 from random_images import noise
-from repository import ROOT
+from repository import APPLICATION
 from tiny import read_json, write_json
 
 from seed_multimodal.data.decoders import get_decoder
@@ -19,7 +19,7 @@ from seed_multimodal.data.pretokenize.run import RunSettings, run
 from seed_multimodal.images.io import image_to_bytes
 from seed_multimodal.language.prompts import DESCRIBE_PROMPT, QA_SUFFIX
 
-CONFIGS = ROOT / "MultiModalLLM" / "configs"
+CONFIGS = APPLICATION / "configs"
 Records = list[dict[str, Any]]
 Codes = list[list[int]]
 

@@ -14,7 +14,7 @@ from typing import Any
 import pytest
 from data_files import jpeg
 from real_processes import processes_with, wait_until
-from repository import ROOT
+from repository import APPLICATION, NANO
 from tiny import read_json, write_json
 
 from seed_multimodal.cli.data import extraction_script
@@ -24,7 +24,6 @@ from seed_multimodal.data.pretokenize.run import RunSettings, run
 from seed_multimodal.disk import try_lock
 from seed_multimodal.errors import DataError
 
-APP = ROOT / "MultiModalLLM"
 SHARDS = 8
 SIZE = 12
 
@@ -65,7 +64,7 @@ def start(data):
                     "save_dir": str(save_dir),
                     "workers": 0,
                     "batch_size": 10,
-                    "tokenizer": str(APP / "configs" / "tokenizer" / "nano.yaml"),
+                    "tokenizer": str(APPLICATION / "configs" / "tokenizer" / "nano.yaml"),
                     "device": "cpu",
                     **settings,
                 }
@@ -137,7 +136,7 @@ def test_run_started_twice(data, finished_run, tmp_path):
         *("--tokenizer", "configs/tokenizer/nano.yaml", "--data", data["files"]),
         *("--save_dir", out, "--num_workers", "0", "--device", "cpu", "--batch_size", "1"),
     ]
-    processes = [subprocess.Popen(command, cwd=APP) for _ in range(2)]
+    processes = [subprocess.Popen(command, cwd=APPLICATION) for _ in range(2)]
     assert [process.wait(120) for process in processes] == [0, 0]
     assert content(tmp_path / "out") == content(finished_run)
 
@@ -154,7 +153,7 @@ def test_killed_run_of_two_processes_resumes(data, finished_run, tmp_path):
             f"--tokenizer configs/tokenizer/nano.yaml --data {data['files']}/data.yaml "
             f"--save_dir {out} --num_workers 0 --device cpu --gpus 2 --batch_size 1"
         ).split(),
-        "cwd": APP,
+        "cwd": APPLICATION,
         "stderr": subprocess.PIPE,
         "stdout": subprocess.DEVNULL,
         "text": True,
@@ -184,7 +183,7 @@ def test_run_resumed_with_another_tokenizer_or_setting(finished_run, start, tmp_
     copy = tmp_path / "copy"
     shutil.copytree(finished_run, copy)
     shutil.copytree(
-        ROOT / "pretrained" / "nano" / "seed_tokenizer",
+        NANO / "seed_tokenizer",
         folder,
         ignore=shutil.ignore_patterns("diffusion_model"),
     )
@@ -193,7 +192,10 @@ def test_run_resumed_with_another_tokenizer_or_setting(finished_run, start, tmp_
     save_state_dict(state, folder / "model.safetensors")
     for change, named in (
         ({"tokenizer": str(folder)}, "tokenizer"),
-        ({"image_transform": str(APP / "configs/processer/nano_transform.yaml")}, "transform"),
+        (
+            {"image_transform": str(APPLICATION / "configs/processer/nano_transform.yaml")},
+            "transform",
+        ),
         ({"views": 2}, "views: 1 -> 2"),
     ):
         with pytest.raises(DataError, match=named):
@@ -256,7 +258,7 @@ def test_run_without_a_usable_record(start, tmp_path, capfd):
     ],
 )
 def test_extraction_script_wrong_flags(flags, named, data, tmp_path, capfd, monkeypatch):
-    monkeypatch.chdir(APP)
+    monkeypatch.chdir(APPLICATION)
     required = (
         f"--tokenizer configs/tokenizer/nano.yaml --data {data['files']}/data.yaml "
         f"--save_dir {tmp_path / 'out'} --device cpu"

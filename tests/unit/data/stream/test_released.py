@@ -1,7 +1,7 @@
 """The original data files: both mixtures, other files of that form, and errors."""
 
 import pytest
-from repository import ROOT
+from repository import APPLICATION
 
 from seed_multimodal.compat.data_files import BUILDERS
 from seed_multimodal.config import load_yaml
@@ -9,7 +9,7 @@ from seed_multimodal.data.decoders import decoder_names
 from seed_multimodal.data.stream.config import read_data_settings
 from seed_multimodal.errors import ConfigError
 
-DATA = ROOT / "MultiModalLLM" / "configs" / "data"
+DATA = APPLICATION / "configs" / "data"
 OURS = ("packing", "length", "rows", "too_long")  # keys that the original's files do not have
 TRAIN = "src.data.torchdata_train."
 CAPTION = f"{TRAIN}build_caption_datapipes_for_llm"

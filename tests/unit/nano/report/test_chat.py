@@ -1,7 +1,7 @@
 """The measurement of answers in chat, on a tiny system of each kind."""
 
 import pytest
-from repository import ROOT
+from repository import NANO
 
 from seed_nano.report.chat import REQUESTS
 from seed_nano.world.dialogues import DESCRIBE_REQUESTS
@@ -34,7 +34,7 @@ def test_requests_report_of_each_kind(request, monkeypatch, capsys):
     monkeypatch.setattr(requests, "read_requests", lambda: list(by_category.values()))
     for fixture, talks in (("tiny_folder", True), ("tiny_lavit_folder", False)):
         folder = request.getfixturevalue(fixture)
-        judge = ROOT / "pretrained" / "nano" / "judge"
+        judge = NANO / "judge"
         assert requests.main(f"--model {folder} --judge {judge} --device cpu".split()) == 0
         table = capsys.readouterr().out
         assert "| bare nouns |" in table and "| all requests |" in table

@@ -9,7 +9,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 from PIL import Image
-from repository import ROOT
+from repository import NANO
 from tiny import read_json, write_json
 
 from seed_multimodal.state_dicts import save_state_dict
@@ -22,7 +22,7 @@ from seed_nano.report.write import aims, write_card
 from seed_nano.world.scene import Scene, render
 from seed_nano.world.splits import held_out
 
-JUDGE = ROOT / "pretrained" / "nano" / "judge"
+JUDGE = NANO / "judge"
 PAIR = Scene("noto", "blue", "left of", ("tiger", "penguin"))
 
 

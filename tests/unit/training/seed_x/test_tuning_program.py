@@ -4,13 +4,11 @@ import shlex
 
 import llm_runs
 import pytest
-from repository import ROOT
+from repository import APPLICATION
 
 from seed_multimodal.models.seed_x.train_agent import AgentModel, TuningTask
 from seed_multimodal.training.run import RunSettings
 from seed_multimodal.training.schedules import optim_learning_rate
-
-APPLICATION = ROOT / "MultiModalLLM"
 
 
 def read(*arguments: str) -> RunSettings:
