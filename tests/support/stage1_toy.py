@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from tensors import normal
 from torch import Tensor
 
 from seed_multimodal.models.lavit.decoder import CodeDecoder, LavitDecoderConfig
@@ -62,7 +63,7 @@ def stage1(**options: Any) -> LavitStage1:
 def images(count: int = 256, seed: int = 1) -> tuple[Tensor, Tensor]:
     """Features `[count, 16, 32]` and the number of objects in each image (0, 2, 4, 6 or 8)."""
     generator = torch.Generator().manual_seed(seed)
-    kinds = torch.randn(24, WIDTH, generator=torch.Generator().manual_seed(7))
+    kinds = normal(7, 24, WIDTH)
     objects = 2 * torch.randint(5, (count,), generator=generator)
     grounds = kinds[torch.randint(4, (count,), generator=generator)]
     features = grounds[:, None].repeat(1, PATCHES, 1)
@@ -72,9 +73,7 @@ def images(count: int = 256, seed: int = 1) -> tuple[Tensor, Tensor]:
         features[index, patches] = kinds[
             4 + torch.randint(20, (len(patches),), generator=generator)
         ]
-    patches_ND = torch.randn(
-        PATCHES, WIDTH, generator=torch.Generator().manual_seed(8)
-    )  # as position embeddings
+    patches_ND = normal(8, PATCHES, WIDTH)  # as position embeddings
     return features + patches_ND + 0.05 * torch.randn(features.shape, generator=generator), objects
 
 

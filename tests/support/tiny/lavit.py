@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tensors import normal
 from torch import Tensor
 
 from seed_multimodal.models.lavit.decoder import CodeDecoder, Head, LavitDecoderConfig
@@ -161,7 +162,7 @@ def write_pixels(folder: Path) -> None:
 
 
 def empty_text() -> Tensor:
-    return torch.randn(1, EMPTY_TOKENS, CROSS, generator=torch.Generator().manual_seed(2))
+    return normal(2, 1, EMPTY_TOKENS, CROSS)
 
 
 def write_lavit_diffusion(folder: Path, head: Head) -> Path:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from tensors import normal
 from tiny import write_json
 from tiny.lavit import TOKENIZER, small_tokenizer, visual_weight
 from torch import Tensor
@@ -19,7 +20,7 @@ from seed_multimodal.weights.catalogue import VISUAL_WEIGHTS
 
 @pytest.fixture
 def pixels() -> Tensor:
-    return torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    return normal(1, 2, 3, 16, 16)
 
 
 def original(folder: Path) -> Path:

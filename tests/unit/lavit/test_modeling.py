@@ -4,6 +4,7 @@ kind `lavit_tokenizer`)."""
 import pytest
 import torch
 import torch.nn.functional as F
+from tensors import normal
 from tiny.lavit import small_tokenizer
 from torch import Tensor
 
@@ -21,12 +22,12 @@ def generator(seed: int) -> torch.Generator:
 
 @pytest.fixture
 def pixels() -> Tensor:
-    return torch.randn(IMAGES, 3, 16, 16, generator=generator(1))
+    return normal(1, IMAGES, 3, 16, 16)
 
 
 @pytest.fixture
 def log_probs() -> Tensor:
-    return F.log_softmax(2 * torch.randn(IMAGES, PATCHES, 2, generator=generator(2)), -1)
+    return F.log_softmax(2 * normal(2, IMAGES, PATCHES, 2), -1)
 
 
 def test_choose_draws_as_gumbel_softmax(log_probs):

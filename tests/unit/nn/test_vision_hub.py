@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 from random_images import noise
+from tensors import normal
 from tiny import read_json, write_json
 from tiny.vision import KINDS, write_vision
 
@@ -18,7 +19,7 @@ from seed_multimodal.nn.vision.base import VisionEncoder
 from seed_multimodal.nn.vision.hub import HubVisionConfig
 from seed_multimodal.nn.vision.registry import read_vision_config
 
-PIXELS = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+PIXELS = normal(0, 2, 3, 16, 16)
 
 
 def load_hub_vision(folder: Path) -> VisionEncoder:

@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 from random_images import noise
+from tensors import normal
 from tiny.diffusion import write_sd1
 from tiny.seed import SIZES, seed1_tokenizer
 
@@ -26,7 +27,7 @@ def tiny() -> Seed2Config:
 
 @pytest.fixture
 def images() -> torch.Tensor:
-    return torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    return normal(1, 5, 3, 16, 16)
 
 
 @pytest.fixture(scope="session")

@@ -6,6 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from tensors import normal
 from tiny.seed import loud, seed1_config
 from torch import Tensor, nn
 
@@ -99,7 +100,7 @@ def kind(request) -> str:
 @pytest.fixture
 def target(kind) -> Tensor:
     size = (5, 10) if kind == "seed2" else (5, 7, 16)
-    return torch.randn(size, generator=torch.Generator().manual_seed(2))
+    return normal(2, *size)
 
 
 def stage2(kind: str, tiny: Seed2Config, **options: Any) -> Any:

@@ -7,6 +7,7 @@ import math
 
 import pytest
 import torch
+from tensors import normal
 from torch import nn
 
 from seed_multimodal.errors import ConfigError
@@ -105,7 +106,7 @@ def test_muon_updates_as_torchs_does_in_bfloat16():
         ),
     )
     for step in range(3):
-        gradient = torch.randn(40, 24, generator=torch.Generator().manual_seed(step))
+        gradient = normal(step, 40, 24)
         for model, optimizer in zip((ours, theirs), optimizers, strict=True):
             model.weight.grad = gradient.clone()
             optimizer.step()

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from llm_runs import task_of
+from tensors import normal
 from tiny.lavit import TOKENIZER, small_tokenizer, write_tokenizer_of
 from tiny.training import lavit_config, write_lavit_parts
 
@@ -20,7 +21,7 @@ def parts(tmp_path_factory) -> Path:
 
 def test_codes_depend_on_the_image_and_the_seed_only():
     # Not on the batch; another seed or selection rule gives other codes.
-    pixels = torch.randn(5, 3, 16, 16, generator=torch.Generator().manual_seed(3))
+    pixels = normal(3, 5, 3, 16, 16)
     tokenizer = small_tokenizer()
     network = DynamicCodes(tokenizer, "draw", 0)
     codes = network.encode(pixels)
