@@ -24,7 +24,6 @@ TEXTS = [
     "a red picture a green picture a blue picture a grey picture What is red? plain words of no "
     "picture"
 ] * 30
-VISUAL_RATES = {"causal_encoder": 2.0e-2, "vit_proj": 2.0e-2}
 
 
 def image_of(colour: tuple[int, int, int], variant: int = 0) -> bytes:
@@ -105,7 +104,11 @@ def config_of(folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
             "data": data_of(folder),
             "model": {"path": str(folder / "llm"), "dtype": "fp32"},
             "trainer": {**TRAINER, "max_steps": 6},
-            "optim": {**OPTIM, "learning_rate": 5.0e-3, "part_rates": VISUAL_RATES},
+            "optim": {
+                **OPTIM,
+                "learning_rate": 5.0e-3,
+                "part_rates": {"causal_encoder": 2.0e-2, "vit_proj": 2.0e-2},
+            },
             "visual_encoder": {"path": str(folder / "visual")},
         },
         changes,

@@ -13,12 +13,6 @@ from seed_multimodal.weights.catalogue import catalogue
 STYLES = ["noto", "twemoji", "fluent", "a large one"]
 
 
-def write(path: Path, value: object) -> Path:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_json(path, value)
-    return path
-
-
 @pytest.fixture
 def data(tmp_path) -> Path:
     """Files of two benchmarks, and VizWiz without its images."""
@@ -26,12 +20,13 @@ def data(tmp_path) -> Path:
     from seed_nano.world.splits import scenes
 
     root = tmp_path / "data"
+    for folder in ("coco", "seedbench", "vqav2", "vizwiz"):
+        (root / folder).mkdir(parents=True)
     asked = []
     answers = []
     choices = []
     for index, scene in enumerate(scenes("val")[:4]):
         for folder in ("coco", "seedbench"):
-            (root / folder).mkdir(parents=True, exist_ok=True)
             Image.fromarray(render(scene)).save(root / folder / f"{index}.png")
         asked.append({"question_id": index, "image": f"{index}.png", "question": "Is it?"})
         answers.append({"question_id": index, "answers": [{"answer": "yes"}] * 10})
@@ -45,11 +40,11 @@ def data(tmp_path) -> Path:
             }
         )
     vqa = root / "vqav2"
-    write(vqa / "v2_OpenEnded_mscoco_val2014_questions.json", {"questions": asked})
-    write(vqa / "v2_mscoco_val2014_annotations.json", {"annotations": answers})
-    write(root / "seedbench" / "SEED-Bench.json", {"questions": choices})
+    write_json(vqa / "v2_OpenEnded_mscoco_val2014_questions.json", {"questions": asked})
+    write_json(vqa / "v2_mscoco_val2014_annotations.json", {"annotations": answers})
+    write_json(root / "seedbench" / "SEED-Bench.json", {"questions": choices})
     missing = {"image": "nowhere.png", "question": "Is it?", "answers": [{"answer": "yes"}] * 10}
-    write(root / "vizwiz" / "val.json", [missing, missing])
+    write_json(root / "vizwiz" / "val.json", [missing, missing])
     return root
 
 

@@ -43,14 +43,6 @@ def listed(tmp_path) -> Path:
     return tmp_path / "list.json"
 
 
-def source_of(file: Path):
-    return open_pairs({"format": "auto", "files": str(file)})
-
-
-def images_of(listed: Path, *colours: str) -> list[Image.Image]:
-    return [Image.open(listed.parent / f"{colour}.png").convert("RGB") for colour in colours]
-
-
 @torch.no_grad()
 def test_run_pass_equals_the_models_features(stages, listed):
     # Features in batches are those of the models on the same images.
@@ -64,12 +56,14 @@ def test_run_pass_equals_the_models_features(stages, listed):
         text_tokenizer=str(stages.vocabulary),
     )
     opened = open_tokenizer(settings, CPU)
-    encoded = run_pass(source_of(listed), [4, 0, 1], opened, batch=2)
+    source = open_pairs({"format": "auto", "files": str(listed)})
+    encoded = run_pass(source, [4, 0, 1], opened, batch=2)
     assert encoded.captions[0] == ["A grey square.", "a square of grey"]
 
     # The same with the models, in one batch.
     features = encoded.features
-    pixels = seed_image_processor(16).batch(images_of(listed, "grey", "red", "green"))
+    files = [listed.parent / f"{colour}.png" for colour in ("grey", "red", "green")]
+    pixels = seed_image_processor(16).batch([Image.open(file).convert("RGB") for file in files])
     tokenizer = opened.codec.model
     stage1 = opened.stage1
     assert features["codes"].tolist() == tokenizer.encode(pixels).tolist()

@@ -251,10 +251,6 @@ PUBLISHED_LORA = {
 }
 
 
-def published_file(name: str) -> dict[str, Any]:
-    return OmegaConf.to_container(load_yaml(CONFIGS / "model" / f"{name}.yaml"), resolve=True)
-
-
 # Configurations of models, published and of builders that no published file names, and what is
 # read from them.
 MODELS = [
@@ -271,7 +267,8 @@ MODELS = [
 @pytest.mark.parametrize("file, config, expected", MODELS)
 def test_read_model_settings_of_the_originals(file, config, expected):
     if file:
-        config = {**published_file(file), **config}
+        published = load_yaml(CONFIGS / "model" / f"{file}.yaml")
+        config = {**OmegaConf.to_container(published, resolve=True), **config}
     settings = read_model_settings(config)
     assert {key: getattr(settings, key) for key in expected} == expected
     if file.endswith("lora"):

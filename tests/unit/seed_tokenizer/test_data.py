@@ -1,6 +1,5 @@
 """Data sets of a YAML's section `datasets`: builders, processors, joined sets."""
 
-import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -41,13 +40,6 @@ def build(name: str, info: dict[str, Any], valid: str = "val", **more: Any) -> d
     return builder(config).build_datasets()
 
 
-def shard(file: Path, count: int, **fields: str) -> None:
-    """A webdataset tar of small images with json."""
-    image = image_to_bytes(Image.new("RGB", (40, 30), (200, 10, 10)), "JPEG")
-    sample = {"jpg": image, "json": json.dumps(fields).encode()}
-    write_shard(file, [(f"{index}", sample) for index in range(count)])
-
-
 def pairs(images: Path) -> dict[str, Any]:
     """The section of a json list."""
     return {
@@ -70,8 +62,10 @@ def test_build_datasets_of_a_json_list(images):
 
 def test_build_datasets_of_shards_with_another_caption_key(tmp_path):
     # LAION-COCO has `top_caption`; a wrong key is named with the file.
+    image = image_to_bytes(Image.new("RGB", (40, 30), (200, 10, 10)), "JPEG")
+    sample = {"jpg": image, "json": b'{"top_caption": "A Red FIELD, far away"}'}
     for index in range(2):
-        shard(tmp_path / f"{index:05d}.tar", 3, top_caption="A Red FIELD, far away")
+        write_shard(tmp_path / f"{index:05d}.tar", [(f"{row}", sample) for row in range(3)])
     built = build(
         "laion_coco",
         {"files": str(tmp_path / "{00000..00001}.tar"), "cache": str(tmp_path / "copies")},

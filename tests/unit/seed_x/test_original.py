@@ -14,6 +14,7 @@ import torch
 from PIL import Image
 from random_images import noise
 from repository import ROOT
+from systems import load
 
 from seed_multimodal import MultimodalTokenizer
 from seed_multimodal.compat.programs import PROGRAMS, run_original
@@ -173,17 +174,9 @@ def tuned_agent(project: Path) -> tuple[Any, Path]:
     return agent.eval(), file
 
 
-def assert_equal_logits(system: Any, agent: Any) -> None:
-    ids = torch.tensor([[1, 5, 9, 13, 40]])
-    with torch.no_grad():
-        logits, expected = (part.llm(input_ids=ids).logits for part in (system, agent))
-    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
-
-
 @pytest.mark.slow
 def test_a_tuned_agent_by_its_yaml_files(project, capsys):
     # As in the original: llm_seed_x_lora.yaml, and the checkpoint in an agent's YAML.
-    from seed_multimodal import SeedX
     from seed_multimodal.compat.part_files import config_of_files
     from seed_multimodal.errors import ConfigError
 
@@ -193,11 +186,13 @@ def test_a_tuned_agent_by_its_yaml_files(project, capsys):
     (project / "tuned.yaml").write_text(yaml)
     files = dict(PROGRAMS["eval_img2text_seed_x"].files)
     files |= {"agent": "tuned.yaml", "llm": "configs/clm_models/llm_seed_x_lora.yaml"}
-    options = {"device": "cpu", "log": None, "load_decoder": False}
-    system = SeedX.from_pretrained(config_of_files(files), **options)
-    assert_equal_logits(system, agent)
+    system = load(config_of_files(files), load_decoder=False)
+    ids = torch.tensor([[1, 5, 9, 13, 40]])
+    with torch.no_grad():
+        logits, expected = (part.llm(input_ids=ids).logits for part in (system, agent))
+    torch.testing.assert_close(logits, expected, atol=1e-4, rtol=1e-4)
     with pytest.raises(ConfigError):
-        SeedX.from_pretrained(config_of_files(files), quantization="8bit", **options)
+        load(config_of_files(files), quantization="8bit", load_decoder=False)
 
     # Without the LoRA's YAML its tensors are unknown.
     assert run("eval_img2text_seed_x", "--agent tuned.yaml") == 2

@@ -25,6 +25,7 @@ from served import (
     serving,
     user,
 )
+from systems import load
 from waiting import wait_until
 
 from seed_multimodal.images.io import image_to_bytes
@@ -98,11 +99,7 @@ def test_too_many_requests_are_refused(tiny, gate: Gate):
 @pytest.mark.slow
 def test_health_and_seconds_include_both_queues(client_of, tiny_folder: Path):
     # A system whose KV cache has a single row, behind a server of two requests at once.
-    from seed_multimodal import SeedLlama
-
-    system = SeedLlama.from_pretrained(
-        tiny_folder, device="cpu", log=None, load_decoder=False, max_running=1
-    )
+    system = load(tiny_folder, load_decoder=False, max_running=1)
     gate = Gate(system.llm)
     client = client_of(system, max_running=2)
     with ThreadPoolExecutor(3) as pool:

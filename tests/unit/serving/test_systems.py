@@ -8,6 +8,7 @@ import pytest
 from random_images import noise
 from recorded_engine import RecordedEngine
 from served import CHAT, PROMPTS, chat, generate, read, user
+from systems import load
 
 DRAW = "/v1/images/generations"
 SETTINGS = {"max_new_tokens": 12, "temperature": 0.0, "seed": 1, "num_beams": 2}
@@ -223,11 +224,9 @@ def test_lavit_draws_in_a_ratio(client_of, tiny_lavit):
 
 
 def test_a_folder_without_its_pixel_decoder_is_read_only(client_of, tiny_lavit_folder, tmp_path):
-    from seed_multimodal import Lavit
-
     folder = shutil.copytree(tiny_lavit_folder, tmp_path / "tiny")
     shutil.rmtree(folder / "pixels")
-    client = client_of(Lavit.from_pretrained(folder, device="cpu", log=None))
+    client = client_of(load(folder))
     assert generate(client, "<image>", noise(1))["text"]
     body = {"text": "a fish", "images": [], "force_boi": True}
     response = client.post("/generate", json=body)

@@ -43,14 +43,10 @@ def trained(tmp_path_factory) -> Judge:
 FRESH = [few_things(7, index) for index in range(48)]
 
 
-def images(scenes: list[Scene]) -> list[Image.Image]:
-    return [Image.fromarray(render(scene)) for scene in scenes]
-
-
 @pytest.mark.nightly
 @pytest.mark.slow
 def test_a_trained_judge_reads_scenes_and_finds_equal_ones(trained):
-    drawings = images(FRESH)
+    drawings = [Image.fromarray(render(scene)) for scene in FRESH]
     right = (trained.labels(drawings) == label_tensor(FRESH, JUDGE_CLASSES)).float().mean(0)
     assert right.min() >= 0.5
     assert right[:2].min() >= 0.9

@@ -9,10 +9,10 @@ import torch
 from llm_runs import LORA, compose, task_of
 from PIL import Image
 from repository import NANO
+from systems import load
 from tensors import equal
 from tiny.lavit import write_tokenizer_of
 
-from seed_multimodal import Lavit
 from seed_multimodal.errors import CheckpointError, ConfigError
 from seed_multimodal.models.lavit.modeling import DynamicTokenizer
 from seed_multimodal.models.lavit.train_llm import PretrainTask
@@ -87,7 +87,7 @@ def test_checkpoint_with_lora_opens_as_a_system(config_of, tmp_path):
     config = config_of(tmp_path / "out", model={"lora": LORA}, trainer={"max_steps": 2})
     PretrainTask.train(config)
     checkpoint = tmp_path / "out" / "checkpoint-2"
-    lavit = Lavit.from_pretrained(checkpoint, dtype="fp32", load_decoder=False, log=None)
+    lavit = load(checkpoint, dtype="fp32", load_decoder=False)
     task = task_of(PretrainTask, config)
     task.prepare()
     task.load(checkpoint)

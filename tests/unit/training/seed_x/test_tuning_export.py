@@ -8,9 +8,9 @@ import pytest
 import torch
 import yaml
 from llm_runs import task_of
+from systems import load
 from tiny import read_json
 
-from seed_multimodal import SeedX
 from seed_multimodal.compat.weight_programs import merge_script
 from seed_multimodal.models.seed_x.losses import TrainedAgent
 from seed_multimodal.models.seed_x.train_agent import TuningTask
@@ -52,14 +52,7 @@ def merge(parts_dir: Path, folder: Path, checkpoint: Path, *flags: str, **model:
 
 def check_system(task: TuningTask, parts_dir: Path, merged: Path) -> None:
     """The system has the losses of the tuned module, and answers."""
-    system = SeedX.from_pretrained(
-        merged,
-        vision=parts_dir / "vision",
-        device="cpu",
-        dtype="fp32",
-        log=None,
-        load_decoder=False,
-    )
+    system = load(merged, vision=parts_dir / "vision", dtype="fp32", load_decoder=False)
     for batch in task.batches:
         inputs = task.inputs(batch)
         with torch.no_grad():
