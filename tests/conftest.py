@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+from systems import load
 
 import seed_multimodal  # noqa: F401  (before transformers: it sets HF_HUB_OFFLINE)
 
@@ -78,9 +79,7 @@ def tiny_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny(tiny_folder):
-    from seed_multimodal import SeedLlama
-
-    return SeedLlama.from_pretrained(tiny_folder, device="cpu", log=None)
+    return load(tiny_folder)
 
 
 @pytest.fixture(scope="session")
@@ -93,9 +92,7 @@ def tiny_x_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_x(tiny_x_folder):
-    from seed_multimodal import SeedX
-
-    return SeedX.from_pretrained(tiny_x_folder, device="cpu", log=None)
+    return load(tiny_x_folder)
 
 
 @pytest.fixture(scope="session")
@@ -107,13 +104,9 @@ def tiny_lavit_folder(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="session")
 def tiny_lavit(tiny_lavit_folder):
-    from seed_multimodal import Lavit
-
-    return Lavit.from_pretrained(tiny_lavit_folder, device="cpu", log=None)
+    return load(tiny_lavit_folder)
 
 
 @pytest.fixture(scope="session")
 def nano():
-    from seed_multimodal import MultimodalSystem
-
-    return MultimodalSystem.from_pretrained("nano", device="cpu", log=None)
+    return load("nano")

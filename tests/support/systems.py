@@ -2,9 +2,11 @@
 
 from typing import Any
 
-from seed_multimodal import MultimodalSystem
+import seed_multimodal
 
 
 def load(folder: Any, **options: Any) -> Any:
     """The system on the CPU, without a log."""
-    return MultimodalSystem.from_pretrained(folder, device="cpu", log=None, **options)
+    return seed_multimodal.MultimodalSystem.from_pretrained(
+        folder, device="cpu", log=None, **options
+    )
