@@ -188,13 +188,11 @@ class TokenizerTask(CodebookTask):
 
     def finish(self, group: ProcessGroup) -> dict[str, Any]:
         """The record of the run."""
-        (bad_samples,) = group.sum([self.step_batches.dataset.bad.total])
         return {
             **super().finish(group),
             "checkpoint": str(
                 self.runner.output_dir / f"checkpoint_{self.options.max_epoch - 1}.pth"
             ),
-            "bad_samples": int(bad_samples),
         }
 
 
@@ -351,9 +349,15 @@ class RunnerSeed(RunnerBase):
 
     def next_command(self, checkpoint: str) -> list[str]:
         """Stage 2 after stage 1, the export after the others; from any folder."""
+        # A recipe of `seed init` runs all its steps.
+        config_file = Path(self.config.args.cfg_path)
+        recipe = config_file.with_name("run.sh")
+        if recipe.is_file():
+            return ["bash", str(recipe)]
+
         model = self.model
         if model.stage == "stage1":
-            stage2 = Path(self.config.args.cfg_path).with_name("pretrain_codebook.yaml")
+            stage2 = config_file.with_name("pretrain_codebook.yaml")
             config = str(stage2) if stage2.is_file() else "YOUR_STAGE_2.yaml"
             command = ["sh", str(APPLICATION / "train_scripts/codebook.sh")]
             command += ["--cfg-path", config, "--options", f"model.pretrained={checkpoint}"]

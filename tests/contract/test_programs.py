@@ -127,9 +127,7 @@ REFUSED: dict[str, str] = {
     "scripts/seed_llama_inference_14B.py --device cpu": "pretrained/seed_llama_14b_sft",
     # Flags that do not fit.
     "scripts/seed_llama_inference_8B.py --model {seed} --tokenizer a.yaml": "--tokenizer",
-    "scripts/seed_llama_inference_8B.py --model {seed} --gguf x.gguf": "--gguf",
     "scripts/seed_llama_inference_8B.py --engine openai": "--model 8b",
-    "scripts/seed_llama_inference_8B.py --url http://127.0.0.1:1": "--url",
     "src/inference/eval_text2img_seed_x.py --model {seed_x} --llm a.yaml": "--llm",
     "src/lavit/evaluate.py --model_path {lavit} --annopath absent.json": "absent.json",
     # Data lie in the original's folders.
@@ -154,7 +152,9 @@ REFUSED: dict[str, str] = {
     "seed check-llm --model absent": "absent",
     f"seed assemble seed-x {NO_PARTS} --agent absent --vision absent": "--llm",
     f"seed assemble lavit {NO_PARTS}": "--llm",
-    "seed fetch absent": "absent",
+    "seed fetch nano": "in pretrained/",  # not the first listed originals
+    "seed eval captions": "did you mean 'caption'",
+    "seed eval vqa --images nowhere": "nowhere:",  # not asked about an image of ours
     "seed eval tokenizer --model {seed} --data absent --out out": "absent",
     "seed eval prefix --model {seed} --data absent --out out": "absent",
     "seed eval suite --model {seed} --data absent --out out": "absent",
@@ -166,7 +166,8 @@ REFUSED: dict[str, str] = {
     f"seed eval geneval2 {NO_JUDGE}": "absent",
     f"seed eval dpg {NO_JUDGE}": "absent",
     f"seed eval dpg {NO_JUDGE} --image-folder no_drawings": "no_drawings",
-    "seed data check absent.jsonl": "--decoder",
+    "seed data check images": "seed_x.caption",
+    "seed data check absent.jsonl --decoder chats --tokenizer absent": "did you mean 'chat'",
     "seed data convert absent.tar --out out": "absent.tar",
     "seed data index absent.jsonl": "absent.jsonl",
 }

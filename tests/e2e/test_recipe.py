@@ -29,6 +29,7 @@ def recipe(tmp_path_factory) -> Path:
     assert main(["init", *flags.split(), str(out)]) == 0
     done = run_process(["bash", str(out / "run.sh")], timeout=400, env=environment())
     assert done.returncode == 0, done.stderr[-3000:]
+    assert done.stdout.count("Next: bash /") == 2  # the next command of both stages
     return out
 
 

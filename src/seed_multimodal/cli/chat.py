@@ -144,10 +144,10 @@ def _read_lines(conversation: Conversation) -> int:
                 conversation.messages = []
                 conversation.images = []
                 log_line("A new conversation.")
-            elif command == "/image":
+            elif command == "/image" and argument:
                 conversation.images.append(open_image(argument).image)
                 log_line(f"{argument} goes with your next message.")
-            elif command == "/draw":
+            elif command == "/draw" and (argument or conversation.images):
                 conversation.send(argument, force_image=True)
             elif command.startswith("/"):
                 log_line(HELP)

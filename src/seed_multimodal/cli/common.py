@@ -12,13 +12,14 @@ import itertools
 import json
 import mimetypes
 import os
+import re
 import sys
 import unicodedata
 from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter, _SubParsersAction
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TextIO, TypeVar
 
 from PIL import Image
 
@@ -38,7 +39,7 @@ from seed_multimodal.images.io import save_image
 from seed_multimodal.models.registry import model_cards
 from seed_multimodal.pipelines.config import system_names
 from seed_multimodal.progress import quiet_libraries
-from seed_multimodal.settings import Dataclass, DataclassInstance, read_settings
+from seed_multimodal.settings import Dataclass, DataclassInstance, nearest, read_settings
 
 if TYPE_CHECKING:
     from seed_multimodal.images.io import ImageSource
@@ -91,9 +92,19 @@ SETTINGS = (
 # ---- flags
 
 
+class ProgramParser(ArgumentParser):
+    """Names the choice that is nearest to an unknown one."""
+
+    def error(self, message: str) -> NoReturn:
+        unknown = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
+        if unknown:
+            message += nearest(unknown[1], re.findall(r"[\w.-]+", unknown[2]))
+        super().error(message)
+
+
 def program_parser(program: str, description: str) -> ArgumentParser:
     """The parser of a program whose description has lines of its own."""
-    return ArgumentParser(
+    return ProgramParser(
         prog=program, description=description, formatter_class=RawDescriptionHelpFormatter
     )
 
@@ -351,18 +362,20 @@ def run_batches(
             except ITEM_ERRORS as error:
                 if args.debug:
                     raise
-                failed.append(name)
-                # Most errors name the file.
+                label = short_name(name)
                 file_name = short_name(Path(name).name)
-                prefix = "seed" if file_name in str(error) else f"seed: {short_name(name)}"
+                if not name.strip():
+                    label = file_name = f"item {start + index + 1}"
+                failed.append(label)
+                # Most errors name the file.
+                prefix = "seed" if file_name in str(error) else f"seed: {label}"
                 log_line(f"{prefix}: {error}")
 
     # 3. What failed.
     if not failed:
         return entry.DONE
     n_done = len(names) - len(failed)
-    failed_names = ", ".join(map(short_name, failed))
-    log_line(f"seed: {n_done} of {len(names)} done, {len(failed)} failed: {failed_names}.")
+    log_line(f"seed: {n_done} of {len(names)} done, {len(failed)} failed: {', '.join(failed)}.")
     return entry.SOME_FAILED
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import os
 from argparse import ArgumentParser, Namespace
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -191,14 +191,27 @@ def _load(args: Namespace) -> MultimodalSystem:
 
 
 def measure_tokenizer(args: Namespace) -> int:
-    """`seed eval tokenizer`: measure, write the report and print it as one JSON line."""
+    """`seed eval tokenizer`: measure, write the report and print it as one JSON line, behind its
+    figures on stderr."""
     settings = read_settings(TokenizerSettings, set_flags(args, TokenizerSettings), "tokenizer")
     with loading(args):
         from seed_multimodal.evaluation.tokenizer import evaluate_tokenizer
 
         report = evaluate_tokenizer(settings, log_line)
+    for line in _figures(report):
+        log_line(line)
     print_json(report)
     return DONE
+
+
+def _figures(section: Mapping[str, Any], label: str = "") -> Iterator[str]:
+    """A line for each mean in a report, with its interval."""
+    for key, value in section.items():
+        if not isinstance(value, Mapping):
+            continue
+        if value.get("value") is not None:
+            yield f"{label}{key}: {value['value']:.4g} ({value['low']:.4g} to {value['high']:.4g})"
+        yield from _figures(value, f"{label}{key} ")
 
 
 def measure_prefixes(args: Namespace) -> int:

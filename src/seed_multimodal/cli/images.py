@@ -136,9 +136,6 @@ def detect(args: Namespace) -> int:
     outputs = Outputs(args.out, len(args.images))
 
     def show(name: str, detection: Detection) -> None:
-        # Malformed boxes are logged, the others drawn.
-        for problem in detection.problems:
-            log_line(f"{printable(name)}: {problem}")
         path = None
         if detection.boxes:
             path = outputs.save(detection.drawn(), source_stem(name), "_boxes")

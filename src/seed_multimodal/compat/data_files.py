@@ -138,9 +138,7 @@ def _source_keys(pipe: RecordFields, weight: float, label: str) -> JsonObject:
         raise _unknown_target(target, label)
     name = BUILDERS[target]
     format = "jsonl" if name in _OF_LINES else "tar"
-    decoder = find_decoder(name)
-    assert decoder is not None  # `BUILDERS` names ours
-    options = decoder.option_names()
+    options = find_decoder(name).option_names()
     unused = [key for key in _UNUSED_KEYS if key not in options]
     feature_keys = ["image_dir", "dataset_name"] if opens_images(name) else []
     check_keys(arguments_of(pipe), [*_SOURCE_KEYS, *options, *unused, *feature_keys], label)

@@ -115,7 +115,7 @@ def check_sources(
     load_tokenizer = Decoder.load_tokenizer
     for source_settings in settings.sources:
         decoder = find_decoder(source_settings.decoder)
-        if decoder is not None and decoder.load_tokenizer is not Decoder.load_tokenizer:
+        if decoder.load_tokenizer is not Decoder.load_tokenizer:
             load_tokenizer = decoder.load_tokenizer
     tokenizer = load_tokenizer(tokenizer_dir)
 

@@ -148,7 +148,7 @@ class AnswerGenerator:
             self.log(note)
 
     def _log_image_notes(self, answers: Sequence[GeneratedAnswer]) -> None:
-        """Log which requests have images that the system does not know."""
+        """Log the notes of requests: unknown images, what the system cannot do."""
         for index, generated in enumerate(answers):
             note = generated.answer.note
             if note:
@@ -264,6 +264,7 @@ class AnswerGenerator:
         """
         # 1. A model that announces its image answers freely first.
         answers: dict[int, GeneratedAnswer] = {}
+        free_answers: list[GeneratedAnswer] = []
         text_length = self._text_tokens_before_image(task)
         if text_length:
             free: list[GenerationSettings] = []
@@ -285,7 +286,13 @@ class AnswerGenerator:
             tasks.edit_response if task == "edit" else tasks.draw_response,
             batch_size=batch_size,
         )
-        answers |= zip(missing, forced_answers, strict=True)
+        for row, generated in zip(missing, forced_answers, strict=True):
+            # What the model answered instead of an image, such as that it cannot make an edit.
+            text = free_answers[row].answer.text if free_answers else ""
+            if text and not free_answers[row].image_inputs:
+                note = f"{generated.answer.note} The model answered: {text!r}".strip()
+                generated.answer = replace(generated.answer, note=note)
+            answers[row] = generated
         return [answers[row] for row in sorted(answers)]
 
     def _text_tokens_before_image(self, task: Task) -> int:

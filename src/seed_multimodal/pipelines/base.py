@@ -313,14 +313,16 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         # 2. The answers, and the boxes in them.
         settings = self.settings("detect", **options)
         answers = self.generate_answers(opened, "detect", settings, batch_size=batch_size)
-        self._log_image_notes(answers)
         detections: list[Any] = []
         for (message,), generated in zip(opened, answers, strict=True):
             ids = generated.answer.ids
             detection = self.family.detection(message.images[-1], ids, opened=not is_tuned)
-            for problem in detection.problems:
-                self._log_note(problem)
+            if not detection.boxes and not detection.problems:
+                detection.problems.append(f"The answer has no box: {detection.text!r}.")
+            notes = filter(None, [generated.answer.note, *detection.problems])
+            generated.answer = replace(generated.answer, note=" ".join(notes))
             detections.append(detection)
+        self._log_image_notes(answers)
         return detections[0] if single else detections
 
     def draw(
@@ -695,5 +697,6 @@ def _check_texts(texts: str | Sequence[str]) -> list[str]:
     texts = [texts] if isinstance(texts, str) else list(texts)
     for index, text in enumerate(texts):
         if not text.strip(BLANK):
-            raise RequestError(f"Text {index} is empty.")
+            which = f"Text {index}" if len(texts) > 1 else "The text"
+            raise RequestError(f"{which} is empty.")
     return texts

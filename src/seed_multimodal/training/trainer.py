@@ -372,6 +372,9 @@ class Trainer:
             "seconds": round(time.monotonic() - self.start_time, 1),
             **self.task.finish(self.group),
         }
+        batches = self.task.step_batches
+        if batches is not None:
+            record["bad_samples"] = int(self.group.sum([batches.dataset.bad.total])[0])
 
         # 2. The files, and the summary.
         if self.group.first:

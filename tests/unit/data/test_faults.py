@@ -222,11 +222,18 @@ def test_faulty_pairs_are_skipped(tmp_path, format, tool):
         assert any(map(named.fullmatch, bad)), fault
 
 
-@pytest.mark.parametrize("tool", [train, evaluate])
-def test_many_faulty_pairs_in_a_row_end_the_run(tmp_path, tool):
+@pytest.mark.parametrize(
+    "tool, in_a_row, message",
+    [
+        (train, 21, r"20 .*a\.jsonl: line 21"),
+        (evaluate, 21, r"20 .*a\.jsonl: line 21"),
+        (train, 3, "48 .* 32"),  # in all
+    ],
+)
+def test_many_faulty_pairs_end_the_run(tmp_path, tool, in_a_row, message):
     # Else a wrong folder gives a result of a few images after hours.
-    write_pairs(tmp_path, "jsonl", ["", *["cut off"] * 21, *[""] * 3])
-    with pytest.raises(DataError, match=r"20 .*a\.jsonl: line 21"):
+    write_pairs(tmp_path, "jsonl", ["", *["cut off"] * in_a_row] * 8)
+    with pytest.raises(DataError, match=message):
         tool(tmp_path)
 
 

@@ -99,7 +99,7 @@ def test_eval_tokenizer_writes_a_report(stages, listed, tmp_path, capsys):
     # The broken image is named, and left out.
     assert (report["n"], report["captions"], len(report["left_out"])) == (4, 8, 1)
     assert "broken.png" in report["left_out"][0]
-    assert "broken.png" in printed.err
+    assert "broken.png" in printed.err and "codes_by_blocks img_r1: " in printed.err
     assert list(report["retrieval"]) == ["causal_embeddings", "codes_by_blocks"]
     assert report["codes"]["codebook"] == 50
     assert Image.open(out / "reconstructions.jpg").width > 300

@@ -61,31 +61,28 @@ def decoder_names() -> list[str]:
     return names
 
 
-def find_decoder(name: str) -> type[Decoder] | None:
-    """The decoder with this name; of a family's, no other is imported."""
+def find_decoder(name: str) -> type[Decoder]:
+    """The decoder with this name; of a family's, no other is imported.
+
+    Raises ConfigError: unknown name.
+    """
     if name in DECODERS:
         return DECODERS[name]
     for spec in families():
         if name in spec.decoders:
             decoder: type[Decoder] = pkgutil.resolve_name(spec.decoders[name])
             return decoder
-    return None
+    names = sorted(decoder_names())
+    raise ConfigError(f"unknown decoder {name!r}{nearest(name, names)}; use {', '.join(names)}.")
 
 
 def opens_images(name: str) -> bool:
     """Whether the images of a decoder's records are opened, and encoded during training."""
-    decoder = find_decoder(name)
-    return decoder is not None and issubclass(decoder, FeatureDecoder)
+    return issubclass(find_decoder(name), FeatureDecoder)
 
 
 def get_decoder(
     name: str, tokenizer: TextTokenizer, options: OptionValues | None = None
 ) -> Decoder:
     """The decoder with this name. Raises ConfigError: unknown name or option."""
-    decoder = find_decoder(name)
-    if decoder is None:
-        names = sorted(decoder_names())
-        raise ConfigError(
-            f"unknown decoder {name!r}{nearest(name, names)}; use {', '.join(names)}."
-        )
-    return decoder(tokenizer, options or {})
+    return find_decoder(name)(tokenizer, options or {})

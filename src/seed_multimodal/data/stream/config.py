@@ -121,8 +121,7 @@ def with_option(settings: LlmDataSettings, name: str, value: FieldValue) -> LlmD
         return settings
     sources = []
     for source in settings.sources:
-        decoder = find_decoder(source.decoder)
-        if decoder is not None and name in decoder.option_names():
+        if name in find_decoder(source.decoder).option_names():
             source = replace(source, options={name: value, **source.options})
         sources.append(source)
     return replace(settings, sources=sources)
@@ -155,6 +154,7 @@ def _read_sources(values: FieldValue, label: str) -> list[SourceSettings]:
         # 3. The settings.
         source["name"] = name
         sources[name] = read_settings(SourceSettings, source, f"{source_label} ({name})")
+        find_decoder(sources[name].decoder)  # an unknown name is an error now
     return list(sources.values())
 
 

@@ -188,12 +188,17 @@ class StepBatches(AbstractContextManager["StepBatches[Batch]"], Generic[Batch]):
         self.workers = workers
         self.distinct = distinct
         self.wait_seconds = 0.0  # time spent in `at`
+        self._n_used = 0
+        self._n_bad = 0
         self._fetch = partial(_batch, dataset, collate)
         self._next_step = -1  # of the running workers
         self._loaded: Generator[tuple[Batch, list[RecordNote]], None, None] | None = None
 
     def at(self, step: int) -> Batch:
-        """The batch of this rank at a (micro) step, from 0. Raises as `load`."""
+        """The batch of this rank at a (micro) step, from 0.
+
+        Raises as `load`; DataError: more samples were unusable than used.
+        """
         started = time.perf_counter()
         if self._loaded is None or step != self._next_step:
             self.close()
@@ -204,6 +209,13 @@ class StepBatches(AbstractContextManager["StepBatches[Batch]"], Generic[Batch]):
         self._next_step = step + 1
         for fault in faults:
             self.dataset.bad.count(fault)
+        self._n_used += self.batch_size
+        self._n_bad += len(faults)
+        if self._n_bad > max(self._n_used, self.dataset.bad.limit):
+            raise DataError(
+                f"{self._n_bad} samples could not be used and only {self._n_used} could, so "
+                "batches repeat a few; repair or remove those that are named above."
+            )
         self.wait_seconds += time.perf_counter() - started
         return batch
 

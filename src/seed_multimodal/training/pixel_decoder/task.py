@@ -446,7 +446,6 @@ class PixelTask(RunTask):
         return {
             "processes": group.world,
             "samples_per_step": self._samples_per_step(group.world),
-            "bad_samples": self.step_batches.dataset.bad.total,
             self.result: str(folder),
             **{key: round(value, 6) for key, value in self.meter.smooth.items()},
         }
