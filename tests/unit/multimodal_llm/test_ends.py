@@ -2,6 +2,7 @@
 settings that no run starts with."""
 
 import importlib.util
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -79,6 +80,27 @@ def test_train_is_the_same_with_and_without_evaluation(train, tmp_path):
     train("evaluated", *options, **lora)
     assert [line["step"] for line in evaluations(evaluated)] == [2, 3]
     assert summary(evaluated)["evaluation"] == evaluations(evaluated)[-1]
+
+
+@pytest.mark.slow
+def test_step_crosses_few_files(train, monkeypatch):
+    # These are the files that a reader of the training follows.
+    from seed_multimodal.training.trainer import Trainer
+
+    files = set()
+    train_step = Trainer._train_step
+
+    def record(frame, event, argument):
+        if "seed_multimodal" in frame.f_code.co_filename:
+            files.add(frame.f_code.co_filename)
+
+    def recorded_step(trainer):
+        sys.setprofile(record if trainer.step == 5 else None)
+        return train_step(trainer)
+
+    monkeypatch.setattr(Trainer, "_train_step", recorded_step)
+    train("out", "trainer.max_steps=7", "trainer.logging_steps=9")
+    assert 8 < len(files) <= 12
 
 
 def test_train_with_frozen_tied_embeddings_logs_that_the_head_is_frozen(train, capsys):
