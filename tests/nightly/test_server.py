@@ -245,4 +245,4 @@ def test_conversations_together_equal_those_alone():
     fresh = MultimodalSystem.from_pretrained(NANO, device="cpu", load_decoder=False, log=None)
     for ids, (messages, options) in zip(together, jobs, strict=True):
         assert ids is None or ids == list(fresh.chat(messages, **options).ids)
-    assert system.engine.n_active == 0
+    assert system.engine.n_decoding == 0 and not system.engine.reading

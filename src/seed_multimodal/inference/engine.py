@@ -89,11 +89,6 @@ class Engine(InboxThread[Request], BaseEngine):
         self._n_forgotten += 1
 
     @property
-    def n_active(self) -> int:
-        """Rows that generate or read a prompt."""
-        return self.n_decoding + len(self.reading)
-
-    @property
     def n_waiting(self) -> int:
         return len(self._waiting) + self._inbox.qsize()
 
@@ -132,7 +127,7 @@ class Engine(InboxThread[Request], BaseEngine):
             if not self._waiting:  # those of this item came earlier
                 return
             with self.backend.ready():
-                while self._waiting or self.n_active:
+                while self._waiting or self.n_decoding or self.reading:
                     self._step()
                     self._waiting += self._take()
         except Exception as error:  # noqa: BLE001 such as no memory to move the weights
@@ -265,7 +260,7 @@ class Engine(InboxThread[Request], BaseEngine):
             self._weights = (self._n_forgotten, self.backend.weights())
         while self._waiting:
             request = self._waiting[0]
-            if request.n_rows > self.n_rows - self.n_active:
+            if request.n_rows > self.n_rows - self.n_decoding - len(self.reading):
                 return
             if request.settings.num_beams > 1:
                 self._answer_with_beams()

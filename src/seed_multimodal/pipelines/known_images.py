@@ -26,7 +26,7 @@ from seed_multimodal.pipelines.config import KnownImages
 BLUR = 3 / 32  # standard deviation of the blur, in sides of the image
 COLOUR = 2.0  # weight of colours against brightness
 CORNERS = (..., [0, 0, -1, -1], [0, -1, 0, -1])  # of [B, 3, S, S]: [B, 3, 4]
-SMALLEST = 1e-4  # a norm below it has no direction: an empty image is far from all
+SMALLEST = 1e-2  # a norm below it has no direction: an empty image is far from all
 
 
 class ImageFamiliarity:
@@ -63,7 +63,7 @@ class ImageFamiliarity:
         preview = preview + weights[:, -1, None, None]
         preview = F.interpolate(preview, pixels.shape[-2:], mode="bilinear")
         pixels = pixels.cpu().float()
-        distances = 1 - _correlations(_details(preview), _details(pixels))
+        distances = 1 - F.cosine_similarity(_details(preview), _details(pixels), eps=SMALLEST)
         if self.settings.corners:
             framed = pixels if whole is None else whole.cpu().float()
             usual = torch.tensor(self.settings.corners)  # [K, 3]
@@ -72,24 +72,16 @@ class ImageFamiliarity:
 
 
 def _details(images: Tensor) -> Tensor:
-    """Square images [B, 3, S, S] without their blur, in stronger colours."""
+    """Square images [B, 3, S, S] → their pixels without the blur and the mean, in stronger colours,
+    [B, 3 · S²]."""
     side = images.shape[-1]
     steps = torch.arange(side) / side
     weights = torch.exp(-((steps[:, None] - steps) ** 2) / (2 * BLUR**2))
     weights = weights / weights.sum(1, keepdim=True)
     details = images - weights @ images @ weights.T
     grey = details.mean(1, keepdim=True)
-    return grey + COLOUR * (details - grey)
-
-
-def _correlations(first: Tensor, second: Tensor) -> Tensor:
-    """Correlation coefficient of each pair of rows, [B]."""
-    first = first.flatten(1)
-    second = second.flatten(1)
-    first = first - first.mean(1, keepdim=True)
-    second = second - second.mean(1, keepdim=True)
-    norms = (first.norm(dim=1) * second.norm(dim=1)).clamp(min=SMALLEST)
-    return (first * second).sum(1) / norms
+    values = (grey + COLOUR * (details - grey)).flatten(1)
+    return values - values.mean(1, keepdim=True)
 
 
 def unknown_images_note(

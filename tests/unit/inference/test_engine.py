@@ -114,7 +114,7 @@ def test_answers_equal_those_of_transformers(request, family, name):
         assert (ids, reason) == (complete, "stop" if ends else "length")
 
     # 3. No row is lost, and alone each answer is the same, with rows that hold its prompt.
-    wait_until(lambda: (engine.n_active, engine.n_waiting) == (0, 0))
+    wait_until(lambda: (engine.n_decoding, engine.reading, engine.n_waiting) == (0, [], 0))
     alone = [
         engine.generate([prompt], replace(settings, seed=seed))
         for prompt, seed in zip(asked, SEEDS, strict=True)

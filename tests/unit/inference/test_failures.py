@@ -101,7 +101,7 @@ def outcome(request: Request) -> Any:
 
 
 def wait_until_idle(engine: Engine) -> None:
-    wait_until(lambda: (engine.n_active, engine.n_waiting) == (0, 0))
+    wait_until(lambda: (engine.n_decoding, engine.reading, engine.n_waiting) == (0, [], 0))
 
 
 @pytest.mark.parametrize("settings", [GREEDY, GUIDED], ids=["plain", "guided"])
