@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from diffusers import AutoencoderTiny
 from omegaconf import OmegaConf
 from PIL import Image
 from repository import NANO, ROOT
@@ -76,7 +77,9 @@ def test_seed_llama_by_hydra(checkout, run):
     ).size == (64, 64)
 
 
-def test_seed_x_by_hydra(checkout, run):
+def test_seed_x_by_hydra(checkout, run, monkeypatch):
+    # The program reads SDXL's autoencoder; nano's has another class.
+    monkeypatch.setattr("diffusers.AutoencoderKL", AutoencoderTiny)
     sizes = read_json(NANO_X / "agent" / "config.json")
     resamplers = {name: sizes[name] for name in ("input_resampler", "output_resampler")}
     configs = checkout / "configs"
