@@ -470,6 +470,9 @@ def test_empty_requests_are_refused_by_number(system, family):
             system.edit([image, image], texts)
         with pytest.raises(RequestError, match="1"):
             system.ask([image, image], texts)
+        if system.family.detects:
+            with pytest.raises(RequestError, match="1"):
+                system.detect([image, image], texts)
     with pytest.raises(RequestError, match="1"):
         system.reconstruct([image, []])
     for answers in ([["a"], [""]], [["a"]]):

@@ -298,9 +298,11 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
             raise ConfigError(
                 f"{self.config.name} does not support detection; nano-x and SEED-X do."
             )
+        _check_texts(phrase)
         is_tuned = self.config.tuned
         as_request = self.tasks.detect_request if is_tuned else str
         conversations, single = image_conversations(images, phrase, as_request)
+        self._log_note(self.unknown_words_note(*(turns[-1] for turns in conversations)))
 
         # 1. Boxes are in pixels of the stored images, of which prompts may have smaller copies.
         opened: list[list[Message]] = []
@@ -317,10 +319,10 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         for (message,), generated in zip(opened, answers, strict=True):
             ids = generated.answer.ids
             detection = self.family.detection(message.images[-1], ids, opened=not is_tuned)
+            notes = [generated.answer.note, *detection.problems]
             if not detection.boxes and not detection.problems:
-                detection.problems.append(f"The answer has no box: {detection.text!r}.")
-            notes = filter(None, [generated.answer.note, *detection.problems])
-            generated.answer = replace(generated.answer, note=" ".join(notes))
+                notes.append(f"The answer has no box: {detection.text!r}.")
+            generated.answer = replace(generated.answer, note=" ".join(filter(None, notes)))
             detections.append(detection)
         self._log_image_notes(answers)
         return detections[0] if single else detections
