@@ -191,8 +191,8 @@ def _load(args: Namespace) -> MultimodalSystem:
 
 
 def measure_tokenizer(args: Namespace) -> int:
-    """`seed eval tokenizer`: measure, write the report and print it as one JSON line, behind its
-    figures on stderr."""
+    """`seed eval tokenizer`: measure, write the report, log its figures and print it as a JSON
+    line."""
     settings = read_settings(TokenizerSettings, set_flags(args, TokenizerSettings), "tokenizer")
     with loading(args):
         from seed_multimodal.evaluation.tokenizer import evaluate_tokenizer

@@ -154,7 +154,7 @@ def _read_sources(values: FieldValue, label: str) -> list[SourceSettings]:
         # 3. The settings.
         source["name"] = name
         sources[name] = read_settings(SourceSettings, source, f"{source_label} ({name})")
-        find_decoder(sources[name].decoder)  # an unknown name is an error now
+        find_decoder(sources[name].decoder)  # raises if the name is unknown
     return list(sources.values())
 
 
