@@ -26,8 +26,8 @@ SHOWN = {
     "whale.png": "a large twemoji whale on a white background",
 }
 # Things that fill the image more than those of the training do: nano-x sees Twemoji's clock and a
-# pink background, nano-lavit a T-shirt.
-MISREAD = {"nano-x": ("alarm_clock.png", "castle.png"), "nano-lavit": ("whale.png",)}
+# pink background.
+MISREAD = {"nano-x": ("alarm_clock.png", "castle.png")}
 SAID = {
     'seed ask images/fox_and_snowman.png "What is on the left?"': "a fox",
     "seed describe images/fox.png --model nano-lavit": SHOWN["fox.png"],
