@@ -206,6 +206,7 @@ WRONG = [
     ),
     ("seed-sana", "model", "student_steps", 2, ConfigError, "teacher"),
     ("seed-recorded", "model", "recorded", {**RECORDED, "codes_per_image": 9}, DataError, "1 to 9"),
+    ("seed-recorded", "data", "held_out", HELD_OUT, DataError, "image_ids"),
     ("seed_x-2", "data", "encoder_size", 32, ConfigError, "encoder_size"),
     ("seed_x-2", "model", "tokens", 5, ConfigError, "5"),
     ("seed_x-2", "model", "sdxl", "/nowhere", CheckpointError, "/nowhere"),
@@ -216,7 +217,8 @@ WRONG = [
 @pytest.mark.parametrize("variant, group, key, value, error, named", WRONG)
 def test_train_with_a_wrong_setting(run, group, key, value, error, named):
     with pytest.raises(error, match=named):
-        run("run", **{group: {key: value}})
+        run("run", **{group: {key: value}}, trainer={"sample_steps": 2})
+    assert not (run.folder / "run" / "train.log.jsonl").exists(), "before the first step"
 
 
 def test_distil_with_steps_that_do_not_divide(tmp_path):

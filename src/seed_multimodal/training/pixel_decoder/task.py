@@ -294,6 +294,10 @@ class PixelTask(RunTask):
         self.module = self.new_module().to(self.device)
         self.optimizer = build_optimizer(self.module, self.run.optim)
 
+        # 4. The samples' images: if they cannot be read, the run ends before its first step.
+        if self.sample_steps and self.group.first:
+            self.sample_batches = self._held_out_batches()
+
     def new_module(self) -> TrainedDetokenizer:
         """The initial module on the CPU, with `requires_grad` set."""
         module = self.learner.build()
@@ -376,9 +380,6 @@ class PixelTask(RunTask):
     @torch.no_grad()
     def write_samples(self, step: int) -> None:
         """Reconstruct held-out images next to the originals, with fixed noise."""
-        if not self.sample_batches:
-            self.sample_batches = self._held_out_batches()
-
         # 1. Draw them.
         drawings: list[Image.Image] = []
         originals: list[Image.Image] = []
