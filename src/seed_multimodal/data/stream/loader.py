@@ -188,8 +188,8 @@ class StepBatches(AbstractContextManager["StepBatches[Batch]"], Generic[Batch]):
         self.workers = workers
         self.distinct = distinct
         self.wait_seconds = 0.0  # time spent in `at`
-        self._n_used = 0
-        self._n_bad = 0
+        self._n_used = 0  # samples since the start of this process
+        self._n_bad = 0  # those that others were taken for
         self._fetch = partial(_batch, dataset, collate)
         self._next_step = -1  # of the running workers
         self._loaded: Generator[tuple[Batch, list[RecordNote]], None, None] | None = None
@@ -209,6 +209,8 @@ class StepBatches(AbstractContextManager["StepBatches[Batch]"], Generic[Batch]):
         self._next_step = step + 1
         for fault in faults:
             self.dataset.bad.count(fault)
+
+        # Where most samples are unusable, the run would learn a few, again and again.
         self._n_used += self.batch_size
         self._n_bad += len(faults)
         if self._n_bad > max(self._n_used, self.dataset.bad.limit):
