@@ -4,9 +4,11 @@
       └──────────────────────────────► pixels ────────────────────────────────┴─► 1 − correlation
                                           └─► corners ─► + distance from their usual colours
 
-The preview is a linear map of the latents, enlarged. Both images lose their blur, so that what is
-where counts, not a background's colour or light. For the background stand the corners, where the
-learned images have few colours. Nothing is denoised, and no VAE runs.
+The preview is a linear map of the latents, enlarged. The correlation is a mean of two, both without
+the blur, so that what is where counts, not the light: of the whole images, and of the fine details
+of single regions, where few strong edges do not hide the others. Grain, as of letters, which no
+learned image has, is added. For the background stand the corners, where the learned images have few
+colours. Nothing is denoised, and no VAE runs.
 """
 
 from __future__ import annotations
@@ -23,10 +25,13 @@ from seed_multimodal.diffusion.conditioner import Conditioner, load_conditioner
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.pipelines.config import KnownImages
 
-BLUR = 3 / 32  # standard deviation of the blur, in sides of the image
+SIDE = 64  # pixels of the images that are compared
+REGIONS = 4  # in a row
+BLUR, FINE_BLUR, GRAIN_BLUR = 6 / 64, 2 / 64, 1 / 64  # standard deviations, in sides of the image
+GRAIN = 0.25  # weight of the share of grain in the details
 COLOUR = 2.0  # weight of colours against brightness
 CORNERS = (..., [0, 0, -1, -1], [0, -1, 0, -1])  # of [B, 3, S, S]: [B, 3, 4]
-SMALLEST = 1e-2  # a norm below it has no direction: an empty image is far from all
+SMALLEST = 1e-2  # a norm below it has no direction, a power below it is of an empty image
 
 
 class ImageFamiliarity:
@@ -61,9 +66,16 @@ class ImageFamiliarity:
         weights = torch.tensor(self.settings.preview)  # [3, C + 1]
         preview = torch.einsum("bchw,kc->bkhw", expected, weights[:, :-1])
         preview = preview + weights[:, -1, None, None]
-        preview = F.interpolate(preview, pixels.shape[-2:], mode="bilinear")
+        preview = F.interpolate(preview, (SIDE, SIDE), mode="bilinear")
         pixels = pixels.cpu().float()
-        distances = 1 - F.cosine_similarity(_details(preview), _details(pixels), eps=SMALLEST)
+        compared = F.adaptive_avg_pool2d(pixels, SIDE)
+        details = _details(compared, BLUR)
+        whole_images = _distances(_details(preview, BLUR), details)
+        regions = _distances(
+            _regions(_details(preview, FINE_BLUR)), _regions(_details(compared, FINE_BLUR))
+        )
+        grain = _power(_details(compared, GRAIN_BLUR)) / (_power(details) + SMALLEST)
+        distances = (whole_images + regions.mean(1)) / 2 + GRAIN * grain
         if self.settings.corners:
             framed = pixels if whole is None else whole.cpu().float()
             usual = torch.tensor(self.settings.corners)  # [K, 3]
@@ -71,17 +83,33 @@ class ImageFamiliarity:
         return [*map(float, distances)]
 
 
-def _details(images: Tensor) -> Tensor:
-    """Square images [B, 3, S, S] → their pixels without the blur and the mean, in stronger colours,
-    [B, 3 · S²]."""
+def _details(images: Tensor, blur: float) -> Tensor:
+    """Square images [B, 3, S, S] without the blur, in stronger colours."""
     side = images.shape[-1]
     steps = torch.arange(side) / side
-    weights = torch.exp(-((steps[:, None] - steps) ** 2) / (2 * BLUR**2))
+    weights = torch.exp(-((steps[:, None] - steps) ** 2) / (2 * blur**2))
     weights = weights / weights.sum(1, keepdim=True)
     details = images - weights @ images @ weights.T
     grey = details.mean(1, keepdim=True)
-    values = (grey + COLOUR * (details - grey)).flatten(1)
-    return values - values.mean(1, keepdim=True)
+    return grey + COLOUR * (details - grey)
+
+
+def _power(images: Tensor) -> Tensor:
+    return images.pow(2).mean((1, 2, 3))
+
+
+def _regions(images: Tensor) -> Tensor:
+    """[B, 3, S, S] → [B, regions, 3, S / REGIONS, S / REGIONS]."""
+    side = images.shape[-1] // REGIONS
+    regions = images.unfold(2, side, side).unfold(3, side, side)  # [B, 3, rows, columns, s, s]
+    return regions.flatten(2, 3).transpose(1, 2)
+
+
+def _distances(first: Tensor, second: Tensor) -> Tensor:
+    """1 − correlation of images [..., 3, S, S] → [...]."""
+    values = [image.flatten(-3) for image in (first, second)]
+    first, second = (each - each.mean(-1, keepdim=True) for each in values)
+    return 1 - F.cosine_similarity(first, second, dim=-1, eps=SMALLEST)
 
 
 def unknown_images_note(
