@@ -329,6 +329,13 @@ def test_chat_of_several_turns(system, family):
             system.chat(turns)
         return
     assert system.chat(turns, force_image=True).images
+    # SEED-X reads its drawing with the next question, as it learned; clients send the pixels.
+    if not system.family.prompts_are_ids:
+        pixels = {"role": "assistant", "content": answer.images}
+        for conversation in (turns, [*first, pixels, *turns[2:]]):
+            _, read = system.family.read_chat(read_messages(conversation), draws=False)
+            [prompt] = system.family.prompts([read], "chat")
+            assert len(prompt.images) == 2
     system_role = [{"role": "system", "content": "Answer in verse."}, *turns]
     assert system.chat(system_role, seed=1).ids
 

@@ -136,7 +136,7 @@ class SeedMultimodalProcessor(ProcessorMixin):
             (prompt,) = self.system.family.prompts([request], task, [0])
             prompts.append(prompt.answered_with(self.system.tokenizer.encode_parts([opening])))
             if not tokenize:
-                texts.append(self._prompt_text(prompts[-1], parsed))
+                texts.append(self._prompt_text(prompts[-1], request))
 
         # 3. In the form that is asked for.
         if not tokenize:

@@ -57,7 +57,7 @@ from seed_multimodal.images.views import (
 from seed_multimodal.language.prompts import PromptTemplate
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.language.vocabulary import IGNORE_INDEX, SeedXVocabulary
-from seed_multimodal.models.seed_x.processing import seed_x_vocabulary
+from seed_multimodal.models.seed_x.processing import seed_x_vocabulary, with_repeated_images
 from seed_multimodal.settings import setting
 
 INSTRUCTION = "{instruction}"
@@ -292,9 +292,8 @@ class Caption(FilteredDecoder):
 class Chat(SeedXDecoder):
     """Any conversation with images on both sides.
 
-    Fields: `messages` from `formats.conversations.with_messages`. Images of answers are targets. If
-    the next message has no image, the last target is repeated as its input, so that successive
-    edits look like single ones.
+    Fields: `messages` from `formats.conversations.with_messages`. Images of answers are targets,
+    which `with_repeated_images` also makes inputs.
     """
 
     name = "seed_x.chat"
@@ -313,20 +312,13 @@ class Chat(SeedXDecoder):
 
     def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
         turns: list[Turn] = []
-        last_target: OpenedImage | None = None  # of the answer before a question
         opened = self.messages(fields, lambda part, name: self.opened_image(part, "image"))
-        for role, content in opened:
-            images = [part for part in content if isinstance(part, OpenedImage)]
-            parts = [*content]
+        for role, parts in with_repeated_images(opened, lambda image: image):
             if role == "assistant":
                 # Images of answers are targets.
                 parts = [
                     replace(part, is_target=True) if isinstance(part, OpenedImage) else part
-                    for part in content
+                    for part in parts
                 ]
-            elif last_target and not images:
-                # A question without images is about the last target.
-                parts = [last_target, *content]
             turns.append((role, parts))
-            last_target = images[-1] if role == "assistant" and images else None
         return self.turns(turns)

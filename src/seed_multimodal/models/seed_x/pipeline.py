@@ -38,6 +38,7 @@ from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
 from seed_multimodal.language.llm import check_vocab_size, load_llm
 from seed_multimodal.language.lora import load_base, merge_into, read_trained
 from seed_multimodal.language.messages import (
+    ContentPart,
     Images,
     Message,
     flatten_images,
@@ -54,6 +55,7 @@ from seed_multimodal.models.seed_x.processing import (
     answer_text,
     read_boxes,
     seed_x_vocabulary,
+    with_repeated_images,
     without_tags,
 )
 from seed_multimodal.models.seed_x.spec import SeedXConfig
@@ -337,6 +339,22 @@ class SeedXFamily(Family):
     def settings(self, task: str) -> Options:
         settings = super().settings(task)
         return settings if self.config.tuned else {**settings, "stop": ()}
+
+    def read_chat(self, conversation: list[Message], draws: bool) -> tuple[Task, list[Message]]:
+        """As tuned models learned it (`data.Chat`): images of answers are output tokens."""
+        if not self.config.tuned:
+            return "chat", conversation
+        turns: list[tuple[str, Sequence[ContentPart]]] = []
+        output_indices = [*range(self.tokenizer.vocabulary.tokens_per_image)]
+        for message in conversation:
+            parts = [*message.content]
+            if message.role == "assistant":
+                for index, image in enumerate(parts):
+                    if is_image(image):  # how clients send it
+                        parts[index] = ImagePart(output_indices, image=self.images.open(image))
+            turns.append((message.role, parts))
+        repeated = with_repeated_images(turns, lambda part: getattr(part, "image", None))
+        return "chat", [Message(role, tuple(parts)) for role, parts in repeated]
 
     def text(self, answer: Answer, task: Task) -> str:
         return without_tags(answer.text).strip()

@@ -17,8 +17,9 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from seed_multimodal.errors import ConfigError, RequestError
 from seed_multimodal.language.prompts import Turn, get_template, merge_text
@@ -109,6 +110,25 @@ class SeedXPrompts:
                 raise RequestError(problems[0])
             parts += box_parts(part, self.vocabulary)
         return parts
+
+
+def with_repeated_images(
+    turns: Iterable[tuple[str, Sequence[Any]]], as_input: Callable[[Any], Any]
+) -> Iterator[tuple[str, list[Any]]]:
+    """Turns with an answer's last image in front of the next question, if that has no image: edits
+    of a drawing look like first ones.
+
+    as_input: an image of an answer → that of a question, or None.
+    """
+    answered: list[Any] = []  # images of the answer before a question
+    for role, content in turns:
+        parts = [*content]
+        if role == "user" and all(isinstance(part, str) for part in parts):
+            parts = [*filter(None, map(as_input, answered[-1:])), *parts]
+        yield role, parts
+        answered = []
+        if role == "assistant":
+            answered = [part for part in parts if not isinstance(part, str)]
 
 
 def box_parts(text: str, vocabulary: SeedXVocabulary) -> list[str | Ids]:
