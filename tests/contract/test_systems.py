@@ -407,6 +407,8 @@ def test_drawings_are_read_back(model):
     assert "two" in right.info["description"].lower() and "cats" in right.info["description"]
     assert right.info["note"] == ""
     assert "Image 1" in wrong.info["note"] and "no " in wrong.info["note"]
+    if system.family.detects:  # what is absent is the answer, no note
+        assert not system.detect(right, "the dog").boxes
     assert logged == [wrong.info["note"]]
 
     # Without it, pixels are the same; so are those of chats, whose answers have the note.

@@ -320,8 +320,6 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
             ids = generated.answer.ids
             detection = self.family.detection(message.images[-1], ids, opened=not is_tuned)
             notes = [generated.answer.note, *detection.problems]
-            if not detection.boxes and not detection.problems:
-                notes.append(f"The answer has no box: {detection.text!r}.")
             generated.answer = replace(generated.answer, note=" ".join(filter(None, notes)))
             detections.append(detection)
         self._log_image_notes(answers)
