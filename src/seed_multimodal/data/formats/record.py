@@ -92,7 +92,7 @@ class BadRecord(DataError):
 class BadRecords:
     """Counts unusable records by reason, with the first few of each.
 
-    limit: consecutive ones that end the run.
+    limit: consecutive ones that end the run; of replaced ones see `count_replaced`.
     log: receives a line, which begins with `label`, for each record that is listed.
 
     counts: reason → {"count", "first": messages}, for JSON; it does not grow with their number.
@@ -110,6 +110,8 @@ class BadRecords:
         self.label = label
         self.counts: JsonObject = {} if counts is None else counts
         self.in_a_row = 0
+        self.n_replaced = 0
+        self.n_used = 0  # of the batches in which they were replaced
 
     @property
     def total(self) -> int:
@@ -138,6 +140,23 @@ class BadRecords:
     def count(self, note: RecordNote) -> None:
         """As `add`, without a limit."""
         self.merge({note.reason: {"count": 1, "first": [note.location]}}, self.log)
+
+    def count_replaced(self, notes: Sequence[RecordNote], n_used: int) -> None:
+        """Count the samples of a training batch of `n_used` that others were taken for.
+
+        Raises DataError: more were replaced than used, and more than the limit. A process compares
+        what it counted itself since its start, not what was merged.
+        """
+        for note in notes:
+            self.count(note)
+        self.n_replaced += len(notes)
+        self.n_used += n_used
+        # Such a run would learn a few samples, again and again.
+        if self.n_replaced > max(self.n_used, self.limit):
+            raise DataError(
+                f"{self.n_replaced} samples could not be used and only {self.n_used} could, so "
+                "batches repeat a few; repair or remove those that are named above."
+            )
 
     def merge(self, counts: RecordFields, log: Callable[[str], None] | None = None) -> None:
         """Add the counts of another process or run; records listed anew are logged."""

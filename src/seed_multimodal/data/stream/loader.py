@@ -188,8 +188,6 @@ class StepBatches(AbstractContextManager["StepBatches[Batch]"], Generic[Batch]):
         self.workers = workers
         self.distinct = distinct
         self.wait_seconds = 0.0  # time spent in `at`
-        self._n_used = 0  # samples since the start of this process
-        self._n_bad = 0  # those that others were taken for
         self._fetch = partial(_batch, dataset, collate)
         self._next_step = -1  # of the running workers
         self._loaded: Generator[tuple[Batch, list[RecordNote]], None, None] | None = None
@@ -197,7 +195,7 @@ class StepBatches(AbstractContextManager["StepBatches[Batch]"], Generic[Batch]):
     def at(self, step: int) -> Batch:
         """The batch of this rank at a (micro) step, from 0.
 
-        Raises as `load`; DataError: more samples were unusable than used.
+        Raises as `load`, and as `BadRecords.count_replaced`.
         """
         started = time.perf_counter()
         if self._loaded is None or step != self._next_step:
@@ -207,17 +205,7 @@ class StepBatches(AbstractContextManager["StepBatches[Batch]"], Generic[Batch]):
         self._next_step = -1  # after an error
         batch, faults = next(self._loaded)
         self._next_step = step + 1
-        for fault in faults:
-            self.dataset.bad.count(fault)
-
-        # Where most samples are unusable, the run would learn a few, again and again.
-        self._n_used += self.batch_size
-        self._n_bad += len(faults)
-        if self._n_bad > max(self._n_used, self.dataset.bad.limit):
-            raise DataError(
-                f"{self._n_bad} samples could not be used and only {self._n_used} could, so "
-                "batches repeat a few; repair or remove those that are named above."
-            )
+        self.dataset.bad.count_replaced(faults, self.batch_size)
         self.wait_seconds += time.perf_counter() - started
         return batch
 
