@@ -71,6 +71,7 @@ if TYPE_CHECKING:
 
     from seed_multimodal.diffusion.offload import OffloadHook
 
+DECODED_PIXELS = 1024**2  # of the images that the autoencoder decodes at once
 DEFAULTS = "seed_decode.json"  # default settings of a diffusion folder
 FAST_STEPS = 12  # of DPM-Solver++ 2M: as accurate as 20 of PNDM
 STABLE_DIFFUSION = "diffusers.pipelines.stable_diffusion"
@@ -198,7 +199,6 @@ class Detokenizer(Generic[Settings]):
     settings_class: ClassVar[type[DrawingSettings]]
     folders: ClassVar[tuple[str, ...]] = ("denoiser", "vae", "scheduler")  # parts that are loaded
     float32: ClassVar[tuple[str, ...]] = ("safety_checker",)  # parts that stay in float32
-    decode_batch_size: ClassVar[int] = 8  # of the VAE decoder
     noise_dtype: ClassVar[torch.dtype | None] = None  # None: of the denoiser
     # Trained networks: names in checkpoints → attributes.
     trained: ClassVar[Mapping[str, str]] = {"denoiser": "denoiser"}
@@ -462,9 +462,10 @@ class Detokenizer(Generic[Settings]):
         """
         vae = self.vae
         shift, scale = latent_scale(vae)
+        n_pixels = latents[0, 0].numel() * self.factor**2
         decoded = []
         with torch.autocast(self.device.type, enabled=False):
-            for batch in latents.split(self.decode_batch_size):
+            for batch in latents.split(max(1, DECODED_PIXELS // n_pixels)):
                 unscaled = batch.to(self.device) / scale + shift
                 # Channels last: small autoencoders take half the time on CPUs.
                 unscaled = unscaled.to(vae.dtype, memory_format=torch.channels_last)

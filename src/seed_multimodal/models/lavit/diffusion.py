@@ -80,7 +80,6 @@ class LavitDetokenizer(Detokenizer[LavitSettings]):
     download_hint = download_advice("lavit")
     settings_class = LavitSettings
     float32 = ("vae", "safety_checker")
-    decode_batch_size = 1
     noise_dtype = torch.float32
     trained: ClassVar[Mapping[str, str]] = {"unet": "denoiser", "decoder": "decoder"}
 

@@ -68,7 +68,6 @@ class SdxlDetokenizer(Detokenizer[SdxlSettings]):
     settings_class = SdxlSettings
     folders = ("scheduler", "vae")  # of SDXL
     float32 = ("vae",)
-    decode_batch_size = 1
     trained: ClassVar[Mapping[str, str]] = {"unet": "denoiser", "resampler": "resampler"}
 
     @property
