@@ -194,7 +194,7 @@ NOTED = {
     "nano draw zebra": "zebra",
     "nano draw fox ": "item 2",  # an empty text
     "nano edit {image} flip": "cannot make",
-    "nano-x detect {image} colour?": "no box",
+    "nano-x detect {image} zebra": "zebra",
 }
 
 
