@@ -50,12 +50,14 @@ class Conversation:
     def send(self, text: str, force_image: bool = False) -> None:
         """Send `text` with the attached images, print the answer as it is generated, save its
         images, and keep both messages."""
-        # Streams decode an image when its codes are complete; previews are for pages.
+        # Streams decode an image when its codes are complete; previews are for pages. Verdicts are
+        # not printed, the answer keeps them.
         message = {"role": "user", "content": [*self.images, text]}
         events = self.system.chat(
             [*self.messages, message],
             stream=True,
             previews=(),
+            stop_after=self.system.tasks.answer_after,
             seed=self.args.seed,
             force_image=force_image,
             **chosen_settings(self.args),

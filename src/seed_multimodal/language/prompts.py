@@ -324,10 +324,15 @@ class TaskPrompts:
         return self.qa_prefix + question + self.qa_suffix
 
 
-def without_verdict(text: str, answer_after: str) -> str:
-    """The text behind a verdict (see `TaskPrompts`), else all of it."""
-    answer = text.partition(answer_after)[2] if answer_after else ""
-    return answer or text
+def without_verdict(text: str, answer_after: str, grows: bool = False) -> str:
+    """The text behind a verdict (see `TaskPrompts`), else all of it.
+
+    grows: it may still become a verdict: empty.
+    """
+    if not answer_after:
+        return text
+    answer = text.partition(answer_after)[2]
+    return answer or ("" if grows else text)
 
 
 DEFAULT_TASKS = TaskPrompts()

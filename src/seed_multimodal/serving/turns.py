@@ -106,15 +106,15 @@ class Turn:
         ]
         return {"role": self.role, "content": content}
 
-    def displayed(self, answer_after: str = "") -> list[JsonObject]:
+    def displayed(self, answer_after: str = "", grows: bool = False) -> list[JsonObject]:
         """As messages of Gradio's Chatbot: the texts, images and notes.
 
-        answer_after: see `shown_text`.
+        answer_after: see `shown_text`. grows: the last part is not complete.
         """
         content: list[str | JsonObject] = []
         for part in self.parts:
             if isinstance(part, str):
-                text = shown_text(part, answer_after)
+                text = shown_text(part, answer_after, grows and part is self.parts[-1])
                 content += [text] if text else []
             elif part.path:
                 content.append({"path": part.path, "alt_text": part.description or "image"})
@@ -127,9 +127,9 @@ class Turn:
         return messages
 
 
-def shown_text(text: str, answer_after: str) -> str:
-    """Without words for boxes, and without a verdict; `answer_after`: as of `TaskPrompts`."""
-    return without_verdict(BOX_WORDS.sub(" ", text), answer_after).strip()
+def shown_text(text: str, answer_after: str, grows: bool = False) -> str:
+    """Without words for boxes, and without a verdict, see `without_verdict`."""
+    return without_verdict(BOX_WORDS.sub(" ", text), answer_after, grows).strip()
 
 
 def stored_turns(turns: Sequence[Turn]) -> list[JsonObject]:

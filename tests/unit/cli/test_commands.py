@@ -229,6 +229,9 @@ def test_chat_keeps_turns_and_saves_images(seed, tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "stdin", open(CAT))  # noqa: SIM115
     _, lines, _ = seed("chat", "--image", "-", "--message", "Draw!", "--force-image", *out)
     assert f"{tmp_path}/image_{before}.png" in "\n".join(lines)
+    # Of nano's "a fox: yes - In the middle." the answer is printed.
+    _, lines, _ = seed("chat", "--image", FOX, "--message", "Where is the fox?", model="nano")
+    assert lines[0].strip() and ":" not in lines[0]
 
 
 def test_chat_reads_lines(seed, bad, monkeypatch):

@@ -120,9 +120,11 @@ def test_boxes_are_drawn_on_the_last_image_and_not_written(file):
     text = "a cat <box_start><loc-8><loc-4><loc-4><loc-2><box_end>"
     answer, note = Turn("assistant", [text], ["A note."]).displayed()
     assert answer["content"] == ["a cat"] and note["metadata"] == {"title": "A note."}
-    # A verdict is the model's own.
-    (answer,) = Turn("assistant", ["a cat: yes - A cat."]).displayed(" - ")
-    assert answer["content"] == ["A cat."]
+    # A verdict is the model's own, also while it grows.
+    texts = {"a cat: y": "…", "a cat: yes - A c": "A c"}
+    for text, shown in texts.items():
+        (answer,) = Turn("assistant", [text]).displayed(" - ", grows=True)
+        assert answer["content"] == [shown]
     # What a drawing shows stands below it, also after a reload.
     turn = Turn("assistant", [Picture("cat.png", [5], description="a cat")])
     assert turn.displayed()[0]["content"][1] == "read back: a cat"
@@ -133,7 +135,9 @@ def test_boxes_are_drawn_on_the_last_image_and_not_written(file):
 
 
 def test_reply_keeps_a_conversation_with_images_both_ways(session, file):
-    (_, chat, box), *_, (*_, end) = send(session, "What is it?", file, file)
+    (_, chat, box), *growing, (*_, end) = send(session, "What is it?", file, file)
+    # nano's text is shown when it is complete: it may be a verdict.
+    assert all(messages[1]["content"] == ["…"] for _, messages, _ in growing)
     assert box["stop_btn"] and box["value"] is None and not end["stop_btn"]
     assert [message["role"] for message in chat] == ["user", "assistant"]
     first, second, text = chat[0]["content"]
