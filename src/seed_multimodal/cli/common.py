@@ -12,14 +12,20 @@ import itertools
 import json
 import mimetypes
 import os
-import re
 import sys
 import unicodedata
-from argparse import ArgumentParser, Namespace, RawDescriptionHelpFormatter, _SubParsersAction
+from argparse import (
+    Action,
+    ArgumentError,
+    ArgumentParser,
+    Namespace,
+    RawDescriptionHelpFormatter,
+    _SubParsersAction,
+)
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO, NoReturn, TextIO, TypeVar
+from typing import TYPE_CHECKING, Any, BinaryIO, TextIO, TypeVar
 
 from PIL import Image
 
@@ -95,11 +101,12 @@ SETTINGS = (
 class ProgramParser(ArgumentParser):
     """Names the choice that is nearest to an unknown one."""
 
-    def error(self, message: str) -> NoReturn:
-        unknown = re.search(r"invalid choice: '(.*?)' \(choose from (.*)\)", message)
-        if unknown:
-            message += nearest(unknown[1], re.findall(r"[\w.-]+", unknown[2]))
-        super().error(message)
+    def _check_value(self, action: Action, value: Any) -> None:
+        try:
+            super()._check_value(action, value)
+        except ArgumentError as error:
+            error.message += nearest(str(value), map(str, action.choices or ()))
+            raise
 
 
 def program_parser(program: str, description: str) -> ArgumentParser:
