@@ -344,10 +344,10 @@ class ChatSession:
     def displayed(self) -> list[JsonObject]:
         """The conversation as messages of Gradio's Chatbot; the last offers what may follow."""
         answer_after = self.model.card.tasks.answer_after
+        growing = None if self.before is None else self.turns[-1]
         messages: list[JsonObject] = []
         for turn in self.turns:
-            grows = self.before is not None and turn is self.turns[-1]
-            messages += turn.displayed(answer_after, grows)
+            messages += turn.displayed(answer_after, grows=turn is growing)
         if self.before is None and (texts := self.follow_ups()):
             messages[-1]["options"] = [{"value": text} for text in texts]
         return messages

@@ -313,7 +313,7 @@ class Chat(SeedXDecoder):
     def _segment(self, fields: RecordFields, rng: SeededRandom) -> SegmentList:
         turns: list[Turn] = []
         opened = self.messages(fields, lambda part, name: self.opened_image(part, "image"))
-        for role, parts in with_repeated_images(opened, lambda image: image):
+        for role, parts in with_repeated_images(opened):
             if role == "assistant":
                 # Images of answers are targets.
                 parts = [

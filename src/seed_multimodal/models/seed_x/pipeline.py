@@ -344,17 +344,19 @@ class SeedXFamily(Family):
         """As tuned models learned it (`data.Chat`): images of answers are output tokens."""
         if not self.config.tuned:
             return "chat", conversation
-        turns: list[tuple[str, Sequence[ContentPart]]] = []
         output_indices = [*range(self.tokenizer.vocabulary.tokens_per_image)]
-        for message in conversation:
-            parts = [*message.content]
-            if message.role == "assistant":
-                for index, image in enumerate(parts):
-                    if is_image(image):  # how clients send it
-                        parts[index] = ImagePart(output_indices, image=self.images.open(image))
-            turns.append((message.role, parts))
-        repeated = with_repeated_images(turns, lambda part: getattr(part, "image", None))
-        return "chat", [Message(role, tuple(parts)) for role, parts in repeated]
+        messages: list[Message] = []
+        turns = [(message.role, message.content) for message in conversation]
+        for role, parts in with_repeated_images(turns):
+            content: list[ContentPart] = []
+            for part in parts:
+                if role == "assistant" and is_image(part):  # how clients send it
+                    part = ImagePart(output_indices, image=self.images.open(part))
+                elif role == "user" and isinstance(part, ImagePart) and part.image:
+                    part = part.image
+                content.append(part)
+            messages.append(Message(role, tuple(content)))
+        return "chat", messages
 
     def text(self, answer: Answer, task: Task) -> str:
         return without_tags(answer.text).strip()

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 import itertools
 import re
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -113,22 +113,17 @@ class SeedXPrompts:
 
 
 def with_repeated_images(
-    turns: Iterable[tuple[str, Sequence[Any]]], as_input: Callable[[Any], Any]
-) -> Iterator[tuple[str, list[Any]]]:
+    turns: Iterable[tuple[str, Sequence[Any]]],
+) -> Iterator[tuple[str, Sequence[Any]]]:
     """Turns with an answer's last image in front of the next question, if that has no image: edits
-    of a drawing look like first ones.
-
-    as_input: an image of an answer → that of a question, or None.
-    """
-    answered: list[Any] = []  # images of the answer before a question
+    of a drawing look like first ones."""
+    answered: Sequence[Any] = ()  # the image of the answer before a question
     for role, content in turns:
-        parts = [*content]
-        if role == "user" and all(isinstance(part, str) for part in parts):
-            parts = [*filter(None, map(as_input, answered[-1:])), *parts]
-        yield role, parts
-        answered = []
-        if role == "assistant":
-            answered = [part for part in parts if not isinstance(part, str)]
+        images = [part for part in content if not isinstance(part, str)]
+        if role == "user" and not images:
+            content = [*answered, *content]
+        yield role, content
+        answered = images[-1:] if role == "assistant" else ()
 
 
 def box_parts(text: str, vocabulary: SeedXVocabulary) -> list[str | Ids]:
