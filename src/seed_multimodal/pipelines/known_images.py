@@ -74,8 +74,10 @@ class ImageFamiliarity:
         regions = _distances(
             _regions(_details(preview, FINE_BLUR)), _regions(_details(compared, FINE_BLUR))
         )
-        grain = _power(_details(compared, GRAIN_BLUR)) / (_power(details) + SMALLEST)
-        distances = (whole_images + regions.mean(1)) / 2 + GRAIN * grain
+        both = torch.stack([_details(compared, GRAIN_BLUR), details])
+        grain_power, power = both.pow(2).mean((2, 3, 4))
+        grain_share = grain_power / (power + SMALLEST)
+        distances = (whole_images + regions.mean(1)) / 2 + GRAIN * grain_share
         if self.settings.corners:
             framed = pixels if whole is None else whole.cpu().float()
             usual = torch.tensor(self.settings.corners)  # [K, 3]
@@ -92,10 +94,6 @@ def _details(images: Tensor, blur: float) -> Tensor:
     details = images - weights @ images @ weights.T
     grey = details.mean(1, keepdim=True)
     return grey + COLOUR * (details - grey)
-
-
-def _power(images: Tensor) -> Tensor:
-    return images.pow(2).mean((1, 2, 3))
 
 
 def _regions(images: Tensor) -> Tensor:
