@@ -25,9 +25,8 @@ SHOWN = {
     "two_crabs.png": "two twemoji crabs on the sea",
     "whale.png": "a large twemoji whale on a white background",
 }
-# Things that fill the image more than those of the training do: nano-x sees Twemoji's clock and a
-# pink background.
-MISREAD = {"nano-x": ("alarm_clock.png", "castle.png")}
+# It fills the image more than the things of the training do: nano-x sees a magnet.
+MISREAD = {"nano-x": ("alarm_clock.png",)}
 SAID = {
     'seed ask images/fox_and_snowman.png "What is on the left?"': "a fox",
     "seed describe images/fox.png --model nano-lavit": SHOWN["fox.png"],

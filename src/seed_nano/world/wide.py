@@ -126,7 +126,10 @@ def any_view(scene: Scene | WideScene, rng: random.Random, framed: bool = True) 
     size = rng.choices(list(SIZES), list(SIZES.values()))[0]
     size = min(2 * size, 400) if isinstance(scene, WideScene) else size
     frame = _frame(rng) if framed and rng.random() < FRAMED_SHARE else FULL_FRAME
-    return View(scene, size, frame, rng.choice((255, 255, 0, 128)))
+    margin = rng.choice((255, 255, 0, 128))
+    if margin == 255 and frame[0] < 0 and frame[1] < 0:
+        margin = 128  # in a white frame, a scene looks like a drawing on white
+    return View(scene, size, frame, margin)
 
 
 def _frame(rng: random.Random) -> Box:
