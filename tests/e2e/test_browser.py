@@ -219,8 +219,16 @@ def test_a_chat_with_images_in_both_directions(page: Page):
     texts = [text.strip() for text in observed()["texts"] if text != "…"]
     assert all(map(full_text.startswith, texts)), "the text grows; how often is the browser's"
 
+    # An answer is followed in a small window, too, also by a visitor who looked at the beginning.
+    page.browser.set_window_size(390, 600)
+    page.browser.execute_script("document.querySelector('#chat .bubble-wrap').scrollTo(0, 0)")
     page.send(DRAW)
     page.until(lambda: page.images("#chat .bot") and not page.waits(), "the drawn image")
+    below = (
+        "const box = document.querySelector('#chat .bubble-wrap');"
+        "return box.scrollHeight - box.scrollTop - box.clientHeight"
+    )
+    page.until(lambda: page.browser.execute_script(below) < 10, "the end of the answer")
     first = page.images("#chat .bot")
     assert len(first) == 1 and len(observed()["images"]) >= 2, (
         "a preview in the place of the image, then the image"
@@ -355,6 +363,7 @@ def test_page_and_routes_behind_the_manuals_proxy(proxy: str, browser: Any, tmp_
     page = Page(browser, f"{proxy}/chat/")
     page.send("What is it?", photo)
     page.answered(1)
+    assert "unlike those that this system learned" in page.text("#chat .bot")
     page.send(DRAW)
     page.until(lambda: page.images("#chat .bot") and not page.waits(), "the drawing")
     page.click("#chat button[aria-label=Dislike]")
@@ -411,3 +420,9 @@ def test_tabs_draw_edit_and_exchange_codes(page: Page):
         )
     page.click("#swap")
     page.until(lambda: len(page.images("#swap-images")) == 2, "the images from exchanged codes")
+    # What is below the window is scrolled to.
+    from selenium.webdriver import ActionChains
+
+    before = page.all("#swap")[0].rect["y"]
+    ActionChains(page.browser).scroll_by_amount(0, 500).perform()
+    page.until(lambda: page.all("#swap")[0].rect["y"] < before, "the tab to be scrolled")

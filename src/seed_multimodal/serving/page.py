@@ -28,19 +28,27 @@ CSS = """
 .gradio-container {padding-top: 4px !important}
 .gradio-container .main {padding: 8px max(8px, min(4vw, 32px)) !important; gap: 8px}
 :root:has(.dark) {color-scheme: dark}
+/* Gradio's greys are too pale to be read. */
+body:not(.dark) {--body-text-color-subdued: var(--neutral-500)}
+.gradio-container {
+    --input-placeholder-color: var(--body-text-color-subdued);
+    --block-info-text-color: var(--body-text-color-subdued)
+}
 #header {align-items: center; gap: 8px}
 #title {flex: 1 1 300px}
 #title h1 {margin: 4px 0; font-size: 1.25rem}
 #title p {margin: 0; font-size: .85rem; color: var(--body-text-color-subdued)}
 #model {flex: 0 1 260px}
-/* The page is as high as the window; the chat has the height that the rest leaves. */
-.gradio-container:has(#chat) {height: 100dvh}
+/* The page is as high as the window; the chat has the height that the rest leaves. Other tabs are
+   scrolled. */
+.gradio-container:has(#chat) {height: 100dvh; overflow-y: auto !important}
 .gradio-container :has(#chat) {
     display: flex; flex: 1 1 auto; flex-direction: column; min-height: 0
 }
 #chat {flex: 1 1 240px; min-height: 240px}
 #message {flex: none; border: 1px solid var(--border-color-primary); border-radius: 12px}
 #chat .message img {width: 192px; max-width: 100%; object-fit: contain !important}
+#chat .message :fullscreen img {width: 100vw; height: 100vh; max-height: none}
 /* Gradio's bin empties the chat before the browser's copy is removed: `new` is in its place. */
 #chat .icon-button-wrapper:has([aria-label="Clear"]) {display: none}
 #chat button:is([title="Share"], [aria-label="Share"]) {display: none}
@@ -59,6 +67,11 @@ CSS = """
     background: none
 }
 #chat .thought-group :is(.arrow, .content) {display: none}
+/* Gradio loses the end of a conversation; the browser keeps it in view once it is. */
+#chat .bubble-wrap * {overflow-anchor: none}
+#chat .bubble-wrap:has(.message)::after {
+    content: ""; display: block; height: 1px; overflow-anchor: auto
+}
 /* Gradio scrolls to the end of what is around the examples. */
 #chat .placeholder-content {height: 100%; overflow-y: auto; justify-content: safe center}
 #chat .examples {margin: 0 auto}
@@ -72,6 +85,7 @@ CSS = """
 @media (max-width: 640px) {
     #chat .examples {grid-template-columns: 1fr 1fr; gap: 8px}
     .column:has(#chat .message) #title p {display: none}
+    [id$="-images"], [id$="-images"] .grid-wrap {height: 400px !important}
 }
 .strip {display: flex; flex-wrap: wrap; gap: 2px}
 .strip span {
@@ -79,6 +93,7 @@ CSS = """
     color: #111
 }
 """
+TO_END = "() => document.querySelector('#chat .bubble-wrap').scrollTo(0, 1e9)"
 
 
 # ---- the page
@@ -206,6 +221,9 @@ def chat_tab(
         chatbot.example_select(ChatSession.on_example, [session], **hidden),
         chatbot.option_select(ChatSession.on_option, [session], **hidden),
     ]
+
+    # A message returns to the conversation's end.
+    message.submit(None, js=TO_END)
 
     # 3. It is made, until one of the other buttons.
     replies = [

@@ -142,6 +142,9 @@ def test_reply_keeps_a_conversation_with_images_both_ways(session, file):
     assert [message["role"] for message in chat] == ["user", "assistant"]
     first, second, text = chat[0]["content"]
     assert first == second and Path(first["path"]).is_file() and text == "What is it?"
+    # An upload is sent with its pixels, which tell whether it is unknown; its codes are stored.
+    sent = session.turns[0].message()["content"][0]
+    assert "codes" not in sent and session.turns[0].pictures[0].codes
     updates = send(session, "Make it green.", settings=FORCED)[1:]
     paths = [
         part["path"] for _, chat, _ in updates for part in chat[3]["content"] if "path" in part
@@ -170,7 +173,7 @@ def test_a_reload_continues_the_conversation(session, address, file, system, req
     reloaded = session_of(address, "nano")
     reloaded.models.append(session.model)
     asyncio.run(reloaded.on_model(0, stored))
-    assert [turn.message() for turn in reloaded.turns] == [turn.message() for turn in session.turns]
+    assert turns.stored_turns(reloaded.turns) == stored["turns"]
     assert len(reloaded.displayed()) == len(chat)
     pictures = [picture for turn in reloaded.turns for picture in turn.pictures]
     assert pictures and all(Path(picture.path).is_file() for picture in pictures)
