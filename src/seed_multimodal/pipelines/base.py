@@ -548,7 +548,8 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
                         images = self.decode_images(inputs, [prompt], [settings.seed or 0], drawing)
                         event["image"] = part.image = images[0]
                         if read_back_to is not None:
-                            claims = claims_of(read_back_to, request.reader.text_before(part))
+                            text = request.reader.text_before(part)
+                            claims = claims_of(read_back_to, text, self.tasks.answer_after)
                             self._read_back(inputs, images, [claims])
                 yield event
 
@@ -631,7 +632,9 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
             if reads_back:
                 claims: list[Sequence[str]] = []
                 for row, answer in enumerate(answers):
-                    claims.append(claims_of(conversations[row // num_images], answer.answer.text))
+                    text = answer.answer.text
+                    conversation = conversations[row // num_images]
+                    claims.append(claims_of(conversation, text, self.tasks.answer_after))
                 self._read_back(inputs, images, claims)
                 for image in images:
                     self._log_note(image.info[NOTE])

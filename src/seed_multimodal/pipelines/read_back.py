@@ -10,6 +10,7 @@ from PIL import Image
 
 from seed_multimodal.language.known_words import read_known_words
 from seed_multimodal.language.phrases import Phrases
+from seed_multimodal.language.prompts import without_verdict
 
 if TYPE_CHECKING:  # the command line imports this module before torch
     from seed_multimodal.language.messages import Message
@@ -18,9 +19,10 @@ DESCRIPTION = "description"  # in `Image.info`
 NOTE = "note"
 
 
-def claims_of(conversation: Sequence[Message], answer_text: str) -> list[str]:
-    """Texts that may say what an image shows: its answer's before it, and a request that has no
-    image to change."""
+def claims_of(conversation: Sequence[Message], answer_text: str, answer_after: str) -> list[str]:
+    """Texts that may say what an image shows: its answer's before it, without a verdict about an
+    earlier image (see `without_verdict`), and a request that has no image to change."""
+    answer_text = without_verdict(answer_text, answer_after)
     is_text = all(message.is_text for message in conversation)
     return [answer_text, conversation[-1].text] if is_text else [answer_text]
 

@@ -314,7 +314,7 @@ class LavitFamily(Family):
             if not message.images:
                 raise RequestError(
                     "LaVIT answers about images: show one with the message, or ask for an image as "
-                    "the answer (force_image, /draw)."
+                    'the answer (force_image, /draw, or "Answer with an image" on the page).'
                 )
             features = [next(encoded) for _ in message.images]
             return read_prompt(vocabulary, features, self.tokenizer.text_ids(message.text.strip()))

@@ -7,6 +7,7 @@ from systems import load
 from seed_multimodal.language.known_words import KnownWords, read_known_words
 from seed_multimodal.language.messages import user_message
 from seed_multimodal.language.prompts import SEED_X_TASKS
+from seed_multimodal.pipelines.read_back import claims_of
 from seed_nano.world.records import KINDS, record_at, texts_of
 from seed_nano.world.things import write_known_words
 
@@ -74,6 +75,12 @@ def test_unknown_of_requests(request_text, unknown, unknown_drawn, known):
 )
 def test_contradictions_of_a_description(known, request_, description, differences):
     assert known.compared.contradictions(["Here it is.", request_], description) == differences
+
+
+def test_claims_of_an_edit_have_no_verdict():
+    # It is about the image before: "no fox" is right where the fox was to be deleted.
+    request = user_message(["Delete the fox."])
+    assert claims_of(request, "a fox: yes - An elephant.", " - ")[0] == "An elephant."
 
 
 @pytest.mark.parametrize("name", ["nano", "nano-x", "nano-lavit"])
