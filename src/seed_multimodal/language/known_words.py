@@ -56,7 +56,7 @@ class KnownWords:
     def unknown(self, text: str, drawing: bool = False) -> list[str]:
         """Unknown words of a text, each once, in lower case: nouns first, in order.
 
-        drawing: words that can only be said count as unknown.
+        drawing: words that can only be said count as unknown, and colours of things.
         """
         # 1. The words of the text that are not in the vocabulary.
         text = text.lower().replace("\u2019", "'").replace("_", " ")
@@ -72,7 +72,13 @@ class KnownWords:
             if word not in vocabulary and not is_letter:
                 unknown.append(word)
 
-        # 2. A word in front of a name or of another unknown word says something about it.
+        # 2. Colours are those of a background.
+        if drawing and "background" not in words:
+            for word in _WORD.findall(self.compared.pattern.sub(" ", text)):
+                if word not in unknown and f"{word} background" in self.compared.meanings:
+                    unknown.append(word)
+
+        # 3. A word in front of a name or of another unknown word says something about it.
         nouns = {*names, *unknown}
         modifiers = set()
         for word, next_word in zip(words, words[1:], strict=False):
@@ -84,7 +90,10 @@ class KnownWords:
         """One sentence about unknown words, or nothing; `drawing`: as of `unknown`."""
         named = []
         for word in self.unknown(text, drawing)[:MAX_NAMED]:
-            named.append(f"{word[:40]!r}{nearest(word, self.names, SPELT_LIKE)}")
+            if f"{word} background" in self.compared.meanings:
+                named.append(f"{word!r} of things")
+            else:
+                named.append(f"{word[:40]!r}{nearest(word, self.names, SPELT_LIKE)}")
         if not named:
             return ""
         return (

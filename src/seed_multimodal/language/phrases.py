@@ -79,3 +79,10 @@ class Phrases:
             if is_said and asked_value != shown_value:
                 differences.append(f"{name} {shown_value}, not {asked_value}")
         return differences
+
+    def unasked_changes(self, before: str, request: str, after: str) -> list[str]:
+        """Things that an edit does not show as asked, by descriptions of its images: named, but in
+        neither; or new, but not named."""
+        old, named, new = (self.read(text)[0] for text in (before, request, after))
+        missing = [f"no {thing}" for thing in named if thing not in (*old, *new)]
+        return missing + [f"also {thing}" for thing in new if thing not in (*old, *named)]

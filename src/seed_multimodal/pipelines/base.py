@@ -62,7 +62,7 @@ from seed_multimodal.pipelines.images import (
     Seed,
     seed_per_image,
 )
-from seed_multimodal.pipelines.read_back import NOTE, add_descriptions, claims_of
+from seed_multimodal.pipelines.read_back import NOTE, add_descriptions, edited_images
 from seed_multimodal.settings import check_value
 
 # One result, or a list of them for a list of requests. Types cannot tell which.
@@ -478,15 +478,23 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         self,
         image_inputs: Sequence[ImageInput],
         images: Sequence[Image.Image],
-        claims: Sequence[Sequence[str]],
+        conversations: Sequence[Sequence[Message]],
+        answer_texts: Sequence[str],
     ) -> None:
-        """Describe drawings by their codes, or where prompts hold features by themselves."""
-        shown: Sequence[Any] = image_inputs if self.family.prompts_are_ids else images
+        """Describe drawings by their codes, or where prompts hold features by themselves; of edits
+        the image before, too.
+
+        conversations: of each drawing. answer_texts: before each drawing.
+        """
+        shown: list[Any] = [*(image_inputs if self.family.prompts_are_ids else images)]
+        for conversation in conversations:
+            shown += edited_images(conversation)
         # As `describe`, without its notes.
-        conversations, _ = image_conversations([*shown], self.tasks.describe)
-        answers = self.generate_answers(conversations, "describe", self.settings("describe"))
+        requests, _ = image_conversations(shown, self.tasks.describe)
+        answers = self.generate_answers(requests, "describe", self.settings("describe"))
         descriptions = [self.family.text(generated.answer, "describe") for generated in answers]
-        add_descriptions(images, descriptions, claims, self.config.known_words)
+        known_words = self.config.known_words
+        add_descriptions(images, descriptions, conversations, answer_texts, self.tasks, known_words)
 
     def _answer_texts(
         self,
@@ -549,8 +557,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
                         event["image"] = part.image = images[0]
                         if read_back_to is not None:
                             text = request.reader.text_before(part)
-                            claims = claims_of(read_back_to, text, self.tasks.answer_after)
-                            self._read_back(inputs, images, [claims])
+                            self._read_back(inputs, images, [read_back_to], [text])
                 yield event
 
         try:
@@ -630,12 +637,8 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
             prompts = [answer.prompt for answer in answers]
             images = self.decode_images(inputs, prompts, seeds, drawing)
             if reads_back:
-                claims: list[Sequence[str]] = []
-                for row, answer in enumerate(answers):
-                    text = answer.answer.text
-                    conversation = conversations[row // num_images]
-                    claims.append(claims_of(conversation, text, self.tasks.answer_after))
-                self._read_back(inputs, images, claims)
+                answered = [conversations[row // num_images] for row in range(len(answers))]
+                self._read_back(inputs, images, answered, [item.answer.text for item in answers])
                 for image in images:
                     self._log_note(image.info[NOTE])
             return images

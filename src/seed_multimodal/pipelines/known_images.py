@@ -71,13 +71,11 @@ class ImageFamiliarity:
         compared = F.adaptive_avg_pool2d(pixels, SIDE)
         details = _details(compared, BLUR)
         whole_images = _distances(_details(preview, BLUR), details)
-        regions = _distances(
-            _regions(_details(preview, FINE_BLUR)), _regions(_details(compared, FINE_BLUR))
-        )
+        fine = _details(preview, FINE_BLUR), _details(compared, FINE_BLUR)
+        distances = (whole_images + _distances(*fine, in_row=REGIONS)) / 2
         both = torch.stack([_details(compared, GRAIN_BLUR), details])
         grain_power, power = both.pow(2).mean((2, 3, 4))
-        grain_share = grain_power / (power + SMALLEST)
-        distances = (whole_images + regions.mean(1)) / 2 + GRAIN * grain_share
+        distances += GRAIN * grain_power / (power + SMALLEST)
         if self.settings.corners:
             framed = pixels if whole is None else whole.cpu().float()
             usual = torch.tensor(self.settings.corners)  # [K, 3]
@@ -96,18 +94,14 @@ def _details(images: Tensor, blur: float) -> Tensor:
     return grey + COLOUR * (details - grey)
 
 
-def _regions(images: Tensor) -> Tensor:
-    """[B, 3, S, S] → [B, regions, 3, S / REGIONS, S / REGIONS]."""
-    side = images.shape[-1] // REGIONS
-    regions = images.unfold(2, side, side).unfold(3, side, side)  # [B, 3, rows, columns, s, s]
-    return regions.flatten(2, 3).transpose(1, 2)
-
-
-def _distances(first: Tensor, second: Tensor) -> Tensor:
-    """1 − correlation of images [..., 3, S, S] → [...]."""
-    values = [image.flatten(-3) for image in (first, second)]
-    first, second = (each - each.mean(-1, keepdim=True) for each in values)
-    return 1 - F.cosine_similarity(first, second, dim=-1, eps=SMALLEST)
+def _distances(first: Tensor, second: Tensor, in_row: int = 1) -> Tensor:
+    """1 − correlation of square images [B, 3, S, S] → [B]: the mean of `in_row`² regions."""
+    side = first.shape[-1] // in_row
+    both = torch.stack([first, second])
+    regions = both.unfold(3, side, side).unfold(4, side, side)  # [2, B, 3, rows, columns, s, s]
+    values = regions.movedim(2, 4).flatten(4)  # [2, B, rows, columns, 3 · s²]
+    values = values - values.mean(-1, keepdim=True)
+    return 1 - F.cosine_similarity(*values, dim=-1, eps=SMALLEST).mean((1, 2))
 
 
 def unknown_images_note(

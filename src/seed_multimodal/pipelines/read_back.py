@@ -13,7 +13,9 @@ from seed_multimodal.language.phrases import Phrases
 from seed_multimodal.language.prompts import without_verdict
 
 if TYPE_CHECKING:  # the command line imports this module before torch
+    from seed_multimodal.images.io import ImageSource
     from seed_multimodal.language.messages import Message
+    from seed_multimodal.language.prompts import TaskPrompts
 
 DESCRIPTION = "description"  # in `Image.info`
 NOTE = "note"
@@ -27,21 +29,39 @@ def claims_of(conversation: Sequence[Message], answer_text: str, answer_after: s
     return [answer_text, conversation[-1].text] if is_text else [answer_text]
 
 
+def edited_images(conversation: Sequence[Message]) -> list[ImageSource]:
+    """The image that the last message asks to change: its only one, or none."""
+    images = conversation[-1].images
+    return images if len(images) == 1 else []
+
+
 def add_descriptions(
     images: Sequence[Image.Image],
     descriptions: Sequence[str],
-    claims: Sequence[Sequence[str]],
+    conversations: Sequence[Sequence[Message]],
+    answer_texts: Sequence[str],
+    tasks: TaskPrompts,
     known_words: Path | None,
 ) -> None:
     """Set `info["description"]` of drawings, and `info["note"]`, empty if nothing contradicts.
 
-    claims: of each drawing, see `claims_of`; the first text that names a known thing counts.
+    descriptions: of the drawings, then of the `edited_images` of all conversations.
+    answer_texts: texts before the drawings, see `claims_of`; the first text that names a known
+    thing counts.
     """
     phrases = read_known_words(known_words).compared if known_words else Phrases({})
+    before = iter(descriptions[len(images) :])
     for index, image in enumerate(images):
-        differences = phrases.contradictions(claims[index], descriptions[index])
+        conversation = conversations[index]
+        description = descriptions[index]
+        claims = claims_of(conversation, answer_texts[index], tasks.answer_after)
+        differences = phrases.contradictions(claims, description)
+        if edited_images(conversation):
+            request = conversation[-1].text
+            differences += phrases.unasked_changes(next(before), request, description)
         note = ""
         if differences:
             which = f"Image {index}" if len(images) > 1 else "The image"
-            note = f"{which} may not show what was asked for ({'; '.join(differences)})."
-        image.info |= {DESCRIPTION: descriptions[index], NOTE: note}
+            named = "; ".join(dict.fromkeys(differences))
+            note = f"{which} may not show what was asked for ({named})."
+        image.info |= {DESCRIPTION: description, NOTE: note}

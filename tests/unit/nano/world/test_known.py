@@ -47,12 +47,16 @@ def test_read_known_words_of_the_shipped_systems(name, known):
         ("Draw a red car and a zebra.", ["zebra", "red"], ["zebra", "red"]),  # nouns first
         ("A happy dog and a robot.", [], ["robot", "happy"]),  # said, but not drawn
         ("Two cats on the grass", [], []),
+        ("A dog and two blue cats", [], ["blue"]),  # backgrounds have colours, things have not
+        ("A cat on a blue background", [], []),
+        ("Make the background blue.", [], []),
     ],
 )
 def test_unknown_of_requests(request_text, unknown, unknown_drawn, known):
     assert known.unknown(request_text) == unknown
     assert known.unknown(request_text, drawing=True) == unknown_drawn
     assert "'pengiun' (did you mean 'penguin'?)" in known.note("A pengiun.")
+    assert "know 'green' of things:" in known.note("make it green", drawing=True)
 
 
 @pytest.mark.parametrize(
@@ -75,6 +79,21 @@ def test_unknown_of_requests(request_text, unknown, unknown_drawn, known):
 )
 def test_contradictions_of_a_description(known, request_, description, differences):
     assert known.compared.contradictions(["Here it is.", request_], description) == differences
+
+
+@pytest.mark.parametrize(
+    "request_, after, differences",
+    [
+        ("Add a star.", "A fox left of a star.", []),
+        ("Add a star.", "A chick left of a fox.", ["no star", "also chick"]),
+        ("Remove the banana.", "A small fox.", ["no banana"]),
+        ("Remove the fox.", "A dog.", ["also dog"]),
+        ("Replace it with a dog.", "A dog.", []),
+        ("Make it night.", "A fox at night.", []),
+    ],
+)
+def test_unasked_changes_of_an_edit(known, request_, after, differences):
+    assert known.compared.unasked_changes("A large fox.", request_, after) == differences
 
 
 def test_claims_of_an_edit_have_no_verdict():
