@@ -50,5 +50,4 @@ def _checkout_table() -> dict[str, dict[str, str]]:
     project = tomllib.loads(file.read_text(encoding="utf-8")).get("project", {})
     if project.get("name") != PROJECT:  # the package lies in another project
         return {}
-    table: dict[str, dict[str, str]] = project.get("entry-points", {})
-    return table
+    return project.get("entry-points", {})

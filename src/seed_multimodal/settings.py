@@ -134,8 +134,7 @@ def read_settings(kind: type[T], values: Mapping[str, object] | DictConfig, labe
             raise ConfigError(f"{label}: {first_line(error)} (key {key}).") from error
 
     # 2. Their types and limits.
-    settings: T = check_value(kind, plain, label)
-    return settings
+    return check_value(kind, plain, label)
 
 
 def check_value(hint: TypeHint, value: object, label: str, **limits: Unpack[Limits]) -> Any:

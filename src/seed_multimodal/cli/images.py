@@ -52,8 +52,7 @@ def tokenize(args: Namespace) -> int:
 
     def work(names: Sequence[str]) -> Sequence[Tensor]:
         # LaVIT's selection of patches depends on the seed.
-        codes: Sequence[Tensor] = codec.encode([sources[name] for name in names], seed=args.seed)
-        return codes
+        return codec.encode([sources[name] for name in names], seed=args.seed)
 
     def show(name: str, codes: Tensor) -> None:
         record = {"image": name, "codes": codes.tolist()}

@@ -40,8 +40,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = build_parser().parse_args(argv)
 
     def work() -> int:
-        code: int = args.work(args)
-        return code
+        return args.work(args)
 
     return run_guarded("seed", args.debug, work)
 

@@ -159,5 +159,4 @@ def make_grid(images: Sequence[Image.Image], columns: int) -> Image.Image:
     from torchvision.utils import make_grid as tile
 
     tensors = [pil_to_tensor(image) for image in images]
-    grid: Image.Image = to_pil_image(tile(tensors, nrow=columns))
-    return grid
+    return to_pil_image(tile(tensors, nrow=columns))

@@ -149,7 +149,7 @@ class SDXLAdapter(adapter.SDXLAdapter):
             image_embeds = self.discrete_model.encode_image_embeds(image_embeds)
         # All images of a call have the same seed.
         seed = self.default_seed if seed is None else seed
-        images: list[Image.Image] = self.pipe(
+        return self.pipe(
             image_embeds,
             seeds=None if seed is None else [seed] * len(image_embeds),
             height=height,
@@ -158,7 +158,6 @@ class SDXLAdapter(adapter.SDXLAdapter):
             num_inference_steps=num_inference_steps,
             **settings,
         )
-        return images
 
 
 class SDXLAdapterWithLatentImage(SDXLAdapter):

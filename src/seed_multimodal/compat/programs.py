@@ -292,8 +292,7 @@ def _draw(run: Run, request: Request) -> int:
         options["verbatim"] = True
 
     def draw(text: str) -> Sequence[Image.Image]:
-        images: Sequence[Image.Image] = run.system.draw([template.format(text)], **options)
-        return images
+        return run.system.draw([template.format(text)], **options)
 
     def save(text: str, images: Sequence[Image.Image]) -> None:
         for image in images:

@@ -77,8 +77,7 @@ class ImageTokenizer:
     @property
     def diffusion_model(self) -> Detokenizer:
         """The de-tokenizer, loaded on first use."""
-        detokenizer: Detokenizer = self.images.decoder
-        return detokenizer
+        return self.images.decoder
 
     @property
     def device(self) -> torch.device:

@@ -661,8 +661,7 @@ def empty_prompt(
             attention_mask = encoded.attention_mask.to(device)
 
     # 2. The encoder.
-    hidden: Tensor = text_encoder(input_ids.to(device), attention_mask=attention_mask)[0]
-    return hidden
+    return text_encoder(input_ids.to(device), attention_mask=attention_mask)[0]
 
 
 def _part_folder(folder: Path, name: str) -> Path:

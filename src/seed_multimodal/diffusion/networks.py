@@ -202,8 +202,7 @@ def encode_moments(vae: nn.Module, pixels: Tensor) -> Tensor:
     """Pixels in -1…1 → mean and log variance of their unscaled latents `[N, 2 C, h, w]`."""
     encoded = vae.encode(pixels)
     if hasattr(encoded, "latent_dist"):
-        moments: Tensor = encoded.latent_dist.parameters
-        return moments
+        return encoded.latent_dist.parameters
     latents: Tensor = encoded[0]
     return torch.cat([latents, torch.full_like(latents, NO_VARIANCE)], dim=1)
 

@@ -49,8 +49,7 @@ class EpsilonObjective:
 
     def add_noise(self, latents: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
         """Noisy latents at time steps `[B]`."""
-        noisy: Tensor = self.schedule.add_noise(latents, noise, steps)
-        return noisy
+        return self.schedule.add_noise(latents, noise, steps)
 
     def target(self, latents: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
         """What the denoiser should predict from them."""
@@ -65,8 +64,7 @@ class VelocityObjective(EpsilonObjective):
     """Predicts the velocity of the same schedule."""
 
     def target(self, latents: Tensor, noise: Tensor, steps: Tensor) -> Tensor:
-        velocity: Tensor = self.schedule.get_velocity(latents, noise, steps)
-        return velocity
+        return self.schedule.get_velocity(latents, noise, steps)
 
     def clean(self, noisy: Tensor, prediction: Tensor, signal: Tensor, noise: Tensor) -> Tensor:
         return signal * noisy - noise * prediction

@@ -203,8 +203,7 @@ AnyBenchmark = Benchmark[Any]
 
 def benchmark_class(command: str) -> type[AnyBenchmark]:
     """The class of a command of `seed eval`."""
-    found: type[AnyBenchmark] = pkgutil.resolve_name(BENCHMARKS[command])
-    return found
+    return pkgutil.resolve_name(BENCHMARKS[command])
 
 
 def open_benchmark(command: str, **settings: object) -> AnyBenchmark:

@@ -103,8 +103,7 @@ class ClipEncoder:
     def embed(self, images: Sequence[Image.Image]) -> Tensor:
         """Embeddings of images of any sizes, float32 [N, E]."""
         pixels = self.transform.batch(images).to(self.model.device, self.model.dtype)
-        embeddings: Tensor = self.model(pixel_values=pixels).image_embeds.float()
-        return embeddings
+        return self.model(pixel_values=pixels).image_embeds.float()
 
 
 def clip_texts(source: str | Path, device: torch.device) -> TextEncoder:

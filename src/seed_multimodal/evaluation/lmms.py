@@ -171,8 +171,7 @@ class SeedModel(lmms):  # type: ignore[misc]
 
     def _options(self, request: Instance) -> JsonObject:
         """A request's `generation_kwargs`."""
-        options: JsonObject = request.args[2]
-        return options
+        return request.args[2]
 
     def _conversation(self, request: Instance) -> list[Message]:
         """The conversation of a sample; videos and sound are refused by `read_messages`."""
@@ -232,8 +231,7 @@ class SimpleSeedModel(SeedModel):
         return str(continuation).strip()
 
     def _options(self, request: Instance) -> JsonObject:
-        options: JsonObject = request.args[1]
-        return options
+        return request.args[1]
 
     def _conversation(self, request: Instance) -> list[Message]:
         context, _, doc_to_visual, index, task, split = request.args

@@ -80,8 +80,7 @@ class SuiteSettings(RunSettings):
 
 def read_suite() -> list[SuiteRow]:
     """The rows of the table. Raises ConfigError: a row of another form."""
-    rows: list[SuiteRow] = check_value(list[SuiteRow], yaml.safe_load(ROWS.read_text()), str(ROWS))
-    return rows
+    return check_value(list[SuiteRow], yaml.safe_load(ROWS.read_text()), str(ROWS))
 
 
 def commands() -> dict[str, str]:

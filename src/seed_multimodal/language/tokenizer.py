@@ -118,8 +118,7 @@ class MultimodalTokenizer(TextTokenizer):
         return text + last_text
 
     def _text_token(self, id: int) -> str:
-        piece: str = self._sp.IdToPiece(id)
-        return piece
+        return self._sp.IdToPiece(id)
 
 
 def read_files(folder: Path, names_image_tokens: bool = True) -> TokenizerFiles:

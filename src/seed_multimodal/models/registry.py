@@ -148,8 +148,7 @@ class FamilySpec:
     @property
     def name(self) -> str:
         """`system` in system.json."""
-        name: str = self.config.system
-        return name
+        return self.config.system
 
     @property
     def system_name(self) -> str:
@@ -165,8 +164,7 @@ class FamilySpec:
 
     def images_loader(self) -> Callable[..., Any]:
         """The function (config, placement) → `ImageCodec`."""
-        loader: Callable[..., Any] = pkgutil.resolve_name(self.images)
-        return loader
+        return pkgutil.resolve_name(self.images)
 
 
 @cache

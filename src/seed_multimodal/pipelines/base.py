@@ -383,10 +383,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         """Reconstruct images, or decode their codes."""
         inputs = flatten_images(images)
         seeds = seed_per_image(seed, len(inputs))
-        reconstructed: list[Image.Image] = self.images.reconstruct(
-            inputs, seeds=seeds, batch_size=batch_size, **drawing
-        )
-        return reconstructed
+        return self.images.reconstruct(inputs, seeds=seeds, batch_size=batch_size, **drawing)
 
     def tokenize(self, images: Images, *, seed: Seed = 0) -> Sequence[Tensor]:
         """Codes of an image, or of each image of a list.
@@ -401,8 +398,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
                 f"{self.config.name} reads images as features, so they have no codes; "
                 "`images.encode` gives the features."
             )
-        codes: Sequence[Tensor] = self.images.encode(flatten_images(images), seed=seed)
-        return codes
+        return self.images.encode(flatten_images(images), seed=seed)
 
     def chat(
         self,
@@ -694,8 +690,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         prompts: those that the images answer. drawing: settings of the codec's `draw`.
         """
         settings = {**drawing, **self.family.drawing_conditions(prompts)}
-        images: list[Image.Image] = self.images.draw(image_inputs, seeds=seeds, **settings)
-        return images
+        return self.images.draw(image_inputs, seeds=seeds, **settings)
 
 
 def _check_texts(texts: str | Sequence[str]) -> list[str]:

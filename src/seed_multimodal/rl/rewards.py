@@ -104,8 +104,7 @@ def clip_reward(model: str, records: Records, device: torch.device) -> Reward:
 
     def reward(images: Sequence[Image.Image], records: Records) -> list[float]:
         texts = clip.texts([record["prompt"] for record in records])
-        cosines: list[float] = (clip.images(images) * texts).sum(-1).tolist()
-        return cosines
+        return (clip.images(images) * texts).sum(-1).tolist()
 
     return reward
 

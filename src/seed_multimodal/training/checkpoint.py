@@ -271,8 +271,7 @@ def _copy_to_cpu(tree: Tree) -> Tree:
     def copy(tensor: Tensor) -> Tensor:
         return tensor.detach().to("cpu", copy=True)
 
-    copied: Tree = pytree.tree_map_only(Tensor, copy, tree)
-    return copied
+    return pytree.tree_map_only(Tensor, copy, tree)
 
 
 def _is_write_error(error: RuntimeError) -> bool:

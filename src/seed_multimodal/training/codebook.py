@@ -104,8 +104,7 @@ class CodebookTask(StageTask):
 
     def codebook_points(self, batch: Any) -> Tensor:
         """Features of a batch to quantize, `[..., d]`."""
-        points: Tensor = self.model.codebook_points(batch)
-        return points
+        return self.model.codebook_points(batch)
 
     def loss(self, model: nn.Module, micro_step: int) -> tuple[Tensor, Metrics]:
         """The loss; the codebook starts at the end of the warm-up."""

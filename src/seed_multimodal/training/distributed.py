@@ -80,8 +80,7 @@ class ProcessGroup:
             return addends
         total = torch.tensor(addends, dtype=torch.float64)
         dist.all_reduce(total, dist.ReduceOp.SUM, self._group)
-        sums: list[float] = total.tolist()
-        return sums
+        return total.tolist()
 
     def gather(self, value: Mapping[str, object]) -> list[JsonObject]:
         """The (JSON) values of all processes, by rank."""

@@ -204,12 +204,10 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         return moved
 
     def get_input_embeddings(self) -> nn.Module:
-        embeddings: nn.Module = self.language_model.get_input_embeddings()
-        return embeddings
+        return self.language_model.get_input_embeddings()
 
     def get_output_embeddings(self) -> nn.Module:
-        head: nn.Module = self.language_model.get_output_embeddings()
-        return head
+        return self.language_model.get_output_embeddings()
 
     def forward(
         self,

@@ -371,8 +371,7 @@ class TorchBackend:
             inputs_embeds=embeddings,
             use_cache=True,
         )
-        states: Tensor = output.last_hidden_state
-        return states
+        return output.last_hidden_state
 
 
 class KVCache:

@@ -191,8 +191,7 @@ class LavitImageCodec(CodeCodec):
         codes, seeds = zip(*rows, strict=True)
         with self.encoding():
             embedded = self.decoder_inputs(codes)
-        images: list[Image.Image] = self.decoder(embedded, seeds=seeds, **key)
-        return images
+        return self.decoder(embedded, seeds=seeds, **key)
 
 
 # ---- the system
@@ -302,8 +301,7 @@ class LavitFamily(Family):
     ) -> list[Encoded]:
         if task in DRAWING_TASKS:
             return super().encode(images, task, seeds)
-        encoded: list[Encoded] = self.images.read(images, seed=seeds, features=True)
-        return encoded
+        return self.images.read(images, seed=seeds, features=True)
 
     def prompt(self, conversation: Sequence[Message], task: Task, encoded: Iterator[Any]) -> Prompt:
         vocabulary = self.tokenizer.vocabulary

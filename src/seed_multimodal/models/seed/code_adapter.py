@@ -90,8 +90,7 @@ class CodeAdapter(PretrainedNetwork[CodeAdapterConfig]):
         """Codes `[B, N]`, -1: left out, → what `forward` reads; anything else as it is."""
         if self.table is None:
             return codes
-        rows: Tensor = self.table(codes.remainder(self.table.num_embeddings))
-        return rows
+        return self.table(codes.remainder(self.table.num_embeddings))
 
     def forward(self, embeds: Tensor) -> Tensor:
         """`[B, N, W]` or, of the embedding, `[B, W]` → tokens `[B, N, D]`."""
@@ -111,5 +110,4 @@ def stored_reads(folder: Path) -> Reads:
     file = folder / CODE_ADAPTER / "config.json"
     if not file.is_file():
         return "embedding"
-    reads: Reads = check_value(Reads, read_json_object(file).get("reads", "codes"), str(file))
-    return reads
+    return check_value(Reads, read_json_object(file).get("reads", "codes"), str(file))

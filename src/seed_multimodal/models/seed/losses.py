@@ -217,8 +217,7 @@ class Stage1Model(SeedEncoder):
             features = features.detach()
         if not dist.is_initialized():
             return features
-        gathered: Tensor = _Gather.apply(features.contiguous())
-        return gathered
+        return _Gather.apply(features.contiguous())
 
 
 class _Gather(torch.autograd.Function):

@@ -172,10 +172,7 @@ class SeedImageCodec(CodeCodec):
                 negative_embeds = self.decoder_inputs(negatives)
 
         # 2. Images.
-        images: list[Image.Image] = self.decoder(
-            embeds, negative_embeds=negative_embeds, seeds=seeds, **settings
-        )
-        return images
+        return self.decoder(embeds, negative_embeds=negative_embeds, seeds=seeds, **settings)
 
 
 class SeedLlamaFamily(Family):

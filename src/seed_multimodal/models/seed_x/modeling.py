@@ -108,8 +108,7 @@ class ContinuousLVLM(nn.Module):
     def output_features(self, states: Tensor) -> Tensor:
         """States at image tokens [n, 64, D] → features [n, 64, K]."""
         weight = next(self.output_resampler.parameters())
-        features: Tensor = self.output_resampler(states.to(weight))
-        return features
+        return self.output_resampler(states.to(weight))
 
     def _embed_views(self, features: Tensor, positions: Tensor | None) -> Tensor:
         """Features [n, N, K] of views and their centres [n, 2] → embeddings [n, 64, D]."""

@@ -290,10 +290,7 @@ class SeedXImageCodec(ImageCodec):
     ) -> list[Image.Image]:
         """Features, condition and seed of each image → images; the key holds the settings."""
         values, conditions, seeds = zip(*rows, strict=True)
-        images: list[Image.Image] = self.decoder(
-            torch.stack(values), seeds=seeds, condition_images=conditions, **key
-        )
-        return images
+        return self.decoder(torch.stack(values), seeds=seeds, condition_images=conditions, **key)
 
 
 class SeedXFamily(Family):

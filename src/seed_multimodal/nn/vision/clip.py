@@ -131,5 +131,4 @@ def _load_clip(
         dtype=dtype,
         ignore_mismatched_sizes=True,
     )
-    frozen: PreTrainedModel = model.to(device).requires_grad_(False)
-    return frozen
+    return model.to(device).requires_grad_(False)

@@ -33,8 +33,7 @@ def read_vision_config(values: Mapping[str, Any], label: str) -> VisionConfig:
 
     Raises ConfigError: an unknown type (with the nearest), or as `read_settings`.
     """
-    config: VisionConfig = read_settings(*_by_type(values), label)
-    return config
+    return read_settings(*_by_type(values), label)
 
 
 def _by_type(values: Mapping[str, Any]) -> tuple[Any, dict[str, Any]]:

@@ -63,7 +63,7 @@ def greedy_answer(llama: LlamaForCausalLM, tokenizer: TextTokenizer, embeds: Ten
         return []
     # Images have all their codes, and end before the budget.
     constraints = ImageConstraints(tokenizer.vocabulary, budget=budget)
-    answer: list[int] = llama.generate(
+    return llama.generate(
         inputs_embeds=embeds[None],
         max_new_tokens=budget,
         do_sample=False,
@@ -71,7 +71,6 @@ def greedy_answer(llama: LlamaForCausalLM, tokenizer: TextTokenizer, embeds: Ten
         pad_token_id=tokenizer.pad_token_id,
         logits_processor=[constraints],
     )[0].tolist()
-    return answer
 
 
 def prompt_spans(batch: LlmBatch, tokenizer: TextTokenizer) -> list[tuple[int, int, int]]:

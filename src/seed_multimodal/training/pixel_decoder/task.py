@@ -258,8 +258,7 @@ class PixelTask(RunTask):
 
     def load_scheduler(self) -> SchedulerMixin:
         """The scheduler that samples, which determines the objective."""
-        scheduler: SchedulerMixin = self.detokenizer_class.load_part(self.folder, "scheduler")
-        return scheduler
+        return self.detokenizer_class.load_part(self.folder, "scheduler")
 
     # ---- training
 
