@@ -7,6 +7,7 @@ Without flags two of the programs repeat the original's probes; a run resumes.
 from __future__ import annotations
 
 import os
+import pkgutil
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import replace
@@ -44,7 +45,11 @@ from seed_multimodal.evaluation.benchmark import (
 )
 from seed_multimodal.evaluation.suite import SuiteSettings, run_suite, suite_table
 from seed_multimodal.evaluation.text2image import BUILT_IN, OriginalDrawings
-from seed_multimodal.evaluation.tokenizer_settings import PrefixSettings, TokenizerSettings
+from seed_multimodal.evaluation.tokenizer_settings import (
+    MeasuredImages,
+    PrefixSettings,
+    TokenizerSettings,
+)
 from seed_multimodal.evaluation.vqa import PLAIN_QUESTION, PROBE, Questions
 from seed_multimodal.settings import read_settings
 
@@ -52,6 +57,9 @@ if TYPE_CHECKING:
     from seed_multimodal.cli.common import Commands, Options
     from seed_multimodal.pipelines.base import MultimodalSystem
 
+# Imported when they are used: they need torch.
+EVALUATE_TOKENIZER = "seed_multimodal.evaluation.tokenizer:evaluate_tokenizer"
+EVALUATE_PREFIXES = "seed_multimodal.evaluation.prefix:evaluate_prefixes"
 # The program → its benchmark.
 PROGRAMS = {"eval_vqa.py": "vqa", "eval_caption.py": "caption"}
 
@@ -77,11 +85,11 @@ def add_commands(kinds: Commands) -> None:
     tokenizer = kinds.add_parser("tokenizer", help="retrieval, reconstruction, codebook")
     add_settings(tokenizer, TokenizerSettings)
     add_device(tokenizer)
-    tokenizer.set_defaults(work=measure_tokenizer)
+    tokenizer.set_defaults(work=partial(measure, TokenizerSettings, EVALUATE_TOKENIZER))
     prefix = kinds.add_parser("prefix", help="what the first codes of an image hold")
     add_settings(prefix, PrefixSettings)
     add_device(prefix)
-    prefix.set_defaults(work=measure_prefixes)
+    prefix.set_defaults(work=partial(measure, PrefixSettings, EVALUATE_PREFIXES))
     suite = kinds.add_parser("suite", help="the papers' tables, next to published figures")
     add_settings(suite, SuiteSettings)
     add_common(
@@ -107,8 +115,16 @@ def _add_benchmark(parser: ArgumentParser, command: str, out: str, model: str) -
 
 
 def _add_system(parser: ArgumentParser, out: str, model: str, draws: bool) -> None:
-    options: Options = {"language": True, "generation": True, "drawing": draws}
-    add_common(parser, model, seed=42, out=out, batch_size=16, **options)
+    add_common(
+        parser,
+        model,
+        seed=42,
+        out=out,
+        batch_size=16,
+        language=True,
+        generation=True,
+        drawing=draws,
+    )
 
 
 # ---- work
@@ -190,14 +206,12 @@ def _load(args: Namespace) -> MultimodalSystem:
     return system
 
 
-def measure_tokenizer(args: Namespace) -> int:
-    """`seed eval tokenizer`: measure, write the report, log its figures and print it as a JSON
-    line."""
-    settings = read_settings(TokenizerSettings, set_flags(args, TokenizerSettings), "tokenizer")
+def measure(kind: type[MeasuredImages], function: str, args: Namespace) -> int:
+    """`seed eval tokenizer` or `prefix`: `function` measures and writes its files; logs the figures
+    of its report and prints it as a JSON line."""
+    settings = read_settings(kind, set_flags(args, kind), "seed eval")
     with loading(args):
-        from seed_multimodal.evaluation.tokenizer import evaluate_tokenizer
-
-        report = evaluate_tokenizer(settings, log_line)
+        report = pkgutil.resolve_name(function)(settings, log_line)
     for line in _figures(report):
         log_line(line)
     print_json(report)
@@ -212,17 +226,6 @@ def _figures(section: Mapping[str, Any], label: str = "") -> Iterator[str]:
         if value.get("value") is not None:
             yield f"{label}{key}: {value['value']:.4g} ({value['low']:.4g} to {value['high']:.4g})"
         yield from _figures(value, f"{label}{key} ")
-
-
-def measure_prefixes(args: Namespace) -> int:
-    """`seed eval prefix`: measure, write table and figures; prints the report as a JSON line."""
-    settings = read_settings(PrefixSettings, set_flags(args, PrefixSettings), "prefix")
-    with loading(args):
-        from seed_multimodal.evaluation.prefix import evaluate_prefixes
-
-        report = evaluate_prefixes(settings, log_line)
-    print_json(report)
-    return DONE
 
 
 def run_tables(args: Namespace) -> int:

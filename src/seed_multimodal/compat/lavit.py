@@ -180,7 +180,7 @@ class _Model(nn.Module):
 
     def _settings(self, task: Task, options: Mapping[str, object]) -> GenerationSettings:
         """Settings of a task, by the original's names or ours."""
-        values: dict[str, Any] = dict(LavitFamily.defaults[task])
+        values = dict(LavitFamily.defaults[task])
         for name, value in options.items():
             values[SETTING_NAMES.get(name, name)] = value
         # The system allows one answer for each prompt, the engine any number.
@@ -489,7 +489,7 @@ def original_config(
     # 1. The model: one in a folder, or the original one by its name.
     folder = Path(model_path)
     is_model = (folder / "visual_tokenizer").exists() or (folder / "system.json").exists()
-    name: str | Path = model_path
+    name = model_path
     if str(model_path) in CURRENT_FOLDER and not is_model:
         name = "lavit"
     elif not (locate(folder) or is_hub_name(model_path) or str(model_path) in system_names()):

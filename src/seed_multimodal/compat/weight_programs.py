@@ -70,11 +70,8 @@ def _merge(args: Namespace) -> int:
         node.get("path"),
         node.get("pretrained_model_name_or_path"),
     )
-    base: str | Path | None = None
-    for candidate in candidates:
-        if candidate not in (None, "", "???"):
-            base = locate_or_same(candidate)
-            break
+    names = [name for name in candidates if name not in (None, "", "???")]
+    base = locate_or_same(names[0]) if names else None
 
     # 2. The merged folder.
     summary = merge_adapter(

@@ -621,7 +621,7 @@ def fast_scheduler(scheduler: SchedulerMixin, **settings: object) -> SchedulerMi
     from diffusers import DPMSolverMultistepScheduler
 
     # "leading" time steps would begin too late for few steps.
-    changes: dict[str, object] = {"timestep_spacing": "trailing", **settings}
+    changes = {"timestep_spacing": "trailing", **settings}
     if is_flow(scheduler):
         changes |= {
             "prediction_type": "flow_prediction",

@@ -13,7 +13,6 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.evaluation.annotations import Sample, read_captions
@@ -92,7 +91,7 @@ def caption_scores(
     answers = _tokenized([[caption] for caption in captions], java)
 
     # 2. The scorers that can run; Spice() would download its parser.
-    scorers: dict[str, Any] = {"ROUGE_L": Rouge, "CIDEr": Cider}
+    scorers = {"ROUGE_L": Rouge, "CIDEr": Cider}
     notes: list[str] = []
     parser = Path(spice.__file__).with_name("lib") / PARSER
     if java:

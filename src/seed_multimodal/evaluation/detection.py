@@ -12,7 +12,7 @@ colours are read in). Other packages register theirs by an entry point of the gr
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Protocol
@@ -137,8 +137,7 @@ def load_detector(name: str, device: torch.device) -> Detector:
     """
     entries = registered("detectors")
     if name in entries:
-        open_detector: Callable[[torch.device], Detector] = import_entry(entries[name])
-        return open_detector(device)
+        return import_entry(entries[name])(device)
     folder = Path(name)
     if not (folder / "config.json").is_file():
         raise CheckpointError(

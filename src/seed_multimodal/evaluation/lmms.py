@@ -177,7 +177,7 @@ class SeedModel(lmms):  # type: ignore[misc]
         """The conversation of a sample; videos and sound are refused by `read_messages`."""
         _, doc_to_messages, _, index, task, split = request.args
         messages = ChatMessages(messages=doc_to_messages(self.task_dict[task][split][index]))
-        as_mappings: list[JsonObject] = messages.to_hf_messages()
+        as_mappings = messages.to_hf_messages()
         return read_messages(as_mappings)
 
     def generate_until_multi_round(self, requests: Sequence[Instance]) -> list[str]:

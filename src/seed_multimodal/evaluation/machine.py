@@ -70,12 +70,17 @@ def hardware(device: torch.device | str = "cpu") -> JsonObject:
     return conditions
 
 
-def commit(folder: str | Path = Path(__file__).parent) -> str:
+def commit() -> str:
     """Git commit of the source, with `+changes` if files differ; `unknown` without a repository."""
+
+    folder = Path(__file__).parent
 
     def git(*arguments: str) -> str:
         return subprocess.run(
-            ["git", "-C", str(folder), *arguments], check=True, capture_output=True, text=True
+            ["git", "-C", folder, *arguments],
+            check=True,
+            capture_output=True,
+            text=True,
         ).stdout
 
     try:

@@ -172,7 +172,7 @@ def compare(value: JsonObject, reference: JsonObject | None) -> str:
         return "none"
     if value == reference:
         return "equal"
-    now, before = (_size(item) for item in (value, reference))
+    now, before = map(_size, (value, reference))
     for kind, (limit, unit) in TOLERANCES.items():
         if kind in value and kind in reference and now == before:
             error = _difference(kind, value[kind], reference[kind]) / reference.get("std", 1.0)

@@ -56,7 +56,13 @@ LLAMA = "llama"
 # DeepSeek's. Tokenizers of other codebooks differ by more (8,192 codes from 1,024: 7,168 rows).
 MAX_PADDING = 4096
 # Of a configuration of text alone; a multimodal model has them inside, Mamba lacks some.
-SIZES = ("vocab_size", "hidden_size", "num_attention_heads", "max_position_embeddings")
+SIZES = (
+    "vocab_size",
+    "hidden_size",
+    "num_hidden_layers",
+    "num_attention_heads",
+    "max_position_embeddings",
+)
 EMBEDDING = "model.embed_tokens.weight"
 HEAD = "lm_head.weight"
 # Types of layers. Others carry a state from one packed sequence to the next, or need other masks.

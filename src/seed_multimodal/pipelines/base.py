@@ -457,7 +457,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         """Numbers of codes after which an unfinished image is shown; `previews`: as of `chat`."""
         if previews is None:
             previews = self.config.previews
-        lengths: Sequence[int] = check_value(Sequence[int], previews, "previews", minimum=1)
+        lengths = check_value(Sequence[int], previews, "previews", minimum=1)
         return lengths if self.images.progressive and self.images.can_draw else ()
 
     def _pop_drawing_options(self, options: Options) -> tuple[Options, bool]:
@@ -675,8 +675,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         settings = {**drawing, "codes": len(codes)}
         if self.config.preview_inference_steps is not None:
             settings["num_inference_steps"] = self.config.preview_inference_steps
-        images: list[Image.Image] = self.images.draw([codes], seeds=[seed or 0], **settings)
-        return images[0]
+        return self.images.draw([codes], seeds=[seed or 0], **settings)[0]
 
     def decode_images(
         self,

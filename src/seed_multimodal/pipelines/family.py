@@ -209,7 +209,7 @@ class Family:
         self, images: Sequence[ImageSource], task: Task, seeds: Sequence[int | None]
     ) -> list[Encoded]:
         """Images as `prompt` reads them: codes, or features; and their distances."""
-        encoded: list[Encoded] = self.images.read(images, seed=seeds)
+        encoded = self.images.read(images, seed=seeds)
         return [image._replace(value=image.value.tolist()) for image in encoded]
 
     def prompt(self, conversation: Sequence[Message], task: Task, encoded: Iterator[Any]) -> Prompt:

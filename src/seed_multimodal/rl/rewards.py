@@ -31,8 +31,7 @@ def open_reward(settings: RewardSettings, records: Records, device: torch.device
     DataError: records that it cannot read."""
     entries = registered("rewards")
     if settings.name in entries:
-        open_registered: OpenReward = import_entry(entries[settings.name])
-        return open_registered(settings.model, records, device)
+        return import_entry(entries[settings.name])(settings.model, records, device)
     if settings.name not in BUILT_IN:
         suggestion = nearest(settings.name, [*BUILT_IN, *entries])
         raise ConfigError(f"data: rewards: {settings.name!r} is unknown{suggestion}.")

@@ -30,7 +30,6 @@ from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.evaluation.annotations import read_items
 from seed_multimodal.images.sheet import Cell, Row, contact_sheet
 from seed_multimodal.inference.base_engine import Request
-from seed_multimodal.inference.prompt import GenerationSettings
 from seed_multimodal.language.answer import ImagePart
 from seed_multimodal.language.messages import user_message
 from seed_multimodal.pipelines.base import MultimodalSystem
@@ -190,7 +189,7 @@ class RlTask(LanguageModelTask):
         length = system.tokenizer.vocabulary.tokens_per_image + 1
         settings = system.settings("draw", **SAMPLED, temperature=temperature)
         settings = replace(settings, images="forced", max_new_tokens=length)
-        rows: list[GenerationSettings] = [replace(settings, seed=seed) for seed in seeds]
+        rows = [replace(settings, seed=seed) for seed in seeds]
         requests = system.engine.run(prompts, rows, records=True)
 
         # 2. Their pixels.

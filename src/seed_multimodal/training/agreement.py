@@ -21,7 +21,7 @@ from pathlib import Path
 import seed_multimodal
 from seed_multimodal.data.formats.contents import expand_pattern
 from seed_multimodal.data.formats.storage import list_files
-from seed_multimodal.disk import JsonObject, replace_text, writing
+from seed_multimodal.disk import replace_text, writing
 from seed_multimodal.entry import COMMAND_FAILED
 from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.settings import changed_settings, leaves
@@ -46,7 +46,7 @@ def agree(group: ProcessGroup, config: Mapping[str, object], output_dir: Path) -
     if group.world == 1:
         return
     settings = {key: value for key, value in leaves(config) if key not in OWN_SETTINGS}
-    values: JsonObject = {
+    values = {
         "settings": settings,
         "versions": {name: version(name) for name in ("torch", "transformers")},
         "Python": platform.python_version(),

@@ -41,7 +41,7 @@ from seed_multimodal.state_dicts import (
 from seed_multimodal.training.config import ConfigNode, TrainerSettings
 from seed_multimodal.training.distributed import ProcessGroup, TrainingError
 from seed_multimodal.training.engine import OPTIMIZER_FILE, Engine, ZeroEngine
-from seed_multimodal.training.optimizers import Ema, averaged_weights
+from seed_multimodal.training.optimizers import Ema, averaged_weights, trained_parameters
 from seed_multimodal.training.task import Task
 
 TRAINER_STATE = "trainer_state.json"
@@ -384,8 +384,7 @@ def load_trained(folder: Path, module: nn.Module) -> None:
     """
     file = folder / TRAINED_FILE
     if file.is_file():
-        trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
-        copy_weights(trained, load_state_dict(file), str(file))
+        copy_weights(trained_parameters(module), load_state_dict(file), str(file))
 
 
 def warm_start(path: Path, task: Task) -> int:

@@ -287,7 +287,7 @@ class RunLog:
         status = dict(self.task.status())
         seconds = max(1e-6, now - self.mark_time)
         steps = step - self.mark_step
-        process_line: dict[str, float] = {"peak_memory_mib": peak_memory_mib(self.device)}
+        process_line = {"peak_memory_mib": peak_memory_mib(self.device)}
         if self.mark_waited is not None:
             waited = status.pop("wait_seconds")
             share = max(0.0, waited - self.mark_waited) / seconds

@@ -37,6 +37,11 @@ def parameter_groups(parameters: Iterable[Tensor], weight_decay: float) -> list[
     ]
 
 
+def trained_parameters(module: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters with a gradient, by name; tied ones once."""
+    return {name: value for name, value in module.named_parameters() if value.requires_grad}
+
+
 def build_optimizer(
     module: nn.Module, settings: OptimSettings, device: torch.device | None = None
 ) -> torch.optim.Optimizer:
@@ -48,7 +53,7 @@ def build_optimizer(
         optimizer or schedule do not read.
     """
     check_schedule(settings, "optim")
-    trained = {name: p for name, p in module.named_parameters() if p.requires_grad}
+    trained = trained_parameters(module)
     if not trained:
         raise ConfigError("Nothing to train: every parameter is frozen.")
     betas = (settings.adam_beta1, settings.adam_beta2)
@@ -230,8 +235,7 @@ class Ema:
         self.decay = decay
         self.shadow = {
             name: parameter.detach().clone().float()
-            for name, parameter in module.named_parameters()
-            if parameter.requires_grad
+            for name, parameter in trained_parameters(module).items()
         }
 
     def update(self, module: nn.Module, step: int) -> None:

@@ -30,7 +30,7 @@ from transformers import (
 from seed_multimodal.disk import replace_folder
 from seed_multimodal.errors import ConfigError, GenerationError
 from seed_multimodal.inference.engines import torch_engine
-from seed_multimodal.inference.prompt import GenerationSettings, Prompt
+from seed_multimodal.inference.prompt import Prompt
 from seed_multimodal.inference.sampling import ImageConstraints, StopTexts, read_answer
 from seed_multimodal.language.vocabulary import ImageVocabulary
 from seed_multimodal.pipelines.base import MultimodalSystem
@@ -386,7 +386,7 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
         drawing: `seed` and settings of the de-tokenizer, over those of `self.drawing`.
         Returns uint8 pixels `[B, H, W, 3]`, or of each image where their sizes differ.
         """
-        settings: dict[str, Any] = {"seed": 0, **self.drawing, **drawing}
+        settings = {"seed": 0, **self.drawing, **drawing}
         seed = settings.pop("seed")
         inputs: list[Any]
         if isinstance(image_tokens, Tensor):
@@ -404,7 +404,7 @@ class SeedMultimodalForConditionalGeneration(PreTrainedModel, GenerationMixin):
 
     def _generation_config(self, task: Task) -> GenerationConfig:
         """A task's settings of `system.json` in transformers' form."""
-        settings: GenerationSettings = self.system.settings(task)
+        settings = self.system.settings(task)
         names = [*SHARED_SETTINGS]
         if settings.samples:
             names += SAMPLING_SETTINGS

@@ -396,10 +396,12 @@ class Decoder:
         return [self.codes(codes, f"image_ids[{index}]") for index, codes in enumerate(images)]
 
 
-def system_segment(message: str, separator: str) -> Segment:
-    """A system message, without loss, that ends with the separator of turns."""
-    ending = "" if message.endswith(separator) else separator
-    return Segment([message + ending], learned=False)
+def put_system_first(turns: SegmentList, message: str, separator: str) -> None:
+    """Put a system message before turns, if there are both: without loss, and ending with their
+    separator."""
+    if message and turns.segments:
+        ending = "" if message.endswith(separator) else separator
+        turns.segments = [Segment([message + ending], learned=False), *turns.segments]
 
 
 def _is_blank(part: SegmentPart) -> bool:

@@ -24,7 +24,7 @@ from seed_multimodal.data.decoders.base import (
     SegmentList,
     SegmentPart,
     Turn,
-    system_segment,
+    put_system_first,
 )
 from seed_multimodal.data.formats.conversations import ROLE_ORDER
 from seed_multimodal.data.formats.record import BadRecord, JsonObject, RecordFields, shorten
@@ -374,12 +374,9 @@ class TextConversation(Decoder):
             result = self.dialogue(self.template, turns, system)
         else:
             result = self.dialogue(self.template, turns)
-            if system and result.segments:
+            if system:
                 system = self.template.system_text(system)
-                result.segments = [
-                    system_segment(system, self.template.separator),
-                    *result.segments,
-                ]
+            put_system_first(result, system, self.template.separator)
         result.extra = {"text": self.as_text(result.segments)}
         return result
 

@@ -71,14 +71,12 @@ def fast_encode(
     dtype: torch.dtype = torch.float32,
     *,
     compile: bool = False,
-    mode: str | None = None,
 ) -> Callable[[Tensor], Tensor]:
     """A faster `network.encode`; the network is changed in place.
 
     dtype: fp16 converts the whole model, as in the original; bf16 has too few bits for the sums of
         39 blocks, so only matrix products are computed in it, under autocast.
     compile: compile each block; a new batch size is compiled at its first call.
-    mode: of `torch.compile`.
     """
     # 1. Precision.
     use_autocast = dtype == torch.bfloat16
@@ -92,7 +90,7 @@ def fast_encode(
         for module in network.modules():
             if isinstance(module, nn.ModuleList):
                 for layer in module:
-                    layer.compile(mode=mode)
+                    layer.compile()
 
     def encode(images: Tensor) -> Tensor:
         with torch.autocast(images.device.type, torch.bfloat16, enabled=use_autocast):

@@ -26,7 +26,7 @@ from seed_multimodal.inference.backends.base import (
 from seed_multimodal.inference.base_engine import Request
 from seed_multimodal.inference.prompt import ImageFeatures, Prompt
 from seed_multimodal.inference.sampling import LogitsProcessor, StopTexts
-from seed_multimodal.language.llm import FULL, SLIDING, head_dim, output_scores
+from seed_multimodal.language.llm import FULL, SLIDING, check_sizes, head_dim, output_scores
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 
 if TYPE_CHECKING:
@@ -39,8 +39,6 @@ EAGER_BYTES = GIB // 8
 SPAN_STEP = 16  # attention reads a multiple of so many positions
 # Compiled, it reads this number or twice, four times … as many, so that few graphs are made.
 COMPILED_SPAN = 128
-# Fields of the configuration that the engine reads.
-SIZES = ("max_position_embeddings", "vocab_size", "num_hidden_layers", "num_attention_heads")
 # Architectures of which all scores are known to equal transformers'; others are checked at load.
 CHECKED_ARCHITECTURES = ("llama",)
 PROBE_IDS = (3, 5, 4, 6, 3, 7)
@@ -333,7 +331,7 @@ class TorchBackend:
         """The states `[len(ids), D]` from which each of these tokens was chosen."""
         embedded = self.llm.get_input_embeddings()(torch.tensor(ids, device=prompt.device))
         inputs = torch.cat([prompt, embedded])[None]
-        states: Tensor = self.llm.get_decoder()(inputs_embeds=inputs, use_cache=False)[0]
+        states = self.llm.get_decoder()(inputs_embeds=inputs, use_cache=False)[0]
         return states[0, len(prompt) - 1 : -1]
 
     # ---- one pass
@@ -521,16 +519,11 @@ def _up_to_end(ids: list[int], end_ids: Sequence[int]) -> list[int]:
 
 
 def _context(config: PreTrainedConfig) -> int:
-    """Positions of the model. Raises ConfigError: not a transformer with attention."""
-    missing = [name for name in SIZES if not hasattr(config, name)]
-    if missing:
-        raise ConfigError(
-            f"The torch engine cannot run a language model of the type {config.model_type}: its "
-            f"config.json has no {missing[0]}."
-        )
+    """Positions of the model. Raises CheckpointError: not a transformer with attention."""
+    check_sizes(config, "The torch engine")
     context = int(config.max_position_embeddings)
     # Beyond its first context such a model rotates all positions differently.
-    rope: dict[str, object] = getattr(config, "rope_parameters", None) or {}
+    rope = getattr(config, "rope_parameters", None) or {}
     if rope.get("rope_type") == "longrope":
         context = min(context, int(getattr(config, "original_max_position_embeddings", context)))
     return context

@@ -251,10 +251,7 @@ class SeedDecoderTask(PixelTask):
         sizes = {key: size for key, size in defaults.items() if key in known}
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(self.model.seed)
-            denoiser: nn.Module = new_part(
-                "model.denoiser", part_class, {**sizes, **self.model.denoiser}
-            )
-        return denoiser
+            return new_part("model.denoiser", part_class, {**sizes, **self.model.denoiser})
 
     def check_sizes(self, denoiser: nn.Module) -> None:
         """Raise ConfigError for an image size that the denoiser cannot have."""

@@ -33,7 +33,7 @@ from seed_multimodal.data.decoders.base import (
     TrainingSequence,
     Turn,
     metadata_of,
-    system_segment,
+    put_system_first,
 )
 from seed_multimodal.data.decoders.features import (
     FeatureDecoder,
@@ -135,9 +135,7 @@ class SeedXDecoder(FeatureDecoder):
     def turns(self, turns: Sequence[Turn]) -> SegmentList:
         """The turns after the system message."""
         result = self.dialogue(self.template, turns)
-        if self.options.system_message and result.segments:
-            system = system_segment(self.options.system_message, "\n")
-            result.segments = [system, *result.segments]
+        put_system_first(result, self.options.system_message, "\n")
         result.extra = {"text": self.as_text(result.segments)}
         return result
 

@@ -51,6 +51,7 @@ from seed_multimodal.training.llm.lora import (
 )
 from seed_multimodal.training.llm.loss import LossParts, find_llama, use_attention
 from seed_multimodal.training.llm.task import LlmRunSettings, LlmTask
+from seed_multimodal.training.optimizers import trained_parameters
 from seed_multimodal.training.task import WEIGHTS
 from seed_multimodal.weights.catalogue import AGENT_CONFIG
 
@@ -292,7 +293,8 @@ class TuningTask(LlmTask):
 
     def published(self, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """The trained weights, with original names."""
-        return {name: weights[name].detach() for name in self._trained() if name in weights}
+        trained = trained_parameters(self.module)
+        return {name: weights[name].detach() for name in trained if name in weights}
 
     def save(self, folder: Path, weights: Mapping[str, Tensor]) -> None:
         """Write the trained weights, the model's settings, and the tokenizer's files."""
@@ -328,12 +330,8 @@ class TuningTask(LlmTask):
     def load(self, folder: Path) -> None:
         if not (folder / WEIGHTS).is_file():
             raise CheckpointError(f"{folder}: holds no {WEIGHTS}.")
-        copy_weights(self._trained(), load_state_dict(folder / WEIGHTS), str(folder))
-
-    def _trained(self) -> dict[str, Tensor]:
-        return {
-            name: value for name, value in self.module.named_parameters() if value.requires_grad
-        }
+        state = load_state_dict(folder / WEIGHTS)
+        copy_weights(trained_parameters(self.module), state, str(folder))
 
 
 def build_agent(llm: nn.Module, settings: AgentModel) -> TrainedAgent:

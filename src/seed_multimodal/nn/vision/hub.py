@@ -165,7 +165,7 @@ def read_network(folder: Path) -> dict[str, Any]:
     # The pooling head of SigLIP is only used by `with_pooled_feature`.
     if hasattr(config, "vision_use_head"):
         config.vision_use_head = False
-    values: dict[str, Any] = json.loads(config.to_json_string(use_diff=False))
+    values = json.loads(config.to_json_string(use_diff=False))
     return {key: value for key, value in values.items() if key not in NOT_SIZES}
 
 

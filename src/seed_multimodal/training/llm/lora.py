@@ -23,6 +23,7 @@ from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.language.lora import ADAPTER_FILES, check_mergeable
 from seed_multimodal.settings import check_keys, nearest
 from seed_multimodal.state_dicts import copy_weights, load_state_dict, save_state_dict
+from seed_multimodal.training.optimizers import trained_parameters
 from seed_multimodal.weights.catalogue import ADAPTER_CONFIG
 from seed_multimodal.weights.find import first_file
 
@@ -136,8 +137,7 @@ def adapter_state(model: PeftModel) -> dict[str, Tensor]:
     """All trained weights of a `PeftModel` with the names of PEFT 0.4; tied tensors once."""
     return {
         adapter_name(name): parameter.detach()
-        for name, parameter in model.named_parameters()
-        if parameter.requires_grad
+        for name, parameter in trained_parameters(model).items()
     }
 
 
