@@ -164,10 +164,9 @@ def _build(value: object, label: str) -> Any:
         return check_value(Any, value, label)
 
     # Nested nodes first: they are the arguments of this one.
-    arguments: dict[str, Any] = {}
-    for key, item in value.items():
-        if key not in _RESERVED:
-            arguments[key] = _build(item, f"{label}: {key}")
+    arguments = {
+        key: _build(item, f"{label}: {key}") for key, item in value.items() if key not in _RESERVED
+    }
     if "_target_" not in value:
         return arguments
 

@@ -372,9 +372,10 @@ class LaVITforGeneration(_Model):
         # 1. Prompts, each with its unconditional one.
         tokenizer = self.system.tokenizer
         assert isinstance(tokenizer, LavitTokenizer)
-        rows: list[list[int]] = []
-        for prompt in [prompts] if isinstance(prompts, str) else prompts:
-            rows.append(tokenizer.text_ids(prompt) if isinstance(prompt, str) else list(prompt))
+        rows = [
+            tokenizer.text_ids(prompt) if isinstance(prompt, str) else list(prompt)
+            for prompt in ([prompts] if isinstance(prompts, str) else prompts)
+        ]
         negatives = [None] * len(rows) if uncond_input_ids is None else list(uncond_input_ids)
         all_prompts = [
             Prompt(row, negative=negative) for row, negative in zip(rows, negatives, strict=True)

@@ -92,15 +92,17 @@ def process_anyres_image(
     grid_pinpoints: (width, height) of each allowed grid in pixels.
     """
     # Grids as columns x rows of views, such as `1x2`.
-    grids = []
-    for width, height in grid_pinpoints:
-        grids.append(f"{width // base_image_size}x{height // base_image_size}")
+    grids = [
+        f"{width // base_image_size}x{height // base_image_size}"
+        for width, height in grid_pinpoints
+    ]
     resolution = AnyResolution(base_image_size, tuple(grids))
 
-    # The originals' transforms expect Pillow's images.
-    views = []
-    for pixels in resolution.cut(image):  # uint8 [3, S, S]
-        views.append(image_transform(Image.fromarray(pixels.permute(1, 2, 0).numpy())))
+    # The originals' transforms expect Pillow's images instead of uint8 [3, S, S].
+    views = [
+        image_transform(Image.fromarray(pixels.permute(1, 2, 0).numpy()))
+        for pixels in resolution.cut(image)
+    ]
     return torch.stack(views), patch_positions(resolution.grid(image.size))
 
 

@@ -14,7 +14,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from seed_multimodal.disk import JsonObject
 from seed_multimodal.evaluation.annotations import Sample, read_captions
 from seed_multimodal.evaluation.benchmark import Benchmark, Images, Line, Scores
 from seed_multimodal.settings import setting
@@ -65,9 +64,10 @@ class Captions(CaptionFile):
     def score(self, samples: Sequence[Sample], lines: Sequence[Line]) -> Scores:
         """Results in COCO's format, and scores; an image without caption gets an empty one."""
         captions = [line.get("caption", "") for line in lines]
-        results: list[JsonObject] = []
-        for sample, caption in zip(samples, captions, strict=True):
-            results.append({"image_id": sample.key, "caption": caption})
+        results = [
+            {"image_id": sample.key, "caption": caption}
+            for sample, caption in zip(samples, captions, strict=True)
+        ]
         scores, notes = caption_scores(captions, [sample.references for sample in samples])
         return Scores(results, {name: round(value, 4) for name, value in scores.items()}, notes)
 
@@ -124,8 +124,9 @@ def _tokenized(texts: Sequence[Sequence[str]], java: bool) -> dict[int, list[str
     # Stanford's program reads a line for each text.
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
 
-    lines: dict[int, list[dict[str, str]]] = {}
-    for index, of_image in enumerate(texts):
-        lines[index] = [{"caption": " ".join(text.split())} for text in of_image]
+    lines = {
+        index: [{"caption": " ".join(text.split())} for text in of_image]
+        for index, of_image in enumerate(texts)
+    }
     tokens = PTBTokenizer().tokenize(lines)
     return tokens

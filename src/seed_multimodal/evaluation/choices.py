@@ -16,7 +16,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, StringConstraints
 
-from seed_multimodal.disk import JsonObject, read_json_object
+from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import DataError
 from seed_multimodal.evaluation.annotations import Key, Sample, parse_item, read_items
 from seed_multimodal.evaluation.benchmark import Benchmark, Images, Line, Scores
@@ -99,9 +99,10 @@ class Choices(Benchmark[ChoiceSample]):
 
     def score(self, samples: Sequence[ChoiceSample], lines: Sequence[Line]) -> Scores:
         """Results in the format of the leaderboard; accuracy in percent, also by kind."""
-        results: list[JsonObject] = []
-        for sample, line in zip(samples, lines, strict=True):
-            results.append({"question_id": sample.key, "prediction": line.get("answer", "")})
+        results = [
+            {"question_id": sample.key, "prediction": line.get("answer", "")}
+            for sample, line in zip(samples, lines, strict=True)
+        ]
 
         def is_right(answer: str, sample: Sample) -> float:
             return float(answer == sample.references[0])

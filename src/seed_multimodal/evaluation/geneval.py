@@ -26,7 +26,7 @@ from seed_multimodal.errors import ConfigError, DataError
 from seed_multimodal.evaluation.annotations import parse_item, read_items
 from seed_multimodal.evaluation.benchmark import Line, Scores
 from seed_multimodal.evaluation.judged import JudgedDrawings, JudgedPrompt, estimate
-from seed_multimodal.evaluation.metrics import Estimate, grouped, mean_of_means
+from seed_multimodal.evaluation.metrics import grouped, mean_of_means
 from seed_multimodal.evaluation.text2image import find_clip
 from seed_multimodal.settings import setting
 
@@ -328,9 +328,10 @@ class GenEval(JudgedDrawings[ObjectPrompt]):
         self.write_sheet(images)
 
         # 2. The scores; a prompt counts as correct if one of its images is.
-        kinds: dict[str, Estimate] = {}
-        for tag, of_tag in grouped(images, [row["tag"] for row in results]).items():
-            kinds[tag] = estimate(of_tag, [image.score for image in of_tag])
+        kinds = {
+            tag: estimate(of_tag, [image.score for image in of_tag])
+            for tag, of_tag in grouped(images, [row["tag"] for row in results]).items()
+        }
         solved = {image.sample.index for image in images if image.score}
         values = {
             "score": mean_of_means(list(kinds.values())),

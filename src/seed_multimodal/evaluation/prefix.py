@@ -214,9 +214,7 @@ class _Measures:
 
 def class_columns(labels: Sequence[FieldValue]) -> Columns:
     """For each label the classes of all images. Raises DataError: an image without, or others."""
-    rows: list[list[object]] = []
-    for value in labels:
-        rows.append(list(value.values()) if isinstance(value, Mapping) else [value])
+    rows = [list(value.values()) if isinstance(value, Mapping) else [value] for value in labels]
     if len(set(map(len, rows))) != 1 or any(None in row for row in rows):
         raise DataError("Not every image has the same labels, under `labels` or `label`.")
     return list(zip(*rows, strict=True))

@@ -79,9 +79,10 @@ def retrieval(images: Tensor, texts: TextEncoder, captions: Sequence[Sequence[st
 
     # 2. Embeddings of the texts.
     distinct = list(index_of)
-    embeddings = []
-    for start in range(0, len(distinct), TEXT_BATCH):
-        embeddings.append(texts(distinct[start : start + TEXT_BATCH]).to(images))
+    embeddings = [
+        texts(distinct[start : start + TEXT_BATCH]).to(images)
+        for start in range(0, len(distinct), TEXT_BATCH)
+    ]
     embedded = torch.cat(embeddings)
 
     # 3. Ranks: of each image's captions among the texts, of each caption's image among the images.

@@ -122,9 +122,10 @@ class Drawings(CaptionFile):
         """File names of the images; their mean CLIP cosine, and FID if all captions have images."""
         # 1. Results of the captions that were drawn.
         drawn = [pair for pair in zip(samples, lines, strict=True) if "image" in pair[1]]
-        results: list[JsonObject] = []
-        for sample, line in drawn:
-            results.append({"id": sample.key, "caption": line["caption"], "image": line["image"]})
+        results = [
+            {"id": sample.key, "caption": line["caption"], "image": line["image"]}
+            for sample, line in drawn
+        ]
         scores = Scores(results, {})
 
         # 2. Scores; texts without images have no FID.

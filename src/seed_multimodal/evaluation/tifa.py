@@ -297,9 +297,11 @@ class DpgBench(AskedDrawings):
 
     def image_score(self, questions: Sequence[DrawingQuestion], shares: Sequence[float]) -> float:
         """The share of questions that are answered by yes, as those that they depend on."""
-        values: dict[int, float] = {}  # by the questions' numbers
-        for question, share in zip(questions, shares, strict=True):
-            values[question.number] = float(share > 0.5)
+        # By the questions' numbers.
+        values = {
+            question.number: float(share > 0.5)
+            for question, share in zip(questions, shares, strict=True)
+        }
         for question in questions:
             if any(values[parent] == 0 for parent in question.parents):
                 values[question.number] = 0.0

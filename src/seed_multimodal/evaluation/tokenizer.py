@@ -351,9 +351,10 @@ def image_nearness(
     images: Sequence[Image.Image], encoder: TargetEncoder, target: Tensor
 ) -> dict[str, int | Estimate]:
     """`_nearness` of drawn images to the embeddings of the original ones."""
-    embeddings = []
-    for start in range(0, len(images), DRAW_BATCH):
-        embeddings.append(encoder.embed(images[start : start + DRAW_BATCH]))
+    embeddings = [
+        encoder.embed(images[start : start + DRAW_BATCH])
+        for start in range(0, len(images), DRAW_BATCH)
+    ]
     return _nearness(F.normalize(torch.cat(embeddings), dim=-1), target)
 
 

@@ -280,10 +280,11 @@ class ResultCache(Generic[Result]):
         for row in pixels:
             content = row.contiguous().cpu().numpy()
             digests.append(hashlib.blake2b(content, digest_size=16).digest())
-        new: dict[bytes, Tensor] = {}
-        for digest, row in zip(digests, pixels, strict=True):
-            if digest not in self._results:
-                new[digest] = row
+        new = {
+            digest: row
+            for digest, row in zip(digests, pixels, strict=True)
+            if digest not in self._results
+        }
         if new:
             self._results.update(zip(new, compute(list(new.values())), strict=True))
 

@@ -151,11 +151,11 @@ def _tensor_names(config: PreTrainedConfig, tied: tuple[str, ...]) -> dict[str, 
         model = AutoModelForCausalLM.from_config(config)
     architecture = gguf.MODEL_ARCH[ARCHITECTURES[config.model_type].name]
     table = gguf.get_tensor_name_map(architecture, config.num_hidden_layers)
-    names: dict[str, str] = {}
-    for name in model.state_dict():
-        if name not in tied:
-            names[name] = str(table.get_name(name, try_suffixes=(".weight",)))
-    return names
+    return {
+        name: str(table.get_name(name, try_suffixes=(".weight",)))
+        for name in model.state_dict()
+        if name not in tied
+    }
 
 
 def _write(
@@ -307,9 +307,7 @@ def _hub_vocabulary(folder: Path, tokenizer: HubTokenizer, model_type: str) -> V
         kinds[added["id"]] = CONTROL if added["special"] else USER_DEFINED
 
     # 2. In the order of the ids, in which BPE models merge.
-    merges: list[str] = []
-    for merge in model["merges"]:
-        merges.append(merge if isinstance(merge, str) else " ".join(merge))
+    merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     scores = [-float(id) for id in range(n_text)]
     if has_bytes:
         return Vocabulary("llama", tokens, scores, kinds)

@@ -91,11 +91,11 @@ class Answer:
     @property
     def images(self) -> list[Image.Image]:
         """All images that were drawn."""
-        images: list[Image.Image] = []
-        for part in self.parts:
-            if isinstance(part, ImagePart) and part.image is not None:
-                images.append(part.image)
-        return images
+        return [
+            part.image
+            for part in self.parts
+            if isinstance(part, ImagePart) and part.image is not None
+        ]
 
     @property
     def codes(self) -> list[list[int]]:

@@ -333,9 +333,10 @@ class AnswerGenerator:
                 for row, (prompt, ids) in enumerate(zip(prompts, verdicts, strict=True)):
                     extended = [*prompt.ids, *self._verdict_ids(ids, verdict_end)]
                     prompts[row] = Prompt(extended, prompt.images)
-            continuations: list[list[list[int]]] = []
-            for texts in answers[start : start + batch_size]:
-                continuations.append([self.tokenizer.encode(text) for text in texts])
+            continuations = [
+                [self.tokenizer.encode(text) for text in texts]
+                for texts in answers[start : start + batch_size]
+            ]
             likelihoods += self.engine.likelihoods(prompts, continuations)
         return likelihoods
 

@@ -310,9 +310,10 @@ def token_log_probs(model: nn.Module, requests: Sequence[Request]) -> Tensor:
     sampled, computed anew; behind the end of an answer 0."""
     # 1. Scores after each token, of prompt and answer as one row.
     device = next(model.parameters()).device
-    rows: list[Tensor] = []
-    for request in requests:
-        rows.append(torch.tensor([*request.prompts[0].ids, *request.ids[:-1]], device=device))
+    rows = [
+        torch.tensor([*request.prompts[0].ids, *request.ids[:-1]], device=device)
+        for request in requests
+    ]
     ids = pad_sequence(rows, batch_first=True)
     lengths = torch.tensor([len(row) for row in rows], device=device)
     is_token = torch.arange(ids.shape[1], device=device) < lengths[:, None]

@@ -295,9 +295,9 @@ class Backend:
         inputs: list[Any] = [*items]
         with deadline.hold(self._large, n_pixels > LARGE_IMAGES_PIXELS):
             self.images.labels("read").inc(len(files))
-            images: list[Any] = []
-            for file in files.values():
-                images.append(file.open(at_least=self.system.images.min_side).image)
+            images: list[Any] = [
+                file.open(at_least=self.system.images.min_side).image for file in files.values()
+            ]
             if images and self.system.family.prompts_are_ids:
                 images = [MeasuredCodes(image) for image in self.system.images.read(images)]
         for index, image in zip(files, images, strict=True):

@@ -24,7 +24,7 @@ from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.state_dicts import read_training_state
 from seed_multimodal.training.config import ConfigNode, TrainerSettings
 from seed_multimodal.training.distributed import ProcessGroup
-from seed_multimodal.training.optimizers import MuonWithAdamW
+from seed_multimodal.training.optimizers import MuonWithAdamW, trained_parameters
 from seed_multimodal.training.task import Task, frozen_names
 
 OPTIMIZER_FILE = "optimizer.pt"
@@ -200,9 +200,9 @@ def resolve_deepspeed_config(
         ConfigError: no ZeRO stage, or a value that conflicts with the run's.
     """
     # Copy the blocks that are changed below, too.
-    resolved: JsonObject = {}
-    for key, value in config.items():
-        resolved[key] = dict(value) if isinstance(value, Mapping) else value
+    resolved: JsonObject = {
+        key: dict(value) if isinstance(value, Mapping) else value for key, value in config.items()
+    }
     zero = resolved.get("zero_optimization")
     if not isinstance(zero, dict) or zero.get("stage") not in (1, 2, 3):
         raise ConfigError("deepspeed: zero_optimization.stage must be 1, 2 or 3.")
@@ -379,11 +379,10 @@ def gather_full_weights(module: nn.Module) -> dict[str, Tensor]:
     """
     from deepspeed.utils import safe_get_full_fp32_param
 
-    weights = {}
-    for name, parameter in module.named_parameters():
-        if parameter.requires_grad:
-            weights[name] = safe_get_full_fp32_param(parameter).detach().float().cpu()
-    return weights
+    return {
+        name: safe_get_full_fp32_param(parameter).detach().float().cpu()
+        for name, parameter in trained_parameters(module).items()
+    }
 
 
 def shard_parameters(

@@ -174,9 +174,10 @@ class MultiEdit(TunedDecoder):
         instructions = self.numbered_texts(fields, "instruction", minimum=1)
         response = sample_edit_response(rng)
         source, *targets = self.exact_images(fields, len(instructions) + 1)
-        turns: list[QuestionAnswerParts] = []
-        for instruction, target in zip(instructions, targets, strict=True):
-            turns.append(([instruction], [response, target]))
+        turns: list[QuestionAnswerParts] = [
+            ([instruction], [response, target])
+            for instruction, target in zip(instructions, targets, strict=True)
+        ]
         return self.turns(turns, opening=[source])
 
 
@@ -276,9 +277,9 @@ class Conversation(TunedDecoder):
         answers = self._answers(_split_at(answer_text, "Answer: "), questions)
         # The images belong to the first question.
         images = self._images(fields, rng)
-        turns: list[QuestionAnswerParts] = []
-        for question, answer in zip(questions, answers, strict=False):
-            turns.append(([question], [answer]))
+        turns: list[QuestionAnswerParts] = [
+            ([question], [answer]) for question, answer in zip(questions, answers, strict=False)
+        ]
         return self.turns(turns, opening=images)
 
     def _answers(self, answers: list[str], questions: list[str]) -> list[str]:

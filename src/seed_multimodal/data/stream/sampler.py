@@ -227,9 +227,10 @@ class MixedOrder:
         chosen = np.diff(totals).argmax(axis=0)  # [count]
 
         # 2. The samples of each set, taken in turn.
-        sets = []
-        for order, (first, end) in zip(self._orders, totals[:, [0, -1]].tolist(), strict=True):
-            sets.append(iter(order.samples(first, end - first)))
+        sets = [
+            iter(order.samples(first, end - first))
+            for order, (first, end) in zip(self._orders, totals[:, [0, -1]].tolist(), strict=True)
+        ]
         samples = []
         for set_index in chosen.tolist():
             epoch, index = next(sets[set_index])

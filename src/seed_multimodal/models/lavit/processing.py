@@ -192,7 +192,8 @@ class Lemmatizer:
         text = answer.lower()
         if self._parse is None:
             return " ".join(text.split())
-        lemmas = []
-        for token in self._parse(text):
-            lemmas.append(token.lemma_ if token.pos_ in ("NOUN", "VERB") else token.text)
+        lemmas = [
+            token.lemma_ if token.pos_ in ("NOUN", "VERB") else token.text
+            for token in self._parse(text)
+        ]
         return " ".join(lemmas)

@@ -100,9 +100,10 @@ class ContinuousLVLM(nn.Module):
         Each image is resampled by itself, so that its embeddings do not depend on the others.
         """
         device = next(self.input_resampler.parameters()).device
-        embeddings: list[Tensor] = []
-        for image_features, centres in zip(features, positions, strict=True):
-            embeddings.append(self._embed_views(image_features.to(device), centres.to(device)))
+        embeddings = [
+            self._embed_views(image_features.to(device), centres.to(device))
+            for image_features, centres in zip(features, positions, strict=True)
+        ]
         return torch.cat(embeddings).flatten(0, 1)
 
     def output_features(self, states: Tensor) -> Tensor:

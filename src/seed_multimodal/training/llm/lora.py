@@ -151,9 +151,10 @@ def adapter_name(name: str) -> str:
 
 def adapter_settings(model: PeftModel) -> dict[str, Any]:
     """The content of `adapter_config.json`, for any PEFT version."""
-    settings = {}
-    for key, value in model.peft_config["default"].to_dict().items():
-        settings[key] = sorted(value) if isinstance(value, set) else value
+    settings = {
+        key: sorted(value) if isinstance(value, set) else value
+        for key, value in model.peft_config["default"].to_dict().items()
+    }
     return {**settings, "peft_type": "LORA", "task_type": "CAUSAL_LM", "inference_mode": True}
 
 

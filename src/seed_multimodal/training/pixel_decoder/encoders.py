@@ -91,7 +91,7 @@ def condition_images(batch: TargetBatch) -> list[Image.Image | None] | None:
     """The images before edits; None: the batch has none."""
     if "condition" not in batch:
         return None
-    images = []
-    for pixels, is_edit in zip(batch["condition"], batch["conditioned"], strict=True):
-        images.append(to_image(pixels) if is_edit else None)
-    return images
+    return [
+        to_image(pixels) if is_edit else None
+        for pixels, is_edit in zip(batch["condition"], batch["conditioned"], strict=True)
+    ]
