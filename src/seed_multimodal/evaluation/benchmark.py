@@ -39,6 +39,7 @@ from seed_multimodal.images.io import open_image
 from seed_multimodal.models.registry import find_family
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import check_identity, read_settings, setting
+from seed_multimodal.weights.catalogue import weight_files
 
 if TYPE_CHECKING:
     from seed_multimodal.pipelines.base import MultimodalSystem
@@ -68,7 +69,6 @@ MAY_CHANGE = (
     "resolution",
     "inception",
 )
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 Line = JsonObject  # of a file of answers: a sample's id, and its answer or why there is none (bad)
 Images = Sequence[Image.Image | None]  # None: a caption without image
 
@@ -405,9 +405,8 @@ def _weight_states(paths: Sequence[object]) -> list[list[int]]:
     files: set[Path] = set()
     for path in paths:
         if isinstance(path, Path):
-            files.update([path] if path.is_file() else path.rglob("*"))
-    weights = {file.resolve() for file in files if file.suffix in WEIGHT_SUFFIXES}
-    states = [file.stat() for file in weights if file.is_file()]
+            files.update(file.resolve() for file in weight_files(path))
+    states = [file.stat() for file in files if file.is_file()]
     return sorted([state.st_size, state.st_mtime_ns] for state in states)
 
 

@@ -31,6 +31,7 @@ from seed_multimodal.evaluation.machine import circumstances
 from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.training.metrics import peak_memory_mib
+from seed_multimodal.weights.catalogue import WEIGHT_SUFFIXES, weight_files
 from seed_multimodal.weights.fetch import file_digest
 from seed_multimodal.weights.find import portable_path
 
@@ -40,7 +41,7 @@ QUESTION = "What is on the left?"
 CAPTION = "a fox left of a tree"
 # What a system cannot do is a result, too.
 INABILITIES = (CheckpointError, CodesError, ConfigError, GenerationError, RequestError)
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".model")
+CHECKED_SUFFIXES = (*WEIGHT_SUFFIXES, ".ckpt", ".model")
 # Kind of a result → the largest mean difference between processors, and its unit.
 TOLERANCES = {
     "codes": (0.1, "of the codes"),
@@ -110,8 +111,7 @@ def weight_checks(config: SystemConfig) -> list[Check]:
         path: Path | None = getattr(config, key)
         if path is None:
             continue
-        files = [path] if path.is_file() else path.rglob("*")
-        files = [file for file in files if file.suffix in WEIGHT_SUFFIXES]
+        files = weight_files(path, CHECKED_SUFFIXES)
         if files:
             checks.append(_check(f"weights: {part.label}", _checksum, sorted, files))
     return checks

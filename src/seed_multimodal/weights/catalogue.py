@@ -14,7 +14,7 @@ systems:
 from __future__ import annotations
 
 import importlib.util
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from fnmatch import fnmatch
 from functools import cache
@@ -44,6 +44,10 @@ SHIPPED_TOKENIZERS = (
 ADAPTER_CONFIG = "adapter_config.json"  # PEFT's
 AGENT_CONFIG = "agent.json"  # of a tuned SEED-X: sizes of the resamplers, LoRA
 VISUAL_WEIGHTS = "visual_weight.safetensors"  # LaVIT's token merger and projection
+# Suffixes of weights; a `.safetensors` file stands for a convertible one of the same name, see
+# `seed convert`.
+CONVERTIBLE = (".bin", ".pt", ".pth")
+WEIGHT_SUFFIXES = (".safetensors", *CONVERTIBLE)
 # Shell patterns of the files of a model in one folder.
 WEIGHT_PATTERNS = ("*.json", "*.txt", "*.model", "*.safetensors", "*.bin", "*.pt", "*.pth")
 
@@ -167,6 +171,12 @@ def part_of(name: str | Path) -> tuple[Part, str] | None:
         return None
     part = max(holders, key=lambda part: (len(part.folder), bool(part.hub)))
     return part, path.relative_to(part.folder).as_posix()
+
+
+def weight_files(path: Path, suffixes: Sequence[str] = WEIGHT_SUFFIXES) -> list[Path]:
+    """The files with weights at or below a path."""
+    files = [path] if path.is_file() else path.rglob("*")
+    return [file for file in files if file.suffix in suffixes]
 
 
 def download_advice(name: str) -> str:

@@ -32,7 +32,7 @@ from seed_multimodal.entry import log_line
 from seed_multimodal.errors import CheckpointError, ConfigError, first_line
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import nearest
-from seed_multimodal.weights.catalogue import Part, catalogue
+from seed_multimodal.weights.catalogue import CONVERTIBLE, Part, catalogue
 
 Result = TypeVar("Result")
 MIRRORS = "SEED_MIRRORS"  # environment: NAME=SOURCE pairs, separated by spaces
@@ -48,8 +48,6 @@ IGNORED = "*.fp16.*"
 TORCH_COPIES = ("pytorch_model*.bin*", "diffusion_pytorch_model*.bin*")
 LOCK = ".download.lock"  # held in a folder that gets files
 UNFINISHED = ".unfinished."  # and the name of a part or file: its download has begun
-# A `.safetensors` file stands for one of these of the same name, see `seed convert`.
-CONVERTIBLE = (".bin", ".pt", ".pth")
 
 
 def downloads_allowed() -> bool:

@@ -17,11 +17,12 @@ from seed_multimodal.errors import CheckpointError
 from seed_multimodal.weights.catalogue import (
     SHIPPED_SYSTEMS,
     WEIGHT_PATTERNS,
+    WEIGHT_SUFFIXES,
     Part,
     part_of,
+    weight_files,
 )
 from seed_multimodal.weights.fetch import (
-    CONVERTIBLE,
     downloads_allowed,
     failure_reason,
     failures,
@@ -112,7 +113,8 @@ def find_path(name: str | Path, files: Sequence[str] = ()) -> Path | None:
     elif part.hub:
         snapshot, _ = _snapshot(part.hub)
         path = None if snapshot is None else locate(snapshot / inner)
-        if path is not None and _holds_weights(path):
+        # A snapshot may have only the configuration and tokenizer.
+        if path is not None and weight_files(path):
             return path
 
     # Its download; without one, what there is.
@@ -125,7 +127,7 @@ def find_folder(name: str | Path, files: Sequence[str], advice: str) -> Path:
     path = find_path(name, files)
     if path is not None:
         return path
-    is_file = Path(name).suffix in (".safetensors", *CONVERTIBLE)
+    is_file = Path(name).suffix in WEIGHT_SUFFIXES
     reason = f"no such {'file' if is_file else 'folder'}"
     if is_hub_name(name) and not is_file:
         _, why = _snapshot(str(name), files)
@@ -181,12 +183,6 @@ def _snapshot(hub_id: str, files: Sequence[str] = ()) -> tuple[Path | None, str]
     except failures() as error:
         return None, reason or failure_reason(error)
     return Path(folder), ""
-
-
-def _holds_weights(path: Path) -> bool:
-    """Whether a snapshot has more than the configuration and tokenizer of a model."""
-    files = [path] if path.is_file() else path.rglob("*")
-    return any(file.suffix in (".safetensors", *CONVERTIBLE) for file in files)
 
 
 # ---- messages

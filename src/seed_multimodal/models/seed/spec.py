@@ -18,7 +18,7 @@ from seed_multimodal.models.registry import (
 )
 from seed_multimodal.pipelines.config import CodeSystemConfig, part, read_sizes
 from seed_multimodal.settings import check_keys, setting
-from seed_multimodal.weights.catalogue import catalogue
+from seed_multimodal.weights.catalogue import WEIGHT_SUFFIXES, catalogue
 from seed_multimodal.weights.find import locate
 
 DETOKENIZER_FOLDER = "diffusion_model"  # of a tokenizer's folder
@@ -137,7 +137,7 @@ def _is_image_tokenizer(path: Path, model_type: str | None) -> bool:
     """Whether a folder or file is an image tokenizer of SEED-LLaMA."""
     if model_type in ("seed2_tokenizer", "seed1_tokenizer"):
         return True
-    if path.suffix in (".pt", ".pth", ".bin", ".safetensors"):
+    if path.suffix in WEIGHT_SUFFIXES:
         return True
     return any(any(path.glob(f"{name}.*")) for name in ("seed_quantizer", "causal_qformer"))
 
