@@ -66,10 +66,8 @@ def predict(
         if name in conditions:
             converted[name] = conditions[name].to(denoiser.dtype)
     latents = latents.to(denoiser.dtype)
-    prediction: Tensor
     if isinstance(denoiser, UNet2DConditionModel):
-        prediction = denoiser(latents, step, **converted).sample
-        return prediction
+        return denoiser(latents, step, **converted).sample
 
     # A transformer. SANA has a scale; a variance, if it has learned one, is left out.
     steps = step.expand(len(latents)) * denoiser.config.get("timestep_scale", 1.0)

@@ -115,11 +115,11 @@ def caption_scores(
 def _tokenized(texts: Sequence[Sequence[str]], java: bool) -> dict[int, list[str]]:
     """The texts of each image with blanks between their tokens."""
     # Words by a pattern.
-    tokens: dict[int, list[str]] = {}
     if not java:
-        for index, of_image in enumerate(texts):
-            tokens[index] = [" ".join(re.findall(r"[\w'-]+", text.lower())) for text in of_image]
-        return tokens
+        return {
+            index: [" ".join(re.findall(r"[\w'-]+", text.lower())) for text in of_image]
+            for index, of_image in enumerate(texts)
+        }
 
     # Stanford's program reads a line for each text.
     from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer
@@ -128,5 +128,4 @@ def _tokenized(texts: Sequence[Sequence[str]], java: bool) -> dict[int, list[str
         index: [{"caption": " ".join(text.split())} for text in of_image]
         for index, of_image in enumerate(texts)
     }
-    tokens = PTBTokenizer().tokenize(lines)
-    return tokens
+    return PTBTokenizer().tokenize(lines)
