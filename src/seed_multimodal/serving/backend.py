@@ -76,6 +76,7 @@ if TYPE_CHECKING:
 
 # Larger requests are handled one at a time, so that few of them fill the memory.
 LARGE_BODY_BYTES = 8 << 20
+MEASURED_IMAGES = 1000  # whose codes are known by their distance when they come again
 LARGE_IMAGES_PIXELS = 2_000_000
 MAX_SIDE = 2048  # of a returned image
 RETRY_SECONDS = 5  # after which a refused client may come back
@@ -158,6 +159,7 @@ class Backend:
         self.answered = 0
         self._counting = threading.Lock()
         self._large = threading.RLock()
+        self._measured: dict[tuple[int, ...], MeasuredCodes] = {}  # of the latest images
         self._slots = threading.Semaphore(self.limits.max_running)
 
         # Metrics, in a registry of this server: a process may have several.
@@ -293,6 +295,9 @@ class Backend:
 
         # 2. Opened images, which need much more memory.
         inputs: list[Any] = [*items]
+        for index, item in enumerate(items):
+            if isinstance(item, list):  # perhaps of an earlier request's image, as the page's are
+                inputs[index] = self._measured.get(tuple(item), item)
         with deadline.hold(self._large, n_pixels > LARGE_IMAGES_PIXELS):
             self.images.labels("read").inc(len(files))
             images: list[Any] = [
@@ -300,6 +305,9 @@ class Backend:
             ]
             if images and self.system.family.prompts_are_ids:
                 images = [MeasuredCodes(image) for image in self.system.images.read(images)]
+                self._measured.update((tuple(image), image) for image in images)
+                while len(self._measured) > MEASURED_IMAGES:
+                    self._measured.pop(next(iter(self._measured)), None)
         for index, image in zip(files, images, strict=True):
             inputs[index] = image
         return inputs

@@ -29,8 +29,8 @@ class Picture:
 
     Attributes:
         path: of the file that the page shows; "": restored, without a file yet.
-        codes: stored instead of the image, where a model has them; sent, but for a new upload.
-        url: `data:…`. An image that has neither, as a preview, is only shown.
+        codes: sent and stored instead of the image, where a model has them.
+        url: `data:…`, sent without codes. An image that has neither, as a preview, is only shown.
         description: what its model says that it shows, of one that it drew.
         stored_url: of an image without codes in the browser's storage.
     """
@@ -54,9 +54,9 @@ class Picture:
         key = "url" if self.url else "stored_url"
         return {key: self.stored_url, "description": self.description}
 
-    def sent(self, role: str) -> JsonObject:
-        """As a part of OpenAI's message. Unknown images are noted by their pixels, not by codes."""
-        if self.codes and not (role == "user" and self.url):
+    def sent(self) -> JsonObject:
+        """As a part of OpenAI's message."""
+        if self.codes:
             return {"type": "image_url", "codes": self.codes}
         return {"type": "image_url", "image_url": {"url": self.url}}
 
@@ -101,7 +101,7 @@ class Turn:
     def message(self) -> JsonObject:
         """As OpenAI's message."""
         content = [
-            {"type": "text", "text": part} if isinstance(part, str) else part.sent(self.role)
+            {"type": "text", "text": part} if isinstance(part, str) else part.sent()
             for part in self.sent_parts
         ]
         return {"role": self.role, "content": content}
