@@ -62,7 +62,7 @@ from seed_multimodal.pipelines.images import (
     Seed,
     seed_per_image,
 )
-from seed_multimodal.pipelines.read_back import NOTE, add_descriptions, edited_images
+from seed_multimodal.pipelines.read_back import NOTE, add_descriptions, edited_image
 from seed_multimodal.settings import check_value
 
 # One result, or a list of them for a list of requests. Types cannot tell which.
@@ -482,15 +482,30 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
 
         conversations: of each drawing. answer_texts: before each drawing.
         """
-        shown: list[Any] = [*(image_inputs if self.family.prompts_are_ids else images)]
-        for conversation in conversations:
-            shown += edited_images(conversation)
-        # As `describe`, without its notes.
+        # 1. The drawings, and what edits had to change.
+        reads_codes = self.family.prompts_are_ids
+        shown: list[Any] = [*(image_inputs if reads_codes else images)]
+        edits: list[int] = []
+        for index, conversation in enumerate(conversations):
+            image_before = edited_image(conversation[-1], reads_codes)
+            if image_before is not None:
+                edits.append(index)
+                shown.append(image_before)
+
+        # 2. As `describe`, without its notes.
         requests, _ = image_conversations(shown, self.tasks.describe)
         answers = self.generate_answers(requests, "describe", self.settings("describe"))
         descriptions = [self.family.text(generated.answer, "describe") for generated in answers]
-        known_words = self.config.known_words
-        add_descriptions(images, descriptions, conversations, answer_texts, self.tasks, known_words)
+        before = dict(zip(edits, descriptions[len(images) :], strict=True))
+        add_descriptions(
+            images,
+            descriptions,
+            before,
+            conversations,
+            answer_texts,
+            self.tasks,
+            self.config.known_words,
+        )
 
     def _answer_texts(
         self,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -13,8 +13,7 @@ from seed_multimodal.language.phrases import Phrases
 from seed_multimodal.language.prompts import without_verdict
 
 if TYPE_CHECKING:  # the command line imports this module before torch
-    from seed_multimodal.images.io import ImageSource
-    from seed_multimodal.language.messages import Message
+    from seed_multimodal.language.messages import ContentPart, Message
     from seed_multimodal.language.prompts import TaskPrompts
 
 DESCRIPTION = "description"  # in `Image.info`
@@ -29,15 +28,22 @@ def claims_of(conversation: Sequence[Message], answer_text: str, answer_after: s
     return [answer_text, conversation[-1].text] if is_text else [answer_text]
 
 
-def edited_images(conversation: Sequence[Message]) -> list[ImageSource]:
-    """The image that the last message asks to change: its only one, or none."""
-    images = conversation[-1].images
-    return images if len(images) == 1 else []
+def edited_image(message: Message, reads_codes: bool) -> ContentPart | None:
+    """The image that a message asks to change: its only one.
+
+    reads_codes: whether the system can describe codes, as servers have them.
+    """
+    if not reads_codes:
+        images: Sequence[ContentPart] = message.images
+    else:
+        images = [part for part in message.content if not isinstance(part, str)]
+    return images[0] if len(images) == 1 else None
 
 
 def add_descriptions(
     images: Sequence[Image.Image],
     descriptions: Sequence[str],
+    before: Mapping[int, str],
     conversations: Sequence[Sequence[Message]],
     answer_texts: Sequence[str],
     tasks: TaskPrompts,
@@ -45,20 +51,19 @@ def add_descriptions(
 ) -> None:
     """Set `info["description"]` of drawings, and `info["note"]`, empty if nothing contradicts.
 
-    descriptions: of the drawings, then of the `edited_images` of all conversations.
+    before: of drawings that are edits, the description of the image before.
     answer_texts: texts before the drawings, see `claims_of`; the first text that names a known
     thing counts.
     """
     phrases = read_known_words(known_words).compared if known_words else Phrases({})
-    before = iter(descriptions[len(images) :])
     for index, image in enumerate(images):
         conversation = conversations[index]
         description = descriptions[index]
         claims = claims_of(conversation, answer_texts[index], tasks.answer_after)
         differences = phrases.contradictions(claims, description)
-        if edited_images(conversation):
+        if index in before:
             request = conversation[-1].text
-            differences += phrases.unasked_changes(next(before), request, description)
+            differences += phrases.unasked_changes(before[index], request, description)
         note = ""
         if differences:
             which = f"Image {index}" if len(images) > 1 else "The image"

@@ -90,6 +90,9 @@ def test_notes_at_each_door(shipped, client_of):
     form = {"prompt": "Add a star.", "image": (BytesIO(image_to_bytes(screen)), "screen.png")}
     body = client.post("/v1/images/edits", data=form).json
     assert sum(SAID in note for note in body["notes"]) == 1
+    form = {"prompt": "Remove the banana.", "image": (FOX.open("rb"), "fox.png")}
+    body = client.post("/v1/images/edits", data=form).json
+    assert "no banana" in body["notes"][-1]
 
 
 def test_command_notes_unknown_images(run_seed, tmp_path):
