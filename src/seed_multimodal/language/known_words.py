@@ -47,6 +47,12 @@ class KnownWords:
         return Phrases(self.phrases)
 
     @cached_property
+    def colours(self) -> set[str]:
+        """Colours of backgrounds."""
+        backgrounds = self.phrases.get("background", {})
+        return {name for name in backgrounds if f"{name} background" in backgrounds[name]}
+
+    @cached_property
     def in_capitals(self) -> re.Pattern[str]:
         """Names and styles, also in capitals, and all other words in capitals: systems learned them
         in lower case."""
@@ -75,7 +81,7 @@ class KnownWords:
         # 2. Colours are those of a background.
         if drawing and "background" not in words:
             for word in _WORD.findall(self.compared.pattern.sub(" ", text)):
-                if word not in unknown and f"{word} background" in self.compared.meanings:
+                if word in self.colours and word not in unknown:
                     unknown.append(word)
 
         # 3. A word in front of a name or of another unknown word says something about it.
@@ -90,7 +96,7 @@ class KnownWords:
         """One sentence about unknown words, or nothing; `drawing`: as of `unknown`."""
         named = []
         for word in self.unknown(text, drawing)[:MAX_NAMED]:
-            if f"{word} background" in self.compared.meanings:
+            if word in self.colours:
                 named.append(f"{word!r} of things")
             else:
                 named.append(f"{word[:40]!r}{nearest(word, self.names, SPELT_LIKE)}")

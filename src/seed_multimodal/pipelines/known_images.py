@@ -56,12 +56,14 @@ class ImageFamiliarity:
 
     @torch.inference_mode()
     def distances(self, embeds: Tensor, pixels: Tensor, whole: Tensor | None = None) -> list[float]:
-        """Of each image: from 0 to 2, and the distance of its corners' colours from usual ones.
+        """Of each image: from 0 to 2, its share of grain, and the distance of its corners' colours
+        from usual ones.
 
         embeds: what the conditioner reads, [B, E] or [B, N, W].
         pixels: normalised, [B, 3, S, S].
         whole: the image of which they are views, [1, 3, S, S]; its corners count.
         """
+        # 1. What the conditioner expects, and the pixels.
         expected = self.conditioner.expected_latents(embeds.cpu().float())
         weights = torch.tensor(self.settings.preview)  # [3, C + 1]
         preview = torch.einsum("bchw,kc->bkhw", expected, weights[:, :-1])
@@ -69,13 +71,19 @@ class ImageFamiliarity:
         preview = F.interpolate(preview, (SIDE, SIDE), mode="bilinear")
         pixels = pixels.cpu().float()
         compared = F.adaptive_avg_pool2d(pixels, SIDE)
+
+        # 2. What is where, as a whole and in regions.
         details = _details(compared, BLUR)
         whole_images = _distances(_details(preview, BLUR), details)
         fine = _details(preview, FINE_BLUR), _details(compared, FINE_BLUR)
         distances = (whole_images + _distances(*fine, in_row=REGIONS)) / 2
-        both = torch.stack([_details(compared, GRAIN_BLUR), details])
-        grain_power, power = both.pow(2).mean((2, 3, 4))
+
+        # 3. Grain.
+        grain_power = _details(compared, GRAIN_BLUR).pow(2).mean((1, 2, 3))
+        power = details.pow(2).mean((1, 2, 3))
         distances += GRAIN * grain_power / (power + SMALLEST)
+
+        # 4. The background.
         if self.settings.corners:
             framed = pixels if whole is None else whole.cpu().float()
             usual = torch.tensor(self.settings.corners)  # [K, 3]

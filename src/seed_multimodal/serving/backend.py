@@ -11,6 +11,7 @@ import contextlib
 import math
 import threading
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import islice
@@ -159,7 +160,8 @@ class Backend:
         self.answered = 0
         self._counting = threading.Lock()
         self._large = threading.RLock()
-        self._measured: dict[tuple[int, ...], MeasuredCodes] = {}  # of the latest images
+        # Codes of the latest images, oldest first.
+        self._measured: OrderedDict[tuple[int, ...], MeasuredCodes] = OrderedDict()
         self._slots = threading.Semaphore(self.limits.max_running)
 
         # Metrics, in a registry of this server: a process may have several.
@@ -307,7 +309,7 @@ class Backend:
                 images = [MeasuredCodes(image) for image in self.system.images.read(images)]
                 self._measured.update((tuple(image), image) for image in images)
                 while len(self._measured) > MEASURED_IMAGES:
-                    self._measured.pop(next(iter(self._measured)), None)
+                    self._measured.popitem(last=False)
         for index, image in zip(files, images, strict=True):
             inputs[index] = image
         return inputs
