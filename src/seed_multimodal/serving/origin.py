@@ -1,0 +1,53 @@
+"""Which requests of browsers a program on loopback answers, by their `Host` and `Origin` headers.
+
+A name that a stranger owns may point to 127.0.0.1 (DNS rebinding), and any web page may post a form
+to loopback. Both would use the program in the name of this machine's user.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+import re
+from collections.abc import Collection
+
+# A host with or without its port; neither blanks nor a user's name, which no browser sends.
+ADDRESS = re.compile(r"(\[[0-9a-f:.]+\]|[^\s:/@\[\]]+?)\.?(:\d*)?")
+
+
+def is_loopback(host: str) -> bool:
+    """Whether a host's name or address is this machine's alone, as browsers resolve it."""
+    if host == "localhost" or host.endswith(".localhost"):
+        return True
+    try:
+        return ipaddress.ip_address(host.strip("[]")).is_loopback
+    except ValueError:  # a name
+        return False
+
+
+def problem(bound_host: str, host: str, origin: str, origins: Collection[str] = ()) -> str:
+    """Why a request is refused, as a sentence; "" for one that is answered.
+
+    bound_host: on which the program listens. Where other machines reach it nothing is refused, as
+        its names are not known.
+    host, origin: the request's headers, "" where it has none, as programs that are no browsers.
+    origins: of further web pages that are allowed, as browsers send them; "*": any.
+    """
+    if not is_loopback(bound_host) or "*" in origins:
+        return ""
+    allowed = [item.lower() for item in origins]
+    if origin and origin.lower() not in allowed and not is_loopback(_host_of(origin)):
+        return f"The web page {origin!r:.99} may not use this program; --allow-origin allows an origin."
+    allowed_hosts = [_host_of(item) for item in allowed]
+    name = _host_of(host)
+    if host and not is_loopback(name) and (not name or name not in allowed_hosts):
+        return (
+            f"This program is for its own machine, not for the host {host!r:.99}: use 127.0.0.1, or "
+            f"allow the host by --allow-origin."
+        )
+    return ""
+
+
+def _host_of(address: str) -> str:
+    """The host of an origin or of a `Host` header, in lower case; "" for another text."""
+    match = ADDRESS.fullmatch(address.lower().rpartition("://")[2])
+    return match[1] if match else ""

@@ -1,0 +1,44 @@
+"""Requests of browsers to a program on loopback: `Host` and `Origin`."""
+
+import pytest
+
+from seed_multimodal.serving.origin import problem
+
+PAGE = "https://seed.example.org"
+LOCAL = [
+    "localhost",
+    "LOCALHOST:7890",
+    "localhost.:80",
+    "127.0.0.1:7890",
+    "127.8.9.1",
+    "[::1]:7890",
+]
+LOCAL += ["[::1]", "app.localhost:3000", ""]  # programs that are no browsers may send none
+STRANGE = ["evil.example", "evil.example:7890", "localhost.evil.example", "127.0.0.1.evil.example"]
+STRANGE += ["evillocalhost", "localhost@evil.example", "evil.example@localhost", "10.0.0.5:7890"]
+STRANGE += ["localhost, evil.example", "localhost/evil.example", "[::2]:80", "0.0.0.0:80", "[", ":"]
+
+
+@pytest.mark.parametrize("bound", ["127.0.0.1", "localhost", "::1", "127.0.0.2"])
+def test_hosts_and_origins_of_this_machine_are_answered(bound):
+    for host in LOCAL:
+        for origin in ("", *(f"{scheme}://{host}" for scheme in ("http", "HTTPS") if host)):
+            assert problem(bound, host, origin) == "", (host, origin)
+
+
+@pytest.mark.parametrize("strange", STRANGE)
+def test_strange_hosts_and_origins_are_refused_on_loopback_only(strange):
+    for host, origin in ((strange, ""), ("localhost", f"http://{strange}"), (strange, PAGE)):
+        named = strange if host == strange and not origin else origin
+        for origins in ((), [f"{PAGE}x", "null"]):
+            assert repr(named) in problem("127.0.0.1", host, origin, origins), (host, origin)
+        assert problem("0.0.0.0", host, origin) == problem("192.168.0.7", host, origin) == ""
+
+
+@pytest.mark.parametrize("origins", [[PAGE], "*", ["http://a.example", PAGE.upper()]])
+def test_allowed_pages_and_their_hosts_are_answered(origins):
+    for host in ("127.0.0.1:7890", "seed.example.org", "Seed.Example.org:443"):
+        assert problem("127.0.0.1", host, PAGE, origins) == ""
+    # The origin of a sandboxed frame or a file may be any page's.
+    assert bool(problem("127.0.0.1", "localhost", "null", origins)) == (origins != "*")
+    assert problem("127.0.0.1", "localhost", "null", ["null"]) == ""
