@@ -111,7 +111,7 @@ def kept_by_filter(
     limits = {**THRESHOLDS, **(kwargs or {})}
     sizes = {key.lower().removeprefix("original_"): value for key, value in metadata.items()} | item
     size = sizes.get("resolution")
-    if "width" in sizes:
+    if {"width", "height"} <= sizes.keys():
         size = sizes["width"], sizes["height"]
     problem = similarity_problem(metadata, limits["similarity_thr"])
     if size is not None:

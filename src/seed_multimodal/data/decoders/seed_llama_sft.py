@@ -370,6 +370,9 @@ class TextConversation(Decoder):
         turns: list[Turn] = [
             (ROLE_ORDER[index % 2], [text] if index else first) for index, text in enumerate(texts)
         ]
+        # As in the original, a last question of pre-training keeps its marker of an answer.
+        if len(turns) % 2 and not self.tuned:
+            turns.append(("assistant", []))
         # A hub template decides where the system message is; else it comes first, by itself.
         if isinstance(self.template, ChatTemplate):
             result = self.dialogue(self.template, turns, system)

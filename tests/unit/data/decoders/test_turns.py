@@ -105,7 +105,7 @@ def test_turns(tokenizers, codes, order, markup):
 @pytest.mark.parametrize("texts", [["a", "yes", "b", "no"], ["a", "yes", "b"], ["a"]], ids=len)
 def test_turn_ends(tokenizers, name, texts):
     # With a template that ends turns by a token each end is learned, else as in the original. A
-    # question without an answer teaches nothing.
+    # question without an answer teaches nothing, and is left out of instruction tuning.
     for tokenizer, template in tokenizers.values():
         options = {"template": template} if name.startswith("sft.") else {}
         decoder = get_decoder(name, tokenizer, options)
@@ -113,9 +113,19 @@ def test_turn_ends(tokenizers, name, texts):
         if len(texts) == 1:
             assert sequence.drop_reason
             continue
-        assert bool(sequence.repaired) == (len(texts) == 3)
+        assert bool(sequence.repaired) == (len(texts) == 3 and name.startswith("sft."))
         n_ends = len(texts) // 2 if options.get("template") == "chat" else 1
         assert sequence.labels.count(tokenizer.eos_token_id) == n_ends, template
+
+
+@pytest.mark.parametrize("last", [["b"], ["b", ""]], ids=["no answer", "empty answer"])
+@pytest.mark.parametrize("name", ["pretrain.text_conversation", "pretrain.visual_question"])
+def test_a_last_question_of_pretraining_stays_without_an_answer(tokenizers, codes, name, last):
+    for tokenizer, _ in tokenizers.values():
+        fields = {"data": ["a", "yes", *last], "image_ids": codes(0)}
+        sequence = get_decoder(name, tokenizer).decode(fields, SeededRandom(0))
+        assert sequence.extra["text"].endswith("yes\nUSER: b\nASSISTANT: ")
+        assert sequence.ids[-1] == sequence.labels[-1] == tokenizer.eos_token_id
 
 
 def test_masked_images(tokenizers, codes):
