@@ -38,21 +38,35 @@ for _ in range(2):
 assert use() == expected
 print("equal")
 """
+# As from Python 3.12 on, no thread starts once the main one has ended.
 AFTER_MAIN = """
 expected = use()
 
 def answer():
     time.sleep(0.5)
-    print("equal" if use() == use() == expected else "different")
+    answers = [use(), use()]
+    print("equal" if answers == [expected] * 2 else "different")
+
+def refuse(thread):
+    raise RuntimeError("can't create new thread at interpreter shutdown")
 
 threading.Thread(target=answer).start()
+threading.Thread.start = refuse
 """
+# Without a thread that the main program's use has started.
+FIRST_AFTER_MAIN = (
+    AFTER_MAIN.replace("use()", "", 1)
+    .replace("expected = ", "")
+    .replace("answers == [expected] * 2", "answers[0] == answers[1]")
+)
 
 
 @pytest.mark.slow
 @pytest.mark.process
 @pytest.mark.parametrize("use", ["describe", "text", "draw"])
-@pytest.mark.parametrize("program", [FORK, AFTER_MAIN], ids=["fork", "after main"])
+@pytest.mark.parametrize(
+    "program", [FORK, AFTER_MAIN, FIRST_AFTER_MAIN], ids=["fork", "after main", "first after main"]
+)
 def test_answers_in_forked_children_and_after_the_end_of_main(program, use):
     # gunicorn --preload and multiprocessing fork; Python waits for threads that outlive main.
     command = [sys.executable, "-c", START + program, use]
