@@ -19,6 +19,7 @@ class LoopbackHub:
 
     repositories: name → path → content, as listed.
     served: URL path → other content than the listed one.
+    unsized: URL paths of files whose length is not stated: the connection's end is theirs.
     failures: URL path → its next answers: status and headers, or the number of bytes of the file
         after which the connection is closed.
     requests: (method, URL path, Range header) of all requests.
@@ -28,6 +29,7 @@ class LoopbackHub:
         self.repositories: dict[str, dict[str, bytes]] = {}
         self.files: dict[str, bytes] = {}
         self.served: dict[str, bytes] = {}
+        self.unsized: set[str] = set()
         self.failures: dict[str, list[tuple[int, dict[str, str]] | int]] = {}
         self.requests: list[tuple[str, str, str | None]] = []
         self.url = ""
@@ -36,18 +38,19 @@ class LoopbackHub:
         """Paths of the files that were read, with the first byte where it is not 0."""
         paths = []
         for method, path, ranges in self.requests:
-            is_look_up = path.startswith("/api/") or ranges == "bytes=0-0"
-            if method == "GET" and not is_look_up:
+            if method == "GET" and not path.startswith("/api/"):
                 start = f" from {ranges}" if ranges else ""
                 paths.append(path.removeprefix("/").replace(f"resolve/{COMMIT}/", "") + start)
         return paths
 
     def info(self, path: str) -> object | None:
         """The answer of an API path; None: there is none."""
-        # A repository's commit.
+        # A repository's commit and files.
         found = re.fullmatch(r"/api/models/([^/]+/[^/]+)(/revision/\w+)?", path)
         if found and found[1] in self.repositories:
-            return {"id": found[1], "sha": COMMIT}
+            files = self.repositories[found[1]].items()
+            siblings = [self.entry(name, content) for name, content in files]
+            return {"id": found[1], "sha": COMMIT, "siblings": siblings}
         # The files of a folder.
         found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/tree/\w+(?:/(.+))?", path)
         if not found or found[1] not in self.repositories:
@@ -62,11 +65,13 @@ class LoopbackHub:
     def entry(self, name: str, content: bytes) -> dict[str, object]:
         # Small files are in git, named by its hash; larger ones have a SHA-256.
         git_sha1 = hashlib.sha1(b"blob %d\0" % len(content) + content).hexdigest()
-        entry = {"type": "file", "path": name, "size": len(content), "oid": git_sha1}
+        entry = {"type": "file", "path": name, "rfilename": name, "size": len(content)}
+        entry |= {"oid": git_sha1, "blobId": git_sha1}
         if len(content) < LFS_FROM:
             return entry
         sha256 = hashlib.sha256(content).hexdigest()
-        return {**entry, "lfs": {"oid": sha256, "size": len(content), "pointerSize": 130}}
+        lfs = {"oid": sha256, "sha256": sha256, "size": len(content), "pointerSize": 130}
+        return {**entry, "lfs": lfs}
 
     def content(self, path: str) -> bytes | None:
         """What the server sends for the path of a file."""
@@ -118,7 +123,7 @@ def running() -> Iterator[LoopbackHub]:
             is_unchanged = self.headers.get("If-Range", etag) == etag
             dropped_after = None
             failures = hub.failures.get(path)
-            if failures and ranges != "bytes=0-0":
+            if failures and self.command == "GET":
                 dropped_after = failures.pop(0)
             if ranges is None or not is_unchanged:
                 self.send(200, content, headers, dropped_after)
@@ -139,11 +144,15 @@ def running() -> Iterator[LoopbackHub]:
             self.send_response(status)
             for name, value in (headers or {}).items():
                 self.send_header(name, value)
-            self.send_header("Content-Length", str(len(body)))
+            if self.path in hub.unsized:
+                self.close_connection = True
+            else:
+                self.send_header("Content-Length", str(len(body)))
             self.end_headers()
             if self.command == "HEAD":
                 return
-            self.wfile.write(body[:dropped_after])
+            with contextlib.suppress(ConnectionError):  # the client needs the headers only
+                self.wfile.write(body[:dropped_after])
             if dropped_after is not None:  # the connection breaks within the file
                 self.wfile.flush()
                 self.connection.close()

@@ -22,7 +22,7 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.settings import check_value, nearest
 from seed_multimodal.weights.catalogue import SHIPPED_SYSTEMS, Part, catalogue, part_of
-from seed_multimodal.weights.fetch import MIRRORS, fetch_parts, online, read_mirrors
+from seed_multimodal.weights.fetch import MIRRORS, fetch_parts, online
 from seed_multimodal.weights.find import weights_root
 
 if TYPE_CHECKING:
@@ -83,11 +83,10 @@ def add_commands(commands: Commands) -> None:
 def fetch(args: Namespace) -> int:
     """Download the weights of an original model to pretrained/ (whatever HF_HUB_OFFLINE is)."""
     wanted = [part for name in args.models for part in wanted_parts(name)]
-    mirrors = read_mirrors(args.mirror)
     root = Path(args.out) if args.out else weights_root()
 
     with online():
-        problems = fetch_parts(wanted, root, mirrors=mirrors, force=args.force)
+        problems = fetch_parts(wanted, root, mirrors=args.mirror, force=args.force)
     for problem in problems:
         log_line(f"seed: {problem}")
     # Folders that no problem names.

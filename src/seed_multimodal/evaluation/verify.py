@@ -32,7 +32,7 @@ from seed_multimodal.pipelines.base import MultimodalSystem
 from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.training.metrics import peak_memory_mib
 from seed_multimodal.weights.catalogue import WEIGHT_SUFFIXES, weight_files
-from seed_multimodal.weights.fetch import file_digest
+from seed_multimodal.weights.fetch import file_sha256
 from seed_multimodal.weights.find import portable_path
 
 REFERENCE = "verify.json"  # in a system's folder
@@ -122,7 +122,7 @@ def _checksum(files: list[Path]) -> tuple[JsonObject, str]:
     digest = hashlib.sha256()
     n_bytes = 0
     for file in files:
-        digest.update(f"{file.name} {file_digest(file, 'SHA-256')}\n".encode())
+        digest.update(f"{file.name} {file_sha256(file)}\n".encode())
         n_bytes += file.stat().st_size
     sha256 = digest.hexdigest()
     return {"sha256": sha256, "bytes": n_bytes}, f"`{sha256[:12]}`, {n_bytes / 1e6:,.1f} MB"

@@ -3,12 +3,9 @@
     with online():
         problems = fetch_parts([catalogue().parts["unclip"]], Path("."))
 
-A file is written under a hidden name, from which an interrupted download resumes, and renamed when
-its size and checksum are right. Files that exist are kept.
-
-SHA-256: of `weights.yaml`, else as the hub states it for a large file. Small files of the hub have
-git's SHA-1, files of other servers only a size and an ETag: of these, a partial file is continued
-if it was begun under the same ETag and is shorter than the whole.
+Files of the hub come by its client. A file gets its name in the part's folder when its size is
+right, and its SHA-256: of `weights.yaml`, else as the hub states it for a large file. Files that
+exist are kept.
 """
 
 from __future__ import annotations
@@ -20,34 +17,28 @@ import os
 import pkgutil
 import re
 import shutil
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
-from typing import TypeVar
+from typing import NamedTuple
 
-from seed_multimodal.disk import BUSY, disk_is_full, flush, folder_lock, status_of
+from seed_multimodal.disk import flush, folder_lock, read_patiently, status_of
 from seed_multimodal.entry import log_line
-from seed_multimodal.errors import CheckpointError, ConfigError, first_line
+from seed_multimodal.errors import CheckpointError, ConfigError, SeedError, first_line
 from seed_multimodal.progress import Progress
 from seed_multimodal.settings import nearest
 from seed_multimodal.weights.catalogue import CONVERTIBLE, Part, catalogue
 
-Result = TypeVar("Result")
 MIRRORS = "SEED_MIRRORS"  # environment: NAME=SOURCE pairs, separated by spaces
 TIMEOUT = 30  # seconds for the answer of a server
-# How often a request to a busy server is repeated without progress, and after how many seconds at
-# most (the hub counts requests in windows of five minutes).
-N_RETRIES = 4
-MAX_PAUSE = 300
-CHUNK = 2**23  # bytes
 # Files of the hub that nothing here reads: copies of weights in half precision.
 IGNORED = "*.fp16.*"
 # Torch's copies of weights that are in the same folder as safetensors.
 TORCH_COPIES = ("pytorch_model*.bin*", "diffusion_pytorch_model*.bin*")
+# Request header: no compression, so that lengths are those of the file.
+AS_IT_IS = {"Accept-Encoding": "identity"}
 LOCK = ".download.lock"  # held in a folder that gets files
-UNFINISHED = ".unfinished."  # and the name of a part or file: its download has begun
+UNFINISHED = ".unfinished."  # and the name of a part or file: a folder while it is downloaded
 
 
 def downloads_allowed() -> bool:
@@ -72,17 +63,19 @@ def online() -> Iterator[None]:
 
 def is_unfinished(part: Part, folder: Path) -> bool:
     """Whether the download of a part into a folder was interrupted, or its conversion."""
-    return any((folder / f"{UNFINISHED}{label}").is_file() for label in (part.name, *part.urls))
+    return any((folder / f"{UNFINISHED}{label}").exists() for label in (part.name, *part.urls))
 
 
 @contextlib.contextmanager
-def marked_unfinished(folder: Path, label: str) -> Iterator[None]:
-    """Context that leaves its mark in the folder unless it ends without an error."""
-    folder.mkdir(parents=True, exist_ok=True)
+def marked_unfinished(folder: Path, label: str) -> Iterator[Path]:
+    """Context that leaves its mark in the folder unless it ends without an error: a folder for
+    unfinished files."""
     marker = folder / f"{UNFINISHED}{label}"
-    marker.touch()
-    yield
-    marker.unlink()
+    if marker.is_file():  # of an earlier version
+        marker.unlink()
+    marker.mkdir(parents=True, exist_ok=True)
+    yield marker
+    shutil.rmtree(marker)
 
 
 # ---- errors
@@ -90,12 +83,13 @@ def marked_unfinished(folder: Path, label: str) -> Iterator[None]:
 
 def failures() -> tuple[type[Exception], ...]:
     """What a failed request or download raises; first the error of a connection or an answer."""
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError
+    from huggingface_hub.errors import HfHubHTTPError
 
     # The hub's errors derive from those of its HTTP client, whose package depends on its version.
     client_error: type[Exception] = HfHubHTTPError.__bases__[0]
-    # JSONDecodeError: the page of a proxy. ImportError: httpx lacks the package for it.
-    others = (HFValidationError, OSError, json.JSONDecodeError, ImportError, CheckpointError)
+    # ValueError: a name that is none, the page of a proxy. ImportError: httpx lacks the package for
+    # it. RuntimeError: of hf_xet.
+    others = (OSError, ValueError, ImportError, RuntimeError, SeedError)
     return client_error, *others
 
 
@@ -120,60 +114,27 @@ def failure_reason(error: Exception) -> str:
 # ---- files of servers
 
 
-@dataclass(frozen=True)
-class RemoteFile:
+class RemoteFile(NamedTuple):
     """A file on a server.
 
     name: path in the part's folder.
-    size: in bytes, if known.
-    sha256, git_sha1: as the hub states them.
-    etag: of a server other than the hub.
-
-    Raises CheckpointError: the name is not that of a file below the folder.
+    size, sha256: if known.
+    download: writes the file below the folder `local_dir`, and returns its path.
     """
 
     name: str
-    url: str
-    size: int | None = None
-    sha256: str = ""
-    git_sha1: str = ""
-    etag: str = ""
-
-    def __post_init__(self) -> None:
-        # The server chooses the name, which becomes a path on this disk.
-        leaves_folder = not {"", ".", ".."}.isdisjoint(self.name.split("/"))
-        if leaves_folder or "\\" in self.name or not self.name.isprintable():
-            raise CheckpointError(f"lists {self.name!r}, which is no path below its folder")
-
-    @property
-    def checksum(self) -> tuple[str, str]:
-        """Its kind for `file_digest`, and its value, "" where none is known."""
-        return ("SHA-256", self.sha256.lower()) if self.sha256 else ("git SHA-1", self.git_sha1)
-
-    @property
-    def version(self) -> str:
-        """Short name of its content; "": unknown, so that a partial file cannot be continued."""
-        identity = self.etag or self.sha256 or self.git_sha1
-        return hashlib.sha256(identity.encode()).hexdigest()[:12] if identity else ""
-
-    def partial_path(self, folder: Path) -> Path:
-        """Where the file lies until it is complete."""
-        path = folder / self.name
-        return path.with_name(f".{path.name}.{self.version}.part")
-
-    def resumed_at(self, folder: Path) -> int:
-        """Bytes that earlier attempts have left."""
-        path = self.partial_path(folder)
-        return path.stat().st_size if path.is_file() else 0
+    size: int | None
+    sha256: str
+    download: Callable[..., str]
 
     def difference(self, path: Path) -> str:
         """How a file on this disk differs from the server's; "": in nothing that is known."""
         size = path.stat().st_size
         if self.size is not None and size != self.size:
             return f"{size:,} bytes instead of {self.size:,}"
-        kind, expected = self.checksum
-        digest = file_digest(path, kind) if expected else ""
-        return "" if digest == expected else f"{kind} {digest[:12]}… instead of {expected[:12]}…"
+        expected = self.sha256.lower()
+        digest = file_sha256(path) if expected else ""
+        return "" if digest == expected else f"SHA-256 {digest[:12]}… instead of {expected[:12]}…"
 
 
 def choose_files(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
@@ -188,10 +149,12 @@ def choose_files(names: Sequence[str], patterns: Sequence[str]) -> list[str]:
         names = [name for name in names if "/" not in name]
     chosen = [*filter_repo_objects(names, allow_patterns=[*patterns], ignore_patterns=IGNORED)]
     # Of two formats in a folder, safetensors.
-    copies: list[str] = []
-    for name in chosen:
-        if name.endswith(".safetensors"):
-            copies += [str(PurePosixPath(name).with_name(pattern)) for pattern in TORCH_COPIES]
+    copies = [
+        str(PurePosixPath(name).with_name(pattern))
+        for name in chosen
+        if name.endswith(".safetensors")
+        for pattern in TORCH_COPIES
+    ]
     return [*filter_repo_objects(chosen, ignore_patterns=copies)]
 
 
@@ -200,239 +163,163 @@ def list_repository(name: str, patterns: Sequence[str]) -> list[RemoteFile]:
 
     Raises as `failures`: also if it has none that match the patterns.
     """
-    from huggingface_hub import HfApi, hf_hub_url
-    from huggingface_hub.hf_api import RepoFile
+    from huggingface_hub import HfApi, hf_hub_download
+    from huggingface_hub.errors import HfHubHTTPError
 
-    # 1. The current commit, and its files.
+    # 1. The files of its current commit; a busy hub is asked again.
     owner, repository, *inner = name.split("/", 2)
     repo_id = f"{owner}/{repository}"
-    folder = inner[0].strip("/") if inner else ""
-    api = HfApi()
-    revision = api.repo_info(repo_id, timeout=TIMEOUT).sha
-    tree = api.list_repo_tree(repo_id, folder or None, recursive=True, revision=revision)
-    prefix = f"{folder}/" if folder else ""
-    entries = {
-        entry.path.removeprefix(prefix): entry for entry in tree if isinstance(entry, RepoFile)
-    }
+    folder = PurePosixPath(*inner)
+    request = partial(HfApi().model_info, repo_id, files_metadata=True, timeout=TIMEOUT)
+    info = read_patiently("the list of files", request, HfHubHTTPError)
+    files: dict[str, RemoteFile] = {}
+    for entry in info.siblings or ():
+        path = PurePosixPath(entry.rfilename)
+        if path.is_relative_to(folder):
+            file_name = str(path.relative_to(folder))
+            sha256 = entry.lfs.sha256 if entry.lfs is not None else ""
+            download = partial(
+                hf_hub_download,
+                repo_id,
+                entry.rfilename,
+                revision=info.sha,
+                tqdm_class=DownloadProgress,
+            )
+            files[file_name] = RemoteFile(file_name, entry.size, sha256, download)
 
     # 2. Those that are needed.
-    files: list[RemoteFile] = []
-    for file_name in choose_files([*entries], patterns):
-        entry = entries[file_name]
-        url = hf_hub_url(repo_id, entry.path, revision=revision)
-        sha256 = entry.lfs.sha256 if entry.lfs is not None else ""
-        files.append(RemoteFile(file_name, url, entry.size, sha256, entry.blob_id))
-    if not files:
+    chosen = [files[file_name] for file_name in choose_files([*files], patterns)]
+    if not chosen:
         raise CheckpointError(f"has no files {' '.join(patterns)}")
-    return files
+    return chosen
 
 
 def look_up_url(name: str, url: str) -> RemoteFile:
     """A file of any server, with what its headers state. Raises as `failures`."""
-    from huggingface_hub import get_session
-    from huggingface_hub.utils import hf_raise_for_status  # type: ignore[attr-defined]
+    from huggingface_hub.utils import (  # type: ignore[attr-defined]
+        hf_raise_for_status,
+        http_stream_backoff,
+    )
 
-    # The first byte instead of HEAD, which presigned links and some mirrors refuse.
-    headers = {"Accept-Encoding": "identity", "Range": "bytes=0-0"}
-    with get_session().stream(
-        "GET", url, headers=headers, follow_redirects=True, timeout=TIMEOUT
+    # GET without reading the body: presigned links and some mirrors refuse HEAD.
+    with http_stream_backoff(
+        "GET",
+        url,
+        headers=AS_IT_IS,
+        timeout=TIMEOUT,
+        retry_on_exceptions=(),
     ) as response:
         hf_raise_for_status(response)
-    if response.headers.get("Content-Type", "").startswith("text/html"):
+    headers = response.headers
+    if headers.get("Content-Type", "").startswith("text/html"):
         raise CheckpointError("a web page instead of a file, perhaps of a proxy")
-    length = response.headers.get("Content-Length", "")
-    if response.status_code == 206:
-        length = response.headers.get("Content-Range", "").rpartition("/")[2]
-    size = int(length) if length.isdecimal() else None
-    return RemoteFile(name, url, size, etag=response.headers.get("ETag", ""))
+    if "Content-Length" not in headers:
+        raise CheckpointError("states no length, so that half a file would look like a whole one")
+    size = int(headers["Content-Length"])
+    download = partial(download_url, url, size, headers.get("ETag", ""))
+    return RemoteFile(name, size, "", download)
 
 
-def file_digest(path: Path, kind: str) -> str:
-    """Checksum of a file: "SHA-256", or "git SHA-1" of git's object of it."""
-    size = path.stat().st_size
-    digest = hashlib.sha256()
-    if kind == "git SHA-1":
-        digest = hashlib.sha1(b"blob %d\0" % size, usedforsecurity=False)
-    with (
-        open(path, "rb") as file,
-        Progress(f"checking {path.name}", size, "byte", delay=2, unit_scale=True) as progress,
-    ):
-        while chunk := file.read(CHUNK):
-            digest.update(chunk)
-            progress.update(len(chunk))
-    return digest.hexdigest()
+def download_url(url: str, size: int, etag: str, *, local_dir: Path) -> str:
+    """Download a file, continuing an earlier attempt at the same version; returns its path.
+
+    Raises as `failures`: also if fewer bytes arrive than were announced.
+    """
+    from huggingface_hub.file_download import http_get
+
+    # A complete one is begun again, since nothing proves it.
+    version = hashlib.sha256(f"{url} {etag}".encode()).hexdigest()
+    path = local_dir / version
+    n_bytes = path.stat().st_size if etag and path.is_file() else 0
+    if n_bytes >= size:
+        n_bytes = 0
+    # A file that changes on its server meanwhile is sent from the start.
+    headers = AS_IT_IS | ({"If-Range": etag} if etag else {})
+    with open(path, "ab" if n_bytes else "wb") as stream:
+        http_get(
+            url,
+            stream,
+            resume_size=n_bytes,
+            headers=headers,
+            expected_size=size,
+            tqdm_class=DownloadProgress,
+        )
+    return str(path)
+
+
+def file_sha256(path: Path) -> str:
+    """Checksum of a file."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class DownloadProgress(Progress):
     """The progress of one file, with the keywords that the hub's client passes."""
 
-    def __init__(self, *, desc: str, total: float | None, initial: float, **_: object) -> None:
+    def __init__(self, *, desc: str, total: float | None, initial: float = 0, **_: object) -> None:
         super().__init__(desc, total, "byte", start=initial, unit_scale=True)
 
 
-def download_file(file: RemoteFile, folder: Path) -> Path:
-    """Download a file, continuing an earlier attempt; returns its temporary path.
+# ---- files of a folder
 
-    Raises as `failures`: also if fewer bytes arrive than were announced.
+
+def missing_files(files: Sequence[RemoteFile], folder: Path, force: bool) -> list[RemoteFile]:
+    """The files that are not in a folder, as they are or converted to safetensors; with `force`,
+    also those that differ from the server's.
+
+    Raises CheckpointError: one differs, without `force`; too little space for the others.
     """
-    from huggingface_hub.file_download import http_get
-    from huggingface_hub.utils import build_hf_headers  # type: ignore[attr-defined]
-
-    # 1. What an earlier attempt has left, of this version of the file. (The hub's client deletes
-    # its partial files.) A complete one is only as good as its checksum.
-    path = folder / file.name
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = file.partial_path(folder)
-    for old in path.parent.glob(f".{path.name}.*.part"):
-        n_missing = (file.size or 0) - old.stat().st_size
-        is_proven = n_missing == 0 and file.checksum[1]
-        if old != temporary or not file.version or not (n_missing > 0 or is_proven):
-            old.unlink()
-    resumed_at = file.resumed_at(folder)
-
-    # 2. The rest. A file that has changed on its server is sent from the start.
-    headers = {"Accept-Encoding": "identity"}
-    if file.git_sha1:  # of the hub
-        headers |= build_hf_headers()
-    elif resumed_at:
-        headers["If-Range"] = file.etag
-    if resumed_at:
-        log_line(f"{path}: resumed at {resumed_at / 1e9:.2f} GB")
-    with open(temporary, "ab") as stream:
-        http_get(
-            file.url,
-            stream,
-            resume_size=resumed_at,
-            headers=headers,
-            expected_size=file.size,
-            displayed_filename=path.name,
-            tqdm_class=DownloadProgress,
-        )
-    return temporary
-
-
-# ---- files with several sources
-
-
-@dataclass
-class FileGroup:
-    """Files that come from the same sources.
-
-    label: name of the part or file, as mirrors name it.
-    sources: hub names or URLs, in the order in which they are tried; those that failed are removed.
-    patterns: of the files of a hub repository; empty: one file with a URL.
-    sha256: known checksums by file.
-    """
-
-    label: str
-    folder: Path
-    sources: list[str]
-    patterns: tuple[str, ...]
-    sha256: Mapping[str, str]
-    files: list[RemoteFile] = field(default_factory=list)  # of the current source
-    problems: list[str] = field(default_factory=list)  # of earlier sources
-
-    def try_sources(self, work: Callable[[], Result]) -> Result:
-        """The result of `work` on the files of the first source with which it succeeds.
-
-        Raises CheckpointError: it does with none; a full disk.
-        """
-        n_retries = 0
-        n_bytes = 0
-        while self.sources:
-            try:
-                self.files = self.files or self._look_up()
-                return work()
-            except failures() as error:
-                reason = failure_reason(error)
-                if disk_is_full(error):
-                    message = f"{self.folder}: the disk or quota is full."
-                    raise CheckpointError(message) from error
-                # A busy server, or a broken connection in a download, gets more attempts; after
-                # progress as many again.
-                if n_bytes != self.bytes_to_download():
-                    n_bytes = self.bytes_to_download()
-                    n_retries = 0
-                status = status_of(error)
-                is_broken = bool(self.files) and isinstance(error, failures()[0])
-                is_temporary = is_broken if status is None else status in BUSY
-                if is_temporary and n_retries < N_RETRIES:
-                    # Seconds that the server asks for, else twice as many each time.
-                    headers = getattr(getattr(error, "response", None), "headers", {})
-                    asked = str(headers.get("Retry-After", ""))
-                    pause = min(MAX_PAUSE, int(asked) if asked.isdecimal() else 2**n_retries)
-                    log_line(f"{self.sources[0]}: {reason}; again in {pause} s")
-                    n_retries += 1
-                    time.sleep(pause)
-                    continue
-                # The next source.
-                self.problems.append(f"{self.sources.pop(0)}: {reason}")
-                self.files = []
-                n_retries = 0
-        raise CheckpointError(
-            f"{self.label}: not downloaded into {self.folder} ({'; '.join(self.problems)})."
-        )
-
-    def _look_up(self) -> list[RemoteFile]:
-        """The files of the current source."""
-        if self.patterns:
-            files = list_repository(self.sources[0], self.patterns)
-        else:
-            files = [look_up_url(self.label, self.sources[0])]
-        return [replace(file, sha256=self.sha256.get(file.name, file.sha256)) for file in files]
-
-    def is_there(self, file: RemoteFile) -> bool:
-        """Whether a file is on this disk, as it is or converted to safetensors."""
-        path = self.folder / file.name
+    missing: list[RemoteFile] = []
+    for file in files:
+        path = folder / file.name
+        difference = file.difference(path) if path.is_file() else ""
+        if difference and not force:
+            raise CheckpointError(
+                f"{path} is another file ({difference}) and was kept; seed fetch --force replaces "
+                "it"
+            )
         is_converted = path.suffix in CONVERTIBLE and path.with_suffix(".safetensors").is_file()
-        return path.is_file() or is_converted
+        if difference or not (path.is_file() or is_converted):
+            missing.append(file)
 
-    def bytes_to_download(self) -> int:
-        """Size of the files that are not there, without what earlier attempts have left."""
-        total = 0
-        for file in self.files:
-            if not self.is_there(file):
-                total += max(0, (file.size or 0) - file.resumed_at(self.folder))
-        return total
+    n_bytes = sum(file.size or 0 for file in missing)
+    n_free = shutil.disk_usage(folder).free
+    amounts = f"{n_bytes / 1e9:.2f} GB to download, {n_free / 1e9:.1f} GB free"
+    if n_bytes > n_free:
+        raise CheckpointError(f"the disk of {folder} has too little space ({amounts})")
+    if n_bytes:
+        log_line(f"{folder}: {amounts}")
+    return missing
 
-    def missing(self, force: bool) -> list[RemoteFile]:
-        """The files that are not there; with `force`, also those that differ from the server's.
 
-        Raises CheckpointError: one differs, without `force`.
-        """
-        missing: list[RemoteFile] = []
-        for file in self.files:
-            path = self.folder / file.name
-            difference = file.difference(path) if path.is_file() else ""
-            if difference and not force:
-                raise CheckpointError(
-                    f"{path} is another file ({difference}) and was kept; seed fetch --force "
-                    "replaces it"
-                )
-            if difference or not self.is_there(file):
-                missing.append(file)
-        return missing
+def download(part: Part, label: str, source: str, folder: Path, force: bool) -> None:
+    """Download and check what is missing of a part's repository, or of its file with this label.
 
-    def download(self, force: bool = False) -> int:
-        """Download the missing files and check them; returns their number.
-
-        Raises as `failures`: also for a file that is not what it should be.
-        """
-        waiting = f"{self.folder}: waits for another download into it"
-        with folder_lock(
-            self.folder, CheckpointError, timeout=-1, name=LOCK, on_wait=partial(log_line, waiting)
-        ):
-            missing = self.missing(force)
-            with marked_unfinished(self.folder, self.label):
-                for file in missing:
-                    temporary = download_file(file, self.folder)
-                    difference = file.difference(temporary)
-                    if difference:
-                        temporary.unlink()
-                        raise CheckpointError(f"{file.name}: {difference}")
-                    flush(temporary)
-                    os.replace(temporary, self.folder / file.name)
-        return len(missing)
+    Raises as `failures`: also for a file that is not what it should be.
+    """
+    is_url = label in part.urls
+    files = [look_up_url(label, source)] if is_url else list_repository(source, part.files)
+    files = [file._replace(sha256=part.sha256.get(file.name, file.sha256)) for file in files]
+    waiting = f"{folder}: waits for another download into it"
+    with folder_lock(
+        folder, CheckpointError, timeout=-1, name=LOCK, on_wait=partial(log_line, waiting)
+    ):
+        missing = missing_files(files, folder, force)
+        with marked_unfinished(folder, label) as scratch:
+            for old in scratch.rglob("*.incomplete"):
+                old.unlink()  # which the hub's client does not continue
+            for file in missing:
+                downloaded = Path(file.download(local_dir=scratch))
+                difference = file.difference(downloaded)
+                if difference:
+                    downloaded.unlink()
+                    raise CheckpointError(f"{file.name}: {difference}")
+                path = folder / file.name
+                path.parent.mkdir(parents=True, exist_ok=True)
+                flush(downloaded)
+                os.replace(downloaded, path)
+    n_kept = len(files) - len(missing)
+    log_line(f"{folder}: {len(missing)} files of {source} downloaded, {n_kept} kept")
 
 
 # ---- all parts of a model
@@ -442,51 +329,44 @@ def fetch_parts(
     parts: Sequence[Part],
     root: Path,
     *,
-    mirrors: Mapping[str, str] | None = None,
+    mirrors: Sequence[str] = (),
     force: bool = False,
 ) -> list[str]:
     """Download what is missing of some parts, and of the parts that they need.
 
     root: the folder with `pretrained/`.
-    mirrors: sources that are tried first, as of `read_mirrors`; None: those of the environment.
+    mirrors: NAME=SOURCE pairs of sources that are tried first, besides those of the environment.
     force: replace files that differ from the servers'.
 
-    Returns a sentence for each problem; the other files are complete.
-
-    Raises CheckpointError: the disk has not enough space, checked before anything is downloaded.
+    Returns a sentence for each problem; the other files are complete. Raises ConfigError: a mirror
+    for something else.
     """
-    mirrors = read_mirrors() if mirrors is None else mirrors
-    parts = with_needed(parts, root)
-    problems: dict[str, str] = {}  # by label of a group, or by file
-
-    # 1. Which files there are, and how much space they need.
-    groups: list[FileGroup] = []
-    for part in parts:
-        for group in file_groups(part, root, mirrors):
-            try:
-                group.try_sources(lambda: None)
-                groups.append(group)
-            except CheckpointError as error:
-                problems[group.label] = str(error)
-    check_space(groups)
-
-    # 2. The files.
-    for group in groups:
-        try:
-            n_files = group.try_sources(partial(group.download, force))
-        except CheckpointError as error:
-            problems[group.label] = str(error)
-            continue
-        n_kept = len(group.files) - n_files
-        log_line(f"{group.folder}: {n_files} files of {group.sources[0]} downloaded, {n_kept} kept")
-
-    # 3. Parts that are made of others, once these are complete; files that no program can download.
-    for part in parts:
+    own_sources = read_mirrors(mirrors)
+    problems: dict[str, str] = {}  # by part or file
+    for part in with_needed(parts, root):
+        # 1. The files of its repository, and each file with a URL.
         folder = root / part.folder
+        published = {part.name: (part.hub, *part.mirrors)} if part.hub else {}
+        published |= {name: (url,) for name, url in part.urls.items()}
+        for label, sources in published.items():
+            if label in own_sources:
+                sources = (own_sources[label], *sources)
+            failed: list[str] = []
+            for source in sources:
+                try:
+                    download(part, label, source, folder, force)
+                    break
+                except failures() as error:
+                    failed.append(f"{source}: {failure_reason(error)}")
+            else:
+                problems[label] = f"{label}: not downloaded into {folder} ({'; '.join(failed)})."
+
+        # 2. What is made of other parts, once these are complete; files that no program can
+        #    download.
         if part.convert and problems.keys().isdisjoint(part.needs):
-            sources = [root / catalogue().parts[name].folder for name in part.needs]
+            needed = [root / catalogue().parts[name].folder for name in part.needs]
             with marked_unfinished(folder, part.name):
-                pkgutil.resolve_name(part.convert)(folder, *sources)
+                pkgutil.resolve_name(part.convert)(folder, *needed)
             log_line(f"{folder}: made of {', '.join(part.needs)}")
         for name, source in part.by_hand.items():
             if not (folder / name).is_file():
@@ -508,61 +388,22 @@ def with_needed(parts: Sequence[Part], root: Path) -> list[Part]:
     return ordered
 
 
-def file_groups(part: Part, root: Path, mirrors: Mapping[str, str]) -> list[FileGroup]:
-    """What is downloaded for a part: the files of its repository, and each file with a URL; the
-    user's mirrors come first."""
-    published = {part.name: (part.hub, *part.mirrors)} if part.hub else {}
-    published |= {name: (url,) for name, url in part.urls.items()}
-    groups: list[FileGroup] = []
-    for name, sources in published.items():
-        own_sources = [mirrors[name]] if name in mirrors else []
-        patterns = () if name in part.urls else part.files
-        folder = root / part.folder
-        groups.append(FileGroup(name, folder, [*own_sources, *sources], patterns, part.sha256))
-    return groups
-
-
-def read_mirrors(pairs: Sequence[str] = ()) -> dict[str, str]:
+def read_mirrors(pairs: Sequence[str]) -> dict[str, str]:
     """Sources by name, of the environment's NAME=SOURCE pairs and these.
 
     The name of a part has a hub repository ("owner/name", or "owner/name/folder"), the name of a
     file a URL. Raises ConfigError: neither.
     """
-    parts = catalogue().parts
-    files = dict.fromkeys(name for part in parts.values() for name in part.urls)
+    patterns = dict.fromkeys(catalogue().parts, r"\w[\w.-]*(/[\w.-]+)+")
+    for part in catalogue().parts.values():
+        patterns |= dict.fromkeys(part.urls, r"https?://.+")
     mirrors: dict[str, str] = {}
     for pair in (*os.environ.get(MIRRORS, "").split(), *pairs):
         name, _, source = pair.partition("=")
-        if name not in parts and name not in files:
-            names = [*parts, *files]
+        if name not in patterns or not re.fullmatch(patterns[name], source):
             raise ConfigError(
-                f"mirror {pair}: there is no part {name!r}{nearest(name, names)}; "
-                f"there are {', '.join(names)}."
+                f"mirror {pair}: is neither PART=owner/name nor FILE=URL"
+                f"{nearest(name, patterns)}; there are {', '.join(patterns)}."
             )
-        pattern = r"https?://.+" if name in files else r"\w[\w.-]*(/[\w.-]+)+"
-        if not re.fullmatch(pattern, source):
-            expected = "a URL" if name in files else "a hub repository (owner/name)"
-            raise ConfigError(f"mirror {pair}: {name} needs {expected}.")
         mirrors[name] = source
     return mirrors
-
-
-def check_space(groups: Sequence[FileGroup]) -> None:
-    """Log how much will be downloaded. Raises CheckpointError: a file system has too little
-    space."""
-    folders: dict[int, Path] = {}  # by file system
-    needed: dict[Path, int] = {}  # bytes
-    for group in groups:
-        # The nearest folder that exists, one for each file system.
-        folder = group.folder.absolute()
-        while not folder.is_dir():
-            folder = folder.parent
-        folder = folders.setdefault(folder.stat().st_dev, folder)
-        needed[folder] = needed.get(folder, 0) + group.bytes_to_download()
-    for folder, n_bytes in needed.items():
-        n_free = shutil.disk_usage(folder).free
-        amounts = f"{n_bytes / 1e9:.2f} GB to download, {n_free / 1e9:.1f} GB free"
-        if n_bytes > n_free:
-            raise CheckpointError(f"{folder}: its disk has too little space ({amounts}).")
-        if n_bytes:
-            log_line(f"{folder}: {amounts}")
