@@ -318,6 +318,20 @@ def test_chat_reads_images_before_the_question(system, content):
     assert system.chat(user(*content), **GREEDY).ids == ordered.ids
 
 
+@pytest.mark.parametrize(
+    "content", [[noise(1)], [noise(1), " "], ["", noise(1), noise(2)]], ids=len
+)
+def test_images_alone_are_described(system, content):
+    # Whoever sends only a picture would get another one, or words that stand behind none.
+    request = user(*[part for part in content if not isinstance(part, str)], system.tasks.describe)
+    described = system.chat(request, **GREEDY)
+    assert system.chat(user(*content), **GREEDY).ids == described.ids
+    if not system.family.answers_only_about_images:
+        earlier = [*user("Hello"), {"role": "assistant", "content": "Hello."}]
+        described = system.chat([*earlier, *request], **GREEDY)
+        assert system.chat([*earlier, *user(*content)], **GREEDY).ids == described.ids
+
+
 def test_chat_of_several_turns(system, family):
     # A conversation goes on after a drawing; too long a one loses its oldest turns.
     first = user(noise(1), "Make it red.")

@@ -178,7 +178,11 @@ class Request:
         if settings.constrain:
             opened = self.initial_ids[-1:] == [vocabulary.boi_id]
             constraints = ImageConstraints(
-                vocabulary, opened, self.image_budget, engine.original_constraints
+                vocabulary,
+                opened,
+                self.image_budget,
+                engine.original_constraints,
+                end_id=self.end_ids[0] if self.end_ids else None,
             )
             self.processors.insert(0, constraints)
         self.seed: int | None = None

@@ -86,12 +86,17 @@ class InboxThread(ThreadState, Generic[Item]):
         weakref.finalize(self, _close, self._wakeups, self._threads, self._closing)
 
     def _put(self, item: Item) -> None:
-        """Add an item, from any thread; where no thread can be started the caller serves it."""
+        """Add an item, from any thread. Where none can be started, as from Python 3.12 on once the
+        main thread has ended, the caller serves it."""
         self._inbox.put(item)
         with self._starting:
             if not self._threads:
-                thread = start_thread(self._thread_name, _serve, self._wakeups)
-                if thread is None:
+                thread = threading.Thread(
+                    target=_serve, args=(self._wakeups,), name=self._thread_name, daemon=True
+                )
+                try:
+                    thread.start()
+                except RuntimeError:
                     self.serve()
                     return
                 self._threads.append(thread)
@@ -108,19 +113,6 @@ class InboxThread(ThreadState, Generic[Item]):
                 items.append(self._inbox.get_nowait())
         except queue.Empty:
             return items
-
-
-def start_thread(
-    name: str, target: Callable[..., None], *arguments: object
-) -> threading.Thread | None:
-    """A started daemon thread; None: none can be started, as from Python 3.12 on once the main
-    thread has ended."""
-    thread = threading.Thread(target=target, args=arguments, name=name, daemon=True)
-    try:
-        thread.start()
-    except RuntimeError:
-        return None
-    return thread
 
 
 def _serve(wakeups: queue.SimpleQueue[InboxThread[Item] | None]) -> None:

@@ -35,7 +35,8 @@ class ImageConstraints:
     """A logits processor that forbids tokens which would break an image.
 
     opened: the prompt ends in `<img>`.
-    budget: images fit into so many generated tokens; None: unknown.
+    budget: images fit into so many generated tokens; None: unknown. 0: no images, so that the
+    start of one ends the answer by `end_id`, if there is one.
     original: forbid only those of SEED-X's image tokens that the original code forbids.
     """
 
@@ -45,9 +46,11 @@ class ImageConstraints:
         opened: bool = False,
         budget: int | None = None,
         original: bool = False,
+        end_id: int | None = None,
     ) -> None:
         self.vocabulary = vocabulary
         self.opened = opened
+        self.end_id = end_id
         self.budget = budget
         self.original = original
         n_codes = vocabulary.tokens_per_image if original else vocabulary.n_codes
@@ -77,6 +80,9 @@ class ImageConstraints:
         fits = budget is None or budget - length >= vocabulary.image_length
         if vocabulary.image_only_when_forced or not fits:
             forbidden.append(vocabulary.boi_id)
+        if budget == 0 and self.end_id is not None and not vocabulary.image_only_when_forced:
+            ends = allowed[[self.end_id, vocabulary.boi_id]]
+            allowed[self.end_id] = ends.logsumexp(0)
         forbidden.append(slice(vocabulary.size, None))  # padding rows of the output layer
         for ids in forbidden:
             allowed[ids] = float("-inf")

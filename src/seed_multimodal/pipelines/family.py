@@ -127,9 +127,13 @@ class Family:
     def read_chat(self, conversation: list[Message], draws: bool) -> tuple[Task, list[Message]]:
         """A conversation as the model was trained to read it, and its task.
 
-        draws: whether the answer must be an image.
+        Images alone are described. draws: whether the answer must be an image.
         """
-        return "chat", conversation
+        *earlier, last = conversation
+        is_images_alone = last.role == "user" and not last.is_text and not last.text.strip()
+        if is_images_alone and not draws:
+            last = replace(last, content=(*last.content, self.tasks.describe))
+        return "chat", [*earlier, last]
 
     def drawing_requests(
         self, conversations: Sequence[Sequence[Message]], options: Options

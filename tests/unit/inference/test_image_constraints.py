@@ -68,6 +68,20 @@ def test_any_sequence_follows_the_grammar(vocabulary, seed, budget, opened):
         rows = torch.cat([rows, chosen], dim=1)
 
 
+def test_an_image_that_may_not_be_drawn_ends_the_answer(tokenizer):
+    # Without it the model continues where it has learned none: words that mean nothing.
+    vocabulary = tokenizer.vocabulary
+    end = tokenizer.eos_token_id
+    scores = torch.randn(1, vocabulary.size)
+    before = scores[0].exp()
+    process = ImageConstraints(vocabulary, budget=0, end_id=end)
+    after = process(torch.zeros(1, 0, dtype=torch.long), scores)[0].exp()
+    torch.testing.assert_close(after[end], before[end] + before[vocabulary.boi_id])
+    assert after[vocabulary.boi_id] == 0
+    others = [id for id in allowed(vocabulary, [], 0) if id != end]
+    assert torch.equal(after[others], before[others])
+
+
 def test_original_constraints_of_seed_x(seedx_tokenizer):
     # The original forbids only an image's own codes, patches and starts: answers as by its scripts.
     vocabulary = seedx_tokenizer.vocabulary

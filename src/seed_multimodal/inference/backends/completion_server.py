@@ -29,7 +29,6 @@ from torch import Tensor
 from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import ConfigError, RequestError, first_line
 from seed_multimodal.inference.base_engine import BaseEngine, Likelihood, Request
-from seed_multimodal.inference.batching import start_thread
 from seed_multimodal.inference.prompt import Prompt
 from seed_multimodal.language.text_tokenizer import TextTokenizer
 from seed_multimodal.proxies import direct
@@ -137,7 +136,12 @@ class CompletionServerEngine(BaseEngine):
             raise ConfigError(
                 "Guidance needs --engine torch; leave it at 1 with a completion server."
             )
-        if start_thread("seed-completion", self._run, request) is None:
+        thread = threading.Thread(
+            target=self._run, args=(request,), name="seed-completion", daemon=True
+        )
+        try:
+            thread.start()
+        except RuntimeError:  # as `InboxThread`
             self._run(request)
 
     def _run(self, request: Request) -> None:

@@ -339,8 +339,9 @@ class SeedXFamily(Family):
 
     def read_chat(self, conversation: list[Message], draws: bool) -> tuple[Task, list[Message]]:
         """As tuned models learned it (`data.Chat`): images of answers are output tokens."""
+        task, conversation = super().read_chat(conversation, draws)
         if not self.config.tuned:
-            return "chat", conversation
+            return task, conversation
         output_indices = [*range(self.tokenizer.vocabulary.tokens_per_image)]
         messages: list[Message] = []
         turns = [(message.role, message.content) for message in conversation]
@@ -353,7 +354,7 @@ class SeedXFamily(Family):
                     part = part.image
                 content.append(part)
             messages.append(Message(role, tuple(content)))
-        return "chat", messages
+        return task, messages
 
     def text(self, answer: Answer, task: Task) -> str:
         return without_tags(answer.text).strip()
