@@ -174,14 +174,19 @@ def list_repository(name: str, patterns: Sequence[str]) -> list[RemoteFile]:
     info = read_patiently("the list of files", request, HfHubHTTPError)
     files: dict[str, RemoteFile] = {}
     for entry in info.siblings or ():
-        path = PurePosixPath(entry.rfilename)
+        # The server chooses the name, which becomes a path on this disk.
+        full_name = entry.rfilename
+        leaves_folder = not {"", ".", ".."}.isdisjoint(full_name.split("/"))
+        if leaves_folder or "\\" in full_name or not full_name.isprintable():
+            raise CheckpointError(f"lists {full_name!r}, which is no path below its folder")
+        path = PurePosixPath(full_name)
         if path.is_relative_to(folder):
             file_name = str(path.relative_to(folder))
             sha256 = entry.lfs.sha256 if entry.lfs is not None else ""
             download = partial(
                 hf_hub_download,
                 repo_id,
-                entry.rfilename,
+                full_name,
                 revision=info.sha,
                 tqdm_class=DownloadProgress,
             )
