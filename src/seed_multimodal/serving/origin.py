@@ -36,13 +36,13 @@ def problem(bound_host: str, host: str, origin: str, origins: Collection[str] = 
         return ""
     allowed = [item.lower() for item in origins]
     if origin and origin.lower() not in allowed and not is_loopback(_host_of(origin)):
-        return f"The web page {origin!r:.99} may not use this program; --allow-origin allows an origin."
+        return f"The web page {origin!r:.99} is not allowed; allow its origin by --allow-origin."
     allowed_hosts = [_host_of(item) for item in allowed]
     name = _host_of(host)
     if host and not is_loopback(name) and (not name or name not in allowed_hosts):
         return (
-            f"This program is for its own machine, not for the host {host!r:.99}: use 127.0.0.1, or "
-            f"allow the host by --allow-origin."
+            f"{host!r:.99} is not this machine's own address, on which this program listens: use "
+            f"127.0.0.1, or allow the address by --allow-origin."
         )
     return ""
 
