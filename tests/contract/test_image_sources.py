@@ -10,6 +10,8 @@ import json
 import os
 import sys
 import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -53,6 +55,7 @@ def unseekable(data: bytes) -> Any:
 OBJECTS: dict[str, Any] = {
     "path": FILE,
     "name": str(FILE),
+    "file URL": f" FILE://localhost{str(FILE).replace('o', '%6f')}",
     "bytes": PNG,
     "bytearray": bytearray(PNG),
     "memoryview": memoryview(PNG),
@@ -78,7 +81,8 @@ DEPTHS: dict[str, Any] = {
     "floats to 255": GREY * 255,
     "half floats": GREY.astype(np.float16),
     "bfloat16": torch.tensor(GREY, dtype=torch.bfloat16),
-    "a resampled image": GREY + [[-0.03, 0, 0.03, 0, 0]],
+    "a resampled image": GREY + [[-0.4, 0, 1, 0, 0]],
+    "resampled integers": np.array([[-9, 128, 300, 0, 0]], np.int16),
     "one channel": GREY[..., None],
     "one channel first": torch.tensor(GREY)[None],
     "infinite": np.array([[-np.inf, 0.5, np.inf, np.nan, 0]]),
@@ -143,11 +147,51 @@ def test_systems_read_forms(nano):
 
 @pytest.mark.slow
 def test_rows_of_codes_are_no_images(nano):
-    # What `tokenize` returns goes into `reconstruct`.
+    # What `tokenize` returns goes into `reconstruct`, also as smaller numbers.
     codes = nano.tokenize([PICTURE, SMALL])
-    few = {"num_inference_steps": 2}
-    images = [nano.reconstruct(rows, **few) for rows in (codes, codes.numpy(), codes.tolist())]
-    assert len(images[0]) == 2 and images[0] == images[1] == images[2]
+    images = nano.reconstruct(codes, num_inference_steps=2)
+    for rows in (codes.int(), codes.numpy().astype(">u2"), codes.tolist()):
+        assert nano.reconstruct(rows, num_inference_steps=2) == images
+
+
+def test_open_image_in_any_byte_order():
+    dark = PIXELS // 2
+    assert open_image(dark.astype(">u2")).image == open_image(dark.astype("<u2")).image
+
+
+@pytest.mark.parametrize("name", ["fox", "whale", "banana", "castle", "two_crabs"])
+def test_open_image_of_enlarged_floats(name):
+    # Bicubic values lie outside of the range; a single one must not make a black image.
+    levels = np.array(Image.open(ROOT / "images" / f"{name}.png").convert("RGB"))
+    pixels = torch.tensor(levels / 255).permute(2, 0, 1)[None]
+    for size in (48, 100, 224, 333):
+        (enlarged,) = torch.nn.functional.interpolate(pixels, size=size, mode="bicubic")
+        assert open_image(enlarged).image == open_image(enlarged.clamp(0, 1)).image
+
+
+class SlowFile(io.BytesIO):
+    def read(self, size: int | None = -1) -> bytes:
+        time.sleep(0)  # other threads go on
+        return super().read(min(size or 0, 5000))
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "WEBP", "TIFF"])
+def test_open_image_of_a_source_that_threads_share(kind):
+    # Half-decoded images give other codes without an error.
+    data = image_to_bytes(PICTURE.resize((800, 500)), kind)
+    for shared in (Image.open(io.BytesIO(data)), SlowFile(data)):
+        with ThreadPoolExecutor(12) as pool:
+            images = [*pool.map(open_image, [shared] * 12)]
+        assert images == [open_image(data)] * 12
+
+
+@pytest.mark.parametrize("kind", ["PNG", "JPEG", "GIF", "TIFF", "BMP"])
+def test_open_image_of_a_closed_image(kind):
+    for close in ("close", "__exit__"):
+        image = Image.open(io.BytesIO(image_to_bytes(PICTURE, kind)))
+        getattr(image, close)()
+        with pytest.raises(ImageError, match="closed before it was read"):
+            open_image(image)
 
 
 @pytest.mark.parametrize("kind", ["JPEG", "TIFF"])
@@ -305,7 +349,12 @@ WRONG: dict[str, Any] = {
     "a batch": np.zeros((2, 4, 4, 3), np.uint8),
     "no pixels": np.zeros((0, 4, 3), np.uint8),
     "letters": np.full((4, 4), "x"),
-    "normalised for a model": torch.randn(3, 8, 8),
+    "normalised to -1…1": np.array([[-1.0, 1.0]]),
+    "normalised for CLIP": np.array([[-0.3, 2.15]]),
+    "codes as floats": np.array([[3.0, 8000.0]]),
+    "no finite number": np.array([[np.nan, np.inf]]),
+    "a file of another machine": "file://host/a.png",
+    "a folder": str(ROOT),
     "a broken array": SimpleNamespace(__array__=5),
     "a broken file": SimpleNamespace(read=5),
     "a broken function": lambda: 1 / 0,

@@ -18,12 +18,13 @@ import importlib
 import io
 import os
 import re
+import threading
 import weakref
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol, TypeAlias, TypeGuard
-from urllib.parse import unquote_to_bytes
+from urllib.parse import unquote, unquote_to_bytes
 
 import numpy as np
 from PIL import ExifTags, Image, ImageOps, JpegImagePlugin
@@ -58,6 +59,7 @@ MAX_EXACT_PIXELS = 12_500_000  # 12 megapixels
 MIN_OVERSAMPLING = 3  # reduction to three times the final size is visually lossless
 PIECE = 1 << 20  # bytes read at a time
 MAX_PATH = 4096  # a longer string is no path
+MAX_CODES = 256  # of an image at most, where its type alone does not tell codes from pixels
 # How image files begin.
 _IMAGE_START = re.compile(
     rb"\x89PNG|\xff\xd8\xff|GIF8|BM|II\*\0|MM\0\*|RIFF....WEBP|....ftyp|\0\0\0\x0cJXL |\xff\x0a",
@@ -65,8 +67,12 @@ _IMAGE_START = re.compile(
 )
 _DATA_URL = re.compile(r"\s*data:", re.IGNORECASE)
 _URL = re.compile(r"\s*\w{2,}:/")  # more letters than a drive of Windows
+_FILE_URL = re.compile(r"\s*file:(//(localhost)?)?(?=/)", re.IGNORECASE)
 # What unseekable files held: conversations read their images again at each turn.
 _read_before: weakref.WeakKeyDictionary[Any, bytes] = weakref.WeakKeyDictionary()
+# Of callers' images and open files that are being read, by their ids.
+_locks: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
+_locks_lock = threading.Lock()
 
 
 @dataclass(frozen=True)
@@ -128,6 +134,7 @@ class StoredImage:
             if callable(source):
                 source = source()
             self.image = self._read(source)
+            self._lock = _lock_of(self.image)
             self.size = self.image.size
         except SeedError:
             raise
@@ -164,7 +171,8 @@ class StoredImage:
         if isinstance(source, os.PathLike):
             data = self._path_bytes(Path(source))
         elif hasattr(source, "read"):
-            data = _stream_bytes(source, self.name, self.limits)
+            with _lock_of(source):
+                data = _stream_bytes(source, self.name, self.limits)
         elif isinstance(source, bytes | bytearray | memoryview):
             data = bytes(source)
         else:
@@ -204,7 +212,8 @@ class StoredImage:
     def orientation(self) -> int:
         """EXIF orientation, 1 for upright or damaged metadata."""
         try:
-            return int(self.image.getexif().get(ExifTags.Base.Orientation) or 1)
+            with self._lock:
+                return int(self.image.getexif().get(ExifTags.Base.Orientation) or 1)
         except Exception:  # noqa: BLE001
             return 1
 
@@ -228,28 +237,32 @@ class StoredImage:
 
         factor: 1, 2, 4 or 8, by which both sides are divided (rounded up).
 
-        Raises ImageError: damaged contents.
+        Raises ImageError: damaged contents, or the caller has closed the image.
         """
         try:
-            if factor > 1 and self.is_jpeg:
-                # The JPEG decoder itself reduces, if it can (then the image's size changes).
-                width, height = self.size
-                self.image.draft(None, (width // factor, height // factor))
-                if self.image.size != self.size:
-                    factor = 1
-            self.image.load()
-            plain = self.image
-            # Without a second copy of a large image, if means of its levels are colours.
-            is_plain = plain.mode in ("L", "RGB", "RGBA") and "transparency" not in plain.info
-            if factor > 1 and is_plain:
-                plain = to_rgb(plain.reduce(factor))
-            else:
-                plain = to_rgb(plain)
-                plain = plain.reduce(factor) if factor > 1 else plain
+            with self._lock:
+                if factor > 1 and self.is_jpeg:
+                    # The JPEG decoder itself reduces, if it can (then the image's size changes).
+                    width, height = self.size
+                    self.image.draft(None, (width // factor, height // factor))
+                    if self.image.size != self.size:
+                        factor = 1
+                self.image.load()
+                plain = self.image
+                # Without a second copy of a large image, if means of its levels are colours.
+                is_plain = plain.mode in ("L", "RGB", "RGBA") and "transparency" not in plain.info
+                if factor > 1 and is_plain:
+                    plain = to_rgb(plain.reduce(factor))
+                else:
+                    plain = to_rgb(plain)
+                    plain = plain.reduce(factor) if factor > 1 else plain
         except Exception as error:
-            raise ImageError(
-                f"{self.name}: the image is truncated or damaged ({first_line(error)})."
-            ) from error
+            reason = f"is truncated or damaged ({first_line(error)})"
+            # A closed image has parts to decode, but no file.
+            has_file = getattr(self.image, "fp", None) or not getattr(self.image, "tile", None)
+            if not has_file or "closed" in str(error):
+                reason = "was closed before it was read"
+            raise ImageError(f"{self.name}: the image {reason}.") from error
         # An icon may be larger than in its header.
         problem = self.limits.size_problem(plain.size)
         if problem:
@@ -271,9 +284,9 @@ def open_image(
     """Read one image.
 
     Args:
-        source: a path (also of a pipe), a data URL or base64 text, the bytes of a file, an open
-            file, a PIL image, an array or tensor of [H, W], [H, W, C] or [C, H, W] with C = 1 to 4,
-            or a function that returns one of these.
+        source: a path (also of a pipe), a `file:` or data URL or base64 text, the bytes of a file,
+            an open file, a PIL image, an array or tensor of [H, W], [H, W, C] or [C, H, W] with
+            C = 1 to 4, or a function that returns one of these.
         name: for error messages; default: the file's name, or "image".
         at_least: a large image may be reduced to no fewer than this many pixels a side; None:
             never.
@@ -292,21 +305,35 @@ def reduction_factor(size: tuple[int, int], min_side: int) -> int:
     return 1
 
 
-# ---- what is an image
+# ---- what is an image, and what are codes
 
 
 def is_image(value: object) -> TypeGuard[ImageSource]:
     """Whether `open_image` takes `value`, which is no `str`: that may be any text.
 
-    Integers of one axis are codes, and int64 of two axes rows of codes.
+    Integers of one axis are codes. Of two they are a row of codes for each image, but uint8 is a
+    picture, and so is uint16 with rows too long for codes.
     """
     if hasattr(value, "__array__"):
-        n_axes = getattr(value, "ndim", 0)
-        dtype = str(getattr(value, "dtype", ""))
-        is_codes = (n_axes == 1 and "float" not in dtype) or (n_axes == 2 and "int64" in dtype)
-        return n_axes > 0 and not is_codes
+        *batch, width = getattr(value, "shape", None) or [0]
+        dtype = getattr(value, "dtype", "int")
+        type_name = getattr(dtype, "name", str(dtype))  # without a byte order
+        is_grey = "uint8" in type_name or ("uint16" in type_name and width > MAX_CODES)
+        is_colour = sum(length > 1 for length in batch) > 1
+        return len(batch) > 0 and ("int" not in type_name or is_grey or is_colour)
     kinds = (os.PathLike, bytes, bytearray, memoryview, Image.Image)
     return isinstance(value, kinds) or hasattr(value, "read") or callable(value)
+
+
+def code_row(value: Any) -> list[int] | None:
+    """The codes of one image, whole numbers in any sequence, array or tensor of one axis; None:
+    `value` is something else, such as bools."""
+    is_file = isinstance(value, str | bytes | bytearray | memoryview)
+    items = value.tolist() if getattr(value, "ndim", 0) == 1 and not is_file else value
+    if not isinstance(items, Sequence) or is_file:
+        return None
+    codes = [item.item() if getattr(item, "ndim", None) == 0 else item for item in items]
+    return codes if {*map(type, codes)} == {int} else None
 
 
 # ---- the bytes of a file
@@ -315,10 +342,15 @@ def is_image(value: object) -> TypeGuard[ImageSource]:
 def read_string(
     text: str, name: str = "image", limits: ImageLimits = DEFAULT_LIMITS
 ) -> Path | bytes:
-    """The path, or the bytes of a data URL or base64 text.
+    """The path (also of a `file:` URL), or the bytes of a data URL or base64 text.
+
+    For the local user's strings; others' are only given to `decode_text`.
 
     Raises ImageError: an address of the internet, or damaged base64.
     """
+    file_url = _FILE_URL.match(text)
+    if file_url:
+        return Path(unquote(text[file_url.end() :].rstrip()))
     is_text = not text or len(text) > MAX_PATH or bool(_DATA_URL.match(text) or _URL.match(text))
     if not is_text and not os.path.exists(text):
         # A path may look like base64 text, but not like that of an image.
@@ -359,6 +391,12 @@ def decode_text(text: str, name: str = "image", limits: ImageLimits = DEFAULT_LI
         raise ImageError(
             f"{name}: neither base64 text nor a data URL: {short_name(text)!r}."
         ) from error
+
+
+def _lock_of(source: object) -> Any:
+    """The lock of a caller's image or open file, which other threads may use, too."""
+    with _locks_lock:
+        return _locks.setdefault(id(source), threading.RLock())
 
 
 def _stream_bytes(file: IO[bytes], name: str, limits: ImageLimits) -> bytes:
@@ -429,12 +467,13 @@ def _array_image(source: Any, name: str) -> Image.Image:
 
 
 def to_8_bits(levels: np.ndarray) -> np.ndarray:
-    """Numbers of any type → uint8; NaN is 0.
+    """Numbers of any type → uint8; NaN is 0, and infinite ones are black and white.
 
-    uint16 has 16 bits. Other types have the range in which their largest value is: floats of 0…1,
-    else 0…255, 0…65535, 0…2³²-1. Values of a resampled image may be 5 % outside of it.
+    uint16 has 16 bits. Other types have the range in which their largest value is: floats of 0…1 or
+    0…255, integers of 0…255, 0…65535 or 0…2³²-1. What is outside of it, as in an enlarged image, is
+    clipped: up to twice the range, and as far below zero as half of the largest value.
 
-    Raises ValueError: other types or values.
+    Raises ValueError: other types or values, as those that were normalised for a model.
     """
     if levels.dtype == np.uint8:
         return levels
@@ -444,15 +483,18 @@ def to_8_bits(levels: np.ndarray) -> np.ndarray:
     # 1. The range.
     values = levels.astype(np.float32)
     finite = values[np.isfinite(values)]
+    if finite.size == 0:
+        raise ValueError("no finite value")
     low = finite.min(initial=0)
     high = finite.max(initial=0)
     whites = [255, 65535, 2**32 - 1]
     if levels.dtype.kind in "bf":
-        whites.insert(0, 1)
-    elif levels.dtype == np.uint16:
+        whites = [1, 255]
+    elif levels.dtype.name == "uint16":  # in any byte order
         whites = [65535]
-    white = next((white for white in whites if high <= 1.05 * white), None)
-    if white is None or low < -0.05 * high:
+    white = next((white for white in whites if high <= 2 * white), None)
+    is_normalised = 2 < high < 3  # for a model, if there are negative values
+    if white is None or low < (0 if is_normalised else -high / 2):
         raise ValueError(f"values from {low:g} to {high:g}")
 
     # 2. Eight bits.

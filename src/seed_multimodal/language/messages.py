@@ -13,18 +13,21 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, TypeAlias, TypeGuard
+from typing import Any, TypeAlias
 
 import numpy as np
+from PIL import Image
 from torch import Tensor
 
-from seed_multimodal.errors import RequestError
-from seed_multimodal.images.io import ImageSource, is_image, read_string
+from seed_multimodal.errors import RequestError, short_name
+from seed_multimodal.images.io import ImageSource, code_row, is_image, read_string
 from seed_multimodal.language.answer import Answer, BrokenImagePart, ImagePart
 from seed_multimodal.language.vocabulary import BLANK
 
 ROLES = ("system", "user", "assistant")
 IMAGE_PART_TYPES = ("image", "image_url")
+IMAGE_KEYS = ("image", "image_url", "url", "bytes", "path", "base64")  # also in each other
+MISSING_IMAGE = Image.new("RGB", (1, 1))  # of {"type": "image"}
 # A picture that is there; `a picture`, `the picture of a dog` ask for one.
 _SHOWN_IMAGE = re.compile(
     r"\b(?:this|that|the|my|given)\s+(?:picture|image|photo|photograph|drawing)\b(?!\s+of\b)", re.I
@@ -63,16 +66,25 @@ class Message:
         return [item for item in self.content if is_image(item)]
 
 
-def read_messages(messages: Sequence[object], images_first: bool = False) -> list[Message]:
+def read_messages(
+    messages: Sequence[object], images_first: bool = False, placeholders: bool = False
+) -> list[Message]:
     """Parse the messages of a conversation. Raises RequestError: invalid messages.
 
     images_first: a user's images are read before the question, see `images_before_question`;
     content of `Message`s stays in order.
+    placeholders: parts of images may lack the image itself, which then is `MISSING_IMAGE`.
     """
     conversation = [_read_message(message, index) for index, message in enumerate(messages)]
     for index, message in enumerate(conversation):
         if images_first and message.role == "user" and not isinstance(messages[index], Message):
             conversation[index] = Message("user", images_before_question(message.content))
+        if any(item is MISSING_IMAGE for item in message.content) and not placeholders:
+            raise RequestError(
+                f"Message {index}: the image itself is missing; write {{'type': 'image', 'image': "
+                "IMAGE}. In transformers give images= to the processor, with the text of "
+                "tokenize=False; its pipeline drops images= next to a chat."
+            )
         if message.role == "system" and not message.is_text:
             raise RequestError(
                 f"Message {index}: a system message is text; show images in the user's message."
@@ -126,20 +138,20 @@ def speaks_of_missing_image(conversation: Sequence[Message]) -> bool:
     return _SHOWN_IMAGE.search(conversation[-1].text) is not None
 
 
-def is_codes(value: object) -> TypeGuard[Codes]:
-    """Whether `value` is a row of image codes: an integer tensor or array, or a list of ints."""
-    if isinstance(value, (Tensor, np.ndarray)):
-        return value.ndim == 1 and "int" in str(value.dtype)
-    if not isinstance(value, (list, tuple)):
-        return False
-    return set(map(type, value)) == {int}  # neither empty nor with a bool
-
-
 def is_single(content: object) -> bool:
     """Whether `content` is a single text, file name, image or row of codes, not a list of them."""
     is_number = getattr(content, "ndim", None) == 0  # which looks iterable
     is_list = isinstance(content, Iterable) and not isinstance(content, (str, Mapping))
-    return is_number or not is_list or is_image(content) or is_codes(content)
+    return is_number or not is_list or is_image(content) or bool(code_row(content))
+
+
+def request_texts(texts: str | Sequence[str]) -> list[str]:
+    """The texts of requests, given one or a list. Raises RequestError: something else."""
+    items = [texts] if is_single(texts) else list(texts)
+    for index, text in enumerate(items):
+        if not isinstance(text, str):
+            raise RequestError(f"Text {index} is no text, but {short_name(repr(text))}.")
+    return items
 
 
 def input_images(images: Any) -> list[Any]:
@@ -165,7 +177,7 @@ def image_conversations(
     single = is_single(images)
     requests: Any = [images] if single else images
     groups = [input_images(group) for group in requests]
-    texts = [texts] * len(groups) if isinstance(texts, str) else list(texts)
+    texts = [texts] * len(groups) if isinstance(texts, str) else request_texts(texts)
     if not all(groups):
         raise RequestError(f"Request {groups.index([])} has neither an image nor codes.")
     if len(texts) != len(groups):
@@ -221,7 +233,7 @@ def _is_blank(item: ContentPart) -> bool:
 def _item(item: object, index: int) -> ContentPart:
     """A text, image or codes of a message, also in the format of transformers or OpenAI."""
     part = _chat_part(item, index) if isinstance(item, Mapping) else item
-    if isinstance(part, (str, ImagePart)) or is_image(part) or is_codes(part):
+    if isinstance(part, (str, ImagePart)) or is_image(part) or code_row(part):
         return part
     raise RequestError(
         f"Message {index} holds {str(part)[:80]}; content is text, images (PIL, Path, bytes, "
@@ -242,7 +254,9 @@ def _chat_part(part: Mapping[str, object], index: int) -> object:
     if part.get("type") not in IMAGE_PART_TYPES:
         return part
     image: object = part
-    for key in ("image", "image_url", "url", "path"):
-        if isinstance(image, Mapping):
-            image = image.get(key, image)
+    for key in IMAGE_KEYS:
+        if isinstance(image, Mapping) and image.get(key) is not None:
+            image = image[key]
+    if image is part:
+        return MISSING_IMAGE
     return read_string(image, f"The image of message {index}") if isinstance(image, str) else image

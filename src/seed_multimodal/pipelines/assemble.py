@@ -24,6 +24,7 @@ from seed_multimodal.weights.catalogue import ADAPTER_CONFIG
 
 # The module by which transformers loads a folder (`trust_remote_code=True`).
 REMOTE_CODE = Path(__file__).with_name("modeling_seed_multimodal.py")
+PROCESSOR_CONFIG = "processor_config.json"
 # Files of a checkpoint that belong to its training.
 TRAINING_FILES = shutil.ignore_patterns(
     "optimizer*",
@@ -141,10 +142,13 @@ def write_hub_files(config_class: type[SystemConfig], folder: Path) -> None:
             "AutoModelForMultimodalLM": f"{module}.{model}",
         },
     }
-    processor = {
-        "processor_class": f"{name}Processor",
-        "auto_map": {"AutoProcessor": f"{module}.{name}Processor"},
-    }
-    for file, content in (("config.json", config), ("processor_config.json", processor)):
-        replace_text(folder / file, json.dumps(content, indent=1) + "\n")
+    replace_text(folder / "config.json", json.dumps(config, indent=1) + "\n")
+    write_processor(f"{name}Processor", folder)
+
+
+def write_processor(class_name: str, folder: Path, **keys: str) -> None:
+    """Write `processor_config.json`, with further keys, and the module that it names."""
+    auto_map = {"AutoProcessor": f"{REMOTE_CODE.stem}.{class_name}"}
+    content = {"processor_class": class_name, "auto_map": auto_map, **keys}
+    replace_text(folder / PROCESSOR_CONFIG, json.dumps(content, indent=1) + "\n")
     shutil.copyfile(REMOTE_CODE, folder / REMOTE_CODE.name)

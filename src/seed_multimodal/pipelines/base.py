@@ -43,6 +43,7 @@ from seed_multimodal.language.messages import (
     flatten_images,
     image_conversations,
     read_messages,
+    request_texts,
     user_message,
 )
 from seed_multimodal.language.prompts import get_template
@@ -709,7 +710,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
 
 def _check_texts(texts: str | Sequence[str]) -> list[str]:
     """The texts of requests, as a list. Raises RequestError: an empty one."""
-    texts = [texts] if isinstance(texts, str) else list(texts)
+    texts = request_texts(texts)
     for index, text in enumerate(texts):
         if not text.strip(BLANK):
             which = f"Text {index}" if len(texts) > 1 else "The text"

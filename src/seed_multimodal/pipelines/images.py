@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from seed_multimodal.device import FP16_AS_ORIGINAL, Runtime, choose_device, on_device
 from seed_multimodal.diffusion.networks import compile_blocks
 from seed_multimodal.errors import CheckpointError, CodesError
-from seed_multimodal.images.io import MIN_OVERSAMPLING, ImageSource, is_image, open_image
+from seed_multimodal.images.io import MIN_OVERSAMPLING, ImageSource, code_row, is_image, open_image
 from seed_multimodal.images.transforms import ImageTransform
 from seed_multimodal.inference.batching import DynamicBatcher, ThreadState
 from seed_multimodal.inference.prompt import random_seed
@@ -372,20 +372,21 @@ class CodeCodec(ImageCodec):
         most = self.codes_per_image
         rows: list[Tensor] = []
         for index, image_codes in enumerate(codes):
-            row = torch.as_tensor(image_codes)
             # 1. A row of integers, of a sufficient length.
-            is_row = row.ndim == 1 and not row.is_floating_point()
+            row = code_row(image_codes)
             least = self.min_codes if min_lengths is None else min_lengths[index]
-            if not is_row or not least <= len(row) <= most:
+            if row is None or not least <= len(row) <= most:
                 allowed = str(most) if least == most else f"{least} to {most}"
+                got = type(image_codes).__name__ if row is None else len(row)
                 raise CodesError(
-                    f"Image {index} must be a row of {allowed} codes, got {list(row.shape)}."
+                    f"Image {index} must be a row of {allowed} codes (whole numbers), got {got}; "
+                    "of arrays [H, W] only uint8 is a picture."
                 )
             # 2. All in the codebook.
-            if not 0 <= int(row.min()) <= int(row.max()) < self.codebook_size:
+            if not 0 <= min(row) <= max(row) < self.codebook_size:
                 last = self.codebook_size - 1
                 raise CodesError(f"Image {index} holds a code outside 0 to {last}.")
-            rows.append(row.long())
+            rows.append(torch.tensor(row, dtype=torch.int64))
         return rows
 
     def draw(

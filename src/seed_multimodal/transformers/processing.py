@@ -11,6 +11,7 @@ Images become codes here, not in the model: they are tokens of the prompt.
 from __future__ import annotations
 
 import itertools
+import os
 from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -20,6 +21,7 @@ from PIL import Image
 from torch import Tensor
 from transformers import BatchFeature, ProcessorMixin
 
+from seed_multimodal.disk import read_json_object, writing
 from seed_multimodal.errors import ConfigError, RequestError
 from seed_multimodal.images.io import is_image
 from seed_multimodal.inference.prompt import GenerationSettings, Prompt, PromptImage
@@ -29,7 +31,9 @@ from seed_multimodal.language.messages import Message, input_images, is_single, 
 from seed_multimodal.language.prompts import interleave
 from seed_multimodal.language.text_tokenizer import without_space_at_images
 from seed_multimodal.language.vocabulary import PLACEHOLDER
+from seed_multimodal.pipelines.assemble import PROCESSOR_CONFIG, write_processor
 from seed_multimodal.pipelines.base import MultimodalSystem
+from seed_multimodal.pipelines.config import SYSTEM
 from seed_multimodal.pipelines.family import Task
 from seed_multimodal.transformers.systems import open_system
 
@@ -62,11 +66,28 @@ class SeedMultimodalProcessor(ProcessorMixin):
 
     @classmethod
     def from_pretrained(cls, pretrained_model_name_or_path: str | Path, **kwargs: object) -> Self:
-        """The processor of a system's folder; hub arguments are not used: nothing is downloaded."""
-        return cls(str(pretrained_model_name_or_path))
+        """The processor of a system's folder, or of one that `save_pretrained` wrote.
+
+        Hub arguments are not used: nothing is downloaded.
+        """
+        folder = Path(pretrained_model_name_or_path)
+        file = folder / PROCESSOR_CONFIG
+        if file.is_file() and not (folder / SYSTEM).is_file():
+            folder = read_json_object(file, ConfigError).get("system", folder)
+        return cls(str(folder))
 
     def save_pretrained(self, save_directory: str | Path, **kwargs: object) -> None:
-        """Nothing to write: the model's `save_pretrained` writes the whole system."""
+        """Write what `AutoProcessor.from_pretrained` reads, with the path of the system's folder.
+
+        A system's own folder stays as it is. Raises ConfigError: it cannot be written.
+        """
+        folder = Path(save_directory)
+        if (folder / SYSTEM).is_file():
+            return
+        system = os.path.abspath(self.folder) if os.path.isdir(self.folder) else self.folder
+        with writing(folder, ConfigError):
+            folder.mkdir(parents=True, exist_ok=True)
+            write_processor(type(self).__name__, folder, system=system)
 
     def __getstate__(self) -> dict[str, object]:
         """For workers and copies, which open the folder again when they need it."""
@@ -101,8 +122,9 @@ class SeedMultimodalProcessor(ProcessorMixin):
         """Prompts of a conversation, or of several: a batch (form: see `language.messages`).
 
         tokenize: False for the prompts' text, with `<image>` in place of input images; the
-        processor makes the same prompt of it and these images. What users type can be the name of a
-        control token there: texts that are not trusted need tokenize=True.
+        processor makes the same prompt of it and these images, which the conversation may lack
+        (`{"type": "image"}`). What users type can be the name of a control token there: texts that
+        are not trusted need tokenize=True.
         return_dict: `BatchFeature` with `input_ids` and `attention_mask`, padded at the left, and
         of systems that read features the `prompts` with them; False: `input_ids`.
         continue_final_message: the last message, a text of the assistant, begins the answer; with a
@@ -130,7 +152,8 @@ class SeedMultimodalProcessor(ProcessorMixin):
                 if not answer.is_text:
                     raise RequestError("Only a text of the assistant can be continued.")
                 opening = answer.text.rstrip()  # a token begins with its blank
-            parsed = read_messages(messages, images_first=self.system.config.tuned)
+            is_tuned = self.system.config.tuned
+            parsed = read_messages(messages, images_first=is_tuned, placeholders=not tokenize)
             task, request = self._read_chat(parsed, mode)
             tasks.append(task)
             (prompt,) = self.system.family.prompts([request], task, [0])

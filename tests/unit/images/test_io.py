@@ -1,5 +1,6 @@
 """Modes, orientations, reduction and bombs; `contract/test_image_sources.py` has the sources."""
 
+import array
 import struct
 import tracemalloc
 import zlib
@@ -7,11 +8,12 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from seed_multimodal.errors import ImageError
 from seed_multimodal.images import io as io_module
-from seed_multimodal.images.io import image_to_bytes, open_image
+from seed_multimodal.images.io import code_row, image_to_bytes, open_image
 from seed_multimodal.images.transforms import get_transform
 
 
@@ -52,6 +54,36 @@ def test_open_image_of_other_modes(name):
     source, expected = PIXELS[name]
     opened = open_image(source).image
     assert opened.mode == "RGB" and opened.getpixel((0, 0)) == expected
+
+
+# ---- codes or pixels
+
+ROWS = [[3, 1, 2], [0, 5, 4]]
+
+
+@pytest.mark.parametrize("name", "int8 int16 int32 int64 uint16 uint32 uint64".split())
+def test_integers_are_codes(name):
+    # Another type of numbers must not make a black picture of codes.
+    tensor = torch.tensor(ROWS, dtype=getattr(torch, name))
+    numbers = np.array(ROWS, np.dtype(name).newbyteorder())
+    scalars = [[*row] for row in tensor]
+    for rows in (tensor, numbers, scalars, [array.array("h", row) for row in ROWS]):
+        assert [code_row(row) for row in rows] == ROWS
+        assert not io_module.is_image(rows) and code_row(rows) is None
+    assert not io_module.is_image(tensor[None])
+
+
+PICTURES = {
+    "uint8": np.zeros((4, 32), np.uint8),
+    "16 bits": np.zeros((4, 640), np.uint16),
+    "floats": torch.zeros(4, 32),
+    "colours": torch.zeros(3, 32, 32, dtype=torch.int64),
+}
+
+
+@pytest.mark.parametrize("name", PICTURES)
+def test_pixels_are_no_codes(name):
+    assert io_module.is_image(PICTURES[name]) and code_row(PICTURES[name]) is None
 
 
 # Pillow's operation that stores an upright image so that an EXIF orientation restores it.

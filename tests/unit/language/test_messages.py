@@ -18,6 +18,7 @@ from seed_multimodal.language.messages import (
     Message,
     image_conversations,
     read_messages,
+    request_texts,
     speaks_of_missing_image,
     without_oldest_turn,
 )
@@ -27,7 +28,7 @@ PNG = base64.b64decode(image_to_base64(IMAGE))
 CODES = [3, 1, 2]
 CAT = Path("cat.png")
 IMAGES = (IMAGE, CAT, PNG, io.BytesIO(PNG), np.asarray(IMAGE))
-ROWS_OF_CODES = (CODES, np.array(CODES), torch.tensor(CODES))
+ROWS_OF_CODES = (CODES, range(3), np.array(CODES, ">u2"), torch.tensor(CODES, dtype=torch.int32))
 # Parts in the formats of transformers and OpenAI → what they hold.
 PARTS = [
     ({"type": "text", "text": "a"}, "a"),
@@ -35,6 +36,9 @@ PARTS = [
     ({"type": "image", "image": IMAGE}, IMAGE),
     ({"type": "image", "path": "cat.png"}, CAT),
     ({"type": "image", "url": "cat.png"}, CAT),
+    ({"type": "image", "url": "file:///my%20cat.png"}, Path("/my cat.png")),
+    ({"type": "image", "base64": image_to_base64(IMAGE)}, PNG),
+    ({"type": "image", "image": {"bytes": PNG, "path": "cat.png"}}, PNG),
     ({"type": "image_url", "image_url": {"url": "cat.png"}}, CAT),
     ({"type": "image_url", "image_url": "cat.png"}, CAT),
 ]
@@ -96,7 +100,8 @@ def test_read_messages_of_earlier_answers():
         ([user(torch.ones(()))], "0"),
         ([user([{"type": "text", "text": 5}])], "0"),
         ([user([{"type": "audio", "text": "a"}])], "audio"),
-        ([user([{"type": "image"}])], "0"),
+        ([user([{"type": "image"}])], "0.*missing"),
+        ([user("a"), user({"type": "image", "image": None, "text": "b"})], "1.*missing"),
         ([user([{"type": "image", "url": "https://example.org/a.png"}])], "example.org"),
     ],
 )
@@ -127,6 +132,12 @@ def test_image_conversations_of_missing_images_or_texts(images, texts, named):
     # A list that is one text short must not pair texts with other images.
     with pytest.raises(RequestError, match=named):
         image_conversations(images, texts)
+
+
+@pytest.mark.parametrize("texts", [None, ["a", None], CAT])
+def test_request_texts_names_what_is_no_text(texts):
+    with pytest.raises(RequestError, match="is no text"):
+        request_texts(texts)
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,15 @@ CONVERSATIONS = {
 SINGLE = ("an image", "an image behind", "two images", "white space")  # messages that LaVIT takes
 
 
+def without_images(messages: list[dict]) -> list[dict]:
+    """A conversation whose images the processor gets apart, as in transformers' examples."""
+    stripped = copy.deepcopy(messages)
+    for message in stripped:
+        for part in filter(lambda part: "image" in part, message["content"]):
+            del part["image"]
+    return stripped
+
+
 @pytest.mark.parametrize("conversation", CONVERSATIONS)
 @pytest.mark.parametrize("name", [*MODELS, "hub"])
 def test_texts_of_the_template_give_its_prompts(name, conversation, processors):
@@ -186,6 +195,7 @@ def test_texts_of_the_template_give_its_prompts(name, conversation, processors):
     options = {"add_generation_prompt": True}
     inputs = processor.apply_chat_template(messages, tokenize=True, return_dict=True, **options)
     text = processor.apply_chat_template(messages, **options)
+    assert processor.apply_chat_template(without_images(messages), **options) == text
     contents = [part for message in messages for part in message["content"]]
     images = [part["image"] for part in contents if isinstance(part, dict) and "image" in part]
     for again in (
@@ -213,6 +223,21 @@ def test_processors_are_pickled_and_copied_before_and_after_their_use(name, proc
     rows = used.apply_chat_template(messages, tokenize=True, return_dict=True, return_tensors="np")
     assert isinstance(rows["attention_mask"], np.ndarray)
     assert rows["input_ids"].tolist() == ids.tolist()
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_processors_are_saved_next_to_an_adapter(name, processors, tmp_path):
+    # Trainers save the processor next to each checkpoint.
+    from transformers import AutoProcessor
+
+    system = ROOT / "pretrained" / name
+    files = {file: file.read_bytes() for file in system.glob("*.json")}
+    processor = processors[name]
+    for folder in (tmp_path / "checkpoint-1", tmp_path / "checkpoint-2", system):
+        processor.save_pretrained(folder)
+        processor = AutoProcessor.from_pretrained(folder)
+        assert type(processor) is type(processors[name]) and processor.folder == str(system)
+    assert all(file.read_bytes() == content for file, content in files.items())
 
 
 @pytest.mark.parametrize("name", MODELS)
@@ -284,13 +309,13 @@ REFUSED = {
         "guidance_scale",
         lambda pipe: pipe(text=user("Hi."), generate_kwargs={"guidance_scale": 1.5}),
     ),
-    "a negative prompt": (
-        "negative_prompt_ids",
-        lambda pipe: pipe(text=user("Hi."), generate_kwargs={"negative_prompt_ids": [[1]]}),
-    ),
     "tensors of a library": (
         "'tf'",
         lambda pipe: pipe.processor(text="Hi.", return_tensors="tf"),
+    ),
+    "images next to a chat": (
+        "the image itself is missing",
+        lambda pipe: pipe(images=str(BOTH), text=without_images(user(FOX, LEFT))),
     ),
     "an unknown option": (
         "truncation",

@@ -18,12 +18,11 @@ from PIL import Image
 from torch import Tensor, nn
 
 from seed_multimodal.errors import CheckpointError, RequestError
-from seed_multimodal.images.io import ImageSource
+from seed_multimodal.images.io import ImageSource, code_row
 from seed_multimodal.inference.prompt import Prompt
 from seed_multimodal.language.answer import Answer, ImagePart
 from seed_multimodal.language.messages import (
     Message,
-    is_codes,
     user_message,
 )
 from seed_multimodal.models.lavit.checkpoints import load_tokenizer_pair
@@ -269,7 +268,7 @@ class LavitFamily(Family):
         # Drawings of texts alone and of other content have their own guidance.
         if draws:
             return "draw" if message.is_text else "edit", request
-        if any(is_codes(item) or isinstance(item, ImagePart) for item in message.content):
+        if any(code_row(item) or isinstance(item, ImagePart) for item in message.content):
             raise RequestError(
                 "LaVIT reads images to answer; codes can only be part of what is drawn."
             )

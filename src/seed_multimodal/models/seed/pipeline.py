@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor, nn
 
 from seed_multimodal.errors import CodesError, ConfigError
+from seed_multimodal.images.io import code_row
 from seed_multimodal.images.transforms import (
     ImageTransform,
     get_transform,
@@ -24,7 +25,7 @@ from seed_multimodal.images.transforms import (
 )
 from seed_multimodal.inference.batching import ResultCache
 from seed_multimodal.language.hub_tokenizer import load_text_tokenizer
-from seed_multimodal.language.messages import Codes, is_codes
+from seed_multimodal.language.messages import Codes
 from seed_multimodal.models.seed.checkpoints import SEED1
 from seed_multimodal.models.seed.configuration import Seed2Config
 from seed_multimodal.models.seed.diffusion import (
@@ -139,7 +140,7 @@ class SeedImageCodec(CodeCodec):
         rows = rows.masked_fill(is_left_out, -1)
         negatives: Sequence[Tensor | None] | Tensor = [None] * n_images
         if negative_codes is not None:
-            negative_rows = [negative_codes] if is_codes(negative_codes) else negative_codes
+            negative_rows = [negative_codes] if code_row(negative_codes) else negative_codes
             negatives = self.check_codes(negative_rows).expand(n_images, -1)
         settings["has_negatives"] = negative_codes is not None
         return self.draw_batched(settings, rows, negatives, seeds)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from seed_multimodal.disk import read_json_object
 from seed_multimodal.errors import CheckpointError, CodesError, ConfigError, RequestError
-from seed_multimodal.images.io import ImageSource, is_image
+from seed_multimodal.images.io import ImageSource, code_row, is_image
 from seed_multimodal.images.sheet import draw_boxes
 from seed_multimodal.images.views import (
     UNIT,
@@ -42,7 +42,6 @@ from seed_multimodal.language.messages import (
     Images,
     Message,
     flatten_images,
-    is_codes,
 )
 from seed_multimodal.language.prompts import Turn, interleave, without_verdict
 from seed_multimodal.language.text_tokenizer import Part, TextTokenizer
@@ -462,7 +461,7 @@ class SeedXFamily(Family):
         vocabulary = self.tokenizer.vocabulary
         content: list[Part] = []
         for item in message.content:
-            if is_codes(item) and [*map(int, item)] != [*range(vocabulary.tokens_per_image)]:
+            if code_row(item) not in (None, [*range(vocabulary.tokens_per_image)]):
                 raise RequestError("Images of SEED-X have no codes; give the image itself.")
             if isinstance(item, str):
                 content.append(item)
