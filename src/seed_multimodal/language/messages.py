@@ -147,7 +147,7 @@ def is_single(content: object) -> bool:
 
 def request_texts(texts: str | Sequence[str]) -> list[str]:
     """The texts of requests, given one or a list. Raises RequestError: something else."""
-    items = [texts] if is_single(texts) else list(texts)
+    items: list[Any] = [texts] if is_single(texts) else list(texts)
     for index, text in enumerate(items):
         if not isinstance(text, str):
             raise RequestError(f"Text {index} is no text, but {short_name(repr(text))}.")
