@@ -180,7 +180,7 @@ def read_token(file: Path | None) -> str:
     if file is None:
         return os.environ.get("SEED_TOKEN", "").strip()
     try:
-        token = file.read_text().strip()
+        token = file.read_text(encoding="utf-8-sig").strip()  # editors may write a BOM
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"--token-file {file}: cannot be read ({first_line(error)}).") from error
     if not token:

@@ -15,7 +15,9 @@ import hmac
 import itertools
 import json
 import logging
+import re
 import socket
+import sys
 import threading
 from collections.abc import Callable, Collection, Generator, Iterator
 from typing import TYPE_CHECKING, Any
@@ -36,16 +38,17 @@ from werkzeug.serving import make_server
 from seed_multimodal.device import is_out_of_memory, return_freed_memory, trim_memory
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.entry import ended_by_sigterm
-from seed_multimodal.errors import ConfigError, SeedError, first_line
-from seed_multimodal.serving import schema
+from seed_multimodal.errors import ConfigError, RequestError, SeedError, first_line
+from seed_multimodal.serving import origin, schema
 from seed_multimodal.serving.backend import Backend, Deadline
+from seed_multimodal.serving.connections import Connection, FormRequest
 
 if TYPE_CHECKING:
     from seed_multimodal.pipelines.base import MultimodalSystem
 
 logger = logging.getLogger(__name__)
 EDITS = "/v1/images/edits"  # its body is a form with files
-LOOPBACK = ("127.0.0.1", "localhost", "::1")
+IMAGE_FIELD = re.compile(r"image(\[\d*\])?")  # of a form; others are fields that nothing follows
 LOADING = "The model is loading; try again later."
 
 CONNECTIONS = 512
@@ -67,11 +70,14 @@ def create_app(
 ) -> Flask:
     """A Flask application that serves one system.
 
-    token: required as `Authorization: Bearer …`, except for `/health`.
+    token: required as `Authorization: Bearer …`, except for `/health`. Without one the server is
+        for this machine: requests for other hosts and of other web pages are refused.
     origins: of web pages that may use the server (CORS); "*": any page.
     """
+    check_token(token)
     backend = Backend(system, limits)
     app = Flask("seed_multimodal")
+    app.request_class = FormRequest
     app.config["MAX_CONTENT_LENGTH"] = backend.limits.max_body_bytes
     app.extensions["seed_backend"] = backend
     if origins:
@@ -83,14 +89,19 @@ def create_app(
     }
 
     @app.before_request
-    def check_token() -> None:
+    def check_sender() -> None:
+        headers = request.headers
+        if not token:
+            problem = origin.problem(
+                "localhost", headers.get("Host", ""), headers.get("Origin", ""), origins
+            )
+            if problem:
+                abort(403, problem)
         # A browser's preflight has no token.
-        if not token or request.path == "/health" or request.method == "OPTIONS":
-            return
-        # Compared in constant time.
-        sent = (request.authorization and request.authorization.token) or ""
-        if not hmac.compare_digest(sent.encode(), token.encode()):
-            abort(401, "This server asks for a token: send it as Authorization: Bearer ….")
+        elif request.path != "/health" and request.method != "OPTIONS":
+            scheme, _, sent = headers.get("Authorization", "").partition(" ")
+            if scheme.lower() != "bearer" or not is_token(sent.strip(" \t"), token):
+                abort(401, "This server asks for a token: send it as Authorization: Bearer ….")
 
     @app.after_request
     def count(response: Response) -> Response:
@@ -174,11 +185,19 @@ def read_body() -> Any:
         return schema.read_request(model, request.get_data(cache=False))
     if request.is_json:
         abort(415, "An edit is a form: send it as multipart/form-data, with its images.")
-    # Other files, as a mask, are fields that nothing follows.
-    files = [*request.files.getlist("image"), *request.files.getlist("image[]")]
-    others = request.files.keys() - {"image", "image[]"}
-    fields = {**request.form.to_dict(), **dict.fromkeys(others, "a file")}
-    return schema.read_request(model, {**fields, "image": [file.read() for file in files]})
+    # Fields and files that a browser's form left empty are absent.
+    fields: JsonObject = {name: text for name, text in request.form.items() if text}
+    images: list[bytes] = []
+    for name, file in request.files.items(multi=True):
+        content = file.read()
+        if IMAGE_FIELD.fullmatch(name):
+            if file.filename or content:
+                images.append(content)
+        elif file.filename or content:
+            fields[name] = "a file"
+    for name in filter(IMAGE_FIELD.fullmatch, fields):
+        raise RequestError("It is a text; send each image as a file of the form.", name)
+    return schema.read_request(model, {**fields, "image": images or None})
 
 
 def streamed(
@@ -250,6 +269,23 @@ def error_json(error: HTTPException, field: str = "", path: str = "/v1") -> Json
 # ---- the server
 
 
+def check_token(token: str) -> None:
+    """Raise ConfigError: a token that no header can hold."""
+    if token != token.strip() or not token.isprintable():
+        raise ConfigError("The token has blanks at its ends, or control characters: remove them.")
+
+
+def is_token(sent: str, token: str) -> bool:
+    """Whether a header has the token, as UTF-8 or Latin-1; compared in constant time.
+
+    sent: its bytes as Latin-1, as WSGI has them.
+    """
+    return any(
+        hmac.compare_digest(sent.encode(encoding, "replace"), token.encode())
+        for encoding in ("latin-1", "utf-8")
+    )
+
+
 def listen(host: str, port: int, token: str = "") -> socket.socket:
     """A listening socket, opened before a model is loaded for it; port 0: a free one.
 
@@ -257,7 +293,8 @@ def listen(host: str, port: int, token: str = "") -> socket.socket:
         ConfigError: the port is taken or not allowed, or other machines could use the server
             without a token.
     """
-    if host not in LOOPBACK and not token:
+    check_token(token)
+    if not token and not origin.is_loopback(host):
         raise ConfigError(
             f"{host} is reachable from other machines: set a password that clients send, by "
             f"--token-file or the variable SEED_TOKEN."
@@ -326,7 +363,9 @@ def serve(app: Flask, sock: socket.socket) -> None:
         ident="SEED Multimodal",
         max_request_body_size=2 * limits.max_body_bytes,  # up to there Flask answers with JSON
         channel_request_lookahead=1,
+        outbuf_overflow=sys.maxsize,  # no temporary files
     )
+    server.channel_class = Connection
     print(f"Init Done... answering at http://{host}:{port}/generate (Ctrl-C stops).")
 
     # 4. `run` ends at KeyboardInterrupt; running drawings end before Python does, which would

@@ -72,7 +72,7 @@ class ModelClient:
         headers = {}
         token = os.environ.get("SEED_TOKEN", "").strip()  # of a server with a password
         if token:
-            headers["Authorization"] = f"Bearer {token}"
+            headers["Authorization"] = f"Bearer {token}".encode()
         timeout = httpx.Timeout(SECONDS, connect=SECONDS_TO_CONNECT)
         is_direct = direct(address)
         try:

@@ -2,6 +2,8 @@
 OpenAI's own client over a socket.
 """
 
+import io
+import json
 import signal
 import sys
 import threading
@@ -304,6 +306,33 @@ def test_pages_of_allowed_origins_use_the_server(tiny):
         assert refused.headers.get("Access-Control-Allow-Origin") == allowed
     names = preflight.headers["Access-Control-Allow-Headers"].split(", ")
     assert names == asked["Access-Control-Request-Headers"].split(",")
+
+
+@pytest.mark.parametrize(
+    "headers, origins, allowed",
+    [
+        ({"Host": "rebound.example"}, [], False),
+        ({"Origin": "https://evil.example"}, [], False),
+        ({"Origin": "null"}, ["http://other"], False),
+        ({"Host": "[::1]:7890", "Origin": "http://localhost:3000"}, [], True),
+        (
+            {"Host": "seed.example", "Origin": "https://seed.example"},
+            ["https://seed.example"],
+            True,
+        ),
+        ({"Origin": "https://evil.example"}, "*", True),
+    ],
+)
+def test_other_hosts_and_web_pages_are_refused_without_a_token(tiny, headers, origins, allowed):
+    # By DNS rebinding, and by forms and texts for which browsers ask no permission.
+    client = create_app(tiny, origins=origins).test_client()
+    form = {"prompt": "Make it green.", "image": (io.BytesIO(image_to_bytes(noise(0))), "a.png")}
+    edit = client.post("/v1/images/edits", data=form, headers=headers)
+    text = client.post(CHAT, data=json.dumps(BODY), headers=headers, content_type="text/plain")
+    read = client.get("/v1/models", headers=headers)
+    statuses = [response.status_code for response in (edit, text, read)]
+    assert statuses == ([200, 415, 200] if allowed else [403] * 3)
+    assert allowed or "--allow-origin" in edit.json["error"]["message"]
 
 
 # ---- the program
