@@ -78,14 +78,15 @@ def chat(client: Any, messages: list[Any], **fields: Any) -> dict[str, Any]:
     message = choice["message"]
 
     # The stream of the same request.
-    chunks = events(client.post(CHAT, json={**body, "stream": True}))
+    body |= {"stream": True, "stream_options": {"include_usage": True}}
+    *chunks, last_chunk = events(client.post(CHAT, json=body))
     deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
     assert "".join(delta.get("content", "") for delta in deltas) == message["content"]
     for name in ("images", "boxes", "notes"):
         assert [item for delta in deltas for item in delta.get(name, [])] == message[name]
     *before, last = [chunk["choices"][0]["finish_reason"] for chunk in chunks]
     assert (set(before), last) == ({None}, ends["finish_reason"])
-    assert chunks[-1]["usage"] == ends["usage"]
+    assert (last_chunk["choices"], last_chunk["usage"]) == ([], ends["usage"])
     return {**message, **ends}
 
 

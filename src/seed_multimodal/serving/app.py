@@ -12,6 +12,7 @@ from __future__ import annotations
 import contextlib
 import gc
 import hmac
+import io
 import itertools
 import json
 import logging
@@ -23,7 +24,7 @@ from collections.abc import Callable, Collection, Generator, Iterator
 from typing import TYPE_CHECKING, Any
 
 import waitress
-from flask import Flask, Response, abort, request
+from flask import Flask, Request, Response, abort, request
 from flask.typing import ResponseReturnValue, RouteCallable
 from flask_cors import CORS
 from werkzeug.exceptions import (
@@ -41,7 +42,7 @@ from seed_multimodal.entry import ended_by_sigterm
 from seed_multimodal.errors import ConfigError, RequestError, SeedError, first_line
 from seed_multimodal.serving import origin, schema
 from seed_multimodal.serving.backend import Backend, Deadline
-from seed_multimodal.serving.connections import Connection, FormRequest
+from seed_multimodal.serving.connections import Connection
 
 if TYPE_CHECKING:
     from seed_multimodal.pipelines.base import MultimodalSystem
@@ -61,6 +62,13 @@ SPARE_THREADS = 8  # for errors and /health while the queue is full
 # ---- the application
 
 
+class InMemory(Request):
+    """A request whose form's files are not written to a temporary folder."""
+
+    def _get_file_stream(self, *_args: object, **_options: object) -> io.BytesIO:
+        return io.BytesIO()
+
+
 def create_app(
     system: MultimodalSystem,
     *,
@@ -77,7 +85,7 @@ def create_app(
     check_token(token)
     backend = Backend(system, limits)
     app = Flask("seed_multimodal")
-    app.request_class = FormRequest
+    app.request_class = InMemory
     app.config["MAX_CONTENT_LENGTH"] = backend.limits.max_body_bytes
     app.extensions["seed_backend"] = backend
     if origins:
@@ -185,19 +193,18 @@ def read_body() -> Any:
         return schema.read_request(model, request.get_data(cache=False))
     if request.is_json:
         abort(415, "An edit is a form: send it as multipart/form-data, with its images.")
-    # Fields and files that a browser's form left empty are absent.
+    # What a browser's form left empty is absent: texts, and files without a name.
     fields: JsonObject = {name: text for name, text in request.form.items() if text}
+    for name in filter(IMAGE_FIELD.fullmatch, fields):
+        raise RequestError("It is a text; send each image as a file of the form.", name)
     images: list[bytes] = []
     for name, file in request.files.items(multi=True):
         content = file.read()
-        if IMAGE_FIELD.fullmatch(name):
-            if file.filename or content:
-                images.append(content)
+        if IMAGE_FIELD.fullmatch(name) and (file.filename or content):
+            images.append(content)
         elif file.filename or content:
             fields[name] = "a file"
-    for name in filter(IMAGE_FIELD.fullmatch, fields):
-        raise RequestError("It is a text; send each image as a file of the form.", name)
-    return schema.read_request(model, {**fields, "image": images or None})
+    return schema.read_request(model, {**fields, **({"image": images} if images else {})})
 
 
 def streamed(

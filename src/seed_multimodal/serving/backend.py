@@ -160,7 +160,7 @@ class Backend:
         self.answered = 0
         self._counting = threading.Lock()
         self._large = threading.RLock()
-        # Codes of the latest images, oldest first.
+        # Codes of the latest images, the least recently used first.
         self._measured: OrderedDict[tuple[int, ...], MeasuredCodes] = OrderedDict()
         self._slots = threading.Semaphore(self.limits.max_running)
 
@@ -226,6 +226,12 @@ class Backend:
             "codes_per_image": self.system.images.codes_per_image,
             "notice": self.system.config.notice,
         }
+
+    def _model_notes(self, name: str | None) -> list[str]:
+        """A note for a request that names another model."""
+        if name in (None, "", self.name):
+            return []
+        return [f"This server serves {self.name}; the request named {name!r:.80}."]
 
     @contextlib.contextmanager
     def slot(
@@ -299,7 +305,7 @@ class Backend:
         inputs: list[Any] = [*items]
         for index, item in enumerate(items):
             if isinstance(item, list):  # perhaps of an earlier request's image, as the page's are
-                inputs[index] = self._measured.get(tuple(item), item)
+                inputs[index] = self._measured_codes(item)
         with deadline.hold(self._large, n_pixels > LARGE_IMAGES_PIXELS):
             self.images.labels("read").inc(len(files))
             images: list[Any] = [
@@ -307,12 +313,32 @@ class Backend:
             ]
             if images and self.system.family.prompts_are_ids:
                 images = [MeasuredCodes(image) for image in self.system.images.read(images)]
-                self._measured.update((tuple(image), image) for image in images)
-                while len(self._measured) > MEASURED_IMAGES:
-                    self._measured.popitem(last=False)
+                for image in images:
+                    self._remember(image)
         for index, image in zip(files, images, strict=True):
             inputs[index] = image
         return inputs
+
+    def _measured_codes(self, codes: list[int]) -> list[int]:
+        """Codes that are sent again, with their image's distance if it is known."""
+        with self._counting:
+            if tuple(codes) not in self._measured:
+                return codes
+            self._measured.move_to_end(tuple(codes))
+            return self._measured[tuple(codes)]
+
+    def _remember(self, image: MeasuredCodes) -> None:
+        """Know an image's codes when they are sent again.
+
+        Of images with equal codes the most familiar one counts: a note must not be about another
+        visitor's image.
+        """
+        with self._counting:
+            known = self._measured.pop(tuple(image), image)
+            nearest = min(known, image, key=lambda image: image.distance or 0)
+            self._measured[tuple(image)] = nearest
+            if len(self._measured) > MEASURED_IMAGES:
+                self._measured.popitem(last=False)
 
     # ---- conversations
 
@@ -451,7 +477,7 @@ class Backend:
 
     def complete(self, request: ChatRequest, deadline: Deadline) -> Iterator[JsonObject]:
         """The answer of `POST /v1/chat/completions`, or its chunks."""
-        return completion(self.name, request.stream, self.chat(request, deadline))
+        return completion(request, self.name, self.chat(request, deadline))
 
     def respond(self, request: ResponsesRequest, deadline: Deadline) -> Iterator[JsonObject]:
         """The answer of `POST /v1/responses`, or its events."""
@@ -474,6 +500,7 @@ class Backend:
                 parts = images_before_question(parts)
             turns.append(Message(message.role.replace("developer", "system"), tuple(parts)))
         conversation = self._conversation(turns, deadline)
+        conversation.notes.extend(self._model_notes(request.model))
 
         # 2. The settings that differ from the system's.
         options = request.model_dump(exclude_none=True)
@@ -567,7 +594,7 @@ class Backend:
         #    do not show what was asked for; `index`: of the image, where there are several. Without
         #    a stream, one object has all images.
         note = self.system.unknown_words_note(Message("user", (request.prompt,)), drawing=True)
-        notes = [note] if note else []
+        notes = [*self._model_notes(request.model), *filter(None, [note])]
         data: list[JsonObject] = []
         n_previews = 0
         for event in events:

@@ -12,7 +12,7 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from seed_multimodal.disk import JsonObject
-from seed_multimodal.serving.schema import ResponsesRequest
+from seed_multimodal.serving.schema import ChatRequest, ResponsesRequest
 
 NamedFields = tuple[str, JsonObject]  # of an event
 PLAIN: TypeAdapter[Any] = TypeAdapter(Any)  # models of a request → what JSON has
@@ -23,10 +23,20 @@ USAGE_DETAILS = {
 }
 
 
-def completion(model: str, stream: bool, changes: Iterator[JsonObject]) -> Iterator[JsonObject]:
+def completion(
+    request: ChatRequest, model: str, changes: Iterator[JsonObject]
+) -> Iterator[JsonObject]:
     """`POST /v1/chat/completions`: an answer as chunks, or as one object."""
     # All chunks have the same head.
-    head = {"id": f"chatcmpl-{secrets.token_hex(12)}", "created": int(time.time()), "model": model}
+    head: JsonObject = {
+        "id": f"chatcmpl-{secrets.token_hex(12)}",
+        "object": "chat.completion.chunk" if request.stream else "chat.completion",
+        "created": int(time.time()),
+        "model": model,
+    }
+    has_usage = not request.stream or request.stream_options.include_usage
+    if has_usage:
+        head["usage"] = None  # but of the last chunk
     role = {"role": "assistant"}  # in the first chunk
     message: JsonObject = {**role, "content": "", "images": [], "boxes": [], "notes": []}
     for change in changes:
@@ -35,16 +45,13 @@ def completion(model: str, stream: bool, changes: Iterator[JsonObject]) -> Itera
         usage = change.pop("usage", None)
         for name, value in change.items():
             message[name] += value
-        if stream:
+        if request.stream:
             choice = {"index": 0, "delta": {**role, **change}, "finish_reason": finish_reason}
-            chunk = {**head, "object": "chat.completion.chunk", "choices": [choice]}
-            if usage:
-                chunk["usage"] = usage
-            yield chunk
+            yield {**head, "choices": [choice]}
         role = {}
-    if not stream:
+    if has_usage:
         choice = {"index": 0, "message": message, "finish_reason": finish_reason}
-        yield {**head, "object": "chat.completion", "usage": usage, "choices": [choice]}
+        yield {**head, "usage": usage, "choices": [] if request.stream else [choice]}
 
 
 def response_events(

@@ -26,12 +26,14 @@ from pydantic import (
     model_validator,
 )
 from pydantic.json_schema import models_json_schema
+from pydantic_core import from_json
 
 from seed_multimodal import __version__
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.entry import MAX_RUNNING
 from seed_multimodal.errors import RequestError
 from seed_multimodal.language.vocabulary import PLACEHOLDER
+from seed_multimodal.settings import nearest
 
 VALIDATION: Literal["validation"] = "validation"  # the schemas of requests, not of their dumps
 
@@ -57,6 +59,11 @@ MessagePart: TypeAlias = "str | ImageUrl | list[int]"  # a text, an image, codes
 IGNORED = yaml.safe_load(Path(__file__).with_name("fields.yaml").read_text(encoding="utf-8"))
 ADVICE = IGNORED.pop("advice")
 
+# An image in a text, as clients keep drawings. Its parts are bounded: no text takes long.
+MARKDOWN_IMAGE = re.compile(
+    r"!\[[^\[\]]{0,500}\]\(<?(data:image/[\w.+;=-]*,[\w+/=%-]+)[^)]{0,500}\)", re.IGNORECASE
+)
+
 
 # ---- parts of requests
 
@@ -64,10 +71,8 @@ ADVICE = IGNORED.pop("advice")
 def describe_fields(schema: JsonObject, model: type[Fields]) -> None:
     """Add the further names of fields, and the ignored ones, to the JSON schema of a model."""
     properties = schema["properties"]
-    for field in model.model_fields.values():
-        if isinstance(field.validation_alias, AliasChoices):
-            first, *others = map(str, field.validation_alias.choices)
-            properties |= dict.fromkeys(others, properties[first])
+    for first, *others in model.names():
+        properties |= dict.fromkeys(others, properties[first])
     for name, values in model.ignored().items():
         ignored = {} if values == "any" else {"enum": values}
         properties.setdefault(name, {"description": "Ignored.", **ignored})
@@ -85,13 +90,26 @@ class Fields(BaseModel):
     @classmethod
     def ignored(cls, table: JsonObject = IGNORED) -> dict[str, Any]:
         """Field → its values that change nothing, or "any"; or its advice, of the other `table`."""
-        return {name: value for group in cls.groups for name, value in table[group].items()}
+        fields = {name: value for group in cls.groups for name, value in table[group].items()}
+        read = [name for name in cls.model_fields if fields.get(name) == "any"]
+        return {name: value for name, value in fields.items() if name not in read}
+
+    @classmethod
+    def names(cls) -> list[list[str]]:
+        """The names of each field in a request."""
+        names: list[list[str]] = []
+        for name, field in cls.model_fields.items():
+            alias = field.validation_alias or name
+            is_choice = isinstance(alias, AliasChoices)
+            names.append([*map(str, alias.choices)] if is_choice else [str(alias)])
+        return names
 
     @model_validator(mode="before")
     @classmethod
     def _drop_ignored(cls, body: object) -> object:
         if not isinstance(body, Mapping):
             return body
+        # 1. Fields without effect.
         ignored = cls.ignored()
         kept: dict[str, object] = {}
         for name, value in body.items():
@@ -103,6 +121,13 @@ class Fields(BaseModel):
             )
             if value is not None and not is_harmless:
                 kept[name] = value
+
+        # 2. Further names of a field that is sent.
+        for names in cls.names():
+            first, *others = [name for name in names if name in kept] or names[:1]
+            for name in others:
+                if kept.pop(name) != kept[first]:
+                    raise contradiction(name, first)
         return kept
 
 
@@ -247,7 +272,15 @@ class ChatMessage(Fields):
         for image in sorted(self.images, key=lambda image: image.offset):
             parts += [text[start : image.offset], image.value]
             start = image.offset
-        return [part for part in [*parts, text[start:]] if part]
+        # 3. Images in Markdown, as clients keep drawings in a text.
+        pieces: list[MessagePart] = []
+        for part in [*parts, text[start:]]:
+            if not isinstance(part, str):
+                pieces.append(part)
+                continue
+            for index, piece in enumerate(MARKDOWN_IMAGE.split(part)):
+                pieces.append(ImageUrl(url=piece) if index % 2 else piece)
+        return [piece for piece in pieces if piece]
 
 
 class ImageCall(Fields):
@@ -279,6 +312,13 @@ class ImageOptions(Fields):
     partial_images: int = Field(default=0, ge=0, le=3)
 
 
+class StreamOptions(Fields):
+    """`include_usage`: a last chunk has the `usage`."""
+
+    include_usage: bool = False
+    include_obfuscation: bool = False
+
+
 class AnswerRequest(Fields):
     """Settings of an answer.
 
@@ -300,7 +340,9 @@ class AnswerRequest(Fields):
     stop: Annotated[list[Stop], Field(max_length=4), BeforeValidator(as_list)] | None = None
     ratio: str | None = None
     read_back: bool | None = None
+    model: NotSetting[str | None] = None
     stream: NotSetting[bool] = False
+    stream_options: NotSetting[StreamOptions] = StreamOptions()
     previews: NotSetting[bool] = False
 
     @property
@@ -390,6 +432,7 @@ class ImagesRequest(ImageOptions):
     seed: Seed | None = None
     ratio: str | None = None
     read_back: bool | None = None
+    model: str | None = None
     stream: bool = False
 
 
@@ -441,16 +484,38 @@ def read_request(model: type[Model], body: bytes | Mapping[str, object]) -> Mode
     except ValidationError as error:
         # Of the alternatives of a union, the one that matches best fails at the deepest field.
         details = sorted(error.errors(), key=lambda details: len(details["loc"]))[-1]
-        # Types of a union (`ImageUrl`, `list[…]`) are no names.
-        names = map(str, details["loc"])
-        field = ".".join(name for name in names if not re.match(r"[A-Z]|.*\[", name))
+        names = sent_names(body, details["loc"])
         message = f"{details['msg']}."
+        if details["type"] == "missing":
+            names.append(str(details["loc"][-1]))
         if details["type"] == "extra_forbidden":
-            values = model.ignored().get(field)
-            exception = f", except {json.dumps(values)}" if values else ""
-            advice = model.ignored(ADVICE).get(str(details["loc"][-1]), "")
-            message = f"This server does not support it{exception}. {advice}".rstrip()
-        raise RequestError(message, field) from None
+            message = unknown_field(model, names)
+        raise RequestError(message, ".".join(names)) from None
+
+
+def sent_names(body: Any, location: Sequence[int | str]) -> list[str]:
+    """The keys and indices of a body in pydantic's location, which also has types of a union."""
+    if isinstance(body, bytes) and location:
+        body = from_json(body)
+    names: list[str] = []
+    for item in location:
+        is_key = isinstance(body, Mapping) and item in body
+        if is_key or (isinstance(body, list) and item in range(len(body))):
+            names.append(str(item))
+            body = body[item]
+    return names
+
+
+def unknown_field(model: type[Fields], names: Sequence[str]) -> str:
+    """What to do instead of sending a field, as a sentence."""
+    name = names[-1]
+    values = model.ignored().get(".".join(names))
+    exception = f", except {json.dumps(values)}" if values else ""
+    advice = model.ignored(ADVICE).get(name, "")
+    models = [model] if len(names) == 1 else [ImageTool, ImageCall, ChatMessage, Part, ImageUrl]
+    known = [known for model in models for names in model.names() for known in names]
+    similar = "" if values or advice else nearest(name.lower(), known, 0.7)
+    return f"This server does not support it{exception}{similar}. {advice}".rstrip()
 
 
 def contradiction(field: str, other: str) -> RequestError:

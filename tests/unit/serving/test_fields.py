@@ -47,10 +47,16 @@ def post(client: Any, route: str, **fields: Any) -> Any:
     body = {**BODIES[route], **fields}
     if route != EDIT:
         return client.post(route, json=body)
-    for name in ("image", "mask", "markup"):
-        files = [file.encode() if isinstance(file, str) else file for file in body.get(name, [])]
-        body[name] = [(io.BytesIO(file), "a.png") for file in files]
-    return client.post(route, data=body)
+    form = {}
+    for name, value in body.items():
+        # Files are bytes, with or without a name; None is absent.
+        values = value if isinstance(value, list) else [value]
+        form[name] = [
+            (io.BytesIO(item), "a.png" if item else "") if isinstance(item, bytes) else item
+            for item in values
+            if item is not None
+        ]
+    return client.post(route, data=form, content_type="multipart/form-data")
 
 
 def answer_of(response: Any) -> Any:
@@ -98,6 +104,7 @@ FOLLOWED = {
         '/generate {"max_new_tokens": 5, "temperature": 5, "top_p": 0}',
         '/v1/chat/completions {"max_tokens": 5}',
         '/v1/chat/completions {"max_completion_tokens": 5}',
+        '/v1/chat/completions {"max_completion_tokens": 5, "max_tokens": 5}',
         # As Open WebUI's back end sends it.
         '/v1/chat/completions {"model": "nano", "stream_options": {"include_usage": true}, '
         '"max_tokens": 5, "frequency_penalty": 0, "top_p": 0.9, "seed": 1}',
@@ -259,6 +266,72 @@ def test_images_in_messages_are_read(client, route, name, part):
     assert answers[0] == answers[1] and answers[0]["usage"]["total_tokens"] > 32
 
 
+@pytest.mark.parametrize("role", ["user", "assistant"])
+def test_images_in_markdown_are_read_in_order(client, role):
+    # Clients keep drawings in a text, of which the base64 would be read as words.
+    images = [noise(0), noise(1)]
+    url, other = (f"data:image/png;base64,{image_to_base64(image)}" for image in images)
+    text = f'A ![x y]({url}) and ![]({other} "title"), ![no](http://127.0.0.1/a.png).'
+    parts = user("A ", images[0], " and ", images[1], ", ![no](http://127.0.0.1/a.png).")["content"]
+    answers = [
+        chat(client, [user("Hi"), {"role": role, "content": content}, *ASK], max_tokens=4)
+        for content in (text, parts)
+    ]
+    assert answers[0] == answers[1] and answers[0]["usage"]["prompt_tokens"] > 64
+
+
+def test_markdown_without_an_end_is_read_at_once(client):
+    # Each beginning would otherwise be searched to the end of the text.
+    for text in ("![", "![](data:image/", "![](data:image/png;base64,"):
+        refusal(post(client, RESPONSES, input=text * 200_000))
+
+
+@pytest.mark.parametrize("route", [CHAT, RESPONSES, DRAW, EDIT])
+def test_other_models_are_noted(client, tiny, route):
+    # Clients of OpenAI must name a model, and some always name the same one.
+    notes = []
+    for model in ("gpt-4o", tiny.config.name.rpartition("/")[2], ""):
+        answer = answer_of(post(client, route, model=model))
+        message = answer["choices"][0]["message"] if route == CHAT else answer
+        notes.append("the request named 'gpt-4o'" in " ".join(message["notes"]))
+    assert notes == [True, False, False]
+
+
+@pytest.mark.parametrize("route", [GENERATE, CHAT, RESPONSES, DRAW, EDIT])
+def test_seed_minus_one_is_random(client, route):
+    # As of llama.cpp and Stable Diffusion's servers.
+    settings = {} if route in (DRAW, EDIT) else {"temperature": 5}
+    answers = [answer_of(post(client, route, seed=-1, **settings)) for _ in range(3)]
+    assert answers[0] != answers[1] or answers[1] != answers[2]
+
+
+def test_usage_of_a_stream_is_a_last_chunk_if_it_is_asked_for(client):
+    for options in ({}, {"stream_options": {"include_usage": False}}):
+        for chunk in events(post(client, CHAT, stream=True, **options)):
+            assert chunk["choices"] and "usage" not in chunk
+    options = {"include_usage": True, "include_obfuscation": False}
+    *chunks, last = events(post(client, CHAT, stream=True, stream_options=options))
+    assert {chunk["usage"] for chunk in chunks} == {None} and last["usage"]["total_tokens"]
+
+
+IMAGE = image_to_bytes(noise(0))
+
+
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"mask": b""},
+        {"image": [IMAGE, b""]},
+        {"image": b"", "image[]": IMAGE},
+        {"image": None, "image[0]": IMAGE},
+        {"n": "", "size": "", "mask": ""},
+    ],
+)
+def test_empty_fields_of_forms_are_absent(client, fields):
+    # As browsers send what was not filled in.
+    assert answer_of(post(client, EDIT, **fields)) == answer_of(post(client, EDIT))
+
+
 def test_chat_notes_what_does_not_fit(client):
     # Below an image's tokens the model cannot start one.
     notes = [chat(client, ASK, max_tokens=count)["notes"] for count in (20, 40)]
@@ -293,7 +366,9 @@ REFUSED = {
     '/v1/images/tokens {"codes": []}': "'codes'",
     '/v1/images/tokens {"images": ["aGk="]}': "'images'",
     '/v1/images/edits {"image": []}': "image:",
-    '/v1/images/edits {"mask": ["a file"]}': "mask",
+    '/v1/images/edits {"prompt": ""}': "prompt:",
+    '/v1/images/edits {"image": "aGk="}': "image:",
+    '/v1/images/edits {"image[]": "aGk="}': "image[]:",
     # Values out of range.
     '/generate {"temperature": -1}': "temperature:",
     '/generate {"temperature": 5.5}': "temperature:",
@@ -332,7 +407,6 @@ REFUSED = {
     '/generate {"text": "<image>", "images": [[100000000000000000000000000000]]}': "images.0",
     '/v1/images/tokens {"codes": [[1, 2]]}': "32 codes",
     '/v1/images/tokens {"codes": [], "images": ["http://127.0.0.1:1/a.png"]}': "image 0",
-    '/v1/images/edits {"image": ["no image"]}': "image 0",
     # What OpenAI's server would do otherwise.
     '/v1/chat/completions {"tools": [{"type": "function", "function": {"name": "f"}}]}': "tools",
     '/v1/chat/completions {"audio": {"voice": "alloy"}}': "audio",
@@ -347,7 +421,27 @@ REFUSED = {
     '/v1/images/generations {"size": "1536x1024"}': "size:",
     '/v1/responses {"tool_choice": {"type": "image_generation", "size": "100x3000"}}': "size:",
     '/v1/images/generations {"size": "4096x4096"}': "size",
-    '/v1/images/edits {"markup": ["a file"]}': "markup",
+    # Names as they were sent, at any depth, and the nearest known ones.
+    '/v1/chat/completions {"Temperature": 1}': "(did you mean 'temperature'?)",
+    '/v1/chat/completions {"maxTokens": 1}': "(did you mean 'max_tokens'?)",
+    '/v1/images/edits {"Prompt": "a"}': "(did you mean 'prompt'?)",
+    '/v1/chat/completions {"image[0]": 1}': "image[0]:",
+    '/v1/chat/completions {"a.b": 1}': "a.b:",
+    '/v1/chat/completions {"ImageUrl": 1}': "ImageUrl:",
+    '/v1/chat/completions {"messages": [{"content": "a"}]}': "messages.0.role:",
+    '/v1/chat/completions {"messages": [{"role": "user", "content": "a", "Name": "b"}]}': (
+        "messages.0.Name:"
+    ),
+    '/v1/responses {"input": [{"role": "user", "content": [{"type": "text", "Text": "a"}]}]}': (
+        "input.0.content.0.Text:"
+    ),
+    '/v1/responses {"tools": [{"type": "image_generation", "Size": "1x1"}]}': "tools.0.Size:",
+    '/v1/chat/completions {"stream_options": {"include_usages": true}}': (
+        "stream_options.include_usages:"
+    ),
+    '/v1/chat/completions {"stream_options": true}': "stream_options:",
+    '/v1/chat/completions {"max_tokens": 3, "max_completion_tokens": 4}': "max_tokens:",
+    '/v1/responses {"model": 4}': "model:",
 }
 
 
@@ -365,6 +459,7 @@ def part(**fields: Any) -> dict[str, Any]:
     return {"role": "user", "content": [fields]}
 
 
+URL = f"data:image/png;base64,{image_to_base64(noise(0))}"
 # Route, fields, what the refusal names.
 REQUESTS = {
     "characters": (GENERATE, {"text": "x" * 40_000}, "characters"),
@@ -381,6 +476,11 @@ REQUESTS = {
     "a broken input": (RESPONSES, {"input": [user(CODES[:3], "What is it?")]}, "32 codes"),
     "characters of messages": (CHAT, {"messages": [user("x" * 33_000)]}, "characters"),
     "images of an edit": (EDIT, {"image": [b"no image"] * 17}, "17 images"),
+    "no image of an edit": (EDIT, {"image": [b"no image"]}, "image 0"),
+    "a mask": (EDIT, {"mask": [b"a file"]}, "mask:"),
+    "markup": (EDIT, {"markup": [b"a file"]}, "markup:"),
+    "a picture of the system": (RESPONSES, {"instructions": f"![]({URL})"}, "Message 0"),
+    "pictures in Markdown": (CHAT, {"messages": [user(f"![a]({URL})" * 17)]}, "17 images"),
     "images of messages": (CHAT, {"messages": [user(*[CODES] * 17)]}, "17 images"),
     "an image of the system": (
         CHAT,
