@@ -4,6 +4,7 @@
     backend       `Backend`: one system, its queue, limits and metrics
     responses     answers in OpenAI's two forms, whole and as events
     origin        which web pages may use a program on loopback
+    connections   bodies, answers and the ends of connections below the routes
     app           `create_app`, `listen`, `serve`: Flask routes and the server
     client        `ModelClient`, `ModelCard`: what the page knows about models, and its requests
     conversation_log  `ConversationLog`: the page's log of conversations and votes

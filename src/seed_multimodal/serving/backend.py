@@ -301,11 +301,15 @@ class Backend:
                     f"have {limits.max_pixels / 1e6:g}."
                 )
 
-        # 2. Opened images, which need much more memory.
+        # 2. Codes, perhaps of an earlier request's image, as the page's are.
         inputs: list[Any] = [*items]
-        for index, item in enumerate(items):
-            if isinstance(item, list):  # perhaps of an earlier request's image, as the page's are
-                inputs[index] = self._measured_codes(item)
+        with self._counting:
+            for index, item in enumerate(items):
+                if isinstance(item, list) and tuple(item) in self._measured:
+                    self._measured.move_to_end(tuple(item))
+                    inputs[index] = self._measured[tuple(item)]
+
+        # 3. Opened images, which need much more memory.
         with deadline.hold(self._large, n_pixels > LARGE_IMAGES_PIXELS):
             self.images.labels("read").inc(len(files))
             images: list[Any] = [
@@ -313,31 +317,23 @@ class Backend:
             ]
             if images and self.system.family.prompts_are_ids:
                 images = [MeasuredCodes(image) for image in self.system.images.read(images)]
-                for image in images:
-                    self._remember(image)
+                self._remember(images)
         for index, image in zip(files, images, strict=True):
             inputs[index] = image
         return inputs
 
-    def _measured_codes(self, codes: list[int]) -> list[int]:
-        """Codes that are sent again, with their image's distance if it is known."""
-        with self._counting:
-            if tuple(codes) not in self._measured:
-                return codes
-            self._measured.move_to_end(tuple(codes))
-            return self._measured[tuple(codes)]
-
-    def _remember(self, image: MeasuredCodes) -> None:
-        """Know an image's codes when they are sent again.
+    def _remember(self, images: Sequence[MeasuredCodes]) -> None:
+        """Know the codes of images when they are sent again.
 
         Of images with equal codes the most familiar one counts: a note must not be about another
         visitor's image.
         """
         with self._counting:
-            known = self._measured.pop(tuple(image), image)
-            nearest = min(known, image, key=lambda image: image.distance or 0)
-            self._measured[tuple(image)] = nearest
-            if len(self._measured) > MEASURED_IMAGES:
+            for image in images:
+                before = self._measured.pop(tuple(image), image)
+                familiar = min(before, image, key=lambda image: image.distance or 0)
+                self._measured[tuple(image)] = familiar
+            while len(self._measured) > MEASURED_IMAGES:
                 self._measured.popitem(last=False)
 
     # ---- conversations

@@ -62,7 +62,7 @@ class Connection(HTTPChannel):
             is_end = self.requests and not self.socket.recv(1, socket.MSG_PEEK)
         except OSError:  # a reset
             is_end = False
-        if is_end and not self.is_stream and self.requests[0].version == "1.1":
+        if is_end and not self.is_stream:
             self.is_half_closed = True
         else:
             super().handle_read()

@@ -34,7 +34,7 @@ def completion(
         "created": int(time.time()),
         "model": model,
     }
-    has_usage = not request.stream or request.stream_options.include_usage
+    has_usage = not request.stream or request.stream_options.get("include_usage")
     if has_usage:
         head["usage"] = None  # but of the last chunk
     role = {"role": "assistant"}  # in the first chunk

@@ -53,6 +53,7 @@ Value = TypeVar("Value")
 # A field that the server reads. The dump of a request for an answer holds the others: settings,
 # which are keyword arguments of `MultimodalSystem.chat`.
 NotSetting = Annotated[Value, Field(exclude=True)]
+StreamOption = Literal["include_usage", "include_obfuscation"]
 MessagePart: TypeAlias = "str | ImageUrl | list[int]"  # a text, an image, codes of an image
 
 # Group → field → its values that change nothing, or "any"; and advice about a refused field.
@@ -99,9 +100,8 @@ class Fields(BaseModel):
         """The names of each field in a request."""
         names: list[list[str]] = []
         for name, field in cls.model_fields.items():
-            alias = field.validation_alias or name
-            is_choice = isinstance(alias, AliasChoices)
-            names.append([*map(str, alias.choices)] if is_choice else [str(alias)])
+            alias = field.validation_alias
+            names.append([*map(str, alias.choices)] if isinstance(alias, AliasChoices) else [name])
         return names
 
     @model_validator(mode="before")
@@ -124,10 +124,10 @@ class Fields(BaseModel):
 
         # 2. Further names of a field that is sent.
         for names in cls.names():
-            first, *others = [name for name in names if name in kept] or names[:1]
-            for name in others:
-                if kept.pop(name) != kept[first]:
-                    raise contradiction(name, first)
+            sent = [name for name in names if name in kept]
+            for name in sent[1:]:
+                if kept.pop(name) != kept[sent[0]]:
+                    raise contradiction(name, sent[0])
         return kept
 
 
@@ -272,13 +272,13 @@ class ChatMessage(Fields):
         for image in sorted(self.images, key=lambda image: image.offset):
             parts += [text[start : image.offset], image.value]
             start = image.offset
+        parts.append(text[start:])
+
         # 3. Images in Markdown, as clients keep drawings in a text.
         pieces: list[MessagePart] = []
-        for part in [*parts, text[start:]]:
-            if not isinstance(part, str):
-                pieces.append(part)
-                continue
-            for index, piece in enumerate(MARKDOWN_IMAGE.split(part)):
+        for part in parts:
+            texts_and_urls = MARKDOWN_IMAGE.split(part) if isinstance(part, str) else [part]
+            for index, piece in enumerate(texts_and_urls):
                 pieces.append(ImageUrl(url=piece) if index % 2 else piece)
         return [piece for piece in pieces if piece]
 
@@ -312,17 +312,11 @@ class ImageOptions(Fields):
     partial_images: int = Field(default=0, ge=0, le=3)
 
 
-class StreamOptions(Fields):
-    """`include_usage`: a last chunk has the `usage`."""
-
-    include_usage: bool = False
-    include_obfuscation: bool = False
-
-
 class AnswerRequest(Fields):
     """Settings of an answer.
 
     `stop`: texts that end the answer and are not in it. `ratio`: aspect ratio of LaVIT's images.
+    `stream_options`: with `include_usage`, a stream of chat completions ends with the `usage`.
     `previews`: a stream shows images while they are made. `read_back`: images have a description of
     what they show as `revised_prompt`, and notes say what of it was not asked for.
 
@@ -342,7 +336,7 @@ class AnswerRequest(Fields):
     read_back: bool | None = None
     model: NotSetting[str | None] = None
     stream: NotSetting[bool] = False
-    stream_options: NotSetting[StreamOptions] = StreamOptions()
+    stream_options: NotSetting[dict[StreamOption, bool]] = {}
     previews: NotSetting[bool] = False
 
     @property
@@ -393,7 +387,9 @@ class ResponsesRequest(AnswerRequest):
 
     input: NotSetting[str | list[ChatMessage | ImageCall]]
     instructions: NotSetting[str] = ""
-    max_new_tokens: NewTokens | None = Field(None, validation_alias="max_output_tokens")
+    max_new_tokens: NewTokens | None = Field(
+        None, validation_alias=AliasChoices("max_output_tokens")
+    )
     tools: NotSetting[list[ImageTool]] = Field([], max_length=1)
     tool_choice: NotSetting[Literal["auto", "none", "required"] | ImageTool] = "auto"
 
@@ -499,22 +495,25 @@ def sent_names(body: Any, location: Sequence[int | str]) -> list[str]:
         body = from_json(body)
     names: list[str] = []
     for item in location:
-        is_key = isinstance(body, Mapping) and item in body
-        if is_key or (isinstance(body, list) and item in range(len(body))):
-            names.append(str(item))
+        try:
             body = body[item]
+        except (LookupError, TypeError):
+            continue
+        names.append(str(item))
     return names
 
 
 def unknown_field(model: type[Fields], names: Sequence[str]) -> str:
     """What to do instead of sending a field, as a sentence."""
-    name = names[-1]
     values = model.ignored().get(".".join(names))
     exception = f", except {json.dumps(values)}" if values else ""
-    advice = model.ignored(ADVICE).get(name, "")
-    models = [model] if len(names) == 1 else [ImageTool, ImageCall, ChatMessage, Part, ImageUrl]
-    known = [known for model in models for names in model.names() for known in names]
-    similar = "" if values or advice else nearest(name.lower(), known, 0.7)
+    advice = model.ignored(ADVICE).get(names[-1], "")
+    similar = ""
+    if not values and not advice:
+        document = model.model_json_schema()
+        parts = [document, *document.get("$defs", {}).values()]
+        known = [name for part in parts for name in part["properties"]]
+        similar = nearest(names[-1].lower(), known, 0.7)
     return f"This server does not support it{exception}{similar}. {advice}".rstrip()
 
 

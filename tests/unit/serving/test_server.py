@@ -3,7 +3,6 @@ OpenAI's own client over a socket.
 """
 
 import io
-import json
 import signal
 import sys
 import threading
@@ -237,9 +236,11 @@ def test_the_client_of_openai_reads_every_route(tiny):
     completion = complete(**options, messages=messages)
     message = completion.choices[0].message
     assert len(message.model_extra["images"][0]["codes"]) == 32
-    chunks = [*complete(**options, messages=messages, stream=True)]
+    usage = {"include_usage": True}
+    *chunks, last = complete(**options, messages=messages, stream=True, stream_options=usage)
     texts = [chunk.choices[0].delta.content or "" for chunk in chunks]
-    assert "".join(texts) == message.content and chunks[-1].usage == completion.usage
+    assert "".join(texts) == message.content
+    assert (last.usage, last.choices) == (completion.usage, [])
     messages += [message.model_dump(exclude_none=True), user("And now?")]
     assert complete(**options, messages=messages).usage.prompt_tokens > 64
 
@@ -309,30 +310,20 @@ def test_pages_of_allowed_origins_use_the_server(tiny):
 
 
 @pytest.mark.parametrize(
-    "headers, origins, allowed",
+    "headers, origins, status",
     [
-        ({"Host": "rebound.example"}, [], False),
-        ({"Origin": "https://evil.example"}, [], False),
-        ({"Origin": "null"}, ["http://other"], False),
-        ({"Host": "[::1]:7890", "Origin": "http://localhost:3000"}, [], True),
-        (
-            {"Host": "seed.example", "Origin": "https://seed.example"},
-            ["https://seed.example"],
-            True,
-        ),
-        ({"Origin": "https://evil.example"}, "*", True),
+        ({"Host": "rebound.example"}, [], 403),
+        ({"Origin": "https://evil.example"}, ["https://other.example"], 403),
+        ({"Host": "[::1]:7890", "Origin": "http://localhost:3000"}, [], 200),
+        ({"Host": "seed.example", "Origin": "https://seed.example"}, ["https://seed.example"], 200),
     ],
 )
-def test_other_hosts_and_web_pages_are_refused_without_a_token(tiny, headers, origins, allowed):
-    # By DNS rebinding, and by forms and texts for which browsers ask no permission.
+def test_other_hosts_and_web_pages_are_refused_without_a_token(tiny, headers, origins, status):
+    # By DNS rebinding, and by forms, for which browsers ask no permission.
     client = create_app(tiny, origins=origins).test_client()
     form = {"prompt": "Make it green.", "image": (io.BytesIO(image_to_bytes(noise(0))), "a.png")}
-    edit = client.post("/v1/images/edits", data=form, headers=headers)
-    text = client.post(CHAT, data=json.dumps(BODY), headers=headers, content_type="text/plain")
-    read = client.get("/v1/models", headers=headers)
-    statuses = [response.status_code for response in (edit, text, read)]
-    assert statuses == ([200, 415, 200] if allowed else [403] * 3)
-    assert allowed or "--allow-origin" in edit.json["error"]["message"]
+    assert client.post("/v1/images/edits", data=form, headers=headers).status_code == status
+    assert client.get("/v1/models", headers=headers).status_code == status
 
 
 # ---- the program
