@@ -9,13 +9,10 @@ from collections.abc import Iterator
 from operator import itemgetter
 from typing import Any
 
-from pydantic import TypeAdapter
-
 from seed_multimodal.disk import JsonObject
-from seed_multimodal.serving.schema import ChatRequest, ResponsesRequest
+from seed_multimodal.serving.schema import JSON, ChatRequest, ResponsesRequest
 
 NamedFields = tuple[str, JsonObject]  # of an event
-PLAIN: TypeAdapter[Any] = TypeAdapter(Any)  # models of a request → what JSON has
 ECHOED = ("instructions", "temperature", "top_p", "tools", "tool_choice")
 USAGE_DETAILS = {
     "input_tokens_details": {"cached_tokens": 0},
@@ -74,7 +71,7 @@ def response_events(
         "usage": None,
         "boxes": [],
         "notes": [],
-        **{name: PLAIN.dump_python(getattr(request, name), mode="json") for name in ECHOED},
+        **{name: JSON.dump_python(getattr(request, name), mode="json") for name in ECHOED},
     }
     for index, (name, fields) in enumerate(_events(response, changes)):
         yield {"type": f"response.{name}", "sequence_number": index, **fields}

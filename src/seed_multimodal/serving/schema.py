@@ -22,11 +22,11 @@ from pydantic import (
     ConfigDict,
     Field,
     StringConstraints,
+    TypeAdapter,
     ValidationError,
     model_validator,
 )
 from pydantic.json_schema import models_json_schema
-from pydantic_core import from_json
 
 from seed_multimodal import __version__
 from seed_multimodal.disk import JsonObject
@@ -41,6 +41,7 @@ MAX_IMAGES = 16  # of a request
 MAX_TEXT = 32_000  # characters of a request
 MAX_VALUES = 200_000  # of a body: parsing needs fifty times the bytes
 
+JSON: TypeAdapter[Any] = TypeAdapter(Any)  # its values, and models as them
 Codes = list[Annotated[int, Field(ge=0, lt=2**31)]]  # of one image
 Seed = Annotated[int, Field(ge=-(2**63), lt=2**63)]
 Temperature = Annotated[float, Field(ge=0, le=5, allow_inf_nan=False)]
@@ -492,7 +493,7 @@ def read_request(model: type[Model], body: bytes | Mapping[str, object]) -> Mode
 def sent_names(body: Any, location: Sequence[int | str]) -> list[str]:
     """The keys and indices of a body in pydantic's location, which also has types of a union."""
     if isinstance(body, bytes) and location:
-        body = from_json(body)
+        body = JSON.validate_json(body)
     names: list[str] = []
     for item in location:
         try:
