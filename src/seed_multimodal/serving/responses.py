@@ -7,7 +7,6 @@ import secrets
 import time
 from collections.abc import Iterator
 from operator import itemgetter
-from typing import Any
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.serving.schema import JSON, ChatRequest, ResponsesRequest
