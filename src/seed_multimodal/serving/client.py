@@ -69,10 +69,10 @@ class ModelClient:
         # 1. The request.
         address = self.address.removesuffix("/generate").rstrip("/") + route
         method = "POST" if content else "GET"
-        headers = {}
+        headers: dict[bytes, bytes] = {}
         token = os.environ.get("SEED_TOKEN", "").strip()  # of a server with a password
         if token:
-            headers["Authorization"] = f"Bearer {token}".encode()
+            headers[b"Authorization"] = f"Bearer {token}".encode()
         timeout = httpx.Timeout(SECONDS, connect=SECONDS_TO_CONNECT)
         is_direct = direct(address)
         try:

@@ -82,7 +82,8 @@ class Connection(HTTPChannel):
     def write_soon(self, data: Any) -> int:
         with self.outbuf_lock:
             self.is_stream |= b"\r\nTransfer-Encoding: chunked" in data
-        return super().write_soon(data)
+        n_bytes: int = super().write_soon(data)
+        return n_bytes
 
     def send_continue(self) -> None:
         # A request that is too large is refused before its body is sent.

@@ -61,7 +61,7 @@ MessagePart: TypeAlias = "str | ImageUrl | list[int]"  # a text, an image, codes
 IGNORED = yaml.safe_load(Path(__file__).with_name("fields.yaml").read_text(encoding="utf-8"))
 ADVICE = IGNORED.pop("advice")
 
-# An image in a text, as clients keep drawings. Its parts are bounded: no text takes long.
+# An image in a text. Its parts are bounded: no text takes long.
 MARKDOWN_IMAGE = re.compile(
     r"!\[[^\[\]]{0,500}\]\(<?(data:image/[\w.+;=-]*,[\w+/=%-]+)[^)]{0,500}\)", re.IGNORECASE
 )
@@ -248,6 +248,12 @@ class Part(Fields):
         return self.codes or self.url if "image" in self.type else self.text
 
 
+def text_and_images(text: str) -> list[MessagePart]:
+    """The texts and images of a text in Markdown, in which clients keep drawings."""
+    pieces = MARKDOWN_IMAGE.split(text)
+    return [ImageUrl(url=piece) if index % 2 else piece for index, piece in enumerate(pieces)]
+
+
 class ChatMessage(Fields):
     """As OpenAI's; an assistant's may have the `images` of an earlier answer."""
 
@@ -275,12 +281,10 @@ class ChatMessage(Fields):
             start = image.offset
         parts.append(text[start:])
 
-        # 3. Images in Markdown, as clients keep drawings in a text.
+        # 3. Images in texts.
         pieces: list[MessagePart] = []
-        for part in parts:
-            texts_and_urls = MARKDOWN_IMAGE.split(part) if isinstance(part, str) else [part]
-            for index, piece in enumerate(texts_and_urls):
-                pieces.append(ImageUrl(url=piece) if index % 2 else piece)
+        for item in parts:
+            pieces += text_and_images(item) if isinstance(item, str) else [item]
         return [piece for piece in pieces if piece]
 
 
