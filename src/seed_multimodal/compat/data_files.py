@@ -11,6 +11,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields
+from pathlib import Path
+
+import yaml
 
 from seed_multimodal.compat.targets import arguments_of
 from seed_multimodal.config import as_mapping
@@ -20,76 +23,19 @@ from seed_multimodal.data.stream.config import LlmDataSettings
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import check_keys, nearest
 
+# What the originals name; the file says what each table is.
+_TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+
 # ---- the data of a training
 
-# Module below `src.data` → name of a builder after `build_` → our decoder.
-_SOURCES = {
-    "torchdata_train": {
-        "caption_datapipes_for_llm": "pretrain.caption",
-        "mmc4_datapipes_for_llm": "pretrain.interleaved",
-        "video_caption_datapipes_for_llm": "pretrain.video",
-        "text_pretrain_datapipes_for_llm": "pretrain.text",
-        "edit_datapipes_for_llm": "pretrain.edit",
-        "visual_question_datapipes_for_llm": "pretrain.visual_question",
-        "text_conversation_datapipes_for_llm": "pretrain.text_conversation",
-    },
-    "torchdata_sft": {
-        "qa_datapipes_for_llm": "sft.qa",
-        "edit_datapipes_for_llm": "sft.edit",
-        "edit_multi_datapipes_for_llm": "sft.multi_edit",
-        "story_datapipes_for_llm": "sft.story",
-        "difference_datapipes_for_llm": "sft.difference",
-        "conversation_datapipes_for_llm": "sft.conversation",
-        "video_datapipes_for_llm": "sft.video",
-        "video_conversation_datapipes_for_llm": "sft.video_conversation",
-        "visual_question_datapipes_for_llm": "sft.visual_question",
-        "interleaved_datapipes_for_llm": "sft.interleaved",
-        "text_conversation_datapipes_for_llm": "sft.text_conversation",
-    },
-    "mmc4": {
-        "mmc4_datapipes_for_llm": "pretrain.interleaved",
-        "obelisc_datapipes_for_llm": "pretrain.interleaved",
-    },
-    "sft_clm": {
-        "llava_jsonl_datapipes": "seed_x.conversation",
-        "single_turn_edit_datapipes": "seed_x.edit",
-    },
-    "image_text_pairs_clm": {"caption_datapipes_with_pixels": "seed_x.caption"},
-}
-BUILDERS = {
-    f"src.data.{module}.build_{name}": decoder
-    for module, decoders in _SOURCES.items()
-    for name, decoder in decoders.items()
-}
-MIXERS = (
-    "src.data.torchdata_train.build_multi_datapipes",
-    "src.data.torchdata_sft.build_multi_datapipes",
-    "src.data.sft_clm.build_multi_datapipes",
-)
+BUILDERS: dict[str, str] = _TABLES["builders"]
+MIXERS: list[str] = _TABLES["mixers"]
 # What the original's files leave to its code. Six packed rows hold about the useful tokens of an
 # original micro-batch of SEED-LLaMA; SEED-X has padded micro-batches.
 _PACKED: JsonObject = {"packing": True, "length": 2048, "rows": 6, "too_long": "split"}
 _PADDED: JsonObject = {"packing": False}
 _PADDED_MODULES = ("src.data.sft_clm.", "src.data.image_text_pairs_clm.")
-# Decoders of JSON lines; the others read tar files.
-_OF_LINES = (
-    "pretrain.text",
-    "pretrain.text_conversation",
-    "sft.text_conversation",
-    "seed_x.conversation",
-    "seed_x.edit",
-)
 _SOURCE_KEYS = ("data_dir", "max_length", "batch_size", "cycle_count", "recursive")
-_UNUSED_KEYS = (  # by the original code
-    "caption_prompt",
-    "reverse_ratio",
-    "assure_text",
-    "min_resolution",
-    "min_aspect_ratio",
-    "tokenizer",
-    "image_processor",
-    "image_transform",
-)
 _ORIGINAL_KEYS = {  # ours -> the original's
     "name": "dataset_name",
     "image_dir": "image_dir",
@@ -137,9 +83,9 @@ def _source_keys(pipe: RecordFields, weight: float, label: str) -> JsonObject:
     if target not in BUILDERS:
         raise _unknown_target(target, label)
     name = BUILDERS[target]
-    format = "jsonl" if name in _OF_LINES else "tar"
+    format = "jsonl" if name in _TABLES["of_lines"] else "tar"
     options = find_decoder(name).option_names()
-    unused = [key for key in _UNUSED_KEYS if key not in options]
+    unused = [key for key in _TABLES["unused_keys"] if key not in options]
     feature_keys = ["image_dir", "dataset_name"] if opens_images(name) else []
     check_keys(arguments_of(pipe), [*_SOURCE_KEYS, *options, *unused, *feature_keys], label)
 
@@ -174,16 +120,7 @@ def _unknown_target(target: object, label: str) -> ConfigError:
 
 # ---- the input of pre-tokenization
 
-# The input pipes of the two original extraction tools, with their defaults.
-PIPES: dict[str, JsonObject] = {
-    "src.data.torchdata_preprocess.build_caption_datapipes_with_pixels": {
-        "format": "tar",
-        "similarity_thr": 0.2,
-        "min_resolution": 180,
-        "min_aspect_ratio": 0.666,
-    },
-    "src.data.torchdata_eval.build_question_answer_datapipes": {"format": "json"},
-}
+PIPES: dict[str, JsonObject] = _TABLES["pipes"]
 _UNUSED_INPUT_KEYS = ("data_dir", "max_length", "mask", "recursive")  # the first becomes `files`
 # Other input pipes: the tool decides which fields are read, the suffix the file's format.
 ENCODED = re.compile(
@@ -207,39 +144,12 @@ def input_keys(config: JsonObject, label: str) -> JsonObject:
 
 # ---- pipes without counterpart
 
-# Part of a name -> what to use; the first entry that matches counts.
-_ADVICE = {
-    "retrieval_augmented": "write each sample with its contexts as a document, decoder "
-    "pretrain.interleaved",
-    "m3it": "write its records as JSON lists of image, question and answer, for "
-    "extract_image_ids_to_torchdata_parallel_qa.py --fields plain",
-    "video_gen": "videos are read (sft.video, pretrain.video), not generated; a first frame is "
-    "drawn by sft.qa",
-    "caption_eval": "captions are scored by `seed eval caption`, not during training; held-out "
-    "data is eval_data",
-    "webdata": "name the same tars under the builders of torchdata_train",
-    "with_pixels": "pixels are encoded before training: name this file in --data of an "
-    "extract_image_ids_… tool",
-    "llava": "encode the conversations by extract_image_ids_to_torchdata_parallel_chat.py, "
-    "decoder chat",
-    "coco_caption": "encode the captions by extract_image_ids_to_torchdata_parallel.py, decoder "
-    "pretrain.caption",
-    "edit_datapipes": "encode the edits by extract_image_ids_to_torchdata_parallel_edit.py, "
-    "decoder sft.edit",
-    "video_datapipes": "encode the videos by extract_image_ids_to_torchdata_parallel_video.py, "
-    "decoder sft.video",
-    "mmc4": "encode the documents by extract_image_ids_to_torchdata_parallel_interleaved.py, "
-    "decoder pretrain.interleaved",
-    "question_answer": "encode the questions by extract_image_ids_to_torchdata_parallel_qa.py, "
-    "decoder sft.qa",
-}
-
 
 def _advice(target: str) -> str:
     """What to use in place of an original pipe, as the end of a message ("; here: …"), or ""."""
     if not target.startswith("src.data."):
         return ""
-    for part, text in _ADVICE.items():
+    for part, text in _TABLES["advice"].items():
         if part in target:
             return f"; here: {text}"
     return ""

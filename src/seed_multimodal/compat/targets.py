@@ -1,93 +1,21 @@
-"""The originals' names in YAML files (`_target_`), by the part that such a file describes."""
+"""The originals' names in YAML files (`_target_`), by the part that such a file describes:
+`targets.yaml`."""
 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
+
+import yaml
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import nearest
 
-_COMPAT = "seed_multimodal.compat"
-_LLAMA_TOKENIZER = "seed_multimodal.language.llama_tokenizer:LlamaTokenizer.from_pretrained"
-# Part → original names → our object (`module:attribute`) that `config.instantiate` calls; "": such
-# files are read as settings only (`part_files`).
-TARGETS: dict[str, dict[str, str]] = {
-    "image_transform": {
-        "models.transforms.get_transform": "seed_multimodal.images.transforms:get_transform",
-        "src.processer.transforms.get_transform": "seed_multimodal.images.transforms:get_transform",
-    },
-    "seed_tokenizer": {
-        "models.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained": (
-            f"{_COMPAT}.seed_llama:SeedLlamaTokenizer.from_pretrained"
-        ),
-        "src.tokenizer.seed_llama_tokenizer.SeedLlamaTokenizer.from_pretrained": (
-            f"{_COMPAT}.seed_llama:SeedLlamaTokenizer.from_pretrained"
-        ),
-    },
-    "tokenizer": {
-        "transformers.LlamaTokenizer.from_pretrained": _LLAMA_TOKENIZER,
-        _LLAMA_TOKENIZER.replace(":", "."): _LLAMA_TOKENIZER,
-    },
-    "llm": {
-        "src.model.llama_xformer.LlamaForCausalLM.from_pretrained": (
-            f"{_COMPAT}.seed_x:LlamaForCausalLM.from_pretrained"
-        ),
-        "transformers.LlamaForCausalLM.from_pretrained": (f"{_COMPAT}.part_files:language_model"),
-        "transformers.AutoModelForCausalLM.from_pretrained": "",
-        "models.model_tools.get_pretrained_llama_causal_model": (
-            f"{_COMPAT}.part_files:language_model"
-        ),
-        "src.model.model_tools.get_pretrained_llama_causal_model": "",
-        "src.models.mllm.modeling_llama_xformer.LlamaForCausalLM.from_pretrained": (
-            f"{_COMPAT}.seed_x:LlamaForCausalLM.from_pretrained"
-        ),
-    },
-    # A builder that changes a language model.
-    "changed_llm": {
-        "src.model.peft_model.get_peft_model_with_resize_embedding": (
-            f"{_COMPAT}.lora:seed_llama_lora"
-        ),
-        "src.model.peft_model.get_peft_model_with_trainable_embedding": "",
-        "src.model.peft_model.get_frozen_embedding_model": "",
-        "src.model.peft_model.get_learnable_image_embedding_model": "",
-        "src.models.mllm.peft_models.get_peft_model_with_resize_embedding": (
-            f"{_COMPAT}.lora:seed_x_lora"
-        ),
-        "src.models.mllm.peft_models.get_full_model_with_resize_embedding": "",
-        "src.models.mllm.peft_models.get_model_with_resize_embedding": "",
-    },
-    "peft_config": {"peft.LoraConfig": f"{_COMPAT}.lora:lora_config"},
-    "visual_encoder": {
-        "src.models.tokenizer.qwen_visual.VisionTransformerWithAttnPool.from_pretrained": (
-            f"{_COMPAT}.seed_x:VisionTransformerWithAttnPool.from_pretrained"
-        ),
-    },
-    "agent": {
-        "src.models.mllm.seed_x.ContinuousLVLM.from_pretrained": (
-            f"{_COMPAT}.seed_x:ContinuousLVLM.from_pretrained"
-        ),
-        "src.models.mllm.seed_x.ContinuousLVLM": f"{_COMPAT}.seed_x:ContinuousLVLM",
-    },
-    "adapter": {
-        "src.models.detokenizer.adapter_modules.SDXLAdapter.from_pretrained": (
-            f"{_COMPAT}.detokenizer:SDXLAdapter.from_pretrained"
-        ),
-        "src.models.detokenizer.adapter_modules.SDXLAdapterWithLatentImage.from_pretrained": (
-            f"{_COMPAT}.detokenizer:SDXLAdapterWithLatentImage.from_pretrained"
-        ),
-    },
-    "discrete_model": {
-        "src.models.tokenizer.discrete_models.DiscreteModleIdentity": (
-            f"{_COMPAT}.seed_x:DiscreteModleIdentity"
-        ),
-    },
-    # Inside of an agent, and of an adapter.
-    "resampler": {
-        "src.models.tokenizer.qwen_visual.Resampler": f"{_COMPAT}.seed_x:Resampler",
-        "src.models.detokenizer.resampler.ResamplerXLV2": f"{_COMPAT}.detokenizer:ResamplerXLV2",
-    },
-}
+# Part → original names → our object, or "" (see the file).
+TARGETS: dict[str, dict[str, str]] = yaml.safe_load(
+    Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
+)
 ALIASES = {name: target for names in TARGETS.values() for name, target in names.items() if target}
 
 

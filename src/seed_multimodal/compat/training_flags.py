@@ -1,4 +1,5 @@
-"""The originals' flags for the Hydra trainings, translated into overrides.
+"""The originals' flags for the Hydra trainings, translated into overrides by
+`training_flags.yaml`.
 
     python src/train/train.py --model configs/model/vicuna_7b_lora.yaml --train_data … --bf16 True
 
@@ -9,192 +10,25 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
+
+import yaml
 
 from seed_multimodal.entry import run_and_exit
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import nearest
 from seed_multimodal.training.cli import CommandLine, main
 
-
-def _boolean(value: str) -> dict[str, str | None]:
-    """Spellings of true -> value, of false -> None."""
-    return {
-        **dict.fromkeys(("true", "t", "yes", "y", "1"), value),
-        **dict.fromkeys(("false", "f", "no", "n", "0")),
-    }
-
-
-def _overrides_of(section: str, keys: Sequence[str]) -> dict[str, str]:
-    """Flags with the name of their key in a section."""
-    return {key: f"++{section}.{key}={{value}}" for key in keys}
-
-
-# Flag -> override, or several; `{value}`: as typed, `{text}`: quoted.
-FLAGS = {
-    # A group's file.
-    "model": "model={value}",
-    "tokenizer": "tokenizer={value}",
-    "train_data": "data={value}",
-    "eval_data": "eval_data={value}",
-    "deepspeed": "deepspeed={value}",
-    "llm_model": "model={value}",
-    "train_dataset": "data={value}",
-    "deepspeed_plugin": "deepspeed={value}",
-    "agent_model": "agent={value}",
-    "visual_encoder": "visual_encoder={value}",
-    "output_dir": "++output_dir={text}",
-    "run_name": "++trainer.run_name={text}",
-    "expr_name": "++trainer.run_name={text}",
-    "resume": "++trainer.resume={text}",
-    "resume_from_checkpoint": "++trainer.resume={text}",
-    "device": "++trainer.device={text}",
-    "lr_scheduler_type": "++optim.lr_scheduler_type={text}",
-    **_overrides_of(
-        "trainer",
-        (
-            "max_steps",
-            "gradient_accumulation_steps",
-            "max_grad_norm",
-            "seed",
-            "dataloader_num_workers",
-            "logging_steps",
-            "save_steps",
-            "save_total_limit",
-            "eval_steps",
-            "gradient_checkpointing",
-        ),
-    ),
-    **_overrides_of(
-        "optim",
-        (
-            "learning_rate",
-            "min_lr_ratio",
-            "warmup_ratio",
-            "warmup_steps",
-            "weight_decay",
-            "adam_beta1",
-            "adam_beta2",
-            "adam_epsilon",
-        ),
-    ),
-    "torch_compile": "++trainer.compile={value}",
-    "optim": "++optim.name={value}",
-    "report_to": "++trainer.report_to=[{value}]",
-    "mixed_precision": "++trainer.precision={value}",
-    "bf16": "++trainer.precision={value}",
-    "fp16": "++trainer.precision={value}",
-    "use_cpu": "++trainer.device={value}",
-    "no_cuda": "++trainer.device={value}",
-    "evaluation_strategy": "++trainer.eval_steps={value}",
-    "eval_strategy": "++trainer.eval_steps={value}",
-    "save_strategy": "++trainer.save_steps={value} ++trainer.save_seconds={value}",
-}
-EVAL_STRATEGIES = {"no": "0", "steps": "${trainer.logging_steps}"}
-# Flag -> allowed values and their translation (None: no override).
-CHOICES: dict[str, Mapping[str, str | None]] = {
-    "bf16": _boolean("bf16"),
-    "fp16": _boolean("fp16"),
-    "use_cpu": _boolean("cpu"),
-    "no_cuda": _boolean("cpu"),
-    "evaluation_strategy": EVAL_STRATEGIES,
-    "eval_strategy": EVAL_STRATEGIES,
-    "save_strategy": {"no": "0", "steps": None},
-}
-# Flag -> translation of some values; others are unchanged.
-SYNONYMS = {
-    "resume_from_checkpoint": {"True": "auto"},
-    "mixed_precision": {"no": "fp32"},
-    "optim": {"adamw_torch": "adamw", "adamw_torch_fused": "adamw"},
-    "report_to": {"none": "", "all": "tensorboard"},
-}
-# FSDP's flags -> the flag and file of ZeRO-3, which shards weights, gradients and optimizer states,
-# too.
-FSDP = {
-    "fsdp": "--deepspeed configs/deepspeed/stage3_offload_bf16.json (or stage3_fp16.json)",
-    "fsdp_plugin": "--deepspeed_plugin configs/accelerate/deepspeed_stage_3.yaml",
-}
+_TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+FLAGS: dict[str, str] = _TABLES["flags"]
+CHOICES: dict[str, dict[str, str | None]] = _TABLES["choices"]
+FSDP: dict[str, str] = _TABLES["fsdp"]
 UNSUPPORTED_FLAGS = (*FSDP, "load_best_model_at_end", "push_to_hub", "label_smoothing_factor")
-# Accepted but ignored: micro-batches and views are set by the data configuration, most of the rest
-# by the engine.
-IGNORED_FLAGS = (
-    "per_device_train_batch_size",
-    "per_device_eval_batch_size",
-    "batch_size",
-    "coco_caption_root",
-    "ignore_data_skip",
-    "resume_steps",
-    "data_seed",
-    "project_name",
-    "image_transform",
-    "logging_nan_inf_filter",
-    "log_level",
-    "log_level_replica",
-    "logging_dir",
-    "logging_strategy",
-    "logging_first_step",
-    "disable_tqdm",
-    "log_on_each_node",
-    "dataloader_drop_last",
-    "dataloader_pin_memory",
-    "group_by_length",
-    "remove_unused_columns",
-    "dataloader_prefetch_factor",
-    "dataloader_persistent_workers",
-    "ddp_find_unused_parameters",
-    "ddp_backend",
-    "ddp_timeout",
-    "ddp_bucket_cap_mb",
-    "local_rank",
-    "full_determinism",
-    "tf32",
-    "bf16_full_eval",
-    "fp16_full_eval",
-    "fp16_opt_level",
-    "half_precision_backend",
-    "overwrite_output_dir",
-    "do_train",
-    "do_eval",
-    "save_safetensors",
-    "prediction_loss_only",
-    "past_index",
-    "save_on_each_node",
-    "include_inputs_for_metrics",
-    "eval_accumulation_steps",
-    "eval_delay",
-    "num_train_epochs",
-)
-# Flags whose value is optional.
-_SWITCHES = (
-    "bf16",
-    "fp16",
-    "use_cpu",
-    "no_cuda",
-    "gradient_checkpointing",
-    "torch_compile",
-    *UNSUPPORTED_FLAGS,
-    *IGNORED_FLAGS,
-)
+IGNORED_FLAGS: list[str] = _TABLES["ignored"]
 _ALL_FLAGS = (*FLAGS, *UNSUPPORTED_FLAGS, *IGNORED_FLAGS)
-# Hydra's, which are left to it.
-HYDRA_OPTIONS = (
-    "help",
-    "hydra_help",
-    "version",
-    "cfg",
-    "resolve",
-    "package",
-    "run",
-    "multirun",
-    "shell_completion",
-    "config_path",
-    "config_name",
-    "config_dir",
-    "experimental_rerun",
-    "info",
-)
+_SWITCHES = (*_TABLES["switches"], *UNSUPPORTED_FLAGS, *IGNORED_FLAGS)  # their value is optional
 _NEW_FLAGS = ("resume", "device")  # they do not activate the original's defaults
 
 
@@ -219,7 +53,7 @@ def translate(arguments: Sequence[str]) -> CommandLine:
     while remaining:
         argument = remaining.pop(0)
         flag = argument[2:].partition("=")[0].replace("-", "_")
-        if not argument.startswith("--") or flag in HYDRA_OPTIONS:
+        if not argument.startswith("--") or flag in _TABLES["hydra"]:
             # A group's file replaces what earlier flags set in the group.
             prefix = f"++{argument.partition('=')[0]}."
             translated = [
@@ -243,7 +77,7 @@ def translate(arguments: Sequence[str]) -> CommandLine:
     if "num_train_epochs" in flags and "max_steps" not in flags:
         raise ConfigError("--num_train_epochs: not supported; use --max_steps.")
     if "eval_steps" in flags:
-        default_interval = EVAL_STRATEGIES["steps"]
+        default_interval = CHOICES["eval_strategy"]["steps"]
         translated = [text for text in translated if not text.endswith(default_interval)]
     return CommandLine(translated, ignored, any(flag not in _NEW_FLAGS for flag in flags))
 
@@ -280,7 +114,7 @@ def _read_flag(argument: str, remaining: list[str]) -> tuple[str, str]:
 def _overrides(flag: str, typed: str) -> list[str]:
     """The overrides for a flag."""
     # The value in our words; None: no override.
-    value: str | None = SYNONYMS.get(flag, {}).get(typed, typed)
+    value: str | None = _TABLES["synonyms"].get(flag, {}).get(typed, typed)
     if flag in CHOICES:
         choices = CHOICES[flag]
         if typed.lower() not in choices:
