@@ -17,7 +17,7 @@ APPLICATION = ROOT / "MultiModalLLM"
 TOKENIZER = ("--tokenizer", "configs/tokenizer/nano.yaml")
 
 
-def run_tool(program: str, *arguments: object) -> None:
+def run_tool(program: str, *arguments):
     """A command in MultiModalLLM, as the documentation gives it, in this process."""
     with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit) as ended:
         patch.chdir(APPLICATION)
@@ -26,7 +26,7 @@ def run_tool(program: str, *arguments: object) -> None:
     assert not ended.value.code
 
 
-def tokenise(tool: str, description: str, folder: Path, *more: str) -> None:
+def tokenise(tool: str, description: str, folder: Path, *more: str):
     """One of the extraction tools on an input description."""
     settings = folder.with_suffix(".yaml")
     settings.write_text(description, encoding="utf-8")
@@ -64,7 +64,7 @@ def train(out: Path, model: str, files: Path, decoder: str, steps: int, *more: s
     return out / f"checkpoint-{steps}"
 
 
-def merge(adapter: Path, out: Path, model: object, tokenizer: object) -> None:
+def merge(adapter: Path, out: Path, model, tokenizer):
     """The merging tool with the original's flags."""
     run_tool(
         "src/tools/merge_lora_weights.py",

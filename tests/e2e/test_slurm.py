@@ -31,7 +31,7 @@ def sbatch(tmp_path):
         (tools / name).chmod(0o755)
     port = free_port()
 
-    def run(script: str, *arguments: object, **more: str) -> str:
+    def run(script: str, *arguments, **more: str) -> str:
         done = run_process(
             ["sh", f"scripts/slurm/{script}.sbatch", *map(str, arguments)],
             cwd=ROOT,

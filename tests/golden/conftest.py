@@ -10,7 +10,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent))  # the modules of kinds
 from runner import DEFAULT_DIR, fixture_folders  # noqa: E402
 
 
-def pytest_addoption(parser: pytest.Parser) -> None:
+def pytest_addoption(parser: pytest.Parser):
     parser.addoption(
         "--golden-dir",
         default=None,
@@ -19,7 +19,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     )
 
 
-def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+def pytest_generate_tests(metafunc: pytest.Metafunc):
     if "golden_folder" not in metafunc.fixturenames:
         return
     # The option is unknown if pytest was started above tests/golden, because it then reads this

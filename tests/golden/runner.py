@@ -51,7 +51,7 @@ def load_kinds() -> dict[str, tuple[Check, tuple[str, ...]]]:
     return kinds
 
 
-def kind_of(folder: Path, kinds: Mapping[str, Any]) -> str:
+def kind_of(folder: Path, kinds: Mapping) -> str:
     """The longest kind that starts the folder's name; AssertionError when there is none."""
     matches = [kind for kind in kinds if folder.name.startswith(kind)]
     assert matches, (
@@ -61,7 +61,7 @@ def kind_of(folder: Path, kinds: Mapping[str, Any]) -> str:
     return max(matches, key=len)
 
 
-def check_fixture(folder: Path) -> None:
+def check_fixture(folder: Path):
     """Run the check of a fixture's kind; it must read each recorded output."""
     kinds = load_kinds()
     check, unread = kinds[kind_of(folder, kinds)]
@@ -79,16 +79,16 @@ def check_fixture(folder: Path) -> None:
 class Tensors(dict[str, Any]):
     """Recorded tensors. `read`: the names of those that a check has read, in the whole file."""
 
-    def __init__(self, values: Mapping[str, Any], prefix: str = "", read: set[str] | None = None):
+    def __init__(self, values: Mapping, prefix: str = "", read: set[str] | None = None):
         super().__init__(values)
         self.prefix = prefix
         self.read: set[str] = set() if read is None else read
 
-    def __getitem__(self, name: str) -> Any:
+    def __getitem__(self, name: str):
         self.read.add(self.prefix + name)
         return super().__getitem__(name)
 
-    def get(self, name: str, default: Any = None) -> Any:
+    def get(self, name: str, default=None):
         return self[name] if name in self else default
 
     def items(self) -> Iterator[tuple[str, Any]]:  # type: ignore[override]
@@ -108,14 +108,12 @@ class Tensors(dict[str, Any]):
         """First words of the names, sorted."""
         return sorted({name.partition(".")[0] for name in self})
 
-    def compare(
-        self, prefix: str = "", tolerance: tuple[float, float] = CLOSE, /, **actual: Any
-    ) -> None:
+    def compare(self, prefix: str = "", tolerance: tuple[float, float] = CLOSE, /, **actual):
         """`assert_close` of every value with the recorded tensor `prefix + its keyword`."""
         for name, value in actual.items():
             self.close(prefix + name, value, tolerance)
 
-    def close(self, name: str, actual: Any, tolerance: tuple[float, float] = CLOSE) -> None:
+    def close(self, name: str, actual, tolerance: tuple[float, float] = CLOSE):
         assert_close(actual, self[name], *tolerance, what=self.prefix + name)
 
 
@@ -125,7 +123,7 @@ class Recording:
 
     folder: Path
 
-    def json(self, name: str) -> Any:
+    def json(self, name: str):
         return read_json(self.folder / name)
 
     def tensors(self, name: str) -> Tensors:
@@ -136,15 +134,15 @@ class Recording:
         return Tensors(load_file(path))
 
     @functools.cached_property
-    def config(self) -> Any:
+    def config(self):
         return self.json("config.json")
 
     @functools.cached_property
-    def meta(self) -> Any:
+    def meta(self):
         return self.json("meta.json")
 
     @functools.cached_property
-    def cases(self) -> Any:
+    def cases(self):
         return self.json("cases.json")
 
     @functools.cached_property
@@ -192,11 +190,11 @@ def read_text(path: Path) -> str:
     return data.decode("utf-8")
 
 
-def read_json(path: Path) -> Any:
+def read_json(path: Path):
     return json.loads(read_text(path))
 
 
-def read_json_lines(path: Path) -> list[Any]:
+def read_json_lines(path: Path) -> list:
     """A file with one json value per line; not empty."""
     values = [json.loads(line) for line in read_text(path).splitlines() if line.strip()]
     assert values, f"{path}: the fixture holds no cases."
@@ -206,9 +204,7 @@ def read_json_lines(path: Path) -> list[Any]:
 # ---- comparisons
 
 
-def assert_close(
-    actual: Any, expected: Any, atol: float, rtol: float = 0.0, what: str = "tensor"
-) -> None:
+def assert_close(actual, expected, atol: float, rtol: float = 0.0, what: str = "tensor"):
     """Same shape and |actual - expected| <= atol + rtol * |expected| everywhere; names `what` and
     the worst element."""
     import torch
@@ -233,12 +229,12 @@ def assert_close(
 
 
 def assert_gradients(
-    model: Any,
+    model,
     want: Tensors,
     norms: Mapping[str, float | None],
     atol: float = 1e-6,
     norm_tolerance: tuple[float, float] = (1e-5, 1e-3),
-) -> None:
+):
     """Gradients by parameter (of large tables the first rows) and their norms; None: there is no
     gradient."""
     gradients = {name: parameter.grad for name, parameter in model.named_parameters()}
@@ -251,7 +247,7 @@ def assert_gradients(
             assert_close(gradients[name].norm(), norm, *norm_tolerance, f"gradient norm of {name}")
 
 
-def assert_same(actual: Any, expected: Any, what: str) -> None:
+def assert_same(actual, expected, what: str):
     """Exact equality of plain Python values."""
     assert actual == expected, (
         f"{what}:\n  got      {str(actual)[:1500]!r}\n  expected {str(expected)[:1500]!r}"

@@ -27,12 +27,12 @@ SAMPLES = [
 ] * 4
 
 
-def write_json(file: Path) -> None:
+def write_json(file: Path):
     lines = "".join(json.dumps(record) + "\n" for record in SAMPLES)
     file.write_text(lines if file.suffix == ".jsonl" else json.dumps(SAMPLES))
 
 
-def write_parquet(file: Path) -> None:
+def write_parquet(file: Path):
     import pyarrow
     import pyarrow.parquet
 
@@ -40,14 +40,14 @@ def write_parquet(file: Path) -> None:
     pyarrow.parquet.write_table(table, file, row_group_size=7)
 
 
-def write_tar(file: Path) -> None:
+def write_tar(file: Path):
     from seed_multimodal.data.formats.shards import write_shard
 
     rows = [{"json": json.dumps(record).encode(), "png": b"abc"} for record in SAMPLES]
     write_shard(file, [(f"{index:05d}", row) for index, row in enumerate(rows)])
 
 
-def write_weights(file: Path) -> None:
+def write_weights(file: Path):
     import torch
 
     from seed_multimodal.state_dicts import save_state_dict
@@ -60,11 +60,11 @@ def write_weights(file: Path) -> None:
         torch.save({"model": tensors}, file, _use_new_zipfile_serialization=zipped)
 
 
-def write_image(file: Path) -> None:
+def write_image(file: Path):
     Image.open(ROOT / "images/cat.jpg").resize((90, 60)).save(file)
 
 
-def read_records(file: Path) -> None:
+def read_records(file: Path):
     from seed_multimodal.data.formats.sources import open_records
 
     records = open_records(file, cache=False)
@@ -72,19 +72,19 @@ def read_records(file: Path) -> None:
         records.read(index)
 
 
-def read_weights(file: Path) -> None:
+def read_weights(file: Path):
     from seed_multimodal.state_dicts import load_state_dict
 
     load_state_dict(file)
 
 
-def read_system(file: Path) -> None:
+def read_system(file: Path):
     from seed_multimodal.pipelines.config import SystemConfig
 
     SystemConfig.find(file.parent)
 
 
-def read_image(file: Path) -> None:
+def read_image(file: Path):
     from seed_multimodal.images.io import open_image
 
     open_image(file)

@@ -143,7 +143,7 @@ def losses(
     return list(values.values())
 
 
-def assert_equal_trajectories(first: list[float], second: list[float], close: float) -> None:
+def assert_equal_trajectories(first: list[float], second: list[float], close: float):
     assert second == pytest.approx(first, rel=close, abs=0)
     differences = [b - a for a, b in zip(first, second, strict=True)]
     # Four standard errors of the mean, and rounding of a loss in fp32.
@@ -196,6 +196,6 @@ def test_padded_rows_equal_packed_rows(parts_of, tmp_path, capfd):
     assert_equal_trajectories(first, second, 1e-4)
 
 
-def hydra(fields: dict[str, object]) -> str:
+def hydra(fields: dict) -> str:
     """A mapping as a value of an override."""
     return "{" + ", ".join(f"{key}: {value}" for key, value in fields.items()) + "}"

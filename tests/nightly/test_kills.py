@@ -19,7 +19,7 @@ SAVE_STEPS = 2
 KILLS = 3
 
 
-def kill(trainer: Trainer, process: subprocess.Popen[str], output: Path, number: int) -> None:
+def kill(trainer: Trainer, process: subprocess.Popen[str], output: Path, number: int):
     """Kill a run at a random time after further steps; each second one while it writes a
     checkpoint. Most of a run's seconds are imports: by the clock, kills would only hit these."""
     step = 4 * number + 3

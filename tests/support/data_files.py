@@ -3,7 +3,6 @@
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any
 
 import webdataset
 from random_images import noise
@@ -19,7 +18,7 @@ def jpeg(index: int, width: int = 64, height: int = 64) -> bytes:
     return image_to_bytes(noise(index, (width, height)), "JPEG", quality=90)
 
 
-def write_tar(path: Path, samples: Iterable[Mapping[str, Any]]) -> Path:
+def write_tar(path: Path, samples: Iterable[Mapping]) -> Path:
     """A shard by webdataset's writer; a sample is `{"__key__": .., "jpg": bytes, ..}`."""
     with webdataset.TarWriter(str(path), encoder=True) as writer:
         for sample in samples:
@@ -27,7 +26,7 @@ def write_tar(path: Path, samples: Iterable[Mapping[str, Any]]) -> Path:
     return path
 
 
-def shard(path: Path, records: Iterable[dict[str, Any] | bytes]) -> Path:
+def shard(path: Path, records: Iterable[dict | bytes]) -> Path:
     """A webdataset tar of KEY.json members; bytes are kept as they are."""
     path.parent.mkdir(parents=True, exist_ok=True)
     # Broken members are written as they are.
@@ -46,13 +45,13 @@ def write(path: Path, content: str | bytes) -> Path:
     return path
 
 
-def lines(path: Path, records: Iterable[dict[str, Any] | str]) -> Path:
+def lines(path: Path, records: Iterable[dict | str]) -> Path:
     """A jsonl file; texts are written as they are."""
     texts = [record if isinstance(record, str) else json.dumps(record) for record in records]
     return write(path, "".join(f"{text}\n" for text in texts))
 
 
-def fields_of(source: Any) -> list[dict[str, Any]]:
+def fields_of(source) -> list[dict]:
     """The fields of all records."""
     return [source.read(index).fields for index in range(len(source))]
 

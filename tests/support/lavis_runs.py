@@ -5,7 +5,6 @@ import random
 import shlex
 import sys
 from pathlib import Path
-from typing import Any
 
 import llm_runs
 import pytest
@@ -67,7 +66,7 @@ def environment(**more: str) -> dict[str, str]:
     return llm_runs.environment(VIRTUAL_ENV=sys.prefix, **more)
 
 
-def require_lavis() -> None:
+def require_lavis():
     """Put the application on the import path and its names into LAVIS's registry; the test is
     skipped without LAVIS."""
     if importlib.util.find_spec("lavis") is None:
@@ -79,13 +78,13 @@ def require_lavis() -> None:
     register()
 
 
-def program(name: str) -> Any:
+def program(name: str):
     """A program of the application, as a module of this process."""
     require_lavis()
     return importlib.import_module(name)
 
 
-def build(arguments: list[str]) -> Any:
+def build(arguments: list[str]):
     """The runner of train.py's arguments `--cfg-path FILE [--options OPTION …]`."""
     return program("train").build(arguments[1], arguments[3:])
 

@@ -1,7 +1,6 @@
 """Batches of a language model's training, and their loss by the training's module."""
 
 from types import SimpleNamespace
-from typing import Any
 
 from torch import Tensor, nn
 
@@ -30,7 +29,7 @@ def rows(
 
 
 def packed_loss(
-    model: nn.Module, batch: Any, *, weights: LossWeights = ALL_TEXT, chunked: bool = False
+    model: nn.Module, batch, *, weights: LossWeights = ALL_TEXT, chunked: bool = False
 ) -> LossParts:
     """Loss of a batch; `chunked`: logits of at most 64 tokens at once."""
     # The same module for both, with another limit.

@@ -6,7 +6,6 @@ import random
 from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
-from typing import Any
 
 import pytest
 import yaml
@@ -56,14 +55,14 @@ COLOURS = {
 }
 
 
-def write_llama(folder: Path, vocab_size: int) -> None:
+def write_llama(folder: Path, vocab_size: int):
     """A random LLaMA with the special ids of the originals."""
     from tiny.language import random_llm
 
     random_llm("llama", vocab_size, initializer_range=0.02, **SIZES).save_pretrained(folder)
 
 
-def merged(groups: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
+def merged(groups: dict, changes: dict) -> dict:
     """A configuration with changes; mappings are merged into the groups."""
     return {
         **groups,
@@ -74,7 +73,7 @@ def merged(groups: dict[str, Any], changes: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def write_data(folder: Path, n_codes: int, per_image: int, records: int = 60) -> dict[str, Any]:
+def write_data(folder: Path, n_codes: int, per_image: int, records: int = 60) -> dict:
     """Captions and conversations as jsonl; returns a data configuration over both."""
     # The same records at every call.
     rng = random.Random(0)
@@ -123,7 +122,7 @@ def write_data(folder: Path, n_codes: int, per_image: int, records: int = 60) ->
 
 def compose(
     arguments: Sequence[str], configs: Path = APPLICATION / "configs", name: str = "train"
-) -> dict[str, Any]:
+) -> dict:
     """The configuration of a command line, as the programs compose it."""
     import hydra
 
@@ -136,7 +135,7 @@ def compose(
         return plain_config(hydra.compose(name, overrides), file)
 
 
-def task_of(task_class: Any, config: dict[str, Any]) -> Any:
+def task_of(task_class, config: dict):
     """A training's task in this process."""
     import torch
 
@@ -145,7 +144,7 @@ def task_of(task_class: Any, config: dict[str, Any]) -> Any:
     return task_class(task_class.run_type.read(config), ProcessGroup(), torch.device("cpu"))
 
 
-def fixtures_of(parts: Any) -> tuple[Any, Any]:
+def fixtures_of(parts) -> tuple:
     """Fixtures of a module of tiny parts: `parts_dir`, a folder for the session, and
     `config_of(output, **changes)`, a whole configuration on it."""
 
@@ -156,13 +155,13 @@ def fixtures_of(parts: Any) -> tuple[Any, Any]:
         return folder
 
     @pytest.fixture(scope="session")
-    def config_of(parts_dir: Path) -> Callable[..., dict[str, Any]]:
+    def config_of(parts_dir: Path) -> Callable[..., dict]:
         return partial(parts.config_of, parts_dir)
 
     return parts_dir, config_of
 
 
-def write_files(folder: Path, **changes: Any) -> dict[str, Path]:
+def write_files(folder: Path, **changes) -> dict[str, Path]:
     """YAML files of all groups in `folder`; `changes` (model, data, trainer, optim) are merged into
     them."""
     from seed_multimodal import MultimodalTokenizer

@@ -44,7 +44,7 @@ def toy_loss(
     return (model(x) - x.sum(1, keepdim=True)).float().square().mean()
 
 
-def move_bias(model: nn.Sequential) -> None:
+def move_bias(model: nn.Sequential):
     """Random change between steps, as when dead codes are restarted."""
     with torch.no_grad():
         model[2].bias.add_(0.01 * torch.randn(1))
@@ -60,18 +60,18 @@ class ToyTask(StageTask):
         loss: Callable[[nn.Module, int], Any],
         settings: StageSettings,
         *,
-        methods: Mapping[str, Callable[..., Any] | None] | None = None,
-        **more: Any,
-    ) -> None:
+        methods: Mapping[str, Callable | None] | None = None,
+        **more,
+    ):
         super().__init__(name, module, settings, **more)
         for method, function in {"loss": loss, **(methods or {})}.items():
             if function is not None:
                 setattr(self, method, function)
 
-    def measures(self) -> dict[str, Any]:
+    def measures(self) -> dict:
         return {}
 
-    def finish(self, group: ProcessGroup) -> dict[str, Any]:
+    def finish(self, group: ProcessGroup) -> dict:
         return {**super().finish(group), **self.measures()}
 
 
@@ -84,8 +84,8 @@ def train(
     stop_at: int = -1,
     status: Callable[[], dict[str, float]] | None = None,
     evaluate: Callable[[int], dict[str, float]] | None = None,
-    **settings: Any,
-) -> dict[str, Any]:
+    **settings,
+) -> dict:
     """Train one stage; returns its record with the exact sum of the final weights.
 
     Each micro-step sleeps `pause` seconds; if that is a second or more, it first makes the file
@@ -113,7 +113,7 @@ def train(
     folder.mkdir(parents=True, exist_ok=True)
     losses = folder / f"losses.{rank}.txt"
 
-    def loss(model: nn.Module, micro_step: int) -> tuple[torch.Tensor, dict[str, Any]]:
+    def loss(model: nn.Module, micro_step: int) -> tuple[torch.Tensor, dict]:
         if pause >= 1:
             (folder / f"begun.{micro_step}").touch()
         time.sleep(pause)
@@ -128,12 +128,12 @@ def train(
         return value, {"half": value.detach() / 2}
 
     # What a stage may do between steps: a random change, and an evaluation.
-    def change(step: int) -> None:
+    def change(step: int):
         if world == 1:
             move_bias(model)
 
     # Equal only if every weight is, to the last bit.
-    def measures() -> dict[str, Any]:
+    def measures() -> dict:
         return {"sum": sum(p.double().sum().item() for p in model.parameters()).hex()}
 
     methods = {
@@ -154,8 +154,8 @@ def run_stage(
     loss: Callable[[int], Any],
     settings: StageSettings,
     folder: Path,
-    **more: Any,
-) -> dict[str, Any]:
+    **more,
+) -> dict:
     """Train a stage whose loss is a closure over its module."""
     settings = replace(settings, curves=False)
     return train_stage(
@@ -168,7 +168,7 @@ def newest(folder: Path, name: str = "toy") -> Path:
     return checkpoints(folder / f"{name}.checkpoints")[0][1]
 
 
-def saved(folder: Path, name: str = "toy") -> dict[str, Any]:
+def saved(folder: Path, name: str = "toy") -> dict:
     """The newest checkpoint of a stage: `model` (averaged if the run averages), `trained`, and the
     keys of trainer_state.json and optimizer.pt."""
     path = newest(folder, name)

@@ -3,7 +3,6 @@ pre-training."""
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import torch
 from data_files import lines
@@ -33,7 +32,7 @@ def image_of(colour: tuple[int, int, int], variant: int = 0) -> bytes:
     return image_to_bytes(image)
 
 
-def write_parts(folder: Path) -> None:
+def write_parts(folder: Path):
     """Tokenizers, language model and data in `folder`."""
     tokenizer = train_text_tokenizer(
         LavitTokenizer,
@@ -68,7 +67,7 @@ def write_parts(folder: Path) -> None:
     )
 
 
-def data_of(folder: Path, **changes: Any) -> dict[str, Any]:
+def data_of(folder: Path, **changes) -> dict:
     """A mixture of two parts text and one part images."""
     sources = [
         {
@@ -95,7 +94,7 @@ def data_of(folder: Path, **changes: Any) -> dict[str, Any]:
     return {"sources": sources, "packing": True, "length": 96, "rows": 2, "seed": 3, **changes}
 
 
-def config_of(folder: Path, output: Path, **changes: Any) -> dict[str, Any]:
+def config_of(folder: Path, output: Path, **changes) -> dict:
     """A whole configuration; mappings in `changes` are merged into its groups."""
     return merged(
         {

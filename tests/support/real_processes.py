@@ -5,7 +5,6 @@ import signal
 import socket
 import subprocess
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
 
 import psutil
 import pytest
@@ -25,13 +24,13 @@ def nothing_stays_behind() -> Iterator[list[subprocess.Popen[str]]]:
 
 
 def run_process(
-    command: Sequence[str], timeout: float | None = None, **options: Any
+    command: Sequence[str], timeout: float | None = None, **options
 ) -> subprocess.CompletedProcess[str]:
     """Run a command to its end, with its outputs as text."""
     return subprocess.run(command, capture_output=True, text=True, timeout=timeout, **options)
 
 
-def kill(process: subprocess.Popen[str], group: bool = False) -> None:
+def kill(process: subprocess.Popen[str], group: bool = False):
     """Kill a process that still runs; `group`: with its children."""
     if process.poll() is not None:
         return
@@ -51,9 +50,7 @@ def processes_with(argument: str) -> list[int]:
     return pids
 
 
-def wait_until(
-    true: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 200
-) -> None:
+def wait_until(true: Callable[[], bool], process: subprocess.Popen[str], seconds: float = 200):
     """Until `true()` or the end of the process; AssertionError after the timeout."""
     waiting.wait_until(lambda: true() or process.poll() is not None, seconds)
 

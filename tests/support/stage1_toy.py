@@ -5,7 +5,6 @@ different numbers of tokens.
 """
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -48,7 +47,7 @@ DECODER = LavitDecoderConfig(
 )
 
 
-def stage1(**options: Any) -> LavitStage1:
+def stage1(**options) -> LavitStage1:
     """A model, the same at every call."""
     torch.manual_seed(0)
     model = LavitStage1(DynamicTokenizer(SIZES), CodeDecoder(DECODER), **options)
@@ -80,11 +79,11 @@ def images(count: int = 256, seed: int = 1) -> tuple[Tensor, Tensor]:
 def train(
     folder: Path,
     *,
-    health: dict[str, Any] | None = None,
+    health: dict | None = None,
     rank: int = 0,
     world: int = 1,
-    **settings: Any,
-) -> tuple[LavitStage1, dict[str, Any]]:
+    **settings,
+) -> tuple[LavitStage1, dict]:
     """One run; returns the model and its record."""
     data, _ = images()
     model = stage1()
@@ -113,7 +112,7 @@ def train(
     return model, train_stage(task, folder)
 
 
-def train_in_two(rank: int, folder: str) -> None:
+def train_in_two(rank: int, folder: str):
     """One of two processes that train together; saves its weights as `RANK.pt`."""
     torch.set_num_threads(1)
     store = dist.FileStore(f"{folder}/store", 2)

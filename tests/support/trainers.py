@@ -119,7 +119,7 @@ class Trainer:
         """Step → loss, in full precision."""
         return llm_runs.losses(output, self.log, self.loss)
 
-    def result(self, output: Path) -> dict[str, Any]:
+    def result(self, output: Path) -> dict:
         """The final weights of a run."""
         from seed_multimodal.state_dicts import load_state_dict
 
@@ -139,7 +139,7 @@ class Trainer:
 # ---- parts and arguments of each program
 
 
-def _in_files(config: dict[str, Any], folder: Path, *groups: str) -> list[str]:
+def _in_files(config: dict, folder: Path, *groups: str) -> list[str]:
     """Overrides that use one file per group, as a user's configuration does."""
     folder.mkdir(parents=True, exist_ok=True)
     for group in groups:
@@ -155,7 +155,7 @@ def _llm(parts_dir: Path, output: Path) -> list[str]:
     return [*llm_runs.overrides(files, output), *STEADY]
 
 
-def _llm_parts(parts_dir: Path) -> None:
+def _llm_parts(parts_dir: Path):
     """A LLaMA in files, so that a checkpoint of LoRA is a system."""
     from seed_multimodal import MultimodalTokenizer
 
@@ -166,7 +166,7 @@ def _llm_parts(parts_dir: Path) -> None:
     llm_runs.write_files(parts_dir, model=model)
 
 
-def _hub_llm_parts(parts_dir: Path, lora: dict[str, Any] | None) -> None:
+def _hub_llm_parts(parts_dir: Path, lora: dict | None):
     """A Qwen 3 with tied, padded tables, which get rows for image tokens, and its tokenizer."""
     from tiny.language import random_llm, write_hub_tokenizer
 
@@ -192,7 +192,7 @@ def _written_by(module: str, function: str = "write_parts") -> Callable[[Path], 
     return lambda parts_dir: getattr(import_module(module), function)(parts_dir)
 
 
-def _seed_x_parts(parts_dir: Path) -> None:
+def _seed_x_parts(parts_dir: Path):
     """The parts of `tuning_parts` and conversations without images (a third of the batches)."""
     import tuning_parts
 
@@ -240,7 +240,7 @@ def _lavis(stage: str, *settings: str) -> Callable[[Path, Path], list[str]]:
     ]
 
 
-def _rl_parts(parts_dir: Path) -> None:
+def _rl_parts(parts_dir: Path):
     """Four prompts of nano, which its judge scores."""
     from seed_nano.report.reward import prompt_records
 
@@ -264,14 +264,14 @@ def _rl(parts_dir: Path, output: Path) -> list[str]:
 # ---- use of each result
 
 
-def _start_stage2(parts_dir: Path, output: Path) -> None:
+def _start_stage2(parts_dir: Path, output: Path):
     checkpoint = f"model.pretrained={output / 'checkpoint_0.pth'}"
     entry = next(entry for entry in TRAINERS if entry.name == "stage2")
     arguments = entry.arguments(parts_dir, output.with_name("used"), 1, 9, [])
     assert entry.main([*arguments, "model.load_pretrained=True", checkpoint]) == 0
 
 
-def _evaluate_stage2(parts_dir: Path, output: Path) -> None:
+def _evaluate_stage2(parts_dir: Path, output: Path):
     config = lavis_runs.write_config("stage2", parts_dir, output.with_name("used"))
     saved = [
         "model.load_pretrained=False",
@@ -282,7 +282,7 @@ def _evaluate_stage2(parts_dir: Path, output: Path) -> None:
     assert lavis_runs.program("evaluate").main([*config, "--options", *saved]) == 0
 
 
-def _export_lavit(parts_dir: Path, output: Path) -> None:
+def _export_lavit(parts_dir: Path, output: Path):
     from seed_multimodal.cli.main import main
 
     vision = NANO / "seed_tokenizer" / "diffusion_model" / "image_encoder"
@@ -292,11 +292,11 @@ def _export_lavit(parts_dir: Path, output: Path) -> None:
     assert main(arguments.split()) == 0
 
 
-def _describes(family: str, **options: Any) -> Callable[[Path, Path], None]:
+def _describes(family: str, **options) -> Callable[[Path, Path], None]:
     """The last checkpoint is a system, which describes an image."""
     module, _, name = family.rpartition(".")
 
-    def use(parts_dir: Path, output: Path) -> None:
+    def use(parts_dir: Path, output: Path):
         checkpoint = max(output.glob("checkpoint-*"), key=lambda path: int(path.name[11:]))
         system_class = getattr(import_module(f"seed_multimodal.models.{module}.pipeline"), name)
         system = system_class.from_pretrained(checkpoint, device="cpu", log=None, **options)
@@ -308,7 +308,7 @@ def _describes(family: str, **options: Any) -> Callable[[Path, Path], None]:
 def _draws(family: str) -> Callable[[Path, Path], None]:
     """The result draws an image; `family`: of `tiny.training`."""
 
-    def use(parts_dir: Path, output: Path) -> None:
+    def use(parts_dir: Path, output: Path):
         chosen = getattr(import_module("tiny.training"), family)
         detokenizer = chosen.load(parts_dir, output / chosen.result)
         options = {"num_inference_steps": 2, "guidance_scale": 1.0, "height": 16, "width": 16}

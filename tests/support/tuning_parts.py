@@ -1,7 +1,6 @@
 """A tiny SEED-X with images in all data formats, for tests of its instruction tuning."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 from data_files import lines
@@ -28,7 +27,7 @@ def jpeg(colour: tuple[int, int, int], size: tuple[int, int] = (40, 30)) -> byte
     return image_to_bytes(Image.new("RGB", size, colour), "JPEG")
 
 
-def write_parts(folder: Path) -> None:
+def write_parts(folder: Path):
     """Tokenizer, vision encoder, language model and data in `folder`."""
     tokenizer = write_seed_x_tokenizer(folder / "tokenizer")
     torch.manual_seed(0)
@@ -37,7 +36,7 @@ def write_parts(folder: Path) -> None:
     write_data(folder)
 
 
-def write_data(folder: Path) -> None:
+def write_data(folder: Path):
     """Conversations, edits of one and of several turns as jsonl with a folder of images; captions
     in a tar."""
     images = folder / "pictures"
@@ -94,11 +93,11 @@ def write_data(folder: Path) -> None:
     )
 
 
-def data_of(folder: Path, **changes: Any) -> dict[str, Any]:
+def data_of(folder: Path, **changes) -> dict:
     """A mixture of all four."""
     images = str(folder / "pictures")
 
-    def source(name: str, file: str, **options: Any) -> dict[str, Any]:
+    def source(name: str, file: str, **options) -> dict:
         return {
             "name": name,
             "files": str(folder / file),
@@ -128,10 +127,10 @@ def config_of(
     folder: Path,
     output: Path,
     *,
-    data: dict[str, Any] | None = None,
+    data: dict | None = None,
     lora: bool = False,
-    **changes: dict[str, Any],
-) -> dict[str, Any]:
+    **changes: dict,
+) -> dict:
     """A whole configuration; `changes` are merged into its groups."""
     # LoRA on the language model in files, or all weights of a new one.
     model = (

@@ -16,7 +16,7 @@ from seed_multimodal.torch_files import read_torch_file
 FORMATS = {"zip": True, "legacy": False}  # of torch since 1.6, and before
 
 
-def content() -> dict[str, object]:
+def content() -> dict:
     """A checkpoint with views, shared and odd tensors, and values that are no tensors."""
     weight = torch.arange(12.0).view(3, 4)
     state = {
@@ -62,7 +62,7 @@ class Call:
         return os.system, ("touch trace",)
 
 
-def saved(value: object, zipped: bool = True) -> bytes:
+def saved(value, zipped: bool = True) -> bytes:
     buffer = io.BytesIO()
     torch.save(value, buffer, _use_new_zipfile_serialization=zipped)
     return buffer.getvalue()
@@ -123,7 +123,7 @@ def test_read_torch_file_refuses(name, reader, tmp_path, monkeypatch):
 class Callback:
     """Of a training program: its state is saved with the weights."""
 
-    def __init__(self) -> None:
+    def __init__(self):
         self.monitor = "loss"
 
 
@@ -139,7 +139,7 @@ def test_read_torch_file_replaces_unknown_classes(tmp_path):
 # ---- other libraries
 
 
-def load_llm(folder: Path) -> None:
+def load_llm(folder: Path):
     from transformers import LlamaConfig
 
     from seed_multimodal.language.llm import load_llm
@@ -148,7 +148,7 @@ def load_llm(folder: Path) -> None:
     load_llm(folder)
 
 
-def load_clip(folder: Path) -> None:
+def load_clip(folder: Path):
     from transformers import CLIPVisionConfig
 
     from seed_multimodal.nn.vision.clip import load_clip_vision
@@ -157,7 +157,7 @@ def load_clip(folder: Path) -> None:
     load_clip_vision(folder)
 
 
-def load_hub_vision(folder: Path) -> None:
+def load_hub_vision(folder: Path):
     from transformers import ViTConfig
 
     from seed_multimodal.images.transforms import ImageTransform
@@ -170,7 +170,7 @@ def load_hub_vision(folder: Path) -> None:
     ).read_weights(str(folder))
 
 
-def load_lora(folder: Path) -> None:
+def load_lora(folder: Path):
     from peft import LoraConfig
     from transformers import LlamaConfig, LlamaForCausalLM
 

@@ -9,7 +9,6 @@ and settings (kind `flask_api`); the prompt of no turns.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 import numpy as np
 import pytest
@@ -39,7 +38,7 @@ AFTER_AN_ANSWER = {"vicuna": "\nASSISTANT:", "llama2": "\n"}
 ROLES = ("user", "assistant")
 
 
-def check(recording: Recording) -> None:
+def check(recording: Recording):
     for name, check_cases in (("templates.json", check_templates), ("helpers.json", check_helpers)):
         if (recording.folder / name).is_file():
             check_cases(recording.json(name))
@@ -50,7 +49,7 @@ def check(recording: Recording) -> None:
             check_flow(flow, STYLES[file.name], tokenizer, name)
 
 
-def check_templates(cases: list[dict[str, Any]]) -> None:
+def check_templates(cases: list[dict]):
     for case in cases:
         if not case["turns"]:  # no prompt without a question
             continue
@@ -60,7 +59,7 @@ def check_templates(cases: list[dict[str, Any]]) -> None:
         assert_same(prompt, case["prompt"]["text"], f"prompt of {case['template']}")
 
 
-def check_helpers(cases: dict[str, Any]) -> None:
+def check_helpers(cases: dict):
     for size, expected in cases["resize_image"]:
         resized = fit_longer_side(Image.new("RGB", tuple(size)))
         assert_same(list(resized.size), expected, f"resize_image {size}")
@@ -69,7 +68,7 @@ def check_helpers(cases: dict[str, Any]) -> None:
         assert_same(list(cropped.size), expected, f"center_crop_image {size}")
 
 
-def check_flow(flow: dict[str, Any], style: str, tokenizer: MultimodalTokenizer, name: str) -> None:
+def check_flow(flow: dict, style: str, tokenizer: MultimodalTokenizer, name: str):
     """Each conversation that the original page posted, in the messages of this page."""
     images = {}  # recorded file → the data of its image in our requests
     turns = []
@@ -108,7 +107,7 @@ def check_flow(flow: dict[str, Any], style: str, tokenizer: MultimodalTokenizer,
     assert_same(posted(turns, flow, style), flow["prompt_at_end"], f"{name}: prompt at the end")
 
 
-def page_turn(role: str, recorded: dict[str, Any], images: Mapping[str, str]) -> Turn:
+def page_turn(role: str, recorded: dict, images: Mapping[str, str]) -> Turn:
     """A recorded message in the page's form: texts, and images with their codes if known."""
     # The text is cut at its placeholders.
     first, *texts = recorded["text"].split(PLACEHOLDER)
@@ -119,14 +118,14 @@ def page_turn(role: str, recorded: dict[str, Any], images: Mapping[str, str]) ->
     return Turn(role, parts)
 
 
-def page_body(turns: list[Turn], flow: dict[str, Any], rounds: int = 10**6) -> dict[str, Any]:
+def page_body(turns: list[Turn], flow: dict, rounds: int = 10**6) -> dict:
     """The body that the page posts; raises RequestError for more rounds."""
     model = ModelClient("", ModelCard(""))
     session = ChatSession([model], model)
     return session.request(turns, flow["force_image_gen"], None, 1, 512, 1.0, 0.5, rounds)
 
 
-def posted(turns: list[Turn], flow: dict[str, Any], style: str) -> dict[str, Any]:
+def posted(turns: list[Turn], flow: dict, style: str) -> dict:
     """The text for the model and the images in that body, as the server reads them."""
     # As the server takes the body apart: content is a text, or a list of parts.
     messages = ChatRequest.model_validate(page_body(turns, flow)).messages
@@ -148,7 +147,7 @@ def posted(turns: list[Turn], flow: dict[str, Any], style: str) -> dict[str, Any
     return {"text": render(style, texts), "images": images}
 
 
-def check_post(body: dict[str, Any], payload: dict[str, Any], name: str) -> None:
+def check_post(body: dict, payload: dict, name: str):
     """Images by their pixels, within one level: resizing depends on library versions."""
     assert_same(body["text"], payload["text"], f"{name}: the posted text")
     for image, recorded in zip(body["images"], payload["images"], strict=True):
@@ -159,9 +158,7 @@ def check_post(body: dict[str, Any], payload: dict[str, Any], name: str) -> None
             assert_same(image, recorded, f"{name}: codes in the request")
 
 
-def check_prompt(
-    post: dict[str, Any], call: dict[str, Any], tokenizer: MultimodalTokenizer, name: str
-) -> None:
+def check_prompt(post: dict, call: dict, tokenizer: MultimodalTokenizer, name: str):
     """The ids of the posted text, with the codes that the server returned for its images."""
     payload = post["payload"]
     # A placeholder of the text stands for the codes of its image.

@@ -14,7 +14,6 @@ from collections import defaultdict
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -24,7 +23,7 @@ from seed_multimodal.compat.demo_recon import make_grid
 from seed_multimodal.models.seed.diffusion import StableDiffusionDetokenizer, UnclipDetokenizer
 from seed_multimodal.state_dicts import assign_strictly
 
-ARGUMENTS: dict[str, dict[str, Any]] = {
+ARGUMENTS: dict[str, dict] = {
     "negative": {"guidance_scale": 5.0},
     "no_guidance": {"guidance_scale": 1.0},
     "noise_level_3": {"noise_level": 3},
@@ -37,9 +36,7 @@ PIXELS = 2e-4, 0
 # ---- parts of a pipeline at recorded sizes
 
 
-def network(
-    kind: str, config: Mapping[str, Any], weights: Mapping[str, Any], **options: Any
-) -> Any:
+def network(kind: str, config: Mapping, weights: Mapping, **options):
     """A class of diffusers with recorded weights."""
     import diffusers
 
@@ -48,7 +45,7 @@ def network(
     return model
 
 
-def scheduler(settings: Mapping[str, Any], key: str = "class", suffix: str = "") -> Any:
+def scheduler(settings: Mapping, key: str = "class", suffix: str = ""):
     """A scheduler of diffusers; `key` holds the name of its class."""
     import diffusers
 
@@ -56,7 +53,7 @@ def scheduler(settings: Mapping[str, Any], key: str = "class", suffix: str = "")
     return getattr(diffusers, settings.pop(key) + suffix).from_config(settings)
 
 
-def text_parts(sizes: dict[str, Any], length: int, weights: Mapping[str, Any]) -> dict[str, Any]:
+def text_parts(sizes: dict, length: int, weights: Mapping) -> dict:
     """Tokenizer and text encoder of a pipeline."""
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -73,17 +70,17 @@ def text_parts(sizes: dict[str, Any], length: int, weights: Mapping[str, Any]) -
 
 
 @contextmanager
-def watched(model: Any) -> Iterator[dict[str, list[Any]]]:
+def watched(model) -> Iterator[dict[str, list]]:
     """Arguments of each call of the U-Net; prediction and result of each step of the scheduler."""
     recorded = defaultdict(list)
     step = model.scheduler.step
 
-    def note(_module: Any, arguments: tuple, keywords: dict[str, Any]) -> None:
+    def note(_module, arguments: tuple, keywords: dict):
         recorded["calls"].append([list(arguments[0].shape), int(arguments[1])])
         recorded["labels"].append(keywords.get("class_labels"))
         recorded["context"].append(keywords["encoder_hidden_states"])
 
-    def stepped(prediction: torch.Tensor, *arguments: Any, **keywords: Any) -> Any:
+    def stepped(prediction: torch.Tensor, *arguments, **keywords):
         result = step(prediction, *arguments, **keywords)
         recorded["eps"].append(prediction)
         recorded["x_prev"].append(result[0])
@@ -127,13 +124,13 @@ def build_seed1(recording: Recording) -> StableDiffusionDetokenizer:
     )
 
 
-def plms(config: Any, steps: list[int]) -> Any:
+def plms(config, steps: list[int]):
     """The folder's sampler at the time steps of the CompVis program, which repeats the second
     one."""
     from diffusers import PNDMScheduler
 
     class Plms(PNDMScheduler):
-        def set_timesteps(self, num_inference_steps: int, device: Any = None) -> None:
+        def set_timesteps(self, num_inference_steps: int, device=None):
             super().set_timesteps(num_inference_steps, device)
             self._timesteps = np.array(steps[::-1])
             self.timesteps = torch.tensor([steps[0], steps[1], *steps[1:]])
@@ -142,8 +139,8 @@ def plms(config: Any, steps: list[int]) -> Any:
 
 
 def check_seed1_case(
-    model: StableDiffusionDetokenizer, record: dict[str, Any], inputs: Tensors, want: Tensors
-) -> None:
+    model: StableDiffusionDetokenizer, record: dict, inputs: Tensors, want: Tensors
+):
     start = inputs["x_T"]
     folder_sampler = model.scheduler
     times = record["timesteps"]
@@ -184,7 +181,7 @@ def check_seed1_case(
 
 
 @torch.no_grad()
-def check_seed1(recording: Recording) -> None:
+def check_seed1(recording: Recording):
     inputs = recording.inputs
     want = recording.outputs
     model = build_seed1(recording)
@@ -215,7 +212,7 @@ def replayed(noises: list[torch.Tensor]) -> Iterator[None]:
     original = torch.randn
     rest = list(noises)
 
-    def recorded(*_: Any, generator: Any = None, **__: Any) -> torch.Tensor:
+    def recorded(*_, generator=None, **__) -> torch.Tensor:
         assert rest, "more noise than recorded"
         return rest.pop(0)[0]
 
@@ -227,7 +224,7 @@ def replayed(noises: list[torch.Tensor]) -> Iterator[None]:
     assert not rest, f"{len(rest)} recorded noise tensors were not used"
 
 
-def build_seed2(sizes: dict[str, Any], weights: Tensors) -> UnclipDetokenizer:
+def build_seed2(sizes: dict, weights: Tensors) -> UnclipDetokenizer:
     from diffusers.pipelines.stable_diffusion import StableUnCLIPImageNormalizer
 
     normalizer = StableUnCLIPImageNormalizer(sizes["embedding_dim"])
@@ -244,7 +241,7 @@ def build_seed2(sizes: dict[str, Any], weights: Tensors) -> UnclipDetokenizer:
 
 def denoised(
     model: UnclipDetokenizer, case: str, steps: int, inputs: Tensors, want: Tensors
-) -> tuple[torch.Tensor, dict[str, list[Any]]]:
+) -> tuple[torch.Tensor, dict[str, list]]:
     """Latents of a case with its recorded noise, and what the U-Net was given."""
     kind = case.split(".")[1]
     settings = model.check_settings(num_inference_steps=steps, **ARGUMENTS.get(kind, {}))
@@ -264,7 +261,7 @@ def denoised(
 
 
 @torch.no_grad()
-def check_seed2(recording: Recording) -> None:
+def check_seed2(recording: Recording):
     sizes = recording.config
     inputs = recording.inputs
     want = recording.outputs

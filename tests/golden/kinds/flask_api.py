@@ -14,7 +14,6 @@ the pages for 400, 404 and 415.
 """
 
 from types import SimpleNamespace
-from typing import Any
 
 import numpy as np
 import torch
@@ -39,7 +38,7 @@ TEMPLATES = {"cases_8b.json": "vicuna", "cases_14b.json": "llama2"}
 class RecordedImages(SeedImageCodec):
     """Encodes image i of a batch as the codes 7 k + 11 i + 5; draws 4x4 pixels of one colour."""
 
-    def __init__(self, vocabulary: Any) -> None:
+    def __init__(self, vocabulary):
         # Sizes are all that the codec asks of a tokenizer.
         encoder = nn.Module()
         encoder.visual_encoder = SimpleNamespace(image_size=224)
@@ -60,7 +59,7 @@ class RecordedImages(SeedImageCodec):
         self.drawn = list[list[list[int]]]()
         self.encoded: dict[bytes, torch.Tensor] = {}
 
-    def read(self, images: Any, **seed: Any) -> list[Encoded]:
+    def read(self, images, **seed) -> list[Encoded]:
         pixels = torch.stack([self.transform(self.open(row)) for row in images])
         return [*map(Encoded, self.encode_pixels(pixels))]
 
@@ -74,7 +73,7 @@ class RecordedImages(SeedImageCodec):
             self.encoded[batch] = torch.stack(rows) % self.vocabulary.n_codes
         return self.encoded[batch]
 
-    def draw(self, values: Any, **settings: Any) -> list[Image.Image]:
+    def draw(self, values, **settings) -> list[Image.Image]:
         # The colour tells the codes.
         self.drawn.append([list(codes) for codes in values])
         return [
@@ -86,7 +85,7 @@ class RecordedImages(SeedImageCodec):
 class RecordedSystem(SeedLlama):
     """A SEED-LLaMA whose language model generates the recorded ids."""
 
-    def __init__(self, tokenizer: MultimodalTokenizer, template: str, new_ids: list[int]) -> None:
+    def __init__(self, tokenizer: MultimodalTokenizer, template: str, new_ids: list[int]):
         engine = RecordedEngine(tokenizer, new_ids)
         config = SeedLlamaConfig(template=template, tasks=SeedLlamaConfig.of_original("8b").tasks)
         images = RecordedImages(tokenizer.vocabulary)
@@ -95,7 +94,7 @@ class RecordedSystem(SeedLlama):
         self.calls = engine.calls
 
 
-def check(recording: Recording) -> None:
+def check(recording: Recording):
     tokenizer = MultimodalTokenizer.from_pretrained(recording.tokenizer_folder)
     for file in recording.files("cases*.json"):
         for case in recording.json(file.name):
@@ -106,7 +105,7 @@ def check(recording: Recording) -> None:
             (check_case if "request" in case else check_page)(case, system, what)
 
 
-def check_case(case: dict[str, Any], system: RecordedSystem, what: str) -> None:
+def check_case(case: dict, system: RecordedSystem, what: str):
     """A request to `/generate`: the answer, and what the networks were given for it."""
     vocabulary = system.tokenizer.vocabulary
     request = case["request"]
@@ -131,7 +130,7 @@ def check_case(case: dict[str, Any], system: RecordedSystem, what: str) -> None:
     check_answer(case, answer, system.tokenizer.eos_token_id, what)
 
 
-def check_calls(case: dict[str, Any], system: RecordedSystem, what: str) -> None:
+def check_calls(case: dict, system: RecordedSystem, what: str):
     (call,) = system.calls
     recorded = case["model_call"]
     actual = {
@@ -151,7 +150,7 @@ def check_calls(case: dict[str, Any], system: RecordedSystem, what: str) -> None
     assert_same(actual, {key: wanted[key] for key in actual}, f"{what}, calls")
 
 
-def check_answer(case: dict[str, Any], answer: dict[str, Any], eos: int, what: str) -> None:
+def check_answer(case: dict, answer: dict, eos: int, what: str):
     recorded = case["response"]
     # Images of the request come first.
     n_read = len(case["request"]["images"])
@@ -179,7 +178,7 @@ def check_answer(case: dict[str, Any], answer: dict[str, Any], eos: int, what: s
     assert_same(*texts, f"{what}, text")
 
 
-def check_page(case: dict[str, Any], system: RecordedSystem, what: str) -> None:
+def check_page(case: dict, system: RecordedSystem, what: str):
     # Broken requests were recorded by name.
     requests = {
         "invalid json": {"data": "{not json", "content_type": "application/json"},
@@ -192,7 +191,7 @@ def check_page(case: dict[str, Any], system: RecordedSystem, what: str) -> None:
     assert_client_error(response, what)
 
 
-def assert_client_error(response: Any, what: str) -> None:
+def assert_client_error(response, what: str):
     body = response.get_json()
     assert 400 <= response.status_code < 500, f"{what}: status {response.status_code}, expected 4xx"
     assert body["error"] and body["error_msg"] == [body["error"]], (

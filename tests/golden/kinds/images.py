@@ -14,7 +14,6 @@ positions, the plain
 """
 
 import re
-from typing import Any
 
 import pytest
 import torch
@@ -52,7 +51,7 @@ THRESHOLDS = {
 }  # the original defaults
 
 
-def check_transform(kind: str, keep_ratio: bool, image: Image.Image, want: torch.Tensor) -> None:
+def check_transform(kind: str, keep_ratio: bool, image: Image.Image, want: torch.Tensor):
     if kind not in TYPES:  # of encoders that no configuration has
         with pytest.raises(ConfigError, match=kind):
             get_transform(kind)
@@ -63,7 +62,7 @@ def check_transform(kind: str, keep_ratio: bool, image: Image.Image, want: torch
     )
 
 
-def check_preprocessing(recording: Recording) -> None:
+def check_preprocessing(recording: Recording):
     tensors = recording.tensors("tensors")
     cases = recording.cases
     images = {
@@ -104,9 +103,7 @@ def check_preprocessing(recording: Recording) -> None:
             check_transform(kind, False, Image.new("RGB", (8, 8)), torch.zeros(8))
 
 
-def kept_by_filter(
-    item: dict[str, Any], metadata: dict[str, Any], kwargs: dict[str, float] | None = None, **_: Any
-) -> bool:
+def kept_by_filter(item: dict, metadata: dict, kwargs: dict[str, float] | None = None, **_) -> bool:
     """The rule on a decoded item, or on metadata if the item has no size (as in the original)."""
     limits = {**THRESHOLDS, **(kwargs or {})}
     sizes = {key.lower().removeprefix("original_"): value for key, value in metadata.items()} | item
@@ -120,7 +117,7 @@ def kept_by_filter(
     return has_fields and item.get("filter_flag", True) and not problem
 
 
-def check_caption(column: str, case: dict[str, str]) -> None:
+def check_caption(column: str, case: dict[str, str]):
     match = re.search(r"_(\d+)_words", column)
     limit = int(match[1]) if match else 50
     if column.startswith("blip_caption"):
@@ -131,7 +128,7 @@ def check_caption(column: str, case: dict[str, str]) -> None:
     assert_same(actual, case[column], f"{column} of {case['text']!r}")
 
 
-def check_grid(case: dict[str, Any], lists: dict[str, list[str]]) -> None:
+def check_grid(case: dict, lists: dict[str, list[str]]):
     grids = read_grids(lists[case["grids"]])
     size = tuple(case["size"])
     base = case["base"]
@@ -145,7 +142,7 @@ def check_grid(case: dict[str, Any], lists: dict[str, list[str]]) -> None:
     assert_same(list(choose_grid(size, grids, base)), case["grid_shape"], what)
 
 
-def check_views(case: dict[str, Any], grids: list[str], tensors: dict[str, torch.Tensor]) -> None:
+def check_views(case: dict, grids: list[str], tensors: dict[str, torch.Tensor]):
     name = case["image"]
     rule = AnyResolution(image_size=case["base"], grids=tuple(grids))
     image = Image.fromarray(tensors[f"{name}.pixels"].numpy())
@@ -166,7 +163,7 @@ def check_views(case: dict[str, Any], grids: list[str], tensors: dict[str, torch
         assert_close(squashed, want, LEVELS, what=f"{name}.resize_pad_False")
 
 
-def check_anyres(recording: Recording) -> None:
+def check_anyres(recording: Recording):
     cases = recording.cases
     tensors = recording.tensors("tensors")
     for case in cases["grid_selection"]:

@@ -8,7 +8,6 @@ buffers, which transformers no longer saves.
 """
 
 from collections import Counter
-from typing import Any
 
 import torch
 from runner import Recording, assert_same
@@ -83,7 +82,7 @@ OTHERS = ("clip_model.", "llm.", "unet.")
 NOT_TRAINED = ("inference_quantizer.default.json", "inference_quantizer.use_qformer_image.json")
 
 
-def check(recording: Recording) -> None:
+def check(recording: Recording):
     for file in recording.files("*.json"):
         with torch.device("meta"):  # without memory for billions of weights
             model = MODELS[file.name]()
@@ -93,8 +92,8 @@ def check(recording: Recording) -> None:
             check_keys(file.name, model, recording.json(file.name))
 
 
-def check_keys(name: str, model: nn.Module, table: dict[str, dict[str, Any]]) -> None:
-    def ours(keys: Any) -> list[str]:
+def check_keys(name: str, model: nn.Module, table: dict[str, dict]):
+    def ours(keys) -> list[str]:
         return [key for key in keys if not key.startswith(OTHERS)]
 
     # The order of keys, and the shape of each.
@@ -120,7 +119,7 @@ def check_keys(name: str, model: nn.Module, table: dict[str, dict[str, Any]]) ->
         )
 
 
-def check_summary(model: Seed1Tokenizer, summary: dict[str, Any]) -> None:
+def check_summary(model: Seed1Tokenizer, summary: dict):
     state = model.state_dict()
     counts = Counter()
     for name, parameter in model.named_parameters():

@@ -13,7 +13,6 @@ lemmatising,
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import torch
 from kinds.drawing import network
@@ -90,7 +89,7 @@ def build(sizes: dict[str, int], weights: Tensors) -> DynamicTokenizer:
     return model.eval()
 
 
-def check_codes(model: DynamicTokenizer, image: Tensor, want: Tensors, ids: dict[str, Any]) -> None:
+def check_codes(model: DynamicTokenizer, image: Tensor, want: Tensors, ids: dict):
     features = model.patch_features(image)
     noise = want["gumbel_noise"]  # of the selection, which is random in the original
     selection = model.select(features, noise=noise)
@@ -128,9 +127,7 @@ def check_codes(model: DynamicTokenizer, image: Tensor, want: Tensors, ids: dict
     want.close("quantized", model.embed_codes(torch.cat(codes)), (0, 0))
 
 
-def check_continuous(
-    model: DynamicTokenizer, image: Tensor, want: Tensors, counts: list[int]
-) -> None:
+def check_continuous(model: DynamicTokenizer, image: Tensor, want: Tensors, counts: list[int]):
     features = model.patch_features(image)
     keep = model.select(features, noise=want["gumbel_noise"]).keep_BN
     want.close("keep", keep, EXACT)
@@ -143,7 +140,7 @@ def check_continuous(
 
 
 @torch.no_grad()
-def check_tokenizer(recording: Recording) -> None:
+def check_tokenizer(recording: Recording):
     (sizes, weights, inputs, outputs) = recording.case()
     meta = recording.meta
     model = build(sizes, weights)
@@ -164,7 +161,7 @@ def check_tokenizer(recording: Recording) -> None:
 
 
 def code_decoder(
-    sizes: dict[str, Any], features: int, widths: list[int], head: Head, weights: Tensors
+    sizes: dict, features: int, widths: list[int], head: Head, weights: Tensors
 ) -> CodeDecoder:
     """A decoder of a fixture's sizes."""
     decoder = CodeDecoder(
@@ -186,7 +183,7 @@ def code_decoder(
 
 
 @torch.no_grad()
-def check_decoder(recording: Recording) -> None:
+def check_decoder(recording: Recording):
     case, weights, case_inputs, want = recording.case()
     heads = ("lowres", "highres")
     for head in heads:
@@ -215,7 +212,7 @@ def check_decoder(recording: Recording) -> None:
 # ---- generation
 
 
-def check_generation(recording: Recording) -> None:
+def check_generation(recording: Recording):
     config = recording.config
     cases = recording.cases
     weights = recording.weights
@@ -230,9 +227,7 @@ def check_generation(recording: Recording) -> None:
 
 
 @torch.no_grad()
-def check_images(
-    config: dict[str, Any], cases: dict[str, Any], weights: Tensors, want: Tensors
-) -> None:
+def check_images(config: dict, cases: dict, weights: Tensors, want: Tensors):
     """Conditions of the recorded tokens, and the images of every recorded size."""
     import diffusers
 
@@ -258,8 +253,8 @@ def check_images(
 
 
 def check_latents(
-    model: LavitDetokenizer, rows: list[Tensor], case: dict[str, Any], name: str, want: Tensors
-) -> None:
+    model: LavitDetokenizer, rows: list[Tensor], case: dict, name: str, want: Tensors
+):
     """The recorded noise has one latent for eight pixels, independent of the tiny VAE."""
     start = want[f"{name}.initial_latents"]
     settings = model.check_settings(num_inference_steps=STEPS, guidance_scale=GUIDANCE, **case)
@@ -269,7 +264,7 @@ def check_latents(
     want.close(f"{name}.image_uint8", pixels, (2, 0))
 
 
-def language_model(config: dict[str, Any], weights: Tensors) -> Any:
+def language_model(config: dict, weights: Tensors):
     """The recorded model; rows of unused tokens are zero."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -287,9 +282,7 @@ def language_model(config: dict[str, Any], weights: Tensors) -> Any:
     return llm
 
 
-def check_case(
-    case: dict[str, Any], llm: Any, tokenizer: LavitTokenizer, rows: Tensor, outputs: Tensors
-) -> None:
+def check_case(case: dict, llm, tokenizer: LavitTokenizer, rows: Tensor, outputs: Tensors):
     """Image tokens, and the scores at each call: of the prompts and of the negative prompts."""
     # 1. The prompts and settings.
     label = case["label"]
@@ -316,7 +309,7 @@ def check_case(
         n_rows = 2 * n_rows
     scores = []
 
-    def record(module: Any, inputs: Any, output: Tensor) -> None:
+    def record(module, inputs, output: Tensor):
         if len(output) == n_rows:
             step = n_rows // len(prompts)
             scores.extend(output[row::step].clone() for row in range(step))
@@ -341,7 +334,7 @@ def check_case(
 # ---- understanding
 
 
-def check_understanding(recording: Recording) -> None:
+def check_understanding(recording: Recording):
     cases = recording.cases
     inputs = recording.inputs
     outputs = recording.outputs
@@ -381,14 +374,14 @@ def embeddings(prompt: Prompt, embed: Callable[[Tensor], Tensor]) -> Tensor:
     return rows
 
 
-def check_padded(rows: Sequence[Tensor], recorded: Tensor, visible: Tensor, what: str) -> None:
+def check_padded(rows: Sequence[Tensor], recorded: Tensor, visible: Tensor, what: str):
     """Recorded rows are padded on the left."""
     for row, wanted, mask in zip(rows, recorded, visible, strict=True):
         assert_close(row, wanted[-len(row) :], 1e-6, what=what)
         assert_same(mask.tolist(), [0] * (len(mask) - len(row)) + [1] * len(row), f"mask of {what}")
 
 
-def check_texts(cases: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
+def check_texts(cases: dict, tokenizer: MultimodalTokenizer):
     """Where captions and answers end, as the engine's reader cuts them."""
     columns = {
         "result": CAPTION_ENDS,
@@ -405,9 +398,7 @@ def check_texts(cases: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
         assert_same(QuestionProcessor(QUESTION_WORDS)(question), cleaned, question)
 
 
-def check_settings(
-    settings: GenerationSettings, recorded: dict[str, Any], vocabulary: LavitVocabulary
-) -> None:
+def check_settings(settings: GenerationSettings, recorded: dict, vocabulary: LavitVocabulary):
     """All recorded settings; of embeddings and their mask only shapes are recorded."""
     actual = {
         **dataclasses.asdict(settings),

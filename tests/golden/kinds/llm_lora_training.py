@@ -40,7 +40,7 @@ from seed_multimodal.training.optimizers import build_optimizer
 LOGITS = (1e-4, 1e-4)  # atol, rtol
 
 
-def build(case: dict[str, Any], base: Path, weights: Tensors) -> Any:
+def build(case: dict, base: Path, weights: Tensors):
     """Base of the recorded size on disk, resized by our code, LoRA by our code, then the recorded
     weights."""
     from transformers import LlamaConfig, LlamaForCausalLM
@@ -65,7 +65,7 @@ def build(case: dict[str, Any], base: Path, weights: Tensors) -> Any:
     return model
 
 
-def check_parameters(model: Any, meta: dict[str, Any]) -> None:
+def check_parameters(model, meta: dict):
     rows = {
         name.replace(".base_layer.", "."): (list(p.shape), p.requires_grad)
         for name, p in model.named_parameters()
@@ -87,7 +87,7 @@ def check_parameters(model: Any, meta: dict[str, Any]) -> None:
     assert_same(adapter, meta["adapter_file_keys"], "names and shapes in the adapter's file")
 
 
-def forward(model: Any, inputs: Tensors, train: bool = False) -> tuple[Any, Tensor]:
+def forward(model, inputs: Tensors, train: bool = False) -> tuple[Any, Tensor]:
     """The output, and the mask of positions that are not padding."""
     model.train(train)
     with torch.no_grad():
@@ -95,7 +95,7 @@ def forward(model: Any, inputs: Tensors, train: bool = False) -> tuple[Any, Tens
     return out, inputs["attention_mask"].bool()
 
 
-def check_forward(model: Any, inputs: Tensors, want: Tensors) -> None:
+def check_forward(model, inputs: Tensors, want: Tensors):
     batch = SimpleNamespace(
         position_ids=None, **{k: inputs[k] for k in ("input_ids", "labels", "attention_mask")}
     )
@@ -114,7 +114,7 @@ def check_forward(model: Any, inputs: Tensors, want: Tensors) -> None:
         want.close("left.logits_no_mask", model(inputs["left.input_ids"]).logits, LOGITS)
 
 
-def check_groups(model: Any, meta: dict[str, Any]) -> Any:
+def check_groups(model, meta: dict):
     """One group of all trained parameters with the recorded decay; returns the optimizer."""
     recorded = meta["optimizer"]
     settings = recorded["defaults"]
@@ -142,7 +142,7 @@ def check_groups(model: Any, meta: dict[str, Any]) -> Any:
     return optimizer
 
 
-def check_steps(model: Any, inputs: Tensors, want: Tensors, meta: dict[str, Any]) -> None:
+def check_steps(model, inputs: Tensors, want: Tensors, meta: dict):
     optimizer = check_groups(model, meta)
     parameters = dict(model.named_parameters())
     model.train()
@@ -161,9 +161,7 @@ def check_steps(model: Any, inputs: Tensors, want: Tensors, meta: dict[str, Any]
     second.compare("", (2e-5, 0), **{name: parameters[name] for name in second})
 
 
-def check_merge(
-    model: Any, base: Path, folder: Path, inputs: Tensors, want: Tensors, meta: dict[str, Any]
-) -> None:
+def check_merge(model, base: Path, folder: Path, inputs: Tensors, want: Tensors, meta: dict):
     """The merge of the base and the adapter's file."""
     from seed_multimodal.language.llm import load_llm
     from seed_multimodal.language.lora import merge_adapter
@@ -203,7 +201,7 @@ def are_equal(wanted: Tensors, weights: Tensors, prefix: str = "") -> bool:
     )
 
 
-def check_near(model: Any, inputs: Tensors, want: Tensors) -> None:
+def check_near(model, inputs: Tensors, want: Tensors):
     """The outputs after the steps are near those of the lost start."""
     out, real = forward(model, inputs)
     moved = (out.logits - want["eval.logits"])[real].abs().median()
@@ -215,7 +213,7 @@ def check_near(model: Any, inputs: Tensors, want: Tensors) -> None:
     )
 
 
-def check(recording: Recording) -> None:
+def check(recording: Recording):
     (case, weights, inputs, want) = recording.case()
     meta = recording.meta
     projections = {
@@ -238,7 +236,7 @@ def check(recording: Recording) -> None:
         check_steps(model, inputs, want, meta)
 
 
-def write_base(weights: Tensors, base: Path) -> None:
+def write_base(weights: Tensors, base: Path):
     """Replace the random weights of the base by the recorded ones, under the names of
     transformers."""
     from safetensors.torch import save_file

@@ -7,7 +7,6 @@ floor). Rates beyond the last step are compared without the default clamp.
 
 import sys
 from pathlib import Path
-from typing import Any
 
 import torch
 from runner import Recording, assert_close, assert_same
@@ -18,7 +17,7 @@ from seed_multimodal.training.schedules import optim_learning_rate, scheduled_ra
 CLOSE = 1e-18, 1e-9  # absolute, relative
 
 
-def check(recording: Recording) -> None:
+def check(recording: Recording):
     # Recorded table → the check of each of its rows.
     checks = {
         "llm_trainer.json": check_trainer,
@@ -30,7 +29,7 @@ def check(recording: Recording) -> None:
             check_case(case)
 
 
-def check_trainer(case: dict[str, Any]) -> None:
+def check_trainer(case: dict):
     lr = case["learning_rate"]
     total = case["max_steps"]
     name = case["name"]
@@ -62,7 +61,7 @@ def check_trainer(case: dict[str, Any]) -> None:
         assert_close([*ends], [lr, lr * floor], 1e-12, what=name)
 
 
-def check_accumulation(case: dict[str, Any]) -> None:
+def check_accumulation(case: dict):
     micro = case["gradient_accumulation_steps"]
     total = case["max_steps"]
     settings = OptimSettings(
@@ -77,7 +76,7 @@ def check_accumulation(case: dict[str, Any]) -> None:
         assert_close(rate, wanted, *CLOSE, f"accumulation {micro}, step {step}")
 
 
-def check_tokenizer(case: dict[str, Any]) -> None:
+def check_tokenizer(case: dict):
     # LAVIS's schedules are those of the application, by their registered names.
     sys.path.append(str(Path(__file__).resolve().parents[3] / "SEED_Tokenizer"))
     from seed_lavis.compat import registry

@@ -10,7 +10,6 @@ its guidance scale (an argument).
 
 import re
 from pathlib import PurePosixPath
-from typing import Any
 
 from runner import Recording, assert_same
 
@@ -24,7 +23,7 @@ TEMPLATES = {"8b": "vicuna", "14b": "llama2"}
 CAPTION_TO_IMAGE = {"temperature": 0.0, "num_beams": 4, "max_new_tokens": 120, "do_sample": False}
 
 
-def check(recording: Recording) -> None:
+def check(recording: Recording):
     tokenizer = MultimodalTokenizer.from_pretrained(recording.tokenizer_folder)
     cases = recording.cases
     for size in TEMPLATES.keys() & cases.keys():
@@ -35,7 +34,7 @@ def check(recording: Recording) -> None:
         check_evaluation(cases["eval_caption_to_images"], tokenizer)
 
 
-def check_script(case: dict[str, Any], name: str, tokenizer: MultimodalTokenizer) -> None:
+def check_script(case: dict, name: str, tokenizer: MultimodalTokenizer):
     template = get_template(name)
     # Each prompt by the template, as one string and as its ids.
     for prompt, call in zip(case["prompts"], case["calls"], strict=True):
@@ -53,7 +52,7 @@ def check_script(case: dict[str, Any], name: str, tokenizer: MultimodalTokenizer
         check_settings(SeedLlamaConfig.of_original("8b").generation, call["generation_config"])
 
 
-def user_content(prompt: str, template: Any) -> list[Any]:
+def user_content(prompt: str, template) -> list:
     """The user's texts and codes of images, parsed from a prompt."""
     start = "<s>" + template.user_prefix
     end = template.user_suffix
@@ -68,7 +67,7 @@ def user_content(prompt: str, template: Any) -> list[Any]:
     return [part for part in content if part]
 
 
-def check_settings(options: dict[str, Any], expected: dict[str, Any]) -> None:
+def check_settings(options: dict, expected: dict):
     settings = GenerationSettings(**options)
     assert_same({key: getattr(settings, key) for key in expected}, expected, "generation settings")
 
@@ -78,7 +77,7 @@ def codes_of(ids: list[int], tokenizer: MultimodalTokenizer) -> list[list[int]]:
     return [list(part.codes) for part in parts if isinstance(part, ImagePart)]
 
 
-def check_answer(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
+def check_answer(case: dict, tokenizer: MultimodalTokenizer):
     """The text before an image, and its codes."""
     ids = [int(id) for id in case["generate_ids"]]
     vocabulary = tokenizer.vocabulary
@@ -98,7 +97,7 @@ def check_answer(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
         assert_same(codes_of(ids, tokenizer)[:1], recorded, f"{case['name']}: codes")
 
 
-def check_evaluation(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
+def check_evaluation(case: dict, tokenizer: MultimodalTokenizer):
     # The first prompt is empty: its image is the negative one of the second, the caption's.
     boi = tokenizer.vocabulary.boi_id
     caption = PurePosixPath(case["saved_first"][0]).stem.removesuffix("_")

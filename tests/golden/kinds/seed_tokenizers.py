@@ -4,8 +4,6 @@ sizes.
 Not compared: `margin_sq_dist` (how far the recorded codes are from a tie).
 """
 
-from typing import Any
-
 import torch
 from PIL import Image
 from runner import CLOSE, EXACT, Recording, Tensors
@@ -21,7 +19,7 @@ SEED1_DECODED = 5e-5, 1e-4
 SEED2_DECODED = 1e-4, 1e-4
 
 
-def vit_config(sizes: dict[str, Any]) -> EvaConfig:
+def vit_config(sizes: dict) -> EvaConfig:
     width = sizes["embed_dim"]
     return EvaConfig(
         image_size=sizes["img_size"],
@@ -33,7 +31,7 @@ def vit_config(sizes: dict[str, Any]) -> EvaConfig:
     )
 
 
-def qformer_config(bert: dict[str, Any], frequency: int = 2, **more: Any) -> QFormerConfig:
+def qformer_config(bert: dict, frequency: int = 2, **more) -> QFormerConfig:
     return QFormerConfig(
         width=bert["hidden_size"],
         depth=bert["num_hidden_layers"],
@@ -46,12 +44,12 @@ def qformer_config(bert: dict[str, Any], frequency: int = 2, **more: Any) -> QFo
     )
 
 
-def causal_queries(sizes: dict[str, Any]) -> int | None:
+def causal_queries(sizes: dict) -> int | None:
     """The original is causal with 32 queries only."""
     return None if sizes.get("causal_queries", True) else 0
 
 
-def seed1_config(sizes: dict[str, Any]) -> Seed1Config:
+def seed1_config(sizes: dict) -> Seed1Config:
     reverse = sizes["reverse_qformer"]
     blocks = sizes["blocks_text"]
     return Seed1Config(
@@ -66,7 +64,7 @@ def seed1_config(sizes: dict[str, Any]) -> Seed1Config:
     )
 
 
-def seed2_config(sizes: dict[str, Any], heads: int, reverse_depth: int) -> Seed2Config:
+def seed2_config(sizes: dict, heads: int, reverse_depth: int) -> Seed2Config:
     same = (
         "codebook_size",
         "codebook_dim",
@@ -85,7 +83,7 @@ def seed2_config(sizes: dict[str, Any], heads: int, reverse_depth: int) -> Seed2
 
 
 def check_encode(
-    model: Any, image: torch.Tensor, want: Tensors, tolerance: tuple[float, float]
+    model, image: torch.Tensor, want: Tensors, tolerance: tuple[float, float]
 ) -> torch.Tensor:
     """Activations of the encode side; returns the rows of the codebook."""
     vit = model.visual_encoder(image)
@@ -109,9 +107,7 @@ def check_encode(
     return quant
 
 
-def check_seed1_decode(
-    model: Seed1Tokenizer, quant: torch.Tensor, want: Tensors, suffix: str
-) -> None:
+def check_seed1_decode(model: Seed1Tokenizer, quant: torch.Tensor, want: Tensors, suffix: str):
     up = model.decode_task_layer(quant)
     tokens = model.decoder_tokens(up)
     want.close("decode_task_output" + suffix, up, SEED1_CLOSE)
@@ -123,7 +119,7 @@ def check_seed1_decode(
 
 
 @torch.no_grad()
-def check_seed1(recording: Recording) -> None:
+def check_seed1(recording: Recording):
     inputs = recording.inputs
     want = recording.outputs
     image = inputs["image"]
@@ -151,9 +147,7 @@ def check_seed1(recording: Recording) -> None:
     want.close("query_output", same, SEED1_CLOSE)
 
 
-def check_seed2_decode(
-    model: Seed2Tokenizer, codes: torch.Tensor, want: Tensors, suffix: str
-) -> None:
+def check_seed2_decode(model: Seed2Tokenizer, codes: torch.Tensor, want: Tensors, suffix: str):
     # One of the heads is recorded: the linear one, or the reverse Q-Former.
     tokens = model.decoder_tokens(model.decode_task_layer(model.quantize.lookup(codes)))
     want.close("blocks_image_out" + suffix, tokens)
@@ -166,7 +160,7 @@ def check_seed2_decode(
 
 
 @torch.no_grad()
-def check_seed2(recording: Recording) -> None:
+def check_seed2(recording: Recording):
     sizes = recording.config
     want = recording.outputs
     image = recording.inputs["image"]

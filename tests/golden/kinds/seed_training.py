@@ -14,7 +14,6 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -43,9 +42,7 @@ STAGE2_NAMES = {
 }
 
 
-def check_steps(
-    model: nn.Module, loss_of: Callable[[], torch.Tensor], want: Tensors, meta: dict[str, Any]
-) -> None:
+def check_steps(model: nn.Module, loss_of: Callable[[], torch.Tensor], want: Tensors, meta: dict):
     """Two AdamW steps: losses, and the parameters after both.
 
     Recordings hold references to the parameters: `step1.*` is what `step2.*` is, and both may be
@@ -100,9 +97,7 @@ def check_steps(
 # ---- stage 1
 
 
-def build_stage1(
-    sizes: dict[str, Any], weights: Tensors, gather_gradient: bool | None
-) -> Stage1Model:
+def build_stage1(sizes: dict, weights: Tensors, gather_gradient: bool | None) -> Stage1Model:
     config = Seed2Config(
         vit=vit_config(sizes["vit"]),
         qformer=qformer_config(sizes["bert"], sizes["cross_attention_freq"]),
@@ -129,7 +124,7 @@ def run(model: Stage1Model, inputs: Tensors) -> Stage1Output:
 
 def compare(
     model: Stage1Model, inputs: Tensors, want: Tensors, group: str, norms: dict[str, float | None]
-) -> None:
+):
     output = run(model, inputs)
     output.loss.backward()
     want.compare(
@@ -145,7 +140,7 @@ def compare(
     assert_gradients(model, want.part(f"{group}.grad"), norms)
 
 
-def worker(rank: int, world: int, folder: Path, rendezvous: str) -> None:
+def worker(rank: int, world: int, folder: Path, rendezvous: str):
     """One of `world` processes on its share of the batch."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{rendezvous}", rank=rank, world_size=world)
@@ -159,7 +154,7 @@ def worker(rank: int, world: int, folder: Path, rendezvous: str) -> None:
         dist.destroy_process_group()
 
 
-def check_stage1(recording: Recording) -> None:
+def check_stage1(recording: Recording):
     (sizes, weights, inputs, want) = recording.case()
     meta = recording.meta
     model = build_stage1(sizes, weights, None)
@@ -193,7 +188,7 @@ def check_stage1(recording: Recording) -> None:
 # ---- stage 2
 
 
-def build_stage2(sizes: dict[str, Any], weights: Tensors) -> Stage2Model:
+def build_stage2(sizes: dict, weights: Tensors) -> Stage2Model:
     from transformers import CLIPVisionConfig, CLIPVisionModelWithProjection
 
     depth = sizes["reverse_qformer_layers"] or 4
@@ -212,7 +207,7 @@ def build_stage2(sizes: dict[str, Any], weights: Tensors) -> Stage2Model:
 
 
 @torch.no_grad()
-def check_helpers(model: Stage2Model, image: torch.Tensor, want: Tensors) -> None:
+def check_helpers(model: Stage2Model, image: torch.Tensor, want: Tensors):
     """The tokenizer that the training holds, in evaluation mode."""
     # A copy, as the run goes on in training mode.
     tokenizer = copy.deepcopy(model).eval()
@@ -231,7 +226,7 @@ def check_helpers(model: Stage2Model, image: torch.Tensor, want: Tensors) -> Non
         want.close(name, *recorded[name])
 
 
-def check_stage2(recording: Recording) -> None:
+def check_stage2(recording: Recording):
     (sizes, weights, inputs, want) = recording.case()
     meta = recording.meta
     model = build_stage2(sizes, weights)

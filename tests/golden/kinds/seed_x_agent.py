@@ -14,7 +14,6 @@ import json
 import shutil
 import tempfile
 from pathlib import Path
-from typing import Any
 
 import torch
 from runner import DEFAULT_DIR, Recording, Tensors, assert_close, assert_gradients, assert_same
@@ -74,7 +73,7 @@ def seedx_tokenizer(folder: Path, tokens_per_image: int) -> MultimodalTokenizer:
 # ---- networks
 
 
-def check_lvlm(recording: Recording) -> None:
+def check_lvlm(recording: Recording):
     (config, weights, inputs, outputs) = recording.case()
     meta = recording.meta
     for variant in config["variants"]:
@@ -86,7 +85,7 @@ def check_lvlm(recording: Recording) -> None:
         check_generation(case, model, weights, inputs, outputs, tokenizer)
 
 
-def build(config: dict[str, Any], weights: Tensors, variant: str) -> ContinuousLVLM:
+def build(config: dict, weights: Tensors, variant: str) -> ContinuousLVLM:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     sizes = config["resampler"]
@@ -107,8 +106,8 @@ def build(config: dict[str, Any], weights: Tensors, variant: str) -> ContinuousL
 
 
 def check_losses(
-    variant: str, model: ContinuousLVLM, inputs: Tensors, outputs: Tensors, meta: dict[str, Any]
-) -> None:
+    variant: str, model: ContinuousLVLM, inputs: Tensors, outputs: Tensors, meta: dict
+):
     """Losses, activations and gradients of each recorded batch, in both modes."""
     batches = {tuple(key.split(".")[1:3]) for key in outputs if key.startswith(f"{variant}.")}
     n_queries = model.output_resampler.query.shape[0]
@@ -137,13 +136,11 @@ def check_losses(
             assert_gradients(model, expected.part("grad"), norms, 1e-5)
 
 
-def run_watched(
-    model: ContinuousLVLM, batch: dict[str, Any]
-) -> tuple[dict[str, Any], dict[str, torch.Tensor]]:
+def run_watched(model: ContinuousLVLM, batch: dict) -> tuple[dict, dict[str, torch.Tensor]]:
     """Losses, and activations by their recorded names."""
     activations = {}
 
-    def note_llm(_module: Any, _inputs: Any, options: dict[str, Any], output: Any) -> None:
+    def note_llm(_module, _inputs, options: dict, output):
         activations["inputs_embeds"] = options["inputs_embeds"]
         activations["last_hidden_state"] = output.last_hidden_state
         activations["logits"] = model.llm.lm_head(output.last_hidden_state)
@@ -161,7 +158,7 @@ def run_watched(
     return losses, activations
 
 
-def check_processor(meta: dict[str, Any], inputs: Tensors, tokenizer: MultimodalTokenizer) -> None:
+def check_processor(meta: dict, inputs: Tensors, tokenizer: MultimodalTokenizer):
     """Which tokens the original's processor changes: to 0 if forbidden, else it forces them."""
     processor = ImageConstraints(tokenizer.vocabulary, original=True)
     image = tokenizer.vocabulary.run()
@@ -183,13 +180,13 @@ def check_processor(meta: dict[str, Any], inputs: Tensors, tokenizer: Multimodal
 
 @torch.no_grad()
 def check_generation(
-    case: dict[str, Any],
+    case: dict,
     model: ContinuousLVLM,
     weights: Tensors,
     inputs: Tensors,
     outputs: Tensors,
     tokenizer: MultimodalTokenizer,
-) -> None:
+):
     """The answer to a prompt: its text, and the features of its images."""
     name = case["label"]
     vocabulary = tokenizer.vocabulary
@@ -224,7 +221,7 @@ def check_generation(
 # ---- scripts
 
 
-def check_inference(recording: Recording) -> None:
+def check_inference(recording: Recording):
     cases = recording.cases
     tokenizer = seedx_tokenizer(recording.folder, 64)
     for run in cases["runs"]:
@@ -261,7 +258,7 @@ def prompts_of(script: str, prompts: SeedXPrompts, views: list[int]) -> list[lis
     raise AssertionError(f"unknown script {script}")
 
 
-def check_run(run: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
+def check_run(run: dict, tokenizer: MultimodalTokenizer):
     script = run["script"]
     size = tuple(run["image_size"])
     rule = AnyResolution(grids=("1x1",)) if "img2edit" in script else AnyResolution()

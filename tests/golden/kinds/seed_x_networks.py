@@ -11,7 +11,6 @@ pipelines. Not as the
 """
 
 import math
-from typing import Any
 
 import torch
 from kinds.drawing import network, scheduler
@@ -49,7 +48,7 @@ def recorded(model: QwenVit) -> Tensors:
 
 
 @torch.no_grad()
-def check_visual(recording: Recording) -> None:
+def check_visual(recording: Recording):
     sizes, weights, case_inputs, want = recording.case()
 
     # 1. The vision encoder, layer by layer.
@@ -88,7 +87,7 @@ def check_visual(recording: Recording) -> None:
 
 
 @torch.no_grad()
-def check_resamplers(recording: Recording) -> None:
+def check_resamplers(recording: Recording):
     config, *tensors = recording.case()
     for label, sizes in config.items():
         weights, case_inputs, want = (group.part(label) for group in tensors)
@@ -110,7 +109,7 @@ def check_resamplers(recording: Recording) -> None:
 # ---- SDXL adapters
 
 
-def build(sizes: dict[str, Any], weights: Tensors, stage: int) -> SdxlDetokenizer:
+def build(sizes: dict, weights: Tensors, stage: int) -> SdxlDetokenizer:
     from diffusers import UNet2DConditionModel
 
     state = weights.part("adapter") | (weights.part("latent") if stage == 2 else {})
@@ -129,9 +128,7 @@ def build(sizes: dict[str, Any], weights: Tensors, stage: int) -> SdxlDetokenize
     )
 
 
-def check_prompts(
-    model: SdxlDetokenizer, encoder: PlainTower, case_inputs: Tensors, want: Tensors
-) -> None:
+def check_prompts(model: SdxlDetokenizer, encoder: PlainTower, case_inputs: Tensors, want: Tensors):
     inputs = {
         "tensor": encoder(case_inputs["picture"]),
         "embeds_down": case_inputs["embeds_pooled4"],
@@ -157,8 +154,8 @@ def check_prompts(
 
 
 def check_training(
-    model: SdxlDetokenizer, name: str, meta: dict[str, Any], case_inputs: Tensors, want: Tensors
-) -> None:
+    model: SdxlDetokenizer, name: str, meta: dict, case_inputs: Tensors, want: Tensors
+):
     """One step: prediction, loss, which parameters are trained, norms of their gradients."""
     adapter = TrainedDetokenizer(model, model.trained).requires_grad_(True)
     train_denoiser(model.denoiser, "all" if name == "adapter.full_True" else "key_value")
@@ -188,9 +185,7 @@ def check_training(
     adapter.requires_grad_(False)
 
 
-def check_images(
-    model: SdxlDetokenizer, encoder: PlainTower, case_inputs: Tensors, want: Tensors
-) -> None:
+def check_images(model: SdxlDetokenizer, encoder: PlainTower, case_inputs: Tensors, want: Tensors):
     start = case_inputs["pipe.init_latents"]
     source = Image.fromarray(case_inputs["pipe.latent_image_uint8"].numpy())
     side = start.shape[-1] * model.factor
@@ -220,7 +215,7 @@ def check_images(
 
 
 @torch.no_grad()
-def check_adapter(recording: Recording) -> None:
+def check_adapter(recording: Recording):
     (sizes, weights, case_inputs, want) = recording.case()
     meta = recording.meta
     # A convolution replaces the vision encoder.

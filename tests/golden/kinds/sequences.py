@@ -91,12 +91,12 @@ class Replay:
     same calls.
     """
 
-    def __init__(self, calls: Sequence[Any], name: str, seed: int = 0) -> None:
+    def __init__(self, calls: Sequence, name: str, seed: int = 0):
         self.calls = list(calls)
         self.name = name
         self.random = random.Random(seed)
 
-    def _next(self, kind: str, arguments: list[Any]) -> Any:
+    def _next(self, kind: str, arguments: list):
         assert self.calls, f"{self.name}: called {kind}{arguments} after the last recorded call"
         recorded_kind, recorded_arguments, result = self.calls.pop(0)
         assert_same((kind, arguments), (recorded_kind, recorded_arguments), f"{self.name}: call")
@@ -105,7 +105,7 @@ class Replay:
     def uniform(self) -> float:
         return self._next("numpy.uniform", [0, 1])
 
-    def choice(self, items: Sequence[Any]) -> Any:
+    def choice(self, items: Sequence):
         self.random.choice(items)
         result = self._next("random.choice", [])
         assert result in items, f"{self.name}: {result!r} was chosen, not one of {items!r}"
@@ -115,12 +115,12 @@ class Replay:
         self.random.randint(low, high)
         return self._next("random.randint", [low, high])
 
-    def shuffle(self, items: MutableSequence[Any]) -> None:
+    def shuffle(self, items: MutableSequence):
         self._next("random.shuffle", [])
         self.random.shuffle(items)
 
 
-def decoded(decode: Callable[[], Any], rng: Replay, usable: bool) -> Any:
+def decoded(decode: Callable[[], Any], rng: Replay, usable: bool):
     """A decoder's sequence with the recorded choices; None: it raised. It may leave out what the
     original does not use, the rest for the reasons in `STRICTER` only."""
     sequence = None
@@ -144,7 +144,7 @@ def opened_image(size: Sequence[int]) -> Image.Image:
 # ---- SEED-LLaMA
 
 
-def plain(value: Any) -> Any:
+def plain(value):
     """A recorded sample as json: arrays are lists."""
     if isinstance(value, list):
         return [plain(item) for item in value]
@@ -155,7 +155,7 @@ def plain(value: Any) -> Any:
     return {key: plain(item) for key, item in value.items()}
 
 
-def check_llm(recording: Recording) -> None:
+def check_llm(recording: Recording):
     tokenizer = MultimodalTokenizer.from_pretrained(recording.folder / "tokenizer")
     check_tokenization(recording.json("tokenization.json"), tokenizer)
     for case in read_json_lines(recording.folder / "cases.jsonl"):
@@ -163,7 +163,7 @@ def check_llm(recording: Recording) -> None:
     check_pipeline(recording.json("pipeline.json"), tokenizer)
 
 
-def check_tokenization(expected: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
+def check_tokenization(expected: dict, tokenizer: MultimodalTokenizer):
     vocabulary = tokenizer.vocabulary
     actual = {
         "length": len(tokenizer),
@@ -179,7 +179,7 @@ def check_tokenization(expected: dict[str, Any], tokenizer: MultimodalTokenizer)
     assert_same(actual, {key: expected[key] for key in actual}, "tokenization")
 
 
-def tokenized(text: str, tokenizer: MultimodalTokenizer) -> dict[str, Any]:
+def tokenized(text: str, tokenizer: MultimodalTokenizer) -> dict:
     ids = tokenizer.encode(text)
     return {
         "text": text,
@@ -203,7 +203,7 @@ def pad(sequence: TrainingSequence, max_length: int, pad_id: int) -> dict[str, l
     }
 
 
-def check_case(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
+def check_case(case: dict, tokenizer: MultimodalTokenizer):
     function = case["function"].removeprefix("decode_").removesuffix("_for_llm")
     is_record = function in TEXT_FUNCTIONS or case["key"].endswith(".pkl")
     # Members of a tar that are no records, and metadata, which is not read here.
@@ -240,7 +240,7 @@ def check_case(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
     assert_same(actual, {key: wanted[key] for key in actual if key in wanted}, name)
 
 
-def check_pipeline(recorded: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
+def check_pipeline(recorded: dict, tokenizer: MultimodalTokenizer):
     """Records on disk → every usable sample, then those samples in batches. The original skips
     the others before it makes batches, the library after."""
     settings = recorded["settings"]
@@ -272,11 +272,11 @@ def check_pipeline(recorded: dict[str, Any], tokenizer: MultimodalTokenizer) -> 
 
 def check_batches(
     folder: Path,
-    settings: dict[str, Any],
-    recorded: dict[str, Any],
-    samples: list[dict[str, Any]],
+    settings: dict,
+    recorded: dict,
+    samples: list[dict],
     tokenizer: MultimodalTokenizer,
-) -> None:
+):
     """The original's data configuration: shapes of all batches, and their rows in any order."""
     configuration = {
         **settings,
@@ -300,7 +300,7 @@ def check_batches(
     assert_same(sorted(rows), sorted(repeated), "pipeline: rows of all batches")
 
 
-def write_shard(path: Path, members: Sequence[dict[str, Any]]) -> None:
+def write_shard(path: Path, members: Sequence[dict]):
     """A tar with the recorded samples as json."""
     with tarfile.open(path, "w") as tar:
         for member in members:
@@ -316,13 +316,13 @@ def write_shard(path: Path, members: Sequence[dict[str, Any]]) -> None:
 class SeedXReplay(Replay):
     """With choices from lists that are only in the recording."""
 
-    def choice(self, items: Sequence[Any]) -> Any:
+    def choice(self, items: Sequence):
         result = self._next("random.choice", [])
         assert result or items[-1] == result, f"{self.name}: the last response is empty"
         return result
 
 
-def check_seedx(recording: Recording) -> None:
+def check_seedx(recording: Recording):
     constants = recording.json("constants.json")
     sentences = {
         "num_gen_prompts": phrases.SEEDX_DRAW_REQUESTS,
@@ -341,7 +341,7 @@ def check_seedx(recording: Recording) -> None:
 
 
 def make(
-    name: str, tokenizer: MultimodalTokenizer, kwargs: Mapping[str, Any], grids: list[str]
+    name: str, tokenizer: MultimodalTokenizer, kwargs: Mapping, grids: list[str]
 ) -> SeedXDecoder:
     """A decoder with the options of an original function. `grids`: if it has none of its own."""
     options = {
@@ -354,7 +354,7 @@ def make(
     return decoder
 
 
-def check_record(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
+def check_record(case: dict, tokenizer: MultimodalTokenizer):
     """The fields of a record, with images opened as in the loader."""
     arguments = case["arguments"]
     sizes = arguments["image_sizes"]
@@ -368,7 +368,7 @@ def check_record(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
         kwargs.pop("min_resolution", None)
     built = make(decoder, tokenizer, kwargs, ["1x1"])
 
-    def open_image(value: str, field: str) -> Any:
+    def open_image(value: str, field: str):
         size = sizes.get(value.lstrip("/"))
         if size is None and "null" not in value:
             raise FileNotFoundError(value)
@@ -382,7 +382,7 @@ def check_record(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
         compare(built, fields, case)
 
 
-def compare(decoder: SeedXDecoder, fields: Mapping[str, Any], case: dict[str, Any]) -> None:
+def compare(decoder: SeedXDecoder, fields: Mapping, case: dict):
     """A decoder's sequence and the original's row, without pixels."""
     expected = case["output"]
     max_length = case["kwargs"]["max_length"]
@@ -427,7 +427,7 @@ def compare(decoder: SeedXDecoder, fields: Mapping[str, Any], case: dict[str, An
         )
 
 
-def check_caption(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
+def check_caption(case: dict, tokenizer: MultimodalTokenizer):
     """An image with the recorded number of views and its caption."""
     sample = case["arguments"].get("data", {})  # of a grouped sample
     views = sample.get("images_patch_length", case["kwargs"].get("patch_length", 1))
@@ -438,7 +438,7 @@ def check_caption(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
     compare(decoder, fields, case)
 
 
-def check_pair(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
+def check_pair(case: dict, tokenizer: MultimodalTokenizer):
     """A member of a tar's sample: the sequence of a caption, the filter on an image's size."""
     data = case["arguments"]["data"]
     kwargs = case["kwargs"]
@@ -465,7 +465,7 @@ def check_pair(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
         compare(decoder, fields, case)
 
 
-def check_similarity(case: dict[str, Any], tokenizer: MultimodalTokenizer) -> None:
+def check_similarity(case: dict, tokenizer: MultimodalTokenizer):
     item = case["arguments"]["item"]
     kwargs = case["kwargs"]
     problem = similarity_problem(metadata_of(item), kwargs["similarity_thr"])

@@ -14,10 +14,9 @@ the smallest sizes, with fixed seeds.
 
 import json
 from pathlib import Path
-from typing import Any
 
 
-def spread(model: Any, std: float = 0.3, parts: tuple[str, ...] = ("",)) -> Any:
+def spread(model, std: float = 0.3, parts: tuple[str, ...] = ("",)):
     """Larger weights: with the usual initial values, outputs hardly depend on the input.
 
     parts: of the names of the weights that change; each by default.
@@ -30,9 +29,9 @@ def spread(model: Any, std: float = 0.3, parts: tuple[str, ...] = ("",)) -> Any:
     return model
 
 
-def write_json(file: Path, value: Any) -> None:
+def write_json(file: Path, value):
     file.write_text(json.dumps(value))
 
 
-def read_json(file: Path) -> Any:
+def read_json(file: Path):
     return json.loads(file.read_text())

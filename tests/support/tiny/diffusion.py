@@ -3,7 +3,6 @@ Stable Diffusion 1, stable-unCLIP with a layout decoder."""
 
 import string
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -73,7 +72,7 @@ SCHEDULE = {
 }
 
 
-def unet(channels: int = 4, *, sdxl: bool = True, **changes: Any) -> Any:
+def unet(channels: int = 4, *, sdxl: bool = True, **changes):
     """A U-Net of SDXL or of Stable Diffusion 1."""
     from diffusers import UNet2DConditionModel
 
@@ -105,7 +104,7 @@ TINY_AUTOENCODER = {
 }
 
 
-def kl(**more: Any) -> Any:
+def kl(**more):
     """An autoencoder of Stable Diffusion's class."""
     from diffusers import AutoencoderKL
 
@@ -119,7 +118,7 @@ def kl(**more: Any) -> Any:
     )
 
 
-def autoencoder(name: str) -> Any:
+def autoencoder(name: str):
     """`kl`: 4 channels; `kl16`: 16 with a shift, as Stable Diffusion 3's; `dc`: 32, as SANA's;
     `tiny`: 4, of a small autoencoder."""
     from diffusers import AutoencoderDC, AutoencoderTiny
@@ -177,7 +176,7 @@ class PlainTower(nn.Module):
     """Pixels `[B, 3, S, S]` → embeddings `[B, (S / side)², width]`; pixels of zero are not
     embeddings of zero."""
 
-    def __init__(self, width: int = FEATURES, side: int = 4) -> None:
+    def __init__(self, width: int = FEATURES, side: int = 4):
         super().__init__()
         torch.manual_seed(4)
         self.conv = nn.Conv2d(3, width, side, side)
@@ -203,7 +202,7 @@ def write_sd1(folder: Path) -> Path:
     return folder
 
 
-def clip_text_encoder() -> Any:
+def clip_text_encoder():
     from transformers import CLIPTextConfig, CLIPTextModel
 
     torch.manual_seed(2)
@@ -228,14 +227,14 @@ def write_text_encoder(folder: Path) -> Path:
     return folder
 
 
-def write_pieces(folder: Path) -> None:
+def write_pieces(folder: Path):
     """The files of a CLIP tokenizer whose tokens are letters."""
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "vocab.json", {word: id for id, word in enumerate(PIECES)})
     (folder / "merges.txt").write_text("#version: 0.2\n")
 
 
-def _clip_tokenizer(folder: Path) -> Any:
+def _clip_tokenizer(folder: Path):
     from transformers import CLIPTokenizer
 
     tokenizer_dir = folder / "tokenizer"
@@ -243,7 +242,7 @@ def _clip_tokenizer(folder: Path) -> Any:
     return CLIPTokenizer.from_pretrained(tokenizer_dir, model_max_length=TEXT_TOKENS)
 
 
-def safety_checker() -> dict[str, Any]:
+def safety_checker() -> dict:
     """A safety checker that flags no image, and its preprocessing."""
     from diffusers.pipelines.stable_diffusion.safety_checker import StableDiffusionSafetyChecker
     from transformers import CLIPConfig, CLIPImageProcessor
@@ -267,7 +266,7 @@ def safety_checker() -> dict[str, Any]:
     return {"safety_checker": model, "feature_extractor": processor}
 
 
-def write_unclip(folder: Path) -> None:
+def write_unclip(folder: Path):
     """A stable-unCLIP with a layout decoder."""
     from diffusers import (
         DDIMScheduler,

@@ -2,7 +2,6 @@
 
 from collections.abc import Iterable
 from pathlib import Path
-from typing import Any
 
 import torch
 from chat_templates import TemplateCase
@@ -39,20 +38,20 @@ LLM_SIZES = {
 }
 
 
-def random_llm(architecture: str, vocab_size: int, seed: int = 0, **fields: Any) -> Any:
+def random_llm(architecture: str, vocab_size: int, seed: int = 0, **fields):
     """A model of `ARCHITECTURES`; torch's own generator stays as it is."""
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return _llm(architecture, vocab_size, {**ARCHITECTURES.get(architecture, {}), **fields})
 
 
-def llama(vocab_size: int, mlp_width: int = 64, context: int = 512) -> Any:
+def llama(vocab_size: int, mlp_width: int = 64, context: int = 512):
     """The one layer of the tiny systems, drawn from torch's own generator."""
     sizes = {"intermediate_size": mlp_width, "max_position_embeddings": context}
     return _llm("llama", vocab_size, {**sizes, "num_hidden_layers": 1, "num_attention_heads": 2})
 
 
-def _llm(architecture: str, vocab_size: int, fields: dict[str, Any]) -> Any:
+def _llm(architecture: str, vocab_size: int, fields: dict):
     from transformers import AutoConfig, AutoModelForCausalLM
 
     config = AutoConfig.for_model(

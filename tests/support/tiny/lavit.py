@@ -3,7 +3,6 @@ decoders (both kinds of the original)."""
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import torch
 from tensors import normal
@@ -121,7 +120,7 @@ def small_tokenizer(seed: int = 0) -> DynamicTokenizer:
     return model.requires_grad_(False).eval()
 
 
-def write_tokenizer_of(kind: str, folder: Path, config: Any, **sizes: int) -> DynamicTokenizer:
+def write_tokenizer_of(kind: str, folder: Path, config, **sizes: int) -> DynamicTokenizer:
     """`folder/tokenizer` of one of transformers' vision encoders (`folder/vision`)."""
     write_vision(kind, folder / "vision", **sizes)
     vit = HubVisionConfig(path=str(folder / "vision"))
@@ -150,7 +149,7 @@ def write_language(folder: Path) -> LavitTokenizer:
     return tokenizer
 
 
-def write_pixels(folder: Path) -> None:
+def write_pixels(folder: Path):
     """The pixel decoder of the system."""
     from diffusers import DDIMScheduler
 

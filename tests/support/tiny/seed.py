@@ -3,7 +3,6 @@ of SEED-1's training, and a decoder of codes."""
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import torch
 from random_images import noise
@@ -108,7 +107,7 @@ def assemble_hub_seed_llama(root: Path) -> Path:
     return assemble_system("seed_llama", root / "assembled", parts, settings)
 
 
-def write_seed2(folder: Path) -> None:
+def write_seed2(folder: Path):
     """The image tokenizer of the system."""
     config = Seed2Config(
         vit=EvaConfig(
@@ -160,7 +159,7 @@ def seed1_tokenizer() -> Seed1Tokenizer:
     return loud(Seed1Tokenizer(seed1_config())).eval()
 
 
-def loud(model: nn.Module) -> Any:
+def loud(model: nn.Module):
     """Weights of a Q-Former and its tokenizer so large that images give different codes."""
     with torch.no_grad():
         for name, parameter in model.named_parameters():
@@ -179,9 +178,7 @@ def save_as_lavis(model: nn.Module, file: Path) -> Path:
     return file
 
 
-def write_stages(
-    config: Any, folder: Path, *, vocab_size: int = 40, freeze_vit: bool = True, **options: Any
-) -> Any:
+def write_stages(config, folder: Path, *, vocab_size: int = 40, freeze_vit: bool = True, **options):
     """`stage1.pth`, `stage2.pth` and `eva_vit_g.pth` of random weights; returns the second stage.
 
     options: of the second stage.

@@ -2,7 +2,6 @@
 
 import dataclasses
 from pathlib import Path
-from typing import Any
 
 import torch
 from huggingface_hub import save_torch_state_dict
@@ -101,12 +100,12 @@ def build_released_seed_x(base: str | Path) -> Path:
     return root
 
 
-def _as_torch(file: Path, name: str) -> None:
+def _as_torch(file: Path, name: str):
     torch.save(load_state_dict(file), file.with_name(name))
     file.unlink()
 
 
-def forget_sizes(root: Path) -> None:
+def forget_sizes(root: Path):
     """Delete the files that the original weights do not have; sizes are then those of
     `write_seed_x_configs`."""
     for file in (
@@ -171,7 +170,7 @@ def write_seed_x_tokenizer(folder: Path) -> MultimodalTokenizer:
     )
 
 
-def write_hub_parts(root: Path) -> None:
+def write_hub_parts(root: Path):
     """A hub tokenizer with SEED-X's tokens, and a language model with its rows."""
     hub = write_hub_tokenizer(root / "hub", SENTENCES)
     tokenizer = HubTokenizer.create(hub, 6, WORDS, n_locations=GRID)
@@ -180,19 +179,19 @@ def write_hub_parts(root: Path) -> None:
     random_llm("qwen3", len(tokenizer), **ids).save_pretrained(root / "llm")
 
 
-def write_llm(folder: Path, n_words: int, seed: int = 0, **options: Any) -> None:
+def write_llm(folder: Path, n_words: int, seed: int = 0, **options):
     torch.manual_seed(seed)
     llama(n_words).save_pretrained(folder, **options)
 
 
-def random_agent(llm: Any, seed: int = 0) -> ContinuousLVLM:
+def random_agent(llm, seed: int = 0) -> ContinuousLVLM:
     """A language model with random resamplers."""
     torch.manual_seed(10 + seed)
     model = ContinuousLVLM(llm, Resampler(READS), Resampler(WRITES), AgentSettings())
     return spread(model, 0.4)
 
 
-def write_agent(folder: Path, seed: int = 0) -> None:
+def write_agent(folder: Path, seed: int = 0):
     from types import SimpleNamespace
 
     model = random_agent(SimpleNamespace(config=SimpleNamespace(hidden_size=LLM_WIDTH)), seed)
@@ -203,6 +202,6 @@ def write_agent(folder: Path, seed: int = 0) -> None:
     )
 
 
-def write_tower(folder: Path) -> None:
+def write_tower(folder: Path):
     torch.manual_seed(20)
     spread(QwenVit(TOWER), 0.4).save_pretrained(folder)

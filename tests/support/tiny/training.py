@@ -40,7 +40,7 @@ def read_losses(output: Path) -> list[float]:
     return [line["loss"] for line in log_lines(output)]
 
 
-def write_images(folder: Path, sizes: Iterable[tuple[int, int]]) -> None:
+def write_images(folder: Path, sizes: Iterable[tuple[int, int]]):
     """Noise images of these heights and widths."""
     rng = np.random.default_rng(len(folder.name))
     folder.mkdir()
@@ -50,9 +50,7 @@ def write_images(folder: Path, sizes: Iterable[tuple[int, int]]) -> None:
         )
 
 
-def _resolved(
-    output: Path, model: dict[str, Any], data: dict[str, Any], changes: dict[str, Any]
-) -> dict[str, Any]:
+def _resolved(output: Path, model: dict, data: dict, changes: dict) -> dict:
     """A resolved configuration; `changes` are merged into its groups."""
     data = {"batch_size": 4, "encoder_size": 16, **data}
     return merged({"output_dir": str(output), **RUN, "model": model, "data": data}, changes)
@@ -75,9 +73,7 @@ def write_detokenizer_parts(root: Path) -> Path:
     return root
 
 
-def detokenizer_config(
-    parts: Path, output: Path, stage: int = 1, **changes: dict[str, Any]
-) -> dict[str, Any]:
+def detokenizer_config(parts: Path, output: Path, stage: int = 1, **changes: dict) -> dict:
     sources = [{"name": "pictures", "files": str(parts / "pictures")}]
     # The second stage also reads a condition image.
     if stage == 2:
@@ -116,9 +112,7 @@ def write_lavit_parts(root: Path) -> Path:
     return root
 
 
-def lavit_config(
-    parts: Path, output: Path, head: Head = "highres", **changes: dict[str, Any]
-) -> dict[str, Any]:
+def lavit_config(parts: Path, output: Path, head: Head = "highres", **changes: dict) -> dict:
     model = {
         "diffusion": str(parts / head),
         "tokenizer": str(parts / "tokenizer"),
@@ -154,7 +148,7 @@ def write_seed_decoder_parts(root: Path) -> Path:
     return root
 
 
-def open_patches(device: torch.device | None = None) -> Any:
+def open_patches(device: torch.device | None = None):
     """A tokenizer of 4 × 4 patches: the code of the nearest of 8 colours."""
     network = VectorQuantizer(8, 3)
     network.embedding.weight.data = torch.cartesian_prod(*[torch.tensor([-1.0, 1.0])] * 3)
@@ -164,8 +158,8 @@ def open_patches(device: torch.device | None = None) -> Any:
 
 
 def seed_decoder_config(
-    parts: Path, output: Path, vae: str = "kl", denoiser: str = "", **changes: dict[str, Any]
-) -> dict[str, Any]:
+    parts: Path, output: Path, vae: str = "kl", denoiser: str = "", **changes: dict
+) -> dict:
     """denoiser: of a new one, which learns a flow."""
     model = {"diffusion": str(parts / vae), "tokenizer": str(parts / "tokenizer")}
     # Else the folder's U-Net goes on.
@@ -213,7 +207,7 @@ class Family:
     """
 
     write_parts: Callable[[Path], Path]
-    config: Callable[..., dict[str, Any]]
+    config: Callable[..., dict]
     task: str
     result: str
     load: Callable[[Path, Path], Detokenizer]
@@ -221,7 +215,7 @@ class Family:
     also_trained: tuple[str, ...]
 
     @property
-    def task_class(self) -> Any:
+    def task_class(self):
         module, _, name = self.task.rpartition(".")
         return getattr(import_module(f"seed_multimodal.models.{module}"), name)
 

@@ -1,7 +1,6 @@
 """Random vision models of transformers, written to a folder as their publishers do."""
 
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -57,7 +56,7 @@ KINDS = {
 }
 
 
-def write_vision(kind: str, folder: Path, side: int = 16) -> Any:
+def write_vision(kind: str, folder: Path, side: int = 16):
     """The model of a kind, random and with features that differ between images, in a folder.
 
     side: pixels a side after cropping.

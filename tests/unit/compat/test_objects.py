@@ -2,7 +2,6 @@
 
 import importlib
 import sys
-from typing import Any
 
 import pytest
 import torch
@@ -12,7 +11,7 @@ from seed_multimodal.errors import CheckpointError, ConfigError
 
 
 @pytest.fixture
-def parts(released_seed_x, monkeypatch) -> dict[str, Any]:
+def parts(released_seed_x, monkeypatch) -> dict:
     """What the programs build, by `seed_multimodal.config.instantiate`."""
     from seed_multimodal.config import instantiate
 

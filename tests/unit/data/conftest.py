@@ -7,7 +7,6 @@ import itertools
 import random
 import re
 from pathlib import Path
-from typing import Any
 
 import pytest
 from data_files import jpeg, lines, shard, write_tar
@@ -89,7 +88,7 @@ def mixed(sets):
     names = ("captions", "documents", "texts")
     decoders = ("pretrain.caption", "pretrain.interleaved", "pretrain.text")
 
-    def make(**settings: Any) -> dict[str, Any]:
+    def make(**settings) -> dict:
         sources = [
             {"name": name, "files": str(sets / name), "decoder": decoder, "weight": weight}
             for name, decoder, weight in zip(names, decoders, (4, 1, 2), strict=True)

@@ -10,7 +10,6 @@ import re
 import tarfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pyarrow as pa
 import pytest
@@ -87,11 +86,11 @@ def location(format: str, index: int, fault: str) -> str:
     return f"{'item' if format == 'json' else 'row'} {index}"
 
 
-def written_caption(index: int, fault: str) -> Any:
+def written_caption(index: int, fault: str):
     return CAPTIONS.get(fault, f"number {index}")
 
 
-def write_pairs(folder: Path, format: str, faults: Sequence[str]) -> None:
+def write_pairs(folder: Path, format: str, faults: Sequence[str]):
     """A folder of a sample for each fault ("": none)."""
     (folder / "images").mkdir(parents=True)
     samples = []
@@ -157,7 +156,7 @@ def write_tar(path: Path, samples: Sequence[tuple[str, dict[str, bytes]]], fault
         os.truncate(path, last.offset_data + last.size // 2)
 
 
-def write_table(path: Path, rows: list[dict[str, Any]], faults: Sequence[str]) -> None:
+def write_table(path: Path, rows: list[dict], faults: Sequence[str]):
     """A parquet file of three rows a group."""
     table = pa.Table.from_pylist(rows)
     texts = [

@@ -52,9 +52,7 @@ def unclip(tmp_path_factory) -> Path:
     return folder
 
 
-def test_a_conditioner_of_another_package_starts_and_conditions(
-    unclip, tmp_path, monkeypatch
-) -> None:
+def test_a_conditioner_of_another_package_starts_and_conditions(unclip, tmp_path, monkeypatch):
     # 1. An installed package, and a folder that it wrote in place of the layout decoder's.
     (tmp_path / "flat_package.py").write_text(MODULE)
     install(tmp_path, "flat", {"seed_multimodal.conditioners": {"flat": "flat_package:Flat"}})
@@ -79,7 +77,7 @@ def test_a_conditioner_of_another_package_starts_and_conditions(
     assert torch.equal(tokens, torch.ones(1, 3, CROSS))
 
 
-def test_load_conditioner_of_an_unknown_type(unclip, tmp_path) -> None:
+def test_load_conditioner_of_an_unknown_type(unclip, tmp_path):
     shutil.copytree(unclip / "layout", tmp_path / "conditioner")
     file = tmp_path / "conditioner" / "config.json"
     write_json(file, {**read_json(file), "model_type": "layuot"})

@@ -29,9 +29,9 @@ class Case:
 
     model: Any
     conditions: Any
-    more: dict[str, Any] = dataclasses.field(default_factory=dict)
+    more: dict = dataclasses.field(default_factory=dict)
 
-    def draw(self, rows: list[int], seeds: list[int] | None, **settings: Any) -> np.ndarray:
+    def draw(self, rows: list[int], seeds: list[int] | None, **settings) -> np.ndarray:
         values = self.conditions
         chosen = values[rows] if isinstance(values, Tensor) else [values[row] for row in rows]
         more = {name: [value[row] for row in rows] for name, value in self.more.items()}

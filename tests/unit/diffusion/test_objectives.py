@@ -1,7 +1,6 @@
 """Objectives: what noise is added, what is predicted, and what a prediction means."""
 
 import copy
-from typing import Any
 
 import pytest
 import torch
@@ -31,7 +30,7 @@ SCHEDULERS = {
 }
 
 
-def build_scheduler(name: str, settings: dict[str, Any]) -> Any:
+def build_scheduler(name: str, settings: dict):
     import diffusers  # slow to import
 
     return getattr(diffusers, name)(**settings)

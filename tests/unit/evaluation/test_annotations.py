@@ -4,7 +4,6 @@ import csv
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from random_images import noise
@@ -45,7 +44,7 @@ KARPATHY = {
 SEVEN = Sample(7, "", COCO_NAME, references=["one", "three"])
 
 
-def write(path: Path, value: Any) -> Path:
+def write(path: Path, value) -> Path:
     """A text, lines of JSON (`.jsonl`), a table (`.csv`) or JSON."""
     text = value
     if path.suffix == ".jsonl":
@@ -186,7 +185,7 @@ DPG = {
 ABOVE_ITSELF = {"class": "cup", "count": 1, "position": ["above", 0]}
 
 
-def choices(**changes: Any) -> dict[str, Any]:
+def choices(**changes) -> dict:
     return {"questions": [{**CHOICE, **changes}]}
 
 

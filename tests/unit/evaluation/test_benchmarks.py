@@ -8,7 +8,6 @@ import json
 import shutil
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import pytest
 from random_images import noise
@@ -25,10 +24,10 @@ class Recorded:
     """
 
     command: str
-    files: dict[str, Any]
-    lines: list[dict[str, Any]]
-    summary: dict[str, Any]
-    results: dict[str, list[Any]] = field(default_factory=dict)
+    files: dict
+    lines: list[dict]
+    summary: dict
+    results: dict[str, list] = field(default_factory=dict)
     n_images: int = 0
     status: int = 0
 
@@ -37,11 +36,11 @@ def annotated(*answers: str) -> list[dict[str, str]]:
     return [{"answer": answer} for answer in answers]
 
 
-def question(key: int, **fields: Any) -> dict[str, Any]:
+def question(key: int, **fields) -> dict:
     return {"question_id": key, "image": "a.jpg", "question": "Which?", **fields}
 
 
-def answer(key: int, text: str) -> dict[str, Any]:
+def answer(key: int, text: str) -> dict:
     return {"id": key, "answer": text}
 
 
@@ -151,14 +150,14 @@ BENCHMARKS = {
 }
 
 
-def as_text(name: str, content: Any) -> str:
+def as_text(name: str, content) -> str:
     if isinstance(content, str):
         return content
     items = content if name.endswith(".jsonl") else [content]
     return "\n".join(map(json.dumps, items))
 
 
-def evaluate(case: Recorded, lines: list[dict[str, Any]], model: Path) -> int:
+def evaluate(case: Recorded, lines: list[dict], model: Path) -> int:
     """The command with these answers, in the working folder."""
     for name, content in case.files.items():
         Path(name).write_text(as_text(name, content))
@@ -177,7 +176,7 @@ def evaluate(case: Recorded, lines: list[dict[str, Any]], model: Path) -> int:
 
 
 @pytest.fixture(autouse=True)
-def working_folder(tmp_path, monkeypatch) -> None:
+def working_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("PATH", "")  # without Java
 

@@ -1,7 +1,6 @@
 """Detectors of transformers, and the colours of what they find."""
 
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pytest
@@ -38,9 +37,7 @@ SWIN = {
 IMAGE = noise(1, (60, 40))
 
 
-def write_detector(
-    folder: Path, name: str, side: int, tokenizer: Any = None, **fields: Any
-) -> None:
+def write_detector(folder: Path, name: str, side: int, tokenizer=None, **fields):
     """A random detector of one of transformers' classes, with its processor, in a folder."""
     import transformers
 
@@ -57,7 +54,7 @@ def write_detector(
     processor.save_pretrained(folder)
 
 
-def write_owl(folder: Path, clip_folder: Path) -> None:
+def write_owl(folder: Path, clip_folder: Path):
     """A zero-shot detector."""
     from transformers import CLIPTokenizer
 
@@ -69,7 +66,7 @@ def write_owl(folder: Path, clip_folder: Path) -> None:
     write_detector(folder, "Owlv2ForObjectDetection", 32, tokenizer, **sizes)
 
 
-def write_yolos(folder: Path, _: Path) -> None:
+def write_yolos(folder: Path, _: Path):
     """A detector of two classes of COCO, which GenEval calls a TV remote and a couch."""
     sizes = {**ENCODER, "image_size": [32, 32], "patch_size": 16, "num_detection_tokens": 5}
     write_detector(
@@ -77,7 +74,7 @@ def write_yolos(folder: Path, _: Path) -> None:
     )
 
 
-def write_mask2former(folder: Path, _: Path) -> None:
+def write_mask2former(folder: Path, _: Path):
     """A segmentation model, whose detections have masks."""
     pytest.importorskip("scipy")  # transformers imports it for the model's loss
     write_detector(

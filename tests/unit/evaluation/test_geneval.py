@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -16,7 +15,7 @@ from seed_nano.world.scene import Scene, render
 CASES = read_json(Path(__file__).with_name("geneval_detections.json"))
 
 
-def write_lines(path: Path, *items: object) -> Path:
+def write_lines(path: Path, *items) -> Path:
     path.write_text("\n".join(map(json.dumps, items)))
     return path
 
@@ -73,7 +72,7 @@ def geneval(folder: Path, *more: str) -> int:
     return main([*argv, "--num-images", "2", *more])
 
 
-def read(folder: Path, name: str) -> Any:
+def read(folder: Path, name: str):
     return read_json(folder / "out" / name)
 
 

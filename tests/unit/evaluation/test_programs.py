@@ -3,7 +3,6 @@ or damaged, and the originals' flags."""
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from full_disk import file_size_limit
@@ -23,7 +22,7 @@ def image_name(number: int) -> str:
 
 
 @pytest.fixture(autouse=True)
-def data(tmp_path, monkeypatch) -> None:
+def data(tmp_path, monkeypatch):
     """Three COCO images in the working folder, two questions about each, and captions."""
     monkeypatch.chdir(tmp_path)
     questions = []
@@ -42,15 +41,15 @@ def data(tmp_path, monkeypatch) -> None:
     write("c.json", captions)
 
 
-def write(name: str, value: Any) -> None:
+def write(name: str, value):
     write_json(Path(name), value)
 
 
-def read(name: str) -> Any:
+def read(name: str):
     return read_json(Path(name))
 
 
-def answered(file: Path) -> list[dict[str, Any]]:
+def answered(file: Path) -> list[dict]:
     return [json.loads(line) for line in file.read_text().splitlines() if line]
 
 

@@ -30,7 +30,7 @@ def test_answer_forms():
     assert answer_forms("2") == ["2"]  # a second form would count twice
 
 
-def write_llava(folder: Path) -> None:
+def write_llava(folder: Path):
     """A tiny LLaVA with random weights."""
     from transformers import (
         AutoTokenizer,

@@ -31,7 +31,7 @@ def _original_folder(monkeypatch) -> Iterator[None]:
     forget_original_modules()
 
 
-def forget_original_modules() -> None:
+def forget_original_modules():
     for name in list(sys.modules):
         if name.partition(".")[0] in ("models", "utils"):
             del sys.modules[name]

@@ -4,7 +4,6 @@ settings that no run starts with."""
 import importlib.util
 import sys
 from pathlib import Path
-from typing import Any
 
 import llm_runs as runs
 import pytest
@@ -15,7 +14,7 @@ from tiny import read_json
 from seed_multimodal.errors import CheckpointError, ConfigError
 
 
-def summary(out: Path) -> dict[str, Any]:
+def summary(out: Path) -> dict:
     return read_json(out / "summary.json")
 
 
@@ -23,7 +22,7 @@ def evaluations(out: Path) -> list[dict[str, float]]:
     return [line for line in runs.log_lines(out) if "eval_loss" in line]
 
 
-def once(folder: Path, records: int = 60, **changes: Any) -> dict[str, Any]:
+def once(folder: Path, records: int = 60, **changes) -> dict:
     """Data that are read once."""
     data = {**runs.write_data(folder, runs.CODES, runs.PER_IMAGE, records), **changes}
     for source in data["sources"]:
@@ -119,11 +118,11 @@ def test_train_in_the_output_folder_of_a_running_run(train, tmp_path):
         assert [path.name for path in (tmp_path / "out").iterdir()] == [".run.lock"]
 
 
-def out_of_memory() -> None:
+def out_of_memory():
     torch.empty(2**50)
 
 
-def closed_by_peer() -> None:
+def closed_by_peer():
     raise RuntimeError(
         "[gloo.cc:5] Connection closed by peer [127.0.0.1]:9. Check the logs of it. GLHF!"
     )

@@ -3,7 +3,6 @@
 import json
 import shlex
 from pathlib import Path
-from typing import Any
 
 import llm_runs as runs
 import pytest
@@ -65,7 +64,7 @@ OF_BOTH = {
 }
 
 
-def recipe(run: Any, name: str) -> dict[str, Any]:
+def recipe(run, name: str) -> dict:
     settings = {**vars(run.optim), **vars(run.trainer)}
     return {key: settings[key] for key in (*RECIPES[name], *OF_BOTH)}
 
@@ -171,7 +170,7 @@ def test_read_settings_of_the_files_of_every_group():
         read_settings(OptimSettings, yaml.safe_load(file.read_text()), "optim")
 
 
-def filled(file: Path, **trainer: Any) -> tuple[dict[str, Any], list[str]]:
+def filled(file: Path, **trainer) -> tuple[dict, list[str]]:
     """A DeepSpeed file, filled for eight processes, and the remarks about it."""
     settings = read_settings(LlmTrainerSettings, trainer, "trainer")
     config = read_json(file)

@@ -11,7 +11,7 @@ from seed_multimodal.nn.layers import FEW_ROWS, avoid_slow_bfloat16
 
 
 @pytest.fixture
-def plain_cpu(monkeypatch) -> None:
+def plain_cpu(monkeypatch):
     monkeypatch.setattr(layers, "cpu_computes_bfloat16", lambda: False)
 
 

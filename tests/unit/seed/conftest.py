@@ -13,7 +13,7 @@ from seed_multimodal.models.seed.configuration import Seed2Config
 
 
 @pytest.fixture(autouse=True)
-def _seeded(tmp_path, monkeypatch) -> None:
+def _seeded(tmp_path, monkeypatch):
     """Equal random numbers, no downloads, and no vision encoder in a cache."""
     torch.manual_seed(0)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")

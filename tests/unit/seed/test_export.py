@@ -3,7 +3,6 @@
 import dataclasses
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -33,13 +32,13 @@ class Trained:
     codes: Tensor
     embedding: Tensor
 
-    def export(self, out: Path, **options: Any) -> Export:
+    def export(self, out: Path, **options) -> Export:
         files = {"stage1": self.folder / "stage1.pth", "vision": self.folder / "eva_vit_g.pth"}
         files |= {"config": self.config, "image": self.folder / "image.png"}
         return export_tokenizer(self.folder / "stage2.pth", out, **{**files, **options})
 
 
-def train(config: Any, folder: Path, **options: Any) -> Trained:
+def train(config, folder: Path, **options) -> Trained:
     """Random weights in the place of trained ones."""
     folder.mkdir()
     second = write_stages(config, folder, **options)

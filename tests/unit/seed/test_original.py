@@ -1,8 +1,6 @@
 """The original interfaces SeedLlamaTokenizer and Seed1 on tiny random weights (its tokenization of
 texts: golden `llm_sequences`)."""
 
-from typing import Any
-
 import numpy as np
 import pytest
 import torch
@@ -16,7 +14,7 @@ from seed_multimodal.images.transforms import seed_image_processor
 
 
 @pytest.fixture(scope="module")
-def tokenizer(tiny_folder) -> Any:
+def tokenizer(tiny_folder):
     return SeedLlamaTokenizer.from_pretrained(tiny_folder / "seed_tokenizer", device="cpu")
 
 

@@ -1,8 +1,6 @@
 """SEED's training modules (the originals' losses and gradients: golden `stage1_losses`,
 `stage2_losses`)."""
 
-from typing import Any
-
 import pytest
 import torch
 import torch.nn.functional as F
@@ -33,13 +31,13 @@ TINY = Seed2Config(
 # ---- stage 1
 
 
-def stage1(embedding_dim: int | None = None, **options: Any) -> Stage1Model:
+def stage1(embedding_dim: int | None = None, **options) -> Stage1Model:
     torch.manual_seed(0)
     training = Stage1TrainingOptions(embed_dim=8, **options)
     return Stage1Model(TINY, options=training, vocab_size=30, embedding_dim=embedding_dim)
 
 
-def run(model: Stage1Model, **inputs: Any) -> Stage1Output:
+def run(model: Stage1Model, **inputs) -> Stage1Output:
     """The losses of four images with captions."""
     source = torch.Generator().manual_seed(5)
     ids = torch.randint(3, 30, (4, 6), generator=source)
@@ -103,7 +101,7 @@ def target(kind) -> Tensor:
     return normal(2, *size)
 
 
-def stage2(kind: str, tiny: Seed2Config, **options: Any) -> Any:
+def stage2(kind: str, tiny: Seed2Config, **options):
     torch.manual_seed(0)
     if kind == "seed2":
         return Stage2Model(tiny, **options)

@@ -4,19 +4,18 @@ Skipped without LAVIS.
 """
 
 from pathlib import Path
-from typing import Any
 
 import lavis_runs
 import pytest
 
 
 @pytest.fixture(scope="session", autouse=True)
-def lavis() -> None:
+def lavis():
     lavis_runs.require_lavis()
 
 
 @pytest.fixture(autouse=True)
-def one_thread() -> None:
+def one_thread():
     import torch
 
     torch.set_num_threads(1)  # as in the processes that these runs are compared with
@@ -43,7 +42,7 @@ def yaml(images, tmp_path):
 def run():
     """Build a run in this process and train it; returns the runner."""
 
-    def do(arguments: list[str]) -> Any:
+    def do(arguments: list[str]):
         runner = lavis_runs.build(arguments)
         runner.train()
         return runner

@@ -2,7 +2,6 @@
 
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -21,7 +20,7 @@ PROCESSORS = {
 }
 
 
-def build(name: str, info: dict[str, Any], valid: str = "val", **more: Any) -> dict[str, Any]:
+def build(name: str, info: dict, valid: str = "val", **more) -> dict:
     """The splits that LAVIS's task would build for this data set."""
     from omegaconf import OmegaConf
     from seed_lavis.compat import registry
@@ -40,7 +39,7 @@ def build(name: str, info: dict[str, Any], valid: str = "val", **more: Any) -> d
     return builder(config).build_datasets()
 
 
-def pairs(images: Path) -> dict[str, Any]:
+def pairs(images: Path) -> dict:
     """The section of a json list."""
     return {
         "annotations": {"train": {"storage": str(images / "pairs.json")}},

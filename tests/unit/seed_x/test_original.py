@@ -58,7 +58,7 @@ def prompts(monkeypatch) -> list[list[int]]:
     recorded = []
     real = Engine.run
 
-    def run(self: Any, prompts: Any, *rest: Any, **more: Any) -> Any:
+    def run(self, prompts, *rest, **more):
         recorded.extend(list(prompt.ids) for prompt in prompts)
         return real(self, prompts, *rest, **more)
 

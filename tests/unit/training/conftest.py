@@ -5,7 +5,6 @@ import subprocess
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import pytest
 from llm_runs import environment
@@ -17,7 +16,7 @@ def start_toy():
     """start_toy(folder, stage, …, before=[command]) → the process that trains the stages."""
 
     def start(
-        folder: Path, *stages: dict[str, Any], before: Sequence[str] = (sys.executable,)
+        folder: Path, *stages: dict, before: Sequence[str] = (sys.executable,)
     ) -> subprocess.Popen:
         toy = ROOT / "tests" / "support" / "loop_toy.py"
         return subprocess.Popen(

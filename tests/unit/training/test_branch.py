@@ -24,7 +24,7 @@ def run(tmp_path, capsys) -> Run:
     """`run(until, folder, **settings)` trains in a folder, by default the same one, until a step;
     returns the checkpoint that it resumed from."""
 
-    def go(until: int, folder: Path = tmp_path, **settings: object) -> str:
+    def go(until: int, folder: Path = tmp_path, **settings) -> str:
         capsys.readouterr()
         options = {"save_steps": 2, "save_total_limit": None, **settings}
         with pytest.raises(SystemExit):

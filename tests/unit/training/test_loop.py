@@ -3,7 +3,6 @@ precision, errors, other checkpoints."""
 
 import shutil
 from collections.abc import Callable
-from typing import Any
 
 import loop_toy as toy
 import pytest
@@ -54,12 +53,12 @@ def test_train_stage_equals_a_plain_loop_bitwise(tmp_path, precision):
 
 
 def run_square(
-    folder: Any,
+    folder,
     model: nn.Module,
     scale: Callable[[int], float] = lambda step: 1.0,
-    optimizer: Any = None,
-    **settings: Any,
-) -> None:
+    optimizer=None,
+    **settings,
+):
     """Train the mean square of a model's outputs, times `scale(step)`."""
     x = torch.ones(2, next(model.parameters()).shape[1])
 
@@ -116,11 +115,11 @@ def test_train_stage_stops_at_a_loss_that_is_not_finite(tmp_path, bad):
     assert not (tmp_path / "toy.done.json").exists()
 
 
-def wide(model: nn.Sequential) -> dict[str, Any]:
+def wide(model: nn.Sequential) -> dict:
     return {"model": nn.Sequential(nn.Linear(8, 17), nn.Tanh(), nn.Linear(17, 1))}
 
 
-def frozen(model: nn.Sequential) -> dict[str, Any]:
+def frozen(model: nn.Sequential) -> dict:
     optimizer = torch.optim.AdamW(parameter_groups(model.parameters(), 0.0))
     model[0].bias.requires_grad_(False)
     return {"model": model, "optimizer": optimizer}

@@ -53,7 +53,7 @@ def lines(folder: Path, rank: int = 0) -> int:
     return len(file.read_text().splitlines()) if file.is_file() else 0
 
 
-def compare_with_one(folder: Path, output: str) -> None:
+def compare_with_one(folder: Path, output: str):
     """States, losses and log lines are those of one process with the double batch."""
     assert (folder / "two" / "equal.done.json").is_file(), output
     single, double = (toy.saved(folder / run, "equal") for run in ("one", "two"))
@@ -79,7 +79,7 @@ def compare_with_one(folder: Path, output: str) -> None:
         assert [line[key] for line in double_log] == expected
 
 
-def assert_stopped_together(folder: Path, output: str) -> None:
+def assert_stopped_together(folder: Path, output: str):
     assert output.count("[endless] stopped by SIGTERM or Ctrl-C after step") == 1, output
     state = toy.saved(folder, "endless")
     steps = [lines(folder, rank) - 24 for rank in (0, 1)]

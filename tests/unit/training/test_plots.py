@@ -2,7 +2,6 @@
 
 import json
 from pathlib import Path
-from typing import Any
 
 import pytest
 from PIL import Image
@@ -11,7 +10,7 @@ from seed_multimodal.cli.main import main
 from seed_multimodal.training.plots import read_log, save_curves
 
 
-def write_log(folder: Path, lines: Any = None) -> Path:
+def write_log(folder: Path, lines=None) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     log = folder / "stage2.log.jsonl"
     values = {"loss_itc": 0.5, "lr": 1e-3, "samples_per_s": 80.0, "codebook_used": 0.4}

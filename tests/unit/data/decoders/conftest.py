@@ -1,7 +1,5 @@
 """A record and a tokenizer for each decoder: the table of the decoders' contract."""
 
-from typing import Any
-
 import pytest
 
 # Texts with few different words, for small vocabularies.
@@ -34,7 +32,7 @@ def records(tokenizer, codes):
     turns = ["What is it?", "a dog.", "red?", "blue."]
     captions = {"caption0": "a dog", "caption1": "a cat", "caption2": "here"}
 
-    def make(image: Any) -> dict[str, dict[str, Any]]:
+    def make(image) -> dict[str, dict]:
         edited = {"source_image": image, "target_image": image, "instruction": "make it blue"}
         user = {"role": "user", "content": [{"codes": one}, "What?"]}
         shown = {"role": "user", "content": [{"image": image}, "blue"]}

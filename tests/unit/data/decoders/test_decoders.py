@@ -6,7 +6,6 @@ Exact ids and labels: golden fixtures.
 import copy
 import random
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 from data_files import jpeg, lines
@@ -146,7 +145,7 @@ def test_decode_drops_unusable_records(tokenizer_of, records, name, options, cha
 # ---- odd values
 
 
-def items(value: Any) -> Iterator[tuple[Any, Any]]:
+def items(value) -> Iterator[tuple]:
     """(container, key) of everything in a record."""
     for key in list(value) if isinstance(value, dict) else range(len(value)):
         yield value, key
@@ -154,7 +153,7 @@ def items(value: Any) -> Iterator[tuple[Any, Any]]:
             yield from items(value[key])
 
 
-def changed(record: dict[str, Any], rng: random.Random) -> dict[str, Any]:
+def changed(record: dict, rng: random.Random) -> dict:
     """The record with one to three odd values, or without one of its fields."""
     record = copy.deepcopy(record)
     for _ in range(rng.randint(1, 3)):

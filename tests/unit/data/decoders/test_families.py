@@ -1,7 +1,6 @@
 """Sequences that no recording shows: `chat`, SEED-X's and LaVIT's; which tokens are learned."""
 
 from collections.abc import Callable
-from typing import Any
 
 import pytest
 from data_files import learned
@@ -21,16 +20,14 @@ Decode = Callable[..., TrainingSequence]
 def decode(tokenizer_of) -> Decode:
     """`decode(name, fields, longest, seed, **options)`."""
 
-    def decode_it(
-        name: str, fields: dict[str, Any], longest: int | None = None, seed: int = 0, **options: Any
-    ) -> Any:
+    def decode_it(name: str, fields: dict, longest: int | None = None, seed: int = 0, **options):
         decoder = get_decoder(name, tokenizer_of(name), options)
         return decoder.decode(fields, SeededRandom(seed), longest)
 
     return decode_it
 
 
-def messages(*turns: Any) -> dict[str, Any]:
+def messages(*turns) -> dict:
     """A record of turns, starting with the user's."""
     roles = ("user", "assistant")
     return {
@@ -69,7 +66,7 @@ def test_chat_encodes_the_prompt_as_at_inference(decode, tokenizer, codes, templ
 
 
 @pytest.fixture
-def prompts(tokenizer_of) -> Any:
+def prompts(tokenizer_of):
     from seed_multimodal.models.seed_x.processing import SeedXPrompts
 
     return SeedXPrompts(tokenizer_of("seed_x"))

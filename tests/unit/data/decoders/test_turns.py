@@ -55,7 +55,7 @@ def tokenizers(tokenizer, tmp_path_factory) -> dict[str, tuple[Any, str]]:
     return tokenizers
 
 
-def text_of(ids: list[int], tokenizer: Any) -> str:
+def text_of(ids: list[int], tokenizer) -> str:
     """The text of ids without images and white space."""
     texts = [tokenizer.decode([id]) for id in ids if not tokenizer.vocabulary.is_image_token(id)]
     return "".join("".join(texts).split())

@@ -1,14 +1,12 @@
 """Conversations of every format, converted to messages."""
 
-from typing import Any
-
 import pytest
 
 from seed_multimodal.data.formats.conversations import with_messages
 from seed_multimodal.data.formats.record import BadRecord
 
 
-def llava(*texts: str, **fields: Any) -> dict[str, Any]:
+def llava(*texts: str, **fields) -> dict:
     """A conversation of LLaVA's form."""
     roles = ("human", "gpt")
     turns = [{"from": roles[n % 2], "value": text} for n, text in enumerate(texts)]

@@ -41,14 +41,14 @@ TEXTS = [{"text": f"number {n}"} for n in range(COUNT)]
 NAMES = ("tars", "tars/{0..1}.tar", "a.jsonl", "a.json", "a.parquet")
 
 
-def write_texts(path: Path, texts: Iterable[object] = TEXTS) -> Path:
+def write_texts(path: Path, texts: Iterable = TEXTS) -> Path:
     """A tar of texts; its keys are k0, k1 …"""
     samples = [(f"k{n}", {"json": json.dumps(text).encode()}) for n, text in enumerate(texts)]
     write_shard(path, samples)
     return path
 
 
-def write_formats(folder: Path) -> None:
+def write_formats(folder: Path):
     """The texts in two tars, jsonl, json and parquet; a tar and a list of images."""
     write_texts(folder / "tars/0.tar", TEXTS[:20])
     write_texts(folder / "tars/1.tar", TEXTS[20:])
@@ -64,7 +64,7 @@ def write_formats(folder: Path) -> None:
     (folder / "0.jpg").write_bytes(jpeg(0))
 
 
-def fields(name: str, **options: object) -> list[object]:
+def fields(name: str, **options) -> list:
     return fields_of(open_records(name, **options))
 
 
@@ -149,7 +149,7 @@ class FaultyFiles(LocalFileSystem):
     def _strip_protocol(cls, path: str) -> str:
         return super()._strip_protocol(path.removeprefix("faulty://"))
 
-    def open(self, *arguments: object, **options: object) -> object:
+    def open(self, *arguments, **options):
         if FaultyFiles.n_faults:
             FaultyFiles.n_faults -= 1
             raise FaultyFiles.fault
@@ -159,7 +159,7 @@ class FaultyFiles(LocalFileSystem):
 class Answer(Exception):
     """A client's error with an HTTP status."""
 
-    def __init__(self, status: int) -> None:
+    def __init__(self, status: int):
         super().__init__(f"answer {status}")
         self.status = status
 
@@ -310,7 +310,7 @@ class CountedFiles(LocalFileSystem):
     def _strip_protocol(cls, path: str) -> str:
         return super()._strip_protocol(path.removeprefix("counted://"))
 
-    def get_file(self, rpath: str, lpath: str, **options: object) -> None:
+    def get_file(self, rpath: str, lpath: str, **options):
         with open(f"{rpath}.log", "a") as log:
             log.write("copied\n")
         time.sleep(0.2)  # the other processes wait
@@ -349,7 +349,7 @@ def large(tmp_path) -> Path:
     return tmp_path / "data"
 
 
-def overwrite(path: Path) -> None:
+def overwrite(path: Path):
     """Zeros in a file of the same size and time: only its index knows its records."""
     status = path.stat()
     path.write_bytes(bytes(status.st_size))

@@ -53,7 +53,7 @@ def tokenize(tmp_path, images):
     """`tokenize(kind, rows, data, **settings)`: the pre-tokenised records, and their counts."""
 
     def run_it(
-        kind: str, rows: Records, data: dict[str, Any] | None = None, **settings: Any
+        kind: str, rows: Records, data: dict | None = None, **settings
     ) -> tuple[Records, dict[str, int]]:
         path = tmp_path / "in.json"
         write_json(path, rows)
@@ -81,7 +81,7 @@ class Case(NamedTuple):
     rows: Records
     expected: Callable[[Codes], Records]
     decoded: tuple[str, str]
-    settings: dict[str, Any] = {}
+    settings: dict = {}
     counts: dict[str, int] = {}
 
 

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import tarfile
 from pathlib import Path
-from typing import Any
 
 import pytest
 from data_files import jpeg
@@ -29,7 +28,7 @@ SIZE = 12
 
 
 @pytest.fixture(scope="module")
-def data(tmp_path_factory) -> dict[str, Any]:
+def data(tmp_path_factory) -> dict:
     """Eight tars of 12 images.
 
     In the fourth, one image is cut off, one is no image and one has no text.
@@ -55,7 +54,7 @@ def data(tmp_path_factory) -> dict[str, Any]:
 def start(data):
     """`start(save_dir, **settings)`: run in this process."""
 
-    def run_it(save_dir: Path, **settings: Any) -> int:
+    def run_it(save_dir: Path, **settings) -> int:
         return run(
             RunSettings(
                 **{  # type: ignore[arg-type]

@@ -6,7 +6,6 @@ No sample lost or doubled with another number of processes.
 import itertools
 import json
 from collections import Counter
-from typing import Any
 
 import pytest
 import torch
@@ -33,7 +32,7 @@ def same(left: LlmBatch, right: LlmBatch) -> bool:
     return equal
 
 
-def saved(batches: LlmBatches) -> dict[str, Any]:
+def saved(batches: LlmBatches) -> dict:
     """The state as a checkpoint stores it."""
     return json.loads(json.dumps(batches.state()))
 
@@ -47,7 +46,7 @@ def read_settings(mixed, tmp_path_factory):
     path = lines(tmp_path_factory.mktemp("filtered") / "a.jsonl", texts)
     filtered = {"name": "filtered", "files": str(path), "decoder": "pretrain.text", "weight": 2}
 
-    def make(packing: bool, cycles: tuple[int, ...] = (), **options: Any) -> LlmDataSettings:
+    def make(packing: bool, cycles: tuple[int, ...] = (), **options) -> LlmDataSettings:
         config = mixed(packing=packing, **options)
         config["sources"].append(dict(filtered))
         for source in config["sources"]:

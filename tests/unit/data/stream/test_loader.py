@@ -9,7 +9,6 @@ import sys
 import time
 from collections import Counter
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -30,13 +29,13 @@ pytestmark = pytest.mark.filterwarnings(
 )  # more workers than cores
 
 
-def dataset(shards: Path, **settings: Any) -> PairDataset:
+def dataset(shards: Path, **settings) -> PairDataset:
     return PairDataset(
         Pairs(f"{shards}/*.tar"), TrainTransform(16), BlipCaption(), seed=1, **settings
     )
 
 
-def same(left: dict[str, Any], right: dict[str, Any]) -> bool:
+def same(left: dict, right: dict) -> bool:
     images = torch.equal(left.pop("image"), right["image"])
     return images and all(str(left[key]) == str(right[key]) for key in left)
 

@@ -2,8 +2,6 @@
 edits.
 """
 
-from typing import Any
-
 import pytest
 import torch
 from data_files import lines
@@ -67,7 +65,7 @@ def test_squashed_images_are_not_cropped():
     assert chosen == [view.size_of(image, str(key)) for key in range(400)]
 
 
-def pairs_of(path: Any, view: TargetView = VIEW, condition: bool = False, **keys: Any) -> Any:
+def pairs_of(path, view: TargetView = VIEW, condition: bool = False, **keys):
     source = open_pairs({"files": str(path), **keys}, captioned=False)
     return TargetPairs(source, view, reads_condition=condition, log=None)
 

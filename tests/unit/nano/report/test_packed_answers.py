@@ -3,7 +3,6 @@ report.json."""
 
 import gzip
 import json
-from typing import Any
 
 import pytest
 from repository import NANO, ROOT
@@ -20,16 +19,16 @@ class Packed(System):
 
     image_size = 64
 
-    def __init__(self, answers: dict[str, Any]) -> None:
+    def __init__(self, answers: dict):
         self.answers = answers
 
-    def encode(self, images: Any) -> list[Any]:
+    def encode(self, images) -> list:
         return list(images)
 
-    def describe(self, encoded: Any) -> list[str]:
+    def describe(self, encoded) -> list[str]:
         return [answer["text"] for answer in self.answers["captions"]]
 
-    def ask(self, encoded: Any, questions: Any) -> list[str]:
+    def ask(self, encoded, questions) -> list[str]:
         assert [answer["question"] for answer in self.answers["questions"]] == questions
         return [answer["answer"] for answer in self.answers["questions"]]
 

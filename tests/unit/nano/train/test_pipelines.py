@@ -30,7 +30,7 @@ def arguments(system: str, work: Path, *options: str) -> list[str]:
 
 def killed_and_resumed(
     system: str, work: Path, capfd: pytest.CaptureFixture[str], checkpoint: str, *options: str
-) -> None:
+):
     """Kill a run, but not its child process, at the first checkpoint, and resume it."""
     run = subprocess.Popen(
         [sys.executable, "-m", "seed_nano.train", *arguments(system, work, *options)],

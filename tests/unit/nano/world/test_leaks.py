@@ -2,7 +2,6 @@
 
 import re
 from collections.abc import Iterator
-from typing import Any
 
 import pytest
 
@@ -29,7 +28,7 @@ def captions_in(text: str) -> Iterator[str]:
         yield from [part for part in parts if parse_caption(part)][:1]
 
 
-def leaks(sample: Any) -> list[tuple[str, set[str]]]:
+def leaks(sample) -> list[tuple[str, set[str]]]:
     """Held-out captions and words of a sample, with their splits."""
     leaked = [(describe(scene), set(held_out(scene))) for scene in scenes_of(sample)]
     for text in texts_of(sample):

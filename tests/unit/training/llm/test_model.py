@@ -6,7 +6,6 @@ import itertools
 import re
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
 
 import pytest
 import torch
@@ -53,7 +52,7 @@ def bases(tmp_path_factory) -> dict[str, Path]:
     return {name: folder / name for name in ("text", "all", "tied")}
 
 
-def build(path: Path | None, adapter: Path | None = None, **settings: Any) -> Any:
+def build(path: Path | None, adapter: Path | None = None, **settings):
     values = {
         "path": None if path is None else str(path),
         "adapter": None if adapter is None else str(adapter),
@@ -105,7 +104,7 @@ def batch(count: int = 2, length: int = 20) -> SimpleNamespace:
     return rows(ids)
 
 
-def step(model: Any, lr: float = 0.1) -> None:
+def step(model, lr: float = 0.1):
     packed_loss(model, batch()).mean.backward()
     torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr).step()
     model.zero_grad()

@@ -2,7 +2,6 @@
 
 import itertools
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
@@ -36,7 +35,7 @@ def run(config_of, tmp_path_factory) -> tuple[TuningTask, Path]:
     return tuned(config_of, tmp_path_factory.mktemp("tuned") / "out")
 
 
-def merge(parts_dir: Path, folder: Path, checkpoint: Path, *flags: str, **model: Any) -> Path:
+def merge(parts_dir: Path, folder: Path, checkpoint: Path, *flags: str, **model) -> Path:
     """The merged system, by the original's program."""
     folder.mkdir(exist_ok=True)
     words = {"pretrained_model_name_or_path": str(parts_dir / "tokenizer")}
@@ -50,7 +49,7 @@ def merge(parts_dir: Path, folder: Path, checkpoint: Path, *flags: str, **model:
     return folder / "merged"
 
 
-def check_system(task: TuningTask, parts_dir: Path, merged: Path) -> None:
+def check_system(task: TuningTask, parts_dir: Path, merged: Path):
     """The system has the losses of the tuned module, and answers."""
     system = load(merged, vision=parts_dir / "vision", dtype="fp32", load_decoder=False)
     for batch in task.batches:
