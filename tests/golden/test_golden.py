@@ -1,23 +1,13 @@
 """The library agrees with every golden fixture; the runner's own functions."""
 
-from pathlib import Path
-
 import pytest
-from runner import assert_close, check_fixture, fixture_folders, kind_of
+from runner import assert_close, check_fixture, fixture_folders
 
 
 @pytest.mark.process
 @pytest.mark.slow
 def test_fixture(golden_folder):
     check_fixture(golden_folder)
-
-
-def test_kind_of_the_longest_prefix():
-    kinds = {"stage2_losses": print, "stage2_losses_image_down": print}
-    assert kind_of(Path("stage2_losses_image_down_b"), kinds) == "stage2_losses_image_down"
-    assert kind_of(Path("stage2_losses_b"), kinds) == "stage2_losses"
-    with pytest.raises(AssertionError):
-        kind_of(Path("unknown_b"), kinds)
 
 
 def test_fixture_folders_of_an_empty_folder(tmp_path):

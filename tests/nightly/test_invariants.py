@@ -2,7 +2,8 @@
 how a run is computed do not change what it computes.
 
 Both runs of a row have equal losses within its tolerance, and the residual has zero mean: a
-systematic difference, as of a loss that is averaged twice, is no rounding.
+systematic difference, as of a loss that is averaged twice, is no rounding. Killed and resumed runs:
+test_kills.py; two processes of every trainer: e2e/test_trainers.py.
 """
 
 import json
@@ -14,7 +15,6 @@ from pathlib import Path
 
 import pytest
 from lavis_runs import require_lavis
-from real_processes import kill_when
 from trainers import LAVIS, TRAINERS, TWO, Trainer
 
 pytestmark = [
@@ -32,11 +32,10 @@ ZERO_2 = "deepspeed=configs/deepspeed/stage2_bf16.json"
 
 @dataclass(frozen=True)
 class Run:
-    """Overrides of a run. stops: steps between checkpoints; it is killed after the first one."""
+    """Overrides of a run."""
 
     options: Sequence[str] = ()
     processes: int = 1
-    stops: int | None = None
     micro_steps: int = 1  # of one step, where the program counts these (LAVIS)
 
 
@@ -74,7 +73,6 @@ ROWS = [
         Run(processes=2),
         defect="each process packs its own part of the data, so a step has other sequences",
     ),
-    Row("llm", "resumed=straight", Run(), Run(stops=5), close=0.0),
     Row("llm", "plain=ZeRO-2", Run(processes=2), Run([ZERO_2], processes=2)),
     Row(
         "stage2",
@@ -90,7 +88,6 @@ ROWS = [
         Run(["run.batch_size_train=16", GATHER]),
         Run([GATHER], processes=2),
     ),
-    Row("stage1", "resumed=straight", Run(), Run(stops=5), close=0.0),
     Row(
         "seed_decoder",
         "8x1=1x8",
@@ -99,8 +96,6 @@ ROWS = [
         defect="PixelTask.loss seeds its noise by the micro-batch, not by the sample",
     ),
     Row("seed_decoder", "0=2 workers", Run([f"{WORKERS}=0"]), Run([f"{WORKERS}=2"]), close=0.0),
-    Row("seed_decoder", "1=2 processes", Run([f"{ACCUMULATE}=2"]), Run(processes=2)),
-    Row("seed_decoder", "resumed=straight", Run(), Run(stops=5), close=0.0),
 ]
 
 
@@ -118,26 +113,16 @@ def parts_of(tmp_path_factory):
     return folder
 
 
-def losses(
-    trainer: Trainer, parts: Path, out: Path, run: Run, capfd: pytest.CaptureFixture[str]
-) -> list[float]:
+def losses(trainer: Trainer, parts: Path, out: Path, run: Run) -> list[float]:
     """The loss of each step, of a run by the program."""
     import torch
 
     torch.set_num_threads(1)  # as in other processes
-    arguments = trainer.arguments(
-        parts, out, STEPS * run.micro_steps, run.stops or 10 * STEPS, run.options
-    )
-    if run.stops:
-        process = trainer.start(parts, arguments)
-        kill_when(lambda: any(out.rglob(f"checkpoint-{run.stops}")), process)
-        capfd.readouterr()
+    arguments = trainer.arguments(parts, out, STEPS * run.micro_steps, 10 * STEPS, run.options)
     if run.processes == 2:
         trainer.run(parts, arguments, *TWO)
     else:
         assert trainer.main(arguments) == 0
-    # A run that begins anew has the same losses.
-    assert not run.stops or f"(step {run.stops})" in capfd.readouterr().out
     values = trainer.losses(out)
     assert list(values) == list(range(1, STEPS + 1))
     return list(values.values())
@@ -162,20 +147,20 @@ def assert_equal_trajectories(first: list[float], second: list[float], close: fl
         for row in ROWS
     ],
 )
-def test_invariant(row, parts_of, tmp_path, capfd):
+def test_invariant(row, parts_of, tmp_path):
     trainer = BY_NAME[row.trainer]
     trainer = replace(trainer, loss=row.loss or trainer.loss)
     if trainer.application == LAVIS:
         require_lavis()
     parts = parts_of(trainer)
     first, second = (
-        losses(trainer, parts, tmp_path / name, run, capfd)
+        losses(trainer, parts, tmp_path / name, run)
         for name, run in (("first", row.first), ("second", row.second))
     )
     assert_equal_trajectories(first, second, row.close)
 
 
-def test_padded_rows_equal_packed_rows(parts_of, tmp_path, capfd):
+def test_padded_rows_equal_packed_rows(parts_of, tmp_path):
     # Sequences of equal lengths, so that both have the same ones in a step.
     trainer = BY_NAME["llm"]
     parts = parts_of(trainer)
@@ -186,13 +171,13 @@ def test_padded_rows_equal_packed_rows(parts_of, tmp_path, capfd):
     file.write_text("".join(json.dumps(record) + "\n" for record in records))
     source["files"] = str(file)
     packed = [f"data.sources=[{hydra(source)}]", "data.rows=2"]
-    first = losses(trainer, parts, tmp_path / "packed", Run(packed), capfd)
+    first = losses(trainer, parts, tmp_path / "packed", Run(packed))
     counts = json.loads((tmp_path / "packed" / "summary.json").read_text())
     in_a_step, remainder = divmod(counts["data"]["sources"]["captions"]["sequences"], STEPS)
     assert not remainder
     source |= {"batch_size": in_a_step, "max_length": 150}
     padded = [f"data.sources=[{hydra(source)}]", "data.packing=false"]
-    second = losses(trainer, parts, tmp_path / "padded", Run(padded), capfd)
+    second = losses(trainer, parts, tmp_path / "padded", Run(padded))
     assert_equal_trajectories(first, second, 1e-4)
 
 

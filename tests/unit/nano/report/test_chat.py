@@ -14,7 +14,7 @@ from seed_nano.world.words import parse_caption
     [("tiny_folder", True), ("tiny_lavit_folder", False)],
 )
 def test_chat_report_of_each_kind(fixture, talks, request, capsys):
-    from seed_nano.report.chat import REQUESTS, main
+    from seed_nano.report.chat import main
 
     # The figures of the model card's table of requests.
     folder = request.getfixturevalue(fixture)
