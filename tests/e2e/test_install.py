@@ -12,6 +12,7 @@ import pytest
 from real_processes import run_process
 from repository import ROOT
 
+pytestmark = [pytest.mark.process, pytest.mark.nightly]
 PROJECT = """build-system = {requires = [], build-backend = "backend", backend-path = ["."]}
 project = {name = "seed-multimodal", version = "1"}
 """
@@ -28,8 +29,6 @@ PACKAGES = {
 }
 
 
-@pytest.mark.process
-@pytest.mark.nightly
 def test_install_takes_the_cpu_build_and_lavis_without_its_pins(tmp_path):
     shutil.copy(ROOT / "install.sh", tmp_path)
     (tmp_path / "pyproject.toml").write_text(PROJECT)
@@ -97,8 +96,6 @@ def installed(tmp_path_factory):
     return folder / "venv" / "bin"
 
 
-@pytest.mark.process
-@pytest.mark.nightly
 @pytest.mark.parametrize("name", ["nano/seed_tokenizer/diffusion_model", "nano-lavit/pixels"])
 def test_the_wheel_loads_the_layout_decoders_of_nano(installed, tmp_path, name):
     code = (
@@ -114,8 +111,6 @@ def test_the_wheel_loads_the_layout_decoders_of_nano(installed, tmp_path, name):
     assert done.stdout.endswith("seed_nano/layout.py\n")
 
 
-@pytest.mark.process
-@pytest.mark.nightly
 def test_the_wheel_brings_the_command_and_says_where_nano_is(installed, tmp_path):
     def seed(*argv, cwd=tmp_path):
         return run_process(

@@ -7,11 +7,19 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 
+import pyarrow
+import pyarrow.parquet
 import pytest
+import torch
 from PIL import Image
 from repository import NANO, ROOT
 
+from seed_multimodal.data.formats.shards import write_shard
+from seed_multimodal.data.formats.sources import open_records
 from seed_multimodal.errors import SeedError
+from seed_multimodal.images.io import open_image
+from seed_multimodal.pipelines.config import SystemConfig
+from seed_multimodal.state_dicts import load_state_dict, save_state_dict
 
 pytestmark = [
     pytest.mark.nightly,
@@ -33,25 +41,16 @@ def write_json(file: Path):
 
 
 def write_parquet(file: Path):
-    import pyarrow
-    import pyarrow.parquet
-
     table = pyarrow.Table.from_pylist([{"text": "a fox", "image": b"abc", "ids": [1, 2]}] * 20)
     pyarrow.parquet.write_table(table, file, row_group_size=7)
 
 
 def write_tar(file: Path):
-    from seed_multimodal.data.formats.shards import write_shard
-
     rows = [{"json": json.dumps(record).encode(), "png": b"abc"} for record in SAMPLES]
     write_shard(file, [(f"{index:05d}", row) for index, row in enumerate(rows)])
 
 
 def write_weights(file: Path):
-    import torch
-
-    from seed_multimodal.state_dicts import save_state_dict
-
     tensors = {"a.weight": torch.randn(3, 4), "b": torch.arange(5), "c": torch.zeros(0)}
     if file.suffix == ".safetensors":
         save_state_dict(tensors, file)
@@ -65,29 +64,9 @@ def write_image(file: Path):
 
 
 def read_records(file: Path):
-    from seed_multimodal.data.formats.sources import open_records
-
     records = open_records(file, cache=False)
     for index in range(min(len(records), 50)):
         records.read(index)
-
-
-def read_weights(file: Path):
-    from seed_multimodal.state_dicts import load_state_dict
-
-    load_state_dict(file)
-
-
-def read_system(file: Path):
-    from seed_multimodal.pipelines.config import SystemConfig
-
-    SystemConfig.find(file.parent)
-
-
-def read_image(file: Path):
-    from seed_multimodal.images.io import open_image
-
-    open_image(file)
 
 
 READERS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = {
@@ -95,13 +74,16 @@ READERS: dict[str, tuple[Callable[[Path], object], Callable[[Path], object]]] = 
     "a.jsonl": (write_json, read_records),
     "a.json": (write_json, read_records),
     "a.parquet": (write_parquet, read_records),
-    "a.safetensors": (write_weights, read_weights),
-    "a.bin": (write_weights, read_weights),
-    "a.pth": (write_weights, read_weights),
-    "system.json": (lambda file: shutil.copy(NANO / "system.json", file), read_system),
+    "a.safetensors": (write_weights, load_state_dict),
+    "a.bin": (write_weights, load_state_dict),
+    "a.pth": (write_weights, load_state_dict),
+    "system.json": (
+        lambda file: shutil.copy(NANO / "system.json", file),
+        lambda file: SystemConfig.find(file.parent),
+    ),
 }
 for kind in ("png", "jpg", "gif", "webp", "tif"):
-    READERS[f"a.{kind}"] = (write_image, read_image)
+    READERS[f"a.{kind}"] = (write_image, open_image)
 
 
 def damaged(content: bytes, rng: random.Random) -> bytes:

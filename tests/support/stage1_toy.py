@@ -4,18 +4,19 @@ An image has one background in its 16 patches and objects in 0 to 8 of them, so 
 different numbers of tokens.
 """
 
+from dataclasses import replace
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from tensors import normal
+from tiny import lavit
 from torch import Tensor
 
-from seed_multimodal.models.lavit.decoder import CodeDecoder, LavitDecoderConfig
+from seed_multimodal.models.lavit.decoder import CodeDecoder
 from seed_multimodal.models.lavit.losses import LavitStage1
-from seed_multimodal.models.lavit.modeling import DynamicTokenizer, LavitTokenizerConfig
+from seed_multimodal.models.lavit.modeling import DynamicTokenizer
 from seed_multimodal.models.lavit.train_tokenizer import LavitTokenizerTask
-from seed_multimodal.nn.vision.eva import EvaConfig
 from seed_multimodal.training.codebook import CodebookHealth
 from seed_multimodal.training.config import StageSettings
 from seed_multimodal.training.trainer import train_stage
@@ -24,26 +25,9 @@ PATCHES = 16
 WIDTH = 32
 CODES = 32
 CODE = 16
-SIZES = LavitTokenizerConfig(
-    vit=EvaConfig(image_size=32, patch_size=8, width=WIDTH, depth=1, heads=2, mlp_width=32),
-    vit_head=0,
-    merger_depth=1,
-    merger_heads=2,
-    merger_mlp_width=64,
-    codebook_size=CODES,
-    codebook_dim=CODE,
-    llm_width=8,
-)
-DECODER = LavitDecoderConfig(
-    head="lowres",
-    tokens=PATCHES,
-    code_dim=CODE,
-    width=WIDTH,
-    depth=1,
-    heads=2,
-    mlp_width=64,
-    feature_dim=WIDTH,
-    prompt_dim=8,
+SIZES = replace(lavit.TOKENIZER, vit_head=0, merger_depth=1, codebook_size=CODES, codebook_dim=CODE)
+DECODER = replace(
+    lavit.DECODER, head="lowres", code_dim=CODE, width=WIDTH, mlp_width=64, prompt_dim=8
 )
 
 

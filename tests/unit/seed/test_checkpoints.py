@@ -13,10 +13,9 @@ from tiny.seed import loud, seed1_tokenizer, training_name, write_released_seed1
 
 from seed_multimodal.errors import CheckpointError, SeedWarning
 from seed_multimodal.models.seed.checkpoints import load_blip2, load_vision
-from seed_multimodal.models.seed.configuration import QFormerConfig, Seed2Config
 from seed_multimodal.models.seed.losses import Stage1Model, Stage1TrainingOptions
 from seed_multimodal.models.seed.modeling import Seed1Tokenizer, Seed2Tokenizer, SeedTokenizer
-from seed_multimodal.nn.vision.eva import EvaConfig, EvaVit
+from seed_multimodal.nn.vision.eva import EvaVit
 from seed_multimodal.state_dicts import load_state_dict, save_state_dict
 
 
@@ -111,24 +110,15 @@ def test_from_pretrained_with_unknown_tensors_and_other_files(seed2, tmp_path, i
 
 # ---- BLIP-2
 
-EVA = EvaConfig(image_size=16, patch_size=8, width=16, depth=39, heads=2, mlp_width=24)
-CONFIG = Seed2Config(
-    vit=dataclasses.replace(EVA, depth=1),
-    qformer=QFormerConfig(width=24, depth=2, heads=2, mlp_width=40, max_positions=20),
-)
 
-
-def stage1() -> Stage1Model:
-    return Stage1Model(CONFIG, vocab_size=61, options=Stage1TrainingOptions(embed_dim=8))
-
-
-def test_load_blip2_leaves_the_vision_encoder(tmp_path):
+def test_load_blip2_leaves_the_vision_encoder(tiny, tmp_path):
     # As in blip2_pretrained.pth: no vision encoder, and a head that stage 1 does not have.
-    blip2 = stage1().state_dict()
+    options = Stage1TrainingOptions(embed_dim=8)
+    source, model = (Stage1Model(tiny, vocab_size=61, options=options) for _ in range(2))
+    blip2 = source.state_dict()
     blip2 = {key: value for key, value in blip2.items() if not key.startswith("visual_encoder.")}
     file = tmp_path / "blip2_pretrained.pth"
     torch.save({"model": blip2 | {"itm_head.weight": torch.zeros(2, 24)}}, file)
-    model = stage1()
     vision = {key: value.clone() for key, value in model.visual_encoder.state_dict().items()}
     load_blip2(model, file, None)
     assert equal(blip2, model.state_dict())
@@ -138,11 +128,11 @@ def test_load_blip2_leaves_the_vision_encoder(tmp_path):
 # ---- the vision encoder
 
 
-def test_load_vision_uses_39_of_40_blocks_and_resizes_positions(tmp_path):
+def test_load_vision_uses_39_of_40_blocks_and_resizes_positions(tiny, tmp_path):
     # BLIP-2 leaves out the last block; other image sizes interpolate.
-    source = EvaVit(dataclasses.replace(EVA, depth=40)).state_dict()
+    source = EvaVit(dataclasses.replace(tiny.vit, depth=40)).state_dict()
     torch.save(source | {"norm.weight": torch.ones(16)}, tmp_path / "eva_vit_g.pth")
-    vit = EvaVit(dataclasses.replace(EVA, image_size=24))
+    vit = EvaVit(dataclasses.replace(tiny.vit, depth=39, image_size=24))
     report = load_vision(vit, tmp_path, None)
     assert len(report.loaded) == 511
     assert not report.missing

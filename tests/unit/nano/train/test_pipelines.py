@@ -22,6 +22,8 @@ from seed_nano.world.scene import render
 from seed_nano.world.splits import scene_at
 from seed_nano.world.wide import wide_at
 
+pytestmark = [pytest.mark.process, pytest.mark.slow, pytest.mark.timeout(900)]
+
 
 def arguments(system: str, work: Path, *options: str) -> list[str]:
     start = [] if system == "nano" else [f"start={NANO}"]
@@ -46,9 +48,6 @@ def killed_and_resumed(
     assert "resumes from" in capfd.readouterr().out
 
 
-@pytest.mark.process
-@pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_nano_is_killed_resumed_and_answers(tmp_path, capfd):
     # One pipeline of three in the suite; the others at night.
     require_lavis()
@@ -98,9 +97,6 @@ def test_nano_is_killed_resumed_and_answers(tmp_path, capfd):
 
 
 @pytest.mark.nightly
-@pytest.mark.process
-@pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_nano_x_is_killed_resumed_and_answers(tmp_path, capfd):
     work = tmp_path / "work"
     killed_and_resumed(
@@ -118,9 +114,6 @@ def test_nano_x_is_killed_resumed_and_answers(tmp_path, capfd):
 
 
 @pytest.mark.nightly
-@pytest.mark.process
-@pytest.mark.slow
-@pytest.mark.timeout(900)
 def test_nano_lavit_is_killed_resumed_and_answers(tmp_path, capfd):
     work = tmp_path / "work"
     killed_and_resumed(
@@ -135,7 +128,6 @@ def test_nano_lavit_is_killed_resumed_and_answers(tmp_path, capfd):
     assert lavit.compose([image, "Put it at night."], **hot).size == (64, 64)
 
 
-@pytest.mark.process
 def test_pipeline_stops_other_stages_if_one_fails(tmp_path):
     # clip cannot save, vae would train for hours.
     (tmp_path / "clip.checkpoints").write_text("not a folder")
@@ -147,7 +139,6 @@ def test_pipeline_stops_other_stages_if_one_fails(tmp_path):
     assert not (tmp_path / "vae.done.json").exists()
 
 
-@pytest.mark.slow
 def test_main_fails_if_a_stage_is_running(tmp_path, capsys):
     # Two runs would write one folder.
     with folder_lock(tmp_path, SeedError, name=".start.lock"):
@@ -155,7 +146,6 @@ def test_main_fails_if_a_stage_is_running(tmp_path, capsys):
     assert "stage start" in capsys.readouterr().err
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize(
     "system, arguments, named",
     [
