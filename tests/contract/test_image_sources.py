@@ -143,12 +143,7 @@ def test_systems_read_forms(nano):
     assert torch.equal(codes, expected)
     answers = [nano.chat([{"role": "user", "content": content}]).ids for content in contents]
     assert answers[0] == answers[1]
-
-
-@pytest.mark.slow
-def test_rows_of_codes_are_no_images(nano):
     # What `tokenize` returns goes into `reconstruct`, also as smaller numbers.
-    codes = nano.tokenize([PICTURE, SMALL])
     images = nano.reconstruct(codes, num_inference_steps=2)
     for rows in (codes.int(), codes.numpy().astype(">u2"), codes.tolist()):
         assert nano.reconstruct(rows, num_inference_steps=2) == images

@@ -70,7 +70,7 @@ _URL = re.compile(r"\s*\w{2,}:/")  # more letters than a drive of Windows
 _FILE_URL = re.compile(r"\s*file:(//(localhost)?)?(?=/)", re.IGNORECASE)
 # What unseekable files held: conversations read their images again at each turn.
 _read_before: weakref.WeakKeyDictionary[Any, bytes] = weakref.WeakKeyDictionary()
-# Of callers' images and open files that are being read, by their ids.
+# Of images and open files that are being read, by their ids.
 _locks: weakref.WeakValueDictionary[int, Any] = weakref.WeakValueDictionary()
 _locks_lock = threading.Lock()
 
@@ -133,8 +133,13 @@ class StoredImage:
         try:
             if callable(source):
                 source = source()
-            self.image = self._read(source)
-            self._lock = _lock_of(self.image)
+            # Threads use a caller's image or open file one after the other.
+            is_shared = isinstance(source, Image.Image) or hasattr(source, "read")
+            with _locks_lock:
+                key = id(source if is_shared else self)
+                self._lock = _locks.setdefault(key, threading.RLock())
+            with self._lock:
+                self.image = self._read(source)
             self.size = self.image.size
         except SeedError:
             raise
@@ -171,8 +176,7 @@ class StoredImage:
         if isinstance(source, os.PathLike):
             data = self._path_bytes(Path(source))
         elif hasattr(source, "read"):
-            with _lock_of(source):
-                data = _stream_bytes(source, self.name, self.limits)
+            data = _stream_bytes(source, self.name, self.limits)
         elif isinstance(source, bytes | bytearray | memoryview):
             data = bytes(source)
         else:
@@ -391,12 +395,6 @@ def decode_text(text: str, name: str = "image", limits: ImageLimits = DEFAULT_LI
         raise ImageError(
             f"{name}: neither base64 text nor a data URL: {short_name(text)!r}."
         ) from error
-
-
-def _lock_of(source: object) -> Any:
-    """The lock of a caller's image or open file, which other threads may use, too."""
-    with _locks_lock:
-        return _locks.setdefault(id(source), threading.RLock())
 
 
 def _stream_bytes(file: IO[bytes], name: str, limits: ImageLimits) -> bytes:

@@ -145,12 +145,15 @@ def is_single(content: object) -> bool:
     return is_number or not is_list or is_image(content) or bool(code_row(content))
 
 
-def request_texts(texts: str | Sequence[str]) -> list[str]:
-    """The texts of requests, given one or a list. Raises RequestError: something else."""
+def request_texts(texts: str | Sequence[str], allow_blank: bool = False) -> list[str]:
+    """The texts of requests, given one or a list. Raises RequestError: something else, or blank."""
     items: list[Any] = [texts] if is_single(texts) else list(texts)
     for index, text in enumerate(items):
+        label = f"Text {index}" if len(items) > 1 else "The text"
         if not isinstance(text, str):
-            raise RequestError(f"Text {index} is no text, but {short_name(repr(text))}.")
+            raise RequestError(f"{label} is no text, but {short_name(repr(text))}.")
+        if not text.strip(BLANK) and not allow_blank:
+            raise RequestError(f"{label} is empty.")
     return items
 
 
@@ -177,7 +180,7 @@ def image_conversations(
     single = is_single(images)
     requests: Any = [images] if single else images
     groups = [input_images(group) for group in requests]
-    texts = [texts] * len(groups) if isinstance(texts, str) else request_texts(texts)
+    texts = [texts] * len(groups) if isinstance(texts, str) else request_texts(texts, True)
     if not all(groups):
         raise RequestError(f"Request {groups.index([])} has neither an image nor codes.")
     if len(texts) != len(groups):

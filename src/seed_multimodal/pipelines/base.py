@@ -47,7 +47,6 @@ from seed_multimodal.language.messages import (
     user_message,
 )
 from seed_multimodal.language.prompts import get_template
-from seed_multimodal.language.vocabulary import BLANK
 from seed_multimodal.models.registry import find_family
 from seed_multimodal.nn.pretrained import HubUpload
 from seed_multimodal.pipelines.answers import BATCH, AnswerGenerator, GeneratedAnswer
@@ -266,7 +265,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         short: ask for one word or phrase, as the system was tuned.
         Raises RequestError: an empty question.
         """
-        _check_texts(question)
+        request_texts(question)
         as_request = self.tasks.question if short else str
         return self._answer_texts(images, question, "ask", batch_size, options, as_request)
 
@@ -299,7 +298,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
             raise ConfigError(
                 f"{self.config.name} does not support detection; nano-x and SEED-X do."
             )
-        _check_texts(phrase)
+        request_texts(phrase)
         is_tuned = self.config.tuned
         as_request = self.tasks.detect_request if is_tuned else str
         conversations, single = image_conversations(images, phrase, as_request)
@@ -347,7 +346,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         Raises GenerationError: no image. RequestError: an empty text.
         """
         single = isinstance(text, str)
-        texts = _check_texts(text)
+        texts = request_texts(text)
         if not verbatim and self.config.tuned:
             texts = [self.tasks.draw_request(caption) for caption in texts]
         conversations = [user_message([request], index) for index, request in enumerate(texts)]
@@ -364,7 +363,7 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         **options: object,
     ) -> ImageOrList:
         """Edit an image by `instruction`; a list for a list of images. Otherwise as `draw`."""
-        texts = _check_texts(instruction)
+        texts = request_texts(instruction)
         each = instruction if isinstance(instruction, str) else texts
         conversations, single = image_conversations(images, each)
         return self._draw(conversations, single, "edit", seed, num_images, batch_size, options)
@@ -706,13 +705,3 @@ class MultimodalSystem(AnswerGenerator, HubUpload):
         """
         settings = {**drawing, **self.family.drawing_conditions(prompts)}
         return self.images.draw(image_inputs, seeds=seeds, **settings)
-
-
-def _check_texts(texts: str | Sequence[str]) -> list[str]:
-    """The texts of requests, as a list. Raises RequestError: an empty one."""
-    texts = request_texts(texts)
-    for index, text in enumerate(texts):
-        if not text.strip(BLANK):
-            which = f"Text {index}" if len(texts) > 1 else "The text"
-            raise RequestError(f"{which} is empty.")
-    return texts
