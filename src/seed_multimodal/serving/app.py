@@ -197,14 +197,15 @@ def read_body() -> Any:
     fields: JsonObject = {name: text for name, text in request.form.items() if text}
     for name in filter(IMAGE_FIELD.fullmatch, fields):
         raise RequestError("It is a text; send each image as a file of the form.", name)
-    images: list[bytes] = []
     for name, file in request.files.items(multi=True):
         content = file.read()
-        if IMAGE_FIELD.fullmatch(name) and (file.filename or content):
-            images.append(content)
-        elif file.filename or content:
+        if not content and not file.filename:
+            continue
+        if IMAGE_FIELD.fullmatch(name):
+            fields.setdefault("image", []).append(content)
+        else:
             fields[name] = "a file"
-    return schema.read_request(model, {**fields, **({"image": images} if images else {})})
+    return schema.read_request(model, fields)
 
 
 def streamed(

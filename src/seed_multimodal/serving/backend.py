@@ -303,11 +303,11 @@ class Backend:
 
         # 2. Codes, perhaps of an earlier request's image, as the page's are.
         inputs: list[Any] = [*items]
-        with self._counting:
-            for index, item in enumerate(items):
-                if isinstance(item, list) and tuple(item) in self._measured:
-                    self._measured.move_to_end(tuple(item))
-                    inputs[index] = self._measured[tuple(item)]
+        for index, item in enumerate(items):
+            known = self._measured.get(tuple(item)) if isinstance(item, list) else None
+            if known:
+                inputs[index] = known
+                self._remember([known])
 
         # 3. Opened images, which need much more memory.
         with deadline.hold(self._large, n_pixels > LARGE_IMAGES_PIXELS):

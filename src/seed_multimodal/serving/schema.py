@@ -317,7 +317,17 @@ class ImageOptions(Fields):
     partial_images: int = Field(default=0, ge=0, le=3)
 
 
-class AnswerRequest(Fields):
+class SharedFields(Fields):
+    """Settings of answers and drawings, which describe them."""
+
+    seed: Seed | None = None
+    ratio: str | None = None
+    read_back: bool | None = None
+    model: NotSetting[str | None] = None
+    stream: NotSetting[bool] = False
+
+
+class AnswerRequest(SharedFields):
     """Settings of an answer.
 
     `stop`: texts that end the answer and are not in it. `ratio`: aspect ratio of LaVIT's images.
@@ -334,13 +344,8 @@ class AnswerRequest(Fields):
 
     temperature: Temperature | None = None
     top_p: Share | None = None
-    seed: Seed | None = None
     num_beams: Beams | None = None
     stop: Annotated[list[Stop], Field(max_length=4), BeforeValidator(as_list)] | None = None
-    ratio: str | None = None
-    read_back: bool | None = None
-    model: NotSetting[str | None] = None
-    stream: NotSetting[bool] = False
     stream_options: NotSetting[dict[StreamOption, bool]] = {}
     previews: NotSetting[bool] = False
 
@@ -420,7 +425,7 @@ class ResponsesRequest(AnswerRequest):
         return self.tool_choice if isinstance(self.tool_choice, ImageTool) else ImageOptions()
 
 
-class ImagesRequest(ImageOptions):
+class ImagesRequest(ImageOptions, SharedFields):
     """As OpenAI's for generations; image n has `seed` + n. `ratio`: of LaVIT's images. `read_back`:
     as of an answer.
     """
@@ -430,11 +435,6 @@ class ImagesRequest(ImageOptions):
     ]
     n: int = Field(1, ge=1, le=8)
     response_format: Literal["b64_json"] = "b64_json"
-    seed: Seed | None = None
-    ratio: str | None = None
-    read_back: bool | None = None
-    model: str | None = None
-    stream: bool = False
 
 
 class EditsRequest(ImagesRequest):
