@@ -39,7 +39,7 @@ def problem(bound_host: str, host: str, origin: str, origins: Collection[str] = 
         return f"The web page {origin!r:.99} is not allowed; allow its origin by --allow-origin."
     allowed_hosts = [_host_of(item) for item in allowed]
     name = _host_of(host)
-    if host and not is_loopback(name) and name not in allowed_hosts:
+    if host and not is_loopback(name) and (not name or name not in allowed_hosts):
         return (
             f"{host!r:.99} is not this machine's own address, on which this program listens: use "
             f"127.0.0.1, or allow the address by --allow-origin."

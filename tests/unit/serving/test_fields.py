@@ -7,6 +7,7 @@ A new field or route is tested by its row in a table.
 import base64
 import io
 import json
+import re
 from typing import Any
 
 import numpy as np
@@ -357,92 +358,88 @@ def test_ignored_fields_do_not_change_the_answer(client, route):
 # ---- refused
 
 
-# Requests → what the refusal names: the field, the image or the limit.
-REFUSED = {
-    # Missing fields and wrong types.
-    '/generate {"text": 3}': "text:",
-    '/generate {"text": "<image>", "images": [["a"]]}': "images.0.0:",
-    '/v1/chat/completions {"messages": []}': "must be the user's",
-    '/v1/images/tokens {"codes": []}': "'codes'",
-    '/v1/images/tokens {"images": ["aGk="]}': "'images'",
-    '/v1/images/edits {"image": []}': "image:",
-    '/v1/images/edits {"prompt": ""}': "prompt:",
-    '/v1/images/edits {"image": "aGk="}': "image:",
-    '/v1/images/edits {"image[]": "aGk="}': "image[]:",
-    # Values out of range.
-    '/generate {"temperature": -1}': "temperature:",
-    '/generate {"temperature": 5.5}': "temperature:",
-    '/generate {"top_p": 1.5}': "top_p:",
-    '/generate {"num_beams": 9}': "num_beams:",
-    '/generate {"max_new_tokens": 0}': "max_new_tokens:",
-    '/generate {"seed": 9223372036854775808}': "seed:",
-    '/v1/chat/completions {"stop": ["a", "b", "c", "d", "e"]}': "stop",
-    '/v1/chat/completions {"stop": ""}': "stop",
-    '/v1/chat/completions {"modalities": []}': "modalities:",
-    '/v1/chat/completions {"n": true}': "n:",
-    '/v1/chat/completions {"frequency_penalty": false}': "frequency_penalty:",
-    '/v1/responses {"top_logprobs": false}': "top_logprobs:",
-    '/v1/images/generations {"prompt": " "}': "prompt:",
-    '/v1/images/generations {"n": 99}': "n:",
-    '/v1/images/generations {"ratio": "3:2"}': "ratio:",
-    '/v1/images/generations {"response_format": "url"}': "response_format",
-    '/v1/images/tokens {"first": 0}': "first:",
-    '/v1/images/tokens {"first": 99}': "first:",
-    # Fields that contradict each other.
-    '/v1/chat/completions {"modalities": ["text"], "force_image": true}': "force_image:",
-    '/v1/images/generations {"size": "64x64", "ratio": "3:2"}': "ratio:",
-    '/v1/images/tokens {"codes": null, "images": ["aGk="], "first": 3}': "first:",
-    '/v1/images/tokens {"codes": [[], [1, 2]]}': "Request 0",
-    # Messages.
-    '/generate {"text": ""}': "Message 0",
-    '/generate {"text": "USER: .\\nASSISTANT:"}': "Message 0",
-    '/generate {"text": "<image>"}': "<image>",
-    '/v1/responses {"input": ""}': "Message 0",
-    '/v1/chat/completions {"messages": [{"role": "user", "content": " ."}]}': "Message 0",
-    '/v1/chat/completions {"messages": [{"role": "tool", "content": "12"}]}': "messages.0.role",
-    # Images and codes.
-    '/generate {"text": "<image>", "images": ["@@@"]}': "image 0",
-    '/generate {"text": "<image>", "images": ["bm8gaW1hZ2U="]}': "image 0",
-    '/generate {"text": "<image>", "images": [[-1]]}': "images.0",
-    '/generate {"text": "<image>", "images": [[100000000000000000000000000000]]}': "images.0",
-    '/v1/images/tokens {"codes": [[1, 2]]}': "32 codes",
-    '/v1/images/tokens {"codes": [], "images": ["http://127.0.0.1:1/a.png"]}': "image 0",
-    # What OpenAI's server would do otherwise.
-    '/v1/chat/completions {"tools": [{"type": "function", "function": {"name": "f"}}]}': "tools",
-    '/v1/chat/completions {"audio": {"voice": "alloy"}}': "audio",
-    # Names of other routes.
-    '/generate {"max_tokens": 9}': "max_new_tokens",
-    '/v1/responses {"max_tokens": 9}': "max_output_tokens",
-    '/v1/chat/completions {"max_output_tokens": 9}': "max_completion_tokens",
-    '/v1/responses {"tools": [{"type": "web_search"}]}': "tools.0",
-    '/v1/responses {"previous_response_id": "resp_1"}': "previous_response_id",
-    '/v1/responses {"input": []}': "must be the user's",
-    '/v1/images/generations {"output_format": "gif"}': "output_format",
-    '/v1/images/generations {"size": "1536x1024"}': "size:",
-    '/v1/responses {"tool_choice": {"type": "image_generation", "size": "100x3000"}}': "size:",
-    '/v1/images/generations {"size": "4096x4096"}': "size",
-    # Names as they were sent, at any depth, and the nearest known ones.
-    '/v1/chat/completions {"Temperature": 1}': "(did you mean 'temperature'?)",
-    '/v1/chat/completions {"maxTokens": 1}': "(did you mean 'max_tokens'?)",
-    '/v1/images/edits {"Prompt": "a"}': "(did you mean 'prompt'?)",
-    '/v1/chat/completions {"image[0]": 1}': "image[0]:",
-    '/v1/chat/completions {"a.b": 1}': "a.b:",
-    '/v1/chat/completions {"ImageUrl": 1}': "ImageUrl:",
-    '/v1/chat/completions {"messages": [{"content": "a"}]}': "messages.0.role:",
-    '/v1/chat/completions {"messages": [{"role": "user", "content": "a", "Name": "b"}]}': (
-        "messages.0.Name:"
-    ),
-    '/v1/responses {"input": [{"role": "user", "content": [{"type": "text", "Text": "a"}]}]}': (
-        "input.0.content.0.Text:"
-    ),
-    '/v1/responses {"tools": [{"type": "image_generation", "Size": "1x1"}]}': "tools.0.Size:",
-    '/v1/chat/completions {"stream_options": {"include_usages": true}}': (
-        "stream_options.include_usages:"
-    ),
-    '/v1/chat/completions {"stream_options": true}': "stream_options:",
-    '/v1/chat/completions {"max_tokens": 3, "max_completion_tokens": 4}': "max_tokens:",
-    '/v1/responses {"model": 4}': "model:",
-}
+# Requests -> what the refusal names: the field, the image or the limit.
+REFUSED = r"""
+# Missing fields and wrong types.
+/generate {"text": 3} -> text:
+/generate {"text": "<image>", "images": [["a"]]} -> images.0.0:
+/v1/chat/completions {"messages": []} -> must be the user's
+/v1/images/tokens {"codes": []} -> 'codes'
+/v1/images/tokens {"images": ["aGk="]} -> 'images'
+/v1/images/edits {"image": []} -> image:
+/v1/images/edits {"prompt": ""} -> prompt:
+/v1/images/edits {"image": "aGk="} -> image:
+/v1/images/edits {"image[]": "aGk="} -> image[]:
+# Values out of range.
+/generate {"temperature": -1} -> temperature:
+/generate {"temperature": 5.5} -> temperature:
+/generate {"top_p": 1.5} -> top_p:
+/generate {"num_beams": 9} -> num_beams:
+/generate {"max_new_tokens": 0} -> max_new_tokens:
+/generate {"seed": 9223372036854775808} -> seed:
+/v1/chat/completions {"stop": ["a", "b", "c", "d", "e"]} -> stop
+/v1/chat/completions {"stop": ""} -> stop
+/v1/chat/completions {"modalities": []} -> modalities:
+/v1/chat/completions {"n": true} -> n:
+/v1/chat/completions {"frequency_penalty": false} -> frequency_penalty:
+/v1/responses {"top_logprobs": false} -> top_logprobs:
+/v1/images/generations {"prompt": " "} -> prompt:
+/v1/images/generations {"n": 99} -> n:
+/v1/images/generations {"ratio": "3:2"} -> ratio:
+/v1/images/generations {"response_format": "url"} -> response_format
+/v1/images/tokens {"first": 0} -> first:
+/v1/images/tokens {"first": 99} -> first:
+# Fields that contradict each other.
+/v1/chat/completions {"modalities": ["text"], "force_image": true} -> force_image:
+/v1/images/generations {"size": "64x64", "ratio": "3:2"} -> ratio:
+/v1/images/tokens {"codes": null, "images": ["aGk="], "first": 3} -> first:
+/v1/images/tokens {"codes": [[], [1, 2]]} -> Request 0
+# Messages.
+/generate {"text": ""} -> Message 0
+/generate {"text": "USER: .\nASSISTANT:"} -> Message 0
+/generate {"text": "<image>"} -> <image>
+/v1/responses {"input": ""} -> Message 0
+/v1/chat/completions {"messages": [{"role": "user", "content": " ."}]} -> Message 0
+/v1/chat/completions {"messages": [{"role": "tool", "content": "12"}]} -> messages.0.role
+# Images and codes.
+/generate {"text": "<image>", "images": ["@@@"]} -> image 0
+/generate {"text": "<image>", "images": ["bm8gaW1hZ2U="]} -> image 0
+/generate {"text": "<image>", "images": [[-1]]} -> images.0
+/generate {"text": "<image>", "images": [[100000000000000000000000000000]]} -> images.0
+/v1/images/tokens {"codes": [[1, 2]]} -> 32 codes
+/v1/images/tokens {"codes": [], "images": ["http://127.0.0.1:1/a.png"]} -> image 0
+# What OpenAI's server would do otherwise.
+/v1/chat/completions {"tools": [{"type": "function", "function": {"name": "f"}}]} -> tools
+/v1/chat/completions {"audio": {"voice": "alloy"}} -> audio
+# Names of other routes.
+/generate {"max_tokens": 9} -> max_new_tokens
+/v1/responses {"max_tokens": 9} -> max_output_tokens
+/v1/chat/completions {"max_output_tokens": 9} -> max_completion_tokens
+/v1/responses {"tools": [{"type": "web_search"}]} -> tools.0
+/v1/responses {"previous_response_id": "resp_1"} -> previous_response_id
+/v1/responses {"input": []} -> must be the user's
+/v1/images/generations {"output_format": "gif"} -> output_format
+/v1/images/generations {"size": "1536x1024"} -> size:
+/v1/responses {"tool_choice": {"type": "image_generation", "size": "100x3000"}} -> size:
+/v1/images/generations {"size": "4096x4096"} -> size
+# Names as they were sent, at any depth, and the nearest known ones.
+/v1/chat/completions {"Temperature": 1} -> (did you mean 'temperature'?)
+/v1/chat/completions {"maxTokens": 1} -> (did you mean 'max_tokens'?)
+/v1/images/edits {"Prompt": "a"} -> (did you mean 'prompt'?)
+/v1/chat/completions {"image[0]": 1} -> image[0]:
+/v1/chat/completions {"a.b": 1} -> a.b:
+/v1/chat/completions {"ImageUrl": 1} -> ImageUrl:
+/v1/chat/completions {"messages": [{"content": "a"}]} -> messages.0.role:
+/v1/chat/completions {"messages": [{"role": "user", "content": "a", "Name": "b"}]}
+    -> messages.0.Name:
+/v1/responses {"input": [{"role": "user", "content": [{"type": "text", "Text": "a"}]}]}
+    -> input.0.content.0.Text:
+/v1/responses {"tools": [{"type": "image_generation", "Size": "1x1"}]} -> tools.0.Size:
+/v1/chat/completions {"stream_options": {"include_usages": true}} -> stream_options.include_usages:
+/v1/chat/completions {"stream_options": true} -> stream_options:
+/v1/chat/completions {"max_tokens": 3, "max_completion_tokens": 4} -> max_tokens:
+/v1/responses {"model": 4} -> model:
+"""
 
 
 @pytest.mark.parametrize("route", BODIES)
@@ -488,9 +485,8 @@ REQUESTS = {
         "Message 0",
     ),
 }
-for sent, named in REFUSED.items():
-    route, text = sent.split(" ", 1)
-    REQUESTS[sent] = (route, json.loads(text), named)
+for route, sent, named in re.findall(r"^(/\S+) (.+)\s+-> (.+)$", REFUSED, re.MULTILINE):
+    REQUESTS[f"{route} {sent}"] = (route, json.loads(sent), named)
 
 
 @pytest.mark.parametrize("route, fields, named", REQUESTS.values(), ids=REQUESTS)
