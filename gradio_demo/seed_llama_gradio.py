@@ -45,6 +45,15 @@ def build_parser() -> argparse.ArgumentParser:
         help="path or URL of the page behind a reverse proxy, such as /chat",
     )
     parser.add_argument(
+        "--allow-origin",
+        "--allow_origin",
+        nargs="+",
+        type=str.lower,
+        default=[],
+        metavar="ORIGIN",
+        help="origins of the page behind a reverse proxy, such as https://seed.example.org",
+    )
+    parser.add_argument(
         "--log-votes",
         "--log_votes",
         type=Path,
@@ -72,6 +81,7 @@ def run(args: argparse.Namespace) -> int:
         args.server_name,
         args.server_port,
         root_path=args.root_path,
+        origins=args.allow_origin,
         log_folder=args.log_votes,
     )
     return 0

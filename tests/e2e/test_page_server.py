@@ -1,19 +1,24 @@
-"""The page as a program, by Gradio's own client: a stalled backend, uploads that are no pictures,
-SIGTERM."""
+"""The page as a program, by Gradio's own client and by a stranger's: a stalled backend, SIGTERM,
+files of others, hosts and web pages of others."""
 
 import os
+import re
 import signal
 import socket
 import subprocess
 import sys
-from collections.abc import Iterator
+import uuid
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
+import requests
 from PIL import Image
+from random_images import noise
 from real_processes import free_port
 from repository import ROOT
+from served import Running, hostile_backend
 
 SETTINGS = (
     False,
@@ -24,6 +29,7 @@ SETTINGS = (
     0.5,
     0,
 )  # force, ratio, beams, tokens, temperature, top_p, rounds
+PROXY = "https://seed.example.org"
 pytestmark = [pytest.mark.process, pytest.mark.slow]
 
 
@@ -36,10 +42,12 @@ class Page:
             (
                 f"{sys.executable} {ROOT / 'gradio_demo' / 'seed_llama_gradio.py'} "
                 f"--model_type nano --server_port {free_port()} "
-                f"--request_address http://127.0.0.1:{backend}/generate"
+                f"--request_address http://127.0.0.1:{backend}/generate "
+                f"--allow-origin {PROXY} --log-votes {folder / 'votes'}"
             ).split(),
             stdout=subprocess.PIPE,
             text=True,
+            cwd=folder,
             # The proxies are for the internet; Gradio would ask them for its own page.
             env={
                 **os.environ,
@@ -57,15 +65,34 @@ class Page:
 
         return Client(self.address, verbose=False, download_files=False)
 
+    def event(self, name: str, *inputs: Any) -> str:
+        """All that a stranger is answered to an event of the page."""
+        api = f"{self.address}/gradio_api"
+        session = {"session_hash": uuid.uuid4().hex}
+        requests.post(f"{api}/call/{name}", json={"data": inputs, **session}, timeout=60)
+        return requests.get(f"{api}/queue/data", params=session, timeout=60).text
+
 
 @pytest.fixture()
-def page(tmp_path) -> Iterator[Page]:
+def start(tmp_path) -> Iterator[Callable[[int], Page]]:
+    """Starts a page with the backend at a port."""
+    pages: list[Page] = []
+
+    def started(backend: int) -> Page:
+        pages.append(Page(tmp_path, backend))
+        return pages[-1]
+
+    yield started
+    for page in pages:
+        page.process.kill()
+        page.process.wait()
+
+
+@pytest.fixture()
+def page(start) -> Iterator[Page]:
     """A page whose backend takes requests and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as stalled:
-        running = Page(tmp_path, stalled.getsockname()[1])
-        yield running
-        running.process.kill()
-        running.process.wait()
+        yield start(stalled.getsockname()[1])
 
 
 def test_visitors_do_not_wait_for_each_other_and_sigterm_removes_their_images(page, tmp_path):
@@ -83,3 +110,62 @@ def test_visitors_do_not_wait_for_each_other_and_sigterm_removes_their_images(pa
     page.process.send_signal(signal.SIGTERM)
     assert page.process.wait(30) in (0, 130)
     assert not list(tmp_path.glob("seed_chat_*"))
+
+
+# ---- strangers
+
+
+@pytest.mark.parametrize("backend", ["none", "nano", "hostile"])
+def test_strangers_get_no_file_of_the_pages_machine(start, backend, tmp_path, tiny):
+    # 1. A private image, and a text in the working folder. A backend may name them, too.
+    private, text = tmp_path / "private.png", tmp_path / "README.md"
+    noise(0).save(private)
+    text.write_text("SECRET")
+    meta = {"meta": {"_type": "gradio.FileData"}}
+    image = {"b64_json": str(private), "codes": {"path": str(text), **meta}}
+    answer = {"data": [{"id": "nano", "codes_per_image": 32, **image}]}
+
+    # 2. The conversation that a browser sends back, and the files of its events.
+    answers = []
+    with hostile_backend(answer) as hostile:
+        ports = {"none": free_port(), "nano": Running(tiny).port, "hostile": hostile}
+        page = start(ports[backend])
+        for path in map(
+            str, (private, text, "README.md", tmp_path / "nothing", "http://x.invalid")
+        ):
+            for part in ({"url": path}, {"stored_url": path}, {"path": path, "codes": [1]}):
+                turns = [
+                    {"role": role, "parts": [part], "notes": []} for role in ("user", "assistant")
+                ]
+                stored = {"model": "" if backend == "none" else "nano", "turns": turns}
+                answers.append(page.event("on_model", 0, stored))
+            for upload in ({"path": path}, {"path": path, **meta}):
+                answers.append(page.event("on_codes", upload))
+                answers.append(page.event("on_submit", {"text": "Hi", "files": [upload]}))
+            url = f"{page.address}/gradio_api/file={path}"
+            assert requests.get(url, timeout=60).status_code == 403
+
+    # 3. Neither is shown or copied, nor is known whether a file exists.
+    said = "\n".join(answers)
+    assert said.count("process_completed") == len(answers)
+    assert not re.search("SECRET|no such file|is a text", said)
+    assert not [*tmp_path.glob("seed_chat_*/**/*.*")]
+
+
+def test_a_page_on_loopback_refuses_other_hosts_and_web_pages(page):
+    # A name that points to 127.0.0.1, or a form of another web page, would use it as its user.
+    allowed = [{}, {"Host": "localhost:1"}, {"Host": "seed.example.org", "Origin": PROXY}]
+    others = [{"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Origin": "null"}]
+    for path in (
+        "",
+        "config",
+        "gradio_api/heartbeat/x",
+        "gradio_api/queue/join",
+        "gradio_api/upload",
+    ):
+        method = "POST" if path[-4:] in ("join", "load") else "GET"
+        for headers in allowed + others:
+            with requests.request(
+                method, f"{page.address}/{path}", headers=headers, stream=True, timeout=60
+            ) as answer:
+                assert (answer.status_code == 403) == (headers in others), (path, headers)

@@ -3,6 +3,7 @@
 import base64
 import collections
 import contextlib
+import http.server
 import io
 import json
 import signal
@@ -149,3 +150,21 @@ def serving(
         process.terminate()
         # 130 is the page's; the last one is of a test that kills it.
         assert process.wait(60) in (0, 130, -signal.SIGKILL)
+
+
+@contextlib.contextmanager
+def hostile_backend(answer: Any) -> Iterator[int]:
+    """The port of a server that answers every request with the same JSON."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            self.send_response(200)
+            self.end_headers()
+            self.wfile.write(json.dumps(answer).encode())
+
+        do_POST = do_GET
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server.server_port
+        server.shutdown()

@@ -34,6 +34,7 @@ from seed_multimodal.serving.client import ModelClient
 from seed_multimodal.serving.conversation_log import ConversationLog
 from seed_multimodal.serving.turns import (
     BLANK_INPUT,
+    Conversation,
     Picture,
     Turn,
     restored,
@@ -46,6 +47,8 @@ logger = logging.getLogger(__name__)
 
 IMAGES = Path(__file__).resolve().parents[3] / "images"  # of the examples
 UPLOADS = io.ImageLimits(max_bytes=64 << 20)
+MAX_UPLOADS = 64  # of a visitor that are kept
+MAX_RESTORED = 500  # images of a conversation that a browser sends back
 LONGEST_SIDE = 1792  # of an image that is sent: four views of 448 pixels (SEED-X)
 RETRY_TEMPERATURE = 0.7  # of a second answer where the first was the likeliest one
 DRAWN_AT_ONCE = 4  # images of the Draw tab, from consecutive seeds
@@ -63,15 +66,21 @@ NO_UPDATES = (gr.skip(), gr.skip())
 def warn_about_errors(no_answer: bool = False) -> Iterator[None]:
     """Display a `SeedError` as a warning of the page, and continue behind the block.
 
+    Other errors, as of a backend or browser that sends something else, are logged.
+
     no_answer: the event ends, so that no answer follows.
     """
     try:
         yield
+        return
     except SeedError as error:
         sentence = html.escape(str(error))
-        if no_answer:
-            raise gr.Error(sentence, title="Not sent", print_exception=False) from error
-        gr.Warning(sentence)
+    except Exception:
+        logger.exception("An event of the page failed")
+        sentence = "The page failed; its log has the details."
+    if no_answer:
+        raise gr.Error(sentence, title="Not sent", print_exception=False)
+    gr.Warning(sentence)
 
 
 @dataclass
@@ -83,7 +92,7 @@ class ChatSession:
         log: of conversations and votes; None: nothing is logged.
         turns: the conversation; while it is answered, the last turn is the answer so far.
         before: the conversation before that, if it is answered.
-        uploads: images of uploaded files.
+        uploads: images of the newest uploaded files.
         folder: of the visitor's images; "": none yet.
     """
 
@@ -97,25 +106,26 @@ class ChatSession:
 
     # ---- the visitor's images
 
-    def save_image(self, image: Image.Image) -> str:
-        """Store an image in the visitor's folder; returns its path."""
+    def save_image(self, image: Image.Image, url: str = "") -> Picture:
+        """Store an image in the visitor's folder; only here images get their path."""
         if not self.folder:
             self.folder = tempfile.mkdtemp(prefix="visit_", dir=os.environ["GRADIO_TEMP_DIR"])
-        path = f"{self.folder}/{uuid.uuid4().hex}.png"
-        with writing(path, RequestError):
-            image.save(path)
-        return path
+        picture = Picture(url=url)
+        picture.path = f"{self.folder}/{uuid.uuid4().hex}.png"
+        with writing(picture.path, RequestError):
+            image.save(picture.path)
+        return picture
 
-    async def save_data(self, data: str) -> str:
-        """Store an image of base64 or a data URL, which a thread decodes; returns its path."""
-        return self.save_image((await asyncio.to_thread(io.open_image, data)).image)
+    def save_data(self, data: str) -> Picture:
+        """Store an image of base64 or a data URL; in a thread: it takes long."""
+        return self.save_image(io.open_image(io.decode_text(data)).image)
 
     def store_upload(self, upload: str | None) -> Picture:
         """Check an uploaded image and store it in the model's size; in a thread: it takes long."""
         if not upload:
             raise RequestError("Choose an image first.")
         if upload not in self.uploads:
-            image = io.open_image(upload, limits=UPLOADS, at_least=LONGEST_SIDE).image
+            image = io.open_image(Path(upload), limits=UPLOADS, at_least=LONGEST_SIDE).image
             # The page shows what the model sees: the image, or a square of it.
             image.thumbnail((LONGEST_SIDE, LONGEST_SIDE))
             sent = image
@@ -123,8 +133,18 @@ class ChatSession:
                 image = io.chat_image(image)
                 sent = io.request_image(image)
             url = f"data:image/png;base64,{io.image_to_base64(sent)}"
-            self.uploads[upload] = Picture(self.save_image(image), url=url)
+            self.uploads[upload] = self.save_image(image, url)
+            self.forget_uploads(MAX_UPLOADS)
         return self.uploads[upload]
+
+    def forget_uploads(self, n_kept: int = 0) -> None:
+        """Remove the files of the oldest uploads, but not of images in the conversation."""
+        displayed = {picture.path for turn in self.turns for picture in turn.pictures}
+        while len(self.uploads) > n_kept:
+            upload = next(iter(self.uploads))
+            for path in {upload, self.uploads.pop(upload).path} - displayed:
+                if Path(path).is_relative_to(os.environ["GRADIO_TEMP_DIR"]):  # no example's
+                    Path(path).unlink(missing_ok=True)
 
     async def load_codes(self, picture: Picture) -> list[int]:
         """The codes of an uploaded image."""
@@ -198,7 +218,8 @@ class ChatSession:
             del answer.settings["messages"]
             body = {**request, "stream": True, "previews": True}
             async for event in self.model.stream("/v1/chat/completions", json=body):
-                await self.add_change(answer, event["choices"][0]["delta"])
+                for choice in event["choices"]:
+                    await self.add_change(answer, choice["delta"])
                 yield gr.skip(), self.displayed(), gr.skip()
             self.before = None
         if self.before is not None:
@@ -217,7 +238,7 @@ class ChatSession:
         """Add a change of a stream to an answer: images, text, boxes and notes."""
         for image in change.get("images", ()):
             url = image["image_url"]["url"]
-            picture = Picture(await self.save_data(url))
+            picture = await asyncio.to_thread(self.save_data, url)
             if not image["preview"]:
                 picture.codes = image["codes"]
                 picture.url = url
@@ -227,11 +248,11 @@ class ChatSession:
             answer.add_text(change["content"])
         if change.get("boxes"):
             marked = image_with_boxes(self.turns, change["boxes"])
-            answer.parts.append(Picture(self.save_image(marked)))
+            answer.parts = [*answer.parts, self.save_image(marked)]
         notes = change.get("notes", [])
         if any(map(LEFT_OUT.search, itertools.chain(*(turn.notes for turn in self.turns[:-1])))):
             notes = [LEFT_OUT.sub("", note) for note in notes]  # once a conversation
-        answer.notes += filter(None, notes)
+        answer.notes = [*answer.notes, *filter(None, notes)]
 
     def request(
         self,
@@ -312,7 +333,7 @@ class ChatSession:
         """
         box = gr.update(submit_btn=True, stop_btn=False)
         for turn in draft:
-            files = [picture.path for picture in turn.pictures]
+            files = [picture.path for picture in turn.pictures if picture.path]
             box["value"] = {"text": turn.text, "files": files}
         return self.stored(), self.displayed(), box
 
@@ -372,11 +393,11 @@ class ChatSession:
             await self.add_to_log(kind, self.turns[: self.turn_index(vote) + 1])
 
     def reset(self) -> None:
-        """A new conversation; the visitor's images are removed."""
-        shutil.rmtree(self.folder, ignore_errors=True)
+        """A new conversation; the visitor's images and uploaded files are removed."""
         self.turns = []
         self.before = None
-        self.uploads = {}
+        self.forget_uploads()
+        shutil.rmtree(self.folder, ignore_errors=True)
         self.folder = ""
 
     def on_choose(self, message: JsonObject) -> Update:
@@ -388,7 +409,7 @@ class ChatSession:
                 files.append(upload)
         return gr.skip() if files == message["files"] else {**message, "files": files}
 
-    async def on_model(self, index: int, stored: JsonObject | None) -> tuple[Update, ...]:
+    async def on_model(self, index: int, stored: object) -> tuple[Update, ...]:
         """Show a model, and the conversation with it that the browser has kept. The first time, at
         the page's load, that conversation's model.
 
@@ -401,13 +422,17 @@ class ChatSession:
             with warn_about_errors():
                 await model.load_card()
         names = [model.name for model in self.models]
-        if stored and is_first and stored["model"] in names:
-            index = names.index(stored["model"])
+        conversation = Conversation(model="", turns=[])
+        if stored:
+            with warn_about_errors():
+                conversation = restored(stored)
+        if is_first and conversation.model in names:
+            index = names.index(conversation.model)
         self.model = self.models[index]
         card = self.model.card
         draft: list[Turn] = []
-        if stored and stored["model"] == self.model.name:
-            self.turns = restored(stored["turns"])
+        if conversation.model == self.model.name:
+            self.turns = conversation.turns
             await self.draw_again()
             if self.turns[-1:] and self.turns[-1].role == "user":  # a reload ended its answer
                 draft = [self.turns.pop()]
@@ -446,39 +471,40 @@ class ChatSession:
         )
 
     async def draw_again(self) -> None:
-        """Draw the images of a restored conversation from their codes; others are stored."""
-        pictures = []
+        """Draw the newest images of a restored conversation from their codes; others are stored."""
+        pictures = [picture for turn in self.turns for picture in turn.pictures][-MAX_RESTORED:]
+        coded = [picture for picture in pictures if picture.codes]
         with warn_about_errors():
-            for picture in (picture for turn in self.turns for picture in turn.pictures):
-                if picture.codes:
-                    pictures.append(picture)
-                else:
-                    picture.path = await self.save_data(picture.url or picture.stored_url)
-            for start in range(0, len(pictures), TOKENS_AT_ONCE):
-                batch = pictures[start : start + TOKENS_AT_ONCE]
+            for picture in pictures:
+                if not picture.codes:
+                    data = picture.url or picture.stored_url
+                    picture.path = (await asyncio.to_thread(self.save_data, data)).path
+            for start in range(0, len(coded), TOKENS_AT_ONCE):
+                batch = coded[start : start + TOKENS_AT_ONCE]
                 body = {"codes": [picture.codes for picture in batch]}
-                response = await self.model.post("/v1/images/tokens", json=body)
-                for picture, image in zip(batch, response["data"], strict=True):
-                    picture.path = await self.save_data(image["b64_json"])
+                drawings, _ = await self.images(batch, "/v1/images/tokens", json=body)
+                for path, picture in drawings:
+                    picture.path = path
 
     # ---- the other tabs: images and their captions for a gallery, and notes below it
 
     async def images(
-        self, captions: Sequence[str], route: str, **content: Any
+        self, captions: Sequence[object], route: str, **content: Any
     ) -> tuple[Update, Update]:
-        """Images of a route; `content`: as of `ModelClient.stream`."""
+        """Images of a route, each with its caption; `content`: as of `ModelClient.stream`."""
         response = await self.model.post(route, **content)
         gallery = []
         lines = [" ".join(response.get("notes", ()))]
         for image, caption in zip(response["data"], captions, strict=False):
-            gallery.append((await self.save_data(image["b64_json"]), caption))
+            picture = await asyncio.to_thread(self.save_data, image["b64_json"])
+            gallery.append((picture.path, caption))
             if "revised_prompt" in image:
                 lines.append(f"{caption} – read back: {image['revised_prompt']}")
         return gallery, "\n\n".join(lines)
 
     async def on_draw(self, text: str, seed: float, ratio: str | None) -> tuple[Update, Update]:
         """Images of a text, from consecutive seeds."""
-        first_seed = int(seed)
+        first_seed = int(seed or 0)
         captions = [f"seed {first_seed + offset}" for offset in range(DRAWN_AT_ONCE)]
         with warn_about_errors():
             body = {
@@ -498,7 +524,7 @@ class ChatSession:
                 [text],
                 "/v1/images/edits",
                 files={"image": Path(picture.path).read_bytes()},
-                data={"prompt": not_empty(text), "seed": int(seed)},
+                data={"prompt": not_empty(text), "seed": int(seed or 0)},
             )
         return NO_UPDATES
 
@@ -547,9 +573,9 @@ class ChatSession:
             }
             response = await self.model.post("/v1/chat/completions", json=body)
             answer = response["choices"][0]["message"]
-            marked = image_with_boxes([turn], answer["boxes"])
+            marked = self.save_image(image_with_boxes([turn], answer["boxes"]))
             caption = shown_text(answer["content"], tasks.answer_after) or phrase
-            return [(marked, caption)], " ".join(answer["notes"])
+            return [(marked.path, caption)], " ".join(answer["notes"])
         return [], ""
 
 
@@ -581,7 +607,7 @@ def image_with_boxes(turns: Sequence[Turn], boxes: Sequence[JsonObject]) -> Imag
     """The last image of turns with the boxes of their answer, which are shares of its sides."""
     pictures = [picture for turn in turns for picture in turn.pictures]
     # Shares of the sides → pixels.
-    image = io.open_image(pictures[-1].path).image
+    image = io.open_image(Path(pictures[-1].path)).image
     sides = image.size * 2
     corners = [
         [int(share * side) for share, side in zip(box["box"], sides, strict=True)] for box in boxes

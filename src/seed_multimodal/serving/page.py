@@ -9,10 +9,14 @@ from __future__ import annotations
 
 import os
 import tempfile
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+from typing import Any
 
+import fastapi
 import gradio as gr
+from gradio.utils import get_upload_folder, is_in_or_equal
+from gradio_client.utils import is_file_obj, traverse
 
 from seed_multimodal.entry import ended_by_sigterm
 from seed_multimodal.errors import ConfigError
@@ -21,6 +25,7 @@ from seed_multimodal.proxies import without_proxy
 from seed_multimodal.serving.chat_session import DRAWN_AT_ONCE, IMAGES, UPLOADS, ChatSession
 from seed_multimodal.serving.client import ModelClient
 from seed_multimodal.serving.conversation_log import ConversationLog
+from seed_multimodal.serving.origin import problem
 
 MAX_SEED = 2**31 - 1
 LOG_NOTICE = "The operator of this page keeps chats, their images and votes."
@@ -96,6 +101,25 @@ body:not(.dark) {--body-text-color-subdued: var(--neutral-500)}
 TO_END = "() => document.querySelector('#chat .bubble-wrap').scrollTo(0, 1e9)"
 
 
+# ---- what strangers send
+
+
+class Page(gr.Blocks):
+    """Gradio's page, whose events take uploaded files only; Gradio reads and downloads others."""
+
+    def validate_inputs(self, block_fn: Any, inputs: list[Any]) -> None:
+        super().validate_inputs(block_fn, inputs)
+        traverse(inputs, refuse_file, is_foreign_file)
+
+
+def is_foreign_file(value: Any) -> bool:
+    return is_file_obj(value) and not is_in_or_equal(value["path"], get_upload_folder())
+
+
+def refuse_file(file: Any) -> None:
+    raise gr.Error("This file was not uploaded here.", print_exception=False)
+
+
 # ---- the page
 
 
@@ -104,9 +128,7 @@ def build(models: Sequence[ModelClient], log: ConversationLog | None = None) -> 
 
     log: of conversations and votes; None: no log, and no buttons to vote.
     """
-    with gr.Blocks(
-        title="SEED Multimodal", analytics_enabled=False, delete_cache=(600, 3600)
-    ) as page:
+    with Page(title="SEED Multimodal", analytics_enabled=False, delete_cache=(600, 3600)) as page:
         session = gr.State(
             ChatSession([*models], models[0], log), delete_callback=ChatSession.reset
         )
@@ -401,16 +423,28 @@ def launch(
     server_port: int,
     *,
     root_path: str = "",
+    origins: Collection[str] = (),
     log_folder: Path | None = None,
 ) -> None:
     """Serve the page until interrupted or ended by SIGTERM.
 
     root_path: path or URL of the page behind a reverse proxy.
+    origins: under which browsers know the page there, see `origin.problem`.
     log_folder: for a log of conversations and votes.
 
     Raises:
         ConfigError: the port is taken, or the log's folder is not writable.
     """
+
+    async def check_request(request: fastapi.Request) -> None:
+        """Refuse other hosts and web pages, and downloads, which Gradio makes for visitors."""
+        headers = request.headers
+        sentence = problem(server_name, headers.get("host", ""), headers.get("origin", ""), origins)
+        if "://" in request.url.path:
+            sentence = "The page downloads nothing."
+        if sentence:
+            raise fastapi.HTTPException(403, sentence)
+
     log = None if log_folder is None else ConversationLog(log_folder)
     os.environ["GRADIO_ANALYTICS_ENABLED"] = "False"
     with (
@@ -426,7 +460,7 @@ def launch(
         try:
             # Gradio asks its own server whether it has started.
             with without_proxy():
-                page.queue(default_concurrency_limit=None).launch(
+                page.queue(api_open=False, default_concurrency_limit=None).launch(
                     server_name=server_name,
                     server_port=server_port,
                     root_path=root_path or None,
@@ -435,7 +469,8 @@ def launch(
                     quiet=True,
                     theme=theme,
                     css=CSS,
-                    show_error=True,
+                    enable_monitoring=False,
+                    app_kwargs={"dependencies": [fastapi.Depends(check_request)]},
                     footer_links=[],
                     run_history=False,  # it would keep all messages in the browser once more
                     max_file_size=UPLOADS.max_bytes,

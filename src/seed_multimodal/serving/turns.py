@@ -1,56 +1,70 @@
 """Turns of the page's conversations: texts and images in order, and their forms for the backend,
 the page, the browser's storage and the log.
+
+What a browser sends back is a stranger's, so turns are a schema that pydantic checks.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+import json
+from collections.abc import Sequence
+from dataclasses import field
+from pathlib import Path
+from typing import Annotated, Literal
+
+from pydantic import ConfigDict, Field
+from pydantic.dataclasses import dataclass
 
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import RequestError
 from seed_multimodal.images.io import image_to_base64, open_image
 from seed_multimodal.language.prompts import without_verdict
 from seed_multimodal.language.vocabulary import BLANK, BOX_WORDS, PLACEHOLDER
+from seed_multimodal.serving.schema import Codes, Fields, read_request
 
 # The original's page refuses more than its server.
 BLANK_INPUT = BLANK + "?!;/"
-# Of images in the browser's storage, which holds five million characters: the longer side, and the
+# Of the browser's storage: its characters. Of an image there: the codes, the longer side, and the
 # lengths of a `data:` URL that is kept as it is and of all of them.
+MAX_CHARACTERS = 5_000_000
+MAX_CODES = 4096
 STORED_SIDE = 512
 SHORT_URL = 20_000
 STORED_CHARACTERS = 1_000_000
 DROPPED = "(an image too many for the browser's storage)"
 
+CHECKED = ConfigDict(extra="forbid", validate_assignment=True)
+DataUrl = Annotated[str, Field(pattern="^(data:image/|$)")]
 
-@dataclass
+
+@dataclass(config=CHECKED)
 class Picture:
     """An image of a turn.
 
     Attributes:
-        path: of the file that the page shows; "": restored, without a file yet.
         codes: sent and stored instead of the image, where a model has them.
         url: `data:…`, sent without codes. An image that has neither, as a preview, is only shown.
         description: what its model says that it shows, of one that it drew.
         stored_url: of an image without codes in the browser's storage.
+        path: of the file that the page shows, never a browser's; "": without a file, as restored.
     """
 
-    path: str = ""
-    codes: list[int] | None = None
-    url: str = ""
+    codes: Annotated[Codes, Field(max_length=MAX_CODES)] | None = None
+    url: DataUrl = ""
     description: str = ""
-    stored_url: str = ""
+    stored_url: DataUrl = ""
+    path: str = field(default="", init=False)
 
     def stored(self) -> JsonObject:
         """For the browser's storage: its codes, else `url`, of a smaller image if it is long."""
         if self.codes:
             return {"codes": self.codes, "description": self.description}
-        if 0 < len(self.url) <= SHORT_URL:
-            self.stored_url = self.url
         if not self.stored_url:
-            image = open_image(self.path).image
-            image.thumbnail((STORED_SIDE, STORED_SIDE))
-            self.stored_url = f"data:image/webp;base64,{image_to_base64(image, 'WEBP')}"
+            self.stored_url = self.url
+            if self.path and not 0 < len(self.url) <= SHORT_URL:
+                image = open_image(Path(self.path)).image
+                image.thumbnail((STORED_SIDE, STORED_SIDE))
+                self.stored_url = f"data:image/webp;base64,{image_to_base64(image, 'WEBP')}"
         key = "url" if self.url else "stored_url"
         return {key: self.stored_url, "description": self.description}
 
@@ -61,7 +75,7 @@ class Picture:
         return {"type": "image_url", "image_url": {"url": self.url}}
 
 
-@dataclass
+@dataclass(config=CHECKED)
 class Turn:
     """A message of the user or an answer.
 
@@ -70,10 +84,10 @@ class Turn:
         settings: of its request.
     """
 
-    role: str
+    role: Literal["user", "assistant"]
     parts: list[str | Picture] = field(default_factory=list)
     notes: list[str] = field(default_factory=list)
-    settings: JsonObject = field(default_factory=dict)
+    settings: JsonObject = field(default_factory=dict, init=False)
 
     @property
     def text(self) -> str:
@@ -94,7 +108,7 @@ class Turn:
         if isinstance(last, str):
             self.parts[-1] = last + text
         else:
-            self.parts.append(text)
+            self.parts = [*self.parts, text]
 
     # ---- forms
 
@@ -152,13 +166,26 @@ def stored_turns(turns: Sequence[Turn]) -> list[JsonObject]:
     return stored[::-1]
 
 
-def restored(turns: Iterable[JsonObject]) -> list[Turn]:
-    """Turns from the browser's storage, whose images have no file yet."""
-    conversation: list[Turn] = []
-    for turn in turns:
-        parts = [part if isinstance(part, str) else Picture(**part) for part in turn["parts"]]
-        conversation.append(Turn(turn["role"], parts, turn["notes"]))
-    return conversation
+class Conversation(Fields):
+    """What the browser's storage holds."""
+
+    groups = ()
+
+    model: str
+    turns: list[Turn]
+
+
+def restored(stored: object) -> Conversation:
+    """A conversation from the browser's storage, whose images have no file yet.
+
+    Raises RequestError: it is no such conversation.
+    """
+    try:
+        if len(json.dumps(stored, ensure_ascii=False)) > MAX_CHARACTERS:
+            raise RequestError("it is longer than a browser's storage.")
+        return read_request(Conversation, stored)
+    except RequestError as error:
+        raise RequestError(f"The browser's copy of the chat cannot be read: {error}") from None
 
 
 def user_turn(text: str, pictures: Sequence[Picture]) -> Turn:

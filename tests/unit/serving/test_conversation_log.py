@@ -21,10 +21,13 @@ def turns(tmp_path) -> list[Turn]:
     """A question about an image, and its answer with an image."""
     for name in ("user", "drawn"):
         Image.new("RGB", (8, 8), (len(name), 0, 0)).save(tmp_path / f"{name}.png")
-    image = Picture(str(tmp_path / "user.png"), url="data:…")
-    drawing = Picture(str(tmp_path / "drawn.png"), [5, 6])
-    only_shown = Picture(str(tmp_path / "marked.png"))
-    answer = Turn("assistant", ["Here: ", drawing, only_shown], ["a note"], {"seed": 3})
+    image = Picture(url="data:image/png;base64,…")
+    drawing = Picture([5, 6])
+    only_shown = Picture()
+    for name, picture in {"user": image, "drawn": drawing, "marked": only_shown}.items():
+        picture.path = str(tmp_path / f"{name}.png")
+    answer = Turn("assistant", ["Here: ", drawing, only_shown], ["a note"])
+    answer.settings = {"seed": 3}
     return [Turn("user", [image, "Put it at night."]), answer]
 
 
