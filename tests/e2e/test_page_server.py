@@ -1,6 +1,7 @@
 """The page as a program, by Gradio's own client and by a stranger's: a stalled backend, SIGTERM,
 files of others, hosts and web pages of others."""
 
+import json
 import os
 import re
 import signal
@@ -8,7 +9,7 @@ import socket
 import subprocess
 import sys
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +17,7 @@ import pytest
 import requests
 from PIL import Image
 from random_images import noise
-from real_processes import free_port
+from real_processes import STARTED, free_port, nothing_stays_behind  # noqa: F401
 from repository import ROOT
 from served import Running, hostile_backend
 
@@ -56,6 +57,7 @@ class Page:
                 "ALL_PROXY": "socks5://127.0.0.1:9",
             },
         )
+        STARTED.append(self.process)
         assert self.process.stdout is not None
         line = next(line for line in self.process.stdout if "The chat is at" in line)
         self.address = line.split("The chat is at ")[1].split()[0]
@@ -65,7 +67,7 @@ class Page:
 
         return Client(self.address, verbose=False, download_files=False)
 
-    def event(self, name: str, *inputs: Any) -> str:
+    def event(self, name: str, inputs: Any) -> str:
         """All that a stranger is answered to an event of the page."""
         api = f"{self.address}/gradio_api"
         session = {"session_hash": uuid.uuid4().hex}
@@ -74,25 +76,10 @@ class Page:
 
 
 @pytest.fixture()
-def start(tmp_path) -> Iterator[Callable[[int], Page]]:
-    """Starts a page with the backend at a port."""
-    pages: list[Page] = []
-
-    def started(backend: int) -> Page:
-        pages.append(Page(tmp_path, backend))
-        return pages[-1]
-
-    yield started
-    for page in pages:
-        page.process.kill()
-        page.process.wait()
-
-
-@pytest.fixture()
-def page(start) -> Iterator[Page]:
+def page(tmp_path) -> Iterator[Page]:
     """A page whose backend takes requests and never answers."""
     with socket.create_server(("127.0.0.1", 0)) as stalled:
-        yield start(stalled.getsockname()[1])
+        yield Page(tmp_path, stalled.getsockname()[1])
 
 
 def test_visitors_do_not_wait_for_each_other_and_sigterm_removes_their_images(page, tmp_path):
@@ -115,37 +102,36 @@ def test_visitors_do_not_wait_for_each_other_and_sigterm_removes_their_images(pa
 # ---- strangers
 
 
-@pytest.mark.parametrize("backend", ["none", "nano", "hostile"])
-def test_strangers_get_no_file_of_the_pages_machine(start, backend, tmp_path, tiny):
-    # 1. A private image, and a text in the working folder. A backend may name them, too.
-    private, text = tmp_path / "private.png", tmp_path / "README.md"
-    noise(0).save(private)
-    text.write_text("SECRET")
-    meta = {"meta": {"_type": "gradio.FileData"}}
-    image = {"b64_json": str(private), "codes": {"path": str(text), **meta}}
-    answer = {"data": [{"id": "nano", "codes_per_image": 32, **image}]}
+# Events of the page that name the PATH of a stranger, first in a conversation of a browser.
+EVENTS = """\
+on_model [0, {"model": "", "turns": [{"role": "user", "parts": [{"url": "PATH"}], "notes": []}]}]
+on_model [0, {"model": "", "turns": [{"role": "user", "parts": [{"stored_url": "PATH"}], "notes": []}]}]
+on_model [0, {"model": "", "turns": [{"role": "user", "parts": [{"path": "PATH", "codes": [1]}], "notes": []}]}]
+on_codes [{"path": "PATH"}]
+on_codes [{"path": "PATH", "meta": {"_type": "gradio.FileData"}}]
+on_change [{"path": "PATH"}, "at night", 0]
+on_submit [{"text": "Hi", "files": [{"path": "PATH", "meta": {"_type": "gradio.FileData"}}]}]
+"""  # noqa: E501
+HOSTILE = '{"data": [{"id": "", "b64_json": "PATH", "codes": {"path": "PATH"}}]}'
 
-    # 2. The conversation that a browser sends back, and the files of its events.
+
+@pytest.mark.parametrize("backend", ["none", "nano", "hostile"])
+def test_strangers_get_no_file_of_the_pages_machine(backend, tmp_path, tiny):
+    # A private image, and a text in the working folder. A hostile backend names it, too.
+    noise(0).save(tmp_path / "private.png")
+    text = tmp_path / "README.md"
+    text.write_text("SECRET")
     answers = []
-    with hostile_backend(answer) as hostile:
+    with hostile_backend(HOSTILE.replace("PATH", str(text))) as hostile:
         ports = {"none": free_port(), "nano": Running(tiny).port, "hostile": hostile}
-        page = start(ports[backend])
-        for path in map(
-            str, (private, text, "README.md", tmp_path / "nothing", "http://x.invalid")
-        ):
-            for part in ({"url": path}, {"stored_url": path}, {"path": path, "codes": [1]}):
-                turns = [
-                    {"role": role, "parts": [part], "notes": []} for role in ("user", "assistant")
-                ]
-                stored = {"model": "" if backend == "none" else "nano", "turns": turns}
-                answers.append(page.event("on_model", 0, stored))
-            for upload in ({"path": path}, {"path": path, **meta}):
-                answers.append(page.event("on_codes", upload))
-                answers.append(page.event("on_submit", {"text": "Hi", "files": [upload]}))
+        page = Page(tmp_path, ports[backend])
+        for path in (tmp_path / "private.png", text, tmp_path / "nothing", "http://x.invalid"):
+            for line in EVENTS.replace("PATH", str(path)).splitlines():
+                name, inputs = line.split(" ", 1)
+                answers.append(page.event(name, json.loads(inputs)))
             url = f"{page.address}/gradio_api/file={path}"
             assert requests.get(url, timeout=60).status_code == 403
-
-    # 3. Neither is shown or copied, nor is known whether a file exists.
+    # Neither is shown or copied, nor is known whether a file exists.
     said = "\n".join(answers)
     assert said.count("process_completed") == len(answers)
     assert not re.search("SECRET|no such file|is a text", said)
@@ -156,16 +142,10 @@ def test_a_page_on_loopback_refuses_other_hosts_and_web_pages(page):
     # A name that points to 127.0.0.1, or a form of another web page, would use it as its user.
     allowed = [{}, {"Host": "localhost:1"}, {"Host": "seed.example.org", "Origin": PROXY}]
     others = [{"Host": "evil.example"}, {"Origin": "http://evil.example"}, {"Origin": "null"}]
-    for path in (
-        "",
-        "config",
-        "gradio_api/heartbeat/x",
-        "gradio_api/queue/join",
-        "gradio_api/upload",
-    ):
-        method = "POST" if path[-4:] in ("join", "load") else "GET"
+    api = f"{page.address}/gradio_api"
+    gets = [page.address, f"{page.address}/config", f"{api}/heartbeat/x"]
+    for url in [*gets, f"{api}/queue/join", f"{api}/upload"]:
         for headers in allowed + others:
-            with requests.request(
-                method, f"{page.address}/{path}", headers=headers, stream=True, timeout=60
-            ) as answer:
-                assert (answer.status_code == 403) == (headers in others), (path, headers)
+            ask = requests.get if url in gets else requests.post
+            with ask(url, headers=headers, stream=True, timeout=60) as answer:
+                assert (answer.status_code == 403) == (headers in others), (url, headers)

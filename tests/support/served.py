@@ -153,14 +153,14 @@ def serving(
 
 
 @contextlib.contextmanager
-def hostile_backend(answer: Any) -> Iterator[int]:
-    """The port of a server that answers every request with the same JSON."""
+def hostile_backend(answer: str) -> Iterator[int]:
+    """The port of a server that answers every request with the same text."""
 
     class Handler(http.server.BaseHTTPRequestHandler):
         def do_GET(self) -> None:
             self.send_response(200)
             self.end_headers()
-            self.wfile.write(json.dumps(answer).encode())
+            self.wfile.write(answer.encode())
 
         do_POST = do_GET
 

@@ -409,7 +409,7 @@ class ChatSession:
                 files.append(upload)
         return gr.skip() if files == message["files"] else {**message, "files": files}
 
-    async def on_model(self, index: int, stored: object) -> tuple[Update, ...]:
+    async def on_model(self, index: int, stored: JsonObject | None) -> tuple[Update, ...]:
         """Show a model, and the conversation with it that the browser has kept. The first time, at
         the page's load, that conversation's model.
 

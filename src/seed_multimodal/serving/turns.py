@@ -175,7 +175,7 @@ class Conversation(Fields):
     turns: list[Turn]
 
 
-def restored(stored: object) -> Conversation:
+def restored(stored: JsonObject) -> Conversation:
     """A conversation from the browser's storage, whose images have no file yet.
 
     Raises RequestError: it is no such conversation.

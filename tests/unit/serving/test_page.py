@@ -13,13 +13,12 @@ import pytest
 from full_disk import file_size_limit
 from PIL import Image
 from random_images import noise
-from real_processes import free_port
-from served import Running
+from served import Running, hostile_backend
 
 from seed_multimodal.errors import RequestError
 from seed_multimodal.language.answer import left_out_note
 from seed_multimodal.models.registry import model_cards
-from seed_multimodal.serving import turns
+from seed_multimodal.serving import chat_session, turns
 
 PLAIN = (False, None, 1, 64, 0.0, 0.5, 0)  # force, ratio, beams, tokens, temperature, top_p, rounds
 FORCED = (True, *PLAIN[1:])
@@ -209,13 +208,7 @@ def test_on_submit_refuses_a_message(session, text):
     assert session.turns == []
 
 
-def test_reply_gives_the_message_back_without_a_backend(session, address, file):
-    session.model.address = f"http://127.0.0.1:{free_port()}/generate"
-    with pytest.warns(UserWarning, match="start the backend"):
-        *_, (_, chat, box) = send(session, "hello", file)
-    assert chat == [] and box["value"]["text"] == "hello" and len(box["value"]["files"]) == 1
-    # A failed retry leaves the answer.
-    session.model.address = address
+def test_a_retry_that_fails_leaves_the_answer(session, address):
     *_, (*before, _) = send(session, "anybody?")
     session.model.address = address.replace("generate", "elsewhere")
     session.on_retry()
@@ -258,12 +251,82 @@ def test_on_choose_names_a_file_that_is_no_image(session, file, tmp_path):
         assert session.on_choose(message) == {"text": "x", "files": [file]}
 
 
-def test_reset_removes_the_visitors_images(session, file, tmp_path):
+def test_uploads_are_removed_with_the_conversation_and_the_oldest_before(
+    session, tmp_path, monkeypatch
+):
     # What visitors have shown does not stay on the disk.
-    send(session, "What is it?", file)
-    assert len(list(tmp_path.rglob("*.png"))) == 2
+    monkeypatch.setattr(chat_session, "MAX_UPLOADS", 2)
+    files = [str(tmp_path / f"{seed}.png") for seed in range(4)]
+    for seed, path in enumerate(files):
+        noise(seed).save(path)
+    send(session, "What is it?", files[0])
+    session.on_choose({"text": "", "files": files[1:]})
+    assert [Path(path).exists() for path in files] == [False, False, True, True]
+    (sent,) = session.turns[0].pictures
+    assert Path(sent.path).exists() and len([*tmp_path.rglob("*.png")]) == 5
     session.reset()
     assert [*tmp_path.rglob("*.png")] == session.turns == []
+
+
+# ---- strangers
+
+PARTS = """\
+5
+{"path": "README.md", "codes": [1]}
+{"codes": {"path": "README.md", "meta": {"_type": "gradio.FileData"}}}
+{"codes": [-1]}
+{"url": "README.md"}
+{"stored_url": "file:///README.md"}
+{"description": {"path": "README.md", "meta": {"_type": "gradio.FileData"}}}"""
+LONG = [json.dumps({"codes": [0] * 5000}), json.dumps("x" * 5_000_000)]
+
+
+def reload_with(session: Any, *parts: Any) -> Any:
+    """The updates of a reload, without a backend, of a message that a browser sends back."""
+    session.model.address = CLOSED
+    turn = {"role": "user", "parts": [*parts], "notes": []}
+    return asyncio.run(session.on_model(0, {"model": "", "turns": [turn]}))
+
+
+@pytest.mark.parametrize("part", [*PARTS.splitlines(), *LONG], ids=lambda part: part[:40])
+def test_a_stored_conversation_that_is_not_the_pages_is_left_out(session, part):
+    with pytest.warns(UserWarning, match="copy of the chat cannot be read: (turns.0.parts.0|it)"):
+        _, title, *_ = reload_with(session, json.loads(part))
+    assert session.turns == [] and title.startswith("# SEED nano")
+
+
+@pytest.mark.filterwarnings("ignore:")
+def test_stored_images_that_cannot_be_drawn_are_not_shown(session):
+    damaged = {"url": f"data:image/png;base64,{'A' * 30_000}"}
+    updates = reload_with(session, {}, {"codes": [1]}, damaged, "Hi")
+    assert updates[4]["value"] == {"text": "Hi", "files": []}
+
+
+ANSWERS = """\
+[]
+{"data": 5}
+{"error": 5}
+{"choices": [{"delta": {"content": {"path": "README.md"}}}]}
+{"choices": [{"delta": {"notes": [{"path": "README.md"}]}}], "data": [{"b64_json": "README.md"}]}
+{"choices": [{"delta": {"boxes": [{"box": [0, 0, 1e999, 1]}]}}]}
+{"choices": [{"delta": {"images": [{"image_url": {"url": "README.md"}, "preview": true}]}}]}
+{"data": [{"codes": {"path": "README.md", "meta": {"_type": "gradio.FileData"}}}]}"""
+
+
+@pytest.mark.parametrize("answer", ANSWERS.splitlines())
+@pytest.mark.filterwarnings("ignore:")
+def test_what_a_broken_backend_answers_is_not_shown(session, address, file, answer):
+    with hostile_backend(answer) as port:
+        session.model.address = f"http://127.0.0.1:{port}"
+        files = [file] if "codes" in answer else []
+        *_, (stored, chat, box) = send(session, "Hi", *files)
+        assert asyncio.run(session.on_codes(file)) == ("", [])
+        assert asyncio.run(session.on_draw("a fox", 0, None)) == chat_session.NO_UPDATES
+    assert (stored["turns"], chat, box["value"]["text"]) == ([], [], "Hi")
+    assert len(box["value"]["files"]) == len(files)
+    session.model.address = address
+    send(session, "Hi")
+    assert len(session.turns) == 2
 
 
 # ---- tabs and examples
@@ -284,12 +347,6 @@ def test_an_example_is_answered_and_offers_what_follows(session):
     session.on_option(event(0, **option))
     all_of(session.reply(*PLAIN))
     assert len(session.turns) == 4 and "options" not in session.displayed()[-1]
-    # Another message ends the example.
-    session.reset()
-    session.on_example(event(index))
-    all_of(session.reply(*PLAIN))
-    send(session, "another message")
-    assert "options" not in session.displayed()[-1]
 
 
 # ---- the log of votes
