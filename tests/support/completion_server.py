@@ -5,6 +5,7 @@ import io
 import json
 import threading
 import time
+from collections.abc import Callable
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from typing import Any
 
@@ -13,7 +14,7 @@ import torch
 
 class CompletionServer(ThreadingHTTPServer):
     """`bodies`: the requests; `breaks_after`: tokens after which connections are closed; `trims`:
-    answers lack the id that ended them."""
+    answers lack the id that ended them; `script`: a request's JSON → the bytes that are sent."""
 
     daemon_threads = True
 
@@ -22,6 +23,7 @@ class CompletionServer(ThreadingHTTPServer):
         self.llm = llm
         self.breaks_after = 10_000
         self.trims = False
+        self.script: Callable[[dict[str, Any]], bytes] | None = None
         self.lock = threading.Lock()
         self.pause = 0.0  # seconds before each token
         self.bodies: list[dict[str, Any]] = []
@@ -94,12 +96,15 @@ class _Handler(BaseHTTPRequestHandler):
         body = json.loads(self.rfile.read(int(self.headers["Content-Length"])))
         self.server.bodies.append(body)
         self.server.headers.append(self.headers)
-        if body["model"] != "seed-llama" or not body["return_token_ids"]:
+        if body["model"] != "seed-llama" or not body.get("return_token_ids", True):
             self._json(404, {"error": {"message": "no such model"}})
             return
         self.send_response(200)
         self.send_header("Content-Type", "text/event-stream")
         self.end_headers()
+        if self.server.script is not None:
+            self.wfile.write(self.server.script(body))
+            return
         for count, (token, reason) in enumerate(self.server.tokens(body)):
             time.sleep(self.server.pause)
             if count == self.server.breaks_after:

@@ -219,11 +219,17 @@ class Request:
         is_equal = all(getattr(self, name) == getattr(other, name) for name in names)
         return is_equal and replace(self.settings, seed=None) == replace(other.settings, seed=None)
 
-    def append(self, token: int) -> None:
-        """Add a token to the answer, hand it to the caller, and end where it is complete."""
+    def append(self, token: int, log_prob: float | None = None) -> None:
+        """Add a token to the answer, hand it to the caller, and end where it is complete.
+
+        log_prob: of the token, with `records`.
+        """
         if self.ended:
             return
         self.ids.append(token)
+        if self.records:
+            assert log_prob is not None
+            self.log_probs.append(log_prob)
         self._stream.put((token, self.reader.read(token)))
         if token in self.end_ids or self.reader.found_stop:
             self.end("stop")

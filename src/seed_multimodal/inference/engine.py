@@ -355,11 +355,12 @@ class Engine(InboxThread[Request], BaseEngine):
         maxima = torch.cat([row.scores for row in rows]).amax(dim=-1)
         is_sound = dict(zip(rows, maxima.isfinite().tolist(), strict=True))
         tokens: dict[Request, Tensor] = {}
+        log_probs: dict[Request, float | None] = {}
         for request in requests:
             try:
                 if not all(is_sound[row] for row in request.rows):
                     raise GenerationError(DAMAGED)
-                tokens[request] = self._next_token(request)
+                tokens[request], log_probs[request] = self._next_token(request)
             except Exception as error:  # noqa: BLE001 of this request alone
                 # Attention multiplies masked positions by 0, so NaN in them would reach the next
                 # sequence there.
@@ -371,11 +372,11 @@ class Engine(InboxThread[Request], BaseEngine):
         if tokens:
             chosen = torch.cat([*tokens.values()]).tolist()
             for request, token in zip(tokens, chosen, strict=True):
-                request.append(token)
+                request.append(token, log_probs[request])
 
-    def _next_token(self, request: Request) -> Tensor:
-        """The next token `[1]`, by guidance, the request's processors, and sampling; keeps the
-        hidden state from which it is chosen."""
+    def _next_token(self, request: Request) -> tuple[Tensor, float | None]:
+        """The next token `[1]`, by guidance, the request's processors, and sampling, with
+        `records` its log-probability; keeps the hidden state from which it is chosen."""
         # 1. The distribution.
         row = request.rows[0]
         scores = row.scores  # [1, V]
@@ -393,9 +394,10 @@ class Engine(InboxThread[Request], BaseEngine):
             token = torch.multinomial(probabilities, 1, generator=request.generator)[0]
         else:
             token = scores.argmax(dim=-1)
+        log_prob = None
         if request.records:
-            request.log_probs.append(float(scores.log_softmax(dim=-1)[0, token]))
+            log_prob = float(scores.log_softmax(dim=-1)[0, token])
             request.is_greedy &= bool(token == scores.argmax(dim=-1))
         if request.states is not None and row.state is not None:
             request.states.append(row.state.clone())
-        return token
+        return token, log_prob

@@ -1,7 +1,9 @@
 """llama.cpp and completion servers as engines: their answers equal those of torch."""
 
 import contextlib
+import json
 import os
+import re
 import shutil
 import subprocess
 import time
@@ -12,6 +14,7 @@ from typing import Any
 
 import pytest
 import torch
+import yaml
 from completion_server import CompletionServer
 from real_processes import free_port
 from repository import NANO, ROOT
@@ -220,6 +223,45 @@ def test_completion_server_with_shorter_answers(nano, server, remote):
     server.server_close()
     with pytest.raises(RequestError, match=server.url):
         remote.engine.generate(prompts(nano), GREEDY)
+
+
+BAD_ANSWERS = yaml.safe_load((Path(__file__).parent / "bad_answers.yaml").read_text())
+
+
+@pytest.mark.parametrize("case", BAD_ANSWERS)
+def test_completion_server_with_a_bad_answer(nano, server, remote, case):
+    # Half an answer, a broken image, or log-probabilities of other tokens, without an error.
+    code = str(nano.tokenizer.vocabulary.code_to_id([0])[0])
+    choices = BAD_ANSWERS[case]["choices"]
+    # Of a stream each choice is an event of its own.
+    events = [{"choices": [choice]} for choice in choices or ()] or [{"choices": choices}]
+    content = "".join(f"data: {json.dumps(event)}\n\n" for event in events)
+    certain = {"choices": [{"logprobs": {"token_logprobs": [0.0]}}]}
+
+    def script(body: dict[str, Any]) -> bytes:
+        text = content.replace('"CODE"', code) if body.get("stream") else json.dumps(certain)
+        return text.encode()
+
+    server.script = script
+    is_image = "image" in case
+    settings = replace(GREEDY, max_new_tokens=40 if is_image else 10)
+    if is_image:
+        settings = replace(settings, images="forced")
+    run = remote.engine.sample if "log-prob" in case else remote.engine.generate
+    with pytest.raises(RequestError, match=re.escape(BAD_ANSWERS[case]["named"])):
+        run(prompts(nano)[:1], settings)
+    assert len(server.bodies) <= 2
+
+
+@pytest.mark.parametrize(
+    "content", [b'data: {"choices": [{"tok', b'{"error": {"message": "busy"}}', b"<html>", b"[]"]
+)
+def test_completion_server_that_sends_something_else(nano, server, remote, content):
+    server.script = lambda body: content
+    with pytest.raises(RequestError, match=server.url):
+        remote.engine.generate(prompts(nano)[:1], GREEDY)
+    with pytest.raises(RequestError, match=server.url):
+        remote.engine.likelihoods(prompts(nano)[:1], [[[5, 6]]])
 
 
 def test_from_pretrained_with_an_engine_that_does_not_fit():

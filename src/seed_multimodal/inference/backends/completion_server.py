@@ -16,12 +16,13 @@ import base64
 import contextlib
 import io
 import json
+import math
 import os
 import threading
 from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property, partial
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
@@ -38,6 +39,8 @@ COMPLETIONS = "v1/completions"
 POLL_SECONDS = 0.2
 CONNECT_SECONDS = 5
 READ_SECONDS = 600
+Choice = dict[str, Any]  # of a server's answer, or of a piece of it
+Result = TypeVar("Result")
 
 
 class CompletionServerEngine(BaseEngine):
@@ -105,18 +108,26 @@ class CompletionServerEngine(BaseEngine):
             ]
 
     def _likelihood(self, prompt: Sequence[int], continuation: Sequence[int]) -> Likelihood:
-        choice = self._complete(prompt=[*prompt, *continuation], prompt_logprobs=0)
-        tokens = choice["prompt_logprobs"][len(prompt) :]
-        scored = [token[str(id)] for token, id in zip(tokens, continuation, strict=True)]
-        log_probs = [score["logprob"] for score in scored]
-        return Likelihood(log_probs, all(score["rank"] == 1 for score in scored))
+        def read(choice: Choice) -> Likelihood:
+            tokens = choice["prompt_logprobs"][len(prompt) :]
+            scored = [token[str(id)] for token, id in zip(tokens, continuation, strict=True)]
+            log_probs = [float(score["logprob"]) for score in scored]
+            return Likelihood(log_probs, all(score["rank"] == 1 for score in scored))
 
-    def _complete(self, **fields: Any) -> dict[str, Any]:
-        """The server's choice of one token."""
+        return self._complete(read, prompt=[*prompt, *continuation], prompt_logprobs=0)
+
+    def _complete(self, read: Callable[[Choice], Result], **fields: Any) -> Result:
+        """What is read of the server's choice of one token."""
         body = {"model": self.model, "max_tokens": 1, **fields}
         with self._response("post", COMPLETIONS, body) as response:
-            choice: dict[str, Any] = json.loads(response.content)["choices"][0]
-        return choice
+            return read(self._choices(response.content)[0])
+
+    def _choices(self, content: bytes) -> list[Choice]:
+        """The choices in JSON. Raises RequestError: it has none, such as an error."""
+        answer: dict[str, list[Choice]] = json.loads(content)
+        if "choices" not in answer:
+            raise RequestError(f"{self.url} sent {content.decode(errors='replace')[:300]}.")
+        return answer["choices"]
 
     @cached_property
     def _log_prob_fields(self) -> dict[str, Any]:
@@ -124,8 +135,13 @@ class CompletionServerEngine(BaseEngine):
         which the only allowed token is certain."""
         fields = {"logprobs": 0, "return_tokens_as_token_ids": True}
         end_id = self.tokenizer.eos_token_id
-        choice = self._complete(prompt=[end_id], allowed_token_ids=[end_id], **fields)
-        if choice["logprobs"]["token_logprobs"][0] != 0:
+        log_prob = self._complete(
+            lambda choice: choice["logprobs"]["token_logprobs"][0],
+            prompt=[end_id],
+            allowed_token_ids=[end_id],
+            **fields,
+        )
+        if log_prob != 0:
             raise ConfigError(
                 "Log-probabilities need vllm serve --logprobs-mode processed_logprobs."
             )
@@ -162,25 +178,32 @@ class CompletionServerEngine(BaseEngine):
             self._rows.release()
 
     def _answer(self, request: Request) -> None:
-        """All segments of an answer."""
+        """All segments of an answer. Raises RequestError: one ends otherwise than by a stop token,
+        the budget, or all codes of an image."""
         while not request.ended:
             n_before = len(request.ids)
             body = self._segment(request)
             choice = self._stream(request, body)
             if request.ended:
                 return
-
-            # The token that ended the segment; some servers leave it out of the ids. An image that
-            # has all its codes can only end.
-            if choice["finish_reason"] == "stop":
-                last_id = request.ids[-1] if len(request.ids) > n_before else None
-                if last_id not in body["stop_token_ids"]:
-                    stop = choice.get("stop_reason", choice.get("matched_stop"))
-                    end_id = stop if isinstance(stop, int) else self.tokenizer.eos_token_id
-                    request.append(end_id)
-            elif "allowed_token_ids" in body:
-                request.log_probs.append(0.0)
-                request.append(self.vocabulary.eoi_id)
+            segment = request.ids[n_before:]
+            stop = choice.get("stop_reason", choice.get("matched_stop"))
+            if stop is None:
+                stop = self.tokenizer.eos_token_id
+            match choice["finish_reason"]:
+                case "stop" if segment and segment[-1] in body["stop_token_ids"]:
+                    pass
+                case "stop" if stop in body["stop_token_ids"] and not request.records:
+                    # Some servers leave it out of the ids; its log-probability is unknown.
+                    request.append(stop)
+                case "length" if "allowed_token_ids" in body and len(segment) == body["max_tokens"]:
+                    # An image that has all its codes can only end.
+                    request.append(self.vocabulary.eoi_id, 0.0)
+                case reason:
+                    raise RequestError(
+                        f"{self.url} ended its answer after {len(segment)} of {body['max_tokens']} "
+                        f"tokens (finish_reason {reason!r}, stop token {stop!r})."
+                    )
 
     def _segment(self, request: Request) -> dict[str, Any]:
         """The JSON that asks for the next tokens: the remaining codes of an image, or text up to
@@ -248,25 +271,49 @@ class CompletionServerEngine(BaseEngine):
         torch.save(self._embed_prompt(prompt).cpu(), file)
         return {"prompt_embeds": base64.b64encode(file.getvalue()).decode()}
 
-    def _stream(self, request: Request, body: dict[str, Any]) -> dict[str, Any]:
+    def _stream(self, request: Request, body: dict[str, Any]) -> Choice:
         """Append the tokens of one segment until it or the answer ends; returns the server's last
         choice."""
-        choice: dict[str, Any] = {}
+        last: Choice = {}
+        n_before = len(request.ids)
         with self._response("post", COMPLETIONS, body) as response:
             for line in response.iter_lines():
-                if line.startswith(b"data: {"):
-                    for choice in json.loads(line[len(b"data: ") :]).get("choices", ()):
-                        for index, token in enumerate(choice["token_ids"] or ()):
-                            if request.records and not request.ended:
-                                log_prob = choice["logprobs"]["token_logprobs"][index]
-                                request.log_probs.append(log_prob)
-                            request.append(token)
+                content = line.removeprefix(b"data:").strip()
+                for choice in self._choices(content) if content.startswith(b"{") else ():
+                    self._append(request, body, request.ids[n_before:], choice)
+                    last = choice
                 request.stop_if_asked()
                 if request.ended:
-                    return choice
-        if choice.get("finish_reason") is None:
+                    return last
+        if last.get("finish_reason") is None:
             raise RequestError(f"{self.url} broke off its answer.")
-        return choice
+        return last
+
+    def _append(
+        self, request: Request, body: dict[str, Any], segment: list[int], choice: Choice
+    ) -> None:
+        """Append the tokens of a choice to those of its segment. Raises RequestError: they are not
+        what was asked for."""
+        ids = choice["token_ids"] or []
+        log_probs = [0.0] * len(ids)
+        if request.records and ids:
+            log_probs = choice["logprobs"]["token_logprobs"]
+        together = [*segment, *ids]
+        allowed = body.get("allowed_token_ids", range(self.vocabulary.size))
+        if (
+            len(log_probs) != len(ids)
+            or len(together) > body["max_tokens"]
+            or not all(type(id) is int and id in allowed for id in ids)
+            or not all(map(math.isfinite, log_probs))
+            or not set(body["stop_token_ids"]).isdisjoint(together[:-1])
+        ):
+            raise RequestError(
+                f"{self.url} sent the tokens {ids[:20]} with the log-probabilities "
+                f"{log_probs[:20]}, where at most {body['max_tokens'] - len(segment)} tokens of "
+                f"{len(allowed)} were asked for, up to a stop token."
+            )
+        for token, log_prob in zip(ids, log_probs, strict=True):
+            request.append(token, log_prob)
 
     @contextlib.contextmanager
     def _response(
