@@ -9,6 +9,7 @@
 # PyTorch's index cannot be reached, and with a GPU, torch comes from the package index (on Linux about 3 GB).
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")"
 
 EXTRAS="" LAVIS=""

@@ -5,6 +5,7 @@
 #   bash scripts/audit.sh --sbom-only
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 WORK="$(mktemp -d)"
 trap 'rm -rf "$WORK"' EXIT

@@ -2,6 +2,7 @@
 # Build the sdist and the wheel into dist/, install the wheel into an empty environment, and run it there.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ROOT=$PWD
 WORK="$(mktemp -d)"

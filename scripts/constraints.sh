@@ -3,6 +3,7 @@
 # into constraints/oldest.txt and constraints/newest.txt (pip install --require-hashes -r FILE). Needs uv (pip install uv).
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 EXTRAS=(train demo eval lavit docs dev)  # laptop is compiled, harness wants an environment of its own
 

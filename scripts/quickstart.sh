@@ -5,6 +5,7 @@
 #   bash scripts/quickstart.sh [--model DIR] [--out DIR] [--seed N]
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 bash install.sh
 ROOT=$PWD

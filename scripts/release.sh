@@ -8,6 +8,7 @@
 # Nothing is committed, tagged or sent: the commands for that are printed at the end.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 say() { printf '[release] %s\n' "$*"; }
 fail() { say "$*" >&2; exit 1; }

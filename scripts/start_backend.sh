@@ -7,6 +7,7 @@
 # the same time. --quantization 8bit: by bitsandbytes, as the original.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ROOT=$PWD
 . scripts/environment.sh

@@ -4,6 +4,7 @@
 # Start the backend first. More arguments go to gradio_demo/seed_llama_gradio.py.
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 ROOT=$PWD
 . scripts/environment.sh

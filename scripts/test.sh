@@ -9,6 +9,7 @@
 # WORKERS=N: pytest processes (default: one a core, each with 6 GiB of memory that is free now).
 [ -n "${BASH_VERSION:-}" ] || exec bash "$0" "$@"  # started by sh
 set -euo pipefail
+unset CDPATH
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
 MARKERS="not nightly"
 case "${1:-}" in

@@ -6,6 +6,7 @@
 #   NPROC=1 sh scripts/train_a100_lora_multi_node_pretrain.sh model=nano_lora tokenizer=nano data=my_data.yaml \
 #       deepspeed=none trainer=nano optim=nano output_dir=log/nano                     a laptop's CPU, in minutes
 set -eu
+unset CDPATH
 cd "$(dirname "$0")/.."
 . ../scripts/launch.sh
 launch 20002 \

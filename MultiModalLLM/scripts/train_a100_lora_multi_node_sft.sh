@@ -5,6 +5,7 @@
 #   sh scripts/train_a100_lora_multi_node_sft.sh --max_steps 10000 --output_dir log/mine
 #   NNODES=4 NODE_RANK=3 MASTER_ADDR=10.0.0.1 sh scripts/train_a100_lora_multi_node_sft.sh
 set -eu
+unset CDPATH
 cd "$(dirname "$0")/.."
 . ../scripts/launch.sh
 launch 20023 \

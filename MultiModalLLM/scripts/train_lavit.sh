@@ -6,6 +6,7 @@
 #   NNODES=4 NODE_RANK=3 MASTER_ADDR=10.0.0.1 sh scripts/train_lavit.sh
 set -eu
 PROGRAM=src/train/train_lavit.py
+unset CDPATH
 cd "$(dirname "$0")/.."
 . ../scripts/launch.sh
 launch 20031 output_dir=log/lavit_pretrain deepspeed=configs/deepspeed/stage2_bf16.json "$@"

@@ -15,6 +15,7 @@ case $kind in
         ;;
 esac
 PROGRAM=src/train/train_lavit_detokenizer.py
+unset CDPATH
 cd "$(dirname "$0")/.."
 . ../scripts/launch.sh
 launch 20025 model="$kind" data="$kind" trainer="$kind" output_dir="log/lavit_$kind" "$@"

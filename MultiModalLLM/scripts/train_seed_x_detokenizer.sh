@@ -15,6 +15,7 @@ case $stage in
         ;;
 esac
 PROGRAM=src/train/train_seed_x_detokenizer.py
+unset CDPATH
 cd "$(dirname "$0")/.."
 . ../scripts/launch.sh
 launch 20024 model="stage$stage" data="stage$stage" trainer="stage$stage" \

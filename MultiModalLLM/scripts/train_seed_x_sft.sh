@@ -6,6 +6,7 @@
 #   NNODES=4 NODE_RANK=3 MASTER_ADDR=10.0.0.1 sh scripts/train_seed_x_sft.sh
 set -eu
 PROGRAM=src/train/train_seed_x_sft.py
+unset CDPATH
 cd "$(dirname "$0")/.."
 . ../scripts/launch.sh
 launch 20025 \

@@ -7,6 +7,7 @@
 #
 # SPLIT: val (default), pairs, places, counts, styles or things. The other variables are those of retrieval_coco.sh.
 set -eu
+unset CDPATH
 cd "$(dirname "$0")/.."
 ROOT=..
 . ../scripts/environment.sh

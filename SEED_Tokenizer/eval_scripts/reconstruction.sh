@@ -7,6 +7,7 @@
 #
 # DATA: a json list, a pattern of .tar shards, or nano. The other variables are those of retrieval_coco.sh.
 set -eu
+unset CDPATH
 cd "$(dirname "$0")/.."
 ROOT=..
 . ../scripts/environment.sh

@@ -8,6 +8,7 @@
 # images. OUT: where report and evaluate.txt go. Paths are seen from SEED_Tokenizer. Further flags:
 # seed eval tokenizer --help.
 set -eu
+unset CDPATH
 cd "$(dirname "$0")/.."
 ROOT=..
 . ../scripts/environment.sh

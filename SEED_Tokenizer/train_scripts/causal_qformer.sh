@@ -8,6 +8,7 @@
 #
 # Environment: CONFIG, and that of scripts/launch.sh (NNODES, NPROC_PER_NODE, MASTER_PORT, …).
 set -eu
+unset CDPATH
 cd "$(dirname "$0")/.."
 . ../scripts/launch.sh
 case ${1:-} in

@@ -10,7 +10,7 @@ import pytest
 from real_processes import run_process
 from repository import ROOT
 
-FOLDERS = ("scripts", "src/lavit/scripts", "MultiModalLLM", "SEED_Tokenizer")
+FOLDERS = ("scripts", "benchmarks", "src/lavit/scripts", "MultiModalLLM", "SEED_Tokenizer")
 SCRIPTS = [
     ROOT / "install.sh",
     *sorted(file for name in FOLDERS for file in (ROOT / name).rglob("*.sh")),
@@ -48,10 +48,20 @@ def test_shell_scripts_parse():
         ("src/lavit/scripts/vqa_eval.sh", "--task_name"),
     ],
 )
-def test_shell_scripts_print_their_help(script, text):
-    # Started as `sh FILE`, from which each kind of script starts another program.
-    done = run("dash", script, "--help")
+def test_shell_scripts_print_their_help(tmp_path, script, text):
+    # Started as `sh FILE`, from which each kind of script starts another program; an exported
+    # CDPATH would send `cd scripts/..` elsewhere.
+    for folder in ("scripts", "SEED_Tokenizer", "src/lavit/scripts"):
+        (tmp_path / folder).mkdir(parents=True)
+    done = run("dash", script, "--help", CDPATH=str(tmp_path))
     assert done.returncode == 0 and text in done.stdout, done.stderr
+
+
+def test_shell_scripts_go_to_their_own_folder():
+    recipe = ROOT / "src/seed_multimodal/models/seed/recipe.sh"  # of all run.sh
+    for path in (*SCRIPTS, recipe, ROOT / ".ci/run"):
+        before, _, after = path.read_text().partition('cd "$(dirname')
+        assert not after or "unset CDPATH" in before, path
 
 
 @pytest.mark.process

@@ -2,6 +2,7 @@
 # LaVIT's evaluations on this machine's GPUs, one process each (NPROC=N for another number); the flags are evaluate.py's,
 # and paths count from the current folder.
 set -eu
+unset CDPATH
 HERE="$(cd "$(dirname "$0")/.." && pwd)"
 ROOT="$(cd "$HERE/../.." && pwd)"
 . "$ROOT/scripts/environment.sh"

@@ -1,6 +1,7 @@
 # The functions of run.sh; `seed init` writes the variables (head in recipe.yaml) before and the steps behind them.
 # shellcheck shell=bash disable=SC1091,SC2034,SC2153,SC2154
 set -euo pipefail
+unset CDPATH
 
 train() { # FOLDER PROGRAM ARGUMENTS…
     cd "$REPOSITORY/$1"
