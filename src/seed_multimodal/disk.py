@@ -223,15 +223,15 @@ def writable_folder(folder: str | Path, kind: type[SeedError]) -> Path:
 
 @contextlib.contextmanager
 def atomic_path(file: str | Path) -> Iterator[Path]:
-    """As `atomic_open`, for libraries that write by path: the temporary path is renamed to
-    `file`."""
-    file = Path(file)
-    scratch = temporary_name(file)
+    """As `atomic_open`, for libraries that write by path: the temporary path is renamed to `file`,
+    or to the target of a symbolic link."""
+    target = Path(os.path.realpath(file))
+    scratch = temporary_name(target)
     try:
         yield scratch
         flush(scratch)
-        os.replace(scratch, file)
-        flush(file.parent)
+        os.replace(scratch, target)
+        flush(target.parent)
     except OSError as error:
         if error.filename == str(scratch):
             error.filename = str(file)  # messages name the target file

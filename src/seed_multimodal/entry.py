@@ -51,6 +51,12 @@ def rank_and_world_size() -> tuple[int, int]:
 def run_guarded(program: str, debug: bool, work: Callable[[], int]) -> int:
     """Run `work` and return its exit code; user-facing errors are logged (`COMMAND_FAILED`) unless
     `debug`. One of several processes names its rank and host."""
+    # Of a caller that has closed a standard stream (`>&-`): what is written there is dropped.
+    for name in ("stdin", "stdout", "stderr"):
+        if getattr(sys, name) is None:
+            stream = open(os.devnull, "r+")
+            os.set_inheritable(stream.fileno(), True)
+            setattr(sys, name, stream)
     rank, world_size = rank_and_world_size()
     if world_size > 1:
         program += f" (rank {rank} on {platform.node()})"

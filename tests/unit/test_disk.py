@@ -84,6 +84,23 @@ def test_atomic_open_writes_the_whole_file_or_nothing(tmp_path):
     assert file.read_text() == "after"
 
 
+def test_atomic_open_of_a_symbolic_link_writes_its_target(tmp_path):
+    # As a shell's `>` does: a link that is replaced leaves the old picture behind it.
+    file = tmp_path / "below" / "a.txt"
+    file.parent.mkdir()
+    link = tmp_path / "link.txt"
+    link.symlink_to("below/a.txt")
+    for content in (b"of a dangling link", b"again"):
+        with atomic_open(link) as handle:
+            handle.write(content)
+        assert link.is_symlink() and file.read_bytes() == content
+    assert [*file.parent.iterdir()] == [file]
+    link.unlink()
+    link.symlink_to("below")
+    with pytest.raises(DataError, match="link.txt"), writing(link, DataError), atomic_open(link):
+        pass
+
+
 def test_writing_names_the_file(tmp_path):
     with pytest.raises(DataError, match="none/a:"), writing(tmp_path, DataError):
         (tmp_path / "none" / "a").write_text("x")

@@ -117,12 +117,9 @@ def test_fetch_from_a_faulty_hub(server, fetch, pauses, listing, file, sent, nam
         assert fetch("unclip") == []
     assert local.read_bytes() == WEIGHTS
     assert not [*UNCLIP_FOLDER.rglob("*.unfinished*")]
-
-
-def test_fetch_of_a_dropped_connection_continues(server, fetch, pauses):
-    server.failures[HUB_FILE[0]] = [5000]
-    assert fetch("unclip") == []
-    assert [name for name in server.downloads() if name.endswith("from bytes=5000-")]
+    # A broken connection is continued.
+    resumed = [name for name in server.downloads() if name.endswith("from bytes=5000-")]
+    assert bool(resumed) == (5000 in file)
 
 
 @pytest.mark.parametrize("state", ["kept", "changed on its server", "filled"])

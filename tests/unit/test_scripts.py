@@ -91,6 +91,16 @@ def test_program_without_the_environment_says_how_to_get_one(program):
 
 
 @pytest.mark.process
+@pytest.mark.parametrize("streams", [">&-", "2>&-", ">&- 2>&- <&-"])
+def test_programs_work_without_standard_streams(tmp_path, streams):
+    # Cron wrappers start programs so; one that fails after its work is started again.
+    out = tmp_path / "codes.jsonl"
+    program = [sys.executable, "-m", "seed_multimodal", "tokenize", "images/fox.png", "--out"]
+    done = run("sh", "-c", f'exec "$@" {streams}', "sh", *program, str(out))
+    assert done.returncode == 0 and out.read_text().count("\n") == 1, done
+
+
+@pytest.mark.process
 def test_importing_the_package_is_light():
     # `seed --help` and completion of a shell must not wait for torch; the page runs on machines
     # without it.

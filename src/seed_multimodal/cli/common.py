@@ -41,7 +41,7 @@ from seed_multimodal.errors import (
     RequestError,
     short_name,
 )
-from seed_multimodal.images.io import save_image
+from seed_multimodal.images.io import StoredImage, save_image
 from seed_multimodal.models.registry import model_cards
 from seed_multimodal.pipelines.config import system_names
 from seed_multimodal.progress import quiet_libraries
@@ -59,6 +59,7 @@ Options = dict[str, Any]  # keyword arguments of a system's methods
 Result = TypeVar("Result")
 
 STDOUT = ("-", "/dev/stdout")  # values of `--out`
+N_CHECKED = 16  # images that are opened before a model loads
 RATIO_MODES = ("restore", "keep", "square")  # `images.views.Ratio`
 # Errors of one item; others end the command.
 ITEM_ERRORS = (ImageError, CodesError, GenerationError, RequestError)
@@ -314,6 +315,36 @@ def cat_image() -> Path:
 
 
 # ---- one result for each image or text
+
+
+def run_command(args: Namespace) -> int:
+    """The exit code of a command, whose files are checked before a model loads.
+
+    Raises ConfigError: the file of `--out` is one that another argument names.
+    """
+    # 1. The result replaces no input, by whatever name.
+    out = getattr(args, "out", None) or ""
+    for flag, value in vars(args).items():
+        for path in value if isinstance(value, list) else [value]:
+            are_files = isinstance(path, str) and os.path.isfile(path) and os.path.isfile(out)
+            if are_files and flag != "out" and os.path.samefile(path, out):
+                raise ConfigError(f"{out}: is {path}, which is used here and would be gone.")
+
+    # 2. Images that cannot be opened are left out.
+    images = getattr(args, "images", None)
+    if not isinstance(images, list) or not images:
+        return args.work(args)
+    unreadable = []
+    for name, source in image_sources(images[:N_CHECKED]).items():
+        try:
+            if not callable(source):  # what is read only once
+                StoredImage(source)
+        except ImageError as error:
+            unreadable.append(name)
+            log_line(f"seed: {error}")
+    args.images = [name for name in images if name not in unreadable]
+    code = args.work(args) if args.images else entry.DONE
+    return (code or entry.SOME_FAILED) if unreadable else code
 
 
 def image_sources(names: Sequence[str]) -> dict[str, ImageSource]:

@@ -32,6 +32,8 @@ from seed_multimodal.cli.common import (
 from seed_multimodal.disk import JsonObject, text_stem
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import ConfigError, DataError, printable
+from seed_multimodal.images.io import StoredImage
+from seed_multimodal.pipelines.config import SystemConfig
 from seed_multimodal.pipelines.read_back import DESCRIPTION
 
 if TYPE_CHECKING:
@@ -71,6 +73,10 @@ def reconstruct(args: Namespace) -> int:
         raise ConfigError("seed reconstruct: give either images or --codes-file FILE.")
 
     # 1. What is wrong is reported before long work.
+    if args.condition:
+        if not SystemConfig.find(args.model).has_conditions:
+            raise ConfigError(f"{args.model}: --condition needs a SEED-X, such as --model nano-x.")
+        StoredImage(args.condition)
     stored = read_codes(args.codes_file) if args.codes_file else {}
     names = [*stored, *args.images]
     sources = image_sources(args.images)

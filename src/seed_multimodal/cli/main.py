@@ -18,6 +18,7 @@ from __future__ import annotations
 
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import TYPE_CHECKING
 
 from seed_multimodal import __version__
@@ -28,6 +29,7 @@ from seed_multimodal.cli.common import (
     add_json,
     add_size,
     program_parser,
+    run_command,
 )
 from seed_multimodal.entry import bounded_int, run_guarded
 
@@ -38,11 +40,7 @@ if TYPE_CHECKING:
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; returns its exit code (argparse's own errors exit with 2)."""
     args = build_parser().parse_args(argv)
-
-    def work() -> int:
-        return args.work(args)
-
-    return run_guarded("seed", args.debug, work)
+    return run_guarded("seed", args.debug, partial(run_command, args))
 
 
 def build_parser() -> ArgumentParser:

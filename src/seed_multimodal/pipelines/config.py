@@ -111,6 +111,7 @@ class SystemConfig:
     model_flags: ClassVar[str] = "of the server"  # further programs that take it, for messages
     # Parts that a checkpoint holds; the others are its base's.
     trained_parts: ClassVar[tuple[str, ...]] = ("llm",)
+    has_conditions: ClassVar[bool] = False  # whether a drawing may take over parts of an image
 
     found: Found = field(default_factory=Found, metadata={"saved": False})
     llm: Path | None = part("language model", "llm", flag="language model", required=True)

@@ -25,7 +25,6 @@ from typing import NamedTuple
 from seed_multimodal.disk import flush, folder_lock, read_patiently, status_of
 from seed_multimodal.entry import log_line
 from seed_multimodal.errors import CheckpointError, ConfigError, SeedError, first_line
-from seed_multimodal.progress import Progress
 from seed_multimodal.settings import nearest
 from seed_multimodal.weights.catalogue import CONVERTIBLE, Part, catalogue
 
@@ -188,7 +187,6 @@ def list_repository(name: str, patterns: Sequence[str]) -> list[RemoteFile]:
                 repo_id,
                 full_name,
                 revision=info.sha,
-                tqdm_class=DownloadProgress,
             )
             files[file_name] = RemoteFile(file_name, entry.size, sha256, download)
 
@@ -247,7 +245,6 @@ def download_url(url: str, size: int, etag: str, *, local_dir: Path) -> str:
             resume_size=n_bytes,
             headers=headers,
             expected_size=size,
-            tqdm_class=DownloadProgress,
         )
     return str(path)
 
@@ -256,13 +253,6 @@ def file_sha256(path: Path) -> str:
     """Checksum of a file."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-class DownloadProgress(Progress):
-    """The progress of one file, with the keywords that the hub's client passes."""
-
-    def __init__(self, *, desc: str, total: float | None, initial: float = 0, **_: object) -> None:
-        super().__init__(desc, total, "byte", start=initial, unit_scale=True)
 
 
 # ---- files of a folder

@@ -78,6 +78,40 @@ def test_bad_images_are_named_and_the_others_done(seed, bad, command, key):
     assert seed(command, *images, "--json", "--batch-size", 1)[:2] == (1, lines)
 
 
+@pytest.mark.parametrize(
+    "flags, named",
+    [
+        (("describe", "nowhere.png"), "nowhere.png"),
+        (("reconstruct", ROOT), "is a directory"),
+        (("ask", ROOT / "README.md", os.devnull, "What?"), "is a text"),
+        (("edit", os.devnull, "Put it at night."), "empty"),
+        (("reconstruct", FOX, "--condition", FOX), "SEED-X"),
+        (("reconstruct", FOX, "--condition", ROOT / "README.md", "--model", "nano-x"), "text"),
+    ],
+)
+def test_wrong_files_are_named_before_a_model_loads(run_seed, flags, named):
+    # A model of 13 billion parameters takes minutes to load.
+    code, lines, errors = run_seed("nano-x" if "nano-x" in flags else "nano", *flags)
+    assert code and lines == [] and named in errors and "Running on" not in errors
+
+
+@pytest.mark.parametrize("link", [None, os.symlink, os.link])
+@pytest.mark.parametrize(
+    "flags", [("tokenize",), ("reconstruct",), ("detect", "fox"), ("edit", "Put it at night.")]
+)
+def test_a_result_never_replaces_its_input(seed, tmp_path, monkeypatch, flags, link):
+    monkeypatch.chdir(tmp_path)
+    shutil.copy(FOX, "a.png")
+    out = "./a.png"
+    if link is not None:
+        out = "b.png"
+        link("a.png", out)
+    command, *text = flags
+    code, _, errors = seed(command, "a.png", *text, "--out", out)
+    assert code == 2 and "a.png" in errors
+    assert Path("a.png").read_bytes() == Path(FOX).read_bytes()
+
+
 def test_reconstruct_from_the_first_codes(seed, tmp_path):
     flags = ("--steps", 2, "--json", "--out")
     code, lines, _ = seed("reconstruct", CAT, FOX, "--codes", "4,8,32", *flags, tmp_path / "a")

@@ -20,6 +20,7 @@ class SeedXConfig(SystemConfig):
     system = "seed_x"
     shipped = "nano-x"
     trained_parts = ("agent", "tokenizer")
+    has_conditions = True
 
     agent: Path | None = part(
         "agent (resamplers)",
