@@ -8,6 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import yaml
+
 from seed_multimodal.cli import common
 from seed_multimodal.entry import add_language_model, run_program
 from seed_multimodal.errors import ConfigError
@@ -16,47 +18,10 @@ from seed_multimodal.settings import check_value, setting
 if TYPE_CHECKING:
     from seed_multimodal.pipelines.base import MultimodalSystem
 
-COCO = "data/coco/images"
-# Task → data set → annotations, images and ground truth, where the original's scripts expect them.
-# The authors have lemmatized the truth of VQA; None: it is in the annotations.
-DATA: dict[str, dict[str, tuple[str, str, str | None]]] = {
-    "vqa": {
-        "vqav2": (
-            "data/coco/annotations/vqa_val_eval.json",
-            COCO,
-            "v2_mscoco_val2014_annotations_lemm.json",
-        ),
-        "okvqa": (
-            "data/okvqa/annotations/vqa_val_eval.json",
-            COCO,
-            "mscoco_val2014_annotations_lemm.json",
-        ),
-        "gqa": ("data/gqa/annotations/testdev_balanced_questions.json", "data/gqa/images", None),
-        "vizwiz": (
-            "data/vizwiz/annotations/full_set/val_answerable.json",
-            "data/vizwiz/images",
-            "vizwiz_val_annotations_lemm.json",
-        ),
-    },
-    "caption": {
-        "coco": (
-            "data/coco/annotations/coco_karpathy_test.json",
-            COCO,
-            "data/coco_gt/coco_karpathy_test_gt.json",
-        ),
-        "nocaps": (
-            "data/nocaps/annotations/nocaps_val.json",
-            "data/nocaps/images",
-            "data/nocaps/nocaps_val_4500_captions.json",
-        ),
-        "flickr": (
-            "data/flickr30k/annotations/flickr30k_test.json",
-            "data/flickr30k/images",
-            "data/flickr30k/flickr30k_test_gt.json",
-        ),
-    },
-    "text2image": {"coco": ("data/coco/annotations/coco_t2i_eval.json", COCO, None)},
-}
+# Task → data set → annotations, images and ground truth (see the file).
+DATA: dict[str, dict[str, tuple[str, str, str | None]]] = yaml.safe_load(
+    Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
+)
 
 
 @dataclass

@@ -1,4 +1,4 @@
-"""The originals' programs that load a system: `PROGRAMS` has a row for each.
+"""The originals' programs that load a system: `programs.yaml` has a row for each.
 
 A row has the requests that were hard-coded in the original, its YAML files, and the defaults of its
 flags. Without flags a program repeats the original with its weights. Another `--model` (nano, a
@@ -7,13 +7,14 @@ folder) gets the same requests through its own tasks.
 
 from __future__ import annotations
 
-from argparse import ArgumentParser, Namespace
+from argparse import Namespace
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import yaml
 from PIL import Image
 
 from seed_multimodal.cli import common
@@ -21,7 +22,7 @@ from seed_multimodal.config import project_root
 from seed_multimodal.disk import text_stem
 from seed_multimodal.entry import DONE, bounded_int, run_program
 from seed_multimodal.errors import ConfigError
-from seed_multimodal.language.prompts import DEMO_QUESTIONS
+from seed_multimodal.settings import check_value
 from seed_multimodal.weights.find import locate
 
 if TYPE_CHECKING:
@@ -65,7 +66,7 @@ NO_FLAGS = {
 class Request:
     """A request of a program.
 
-    work: the function below that makes it.
+    work: the function of `WORKS` that makes it.
     image: the original's image. images: files of the run.
     texts: the original's texts, or those of the run. flag: of the user's; "": none.
     name: of the file of its drawing, made of {image} (the source's stem), {text}, {stem} (the
@@ -75,7 +76,7 @@ class Request:
     text_alone: the user's texts have no image unless there is one of the user.
     """
 
-    work: Callable[[Run, Request], int]
+    work: str
     image: str = ""
     texts: Sequence[str] = ()
     flag: str = ""
@@ -91,9 +92,10 @@ class Program:
     """A program of the originals.
 
     requests: what it asks for.
-    find: the original system, from the flags and whether it needs a language model.
+    find: the function of `SYSTEMS` for the original system, from the flags and whether it needs a
+        language model.
     options: of `common.add_common`.
-    flags: of `FLAGS`. add_flags: adds more.
+    flags: of `FLAGS`. add_flags: of `FURTHER_FLAGS`, which adds more.
     defaults: of flags, and what `find` reads.
     files: part → the original's YAML file.
     alternatives: an image or a text of the user replaces all requests but that of the flag, or the
@@ -102,20 +104,28 @@ class Program:
     """
 
     requests: Sequence[Request]
-    find: Callable[[Namespace, bool], SystemConfig]
+    find: str
     options: Mapping[str, Any]
     flags: Sequence[str] = ()
-    add_flags: Callable[[ArgumentParser], None] | None = None
+    add_flags: str = ""
     defaults: Mapping[str, Any] = field(default_factory=dict)
     files: Mapping[str, str] = field(default_factory=dict)
     alternatives: bool = False
     others: Sequence[Request] = ()
 
 
+def read_programs() -> dict[str, Program]:
+    """Program → its row."""
+    file = Path(__file__).with_suffix(".yaml")
+    rows = yaml.safe_load(file.read_text(encoding="utf-8"))["programs"]
+    programs: dict[str, Program] = check_value(dict[str, Program], rows, str(file))
+    return programs
+
+
 def run_original(file: str, description: str | None, argv: Sequence[str] | None = None) -> int:
-    """Run the program with the name of a file, a key of `PROGRAMS`; returns its exit code."""
+    """Run the program with the name of a file, a row of `programs.yaml`; returns its exit code."""
     name = Path(file).stem
-    program = PROGRAMS[name]
+    program = read_programs()[name]
     parser = common.program_parser(f"{name}.py", str(description))
     parser.set_defaults(**NO_FLAGS)
 
@@ -130,8 +140,8 @@ def run_original(file: str, description: str | None, argv: Sequence[str] | None 
         parser.add_argument("--image", nargs="+", action="extend", help="default: the original's")
     for flag in program.flags:
         parser.add_argument(flag, **FLAGS[flag])
-    if program.add_flags is not None:
-        program.add_flags(parser)
+    if program.add_flags:
+        FURTHER_FLAGS[program.add_flags](parser)
 
     # 2. The system, and the parts of the original one.
     common.add_common(parser, **program.options)
@@ -150,7 +160,7 @@ def _work(program: Program, args: Namespace) -> int:
     if program.others and len(requests) > 1:
         if not (run.is_original or run.system.config.found.original):
             requests = _resolve(program.others, args)
-    return max(request.work(run, request) for request in requests)
+    return max(WORKS[request.work](run, request) for request in requests)
 
 
 def _requests(program: Program, args: Namespace) -> list[Request]:
@@ -214,15 +224,15 @@ class Run:
 
         # 2. The system, or its codec alone.
         works = {request.work for request in requests}
-        needs_llm = works != {_reconstruct}
+        needs_llm = works != {"reconstruct"}
         is_named = program.files and not self.is_original
-        config = args.model if is_named else program.find(args, needs_llm)
+        config = args.model if is_named else SYSTEMS[program.find](args, needs_llm)
         if needs_llm:
             self.system = common.load_system(
                 args,
                 config,
                 image_device=args.device_2,
-                load_decoder=not works <= {_ask, _detect, _understand},
+                load_decoder=not works <= {"ask", "detect", "understand"},
             )
             self.codec = self.system.images
         else:
@@ -390,215 +400,21 @@ def _find_lavit(args: Namespace, needs_llm: bool) -> SystemConfig:
     return config
 
 
-# ---- the table
+# ---- the tables of names in the rows
 
-CAT = "cat.jpg"
-QUESTION, DRAWING, EDITING = DEMO_QUESTIONS
-
-
-def _seed_llama(size: str, out: str, *requests: Request, **more: Any) -> Program:
-    """A program of SEED-LLaMA; `size`: of its language model."""
-    files = {
-        "tokenizer": "configs/tokenizer/seed_llama_tokenizer_hf.yaml",
-        "image_transform": "configs/transform/clip_transform.yaml",
-        "llm": f"configs/llm/seed_llama_{size}.yaml",
-    }
-    options = {"model": ORIGINAL, "out": out, "language": True}
-    defaults = {"size": size}
-    return Program(requests, _find_seed_llama, options, defaults=defaults, files=files, **more)
-
-
-def _llama_demo(size: str) -> Program:
-    return _seed_llama(
-        size,
-        ".",
-        Request(_chat, CAT, [QUESTION], "prompt", "answer.jpg", text_alone=True),
-        Request(_chat, "", [DRAWING], name="dog.jpg"),
-        Request(_chat, CAT, [EDITING], name="cat_sunglasses.jpg"),
-        alternatives=True,
-        others=(
-            Request(_ask, CAT, [QUESTION]),
-            Request(_draw, "", ["a dog on the green grass"], name="dog.jpg"),
-            Request(_edit, CAT, [EDITING], name="cat_sunglasses.jpg"),
-        ),
-    )
-
-
-FIRST_STAGE = "sdxl_qwen_vit_resampler_l4_q64_pretrain_no_normalize"
-SECOND_STAGE = "sdxl_qwen_vit_resampler_l4_q64_full_with_latent_image_pretrain_no_normalize"
-
-
-def _seed_x(llm: str, adapter: str, *requests: Request, flags: Sequence[str] = ()) -> Program:
-    """A program of SEED-X.
-
-    llm: name of the language model; "": none.
-    adapter: YAML file of the stage that draws; "": none.
-    """
-    files = {
-        "image_transform": "configs/processer/qwen_448_transform.yaml",
-        "visual_encoder": "configs/visual_encoder/qwen_vitg_448.yaml",
-    }
-    flags = [*flags, "--device_2"]
-    if llm:
-        files |= {
-            "tokenizer": "configs/tokenizer/clm_llama_tokenizer_224loc_anyres.yaml",
-            "llm": f"configs/clm_models/llm_{llm}.yaml",
-            "agent": f"configs/clm_models/agent_{llm}.yaml",
-        }
-    else:
-        flags.append("--embeddings")
-    if adapter:
-        files["adapter"] = f"configs/sdxl_adapter/{adapter}.yaml"
-        flags.append("--diffusion_model_path")
-    if adapter == FIRST_STAGE:
-        files["discrete_model"] = "configs/discrete_model/discrete_identity.yaml"
-    options = {
-        "model": ORIGINAL,
-        "seed": 42,
-        "out": "vis",
-        "language": bool(llm),
-        "generation": bool(llm),
-        "drawing": bool(adapter),
-    }
-    return Program(
-        requests,
-        _find_seed_x,
-        options,
-        flags,
-        common.add_condition_flags if adapter == SECOND_STAGE else None,
-        defaults={"tuned": llm != "seed_x"},
-        files=files,
-        alternatives=True,
-    )
-
-
-DUCK = "a sculpture of a duck made of wool"
-RUNNING = "It is running in the snow"
-QUESTIONS = ("What is in the picture?", "What color is it?", "Where is it?")
-GUIDANCE = ("--guidance_scale_for_llm", "--top_k")
-
-
-def _lavit(
-    *requests: Request,
-    seed: int = 1234,
-    draws: bool = True,
-    flags: Sequence[str] = (),
-    **defaults: Any,
-) -> Program:
-    """A program of LaVIT; the defaults are those of the notebooks."""
-    options = {"model": "lavit", "seed": seed, "language": True, "drawing": draws}
-    flags = [*flags, "--pixel_decoding"]
-    if draws:
-        options["out"] = "output"
-        flags.append("--check_safety")
-    add_flags = common.add_size if draws else None
-    return Program(requests, _find_lavit, options, flags, add_flags, defaults)
-
-
-# Program → its row.
-PROGRAMS: dict[str, Program] = {
-    "seed_tokenizer_inference": _seed_llama(
-        "8b", CAT, Request(_reconstruct, CAT, name=CAT), Request(_ask, CAT, flag="prompt")
-    ),
-    "seed_llama_inference_8B": _llama_demo("8b"),
-    "seed_llama_inference_14B": _llama_demo("14b"),
-    "eval_seed_x_detokenizer": _seed_x(
-        "",
-        FIRST_STAGE,
-        Request(_reconstruct, "men.jpg", name="{image}_recon.jpg"),
-    ),
-    "eval_seed_x_detokenizer_with_condition": _seed_x(
-        "",
-        SECOND_STAGE,
-        Request(
-            _reconstruct,
-            "men.jpg",
-            name="{image}_recon_with_condition.jpg",
-            condition="men_condition.jpg",
-        ),
-        flags=["--condition"],
-    ),
-    "eval_img2text_seed_x": _seed_x(
-        "seed_x",
-        "",
-        Request(_ask, "cat_dog.jpeg", ["Describe this image briefly."], "prompt"),
-        Request(
-            _detect,
-            "car.jpg",
-            ["In ths background with a blue sky on the road, there is a car"],  # its spelling
-            "detect",
-            "{image}.png",
-        ),
-    ),
-    "eval_text2img_seed_x": _seed_x(
-        "seed_x",
-        FIRST_STAGE,
-        Request(
-            _draw,
-            "",
-            ["A super math wizard cat, richly textured oil painting."],
-            "prompt",
-            "{text}.png",
-            prompt="{}",
-        ),
-    ),
-    "eval_img2text_seed_x_i": _seed_x(
-        "seed_x_i",
-        "",
-        Request(_ask, "advisor.png", ["Can I conntect with an advisor on Sunday?"], "prompt"),
-        Request(
-            _detect,
-            "ground.png",
-            [
-                "Is there anything in the image that can protect me from catching the flu virus "
-                "when I go out? Show me the location."
-            ],
-            "detect",
-            "{image}.png",
-        ),
-    ),
-    "eval_text2img_seed_x_i": _seed_x(
-        "seed_x_i",
-        FIRST_STAGE,
-        Request(
-            _draw,
-            "",
-            [
-                "A cybernetic soldier, enhanced with advanced weapons systems and tactical "
-                "analysis software, on a mission behind enemy lines."
-            ],
-            "prompt",
-            "{text}.png",
-            prompt="Generate an image: {}",
-        ),
-    ),
-    "eval_img2edit_seed_x_edit": _seed_x(
-        "seed_x_edit",
-        SECOND_STAGE,
-        Request(_edit, "car.jpg", ["Make it under the sunset"], "prompt", "{index}_{text}.jpg"),
-    ),
-    "understanding": _lavit(Request(_understand, CAT, QUESTIONS, "question"), seed=42, draws=False),
-    "text2image_synthesis": _lavit(
-        Request(_draw, "", [DUCK], "prompt", "{stem}.png"),
-        flags=[*GUIDANCE, "--num_return_images"],
-        guidance=4.0,
-    ),
-    "multimodal_synthesis": _lavit(
-        Request(_compose, CAT, [RUNNING], PARTS, "{stem}.png", text_alone=True),
-        flags=GUIDANCE,
-        guidance=5.0,
-        num_inference_steps=50,
-    ),
-    "image_detokenize": _lavit(
-        Request(_reconstruct, CAT, name="{image}_rebuilt.png"),
-        seed=42,
-        num_inference_steps=50,
-        guidance_scale=7.0,
-    ),
-    "inference": _lavit(
-        Request(_understand, CAT, QUESTIONS[:1], "question"),
-        Request(_draw, "", [DUCK], "prompt", "t2i_output.jpg"),
-        Request(_compose, CAT, [RUNNING], "words", "it2i_output.jpg"),
-        flags=GUIDANCE,
-    ),
+WORKS: dict[str, Callable[[Run, Request], int]] = {
+    "chat": _chat,
+    "ask": _ask,
+    "understand": _understand,
+    "detect": _detect,
+    "draw": _draw,
+    "edit": _edit,
+    "compose": _compose,
+    "reconstruct": _reconstruct,
 }
+SYSTEMS: dict[str, Callable[[Namespace, bool], SystemConfig]] = {
+    "seed_llama": _find_seed_llama,
+    "seed_x": _find_seed_x,
+    "lavit": _find_lavit,
+}
+FURTHER_FLAGS = {"condition": common.add_condition_flags, "size": common.add_size}
