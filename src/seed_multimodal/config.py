@@ -15,9 +15,9 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
+import yaml
 from omegaconf import DictConfig, ListConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from yaml import YAMLError
 
 from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.settings import check_keys, check_value, nearest
@@ -59,6 +59,11 @@ def load_yaml(path: str | Path) -> DictConfig:
     return resolve(read_yaml(file), file)
 
 
+def read_table(module: str) -> Any:
+    """The content of the YAML file next to a module, with its name: data of this package."""
+    return yaml.safe_load(Path(module).with_suffix(".yaml").read_text(encoding="utf-8"))
+
+
 def resolve(config: DictConfig, file: Path) -> DictConfig:
     """Resolve interpolations in place; `${oc.env:PROJECT_ROOT}` is the root above `file`. Raises
     ConfigError."""
@@ -88,7 +93,7 @@ def read_yaml(file: Path) -> DictConfig:
     not a mapping."""
     try:
         config = OmegaConf.load(file)
-    except (OmegaConfBaseException, YAMLError, ValueError, OSError, RecursionError) as error:
+    except (OmegaConfBaseException, yaml.YAMLError, ValueError, OSError, RecursionError) as error:
         raise ConfigError(f"{file}: not readable as YAML ({first_line(error)}).") from error
     if not isinstance(config, DictConfig):
         raise ConfigError(f"{file}: must contain a mapping of keys to values.")

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from seed_multimodal.config import read_table
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError, first_line
 from seed_multimodal.images.transforms import CLIP_MEAN, CLIP_STD, PROCESSOR
@@ -26,38 +27,8 @@ CHATML = (
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
 CHATML_TOKENS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>")
-LLM_SIZES = {
-    "hidden_size": 128,
-    "intermediate_size": 256,
-    "moe_intermediate_size": 64,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 32,
-    "num_experts": 16,
-    "num_local_experts": 16,
-    "n_routed_experts": 16,
-    "max_position_embeddings": 512,
-}
-VISION_SIZES = {
-    "hidden_size": 96,
-    "intermediate_size": 192,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "image_size": 64,
-    "patch_size": 16,
-    "num_patches": 16,
-}
-# Of a configuration, what depends on its sizes.
-DERIVED = (
-    "layer_types",
-    "no_rope_layers",
-    "rope_parameters",
-    "rope_scaling",
-    "out_features",
-    "out_indices",
-    "stage_names",
-)
+# Sizes of the language model and of the vision encoder, and what depends on sizes.
+_TABLES = read_table(__file__)
 ROWS = 64  # embedding tables are padded to a multiple of it, as published models' are
 
 
@@ -97,7 +68,7 @@ def write_tiny_llm(source: str, texts: Iterable[str], folder: Path) -> None:
 
     # 2. The model, with the tokenizer's ids and rows of padding.
     tokenizer = HubTokenizer.create(folder, n_codes=1, tokens_per_image=1)
-    values = shrink(config.to_dict(), LLM_SIZES)
+    values = shrink(config.to_dict(), _TABLES["llm"])
     values |= tokenizer.special_ids
     values["vocab_size"] = -(-tokenizer.vocabulary.n_text // ROWS) * ROWS
     # One layer of each type: by default a type may stand in each sixth layer only.
@@ -132,8 +103,8 @@ def write_tiny_encoder(source: str, folder: Path) -> None:
         std = part.preprocessing.std
 
     # 2. The network, and its preprocessing.
-    save_random(AutoModel, source, shrink(network, VISION_SIZES), folder)
-    side = VISION_SIZES["image_size"]
+    save_random(AutoModel, source, shrink(network, _TABLES["vision"]), folder)
+    side = _TABLES["vision"]["image_size"]
     size = {"height": side, "width": side}
     preprocessing = {"image_mean": mean, "image_std": std, "size": size, "resample": 2}
     (folder / PROCESSOR).write_text(json.dumps(preprocessing), encoding="utf-8")
@@ -160,7 +131,7 @@ def save_random(auto_class: Any, source: str, config: JsonObject, folder: Path) 
 
 def shrink(config: JsonObject, sizes: Mapping[str, int]) -> JsonObject:
     """A configuration with other sizes, as far as it has them."""
-    values = {key: value for key, value in config.items() if key not in DERIVED}
+    values = {key: value for key, value in config.items() if key not in _TABLES["derived"]}
     for key, size in sizes.items():
         if isinstance(values.get(key), int):
             values[key] = size

@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import re
 from dataclasses import fields
-from pathlib import Path
-
-import yaml
 
 from seed_multimodal.compat.targets import arguments_of
-from seed_multimodal.config import as_mapping
+from seed_multimodal.config import as_mapping, read_table
 from seed_multimodal.data.decoders import find_decoder, opens_images
 from seed_multimodal.data.formats.record import JsonObject, RecordFields
 from seed_multimodal.data.stream.config import LlmDataSettings
@@ -24,25 +21,13 @@ from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import check_keys, nearest
 
 # What the originals name; the file says what each table is.
-_TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+_TABLES = read_table(__file__)
 
 # ---- the data of a training
 
 BUILDERS: dict[str, str] = _TABLES["builders"]
 MIXERS: list[str] = _TABLES["mixers"]
-# What the original's files leave to its code. Six packed rows hold about the useful tokens of an
-# original micro-batch of SEED-LLaMA; SEED-X has padded micro-batches.
-_PACKED: JsonObject = {"packing": True, "length": 2048, "rows": 6, "too_long": "split"}
-_PADDED: JsonObject = {"packing": False}
 _PADDED_MODULES = ("src.data.sft_clm.", "src.data.image_text_pairs_clm.")
-_SOURCE_KEYS = ("data_dir", "max_length", "batch_size", "cycle_count", "recursive")
-_ORIGINAL_KEYS = {  # ours -> the original's
-    "name": "dataset_name",
-    "image_dir": "image_dir",
-    "cycles": "cycle_count",
-    "max_length": "max_length",
-    "batch_size": "batch_size",
-}
 
 
 def mixture_keys(config: RecordFields, label: str) -> JsonObject:
@@ -50,7 +35,7 @@ def mixture_keys(config: RecordFields, label: str) -> JsonObject:
     # 1. The batch layout: the original's defaults, and keys of ours.
     our_keys = [entry.name for entry in fields(LlmDataSettings) if entry.name != "sources"]
     target = str(config.get("_target_", MIXERS[0]))
-    layout = dict(_PADDED if target.startswith(_PADDED_MODULES) else _PACKED)
+    layout = dict(_TABLES["padded" if target.startswith(_PADDED_MODULES) else "packed"])
     layout |= {key: config[key] for key in our_keys if key in config}
 
     # 2. A single source.
@@ -87,7 +72,8 @@ def _source_keys(pipe: RecordFields, weight: float, label: str) -> JsonObject:
     options = find_decoder(name).option_names()
     unused = [key for key in _TABLES["unused_keys"] if key not in options]
     feature_keys = ["image_dir", "dataset_name"] if opens_images(name) else []
-    check_keys(arguments_of(pipe), [*_SOURCE_KEYS, *options, *unused, *feature_keys], label)
+    known_keys = [*_TABLES["source_keys"], *options, *unused, *feature_keys]
+    check_keys(arguments_of(pipe), known_keys, label)
 
     # 2. The files: the original searches folders for one suffix.
     folders = pipe.get("data_dir")
@@ -105,7 +91,7 @@ def _source_keys(pipe: RecordFields, weight: float, label: str) -> JsonObject:
         "weight": weight,
         "options": {key: pipe[key] for key in options if pipe.get(key) is not None},
     }
-    for key, original_key in _ORIGINAL_KEYS.items():
+    for key, original_key in _TABLES["our_keys"].items():
         if pipe.get(original_key) is not None:
             source[key] = pipe[original_key]
     return source
@@ -121,7 +107,6 @@ def _unknown_target(target: object, label: str) -> ConfigError:
 # ---- the input of pre-tokenization
 
 PIPES: dict[str, JsonObject] = _TABLES["pipes"]
-_UNUSED_INPUT_KEYS = ("data_dir", "max_length", "mask", "recursive")  # the first becomes `files`
 # Other input pipes: the tool decides which fields are read, the suffix the file's format.
 ENCODED = re.compile(
     r"src\.data\.torchdata_(eval|preprocess|train)\.build_"
@@ -139,7 +124,8 @@ def input_keys(config: JsonObject, label: str) -> JsonObject:
             f"{_advice(target) or nearest(target, PIPES)}."
         )
     converted = {**PIPES.get(target, {}), **arguments_of(config), "files": config.get("data_dir")}
-    return {key: value for key, value in converted.items() if key not in _UNUSED_INPUT_KEYS}
+    unused = _TABLES["unused_input_keys"]
+    return {key: value for key, value in converted.items() if key not in unused}
 
 
 # ---- pipes without counterpart

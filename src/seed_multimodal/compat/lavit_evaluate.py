@@ -8,9 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import yaml
-
 from seed_multimodal.cli import common
+from seed_multimodal.config import read_table
 from seed_multimodal.entry import add_language_model, run_program
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import check_value, setting
@@ -19,9 +18,7 @@ if TYPE_CHECKING:
     from seed_multimodal.pipelines.base import MultimodalSystem
 
 # Task → data set → annotations, images and ground truth (see the file).
-DATA: dict[str, dict[str, tuple[str, str, str | None]]] = yaml.safe_load(
-    Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
-)
+DATA: dict[str, dict[str, tuple[str, str, str | None]]] = read_table(__file__)
 
 
 @dataclass

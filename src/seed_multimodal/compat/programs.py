@@ -14,11 +14,10 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import yaml
 from PIL import Image
 
 from seed_multimodal.cli import common
-from seed_multimodal.config import project_root
+from seed_multimodal.config import project_root, read_table
 from seed_multimodal.disk import text_stem
 from seed_multimodal.entry import DONE, bounded_int, run_program
 from seed_multimodal.errors import ConfigError
@@ -116,9 +115,8 @@ class Program:
 
 def read_programs() -> dict[str, Program]:
     """Program → its row."""
-    file = Path(__file__).with_suffix(".yaml")
-    rows = yaml.safe_load(file.read_text(encoding="utf-8"))["programs"]
-    programs: dict[str, Program] = check_value(dict[str, Program], rows, str(file))
+    rows = read_table(__file__)["programs"]
+    programs: dict[str, Program] = check_value(dict[str, Program], rows, "programs.yaml")
     return programs
 
 

@@ -4,18 +4,14 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from pathlib import Path
 
-import yaml
-
+from seed_multimodal.config import read_table
 from seed_multimodal.disk import JsonObject
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import nearest
 
 # Part → original names → our object, or "" (see the file).
-TARGETS: dict[str, dict[str, str]] = yaml.safe_load(
-    Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8")
-)
+TARGETS: dict[str, dict[str, str]] = read_table(__file__)
 ALIASES = {name: target for names in TARGETS.values() for name, target in names.items() if target}
 
 

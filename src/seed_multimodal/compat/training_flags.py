@@ -14,14 +14,13 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import NoReturn
 
-import yaml
-
+from seed_multimodal.config import read_table
 from seed_multimodal.entry import run_and_exit
 from seed_multimodal.errors import ConfigError
 from seed_multimodal.settings import nearest
 from seed_multimodal.training.cli import CommandLine, main
 
-_TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+_TABLES = read_table(__file__)
 FLAGS: dict[str, str] = _TABLES["flags"]
 CHOICES: dict[str, dict[str, str | None]] = _TABLES["choices"]
 FSDP: dict[str, str] = _TABLES["fsdp"]

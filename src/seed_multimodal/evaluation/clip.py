@@ -30,6 +30,7 @@ from transformers import (
 )
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
+from seed_multimodal.config import read_table
 from seed_multimodal.errors import CheckpointError
 from seed_multimodal.evaluation.metrics import finite
 from seed_multimodal.images.transforms import ImageTransform
@@ -41,25 +42,8 @@ NAME = "openai_clip_ViT-L-14.bin"
 PIECES = "bpe_simple_vocab_16e6.txt.gz"
 # Those that CLIP uses; two pieces for each byte come before, two special ones after.
 MERGES = 49_152 - 256 - 2
-# OpenAI's names → transformers', one after another.
-RENAMED = (
-    (r"^visual\.proj$", "visual_projection.weight"),
-    (r"^text_projection$", "text_projection.weight"),
-    (r"^visual\.", "vision_model."),
-    (r"^(?!vis|text_)", "text_model."),
-    (r"\.class_embedding$", ".embeddings.class_embedding"),
-    (r"\.conv1", ".embeddings.patch_embedding"),
-    (r"\.positional_embedding$", ".embeddings.position_embedding.weight"),
-    (r"\.token_embedding", ".embeddings.token_embedding"),
-    (r"\.ln_pre", ".pre_layrnorm"),
-    (r"\.ln_post", ".post_layernorm"),
-    (r"\.ln_final", ".final_layer_norm"),
-    (r"\.transformer\.resblocks", ".encoder.layers"),
-    (r"\.attn\.out_proj", ".self_attn.out_proj"),
-    (r"\.ln_(\d)\.", r".layer_norm\1."),
-    (r"\.mlp\.c_fc", ".mlp.fc1"),
-    (r"\.mlp\.c_proj", ".mlp.fc2"),
-)
+# Patterns of OpenAI's names → transformers', one after another.
+RENAMED: list[tuple[str, str]] = read_table(__file__)
 
 
 class Clip:

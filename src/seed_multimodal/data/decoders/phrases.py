@@ -5,11 +5,9 @@ A request and its response share an index.
 
 from __future__ import annotations
 
-from pathlib import Path
+from seed_multimodal.config import read_table
 
-import yaml
-
-_TABLES = yaml.safe_load(Path(__file__).with_suffix(".yaml").read_text(encoding="utf-8"))
+_TABLES = read_table(__file__)
 
 # Removed from the instructions of the pretraining edit data.
 EDIT_PREFIX = "Edit this image with the instruction: "
